@@ -1,0 +1,43 @@
+"""The ladders of static sizes, and the choice of a rung."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+
+# Rows per decode step. Small rungs are close because a step there is bound by the weights, whatever the padding;
+# from 32 on the attention of a padding row costs one slot, so the rungs can stand wider.
+DECODE_ROWS = {"cuda": (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256), "cpu": (1, 4, 16, 32)}
+
+# Tokens per prefill step, each four times the one before: a step never carries more than three parts padding, and
+# long prompts fill the largest rung exactly.
+PREFILL_GROWTH = 4
+PREFILL_SMALLEST_TOKENS = 32
+
+# Requests that may share one prefill step; more would widen the block table of every prefill program.
+PREFILL_ROWS = 64
+
+
+def decode_ladder(requested: Sequence[int] | None, max_rows: int, device_type: str) -> tuple[int, ...]:
+    """Ascending row counts: those asked for, or the device's own up to the first that holds `max_rows`."""
+    if requested is not None:
+        return tuple(sorted(set(requested)))
+    default = DECODE_ROWS.get(device_type, DECODE_ROWS["cpu"])
+    ladder = [rows for rows in default if rows < max_rows]
+    return (*ladder, min(max_rows, default[-1])) if max_rows not in ladder else tuple(ladder)
+
+
+def prefill_ladder(max_tokens: int) -> tuple[int, ...]:
+    """Ascending token counts that end in `max_tokens`."""
+    ladder = [max_tokens]
+    while ladder[0] // PREFILL_GROWTH >= PREFILL_SMALLEST_TOKENS:
+        ladder.insert(0, ladder[0] // PREFILL_GROWTH // 16 * 16)
+    return tuple(ladder)
+
+
+def smallest_fit(ladder: Sequence[int], size: int) -> int:
+    """The first rung that holds `size`; ValueError when none does."""
+    rung_idx = bisect_left(ladder, size)
+    if rung_idx == len(ladder):
+        raise ValueError(f"size {size} is above the largest bucket {ladder[-1]}")
+    return ladder[rung_idx]

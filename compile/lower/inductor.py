@@ -1,0 +1,15 @@
+"""FX graph to machine code through Inductor, without Dynamo: Triton kernels on a GPU, C++ on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+from torch.fx import GraphModule
+
+
+def lower(graph: GraphModule, fakes: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
+    """Compile a graph of static shapes; the result takes the graph's placeholders in order and has no guards."""
+    from torch._inductor import standalone_compile
+
+    return standalone_compile(graph, list(fakes), dynamic_shapes="from_graph")

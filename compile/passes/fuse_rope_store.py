@@ -1,0 +1,72 @@
+"""split → (q norm, k norm) → rope → KV write, found in the graph of a layer, becomes one op: one launch instead of five."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import operator
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from nanovllm.kernels import ops
+
+
+def fuse_rope_store(graph: GraphModule, fakes: Sequence[Tensor]) -> GraphModule:
+    """Fuse every `store_kv` whose key and value, and the query beside them, come from one packed projection."""
+    for store in [node for node in graph.graph.nodes if node.target is ops.store_kv]:
+        _fuse(graph, store)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph
+
+
+def _fuse(graph: GraphModule, store: Node) -> None:
+    key, value, k_cache, v_cache, slot = store.args
+    key_source = _rotated(key)
+    if key_source is None:
+        return
+    k_part, k_norm, eps, cos_sin, pos = key_source
+    split = k_part.args[0]
+    if not _is_part(k_part, split, 1) or not _is_part(value, split, 2):
+        return
+    for query in [node for node in graph.graph.nodes if node.target is ops.rope]:
+        query_source = _rotated(query)
+        if query_source is None or not _is_part(query_source[0], split, 0) or query_source[3:] != (cos_sin, pos):
+            continue
+        q_norm = query_source[1]
+        packed = split.args[0].args[0]  # the view that shows heads, and the projection under it
+        num_heads = split.args[1][0]
+        with graph.graph.inserting_before(store):
+            fused = graph.graph.call_function(
+                ops.qk_norm_rope_store,
+                (packed, q_norm, k_norm, cos_sin, pos, slot, k_cache, v_cache, num_heads, eps),
+            )
+        fused.meta = dict(query.meta)
+        query.replace_all_uses_with(fused)
+        graph.graph.erase_node(store)
+        return
+
+
+def _rotated(node: object) -> tuple[Node, Node | None, float, Node, Node] | None:
+    """(part of the split, its norm's weight, eps, table, positions) of rope(part) or rope(rms_norm(part))."""
+    if not isinstance(node, Node) or node.target is not ops.rope:
+        return None
+    source, cos_sin, pos = node.args
+    weight, eps = None, 0.0
+    if isinstance(source, Node) and source.target is ops.rms_norm:
+        source, weight, eps = source.args
+    if not isinstance(source, Node) or source.target is not operator.getitem:
+        return None
+    split = source.args[0]
+    if not isinstance(split, Node) or split.target is not torch.ops.aten.split_with_sizes.default:
+        return None
+    view = split.args[0]
+    if not isinstance(view, Node) or view.target is not torch.ops.aten.view.default:
+        return None
+    return source, weight, eps, cos_sin, pos  # type: ignore[return-value]
+
+
+def _is_part(node: object, split: object, part_idx: int) -> bool:
+    return isinstance(node, Node) and node.target is operator.getitem and node.args == (split, part_idx)

@@ -1,0 +1,737 @@
+// CPU kernels, compiled at first use by cpu_kernels.py. Plain C++ over raw pointers and compiler vector extensions: no
+// torch headers (they would take most of the compile time) and no intrinsics of one architecture without a fallback.
+//
+// Shapes are those of reference.py. H head size, M query lanes (a lane is one query token's one head).
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <type_traits>
+#include <vector>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+#include <immintrin.h>
+#endif
+
+#define INLINE inline __attribute__((always_inline))
+
+namespace {
+
+// ---------------------------------------------------------------------------------------------------- vectors
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+// 32 vector registers hold an 8 x 3 tile of accumulators, 16 hold a 4 x 3 one
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kTileRows = 8;
+#else
+constexpr int kTileRows = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(kLanes * 4)));
+typedef int32_t IVec __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t UVec __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t HVec __attribute__((vector_size(kLanes * 2)));
+typedef float VecAt __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+typedef uint16_t HVecAt __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
+
+struct Bf16 { uint16_t bits; };
+struct Fp16 { uint16_t bits; };
+enum Dtype : int64_t { kFp32 = 0, kBf16 = 1, kFp16 = 2 };
+
+INLINE Vec splat(float x) { return Vec{} + x; }
+INLINE Vec load(const float* p) { return *(const VecAt*)p; }
+INLINE void store(float* p, Vec v) { *(VecAt*)p = v; }
+INLINE Vec vmax(Vec a, Vec b) { return a > b ? a : b; }
+
+INLINE Vec load(const Bf16* p) { return (Vec)(__builtin_convertvector((HVec)*(const HVecAt*)p, UVec) << 16); }
+
+INLINE Vec load(const Fp16* p) {
+  // shifting the fields into place leaves the exponent 112 too small; the product repairs it, subnormals included
+  UVec h = __builtin_convertvector((HVec)*(const HVecAt*)p, UVec);
+  UVec sign = (h & 0x8000u) << 16, magnitude = (h & 0x7fffu) << 13;
+  Vec finite = (Vec)magnitude * splat(0x1p112f);
+  UVec not_finite = (UVec)(magnitude >= 0x0f800000u) & 0x7f800000u;
+  return (Vec)((UVec)finite | not_finite | sign);
+}
+
+INLINE float to_float(float x) { return x; }
+INLINE float to_float(Bf16 x) {
+  uint32_t bits = (uint32_t)x.bits << 16;
+  float out;
+  std::memcpy(&out, &bits, 4);
+  return out;
+}
+INLINE float to_float(Fp16 x) {
+  Fp16 lanes[kLanes] = {x};
+  return load(lanes)[0];
+}
+
+INLINE void put(float* p, float x) { *p = x; }
+INLINE void put(Bf16* p, float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  p->bits = x != x ? 0x7fc0 : (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+INLINE void put(Fp16* p, float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  uint32_t sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+  uint32_t half;
+  if (magnitude > 0x7f800000u) half = 0x7e00;
+  else if (magnitude >= 0x477ff000u) half = 0x7c00;  // rounds to 65536 or above
+  else if (magnitude < 0x38800000u) {
+    // subnormal: adding 0.5 makes the hardware round at bit 2^-24
+    float positive;
+    std::memcpy(&positive, &magnitude, 4);
+    positive += 0.5f;
+    uint32_t rounded;
+    std::memcpy(&rounded, &positive, 4);
+    half = rounded - 0x3f000000u;
+  } else half = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  p->bits = (uint16_t)(sign | half);
+}
+
+// v[i] and v[i ^ Step] swapped, for Step a power of two
+template <int Step>
+INLINE Vec swap(Vec v) {
+#if defined(__clang__)
+  if constexpr (kLanes == 16)
+    return __builtin_shufflevector(v, v, 0 ^ Step, 1 ^ Step, 2 ^ Step, 3 ^ Step, 4 ^ Step, 5 ^ Step, 6 ^ Step, 7 ^ Step,
+                                   8 ^ Step, 9 ^ Step, 10 ^ Step, 11 ^ Step, 12 ^ Step, 13 ^ Step, 14 ^ Step, 15 ^ Step);
+  else if constexpr (kLanes == 8)
+    return __builtin_shufflevector(v, v, 0 ^ Step, 1 ^ Step, 2 ^ Step, 3 ^ Step, 4 ^ Step, 5 ^ Step, 6 ^ Step, 7 ^ Step);
+  else
+    return __builtin_shufflevector(v, v, 0 ^ Step, 1 ^ Step, 2 ^ Step, 3 ^ Step);
+#else
+  IVec index{};
+  for (int i = 0; i < kLanes; ++i) index[i] = i ^ Step;
+  return __builtin_shuffle(v, index);
+#endif
+}
+
+INLINE float sum(Vec v) {
+  if constexpr (kLanes >= 16) v += swap<8>(v);
+  if constexpr (kLanes >= 8) v += swap<4>(v);
+  v += swap<2>(v);
+  v += swap<1>(v);
+  return v[0];
+}
+
+INLINE float max_of(Vec v) {
+  if constexpr (kLanes >= 16) v = vmax(v, swap<8>(v));
+  if constexpr (kLanes >= 8) v = vmax(v, swap<4>(v));
+  v = vmax(v, swap<2>(v));
+  v = vmax(v, swap<1>(v));
+  return v[0];
+}
+
+// 2^x for x <= 0 or so: x = n + f with |f| <= 1/2, 2^f by its Taylor polynomial (relative error below 1e-7), 2^n as bits
+INLINE Vec exp2(Vec x) {
+  x = vmax(x, splat(-126.0f));
+  Vec shifted = x + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are round(x)
+  Vec f = x - (shifted - 12582912.0f);
+  Vec p = splat(1.5403530e-4f);
+  p = p * f + 1.33335581e-3f;
+  p = p * f + 9.61812910e-3f;
+  p = p * f + 5.55041086e-2f;
+  p = p * f + 2.40226506e-1f;
+  p = p * f + 6.93147180e-1f;
+  p = p * f + 1.0f;
+  return (Vec)((IVec)p + ((IVec)shifted << 23));
+}
+
+// ---------------------------------------------------------------------------------------------------- threads
+// A buffer a thread keeps between calls.
+float* scratch(size_t num_floats) {
+  struct Buffer {
+    float* data = nullptr;
+    size_t size = 0;
+    ~Buffer() { std::free(data); }
+  };
+  thread_local Buffer buffer;
+  if (buffer.size < num_floats) {
+    std::free(buffer.data);
+    size_t num_bytes = (num_floats * 4 + 63) / 64 * 64;
+    buffer.data = (float*)std::aligned_alloc(64, num_bytes);
+    buffer.size = num_bytes / 4;
+  }
+  return buffer.data;
+}
+
+// Calls work(item) for every item below num_items; a thread takes the next one when it is free.
+template <typename Work>
+void parallel_for(int64_t num_items, int64_t num_threads, const Work& work) {
+  num_threads = std::min(num_threads, num_items);
+#ifdef _OPENMP
+  if (num_threads > 1) {
+    std::atomic<int64_t> next{0};
+#pragma omp parallel num_threads((int)num_threads)
+    for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < num_items;) work(item);
+    return;
+  }
+#endif
+  for (int64_t item = 0; item < num_items; ++item) work(item);
+}
+
+// ---------------------------------------------------------------------------------------------------- attention
+constexpr float kNever = -1e30f;  // the score of an unseen key: finite, so that differences of two stay numbers
+constexpr int kTileLanes = 48;    // query lanes a tile; 3 vectors of 16, 6 of 8, 12 of 4
+constexpr int kTileKeys = 64;     // keys a step; K and V in fp32 at H = 128 are 64 KiB, within any second-level cache
+
+struct Attention {
+  char* out;             // [T, N, H], contiguous
+  const char* q;         // [T, N, H]
+  const char* k_cache;   // [C, B, K, H]
+  const char* v_cache;   // [C, B, K, H]
+  const int32_t* block_table;  // [R, P]
+  const int32_t* seq_len;      // [R]
+  const int32_t* q_start;      // [R + 1]
+  int64_t q_stride_T, q_stride_N;
+  int64_t k_stride_C, k_stride_B, k_stride_K;
+  int64_t v_stride_C, v_stride_B, v_stride_K;
+  int64_t table_stride_R;
+  int64_t num_tokens, num_rows, num_heads, num_kv_heads, head_dim, block_size;
+  int64_t max_q_len, window;
+  int64_t q_dtype, kv_dtype;
+  int64_t num_threads;
+  double scale;
+};
+
+// C[RB, NV vectors] = alpha * C + A[RB, depth] B[depth, NV vectors]; alpha is a row of factors, or null for 0
+template <int RB, int NV>
+INLINE void multiply_tile(float* c, int64_t c_stride, const float* a, int64_t a_stride_row, int64_t a_stride_depth,
+                          const float* b, int64_t b_stride, int64_t depth, const float* alpha) {
+  Vec acc[RB][NV];
+  for (int r = 0; r < RB; ++r)
+    for (int n = 0; n < NV; ++n)
+      acc[r][n] = alpha ? load(c + r * c_stride + n * kLanes) * load(alpha + n * kLanes) : Vec{};
+  for (int64_t d = 0; d < depth; ++d) {
+    Vec b_vec[NV];
+    for (int n = 0; n < NV; ++n) b_vec[n] = load(b + d * b_stride + n * kLanes);
+    for (int r = 0; r < RB; ++r) {
+      Vec a_vec = splat(a[r * a_stride_row + d * a_stride_depth]);
+      for (int n = 0; n < NV; ++n) acc[r][n] += a_vec * b_vec[n];
+    }
+  }
+  for (int r = 0; r < RB; ++r)
+    for (int n = 0; n < NV; ++n) store(c + r * c_stride + n * kLanes, acc[r][n]);
+}
+
+template <int NV>
+void multiply_panel(float* c, int64_t c_stride, const float* a, int64_t a_stride_row, int64_t a_stride_depth,
+                    const float* b, int64_t b_stride, int64_t num_rows, int64_t depth, const float* alpha) {
+  int64_t row = 0;
+  for (; row + kTileRows <= num_rows; row += kTileRows)
+    multiply_tile<kTileRows, NV>(c + row * c_stride, c_stride, a + row * a_stride_row, a_stride_row, a_stride_depth, b,
+                                 b_stride, depth, alpha);
+  for (; row < num_rows; ++row)
+    multiply_tile<1, NV>(c + row * c_stride, c_stride, a + row * a_stride_row, a_stride_row, a_stride_depth, b,
+                         b_stride, depth, alpha);
+}
+
+void multiply(float* c, const float* a, int64_t a_stride_row, int64_t a_stride_depth, const float* b, int64_t num_rows,
+              int64_t depth, int64_t num_lanes, const float* alpha) {
+  int64_t num_vecs = (num_lanes + kLanes - 1) / kLanes;
+  for (int64_t vec = 0; vec < num_vecs; vec += 3) {
+    int64_t at = vec * kLanes;
+    const float* alpha_at = alpha ? alpha + at : nullptr;
+    auto panel = num_vecs - vec >= 3 ? multiply_panel<3> : num_vecs - vec == 2 ? multiply_panel<2> : multiply_panel<1>;
+    panel(c + at, kTileLanes, a, a_stride_row, a_stride_depth, b + at, kTileLanes, num_rows, depth, alpha_at);
+  }
+}
+
+template <typename T>
+INLINE void copy_to_float(float* out, const T* in, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(out + i, load(in + i));
+  for (; i < n; ++i) out[i] = to_float(in[i]);
+}
+
+template <typename F>
+INLINE void with_dtype(int64_t dtype, F&& f) {
+  if (dtype == kFp32) f(float{});
+  else if (dtype == kBf16) f(Bf16{});
+  else f(Fp16{});
+}
+
+// A tile of queries: tokens first_token .. first_token + num_tokens - 1 of one row (the first at position first_pos)
+// times heads first_head .. first_head + num_heads - 1 of one kv head.
+struct Tile {
+  int64_t row, first_token, num_tokens, first_pos, kv_head, first_head, num_heads;
+};
+
+template <typename KV>
+void attend_tile(const Attention& at, const Tile& tile) {
+  const int64_t H = at.head_dim, B = at.block_size;
+  const int64_t num_lanes = tile.num_tokens * tile.num_heads;
+  const int64_t num_vecs = (num_lanes + kLanes - 1) / kLanes;
+  float* q_HM = scratch((size_t)(2 * H * kTileLanes + kTileKeys * kTileLanes + 2 * kTileKeys * H + 4 * kTileLanes));
+  float* out_HM = q_HM + H * kTileLanes;
+  float* score_LM = out_HM + H * kTileLanes;
+  float* k_LH = score_LM + kTileKeys * kTileLanes;
+  float* v_LH = k_LH + kTileKeys * H;
+  float* max_M = v_LH + kTileKeys * H;
+  float* sum_M = max_M + kTileLanes;
+  float* alpha_M = sum_M + kTileLanes;
+  int32_t* pos_M = (int32_t*)(alpha_M + kTileLanes);
+
+  // queries transposed, so that lanes run along vectors: scores, maxima and sums need no sum across a vector
+  const float q_scale = (float)(at.scale * 1.4426950408889634);  // log2(e): exp2 instead of exp
+  std::memset(q_HM, 0, sizeof(float) * H * kTileLanes);
+  std::memset(out_HM, 0, sizeof(float) * H * kTileLanes);
+  with_dtype(at.q_dtype, [&](auto zero) {
+    typedef decltype(zero) Q;
+    for (int64_t m = 0; m < num_lanes; ++m) {
+      int64_t token = tile.first_token + m / tile.num_heads, head = tile.first_head + m % tile.num_heads;
+      const Q* q_H = (const Q*)at.q + token * at.q_stride_T + head * at.q_stride_N;
+      for (int64_t h = 0; h < H; ++h) q_HM[h * kTileLanes + m] = to_float(q_H[h]) * q_scale;
+    }
+  });
+  for (int64_t m = 0; m < kTileLanes; ++m) {
+    max_M[m] = kNever;
+    sum_M[m] = 0;
+    pos_M[m] = m < num_lanes ? (int32_t)(tile.first_pos + m / tile.num_heads) : -1;
+  }
+
+  const int32_t window = (int32_t)std::min<int64_t>(at.window > 0 ? at.window : INT32_MAX, INT32_MAX);
+  const int64_t last_pos = tile.first_pos + tile.num_tokens - 1;
+  const int64_t first_key = std::max<int64_t>(0, tile.first_pos - window + 1), end_key = last_pos + 1;
+  const int32_t* blocks = at.block_table + tile.row * at.table_stride_R;
+  for (int64_t key = first_key; key < end_key; key += kTileKeys) {
+    const int64_t num_keys = std::min<int64_t>(kTileKeys, end_key - key);
+    for (int64_t l = 0; l < num_keys; ++l) {
+      int64_t block = blocks[(key + l) / B], offset = (key + l) % B;
+      copy_to_float(k_LH + l * H, (const KV*)at.k_cache + block * at.k_stride_C + offset * at.k_stride_B + tile.kv_head * at.k_stride_K, H);
+      copy_to_float(v_LH + l * H, (const KV*)at.v_cache + block * at.v_stride_C + offset * at.v_stride_B + tile.kv_head * at.v_stride_K, H);
+    }
+    multiply(score_LM, k_LH, H, 1, q_HM, num_keys, H, num_lanes, nullptr);
+
+    const bool all_seen = key + num_keys - 1 <= tile.first_pos && key > last_pos - window && num_lanes % kLanes == 0;
+    for (int64_t vec = 0; vec < num_vecs; ++vec) {
+      float* score_L = score_LM + vec * kLanes;
+      IVec pos = *(IVec*)(pos_M + vec * kLanes);
+      Vec old_max = load(max_M + vec * kLanes), new_max = old_max;
+      if (!all_seen) {
+        for (int64_t l = 0; l < num_keys; ++l) {
+          IVec key_pos = IVec{} + (int32_t)(key + l);
+          IVec seen = (key_pos <= pos) & (pos - key_pos < window);
+          Vec score = load(score_L + l * kTileLanes);
+          store(score_L + l * kTileLanes, seen ? score : splat(kNever));
+        }
+      }
+      for (int64_t l = 0; l < num_keys; ++l) new_max = vmax(new_max, load(score_L + l * kTileLanes));
+      Vec alpha = exp2(old_max - new_max), total = load(sum_M + vec * kLanes) * alpha;
+      for (int64_t l = 0; l < num_keys; ++l) {
+        Vec score = load(score_L + l * kTileLanes);
+        Vec p = exp2(score - new_max);
+        if (!all_seen) p = score <= kNever ? Vec{} : p;  // a lane that has seen no key yet has kNever as its maximum
+        total += p;
+        store(score_L + l * kTileLanes, p);
+      }
+      store(max_M + vec * kLanes, new_max);
+      store(sum_M + vec * kLanes, total);
+      store(alpha_M + vec * kLanes, alpha);
+    }
+    multiply(out_HM, v_LH, 1, H, score_LM, H, num_keys, num_lanes, alpha_M);
+  }
+
+  with_dtype(at.q_dtype, [&](auto zero) {
+    typedef decltype(zero) Q;
+    for (int64_t m = 0; m < num_lanes; ++m) {
+      int64_t token = tile.first_token + m / tile.num_heads, head = tile.first_head + m % tile.num_heads;
+      Q* out_H = (Q*)at.out + (token * at.num_heads + head) * H;
+      float factor = sum_M[m] > 0 ? 1.0f / sum_M[m] : 0.0f;  // no key seen: zeros
+      for (int64_t h = 0; h < H; ++h) put(out_H + h, out_HM[h * kTileLanes + m] * factor);
+    }
+  });
+}
+
+// Decode: one token of one row, all its heads, and a part of its keys. Memory-bound: every key and value is read once for
+// the query heads that share it, in the order of memory (all kv heads of a key lie together, so a few keys at a time are
+// a few streams that the hardware follows), and while keys are read the values are requested, and the other way round.
+constexpr int kSpanKeys = 128;  // keys a part; fixed, so that results depend on neither the batch nor the threads
+constexpr int kStepKeys = 16;   // keys a step
+constexpr int kStreams = kTileRows;  // keys, or values, read side by side
+
+struct Span {
+  int64_t row, token, first_key, end_key;
+  int64_t part, first_part, num_parts;  // parts of one row are neighbours in the workspace
+};
+
+// score[g][l] = q[g] . k[l] for NK keys
+template <typename KV, int GB, int NK>
+INLINE void score_keys(float* score, const float* q_GH, const KV* const* keys, int64_t at, int64_t H) {
+  Vec acc[GB][NK] = {};
+  for (int64_t h = 0; h < H; h += kLanes) {
+    Vec k[NK];
+    for (int l = 0; l < NK; ++l) k[l] = load(keys[l] + at + h);
+    for (int g = 0; g < GB; ++g) {
+      Vec q = load(q_GH + g * H + h);
+      for (int l = 0; l < NK; ++l) acc[g][l] += q * k[l];
+    }
+  }
+  for (int g = 0; g < GB; ++g)
+    for (int l = 0; l < NK; ++l) score[g * kStepKeys + l] = sum(acc[g][l]);
+}
+
+// out[g] = alpha[g] * out[g] + sum over l of p[g][l] * v[l] for NK values; the weights are read once, not per vector
+template <typename KV, int GB, int NK>
+INLINE void add_values(float* out_GH, const float* p, const float* alpha, const KV* const* values, int64_t at, int64_t H) {
+  for (int64_t h = 0; h < H; h += kLanes) {
+    Vec acc[GB];
+    for (int g = 0; g < GB; ++g) acc[g] = alpha ? load(out_GH + g * H + h) * alpha[g] : load(out_GH + g * H + h);
+    for (int l = 0; l < NK; ++l) {
+      Vec v = load(values[l] + at + h);
+      for (int g = 0; g < GB; ++g) acc[g] += p[g * kStepKeys + l] * v;
+    }
+    for (int g = 0; g < GB; ++g) store(out_GH + g * H + h, acc[g]);
+  }
+}
+
+// Calls f(i, width) over 0 .. num - 1 in widths of Max, then half of it, and so on down to 1; the width comes as a type.
+template <int Max, typename F>
+INLINE void for_some(int64_t num, F&& f) {
+  int64_t i = 0;
+  for (; i + Max <= num; i += Max) f(i, std::integral_constant<int, Max>{});
+  if constexpr (Max > 1) for_some<Max / 2>(num - i, [&](int64_t rest, auto width) { f(i + rest, width); });
+}
+
+// partial: for each part [out N x H | max N | sum N]; parts_left counts the parts of each row still missing
+template <typename KV>
+void attend_span(const Attention& at, const Span& span, float* partial, std::atomic<int32_t>* parts_left) {
+  const int64_t H = at.head_dim, B = at.block_size, N = at.num_heads, G = N / at.num_kv_heads;
+  const int64_t part_size = N * (H + 2);
+  float* q_NH = scratch((size_t)(N * (H + kStepKeys + 1)));
+  float* score_NL = q_NH + N * H;
+  float* alpha_N = score_NL + N * kStepKeys;
+  float* out_NH = partial + span.part * part_size;
+  float* max_N = out_NH + N * H;
+  float* sum_N = max_N + N;
+  const float q_scale = (float)(at.scale * 1.4426950408889634);  // log2(e): exp2 instead of exp
+  with_dtype(at.q_dtype, [&](auto zero) {
+    typedef decltype(zero) Q;
+    for (int64_t n = 0; n < N; ++n) {
+      const Q* q_H = (const Q*)at.q + span.token * at.q_stride_T + n * at.q_stride_N;
+      for (int64_t h = 0; h < H; h += kLanes) store(q_NH + n * H + h, load(q_H + h) * q_scale);
+    }
+  });
+  std::memset(out_NH, 0, sizeof(float) * N * H);
+  for (int64_t n = 0; n < N; ++n) {
+    max_N[n] = kNever;
+    sum_N[n] = 0;
+  }
+
+  struct Step {
+    const KV *keys[kStepKeys], *values[kStepKeys];  // those of kv head 0
+    int num_keys;
+  };
+  const int32_t* blocks = at.block_table + span.row * at.table_stride_R;
+  const auto locate = [&](Step& step, int64_t key) {
+    step.num_keys = (int)std::max<int64_t>(0, std::min<int64_t>(kStepKeys, span.end_key - key));
+    int64_t block_idx = key / B, offset = key % B;
+    for (int l = 0; l < step.num_keys; ++l) {
+      const int64_t block = blocks[block_idx];
+      step.keys[l] = (const KV*)at.k_cache + block * at.k_stride_C + offset * at.k_stride_B;
+      step.values[l] = (const KV*)at.v_cache + block * at.v_stride_C + offset * at.v_stride_B;
+      if (++offset == B) offset = 0, ++block_idx;
+    }
+  };
+  const auto request = [&](const KV* const* rows, int64_t head_at, int num) {
+    for (int l = 0; l < num; ++l)
+      for (int64_t h = 0; h < H; h += 64 / (int64_t)sizeof(KV)) __builtin_prefetch(rows[l] + head_at + h);
+  };
+  Step steps[2];
+  locate(steps[0], span.first_key);
+  for (int64_t key = span.first_key; key < span.end_key; key += kStepKeys) {
+    const Step& step = steps[(key - span.first_key) / kStepKeys % 2];
+    Step& next = steps[(key - span.first_key) / kStepKeys % 2 ^ 1];
+    const int num_keys = step.num_keys;
+    locate(next, key + kStepKeys);
+    for_some<kStreams>(num_keys, [&](int64_t l, auto width) {
+      for (int64_t kv_head = 0; kv_head < at.num_kv_heads; ++kv_head) {
+        request(step.values + l, kv_head * at.v_stride_K, width);
+        for_some<2>(G, [&](int64_t g, auto heads) {
+          const int64_t n = kv_head * G + g;
+          score_keys<KV, heads, width>(score_NL + n * kStepKeys + l, q_NH + n * H, step.keys + l, kv_head * at.k_stride_K, H);
+        });
+      }
+    });
+    for (int64_t n = 0; n < N; ++n) {
+      float* score_L = score_NL + n * kStepKeys;
+      for (int l = num_keys; l < kStepKeys; ++l) score_L[l] = kNever;
+      Vec top = load(score_L), total{};
+      for (int l = kLanes; l < kStepKeys; l += kLanes) top = vmax(top, load(score_L + l));
+      const float new_max = std::max(max_N[n], max_of(top));
+      for (int l = 0; l < kStepKeys; l += kLanes) {
+        Vec score = load(score_L + l), p = exp2(score - new_max);
+        p = score <= kNever ? Vec{} : p;
+        total += p;
+        store(score_L + l, p);
+      }
+      alpha_N[n] = exp2(splat(max_N[n] - new_max))[0];
+      sum_N[n] = sum_N[n] * alpha_N[n] + sum(total);
+      max_N[n] = new_max;
+    }
+    for_some<kStreams>(num_keys, [&](int64_t l, auto width) {
+      for (int64_t kv_head = 0; kv_head < at.num_kv_heads; ++kv_head) {
+        request(next.keys + l, kv_head * at.k_stride_K, (int)std::min<int64_t>(width, next.num_keys - l));
+        for_some<4>(G, [&](int64_t g, auto heads) {
+          const int64_t n = kv_head * G + g;
+          add_values<KV, heads, width>(out_NH + n * H, score_NL + n * kStepKeys + l, l ? nullptr : alpha_N + n,
+                                       step.values + l, kv_head * at.v_stride_K, H);
+        });
+      }
+    });
+  }
+
+  // whoever finishes a row last joins its parts, in order
+  if (parts_left[span.first_part].fetch_sub(1, std::memory_order_acq_rel) != 1) return;
+  const float* parts = partial + span.first_part * part_size;
+  with_dtype(at.q_dtype, [&](auto zero) {
+    typedef decltype(zero) Q;
+    for (int64_t n = 0; n < N; ++n) {
+      Q* out_H = (Q*)at.out + (span.token * N + n) * H;
+      float top = kNever, total = 0;
+      for (int64_t i = 0; i < span.num_parts; ++i) top = std::max(top, parts[i * part_size + N * H + n]);
+      float* joined_H = q_NH;  // the queries are done with
+      std::memset(joined_H, 0, sizeof(float) * H);
+      for (int64_t i = 0; i < span.num_parts; ++i) {
+        const float* part = parts + i * part_size;
+        const float factor = exp2(splat(part[N * H + n] - top))[0];
+        total += part[N * H + N + n] * factor;
+        for (int64_t h = 0; h < H; h += kLanes) store(joined_H + h, load(joined_H + h) + load(part + n * H + h) * factor);
+      }
+      const float factor = total > 0 ? 1.0f / total : 0.0f;
+      for (int64_t h = 0; h < H; ++h) put(out_H + h, joined_H[h] * factor);
+    }
+  });
+}
+
+}  // namespace
+
+extern "C" void nanovllm_paged_attention(const Attention* args) {
+  const Attention& at = *args;
+  const int64_t group = at.num_heads / at.num_kv_heads;
+  const int64_t tile_heads = std::min<int64_t>(group, kTileLanes), tile_tokens = kTileLanes / tile_heads;
+  const size_t token_bytes = (size_t)(at.num_heads * at.head_dim * (at.q_dtype == kFp32 ? 4 : 2));
+  const auto zero_tokens = [&](int64_t first, int64_t end) {
+    if (end > first) std::memset(at.out + first * token_bytes, 0, (end - first) * token_bytes);
+  };
+
+  std::vector<Tile> tiles;
+  std::vector<Span> spans;
+  int64_t written = 0;  // tokens below this have an output
+  for (int64_t row = 0; row < at.num_rows; ++row) {
+    int64_t first = at.max_q_len == 1 ? row : at.q_start[row], end = at.max_q_len == 1 ? row + 1 : at.q_start[row + 1];
+    int64_t seq_len = at.seq_len[row];
+    if (end <= first || seq_len <= 0) continue;
+    zero_tokens(written, first);
+    written = end;
+    if (end - first == 1 && at.head_dim % kLanes == 0) {
+      const int64_t first_key = at.window > 0 ? std::max<int64_t>(0, seq_len - at.window) : 0;
+      const int64_t num_parts = (seq_len - 1) / kSpanKeys - first_key / kSpanKeys + 1;
+      const int64_t first_part = (int64_t)spans.size();
+      for (int64_t i = 0; i < num_parts; ++i) {
+        const int64_t from = (first_key / kSpanKeys + i) * kSpanKeys;
+        spans.push_back({row, first, std::max(from, first_key), std::min(from + kSpanKeys, seq_len), first_part + i,
+                         first_part, num_parts});
+      }
+      continue;
+    }
+    for (int64_t token = first; token < end; token += tile_tokens)
+      for (int64_t kv_head = 0; kv_head < at.num_kv_heads; ++kv_head)
+        for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head += tile_heads)
+          tiles.push_back({row, token, std::min(tile_tokens, end - token), seq_len - (end - token), kv_head, head,
+                           std::min(tile_heads, (kv_head + 1) * group - head)});
+  }
+  zero_tokens(written, at.num_tokens);
+
+  const int64_t num_tiles = (int64_t)tiles.size(), num_spans = (int64_t)spans.size();
+  std::vector<std::atomic<int32_t>> parts_left(num_spans);
+  for (const Span& span : spans) parts_left[span.first_part].store((int32_t)span.num_parts, std::memory_order_relaxed);
+  std::unique_ptr<float[]> partial(new float[num_spans * at.num_heads * (at.head_dim + 2)]);
+  parallel_for(num_tiles + num_spans, at.num_threads, [&](int64_t item) {
+    // the last tiles of a row see the most keys: start with those
+    with_dtype(at.kv_dtype, [&](auto zero) {
+      typedef decltype(zero) KV;
+      if (item < num_tiles) attend_tile<KV>(at, tiles[num_tiles - 1 - item]);
+      else attend_span<KV>(at, spans[item - num_tiles], partial.get(), parts_left.data());
+    });
+  });
+}
+
+// ---------------------------------------------------------------------------------------------------- linear
+namespace {
+
+struct Linear {
+  char* out;           // [T, O], contiguous
+  const char* x;       // [T, D]
+  const char* weight;  // [O, D]
+  const char* bias;    // [O] or null
+  int64_t num_tokens, num_outputs, depth;
+  int64_t x_stride, weight_stride;
+  int64_t dtype;
+  int64_t num_threads;
+};
+
+// fp32: one step of the depth is one vector
+struct Fp32Step {
+  typedef float Weight;
+  typedef float X;
+  static constexpr int kDepth = kLanes;
+  struct Value { Vec v; };
+  static INLINE Value load_weight(const float* p) { return {load(p)}; }
+  static INLINE Vec fma(Vec acc, const float* x, Value w) { return acc + load(x) * w.v; }
+};
+
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+struct Bf16Step {
+  typedef Bf16 Weight;
+  typedef Bf16 X;
+  static constexpr int kDepth = 32;
+  struct Value { __m512bh v; };
+  static INLINE Value load_weight(const Bf16* p) { return {(__m512bh)_mm512_loadu_si512(p)}; }
+  static INLINE Vec fma(Vec acc, const Bf16* x, Value w) {
+    return (Vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_loadu_si512(x), w.v);
+  }
+};
+#else
+// bf16: a step is one vector of pairs. A pair's halves are fp32 numbers after a shift or a mask, so x comes in fp32 with
+// the even elements of each step before its odd ones.
+struct Bf16Step {
+  typedef Bf16 Weight;
+  typedef float X;
+  static constexpr int kDepth = 2 * kLanes;
+  struct Value { Vec even, odd; };
+  static INLINE Value load_weight(const Bf16* p) {
+    typedef uint32_t At __attribute__((vector_size(kLanes * 4), aligned(2), may_alias));
+    UVec pairs = *(const At*)p;
+    return {(Vec)(pairs << 16), (Vec)(pairs & 0xffff0000u)};
+  }
+  static INLINE Vec fma(Vec acc, const float* x, Value w) { return acc + load(x) * w.even + load(x + kLanes) * w.odd; }
+};
+#endif
+
+// With few tokens a loop is all loads and the hardware's own prefetching does best; with more, it falls behind.
+constexpr int kPrefetchTokens = 3;
+
+// out[t, o] of TB tokens and OB outputs: TB * OB accumulators in registers, every weight loaded once.
+template <typename Step, int TB, int OB>
+void linear_tile(float* out, const typename Step::X* x, int64_t x_stride, const typename Step::Weight* weight,
+                 int64_t weight_stride, int64_t depth, int64_t prefetch) {
+  typedef typename Step::Weight Weight;
+  Vec acc[TB][OB] = {};
+  int64_t d = 0;
+  for (; d + Step::kDepth <= depth; d += Step::kDepth) {
+    typename Step::Value w[OB];
+    for (int o = 0; o < OB; ++o) {
+      w[o] = Step::load_weight(weight + o * weight_stride + d);
+      if (TB >= kPrefetchTokens) __builtin_prefetch((const char*)(weight + o * weight_stride + d) + prefetch, 0, 2);
+    }
+    for (int t = 0; t < TB; ++t)
+      for (int o = 0; o < OB; ++o) acc[t][o] = Step::fma(acc[t][o], x + t * x_stride + d, w[o]);
+  }
+  if (d < depth) {
+    for (int o = 0; o < OB; ++o) {
+      Weight rest[Step::kDepth] = {};
+      std::memcpy(rest, weight + o * weight_stride + d, (depth - d) * sizeof(Weight));
+      typename Step::Value w = Step::load_weight(rest);
+      for (int t = 0; t < TB; ++t) acc[t][o] = Step::fma(acc[t][o], x + t * x_stride + d, w);
+    }
+  }
+  for (int t = 0; t < TB; ++t)
+    for (int o = 0; o < OB; ++o) out[t * OB + o] = sum(acc[t][o]);
+}
+
+// outputs a tile, by its tokens: as many as leave the accumulators in registers
+constexpr int tile_outputs(int num_tokens) {
+  return kTileRows == 8 ? std::min(24 / num_tokens, 8) : std::max(12 / num_tokens, 1) > 4 ? 4 : std::max(12 / num_tokens, 1);
+}
+
+template <typename Step, int TB, int OB = tile_outputs(TB)>
+void linear_rows(const Linear& at, const typename Step::X* x, int64_t x_stride, int64_t token, int64_t first,
+                 int64_t end) {
+  typedef typename Step::Weight Weight;
+  const Weight* weight = (const Weight*)at.weight;
+  Weight* out = (Weight*)at.out + token * at.num_outputs;
+  int64_t o = first;
+  float sums[TB * OB];
+  const auto finish = [&](int num) {
+    for (int i = 0; i < num; ++i) {
+      float bias = at.bias ? to_float(((const Weight*)at.bias)[o + i]) : 0.0f;
+      for (int t = 0; t < TB; ++t) put(out + t * at.num_outputs + o + i, sums[t * num + i] + bias);
+    }
+  };
+  const int64_t prefetch = OB * at.weight_stride * (int64_t)sizeof(Weight);
+  for (; o + OB <= end; o += OB) {
+    linear_tile<Step, TB, OB>(sums, x + token * x_stride, x_stride, weight + o * at.weight_stride, at.weight_stride,
+                              at.depth, prefetch);
+    finish(OB);
+  }
+  for (; o < end; ++o) {
+    linear_tile<Step, TB, 1>(sums, x + token * x_stride, x_stride, weight + o * at.weight_stride, at.weight_stride,
+                             at.depth, 0);
+    finish(1);
+  }
+}
+
+constexpr int kMaxTokens = 8;  // tokens a pass; a second pass finds the tile's weights in the cache
+
+template <typename Step, int TB = kMaxTokens>
+void linear_tokens(const Linear& at, const typename Step::X* x, int64_t x_stride, int64_t token, int64_t num_tokens,
+                   int64_t first, int64_t end) {
+  if (num_tokens == TB) linear_rows<Step, TB>(at, x, x_stride, token, first, end);
+  else if constexpr (TB > 1) linear_tokens<Step, TB - 1>(at, x, x_stride, token, num_tokens, first, end);
+}
+
+constexpr int64_t kChunkBytes = 128 << 10;  // weights a thread takes at once: a second pass finds them in its cache
+
+template <typename Step>
+void linear(const Linear& at) {
+  typedef typename Step::X X;
+  typedef typename Step::Weight Weight;
+  const int64_t x_stride = (at.depth + Step::kDepth - 1) / Step::kDepth * Step::kDepth;
+  X* x = (X*)scratch(at.num_tokens * x_stride * sizeof(X) / 4);
+  for (int64_t t = 0; t < at.num_tokens; ++t) {
+    const Weight* from = (const Weight*)at.x + t * at.x_stride;
+    X* to = x + t * x_stride;
+    if constexpr (sizeof(X) == sizeof(Weight)) {
+      std::memcpy(to, from, at.depth * sizeof(X));
+      std::memset(to + at.depth, 0, (x_stride - at.depth) * sizeof(X));
+    } else {
+      std::memset((void*)to, 0, x_stride * sizeof(X));
+      for (int64_t d = 0; d < at.depth; ++d) {
+        int64_t in_step = d % Step::kDepth;
+        to[d - in_step + in_step / 2 + in_step % 2 * kLanes] = to_float(from[d]);
+      }
+    }
+  }
+  const int64_t num_passes = (at.num_tokens + kMaxTokens - 1) / kMaxTokens;
+  const int64_t row_bytes = at.depth * (int64_t)sizeof(Weight);
+  const int64_t chunk = std::max<int64_t>(24, kChunkBytes / row_bytes / 24 * 24);
+  parallel_for((at.num_outputs + chunk - 1) / chunk, at.num_threads, [&](int64_t item) {
+    const int64_t first = item * chunk, end = std::min(first + chunk, at.num_outputs);
+    for (int64_t pass = 0; pass < num_passes; ++pass) {
+      int64_t token = at.num_tokens * pass / num_passes, token_end = at.num_tokens * (pass + 1) / num_passes;
+      linear_tokens<Step>(at, x, x_stride, token, token_end - token, first, end);
+    }
+  });
+}
+
+}  // namespace
+
+extern "C" void nanovllm_small_m_linear(const Linear* args) {
+  if (args->dtype == kFp32) linear<Fp32Step>(*args);
+  else linear<Bf16Step>(*args);
+}

@@ -1,0 +1,104 @@
+"""Op schemas: the only vocabulary that models, passes and lowerings share.
+
+Every op has a schema, a fake (shape) kernel and a plain-torch meaning in `reference.py`, which runs wherever no kernel
+is registered for the device. Platforms add kernels with `register_kernels`; models call the functions below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanovllm.kernels import reference
+
+_library = torch.library.Library("nanovllm", "DEF")
+_registered: set[tuple[str, str]] = set()
+
+
+def _define(schema: str, meaning: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    name = schema[: schema.index("(")]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, meaning, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"nanovllm::{name}", fake, lib=_library)
+    return getattr(torch.ops.nanovllm, name).default
+
+
+rms_norm = _define(
+    "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
+    reference.rms_norm,
+    lambda x, weight, eps: torch.empty_like(x, memory_format=torch.contiguous_format),
+)
+add_rms_norm = _define(
+    "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)",
+    reference.add_rms_norm,
+    lambda x, residual, weight, eps: (torch.empty_like(x), torch.empty_like(x)),
+)
+silu_mul = _define(
+    "silu_mul(Tensor gate_up) -> Tensor",
+    reference.silu_mul,
+    lambda gate_up: gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2)),
+)
+rope = _define(
+    "rope(Tensor x, Tensor cos_sin, Tensor pos) -> Tensor",
+    reference.rope,
+    lambda x, cos_sin, pos: torch.empty_like(x, memory_format=torch.contiguous_format),
+)
+store_kv = _define(
+    "store_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot) -> ()",
+    reference.store_kv,
+    lambda k, v, k_cache, v_cache, slot: None,
+)
+qk_norm_rope_store = _define(
+    "qk_norm_rope_store(Tensor qkv, Tensor? q_norm, Tensor? k_norm, Tensor cos_sin, Tensor pos, Tensor slot, "
+    "Tensor(a!) k_cache, Tensor(b!) v_cache, int num_heads, float eps) -> Tensor",
+    reference.qk_norm_rope_store,
+    lambda qkv, q_norm, k_norm, cos_sin, pos, slot, k_cache, v_cache, num_heads, eps: qkv.new_empty(
+        (qkv.shape[0], num_heads, k_cache.shape[3])
+    ),
+)
+paged_attention = _define(
+    "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_len, Tensor q_start, "
+    "int max_q_len, float scale, int window) -> Tensor",
+    reference.paged_attention,
+    lambda q, k_cache, v_cache, block_table, seq_len, q_start, max_q_len, scale, window: torch.empty_like(
+        q, memory_format=torch.contiguous_format
+    ),
+)
+
+small_m_linear = _define(
+    "small_m_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    reference.small_m_linear,
+    lambda x, weight, bias: x.new_empty((*x.shape[:-1], weight.shape[0])),
+)
+
+linear = small_m_linear
+
+
+def register_kernels(dispatch_key: str, kernels: dict[str, Callable[..., Any]]) -> None:
+    """Give ops, by name, their kernels for one dispatch key ("CUDA", "CPU", …). An op keeps its first kernel for a key."""
+    for name, kernel in kernels.items():
+        if (dispatch_key, name) not in _registered:
+            _library.impl(name, kernel, dispatch_key)
+            _registered.add((dispatch_key, name))
+
+
+def op_name(target: object) -> str | None:
+    """The name of one of our ops as it stands in an FX node's target, or None."""
+    return target._schema.name.split("::")[1] if isinstance(target, torch._ops.OpOverload) and target.namespace == "nanovllm" else None
+
+
+__all__ = [
+    "add_rms_norm",
+    "op_name",
+    "paged_attention",
+    "qk_norm_rope_store",
+    "register_kernels",
+    "rms_norm",
+    "rope",
+    "silu_mul",
+    "small_m_linear",
+    "store_kv",
+]

@@ -1,0 +1,133 @@
+"""The meaning of every op in plain torch. This file is the specification: kernels are tested against it, and it
+runs wherever no kernel does.
+
+Shapes: T tokens | R rows (requests) | P blocks per row | C blocks in the cache | B block size in tokens | D hidden | O outputs
+N query heads | K key-value heads | H head size | E = (N + 2K)·H | F ffn size | M positions in the rotary table
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x²) + eps) · weight over the last dimension, in fp32, rounded once before the weight."""
+    x32 = x_TD.float()
+    normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+    return normed.to(x_TD.dtype) * weight_D
+
+
+def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """residual' = x + residual; returns (rms_norm(residual'), residual')."""
+    residual_TD = x_TD + residual_TD
+    return rms_norm(residual_TD, weight_D, eps), residual_TD
+
+
+def silu_mul(gate_up_TG: Tensor) -> Tensor:
+    """silu(gate) · up, where the input holds [gate | up] along the last dimension; [T, 2F] -> [T, F]."""
+    gate_TF, up_TF = gate_up_TG.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate_TF) * up_TF
+
+
+def rope(x_TNH: Tensor, cos_sin_MH: Tensor, pos_T: Tensor) -> Tensor:
+    """Rotary embedding, half-split form: [x1·cos − x2·sin | x2·cos + x1·sin]. Row m of the table is [cos | sin], fp32."""
+    cos_T1h, sin_T1h = cos_sin_MH[pos_T].unsqueeze(1).chunk(2, dim=-1)
+    x1, x2 = x_TNH.float().chunk(2, dim=-1)
+    return torch.cat((x1 * cos_T1h - x2 * sin_T1h, x2 * cos_T1h + x1 * sin_T1h), dim=-1).to(x_TNH.dtype)
+
+
+def store_kv(k_TKH: Tensor, v_TKH: Tensor, k_cache_CBKH: Tensor, v_cache_CBKH: Tensor, slot_T: Tensor) -> None:
+    """Write token t's key and value into slot slot_T[t] = block · B + offset, in place."""
+    k_cache_CBKH.view(-1, *k_cache_CBKH.shape[2:]).index_copy_(0, slot_T.long(), k_TKH.to(k_cache_CBKH.dtype))
+    v_cache_CBKH.view(-1, *v_cache_CBKH.shape[2:]).index_copy_(0, slot_T.long(), v_TKH.to(v_cache_CBKH.dtype))
+
+
+def qk_norm_rope_store(
+    qkv_TE: Tensor,
+    q_norm_H: Tensor | None,
+    k_norm_H: Tensor | None,
+    cos_sin_MH: Tensor,
+    pos_T: Tensor,
+    slot_T: Tensor,
+    k_cache_CBKH: Tensor,
+    v_cache_CBKH: Tensor,
+    num_heads: int,
+    eps: float,
+) -> Tensor:
+    """Split [q | k | v], normalise q and k per head where a weight is given, rotate them, store k and v; returns q [T, N, H]."""
+    num_kv_heads, head_dim = k_cache_CBKH.shape[2:]
+    q_TNH, k_TKH, v_TKH = qkv_TE.view(qkv_TE.shape[0], -1, head_dim).split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+    if q_norm_H is not None:
+        q_TNH = rms_norm(q_TNH, q_norm_H, eps)
+    if k_norm_H is not None:
+        k_TKH = rms_norm(k_TKH, k_norm_H, eps)
+    store_kv(rope(k_TKH, cos_sin_MH, pos_T), v_TKH, k_cache_CBKH, v_cache_CBKH, slot_T)
+    return rope(q_TNH, cos_sin_MH, pos_T)
+
+
+def paged_attention(
+    q_TNH: Tensor,
+    k_cache_CBKH: Tensor,
+    v_cache_CBKH: Tensor,
+    block_table_RP: Tensor,
+    seq_len_R: Tensor,
+    q_start_S: Tensor,
+    max_q_len: int,
+    scale: float,
+    window: int,
+) -> Tensor:
+    """Causal attention of each row's newest tokens over that row's blocks.
+
+    Row r owns tokens q_start_S[r] .. q_start_S[r + 1] − 1 (S = R + 1); they are the last ones of its seq_len_R[r]
+    tokens. A key at position j is seen from position i if i − window < j <= i (window <= 0: all j <= i). With
+    max_q_len 1 (decode) there is one token a row, T = R, and q_start_S is not read. A row with seq_len 0 and tokens
+    of no row give zeros. Nothing of the cache outside a row's first seq_len tokens may reach its output, NaN included.
+    """
+    num_rows, block_size = block_table_RP.shape[0], k_cache_CBKH.shape[1]
+    out_TNH = torch.zeros_like(q_TNH)
+    if max_q_len == 1:
+        # one gather for the whole batch: no host synchronisation
+        max_len = block_table_RP.shape[1] * block_size
+        k_RLKH = k_cache_CBKH[block_table_RP.long()].view(num_rows, max_len, *k_cache_CBKH.shape[2:])
+        v_RLKH = v_cache_CBKH[block_table_RP.long()].view(num_rows, max_len, *k_cache_CBKH.shape[2:])
+        key_pos_L = torch.arange(max_len, device=q_TNH.device)
+        seen_RL = _seen(seq_len_R.unsqueeze(1) - 1, key_pos_L, window)
+        out = _attend(q_TNH.unsqueeze(1), k_RLKH, v_RLKH, seen_RL.unsqueeze(1), scale).squeeze(1)
+        return torch.where((seq_len_R > 0).view(-1, 1, 1), out, out_TNH)
+    starts, seq_lens = q_start_S.tolist(), seq_len_R.tolist()
+    for row in range(num_rows):
+        start, end, seq_len = starts[row], starts[row + 1], seq_lens[row]
+        if end == start or seq_len == 0:
+            continue
+        blocks = block_table_RP[row, : -(-seq_len // block_size)].long()
+        k_LKH, v_LKH = k_cache_CBKH[blocks].flatten(0, 1)[:seq_len], v_cache_CBKH[blocks].flatten(0, 1)[:seq_len]
+        query_pos = torch.arange(seq_len - (end - start), seq_len, device=q_TNH.device)
+        seen_TL = _seen(query_pos.unsqueeze(1), torch.arange(seq_len, device=q_TNH.device), window)
+        out_TNH[start:end] = _attend(q_TNH[None, start:end], k_LKH[None], v_LKH[None], seen_TL[None], scale)[0]
+    return out_TNH
+
+
+def small_m_linear(x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> Tensor:
+    """x · weightᵀ + bias. A name apart from `linear` for kernels that stream the weights once for a few tokens."""
+    return torch.nn.functional.linear(x_TD, weight_OD, bias_O)
+
+
+def _seen(query_pos: Tensor, key_pos: Tensor, window: int) -> Tensor:
+    seen = key_pos <= query_pos
+    return seen & (key_pos > query_pos - window) if window > 0 else seen
+
+
+def _attend(q_RTNH: Tensor, k_RLKH: Tensor, v_RLKH: Tensor, seen_RTL: Tensor, scale: float) -> Tensor:
+    """Matmul and softmax in fp32; keys no query may see are zeroed first, since 0 · NaN is NaN."""
+    num_rows, num_tokens, num_heads, head_dim = q_RTNH.shape
+    num_kv_heads = k_RLKH.shape[2]
+    any_seen_RL11 = seen_RTL.any(1)[:, :, None, None]
+    k_RKHL = torch.where(any_seen_RL11, k_RLKH, 0).float().permute(0, 2, 3, 1)
+    v_RKLH = torch.where(any_seen_RL11, v_RLKH, 0).float().permute(0, 2, 1, 3)
+    # query head n reads key-value head n // (N / K): fold a group's heads and tokens into one matrix per kv head
+    q_RKGTH = q_RTNH.float().view(num_rows, num_tokens, num_kv_heads, -1, head_dim).permute(0, 2, 3, 1, 4)
+    score_RKGTL = (q_RKGTH.flatten(2, 3) @ k_RKHL).unflatten(2, (-1, num_tokens)) * scale
+    score_RKGTL = score_RKGTL.masked_fill(~seen_RTL[:, None, None], float("-inf"))
+    out_RKGTH = (score_RKGTL.softmax(-1).nan_to_num(0.0).flatten(2, 3) @ v_RKLH).unflatten(2, (-1, num_tokens))
+    return out_RKGTH.permute(0, 3, 1, 2, 4).reshape(num_rows, num_tokens, num_heads, head_dim).to(q_RTNH.dtype)

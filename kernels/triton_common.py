@@ -1,0 +1,55 @@
+"""What the Triton kernels share: facts about the device, launch options, and a matrix product that also interprets."""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+# A score no key can reach. Finite, because the difference of two infinities is NaN.
+NO_SCORE = tl.constexpr(-1.0e30)
+LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def dot(a, b, acc, UPCAST: tl.constexpr):
+    """a @ b + acc in fp32. The interpreter multiplies bf16 as raw integers, hence UPCAST there."""
+    if UPCAST:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def wait_for_earlier_kernels(PDL: tl.constexpr):
+    """Stands before the first access to memory.
+
+    With programmatic dependent launch (sm_90) a kernel's programs are placed while the kernel before it still runs, and
+    wait here until its results are visible. Every program must come by: a kernel all of whose programs skipped the wait
+    could be over before its predecessor, and its successor would then start too early.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@functools.cache
+def num_multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of the device; without one (the interpreter) a few, so that work is still divided."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+
+
+@functools.cache
+def shared_memory_bytes(device: torch.device) -> int:
+    """Shared memory one program may have."""
+    if device.type != "cuda":
+        return 99 * 1024
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+@functools.cache
+def launch_options(device: torch.device) -> dict[str, bool]:
+    """Keyword arguments of every launch, among them the constant PDL."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
+        return {"PDL": True, "launch_pdl": True}
+    return {"PDL": False}

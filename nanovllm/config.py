@@ -1,0 +1,77 @@
+"""The engine's options, checked before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Options of `LLM` and `LLMEngine`. None means: what suits the device (see `nanovllm/platforms`).
+
+    model: a folder with a checkpoint in transformers' layout, a Hub id, or "tiny-qwen3", the embedded model.
+    dtype: "auto" is the checkpoint's own, float32 on a CPU.
+    device: "auto", "cpu", "cuda" or "cuda:N".
+    enforce_eager: run the regions as plain Python, without graphs.
+    graph_batch_sizes: rows of the decode graphs. Larger batches run in several decode steps.
+    pad_batches: in eager mode, whether batches are padded to the graphs' sizes all the same.
+    max_num_seqs: requests that run at the same time.
+    max_num_batched_tokens: prompt tokens per prefill step; longer prompts are split, and decode steps go between.
+    max_model_len: tokens per request, prompt and answer together; default the checkpoint's, or what the cache holds.
+    gpu_memory_utilization: share of the device's memory that weights, cache and scratch may take together.
+    num_kvcache_blocks, kvcache_block_size: the cache, in blocks and tokens per block (a multiple of 16).
+    enable_prefix_caching: requests with the same beginning share its blocks.
+    seed: what the seeds of requests without one are drawn from.
+    tensor_parallel_size: 1.
+    random_weights: draw weights from a seeded normal distribution; only the checkpoint's config.json is needed.
+    """
+
+    model: str
+    dtype: str = "auto"
+    device: str = "auto"
+    enforce_eager: bool = False
+    graph_batch_sizes: Sequence[int] | None = None
+    pad_batches: bool = True
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    max_model_len: int | None = None
+    gpu_memory_utilization: float = 0.9
+    num_kvcache_blocks: int | None = None
+    kvcache_block_size: int | None = None
+    enable_prefix_caching: bool = True
+    seed: int = 0
+    tensor_parallel_size: int = 1
+    random_weights: bool = False
+
+    @classmethod
+    def from_options(cls, model: str, options: dict[str, Any]) -> EngineConfig:
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(options) - set(known))
+        if unknown:
+            raise TypeError(f"unknown option {', '.join(unknown)}; the options are {', '.join(known)}")
+        return cls(model, **options)
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype {self.dtype!r} is not supported: use one of {', '.join(DTYPES)}")
+        for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "num_kvcache_blocks"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}: it must be at least 1")
+        if self.graph_batch_sizes is not None:
+            sizes = tuple(self.graph_batch_sizes)
+            if not sizes or any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in sizes):
+                raise ValueError(f"graph_batch_sizes is {list(sizes)}: it must hold whole numbers of at least 1")
+            object.__setattr__(self, "graph_batch_sizes", sizes)
+        if self.kvcache_block_size is not None and (self.kvcache_block_size < 16 or self.kvcache_block_size % 16):
+            raise ValueError(f"kvcache_block_size is {self.kvcache_block_size}: it must be a multiple of 16")
+        if not 0.0 < self.gpu_memory_utilization <= 1.0:
+            raise ValueError(f"gpu_memory_utilization is {self.gpu_memory_utilization}: it must lie in (0, 1]")
+        if not self.pad_batches and not self.enforce_eager:
+            raise ValueError("pad_batches=False needs enforce_eager=True: graphs have fixed sizes")
+        if self.tensor_parallel_size != 1:
+            raise ValueError(f"tensor_parallel_size is {self.tensor_parallel_size}: only 1 is supported")

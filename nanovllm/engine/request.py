@@ -1,0 +1,60 @@
+"""One request's way through the engine: what is known of it, and how far the device is with it."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from nanovllm.sampling import SamplingParams
+
+
+class Status(enum.Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(eq=False)
+class Request:
+    """`num_computed` tokens have their keys and values in the cache, or will have when the launched steps are done;
+    `num_in_flight` sampled tokens are on the device but not yet known here."""
+
+    request_id: int
+    prompt_ids: list[int]
+    params: SamplingParams
+    seed: int
+    max_output: int  # max_tokens, cut to what max_model_len leaves
+    stop_ids: frozenset[int]
+    output_ids: list[int] = field(default_factory=list)
+    status: Status = Status.WAITING
+    finish_reason: str | None = None
+    row: int = -1  # of the device state, while running
+    blocks: list[int] = field(default_factory=list)
+    block_digests: list[bytes] = field(default_factory=list)  # of the full blocks, chained
+    is_decoding: bool = False  # its last prefill chunk has been launched
+    num_computed: int = 0
+    num_in_flight: int = 0
+    num_cached: int | None = None  # prompt tokens found in the prefix cache at first admission
+    logprobs: list[dict[int, float]] = field(default_factory=list)
+    prompt_logprobs: list[dict[int, float] | None] = field(default_factory=list)
+
+    @property
+    def known_ids(self) -> list[int]:
+        return self.prompt_ids + self.output_ids
+
+    @property
+    def num_known(self) -> int:
+        return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def num_scheduled_outputs(self) -> int:
+        return len(self.output_ids) + self.num_in_flight
+
+    @property
+    def may_decode(self) -> bool:
+        return self.is_decoding and self.num_scheduled_outputs < self.max_output
+
+    @property
+    def needs_prompt_logits(self) -> bool:
+        """Prompt log-probabilities are collected by the first full prefill; a restart with outputs has them already."""
+        return self.params.prompt_logprobs is not None and not self.output_ids

@@ -1,0 +1,288 @@
+"""Owns everything on the device: weights, cache, state, programs, captured steps. Launches steps and does not wait."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from nanovllm.compile import buckets
+from nanovllm.compile.program import Compiler
+from nanovllm.engine import sampler
+from nanovllm.engine.batch import PrefillArrays, prefill_arrays
+from nanovllm.engine.filtered import FilteredSampler, LogprobCopies, copy_logprobs, needs_filtering
+from nanovllm.engine.request import Request
+from nanovllm.engine.scheduler import Chunk, DecodePlan, Plan, PrefillPlan
+from nanovllm.engine.state import SAMPLING_FIELDS, new_state
+from nanovllm.engine.steps import Hidden, Steps
+from nanovllm.models.config import ModelConfig
+from nanovllm.models.dense import Batch, LayerCache, Params
+from nanovllm.models.rope import rotary_table
+from nanovllm.platforms import Platform
+from nanovllm.platforms.base import HostCopy, Replay
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The static sizes of one engine."""
+
+    block_size: int
+    max_num_seqs: int
+    max_model_len: int
+    decode_rows: tuple[int, ...]
+    prefill_tokens: tuple[int, ...]
+    max_prefill_rows: int
+    pad: bool = True
+
+    @property
+    def blocks_per_row(self) -> int:
+        return -(-self.max_model_len // self.block_size)
+
+    def decode_bucket(self, num_rows: int) -> int:
+        return buckets.smallest_fit(self.decode_rows, num_rows) if self.pad else num_rows
+
+    def prefill_bucket(self, num_tokens: int, num_rows: int) -> tuple[int, int]:
+        """(T, R) for a prefill step."""
+        if not self.pad:
+            return num_tokens, num_rows
+        tokens = buckets.smallest_fit(self.prefill_tokens, num_tokens)
+        return tokens, min(tokens, self.max_prefill_rows)
+
+
+@dataclass(frozen=True)
+class PromptLogprobs:
+    """Log-probabilities of prompt tokens `first` … of one request."""
+
+    request: Request
+    first: int
+    num: int
+    copies: LogprobCopies
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A step on its way: which requests get a token from it, and where it will be. `rows[i]` is request i's."""
+
+    requests: list[Request]
+    rows: list[int]
+    tokens: HostCopy
+    logprobs: LogprobCopies | None
+    prompt_logprobs: list[PromptLogprobs]
+
+
+class _DecodeStep:
+    """One decode bucket: static input and output, and the step captured with and without the sampler."""
+
+    def __init__(self, steps: Steps, platform: Platform, num_rows: int, pad_row: int) -> None:
+        device = platform.device
+        self.row_idx_R = torch.full((num_rows,), pad_row, dtype=torch.int64, device=device)
+        self.token_R = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        self.rows: list[int] = []  # what row_idx_R holds
+        self._steps, self._platform = steps, platform
+        self._logits_RV: Tensor | None = None
+        self._logits: Replay | None = None
+        self.replay = platform.capture(self._whole)
+
+    def logits(self) -> Tensor:
+        """Everything but the sampler. Captured when first asked for; its programs are those of the whole step."""
+        if self._logits is None:
+            self._logits = self._platform.capture(self._without_sampler)
+        self._logits()
+        assert self._logits_RV is not None
+        return self._logits_RV
+
+    def _whole(self) -> None:
+        self.token_R.copy_(self._steps.decode(self.row_idx_R))
+
+    def _without_sampler(self) -> None:
+        self._logits_RV = self._steps.decode_logits(self.row_idx_R)
+
+
+class Runner:
+    def __init__(
+        self,
+        model: ModuleType,
+        cfg: ModelConfig,
+        params: Params,
+        layout: Layout,
+        platform: Platform,
+        compiler: Compiler,
+    ) -> None:
+        self.model, self.cfg, self.params = model, cfg, params
+        self.layout, self.platform, self.compiler = layout, platform, compiler
+        self.state = new_state(layout.max_num_seqs, layout.blocks_per_row, platform.device)
+        self.cos_sin_MH = rotary_table(cfg.inv_freq, cfg.rope_scale, layout.max_model_len, platform.device)
+        self.filtered = FilteredSampler(platform, self.state, cfg.vocab_size)
+        self._decode_steps: dict[int, _DecodeStep] = {}
+        self.steps = self._make_steps(num_blocks=2)  # until the size of the cache is known
+
+    @property
+    def block_bytes(self) -> int:
+        return self.cfg.kv_bytes_per_token * self.layout.block_size
+
+    def measure_blocks(self, utilization: float) -> int:
+        """Blocks that fit beside the weights and the largest prefill step, which is run once to see what it takes."""
+        self.platform.reset_peak()
+        self._warm_prefill(self.layout.prefill_tokens[-1])
+        self.platform.synchronize()
+        return max(0, self.platform.cache_budget_bytes(utilization)) // self.block_bytes
+
+    def allocate_cache(self, num_blocks: int) -> None:
+        """Zeroed cache blocks; the state's block tables refer to them by number."""
+        self.steps = self._make_steps(num_blocks)
+
+    def warm_up(self, progress: Callable[[str], object]) -> None:
+        """Build and run the programs of every bucket, capture the decode steps, and close the compiler."""
+        if not self.layout.pad:
+            return
+        for num_tokens in reversed(self.layout.prefill_tokens):
+            progress(f"prefill {num_tokens}")
+            self._warm_prefill(num_tokens)
+        # from the largest down: captured steps share one memory pool, and the first one sizes it
+        for num_rows in reversed(self.layout.decode_rows):
+            progress(f"decode {num_rows}")
+            self._decode_step(num_rows)
+        self.platform.synchronize()
+        self.compiler.seal()
+
+    def launch(self, plan: Plan) -> Launched:
+        """Start a step; returns at once on devices that work asynchronously."""
+        with torch.no_grad():
+            return self._prefill(plan) if isinstance(plan, PrefillPlan) else self._decode(plan)
+
+    def _make_steps(self, num_blocks: int) -> Steps:
+        cfg, device = self.cfg, self.platform.device
+        shape = (num_blocks, self.layout.block_size, cfg.num_kv_heads, cfg.head_dim)
+
+        def blocks() -> Tensor:
+            # memory of its own for each: programs take them as inputs, and inputs must not alias
+            return torch.zeros(shape, dtype=cfg.dtype, device=device)
+
+        caches = tuple(LayerCache(blocks(), blocks()) for _ in range(cfg.num_layers))
+        return Steps(self.model, cfg, self.params, caches, self.cos_sin_MH, self.state, self.compiler)
+
+    # decode -----------------------------------------------------------------------------------------------------
+
+    def _decode_step(self, num_rows: int) -> _DecodeStep:
+        step = self._decode_steps.get(num_rows)
+        if step is None:
+            with torch.no_grad():
+                step = _DecodeStep(self.steps, self.platform, num_rows, self.state.pad_row)
+            self._decode_steps[num_rows] = step
+        return step
+
+    def _decode(self, plan: DecodePlan) -> Launched:
+        requests = plan.requests
+        if plan.new_blocks:
+            row, block_idx, block = self.platform.upload(plan.new_blocks, torch.int64).unbind(1)
+            self.state.block_table_SP.index_put_((row, block_idx), block.int())
+        step = self._decode_step(self.layout.decode_bucket(len(requests)))
+        rows = [request.row for request in requests]
+        rows += [self.state.pad_row] * (step.row_idx_R.shape[0] - len(rows))
+        if rows != step.rows:
+            step.row_idx_R.copy_(self.platform.upload(rows, torch.int64))
+            step.rows = rows
+        logprobs = None
+        if any(needs_filtering(request) for request in requests):
+            token_R, logprobs = self.filtered.sample(requests, step.row_idx_R, step.logits())
+        else:
+            step.replay()
+            token_R = step.token_R
+        return Launched(requests, list(range(len(requests))), self.platform.read_back(token_R), logprobs, [])
+
+    # prefill ----------------------------------------------------------------------------------------------------
+
+    def _prefill(self, plan: PrefillPlan) -> Launched:
+        chunks = plan.chunks
+        num_tokens, num_rows = self.layout.prefill_bucket(sum(chunk.num_tokens for chunk in chunks), len(chunks))
+        arrays = prefill_arrays(
+            chunks,
+            num_tokens=num_tokens,
+            num_rows=num_rows,
+            block_size=self.layout.block_size,
+            blocks_per_row=self.layout.blocks_per_row,
+            pad_row=self.state.pad_row,
+        )
+        self._admit(chunks, arrays)
+        hidden, sample_row_R, last_R = self._run_prefill(arrays)
+        prompt_logprobs = self._prompt_logprobs(chunks, arrays, hidden)
+        logits_RV = self.steps.logits_at(hidden, last_R)
+        logprobs = None
+        if any(chunk.is_last and needs_filtering(chunk.request) for chunk in chunks):
+            requests = [chunk.request for chunk in chunks]
+            token_R, logprobs = self.filtered.sample(requests, sample_row_R, logits_RV)
+        else:
+            token_R = self.steps.sample(sample_row_R, logits_RV)
+        sampled = [row for row, chunk in enumerate(chunks) if chunk.is_last]
+        tokens = self.platform.read_back(token_R)
+        return Launched([chunks[row].request for row in sampled], sampled, tokens, logprobs, prompt_logprobs)
+
+    def _run_prefill(self, arrays: PrefillArrays) -> tuple[Hidden, Tensor, Tensor]:
+        upload = self.platform.upload
+        batch = Batch(
+            pos_T=upload(arrays.pos_T, torch.int64),
+            slot_T=upload(arrays.slot_T, torch.int64),
+            block_table_RP=upload(arrays.block_table_RP, torch.int32),
+            seq_len_R=upload(arrays.seq_len_R, torch.int32),
+            q_start_S=upload(arrays.q_start_S, torch.int32),
+        )
+        hidden = self.steps.prefill(upload(arrays.token_T, torch.int64), batch)
+        return hidden, upload(arrays.sample_row_R, torch.int64), upload(arrays.last_R, torch.int64)
+
+    def _admit(self, chunks: Sequence[Chunk], arrays: PrefillArrays) -> None:
+        """Write what the device must know of each request into its row: all that decode steps do not derive."""
+        upload, row_idx = self.platform.upload, [chunk.request.row for chunk in chunks]
+        row_idx_R = upload(row_idx, torch.int64)
+        fields = [[getattr(chunk.request.params, name) for name in SAMPLING_FIELDS] for chunk in chunks]
+        pos = [chunk.start + chunk.num_tokens - 1 for chunk in chunks]
+        self.state.pos_S.index_copy_(0, row_idx_R, upload(pos, torch.int64))
+        self.state.seed_S.index_copy_(0, row_idx_R, upload([chunk.request.seed for chunk in chunks], torch.int64))
+        self.state.sampling_SF.index_copy_(0, row_idx_R, upload(fields, torch.float32))
+        self.state.block_table_SP.index_copy_(
+            0, row_idx_R, upload(arrays.block_table_RP[: len(chunks)], torch.int32)
+        )
+        self.filtered.admit([chunk.request for chunk in chunks if chunk.is_last])
+
+    def _prompt_logprobs(
+        self, chunks: Sequence[Chunk], arrays: PrefillArrays, hidden: Hidden
+    ) -> list[PromptLogprobs]:
+        """For requests that ask: the log-probability of each prompt token, from the logits of the token before it."""
+        found: list[PromptLogprobs] = []
+        for row, chunk in enumerate(chunks):
+            request, offset = chunk.request, int(arrays.q_start_S[row])
+            if not request.needs_prompt_logits:
+                continue
+            num = min(chunk.num_tokens, len(request.prompt_ids) - 1 - chunk.start)
+            group = arrays.last_R.shape[0]  # as many at a time as the head's program takes
+            for start in range(0, num, group):
+                size = min(group, num - start)
+                index = [offset + start + min(i, size - 1) for i in range(group)]
+                first = chunk.start + start + 1
+                following = request.prompt_ids[first : first + size] + [0] * (group - size)
+                logits_RV = self.steps.logits_at(hidden, self.platform.upload(index, torch.int64))
+                token_R = self.platform.upload(following, torch.int64)
+                num_top = min(request.params.prompt_logprobs or 0, self.cfg.vocab_size)
+                values = sampler.logprobs(logits_RV, token_R, num_top)
+                found.append(PromptLogprobs(request, first, size, copy_logprobs(self.platform, values)))
+        return found
+
+    def _warm_prefill(self, num_tokens: int) -> None:
+        """A prefill step of padding alone: it builds the bucket's programs and touches no block of a request."""
+        num_tokens, num_rows = self.layout.prefill_bucket(num_tokens, 1)
+        arrays = prefill_arrays(
+            [],
+            num_tokens=num_tokens,
+            num_rows=num_rows,
+            block_size=self.layout.block_size,
+            blocks_per_row=self.layout.blocks_per_row,
+            pad_row=self.state.pad_row,
+        )
+        with torch.no_grad():
+            hidden, sample_row_R, last_R = self._run_prefill(arrays)
+            self.steps.sample(sample_row_R, self.steps.logits_at(hidden, last_R))

@@ -1,0 +1,179 @@
+"""From options to a warm runner: find the checkpoint, read its config, load weights, size the cache, build the programs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from nanovllm import env, hub, platforms
+from nanovllm.compile import buckets
+from nanovllm.compile.passes.fuse_rope_store import fuse_rope_store
+from nanovllm.compile.passes.inline_ops import inline_ops
+from nanovllm.compile.program import Compiler
+from nanovllm.config import EngineConfig
+from nanovllm.engine.runner import Layout, Runner
+from nanovllm.models import registry, weights
+from nanovllm.models.config import ModelConfig
+from nanovllm.platforms import Platform
+from nanovllm.tokenizer import load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+# Inputs whose first dimension is no reason to compile again: cache blocks, rows of the rotary table.
+VARYING = ("k_CBKH", "v_CBKH", "cos_sin_MH")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    runner: Runner
+    tokenizer: Any | None
+    eos_ids: frozenset[int]
+    num_blocks: int
+    seconds: dict[str, float]
+
+
+def load(config: EngineConfig) -> Loaded:
+    """Everything between the options and the first step, with a progress bar over layers and buckets."""
+    started = time.perf_counter()
+    environment = env.read()
+    platform = platforms.select(config.device)
+    folder = hub.resolve(config.model, weights=not config.random_weights)
+    model, cfg, hf = read_model_config(folder, config, platform)
+    tokenizer = load_tokenizer(folder)
+    use_private_cache(environment.cache)
+    platform.prepare()
+    layout = make_layout(config, cfg, platform)
+    compiler = make_compiler(config, platform, environment)
+    num_programs = len(layout.prefill_tokens) + len(layout.decode_rows) if layout.pad else 0
+    with tqdm(total=cfg.num_layers + num_programs, desc="loading weights", dynamic_ncols=True, leave=False) as bar:
+        if config.random_weights:
+            params = weights.random(model, cfg, platform.device, config.seed, bar.update)
+        else:
+            params = weights.load(model, cfg, folder, platform.device, bar.update)
+        platform.synchronize()
+        weights_done = time.perf_counter()
+
+        def building(what: str) -> None:
+            bar.set_description(f"building {what}")
+            bar.update()
+
+        bar.set_description("sizing the cache")
+        layout, num_blocks, runner = _with_cache(config, layout, cfg, partial(Runner, model, cfg, params), platform, compiler)
+        runner.warm_up(building)
+    seconds = {"weights": weights_done - started, "warm_up": time.perf_counter() - weights_done}
+    logger.info(
+        "%s on %s in %s: %d layers, %d cache blocks of %d tokens, %s, ready in %.1f s",
+        cfg.architecture, platform.device, str(cfg.dtype).removeprefix("torch."), cfg.num_layers, num_blocks,
+        layout.block_size, f"{compiler.num_compiled} programs" if compiler.lowering else "eager", sum(seconds.values()),
+    )  # fmt: skip
+    return Loaded(runner, tokenizer, eos_token_ids(folder, hf), num_blocks, seconds)
+
+
+def read_model_config(folder: Path, config: EngineConfig, platform: Platform) -> tuple[ModuleType, ModelConfig, Any]:
+    """The model file, its config and transformers' config for a checkpoint folder."""
+    from transformers import AutoConfig
+
+    hf = AutoConfig.from_pretrained(folder)
+    model = registry.architecture(hf.architectures)
+    return model, model.config(hf, dtype=choose_dtype(config.dtype, hf, platform), max_model_len=config.max_model_len), hf
+
+
+def choose_dtype(name: str, hf: Any, platform: Platform) -> torch.dtype:
+    """"auto" is the checkpoint's own, float32 on a CPU; ValueError for one that the device does not compute in."""
+    if name == "auto":
+        dtype = torch.float32 if platform.name == "cpu" else getattr(hf, "dtype", None) or torch.float32
+    else:
+        dtype = getattr(torch, name)
+    if dtype not in platform.supported_dtypes:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in platform.supported_dtypes)
+        raise ValueError(f"{str(dtype).removeprefix('torch.')} is not supported on this {platform.name} device: use one of {names}")
+    return dtype
+
+
+def eos_token_ids(folder: Path, hf: Any) -> frozenset[int]:
+    """All ids that end an answer: generation_config.json names them, config.json where it does not."""
+    generation = folder / "generation_config.json"
+    found = json.loads(generation.read_text()).get("eos_token_id") if generation.is_file() else None
+    found = hf.eos_token_id if found is None else found
+    return frozenset(found if isinstance(found, list) else [] if found is None else [found])
+
+
+def make_layout(config: EngineConfig, cfg: ModelConfig, platform: Platform) -> Layout:
+    max_model_len = config.max_model_len or cfg.max_position
+    max_num_seqs = config.max_num_seqs or platform.default_num_seqs
+    max_tokens = config.max_num_batched_tokens or platform.default_batched_tokens
+    max_tokens = max(16, min(max_tokens, -(-max_model_len // 16) * 16 * max_num_seqs))
+    pad = config.pad_batches
+    return Layout(
+        block_size=config.kvcache_block_size or platform.default_block_size,
+        max_num_seqs=max_num_seqs,
+        max_model_len=max_model_len,
+        decode_rows=buckets.decode_ladder(config.graph_batch_sizes, max_num_seqs, platform.name),
+        prefill_tokens=buckets.prefill_ladder(max_tokens),
+        max_prefill_rows=min(max_num_seqs, buckets.PREFILL_ROWS),
+        pad=pad,
+    )
+
+
+def make_compiler(config: EngineConfig, platform: Platform, environment: env.Environment) -> Compiler:
+    lowering, problem = (None, "") if config.enforce_eager else platform.lowering()
+    if problem:
+        logger.warning(problem)
+    return Compiler(
+        lowering,
+        passes=(("fuse_rope_store", fuse_rope_store), ("inline_ops", partial(inline_ops, keep=platform.keeps_op))),
+        dump_dir=environment.dump_graphs,
+        varying=VARYING,
+        strict=environment.strict,
+    )
+
+
+def use_private_cache(folder: Path) -> None:
+    """Compiled code goes into a folder that only its owner can write: others could make us run theirs."""
+    for sub_folder in ("inductor", "triton"):
+        (folder / sub_folder).mkdir(parents=True, exist_ok=True, mode=0o700)
+    env.set_default("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
+    env.set_default("TRITON_CACHE_DIR", str(folder / "triton"))
+
+
+def _with_cache(
+    config: EngineConfig, layout: Layout, cfg: ModelConfig, make: Any, platform: Platform, compiler: Compiler
+) -> tuple[Layout, int, Runner]:
+    """A runner with its cache: as many blocks as asked for, or as fit and can be used."""
+    runner = make(layout, platform, compiler)
+    most_useful = 1 + layout.max_num_seqs * layout.blocks_per_row
+    num_blocks = config.num_kvcache_blocks or min(most_useful, runner.measure_blocks(config.gpu_memory_utilization))
+    block_size = layout.block_size
+    if num_blocks < 2:
+        raise ValueError(
+            f"there is memory for {num_blocks} cache block(s) of {block_size} tokens ({runner.block_bytes / 2**20:.1f} MiB "
+            f"each), but at least 2 are needed: raise gpu_memory_utilization ({config.gpu_memory_utilization}), or lower "
+            f"kvcache_block_size ({block_size}) or max_num_batched_tokens ({layout.prefill_tokens[-1]})"
+        )
+    capacity = (num_blocks - 1) * block_size
+    if capacity < layout.max_model_len:
+        if config.max_model_len is not None:
+            raise ValueError(
+                f"max_model_len is {config.max_model_len}, but the cache holds {capacity} tokens "
+                f"({num_blocks - 1} blocks of {block_size}): lower max_model_len or raise num_kvcache_blocks"
+            )
+        logger.warning("max_model_len is lowered from %d to %d, what the cache holds", layout.max_model_len, capacity)
+        layout = make_layout(_replace(config, max_model_len=capacity), cfg, platform)
+        runner = make(layout, platform, compiler)
+    runner.allocate_cache(num_blocks)
+    return layout, num_blocks, runner
+
+
+def _replace(config: EngineConfig, **changes: Any) -> EngineConfig:
+    from dataclasses import replace
+
+    return replace(config, **changes)

@@ -1,0 +1,116 @@
+"""A step of the model, put together from regions. Each region is traced and compiled by itself, once per bucket; a
+decode step as a whole is what a platform captures.
+
+R rows | T tokens | D hidden | V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from nanovllm.compile.program import Compiler
+from nanovllm.engine.state import DeviceState, decode_batch, sample_and_advance
+from nanovllm.models.config import ModelConfig
+from nanovllm.models.dense import Batch, LayerCache, Params
+
+
+class Hidden(NamedTuple):
+    """The residual stream between regions: the newest contribution, and the sum of those before it."""
+
+    x_TD: Tensor
+    residual_TD: Tensor
+
+
+class Steps:
+    """The steps of one model. Programs are built on first use; `runner.warm_up` uses every bucket once."""
+
+    def __init__(
+        self,
+        model: ModuleType,
+        cfg: ModelConfig,
+        params: Params,
+        caches: tuple[LayerCache, ...],
+        cos_sin_MH: Tensor,
+        state: DeviceState,
+        compiler: Compiler,
+    ) -> None:
+        self.model, self.cfg, self.params, self.caches = model, cfg, params, caches
+        self.cos_sin_MH, self.state, self.compiler = cos_sin_MH, state, compiler
+        self.block_size = caches[0].k_CBKH.shape[1]
+
+    def decode_logits(self, row_idx_R: Tensor) -> Tensor:
+        """Feed each row's newest token; returns the logits [R, V] of what follows it."""
+        hidden, batch = self._run(
+            "begin",
+            (row_idx_R.shape[0],),
+            self._begin,
+            state=self.state,
+            embed_VD=self.params.embed_VD,
+            row_idx_R=row_idx_R,
+        )
+        return self._head(self._layers("decode", hidden, batch, max_q_len=1))
+
+    def decode(self, row_idx_R: Tensor) -> Tensor:
+        """A whole decode step, sampler included; returns the chosen token_R, which the state now holds as well."""
+        return self.sample(row_idx_R, self.decode_logits(row_idx_R))
+
+    def prefill(self, token_T: Tensor, batch: Batch) -> Hidden:
+        """Write keys and values of T packed tokens; returns the stream after the last layer."""
+        key = (token_T.shape[0],)
+        hidden = self._run("embed", key, self._embed, embed_VD=self.params.embed_VD, token_T=token_T)
+        return self._layers("prefill", hidden, batch, max_q_len=token_T.shape[0])
+
+    def logits_at(self, hidden: Hidden, index_R: Tensor) -> Tensor:
+        """Logits [R, V] after the tokens at `index_R` of a prefill step."""
+        return self._head(Hidden(hidden.x_TD[index_R], hidden.residual_TD[index_R]))
+
+    def sample(self, row_idx_R: Tensor, logits_RV: Tensor) -> Tensor:
+        """The plain sampler: chooses by temperature and advances the state."""
+        key = (row_idx_R.shape[0],)
+        return self._run(
+            "sample", key, sample_and_advance, state=self.state, row_idx_R=row_idx_R, logits_RV=logits_RV
+        )
+
+    def _begin(self, state: DeviceState, embed_VD: Tensor, row_idx_R: Tensor) -> tuple[Hidden, Batch]:
+        token_R, batch = decode_batch(self.block_size, state, row_idx_R)
+        return self._embed(embed_VD, token_R), batch
+
+    def _embed(self, embed_VD: Tensor, token_T: Tensor) -> Hidden:
+        return Hidden(*self.model.embed(self.cfg, embed_VD, token_T))
+
+    def _layers(self, phase: str, hidden: Hidden, batch: Batch, max_q_len: int) -> Hidden:
+        sizes = (batch.pos_T.shape[0], batch.seq_len_R.shape[0])
+        for window, weights, cache in zip(self.cfg.layer_windows, self.params.layers, self.caches):
+            hidden = Hidden(
+                *self._run(
+                    "layer",
+                    (phase, *sizes, f"window{window}"),
+                    partial(self.model.layer, self.cfg, window, max_q_len),
+                    w=weights,
+                    kv=cache,
+                    cos_sin_MH=self.cos_sin_MH,
+                    batch=batch,
+                    x_TD=hidden.x_TD,
+                    residual_TD=hidden.residual_TD,
+                )
+            )
+        return hidden
+
+    def _head(self, hidden: Hidden) -> Tensor:
+        return self._run(
+            "head",
+            (hidden.x_TD.shape[0],),
+            partial(self.model.head, self.cfg),
+            final_norm_D=self.params.final_norm_D,
+            head_VD=self.params.head_VD,
+            x_RD=hidden.x_TD,
+            residual_RD=hidden.residual_TD,
+        )
+
+    def _run(self, name: str, key: tuple[object, ...], function: Callable[..., Any], **inputs: object) -> Any:
+        return self.compiler.program(name, key, function, inputs)(*inputs.values())

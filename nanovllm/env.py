@@ -1,0 +1,37 @@
+"""The environment variables that this package reads, all of them here, each once."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+
+
+@dataclass(frozen=True)
+class Environment:
+    """NANOVLLM_LOG_LEVEL, NANOVLLM_DUMP_GRAPHS (a folder), NANOVLLM_STRICT (1: a compile after warm-up is an error),
+    NANOVLLM_CACHE (a folder, default ~/.cache/nanovllm)."""
+
+    log_level: str
+    dump_graphs: Path | None
+    strict: bool
+    cache: Path
+
+
+def read() -> Environment:
+    level = os.environ.get("NANOVLLM_LOG_LEVEL", "INFO").upper()
+    if level not in LOG_LEVELS:
+        raise ValueError(f"NANOVLLM_LOG_LEVEL is {level!r}: use one of {', '.join(LOG_LEVELS)}")
+    strict = os.environ.get("NANOVLLM_STRICT", "0")
+    if strict not in ("0", "1"):
+        raise ValueError(f"NANOVLLM_STRICT is {strict!r}: use 0 or 1")
+    dump = os.environ.get("NANOVLLM_DUMP_GRAPHS")
+    cache = os.environ.get("NANOVLLM_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "nanovllm")
+    return Environment(level, Path(dump) if dump else None, strict == "1", Path(cache))
+
+
+def set_default(name: str, value: str) -> None:
+    """Give a library its setting unless the user already has."""
+    os.environ.setdefault(name, value)

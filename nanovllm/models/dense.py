@@ -1,0 +1,107 @@
+"""The dense decoder: Llama, Mistral, Qwen2 and Qwen3 are this mathematics with different switches in their configs.
+
+T tokens | R rows (requests) | S = R + 1 | P blocks per row | C cache blocks | B block size | D hidden | N query heads
+K kv heads | H head size | E = (N + 2K)·H | Q = N·H | F ffn | G = 2F | V vocabulary | M positions. Every dim is a Python
+int fixed by the bucket; `x_TD` is [T, D].
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nanovllm.kernels import ops
+from nanovllm.models.config import ModelConfig
+
+
+class Layer(NamedTuple):
+    """Weights of one decoder layer."""
+
+    attn_norm_D: Tensor
+    qkv_ED: Tensor
+    qkv_bias_E: Tensor | None
+    q_norm_H: Tensor | None
+    k_norm_H: Tensor | None
+    out_DQ: Tensor
+    out_bias_D: Tensor | None
+    mlp_norm_D: Tensor
+    gate_up_GD: Tensor
+    gate_up_bias_G: Tensor | None
+    down_DF: Tensor
+    down_bias_D: Tensor | None
+
+
+class Params(NamedTuple):
+    """All weights; `head_VD` is `embed_VD` itself where the checkpoint ties them."""
+
+    embed_VD: Tensor
+    layers: tuple[Layer, ...]
+    final_norm_D: Tensor
+    head_VD: Tensor
+
+
+class LayerCache(NamedTuple):
+    k_CBKH: Tensor
+    v_CBKH: Tensor
+
+
+class Batch(NamedTuple):
+    """What changes between two steps of one bucket, and nothing else."""
+
+    pos_T: Tensor  # position of each token in its request
+    slot_T: Tensor  # cache slot it writes: block · B + offset
+    block_table_RP: Tensor
+    seq_len_R: Tensor  # tokens of each row, this step's included
+    q_start_S: Tensor  # row r owns tokens q_start[r] .. q_start[r + 1] − 1
+
+
+def embed(cfg: ModelConfig, embed_VD: Tensor, token_T: Tensor) -> tuple[Tensor, Tensor]:
+    """Token ids to (x, residual), both [T, D]; the residual starts at zero so that all layers are the same program."""
+    x_TD = torch.nn.functional.embedding(token_T, embed_VD)
+    return x_TD, torch.zeros_like(x_TD)
+
+
+def layer(
+    cfg: ModelConfig,
+    window: int,
+    max_q_len: int,
+    w: Layer,
+    kv: LayerCache,
+    cos_sin_MH: Tensor,
+    batch: Batch,
+    x_TD: Tensor,
+    residual_TD: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """One decoder layer; writes the keys and values of T tokens into kv. Traced once per bucket, called once per layer."""
+    x_TD, residual_TD = ops.add_rms_norm(x_TD, residual_TD, w.attn_norm_D, cfg.norm_eps)
+    qkv_TE = ops.linear(x_TD, w.qkv_ED, w.qkv_bias_E)
+    q_TNH, k_TKH, v_TKH = qkv_TE.view(qkv_TE.shape[0], -1, cfg.head_dim).split(
+        [cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads], dim=1
+    )
+    if w.q_norm_H is not None and w.k_norm_H is not None:
+        q_TNH, k_TKH = ops.rms_norm(q_TNH, w.q_norm_H, cfg.norm_eps), ops.rms_norm(k_TKH, w.k_norm_H, cfg.norm_eps)
+    q_TNH, k_TKH = ops.rope(q_TNH, cos_sin_MH, batch.pos_T), ops.rope(k_TKH, cos_sin_MH, batch.pos_T)
+    ops.store_kv(k_TKH, v_TKH, kv.k_CBKH, kv.v_CBKH, batch.slot_T)
+    o_TNH = ops.paged_attention(
+        q_TNH,
+        kv.k_CBKH,
+        kv.v_CBKH,
+        batch.block_table_RP,
+        batch.seq_len_R,
+        batch.q_start_S,
+        max_q_len,
+        cfg.head_dim**-0.5,
+        window,
+    )
+    x_TD = ops.linear(o_TNH.flatten(1), w.out_DQ, w.out_bias_D)
+    x_TD, residual_TD = ops.add_rms_norm(x_TD, residual_TD, w.mlp_norm_D, cfg.norm_eps)
+    x_TF = ops.silu_mul(ops.linear(x_TD, w.gate_up_GD, w.gate_up_bias_G))
+    return ops.linear(x_TF, w.down_DF, w.down_bias_D), residual_TD
+
+
+def head(cfg: ModelConfig, final_norm_D: Tensor, head_VD: Tensor, x_RD: Tensor, residual_RD: Tensor) -> Tensor:
+    """Final norm and projection to the vocabulary: logits [R, V] in the model's dtype."""
+    x_RD, _ = ops.add_rms_norm(x_RD, residual_RD, final_norm_D, cfg.norm_eps)
+    return ops.linear(x_RD, head_VD, None)

@@ -1,0 +1,31 @@
+"""Devices: one file each, chosen by name."""
+
+from __future__ import annotations
+
+import torch
+
+from nanovllm.platforms.base import Platform
+
+DEVICES = ("auto", "cpu", "cuda")
+
+
+def select(device: str) -> Platform:
+    """The platform for "cpu", "cuda", "cuda:1" or "auto" (a GPU if there is one)."""
+    kind, _, index = device.partition(":")
+    if kind not in DEVICES or (index and not (kind == "cuda" and index.isdigit())):
+        raise ValueError(f"device {device!r} is not supported: use one of {', '.join(DEVICES)} or cuda:N")
+    has_cuda = torch.cuda.is_available()
+    if kind == "cuda" and not has_cuda:
+        raise ValueError("device 'cuda' was asked for, but torch sees no CUDA device: use device='cpu' or 'auto'")
+    if kind == "cuda" or (kind == "auto" and has_cuda):
+        from nanovllm.platforms.cuda import CudaPlatform
+
+        if int(index or 0) >= torch.cuda.device_count():
+            raise ValueError(f"device {device!r} is not there: torch sees {torch.cuda.device_count()} CUDA device(s)")
+        return CudaPlatform(int(index or 0))
+    from nanovllm.platforms.cpu import CpuPlatform
+
+    return CpuPlatform()
+
+
+__all__ = ["DEVICES", "Platform", "select"]

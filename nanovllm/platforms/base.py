@@ -1,0 +1,74 @@
+"""What the engine asks of a device. Everything that differs between devices is behind this interface."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from nanovllm.compile.program import Lowering
+
+
+class HostCopy(Protocol):
+    """A device tensor on its way to the host."""
+
+    def tolist(self) -> list[Any]:
+        """Wait for the copy and return its values."""
+        ...
+
+
+class Replay(Protocol):
+    """A captured step: calling it runs the same launches on the same memory."""
+
+    def __call__(self) -> None: ...
+
+
+class Platform(Protocol):
+    name: str
+    device: torch.device
+    default_block_size: int  # tokens per cache block
+    default_batched_tokens: int  # tokens per prefill step
+    default_num_seqs: int
+    run_ahead: int  # steps launched before the tokens of the first are read
+    supported_dtypes: tuple[torch.dtype, ...]
+
+    def prepare(self) -> None:
+        """Register this device's kernels and choose its lowering; called once per engine, before any program is built."""
+        ...
+
+    def lowering(self) -> tuple[Lowering | None, str]:
+        """The lowering for graph mode, or None and the reason in one line."""
+        ...
+
+    def keeps_op(self, name: str, node: Node) -> bool:
+        """Whether an op stays a kernel of ours in graph mode; the others are inlined for the lowering to fuse."""
+        ...
+
+    def capture(self, step: Callable[[], None]) -> Replay:
+        """Run `step`, which must be safe to run, and record it; a device that records nothing returns it as it is."""
+        ...
+
+    def upload(self, values: Any, dtype: torch.dtype) -> Tensor:
+        """Host numbers to the device without waiting."""
+        ...
+
+    def read_back(self, tensor: Tensor) -> HostCopy: ...
+
+    def cache_budget_bytes(self, utilization: float) -> int:
+        """Bytes that the KV cache may take now, weights and the largest step's scratch already having been taken."""
+        ...
+
+    def reset_peak(self) -> None: ...
+
+    def peak_bytes(self) -> int:
+        """The most device memory in use since `reset_peak`."""
+        ...
+
+    def synchronize(self) -> None: ...
+
+    def release(self) -> None:
+        """Give unused cached memory back to the device."""
+        ...

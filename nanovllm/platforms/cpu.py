@@ -1,0 +1,93 @@
+"""CPU: Inductor's C++ with our own attention and small-batch products; no capture, no run-ahead."""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from nanovllm.compile.lower import inductor
+from nanovllm.compile.program import Lowering
+from nanovllm.kernels import cpu_kernels
+from nanovllm.platforms.base import HostCopy, Replay
+
+logger = logging.getLogger(__name__)
+
+# The cache's share of the memory that is free when it is allocated, and its ceiling: a machine's RAM is not the engine's.
+CACHE_SHARE, CACHE_CEILING_BYTES = 0.25, 8 << 30
+
+KERNEL_OPS = frozenset({"paged_attention", "qk_norm_rope_store"})
+
+
+class CpuPlatform:
+    name = "cpu"
+    default_block_size = 32
+    default_batched_tokens = 512
+    default_num_seqs = 32
+    run_ahead = 0
+    supported_dtypes = (torch.float32, torch.bfloat16)
+
+    def __init__(self) -> None:
+        self.device = torch.device("cpu")
+        self._compiler_problem = "prepare() has not run"
+
+    def prepare(self) -> None:
+        available, problem = cpu_kernels.available()
+        self._compiler_problem = "" if available else problem
+        if available:
+            cpu_kernels.register()
+
+    def lowering(self) -> tuple[Lowering | None, str]:
+        if self._compiler_problem:
+            return None, f"no C++ compiler for graph mode, running eagerly: {self._compiler_problem}"
+        return inductor.lower, ""
+
+    def keeps_op(self, name: str, node: Node) -> bool:
+        if name == "linear":
+            return cpu_kernels.prefers_own_linear(node.args[0].meta["val"].shape[0])  # type: ignore[union-attr]
+        return name in KERNEL_OPS
+
+    def capture(self, step: Callable[[], None]) -> Replay:
+        step()
+        return step
+
+    def upload(self, values: Any, dtype: torch.dtype) -> Tensor:
+        return torch.as_tensor(values, dtype=dtype)
+
+    def read_back(self, tensor: Tensor) -> HostCopy:
+        return tensor.clone()
+
+    def cache_budget_bytes(self, utilization: float) -> int:
+        return int(min(CACHE_SHARE * _available_bytes(), CACHE_CEILING_BYTES))
+
+    def reset_peak(self) -> None:
+        pass
+
+    def peak_bytes(self) -> int:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux
+
+    def synchronize(self) -> None:
+        pass
+
+    def release(self) -> None:
+        pass
+
+
+def _available_bytes() -> int:
+    """Memory that programs may still take; the whole of it where the system does not say."""
+    try:
+        with open("/proc/meminfo") as meminfo:
+            for line in meminfo:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

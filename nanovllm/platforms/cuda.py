@@ -1,0 +1,93 @@
+"""CUDA: Inductor with our Triton kernels, whole decode steps captured as CUDA graphs, tokens read one step late."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from nanovllm.compile.lower import inductor
+from nanovllm.compile.program import Lowering
+from nanovllm.platforms.base import HostCopy, Replay
+
+KERNEL_OPS = frozenset({"paged_attention", "qk_norm_rope_store"})
+
+
+class _PinnedCopy:
+    def __init__(self, tensor: Tensor) -> None:
+        self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        self._host.copy_(tensor, non_blocking=True)
+        self._done = torch.cuda.Event()
+        self._done.record()
+
+    def tolist(self) -> list[Any]:
+        self._done.synchronize()
+        return self._host.tolist()
+
+
+class CudaPlatform:
+    name = "cuda"
+    default_block_size = 64
+    default_batched_tokens = 8192
+    default_num_seqs = 256
+    run_ahead = 1
+
+    def __init__(self, index: int = 0) -> None:
+        self.device = torch.device("cuda", index)
+        self._pool: Any = None
+        self.supported_dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16)
+        if torch.cuda.get_device_capability(self.device) >= (8, 0):
+            self.supported_dtypes += (torch.bfloat16,)
+
+    def prepare(self) -> None:
+        from nanovllm.kernels import triton_kernels
+
+        torch.cuda.set_device(self.device)
+        triton_kernels.register()
+
+    def lowering(self) -> tuple[Lowering | None, str]:
+        return inductor.lower, ""
+
+    def keeps_op(self, name: str, node: Node) -> bool:
+        return name in KERNEL_OPS
+
+    def capture(self, step: Callable[[], None]) -> Replay:
+        # Triton compiles and cuBLAS picks its workspace on the first run, which must lie outside the capture.
+        step()
+        torch.cuda.synchronize()
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            step()
+        return graph.replay
+
+    def upload(self, values: Any, dtype: torch.dtype) -> Tensor:
+        # the pinned allocator keeps the buffer until the copy has run
+        return torch.as_tensor(values, dtype=dtype).pin_memory().to(self.device, non_blocking=True)
+
+    def read_back(self, tensor: Tensor) -> HostCopy:
+        return _PinnedCopy(tensor)
+
+    def cache_budget_bytes(self, utilization: float) -> int:
+        free_bytes, total_bytes = torch.cuda.mem_get_info(self.device)
+        stats = torch.cuda.memory_stats(self.device)
+        held_bytes = stats["reserved_bytes.all.current"] - stats["allocated_bytes.all.current"]
+        scratch_bytes = stats["allocated_bytes.all.peak"] - stats["allocated_bytes.all.current"]
+        return int(free_bytes + held_bytes - (1 - utilization) * total_bytes - scratch_bytes)
+
+    def reset_peak(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+    def peak_bytes(self) -> int:
+        return torch.cuda.max_memory_allocated(self.device)
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self.device)
+
+    def release(self) -> None:
+        self._pool = None
+        torch.cuda.empty_cache()

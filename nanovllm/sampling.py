@@ -1,0 +1,99 @@
+"""What a user asks of one request's tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+MAX_LOGPROBS = 100
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to choose the next token, and when to stop.
+
+    temperature: 0 is greedy; logits are divided by it otherwise.
+    top_k (0 or -1: off), top_p, min_p: keep the k likeliest tokens; the smallest set with total probability >= top_p;
+        tokens with probability >= min_p times the likeliest one's. Applied in the order min_p, top_k, top_p.
+    repetition_penalty: positive logits of tokens seen in prompt or output are divided by it, negative ones multiplied.
+    presence_penalty, frequency_penalty: subtracted from logits of generated tokens, once and once per occurrence.
+    seed: the same seed gives the same tokens, whatever else is in the batch. None draws one from the engine's seed.
+    max_tokens, min_tokens: bounds on generated tokens; before min_tokens no stop token or stop string ends a request.
+    stop: strings that end the text; they are not part of it. stop_token_ids: ids that end it, and are part of token_ids.
+    ignore_eos: the model's own end-of-sequence ids do not end the request.
+    logprobs, prompt_logprobs: how many of the likeliest tokens to report for each position, beside the token itself;
+        log-softmax of the model's own logits, before penalties and temperature.
+    n: how many independent answers.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    max_tokens: int = 64
+    min_tokens: int = 0
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    n: int = 1
+
+    def __post_init__(self) -> None:
+        _finite("temperature", self.temperature, 0.0, math.inf)
+        _finite("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        _finite("min_p", self.min_p, 0.0, 1.0)
+        _finite("repetition_penalty", self.repetition_penalty, 0.0, math.inf, open_low=True)
+        _finite("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _finite("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _whole("top_k", self.top_k, -1)
+        _whole("max_tokens", self.max_tokens, 1)
+        _whole("min_tokens", self.min_tokens, 0, self.max_tokens)
+        _whole("n", self.n, 1)
+        if self.seed is not None:
+            _whole("seed", self.seed, -(2**63), 2**63 - 1)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _whole(name, getattr(self, name), 0, MAX_LOGPROBS)
+        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        if any(not isinstance(text, str) or not text for text in stops):
+            raise ValueError(f"stop must hold non-empty strings, not {self.stop!r}")
+        for token_id in self.stop_token_ids:
+            _whole("stop_token_ids", token_id, 0)
+        object.__setattr__(self, "stop", stops)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        if self.top_k == -1:
+            object.__setattr__(self, "top_k", 0)
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        return tuple(self.stop or ())
+
+    @property
+    def has_penalties(self) -> bool:
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+    @property
+    def is_plain(self) -> bool:
+        """Temperature alone decides: the sampler inside the step's graph is enough."""
+        filtered = self.temperature > 0 and (self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0)
+        return not (filtered or self.has_penalties or self.logprobs is not None)
+
+
+def _finite(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{name} must be a number, not {value!r}")
+    if not math.isfinite(value) or not low <= value <= high or (open_low and value == low):
+        raise ValueError(f"{name} is {value}: it must be a finite number in {'(' if open_low else '['}{low:g}, {high:g}]")
+
+
+def _whole(name: str, value: int, low: int, high: float = math.inf) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name} must be a whole number, not {value!r}")
+    if not low <= value <= high:
+        raise ValueError(f"{name} is {value}: it must be at least {low}" + (f", at most {high}" if high < math.inf else ""))

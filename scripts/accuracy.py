@@ -1,0 +1,76 @@
+"""The accuracy gate: held-out questions of `tiny_tasks` through the engine, with greedy decoding.
+
+    python scripts/accuracy.py --model tiny-qwen3
+
+Prints the accuracy by kind and one line of JSON; exits with 1 when the total is below --min-accuracy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections import Counter
+
+from tiny_tasks import KINDS, held_out, is_correct
+
+from nanovllm import LLM, SamplingParams
+
+MAX_TOKENS = 64  # the longest reference answer takes 55
+NUM_SHOWN = 10
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="tiny-qwen3", help="a folder, or the name of the embedded model")
+    parser.add_argument("--num", type=int, default=500, help="questions to ask")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--enforce-eager", action="store_true", help="run without compiled programs")
+    parser.add_argument("--min-accuracy", type=float, default=0.95)
+    args = parser.parse_args()
+    if args.num < 1:
+        raise ValueError(f"--num {args.num} is below 1")
+
+    tasks = held_out(args.num, args.seed)
+    llm = LLM(args.model, device=args.device, enforce_eager=args.enforce_eager)
+    started = time.perf_counter()
+    outputs = llm.chat(
+        [task.messages for task in tasks],
+        SamplingParams(temperature=0, max_tokens=MAX_TOKENS),
+        use_tqdm=sys.stderr.isatty(),
+    )
+    seconds = time.perf_counter() - started
+
+    num_asked, num_right = Counter(task.kind for task in tasks), Counter[str]()
+    wrong: list[str] = []
+    for task, output in zip(tasks, outputs, strict=True):
+        if is_correct(task, output["text"]):
+            num_right[task.kind] += 1
+        else:
+            wrong.append(f"{task.question!r} -> {output['text']!r}, not {task.answer!r}")
+    for line in wrong[:NUM_SHOWN]:
+        print(f"wrong: {line}")
+    if len(wrong) > NUM_SHOWN:
+        print(f"wrong: {len(wrong) - NUM_SHOWN} more")
+    by_kind = {kind: num_right[kind] / num_asked[kind] for kind in KINDS if num_asked[kind]}
+    for kind, accuracy in by_kind.items():
+        print(f"{kind:10} {accuracy:7.1%}  of {num_asked[kind]}")
+    accuracy = num_right.total() / len(tasks)
+    summary = {
+        "model": args.model,
+        "device": args.device,
+        "enforce_eager": args.enforce_eager,
+        "num": len(tasks),
+        "accuracy": round(accuracy, 4),
+        "min_accuracy": args.min_accuracy,
+        "by_kind": {kind: round(value, 4) for kind, value in by_kind.items()},
+        "seconds": round(seconds, 2),
+    }
+    print(json.dumps(summary))
+    return 0 if accuracy >= args.min_accuracy else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,254 @@
+"""The CPU kernels give what `reference.py` says, over odd sizes, and read nothing they do not own."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from nanovllm.kernels import cpu_kernels, ops, reference
+
+_is_available, _reason = cpu_kernels.available()
+pytestmark = pytest.mark.skipif(not _is_available, reason=f"no C++ compiler: {_reason}")
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# of the largest value: fp32 sums in another order; 16-bit results may round to the neighbour
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+def assert_matches(out: Tensor, expected: Tensor, tolerance: float | None = None) -> None:
+    assert out.dtype == expected.dtype and out.shape == expected.shape
+    limit = (TOLERANCE[expected.dtype] if tolerance is None else tolerance) * max(1.0, expected.float().abs().max().item())
+    assert (out.float() - expected.float()).abs().max().item() <= limit  # a NaN fails, too
+
+
+def attention_case(
+    seq_lens: list[int],
+    q_lens: list[int],
+    *,
+    num_heads: int = 4,
+    num_kv_heads: int = 2,
+    head_dim: int = 64,
+    block_size: int = 16,
+    dtype: torch.dtype = torch.float32,
+    kv_dtype: torch.dtype | None = None,
+    window: int = 0,
+    max_q_len: int | None = None,
+    num_extra_tokens: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, float, int]:
+    """Pages in random order; every slot that no row owns holds NaN and every entry past a row's pages is -1."""
+    kv_dtype = kv_dtype or dtype
+    generator = torch.Generator().manual_seed(len(seq_lens) * 1000 + head_dim)
+    num_rows = len(seq_lens)
+    num_pages = [-(-seq_len // block_size) for seq_len in seq_lens]
+    num_blocks = sum(num_pages) + 3
+    k_cache_CBKH = torch.full((num_blocks, block_size, num_kv_heads, head_dim), float("nan"), dtype=kv_dtype)
+    v_cache_CBKH = k_cache_CBKH.clone()
+    free = torch.randperm(num_blocks, generator=generator).tolist()
+    block_table_RP = torch.full((num_rows, max(num_pages) + 2), -1, dtype=torch.int32)
+    for row, seq_len in enumerate(seq_lens):
+        for page in range(num_pages[row]):
+            block, num_used = free.pop(), min(block_size, seq_len - page * block_size)
+            block_table_RP[row, page] = block
+            for cache in (k_cache_CBKH, v_cache_CBKH):
+                cache[block, :num_used] = torch.randn(num_used, num_kv_heads, head_dim, generator=generator).to(kv_dtype)
+    q_start_S = torch.tensor([0, *itertools.accumulate(q_lens)], dtype=torch.int32)
+    q_TNH = torch.randn(sum(q_lens) + num_extra_tokens, num_heads, head_dim, generator=generator).to(dtype)
+    max_q_len = max(q_lens) if max_q_len is None else max_q_len
+    seq_len_R = torch.tensor(seq_lens, dtype=torch.int32)
+    return q_TNH, k_cache_CBKH, v_cache_CBKH, block_table_RP, seq_len_R, q_start_S, max_q_len, head_dim**-0.5, window
+
+
+SEQ_LENS = [1, 19, 99, 0, 389, 16]
+PROMPTS = [1, 19, 7, 0, 101, 16]  # whole prompts, and parts of prompts after a cached prefix
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [32, 40, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("q_lens", [[1] * 6, PROMPTS], ids=["decode", "prefill"])
+def test_paged_attention_matches_reference_at_every_head_size(
+    dtype: torch.dtype, head_dim: int, q_lens: list[int]
+) -> None:
+    case = attention_case(SEQ_LENS, q_lens, head_dim=head_dim, dtype=dtype)
+    assert_matches(cpu_kernels.paged_attention(*case), reference.paged_attention(*case))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2), (7, 1), (14, 2), (16, 2), (71, 1)], ids=str)
+@pytest.mark.parametrize("q_lens", [[1] * 6, PROMPTS], ids=["decode", "prefill"])
+def test_paged_attention_matches_reference_at_every_group_size(
+    dtype: torch.dtype, heads: tuple[int, int], q_lens: list[int]
+) -> None:
+    case = attention_case(SEQ_LENS, q_lens, num_heads=heads[0], num_kv_heads=heads[1], dtype=dtype)
+    assert_matches(cpu_kernels.paged_attention(*case), reference.paged_attention(*case))
+
+
+@pytest.mark.parametrize("window", [1, 19, 64, 99, 1000])
+@pytest.mark.parametrize("block_size", [1, 16, 19])
+@pytest.mark.parametrize("q_lens", [[1] * 6, PROMPTS], ids=["decode", "prefill"])
+def test_paged_attention_sees_only_its_window(window: int, block_size: int, q_lens: list[int]) -> None:
+    case = attention_case(SEQ_LENS, q_lens, window=window, block_size=block_size)
+    assert_matches(cpu_kernels.paged_attention(*case), reference.paged_attention(*case))
+
+
+@pytest.mark.parametrize("seq_len", [1, 19, 99, 127, 128, 129, 989])
+def test_a_long_prompt_and_its_decode_match_reference(seq_len: int) -> None:
+    prompt = attention_case([seq_len], [seq_len], head_dim=32)
+    assert_matches(cpu_kernels.paged_attention(*prompt), reference.paged_attention(*prompt))
+    decode = attention_case([seq_len], [1], head_dim=32)
+    assert_matches(cpu_kernels.paged_attention(*decode), reference.paged_attention(*decode))
+
+
+def test_rows_that_decode_and_rows_that_prefill_share_a_batch() -> None:
+    case = attention_case([989, 19, 99, 1, 5], [1, 19, 1, 1, 2])
+    assert_matches(cpu_kernels.paged_attention(*case), reference.paged_attention(*case))
+
+
+def test_tokens_of_no_row_give_zeros() -> None:
+    q_TNH, k, v, block_table_RP, seq_len_R, q_start_S, max_q_len, scale, window = attention_case(
+        [19, 0, 99], [19, 4, 5], num_extra_tokens=7
+    )
+    q_start_S += 3  # tokens before the first row, of the empty row, and after the last one
+    case = (q_TNH, k, v, block_table_RP, seq_len_R, q_start_S, max_q_len, scale, window)
+    out_TNH = cpu_kernels.paged_attention(*case)
+    assert_matches(out_TNH, reference.paged_attention(*case))
+    assert not out_TNH[:3].any() and not out_TNH[22:26].any() and not out_TNH[31:].any()
+    assert out_TNH[3:22].any() and out_TNH[26:31].any()
+
+
+def test_a_batch_of_padding_gives_zeros() -> None:
+    for q_lens, max_q_len in (([1, 1], 1), ([0, 0], 5)):
+        case = attention_case([0, 0], q_lens, max_q_len=max_q_len, num_extra_tokens=0 if max_q_len == 1 else 5)
+        assert not cpu_kernels.paged_attention(*case).any()
+
+
+def test_decode_does_not_read_q_start() -> None:
+    case = list(attention_case([5, 19], [1, 1]))
+    expected = cpu_kernels.paged_attention(*case)
+    case[5] = torch.full_like(case[5], 1 << 30)
+    assert torch.equal(cpu_kernels.paged_attention(*case), expected)
+
+
+@pytest.mark.parametrize("dtype,kv_dtype", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+@pytest.mark.parametrize("q_lens", [[1] * 6, PROMPTS], ids=["decode", "prefill"])
+def test_queries_and_cache_may_differ_in_dtype(dtype: torch.dtype, kv_dtype: torch.dtype, q_lens: list[int]) -> None:
+    case = attention_case(SEQ_LENS, q_lens, dtype=dtype, kv_dtype=kv_dtype)
+    assert_matches(cpu_kernels.paged_attention(*case), reference.paged_attention(*case))
+
+
+@pytest.mark.parametrize("q_lens", [[1] * 6, PROMPTS], ids=["decode", "prefill"])
+def test_views_of_larger_tensors_are_read_in_place(q_lens: list[int]) -> None:
+    q_TNH, k_cache, v_cache, block_table_RP, seq_len_R, q_start_S, *rest = attention_case(SEQ_LENS, q_lens)
+    expected = reference.paged_attention(q_TNH, k_cache, v_cache, block_table_RP, seq_len_R, q_start_S, *rest)
+    qkv_TXH = torch.cat((torch.full_like(q_TNH, float("nan")), q_TNH), dim=1)
+    kv_cache_2CBKH = torch.stack((k_cache, v_cache))
+    table_and_more_RP = torch.cat((block_table_RP, block_table_RP), dim=1).long()
+    out_TNH = cpu_kernels.paged_attention(
+        qkv_TXH[:, q_TNH.shape[1] :],
+        *kv_cache_2CBKH.unbind(0),
+        table_and_more_RP[:, : block_table_RP.shape[1]],
+        seq_len_R.long(),
+        q_start_S.long(),
+        *rest,
+    )
+    assert out_TNH.is_contiguous()
+    assert_matches(out_TNH, expected)
+    transposed = q_TNH.permute(2, 1, 0).contiguous().permute(2, 1, 0)
+    assert_matches(
+        cpu_kernels.paged_attention(transposed, k_cache, v_cache, block_table_RP, seq_len_R, q_start_S, *rest), expected
+    )
+
+
+def test_a_result_depends_on_neither_the_batch_nor_the_threads() -> None:
+    case = attention_case([989, 19, 300], [1, 1, 1])
+    q_TNH, k, v, block_table_RP, seq_len_R, q_start_S, *rest = case
+    together = cpu_kernels.paged_attention(*case)
+    num_threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        for row in range(3):
+            one = slice(row, row + 1)
+            alone = cpu_kernels.paged_attention(
+                q_TNH[one], k, v, block_table_RP[one], seq_len_R[one], q_start_S[:2], *rest
+            )
+            assert torch.equal(alone, together[one])
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def test_large_scores_do_not_overflow() -> None:
+    q_TNH, *rest = attention_case([99, 300], [99, 7])
+    for factor in (30.0, 1000.0):
+        case = (q_TNH * factor, *rest)
+        assert_matches(cpu_kernels.paged_attention(*case), reference.paged_attention(*case), tolerance=1e-3)
+
+
+def test_an_uncovered_dtype_goes_to_the_reference() -> None:
+    case = attention_case([19], [1], dtype=torch.float64)
+    assert torch.equal(cpu_kernels.paged_attention(*case), reference.paged_attention(*case))
+    x_TD, weight_OD = torch.randn(3, 19, dtype=torch.float64), torch.randn(5, 19, dtype=torch.float64)
+    assert torch.equal(cpu_kernels.small_m_linear(x_TD, weight_OD, None), x_TD @ weight_OD.T)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (19, 99), (99, 19), (989, 131), (64, 128), (300, 1024)], ids=str)
+@pytest.mark.parametrize("has_bias", [False, True], ids=["", "bias"])
+def test_small_m_linear_matches_reference_at_every_number_of_tokens(
+    dtype: torch.dtype, shape: tuple[int, int], has_bias: bool
+) -> None:
+    generator = torch.Generator().manual_seed(shape[0])
+    num_outputs, depth = shape
+    weight_OD = torch.randn(num_outputs, depth, generator=generator).to(dtype)
+    bias_O = torch.randn(num_outputs, generator=generator).to(dtype) if has_bias else None
+    for num_tokens in (*range(18), 31, 32, 33, 47, 48, 49, 63, 64, 65, 97, 131):
+        x_TD = torch.randn(num_tokens, depth, generator=generator).to(dtype)
+        out_TO = cpu_kernels.small_m_linear(x_TD, weight_OD, bias_O)
+        expected = torch.nn.functional.linear(x_TD.double(), weight_OD.double(), None if bias_O is None else bias_O.double())
+        if num_tokens == 0:
+            assert out_TO.shape == (0, num_outputs)
+        else:
+            assert_matches(out_TO, expected.to(dtype))
+
+
+def test_small_m_linear_takes_views_and_never_reads_beyond_them() -> None:
+    nan = float("nan")
+    for dtype in (torch.float32, torch.bfloat16):
+        for num_tokens in (3, 40):
+            x_TD, weight_OD = torch.full((num_tokens + 1, 99), nan), torch.full((30, 99), nan)
+            x_TD[:num_tokens, :77], weight_OD[1:20, :77] = torch.randn(num_tokens, 77), torch.randn(19, 77)
+            x_TD, weight_OD = x_TD.to(dtype)[:num_tokens, :77], weight_OD.to(dtype)[1:20, :77]
+            expected = torch.nn.functional.linear(x_TD.double(), weight_OD.double()).to(dtype)
+            assert_matches(cpu_kernels.small_m_linear(x_TD, weight_OD, None), expected)
+            transposed_DT = x_TD.T.contiguous()
+            assert_matches(cpu_kernels.small_m_linear(transposed_DT.T, weight_OD, None), expected)
+            assert_matches(cpu_kernels.small_m_linear(x_TD, weight_OD.T.contiguous().T, None), expected)
+
+
+def test_nan_and_infinity_pass_through_small_m_linear() -> None:
+    weight_OD = torch.randn(7, 33)
+    weight_OD[2, 5], weight_OD[4, 32] = float("nan"), float("inf")
+    for dtype in (torch.float32, torch.bfloat16):
+        for num_tokens in (1, 5, 40):
+            out_TO = cpu_kernels.small_m_linear(torch.ones(num_tokens, 33, dtype=dtype), weight_OD.to(dtype), None)
+            assert out_TO[:, 2].isnan().all() and out_TO[:, 4].isposinf().all()
+            assert out_TO[:, [0, 1, 3, 5, 6]].isfinite().all()
+
+
+def test_registering_makes_them_the_ops_kernels_and_twice_changes_nothing() -> None:
+    cpu_kernels.register()
+    cpu_kernels.register()
+    case = attention_case([19, 99], [1, 1])
+    assert torch.equal(ops.paged_attention(*case), cpu_kernels.paged_attention(*case))
+    x_TD, weight_OD = torch.randn(3, 99), torch.randn(19, 99)
+    assert torch.equal(ops.small_m_linear(x_TD, weight_OD, None), cpu_kernels.small_m_linear(x_TD, weight_OD, None))
+
+
+def test_small_m_linear_traces_with_its_shape() -> None:
+    def forward(x_TD: Tensor, weight_OD: Tensor) -> Tensor:
+        return ops.small_m_linear(x_TD, weight_OD, None) + 1
+
+    compiled = torch.compile(forward, backend="aot_eager", fullgraph=True, dynamic=True)
+    x_TD, weight_OD = torch.randn(3, 99), torch.randn(19, 99)
+    assert_matches(compiled(x_TD, weight_OD), forward(x_TD, weight_OD))
