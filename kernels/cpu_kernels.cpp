@@ -184,6 +184,55 @@ void parallel_for(int64_t num_items, int64_t num_threads, const Work& work) {
   for (int64_t item = 0; item < num_items; ++item) work(item);
 }
 
+// ---------------------------------------------------------------------------------------------------- products
+// C[RB, NV vectors] = start + A[RB, depth] B[depth, NV vectors], where start is 0, C or factors * C (one a column)
+enum class Start { kZero, kAdd, kScale };
+
+template <int RB, int NV, Start kStart>
+INLINE void multiply_tile(float* c, int64_t c_stride, const float* a, int64_t a_stride_row, int64_t a_stride_depth,
+                          const float* b, int64_t b_stride, int64_t depth, const float* factors) {
+  Vec acc[RB][NV];
+  for (int r = 0; r < RB; ++r)
+    for (int n = 0; n < NV; ++n) {
+      acc[r][n] = kStart == Start::kZero ? Vec{} : load(c + r * c_stride + n * kLanes);
+      if (kStart == Start::kScale) acc[r][n] *= load(factors + n * kLanes);
+    }
+  for (int64_t d = 0; d < depth; ++d) {
+    Vec b_vec[NV];
+    for (int n = 0; n < NV; ++n) b_vec[n] = load(b + d * b_stride + n * kLanes);
+    for (int r = 0; r < RB; ++r) {
+      Vec a_vec = splat(a[r * a_stride_row + d * a_stride_depth]);
+      for (int n = 0; n < NV; ++n) acc[r][n] += a_vec * b_vec[n];
+    }
+  }
+  for (int r = 0; r < RB; ++r)
+    for (int n = 0; n < NV; ++n) store(c + r * c_stride + n * kLanes, acc[r][n]);
+}
+
+// the same for any number of rows, and of columns a multiple of a vector, at most kPanel
+constexpr int kPanel = 3 * kLanes;
+
+template <Start kStart, int NV>
+void multiply_rows(float* c, int64_t c_stride, const float* a, int64_t a_stride_row, int64_t a_stride_depth,
+                   const float* b, int64_t b_stride, int64_t num_rows, int64_t depth, const float* factors) {
+  int64_t row = 0;
+  for (; row + kTileRows <= num_rows; row += kTileRows)
+    multiply_tile<kTileRows, NV, kStart>(c + row * c_stride, c_stride, a + row * a_stride_row, a_stride_row,
+                                         a_stride_depth, b, b_stride, depth, factors);
+  for (; row < num_rows; ++row)
+    multiply_tile<1, NV, kStart>(c + row * c_stride, c_stride, a + row * a_stride_row, a_stride_row, a_stride_depth, b,
+                                 b_stride, depth, factors);
+}
+
+template <Start kStart>
+void multiply_panel(float* c, int64_t c_stride, const float* a, int64_t a_stride_row, int64_t a_stride_depth,
+                    const float* b, int64_t b_stride, int64_t num_rows, int64_t depth, int64_t num_columns,
+                    const float* factors) {
+  const int64_t num_vecs = (num_columns + kLanes - 1) / kLanes;
+  auto rows = num_vecs >= 3 ? multiply_rows<kStart, 3> : num_vecs == 2 ? multiply_rows<kStart, 2> : multiply_rows<kStart, 1>;
+  rows(c, c_stride, a, a_stride_row, a_stride_depth, b, b_stride, num_rows, depth, factors);
+}
+
 // ---------------------------------------------------------------------------------------------------- attention
 constexpr float kNever = -1e30f;  // the score of an unseen key: finite, so that differences of two stay numbers
 constexpr int kTileLanes = 48;    // query lanes a tile; 3 vectors of 16, 6 of 8, 12 of 4
@@ -208,47 +257,12 @@ struct Attention {
   double scale;
 };
 
-// C[RB, NV vectors] = alpha * C + A[RB, depth] B[depth, NV vectors]; alpha is a row of factors, or null for 0
-template <int RB, int NV>
-INLINE void multiply_tile(float* c, int64_t c_stride, const float* a, int64_t a_stride_row, int64_t a_stride_depth,
-                          const float* b, int64_t b_stride, int64_t depth, const float* alpha) {
-  Vec acc[RB][NV];
-  for (int r = 0; r < RB; ++r)
-    for (int n = 0; n < NV; ++n)
-      acc[r][n] = alpha ? load(c + r * c_stride + n * kLanes) * load(alpha + n * kLanes) : Vec{};
-  for (int64_t d = 0; d < depth; ++d) {
-    Vec b_vec[NV];
-    for (int n = 0; n < NV; ++n) b_vec[n] = load(b + d * b_stride + n * kLanes);
-    for (int r = 0; r < RB; ++r) {
-      Vec a_vec = splat(a[r * a_stride_row + d * a_stride_depth]);
-      for (int n = 0; n < NV; ++n) acc[r][n] += a_vec * b_vec[n];
-    }
-  }
-  for (int r = 0; r < RB; ++r)
-    for (int n = 0; n < NV; ++n) store(c + r * c_stride + n * kLanes, acc[r][n]);
-}
-
-template <int NV>
-void multiply_panel(float* c, int64_t c_stride, const float* a, int64_t a_stride_row, int64_t a_stride_depth,
-                    const float* b, int64_t b_stride, int64_t num_rows, int64_t depth, const float* alpha) {
-  int64_t row = 0;
-  for (; row + kTileRows <= num_rows; row += kTileRows)
-    multiply_tile<kTileRows, NV>(c + row * c_stride, c_stride, a + row * a_stride_row, a_stride_row, a_stride_depth, b,
-                                 b_stride, depth, alpha);
-  for (; row < num_rows; ++row)
-    multiply_tile<1, NV>(c + row * c_stride, c_stride, a + row * a_stride_row, a_stride_row, a_stride_depth, b,
-                         b_stride, depth, alpha);
-}
-
-void multiply(float* c, const float* a, int64_t a_stride_row, int64_t a_stride_depth, const float* b, int64_t num_rows,
-              int64_t depth, int64_t num_lanes, const float* alpha) {
-  int64_t num_vecs = (num_lanes + kLanes - 1) / kLanes;
-  for (int64_t vec = 0; vec < num_vecs; vec += 3) {
-    int64_t at = vec * kLanes;
-    const float* alpha_at = alpha ? alpha + at : nullptr;
-    auto panel = num_vecs - vec >= 3 ? multiply_panel<3> : num_vecs - vec == 2 ? multiply_panel<2> : multiply_panel<1>;
-    panel(c + at, kTileLanes, a, a_stride_row, a_stride_depth, b + at, kTileLanes, num_rows, depth, alpha_at);
-  }
+template <Start kStart>
+void multiply_lanes(float* c, const float* a, int64_t a_stride_row, int64_t a_stride_depth, const float* b,
+                    int64_t num_rows, int64_t depth, int64_t num_lanes, const float* factors) {
+  for (int64_t at = 0; at < num_lanes; at += kPanel)
+    multiply_panel<kStart>(c + at, kTileLanes, a, a_stride_row, a_stride_depth, b + at, kTileLanes, num_rows, depth,
+                           num_lanes - at, factors + at);
 }
 
 template <typename T>
@@ -315,7 +329,7 @@ void attend_tile(const Attention& at, const Tile& tile) {
       copy_to_float(k_LH + l * H, (const KV*)at.k_cache + block * at.k_stride_C + offset * at.k_stride_B + tile.kv_head * at.k_stride_K, H);
       copy_to_float(v_LH + l * H, (const KV*)at.v_cache + block * at.v_stride_C + offset * at.v_stride_B + tile.kv_head * at.v_stride_K, H);
     }
-    multiply(score_LM, k_LH, H, 1, q_HM, num_keys, H, num_lanes, nullptr);
+    multiply_lanes<Start::kZero>(score_LM, k_LH, H, 1, q_HM, num_keys, H, num_lanes, alpha_M);
 
     const bool all_seen = key + num_keys - 1 <= tile.first_pos && key > last_pos - window && num_lanes % kLanes == 0;
     for (int64_t vec = 0; vec < num_vecs; ++vec) {
@@ -343,7 +357,7 @@ void attend_tile(const Attention& at, const Tile& tile) {
       store(sum_M + vec * kLanes, total);
       store(alpha_M + vec * kLanes, alpha);
     }
-    multiply(out_HM, v_LH, 1, H, score_LM, H, num_keys, num_lanes, alpha_M);
+    multiply_lanes<Start::kScale>(out_HM, v_LH, 1, H, score_LM, H, num_keys, num_lanes, alpha_M);
   }
 
   with_dtype(at.q_dtype, [&](auto zero) {
@@ -729,9 +743,57 @@ void linear(const Linear& at) {
   });
 }
 
+#ifndef DB
+#define DB 192
+#endif
+// fp32, many tokens: bound by arithmetic. Tokens run along vectors and weights are broadcast from where they lie, so that
+// only x is rearranged: out^T[O, T] = weight[O, D] x^T[D, T].
+constexpr int64_t kBlockDepth = DB;             // of x^T a panel of this depth stays in the first-level cache
+constexpr int64_t kBlockTokens = 10 * kPanel;
+constexpr int64_t kMaxBlockOutputs = 64;
+
+void linear_by_panels(const Linear& at) {
+  const int64_t T = at.num_tokens, D = at.depth, O = at.num_outputs;
+  const int64_t num_panels = (T + kPanel - 1) / kPanel;
+  const float *x = (const float*)at.x, *weight = (const float*)at.weight, *bias = (const float*)at.bias;
+  std::unique_ptr<float[]> packed(new float[num_panels * kPanel * D]);  // [panel, D, kPanel]
+  constexpr int64_t kPackDepth = 64;
+  const int64_t num_pack = (D + kPackDepth - 1) / kPackDepth;
+  parallel_for(num_panels * num_pack, at.num_threads, [&](int64_t item) {
+    const int64_t panel = item / num_pack, first = item % num_pack * kPackDepth, end = std::min(first + kPackDepth, D);
+    float* to = packed.get() + panel * kPanel * D;
+    for (int64_t m = 0; m < kPanel; ++m) {
+      const int64_t token = panel * kPanel + m;
+      for (int64_t d = first; d < end; ++d) to[d * kPanel + m] = token < T ? x[token * at.x_stride + d] : 0.0f;
+    }
+  });
+
+  int64_t block_outputs = kMaxBlockOutputs;  // fewer, if threads would go without
+  while (block_outputs > 16 && O / block_outputs < 4 * at.num_threads) block_outputs /= 2;
+  const int64_t num_blocks = (O + block_outputs - 1) / block_outputs;
+  const int64_t num_token_blocks = (num_panels * kPanel + kBlockTokens - 1) / kBlockTokens;
+  parallel_for(num_blocks * num_token_blocks, at.num_threads, [&](int64_t item) {
+    const int64_t first = item % num_blocks * block_outputs, num_rows = std::min(block_outputs, O - first);
+    const int64_t first_token = item / num_blocks * kBlockTokens, end_token = std::min(first_token + kBlockTokens, T);
+    float* sums = scratch((size_t)(block_outputs * kBlockTokens));  // [O, T] of this block
+    for (int64_t d = 0; d < D; d += kBlockDepth)
+      for (int64_t token = first_token; token < end_token; token += kPanel) {
+        auto multiply = d ? multiply_panel<Start::kAdd> : multiply_panel<Start::kZero>;
+        multiply(sums + (token - first_token), kBlockTokens, weight + first * at.weight_stride + d, at.weight_stride, 1,
+                 packed.get() + token * D + d * kPanel, kPanel, num_rows, std::min(kBlockDepth, D - d),
+                 end_token - token, nullptr);
+      }
+    for (int64_t token = first_token; token < end_token; ++token) {
+      float* out = (float*)at.out + token * O + first;
+      for (int64_t o = 0; o < num_rows; ++o) out[o] = sums[o * kBlockTokens + token - first_token] + (bias ? bias[first + o] : 0);
+    }
+  });
+}
+
 }  // namespace
 
 extern "C" void nanovllm_small_m_linear(const Linear* args) {
-  if (args->dtype == kFp32) linear<Fp32Step>(*args);
+  if (args->dtype == kFp32 && args->num_tokens >= PT) linear_by_panels(*args);
+  else if (args->dtype == kFp32) linear<Fp32Step>(*args);
   else linear<Bf16Step>(*args);
 }

@@ -24,6 +24,10 @@ class LLM:
         log.configure()
         self.engine = LLMEngine(model, **options)
 
+    def close(self) -> None:
+        """Give back all memory now. `del llm` does the same; using a closed model is an error."""
+        self.engine.close()
+
     @property
     def tokenizer(self) -> Any | None:
         return self.engine.tokenizer

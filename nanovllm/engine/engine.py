@@ -44,6 +44,16 @@ class LLMEngine:
         self._finished: list[RequestOutput] = []  # of requests that ended outside a step
         self._num_added = 0
 
+    def close(self) -> None:
+        """Drop weights, cache and graphs and give their memory back to the device."""
+        self._in_flight.clear()
+        self._requests.clear()
+        self._runner.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_runner"):
+            self.close()
+
     @property
     def platform_name(self) -> str:
         return self._runner.platform.name

@@ -156,6 +156,16 @@ class Runner:
         with torch.no_grad():
             return self._prefill(plan) if isinstance(plan, PrefillPlan) else self._decode(plan)
 
+    def close(self) -> None:
+        """Forget everything that holds device memory; captured steps refer to themselves, so counting would not do."""
+        self.platform.synchronize()
+        for step in self._decode_steps.values():
+            step.__dict__.clear()
+        self._decode_steps.clear()
+        for name in ("steps", "params", "state", "filtered", "cos_sin_MH", "compiler"):
+            self.__dict__.pop(name, None)
+        self.platform.release()
+
     def _make_steps(self, num_blocks: int) -> Steps:
         cfg, device = self.cfg, self.platform.device
         shape = (num_blocks, self.layout.block_size, cfg.num_kv_heads, cfg.head_dim)

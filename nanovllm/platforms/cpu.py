@@ -46,7 +46,7 @@ class CpuPlatform:
 
     def lowering(self) -> tuple[Lowering | None, str]:
         if self._compiler_problem:
-            return None, f"no C++ compiler for graph mode, running eagerly: {self._compiler_problem}"
+            return None, f"no C++ compiler for graph mode, running eagerly: {self._compiler_problem.splitlines()[0]}"
         return inductor.lower, ""
 
     def keeps_op(self, name: str, node: Node) -> bool:

@@ -1,0 +1,212 @@
+"""Throughput and latency of the engine, with the share of what the device's bandwidth and matrix rate allow.
+
+    python bench.py --random-weights Qwen3-0.6B --bs 256        # nano-vllm's workload: 256 prompts, 133,966 output tokens
+    python bench.py --model Qwen/Qwen3-0.6B --bs 16 64 256      # a table by bucket cap
+    python bench.py --random-weights Qwen3-0.6B --latency       # batch 1, 128 tokens in, 512 out
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import platform
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from random import randint, seed
+from typing import Any
+
+import numpy as np
+import torch
+
+from nanovllm import LLM, SamplingParams
+from nanovllm.models.config import ModelConfig
+
+# The published config.json of Qwen/Qwen3-0.6B and Qwen/Qwen3-8B, as far as shapes go.
+SHAPES: dict[str, dict[str, Any]] = {
+    "Qwen3-0.6B": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16},
+    "Qwen3-8B": {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32},
+}
+SHARED: dict[str, Any] = {
+    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 128, "num_key_value_heads": 8,
+    "vocab_size": 151936, "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "rope_theta": 1000000,
+    "attention_bias": False, "hidden_act": "silu", "eos_token_id": 151645, "dtype": "bfloat16",
+}  # fmt: skip
+COPY_BYTES, MATMUL_SIZE = {"cuda": 4 << 30, "cpu": 1 << 29}, {"cuda": 8192, "cpu": 1024}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", help="embedded model, folder or Hub id")
+    source.add_argument("--random-weights", metavar="CONFIG", help=f"{', '.join(SHAPES)}, or a config.json: no download")
+    parser.add_argument("--bs", type=int, nargs="+", default=[256], help="largest decode batch; several give a table")
+    parser.add_argument("--num-seqs", type=int, default=256, help="requests in the workload")
+    parser.add_argument("--layers", type=int, help="cut the model to this many layers (with --random-weights)")
+    parser.add_argument("--min-len", type=int, default=100, help="shortest prompt and answer")
+    parser.add_argument("--max-len", type=int, default=1024, help="longest prompt and answer")
+    parser.add_argument("--latency", action="store_true", help="one request, 128 tokens in and 512 out, instead")
+    parser.add_argument("--enforce-eager", action="store_true", help="no graphs")
+    parser.add_argument("--padding", action=argparse.BooleanOptionalAction, default=True, help="pad eager batches too")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--max-model-len", type=int, default=4096)
+    parser.add_argument("--max-num-batched-tokens", type=int)
+    parser.add_argument("--block-size", type=int)
+    parser.add_argument("--runs", type=int, default=1, help="repetitions of the measurement on one loaded model")
+    return parser.parse_args()
+
+
+def checkpoint(args: argparse.Namespace, stack: ExitStack) -> str:
+    """The model to load; for random weights a temporary folder that holds only a config.json."""
+    if args.random_weights is None:
+        return args.model
+    if args.random_weights in SHAPES:
+        config = {**SHARED, **SHAPES[args.random_weights], "tie_word_embeddings": args.random_weights == "Qwen3-0.6B"}
+    else:
+        config = json.loads(Path(args.random_weights).read_text())
+    if args.layers:
+        config["num_hidden_layers"] = args.layers
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def workload(args: argparse.Namespace, vocab_size: int) -> tuple[list[list[int]], list[int]]:
+    """nano-vllm's draws in their order: all prompts first, then all output lengths."""
+    if args.latency:
+        seed(0)
+        return [[randint(0, min(10000, vocab_size - 1)) for _ in range(128)]], [512]
+    seed(0)
+    low, high = args.min_len, args.max_len
+    prompts = [
+        [randint(0, min(10000, vocab_size - 1)) for _ in range(randint(low, high))] for _ in range(args.num_seqs)
+    ]
+    return prompts, [randint(low, high) for _ in range(args.num_seqs)]
+
+
+def device_limits(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """(bytes per second of a large copy, reads and writes counted; flops per second of a large matrix product)."""
+
+    def best_seconds(work: Any) -> float:
+        seconds = []
+        for _ in range(6):
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            started = time.perf_counter()
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds.append(time.perf_counter() - started)
+        return min(seconds[1:])
+
+    size = MATMUL_SIZE[device.type]
+    source = torch.randn(COPY_BYTES[device.type] // 4, device=device)
+    target = torch.empty_like(source)
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    bandwidth = 2 * source.nbytes / best_seconds(lambda: target.copy_(source))
+    return bandwidth, 2 * size**3 / best_seconds(lambda: a @ a)
+
+
+def ideal_seconds(
+    cfg: ModelConfig, prompts: list[list[int]], output_lens: list[int], rows: int, bandwidth: float, flops: float
+) -> float:
+    """What the workload must take: each decode step the larger of reading the weights and multiplying by them, plus
+    reading the keys and values of every row; all prompts once through the layers at the full matrix rate."""
+    num_weights = cfg.weight_bytes / cfg.dtype.itemsize
+    head_weights = cfg.vocab_size * cfg.hidden_size
+    seconds = 2 * (num_weights - head_weights) * sum(map(len, prompts)) / flops
+    waiting = list(zip((len(prompt) for prompt in prompts), (n - 1 for n in output_lens)))[::-1]
+    context, left = np.zeros(0), np.zeros(0)
+    while waiting or left.size:
+        fresh = [waiting.pop() for _ in range(min(rows - left.size, len(waiting)))]
+        context = np.append(context, [length for length, _ in fresh])
+        left = np.append(left, [num for _, num in fresh])
+        steps = max(1, int(left.min())) if not waiting else 1
+        weights = max(cfg.weight_bytes / bandwidth, 2 * num_weights * left.size / flops)
+        cached = steps * context.sum() + left.size * steps * (steps + 1) / 2
+        seconds += steps * weights + cached * cfg.kv_bytes_per_token / bandwidth
+        context, left = context + steps, left - steps
+        context, left = context[left > 0], left[left > 0]
+    return seconds
+
+
+def measure(args: argparse.Namespace, model: str, batch_size: int, limits: dict[str, tuple[float, float]]) -> dict[str, Any]:
+    started = time.perf_counter()
+    llm = LLM(
+        model,
+        device=args.device,
+        dtype=args.dtype,
+        enforce_eager=args.enforce_eager,
+        pad_batches=args.padding,
+        max_num_seqs=1 if args.latency else batch_size,
+        max_model_len=args.max_model_len,
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        kvcache_block_size=args.block_size,
+        random_weights=args.random_weights is not None,
+    )
+    load_seconds = time.perf_counter() - started
+    runner = llm.engine.runner
+    cfg, device = runner.cfg, runner.platform.device
+    if "device" not in limits:
+        limits["device"] = device_limits(device, cfg.dtype)
+    bandwidth, flops = limits["device"]
+    prompts, output_lens = workload(args, cfg.vocab_size)
+    params = [SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=num) for num in output_lens]
+    llm.generate([prompts[0][:16]], SamplingParams(max_tokens=8, ignore_eos=True), use_tqdm=False)
+    seconds = []
+    for run_idx in range(args.runs):
+        # other prompts each time, or the prefix cache would answer the second run's prefill
+        varied = [[(token + run_idx) % cfg.vocab_size for token in prompt] for prompt in prompts]
+        begun = time.perf_counter()
+        outputs = llm.generate(varied, params, use_tqdm=False)
+        seconds.append(time.perf_counter() - begun)
+    num_tokens = sum(len(output["token_ids"]) for output in outputs)
+    rows = 1 if args.latency else batch_size
+    median = sorted(seconds)[len(seconds) // 2]
+    ideal = ideal_seconds(cfg, prompts, output_lens, rows, bandwidth, flops)
+    result = {
+        "model": args.random_weights or args.model,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "dtype": str(cfg.dtype).removeprefix("torch."),
+        "mode": "eager" if runner.compiler.lowering is None else "graph",
+        "workload": "latency" if args.latency else "throughput",
+        "max_num_seqs": rows,
+        "num_seqs": len(prompts),
+        "prompt_tokens": sum(map(len, prompts)),
+        "output_tokens": num_tokens,
+        "seconds": [round(value, 4) for value in seconds],
+        "tokens_per_second": round(num_tokens / median, 1),
+        "load_seconds": round(load_seconds, 2),
+        "peak_gib": round(runner.platform.peak_bytes() / 2**30, 2),
+        "copy_bandwidth_tb_s": round(bandwidth / 1e12, 3),
+        "matmul_tflop_s": round(flops / 1e12, 2),
+        "limit_tokens_per_second": round(num_tokens / ideal, 1),
+        "share_of_limit": round(ideal / median, 4),
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+    }
+    llm.close()
+    return result
+
+
+def main() -> None:
+    args = arguments()
+    limits: dict[str, tuple[float, float]] = {}
+    with ExitStack() as stack:
+        model = checkpoint(args, stack)
+        for batch_size in args.bs[:1] if args.latency else args.bs:
+            result = measure(args, model, batch_size, limits)
+            gc.collect()
+            print(
+                f"{result['model']} bs {result['max_num_seqs']}: {result['output_tokens']} tokens in "
+                f"{', '.join(map(str, result['seconds']))} s = {result['tokens_per_second']} tok/s, "
+                f"{result['share_of_limit']:.1%} of the limit; loaded in {result['load_seconds']} s, "
+                f"peak {result['peak_gib']} GiB"
+            )
+            print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()
