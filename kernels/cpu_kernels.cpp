@@ -152,7 +152,10 @@ INLINE Vec exp2(Vec x) {
 }
 
 // ---------------------------------------------------------------------------------------------------- threads
-// A buffer a thread keeps between calls.
+// A buffer a thread keeps between calls: its own, or (kShared) one that it fills for the others to read.
+enum Use { kOwn, kShared };
+
+template <Use use = kOwn>
 float* scratch(size_t num_floats) {
   struct Buffer {
     float* data = nullptr;
@@ -716,7 +719,7 @@ void linear(const Linear& at) {
   typedef typename Step::X X;
   typedef typename Step::Weight Weight;
   const int64_t x_stride = (at.depth + Step::kDepth - 1) / Step::kDepth * Step::kDepth;
-  X* x = (X*)scratch(at.num_tokens * x_stride * sizeof(X) / 4);
+  X* x = (X*)scratch<kShared>((size_t)at.num_tokens * x_stride * sizeof(X) / 4);
   for (int64_t t = 0; t < at.num_tokens; ++t) {
     const Weight* from = (const Weight*)at.x + t * at.x_stride;
     X* to = x + t * x_stride;
@@ -743,57 +746,54 @@ void linear(const Linear& at) {
   });
 }
 
-#ifndef DB
-#define DB 192
-#endif
-// fp32, many tokens: bound by arithmetic. Tokens run along vectors and weights are broadcast from where they lie, so that
+// fp32, more tokens: bound by arithmetic. Tokens run along vectors and weights are broadcast from where they lie, so that
 // only x is rearranged: out^T[O, T] = weight[O, D] x^T[D, T].
-constexpr int64_t kBlockDepth = DB;             // of x^T a panel of this depth stays in the first-level cache
-constexpr int64_t kBlockTokens = 10 * kPanel;
+constexpr int64_t kPanelTokens = 9;             // from here on; below, linear_rows is faster
+constexpr int64_t kBlockTokens = 10 * kPanel;   // a thread's weights meet these before it goes on to others
+constexpr int64_t kBlockDepth = 192;            // of x^T a panel of this depth stays in the first-level cache
 constexpr int64_t kMaxBlockOutputs = 64;
+constexpr int64_t kPackDepth = 64;
 
 void linear_by_panels(const Linear& at) {
-  const int64_t T = at.num_tokens, D = at.depth, O = at.num_outputs;
-  const int64_t num_panels = (T + kPanel - 1) / kPanel;
-  const float *x = (const float*)at.x, *weight = (const float*)at.weight, *bias = (const float*)at.bias;
-  std::unique_ptr<float[]> packed(new float[num_panels * kPanel * D]);  // [panel, D, kPanel]
-  constexpr int64_t kPackDepth = 64;
-  const int64_t num_pack = (D + kPackDepth - 1) / kPackDepth;
-  parallel_for(num_panels * num_pack, at.num_threads, [&](int64_t item) {
-    const int64_t panel = item / num_pack, first = item % num_pack * kPackDepth, end = std::min(first + kPackDepth, D);
-    float* to = packed.get() + panel * kPanel * D;
-    for (int64_t m = 0; m < kPanel; ++m) {
-      const int64_t token = panel * kPanel + m;
-      for (int64_t d = first; d < end; ++d) to[d * kPanel + m] = token < T ? x[token * at.x_stride + d] : 0.0f;
-    }
-  });
-
+  const int64_t D = at.depth, O = at.num_outputs;
+  const float *weight = (const float*)at.weight, *bias = (const float*)at.bias;
   int64_t block_outputs = kMaxBlockOutputs;  // fewer, if threads would go without
   while (block_outputs > 16 && O / block_outputs < 4 * at.num_threads) block_outputs /= 2;
   const int64_t num_blocks = (O + block_outputs - 1) / block_outputs;
-  const int64_t num_token_blocks = (num_panels * kPanel + kBlockTokens - 1) / kBlockTokens;
-  parallel_for(num_blocks * num_token_blocks, at.num_threads, [&](int64_t item) {
-    const int64_t first = item % num_blocks * block_outputs, num_rows = std::min(block_outputs, O - first);
-    const int64_t first_token = item / num_blocks * kBlockTokens, end_token = std::min(first_token + kBlockTokens, T);
-    float* sums = scratch((size_t)(block_outputs * kBlockTokens));  // [O, T] of this block
-    for (int64_t d = 0; d < D; d += kBlockDepth)
-      for (int64_t token = first_token; token < end_token; token += kPanel) {
-        auto multiply = d ? multiply_panel<Start::kAdd> : multiply_panel<Start::kZero>;
-        multiply(sums + (token - first_token), kBlockTokens, weight + first * at.weight_stride + d, at.weight_stride, 1,
-                 packed.get() + token * D + d * kPanel, kPanel, num_rows, std::min(kBlockDepth, D - d),
-                 end_token - token, nullptr);
+  for (int64_t first_token = 0; first_token < at.num_tokens; first_token += kBlockTokens) {
+    const int64_t T = std::min(kBlockTokens, at.num_tokens - first_token);
+    const float* x = (const float*)at.x + first_token * at.x_stride;
+    const int64_t num_panels = (T + kPanel - 1) / kPanel, num_packs = (D + kPackDepth - 1) / kPackDepth;
+    float* packed = scratch<kShared>((size_t)(num_panels * kPanel * D));  // [panel, D, kPanel]
+    parallel_for(num_panels * num_packs, at.num_threads, [&](int64_t item) {
+      const int64_t panel = item / num_packs, d_first = item % num_packs * kPackDepth, d_end = std::min(d_first + kPackDepth, D);
+      float* to = packed + panel * kPanel * D;
+      for (int64_t m = 0; m < kPanel; ++m) {
+        const int64_t token = panel * kPanel + m;
+        for (int64_t d = d_first; d < d_end; ++d) to[d * kPanel + m] = token < T ? x[token * at.x_stride + d] : 0.0f;
       }
-    for (int64_t token = first_token; token < end_token; ++token) {
-      float* out = (float*)at.out + token * O + first;
-      for (int64_t o = 0; o < num_rows; ++o) out[o] = sums[o * kBlockTokens + token - first_token] + (bias ? bias[first + o] : 0);
-    }
-  });
+    });
+    parallel_for(num_blocks, at.num_threads, [&](int64_t item) {
+      const int64_t first = item * block_outputs, num_rows = std::min(block_outputs, O - first);
+      float* sums = scratch((size_t)(block_outputs * kBlockTokens));  // [O, T] of this block
+      for (int64_t d = 0; d < D; d += kBlockDepth)
+        for (int64_t token = 0; token < T; token += kPanel) {
+          const auto multiply = d ? multiply_panel<Start::kAdd> : multiply_panel<Start::kZero>;
+          multiply(sums + token, kBlockTokens, weight + first * at.weight_stride + d, at.weight_stride, 1,
+                   packed + token * D + d * kPanel, kPanel, num_rows, std::min(kBlockDepth, D - d), T - token, nullptr);
+        }
+      for (int64_t token = 0; token < T; ++token) {
+        float* out = (float*)at.out + (first_token + token) * O + first;
+        for (int64_t o = 0; o < num_rows; ++o) out[o] = sums[o * kBlockTokens + token] + (bias ? bias[first + o] : 0.0f);
+      }
+    });
+  }
 }
 
 }  // namespace
 
 extern "C" void nanovllm_small_m_linear(const Linear* args) {
-  if (args->dtype == kFp32 && args->num_tokens >= PT) linear_by_panels(*args);
+  if (args->dtype == kFp32 && args->num_tokens >= kPanelTokens) linear_by_panels(*args);
   else if (args->dtype == kFp32) linear<Fp32Step>(*args);
   else linear<Bf16Step>(*args);
 }

@@ -12,4 +12,8 @@ def lower(graph: GraphModule, fakes: Sequence[Tensor]) -> Callable[..., Sequence
     """Compile a graph of static shapes; the result takes the graph's placeholders in order and has no guards."""
     from torch._inductor import standalone_compile
 
+    # standalone_compile takes the graph's fake mode, and with it which dimensions are static, from this key of its
+    # outputs, which Dynamo sets and make_fx does not; without it every dimension would be compiled as dynamic.
+    for node in graph.graph.output_node().args[0]:
+        node.meta["example_value"] = node.meta["val"]
     return standalone_compile(graph, list(fakes), dynamic_shapes="from_graph")
