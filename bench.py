@@ -1,8 +1,8 @@
 """Throughput and latency of the engine, with the share of what the device's bandwidth and matrix rate allow.
 
-    python bench.py --random-weights Qwen3-0.6B --bs 256        # nano-vllm's workload: 256 prompts, 133,966 output tokens
-    python bench.py --model Qwen/Qwen3-0.6B --bs 16 64 256      # a table by bucket cap
-    python bench.py --random-weights Qwen3-0.6B --latency       # batch 1, 128 tokens in, 512 out
+python bench.py --random-weights Qwen3-0.6B --bs 256        # nano-vllm's workload: 256 prompts, 133,966 output tokens
+python bench.py --model Qwen/Qwen3-0.6B --bs 16 64 256      # a table by bucket cap
+python bench.py --random-weights Qwen3-0.6B --latency       # batch 1, 128 tokens in, 512 out
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", help="embedded model, folder or Hub id")
-    source.add_argument("--random-weights", metavar="CONFIG", help=f"{', '.join(SHAPES)}, or a config.json: no download")
+    source.add_argument(
+        "--random-weights", metavar="CONFIG", help=f"{', '.join(SHAPES)}, or a config.json: no download"
+    )
     parser.add_argument("--bs", type=int, nargs="+", default=[256], help="largest decode batch; several give a table")
     parser.add_argument("--num-seqs", type=int, default=256, help="requests in the workload")
     parser.add_argument("--layers", type=int, help="cut the model to this many layers (with --random-weights)")
@@ -133,7 +135,9 @@ def ideal_seconds(
     return seconds
 
 
-def measure(args: argparse.Namespace, model: str, batch_size: int, limits: dict[str, tuple[float, float]]) -> dict[str, Any]:
+def measure(
+    args: argparse.Namespace, model: str, batch_size: int, limits: dict[str, tuple[float, float]]
+) -> dict[str, Any]:
     started = time.perf_counter()
     llm = LLM(
         model,

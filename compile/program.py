@@ -57,18 +57,18 @@ class Compiler:
         self, name: str, key: tuple[object, ...], function: Callable[..., Any], inputs: dict[str, object]
     ) -> Callable[..., Any]:
         """The program for (name, *key), built on first use from `function` and example `inputs`."""
-        known = self._programs.get((name, *key))
+        full_key = (name, *key)
+        known = self._programs.get(full_key)
         if known is None:
-            known = self._programs[(name, *key)] = self._build("_".join(map(str, (name, *key))), function, inputs)
+            known = self._build("_".join(map(str, full_key)), function, inputs)
+            self._programs[full_key] = known
         return known
 
     def seal(self) -> None:
         """Warm-up is over: from here on every program must already exist."""
         self.sealed = True
 
-    def _build(
-        self, name: str, function: Callable[..., Any], inputs: dict[str, object]
-    ) -> Callable[..., Any]:
+    def _build(self, name: str, function: Callable[..., Any], inputs: dict[str, object]) -> Callable[..., Any]:
         if self.lowering is None:
             return function
         if self.sealed:

@@ -43,7 +43,7 @@ def rebuild(tree: object, leaves: list[Tensor]) -> object:
     if isinstance(tree, Tensor):
         return leaves.pop(0)
     if isinstance(tree, tuple):
-        values = [rebuild(value, leaves) for value in tree]
+        values: list[Any] = [rebuild(value, leaves) for value in tree]
         return type(tree)(*values) if hasattr(tree, "_fields") else tuple(values)
     return None
 
@@ -81,7 +81,7 @@ def _fake(fake_mode: FakeTensorMode, tensor: Tensor, name: str, varies: bool) ->
         with fake_mode:
             return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
     dims = [DimDynamic.DYNAMIC, *[DimDynamic.STATIC] * (tensor.dim() - 1)]
-    context = StatelessSymbolicContext(dynamic_sizes=dims)
+    context: Any = StatelessSymbolicContext(dynamic_sizes=dims)
     return fake_mode.from_tensor(tensor, symbolic_context=context, source=ConstantSource(name))
 
 

@@ -748,7 +748,7 @@ void linear(const Linear& at) {
 
 // fp32, more tokens: bound by arithmetic. Tokens run along vectors and weights are broadcast from where they lie, so that
 // only x is rearranged: out^T[O, T] = weight[O, D] x^T[D, T].
-constexpr int64_t kPanelTokens = 9;             // from here on; below, linear_rows is faster
+constexpr int64_t kPanelTokens = 15;            // from here on; below, linear_rows is faster
 constexpr int64_t kBlockTokens = 10 * kPanel;   // a thread's weights meet these before it goes on to others
 constexpr int64_t kBlockDepth = 192;            // of x^T a panel of this depth stays in the first-level cache
 constexpr int64_t kMaxBlockOutputs = 64;
@@ -763,24 +763,27 @@ void linear_by_panels(const Linear& at) {
   for (int64_t first_token = 0; first_token < at.num_tokens; first_token += kBlockTokens) {
     const int64_t T = std::min(kBlockTokens, at.num_tokens - first_token);
     const float* x = (const float*)at.x + first_token * at.x_stride;
-    const int64_t num_panels = (T + kPanel - 1) / kPanel, num_packs = (D + kPackDepth - 1) / kPackDepth;
-    float* packed = scratch<kShared>((size_t)(num_panels * kPanel * D));  // [panel, D, kPanel]
+    const int64_t num_vecs = (T + kLanes - 1) / kLanes, num_panels = (num_vecs + 2) / 3;
+    const int64_t panel_tokens = (num_vecs + num_panels - 1) / num_panels * kLanes;  // even: 4 vectors are 2 + 2, not 3 + 1
+    const int64_t num_packs = (D + kPackDepth - 1) / kPackDepth;
+    float* packed = scratch<kShared>((size_t)(num_panels * panel_tokens * D));  // [panel, D, token]
     parallel_for(num_panels * num_packs, at.num_threads, [&](int64_t item) {
       const int64_t panel = item / num_packs, d_first = item % num_packs * kPackDepth, d_end = std::min(d_first + kPackDepth, D);
-      float* to = packed + panel * kPanel * D;
-      for (int64_t m = 0; m < kPanel; ++m) {
-        const int64_t token = panel * kPanel + m;
-        for (int64_t d = d_first; d < d_end; ++d) to[d * kPanel + m] = token < T ? x[token * at.x_stride + d] : 0.0f;
+      float* to = packed + panel * panel_tokens * D;
+      for (int64_t m = 0; m < panel_tokens; ++m) {
+        const int64_t token = panel * panel_tokens + m;
+        for (int64_t d = d_first; d < d_end; ++d) to[d * panel_tokens + m] = token < T ? x[token * at.x_stride + d] : 0.0f;
       }
     });
     parallel_for(num_blocks, at.num_threads, [&](int64_t item) {
       const int64_t first = item * block_outputs, num_rows = std::min(block_outputs, O - first);
       float* sums = scratch((size_t)(block_outputs * kBlockTokens));  // [O, T] of this block
       for (int64_t d = 0; d < D; d += kBlockDepth)
-        for (int64_t token = 0; token < T; token += kPanel) {
+        for (int64_t token = 0; token < T; token += panel_tokens) {
           const auto multiply = d ? multiply_panel<Start::kAdd> : multiply_panel<Start::kZero>;
           multiply(sums + token, kBlockTokens, weight + first * at.weight_stride + d, at.weight_stride, 1,
-                   packed + token * D + d * kPanel, kPanel, num_rows, std::min(kBlockDepth, D - d), T - token, nullptr);
+                   packed + token * D + d * panel_tokens, panel_tokens, num_rows, std::min(kBlockDepth, D - d),
+                   std::min(panel_tokens, T - token), nullptr);
         }
       for (int64_t token = 0; token < T; ++token) {
         float* out = (float*)at.out + (first_token + token) * O + first;

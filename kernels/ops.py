@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from nanovllm.kernels import reference
 
@@ -87,7 +86,11 @@ def register_kernels(dispatch_key: str, kernels: dict[str, Callable[..., Any]]) 
 
 def op_name(target: object) -> str | None:
     """The name of one of our ops as it stands in an FX node's target, or None."""
-    return target._schema.name.split("::")[1] if isinstance(target, torch._ops.OpOverload) and target.namespace == "nanovllm" else None
+    return (
+        target._schema.name.split("::")[1]
+        if isinstance(target, torch._ops.OpOverload) and target.namespace == "nanovllm"
+        else None
+    )
 
 
 __all__ = [

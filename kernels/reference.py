@@ -57,7 +57,9 @@ def qk_norm_rope_store(
 ) -> Tensor:
     """Split [q | k | v], normalise q and k per head where a weight is given, rotate them, store k and v; returns q [T, N, H]."""
     num_kv_heads, head_dim = k_cache_CBKH.shape[2:]
-    q_TNH, k_TKH, v_TKH = qkv_TE.view(qkv_TE.shape[0], -1, head_dim).split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+    q_TNH, k_TKH, v_TKH = qkv_TE.view(qkv_TE.shape[0], -1, head_dim).split(
+        [num_heads, num_kv_heads, num_kv_heads], dim=1
+    )
     if q_norm_H is not None:
         q_TNH = rms_norm(q_TNH, q_norm_H, eps)
     if k_norm_H is not None:

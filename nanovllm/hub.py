@@ -33,6 +33,10 @@ def resolve(model: str, *, weights: bool = True) -> Path:
     try:
         return Path(snapshot_download(model, allow_patterns=patterns))
     except RepositoryNotFoundError as error:
-        raise ValueError(f"model {model!r} is no folder here and no repository on the Hub (or it is private)") from error
+        raise ValueError(
+            f"model {model!r} is no folder here and no repository on the Hub (or it is private)"
+        ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise ValueError(f"model {model!r} is no folder here and could not be downloaded from the Hub: {error}") from error
+        raise ValueError(
+            f"model {model!r} is no folder here and could not be downloaded from the Hub: {error}"
+        ) from error

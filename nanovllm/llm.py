@@ -47,9 +47,10 @@ class LLM:
         """
         owners = self._add_all(prompts, sampling_params, incremental=False)
         done: dict[int, Completion] = {}
-        with self._aborting(owners), tqdm(
-            total=len(owners), desc="generating", unit="req", disable=not use_tqdm, dynamic_ncols=True
-        ) as bar:
+        with (
+            self._aborting(owners),
+            tqdm(total=len(owners), desc="generating", unit="req", disable=not use_tqdm, dynamic_ncols=True) as bar,
+        ):
             num_tokens = 0
             while len(done) < len(owners):
                 for output in self.engine.step():

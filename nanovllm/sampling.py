@@ -89,11 +89,15 @@ def _finite(name: str, value: float, low: float, high: float, *, open_low: bool 
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"{name} must be a number, not {value!r}")
     if not math.isfinite(value) or not low <= value <= high or (open_low and value == low):
-        raise ValueError(f"{name} is {value}: it must be a finite number in {'(' if open_low else '['}{low:g}, {high:g}]")
+        raise ValueError(
+            f"{name} is {value}: it must be a finite number in {'(' if open_low else '['}{low:g}, {high:g}]"
+        )
 
 
 def _whole(name: str, value: int, low: int, high: float = math.inf) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError(f"{name} must be a whole number, not {value!r}")
     if not low <= value <= high:
-        raise ValueError(f"{name} is {value}: it must be at least {low}" + (f", at most {high}" if high < math.inf else ""))
+        raise ValueError(
+            f"{name} is {value}: it must be at least {low}" + (f", at most {high}" if high < math.inf else "")
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor
 from torch.fx import GraphModule
@@ -14,6 +15,7 @@ def lower(graph: GraphModule, fakes: Sequence[Tensor]) -> Callable[..., Sequence
 
     # standalone_compile takes the graph's fake mode, and with it which dimensions are static, from this key of its
     # outputs, which Dynamo sets and make_fx does not; without it every dimension would be compiled as dynamic.
-    for node in graph.graph.output_node().args[0]:
+    outputs: Any = graph.graph.output_node().args[0]
+    for node in outputs:
         node.meta["example_value"] = node.meta["val"]
     return standalone_compile(graph, list(fakes), dynamic_shapes="from_graph")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import operator
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,12 +49,14 @@ def _fuse(graph: GraphModule, store: Node) -> None:
         return
 
 
-def _rotated(node: object) -> tuple[Node, Node | None, float, Node, Node] | None:
+def _rotated(node: Any) -> tuple[Any, Any, float, Any, Any] | None:
     """(part of the split, its norm's weight, eps, table, positions) of rope(part) or rope(rms_norm(part))."""
     if not isinstance(node, Node) or node.target is not ops.rope:
         return None
+    source: Any
     source, cos_sin, pos = node.args
-    weight, eps = None, 0.0
+    weight: Any = None
+    eps: Any = 0.0
     if isinstance(source, Node) and source.target is ops.rms_norm:
         source, weight, eps = source.args
     if not isinstance(source, Node) or source.target is not operator.getitem:
@@ -65,7 +67,7 @@ def _rotated(node: object) -> tuple[Node, Node | None, float, Node, Node] | None
     view = split.args[0]
     if not isinstance(view, Node) or view.target is not torch.ops.aten.view.default:
         return None
-    return source, weight, eps, cos_sin, pos  # type: ignore[return-value]
+    return source, weight, eps, cos_sin, pos
 
 
 def _is_part(node: object, split: object, part_idx: int) -> bool:

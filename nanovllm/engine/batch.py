@@ -58,6 +58,4 @@ def prefill_arrays(
         row_idx_R[row] = request.row
         sample_row_R[row] = request.row if chunk.is_last else pad_row
         last_R[row] = end - 1
-    return PrefillArrays(
-        token_T, pos_T, slot_T, seq_len_R, q_start_S, block_table_RP, row_idx_R, sample_row_R, last_R
-    )
+    return PrefillArrays(token_T, pos_T, slot_T, seq_len_R, q_start_S, block_table_RP, row_idx_R, sample_row_R, last_R)

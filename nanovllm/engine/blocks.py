@@ -22,7 +22,9 @@ class BlockPool:
 
     def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True) -> None:
         if num_blocks < 2:
-            raise ValueError(f"the cache holds {num_blocks} block(s) of {block_size} tokens: it needs at least 2, one is padding")
+            raise ValueError(
+                f"the cache holds {num_blocks} block(s) of {block_size} tokens: it needs at least 2, one is padding"
+            )
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching

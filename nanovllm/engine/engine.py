@@ -149,9 +149,9 @@ class LLMEngine:
         logprob_rows = launched.logprobs.rows() if launched.logprobs is not None else None
         for part in launched.prompt_logprobs:
             wanted = part.request.params.prompt_logprobs or 0
-            for offset, row in enumerate(part.copies.rows()[: part.num]):
+            for offset, values in enumerate(part.copies.rows()[: part.num]):
                 token_id = part.request.prompt_ids[part.first + offset]
-                part.request.prompt_logprobs[part.first + offset] = _logprob_dict(token_id, row, wanted)
+                part.request.prompt_logprobs[part.first + offset] = _logprob_dict(token_id, values, wanted)
         outputs = []
         for request, row in zip(launched.requests, launched.rows):
             request.num_in_flight -= 1

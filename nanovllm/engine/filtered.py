@@ -108,9 +108,7 @@ class FilteredSampler:
         repetition_R1, presence_R1, frequency_R1 = self.platform.upload(strengths, torch.float32).split(1, dim=1)
         return sampler.penalize(
             logits_RV,
-            sampler.Penalties(
-                counts_SV[row_idx_R], in_prompt_SV[row_idx_R], repetition_R1, presence_R1, frequency_R1
-            ),
+            sampler.Penalties(counts_SV[row_idx_R], in_prompt_SV[row_idx_R], repetition_R1, presence_R1, frequency_R1),
         )
 
     def _forbid(self, requests: Sequence[Request], logits_RV: Tensor) -> Tensor:

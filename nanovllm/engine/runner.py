@@ -254,14 +254,10 @@ class Runner:
         self.state.pos_S.index_copy_(0, row_idx_R, upload(pos, torch.int64))
         self.state.seed_S.index_copy_(0, row_idx_R, upload([chunk.request.seed for chunk in chunks], torch.int64))
         self.state.sampling_SF.index_copy_(0, row_idx_R, upload(fields, torch.float32))
-        self.state.block_table_SP.index_copy_(
-            0, row_idx_R, upload(arrays.block_table_RP[: len(chunks)], torch.int32)
-        )
+        self.state.block_table_SP.index_copy_(0, row_idx_R, upload(arrays.block_table_RP[: len(chunks)], torch.int32))
         self.filtered.admit([chunk.request for chunk in chunks if chunk.is_last])
 
-    def _prompt_logprobs(
-        self, chunks: Sequence[Chunk], arrays: PrefillArrays, hidden: Hidden
-    ) -> list[PromptLogprobs]:
+    def _prompt_logprobs(self, chunks: Sequence[Chunk], arrays: PrefillArrays, hidden: Hidden) -> list[PromptLogprobs]:
         """For requests that ask: the log-probability of each prompt token, from the logits of the token before it."""
         found: list[PromptLogprobs] = []
         for row, chunk in enumerate(chunks):

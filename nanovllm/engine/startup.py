@@ -67,7 +67,9 @@ def load(config: EngineConfig) -> Loaded:
             bar.update()
 
         bar.set_description("sizing the cache")
-        layout, num_blocks, runner = _with_cache(config, layout, cfg, partial(Runner, model, cfg, params), platform, compiler)
+        layout, num_blocks, runner = _with_cache(
+            config, layout, cfg, partial(Runner, model, cfg, params), platform, compiler
+        )
         runner.warm_up(building)
     seconds = {"weights": weights_done - started, "warm_up": time.perf_counter() - weights_done}
     logger.info(
@@ -84,18 +86,24 @@ def read_model_config(folder: Path, config: EngineConfig, platform: Platform) ->
 
     hf = AutoConfig.from_pretrained(folder)
     model = registry.architecture(hf.architectures)
-    return model, model.config(hf, dtype=choose_dtype(config.dtype, hf, platform), max_model_len=config.max_model_len), hf
+    return (
+        model,
+        model.config(hf, dtype=choose_dtype(config.dtype, hf, platform), max_model_len=config.max_model_len),
+        hf,
+    )
 
 
 def choose_dtype(name: str, hf: Any, platform: Platform) -> torch.dtype:
-    """"auto" is the checkpoint's own, float32 on a CPU; ValueError for one that the device does not compute in."""
+    """ "auto" is the checkpoint's own, float32 on a CPU; ValueError for one that the device does not compute in."""
     if name == "auto":
         dtype = torch.float32 if platform.name == "cpu" else getattr(hf, "dtype", None) or torch.float32
     else:
         dtype = getattr(torch, name)
     if dtype not in platform.supported_dtypes:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in platform.supported_dtypes)
-        raise ValueError(f"{str(dtype).removeprefix('torch.')} is not supported on this {platform.name} device: use one of {names}")
+        raise ValueError(
+            f"{str(dtype).removeprefix('torch.')} is not supported on this {platform.name} device: use one of {names}"
+        )
     return dtype
 
 

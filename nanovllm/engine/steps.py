@@ -72,9 +72,7 @@ class Steps:
     def sample(self, row_idx_R: Tensor, logits_RV: Tensor) -> Tensor:
         """The plain sampler: chooses by temperature and advances the state."""
         key = (row_idx_R.shape[0],)
-        return self._run(
-            "sample", key, sample_and_advance, state=self.state, row_idx_R=row_idx_R, logits_RV=logits_RV
-        )
+        return self._run("sample", key, sample_and_advance, state=self.state, row_idx_R=row_idx_R, logits_RV=logits_RV)
 
     def _begin(self, state: DeviceState, embed_VD: Tensor, row_idx_R: Tensor) -> tuple[Hidden, Batch]:
         token_R, batch = decode_batch(self.block_size, state, row_idx_R)

@@ -38,7 +38,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_attention_heads {self.num_heads} is no multiple of num_key_value_heads {self.num_kv_heads}")
+            raise ValueError(
+                f"num_attention_heads {self.num_heads} is no multiple of num_key_value_heads {self.num_kv_heads}"
+            )
         if self.head_dim > 256 or self.head_dim % 8:
             raise ValueError(f"head_dim {self.head_dim} is not supported: it must be a multiple of 8, at most 256")
         if len(self.layer_windows) != self.num_layers:
@@ -60,7 +62,9 @@ class ModelConfig:
         return (self.num_layers * (attention + mlp) + self.vocab_size * self.hidden_size) * self.dtype.itemsize
 
 
-def dense_config(hf: Any, *, architecture: str, dtype: torch.dtype, max_model_len: int | None, **differences: Any) -> ModelConfig:
+def dense_config(
+    hf: Any, *, architecture: str, dtype: torch.dtype, max_model_len: int | None, **differences: Any
+) -> ModelConfig:
     """The fields that every dense architecture takes from its Hugging Face config in the same way.
 
     `differences` are the fields in which an architecture departs from a plain Llama. Raises ValueError for what the
@@ -102,5 +106,7 @@ def windows_by_layer_type(hf: Any) -> tuple[int, ...]:
     layer_types = getattr(hf, "layer_types", None) or ["full_attention"] * hf.num_hidden_layers
     unknown = set(layer_types) - {"full_attention", "sliding_attention"}
     if unknown:
-        raise ValueError(f"layer types {sorted(unknown)} are not supported: only full_attention and sliding_attention are")
+        raise ValueError(
+            f"layer types {sorted(unknown)} are not supported: only full_attention and sliding_attention are"
+        )
     return tuple(hf.sliding_window or 0 if kind == "sliding_attention" else 0 for kind in layer_types)

@@ -53,7 +53,9 @@ def load(
     ignored = {"lm_head.weight"} if cfg.tied_embeddings else set()
     extra = sorted(name for name in set(files) - used - ignored if not IGNORED.fullmatch(name))
     if extra:
-        raise CheckpointError(f"{folder}: {len(extra)} tensor(s) that {cfg.architecture} does not have, e.g. {extra[0]}")
+        raise CheckpointError(
+            f"{folder}: {len(extra)} tensor(s) that {cfg.architecture} does not have, e.g. {extra[0]}"
+        )
     return params
 
 
@@ -101,7 +103,7 @@ def _locate(folder: Path) -> dict[str, Path]:
     paths = sorted(folder.glob("*.safetensors"))
     if not paths:
         raise CheckpointError(f"{folder}: no .safetensors file; other formats are not read, since they can run code")
-    return {name: path for path in paths for name in _opened(path).keys()}
+    return {name: path for path in paths for name in _opened(path).keys()}  # noqa: SIM118 (no mapping)
 
 
 def _opened(path: Path) -> safe_open:

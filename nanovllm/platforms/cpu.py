@@ -32,7 +32,7 @@ class CpuPlatform:
     default_batched_tokens = 512
     default_num_seqs = 32
     run_ahead = 0
-    supported_dtypes = (torch.float32, torch.bfloat16)
+    supported_dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")

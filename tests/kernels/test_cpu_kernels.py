@@ -20,7 +20,9 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 def assert_matches(out: Tensor, expected: Tensor, tolerance: float | None = None) -> None:
     assert out.dtype == expected.dtype and out.shape == expected.shape
-    limit = (TOLERANCE[expected.dtype] if tolerance is None else tolerance) * max(1.0, expected.float().abs().max().item())
+    limit = (TOLERANCE[expected.dtype] if tolerance is None else tolerance) * max(
+        1.0, expected.float().abs().max().item()
+    )
     assert (out.float() - expected.float()).abs().max().item() <= limit  # a NaN fails, too
 
 
@@ -53,7 +55,9 @@ def attention_case(
             block, num_used = free.pop(), min(block_size, seq_len - page * block_size)
             block_table_RP[row, page] = block
             for cache in (k_cache_CBKH, v_cache_CBKH):
-                cache[block, :num_used] = torch.randn(num_used, num_kv_heads, head_dim, generator=generator).to(kv_dtype)
+                cache[block, :num_used] = torch.randn(num_used, num_kv_heads, head_dim, generator=generator).to(
+                    kv_dtype
+                )
     q_start_S = torch.tensor([0, *itertools.accumulate(q_lens)], dtype=torch.int32)
     q_TNH = torch.randn(sum(q_lens) + num_extra_tokens, num_heads, head_dim, generator=generator).to(dtype)
     max_q_len = max(q_lens) if max_q_len is None else max_q_len
@@ -205,7 +209,9 @@ def test_small_m_linear_matches_reference_at_every_number_of_tokens(
     for num_tokens in (*range(18), 31, 32, 33, 47, 48, 49, 63, 64, 65, 97, 131):
         x_TD = torch.randn(num_tokens, depth, generator=generator).to(dtype)
         out_TO = cpu_kernels.small_m_linear(x_TD, weight_OD, bias_O)
-        expected = torch.nn.functional.linear(x_TD.double(), weight_OD.double(), None if bias_O is None else bias_O.double())
+        expected = torch.nn.functional.linear(
+            x_TD.double(), weight_OD.double(), None if bias_O is None else bias_O.double()
+        )
         if num_tokens == 0:
             assert out_TO.shape == (0, num_outputs)
         else:

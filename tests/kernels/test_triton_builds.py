@@ -90,7 +90,7 @@ def compile_kernel(
             signature[name] = next((kind for kind, names in special.items() if name in names), f"*{dtype}")
         else:
             signature[name] = "fp32" if name in ("eps", "scale_log2") else "i32"
-        if name.endswith("_ptr") or "_stride" in name and name != "table_stride":
+        if name.endswith("_ptr") or ("_stride" in name and name != "table_stride"):
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": num_warps, "num_stages": num_stages, "launch_pdl": capability >= 90}

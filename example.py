@@ -1,0 +1,46 @@
+"""Answer a few chat prompts: with the embedded model by default, with any supported checkpoint through --model.
+
+python example.py
+python example.py --model Qwen/Qwen3-0.6B --prompt "Introduce yourself."
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from nanovllm import LLM, SamplingParams
+
+PROMPTS = {
+    "tiny-qwen3": [
+        "What is 37 + 45?",
+        "Sort 9 2 7.",
+        "Reverse the word lamp.",
+        "Count from 3 to 9.",
+        "What is the capital of France?",
+        "Who are you?",
+    ]
+}
+ANY_MODEL = ["Introduce yourself in one sentence.", "List the prime numbers below 50."]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="tiny-qwen3", help="embedded model, folder or Hub id")
+    parser.add_argument("--prompt", action="append", help="a question of your own; may be given several times")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--max-tokens", type=int, default=256)
+    parser.add_argument("--max-model-len", type=int, default=2048)
+    parser.add_argument("--enforce-eager", action="store_true", help="no graphs, nothing is compiled")
+    args = parser.parse_args()
+
+    llm = LLM(args.model, device=args.device, max_model_len=args.max_model_len, enforce_eager=args.enforce_eager)
+    prompts = args.prompt or PROMPTS.get(args.model, ANY_MODEL)
+    conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    params = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens)
+    for prompt, output in zip(prompts, llm.chat(conversations, params)):
+        print(f"\n> {prompt}\n{output['text'].strip()}")
+
+
+if __name__ == "__main__":
+    main()

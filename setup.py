@@ -1,0 +1,48 @@
+"""Packaging. `compile/` and `kernels/` are real folders beside `nanovllm/`, reached through two symlinks inside it."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+setup(
+    name="nanovllm",
+    version="0.1.0",
+    description="A compiler-centric, graph-mode inference engine for large language models",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=[
+        "nanovllm",
+        "nanovllm.compile",
+        "nanovllm.compile.lower",
+        "nanovllm.compile.passes",
+        "nanovllm.engine",
+        "nanovllm.kernels",
+        "nanovllm.models",
+        "nanovllm.platforms",
+    ],
+    package_data={"nanovllm": ["assets/*/*", "py.typed"], "nanovllm.kernels": ["*.cpp"]},
+    install_requires=[
+        "torch>=2.11",
+        "transformers>=5.0",
+        "safetensors>=0.5",
+        "huggingface_hub>=1.0",
+        "jinja2>=3.1",
+        "numpy>=1.26",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "triton": ["triton>=3.6; platform_system == 'Linux'"],
+        "test": [
+            "triton>=3.6; platform_system == 'Linux'",
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "ruff>=0.9",
+            "mypy>=1.14",
+            "types-tqdm",
+            "setuptools>=77",
+            "wheel",
+        ],
+    },
+)

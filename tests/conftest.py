@@ -1,0 +1,52 @@
+"""Shared fixtures: tiny random checkpoints, and one folder of compiled code for the whole session."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# A compile after warm-up is an error everywhere in the tests.
+os.environ["NANOVLLM_STRICT"] = "1"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def save_tiny(folder: Path, architecture: str = "qwen3", *, dtype: str = "float32", **changes: Any) -> Path:
+    """Save a small random checkpoint of transformers' own implementation; returns its folder.
+
+    `initializer_range` is large so that logits are far apart and greedy tokens do not hang on rounding.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    fields: dict[str, Any] = {
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.2,
+        "bos_token_id": 1,
+        "eos_token_id": 3,
+        **changes,
+    }
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **fields)).to(getattr(torch, dtype))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.1)  # transformers starts biases at zero, which would hide them
+        elif "norm" in name:
+            torch.nn.init.normal_(parameter, mean=1.0, std=0.1)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("tiny_qwen3"))
