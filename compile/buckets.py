@@ -19,12 +19,15 @@ PREFILL_ROWS = 64
 
 
 def decode_ladder(requested: Sequence[int] | None, max_rows: int, device_type: str) -> tuple[int, ...]:
-    """Ascending row counts: those asked for, or the device's own up to the first that holds `max_rows`."""
+    """Ascending row counts, up to the first that holds `max_rows`: of those asked for, or of the device's own.
+
+    The device's own end in `max_rows` itself where that is below its largest.
+    """
     if requested is not None:
-        return tuple(sorted(set(requested)))
+        sizes = sorted(set(requested))
+        return tuple(sizes[: bisect_left(sizes, max_rows) + 1])
     default = DECODE_ROWS.get(device_type, DECODE_ROWS["cpu"])
-    ladder = [rows for rows in default if rows < max_rows]
-    return (*ladder, min(max_rows, default[-1])) if max_rows not in ladder else tuple(ladder)
+    return (*(rows for rows in default if rows < max_rows), *((max_rows,) if max_rows <= default[-1] else ()))
 
 
 def prefill_ladder(max_tokens: int) -> tuple[int, ...]:
