@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.source import ConstantSource
 from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -80,6 +79,9 @@ def _fake(fake_mode: FakeTensorMode, tensor: Tensor, name: str, varies: bool) ->
         # a tensor of its own: Inductor would treat inputs that are views of one storage as aliases
         with fake_mode:
             return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    # Imported late: Dynamo, on import, settles where Inductor keeps its compiled code.
+    from torch._dynamo.source import ConstantSource
+
     dims = [DimDynamic.DYNAMIC, *[DimDynamic.STATIC] * (tensor.dim() - 1)]
     context: Any = StatelessSymbolicContext(dynamic_sizes=dims)
     return fake_mode.from_tensor(tensor, symbolic_context=context, source=ConstantSource(name))
@@ -112,4 +114,6 @@ def name_placeholders(graph: GraphModule, names: Sequence[str]) -> None:
 def dump(graph: GraphModule, path: Path) -> None:
     """Write the graph as the Python it is, with shapes and dtypes as annotations."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    path.write_text(graph.print_readable(print_output=False, include_stride=False))
+    text = graph.print_readable(print_output=False, include_stride=False)
+    # make_fx names the class "<lambda>", which is no Python
+    path.write_text(text.replace("<lambda>", path.name.partition(".")[0], 1))

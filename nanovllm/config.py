@@ -58,16 +58,16 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype {self.dtype!r} is not supported: use one of {', '.join(DTYPES)}")
-        for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "num_kvcache_blocks"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}: it must be at least 1")
+        for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len"):
+            _check_whole(name, getattr(self, name), 1)
+        _check_whole("num_kvcache_blocks", self.num_kvcache_blocks, 2, " (one is for padding)")
+        _check_whole("kvcache_block_size", self.kvcache_block_size, 16)
         if self.graph_batch_sizes is not None:
             sizes = tuple(self.graph_batch_sizes)
             if not sizes or any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in sizes):
                 raise ValueError(f"graph_batch_sizes is {list(sizes)}: it must hold whole numbers of at least 1")
             object.__setattr__(self, "graph_batch_sizes", sizes)
-        if self.kvcache_block_size is not None and (self.kvcache_block_size < 16 or self.kvcache_block_size % 16):
+        if self.kvcache_block_size is not None and self.kvcache_block_size % 16:
             raise ValueError(f"kvcache_block_size is {self.kvcache_block_size}: it must be a multiple of 16")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ValueError(f"gpu_memory_utilization is {self.gpu_memory_utilization}: it must lie in (0, 1]")
@@ -75,3 +75,8 @@ class EngineConfig:
             raise ValueError("pad_batches=False needs enforce_eager=True: graphs have fixed sizes")
         if self.tensor_parallel_size != 1:
             raise ValueError(f"tensor_parallel_size is {self.tensor_parallel_size}: only 1 is supported")
+
+
+def _check_whole(name: str, value: int | None, low: int, why: str = "") -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
+        raise ValueError(f"{name} is {value!r}: it must be a whole number, at least {low}{why}")

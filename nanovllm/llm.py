@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from nanovllm import log
 from nanovllm.engine.engine import LLMEngine
-from nanovllm.engine.outputs import Completion
+from nanovllm.engine.outputs import Completion, RequestOutput
 from nanovllm.sampling import SamplingParams
 
 Prompt = str | Sequence[int]
@@ -53,8 +53,8 @@ class LLM:
         ):
             num_tokens = 0
             while len(done) < len(owners):
-                for output in self.engine.step():
-                    if output.completion is not None and output.request_id in owners:
+                for output in self._step(owners):
+                    if output.completion is not None:
                         done[output.request_id] = output.completion
                         num_tokens += len(output.completion.token_ids)
                         bar.update()
@@ -101,9 +101,7 @@ class LLM:
         num_left = len(owners)
         with self._aborting(owners):
             while num_left:
-                for output in self.engine.step():
-                    if output.request_id not in owners:
-                        continue
+                for output in self._step(owners):
                     num_left -= output.finished
                     yield {
                         "index": owners[output.request_id],
@@ -111,6 +109,12 @@ class LLM:
                         "token_ids": output.token_ids,
                         "finish_reason": output.completion.finish_reason if output.completion else None,
                     }
+
+    def _step(self, owners: dict[int, int]) -> list[RequestOutput]:
+        """One step's outputs for `owners`. Those of other requests, a stream that is open as well, wait for their reader."""
+        outputs = self.engine.step()
+        self.engine.keep([output for output in outputs if output.request_id not in owners])
+        return [output for output in outputs if output.request_id in owners]
 
     def _add_all(
         self,
@@ -126,6 +130,9 @@ class LLM:
             all_params = [sampling_params or SamplingParams()] * len(all_prompts)
         else:
             all_params = list(sampling_params)
+        strange = [params for params in all_params if not isinstance(params, SamplingParams)]
+        if strange:
+            raise ValueError(f"sampling_params holds {strange[0]!r}: it must be one SamplingParams, or one per prompt")
         if len(all_params) != len(all_prompts):
             raise ValueError(f"{len(all_params)} sampling params for {len(all_prompts)} prompts: give one, or one each")
         owners: dict[int, int] = {}

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 MAX_LOGPROBS = 100
+MIN_TEMPERATURE = 1e-6
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How to choose the next token, and when to stop.
 
-    temperature: 0 is greedy; logits are divided by it otherwise.
+    temperature: 0 is greedy; logits are divided by it otherwise. Below 1e-6 it counts as 0: quotients would overflow.
     top_k (0 or -1: off), top_p, min_p: keep the k likeliest tokens; the smallest set with total probability >= top_p;
         tokens with probability >= min_p times the likeliest one's. Applied in the order min_p, top_k, top_p.
     repetition_penalty: positive logits of tokens seen in prompt or output are divided by it, negative ones multiplied.
@@ -51,7 +52,7 @@ class SamplingParams:
         _finite("repetition_penalty", self.repetition_penalty, 0.0, math.inf, open_low=True)
         _finite("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _finite("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _whole("top_k", self.top_k, -1)
+        _whole("top_k", self.top_k, -1, 2**31 - 1)
         _whole("max_tokens", self.max_tokens, 1)
         _whole("min_tokens", self.min_tokens, 0, self.max_tokens)
         _whole("n", self.n, 1)
@@ -67,6 +68,8 @@ class SamplingParams:
             _whole("stop_token_ids", token_id, 0)
         object.__setattr__(self, "stop", stops)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        if self.temperature < MIN_TEMPERATURE:
+            object.__setattr__(self, "temperature", 0.0)
         if self.top_k == -1:
             object.__setattr__(self, "top_k", 0)
 

@@ -27,21 +27,26 @@ def _fuse(graph: GraphModule, store: Node) -> None:
     key_source = _rotated(key)
     if key_source is None:
         return
-    k_part, k_norm, eps, cos_sin, pos = key_source
+    k_part, k_norm, k_eps, cos_sin, pos = key_source
     split = k_part.args[0]
     if not _is_part(k_part, split, 1) or not _is_part(value, split, 2):
+        return
+    if len(split.args[1]) != 3 or split.args[2:] != (1,):
         return
     for query in [node for node in graph.graph.nodes if node.target is ops.rope]:
         query_source = _rotated(query)
         if query_source is None or not _is_part(query_source[0], split, 0) or query_source[3:] != (cos_sin, pos):
             continue
-        q_norm = query_source[1]
+        q_norm, q_eps = query_source[1:3]
+        epsilons = {q_eps, k_eps} - {None}
+        if len(epsilons) > 1:
+            continue
         packed = split.args[0].args[0]  # the view that shows heads, and the projection under it
         num_heads = split.args[1][0]
         with graph.graph.inserting_before(store):
             fused = graph.graph.call_function(
                 ops.qk_norm_rope_store,
-                (packed, q_norm, k_norm, cos_sin, pos, slot, k_cache, v_cache, num_heads, eps),
+                (packed, q_norm, k_norm, cos_sin, pos, slot, k_cache, v_cache, num_heads, *(epsilons or {0.0})),
             )
         fused.meta = dict(query.meta)
         query.replace_all_uses_with(fused)
@@ -49,14 +54,14 @@ def _fuse(graph: GraphModule, store: Node) -> None:
         return
 
 
-def _rotated(node: Any) -> tuple[Any, Any, float, Any, Any] | None:
-    """(part of the split, its norm's weight, eps, table, positions) of rope(part) or rope(rms_norm(part))."""
+def _rotated(node: Any) -> tuple[Any, Any, Any, Any, Any] | None:
+    """(part of the split, its norm's weight and eps or None, table, positions) of rope(part) or rope(rms_norm(part))."""
     if not isinstance(node, Node) or node.target is not ops.rope:
         return None
     source: Any
     source, cos_sin, pos = node.args
     weight: Any = None
-    eps: Any = 0.0
+    eps: Any = None
     if isinstance(source, Node) and source.target is ops.rms_norm:
         source, weight, eps = source.args
     if not isinstance(source, Node) or source.target is not operator.getitem:

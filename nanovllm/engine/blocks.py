@@ -28,10 +28,11 @@ class BlockPool:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
-        self._num_refs = [0] * num_blocks
-        self._free: OrderedDict[int, None] = OrderedDict((block, None) for block in range(1, num_blocks))
+        self._num_refs: list[int]
+        self._free: OrderedDict[int, None]
         self._by_digest: dict[bytes, int] = {}
         self._digest_of: dict[int, bytes] = {}
+        self.reset()
 
     @property
     def num_free(self) -> int:
@@ -88,6 +89,13 @@ class BlockPool:
         if self.enable_prefix_caching and digest not in self._by_digest and block not in self._digest_of:
             self._by_digest[digest] = block
             self._digest_of[block] = digest
+
+    def reset(self) -> None:
+        """All blocks free, nothing cached; whoever owned blocks must forget them."""
+        self._num_refs = [0] * self.num_blocks
+        self._free = OrderedDict((block, None) for block in range(1, self.num_blocks))
+        self._by_digest.clear()
+        self._digest_of.clear()
 
     def release(self, blocks: Sequence[int]) -> None:
         """Give back one reference each. The last blocks of a chain are reused first, its beginning is worth most."""

@@ -41,11 +41,13 @@ class LLMEngine:
         )
         self._in_flight: deque[Launched] = deque()
         self._requests: dict[int, tuple[Request, TextStream]] = {}
-        self._finished: list[RequestOutput] = []  # of requests that ended outside a step
+        self._outputs: list[RequestOutput] = []  # not yet handed out
         self._num_added = 0
+        self._is_closed = False
 
     def close(self) -> None:
         """Drop weights, cache and graphs and give their memory back to the device."""
+        self._is_closed = True
         self._in_flight.clear()
         self._requests.clear()
         self._runner.close()
@@ -69,6 +71,7 @@ class LLMEngine:
 
         Raises ValueError, and queues nothing, for a prompt that is empty, too long or has ids outside the vocabulary.
         """
+        self._check_open()
         params = params or SamplingParams()
         prompt_ids = self._prompt_ids(prompt)
         if params.stop_strings and self.tokenizer is None:
@@ -92,44 +95,63 @@ class LLMEngine:
     def abort(self, request_id: int) -> None:
         """End a request now; its last output, with finish_reason "abort", comes with the next step. Unknown ids: no-op."""
         if request_id in self._requests:
-            self._finished.append(self._end(*self._requests[request_id], "abort", []))
+            self._outputs.append(self._end(*self._requests[request_id], "abort", []))
 
     def abort_all(self, request_ids: Iterable[int]) -> None:
         """End requests and drop their last outputs, for a caller that no longer listens."""
         dropped = set(request_ids)
         for request_id in dropped:
             self.abort(request_id)
-        self._finished = [output for output in self._finished if output.request_id not in dropped]
+        self._outputs = [output for output in self._outputs if output.request_id not in dropped]
+
+    def keep(self, outputs: Sequence[RequestOutput]) -> None:
+        """Take outputs back for the next `step` to return: they are of requests that its caller does not know."""
+        self._outputs[:0] = outputs
 
     @property
     def has_unfinished(self) -> bool:
-        return bool(self._requests or self._finished)
+        return bool(self._requests or self._outputs)
 
     def step(self) -> list[RequestOutput]:
-        """Launch the next step and return what an earlier one has brought; may be empty while steps are in flight."""
-        outputs, self._finished = self._finished, []
-        plan = self.scheduler.schedule(may_preempt=not self._in_flight)
-        if plan is not None:
-            self._in_flight.append(self._runner.launch(plan))
-        if self._in_flight and (plan is None or len(self._in_flight) > self._runner.platform.run_ahead):
-            outputs += self._collect(self._in_flight.popleft())
-        elif plan is None and self.scheduler.has_work and not outputs:
-            raise AssertionError("there is work, but no step can run")
+        """Launch the next step and return what an earlier one has brought; may be empty while steps are in flight.
+
+        An error or Ctrl-C leaves the engine usable: unfinished requests go on from the tokens that are known.
+        """
+        self._check_open()
+        try:
+            plan = self.scheduler.schedule(may_preempt=not self._in_flight)
+            if plan is not None:
+                self._in_flight.append(self._runner.launch(plan))
+            if self._in_flight and (plan is None or len(self._in_flight) > self._runner.platform.run_ahead):
+                self._collect(self._in_flight.popleft())
+            elif plan is None and self.scheduler.has_work:
+                raise AssertionError("there is work, but no step can run")
+        except BaseException:
+            self._in_flight.clear()
+            self.scheduler.restart(request for request, _ in self._requests.values())
+            raise
+        outputs, self._outputs = self._outputs, []
         return outputs
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise RuntimeError("this engine is closed: load the model again")
 
     def _prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise ValueError(f"{self.config.model!r} has no tokenizer: give token ids instead of text")
             prompt_ids = list(self.tokenizer.encode(prompt))
-        else:
+        elif isinstance(prompt, Iterable):
             prompt_ids = list(prompt)
+        else:
+            raise ValueError(f"the prompt is {prompt!r}: it must be text or a list of token ids")
         if not prompt_ids:
             raise ValueError("the prompt is empty: it must have at least 1 token")
         vocab_size = self.model_config.vocab_size
         for token_id in prompt_ids:
             if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
-                raise ValueError(f"token id {token_id!r} is outside the vocabulary: ids are 0 … {vocab_size - 1}")
+                raise ValueError(f"token id {token_id!r} is outside the vocabulary: ids are whole numbers, 0 … {vocab_size - 1}")
         if len(prompt_ids) >= self.max_model_len:
             raise ValueError(
                 f"the prompt has {len(prompt_ids)} tokens: with max_model_len {self.max_model_len} at most "
@@ -143,7 +165,7 @@ class LLMEngine:
         digest = hashlib.sha256(f"{self.config.seed} {request_id}".encode()).digest()
         return int.from_bytes(digest[:8], "little", signed=True)
 
-    def _collect(self, launched: Launched) -> list[RequestOutput]:
+    def _collect(self, launched: Launched) -> None:
         """Read a step's tokens and hand them to their requests; tokens past a stop or an abort are dropped."""
         token_ids = launched.tokens.tolist()
         logprob_rows = launched.logprobs.rows() if launched.logprobs is not None else None
@@ -152,7 +174,6 @@ class LLMEngine:
             for offset, values in enumerate(part.copies.rows()[: part.num]):
                 token_id = part.request.prompt_ids[part.first + offset]
                 part.request.prompt_logprobs[part.first + offset] = _logprob_dict(token_id, values, wanted)
-        outputs = []
         for request, row in zip(launched.requests, launched.rows):
             request.num_in_flight -= 1
             if request.status is Status.FINISHED:
@@ -164,8 +185,7 @@ class LLMEngine:
             self.scheduler.token_known(request)
             output = self._output(request, token_id)
             if output is not None:
-                outputs.append(output)
-        return outputs
+                self._outputs.append(output)
 
     def _output(self, request: Request, token_id: int) -> RequestOutput | None:
         _, stream = self._requests[request.request_id]

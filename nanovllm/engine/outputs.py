@@ -96,9 +96,9 @@ class TextStream:
         return piece
 
     def _cut(self, searched_from: int) -> bool:
-        longest = max(map(len, self.stop_strings), default=0)
-        start = max(0, searched_from - longest + 1)
-        places = [place for stop in self.stop_strings if (place := self.text.find(stop, start)) >= 0]
+        # a match must end in new text: what lay before was searched, or may not stop and is perhaps already handed out
+        found = (self.text.find(stop, max(0, searched_from - len(stop) + 1)) for stop in self.stop_strings)
+        places = [place for place in found if place >= 0]
         if places:
             self.text = self.text[: min(places)]
         return bool(places)

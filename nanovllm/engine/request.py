@@ -38,6 +38,12 @@ class Request:
     logprobs: list[dict[int, float]] = field(default_factory=list)
     prompt_logprobs: list[dict[int, float] | None] = field(default_factory=list)
 
+    def restart(self) -> None:
+        """Back to waiting, with nothing in the cache: the next prefill takes all known tokens."""
+        self.status = Status.WAITING
+        self.row, self.blocks, self.block_digests = -1, [], []
+        self.is_decoding, self.num_computed, self.num_in_flight = False, 0, 0
+
     @property
     def known_ids(self) -> list[int]:
         return self.prompt_ids + self.output_ids

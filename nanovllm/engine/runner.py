@@ -196,6 +196,7 @@ class Runner:
         rows = [request.row for request in requests]
         rows += [self.state.pad_row] * (step.row_idx_R.shape[0] - len(rows))
         if rows != step.rows:
+            step.rows = []  # should the copy break off
             step.row_idx_R.copy_(self.platform.upload(rows, torch.int64))
             step.rows = rows
         logprobs = None

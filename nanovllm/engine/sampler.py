@@ -1,5 +1,4 @@
-"""Choosing tokens. Noise comes from a counter-based hash of (seed, position, token id), so that a request's tokens
-depend on nothing else in the batch, on no bucket, and on no earlier draw.
+"""Choosing tokens where more than a temperature is asked for; the plain choice is the op `sample`.
 
 R rows | V vocabulary.
 """
@@ -11,37 +10,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-MASK_32 = 0xFFFFFFFF
+from nanovllm.kernels.reference import gumbel_noise, hash32, sample
 
-
-def hash32(x: Tensor) -> Tensor:
-    """A bijective mix of 32-bit integers held in int64: the constants are below 2³¹, so that no product leaves int64.
-
-    Source: C. Wellons, hash-prospector, the "lowbias32" search, constants 21f0aaad-735a2d97 with shifts 16, 15, 15.
-    """
-    x = ((x ^ (x >> 16)) * 0x21F0AAAD) & MASK_32
-    x = ((x ^ (x >> 15)) * 0x735A2D97) & MASK_32
-    return x ^ (x >> 15)
-
-
-def gumbel_noise(seed_R: Tensor, pos_R: Tensor, vocab_size: int) -> Tensor:
-    """Standard Gumbel noise [R, V] fp32. Uniforms are odd multiples of 2⁻²⁴: never 0 or 1, exact in fp32."""
-    low, high = hash32(seed_R & MASK_32), hash32((seed_R >> 32) & MASK_32)
-    key_R = hash32(low ^ hash32(high ^ hash32(pos_R & MASK_32)))
-    second_R = hash32(key_R ^ 0x5BD1E995)
-    token_V = torch.arange(vocab_size, device=seed_R.device)
-    bits_RV = hash32(hash32(token_V.unsqueeze(0) ^ key_R.unsqueeze(1)) ^ second_R.unsqueeze(1))
-    uniform_RV = ((bits_RV >> 9).float() + 0.5) * 2.0**-23
-    return -torch.log(-torch.log(uniform_RV))
-
-
-def sample(logits_RV: Tensor, temperature_R: Tensor, seed_R: Tensor, pos_R: Tensor) -> Tensor:
-    """argmax(logits / temperature + Gumbel noise), a draw from softmax(logits / temperature); argmax(logits) at 0."""
-    logits_RV = logits_RV.float()
-    is_greedy_R1 = (temperature_R == 0).unsqueeze(1)
-    scaled_RV = logits_RV / torch.where(temperature_R == 0, 1.0, temperature_R).unsqueeze(1)
-    noise_RV = gumbel_noise(seed_R, pos_R, logits_RV.shape[1])
-    return torch.where(is_greedy_R1, logits_RV, scaled_RV + noise_RV).argmax(-1)
+__all__ = [
+    "Logprobs",
+    "Penalties",
+    "gumbel_noise",
+    "hash32",
+    "keep_likely",
+    "logprobs",
+    "penalize",
+    "sample",
+    "sample_filtered",
+]
 
 
 class Penalties(NamedTuple):

@@ -8,6 +8,7 @@ long prompt delays the next token of running requests by one prefill step at mos
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from nanovllm.engine.blocks import BlockPool
@@ -49,6 +50,7 @@ class Scheduler:
         max_prefill_rows: int,
     ) -> None:
         self.pool = pool
+        self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_decode_rows = max_decode_rows
         self.max_prefill_rows = max_prefill_rows
@@ -75,6 +77,15 @@ class Scheduler:
         request.status = Status.FINISHED
         request.finish_reason = reason
 
+    def restart(self, requests: Iterable[Request]) -> None:
+        """Start again with `requests`, all that are unfinished, oldest first: for when a step broke off half-way, and
+        neither what the cache holds nor what is recorded of it can be trusted."""
+        self.pool.reset()
+        self.running, self.waiting = [], deque(requests)
+        self._free_rows = list(range(self.max_num_seqs - 1, -1, -1))
+        for request in self.waiting:
+            request.restart()
+
     def schedule(self, *, may_preempt: bool) -> Plan | None:
         """The next step, or None if nothing can run before the tokens in flight are known.
 
@@ -87,7 +98,14 @@ class Scheduler:
                 self._prefill_was_last = True
                 return prefill
         self._prefill_was_last = False
-        return self._plan_decode(decodable, may_preempt) if decodable else None
+        while decodable:
+            num_preemptions = self.num_preemptions
+            plan = self._plan_decode(decodable, may_preempt)
+            if plan is not None or self.num_preemptions == num_preemptions:
+                return plan
+            # all that were chosen had to make room themselves: the requests before them have it now
+            decodable = [request for request in self.running if request.may_decode]
+        return None
 
     def token_known(self, request: Request) -> None:
         """Publish the blocks that the newest known tokens have filled."""
@@ -177,9 +195,7 @@ class Scheduler:
         while not self.pool.num_free and request.status is Status.RUNNING:
             victim = self.running[-1]
             self._vacate(victim)
-            victim.status = Status.WAITING
-            victim.num_computed = 0
-            victim.is_decoding = False
+            victim.restart()
             self.waiting.appendleft(victim)
             self.num_preemptions += 1
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -52,7 +53,9 @@ def load(config: EngineConfig) -> Loaded:
     use_private_cache(environment.cache)
     platform.prepare()
     layout = make_layout(config, cfg, platform)
-    compiler = make_compiler(config, platform, environment)
+    if not config.enforce_eager and (problem := platform.lowering()[1]):
+        logger.warning(problem)
+    new_compiler = partial(make_compiler, config, platform, environment)
     num_programs = len(layout.prefill_tokens) + len(layout.decode_rows) if layout.pad else 0
     with tqdm(total=cfg.num_layers + num_programs, desc="loading weights", dynamic_ncols=True, leave=False) as bar:
         if config.random_weights:
@@ -67,15 +70,15 @@ def load(config: EngineConfig) -> Loaded:
             bar.update()
 
         bar.set_description("sizing the cache")
-        layout, num_blocks, runner = _with_cache(
-            config, layout, cfg, partial(Runner, model, cfg, params), platform, compiler
-        )
+        new_runner = partial(Runner, model, cfg, params)
+        layout, num_blocks, runner = _with_cache(config, layout, cfg, new_runner, platform, new_compiler)
         runner.warm_up(building)
     seconds = {"weights": weights_done - started, "warm_up": time.perf_counter() - weights_done}
     logger.info(
         "%s on %s in %s: %d layers, %d cache blocks of %d tokens, %s, ready in %.1f s",
         cfg.architecture, platform.device, str(cfg.dtype).removeprefix("torch."), cfg.num_layers, num_blocks,
-        layout.block_size, f"{compiler.num_compiled} programs" if compiler.lowering else "eager", sum(seconds.values()),
+        layout.block_size, f"{runner.compiler.num_compiled} programs" if runner.compiler.lowering else "eager",
+        sum(seconds.values()),
     )  # fmt: skip
     return Loaded(runner, tokenizer, eos_token_ids(folder, hf), num_blocks, seconds)
 
@@ -133,9 +136,7 @@ def make_layout(config: EngineConfig, cfg: ModelConfig, platform: Platform) -> L
 
 
 def make_compiler(config: EngineConfig, platform: Platform, environment: env.Environment) -> Compiler:
-    lowering, problem = (None, "") if config.enforce_eager else platform.lowering()
-    if problem:
-        logger.warning(problem)
+    lowering, _ = (None, "") if config.enforce_eager else platform.lowering()
     return Compiler(
         lowering,
         passes=(("fuse_rope_store", fuse_rope_store), ("inline_ops", partial(inline_ops, keep=platform.keeps_op))),
@@ -154,10 +155,15 @@ def use_private_cache(folder: Path) -> None:
 
 
 def _with_cache(
-    config: EngineConfig, layout: Layout, cfg: ModelConfig, make: Any, platform: Platform, compiler: Compiler
+    config: EngineConfig,
+    layout: Layout,
+    cfg: ModelConfig,
+    new_runner: Callable[[Layout, Platform, Compiler], Runner],
+    platform: Platform,
+    new_compiler: Callable[[], Compiler],
 ) -> tuple[Layout, int, Runner]:
     """A runner with its cache: as many blocks as asked for, or as fit and can be used."""
-    runner = make(layout, platform, compiler)
+    runner = new_runner(layout, platform, new_compiler())
     most_useful = 1 + layout.max_num_seqs * layout.blocks_per_row
     num_blocks = config.num_kvcache_blocks or min(most_useful, runner.measure_blocks(config.gpu_memory_utilization))
     block_size = layout.block_size
@@ -176,7 +182,8 @@ def _with_cache(
             )
         logger.warning("max_model_len is lowered from %d to %d, what the cache holds", layout.max_model_len, capacity)
         layout = make_layout(_replace(config, max_model_len=capacity), cfg, platform)
-        runner = make(layout, platform, compiler)
+        # its programs are of other shapes than those that measured
+        runner = new_runner(layout, platform, new_compiler())
     runner.allocate_cache(num_blocks)
     return layout, num_blocks, runner
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nanovllm.engine import sampler
+from nanovllm.kernels import ops
 from nanovllm.models.dense import Batch
 
 PAD_BLOCK = 0
@@ -58,7 +58,7 @@ def decode_batch(block_size: int, state: DeviceState, row_idx_R: Tensor) -> tupl
 
 def sample_and_advance(state: DeviceState, row_idx_R: Tensor, logits_RV: Tensor) -> Tensor:
     """Choose each row's next token by its temperature alone, write it back, step its position; returns token_R."""
-    token_R = sampler.sample(
+    token_R = ops.sample(
         logits_RV,
         state.sampling_SF[row_idx_R, 0],
         state.seed_S[row_idx_R],

@@ -26,6 +26,20 @@ class Hidden(NamedTuple):
     residual_TD: Tensor
 
 
+# Regions are no methods: the compiler keeps them in eager mode, and they would keep the weights alive.
+
+
+def _embed(model: ModuleType, cfg: ModelConfig, embed_VD: Tensor, token_T: Tensor) -> Hidden:
+    return Hidden(*model.embed(cfg, embed_VD, token_T))
+
+
+def _begin(
+    model: ModuleType, cfg: ModelConfig, block_size: int, state: DeviceState, embed_VD: Tensor, row_idx_R: Tensor
+) -> tuple[Hidden, Batch]:
+    token_R, batch = decode_batch(block_size, state, row_idx_R)
+    return _embed(model, cfg, embed_VD, token_R), batch
+
+
 class Steps:
     """The steps of one model. Programs are built on first use; `runner.warm_up` uses every bucket once."""
 
@@ -48,7 +62,7 @@ class Steps:
         hidden, batch = self._run(
             "begin",
             (row_idx_R.shape[0],),
-            self._begin,
+            partial(_begin, self.model, self.cfg, self.block_size),
             state=self.state,
             embed_VD=self.params.embed_VD,
             row_idx_R=row_idx_R,
@@ -62,7 +76,8 @@ class Steps:
     def prefill(self, token_T: Tensor, batch: Batch) -> Hidden:
         """Write keys and values of T packed tokens; returns the stream after the last layer."""
         key = (token_T.shape[0],)
-        hidden = self._run("embed", key, self._embed, embed_VD=self.params.embed_VD, token_T=token_T)
+        function = partial(_embed, self.model, self.cfg)
+        hidden = self._run("embed", key, function, embed_VD=self.params.embed_VD, token_T=token_T)
         return self._layers("prefill", hidden, batch, max_q_len=token_T.shape[0])
 
     def logits_at(self, hidden: Hidden, index_R: Tensor) -> Tensor:
@@ -73,13 +88,6 @@ class Steps:
         """The plain sampler: chooses by temperature and advances the state."""
         key = (row_idx_R.shape[0],)
         return self._run("sample", key, sample_and_advance, state=self.state, row_idx_R=row_idx_R, logits_RV=logits_RV)
-
-    def _begin(self, state: DeviceState, embed_VD: Tensor, row_idx_R: Tensor) -> tuple[Hidden, Batch]:
-        token_R, batch = decode_batch(self.block_size, state, row_idx_R)
-        return self._embed(embed_VD, token_R), batch
-
-    def _embed(self, embed_VD: Tensor, token_T: Tensor) -> Hidden:
-        return Hidden(*self.model.embed(self.cfg, embed_VD, token_T))
 
     def _layers(self, phase: str, hidden: Hidden, batch: Batch, max_q_len: int) -> Hidden:
         sizes = (batch.pos_T.shape[0], batch.seq_len_R.shape[0])

@@ -89,18 +89,20 @@ def _build(
 
 
 def _locate(folder: Path) -> dict[str, Path]:
-    """Tensor name → file. With an index file, its map; otherwise what the files themselves list."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
+    """Tensor name → file, in transformers' order: model.safetensors, the index file's map, else what all files list."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if index.is_file() and not single.is_file():
         try:
             weight_map = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError) as error:
+            located = {tensor: folder / name for tensor, name in weight_map.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{index}: not a readable index: {error}") from error
-        missing = sorted({name for name in weight_map.values() if not (folder / name).is_file()})
+        missing = sorted({path.name for path in located.values() if not path.is_file()})
         if missing:
             raise CheckpointError(f"{folder}: the index names {missing[0]}, which is not there")
-        return {tensor: folder / name for tensor, name in weight_map.items()}
-    paths = sorted(folder.glob("*.safetensors"))
+        return located
+    # Other files beside model.safetensors hold the same weights under other names, or adapters.
+    paths = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
     if not paths:
         raise CheckpointError(f"{folder}: no .safetensors file; other formats are not read, since they can run code")
     return {name: path for path in paths for name in _opened(path).keys()}  # noqa: SIM118 (no mapping)

@@ -1,0 +1,59 @@
+"""Ladders are ascending, hold what they must, and the rung chosen is the smallest that fits."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+
+from nanovllm.compile import buckets
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda", "something_new"])
+@pytest.mark.parametrize("max_rows", [1, 2, 3, 5, 16, 19, 32, 33, 99, 256, 257, 989])
+def test_default_decode_ladder_ascends_to_max_rows_or_the_device_s_largest(device_type: str, max_rows: int) -> None:
+    ladder = buckets.decode_ladder(None, max_rows, device_type)
+    assert list(ladder) == sorted(set(ladder))
+    largest = buckets.DECODE_ROWS.get(device_type, buckets.DECODE_ROWS["cpu"])[-1]
+    assert ladder[-1] == min(max_rows, largest)
+
+
+@pytest.mark.parametrize(
+    ("requested", "max_rows", "expected"),
+    [
+        ([2], 2, (2,)),
+        ([8, 1, 4, 4], 8, (1, 4, 8)),
+        ((3, 7, 19, 5), 19, (3, 5, 7, 19)),
+        ([1, 4, 16, 64], 5, (1, 4, 16)),  # 64 would never run
+        ([7], 99, (7,)),  # larger batches run in several steps
+        ([99], 1, (99,)),
+    ],
+)
+def test_requested_decode_sizes_are_taken_as_they_are(
+    requested: list[int], max_rows: int, expected: tuple[int, ...]
+) -> None:
+    assert buckets.decode_ladder(requested, max_rows, "cpu") == expected
+
+
+@pytest.mark.parametrize("max_tokens", [1, 16, 19, 99, 127, 128, 512, 989, 2048, 8192, 16384])
+def test_prefill_ladder_ascends_to_max_tokens(max_tokens: int) -> None:
+    ladder = buckets.prefill_ladder(max_tokens)
+    assert ladder[-1] == max_tokens
+    assert list(ladder) == sorted(set(ladder))
+    assert len(ladder) <= 5
+    for smaller, larger in pairwise(ladder):
+        assert smaller % 16 == 0
+        assert smaller >= buckets.PREFILL_SMALLEST_TOKENS // 16 * 16
+        assert larger - 16 * buckets.PREFILL_GROWTH < smaller * buckets.PREFILL_GROWTH <= larger
+
+
+@pytest.mark.parametrize("ladder", [(1,), (3, 7, 19), [1, 2, 4, 8], (32, 128, 512), (989,)])
+def test_smallest_fit_is_the_first_rung_that_holds_the_size(ladder: tuple[int, ...]) -> None:
+    for size in range(1, ladder[-1] + 1):
+        assert buckets.smallest_fit(ladder, size) == min(rung for rung in ladder if rung >= size)
+
+
+@pytest.mark.parametrize("ladder", [(1,), (3, 7, 19), (32, 128, 512)])
+def test_a_size_above_the_ladder_is_refused_with_both_numbers(ladder: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=f"size {ladder[-1] + 1} is above the largest bucket {ladder[-1]}"):
+        buckets.smallest_fit(ladder, ladder[-1] + 1)

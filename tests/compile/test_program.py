@@ -1,0 +1,199 @@
+"""Programs are built once per key, give what their region gives, and are never built after warm-up unnoticed."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from nanovllm import env, platforms
+from nanovllm.compile.lower import eager, inductor
+from nanovllm.compile.passes.inline_ops import inline_ops
+from nanovllm.compile.program import CompiledAfterWarmUp, Compiler, Program
+from nanovllm.config import EngineConfig
+from nanovllm.engine import startup
+from nanovllm.kernels import ops
+
+ROOT = Path(__file__).parents[2]
+
+
+class Sum(NamedTuple):
+    value: Tensor
+    parts: tuple[Tensor, Tensor]
+
+
+def add(x: Tensor, y: Tensor) -> Sum:
+    return Sum(x + y, (x * 1, y * 1))
+
+
+def inputs(size: int = 3) -> dict[str, object]:
+    return {"x": torch.arange(float(size)), "y": torch.ones(size)}
+
+
+def test_a_program_gives_what_its_region_gives_nested_alike() -> None:
+    compiler = Compiler(eager.lower)
+    program = compiler.program("add", (3,), add, inputs())
+    assert isinstance(program, Program) and program.name == "add_3"
+    result = program(torch.tensor([5.0, 6.0, 7.0]), torch.ones(3))
+    assert isinstance(result, Sum) and isinstance(result.parts, tuple)
+    assert result.value.tolist() == [6.0, 7.0, 8.0]
+    assert result.parts[0].tolist() == [5.0, 6.0, 7.0]
+
+
+def test_programs_are_built_once_per_name_and_key() -> None:
+    compiler = Compiler(eager.lower)
+    first = compiler.program("add", (3,), add, inputs())
+    assert compiler.program("add", (3,), add, inputs()) is first
+    assert compiler.num_compiled == 1
+    for name, key in (("add", (3, "window5")), ("add", (4,)), ("sum", (3,))):
+        assert compiler.program(name, key, add, inputs()) is not first
+    assert compiler.num_compiled == 4
+
+
+def test_without_a_lowering_the_region_itself_runs() -> None:
+    compiler = Compiler(None, strict=True)
+    compiler.seal()
+    assert compiler.program("add", (3,), add, inputs()) is add
+    assert compiler.num_compiled == 0
+
+
+def test_passes_run_in_order_on_the_graph() -> None:
+    order: list[str] = []
+
+    def named(name: str) -> Any:
+        def graph_pass(graph: GraphModule, fakes: Any) -> GraphModule:
+            order.append(name)
+            assert len(fakes) == 2
+            return graph
+
+        return graph_pass
+
+    Compiler(eager.lower, passes=(("a", named("a")), ("b", named("b")))).program("add", (3,), add, inputs())
+    assert order == ["a", "b"]
+
+
+def test_a_compile_after_warm_up_is_an_error_when_strict() -> None:
+    compiler = Compiler(eager.lower, strict=True)
+    known = compiler.program("add", (3,), add, inputs())
+    compiler.seal()
+    assert compiler.program("add", (3,), add, inputs()) is known
+    assert known(torch.ones(3), torch.ones(3)).value.eq(2).all()
+    with pytest.raises(CompiledAfterWarmUp, match="program add_4 is compiled after warm-up"):
+        compiler.program("add", (4,), add, inputs(4))
+    assert compiler.num_compiled == 1
+
+
+def test_a_compile_after_warm_up_is_a_warning_otherwise(caplog: pytest.LogCaptureFixture) -> None:
+    compiler = Compiler(eager.lower)
+    compiler.seal()
+    # the package's logger does not hand on what it logs once an entry point has configured it
+    with caplog.at_level(logging.WARNING), _propagating("nanovllm"):
+        program = compiler.program("add", (4,), add, inputs(4))
+    assert "program add_4 is compiled after warm-up" in caplog.text
+    assert program(torch.ones(4), torch.ones(4)).value.eq(2).all()
+
+
+class _propagating:
+    def __init__(self, name: str) -> None:
+        self._logger = logging.getLogger(name)
+
+    def __enter__(self) -> None:
+        self._before, self._logger.propagate = self._logger.propagate, True
+
+    def __exit__(self, *_: object) -> None:
+        self._logger.propagate = self._before
+
+
+# Dumps -------------------------------------------------------------------------------------------------------------
+
+
+def test_dumps_show_the_graph_after_each_pass(tmp_path: Path) -> None:
+    inline = partial(inline_ops, keep=lambda name, node: False)
+    compiler = Compiler(
+        eager.lower, passes=(("same", lambda graph, fakes: graph), ("inline", inline)), dump_dir=tmp_path
+    )
+    compiler.program("silu", (2, "a"), ops.silu_mul, {"gate_up_TG": torch.ones(2, 6)})
+    names = ["silu_2_a.0_traced.py", "silu_2_a.1_same.py", "silu_2_a.2_inline.py"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    traced, _, inlined = ((tmp_path / name).read_text() for name in names)
+    assert "nanovllm.silu_mul" in traced and "aten.silu" not in traced
+    assert "nanovllm.silu_mul" not in inlined and "aten.silu" in inlined
+    assert 'gate_up_TG: "f32[2, 6]"' in inlined
+
+
+def test_the_environment_names_the_folder_of_dumps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "graphs"
+    monkeypatch.setenv("NANOVLLM_DUMP_GRAPHS", str(folder))
+    config = EngineConfig(model="tiny-qwen3", device="cpu")
+    made = startup.make_compiler(config, platforms.select("cpu"), env.read())
+    replace(made, lowering=eager.lower).program("silu", (2,), ops.silu_mul, {"gate_up_TG": torch.ones(2, 6)})
+    written = sorted(path.name for path in folder.iterdir())
+    assert written == ["silu_2.0_traced.py", *(f"silu_2.{i}_{name}.py" for i, (name, _) in enumerate(made.passes, 1))]
+    monkeypatch.delenv("NANOVLLM_DUMP_GRAPHS")
+    assert startup.make_compiler(config, platforms.select("cpu"), env.read()).dump_dir is None
+
+
+# Inductor ----------------------------------------------------------------------------------------------------------
+
+
+def store_and_read(k_CBKH: Tensor, v_CBKH: Tensor, cos_sin_MH: Tensor, k_TKH: Tensor, slot_T: Tensor) -> tuple[Tensor]:
+    """Writes, reads back and rotates: everything that touches a cache or a table of varying size."""
+    rotated_TKH = ops.rope(k_TKH, cos_sin_MH, slot_T % 4)
+    ops.store_kv(rotated_TKH, k_TKH, k_CBKH, v_CBKH, slot_T)
+    return (k_CBKH.view(-1, 2, 8)[slot_T] + v_CBKH.view(-1, 2, 8)[slot_T.flip(0)],)
+
+
+def cache_inputs(num_blocks: int, num_positions: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(num_blocks)
+    cache = torch.randn(2, num_blocks, 16, 2, 8, generator=generator)
+    return {
+        "k_CBKH": cache[0].clone(),
+        "v_CBKH": cache[1].clone(),
+        "cos_sin_MH": torch.randn(num_positions, 8, generator=generator),
+        "k_TKH": torch.randn(3, 2, 8, generator=generator),
+        "slot_T": torch.tensor([16, 2, 31]),
+    }
+
+
+def test_one_program_serves_any_number_of_blocks_and_positions() -> None:
+    inline = partial(inline_ops, keep=lambda name, node: False)
+    compiler = Compiler(inductor.lower, passes=(("inline_ops", inline),), varying=startup.VARYING, strict=True)
+    program = compiler.program("store", (3,), store_and_read, cache_inputs(2, 4))
+    compiler.seal()
+    for num_blocks, num_positions in ((2, 4), (19, 99), (989, 5), (3, 989)):
+        ours, expected = cache_inputs(num_blocks, num_positions), cache_inputs(num_blocks, num_positions)
+        assert compiler.program("store", (3,), store_and_read, ours) is program
+        torch.testing.assert_close(program(*ours.values()), store_and_read(*expected.values()))
+        torch.testing.assert_close(ours, expected)
+    assert compiler.num_compiled == 1
+
+
+def test_static_sizes_are_compiled_as_numbers() -> None:
+    """Another static size than traced is an error and no silent recompilation."""
+    compiler = Compiler(inductor.lower)
+    program = compiler.program("add", (3,), add, inputs())
+    assert program(torch.ones(3), torch.ones(3)).value.eq(2).all()
+    with pytest.raises((AssertionError, RuntimeError)):
+        program(torch.ones(5), torch.ones(5))
+
+
+def test_importing_the_engine_leaves_inductor_s_folder_to_be_chosen() -> None:
+    """Torch settles it when Dynamo is imported, on a folder in /tmp whose name others can guess."""
+    variables = {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_CACHE_DIR"}
+    script = (
+        "import os, nanovllm.llm, nanovllm.compile.lower.inductor; print(os.environ.get('TORCHINDUCTOR_CACHE_DIR'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=variables, cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "None"

@@ -1,0 +1,160 @@
+"""Logits of every position of given sequences: from an engine's runner, and from transformers for the same checkpoint.
+
+The runner is driven as the engine drives it: padded prefill steps that split and mix prompts, then decode steps from
+the device state, one known token at a time. Cache blocks are handed out in random order and start as NaN, so whatever
+reads a slot too many shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nanovllm.config import EngineConfig
+from nanovllm.engine import startup
+from nanovllm.engine.batch import prefill_arrays
+from nanovllm.engine.request import Request
+from nanovllm.engine.runner import Runner
+from nanovllm.engine.scheduler import Chunk
+from nanovllm.models.dense import Batch
+from nanovllm.sampling import SamplingParams
+
+
+class Known(NamedTuple):
+    """Known tokens, of which the first `num_prompt` are a prompt and the others are fed to decode steps."""
+
+    token_ids: list[int]
+    num_prompt: int
+
+
+def sequences(vocab_size: int, *lengths: tuple[int, int]) -> list[Known]:
+    """Random sequences of (prompt, total) tokens."""
+    generator = torch.Generator().manual_seed(1)
+    return [
+        Known(torch.randint(vocab_size, (total,), generator=generator).tolist(), num_prompt)
+        for num_prompt, total in lengths
+    ]
+
+
+def load(folder: Path, device: str, **options: Any) -> Runner:
+    """A warm runner with small sizes; `options` are those of EngineConfig."""
+    sizes = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "max_model_len": 128, "kvcache_block_size": 16}
+    sizes["num_kvcache_blocks"] = 1 + 4 * -(-(options.get("max_model_len") or 128) // 16)
+    config = EngineConfig.from_options(str(folder), {"device": device, "dtype": "float32", **sizes, **options})
+    return startup.load(config).runner
+
+
+@torch.no_grad()
+def engine_logits(runner: Runner, known: Sequence[Known]) -> list[Tensor]:
+    """Per sequence the logits [length, V] after each of its tokens, fp32 on the host."""
+    _poison(runner)
+    requests = _admitted(runner, known)
+    logits = [[torch.empty(0)] * len(sequence.token_ids) for sequence in known]
+    for chunks in _prefill_steps(requests, known, runner):
+        _prefill(runner, chunks, logits)
+    for pos in range(max(len(sequence.token_ids) for sequence in known)):
+        rows = [row for row, (ids, num_prompt) in enumerate(known) if num_prompt <= pos < len(ids)]
+        for start in range(0, len(rows), runner.layout.decode_rows[-1]):
+            _decode(runner, known, rows[start : start + runner.layout.decode_rows[-1]], pos, logits)
+    return [torch.stack(rows) for rows in logits]
+
+
+@torch.no_grad()
+def transformers_logits(
+    folder: Path, known: Sequence[Known], device: str, dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
+    """The same from transformers: one forward pass over each whole sequence."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").to(device).eval()
+    return [model(torch.tensor([ids], device=device)).logits[0].float().cpu() for ids, _ in known]
+
+
+def max_difference(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
+    """The largest absolute difference; infinite where either side is not a number."""
+    return max((a - b).abs().nan_to_num(torch.inf).max().item() for a, b in zip(left, right, strict=True))
+
+
+def _poison(runner: Runner) -> None:
+    for cache in runner.steps.caches:
+        cache.k_CBKH.fill_(torch.nan)
+        cache.v_CBKH.fill_(torch.nan)
+
+
+def _admitted(runner: Runner, known: Sequence[Known]) -> list[Request]:
+    """Requests with blocks for all their tokens, known to the device state."""
+    block_size = runner.layout.block_size
+    num_blocks = runner.steps.caches[0].k_CBKH.shape[0]
+    free = (torch.randperm(num_blocks - 1, generator=torch.Generator().manual_seed(2)) + 1).tolist()
+    requests = []
+    for row, (ids, _) in enumerate(known):
+        blocks = [free.pop() for _ in range(-(-len(ids) // block_size))]
+        request = Request(
+            row, ids, SamplingParams(), seed=0, max_output=1, stop_ids=frozenset(), row=row, blocks=blocks
+        )
+        runner.state.block_table_SP[row, : len(blocks)] = runner.platform.upload(blocks, torch.int32)
+        requests.append(request)
+    return requests
+
+
+def _prefill_steps(requests: list[Request], known: Sequence[Known], runner: Runner) -> Iterator[list[Chunk]]:
+    """Prompts one after another into steps of the largest size, cut where a step is full."""
+    layout = runner.layout
+    chunks: list[Chunk] = []
+    budget = layout.prefill_tokens[-1]
+    for request, (_, num_prompt) in zip(requests, known, strict=True):
+        start = 0
+        while start < num_prompt:
+            num_tokens = min(budget, num_prompt - start)
+            chunks.append(Chunk(request, start, num_tokens, start + num_tokens == num_prompt))
+            start += num_tokens
+            budget -= num_tokens
+            if not budget or len(chunks) == layout.max_prefill_rows:
+                yield chunks
+                chunks, budget = [], layout.prefill_tokens[-1]
+    if chunks:
+        yield chunks
+
+
+def _prefill(runner: Runner, chunks: list[Chunk], logits: list[list[Tensor]]) -> None:
+    layout, upload = runner.layout, runner.platform.upload
+    num_tokens, num_rows = layout.prefill_bucket(sum(chunk.num_tokens for chunk in chunks), len(chunks))
+    arrays = prefill_arrays(
+        chunks,
+        num_tokens=num_tokens,
+        num_rows=num_rows,
+        block_size=layout.block_size,
+        blocks_per_row=layout.blocks_per_row,
+        pad_row=runner.state.pad_row,
+    )
+    batch = Batch(
+        pos_T=upload(arrays.pos_T, torch.int64),
+        slot_T=upload(arrays.slot_T, torch.int64),
+        block_table_RP=upload(arrays.block_table_RP, torch.int32),
+        seq_len_R=upload(arrays.seq_len_R, torch.int32),
+        q_start_S=upload(arrays.q_start_S, torch.int32),
+    )
+    hidden = runner.steps.prefill(upload(arrays.token_T, torch.int64), batch)
+    where = [(chunk.request.row, chunk.start + i) for chunk in chunks for i in range(chunk.num_tokens)]
+    for start in range(0, len(where), num_rows):
+        group = where[start : start + num_rows]
+        index = [start + min(i, len(group) - 1) for i in range(num_rows)]
+        logits_RV = runner.steps.logits_at(hidden, upload(index, torch.int64)).float().cpu()
+        for (row, pos), logits_V in zip(group, logits_RV):
+            logits[row][pos] = logits_V
+
+
+def _decode(runner: Runner, known: Sequence[Known], rows: list[int], pos: int, logits: list[list[Tensor]]) -> None:
+    """One decode step that feeds each of `rows` its token at `pos`."""
+    state, upload = runner.state, runner.platform.upload
+    row_idx_R = upload(rows, torch.int64)
+    state.token_S[row_idx_R] = upload([known[row].token_ids[pos] for row in rows], torch.int64)
+    state.pos_S[row_idx_R] = pos
+    padding = [state.pad_row] * (runner.layout.decode_bucket(len(rows)) - len(rows))
+    logits_RV = runner.steps.decode_logits(upload(rows + padding, torch.int64)).float().cpu()
+    for row, logits_V in zip(rows, logits_RV):
+        logits[row][pos] = logits_V
