@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -25,12 +26,13 @@ namespace {
 
 // ---------------------------------------------------------------------------------------------------- vectors
 #if defined(__AVX512F__)
-constexpr int kLanes = 16;
+#define LANES 16
 #elif defined(__AVX__)
-constexpr int kLanes = 8;
+#define LANES 8
 #else
-constexpr int kLanes = 4;
+#define LANES 4
 #endif
+constexpr int kLanes = LANES;
 // 32 vector registers hold an 8 x 3 tile of accumulators, 16 hold a 4 x 3 one
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kTileRows = 8;
@@ -43,10 +45,15 @@ typedef int32_t IVec __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t UVec __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t HVec __attribute__((vector_size(kLanes * 2)));
 typedef float VecAt __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+typedef int32_t IVecAt __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 typedef uint16_t HVecAt __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
 
-struct Bf16 { uint16_t bits; };
-struct Fp16 { uint16_t bits; };
+struct Bf16 {
+  uint16_t bits;
+};
+struct Fp16 {
+  uint16_t bits;
+};
 enum Dtype : int64_t { kFp32 = 0, kBf16 = 1, kFp16 = 2 };
 
 INLINE Vec splat(float x) { return Vec{} + x; }
@@ -54,11 +61,11 @@ INLINE Vec load(const float* p) { return *(const VecAt*)p; }
 INLINE void store(float* p, Vec v) { *(VecAt*)p = v; }
 INLINE Vec vmax(Vec a, Vec b) { return a > b ? a : b; }
 
-INLINE Vec load(const Bf16* p) { return (Vec)(__builtin_convertvector((HVec)*(const HVecAt*)p, UVec) << 16); }
+INLINE Vec load(const Bf16* p) { return (Vec)(__builtin_convertvector((HVec) * (const HVecAt*)p, UVec) << 16); }
 
 INLINE Vec load(const Fp16* p) {
   // shifting the fields into place leaves the exponent 112 too small; the product repairs it, subnormals included
-  UVec h = __builtin_convertvector((HVec)*(const HVecAt*)p, UVec);
+  UVec h = __builtin_convertvector((HVec) * (const HVecAt*)p, UVec);
   UVec sign = (h & 0x8000u) << 16, magnitude = (h & 0x7fffu) << 13;
   Vec finite = (Vec)magnitude * splat(0x1p112f);
   UVec not_finite = (UVec)(magnitude >= 0x0f800000u) & 0x7f800000u;
@@ -106,18 +113,56 @@ INLINE void put(Fp16* p, float x) {
 template <int Step>
 INLINE Vec swap(Vec v) {
 #if defined(__clang__)
-  if constexpr (kLanes == 16)
-    return __builtin_shufflevector(v, v, 0 ^ Step, 1 ^ Step, 2 ^ Step, 3 ^ Step, 4 ^ Step, 5 ^ Step, 6 ^ Step, 7 ^ Step,
-                                   8 ^ Step, 9 ^ Step, 10 ^ Step, 11 ^ Step, 12 ^ Step, 13 ^ Step, 14 ^ Step, 15 ^ Step);
-  else if constexpr (kLanes == 8)
-    return __builtin_shufflevector(v, v, 0 ^ Step, 1 ^ Step, 2 ^ Step, 3 ^ Step, 4 ^ Step, 5 ^ Step, 6 ^ Step, 7 ^ Step);
-  else
-    return __builtin_shufflevector(v, v, 0 ^ Step, 1 ^ Step, 2 ^ Step, 3 ^ Step);
+#define SWAP4(i) (i) ^ Step, (i + 1) ^ Step, (i + 2) ^ Step, (i + 3) ^ Step
+#if LANES == 16
+  return __builtin_shufflevector(v, v, SWAP4(0), SWAP4(4), SWAP4(8), SWAP4(12));
+#elif LANES == 8
+  return __builtin_shufflevector(v, v, SWAP4(0), SWAP4(4));
+#else
+  return __builtin_shufflevector(v, v, SWAP4(0));
+#endif
 #else
   IVec index{};
   for (int i = 0; i < kLanes; ++i) index[i] = i ^ Step;
   return __builtin_shuffle(v, index);
 #endif
+}
+
+// the bits of v rounded to bf16, in the upper halves
+INLINE UVec bf16_bits(Vec v) {
+  UVec bits = (UVec)v, rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
+  UVec is_nan = (UVec)(v != v);
+  return (rounded & ~is_nan) | (is_nan & 0x7fc00000u);
+}
+INLINE void store(Bf16* p, Vec v) { *(HVecAt*)p = __builtin_convertvector(bf16_bits(v) >> 16, HVec); }
+INLINE void store(Fp16* p, Vec v) {
+  for (int i = 0; i < kLanes; ++i) put(p + i, v[i]);
+}
+
+// what is left of v after a store as T
+template <typename T>
+INLINE Vec rounded_to(Vec v) {
+  if constexpr (std::is_same_v<T, float>) return v;
+  if constexpr (std::is_same_v<T, Bf16>) return (Vec)bf16_bits(v);
+  T lanes[kLanes];
+  store(lanes, v);
+  return load(lanes);
+}
+
+// the first n numbers at p, then zeros; and back
+template <typename T>
+INLINE Vec load_first(const T* p, int64_t n) {
+  if (n >= kLanes) return load(p);
+  T lanes[kLanes] = {};
+  std::memcpy(lanes, p, n * sizeof(T));
+  return load(lanes);
+}
+template <typename T>
+INLINE void store_first(T* p, Vec v, int64_t n) {
+  if (n >= kLanes) return store(p, v);
+  T lanes[kLanes];
+  store(lanes, v);
+  std::memcpy(p, lanes, n * sizeof(T));
 }
 
 INLINE float sum(Vec v) {
@@ -136,9 +181,11 @@ INLINE float max_of(Vec v) {
   return v[0];
 }
 
-// 2^x for x <= 0 or so: x = n + f with |f| <= 1/2, 2^f by its Taylor polynomial (relative error below 1e-7), 2^n as bits
+// 2^x for x clamped to the exponents of normal numbers: x = n + f with |f| <= 1/2; 2^f by its Taylor polynomial
+// (relative error about 1e-7), 2^n as bits
 INLINE Vec exp2(Vec x) {
   x = vmax(x, splat(-126.0f));
+  x = x < 127.0f ? x : splat(127.0f);
   Vec shifted = x + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are round(x)
   Vec f = x - (shifted - 12582912.0f);
   Vec p = splat(1.5403530e-4f);
@@ -172,6 +219,9 @@ float* scratch(size_t num_floats) {
   return buffer.data;
 }
 
+// Less work than this (in elements touched) is done before another thread wakes.
+constexpr int64_t kMinParallel = 1 << 15;
+
 // Calls work(item) for every item below num_items; a thread takes the next one when it is free.
 template <typename Work>
 void parallel_for(int64_t num_items, int64_t num_threads, const Work& work) {
@@ -201,6 +251,8 @@ INLINE void multiply_tile(float* c, int64_t c_stride, const float* a, int64_t a_
       if (kStart == Start::kScale) acc[r][n] *= load(factors + n * kLanes);
     }
   for (int64_t d = 0; d < depth; ++d) {
+    if (kStart != Start::kScale && a_stride_depth == 1 && d % 16 == 0)  // the next rows, a cache line each
+      for (int r = 0; r < RB; ++r) __builtin_prefetch(a + (RB + r) * a_stride_row + d, 0, 2);
     Vec b_vec[NV];
     for (int n = 0; n < NV; ++n) b_vec[n] = load(b + d * b_stride + n * kLanes);
     for (int r = 0; r < RB; ++r) {
@@ -232,7 +284,9 @@ void multiply_panel(float* c, int64_t c_stride, const float* a, int64_t a_stride
                     const float* b, int64_t b_stride, int64_t num_rows, int64_t depth, int64_t num_columns,
                     const float* factors) {
   const int64_t num_vecs = (num_columns + kLanes - 1) / kLanes;
-  auto rows = num_vecs >= 3 ? multiply_rows<kStart, 3> : num_vecs == 2 ? multiply_rows<kStart, 2> : multiply_rows<kStart, 1>;
+  auto rows = num_vecs >= 3   ? multiply_rows<kStart, 3>
+              : num_vecs == 2 ? multiply_rows<kStart, 2>
+                              : multiply_rows<kStart, 1>;
   rows(c, c_stride, a, a_stride_row, a_stride_depth, b, b_stride, num_rows, depth, factors);
 }
 
@@ -242,10 +296,10 @@ constexpr int kTileLanes = 48;    // query lanes a tile; 3 vectors of 16, 6 of 8
 constexpr int kTileKeys = 64;     // keys a step; K and V in fp32 at H = 128 are 64 KiB, within any second-level cache
 
 struct Attention {
-  char* out;             // [T, N, H], contiguous
-  const char* q;         // [T, N, H]
-  const char* k_cache;   // [C, B, K, H]
-  const char* v_cache;   // [C, B, K, H]
+  char* out;                   // [T, N, H], contiguous
+  const char* q;               // [T, N, H]
+  const char* k_cache;         // [C, B, K, H]
+  const char* v_cache;         // [C, B, K, H]
   const int32_t* block_table;  // [R, P]
   const int32_t* seq_len;      // [R]
   const int32_t* q_start;      // [R + 1]
@@ -329,15 +383,19 @@ void attend_tile(const Attention& at, const Tile& tile) {
     const int64_t num_keys = std::min<int64_t>(kTileKeys, end_key - key);
     for (int64_t l = 0; l < num_keys; ++l) {
       int64_t block = blocks[(key + l) / B], offset = (key + l) % B;
-      copy_to_float(k_LH + l * H, (const KV*)at.k_cache + block * at.k_stride_C + offset * at.k_stride_B + tile.kv_head * at.k_stride_K, H);
-      copy_to_float(v_LH + l * H, (const KV*)at.v_cache + block * at.v_stride_C + offset * at.v_stride_B + tile.kv_head * at.v_stride_K, H);
+      copy_to_float(
+          k_LH + l * H,
+          (const KV*)at.k_cache + block * at.k_stride_C + offset * at.k_stride_B + tile.kv_head * at.k_stride_K, H);
+      copy_to_float(
+          v_LH + l * H,
+          (const KV*)at.v_cache + block * at.v_stride_C + offset * at.v_stride_B + tile.kv_head * at.v_stride_K, H);
     }
     multiply_lanes<Start::kZero>(score_LM, k_LH, H, 1, q_HM, num_keys, H, num_lanes, alpha_M);
 
     const bool all_seen = key + num_keys - 1 <= tile.first_pos && key > last_pos - window && num_lanes % kLanes == 0;
     for (int64_t vec = 0; vec < num_vecs; ++vec) {
       float* score_L = score_LM + vec * kLanes;
-      IVec pos = *(IVec*)(pos_M + vec * kLanes);
+      IVec pos = *(const IVecAt*)(pos_M + vec * kLanes);
       Vec old_max = load(max_M + vec * kLanes), new_max = old_max;
       if (!all_seen) {
         for (int64_t l = 0; l < num_keys; ++l) {
@@ -374,12 +432,13 @@ void attend_tile(const Attention& at, const Tile& tile) {
   });
 }
 
-// Decode: one token of one row, all its heads, and a part of its keys. Memory-bound: every key and value is read once for
-// the query heads that share it, in the order of memory (all kv heads of a key lie together, so a few keys at a time are
-// a few streams that the hardware follows), and while keys are read the values are requested, and the other way round.
+// Decode: one token of one row, all its heads, and a part of its keys. Memory-bound: every key and value is read once
+// for the query heads that share it, in the order of memory (all kv heads of a key lie together, so a few keys at a
+// time are a few streams that the hardware follows), and while keys are read the values are requested, and the other
+// way round.
 constexpr int kSpanKeys = 128;  // keys a part; fixed, so that results depend on neither the batch nor the threads
 constexpr int kStepKeys = 16;   // keys a step
-constexpr int kStreams = kTileRows;  // keys, or values, read side by side
+constexpr int kStreams = 4;     // keys, or values, read side by side
 
 struct Span {
   int64_t row, token, first_key, end_key;
@@ -402,9 +461,10 @@ INLINE void score_keys(float* score, const float* q_GH, const KV* const* keys, i
     for (int l = 0; l < NK; ++l) score[g * kStepKeys + l] = sum(acc[g][l]);
 }
 
-// out[g] = alpha[g] * out[g] + sum over l of p[g][l] * v[l] for NK values; the weights are read once, not per vector
+// out[g] = alpha[g] * out[g] + sum over l of p[g][l] * v[l] for NK values; no alpha means 1
 template <typename KV, int GB, int NK>
-INLINE void add_values(float* out_GH, const float* p, const float* alpha, const KV* const* values, int64_t at, int64_t H) {
+INLINE void add_values(float* out_GH, const float* p, const float* alpha, const KV* const* values, int64_t at,
+                       int64_t H) {
   for (int64_t h = 0; h < H; h += kLanes) {
     Vec acc[GB];
     for (int g = 0; g < GB; ++g) acc[g] = alpha ? load(out_GH + g * H + h) * alpha[g] : load(out_GH + g * H + h);
@@ -416,7 +476,7 @@ INLINE void add_values(float* out_GH, const float* p, const float* alpha, const 
   }
 }
 
-// Calls f(i, width) over 0 .. num - 1 in widths of Max, then half of it, and so on down to 1; the width comes as a type.
+// Calls f(i, width) over 0 .. num - 1 in widths of Max, then half of it, and so on to 1; the width comes as a type.
 template <int Max, typename F>
 INLINE void for_some(int64_t num, F&& f) {
   int64_t i = 0;
@@ -480,7 +540,8 @@ void attend_span(const Attention& at, const Span& span, float* partial, std::ato
         request(step.values + l, kv_head * at.v_stride_K, width);
         for_some<2>(G, [&](int64_t g, auto heads) {
           const int64_t n = kv_head * G + g;
-          score_keys<KV, heads, width>(score_NL + n * kStepKeys + l, q_NH + n * H, step.keys + l, kv_head * at.k_stride_K, H);
+          score_keys<KV, heads, width>(score_NL + n * kStepKeys + l, q_NH + n * H, step.keys + l,
+                                       kv_head * at.k_stride_K, H);
         });
       }
     });
@@ -527,7 +588,8 @@ void attend_span(const Attention& at, const Span& span, float* partial, std::ato
         const float* part = parts + i * part_size;
         const float factor = exp2(splat(part[N * H + n] - top))[0];
         total += part[N * H + N + n] * factor;
-        for (int64_t h = 0; h < H; h += kLanes) store(joined_H + h, load(joined_H + h) + load(part + n * H + h) * factor);
+        for (int64_t h = 0; h < H; h += kLanes)
+          store(joined_H + h, load(joined_H + h) + load(part + n * H + h) * factor);
       }
       const float factor = total > 0 ? 1.0f / total : 0.0f;
       for (int64_t h = 0; h < H; ++h) put(out_H + h, joined_H[h] * factor);
@@ -607,7 +669,9 @@ struct Fp32Step {
   typedef float Weight;
   typedef float X;
   static constexpr int kDepth = kLanes;
-  struct Value { Vec v; };
+  struct Value {
+    Vec v;
+  };
   static INLINE Value load_weight(const float* p) { return {load(p)}; }
   static INLINE Vec fma(Vec acc, const float* x, Value w) { return acc + load(x) * w.v; }
 };
@@ -617,20 +681,24 @@ struct Bf16Step {
   typedef Bf16 Weight;
   typedef Bf16 X;
   static constexpr int kDepth = 32;
-  struct Value { __m512bh v; };
+  struct Value {
+    __m512bh v;
+  };
   static INLINE Value load_weight(const Bf16* p) { return {(__m512bh)_mm512_loadu_si512(p)}; }
   static INLINE Vec fma(Vec acc, const Bf16* x, Value w) {
     return (Vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_loadu_si512(x), w.v);
   }
 };
 #else
-// bf16: a step is one vector of pairs. A pair's halves are fp32 numbers after a shift or a mask, so x comes in fp32 with
-// the even elements of each step before its odd ones.
+// bf16: a step is one vector of pairs. A pair's halves are fp32 numbers after a shift or a mask, so x comes in fp32
+// with the even elements of each step before its odd ones.
 struct Bf16Step {
   typedef Bf16 Weight;
   typedef float X;
   static constexpr int kDepth = 2 * kLanes;
-  struct Value { Vec even, odd; };
+  struct Value {
+    Vec even, odd;
+  };
   static INLINE Value load_weight(const Bf16* p) {
     typedef uint32_t At __attribute__((vector_size(kLanes * 4), aligned(2), may_alias));
     UVec pairs = *(const At*)p;
@@ -673,7 +741,7 @@ void linear_tile(float* out, const typename Step::X* x, int64_t x_stride, const 
 
 // outputs a tile, by its tokens: as many as leave the accumulators in registers
 constexpr int tile_outputs(int num_tokens) {
-  return kTileRows == 8 ? std::min(24 / num_tokens, 8) : std::max(12 / num_tokens, 1) > 4 ? 4 : std::max(12 / num_tokens, 1);
+  return kTileRows == 8 ? std::min(24 / num_tokens, 8) : std::clamp(12 / num_tokens, 1, 4);
 }
 
 template <typename Step, int TB, int OB = tile_outputs(TB)>
@@ -746,11 +814,11 @@ void linear(const Linear& at) {
   });
 }
 
-// fp32, more tokens: bound by arithmetic. Tokens run along vectors and weights are broadcast from where they lie, so that
-// only x is rearranged: out^T[O, T] = weight[O, D] x^T[D, T].
-constexpr int64_t kPanelTokens = 15;            // from here on; below, linear_rows is faster
-constexpr int64_t kBlockTokens = 10 * kPanel;   // a thread's weights meet these before it goes on to others
-constexpr int64_t kBlockDepth = 192;            // of x^T a panel of this depth stays in the first-level cache
+// fp32, more tokens: bound by arithmetic. Tokens run along vectors and weights are broadcast from where they lie, so
+// that only x is rearranged: out^T[O, T] = weight[O, D] x^T[D, T].
+constexpr int64_t kPanelTokens = kLanes == 16 ? 11 : 17;  // from here on; below, linear_rows is faster
+constexpr int64_t kBlockTokens = 10 * kPanel;             // a thread's weights meet these before it goes on to others
+constexpr int64_t kBlockDepth = 192;                      // of x^T a panel of this depth stays in the first-level cache
 constexpr int64_t kMaxBlockOutputs = 64;
 constexpr int64_t kPackDepth = 64;
 
@@ -764,30 +832,36 @@ void linear_by_panels(const Linear& at) {
     const int64_t T = std::min(kBlockTokens, at.num_tokens - first_token);
     const float* x = (const float*)at.x + first_token * at.x_stride;
     const int64_t num_vecs = (T + kLanes - 1) / kLanes, num_panels = (num_vecs + 2) / 3;
-    const int64_t panel_tokens = (num_vecs + num_panels - 1) / num_panels * kLanes;  // even: 4 vectors are 2 + 2, not 3 + 1
+    const int64_t panel_tokens =
+        (num_vecs + num_panels - 1) / num_panels * kLanes;  // even: 4 vectors are 2 + 2, not 3 + 1
     const int64_t num_packs = (D + kPackDepth - 1) / kPackDepth;
     float* packed = scratch<kShared>((size_t)(num_panels * panel_tokens * D));  // [panel, D, token]
     parallel_for(num_panels * num_packs, at.num_threads, [&](int64_t item) {
-      const int64_t panel = item / num_packs, d_first = item % num_packs * kPackDepth, d_end = std::min(d_first + kPackDepth, D);
+      const int64_t panel = item / num_packs, d_first = item % num_packs * kPackDepth,
+                    d_end = std::min(d_first + kPackDepth, D);
       float* to = packed + panel * panel_tokens * D;
       for (int64_t m = 0; m < panel_tokens; ++m) {
         const int64_t token = panel * panel_tokens + m;
-        for (int64_t d = d_first; d < d_end; ++d) to[d * panel_tokens + m] = token < T ? x[token * at.x_stride + d] : 0.0f;
+        for (int64_t d = d_first; d < d_end; ++d)
+          to[d * panel_tokens + m] = token < T ? x[token * at.x_stride + d] : 0.0f;
       }
     });
     parallel_for(num_blocks, at.num_threads, [&](int64_t item) {
       const int64_t first = item * block_outputs, num_rows = std::min(block_outputs, O - first);
       float* sums = scratch((size_t)(block_outputs * kBlockTokens));  // [O, T] of this block
-      for (int64_t d = 0; d < D; d += kBlockDepth)
+      // one panel: whole rows of weights, which the hardware prefetches well
+      const int64_t block_depth = num_panels == 1 ? D : kBlockDepth;
+      for (int64_t d = 0; d < D; d += block_depth)
         for (int64_t token = 0; token < T; token += panel_tokens) {
           const auto multiply = d ? multiply_panel<Start::kAdd> : multiply_panel<Start::kZero>;
           multiply(sums + token, kBlockTokens, weight + first * at.weight_stride + d, at.weight_stride, 1,
-                   packed + token * D + d * panel_tokens, panel_tokens, num_rows, std::min(kBlockDepth, D - d),
+                   packed + token * D + d * panel_tokens, panel_tokens, num_rows, std::min(block_depth, D - d),
                    std::min(panel_tokens, T - token), nullptr);
         }
       for (int64_t token = 0; token < T; ++token) {
         float* out = (float*)at.out + (first_token + token) * O + first;
-        for (int64_t o = 0; o < num_rows; ++o) out[o] = sums[o * kBlockTokens + token] + (bias ? bias[first + o] : 0.0f);
+        for (int64_t o = 0; o < num_rows; ++o)
+          out[o] = sums[o * kBlockTokens + token] + (bias ? bias[first + o] : 0.0f);
       }
     });
   }
@@ -795,8 +869,243 @@ void linear_by_panels(const Linear& at) {
 
 }  // namespace
 
+// The most tokens for which this is worth while, as measured against F.linear: all in fp32 with vectors of 16, where
+// panels were twice as fast. What has matrix units (AMX) is better served by the library that uses them.
+extern "C" int64_t nanovllm_small_m_linear_max_tokens(int64_t dtype) {
+#if LANES == 16
+  if (dtype == kFp32) return INT64_MAX;
+#endif
+#if LANES == 16 && !defined(__AMX_BF16__)
+  if (dtype == kBf16) return 32;
+#endif
+  return dtype == kFp16 ? 0 : 16;
+}
+
 extern "C" void nanovllm_small_m_linear(const Linear* args) {
   if (args->dtype == kFp32 && args->num_tokens >= kPanelTokens) linear_by_panels(*args);
   else if (args->dtype == kFp32) linear<Fp32Step>(*args);
   else linear<Bf16Step>(*args);
+}
+
+// ---------------------------------------------------------------------------------------------------- rows
+// Each rounds where reference.py rounds.
+namespace {
+
+template <typename T>
+INLINE float inverse_rms(const T* x, int64_t n, double eps) {
+  Vec squares{};
+  for (int64_t i = 0; i < n; i += kLanes) {
+    Vec v = load_first(x + i, n - i);
+    squares += v * v;
+  }
+  return 1.0f / std::sqrt(sum(squares) / (float)n + (float)eps);
+}
+
+template <typename T>
+INLINE Vec scaled(Vec x, float factor, const T* weight, int64_t n) {
+  return rounded_to<T>(rounded_to<T>(x * factor) * load_first(weight, n));
+}
+
+struct RmsNorm {
+  char *out, *residual_out;           // [T, D]; residual_out where there is a residual
+  const char *x, *residual, *weight;  // [T, D], [T, D] or null, [D]
+  int64_t num_tokens, size;
+  int64_t dtype, num_threads;
+  double eps;
+};
+
+struct SiluMul {
+  char* out;            // [T, F]
+  const char* gate_up;  // [T, 2F]
+  int64_t num_tokens, size;
+  int64_t dtype, num_threads;
+};
+
+struct QkNormRopeStore {
+  char* q_out;                  // [T, N, H]
+  const char* qkv;              // [T, (N + 2K) H]
+  const char *q_norm, *k_norm;  // [H] or null
+  const float* cos_sin;         // [M, H]
+  const char *pos, *slot;       // [T]
+  char *k_cache, *v_cache;      // [C, B, K, H]
+  int64_t qkv_stride, cos_sin_stride;
+  int64_t k_stride_C, k_stride_B, k_stride_K;
+  int64_t v_stride_C, v_stride_B, v_stride_K;
+  int64_t num_tokens, num_heads, num_kv_heads, head_dim, block_size;
+  int64_t pos_bytes, slot_bytes;
+  int64_t dtype, num_threads;
+  double eps;
+};
+
+INLINE int64_t index_at(const char* p, int64_t bytes, int64_t i) {
+  return bytes == 8 ? ((const int64_t*)p)[i] : ((const int32_t*)p)[i];
+}
+
+// out = rope(norm(x)): the halves x1 and x2 of a head turn together
+template <typename T>
+void norm_rope(T* out, const T* x, const T* weight, const float* cos_sin, int64_t H, double eps) {
+  const int64_t half = H / 2;
+  const float factor = weight ? inverse_rms(x, H, eps) : 1.0f;
+  for (int64_t i = 0; i < half; i += kLanes) {
+    const int64_t n = half - i;
+    Vec x1 = load_first(x + i, n), x2 = load_first(x + half + i, n);
+    if (weight) x1 = scaled(x1, factor, weight + i, n), x2 = scaled(x2, factor, weight + half + i, n);
+    const Vec cos = load_first(cos_sin + i, n), sin = load_first(cos_sin + half + i, n);
+    store_first(out + i, x1 * cos - x2 * sin, n);
+    store_first(out + half + i, x2 * cos + x1 * sin, n);
+  }
+}
+
+template <typename T>
+void qk_norm_rope_store_token(const QkNormRopeStore& at, int64_t token) {
+  const int64_t H = at.head_dim, N = at.num_heads, K = at.num_kv_heads;
+  const T* qkv = (const T*)at.qkv + token * at.qkv_stride;
+  const float* cos_sin = at.cos_sin + index_at(at.pos, at.pos_bytes, token) * at.cos_sin_stride;
+  for (int64_t n = 0; n < N; ++n)
+    norm_rope((T*)at.q_out + (token * N + n) * H, qkv + n * H, (const T*)at.q_norm, cos_sin, H, at.eps);
+  const int64_t slot = index_at(at.slot, at.slot_bytes, token), block = slot / at.block_size,
+                offset = slot % at.block_size;
+  T* k_out = (T*)at.k_cache + block * at.k_stride_C + offset * at.k_stride_B;
+  T* v_out = (T*)at.v_cache + block * at.v_stride_C + offset * at.v_stride_B;
+  for (int64_t k = 0; k < K; ++k) {
+    norm_rope(k_out + k * at.k_stride_K, qkv + (N + k) * H, (const T*)at.k_norm, cos_sin, H, at.eps);
+    const T* v = qkv + (N + K + k) * H;
+    for (int64_t i = 0; i < H; i += kLanes) store_first(v_out + k * at.v_stride_K + i, load_first(v + i, H - i), H - i);
+  }
+}
+
+}  // namespace
+
+extern "C" void nanovllm_rms_norm(const RmsNorm* args) {
+  const RmsNorm& at = *args;
+  const int64_t D = at.size;
+  with_dtype(at.dtype, [&](auto zero) {
+    typedef decltype(zero) T;
+    parallel_for(at.num_tokens, at.num_tokens * D < kMinParallel ? 1 : at.num_threads, [&](int64_t token) {
+      const T *x = (const T*)at.x + token * D, *weight = (const T*)at.weight;
+      T* out = (T*)at.out + token * D;
+      if (at.residual) {
+        const T* residual = (const T*)at.residual + token * D;
+        T* sum = (T*)at.residual_out + token * D;
+        for (int64_t d = 0; d < D; d += kLanes)
+          store_first(sum + d, load_first(x + d, D - d) + load_first(residual + d, D - d), D - d);
+        x = sum;
+      }
+      const float factor = inverse_rms(x, D, at.eps);
+      for (int64_t d = 0; d < D; d += kLanes)
+        store_first(out + d, scaled(load_first(x + d, D - d), factor, weight + d, D - d), D - d);
+    });
+  });
+}
+
+extern "C" void nanovllm_silu_mul(const SiluMul* args) {
+  const SiluMul& at = *args;
+  const int64_t F = at.size;
+  with_dtype(at.dtype, [&](auto zero) {
+    typedef decltype(zero) T;
+    parallel_for(at.num_tokens, at.num_tokens * F < kMinParallel ? 1 : at.num_threads, [&](int64_t token) {
+      const T *gate = (const T*)at.gate_up + token * 2 * F, *up = gate + F;
+      T* out = (T*)at.out + token * F;
+      for (int64_t f = 0; f < F; f += kLanes) {
+        Vec g = load_first(gate + f, F - f);
+        Vec silu = rounded_to<T>(g / (1.0f + exp2(g * -1.4426950408889634f)));
+        store_first(out + f, silu * load_first(up + f, F - f), F - f);
+      }
+    });
+  });
+}
+
+extern "C" void nanovllm_qk_norm_rope_store(const QkNormRopeStore* args) {
+  const QkNormRopeStore& at = *args;
+  const int64_t size = at.num_tokens * (at.num_heads + 2 * at.num_kv_heads) * at.head_dim;
+  with_dtype(at.dtype, [&](auto zero) {
+    typedef decltype(zero) T;
+    parallel_for(at.num_tokens, size < kMinParallel ? 1 : at.num_threads,
+                 [&](int64_t token) { qk_norm_rope_store_token<T>(at, token); });
+  });
+}
+
+// ---------------------------------------------------------------------------------------------------- sample
+// The hash of reference.py in 32-bit arithmetic, which wraps where the reference masks.
+namespace {
+
+template <typename U>
+INLINE U hash32(U x) {
+  x = (x ^ (x >> 16)) * 0x21F0AAADu;
+  x = (x ^ (x >> 15)) * 0x735A2D97u;
+  return x ^ (x >> 15);
+}
+
+struct Sample {
+  const void* logits;
+  const float* temperature;
+  const int64_t *seed, *pos;
+  int64_t* token;
+  int64_t num_rows, vocab_size, row_stride, dtype, num_threads;
+};
+
+struct Best {
+  float score = -INFINITY;
+  int64_t token = 0;
+};
+
+// Of equal scores the smallest token wins, so chunks are searched, and later merged, in ascending order with >.
+template <typename T>
+Best best_of(const T* logits, int64_t begin, int64_t end, float temperature, uint32_t key, uint32_t second) {
+  Best best;
+  const bool greedy = temperature == 0.0f;
+  for (int64_t v = begin; v < end; v += kLanes) {
+    alignas(64) float score[kLanes];
+    alignas(64) uint32_t bits[kLanes];
+    Vec scaled = load_first(logits + v, end - v);
+    if (!greedy) {
+      scaled = scaled / temperature;
+      UVec token;
+      for (int lane = 0; lane < kLanes; ++lane) token[lane] = (uint32_t)(v + lane);
+      UVec mantissa = hash32(hash32(token ^ key) ^ second) >> 9;
+      // Noise above d needs 1 - u < exp(-d) <= 2^-floor(d / ln 2): an integer test that spares nearly all logarithms.
+      Vec doublings = (splat(best.score) - scaled) * 1.442695f;
+      doublings = doublings > 0.0f ? doublings : splat(0.0f);
+      doublings = doublings < 23.0f ? doublings : splat(23.0f);
+      UVec room = (UVec{} + (1u << 23)) >> __builtin_convertvector(doublings, UVec);
+      IVec possible = (IVec)((0x7FFFFFu - mantissa) <= room);
+      bool any = false;
+      for (int lane = 0; lane < kLanes; ++lane) any |= possible[lane] != 0;
+      if (!any) continue;
+      std::memcpy(bits, &mantissa, sizeof bits);
+    }
+    std::memcpy(score, &scaled, sizeof score);
+    for (int64_t lane = 0; lane < std::min<int64_t>(kLanes, end - v); ++lane) {
+      float noisy = score[lane];
+      if (!greedy) noisy -= std::log(-std::log(((float)bits[lane] + 0.5f) * 0x1p-23f));
+      if (noisy > best.score) best = {noisy, v + lane};
+    }
+  }
+  return best;
+}
+
+}  // namespace
+
+extern "C" void nanovllm_sample(const Sample* args) {
+  const Sample& at = *args;
+  constexpr int64_t kChunk = 8192;
+  const int64_t num_chunks = (at.vocab_size + kChunk - 1) / kChunk, num_tasks = at.num_rows * num_chunks;
+  std::vector<Best> best(num_tasks);
+  with_dtype(at.dtype, [&](auto zero) {
+    typedef decltype(zero) T;
+    parallel_for(num_tasks, at.num_rows * at.vocab_size < kMinParallel ? 1 : at.num_threads, [&](int64_t task) {
+      const int64_t row = task / num_chunks, begin = task % num_chunks * kChunk;
+      const uint64_t seed = (uint64_t)at.seed[row];
+      const uint32_t low = hash32((uint32_t)seed), high = hash32((uint32_t)(seed >> 32));
+      const uint32_t key = hash32(low ^ hash32(high ^ hash32((uint32_t)at.pos[row])));
+      best[task] = best_of((const T*)at.logits + row * at.row_stride, begin, std::min(begin + kChunk, at.vocab_size),
+                           at.temperature[row], key, hash32(key ^ 0x5BD1E995u));
+    });
+  });
+  for (int64_t row = 0; row < at.num_rows; ++row) {
+    Best winner = best[row * num_chunks];
+    for (int64_t chunk = 1; chunk < num_chunks; ++chunk)
+      if (best[row * num_chunks + chunk].score > winner.score) winner = best[row * num_chunks + chunk];
+    at.token[row] = winner.token;
+  }
 }

@@ -2,6 +2,9 @@
 
 There is no build step at installation. The library is cached on disk by its source, flags and instruction set, and
 Inductor's lock lets one process compile it. What a kernel does not cover (a dtype, a layout) goes to `reference.py`.
+
+A call packs its arguments into the bytes of one C struct, field for field those of the .cpp: ctypes converts a single
+argument, where thirty would take longer than a small kernel.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,10 +21,22 @@ from torch import Tensor
 from nanovllm.kernels import ops, reference
 
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
 _ATTENTION_ARGS = struct.Struct("@7P 20q d")
 _LINEAR_ARGS = struct.Struct("@4P 7q")
-# Above these F.linear is as fast: measured at shapes from 1024 x 2048 to 151936 x 1024 (docs/log.md has the numbers).
-_LINEAR_MAX_TOKENS = {torch.float32: 64, torch.bfloat16: 32}
+_RMS_NORM_ARGS = struct.Struct("@5P 4q d")
+_SAMPLE_ARGS = struct.Struct("@5P 5q")
+_SILU_MUL_ARGS = struct.Struct("@2P 4q")
+_QK_NORM_ROPE_STORE_ARGS = struct.Struct("@9P 17q d")
+
+_FUNCTIONS = (
+    "nanovllm_paged_attention",
+    "nanovllm_qk_norm_rope_store",
+    "nanovllm_rms_norm",
+    "nanovllm_sample",
+    "nanovllm_silu_mul",
+    "nanovllm_small_m_linear",
+)
 
 
 @functools.cache
@@ -32,9 +48,11 @@ def _load() -> ctypes.CDLL:
     # -march=native stands in the cache key as those words: name what it meant, for cache folders that machines share
     source += f"\n// {torch.backends.cpu.get_cpu_capability()} {torch.cpu._is_avx512_bf16_supported()}\n"
     library = CppCodeCache.load(source, "cpu", extra_flags=("-ffp-contract=fast",))
-    for name in ("nanovllm_paged_attention", "nanovllm_small_m_linear"):
+    for name in _FUNCTIONS:
         function = getattr(library, name)
         function.argtypes, function.restype = (ctypes.c_char_p,), None
+    library.nanovllm_small_m_linear_max_tokens.argtypes = (ctypes.c_int64,)
+    library.nanovllm_small_m_linear_max_tokens.restype = ctypes.c_int64
     return library
 
 
@@ -43,13 +61,34 @@ def available() -> tuple[bool, str]:
     """Whether the kernels can be compiled and loaded here, and the reason if not."""
     try:
         _load()
-    except Exception as error:  # whatever a compiler or a loader raises, the answer is the same
+    except (RuntimeError, OSError, ImportError, AttributeError) as error:  # no compiler, or one that fails
         return False, f"{type(error).__name__}: {error}"
     return True, ""
 
 
+def register() -> None:
+    """Compile or load the library and make its kernels the ops' CPU kernels; a second call changes nothing."""
+    _load()
+    ops.register_kernels("CPU", _KERNELS)
+
+
+@functools.cache
+def _linear_max_tokens(dtype: torch.dtype) -> int:
+    code = _DTYPE_CODES.get(dtype)
+    return 0 if code is None else _load().nanovllm_small_m_linear_max_tokens(code)
+
+
+def prefers_own_linear(num_tokens: int, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether our `linear` is faster than torch's for so many tokens."""
+    return num_tokens <= _linear_max_tokens(dtype)
+
+
 def _int32(x: Tensor) -> Tensor:
     return x if x.dtype is torch.int32 and x.is_contiguous() else x.to(torch.int32).contiguous()
+
+
+def _index(x: Tensor) -> Tensor:
+    return x if x.dtype in (torch.int32, torch.int64) and x.is_contiguous() else x.long().contiguous()
 
 
 def paged_attention(
@@ -63,21 +102,26 @@ def paged_attention(
     scale: float,
     window: int,
 ) -> Tensor:
-    """`reference.paged_attention`, reading the pages in place; fp32, bf16 and fp16 queries over caches of any of them."""
+    """`reference.paged_attention`, reading the pages in place; queries and cache each in fp32, bf16 or fp16."""
     q_dtype, kv_dtype = _DTYPE_CODES.get(q_TNH.dtype), _DTYPE_CODES.get(k_cache_CBKH.dtype)
-    if q_dtype is None or kv_dtype is None or v_cache_CBKH.dtype is not k_cache_CBKH.dtype:
+    k_strides, v_strides = k_cache_CBKH.stride(), v_cache_CBKH.stride()
+    if (
+        q_dtype is None
+        or kv_dtype is None
+        or v_cache_CBKH.dtype is not k_cache_CBKH.dtype
+        or k_strides[3] != 1
+        or v_strides[3] != 1
+    ):
         return reference.paged_attention(
             q_TNH, k_cache_CBKH, v_cache_CBKH, block_table_RP, seq_len_R, q_start_S, max_q_len, scale, window
         )
-    q_strides, k_strides, v_strides = q_TNH.stride(), k_cache_CBKH.stride(), v_cache_CBKH.stride()
-    if q_strides[2] != 1:
+    if q_TNH.stride(2) != 1:
         q_TNH = q_TNH.contiguous()
-        q_strides = q_TNH.stride()
-    if k_strides[3] != 1 or v_strides[3] != 1:
-        raise ValueError(f"the caches' last dimension must be contiguous, got strides {k_strides} and {v_strides}")
-    block_table_RP, seq_len_R, q_start_S = _int32(block_table_RP), _int32(seq_len_R), _int32(q_start_S)
+    q_strides = q_TNH.stride()
+    if block_table_RP.dtype is not torch.int32 or block_table_RP.stride(1) != 1:
+        block_table_RP = _int32(block_table_RP)
+    seq_len_R, q_start_S = _int32(seq_len_R), _int32(q_start_S)
     num_tokens, num_heads, head_dim = q_TNH.shape
-    num_rows, num_blocks = block_table_RP.shape
     out_TNH = q_TNH.new_empty((num_tokens, num_heads, head_dim))
     _load().nanovllm_paged_attention(
         _ATTENTION_ARGS.pack(
@@ -92,9 +136,9 @@ def paged_attention(
             q_strides[1],
             *k_strides[:3],
             *v_strides[:3],
-            num_blocks,
+            block_table_RP.stride(0),
             num_tokens,
-            num_rows,
+            block_table_RP.shape[0],
             num_heads,
             k_cache_CBKH.shape[2],
             head_dim,
@@ -110,17 +154,21 @@ def paged_attention(
     return out_TNH
 
 
-def small_m_linear(x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> Tensor:
-    """`reference.small_m_linear` for up to 64 tokens in fp32 or 32 in bf16: the weights are read once, at memory speed."""
+def linear(x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> Tensor:
+    """`reference.linear`: the weights of few tokens are read once, at memory speed.
+
+    In fp32 with 512-bit vectors any number of tokens is served; where F.linear is faster, it is called.
+    """
     dtype = x_TD.dtype
     if (
         x_TD.dim() != 2
-        or x_TD.shape[0] > _LINEAR_MAX_TOKENS.get(dtype, 0)
+        or x_TD.shape[0] > _linear_max_tokens(dtype)
         or weight_OD.dtype is not dtype
         or weight_OD.stride(1) != 1
         or (bias_O is not None and (bias_O.dtype is not dtype or not bias_O.is_contiguous()))
+        or not x_TD.numel()
     ):
-        return reference.small_m_linear(x_TD, weight_OD, bias_O)
+        return reference.linear(x_TD, weight_OD, bias_O)
     if x_TD.stride(1) != 1:
         x_TD = x_TD.contiguous()
     num_tokens, depth = x_TD.shape
@@ -144,7 +192,179 @@ def small_m_linear(x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> Te
     return out_TO
 
 
-def register() -> None:
-    """Compile or load the library and make its kernels the ops' CPU kernels; a second call changes nothing."""
-    _load()
-    ops.register_kernels("CPU", {"paged_attention": paged_attention, "small_m_linear": small_m_linear})
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """`reference.rms_norm` in one pass over memory."""
+    dtype = _DTYPE_CODES.get(x_TD.dtype)
+    if dtype is None or weight_D.dtype is not x_TD.dtype:
+        return reference.rms_norm(x_TD, weight_D, eps)
+    x_TD, weight_D = x_TD.contiguous(), weight_D.contiguous()
+    out_TD, size = torch.empty_like(x_TD), x_TD.shape[-1]
+    _load().nanovllm_rms_norm(
+        _RMS_NORM_ARGS.pack(
+            out_TD.data_ptr(),
+            0,
+            x_TD.data_ptr(),
+            0,
+            weight_D.data_ptr(),
+            x_TD.numel() // max(size, 1),
+            size,
+            dtype,
+            torch.get_num_threads(),
+            eps,
+        )
+    )
+    return out_TD
+
+
+def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`reference.add_rms_norm` in one pass over memory."""
+    dtype = _DTYPE_CODES.get(x_TD.dtype)
+    if (
+        dtype is None
+        or residual_TD.dtype is not x_TD.dtype
+        or weight_D.dtype is not x_TD.dtype
+        or residual_TD.shape != x_TD.shape
+    ):
+        return reference.add_rms_norm(x_TD, residual_TD, weight_D, eps)
+    x_TD, residual_TD, weight_D = x_TD.contiguous(), residual_TD.contiguous(), weight_D.contiguous()
+    out_TD, sum_TD, size = torch.empty_like(x_TD), torch.empty_like(x_TD), x_TD.shape[-1]
+    _load().nanovllm_rms_norm(
+        _RMS_NORM_ARGS.pack(
+            out_TD.data_ptr(),
+            sum_TD.data_ptr(),
+            x_TD.data_ptr(),
+            residual_TD.data_ptr(),
+            weight_D.data_ptr(),
+            x_TD.numel() // max(size, 1),
+            size,
+            dtype,
+            torch.get_num_threads(),
+            eps,
+        )
+    )
+    return out_TD, sum_TD
+
+
+def silu_mul(gate_up_TG: Tensor) -> Tensor:
+    """`reference.silu_mul` in one pass over memory."""
+    dtype = _DTYPE_CODES.get(gate_up_TG.dtype)
+    if dtype is None or gate_up_TG.shape[-1] % 2:
+        return reference.silu_mul(gate_up_TG)
+    gate_up_TG = gate_up_TG.contiguous()
+    size = gate_up_TG.shape[-1] // 2
+    out_TF = gate_up_TG.new_empty((*gate_up_TG.shape[:-1], size))
+    _load().nanovllm_silu_mul(
+        _SILU_MUL_ARGS.pack(
+            out_TF.data_ptr(),
+            gate_up_TG.data_ptr(),
+            out_TF.numel() // max(size, 1),
+            size,
+            dtype,
+            torch.get_num_threads(),
+        )
+    )
+    return out_TF
+
+
+def qk_norm_rope_store(
+    qkv_TE: Tensor,
+    q_norm_H: Tensor | None,
+    k_norm_H: Tensor | None,
+    cos_sin_MH: Tensor,
+    pos_T: Tensor,
+    slot_T: Tensor,
+    k_cache_CBKH: Tensor,
+    v_cache_CBKH: Tensor,
+    num_heads: int,
+    eps: float,
+) -> Tensor:
+    """`reference.qk_norm_rope_store` in one pass over qkv."""
+    dtype, code = qkv_TE.dtype, _DTYPE_CODES.get(qkv_TE.dtype)
+    num_kv_heads, head_dim = k_cache_CBKH.shape[2:]
+    k_strides, v_strides = k_cache_CBKH.stride(), v_cache_CBKH.stride()
+    if (
+        code is None
+        or k_cache_CBKH.dtype is not dtype
+        or v_cache_CBKH.dtype is not dtype
+        or k_strides[3] != 1
+        or v_strides[3] != 1
+        or (q_norm_H is not None and q_norm_H.dtype is not dtype)
+        or (k_norm_H is not None and k_norm_H.dtype is not dtype)
+        or cos_sin_MH.dtype is not torch.float32
+        or cos_sin_MH.shape[1] != head_dim
+        or cos_sin_MH.stride(1) != 1
+    ):
+        return reference.qk_norm_rope_store(
+            qkv_TE, q_norm_H, k_norm_H, cos_sin_MH, pos_T, slot_T, k_cache_CBKH, v_cache_CBKH, num_heads, eps
+        )
+    if qkv_TE.stride(1) != 1:
+        qkv_TE = qkv_TE.contiguous()
+    pos_T, slot_T = _index(pos_T), _index(slot_T)
+    q_norm_H = None if q_norm_H is None else q_norm_H.contiguous()
+    k_norm_H = None if k_norm_H is None else k_norm_H.contiguous()
+    num_tokens = qkv_TE.shape[0]
+    q_TNH = qkv_TE.new_empty((num_tokens, num_heads, head_dim))
+    _load().nanovllm_qk_norm_rope_store(
+        _QK_NORM_ROPE_STORE_ARGS.pack(
+            q_TNH.data_ptr(),
+            qkv_TE.data_ptr(),
+            0 if q_norm_H is None else q_norm_H.data_ptr(),
+            0 if k_norm_H is None else k_norm_H.data_ptr(),
+            cos_sin_MH.data_ptr(),
+            pos_T.data_ptr(),
+            slot_T.data_ptr(),
+            k_cache_CBKH.data_ptr(),
+            v_cache_CBKH.data_ptr(),
+            qkv_TE.stride(0),
+            cos_sin_MH.stride(0),
+            *k_strides[:3],
+            *v_strides[:3],
+            num_tokens,
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            k_cache_CBKH.shape[1],
+            pos_T.element_size(),
+            slot_T.element_size(),
+            code,
+            torch.get_num_threads(),
+            eps,
+        )
+    )
+    return q_TNH
+
+
+def sample(logits_RV: Tensor, temperature_R: Tensor, seed_R: Tensor, pos_R: Tensor) -> Tensor:
+    """`reference.sample` in one pass over the logits; nearly all logarithms are spared by an integer test."""
+    code = _DTYPE_CODES.get(logits_RV.dtype)
+    if code is None:
+        return reference.sample(logits_RV, temperature_R, seed_R, pos_R)
+    if logits_RV.stride(1) != 1:
+        logits_RV = logits_RV.contiguous()
+    temperature_R, seed_R, pos_R = temperature_R.float().contiguous(), seed_R.contiguous(), pos_R.long().contiguous()
+    token_R = torch.empty(logits_RV.shape[0], dtype=torch.int64)
+    _load().nanovllm_sample(
+        _SAMPLE_ARGS.pack(
+            logits_RV.data_ptr(),
+            temperature_R.data_ptr(),
+            seed_R.data_ptr(),
+            pos_R.data_ptr(),
+            token_R.data_ptr(),
+            *logits_RV.shape,
+            logits_RV.stride(0),
+            code,
+            torch.get_num_threads(),
+        )
+    )
+    return token_R
+
+
+_KERNELS: dict[str, Callable[..., object]] = {
+    "add_rms_norm": add_rms_norm,
+    "paged_attention": paged_attention,
+    "qk_norm_rope_store": qk_norm_rope_store,
+    "rms_norm": rms_norm,
+    "linear": linear,
+    "sample": sample,
+    "silu_mul": silu_mul,
+}

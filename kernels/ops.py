@@ -67,13 +67,26 @@ paged_attention = _define(
     ),
 )
 
-small_m_linear = _define(
-    "small_m_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
-    reference.small_m_linear,
+linear = _define(
+    "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    reference.linear,
     lambda x, weight, bias: x.new_empty((*x.shape[:-1], weight.shape[0])),
 )
 
-linear = small_m_linear
+fused_linear = _define(
+    "fused_linear(Tensor x, Tensor? residual, Tensor? norm_weight, Tensor weight, Tensor? bias, float eps, bool silu_mul) "
+    "-> (Tensor, Tensor)",
+    reference.fused_linear,
+    lambda x, residual, norm_weight, weight, bias, eps, silu_mul: (
+        x.new_empty((*x.shape[:-1], weight.shape[0] // 2 if silu_mul else weight.shape[0])),
+        x.new_empty(0) if norm_weight is None else x.new_empty(x.shape),
+    ),
+)
+sample = _define(
+    "sample(Tensor logits, Tensor temperature, Tensor seed, Tensor pos) -> Tensor",
+    reference.sample,
+    lambda logits, temperature, seed, pos: logits.new_empty(logits.shape[0], dtype=torch.int64),
+)
 
 
 def register_kernels(dispatch_key: str, kernels: dict[str, Callable[..., Any]]) -> None:
@@ -95,13 +108,15 @@ def op_name(target: object) -> str | None:
 
 __all__ = [
     "add_rms_norm",
+    "fused_linear",
+    "linear",
     "op_name",
     "paged_attention",
     "qk_norm_rope_store",
     "register_kernels",
     "rms_norm",
     "rope",
+    "sample",
     "silu_mul",
-    "small_m_linear",
     "store_kv",
 ]

@@ -2,7 +2,7 @@
 runs wherever no kernel does.
 
 Shapes: T tokens | R rows (requests) | P blocks per row | C blocks in the cache | B block size in tokens | D hidden | O outputs
-N query heads | K key-value heads | H head size | E = (N + 2K)·H | F ffn size | M positions in the rotary table
+N query heads | K key-value heads | H head size | E = (N + 2K)·H | F ffn size | M positions in the rotary table | O outputs | V vocabulary
 """
 
 from __future__ import annotations
@@ -110,8 +110,8 @@ def paged_attention(
     return out_TNH
 
 
-def small_m_linear(x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> Tensor:
-    """x · weightᵀ + bias. A name apart from `linear` for kernels that stream the weights once for a few tokens."""
+def linear(x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> Tensor:
+    """x · weightᵀ + bias; [T, D], [O, D], [O] -> [T, O]."""
     return torch.nn.functional.linear(x_TD, weight_OD, bias_O)
 
 
@@ -133,3 +133,63 @@ def _attend(q_RTNH: Tensor, k_RLKH: Tensor, v_RLKH: Tensor, seen_RTL: Tensor, sc
     score_RKGTL = score_RKGTL.masked_fill(~seen_RTL[:, None, None], float("-inf"))
     out_RKGTH = (score_RKGTL.softmax(-1).nan_to_num(0.0).flatten(2, 3) @ v_RKLH).unflatten(2, (-1, num_tokens))
     return out_RKGTH.permute(0, 3, 1, 2, 4).reshape(num_rows, num_tokens, num_heads, head_dim).to(q_RTNH.dtype)
+
+
+MASK_32 = 0xFFFFFFFF
+
+
+def hash32(x: Tensor) -> Tensor:
+    """A bijective mix of 32-bit integers held in int64: the constants are below 2³¹, so that no product leaves int64.
+
+    Source: C. Wellons, hash-prospector, the "lowbias32" search, constants 21f0aaad-735a2d97 with shifts 16, 15, 15.
+    """
+    x = ((x ^ (x >> 16)) * 0x21F0AAAD) & MASK_32
+    x = ((x ^ (x >> 15)) * 0x735A2D97) & MASK_32
+    return x ^ (x >> 15)
+
+
+def gumbel_noise(seed_R: Tensor, pos_R: Tensor, vocab_size: int) -> Tensor:
+    """Standard Gumbel noise [R, V] fp32. Uniforms are odd multiples of 2⁻²⁴: never 0 or 1, exact in fp32."""
+    low, high = hash32(seed_R & MASK_32), hash32((seed_R >> 32) & MASK_32)
+    key_R = hash32(low ^ hash32(high ^ hash32(pos_R & MASK_32)))
+    second_R = hash32(key_R ^ 0x5BD1E995)
+    token_V = torch.arange(vocab_size, device=seed_R.device)
+    bits_RV = hash32(hash32(token_V.unsqueeze(0) ^ key_R.unsqueeze(1)) ^ second_R.unsqueeze(1))
+    uniform_RV = ((bits_RV >> 9).float() + 0.5) * 2.0**-23
+    return -torch.log(-torch.log(uniform_RV))
+
+
+def sample(logits_RV: Tensor, temperature_R: Tensor, seed_R: Tensor, pos_R: Tensor) -> Tensor:
+    """argmax(logits / temperature + Gumbel noise), a draw from softmax(logits / temperature); argmax(logits) at 0.
+
+    The noise is a hash of (seed, position, token id): a request's tokens depend on nothing else in the batch, on no bucket,
+    and on no earlier draw. Of equal scores the smallest id wins (as torch.argmax on a CPU has it).
+    """
+    logits_RV = logits_RV.float()
+    is_greedy_R1 = (temperature_R == 0).unsqueeze(1)
+    scaled_RV = logits_RV / torch.where(temperature_R == 0, 1.0, temperature_R).unsqueeze(1)
+    noise_RV = gumbel_noise(seed_R, pos_R, logits_RV.shape[1])
+    return torch.where(is_greedy_R1, logits_RV, scaled_RV + noise_RV).argmax(-1)
+
+
+_silu_mul = silu_mul  # the op below has an argument of that name
+
+
+def fused_linear(
+    x_TD: Tensor,
+    residual_TD: Tensor | None,
+    norm_weight_D: Tensor | None,
+    weight_OD: Tensor,
+    bias_O: Tensor | None,
+    eps: float,
+    silu_mul: bool,
+) -> tuple[Tensor, Tensor]:
+    """(y, residual'): with a norm weight x, residual' = add_rms_norm(x, residual); y = x · weightᵀ + bias; with `silu_mul` the
+    weight is [gate | up] and y = silu(gate) · up. Without a norm weight there is no residual, and residual' is empty.
+    """
+    assert (norm_weight_D is None) == (residual_TD is None), "a norm comes with a residual"
+    residual_out = x_TD.new_empty(0)
+    if norm_weight_D is not None and residual_TD is not None:
+        x_TD, residual_out = add_rms_norm(x_TD, residual_TD, norm_weight_D, eps)
+    y_TO = torch.nn.functional.linear(x_TD, weight_OD, bias_O)
+    return _silu_mul(y_TO) if silu_mul else y_TO, residual_out

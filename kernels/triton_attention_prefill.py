@@ -21,7 +21,9 @@ from nanovllm.kernels.triton_common import (
     LOG2_E,
     NO_SCORE,
     dot,
+    exp2,
     launch_options,
+    load_index,
     shared_memory_bytes,
     wait_for_earlier_kernels,
 )
@@ -42,10 +44,10 @@ def _attend_tiles(
     first_key,
     seq_len,
     scale_log2,
-    k_stride_block,
-    k_stride_slot,
-    v_stride_block,
-    v_stride_slot,
+    K_STRIDE_BLOCK: tl.constexpr,
+    K_STRIDE_SLOT: tl.constexpr,
+    V_STRIDE_BLOCK: tl.constexpr,
+    V_STRIDE_SLOT: tl.constexpr,
     MASKED: tl.constexpr,
     HEAD: tl.constexpr,
     HEAD_P: tl.constexpr,
@@ -61,19 +63,19 @@ def _attend_tiles(
         key_S = tile_idx * TILE + s_S
         owned_S = (key_S >= first_key) & (key_S < seq_len)
         if BLOCK % TILE == 0:
-            block = tl.load(table_ptr + tile_idx * TILE // BLOCK).to(tl.int64)
-            slot_S = tile_idx * TILE % BLOCK + s_S
-            k_S = k_ptr + block * k_stride_block + slot_S * k_stride_slot
-            v_S = v_ptr + block * v_stride_block + slot_S * v_stride_slot
+            block = load_index(table_ptr + tile_idx * TILE // BLOCK, UPCAST).to(tl.int64)
+            slot = tile_idx * TILE % BLOCK
+            k_at_SHp = k_ptr + (block * K_STRIDE_BLOCK + slot * K_STRIDE_SLOT)
+            v_at_SHp = v_ptr + (block * V_STRIDE_BLOCK + slot * V_STRIDE_SLOT)
+            k_at_SHp += (s_S * K_STRIDE_SLOT)[:, None] + h_Hp[None, :]
+            v_at_SHp += (s_S * V_STRIDE_SLOT)[:, None] + h_Hp[None, :]
         else:
             if MASKED:
                 block_S = tl.load(table_ptr + key_S // BLOCK, mask=owned_S, other=0).to(tl.int64)
             else:
                 block_S = tl.load(table_ptr + key_S // BLOCK).to(tl.int64)
-            k_S = k_ptr + block_S * k_stride_block + (key_S % BLOCK) * k_stride_slot
-            v_S = v_ptr + block_S * v_stride_block + (key_S % BLOCK) * v_stride_slot
-        k_at_SHp = k_S[:, None] + h_Hp[None, :]
-        v_at_SHp = v_S[:, None] + h_Hp[None, :]
+            k_at_SHp = k_ptr + ((block_S * K_STRIDE_BLOCK + key_S % BLOCK * K_STRIDE_SLOT)[:, None] + h_Hp[None, :])
+            v_at_SHp = v_ptr + ((block_S * V_STRIDE_BLOCK + key_S % BLOCK * V_STRIDE_SLOT)[:, None] + h_Hp[None, :])
         if MASKED:
             # slots before the window and past the row's end may hold anything, NaN too: they are read as zeros
             mask_SHp = owned_S[:, None] & (h_Hp < HEAD)[None, :]
@@ -92,9 +94,9 @@ def _attend_tiles(
                 seen_MS = seen_MS & (key_S[None, :] > query_pos_M[:, None] - WINDOW)
             score_MS = tl.where(seen_MS, score_MS, float("-inf"))
         new_max_M = tl.maximum(max_M, tl.max(score_MS, 1) * scale_log2)
-        alpha_M = tl.exp2(max_M - new_max_M)
+        alpha_M = exp2(max_M - new_max_M, UPCAST)
         # one fused multiply-add per score: scaled and shifted at once
-        prob_MS = tl.exp2(score_MS * scale_log2 - new_max_M[:, None])
+        prob_MS = exp2(score_MS * scale_log2 - new_max_M[:, None], UPCAST)
         sum_M = sum_M * alpha_M + tl.sum(prob_MS, 1)
         acc_MHp = dot(prob_MS.to(v_SHp.dtype), v_SHp, acc_MHp * alpha_M[:, None], UPCAST)
         max_M = new_max_M
@@ -114,14 +116,15 @@ def prefill_kernel(
     num_rows,
     table_stride,
     scale_log2,
-    q_stride_token,
-    q_stride_head,
-    k_stride_block,
-    k_stride_slot,
-    k_stride_head,
-    v_stride_block,
-    v_stride_slot,
-    v_stride_head,
+    # strides are constants: a thread's addresses within a tile become offsets inside its load instructions
+    Q_STRIDE_TOKEN: tl.constexpr,
+    Q_STRIDE_HEAD: tl.constexpr,
+    K_STRIDE_BLOCK: tl.constexpr,
+    K_STRIDE_SLOT: tl.constexpr,
+    K_STRIDE_HEAD: tl.constexpr,
+    V_STRIDE_BLOCK: tl.constexpr,
+    V_STRIDE_SLOT: tl.constexpr,
+    V_STRIDE_HEAD: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD: tl.constexpr,
@@ -161,7 +164,7 @@ def prefill_kernel(
     q_head_M = head_idx * GROUP + entry_M % GROUP
     q_mask_MHp = ((entry_M < TOKENS * GROUP) & (token_M < end))[:, None] & (h_Hp < HEAD)[None, :]
     token_M = token_M.to(tl.int64)  # T · N · H may pass 2³¹
-    q_at_MHp = (token_M * q_stride_token + q_head_M * q_stride_head)[:, None] + h_Hp[None, :]
+    q_at_MHp = (token_M * Q_STRIDE_TOKEN + q_head_M * Q_STRIDE_HEAD)[:, None] + h_Hp[None, :]
     q_MHp = tl.load(q_ptr + q_at_MHp, mask=q_mask_MHp, other=0.0)
     max_M = tl.full([QUERIES], NO_SCORE, tl.float32)
     sum_M = tl.zeros([QUERIES], tl.float32)
@@ -181,17 +184,17 @@ def prefill_kernel(
     else:
         full_tile = tl.minimum(tl.maximum(first_pos + 1, 0) // TILE, end_tile)
     table_at = table_ptr + row_idx * table_stride
-    k_at = k_ptr + head_idx * k_stride_head
-    v_at = v_ptr + head_idx * v_stride_head
+    k_at = k_ptr + head_idx * K_STRIDE_HEAD
+    v_at = v_ptr + head_idx * V_STRIDE_HEAD
     if WINDOW <= 0:
         max_M, sum_M, acc_MHp = _attend_tiles(
             q_MHp, max_M, sum_M, acc_MHp, query_pos_M, begin_tile, full_tile, table_at, k_at, v_at, first_key, seq_len,
-            scale_log2, k_stride_block, k_stride_slot, v_stride_block, v_stride_slot,
+            scale_log2, K_STRIDE_BLOCK, K_STRIDE_SLOT, V_STRIDE_BLOCK, V_STRIDE_SLOT,
             False, HEAD, HEAD_P, BLOCK, TILE, WINDOW, UPCAST,
         )  # fmt: skip
     max_M, sum_M, acc_MHp = _attend_tiles(
         q_MHp, max_M, sum_M, acc_MHp, query_pos_M, full_tile, end_tile, table_at, k_at, v_at, first_key, seq_len,
-        scale_log2, k_stride_block, k_stride_slot, v_stride_block, v_stride_slot,
+        scale_log2, K_STRIDE_BLOCK, K_STRIDE_SLOT, V_STRIDE_BLOCK, V_STRIDE_SLOT,
         True, HEAD, HEAD_P, BLOCK, TILE, WINDOW, UPCAST,
     )  # fmt: skip
     out_MHp = acc_MHp / tl.where(sum_M > 0, sum_M, 1.0)[:, None]
@@ -208,19 +211,22 @@ class PrefillTile(NamedTuple):
     num_stages: int
 
 
-def prefill_tile(head_p: int, element_size: int, max_entries: int, shared_bytes: int) -> PrefillTile:
-    """The launch for padded head size head_p.
+def prefill_tile(head_p: int, element_size: int, block_size: int, max_q_len: int, shared_bytes: int) -> PrefillTile:
+    """The launch for padded head size head_p, where the longest row has max_q_len new tokens.
 
-    max_entries is the longest row's tokens times G: short rows take small tiles. Shared memory holds the queries and
-    some tiles of keys and of values.
+    Shared memory holds the queries and some tiles of keys and of values. Measured on an H200 in TFLOP/s (bf16, heads of
+    128; 16 query and 8 key-value heads, one row of 8192 | 15 rows of 100 to 1024 | 32 and 8, the same two):
+    (64, 64, 4 warps, 3 stages) 468 | 244 | 442 | 258; (64, 32, 4, 3) 332 | 253 | 319 | 282; (128, 64, 8, 3) 415 | 220 |
+    429 | 237; (128, 128, 8, 2) 410 | 199 | 416 | 219; (64, 64, 4, 4) leaves room for one program only: 292. PyTorch's
+    own attention on keys that lie together: 572 and 609 on the row of 8192.
     """
     if element_size == 4:  # no matrix units at full precision: small tiles, to stay within the registers
         return PrefillTile(16, 16, 4, 2) if head_p > 128 else PrefillTile(32, 32, 4, 2)
     if shared_bytes < 160 * 1024:
         return PrefillTile(64, 32 if head_p > 128 else 64, 4, 2)
-    if head_p > 128:
-        return PrefillTile(64, 32, 4, 3)
-    return PrefillTile(64, 64, 4, 3) if max_entries <= 64 else PrefillTile(128, 64, 8, 3)
+    tile = 32 if head_p > 128 or max_q_len <= 1024 else 64
+    # where the block numbers of a tile are loaded apart, their load takes stages too
+    return PrefillTile(64, tile, 4, 5 if block_size % tile and head_p <= 128 else 3)
 
 
 def prefill_constants(
@@ -261,18 +267,21 @@ def paged_attention_prefill(
 ) -> Tensor:
     """Causal softmax(q · kᵀ · scale) · v of each row's newest tokens; see `reference.paged_attention`.
 
-    `launch` overrides the choice of tiles, for measurements.
+    The scale must be positive. `launch` overrides the choice of tiles, for measurements.
     """
     num_tokens, num_heads, head_dim = q_TNH.shape
     num_rows = block_table_RP.shape[0]
     block_size, num_kv_heads = k_cache_CBKH.shape[1:3]
+    if scale <= 0:
+        raise ValueError(f"attention scale must be positive, got {scale}")
     if q_TNH.stride(2) != 1:
         q_TNH = q_TNH.contiguous()
     out_TNH = torch.empty((num_tokens, num_heads, head_dim), dtype=q_TNH.dtype, device=q_TNH.device)
     if num_tokens == 0:
         return out_TNH
     head_p, group = triton.next_power_of_2(head_dim), num_heads // num_kv_heads
-    launch = launch or prefill_tile(head_p, q_TNH.element_size(), max_q_len * group, shared_memory_bytes(q_TNH.device))
+    shared_bytes = shared_memory_bytes(q_TNH.device)
+    launch = launch or prefill_tile(head_p, q_TNH.element_size(), block_size, max_q_len, shared_bytes)
     queries = max(launch.queries, triton.next_power_of_2(group))
     constants = prefill_constants(num_heads, num_kv_heads, head_dim, block_size, num_rows, window, queries, launch.tile)
     num_tiles = num_tokens // (queries // group) + num_rows + 2
@@ -288,14 +297,9 @@ def paged_attention_prefill(
         num_rows,
         block_table_RP.stride(0),
         scale * LOG2_E,
-        q_TNH.stride(0),
-        q_TNH.stride(1),
-        k_cache_CBKH.stride(0),
-        k_cache_CBKH.stride(1),
-        k_cache_CBKH.stride(2),
-        v_cache_CBKH.stride(0),
-        v_cache_CBKH.stride(1),
-        v_cache_CBKH.stride(2),
+        *q_TNH.stride()[:2],
+        *k_cache_CBKH.stride()[:3],
+        *v_cache_CBKH.stride()[:3],
         **constants,
         UPCAST=q_TNH.device.type != "cuda",
         num_warps=launch.num_warps,

@@ -21,6 +21,31 @@ def dot(a, b, acc, UPCAST: tl.constexpr):
 
 
 @triton.jit
+def exp2(x, UPCAST: tl.constexpr):
+    """2^x by the hardware's approximation alone; `tl.exp2` adds three instructions for results below 2^-126."""
+    if UPCAST:
+        return tl.exp2(x)
+    else:
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def load_index(ptr, UPCAST: tl.constexpr):
+    """One int32 that addresses depend on, loaded so that the software pipeliner takes it for arithmetic.
+
+    It would else give the load pipeline stages of its own, and the loads of keys and values behind it fewer: with three
+    stages one tile in flight in place of two. The compiler may move this load, so its address has to depend on something
+    loaded after `wait_for_earlier_kernels`.
+    """
+    if UPCAST:
+        return tl.load(ptr)
+    else:
+        return tl.inline_asm_elementwise("ld.global.b32 $0, [$1];", "=r,l", [ptr], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
 def wait_for_earlier_kernels(PDL: tl.constexpr):
     """Stands before the first access to memory.
 

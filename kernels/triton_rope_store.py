@@ -128,7 +128,7 @@ def qk_norm_rope_store(
     q_TNH = torch.empty((num_tokens, num_heads, head_dim), dtype=qkv_TE.dtype, device=qkv_TE.device)
     if num_tokens == 0:
         return q_TNH
-    heads, num_warps = launch or rope_store_tile(head_dim)
+    heads, num_warps = launch or rope_store_tile(head_dim, num_heads + 2 * num_kv_heads, num_tokens)
     qk_norm_rope_store_kernel[(num_tokens, triton.cdiv(num_heads + 2 * num_kv_heads, heads))](
         qkv_TE,
         qkv_TE if q_norm_H is None else q_norm_H,
@@ -162,9 +162,14 @@ def qk_norm_rope_store(
     return q_TNH
 
 
-def rope_store_tile(head_dim: int) -> tuple[int, int]:
-    """(heads of one program, warps)."""
-    return max(1, 2048 // triton.next_power_of_2(head_dim)), 4
+def rope_store_tile(head_dim: int, num_heads: int, num_tokens: int) -> tuple[int, int]:
+    """(heads of one program, warps): some 2048 elements a program, 4096 for many tokens where the heads divide evenly.
+
+    Measured on an H200 (bf16, heads of 128) in µs for 32 heads at 1 / 256 / 16384 tokens, and for 48 at 1 / 16384:
+    16 heads 1.45 / 3.6 / 90, 1.48 / 130; 32 heads 1.77 / 2.9 / 81, 2.16 / 144; 8 heads 1.47 / 4.1 / 103, 1.53 / 151.
+    """
+    heads = max(1, 2048 // triton.next_power_of_2(head_dim))
+    return (2 * heads if num_tokens > 16 and num_heads % (2 * heads) == 0 else heads), 4
 
 
 @triton.jit
@@ -207,7 +212,7 @@ def rope(x_TNH: Tensor, cos_sin_MH: Tensor, pos_T: Tensor) -> Tensor:
     out_TNH = torch.empty((num_tokens, num_heads, head_dim), dtype=x_TNH.dtype, device=x_TNH.device)
     if num_tokens == 0:
         return out_TNH
-    heads, num_warps = rope_store_tile(head_dim)
+    heads, num_warps = rope_store_tile(head_dim, num_heads, num_tokens)
     rope_kernel[(num_tokens, triton.cdiv(num_heads, heads))](
         x_TNH,
         cos_sin_MH,
@@ -274,7 +279,7 @@ def store_kv(k_TKH: Tensor, v_TKH: Tensor, k_cache_CBKH: Tensor, v_cache_CBKH: T
         return
     k_TKH = k_TKH if k_TKH.stride(2) == 1 else k_TKH.contiguous()
     v_TKH = v_TKH if v_TKH.stride(2) == 1 else v_TKH.contiguous()
-    heads, num_warps = rope_store_tile(head_dim)
+    heads, num_warps = rope_store_tile(head_dim, num_kv_heads, num_tokens)
     store_kv_kernel[(num_tokens, triton.cdiv(num_kv_heads, heads))](
         k_TKH,
         v_TKH,

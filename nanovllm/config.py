@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -63,14 +63,16 @@ class EngineConfig:
         _check_whole("num_kvcache_blocks", self.num_kvcache_blocks, 2, " (one is for padding)")
         _check_whole("kvcache_block_size", self.kvcache_block_size, 16)
         if self.graph_batch_sizes is not None:
-            sizes = tuple(self.graph_batch_sizes)
+            given = self.graph_batch_sizes
+            sizes = tuple(given) if isinstance(given, Iterable) else ()
             if not sizes or any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in sizes):
-                raise ValueError(f"graph_batch_sizes is {list(sizes)}: it must hold whole numbers of at least 1")
+                raise ValueError(f"graph_batch_sizes is {given!r}: it must hold whole numbers of at least 1")
             object.__setattr__(self, "graph_batch_sizes", sizes)
         if self.kvcache_block_size is not None and self.kvcache_block_size % 16:
             raise ValueError(f"kvcache_block_size is {self.kvcache_block_size}: it must be a multiple of 16")
-        if not 0.0 < self.gpu_memory_utilization <= 1.0:
-            raise ValueError(f"gpu_memory_utilization is {self.gpu_memory_utilization}: it must lie in (0, 1]")
+        share = self.gpu_memory_utilization
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0.0 < share <= 1.0:
+            raise ValueError(f"gpu_memory_utilization is {share!r}: it must be a number in (0, 1]")
         if not self.pad_batches and not self.enforce_eager:
             raise ValueError("pad_batches=False needs enforce_eager=True: graphs have fixed sizes")
         if self.tensor_parallel_size != 1:

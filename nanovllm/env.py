@@ -32,6 +32,7 @@ def read() -> Environment:
     return Environment(level, Path(dump) if dump else None, strict == "1", Path(cache))
 
 
-def set_default(name: str, value: str) -> None:
-    """Give a library its setting unless the user already has."""
-    os.environ.setdefault(name, value)
+def set_default(name: str, value: str, *, also_over: str | None = None) -> None:
+    """Give a library its setting unless the user already has; `also_over` is a value that counts as unset."""
+    if os.environ.get(name) in (None, also_over):
+        os.environ[name] = value

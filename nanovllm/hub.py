@@ -31,7 +31,8 @@ def resolve(model: str, *, weights: bool = True) -> Path:
 
     patterns = CONFIG_FILES + (["*.safetensors"] if weights else [])
     try:
-        return Path(snapshot_download(model, allow_patterns=patterns))
+        # some repositories hold a second copy of all weights under this name
+        return Path(snapshot_download(model, allow_patterns=patterns, ignore_patterns=["consolidated*"]))
     except RepositoryNotFoundError as error:
         raise ValueError(
             f"model {model!r} is no folder here and no repository on the Hub (or it is private)"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 MAX_LOGPROBS = 100
@@ -61,13 +61,17 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 _whole(name, getattr(self, name), 0, MAX_LOGPROBS)
-        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        given = () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else self.stop
+        stops = tuple(given) if isinstance(given, Iterable) else (given,)
         if any(not isinstance(text, str) or not text for text in stops):
             raise ValueError(f"stop must hold non-empty strings, not {self.stop!r}")
-        for token_id in self.stop_token_ids:
+        if not isinstance(self.stop_token_ids, Iterable):
+            raise ValueError(f"stop_token_ids must be a list of token ids, not {self.stop_token_ids!r}")
+        stop_token_ids = tuple(self.stop_token_ids)
+        for token_id in stop_token_ids:
             _whole("stop_token_ids", token_id, 0)
         object.__setattr__(self, "stop", stops)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        object.__setattr__(self, "stop_token_ids", stop_token_ids)
         if self.temperature < MIN_TEMPERATURE:
             object.__setattr__(self, "temperature", 0.0)
         if self.top_k == -1:

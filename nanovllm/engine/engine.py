@@ -151,7 +151,9 @@ class LLMEngine:
         vocab_size = self.model_config.vocab_size
         for token_id in prompt_ids:
             if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
-                raise ValueError(f"token id {token_id!r} is outside the vocabulary: ids are whole numbers, 0 … {vocab_size - 1}")
+                raise ValueError(
+                    f"token id {token_id!r} is outside the vocabulary: ids are whole numbers, 0 … {vocab_size - 1}"
+                )
         if len(prompt_ids) >= self.max_model_len:
             raise ValueError(
                 f"the prompt has {len(prompt_ids)} tokens: with max_model_len {self.max_model_len} at most "

@@ -148,9 +148,12 @@ def make_compiler(config: EngineConfig, platform: Platform, environment: env.Env
 
 def use_private_cache(folder: Path) -> None:
     """Compiled code goes into a folder that only its owner can write: others could make us run theirs."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
     for sub_folder in ("inductor", "triton"):
         (folder / sub_folder).mkdir(parents=True, exist_ok=True, mode=0o700)
-    env.set_default("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
+    # importing Dynamo anywhere writes torch's own choice, a folder in /tmp, into the environment
+    env.set_default("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"), also_over=default_cache_dir())
     env.set_default("TRITON_CACHE_DIR", str(folder / "triton"))
 
 

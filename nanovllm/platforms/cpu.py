@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 # The cache's share of the memory that is free when it is allocated, and its ceiling: a machine's RAM is not the engine's.
 CACHE_SHARE, CACHE_CEILING_BYTES = 0.25, 8 << 30
 
-KERNEL_OPS = frozenset({"paged_attention", "qk_norm_rope_store"})
+KERNEL_OPS = frozenset({"paged_attention", "qk_norm_rope_store", "sample", "rms_norm", "add_rms_norm", "silu_mul"})
 
 
 class CpuPlatform:
@@ -51,7 +51,8 @@ class CpuPlatform:
 
     def keeps_op(self, name: str, node: Node) -> bool:
         if name == "linear":
-            return cpu_kernels.prefers_own_linear(node.args[0].meta["val"].shape[0])  # type: ignore[union-attr]
+            x: Any = node.args[0]
+            return cpu_kernels.prefers_own_linear(x.meta["val"].shape[0], x.meta["val"].dtype)
         return name in KERNEL_OPS
 
     def capture(self, step: Callable[[], None]) -> Replay:

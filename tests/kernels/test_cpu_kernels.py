@@ -193,13 +193,13 @@ def test_an_uncovered_dtype_goes_to_the_reference() -> None:
     case = attention_case([19], [1], dtype=torch.float64)
     assert torch.equal(cpu_kernels.paged_attention(*case), reference.paged_attention(*case))
     x_TD, weight_OD = torch.randn(3, 19, dtype=torch.float64), torch.randn(5, 19, dtype=torch.float64)
-    assert torch.equal(cpu_kernels.small_m_linear(x_TD, weight_OD, None), x_TD @ weight_OD.T)
+    assert torch.equal(cpu_kernels.linear(x_TD, weight_OD, None), x_TD @ weight_OD.T)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1), (19, 99), (99, 19), (989, 131), (64, 128), (300, 1024)], ids=str)
 @pytest.mark.parametrize("has_bias", [False, True], ids=["", "bias"])
-def test_small_m_linear_matches_reference_at_every_number_of_tokens(
+def test_linear_matches_reference_at_every_number_of_tokens(
     dtype: torch.dtype, shape: tuple[int, int], has_bias: bool
 ) -> None:
     generator = torch.Generator().manual_seed(shape[0])
@@ -208,7 +208,7 @@ def test_small_m_linear_matches_reference_at_every_number_of_tokens(
     bias_O = torch.randn(num_outputs, generator=generator).to(dtype) if has_bias else None
     for num_tokens in (*range(18), 31, 32, 33, 47, 48, 49, 63, 64, 65, 97, 131):
         x_TD = torch.randn(num_tokens, depth, generator=generator).to(dtype)
-        out_TO = cpu_kernels.small_m_linear(x_TD, weight_OD, bias_O)
+        out_TO = cpu_kernels.linear(x_TD, weight_OD, bias_O)
         expected = torch.nn.functional.linear(
             x_TD.double(), weight_OD.double(), None if bias_O is None else bias_O.double()
         )
@@ -218,7 +218,7 @@ def test_small_m_linear_matches_reference_at_every_number_of_tokens(
             assert_matches(out_TO, expected.to(dtype))
 
 
-def test_small_m_linear_takes_views_and_never_reads_beyond_them() -> None:
+def test_linear_takes_views_and_never_reads_beyond_them() -> None:
     nan = float("nan")
     for dtype in (torch.float32, torch.bfloat16):
         for num_tokens in (3, 40):
@@ -226,20 +226,103 @@ def test_small_m_linear_takes_views_and_never_reads_beyond_them() -> None:
             x_TD[:num_tokens, :77], weight_OD[1:20, :77] = torch.randn(num_tokens, 77), torch.randn(19, 77)
             x_TD, weight_OD = x_TD.to(dtype)[:num_tokens, :77], weight_OD.to(dtype)[1:20, :77]
             expected = torch.nn.functional.linear(x_TD.double(), weight_OD.double()).to(dtype)
-            assert_matches(cpu_kernels.small_m_linear(x_TD, weight_OD, None), expected)
+            assert_matches(cpu_kernels.linear(x_TD, weight_OD, None), expected)
             transposed_DT = x_TD.T.contiguous()
-            assert_matches(cpu_kernels.small_m_linear(transposed_DT.T, weight_OD, None), expected)
-            assert_matches(cpu_kernels.small_m_linear(x_TD, weight_OD.T.contiguous().T, None), expected)
+            assert_matches(cpu_kernels.linear(transposed_DT.T, weight_OD, None), expected)
+            assert_matches(cpu_kernels.linear(x_TD, weight_OD.T.contiguous().T, None), expected)
 
 
-def test_nan_and_infinity_pass_through_small_m_linear() -> None:
+def test_nan_and_infinity_pass_through_linear() -> None:
     weight_OD = torch.randn(7, 33)
     weight_OD[2, 5], weight_OD[4, 32] = float("nan"), float("inf")
     for dtype in (torch.float32, torch.bfloat16):
         for num_tokens in (1, 5, 40):
-            out_TO = cpu_kernels.small_m_linear(torch.ones(num_tokens, 33, dtype=dtype), weight_OD.to(dtype), None)
+            out_TO = cpu_kernels.linear(torch.ones(num_tokens, 33, dtype=dtype), weight_OD.to(dtype), None)
             assert out_TO[:, 2].isnan().all() and out_TO[:, 4].isposinf().all()
             assert out_TO[:, [0, 1, 3, 5, 6]].isfinite().all()
+
+
+def assert_close_to_reference(out: Tensor, expected: Tensor) -> None:
+    # a 16-bit result may round to the neighbour of the reference's, and an early rounding may carry through a product
+    torch.testing.assert_close(out, expected, rtol=4 * TOLERANCE[expected.dtype], atol=4 * TOLERANCE[expected.dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (19, 99), (99, 1024), (3, 2, 989), (0, 64)], ids=str)
+def test_norms_and_silu_match_reference(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(shape[-1])
+    x_TD, residual_TD = (torch.randn(2, *shape, generator=generator) * 3).to(dtype)
+    weight_D = torch.randn(shape[-1], generator=generator).to(dtype)
+    assert_close_to_reference(cpu_kernels.rms_norm(x_TD, weight_D, 1e-6), reference.rms_norm(x_TD, weight_D, 1e-6))
+    out, expected = (m.add_rms_norm(x_TD, residual_TD, weight_D, 1e-6) for m in (cpu_kernels, reference))
+    assert_close_to_reference(out[0], expected[0])
+    assert torch.equal(out[1], expected[1])
+    gate_up_TG = torch.cat((x_TD * 10, residual_TD), dim=-1)
+    assert_close_to_reference(cpu_kernels.silu_mul(gate_up_TG), reference.silu_mul(gate_up_TG))
+    strided_TG = torch.cat((gate_up_TG, gate_up_TG), dim=-1)[..., : 2 * shape[-1]]
+    assert_close_to_reference(cpu_kernels.silu_mul(strided_TG), reference.silu_mul(gate_up_TG))
+    transposed_TD = x_TD.transpose(0, -1).contiguous().transpose(0, -1)
+    assert_close_to_reference(
+        cpu_kernels.rms_norm(transposed_TD, weight_D, 1e-6), reference.rms_norm(x_TD, weight_D, 1e-6)
+    )
+
+
+@pytest.mark.parametrize("x", [-1e30, -200.0, -90.0, 0.0, 90.0, 1e30])
+def test_silu_of_extreme_values_is_finite(x: float) -> None:
+    gate_up_TG = torch.full((1, 34), x)
+    gate_up_TG[:, 17:] = 1.0
+    torch.testing.assert_close(cpu_kernels.silu_mul(gate_up_TG), reference.silu_mul(gate_up_TG), rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("heads", [(4, 2), (7, 1), (3, 3)], ids=str)
+@pytest.mark.parametrize("has_norm", [(True, True), (False, False), (True, False)], ids=["norms", "", "q_norm"])
+def test_qk_norm_rope_store_matches_reference(
+    dtype: torch.dtype, head_dim: int, heads: tuple[int, int], has_norm: tuple[bool, bool]
+) -> None:
+    (num_heads, num_kv_heads), block_size, num_blocks = heads, 19, 7
+    for num_tokens, index_dtype in ((1, torch.int32), (19, torch.int64), (99, torch.int32)):
+        generator = torch.Generator().manual_seed(head_dim + num_tokens)
+        wide_TE = torch.randn(num_tokens, (num_heads + 2 * num_kv_heads) * head_dim + 5, generator=generator).to(dtype)
+        qkv_TE = wide_TE[:, :-5]
+        q_norm_H, k_norm_H = (torch.randn(head_dim, generator=generator).to(dtype) if has else None for has in has_norm)
+        angle_Mh = torch.randn(120, head_dim // 2, generator=generator)
+        cos_sin_MH = torch.cat((angle_Mh.cos(), angle_Mh.sin()), dim=1)
+        pos_T = torch.randperm(120, generator=generator)[:num_tokens].to(index_dtype)
+        slot_T = torch.randperm(num_blocks * block_size, generator=generator)[:num_tokens].to(index_dtype)
+        results = []
+        for module in (cpu_kernels, reference):
+            k_cache, v_cache = torch.zeros(2, num_blocks, block_size, num_kv_heads, head_dim, dtype=dtype)
+            q_TNH = module.qk_norm_rope_store(
+                qkv_TE, q_norm_H, k_norm_H, cos_sin_MH, pos_T, slot_T, k_cache, v_cache, num_heads, 1e-6
+            )
+            results.append((q_TNH, k_cache, v_cache))
+        for out, expected in zip(*results):
+            assert_close_to_reference(out, expected)
+
+
+def test_qk_norm_rope_store_writes_a_part_of_a_larger_cache() -> None:
+    qkv_TE, cos_sin_MH = torch.randn(3, 4 * 32), torch.randn(9, 32)
+    pos_T, slot_T = torch.tensor([0, 8, 3]), torch.tensor([5, 0, 11])
+    together_CB2KH, k_cache, v_cache = torch.zeros(3, 4, 2, 1, 32), torch.zeros(3, 4, 1, 32), torch.zeros(3, 4, 1, 32)
+    args = (qkv_TE, None, None, cos_sin_MH, pos_T, slot_T)
+    q_TNH = cpu_kernels.qk_norm_rope_store(*args, *together_CB2KH.unbind(2), 2, 1e-6)
+    assert_matches(q_TNH, reference.qk_norm_rope_store(*args, k_cache, v_cache, 2, 1e-6))
+    assert_matches(together_CB2KH, torch.stack((k_cache, v_cache), dim=2))
+
+
+def test_without_a_compiler_the_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor.codecache import CppCodeCache
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr(CppCodeCache, "load", fail)
+    monkeypatch.setattr(cpu_kernels, "_load", cpu_kernels._load.__wrapped__)
+    is_available, reason = cpu_kernels.available.__wrapped__()
+    assert not is_available and reason.startswith("InvalidCxxCompiler: ")
 
 
 def test_registering_makes_them_the_ops_kernels_and_twice_changes_nothing() -> None:
@@ -248,12 +331,12 @@ def test_registering_makes_them_the_ops_kernels_and_twice_changes_nothing() -> N
     case = attention_case([19, 99], [1, 1])
     assert torch.equal(ops.paged_attention(*case), cpu_kernels.paged_attention(*case))
     x_TD, weight_OD = torch.randn(3, 99), torch.randn(19, 99)
-    assert torch.equal(ops.small_m_linear(x_TD, weight_OD, None), cpu_kernels.small_m_linear(x_TD, weight_OD, None))
+    assert torch.equal(ops.linear(x_TD, weight_OD, None), cpu_kernels.linear(x_TD, weight_OD, None))
 
 
-def test_small_m_linear_traces_with_its_shape() -> None:
+def test_linear_traces_with_its_shape() -> None:
     def forward(x_TD: Tensor, weight_OD: Tensor) -> Tensor:
-        return ops.small_m_linear(x_TD, weight_OD, None) + 1
+        return ops.linear(x_TD, weight_OD, None) + 1
 
     compiled = torch.compile(forward, backend="aot_eager", fullgraph=True, dynamic=True)
     x_TD, weight_OD = torch.randn(3, 99), torch.randn(19, 99)
