@@ -2,7 +2,8 @@
 runs wherever no kernel does.
 
 Shapes: T tokens | R rows (requests) | P blocks per row | C blocks in the cache | B block size in tokens | D hidden | O outputs
-N query heads | K key-value heads | H head size | E = (N + 2K)·H | F ffn size | M positions in the rotary table | O outputs | V vocabulary
+N query heads | K key-value heads | H head size | E = (N + 2K)·H | F ffn size | M positions in the rotary table
+V vocabulary
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def qk_norm_rope_store(
     num_heads: int,
     eps: float,
 ) -> Tensor:
-    """Split [q | k | v], normalise q and k per head where a weight is given, rotate them, store k and v; returns q [T, N, H]."""
+    """Split [q | k | v], normalise q and k per head where a weight is given, rotate them, store k, v; returns q [T, N, H]."""
     num_kv_heads, head_dim = k_cache_CBKH.shape[2:]
     q_TNH, k_TKH, v_TKH = qkv_TE.view(qkv_TE.shape[0], -1, head_dim).split(
         [num_heads, num_kv_heads, num_kv_heads], dim=1

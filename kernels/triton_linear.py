@@ -184,16 +184,6 @@ def _load_slices(at_SRC, chunk: tl.constexpr, keep_R, DEPTH: tl.constexpr, SLICE
 
 
 @triton.jit
-def _load_norm(at_SC, chunk: tl.constexpr, DEPTH: tl.constexpr, SLICES: tl.constexpr, COLUMNS: tl.constexpr):
-    CHUNK: tl.constexpr = SLICES * COLUMNS
-    if (chunk + 1) * CHUNK <= DEPTH:
-        return tl.load(at_SC + chunk * CHUNK, eviction_policy="evict_last")
-    else:
-        d_SC = chunk * CHUNK + tl.arange(0, SLICES)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-        return tl.load(at_SC + chunk * CHUNK, mask=d_SC < DEPTH, other=0.0, eviction_policy="evict_last")
-
-
-@triton.jit
 def _slice_dot(x_STC, w_SOC, acc_STO, UPCAST: tl.constexpr):
     if UPCAST:  # the interpreter multiplies bf16 as raw integers
         x_STC = x_STC.to(tl.float32)
@@ -247,14 +237,12 @@ def few_rows_linear_kernel(
     x_at = x_ptr + row_T[None, :, None] * x_stride + d_S1C
     residual_at = residual_ptr + row_T[None, :, None] * residual_stride + d_S1C
 
-    w, up, norm, x, residual = (), (), (), (), ()
+    w, up = (), ()
     for chunk in tl.static_range(NUM_CHUNKS):
         if chunk < AHEAD:
             w += (_load_slices(w_at, chunk, all_O, DEPTH, SLICES, COLUMNS, False, "evict_first"),)
             if SILU_MUL:
                 up += (_load_slices(up_at, chunk, all_O, DEPTH, SLICES, COLUMNS, False, "evict_first"),)
-            if HAS_NORM:
-                norm += (_load_norm(norm_ptr + d_SC, chunk, DEPTH, SLICES, COLUMNS),)
     if PDL:
         if PREFETCH_P > 0:
             first_at = weight_ptr + row_O.to(tl.int64) * weight_stride
@@ -263,34 +251,36 @@ def few_rows_linear_kernel(
                 _prefetch(first_at + NUM_OUTS * weight_stride.to(tl.int64), AHEAD * CHUNK, DEPTH, PREFETCH_P)
         tl.extra.cuda.gdc_wait()
 
-    x += (_load_slices(x_at, 0, real_T, DEPTH, SLICES, COLUMNS, MASK_T, "evict_last"),)
+    factor_1T1 = tl.full((1, ROWS_P, 1), 1.0, tl.float32)
     if HAS_NORM:
-        residual += (_load_slices(residual_at, 0, real_T, DEPTH, SLICES, COLUMNS, MASK_T, "evict_last"),)
-    # rows times norm weight must not overflow before the factor comes; bf16 has room
-    SHRINK: tl.constexpr = 1.0 if dtype == tl.bfloat16 else 1.0 / 256
-    is_mine_1T1 = (real_T & (tl.program_id(0) == 0))[None, :, None]
-    square_TC = tl.zeros((ROWS_P, COLUMNS), tl.float32)
+        is_mine_1T1 = (real_T & (tl.program_id(0) == 0))[None, :, None]
+        square_T = tl.zeros((ROWS_P,), tl.float32)
+        for chunk in tl.static_range(NUM_CHUNKS):
+            x_STC = _load_slices(x_at, chunk, real_T, DEPTH, SLICES, COLUMNS, MASK_T, "evict_last").to(tl.float32)
+            x_STC += _load_slices(residual_at, chunk, real_T, DEPTH, SLICES, COLUMNS, MASK_T, "evict_last")
+            x_STC = x_STC.to(dtype)
+            sum_at = sum_ptr + row_T[None, :, None] * DEPTH + chunk * CHUNK + d_S1C
+            tl.store(sum_at, x_STC, mask=is_mine_1T1 & (chunk * CHUNK + d_S1C < DEPTH))
+            square_T += tl.sum(tl.sum(x_STC.to(tl.float32) * x_STC.to(tl.float32), 2), 0)
+        factor_1T1 = tl.rsqrt(square_T / DEPTH + eps)[None, :, None]
+
     acc_STO = tl.zeros((SLICES, ROWS_P, OUTS), tl.float32)
     acc_up_STO = tl.zeros((SLICES, ROWS_P, OUTS), tl.float32)
     for chunk in tl.static_range(NUM_CHUNKS):
-        if chunk + 1 < NUM_CHUNKS:
-            x += (_load_slices(x_at, chunk + 1, real_T, DEPTH, SLICES, COLUMNS, MASK_T, "evict_last"),)
-            if HAS_NORM:
-                residual += (_load_slices(residual_at, chunk + 1, real_T, DEPTH, SLICES, COLUMNS, MASK_T, "evict_last"),)
         if chunk + AHEAD < NUM_CHUNKS:
             w += (_load_slices(w_at, chunk + AHEAD, all_O, DEPTH, SLICES, COLUMNS, False, "evict_first"),)
             if SILU_MUL:
                 up += (_load_slices(up_at, chunk + AHEAD, all_O, DEPTH, SLICES, COLUMNS, False, "evict_first"),)
-            if HAS_NORM:
-                norm += (_load_norm(norm_ptr + d_SC, chunk + AHEAD, DEPTH, SLICES, COLUMNS),)
-        x_STC = x[chunk]
-        if HAS_NORM:
-            x_STC = (x_STC.to(tl.float32) + residual[chunk].to(tl.float32)).to(dtype)
-            sum_at = sum_ptr + row_T[None, :, None] * DEPTH + chunk * CHUNK + d_S1C
-            tl.store(sum_at, x_STC, mask=is_mine_1T1 & (chunk * CHUNK + d_S1C < DEPTH))
-            x32_STC = x_STC.to(tl.float32)
-            square_TC += tl.sum(x32_STC * x32_STC, 0)
-            x_STC = (x32_STC * (norm[chunk].to(tl.float32) * SHRINK)[:, None, :]).to(dtype)
+        if not HAS_NORM:
+            x_STC = _load_slices(x_at, chunk, real_T, DEPTH, SLICES, COLUMNS, MASK_T, "evict_last")
+        else:
+            if NUM_CHUNKS > 1:  # a single chunk is still at hand
+                x_STC = _load_slices(x_at, chunk, real_T, DEPTH, SLICES, COLUMNS, MASK_T, "evict_last").to(tl.float32)
+                x_STC += _load_slices(residual_at, chunk, real_T, DEPTH, SLICES, COLUMNS, MASK_T, "evict_last")
+                x_STC = x_STC.to(dtype)
+            d_mask_SC = chunk * CHUNK + d_SC < DEPTH
+            norm_SC = tl.load(norm_ptr + chunk * CHUNK + d_SC, mask=d_mask_SC, other=0.0).to(tl.float32)
+            x_STC = ((x_STC.to(tl.float32) * factor_1T1).to(dtype).to(tl.float32) * norm_SC[:, None, :]).to(dtype)
         acc_STO = _slice_dot(x_STC, w[chunk], acc_STO, UPCAST)
         if SILU_MUL:
             acc_up_STO = _slice_dot(x_STC, up[chunk], acc_up_STO, UPCAST)
@@ -299,10 +289,6 @@ def few_rows_linear_kernel(
     up_TO = y_TO
     if SILU_MUL:
         up_TO = tl.sum(acc_up_STO, 0)
-    if HAS_NORM:
-        factor_T1 = tl.rsqrt(tl.sum(square_TC, 1) / DEPTH + eps)[:, None] / SHRINK
-        y_TO *= factor_T1
-        up_TO *= factor_T1
     if HAS_BIAS:
         y_TO += tl.load(bias_ptr + row_O).to(tl.float32)[None, :]
         if SILU_MUL:
@@ -313,10 +299,15 @@ def few_rows_linear_kernel(
 
 # (outputs, depth, silu·up): tiles for one row, for up to 8 and for up to 16
 TILES: dict[tuple[int, int, bool], tuple[LinearTile, LinearTile, LinearTile]] = {
-    (4096, 1024, False): (LinearTile(16, 1, 256, 2, 8), LinearTile(32, 4, 64, 4, 4), LinearTile(16, 4, 256, 1, 4)),
-    (1024, 2048, False): (LinearTile(8, 1, 256, 8, 8), LinearTile(16, 4, 256, 2, 4), LinearTile(16, 4, 256, 2, 4)),
+    (4096, 1024, False): (LinearTile(8, 1, 256, 2, 4), LinearTile(32, 4, 64, 4, 4), LinearTile(16, 4, 256, 1, 4)),
+    (1024, 2048, False): (LinearTile(8, 1, 256, 8, 8), LinearTile(16, 4, 256, 2, 4), LinearTile(16, 4, 128, 4, 4)),
     (3072, 1024, True): (LinearTile(8, 1, 256, 2, 4), LinearTile(16, 4, 256, 1, 4), LinearTile(16, 4, 256, 1, 4)),
-    (1024, 3072, False): (LinearTile(4, 1, 256, 12, 4), LinearTile(16, 4, 256, 2, 4), LinearTile(16, 4, 256, 2, 4)),
+    (1024, 3072, False): (
+        LinearTile(4, 1, 256, 12, 4),
+        LinearTile(16, 8, 128, 2, 8, True),
+        LinearTile(16, 4, 128, 4, 4, True),
+    ),
+    (151936, 1024, False): (LinearTile(16, 1, 256, 2, 4), LinearTile(16, 4, 256, 1, 4), LinearTile(16, 4, 256, 1, 4)),
 }
 
 

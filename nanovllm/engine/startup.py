@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -55,7 +55,6 @@ def load(config: EngineConfig) -> Loaded:
     layout = make_layout(config, cfg, platform)
     if not config.enforce_eager and (problem := platform.lowering()[1]):
         logger.warning(problem)
-    new_compiler = partial(make_compiler, config, platform, environment)
     num_programs = len(layout.prefill_tokens) + len(layout.decode_rows) if layout.pad else 0
     with tqdm(total=cfg.num_layers + num_programs, desc="loading weights", dynamic_ncols=True, leave=False) as bar:
         if config.random_weights:
@@ -70,8 +69,13 @@ def load(config: EngineConfig) -> Loaded:
             bar.update()
 
         bar.set_description("sizing the cache")
-        new_runner = partial(Runner, model, cfg, params)
-        layout, num_blocks, runner = _with_cache(config, layout, cfg, new_runner, platform, new_compiler)
+
+        def new_runner(layout: Layout) -> Runner:
+            # a layout for shorter requests can mean another rotary table
+            fitted = model.config(hf, dtype=cfg.dtype, max_model_len=layout.max_model_len)
+            return Runner(model, fitted, params, layout, platform, make_compiler(config, platform, environment))
+
+        layout, num_blocks, runner = _with_cache(config, layout, cfg, new_runner, platform)
         runner.warm_up(building)
     seconds = {"weights": weights_done - started, "warm_up": time.perf_counter() - weights_done}
     logger.info(
@@ -161,12 +165,11 @@ def _with_cache(
     config: EngineConfig,
     layout: Layout,
     cfg: ModelConfig,
-    new_runner: Callable[[Layout, Platform, Compiler], Runner],
+    new_runner: Callable[[Layout], Runner],
     platform: Platform,
-    new_compiler: Callable[[], Compiler],
 ) -> tuple[Layout, int, Runner]:
     """A runner with its cache: as many blocks as asked for, or as fit and can be used."""
-    runner = new_runner(layout, platform, new_compiler())
+    runner = new_runner(layout)
     most_useful = 1 + layout.max_num_seqs * layout.blocks_per_row
     num_blocks = config.num_kvcache_blocks or min(most_useful, runner.measure_blocks(config.gpu_memory_utilization))
     block_size = layout.block_size
@@ -184,14 +187,7 @@ def _with_cache(
                 f"({num_blocks - 1} blocks of {block_size}): lower max_model_len or raise num_kvcache_blocks"
             )
         logger.warning("max_model_len is lowered from %d to %d, what the cache holds", layout.max_model_len, capacity)
-        layout = make_layout(_replace(config, max_model_len=capacity), cfg, platform)
-        # its programs are of other shapes than those that measured
-        runner = new_runner(layout, platform, new_compiler())
+        layout = make_layout(replace(config, max_model_len=capacity), cfg, platform)
+        runner = new_runner(layout)  # its programs are of other shapes than those that measured
     runner.allocate_cache(num_blocks)
     return layout, num_blocks, runner
-
-
-def _replace(config: EngineConfig, **changes: Any) -> EngineConfig:
-    from dataclasses import replace
-
-    return replace(config, **changes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -24,6 +25,15 @@ def assert_matches(out: Tensor, expected: Tensor, tolerance: float | None = None
         1.0, expected.float().abs().max().item()
     )
     assert (out.float() - expected.float()).abs().max().item() <= limit  # a NaN fails, too
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For tests of many small calls: on a busy machine a call that wakes threads may wait for a time slice."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
 
 
 def attention_case(
@@ -196,9 +206,10 @@ def test_an_uncovered_dtype_goes_to_the_reference() -> None:
     assert torch.equal(cpu_kernels.linear(x_TD, weight_OD, None), x_TD @ weight_OD.T)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 1), (19, 99), (99, 19), (989, 131), (64, 128), (300, 1024)], ids=str)
 @pytest.mark.parametrize("has_bias", [False, True], ids=["", "bias"])
+@pytest.mark.usefixtures("one_thread")
 def test_linear_matches_reference_at_every_number_of_tokens(
     dtype: torch.dtype, shape: tuple[int, int], has_bias: bool
 ) -> None:
@@ -206,7 +217,7 @@ def test_linear_matches_reference_at_every_number_of_tokens(
     num_outputs, depth = shape
     weight_OD = torch.randn(num_outputs, depth, generator=generator).to(dtype)
     bias_O = torch.randn(num_outputs, generator=generator).to(dtype) if has_bias else None
-    for num_tokens in (*range(18), 31, 32, 33, 47, 48, 49, 63, 64, 65, 97, 131):
+    for num_tokens in (*range(18), 31, 33, 48, 65, 131):
         x_TD = torch.randn(num_tokens, depth, generator=generator).to(dtype)
         out_TO = cpu_kernels.linear(x_TD, weight_OD, bias_O)
         expected = torch.nn.functional.linear(
@@ -216,6 +227,28 @@ def test_linear_matches_reference_at_every_number_of_tokens(
             assert out_TO.shape == (0, num_outputs)
         else:
             assert_matches(out_TO, expected.to(dtype))
+
+
+def test_linear_and_the_row_kernels_give_the_same_on_any_number_of_threads() -> None:
+    weight_OD, gate_up_TG, weight_D = torch.randn(989, 200), torch.randn(300, 400), torch.randn(400)
+    num_threads = torch.get_num_threads()
+    for num_tokens in (1, 16, 99):
+        results = []
+        try:
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                x_TD = gate_up_TG[:num_tokens, :200]
+                results.append(
+                    (
+                        cpu_kernels.linear(x_TD, weight_OD, None),
+                        cpu_kernels.silu_mul(gate_up_TG),
+                        cpu_kernels.rms_norm(gate_up_TG, weight_D, 1e-6),
+                    )
+                )
+        finally:
+            torch.set_num_threads(num_threads)
+        for others in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], others))
 
 
 def test_linear_takes_views_and_never_reads_beyond_them() -> None:
@@ -249,6 +282,7 @@ def assert_close_to_reference(out: Tensor, expected: Tensor) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1), (19, 99), (99, 1024), (3, 2, 989), (0, 64)], ids=str)
+@pytest.mark.usefixtures("one_thread")
 def test_norms_and_silu_match_reference(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     generator = torch.Generator().manual_seed(shape[-1])
     x_TD, residual_TD = (torch.randn(2, *shape, generator=generator) * 3).to(dtype)
@@ -276,8 +310,9 @@ def test_silu_of_extreme_values_is_finite(x: float) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128, 256])
-@pytest.mark.parametrize("heads", [(4, 2), (7, 1), (3, 3)], ids=str)
-@pytest.mark.parametrize("has_norm", [(True, True), (False, False), (True, False)], ids=["norms", "", "q_norm"])
+@pytest.mark.parametrize("heads", [(7, 1), (3, 3)], ids=str)
+@pytest.mark.parametrize("has_norm", [(True, True), (False, False)], ids=["norms", ""])
+@pytest.mark.usefixtures("one_thread")
 def test_qk_norm_rope_store_matches_reference(
     dtype: torch.dtype, head_dim: int, heads: tuple[int, int], has_norm: tuple[bool, bool]
 ) -> None:
