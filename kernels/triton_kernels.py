@@ -6,8 +6,10 @@ from torch import Tensor
 from nanovllm.kernels import ops
 from nanovllm.kernels.triton_attention_decode import paged_attention_decode
 from nanovllm.kernels.triton_attention_prefill import paged_attention_prefill
+from nanovllm.kernels.triton_linear import fused_linear
 from nanovllm.kernels.triton_norm_act import add_rms_norm, rms_norm, silu_mul
 from nanovllm.kernels.triton_rope_store import qk_norm_rope_store, rope, store_kv
+from nanovllm.kernels.triton_sample import sample
 
 
 def paged_attention(
@@ -43,6 +45,8 @@ def register() -> None:
                 "store_kv": store_kv,
                 "qk_norm_rope_store": qk_norm_rope_store,
                 "paged_attention": paged_attention,
+                "fused_linear": fused_linear,
+                "sample": sample,
             },
         )
         _registered = True

@@ -27,6 +27,7 @@ from nanovllm.kernels import reference
 from nanovllm.kernels.triton_common import launch_options
 
 MAX_ROWS = 16
+MANY_WEIGHTS = 4096 * 4096  # from here on cuBLAS streams several rows' weights as well
 
 
 class LinearTile(NamedTuple):
@@ -297,9 +298,10 @@ def few_rows_linear_kernel(
     tl.store(out_ptr + row_T[:, None] * NUM_OUTS + o_O[None, :], _finish(y_TO, up_TO, dtype, SILU_MUL), mask=mask_TO)
 
 
-# (outputs, depth, silu·up): tiles for one row, for up to 8 and for up to 16
+# (outputs, depth, silu·up): tiles for one row, for up to 8 and for up to 16. Measured on an H200 by scripts/bench_linear.py.
 TILES: dict[tuple[int, int, bool], tuple[LinearTile, LinearTile, LinearTile]] = {
-    (4096, 1024, False): (LinearTile(8, 1, 256, 2, 4), LinearTile(32, 4, 64, 4, 4), LinearTile(16, 4, 256, 1, 4)),
+    # Qwen3-0.6B: qkv, out, gate_up, down, head
+    (4096, 1024, False): (LinearTile(8, 1, 256, 2, 4), LinearTile(16, 4, 256, 1, 4), LinearTile(16, 4, 256, 1, 4)),
     (1024, 2048, False): (LinearTile(8, 1, 256, 8, 8), LinearTile(16, 4, 256, 2, 4), LinearTile(16, 4, 128, 4, 4)),
     (3072, 1024, True): (LinearTile(8, 1, 256, 2, 4), LinearTile(16, 4, 256, 1, 4), LinearTile(16, 4, 256, 1, 4)),
     (1024, 3072, False): (
@@ -307,18 +309,33 @@ TILES: dict[tuple[int, int, bool], tuple[LinearTile, LinearTile, LinearTile]] = 
         LinearTile(16, 8, 128, 2, 8, True),
         LinearTile(16, 4, 128, 4, 4, True),
     ),
-    (151936, 1024, False): (LinearTile(16, 1, 256, 2, 4), LinearTile(16, 4, 256, 1, 4), LinearTile(16, 4, 256, 1, 4)),
+    (151936, 1024, False): (LinearTile(4, 1, 256, 4, 2), LinearTile(16, 4, 256, 1, 4), LinearTile(16, 4, 256, 1, 4)),
+    # Qwen3-8B: qkv, out, gate_up, down
+    (6144, 4096, False): (LinearTile(4, 1, 256, 2, 4), LinearTile(16, 4, 256, 1, 4), LinearTile(16, 4, 128, 4, 4)),
+    (4096, 4096, False): (LinearTile(16, 1, 256, 4, 8), LinearTile(16, 4, 256, 1, 4), LinearTile(16, 4, 128, 4, 4)),
+    (12288, 4096, True): (LinearTile(4, 1, 256, 2, 4), LinearTile(16, 4, 128, 1, 4), LinearTile(16, 4, 128, 1, 4)),
+    (4096, 12288, False): (LinearTile(16, 1, 256, 4, 8), LinearTile(16, 4, 256, 1, 4), LinearTile(16, 4, 128, 4, 4)),
 }
 
 
 def linear_tile(num_rows: int, num_outs: int, depth: int, silu_mul: bool) -> LinearTile:
-    """The measured choice, or for other shapes that of the nearest."""
+    """The measured choice; for other shapes what did well at the most of these."""
     known = TILES.get((num_outs, depth, silu_mul))
     if known:
         return known[0 if num_rows == 1 else 1 if num_rows <= 8 else 2]
     if num_rows == 1:
-        return LinearTile(8, 1, 256, 4, 4)
+        return LinearTile(8, 1, 256, 8, 8) if num_outs <= 2048 else LinearTile(4, 1, 256, 2, 4)
     return LinearTile(16, 4, 256 if depth >= 1024 else 64, 1, 4)
+
+
+def max_rows(num_outs: int, depth: int, has_norm: bool) -> int:
+    """Up to how many rows this beats cuBLAS (with a norm kernel before it, if `has_norm`) for a weight [num_outs, depth].
+
+    Every program norms all rows for itself, which costs more than a kernel where rows are long (8B, 8 rows: 22 µs, apart 18).
+    """
+    if has_norm and depth > 2048:
+        return 1
+    return MAX_ROWS if num_outs * depth <= MANY_WEIGHTS else 1
 
 
 def build(

@@ -14,25 +14,31 @@ from torch.fx import GraphModule, Node
 from nanovllm.kernels import ops
 
 
-def fuse_linear(graph: GraphModule, fakes: Sequence[Tensor], *, max_rows: Callable[[int, int], int]) -> GraphModule:
-    """Fuse every `linear` of at most `max_rows(outputs of the weight, depth)` rows with the norm before it and the SiLU after.
+def fuse_linear(
+    graph: GraphModule, fakes: Sequence[Tensor], *, max_rows: Callable[[int, int, bool], int]
+) -> GraphModule:
+    """Fuse every `linear` of at most `max_rows(outputs of the weight, depth, norm taken in)` rows with its neighbours.
 
-    A norm is taken in when this product is the only reader of its first result. Its second, the new residual, comes from
-    the fused op instead, for whoever reads it.
+    A norm is taken in where this product is the only reader of its first result and the limit for that allows. Its second
+    result, the new residual, comes from the fused op instead, for whoever reads it.
     """
     for linear in [node for node in graph.graph.nodes if node.target is ops.linear]:
         x, weight = linear.args[0].meta["val"], linear.args[1].meta["val"]
-        if x.dim() == 2 and isinstance(x.shape[0], int) and x.shape[0] <= max_rows(*weight.shape):
-            _fuse(graph, linear)
+        if x.dim() != 2 or not isinstance(x.shape[0], int):
+            continue
+        norm = _norm_for(linear)
+        if norm is not None and x.shape[0] <= max_rows(*weight.shape, True):
+            _fuse(graph, linear, norm)
+        elif x.shape[0] <= max_rows(*weight.shape, False):
+            _fuse(graph, linear, None)
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph
 
 
-def _fuse(graph: GraphModule, linear: Node) -> None:
+def _fuse(graph: GraphModule, linear: Node, norm: Node | None) -> None:
     x, weight, bias = (*linear.args, None)[:3]
-    norm = _norm_for(linear)
-    residual, norm_weight, eps = (None, None, 0.0)
+    residual, norm_weight, eps = None, None, 0.0
     if norm is not None:
         x, residual, norm_weight, eps = norm.args
     silu_mul = _silu_of(linear)

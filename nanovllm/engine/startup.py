@@ -7,7 +7,6 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,8 +16,6 @@ from tqdm import tqdm
 
 from nanovllm import env, hub, platforms
 from nanovllm.compile import buckets
-from nanovllm.compile.passes.fuse_rope_store import fuse_rope_store
-from nanovllm.compile.passes.inline_ops import inline_ops
 from nanovllm.compile.program import Compiler
 from nanovllm.config import EngineConfig
 from nanovllm.engine.runner import Layout, Runner
@@ -143,7 +140,7 @@ def make_compiler(config: EngineConfig, platform: Platform, environment: env.Env
     lowering, _ = (None, "") if config.enforce_eager else platform.lowering()
     return Compiler(
         lowering,
-        passes=(("fuse_rope_store", fuse_rope_store), ("inline_ops", partial(inline_ops, keep=platform.keeps_op))),
+        passes=platform.passes() if lowering is not None else (),
         dump_dir=environment.dump_graphs,
         varying=VARYING,
         strict=environment.strict,

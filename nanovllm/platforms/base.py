@@ -7,9 +7,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.fx import Node
 
-from nanovllm.compile.program import Lowering
+from nanovllm.compile.program import Lowering, Pass
 
 
 class HostCopy(Protocol):
@@ -43,8 +42,8 @@ class Platform(Protocol):
         """The lowering for graph mode, or None and the reason in one line."""
         ...
 
-    def keeps_op(self, name: str, node: Node) -> bool:
-        """Whether an op stays a kernel of ours in graph mode; the others are inlined for the lowering to fuse."""
+    def passes(self) -> tuple[tuple[str, Pass], ...]:
+        """What turns a traced graph into one for the lowering: fusions into kernels of ours, then inlining of the rest."""
         ...
 
     def capture(self, step: Callable[[], None]) -> Replay:

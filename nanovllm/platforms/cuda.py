@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Node
 
 from nanovllm.compile.lower import inductor
-from nanovllm.compile.program import Lowering
+from nanovllm.compile.passes.fuse_linear import fuse_linear
+from nanovllm.compile.passes.fuse_rope_store import fuse_rope_store
+from nanovllm.compile.passes.inline_ops import inline_ops
+from nanovllm.compile.program import Lowering, Pass
 from nanovllm.platforms.base import HostCopy, Replay
 
-KERNEL_OPS = frozenset({"paged_attention", "qk_norm_rope_store"})
+KERNEL_OPS = frozenset({"fused_linear", "paged_attention", "qk_norm_rope_store", "sample"})
 
 
 class _PinnedCopy:
@@ -43,16 +46,27 @@ class CudaPlatform:
             self.supported_dtypes += (torch.bfloat16,)
 
     def prepare(self) -> None:
-        from nanovllm.kernels import triton_kernels
-
         torch.cuda.set_device(self.device)
+        try:
+            from nanovllm.kernels import triton_kernels
+        except ImportError as error:
+            raise ValueError("device 'cuda' needs triton: pip install 'nanovllm[triton]'") from error
+        if not triton_kernels.supported(self.device):
+            major, minor = torch.cuda.get_device_capability(self.device)
+            raise ValueError(f"this GPU is of compute capability {major}.{minor}: at least 8.0 is needed")
         triton_kernels.register()
 
     def lowering(self) -> tuple[Lowering | None, str]:
         return inductor.lower, ""
 
-    def keeps_op(self, name: str, node: Node) -> bool:
-        return name in KERNEL_OPS
+    def passes(self) -> tuple[tuple[str, Pass], ...]:
+        from nanovllm.kernels import triton_linear
+
+        return (
+            ("fuse_rope_store", fuse_rope_store),
+            ("fuse_linear", partial(fuse_linear, max_rows=triton_linear.max_rows)),
+            ("inline_ops", partial(inline_ops, keep=lambda name, node: name in KERNEL_OPS)),
+        )
 
     def capture(self, step: Callable[[], None]) -> Replay:
         # Triton compiles and cuBLAS picks its workspace on the first run, which must lie outside the capture.
