@@ -1,6 +1,7 @@
 """What the Triton kernels share: facts about the device, launch options, and a matrix product that also interprets."""
 
 import functools
+from typing import Any
 
 import torch
 import triton
@@ -69,7 +70,8 @@ def shared_memory_bytes(device: torch.device) -> int:
     """Shared memory one program may have."""
     if device.type != "cuda":
         return 99 * 1024
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    properties: Any = torch.cuda.get_device_properties(device)  # the stubs lack the field
+    return int(properties.shared_memory_per_block_optin)
 
 
 @functools.cache

@@ -6,7 +6,8 @@ coarse, and the division by the temperature is a multiplication: scores differ f
 a token differs only where the two best scores are as close. Greedy rows skip the noise. A NaN never wins.
 
 At batch 1 this is launch latency. At large batches integer arithmetic limits it (two rounds of hashing: about 20
-operations on a pipe of 64 lanes per multiprocessor), not memory.
+operations on a pipe of 64 lanes per multiprocessor), not memory. Measured on an H200, 151,936 tokens in bf16, greedy and
+drawn: 2.4 and 2.8 µs at one row (Inductor 87), 3.7 and 5.7 at 8, 10 and 25 at 64, 30 and 86 at 256 (Inductor 158).
 
 Shapes: R rows | V vocabulary | P spans of a row
 """

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -45,22 +46,28 @@ SHAPES = {
     "8b out": (4096, 4096, False, False),
     "8b gate_up": (12288, 4096, True, True),
     "8b down": (4096, 12288, False, False),
+    # the norm in a kernel of its own
+    "8b qkv bare": (6144, 4096, False, False),
+    "8b gate_up bare": (12288, 4096, False, True),
 }
 HEADS = {"0.6b": (VOCAB, 1024, True, False), "8b": (VOCAB, 4096, True, False)}
 MODELS = {"0.6b": (1024, 16, 8, 28), "8b": (4096, 32, 8, 36)}  # hidden, query heads, kv heads, layers
 NUM_WORKERS = 14
 
 
-def time_graph(run: Callable[[], Any], launches: int, min_ms: float = 3.0) -> float:
-    """Microseconds of one of `launches` in `run`: median over replays."""
+def time_launches(
+    function: Callable[..., Any], calls: list[tuple[Any, ...]], per: int = 0, min_ms: float = 3.0
+) -> float:
+    """Microseconds of one call (or of a `per`-th of them all): median over replays of a graph that holds every call."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        run()
+        function(*calls[0])
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        run()
+        for call in calls:
+            function(*call)
     graph.replay()
     times: list[float] = []
     while len(times) < 5 or (sum(times) < min_ms and len(times) < 20):
@@ -70,14 +77,14 @@ def time_graph(run: Callable[[], Any], launches: int, min_ms: float = 3.0) -> fl
         end.record()
         end.synchronize()
         times.append(begin.elapsed_time(end))
-    return statistics.median(times) * 1000 / launches
+    return statistics.median(times) * 1000 / (per or len(calls))
 
 
 def copy_bandwidth() -> float:
     """Bytes per second of a large copy, reads and writes counted."""
-    source = torch.randn(1 << 30, device="cuda").view(torch.uint8)
+    source = torch.randn(1 << 30, device="cuda")
     target = torch.empty_like(source)
-    return 2 * source.numel() / (time_graph(lambda: target.copy_(source), 1) * 1e-6)
+    return 8 * source.numel() / (time_launches(partial(torch.neg, out=target), [(source,)]) * 1e-6)
 
 
 def tiles(shape: tuple[int, int, bool, bool], num_rows: int, tune: bool) -> list[LinearTile]:
@@ -88,24 +95,28 @@ def tiles(shape: tuple[int, int, bool, bool], num_rows: int, tune: bool) -> list
     if not tune:
         return found
     if num_rows == 1:
-        for num_warps in (2, 4, 8):
-            for each in (1, 2, 4):
-                for ahead in (2, 4, 8, 12):
+        for num_warps in (4, 8):
+            for each in (1, 2, 4) if depth < 4096 else (1, 2):
+                for ahead in (2, 4, 8):
                     registers = each * ahead * 4 * silu_factor + ahead * (12 if norm else 4)
                     chunks = -(-depth // 256)
                     if registers <= 150 and (ahead <= chunks or ahead == 4) and num_outs // (each * num_warps) >= 100:
                         found.append(LinearTile(each * num_warps, 1, 256, ahead, num_warps))
-                        if ahead < chunks:
+                        if ahead < chunks <= 12:
                             found.append(LinearTile(each * num_warps, 1, 256, ahead, num_warps, True))
     else:
         for outs in (16, 32):
-            for slices, columns in ((4, 64), (4, 128), (4, 256), (8, 64), (8, 128)):
+            for slices, columns in ((4, 64), (4, 128), (4, 256), (8, 128)):
                 for ahead in (1, 2, 4):
                     chunk = slices * columns
                     tile_bytes = outs * chunk * 2 * silu_factor
-                    if chunk * ahead <= depth and tile_bytes * ahead <= 64 << 10 and tile_bytes >= 8 << 10 and num_outs // outs >= 60:
+                    if (
+                        chunk * ahead <= depth
+                        and 8 << 10 <= tile_bytes <= (64 << 10) // ahead
+                        and num_outs // outs >= 60
+                    ):
                         found.append(LinearTile(outs, slices, columns, ahead, slices))
-                        if chunk * ahead < depth:
+                        if chunk * ahead < depth < 4096:
                             found.append(LinearTile(outs, slices, columns, ahead, slices, True))
     return list(dict.fromkeys(found))
 
@@ -119,11 +130,13 @@ class Case:
         rows = 2 * num_outs if self.silu else num_outs
         self.weight_bytes = rows * depth * 2
         copies = max(3, min(28, -(-ROTATED_BYTES // self.weight_bytes)))
-        self.weights = weights or [(torch.randn(rows, depth, device="cuda") / depth**0.5).to(DTYPE) for _ in range(copies)]
+        self.weights = weights or [
+            (torch.randn(rows, depth, device="cuda") / depth**0.5).to(DTYPE) for _ in range(copies)
+        ]
         self.x, self.residual = torch.randn(2, num_rows, depth, device="cuda").to(DTYPE)
         self.norms = [(torch.rand(depth, device="cuda") + 0.5).to(DTYPE) for _ in self.weights] if norm else None
 
-    def fused(self, tile: LinearTile | None, pdl: bool | None = None, idx: int = 0) -> tuple[Tensor, Tensor]:
+    def fused(self, idx: int, tile: LinearTile | None, pdl: bool | None = None) -> tuple[Tensor, Tensor]:
         norm, residual = (self.norms[idx], self.residual) if self.norms else (None, None)
         return fused_linear(self.x, residual, norm, self.weights[idx], None, 1e-6, self.silu, launch=tile, pdl=pdl)
 
@@ -135,16 +148,21 @@ class Case:
     def launches(self) -> list[int]:
         return [i % len(self.weights) for i in range(28)]
 
-    def error(self, y: Tensor) -> float:
+    @cached_property
+    def exact(self) -> Tensor:
         x = (self.x + self.residual if self.norms else self.x).double()
         if self.norms:
             x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * self.norms[0].double()
         exact = x @ self.weights[0].double().T
-        exact = reference.silu_mul(exact) if self.silu else exact
-        return float((y.double() - exact).norm() / exact.norm())
+        return reference.silu_mul(exact) if self.silu else exact
+
+    def error(self, y: Tensor) -> float:
+        return float((y.double() - self.exact).norm() / self.exact.norm())
 
 
-def bench_tiles(names: list[str], rows: list[int], tune: bool, bandwidth: float, only: tuple[int, int] | None) -> list[dict[str, Any]]:
+def bench_tiles(
+    names: list[str], rows: list[int], tune: bool, bandwidth: float, only: tuple[int, int] | None
+) -> list[dict[str, Any]]:
     """`only` = (worker, workers): compile one share of the tiles and time nothing."""
     results, counter = [], 0
     shapes = SHAPES | {f"{model} head": shape for model, shape in HEADS.items()}
@@ -158,35 +176,43 @@ def bench_tiles(names: list[str], rows: list[int], tune: bool, bandwidth: float,
                 counter += 1
                 if only is not None:
                     if counter % only[1] == only[0]:
-                        case.fused(tile)
+                        case.fused(0, tile)
                     continue
                 try:
-                    error = case.error(case.fused(tile)[0])
+                    error = case.error(case.fused(0, tile)[0])
                     if not error < 1e-2:
                         print(f"WRONG {name} rows {num_rows} {tuple(tile)}: error {error:.3g}")
                         continue
-                    us = [
-                        time_graph(lambda: [case.fused(tile, pdl, i) for i in case.launches()], 28) for pdl in (None, False)
-                    ]
+                    us = [time_launches(case.fused, [(i, tile, pdl) for i in case.launches()]) for pdl in (None, False)]
                 except Exception as problem:
                     print(f"FAILED {name} rows {num_rows} {tuple(tile)}: {str(problem)[:200]}")
                     continue
-                row = {"shape": name, "rows": num_rows, "tile": tuple(tile), "us": us[0], "us_no_pdl": us[1], "error": error}
+                row = {
+                    "shape": name,
+                    "rows": num_rows,
+                    "tile": tuple(tile),
+                    "us": us[0],
+                    "us_no_pdl": us[1],
+                    "error": error,
+                }
                 results.append(row)
                 if best is None or row["us"] < best["us"]:
                     best = row
             if best is None:
                 continue
-            cublas = time_graph(lambda: [linear(case.x, case.weights[i]) for i in case.launches()], 28)
-            apart = time_graph(lambda: [case.apart(i) for i in case.launches()], 28)
+            cublas = time_launches(linear, [(case.x, case.weights[i]) for i in case.launches()])
+            apart = time_launches(case.apart, [(i,) for i in case.launches()])
             chosen = next(row for row in results if row["shape"] == name and row["rows"] == num_rows)
             chosen |= {"cublas": cublas, "apart": apart, "chosen": True}
-            for row in sorted((r for r in results if r["shape"] == name and r["rows"] == num_rows), key=lambda r: r["us"])[:6]:
+            for row in sorted(
+                (r for r in results if r["shape"] == name and r["rows"] == num_rows), key=lambda r: r["us"]
+            )[:6]:
                 print(f"    {row['us']:6.2f} {row['us_no_pdl']:6.2f} {row['tile']}")
             share = case.weight_bytes / (best["us"] * 1e-6) / bandwidth
             print(
-                f"{name:13} rows {num_rows:2}: chosen {chosen['us']:6.2f} best {best['us']:6.2f} ({best['us_no_pdl']:6.2f} without PDL) "
-                f"{share:4.0%} of copy bandwidth | cuBLAS {cublas:6.2f}, with its neighbours {apart:6.2f} | {best['tile']}",
+                f"{name:13} rows {num_rows:2}: chosen {chosen['us']:6.2f} ({chosen['us_no_pdl']:6.2f} without PDL), "
+                f"best {best['us']:6.2f} ({best['us_no_pdl']:6.2f}) {share:4.0%} of copy bandwidth | "
+                f"cuBLAS {cublas:6.2f}, with its neighbours {apart:6.2f} | {best['tile']}",
                 flush=True,
             )
     return results
@@ -214,7 +240,8 @@ def bench_layer(model: str, num_rows: int, seq_len: int = 512) -> dict[str, floa
     norms = [torch.rand(2, hidden, device="cuda").to(DTYPE) + 0.5 for _ in range(num_layers)]
     heads = torch.rand(2, 128, device="cuda").to(DTYPE) + 0.5
     blocks = -(-(seq_len + 1) // 64)
-    caches = [torch.randn(2, num_rows * blocks + 1, 64, num_kv_heads, 128, device="cuda", dtype=DTYPE) for _ in range(num_layers)]
+    cache_shape = (2, num_rows * blocks + 1, 64, num_kv_heads, 128)
+    caches = [torch.randn(cache_shape, device="cuda", dtype=DTYPE) for _ in range(num_layers)]
     table = (torch.arange(num_rows * blocks, device="cuda", dtype=torch.int32) + 1).view(num_rows, blocks)
     pos = torch.full((num_rows,), seq_len, device="cuda")
     slot = table[:, seq_len // 64].long() * 64 + seq_len % 64
@@ -244,19 +271,20 @@ def bench_layer(model: str, num_rows: int, seq_len: int = 512) -> dict[str, floa
             x = linear(silu_mul(linear(x, gate_up)), down)
         return x, residual
 
-    (x, residual), (x_apart, residual_apart) = fused(None), apart()
+    (x, residual), (_, residual_apart) = fused(None), apart()
     drift = float((residual.float() - residual_apart.float()).norm() / residual_apart.float().norm())
     again = all(torch.equal(a, b) for a, b in zip(fused(None), (x, residual), strict=True))
+    qkv0 = torch.randn(num_rows, shapes[0][0], device="cuda").to(DTYPE)
     result = {
-        "fused": time_graph(lambda: fused(None), num_layers),
-        "fused_no_pdl": time_graph(lambda: fused(False), num_layers),
-        "apart": time_graph(apart, num_layers),
-        "attention": time_graph(lambda: [attention(torch.empty(num_rows, shapes[0][0], device="cuda", dtype=DTYPE), c) for c in caches], num_layers),
-    }  # fmt: skip
+        "fused": time_launches(fused, [(None,)], num_layers),
+        "fused_no_pdl": time_launches(fused, [(False,)], num_layers),
+        "apart": time_launches(apart, [()], num_layers),
+        "attention": time_launches(attention, [(qkv0, cache) for cache in caches]),
+    }
     print(
-        f"layer {model} rows {num_rows:2}: fused {result['fused']:6.2f} µs, without PDL in products {result['fused_no_pdl']:6.2f}, "
-        f"apart {result['apart']:6.2f}, rope + attention alone {result['attention']:6.2f} | after {num_layers} layers the "
-        f"streams differ by {drift:.1e}, same bits again: {again}",
+        f"layer {model} rows {num_rows:2}: fused {result['fused']:6.2f} µs, without PDL in products "
+        f"{result['fused_no_pdl']:6.2f}, apart {result['apart']:6.2f}, rope + attention alone {result['attention']:6.2f} | "
+        f"after {num_layers} layers the streams differ by {drift:.1e}, same bits again: {again}",
         flush=True,
     )
     return result
@@ -278,8 +306,10 @@ def bench_sample(rows: list[int], inductor_rows: list[int]) -> list[dict[str, fl
             row = {
                 "rows": num_rows,
                 "temperature": temperature,
-                "us": time_graph(lambda: [triton_sample.sample(x, *given) for x in logits * 4], 16),
-                "inductor": time_graph(lambda: [compiled(x, *given) for x in logits], 4) if num_rows in inductor_rows else 0.0,
+                "us": time_launches(triton_sample.sample, [(x, *given) for x in logits * 4]),
+                "inductor": time_launches(compiled, [(x, *given) for x in logits])
+                if num_rows in inductor_rows
+                else 0.0,
             }
             results.append(row)
             print(
@@ -294,7 +324,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("linear.json"))
     parser.add_argument("--only", nargs="+", default=["tiles", "layer", "sample"])
-    parser.add_argument("--shapes", nargs="+", default=[*SHAPES, "0.6b head"])
+    parser.add_argument("--shapes", nargs="+", default=[*SHAPES, "0.6b head", "8b head"])
     parser.add_argument("--models", nargs="+", default=["0.6b"])
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 16])
     parser.add_argument("--tune", action="store_true", help="all candidate tiles, not only the op's choice")

@@ -23,13 +23,14 @@ def fuse_linear(
     result, the new residual, comes from the fused op instead, for whoever reads it.
     """
     for linear in [node for node in graph.graph.nodes if node.target is ops.linear]:
-        x, weight = linear.args[0].meta["val"], linear.args[1].meta["val"]
+        x, weight = (argument.meta["val"] for argument in linear.all_input_nodes[:2])
+        num_outs, depth = weight.shape
         if x.dim() != 2 or not isinstance(x.shape[0], int):
             continue
         norm = _norm_for(linear)
-        if norm is not None and x.shape[0] <= max_rows(*weight.shape, True):
+        if norm is not None and x.shape[0] <= max_rows(num_outs, depth, True):
             _fuse(graph, linear, norm)
-        elif x.shape[0] <= max_rows(*weight.shape, False):
+        elif x.shape[0] <= max_rows(num_outs, depth, False):
             _fuse(graph, linear, None)
     graph.graph.eliminate_dead_code()
     graph.recompile()
@@ -38,7 +39,9 @@ def fuse_linear(
 
 def _fuse(graph: GraphModule, linear: Node, norm: Node | None) -> None:
     x, weight, bias = (*linear.args, None)[:3]
-    residual, norm_weight, eps = None, None, 0.0
+    residual: Any = None
+    norm_weight: Any = None
+    eps: Any = 0.0
     if norm is not None:
         x, residual, norm_weight, eps = norm.args
     silu_mul = _silu_of(linear)

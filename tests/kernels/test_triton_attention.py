@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanovllm.kernels import reference
+from nanovllm.kernels import reference, triton_attention_decode
 from nanovllm.kernels.triton_attention_decode import paged_attention_decode
 from nanovllm.kernels.triton_attention_prefill import paged_attention_prefill
 from nanovllm.kernels.triton_kernels import paged_attention
@@ -110,6 +110,36 @@ def test_decode_of_a_row_does_not_depend_on_timing_or_on_earlier_calls() -> None
     first = paged_attention_decode(q_RNH, *cache, 0.125, 0)
     for _ in range(3 if device == "cpu" else 50):
         assert torch.equal(first, paged_attention_decode(q_RNH, *cache, 0.125, 0))
+
+
+@pytest.mark.skipif(device == "cpu", reason="needs a CUDA device")
+@pytest.mark.parametrize("warm", [True, False])
+def test_a_captured_decode_follows_the_lengths(warm: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One graph, replayed with other lengths; also when the very first call of the process is captured."""
+    monkeypatch.setattr(triton_attention_decode, "_counters", {})
+    k_cache, v_cache, block_table, seq_len = paged_cache([2000, 700, 1500, 64], 2, 64, 64, torch.float16)
+    q_RNH = torch.randn(4, 4, 64, device=device).half()
+    arguments = (q_RNH, k_cache, v_cache, block_table, seq_len, 0.125, 0)
+    paged_attention_decode(*arguments)  # compiles
+    if not warm:
+        triton_attention_decode._counters.clear()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        actual = paged_attention_decode(*arguments)
+    q_start = torch.arange(5, dtype=torch.int32, device=device)
+    for lens in ([2000, 700, 1500, 64], [1, 1, 1, 1], [1999, 0, 1, 64], [0, 0, 0, 0], [3, 699, 1500, 63]):
+        seq_len.copy_(torch.tensor(lens))
+        graph.replay()
+        expected = reference.paged_attention(
+            q_RNH.float(), k_cache.float(), v_cache.float(), block_table, seq_len, q_start, 1, 0.125, 0
+        )
+        assert_close(actual, expected)
+
+
+def test_a_scale_that_is_not_positive_is_refused() -> None:
+    cache = paged_cache([5], 1, 32, 16, torch.float32)
+    with pytest.raises(ValueError, match="scale"):
+        paged_attention_decode(torch.randn(1, 2, 32, device=device), *cache, 0.0, 0)
 
 
 def check_prefill(

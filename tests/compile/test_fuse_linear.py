@@ -1,0 +1,107 @@
+"""fuse_linear keeps a graph's meaning, takes in what it may, and leaves the rest alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from nanovllm.compile.passes.fuse_linear import fuse_linear
+from nanovllm.compile.trace import trace
+from nanovllm.kernels import ops
+
+EPS = 1e-6
+inputs: dict[str, Any] = {
+    "x_TD": torch.randn(3, 16),
+    "residual_TD": torch.randn(3, 16),
+    "norm_D": torch.rand(16),
+    "weight_GD": torch.randn(20, 16),
+    "bias_G": torch.randn(20),
+}
+
+
+def fused(function: Callable[..., Any], max_rows: int = 16, max_rows_norm: int = 16) -> tuple[GraphModule, list[str]]:
+    """The graph after the pass, checked against the function, and the names of our ops in it."""
+    graph, fakes, _ = trace(function, inputs)
+    graph = fuse_linear(graph, fakes, max_rows=lambda outs, depth, norm: max_rows_norm if norm else max_rows)
+    graph.graph.lint()
+    expected = function(*inputs.values())
+    for actual, wanted in zip(graph(*inputs.values()), expected, strict=True):
+        torch.testing.assert_close(actual, wanted)
+    return graph, [name for node in graph.graph.nodes if (name := ops.op_name(node.target))]
+
+
+def whole(x: Tensor, residual: Tensor, norm: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    x, residual = ops.add_rms_norm(x, residual, norm, EPS)
+    return ops.silu_mul(ops.linear(x, weight, bias)), residual * 2
+
+
+def test_norm_product_and_silu_become_one_op_and_the_residual_stays() -> None:
+    graph, names = fused(whole)
+    assert names == ["fused_linear"]
+    node = next(node for node in graph.graph.nodes if node.target is ops.fused_linear)
+    assert node.args[4] is not None and node.args[5:] == (EPS, True)
+
+
+def test_a_lone_product_becomes_the_op_without_neighbours() -> None:
+    graph, names = fused(lambda x, residual, norm, weight, bias: (ops.linear(x, weight, None), residual + 1))
+    assert names == ["fused_linear"]
+    node = next(node for node in graph.graph.nodes if node.target is ops.fused_linear)
+    assert node.args[1] is None and node.args[2] is None and node.args[4:] == (None, 0.0, False)
+
+
+def test_more_rows_than_the_limit_stay_as_they_are() -> None:
+    assert fused(whole, max_rows=2, max_rows_norm=2)[1] == ["add_rms_norm", "linear", "silu_mul"]
+    assert fused(whole, max_rows=3, max_rows_norm=2)[1] == ["add_rms_norm", "fused_linear"]
+    assert fused(whole, max_rows=2, max_rows_norm=3)[1] == ["fused_linear"]
+
+
+def test_the_limit_is_asked_for_each_weight() -> None:
+    asked = []
+
+    def max_rows(num_outs: int, depth: int, has_norm: bool) -> int:
+        asked.append((num_outs, depth, has_norm))
+        return 0
+
+    graph, fakes, _ = trace(whole, inputs)
+    fuse_linear(graph, fakes, max_rows=max_rows)
+    assert asked == [(20, 16, True), (20, 16, False)]
+
+
+def test_a_norm_that_others_read_stays() -> None:
+    def function(x: Tensor, residual: Tensor, norm: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        x, residual = ops.add_rms_norm(x, residual, norm, EPS)
+        return ops.linear(x, weight, bias), x + residual
+
+    assert fused(function)[1] == ["add_rms_norm", "fused_linear"]
+
+
+def test_a_product_that_others_read_keeps_its_silu_apart() -> None:
+    def function(x: Tensor, residual: Tensor, norm: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        gate_up = ops.linear(x, weight, bias)
+        return ops.silu_mul(gate_up), gate_up + 1
+
+    assert fused(function)[1] == ["fused_linear", "silu_mul"]
+
+
+def test_a_residual_read_before_the_product_keeps_the_norm_apart() -> None:
+    def function(x: Tensor, residual: Tensor, norm: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor]:
+        x, residual = ops.add_rms_norm(x, residual, norm, EPS)
+        return (ops.linear(x, weight + residual.sum(), bias),)
+
+    assert fused(function)[1] == ["add_rms_norm", "fused_linear"]
+
+
+@pytest.mark.parametrize("num_layers", [1, 3])
+def test_a_chain_of_layers_hands_the_residual_on(num_layers: int) -> None:
+    def function(x: Tensor, residual: Tensor, norm: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        for _ in range(num_layers):
+            x, residual = ops.add_rms_norm(x, residual, norm, EPS)
+            x = ops.linear(ops.silu_mul(ops.linear(x, weight, bias)), weight[:16, :10], None)
+        return x, residual
+
+    assert fused(function)[1] == ["fused_linear"] * 2 * num_layers

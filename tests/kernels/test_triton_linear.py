@@ -1,0 +1,207 @@
+"""The fused product against the formula in fp64, at odd sizes, and against the roundings of the reference."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from nanovllm.kernels import ops, reference
+
+REPOSITORY = Path(__file__).parents[2]
+device = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float16, torch.bfloat16]
+EPS = 1e-6
+
+
+def fused_linear(*args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    from nanovllm.kernels import triton_linear
+
+    return triton_linear.fused_linear(*args, **kwargs)
+
+
+def error(actual: Tensor, exact: Tensor) -> float:
+    assert actual.shape == exact.shape
+    return float((actual.double() - exact).norm() / exact.norm())
+
+
+def check(
+    num_rows: int,
+    num_outs: int,
+    depth: int,
+    dtype: torch.dtype,
+    *,
+    norm: bool,
+    bias: bool,
+    silu: bool,
+    launch: object = None,
+) -> None:
+    """y = silu_mul(rms_norm(x + residual) · weightᵀ + bias) in fp64, given the rounded sum."""
+    x_TD, residual_TD = torch.randn(2, num_rows, depth, device=device).to(dtype)
+    norm_D = (torch.rand(depth, device=device) + 0.5).to(dtype)
+    rows = 2 * num_outs if silu else num_outs
+    weight_OD = (torch.randn(rows, depth, device=device) / depth**0.5).to(dtype)
+    bias_O = torch.randn(rows, device=device).to(dtype) if bias else None
+    optional = (residual_TD, norm_D) if norm else (None, None)
+    y_TO, sum_TD = fused_linear(x_TD, *optional, weight_OD, bias_O, EPS, silu, launch=launch)
+    exact_TD = x_TD.double()
+    if norm:
+        if device == "cuda" or dtype is not torch.bfloat16:
+            assert torch.equal(sum_TD, x_TD + residual_TD), "the new residual is exact"
+        else:  # the interpreter does not round bf16 to nearest
+            assert error(sum_TD, (x_TD + residual_TD).double()) < 1e-2
+        exact_TD = sum_TD.double()
+        exact_TD = exact_TD * torch.rsqrt(exact_TD.square().mean(-1, keepdim=True) + EPS) * norm_D.double()
+    else:
+        assert sum_TD.numel() == 0
+    exact_TO = exact_TD @ weight_OD.double().T + (0 if bias_O is None else bias_O.double())
+    exact_TO = reference.silu_mul(exact_TO) if silu else exact_TO
+    expected_TO, _ = reference.fused_linear(x_TD, *optional, weight_OD, bias_O, EPS, silu)
+    assert y_TO.dtype == dtype
+    slack = 1.3 if device == "cuda" or dtype is not torch.bfloat16 else 6.0
+    assert error(y_TO, exact_TO) < slack * error(expected_TO, exact_TO) + 1e-4, (
+        "no worse than the reference in this dtype"
+    )
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 7, 13, 16])
+@pytest.mark.parametrize("silu", [False, True])
+def test_every_number_of_rows(num_rows: int, silu: bool) -> None:
+    check(num_rows, 48, 320, torch.bfloat16, norm=True, bias=True, silu=silu)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_rows", [1, 5])
+@pytest.mark.parametrize(("num_outs", "depth"), [(1, 8), (19, 99), (99, 989), (33, 1024), (70, 1288)])
+def test_odd_sizes(num_rows: int, num_outs: int, depth: int, dtype: torch.dtype) -> None:
+    check(num_rows, num_outs, depth, dtype, norm=True, bias=False, silu=False)
+    check(num_rows, num_outs, depth, dtype, norm=False, bias=True, silu=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_rows", [1, 4])
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("silu", [False, True])
+def test_every_combination(num_rows: int, norm: bool, bias: bool, silu: bool, dtype: torch.dtype) -> None:
+    check(num_rows, 24, 200, dtype, norm=norm, bias=bias, silu=silu)
+
+
+def test_large_residuals_do_not_overflow_in_half_precision() -> None:
+    x_TD = torch.full((2, 64), 3.0e4, device=device, dtype=torch.float16)
+    norm_D = torch.full((64,), 8.0, device=device, dtype=torch.float16)
+    weight_OD = torch.eye(64, device=device, dtype=torch.float16)
+    for rows in (1, 2):
+        y_TO, _ = fused_linear(x_TD[:rows], x_TD[:rows], norm_D, weight_OD, None, EPS, False)
+        assert torch.allclose(y_TO.float(), torch.full_like(y_TO, 8.0).float(), rtol=1e-3)
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_views_are_read_as_views_and_nothing_beside_them(num_rows: int) -> None:
+    x = torch.full((5, 300), float("nan"), device=device, dtype=torch.bfloat16)
+    weight = torch.full((70, 300), float("nan"), device=device, dtype=torch.bfloat16)
+    x[1 : 1 + num_rows, 50:139], weight[:41, 7:96] = torch.randn(num_rows, 89), torch.randn(41, 89)
+    x_TD, weight_OD = x[1 : 1 + num_rows, 50:139], weight[:41, 7:96]
+    y_TO, _ = fused_linear(x_TD, None, None, weight_OD, None, EPS, False)
+    assert error(y_TO, x_TD.double() @ weight_OD.double().T) < 2e-2
+
+
+def test_a_row_of_nan_stays_in_its_row() -> None:
+    x_TD = torch.randn(6, 96, device=device).to(torch.bfloat16)
+    weight_OD = torch.randn(40, 96, device=device).to(torch.bfloat16)
+    clean_TO, _ = fused_linear(x_TD, None, None, weight_OD, None, EPS, False)
+    x_TD[4] = float("nan")
+    y_TO, _ = fused_linear(x_TD, None, None, weight_OD, None, EPS, False)
+    keep = [0, 1, 2, 3, 5]
+    assert torch.equal(y_TO[keep], clean_TO[keep]) and bool(y_TO[4].isnan().all())
+
+
+def test_what_the_kernel_does_not_cover_goes_to_the_reference() -> None:
+    for rows, dtype in ((17, torch.bfloat16), (3, torch.float32)):
+        x_TD, weight_OD = torch.randn(rows, 32, device=device).to(dtype), torch.randn(8, 32, device=device).to(dtype)
+        y_TO, _ = fused_linear(x_TD, None, None, weight_OD, None, EPS, False)
+        assert torch.equal(y_TO, torch.nn.functional.linear(x_TD, weight_OD))
+    assert fused_linear(x_TD[:0].half(), None, None, weight_OD.half(), None, EPS, False)[0].shape == (0, 8)
+
+
+def test_the_op_traces_with_its_shapes() -> None:
+    with torch._subclasses.FakeTensorMode():
+        x_TD, norm_D, weight_OD = torch.empty(3, 32), torch.empty(32), torch.empty(20, 32)
+        for silu, outs in ((False, 20), (True, 10)):
+            y_TO, sum_TD = ops.fused_linear(x_TD, x_TD, norm_D, weight_OD, None, EPS, silu)
+            assert y_TO.shape == (3, outs) and sum_TD.shape == (3, 32)
+        assert ops.fused_linear(x_TD, None, None, weight_OD, None, EPS, False)[1].shape == (0,)
+
+
+# --- the compiler, without a GPU: see test_triton_builds.py
+
+TARGETS = {"a100": (80, 163 << 10), "rtx4090": (89, 99 << 10), "h200": (90, 227 << 10)}
+# (outputs, depth, norm, silu_mul)
+SHAPES = [
+    (4096, 1024, True, False), (1024, 2048, False, False), (3072, 1024, True, True), (1024, 3072, False, False),
+    (6144, 4096, True, False), (4096, 4096, False, False), (12288, 4096, True, True), (4096, 12288, False, False),
+]  # fmt: skip
+
+
+def compile_all(capability: int) -> dict[str, int]:
+    """Shared memory of every kernel at the tiles the op chooses, in bytes."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    from nanovllm.kernels import triton_linear, triton_sample
+
+    builds = []
+    for i, (num_outs, depth, norm, silu) in enumerate(SHAPES):
+        for num_rows in (1, (2, 7, 16)[i % 3]):
+            if num_rows > triton_linear.max_rows(2 * num_outs if silu else num_outs, depth, norm):
+                continue
+            kernel, constants, num_warps = triton_linear.build(num_rows, num_outs, depth, norm, False, silu, False)
+            builds.append((f"{num_rows}x{num_outs}x{depth}", kernel, constants, num_warps))
+    builds.append(("span", triton_sample.best_of_span_kernel, {"TILE": triton_sample.TILE, "HARDWARE": True}, 4))
+    builds.append(("row", triton_sample.best_of_row_kernel, {"SPANS_P": 256}, 4))
+    special = {
+        "*fp32": ("temperature_ptr", "best_ptr"),
+        "*i32": ("best_token_ptr",),
+        "*i64": ("seed_ptr", "pos_ptr"),
+        "fp32": ("eps",),
+    }
+    shared = {}
+    for name, kernel, constants, num_warps in builds:
+        constants = constants | {"PDL": capability >= 90}
+        if name == "row":
+            special = special | {"*i64": ("out_ptr",)}
+        kinds = {
+            arg: next(
+                (kind for kind, args in special.items() if arg in args), "*bf16" if arg.endswith("_ptr") else "i32"
+            )
+            for arg in kernel.arg_names
+        }
+        signature = {arg: "constexpr" if arg in constants else kinds[arg] for arg in kernel.arg_names}
+        attributes = {
+            (i,): [["tt.divisibility", 16]]
+            for i, arg in enumerate(kernel.arg_names)
+            if arg.endswith(("_ptr", "_stride"))
+        }
+        source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+        options = {"num_warps": num_warps, "launch_pdl": capability >= 90}
+        shared[name] = compile(source, target=GPUTarget("cuda", capability, 32), options=options).metadata.shared
+    return shared
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_kernels_compile_and_fit_shared_memory(target: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(REPOSITORY)
+    command = [sys.executable, __file__, str(TARGETS[target][0])]
+    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    too_large = {name: shared for name, shared in json.loads(done.stdout).items() if shared > TARGETS[target][1]}
+    assert not too_large
+
+
+if __name__ == "__main__":
+    print(json.dumps(compile_all(int(sys.argv[1]))))

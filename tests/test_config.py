@@ -1,0 +1,76 @@
+"""The engine's options are checked before anything is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError
+from typing import Any
+
+import pytest
+
+from nanovllm import EngineConfig
+
+
+def make(**options: Any) -> EngineConfig:
+    return EngineConfig.from_options("some/model", options)
+
+
+def test_unknown_options_are_named_beside_the_known_ones() -> None:
+    with pytest.raises(
+        TypeError, match=r"unknown option max_seqs, swap_space; the options are model, dtype, device, .*"
+    ):
+        make(swap_space=4, max_seqs=1, dtype="auto")
+
+
+@pytest.mark.parametrize("name", ["max_num_seqs", "max_num_batched_tokens", "max_model_len"])
+@pytest.mark.parametrize("value", [0, -1, 2.5, "4", True])
+def test_counts_are_whole_numbers_from_one(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{name} is {value!r}: it must be a whole number, at least 1"):
+        make(**{name: value})
+
+
+@pytest.mark.parametrize("value", [1, 0, -5, 3.0])
+def test_the_cache_needs_a_block_beside_the_padding(value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"num_kvcache_blocks is {value!r}: .* at least 2 \(one is for padding\)"):
+        make(num_kvcache_blocks=value)
+
+
+@pytest.mark.parametrize("value", [0, 1, 15, 17, 24, -16, 32.0, "16"])
+def test_blocks_hold_a_multiple_of_16_tokens(value: Any) -> None:
+    with pytest.raises(ValueError, match=f"kvcache_block_size is {value!r}: it must be a"):
+        make(kvcache_block_size=value)
+
+
+@pytest.mark.parametrize("value", [[], [0], [-1, 2], [1.0], ["1"], [True], 4, "124"])
+def test_graph_batch_sizes_are_whole_numbers(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"graph_batch_sizes is .*: it must hold whole numbers of at least 1"):
+        make(graph_batch_sizes=value)
+
+
+@pytest.mark.parametrize("value", [0, 0.0, -0.1, 1.01, 90, float("nan"), "0.9", None, True])
+def test_gpu_memory_utilization_is_a_share(value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"gpu_memory_utilization is {value!r}: it must be a number in \(0, 1\]"):
+        make(gpu_memory_utilization=value)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"dtype": "fp8"}, "dtype 'fp8' is not supported: use one of auto, float32, float16, bfloat16"),
+        ({"pad_batches": False}, "pad_batches=False needs enforce_eager=True"),
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size is 2: only 1 is supported"),
+    ],
+)
+def test_what_is_not_supported_says_what_is(options: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        make(**options)
+
+
+def test_options_are_frozen_and_hashable() -> None:
+    config = make(graph_batch_sizes=[4, 2], max_num_seqs=3, kvcache_block_size=48, gpu_memory_utilization=1)
+    assert config.graph_batch_sizes == (4, 2) and hash(config) == hash(make(**vars_of(config)))
+    with pytest.raises(FrozenInstanceError):
+        config.dtype = "float32"  # type: ignore[misc]
+
+
+def vars_of(config: EngineConfig) -> dict[str, Any]:
+    return {name: value for name, value in vars(config).items() if name != "model"}

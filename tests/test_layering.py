@@ -1,0 +1,138 @@
+"""Imports point one way: kernels ← compile, models ← engine ← llm; and few files know what a GPU is."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "nanovllm"
+
+# Which modules of ours the files of a layer may import, at any depth of the file.
+ALLOWED = {
+    "kernels": ("nanovllm.kernels",),
+    "compile": ("nanovllm.compile", "nanovllm.kernels"),
+    "models": ("nanovllm.models", "nanovllm.kernels"),
+    "platforms": ("nanovllm.platforms", "nanovllm.compile", "nanovllm.kernels"),
+    "engine": (
+        "nanovllm.engine",
+        "nanovllm.compile",
+        "nanovllm.models",
+        "nanovllm.platforms",
+        *(f"nanovllm.{name}" for name in ("config", "env", "hub", "sampling", "tokenizer")),
+    ),
+    "": ("nanovllm",),  # files at the top of the package
+}
+# The engine's only uses of kernels: the op in the step's own arithmetic, and its plain meaning.
+EXTRA = {
+    PACKAGE / "engine" / "state.py": ("nanovllm.kernels.ops",),
+    PACKAGE / "engine" / "sampler.py": ("nanovllm.kernels.reference",),
+}
+FOLDERS = {"kernels": ROOT / "kernels", "compile": ROOT / "compile", "": PACKAGE}
+FOLDERS |= {name: PACKAGE / name for name in ("models", "platforms", "engine")}
+DEVICE = re.compile(r"(?<![a-z])(cuda|npu|mps)(?![a-z])", re.IGNORECASE)
+LIGHT = ("config", "env", "sampling", "log")  # importable without anything else of ours, except each other
+
+
+def files(layer: str) -> list[Path]:
+    found = FOLDERS[layer].glob("*.py") if layer == "" else FOLDERS[layer].rglob("*.py")
+    return sorted(found)
+
+
+def all_files() -> list[Path]:
+    return [path for layer in FOLDERS for path in files(layer)]
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Names of all modules that a file imports; `from a import b` gives a.b."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def is_within(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+def test_the_layers_are_found() -> None:
+    assert all(len(files(layer)) > 2 for layer in FOLDERS)
+
+
+@pytest.mark.parametrize("layer", FOLDERS)
+def test_imports_point_one_way(layer: str) -> None:
+    for path in files(layer):
+        for name in imports(path):
+            if is_within(name, "nanovllm"):
+                allowed = (*ALLOWED[layer], *EXTRA.get(path, ()))
+                assert any(is_within(name, package) for package in allowed), f"{path} imports {name}"
+
+
+def test_nothing_imports_the_top_of_the_package_from_below() -> None:
+    for layer in set(FOLDERS) - {""}:
+        for path in files(layer):
+            for name in imports(path):
+                assert not is_within(name, "nanovllm.llm"), f"{path} imports {name}"
+                assert name not in ("nanovllm", "nanovllm.LLM", "nanovllm.SamplingParams"), f"{path} imports {name}"
+
+
+def test_options_and_environment_import_nothing_heavy() -> None:
+    for stem in LIGHT:
+        for name in imports(PACKAGE / f"{stem}.py"):
+            assert name.split(".")[0] not in ("torch", "transformers", "numpy"), f"{stem}.py imports {name}"
+            if is_within(name, "nanovllm"):
+                assert name.removeprefix("nanovllm.") in LIGHT, f"{stem}.py imports {name}"
+
+
+@pytest.mark.parametrize("root", ["nanovllm", "tests", "scripts", "."])
+def test_kernels_and_compile_are_imported_through_the_package_only(root: str) -> None:
+    paths = (ROOT / root).glob("*.py") if root == "." else (ROOT / root).rglob("*.py")
+    for path in paths:
+        for name in imports(path):
+            assert name.split(".")[0] not in ("kernels", "compile"), f"{path} imports {name}: a second copy would load"
+
+
+def test_only_env_reads_the_environment() -> None:
+    for path in all_files():
+        if path.name == "env.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            is_environ = isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv")
+            assert not is_environ, f"{path}:{getattr(node, 'lineno', 0)} reads the environment"
+
+
+def code_strings(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Names, attributes and string constants, without docstrings and without what an error or a log says."""
+    skipped: set[int] = set()
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+            skipped.add(id(body[0].value))
+        if isinstance(node, ast.Raise) and node.exc is not None:
+            skipped.update(id(child) for child in ast.walk(node.exc))
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Attribute):
+            yield node.lineno, node.attr
+        elif isinstance(node, ast.Name):
+            yield node.lineno, node.id
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.lineno, node.value
+
+
+def test_only_platforms_kernels_and_lowerings_know_devices() -> None:
+    # ladders of sizes per device are numbers about devices, and live with the ladders
+    exempt = {ROOT / "compile" / "buckets.py"}
+    for layer in ("compile", "models", "engine", ""):
+        for path in files(layer):
+            if path in exempt or path.is_relative_to(ROOT / "compile" / "lower"):
+                continue
+            for line, text in code_strings(ast.parse(path.read_text(encoding="utf-8"))):
+                assert not DEVICE.search(text), f"{path}:{line}: {text}"
