@@ -8,10 +8,10 @@ one span is written at once. A row cut by span borders leaves partial results; t
 them in the order of the spans, so the result depends on the lengths alone and not on timing.
 
 A span is one flat loop over tiles, whatever rows they belong to: the tiles of the next row are in flight while the last
-ones of this row are computed. Measured on an H200 (28 layers' caches in turn, bf16, 16 query and 8 key-value heads of
-128, lengths 100 to 2000), against a loop per row with the merge inside it: 249 µs in place of 257 at 256 rows (4.35 TB/s),
-70 in place of 73 at 64, 15.8 in place of 18.1 at 8, 5.4 in place of 7.9 at one row of 600 tokens. Some 7 µs over the time
-of the bytes remain at any batch: launch, first loads, multiprocessors that end at different times, and the merge.
+ones of this row are computed. Measured on an H200 (bf16, 16 query and 8 key-value heads of 128, lengths 100 to 2000, caches
+in turn), against a loop per row with the merge inside it: 253 µs in place of 257 at 256 rows (4.3 TB/s, the rate of a copy),
+70 in place of 73 at 64, 15.2 in place of 18 at 8, 5.3 in place of 7.9 at one row of 600 tokens. At 8 to 64 rows some 7 µs
+over the time of the bytes remain: launch, first loads, multiprocessors that end at different times, and the merge.
 
 Shapes: R rows | P blocks per row | C blocks in the cache | B block size in tokens | N query heads | K key-value heads
 G = N / K query heads per key-value head | M = G padded for the matrix units | H head size | S tokens in a tile
@@ -321,9 +321,9 @@ def decode_tile(head_bytes: int, block_size: int, num_rows: int, shared_bytes: i
 
     Two programs on a multiprocessor with two tiles of 16 KB of keys and of values each keep 128 KB in flight; bandwidth
     times latency asks for some 40. Measured on an H200 in µs at 256 / 64 / 8 rows as above, and for 32 query heads at 256:
-    this 249 / 70.4 / 15.8 / 253; half the tile and four programs 252 / 71.9 / 16.8 / 259; one program with three tiles in
-    flight 316 / 78 / 17.9 / 314. One row of 600 / 4000 / 32000 tokens: 5.4 / 9.8 / 37.8 with one program and three tiles,
-    5.5 / 10.8 / 37.4 with two and two. Half the tile where shared memory is 99 KB (sm_86, sm_89).
+    this 253 / 70.6 / 15.2 / 257; half the tile and four programs 256 / 72.1 / 16.1 / 263; one program with three tiles in
+    flight 315 / 77.7 / 17.2 / 313. One row of 600 / 4000 / 32000 tokens: 5.3 / 9.6 / 37 with one program and three tiles,
+    5.5 / 10.6 / 37 with two and two. Half the tile where shared memory is 99 KB (sm_86, sm_89).
     """
     tile = min(64, max(16, (16384 if shared_bytes >= 160 * 1024 else 8192) // head_bytes))
     single = num_rows == 1 and block_size % tile == 0

@@ -77,7 +77,11 @@ def make_cache(
 
 
 def time_launches(function: Callable[..., Any], calls: list[tuple[Any, ...]], min_ms: float = 20.0) -> float:
-    """Microseconds of one call: median over replays of a graph that holds a call with each of the arguments."""
+    """Microseconds of one call: median over replays of a graph that holds a call with each of the arguments.
+
+    The arguments are repeated until there are 32 calls: the start of a graph is timed with it and takes some 20 µs.
+    """
+    calls = calls * -(-32 // len(calls))
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -13,6 +13,24 @@ os.environ["NANOVLLM_STRICT"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` are left out, not skipped, where there is none: a skip always means something went wrong."""
+    import torch
+
+    if not torch.cuda.is_available():
+        left_out = [item for item in items if item.get_closest_marker("gpu")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Every test draws the same numbers, whichever tests ran before it."""
+    import torch
+
+    torch.manual_seed(0)
+
+
 def save_tiny(folder: Path, architecture: str = "qwen3", *, dtype: str = "float32", **changes: Any) -> Path:
     """Save a small random checkpoint of transformers' own implementation; returns its folder.
 

@@ -112,7 +112,7 @@ def test_decode_of_a_row_does_not_depend_on_timing_or_on_earlier_calls() -> None
         assert torch.equal(first, paged_attention_decode(q_RNH, *cache, 0.125, 0))
 
 
-@pytest.mark.skipif(device == "cpu", reason="needs a CUDA device")
+@pytest.mark.gpu
 @pytest.mark.parametrize("warm", [True, False])
 def test_a_captured_decode_follows_the_lengths(warm: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """One graph, replayed with other lengths; also when the very first call of the process is captured."""

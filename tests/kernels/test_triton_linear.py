@@ -62,10 +62,12 @@ def check(
     exact_TO = reference.silu_mul(exact_TO) if silu else exact_TO
     expected_TO, _ = reference.fused_linear(x_TD, *optional, weight_OD, bias_O, EPS, silu)
     assert y_TO.dtype == dtype
-    slack = 1.3 if device == "cuda" or dtype is not torch.bfloat16 else 6.0
-    assert error(y_TO, exact_TO) < slack * error(expected_TO, exact_TO) + 1e-4, (
-        "no worse than the reference in this dtype"
-    )
+    # A rounding costs at most half a unit in the last place. The interpreter cuts bf16 off instead, which costs as much on
+    # average, always to the same side, at each of sum, norm, norm's weight and result, and with silu at three places more.
+    half_unit = torch.finfo(dtype).eps / 2
+    places = (7 if silu else 4) if device == "cpu" and dtype is torch.bfloat16 else 2
+    allowed = places * half_unit
+    assert error(y_TO, exact_TO) < max(allowed, 1.3 * error(expected_TO, exact_TO))
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 7, 13, 16])
