@@ -58,8 +58,9 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype {self.dtype!r} is not supported: use one of {', '.join(DTYPES)}")
-        for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len"):
+        for name in ("max_num_seqs", "max_model_len"):
             _check_whole(name, getattr(self, name), 1)
+        _check_whole("max_num_batched_tokens", self.max_num_batched_tokens, 16)
         _check_whole("num_kvcache_blocks", self.num_kvcache_blocks, 2, " (one is for padding)")
         _check_whole("kvcache_block_size", self.kvcache_block_size, 16)
         if self.graph_batch_sizes is not None:

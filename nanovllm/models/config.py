@@ -70,13 +70,18 @@ def dense_config(
     `differences` are the fields in which an architecture departs from a plain Llama. Raises ValueError for what the
     config asks and this engine does not do.
     """
-    from nanovllm.models.rope import rotary_frequencies
+    from nanovllm.models.rope import extends_itself, rotary_frequencies
 
     if getattr(hf, "hidden_act", "silu") != "silu":
         raise ValueError(f"hidden_act {hf.hidden_act!r} is not supported by {architecture}: only 'silu' is")
     if getattr(hf, "quantization_config", None):
         raise ValueError(f"quantized checkpoints are not supported: {hf.quantization_config}")
     head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+    if max_model_len is not None and max_model_len > hf.max_position_embeddings and not extends_itself(hf):
+        raise ValueError(
+            f"max_model_len is {max_model_len}, but the checkpoint has {hf.max_position_embeddings} positions "
+            "(max_position_embeddings)"
+        )
     inv_freq, rope_scale = rotary_frequencies(hf, head_dim, max_model_len or hf.max_position_embeddings)
     fields: dict[str, Any] = {
         "layer_windows": (0,) * hf.num_hidden_layers,

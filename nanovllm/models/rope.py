@@ -33,6 +33,12 @@ def rotary_frequencies(hf: Any, head_dim: int, max_model_len: int) -> tuple[tupl
     return tuple(inv_freq.float().tolist()), float(scale)
 
 
+def extends_itself(hf: Any) -> bool:
+    """Whether the rope type stretches to any length: dynamic does, the others end at max_position_embeddings."""
+    hf.standardize_rope_params()
+    return hf.rope_parameters.get("rope_type") == "dynamic"
+
+
 def rotary_table(inv_freq: tuple[float, ...], scale: float, num_positions: int, device: torch.device) -> Tensor:
     """[M, H] fp32: row m is [cos(m · f) | sin(m · f)] · scale for the H/2 frequencies f."""
     angle = torch.outer(torch.arange(num_positions, dtype=torch.float32), torch.tensor(inv_freq, dtype=torch.float32))

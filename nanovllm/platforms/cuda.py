@@ -16,7 +16,18 @@ from nanovllm.compile.passes.inline_ops import inline_ops
 from nanovllm.compile.program import Lowering, Pass
 from nanovllm.platforms.base import HostCopy, Replay
 
-KERNEL_OPS = frozenset({"fused_linear", "paged_attention", "qk_norm_rope_store", "sample"})
+# Inductor fuses norms and activation as well, but without programmatic dependent launch, and compiles for seconds a bucket.
+KERNEL_OPS = frozenset(
+    {
+        "add_rms_norm",
+        "fused_linear",
+        "paged_attention",
+        "qk_norm_rope_store",
+        "rms_norm",
+        "sample",
+        "silu_mul",
+    }
+)
 
 
 class _PinnedCopy:

@@ -118,7 +118,12 @@ def test_unknown_option_is_a_type_error(make_llm: Callable[..., LLM]) -> None:
         ({"device": "tpu"}, "device 'tpu' is not supported: use one of auto, cpu, cuda"),
         ({"device": "cuda:x"}, "device 'cuda:x' is not supported"),
         ({"device": "cuda:99"}, "no CUDA device|'cuda:99' is not there"),
-        ({"max_model_len": 401 * 16}, r"max_model_len is 6416, but the cache holds 6384 tokens \(399 blocks of 16\)"),
+        (
+            {"max_model_len": 401, "num_kvcache_blocks": 9},
+            r"max_model_len is 401, but the cache holds 128 tokens \(8 blocks of 16\)",
+        ),
+        ({"max_model_len": 6416}, "max_model_len is 6416, but the checkpoint has 512 positions"),
+        ({"max_num_batched_tokens": 15}, "max_num_batched_tokens is 15: it must be a whole number, at least 16"),
         ({"tensor_parallel_size": 2}, "tensor_parallel_size is 2: only 1"),
     ],
     ids=str,
