@@ -61,7 +61,7 @@ class CudaPlatform:
         try:
             from nanovllm.kernels import triton_kernels
         except ImportError as error:
-            raise ValueError("device 'cuda' needs triton: pip install 'nanovllm[triton]'") from error
+            raise ValueError("device 'cuda' needs triton: pip install triton") from error
         if not triton_kernels.supported(self.device):
             major, minor = torch.cuda.get_device_capability(self.device)
             raise ValueError(f"this GPU is of compute capability {major}.{minor}: at least 8.0 is needed")

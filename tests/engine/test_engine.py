@@ -528,6 +528,8 @@ def test_ctrl_c_at_any_moment(llm: LLM, hf_generate: Generate) -> None:
     prompts = random_prompts([5, 99, 200, 33, 64, 1] * 5, seed=93)
     expected = [hf_generate(prompt, NUM_TOKENS) for prompt in prompts[:6]]
     previous = signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    # a shell starts its background jobs with Ctrl-C ignored, and Python then leaves it so
+    previous_int = signal.signal(signal.SIGINT, signal.default_int_handler)
     num_interrupted = 0
     try:
         for attempt in range(12):
@@ -543,6 +545,7 @@ def test_ctrl_c_at_any_moment(llm: LLM, hf_generate: Generate) -> None:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
+        signal.signal(signal.SIGINT, previous_int)
     assert num_interrupted > 0
 
 
