@@ -76,23 +76,34 @@ class Launched:
     prompt_logprobs: list[PromptLogprobs]
 
 
-class _DecodeStep:
-    """One decode bucket: static input and output, and the step captured with and without the sampler."""
+def _as_it_is(step: Callable[[], None]) -> Replay:
+    step()
+    return step
 
-    def __init__(self, steps: Steps, platform: Platform, num_rows: int, pad_row: int) -> None:
-        device = platform.device
+
+class _DecodeStep:
+    """One decode bucket: static input and output, and the step recorded with and without the sampler."""
+
+    def __init__(
+        self,
+        steps: Steps,
+        device: torch.device,
+        record: Callable[[Callable[[], None]], Replay],
+        num_rows: int,
+        pad_row: int,
+    ) -> None:
         self.row_idx_R = torch.full((num_rows,), pad_row, dtype=torch.int64, device=device)
         self.token_R = torch.zeros(num_rows, dtype=torch.int64, device=device)
         self.rows: list[int] = []  # what row_idx_R holds
-        self._steps, self._platform = steps, platform
+        self._steps, self._record = steps, record
         self._logits_RV: Tensor | None = None
         self._logits: Replay | None = None
-        self.replay = platform.capture(self._whole)
+        self.replay = record(self._whole)
 
     def logits(self) -> Tensor:
-        """Everything but the sampler. Captured when first asked for; its programs are those of the whole step."""
+        """Everything but the sampler. Recorded when first asked for; its programs are those of the whole step."""
         if self._logits is None:
-            self._logits = self._platform.capture(self._without_sampler)
+            self._logits = self._record(self._without_sampler)
         self._logits()
         assert self._logits_RV is not None
         return self._logits_RV
@@ -182,8 +193,10 @@ class Runner:
     def _decode_step(self, num_rows: int) -> _DecodeStep:
         step = self._decode_steps.get(num_rows)
         if step is None:
+            # eager mode is for seeing each op run where it stands, so nothing is captured there
+            record = _as_it_is if self.compiler.lowering is None else self.platform.capture
             with torch.no_grad():
-                step = _DecodeStep(self.steps, self.platform, num_rows, self.state.pad_row)
+                step = _DecodeStep(self.steps, self.platform.device, record, num_rows, self.state.pad_row)
             self._decode_steps[num_rows] = step
         return step
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from nanovllm import LLM, SamplingParams
+from nanovllm import LLM, SamplingParams, platforms
 from nanovllm.engine.outputs import Completion, RequestOutput
 from nanovllm.engine.scheduler import DecodePlan, PrefillPlan
 from tests.engine.conftest import EOS_IDS, VOCAB_SIZE, Generate, assert_all_free, random_prompts
@@ -656,3 +656,24 @@ def test_a_closed_model_says_so(make_llm: Callable[..., LLM]) -> None:
     for use in (lambda: llm.generate([[5]], use_tqdm=False), lambda: next(llm.stream([[5]])), llm.engine.step):
         with pytest.raises(RuntimeError, match="closed"):
             use()
+
+
+def test_eager_mode_captures_nothing_and_graph_mode_captures_every_bucket(
+    make_llm: Callable[..., LLM], device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    platform = type(platforms.select(device))
+    captured: list[object] = []
+    capture = platform.capture
+
+    def counted(self: Any, step: Callable[[], None]) -> Any:
+        captured.append(step)
+        return capture(self, step)
+
+    monkeypatch.setattr(platform, "capture", counted)
+    (prompt,) = random_prompts([5], seed=95)
+    eager = make_llm(enforce_eager=True)
+    eager.generate([prompt], greedy(4), use_tqdm=False)
+    assert captured == []
+    graph = make_llm(enforce_eager=False, graph_batch_sizes=[1, 4], max_num_seqs=4)
+    assert len(captured) == 2
+    assert tokens(graph, [prompt], greedy(4)) == tokens(eager, [prompt], greedy(4))
