@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -148,14 +150,35 @@ def make_compiler(config: EngineConfig, platform: Platform, environment: env.Env
 
 
 def use_private_cache(folder: Path) -> None:
-    """Compiled code goes into a folder that only its owner can write: others could make us run theirs."""
+    """Compiled code goes into a folder that only its owner can write: others could make us run theirs.
+
+    Raises ValueError for a folder that others own or may write to. Where none can be made, a temporary one serves.
+    """
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-    for sub_folder in ("inductor", "triton"):
-        (folder / sub_folder).mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        # one by one: `parents` leaves the mode of the folders above to the umask
+        for path in (folder, folder / "inductor", folder / "triton"):
+            path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        logger.warning("compiled code is not kept: %s (NANOVLLM_CACHE names the folder)", error)
+        folder = Path(tempfile.mkdtemp(prefix="nanovllm-"))
+    for path in (folder, folder / "inductor", folder / "triton"):
+        _refuse_if_shared(path)
     # importing Dynamo anywhere writes torch's own choice, a folder in /tmp, into the environment
     env.set_default("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"), also_over=default_cache_dir())
     env.set_default("TRITON_CACHE_DIR", str(folder / "triton"))
+
+
+def _refuse_if_shared(path: Path) -> None:
+    if not path.exists() or not hasattr(os, "getuid"):
+        return
+    owner, mode = path.stat().st_uid, path.stat().st_mode & 0o777
+    if owner != os.getuid() or mode & 0o022:
+        raise ValueError(
+            f"{path} is for compiled code, but user {owner} owns it and its mode is {mode:o}: it must belong to user "
+            f"{os.getuid()} and be writable by nobody else (chmod 700, or another folder through NANOVLLM_CACHE)"
+        )
 
 
 def _with_cache(
