@@ -6,8 +6,13 @@ from bisect import bisect_left
 from collections.abc import Sequence
 
 # Rows per decode step. Small rungs are close because a step there is bound by the weights, whatever the padding;
-# from 32 on the attention of a padding row costs one slot, so the rungs can stand wider.
-DECODE_ROWS = {"cuda": (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256), "cpu": (1, 4, 16, 32)}
+# from 32 on the attention of a padding row costs one slot, so the rungs can stand wider. On an NPU every rung is a graph of
+# the whole step, which takes long to compile: the ladder begins at 16.
+DECODE_ROWS = {
+    "cuda": (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256),
+    "npu": (16, 32, 48, 64, 96, 128, 160, 192, 224, 256),
+    "cpu": (1, 4, 16, 32),
+}
 
 # Tokens per prefill step, each four times the one before: a step never carries more than three parts padding, and
 # long prompts fill the largest rung exactly.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
+NPU_GRAPH_MODES = ("ascend_ir", "aclgraph")
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,7 @@ class EngineConfig:
 
     model: a folder with a checkpoint in transformers' layout, a Hub id, or "tiny-qwen3", the embedded model.
     dtype: "auto" is the checkpoint's own, float32 on a CPU.
-    device: "auto", "cpu", "cuda" or "cuda:N".
+    device: "auto", "cpu", "cuda", "cuda:N", "npu" or "npu:N".
     enforce_eager: run the regions as plain Python, without graphs.
     graph_batch_sizes: rows of the decode graphs. Larger batches run in several decode steps.
     pad_batches: in eager mode, whether batches are padded to the graphs' sizes all the same.
@@ -27,6 +28,9 @@ class EngineConfig:
     enable_prefix_caching: requests with the same beginning share its blocks.
     seed: what the seeds of requests without one are drawn from.
     tensor_parallel_size: 1.
+    npu_graph_mode: on an NPU, "ascend_ir" (the default: GE compiles whole steps) or "aclgraph" (steps are captured).
+    npu_graph_options: on an NPU, fields of torchair's CompilerConfig by their path, such as
+        {"experimental_config.tiling_schedule_optimize": True}.
     random_weights: draw weights from a seeded normal distribution; only the checkpoint's config.json is needed.
     """
 
@@ -45,6 +49,8 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     seed: int = 0
     tensor_parallel_size: int = 1
+    npu_graph_mode: str | None = None
+    npu_graph_options: Mapping[str, object] | None = None
     random_weights: bool = False
 
     @classmethod
@@ -76,6 +82,12 @@ class EngineConfig:
             raise ValueError(f"gpu_memory_utilization is {share!r}: it must be a number in (0, 1]")
         if not self.pad_batches and not self.enforce_eager:
             raise ValueError("pad_batches=False needs enforce_eager=True: graphs have fixed sizes")
+        if self.npu_graph_mode not in (None, *NPU_GRAPH_MODES):
+            raise ValueError(
+                f"npu_graph_mode is {self.npu_graph_mode!r}: it must be one of {', '.join(NPU_GRAPH_MODES)}"
+            )
+        if self.npu_graph_options is not None and not isinstance(self.npu_graph_options, Mapping):
+            raise ValueError(f"npu_graph_options is {self.npu_graph_options!r}: it must be a dict of options by path")
         if self.tensor_parallel_size != 1:
             raise ValueError(f"tensor_parallel_size is {self.tensor_parallel_size}: only 1 is supported")
 

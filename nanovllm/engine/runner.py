@@ -131,7 +131,9 @@ class Runner:
         self.cos_sin_MH = rotary_table(cfg.inv_freq, cfg.rope_scale, layout.max_model_len, platform.device)
         self.filtered = FilteredSampler(platform, self.state, cfg.vocab_size)
         self._decode_steps: dict[int, _DecodeStep] = {}
-        self.steps = self._make_steps(num_blocks=2)  # until the size of the cache is known
+        # until the size of the cache is known; where it is a static size of the programs, nothing is built for this one
+        first = Compiler(None) if platform.whole_steps else compiler
+        self.steps = self._make_steps(2, first)
 
     @property
     def block_bytes(self) -> int:
@@ -146,7 +148,7 @@ class Runner:
 
     def allocate_cache(self, num_blocks: int) -> None:
         """Zeroed cache blocks; the state's block tables refer to them by number."""
-        self.steps = self._make_steps(num_blocks)
+        self.steps = self._make_steps(num_blocks, self.compiler)
 
     def warm_up(self, progress: Callable[[str], object]) -> None:
         """Build and run the programs of every bucket, capture the decode steps, and close the compiler."""
@@ -177,7 +179,7 @@ class Runner:
             self.__dict__.pop(name, None)
         self.platform.release()
 
-    def _make_steps(self, num_blocks: int) -> Steps:
+    def _make_steps(self, num_blocks: int, compiler: Compiler) -> Steps:
         cfg, device = self.cfg, self.platform.device
         shape = (num_blocks, self.layout.block_size, cfg.num_kv_heads, cfg.head_dim)
 
@@ -186,7 +188,8 @@ class Runner:
             return torch.zeros(shape, dtype=cfg.dtype, device=device)
 
         caches = tuple(LayerCache(blocks(), blocks()) for _ in range(cfg.num_layers))
-        return Steps(self.model, cfg, self.params, caches, self.cos_sin_MH, self.state, self.compiler)
+        whole = self.platform.whole_steps and compiler.lowering is not None
+        return Steps(self.model, cfg, self.params, caches, self.cos_sin_MH, self.state, compiler, whole=whole)
 
     # decode -----------------------------------------------------------------------------------------------------
 

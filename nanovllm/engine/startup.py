@@ -45,7 +45,13 @@ def load(config: EngineConfig) -> Loaded:
     """Everything between the options and the first step, with a progress bar over layers and buckets."""
     started = time.perf_counter()
     environment = env.read()
-    platform = platforms.select(config.device)
+    platform = platforms.select(
+        config.device,
+        npu_graph_mode=config.npu_graph_mode,
+        npu_graph_options=config.npu_graph_options,
+        graph_batch_sizes=config.graph_batch_sizes,
+        cache=environment.cache,
+    )
     folder = hub.resolve(config.model, weights=not config.random_weights)
     model, cfg, hf = read_model_config(folder, config, platform)
     tokenizer = load_tokenizer(folder)
@@ -144,7 +150,7 @@ def make_compiler(config: EngineConfig, platform: Platform, environment: env.Env
         lowering,
         passes=platform.passes() if lowering is not None else (),
         dump_dir=environment.dump_graphs,
-        varying=VARYING,
+        varying=() if platform.whole_steps else VARYING,
         strict=environment.strict,
     )
 

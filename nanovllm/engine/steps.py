@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from nanovllm.compile.program import Compiler
+from nanovllm.compile.trace import tensors
 from nanovllm.engine.state import DeviceState, decode_batch, sample_and_advance
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.dense import Batch, LayerCache, Params
@@ -40,6 +41,22 @@ def _begin(
     return _embed(model, cfg, embed_VD, token_R), batch
 
 
+def _inlined(
+    model: ModuleType,
+    cfg: ModelConfig,
+    method: Callable[..., Any],
+    state: DeviceState,
+    params: Params,
+    caches: tuple[LayerCache, ...],
+    cos_sin_MH: Tensor,
+    *inputs: object,
+) -> Any:
+    """A step as one region: a method of `Steps` on a compiler that compiles nothing."""
+    if params.head_VD is None:
+        params = params._replace(head_VD=params.embed_VD)
+    return method(Steps(model, cfg, params, caches, cos_sin_MH, state, Compiler(None)), *inputs)
+
+
 class Steps:
     """The steps of one model. Programs are built on first use; `runner.warm_up` uses every bucket once."""
 
@@ -52,13 +69,19 @@ class Steps:
         cos_sin_MH: Tensor,
         state: DeviceState,
         compiler: Compiler,
+        *,
+        whole: bool = False,
     ) -> None:
+        """With `whole` a step's regions are inlined into one program, for compilers that want to see all of it."""
         self.model, self.cfg, self.params, self.caches = model, cfg, params, caches
+        self.whole = whole
         self.cos_sin_MH, self.state, self.compiler = cos_sin_MH, state, compiler
         self.block_size = caches[0].k_CBKH.shape[1]
 
     def decode_logits(self, row_idx_R: Tensor) -> Tensor:
         """Feed each row's newest token; returns the logits [R, V] of what follows it."""
+        if self.whole:
+            return self._run_whole("decode_logits", Steps.decode_logits, row_idx_R=row_idx_R)
         hidden, batch = self._run(
             "begin",
             (row_idx_R.shape[0],),
@@ -71,10 +94,14 @@ class Steps:
 
     def decode(self, row_idx_R: Tensor) -> Tensor:
         """A whole decode step, sampler included; returns the chosen token_R, which the state now holds as well."""
+        if self.whole:
+            return self._run_whole("decode", Steps.decode, row_idx_R=row_idx_R)
         return self.sample(row_idx_R, self.decode_logits(row_idx_R))
 
     def prefill(self, token_T: Tensor, batch: Batch) -> Hidden:
         """Write keys and values of T packed tokens; returns the stream after the last layer."""
+        if self.whole:
+            return self._run_whole("prefill", Steps.prefill, token_T=token_T, batch=batch)
         key = (token_T.shape[0],)
         function = partial(_embed, self.model, self.cfg)
         hidden = self._run("embed", key, function, embed_VD=self.params.embed_VD, token_T=token_T)
@@ -116,6 +143,23 @@ class Steps:
             head_VD=self.params.head_VD,
             x_RD=hidden.x_TD,
             residual_RD=hidden.residual_TD,
+        )
+
+    def _run_whole(self, name: str, method: Callable[..., Any], **inputs: object) -> Any:
+        """The program of a step as it runs without programs. All shapes in it are static, the cache's as well."""
+        sizes = (tensors(tuple(inputs.values()))[0].shape[0], self.caches[0].k_CBKH.shape[0])
+        params: Any = self.params
+        if params.head_VD is params.embed_VD:
+            params = params._replace(head_VD=None)  # a weight that is two inputs would be two weights to the compiler
+        return self._run(
+            name,
+            sizes,
+            partial(_inlined, self.model, self.cfg, method),
+            state=self.state,
+            params=params,
+            caches=self.caches,
+            cos_sin_MH=self.cos_sin_MH,
+            **inputs,
         )
 
     def _run(self, name: str, key: tuple[object, ...], function: Callable[..., Any], **inputs: object) -> Any:

@@ -32,6 +32,7 @@ class Platform(Protocol):
     default_batched_tokens: int  # tokens per prefill step
     default_num_seqs: int
     run_ahead: int  # steps launched before the tokens of the first are read
+    whole_steps: bool  # the compiler takes a step as one graph with static shapes, not region by region
     supported_dtypes: tuple[torch.dtype, ...]
 
     def prepare(self) -> None:

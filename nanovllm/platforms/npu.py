@@ -1,0 +1,163 @@
+"""Ascend NPU through torch_npu: a whole step is one graph, which torchair lowers to Ascend IR for GE, or captures."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanovllm.compile.lower import torchair
+from nanovllm.compile.passes.replace_ops import replace_ops
+from nanovllm.compile.program import Lowering, Pass
+from nanovllm.kernels import npu_kernels, ops
+from nanovllm.platforms.base import HostCopy, Replay
+
+# What torch_npu links against; a machine without CANN has none of them.
+CANN_LIBRARIES = (
+    "libascendcl.so",
+    "libhccl.so",
+    "libge_runner.so",
+    "libgraph.so",
+    "libacl_op_compiler.so",
+    "libacl_tdt_channel.so",
+    "libfmk_parser.so",
+    "libascend_protobuf.so",
+)
+
+# Names of weights among the inputs of a step's graph (see engine/steps.py): their memory never moves.
+FROZEN_INPUTS = ("params", "embed_VD", "final_norm_D", "head_VD", "cos_sin_MH")
+
+# torch_npu's limits on captured graphs: one FX graph may be captured for this many sizes.
+MAX_CAPTURED_SIZES = 64
+MAX_ROWS = 65535  # the batch axis of fused_infer_attention_score
+
+
+def load_torch_npu() -> None:
+    """Import torch_npu; ValueError saying what is missing: the package, or CANN's libraries by name."""
+    if importlib.util.find_spec("torch_npu") is None:
+        raise ValueError(
+            "device 'npu' needs torch_npu, which is not installed: pip install torch_npu, in the version of torch "
+            f"({torch.__version__.split('+')[0]}), and the CANN toolkit that goes with it (docs/npu.md)"
+        )
+    try:
+        importlib.import_module("torch_npu")
+        importlib.import_module("torch_npu.dynamo.torchair")  # makes `import torchair` work
+        importlib.import_module("torchair")
+    except (ImportError, OSError, RuntimeError) as error:
+        missing = missing_libraries()
+        if not missing:
+            raise ValueError(f"device 'npu': torch_npu cannot be imported: {error}") from error
+        raise ValueError(
+            f"device 'npu' needs CANN, and these of its libraries are not found: {', '.join(missing)}. Install the CANN "
+            "toolkit and the kernels for this chip, and run `source /usr/local/Ascend/ascend-toolkit/set_env.sh` before "
+            "Python (docs/npu.md)"
+        ) from error
+
+
+def missing_libraries() -> list[str]:
+    """Those of CANN's libraries that the dynamic loader does not find."""
+    missing = []
+    for name in CANN_LIBRARIES:
+        try:
+            ctypes.CDLL(name)
+        except OSError as error:
+            if f"{name}: cannot open" in str(error):
+                missing.append(name)
+    return missing
+
+
+class _PinnedCopy:
+    def __init__(self, tensor: Tensor) -> None:
+        self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        self._host.copy_(tensor, non_blocking=True)
+        self._done = torch.npu.Event()
+        self._done.record()
+
+    def tolist(self) -> list[Any]:
+        self._done.synchronize()
+        return self._host.tolist()
+
+
+class NpuPlatform:
+    name = "npu"
+    default_block_size = 128  # what paged attention is recommended to run with
+    default_batched_tokens = 8192
+    default_num_seqs = 256
+    run_ahead = 1
+    whole_steps = True
+    # fused_infer_attention_score computes in these
+    supported_dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
+
+    def __init__(
+        self,
+        index: int = 0,
+        *,
+        graph_mode: str = "ascend_ir",
+        graph_options: Mapping[str, object] | None = None,
+        graph_batch_sizes: Sequence[int] | None = None,
+        cache: Path | None = None,
+    ) -> None:
+        """`load_torch_npu` has run. ValueError for options and buckets that the mode does not take."""
+        check_buckets(graph_mode, graph_batch_sizes or ())
+        self.device = torch.device("npu", index)
+        self.settings = torchair.Settings(graph_mode, dict(graph_options or {}), FROZEN_INPUTS, cache)
+        torchair.compiler_config(self.settings)
+
+    def prepare(self) -> None:
+        torch.npu.set_device(self.device)
+        ops.register_kernels("PrivateUse1", npu_kernels.EAGER)
+
+    def lowering(self) -> tuple[Lowering | None, str]:
+        return partial(torchair.lower, settings=self.settings), ""
+
+    def passes(self) -> tuple[tuple[str, Pass], ...]:
+        return (("npu_ops", partial(replace_ops, table=npu_kernels.IN_GRAPH)),)
+
+    def capture(self, step: Callable[[], None]) -> Replay:
+        step()
+        return step
+
+    def upload(self, values: Any, dtype: torch.dtype) -> Tensor:
+        return torch.as_tensor(values, dtype=dtype).pin_memory().to(self.device, non_blocking=True)
+
+    def read_back(self, tensor: Tensor) -> HostCopy:
+        return _PinnedCopy(tensor)
+
+    def cache_budget_bytes(self, utilization: float) -> int:
+        free_bytes, total_bytes = torch.npu.mem_get_info(self.device)
+        stats = torch.npu.memory_stats(self.device)
+        held_bytes = stats["reserved_bytes.all.current"] - stats["allocated_bytes.all.current"]
+        scratch_bytes = stats["allocated_bytes.all.peak"] - stats["allocated_bytes.all.current"]
+        return int(free_bytes + held_bytes - (1 - utilization) * total_bytes - scratch_bytes)
+
+    def reset_peak(self) -> None:
+        torch.npu.reset_peak_memory_stats(self.device)
+
+    def peak_bytes(self) -> int:
+        return torch.npu.max_memory_allocated(self.device)
+
+    def synchronize(self) -> None:
+        torch.npu.synchronize(self.device)
+
+    def release(self) -> None:
+        torch.npu.empty_cache()
+
+
+def check_buckets(graph_mode: str, sizes: Sequence[int]) -> None:
+    """ValueError for decode buckets that cannot be graphs."""
+    if sizes and max(sizes) > MAX_ROWS:
+        raise ValueError(
+            f"graph_batch_sizes holds {max(sizes)}: attention on an NPU takes at most {MAX_ROWS} rows in one step"
+        )
+    if graph_mode == "aclgraph" and len(set(sizes)) > MAX_CAPTURED_SIZES:
+        raise ValueError(
+            f"graph_batch_sizes holds {len(set(sizes))} sizes: npu_graph_mode='aclgraph' captures at most "
+            f"{MAX_CAPTURED_SIZES} graphs"
+        )
