@@ -115,7 +115,7 @@ def paged_attention_in_graph(
         return out.view(num_tokens, num_heads, head_dim)
     capacity = block_table_RP.shape[1] * block_size
     q_end_R = q_start_S[1:].long()
-    num_left_1 = (num_tokens - q_end_R[-1:]).clamp(1, capacity)
+    num_left_1 = (q_end_R[-1:] * -1 + num_tokens).clamp(1, capacity)
     out, _ = attend(
         q_TNH,
         k_CBA,

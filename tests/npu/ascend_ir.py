@@ -1,0 +1,203 @@
+"""An interpreter of Ascend IR: it takes the GraphDef that torchair hands to GE and executes it op by op on host tensors.
+
+An op that is not in `OPS` is an error, and so is an input of two dtypes where the op takes one: GE converts nothing by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.npu import semantics
+
+# Numbers of DataType in ge_ir.proto (of tensors) and of ge::DataType (of attributes), as CANN publishes both.
+PROTO_DTYPES = {
+    1: torch.float32, 2: torch.float16, 3: torch.int8, 4: torch.uint8, 5: torch.int16, 7: torch.int32, 8: torch.int64,
+    11: torch.bool, 12: torch.float64, 27: torch.bfloat16,
+}  # fmt: skip
+GE_DTYPES = {
+    0: torch.float32, 1: torch.float16, 2: torch.int8, 3: torch.int32, 4: torch.uint8, 6: torch.int16, 9: torch.int64,
+    11: torch.float64, 12: torch.bool, 27: torch.bfloat16,
+}  # fmt: skip
+
+
+class Attributes:
+    """An op's attributes as Python values."""
+
+    def __init__(self, op: Any) -> None:
+        self._op = op
+
+    def __getitem__(self, name: str) -> Any:
+        value = self._op.attr[name]
+        kind = value.WhichOneof("value")
+        found = getattr(value, kind)
+        if kind == "s":
+            return found.decode()
+        return list(found.i) if kind == "list" else found
+
+    def get(self, name: str, default: Any) -> Any:
+        return self[name] if name in self._op.attr else default
+
+
+def _same(*tensors: Tensor) -> None:
+    assert len({tensor.dtype for tensor in tensors}) == 1, f"dtypes differ: {[tensor.dtype for tensor in tensors]}"
+
+
+def _binary(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    def run(a: Attributes, x1: Tensor, x2: Tensor) -> Tensor:
+        _same(x1, x2)
+        return function(x1, x2)
+
+    return run
+
+
+def _matmul(a: Attributes, x1: Tensor, x2: Tensor, bias: Tensor | None = None) -> Tensor:
+    _same(x1, x2)
+    left = x1.T if a["transpose_x1"] else x1
+    right = x2.T if a["transpose_x2"] else x2
+    product = left.float() @ right.float()
+    return (product if bias is None else product + bias.float()).to(x1.dtype)
+
+
+def _gather(a: Attributes, x: Tensor, indices: Tensor, axis: Tensor) -> Tensor:
+    dim = int(axis)
+    assert a["batch_dims"] == 0 and (indices.numel() == 0 or 0 <= int(indices.min()) <= int(indices.max()) < x.shape[dim])
+    rows = torch.index_select(x, dim, indices.reshape(-1).long())
+    return rows.reshape(*x.shape[:dim], *indices.shape, *x.shape[dim + 1 :])
+
+
+def _strided_slice(a: Attributes, x: Tensor, begin: Tensor, end: Tensor, axes: Tensor, strides: Tensor) -> Tensor:
+    assert not any(a[f"{name}_mask"] for name in ("begin", "end", "ellipsis", "new_axis", "shrink_axis"))
+    index = [slice(None)] * x.dim()
+    bounds = (tensor.reshape(-1).tolist() for tensor in (begin, end, axes, strides))
+    for first, last, axis, stride in zip(*bounds, strict=True):
+        index[axis] = slice(first, min(last, x.shape[axis]), stride)
+    return x[tuple(index)].clone()
+
+
+def _split(a: Attributes, x: Tensor, sizes: Tensor, dim: Tensor) -> tuple[Tensor, ...]:
+    lengths, total = sizes.tolist(), x.shape[int(dim)]
+    lengths = [total - sum(n for n in lengths if n >= 0) if length == -1 else length for length in lengths]  # one may be -1
+    return x.split(lengths, int(dim))
+
+
+def _log(a: Attributes, x: Tensor) -> Tensor:
+    assert a["base"] == -1.0, "only the natural logarithm"
+    return torch.log(x * a["scale"] + a["shift"])
+
+
+def _scatter_elements(a: Attributes, data: Tensor, indices: Tensor, updates: Tensor) -> Tensor:
+    _same(data, updates)
+    assert a["reduction"] == "none" and data.dim() == 1, "used for vectors only"
+    out = data.clone()
+    for index, update in zip(indices.tolist(), updates):
+        out[index] = update
+    return out
+
+
+def _attention(a: Attributes, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
+    named = dict(zip(ATTENTION_INPUTS, inputs, strict=True))
+    used = {"query", "key0", "value0", "atten_mask", "actual_seq_lengths", "actual_seq_lengths_kv", "block_table"}
+    assert all(tensor is None for name, tensor in named.items() if name not in used), "an input that is not modelled"
+    lengths = {}
+    for name in ("actual_seq_lengths", "actual_seq_lengths_kv"):
+        tensor = named[name]
+        assert tensor is None or tensor.dtype == torch.int64, f"{name} is {tensor.dtype}"
+        lengths[name] = None if tensor is None else tensor.tolist()
+    out = semantics.fused_infer_attention_score(
+        named["query"], named["key0"], named["value0"], atten_mask=named["atten_mask"], block_table=named["block_table"],
+        **{name: a[name] for name in ("num_heads", "num_key_value_heads", "scale", "input_layout", "sparse_mode", "block_size")},
+        **lengths,
+    )  # fmt: skip
+    return out, torch.empty(0)
+
+
+ATTENTION_INPUTS = (
+    "query", "key0", "value0", "pse_shift", "atten_mask", "actual_seq_lengths", "actual_seq_lengths_kv", "dequant_scale1",
+    "quant_scale1", "dequant_scale2", "quant_scale2", "quant_offset2", "antiquant_scale", "antiquant_offset", "block_table",
+    "query_padding_size", "kv_padding_size", "key_antiquant_scale", "key_antiquant_offset", "value_antiquant_scale",
+    "value_antiquant_offset", "key_shared_prefix", "value_shared_prefix", "actual_shared_prefix_len", "learnable_sink",
+    "q_start_idx", "kv_start_idx",
+)  # fmt: skip
+
+# op type → (attributes, *inputs in the order of the op's declaration, None for an absent one) → result or results
+OPS: dict[str, Callable[..., Any]] = {
+    "Add": _binary(torch.add),
+    "AddRmsNorm": lambda a, x1, x2, gamma: semantics.add_rms_norm(x1, x2, gamma, a["epsilon"]),
+    "ArgMaxV2": lambda a, x, dimension: x.argmax(int(dimension)).to(GE_DTYPES[a["dtype"]]),
+    "BitwiseAnd": _binary(torch.bitwise_and),
+    "Cast": lambda a, x: x.to(GE_DTYPES[a["dst_type"]]),
+    "ClipByValueV2": lambda a, x, low, high: (_same(x, low, high), torch.minimum(torch.maximum(x, low), high))[1],
+    "ConcatV2": lambda a, *inputs: (_same(*inputs[:-1]), torch.cat(inputs[:-1], dim=int(inputs[-1])))[1],
+    "Equal": _binary(torch.eq),
+    "Fill": lambda a, dims, value: value.expand(dims.tolist()).clone(),
+    "FloorDiv": _binary(torch.floor_divide),
+    "FloorMod": _binary(lambda x1, x2: x1 - torch.floor_divide(x1, x2) * x2),
+    "FusedInferAttentionScore": _attention,
+    "GatherElements": lambda a, x, index: torch.gather(x, a["dim"], index),
+    "GatherV2": _gather,
+    "Greater": _binary(torch.gt),
+    "Log": _log,
+    "MatMul": _matmul,
+    "Mul": _binary(torch.mul),
+    "Neg": lambda a, x: -x,
+    "NotEqual": _binary(torch.ne),
+    "Pack": lambda a, *inputs: (_same(*inputs), torch.stack(inputs, dim=a["axis"]))[1],
+    "Range": lambda a, start, limit, delta: torch.arange(start.item(), limit.item(), delta.item(), dtype=limit.dtype),
+    "RealDiv": _binary(torch.true_divide),
+    "Reshape": lambda a, x, shape: x.reshape(shape.tolist()),
+    "RmsNorm": lambda a, x, gamma: semantics.rms_norm(x, gamma, a["epsilon"]),
+    "RotaryMul": lambda a, x, r1, r2: semantics.rotary_mul(x, r1, r2),
+    "ScatterElements": _scatter_elements,
+    "ScatterNdUpdate": lambda a, var, indices, updates: semantics.scatter_nd_update(var, indices, updates),
+    "SelectV2": lambda a, condition, then, other: (_same(then, other), torch.where(condition, then, other))[1],
+    "Shape": lambda a, x: torch.tensor(x.shape, dtype=GE_DTYPES[a["dtype"]]),
+    "SplitV": _split,
+    "Squeeze": lambda a, x: x.squeeze(a["axis"]) if a["axis"] else x.squeeze(),
+    "StridedSliceV2": _strided_slice,
+    "Sub": _binary(torch.sub),
+    "SwiGlu": lambda a, x: semantics.swiglu(x, a["dim"]),
+    "Transpose": lambda a, x, perm: x.permute(perm.tolist()),
+    "Unsqueeze": lambda a, x: x.unsqueeze(a["axes"][0]) if len(a["axes"]) == 1 else _unsupported("Unsqueeze of two axes"),
+    "ZerosLike": lambda a, x: torch.zeros_like(x),
+}
+SOURCES = ("Data", "RefData", "ConstPlaceHolder", "Const", "NetOutput")  # what `run` handles itself
+
+
+def _unsupported(what: str) -> Any:
+    raise NotImplementedError(what)
+
+
+def constant(op: Any) -> Tensor:
+    """The value of a Const op."""
+    value = op.attr["value"].t
+    dtype, shape = PROTO_DTYPES[value.desc.dtype], list(value.desc.shape.dim)
+    if not value.data:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(bytearray(value.data), dtype=dtype).reshape(shape)
+
+
+def run(graph: Any, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Execute a graph on host tensors, which ops with a reference input change in place; returns the net's outputs."""
+    values: dict[str, Tensor] = {}
+    for op in graph.op:
+        names = [name for name in op.input if not name.endswith(":-1")]  # :-1 is an edge of order, not of data
+        if op.type in ("Data", "RefData"):
+            values[f"{op.name}:0"] = inputs[op.attr["index"].i]
+        elif op.type == "Const":
+            values[f"{op.name}:0"] = constant(op)
+        elif op.type == "NetOutput":
+            return [values[name] for name in names]
+        else:
+            try:
+                results = OPS[op.type](Attributes(op), *(values[name] if name else None for name in names))
+            except Exception as error:
+                raise type(error)(f"{op.type} {op.name}: {error}") from error
+            for index, result in enumerate(results if isinstance(results, tuple) else (results,)):
+                values[f"{op.name}:{index}"] = result
+    raise ValueError("the graph has no NetOutput")
+
+

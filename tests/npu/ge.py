@@ -1,0 +1,78 @@
+"""Stands where GE would be: torchair's real lowering runs, and the graph that it hands over is kept and interpreted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from tests.npu import ascend_ir
+from tests.npu.host import host_view
+
+
+@dataclass
+class Graph:
+    """One graph that GE was given, and what became of it."""
+
+    proto: Any
+    options: dict[str, str]
+    num_runs: int = 0
+    num_inputs: int = 0
+
+
+@dataclass
+class Ge:
+    graphs: list[Graph] = field(default_factory=list)
+    num_lowered: int = 0
+
+    def install(self, monkeypatch: Any) -> None:
+        """Replace the native points of torchair that need CANN, until the test session ends."""
+        from torchair._ge_concrete_graph.fx2ge_converter import GeConcreteGraph
+        from torchair.core import _torchair
+        from torchair.ge._ge_graph import GeGraph
+
+        monkeypatch.setattr(_torchair, "InitializeGraphEngine", lambda options: None)
+        monkeypatch.setattr(_torchair, "InitDeviceStdoutChannel", lambda device: 0)
+        monkeypatch.setattr(_torchair, "FinalizeGraphEngine", lambda: None)
+        # "": the op with its optional inputs and attributes exists in this CANN
+        monkeypatch.setattr(_torchair, "check_cann_compat", lambda op_type, inputs, attributes: "")
+        ge = self
+
+        def load(graph: Any, options: dict[str, str], *, create_pg: bool = False) -> None:
+            graph._nanovllm = Graph(graph._proto, dict(options))
+
+        def compile_(graph: Any) -> None:
+            ge.graphs.append(graph._nanovllm)
+
+        def run(graph: Any, inputs: list[Tensor], assigned_outputs: Any = (), stream: Any = None) -> list[Tensor]:
+            with _disable_current_modes(), torch.no_grad():
+                return _run(graph._nanovllm, inputs, list(assigned_outputs or ()))
+
+        monkeypatch.setattr(GeGraph, "load", load)
+        monkeypatch.setattr(GeGraph, "compile", compile_)
+        monkeypatch.setattr(GeGraph, "run", run)
+        original = GeConcreteGraph.optimize_graph_without_runtime
+
+        def optimize(graph: Any, *args: Any, **kwargs: Any) -> Any:
+            ge.num_lowered += 1
+            return original(graph, *args, **kwargs)
+
+        monkeypatch.setattr(GeConcreteGraph, "optimize_graph_without_runtime", optimize)
+
+
+def _run(graph: Graph, inputs: list[Tensor], assigned: list[Tensor | None]) -> list[Tensor]:
+    graph.num_runs += 1
+    graph.num_inputs = len(inputs)
+    hosts = [host_view(tensor) if tensor.device.type == "npu" else tensor for tensor in inputs]
+    results = ascend_ir.run(graph.proto, hosts)
+    assigned += [None] * (len(results) - len(assigned))
+    device = next(tensor.device for tensor in inputs if tensor.device.type == "npu")
+    outputs = []
+    for result, target in zip(results, assigned, strict=True):
+        out = torch.empty(result.shape, dtype=result.dtype, device=device) if target is None else target
+        outputs.append(out)
+        host_view(out).copy_(result)
+    return outputs

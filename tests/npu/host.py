@@ -1,0 +1,120 @@
+"""Executes eager ops on npu tensors, whose memory under the CANN stub is the host's: the stub's own kernels do nothing.
+
+`Host` is a dispatch mode. An op with npu tensors runs on host tensors of the same memory and its results are copied into
+new npu tensors; views, allocations and what touches no npu tensor go to torch_npu as they are. While `recording`, ops are
+also kept, so that a captured graph can be replayed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_any, tree_map
+
+from tests.npu import semantics
+
+Step = Callable[[], None]
+
+
+def host_view(tensor: Tensor) -> Tensor:
+    """A host tensor over the same memory as an npu tensor, for as long as that lives."""
+    storage = tensor.untyped_storage()
+    out = torch.empty(0, dtype=tensor.dtype)
+    if storage.nbytes() == 0:
+        return out.new_empty(tensor.shape)
+    memory = (ctypes.c_byte * storage.nbytes()).from_address(storage.data_ptr())
+    data = torch.frombuffer(memory, dtype=torch.uint8)
+    return out.set_(data.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    settings = {"atten_mask": None, "actual_seq_lengths": None, "sparse_mode": 0, **options}
+    return semantics.fused_infer_attention_score(query, key, value, **settings), torch.empty(0)
+
+
+# torch_npu's own ops by name, on host tensors
+NPU_OPS: dict[str, Callable[..., Any]] = {
+    "npu::npu_rms_norm": semantics.rms_norm,
+    "npu::npu_add_rms_norm": semantics.add_rms_norm,
+    "npu::npu_rotary_mul": semantics.rotary_mul,
+    "npu::npu_swiglu": semantics.swiglu,
+    "npu::npu_scatter_nd_update_": semantics.scatter_nd_update,
+    "npu::npu_fused_infer_attention_score": _attention,
+}
+TRACING = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
+ALLOCATIONS = ("aten::empty", "aten::empty_strided", "aten::empty_like", "aten::_pin_memory", "aten::is_pinned", "aten::set_", "npu::get_npu_format")
+
+
+def _is_npu(value: object) -> bool:
+    return isinstance(value, Tensor) and not isinstance(value, FakeTensor) and value.device.type == "npu"
+
+
+class Host(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.recording: list[Step] | None = None
+        self.seen: set[str] = set()  # npu ops and aten ops that ran eagerly
+        self._generators: dict[int, torch.Generator] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        name = func._schema.name
+        asked = kwargs.get("device")
+        on_npu = tree_any(_is_npu, (args, kwargs))
+        # this mode sees ops before the modes that trace do
+        is_traced = any(torch._C._get_dispatch_mode(key) is not None for key in TRACING)
+        is_fake = is_traced or tree_any(lambda value: isinstance(value, FakeTensor), (args, kwargs))
+        makes_npu = asked is not None and torch.device(asked).type == "npu"
+        is_view = not func._schema.is_mutable and any(result.alias_info for result in func._schema.returns)
+        if is_fake or not (on_npu or makes_npu) or is_view or name in ALLOCATIONS:
+            return func(*args, **kwargs)
+        self.seen.add(name)
+        device = torch.device(asked if asked is not None else "npu")
+        if device.type == "npu" and device.index is None:
+            device = torch.device("npu", 0)
+        if asked is not None:
+            kwargs["device"] = torch.device("cpu")
+        host_args, host_kwargs = tree_map(self._to_host, (args, kwargs))
+        function = NPU_OPS.get(name, func)
+        assert function is not func or func.namespace == "aten", f"{name} has no meaning in tests/npu/semantics.py"
+        with _disable_current_modes():
+            results = function(*host_args, **host_kwargs)
+            if any(result.alias_info for result in func._schema.returns):
+                out = args[0] if "out" not in kwargs else kwargs["out"]
+                written: list[tuple[Tensor, int]] = []
+            else:
+                written = []
+                flat = results if isinstance(results, (tuple, list)) else (results,)
+                made = [self._to_device(value, device, written, idx) for idx, value in enumerate(flat)]
+                out = type(results)(made) if isinstance(results, (tuple, list)) else made[0]
+        if self.recording is not None:
+            self.recording.append(lambda: _again(function, host_args, host_kwargs, written))
+        return out
+
+    def _to_host(self, value: Any) -> Any:
+        if isinstance(value, torch.Generator):
+            made = torch.Generator().manual_seed(value.initial_seed())
+            return self._generators.setdefault(id(value), made)
+        return host_view(value) if _is_npu(value) else value
+
+    def _to_device(self, value: Any, device: torch.device, written: list[tuple[Tensor, int]], idx: int) -> Any:
+        if not isinstance(value, Tensor) or device.type != "npu":
+            return value
+        made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
+        host_view(made).copy_(value)
+        written.append((made, idx))
+        return made
+
+
+def _again(function: Any, args: Any, kwargs: Any, written: list[tuple[Tensor, int]]) -> None:
+    with _disable_current_modes():
+        results = function(*args, **kwargs)
+        flat = results if isinstance(results, (tuple, list)) else (results,)
+        for made, idx in written:
+            host_view(made).copy_(flat[idx])

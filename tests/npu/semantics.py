@@ -1,0 +1,117 @@
+"""What Ascend's fused ops compute, in plain torch, from their documentation; nothing here comes from `kernels/reference.py`.
+
+Sources: the operator pages of CANN ("AI framework operator support", Ascend IR operator specifications) and torch_npu's API
+pages of the same names. Everything is computed in fp32 and rounded once at the end, as the pages' formulas stand.
+
+B rows | S tokens of a row | T tokens of all rows | N query heads | K key-value heads | D head size | H = N·D
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, gamma: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """RmsNorm: y = x · rstd · gamma with rstd = (mean(x²) + epsilon)^(−1/2) over the dims of gamma; (y, rstd)."""
+    dims = tuple(range(x.dim() - gamma.dim(), x.dim()))
+    assert x.shape[dims[0] :] == gamma.shape, (x.shape, gamma.shape)
+    x32 = x.to(torch.float32)
+    rstd = ((x32 * x32).sum(dims, keepdim=True) / gamma.numel() + epsilon).pow(-0.5)
+    return (x32 * rstd * gamma.to(torch.float32)).to(x.dtype), rstd
+
+
+def add_rms_norm(x1: Tensor, x2: Tensor, gamma: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
+    """AddRmsNorm: x = x1 + x2, normed as in RmsNorm; (y, rstd, x)."""
+    assert x1.shape == x2.shape and x1.dtype == x2.dtype, (x1.shape, x2.shape, x1.dtype, x2.dtype)
+    x = x1 + x2
+    y, rstd = rms_norm(x, gamma, epsilon)
+    return y, rstd, x
+
+
+def rotary_mul(x: Tensor, r1: Tensor, r2: Tensor) -> Tensor:
+    """RotaryMul, mode half: x · r1 + rotate(x) · r2, where rotate swaps the halves of the last dim, the second negated."""
+    assert x.dim() == 4 and r1.shape == r2.shape and x.dtype == r1.dtype == r2.dtype
+    assert all(a in (1, b) for a, b in zip(r1.shape, x.shape)) and r1.shape[-1] == x.shape[-1], (r1.shape, x.shape)
+    middle = x.shape[-1] // 2
+    rotated = torch.cat((x[..., middle:].neg(), x[..., :middle]), dim=-1)
+    return (x.float() * r1.float() + rotated.float() * r2.float()).to(x.dtype)
+
+
+def swiglu(x: Tensor, dim: int) -> Tensor:
+    """SwiGlu: the input is A and B in two halves of `dim`; Swish(A) · B with Swish(a) = a / (1 + exp(−a))."""
+    a, b = x.float().tensor_split(2, dim=dim)
+    return (a / (1 + torch.exp(-a)) * b).to(x.dtype)
+
+
+def scatter_nd_update(var: Tensor, indices: Tensor, updates: Tensor) -> Tensor:
+    """ScatterNdUpdate: var[indices[i]] = updates[i], in place; an index is a prefix of var's coordinates."""
+    depth = indices.shape[-1]
+    assert updates.shape == (*indices.shape[:-1], *var.shape[depth:]), (var.shape, indices.shape, updates.shape)
+    assert updates.dtype == var.dtype, (updates.dtype, var.dtype)
+    targets = indices.reshape(-1, depth).tolist()
+    for target, update in zip(targets, updates.reshape(len(targets), *var.shape[depth:]), strict=True):
+        assert all(0 <= i < size for i, size in zip(target, var.shape)), f"index {target} is outside {tuple(var.shape)}"
+        var[tuple(target)].copy_(update)
+    return var
+
+
+def fused_infer_attention_score(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    atten_mask: Tensor | None,
+    actual_seq_lengths: Sequence[int] | None,
+    actual_seq_lengths_kv: Sequence[int],
+    block_table: Tensor,
+    num_heads: int,
+    num_key_value_heads: int,
+    scale: float,
+    input_layout: str,
+    sparse_mode: int,
+    block_size: int,
+) -> Tensor:
+    """FusedInferAttentionScore on a paged cache [blocks, block_size, K·D] in the two layouts used here.
+
+    BSH, query [B, S, N·D] with S = 1: each row sees its first actual_seq_lengths_kv keys. TND, query [T, N, D]:
+    actual_seq_lengths are running token counts that end in T; sparse_mode 3 with the 2048 × 2048 upper triangle as mask is
+    causal from the lower right: of q tokens over s keys, token i sees keys j <= i + s − q. A token that sees nothing gives 0.
+    """
+    assert key.dim() == 3 and key.shape == value.shape and key.shape[1] == block_size, (key.shape, block_size)
+    assert key.dtype == value.dtype == query.dtype, (query.dtype, key.dtype, value.dtype)
+    assert block_table.dtype == torch.int32 and block_table.dim() == 2
+    head_dim = key.shape[2] // num_key_value_heads
+    assert num_heads % num_key_value_heads == 0 and key.shape[2] % num_key_value_heads == 0
+    if input_layout == "BSH":
+        assert sparse_mode == 0 and atten_mask is None and query.shape[1:] == (1, num_heads * head_dim), query.shape
+        ends = list(range(1, query.shape[0] + 1))
+        tokens = query.reshape(-1, num_heads, head_dim)
+    else:
+        assert input_layout == "TND" and query.shape[1:] == (num_heads, head_dim), (input_layout, query.shape)
+        assert block_size % 128 == 0 and sparse_mode == 3 and actual_seq_lengths is not None
+        assert atten_mask is not None and atten_mask.shape == (2048, 2048)
+        assert torch.equal(atten_mask.bool(), torch.ones(2048, 2048, dtype=torch.bool).triu(1))
+        ends, tokens = list(actual_seq_lengths), query
+        assert ends == sorted(ends) and ends[-1] == query.shape[0], f"running token counts {ends} do not end in T"
+    assert len(ends) == len(actual_seq_lengths_kv) == block_table.shape[0], "one length and one row of blocks per row"
+    out = torch.zeros_like(tokens)
+    start = 0
+    for end, kv_len, blocks in zip(ends, actual_seq_lengths_kv, block_table):
+        assert 0 <= kv_len <= blocks.numel() * block_size, f"{kv_len} keys do not fit {blocks.numel()} blocks"
+        used = blocks[: -(-kv_len // block_size)].long()
+        keys = key[used].reshape(-1, num_key_value_heads, head_dim)[:kv_len].float()
+        values = value[used].reshape(-1, num_key_value_heads, head_dim)[:kv_len].float()
+        num_queries = end - start
+        for token in range(num_queries):
+            num_seen = min(kv_len, kv_len if input_layout == "BSH" else token + kv_len - num_queries + 1)
+            if num_seen <= 0:
+                continue
+            q = tokens[start + token].float().reshape(num_key_value_heads, -1, head_dim)
+            score = torch.einsum("kgd,skd->kgs", q, keys[:num_seen]) * scale
+            weight = torch.softmax(score, dim=-1)
+            out[start + token] = torch.einsum("kgs,skd->kgd", weight, values[:num_seen]).reshape(num_heads, head_dim)
+        start = end
+    return out.reshape(query.shape)
