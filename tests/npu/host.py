@@ -17,6 +17,7 @@ from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_any, tree_map
 
+from nanovllm.kernels import ops
 from tests.npu import semantics
 
 Step = Callable[[], None]
@@ -34,8 +35,7 @@ def host_view(tensor: Tensor) -> Tensor:
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-    settings = {"atten_mask": None, "actual_seq_lengths": None, "sparse_mode": 0, **options}
-    return semantics.fused_infer_attention_score(query, key, value, **settings), torch.empty(0)
+    return semantics.fused_infer_attention_score(query, key, value, **options), torch.empty(0)
 
 
 # torch_npu's own ops by name, on host tensors
@@ -47,6 +47,7 @@ NPU_OPS: dict[str, Callable[..., Any]] = {
     "npu::npu_scatter_nd_update_": semantics.scatter_nd_update,
     "npu::npu_fused_infer_attention_score": _attention,
 }
+COPIES_OR_VIEWS = ("aten::to", "aten::contiguous")  # the schema says view, but only where there is nothing to do
 TRACING = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
 ALLOCATIONS = ("aten::empty", "aten::empty_strided", "aten::empty_like", "aten::_pin_memory", "aten::is_pinned", "aten::set_", "npu::get_npu_format")
 
@@ -60,7 +61,27 @@ class Host(TorchDispatchMode):
         super().__init__()
         self.recording: list[Step] | None = None
         self.seen: set[str] = set()  # npu ops and aten ops that ran eagerly
+        self._kernels: set[str] = set()
         self._generators: dict[int, torch.Generator] = {}
+
+    def install(self, monkeypatch: Any) -> None:
+        """Kernels of ours for npu tensors run with this mode on, which an op's kernel is otherwise below."""
+        original = ops.register_kernels
+
+        def register(dispatch_key: str, kernels: dict[str, Callable[..., Any]]) -> None:
+            if dispatch_key == "PrivateUse1":
+                self._kernels |= {f"nanovllm::{name}" for name in kernels}
+                kernels = {name: self._under_mode(kernel) for name, kernel in kernels.items()}
+            original(dispatch_key, kernels)
+
+        monkeypatch.setattr(ops, "register_kernels", register)
+
+    def _under_mode(self, kernel: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with self:
+                return kernel(*args, **kwargs)
+
+        return run
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -71,8 +92,11 @@ class Host(TorchDispatchMode):
         is_traced = any(torch._C._get_dispatch_mode(key) is not None for key in TRACING)
         is_fake = is_traced or tree_any(lambda value: isinstance(value, FakeTensor), (args, kwargs))
         makes_npu = asked is not None and torch.device(asked).type == "npu"
-        is_view = not func._schema.is_mutable and any(result.alias_info for result in func._schema.returns)
+        may_alias = any(result.alias_info for result in func._schema.returns)
+        is_view = may_alias and not func._schema.is_mutable and name not in COPIES_OR_VIEWS
         if is_fake or not (on_npu or makes_npu) or is_view or name in ALLOCATIONS:
+            return func(*args, **kwargs)
+        if name in self._kernels:
             return func(*args, **kwargs)
         self.seen.add(name)
         device = torch.device(asked if asked is not None else "npu")
@@ -82,14 +106,13 @@ class Host(TorchDispatchMode):
             kwargs["device"] = torch.device("cpu")
         host_args, host_kwargs = tree_map(self._to_host, (args, kwargs))
         function = NPU_OPS.get(name, func)
-        assert function is not func or func.namespace == "aten", f"{name} has no meaning in tests/npu/semantics.py"
+        assert function is not func or func.namespace != "npu", f"{name} has no meaning in tests/npu/semantics.py"
         with _disable_current_modes():
             results = function(*host_args, **host_kwargs)
-            if any(result.alias_info for result in func._schema.returns):
+            written: list[tuple[Tensor, int]] = []
+            if may_alias and (func._schema.is_mutable or results is host_args[0]):
                 out = args[0] if "out" not in kwargs else kwargs["out"]
-                written: list[tuple[Tensor, int]] = []
             else:
-                written = []
                 flat = results if isinstance(results, (tuple, list)) else (results,)
                 made = [self._to_device(value, device, written, idx) for idx, value in enumerate(flat)]
                 out = type(results)(made) if isinstance(results, (tuple, list)) else made[0]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 
-def rms_norm(x: Tensor, gamma: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+def rms_norm(x: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> tuple[Tensor, Tensor]:
     """RmsNorm: y = x · rstd · gamma with rstd = (mean(x²) + epsilon)^(−1/2) over the dims of gamma; (y, rstd)."""
     dims = tuple(range(x.dim() - gamma.dim(), x.dim()))
     assert x.shape[dims[0] :] == gamma.shape, (x.shape, gamma.shape)
@@ -23,7 +23,7 @@ def rms_norm(x: Tensor, gamma: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     return (x32 * rstd * gamma.to(torch.float32)).to(x.dtype), rstd
 
 
-def add_rms_norm(x1: Tensor, x2: Tensor, gamma: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
+def add_rms_norm(x1: Tensor, x2: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> tuple[Tensor, Tensor, Tensor]:
     """AddRmsNorm: x = x1 + x2, normed as in RmsNorm; (y, rstd, x)."""
     assert x1.shape == x2.shape and x1.dtype == x2.dtype, (x1.shape, x2.shape, x1.dtype, x2.dtype)
     x = x1 + x2
@@ -40,7 +40,7 @@ def rotary_mul(x: Tensor, r1: Tensor, r2: Tensor) -> Tensor:
     return (x.float() * r1.float() + rotated.float() * r2.float()).to(x.dtype)
 
 
-def swiglu(x: Tensor, dim: int) -> Tensor:
+def swiglu(x: Tensor, dim: int = -1) -> Tensor:
     """SwiGlu: the input is A and B in two halves of `dim`; Swish(A) · B with Swish(a) = a / (1 + exp(−a))."""
     a, b = x.float().tensor_split(2, dim=dim)
     return (a / (1 + torch.exp(-a)) * b).to(x.dtype)
@@ -63,16 +63,16 @@ def fused_infer_attention_score(
     key: Tensor,
     value: Tensor,
     *,
-    atten_mask: Tensor | None,
-    actual_seq_lengths: Sequence[int] | None,
+    atten_mask: Tensor | None = None,
+    actual_seq_lengths: Sequence[int] | None = None,
     actual_seq_lengths_kv: Sequence[int],
     block_table: Tensor,
-    num_heads: int,
-    num_key_value_heads: int,
-    scale: float,
-    input_layout: str,
-    sparse_mode: int,
-    block_size: int,
+    num_heads: int = 1,
+    num_key_value_heads: int = 0,
+    scale: float = 1.0,
+    input_layout: str = "BSH",
+    sparse_mode: int = 0,
+    block_size: int = 0,
 ) -> Tensor:
     """FusedInferAttentionScore on a paged cache [blocks, block_size, K·D] in the two layouts used here.
 
@@ -80,6 +80,7 @@ def fused_infer_attention_score(
     actual_seq_lengths are running token counts that end in T; sparse_mode 3 with the 2048 × 2048 upper triangle as mask is
     causal from the lower right: of q tokens over s keys, token i sees keys j <= i + s − q. A token that sees nothing gives 0.
     """
+    num_key_value_heads = num_key_value_heads or num_heads
     assert key.dim() == 3 and key.shape == value.shape and key.shape[1] == block_size, (key.shape, block_size)
     assert key.dtype == value.dtype == query.dtype, (query.dtype, key.dtype, value.dtype)
     assert block_table.dtype == torch.int32 and block_table.dim() == 2
