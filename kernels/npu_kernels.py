@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanovllm.kernels import ops
+
 # fused_infer_attention_score reads a causal mask of this size whatever the lengths (its sparse mode 3); block sizes of the
 # paged cache are multiples of 128 with several query tokens a row, at most 512 with one.
 CAUSAL_MASK_SIZE = 2048
@@ -147,25 +149,8 @@ def paged_attention_eager(
     num_tokens, num_heads, head_dim = q_TNH.shape
     block_size, num_kv_heads = k_cache_CBKH.shape[1:3]
     seq_lens = seq_len_R.tolist()
-    settings: dict[str, Any] = {
-        "num_heads": num_heads,
-        "num_key_value_heads": num_kv_heads,
-        "scale": scale,
-        "block_size": block_size,
-    }
-    attend = torch.ops.npu.npu_fused_infer_attention_score
-    k_CBA, v_CBA = k_cache_CBKH.flatten(2), v_cache_CBKH.flatten(2)
     if max_q_len == 1:
-        out, _ = attend(
-            q_TNH.reshape(num_tokens, 1, -1),
-            k_CBA,
-            v_CBA,
-            block_table=block_table_RP,
-            actual_seq_lengths_kv=seq_lens,
-            input_layout="BSH",
-            **settings,
-        )
-        return out.view(num_tokens, num_heads, head_dim)
+        return _decode_attention(q_TNH, k_cache_CBKH, v_cache_CBKH, block_table_RP, seq_lens, scale)
     # rows without tokens are left out, and so are tokens without a row: the op never sees padding
     starts = q_start_S.tolist()
     rows = [row for row in range(len(seq_lens)) if starts[row + 1] > starts[row]]
@@ -173,19 +158,69 @@ def paged_attention_eager(
         return torch.zeros_like(q_TNH)
     num_used = starts[-1]
     row_idx = torch.tensor(rows, device=q_TNH.device)
-    out, _ = attend(
+    out, _ = torch.ops.npu.npu_fused_infer_attention_score(
         q_TNH[:num_used].contiguous(),
-        k_CBA,
-        v_CBA,
+        k_cache_CBKH.flatten(2),
+        v_cache_CBKH.flatten(2),
         atten_mask=causal_mask(q_TNH.device),
         block_table=block_table_RP.index_select(0, row_idx),
         actual_seq_lengths=[starts[row + 1] for row in rows],
         actual_seq_lengths_kv=[seq_lens[row] for row in rows],
         input_layout="TND",
         sparse_mode=RIGHT_DOWN_CAUSAL,
-        **settings,
+        num_heads=num_heads,
+        num_key_value_heads=num_kv_heads,
+        scale=scale,
+        block_size=block_size,
     )
     return torch.nn.functional.pad(out, (0, 0, 0, 0, 0, num_tokens - num_used))
+
+
+def paged_attention_captured(
+    q_TNH: Tensor,
+    k_cache_CBKH: Tensor,
+    v_cache_CBKH: Tensor,
+    block_table_RP: Tensor,
+    seq_len_R: Tensor,
+    q_start_S: Tensor,
+    max_q_len: int,
+    scale: float,
+    window: int,
+) -> Tensor:
+    """For a graph that is captured: decode stands there with a length of 1 a row, which is replaced before each replay.
+
+    Outside GE the op takes lengths as numbers on the host. A prefill step is not captured, and keeps our op.
+    """
+    if max_q_len > 1:
+        return ops.paged_attention(
+            q_TNH, k_cache_CBKH, v_cache_CBKH, block_table_RP, seq_len_R, q_start_S, max_q_len, scale, window
+        )
+    check_attention(k_cache_CBKH.shape[1], max_q_len, window)
+    return _decode_attention(q_TNH, k_cache_CBKH, v_cache_CBKH, block_table_RP, [1] * q_TNH.shape[0], scale)
+
+
+def _decode_attention(
+    q_RNH: Tensor,
+    k_cache_CBKH: Tensor,
+    v_cache_CBKH: Tensor,
+    block_table_RP: Tensor,
+    seq_lens: list[int],
+    scale: float,
+) -> Tensor:
+    num_rows, num_heads, head_dim = q_RNH.shape
+    out, _ = torch.ops.npu.npu_fused_infer_attention_score(
+        q_RNH.reshape(num_rows, 1, -1),
+        k_cache_CBKH.flatten(2),
+        v_cache_CBKH.flatten(2),
+        block_table=block_table_RP,
+        actual_seq_lengths_kv=seq_lens,
+        input_layout="BSH",
+        num_heads=num_heads,
+        num_key_value_heads=k_cache_CBKH.shape[2],
+        scale=scale,
+        block_size=k_cache_CBKH.shape[1],
+    )
+    return out.view(num_rows, num_heads, head_dim)
 
 
 # our op → what runs outside a graph. What is not here has its plain-torch meaning: `sample`.
@@ -200,3 +235,5 @@ EAGER: dict[str, Callable[..., Any]] = {
 }
 # our op → what stands in a graph for GE
 IN_GRAPH: dict[str, Callable[..., Any]] = {**EAGER, "paged_attention": paged_attention_in_graph}
+# our op → what stands in a graph whose decode steps are captured
+IN_CAPTURE: dict[str, Callable[..., Any]] = {**EAGER, "paged_attention": paged_attention_captured}

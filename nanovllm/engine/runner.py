@@ -215,6 +215,9 @@ class Runner:
             step.rows = []  # should the copy break off
             step.row_idx_R.copy_(self.platform.upload(rows, torch.int64))
             step.rows = rows
+        if self.platform.wants_lengths:
+            num_padding = len(rows) - len(requests)
+            self.platform.announce([request.num_computed for request in requests] + [1] * num_padding)
         logprobs = None
         if any(needs_filtering(request) for request in requests):
             token_R, logprobs = self.filtered.sample(requests, step.row_idx_R, step.logits())

@@ -33,6 +33,7 @@ class Platform(Protocol):
     default_num_seqs: int
     run_ahead: int  # steps launched before the tokens of the first are read
     whole_steps: bool  # the compiler takes a step as one graph with static shapes, not region by region
+    wants_lengths: bool  # `announce` is called before every decode step
     supported_dtypes: tuple[torch.dtype, ...]
 
     def prepare(self) -> None:
@@ -45,6 +46,10 @@ class Platform(Protocol):
 
     def passes(self) -> tuple[tuple[str, Pass], ...]:
         """What turns a traced graph into one for the lowering: fusions into kernels of ours, then inlining of the rest."""
+        ...
+
+    def announce(self, seq_lens: list[int]) -> None:
+        """The lengths of all rows of the decode step that is about to be replayed, padding included."""
         ...
 
     def capture(self, step: Callable[[], None]) -> Replay:

@@ -37,6 +37,7 @@ class CpuPlatform:
     default_num_seqs = 32
     run_ahead = 0
     whole_steps = False
+    wants_lengths = False
     supported_dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
 
     def __init__(self) -> None:
@@ -56,6 +57,9 @@ class CpuPlatform:
 
     def passes(self) -> tuple[tuple[str, Pass], ...]:
         return ("fuse_rope_store", fuse_rope_store), ("inline_ops", partial(inline_ops, keep=_keeps_op))
+
+    def announce(self, seq_lens: list[int]) -> None:
+        pass
 
     def capture(self, step: Callable[[], None]) -> Replay:
         step()

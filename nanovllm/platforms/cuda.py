@@ -49,6 +49,7 @@ class CudaPlatform:
     default_num_seqs = 256
     run_ahead = 1
     whole_steps = False
+    wants_lengths = False
 
     def __init__(self, index: int = 0) -> None:
         self.device = torch.device("cuda", index)
@@ -79,6 +80,9 @@ class CudaPlatform:
             ("fuse_linear", partial(fuse_linear, max_rows=triton_linear.max_rows)),
             ("inline_ops", partial(inline_ops, keep=lambda name, node: name in KERNEL_OPS)),
         )
+
+    def announce(self, seq_lens: list[int]) -> None:
+        pass
 
     def capture(self, step: Callable[[], None]) -> Replay:
         # Triton compiles and cuBLAS picks its workspace on the first run, which must lie outside the capture.

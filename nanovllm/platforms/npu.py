@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanovllm.compile.lower import torchair
+from nanovllm.compile.lower import eager, torchair
+from nanovllm.compile.passes.merge_equal import merge_equal
 from nanovllm.compile.passes.replace_ops import replace_ops
 from nanovllm.compile.program import Lowering, Pass
 from nanovllm.kernels import npu_kernels, ops
@@ -90,7 +91,6 @@ class NpuPlatform:
     default_block_size = 128  # what paged attention is recommended to run with
     default_batched_tokens = 8192
     default_num_seqs = 256
-    run_ahead = 1
     whole_steps = True
     # fused_infer_attention_score computes in these
     supported_dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
@@ -109,20 +109,47 @@ class NpuPlatform:
         self.device = torch.device("npu", index)
         self.settings = torchair.Settings(graph_mode, dict(graph_options or {}), FROZEN_INPUTS, cache)
         torchair.compiler_config(self.settings)
+        self.captures = graph_mode == "aclgraph"
+        # A captured step's lengths are replaced in place, which must not overtake the step before.
+        self.run_ahead = 0 if self.captures else 1
+        self.wants_lengths = self.captures
+        self._seq_lens: list[int] = []
+        self._pool: Any = None
 
     def prepare(self) -> None:
         torch.npu.set_device(self.device)
         ops.register_kernels("PrivateUse1", npu_kernels.EAGER)
 
     def lowering(self) -> tuple[Lowering | None, str]:
-        return partial(torchair.lower, settings=self.settings), ""
+        return eager.lower if self.captures else partial(torchair.lower, settings=self.settings), ""
 
     def passes(self) -> tuple[tuple[str, Pass], ...]:
-        return (("npu_ops", partial(replace_ops, table=npu_kernels.IN_GRAPH)),)
+        table = npu_kernels.IN_CAPTURE if self.captures else npu_kernels.IN_GRAPH
+        replaced = ("npu_ops", partial(replace_ops, table=table))
+        # torchair's graph is functional when it is merged (compile/lower/torchair.py), so that more of it can be
+        return (replaced, ("merge_equal", merge_equal)) if self.captures else (replaced,)
+
+    def announce(self, seq_lens: list[int]) -> None:
+        self._seq_lens = seq_lens
 
     def capture(self, step: Callable[[], None]) -> Replay:
         step()
-        return step
+        if not self.captures:
+            return step
+        torch.npu.synchronize(self.device)
+        if self._pool is None:
+            self._pool = torch.npu.graph_pool_handle()
+        graph = torch.npu.NPUGraph()
+        with torch.npu.graph(
+            graph, pool=self._pool, auto_dispatch_capture=True, capture_error_mode="thread_local"
+        ):
+            step()
+
+        def replay() -> None:
+            graph.update(cpu_update_input=[{"actual_seq_lengths_kv": self._seq_lens}])
+            graph.replay()
+
+        return replay
 
     def upload(self, values: Any, dtype: torch.dtype) -> Tensor:
         return torch.as_tensor(values, dtype=dtype).pin_memory().to(self.device, non_blocking=True)
@@ -147,6 +174,7 @@ class NpuPlatform:
         torch.npu.synchronize(self.device)
 
     def release(self) -> None:
+        self._pool = None
         torch.npu.empty_cache()
 
 

@@ -34,8 +34,13 @@ def host_view(tensor: Tensor) -> Tensor:
     return out.set_(data.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-    return semantics.fused_infer_attention_score(query, key, value, **options), torch.empty(0)
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, *, workspace: object = None, out: Any = None, **options: Any
+) -> tuple[Tensor, Tensor]:
+    attended = semantics.fused_infer_attention_score(query, key, value, **options)
+    if out is not None:
+        out[0].copy_(attended)
+    return attended, torch.empty(0)
 
 
 # torch_npu's own ops by name, on host tensors
@@ -49,7 +54,18 @@ NPU_OPS: dict[str, Callable[..., Any]] = {
 }
 COPIES_OR_VIEWS = ("aten::to", "aten::contiguous")  # the schema says view, but only where there is nothing to do
 TRACING = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
-ALLOCATIONS = ("aten::empty", "aten::empty_strided", "aten::empty_like", "aten::_pin_memory", "aten::is_pinned", "aten::set_", "npu::get_npu_format")
+# what torch_npu does itself: memory, and sizes of results
+NATIVE = (
+    "aten::empty",
+    "aten::empty_strided",
+    "aten::empty_like",
+    "aten::_pin_memory",
+    "aten::is_pinned",
+    "aten::set_",
+    "npu::get_npu_format",
+    "npu::_npu_fused_infer_attention_score_get_max_workspace",
+    "npu::_npu_fused_infer_attention_score_infer_output",
+)
 
 
 def _is_npu(value: object) -> bool:
@@ -59,7 +75,8 @@ def _is_npu(value: object) -> bool:
 class Host(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
-        self.recording: list[Step] | None = None
+        self.recording: list[list[Step]] | None = None  # groups of steps, the last of which grows; see capture.py
+        self.replacing: int | None = None  # the group that grows instead
         self.seen: set[str] = set()  # npu ops and aten ops that ran eagerly
         self._kernels: set[str] = set()
         self._generators: dict[int, torch.Generator] = {}
@@ -94,7 +111,7 @@ class Host(TorchDispatchMode):
         makes_npu = asked is not None and torch.device(asked).type == "npu"
         may_alias = any(result.alias_info for result in func._schema.returns)
         is_view = may_alias and not func._schema.is_mutable and name not in COPIES_OR_VIEWS
-        if is_fake or not (on_npu or makes_npu) or is_view or name in ALLOCATIONS:
+        if is_fake or not (on_npu or makes_npu) or is_view or name in NATIVE:
             return func(*args, **kwargs)
         if name in self._kernels:
             return func(*args, **kwargs)
@@ -117,7 +134,8 @@ class Host(TorchDispatchMode):
                 made = [self._to_device(value, device, written, idx) for idx, value in enumerate(flat)]
                 out = type(results)(made) if isinstance(results, (tuple, list)) else made[0]
         if self.recording is not None:
-            self.recording.append(lambda: _again(function, host_args, host_kwargs, written))
+            group = self.recording[-1 if self.replacing is None else self.replacing]
+            group.append(lambda: _again(function, host_args, host_kwargs, written))
         return out
 
     def _to_host(self, value: Any) -> Any:

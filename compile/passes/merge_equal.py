@@ -1,0 +1,74 @@
+"""Equal ops on equal inputs become one: the rotary rows and cache indices that every layer computes for itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+
+
+def merge_equal(graph: GraphModule, fakes: Sequence[Tensor]) -> GraphModule:
+    """Merge calls of the same op on the same arguments, in place.
+
+    What is read from memory that the graph writes stays where it is, and so does what is computed from a view of it: two
+    reads may differ. So do ops that write.
+    """
+    written = _written(graph)
+    merged: dict[tuple[object, ...], Node] = {}
+    for node in list(graph.graph.nodes):
+        if node.op != "call_function" or _writes(node) or node in written or written & set(node.all_input_nodes):
+            continue
+        key = (node.target, _frozen(node.args), _frozen(tuple(sorted(node.kwargs.items()))))
+        first = merged.setdefault(key, node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            graph.graph.erase_node(node)
+    graph.graph.lint()
+    graph.recompile()
+    return graph
+
+
+def _frozen(argument: object) -> object:
+    """An argument as a dictionary key: lists become tuples; the type keeps 1, 1.0 and True apart."""
+    if isinstance(argument, (list, tuple)):
+        return tuple(_frozen(part) for part in argument)
+    return argument if isinstance(argument, Node) else (type(argument), argument)
+
+
+def _schema(node: Node) -> torch._C.FunctionSchema | None:
+    return node.target._schema if isinstance(node.target, torch._ops.OpOverload) else None
+
+
+def _writes(node: Node) -> bool:
+    schema = _schema(node)
+    return schema is not None and schema.is_mutable
+
+
+def _written(graph: GraphModule) -> set[Node]:
+    """Nodes whose memory some op of the graph writes, their views and what they are views of."""
+    found: set[Node] = set()
+    for node in graph.graph.nodes:
+        schema = _schema(node)
+        if schema is None or not schema.is_mutable:
+            continue
+        for formal, actual in zip(schema.arguments, node.args):
+            if formal.alias_info is not None and formal.alias_info.is_write:
+                map_arg(actual, lambda target: found.add(target))  # type: ignore[arg-type, func-returns-value]
+    while True:
+        views = {node for node in graph.graph.nodes if node not in found and _is_view_of(node, found)}
+        bases = {base for node in found if _is_view(node) for base in node.all_input_nodes} - found
+        if not views | bases:
+            return found
+        found |= views | bases
+
+
+def _is_view(node: Node) -> bool:
+    schema = _schema(node)
+    return schema is not None and any(result.alias_info is not None for result in schema.returns)
+
+
+def _is_view_of(node: Node, bases: set[Node]) -> bool:
+    return _is_view(node) and bool(bases & set(node.all_input_nodes))
