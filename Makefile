@@ -4,13 +4,21 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py constraints.txt
 
-.PHONY: run test lint clean
+NPU := $(VENV)/npu
+NPU_SOURCES := $(addprefix tests/npu/,requirements.txt cann_stub/build.py cann_stub/runtime.c)
+
+.PHONY: run test test-npu lint clean
 
 run: $(VENV)/.installed
 	$(BIN)/python example.py $(ARGS)
 
 test: $(VENV)/.installed-test lint
 	$(BIN)/python -m pytest $(ARGS)
+	@if [ "$$(uname -s)" = Linux ]; then $(MAKE) test-npu; else echo 'the tests of the NPU run on Linux only'; fi
+
+# torch_npu without an NPU: the real package over libraries with the names of CANN's (tests/npu/run.py)
+test-npu: $(NPU)/.installed
+	$(BIN)/python tests/npu/run.py $(NPU) $(ARGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -26,6 +34,12 @@ $(VENV)/.installed-test: $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	touch $@ $(VENV)/.installed
+
+$(NPU)/.installed: $(VENV)/.installed-test $(NPU_SOURCES)
+	rm -rf $(NPU)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(NPU)/site -r tests/npu/requirements.txt
+	$(BIN)/python tests/npu/cann_stub/build.py $(NPU)/site $(NPU)/lib
+	touch $@
 
 clean:
 	rm -rf $(VENV) build *.egg-info

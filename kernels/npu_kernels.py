@@ -76,6 +76,17 @@ def check_attention(block_size: int, max_q_len: int, window: int) -> None:
         raise ValueError(f"kvcache_block_size is {block_size}: on an NPU it must be a multiple of {BLOCK_SIZE_STEP}")
 
 
+def _check_inputs(q_TNH: Tensor, k_cache_CBKH: Tensor, block_table_RP: Tensor, seq_len_R: Tensor, num_rows: int) -> None:
+    """Our own invariants: torchair converts inputs of any shapes and dtypes, and the op then reads what it should not."""
+    assert q_TNH.dtype == k_cache_CBKH.dtype, (q_TNH.dtype, k_cache_CBKH.dtype)
+    assert q_TNH.shape[2] == k_cache_CBKH.shape[3] and q_TNH.shape[1] % k_cache_CBKH.shape[2] == 0, (
+        q_TNH.shape,
+        k_cache_CBKH.shape,
+    )
+    assert block_table_RP.dtype == torch.int32, block_table_RP.dtype
+    assert block_table_RP.shape[0] == seq_len_R.shape[0] == num_rows, (block_table_RP.shape, seq_len_R.shape, num_rows)
+
+
 def paged_attention_in_graph(
     q_TNH: Tensor,
     k_cache_CBKH: Tensor,
@@ -96,6 +107,9 @@ def paged_attention_in_graph(
 
     check_attention(k_cache_CBKH.shape[1], max_q_len, window)
     num_tokens, num_heads, head_dim = q_TNH.shape
+    _check_inputs(
+        q_TNH, k_cache_CBKH, block_table_RP, seq_len_R, num_tokens if max_q_len == 1 else q_start_S.shape[0] - 1
+    )
     block_size, num_kv_heads = k_cache_CBKH.shape[1:3]
     settings: dict[str, Any] = {
         "num_heads": num_heads,

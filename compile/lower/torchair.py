@@ -23,7 +23,6 @@ from torch.fx import GraphModule
 
 logger = logging.getLogger(__name__)
 
-MODES = {"ascend_ir": "max-autotune", "aclgraph": "npugraph_ex"}  # ours → torchair's
 CODE_FILE = "kernel.py"
 
 
@@ -33,7 +32,6 @@ class Settings:
     "experimental_config.tiling_schedule_optimize"; inputs whose names begin with one of `frozen` are weights, whose memory
     stays where it is. `cache` None keeps nothing."""
 
-    mode: str
     options: Mapping[str, object] = field(default_factory=dict)
     frozen: tuple[str, ...] = ()
     cache: Path | None = None
@@ -44,7 +42,7 @@ def compiler_config(settings: Settings) -> Any:
     from torchair.configs.compiler_config import CompilerConfig
 
     config = CompilerConfig()
-    config.mode = MODES[settings.mode]
+    config.mode = "max-autotune"  # GE
     config.experimental_config.frozen_parameter = True
     for path, value in settings.options.items():
         owner: Any = config
@@ -126,7 +124,7 @@ def cache_key(graph: GraphModule, settings: Settings) -> str:
     """Of the graph with all shapes, dtypes and strides, the settings, the versions and this file."""
     import torch_npu
 
-    lines = [f"{settings.mode} {sorted(settings.options.items())} {settings.frozen}"]
+    lines = [f"{sorted(settings.options.items())} {settings.frozen}"]
     lines += [torch.__version__, torch_npu.__version__, str(cann_version()), str(torch_npu.npu.get_device_name())]
     for node in graph.graph.nodes:
         value = node.meta.get("val")

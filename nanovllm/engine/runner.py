@@ -101,15 +101,27 @@ class _DecodeStep:
         self.replay = record(self._whole)
 
     def logits(self) -> Tensor:
-        """Everything but the sampler. Recorded when first asked for; its programs are those of the whole step."""
-        if self._logits is None:
-            self._logits = self._record(self._without_sampler)
-        self._logits()
+        """Everything but the sampler. Recorded when first asked for; its programs are those of the whole step.
+
+        Where that is one program, it runs as it is, and what its sampler has advanced is put back.
+        """
+        if self._steps.whole:
+            state = self._steps.state
+            token_S, pos_S = state.token_S.clone(), state.pos_S.clone()
+            self.replay()
+            state.token_S.copy_(token_S)
+            state.pos_S.copy_(pos_S)
+        else:
+            self._logits = self._logits or self._record(self._without_sampler)
+            self._logits()
         assert self._logits_RV is not None
         return self._logits_RV
 
     def _whole(self) -> None:
-        self.token_R.copy_(self._steps.decode(self.row_idx_R))
+        token_R, logits_RV = self._steps.decode(self.row_idx_R)
+        self.token_R.copy_(token_R)
+        if self._steps.whole:
+            self._logits_RV = logits_RV
 
     def _without_sampler(self) -> None:
         self._logits_RV = self._steps.decode_logits(self.row_idx_R)

@@ -80,8 +80,6 @@ class Steps:
 
     def decode_logits(self, row_idx_R: Tensor) -> Tensor:
         """Feed each row's newest token; returns the logits [R, V] of what follows it."""
-        if self.whole:
-            return self._run_whole("decode_logits", Steps.decode_logits, row_idx_R=row_idx_R)
         hidden, batch = self._run(
             "begin",
             (row_idx_R.shape[0],),
@@ -92,11 +90,13 @@ class Steps:
         )
         return self._head(self._layers("decode", hidden, batch, max_q_len=1))
 
-    def decode(self, row_idx_R: Tensor) -> Tensor:
-        """A whole decode step, sampler included; returns the chosen token_R, which the state now holds as well."""
+    def decode(self, row_idx_R: Tensor) -> tuple[Tensor, Tensor]:
+        """A whole decode step, sampler included; returns the chosen token_R, which the state now holds as well, and the
+        logits [R, V] that it was chosen from."""
         if self.whole:
             return self._run_whole("decode", Steps.decode, row_idx_R=row_idx_R)
-        return self.sample(row_idx_R, self.decode_logits(row_idx_R))
+        logits_RV = self.decode_logits(row_idx_R)
+        return self.sample(row_idx_R, logits_RV), logits_RV
 
     def prefill(self, token_T: Tensor, batch: Batch) -> Hidden:
         """Write keys and values of T packed tokens; returns the stream after the last layer."""

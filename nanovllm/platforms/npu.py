@@ -107,9 +107,14 @@ class NpuPlatform:
         """`load_torch_npu` has run. ValueError for options and buckets that the mode does not take."""
         check_buckets(graph_mode, graph_batch_sizes or ())
         self.device = torch.device("npu", index)
-        self.settings = torchair.Settings(graph_mode, dict(graph_options or {}), FROZEN_INPUTS, cache)
-        torchair.compiler_config(self.settings)
         self.captures = graph_mode == "aclgraph"
+        if self.captures and graph_options:
+            raise ValueError(
+                f"npu_graph_options is {dict(graph_options)!r}: these are options of npu_graph_mode='ascend_ir', and the mode "
+                "is 'aclgraph'"
+            )
+        self.settings = torchair.Settings(dict(graph_options or {}), FROZEN_INPUTS, cache)
+        torchair.compiler_config(self.settings)
         # A captured step's lengths are replaced in place, which must not overtake the step before.
         self.run_ahead = 0 if self.captures else 1
         self.wants_lengths = self.captures

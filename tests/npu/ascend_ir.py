@@ -164,7 +164,7 @@ OPS: dict[str, Callable[..., Any]] = {
     "Unsqueeze": lambda a, x: x.unsqueeze(a["axes"][0]) if len(a["axes"]) == 1 else _unsupported("Unsqueeze of two axes"),
     "ZerosLike": lambda a, x: torch.zeros_like(x),
 }
-SOURCES = ("Data", "RefData", "ConstPlaceHolder", "Const", "NetOutput")  # what `run` handles itself
+STRUCTURE = ("Data", "Const", "NetOutput")  # what `run` handles itself
 
 
 def _unsupported(what: str) -> Any:
@@ -180,20 +180,29 @@ def constant(op: Any) -> Tensor:
     return torch.frombuffer(bytearray(value.data), dtype=dtype).reshape(shape)
 
 
-def run(graph: Any, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Execute a graph on host tensors, which ops with a reference input change in place; returns the net's outputs."""
+Observer = Callable[[Any, Sequence["Tensor | None"]], None]
+
+
+def run(graph: Any, inputs: Sequence[Tensor], observe: Observer | None = None) -> list[Tensor]:
+    """Execute a graph on host tensors, which ops with a reference input change in place; returns the net's outputs.
+
+    `observe(op, its inputs)` is called before each op that computes.
+    """
     values: dict[str, Tensor] = {}
     for op in graph.op:
         names = [name for name in op.input if not name.endswith(":-1")]  # :-1 is an edge of order, not of data
-        if op.type in ("Data", "RefData"):
+        if op.type == "Data":
             values[f"{op.name}:0"] = inputs[op.attr["index"].i]
         elif op.type == "Const":
             values[f"{op.name}:0"] = constant(op)
         elif op.type == "NetOutput":
             return [values[name] for name in names]
         else:
+            arguments = [values[name] if name else None for name in names]
+            if observe is not None:
+                observe(op, arguments)
             try:
-                results = OPS[op.type](Attributes(op), *(values[name] if name else None for name in names))
+                results = OPS[op.type](Attributes(op), *arguments)
             except Exception as error:
                 raise type(error)(f"{op.type} {op.name}: {error}") from error
             for index, result in enumerate(results if isinstance(results, tuple) else (results,)):

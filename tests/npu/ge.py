@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,12 +16,16 @@ from tests.npu.host import host_view
 
 @dataclass
 class Graph:
-    """One graph that GE was given, and what became of it."""
+    """One graph that GE was given, and what its first run showed."""
 
     proto: Any
     options: dict[str, str]
     num_runs: int = 0
-    num_inputs: int = 0
+    dtypes: list[tuple[Any, dict[str, torch.dtype]]] = field(default_factory=list)  # each op's inputs by name
+    written: dict[int, int] = field(default_factory=dict)  # output → the input whose memory it is written to
+
+    def count(self, op_type: str) -> int:
+        return sum(op.type == op_type for op in self.proto.op)
 
 
 @dataclass
@@ -64,11 +69,16 @@ class Ge:
 
 
 def _run(graph: Graph, inputs: list[Tensor], assigned: list[Tensor | None]) -> list[Tensor]:
-    graph.num_runs += 1
-    graph.num_inputs = len(inputs)
+    def observe(op: Any, arguments: Sequence[Tensor | None]) -> None:
+        named = zip((desc.name for desc in op.input_desc), arguments, strict=True)
+        graph.dtypes.append((op, {name: tensor.dtype for name, tensor in named if tensor is not None}))
+
     hosts = [host_view(tensor) if tensor.device.type == "npu" else tensor for tensor in inputs]
-    results = ascend_ir.run(graph.proto, hosts)
+    results = ascend_ir.run(graph.proto, hosts, observe if graph.num_runs == 0 else None)
+    graph.num_runs += 1
     assigned += [None] * (len(results) - len(assigned))
+    positions = {id(tensor): index for index, tensor in enumerate(inputs)}
+    graph.written = {output: positions[id(target)] for output, target in enumerate(assigned) if target is not None}
     device = next(tensor.device for tensor in inputs if tensor.device.type == "npu")
     outputs = []
     for result, target in zip(results, assigned, strict=True):

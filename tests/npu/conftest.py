@@ -1,0 +1,81 @@
+"""torch_npu over the stub of CANN, for all tests of this folder. They run by `make test-npu`, in a process of their own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+if "NANOVLLM_CANN_STUB" in os.environ:
+    from nanovllm import LLM, SamplingParams
+    from nanovllm.platforms.npu import load_torch_npu
+    from tests.npu import capture
+    from tests.npu.ge import Ge
+    from tests.npu.host import Host
+else:
+    collect_ignore_glob = ["*"]
+
+# The embedded model answers these with wide margins, so that rounding does not decide. The last is longer than the largest
+# prefill bucket, and in all of them together decode passes from one bucket to another.
+QUESTIONS = ("What is 37 + 45?", "Sort: 5 3 9 1", "Count from 3 to 9.", "Reverse: 4 8 1 7", "Sort: 9 2 7 5 3 8 1 6 4 2 9 5")
+SIZES: dict[str, Any] = {
+    "max_num_seqs": 4,
+    "graph_batch_sizes": (2, 4),
+    "num_kvcache_blocks": 12,
+    "max_model_len": 256,
+    "max_num_batched_tokens": 32,
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def host(ge: Ge) -> Iterator[Host]:
+    """Eager npu ops run on the host for the whole session: a kernel of ours, once registered, stays."""
+    patch = pytest.MonkeyPatch()
+    mode = Host()
+    mode.install(patch)
+    capture.install(mode, patch)
+    with mode:
+        yield mode
+    patch.undo()
+
+
+@pytest.fixture(scope="session")
+def ge() -> Iterator[Ge]:
+    load_torch_npu()
+    patch = pytest.MonkeyPatch()
+    recorder = Ge()
+    recorder.install(patch)
+    yield recorder
+    patch.undo()
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NANOVLLM_CACHE", str(tmp_path_factory.getbasetemp() / "nanovllm"))
+
+
+def answers(llm: LLM, **params: Any) -> list[list[int]]:
+    """Token ids of the answers to `QUESTIONS`, all asked at once."""
+    conversations = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    settings = SamplingParams(**{"temperature": 0.0, "max_tokens": 40, **params})
+    return [output["token_ids"] for output in llm.chat(conversations, settings, use_tqdm=False)]
+
+
+@pytest.fixture(scope="session")
+def cpu_answers() -> Callable[..., list[list[int]]]:
+    """The same questions on the CPU, in bf16 as on an NPU."""
+    llm = LLM("tiny-qwen3", device="cpu", dtype="bfloat16", enforce_eager=True, **SIZES)
+    return lambda **params: answers(llm, **params)
+
+
+@pytest.fixture(scope="session")
+def npu_llm(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
+    """The embedded model in GE mode; its graphs are the first ones that `ge` has."""
+    os.environ["NANOVLLM_CACHE"] = str(tmp_path_factory.getbasetemp() / "nanovllm")
+    torch.set_num_threads(1)
+    llm = LLM("tiny-qwen3", device="npu", **SIZES)
+    yield llm
+    llm.close()

@@ -1,0 +1,58 @@
+"""Which dtypes an Ascend IR op takes: the `REG_OP` declarations that the installed torchair carries for every op."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+
+import torch
+
+NAMES = {
+    "DT_FLOAT": torch.float32, "DT_FLOAT32": torch.float32, "DT_FLOAT16": torch.float16, "DT_BF16": torch.bfloat16,
+    "DT_BFLOAT16": torch.bfloat16, "DT_DOUBLE": torch.float64, "DT_INT8": torch.int8, "DT_INT16": torch.int16,
+    "DT_INT32": torch.int32, "DT_INT64": torch.int64, "DT_UINT8": torch.uint8, "DT_BOOL": torch.bool,
+}  # fmt: skip
+INTEGERS = {torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8}
+# groups of types that declarations name; the other groups (BasicType, NumberType) hold every dtype that occurs here
+GROUPS = {"IndexNumberType": {torch.int32, torch.int64}, "IntegerDataType": INTEGERS}
+INPUT = re.compile(r'\.(?:OPTIONAL_|DYNAMIC_)?INPUT\((\w+),\s*(?:"(\w+)"|TensorType::(\w+)\(\)|TensorType\(\{([^}]*)\}\))\)')
+
+
+@cache
+def _declarations() -> str:
+    import torchair
+
+    folder = Path(torchair.__file__).parent / "_ge_concrete_graph"
+    return (folder / "auto_generated_ge_raw_ops.py").read_text(encoding="utf-8")
+
+
+@cache
+def declared_inputs(op_type: str) -> dict[str, tuple[str | None, frozenset[torch.dtype] | None]]:
+    """Input name → (letter of a shared type, dtypes allowed, None where all are); KeyError for an op that is not declared."""
+    found = re.search(rf'REG_OP\({op_type}\)(.*?)"""', _declarations(), re.DOTALL)
+    if found is None:
+        raise KeyError(f"no REG_OP declaration of {op_type}")
+    inputs = {}
+    for name, letter, group, listed in INPUT.findall(found.group(1).replace("\\n", " ")):
+        allowed = GROUPS.get(group) if group else {NAMES[dt] for dt in re.findall(r"DT_\w+", listed) if dt in NAMES}
+        inputs[name] = (letter or None, frozenset(allowed) if allowed else None)
+    return inputs
+
+
+def violations(op_type: str, dtypes: dict[str, torch.dtype]) -> list[str]:
+    """What of an op's actual input dtypes its declaration does not allow."""
+    declared = declared_inputs(op_type)
+    found = []
+    shared: dict[str, torch.dtype] = {}
+    for name, dtype in dtypes.items():
+        key = name if name in declared else name.rstrip("0123456789")  # dynamic inputs are numbered
+        if key not in declared:
+            found.append(f"{op_type} has no input {name}")
+            continue
+        letter, allowed = declared[key]
+        if allowed is not None and dtype not in allowed:
+            found.append(f"{op_type}.{name} is {dtype}: {sorted(map(str, allowed))}")
+        if letter == "T" and shared.setdefault(letter, dtype) != dtype:
+            found.append(f"{op_type}.{name} is {dtype}, another input of the same type {shared[letter]}")
+    return found

@@ -1,0 +1,112 @@
+"""The engine on device "npu" gives the CPU's tokens: GE graphs, captured graphs and eager ops, all through torch_npu."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from nanovllm import LLM, SamplingParams
+from tests.npu.conftest import SIZES, answers
+from tests.npu.ge import Ge
+from tests.npu.host import Host, host_view
+
+MODES: dict[str, dict[str, Any]] = {
+    "captured": {"npu_graph_mode": "aclgraph"},
+    "eager": {"enforce_eager": True},
+    "eager-unpadded": {"enforce_eager": True, "pad_batches": False},
+}
+
+
+def test_greedy_tokens_are_the_cpus(npu_llm: LLM, cpu_answers: Callable[..., Any]) -> None:
+    assert npu_llm.engine.platform_name == "npu"
+    assert answers(npu_llm) == cpu_answers()
+
+
+def test_drawn_tokens_are_the_cpus(npu_llm: LLM, cpu_answers: Callable[..., Any]) -> None:
+    """At this temperature draws differ from the likeliest token; the noise is exact integers on both sides."""
+    params = {"temperature": 1.5, "seed": 3, "max_tokens": 12}
+    drawn = cpu_answers(**params)
+    assert answers(npu_llm, **params) == drawn != cpu_answers(max_tokens=12)
+
+
+def test_filters_and_penalties_run_between_graphs(npu_llm: LLM, cpu_answers: Callable[..., Any]) -> None:
+    params = {"temperature": 1.2, "seed": 5, "top_k": 5, "top_p": 0.9, "repetition_penalty": 1.3, "max_tokens": 10}
+    assert answers(npu_llm, **params) == cpu_answers(**params)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_other_modes_give_the_same_tokens(mode: str, cpu_answers: Callable[..., Any], ge: Ge, host: Host) -> None:
+    num_graphs = len(ge.graphs)
+    host.seen.clear()
+    llm = LLM("tiny-qwen3", device="npu", **SIZES, **MODES[mode])
+    assert answers(llm) == cpu_answers()
+    params = {"temperature": 1.5, "seed": 3, "max_tokens": 12}
+    assert answers(llm, **params) == cpu_answers(**params)
+    llm.close()
+    assert len(ge.graphs) == num_graphs, "no graph goes to GE in this mode"
+    fused = {"npu_rms_norm", "npu_add_rms_norm", "npu_rotary_mul", "npu_swiglu", "npu_scatter_nd_update_"}
+    assert {f"npu::{name}" for name in (*fused, "npu_fused_infer_attention_score")} <= host.seen
+
+
+def test_a_captured_step_takes_its_lengths_from_the_host(
+    monkeypatch: pytest.MonkeyPatch, cpu_answers: Callable[..., Any]
+) -> None:
+    """Without them every row would see one token: that the answers then differ shows that the graph is replayed with them."""
+    llm = LLM("tiny-qwen3", device="npu", **SIZES, npu_graph_mode="aclgraph")
+    announced: list[list[int]] = []
+    original = llm.engine.runner.platform.announce
+
+    def announce(seq_lens: list[int]) -> None:
+        announced.append(seq_lens)
+        original(seq_lens)
+
+    monkeypatch.setattr(llm.engine.runner.platform, "announce", announce)
+    assert answers(llm) == cpu_answers()
+    assert {len(seq_lens) for seq_lens in announced} == {2, 4} and len({tuple(lens) for lens in announced}) > 20
+    monkeypatch.setattr(llm.engine.runner.platform, "announce", lambda seq_lens: original([1] * len(seq_lens)))
+    assert answers(llm) != cpu_answers()
+    llm.close()
+
+
+def test_fifty_steps_of_changing_lengths_compile_nothing(npu_llm: LLM, ge: Ge) -> None:
+    num_graphs, num_lowered = len(ge.graphs), ge.num_lowered
+    before = {id(graph): graph.num_runs for graph in ge.graphs}
+    prompts = [list(range(5, 5 + length)) for length in (1, 19, 33, 2)]
+    params = [SamplingParams(temperature=0.0, max_tokens=num, ignore_eos=True) for num in (60, 52, 7, 31)]
+    outputs = npu_llm.generate(prompts, params, use_tqdm=False)
+    assert [len(output["token_ids"]) for output in outputs] == [60, 52, 7, 31]
+    assert (len(ge.graphs), ge.num_lowered) == (num_graphs, num_lowered)
+    runs = [graph.num_runs - before[id(graph)] for graph in ge.graphs]
+    assert sum(runs) > 50 and sum(num > 10 for num in runs) >= 2, runs
+
+
+def test_nan_in_the_padding_block_reaches_no_row(npu_llm: LLM, cpu_answers: Callable[..., Any]) -> None:
+    for cache in npu_llm.engine.runner.steps.caches:
+        for tensor in cache:
+            host_view(tensor)[0].fill_(float("nan"))
+    assert answers(npu_llm) == cpu_answers()
+
+
+def test_two_engines_in_one_process(npu_llm: LLM, cpu_answers: Callable[..., Any]) -> None:
+    other = LLM("tiny-qwen3", device="npu", **{**SIZES, "num_kvcache_blocks": 20})
+    assert answers(other) == answers(npu_llm) == cpu_answers()
+    other.close()
+
+
+def test_the_cache_is_sized_from_the_devices_memory() -> None:
+    options = {**SIZES, "num_kvcache_blocks": None, "enforce_eager": True}
+    llm = LLM("tiny-qwen3", device="npu", **options, gpu_memory_utilization=0.9)
+    # 4 rows of 256 tokens in blocks of 128, and one for padding: more than that would never be used
+    assert llm.engine.scheduler.pool.num_blocks == 4 * 2 + 1
+    assert llm.engine.runner.measure_blocks(0.9) > llm.engine.runner.measure_blocks(0.5) > 1000
+    llm.close()
+
+
+def test_random_weights_in_fp16() -> None:
+    llm = LLM("tiny-qwen3", device="npu", random_weights=True, dtype="float16", **SIZES)
+    (output,) = llm.generate([[5, 6, 7]], SamplingParams(temperature=0.0, max_tokens=4), use_tqdm=False)
+    assert llm.engine.model_config.dtype == torch.float16 and len(output["token_ids"]) == 4
+    llm.close()
