@@ -72,8 +72,11 @@ def check_attention(block_size: int, max_q_len: int, window: int) -> None:
         raise ValueError(
             f"the checkpoint has a sliding window of {window} tokens: attention windows are not supported on an NPU"
         )
-    if max_q_len > 1 and block_size % BLOCK_SIZE_STEP:
-        raise ValueError(f"kvcache_block_size is {block_size}: on an NPU it must be a multiple of {BLOCK_SIZE_STEP}")
+    if block_size % BLOCK_SIZE_STEP or block_size > MAX_BLOCK_SIZE:
+        raise ValueError(
+            f"kvcache_block_size is {block_size}: on an NPU it must be a multiple of {BLOCK_SIZE_STEP}, at most "
+            f"{MAX_BLOCK_SIZE}"
+        )
 
 
 def _check_inputs(q_TNH: Tensor, k_cache_CBKH: Tensor, block_table_RP: Tensor, seq_len_R: Tensor, num_rows: int) -> None:

@@ -86,9 +86,11 @@ def generate(graph: GraphModule, fakes: Sequence[Tensor], settings: Settings) ->
     from torch._functorch.aot_autograd import aot_module_simplified
     from torch._functorch.compile_utils import fx_graph_cse
     from torchair import get_compiler
-    from torchair.npu_fx_compiler import _get_merged_decompositions
+    from torchair._utils import add_npu_patch, get_npu_default_decompositions
 
     config = compiler_config(settings)
+    decompositions = {**get_npu_default_decompositions(), **DECOMPOSITIONS}
+    add_npu_patch(decompositions, config)
     frozen = [node.name.startswith(settings.frozen) for node in graph.graph.find_nodes(op="placeholder")]
     generated: list[str] = []
 
@@ -113,7 +115,7 @@ def generate(graph: GraphModule, fakes: Sequence[Tensor], settings: Settings) ->
             fw_compiler=convert,
             bw_compiler=None,
             inference_compiler=convert,
-            decompositions=_get_merged_decompositions(config, DECOMPOSITIONS),
+            decompositions=decompositions,
             keep_inference_input_mutations=True,
         )
     (code,) = generated

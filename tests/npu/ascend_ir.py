@@ -62,6 +62,11 @@ def _matmul(a: Attributes, x1: Tensor, x2: Tensor, bias: Tensor | None = None) -
     return (product if bias is None else product + bias.float()).to(x1.dtype)
 
 
+def _matmul_v2(a: Attributes, x1: Tensor, x2: Tensor, bias: Tensor | None, offset_w: Tensor | None) -> Tensor:
+    assert offset_w is None and a["offset_x"] == 0, "only products without quantisation"
+    return _matmul(a, x1, x2, bias)
+
+
 def _gather(a: Attributes, x: Tensor, indices: Tensor, axis: Tensor) -> Tensor:
     dim = int(axis)
     assert a["batch_dims"] == 0 and (indices.numel() == 0 or 0 <= int(indices.min()) <= int(indices.max()) < x.shape[dim])
@@ -142,6 +147,7 @@ OPS: dict[str, Callable[..., Any]] = {
     "Greater": _binary(torch.gt),
     "Log": _log,
     "MatMul": _matmul,
+    "MatMulV2": _matmul_v2,
     "Mul": _binary(torch.mul),
     "Neg": lambda a, x: -x,
     "NotEqual": _binary(torch.ne),

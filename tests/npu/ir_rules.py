@@ -23,8 +23,9 @@ INPUT = re.compile(r'\.(?:OPTIONAL_|DYNAMIC_)?INPUT\((\w+),\s*(?:"(\w+)"|TensorT
 def _declarations() -> str:
     import torchair
 
-    folder = Path(torchair.__file__).parent / "_ge_concrete_graph"
-    return (folder / "auto_generated_ge_raw_ops.py").read_text(encoding="utf-8")
+    folder = Path(torchair.__file__).parent
+    files = ("_ge_concrete_graph/auto_generated_ge_raw_ops.py", "ge/_ge_graph.py")
+    return "".join((folder / name).read_text(encoding="utf-8") for name in files)
 
 
 @cache
@@ -35,7 +36,9 @@ def declared_inputs(op_type: str) -> dict[str, tuple[str | None, frozenset[torch
         raise KeyError(f"no REG_OP declaration of {op_type}")
     inputs = {}
     for name, letter, group, listed in INPUT.findall(found.group(1).replace("\\n", " ")):
-        allowed = GROUPS.get(group) if group else {NAMES[dt] for dt in re.findall(r"DT_\w+", listed) if dt in NAMES}
+        allowed = GROUPS.get(group)
+        if listed and "Type()" not in listed:
+            allowed = {NAMES[dtype] for dtype in re.findall(r"DT_\w+", listed) if dtype in NAMES}
         inputs[name] = (letter or None, frozenset(allowed) if allowed else None)
     return inputs
 

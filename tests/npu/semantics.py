@@ -85,7 +85,8 @@ def fused_infer_attention_score(
     assert key.dtype == value.dtype == query.dtype, (query.dtype, key.dtype, value.dtype)
     assert block_table.dtype == torch.int32 and block_table.dim() == 2
     head_dim = key.shape[2] // num_key_value_heads
-    assert num_heads % num_key_value_heads == 0 and key.shape[2] % num_key_value_heads == 0
+    group = num_heads // num_key_value_heads
+    assert group * num_key_value_heads == num_heads and key.shape[2] % num_key_value_heads == 0
     if input_layout == "BSH":
         assert sparse_mode == 0 and atten_mask is None and query.shape[1:] == (1, num_heads * head_dim), query.shape
         ends = list(range(1, query.shape[0] + 1))
@@ -105,14 +106,13 @@ def fused_infer_attention_score(
         used = blocks[: -(-kv_len // block_size)].long()
         keys = key[used].reshape(-1, num_key_value_heads, head_dim)[:kv_len].float()
         values = value[used].reshape(-1, num_key_value_heads, head_dim)[:kv_len].float()
-        num_queries = end - start
-        for token in range(num_queries):
-            num_seen = min(kv_len, kv_len if input_layout == "BSH" else token + kv_len - num_queries + 1)
-            if num_seen <= 0:
-                continue
-            q = tokens[start + token].float().reshape(num_key_value_heads, -1, head_dim)
-            score = torch.einsum("kgd,skd->kgs", q, keys[:num_seen]) * scale
-            weight = torch.softmax(score, dim=-1)
-            out[start + token] = torch.einsum("kgs,skd->kgd", weight, values[:num_seen]).reshape(num_heads, head_dim)
+        queries = tokens[start:end].float().reshape(end - start, num_key_value_heads, group, head_dim)
+        # the last key that token i may see: all of them for the one token of BSH, and of TND's last token
+        last_seen = torch.arange(end - start) + kv_len - (end - start)
+        unseen = torch.arange(kv_len) > last_seen[:, None]
+        score = torch.einsum("tkgd,skd->tkgs", queries, keys) * scale
+        weight = torch.softmax(score.masked_fill(unseen[:, None, None], float("-inf")), dim=-1)
+        weight = weight.masked_fill((last_seen < 0)[:, None, None, None], 0.0)
+        out[start:end] = torch.einsum("tkgs,skd->tkgd", weight, values).reshape(end - start, num_heads, head_dim)
         start = end
     return out.reshape(query.shape)

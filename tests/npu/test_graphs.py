@@ -124,7 +124,7 @@ def test_state_is_read_before_it_is_overwritten(graphs: dict[str, Graph]) -> Non
 
 def test_dtypes_are_those_that_the_ops_declare(graphs: dict[str, Graph]) -> None:
     for name, graph in graphs.items():
-        assert len(graph.dtypes) > 3, name
+        assert len(graph.dtypes) >= 3, name
         found = [broken for op, dtypes in graph.dtypes for broken in ir_rules.violations(op.type, dtypes)]
         assert not found, (name, found)
 

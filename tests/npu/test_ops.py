@@ -1,0 +1,188 @@
+"""Each op of ours as Ascend's: in a graph through torchair and the interpreter, and eagerly, against its plain meaning.
+
+fp32 is no dtype of fused_infer_attention_score on a device; here it shows that only rounding is between the two sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nanovllm.compile.lower import torchair
+from nanovllm.compile.passes.replace_ops import replace_ops
+from nanovllm.compile.trace import trace
+from nanovllm.kernels import npu_kernels, ops, reference
+from nanovllm.platforms.npu import NpuPlatform
+from tests.npu.ge import Ge
+from tests.npu.host import Host
+
+N, K, H, B, C, D = 4, 2, 64, 128, 9, 48
+
+
+def in_graph(function: Callable[..., Any], inputs: dict[str, object]) -> tuple[Tensor, ...]:
+    """The results of a function of ours, traced, converted to Ascend IR and interpreted."""
+    graph, fakes, _ = trace(function, inputs)
+    replaced = replace_ops(graph, fakes, table=npu_kernels.IN_GRAPH)
+    run = torchair.lower(replaced, fakes, settings=torchair.Settings())
+    return tuple(run(*(value for value in inputs.values() if isinstance(value, Tensor))))
+
+
+def eagerly(function: Callable[..., Any], inputs: dict[str, object]) -> tuple[Tensor, ...]:
+    result = function(*inputs.values())
+    return result if isinstance(result, tuple) else (result,)
+
+
+@pytest.fixture(params=[in_graph, eagerly], ids=["graph", "eager"])
+def run(request: pytest.FixtureRequest, ge: Ge, host: Host) -> Callable[..., Any]:
+    NpuPlatform().prepare()
+    return request.param
+
+
+def compare(
+    run: Callable[..., Any],
+    op: Callable[..., Any],
+    meaning: Callable[..., Any],
+    tensors: dict[str, Tensor],
+    *settings: Any,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Results and written inputs of `op` on npu tensors, against `meaning` on the same tensors in fp32.
+
+    In bf16 the op rounds its inputs once, its result once and what stands between a few times: 2⁻⁸ of the largest value each.
+    """
+    rounded = {name: x.to(dtype) if x.dtype == torch.float32 and name != "cos_sin" else x for name, x in tensors.items()}
+    expected_inputs = {name: x.float() if x.dtype == dtype else x.clone() for name, x in rounded.items()}
+    expected = meaning(*expected_inputs.values(), *settings)
+    expected = expected if isinstance(expected, tuple) else (expected,)
+    inputs = {name: x.npu() for name, x in rounded.items()}
+    actual = run(lambda *args: op(*args, *settings), inputs)
+    share = 4 * 2.0**-8 if dtype == torch.bfloat16 else 2e-6
+    pairs = [(a, e) for a, e in zip(actual, expected) if e is not None]
+    pairs += [(x, expected_inputs[name]) for name, x in inputs.items()]
+    for a, e in pairs:
+        a = a.cpu()
+        assert a.shape == e.shape
+        if e.is_floating_point():
+            assert not a.isnan().any() or "cache" in "".join(tensors)
+            torch.testing.assert_close(a.float(), e, rtol=0, atol=share * float(e.nan_to_num().abs().max()), equal_nan=True)
+        else:
+            assert torch.equal(a, e)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("num_tokens", [1, 19])
+def test_norms_activation_and_products(run: Callable[..., Any], num_tokens: int, dtype: torch.dtype) -> None:
+    x, weight = torch.randn(num_tokens, D), torch.randn(D)
+    compare(run, ops.rms_norm, reference.rms_norm, {"x": x, "weight": weight}, 1e-6, dtype=dtype)
+    tensors = {"x": x, "residual": torch.randn_like(x), "weight": weight}
+    compare(run, ops.add_rms_norm, reference.add_rms_norm, tensors, 1e-5, dtype=dtype)
+    compare(run, ops.silu_mul, reference.silu_mul, {"x": x}, dtype=dtype)
+    weight, bias = torch.randn(33, D), torch.randn(33)
+    compare(run, ops.linear, reference.linear, {"x": x, "weight": weight, "bias": bias}, dtype=dtype)
+    compare(run, lambda x, w: ops.linear(x, w, None), lambda x, w: x @ w.T, {"x": x, "w": weight}, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("num_tokens", [1, 19])
+def test_rope_and_cache_write(run: Callable[..., Any], num_tokens: int, dtype: torch.dtype) -> None:
+    angle = torch.randn(99, H // 2)
+    table, pos = torch.cat((angle.cos(), angle.sin()), dim=-1), torch.randint(0, 99, (num_tokens,))
+    tensors = {"x": torch.randn(num_tokens, N, H), "cos_sin": table, "pos": pos}
+    compare(run, ops.rope, reference.rope, tensors, dtype=dtype)
+
+    def store(*args: Any) -> Tensor:
+        ops.store_kv(*args)
+        return args[4] + 1  # a graph must have a result
+
+    def meaning(*args: Any) -> Tensor:
+        reference.store_kv(*args)
+        return args[4] + 1
+
+    slot = torch.randperm(C * B)[:num_tokens]
+    tensors = {
+        "k": torch.randn(num_tokens, K, H), "v": torch.randn(num_tokens, K, H),
+        "k_cache": torch.randn(C, B, K, H), "v_cache": torch.randn(C, B, K, H), "slot": slot,
+    }  # fmt: skip
+    compare(run, store, meaning, tensors, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("block_size", [128, 256])
+@pytest.mark.parametrize(
+    ("lengths", "num_padding"),
+    [([(1, 1)], 0), ([(1, 257), (1, 1), (1, 128)], 0), ([(19, 19)], 0), ([(3, 140), (1, 1), (20, 129)], 7), ([], 16)],
+    ids=str,
+)
+def test_attention(
+    run: Callable[..., Any], lengths: list[tuple[int, int]], num_padding: int, block_size: int, dtype: torch.dtype
+) -> None:
+    """(new tokens, all tokens) a row, with tokens of no row behind them and NaN in the cache where no key is."""
+    num_rows, num_tokens = max(1, len(lengths)) + (num_padding > 0), sum(new for new, _ in lengths) + num_padding
+    is_decode = all(new == 1 for new, _ in lengths) and not num_padding
+    caches = [torch.full((C, block_size, K, H), float("nan")) for _ in "kv"]
+    table, seq_len, q_start = torch.zeros(num_rows, 3).int(), torch.zeros(num_rows).int(), torch.zeros(num_rows + 1).int()
+    blocks = iter(range(1, C))
+    for row, (new, total) in enumerate(lengths):
+        seq_len[row], q_start[row + 1 :] = total, q_start[row] + new
+        for start in range(0, total, block_size):
+            table[row, start // block_size] = block = next(blocks)
+            for cache in caches:
+                cache[block, : total - start] = torch.randn_like(cache[block, : total - start])
+    tensors = {
+        "q": torch.randn(num_tokens, N, H), "k_cache": caches[0], "v_cache": caches[1],
+        "table": table, "seq_len": seq_len, "q_start": q_start,
+    }  # fmt: skip
+    used = int(q_start[-1]) if not is_decode else num_tokens
+
+    def op(*args: Any) -> Tensor:
+        return ops.paged_attention(*args)[:used] if used else ops.paged_attention(*args).new_ones(1)
+
+    def meaning(*args: Any) -> Tensor:
+        return reference.paged_attention(*args)[:used] if used else torch.ones(1)
+
+    compare(run, op, meaning, tensors, 1 if is_decode else num_tokens, 0.125, 0, dtype=dtype)
+
+
+@pytest.mark.parametrize("vocab_size", [19, 989])
+def test_drawing_is_exact(run: Callable[..., Any], vocab_size: int) -> None:
+    """The hash's integers survive the way without exclusive or and shifts: every token is that of the CPU."""
+    logits = torch.randn(64, vocab_size)
+    temperature = torch.rand(64) * 2
+    temperature[:8] = 0.0
+    seed = torch.randint(-(2**63), 2**63 - 1, (64,))
+    pos = torch.randint(0, 100_000, (64,))
+    inputs = {"logits": logits.npu(), "temperature": temperature.npu(), "seed": seed.npu(), "pos": pos.npu()}
+    (token,) = run(ops.sample, inputs)
+    expected = reference.sample(logits, temperature, seed, pos)
+    assert torch.equal(token.cpu(), expected)
+    assert torch.equal(token.cpu()[:8], logits[:8].argmax(-1)) and not torch.equal(expected, logits.argmax(-1))
+
+
+def test_attention_that_the_op_does_not_do_is_refused() -> None:
+    q = torch.zeros(3, N, H)
+    cache, table = torch.zeros(C, 64, K, H), torch.zeros(3, 2, dtype=torch.int32)
+    lengths, starts = torch.ones(3, dtype=torch.int32), torch.arange(4, dtype=torch.int32)
+    with pytest.raises(ValueError, match="kvcache_block_size is 64: on an NPU it must be a multiple of 128"):
+        npu_kernels.paged_attention_in_graph(q, cache, cache, table, lengths, starts, 3, 1.0, 0)
+    with pytest.raises(ValueError, match="a sliding window of 32 tokens: attention windows are not supported"):
+        npu_kernels.paged_attention_in_graph(q, cache, cache, table, lengths, starts, 1, 1.0, 32)
+
+
+@pytest.mark.parametrize("wrong", ["table dtype", "lengths", "head size", "q dtype"])
+def test_shapes_and_dtypes_that_torchair_would_accept_are_refused(wrong: str) -> None:
+    q, cache = torch.zeros(3, N, H), torch.zeros(C, B, K, H)
+    table, lengths, starts = torch.zeros(3, 2).int(), torch.ones(3).int(), torch.arange(4).int()
+    if wrong == "table dtype":
+        table = table.long()
+    elif wrong == "lengths":
+        lengths = lengths[:2]
+    elif wrong == "head size":
+        q = q[..., :32]
+    else:
+        q = q.half()
+    with pytest.raises(AssertionError):
+        npu_kernels.paged_attention_in_graph(q, cache, cache, table, lengths, starts, 1, 1.0, 0)
