@@ -144,7 +144,12 @@ def hash32(x: Tensor) -> Tensor:
 
     Source: C. Wellons, hash-prospector, the "lowbias32" search, constants 21f0aaad-735a2d97 with shifts 16, 15, 15.
     """
-    x = ((x ^ (x >> 16)) * 0x21F0AAAD) & MASK_32
+    return keyed_hash32(x, torch.zeros_like(x))
+
+
+def keyed_hash32(x: Tensor, key: Tensor) -> Tensor:
+    """`hash32` with a key between its two rounds: as a function of x still a bijection, another one for every key."""
+    x = (((x ^ (x >> 16)) * 0x21F0AAAD) & MASK_32) ^ key
     x = ((x ^ (x >> 15)) * 0x735A2D97) & MASK_32
     return x ^ (x >> 15)
 
@@ -155,7 +160,7 @@ def gumbel_noise(seed_R: Tensor, pos_R: Tensor, vocab_size: int) -> Tensor:
     key_R = hash32(low ^ hash32(high ^ hash32(pos_R & MASK_32)))
     second_R = hash32(key_R ^ 0x5BD1E995)
     token_V = torch.arange(vocab_size, device=seed_R.device)
-    bits_RV = hash32(hash32(token_V.unsqueeze(0) ^ key_R.unsqueeze(1)) ^ second_R.unsqueeze(1))
+    bits_RV = keyed_hash32(token_V.unsqueeze(0) ^ key_R.unsqueeze(1), second_R.unsqueeze(1))
     uniform_RV = ((bits_RV >> 9).float() + 0.5) * 2.0**-23
     return -torch.log(-torch.log(uniform_RV))
 

@@ -33,7 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm.kernels import reference
-from nanovllm.kernels.triton_common import launch_options
+from nanovllm.kernels.triton_common import launch_options, prefetch_rows
 
 MAX_ROWS = 16
 
@@ -58,16 +58,6 @@ def _finish(y_TO, up_TO, dtype: tl.constexpr, SILU_MUL: tl.constexpr):
         y_TO = y_TO.to(dtype).to(tl.float32)
         y_TO = (y_TO / (1.0 + tl.exp(-y_TO))).to(dtype).to(tl.float32) * up_TO.to(dtype).to(tl.float32)
     return y_TO.to(dtype)
-
-
-@triton.jit
-def _prefetch(row_at, FIRST: tl.constexpr, DEPTH: tl.constexpr, LINES_P: tl.constexpr):
-    """Asks the L2 for the columns from FIRST on of the rows that begin at `row_at` (any shape), by lines of 128 bytes."""
-    line = FIRST + tl.arange(0, LINES_P) * 64
-    address = (row_at[:, None] + tl.minimum(line, DEPTH - 1)[None, :]).to(tl.int64, bitcast=True)
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; // $0", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
-    )
 
 
 @triton.jit
@@ -132,9 +122,9 @@ def one_row_linear_kernel(
         if PREFETCH_P > 0:
             first_O = tl.minimum(tl.program_id(0) * OUTS + tl.arange(0, OUTS), NUM_OUTS - 1)
             first_at = weight_ptr + first_O.to(tl.int64) * weight_stride
-            _prefetch(first_at, AHEAD * COLUMNS, DEPTH, PREFETCH_P)
+            prefetch_rows(first_at, AHEAD * COLUMNS, DEPTH, PREFETCH_P)
             if SILU_MUL:
-                _prefetch(first_at + NUM_OUTS * weight_stride.to(tl.int64), AHEAD * COLUMNS, DEPTH, PREFETCH_P)
+                prefetch_rows(first_at + NUM_OUTS * weight_stride.to(tl.int64), AHEAD * COLUMNS, DEPTH, PREFETCH_P)
         tl.extra.cuda.gdc_wait()
     for chunk in tl.static_range(NUM_CHUNKS):
         if chunk < AHEAD:
@@ -256,9 +246,9 @@ def few_rows_linear_kernel(
     if PDL:
         if PREFETCH_P > 0:
             first_at = weight_ptr + row_O.to(tl.int64) * weight_stride
-            _prefetch(first_at, AHEAD * CHUNK, DEPTH, PREFETCH_P)
+            prefetch_rows(first_at, AHEAD * CHUNK, DEPTH, PREFETCH_P)
             if SILU_MUL:
-                _prefetch(first_at + NUM_OUTS * weight_stride.to(tl.int64), AHEAD * CHUNK, DEPTH, PREFETCH_P)
+                prefetch_rows(first_at + NUM_OUTS * weight_stride.to(tl.int64), AHEAD * CHUNK, DEPTH, PREFETCH_P)
         tl.extra.cuda.gdc_wait()
 
     factor_1T1 = tl.full((1, ROWS_P, 1), 1.0, tl.float32)

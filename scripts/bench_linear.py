@@ -16,8 +16,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ from torch.nn.functional import linear
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from nanovllm.kernels import reference, triton_linear, triton_sample
+from nanovllm.kernels import reference, triton_gemm, triton_linear, triton_sample
 from nanovllm.kernels.triton_attention_decode import paged_attention_decode
+from nanovllm.kernels.triton_gemm import GemmTile, gemm
 from nanovllm.kernels.triton_linear import LinearTile, fused_linear
 from nanovllm.kernels.triton_norm_act import add_rms_norm, silu_mul
 from nanovllm.kernels.triton_rope_store import qk_norm_rope_store
@@ -87,8 +89,37 @@ def copy_bandwidth() -> float:
     return 8 * source.numel() / (time_launches(partial(torch.neg, out=target), [(source,)]) * 1e-6)
 
 
-def tiles(shape: tuple[int, int, bool, bool], num_rows: int, tune: bool) -> list[LinearTile]:
+def gemm_tiles(shape: tuple[int, int, bool, bool], num_rows: int, tune: bool) -> list[GemmTile]:
     """Candidates: the op's own choice first."""
+    num_outs, depth, _, silu = shape
+    found = [triton_gemm.gemm_tile(num_rows, num_outs, depth, silu)]
+    for rows, outs, columns, splits, stages, swap in product(
+        (16, 32, 64, 128, 256), (32, 64, 128, 256), (64, 128), (1, 2, 4, 8), (3, 4, 6), (False, True)
+    ):
+        programs = -(-num_rows // rows) * -(-num_outs // outs) * splits
+        area, shared = rows * outs * (1 + silu), (rows + outs * (1 + silu)) * columns * 2 * stages
+        if (
+            tune
+            and rows < 2 * num_rows
+            and (outs if swap else rows) >= 64
+            and 2048 <= area <= 32768
+            and (swap or outs <= 2 * rows)
+            and depth % (columns * splits) == 0
+            and depth // (columns * splits) >= stages
+            and 48 <= programs <= 800
+            and (splits == 1 or programs <= 280)
+            and 48 << 10 <= shared <= 220 << 10
+            and (not swap or num_rows <= 128)
+            and (rows >= min(64, num_rows))
+        ):
+            found.append(GemmTile(rows, outs, columns, splits, stages, 8 if area >= 16384 else 4, swap))
+    return list(dict.fromkeys(found))
+
+
+def tiles(shape: tuple[int, int, bool, bool], num_rows: int, tune: bool) -> Sequence[LinearTile | GemmTile]:
+    """Candidates: the op's own choice first."""
+    if num_rows > triton_linear.MAX_ROWS:
+        return gemm_tiles(shape, num_rows, tune)
     num_outs, depth, norm, silu = shape
     found = [triton_linear.linear_tile(num_rows, num_outs, depth, silu)]
     silu_factor = 2 if silu else 1
@@ -136,7 +167,9 @@ class Case:
         self.x, self.residual = torch.randn(2, num_rows, depth, device="cuda").to(DTYPE)
         self.norms = [(torch.rand(depth, device="cuda") + 0.5).to(DTYPE) for _ in self.weights] if norm else None
 
-    def fused(self, idx: int, tile: LinearTile | None, pdl: bool | None = None) -> tuple[Tensor, Tensor]:
+    def fused(self, idx: int, tile: LinearTile | GemmTile | None, pdl: bool | None = None) -> tuple[Tensor, Tensor]:
+        if isinstance(tile, GemmTile):
+            return gemm(self.normed, self.weights[idx], None, self.silu, tile, pdl), self.x
         norm, residual = (self.norms[idx], self.residual) if self.norms else (None, None)
         return fused_linear(self.x, residual, norm, self.weights[idx], None, 1e-6, self.silu, launch=tile, pdl=pdl)
 
@@ -144,6 +177,10 @@ class Case:
         x = add_rms_norm(self.x, self.residual, self.norms[idx], 1e-6)[0] if self.norms else self.x
         y = linear(x, self.weights[idx])
         return silu_mul(y) if self.silu else y
+
+    @cached_property
+    def normed(self) -> Tensor:
+        return add_rms_norm(self.x, self.residual, self.norms[0], 1e-6)[0] if self.norms else self.x
 
     def launches(self) -> list[int]:
         return [i % len(self.weights) for i in range(28)]
@@ -172,7 +209,8 @@ def bench_tiles(
             case = Case(shapes[name], num_rows, weights) if only is None else Small(shapes[name], num_rows)
             weights = case.weights
             best: dict[str, Any] | None = None
-            for tile in tiles(shapes[name], num_rows, tune):
+            found = tiles(shapes[name], num_rows, tune)
+            for tile in found:
                 counter += 1
                 if only is not None:
                     if counter % only[1] == only[0]:
@@ -183,7 +221,10 @@ def bench_tiles(
                     if not error < 1e-2:
                         print(f"WRONG {name} rows {num_rows} {tuple(tile)}: error {error:.3g}")
                         continue
-                    us = [time_launches(case.fused, [(i, tile, pdl) for i in case.launches()]) for pdl in (None, False)]
+                    us = [
+                        time_launches(case.fused, [(i, tile, pdl) for i in case.launches()])
+                        for pdl in ((None, False) if tile == found[0] else (None,))
+                    ]
                 except Exception as problem:
                     print(f"FAILED {name} rows {num_rows} {tuple(tile)}: {str(problem)[:200]}")
                     continue
@@ -192,7 +233,7 @@ def bench_tiles(
                     "rows": num_rows,
                     "tile": tuple(tile),
                     "us": us[0],
-                    "us_no_pdl": us[1],
+                    "us_no_pdl": us[-1],
                     "error": error,
                 }
                 results.append(row)
