@@ -61,6 +61,15 @@ def wait_for_earlier_kernels(PDL: tl.constexpr):
 
 
 @triton.jit
+def finish(y, up, dtype: tl.constexpr, SILU_MUL: tl.constexpr):
+    """A product's result in its dtype: y, or silu(y) · up, rounded where the reference rounds."""
+    if SILU_MUL:
+        y = y.to(dtype).to(tl.float32)
+        y = (y / (1.0 + tl.exp(-y))).to(dtype).to(tl.float32) * up.to(dtype).to(tl.float32)
+    return y.to(dtype)
+
+
+@triton.jit
 def prefetch_rows(row_at, FIRST: tl.constexpr, END: tl.constexpr, LINES_P: tl.constexpr):
     """Asks the L2 for columns FIRST … END − 1 (of 2 bytes) of the rows that begin at `row_at`, by lines of 128 bytes."""
     line = FIRST + tl.arange(0, LINES_P) * 64

@@ -1,11 +1,13 @@
-"""Products with some rows (17 to 256, a decode batch) in Triton: x · weightᵀ + bias (→ SiLU·up).
+"""Products with 17 to 256 rows (a decode batch), fused with their neighbours, in Triton:
+(RMS norm →) x · weightᵀ + bias (→ SiLU·up) (+ residual).
 
-A product of this size takes a few microseconds: it is bound by the weights' way from memory and by what every program
-reads from the L2, and a third of its time is launch and first loads. So here, too, weights are asked for before the wait
-for the kernel before (programmatic dependent launch, sm_90): each program prefetches its share of the weights into the
-L2, waits, and then runs an ordinary pipelined loop over the depth. Where the outputs are few, the depth is split between
-programs; each writes its fp32 part, and the last to arrive adds the parts up in their order, so that every run gives the
-same bits.
+A product of this size takes a few microseconds. It is bound by the weights' way from memory and by what all programs
+together read from the L2, and a good part of its time is launch and first loads. So programs are placed while the kernel
+before still runs (programmatic dependent launch, sm_90), and the neighbours are taken in, which spares their launches.
+The norm's factor comes after the product, for it is one per row: its sum of squares is collected from the chunks of x on
+their way into the matrix units, and x is multiplied by the norm's weight alone. Where the outputs are few, the depth is
+split between programs; each writes its fp32 part, and the last to arrive adds the parts up in their order, so that every
+run gives the same bits.
 
 Shapes: T rows (tokens) | D depth (inner size) | O outputs of one program | C columns of a chunk
 """
@@ -19,14 +21,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanovllm.kernels.triton_common import arrival_counters, launch_options, prefetch_rows
+from nanovllm.kernels.triton_common import arrival_counters, finish, launch_options, prefetch_rows
 
 MAX_ROWS = 256
 
 
 class GemmTile(NamedTuple):
-    """How a launch is cut: rows and outputs of one program, columns of a chunk, parts of the depth, chunks in flight, warps;
-    and whether the outputs stand along the matrix units' first dimension (at least 64 wide) in place of the rows.
+    """How a launch is cut: rows and outputs of one program, columns of a chunk, parts of the depth (1 with a norm), chunks in
+    flight, warps; and whether a program asks its weights into the L2 before it waits for the kernel before.
     """
 
     rows: int
@@ -35,12 +37,12 @@ class GemmTile(NamedTuple):
     splits: int
     num_stages: int
     num_warps: int
-    swap: bool = False
+    prefetch: bool = False
 
 
 @triton.jit
 def _load_chunk(at, chunk, d_C, DEPTH: tl.constexpr, COLUMNS: tl.constexpr, EXACT: tl.constexpr):
-    """Columns of one chunk from `at`, which holds the offsets d_C within the first one; zeros beyond the depth."""
+    """Columns of one chunk from `at`, [1 or more, C] with the offsets d_C within the first; zeros beyond the depth."""
     if EXACT:
         return tl.load(at + chunk * COLUMNS)
     else:
@@ -48,26 +50,26 @@ def _load_chunk(at, chunk, d_C, DEPTH: tl.constexpr, COLUMNS: tl.constexpr, EXAC
 
 
 @triton.jit
-def _dot(x_TC, w_OC, acc, SWAP: tl.constexpr, UPCAST: tl.constexpr):
+def _dot(x_TC, w_OC, acc_TO, UPCAST: tl.constexpr):
     if UPCAST:  # the interpreter multiplies bf16 as raw integers
         x_TC = x_TC.to(tl.float32)
         w_OC = w_OC.to(tl.float32)
-    if SWAP:
-        return tl.dot(w_OC, tl.trans(x_TC), acc, input_precision="ieee")
-    else:
-        return tl.dot(x_TC, tl.trans(w_OC), acc, input_precision="ieee")
+    return tl.dot(x_TC, tl.trans(w_OC), acc_TO, input_precision="ieee")
 
 
 @triton.jit
-def gemm_kernel(
+def many_rows_linear_kernel(
     x_ptr,  # [T, D]
+    norm_ptr,  # [D], read if HAS_NORM
     weight_ptr,  # [outputs, D]
     bias_ptr,  # [outputs], read if HAS_BIAS
+    residual_ptr,  # [T, NUM_OUTS], read if HAS_RESIDUAL
     out_ptr,  # [T, NUM_OUTS], written
     part_ptr,  # [SPLITS, 1 or 2, T, NUM_OUTS] fp32, written if SPLITS > 1
     arrived_ptr,  # [programs of one split] int32: zero before and after each launch
     x_stride,
     weight_stride,
+    eps,
     NUM_ROWS: tl.constexpr,
     NUM_OUTS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -76,9 +78,10 @@ def gemm_kernel(
     COLUMNS: tl.constexpr,
     SPLITS: tl.constexpr,
     STAGES: tl.constexpr,
-    SWAP: tl.constexpr,
     LINES_P: tl.constexpr,
+    HAS_NORM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
     SILU_MUL: tl.constexpr,
     UPCAST: tl.constexpr,
     PDL: tl.constexpr,
@@ -103,49 +106,52 @@ def gemm_kernel(
                 prefetch_rows(up_O + split * (CHUNKS * COLUMNS), 0, CHUNKS * COLUMNS, LINES_P)
         tl.extra.cuda.gdc_wait()
 
-    x_at = x_T[:, None] + d_C[None, :]
-    w_at = w_O[:, None] + d_C[None, :]
-    up_at = up_O[:, None] + d_C[None, :]
-    acc = tl.zeros((OUTS, ROWS) if SWAP else (ROWS, OUTS), tl.float32)
-    acc_up = tl.zeros((OUTS, ROWS) if SWAP else (ROWS, OUTS), tl.float32)
+    x_at, norm_at = x_T[:, None] + d_C[None, :], norm_ptr + d_C[None, :]
+    w_at, up_at = w_O[:, None] + d_C[None, :], up_O[:, None] + d_C[None, :]
+    acc_TO, up_TO = tl.zeros((ROWS, OUTS), tl.float32), tl.zeros((ROWS, OUTS), tl.float32)
+    square_T = tl.zeros((ROWS,), tl.float32)
     for chunk in tl.range(0, CHUNKS, num_stages=STAGES):
         x_TC = _load_chunk(x_at, chunk, d_C, DEPTH, COLUMNS, EXACT)
-        acc = _dot(x_TC, _load_chunk(w_at, chunk, d_C, DEPTH, COLUMNS, EXACT), acc, SWAP, UPCAST)
+        if HAS_NORM:
+            x32_TC = x_TC.to(tl.float32)
+            square_T += tl.sum(x32_TC * x32_TC, 1)
+            x_TC = (x32_TC * _load_chunk(norm_at, chunk, d_C, DEPTH, COLUMNS, EXACT).to(tl.float32)).to(dtype)
+        acc_TO = _dot(x_TC, _load_chunk(w_at, chunk, d_C, DEPTH, COLUMNS, EXACT), acc_TO, UPCAST)
         if SILU_MUL:
-            acc_up = _dot(x_TC, _load_chunk(up_at, chunk, d_C, DEPTH, COLUMNS, EXACT), acc_up, SWAP, UPCAST)
+            up_TO = _dot(x_TC, _load_chunk(up_at, chunk, d_C, DEPTH, COLUMNS, EXACT), up_TO, UPCAST)
 
-    if SWAP:
-        row, out = row_T[None, :], o_O[:, None]
-    else:
-        row, out = row_T[:, None], o_O[None, :]
-    mask = (row < NUM_ROWS) & (out < NUM_OUTS)
-    at = row * NUM_OUTS + out
+    mask_TO = (row_T < NUM_ROWS)[:, None] & (o_O < NUM_OUTS)[None, :]
+    at_TO = row_T[:, None] * NUM_OUTS + o_O[None, :]
     if SPLITS > 1:
         PART: tl.constexpr = NUM_ROWS * NUM_OUTS
         EACH: tl.constexpr = 2 * PART if SILU_MUL else PART
-        tl.store(part_ptr + split * EACH + at, acc, mask=mask)
+        tl.store(part_ptr + split * EACH + at_TO, acc_TO, mask=mask_TO)
         if SILU_MUL:
-            tl.store(part_ptr + split * EACH + PART + at, acc_up, mask=mask)
+            tl.store(part_ptr + split * EACH + PART + at_TO, up_TO, mask=mask_TO)
         # all threads' stores come before the one thread's release; its acquire comes before all threads' loads
         tl.debug_barrier()
         arrived_at = arrived_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
         if tl.atomic_add(arrived_at, 1, sem="acq_rel", scope="gpu") != SPLITS - 1:
             return
         tl.store(arrived_at, 0)
-        acc, acc_up = tl.zeros_like(acc), tl.zeros_like(acc_up)
+        acc_TO, up_TO = tl.zeros((ROWS, OUTS), tl.float32), tl.zeros((ROWS, OUTS), tl.float32)
         for i in tl.static_range(SPLITS):
             # .cg: other multiprocessors wrote these, so L1 is not asked
-            acc += tl.load(part_ptr + i * EACH + at, mask=mask, other=0.0, cache_modifier=".cg")
+            acc_TO += tl.load(part_ptr + i * EACH + at_TO, mask=mask_TO, other=0.0, cache_modifier=".cg")
             if SILU_MUL:
-                acc_up += tl.load(part_ptr + i * EACH + PART + at, mask=mask, other=0.0, cache_modifier=".cg")
+                up_TO += tl.load(part_ptr + i * EACH + PART + at_TO, mask=mask_TO, other=0.0, cache_modifier=".cg")
+    if HAS_NORM:
+        factor_T1 = tl.rsqrt(square_T / DEPTH + eps)[:, None]
+        acc_TO *= factor_T1
+        up_TO *= factor_T1
     if HAS_BIAS:
-        acc += tl.load(bias_ptr + out, mask=out < NUM_OUTS, other=0.0).to(tl.float32)
+        acc_TO += tl.load(bias_ptr + o_O, mask=o_O < NUM_OUTS, other=0.0).to(tl.float32)[None, :]
         if SILU_MUL:
-            acc_up += tl.load(bias_ptr + NUM_OUTS + out, mask=out < NUM_OUTS, other=0.0).to(tl.float32)
-    if SILU_MUL:  # rounded where the reference rounds
-        gate = acc.to(dtype).to(tl.float32)
-        acc = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32) * acc_up.to(dtype).to(tl.float32)
-    tl.store(out_ptr + at, acc.to(dtype), mask=mask)
+            up_TO += tl.load(bias_ptr + NUM_OUTS + o_O, mask=o_O < NUM_OUTS, other=0.0).to(tl.float32)[None, :]
+    y_TO = finish(acc_TO, up_TO, dtype, SILU_MUL)
+    if HAS_RESIDUAL:
+        y_TO = (y_TO.to(tl.float32) + tl.load(residual_ptr + at_TO, mask=mask_TO, other=0.0).to(tl.float32)).to(dtype)
+    tl.store(out_ptr + at_TO, y_TO, mask=mask_TO)
 
 
 def gemm_tile(num_rows: int, num_outs: int, depth: int, silu_mul: bool) -> GemmTile:
@@ -154,7 +160,14 @@ def gemm_tile(num_rows: int, num_outs: int, depth: int, silu_mul: bool) -> GemmT
 
 
 def gemm_constants(
-    num_rows: int, num_outs: int, depth: int, has_bias: bool, silu_mul: bool, tile: GemmTile
+    num_rows: int,
+    num_outs: int,
+    depth: int,
+    has_norm: bool,
+    has_bias: bool,
+    has_residual: bool,
+    silu_mul: bool,
+    tile: GemmTile,
 ) -> dict[str, int]:
     """The kernel's compile-time constants."""
     chunks = triton.cdiv(depth, tile.columns * tile.splits)
@@ -168,49 +181,65 @@ def gemm_constants(
         "COLUMNS": tile.columns,
         "SPLITS": tile.splits,
         "STAGES": tile.num_stages,
-        "SWAP": tile.swap,
-        "LINES_P": triton.next_power_of_2(triton.cdiv(chunks * tile.columns, 64)) if is_exact else 0,
+        "LINES_P": triton.next_power_of_2(triton.cdiv(chunks * tile.columns, 64)) if tile.prefetch and is_exact else 0,
+        "HAS_NORM": has_norm,
         "HAS_BIAS": has_bias,
+        "HAS_RESIDUAL": has_residual,
         "SILU_MUL": silu_mul,
     }
 
 
-def gemm(
+def many_rows_linear(
     x_TD: Tensor,
+    norm_weight_D: Tensor | None,
     weight_OD: Tensor,
     bias_O: Tensor | None,
+    residual_TO: Tensor | None,
+    eps: float,
     silu_mul: bool,
     launch: GemmTile | None = None,
     pdl: bool | None = None,
 ) -> Tensor:
-    """x · weightᵀ + bias, then silu(gate) · up where `silu_mul`; see `reference.fused_linear`. bf16 or fp16, last strides 1.
+    """`reference.fused_linear` in bf16 or fp16, last strides 1. The weights may be read before earlier kernels are over.
 
-    The weights and the bias may be read before earlier kernels are over. `launch` and `pdl` override the tile and
-    programmatic dependent launch, for measurements.
+    `launch` and `pdl` override the tile and programmatic dependent launch, for measurements.
     """
     num_rows, depth = x_TD.shape
     num_outs = weight_OD.shape[0] // 2 if silu_mul else weight_OD.shape[0]
     device = x_TD.device
     tile = launch or gemm_tile(num_rows, num_outs, depth, silu_mul)
+    if norm_weight_D is not None:  # a part of the depth would know a part of the norm's sum
+        tile = tile._replace(splits=1)
     out_TO = torch.empty((num_rows, num_outs), dtype=x_TD.dtype, device=device)
     grid = (triton.cdiv(num_outs, tile.outs), triton.cdiv(num_rows, tile.rows), tile.splits)
     part, arrived = out_TO, out_TO
     if tile.splits > 1:
         part = torch.empty(tile.splits * (1 + silu_mul) * num_rows * num_outs, dtype=torch.float32, device=device)
         arrived = arrival_counters(device, grid[0] * grid[1])
-    options = launch_options(device) if pdl is not False else {"PDL": False}
-    gemm_kernel[grid](
+    many_rows_linear_kernel[grid](
         x_TD,
+        x_TD if norm_weight_D is None else norm_weight_D,
         weight_OD,
-        weight_OD if bias_O is None else bias_O,
+        x_TD if bias_O is None else bias_O,
+        x_TD if residual_TO is None else residual_TO,
         out_TO,
         part,
         arrived,
         x_TD.stride(0),
         weight_OD.stride(0),
-        **gemm_constants(num_rows, num_outs, depth, bias_O is not None, silu_mul, tile),
+        eps,
+        **gemm_constants(
+            num_rows,
+            num_outs,
+            depth,
+            norm_weight_D is not None,
+            bias_O is not None,
+            residual_TO is not None,
+            silu_mul,
+            tile,
+        ),
         UPCAST=device.type != "cuda",
         num_warps=tile.num_warps,
-        **options,
+        **(launch_options(device) if pdl is not False else {"PDL": False}),
     )
     return out_TO
