@@ -267,7 +267,8 @@ def bench_tiles(
             print(
                 f"{name:13} rows {num_rows:2}: chosen {chosen['us']:6.2f} ({chosen['us_no_pdl']:6.2f} without PDL), "
                 f"best {best['us']:6.2f} ({best['us_no_pdl']:6.2f}) {share:4.0%} of copy bandwidth | "
-                f"cuBLAS {cublas:6.2f}, with its neighbours {apart:6.2f} | {best['tile']} | prefetch {best.get('us_prefetch', 0):6.2f}",
+                f"cuBLAS {cublas:6.2f}, with its neighbours {apart:6.2f} | {best['tile']} "
+                f"| prefetch {best.get('us_prefetch', 0):6.2f}",
                 flush=True,
             )
     return results
