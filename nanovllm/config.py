@@ -18,6 +18,10 @@ class EngineConfig:
     device: "auto", "cpu", "cuda" or "cuda:N".
     enforce_eager: run the regions as plain Python, without graphs.
     graph_batch_sizes: rows of the decode graphs. Larger batches run in several decode steps.
+    capture: record decode steps as device graphs, on devices that have them; False launches each kernel by itself.
+    fuse: fuse ops into kernels of our own; False leaves all but attention, the cache write and the sampler to the lowering,
+        as plain torch.
+    run_ahead: steps launched before the tokens of the first are read, 0 or 1.
     pad_batches: in eager mode, whether batches are padded to the graphs' sizes all the same.
     max_num_seqs: requests that run at the same time.
     max_num_batched_tokens: prompt tokens per prefill step; longer prompts are split, and decode steps go between.
@@ -34,6 +38,9 @@ class EngineConfig:
     dtype: str = "auto"
     device: str = "auto"
     enforce_eager: bool = False
+    capture: bool = True
+    fuse: bool = True
+    run_ahead: int | None = None
     graph_batch_sizes: Sequence[int] | None = None
     pad_batches: bool = True
     max_num_seqs: int | None = None
@@ -76,6 +83,11 @@ class EngineConfig:
             raise ValueError(f"gpu_memory_utilization is {share!r}: it must be a number in (0, 1]")
         if not self.pad_batches and not self.enforce_eager:
             raise ValueError("pad_batches=False needs enforce_eager=True: graphs have fixed sizes")
+        if not self.fuse and self.enforce_eager:
+            raise ValueError("fuse=False needs enforce_eager=False: in eager mode there are no passes to leave out")
+        # two ahead would gain nothing, since with one there is always a step behind that which runs
+        if self.run_ahead is not None and (isinstance(self.run_ahead, bool) or self.run_ahead not in (0, 1)):
+            raise ValueError(f"run_ahead is {self.run_ahead!r}: it must be 0 or 1")
         if self.tensor_parallel_size != 1:
             raise ValueError(f"tensor_parallel_size is {self.tensor_parallel_size}: only 1 is supported")
 

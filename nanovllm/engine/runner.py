@@ -124,9 +124,13 @@ class Runner:
         layout: Layout,
         platform: Platform,
         compiler: Compiler,
+        *,
+        capture: bool = True,
     ) -> None:
         self.model, self.cfg, self.params = model, cfg, params
         self.layout, self.platform, self.compiler = layout, platform, compiler
+        # eager mode is for seeing each op run where it stands, so nothing is captured there
+        self._record = platform.capture if capture and compiler.lowering is not None else _as_it_is
         self.state = new_state(layout.max_num_seqs, layout.blocks_per_row, platform.device)
         self.cos_sin_MH = rotary_table(cfg.inv_freq, cfg.rope_scale, layout.max_model_len, platform.device)
         self.filtered = FilteredSampler(platform, self.state, cfg.vocab_size)
@@ -193,10 +197,8 @@ class Runner:
     def _decode_step(self, num_rows: int) -> _DecodeStep:
         step = self._decode_steps.get(num_rows)
         if step is None:
-            # eager mode is for seeing each op run where it stands, so nothing is captured there
-            record = _as_it_is if self.compiler.lowering is None else self.platform.capture
             with torch.no_grad():
-                step = _DecodeStep(self.steps, self.platform.device, record, num_rows, self.state.pad_row)
+                step = _DecodeStep(self.steps, self.platform.device, self._record, num_rows, self.state.pad_row)
             self._decode_steps[num_rows] = step
         return step
 

@@ -72,7 +72,8 @@ def load(config: EngineConfig) -> Loaded:
         def new_runner(layout: Layout) -> Runner:
             # a layout for shorter requests can mean another rotary table
             fitted = model.config(hf, dtype=cfg.dtype, max_model_len=layout.max_model_len)
-            return Runner(model, fitted, params, layout, platform, make_compiler(config, platform, environment))
+            compiler = make_compiler(config, platform, environment)
+            return Runner(model, fitted, params, layout, platform, compiler, capture=config.capture)
 
         layout, num_blocks, runner = _with_cache(config, layout, cfg, new_runner, platform)
         runner.warm_up(building)
@@ -142,7 +143,7 @@ def make_compiler(config: EngineConfig, platform: Platform, environment: env.Env
     lowering, _ = (None, "") if config.enforce_eager else platform.lowering()
     return Compiler(
         lowering,
-        passes=platform.passes() if lowering is not None else (),
+        passes=platform.passes(config.fuse) if lowering is not None else (),
         dump_dir=environment.dump_graphs,
         varying=VARYING,
         strict=environment.strict,

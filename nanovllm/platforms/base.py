@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from nanovllm.compile.passes.inline_ops import inline_ops
 from nanovllm.compile.program import Lowering, Pass
+
+# For measuring what fusion earns: only what no lowering can write by itself stays a kernel of ours.
+UNFUSED_OPS = frozenset({"paged_attention", "store_kv", "sample"})
+UNFUSED_PASSES: tuple[tuple[str, Pass], ...] = (
+    ("inline_ops", partial(inline_ops, keep=lambda name, node: name in UNFUSED_OPS)),
+)
 
 
 class HostCopy(Protocol):
@@ -42,8 +50,9 @@ class Platform(Protocol):
         """The lowering for graph mode, or None and the reason in one line."""
         ...
 
-    def passes(self) -> tuple[tuple[str, Pass], ...]:
-        """What turns a traced graph into one for the lowering: fusions into kernels of ours, then inlining of the rest."""
+    def passes(self, fuse: bool) -> tuple[tuple[str, Pass], ...]:
+        """What turns a traced graph into one for the lowering: fusions into kernels of ours, then inlining of the rest.
+        Without `fuse` it is `UNFUSED_PASSES`."""
         ...
 
     def capture(self, step: Callable[[], None]) -> Replay:

@@ -19,7 +19,7 @@ from nanovllm.compile.passes.fuse_rope_store import fuse_rope_store
 from nanovllm.compile.passes.inline_ops import inline_ops
 from nanovllm.compile.program import Lowering, Pass
 from nanovllm.kernels import cpu_kernels
-from nanovllm.platforms.base import HostCopy, Replay
+from nanovllm.platforms.base import UNFUSED_PASSES, HostCopy, Replay
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,9 @@ class CpuPlatform:
             return None, f"no C++ compiler for graph mode, running eagerly: {self._compiler_problem.splitlines()[0]}"
         return inductor.lower, ""
 
-    def passes(self) -> tuple[tuple[str, Pass], ...]:
+    def passes(self, fuse: bool) -> tuple[tuple[str, Pass], ...]:
+        if not fuse:
+            return UNFUSED_PASSES
         return ("fuse_rope_store", fuse_rope_store), ("inline_ops", partial(inline_ops, keep=_keeps_op))
 
     def capture(self, step: Callable[[], None]) -> Replay:

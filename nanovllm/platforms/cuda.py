@@ -14,7 +14,7 @@ from nanovllm.compile.passes.fuse_linear import fuse_linear
 from nanovllm.compile.passes.fuse_rope_store import fuse_rope_store
 from nanovllm.compile.passes.inline_ops import inline_ops
 from nanovllm.compile.program import Lowering, Pass
-from nanovllm.platforms.base import HostCopy, Replay
+from nanovllm.platforms.base import UNFUSED_PASSES, HostCopy, Replay
 
 # Inductor fuses norms and activation as well, but without programmatic dependent launch, and compiles for seconds a bucket.
 KERNEL_OPS = frozenset(
@@ -70,7 +70,9 @@ class CudaPlatform:
     def lowering(self) -> tuple[Lowering | None, str]:
         return inductor.lower, ""
 
-    def passes(self) -> tuple[tuple[str, Pass], ...]:
+    def passes(self, fuse: bool) -> tuple[tuple[str, Pass], ...]:
+        if not fuse:
+            return UNFUSED_PASSES
         from nanovllm.kernels import triton_linear
 
         return (
