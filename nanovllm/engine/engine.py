@@ -28,7 +28,7 @@ class LLMEngine:
         config = EngineConfig.from_options(model, options)
         loaded = startup.load(config)
         self.config, self.tokenizer, self.model_config = config, loaded.tokenizer, loaded.runner.cfg
-        self.load_seconds = loaded.seconds
+        self.load_seconds, self.memory = loaded.seconds, loaded.memory
         self._runner, self._eos_ids = loaded.runner, loaded.eos_ids
         layout = self._runner.layout
         self.max_model_len = layout.max_model_len

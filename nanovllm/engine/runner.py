@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nanovllm.compile import buckets
 from nanovllm.compile.program import Compiler
+from nanovllm.compile.trace import tensors
 from nanovllm.engine import sampler
 from nanovllm.engine.batch import PrefillArrays, prefill_arrays
 from nanovllm.engine.filtered import FilteredSampler, LogprobCopies, copy_logprobs, needs_filtering
@@ -23,7 +24,7 @@ from nanovllm.models.config import ModelConfig
 from nanovllm.models.dense import Batch, LayerCache, Params
 from nanovllm.models.rope import rotary_table
 from nanovllm.platforms import Platform
-from nanovllm.platforms.base import HostCopy, Replay
+from nanovllm.platforms.base import HostCopy, MemoryBudget, Replay
 
 logger = logging.getLogger(__name__)
 
@@ -134,6 +135,7 @@ class Runner:
         self.state = new_state(layout.max_num_seqs, layout.blocks_per_row, platform.device)
         self.cos_sin_MH = rotary_table(cfg.inv_freq, cfg.rope_scale, layout.max_model_len, platform.device)
         self.filtered = FilteredSampler(platform, self.state, cfg.vocab_size)
+        self.graphs_bytes = 0  # device memory that recording the decode steps took
         self._decode_steps: dict[int, _DecodeStep] = {}
         self.steps = self._make_steps(num_blocks=2)  # until the size of the cache is known
 
@@ -141,12 +143,17 @@ class Runner:
     def block_bytes(self) -> int:
         return self.cfg.kv_bytes_per_token * self.layout.block_size
 
-    def measure_blocks(self, utilization: float) -> int:
-        """Blocks that fit beside the weights and the largest prefill step, which is run once to see what it takes."""
+    @property
+    def weights_bytes(self) -> int:
+        unique = {tensor.data_ptr(): tensor.nbytes for tensor in tensors(self.params)}  # the head may be the embedding
+        return sum(unique.values())
+
+    def measure_budget(self, utilization: float) -> MemoryBudget:
+        """What is left beside the weights and the largest prefill step, which is run once to see what it takes."""
         self.platform.reset_peak()
         self._warm_prefill(self.layout.prefill_tokens[-1])
         self.platform.synchronize()
-        return max(0, self.platform.cache_budget_bytes(utilization)) // self.block_bytes
+        return self.platform.memory_budget(utilization)
 
     def allocate_cache(self, num_blocks: int) -> None:
         """Zeroed cache blocks; the state's block tables refer to them by number."""
@@ -159,11 +166,14 @@ class Runner:
         for num_tokens in reversed(self.layout.prefill_tokens):
             progress(f"prefill {num_tokens}")
             self._warm_prefill(num_tokens)
+        self.platform.synchronize()
+        used_bytes = self.platform.used_bytes()
         # from the largest down: captured steps share one memory pool, and the first one sizes it
         for num_rows in reversed(self.layout.decode_rows):
             progress(f"decode {num_rows}")
             self._decode_step(num_rows)
         self.platform.synchronize()
+        self.graphs_bytes = self.platform.used_bytes() - used_bytes
         self.compiler.seal()
 
     def launch(self, plan: Plan) -> Launched:

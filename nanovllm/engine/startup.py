@@ -20,10 +20,12 @@ from nanovllm import env, hub, platforms
 from nanovllm.compile import buckets
 from nanovllm.compile.program import Compiler
 from nanovllm.config import EngineConfig
+from nanovllm.engine.memory import MemoryReport
 from nanovllm.engine.runner import Layout, Runner
 from nanovllm.models import registry, weights
 from nanovllm.models.config import ModelConfig
 from nanovllm.platforms import Platform
+from nanovllm.platforms.base import MemoryBudget
 from nanovllm.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -38,6 +40,7 @@ class Loaded:
     tokenizer: Any | None
     eos_ids: frozenset[int]
     num_blocks: int
+    memory: MemoryReport
     seconds: dict[str, float]
 
 
@@ -75,7 +78,7 @@ def load(config: EngineConfig) -> Loaded:
             compiler = make_compiler(config, platform, environment)
             return Runner(model, fitted, params, layout, platform, compiler, capture=config.capture)
 
-        layout, num_blocks, runner = _with_cache(config, layout, cfg, new_runner, platform)
+        layout, num_blocks, budget, runner = _with_cache(config, layout, cfg, new_runner, platform)
         runner.warm_up(building)
     seconds = {"weights": weights_done - started, "warm_up": time.perf_counter() - weights_done}
     logger.info(
@@ -84,7 +87,16 @@ def load(config: EngineConfig) -> Loaded:
         layout.block_size, f"{runner.compiler.num_compiled} programs" if runner.compiler.lowering else "eager",
         sum(seconds.values()),
     )  # fmt: skip
-    return Loaded(runner, tokenizer, eos_token_ids(folder, hf), num_blocks, seconds)
+    memory = MemoryReport(
+        weights_bytes=runner.weights_bytes,
+        cache_bytes=num_blocks * runner.block_bytes,
+        cache_tokens=(num_blocks - 1) * layout.block_size,
+        graphs_bytes=runner.graphs_bytes,
+        budget=budget,
+        limited=budget is not None and num_blocks < budget.cache_bytes // runner.block_bytes,
+    )
+    logger.info("%s", memory)
+    return Loaded(runner, tokenizer, eos_token_ids(folder, hf), num_blocks, memory, seconds)
 
 
 def read_model_config(folder: Path, config: EngineConfig, platform: Platform) -> tuple[ModuleType, ModelConfig, Any]:
@@ -188,11 +200,16 @@ def _with_cache(
     cfg: ModelConfig,
     new_runner: Callable[[Layout], Runner],
     platform: Platform,
-) -> tuple[Layout, int, Runner]:
+) -> tuple[Layout, int, MemoryBudget | None, Runner]:
     """A runner with its cache: as many blocks as asked for, or as fit and can be used."""
     runner = new_runner(layout)
-    most_useful = 1 + layout.max_num_seqs * layout.blocks_per_row
-    num_blocks = config.num_kvcache_blocks or min(most_useful, runner.measure_blocks(config.gpu_memory_utilization))
+    budget = None
+    if config.num_kvcache_blocks is not None:
+        num_blocks = config.num_kvcache_blocks
+    else:
+        budget = runner.measure_budget(config.gpu_memory_utilization)
+        most_useful = 1 + layout.max_num_seqs * layout.blocks_per_row
+        num_blocks = min(most_useful, budget.cache_bytes // runner.block_bytes)
     block_size = layout.block_size
     if num_blocks < 2:
         raise ValueError(
@@ -211,4 +228,4 @@ def _with_cache(
         layout = make_layout(replace(config, max_model_len=capacity), cfg, platform)
         runner = new_runner(layout)  # its programs are of other shapes than those that measured
     runner.allocate_cache(num_blocks)
-    return layout, num_blocks, runner
+    return layout, num_blocks, budget, runner

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -17,6 +18,22 @@ UNFUSED_OPS = frozenset({"paged_attention", "store_kv", "sample"})
 UNFUSED_PASSES: tuple[tuple[str, Pass], ...] = (
     ("inline_ops", partial(inline_ops, keep=lambda name, node: name in UNFUSED_OPS)),
 )
+
+
+@dataclass(frozen=True)
+class MemoryBudget:
+    """Bytes of device memory, once weights are loaded and the largest step has run.
+
+    allowance_bytes: the share that was asked for, less what weights and others on the device hold.
+    scratch_bytes: what the largest step takes for a while.
+    """
+
+    allowance_bytes: int
+    scratch_bytes: int
+
+    @property
+    def cache_bytes(self) -> int:
+        return max(0, self.allowance_bytes - self.scratch_bytes)
 
 
 class HostCopy(Protocol):
@@ -65,8 +82,12 @@ class Platform(Protocol):
 
     def read_back(self, tensor: Tensor) -> HostCopy: ...
 
-    def cache_budget_bytes(self, utilization: float) -> int:
-        """Bytes that the KV cache may take now, weights and the largest step's scratch already having been taken."""
+    def memory_budget(self, utilization: float) -> MemoryBudget:
+        """What there is for the KV cache now; the largest step's peak lies after the last `reset_peak`."""
+        ...
+
+    def used_bytes(self) -> int:
+        """Device memory in use, by whomever; 0 on a device that does not count it."""
         ...
 
     def reset_peak(self) -> None: ...

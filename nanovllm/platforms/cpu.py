@@ -19,7 +19,7 @@ from nanovllm.compile.passes.fuse_rope_store import fuse_rope_store
 from nanovllm.compile.passes.inline_ops import inline_ops
 from nanovllm.compile.program import Lowering, Pass
 from nanovllm.kernels import cpu_kernels
-from nanovllm.platforms.base import UNFUSED_PASSES, HostCopy, Replay
+from nanovllm.platforms.base import UNFUSED_PASSES, HostCopy, MemoryBudget, Replay
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +68,11 @@ class CpuPlatform:
     def read_back(self, tensor: Tensor) -> HostCopy:
         return tensor.clone()
 
-    def cache_budget_bytes(self, utilization: float) -> int:
-        return int(min(CACHE_SHARE * _available_bytes(), CACHE_CEILING_BYTES))
+    def memory_budget(self, utilization: float) -> MemoryBudget:
+        return MemoryBudget(int(min(CACHE_SHARE * _available_bytes(), CACHE_CEILING_BYTES)), scratch_bytes=0)
+
+    def used_bytes(self) -> int:
+        return 0
 
     def reset_peak(self) -> None:
         pass

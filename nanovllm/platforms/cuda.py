@@ -14,7 +14,7 @@ from nanovllm.compile.passes.fuse_linear import fuse_linear
 from nanovllm.compile.passes.fuse_rope_store import fuse_rope_store
 from nanovllm.compile.passes.inline_ops import inline_ops
 from nanovllm.compile.program import Lowering, Pass
-from nanovllm.platforms.base import UNFUSED_PASSES, HostCopy, Replay
+from nanovllm.platforms.base import UNFUSED_PASSES, HostCopy, MemoryBudget, Replay
 
 # Inductor fuses norms and activation as well, but without programmatic dependent launch, and compiles for seconds a bucket.
 KERNEL_OPS = frozenset(
@@ -99,12 +99,21 @@ class CudaPlatform:
     def read_back(self, tensor: Tensor) -> HostCopy:
         return _PinnedCopy(tensor)
 
-    def cache_budget_bytes(self, utilization: float) -> int:
+    def memory_budget(self, utilization: float) -> MemoryBudget:
         free_bytes, total_bytes = torch.cuda.mem_get_info(self.device)
         stats = torch.cuda.memory_stats(self.device)
-        held_bytes = stats["reserved_bytes.all.current"] - stats["allocated_bytes.all.current"]
-        scratch_bytes = stats["allocated_bytes.all.peak"] - stats["allocated_bytes.all.current"]
-        return int(free_bytes + held_bytes - (1 - utilization) * total_bytes - scratch_bytes)
+        return budget(
+            utilization,
+            free_bytes=free_bytes,
+            total_bytes=total_bytes,
+            reserved_bytes=stats["reserved_bytes.all.current"],
+            allocated_bytes=stats["allocated_bytes.all.current"],
+            peak_bytes=stats["allocated_bytes.all.peak"],
+        )
+
+    def used_bytes(self) -> int:
+        free_bytes, total_bytes = torch.cuda.mem_get_info(self.device)
+        return total_bytes - free_bytes
 
     def reset_peak(self) -> None:
         torch.cuda.reset_peak_memory_stats(self.device)
@@ -118,3 +127,18 @@ class CudaPlatform:
     def release(self) -> None:
         self._pool = None
         torch.cuda.empty_cache()
+
+
+def budget(
+    utilization: float,
+    *,
+    free_bytes: int,
+    total_bytes: int,
+    reserved_bytes: int,
+    allocated_bytes: int,
+    peak_bytes: int,
+) -> MemoryBudget:
+    """What the device and torch's allocator (the last three) say, as a budget: memory that the allocator holds but does
+    not use is as good as free."""
+    held_bytes = total_bytes - free_bytes - (reserved_bytes - allocated_bytes)
+    return MemoryBudget(int(utilization * total_bytes) - held_bytes, peak_bytes - allocated_bytes)

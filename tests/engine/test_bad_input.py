@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from nanovllm import LLM, SamplingParams, platforms
+from nanovllm.platforms.base import MemoryBudget
 from tests.engine.conftest import VOCAB_SIZE, Generate, assert_all_free, random_prompts
 
 GREEDY = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
@@ -143,7 +144,8 @@ def test_not_enough_memory_for_a_block(
 ) -> None:
     platform = type(platforms.select(device))
     bytes_per_block = 2 * 2 * 2 * 32 * 4 * 16
-    monkeypatch.setattr(platform, "cache_budget_bytes", lambda *_: num_blocks * bytes_per_block + 5)
+    budget = MemoryBudget(num_blocks * bytes_per_block + 25, scratch_bytes=20)
+    monkeypatch.setattr(platform, "memory_budget", lambda *_: budget)
     option_error(
         make_llm,
         rf"memory for {num_blocks} cache block.*at least 2 are needed: raise gpu_memory_utilization \(0.9\)",
