@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -99,7 +100,7 @@ class _DecodeStep:
         self._steps, self._record = steps, record
         self._logits_RV: Tensor | None = None
         self._logits: Replay | None = None
-        self.replay = record(self._whole)
+        self.replay = record(self.launch)
 
     def logits(self) -> Tensor:
         """Everything but the sampler. Recorded when first asked for; its programs are those of the whole step."""
@@ -109,7 +110,8 @@ class _DecodeStep:
         assert self._logits_RV is not None
         return self._logits_RV
 
-    def _whole(self) -> None:
+    def launch(self) -> None:
+        """The whole step, op by op."""
         self.token_R.copy_(self._steps.decode(self.row_idx_R))
 
     def _without_sampler(self) -> None:
@@ -180,6 +182,14 @@ class Runner:
         """Start a step; returns at once on devices that work asynchronously."""
         with torch.no_grad():
             return self._prefill(plan) if isinstance(plan, PrefillPlan) else self._decode(plan)
+
+    def decode_uncaptured(self, num_rows: int, watch: AbstractContextManager[object]) -> None:
+        """Launch a bucket's decode step op by op under `watch`, on padding alone, which touches no request. For profiling."""
+        step = self._decode_step(num_rows)
+        step.rows = []
+        step.row_idx_R.fill_(self.state.pad_row)
+        with torch.no_grad(), watch:
+            step.launch()
 
     def close(self) -> None:
         """Forget everything that holds device memory; captured steps refer to themselves, so counting would not do."""
