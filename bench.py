@@ -3,6 +3,9 @@
 python bench.py --random-weights Qwen3-0.6B --bs 256        # nano-vllm's workload: 256 prompts, 133,966 output tokens
 python bench.py --model Qwen/Qwen3-0.6B --bs 16 64 256      # a table by bucket cap
 python bench.py --random-weights Qwen3-0.6B --latency       # batch 1, 128 tokens in, 512 out
+python bench.py --random-weights Qwen3-0.6B --profile out   # and what the device does in a decode step, by kernel
+
+Every measurement is a line of JSON on stdout, and in the file that --out names.
 """
 
 from __future__ import annotations
@@ -10,10 +13,16 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import platform
+import shlex
+import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from contextlib import ExitStack
+from importlib import metadata
 from pathlib import Path
 from random import randint, seed
 from typing import Any
@@ -21,7 +30,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from nanovllm import LLM, SamplingParams
+from nanovllm import LLM, SamplingParams, platforms
+from nanovllm.engine.profile import as_text, profile_decode
 from nanovllm.models.config import ModelConfig
 
 # The published config.json of Qwen/Qwen3-0.6B and Qwen/Qwen3-8B, as far as shapes go.
@@ -51,6 +61,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--max-len", type=int, default=1024, help="longest prompt and answer")
     parser.add_argument("--latency", action="store_true", help="one request, 128 tokens in and 512 out, instead")
     parser.add_argument("--enforce-eager", action="store_true", help="no graphs")
+    parser.add_argument("--no-graph", action="store_true", help="compiled, but nothing captured")
+    parser.add_argument("--no-fusion", action="store_true", help="no fused kernels: plain torch through the lowering")
+    parser.add_argument("--run-ahead", type=int, choices=(0, 1), help="steps launched before tokens are read")
     parser.add_argument("--padding", action=argparse.BooleanOptionalAction, default=True, help="pad eager batches too")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
@@ -58,7 +71,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--max-num-batched-tokens", type=int)
     parser.add_argument("--block-size", type=int)
     parser.add_argument("--runs", type=int, default=1, help="repetitions of the measurement on one loaded model")
-    return parser.parse_args()
+    parser.add_argument("--out", type=Path, metavar="FILE", help="append the lines of JSON to this file, too")
+    parser.add_argument("--profile", type=Path, metavar="DIR", help="profile decode steps after the timed runs (CUDA)")
+    parser.add_argument("--profile-steps", type=int, default=8, metavar="N", help="decode steps per profile")
+    args = parser.parse_args()
+    if args.runs < 1 or args.profile_steps < 1:
+        parser.error("--runs and --profile-steps must be at least 1")
+    if args.profile and platforms.select(args.device).name != "cuda":
+        parser.error("--profile needs a CUDA device: on a CPU there are no launches to look at")
+    return args
 
 
 def checkpoint(args: argparse.Namespace, stack: ExitStack) -> str:
@@ -144,6 +165,9 @@ def measure(
         device=args.device,
         dtype=args.dtype,
         enforce_eager=args.enforce_eager,
+        capture=not args.no_graph,
+        fuse=not args.no_fusion,
+        run_ahead=args.run_ahead,
         pad_batches=args.padding,
         max_num_seqs=1 if args.latency else batch_size,
         max_model_len=args.max_model_len,
@@ -161,11 +185,15 @@ def measure(
     params = [SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=num) for num in output_lens]
     llm.generate([prompts[0][:16]], SamplingParams(max_tokens=8, ignore_eos=True), use_tqdm=False)
     seconds = []
+
+    def varied(run_idx: int) -> list[list[int]]:
+        """Other prompts each time, or the prefix cache would answer the second run's prefill."""
+        return [[(token + run_idx) % cfg.vocab_size for token in prompt] for prompt in prompts]
+
     for run_idx in range(args.runs):
-        # other prompts each time, or the prefix cache would answer the second run's prefill
-        varied = [[(token + run_idx) % cfg.vocab_size for token in prompt] for prompt in prompts]
+        run_prompts = varied(run_idx)
         begun = time.perf_counter()
-        outputs = llm.generate(varied, params, use_tqdm=False)
+        outputs = llm.generate(run_prompts, params, use_tqdm=False)
         seconds.append(time.perf_counter() - begun)
     num_tokens = sum(len(output["token_ids"]) for output in outputs)
     rows = 1 if args.latency else batch_size
@@ -176,32 +204,83 @@ def measure(
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "dtype": str(cfg.dtype).removeprefix("torch."),
         "mode": "eager" if runner.compiler.lowering is None else "graph",
+        "capture": runner.compiler.lowering is not None and not args.no_graph,
+        "fuse": runner.compiler.lowering is not None and not args.no_fusion,
+        "run_ahead": llm.engine.run_ahead,
         "workload": "latency" if args.latency else "throughput",
         "max_num_seqs": rows,
         "num_seqs": len(prompts),
         "prompt_tokens": sum(map(len, prompts)),
         "output_tokens": num_tokens,
         "seconds": [round(value, 4) for value in seconds],
+        "spread": round((max(seconds) - min(seconds)) / median, 4),
         "tokens_per_second": round(num_tokens / median, 1),
         "load_seconds": round(load_seconds, 2),
         "peak_gib": round(runner.platform.peak_bytes() / 2**30, 2),
+        "memory": llm.engine.memory.as_dict(),
         "copy_bandwidth_tb_s": round(bandwidth / 1e12, 3),
         "matmul_tflop_s": round(flops / 1e12, 2),
         "limit_tokens_per_second": round(num_tokens / ideal, 1),
         "share_of_limit": round(ideal / median, 4),
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "versions": versions(),
+        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
+    if args.profile:
+        folder = args.profile if len(args.bs) == 1 else args.profile / f"max_num_seqs_{rows}"
+        activities = [torch.profiler.ProfilerActivity.CUDA]
+        reports = profile_decode(
+            llm.engine, varied(args.runs), params, folder,
+            activities=activities, bandwidth=bandwidth, num_steps=args.profile_steps,
+        )  # fmt: skip
+        print("\n\n".join(map(as_text, reports)))
+        result["profile"] = [{k: v for k, v in report.items() if k != "kernels"} for report in reports]
     llm.close()
     return result
 
 
+def versions() -> dict[str, str]:
+    """Of everything that the numbers hang on, as far as it is here."""
+    found = {"torch": torch.__version__, "python": platform.python_version()}
+    for package in ("triton", "transformers"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    if torch.cuda.is_available():
+        found["cuda"] = str(torch.version.cuda)
+        if shutil.which("nvidia-smi"):
+            query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+            found["driver"] = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0].strip()
+    return found
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Results by bucket cap, to read."""
+    lines = [
+        f"{'bs':>5} {'tok/s':>10} {'of limit':>9} {'median s':>9} {'spread':>7} {'KV tokens':>10} {'load s':>7} {'peak GiB':>9}"
+    ]
+    for one in results:
+        median = sorted(one["seconds"])[len(one["seconds"]) // 2]
+        lines.append(
+            f"{one['max_num_seqs']:>5} {one['tokens_per_second']:>10,.1f} {one['share_of_limit']:>9.1%} {median:>9.3f} "
+            f"{one['spread']:>7.1%} {one['memory']['kv_cache_tokens']:>10,} {one['load_seconds']:>7.1f} "
+            f"{one['peak_gib']:>9.2f}"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     args = arguments()
+    if args.profile:
+        # taken down and set up again between two profiles, CUPTI crashes on graphs that were captured before
+        os.environ.update(TEARDOWN_CUPTI="0", DISABLE_CUPTI_LAZY_REINIT="1")
     limits: dict[str, tuple[float, float]] = {}
+    results: list[dict[str, Any]] = []
     with ExitStack() as stack:
         model = checkpoint(args, stack)
         for batch_size in args.bs[:1] if args.latency else args.bs:
             result = measure(args, model, batch_size, limits)
+            results.append(result)
             gc.collect()
             print(
                 f"{result['model']} bs {result['max_num_seqs']}: {result['output_tokens']} tokens in "
@@ -210,6 +289,11 @@ def main() -> None:
                 f"peak {result['peak_gib']} GiB"
             )
             print(json.dumps(result), flush=True)
+            if args.out:
+                with args.out.open("a", encoding="utf-8") as out:
+                    out.write(json.dumps(result) + "\n")
+    if len(results) > 1:
+        print(table(results))
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ class LLMEngine:
             max_decode_rows=layout.decode_rows[-1],
             max_prefill_rows=layout.max_prefill_rows,
         )
-        self._run_ahead = self._runner.platform.run_ahead if config.run_ahead is None else config.run_ahead
+        self.run_ahead = self._runner.platform.run_ahead if config.run_ahead is None else config.run_ahead
         self._in_flight: deque[Launched] = deque()
         self._requests: dict[int, tuple[Request, TextStream]] = {}
         self._outputs: list[RequestOutput] = []  # not yet handed out
@@ -123,7 +123,7 @@ class LLMEngine:
             plan = self.scheduler.schedule(may_preempt=not self._in_flight)
             if plan is not None:
                 self._in_flight.append(self._runner.launch(plan))
-            if self._in_flight and (plan is None or len(self._in_flight) > self._run_ahead):
+            if self._in_flight and (plan is None or len(self._in_flight) > self.run_ahead):
                 self._collect(self._in_flight.popleft())
             elif plan is None and self.scheduler.has_work:
                 raise AssertionError("there is work, but no step can run")
