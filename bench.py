@@ -4,6 +4,7 @@ python bench.py --random-weights Qwen3-0.6B --bs 256        # nano-vllm's worklo
 python bench.py --model Qwen/Qwen3-0.6B --bs 16 64 256      # a table by bucket cap
 python bench.py --random-weights Qwen3-0.6B --latency       # batch 1, 128 tokens in, 512 out
 python bench.py --random-weights Qwen3-0.6B --profile out   # and what the device does in a decode step, by kernel
+python bench.py --random-weights Qwen3-0.6B --stall         # gaps between tokens while a long prompt arrives
 
 Every measurement is a line of JSON on stdout, and in the file that --out names.
 """
@@ -13,8 +14,10 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import os
 import platform
+import random
 import shlex
 import shutil
 import subprocess
@@ -24,7 +27,6 @@ import time
 from contextlib import ExitStack
 from importlib import metadata
 from pathlib import Path
-from random import randint, seed
 from typing import Any
 
 import numpy as np
@@ -60,6 +62,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--min-len", type=int, default=100, help="shortest prompt and answer")
     parser.add_argument("--max-len", type=int, default=1024, help="longest prompt and answer")
     parser.add_argument("--latency", action="store_true", help="one request, 128 tokens in and 512 out, instead")
+    parser.add_argument(
+        "--stall", type=int, nargs="?", const=16384, metavar="TOKENS",
+        help="instead, gaps between the tokens of --stall-rows streams while a prompt of so many tokens arrives",
+    )  # fmt: skip
+    parser.add_argument("--stall-rows", type=int, default=64)
+    parser.add_argument("--max-stall-ms", type=float, help="the engine's bound on prefill steps while streams decode")
     parser.add_argument("--enforce-eager", action="store_true", help="no graphs")
     parser.add_argument("--no-graph", action="store_true", help="compiled, but nothing captured")
     parser.add_argument("--no-fusion", action="store_true", help="no fused kernels: plain torch through the lowering")
@@ -77,6 +85,8 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.runs < 1 or args.profile_steps < 1:
         parser.error("--runs and --profile-steps must be at least 1")
+    if args.stall and (args.latency or args.profile):
+        parser.error("--stall is a measurement of its own: leave out --latency and --profile")
     if args.profile and platforms.select(args.device).name != "cuda":
         parser.error("--profile needs a CUDA device: on a CPU there are no launches to look at")
     return args
@@ -100,14 +110,15 @@ def checkpoint(args: argparse.Namespace, stack: ExitStack) -> str:
 def workload(args: argparse.Namespace, vocab_size: int) -> tuple[list[list[int]], list[int]]:
     """nano-vllm's draws in their order: all prompts first, then all output lengths."""
     if args.latency:
-        seed(0)
-        return [[randint(0, min(10000, vocab_size - 1)) for _ in range(128)]], [512]
-    seed(0)
+        random.seed(0)
+        return [[random.randint(0, min(10000, vocab_size - 1)) for _ in range(128)]], [512]
+    random.seed(0)
     low, high = args.min_len, args.max_len
     prompts = [
-        [randint(0, min(10000, vocab_size - 1)) for _ in range(randint(low, high))] for _ in range(args.num_seqs)
+        [random.randint(0, min(10000, vocab_size - 1)) for _ in range(random.randint(low, high))]
+        for _ in range(args.num_seqs)
     ]
-    return prompts, [randint(low, high) for _ in range(args.num_seqs)]
+    return prompts, [random.randint(low, high) for _ in range(args.num_seqs)]
 
 
 def device_limits(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
@@ -156,9 +167,8 @@ def ideal_seconds(
     return seconds
 
 
-def measure(
-    args: argparse.Namespace, model: str, batch_size: int, limits: dict[str, tuple[float, float]]
-) -> dict[str, Any]:
+def load(args: argparse.Namespace, model: str, max_num_seqs: int, max_model_len: int) -> tuple[LLM, dict[str, Any]]:
+    """The model, and what a line of JSON says of it and of this machine."""
     started = time.perf_counter()
     llm = LLM(
         model,
@@ -169,13 +179,37 @@ def measure(
         fuse=not args.no_fusion,
         run_ahead=args.run_ahead,
         pad_batches=args.padding,
-        max_num_seqs=1 if args.latency else batch_size,
-        max_model_len=args.max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_model_len=max_model_len,
         max_num_batched_tokens=args.max_num_batched_tokens,
+        max_stall_ms=args.max_stall_ms,
         kvcache_block_size=args.block_size,
         random_weights=args.random_weights is not None,
     )
     load_seconds = time.perf_counter() - started
+    runner = llm.engine.runner
+    device, is_graph = runner.platform.device, runner.compiler.lowering is not None
+    return llm, {
+        "model": args.random_weights or args.model,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "dtype": str(runner.cfg.dtype).removeprefix("torch."),
+        "mode": "graph" if is_graph else "eager",
+        "capture": is_graph and not args.no_graph,
+        "fuse": is_graph and not args.no_fusion,
+        "run_ahead": llm.engine.run_ahead,
+        "max_num_seqs": max_num_seqs,
+        "load_seconds": round(load_seconds, 2),
+        "memory": llm.engine.memory.as_dict(),
+        "versions": versions(),
+        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+
+
+def measure(
+    args: argparse.Namespace, model: str, batch_size: int, limits: dict[str, tuple[float, float]]
+) -> dict[str, Any]:
+    rows = 1 if args.latency else batch_size
+    llm, about = load(args, model, rows, args.max_model_len)
     runner = llm.engine.runner
     cfg, device = runner.cfg, runner.platform.device
     if "device" not in limits:
@@ -196,34 +230,22 @@ def measure(
         outputs = llm.generate(run_prompts, params, use_tqdm=False)
         seconds.append(time.perf_counter() - begun)
     num_tokens = sum(len(output["token_ids"]) for output in outputs)
-    rows = 1 if args.latency else batch_size
     median = sorted(seconds)[len(seconds) // 2]
     ideal = ideal_seconds(cfg, prompts, output_lens, rows, bandwidth, flops)
     result = {
-        "model": args.random_weights or args.model,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
-        "dtype": str(cfg.dtype).removeprefix("torch."),
-        "mode": "eager" if runner.compiler.lowering is None else "graph",
-        "capture": runner.compiler.lowering is not None and not args.no_graph,
-        "fuse": runner.compiler.lowering is not None and not args.no_fusion,
-        "run_ahead": llm.engine.run_ahead,
+        **about,
         "workload": "latency" if args.latency else "throughput",
-        "max_num_seqs": rows,
         "num_seqs": len(prompts),
         "prompt_tokens": sum(map(len, prompts)),
         "output_tokens": num_tokens,
         "seconds": [round(value, 4) for value in seconds],
         "spread": round((max(seconds) - min(seconds)) / median, 4),
         "tokens_per_second": round(num_tokens / median, 1),
-        "load_seconds": round(load_seconds, 2),
         "peak_gib": round(runner.platform.peak_bytes() / 2**30, 2),
-        "memory": llm.engine.memory.as_dict(),
         "copy_bandwidth_tb_s": round(bandwidth / 1e12, 3),
         "matmul_tflop_s": round(flops / 1e12, 2),
         "limit_tokens_per_second": round(num_tokens / ideal, 1),
         "share_of_limit": round(ideal / median, 4),
-        "versions": versions(),
-        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
     if args.profile:
         folder = args.profile if len(args.bs) == 1 else args.profile / f"max_num_seqs_{rows}"
@@ -236,6 +258,67 @@ def measure(
         result["profile"] = [{k: v for k, v in report.items() if k != "kernels"} for report in reports]
     llm.close()
     return result
+
+
+def measure_stall(args: argparse.Namespace, model: str) -> dict[str, Any]:
+    """Gaps between the tokens of streams, as their reader sees them: before a long prompt comes, from then until its first
+    token, and afterwards; milliseconds."""
+    rows, num_steps = args.stall_rows, 100
+    max_model_len = max(args.max_model_len, args.stall + 16)
+    llm, about = load(args, model, rows + 1, max_model_len)
+    engine, rng = llm.engine, random.Random(0)
+    stall = engine.scheduler.stall
+
+    def prompt(length: int) -> list[int]:
+        return [rng.randrange(min(10000, engine.model_config.vocab_size)) for _ in range(length)]
+
+    runs, worst = [], []
+    for _ in range(args.runs):
+        short_len = min(128, max_model_len // 4)
+        params = SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=max_model_len - short_len)
+        last = {engine.add_request(prompt(short_len), params): 0.0 for _ in range(rows)}
+        gaps: dict[str, list[float]] = {"before": [], "during": [], "after": []}
+        long_id, arrived, first = -1, math.inf, math.inf
+        num_after = num_warm = 0
+        while num_after < num_steps:
+            outputs = engine.step()
+            now = time.perf_counter()
+            for output in outputs:
+                if output.completion is not None and output.request_id in last:
+                    raise SystemExit(f"a stream ended before its time: raise --max-model-len ({max_model_len})")
+                if output.request_id == long_id:
+                    first = min(first, now)
+                elif num_warm > num_steps:
+                    begun = last[output.request_id]
+                    phase = "before" if now <= arrived else "during" if begun < first else "after"
+                    gaps[phase].append(1e3 * (now - begun))
+                last[output.request_id] = now
+            num_warm += all(last.values())  # steps since every stream has begun
+            num_after += first < math.inf
+            if long_id < 0 and num_warm == 2 * num_steps:
+                arrived = time.perf_counter()
+                long_id = engine.add_request(prompt(args.stall), SamplingParams(max_tokens=1, ignore_eos=True))
+        engine.abort_all(last)
+        worst.append(max(gaps["during"]))
+        runs.append({"first_token_ms": round(1e3 * (first - arrived), 2)} | {k: spread(v) for k, v in gaps.items()})
+    llm.close()
+    return {
+        **about,
+        "workload": "stall",
+        "rows": rows,
+        "long_prompt_tokens": args.stall,
+        "max_stall_ms": stall.max_ms if stall else None,
+        "prefill_ms": {str(tokens): round(ms, 3) for tokens, ms in stall.step_ms} if stall else None,
+        "attention_ms_per_million": round(1e6 * stall.attention_ms, 4) if stall else None,
+        "worst_ms": round(max(worst), 3),
+        "runs": runs,
+    }
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    ordered = sorted(values)
+    at = {"median": len(ordered) // 2, "p99": len(ordered) * 99 // 100, "worst": -1}
+    return {name: round(ordered[idx], 3) for name, idx in at.items()}
 
 
 def versions() -> dict[str, str]:
@@ -278,16 +361,22 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     with ExitStack() as stack:
         model = checkpoint(args, stack)
-        for batch_size in args.bs[:1] if args.latency else args.bs:
-            result = measure(args, model, batch_size, limits)
-            results.append(result)
+        for batch_size in args.bs[:1] if args.latency or args.stall else args.bs:
+            if args.stall:
+                result = measure_stall(args, model)
+                print(
+                    f"{result['model']}, {result['rows']} streams: {result['worst_ms']} ms between two tokens at most"
+                )
+            else:
+                result = measure(args, model, batch_size, limits)
+                results.append(result)
+                print(
+                    f"{result['model']} bs {result['max_num_seqs']}: {result['output_tokens']} tokens in "
+                    f"{', '.join(map(str, result['seconds']))} s = {result['tokens_per_second']} tok/s, "
+                    f"{result['share_of_limit']:.1%} of the limit; loaded in {result['load_seconds']} s, "
+                    f"peak {result['peak_gib']} GiB"
+                )
             gc.collect()
-            print(
-                f"{result['model']} bs {result['max_num_seqs']}: {result['output_tokens']} tokens in "
-                f"{', '.join(map(str, result['seconds']))} s = {result['tokens_per_second']} tok/s, "
-                f"{result['share_of_limit']:.1%} of the limit; loaded in {result['load_seconds']} s, "
-                f"peak {result['peak_gib']} GiB"
-            )
             print(json.dumps(result), flush=True)
             if args.out:
                 with args.out.open("a", encoding="utf-8") as out:

@@ -25,6 +25,8 @@ class EngineConfig:
     pad_batches: in eager mode, whether batches are padded to the graphs' sizes all the same.
     max_num_seqs: requests that run at the same time.
     max_num_batched_tokens: prompt tokens per prefill step; longer prompts are split, and decode steps go between.
+    max_stall_ms: milliseconds that a prefill step may take, as estimated from steps timed at warm-up, while a request
+        decodes whose tokens somebody watches come; longer prompts are split further. inf: no bound.
     max_model_len: tokens per request, prompt and answer together; default the checkpoint's, or what the cache holds.
     gpu_memory_utilization: share of the device's memory that weights, cache and scratch may take together.
     num_kvcache_blocks, kvcache_block_size: the cache, in blocks and tokens per block (a multiple of 16).
@@ -45,6 +47,7 @@ class EngineConfig:
     pad_batches: bool = True
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
+    max_stall_ms: float | None = None
     max_model_len: int | None = None
     gpu_memory_utilization: float = 0.9
     num_kvcache_blocks: int | None = None
@@ -81,6 +84,9 @@ class EngineConfig:
         share = self.gpu_memory_utilization
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0.0 < share <= 1.0:
             raise ValueError(f"gpu_memory_utilization is {share!r}: it must be a number in (0, 1]")
+        stall = self.max_stall_ms
+        if stall is not None and (isinstance(stall, bool) or not isinstance(stall, (int, float)) or not stall > 0):
+            raise ValueError(f"max_stall_ms is {stall!r}: it must be a number above 0, or inf")
         if not self.pad_batches and not self.enforce_eager:
             raise ValueError("pad_batches=False needs enforce_eager=True: graphs have fixed sizes")
         if not self.fuse and self.enforce_eager:

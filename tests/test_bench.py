@@ -47,11 +47,24 @@ def test_lines_of_json_and_a_table_by_bucket_cap(run: Any, tmp_path: Path) -> No
     assert lines[:2] == found and len(lines) == 3
 
 
+def test_gaps_between_tokens_while_a_long_prompt_arrives(run: Any) -> None:
+    _, (found,) = run(
+        "--stall", "300", "--stall-rows", "3", "--max-model-len", "512", "--max-num-batched-tokens", "128",
+        "--max-stall-ms", "0.001",
+    )  # fmt: skip
+    (one,) = found["runs"]
+    for phase in ("before", "during", "after"):
+        assert 0 < one[phase]["median"] <= one[phase]["p99"] <= one[phase]["worst"]
+    assert found["worst_ms"] == one["during"]["worst"] and one["first_token_ms"] > one["during"]["worst"]
+    assert found["max_stall_ms"] == 0.001 and list(found["prefill_ms"]) == ["32", "128"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--profile", "somewhere"], "--profile needs a CUDA device"),
         (["--run-ahead", "2"], "invalid choice"),
+        (["--stall", "--latency"], "a measurement of its own"),
         (["--runs", "0"], "must be at least 1"),
     ],
 )

@@ -38,6 +38,7 @@ class LLMEngine:
             max_num_batched_tokens=layout.prefill_tokens[-1],
             max_decode_rows=layout.decode_rows[-1],
             max_prefill_rows=layout.max_prefill_rows,
+            stall=loaded.stall,
         )
         self.run_ahead = self._runner.platform.run_ahead if config.run_ahead is None else config.run_ahead
         self._in_flight: deque[Launched] = deque()
@@ -86,6 +87,7 @@ class LLMEngine:
             seed=self._seed(params, request_id),
             max_output=min(params.max_tokens, self.max_model_len - len(prompt_ids)),
             stop_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos_ids),
+            incremental=incremental,
         )
         if params.prompt_logprobs is not None:
             request.prompt_logprobs = [None] * len(prompt_ids)

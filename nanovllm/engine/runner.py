@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from nanovllm.engine.batch import PrefillArrays, prefill_arrays
 from nanovllm.engine.filtered import FilteredSampler, LogprobCopies, copy_logprobs, needs_filtering
 from nanovllm.engine.request import Request
 from nanovllm.engine.scheduler import Chunk, DecodePlan, Plan, PrefillPlan
+from nanovllm.engine.stall import StallBound
 from nanovllm.engine.state import SAMPLING_FIELDS, new_state
 from nanovllm.engine.steps import Hidden, Steps
 from nanovllm.models.config import ModelConfig
@@ -28,6 +30,9 @@ from nanovllm.platforms import Platform
 from nanovllm.platforms.base import HostCopy, MemoryBudget, Replay
 
 logger = logging.getLogger(__name__)
+
+# The context against which attention is timed, so long that it stands out; and how often each step is timed.
+STALL_CONTEXT_TOKENS, STALL_REPEATS = 16_384, 2
 
 
 @dataclass(frozen=True)
@@ -178,6 +183,30 @@ class Runner:
         self.graphs_bytes = self.platform.used_bytes() - used_bytes
         self.compiler.seal()
 
+    def measure_stall(self, max_ms: float) -> StallBound:
+        """Time prefill steps of padding, and one whose tokens attend to a long context; programs must be warm."""
+        sizes = self.layout.prefill_tokens
+        step_ms: list[tuple[int, float]] = []
+        for num_tokens in sizes:  # a larger step that seems faster is noise
+            step_ms.append((num_tokens, max(self._prefill_ms(num_tokens), step_ms[-1][1] if step_ms else 0.0)))
+        num_tokens = min(sizes[-1], self.layout.max_model_len)
+        context = min(self.layout.max_model_len, max(2 * num_tokens, STALL_CONTEXT_TOKENS))
+        attended = num_tokens * (context - num_tokens / 2)
+        attention_ms = max(0.0, self._prefill_ms(num_tokens, context) - self._prefill_ms(num_tokens)) / attended
+        bound = StallBound(max_ms, tuple(step_ms), attention_ms)
+        logger.debug("prefill steps: %s", bound)
+        return bound
+
+    def _prefill_ms(self, num_tokens: int, context: int = 0) -> float:
+        times = []
+        for _ in range(STALL_REPEATS):
+            self.platform.synchronize()
+            started = time.perf_counter()
+            self._warm_prefill(num_tokens, context)
+            self.platform.synchronize()
+            times.append(time.perf_counter() - started)
+        return 1e3 * min(times)
+
     def launch(self, plan: Plan) -> Launched:
         """Start a step; returns at once on devices that work asynchronously."""
         with torch.no_grad():
@@ -314,8 +343,10 @@ class Runner:
                 found.append(PromptLogprobs(request, first, size, copy_logprobs(self.platform, values)))
         return found
 
-    def _warm_prefill(self, num_tokens: int) -> None:
-        """A prefill step of padding alone: it builds the bucket's programs and touches no block of a request."""
+    def _warm_prefill(self, num_tokens: int, context: int = 0) -> None:
+        """A prefill step of padding alone: it builds the bucket's programs and touches no block of a request.
+        With `context` its first `num_tokens` tokens are the last of so many, all in the padding block."""
+        num_real = num_tokens
         num_tokens, num_rows = self.layout.prefill_bucket(num_tokens, 1)
         arrays = prefill_arrays(
             [],
@@ -325,6 +356,8 @@ class Runner:
             blocks_per_row=self.layout.blocks_per_row,
             pad_row=self.state.pad_row,
         )
+        if context:
+            arrays.seq_len_R[0], arrays.q_start_S[1:] = context, num_real
         with torch.no_grad():
             hidden, sample_row_R, last_R = self._run_prefill(arrays)
             self.steps.sample(sample_row_R, self.steps.logits_at(hidden, last_R))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import tempfile
 import time
@@ -22,6 +23,7 @@ from nanovllm.compile.program import Compiler
 from nanovllm.config import EngineConfig
 from nanovllm.engine.memory import MemoryReport
 from nanovllm.engine.runner import Layout, Runner
+from nanovllm.engine.stall import StallBound
 from nanovllm.models import registry, weights
 from nanovllm.models.config import ModelConfig
 from nanovllm.platforms import Platform
@@ -41,6 +43,7 @@ class Loaded:
     eos_ids: frozenset[int]
     num_blocks: int
     memory: MemoryReport
+    stall: StallBound | None
     seconds: dict[str, float]
 
 
@@ -80,6 +83,8 @@ def load(config: EngineConfig) -> Loaded:
 
         layout, num_blocks, budget, runner = _with_cache(config, layout, cfg, new_runner, platform)
         runner.warm_up(building)
+        max_stall_ms = platform.max_stall_ms if config.max_stall_ms is None else config.max_stall_ms
+        stall = runner.measure_stall(max_stall_ms) if math.isfinite(max_stall_ms) else None
     seconds = {"weights": weights_done - started, "warm_up": time.perf_counter() - weights_done}
     logger.info(
         "%s on %s in %s: %d layers, %d cache blocks of %d tokens, %s, ready in %.1f s",
@@ -96,7 +101,7 @@ def load(config: EngineConfig) -> Loaded:
         limited=budget is not None and num_blocks < budget.cache_bytes // runner.block_bytes,
     )
     logger.info("%s", memory)
-    return Loaded(runner, tokenizer, eos_token_ids(folder, hf), num_blocks, memory, seconds)
+    return Loaded(runner, tokenizer, eos_token_ids(folder, hf), num_blocks, memory, stall, seconds)
 
 
 def read_model_config(folder: Path, config: EngineConfig, platform: Platform) -> tuple[ModuleType, ModelConfig, Any]:

@@ -56,6 +56,7 @@ class Platform(Protocol):
     default_block_size: int  # tokens per cache block
     default_batched_tokens: int  # tokens per prefill step
     default_num_seqs: int
+    max_stall_ms: float  # of a prefill step while tokens are watched
     run_ahead: int  # steps launched before the tokens of the first are read
     supported_dtypes: tuple[torch.dtype, ...]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import resource
 import sys
@@ -36,6 +37,7 @@ class CpuPlatform:
     default_batched_tokens = 512
     default_num_seqs = 32
     run_ahead = 0
+    max_stall_ms = math.inf
     supported_dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
 
     def __init__(self) -> None:

@@ -48,6 +48,7 @@ class CudaPlatform:
     default_batched_tokens = 8192
     default_num_seqs = 256
     run_ahead = 1
+    max_stall_ms = 30.0
 
     def __init__(self, index: int = 0) -> None:
         self.device = torch.device("cuda", index)
