@@ -49,6 +49,7 @@ class MemoryReport:
             "kv_cache_tokens": self.cache_tokens,
             "kv_allowance_gib": round(self.budget.allowance_bytes / GIB, 3) if self.budget else None,
             "kv_share_of_allowance": round(self.cache_share, 4) if self.cache_share is not None else None,
+            "kv_room_share": round(self.budget.cache_bytes / self.budget.allowance_bytes, 4) if self.budget else None,
             "kv_limited_by_requests": self.limited,
             "scratch_gib": round(self.budget.scratch_bytes / GIB, 3) if self.budget else None,
             "graphs_gib": round(self.graphs_bytes / GIB, 3),
