@@ -174,7 +174,7 @@ def _bytes(value: Any) -> int:
 
 
 def read_kernels(events: Sequence[dict[str, Any]]) -> list[Kernel]:
-    """The work on the device in a Chrome trace, in the order in which it began; names without template arguments."""
+    """The work on the device in a Chrome trace, in the order in which it began; short names."""
     found = [Kernel(short_name(e["name"]), e["ts"], e["dur"]) for e in events if e.get("cat") in DEVICE_WORK]
     return sorted(found, key=lambda kernel: kernel.start_us)
 
@@ -272,9 +272,11 @@ def _share(num_bytes: float | None, time_us: float, bandwidth: float) -> float |
 
 
 def short_name(name: str) -> str:
-    """A kernel's name without its return type, template arguments and parameters."""
+    """A kernel's name without its return type, template arguments and parameters, and its innermost namespace."""
     plain = name.removeprefix("void ").replace("(anonymous namespace)::", "")
-    return plain.partition("<")[0].partition("(")[0].rpartition("::")[2].strip() or name
+    if plain.startswith("std::enable_if<"):  # the return type of some of cuBLAS
+        plain = plain.partition("::type ")[2]
+    return "::".join(plain.partition("<")[0].partition("(")[0].strip().split("::")[-2:]) or name
 
 
 def as_text(report: dict[str, Any]) -> str:

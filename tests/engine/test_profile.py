@@ -85,10 +85,30 @@ def test_kernels_belong_to_the_op_that_launched_them() -> None:
     ]
     assert read_launches(events, [("one", 100), ("two", 200)]) == [
         Launch("split", "one", 100),
-        Launch("reduce", "two", 0),
+        Launch("native::reduce", "two", 0),
         Launch("merge", "two", 200),
     ]
-    assert [kernel.name for kernel in read_kernels(events)] == ["split", "reduce", "merge", "triton_poi_fused_0"]
+    assert [kernel.name for kernel in read_kernels(events)] == [
+        "split",
+        "native::reduce",
+        "merge",
+        "triton_poi_fused_0",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [
+        ("_split_kernel", "_split_kernel"),
+        ("Memcpy DtoH (Device -> Pinned)", "Memcpy DtoH"),
+        ("nvjet_tst_64x8_64x16_4x1_v_bz_TNT", "nvjet_tst_64x8_64x16_4x1_v_bz_TNT"),
+        ("void at::native::(anonymous namespace)::copy<float, 4>(int, float*)", "native::copy"),
+        ("std::enable_if<!(T7), void>::type internal::gemvx::kernel<int, bool>(int)", "gemvx::kernel"),
+        ("void cutlass::Kernel2<cutlass_80_tensorop>(cutlass_80_tensorop::Params)", "cutlass::Kernel2"),
+    ],
+)
+def test_short_names(name: str, short: str) -> None:
+    assert profile.short_name(name) == short
 
 
 def test_bytes_of_ops() -> None:
@@ -138,7 +158,7 @@ def test_windows_at_several_batch_sizes(make_llm: Callable[..., LLM], ops_as_ker
     for report in reports:
         assert report["steps"] == 4 and 0 < report["busy_share"] <= 1
         rows = report["rows"]
-        attention = [row for row in report["kernels"] if row["kernel"] == "paged_attention"]
+        attention = [row for row in report["kernels"] if row["kernel"] == "nanovllm::paged_attention"]
         assert [row["launches"] for row in attention] == [2], "one for each layer"
         assert (tmp_path / f"trace_bs{rows}.json.gz").stat().st_size > 0
         assert json.loads((tmp_path / f"kernels_bs{rows}.json").read_text()) == report
