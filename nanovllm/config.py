@@ -92,7 +92,7 @@ class EngineConfig:
         if not self.fuse and self.enforce_eager:
             raise ValueError("fuse=False needs enforce_eager=False: in eager mode there are no passes to leave out")
         # two ahead would gain nothing, since with one there is always a step behind that which runs
-        if self.run_ahead is not None and (isinstance(self.run_ahead, bool) or self.run_ahead not in (0, 1)):
+        if self.run_ahead is not None and (type(self.run_ahead) is not int or self.run_ahead not in (0, 1)):
             raise ValueError(f"run_ahead is {self.run_ahead!r}: it must be 0 or 1")
         if self.tensor_parallel_size != 1:
             raise ValueError(f"tensor_parallel_size is {self.tensor_parallel_size}: only 1 is supported")
