@@ -25,7 +25,9 @@ from nanovllm.kernels.triton_common import exp2, launch_options, num_multiproces
 LN_2 = tl.constexpr(0.6931471805599453)
 LOG2_E = tl.constexpr(1.4426950408889634)
 SLACK = tl.constexpr(0.001)  # in log2, much more than scores are off by
-ALMOST_TWO = tl.constexpr(1.99999988079071044921875)  # 2 − 2⁻²³: less 1 + n · 2⁻²³ it leaves a bit less than 1 − u, exactly
+ALMOST_TWO = tl.constexpr(
+    1.99999988079071044921875
+)  # 2 − 2⁻²³: less 1 + n · 2⁻²³ it leaves a bit less than 1 − u, exactly
 NO_TOKEN = tl.constexpr(2147483647)
 
 TILE = 1024  # tokens a program scores at a time
@@ -109,7 +111,7 @@ def best_of_span_kernel(
         second = _hash32(key ^ 0x5BD1E995)
         factor = 1.0 / temperature
         factor_log2 = factor * LOG2_E
-        bound_log2 = float("inf")  # SLACK − best, in units of log 2
+        bound_log2 = float("inf")  # SLACK − best, in units of log 2; infinite until there is one
         for tile in range(num_tiles):
             token_V = (first + tile) * TILE + lane_V
             logit_V = tl.load(logits_at + token_V, mask=token_V < vocab_size, other=float("-inf")).to(tl.float32)
@@ -117,7 +119,7 @@ def best_of_span_kernel(
             # Noise is at most −log(1 − u), so only a token with 1 − u < exp(logit / temperature − best) can win; the slack is
             # more than all rounding. A span's first tiles find its best, and most others stop here.
             spare_V = exp2(logit_V * factor_log2 + bound_log2, not HARDWARE) - (ALMOST_TWO - one_plus_V)
-            if tl.max(spare_V, 0) > 0:
+            if (bound_log2 == float("inf")) | (tl.max(spare_V, 0) > 0):
                 score_V = logit_V * factor + _gumbel(one_plus_V, HARDWARE)
                 is_better_V = score_V > best_V
                 best_V = tl.where(is_better_V, score_V, best_V)

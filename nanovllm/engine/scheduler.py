@@ -97,7 +97,8 @@ class Scheduler:
         `may_preempt` is true when no step is in flight: a preempted request restarts from known tokens only.
         """
         decodable = [request for request in self.running if request.may_decode]
-        if not (self._prefill_was_last and decodable):
+        takes_turns = any(request.incremental for request in decodable)
+        if not (self._prefill_was_last and takes_turns):
             prefill = self._plan_prefill(self._max_prefill_ms(decodable))
             if prefill is not None:
                 self._prefill_was_last = True
