@@ -56,8 +56,9 @@ def store_kv(k_TKH: Tensor, v_TKH: Tensor, k_cache_CBKH: Tensor, v_cache_CBKH: T
     torch.ops.npu.npu_scatter_nd_update_(v_cache_CBKH, index_T2, v_TKH)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.nn.functional.linear(x, weight, bias)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
+    y = torch.nn.functional.linear(x, weight, bias)
+    return y if residual is None else y + residual
 
 
 def causal_mask(device: torch.device) -> Tensor:
@@ -79,7 +80,9 @@ def check_attention(block_size: int, max_q_len: int, window: int) -> None:
         )
 
 
-def _check_inputs(q_TNH: Tensor, k_cache_CBKH: Tensor, block_table_RP: Tensor, seq_len_R: Tensor, num_rows: int) -> None:
+def _check_inputs(
+    q_TNH: Tensor, k_cache_CBKH: Tensor, block_table_RP: Tensor, seq_len_R: Tensor, num_rows: int
+) -> None:
     """Our own invariants: torchair converts inputs of any shapes and dtypes, and the op then reads what it should not."""
     assert q_TNH.dtype == k_cache_CBKH.dtype, (q_TNH.dtype, k_cache_CBKH.dtype)
     assert q_TNH.shape[2] == k_cache_CBKH.shape[3] and q_TNH.shape[1] % k_cache_CBKH.shape[2] == 0, (
@@ -163,7 +166,7 @@ def paged_attention_eager(
 ) -> Tensor:
     """The same op outside a graph, where it takes lengths as numbers on the host: it waits for the device."""
     check_attention(k_cache_CBKH.shape[1], max_q_len, window)
-    num_tokens, num_heads, head_dim = q_TNH.shape
+    num_tokens, num_heads = q_TNH.shape[:2]
     block_size, num_kv_heads = k_cache_CBKH.shape[1:3]
     seq_lens = seq_len_R.tolist()
     if max_q_len == 1:
@@ -254,3 +257,5 @@ EAGER: dict[str, Callable[..., Any]] = {
 IN_GRAPH: dict[str, Callable[..., Any]] = {**EAGER, "paged_attention": paged_attention_in_graph}
 # our op → what stands in a graph whose decode steps are captured
 IN_CAPTURE: dict[str, Callable[..., Any]] = {**EAGER, "paged_attention": paged_attention_captured}
+# ops that stay Ascend's when nothing is to be fused
+NEVER_PLAIN = frozenset({"paged_attention", "store_kv", "linear"})

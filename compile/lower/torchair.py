@@ -94,19 +94,19 @@ def generate(graph: GraphModule, fakes: Sequence[Tensor], settings: Settings) ->
     frozen = [node.name.startswith(settings.frozen) for node in graph.graph.find_nodes(op="placeholder")]
     generated: list[str] = []
 
-    def convert(functional: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
-        for tensor, is_frozen in zip(inputs, frozen):
+    def convert(gm: GraphModule, example_inputs: Sequence[Any]) -> Any:
+        for tensor, is_frozen in zip(example_inputs, frozen):
             if is_frozen:
-                tensor._torchair_is_parameter = True  # type: ignore[attr-defined]
+                tensor._torchair_is_parameter = True
         # indices and rotary rows are the same in every layer
-        merged = GraphModule(functional, fx_graph_cse(functional.graph))
+        merged = GraphModule(gm, fx_graph_cse(gm.graph))
         # GE keeps its compiled graph in a folder only if the generated code mentions one; `load` says which
         extra = {"ge.graph_compiler_cache_dir": "."} if settings.cache is not None else {}
-        code = get_compiler(config)(merged, inputs).get_code(extra)
+        code = get_compiler(config)(merged, list(example_inputs)).get_code(extra)
         if not isinstance(code, str):
             raise RuntimeError("torchair generated no code for this graph under these options")
         generated.append(code)
-        return functional
+        return gm
 
     with torch.no_grad():
         aot_module_simplified(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import tempfile
 import time
@@ -20,10 +21,13 @@ from nanovllm import env, hub, platforms
 from nanovllm.compile import buckets
 from nanovllm.compile.program import Compiler
 from nanovllm.config import EngineConfig
+from nanovllm.engine.memory import MemoryReport
 from nanovllm.engine.runner import Layout, Runner
+from nanovllm.engine.stall import StallBound
 from nanovllm.models import registry, weights
 from nanovllm.models.config import ModelConfig
 from nanovllm.platforms import Platform
+from nanovllm.platforms.base import MemoryBudget
 from nanovllm.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -38,6 +42,8 @@ class Loaded:
     tokenizer: Any | None
     eos_ids: frozenset[int]
     num_blocks: int
+    memory: MemoryReport
+    stall: StallBound | None
     seconds: dict[str, float]
 
 
@@ -78,10 +84,13 @@ def load(config: EngineConfig) -> Loaded:
         def new_runner(layout: Layout) -> Runner:
             # a layout for shorter requests can mean another rotary table
             fitted = model.config(hf, dtype=cfg.dtype, max_model_len=layout.max_model_len)
-            return Runner(model, fitted, params, layout, platform, make_compiler(config, platform, environment))
+            compiler = make_compiler(config, platform, environment)
+            return Runner(model, fitted, params, layout, platform, compiler, capture=config.capture)
 
-        layout, num_blocks, runner = _with_cache(config, layout, cfg, new_runner, platform)
+        layout, num_blocks, budget, runner = _with_cache(config, layout, cfg, new_runner, platform)
         runner.warm_up(building)
+        max_stall_ms = platform.max_stall_ms if config.max_stall_ms is None else config.max_stall_ms
+        stall = runner.measure_stall(max_stall_ms) if math.isfinite(max_stall_ms) else None
     seconds = {"weights": weights_done - started, "warm_up": time.perf_counter() - weights_done}
     logger.info(
         "%s on %s in %s: %d layers, %d cache blocks of %d tokens, %s, ready in %.1f s",
@@ -89,7 +98,16 @@ def load(config: EngineConfig) -> Loaded:
         layout.block_size, f"{runner.compiler.num_compiled} programs" if runner.compiler.lowering else "eager",
         sum(seconds.values()),
     )  # fmt: skip
-    return Loaded(runner, tokenizer, eos_token_ids(folder, hf), num_blocks, seconds)
+    memory = MemoryReport(
+        weights_bytes=runner.weights_bytes,
+        cache_bytes=num_blocks * runner.block_bytes,
+        cache_tokens=(num_blocks - 1) * layout.block_size,
+        graphs_bytes=runner.graphs_bytes,
+        budget=budget,
+        limited=budget is not None and num_blocks < budget.cache_bytes // runner.block_bytes,
+    )
+    logger.info("%s", memory)
+    return Loaded(runner, tokenizer, eos_token_ids(folder, hf), num_blocks, memory, stall, seconds)
 
 
 def read_model_config(folder: Path, config: EngineConfig, platform: Platform) -> tuple[ModuleType, ModelConfig, Any]:
@@ -148,7 +166,7 @@ def make_compiler(config: EngineConfig, platform: Platform, environment: env.Env
     lowering, _ = (None, "") if config.enforce_eager else platform.lowering()
     return Compiler(
         lowering,
-        passes=platform.passes() if lowering is not None else (),
+        passes=platform.passes(config.fuse) if lowering is not None else (),
         dump_dir=environment.dump_graphs,
         varying=() if platform.whole_steps else VARYING,
         strict=environment.strict,
@@ -193,11 +211,16 @@ def _with_cache(
     cfg: ModelConfig,
     new_runner: Callable[[Layout], Runner],
     platform: Platform,
-) -> tuple[Layout, int, Runner]:
+) -> tuple[Layout, int, MemoryBudget | None, Runner]:
     """A runner with its cache: as many blocks as asked for, or as fit and can be used."""
     runner = new_runner(layout)
-    most_useful = 1 + layout.max_num_seqs * layout.blocks_per_row
-    num_blocks = config.num_kvcache_blocks or min(most_useful, runner.measure_blocks(config.gpu_memory_utilization))
+    budget = None
+    if config.num_kvcache_blocks is not None:
+        num_blocks = config.num_kvcache_blocks
+    else:
+        budget = runner.measure_budget(config.gpu_memory_utilization)
+        most_useful = 1 + layout.max_num_seqs * layout.blocks_per_row
+        num_blocks = min(most_useful, budget.cache_bytes // runner.block_bytes)
     block_size = layout.block_size
     if num_blocks < 2:
         raise ValueError(
@@ -216,4 +239,4 @@ def _with_cache(
         layout = make_layout(replace(config, max_model_len=capacity), cfg, platform)
         runner = new_runner(layout)  # its programs are of other shapes than those that measured
     runner.allocate_cache(num_blocks)
-    return layout, num_blocks, runner
+    return layout, num_blocks, budget, runner

@@ -64,7 +64,7 @@ def _npu(
     from nanovllm.platforms import npu
 
     npu.load_torch_npu()
-    num_devices = torch.npu.device_count()
+    num_devices = npu.device_count()
     if index >= num_devices:
         raise ValueError(f"device 'npu:{index}' is not there: torch_npu sees {num_devices} NPU(s)")
     return npu.NpuPlatform(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import resource
 import sys
@@ -15,11 +16,12 @@ from torch import Tensor
 from torch.fx import Node
 
 from nanovllm.compile.lower import inductor
+from nanovllm.compile.passes.fuse_add_norm import fuse_add_norm
 from nanovllm.compile.passes.fuse_rope_store import fuse_rope_store
 from nanovllm.compile.passes.inline_ops import inline_ops
 from nanovllm.compile.program import Lowering, Pass
 from nanovllm.kernels import cpu_kernels
-from nanovllm.platforms.base import HostCopy, Replay
+from nanovllm.platforms.base import UNFUSED_PASSES, HostCopy, MemoryBudget, Replay
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +38,7 @@ class CpuPlatform:
     default_batched_tokens = 512
     default_num_seqs = 32
     run_ahead = 0
+    max_stall_ms = math.inf
     whole_steps = False
     wants_lengths = False
     supported_dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
@@ -55,8 +58,14 @@ class CpuPlatform:
             return None, f"no C++ compiler for graph mode, running eagerly: {self._compiler_problem.splitlines()[0]}"
         return inductor.lower, ""
 
-    def passes(self) -> tuple[tuple[str, Pass], ...]:
-        return ("fuse_rope_store", fuse_rope_store), ("inline_ops", partial(inline_ops, keep=_keeps_op))
+    def passes(self, fuse: bool) -> tuple[tuple[str, Pass], ...]:
+        if not fuse:
+            return UNFUSED_PASSES
+        return (
+            ("fuse_rope_store", fuse_rope_store),
+            ("fuse_add_norm", fuse_add_norm),
+            ("inline_ops", partial(inline_ops, keep=_keeps_op)),
+        )
 
     def announce(self, seq_lens: list[int]) -> None:
         pass
@@ -71,8 +80,11 @@ class CpuPlatform:
     def read_back(self, tensor: Tensor) -> HostCopy:
         return tensor.clone()
 
-    def cache_budget_bytes(self, utilization: float) -> int:
-        return int(min(CACHE_SHARE * _available_bytes(), CACHE_CEILING_BYTES))
+    def memory_budget(self, utilization: float) -> MemoryBudget:
+        return MemoryBudget(int(min(CACHE_SHARE * _available_bytes(), CACHE_CEILING_BYTES)), scratch_bytes=0)
+
+    def used_bytes(self) -> int:
+        return 0
 
     def reset_peak(self) -> None:
         pass
@@ -90,8 +102,10 @@ class CpuPlatform:
 
 def _keeps_op(name: str, node: Node) -> bool:
     if name == "linear":
+        # with a residual it stays whole, or Inductor would write and compile C++ for the addition
         x: Any = node.args[0]
-        return cpu_kernels.prefers_own_linear(x.meta["val"].shape[0], x.meta["val"].dtype)
+        has_residual = len(node.args) > 3 and node.args[3] is not None
+        return has_residual or cpu_kernels.prefers_own_linear(x.meta["val"].shape[0], x.meta["val"].dtype)
     return name in KERNEL_OPS
 
 

@@ -10,17 +10,19 @@ import torch
 from torch import Tensor
 
 from nanovllm.compile.lower import inductor
+from nanovllm.compile.passes.fuse_add_norm import fuse_add_norm
 from nanovllm.compile.passes.fuse_linear import fuse_linear
 from nanovllm.compile.passes.fuse_rope_store import fuse_rope_store
 from nanovllm.compile.passes.inline_ops import inline_ops
 from nanovllm.compile.program import Lowering, Pass
-from nanovllm.platforms.base import HostCopy, Replay
+from nanovllm.platforms.base import UNFUSED_PASSES, HostCopy, MemoryBudget, Replay, budget
 
 # Inductor fuses norms and activation as well, but without programmatic dependent launch, and compiles for seconds a bucket.
 KERNEL_OPS = frozenset(
     {
         "add_rms_norm",
         "fused_linear",
+        "linear",
         "paged_attention",
         "qk_norm_rope_store",
         "rms_norm",
@@ -48,12 +50,14 @@ class CudaPlatform:
     default_batched_tokens = 8192
     default_num_seqs = 256
     run_ahead = 1
+    max_stall_ms = 30.0
     whole_steps = False
     wants_lengths = False
 
     def __init__(self, index: int = 0) -> None:
         self.device = torch.device("cuda", index)
         self._pool: Any = None
+        self._capture_stream = torch.cuda.Stream(self.device)
         self.supported_dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16)
         if torch.cuda.get_device_capability(self.device) >= (8, 0):
             self.supported_dtypes += (torch.bfloat16,)
@@ -72,12 +76,15 @@ class CudaPlatform:
     def lowering(self) -> tuple[Lowering | None, str]:
         return inductor.lower, ""
 
-    def passes(self) -> tuple[tuple[str, Pass], ...]:
+    def passes(self, fuse: bool) -> tuple[tuple[str, Pass], ...]:
+        if not fuse:
+            return UNFUSED_PASSES
         from nanovllm.kernels import triton_linear
 
         return (
             ("fuse_rope_store", fuse_rope_store),
             ("fuse_linear", partial(fuse_linear, max_rows=triton_linear.max_rows)),
+            ("fuse_add_norm", fuse_add_norm),
             ("inline_ops", partial(inline_ops, keep=lambda name, node: name in KERNEL_OPS)),
         )
 
@@ -90,9 +97,16 @@ class CudaPlatform:
         torch.cuda.synchronize()
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            step()
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        # by hand, on the stream that torch's context manager takes: that one collects garbage each time, for 0.2 s
+        self._capture_stream.wait_stream(current)
+        with torch.cuda.stream(self._capture_stream):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                step()
+            finally:
+                graph.capture_end()
+        current.wait_stream(self._capture_stream)
         return graph.replay
 
     def upload(self, values: Any, dtype: torch.dtype) -> Tensor:
@@ -102,12 +116,21 @@ class CudaPlatform:
     def read_back(self, tensor: Tensor) -> HostCopy:
         return _PinnedCopy(tensor)
 
-    def cache_budget_bytes(self, utilization: float) -> int:
+    def memory_budget(self, utilization: float) -> MemoryBudget:
         free_bytes, total_bytes = torch.cuda.mem_get_info(self.device)
         stats = torch.cuda.memory_stats(self.device)
-        held_bytes = stats["reserved_bytes.all.current"] - stats["allocated_bytes.all.current"]
-        scratch_bytes = stats["allocated_bytes.all.peak"] - stats["allocated_bytes.all.current"]
-        return int(free_bytes + held_bytes - (1 - utilization) * total_bytes - scratch_bytes)
+        return budget(
+            utilization,
+            free_bytes=free_bytes,
+            total_bytes=total_bytes,
+            reserved_bytes=stats["reserved_bytes.all.current"],
+            allocated_bytes=stats["allocated_bytes.all.current"],
+            peak_bytes=stats["allocated_bytes.all.peak"],
+        )
+
+    def used_bytes(self) -> int:
+        free_bytes, total_bytes = torch.cuda.mem_get_info(self.device)
+        return total_bytes - free_bytes
 
     def reset_peak(self) -> None:
         torch.cuda.reset_peak_memory_stats(self.device)

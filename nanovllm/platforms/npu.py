@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import importlib.util
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,11 +15,14 @@ import torch
 from torch import Tensor
 
 from nanovllm.compile.lower import eager, torchair
+from nanovllm.compile.passes.fuse_add_norm import fuse_add_norm
 from nanovllm.compile.passes.merge_equal import merge_equal
 from nanovllm.compile.passes.replace_ops import replace_ops
 from nanovllm.compile.program import Lowering, Pass
 from nanovllm.kernels import npu_kernels, ops
-from nanovllm.platforms.base import HostCopy, Replay
+from nanovllm.platforms.base import HostCopy, MemoryBudget, Replay, budget
+
+_torch: Any = torch  # torch.npu is there once torch_npu is imported
 
 # What torch_npu links against; a machine without CANN has none of them.
 CANN_LIBRARIES = (
@@ -62,6 +66,10 @@ def load_torch_npu() -> None:
         ) from error
 
 
+def device_count() -> int:
+    return _torch.npu.device_count()
+
+
 def missing_libraries() -> list[str]:
     """Those of CANN's libraries that the dynamic loader does not find."""
     missing = []
@@ -78,7 +86,7 @@ class _PinnedCopy:
     def __init__(self, tensor: Tensor) -> None:
         self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         self._host.copy_(tensor, non_blocking=True)
-        self._done = torch.npu.Event()
+        self._done = _torch.npu.Event()
         self._done.record()
 
     def tolist(self) -> list[Any]:
@@ -91,6 +99,7 @@ class NpuPlatform:
     default_block_size = 128  # what paged attention is recommended to run with
     default_batched_tokens = 8192
     default_num_seqs = 256
+    max_stall_ms = math.inf  # no prefill step has been timed on a device
     whole_steps = True
     # fused_infer_attention_score computes in these
     supported_dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
@@ -122,17 +131,22 @@ class NpuPlatform:
         self._pool: Any = None
 
     def prepare(self) -> None:
-        torch.npu.set_device(self.device)
+        _torch.npu.set_device(self.device)
         ops.register_kernels("PrivateUse1", npu_kernels.EAGER)
 
     def lowering(self) -> tuple[Lowering | None, str]:
         return eager.lower if self.captures else partial(torchair.lower, settings=self.settings), ""
 
-    def passes(self) -> tuple[tuple[str, Pass], ...]:
+    def passes(self, fuse: bool) -> tuple[tuple[str, Pass], ...]:
         table = npu_kernels.IN_CAPTURE if self.captures else npu_kernels.IN_GRAPH
-        replaced = ("npu_ops", partial(replace_ops, table=table))
-        # torchair's graph is functional when it is merged (compile/lower/torchair.py), so that more of it can be
-        return (replaced, ("merge_equal", merge_equal)) if self.captures else (replaced,)
+        passes: list[tuple[str, Pass]] = [("fuse_add_norm", fuse_add_norm)] if fuse else []
+        if not fuse:
+            table = {name: function for name, function in table.items() if name in npu_kernels.NEVER_PLAIN}
+        passes.append(("npu_ops", partial(replace_ops, table=table)))
+        if self.captures:
+            # what torchair takes is merged later, when it is functional and more of it can be (compile/lower/torchair.py)
+            passes.append(("merge_equal", merge_equal))
+        return tuple(passes)
 
     def announce(self, seq_lens: list[int]) -> None:
         self._seq_lens = seq_lens
@@ -141,13 +155,11 @@ class NpuPlatform:
         step()
         if not self.captures:
             return step
-        torch.npu.synchronize(self.device)
+        _torch.npu.synchronize(self.device)
         if self._pool is None:
-            self._pool = torch.npu.graph_pool_handle()
-        graph = torch.npu.NPUGraph()
-        with torch.npu.graph(
-            graph, pool=self._pool, auto_dispatch_capture=True, capture_error_mode="thread_local"
-        ):
+            self._pool = _torch.npu.graph_pool_handle()
+        graph = _torch.npu.NPUGraph()
+        with _torch.npu.graph(graph, pool=self._pool, auto_dispatch_capture=True, capture_error_mode="thread_local"):
             step()
 
         def replay() -> None:
@@ -162,25 +174,34 @@ class NpuPlatform:
     def read_back(self, tensor: Tensor) -> HostCopy:
         return _PinnedCopy(tensor)
 
-    def cache_budget_bytes(self, utilization: float) -> int:
-        free_bytes, total_bytes = torch.npu.mem_get_info(self.device)
-        stats = torch.npu.memory_stats(self.device)
-        held_bytes = stats["reserved_bytes.all.current"] - stats["allocated_bytes.all.current"]
-        scratch_bytes = stats["allocated_bytes.all.peak"] - stats["allocated_bytes.all.current"]
-        return int(free_bytes + held_bytes - (1 - utilization) * total_bytes - scratch_bytes)
+    def memory_budget(self, utilization: float) -> MemoryBudget:
+        free_bytes, total_bytes = _torch.npu.mem_get_info(self.device)
+        stats = _torch.npu.memory_stats(self.device)
+        return budget(
+            utilization,
+            free_bytes=free_bytes,
+            total_bytes=total_bytes,
+            reserved_bytes=stats["reserved_bytes.all.current"],
+            allocated_bytes=stats["allocated_bytes.all.current"],
+            peak_bytes=stats["allocated_bytes.all.peak"],
+        )
+
+    def used_bytes(self) -> int:
+        free_bytes, total_bytes = _torch.npu.mem_get_info(self.device)
+        return total_bytes - free_bytes
 
     def reset_peak(self) -> None:
-        torch.npu.reset_peak_memory_stats(self.device)
+        _torch.npu.reset_peak_memory_stats(self.device)
 
     def peak_bytes(self) -> int:
-        return torch.npu.max_memory_allocated(self.device)
+        return _torch.npu.max_memory_allocated(self.device)
 
     def synchronize(self) -> None:
-        torch.npu.synchronize(self.device)
+        _torch.npu.synchronize(self.device)
 
     def release(self) -> None:
         self._pool = None
-        torch.npu.empty_cache()
+        _torch.npu.empty_cache()
 
 
 def check_buckets(graph_mode: str, sizes: Sequence[int]) -> None:

@@ -69,7 +69,9 @@ def _matmul_v2(a: Attributes, x1: Tensor, x2: Tensor, bias: Tensor | None, offse
 
 def _gather(a: Attributes, x: Tensor, indices: Tensor, axis: Tensor) -> Tensor:
     dim = int(axis)
-    assert a["batch_dims"] == 0 and (indices.numel() == 0 or 0 <= int(indices.min()) <= int(indices.max()) < x.shape[dim])
+    assert a["batch_dims"] == 0 and (
+        indices.numel() == 0 or 0 <= int(indices.min()) <= int(indices.max()) < x.shape[dim]
+    )
     rows = torch.index_select(x, dim, indices.reshape(-1).long())
     return rows.reshape(*x.shape[:dim], *indices.shape, *x.shape[dim + 1 :])
 
@@ -85,7 +87,9 @@ def _strided_slice(a: Attributes, x: Tensor, begin: Tensor, end: Tensor, axes: T
 
 def _split(a: Attributes, x: Tensor, sizes: Tensor, dim: Tensor) -> tuple[Tensor, ...]:
     lengths, total = sizes.tolist(), x.shape[int(dim)]
-    lengths = [total - sum(n for n in lengths if n >= 0) if length == -1 else length for length in lengths]  # one may be -1
+    lengths = [
+        total - sum(n for n in lengths if n >= 0) if length == -1 else length for length in lengths
+    ]  # one may be -1
     return x.split(lengths, int(dim))
 
 
@@ -114,12 +118,13 @@ def _attention(a: Attributes, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
         lengths[name] = None if tensor is None else tensor.tolist()
     out = semantics.fused_infer_attention_score(
         named["query"], named["key0"], named["value0"], atten_mask=named["atten_mask"], block_table=named["block_table"],
-        **{name: a[name] for name in ("num_heads", "num_key_value_heads", "scale", "input_layout", "sparse_mode", "block_size")},
+        **{name: a[name] for name in ATTENTION_SETTINGS},
         **lengths,
     )  # fmt: skip
     return out, torch.empty(0)
 
 
+ATTENTION_SETTINGS = ("num_heads", "num_key_value_heads", "scale", "input_layout", "sparse_mode", "block_size")
 ATTENTION_INPUTS = (
     "query", "key0", "value0", "pse_shift", "atten_mask", "actual_seq_lengths", "actual_seq_lengths_kv", "dequant_scale1",
     "quant_scale1", "dequant_scale2", "quant_scale2", "quant_offset2", "antiquant_scale", "antiquant_offset", "block_table",
@@ -167,7 +172,9 @@ OPS: dict[str, Callable[..., Any]] = {
     "Sub": _binary(torch.sub),
     "SwiGlu": lambda a, x: semantics.swiglu(x, a["dim"]),
     "Transpose": lambda a, x, perm: x.permute(perm.tolist()),
-    "Unsqueeze": lambda a, x: x.unsqueeze(a["axes"][0]) if len(a["axes"]) == 1 else _unsupported("Unsqueeze of two axes"),
+    "Unsqueeze": lambda a, x: (
+        x.unsqueeze(a["axes"][0]) if len(a["axes"]) == 1 else _unsupported("Unsqueeze of two axes")
+    ),
     "ZerosLike": lambda a, x: torch.zeros_like(x),
 }
 STRUCTURE = ("Data", "Const", "NetOutput")  # what `run` handles itself
@@ -214,5 +221,3 @@ def run(graph: Any, inputs: Sequence[Tensor], observe: Observer | None = None) -
             for index, result in enumerate(results if isinstance(results, tuple) else (results,)):
                 values[f"{op.name}:{index}"] = result
     raise ValueError("the graph has no NetOutput")
-
-

@@ -20,7 +20,13 @@ else:
 
 # The embedded model answers these with wide margins, so that rounding does not decide. The last is longer than the largest
 # prefill bucket, and in all of them together decode passes from one bucket to another.
-QUESTIONS = ("What is 37 + 45?", "Sort: 5 3 9 1", "Count from 3 to 9.", "Reverse: 4 8 1 7", "Sort: 9 2 7 5 3 8 1 6 4 2 9 5")
+QUESTIONS = (
+    "What is 37 + 45?",
+    "Sort: 5 3 9 1",
+    "Count from 3 to 9.",
+    "Reverse: 4 8 1 7",
+    "Sort: 9 2 7 5 3 8 1 6 4 2 9 5",
+)
 SIZES: dict[str, Any] = {
     "max_num_seqs": 4,
     "graph_batch_sizes": (2, 4),

@@ -16,7 +16,9 @@ NAMES = {
 INTEGERS = {torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8}
 # groups of types that declarations name; the other groups (BasicType, NumberType) hold every dtype that occurs here
 GROUPS = {"IndexNumberType": {torch.int32, torch.int64}, "IntegerDataType": INTEGERS}
-INPUT = re.compile(r'\.(?:OPTIONAL_|DYNAMIC_)?INPUT\((\w+),\s*(?:"(\w+)"|TensorType::(\w+)\(\)|TensorType\(\{([^}]*)\}\))\)')
+INPUT = re.compile(
+    r'\.(?:OPTIONAL_|DYNAMIC_)?INPUT\((\w+),\s*(?:"(\w+)"|TensorType::(\w+)\(\)|TensorType\(\{([^}]*)\}\))\)'
+)
 
 
 @cache

@@ -15,6 +15,7 @@ from tests.npu.host import Host, host_view
 
 MODES: dict[str, dict[str, Any]] = {
     "captured": {"npu_graph_mode": "aclgraph"},
+    "captured-unfused": {"npu_graph_mode": "aclgraph", "fuse": False},
     "eager": {"enforce_eager": True},
     "eager-unpadded": {"enforce_eager": True, "pad_batches": False},
 }
@@ -27,7 +28,7 @@ def test_greedy_tokens_are_the_cpus(npu_llm: LLM, cpu_answers: Callable[..., Any
 
 def test_drawn_tokens_are_the_cpus(npu_llm: LLM, cpu_answers: Callable[..., Any]) -> None:
     """At this temperature draws differ from the likeliest token; the noise is exact integers on both sides."""
-    params = {"temperature": 1.5, "seed": 3, "max_tokens": 12}
+    params = {"temperature": 3.0, "seed": 3, "max_tokens": 12}
     drawn = cpu_answers(**params)
     assert answers(npu_llm, **params) == drawn != cpu_answers(max_tokens=12)
 
@@ -43,12 +44,15 @@ def test_other_modes_give_the_same_tokens(mode: str, cpu_answers: Callable[..., 
     host.seen.clear()
     llm = LLM("tiny-qwen3", device="npu", **SIZES, **MODES[mode])
     assert answers(llm) == cpu_answers()
-    params = {"temperature": 1.5, "seed": 3, "max_tokens": 12}
+    params = {"temperature": 3.0, "seed": 3, "max_tokens": 12}
     assert answers(llm, **params) == cpu_answers(**params)
     llm.close()
     assert len(ge.graphs) == num_graphs, "no graph goes to GE in this mode"
-    fused = {"npu_rms_norm", "npu_add_rms_norm", "npu_rotary_mul", "npu_swiglu", "npu_scatter_nd_update_"}
-    assert {f"npu::{name}" for name in (*fused, "npu_fused_infer_attention_score")} <= host.seen
+    always = {"npu::npu_scatter_nd_update_", "npu::npu_fused_infer_attention_score"}
+    fused = {"npu::npu_rms_norm", "npu::npu_rotary_mul", "npu::npu_swiglu"}
+    assert {name for name in host.seen if name in always | fused} == (
+        always if mode == "captured-unfused" else always | fused
+    )
 
 
 def test_a_captured_step_takes_its_lengths_from_the_host(
@@ -101,7 +105,8 @@ def test_the_cache_is_sized_from_the_devices_memory() -> None:
     llm = LLM("tiny-qwen3", device="npu", **options, gpu_memory_utilization=0.9)
     # 4 rows of 256 tokens in blocks of 128, and one for padding: more than that would never be used
     assert llm.engine.scheduler.pool.num_blocks == 4 * 2 + 1
-    assert llm.engine.runner.measure_blocks(0.9) > llm.engine.runner.measure_blocks(0.5) > 1000
+    budgets = [llm.engine.runner.measure_budget(share).cache_bytes for share in (0.9, 0.5)]
+    assert budgets[0] > budgets[1] > 2**30
     llm.close()
 
 

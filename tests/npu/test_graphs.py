@@ -58,8 +58,8 @@ def test_nothing_is_copied(graphs: dict[str, Graph]) -> None:
 
 
 def test_one_net_output_for_each_result(graphs: dict[str, Graph]) -> None:
-    """decode: tokens, logits, and two vectors of the state, written where they are; prefill: the stream in two parts."""
-    expected = {"decode": (4, 2), "prefill": (2, 0), "head": (1, 0), "sample": (3, 2)}
+    """decode: tokens, logits, and two vectors of the state, written where they are; prefill: the hidden state."""
+    expected = {"decode": (4, 2), "prefill": (1, 0), "head": (1, 0), "sample": (3, 2)}
     for name, graph in graphs.items():
         (net,) = (op for op in graph.proto.op if op.type == "NetOutput")
         outputs = [source for source in net.input if not source.endswith(":-1")]
@@ -67,15 +67,20 @@ def test_one_net_output_for_each_result(graphs: dict[str, Graph]) -> None:
 
 
 def test_the_layers_are_fused_ops(graphs: dict[str, Graph]) -> None:
-    per_layer = {
-        "FusedInferAttentionScore": 1, "AddRmsNorm": 2, "RmsNorm": 2, "RotaryMul": 2, "ScatterNdUpdate": 2, "SwiGlu": 1,
-        "MatMul": 4,
-    }  # fmt: skip
+    """Every norm but those of single heads takes in the addition before it, across layers; the first has none before it."""
     for name in ("decode0", "decode1", "prefill0", "prefill1"):
+        has_head = name.startswith("decode")
+        expected = {
+            "FusedInferAttentionScore": NUM_LAYERS,
+            "AddRmsNorm": 2 * NUM_LAYERS - 1 + has_head,
+            "RmsNorm": 2 * NUM_LAYERS + 1,
+            "RotaryMul": 2 * NUM_LAYERS,
+            "ScatterNdUpdate": 2 * NUM_LAYERS,
+            "SwiGlu": NUM_LAYERS,
+            "MatMul": 4 * NUM_LAYERS + has_head,
+        }
         found = ops(graphs[name])
-        outside = Counter({"AddRmsNorm": 1, "MatMul": 1}) if name.startswith("decode") else Counter()
-        for op_type, count in per_layer.items():
-            assert found[op_type] == count * NUM_LAYERS + outside[op_type], (name, op_type, found[op_type])
+        assert {op_type: found[op_type] for op_type in expected} == expected, name
 
 
 def test_layers_share_rotary_rows_and_cache_indices(graphs: dict[str, Graph]) -> None:

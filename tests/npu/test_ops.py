@@ -54,7 +54,9 @@ def compare(
 
     In bf16 the op rounds its inputs once, its result once and what stands between a few times: 2⁻⁸ of the largest value each.
     """
-    rounded = {name: x.to(dtype) if x.dtype == torch.float32 and name != "cos_sin" else x for name, x in tensors.items()}
+    rounded = {
+        name: x.to(dtype) if x.dtype == torch.float32 and name != "cos_sin" else x for name, x in tensors.items()
+    }
     expected_inputs = {name: x.float() if x.dtype == dtype else x.clone() for name, x in rounded.items()}
     expected = meaning(*expected_inputs.values(), *settings)
     expected = expected if isinstance(expected, tuple) else (expected,)
@@ -68,7 +70,9 @@ def compare(
         assert a.shape == e.shape
         if e.is_floating_point():
             assert not a.isnan().any() or "cache" in "".join(tensors)
-            torch.testing.assert_close(a.float(), e, rtol=0, atol=share * float(e.nan_to_num().abs().max()), equal_nan=True)
+            torch.testing.assert_close(
+                a.float(), e, rtol=0, atol=share * float(e.nan_to_num().abs().max()), equal_nan=True
+            )
         else:
             assert torch.equal(a, e)
 
@@ -124,7 +128,11 @@ def test_attention(
     num_rows, num_tokens = max(1, len(lengths)) + (num_padding > 0), sum(new for new, _ in lengths) + num_padding
     is_decode = all(new == 1 for new, _ in lengths) and not num_padding
     caches = [torch.full((C, block_size, K, H), float("nan")) for _ in "kv"]
-    table, seq_len, q_start = torch.zeros(num_rows, 3).int(), torch.zeros(num_rows).int(), torch.zeros(num_rows + 1).int()
+    table, seq_len, q_start = (
+        torch.zeros(num_rows, 3).int(),
+        torch.zeros(num_rows).int(),
+        torch.zeros(num_rows + 1).int(),
+    )
     blocks = iter(range(1, C))
     for row, (new, total) in enumerate(lengths):
         seq_len[row], q_start[row + 1 :] = total, q_start[row] + new

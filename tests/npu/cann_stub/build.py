@@ -48,7 +48,9 @@ def system_libraries() -> list[Path]:
     mapped = {Path(line.split()[-1]) for line in Path("/proc/self/maps").read_text().splitlines() if "/" in line}
     folders = {path.parent for path in mapped if path.name.startswith(("libc.so", "libc-", "ld-linux"))}
     candidates = {folder / name for folder in folders for name in SYSTEM}
-    return [path for path in candidates | {path for path in mapped if path.name.startswith("ld-linux")} if path.is_file()]
+    return [
+        path for path in candidates | {path for path in mapped if path.name.startswith("ld-linux")} if path.is_file()
+    ]
 
 
 def needed(wheel: Path) -> tuple[list[str], list[str]]:
