@@ -101,9 +101,7 @@ class EngineConfig:
         if self.run_ahead is not None and (type(self.run_ahead) is not int or self.run_ahead not in (0, 1)):
             raise ValueError(f"run_ahead is {self.run_ahead!r}: it must be 0 or 1")
         if self.npu_graph_mode not in (None, *GRAPH_MODES):
-            raise ValueError(
-                f"npu_graph_mode is {self.npu_graph_mode!r}: it must be one of {', '.join(GRAPH_MODES)}"
-            )
+            raise ValueError(f"npu_graph_mode is {self.npu_graph_mode!r}: it must be one of {', '.join(GRAPH_MODES)}")
         if self.npu_graph_mode == "aclgraph" and (self.run_ahead or not self.capture):
             raise ValueError(
                 f"npu_graph_mode='aclgraph' does not go with run_ahead={self.run_ahead}, capture={self.capture}: its steps are "

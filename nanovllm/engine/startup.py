@@ -221,6 +221,8 @@ def _with_cache(
         budget = runner.measure_budget(config.gpu_memory_utilization)
         most_useful = 1 + layout.max_num_seqs * layout.blocks_per_row
         num_blocks = min(most_useful, budget.cache_bytes // runner.block_bytes)
+        if platform.whole_steps:
+            num_blocks = buckets.coarse(num_blocks)
     block_size = layout.block_size
     if num_blocks < 2:
         raise ValueError(

@@ -57,3 +57,11 @@ def test_smallest_fit_is_the_first_rung_that_holds_the_size(ladder: tuple[int, .
 def test_a_size_above_the_ladder_is_refused_with_both_numbers(ladder: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=f"size {ladder[-1] + 1} is above the largest bucket {ladder[-1]}"):
         buckets.smallest_fit(ladder, ladder[-1] + 1)
+
+
+def test_coarse_sizes_are_few_and_lose_little() -> None:
+    sizes = range(1, 5000)
+    rounded = [buckets.coarse(size) for size in sizes]
+    assert all(size - size / 16 < small <= size for size, small in zip(sizes, rounded))
+    assert len(set(rounded)) < 160 and rounded[:31] == list(sizes[:31])
+    assert {buckets.coarse(size) for size in range(4096, 4352)} == {4096}

@@ -10,8 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
 
 from nanovllm.compile.lower import torchair
+from nanovllm.compile.trace import trace
+from tests.npu.ge import Ge
 
 SCRIPT = """
 import json, sys
@@ -28,8 +33,7 @@ with host:
     llm = LLM("tiny-qwen3", device="npu", **json.loads(sys.argv[1]))
     answer = llm.generate("What is 2 + 2?", SamplingParams(temperature=0.0, max_tokens=8), use_tqdm=False)
 folders = sorted({graph.options.get("ge.graph_compiler_cache_dir") for graph in ge.graphs})
-print(json.dumps({"lowered": ge.num_lowered, "graphs": len(ge.graphs), "text": answer[0]["text"], "folders": folders,
-                  "tiling": sorted({graph.options["ge.tiling_schedule_optimize"] for graph in ge.graphs})}))
+print(json.dumps({"lowered": ge.num_lowered, "graphs": len(ge.graphs), "text": answer[0]["text"], "folders": folders}))
 """
 SIZES = {"max_num_seqs": 2, "num_kvcache_blocks": 5, "max_model_len": 128, "max_num_batched_tokens": 16}
 
@@ -57,10 +61,34 @@ def test_a_second_process_lowers_nothing(tmp_path: Path) -> None:
     second = process(tmp_path)
     assert second == {**first, "lowered": 0}
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
-    # other options are other graphs, and reach GE
-    other = process(tmp_path, npu_graph_options={"experimental_config.tiling_schedule_optimize": True})
-    assert other["lowered"] == 4 and (first["tiling"], other["tiling"]) == (["0"], ["1"])
-    assert other["text"] == first["text"]
+
+
+@pytest.fixture
+def graph(ge: Ge) -> tuple[GraphModule, list[Tensor]]:
+    x = torch.zeros(3, 8, dtype=torch.bfloat16).npu()
+    traced, fakes, _ = trace(lambda x, weight: x @ weight.T, {"x": x, "weight": x})
+    return traced, fakes
+
+
+def test_options_are_in_the_key_and_reach_ge(graph: tuple[GraphModule, list[Tensor]]) -> None:
+    option = "experimental_config.tiling_schedule_optimize"
+    settings = [torchair.Settings(), torchair.Settings({option: True}), torchair.Settings(frozen=("weight",))]
+    assert len({torchair.cache_key(graph[0], one) for one in settings}) == 3
+    codes = [torchair.generate(*graph, one) for one in settings]
+    tiling = [f'local_compile_options["ge.tiling_schedule_optimize"] = "{on}"' for on in (0, 1, 0)]
+    frozen = [f'local_compile_options["frozenInput"] = "{flags}"' for flags in ("0,0", "0,0", "0,1")]
+    assert all(line in code for lines in (tiling, frozen) for line, code in zip(lines, codes))
+
+
+def test_shapes_dtypes_and_constants_are_in_the_key(ge: Ge) -> None:
+    def key(x: Tensor, factor: float) -> str:
+        graph, _, _ = trace(lambda x: x * factor, {"x": x.npu()})
+        return torchair.cache_key(graph, torchair.Settings())
+
+    x = torch.zeros(3, 8)
+    variants = [(x, 2.0), (x, 3.0), (x[:2], 2.0), (x.half(), 2.0), (torch.zeros(8, 3).T, 2.0)]
+    assert len({key(*variant) for variant in variants}) == len(variants)
+    assert key(x, 2.0) == key(torch.ones(3, 8), 2.0)
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

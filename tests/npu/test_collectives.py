@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +29,8 @@ def two_ranks(ge: Ge, tmp_path: Path) -> Iterator[None]:
 
 @pytest.mark.usefixtures("two_ranks")
 def test_all_reduce_is_lowered(ge: Ge) -> None:
+    from torchair._ge_concrete_graph.ge_ir_pb2 import ModelDef
+
     def region(x: Tensor, weight: Tensor) -> Tensor:
         return collectives.all_reduce(x @ weight.T, "sum", dist.group.WORLD) + 1
 
@@ -37,15 +40,9 @@ def test_all_reduce_is_lowered(ge: Ge) -> None:
     }
     graph, fakes, _ = trace(region, inputs)
     code = torchair.generate(graph, fakes, torchair.Settings())
-    namespace: dict[str, object] = {}
     # the graph alone: running it would need the two ranks
     line = next(line for line in code.splitlines() if line.startswith("serialized_graph = "))
-    exec(line, namespace)
-    from torchair._ge_concrete_graph.ge_ir_pb2 import GraphDef, ModelDef
-
-    model = ModelDef()
-    model.ParseFromString(namespace["serialized_graph"])
-    found: GraphDef = model.graph[0] if model.graph else GraphDef.FromString(namespace["serialized_graph"])
+    (found,) = ModelDef.FromString(ast.literal_eval(line.removeprefix("serialized_graph = "))).graph
     types = [op.type for op in found.op]
     assert types.count("HcomAllReduce") == 1 and types.count("MatMul") == 1, types
     reduce = next(op for op in found.op if op.type == "HcomAllReduce")
