@@ -6,6 +6,7 @@ import ctypes
 import importlib
 import importlib.util
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -197,11 +198,14 @@ class NpuPlatform:
         return _torch.npu.max_memory_allocated(self.device)
 
     def synchronize(self) -> None:
-        _torch.npu.synchronize(self.device)
+        # an engine that nobody closed is dropped as Python ends, when torch_npu is no longer whole
+        if not sys.is_finalizing():
+            _torch.npu.synchronize(self.device)
 
     def release(self) -> None:
         self._pool = None
-        _torch.npu.empty_cache()
+        if not sys.is_finalizing():
+            _torch.npu.empty_cache()
 
 
 def check_buckets(graph_mode: str, sizes: Sequence[int]) -> None:
