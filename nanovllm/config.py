@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from os import PathLike
 from typing import Any
 
+CACHE_MODES = ("auto", "require")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
@@ -28,6 +30,9 @@ class EngineConfig:
     seed: what the seeds of requests without one are drawn from.
     tensor_parallel_size: 1.
     random_weights: draw weights from a seeded normal distribution; only the checkpoint's config.json is needed.
+    compile_cache: the folder of compiled programs and kernels; default NANOVLLM_CACHE. Made for its owner alone.
+    compile_cache_mode: "auto" takes what is there and adds what is not; "require" compiles nothing, and stops with a list
+        of what is missing and why.
     """
 
     model: str
@@ -46,6 +51,8 @@ class EngineConfig:
     seed: int = 0
     tensor_parallel_size: int = 1
     random_weights: bool = False
+    compile_cache: str | PathLike[str] | None = None
+    compile_cache_mode: str = "auto"
 
     @classmethod
     def from_options(cls, model: str, options: dict[str, Any]) -> EngineConfig:
@@ -76,6 +83,14 @@ class EngineConfig:
             raise ValueError(f"gpu_memory_utilization is {share!r}: it must be a number in (0, 1]")
         if not self.pad_batches and not self.enforce_eager:
             raise ValueError("pad_batches=False needs enforce_eager=True: graphs have fixed sizes")
+        if self.compile_cache_mode not in CACHE_MODES:
+            raise ValueError(f"compile_cache_mode is {self.compile_cache_mode!r}: use one of {', '.join(CACHE_MODES)}")
+        if self.compile_cache_mode == "require" and self.enforce_eager:
+            raise ValueError("compile_cache_mode='require' asks for compiled programs, and enforce_eager=True for none")
+        if self.compile_cache is not None and (
+            not isinstance(self.compile_cache, (str, PathLike)) or not str(self.compile_cache)
+        ):
+            raise ValueError(f"compile_cache is {self.compile_cache!r}: it must be a folder's path")
         if self.tensor_parallel_size != 1:
             raise ValueError(f"tensor_parallel_size is {self.tensor_parallel_size}: only 1 is supported")
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,8 +16,10 @@ from tqdm import tqdm
 
 from nanovllm import env, hub, platforms
 from nanovllm.compile import buckets
-from nanovllm.compile.program import Compiler
+from nanovllm.compile.program import Compiler, CompileRequired
+from nanovllm.compile.store import Store
 from nanovllm.config import EngineConfig
+from nanovllm.engine import artifacts
 from nanovllm.engine.runner import Layout, Runner
 from nanovllm.models import registry, weights
 from nanovllm.models.config import ModelConfig
@@ -49,10 +49,12 @@ def load(config: EngineConfig) -> Loaded:
     folder = hub.resolve(config.model, weights=not config.random_weights)
     model, cfg, hf = read_model_config(folder, config, platform)
     tokenizer = load_tokenizer(folder)
-    use_private_cache(environment.cache)
-    platform.prepare()
+    store = artifacts.open_store(config, environment)
+    platform.prepare(store.folder / "cpp", environment.cxx, may_compile=config.compile_cache_mode == "auto")
     layout = make_layout(config, cfg, platform)
     if not config.enforce_eager and (problem := platform.lowering()[1]):
+        if config.compile_cache_mode == "require":
+            raise CompileRequired(f"compile_cache_mode is 'require', but {problem}")
         logger.warning(problem)
     num_programs = len(layout.prefill_tokens) + len(layout.decode_rows) if layout.pad else 0
     with tqdm(total=cfg.num_layers + num_programs, desc="loading weights", dynamic_ncols=True, leave=False) as bar:
@@ -72,18 +74,25 @@ def load(config: EngineConfig) -> Loaded:
         def new_runner(layout: Layout) -> Runner:
             # a layout for shorter requests can mean another rotary table
             fitted = model.config(hf, dtype=cfg.dtype, max_model_len=layout.max_model_len)
-            return Runner(model, fitted, params, layout, platform, make_compiler(config, platform, environment))
+            return Runner(model, fitted, params, layout, platform, make_compiler(config, platform, environment, store))
 
         layout, num_blocks, runner = _with_cache(config, layout, cfg, new_runner, platform)
         runner.warm_up(building)
+    artifacts.finish(store, platform, config)
     seconds = {"weights": weights_done - started, "warm_up": time.perf_counter() - weights_done}
     logger.info(
         "%s on %s in %s: %d layers, %d cache blocks of %d tokens, %s, ready in %.1f s",
         cfg.architecture, platform.device, str(cfg.dtype).removeprefix("torch."), cfg.num_layers, num_blocks,
-        layout.block_size, f"{runner.compiler.num_compiled} programs" if runner.compiler.lowering else "eager",
+        layout.block_size, _programs(runner.compiler),
         sum(seconds.values()),
     )  # fmt: skip
     return Loaded(runner, tokenizer, eos_token_ids(folder, hf), num_blocks, seconds)
+
+
+def _programs(compiler: Compiler) -> str:
+    if compiler.lowering is None:
+        return "eager"
+    return f"{compiler.num_compiled + compiler.num_loaded} programs ({compiler.num_compiled} compiled)"
 
 
 def read_model_config(folder: Path, config: EngineConfig, platform: Platform) -> tuple[ModuleType, ModelConfig, Any]:
@@ -138,47 +147,21 @@ def make_layout(config: EngineConfig, cfg: ModelConfig, platform: Platform) -> L
     )
 
 
-def make_compiler(config: EngineConfig, platform: Platform, environment: env.Environment) -> Compiler:
+def make_compiler(
+    config: EngineConfig, platform: Platform, environment: env.Environment, store: Store | None = None
+) -> Compiler:
     lowering, _ = (None, "") if config.enforce_eager else platform.lowering()
+    passes = platform.passes() if lowering is not None else ()
     return Compiler(
         lowering,
-        passes=platform.passes() if lowering is not None else (),
+        passes=passes,
         dump_dir=environment.dump_graphs,
         varying=VARYING,
         strict=environment.strict,
+        store=store,
+        ingredients=artifacts.common_ingredients(platform, [name for name, _ in passes]) if store else {},
+        require=config.compile_cache_mode == "require",
     )
-
-
-def use_private_cache(folder: Path) -> None:
-    """Compiled code goes into a folder that only its owner can write: others could make us run theirs.
-
-    Raises ValueError for a folder that others own or may write to. Where none can be made, a temporary one serves.
-    """
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-
-    try:
-        # one by one: `parents` leaves the mode of the folders above to the umask
-        for path in (folder, folder / "inductor", folder / "triton"):
-            path.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError as error:
-        logger.warning("compiled code is not kept: %s (NANOVLLM_CACHE names the folder)", error)
-        folder = Path(tempfile.mkdtemp(prefix="nanovllm-"))
-    for path in (folder, folder / "inductor", folder / "triton"):
-        _refuse_if_shared(path)
-    # importing Dynamo anywhere writes torch's own choice, a folder in /tmp, into the environment
-    env.set_default("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"), also_over=default_cache_dir())
-    env.set_default("TRITON_CACHE_DIR", str(folder / "triton"))
-
-
-def _refuse_if_shared(path: Path) -> None:
-    if not path.exists() or not hasattr(os, "getuid"):
-        return
-    owner, mode = path.stat().st_uid, path.stat().st_mode & 0o777
-    if owner != os.getuid() or mode & 0o022:
-        raise ValueError(
-            f"{path} is for compiled code, but user {owner} owns it and its mode is {mode:o}: it must belong to user "
-            f"{os.getuid()} and be writable by nobody else (chmod 700, or another folder through NANOVLLM_CACHE)"
-        )
 
 
 def _with_cache(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -34,8 +35,19 @@ class Platform(Protocol):
     run_ahead: int  # steps launched before the tokens of the first are read
     supported_dtypes: tuple[torch.dtype, ...]
 
-    def prepare(self) -> None:
-        """Register this device's kernels and choose its lowering; called once per engine, before any program is built."""
+    def prepare(self, libraries: Path | None = None, cxx: str | None = None, may_compile: bool = True) -> None:
+        """Register this device's kernels and choose its lowering; called once per engine, before any program is built.
+
+        C++ is compiled by `cxx` (None: whatever there is) into the folder `libraries`, unless `may_compile` is False.
+        """
+        ...
+
+    def fingerprint(self) -> dict[str, str]:
+        """What can change a compiled program here: versions of compilers and driver, and what they compile for."""
+        ...
+
+    def kernels_compiled(self) -> list[str]:
+        """Names of the kernels and libraries that this process has compiled, once for each time."""
         ...
 
     def lowering(self) -> tuple[Lowering | None, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,11 +21,14 @@ from nanovllm.platforms.base import HostCopy, Replay
 KERNEL_OPS = frozenset(
     {
         "add_rms_norm",
+        "advance",
+        "decode_inputs",
         "fused_linear",
         "paged_attention",
         "qk_norm_rope_store",
         "rms_norm",
         "sample",
+        "sampling_inputs",
         "silu_mul",
     }
 )
@@ -56,19 +60,21 @@ class CudaPlatform:
         if torch.cuda.get_device_capability(self.device) >= (8, 0):
             self.supported_dtypes += (torch.bfloat16,)
 
-    def prepare(self) -> None:
+    def prepare(self, libraries: Path | None = None, cxx: str | None = None, may_compile: bool = True) -> None:
         torch.cuda.set_device(self.device)
         try:
-            from nanovllm.kernels import triton_kernels
+            from nanovllm.kernels import triton_build, triton_kernels, triton_step
         except ImportError as error:
             raise ValueError("device 'cuda' needs triton: pip install triton") from error
         if not triton_kernels.supported(self.device):
             major, minor = torch.cuda.get_device_capability(self.device)
             raise ValueError(f"this GPU is of compute capability {major}.{minor}: at least 8.0 is needed")
+        triton_build.watch()
         triton_kernels.register()
+        triton_step.register()
 
     def lowering(self) -> tuple[Lowering | None, str]:
-        return inductor.lower, ""
+        return inductor.lower_if_worth_it, ""
 
     def passes(self) -> tuple[tuple[str, Pass], ...]:
         from nanovllm.kernels import triton_linear
@@ -78,6 +84,22 @@ class CudaPlatform:
             ("fuse_linear", partial(fuse_linear, max_rows=triton_linear.max_rows)),
             ("inline_ops", partial(inline_ops, keep=lambda name, node: name in KERNEL_OPS)),
         )
+
+    def fingerprint(self) -> dict[str, str]:
+        import triton
+
+        properties = torch.cuda.get_device_properties(self.device)
+        return {
+            "device": f"sm_{properties.major}{properties.minor}, {properties.multi_processor_count} multiprocessors",
+            "cuda": str(torch.version.cuda),
+            "driver": str(torch._C._cuda_getDriverVersion()),
+            "triton": triton.__version__,
+        }
+
+    def kernels_compiled(self) -> list[str]:
+        from nanovllm.kernels import triton_build
+
+        return triton_build.compiled()
 
     def capture(self, step: Callable[[], None]) -> Replay:
         # Triton compiles and cuBLAS picks its workspace on the first run, which must lie outside the capture.
