@@ -11,6 +11,7 @@ only after its digest was found right. Nobody but the owner can have written eit
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -79,10 +80,8 @@ class Store:
         except (Damaged, OSError) as error:
             logger.warning("artifact %s cannot be used (%s): it is made again", path.name[:16], error)
             return None
-        try:
-            os.utime(path)  # for `prune`, which drops first what was not used for longest
-        except OSError:
-            pass
+        with contextlib.suppress(OSError):  # for `prune`, which drops first what was not used for longest
+            os.utime(path)
         return artifact
 
     def save(self, key: Key, artifact: Artifact) -> None:

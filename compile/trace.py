@@ -72,7 +72,7 @@ def nested_like(written: Any) -> object:
     try:
         name, parts = written
         module, _, qualname = name.partition(":")
-        found = tuple if name == "builtins:tuple" else getattr(sys.modules[module], qualname)
+        found: Any = tuple if name == "builtins:tuple" else getattr(sys.modules[module], qualname)
         assert issubclass(found, tuple)
         values = [nested_like(part) for part in parts]
         return found(*values) if hasattr(found, "_fields") else tuple(values)

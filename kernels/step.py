@@ -8,6 +8,9 @@ S rows of the device state | R rows of a step | P blocks per row | F sampling fi
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -47,10 +50,13 @@ def advance_meaning(token_S: Tensor, pos_S: Tensor, row_idx_R: Tensor, token_R: 
 def _decode_inputs_fake(
     token_S: Tensor, pos_S: Tensor, block_table_SP: Tensor, row_idx_R: Tensor, block_size: int
 ) -> tuple[Tensor, ...]:
-    rows = row_idx_R.shape[0]
-    long, int32 = [row_idx_R.new_empty(rows) for _ in range(3)], {"dtype": torch.int32}
-    table_RP = row_idx_R.new_empty((rows, block_table_SP.shape[1]), **int32)
-    return (*long, table_RP, row_idx_R.new_empty(rows, **int32), row_idx_R.new_empty(rows + 1, **int32))
+    rows, int32 = row_idx_R.shape[0], torch.int32
+    return (
+        *(row_idx_R.new_empty(rows) for _ in range(3)),
+        row_idx_R.new_empty((rows, block_table_SP.shape[1]), dtype=int32),
+        row_idx_R.new_empty(rows, dtype=int32),
+        row_idx_R.new_empty(rows + 1, dtype=int32),
+    )
 
 
 decode_inputs = ops._define(
@@ -74,7 +80,7 @@ advance = ops._define(
     lambda token, pos, row_idx, new_token: None,
 )
 
-MEANINGS = {
+MEANINGS: dict[str, Callable[..., Any]] = {
     "decode_inputs": decode_inputs_meaning,
     "sampling_inputs": sampling_inputs_meaning,
     "advance": advance_meaning,

@@ -34,7 +34,7 @@ class InductorProgram:
 
 def load(content: bytes) -> InductorProgram:
     """The program of `InductorProgram.stored()`. Raises ValueError where this torch cannot read it."""
-    from torch._inductor import CompiledArtifact
+    from torch._inductor.standalone_compile import CompiledArtifact
 
     with tempfile.TemporaryDirectory(prefix="nanovllm-") as folder:
         path = Path(folder) / "artifact"

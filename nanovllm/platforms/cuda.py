@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -92,7 +94,7 @@ class CudaPlatform:
         return {
             "device": f"sm_{properties.major}{properties.minor}, {properties.multi_processor_count} multiprocessors",
             "cuda": str(torch.version.cuda),
-            "driver": str(torch._C._cuda_getDriverVersion()),
+            "driver": _driver_version(),
             "triton": triton.__version__,
         }
 
@@ -138,3 +140,15 @@ class CudaPlatform:
     def release(self) -> None:
         self._pool = None
         torch.cuda.empty_cache()
+
+
+def _driver_version() -> str:
+    """The CUDA version that the driver supports, as it numbers them (13000 is 13.0)."""
+    version = ctypes.c_int(0)
+    try:
+        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1").cuDriverGetVersion(
+            ctypes.byref(version)
+        )
+    except (OSError, AttributeError):
+        return "unknown"
+    return str(version.value)
