@@ -184,6 +184,11 @@ def drop_damaged_kernels(folder: Path) -> int:
     return dropped
 
 
+def num_kernels(folder: Path) -> int:
+    """Kernels that Triton has finished."""
+    return len(_kernel_folders(folder))
+
+
 def _kernel_is_whole(kernel: Path, seal: Path) -> bool:
     try:
         return all(
@@ -194,7 +199,8 @@ def _kernel_is_whole(kernel: Path, seal: Path) -> bool:
 
 
 def _kernel_folders(folder: Path) -> list[Path]:
-    return [path for path in (folder / "triton").iterdir() if path.is_dir()] if (folder / "triton").is_dir() else []
+    # Triton writes a group's list of files last
+    return [path for path in (folder / "triton").iterdir() if any(path.glob("__grp__*"))]
 
 
 # Maintenance ------------------------------------------------------------------------------------------------------

@@ -162,6 +162,16 @@ class Runner:
         self.platform.synchronize()
         self.compiler.seal()
 
+    def run_bucket(self, kind: str, size: int) -> None:
+        """Build and run the programs of one bucket, "prefill" tokens or "decode" rows, on padding, and capture nothing."""
+        if kind == "prefill":
+            self._warm_prefill(size)
+            return
+        row_idx_R = torch.full((size,), self.state.pad_row, dtype=torch.int64, device=self.platform.device)
+        with torch.no_grad():
+            self.steps.decode(row_idx_R)
+        self.platform.synchronize()
+
     def launch(self, plan: Plan) -> Launched:
         """Start a step; returns at once on devices that work asynchronously."""
         with torch.no_grad():

@@ -19,8 +19,9 @@ from nanovllm.compile import buckets
 from nanovllm.compile.program import Compiler, CompileRequired
 from nanovllm.compile.store import Store
 from nanovllm.config import EngineConfig
-from nanovllm.engine import artifacts
+from nanovllm.engine import artifacts, workers
 from nanovllm.engine.runner import Layout, Runner
+from nanovllm.engine.workers import WorkerFailed, Workers
 from nanovllm.models import registry, weights
 from nanovllm.models.config import ModelConfig
 from nanovllm.platforms import Platform
@@ -56,6 +57,7 @@ def load(config: EngineConfig) -> Loaded:
         if config.compile_cache_mode == "require":
             raise CompileRequired(f"compile_cache_mode is 'require', but {problem}")
         logger.warning(problem)
+    helpers = _cold_start_workers(model, cfg, config, layout, store, platform)
     num_programs = len(layout.prefill_tokens) + len(layout.decode_rows) if layout.pad else 0
     with tqdm(total=cfg.num_layers + num_programs, desc="loading weights", dynamic_ncols=True, leave=False) as bar:
         if config.random_weights:
@@ -69,6 +71,9 @@ def load(config: EngineConfig) -> Loaded:
             bar.set_description(f"building {what}")
             bar.update()
 
+        if helpers is not None:
+            bar.set_description("compiling kernels")
+            _wait(helpers)  # they also take memory, which the cache's size must not miss
         bar.set_description("sizing the cache")
 
         def new_runner(layout: Layout) -> Runner:
@@ -78,7 +83,8 @@ def load(config: EngineConfig) -> Loaded:
 
         layout, num_blocks, runner = _with_cache(config, layout, cfg, new_runner, platform)
         runner.warm_up(building)
-    artifacts.finish(store, platform, config)
+    if not config.enforce_eager:
+        artifacts.finish(store, platform, config, cfg, runner.layout)
     seconds = {"weights": weights_done - started, "warm_up": time.perf_counter() - weights_done}
     logger.info(
         "%s on %s in %s: %d layers, %d cache blocks of %d tokens, %s, ready in %.1f s",
@@ -87,6 +93,27 @@ def load(config: EngineConfig) -> Loaded:
         sum(seconds.values()),
     )  # fmt: skip
     return Loaded(runner, tokenizer, eos_token_ids(folder, hf), num_blocks, seconds)
+
+
+def _cold_start_workers(
+    model: ModuleType, cfg: ModelConfig, config: EngineConfig, layout: Layout, store: Store, platform: Platform
+) -> Workers | None:
+    """Processes that compile while this one reads weights, where compiling takes long and nobody has done it yet."""
+    if config.enforce_eager or config.compile_cache_mode != "auto" or platform.lowering()[0] is None:
+        return None
+    count = platform.compile_workers(workers.bytes_of_one(model, cfg, layout), cfg.weight_bytes)
+    if count < 2 or artifacts.is_ready(store, platform, cfg, layout):
+        return None
+    return Workers(config, workers.buckets_of(layout), count)
+
+
+def _wait(helpers: Workers) -> None:
+    try:
+        helpers.wait(lambda outcome: None)
+    except WorkerFailed as error:
+        logger.warning("compiling goes on in one process, since another failed: %s", error)
+    finally:
+        helpers.close()
 
 
 def _programs(compiler: Compiler) -> str:

@@ -46,6 +46,11 @@ class Platform(Protocol):
         """What can change a compiled program here: versions of compilers and driver, and what they compile for."""
         ...
 
+    def compile_workers(self, bytes_each: int, bytes_own: int) -> int:
+        """Processes that should compile at a cold start, each of which takes so many bytes of the device, while this one
+        takes `bytes_own`; 0 or 1 where one process is quick enough."""
+        ...
+
     def kernels_compiled(self) -> list[str]:
         """Names of the kernels and libraries that this process has compiled, once for each time."""
         ...

@@ -74,6 +74,9 @@ class CpuPlatform:
     def fingerprint(self) -> dict[str, str]:
         return {"cpu": cpp_build.instruction_set()}
 
+    def compile_workers(self, bytes_each: int, bytes_own: int) -> int:
+        return 0
+
     def kernels_compiled(self) -> list[str]:
         return cpp_build.compiled()
 

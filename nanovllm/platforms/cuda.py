@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -34,6 +35,8 @@ KERNEL_OPS = frozenset(
         "silu_mul",
     }
 )
+
+MAX_WORKERS = 8  # processes of a cold start
 
 
 class _PinnedCopy:
@@ -97,6 +100,11 @@ class CudaPlatform:
             "driver": _driver_version(),
             "triton": triton.__version__,
         }
+
+    def compile_workers(self, bytes_each: int, bytes_own: int) -> int:
+        # Triton compiles a kernel in 0.3 to 1 s on one core, and there are a hundred; a process starts in 3 s
+        free_bytes, _ = torch.cuda.mem_get_info(self.device)
+        return max(0, min(MAX_WORKERS, (os.cpu_count() or 1) // 2, (free_bytes - bytes_own) // bytes_each))
 
     def kernels_compiled(self) -> list[str]:
         from nanovllm.kernels import triton_build
