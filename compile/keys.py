@@ -37,8 +37,8 @@ class Key:
         return hashlib.sha256(json.dumps(dict(self.ingredients), sort_keys=True).encode()).hexdigest()
 
     def differences(self, other: Mapping[str, str]) -> list[str]:
-        """One line for each ingredient that is not the same in `other`, those of least consequence last."""
-        names = sorted({*self.ingredients, *other})
+        """One line for each ingredient that is not the same in `other`: versions, device and sources before shapes."""
+        names = sorted({*self.ingredients, *other}, key=lambda name: (name.startswith("input "), name))
         mine, theirs = self.ingredients.get, other.get
         return [
             f"{name}: {_short(mine(name))} is wanted, {_short(theirs(name))} is there"

@@ -53,7 +53,7 @@ def load(content: bytes) -> Plan:
     try:
         read = json.loads(content)
         return Plan(read["num_inputs"], read["calls"], read["outputs"])
-    except (KeyError, TypeError, AttributeError, IndexError, SyntaxError, RuntimeError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError, AssertionError, SyntaxError, RuntimeError) as error:
         raise ValueError(f"no plan: {error!r}") from error
 
 
