@@ -1030,11 +1030,13 @@ extern "C" void nanovllm_qk_norm_rope_store(const QkNormRopeStore* args) {
 namespace {
 
 template <typename U>
-INLINE U hash32(U x) {
-  x = (x ^ (x >> 16)) * 0x21F0AAADu;
+INLINE U keyed_hash32(U x, uint32_t key) {
+  x = ((x ^ (x >> 16)) * 0x21F0AAADu) ^ key;
   x = (x ^ (x >> 15)) * 0x735A2D97u;
   return x ^ (x >> 15);
 }
+
+INLINE uint32_t hash32(uint32_t x) { return keyed_hash32(x, 0); }
 
 struct Sample {
   const void* logits;
@@ -1062,7 +1064,7 @@ Best best_of(const T* logits, int64_t begin, int64_t end, float temperature, uin
       scaled = scaled / temperature;
       UVec token;
       for (int lane = 0; lane < kLanes; ++lane) token[lane] = (uint32_t)(v + lane);
-      UVec mantissa = hash32(hash32(token ^ key) ^ second) >> 9;
+      UVec mantissa = keyed_hash32(token ^ key, second) >> 9;
       // Noise above d needs 1 - u < exp(-d) <= 2^-floor(d / ln 2): an integer test that spares nearly all logarithms.
       Vec doublings = (splat(best.score) - scaled) * 1.442695f;
       doublings = doublings > 0.0f ? doublings : splat(0.0f);

@@ -148,8 +148,14 @@ def paged_attention(
     return out_TNH
 
 
-def linear(x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> Tensor:
-    """`reference.linear`: the weights of few tokens are read once, at memory speed.
+def linear(x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None, residual_TO: Tensor | None = None) -> Tensor:
+    """`reference.linear`, the residual added in place."""
+    y_TO = _product(x_TD, weight_OD, bias_O)
+    return y_TO if residual_TO is None else y_TO.add_(residual_TO)
+
+
+def _product(x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> Tensor:
+    """x · weightᵀ + bias: the weights of few tokens are read once, at memory speed.
 
     In fp32 with 512-bit vectors any number of tokens is served; where F.linear is faster, it is called.
     """

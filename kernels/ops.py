@@ -68,18 +68,17 @@ paged_attention = _define(
 )
 
 linear = _define(
-    "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual=None) -> Tensor",
     reference.linear,
-    lambda x, weight, bias: x.new_empty((*x.shape[:-1], weight.shape[0])),
+    lambda x, weight, bias, residual=None: x.new_empty((*x.shape[:-1], weight.shape[0])),
 )
 
 fused_linear = _define(
-    "fused_linear(Tensor x, Tensor? residual, Tensor? norm_weight, Tensor weight, Tensor? bias, float eps, bool silu_mul) "
-    "-> (Tensor, Tensor)",
+    "fused_linear(Tensor x, Tensor? norm_weight, Tensor weight, Tensor? bias, Tensor? residual, float eps, bool silu_mul) "
+    "-> Tensor",
     reference.fused_linear,
-    lambda x, residual, norm_weight, weight, bias, eps, silu_mul: (
-        x.new_empty((*x.shape[:-1], weight.shape[0] // 2 if silu_mul else weight.shape[0])),
-        x.new_empty(0) if norm_weight is None else x.new_empty(x.shape),
+    lambda x, norm_weight, weight, bias, residual, eps, silu_mul: x.new_empty(
+        (*x.shape[:-1], weight.shape[0] // 2 if silu_mul else weight.shape[0])
     ),
 )
 sample = _define(

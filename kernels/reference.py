@@ -111,9 +111,10 @@ def paged_attention(
     return out_TNH
 
 
-def linear(x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> Tensor:
-    """x · weightᵀ + bias; [T, D], [O, D], [O] -> [T, O]."""
-    return torch.nn.functional.linear(x_TD, weight_OD, bias_O)
+def linear(x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None, residual_TO: Tensor | None = None) -> Tensor:
+    """x · weightᵀ + bias, then + residual; [T, D], [O, D], [O], [T, O] -> [T, O]."""
+    y_TO = torch.nn.functional.linear(x_TD, weight_OD, bias_O)
+    return y_TO if residual_TO is None else y_TO + residual_TO
 
 
 def _seen(query_pos: Tensor, key_pos: Tensor, window: int) -> Tensor:
@@ -144,7 +145,12 @@ def hash32(x: Tensor) -> Tensor:
 
     Source: C. Wellons, hash-prospector, the "lowbias32" search, constants 21f0aaad-735a2d97 with shifts 16, 15, 15.
     """
-    x = ((x ^ (x >> 16)) * 0x21F0AAAD) & MASK_32
+    return keyed_hash32(x, torch.zeros_like(x))
+
+
+def keyed_hash32(x: Tensor, key: Tensor) -> Tensor:
+    """`hash32` with a key between its two rounds: as a function of x still a bijection, another one for every key."""
+    x = (((x ^ (x >> 16)) * 0x21F0AAAD) & MASK_32) ^ key
     x = ((x ^ (x >> 15)) * 0x735A2D97) & MASK_32
     return x ^ (x >> 15)
 
@@ -155,7 +161,7 @@ def gumbel_noise(seed_R: Tensor, pos_R: Tensor, vocab_size: int) -> Tensor:
     key_R = hash32(low ^ hash32(high ^ hash32(pos_R & MASK_32)))
     second_R = hash32(key_R ^ 0x5BD1E995)
     token_V = torch.arange(vocab_size, device=seed_R.device)
-    bits_RV = hash32(hash32(token_V.unsqueeze(0) ^ key_R.unsqueeze(1)) ^ second_R.unsqueeze(1))
+    bits_RV = keyed_hash32(token_V.unsqueeze(0) ^ key_R.unsqueeze(1), second_R.unsqueeze(1))
     uniform_RV = ((bits_RV >> 9).float() + 0.5) * 2.0**-23
     return -torch.log(-torch.log(uniform_RV))
 
@@ -178,19 +184,18 @@ _silu_mul = silu_mul  # the op below has an argument of that name
 
 def fused_linear(
     x_TD: Tensor,
-    residual_TD: Tensor | None,
     norm_weight_D: Tensor | None,
     weight_OD: Tensor,
     bias_O: Tensor | None,
+    residual_TO: Tensor | None,
     eps: float,
     silu_mul: bool,
-) -> tuple[Tensor, Tensor]:
-    """(y, residual'): with a norm weight x, residual' = add_rms_norm(x, residual); y = x · weightᵀ + bias; with `silu_mul` the
-    weight is [gate | up] and y = silu(gate) · up. Without a norm weight there is no residual, and residual' is empty.
+) -> Tensor:
+    """A product with its neighbours: rms_norm(x) where a norm weight is given, then x · weightᵀ + bias, then silu(gate) · up
+    where the weight is [gate | up], then + residual where one is given.
     """
-    assert (norm_weight_D is None) == (residual_TD is None), "a norm comes with a residual"
-    residual_out = x_TD.new_empty(0)
-    if norm_weight_D is not None and residual_TD is not None:
-        x_TD, residual_out = add_rms_norm(x_TD, residual_TD, norm_weight_D, eps)
-    y_TO = torch.nn.functional.linear(x_TD, weight_OD, bias_O)
-    return _silu_mul(y_TO) if silu_mul else y_TO, residual_out
+    if norm_weight_D is not None:
+        x_TD = rms_norm(x_TD, norm_weight_D, eps)
+    y_TO = linear(x_TD, weight_OD, bias_O)
+    y_TO = _silu_mul(y_TO) if silu_mul else y_TO
+    return y_TO if residual_TO is None else y_TO + residual_TO

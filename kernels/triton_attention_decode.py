@@ -28,6 +28,7 @@ from torch import Tensor
 from nanovllm.kernels.triton_common import (
     LOG2_E,
     NO_SCORE,
+    arrival_counters,
     dot,
     exp2,
     launch_options,
@@ -281,31 +282,6 @@ def decode_kernel(
                 )  # fmt: skip
 
 
-# The arrival counters have to be zero before a launch and are left zero by it, so they outlive the calls: a fill in front
-# of each launch would cost as much as the launch. Launches that share counters must not run at the same time, so every
-# stream gets its own (the stream of the capture, for a graph: give engines that run side by side a stream each).
-_MAX_STREAMS = 128
-_COUNTERS_PER_STREAM = 4096
-_counters: dict[torch.device, Tensor] = {}
-_stream_slots: dict[tuple[torch.device, int], int] = {}
-
-
-def _arrival_counters(device: torch.device, num_counters: int) -> Tensor:
-    """Zeroed int32 counters that belong to the current stream of the device."""
-    if device.type != "cuda":
-        return torch.zeros(num_counters, dtype=torch.int32, device=device)
-    capturing = torch.cuda.is_current_stream_capturing()
-    if device not in _counters and not capturing:
-        _counters[device] = torch.zeros(_MAX_STREAMS, _COUNTERS_PER_STREAM, dtype=torch.int32, device=device)
-        torch.cuda.synchronize(device)  # once a process: other streams may use them next
-    stream = (device, torch.cuda.current_stream(device).cuda_stream)
-    slot = _stream_slots.setdefault(stream, len(_stream_slots))
-    if device not in _counters or slot >= _MAX_STREAMS or num_counters > _COUNTERS_PER_STREAM:
-        # right as well, but a fill in front of every launch and replay
-        return torch.zeros(num_counters, dtype=torch.int32, device=device)
-    return _counters[device][slot]
-
-
 class DecodeTile(NamedTuple):
     """How a decode launch is cut."""
 
@@ -397,7 +373,7 @@ def paged_attention_decode(
         out_RNH,
         part_out,
         part_lse,
-        _arrival_counters(device, num_workers * num_kv_heads),
+        arrival_counters(device, num_workers * num_kv_heads),
         num_rows,
         num_workers,
         block_table_RP.stride(0),

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 # A score no key can reach. Finite, because the difference of two infinities is NaN.
 NO_SCORE = tl.constexpr(-1.0e30)
@@ -59,6 +60,25 @@ def wait_for_earlier_kernels(PDL: tl.constexpr):
         tl.extra.cuda.gdc_launch_dependents()
 
 
+@triton.jit
+def finish(y, up, dtype: tl.constexpr, SILU_MUL: tl.constexpr):
+    """A product's result in its dtype: y, or silu(y) · up, rounded where the reference rounds."""
+    if SILU_MUL:
+        y = y.to(dtype).to(tl.float32)
+        y = (y / (1.0 + tl.exp(-y))).to(dtype).to(tl.float32) * up.to(dtype).to(tl.float32)
+    return y.to(dtype)
+
+
+@triton.jit
+def prefetch_rows(row_at, FIRST: tl.constexpr, END: tl.constexpr, LINES_P: tl.constexpr):
+    """Asks the L2 for columns FIRST … END − 1 (of 2 bytes) of the rows that begin at `row_at`, by lines of 128 bytes."""
+    line = FIRST + tl.arange(0, LINES_P) * 64
+    address = (row_at[:, None] + tl.minimum(line, END - 1)[None, :]).to(tl.int64, bitcast=True)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; // $0", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
 @functools.cache
 def num_multiprocessors(device: torch.device) -> int:
     """Multiprocessors of the device; without one (the interpreter) a few, so that work is still divided."""
@@ -80,3 +100,28 @@ def launch_options(device: torch.device) -> dict[str, bool]:
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
         return {"PDL": True, "launch_pdl": True}
     return {"PDL": False}
+
+
+# The arrival counters have to be zero before a launch and are left zero by it, so they outlive the calls: a fill in front
+# of each launch would cost as much as the launch. Launches that share counters must not run at the same time, so every
+# stream gets its own (the stream of the capture, for a graph: give engines that run side by side a stream each).
+_MAX_STREAMS = 128
+_COUNTERS_PER_STREAM = 4096
+_counters: dict[torch.device, Tensor] = {}
+_stream_slots: dict[tuple[torch.device, int], int] = {}
+
+
+def arrival_counters(device: torch.device, num_counters: int) -> Tensor:
+    """Zeroed int32 counters that belong to the current stream of the device."""
+    if device.type != "cuda":
+        return torch.zeros(num_counters, dtype=torch.int32, device=device)
+    capturing = torch.cuda.is_current_stream_capturing()
+    if device not in _counters and not capturing:
+        _counters[device] = torch.zeros(_MAX_STREAMS, _COUNTERS_PER_STREAM, dtype=torch.int32, device=device)
+        torch.cuda.synchronize(device)  # once a process: other streams may use them next
+    stream = (device, torch.cuda.current_stream(device).cuda_stream)
+    slot = _stream_slots.setdefault(stream, len(_stream_slots))
+    if device not in _counters or slot >= _MAX_STREAMS or num_counters > _COUNTERS_PER_STREAM:
+        # right as well, but a fill in front of every launch and replay
+        return torch.zeros(num_counters, dtype=torch.int32, device=device)
+    return _counters[device][slot]

@@ -7,7 +7,7 @@ a token differs only where the two best scores are as close. Greedy rows skip th
 
 At batch 1 this is launch latency. At large batches integer arithmetic limits it (two rounds of hashing: about 20
 operations on a pipe of 64 lanes per multiprocessor), not memory. Measured on an H200, 151,936 tokens in bf16, greedy and
-drawn: 2.4 and 2.8 µs at one row (Inductor 87), 3.7 and 5.7 at 8, 10 and 25 at 64, 30 and 86 at 256 (Inductor 158).
+drawn: TODO.
 
 Shapes: R rows | V vocabulary | P spans of a row
 """
@@ -23,6 +23,8 @@ from triton.language.extra import libdevice
 from nanovllm.kernels.triton_common import launch_options, num_multiprocessors
 
 LN_2 = tl.constexpr(0.6931471805599453)
+LOG2_E = tl.constexpr(1.4426950408889634)
+SLACK = tl.constexpr(1.001)
 NO_TOKEN = tl.constexpr(2147483647)
 
 TILE = 1024  # tokens a program scores at a time
@@ -30,10 +32,15 @@ PROGRAMS_PER_MULTIPROCESSOR = 8
 
 
 @triton.jit
-def _hash32(x):
-    x = (x ^ (x >> 16)) * 0x21F0AAAD
+def _keyed_hash32(x, key):
+    x = ((x ^ (x >> 16)) * 0x21F0AAAD) ^ key
     x = (x ^ (x >> 15)) * 0x735A2D97
     return x ^ (x >> 15)
+
+
+@triton.jit
+def _hash32(x):
+    return _keyed_hash32(x, x ^ x)
 
 
 @triton.jit
@@ -45,11 +52,16 @@ def _log2(x, HARDWARE: tl.constexpr):
 
 
 @triton.jit
-def _gumbel(token_V, key, second, HARDWARE: tl.constexpr):
-    """−log(−log u), u the reference's uniform of token_V, an odd multiple of 2⁻²⁴."""
-    bits_V = _hash32(_hash32(token_V ^ key) ^ second)
+def _uniform(token_V, key, second):
+    """The reference's uniform of token_V, an odd multiple of 2⁻²⁴."""
+    bits_V = _keyed_hash32(token_V ^ key, second)
     # 1 + n · 2⁻²³ by its bits; subtracting 1 − 2⁻²⁴ leaves (n + ½) · 2⁻²³ exactly
-    uniform_V = ((bits_V >> 9) | 0x3F800000).to(tl.float32, bitcast=True) - 0.999999940395355224609375
+    return ((bits_V >> 9) | 0x3F800000).to(tl.float32, bitcast=True) - 0.999999940395355224609375
+
+
+@triton.jit
+def _gumbel(uniform_V, HARDWARE: tl.constexpr):
+    """−log(−log u)."""
     rest_V = 1.0 - uniform_V
     # near 1 the hardware's logarithm has a large relative error: −log(1 − r) = r + r²/2 + r³/3 + r⁴/4 + …
     series_V = rest_V * (1.0 + rest_V * (0.5 + rest_V * (1.0 / 3.0 + rest_V * 0.25)))
@@ -96,13 +108,20 @@ def best_of_span_kernel(
         key = _hash32(low ^ _hash32(high ^ _hash32(pos.to(tl.uint32))))
         second = _hash32(key ^ 0x5BD1E995)
         factor = 1.0 / temperature
+        best_yet = float("-inf")
         for tile in range(num_tiles):
             token_V = (first + tile) * TILE + lane_V
             logit_V = tl.load(logits_at + token_V, mask=token_V < vocab_size, other=float("-inf")).to(tl.float32)
-            score_V = logit_V * factor + _gumbel(token_V.to(tl.uint32), key, second, HARDWARE)
-            is_better_V = score_V > best_V
-            best_V = tl.where(is_better_V, score_V, best_V)
-            best_token_V = tl.where(is_better_V, token_V, best_token_V)
+            uniform_V = _uniform(token_V.to(tl.uint32), key, second)
+            # Noise is at most −log(1 − u), so only a token with 1 − u < exp(logit / temperature − best) can win; the factor
+            # is more than all rounding. A span's first tiles find its best, and most others stop here.
+            may_win_V = 1.0 - uniform_V < tl.exp2((logit_V * factor - best_yet) * LOG2_E) * SLACK
+            if tl.max(may_win_V.to(tl.int32), 0) != 0:
+                score_V = logit_V * factor + _gumbel(uniform_V, HARDWARE)
+                is_better_V = score_V > best_V
+                best_V = tl.where(is_better_V, score_V, best_V)
+                best_token_V = tl.where(is_better_V, token_V, best_token_V)
+                best_yet = tl.max(best_V, 0)
     best = tl.max(best_V, 0)
     best_token = tl.min(tl.where(best_V == best, best_token_V, NO_TOKEN), 0)
     out = row_idx * tl.num_programs(1) + span_idx

@@ -1,10 +1,9 @@
-"""add + RMS norm → product (→ SiLU·up), found in a region's graph, becomes one op, where there are so few rows that the
-product is a stream of weights; a lone product becomes the same op without its neighbours.
+"""RMS norm → product (→ SiLU·up) (+ residual), found in a region's graph, becomes one op, where there are so few rows that
+the product is a stream of weights.
 """
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,8 +18,7 @@ def fuse_linear(
 ) -> GraphModule:
     """Fuse every `linear` of at most `max_rows(outputs of the weight, depth, norm taken in)` rows with its neighbours.
 
-    A norm is taken in where this product is the only reader of its first result and the limit for that allows. Its second
-    result, the new residual, comes from the fused op instead, for whoever reads it.
+    A norm is taken in where this product alone reads it and the limit for that allows.
     """
     for linear in [node for node in graph.graph.nodes if node.target is ops.linear]:
         x, weight = (argument.meta["val"] for argument in linear.all_input_nodes[:2])
@@ -38,40 +36,25 @@ def fuse_linear(
 
 
 def _fuse(graph: GraphModule, linear: Node, norm: Node | None) -> None:
-    x, weight, bias = (*linear.args, None)[:3]
-    residual: Any = None
+    x, weight, bias, residual = (*linear.args, None)[:4]
     norm_weight: Any = None
     eps: Any = 0.0
     if norm is not None:
-        x, residual, norm_weight, eps = norm.args
-    silu_mul = _silu_of(linear)
+        x, norm_weight, eps = norm.args
+    silu_mul = _silu_of(linear) if residual is None else None
     last = linear if silu_mul is None else silu_mul
     with graph.graph.inserting_before(linear):
         fused = graph.graph.call_function(
-            ops.fused_linear, (x, residual, norm_weight, weight, bias, eps, silu_mul is not None)
+            ops.fused_linear, (x, norm_weight, weight, bias, residual, eps, silu_mul is not None)
         )
-        y = graph.graph.call_function(operator.getitem, (fused, 0))
-        new_residual = graph.graph.call_function(operator.getitem, (fused, 1))
-    y.meta = dict(last.meta)
-    last.replace_all_uses_with(y)
-    if norm is not None:
-        for result in list(norm.users):
-            if result.args[1] == 1:
-                new_residual.meta = dict(result.meta)
-                result.replace_all_uses_with(new_residual)
+    fused.meta = dict(last.meta)
+    last.replace_all_uses_with(fused)
 
 
 def _norm_for(linear: Node) -> Node | None:
-    """The add_rms_norm whose first result this product alone reads, if nobody reads the new residual before the product."""
-    x: Any = linear.args[0]
-    if not isinstance(x, Node) or x.target is not operator.getitem or x.args[1] != 0 or len(x.users) != 1:
-        return None
-    norm = x.args[0]
-    if not isinstance(norm, Node) or norm.target is not ops.add_rms_norm:
-        return None
-    residual_users = [user for result in norm.users if result.args[1] == 1 for user in result.users]
-    firsts = [result for result in norm.users if result.args[1] == 0]
-    return norm if firsts == [x] and all(linear < user for user in residual_users) else None
+    """The rms_norm that this product alone reads."""
+    norm: Any = linear.args[0]
+    return norm if isinstance(norm, Node) and norm.target is ops.rms_norm and len(norm.users) == 1 else None
 
 
 def _silu_of(linear: Node) -> Node | None:

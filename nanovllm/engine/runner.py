@@ -18,7 +18,7 @@ from nanovllm.engine.filtered import FilteredSampler, LogprobCopies, copy_logpro
 from nanovllm.engine.request import Request
 from nanovllm.engine.scheduler import Chunk, DecodePlan, Plan, PrefillPlan
 from nanovllm.engine.state import SAMPLING_FIELDS, new_state
-from nanovllm.engine.steps import Hidden, Steps
+from nanovllm.engine.steps import Steps
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.dense import Batch, LayerCache, Params
 from nanovllm.models.rope import rotary_table
@@ -244,9 +244,9 @@ class Runner:
             pad_row=self.state.pad_row,
         )
         self._admit(chunks, arrays)
-        hidden, sample_row_R, last_R = self._run_prefill(arrays)
-        prompt_logprobs = self._prompt_logprobs(chunks, arrays, hidden)
-        logits_RV = self.steps.logits_at(hidden, last_R)
+        h_TD, sample_row_R, last_R = self._run_prefill(arrays)
+        prompt_logprobs = self._prompt_logprobs(chunks, arrays, h_TD)
+        logits_RV = self.steps.logits_at(h_TD, last_R)
         logprobs = None
         if any(chunk.is_last and needs_filtering(chunk.request) for chunk in chunks):
             requests = [chunk.request for chunk in chunks]
@@ -257,7 +257,7 @@ class Runner:
         tokens = self.platform.read_back(token_R)
         return Launched([chunks[row].request for row in sampled], sampled, tokens, logprobs, prompt_logprobs)
 
-    def _run_prefill(self, arrays: PrefillArrays) -> tuple[Hidden, Tensor, Tensor]:
+    def _run_prefill(self, arrays: PrefillArrays) -> tuple[Tensor, Tensor, Tensor]:
         upload = self.platform.upload
         batch = Batch(
             pos_T=upload(arrays.pos_T, torch.int64),
@@ -266,8 +266,8 @@ class Runner:
             seq_len_R=upload(arrays.seq_len_R, torch.int32),
             q_start_S=upload(arrays.q_start_S, torch.int32),
         )
-        hidden = self.steps.prefill(upload(arrays.token_T, torch.int64), batch)
-        return hidden, upload(arrays.sample_row_R, torch.int64), upload(arrays.last_R, torch.int64)
+        h_TD = self.steps.prefill(upload(arrays.token_T, torch.int64), batch)
+        return h_TD, upload(arrays.sample_row_R, torch.int64), upload(arrays.last_R, torch.int64)
 
     def _admit(self, chunks: Sequence[Chunk], arrays: PrefillArrays) -> None:
         """Write what the device must know of each request into its row: all that decode steps do not derive."""
@@ -281,7 +281,7 @@ class Runner:
         self.state.block_table_SP.index_copy_(0, row_idx_R, upload(arrays.block_table_RP[: len(chunks)], torch.int32))
         self.filtered.admit([chunk.request for chunk in chunks if chunk.is_last])
 
-    def _prompt_logprobs(self, chunks: Sequence[Chunk], arrays: PrefillArrays, hidden: Hidden) -> list[PromptLogprobs]:
+    def _prompt_logprobs(self, chunks: Sequence[Chunk], arrays: PrefillArrays, h_TD: Tensor) -> list[PromptLogprobs]:
         """For requests that ask: the log-probability of each prompt token, from the logits of the token before it."""
         found: list[PromptLogprobs] = []
         for row, chunk in enumerate(chunks):
@@ -295,7 +295,7 @@ class Runner:
                 index = [offset + start + min(i, size - 1) for i in range(group)]
                 first = chunk.start + start + 1
                 following = request.prompt_ids[first : first + size] + [0] * (group - size)
-                logits_RV = self.steps.logits_at(hidden, self.platform.upload(index, torch.int64))
+                logits_RV = self.steps.logits_at(h_TD, self.platform.upload(index, torch.int64))
                 token_R = self.platform.upload(following, torch.int64)
                 num_top = min(request.params.prompt_logprobs or 0, self.cfg.vocab_size)
                 values = sampler.logprobs(logits_RV, token_R, num_top)
@@ -314,5 +314,5 @@ class Runner:
             pad_row=self.state.pad_row,
         )
         with torch.no_grad():
-            hidden, sample_row_R, last_R = self._run_prefill(arrays)
-            self.steps.sample(sample_row_R, self.steps.logits_at(hidden, last_R))
+            h_TD, sample_row_R, last_R = self._run_prefill(arrays)
+            self.steps.sample(sample_row_R, self.steps.logits_at(h_TD, last_R))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
@@ -18,26 +18,14 @@ from nanovllm.engine.state import DeviceState, decode_batch, sample_and_advance
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.dense import Batch, LayerCache, Params
 
-
-class Hidden(NamedTuple):
-    """The residual stream between regions: the newest contribution, and the sum of those before it."""
-
-    x_TD: Tensor
-    residual_TD: Tensor
-
-
 # Regions are no methods: the compiler keeps them in eager mode, and they would keep the weights alive.
-
-
-def _embed(model: ModuleType, cfg: ModelConfig, embed_VD: Tensor, token_T: Tensor) -> Hidden:
-    return Hidden(*model.embed(cfg, embed_VD, token_T))
 
 
 def _begin(
     model: ModuleType, cfg: ModelConfig, block_size: int, state: DeviceState, embed_VD: Tensor, row_idx_R: Tensor
-) -> tuple[Hidden, Batch]:
+) -> tuple[Tensor, Batch]:
     token_R, batch = decode_batch(block_size, state, row_idx_R)
-    return _embed(model, cfg, embed_VD, token_R), batch
+    return model.embed(cfg, embed_VD, token_R), batch
 
 
 class Steps:
@@ -59,7 +47,7 @@ class Steps:
 
     def decode_logits(self, row_idx_R: Tensor) -> Tensor:
         """Feed each row's newest token; returns the logits [R, V] of what follows it."""
-        hidden, batch = self._run(
+        h_RD, batch = self._run(
             "begin",
             (row_idx_R.shape[0],),
             partial(_begin, self.model, self.cfg, self.block_size),
@@ -67,55 +55,50 @@ class Steps:
             embed_VD=self.params.embed_VD,
             row_idx_R=row_idx_R,
         )
-        return self._head(self._layers("decode", hidden, batch, max_q_len=1))
+        return self._head(self._layers("decode", h_RD, batch, max_q_len=1))
 
     def decode(self, row_idx_R: Tensor) -> Tensor:
         """A whole decode step, sampler included; returns the chosen token_R, which the state now holds as well."""
         return self.sample(row_idx_R, self.decode_logits(row_idx_R))
 
-    def prefill(self, token_T: Tensor, batch: Batch) -> Hidden:
-        """Write keys and values of T packed tokens; returns the stream after the last layer."""
-        key = (token_T.shape[0],)
-        function = partial(_embed, self.model, self.cfg)
-        hidden = self._run("embed", key, function, embed_VD=self.params.embed_VD, token_T=token_T)
-        return self._layers("prefill", hidden, batch, max_q_len=token_T.shape[0])
+    def prefill(self, token_T: Tensor, batch: Batch) -> Tensor:
+        """Write keys and values of T packed tokens; returns the hidden state [T, D] after the last layer."""
+        function = partial(self.model.embed, self.cfg)
+        h_TD = self._run("embed", (token_T.shape[0],), function, embed_VD=self.params.embed_VD, token_T=token_T)
+        return self._layers("prefill", h_TD, batch, max_q_len=token_T.shape[0])
 
-    def logits_at(self, hidden: Hidden, index_R: Tensor) -> Tensor:
+    def logits_at(self, h_TD: Tensor, index_R: Tensor) -> Tensor:
         """Logits [R, V] after the tokens at `index_R` of a prefill step."""
-        return self._head(Hidden(hidden.x_TD[index_R], hidden.residual_TD[index_R]))
+        return self._head(h_TD[index_R])
 
     def sample(self, row_idx_R: Tensor, logits_RV: Tensor) -> Tensor:
         """The plain sampler: chooses by temperature and advances the state."""
         key = (row_idx_R.shape[0],)
         return self._run("sample", key, sample_and_advance, state=self.state, row_idx_R=row_idx_R, logits_RV=logits_RV)
 
-    def _layers(self, phase: str, hidden: Hidden, batch: Batch, max_q_len: int) -> Hidden:
+    def _layers(self, phase: str, h_TD: Tensor, batch: Batch, max_q_len: int) -> Tensor:
         sizes = (batch.pos_T.shape[0], batch.seq_len_R.shape[0])
         for window, weights, cache in zip(self.cfg.layer_windows, self.params.layers, self.caches):
-            hidden = Hidden(
-                *self._run(
-                    "layer",
-                    (phase, *sizes, f"window{window}"),
-                    partial(self.model.layer, self.cfg, window, max_q_len),
-                    w=weights,
-                    kv=cache,
-                    cos_sin_MH=self.cos_sin_MH,
-                    batch=batch,
-                    x_TD=hidden.x_TD,
-                    residual_TD=hidden.residual_TD,
-                )
+            h_TD = self._run(
+                "layer",
+                (phase, *sizes, f"window{window}"),
+                partial(self.model.layer, self.cfg, window, max_q_len),
+                w=weights,
+                kv=cache,
+                cos_sin_MH=self.cos_sin_MH,
+                batch=batch,
+                h_TD=h_TD,
             )
-        return hidden
+        return h_TD
 
-    def _head(self, hidden: Hidden) -> Tensor:
+    def _head(self, h_RD: Tensor) -> Tensor:
         return self._run(
             "head",
-            (hidden.x_TD.shape[0],),
+            (h_RD.shape[0],),
             partial(self.model.head, self.cfg),
             final_norm_D=self.params.final_norm_D,
             head_VD=self.params.head_VD,
-            x_RD=hidden.x_TD,
-            residual_RD=hidden.residual_TD,
+            h_RD=h_RD,
         )
 
     def _run(self, name: str, key: tuple[object, ...], function: Callable[..., Any], **inputs: object) -> Any:

@@ -57,10 +57,9 @@ class Batch(NamedTuple):
     q_start_S: Tensor  # row r owns tokens q_start[r] .. q_start[r + 1] − 1
 
 
-def embed(cfg: ModelConfig, embed_VD: Tensor, token_T: Tensor) -> tuple[Tensor, Tensor]:
-    """Token ids to (x, residual), both [T, D]; the residual starts at zero so that all layers are the same program."""
-    x_TD = torch.nn.functional.embedding(token_T, embed_VD)
-    return x_TD, torch.zeros_like(x_TD)
+def embed(cfg: ModelConfig, embed_VD: Tensor, token_T: Tensor) -> Tensor:
+    """Token ids to the hidden state [T, D]."""
+    return torch.nn.functional.embedding(token_T, embed_VD)
 
 
 def layer(
@@ -71,12 +70,10 @@ def layer(
     kv: LayerCache,
     cos_sin_MH: Tensor,
     batch: Batch,
-    x_TD: Tensor,
-    residual_TD: Tensor,
-) -> tuple[Tensor, Tensor]:
+    h_TD: Tensor,
+) -> Tensor:
     """One decoder layer; writes the keys and values of T tokens into kv. Traced once per bucket, called once per layer."""
-    x_TD, residual_TD = ops.add_rms_norm(x_TD, residual_TD, w.attn_norm_D, cfg.norm_eps)
-    qkv_TE = ops.linear(x_TD, w.qkv_ED, w.qkv_bias_E)
+    qkv_TE = ops.linear(ops.rms_norm(h_TD, w.attn_norm_D, cfg.norm_eps), w.qkv_ED, w.qkv_bias_E)
     q_TNH, k_TKH, v_TKH = qkv_TE.view(qkv_TE.shape[0], -1, cfg.head_dim).split(
         [cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads], dim=1
     )
@@ -95,13 +92,11 @@ def layer(
         cfg.head_dim**-0.5,
         window,
     )
-    x_TD = ops.linear(o_TNH.flatten(1), w.out_DQ, w.out_bias_D)
-    x_TD, residual_TD = ops.add_rms_norm(x_TD, residual_TD, w.mlp_norm_D, cfg.norm_eps)
-    x_TF = ops.silu_mul(ops.linear(x_TD, w.gate_up_GD, w.gate_up_bias_G))
-    return ops.linear(x_TF, w.down_DF, w.down_bias_D), residual_TD
+    h_TD = ops.linear(o_TNH.flatten(1), w.out_DQ, w.out_bias_D, h_TD)
+    gate_up_TG = ops.linear(ops.rms_norm(h_TD, w.mlp_norm_D, cfg.norm_eps), w.gate_up_GD, w.gate_up_bias_G)
+    return ops.linear(ops.silu_mul(gate_up_TG), w.down_DF, w.down_bias_D, h_TD)
 
 
-def head(cfg: ModelConfig, final_norm_D: Tensor, head_VD: Tensor, x_RD: Tensor, residual_RD: Tensor) -> Tensor:
+def head(cfg: ModelConfig, final_norm_D: Tensor, head_VD: Tensor, h_RD: Tensor) -> Tensor:
     """Final norm and projection to the vocabulary: logits [R, V] in the model's dtype."""
-    x_RD, _ = ops.add_rms_norm(x_RD, residual_RD, final_norm_D, cfg.norm_eps)
-    return ops.linear(x_RD, head_VD, None)
+    return ops.linear(ops.rms_norm(h_RD, final_norm_D, cfg.norm_eps), head_VD, None)

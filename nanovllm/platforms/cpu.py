@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from nanovllm.compile.lower import inductor
+from nanovllm.compile.passes.fuse_add_norm import fuse_add_norm
 from nanovllm.compile.passes.fuse_rope_store import fuse_rope_store
 from nanovllm.compile.passes.inline_ops import inline_ops
 from nanovllm.compile.program import Lowering, Pass
@@ -69,7 +70,11 @@ class CpuPlatform:
         return inductor.lower_if_worth_it, ""
 
     def passes(self) -> tuple[tuple[str, Pass], ...]:
-        return ("fuse_rope_store", fuse_rope_store), ("inline_ops", partial(inline_ops, keep=_keeps_op))
+        return (
+            ("fuse_rope_store", fuse_rope_store),
+            ("fuse_add_norm", fuse_add_norm),
+            ("inline_ops", partial(inline_ops, keep=_keeps_op)),
+        )
 
     def fingerprint(self) -> dict[str, str]:
         return {"cpu": cpp_build.instruction_set()}
@@ -109,8 +114,10 @@ class CpuPlatform:
 
 def _keeps_op(name: str, node: Node) -> bool:
     if name == "linear":
+        # with a residual it stays whole, or Inductor would write and compile C++ for the addition
         x: Any = node.args[0]
-        return cpu_kernels.prefers_own_linear(x.meta["val"].shape[0], x.meta["val"].dtype)
+        has_residual = len(node.args) > 3 and node.args[3] is not None
+        return has_residual or cpu_kernels.prefers_own_linear(x.meta["val"].shape[0], x.meta["val"].dtype)
     return name in KERNEL_OPS
 
 

@@ -17,10 +17,10 @@ from nanovllm.kernels import ops
 EPS = 1e-6
 inputs: dict[str, Any] = {
     "x_TD": torch.randn(3, 16),
-    "residual_TD": torch.randn(3, 16),
     "norm_D": torch.rand(16),
     "weight_GD": torch.randn(20, 16),
     "bias_G": torch.randn(20),
+    "down_DF": torch.randn(16, 10),
 }
 
 
@@ -35,29 +35,39 @@ def fused(function: Callable[..., Any], max_rows: int = 16, max_rows_norm: int =
     return graph, [name for node in graph.graph.nodes if (name := ops.op_name(node.target))]
 
 
-def whole(x: Tensor, residual: Tensor, norm: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    x, residual = ops.add_rms_norm(x, residual, norm, EPS)
-    return ops.silu_mul(ops.linear(x, weight, bias)), residual * 2
+def mlp(x: Tensor, norm: Tensor, weight: Tensor, bias: Tensor, down: Tensor) -> tuple[Tensor]:
+    gate_up = ops.linear(ops.rms_norm(x, norm, EPS), weight, bias)
+    return (ops.linear(ops.silu_mul(gate_up), down, None, x),)
 
 
-def test_norm_product_and_silu_become_one_op_and_the_residual_stays() -> None:
-    graph, names = fused(whole)
-    assert names == ["fused_linear"]
-    node = next(node for node in graph.graph.nodes if node.target is ops.fused_linear)
-    assert node.args[4] is not None and node.args[5:] == (EPS, True)
+def test_norm_product_and_silu_become_one_op_and_product_and_residual_another() -> None:
+    graph, names = fused(mlp)
+    assert names == ["fused_linear"] * 2
+    first, second = (node for node in graph.graph.nodes if node.target is ops.fused_linear)
+    assert [str(argument) for argument in first.args] == [
+        "x_TD",
+        "norm_D",
+        "weight_GD",
+        "bias_G",
+        "None",
+        str(EPS),
+        "True",
+    ]
+    assert second.args[0] is first
+    assert [str(argument) for argument in second.args[1:]] == ["None", "down_DF", "None", "x_TD", "0.0", "False"]
 
 
 def test_a_lone_product_becomes_the_op_without_neighbours() -> None:
-    graph, names = fused(lambda x, residual, norm, weight, bias: (ops.linear(x, weight, None), residual + 1))
+    graph, names = fused(lambda x, norm, weight, bias, down: (ops.linear(x, weight, None),))
     assert names == ["fused_linear"]
     node = next(node for node in graph.graph.nodes if node.target is ops.fused_linear)
-    assert node.args[1] is None and node.args[2] is None and node.args[4:] == (None, 0.0, False)
+    assert node.args[1] is None and node.args[3:] == (None, None, 0.0, False)
 
 
 def test_more_rows_than_the_limit_stay_as_they_are() -> None:
-    assert fused(whole, max_rows=2, max_rows_norm=2)[1] == ["add_rms_norm", "linear", "silu_mul"]
-    assert fused(whole, max_rows=3, max_rows_norm=2)[1] == ["add_rms_norm", "fused_linear"]
-    assert fused(whole, max_rows=2, max_rows_norm=3)[1] == ["fused_linear"]
+    assert fused(mlp, max_rows=2, max_rows_norm=2)[1] == ["rms_norm", "linear", "silu_mul", "linear"]
+    assert fused(mlp, max_rows=3, max_rows_norm=2)[1] == ["rms_norm", "fused_linear", "fused_linear"]
+    assert fused(mlp, max_rows=2, max_rows_norm=3)[1] == ["fused_linear", "linear"]
 
 
 def test_the_limit_is_asked_for_each_weight() -> None:
@@ -67,41 +77,39 @@ def test_the_limit_is_asked_for_each_weight() -> None:
         asked.append((num_outs, depth, has_norm))
         return 0
 
-    graph, fakes, _ = trace(whole, inputs)
+    graph, fakes, _ = trace(mlp, inputs)
     fuse_linear(graph, fakes, max_rows=max_rows)
-    assert asked == [(20, 16, True), (20, 16, False)]
+    assert asked == [(20, 16, True), (20, 16, False), (16, 10, False)]
 
 
 def test_a_norm_that_others_read_stays() -> None:
-    def function(x: Tensor, residual: Tensor, norm: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        x, residual = ops.add_rms_norm(x, residual, norm, EPS)
-        return ops.linear(x, weight, bias), x + residual
+    def function(x: Tensor, norm: Tensor, weight: Tensor, bias: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+        x = ops.rms_norm(x, norm, EPS)
+        return ops.linear(x, weight, bias), x + 1
 
-    assert fused(function)[1] == ["add_rms_norm", "fused_linear"]
+    assert fused(function)[1] == ["rms_norm", "fused_linear"]
 
 
 def test_a_product_that_others_read_keeps_its_silu_apart() -> None:
-    def function(x: Tensor, residual: Tensor, norm: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    def function(x: Tensor, norm: Tensor, weight: Tensor, bias: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
         gate_up = ops.linear(x, weight, bias)
         return ops.silu_mul(gate_up), gate_up + 1
 
     assert fused(function)[1] == ["fused_linear", "silu_mul"]
 
 
-def test_a_residual_read_before_the_product_keeps_the_norm_apart() -> None:
-    def function(x: Tensor, residual: Tensor, norm: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor]:
-        x, residual = ops.add_rms_norm(x, residual, norm, EPS)
-        return (ops.linear(x, weight + residual.sum(), bias),)
+def test_a_silu_after_a_residual_stays_apart() -> None:
+    def function(x: Tensor, norm: Tensor, weight: Tensor, bias: Tensor, down: Tensor) -> tuple[Tensor]:
+        return (ops.silu_mul(ops.linear(x, weight[:16], None, x)),)
 
-    assert fused(function)[1] == ["add_rms_norm", "fused_linear"]
+    assert fused(function)[1] == ["fused_linear", "silu_mul"]
 
 
 @pytest.mark.parametrize("num_layers", [1, 3])
-def test_a_chain_of_layers_hands_the_residual_on(num_layers: int) -> None:
-    def function(x: Tensor, residual: Tensor, norm: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def test_a_chain_of_layers(num_layers: int) -> None:
+    def function(x: Tensor, norm: Tensor, weight: Tensor, bias: Tensor, down: Tensor) -> tuple[Tensor]:
         for _ in range(num_layers):
-            x, residual = ops.add_rms_norm(x, residual, norm, EPS)
-            x = ops.linear(ops.silu_mul(ops.linear(x, weight, bias)), weight[:16, :10], None)
-        return x, residual
+            (x,) = mlp(x, norm, weight, bias, down)
+        return (x,)
 
     assert fused(function)[1] == ["fused_linear"] * 2 * num_layers

@@ -1,0 +1,245 @@
+"""Products with 17 to 256 rows (a decode batch), fused with their neighbours, in Triton:
+(RMS norm →) x · weightᵀ + bias (→ SiLU·up) (+ residual).
+
+A product of this size takes a few microseconds. It is bound by the weights' way from memory and by what all programs
+together read from the L2, and a good part of its time is launch and first loads. So programs are placed while the kernel
+before still runs (programmatic dependent launch, sm_90), and the neighbours are taken in, which spares their launches.
+The norm's factor comes after the product, for it is one per row: its sum of squares is collected from the chunks of x on
+their way into the matrix units, and x is multiplied by the norm's weight alone. Where the outputs are few, the depth is
+split between programs; each writes its fp32 part, and the last to arrive adds the parts up in their order, so that every
+run gives the same bits.
+
+Shapes: T rows (tokens) | D depth (inner size) | O outputs of one program | C columns of a chunk
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nanovllm.kernels.triton_common import arrival_counters, finish, launch_options, prefetch_rows
+
+MAX_ROWS = 256
+
+
+class GemmTile(NamedTuple):
+    """How a launch is cut: rows and outputs of one program, columns of a chunk, parts of the depth (1 with a norm), chunks in
+    flight, warps; and whether a program asks its weights into the L2 before it waits for the kernel before.
+    """
+
+    rows: int
+    outs: int
+    columns: int
+    splits: int
+    num_stages: int
+    num_warps: int
+    prefetch: bool = False
+
+
+@triton.jit
+def _load_chunk(at, chunk, d_C, DEPTH: tl.constexpr, COLUMNS: tl.constexpr, EXACT: tl.constexpr):
+    """Columns of one chunk from `at`, [1 or more, C] with the offsets d_C within the first; zeros beyond the depth."""
+    if EXACT:
+        return tl.load(at + chunk * COLUMNS)
+    else:
+        return tl.load(at + chunk * COLUMNS, mask=(chunk * COLUMNS + d_C < DEPTH)[None, :], other=0.0)
+
+
+@triton.jit
+def _dot(x_TC, w_OC, acc_TO, UPCAST: tl.constexpr):
+    if UPCAST:  # the interpreter multiplies bf16 as raw integers
+        x_TC = x_TC.to(tl.float32)
+        w_OC = w_OC.to(tl.float32)
+    return tl.dot(x_TC, tl.trans(w_OC), acc_TO, input_precision="ieee")
+
+
+@triton.jit
+def many_rows_linear_kernel(
+    x_ptr,  # [T, D]
+    norm_ptr,  # [D], read if HAS_NORM
+    weight_ptr,  # [outputs, D]
+    bias_ptr,  # [outputs], read if HAS_BIAS
+    residual_ptr,  # [T, NUM_OUTS], read if HAS_RESIDUAL
+    out_ptr,  # [T, NUM_OUTS], written
+    part_ptr,  # [SPLITS, 1 or 2, T, NUM_OUTS] fp32, written if SPLITS > 1
+    arrived_ptr,  # [programs of one split] int32: zero before and after each launch
+    x_stride,
+    weight_stride,
+    eps,
+    NUM_ROWS: tl.constexpr,
+    NUM_OUTS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    OUTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    STAGES: tl.constexpr,
+    LINES_P: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    SILU_MUL: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    CHUNKS: tl.constexpr = (DEPTH + COLUMNS * SPLITS - 1) // (COLUMNS * SPLITS)
+    EXACT: tl.constexpr = CHUNKS * COLUMNS * SPLITS == DEPTH
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    split = tl.program_id(2)
+    o_O = tl.program_id(0) * OUTS + tl.arange(0, OUTS)
+    row_T = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    d_C = split * (CHUNKS * COLUMNS) + tl.arange(0, COLUMNS)
+    # rows and outputs beyond the last compute the last once more and are not stored
+    w_O = weight_ptr + tl.minimum(o_O, NUM_OUTS - 1).to(tl.int64) * weight_stride
+    up_O = w_O + NUM_OUTS * weight_stride.to(tl.int64)
+    x_T = x_ptr + tl.minimum(row_T, NUM_ROWS - 1).to(tl.int64) * x_stride
+    if PDL:
+        if LINES_P > 0:
+            prefetch_rows(w_O + split * (CHUNKS * COLUMNS), 0, CHUNKS * COLUMNS, LINES_P)
+            if SILU_MUL:
+                prefetch_rows(up_O + split * (CHUNKS * COLUMNS), 0, CHUNKS * COLUMNS, LINES_P)
+        tl.extra.cuda.gdc_wait()
+
+    x_at, norm_at = x_T[:, None] + d_C[None, :], norm_ptr + d_C[None, :]
+    w_at, up_at = w_O[:, None] + d_C[None, :], up_O[:, None] + d_C[None, :]
+    acc_TO, up_TO = tl.zeros((ROWS, OUTS), tl.float32), tl.zeros((ROWS, OUTS), tl.float32)
+    square_T = tl.zeros((ROWS,), tl.float32)
+    for chunk in tl.range(0, CHUNKS, num_stages=STAGES):
+        x_TC = _load_chunk(x_at, chunk, d_C, DEPTH, COLUMNS, EXACT)
+        if HAS_NORM:
+            x32_TC = x_TC.to(tl.float32)
+            square_T += tl.sum(x32_TC * x32_TC, 1)
+            x_TC = (x32_TC * _load_chunk(norm_at, chunk, d_C, DEPTH, COLUMNS, EXACT).to(tl.float32)).to(dtype)
+        acc_TO = _dot(x_TC, _load_chunk(w_at, chunk, d_C, DEPTH, COLUMNS, EXACT), acc_TO, UPCAST)
+        if SILU_MUL:
+            up_TO = _dot(x_TC, _load_chunk(up_at, chunk, d_C, DEPTH, COLUMNS, EXACT), up_TO, UPCAST)
+
+    mask_TO = (row_T < NUM_ROWS)[:, None] & (o_O < NUM_OUTS)[None, :]
+    at_TO = row_T[:, None] * NUM_OUTS + o_O[None, :]
+    if SPLITS > 1:
+        PART: tl.constexpr = NUM_ROWS * NUM_OUTS
+        EACH: tl.constexpr = 2 * PART if SILU_MUL else PART
+        tl.store(part_ptr + split * EACH + at_TO, acc_TO, mask=mask_TO)
+        if SILU_MUL:
+            tl.store(part_ptr + split * EACH + PART + at_TO, up_TO, mask=mask_TO)
+        # all threads' stores come before the one thread's release; its acquire comes before all threads' loads
+        tl.debug_barrier()
+        arrived_at = arrived_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        if tl.atomic_add(arrived_at, 1, sem="acq_rel", scope="gpu") != SPLITS - 1:
+            return
+        tl.store(arrived_at, 0)
+        acc_TO, up_TO = tl.zeros((ROWS, OUTS), tl.float32), tl.zeros((ROWS, OUTS), tl.float32)
+        for i in tl.static_range(SPLITS):
+            # .cg: other multiprocessors wrote these, so L1 is not asked
+            acc_TO += tl.load(part_ptr + i * EACH + at_TO, mask=mask_TO, other=0.0, cache_modifier=".cg")
+            if SILU_MUL:
+                up_TO += tl.load(part_ptr + i * EACH + PART + at_TO, mask=mask_TO, other=0.0, cache_modifier=".cg")
+    if HAS_NORM:
+        factor_T1 = tl.rsqrt(square_T / DEPTH + eps)[:, None]
+        acc_TO *= factor_T1
+        up_TO *= factor_T1
+    if HAS_BIAS:
+        acc_TO += tl.load(bias_ptr + o_O, mask=o_O < NUM_OUTS, other=0.0).to(tl.float32)[None, :]
+        if SILU_MUL:
+            up_TO += tl.load(bias_ptr + NUM_OUTS + o_O, mask=o_O < NUM_OUTS, other=0.0).to(tl.float32)[None, :]
+    y_TO = finish(acc_TO, up_TO, dtype, SILU_MUL)
+    if HAS_RESIDUAL:
+        y_TO = (y_TO.to(tl.float32) + tl.load(residual_ptr + at_TO, mask=mask_TO, other=0.0).to(tl.float32)).to(dtype)
+    tl.store(out_ptr + at_TO, y_TO, mask=mask_TO)
+
+
+def gemm_tile(num_rows: int, num_outs: int, depth: int, silu_mul: bool) -> GemmTile:
+    """The measured choice."""
+    return GemmTile(64, 64, 64, 1, 4, 4)
+
+
+def gemm_constants(
+    num_rows: int,
+    num_outs: int,
+    depth: int,
+    has_norm: bool,
+    has_bias: bool,
+    has_residual: bool,
+    silu_mul: bool,
+    tile: GemmTile,
+) -> dict[str, int]:
+    """The kernel's compile-time constants."""
+    chunks = triton.cdiv(depth, tile.columns * tile.splits)
+    is_exact = chunks * tile.columns * tile.splits == depth
+    return {
+        "NUM_ROWS": num_rows,
+        "NUM_OUTS": num_outs,
+        "DEPTH": depth,
+        "ROWS": tile.rows,
+        "OUTS": tile.outs,
+        "COLUMNS": tile.columns,
+        "SPLITS": tile.splits,
+        "STAGES": tile.num_stages,
+        "LINES_P": triton.next_power_of_2(triton.cdiv(chunks * tile.columns, 64)) if tile.prefetch and is_exact else 0,
+        "HAS_NORM": has_norm,
+        "HAS_BIAS": has_bias,
+        "HAS_RESIDUAL": has_residual,
+        "SILU_MUL": silu_mul,
+    }
+
+
+def many_rows_linear(
+    x_TD: Tensor,
+    norm_weight_D: Tensor | None,
+    weight_OD: Tensor,
+    bias_O: Tensor | None,
+    residual_TO: Tensor | None,
+    eps: float,
+    silu_mul: bool,
+    launch: GemmTile | None = None,
+    pdl: bool | None = None,
+) -> Tensor:
+    """`reference.fused_linear` in bf16 or fp16, last strides 1. The weights may be read before earlier kernels are over.
+
+    `launch` and `pdl` override the tile and programmatic dependent launch, for measurements.
+    """
+    num_rows, depth = x_TD.shape
+    num_outs = weight_OD.shape[0] // 2 if silu_mul else weight_OD.shape[0]
+    device = x_TD.device
+    tile = launch or gemm_tile(num_rows, num_outs, depth, silu_mul)
+    if norm_weight_D is not None:  # a part of the depth would know a part of the norm's sum
+        tile = tile._replace(splits=1)
+    out_TO = torch.empty((num_rows, num_outs), dtype=x_TD.dtype, device=device)
+    grid = (triton.cdiv(num_outs, tile.outs), triton.cdiv(num_rows, tile.rows), tile.splits)
+    part, arrived = out_TO, out_TO
+    if tile.splits > 1:
+        part = torch.empty(tile.splits * (1 + silu_mul) * num_rows * num_outs, dtype=torch.float32, device=device)
+        arrived = arrival_counters(device, grid[0] * grid[1])
+    many_rows_linear_kernel[grid](
+        x_TD,
+        x_TD if norm_weight_D is None else norm_weight_D,
+        weight_OD,
+        x_TD if bias_O is None else bias_O,
+        x_TD if residual_TO is None else residual_TO,
+        out_TO,
+        part,
+        arrived,
+        x_TD.stride(0),
+        weight_OD.stride(0),
+        eps,
+        **gemm_constants(
+            num_rows,
+            num_outs,
+            depth,
+            norm_weight_D is not None,
+            bias_O is not None,
+            residual_TO is not None,
+            silu_mul,
+            tile,
+        ),
+        UPCAST=device.type != "cuda",
+        num_warps=tile.num_warps,
+        **(launch_options(device) if pdl is not False else {"PDL": False}),
+    )
+    return out_TO
