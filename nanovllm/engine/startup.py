@@ -6,6 +6,8 @@ import json
 import logging
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -44,12 +46,13 @@ class Loaded:
 
 def load(config: EngineConfig) -> Loaded:
     """Everything between the options and the first step, with a progress bar over layers and buckets."""
-    started = time.perf_counter()
+    laps = Laps()
     environment = env.read()
     platform = platforms.select(config.device)
+    laps.end("device")
     folder = hub.resolve(config.model, weights=not config.random_weights)
     model, cfg, hf = read_model_config(folder, config, platform)
-    tokenizer = load_tokenizer(folder)
+    laps.end("config")
     store = artifacts.open_store(config, environment)
     platform.prepare(store.folder / "cpp", environment.cxx, may_compile=config.compile_cache_mode == "auto")
     layout = make_layout(config, cfg, platform)
@@ -57,42 +60,70 @@ def load(config: EngineConfig) -> Loaded:
         if config.compile_cache_mode == "require":
             raise CompileRequired(f"compile_cache_mode is 'require', but {problem}")
         logger.warning(problem)
-    helpers = _cold_start_workers(model, cfg, config, layout, store, platform)
+    laps.end("kernels")
     num_programs = len(layout.prefill_tokens) + len(layout.decode_rows) if layout.pad else 0
-    with tqdm(total=cfg.num_layers + num_programs, desc="loading weights", dynamic_ncols=True, leave=False) as bar:
+    with ExitStack() as stack:
+        # beside the weights, which are not read by Python
+        tokenizer = stack.enter_context(ThreadPoolExecutor(1)).submit(load_tokenizer, folder)
+        helpers = _cold_start_workers(model, cfg, config, layout, store, platform)
+        if helpers is not None:
+            stack.callback(helpers.close)
+        total = cfg.num_layers + num_programs
+        bar = stack.enter_context(tqdm(total=total, desc="loading weights", dynamic_ncols=True, leave=False))
         if config.random_weights:
             params = weights.random(model, cfg, platform.device, config.seed, bar.update)
         else:
             params = weights.load(model, cfg, folder, platform.device, bar.update)
         platform.synchronize()
-        weights_done = time.perf_counter()
-
-        def building(what: str) -> None:
-            bar.set_description(f"building {what}")
-            bar.update()
-
+        laps.end("weights")
+        tokenizer.result()
+        laps.end("tokenizer")
         if helpers is not None:
             bar.set_description("compiling kernels")
             _wait(helpers)  # they also take memory, which the cache's size must not miss
+            laps.end("compile")
+
+        stage = "cache"
         bar.set_description("sizing the cache")
+
+        def building(what: str) -> None:
+            nonlocal stage
+            laps.end(stage)
+            stage = what.partition(" ")[0]
+            bar.set_description(f"building {what}")
+            bar.update()
 
         def new_runner(layout: Layout) -> Runner:
             # a layout for shorter requests can mean another rotary table
             fitted = model.config(hf, dtype=cfg.dtype, max_model_len=layout.max_model_len)
             return Runner(model, fitted, params, layout, platform, make_compiler(config, platform, environment, store))
 
-        layout, num_blocks, runner = _with_cache(config, layout, cfg, new_runner, platform)
+        fitting, num_blocks, runner = _with_cache(config, layout, cfg, new_runner, platform)
         runner.warm_up(building)
+        laps.end(stage)
     if not config.enforce_eager:
-        artifacts.finish(store, platform, config, cfg, runner.layout)
-    seconds = {"weights": weights_done - started, "warm_up": time.perf_counter() - weights_done}
+        artifacts.finish(store, platform, config, cfg, layout)  # as it was asked for, which the next start asks as well
+        laps.end("seal")
     logger.info(
         "%s on %s in %s: %d layers, %d cache blocks of %d tokens, %s, ready in %.1f s",
         cfg.architecture, platform.device, str(cfg.dtype).removeprefix("torch."), cfg.num_layers, num_blocks,
-        layout.block_size, _programs(runner.compiler),
-        sum(seconds.values()),
+        fitting.block_size, _programs(runner.compiler), sum(laps.seconds.values()),
     )  # fmt: skip
-    return Loaded(runner, tokenizer, eos_token_ids(folder, hf), num_blocks, seconds)
+    return Loaded(runner, tokenizer.result(), eos_token_ids(folder, hf), num_blocks, laps.seconds)
+
+
+class Laps:
+    """Seconds by what they were spent on: device, config, kernels, weights, tokenizer (what is left of it after the
+    weights), compile (waiting for other processes), cache, prefill, decode (captures included), seal."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def end(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
+        self._last = now
 
 
 def _cold_start_workers(
@@ -112,8 +143,6 @@ def _wait(helpers: Workers) -> None:
         helpers.wait(lambda outcome: None)
     except WorkerFailed as error:
         logger.warning("compiling goes on in one process, since another failed: %s", error)
-    finally:
-        helpers.close()
 
 
 def _programs(compiler: Compiler) -> str:
