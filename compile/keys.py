@@ -23,7 +23,7 @@ from nanovllm.compile.trace import named_leaves
 
 ROOT = Path(__file__).resolve().parent
 # Files of compile/ that choose, keep or show programs and have no part in making one.
-NOT_MAKING = ("buckets.py", "cache.py", "keys.py", "report.py", "report_page.py", "store.py")
+NOT_MAKING = ("buckets.py", "cache.py", "costs.py", "keys.py", "report.py", "report_page.py", "store.py")
 
 
 @dataclass(frozen=True)

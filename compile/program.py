@@ -86,6 +86,12 @@ class Compiler:
             self._programs[full_key] = known
         return known
 
+    def observe(self, wrap: Callable[[Program], Callable[..., Any]]) -> None:
+        """Put what `wrap` makes of it in the place of every program that there is."""
+        for key, program in self._programs.items():
+            if isinstance(program, Program):
+                self._programs[key] = wrap(program)
+
     def seal(self) -> None:
         """Warm-up is over: from here on every program must already exist. Raises CompileRequired for what is missing."""
         self.sealed = True

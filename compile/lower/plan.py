@@ -42,6 +42,14 @@ class Plan:
     def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
         return self.run(*inputs)
 
+    def step_through(self, inputs: Sequence[Tensor], visit: Callable[[Any, list[Any], dict[str, Any]], Any]) -> None:
+        """Make the calls by `visit(op, args, kwargs)`, which returns their results; every value is kept to the end."""
+        values: list[Any] = list(inputs)
+        for name, args, kwargs in self.calls:
+            op = operator.getitem if name == GETITEM else _op(name)
+            real: list[Any] = [_real(arg, values) for arg in args]
+            values.append(visit(op, real, {key: _real(arg, values) for key, arg in kwargs.items()}))
+
     def stored(self) -> tuple[str, bytes]:
         """(kind of artifact, its bytes), from which `load` makes an equal plan."""
         content = {"num_inputs": self.num_inputs, "calls": self.calls, "outputs": self.outputs}
@@ -163,16 +171,27 @@ def _source(value: Any, names: dict[str, Any]) -> str:
         return f"[{', '.join(_source(item, names) for item in value)}]"
     if isinstance(value, dict) and "v" in value:
         return f"v{int(value['v'])}"
-    constant: Any = value
+    name = f"c{len(names)}"
+    names[name] = _constant(value)
+    return name
+
+
+def _constant(value: Any) -> Any:
     if isinstance(value, dict):
         (tag, text), *_ = value.items()
         constant = torch.device(text) if tag == "d" else getattr(torch, text.removeprefix("torch."))
         assert isinstance(constant, (torch.device, torch.dtype, torch.layout, torch.memory_format)), text
-    elif value is not None and not isinstance(value, _LITERALS):
+        return constant
+    if value is not None and not isinstance(value, _LITERALS):
         raise ValueError(f"argument {value!r}")
-    name = f"c{len(names)}"
-    names[name] = constant
-    return name
+    return value
+
+
+def _real(value: Any, values: Sequence[Any]) -> Any:
+    """What a written argument stands for, given the values so far."""
+    if isinstance(value, list):
+        return [_real(item, values) for item in value]
+    return values[value["v"]] if isinstance(value, dict) and "v" in value else _constant(value)
 
 
 def _values(value: Any) -> list[int]:
