@@ -114,7 +114,8 @@ def test_the_page_shows_graphs_kernels_and_padding(
     trace_file, out = tmp_path / "sizes.txt", tmp_path / "report.html"
     trace_file.write_text("1 2 3\n3 4 1\n")
     arguments = ["--model", str(tiny_qwen3), *bucket, "-o", str(out), "--trace", str(trace_file), "--context", "19",
-                 "--device", "cpu", "--max-model-len", "64", "--max-num-seqs", "4", "--max-num-batched-tokens", "64"]  # fmt: skip
+                 "--device", "cpu", "--max-model-len", "64", "--max-num-seqs", "4",
+                 "--max-num-batched-tokens", "64"]  # fmt: skip
     assert picture.main(arguments) == 0
     text = out.read_text(encoding="utf-8")
     assert_stands_alone(text)
