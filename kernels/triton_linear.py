@@ -22,28 +22,21 @@ def fused_linear(
     eps: float,
     silu_mul: bool,
 ) -> Tensor:
-    """`reference.fused_linear` in one launch for up to 256 rows of bf16 or fp16.
+    """`reference.fused_linear` in one launch for up to 16 rows of bf16 or fp16, without a norm for up to 256.
 
     The weights (norm's and bias included) may be read before earlier kernels are over, so no kernel that is still under way
     may write them.
     """
     dtype, num_rows = x_TD.dtype, x_TD.shape[0]
-    if (
-        num_rows > triton_linear_many.MAX_ROWS
-        or dtype not in (torch.float16, torch.bfloat16)
-        or weight_OD.dtype is not dtype
-        or weight_OD.stride(1) != 1
-        or not num_rows
-    ):
-        return reference.fused_linear(x_TD, norm_weight_D, weight_OD, bias_O, residual_TO, eps, silu_mul)
-    kernel = (
-        triton_linear_few.few_rows_linear
-        if num_rows <= triton_linear_few.MAX_ROWS
-        else triton_linear_many.many_rows_linear
-    )
-    x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
-    residual_TO = None if residual_TO is None else residual_TO.contiguous()
-    return kernel(x_TD, norm_weight_D, weight_OD, bias_O, residual_TO, eps, silu_mul)
+    is_half = dtype in (torch.float16, torch.bfloat16) and weight_OD.dtype is dtype and weight_OD.stride(1) == 1
+    if is_half and 0 < num_rows <= triton_linear_many.MAX_ROWS:
+        x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
+        residual_TO = None if residual_TO is None else residual_TO.contiguous()
+        if num_rows <= triton_linear_few.MAX_ROWS:
+            return triton_linear_few.few_rows_linear(x_TD, norm_weight_D, weight_OD, bias_O, residual_TO, eps, silu_mul)
+        if norm_weight_D is None and triton_linear_many.supported(x_TD, weight_OD):
+            return triton_linear_many.many_rows_linear(x_TD, weight_OD, bias_O, residual_TO, silu_mul)
+    return reference.fused_linear(x_TD, norm_weight_D, weight_OD, bias_O, residual_TO, eps, silu_mul)
 
 
 def linear(x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None, residual_TO: Tensor | None = None) -> Tensor:

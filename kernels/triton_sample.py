@@ -20,11 +20,14 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-from nanovllm.kernels.triton_common import launch_options, num_multiprocessors
+from nanovllm.kernels.triton_common import exp2, launch_options, num_multiprocessors
 
 LN_2 = tl.constexpr(0.6931471805599453)
 LOG2_E = tl.constexpr(1.4426950408889634)
-SLACK = tl.constexpr(1.001)
+SLACK = tl.constexpr(0.001)  # in log2, much more than scores are off by
+ALMOST_TWO = tl.constexpr(
+    1.99999988079071044921875
+)  # 2 − 2⁻²³: less 1 + n · 2⁻²³ it leaves a bit less than 1 − u, exactly
 NO_TOKEN = tl.constexpr(2147483647)
 
 TILE = 1024  # tokens a program scores at a time
@@ -52,16 +55,15 @@ def _log2(x, HARDWARE: tl.constexpr):
 
 
 @triton.jit
-def _uniform(token_V, key, second):
-    """The reference's uniform of token_V, an odd multiple of 2⁻²⁴."""
-    bits_V = _keyed_hash32(token_V ^ key, second)
-    # 1 + n · 2⁻²³ by its bits; subtracting 1 − 2⁻²⁴ leaves (n + ½) · 2⁻²³ exactly
-    return ((bits_V >> 9) | 0x3F800000).to(tl.float32, bitcast=True) - 0.999999940395355224609375
+def _one_plus_bits(token_V, key, second):
+    """1 + n · 2⁻²³ with the 23 random bits n of token_V; the reference's uniform is (n + ½) · 2⁻²³."""
+    return ((_keyed_hash32(token_V ^ key, second) >> 9) | 0x3F800000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _gumbel(uniform_V, HARDWARE: tl.constexpr):
+def _gumbel(one_plus_V, HARDWARE: tl.constexpr):
     """−log(−log u)."""
+    uniform_V = one_plus_V - 0.999999940395355224609375  # 1 − 2⁻²⁴: the difference is exact
     rest_V = 1.0 - uniform_V
     # near 1 the hardware's logarithm has a large relative error: −log(1 − r) = r + r²/2 + r³/3 + r⁴/4 + …
     series_V = rest_V * (1.0 + rest_V * (0.5 + rest_V * (1.0 / 3.0 + rest_V * 0.25)))
@@ -108,20 +110,21 @@ def best_of_span_kernel(
         key = _hash32(low ^ _hash32(high ^ _hash32(pos.to(tl.uint32))))
         second = _hash32(key ^ 0x5BD1E995)
         factor = 1.0 / temperature
-        best_yet = float("-inf")
+        factor_log2 = factor * LOG2_E
+        bound_log2 = float("inf")  # SLACK − best, in units of log 2; infinite until there is one
         for tile in range(num_tiles):
             token_V = (first + tile) * TILE + lane_V
             logit_V = tl.load(logits_at + token_V, mask=token_V < vocab_size, other=float("-inf")).to(tl.float32)
-            uniform_V = _uniform(token_V.to(tl.uint32), key, second)
-            # Noise is at most −log(1 − u), so only a token with 1 − u < exp(logit / temperature − best) can win; the factor
-            # is more than all rounding. A span's first tiles find its best, and most others stop here.
-            may_win_V = 1.0 - uniform_V < tl.exp2((logit_V * factor - best_yet) * LOG2_E) * SLACK
-            if tl.max(may_win_V.to(tl.int32), 0) != 0:
-                score_V = logit_V * factor + _gumbel(uniform_V, HARDWARE)
+            one_plus_V = _one_plus_bits(token_V.to(tl.uint32), key, second)
+            # Noise is at most −log(1 − u), so only a token with 1 − u < exp(logit / temperature − best) can win; the slack is
+            # more than all rounding. A span's first tiles find its best, and most others stop here.
+            spare_V = exp2(logit_V * factor_log2 + bound_log2, not HARDWARE) - (ALMOST_TWO - one_plus_V)
+            if (bound_log2 == float("inf")) | (tl.max(spare_V, 0) > 0):
+                score_V = logit_V * factor + _gumbel(one_plus_V, HARDWARE)
                 is_better_V = score_V > best_V
                 best_V = tl.where(is_better_V, score_V, best_V)
                 best_token_V = tl.where(is_better_V, token_V, best_token_V)
-                best_yet = tl.max(best_V, 0)
+                bound_log2 = SLACK - tl.max(best_V, 0) * LOG2_E
     best = tl.max(best_V, 0)
     best_token = tl.min(tl.where(best_V == best, best_token_V, NO_TOKEN), 0)
     out = row_idx * tl.num_programs(1) + span_idx

@@ -20,9 +20,15 @@ class EngineConfig:
     device: "auto", "cpu", "cuda" or "cuda:N".
     enforce_eager: run the regions as plain Python, without graphs.
     graph_batch_sizes: rows of the decode graphs. Larger batches run in several decode steps.
+    capture: record decode steps as device graphs, on devices that have them; False launches each kernel by itself.
+    fuse: fuse ops into kernels of our own; False leaves all but attention, the cache write and the sampler to the lowering,
+        as plain torch.
+    run_ahead: steps launched before the tokens of the first are read, 0 or 1.
     pad_batches: in eager mode, whether batches are padded to the graphs' sizes all the same.
     max_num_seqs: requests that run at the same time.
     max_num_batched_tokens: prompt tokens per prefill step; longer prompts are split, and decode steps go between.
+    max_stall_ms: milliseconds that a prefill step may take, as estimated from steps timed at warm-up, while a request
+        decodes whose tokens somebody watches come; longer prompts are split further. inf: no bound.
     max_model_len: tokens per request, prompt and answer together; default the checkpoint's, or what the cache holds.
     gpu_memory_utilization: share of the device's memory that weights, cache and scratch may take together.
     num_kvcache_blocks, kvcache_block_size: the cache, in blocks and tokens per block (a multiple of 16).
@@ -39,10 +45,14 @@ class EngineConfig:
     dtype: str = "auto"
     device: str = "auto"
     enforce_eager: bool = False
+    capture: bool = True
+    fuse: bool = True
+    run_ahead: int | None = None
     graph_batch_sizes: Sequence[int] | None = None
     pad_batches: bool = True
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
+    max_stall_ms: float | None = None
     max_model_len: int | None = None
     gpu_memory_utilization: float = 0.9
     num_kvcache_blocks: int | None = None
@@ -81,6 +91,9 @@ class EngineConfig:
         share = self.gpu_memory_utilization
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0.0 < share <= 1.0:
             raise ValueError(f"gpu_memory_utilization is {share!r}: it must be a number in (0, 1]")
+        stall = self.max_stall_ms
+        if stall is not None and (isinstance(stall, bool) or not isinstance(stall, (int, float)) or not stall > 0):
+            raise ValueError(f"max_stall_ms is {stall!r}: it must be a number above 0, or inf")
         if not self.pad_batches and not self.enforce_eager:
             raise ValueError("pad_batches=False needs enforce_eager=True: graphs have fixed sizes")
         if self.compile_cache_mode not in CACHE_MODES:
@@ -91,6 +104,11 @@ class EngineConfig:
             not isinstance(self.compile_cache, (str, PathLike)) or not str(self.compile_cache)
         ):
             raise ValueError(f"compile_cache is {self.compile_cache!r}: it must be a folder's path")
+        if not self.fuse and self.enforce_eager:
+            raise ValueError("fuse=False needs enforce_eager=False: in eager mode there are no passes to leave out")
+        # two ahead would gain nothing, since with one there is always a step behind that which runs
+        if self.run_ahead is not None and (type(self.run_ahead) is not int or self.run_ahead not in (0, 1)):
+            raise ValueError(f"run_ahead is {self.run_ahead!r}: it must be 0 or 1")
         if self.tensor_parallel_size != 1:
             raise ValueError(f"tensor_parallel_size is {self.tensor_parallel_size}: only 1 is supported")
 

@@ -97,7 +97,7 @@ def copy_bandwidth() -> float:
 
 def gemm_tiles(shape: tuple[int, int, bool, bool], num_rows: int, tune: bool) -> list[GemmTile]:
     """Candidates: the op's own choice first."""
-    num_outs, depth, norm, silu = shape
+    num_outs, depth, _, silu = shape
     found = [triton_linear_many.gemm_tile(num_rows, num_outs, depth, silu)]
     for rows, outs, columns, splits, stages in product(
         (32, 64, 128), (32, 64, 128, 256), (64, 128), (1, 2, 4), (3, 4, 6)
@@ -111,7 +111,6 @@ def gemm_tiles(shape: tuple[int, int, bool, bool], num_rows: int, tune: bool) ->
             and (rows >= 128 or num_rows < 192 or num_outs < 2048)
             and 1024 <= area <= 32768
             and outs <= 2 * rows
-            and (splits == 1 or not norm)
             and depth % (columns * splits) == 0
             and depth // (columns * splits) >= stages
             and 48 <= programs <= 800
@@ -179,8 +178,11 @@ class Case:
 
     def fused(self, idx: int, tile: LinearTile | GemmTile, pdl: bool | None = None) -> Tensor:
         norm = self.norms[idx] if self.norms else None
-        run: Callable[..., Tensor] = many_rows_linear if isinstance(tile, GemmTile) else few_rows_linear
-        return run(self.x, norm, self.weights[idx], None, self.residual, 1e-6, self.silu, launch=tile, pdl=pdl)
+        if isinstance(tile, GemmTile):
+            return many_rows_linear(self.x, self.weights[idx], None, self.residual, self.silu, launch=tile, pdl=pdl)
+        return few_rows_linear(
+            self.x, norm, self.weights[idx], None, self.residual, 1e-6, self.silu, launch=tile, pdl=pdl
+        )
 
     def apart(self, idx: int) -> Tensor:
         x = rms_norm(self.x, self.norms[idx], 1e-6) if self.norms else self.x

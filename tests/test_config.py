@@ -57,6 +57,13 @@ def test_gpu_memory_utilization_is_a_share(value: Any) -> None:
     [
         ({"dtype": "fp8"}, "dtype 'fp8' is not supported: use one of auto, float32, float16, bfloat16"),
         ({"pad_batches": False}, "pad_batches=False needs enforce_eager=True"),
+        ({"fuse": False, "enforce_eager": True}, "fuse=False needs enforce_eager=False"),
+        ({"max_stall_ms": 0}, "max_stall_ms is 0: it must be a number above 0, or inf"),
+        ({"max_stall_ms": float("nan")}, "max_stall_ms is nan: it must be a number above 0, or inf"),
+        ({"max_stall_ms": "30"}, "max_stall_ms is '30': it must be a number above 0, or inf"),
+        ({"run_ahead": 2}, "run_ahead is 2: it must be 0 or 1"),
+        ({"run_ahead": -1}, "run_ahead is -1: it must be 0 or 1"),
+        ({"run_ahead": True}, "run_ahead is True: it must be 0 or 1"),
         ({"tensor_parallel_size": 2}, "tensor_parallel_size is 2: only 1 is supported"),
     ],
 )

@@ -84,25 +84,25 @@ def common_ingredients(platform: Platform, passes: Sequence[str]) -> dict[str, s
     }
 
 
-def _ready_key(platform: Platform, cfg: ModelConfig, layout: Layout) -> Key:
+def _ready_key(platform: Platform, config: EngineConfig, cfg: ModelConfig, layout: Layout) -> Key:
     """Everything on which the programs and kernels of all buckets depend."""
     weights_only = {"num_layers", "layer_windows", "inv_freq", "rope_scale", "max_position", "architecture"}
     shape = {name: value for name, value in vars(cfg).items() if name not in weights_only}
     windows = sorted(set(cfg.layer_windows))
-    common = common_ingredients(platform, [name for name, _ in platform.passes()])
+    common = common_ingredients(platform, [name for name, _ in platform.passes(config.fuse)])
     return Key({**common, "model": f"{sorted(shape.items(), key=str)} {windows}", "layout": str(layout)})
 
 
-def mark_ready(store: Store, platform: Platform, cfg: ModelConfig, layout: Layout) -> None:
+def mark_ready(store: Store, platform: Platform, config: EngineConfig, cfg: ModelConfig, layout: Layout) -> None:
     """Note that all buckets' programs and kernels are there, after their kernels have got their digests."""
     seal_kernels(store.folder)
     content = str(num_kernels(store.folder)).encode()
-    store.save(_ready_key(platform, cfg, layout), Artifact(READY, READY, content, None, {}))
+    store.save(_ready_key(platform, config, cfg, layout), Artifact(READY, READY, content, None, {}))
 
 
-def is_ready(store: Store, platform: Platform, cfg: ModelConfig, layout: Layout) -> bool:
+def is_ready(store: Store, platform: Platform, config: EngineConfig, cfg: ModelConfig, layout: Layout) -> bool:
     """Whether an earlier start has left everything, and as many kernels as then are still there."""
-    found = store.find(_ready_key(platform, cfg, layout))
+    found = store.find(_ready_key(platform, config, cfg, layout))
     return found is not None and num_kernels(store.folder) >= int(found.content)
 
 
@@ -115,5 +115,5 @@ def finish(store: Store, platform: Platform, config: EngineConfig, cfg: ModelCon
                 f"compile_cache_mode is 'require', but {len(made)} kernel(s) were not in {store.folder} and were "
                 f"compiled: {', '.join(sorted(set(made)))}"
             )
-    elif layout.pad and not is_ready(store, platform, cfg, layout):
-        mark_ready(store, platform, cfg, layout)
+    elif layout.pad and not is_ready(store, platform, config, cfg, layout):
+        mark_ready(store, platform, config, cfg, layout)

@@ -28,7 +28,7 @@ class LLMEngine:
         config = EngineConfig.from_options(model, options)
         loaded = startup.load(config)
         self.config, self.tokenizer, self.model_config = config, loaded.tokenizer, loaded.runner.cfg
-        self.load_seconds = loaded.seconds
+        self.load_seconds, self.memory = loaded.seconds, loaded.memory
         self._runner, self._eos_ids = loaded.runner, loaded.eos_ids
         layout = self._runner.layout
         self.max_model_len = layout.max_model_len
@@ -38,7 +38,9 @@ class LLMEngine:
             max_num_batched_tokens=layout.prefill_tokens[-1],
             max_decode_rows=layout.decode_rows[-1],
             max_prefill_rows=layout.max_prefill_rows,
+            stall=loaded.stall,
         )
+        self.run_ahead = self._runner.platform.run_ahead if config.run_ahead is None else config.run_ahead
         self._in_flight: deque[Launched] = deque()
         self._requests: dict[int, tuple[Request, TextStream]] = {}
         self._outputs: list[RequestOutput] = []  # not yet handed out
@@ -85,6 +87,7 @@ class LLMEngine:
             seed=self._seed(params, request_id),
             max_output=min(params.max_tokens, self.max_model_len - len(prompt_ids)),
             stop_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos_ids),
+            incremental=incremental,
         )
         if params.prompt_logprobs is not None:
             request.prompt_logprobs = [None] * len(prompt_ids)
@@ -122,7 +125,7 @@ class LLMEngine:
             plan = self.scheduler.schedule(may_preempt=not self._in_flight)
             if plan is not None:
                 self._in_flight.append(self._runner.launch(plan))
-            if self._in_flight and (plan is None or len(self._in_flight) > self._runner.platform.run_ahead):
+            if self._in_flight and (plan is None or len(self._in_flight) > self.run_ahead):
                 self._collect(self._in_flight.popleft())
             elif plan is None and self.scheduler.has_work:
                 raise AssertionError("there is work, but no step can run")

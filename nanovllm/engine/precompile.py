@@ -42,7 +42,7 @@ def fill(config: EngineConfig, count: int, progress: Callable[[Outcome, int], ob
         outcomes = workers.wait(lambda outcome: progress(outcome, len(buckets)))
     finally:
         workers.close()
-    artifacts.mark_ready(store, platform, cfg, layout)
+    artifacts.mark_ready(store, platform, config, cfg, layout)
     return outcomes
 
 

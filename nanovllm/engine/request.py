@@ -25,6 +25,7 @@ class Request:
     seed: int
     max_output: int  # max_tokens, cut to what max_model_len leaves
     stop_ids: frozenset[int]
+    incremental: bool = False  # somebody watches its tokens come
     output_ids: list[int] = field(default_factory=list)
     status: Status = Status.WAITING
     finish_reason: str | None = None

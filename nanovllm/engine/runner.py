@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -12,20 +14,25 @@ from torch import Tensor
 
 from nanovllm.compile import buckets
 from nanovllm.compile.program import Compiler
+from nanovllm.compile.trace import tensors
 from nanovllm.engine import sampler
 from nanovllm.engine.batch import PrefillArrays, prefill_arrays
 from nanovllm.engine.filtered import FilteredSampler, LogprobCopies, copy_logprobs, needs_filtering
 from nanovllm.engine.request import Request
 from nanovllm.engine.scheduler import Chunk, DecodePlan, Plan, PrefillPlan
+from nanovllm.engine.stall import StallBound
 from nanovllm.engine.state import SAMPLING_FIELDS, new_state
 from nanovllm.engine.steps import Steps
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.dense import Batch, LayerCache, Params
 from nanovllm.models.rope import rotary_table
 from nanovllm.platforms import Platform
-from nanovllm.platforms.base import HostCopy, Replay
+from nanovllm.platforms.base import HostCopy, MemoryBudget, Replay
 
 logger = logging.getLogger(__name__)
+
+# The context against which attention is timed, so long that it stands out; and how often each step is timed.
+STALL_CONTEXT_TOKENS, STALL_REPEATS = 16_384, 2
 
 
 @dataclass(frozen=True)
@@ -98,7 +105,7 @@ class _DecodeStep:
         self._steps, self._record = steps, record
         self._logits_RV: Tensor | None = None
         self._logits: Replay | None = None
-        self.replay = record(self._whole)
+        self.replay = record(self.launch)
 
     def logits(self) -> Tensor:
         """Everything but the sampler. Recorded when first asked for; its programs are those of the whole step."""
@@ -108,7 +115,8 @@ class _DecodeStep:
         assert self._logits_RV is not None
         return self._logits_RV
 
-    def _whole(self) -> None:
+    def launch(self) -> None:
+        """The whole step, op by op."""
         self.token_R.copy_(self._steps.decode(self.row_idx_R))
 
     def _without_sampler(self) -> None:
@@ -124,12 +132,17 @@ class Runner:
         layout: Layout,
         platform: Platform,
         compiler: Compiler,
+        *,
+        capture: bool = True,
     ) -> None:
         self.model, self.cfg, self.params = model, cfg, params
         self.layout, self.platform, self.compiler = layout, platform, compiler
+        # eager mode is for seeing each op run where it stands, so nothing is captured there
+        self._record = platform.capture if capture and compiler.lowering is not None else _as_it_is
         self.state = new_state(layout.max_num_seqs, layout.blocks_per_row, platform.device)
         self.cos_sin_MH = rotary_table(cfg.inv_freq, cfg.rope_scale, layout.max_model_len, platform.device)
         self.filtered = FilteredSampler(platform, self.state, cfg.vocab_size)
+        self.graphs_bytes = 0  # device memory that recording the decode steps took
         self._decode_steps: dict[int, _DecodeStep] = {}
         self.steps = self._make_steps(num_blocks=2)  # until the size of the cache is known
 
@@ -137,12 +150,17 @@ class Runner:
     def block_bytes(self) -> int:
         return self.cfg.kv_bytes_per_token * self.layout.block_size
 
-    def measure_blocks(self, utilization: float) -> int:
-        """Blocks that fit beside the weights and the largest prefill step, which is run once to see what it takes."""
+    @property
+    def weights_bytes(self) -> int:
+        unique = {tensor.data_ptr(): tensor.nbytes for tensor in tensors(self.params)}  # the head may be the embedding
+        return sum(unique.values())
+
+    def measure_budget(self, utilization: float) -> MemoryBudget:
+        """What is left beside the weights and the largest prefill step, which is run once to see what it takes."""
         self.platform.reset_peak()
         self._warm_prefill(self.layout.prefill_tokens[-1])
         self.platform.synchronize()
-        return max(0, self.platform.cache_budget_bytes(utilization)) // self.block_bytes
+        return self.platform.memory_budget(utilization)
 
     def allocate_cache(self, num_blocks: int) -> None:
         """Zeroed cache blocks; the state's block tables refer to them by number."""
@@ -155,11 +173,14 @@ class Runner:
         for num_tokens in reversed(self.layout.prefill_tokens):
             progress(f"prefill {num_tokens}")
             self._warm_prefill(num_tokens)
+        self.platform.synchronize()
+        used_bytes = self.platform.used_bytes()
         # from the largest down: captured steps share one memory pool, and the first one sizes it
         for num_rows in reversed(self.layout.decode_rows):
             progress(f"decode {num_rows}")
             self._decode_step(num_rows)
         self.platform.synchronize()
+        self.graphs_bytes = self.platform.used_bytes() - used_bytes
         self.compiler.seal()
 
     def run_bucket(self, kind: str, size: int) -> None:
@@ -172,10 +193,42 @@ class Runner:
             self.steps.decode(row_idx_R)
         self.platform.synchronize()
 
+    def measure_stall(self, max_ms: float) -> StallBound:
+        """Time prefill steps of padding, and one whose tokens attend to a long context; programs must be warm."""
+        sizes = self.layout.prefill_tokens
+        step_ms: list[tuple[int, float]] = []
+        for num_tokens in sizes:  # a larger step that seems faster is noise
+            step_ms.append((num_tokens, max(self._prefill_ms(num_tokens), step_ms[-1][1] if step_ms else 0.0)))
+        num_tokens = min(sizes[-1], self.layout.max_model_len)
+        context = min(self.layout.max_model_len, max(2 * num_tokens, STALL_CONTEXT_TOKENS))
+        attended = num_tokens * (context - num_tokens / 2)
+        attention_ms = max(0.0, self._prefill_ms(num_tokens, context) - self._prefill_ms(num_tokens)) / attended
+        bound = StallBound(max_ms, tuple(step_ms), attention_ms)
+        logger.debug("prefill steps: %s", bound)
+        return bound
+
+    def _prefill_ms(self, num_tokens: int, context: int = 0) -> float:
+        times = []
+        for _ in range(STALL_REPEATS):
+            self.platform.synchronize()
+            started = time.perf_counter()
+            self._warm_prefill(num_tokens, context)
+            self.platform.synchronize()
+            times.append(time.perf_counter() - started)
+        return 1e3 * min(times)
+
     def launch(self, plan: Plan) -> Launched:
         """Start a step; returns at once on devices that work asynchronously."""
         with torch.no_grad():
             return self._prefill(plan) if isinstance(plan, PrefillPlan) else self._decode(plan)
+
+    def decode_uncaptured(self, num_rows: int, watch: AbstractContextManager[object]) -> None:
+        """Launch a bucket's decode step op by op under `watch`, on padding alone, which touches no request. For profiling."""
+        step = self._decode_step(num_rows)
+        step.rows = []
+        step.row_idx_R.fill_(self.state.pad_row)
+        with torch.no_grad(), watch:
+            step.launch()
 
     def close(self) -> None:
         """Forget everything that holds device memory; captured steps refer to themselves, so counting would not do."""
@@ -203,10 +256,8 @@ class Runner:
     def _decode_step(self, num_rows: int) -> _DecodeStep:
         step = self._decode_steps.get(num_rows)
         if step is None:
-            # eager mode is for seeing each op run where it stands, so nothing is captured there
-            record = _as_it_is if self.compiler.lowering is None else self.platform.capture
             with torch.no_grad():
-                step = _DecodeStep(self.steps, self.platform.device, record, num_rows, self.state.pad_row)
+                step = _DecodeStep(self.steps, self.platform.device, self._record, num_rows, self.state.pad_row)
             self._decode_steps[num_rows] = step
         return step
 
@@ -302,8 +353,10 @@ class Runner:
                 found.append(PromptLogprobs(request, first, size, copy_logprobs(self.platform, values)))
         return found
 
-    def _warm_prefill(self, num_tokens: int) -> None:
-        """A prefill step of padding alone: it builds the bucket's programs and touches no block of a request."""
+    def _warm_prefill(self, num_tokens: int, context: int = 0) -> None:
+        """A prefill step of padding alone: it builds the bucket's programs and touches no block of a request.
+        With `context` its first `num_tokens` tokens are the last of so many, all in the padding block."""
+        num_real = num_tokens
         num_tokens, num_rows = self.layout.prefill_bucket(num_tokens, 1)
         arrays = prefill_arrays(
             [],
@@ -313,6 +366,8 @@ class Runner:
             blocks_per_row=self.layout.blocks_per_row,
             pad_row=self.state.pad_row,
         )
+        if context:
+            arrays.seq_len_R[0], arrays.q_start_S[1:] = context, num_real
         with torch.no_grad():
             h_TD, sample_row_R, last_R = self._run_prefill(arrays)
             self.steps.sample(sample_row_R, self.steps.logits_at(h_TD, last_R))

@@ -2,17 +2,20 @@
 
 First come, first served. A step is either a prefill step (chunks of prompts, at most `max_num_batched_tokens` tokens)
 or a decode step (one token for each of at most `max_decode_rows` rows). When both could run they take turns, so that a
-long prompt delays the next token of running requests by one prefill step at most.
+long prompt delays the next token of running requests by one prefill step at most. While somebody watches the tokens of
+one of them, that step is cut to a bound in time (`StallBound`); a batch that nobody watches is done sooner without.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from nanovllm.engine.blocks import BlockPool
 from nanovllm.engine.request import Request, Status
+from nanovllm.engine.stall import StallBound
 
 
 @dataclass(frozen=True)
@@ -48,12 +51,14 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_decode_rows: int,
         max_prefill_rows: int,
+        stall: StallBound | None = None,
     ) -> None:
         self.pool = pool
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_decode_rows = max_decode_rows
         self.max_prefill_rows = max_prefill_rows
+        self.stall = stall
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in order of arrival
         self.num_preemptions = 0
@@ -92,8 +97,9 @@ class Scheduler:
         `may_preempt` is true when no step is in flight: a preempted request restarts from known tokens only.
         """
         decodable = [request for request in self.running if request.may_decode]
-        if not (self._prefill_was_last and decodable):
-            prefill = self._plan_prefill()
+        takes_turns = any(request.incremental for request in decodable)
+        if not (self._prefill_was_last and takes_turns):
+            prefill = self._plan_prefill(self._max_prefill_ms(decodable))
             if prefill is not None:
                 self._prefill_was_last = True
                 return prefill
@@ -113,20 +119,32 @@ class Scheduler:
         if num_full > len(request.block_digests) and self.pool.enable_prefix_caching:
             self._publish(request, num_full)
 
-    def _plan_prefill(self) -> PrefillPlan | None:
+    def _max_prefill_ms(self, decodable: list[Request]) -> float:
+        """What the next prefill step may take: the bound, shared by the steps between two tokens of one request."""
+        if self.stall is None or not any(request.incremental for request in decodable):
+            return math.inf
+        return self.stall.max_ms / -(-len(decodable) // self.max_decode_rows)
+
+    def _plan_prefill(self, max_ms: float) -> PrefillPlan | None:
         budget = self.max_num_batched_tokens
         chunks: list[Chunk] = []
         for request in self.running:
             if budget and not request.is_decoding and len(chunks) < self.max_prefill_rows:
-                budget -= self._add_chunk(chunks, request, budget)
+                budget -= self._add_chunk(chunks, request, budget, max_ms)
         while self.waiting and budget and self._free_rows and len(chunks) < self.max_prefill_rows:
             if not self._admit(self.waiting[0]):
                 break
-            budget -= self._add_chunk(chunks, self.waiting.popleft(), budget)
+            budget -= self._add_chunk(chunks, self.waiting.popleft(), budget, max_ms)
         return PrefillPlan(chunks) if chunks else None
 
-    def _add_chunk(self, chunks: list[Chunk], request: Request, budget: int) -> int:
+    def _add_chunk(self, chunks: list[Chunk], request: Request, budget: int, max_ms: float) -> int:
+        """Add as much of a request as fits; returns what of the budget is gone, all of it when time is."""
         num_tokens = min(request.num_known - request.num_computed, budget)
+        if self.stall is not None and max_ms < math.inf:
+            before = [(chunk.num_tokens, chunk.start) for chunk in chunks]
+            num_tokens = self.stall.next_chunk(before, num_tokens, request.num_computed, max_ms)
+            if not num_tokens:
+                return budget
         is_last = request.num_computed + num_tokens == request.num_known
         chunks.append(Chunk(request, request.num_computed, num_tokens, is_last))
         request.num_computed += num_tokens

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,11 +23,14 @@ from nanovllm.compile.program import Compiler, CompileRequired
 from nanovllm.compile.store import Store
 from nanovllm.config import EngineConfig
 from nanovllm.engine import artifacts, workers
+from nanovllm.engine.memory import MemoryReport
 from nanovllm.engine.runner import Layout, Runner
+from nanovllm.engine.stall import StallBound
 from nanovllm.engine.workers import WorkerFailed, Workers
 from nanovllm.models import registry, weights
 from nanovllm.models.config import ModelConfig
 from nanovllm.platforms import Platform
+from nanovllm.platforms.base import MemoryBudget
 from nanovllm.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -41,6 +45,8 @@ class Loaded:
     tokenizer: Any | None
     eos_ids: frozenset[int]
     num_blocks: int
+    memory: MemoryReport
+    stall: StallBound | None
     seconds: dict[str, float]
 
 
@@ -96,11 +102,15 @@ def load(config: EngineConfig) -> Loaded:
         def new_runner(layout: Layout) -> Runner:
             # a layout for shorter requests can mean another rotary table
             fitted = model.config(hf, dtype=cfg.dtype, max_model_len=layout.max_model_len)
-            return Runner(model, fitted, params, layout, platform, make_compiler(config, platform, environment, store))
+            compiler = make_compiler(config, platform, environment, store)
+            return Runner(model, fitted, params, layout, platform, compiler, capture=config.capture)
 
-        fitting, num_blocks, runner = _with_cache(config, layout, cfg, new_runner, platform)
+        fitting, num_blocks, budget, runner = _with_cache(config, layout, cfg, new_runner, platform)
         runner.warm_up(building)
         laps.end(stage)
+        max_stall_ms = platform.max_stall_ms if config.max_stall_ms is None else config.max_stall_ms
+        stall = runner.measure_stall(max_stall_ms) if math.isfinite(max_stall_ms) else None
+        laps.end("stall")
     if not config.enforce_eager:
         artifacts.finish(store, platform, config, cfg, layout)  # as it was asked for, which the next start asks as well
         laps.end("seal")
@@ -109,12 +119,22 @@ def load(config: EngineConfig) -> Loaded:
         cfg.architecture, platform.device, str(cfg.dtype).removeprefix("torch."), cfg.num_layers, num_blocks,
         fitting.block_size, _programs(runner.compiler), sum(laps.seconds.values()),
     )  # fmt: skip
-    return Loaded(runner, tokenizer.result(), eos_token_ids(folder, hf), num_blocks, laps.seconds)
+    memory = MemoryReport(
+        weights_bytes=runner.weights_bytes,
+        cache_bytes=num_blocks * runner.block_bytes,
+        cache_tokens=(num_blocks - 1) * fitting.block_size,
+        graphs_bytes=runner.graphs_bytes,
+        budget=budget,
+        limited=budget is not None and num_blocks < budget.cache_bytes // runner.block_bytes,
+    )
+    logger.info("%s", memory)
+    return Loaded(runner, tokenizer.result(), eos_token_ids(folder, hf), num_blocks, memory, stall, laps.seconds)
 
 
 class Laps:
     """Seconds by what they were spent on: device, config, kernels, weights, tokenizer (what is left of it after the
-    weights), compile (waiting for other processes), cache, prefill, decode (captures included), seal."""
+    weights), compile (waiting for other processes), cache, prefill, decode (captures included), stall (timing prefill
+    steps), seal."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -133,7 +153,7 @@ def _cold_start_workers(
     if config.enforce_eager or config.compile_cache_mode != "auto" or platform.lowering()[0] is None:
         return None
     count = platform.compile_workers(workers.bytes_of_one(model, cfg, layout), cfg.weight_bytes)
-    if count < 2 or artifacts.is_ready(store, platform, cfg, layout):
+    if count < 2 or artifacts.is_ready(store, platform, config, cfg, layout):
         return None
     return Workers(config, workers.buckets_of(layout), count)
 
@@ -207,7 +227,7 @@ def make_compiler(
     config: EngineConfig, platform: Platform, environment: env.Environment, store: Store | None = None
 ) -> Compiler:
     lowering, _ = (None, "") if config.enforce_eager else platform.lowering()
-    passes = platform.passes() if lowering is not None else ()
+    passes = platform.passes(config.fuse) if lowering is not None else ()
     return Compiler(
         lowering,
         passes=passes,
@@ -226,11 +246,16 @@ def _with_cache(
     cfg: ModelConfig,
     new_runner: Callable[[Layout], Runner],
     platform: Platform,
-) -> tuple[Layout, int, Runner]:
+) -> tuple[Layout, int, MemoryBudget | None, Runner]:
     """A runner with its cache: as many blocks as asked for, or as fit and can be used."""
     runner = new_runner(layout)
-    most_useful = 1 + layout.max_num_seqs * layout.blocks_per_row
-    num_blocks = config.num_kvcache_blocks or min(most_useful, runner.measure_blocks(config.gpu_memory_utilization))
+    budget = None
+    if config.num_kvcache_blocks is not None:
+        num_blocks = config.num_kvcache_blocks
+    else:
+        budget = runner.measure_budget(config.gpu_memory_utilization)
+        most_useful = 1 + layout.max_num_seqs * layout.blocks_per_row
+        num_blocks = min(most_useful, budget.cache_bytes // runner.block_bytes)
     block_size = layout.block_size
     if num_blocks < 2:
         raise ValueError(
@@ -249,4 +274,4 @@ def _with_cache(
         layout = make_layout(replace(config, max_model_len=capacity), cfg, platform)
         runner = new_runner(layout)  # its programs are of other shapes than those that measured
     runner.allocate_cache(num_blocks)
-    return layout, num_blocks, runner
+    return layout, num_blocks, budget, runner

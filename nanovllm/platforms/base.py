@@ -3,13 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from nanovllm.compile.passes.inline_ops import inline_ops
 from nanovllm.compile.program import Lowering, Pass
+
+# For measuring what fusion earns: only what no lowering can write by itself stays a kernel of ours.
+UNFUSED_OPS = frozenset({"paged_attention", "store_kv", "sample"})
+UNFUSED_PASSES: tuple[tuple[str, Pass], ...] = (
+    ("inline_ops", partial(inline_ops, keep=lambda name, node: name in UNFUSED_OPS)),
+)
+
+
+@dataclass(frozen=True)
+class MemoryBudget:
+    """Bytes of device memory, once weights are loaded and the largest step has run.
+
+    allowance_bytes: the share that was asked for, less what weights and others on the device hold.
+    scratch_bytes: what the largest step takes for a while.
+    """
+
+    allowance_bytes: int
+    scratch_bytes: int
+
+    @property
+    def cache_bytes(self) -> int:
+        return max(0, self.allowance_bytes - self.scratch_bytes)
 
 
 class HostCopy(Protocol):
@@ -32,6 +57,7 @@ class Platform(Protocol):
     default_block_size: int  # tokens per cache block
     default_batched_tokens: int  # tokens per prefill step
     default_num_seqs: int
+    max_stall_ms: float  # of a prefill step while tokens are watched
     run_ahead: int  # steps launched before the tokens of the first are read
     supported_dtypes: tuple[torch.dtype, ...]
 
@@ -59,8 +85,9 @@ class Platform(Protocol):
         """The lowering for graph mode, or None and the reason in one line."""
         ...
 
-    def passes(self) -> tuple[tuple[str, Pass], ...]:
-        """What turns a traced graph into one for the lowering: fusions into kernels of ours, then inlining of the rest."""
+    def passes(self, fuse: bool) -> tuple[tuple[str, Pass], ...]:
+        """What turns a traced graph into one for the lowering: fusions into kernels of ours, then inlining of the rest.
+        Without `fuse` it is `UNFUSED_PASSES`."""
         ...
 
     def capture(self, step: Callable[[], None]) -> Replay:
@@ -73,8 +100,12 @@ class Platform(Protocol):
 
     def read_back(self, tensor: Tensor) -> HostCopy: ...
 
-    def cache_budget_bytes(self, utilization: float) -> int:
-        """Bytes that the KV cache may take now, weights and the largest step's scratch already having been taken."""
+    def memory_budget(self, utilization: float) -> MemoryBudget:
+        """What there is for the KV cache now; the largest step's peak lies after the last `reset_peak`."""
+        ...
+
+    def used_bytes(self) -> int:
+        """Device memory in use, by whomever; 0 on a device that does not count it."""
         ...
 
     def reset_peak(self) -> None: ...

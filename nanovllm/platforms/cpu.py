@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import resource
 import sys
@@ -21,7 +22,7 @@ from nanovllm.compile.passes.fuse_rope_store import fuse_rope_store
 from nanovllm.compile.passes.inline_ops import inline_ops
 from nanovllm.compile.program import Lowering, Pass
 from nanovllm.kernels import cpp_build, cpu_kernels, cpu_step
-from nanovllm.platforms.base import HostCopy, Replay
+from nanovllm.platforms.base import UNFUSED_PASSES, HostCopy, MemoryBudget, Replay
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ class CpuPlatform:
     default_batched_tokens = 512
     default_num_seqs = 32
     run_ahead = 0
+    max_stall_ms = math.inf
     supported_dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
 
     def __init__(self) -> None:
@@ -69,7 +71,9 @@ class CpuPlatform:
             return None, f"no C++ compiler for graph mode, running eagerly: {self._compiler_problem.splitlines()[0]}"
         return inductor.lower_if_worth_it, ""
 
-    def passes(self) -> tuple[tuple[str, Pass], ...]:
+    def passes(self, fuse: bool) -> tuple[tuple[str, Pass], ...]:
+        if not fuse:
+            return UNFUSED_PASSES
         return (
             ("fuse_rope_store", fuse_rope_store),
             ("fuse_add_norm", fuse_add_norm),
@@ -95,8 +99,11 @@ class CpuPlatform:
     def read_back(self, tensor: Tensor) -> HostCopy:
         return tensor.clone()
 
-    def cache_budget_bytes(self, utilization: float) -> int:
-        return int(min(CACHE_SHARE * _available_bytes(), CACHE_CEILING_BYTES))
+    def memory_budget(self, utilization: float) -> MemoryBudget:
+        return MemoryBudget(int(min(CACHE_SHARE * _available_bytes(), CACHE_CEILING_BYTES)), scratch_bytes=0)
+
+    def used_bytes(self) -> int:
+        return 0
 
     def reset_peak(self) -> None:
         pass

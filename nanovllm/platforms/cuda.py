@@ -19,7 +19,7 @@ from nanovllm.compile.passes.fuse_linear import fuse_linear
 from nanovllm.compile.passes.fuse_rope_store import fuse_rope_store
 from nanovllm.compile.passes.inline_ops import inline_ops
 from nanovllm.compile.program import Lowering, Pass
-from nanovllm.platforms.base import HostCopy, Replay
+from nanovllm.platforms.base import UNFUSED_PASSES, HostCopy, MemoryBudget, Replay
 
 # Inductor fuses norms and activation as well, but without programmatic dependent launch, and compiles for seconds a bucket.
 KERNEL_OPS = frozenset(
@@ -59,10 +59,12 @@ class CudaPlatform:
     default_batched_tokens = 8192
     default_num_seqs = 256
     run_ahead = 1
+    max_stall_ms = 30.0
 
     def __init__(self, index: int = 0) -> None:
         self.device = torch.device("cuda", index)
         self._pool: Any = None
+        self._capture_stream = torch.cuda.Stream(self.device)
         self.supported_dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16)
         if torch.cuda.get_device_capability(self.device) >= (8, 0):
             self.supported_dtypes += (torch.bfloat16,)
@@ -83,7 +85,9 @@ class CudaPlatform:
     def lowering(self) -> tuple[Lowering | None, str]:
         return inductor.lower_if_worth_it, ""
 
-    def passes(self) -> tuple[tuple[str, Pass], ...]:
+    def passes(self, fuse: bool) -> tuple[tuple[str, Pass], ...]:
+        if not fuse:
+            return UNFUSED_PASSES
         from nanovllm.kernels import triton_linear
 
         return (
@@ -120,9 +124,16 @@ class CudaPlatform:
         torch.cuda.synchronize()
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            step()
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        # by hand, on the stream that torch's context manager takes: that one collects garbage each time, for 0.2 s
+        self._capture_stream.wait_stream(current)
+        with torch.cuda.stream(self._capture_stream):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                step()
+            finally:
+                graph.capture_end()
+        current.wait_stream(self._capture_stream)
         return graph.replay
 
     def upload(self, values: Any, dtype: torch.dtype) -> Tensor:
@@ -132,12 +143,21 @@ class CudaPlatform:
     def read_back(self, tensor: Tensor) -> HostCopy:
         return _PinnedCopy(tensor)
 
-    def cache_budget_bytes(self, utilization: float) -> int:
+    def memory_budget(self, utilization: float) -> MemoryBudget:
         free_bytes, total_bytes = torch.cuda.mem_get_info(self.device)
         stats = torch.cuda.memory_stats(self.device)
-        held_bytes = stats["reserved_bytes.all.current"] - stats["allocated_bytes.all.current"]
-        scratch_bytes = stats["allocated_bytes.all.peak"] - stats["allocated_bytes.all.current"]
-        return int(free_bytes + held_bytes - (1 - utilization) * total_bytes - scratch_bytes)
+        return budget(
+            utilization,
+            free_bytes=free_bytes,
+            total_bytes=total_bytes,
+            reserved_bytes=stats["reserved_bytes.all.current"],
+            allocated_bytes=stats["allocated_bytes.all.current"],
+            peak_bytes=stats["allocated_bytes.all.peak"],
+        )
+
+    def used_bytes(self) -> int:
+        free_bytes, total_bytes = torch.cuda.mem_get_info(self.device)
+        return total_bytes - free_bytes
 
     def reset_peak(self) -> None:
         torch.cuda.reset_peak_memory_stats(self.device)
@@ -163,3 +183,18 @@ def _driver_version() -> str:
     except (OSError, AttributeError):
         return "unknown"
     return str(version.value)
+
+
+def budget(
+    utilization: float,
+    *,
+    free_bytes: int,
+    total_bytes: int,
+    reserved_bytes: int,
+    allocated_bytes: int,
+    peak_bytes: int,
+) -> MemoryBudget:
+    """What the device and torch's allocator (the last three) say, as a budget: memory that the allocator holds but does
+    not use is as good as free."""
+    held_bytes = total_bytes - free_bytes - (reserved_bytes - allocated_bytes)
+    return MemoryBudget(int(utilization * total_bytes) - held_bytes, peak_bytes - allocated_bytes)

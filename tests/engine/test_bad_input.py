@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 
 from nanovllm import LLM, SamplingParams, platforms
+from nanovllm.kernels import cpu_kernels
+from nanovllm.platforms.base import MemoryBudget
 from tests.engine.conftest import VOCAB_SIZE, Generate, assert_all_free, random_prompts
 
 GREEDY = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
@@ -143,7 +145,8 @@ def test_not_enough_memory_for_a_block(
 ) -> None:
     platform = type(platforms.select(device))
     bytes_per_block = 2 * 2 * 2 * 32 * 4 * 16
-    monkeypatch.setattr(platform, "cache_budget_bytes", lambda *_: num_blocks * bytes_per_block + 5)
+    budget = MemoryBudget(num_blocks * bytes_per_block + 25, scratch_bytes=20)
+    monkeypatch.setattr(platform, "memory_budget", lambda *_: budget)
     option_error(
         make_llm,
         rf"memory for {num_blocks} cache block.*at least 2 are needed: raise gpu_memory_utilization \(0.9\)",
@@ -248,14 +251,16 @@ print(json.dumps([output["token_ids"] for output in outputs]))
 
 
 def test_without_a_cpp_compiler_it_runs_eagerly_and_says_so_in_one_line(
-    checkpoint: Path, hf_generate: Generate, tmp_path: Path
+    checkpoint: Path, hf_generate: Generate, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
+    # a folder without the searched words in its name: libraries print the paths that they are given
+    folder = tmp_path_factory.mktemp("empty")
     environment = {
         **os.environ,
-        "PATH": str(tmp_path),
-        "CXX": str(tmp_path / "no-compiler"),
-        "NANOVLLM_CACHE": str(tmp_path),
-        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
+        "PATH": str(folder),
+        "CXX": str(folder / "no-such-program"),
+        "NANOVLLM_CACHE": str(folder),
+        "TORCHINDUCTOR_CACHE_DIR": str(folder),
         "PYTHONPATH": str(ROOT),
     }
     environment.pop("NANOVLLM_LOG_LEVEL", None)
@@ -265,14 +270,25 @@ def test_without_a_cpp_compiler_it_runs_eagerly_and_says_so_in_one_line(
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == [hf_generate(prompt, 5) for prompt in prompts]
+    assert json.loads(done.stdout) == [hf_generate(prompt, 5) for prompt in prompts], done.stderr
+    # what torch and Triton say of a machine without compilers is theirs: ours is one warning of one line with a reason
     lines = re.split(r"[\r\n]+", done.stderr)
-    assert len([line for line in lines if "compiler" in line]) == 1, done.stderr
-    assert any("no C++ compiler for graph mode, running eagerly: " in line for line in lines), done.stderr
-    assert "Traceback" not in done.stderr
+    (warning,) = [idx for idx, line in enumerate(lines) if re.search(r"\bW nanovllm\.", line)]
+    assert re.search(r"no C\+\+ compiler for graph mode, running eagerly: \w+: \S", lines[warning]), done.stderr
+    assert "running eagerly" not in "".join(lines[:warning] + lines[warning + 1 :]), done.stderr
+    assert not re.search(r'File ".*nanovllm/', done.stderr), "a traceback through our code"
+
+
+def test_of_what_a_compiler_says_the_first_line_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_kernels, "available", lambda: (False, "CppCompileError: it failed\nin line 1\nin line 2"))
+    platform = platforms.select("cpu")
+    platform.prepare()
+    assert platform.lowering() == (
+        None, "no C++ compiler for graph mode, running eagerly: CppCompileError: it failed"
+    )  # fmt: skip
 
 
 def test_numpy_token_ids_are_refused_by_name(eager_llm: LLM) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from nanovllm import LLM, SamplingParams, platforms
 from nanovllm.compile.lower import eager, inductor
+from nanovllm.platforms.base import MemoryBudget
 from tests.engine.conftest import VOCAB_SIZE, Generate, assert_all_free, random_prompts
 
 BLOCK = 16
@@ -190,7 +191,7 @@ def test_programs_fit_the_lowered_max_model_len(
     monkeypatch.setattr(inductor, "lower", lower)
     platform = type(platforms.select(device))
     block_bytes = 2 * 2 * 2 * 32 * 4 * BLOCK  # keys and values, layers, heads, head size, fp32
-    monkeypatch.setattr(platform, "cache_budget_bytes", lambda *_: 5 * block_bytes + 100)
+    monkeypatch.setattr(platform, "memory_budget", lambda *_: MemoryBudget(6 * block_bytes, block_bytes - 100))
     llm = make_llm(enforce_eager=False, num_kvcache_blocks=None, max_model_len=None, graph_batch_sizes=(2,))
     assert llm.engine.max_model_len == 4 * BLOCK
     prompts = random_prompts([33, 5], seed=31)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections import deque
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from nanovllm import SamplingParams
 from nanovllm.engine.blocks import BlockPool
 from nanovllm.engine.request import Request, Status
 from nanovllm.engine.scheduler import DecodePlan, Plan, PrefillPlan, Scheduler
+from nanovllm.engine.stall import StallBound
 
 BLOCK = 4
 
@@ -134,6 +136,65 @@ def test_decode_waits_for_one_prefill_step_at_most(run_ahead: int) -> None:
     # and the prompt does not wait for more than one decode step
     last = max(i for i, kind in enumerate(kinds) if kind is PrefillPlan)
     assert (DecodePlan, DecodePlan) not in pairs[:last]
+
+
+# a step of a small model on a large GPU; a chunk of 8192 after 8192 others would take 15 + 50 ms
+STALL = StallBound(30.0, ((32, 2.0), (128, 2.0), (512, 2.5), (2048, 4.5), (8192, 15.0)), 5e-7)
+
+
+def with_long_prompt(stall: StallBound, *, watched: bool, **changes: Any) -> tuple[Scheduler, list[Plan], list[float]]:
+    """Eight requests decode when a prompt of 16,384 tokens comes; all plans from then on, and what the prefill steps
+    take by the estimate."""
+    sizes = {"num_blocks": 6000, "max_num_seqs": 16, "max_num_batched_tokens": 8192, **changes}
+    s = scheduler(stall=stall, **sizes)
+    for i in range(8):
+        s.add(request(i, 4, 600))
+        s.waiting[-1].incremental = watched and i == 3
+    answer(s, s.schedule(may_preempt=True))
+    s.add(request(8, 16_384, 2))
+    s.add(request(9, 100, 2))
+    plans = run(s)
+    prefills = [plan for plan in plans if isinstance(plan, PrefillPlan)]
+    assert sum(chunk.num_tokens for plan in prefills for chunk in plan.chunks) == 16_484
+    return s, plans, [stall.estimate([(c.num_tokens, c.start) for c in plan.chunks]) for plan in prefills]
+
+
+@pytest.mark.parametrize("max_ms", [5.0, 10.0, 30.0, 60.0])
+def test_prefill_steps_stay_within_the_bound_while_tokens_are_watched(max_ms: float) -> None:
+    _, plans, times = with_long_prompt(replace(STALL, max_ms=max_ms), watched=True)
+    assert all(ms <= max_ms for ms in times)
+    kinds = [type(plan) for plan in plans]
+    assert (PrefillPlan, PrefillPlan) not in list(itertools.pairwise(kinds))
+
+
+def test_the_bound_costs_few_steps() -> None:
+    _, _, times = with_long_prompt(STALL, watched=True)
+    assert len(times) <= 9, "eight full buckets of 2048, and what is left"
+
+
+def test_a_prompt_ends_whatever_the_bound() -> None:
+    _, plans, times = with_long_prompt(replace(STALL, max_ms=0.001), watched=True)
+    assert len(times) == 16_384 // 32 + 4
+    assert all(sum(c.num_tokens for c in p.chunks) <= 32 for p in plans if isinstance(p, PrefillPlan))
+
+
+def test_a_batch_that_nobody_watches_is_not_cut() -> None:
+    _, plans, times = with_long_prompt(STALL, watched=False)
+    sizes = [sum(chunk.num_tokens for chunk in plan.chunks) for plan in plans if isinstance(plan, PrefillPlan)]
+    assert sizes == [8192, 8192, 100] and max(times) > STALL.max_ms
+
+
+def test_nobody_waits_for_a_prompt_that_is_alone() -> None:
+    s = scheduler(stall=STALL, num_blocks=6000, max_num_batched_tokens=8192)
+    s.add(request(0, 16_384))
+    s.waiting[0].incremental = True
+    plan = s.schedule(may_preempt=True)
+    assert isinstance(plan, PrefillPlan) and plan.chunks[0].num_tokens == 8192
+
+
+def test_rows_that_decode_in_turns_share_the_bound() -> None:
+    _, _, times = with_long_prompt(STALL, watched=True, max_decode_rows=3)
+    assert max(times) <= 10.0
 
 
 def test_prefill_goes_first_when_nothing_decodes() -> None:
@@ -288,9 +349,12 @@ def test_random_loads_end_with_everything_free(seed: int, run_ahead: int) -> Non
         max_num_batched_tokens=rng.choice([1, 7, 32]),
         max_prefill_rows=rng.choice([1, 3, 8]),
         enable_prefix_caching=rng.random() < 0.7,
+        stall=rng.choice([None, StallBound(rng.choice([0.1, 3.0]), ((4, 1.0), (32, 2.0)), 0.001)]),
     )
     lengths = [(rng.randrange(1, 24), rng.randrange(1, 16)) for _ in range(30)]
     requests = [request(i, p, o, token=rng.choice([None, 1, 2])) for i, (p, o) in enumerate(lengths)]
+    for one in requests:
+        one.incremental = rng.random() < 0.3
     todo = deque(requests)
     in_flight: deque[Plan] = deque()
     steps = 0

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -100,17 +99,20 @@ TILES = {
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tile", TILES)
-@pytest.mark.parametrize(("num_rows", "num_outs", "depth"), [(19, 99, 96), (99, 64, 192), (70, 200, 100), (17, 33, 19)])
+@pytest.mark.parametrize(("num_rows", "num_outs", "depth"), [(19, 99, 96), (99, 64, 192), (70, 200, 104), (17, 33, 24)])
 def test_tiles_of_many_rows(num_rows: int, num_outs: int, depth: int, tile: str, dtype: torch.dtype) -> None:
     run = with_tile(tile)
     check(num_rows, num_outs, depth, dtype, bias=True, residual=True, run=run)
-    check(num_rows, num_outs, depth, dtype, norm=True, silu=True, run=run)
+    check(num_rows, num_outs, depth, dtype, silu=True, run=run)
 
 
 def with_tile(tile: str) -> Callable[..., Tensor]:
     from nanovllm.kernels.triton_linear_many import GemmTile, many_rows_linear
 
-    return partial(many_rows_linear, launch=GemmTile(*TILES[tile]))
+    def run(x: Tensor, norm: None, weight: Tensor, bias: Tensor, residual: Tensor, eps: float, silu: bool) -> Tensor:
+        return many_rows_linear(x, weight, bias, residual, silu, launch=GemmTile(*TILES[tile]))
+
+    return run
 
 
 @pytest.mark.parametrize("silu", [False, True])
@@ -204,13 +206,14 @@ def compile_all(capability: int) -> dict[str, int]:
             limit = triton_linear.max_rows(2 * num_outs if silu else num_outs, depth, norm)
             if num_rows > limit:
                 continue
-            case = (num_rows, num_outs, depth, norm, False, not silu, silu)
             if num_rows <= triton_linear_few.MAX_ROWS:
-                kernel, constants, num_warps = triton_linear_few.build(*case, False)
+                case = (num_rows, num_outs, depth, norm, False, not silu, silu, False)
+                kernel, constants, num_warps = triton_linear_few.build(*case)
             else:
                 tile = triton_linear_many.gemm_tile(num_rows, num_outs, depth, silu)
                 kernel, num_warps = triton_linear_many.many_rows_linear_kernel, tile.num_warps
-                constants = triton_linear_many.gemm_constants(*case, tile) | {"UPCAST": False}
+                case = (num_rows, num_outs, depth, False, not silu, silu, tile)
+                constants = triton_linear_many.gemm_constants(*case) | {"UPCAST": False}
             builds.append((f"{num_rows}x{num_outs}x{depth}", kernel, constants, num_warps))
     builds.append(("span", triton_sample.best_of_span_kernel, {"TILE": triton_sample.TILE, "HARDWARE": True}, 4))
     builds.append(("row", triton_sample.best_of_row_kernel, {"SPANS_P": 256}, 4))

@@ -1,0 +1,99 @@
+"""Options that leave a part of the machinery out: the answers stay, and the part is really gone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from nanovllm import LLM, SamplingParams, platforms
+from nanovllm.compile.lower import eager, inductor
+from nanovllm.kernels import ops
+from nanovllm.platforms.base import UNFUSED_OPS
+from tests.engine.conftest import Generate, random_prompts
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+PROMPTS = random_prompts([1, 19, 5], seed=110)
+SIZES: dict[str, Any] = {"enforce_eager": False, "graph_batch_sizes": (1, 4), "max_num_seqs": 4}
+
+
+def tokens(llm: LLM) -> list[list[int]]:
+    return [output["token_ids"] for output in llm.generate(PROMPTS, GREEDY, use_tqdm=False)]
+
+
+@pytest.fixture(scope="module")
+def expected(hf_generate: Generate) -> list[list[int]]:
+    return [hf_generate(prompt, GREEDY.max_tokens) for prompt in PROMPTS]
+
+
+@pytest.fixture
+def lowered_ops(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
+    """The names of our ops in all graphs that reach the lowering, which runs them node by node."""
+    found: set[str] = set()
+
+    def lower(graph: Any, fakes: Sequence[torch.Tensor]) -> Callable[..., Sequence[torch.Tensor]]:
+        found.update(name for node in graph.graph.nodes if (name := ops.op_name(node.target)))
+        return eager.lower(graph, fakes)
+
+    monkeypatch.setattr(inductor, "lower", lower)
+    yield found
+
+
+def test_without_fusion_only_attention_cache_write_and_sampler_are_ours(
+    make_llm: Callable[..., LLM], lowered_ops: set[str], expected: list[list[int]]
+) -> None:
+    assert tokens(make_llm(**SIZES)) == expected
+    assert "qk_norm_rope_store" in lowered_ops
+    lowered_ops.clear()
+    assert tokens(make_llm(**SIZES, fuse=False)) == expected
+    assert lowered_ops == UNFUSED_OPS
+
+
+def test_without_fusion_compiled(make_llm: Callable[..., LLM], expected: list[list[int]]) -> None:
+    assert tokens(make_llm(**SIZES, fuse=False)) == expected
+
+
+def test_without_capture_nothing_is_captured(
+    make_llm: Callable[..., LLM],
+    device: str,
+    monkeypatch: pytest.MonkeyPatch,
+    lowered_ops: set[str],
+    expected: list[list[int]],
+) -> None:
+    platform = type(platforms.select(device))
+    captured: list[object] = []
+    capture = platform.capture
+
+    def counted(self: Any, step: Callable[[], None]) -> Any:
+        captured.append(step)
+        return capture(self, step)
+
+    monkeypatch.setattr(platform, "capture", counted)
+    assert tokens(make_llm(**SIZES, capture=False)) == expected
+    assert captured == [] and lowered_ops
+    assert tokens(make_llm(**SIZES, capture=True)) == expected
+    assert len(captured) == 2
+
+
+@pytest.mark.parametrize("run_ahead", [0, 1])
+def test_steps_in_flight_are_as_many_as_asked_for(
+    make_llm: Callable[..., LLM], run_ahead: int, expected: list[list[int]]
+) -> None:
+    llm = make_llm(run_ahead=run_ahead)
+    most = 0
+    engine = llm.engine
+    ids = [engine.add_request(prompt, GREEDY) for prompt in PROMPTS]
+    found: dict[int, list[int]] = {}
+    while engine.has_unfinished:
+        for output in engine.step():
+            if output.completion is not None:
+                found[output.request_id] = output.completion.token_ids
+        most = max(most, len(engine._in_flight))
+    assert [found[request_id] for request_id in ids] == expected
+    assert most == run_ahead
+
+
+def test_the_device_says_how_far_ahead_unless_told(make_llm: Callable[..., LLM], device: str) -> None:
+    assert make_llm().engine.run_ahead == platforms.select(device).run_ahead
