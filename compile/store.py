@@ -199,8 +199,8 @@ def _kernel_is_whole(kernel: Path, seal: Path) -> bool:
 
 
 def _kernel_folders(folder: Path) -> list[Path]:
-    # Triton writes a group's list of files last
-    return [path for path in (folder / "triton").iterdir() if any(path.glob("__grp__*"))]
+    # Triton writes a kernel's list of files last; a folder with a library has nothing else
+    return [path for path in (folder / "triton").iterdir() if any(path.glob("__grp__*")) or any(path.glob("*.so"))]
 
 
 # Maintenance ------------------------------------------------------------------------------------------------------

@@ -40,3 +40,9 @@ def set_default(name: str, value: str, *, also_over: str | None = None) -> None:
     """Give a library its setting unless the user already has. What an earlier call gave, and `also_over`, count as unset."""
     if os.environ.get(name) in (None, also_over, _given.get(name)):
         os.environ[name] = _given[name] = value
+
+
+def for_children() -> dict[str, str]:
+    """The environment for processes of our own: they find this package where this one did, whatever the folder."""
+    root = str(Path(__file__).parents[1])
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}

@@ -106,14 +106,18 @@ def is_ready(store: Store, platform: Platform, config: EngineConfig, cfg: ModelC
     return found is not None and num_kernels(store.folder) >= int(found.content)
 
 
-def finish(store: Store, platform: Platform, config: EngineConfig, cfg: ModelConfig, layout: Layout) -> None:
-    """Warm-up is over: what it compiled gets its digests; in "require" mode there must be nothing."""
-    made = platform.kernels_compiled()
+def finish(
+    store: Store, platform: Platform, config: EngineConfig, cfg: ModelConfig, layout: Layout, made: Sequence[str]
+) -> None:
+    """Warm-up is over: the kernels that it `made` get their digests; in "require" mode there must be none."""
     if config.compile_cache_mode == "require":
         if made:
             raise CompileRequired(
                 f"compile_cache_mode is 'require', but {len(made)} kernel(s) were not in {store.folder} and were "
                 f"compiled: {', '.join(sorted(set(made)))}"
             )
-    elif layout.pad and not is_ready(store, platform, config, cfg, layout):
+        return
+    if made:
+        seal_kernels(store.folder)
+    if layout.pad and not is_ready(store, platform, config, cfg, layout):
         mark_ready(store, platform, config, cfg, layout)

@@ -61,6 +61,7 @@ def load(config: EngineConfig) -> Loaded:
     laps.end("config")
     store = artifacts.open_store(config, environment)
     platform.prepare(store.folder / "cpp", environment.cxx, may_compile=config.compile_cache_mode == "auto")
+    num_kernels = len(platform.kernels_compiled())
     layout = make_layout(config, cfg, platform)
     if not config.enforce_eager and (problem := platform.lowering()[1]):
         if config.compile_cache_mode == "require":
@@ -112,7 +113,9 @@ def load(config: EngineConfig) -> Loaded:
         stall = runner.measure_stall(max_stall_ms) if math.isfinite(max_stall_ms) else None
         laps.end("stall")
     if not config.enforce_eager:
-        artifacts.finish(store, platform, config, cfg, layout)  # as it was asked for, which the next start asks as well
+        made = platform.kernels_compiled()[num_kernels:]
+        # the layout as it was asked for, since the next start asks for that as well
+        artifacts.finish(store, platform, config, cfg, layout, made)
         laps.end("seal")
     logger.info(
         "%s on %s in %s: %d layers, %d cache blocks of %d tokens, %s, ready in %.1f s",

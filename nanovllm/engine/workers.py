@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from types import ModuleType
 
+from nanovllm import env
 from nanovllm.config import EngineConfig
 from nanovllm.engine.runner import Layout
 from nanovllm.models.config import ModelConfig
@@ -112,7 +113,7 @@ class Workers:
 def _start() -> subprocess.Popen[str]:
     pipe = subprocess.PIPE
     command = [sys.executable, "-m", "nanovllm.engine.precompile"]
-    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=env.for_children())
 
 
 def bytes_of_one(model: ModuleType, cfg: ModelConfig, layout: Layout) -> int:
