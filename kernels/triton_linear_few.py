@@ -306,6 +306,22 @@ def linear_tile(num_rows: int, num_outs: int, depth: int, silu_mul: bool) -> Lin
     return LinearTile(16, 4, 256 if depth >= 1024 else 64, 1, 4)
 
 
+def max_rows(num_outs: int, depth: int, has_norm: bool) -> int:
+    """Up to how many rows this beats cuBLAS and the neighbours' own kernels, for a weight [num_outs, depth].
+
+    Every program norms all rows for itself, which costs more than a kernel where rows are long (8B qkv, 2 rows: 20 µs,
+    apart 19). Of large weights cuBLAS streams several rows' as well, but not where outputs are few (8B down, 8 rows: 28 µs,
+    cuBLAS 31). A norm saved pays for a little more (0.6B head, 2 rows: 77 µs, apart 80; 4 rows: 81, apart 81).
+    """
+    if has_norm and depth > 2048:
+        return 1
+    if num_outs * depth <= 6144 * 1024:
+        return MAX_ROWS
+    if num_outs <= 4096:
+        return MAX_ROWS if depth <= 4096 else 8
+    return 2 if has_norm else 1
+
+
 def build(
     num_rows: int,
     num_outs: int,
