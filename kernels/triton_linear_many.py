@@ -59,7 +59,7 @@ def _dot(x_TC, w_OC, acc_TO, UPCAST: tl.constexpr):
     return tl.dot(x_TC, tl.trans(w_OC), acc_TO, input_precision="ieee")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def many_rows_linear_kernel(
     x_ptr,  # [T, D]
     weight_ptr,  # [outputs, D]
@@ -70,7 +70,7 @@ def many_rows_linear_kernel(
     arrived_ptr,  # [programs of one split] int32: zero before and after each launch
     x_stride,
     weight_stride,
-    NUM_ROWS: tl.constexpr,
+    num_rows,
     NUM_OUTS: tl.constexpr,
     DEPTH: tl.constexpr,
     ROWS: tl.constexpr,
@@ -98,7 +98,7 @@ def many_rows_linear_kernel(
     # rows and outputs beyond the last compute the last once more and are not stored
     w_O = weight_ptr + tl.minimum(o_O, NUM_OUTS - 1).to(tl.int64) * weight_stride
     up_O = w_O + NUM_OUTS * weight_stride.to(tl.int64)
-    x_T = x_ptr + tl.minimum(row_T, NUM_ROWS - 1).to(tl.int64) * x_stride
+    x_T = x_ptr + tl.minimum(row_T, num_rows - 1).to(tl.int64) * x_stride
     if PDL:
         if LINES_P > 0:
             prefetch_rows(w_O + split * SHARE, 0, SHARE, LINES_P)
@@ -106,6 +106,10 @@ def many_rows_linear_kernel(
                 prefetch_rows(up_O + split * SHARE, 0, SHARE, LINES_P)
         tl.extra.cuda.gdc_wait()
 
+    mask_TO = (row_T < num_rows)[:, None] & (o_O < NUM_OUTS)[None, :]
+    at_TO = row_T[:, None] * NUM_OUTS + o_O[None, :]
+    if HAS_RESIDUAL:  # asked for now, or the end of the program would wait for it
+        residual_TO = tl.load(residual_ptr + at_TO, mask=mask_TO, other=0.0)
     x_at, w_at, up_at = x_T[:, None] + d_C[None, :], w_O[:, None] + d_C[None, :], up_O[:, None] + d_C[None, :]
     acc_TO, up_TO = tl.zeros((ROWS, OUTS), tl.float32), tl.zeros((ROWS, OUTS), tl.float32)
     for chunk in tl.range(0, CHUNKS, num_stages=STAGES):
@@ -114,14 +118,12 @@ def many_rows_linear_kernel(
         if SILU_MUL:
             up_TO = _dot(x_TC, _load_chunk(up_at, chunk, d_C, DEPTH, COLUMNS, EXACT), up_TO, UPCAST)
 
-    mask_TO = (row_T < NUM_ROWS)[:, None] & (o_O < NUM_OUTS)[None, :]
-    at_TO = row_T[:, None] * NUM_OUTS + o_O[None, :]
     if SPLITS > 1:
-        PART: tl.constexpr = NUM_ROWS * NUM_OUTS
-        EACH: tl.constexpr = 2 * PART if SILU_MUL else PART
-        tl.store(part_ptr + split * EACH + at_TO, acc_TO, mask=mask_TO)
+        part = num_rows * NUM_OUTS
+        each = 2 * part if SILU_MUL else part
+        tl.store(part_ptr + split * each + at_TO, acc_TO, mask=mask_TO)
         if SILU_MUL:
-            tl.store(part_ptr + split * EACH + PART + at_TO, up_TO, mask=mask_TO)
+            tl.store(part_ptr + split * each + part + at_TO, up_TO, mask=mask_TO)
         # all threads' stores come before the one thread's release; its acquire comes before all threads' loads
         tl.debug_barrier()
         arrived_at = arrived_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
@@ -131,16 +133,16 @@ def many_rows_linear_kernel(
         acc_TO, up_TO = tl.zeros((ROWS, OUTS), tl.float32), tl.zeros((ROWS, OUTS), tl.float32)
         for i in tl.static_range(SPLITS):
             # .cg: other multiprocessors wrote these, so L1 is not asked
-            acc_TO += tl.load(part_ptr + i * EACH + at_TO, mask=mask_TO, other=0.0, cache_modifier=".cg")
+            acc_TO += tl.load(part_ptr + i * each + at_TO, mask=mask_TO, other=0.0, cache_modifier=".cg")
             if SILU_MUL:
-                up_TO += tl.load(part_ptr + i * EACH + PART + at_TO, mask=mask_TO, other=0.0, cache_modifier=".cg")
+                up_TO += tl.load(part_ptr + i * each + part + at_TO, mask=mask_TO, other=0.0, cache_modifier=".cg")
     if HAS_BIAS:
         acc_TO += tl.load(bias_ptr + o_O, mask=o_O < NUM_OUTS, other=0.0).to(tl.float32)[None, :]
         if SILU_MUL:
             up_TO += tl.load(bias_ptr + NUM_OUTS + o_O, mask=o_O < NUM_OUTS, other=0.0).to(tl.float32)[None, :]
     y_TO = finish(acc_TO, up_TO, dtype, SILU_MUL)
     if HAS_RESIDUAL:
-        y_TO = (y_TO.to(tl.float32) + tl.load(residual_ptr + at_TO, mask=mask_TO, other=0.0).to(tl.float32)).to(dtype)
+        y_TO = (y_TO.to(tl.float32) + residual_TO.to(tl.float32)).to(dtype)
     tl.store(out_ptr + at_TO, y_TO, mask=mask_TO)
 
 
@@ -203,12 +205,11 @@ def gemm_tile(num_rows: int, num_outs: int, depth: int, silu_mul: bool, shared_b
 
 
 def gemm_constants(
-    num_rows: int, num_outs: int, depth: int, has_bias: bool, has_residual: bool, silu_mul: bool, tile: GemmTile
+    num_outs: int, depth: int, has_bias: bool, has_residual: bool, silu_mul: bool, tile: GemmTile
 ) -> dict[str, int]:
     """The kernel's compile-time constants."""
     share = triton.cdiv(depth, tile.columns * tile.splits) * tile.columns
     return {
-        "NUM_ROWS": num_rows,
         "NUM_OUTS": num_outs,
         "DEPTH": depth,
         "ROWS": tile.rows,
@@ -257,7 +258,8 @@ def many_rows_linear(
         arrived,
         x_TD.stride(0),
         weight_OD.stride(0),
-        **gemm_constants(num_rows, num_outs, depth, bias_O is not None, residual_TO is not None, silu_mul, tile),
+        num_rows,
+        **gemm_constants(num_outs, depth, bias_O is not None, residual_TO is not None, silu_mul, tile),
         UPCAST=device.type != "cuda",
         num_warps=tile.num_warps,
         **(launch_options(device) if pdl is not False else {"PDL": False}),

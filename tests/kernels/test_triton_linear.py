@@ -213,7 +213,7 @@ def compile_all(capability: int, shared_bytes: int) -> dict[str, int]:
             else:
                 tile = triton_linear_many.gemm_tile(num_rows, num_outs, depth, silu, shared_bytes)
                 kernel, num_warps = triton_linear_many.many_rows_linear_kernel, tile.num_warps
-                case = (num_rows, num_outs, depth, False, not silu, silu, tile)
+                case = (num_outs, depth, False, not silu, silu, tile)
                 constants = triton_linear_many.gemm_constants(*case) | {"UPCAST": False}
             builds.append((f"{num_rows}x{num_outs}x{depth}", kernel, constants, num_warps))
     builds.append(("span", triton_sample.best_of_span_kernel, {"TILE": triton_sample.TILE, "HARDWARE": True}, 4))
