@@ -23,7 +23,7 @@ ALLOWED = {
         "nanovllm.compile",
         "nanovllm.models",
         "nanovllm.platforms",
-        *(f"nanovllm.{name}" for name in ("config", "env", "hub", "sampling", "tokenizer")),
+        *(f"nanovllm.{name}" for name in ("config", "env", "hub", "log", "sampling", "tokenizer")),
     ),
     "": ("nanovllm",),  # files at the top of the package
 }
