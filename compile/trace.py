@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
-from torch.fx import GraphModule
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+if TYPE_CHECKING:
+    from torch._subclasses import FakeTensorMode
+    from torch.fx import GraphModule
+
+# What tracing needs of torch is imported where it is used: a start whose programs are all stored does without sympy.
 
 
 def named_leaves(name: str, tree: object) -> list[tuple[str, Tensor]]:
@@ -47,6 +50,39 @@ def rebuild(tree: object, leaves: list[Tensor]) -> object:
     return None
 
 
+def nesting(tree: object) -> Any:
+    """How a region's result is nested, as JSON: "tensor", None, or [name of the tuple's class, parts]."""
+    if isinstance(tree, Tensor):
+        return "tensor"
+    if isinstance(tree, tuple):
+        return [f"{type(tree).__module__}:{type(tree).__qualname__}", [nesting(value) for value in tree]]
+    assert tree is None, type(tree)
+    return None
+
+
+def nested_like(written: Any) -> object:
+    """A tree that `nesting` writes like this, for `rebuild`. Only classes that are loaded anyway are taken.
+
+    Raises ValueError where there is no such class.
+    """
+    if written is None:
+        return None
+    if written == "tensor":
+        return _LEAF
+    try:
+        name, parts = written
+        module, _, qualname = name.partition(":")
+        found: Any = tuple if name == "builtins:tuple" else getattr(sys.modules[module], qualname)
+        assert issubclass(found, tuple)
+        values = [nested_like(part) for part in parts]
+        return found(*values) if hasattr(found, "_fields") else tuple(values)
+    except (KeyError, AttributeError, TypeError, ValueError, AssertionError) as error:
+        raise ValueError(f"{written!r} names no tuple class that is loaded") from error
+
+
+_LEAF = torch.empty(0)
+
+
 def trace(
     function: Callable[..., Any], inputs: dict[str, object], *, varying: Sequence[str] = ()
 ) -> tuple[GraphModule, list[Tensor], object]:
@@ -57,6 +93,9 @@ def trace(
     Leaves whose names end in one of `varying` may have any first dimension when the program runs (the cache's number of
     blocks, say, which is no reason to compile again); all other dimensions are static.
     """
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
     leaves = [leaf for name, tree in inputs.items() for leaf in named_leaves(name, tree)]
     trees = tuple(inputs.values())
 
@@ -79,8 +118,9 @@ def _fake(fake_mode: FakeTensorMode, tensor: Tensor, name: str, varies: bool) ->
         # a tensor of its own: Inductor would treat inputs that are views of one storage as aliases
         with fake_mode:
             return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
-    # Imported late: Dynamo, on import, settles where Inductor keeps its compiled code.
+    # Dynamo, on import, settles where Inductor keeps its compiled code.
     from torch._dynamo.source import ConstantSource
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
     dims = [DimDynamic.DYNAMIC, *[DimDynamic.STATIC] * (tensor.dim() - 1)]
     context: Any = StatelessSymbolicContext(dynamic_sizes=dims)
@@ -94,6 +134,8 @@ def make_traced(
     decompositions: dict[Any, Callable[..., Any]] | None = None,
 ) -> GraphModule:
     """`make_fx` under one fake mode, without autograd; dead code removed."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
     with fake_mode, torch.no_grad():
         graph = make_fx(function, decomposition_table=decompositions or {}, _allow_non_fake_inputs=True)(*fakes)
     graph.graph.eliminate_dead_code()

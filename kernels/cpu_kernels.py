@@ -1,7 +1,6 @@
-"""CPU kernels: `cpu_kernels.cpp`, compiled at first use by the C++ compiler that Inductor uses, called through ctypes.
+"""CPU kernels: `cpu_kernels.cpp`, compiled at first use (see `cpp_build.py`), called through ctypes.
 
-There is no build step at installation. The library is cached on disk by its source, flags and instruction set, and
-Inductor's lock lets one process compile it. What a kernel does not cover (a dtype, a layout) goes to `reference.py`.
+There is no build step at installation. What a kernel does not cover (a dtype, a layout) goes to `reference.py`.
 
 A call packs its arguments into the bytes of one C struct, field for field those of the .cpp: ctypes converts a single
 argument, where thirty would take longer than a small kernel.
@@ -18,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nanovllm.kernels import ops, reference
+from nanovllm.kernels import cpp_build, ops, reference
 
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -42,12 +41,7 @@ _FUNCTIONS = (
 @functools.cache
 def _load() -> ctypes.CDLL:
     """Compile (or find in the cache) and load the library; errors of the compiler go through."""
-    from torch._inductor.codecache import CppCodeCache
-
-    source = Path(__file__).with_suffix(".cpp").read_text(encoding="utf-8")
-    # -march=native stands in the cache key as those words: name what it meant, for cache folders that machines share
-    source += f"\n// {torch.backends.cpu.get_cpu_capability()} {torch.cpu._is_avx512_bf16_supported()}\n"
-    library = CppCodeCache.load(source, "cpu", extra_flags=("-ffp-contract=fast",))
+    library = cpp_build.load(Path(__file__).with_suffix(".cpp"))
     for name in _FUNCTIONS:
         function = getattr(library, name)
         function.argtypes, function.restype = (ctypes.c_char_p,), None

@@ -10,7 +10,8 @@ from nanovllm.kernels import reference, triton_linear_few, triton_linear_many
 
 def max_rows(num_outs: int, depth: int, has_norm: bool) -> int:
     """Up to how many rows `fused_linear` beats cuBLAS and the neighbours' own kernels, for a weight [num_outs, depth]."""
-    return 16
+    few = triton_linear_few.max_rows(num_outs, depth, has_norm)
+    return few if has_norm else max(few, triton_linear_many.max_rows(num_outs, depth))
 
 
 def fused_linear(
@@ -22,21 +23,25 @@ def fused_linear(
     eps: float,
     silu_mul: bool,
 ) -> Tensor:
-    """`reference.fused_linear` in one launch for up to 16 rows of bf16 or fp16, without a norm for up to 256.
+    """`reference.fused_linear` in one launch, for bf16 and fp16 and up to `max_rows` rows.
 
     The weights (norm's and bias included) may be read before earlier kernels are over, so no kernel that is still under way
     may write them.
     """
-    dtype, num_rows = x_TD.dtype, x_TD.shape[0]
-    is_half = dtype in (torch.float16, torch.bfloat16) and weight_OD.dtype is dtype and weight_OD.stride(1) == 1
-    if is_half and 0 < num_rows <= triton_linear_many.MAX_ROWS:
-        x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
-        residual_TO = None if residual_TO is None else residual_TO.contiguous()
-        if num_rows <= triton_linear_few.MAX_ROWS:
-            return triton_linear_few.few_rows_linear(x_TD, norm_weight_D, weight_OD, bias_O, residual_TO, eps, silu_mul)
-        if norm_weight_D is None and triton_linear_many.supported(x_TD, weight_OD):
-            return triton_linear_many.many_rows_linear(x_TD, weight_OD, bias_O, residual_TO, silu_mul)
-    return reference.fused_linear(x_TD, norm_weight_D, weight_OD, bias_O, residual_TO, eps, silu_mul)
+    dtype, num_rows, has_norm = x_TD.dtype, x_TD.shape[0], norm_weight_D is not None
+    weight_rows, depth = weight_OD.shape
+    if (
+        dtype not in (torch.float16, torch.bfloat16)
+        or weight_OD.dtype is not dtype
+        or weight_OD.stride(1) != 1
+        or not 0 < num_rows <= max_rows(weight_rows, depth, has_norm)
+    ):
+        return reference.fused_linear(x_TD, norm_weight_D, weight_OD, bias_O, residual_TO, eps, silu_mul)
+    x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
+    residual_TO = None if residual_TO is None else residual_TO.contiguous()
+    if num_rows <= triton_linear_few.max_rows(weight_rows, depth, has_norm):
+        return triton_linear_few.few_rows_linear(x_TD, norm_weight_D, weight_OD, bias_O, residual_TO, eps, silu_mul)
+    return triton_linear_many.many_rows_linear(x_TD, weight_OD, bias_O, residual_TO, silu_mul)
 
 
 def linear(x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None, residual_TO: Tensor | None = None) -> Tensor:

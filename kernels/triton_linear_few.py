@@ -115,6 +115,8 @@ def one_row_linear_kernel(
             if SILU_MUL:
                 prefetch_rows(first_at + NUM_OUTS * weight_stride.to(tl.int64), AHEAD * COLUMNS, DEPTH, PREFETCH_P)
         tl.extra.cuda.gdc_wait()
+    if HAS_RESIDUAL:  # asked for now, or the end of the program would wait for it
+        residual_AW = tl.load(residual_ptr + row_AW)
     for chunk in tl.static_range(NUM_CHUNKS):
         if chunk < AHEAD:
             x += (_load_columns(x_ptr + d_1WC, chunk, DEPTH, COLUMNS, "evict_last"),)
@@ -152,7 +154,7 @@ def one_row_linear_kernel(
             up_AW += tl.load(bias_ptr + NUM_OUTS + row_AW).to(tl.float32)
     y_AW = finish(y_AW, up_AW, dtype, SILU_MUL)
     if HAS_RESIDUAL:
-        y_AW = (y_AW.to(tl.float32) + tl.load(residual_ptr + row_AW).to(tl.float32)).to(dtype)
+        y_AW = (y_AW.to(tl.float32) + residual_AW.to(tl.float32)).to(dtype)
     tl.store(out_ptr + o_AW, y_AW, mask=o_AW < NUM_OUTS)
 
 
@@ -234,6 +236,10 @@ def few_rows_linear_kernel(
             if SILU_MUL:
                 prefetch_rows(first_at + NUM_OUTS * weight_stride.to(tl.int64), AHEAD * CHUNK, DEPTH, PREFETCH_P)
         tl.extra.cuda.gdc_wait()
+    mask_TO = real_T[:, None] & (o_O < NUM_OUTS)[None, :]
+    at_TO = row_T[:, None] * NUM_OUTS + o_O[None, :]
+    if HAS_RESIDUAL:
+        residual_TO = tl.load(residual_ptr + at_TO, mask=mask_TO, other=0.0)
 
     factor_1T1 = tl.full((1, ROWS_P, 1), 1.0, tl.float32)
     if HAS_NORM:
@@ -268,11 +274,9 @@ def few_rows_linear_kernel(
         y_TO += tl.load(bias_ptr + row_O).to(tl.float32)[None, :]
         if SILU_MUL:
             up_TO += tl.load(bias_ptr + NUM_OUTS + row_O).to(tl.float32)[None, :]
-    mask_TO = real_T[:, None] & (o_O < NUM_OUTS)[None, :]
-    at_TO = row_T[:, None] * NUM_OUTS + o_O[None, :]
     y_TO = finish(y_TO, up_TO, dtype, SILU_MUL)
     if HAS_RESIDUAL:
-        y_TO = (y_TO.to(tl.float32) + tl.load(residual_ptr + at_TO, mask=mask_TO, other=0.0).to(tl.float32)).to(dtype)
+        y_TO = (y_TO.to(tl.float32) + residual_TO.to(tl.float32)).to(dtype)
     tl.store(out_ptr + at_TO, y_TO, mask=mask_TO)
 
 
@@ -304,6 +308,22 @@ def linear_tile(num_rows: int, num_outs: int, depth: int, silu_mul: bool) -> Lin
     if num_rows == 1:
         return LinearTile(8, 1, 256, 8, 8) if num_outs <= 2048 else LinearTile(4, 1, 256, 2, 4)
     return LinearTile(16, 4, 256 if depth >= 1024 else 64, 1, 4)
+
+
+def max_rows(num_outs: int, depth: int, has_norm: bool) -> int:
+    """Up to how many rows this beats cuBLAS and the neighbours' own kernels, for a weight [num_outs, depth].
+
+    Every program norms all rows for itself, which costs more than a kernel where rows are long (8B qkv, 2 rows: 20 µs,
+    apart 19). Of large weights cuBLAS streams several rows' as well, but not where outputs are few (8B down, 8 rows: 28 µs,
+    cuBLAS 31). A norm saved pays for a little more (0.6B head, 2 rows: 77 µs, apart 80; 4 rows: 81, apart 81).
+    """
+    if has_norm and depth > 2048:
+        return 1
+    if num_outs * depth <= 6144 * 1024:
+        return MAX_ROWS
+    if num_outs <= 4096:
+        return MAX_ROWS if depth <= 4096 else 8
+    return 2 if has_norm else 1
 
 
 def build(

@@ -8,7 +8,8 @@ outputs are few, the depth is split between programs; each writes its fp32 part,
 in their order, so that every run gives the same bits.
 
 Tried and dropped: taking in the RMS norm before (x then has to pass through registers on its way into the matrix units:
-10.6 µs in place of 7.4 for qkv of 0.6B at 32 rows, 2 to 3 times as long for 8B).
+10.6 µs in place of 7.4 for qkv of 0.6B at 32 rows, 2 to 3 times as long for 8B); tensor descriptors in place of pointers
+(the same to 5 % faster at 256 rows, up to 19 % slower where the depth is split).
 
 Shapes: T rows (tokens) | D depth (inner size) | O outputs of one program | C columns of a chunk
 """
@@ -21,9 +22,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from nanovllm.kernels.triton_common import arrival_counters, finish, launch_options, prefetch_rows
+from nanovllm.kernels.triton_common import arrival_counters, finish, launch_options, prefetch_rows, shared_memory_bytes
 
 MAX_ROWS = 256
 
@@ -43,6 +43,15 @@ class GemmTile(NamedTuple):
 
 
 @triton.jit
+def _load_chunk(at, chunk, d_C, DEPTH: tl.constexpr, COLUMNS: tl.constexpr, EXACT: tl.constexpr):
+    """Columns of one chunk from `at`, [1 or more, C] with the offsets d_C within the first; zeros beyond the depth."""
+    if EXACT:
+        return tl.load(at + chunk * COLUMNS)
+    else:
+        return tl.load(at + chunk * COLUMNS, mask=(chunk * COLUMNS + d_C < DEPTH)[None, :], other=0.0)
+
+
+@triton.jit
 def _dot(x_TC, w_OC, acc_TO, UPCAST: tl.constexpr):
     if UPCAST:  # the interpreter multiplies bf16 as raw integers
         x_TC = x_TC.to(tl.float32)
@@ -50,18 +59,18 @@ def _dot(x_TC, w_OC, acc_TO, UPCAST: tl.constexpr):
     return tl.dot(x_TC, tl.trans(w_OC), acc_TO, input_precision="ieee")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def many_rows_linear_kernel(
-    x_desc,  # [T, D] by [ROWS, COLUMNS]
-    weight_desc,  # [outputs, D] by [OUTS, COLUMNS]
-    weight_ptr,  # the same weights, for the prefetch
+    x_ptr,  # [T, D]
+    weight_ptr,  # [outputs, D]
     bias_ptr,  # [outputs], read if HAS_BIAS
     residual_ptr,  # [T, NUM_OUTS], read if HAS_RESIDUAL
     out_ptr,  # [T, NUM_OUTS], written
     part_ptr,  # [SPLITS, 1 or 2, T, NUM_OUTS] fp32, written if SPLITS > 1
     arrived_ptr,  # [programs of one split] int32: zero before and after each launch
+    x_stride,
     weight_stride,
-    NUM_ROWS: tl.constexpr,
+    num_rows,
     NUM_OUTS: tl.constexpr,
     DEPTH: tl.constexpr,
     ROWS: tl.constexpr,
@@ -79,35 +88,42 @@ def many_rows_linear_kernel(
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     CHUNKS: tl.constexpr = (DEPTH + COLUMNS * SPLITS - 1) // (COLUMNS * SPLITS)
     SHARE: tl.constexpr = CHUNKS * COLUMNS
+    EXACT: tl.constexpr = SHARE * SPLITS == DEPTH
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    split, first_row, first_out = tl.program_id(2), tl.program_id(1) * ROWS, tl.program_id(0) * OUTS
-    o_O, row_T = first_out + tl.arange(0, OUTS), first_row + tl.arange(0, ROWS)
+    split = tl.program_id(2)
+    o_O = tl.program_id(0) * OUTS + tl.arange(0, OUTS)
+    row_T = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    d_C = split * SHARE + tl.arange(0, COLUMNS)
+    # rows and outputs beyond the last compute the last once more and are not stored
+    w_O = weight_ptr + tl.minimum(o_O, NUM_OUTS - 1).to(tl.int64) * weight_stride
+    up_O = w_O + NUM_OUTS * weight_stride.to(tl.int64)
+    x_T = x_ptr + tl.minimum(row_T, num_rows - 1).to(tl.int64) * x_stride
     if PDL:
         if LINES_P > 0:
-            w_O = weight_ptr + tl.minimum(o_O, NUM_OUTS - 1).to(tl.int64) * weight_stride + split * SHARE
-            prefetch_rows(w_O, 0, SHARE, LINES_P)
+            prefetch_rows(w_O + split * SHARE, 0, SHARE, LINES_P)
             if SILU_MUL:
-                prefetch_rows(w_O + NUM_OUTS * weight_stride.to(tl.int64), 0, SHARE, LINES_P)
+                prefetch_rows(up_O + split * SHARE, 0, SHARE, LINES_P)
         tl.extra.cuda.gdc_wait()
 
-    # what a descriptor reads beyond its tensor is zero; outputs beyond the last are not stored
+    mask_TO = (row_T < num_rows)[:, None] & (o_O < NUM_OUTS)[None, :]
+    at_TO = row_T[:, None] * NUM_OUTS + o_O[None, :]
+    if HAS_RESIDUAL:  # asked for now, or the end of the program would wait for it
+        residual_TO = tl.load(residual_ptr + at_TO, mask=mask_TO, other=0.0)
+    x_at, w_at, up_at = x_T[:, None] + d_C[None, :], w_O[:, None] + d_C[None, :], up_O[:, None] + d_C[None, :]
     acc_TO, up_TO = tl.zeros((ROWS, OUTS), tl.float32), tl.zeros((ROWS, OUTS), tl.float32)
     for chunk in tl.range(0, CHUNKS, num_stages=STAGES):
-        column = split * SHARE + chunk * COLUMNS
-        x_TC = x_desc.load([first_row, column])
-        acc_TO = _dot(x_TC, weight_desc.load([first_out, column]), acc_TO, UPCAST)
+        x_TC = _load_chunk(x_at, chunk, d_C, DEPTH, COLUMNS, EXACT)
+        acc_TO = _dot(x_TC, _load_chunk(w_at, chunk, d_C, DEPTH, COLUMNS, EXACT), acc_TO, UPCAST)
         if SILU_MUL:
-            up_TO = _dot(x_TC, weight_desc.load([NUM_OUTS + first_out, column]), up_TO, UPCAST)
+            up_TO = _dot(x_TC, _load_chunk(up_at, chunk, d_C, DEPTH, COLUMNS, EXACT), up_TO, UPCAST)
 
-    mask_TO = (row_T < NUM_ROWS)[:, None] & (o_O < NUM_OUTS)[None, :]
-    at_TO = row_T[:, None] * NUM_OUTS + o_O[None, :]
     if SPLITS > 1:
-        PART: tl.constexpr = NUM_ROWS * NUM_OUTS
-        EACH: tl.constexpr = 2 * PART if SILU_MUL else PART
-        tl.store(part_ptr + split * EACH + at_TO, acc_TO, mask=mask_TO)
+        part = num_rows * NUM_OUTS
+        each = 2 * part if SILU_MUL else part
+        tl.store(part_ptr + split * each + at_TO, acc_TO, mask=mask_TO)
         if SILU_MUL:
-            tl.store(part_ptr + split * EACH + PART + at_TO, up_TO, mask=mask_TO)
+            tl.store(part_ptr + split * each + part + at_TO, up_TO, mask=mask_TO)
         # all threads' stores come before the one thread's release; its acquire comes before all threads' loads
         tl.debug_barrier()
         arrived_at = arrived_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
@@ -117,31 +133,83 @@ def many_rows_linear_kernel(
         acc_TO, up_TO = tl.zeros((ROWS, OUTS), tl.float32), tl.zeros((ROWS, OUTS), tl.float32)
         for i in tl.static_range(SPLITS):
             # .cg: other multiprocessors wrote these, so L1 is not asked
-            acc_TO += tl.load(part_ptr + i * EACH + at_TO, mask=mask_TO, other=0.0, cache_modifier=".cg")
+            acc_TO += tl.load(part_ptr + i * each + at_TO, mask=mask_TO, other=0.0, cache_modifier=".cg")
             if SILU_MUL:
-                up_TO += tl.load(part_ptr + i * EACH + PART + at_TO, mask=mask_TO, other=0.0, cache_modifier=".cg")
+                up_TO += tl.load(part_ptr + i * each + part + at_TO, mask=mask_TO, other=0.0, cache_modifier=".cg")
     if HAS_BIAS:
         acc_TO += tl.load(bias_ptr + o_O, mask=o_O < NUM_OUTS, other=0.0).to(tl.float32)[None, :]
         if SILU_MUL:
             up_TO += tl.load(bias_ptr + NUM_OUTS + o_O, mask=o_O < NUM_OUTS, other=0.0).to(tl.float32)[None, :]
     y_TO = finish(acc_TO, up_TO, dtype, SILU_MUL)
     if HAS_RESIDUAL:
-        y_TO = (y_TO.to(tl.float32) + tl.load(residual_ptr + at_TO, mask=mask_TO, other=0.0).to(tl.float32)).to(dtype)
+        y_TO = (y_TO.to(tl.float32) + residual_TO.to(tl.float32)).to(dtype)
     tl.store(out_ptr + at_TO, y_TO, mask=mask_TO)
 
 
-def gemm_tile(num_rows: int, num_outs: int, depth: int, silu_mul: bool) -> GemmTile:
-    """The measured choice."""
-    return GemmTile(64, 64, 64, 1, 4, 4)
+# (outputs, depth, silu·up): tiles for up to 32, 64, 128 and 256 rows. Measured on an H200 by scripts/bench_linear.py.
+TILES: dict[tuple[int, int, bool], tuple[GemmTile, ...]] = {
+    # Qwen3-0.6B: qkv, out, gate_up, down
+    (4096, 1024, False): (
+        GemmTile(32, 64, 128, 1, 6, 4, True), GemmTile(64, 32, 128, 1, 6, 4), GemmTile(64, 64, 128, 1, 6, 4),
+        GemmTile(128, 64, 64, 1, 6, 4),
+    ),
+    (1024, 2048, False): (
+        GemmTile(32, 32, 128, 2, 6, 4, True), GemmTile(64, 32, 128, 2, 6, 4, True), GemmTile(64, 32, 128, 1, 6, 4, True),
+        GemmTile(64, 32, 128, 1, 6, 4),
+    ),
+    (3072, 1024, True): (
+        GemmTile(32, 64, 128, 1, 4, 4), GemmTile(64, 32, 128, 1, 6, 4), GemmTile(128, 32, 64, 1, 6, 4),
+        GemmTile(128, 64, 64, 1, 4, 8),
+    ),
+    (1024, 3072, False): (
+        GemmTile(32, 64, 128, 4, 6, 4, True), GemmTile(64, 32, 128, 4, 6, 4), GemmTile(64, 32, 128, 2, 6, 4, True),
+        GemmTile(64, 32, 128, 1, 6, 4),
+    ),
+    # Qwen3-8B: out, down
+    (4096, 4096, False): (GemmTile(32, 64, 128, 2, 6, 4), GemmTile(64, 32, 128, 1, 6, 4)),
+    (4096, 12288, False): (
+        GemmTile(32, 64, 128, 2, 6, 4), GemmTile(64, 32, 128, 1, 6, 4), GemmTile(128, 64, 128, 2, 4, 4),
+    ),
+}  # fmt: skip
+
+
+def max_rows(num_outs: int, depth: int) -> int:
+    """Up to how many rows this beats cuBLAS, for a weight [num_outs, depth] without a norm before; 0: never.
+
+    On an H200 in µs at 64 / 128 / 256 rows, cuBLAS with SiLU or the residual's copy in brackets. Qwen3-0.6B: qkv 4.2 / 5.1 /
+    6.3 (5.4 / 5.4 / 6.3), out 5.0 / 5.1 / 5.9 (7.3 / 7.4 / 7.9), gate_up 6.0 / 7.6 / 9.9 (8.0 / 8.1 / 10.0), down 5.4 / 6.3 /
+    7.6 (9.4 / 9.8 / 9.3). Qwen3-8B: qkv 17.3 / 19.4 / 27.6 (16.3 / 16.8 / 21.7), out 11.8 / 15.5 / 19.0 (13.9 / 15.7 / 20.3),
+    gate_up 52.5 / 61.4 / 111 (53.1 / 58.0 / 78.4), down 29.0 / 33.9 / 48.6 (33.6 / 35.5 / 45.5).
+    """
+    if num_outs * depth <= 6144 * 1024:
+        return MAX_ROWS
+    if num_outs <= 4096:
+        return 64 if depth <= 4096 else 128
+    return 0
+
+
+def gemm_tile(num_rows: int, num_outs: int, depth: int, silu_mul: bool, shared_bytes: int) -> GemmTile:
+    """The measured choice; for other shapes what did well at most of these. Fewer stages where shared memory is less."""
+    rung = next((i for i, rows in enumerate((32, 64, 128)) if num_rows <= rows), 3)
+    known = TILES.get((num_outs, depth, silu_mul), ())
+    if rung < len(known):
+        tile = known[rung]
+    else:
+        rows, outs = ((32, 64), (64, 32), (64, 64 if num_outs > 2048 else 32), (128, 64))[rung]
+        columns = 128 if rows < 128 and depth >= 128 else 64
+        programs = triton.cdiv(num_rows, rows) * triton.cdiv(num_outs, outs)
+        splits = next((n for n in (4, 2) if programs * n <= 132 and depth >= n * columns * 4), 1)
+        tile = GemmTile(rows, outs, columns, splits, 6, 4)
+    stage_bytes = (tile.rows + tile.outs * (1 + silu_mul)) * tile.columns * 2
+    return tile._replace(num_stages=max(2, min(tile.num_stages, (shared_bytes - 2048) // stage_bytes)))
 
 
 def gemm_constants(
-    num_rows: int, num_outs: int, depth: int, has_bias: bool, has_residual: bool, silu_mul: bool, tile: GemmTile
+    num_outs: int, depth: int, has_bias: bool, has_residual: bool, silu_mul: bool, tile: GemmTile
 ) -> dict[str, int]:
     """The kernel's compile-time constants."""
     share = triton.cdiv(depth, tile.columns * tile.splits) * tile.columns
     return {
-        "NUM_ROWS": num_rows,
         "NUM_OUTS": num_outs,
         "DEPTH": depth,
         "ROWS": tile.rows,
@@ -156,14 +224,6 @@ def gemm_constants(
     }
 
 
-def supported(x_TD: Tensor, weight_OD: Tensor) -> bool:
-    """Whether the copy engine can address both: rows that are 16 bytes, or a multiple, apart."""
-    return all(
-        t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0
-        for t in (x_TD, weight_OD)
-    )
-
-
 def many_rows_linear(
     x_TD: Tensor,
     weight_OD: Tensor,
@@ -173,7 +233,7 @@ def many_rows_linear(
     launch: GemmTile | None = None,
     pdl: bool | None = None,
 ) -> Tensor:
-    """x · weightᵀ + bias, then silu(gate) · up, then + residual; see `reference.fused_linear`. bf16 or fp16, `supported`.
+    """x · weightᵀ + bias, then silu(gate) · up, then + residual; see `reference.fused_linear`. bf16 or fp16, last strides 1.
 
     The weights may be asked for before earlier kernels are over. `launch` and `pdl` override the tile and programmatic
     dependent launch, for measurements.
@@ -181,7 +241,7 @@ def many_rows_linear(
     num_rows, depth = x_TD.shape
     num_outs = weight_OD.shape[0] // 2 if silu_mul else weight_OD.shape[0]
     device = x_TD.device
-    tile = launch or gemm_tile(num_rows, num_outs, depth, silu_mul)
+    tile = launch or gemm_tile(num_rows, num_outs, depth, silu_mul, shared_memory_bytes(device))
     out_TO = torch.empty((num_rows, num_outs), dtype=x_TD.dtype, device=device)
     grid = (triton.cdiv(num_outs, tile.outs), triton.cdiv(num_rows, tile.rows), tile.splits)
     part, arrived = out_TO, out_TO
@@ -189,16 +249,17 @@ def many_rows_linear(
         part = torch.empty(tile.splits * (1 + silu_mul) * num_rows * num_outs, dtype=torch.float32, device=device)
         arrived = arrival_counters(device, grid[0] * grid[1])
     many_rows_linear_kernel[grid](
-        TensorDescriptor.from_tensor(x_TD, [tile.rows, tile.columns]),
-        TensorDescriptor.from_tensor(weight_OD, [tile.outs, tile.columns]),
+        x_TD,
         weight_OD,
         x_TD if bias_O is None else bias_O,
         x_TD if residual_TO is None else residual_TO,
         out_TO,
         part,
         arrived,
+        x_TD.stride(0),
         weight_OD.stride(0),
-        **gemm_constants(num_rows, num_outs, depth, bias_O is not None, residual_TO is not None, silu_mul, tile),
+        num_rows,
+        **gemm_constants(num_outs, depth, bias_O is not None, residual_TO is not None, silu_mul, tile),
         UPCAST=device.type != "cuda",
         num_warps=tile.num_warps,
         **(launch_options(device) if pdl is not False else {"PDL": False}),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from os import PathLike
 from typing import Any
 
+CACHE_MODES = ("auto", "require")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 GRAPH_MODES = ("ascend_ir", "aclgraph")
 
@@ -38,6 +40,9 @@ class EngineConfig:
     npu_graph_options: on an NPU, fields of torchair's CompilerConfig by their path, such as
         {"experimental_config.tiling_schedule_optimize": True}.
     random_weights: draw weights from a seeded normal distribution; only the checkpoint's config.json is needed.
+    compile_cache: the folder of compiled programs and kernels; default NANOVLLM_CACHE. Made for its owner alone.
+    compile_cache_mode: "auto" takes what is there and adds what is not; "require" compiles nothing, and stops with a list
+        of what is missing and why.
     """
 
     model: str
@@ -62,6 +67,8 @@ class EngineConfig:
     npu_graph_mode: str | None = None
     npu_graph_options: Mapping[str, object] | None = None
     random_weights: bool = False
+    compile_cache: str | PathLike[str] | None = None
+    compile_cache_mode: str = "auto"
 
     @classmethod
     def from_options(cls, model: str, options: dict[str, Any]) -> EngineConfig:
@@ -95,6 +102,14 @@ class EngineConfig:
             raise ValueError(f"max_stall_ms is {stall!r}: it must be a number above 0, or inf")
         if not self.pad_batches and not self.enforce_eager:
             raise ValueError("pad_batches=False needs enforce_eager=True: graphs have fixed sizes")
+        if self.compile_cache_mode not in CACHE_MODES:
+            raise ValueError(f"compile_cache_mode is {self.compile_cache_mode!r}: use one of {', '.join(CACHE_MODES)}")
+        if self.compile_cache_mode == "require" and self.enforce_eager:
+            raise ValueError("compile_cache_mode='require' asks for compiled programs, and enforce_eager=True for none")
+        if self.compile_cache is not None and (
+            not isinstance(self.compile_cache, (str, PathLike)) or not str(self.compile_cache)
+        ):
+            raise ValueError(f"compile_cache is {self.compile_cache!r}: it must be a folder's path")
         if not self.fuse and self.enforce_eager:
             raise ValueError("fuse=False needs enforce_eager=False: in eager mode there are no passes to leave out")
         # two ahead would gain nothing, since with one there is always a step behind that which runs

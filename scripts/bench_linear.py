@@ -98,7 +98,7 @@ def copy_bandwidth() -> float:
 def gemm_tiles(shape: tuple[int, int, bool, bool], num_rows: int, tune: bool) -> list[GemmTile]:
     """Candidates: the op's own choice first."""
     num_outs, depth, _, silu = shape
-    found = [triton_linear_many.gemm_tile(num_rows, num_outs, depth, silu)]
+    found = [triton_linear_many.gemm_tile(num_rows, num_outs, depth, silu, 227 << 10)]
     for rows, outs, columns, splits, stages in product(
         (32, 64, 128), (32, 64, 128, 256), (64, 128), (1, 2, 4), (3, 4, 6)
     ):

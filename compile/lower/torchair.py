@@ -2,15 +2,12 @@
 
 torchair's own `cache_compile` wraps this same path in Dynamo and its guards and takes only methods of an nn.Module. Its
 parts are used directly here: AOTAutograd makes the graph functional, `get_compiler` converts it, and the generated code,
-a serialised Ascend graph and a function `kernel`, is what the cache keeps. GE keeps its compiled graph beside it.
+a serialised Ascend graph and a function `kernel`, is what the store keeps. GE keeps its compiled graph in a folder of its own.
 """
 
 from __future__ import annotations
 
 import hashlib
-import logging
-import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,20 +18,20 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-logger = logging.getLogger(__name__)
-
-CODE_FILE = "kernel.py"
+KIND = "torchair"
+GE_CACHE = "ge.graph_compiler_cache_dir"  # GE's option: the folder in which it keeps a compiled graph
+UNKNOWN_FOLDER = "<folder>"  # stands there until the code is known, after which the folder is named
 
 
 @dataclass(frozen=True)
 class Settings:
     """How torchair compiles. `options` are paths into its CompilerConfig, such as
     "experimental_config.tiling_schedule_optimize"; inputs whose names begin with one of `frozen` are weights, whose memory
-    stays where it is. `cache` None keeps nothing."""
+    stays where it is. GE keeps what it compiles in folders below `ge_cache`, if that is given."""
 
     options: Mapping[str, object] = field(default_factory=dict)
     frozen: tuple[str, ...] = ()
-    cache: Path | None = None
+    ge_cache: Path | None = None
 
 
 def compiler_config(settings: Settings) -> Any:
@@ -58,27 +55,42 @@ def compiler_config(settings: Settings) -> Any:
     return config
 
 
-def lower(graph: GraphModule, fakes: Sequence[Tensor], *, settings: Settings) -> Callable[..., Sequence[Tensor]]:
-    """Compile a graph of static shapes whose ops torchair can convert; takes the graph's placeholders in order.
+class AscendProgram:
+    """Generated code: a serialised Ascend graph and the function that runs it. GE compiles the graph on the first call, or
+    takes it from the folder that the code names."""
 
-    The conversion is skipped where the cache has the code of the same graph under the same settings and versions.
-    """
-    if settings.cache is None:
-        return load(generate(graph, fakes, settings), None)
-    folder = settings.cache / cache_key(graph, settings)
-    path = folder / CODE_FILE
-    if not path.is_file():
-        write_whole(path, generate(graph, fakes, settings))
-    return load(path.read_text(), folder)
+    def __init__(self, code: str) -> None:
+        self._code = code
+        module = ModuleType("nanovllm_ascend_graph")
+        exec(compile(code, "<ascend graph>", "exec"), module.__dict__)
+        folder = module.local_compile_options.get(GE_CACHE)
+        if folder is not None:
+            Path(folder).mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._kernel = module.kernel
+
+    def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
+        return self._kernel(*inputs)
+
+    def stored(self) -> tuple[str, bytes]:
+        """(kind of artifact, its bytes), from which `load` makes the same program."""
+        return KIND, self._code.encode()
 
 
-def load(code: str, folder: Path | None) -> Callable[..., Sequence[Tensor]]:
-    """The function in generated code; GE reads and writes its compiled graph in `folder`, on the first call."""
-    module = ModuleType("nanovllm_ascend_graph")
-    exec(compile(code, str(folder or "<ascend graph>"), "exec"), module.__dict__)
-    if folder is not None and hasattr(module, "_update_ge_cache_dir"):
-        module._update_ge_cache_dir(str(folder))
-    return module.kernel
+def load(content: bytes) -> AscendProgram:
+    """The program of `AscendProgram.stored()`: nothing is lowered. Raises ValueError where this torchair cannot take it."""
+    try:
+        return AscendProgram(content.decode())
+    except Exception as error:  # whatever the code of another version raises, the graph can still be lowered
+        raise ValueError(f"torchair cannot take it: {type(error).__name__}: {error}") from error
+
+
+def lower(graph: GraphModule, fakes: Sequence[Tensor], *, settings: Settings) -> AscendProgram:
+    """Lower a graph of static shapes whose ops torchair can convert; the result takes the graph's placeholders in order."""
+    code = generate(graph, fakes, settings)
+    if settings.ge_cache is not None:
+        name = hashlib.sha256(code.encode()).hexdigest()[:32]
+        code = code.replace(UNKNOWN_FOLDER, str(settings.ge_cache / name))
+    return AscendProgram(code)
 
 
 def generate(graph: GraphModule, fakes: Sequence[Tensor], settings: Settings) -> str:
@@ -100,8 +112,7 @@ def generate(graph: GraphModule, fakes: Sequence[Tensor], settings: Settings) ->
                 tensor._torchair_is_parameter = True
         # indices and rotary rows are the same in every layer
         merged = GraphModule(gm, fx_graph_cse(gm.graph))
-        # GE keeps its compiled graph in a folder only if the generated code mentions one; `load` says which
-        extra = {"ge.graph_compiler_cache_dir": "."} if settings.cache is not None else {}
+        extra = {GE_CACHE: UNKNOWN_FOLDER} if settings.ge_cache is not None else {}
         code = get_compiler(config)(merged, list(example_inputs)).get_code(extra)
         if not isinstance(code, str):
             raise RuntimeError("torchair generated no code for this graph under these options")
@@ -122,33 +133,10 @@ def generate(graph: GraphModule, fakes: Sequence[Tensor], settings: Settings) ->
     return code
 
 
-def cache_key(graph: GraphModule, settings: Settings) -> str:
-    """Of the graph with all shapes, dtypes and strides, the settings, the versions and this file."""
-    import torch_npu
-
-    lines = [f"{sorted(settings.options.items())} {settings.frozen}"]
-    lines += [torch.__version__, torch_npu.__version__, str(cann_version()), str(torch_npu.npu.get_device_name())]
-    for node in graph.graph.nodes:
-        value = node.meta.get("val")
-        meta = (value.dtype, tuple(value.shape), value.stride(), value.device.type) if isinstance(value, Tensor) else ""
-        lines.append(f"{node.op} {node.name} {node.target} {node.args} {node.kwargs} {meta}")
-    lines.append(Path(__file__).read_text(encoding="utf-8"))
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
-
-
 def cann_version() -> str:
     from torch_npu.npu.utils import get_cann_version
 
     return str(get_cann_version())
-
-
-def write_whole(path: Path, text: str) -> None:
-    """All of the file or none of it, for its owner alone: the code in it is executed."""
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(temporary, path)
 
 
 # aten ops without a converter, or whose converter leads to an op with dynamic shapes, in terms of others ----------------

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from nanovllm.compile.trace import make_traced, name_placeholders
-from nanovllm.kernels import ops, reference
+from nanovllm.kernels import ops, reference, step
 
 
 def inline_ops(graph: GraphModule, fakes: Sequence[Tensor], *, keep: Callable[[str, Node], bool]) -> GraphModule:
@@ -21,7 +22,8 @@ def inline_ops(graph: GraphModule, fakes: Sequence[Tensor], *, keep: Callable[[s
             if name is None or keep(name, node):
                 return super().run_node(node)
             args, kwargs = self.fetch_args_kwargs_from_env(node)
-            return getattr(reference, name)(*args, **kwargs)
+            meaning: Any = step.MEANINGS.get(name) or getattr(reference, name)
+            return meaning(*args, **kwargs)
 
     names = [node.name for node in graph.graph.nodes if node.op == "placeholder"]
     first = fakes[0]

@@ -10,7 +10,7 @@ from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from nanovllm.compile.trace import make_traced, name_placeholders
-from nanovllm.kernels import ops, reference
+from nanovllm.kernels import ops, reference, step
 
 
 def replace_ops(graph: GraphModule, fakes: Sequence[Tensor], *, table: Mapping[str, Callable[..., Any]]) -> GraphModule:
@@ -22,7 +22,8 @@ def replace_ops(graph: GraphModule, fakes: Sequence[Tensor], *, table: Mapping[s
             if name is None:
                 return super().run_node(node)
             args, kwargs = self.fetch_args_kwargs_from_env(node)
-            return (table.get(name) or getattr(reference, name))(*args, **kwargs)
+            stands_for: Any = table.get(name) or step.MEANINGS.get(name) or getattr(reference, name)
+            return stands_for(*args, **kwargs)
 
     names = [node.name for node in graph.graph.nodes if node.op == "placeholder"]
     first = fakes[0]

@@ -160,6 +160,8 @@ class OpBytes(TorchDispatchMode):
                 return named["slot"].numel() * per_token
             window = named["window"]
             return per_token * sum(min(length, window or length) for length in self.lengths)
+        if name == "block_table" and "row_idx" in named:  # a copy of some rows
+            return named["row_idx"].numel() * _bytes(value[0])
         if name == "block_table":
             return sum(-(-length // named["k_cache"].shape[1]) for length in self.lengths) * value.itemsize
         if name == "cos_sin":

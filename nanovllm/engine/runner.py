@@ -197,6 +197,16 @@ class Runner:
         self.graphs_bytes = self.platform.used_bytes() - used_bytes
         self.compiler.seal()
 
+    def run_bucket(self, kind: str, size: int) -> None:
+        """Build and run the programs of one bucket, "prefill" tokens or "decode" rows, on padding, and capture nothing."""
+        if kind == "prefill":
+            self._warm_prefill(size)
+            return
+        row_idx_R = torch.full((size,), self.state.pad_row, dtype=torch.int64, device=self.platform.device)
+        with torch.no_grad():
+            self.steps.decode(row_idx_R)
+        self.platform.synchronize()
+
     def measure_stall(self, max_ms: float) -> StallBound:
         """Time prefill steps of padding, and one whose tokens attend to a long context; programs must be warm."""
         sizes = self.layout.prefill_tokens

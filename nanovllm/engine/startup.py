@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
-import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -19,11 +19,14 @@ from tqdm import tqdm
 
 from nanovllm import env, hub, platforms
 from nanovllm.compile import buckets
-from nanovllm.compile.program import Compiler
+from nanovllm.compile.program import Compiler, CompileRequired
+from nanovllm.compile.store import Store
 from nanovllm.config import EngineConfig
+from nanovllm.engine import artifacts, workers
 from nanovllm.engine.memory import MemoryReport
 from nanovllm.engine.runner import Layout, Runner
 from nanovllm.engine.stall import StallBound
+from nanovllm.engine.workers import WorkerFailed, Workers
 from nanovllm.models import registry, weights
 from nanovllm.models.config import ModelConfig
 from nanovllm.platforms import Platform
@@ -49,65 +52,135 @@ class Loaded:
 
 def load(config: EngineConfig) -> Loaded:
     """Everything between the options and the first step, with a progress bar over layers and buckets."""
-    started = time.perf_counter()
+    laps = Laps()
     environment = env.read()
-    platform = platforms.select(
-        config.device,
-        npu_graph_mode=config.npu_graph_mode,
-        npu_graph_options=config.npu_graph_options,
-        graph_batch_sizes=config.graph_batch_sizes,
-        cache=environment.cache,
-    )
+    platform = select_platform(config)
+    laps.end("device")
     folder = hub.resolve(config.model, weights=not config.random_weights)
     model, cfg, hf = read_model_config(folder, config, platform)
-    tokenizer = load_tokenizer(folder)
-    use_private_cache(environment.cache)
-    platform.prepare()
+    laps.end("config")
+    store = artifacts.open_store(config, environment)
+    platform.prepare(store.folder / "cpp", environment.cxx, may_compile=config.compile_cache_mode == "auto")
+    num_kernels = len(platform.kernels_compiled())
     layout = make_layout(config, cfg, platform)
     if not config.enforce_eager and (problem := platform.lowering()[1]):
+        if config.compile_cache_mode == "require":
+            raise CompileRequired(f"compile_cache_mode is 'require', but {problem}")
         logger.warning(problem)
+    laps.end("kernels")
     num_programs = len(layout.prefill_tokens) + len(layout.decode_rows) if layout.pad else 0
-    with tqdm(total=cfg.num_layers + num_programs, desc="loading weights", dynamic_ncols=True, leave=False) as bar:
+    with ExitStack() as stack:
+        # beside the weights, which are not read by Python
+        tokenizer = stack.enter_context(ThreadPoolExecutor(1)).submit(load_tokenizer, folder)
+        helpers = _cold_start_workers(model, cfg, config, layout, store, platform)
+        if helpers is not None:
+            stack.callback(helpers.close)
+        total = cfg.num_layers + num_programs
+        bar = stack.enter_context(tqdm(total=total, desc="loading weights", dynamic_ncols=True, leave=False))
         if config.random_weights:
             params = weights.random(model, cfg, platform.device, config.seed, bar.update)
         else:
             params = weights.load(model, cfg, folder, platform.device, bar.update)
         platform.synchronize()
-        weights_done = time.perf_counter()
+        laps.end("weights")
+        tokenizer.result()
+        laps.end("tokenizer")
+        if helpers is not None:
+            bar.set_description("compiling kernels")
+            _wait(helpers)  # they also take memory, which the cache's size must not miss
+            laps.end("compile")
+
+        stage = "cache"
+        bar.set_description("sizing the cache")
 
         def building(what: str) -> None:
+            nonlocal stage
+            laps.end(stage)
+            stage = what.partition(" ")[0]
             bar.set_description(f"building {what}")
             bar.update()
-
-        bar.set_description("sizing the cache")
 
         def new_runner(layout: Layout) -> Runner:
             # a layout for shorter requests can mean another rotary table
             fitted = model.config(hf, dtype=cfg.dtype, max_model_len=layout.max_model_len)
-            compiler = make_compiler(config, platform, environment)
+            compiler = make_compiler(config, platform, environment, store)
             return Runner(model, fitted, params, layout, platform, compiler, capture=config.capture)
 
-        layout, num_blocks, budget, runner = _with_cache(config, layout, cfg, new_runner, platform)
+        fitting, num_blocks, budget, runner = with_cache(config, layout, cfg, new_runner, platform)
         runner.warm_up(building)
+        laps.end(stage)
         max_stall_ms = platform.max_stall_ms if config.max_stall_ms is None else config.max_stall_ms
         stall = runner.measure_stall(max_stall_ms) if math.isfinite(max_stall_ms) else None
-    seconds = {"weights": weights_done - started, "warm_up": time.perf_counter() - weights_done}
+        laps.end("stall")
+    if not config.enforce_eager:
+        made = platform.kernels_compiled()[num_kernels:]
+        # the layout as it was asked for, since the next start asks for that as well
+        artifacts.finish(store, platform, config, cfg, layout, made)
+        laps.end("seal")
     logger.info(
         "%s on %s in %s: %d layers, %d cache blocks of %d tokens, %s, ready in %.1f s",
         cfg.architecture, platform.device, str(cfg.dtype).removeprefix("torch."), cfg.num_layers, num_blocks,
-        layout.block_size, f"{runner.compiler.num_compiled} programs" if runner.compiler.lowering else "eager",
-        sum(seconds.values()),
+        fitting.block_size, _programs(runner.compiler), sum(laps.seconds.values()),
     )  # fmt: skip
     memory = MemoryReport(
         weights_bytes=runner.weights_bytes,
         cache_bytes=num_blocks * runner.block_bytes,
-        cache_tokens=(num_blocks - 1) * layout.block_size,
+        cache_tokens=(num_blocks - 1) * fitting.block_size,
         graphs_bytes=runner.graphs_bytes,
         budget=budget,
         limited=budget is not None and num_blocks < budget.cache_bytes // runner.block_bytes,
     )
     logger.info("%s", memory)
-    return Loaded(runner, tokenizer, eos_token_ids(folder, hf), num_blocks, memory, stall, seconds)
+    return Loaded(runner, tokenizer.result(), eos_token_ids(folder, hf), num_blocks, memory, stall, laps.seconds)
+
+
+class Laps:
+    """Seconds by what they were spent on: device, config, kernels, weights, tokenizer (what is left of it after the
+    weights), compile (waiting for other processes), cache, prefill, decode (captures included), stall (timing prefill
+    steps), seal."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def end(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
+        self._last = now
+
+
+def _cold_start_workers(
+    model: ModuleType, cfg: ModelConfig, config: EngineConfig, layout: Layout, store: Store, platform: Platform
+) -> Workers | None:
+    """Processes that compile while this one reads weights, where compiling takes long and nobody has done it yet."""
+    if config.enforce_eager or config.compile_cache_mode != "auto" or platform.lowering()[0] is None:
+        return None
+    count = platform.compile_workers(workers.bytes_of_one(model, cfg, layout), cfg.weight_bytes)
+    if count < 2 or artifacts.is_ready(store, platform, config, cfg, layout):
+        return None
+    return Workers(config, workers.buckets_of(layout), count)
+
+
+def _wait(helpers: Workers) -> None:
+    try:
+        helpers.wait(lambda outcome: None)
+    except WorkerFailed as error:
+        logger.warning("compiling goes on in one process, since another failed: %s", error)
+
+
+def _programs(compiler: Compiler) -> str:
+    if compiler.lowering is None:
+        return "eager"
+    return f"{compiler.num_compiled + compiler.num_loaded} programs ({compiler.num_compiled} compiled)"
+
+
+def select_platform(config: EngineConfig) -> Platform:
+    return platforms.select(
+        config.device,
+        npu_graph_mode=config.npu_graph_mode,
+        npu_graph_options=config.npu_graph_options,
+        graph_batch_sizes=config.graph_batch_sizes,
+    )
 
 
 def read_model_config(folder: Path, config: EngineConfig, platform: Platform) -> tuple[ModuleType, ModelConfig, Any]:
@@ -162,50 +235,24 @@ def make_layout(config: EngineConfig, cfg: ModelConfig, platform: Platform) -> L
     )
 
 
-def make_compiler(config: EngineConfig, platform: Platform, environment: env.Environment) -> Compiler:
+def make_compiler(
+    config: EngineConfig, platform: Platform, environment: env.Environment, store: Store | None = None
+) -> Compiler:
     lowering, _ = (None, "") if config.enforce_eager else platform.lowering()
+    passes = platform.passes(config.fuse) if lowering is not None else ()
     return Compiler(
         lowering,
-        passes=platform.passes(config.fuse) if lowering is not None else (),
+        passes=passes,
         dump_dir=environment.dump_graphs,
         varying=() if platform.whole_steps else VARYING,
         strict=environment.strict,
+        store=store,
+        ingredients=artifacts.common_ingredients(platform, [name for name, _ in passes]) if store else {},
+        require=config.compile_cache_mode == "require",
     )
 
 
-def use_private_cache(folder: Path) -> None:
-    """Compiled code goes into a folder that only its owner can write: others could make us run theirs.
-
-    Raises ValueError for a folder that others own or may write to. Where none can be made, a temporary one serves.
-    """
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-
-    try:
-        # one by one: `parents` leaves the mode of the folders above to the umask
-        for path in (folder, folder / "inductor", folder / "triton"):
-            path.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError as error:
-        logger.warning("compiled code is not kept: %s (NANOVLLM_CACHE names the folder)", error)
-        folder = Path(tempfile.mkdtemp(prefix="nanovllm-"))
-    for path in (folder, folder / "inductor", folder / "triton"):
-        _refuse_if_shared(path)
-    # importing Dynamo anywhere writes torch's own choice, a folder in /tmp, into the environment
-    env.set_default("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"), also_over=default_cache_dir())
-    env.set_default("TRITON_CACHE_DIR", str(folder / "triton"))
-
-
-def _refuse_if_shared(path: Path) -> None:
-    if not path.exists() or not hasattr(os, "getuid"):
-        return
-    owner, mode = path.stat().st_uid, path.stat().st_mode & 0o777
-    if owner != os.getuid() or mode & 0o022:
-        raise ValueError(
-            f"{path} is for compiled code, but user {owner} owns it and its mode is {mode:o}: it must belong to user "
-            f"{os.getuid()} and be writable by nobody else (chmod 700, or another folder through NANOVLLM_CACHE)"
-        )
-
-
-def _with_cache(
+def with_cache(
     config: EngineConfig,
     layout: Layout,
     cfg: ModelConfig,

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nanovllm.kernels import ops
+from nanovllm.kernels import ops, step
 from nanovllm.models.dense import Batch
 
 PAD_BLOCK = 0
@@ -43,33 +43,17 @@ def new_state(num_rows: int, blocks_per_row: int, device: torch.device) -> Devic
 
 def decode_batch(block_size: int, state: DeviceState, row_idx_R: Tensor) -> tuple[Tensor, Batch]:
     """Each row's newest token, and where it stands: everything a decode step needs follows from the state."""
-    pos_R = state.pos_S[row_idx_R]
-    table_RP = state.block_table_SP[row_idx_R]
-    block_R = table_RP.gather(1, (pos_R // block_size).unsqueeze(1)).squeeze(1)
-    batch = Batch(
-        pos_T=pos_R,
-        slot_T=block_R.long() * block_size + pos_R % block_size,
-        block_table_RP=table_RP,
-        seq_len_R=(pos_R + 1).int(),
-        q_start_S=torch.arange(row_idx_R.shape[0] + 1, dtype=torch.int32, device=row_idx_R.device),
-    )
-    return state.token_S[row_idx_R], batch
+    token_R, *batch = step.decode_inputs(state.token_S, state.pos_S, state.block_table_SP, row_idx_R, block_size)
+    return token_R, Batch(*batch)
 
 
 def sample_and_advance(state: DeviceState, row_idx_R: Tensor, logits_RV: Tensor) -> Tensor:
     """Choose each row's next token by its temperature alone, write it back, step its position; returns token_R."""
-    token_R = ops.sample(
-        logits_RV,
-        state.sampling_SF[row_idx_R, 0],
-        state.seed_S[row_idx_R],
-        state.pos_S[row_idx_R] + 1,
-    )
+    token_R = ops.sample(logits_RV, *step.sampling_inputs(state.pos_S, state.sampling_SF, state.seed_S, row_idx_R))
     advance(state, row_idx_R, token_R)
     return token_R
 
 
 def advance(state: DeviceState, row_idx_R: Tensor, token_R: Tensor) -> None:
     """Make token_R the newest tokens of their rows; the padding row stays where it is."""
-    is_real_R = row_idx_R != state.pad_row
-    state.token_S.index_copy_(0, row_idx_R, torch.where(is_real_R, token_R, 0))
-    state.pos_S.index_copy_(0, row_idx_R, torch.where(is_real_R, state.pos_S[row_idx_R] + 1, 0))
+    step.advance(state.token_S, state.pos_S, row_idx_R, token_R)

@@ -32,6 +32,7 @@ def _begin(
 def _inlined(
     model: ModuleType,
     cfg: ModelConfig,
+    layer_windows: tuple[int, ...],
     method: Callable[..., Any],
     state: DeviceState,
     params: Params,
@@ -42,7 +43,8 @@ def _inlined(
     """A step as one region: a method of `Steps` on a compiler that compiles nothing."""
     if params.head_VD is None:
         params = params._replace(head_VD=params.embed_VD)
-    return method(Steps(model, cfg, params, caches, cos_sin_MH, state, Compiler(None)), *inputs)
+    steps = Steps(model, cfg, params, caches, cos_sin_MH, state, Compiler(None), layer_windows=layer_windows)
+    return method(steps, *inputs)
 
 
 class Steps:
@@ -59,8 +61,13 @@ class Steps:
         compiler: Compiler,
         *,
         whole: bool = False,
+        layer_windows: tuple[int, ...] | None = None,
     ) -> None:
-        """With `whole` a step's regions are inlined into one program, for compilers that want to see all of it."""
+        """With `whole` a step's regions are inlined into one program, for compilers that want to see all of it.
+
+        `layer_windows` are those of `cfg` where a program must not read them there.
+        """
+        self.layer_windows = cfg.layer_windows if layer_windows is None else layer_windows
         self.model, self.cfg, self.params, self.caches = model, cfg, params, caches
         self.whole = whole
         self.cos_sin_MH, self.state, self.compiler = cos_sin_MH, state, compiler
@@ -105,7 +112,7 @@ class Steps:
 
     def _layers(self, phase: str, h_TD: Tensor, batch: Batch, max_q_len: int) -> Tensor:
         sizes = (batch.pos_T.shape[0], batch.seq_len_R.shape[0])
-        for window, weights, cache in zip(self.cfg.layer_windows, self.params.layers, self.caches):
+        for window, weights, cache in zip(self.layer_windows, self.params.layers, self.caches):
             h_TD = self._run(
                 "layer",
                 (phase, *sizes, f"window{window}"),
@@ -137,7 +144,7 @@ class Steps:
         return self._run(
             name,
             sizes,
-            partial(_inlined, self.model, self.cfg, method),
+            partial(_inlined, self.model, self.cfg, self.layer_windows, method),
             state=self.state,
             params=params,
             caches=self.caches,

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Frozen description of one checkpoint's architecture; every field can reach a graph or an input of one.
+    """Frozen description of one checkpoint's architecture.
 
     `layer_windows` holds, per layer, how many newest positions a query sees (itself included); 0 means all of them.
     `inv_freq` and `rope_scale` define the rotary table: angle(m, j) = m · inv_freq[j], cos and sin times `rope_scale`.
+    Regions may read GRAPH_FIELDS alone: those are in the keys of compiled programs, beside the shapes of all inputs.
     """
+
+    GRAPH_FIELDS: ClassVar[tuple[str, ...]] = ("num_heads", "num_kv_heads", "head_dim", "norm_eps")
 
     architecture: str
     vocab_size: int

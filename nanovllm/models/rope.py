@@ -17,8 +17,6 @@ def rotary_frequencies(hf: Any, head_dim: int, max_model_len: int) -> tuple[tupl
     longrope), transformers changes its frequencies in mid-sequence, so that older keys no longer fit newer queries;
     here `max_model_len` decides once: up to the original length they are the unscaled (short) ones.
     """
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
     hf.standardize_rope_params()
     parameters = hf.rope_parameters
     rope_type = parameters.get("rope_type", "default")
@@ -29,6 +27,8 @@ def rotary_frequencies(hf: Any, head_dim: int, max_model_len: int) -> tuple[tupl
     if rope_type == "default":
         exponent = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
         return tuple((1.0 / parameters["rope_theta"] ** exponent).tolist()), 1.0
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # half a second that few models need
+
     inv_freq, scale = ROPE_INIT_FUNCTIONS[rope_type](hf, torch.device("cpu"), seq_len=max_model_len)
     return tuple(inv_freq.float().tolist()), float(scale)
 

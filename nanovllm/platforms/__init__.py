@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,6 @@ def select(
     npu_graph_mode: str | None = None,
     npu_graph_options: Mapping[str, object] | None = None,
     graph_batch_sizes: Sequence[int] | None = None,
-    cache: Path | None = None,
 ) -> Platform:
     """The platform for "cpu", "cuda", "cuda:1", "npu", "npu:1" or "auto" (a GPU or an NPU if there is one).
 
@@ -33,7 +31,7 @@ def select(
     if kind == "cuda" and not has_cuda:
         raise ValueError("device 'cuda' was asked for, but torch sees no CUDA device: use device='cpu' or 'auto'")
     if kind == "npu" or (kind == "auto" and not has_cuda and _has_npu()):
-        return _npu(int(index or 0), npu_graph_mode or "ascend_ir", npu_graph_options, graph_batch_sizes, cache)
+        return _npu(int(index or 0), npu_graph_mode or "ascend_ir", npu_graph_options, graph_batch_sizes)
     for name, value in (("npu_graph_mode", npu_graph_mode), ("npu_graph_options", npu_graph_options)):
         if value is not None:
             raise ValueError(f"{name} is {value!r}, but the device is {device!r}: it is an option of device 'npu'")
@@ -59,7 +57,6 @@ def _npu(
     graph_mode: str,
     graph_options: Mapping[str, object] | None,
     graph_batch_sizes: Sequence[int] | None,
-    cache: Path | None,
 ) -> Platform:
     from nanovllm.platforms import npu
 
@@ -72,7 +69,6 @@ def _npu(
         graph_mode=graph_mode,
         graph_options=graph_options,
         graph_batch_sizes=graph_batch_sizes,
-        cache=None if cache is None else cache / "torchair",
     )
 
 

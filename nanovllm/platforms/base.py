@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -77,8 +78,24 @@ class Platform(Protocol):
     wants_lengths: bool  # `announce` is called before every decode step
     supported_dtypes: tuple[torch.dtype, ...]
 
-    def prepare(self) -> None:
-        """Register this device's kernels and choose its lowering; called once per engine, before any program is built."""
+    def prepare(self, libraries: Path | None = None, cxx: str | None = None, may_compile: bool = True) -> None:
+        """Register this device's kernels and choose its lowering; called once per engine, before any program is built.
+
+        C++ is compiled by `cxx` (None: whatever there is) into the folder `libraries`, unless `may_compile` is False.
+        """
+        ...
+
+    def fingerprint(self) -> dict[str, str]:
+        """What can change a compiled program here: versions of compilers and driver, and what they compile for."""
+        ...
+
+    def compile_workers(self, bytes_each: int, bytes_own: int) -> int:
+        """Processes that should compile at a cold start, each of which takes so many bytes of the device, while this one
+        takes `bytes_own`; 0 or 1 where one process is quick enough."""
+        ...
+
+    def kernels_compiled(self) -> list[str]:
+        """Names of the kernels and libraries that this process has compiled, once for each time."""
         ...
 
     def lowering(self) -> tuple[Lowering | None, str]:

@@ -9,6 +9,7 @@ import resource
 import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from nanovllm.compile.passes.fuse_add_norm import fuse_add_norm
 from nanovllm.compile.passes.fuse_rope_store import fuse_rope_store
 from nanovllm.compile.passes.inline_ops import inline_ops
 from nanovllm.compile.program import Lowering, Pass
-from nanovllm.kernels import cpu_kernels
+from nanovllm.kernels import cpp_build, cpu_kernels, cpu_step
 from nanovllm.platforms.base import UNFUSED_PASSES, HostCopy, MemoryBudget, Replay
 
 logger = logging.getLogger(__name__)
@@ -29,7 +30,19 @@ logger = logging.getLogger(__name__)
 CACHE_SHARE, CACHE_CEILING_BYTES = 0.25, 8 << 30
 
 # C++ of our own for all of them: as fast as what Inductor writes, and compiled once instead of once per bucket.
-KERNEL_OPS = frozenset({"paged_attention", "qk_norm_rope_store", "sample", "rms_norm", "add_rms_norm", "silu_mul"})
+KERNEL_OPS = frozenset(
+    {
+        "add_rms_norm",
+        "advance",
+        "decode_inputs",
+        "paged_attention",
+        "qk_norm_rope_store",
+        "rms_norm",
+        "sample",
+        "sampling_inputs",
+        "silu_mul",
+    }
+)
 
 
 class CpuPlatform:
@@ -47,16 +60,18 @@ class CpuPlatform:
         self.device = torch.device("cpu")
         self._compiler_problem = "prepare() has not run"
 
-    def prepare(self) -> None:
+    def prepare(self, libraries: Path | None = None, cxx: str | None = None, may_compile: bool = True) -> None:
+        cpp_build.configure(libraries, cxx, may_compile)
         available, problem = cpu_kernels.available()
         self._compiler_problem = "" if available else problem
         if available:
             cpu_kernels.register()
+            cpu_step.register()
 
     def lowering(self) -> tuple[Lowering | None, str]:
         if self._compiler_problem:
             return None, f"no C++ compiler for graph mode, running eagerly: {self._compiler_problem.splitlines()[0]}"
-        return inductor.lower, ""
+        return inductor.lower_if_worth_it, ""
 
     def passes(self, fuse: bool) -> tuple[tuple[str, Pass], ...]:
         if not fuse:
@@ -66,6 +81,15 @@ class CpuPlatform:
             ("fuse_add_norm", fuse_add_norm),
             ("inline_ops", partial(inline_ops, keep=_keeps_op)),
         )
+
+    def fingerprint(self) -> dict[str, str]:
+        return {"cpu": cpp_build.instruction_set()}
+
+    def compile_workers(self, bytes_each: int, bytes_own: int) -> int:
+        return 0
+
+    def kernels_compiled(self) -> list[str]:
+        return cpp_build.compiled()
 
     def announce(self, seq_lens: list[int]) -> None:
         pass

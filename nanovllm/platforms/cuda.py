@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,15 +25,20 @@ from nanovllm.platforms.base import UNFUSED_PASSES, HostCopy, MemoryBudget, Repl
 KERNEL_OPS = frozenset(
     {
         "add_rms_norm",
+        "advance",
+        "decode_inputs",
         "fused_linear",
         "linear",
         "paged_attention",
         "qk_norm_rope_store",
         "rms_norm",
         "sample",
+        "sampling_inputs",
         "silu_mul",
     }
 )
+
+MAX_WORKERS = 8  # processes of a cold start
 
 
 class _PinnedCopy:
@@ -62,19 +71,21 @@ class CudaPlatform:
         if torch.cuda.get_device_capability(self.device) >= (8, 0):
             self.supported_dtypes += (torch.bfloat16,)
 
-    def prepare(self) -> None:
+    def prepare(self, libraries: Path | None = None, cxx: str | None = None, may_compile: bool = True) -> None:
         torch.cuda.set_device(self.device)
         try:
-            from nanovllm.kernels import triton_kernels
+            from nanovllm.kernels import triton_build, triton_kernels, triton_step
         except ImportError as error:
             raise ValueError("device 'cuda' needs triton: pip install triton") from error
         if not triton_kernels.supported(self.device):
             major, minor = torch.cuda.get_device_capability(self.device)
             raise ValueError(f"this GPU is of compute capability {major}.{minor}: at least 8.0 is needed")
+        triton_build.watch()
         triton_kernels.register()
+        triton_step.register()
 
     def lowering(self) -> tuple[Lowering | None, str]:
-        return inductor.lower, ""
+        return inductor.lower_if_worth_it, ""
 
     def passes(self, fuse: bool) -> tuple[tuple[str, Pass], ...]:
         if not fuse:
@@ -87,6 +98,27 @@ class CudaPlatform:
             ("fuse_add_norm", fuse_add_norm),
             ("inline_ops", partial(inline_ops, keep=lambda name, node: name in KERNEL_OPS)),
         )
+
+    def fingerprint(self) -> dict[str, str]:
+        import triton
+
+        properties = torch.cuda.get_device_properties(self.device)
+        return {
+            "device": f"sm_{properties.major}{properties.minor}, {properties.multi_processor_count} multiprocessors",
+            "cuda": str(torch.version.cuda),
+            "driver": _driver_version(),
+            "triton": triton.__version__,
+        }
+
+    def compile_workers(self, bytes_each: int, bytes_own: int) -> int:
+        # Triton compiles a kernel in 0.3 to 1 s on one core, and there are a hundred; a process starts in 3 s
+        free_bytes, _ = torch.cuda.mem_get_info(self.device)
+        return max(0, min(MAX_WORKERS, (os.cpu_count() or 1) // 2, (free_bytes - bytes_own) // bytes_each))
+
+    def kernels_compiled(self) -> list[str]:
+        from nanovllm.kernels import triton_build
+
+        return triton_build.compiled()
 
     def announce(self, seq_lens: list[int]) -> None:
         pass
@@ -144,3 +176,15 @@ class CudaPlatform:
     def release(self) -> None:
         self._pool = None
         torch.cuda.empty_cache()
+
+
+def _driver_version() -> str:
+    """The CUDA version that the driver supports, as it numbers them (13000 is 13.0)."""
+    version = ctypes.c_int(0)
+    try:
+        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1").cuDriverGetVersion(
+            ctypes.byref(version)
+        )
+    except (OSError, AttributeError):
+        return "unknown"
+    return str(version.value)

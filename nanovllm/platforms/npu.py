@@ -8,6 +8,7 @@ import importlib.util
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,6 @@ class NpuPlatform:
         graph_mode: str = "ascend_ir",
         graph_options: Mapping[str, object] | None = None,
         graph_batch_sizes: Sequence[int] | None = None,
-        cache: Path | None = None,
     ) -> None:
         """`load_torch_npu` has run. ValueError for options and buckets that the mode does not take."""
         check_buckets(graph_mode, graph_batch_sizes or ())
@@ -123,7 +123,7 @@ class NpuPlatform:
                 f"npu_graph_options is {dict(graph_options)!r}: these are options of npu_graph_mode='ascend_ir', and the mode "
                 "is 'aclgraph'"
             )
-        self.settings = torchair.Settings(dict(graph_options or {}), FROZEN_INPUTS, cache)
+        self.settings = torchair.Settings(dict(graph_options or {}), FROZEN_INPUTS)
         torchair.compiler_config(self.settings)
         # A captured step's lengths are replaced in place, which must not overtake the step before.
         self.run_ahead = 0 if self.captures else 1
@@ -131,9 +131,25 @@ class NpuPlatform:
         self._seq_lens: list[int] = []
         self._pool: Any = None
 
-    def prepare(self) -> None:
+    def prepare(self, libraries: Path | None = None, cxx: str | None = None, may_compile: bool = True) -> None:
+        if libraries is not None:
+            self.settings = replace(self.settings, ge_cache=libraries.parent / "ge")
         _torch.npu.set_device(self.device)
         ops.register_kernels("PrivateUse1", npu_kernels.EAGER)
+
+    def fingerprint(self) -> dict[str, str]:
+        return {
+            "device": str(_torch.npu.get_device_name(self.device)),
+            "cann": torchair.cann_version(),
+            "torch_npu": importlib.import_module("torch_npu").__version__,
+            "graph options": str(sorted(self.settings.options.items())),
+        }
+
+    def compile_workers(self, bytes_each: int, bytes_own: int) -> int:
+        return 0  # GE compiles in threads of its own
+
+    def kernels_compiled(self) -> list[str]:
+        return []
 
     def lowering(self) -> tuple[Lowering | None, str]:
         return eager.lower if self.captures else partial(torchair.lower, settings=self.settings), ""

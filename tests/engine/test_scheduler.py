@@ -124,9 +124,10 @@ def test_a_long_prompt_is_split_and_the_rest_of_the_budget_goes_to_the_next() ->
 
 
 @pytest.mark.parametrize("run_ahead", [0, 1])
-def test_decode_waits_for_one_prefill_step_at_most(run_ahead: int) -> None:
+def test_a_watched_request_waits_for_one_prefill_step_at_most(run_ahead: int) -> None:
     s = scheduler()
     s.add(request(0, 4, 30))
+    s.waiting[-1].incremental = True
     answer(s, s.schedule(may_preempt=True))
     s.add(request(1, 150, 2))
     kinds = [type(plan) for plan in run(s, run_ahead=run_ahead)]
@@ -136,6 +137,15 @@ def test_decode_waits_for_one_prefill_step_at_most(run_ahead: int) -> None:
     # and the prompt does not wait for more than one decode step
     last = max(i for i, kind in enumerate(kinds) if kind is PrefillPlan)
     assert (DecodePlan, DecodePlan) not in pairs[:last]
+
+
+def test_prompts_go_first_when_nobody_watches() -> None:
+    s = scheduler()
+    s.add(request(0, 4, 30))
+    answer(s, s.schedule(may_preempt=True))
+    s.add(request(1, 150, 2))
+    kinds = [type(plan) for plan in run(s)]
+    assert kinds[:10] == [PrefillPlan] * 10 and kinds.count(PrefillPlan) == 10
 
 
 # a step of a small model on a large GPU; a chunk of 8192 after 8192 others would take 15 + 50 ms

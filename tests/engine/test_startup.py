@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nanovllm.engine.startup import use_private_cache
+from nanovllm.engine.artifacts import use_private_cache
 
 
 @pytest.fixture(autouse=True)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from nanovllm.kernels import cpu_kernels, ops, reference
+from nanovllm.kernels import cpp_build, cpu_kernels, ops, reference
 
 _is_available, _reason = cpu_kernels.available()
 pytestmark = pytest.mark.skipif(not _is_available, reason=f"no C++ compiler: {_reason}")
@@ -347,17 +348,12 @@ def test_qk_norm_rope_store_writes_a_part_of_a_larger_cache() -> None:
     assert_matches(together_CB2KH, torch.stack((k_cache, v_cache), dim=2))
 
 
-def test_without_a_compiler_the_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch._inductor.codecache import CppCodeCache
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    def fail(*args: object, **kwargs: object) -> None:
-        raise InvalidCxxCompiler
-
-    monkeypatch.setattr(CppCodeCache, "load", fail)
+def test_without_a_compiler_the_reason_is_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(cpp_build._State, "settings", cpp_build.Settings(tmp_path, "no-such-compiler"))
     monkeypatch.setattr(cpu_kernels, "_load", cpu_kernels._load.__wrapped__)
     is_available, reason = cpu_kernels.available.__wrapped__()
-    assert not is_available and reason.startswith("InvalidCxxCompiler: ")
+    assert not is_available
+    assert reason == "RuntimeError: cpu_kernels.cpp cannot be compiled: no C++ compiler is found (no-such-compiler)"
 
 
 def test_registering_makes_them_the_ops_kernels_and_twice_changes_nothing() -> None:

@@ -1,4 +1,4 @@
-"""Compiled graphs are kept: a second process loads them and lowers nothing."""
+"""Lowered graphs are kept: a second process loads them and lowers nothing."""
 
 from __future__ import annotations
 
@@ -14,8 +14,12 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from nanovllm import LLM, EngineConfig
 from nanovllm.compile.lower import torchair
+from nanovllm.compile.program import CompileRequired
 from nanovllm.compile.trace import trace
+from nanovllm.engine import precompile
+from nanovllm.engine.workers import buckets_of
 from tests.npu.ge import Ge
 
 SCRIPT = """
@@ -32,10 +36,11 @@ from nanovllm import LLM, SamplingParams
 with host:
     llm = LLM("tiny-qwen3", device="npu", **json.loads(sys.argv[1]))
     answer = llm.generate("What is 2 + 2?", SamplingParams(temperature=0.0, max_tokens=8), use_tqdm=False)
+    llm.close()
 folders = sorted({graph.options.get("ge.graph_compiler_cache_dir") for graph in ge.graphs})
 print(json.dumps({"lowered": ge.num_lowered, "graphs": len(ge.graphs), "text": answer[0]["text"], "folders": folders}))
 """
-SIZES = {"max_num_seqs": 2, "num_kvcache_blocks": 5, "max_model_len": 128, "max_num_batched_tokens": 16}
+SIZES: dict[str, Any] = {"max_num_seqs": 2, "num_kvcache_blocks": 5, "max_model_len": 128, "max_num_batched_tokens": 16}
 
 
 def process(cache: Path, **options: Any) -> dict[str, Any]:
@@ -54,13 +59,26 @@ def process(cache: Path, **options: Any) -> dict[str, Any]:
 def test_a_second_process_lowers_nothing(tmp_path: Path) -> None:
     first = process(tmp_path)
     assert first["lowered"] == first["graphs"] == 4, first  # prefill, head, sample, decode
-    kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("torchair/*/kernel.py")}
-    assert len(kept) == 4 and all(path.stat().st_mode & 0o777 == 0o600 for path in kept)
-    # GE keeps its compiled graphs in the same folders
-    assert first["folders"] == sorted(str(path.parent) for path in kept)
-    second = process(tmp_path)
+    # GE keeps its compiled graphs below the store, a folder for each
+    assert first["folders"] == sorted(str(path) for path in (tmp_path / "ge").iterdir()) and len(first["folders"]) == 4
+    second = process(tmp_path, compile_cache_mode="require")
     assert second == {**first, "lowered": 0}
-    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+
+
+def test_what_precompile_leaves_is_all_that_a_start_needs(tmp_path: Path, ge: Ge) -> None:
+    options: dict[str, Any] = {"device": "npu", "compile_cache": tmp_path, **SIZES}
+    runner = precompile.small_runner(EngineConfig("tiny-qwen3", **options))
+    for kind, size in buckets_of(runner.layout):
+        runner.run_bucket(kind, size)
+    runner.close()
+    num_lowered = ge.num_lowered
+    llm = LLM("tiny-qwen3", **options, compile_cache_mode="require")
+    assert ge.num_lowered == num_lowered and llm.engine.runner.compiler.num_loaded == 4
+    llm.close()
+    # another size of the cache, and other options of GE, are other graphs
+    for change in ({"num_kvcache_blocks": 6}, {"npu_graph_options": {"ge_config.oo_level": "O1"}}):
+        with pytest.raises(CompileRequired, match="program"):
+            LLM("tiny-qwen3", **{**options, **change}, compile_cache_mode="require")
 
 
 @pytest.fixture
@@ -70,37 +88,26 @@ def graph(ge: Ge) -> tuple[GraphModule, list[Tensor]]:
     return traced, fakes
 
 
-def test_options_are_in_the_key_and_reach_ge(graph: tuple[GraphModule, list[Tensor]]) -> None:
+def test_options_reach_ge(graph: tuple[GraphModule, list[Tensor]]) -> None:
     option = "experimental_config.tiling_schedule_optimize"
     settings = [torchair.Settings(), torchair.Settings({option: True}), torchair.Settings(frozen=("weight",))]
-    assert len({torchair.cache_key(graph[0], one) for one in settings}) == 3
     codes = [torchair.generate(*graph, one) for one in settings]
     tiling = [f'local_compile_options["ge.tiling_schedule_optimize"] = "{on}"' for on in (0, 1, 0)]
     frozen = [f'local_compile_options["frozenInput"] = "{flags}"' for flags in ("0,0", "0,0", "0,1")]
     assert all(line in code for lines in (tiling, frozen) for line, code in zip(lines, codes))
 
 
-def test_shapes_dtypes_and_constants_are_in_the_key(ge: Ge) -> None:
-    def key(x: Tensor, factor: float) -> str:
-        graph, _, _ = trace(lambda x: x * factor, {"x": x.npu()})
-        return torchair.cache_key(graph, torchair.Settings())
+def test_a_stored_program_is_the_same_program(graph: tuple[GraphModule, list[Tensor]], tmp_path: Path, ge: Ge) -> None:
+    program = torchair.lower(*graph, settings=torchair.Settings(ge_cache=tmp_path))
+    kind, content = program.stored()
+    assert kind == "torchair" and str(tmp_path).encode() in content and torchair.UNKNOWN_FOLDER.encode() not in content
+    num_lowered = ge.num_lowered
+    loaded = torchair.load(content)
+    x, weight = (torch.randn(3, 8).bfloat16().npu() for _ in range(2))
+    assert torch.equal(loaded(x, weight)[0].cpu(), program(x, weight)[0].cpu())
+    assert ge.num_lowered == num_lowered
 
-    x = torch.zeros(3, 8)
-    variants = [(x, 2.0), (x, 3.0), (x[:2], 2.0), (x.half(), 2.0), (torch.zeros(8, 3).T, 2.0)]
-    assert len({key(*variant) for variant in variants}) == len(variants)
-    assert key(x, 2.0) == key(torch.ones(3, 8), 2.0)
 
-
-def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "key" / "kernel.py"
-
-    def broken(source: str, target: str) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, "replace", broken)
-    with pytest.raises(OSError, match="disk full"):
-        torchair.write_whole(path, "half")
-    assert not path.exists()
-    monkeypatch.undo()
-    torchair.write_whole(path, "all of it")
-    assert path.read_text() == "all of it"
+def test_code_that_does_not_run_is_a_value_error() -> None:
+    with pytest.raises(ValueError, match="torchair cannot take it: ModuleNotFoundError"):
+        torchair.load(b"import torchair.of_another_version")

@@ -1,0 +1,147 @@
+"""What an artifact's key is made of: everything that can change what lowering produces, and nothing else.
+
+A start that finds its artifacts does not trace, so the key cannot be the graph. It is what the graph follows from: the
+region and what it is called with, the shapes of its inputs, the sources of ours that turn one into the other, the
+versions of what is not ours, and what the platform says of the device. No paths, no times, no environment.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from types import FunctionType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanovllm.compile.trace import named_leaves
+
+ROOT = Path(__file__).resolve().parent
+# Files of compile/ that choose, keep or show programs and have no part in making one.
+NOT_MAKING = ("buckets.py", "cache.py", "costs.py", "keys.py", "report.py", "report_page.py", "store.py")
+
+
+@dataclass(frozen=True)
+class Key:
+    """Named ingredients. Two keys with the same ones, in any order, are the same key."""
+
+    ingredients: Mapping[str, str]
+
+    @cached_property
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps(dict(self.ingredients), sort_keys=True).encode()).hexdigest()
+
+    def differences(self, other: Mapping[str, str]) -> list[str]:
+        """One line for each ingredient that is not the same in `other`: versions, device and sources before shapes."""
+        names = sorted({*self.ingredients, *other}, key=lambda name: (name.startswith("input "), name))
+        mine, theirs = self.ingredients.get, other.get
+        return [
+            f"{name}: {_short(mine(name))} is wanted, {_short(theirs(name))} is there"
+            for name in names
+            if mine(name) != theirs(name)
+        ]
+
+
+def program_key(
+    function: Callable[..., Any],
+    inputs: Mapping[str, object],
+    *,
+    varying: Sequence[str],
+    common: Mapping[str, str],
+) -> Key:
+    """The key of a region for inputs like these; `common` are the ingredients that all programs of a start share."""
+    leaves = [leaf for name, tree in inputs.items() for leaf in named_leaves(name, tree)]
+    own = {f"input {name}": _tensor(tensor, name.endswith(tuple(varying))) for name, tensor in leaves}
+    return Key({"region": json.dumps(describe(function)), **own, **common})
+
+
+def describe(value: object) -> Any:
+    """A region and what is bound to it, as JSON; raises TypeError for what has no stable description.
+
+    Of a dataclass that declares GRAPH_FIELDS only those count; `narrowed` sees to it that a region reads no others.
+    """
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, (float, torch.dtype)):
+        return repr(value)
+    if isinstance(value, (tuple, list)):
+        return [describe(item) for item in value]
+    if isinstance(value, ModuleType):
+        return value.__name__
+    if isinstance(value, FunctionType):
+        return f"{value.__module__}:{value.__qualname__}"
+    if isinstance(value, partial):
+        keywords = {name: describe(bound) for name, bound in sorted(value.keywords.items())}
+        return [describe(value.func), *map(describe, value.args), *([keywords] if keywords else [])]
+    if is_dataclass(value) and not isinstance(value, type):
+        return {name: describe(getattr(value, name)) for name in graph_fields(value)}
+    if isinstance(value, torch._ops.OpOverload):
+        return str(value)
+    raise TypeError(f"{value!r} cannot be part of a key: a region may be bound to numbers, names and dataclasses")
+
+
+def graph_fields(value: Any) -> tuple[str, ...]:
+    """The fields of a dataclass that a region may read."""
+    declared: tuple[str, ...] | None = getattr(type(value), "GRAPH_FIELDS", None)
+    return tuple(field.name for field in fields(value)) if declared is None else declared
+
+
+class _Narrow:
+    """A dataclass of which only its GRAPH_FIELDS, and properties that follow from them, can be read."""
+
+    def __init__(self, value: Any) -> None:
+        self.__dict__["_value"] = value
+
+    def __getattr__(self, name: str) -> Any:
+        value = self.__dict__["_value"]
+        found = getattr(type(value), name, None)
+        if isinstance(found, property) and found.fget is not None:
+            return found.fget(self)
+        if name not in graph_fields(value):
+            raise AttributeError(
+                f"a region reads {type(value).__name__}.{name}, which is not in its GRAPH_FIELDS and so in no artifact's key"
+            )
+        return getattr(value, name)
+
+
+def narrowed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The region for tracing: it fails if it reads a field that its key does not hold."""
+    if not isinstance(function, partial):
+        return function
+    args = [_Narrow(arg) if hasattr(type(arg), "GRAPH_FIELDS") else arg for arg in function.args]
+    return partial(function.func, *args, **function.keywords)
+
+
+def source_digest(paths: Iterable[Path], root: Path) -> str:
+    """One digest of files' names below `root` and their contents."""
+    total = hashlib.sha256()
+    for path in sorted(paths):
+        total.update(f"{path.relative_to(root).as_posix()}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return total.hexdigest()[:16]
+
+
+def own_sources() -> dict[str, str]:
+    """The ingredients for the sources of compile/ and kernels/."""
+    compiling = [path for path in ROOT.rglob("*.py") if path.name not in NOT_MAKING]
+    from nanovllm.kernels import ops
+
+    kernels = Path(ops.__file__).resolve().parent
+    return {
+        "source compile": source_digest(compiling, ROOT),
+        "source kernels": source_digest([*kernels.rglob("*.py"), *kernels.rglob("*.cpp")], kernels),
+    }
+
+
+def _tensor(tensor: Tensor, varies: bool) -> str:
+    sizes = ["*" if varies else str(tensor.shape[0]), *map(str, tensor.shape[1:])] if tensor.dim() else []
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return f"{dtype}[{', '.join(sizes)}] strides {list(tensor.stride())} {tensor.device}"
+
+
+def _short(value: str | None) -> str:
+    return "nothing" if value is None else value if len(value) <= 120 else value[:117] + "..."

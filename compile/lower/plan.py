@@ -1,0 +1,203 @@
+"""Lowering of graphs in which there is nothing to generate: the calls themselves, in order, as straight-line Python.
+
+On the platforms that have kernels for our ops a region is a handful of calls into them and into torch's library. Inductor
+would wrap each in checks and import itself (and Dynamo) to do so, seconds at every start; a plan is a short list of op
+names and arguments that loads in a millisecond. It is data: nothing in it can name anything but an operator.
+"""
+
+from __future__ import annotations
+
+import json
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+KIND = "plan"
+NAMESPACES = ("aten", "nanovllm")
+GETITEM = "getitem"
+
+# Library calls that Inductor would make as well, and factories and copies that are one launch either way.
+_LIBRARY = {"mm", "addmm", "bmm", "baddbmm", "embedding"}
+# As many generated kernels a region may miss: a launch each, against the seconds that a compiler takes to start.
+MAX_SMALL_OPS = 2
+
+_LITERALS = (bool, int, float, str)
+
+
+class NotAPlan(ValueError):
+    """The graph holds something that a plan cannot say."""
+
+
+class Plan:
+    """Calls in order. `calls[i]` is (op, args, kwargs) and makes value `num_inputs + i`; an argument {"v": n} is value n."""
+
+    def __init__(self, num_inputs: int, calls: list[list[Any]], outputs: list[int]) -> None:
+        self.num_inputs, self.calls, self.outputs = num_inputs, calls, outputs
+        self.run = _build(num_inputs, calls, outputs)
+
+    def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
+        return self.run(*inputs)
+
+    def step_through(self, inputs: Sequence[Tensor], visit: Callable[[Any, list[Any], dict[str, Any]], Any]) -> None:
+        """Make the calls by `visit(op, args, kwargs)`, which returns their results; every value is kept to the end."""
+        values: list[Any] = list(inputs)
+        for name, args, kwargs in self.calls:
+            op = operator.getitem if name == GETITEM else _op(name)
+            real: list[Any] = [_real(arg, values) for arg in args]
+            values.append(visit(op, real, {key: _real(arg, values) for key, arg in kwargs.items()}))
+
+    def stored(self) -> tuple[str, bytes]:
+        """(kind of artifact, its bytes), from which `load` makes an equal plan."""
+        content = {"num_inputs": self.num_inputs, "calls": self.calls, "outputs": self.outputs}
+        return KIND, json.dumps(content, separators=(",", ":")).encode()
+
+
+def load(content: bytes) -> Plan:
+    """The plan of `Plan.stored()`; raises ValueError for anything else."""
+    try:
+        read = json.loads(content)
+        return Plan(read["num_inputs"], read["calls"], read["outputs"])
+    except (KeyError, TypeError, AttributeError, IndexError, AssertionError, SyntaxError, RuntimeError) as error:
+        raise ValueError(f"no plan: {error!r}") from error
+
+
+def lower(graph: GraphModule, fakes: Sequence[Tensor]) -> Plan:
+    """The plan of a graph; raises NotAPlan where there is something in it that is no operator on plain arguments."""
+    numbers: dict[Node, int] = {}
+    calls: list[list[Any]] = []
+    outputs: list[int] = []
+    for node in graph.graph.nodes:
+        if node.op == "call_function":
+            calls.append([_op_name(node.target), _written(list(node.args), numbers), _written(node.kwargs, numbers)])
+        elif node.op == "output":
+            outputs = [numbers[value] for value in node.args[0]]
+            break
+        elif node.op != "placeholder":
+            raise NotAPlan(f"{node.op} {node.target}")
+        numbers[node] = len(numbers)
+    return Plan(len(fakes), calls, outputs)
+
+
+def is_enough(graph: GraphModule) -> bool:
+    """Whether a plan of the graph is as fast as what a compiler would make of it: there is next to nothing to fuse."""
+    small = 0
+    for node in graph.graph.nodes:
+        target = node.target
+        if node.op != "call_function" or target is operator.getitem:
+            continue
+        if not isinstance(target, torch._ops.OpOverload) or target.namespace not in NAMESPACES:
+            return False
+        if target.namespace == "aten" and not target.is_view and target._schema.name[6:] not in _LIBRARY:
+            small += 1
+    return small <= MAX_SMALL_OPS
+
+
+def _op_name(target: Any) -> str:
+    if target is operator.getitem:
+        return GETITEM
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace not in NAMESPACES:
+        raise NotAPlan(f"{target} is no operator of {' or '.join(NAMESPACES)}")
+    return str(target)
+
+
+def _written(value: Any, numbers: dict[Node, int]) -> Any:
+    """An argument as JSON: {"v": value number}, {"t": torch constant}, a literal, or a list or dict of them."""
+    if isinstance(value, Node):
+        return {"v": numbers[value]}
+    if value is None or isinstance(value, _LITERALS):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_written(item, numbers) for item in value]
+    if isinstance(value, dict):
+        return {name: _written(item, numbers) for name, item in value.items()}
+    if isinstance(value, (torch.dtype, torch.layout, torch.memory_format)):
+        return {"t": str(value)}
+    if isinstance(value, torch.device):
+        return {"d": str(value)}
+    raise NotAPlan(f"argument {value!r}")
+
+
+def _build(num_inputs: int, calls: list[list[Any]], outputs: list[int]) -> Callable[..., Sequence[Tensor]]:
+    """Straight-line Python for the calls; a value is dropped after its last use, so that its memory is free again."""
+    last_use: dict[int, int] = {}
+    for call_idx, (_, args, kwargs) in enumerate(calls):
+        for number in _values(args) + _values(kwargs):
+            assert number < num_inputs + call_idx, f"call {call_idx} uses value {number}, which comes later"
+            last_use[number] = call_idx
+    names: dict[str, Any] = {}
+    lines = [f"def run({', '.join(f'v{i}' for i in range(num_inputs))}):"]
+    for call_idx, (name, args, kwargs) in enumerate(calls):
+        out = num_inputs + call_idx
+        written = [_source(arg, names) for arg in args]
+        if name == GETITEM:
+            lines.append(f"    v{out} = {written[0]}[{written[1]}]")
+        else:
+            names[f"f{call_idx}"] = _op(name)._op
+            written += [f"{_identifier(key)}={_source(arg, names)}" for key, arg in kwargs.items()]
+            lines.append(f"    v{out} = f{call_idx}({', '.join(written)})")
+        done = {number for number in _values(args) + _values(kwargs) if last_use[number] == call_idx}
+        if out not in last_use and out not in outputs:
+            done.add(out)
+        if dropped := sorted(done - set(outputs)):
+            lines.append(f"    del {', '.join(f'v{number}' for number in dropped)}")
+    lines.append(f"    return ({''.join(f'v{int(number)}, ' for number in outputs)})")
+    exec("\n".join(lines), names)
+    return names["run"]
+
+
+def _op(name: str) -> torch._ops.OpOverload:
+    """The operator of a name like "aten.mm.default"."""
+    namespace, op, overload = name.split(".")
+    if namespace not in NAMESPACES:
+        raise ValueError(f"operator {name!r} is not of {' or '.join(NAMESPACES)}")
+    found = getattr(getattr(getattr(torch.ops, namespace), op), overload)
+    assert isinstance(found, torch._ops.OpOverload), name
+    return found
+
+
+def _identifier(name: str) -> str:
+    if not name.isidentifier():
+        raise ValueError(f"{name!r} is no argument's name")
+    return name
+
+
+def _source(value: Any, names: dict[str, Any]) -> str:
+    """Python for a written argument. Everything that is no number goes through `names`, never into the text."""
+    if isinstance(value, list):
+        return f"[{', '.join(_source(item, names) for item in value)}]"
+    if isinstance(value, dict) and "v" in value:
+        return f"v{int(value['v'])}"
+    name = f"c{len(names)}"
+    names[name] = _constant(value)
+    return name
+
+
+def _constant(value: Any) -> Any:
+    if isinstance(value, dict):
+        (tag, text), *_ = value.items()
+        constant = torch.device(text) if tag == "d" else getattr(torch, text.removeprefix("torch."))
+        assert isinstance(constant, (torch.device, torch.dtype, torch.layout, torch.memory_format)), text
+        return constant
+    if value is not None and not isinstance(value, _LITERALS):
+        raise ValueError(f"argument {value!r}")
+    return value
+
+
+def _real(value: Any, values: Sequence[Any]) -> Any:
+    """What a written argument stands for, given the values so far."""
+    if isinstance(value, list):
+        return [_real(item, values) for item in value]
+    return values[value["v"]] if isinstance(value, dict) and "v" in value else _constant(value)
+
+
+def _values(value: Any) -> list[int]:
+    """Numbers of the values that a written argument refers to."""
+    if isinstance(value, list):
+        return [number for item in value for number in _values(item)]
+    if isinstance(value, dict):
+        return [value["v"]] if "v" in value else [number for item in value.values() for number in _values(item)]
+    return []

@@ -1,0 +1,273 @@
+"""The folder in which artifacts are kept: private, content-addressed, written in one piece, checked on every read.
+
+    entries/<digest of the key>     what an artifact is for and where it is: JSON, under a line with its own digest
+    objects/<digest of the bytes>   what lowering produced; the same bytes are kept once
+    cpp/  triton/  inductor/        libraries and kernels that C++ compiler, Triton and Inductor made for these programs
+
+An artifact is code. The folder is made for its owner alone and refused when somebody else owns it or may write to it.
+Plans are lists of operator calls in JSON; what Inductor saves is torch's own format, which holds pickles, and is read
+only after its digest was found right. Nobody but the owner can have written either.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nanovllm.compile.keys import Key
+from nanovllm.kernels.code_files import digest, make_private, write_whole
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+SUBFOLDERS = ("entries", "objects", "cpp", "triton", "inductor")
+KERNEL_SEAL = "nanovllm.sha256.json"  # beside the files of one Triton kernel
+
+
+class Damaged(ValueError):
+    """A file of the store does not hold what was written."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One stored program: its name for people, its kind (which lowering loads it), its bytes, its result's nesting."""
+
+    name: str
+    kind: str
+    content: bytes
+    result: Any
+    ingredients: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What an entry says, without the artifact's bytes."""
+
+    path: Path
+    name: str
+    kind: str
+    object: str
+    num_bytes: int
+    result: Any
+    ingredients: dict[str, str]
+
+
+class Store:
+    """Artifacts in a folder. Raises OSError where the folder cannot be made, ValueError where it is not ours alone."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        make_private(folder, *(folder / name for name in SUBFOLDERS))
+        self._can_write = True
+
+    def find(self, key: Key) -> Artifact | None:
+        """The artifact of a key, or None; a damaged one is reported and taken as absent."""
+        path = self._entry_path(key)
+        try:
+            entry = read_entry(path)
+            artifact = Artifact(entry.name, entry.kind, self._object(entry), entry.result, entry.ingredients)
+        except FileNotFoundError as error:
+            if error.filename != str(path):
+                logger.warning("artifact %s is incomplete (%s): it is made again", path.name[:16], error.filename)
+            return None
+        except (Damaged, OSError) as error:
+            logger.warning("artifact %s cannot be used (%s): it is made again", path.name[:16], error)
+            return None
+        with contextlib.suppress(OSError):  # for `prune`, which drops first what was not used for longest
+            os.utime(path)
+        return artifact
+
+    def save(self, key: Key, artifact: Artifact) -> None:
+        """Keep an artifact. Where that fails (a full disk, a folder that is read-only) it is said once, and goes on."""
+        if not self._can_write:
+            return
+        name = digest(artifact.content)
+        content = {
+            "format": FORMAT,
+            "name": artifact.name,
+            "kind": artifact.kind,
+            "object": name,
+            "num_bytes": len(artifact.content),
+            "result": artifact.result,
+            "ingredients": dict(key.ingredients),
+        }
+        text = json.dumps(content, indent=1).encode()
+        try:
+            # also where one is there: it may be the damaged one that this replaces
+            write_whole(self.folder / "objects" / name, artifact.content)
+            write_whole(self._entry_path(key), digest(text).encode() + b"\n" + text)
+        except OSError as error:
+            self._can_write = False
+            logger.warning("compiled programs are not kept: %s", error)
+
+    def entries(self) -> Iterator[Entry]:
+        """All entries that can be read, in no order."""
+        for path in (self.folder / "entries").iterdir():
+            if not path.name.startswith("."):
+                try:
+                    yield read_entry(path)
+                except (Damaged, OSError):
+                    continue
+
+    def why_missing(self, name: str, key: Key) -> str:
+        """In what the nearest stored artifact of the same program, or of the same region, differs from what is wanted."""
+        region = name.partition("_")[0]
+        near = [
+            (entry.name != name, len(key.differences(entry.ingredients)), entry)
+            for entry in self.entries()
+            if entry.name.partition("_")[0] == region
+        ]
+        if not near:
+            return "the store holds no program of this region"
+        other_name, _, nearest = min(near, key=lambda candidate: candidate[:2])
+        differences = key.differences(nearest.ingredients)
+        shown = "; ".join(differences[:3]) + (f"; and {len(differences) - 3} more" if len(differences) > 3 else "")
+        return f"not for this bucket, nearest is {nearest.name}: {shown}" if other_name else shown
+
+    def _entry_path(self, key: Key) -> Path:
+        return self.folder / "entries" / key.digest
+
+    def _object(self, entry: Entry) -> bytes:
+        content = (self.folder / "objects" / entry.object).read_bytes()
+        if digest(content) != entry.object:
+            raise Damaged(f"object {entry.object[:16]} is damaged: its digest is another")
+        return content
+
+
+def read_entry(path: Path) -> Entry:
+    """Raises Damaged, or OSError."""
+    recorded, _, text = path.read_bytes().partition(b"\n")
+    if digest(text).encode() != recorded:
+        raise Damaged(f"entry {path.name[:16]} is damaged or truncated")
+    content = json.loads(text)
+    if content["format"] != FORMAT:
+        raise Damaged(f"entry {path.name[:16]} is of format {content['format']}, not {FORMAT}")
+    del content["format"]
+    return Entry(path=path, **content)
+
+
+# Kernels that Triton wrote ----------------------------------------------------------------------------------------
+
+
+def seal_kernels(folder: Path) -> None:
+    """Write, beside the files of each Triton kernel that has none yet, their digests."""
+    for kernel in _kernel_folders(folder):
+        if not (kernel / KERNEL_SEAL).exists():
+            try:
+                found = {path.name: digest(path.read_bytes()) for path in kernel.iterdir() if path.is_file()}
+                write_whole(kernel / KERNEL_SEAL, json.dumps(found).encode())
+            except OSError as error:
+                logger.warning("digests of compiled kernels are not kept: %s", error)
+                return
+
+
+def drop_damaged_kernels(folder: Path) -> int:
+    """Remove Triton kernels whose files are not what was sealed, so that they are compiled again; returns how many.
+
+    Kernels without a seal are left: Triton writes in one piece as well, and nobody else can write here.
+    """
+    dropped = 0
+    for kernel in _kernel_folders(folder):
+        seal = kernel / KERNEL_SEAL
+        if seal.exists() and not _kernel_is_whole(kernel, seal):
+            logger.warning("compiled kernel %s is damaged: it is made again", kernel.name)
+            for path in kernel.iterdir():
+                path.unlink()
+            dropped += 1
+    return dropped
+
+
+def num_kernels(folder: Path) -> int:
+    """Kernels that Triton has finished."""
+    return len(_kernel_folders(folder))
+
+
+def _kernel_is_whole(kernel: Path, seal: Path) -> bool:
+    try:
+        return all(
+            digest((kernel / name).read_bytes()) == found for name, found in json.loads(seal.read_text()).items()
+        )
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _kernel_folders(folder: Path) -> list[Path]:
+    # Triton writes a kernel's list of files last; a folder with a library has nothing else
+    return [path for path in (folder / "triton").iterdir() if any(path.glob("__grp__*")) or any(path.glob("*.so"))]
+
+
+# Maintenance ------------------------------------------------------------------------------------------------------
+
+
+def problems(folder: Path) -> list[str]:
+    """What `verify` finds wrong: entries and objects that are damaged, C++ libraries and kernels that are."""
+    found: list[str] = []
+    store = Store(folder)
+    for path in sorted((folder / "entries").iterdir()):
+        if path.name.startswith("."):
+            continue
+        try:
+            store._object(read_entry(path))
+        except (Damaged, OSError) as error:
+            found.append(f"entry {path.name[:16]}: {error}")
+    for seal in sorted((folder / "cpp").glob("*.sha256")):
+        library = seal.with_suffix(".so")
+        if not library.is_file() or digest(library.read_bytes()) != seal.read_text():
+            found.append(f"library {library.name} is damaged or missing")
+    for kernel in _kernel_folders(folder):
+        seal = kernel / KERNEL_SEAL
+        if seal.exists() and not _kernel_is_whole(kernel, seal):
+            found.append(f"kernel {kernel.name} is damaged")
+    return found
+
+
+def prune(folder: Path, max_bytes: int) -> int:
+    """Delete what was not used for longest until at most `max_bytes` are left; returns the bytes that are freed."""
+    store = Store(folder)
+    entries = list(store.entries())
+    wanted = {entry.object for entry in entries}
+    freed = 0
+    for path in (folder / "objects").iterdir():
+        # an object without an entry may be one whose entry is about to be written
+        if path.name not in wanted and time.time() - path.stat().st_mtime > 3600:
+            freed += _delete([path])
+    units: list[tuple[float, list[Path]]] = [(entry.path.stat().st_mtime, [entry.path]) for entry in entries]
+    for library in (folder / "cpp").glob("*.so"):
+        units.append((library.stat().st_mtime, [library, library.with_suffix(".sha256")]))
+    for kernel in [*_kernel_folders(folder), folder / "inductor"]:
+        files = [path for path in kernel.rglob("*") if path.is_file()]
+        if files:
+            units.append((max(path.stat().st_mtime for path in files), files))
+    total = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    users = {entry.path: entry.object for entry in entries}
+    for _, paths in sorted(units, key=lambda unit: unit[0]):
+        if total <= max_bytes:
+            break
+        gone = _delete(paths)
+        for path in paths:
+            name = users.pop(path, None)
+            if name is not None and name not in users.values():
+                gone += _delete([folder / "objects" / name])
+        total -= gone
+        freed += gone
+    return freed
+
+
+def _delete(paths: list[Path]) -> int:
+    """Bytes of those files that were there and are gone."""
+    freed = 0
+    for path in paths:
+        try:
+            size = path.stat().st_size
+            path.unlink()
+            freed += size
+        except FileNotFoundError:  # another process was quicker
+            continue
+    return freed

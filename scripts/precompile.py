@@ -1,0 +1,67 @@
+"""Compile a model's programs and kernels ahead of its first start. Reads config.json alone, no weights.
+
+python scripts/precompile.py --model Qwen/Qwen3-0.6B --bs 1 2 4 8 16 --out /var/cache/qwen3
+LLM("Qwen/Qwen3-0.6B", compile_cache="/var/cache/qwen3", compile_cache_mode="require", graph_batch_sizes=[1, 2, 4, 8, 16])
+
+The options that shape programs must be those that `LLM` is given later. A store serves every checkpoint of the same shape.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from nanovllm import EngineConfig, log
+from nanovllm.engine import precompile
+from nanovllm.engine.workers import Outcome
+
+# Options of `LLM` that shape programs, beside --bs.
+SHAPING = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kvcache_block_size")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="embedded model, folder or Hub id")
+    parser.add_argument("--bs", type=int, nargs="+", metavar="ROWS", help="graph_batch_sizes; default the device's own")
+    parser.add_argument("--out", type=Path, required=True, help="the store: made if need be, for you alone")
+    parser.add_argument("--jobs", type=int, default=min(8, max(1, (os.cpu_count() or 2) // 2)), help="processes")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    for name in SHAPING:
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int)
+    args = parser.parse_args()
+    if args.jobs < 1:
+        parser.error(f"--jobs is {args.jobs}: it must be at least 1")
+    log.configure()
+    options: dict[str, Any] = {name: getattr(args, name) for name in ("device", "dtype", *SHAPING)}
+    started = time.perf_counter()
+    with tqdm(desc="compiling", unit="bucket", dynamic_ncols=True) as bar:
+
+        def progress(outcome: Outcome, num_buckets: int) -> None:
+            bar.total = num_buckets
+            bar.set_postfix_str(f"{outcome.bucket[0]} {outcome.bucket[1]}")
+            bar.update()
+
+        try:
+            config = EngineConfig(args.model, graph_batch_sizes=args.bs, compile_cache=args.out, **options)
+            outcomes = precompile.fill(config, args.jobs, progress)
+        except (ValueError, OSError, RuntimeError) as error:
+            bar.close()
+            print(f"{parser.prog}: {error}", file=sys.stderr)
+            return 1
+    programs, found = sum(one.programs for one in outcomes), sum(one.found for one in outcomes)
+    print(
+        f"{args.out}: {len(outcomes)} buckets, {programs} programs compiled, {found} were there, "
+        f"{sum(one.kernels for one in outcomes)} kernels compiled, {time.perf_counter() - started:.1f} s"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

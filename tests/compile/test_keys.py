@@ -1,0 +1,164 @@
+"""A key changes with everything that can change a program, and with nothing else."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nanovllm import platforms
+from nanovllm.compile import keys
+from nanovllm.compile.keys import Key, describe, narrowed, program_key, source_digest
+from nanovllm.engine import artifacts
+from nanovllm.models import dense
+from nanovllm.models.config import ModelConfig
+
+CFG = ModelConfig(
+    architecture="Qwen3ForCausalLM", vocab_size=512, hidden_size=64, ffn_size=128, num_layers=2, num_heads=4,
+    num_kv_heads=2, head_dim=32, norm_eps=1e-6, max_position=512, inv_freq=(1.0,) * 16, rope_scale=1.0,
+    layer_windows=(0, 0), tied_embeddings=True,
+)  # fmt: skip
+COMMON = {"torch": "2.11", "passes": "a b", "platform device": "sm_90", "source kernels": "0"}
+
+
+def region(cfg: ModelConfig, window: int, x: Tensor, cache: Tensor) -> Tensor:
+    return x * cfg.norm_eps + cache[0, 0] + window
+
+
+def other_region(cfg: ModelConfig, window: int, x: Tensor, cache: Tensor) -> Tensor:
+    return x
+
+
+def key(
+    function: Callable[..., Any] = region,
+    cfg: ModelConfig = CFG,
+    window: int = 0,
+    x: Tensor | None = None,
+    num_blocks: int = 7,
+    **changes: str,
+) -> str:
+    common = {**COMMON, **changes}
+    inputs = {"x": torch.ones(3, 4) if x is None else x, "cache_CBKH": torch.ones(num_blocks, 4)}
+    return program_key(partial(function, cfg, window), inputs, varying=("CBKH",), common=common).digest
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"function": other_region},
+        {"window": 4096},
+        {"x": torch.ones(4, 4)},
+        {"x": torch.ones(3, 4, dtype=torch.bfloat16)},
+        {"x": torch.ones(4, 3).t()},
+        {"x": torch.ones(3, 4, device="meta")},
+        *({"cfg": replace(CFG, **{name: value})} for name, value in
+          {"num_heads": 8, "num_kv_heads": 4, "head_dim": 64, "norm_eps": 1e-5}.items()),
+        *({name: "another"} for name in COMMON),
+        {"a new ingredient": "1"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_changed_ingredient_is_another_key(change: dict[str, Any]) -> None:
+    assert key(**change) != key()
+
+
+IRRELEVANT = {
+    "architecture": "LlamaForCausalLM", "num_layers": 1, "layer_windows": (0, 9), "inv_freq": (2.0,) * 16,
+    "rope_scale": 2.0, "max_position": 9, "tied_embeddings": False, "qk_norm": True, "qkv_bias": True, "out_bias": True,
+    "mlp_bias": True, "vocab_size": 9, "hidden_size": 9, "ffn_size": 9, "dtype": torch.bfloat16,
+}  # fmt: skip
+
+
+def test_fields_that_no_region_reads_and_sizes_that_vary_are_in_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes, biases and dtype of the model count through the inputs, whose shapes they are."""
+    assert set(IRRELEVANT) | set(ModelConfig.GRAPH_FIELDS) == {field.name for field in fields(ModelConfig)}
+    for name, value in IRRELEVANT.items():
+        changes = {name: value, "num_layers": 1, "layer_windows": (0,)} if name == "num_layers" else {name: value}
+        assert key(cfg=replace(CFG, **changes)) == key(), name
+    assert key(num_blocks=99) == key()
+    for name in ("HOME", "PATH", "TMPDIR", "NANOVLLM_CACHE", "TORCHINDUCTOR_CACHE_DIR", "SOME_NOISE"):
+        monkeypatch.setenv(name, "/elsewhere")
+    assert key() == key()
+    assert Key({"a": "1", "b": "2"}).digest == Key({"b": "2", "a": "1"}).digest
+
+
+def test_a_region_that_reads_a_field_outside_its_key_fails_when_traced() -> None:
+    def reads_layers(cfg: ModelConfig, x: Tensor) -> Tensor:
+        return x * cfg.num_layers
+
+    with pytest.raises(AttributeError, match=r"ModelConfig\.num_layers, which is not in its GRAPH_FIELDS"):
+        narrowed(partial(reads_layers, CFG))(torch.ones(2))
+    qkv = narrowed(partial(lambda cfg, x: cfg.qkv_size, CFG))(torch.ones(2))
+    assert qkv == CFG.qkv_size  # a property of fields that are in the key
+
+
+def test_what_has_no_stable_description_is_refused() -> None:
+    with pytest.raises(TypeError, match="cannot be part of a key"):
+        describe(partial(region, CFG, object()))
+    bound = describe(partial(dense.layer, CFG, 0, 1))
+    assert bound[0] == "nanovllm.models.dense:layer" and bound[2:] == [0, 1]
+
+
+def test_differences_name_versions_before_shapes() -> None:
+    wanted = Key({"torch": "2.13", "input x": "float32[3]", "same": "1"})
+    lines = wanted.differences({"torch": "2.11", "input x": "float32[4]", "same": "1", "extra": "9"})
+    assert lines[0].startswith("extra: nothing is wanted") and lines[-1].startswith("input x: float32[3] is wanted")
+    assert "torch: 2.13 is wanted, 2.11 is there" in lines
+
+
+# Sources -----------------------------------------------------------------------------------------------------------
+
+
+def test_sources_count_by_name_and_content_only(tmp_path: Path) -> None:
+    first, second = tmp_path / "here", tmp_path / "there" / "deeper"
+    for folder in (first, second):
+        folder.mkdir(parents=True)
+        (folder / "a.py").write_text("x = 1\n")
+    digest = source_digest(first.glob("*.py"), first)
+    os.utime(second / "a.py", (1, 1))
+    assert source_digest(second.glob("*.py"), second) == digest
+    (second / "a.py").write_text("x = 2\n")
+    assert source_digest(second.glob("*.py"), second) != digest
+    shutil.move(first / "a.py", first / "b.py")
+    assert source_digest(first.glob("*.py"), first) != digest
+
+
+@pytest.mark.parametrize(
+    "file, counts",
+    [("trace.py", True), ("program.py", True), ("passes/inline_ops.py", True), ("lower/plan.py", True),
+     ("buckets.py", False), ("store.py", False), ("cache.py", False), ("report.py", False)],
+)  # fmt: skip
+def test_sources_of_what_makes_programs_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, counts: bool
+) -> None:
+    copy = tmp_path / "compile"
+    shutil.copytree(keys.ROOT, copy)
+    (copy / "report.py").touch()
+    monkeypatch.setattr(keys, "ROOT", copy)
+    before = keys.own_sources()
+    with (copy / file).open("a") as opened:
+        opened.write("# changed\n")
+    assert (keys.own_sources() != before) == counts
+
+
+def test_the_platform_and_its_passes_are_ingredients(monkeypatch: pytest.MonkeyPatch) -> None:
+    platform: Any = platforms.select("cpu")
+    before = artifacts.common_ingredients(platform, ["a", "b"])
+    assert artifacts.common_ingredients(platform, ["a", "b"]) == before
+    assert artifacts.common_ingredients(platform, ["b", "a"]) != before
+    assert {"torch", "python", "platform cpu", "source models", "source steps", "source platform"} <= set(before)
+    monkeypatch.setattr(platform, "fingerprint", lambda: {"cpu": "avx9"})
+    assert artifacts.common_ingredients(platform, ["a", "b"]) != before
+    monkeypatch.undo()
+    monkeypatch.setattr(torch, "__version__", "9.9")
+    assert artifacts.common_ingredients(platform, ["a", "b"])["torch"] == "9.9"
+    paths = [text for text in before.values() if str(Path.home()) in text or str(Path.cwd()) in text]
+    assert not paths
