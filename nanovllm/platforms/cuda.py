@@ -140,6 +140,9 @@ class CudaPlatform:
         # the pinned allocator keeps the buffer until the copy has run
         return torch.as_tensor(values, dtype=dtype).pin_memory().to(self.device, non_blocking=True)
 
+    def write(self, target: Tensor, values: Any) -> None:
+        target.copy_(torch.as_tensor(values, dtype=target.dtype).pin_memory(), non_blocking=True)
+
     def read_back(self, tensor: Tensor) -> HostCopy:
         return _PinnedCopy(tensor)
 
