@@ -73,6 +73,11 @@ linear = _define(
     lambda x, weight, bias, residual=None: x.new_empty((*x.shape[:-1], weight.shape[0])),
 )
 
+linear_ = _define(
+    "linear_(Tensor(a!) residual, Tensor x, Tensor weight, Tensor? bias) -> ()",
+    reference.linear_,
+    lambda residual, x, weight, bias: None,
+)
 fused_linear = _define(
     "fused_linear(Tensor x, Tensor? norm_weight, Tensor weight, Tensor? bias, Tensor? residual, float eps, bool silu_mul) "
     "-> Tensor",
@@ -109,6 +114,7 @@ __all__ = [
     "add_rms_norm",
     "fused_linear",
     "linear",
+    "linear_",
     "op_name",
     "paged_attention",
     "qk_norm_rope_store",

@@ -117,6 +117,11 @@ def linear(x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None, residual_TO: 
     return y_TO if residual_TO is None else y_TO + residual_TO
 
 
+def linear_(residual_TO: Tensor, x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> None:
+    """residual += x · weightᵀ + bias, in place."""
+    residual_TO.add_(linear(x_TD, weight_OD, bias_O))
+
+
 def _seen(query_pos: Tensor, key_pos: Tensor, window: int) -> Tensor:
     seen = key_pos <= query_pos
     return seen & (key_pos > query_pos - window) if window > 0 else seen

@@ -6,7 +6,7 @@ from torch import Tensor
 from nanovllm.kernels import ops
 from nanovllm.kernels.triton_attention_decode import paged_attention_decode
 from nanovllm.kernels.triton_attention_prefill import paged_attention_prefill
-from nanovllm.kernels.triton_linear import fused_linear, linear
+from nanovllm.kernels.triton_linear import fused_linear, linear_
 from nanovllm.kernels.triton_norm_act import add_rms_norm, rms_norm, silu_mul
 from nanovllm.kernels.triton_rope_store import qk_norm_rope_store, rope, store_kv
 from nanovllm.kernels.triton_sample import sample
@@ -46,7 +46,7 @@ def register() -> None:
                 "qk_norm_rope_store": qk_norm_rope_store,
                 "paged_attention": paged_attention,
                 "fused_linear": fused_linear,
-                "linear": linear,
+                "linear_": linear_,
                 "sample": sample,
             },
         )

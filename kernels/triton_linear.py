@@ -44,8 +44,12 @@ def fused_linear(
     return triton_linear_many.many_rows_linear(x_TD, weight_OD, bias_O, residual_TO, silu_mul)
 
 
-def linear(x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None, residual_TO: Tensor | None = None) -> Tensor:
-    """`reference.linear` by cuBLAS; the residual is added in the product's own last step where there is no bias."""
-    if residual_TO is None or bias_O is not None or x_TD.dim() != 2:
-        return reference.linear(x_TD, weight_OD, bias_O, residual_TO)
-    return torch.addmm(residual_TO, x_TD, weight_OD.t())
+def linear_(residual_TO: Tensor, x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> None:
+    """`reference.linear_` by cuBLAS, which adds in the product's own last step where there is no bias.
+
+    In place alone: torch's out-of-place `addmm` copies the residual first, 2 µs for 256 rows of 4096 and 32 for 8192.
+    """
+    if bias_O is not None or x_TD.dim() != 2:
+        reference.linear_(residual_TO, x_TD, weight_OD, bias_O)
+    else:
+        residual_TO.addmm_(x_TD, weight_OD.t())

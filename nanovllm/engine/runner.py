@@ -18,13 +18,14 @@ from nanovllm.compile.trace import tensors
 from nanovllm.engine import sampler
 from nanovllm.engine.batch import PrefillArrays, prefill_arrays
 from nanovllm.engine.filtered import FilteredSampler, LogprobCopies, copy_logprobs, needs_filtering
+from nanovllm.engine.recorded import DecodeStep, PrefillStep
 from nanovllm.engine.request import Request
 from nanovllm.engine.scheduler import Chunk, DecodePlan, Plan, PrefillPlan
 from nanovllm.engine.stall import StallBound
 from nanovllm.engine.state import SAMPLING_FIELDS, new_state
 from nanovllm.engine.steps import Steps
 from nanovllm.models.config import ModelConfig
-from nanovllm.models.dense import Batch, LayerCache, Params
+from nanovllm.models.dense import LayerCache, Params
 from nanovllm.models.rope import rotary_table
 from nanovllm.platforms import Platform
 from nanovllm.platforms.base import HostCopy, MemoryBudget, Replay
@@ -88,53 +89,6 @@ def _as_it_is(step: Callable[[], None]) -> Replay:
     return step
 
 
-class _DecodeStep:
-    """One decode bucket: static input and output, and the step recorded with and without the sampler."""
-
-    def __init__(
-        self,
-        steps: Steps,
-        device: torch.device,
-        record: Callable[[Callable[[], None]], Replay],
-        num_rows: int,
-        pad_row: int,
-    ) -> None:
-        self.row_idx_R = torch.full((num_rows,), pad_row, dtype=torch.int64, device=device)
-        self.token_R = torch.zeros(num_rows, dtype=torch.int64, device=device)
-        self.rows: list[int] = []  # what row_idx_R holds
-        self._steps, self._record = steps, record
-        self._logits_RV: Tensor | None = None
-        self._logits: Replay | None = None
-        self.replay = record(self.launch)
-
-    def logits(self) -> Tensor:
-        """Everything but the sampler. Recorded when first asked for; its programs are those of the whole step.
-
-        Where that is one program, it runs as it is, and what its sampler has advanced is put back.
-        """
-        if self._steps.whole:
-            state = self._steps.state
-            token_S, pos_S = state.token_S.clone(), state.pos_S.clone()
-            self.replay()
-            state.token_S.copy_(token_S)
-            state.pos_S.copy_(pos_S)
-        else:
-            self._logits = self._logits or self._record(self._without_sampler)
-            self._logits()
-        assert self._logits_RV is not None
-        return self._logits_RV
-
-    def launch(self) -> None:
-        """The whole step, op by op."""
-        token_R, logits_RV = self._steps.decode(self.row_idx_R)
-        self.token_R.copy_(token_R)
-        if self._steps.whole:
-            self._logits_RV = logits_RV
-
-    def _without_sampler(self) -> None:
-        self._logits_RV = self._steps.decode_logits(self.row_idx_R)
-
-
 class Runner:
     def __init__(
         self,
@@ -155,7 +109,8 @@ class Runner:
         self.cos_sin_MH = rotary_table(cfg.inv_freq, cfg.rope_scale, layout.max_model_len, platform.device)
         self.filtered = FilteredSampler(platform, self.state, cfg.vocab_size)
         self.graphs_bytes = 0  # device memory that recording the decode steps took
-        self._decode_steps: dict[int, _DecodeStep] = {}
+        self._decode_steps: dict[int, DecodeStep] = {}
+        self._prefill_steps: dict[int, PrefillStep] = {}
         # until the size of the cache is known; where it is a static size of the programs, nothing is built for this one
         first = Compiler(None) if platform.whole_steps else compiler
         self.steps = self._make_steps(2, first)
@@ -172,8 +127,7 @@ class Runner:
     def measure_budget(self, utilization: float) -> MemoryBudget:
         """What is left beside the weights and the largest prefill step, which is run once to see what it takes."""
         self.platform.reset_peak()
-        self._warm_prefill(self.layout.prefill_tokens[-1])
-        self.platform.synchronize()
+        self.run_bucket("prefill", self.layout.prefill_tokens[-1])
         return self.platform.memory_budget(utilization)
 
     def allocate_cache(self, num_blocks: int) -> None:
@@ -181,15 +135,15 @@ class Runner:
         self.steps = self._make_steps(num_blocks, self.compiler)
 
     def warm_up(self, progress: Callable[[str], object]) -> None:
-        """Build and run the programs of every bucket, capture the decode steps, and close the compiler."""
+        """Build, run and record the steps of every bucket, and close the compiler."""
         if not self.layout.pad:
             return
-        for num_tokens in reversed(self.layout.prefill_tokens):
-            progress(f"prefill {num_tokens}")
-            self._warm_prefill(num_tokens)
         self.platform.synchronize()
         used_bytes = self.platform.used_bytes()
-        # from the largest down: captured steps share one memory pool, and the first one sizes it
+        # from the largest down: recorded steps share one memory pool, and the first one sizes it
+        for num_tokens in reversed(self.layout.prefill_tokens):
+            progress(f"prefill {num_tokens}")
+            self._prefill_step(*self.layout.prefill_bucket(num_tokens, 1))
         for num_rows in reversed(self.layout.decode_rows):
             progress(f"decode {num_rows}")
             self._decode_step(num_rows)
@@ -198,13 +152,12 @@ class Runner:
         self.compiler.seal()
 
     def run_bucket(self, kind: str, size: int) -> None:
-        """Build and run the programs of one bucket, "prefill" tokens or "decode" rows, on padding, and capture nothing."""
-        if kind == "prefill":
-            self._warm_prefill(size)
-            return
-        row_idx_R = torch.full((size,), self.state.pad_row, dtype=torch.int64, device=self.platform.device)
+        """Build and run the programs of one bucket, "prefill" tokens or "decode" rows, on padding, and record nothing."""
         with torch.no_grad():
-            self.steps.decode(row_idx_R)
+            if kind == "prefill":
+                self._new_prefill_step(*self.layout.prefill_bucket(size, 1)).launch()
+            else:
+                self.steps.decode(torch.full((size,), self.state.pad_row, device=self.platform.device))
         self.platform.synchronize()
 
     def measure_stall(self, max_ms: float) -> StallBound:
@@ -222,11 +175,18 @@ class Runner:
         return bound
 
     def _prefill_ms(self, num_tokens: int, context: int = 0) -> float:
+        """A step of padding; with `context` its tokens are the last of so many, all in the padding block."""
         times = []
+        step = self._prefill_step(*self.layout.prefill_bucket(num_tokens, 1))
+        arrays = self._padding(step)
+        if context:
+            arrays.seq_len_R[0], arrays.q_start_S[1:] = context, num_tokens
+        step.fill(arrays)
         for _ in range(STALL_REPEATS):
             self.platform.synchronize()
             started = time.perf_counter()
-            self._warm_prefill(num_tokens, context)
+            with torch.no_grad():
+                step.replay()
             self.platform.synchronize()
             times.append(time.perf_counter() - started)
         return 1e3 * min(times)
@@ -247,9 +207,10 @@ class Runner:
     def close(self) -> None:
         """Forget everything that holds device memory; captured steps refer to themselves, so counting would not do."""
         self.platform.synchronize()
-        for step in self._decode_steps.values():
+        for step in (*self._decode_steps.values(), *self._prefill_steps.values()):
             step.__dict__.clear()
         self._decode_steps.clear()
+        self._prefill_steps.clear()
         for name in ("steps", "params", "state", "filtered", "cos_sin_MH", "compiler"):
             self.__dict__.pop(name, None)
         self.platform.release()
@@ -268,11 +229,11 @@ class Runner:
 
     # decode -----------------------------------------------------------------------------------------------------
 
-    def _decode_step(self, num_rows: int) -> _DecodeStep:
+    def _decode_step(self, num_rows: int) -> DecodeStep:
         step = self._decode_steps.get(num_rows)
         if step is None:
             with torch.no_grad():
-                step = _DecodeStep(self.steps, self.platform.device, self._record, num_rows, self.state.pad_row)
+                step = DecodeStep(self.steps, self.platform, self._record, num_rows)
             self._decode_steps[num_rows] = step
         return step
 
@@ -313,30 +274,53 @@ class Runner:
             pad_row=self.state.pad_row,
         )
         self._admit(chunks, arrays)
-        h_TD, sample_row_R, last_R = self._run_prefill(arrays)
-        prompt_logprobs = self._prompt_logprobs(chunks, arrays, h_TD)
-        logits_RV = self.steps.logits_at(h_TD, last_R)
-        logprobs = None
-        if any(chunk.is_last and needs_filtering(chunk.request) for chunk in chunks):
-            requests = [chunk.request for chunk in chunks]
-            token_R, logprobs = self.filtered.sample(requests, sample_row_R, logits_RV)
+        step = self._prefill_step(num_tokens, num_rows)
+        step.fill(arrays)
+        prompt_logprobs: list[PromptLogprobs] = []
+        logprobs, token_R = None, step.token_R
+        filters = any(chunk.is_last and needs_filtering(chunk.request) for chunk in chunks)
+        if not filters and not any(chunk.request.needs_prompt_logits for chunk in chunks):
+            step.replay()
         else:
-            token_R = self.steps.sample(sample_row_R, logits_RV)
+            h_TD = step.hidden()
+            prompt_logprobs = self._prompt_logprobs(chunks, arrays, h_TD)
+            logits_RV = self.steps.logits_at(h_TD, step.last_R)
+            if filters:
+                requests = [chunk.request for chunk in chunks]
+                token_R, logprobs = self.filtered.sample(requests, step.sample_row_R, logits_RV)
+            else:
+                token_R = self.steps.sample(step.sample_row_R, logits_RV)
         sampled = [row for row, chunk in enumerate(chunks) if chunk.is_last]
         tokens = self.platform.read_back(token_R)
         return Launched([chunks[row].request for row in sampled], sampled, tokens, logprobs, prompt_logprobs)
 
-    def _run_prefill(self, arrays: PrefillArrays) -> tuple[Tensor, Tensor, Tensor]:
-        upload = self.platform.upload
-        batch = Batch(
-            pos_T=upload(arrays.pos_T, torch.int64),
-            slot_T=upload(arrays.slot_T, torch.int64),
-            block_table_RP=upload(arrays.block_table_RP, torch.int32),
-            seq_len_R=upload(arrays.seq_len_R, torch.int32),
-            q_start_S=upload(arrays.q_start_S, torch.int32),
+    def _prefill_step(self, num_tokens: int, num_rows: int) -> PrefillStep:
+        step = self._prefill_steps.get(num_tokens)
+        if step is None:
+            step = self._new_prefill_step(num_tokens, num_rows)
+            if self.layout.pad:  # else every step has a size of its own
+                # lengths that the host must tell are told for decode steps alone
+                record = _as_it_is if self.platform.wants_lengths else self._record
+                with torch.no_grad():
+                    step.record(record)
+                self._prefill_steps[num_tokens] = step
+        return step
+
+    def _new_prefill_step(self, num_tokens: int, num_rows: int) -> PrefillStep:
+        """A step that holds padding: it touches no block of a request."""
+        step = PrefillStep(self.steps, self.platform, num_tokens, num_rows, self.layout.blocks_per_row)
+        step.fill(self._padding(step))
+        return step
+
+    def _padding(self, step: PrefillStep) -> PrefillArrays:
+        return prefill_arrays(
+            [],
+            num_tokens=step.token_T.shape[0],
+            num_rows=step.token_R.shape[0],
+            block_size=self.layout.block_size,
+            blocks_per_row=self.layout.blocks_per_row,
+            pad_row=self.state.pad_row,
         )
-        h_TD = self.steps.prefill(upload(arrays.token_T, torch.int64), batch)
-        return h_TD, upload(arrays.sample_row_R, torch.int64), upload(arrays.last_R, torch.int64)
 
     def _admit(self, chunks: Sequence[Chunk], arrays: PrefillArrays) -> None:
         """Write what the device must know of each request into its row: all that decode steps do not derive."""
@@ -370,22 +354,3 @@ class Runner:
                 values = sampler.logprobs(logits_RV, token_R, num_top)
                 found.append(PromptLogprobs(request, first, size, copy_logprobs(self.platform, values)))
         return found
-
-    def _warm_prefill(self, num_tokens: int, context: int = 0) -> None:
-        """A prefill step of padding alone: it builds the bucket's programs and touches no block of a request.
-        With `context` its first `num_tokens` tokens are the last of so many, all in the padding block."""
-        num_real = num_tokens
-        num_tokens, num_rows = self.layout.prefill_bucket(num_tokens, 1)
-        arrays = prefill_arrays(
-            [],
-            num_tokens=num_tokens,
-            num_rows=num_rows,
-            block_size=self.layout.block_size,
-            blocks_per_row=self.layout.blocks_per_row,
-            pad_row=self.state.pad_row,
-        )
-        if context:
-            arrays.seq_len_R[0], arrays.q_start_S[1:] = context, num_real
-        with torch.no_grad():
-            h_TD, sample_row_R, last_R = self._run_prefill(arrays)
-            self.steps.sample(sample_row_R, self.steps.logits_at(h_TD, last_R))

@@ -67,11 +67,15 @@ class Steps:
 
         `layer_windows` are those of `cfg` where a program must not read them there.
         """
-        self.layer_windows = cfg.layer_windows if layer_windows is None else layer_windows
+        self._layer_windows = layer_windows
         self.model, self.cfg, self.params, self.caches = model, cfg, params, caches
         self.whole = whole
         self.cos_sin_MH, self.state, self.compiler = cos_sin_MH, state, compiler
         self.block_size = caches[0].k_CBKH.shape[1]
+
+    @property
+    def layer_windows(self) -> tuple[int, ...]:
+        return self.cfg.layer_windows if self._layer_windows is None else self._layer_windows
 
     def decode_logits(self, row_idx_R: Tensor) -> Tensor:
         """Feed each row's newest token; returns the logits [R, V] of what follows it."""

@@ -119,6 +119,10 @@ class Platform(Protocol):
         """Host numbers to the device without waiting."""
         ...
 
+    def write(self, target: Tensor, values: Any) -> None:
+        """Copy host numbers of the same shape over a device tensor without waiting."""
+        ...
+
     def read_back(self, tensor: Tensor) -> HostCopy: ...
 
     def memory_budget(self, utilization: float) -> MemoryBudget:

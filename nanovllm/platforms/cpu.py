@@ -101,6 +101,9 @@ class CpuPlatform:
     def upload(self, values: Any, dtype: torch.dtype) -> Tensor:
         return torch.as_tensor(values, dtype=dtype)
 
+    def write(self, target: Tensor, values: Any) -> None:
+        target.copy_(torch.as_tensor(values, dtype=target.dtype))
+
     def read_back(self, tensor: Tensor) -> HostCopy:
         return tensor.clone()
 

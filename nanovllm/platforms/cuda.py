@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.compile.lower import inductor
+from nanovllm.compile.passes.add_in_place import add_in_place
 from nanovllm.compile.passes.fuse_add_norm import fuse_add_norm
 from nanovllm.compile.passes.fuse_linear import fuse_linear
 from nanovllm.compile.passes.fuse_rope_store import fuse_rope_store
@@ -28,7 +29,7 @@ KERNEL_OPS = frozenset(
         "advance",
         "decode_inputs",
         "fused_linear",
-        "linear",
+        "linear_",
         "paged_attention",
         "qk_norm_rope_store",
         "rms_norm",
@@ -96,6 +97,7 @@ class CudaPlatform:
             ("fuse_rope_store", fuse_rope_store),
             ("fuse_linear", partial(fuse_linear, max_rows=triton_linear.max_rows)),
             ("fuse_add_norm", fuse_add_norm),
+            ("add_in_place", add_in_place),
             ("inline_ops", partial(inline_ops, keep=lambda name, node: name in KERNEL_OPS)),
         )
 
@@ -144,6 +146,9 @@ class CudaPlatform:
     def upload(self, values: Any, dtype: torch.dtype) -> Tensor:
         # the pinned allocator keeps the buffer until the copy has run
         return torch.as_tensor(values, dtype=dtype).pin_memory().to(self.device, non_blocking=True)
+
+    def write(self, target: Tensor, values: Any) -> None:
+        target.copy_(torch.as_tensor(values, dtype=target.dtype).pin_memory(), non_blocking=True)
 
     def read_back(self, tensor: Tensor) -> HostCopy:
         return _PinnedCopy(tensor)

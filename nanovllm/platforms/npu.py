@@ -41,9 +41,10 @@ CANN_LIBRARIES = (
 # Names of weights among the inputs of a step's graph (see engine/steps.py): their memory never moves.
 FROZEN_INPUTS = ("params", "embed_VD", "final_norm_D", "head_VD", "cos_sin_MH")
 
-# torch_npu's limits on captured graphs: one FX graph may be captured for this many sizes.
+# Every captured graph holds streams of the device, of which there are some two thousand. What a device bears has not been
+# tried; torchair captures one graph for at most this many sizes by itself.
 MAX_CAPTURED_SIZES = 64
-MAX_ROWS = 65535  # the batch axis of fused_infer_attention_score
+MAX_ROWS = 65536  # the batch axis of fused_infer_attention_score
 
 
 def load_torch_npu() -> None:
@@ -187,6 +188,9 @@ class NpuPlatform:
 
     def upload(self, values: Any, dtype: torch.dtype) -> Tensor:
         return torch.as_tensor(values, dtype=dtype).pin_memory().to(self.device, non_blocking=True)
+
+    def write(self, target: Tensor, values: Any) -> None:
+        target.copy_(torch.as_tensor(values, dtype=target.dtype).pin_memory(), non_blocking=True)
 
     def read_back(self, tensor: Tensor) -> HostCopy:
         return _PinnedCopy(tensor)

@@ -17,6 +17,7 @@ import torch
 from nanovllm import LLM, EngineConfig
 from nanovllm.compile.program import CompileRequired
 from nanovllm.engine import workers
+from nanovllm.platforms.cpu import CpuPlatform
 from tests.conftest import save_tiny
 
 ROOT = Path(__file__).parents[2]
@@ -220,3 +221,30 @@ def test_a_worker_that_fails_is_reported_with_what_it_said(tmp_path: Path, tiny_
     with pytest.raises(workers.WorkerFailed, match="Error"):
         helpers.wait(lambda outcome: None)
     helpers.close()
+
+
+def test_a_cold_start_with_workers_builds_nothing_itself(
+    filled: tuple[Path, dict[str, Any]], tiny_qwen3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on devices whose kernels take long to compile: other processes fill the store while this one reads weights."""
+    folder = tmp_path / "store"
+    folder.mkdir(mode=0o700)
+    shutil.copytree(filled[0] / "cpp", folder / "cpp")
+    asked: list[tuple[int, int]] = []
+
+    def two(self: Any, bytes_each: int, bytes_own: int) -> int:
+        asked.append((bytes_each, bytes_own))
+        return 2
+
+    monkeypatch.setattr(CpuPlatform, "compile_workers", two)
+    for num_starts in (1, 2):
+        llm = LLM(str(tiny_qwen3), **OPTIONS, compile_cache=folder)
+        compiler = llm.engine.runner.compiler
+        assert (compiler.num_compiled, compiler.num_loaded) == (0, filled[1]["compiled"])
+        assert len(asked) == num_starts
+    assert asked[0][0] > 1 << 30
+    # the second start found everything, and started nobody
+    calls: list[Any] = []
+    monkeypatch.setattr(workers, "_start", lambda: calls.append(1))
+    LLM(str(tiny_qwen3), **OPTIONS, compile_cache=folder)
+    assert not calls

@@ -23,8 +23,8 @@ from nanovllm.platforms.npu import CANN_LIBRARIES
         ({"kvcache_block_size": 64}, "kvcache_block_size is 64: on an NPU it must be a multiple of 128, at most 512"),
         ({"kvcache_block_size": 640}, "kvcache_block_size is 640: on an NPU it must be a multiple of 128, at most 512"),
         (
-            {"graph_batch_sizes": [16, 65536]},
-            "graph_batch_sizes holds 65536: attention on an NPU takes at most 65535 rows",
+            {"graph_batch_sizes": [16, 65537]},
+            "graph_batch_sizes holds 65537: attention on an NPU takes at most 65536 rows",
         ),
         (
             {"graph_batch_sizes": range(1, 67), "npu_graph_mode": "aclgraph"},

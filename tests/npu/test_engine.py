@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from nanovllm import LLM, SamplingParams
+from nanovllm import LLM, SamplingParams, platforms
 from tests.npu.conftest import SIZES, answers
 from tests.npu.ge import Ge
 from tests.npu.host import Host, host_view
@@ -95,6 +95,10 @@ def test_nan_in_the_padding_block_reaches_no_row(npu_llm: LLM, cpu_answers: Call
         for tensor in cache:
             host_view(tensor)[0].fill_(float("nan"))
     assert answers(npu_llm) == cpu_answers()
+
+
+def test_auto_takes_the_npu_that_is_there() -> None:
+    assert platforms.select("auto").device == torch.device("npu", 0)
 
 
 def test_two_engines_in_one_process(npu_llm: LLM, cpu_answers: Callable[..., Any]) -> None:

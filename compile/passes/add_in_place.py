@@ -1,0 +1,31 @@
+"""linear + residual, where nobody reads the residual any more, becomes a product that adds onto it in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.fx import GraphModule
+
+from nanovllm.kernels import ops
+
+
+def add_in_place(graph: GraphModule, fakes: Sequence[Tensor]) -> GraphModule:
+    """Turn every `linear` with a residual that it is the last to read, and that is no input of the region, into `linear_`."""
+    for linear in [node for node in graph.graph.nodes if node.target is ops.linear]:
+        x, weight, bias, residual = (*linear.args, None)[:4]
+        if residual is None or residual.op == "placeholder" or _is_view(residual):
+            continue
+        others = [user for user in residual.users if user is not linear]
+        if x is not residual and all(user < linear and not _is_view(user) for user in others):
+            with graph.graph.inserting_before(linear):
+                graph.graph.call_function(ops.linear_, (residual, x, weight, bias))
+            linear.replace_all_uses_with(residual)
+            graph.graph.erase_node(linear)
+    graph.recompile()
+    return graph
+
+
+def _is_view(node: Any) -> bool:
+    return bool(getattr(node.target, "is_view", False))
