@@ -6,13 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+# Whatever a tokenizer may consist of, in any of transformers' layouts; the first four are enough to have one.
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.jinja",
+)  # fmt: skip
 REPLACEMENT = "\ufffd"  # what a decoder shows for the first bytes of an unfinished character
 
 
 def load_tokenizer(folder: Path) -> Any | None:
     """The checkpoint's tokenizer, or None where it has none (token ids still work then)."""
-    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-    if not any((folder / name).is_file() for name in names):
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES[:4]):
         return None
     from transformers import AutoTokenizer
 

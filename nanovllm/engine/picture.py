@@ -69,7 +69,7 @@ def draw(config: EngineConfig, kind: str, size: int, context: int, batch_sizes: 
         for name, (program, inputs) in recorded.items():
             regions[name].calls = _measured(runner, program, inputs, seconds)
             regions[name].lowering = "plan" if isinstance(program.run, Plan) else "Inductor"
-    cfg = startup.read_model_config(hub.resolve(config.model, weights=False), config, runner.platform)[1]
+    cfg = startup.read_model_config(hub.resolve(config.model, weights=False), config, runner.platform, None)[1]
     for window, count in Counter(cfg.layer_windows).items():
         for name in recorded:
             if name.startswith("layer_") and name.endswith(f"_window{window}"):

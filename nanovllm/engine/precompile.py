@@ -32,9 +32,9 @@ def fill(config: EngineConfig, count: int, progress: Callable[[Outcome, int], ob
     """
     platform = startup.select_platform(config)
     folder = hub.resolve(config.model, weights=False)
-    _, cfg, _ = startup.read_model_config(folder, config, platform)
-    layout = startup.make_layout(config, cfg, platform)
     store = artifacts.open_store(config, env.read(), must_keep=True)
+    _, cfg, _ = startup.read_model_config(folder, config, platform, store)
+    layout = startup.make_layout(config, cfg, platform)
     platform.prepare(store.folder / "cpp", env.read().cxx)  # the libraries once, not in every process
     buckets = buckets_of(layout)
     workers = Workers(config, buckets, count)
@@ -59,8 +59,8 @@ def small_runner(config: EngineConfig, compiler_options: dict[str, Any] | None =
     """
     environment = env.read()
     platform = startup.select_platform(config)
-    model, cfg, _ = startup.read_model_config(hub.resolve(config.model, weights=False), config, platform)
     store = artifacts.open_store(config, environment)
+    model, cfg, _ = startup.read_model_config(hub.resolve(config.model, weights=False), config, platform, store)
     platform.prepare(store.folder / "cpp", environment.cxx)
     layout = startup.make_layout(config, cfg, platform)
     small = cfg if platform.whole_steps else small_model(cfg)
@@ -81,7 +81,10 @@ def _work() -> None:
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else prints, prints to stderr
     log.configure()
-    config = EngineConfig(**json.loads(sys.stdin.readline()))
+    job = sys.stdin.readline()
+    if not job:
+        return  # started early, and not needed
+    config = EngineConfig(**json.loads(job))
     runner = small_runner(config)
     for line in sys.stdin:
         bucket: Bucket = tuple(json.loads(line))

@@ -24,6 +24,7 @@ from nanovllm.compile.store import Store
 from nanovllm.config import EngineConfig
 from nanovllm.engine import artifacts, workers
 from nanovllm.engine.memory import MemoryReport
+from nanovllm.engine.readings import read_config, read_tokenizer
 from nanovllm.engine.runner import Layout, Runner
 from nanovllm.engine.stall import StallBound
 from nanovllm.engine.workers import WorkerFailed, Workers
@@ -31,7 +32,6 @@ from nanovllm.models import registry, weights
 from nanovllm.models.config import ModelConfig
 from nanovllm.platforms import Platform
 from nanovllm.platforms.base import MemoryBudget
-from nanovllm.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -52,14 +52,21 @@ class Loaded:
 
 def load(config: EngineConfig) -> Loaded:
     """Everything between the options and the first step, with a progress bar over layers and buckets."""
+    with ExitStack() as stack:
+        return _load(config, stack)
+
+
+def _load(config: EngineConfig, stack: ExitStack) -> Loaded:
     laps = Laps()
     environment = env.read()
     platform = select_platform(config)
     laps.end("device")
     folder = hub.resolve(config.model, weights=not config.random_weights)
-    model, cfg, hf = read_model_config(folder, config, platform)
-    laps.end("config")
     store = artifacts.open_store(config, environment)
+    early = _early_processes(config, store, platform)
+    stack.callback(workers.end, early)
+    model, cfg, hf = read_model_config(folder, config, platform, store)
+    laps.end("config")
     platform.prepare(store.folder / "cpp", environment.cxx, may_compile=config.compile_cache_mode == "auto")
     num_kernels = len(platform.kernels_compiled())
     layout = make_layout(config, cfg, platform)
@@ -69,54 +76,54 @@ def load(config: EngineConfig) -> Loaded:
         logger.warning(problem)
     laps.end("kernels")
     num_programs = len(layout.prefill_tokens) + len(layout.decode_rows) if layout.pad else 0
-    with ExitStack() as stack:
-        # beside the weights, which are not read by Python
-        tokenizer = stack.enter_context(ThreadPoolExecutor(1)).submit(load_tokenizer, folder)
-        helpers = _cold_start_workers(model, cfg, config, layout, store, platform)
-        if helpers is not None:
-            stack.callback(helpers.close)
-        total = cfg.num_layers + num_programs
-        bar = stack.enter_context(tqdm(total=total, desc="loading weights", dynamic_ncols=True, leave=False))
-        if config.random_weights:
-            params = weights.random(model, cfg, platform.device, config.seed, bar.update)
-        else:
-            params = weights.load(model, cfg, folder, platform.device, bar.update)
-        platform.synchronize()
-        laps.end("weights")
-        tokenizer.result()
-        laps.end("tokenizer")
-        if helpers is not None:
-            bar.set_description("compiling kernels")
-            _wait(helpers)  # they also take memory, which the cache's size must not miss
-            laps.end("compile")
+    # beside the weights, which are not read by Python
+    tokenizer = stack.enter_context(ThreadPoolExecutor(1)).submit(read_tokenizer, folder, store)
+    helpers = _cold_start_workers(model, cfg, config, layout, store, platform, early)
+    if helpers is not None:
+        stack.callback(helpers.close)
+    total = cfg.num_layers + num_programs
+    bar = stack.enter_context(tqdm(total=total, desc="loading weights", dynamic_ncols=True, leave=False))
+    if config.random_weights:
+        params = weights.random(model, cfg, platform.device, config.seed, bar.update)
+    else:
+        params = weights.load(model, cfg, folder, platform.device, bar.update)
+    platform.synchronize()
+    laps.end("weights")
+    tokenizer.result()
+    laps.end("tokenizer")
+    if helpers is not None:
+        bar.set_description("compiling kernels")
+        _wait(helpers)  # they also take memory, which the cache's size must not miss
+        laps.end("compile")
 
-        stage = "cache"
-        bar.set_description("sizing the cache")
+    stage = "cache"
+    bar.set_description("sizing the cache")
 
-        def building(what: str) -> None:
-            nonlocal stage
-            laps.end(stage)
-            stage = what.partition(" ")[0]
-            bar.set_description(f"building {what}")
-            bar.update()
-
-        def new_runner(layout: Layout) -> Runner:
-            # a layout for shorter requests can mean another rotary table
-            fitted = model.config(hf, dtype=cfg.dtype, max_model_len=layout.max_model_len)
-            compiler = make_compiler(config, platform, environment, store)
-            return Runner(model, fitted, params, layout, platform, compiler, capture=config.capture)
-
-        fitting, num_blocks, budget, runner = with_cache(config, layout, cfg, new_runner, platform)
-        runner.warm_up(building)
+    def building(what: str) -> None:
+        nonlocal stage
         laps.end(stage)
-        max_stall_ms = platform.max_stall_ms if config.max_stall_ms is None else config.max_stall_ms
-        stall = runner.measure_stall(max_stall_ms) if math.isfinite(max_stall_ms) else None
-        laps.end("stall")
+        stage = what.partition(" ")[0]
+        bar.set_description(f"building {what}")
+        bar.update()
+
+    def new_runner(layout: Layout) -> Runner:
+        # a layout for shorter requests can mean another rotary table
+        fitted = model.config(hf, dtype=cfg.dtype, max_model_len=layout.max_model_len)
+        compiler = make_compiler(config, platform, environment, store)
+        return Runner(model, fitted, params, layout, platform, compiler, capture=config.capture)
+
+    fitting, num_blocks, budget, runner = with_cache(config, layout, cfg, new_runner, platform)
+    runner.warm_up(building)
+    laps.end(stage)
+    max_stall_ms = platform.max_stall_ms if config.max_stall_ms is None else config.max_stall_ms
+    stall = runner.measure_stall(max_stall_ms) if math.isfinite(max_stall_ms) else None
+    laps.end("stall")
     if not config.enforce_eager:
         made = platform.kernels_compiled()[num_kernels:]
         # the layout as it was asked for, since the next start asks for that as well
         artifacts.finish(store, platform, config, cfg, layout, made)
         laps.end("seal")
+    bar.close()
     logger.info(
         "%s on %s in %s: %d layers, %d cache blocks of %d tokens, %s, ready in %.1f s",
         cfg.architecture, platform.device, str(cfg.dtype).removeprefix("torch."), cfg.num_layers, num_blocks,
@@ -149,16 +156,33 @@ class Laps:
         self._last = now
 
 
+def _early_processes(config: EngineConfig, store: Store, platform: Platform) -> list[workers.Process]:
+    """Processes that will compile, started before anything is known of the model, where the store is quite empty: they
+    import what they need while this process reads the config."""
+    if config.enforce_eager or config.compile_cache_mode != "auto" or any(store.entries()):
+        return []
+    return [workers.start() for _ in range(platform.compile_workers(0, 0))]
+
+
 def _cold_start_workers(
-    model: ModuleType, cfg: ModelConfig, config: EngineConfig, layout: Layout, store: Store, platform: Platform
+    model: ModuleType,
+    cfg: ModelConfig,
+    config: EngineConfig,
+    layout: Layout,
+    store: Store,
+    platform: Platform,
+    early: list[workers.Process],
 ) -> Workers | None:
     """Processes that compile while this one reads weights, where compiling takes long and nobody has done it yet."""
-    if config.enforce_eager or config.compile_cache_mode != "auto" or platform.lowering()[0] is None:
-        return None
+    may_compile = (
+        not config.enforce_eager and config.compile_cache_mode == "auto" and platform.lowering()[0] is not None
+    )
     count = platform.compile_workers(workers.bytes_of_one(model, cfg, layout), cfg.weight_bytes)
-    if count < 2 or artifacts.is_ready(store, platform, config, cfg, layout):
+    if not may_compile or count < 2 or artifacts.is_ready(store, platform, config, cfg, layout):
+        workers.end(early)
         return None
-    return Workers(config, workers.buckets_of(layout), count)
+    workers.end(early[count:])
+    return Workers(config, workers.buckets_of(layout), count, early[:count])
 
 
 def _wait(helpers: Workers) -> None:
@@ -183,11 +207,11 @@ def select_platform(config: EngineConfig) -> Platform:
     )
 
 
-def read_model_config(folder: Path, config: EngineConfig, platform: Platform) -> tuple[ModuleType, ModelConfig, Any]:
-    """The model file, its config and transformers' config for a checkpoint folder."""
-    from transformers import AutoConfig
-
-    hf = AutoConfig.from_pretrained(folder)
+def read_model_config(
+    folder: Path, config: EngineConfig, platform: Platform, store: Store | None
+) -> tuple[ModuleType, ModelConfig, Any]:
+    """The model file, its config, and transformers' config for a checkpoint folder or what the store keeps of it."""
+    hf = read_config(folder, store)
     model = registry.architecture(hf.architectures)
     return (
         model,

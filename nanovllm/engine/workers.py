@@ -17,6 +17,7 @@ from nanovllm.config import EngineConfig
 from nanovllm.engine.runner import Layout
 from nanovllm.models.config import ModelConfig
 
+Process = subprocess.Popen[str]
 Bucket = tuple[str, int]  # ("prefill", tokens) or ("decode", rows)
 
 
@@ -44,13 +45,18 @@ def buckets_of(layout: Layout) -> list[Bucket]:
 class Workers:
     """Processes that build buckets; started at once, so that the caller can do something else meanwhile."""
 
-    def __init__(self, config: EngineConfig, buckets: Sequence[Bucket], count: int) -> None:
+    def __init__(
+        self, config: EngineConfig, buckets: Sequence[Bucket], count: int, started: Sequence[Process] = ()
+    ) -> None:
+        """`count` processes, those already `started` among them."""
         self._waiting: queue.SimpleQueue[Bucket] = queue.SimpleQueue()
         for bucket in buckets:
             self._waiting.put(bucket)
         self._done: queue.SimpleQueue[Outcome | WorkerFailed | None] = queue.SimpleQueue()
         job = json.dumps({**asdict(config), "compile_cache": config.compile_cache and str(config.compile_cache)})
-        self._processes = [_start() for _ in range(min(count, len(buckets)))]
+        count = min(count, len(buckets))
+        self._processes = [*started[:count], *(start() for _ in range(count - len(started)))]
+        end(started[count:])
         self._threads = [
             threading.Thread(target=self._feed, args=(process, job), daemon=True) for process in self._processes
         ]
@@ -77,10 +83,9 @@ class Workers:
 
     def close(self) -> None:
         """End processes that still run."""
-        for process in self._processes:
-            process.kill()
+        end(self._processes)
 
-    def _feed(self, process: subprocess.Popen[str], job: str) -> None:
+    def _feed(self, process: Process, job: str) -> None:
         assert process.stdin is not None and process.stdout is not None and process.stderr is not None
         said: list[str] = []
         listener = threading.Thread(target=lambda: said.extend(process.stderr or ()), daemon=True)
@@ -110,10 +115,16 @@ class Workers:
             self._done.put(None)
 
 
-def _start() -> subprocess.Popen[str]:
+def start() -> Process:
+    """A process that imports what it needs and waits for its first line."""
     pipe = subprocess.PIPE
     command = [sys.executable, "-m", "nanovllm.engine.precompile"]
     return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=env.for_children())
+
+
+def end(processes: Sequence[Process]) -> None:
+    for process in processes:
+        process.kill()
 
 
 def bytes_of_one(model: ModuleType, cfg: ModelConfig, layout: Layout) -> int:

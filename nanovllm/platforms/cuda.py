@@ -39,7 +39,7 @@ KERNEL_OPS = frozenset(
     }
 )
 
-MAX_WORKERS = 8  # processes of a cold start
+MAX_WORKERS = 14  # processes of a cold start
 
 
 class _PinnedCopy:
@@ -115,7 +115,8 @@ class CudaPlatform:
     def compile_workers(self, bytes_each: int, bytes_own: int) -> int:
         # Triton compiles a kernel in 0.3 to 1 s on one core, and there are a hundred; a process starts in 3 s
         free_bytes, _ = torch.cuda.mem_get_info(self.device)
-        return max(0, min(MAX_WORKERS, (os.cpu_count() or 1) // 2, (free_bytes - bytes_own) // bytes_each))
+        fitting = (free_bytes - bytes_own) // max(bytes_each, 1 << 30)
+        return max(0, min(MAX_WORKERS, (os.cpu_count() or 1) - 2, fitting))
 
     def kernels_compiled(self) -> list[str]:
         from nanovllm.kernels import triton_build
