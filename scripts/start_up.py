@@ -1,7 +1,7 @@
 """From process start to first token, in fresh processes: with an empty store, with a full one, and with another checkpoint.
 
 python scripts/start_up.py --shape Qwen3-0.6B            # random weights in a temporary folder
-python scripts/start_up.py --shape tiny --device cpu     # the embedded model's shape
+python scripts/start_up.py --shape tiny --device cpu --max-model-len 2048     # the embedded model's shape
 python scripts/start_up.py --model DIR [--other DIR]     # checkpoints that are there
 
 Prints one line per start and, last, JSON: seconds in total and by part. "python" is the interpreter and this script;

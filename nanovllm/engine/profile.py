@@ -1,4 +1,5 @@
-"""How busy the device is while it decodes: kernels from the profiler's trace, bytes from the ops that launch them.
+"""How busy the device is while it works through prompts, and while it decodes: kernels from the profiler's trace, bytes
+from the ops that launch them.
 
 A captured step replays without any op, so a trace of it has names and times only. The same step launched op by op shows
 which op launches which kernel, and how many bytes that op must move.
@@ -21,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from nanovllm.engine.engine import LLMEngine
 from nanovllm.engine.request import Request
+from nanovllm.engine.scheduler import Scheduler
 from nanovllm.sampling import SamplingParams
 
 DEVICE_WORK = ("kernel", "gpu_memcpy", "gpu_memset")  # what the trace calls work on the device
@@ -52,10 +54,11 @@ def profile_decode(
     bandwidth: float,
     num_steps: int = 8,
 ) -> list[dict[str, Any]]:
-    """Run a workload and profile windows of `num_steps` decode steps in it, once all prompts are prefilled.
+    """Run a workload and profile its first steps, which are prompts', and windows of `num_steps` decode steps later on.
 
     `activities` are those of the device, `bandwidth` its bytes per second. Writes trace_bs{rows}.json.gz (Chrome's
-    format) and kernels_bs{rows}.json for each window into `folder`; returns what the latter hold.
+    format) and kernels_bs{rows}.json for each window into `folder`, for the prompts with "prefill" in place of "bs{rows}";
+    returns what the latter hold.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with profile(activities=activities):  # the first start takes seconds
@@ -64,6 +67,7 @@ def profile_decode(
     targets: list[int] | None = None
     ids = [engine.add_request(prompt, one, incremental=False) for prompt, one in zip(prompts, params)]
     try:
+        reports.append(_prompts(engine, sum(map(len, prompts)), folder, activities, bandwidth))
         while engine.has_unfinished and targets != []:
             rows = steady_rows(engine, num_steps)
             if targets is None and rows:
@@ -76,6 +80,35 @@ def profile_decode(
     finally:
         engine.abort_all(ids)
     return reports
+
+
+def _prompts(
+    engine: LLMEngine, num_tokens: int, folder: Path, activities: Sequence[ProfilerActivity], bandwidth: float
+) -> dict[str, Any]:
+    """The steps until no prompt is left that could run now; no bytes, since their kernels are not known op by op."""
+    trace, num_steps = folder / "trace_prefill.json.gz", 0
+    scheduler = engine.scheduler
+    with profile(activities=activities) as recorded:
+        started = time.perf_counter()
+        while _has_prompts(scheduler):
+            engine.step()
+            num_steps += 1
+        engine.runner.platform.synchronize()
+        wall_us = (time.perf_counter() - started) * 1e6
+    recorded.export_chrome_trace(str(trace))
+    report = {
+        "prompt_tokens": num_tokens,
+        "wall_us": round(wall_us / num_steps, 1),
+        **kernel_table(read_kernels(_events(trace)), [], num_steps, bandwidth),
+    }
+    (folder / "kernels_prefill.json").write_text(json.dumps(report, indent=1))
+    return report
+
+
+def _has_prompts(scheduler: Scheduler) -> bool:
+    if scheduler.waiting and len(scheduler.running) < scheduler.max_num_seqs:
+        return True
+    return not all(request.is_decoding for request in scheduler.running)
 
 
 def steady_rows(engine: LLMEngine, num_steps: int) -> list[Request]:
@@ -283,9 +316,13 @@ def short_name(name: str) -> str:
 
 def as_text(report: dict[str, Any]) -> str:
     """One window as a table to read."""
+    what = (
+        f"prompts of {report['prompt_tokens']} tokens"
+        if "prompt_tokens" in report
+        else (f"{report['rows']} rows (bucket {report['bucket']}), {report['context_tokens']} tokens of context")
+    )
     lines = [
-        f"{report['rows']} rows (bucket {report['bucket']}), {report['context_tokens']} tokens of context, "
-        f"{report['steps']} steps: {report['wall_us']} µs a step by the clock, {report['span_us']} on the device, "
+        f"{what}, {report['steps']} steps: {report['wall_us']} µs a step by the clock, {report['span_us']} on the device, "
         f"busy {report['busy_share']:.1%} of it, largest gap {report['largest_gap_us']} µs; "
         f"{report['bytes'] / 1e6:.1f} MB a step, {report['bandwidth_share']:.1%} of the copy's rate",
         f"{'kernel':<44} {'op':<28} {'launches':>8} {'µs':>9} {'share':>7} {'MB':>9} {'of copy':>8}",

@@ -154,6 +154,11 @@ def test_windows_at_several_batch_sizes(make_llm: Callable[..., LLM], ops_as_ker
         llm.engine, prompts, params, tmp_path, activities=[ProfilerActivity.CPU], bandwidth=1e9, num_steps=4
     )
     assert_all_free(llm)
+    first, *reports = reports
+    assert first["prompt_tokens"] == sum(map(len, prompts)) and first["steps"] == 1
+    layers = [row for row in first["kernels"] if row["kernel"] == "nanovllm::paged_attention"]
+    assert [row["launches"] for row in layers] == [2] and "prompts of 223 tokens" in as_text(first)
+    assert json.loads((tmp_path / "kernels_prefill.json").read_text()) == first
     assert [report["rows"] for report in reports] == [8, 4, 1]
     for report in reports:
         assert report["steps"] == 4 and 0 < report["busy_share"] <= 1
