@@ -13,10 +13,13 @@ from torch import Tensor
 _PICKING = ("embedding", "index", "gather", "decode_inputs", "sampling_inputs")
 
 
-def cost(op: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> tuple[int, int]:
+def cost(
+    op: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any, seq_lens: Sequence[int] | None = None
+) -> tuple[int, int]:
     """(bytes, flops) of one call of an operator with these arguments. Views are free.
 
-    A cache is read and written as far as the call's rows need it; a table of rotations likewise.
+    A cache is read and written as far as the call's rows need it; a table of rotations likewise. `seq_lens` stands for the
+    rows' lengths where the call's own are not those that are meant.
     """
     if op is operator.getitem or op.is_view:
         return 0, 0
@@ -24,7 +27,7 @@ def cost(op: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> t
     named = {argument.name: value for argument, value in zip(op._schema.arguments, args)} | kwargs
     out_bytes = sum(tensor.nbytes for tensor in _tensors(result))
     if name == "paged_attention":
-        return _attention(named, out_bytes)
+        return _attention(named, out_bytes, seq_lens)
     if name == "qk_norm_rope_store":
         num_tokens, kv_width = named["qkv"].shape[0], named["k_cache"].shape[2] * named["k_cache"].shape[3]
         stored = 2 * num_tokens * kv_width * named["k_cache"].element_size()
@@ -39,7 +42,15 @@ def cost(op: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> t
     if name in _PICKING:
         return 2 * out_bytes, 0
     read = {tensor.data_ptr(): tensor.nbytes for tensor in _tensors([list(args), list(kwargs.values())])}
-    return sum(read.values()) + out_bytes, _product_flops(named)
+    return sum(read.values()) + _written_over(op, named) + out_bytes, _product_flops(named)
+
+
+def _written_over(op: Any, named: dict[str, Any]) -> int:
+    """Bytes of the arguments that the call changes."""
+    changed = [
+        argument.name for argument in op._schema.arguments if argument.alias_info and argument.alias_info.is_write
+    ]
+    return sum(tensor.nbytes for tensor in _tensors([named.get(name) for name in changed]))
 
 
 def _product_flops(named: dict[str, Any]) -> int:
@@ -51,10 +62,10 @@ def _product_flops(named: dict[str, Any]) -> int:
     return 2 * left.shape[0] * weight.numel()
 
 
-def _attention(named: dict[str, Any], out_bytes: int) -> tuple[int, int]:
+def _attention(named: dict[str, Any], out_bytes: int, lengths: Sequence[int] | None) -> tuple[int, int]:
     """Keys and values of every row's tokens once; 4 flops for each of them, query and lane that sees it."""
     q_TNH, k_CBKH = named["q"], named["k_cache"]
-    seq_lens, window = named["seq_len"].tolist(), named["window"]
+    seq_lens, window = named["seq_len"].tolist() if lengths is None else lengths, named["window"]
     num_queries = [1] * len(seq_lens)
     if named["max_q_len"] != 1:
         num_queries = torch.diff(named["q_start"]).tolist()

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from nanovllm.compile.costs import cost
 from nanovllm.engine.engine import LLMEngine
 from nanovllm.engine.request import Request
 from nanovllm.engine.scheduler import Scheduler
@@ -160,11 +160,7 @@ def _window(
 
 
 class OpBytes(TorchDispatchMode):
-    """Notes for each op what it must move, and marks its place in the profiler's trace.
-
-    An op reads all of its inputs and writes all of its outputs, except that of the cache it touches the tokens in use
-    (`lengths`: tokens per row) or written, and of the rotary and the embedding table one row per token.
-    """
+    """Notes for each op what it must move, and marks its place in the profiler's trace. `lengths`: tokens per row."""
 
     def __init__(self, lengths: Sequence[int]) -> None:
         super().__init__()
@@ -175,37 +171,13 @@ class OpBytes(TorchDispatchMode):
         with record_function(f"{MARK}{len(self.ops)}"):
             result = func(*args, **(kwargs or {}))
         named = {argument.name: value for argument, value in zip(func._schema.arguments, args)}
-        inputs = {id(value) for value in named.values()}
-        written = sum(_bytes(leaf) for leaf in tree_leaves(result) if id(leaf) not in inputs)
         weight: Any = named.get("mat2", named.get("weight"))
         label = func._schema.name.split("::")[1]
         if isinstance(weight, Tensor) and weight.dim() == 2:
             label += " " + "×".join(map(str, weight.shape))
-        self.ops.append((label, written + sum(self._read(name, value, named) for name, value in named.items())))
+        num_bytes, _ = cost(func, args, kwargs or {}, result, self.lengths)
+        self.ops.append((label, num_bytes))
         return result
-
-    def _read(self, name: str, value: Any, named: dict[str, Any]) -> int:
-        if not isinstance(value, Tensor):
-            return 0
-        if name in ("k_cache", "v_cache"):
-            per_token = _bytes(value[0, 0])
-            if "slot" in named:  # written
-                return named["slot"].numel() * per_token
-            window = named["window"]
-            return per_token * sum(min(length, window or length) for length in self.lengths)
-        if name == "block_table" and "row_idx" in named:  # a copy of some rows
-            return named["row_idx"].numel() * _bytes(value[0])
-        if name == "block_table":
-            return sum(-(-length // named["k_cache"].shape[1]) for length in self.lengths) * value.itemsize
-        if name == "cos_sin":
-            return named["pos"].numel() * _bytes(value[0])
-        if name == "weight" and "indices" in named:  # an embedding
-            return named["indices"].numel() * _bytes(value[0])
-        return _bytes(value)
-
-
-def _bytes(value: Any) -> int:
-    return value.numel() * value.itemsize if isinstance(value, Tensor) else 0
 
 
 def read_kernels(events: Sequence[dict[str, Any]]) -> list[Kernel]:

@@ -126,15 +126,16 @@ def test_bytes_of_ops() -> None:
             torch.randn(2, 64), None, None, torch.randn(99, 8), slot_R, slot_R, cache[0], cache[1], 4, 0.0
         )
         ops.linear(torch.randn(2, 64), torch.randn(32, 64), None)
+        ops.linear_(torch.randn(2, 32), torch.randn(2, 64), torch.randn(32, 64), None)
         torch.randn(2, 64) @ torch.randn(64, 32)
         torch.nn.functional.embedding(slot_R, torch.randn(100, 64))
     found = {name: num for name, num in mode.ops if not name.startswith("randn")}
     both = [num for name, num in mode.ops if name == "paged_attention"]
-    others = 2 * q_RNH.nbytes + 3 * 4 + length_R.nbytes + start_S.nbytes  # blocks: 1 and 2
-    assert both == [2 * 35 * 2 * 8 * 4 + others, 2 * 21 * 2 * 8 * 4 + others]
-    assert found["qk_norm_rope_store"] == 2 * 64 * 4 + 2 * 8 * 4 + 2 * 16 + 2 * 32 * 4 + 2 * 2 * 2 * 8 * 4
+    assert both == [2 * 35 * 2 * 8 * 4 + 2 * q_RNH.nbytes, 2 * 21 * 2 * 8 * 4 + 2 * q_RNH.nbytes]
+    assert found["qk_norm_rope_store"] == 2 * 64 * 4 + 2 * 8 * 4 + 2 * 32 * 4 + 2 * 2 * 2 * 8 * 4
     assert found["linear 32×64"] == found["mm 64×32"] == 4 * (2 * 64 + 32 * 64 + 2 * 32)
-    assert found["embedding 100×64"] == 16 + 2 * 2 * 64 * 4
+    assert found["linear_ 32×64"] == 4 * (2 * 64 + 32 * 64 + 2 * 2 * 32), "what is added onto is read and written"
+    assert found["embedding 100×64"] == 2 * 2 * 64 * 4
 
 
 @pytest.fixture
