@@ -12,7 +12,6 @@ import argparse
 import json
 import math
 import random
-import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,6 +23,8 @@ import triton
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from gpu_timing import time_launches
 
 from nanovllm.kernels import reference, triton_common
 from nanovllm.kernels.triton_attention_decode import DecodeTile, paged_attention_decode
@@ -74,34 +75,6 @@ def make_cache(
     for row, blocks in enumerate(order):
         table[row, : len(blocks)] = blocks
     return cache, table.cuda()
-
-
-def time_launches(function: Callable[..., Any], calls: list[tuple[Any, ...]], min_ms: float = 20.0) -> float:
-    """Microseconds of one call: median over replays of a graph that holds a call with each of the arguments.
-
-    The arguments are repeated until there are 32 calls: the start of a graph is timed with it and takes some 20 µs.
-    """
-    calls = calls * -(-32 // len(calls))
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        function(*calls[0])
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for arguments in calls:
-            function(*arguments)
-    for _ in range(3):
-        graph.replay()
-    times: list[float] = []
-    while len(times) < 5 or (sum(times) < min_ms and len(times) < 50):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return statistics.median(times) * 1000 / len(calls)
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
@@ -27,6 +26,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from gpu_timing import time_launches
 
 from nanovllm.kernels import reference, triton_linear_few, triton_linear_many, triton_sample
 from nanovllm.kernels.triton_attention_decode import paged_attention_decode
@@ -58,34 +59,6 @@ SHAPES = {
 HEADS = {"0.6b": (VOCAB, 1024, True, False), "8b": (VOCAB, 4096, True, False)}
 MODELS = {"0.6b": (1024, 16, 8, 28), "8b": (4096, 32, 8, 36)}  # hidden, query heads, kv heads, layers
 NUM_WORKERS = 14
-
-
-def time_launches(
-    function: Callable[..., Any], calls: list[tuple[Any, ...]], per: int = 0, min_ms: float = 3.0
-) -> float:
-    """Microseconds of one call (or of a `per`-th of them all): median over replays of a graph that holds every call."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        function(*calls[0])
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    # by hand: the context manager collects garbage, which takes longer than all that is measured
-    with torch.cuda.stream(stream):
-        graph.capture_begin()
-        for call in calls:
-            function(*call)
-        graph.capture_end()
-    graph.replay()
-    times: list[float] = []
-    while len(times) < 5 or (sum(times) < min_ms and len(times) < 20):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return statistics.median(times) * 1000 / (per or len(calls))
 
 
 def copy_bandwidth() -> float:
@@ -336,8 +309,8 @@ def bench_layer(model: str, num_rows: int, seq_len: int = 512) -> dict[str, floa
     again = torch.equal(fused(x0), h)
     qkv0 = torch.randn(num_rows, shapes[0][0], device="cuda").to(DTYPE)
     result = {
-        "fused": time_launches(fused, [(x0,)], num_layers),
-        "apart": time_launches(apart, [(x0,)], num_layers),
+        "fused": time_launches(fused, [(x0,)]) / num_layers,
+        "apart": time_launches(apart, [(x0,)]) / num_layers,
         "attention": time_launches(attention, [(qkv0, cache) for cache in caches]),
     }
     print(
