@@ -27,7 +27,7 @@ class EngineConfig:
     run_ahead: steps launched before the tokens of the first are read, 0 or 1.
     pad_batches: in eager mode, whether batches are padded to the graphs' sizes all the same.
     max_num_seqs: requests that run at the same time.
-    max_num_batched_tokens: prompt tokens per prefill step; longer prompts are split, and decode steps go between.
+    max_num_batched_tokens: prompt tokens per prefill step; longer prompts are split.
     max_stall_ms: milliseconds that a prefill step may take, as estimated from steps timed at warm-up, while a request
         decodes whose tokens somebody watches come; longer prompts are split further. inf: no bound.
     max_model_len: tokens per request, prompt and answer together; default the checkpoint's, or what the cache holds.
