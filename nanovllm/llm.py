@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import fields, replace
 from typing import Any
 
 from tqdm import tqdm
@@ -164,8 +164,10 @@ class _Aborting:
 
 
 def _as_dict(completion: Completion) -> dict[str, Any]:
+    # not `asdict`, which copies every token by itself: 0.1 s for a batch of 134,000
+    values = {field.name: getattr(completion, field.name) for field in fields(completion)}
     return {
         name: value
-        for name, value in asdict(completion).items()
+        for name, value in values.items()
         if value is not None or name not in ("logprobs", "prompt_logprobs")
     }

@@ -152,7 +152,9 @@ class LLMEngine:
         if not prompt_ids:
             raise ValueError("the prompt is empty: it must have at least 1 token")
         vocab_size = self.model_config.vocab_size
-        for token_id in prompt_ids:
+        # the usual case without a Python step for each token
+        are_fine = set(map(type, prompt_ids)) == {int} and min(prompt_ids) >= 0 and max(prompt_ids) < vocab_size
+        for token_id in () if are_fine else prompt_ids:
             if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
                 raise ValueError(
                     f"token id {token_id!r} is outside the vocabulary: ids are whole numbers, 0 … {vocab_size - 1}"
