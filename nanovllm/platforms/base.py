@@ -125,6 +125,8 @@ class Platform(Protocol):
 
     def read_back(self, tensor: Tensor) -> HostCopy: ...
 
+    measures_scratch: bool  # whether the budget wants the largest step to have run, to see what it takes
+
     def memory_budget(self, utilization: float) -> MemoryBudget:
         """What there is for the KV cache now; the largest step's peak lies after the last `reset_peak`."""
         ...

@@ -51,6 +51,7 @@ class CpuPlatform:
     default_batched_tokens = 512
     default_num_seqs = 32
     run_ahead = 0
+    measures_scratch = False
     max_stall_ms = math.inf
     whole_steps = False
     wants_lengths = False

@@ -60,6 +60,7 @@ class CudaPlatform:
     default_batched_tokens = 8192
     default_num_seqs = 256
     run_ahead = 1
+    measures_scratch = True
     max_stall_ms = 30.0
     whole_steps = False
     wants_lengths = False

@@ -102,6 +102,7 @@ class NpuPlatform:
     default_block_size = 128  # what paged attention is recommended to run with
     default_batched_tokens = 8192
     default_num_seqs = 256
+    measures_scratch = True
     max_stall_ms = math.inf  # no prefill step has been timed on a device
     whole_steps = True
     # fused_infer_attention_score computes in these
