@@ -35,6 +35,7 @@ KERNEL_OPS = frozenset(
         "add_rms_norm",
         "advance",
         "decode_inputs",
+        "linear_int8",
         "paged_attention",
         "qk_norm_rope_store",
         "rms_norm",
