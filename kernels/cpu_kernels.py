@@ -244,9 +244,7 @@ def linear_int8(
     return out_TO if residual_TO is None else out_TO.add_(residual_TO)
 
 
-def _linear_widened(
-    out_TO: Tensor, x_TD: Tensor, weight_OD: Tensor, scale_O: Tensor, bias_O: Tensor | None
-) -> None:
+def _linear_widened(out_TO: Tensor, x_TD: Tensor, weight_OD: Tensor, scale_O: Tensor, bias_O: Tensor | None) -> None:
     depth = x_TD.shape[1]
     num_rows = max(64, _WIDEN_BYTES // (2 * depth) // 64 * 64)
     widened_OD = torch.empty((min(num_rows, weight_OD.shape[0]), depth), dtype=torch.bfloat16)

@@ -9,6 +9,7 @@ from typing import Any
 
 CACHE_MODES = ("auto", "require")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
+QUANTIZATIONS = ("int8",)
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,7 @@ class EngineConfig:
 
     model: a folder with a checkpoint in transformers' layout, a Hub id, or "tiny-qwen3", the embedded model.
     dtype: "auto" is the checkpoint's own, float32 on a CPU.
+    quantization: "int8" stores the weights of linear layers as int8 with a factor for each output, on a CPU; None: as they are.
     device: "auto", "cpu", "cuda" or "cuda:N".
     enforce_eager: run the regions as plain Python, without graphs.
     graph_batch_sizes: rows of the decode graphs. Larger batches run in several decode steps.
@@ -43,6 +45,7 @@ class EngineConfig:
 
     model: str
     dtype: str = "auto"
+    quantization: str | None = None
     device: str = "auto"
     enforce_eager: bool = False
     capture: bool = True
@@ -75,6 +78,10 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype {self.dtype!r} is not supported: use one of {', '.join(DTYPES)}")
+        if self.quantization is not None and self.quantization not in QUANTIZATIONS:
+            raise ValueError(
+                f"quantization {self.quantization!r} is not supported: use None or one of {', '.join(QUANTIZATIONS)}"
+            )
         for name in ("max_num_seqs", "max_model_len"):
             _check_whole(name, getattr(self, name), 1)
         _check_whole("max_num_batched_tokens", self.max_num_batched_tokens, 16)

@@ -78,9 +78,9 @@ def load(config: EngineConfig) -> Loaded:
         total = cfg.num_layers + num_programs
         bar = stack.enter_context(tqdm(total=total, desc="loading weights", dynamic_ncols=True, leave=False))
         if config.random_weights:
-            params = weights.random(model, cfg, platform.device, config.seed, bar.update)
+            params = weights.random(model, cfg, platform.device, config.seed, bar.update, config.quantization)
         else:
-            params = weights.load(model, cfg, folder, platform.device, bar.update)
+            params = weights.load(model, cfg, folder, platform.device, bar.update, config.quantization)
         platform.synchronize()
         laps.end("weights")
         tokenizer.result()
@@ -175,9 +175,14 @@ def _programs(compiler: Compiler) -> str:
 
 
 def read_model_config(folder: Path, config: EngineConfig, platform: Platform) -> tuple[ModuleType, ModelConfig, Any]:
-    """The model file, its config and transformers' config for a checkpoint folder."""
+    """The model file, its config and transformers' config for a checkpoint folder; ValueError for what the device lacks."""
     from transformers import AutoConfig
 
+    if config.quantization is not None and config.quantization not in platform.quantizations:
+        raise ValueError(
+            f"quantization {config.quantization!r} is not supported on a {platform.name} device, only on a cpu: "
+            "leave it out or use device='cpu'"
+        )
     hf = AutoConfig.from_pretrained(folder)
     model = registry.architecture(hf.architectures)
     return (

@@ -60,6 +60,7 @@ class Platform(Protocol):
     max_stall_ms: float  # of a prefill step while tokens are watched
     run_ahead: int  # steps launched before the tokens of the first are read
     supported_dtypes: tuple[torch.dtype, ...]
+    quantizations: tuple[str, ...]  # of weights, beside none
 
     def prepare(self, libraries: Path | None = None, cxx: str | None = None, may_compile: bool = True) -> None:
         """Register this device's kernels and choose its lowering; called once per engine, before any program is built.

@@ -54,6 +54,7 @@ class CpuPlatform:
     run_ahead = 0
     max_stall_ms = math.inf
     supported_dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+    quantizations: tuple[str, ...] = ("int8",)
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")

@@ -61,6 +61,7 @@ class CudaPlatform:
     default_num_seqs = 256
     run_ahead = 1
     max_stall_ms = 30.0
+    quantizations: tuple[str, ...] = ()
 
     def __init__(self, index: int = 0) -> None:
         self.device = torch.device("cuda", index)
