@@ -259,7 +259,16 @@ def _with_cache(
     runner = new_runner(layout)
     budget = None
     if config.num_kvcache_blocks is not None:
-        num_blocks = config.num_kvcache_blocks
+        num_blocks, limit_bytes = config.num_kvcache_blocks, platform.cache_limit_bytes()
+        if num_blocks * runner.block_bytes > limit_bytes:
+            raise ValueError(
+                f"num_kvcache_blocks is {num_blocks}, which takes {num_blocks * runner.block_bytes / 2**30:.2f} GiB, but "
+                f"{platform.device} has {limit_bytes / 2**30:.2f} GiB for it: at most {limit_bytes // runner.block_bytes} "
+                f"blocks of {layout.block_size} tokens fit"
+            )
+    elif platform.default_cache_blocks is not None:
+        allowed_bytes = platform.memory_budget(config.gpu_memory_utilization).cache_bytes
+        num_blocks = min(platform.default_cache_blocks, allowed_bytes // runner.block_bytes)
     else:
         budget = runner.measure_budget(config.gpu_memory_utilization)
         most_useful = 1 + layout.max_num_seqs * layout.blocks_per_row

@@ -6,11 +6,11 @@ import torch
 
 from nanovllm.platforms.base import Platform
 
-DEVICES = ("auto", "cpu", "cuda")
+DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
 def select(device: str) -> Platform:
-    """The platform for "cpu", "cuda", "cuda:1" or "auto" (a GPU if there is one)."""
+    """The platform for "cpu", "cuda", "cuda:1", "mps" or "auto" (a GPU if there is one: CUDA's, then Apple's)."""
     kind, _, index = device.partition(":")
     if kind not in DEVICES or (index and not (kind == "cuda" and index.isdigit())):
         raise ValueError(f"device {device!r} is not supported: use one of {', '.join(DEVICES)} or cuda:N")
@@ -23,6 +23,14 @@ def select(device: str) -> Platform:
         if int(index or 0) >= torch.cuda.device_count():
             raise ValueError(f"device {device!r} is not there: torch sees {torch.cuda.device_count()} CUDA device(s)")
         return CudaPlatform(int(index or 0))
+    if kind in ("auto", "mps"):
+        from nanovllm.platforms import mps
+
+        problem = mps.problem()
+        if problem is None:
+            return mps.MpsPlatform()
+        if kind == "mps":
+            raise ValueError(f"device 'mps' was asked for, but {problem}: use device='cpu' or 'auto'")
     from nanovllm.platforms.cpu import CpuPlatform
 
     return CpuPlatform()

@@ -55,6 +55,7 @@ class Platform(Protocol):
     name: str
     device: torch.device
     default_block_size: int  # tokens per cache block
+    default_cache_blocks: int | None  # None: as many as `memory_budget` allows
     default_batched_tokens: int  # tokens per prefill step
     default_num_seqs: int
     max_stall_ms: float  # of a prefill step while tokens are watched
@@ -107,6 +108,10 @@ class Platform(Protocol):
 
     def memory_budget(self, utilization: float) -> MemoryBudget:
         """What there is for the KV cache now; the largest step's peak lies after the last `reset_peak`."""
+        ...
+
+    def cache_limit_bytes(self) -> int:
+        """The most that a cache of a size that was asked for can take."""
         ...
 
     def used_bytes(self) -> int:

@@ -49,6 +49,7 @@ KERNEL_OPS = frozenset(
 class CpuPlatform:
     name = "cpu"
     default_block_size = 32
+    default_cache_blocks: int | None = None
     default_batched_tokens = 512
     default_num_seqs = 32
     run_ahead = 0
@@ -106,6 +107,9 @@ class CpuPlatform:
 
     def memory_budget(self, utilization: float) -> MemoryBudget:
         return MemoryBudget(int(min(CACHE_SHARE * _available_bytes(), CACHE_CEILING_BYTES)), scratch_bytes=0)
+
+    def cache_limit_bytes(self) -> int:
+        return _available_bytes()
 
     def used_bytes(self) -> int:
         return 0
