@@ -18,7 +18,6 @@ class EngineConfig:
 
     model: a folder with a checkpoint in transformers' layout, a Hub id, or "tiny-qwen3", the embedded model.
     dtype: "auto" is the checkpoint's own, float32 on a CPU.
-    quantization: "int8" stores the weights of linear layers as int8 with a factor for each output, on a CPU; None: as they are.
     device: "auto", "cpu", "cuda" or "cuda:N".
     enforce_eager: run the regions as plain Python, without graphs.
     graph_batch_sizes: rows of the decode graphs. Larger batches run in several decode steps.
@@ -38,6 +37,7 @@ class EngineConfig:
     seed: what the seeds of requests without one are drawn from.
     tensor_parallel_size: 1.
     random_weights: draw weights from a seeded normal distribution; only the checkpoint's config.json is needed.
+    quantization: "int8" stores the weights of linear layers as int8 with a factor for each output, on a CPU; None: as they are.
     compile_cache: the folder of compiled programs and kernels; default NANOVLLM_CACHE. Made for its owner alone.
     compile_cache_mode: "auto" takes what is there and adds what is not; "require" compiles nothing, and stops with a list
         of what is missing and why.
@@ -45,7 +45,6 @@ class EngineConfig:
 
     model: str
     dtype: str = "auto"
-    quantization: str | None = None
     device: str = "auto"
     enforce_eager: bool = False
     capture: bool = True
@@ -64,6 +63,7 @@ class EngineConfig:
     seed: int = 0
     tensor_parallel_size: int = 1
     random_weights: bool = False
+    quantization: str | None = None
     compile_cache: str | PathLike[str] | None = None
     compile_cache_mode: str = "auto"
 

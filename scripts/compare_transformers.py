@@ -3,21 +3,24 @@
     python scripts/compare_transformers.py                 # the Qwen3-0.6B shape cut to 8 layers, fp32, batch 1, 8 and 16
     python scripts/compare_transformers.py --ours float32 bfloat16 float32+int8 --theirs float32 bfloat16
 
-All take turns, so that they see the same machine; a round's order does not matter for the ratios' medians. Ratios are to the
-first of `--theirs`. Greedy tokens are compared to those of the same dtype as well: a ratio between different texts would
-mean little. In bf16 and int8 texts may part, since random weights leave logits close together.
+All take turns, so that they see the same machine; a round's order does not matter for the ratios' medians. Ratios are to
+the first of `--theirs`. Greedy tokens are compared to those of the same dtype as well: a ratio between different texts would
+mean little; in bf16 and int8 they may part, since random weights leave logits close together. How busy other programs kept
+the machine is measured, too (on Linux).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
@@ -42,10 +45,35 @@ def shape(layers: int) -> Qwen3Config:
     )
 
 
-def timed(work: Callable[[], list[list[int]]]) -> tuple[float, list[list[int]]]:
-    started = time.perf_counter()
+class Timed(NamedTuple):
+    seconds: float
+    others: float  # cores that other programs kept busy meanwhile
+    tokens: list[list[int]]
+
+
+def timed(work: Callable[[], list[list[int]]]) -> Timed:
+    busy, own, started = _busy_seconds(), time.process_time(), time.perf_counter()
     tokens = work()
-    return time.perf_counter() - started, tokens
+    seconds, own, busy = time.perf_counter() - started, time.process_time() - own, _busy_seconds() - busy
+    return Timed(seconds, max(0.0, busy - own) / seconds, tokens)
+
+
+def undisturbed(work: Callable[[], list[list[int]]], most_others: float, patience_s: float) -> Timed:
+    """A run during which other programs took at most so much of a core; after `patience_s`, the least disturbed one."""
+    deadline, best = time.perf_counter() + patience_s, timed(work)
+    while best.others > most_others and time.perf_counter() < deadline:
+        time.sleep(0.2)
+        best = min(best, timed(work), key=lambda run: run.others)
+    return best
+
+
+def _busy_seconds() -> float:
+    """What all cores have worked since the machine started; 0 where the system does not say."""
+    try:
+        user, nice, system, _, _, irq, soft_irq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+    except (OSError, ValueError):
+        return 0.0
+    return (user + nice + system + irq + soft_irq + steal) / os.sysconf("SC_CLK_TCK")
 
 
 def make_llm(folder: str, kind: str, args: argparse.Namespace) -> LLM:
@@ -87,11 +115,16 @@ def main() -> None:
     parser.add_argument("--ours", nargs="+", default=["float32"], choices=kinds)
     parser.add_argument("--theirs", nargs="*", default=["float32"], choices=kinds[:2])
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--threads", type=int, help="default: what torch takes")
+    parser.add_argument("--most-others", type=float, default=0.15, help="of a core; a run more disturbed is repeated")
+    parser.add_argument("--patience", type=float, default=0.0, help="seconds in which a run may be repeated")
     parser.add_argument(
         "--minimum", type=float, default=0.0, help="exit with 1 if the first's median ratio is below this"
     )
     args = parser.parse_args()
     torch.manual_seed(0)
+    if args.threads:
+        torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
         AutoModelForCausalLM.from_config(shape(args.layers), dtype=torch.float32).save_pretrained(folder)
         llms = {kind: make_llm(folder, kind, args) for kind in args.ours}
@@ -110,12 +143,15 @@ def main() -> None:
             work(args.new_tokens)
         seconds: dict[str, list[float]] = {name: [] for name in works}
         first_token: dict[str, list[float]] = {name: [] for name in works}
+        others: dict[str, list[float]] = {name: [] for name in works}
         texts: dict[str, list[list[int]]] = {}
         for _ in range(args.runs):
             for name, work in works.items():
-                spent, texts[name] = timed(partial(work, args.new_tokens))
-                seconds[name].append(spent)
-                first_token[name].append(timed(partial(work, 1))[0])
+                run = undisturbed(partial(work, args.new_tokens), args.most_others, args.patience)
+                texts[name] = run.tokens
+                seconds[name].append(run.seconds)
+                others[name].append(run.others)
+                first_token[name].append(undisturbed(partial(work, 1), args.most_others, args.patience).seconds)
         for name in works:
             other = f"transformers {name.partition('+')[0]}"
             base = f"transformers {args.theirs[0]}" if args.theirs else next(iter(works))
@@ -131,6 +167,7 @@ def main() -> None:
                 "new_tokens": args.new_tokens,
                 "threads": torch.get_num_threads(),
                 "tok_s": [round(batch * args.new_tokens / spent, 2) for spent in seconds[name]],
+                "cores_of_others": [round(share, 2) for share in others[name]],
                 "prefill_ms": round(1e3 * statistics.median(first_token[name]), 1),
                 "decode_step_ms": round(statistics.median(step_ms), 2),
                 f"ratio_to_{base.replace(' ', '_')}": round(statistics.median(ratios), 3),
