@@ -61,7 +61,14 @@ INLINE Vec load(const float* p) { return *(const VecAt*)p; }
 INLINE void store(float* p, Vec v) { *(VecAt*)p = v; }
 INLINE Vec vmax(Vec a, Vec b) { return a > b ? a : b; }
 
-INLINE Vec load(const Bf16* p) { return (Vec)(__builtin_convertvector((HVec) * (const HVecAt*)p, UVec) << 16); }
+// g++ makes conversions between vectors of different widths a number at a time; with 512 bits there are instructions
+INLINE Vec load(const Bf16* p) {
+#if LANES == 16
+  return (Vec)((UVec)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)) << 16);
+#else
+  return (Vec)(__builtin_convertvector((HVec) * (const HVecAt*)p, UVec) << 16);
+#endif
+}
 
 INLINE Vec load(const Fp16* p) {
   // shifting the fields into place leaves the exponent 112 too small; the product repairs it, subnormals included
@@ -129,12 +136,27 @@ INLINE Vec swap(Vec v) {
 }
 
 // the bits of v rounded to bf16, in the upper halves
+#if defined(__AVX512BF16__) && LANES == 16
+#define ROUNDS_BF16  // by one instruction, which takes numbers below 2^-126 for zero
+INLINE UVec bf16_bits(Vec v) {
+  return (UVec)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)v)) << 16;
+}
+#else
 INLINE UVec bf16_bits(Vec v) {
   UVec bits = (UVec)v, rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
   UVec is_nan = (UVec)(v != v);
   return (rounded & ~is_nan) | (is_nan & 0x7fc00000u);
 }
-INLINE void store(Bf16* p, Vec v) { *(HVecAt*)p = __builtin_convertvector(bf16_bits(v) >> 16, HVec); }
+#endif
+INLINE void store(Bf16* p, Vec v) {
+#ifdef ROUNDS_BF16
+  _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)v));
+#elif LANES == 16
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)(bf16_bits(v) >> 16)));
+#else
+  *(HVecAt*)p = __builtin_convertvector(bf16_bits(v) >> 16, HVec);
+#endif
+}
 INLINE void store(Fp16* p, Vec v) {
   for (int i = 0; i < kLanes; ++i) put(p + i, v[i]);
 }
@@ -719,7 +741,6 @@ struct Bf16Step {
 #endif
 
 INLINE Vec load(const int8_t* p) {
-  // g++ makes the general form a number at a time
 #if LANES == 16
   return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
 #elif defined(__AVX2__)

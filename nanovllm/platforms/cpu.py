@@ -23,6 +23,7 @@ from nanovllm.compile.passes.inline_ops import inline_ops
 from nanovllm.compile.program import Lowering, Pass
 from nanovllm.kernels import cpp_build, cpu_kernels, cpu_step
 from nanovllm.platforms.base import UNFUSED_PASSES, HostCopy, MemoryBudget, Replay
+from nanovllm.platforms.cores import usable_cores
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +63,7 @@ class CpuPlatform:
         self._compiler_problem = "prepare() has not run"
 
     def prepare(self, libraries: Path | None = None, cxx: str | None = None, may_compile: bool = True) -> None:
+        _limit_threads()
         cpp_build.configure(libraries, cxx, may_compile)
         available, problem = cpu_kernels.available()
         self._compiler_problem = "" if available else problem
@@ -126,6 +128,15 @@ class CpuPlatform:
 
     def release(self) -> None:
         pass
+
+
+def _limit_threads() -> None:
+    """No more threads than cores: torch knows the affinity it started with, but no control group's limit."""
+    cores = usable_cores()
+    if torch.get_num_threads() > cores:
+        logger.info("%d threads instead of %d: this process may use so many cores", cores, torch.get_num_threads())
+        torch.set_num_threads(cores)
+    logger.debug("%d threads on %d usable cores", torch.get_num_threads(), cores)
 
 
 def _keeps_op(name: str, node: Node) -> bool:
