@@ -47,6 +47,7 @@ def shape(layers: int) -> Qwen3Config:
 
 class Timed(NamedTuple):
     seconds: float
+    cpu_seconds: float  # of this process, all threads together: with one thread it hardly depends on what others do
     others: float  # cores that other programs kept busy meanwhile
     tokens: list[list[int]]
 
@@ -55,7 +56,7 @@ def timed(work: Callable[[], list[list[int]]]) -> Timed:
     busy, own, started = _busy_seconds(), time.process_time(), time.perf_counter()
     tokens = work()
     seconds, own, busy = time.perf_counter() - started, time.process_time() - own, _busy_seconds() - busy
-    return Timed(seconds, max(0.0, busy - own) / seconds, tokens)
+    return Timed(seconds, own, max(0.0, busy - own) / seconds, tokens)
 
 
 def undisturbed(work: Callable[[], list[list[int]]], most_others: float, patience_s: float) -> Timed:
@@ -143,6 +144,7 @@ def main() -> None:
             work(args.new_tokens)
         seconds: dict[str, list[float]] = {name: [] for name in works}
         first_token: dict[str, list[float]] = {name: [] for name in works}
+        cpu_seconds: dict[str, list[float]] = {name: [] for name in works}
         others: dict[str, list[float]] = {name: [] for name in works}
         texts: dict[str, list[list[int]]] = {}
         for _ in range(args.runs):
@@ -150,6 +152,7 @@ def main() -> None:
                 run = undisturbed(partial(work, args.new_tokens), args.most_others, args.patience)
                 texts[name] = run.tokens
                 seconds[name].append(run.seconds)
+                cpu_seconds[name].append(run.cpu_seconds)
                 others[name].append(run.others)
                 first_token[name].append(undisturbed(partial(work, 1), args.most_others, args.patience).seconds)
         for name in works:
@@ -172,6 +175,7 @@ def main() -> None:
                 "decode_step_ms": round(statistics.median(step_ms), 2),
                 f"ratio_to_{base.replace(' ', '_')}": round(statistics.median(ratios), 3),
                 "ratio_range": [round(min(ratios), 3), round(max(ratios), 3)],
+                "cpu_seconds": [round(spent, 2) for spent in cpu_seconds[name]],
             }
             if name in llms and other in texts:
                 same = sum(a == b for a, b in zip(texts[name], texts[other]))
