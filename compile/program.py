@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nanovllm.compile.keys import Key, narrowed, program_key
 from nanovllm.compile.store import Artifact, Store
-from nanovllm.compile.trace import dump, nested_like, nesting, rebuild, tensors, trace
+from nanovllm.compile.trace import dump, named_leaves, nested_like, nesting, rebuild, tensors, trace
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule
@@ -104,6 +104,9 @@ class Compiler:
 
     def _make(self, name: str, function: Callable[..., Any], inputs: dict[str, object]) -> Callable[..., Any]:
         if self.lowering is None:
+            if logger.isEnabledFor(logging.DEBUG):
+                leaves = [leaf for tree_name, tree in inputs.items() for leaf in named_leaves(tree_name, tree)]
+                logger.debug("%s runs eagerly: %s", name, ", ".join(f"{leaf} {_described(t)}" for leaf, t in leaves))
             return function
         key = None
         if self.store is not None:
@@ -163,3 +166,7 @@ class Compiler:
             dump(graph, self.dump_dir / f"{name}.{stage}.py")
         if self.watch is not None:
             self.watch(name, stage, graph)
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} {tensor.device}"

@@ -16,7 +16,7 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
-#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -61,7 +61,14 @@ INLINE Vec load(const float* p) { return *(const VecAt*)p; }
 INLINE void store(float* p, Vec v) { *(VecAt*)p = v; }
 INLINE Vec vmax(Vec a, Vec b) { return a > b ? a : b; }
 
-INLINE Vec load(const Bf16* p) { return (Vec)(__builtin_convertvector((HVec) * (const HVecAt*)p, UVec) << 16); }
+// g++ makes conversions between vectors of different widths a number at a time; with 512 bits there are instructions
+INLINE Vec load(const Bf16* p) {
+#if LANES == 16
+  return (Vec)((UVec)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)) << 16);
+#else
+  return (Vec)(__builtin_convertvector((HVec) * (const HVecAt*)p, UVec) << 16);
+#endif
+}
 
 INLINE Vec load(const Fp16* p) {
   // shifting the fields into place leaves the exponent 112 too small; the product repairs it, subnormals included
@@ -129,12 +136,27 @@ INLINE Vec swap(Vec v) {
 }
 
 // the bits of v rounded to bf16, in the upper halves
+#if defined(__AVX512BF16__) && LANES == 16
+#define ROUNDS_BF16  // by one instruction, which takes numbers below 2^-126 for zero
+INLINE UVec bf16_bits(Vec v) {
+  return (UVec)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)v)) << 16;
+}
+#else
 INLINE UVec bf16_bits(Vec v) {
   UVec bits = (UVec)v, rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
   UVec is_nan = (UVec)(v != v);
   return (rounded & ~is_nan) | (is_nan & 0x7fc00000u);
 }
-INLINE void store(Bf16* p, Vec v) { *(HVecAt*)p = __builtin_convertvector(bf16_bits(v) >> 16, HVec); }
+#endif
+INLINE void store(Bf16* p, Vec v) {
+#ifdef ROUNDS_BF16
+  _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)v));
+#elif LANES == 16
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)(bf16_bits(v) >> 16)));
+#else
+  *(HVecAt*)p = __builtin_convertvector(bf16_bits(v) >> 16, HVec);
+#endif
+}
 INLINE void store(Fp16* p, Vec v) {
   for (int i = 0; i < kLanes; ++i) put(p + i, v[i]);
 }
@@ -658,16 +680,22 @@ struct Linear {
   const char* x;       // [T, D]
   const char* weight;  // [O, D]
   const char* bias;    // [O] or null
+  const float* scale;  // [O]: a factor for each output where weights are int8, else null
   int64_t num_tokens, num_outputs, depth;
   int64_t x_stride, weight_stride;
   int64_t dtype;
   int64_t num_threads;
 };
 
+// A step is what a tile takes of the depth at once: how weights come out of memory, and how they meet x. `Io` is what x,
+// bias and out are in memory, `X` what x is copied to; kPairs: its even elements come before its odd ones.
+
 // fp32: one step of the depth is one vector
 struct Fp32Step {
   typedef float Weight;
   typedef float X;
+  typedef float Io;
+  static constexpr bool kPairs = false;
   static constexpr int kDepth = kLanes;
   struct Value {
     Vec v;
@@ -680,6 +708,8 @@ struct Fp32Step {
 struct Bf16Step {
   typedef Bf16 Weight;
   typedef Bf16 X;
+  typedef Bf16 Io;
+  static constexpr bool kPairs = false;
   static constexpr int kDepth = 32;
   struct Value {
     __m512bh v;
@@ -695,6 +725,8 @@ struct Bf16Step {
 struct Bf16Step {
   typedef Bf16 Weight;
   typedef float X;
+  typedef Bf16 Io;
+  static constexpr bool kPairs = true;
   static constexpr int kDepth = 2 * kLanes;
   struct Value {
     Vec even, odd;
@@ -708,8 +740,53 @@ struct Bf16Step {
 };
 #endif
 
-// With few tokens a loop is all loads and the hardware's own prefetching does best; with more, it falls behind.
-constexpr int kPrefetchTokens = 3;
+INLINE Vec load(const int8_t* p) {
+#if LANES == 16
+  return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif defined(__AVX2__)
+  return (Vec)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#endif
+  typedef int8_t Bytes __attribute__((vector_size(kLanes)));
+  typedef int8_t BytesAt __attribute__((vector_size(kLanes), aligned(1), may_alias));
+  return __builtin_convertvector(__builtin_convertvector((Bytes) * (const BytesAt*)p, IVec), Vec);
+}
+
+// int8, widened in registers: the sums are of whole numbers times x, and scaled at the end
+template <typename T>
+struct Int8Step {
+  typedef int8_t Weight;
+  typedef float X;
+  typedef T Io;
+  static constexpr bool kPairs = false;
+  static constexpr int kDepth = kLanes;
+  struct Value {
+    Vec v;
+  };
+  static INLINE Value load_weight(const int8_t* p) { return {load(p)}; }
+  static INLINE Vec fma(Vec acc, const float* x, Value w) { return acc + load(x) * w.v; }
+};
+
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+// bf16 holds every int8 exactly, and its product takes two elements at once
+template <>
+struct Int8Step<Bf16> {
+  typedef int8_t Weight;
+  typedef Bf16 X;
+  typedef Bf16 Io;
+  static constexpr bool kPairs = false;
+  static constexpr int kDepth = 32;
+  typedef Bf16Step::Value Value;
+  static INLINE Value load_weight(const int8_t* p) {
+    return {_mm512_cvtne2ps_pbh((__m512)load(p + kLanes), (__m512)load(p))};
+  }
+  static INLINE Vec fma(Vec acc, const Bf16* x, Value w) { return Bf16Step::fma(acc, x, w); }
+};
+#endif
+
+// With few tokens a loop is all loads and the hardware's own prefetching does best; with more, it falls behind, and with
+// rows as short as those of int8 and bf16 it has hardly begun.
+template <typename Weight>
+constexpr int kPrefetchTokens = sizeof(Weight) < 4 ? 1 : 3;
 
 // out[t, o] of TB tokens and OB outputs: TB * OB accumulators in registers, every weight loaded once.
 template <typename Step, int TB, int OB>
@@ -722,7 +799,8 @@ void linear_tile(float* out, const typename Step::X* x, int64_t x_stride, const 
     typename Step::Value w[OB];
     for (int o = 0; o < OB; ++o) {
       w[o] = Step::load_weight(weight + o * weight_stride + d);
-      if (TB >= kPrefetchTokens) __builtin_prefetch((const char*)(weight + o * weight_stride + d) + prefetch, 0, 2);
+      if (TB >= kPrefetchTokens<Weight> && d * sizeof(Weight) % 64 == 0)
+        __builtin_prefetch((const char*)(weight + o * weight_stride + d) + prefetch, 0, 2);
     }
     for (int t = 0; t < TB; ++t)
       for (int o = 0; o < OB; ++o) acc[t][o] = Step::fma(acc[t][o], x + t * x_stride + d, w[o]);
@@ -748,14 +826,16 @@ template <typename Step, int TB, int OB = tile_outputs(TB)>
 void linear_rows(const Linear& at, const typename Step::X* x, int64_t x_stride, int64_t token, int64_t first,
                  int64_t end) {
   typedef typename Step::Weight Weight;
+  typedef typename Step::Io Io;
   const Weight* weight = (const Weight*)at.weight;
-  Weight* out = (Weight*)at.out + token * at.num_outputs;
+  Io* out = (Io*)at.out + token * at.num_outputs;
   int64_t o = first;
   float sums[TB * OB];
   const auto finish = [&](int num) {
     for (int i = 0; i < num; ++i) {
-      float bias = at.bias ? to_float(((const Weight*)at.bias)[o + i]) : 0.0f;
-      for (int t = 0; t < TB; ++t) put(out + t * at.num_outputs + o + i, sums[t * num + i] + bias);
+      float bias = at.bias ? to_float(((const Io*)at.bias)[o + i]) : 0.0f;
+      float scale = std::is_same_v<Weight, int8_t> ? at.scale[o + i] : 1.0f;
+      for (int t = 0; t < TB; ++t) put(out + t * at.num_outputs + o + i, sums[t * num + i] * scale + bias);
     }
   };
   const int64_t prefetch = OB * at.weight_stride * (int64_t)sizeof(Weight);
@@ -785,20 +865,21 @@ constexpr int64_t kChunkBytes = 128 << 10;  // weights a thread takes at once: a
 template <typename Step>
 void linear(const Linear& at) {
   typedef typename Step::X X;
+  typedef typename Step::Io Io;
   typedef typename Step::Weight Weight;
   const int64_t x_stride = (at.depth + Step::kDepth - 1) / Step::kDepth * Step::kDepth;
   X* x = (X*)scratch<kShared>((size_t)at.num_tokens * x_stride * sizeof(X) / 4);
   for (int64_t t = 0; t < at.num_tokens; ++t) {
-    const Weight* from = (const Weight*)at.x + t * at.x_stride;
+    const Io* from = (const Io*)at.x + t * at.x_stride;
     X* to = x + t * x_stride;
-    if constexpr (sizeof(X) == sizeof(Weight)) {
+    if constexpr (std::is_same_v<X, Io>) {
       std::memcpy(to, from, at.depth * sizeof(X));
       std::memset(to + at.depth, 0, (x_stride - at.depth) * sizeof(X));
     } else {
       std::memset((void*)to, 0, x_stride * sizeof(X));
       for (int64_t d = 0; d < at.depth; ++d) {
         int64_t in_step = d % Step::kDepth;
-        to[d - in_step + in_step / 2 + in_step % 2 * kLanes] = to_float(from[d]);
+        to[Step::kPairs ? d - in_step + in_step / 2 + in_step % 2 * kLanes : d] = to_float(from[d]);
       }
     }
   }
@@ -815,16 +896,27 @@ void linear(const Linear& at) {
 }
 
 // fp32, more tokens: bound by arithmetic. Tokens run along vectors and weights are broadcast from where they lie, so
-// that only x is rearranged: out^T[O, T] = weight[O, D] x^T[D, T].
+// that only x is rearranged: out^T[O, T] = weight[O, D] x^T[D, T]. Weights in int8 are widened, a block at a time.
 constexpr int64_t kPanelTokens = kLanes == 16 ? 11 : 17;  // from here on; below, linear_rows is faster
+constexpr int64_t kPanelTokensInt8 = kLanes == 16 ? 25 : 33;
 constexpr int64_t kBlockTokens = 10 * kPanel;             // a thread's weights meet these before it goes on to others
 constexpr int64_t kBlockDepth = 192;                      // of x^T a panel of this depth stays in the first-level cache
 constexpr int64_t kMaxBlockOutputs = 64;
 constexpr int64_t kPackDepth = 64;
 
+template <typename T>
+INLINE void widen(T* out, const int8_t* in, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(out + i, load(in + i));
+  for (; i < n; ++i) put(out + i, (float)in[i]);
+}
+
+template <typename Weight>
 void linear_by_panels(const Linear& at) {
+  constexpr bool kWidened = std::is_same_v<Weight, int8_t>;
   const int64_t D = at.depth, O = at.num_outputs;
-  const float *weight = (const float*)at.weight, *bias = (const float*)at.bias;
+  const Weight* weight = (const Weight*)at.weight;
+  const float* bias = (const float*)at.bias;
   int64_t block_outputs = kMaxBlockOutputs;  // fewer, if threads would go without
   while (block_outputs > 16 && O / block_outputs < 4 * at.num_threads) block_outputs /= 2;
   const int64_t num_blocks = (O + block_outputs - 1) / block_outputs;
@@ -848,20 +940,32 @@ void linear_by_panels(const Linear& at) {
     });
     parallel_for(num_blocks, at.num_threads, [&](int64_t item) {
       const int64_t first = item * block_outputs, num_rows = std::min(block_outputs, O - first);
-      float* sums = scratch((size_t)(block_outputs * kBlockTokens));  // [O, T] of this block
+      float* sums = scratch((size_t)(block_outputs * (kBlockTokens + kBlockDepth)));  // [O, T] of this block
+      float* widened = sums + block_outputs * kBlockTokens;
       // one panel: whole rows of weights, which the hardware prefetches well
-      const int64_t block_depth = num_panels == 1 ? D : kBlockDepth;
-      for (int64_t d = 0; d < D; d += block_depth)
+      const int64_t block_depth = num_panels == 1 && !kWidened ? D : kBlockDepth;
+      for (int64_t d = 0; d < D; d += block_depth) {
+        const int64_t depth = std::min(block_depth, D - d);
+        const float* block;
+        int64_t block_stride;
+        if constexpr (kWidened) {
+          for (int64_t row = 0; row < num_rows; ++row)
+            widen(widened + row * kBlockDepth, weight + (first + row) * at.weight_stride + d, depth);
+          block = widened, block_stride = kBlockDepth;
+        } else {
+          block = weight + first * at.weight_stride + d, block_stride = at.weight_stride;
+        }
         for (int64_t token = 0; token < T; token += panel_tokens) {
           const auto multiply = d ? multiply_panel<Start::kAdd> : multiply_panel<Start::kZero>;
-          multiply(sums + token, kBlockTokens, weight + first * at.weight_stride + d, at.weight_stride, 1,
-                   packed + token * D + d * panel_tokens, panel_tokens, num_rows, std::min(block_depth, D - d),
-                   std::min(panel_tokens, T - token), nullptr);
+          multiply(sums + token, kBlockTokens, block, block_stride, 1, packed + token * D + d * panel_tokens,
+                   panel_tokens, num_rows, depth, std::min(panel_tokens, T - token), nullptr);
         }
+      }
       for (int64_t token = 0; token < T; ++token) {
         float* out = (float*)at.out + (first_token + token) * O + first;
         for (int64_t o = 0; o < num_rows; ++o)
-          out[o] = sums[o * kBlockTokens + token] + (bias ? bias[first + o] : 0.0f);
+          out[o] = sums[o * kBlockTokens + token] * (kWidened ? at.scale[first + o] : 1.0f) +
+                   (bias ? bias[first + o] : 0.0f);
       }
     });
   }
@@ -882,9 +986,30 @@ extern "C" int64_t nanovllm_small_m_linear_max_tokens(int64_t dtype) {
 }
 
 extern "C" void nanovllm_small_m_linear(const Linear* args) {
-  if (args->dtype == kFp32 && args->num_tokens >= kPanelTokens) linear_by_panels(*args);
+  if (args->dtype == kFp32 && args->num_tokens >= kPanelTokens) linear_by_panels<float>(*args);
   else if (args->dtype == kFp32) linear<Fp32Step>(*args);
   else linear<Bf16Step>(*args);
+}
+
+// weights in int8; `dtype`, fp32 or bf16, is that of x, bias and out
+extern "C" void nanovllm_linear_int8(const Linear* args) {
+  if (args->dtype == kFp32 && args->num_tokens >= kPanelTokensInt8) linear_by_panels<int8_t>(*args);
+  else if (args->dtype == kFp32) linear<Int8Step<float>>(*args);
+  else linear<Int8Step<Bf16>>(*args);
+}
+
+struct Widen {
+  char* out;         // [O, D] bf16, contiguous
+  const int8_t* in;  // [O, D]
+  int64_t num_rows, size, in_stride;
+  int64_t num_threads;
+};
+
+extern "C" void nanovllm_widen_int8(const Widen* args) {
+  const Widen& at = *args;
+  parallel_for(at.num_rows, at.num_rows * at.size < kMinParallel ? 1 : at.num_threads, [&](int64_t row) {
+    widen((Bf16*)at.out + row * at.size, at.in + row * at.in_stride, at.size);
+  });
 }
 
 // ---------------------------------------------------------------------------------------------------- rows

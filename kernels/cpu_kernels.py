@@ -22,19 +22,26 @@ from nanovllm.kernels import cpp_build, ops, reference
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _ATTENTION_ARGS = struct.Struct("@7P 20q d")
-_LINEAR_ARGS = struct.Struct("@4P 7q")
+_LINEAR_ARGS = struct.Struct("@5P 7q")
 _RMS_NORM_ARGS = struct.Struct("@5P 4q d")
 _SAMPLE_ARGS = struct.Struct("@5P 5q")
 _SILU_MUL_ARGS = struct.Struct("@2P 4q")
 _QK_NORM_ROPE_STORE_ARGS = struct.Struct("@9P 17q d")
+_WIDEN_ARGS = struct.Struct("@2P 4q")
+
+# Products of bf16 with int8 weights: from so many tokens on torch's own product of bf16 is worth widening the weights for,
+# as many rows at a time as leave the widened ones in a cache (of this size).
+_WIDEN_TOKENS, _WIDEN_BYTES = 33, 4 << 20
 
 _FUNCTIONS = (
+    "nanovllm_linear_int8",
     "nanovllm_paged_attention",
     "nanovllm_qk_norm_rope_store",
     "nanovllm_rms_norm",
     "nanovllm_sample",
     "nanovllm_silu_mul",
     "nanovllm_small_m_linear",
+    "nanovllm_widen_int8",
 )
 
 
@@ -180,6 +187,7 @@ def _product(x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> Tensor:
             x_TD.data_ptr(),
             weight_OD.data_ptr(),
             0 if bias_O is None else bias_O.data_ptr(),
+            0,
             num_tokens,
             num_outputs,
             depth,
@@ -190,6 +198,66 @@ def _product(x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> Tensor:
         )
     )
     return out_TO
+
+
+def linear_int8(
+    x_TD: Tensor, weight_OD: Tensor, scale_O: Tensor, bias_O: Tensor | None, residual_TO: Tensor | None = None
+) -> Tensor:
+    """`reference.linear_int8`, the residual added in place. Few tokens stream the weights as the bytes they are; for many
+    tokens blocks of them are widened, in bf16 for torch's own product, which rounds once more, before the scale.
+    """
+    dtype = x_TD.dtype
+    if (
+        dtype not in (torch.float32, torch.bfloat16)
+        or x_TD.dim() != 2
+        or weight_OD.dtype is not torch.int8
+        or weight_OD.stride(1) != 1
+        or scale_O.dtype is not torch.float32
+        or not scale_O.is_contiguous()
+        or (bias_O is not None and (bias_O.dtype is not dtype or not bias_O.is_contiguous()))
+        or not x_TD.numel()
+    ):
+        return reference.linear_int8(x_TD, weight_OD, scale_O, bias_O, residual_TO)
+    if x_TD.stride(1) != 1:
+        x_TD = x_TD.contiguous()
+    num_tokens, depth = x_TD.shape
+    out_TO = x_TD.new_empty((num_tokens, weight_OD.shape[0]))
+    if dtype is torch.bfloat16 and num_tokens >= _WIDEN_TOKENS:
+        _linear_widened(out_TO, x_TD, weight_OD, scale_O, bias_O)
+    else:
+        _load().nanovllm_linear_int8(
+            _LINEAR_ARGS.pack(
+                out_TO.data_ptr(),
+                x_TD.data_ptr(),
+                weight_OD.data_ptr(),
+                0 if bias_O is None else bias_O.data_ptr(),
+                scale_O.data_ptr(),
+                num_tokens,
+                weight_OD.shape[0],
+                depth,
+                x_TD.stride(0),
+                weight_OD.stride(0),
+                _DTYPE_CODES[dtype],
+                torch.get_num_threads(),
+            )
+        )
+    return out_TO if residual_TO is None else out_TO.add_(residual_TO)
+
+
+def _linear_widened(out_TO: Tensor, x_TD: Tensor, weight_OD: Tensor, scale_O: Tensor, bias_O: Tensor | None) -> None:
+    depth = x_TD.shape[1]
+    num_rows = max(64, _WIDEN_BYTES // (2 * depth) // 64 * 64)
+    widened_OD = torch.empty((min(num_rows, weight_OD.shape[0]), depth), dtype=torch.bfloat16)
+    for first in range(0, weight_OD.shape[0], num_rows):
+        part_OD = weight_OD[first : first + num_rows]
+        rows, end = part_OD.shape[0], first + part_OD.shape[0]
+        _load().nanovllm_widen_int8(
+            _WIDEN_ARGS.pack(
+                widened_OD.data_ptr(), part_OD.data_ptr(), rows, depth, part_OD.stride(0), torch.get_num_threads()
+            )
+        )
+        sum_TO = torch.nn.functional.linear(x_TD, widened_OD[:rows]).float().mul_(scale_O[first:end])
+        out_TO[:, first:end] = sum_TO if bias_O is None else sum_TO.add_(bias_O[first:end])
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -365,6 +433,7 @@ _KERNELS: dict[str, Callable[..., object]] = {
     "qk_norm_rope_store": qk_norm_rope_store,
     "rms_norm": rms_norm,
     "linear": linear,
+    "linear_int8": linear_int8,
     "sample": sample,
     "silu_mul": silu_mul,
 }

@@ -73,6 +73,12 @@ linear = _define(
     lambda x, weight, bias, residual=None: x.new_empty((*x.shape[:-1], weight.shape[0])),
 )
 
+linear_int8 = _define(
+    "linear_int8(Tensor x, Tensor weight, Tensor scale, Tensor? bias, Tensor? residual=None) -> Tensor",
+    reference.linear_int8,
+    lambda x, weight, scale, bias, residual=None: x.new_empty((*x.shape[:-1], weight.shape[0])),
+)
+
 linear_ = _define(
     "linear_(Tensor(a!) residual, Tensor x, Tensor weight, Tensor? bias) -> ()",
     reference.linear_,
@@ -115,6 +121,7 @@ __all__ = [
     "fused_linear",
     "linear",
     "linear_",
+    "linear_int8",
     "op_name",
     "paged_attention",
     "qk_norm_rope_store",

@@ -117,6 +117,18 @@ def linear(x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None, residual_TO: 
     return y_TO if residual_TO is None else y_TO + residual_TO
 
 
+def linear_int8(
+    x_TD: Tensor, weight_OD: Tensor, scale_O: Tensor, bias_O: Tensor | None, residual_TO: Tensor | None = None
+) -> Tensor:
+    """(x · weightᵀ) · scale + bias, then + residual, with weights in int8 and a factor in fp32 for each output.
+
+    Summed in fp32 and rounded to x's dtype once, before the residual.
+    """
+    y_TO = (x_TD.float() @ weight_OD.float().t()) * scale_O
+    y_TO = (y_TO if bias_O is None else y_TO + bias_O.float()).to(x_TD.dtype)
+    return y_TO if residual_TO is None else y_TO + residual_TO
+
+
 def linear_(residual_TO: Tensor, x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> None:
     """residual += x · weightᵀ + bias, in place."""
     residual_TO.add_(linear(x_TD, weight_OD, bias_O))

@@ -10,6 +10,7 @@ from typing import Any
 CACHE_MODES = ("auto", "require")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 GRAPH_MODES = ("ascend_ir", "aclgraph")
+QUANTIZATIONS = ("int8",)
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class EngineConfig:
     npu_graph_options: on an NPU, fields of torchair's CompilerConfig by their path, such as
         {"experimental_config.tiling_schedule_optimize": True}.
     random_weights: draw weights from a seeded normal distribution; only the checkpoint's config.json is needed.
+    quantization: "int8" stores the weights of linear layers as int8 with a factor for each output, on a CPU; None: as they are.
     compile_cache: the folder of compiled programs and kernels; default NANOVLLM_CACHE. Made for its owner alone.
     compile_cache_mode: "auto" takes what is there and adds what is not; "require" compiles nothing, and stops with a list
         of what is missing and why.
@@ -67,6 +69,7 @@ class EngineConfig:
     npu_graph_mode: str | None = None
     npu_graph_options: Mapping[str, object] | None = None
     random_weights: bool = False
+    quantization: str | None = None
     compile_cache: str | PathLike[str] | None = None
     compile_cache_mode: str = "auto"
 
@@ -81,6 +84,10 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype {self.dtype!r} is not supported: use one of {', '.join(DTYPES)}")
+        if self.quantization is not None and self.quantization not in QUANTIZATIONS:
+            raise ValueError(
+                f"quantization {self.quantization!r} is not supported: use None or one of {', '.join(QUANTIZATIONS)}"
+            )
         for name in ("max_num_seqs", "max_model_len"):
             _check_whole(name, getattr(self, name), 1)
         _check_whole("max_num_batched_tokens", self.max_num_batched_tokens, 16)

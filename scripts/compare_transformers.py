@@ -1,19 +1,26 @@
 """Tokens per second of this engine and of transformers' `generate`, in one process, on the same random weights.
 
-    python scripts/compare_transformers.py                 # the Qwen3-0.6B shape cut to 8 layers, fp32, batch 1 and 8
+    python scripts/compare_transformers.py                 # the Qwen3-0.6B shape cut to 8 layers, fp32, batch 1, 8 and 16
+    python scripts/compare_transformers.py --ours float32 bfloat16 float32+int8 --theirs float32 bfloat16
 
-The two take turns, so that both see the same machine; a pair's order does not matter for the ratio's median. Greedy
-tokens are compared as well: a ratio between different texts would mean little.
+All take turns, so that they see the same machine; a round's order does not matter for the ratios' medians. Ratios are to
+the first of `--theirs`. Greedy tokens are compared to those of the same dtype as well: a ratio between different texts would
+mean little; in bf16 and int8 they may part, since random weights leave logits close together. How busy other programs kept
+the machine is measured, too (on Linux).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
@@ -38,71 +45,144 @@ def shape(layers: int) -> Qwen3Config:
     )
 
 
-def timed(work: Callable[[], list[list[int]]]) -> tuple[float, list[list[int]]]:
-    started = time.perf_counter()
+class Timed(NamedTuple):
+    seconds: float
+    cpu_seconds: float  # of this process, all threads together: with one thread it hardly depends on what others do
+    others: float  # cores that other programs kept busy meanwhile
+    tokens: list[list[int]]
+
+
+def timed(work: Callable[[], list[list[int]]]) -> Timed:
+    busy, own, started = _busy_seconds(), time.process_time(), time.perf_counter()
     tokens = work()
-    return time.perf_counter() - started, tokens
+    seconds, own, busy = time.perf_counter() - started, time.process_time() - own, _busy_seconds() - busy
+    return Timed(seconds, own, max(0.0, busy - own) / seconds, tokens)
+
+
+def undisturbed(work: Callable[[], list[list[int]]], most_others: float, patience_s: float) -> Timed:
+    """A run during which other programs took at most so much of a core; after `patience_s`, the least disturbed one."""
+    deadline, best = time.perf_counter() + patience_s, timed(work)
+    while best.others > most_others and time.perf_counter() < deadline:
+        time.sleep(0.2)
+        best = min(best, timed(work), key=lambda run: run.others)
+    return best
+
+
+def _busy_seconds() -> float:
+    """What all cores have worked since the machine started; 0 where the system does not say."""
+    try:
+        user, nice, system, _, _, irq, soft_irq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+    except (OSError, ValueError):
+        return 0.0
+    return (user + nice + system + irq + soft_irq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def make_llm(folder: str, kind: str, args: argparse.Namespace) -> LLM:
+    """This engine with weights of one `kind`, "dtype" or "dtype+quantization"."""
+    dtype, _, quantization = kind.partition("+")
+    largest = max(args.batch)
+    return LLM(
+        folder,
+        device="cpu",
+        dtype=dtype,
+        quantization=quantization or None,
+        max_num_seqs=largest,
+        graph_batch_sizes=args.batch,
+        max_model_len=args.prompt_len + args.new_tokens,
+        max_num_batched_tokens=args.prompt_len * largest,
+        enable_prefix_caching=False,
+    )
+
+
+def generate(llm: LLM, prompts: torch.Tensor, num_new: int) -> list[list[int]]:
+    params = SamplingParams(temperature=0, max_tokens=num_new, ignore_eos=True)
+    return [output["token_ids"] for output in llm.generate(prompts.tolist(), params, use_tqdm=False)]
+
+
+def generate_theirs(model: Any, prompts: torch.Tensor, num_new: int) -> list[list[int]]:
+    options = {"max_new_tokens": num_new, "do_sample": False, "pad_token_id": 0}
+    with torch.no_grad():
+        tokens = model.generate(prompts, attention_mask=torch.ones_like(prompts), **options)
+    return tokens[:, prompts.shape[1] :].tolist()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 16])
     parser.add_argument("--prompt-len", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    kinds = ("float32", "bfloat16", "float32+int8", "bfloat16+int8")
+    parser.add_argument("--ours", nargs="+", default=["float32"], choices=kinds)
+    parser.add_argument("--theirs", nargs="*", default=["float32"], choices=kinds[:2])
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--minimum", type=float, default=0.0, help="exit with 1 if a median ratio is below this")
+    parser.add_argument("--threads", type=int, help="default: what torch takes")
+    parser.add_argument("--most-others", type=float, default=0.15, help="of a core; a run more disturbed is repeated")
+    parser.add_argument("--patience", type=float, default=0.0, help="seconds in which a run may be repeated")
+    parser.add_argument(
+        "--minimum", type=float, default=0.0, help="exit with 1 if the first's median ratio is below this"
+    )
     args = parser.parse_args()
     torch.manual_seed(0)
-    reference = AutoModelForCausalLM.from_config(shape(args.layers), dtype=getattr(torch, args.dtype)).eval()
+    if args.threads:
+        torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
-        reference.save_pretrained(folder)
-        largest = max(args.batch)
-        llm = LLM(
-            folder,
-            device="cpu",
-            dtype=args.dtype,
-            max_num_seqs=largest,
-            graph_batch_sizes=args.batch,
-            max_model_len=args.prompt_len + args.new_tokens,
-            max_num_batched_tokens=args.prompt_len * largest,
-            enable_prefix_caching=False,
-        )
+        AutoModelForCausalLM.from_config(shape(args.layers), dtype=torch.float32).save_pretrained(folder)
+        llms = {kind: make_llm(folder, kind, args) for kind in args.ours}
+        references = {
+            dtype: AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+            for dtype in args.theirs
+        }
     worst = float("inf")
     for batch in args.batch:
         prompts = torch.randint(0, 10000, (batch, args.prompt_len), generator=torch.Generator().manual_seed(batch))
-        params = SamplingParams(temperature=0, max_tokens=args.new_tokens, ignore_eos=True)
-
-        def ours(prompts: torch.Tensor = prompts, params: SamplingParams = params) -> list[list[int]]:
-            return [output["token_ids"] for output in llm.generate(prompts.tolist(), params, use_tqdm=False)]
-
-        def theirs(prompts: torch.Tensor = prompts) -> list[list[int]]:
-            options = {"max_new_tokens": args.new_tokens, "do_sample": False, "pad_token_id": 0}
-            with torch.no_grad():
-                tokens = reference.generate(prompts, attention_mask=torch.ones_like(prompts), **options)
-            return tokens[:, args.prompt_len :].tolist()
-
-        ours(), theirs()
-        pairs = [(timed(ours), timed(theirs)) for _ in range(args.runs)]
-        same = sum(a == b for (_, mine), (_, other) in pairs for a, b in zip(mine, other))
-        num_tokens = batch * args.new_tokens
-        ratios = [other / mine for (mine, _), (other, _) in pairs]
-        result = {
-            "layers": args.layers,
-            "dtype": args.dtype,
-            "batch": batch,
-            "prompt_tokens": args.prompt_len,
-            "new_tokens": args.new_tokens,
-            "threads": torch.get_num_threads(),
-            "nanovllm_tok_s": [round(num_tokens / mine, 2) for (mine, _), _ in pairs],
-            "transformers_tok_s": [round(num_tokens / other, 2) for _, (other, _) in pairs],
-            "ratio_median": round(statistics.median(ratios), 3),
-            "ratio_range": [round(min(ratios), 3), round(max(ratios), 3)],
-            "same_texts": f"{same} of {batch * args.runs}",
+        works: dict[str, Callable[[int], list[list[int]]]] = {
+            **{kind: partial(generate, llm, prompts) for kind, llm in llms.items()},
+            **{f"transformers {dtype}": partial(generate_theirs, references[dtype], prompts) for dtype in args.theirs},
         }
-        worst = min(worst, statistics.median(ratios))
-        print(json.dumps(result), flush=True)
+        for work in works.values():
+            work(args.new_tokens)
+        seconds: dict[str, list[float]] = {name: [] for name in works}
+        first_token: dict[str, list[float]] = {name: [] for name in works}
+        cpu_seconds: dict[str, list[float]] = {name: [] for name in works}
+        others: dict[str, list[float]] = {name: [] for name in works}
+        texts: dict[str, list[list[int]]] = {}
+        for _ in range(args.runs):
+            for name, work in works.items():
+                run = undisturbed(partial(work, args.new_tokens), args.most_others, args.patience)
+                texts[name] = run.tokens
+                seconds[name].append(run.seconds)
+                cpu_seconds[name].append(run.cpu_seconds)
+                others[name].append(run.others)
+                first_token[name].append(undisturbed(partial(work, 1), args.most_others, args.patience).seconds)
+        for name in works:
+            other = f"transformers {name.partition('+')[0]}"
+            base = f"transformers {args.theirs[0]}" if args.theirs else next(iter(works))
+            ratios = [theirs / mine for theirs, mine in zip(seconds[base], seconds[name])]
+            step_ms = [
+                1e3 * (all_ - one) / (args.new_tokens - 1) for all_, one in zip(seconds[name], first_token[name])
+            ]
+            result = {
+                "layers": args.layers,
+                "batch": batch,
+                "engine": name,
+                "prompt_tokens": args.prompt_len,
+                "new_tokens": args.new_tokens,
+                "threads": torch.get_num_threads(),
+                "tok_s": [round(batch * args.new_tokens / spent, 2) for spent in seconds[name]],
+                "cores_of_others": [round(share, 2) for share in others[name]],
+                "prefill_ms": round(1e3 * statistics.median(first_token[name]), 1),
+                "decode_step_ms": round(statistics.median(step_ms), 2),
+                f"ratio_to_{base.replace(' ', '_')}": round(statistics.median(ratios), 3),
+                "ratio_range": [round(min(ratios), 3), round(max(ratios), 3)],
+                "cpu_seconds": [round(spent, 2) for spent in cpu_seconds[name]],
+            }
+            if name in llms and other in texts:
+                same = sum(a == b for a, b in zip(texts[name], texts[other]))
+                result["same_texts"] = f"{same} of {batch}"
+            print(json.dumps(result), flush=True)
+            if name == args.ours[0]:
+                worst = min(worst, statistics.median(ratios))
     raise SystemExit(worst < args.minimum)
 
 

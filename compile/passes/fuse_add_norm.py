@@ -11,16 +11,18 @@ from torch.fx import GraphModule, Node
 
 from nanovllm.kernels import ops
 
+# Products that may end with a residual, and which of their arguments it is: the last one.
+RESIDUAL_IDX = {ops.linear: 3, ops.linear_int8: 4}
+
 
 def fuse_add_norm(graph: GraphModule, fakes: Sequence[Tensor]) -> GraphModule:
-    """Move the residual of every `linear` into the `rms_norm` that reads its result; other readers get the norm's sum."""
+    """Move the residual of every product into the `rms_norm` that reads its result; other readers get the norm's sum."""
     for norm in [node for node in graph.graph.nodes if node.target is ops.rms_norm]:
         linear: Any = norm.args[0]
         if (
             isinstance(linear, Node)
-            and linear.target is ops.linear
-            and len(linear.args) > 3
-            and linear.args[3] is not None
+            and len(linear.args) > RESIDUAL_IDX.get(linear.target, len(linear.args))
+            and linear.args[-1] is not None
         ) and all(user is norm or norm < user for user in linear.users):
             _fuse(graph, linear, norm)
     graph.graph.eliminate_dead_code()
@@ -29,7 +31,7 @@ def fuse_add_norm(graph: GraphModule, fakes: Sequence[Tensor]) -> GraphModule:
 
 
 def _fuse(graph: GraphModule, linear: Node, norm: Node) -> None:
-    residual = linear.args[3]
+    residual = linear.args[-1]
     with graph.graph.inserting_before(norm):
         fused = graph.graph.call_function(ops.add_rms_norm, (linear, residual, *norm.args[1:]))
         normed = graph.graph.call_function(operator.getitem, (fused, 0))
@@ -37,4 +39,4 @@ def _fuse(graph: GraphModule, linear: Node, norm: Node) -> None:
     normed.meta, total.meta = dict(norm.meta), dict(linear.meta)
     norm.replace_all_uses_with(normed)
     linear.replace_all_uses_with(total, delete_user_cb=lambda user: user is not fused)
-    linear.args = linear.args[:3]
+    linear.args = linear.args[:-1]

@@ -90,7 +90,8 @@ def _ready_key(platform: Platform, config: EngineConfig, cfg: ModelConfig, layou
     shape = {name: value for name, value in vars(cfg).items() if name not in weights_only}
     windows = sorted(set(cfg.layer_windows))
     common = common_ingredients(platform, [name for name, _ in platform.passes(config.fuse)])
-    return Key({**common, "model": f"{sorted(shape.items(), key=str)} {windows}", "layout": str(layout)})
+    model = f"{sorted(shape.items(), key=str)} {windows}"
+    return Key({**common, "model": model, "layout": str(layout), "quantization": str(config.quantization)})
 
 
 def mark_ready(store: Store, platform: Platform, config: EngineConfig, cfg: ModelConfig, layout: Layout) -> None:

@@ -64,7 +64,7 @@ def small_runner(config: EngineConfig, compiler_options: dict[str, Any] | None =
     platform.prepare(store.folder / "cpp", environment.cxx)
     layout = startup.make_layout(config, cfg, platform)
     small = cfg if platform.whole_steps else small_model(cfg)
-    params = weights.random(model, small, platform.device, 0, lambda _: None)
+    params = weights.random(model, small, platform.device, 0, lambda _: None, config.quantization)
     compiler = startup.make_compiler(config, platform, environment, store)
     if compiler.lowering is None:
         raise CompileRequired(platform.lowering()[1])

@@ -84,9 +84,9 @@ def _load(config: EngineConfig, stack: ExitStack) -> Loaded:
     total = cfg.num_layers + num_programs
     bar = stack.enter_context(tqdm(total=total, desc="loading weights", dynamic_ncols=True, leave=False))
     if config.random_weights:
-        params = weights.random(model, cfg, platform.device, config.seed, bar.update)
+        params = weights.random(model, cfg, platform.device, config.seed, bar.update, config.quantization)
     else:
-        params = weights.load(model, cfg, folder, platform.device, bar.update)
+        params = weights.load(model, cfg, folder, platform.device, bar.update, config.quantization)
     platform.synchronize()
     laps.end("weights")
     tokenizer.result()
@@ -210,7 +210,15 @@ def select_platform(config: EngineConfig) -> Platform:
 def read_model_config(
     folder: Path, config: EngineConfig, platform: Platform, store: Store | None
 ) -> tuple[ModuleType, ModelConfig, Any]:
-    """The model file, its config, and transformers' config for a checkpoint folder or what the store keeps of it."""
+    """The model file, its config, and transformers' config for a checkpoint folder or what the store keeps of it.
+
+    ValueError for what the device lacks.
+    """
+    if config.quantization is not None and config.quantization not in platform.quantizations:
+        raise ValueError(
+            f"quantization {config.quantization!r} is not supported on a {platform.name} device, only on a cpu: "
+            "leave it out or use device='cpu'"
+        )
     hf = read_config(folder, store)
     model = registry.architecture(hf.architectures)
     return (
@@ -287,7 +295,16 @@ def with_cache(
     runner = new_runner(layout)
     budget = None
     if config.num_kvcache_blocks is not None:
-        num_blocks = config.num_kvcache_blocks
+        num_blocks, limit_bytes = config.num_kvcache_blocks, platform.cache_limit_bytes()
+        if num_blocks * runner.block_bytes > limit_bytes:
+            raise ValueError(
+                f"num_kvcache_blocks is {num_blocks}, which takes {num_blocks * runner.block_bytes / 2**30:.2f} GiB, but "
+                f"{platform.device} has {limit_bytes / 2**30:.2f} GiB for it: at most {limit_bytes // runner.block_bytes} "
+                f"blocks of {layout.block_size} tokens fit"
+            )
+    elif platform.default_cache_blocks is not None:
+        allowed_bytes = platform.memory_budget(config.gpu_memory_utilization).cache_bytes
+        num_blocks = min(platform.default_cache_blocks, allowed_bytes // runner.block_bytes)
     else:
         budget = runner.measure_budget(config.gpu_memory_utilization)
         most_useful = 1 + layout.max_num_seqs * layout.blocks_per_row

@@ -14,32 +14,33 @@ from torch import Tensor
 
 from nanovllm.kernels import ops
 from nanovllm.models.config import ModelConfig
+from nanovllm.models.quantize import Int8Weight, linear
 
 
 class Layer(NamedTuple):
     """Weights of one decoder layer."""
 
     attn_norm_D: Tensor
-    qkv_ED: Tensor
+    qkv_ED: Tensor | Int8Weight
     qkv_bias_E: Tensor | None
     q_norm_H: Tensor | None
     k_norm_H: Tensor | None
-    out_DQ: Tensor
+    out_DQ: Tensor | Int8Weight
     out_bias_D: Tensor | None
     mlp_norm_D: Tensor
-    gate_up_GD: Tensor
+    gate_up_GD: Tensor | Int8Weight
     gate_up_bias_G: Tensor | None
-    down_DF: Tensor
+    down_DF: Tensor | Int8Weight
     down_bias_D: Tensor | None
 
 
 class Params(NamedTuple):
-    """All weights; `head_VD` is `embed_VD` itself where the checkpoint ties them."""
+    """All weights; `head_VD` is `embed_VD` itself where the checkpoint ties them, unless it is quantized."""
 
     embed_VD: Tensor
     layers: tuple[Layer, ...]
     final_norm_D: Tensor
-    head_VD: Tensor
+    head_VD: Tensor | Int8Weight
 
 
 class LayerCache(NamedTuple):
@@ -73,7 +74,7 @@ def layer(
     h_TD: Tensor,
 ) -> Tensor:
     """One decoder layer; writes the keys and values of T tokens into kv. Traced once per bucket, called once per layer."""
-    qkv_TE = ops.linear(ops.rms_norm(h_TD, w.attn_norm_D, cfg.norm_eps), w.qkv_ED, w.qkv_bias_E)
+    qkv_TE = linear(ops.rms_norm(h_TD, w.attn_norm_D, cfg.norm_eps), w.qkv_ED, w.qkv_bias_E)
     q_TNH, k_TKH, v_TKH = qkv_TE.view(qkv_TE.shape[0], -1, cfg.head_dim).split(
         [cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads], dim=1
     )
@@ -92,11 +93,11 @@ def layer(
         cfg.head_dim**-0.5,
         window,
     )
-    h_TD = ops.linear(o_TNH.flatten(1), w.out_DQ, w.out_bias_D, h_TD)
-    gate_up_TG = ops.linear(ops.rms_norm(h_TD, w.mlp_norm_D, cfg.norm_eps), w.gate_up_GD, w.gate_up_bias_G)
-    return ops.linear(ops.silu_mul(gate_up_TG), w.down_DF, w.down_bias_D, h_TD)
+    h_TD = linear(o_TNH.flatten(1), w.out_DQ, w.out_bias_D, h_TD)
+    gate_up_TG = linear(ops.rms_norm(h_TD, w.mlp_norm_D, cfg.norm_eps), w.gate_up_GD, w.gate_up_bias_G)
+    return linear(ops.silu_mul(gate_up_TG), w.down_DF, w.down_bias_D, h_TD)
 
 
-def head(cfg: ModelConfig, final_norm_D: Tensor, head_VD: Tensor, h_RD: Tensor) -> Tensor:
+def head(cfg: ModelConfig, final_norm_D: Tensor, head_VD: Tensor | Int8Weight, h_RD: Tensor) -> Tensor:
     """Final norm and projection to the vocabulary: logits [R, V] in the model's dtype."""
-    return ops.linear(ops.rms_norm(h_RD, final_norm_D, cfg.norm_eps), head_VD, None)
+    return linear(ops.rms_norm(h_RD, final_norm_D, cfg.norm_eps), head_VD, None)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,6 +16,7 @@ from torch import Tensor
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.dense import Layer, Params
 from nanovllm.models.params import Param
+from nanovllm.models.quantize import LINEAR_FIELDS, Int8Weight, quantize_int8
 
 # Tensors that checkpoints carry and no forward pass reads.
 IGNORED = re.compile(r".*\.(rotary_emb\.inv_freq|masked_bias)$")
@@ -26,9 +28,17 @@ class CheckpointError(ValueError):
 
 
 def load(
-    model: ModuleType, cfg: ModelConfig, folder: Path, device: torch.device, progress: Callable[[int], object]
+    model: ModuleType,
+    cfg: ModelConfig,
+    folder: Path,
+    device: torch.device,
+    progress: Callable[[int], object],
+    quantization: str | None = None,
 ) -> Params:
     """Read a checkpoint in transformers' layout into `cfg.dtype` on `device`; `progress(n)` after every n layers.
+
+    With `quantization` "int8" the weights of linear layers become `Int8Weight`s as they are read. A tied embedding table
+    stays as it is, since a row of it is looked up, not multiplied; the head is a quantized copy of it.
 
     Raises CheckpointError naming the tensor that is missing, left over or misshapen, or the file that is damaged.
     """
@@ -49,7 +59,7 @@ def load(
             used.add(source)
         return out
 
-    params = _build(model, cfg, read, progress)
+    params = _build(model, cfg, read, progress, quantization)
     ignored = {"lm_head.weight"} if cfg.tied_embeddings else set()
     extra = sorted(name for name in set(files) - used - ignored if not IGNORED.fullmatch(name))
     if extra:
@@ -60,7 +70,12 @@ def load(
 
 
 def random(
-    model: ModuleType, cfg: ModelConfig, device: torch.device, seed: int, progress: Callable[[int], object]
+    model: ModuleType,
+    cfg: ModelConfig,
+    device: torch.device,
+    seed: int,
+    progress: Callable[[int], object],
+    quantization: str | None = None,
 ) -> Params:
     """Seeded weights: normal with standard deviation 0.02, norms at one, biases at zero."""
     generator = torch.Generator(device).manual_seed(seed)
@@ -72,17 +87,30 @@ def random(
             return torch.zeros(param.shape, dtype=cfg.dtype, device=device)
         return torch.empty(param.shape, dtype=cfg.dtype, device=device).normal_(0.0, RANDOM_STD, generator=generator)
 
-    return _build(model, cfg, draw, progress)
+    return _build(model, cfg, draw, progress, quantization)
 
 
 def _build(
-    model: ModuleType, cfg: ModelConfig, make: Callable[[str, Param], Tensor], progress: Callable[[int], object]
+    model: ModuleType,
+    cfg: ModelConfig,
+    make: Callable[[str, Param], Tensor],
+    progress: Callable[[int], object],
+    quantization: str | None,
 ) -> Params:
-    outer = {name: make(name, param) for name, param in model.outer_params(cfg).items()}
-    outer.setdefault("head_VD", outer["embed_VD"])
+    def stored(name: str, param: Param, weight: Tensor) -> Tensor | Int8Weight:
+        if quantization is None or name not in LINEAR_FIELDS:
+            return weight
+        assert quantization == "int8", quantization
+        return quantize_int8(", ".join(param.sources), weight)
+
+    declared = model.outer_params(cfg)
+    outer: dict[str, Any] = {name: stored(name, param, make(name, param)) for name, param in declared.items()}
+    if cfg.tied_embeddings:
+        outer["head_VD"] = stored("head_VD", declared["embed_VD"], outer["embed_VD"])
     layers = []
     for layer_idx in range(cfg.num_layers):
-        made = {name: make(name, param) for name, param in model.layer_params(cfg, layer_idx).items()}
+        declared = model.layer_params(cfg, layer_idx)
+        made = {name: stored(name, param, make(name, param)) for name, param in declared.items()}
         layers.append(Layer(**{field: made.get(field) for field in Layer._fields}))  # type: ignore[arg-type]
         progress(1)
     return Params(layers=tuple(layers), **outer)

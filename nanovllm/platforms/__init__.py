@@ -9,8 +9,8 @@ import torch
 
 from nanovllm.platforms.base import Platform
 
-DEVICES = ("auto", "cpu", "cuda", "npu")
-INDEXED = ("cuda", "npu")
+DEVICES = ("auto", "cpu", "cuda", "npu", "mps")
+INDEXED = ("cuda", "npu", "mps")
 
 
 def select(
@@ -20,7 +20,7 @@ def select(
     npu_graph_options: Mapping[str, object] | None = None,
     graph_batch_sizes: Sequence[int] | None = None,
 ) -> Platform:
-    """The platform for "cpu", "cuda", "cuda:1", "npu", "npu:1" or "auto" (a GPU or an NPU if there is one).
+    """The platform for "cpu", "cuda", "cuda:1", "npu", "npu:1", "mps" or "auto" (a GPU, an NPU or Apple's GPU if there is one).
 
     ValueError for a device that is not there, and for options of another device.
     """
@@ -41,6 +41,14 @@ def select(
         if int(index or 0) >= torch.cuda.device_count():
             raise ValueError(f"device {device!r} is not there: torch sees {torch.cuda.device_count()} CUDA device(s)")
         return CudaPlatform(int(index or 0))
+    if kind in ("auto", "mps"):
+        from nanovllm.platforms import mps
+
+        problem = mps.problem()
+        if problem is None:
+            return mps.MpsPlatform()
+        if kind == "mps":
+            raise ValueError(f"device 'mps' was asked for, but {problem}: use device='cpu' or 'auto'")
     from nanovllm.platforms.cpu import CpuPlatform
 
     return CpuPlatform()

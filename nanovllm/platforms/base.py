@@ -70,6 +70,7 @@ class Platform(Protocol):
     name: str
     device: torch.device
     default_block_size: int  # tokens per cache block
+    default_cache_blocks: int | None  # None: as many as `memory_budget` allows
     default_batched_tokens: int  # tokens per prefill step
     default_num_seqs: int
     max_stall_ms: float  # of a prefill step while tokens are watched
@@ -77,6 +78,7 @@ class Platform(Protocol):
     whole_steps: bool  # the compiler takes a step as one graph with static shapes, not region by region
     wants_lengths: bool  # `announce` is called before every decode step
     supported_dtypes: tuple[torch.dtype, ...]
+    quantizations: tuple[str, ...]  # of weights, beside none
 
     def prepare(self, libraries: Path | None = None, cxx: str | None = None, may_compile: bool = True) -> None:
         """Register this device's kernels and choose its lowering; called once per engine, before any program is built.
@@ -129,6 +131,10 @@ class Platform(Protocol):
 
     def memory_budget(self, utilization: float) -> MemoryBudget:
         """What there is for the KV cache now; the largest step's peak lies after the last `reset_peak`."""
+        ...
+
+    def cache_limit_bytes(self) -> int:
+        """The most that a cache of a size that was asked for can take."""
         ...
 
     def used_bytes(self) -> int:

@@ -23,6 +23,7 @@ from nanovllm.compile.passes.inline_ops import inline_ops
 from nanovllm.compile.program import Lowering, Pass
 from nanovllm.kernels import cpp_build, cpu_kernels, cpu_step
 from nanovllm.platforms.base import UNFUSED_PASSES, HostCopy, MemoryBudget, Replay
+from nanovllm.platforms.cores import usable_cores
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ KERNEL_OPS = frozenset(
         "add_rms_norm",
         "advance",
         "decode_inputs",
+        "linear_int8",
         "paged_attention",
         "qk_norm_rope_store",
         "rms_norm",
@@ -48,6 +50,7 @@ KERNEL_OPS = frozenset(
 class CpuPlatform:
     name = "cpu"
     default_block_size = 32
+    default_cache_blocks: int | None = None
     default_batched_tokens = 512
     default_num_seqs = 32
     run_ahead = 0
@@ -56,12 +59,14 @@ class CpuPlatform:
     whole_steps = False
     wants_lengths = False
     supported_dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+    quantizations: tuple[str, ...] = ("int8",)
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")
         self._compiler_problem = "prepare() has not run"
 
     def prepare(self, libraries: Path | None = None, cxx: str | None = None, may_compile: bool = True) -> None:
+        _limit_threads()
         cpp_build.configure(libraries, cxx, may_compile)
         available, problem = cpu_kernels.available()
         self._compiler_problem = "" if available else problem
@@ -111,6 +116,9 @@ class CpuPlatform:
     def memory_budget(self, utilization: float) -> MemoryBudget:
         return MemoryBudget(int(min(CACHE_SHARE * _available_bytes(), CACHE_CEILING_BYTES)), scratch_bytes=0)
 
+    def cache_limit_bytes(self) -> int:
+        return _available_bytes()
+
     def used_bytes(self) -> int:
         return 0
 
@@ -126,6 +134,15 @@ class CpuPlatform:
 
     def release(self) -> None:
         pass
+
+
+def _limit_threads() -> None:
+    """No more threads than cores: torch knows the affinity it started with, but no control group's limit."""
+    cores = usable_cores()
+    if torch.get_num_threads() > cores:
+        logger.info("%d threads instead of %d: this process may use so many cores", cores, torch.get_num_threads())
+        torch.set_num_threads(cores)
+    logger.debug("%d threads on %d usable cores", torch.get_num_threads(), cores)
 
 
 def _keeps_op(name: str, node: Node) -> bool:

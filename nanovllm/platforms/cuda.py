@@ -57,6 +57,7 @@ class _PinnedCopy:
 class CudaPlatform:
     name = "cuda"
     default_block_size = 64
+    default_cache_blocks: int | None = None
     default_batched_tokens = 8192
     default_num_seqs = 256
     run_ahead = 1
@@ -64,6 +65,7 @@ class CudaPlatform:
     max_stall_ms = 30.0
     whole_steps = False
     wants_lengths = False
+    quantizations: tuple[str, ...] = ()
 
     def __init__(self, index: int = 0) -> None:
         self.device = torch.device("cuda", index)
@@ -166,6 +168,10 @@ class CudaPlatform:
             allocated_bytes=stats["allocated_bytes.all.current"],
             peak_bytes=stats["allocated_bytes.all.peak"],
         )
+
+    def cache_limit_bytes(self) -> int:
+        free_bytes, _ = torch.cuda.mem_get_info(self.device)
+        return free_bytes + torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
 
     def used_bytes(self) -> int:
         free_bytes, total_bytes = torch.cuda.mem_get_info(self.device)

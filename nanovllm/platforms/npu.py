@@ -99,6 +99,8 @@ class _PinnedCopy:
 
 class NpuPlatform:
     name = "npu"
+    default_cache_blocks: int | None = None
+    quantizations: tuple[str, ...] = ()
     default_block_size = 128  # what paged attention is recommended to run with
     default_batched_tokens = 8192
     default_num_seqs = 256
@@ -207,6 +209,10 @@ class NpuPlatform:
             allocated_bytes=stats["allocated_bytes.all.current"],
             peak_bytes=stats["allocated_bytes.all.peak"],
         )
+
+    def cache_limit_bytes(self) -> int:
+        free_bytes, _ = _torch.npu.mem_get_info(self.device)
+        return free_bytes + _torch.npu.memory_reserved(self.device) - _torch.npu.memory_allocated(self.device)
 
     def used_bytes(self) -> int:
         free_bytes, total_bytes = _torch.npu.mem_get_info(self.device)

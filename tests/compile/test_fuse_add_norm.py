@@ -38,6 +38,15 @@ def test_the_residual_moves_into_the_norm_and_its_sum_serves_the_others() -> Non
     assert fused(function) == ["linear", "add_rms_norm", "linear"]
 
 
+def test_the_residual_of_a_product_with_int8_weights_moves_as_well() -> None:
+    def function(x: Tensor, h: Tensor, weight: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+        values = (weight * 40).to(torch.int8)
+        h = ops.linear_int8(x, values, norm, None, h)
+        return ops.rms_norm(h, norm, 1e-6), ops.linear_int8(h, values, norm, None)
+
+    assert fused(function) == ["linear_int8", "add_rms_norm", "linear_int8"]
+
+
 def test_a_sum_read_before_the_norm_stays_where_it_is() -> None:
     def function(x: Tensor, h: Tensor, weight: Tensor, norm: Tensor) -> tuple[Tensor]:
         h = ops.linear(x, weight, None, h)

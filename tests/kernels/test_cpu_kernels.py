@@ -230,6 +230,60 @@ def test_linear_matches_reference_at_every_number_of_tokens(
             assert_matches(out_TO, expected.to(dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1), (19, 99), (99, 19), (989, 131), (64, 128), (300, 1024)], ids=str)
+@pytest.mark.parametrize("has_bias", [False, True], ids=["", "bias"])
+@pytest.mark.usefixtures("one_thread")
+def test_linear_int8_matches_reference_at_every_number_of_tokens(
+    dtype: torch.dtype, shape: tuple[int, int], has_bias: bool
+) -> None:
+    generator = torch.Generator().manual_seed(shape[0])
+    num_outputs, depth = shape
+    weight_OD = torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8)
+    weight_OD[0, 0], weight_OD[-1, -1] = 127, -127
+    scale_O = torch.rand(num_outputs, generator=generator) / 100
+    bias_O = torch.randn(num_outputs, generator=generator).to(dtype) if has_bias else None
+    for num_tokens in (*range(1, 18), 24, 25, 32, 33, 48, 65, 131):
+        x_TD = torch.randn(num_tokens, depth, generator=generator).to(dtype)
+        residual_TO = torch.randn(num_tokens, num_outputs, generator=generator).to(dtype)
+        expected = (x_TD.double() @ weight_OD.double().T) * scale_O
+        expected = (expected if bias_O is None else expected + bias_O.double()).to(dtype)
+        assert_matches(reference.linear_int8(x_TD, weight_OD, scale_O, bias_O), expected)
+        out_TO = cpu_kernels.linear_int8(x_TD, weight_OD, scale_O, bias_O)
+        assert_matches(out_TO, expected)
+        total_TO = out_TO + residual_TO
+        assert torch.equal(cpu_kernels.linear_int8(x_TD, weight_OD, scale_O, bias_O, residual_TO), total_TO)
+    empty = cpu_kernels.linear_int8(torch.empty(0, depth, dtype=dtype), weight_OD, scale_O, bias_O)
+    assert empty.shape == (0, num_outputs) and empty.dtype is dtype
+
+
+def test_linear_int8_takes_views_and_is_the_same_on_any_number_of_threads() -> None:
+    num_threads = torch.get_num_threads()
+    for dtype in (torch.float32, torch.bfloat16):
+        for num_tokens in (1, 16, 40):
+            wide_TD = torch.full((num_tokens + 1, 300), float("nan"))
+            wide_TD[:num_tokens, 1:278] = torch.randn(num_tokens, 277)
+            x_TD, weight_OD = wide_TD.to(dtype)[:num_tokens, 1:278], torch.randint(-127, 128, (992, 300))
+            weight_OD, scale_O = weight_OD.to(torch.int8)[1:990, 5:282], torch.rand(989) / 100
+            expected = reference.linear_int8(x_TD, weight_OD, scale_O, None)
+            results = []
+            try:
+                for threads in (1, 2, 3):
+                    torch.set_num_threads(threads)
+                    results.append(cpu_kernels.linear_int8(x_TD, weight_OD, scale_O, None))
+            finally:
+                torch.set_num_threads(num_threads)
+            assert_matches(results[0], expected)
+            assert all(torch.equal(results[0], other) for other in results[1:])
+            transposed_DO = weight_OD.T.contiguous()
+            assert_matches(cpu_kernels.linear_int8(x_TD, transposed_DO.T, scale_O, None), expected)
+            transposed_DT = x_TD.T.contiguous()
+            assert_matches(cpu_kernels.linear_int8(transposed_DT.T, weight_OD, scale_O, None), expected)
+    half = torch.randn(3, 277, dtype=torch.float16)
+    out_TO = cpu_kernels.linear_int8(half, weight_OD, scale_O, None)
+    assert torch.equal(out_TO, reference.linear_int8(half, weight_OD, scale_O, None))
+
+
 def test_linear_and_the_row_kernels_give_the_same_on_any_number_of_threads() -> None:
     weight_OD, gate_up_TG, weight_D = torch.randn(989, 200), torch.randn(300, 400), torch.randn(400)
     num_threads = torch.get_num_threads()
