@@ -57,7 +57,7 @@ def builds() -> Builds:
 @pytest.mark.parametrize("name", TARGETS)
 def test_kernels_compile_and_fit_shared_memory(name: str, builds: Builds) -> None:
     target, found = TARGETS[name], builds.of(name)
-    assert len(found) > 20
+    assert len(found) >= 20
     too_large = {kernel: it["shared"] for kernel, it in found.items() if it["shared"] > target.shared_bytes}
     assert not too_large, f"more than {target.shared_bytes} bytes of shared memory: {too_large}"
     for kernel, it in found.items():
