@@ -33,6 +33,7 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
+        "flash-attn": ["flash-attn>=2.5"],  # needs --no-build-isolation
         "triton": ["triton>=3.6; platform_system == 'Linux'"],
         "test": [
             "triton>=3.6; platform_system == 'Linux'",

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from nanovllm.kernels import reference
+from nanovllm.kernels import flash_attention, reference, sdpa_attention
 
 _library = torch.library.Library("nanovllm", "DEF")
 _registered: set[tuple[str, str]] = set()
@@ -58,14 +58,26 @@ qk_norm_rope_store = _define(
         (qkv.shape[0], num_heads, k_cache.shape[3])
     ),
 )
-paged_attention = _define(
-    "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_len, Tensor q_start, "
-    "int max_q_len, float scale, int window) -> Tensor",
-    reference.paged_attention,
-    lambda q, k_cache, v_cache, block_table, seq_len, q_start, max_q_len, scale, window: torch.empty_like(
-        q, memory_format=torch.contiguous_format
-    ),
-)
+
+
+def _define_attention(name: str, meaning: Callable[..., Any]) -> Any:
+    return _define(
+        f"{name}(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_len, Tensor q_start, "
+        "int max_q_len, float scale, int window) -> Tensor",
+        meaning,
+        lambda q, k_cache, v_cache, block_table, seq_len, q_start, max_q_len, scale, window: torch.empty_like(
+            q, memory_format=torch.contiguous_format
+        ),
+    )
+
+
+paged_attention = _define_attention("paged_attention", reference.paged_attention)
+# What the others mean is `reference.paged_attention` as well, but whoever asks for one wants that code, so it stands here
+# for every device and no pass replaces it.
+paged_attention_sdpa = _define_attention("paged_attention_sdpa", sdpa_attention.paged_attention_sdpa)
+paged_attention_flash = _define_attention("paged_attention_flash", flash_attention.paged_attention_flash)
+ATTENTION = {"": paged_attention, "sdpa": paged_attention_sdpa, "flash_attn": paged_attention_flash}
+ASKED_FOR = frozenset({"paged_attention_sdpa", "paged_attention_flash"})
 
 linear = _define(
     "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual=None) -> Tensor",
@@ -117,6 +129,8 @@ def op_name(target: object) -> str | None:
 
 
 __all__ = [
+    "ASKED_FOR",
+    "ATTENTION",
     "add_rms_norm",
     "fused_linear",
     "linear",
@@ -124,6 +138,8 @@ __all__ = [
     "linear_int8",
     "op_name",
     "paged_attention",
+    "paged_attention_flash",
+    "paged_attention_sdpa",
     "qk_norm_rope_store",
     "register_kernels",
     "rms_norm",

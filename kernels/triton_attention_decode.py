@@ -1,4 +1,4 @@
-"""Paged attention for decode (one new token a row) in Triton, for sm_80 and newer.
+"""Paged attention for decode (one new token a row) in Triton. Measured on sm_90; docs/gpus.md has other GPUs.
 
 The lengths of one batch differ by 20×, so neither rows nor fixed splits make equal work. Here the launch is static and
 the division is made on the device: every key-value head has W workers (programs); the rows' keys, cut into tiles of S

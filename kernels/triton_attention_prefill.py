@@ -1,4 +1,4 @@
-"""Paged attention for prefill (many new tokens a row) in Triton, for sm_80 and newer.
+"""Paged attention for prefill (many new tokens a row) in Triton. Measured on sm_90; docs/gpus.md has other GPUs.
 
 Flash attention (Dao 2023, https://arxiv.org/abs/2307.08691) over packed queries and a paged cache. One program takes a
 tile of a row's queries for one key-value head, with that head's whole group of query heads in it: the tile's G query
@@ -218,9 +218,12 @@ def prefill_tile(head_p: int, element_size: int, block_size: int, max_q_len: int
     128; 16 query and 8 key-value heads, one row of 8192 | 15 rows of 100 to 1024 | 32 and 8, the same two):
     (64, 64, 4 warps, 3 stages) 468 | 244 | 442 | 258; (64, 32, 4, 3) 332 | 253 | 319 | 282; (128, 64, 8, 3) 415 | 220 |
     429 | 237; (128, 128, 8, 2) 410 | 199 | 416 | 219; (64, 64, 4, 4) leaves room for one program only: 292. PyTorch's
-    own attention on keys that lie together: 572 and 609 on the row of 8192.
+    own attention on keys that lie together: 572 and 609 on the row of 8192. Not measured, chosen to fit: 99 KB (sm_86, sm_89,
+    sm_120), and 64 KB, where Triton multiplies on Turing's ordinary cores, as it does at full precision.
     """
     if element_size == 4:  # no matrix units at full precision: small tiles, to stay within the registers
+        return PrefillTile(16, 16, 4, 2) if head_p > 128 else PrefillTile(32, 32, 4, 2)
+    if shared_bytes <= 64 * 1024:
         return PrefillTile(16, 16, 4, 2) if head_p > 128 else PrefillTile(32, 32, 4, 2)
     if shared_bytes < 160 * 1024:
         return PrefillTile(64, 32 if head_p > 128 else 64, 4, 2)

@@ -1,4 +1,8 @@
-"""What the Triton kernels share: facts about the device, launch options, and a matrix product that also interprets."""
+"""What the Triton kernels share: facts about the device, launch options, and a matrix product that also interprets.
+
+NVIDIA's instructions stand behind `target_info.is_cuda()`, which the compiler decides; on AMD and in the interpreter plain
+Triton takes their place. Programmatic dependent launch is asked for by the constant PDL, which only `launch_options` sets.
+"""
 
 import functools
 from typing import Any
@@ -7,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language import target_info
 
 # A score no key can reach. Finite, because the difference of two infinities is NaN.
 NO_SCORE = tl.constexpr(-1.0e30)
@@ -25,7 +30,7 @@ def dot(a, b, acc, UPCAST: tl.constexpr):
 @triton.jit
 def exp2(x, UPCAST: tl.constexpr):
     """2^x by the hardware's approximation alone; `tl.exp2` adds three instructions for results below 2^-126."""
-    if UPCAST:
+    if UPCAST or not target_info.is_cuda():
         return tl.exp2(x)
     else:
         return tl.inline_asm_elementwise(
@@ -41,7 +46,7 @@ def load_index(ptr, UPCAST: tl.constexpr):
     stages one tile in flight in place of two. The compiler may move this load, so its address has to depend on something
     loaded after `wait_for_earlier_kernels`.
     """
-    if UPCAST:
+    if UPCAST or not target_info.is_cuda():
         return tl.load(ptr)
     else:
         return tl.inline_asm_elementwise("ld.global.b32 $0, [$1];", "=r,l", [ptr], dtype=tl.int32, is_pure=True, pack=1)
@@ -90,14 +95,24 @@ def shared_memory_bytes(device: torch.device) -> int:
     """Shared memory one program may have."""
     if device.type != "cuda":
         return 99 * 1024
-    properties: Any = torch.cuda.get_device_properties(device)  # the stubs lack the field
+    properties: Any = torch.cuda.get_device_properties(device)  # the stubs lack the fields
+    if torch.version.hip is not None:  # there is no more to ask for than a block has
+        return int(getattr(properties, "shared_memory_per_block", 64 * 1024))
     return int(properties.shared_memory_per_block_optin)
+
+
+@functools.cache
+def has_matrix_units(device: torch.device) -> bool:
+    """Whether Triton multiplies on matrix units there: it no longer knows those of Turing (sm_75)."""
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @functools.cache
 def launch_options(device: torch.device) -> dict[str, bool]:
     """Keyword arguments of every launch, among them the constant PDL."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
+    # an AMD gfx942 calls itself 9.4
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    if is_nvidia and torch.cuda.get_device_capability(device) >= (9, 0):
         return {"PDL": True, "launch_pdl": True}
     return {"PDL": False}
 

@@ -1,4 +1,5 @@
-"""Gives our ops their Triton kernels on CUDA (sm_80 and newer). Needs triton: import it where the platform is known."""
+"""Gives our ops their Triton kernels on CUDA (sm_75 and newer) and ROCm, which torch calls CUDA as well. Needs triton:
+import it where the platform is known."""
 
 import torch
 from torch import Tensor
@@ -57,5 +58,7 @@ _registered = False
 
 
 def supported(device: torch.device) -> bool:
-    """Whether these kernels run on the device: bf16 and asynchronous copies need sm_80."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    """Whether these kernels can run on the device; docs/gpus.md says on which they have."""
+    return device.type == "cuda" and (
+        torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (7, 5)
+    )

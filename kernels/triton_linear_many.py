@@ -201,6 +201,8 @@ def gemm_tile(num_rows: int, num_outs: int, depth: int, silu_mul: bool, shared_b
         splits = next((n for n in (4, 2) if programs * n <= 132 and depth >= n * columns * 4), 1)
         tile = GemmTile(rows, outs, columns, splits, 6, 4)
     stage_bytes = (tile.rows + tile.outs * (1 + silu_mul)) * tile.columns * 2
+    while 2 * stage_bytes > shared_bytes - 2048 and tile.columns > 32:  # 64 KB do not hold two of the largest
+        tile, stage_bytes = tile._replace(columns=tile.columns // 2), stage_bytes // 2
     return tile._replace(num_stages=max(2, min(tile.num_stages, (shared_bytes - 2048) // stage_bytes)))
 
 

@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language import target_info
 from triton.language.extra import libdevice
 
 from nanovllm.kernels.triton_common import exp2, launch_options, num_multiprocessors
@@ -49,10 +50,10 @@ def _hash32(x):
 
 @triton.jit
 def _log2(x, HARDWARE: tl.constexpr):
-    if HARDWARE:
-        return libdevice.fast_log2f(x)
-    else:
+    if not HARDWARE or not target_info.is_cuda():  # AMD's library has no such function
         return tl.log2(x)
+    else:
+        return libdevice.fast_log2f(x)
 
 
 @triton.jit

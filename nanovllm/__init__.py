@@ -2,7 +2,8 @@
 
 from nanovllm.config import EngineConfig
 from nanovllm.llm import LLM
+from nanovllm.platforms.attention import print_attention_backend_info
 from nanovllm.sampling import SamplingParams
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "EngineConfig", "SamplingParams"]
+__all__ = ["LLM", "EngineConfig", "SamplingParams", "print_attention_backend_info"]

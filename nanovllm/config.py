@@ -11,6 +11,7 @@ CACHE_MODES = ("auto", "require")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 GRAPH_MODES = ("ascend_ir", "aclgraph")
 QUANTIZATIONS = ("int8",)
+ATTENTION_BACKENDS = ("auto", "triton", "flash_attn", "sdpa")
 
 
 @dataclass(frozen=True)
@@ -18,9 +19,11 @@ class EngineConfig:
     """Options of `LLM` and `LLMEngine`. None means: what suits the device (see `nanovllm/platforms`).
 
     model: a folder with a checkpoint in transformers' layout, a Hub id, or "tiny-qwen3", the embedded model.
-    dtype: "auto" is the checkpoint's own, float32 on a CPU.
-    device: "auto", "cpu", "cuda", "cuda:N", "npu" or "npu:N".
+    dtype: "auto" is the checkpoint's own, float32 on a CPU, float16 for a bfloat16 checkpoint on a device without bfloat16.
+    device: "auto", "cpu", "cuda", "cuda:N", "npu", "npu:N" or "mps".
     enforce_eager: run the regions as plain Python, without graphs.
+    attention_backend: "auto" is the device's own kernels, on a GPU "triton". "flash_attn" is the package of that name, which
+        has to be installed, "sdpa" torch's attention over gathered pages. `print_attention_backend_info` says what there is.
     graph_batch_sizes: rows of the decode graphs. Larger batches run in several decode steps.
     capture: record decode steps as device graphs, on devices that have them; False launches each kernel by itself.
     fuse: fuse ops into kernels of our own; False leaves all but attention, the cache write and the sampler to the lowering,
@@ -50,6 +53,7 @@ class EngineConfig:
     model: str
     dtype: str = "auto"
     device: str = "auto"
+    attention_backend: str = "auto"
     enforce_eager: bool = False
     capture: bool = True
     fuse: bool = True
@@ -88,6 +92,9 @@ class EngineConfig:
             raise ValueError(
                 f"quantization {self.quantization!r} is not supported: use None or one of {', '.join(QUANTIZATIONS)}"
             )
+        if self.attention_backend not in ATTENTION_BACKENDS:
+            names = ", ".join(ATTENTION_BACKENDS)
+            raise ValueError(f"attention_backend {self.attention_backend!r} is not supported: use one of {names}")
         for name in ("max_num_seqs", "max_model_len"):
             _check_whole(name, getattr(self, name), 1)
         _check_whole("max_num_batched_tokens", self.max_num_batched_tokens, 16)

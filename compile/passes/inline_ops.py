@@ -14,12 +14,15 @@ from nanovllm.kernels import ops, reference, step
 
 
 def inline_ops(graph: GraphModule, fakes: Sequence[Tensor], *, keep: Callable[[str, Node], bool]) -> GraphModule:
-    """Inline every op of ours for which `keep(op name, node)` is false, by tracing the graph once more."""
+    """Inline every op of ours for which `keep(op name, node)` is false, by tracing the graph once more.
+
+    Ops that the user asked for (`ops.ASKED_FOR`) stay.
+    """
 
     class Inliner(Interpreter):
         def run_node(self, node: Node) -> object:
             name = ops.op_name(node.target)
-            if name is None or keep(name, node):
+            if name is None or name in ops.ASKED_FOR or keep(name, node):
                 return super().run_node(node)
             args, kwargs = self.fetch_args_kwargs_from_env(node)
             meaning: Any = step.MEANINGS.get(name) or getattr(reference, name)

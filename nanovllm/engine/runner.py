@@ -27,7 +27,7 @@ from nanovllm.engine.steps import Steps
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.dense import LayerCache, Params
 from nanovllm.models.rope import rotary_table
-from nanovllm.platforms import Platform
+from nanovllm.platforms import Platform, attention
 from nanovllm.platforms.base import HostCopy, MemoryBudget, Replay
 
 logger = logging.getLogger(__name__)
@@ -104,7 +104,10 @@ class Runner:
         self.model, self.cfg, self.params = model, cfg, params
         self.layout, self.platform, self.compiler = layout, platform, compiler
         # eager mode is for seeing each op run where it stands, so nothing is captured there
-        self._record = platform.capture if capture and compiler.lowering is not None else _as_it_is
+        record = platform.capture if capture and compiler.lowering is not None else _as_it_is
+        records_decode, records_prefill = attention.recordable(cfg.attention_backend, platform)
+        self._record = record if records_decode else _as_it_is
+        self._record_prefill = record if records_prefill else _as_it_is
         self.state = new_state(layout.max_num_seqs, layout.blocks_per_row, platform.device)
         self.cos_sin_MH = rotary_table(cfg.inv_freq, cfg.rope_scale, layout.max_model_len, platform.device)
         self.filtered = FilteredSampler(platform, self.state, cfg.vocab_size)
@@ -300,7 +303,7 @@ class Runner:
             step = self._new_prefill_step(num_tokens, num_rows)
             if self.layout.pad:  # else every step has a size of its own
                 # lengths that the host must tell are told for decode steps alone
-                record = _as_it_is if self.platform.wants_lengths else self._record
+                record = _as_it_is if self.platform.wants_lengths else self._record_prefill
                 with torch.no_grad():
                     step.record(record)
                 self._prefill_steps[num_tokens] = step

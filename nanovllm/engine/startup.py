@@ -30,7 +30,7 @@ from nanovllm.engine.stall import StallBound
 from nanovllm.engine.workers import WorkerFailed, Workers
 from nanovllm.models import registry, weights
 from nanovllm.models.config import ModelConfig
-from nanovllm.platforms import Platform
+from nanovllm.platforms import Platform, attention
 from nanovllm.platforms.base import MemoryBudget
 
 logger = logging.getLogger(__name__)
@@ -109,6 +109,7 @@ def _load(config: EngineConfig, stack: ExitStack) -> Loaded:
     def new_runner(layout: Layout) -> Runner:
         # a layout for shorter requests can mean another rotary table
         fitted = model.config(hf, dtype=cfg.dtype, max_model_len=layout.max_model_len)
+        fitted = replace(fitted, attention_backend=cfg.attention_backend)
         compiler = make_compiler(config, platform, environment, store)
         return Runner(model, fitted, params, layout, platform, compiler, capture=config.capture)
 
@@ -221,23 +222,30 @@ def read_model_config(
         )
     hf = read_config(folder, store)
     model = registry.architecture(hf.architectures)
-    return (
-        model,
-        model.config(hf, dtype=choose_dtype(config.dtype, hf, platform), max_model_len=config.max_model_len),
-        hf,
-    )
+    cfg = model.config(hf, dtype=choose_dtype(config.dtype, hf, platform), max_model_len=config.max_model_len)
+    facts = attention.Facts(cfg.dtype, cfg.head_dim, config.kvcache_block_size, cfg.layer_windows)
+    return model, replace(cfg, attention_backend=attention.choose(config.attention_backend, platform, facts)), hf
 
 
 def choose_dtype(name: str, hf: Any, platform: Platform) -> torch.dtype:
-    """ "auto" is the checkpoint's own, float32 on a CPU; ValueError for one that the device does not compute in."""
+    """ "auto" is the checkpoint's own, float32 on a CPU, and float16 for bfloat16 where the device has only the former.
+
+    Raises ValueError for one that the device does not compute in.
+    """
     if name == "auto":
         dtype = torch.float32 if platform.name == "cpu" else getattr(hf, "dtype", None) or torch.float32
+        if dtype is torch.bfloat16 and dtype not in platform.supported_dtypes:
+            # its range is narrower, but models whose activations leave it are few, and float32 takes twice the memory
+            logger.warning("this device has no bfloat16: the checkpoint's weights are converted to float16")
+            dtype = torch.float16
     else:
         dtype = getattr(torch, name)
     if dtype not in platform.supported_dtypes:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in platform.supported_dtypes)
+        hint = ", and dtype='float16' for a bfloat16 checkpoint" if torch.float16 in platform.supported_dtypes else ""
         raise ValueError(
-            f"{str(dtype).removeprefix('torch.')} is not supported on this {platform.name} device: use one of {names}"
+            f"{str(dtype).removeprefix('torch.')} is not supported on this {platform.name} device: "
+            f"use one of {names}{hint if dtype is torch.bfloat16 else ''}"
         )
     return dtype
 
@@ -257,7 +265,7 @@ def make_layout(config: EngineConfig, cfg: ModelConfig, platform: Platform) -> L
     max_tokens = max(16, min(max_tokens, -(-max_model_len // 16) * 16 * max_num_seqs))
     pad = config.pad_batches
     return Layout(
-        block_size=config.kvcache_block_size or platform.default_block_size,
+        block_size=config.kvcache_block_size or attention.default_block_size(cfg.attention_backend, platform),
         max_num_seqs=max_num_seqs,
         max_model_len=max_model_len,
         decode_rows=buckets.decode_ladder(config.graph_batch_sizes, max_num_seqs, platform.name),

@@ -14,10 +14,17 @@ class ModelConfig:
 
     `layer_windows` holds, per layer, how many newest positions a query sees (itself included); 0 means all of them.
     `inv_freq` and `rope_scale` define the rotary table: angle(m, j) = m · inv_freq[j], cos and sin times `rope_scale`.
+    `attention_backend` is a key of `ops.ATTENTION`: "" for the device's own kernels.
     Regions may read GRAPH_FIELDS alone: those are in the keys of compiled programs, beside the shapes of all inputs.
     """
 
-    GRAPH_FIELDS: ClassVar[tuple[str, ...]] = ("num_heads", "num_kv_heads", "head_dim", "norm_eps")
+    GRAPH_FIELDS: ClassVar[tuple[str, ...]] = (
+        "num_heads",
+        "num_kv_heads",
+        "head_dim",
+        "norm_eps",
+        "attention_backend",
+    )
 
     architecture: str
     vocab_size: int
@@ -38,6 +45,7 @@ class ModelConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     dtype: torch.dtype = torch.float32
+    attention_backend: str = ""
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:

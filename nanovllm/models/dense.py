@@ -82,7 +82,7 @@ def layer(
         q_TNH, k_TKH = ops.rms_norm(q_TNH, w.q_norm_H, cfg.norm_eps), ops.rms_norm(k_TKH, w.k_norm_H, cfg.norm_eps)
     q_TNH, k_TKH = ops.rope(q_TNH, cos_sin_MH, batch.pos_T), ops.rope(k_TKH, cos_sin_MH, batch.pos_T)
     ops.store_kv(k_TKH, v_TKH, kv.k_CBKH, kv.v_CBKH, batch.slot_T)
-    o_TNH = ops.paged_attention(
+    o_TNH = ops.ATTENTION[cfg.attention_backend](
         q_TNH,
         kv.k_CBKH,
         kv.v_CBKH,

@@ -83,7 +83,7 @@ class CudaPlatform:
             raise ValueError("device 'cuda' needs triton: pip install triton") from error
         if not triton_kernels.supported(self.device):
             major, minor = torch.cuda.get_device_capability(self.device)
-            raise ValueError(f"this GPU is of compute capability {major}.{minor}: at least 8.0 is needed")
+            raise ValueError(f"this GPU is of compute capability {major}.{minor}: at least 7.5 is needed")
         triton_build.watch()
         triton_kernels.register()
         triton_step.register()
@@ -94,11 +94,14 @@ class CudaPlatform:
     def passes(self, fuse: bool) -> tuple[tuple[str, Pass], ...]:
         if not fuse:
             return UNFUSED_PASSES
-        from nanovllm.kernels import triton_linear
+        from nanovllm.kernels import triton_common, triton_linear
 
+        max_rows = triton_linear.max_rows
+        if not triton_common.has_matrix_units(self.device):
+            max_rows = _one_row
         return (
             ("fuse_rope_store", fuse_rope_store),
-            ("fuse_linear", partial(fuse_linear, max_rows=triton_linear.max_rows)),
+            ("fuse_linear", partial(fuse_linear, max_rows=max_rows)),
             ("fuse_add_norm", fuse_add_norm),
             ("add_in_place", add_in_place),
             ("inline_ops", partial(inline_ops, keep=lambda name, node: name in KERNEL_OPS)),
@@ -108,9 +111,11 @@ class CudaPlatform:
         import triton
 
         properties = torch.cuda.get_device_properties(self.device)
+        is_nvidia = torch.version.hip is None
+        kind = f"sm_{properties.major}{properties.minor}" if is_nvidia else str(properties.gcnArchName)
         return {
-            "device": f"sm_{properties.major}{properties.minor}, {properties.multi_processor_count} multiprocessors",
-            "cuda": str(torch.version.cuda),
+            "device": f"{kind}, {properties.multi_processor_count} multiprocessors",
+            "cuda": str(torch.version.cuda) if is_nvidia else f"hip {torch.version.hip}",
             "driver": _driver_version(),
             "triton": triton.__version__,
         }
@@ -189,6 +194,11 @@ class CudaPlatform:
     def release(self) -> None:
         self._pool = None
         torch.cuda.empty_cache()
+
+
+def _one_row(num_outs: int, depth: int, has_norm: bool) -> int:
+    """Without matrix units only a product with one row is a stream of weights; cuBLAS, which has them, does the others."""
+    return 1
 
 
 def _driver_version() -> str:

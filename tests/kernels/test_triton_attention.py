@@ -2,43 +2,12 @@
 
 import pytest
 import torch
-from torch import Tensor
 
 from nanovllm.kernels import reference, triton_attention_decode
 from nanovllm.kernels.triton_attention_decode import paged_attention_decode
 from nanovllm.kernels.triton_attention_prefill import paged_attention_prefill
 from nanovllm.kernels.triton_kernels import paged_attention
-
-device = "cuda" if torch.cuda.is_available() else "cpu"
-TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-
-
-def paged_cache(
-    seq_lens: list[int], num_kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype, window: int = 0
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """K and V caches, block table and lengths. Blocks are shuffled with gaps; whatever no row may see is NaN."""
-    generator = torch.Generator().manual_seed(sum(seq_lens) + head_dim)
-    num_blocks = [-(-seq_len // block_size) for seq_len in seq_lens]
-    cache = torch.full((2, 2 * sum(num_blocks) + 3, block_size, num_kv_heads, head_dim), float("nan"))
-    block_table = torch.zeros(len(seq_lens), max(num_blocks) + 2, dtype=torch.int32)  # block 0 is nobody's
-    owned = (torch.randperm(cache.shape[1] - 1, generator=generator) + 1)[: sum(num_blocks)].split(num_blocks)
-    for row, (seq_len, blocks) in enumerate(zip(seq_lens, owned, strict=True)):
-        block_table[row, : len(blocks)] = blocks
-        values = torch.randn(2, seq_len, num_kv_heads, head_dim, generator=generator)
-        if 0 < window < seq_len:
-            values[:, : seq_len - window] = float("nan")
-        for i, block in enumerate(blocks.tolist()):
-            piece = values[:, i * block_size : (i + 1) * block_size]
-            cache[:, block, : piece.shape[1]] = piece
-    k_cache, v_cache = cache.to(device, dtype)
-    return k_cache, v_cache, block_table.to(device), torch.tensor(seq_lens, dtype=torch.int32, device=device)
-
-
-def assert_close(actual: Tensor, expected: Tensor) -> None:
-    assert actual.shape == expected.shape
-    assert not actual.isnan().any()
-    error = (actual.float() - expected.float()).norm() / expected.float().norm().clamp(min=1e-6)
-    assert error < TOLERANCE[actual.dtype], f"relative error {error:.2e}"
+from tests.kernels.paged import assert_close, device, paged_cache
 
 
 def check_decode(

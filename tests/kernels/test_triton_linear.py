@@ -1,11 +1,6 @@
 """The fused product against the formula in fp64, at odd sizes, and against the roundings of the reference."""
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +8,6 @@ from torch import Tensor
 
 from nanovllm.kernels import ops, reference
 
-REPOSITORY = Path(__file__).parents[2]
 device = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float16, torch.bfloat16]
 EPS = 1e-6
@@ -179,82 +173,3 @@ def test_the_op_traces_with_its_shapes() -> None:
         x_TD, norm_D, weight_OD = torch.empty(3, 32), torch.empty(32), torch.empty(20, 32)
         for silu, outs in ((False, 20), (True, 10)):
             assert ops.fused_linear(x_TD, norm_D, weight_OD, None, None, EPS, silu).shape == (3, outs)
-
-
-# --- the compiler, without a GPU: see test_triton_builds.py
-
-TARGETS = {"a100": (80, 163 << 10), "rtx4090": (89, 99 << 10), "h200": (90, 227 << 10)}
-# (outputs, depth, norm, silu_mul)
-SHAPES = [
-    (4096, 1024, True, False), (1024, 2048, False, False), (3072, 1024, True, True), (1024, 3072, False, False),
-    (6144, 4096, True, False), (4096, 4096, False, False), (12288, 4096, True, True), (4096, 12288, False, False),
-]  # fmt: skip
-
-
-def compile_all(capability: int, shared_bytes: int) -> dict[str, int]:
-    """Shared memory of every kernel at the tiles the op chooses, in bytes."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
-
-    from nanovllm.kernels import triton_linear, triton_linear_few, triton_linear_many, triton_sample
-
-    builds = []
-    for i, (num_outs, depth, norm, silu) in enumerate(SHAPES):
-        for num_rows in (1, (2, 7, 16)[i % 3], (24, 64, 256)[i % 3]):
-            weight = (2 * num_outs if silu else num_outs, depth)
-            norm = norm and num_rows <= triton_linear_few.max_rows(*weight, True)
-            if num_rows > triton_linear.max_rows(*weight, norm):
-                continue
-            if num_rows <= triton_linear_few.max_rows(*weight, norm):
-                case = (num_rows, num_outs, depth, norm, False, not silu, silu, False)
-                kernel, constants, num_warps = triton_linear_few.build(*case)
-            else:
-                tile = triton_linear_many.gemm_tile(num_rows, num_outs, depth, silu, shared_bytes)
-                kernel, num_warps = triton_linear_many.many_rows_linear_kernel, tile.num_warps
-                case = (num_outs, depth, False, not silu, silu, tile)
-                constants = triton_linear_many.gemm_constants(*case) | {"UPCAST": False}
-            builds.append((f"{num_rows}x{num_outs}x{depth}", kernel, constants, num_warps))
-    builds.append(("span", triton_sample.best_of_span_kernel, {"TILE": triton_sample.TILE, "HARDWARE": True}, 4))
-    builds.append(("row", triton_sample.best_of_row_kernel, {"SPANS_P": 256}, 4))
-    special = {
-        "*fp32": ("temperature_ptr", "best_ptr", "part_ptr"),
-        "*i32": ("best_token_ptr", "arrived_ptr"),
-        "*i64": ("seed_ptr", "pos_ptr"),
-        "fp32": ("eps",),
-    }
-    shared = {}
-    for name, kernel, constants, num_warps in builds:
-        constants = constants | {"PDL": capability >= 90}
-        if name == "row":
-            special = special | {"*i64": ("out_ptr",)}
-        kinds = {
-            arg: next(
-                (kind for kind, args in special.items() if arg in args), "*bf16" if arg.endswith("_ptr") else "i32"
-            )
-            for arg in kernel.arg_names
-        }
-        signature = {arg: "constexpr" if arg in constants else kinds[arg] for arg in kernel.arg_names}
-        attributes = {
-            (i,): [["tt.divisibility", 16]]
-            for i, arg in enumerate(kernel.arg_names)
-            if arg.endswith(("_ptr", "_stride"))
-        }
-        source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-        options = {"num_warps": num_warps, "launch_pdl": capability >= 90}
-        shared[name] = compile(source, target=GPUTarget("cuda", capability, 32), options=options).metadata.shared
-    return shared
-
-
-@pytest.mark.parametrize("target", TARGETS)
-def test_kernels_compile_and_fit_shared_memory(target: str) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = str(REPOSITORY)
-    command = [sys.executable, __file__, *map(str, TARGETS[target])]
-    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    too_large = {name: shared for name, shared in json.loads(done.stdout).items() if shared > TARGETS[target][1]}
-    assert not too_large
-
-
-if __name__ == "__main__":
-    print(json.dumps(compile_all(*map(int, sys.argv[1:]))))

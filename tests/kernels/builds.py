@@ -1,0 +1,268 @@
+"""Compiles every Triton kernel at its production constants, for GPUs that need not be there: Triton brings its assemblers.
+
+`python builds.py TARGET` prints the shared memory of each kernel in bytes, as JSON. It runs in a process of its own because
+the interpreter, which the other tests ask for, replaces the compiler.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+KB = 1024
+
+
+class Target(NamedTuple):
+    """A GPU: Triton's name of its backend and architecture, threads of a warp, shared memory one program may have; and the
+    models whose attention is compiled for it, since a compile takes half a second. The largest heads need the most memory.
+    """
+
+    backend: str
+    arch: int | str
+    warp_size: int
+    shared_bytes: int
+    models: tuple[str, ...]
+
+    @property
+    def has_matrix_units(self) -> bool:
+        """Whether Triton uses them: it knows those of Turing no more."""
+        return self.arch != 75
+
+    @property
+    def launches_dependent(self) -> bool:
+        return self.backend == "cuda" and int(self.arch) >= 90
+
+
+class Model(NamedTuple):
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    dtype: str
+
+
+MODELS = {
+    "qwen3-0.6b": Model(16, 8, 128, 64, "bf16"),
+    "qwen3-8b": Model(32, 8, 128, 64, "bf16"),
+    "qwen2-0.5b": Model(14, 2, 64, 16, "fp16"),
+    "head-80": Model(32, 32, 80, 64, "fp16"),
+    "head-96 group-16": Model(32, 2, 96, 64, "bf16"),
+    "head-256": Model(16, 8, 256, 64, "bf16"),
+    "head-256-fp32": Model(16, 8, 256, 48, "fp32"),
+}
+THREE = ("qwen3-0.6b", "head-256", "head-256-fp32")
+TARGETS = {
+    "t4": Target("cuda", 75, 32, 64 * KB, THREE),
+    "a100": Target("cuda", 80, 32, 163 * KB, ("head-256",)),
+    "rtx3090": Target("cuda", 86, 32, 99 * KB, ("head-256",)),
+    "rtx4090": Target("cuda", 89, 32, 99 * KB, THREE),
+    "h200": Target("cuda", 90, 32, 227 * KB, tuple(MODELS)),
+    "b200": Target("cuda", 100, 32, 227 * KB, ("qwen3-0.6b", "head-256")),
+    "rtx5090": Target("cuda", 120, 32, 99 * KB, ("head-256",)),
+    "mi300": Target("hip", "gfx942", 64, 64 * KB, THREE),
+}
+WHOLE = "h200"  # gets every case of the kernels beside attention, too
+
+
+class Product(NamedTuple):
+    num_outs: int
+    depth: int
+    norm: bool
+    silu_mul: bool
+    everywhere: bool = False
+
+
+PRODUCTS = (
+    Product(4096, 1024, True, False), Product(1024, 2048, False, False), Product(3072, 1024, True, True, True),
+    Product(1024, 3072, False, False), Product(6144, 4096, True, False), Product(4096, 4096, False, False),
+    Product(12288, 4096, True, True), Product(4096, 12288, False, False, True),
+    Product(1152, 896, True, False),  # of no model that was measured
+)  # fmt: skip
+
+POINTERS = {
+    "*fp32": {
+        "cos_sin_ptr", "part_out_ptr", "part_lse_ptr", "part_ptr", "temperature_ptr", "best_ptr", "sampling_ptr",
+        "out_temperature_ptr",
+    },
+    "*i32": {
+        "table_ptr", "seq_len_ptr", "q_start_ptr", "arrived_ptr", "best_token_ptr", "out_table_ptr", "out_seq_len_ptr",
+        "out_q_start_ptr",
+    },
+    "*i64": {
+        "pos_ptr", "slot_ptr", "seed_ptr", "token_ptr", "row_idx_ptr", "new_token_ptr", "out_token_ptr", "out_pos_ptr",
+        "out_slot_ptr", "out_seed_ptr",
+    },
+}  # fmt: skip
+FLOATS = {"eps", "scale_log2"}
+
+
+class Build(NamedTuple):
+    name: str
+    kernel: Any
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int = 3
+    dtype: str = "bf16"
+    out: str = ""  # the type of out_ptr where it is not the dtype's
+
+
+def attention(name: str, model: Model, target: Target) -> Iterator[Build]:
+    import triton
+
+    from nanovllm.kernels import triton_attention_decode as decode
+    from nanovllm.kernels import triton_attention_prefill as prefill
+
+    num_heads, num_kv_heads, head_dim, block_size, dtype = model
+    element_size = 4 if dtype == "fp32" else 2
+    head_p = triton.next_power_of_2(head_dim)
+    heads = (num_heads, num_kv_heads, head_dim, block_size)
+    strides = {"Q_STRIDE_ROW": num_heads * head_dim, "Q_STRIDE_TOKEN": num_heads * head_dim, "Q_STRIDE_HEAD": head_dim}
+    for cache in "KV":
+        strides |= {f"{cache}_STRIDE_HEAD": head_dim, f"{cache}_STRIDE_SLOT": num_kv_heads * head_dim}
+        strides |= {f"{cache}_STRIDE_BLOCK": block_size * num_kv_heads * head_dim, "UPCAST": False}
+    for num_rows, window in ((256, 0), (1, 4096)):
+        launch = decode.decode_tile(head_p * element_size, block_size, num_rows, target.shared_bytes)
+        constants = decode.decode_constants(*heads, num_rows, window, launch) | strides
+        label = f"{name}: decode rows {num_rows} window {window}"
+        yield Build(label, decode.decode_kernel, constants, launch.num_warps, launch.num_stages, dtype)
+    for max_q_len, window in ((8192, 0), (16, 4096)):
+        launch_p = prefill.prefill_tile(head_p, element_size, block_size, max_q_len, target.shared_bytes)
+        queries = max(launch_p.queries, triton.next_power_of_2(num_heads // num_kv_heads))
+        constants = prefill.prefill_constants(*heads, 16, window, queries, launch_p.tile) | strides
+        label = f"{name}: prefill {max_q_len} window {window}"
+        yield Build(label, prefill.prefill_kernel, constants, launch_p.num_warps, launch_p.num_stages, dtype)
+
+
+def pointwise(name: str, model: Model) -> Iterator[Build]:
+    import triton
+
+    from nanovllm.kernels import triton_norm_act as norm_act
+    from nanovllm.kernels import triton_rope_store as rope_store
+
+    num_heads, num_kv_heads, head_dim, _, dtype = model
+    heads, num_warps = rope_store.rope_store_tile(head_dim, num_heads + 2 * num_kv_heads, 256)
+    rope = {"HEAD": head_dim, "HALF_P": triton.next_power_of_2(head_dim // 2), "HEADS": heads}
+    fused = rope | {"NUM_HEADS": num_heads, "NUM_KV_HEADS": num_kv_heads, "HAS_Q_NORM": True, "HAS_K_NORM": True}
+    store = {"NUM_KV_HEADS": num_kv_heads, "HEAD": head_dim, "HEAD_P": triton.next_power_of_2(head_dim), "HEADS": heads}
+    dim = 4096
+    rows, norm_warps = norm_act.norm_tile(dim)
+    norm = {"DIM": dim, "DIM_P": dim, "ROWS": rows, "HAS_RESIDUAL": True}
+    yield Build(f"{name}: qk_norm_rope_store", rope_store.qk_norm_rope_store_kernel, fused, num_warps, dtype=dtype)
+    yield Build(f"{name}: rope", rope_store.rope_kernel, rope | {"NUM_HEADS": num_heads}, num_warps, dtype=dtype)
+    yield Build(f"{name}: store_kv", rope_store.store_kv_kernel, store, num_warps, dtype=dtype)
+    yield Build(f"{name}: add_rms_norm", norm_act.rms_norm_kernel, norm, norm_warps, dtype=dtype)
+    yield Build(f"{name}: silu_mul", norm_act.silu_mul_kernel, {"FFN": 12288, "PIECE": 1024}, 4, dtype=dtype)
+
+
+def products(case: int, product: Product, target: Target) -> Iterator[Build]:
+    """For one row, a few and many, in each the kernel that `triton_linear` would take."""
+    from nanovllm.kernels import triton_linear, triton_linear_few, triton_linear_many
+
+    num_outs, depth, norm, silu, _ = product
+    for num_rows in (1, (2, 7, 16)[case % 3], (24, 64, 256)[case % 3]):
+        weight = (2 * num_outs if silu else num_outs, depth)
+        norm = norm and num_rows <= triton_linear_few.max_rows(*weight, True)
+        if num_rows > triton_linear.max_rows(*weight, norm) or (num_rows > 1 and not target.has_matrix_units):
+            continue
+        label = f"linear {num_rows}x{num_outs}x{depth}"
+        if num_rows <= triton_linear_few.max_rows(*weight, norm):
+            kernel, constants, num_warps = triton_linear_few.build(
+                num_rows, num_outs, depth, norm, False, not silu, silu, False
+            )
+        else:
+            tile = triton_linear_many.gemm_tile(num_rows, num_outs, depth, silu, target.shared_bytes)
+            kernel, num_warps = triton_linear_many.many_rows_linear_kernel, tile.num_warps
+            constants = triton_linear_many.gemm_constants(num_outs, depth, False, not silu, silu, tile)
+            constants |= {"UPCAST": False}
+        yield Build(label, kernel, constants, num_warps)
+
+
+def steps() -> Iterator[Build]:
+    """The sampler, and the kernels by which a decode step advances itself."""
+    from nanovllm.kernels import triton_sample, triton_step
+
+    span = {"TILE": triton_sample.TILE, "HARDWARE": True}
+    yield Build("best_of_span", triton_sample.best_of_span_kernel, span, 4)
+    yield Build("best_of_row", triton_sample.best_of_row_kernel, {"SPANS_P": 256}, 4, out="*i64")
+    inputs = {"BLOCKS": 640, "BLOCK_SIZE": 64, "PIECE": 1024}
+    yield Build("decode_inputs", triton_step.decode_inputs_kernel, inputs, 4)
+    rows = {"FIELDS": 4, "ROWS": triton_step.ROWS}
+    yield Build("sampling_inputs", triton_step.sampling_inputs_kernel, rows, 4)
+    yield Build("advance", triton_step.advance_kernel, {"ROWS": triton_step.ROWS}, 4)
+
+
+def all_builds(name: str) -> Iterator[Build]:
+    target, whole = TARGETS[name], name == WHOLE
+    for model_name, model in MODELS.items():
+        if model_name in target.models:
+            yield from attention(model_name, model, target)
+        if model_name == "qwen3-0.6b" or (whole and model_name in ("head-80", "head-256-fp32")):
+            yield from pointwise(model_name, model)
+    for case, product in enumerate(PRODUCTS):
+        if whole or product.everywhere:
+            yield from products(case, product, target)
+    yield from steps()
+
+
+def compile_build(build: Build, target: Target) -> Any:
+    """The compiled kernel, its pointers and strides multiples of 16, as they are for the shapes above."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    kernel, arguments = build.kernel, build.kernel.arg_names
+    constants = {name: value for name, value in build.constants.items() if name in arguments}
+    constants["PDL"] = target.launches_dependent
+    dtype = "fp16" if build.dtype == "bf16" and target.arch == 75 else build.dtype  # Turing has no bf16
+    signature = {}
+    for name in arguments:
+        special = next((kind for kind, names in POINTERS.items() if name in names), f"*{dtype}")
+        signature[name] = (
+            "constexpr" if name in constants
+            else build.out if build.out and name == "out_ptr"
+            else special if name.endswith("_ptr")
+            else "fp32" if name in FLOATS
+            else "i32"
+        )  # fmt: skip
+    attributes = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(arguments)
+        if name.endswith("_ptr") or ("_stride" in name and name != "table_stride")
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    options: dict[str, Any] = {"num_warps": build.num_warps, "num_stages": build.num_stages}
+    if target.backend == "cuda":
+        options["launch_pdl"] = target.launches_dependent
+    return compile(source, target=GPUTarget(target.backend, target.arch, target.warp_size), options=options)
+
+
+class AbsentDevice:
+    """What `target_info` asks while a kernel is compiled, and a machine without the GPU cannot say."""
+
+    def __init__(self, target: Target) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self._target = GPUTarget(target.backend, target.arch, target.warp_size)
+
+    def get_current_target(self) -> Any:
+        return self._target
+
+
+def compile_all(name: str) -> dict[str, dict[str, Any]]:
+    """Of each kernel: its shared memory in bytes, and which of NVIDIA's instructions it has."""
+    from triton.runtime import driver
+
+    target = TARGETS[name]
+    driver.set_active(AbsentDevice(target))  # type: ignore[arg-type]
+    found = {}
+    for build in all_builds(name):
+        compiled = compile_build(build, target)
+        text = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
+        marks = [mark for mark in ("mma.", "wgmma.", "mfma", "ex2.approx.ftz", "cp.async", "bf16") if mark in text]
+        found[build.name] = {"shared": compiled.metadata.shared, "marks": marks}
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(compile_all(sys.argv[1])))

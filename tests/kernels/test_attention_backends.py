@@ -1,0 +1,168 @@
+"""All backends of paged attention give what the formula gives, for the same pages, lengths, heads and windows."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from nanovllm.kernels import flash_attention, ops, reference, sdpa_attention
+from tests.kernels import fake_flash_attn
+from tests.kernels.paged import assert_close, device, exact_attention, paged_cache
+
+BACKENDS = ["reference", "triton", "sdpa", "flash1", "flash2", "flash3"]
+if not importlib.util.find_spec("triton"):
+    BACKENDS.remove("triton")
+# (query heads, key-value heads, head size, window): groups of 1 to 16
+HEADS = [
+    (1, 1, 64, 0),
+    (4, 4, 80, 19),
+    (16, 1, 96, 0),
+    (14, 2, 64, 1),
+    (16, 2, 128, 100),
+    (4, 1, 256, 0),
+    (2, 2, 256, 5000),
+]
+# (new tokens, tokens in the cache before them)
+DECODE = [(1, 0), (1, 18), (1, 98), (1, 988), (1, 255), (1, 256)]
+PREFILL = [(1, 0), (19, 99), (0, 0), (99, 0), (89, 900), (2, 17)]
+
+
+@pytest.fixture
+def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Tensor]]:
+    """The backend's function; flash-attn is a fake that refuses what the documentation does not allow."""
+    name: str = request.param
+    if name.startswith("flash"):
+        fake_flash_attn.install(monkeypatch, int(name[-1]))
+        yield ops.paged_attention_flash
+        flash_attention._for_device.cache_clear()
+    elif name == "triton":
+        from nanovllm.kernels import triton_kernels
+
+        yield triton_kernels.paged_attention
+    else:
+        yield {"reference": reference.paged_attention, "sdpa": ops.paged_attention_sdpa}[name]
+
+
+def check(
+    run: Callable[..., Tensor],
+    rows: list[tuple[int, int]],
+    heads: tuple[int, int, int, int],
+    *,
+    block_size: int = 256,
+    dtype: torch.dtype = torch.float16,
+    padding: tuple[int, int] = (0, 0),
+    max_q_len: int | None = None,
+) -> None:
+    """`padding`: tokens of no row before the first row and after the last, NaN."""
+    num_heads, num_kv_heads, head_dim, window = heads
+    before, after = padding
+    q_lens = [new for new, _ in rows]
+    # what lies before a decode step's window is NaN, but not for flash-attn: it is a row's own, so nobody promises more
+    unseen = window if max(q_lens) == 1 and run is not ops.paged_attention_flash else 0
+    k_cache, v_cache, table, seq_len = paged_cache(
+        [sum(row) for row in rows], num_kv_heads, head_dim, block_size, dtype, unseen
+    )
+    q_start = torch.tensor([before, *q_lens], device=device).cumsum(0).int()
+    q_TNH = torch.randn(before + sum(q_lens) + after, num_heads, head_dim, device=device).to(dtype)
+    q_TNH[:before], q_TNH[before + sum(q_lens) :] = float("nan"), float("nan")
+    cache, scale = (k_cache, v_cache, table, seq_len, q_start), head_dim**-0.5
+    actual = run(q_TNH, *cache, max_q_len or max(q_lens), scale, window)
+    assert actual.dtype == dtype
+    assert_close(actual, exact_attention(q_TNH, *cache, scale, window))
+
+
+def fits(name: str, head_dim: int, window: int) -> bool:
+    return name != "flash1" or (head_dim <= 128 and window == 0)
+
+
+CASES = [(name, heads) for name in BACKENDS for heads in HEADS if fits(name, heads[2], heads[3])]
+
+
+@pytest.mark.parametrize(("run", "heads"), CASES, indirect=["run"])
+def test_decode_is_the_formula(run: Callable[..., Tensor], heads: tuple[int, int, int, int]) -> None:
+    check(run, DECODE, heads)
+
+
+@pytest.mark.parametrize(("run", "heads"), CASES, indirect=["run"])
+def test_prefill_is_the_formula(run: Callable[..., Tensor], heads: tuple[int, int, int, int]) -> None:
+    check(run, PREFILL, heads)
+
+
+@pytest.mark.parametrize("run", BACKENDS, indirect=True)
+def test_tokens_and_rows_of_nobody_give_zeros(run: Callable[..., Tensor]) -> None:
+    check(run, [(19, 0), (0, 0), (5, 60)], (4, 2, 64, 0), padding=(0, 200), max_q_len=224)
+    check(run, [(0, 0), (0, 0)], (4, 2, 64, 0), padding=(0, 19), max_q_len=19)
+    check(run, [(9, 0)], (4, 2, 64, 0), padding=(70, 3), max_q_len=82)
+
+
+@pytest.mark.parametrize("run", BACKENDS, indirect=True)
+def test_a_row_without_keys_gives_zeros(run: Callable[..., Tensor]) -> None:
+    k_cache, v_cache, table, seq_len = paged_cache([99, 0, 5], 2, 64, 256, torch.float16)
+    for q_lens in ([1, 1, 1], [3, 2, 4]):
+        q_start = torch.tensor([0, *q_lens], device=device).cumsum(0).int()
+        q_TNH = torch.randn(sum(q_lens), 4, 64, device=device).half()
+        cache = (k_cache, v_cache, table, seq_len, q_start)
+        actual = run(q_TNH, *cache, max(q_lens), 0.125, 0)
+        assert not actual[q_start[1] : q_start[2]].any()
+        assert_close(actual, exact_attention(q_TNH, *cache, 0.125, 0))
+
+
+@pytest.mark.parametrize("run", BACKENDS, indirect=True)
+def test_queries_may_be_a_strided_view(run: Callable[..., Tensor]) -> None:
+    k_cache, v_cache, table, seq_len = paged_cache([40, 19, 5], 2, 64, 256, torch.bfloat16)
+    qkv = torch.randn(3, 8, 64, device=device).bfloat16()
+    cache = (k_cache, v_cache, table, seq_len, torch.arange(4, dtype=torch.int32, device=device))
+    for max_q_len in (1, 3):
+        actual = run(qkv[:, 2:6], *cache, max_q_len, 0.125, 0)
+        assert_close(actual, exact_attention(qkv[:, 2:6], *cache, 0.125, 0))
+
+
+@pytest.mark.parametrize("run", ["sdpa", "flash1", "flash3"], indirect=True)
+def test_small_pages(run: Callable[..., Tensor]) -> None:
+    check(run, DECODE, (4, 2, 64, 0), block_size=16)
+    check(run, PREFILL, (4, 2, 64, 0), block_size=16)
+
+
+@pytest.mark.parametrize("window", [0, 100])
+def test_sdpa_in_pieces_is_the_same(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sdpa_attention, "SCRATCH_BYTES", 1)
+    monkeypatch.setattr(sdpa_attention, "QUERY_TOKENS", 7)
+    for rows in (DECODE, PREFILL):
+        check(ops.paged_attention_sdpa, rows, (4, 2, 64, window), block_size=16, dtype=torch.float32)
+
+
+def test_the_ops_trace_with_their_shapes_and_are_not_inlined() -> None:
+    with torch._subclasses.FakeTensorMode():
+        q_TNH, cache = torch.empty(3, 4, 64), torch.empty(9, 16, 2, 64)
+        table, seq_len, q_start = (torch.empty(*shape, dtype=torch.int32) for shape in ((3, 2), (3,), (4,)))
+        for op in ops.ATTENTION.values():
+            assert op(q_TNH, cache, cache, table, seq_len, q_start, 1, 0.125, 0).shape == q_TNH.shape
+
+
+def test_flash_attn_is_looked_for_by_what_the_gpu_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    for generation, (_, _, version, capability) in fake_flash_attn.FAKES.items():
+        fake_flash_attn.install(monkeypatch, generation)
+        found = flash_attention.find(capability)
+        assert isinstance(found, flash_attention.Flash)
+        assert found[:2] == (generation, version)
+    fake_flash_attn.install(monkeypatch, 2)
+    for capability, generation in (((9, 0), 2), ((12, 0), 2), ((7, 5), None), ((7, 0), None)):
+        found = flash_attention.find(capability)
+        assert (found.generation if isinstance(found, flash_attention.Flash) else None) == generation
+    # an AMD GPU's number is no NVIDIA generation
+    found = flash_attention.find((9, 4), is_nvidia=False)
+    assert isinstance(found, flash_attention.Flash) and found.generation == 2
+
+
+def test_an_old_flash_attn_without_pages_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    fake_flash_attn.install(monkeypatch, 2)
+    sys.modules["flash_attn"].flash_attn_with_kvcache = lambda q, k_cache, v_cache: q  # type: ignore[attr-defined]
+    found = flash_attention.find((8, 0))
+    assert isinstance(found, flash_attention.Missing)
+    assert "2.8.3 has no flash_attn_with_kvcache(…, block_table)" in found.why
