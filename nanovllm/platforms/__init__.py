@@ -10,7 +10,7 @@ import torch
 from nanovllm.platforms.base import Platform
 
 DEVICES = ("auto", "cpu", "cuda", "npu", "mps")
-INDEXED = ("cuda", "npu", "mps")
+INDEXED = ("cuda", "npu")
 
 
 def select(

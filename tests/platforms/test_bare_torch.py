@@ -28,7 +28,7 @@ from nanovllm.platforms.mps import MpsPlatform
 
 torch.set_num_threads(1)
 if {mps}:
-    platforms.select = lambda device: MpsPlatform(torch.device("cpu"))
+    platforms.select = lambda device, **_: MpsPlatform(torch.device("cpu"))
 params = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
 sizes = dict(max_model_len=64, max_num_seqs=2, max_num_batched_tokens=32)
 llm = LLM({model!r}, device="mps" if {mps} else "cpu", dtype="float32", **sizes)

@@ -86,7 +86,7 @@ class PlainTorch(TorchDispatchMode):
 @pytest.fixture
 def on_cpu_tensors(monkeypatch: pytest.MonkeyPatch) -> Iterator[PlainTorch]:
     """device="mps" is the platform on a CPU's tensors, without the CPU's kernels."""
-    monkeypatch.setattr(platforms, "select", lambda device: MpsPlatform(torch.device("cpu")))
+    monkeypatch.setattr(platforms, "select", lambda device, **_: MpsPlatform(torch.device("cpu")))
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with PlainTorch() as mode:
