@@ -41,7 +41,7 @@ def texts(outputs: list[dict[str, Any]]) -> list[str]:
 
 
 def test_public_names() -> None:
-    assert set(nanovllm.__all__) == {"LLM", "EngineConfig", "SamplingParams"}
+    assert set(nanovllm.__all__) == {"LLM", "EngineConfig", "SamplingParams", "print_attention_backend_info"}
     assert all(hasattr(nanovllm, name) for name in nanovllm.__all__)
 
 

@@ -8,6 +8,7 @@ from and the versions of the libraries that read them.
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.metadata
 import json
 import logging
@@ -20,7 +21,6 @@ import torch
 
 from nanovllm.compile.keys import Key
 from nanovllm.compile.store import Artifact, Store
-from nanovllm.kernels.code_files import digest
 from nanovllm.tokenizer import TOKENIZER_FILES, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -131,7 +131,7 @@ def _key(kind: str, files: Sequence[Path], *libraries: str) -> Key:
     return Key(
         {
             "kind": f"{kind} {FORMAT}",
-            **{f"file {path.name}": digest(path.read_bytes()) for path in files},
+            **{f"file {path.name}": hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
             **{f"version {name}": importlib.metadata.version(name) for name in libraries},
         }
     )

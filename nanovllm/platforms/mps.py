@@ -2,7 +2,7 @@
 
 There is no lowering and no capture, and attention is matmul and softmax: scaled_dot_product_attention has given wrong
 results there for one query against many keys, which is what a decode step is. Nothing here makes a float64 tensor, which
-the device does not have. Sampling hashes in int64, whose products, shifts and masks the backend does have.
+the device does not have. Sampling hashes in int64, for whose products, shifts and masks torch declares kernels.
 """
 
 from __future__ import annotations
