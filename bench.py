@@ -75,6 +75,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--padding", action=argparse.BooleanOptionalAction, default=True, help="pad eager batches too")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--kv-cache-dtype", default="auto", help="auto or fp8")
     parser.add_argument("--max-model-len", type=int, default=4096)
     parser.add_argument("--max-num-batched-tokens", type=int)
     parser.add_argument("--block-size", type=int)
@@ -174,6 +175,7 @@ def load(args: argparse.Namespace, model: str, max_num_seqs: int, max_model_len:
         model,
         device=args.device,
         dtype=args.dtype,
+        kv_cache_dtype=args.kv_cache_dtype,
         enforce_eager=args.enforce_eager,
         capture=not args.no_graph,
         fuse=not args.no_fusion,
@@ -193,6 +195,7 @@ def load(args: argparse.Namespace, model: str, max_num_seqs: int, max_model_len:
         "model": args.random_weights or args.model,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "dtype": str(runner.cfg.dtype).removeprefix("torch."),
+        "kv_cache_dtype": str(runner.cfg.cache_dtype).removeprefix("torch."),
         "mode": "graph" if is_graph else "eager",
         "capture": is_graph and not args.no_graph,
         "fuse": is_graph and not args.no_fusion,

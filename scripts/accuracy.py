@@ -27,6 +27,7 @@ def main() -> int:
     parser.add_argument("--num", type=int, default=500, help="questions to ask")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--kv-cache-dtype", default="auto", help="auto or fp8")
     parser.add_argument("--enforce-eager", action="store_true", help="run without compiled programs")
     parser.add_argument("--min-accuracy", type=float, default=0.95)
     args = parser.parse_args()
@@ -34,7 +35,9 @@ def main() -> int:
         raise ValueError(f"--num {args.num} is below 1")
 
     tasks = held_out(args.num, args.seed)
-    llm = LLM(args.model, device=args.device, enforce_eager=args.enforce_eager)
+    llm = LLM(
+        args.model, device=args.device, kv_cache_dtype=args.kv_cache_dtype, enforce_eager=args.enforce_eager
+    )
     started = time.perf_counter()
     outputs = llm.chat(
         [task.messages for task in tasks],
@@ -61,6 +64,7 @@ def main() -> int:
     summary = {
         "model": args.model,
         "device": args.device,
+        "kv_cache_dtype": args.kv_cache_dtype,
         "enforce_eager": args.enforce_eager,
         "num": len(tasks),
         "accuracy": round(accuracy, 4),

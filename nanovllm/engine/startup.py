@@ -108,7 +108,9 @@ def _load(config: EngineConfig, stack: ExitStack) -> Loaded:
 
     def new_runner(layout: Layout) -> Runner:
         # a layout for shorter requests can mean another rotary table
-        fitted = model.config(hf, dtype=cfg.dtype, max_model_len=layout.max_model_len)
+        fitted = replace(
+            model.config(hf, dtype=cfg.dtype, max_model_len=layout.max_model_len), kv_dtype=cfg.kv_dtype
+        )
         compiler = make_compiler(config, platform, environment, store)
         return Runner(model, fitted, params, layout, platform, compiler, capture=config.capture)
 
@@ -213,11 +215,8 @@ def read_model_config(
     """The model file, its config, and transformers' config for a checkpoint folder or what the store keeps of it."""
     hf = read_config(folder, store)
     model = registry.architecture(hf.architectures)
-    return (
-        model,
-        model.config(hf, dtype=choose_dtype(config.dtype, hf, platform), max_model_len=config.max_model_len),
-        hf,
-    )
+    cfg = model.config(hf, dtype=choose_dtype(config.dtype, hf, platform), max_model_len=config.max_model_len)
+    return model, replace(cfg, kv_dtype=choose_kv_dtype(config.kv_cache_dtype, platform)), hf
 
 
 def choose_dtype(name: str, hf: Any, platform: Platform) -> torch.dtype:
@@ -232,6 +231,18 @@ def choose_dtype(name: str, hf: Any, platform: Platform) -> torch.dtype:
             f"{str(dtype).removeprefix('torch.')} is not supported on this {platform.name} device: use one of {names}"
         )
     return dtype
+
+
+def choose_kv_dtype(name: str, platform: Platform) -> torch.dtype | None:
+    """None for "auto", the model's dtype; ValueError for a cache that the device's kernels do not read."""
+    if name == "auto":
+        return None
+    if not platform.supports_fp8_cache:
+        raise ValueError(
+            f"kv_cache_dtype is {name!r}, which is not supported on this {platform.name} device: it needs a CPU, or a GPU of "
+            "compute capability 8.9 or higher"
+        )
+    return torch.float8_e4m3fn
 
 
 def eos_token_ids(folder: Path, hf: Any) -> frozenset[int]:

@@ -77,6 +77,7 @@ class Platform(Protocol):
     whole_steps: bool  # the compiler takes a step as one graph with static shapes, not region by region
     wants_lengths: bool  # `announce` is called before every decode step
     supported_dtypes: tuple[torch.dtype, ...]
+    supports_fp8_cache: bool  # the kernels store and read keys and values in float8_e4m3fn
 
     def prepare(self, libraries: Path | None = None, cxx: str | None = None, may_compile: bool = True) -> None:
         """Register this device's kernels and choose its lowering; called once per engine, before any program is built.

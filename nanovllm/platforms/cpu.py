@@ -55,6 +55,7 @@ class CpuPlatform:
     whole_steps = False
     wants_lengths = False
     supported_dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+    supports_fp8_cache = True
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")
