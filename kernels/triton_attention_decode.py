@@ -128,6 +128,8 @@ def decode_kernel(
     part_out_ptr,  # [W, 2, K, G, H] fp32: results over a part of a row
     part_lse_ptr,  # [W, 2, K, G, H] fp32: log2 of the part's sum of 2^score, the same along H
     arrived_ptr,  # [W, K] int32: zero before and after each launch
+    k_scale_ptr,  # [K] fp32, read for an fp8 cache
+    v_scale_ptr,  # [K] fp32, read for an fp8 cache
     num_rows,
     num_workers,
     table_stride,
@@ -187,6 +189,12 @@ def decode_kernel(
         first_end = tl.min(tl.where(tiles_end_Rp > span_begin, tiles_end_Rp, 0x7FFFFFFF), 0)
         seq_len = load_index(seq_len_ptr + first_row, UPCAST)
 
+    # keys and values of an fp8 cache stay what they hold: the head's scales go into the scores' and into the result
+    FP8: tl.constexpr = k_ptr.dtype.element_ty == tl.float8e4nv
+    if FP8:
+        scale_log2 = scale_log2 * tl.load(k_scale_ptr + head_idx)
+        v_scale = tl.load(v_scale_ptr + head_idx)
+
     SLOT: tl.constexpr = NUM_KV_HEADS * GROUP * HEAD
     group_M = tl.arange(0, GROUP_M)
     h_Hp = tl.arange(0, HEAD_P)
@@ -227,6 +235,8 @@ def decode_kernel(
         q_MHp = tl.load(q_ptr + row_idx * Q_STRIDE_ROW + q_at_MHp, mask=q_mask_MHp, other=0.0)
         k_SHp = tl.load(k_at_SHp, mask=mask_SHp, other=0.0)
         v_SHp = tl.load(v_at_SHp, mask=mask_SHp, other=0.0)
+        if FP8:
+            k_SHp, v_SHp = k_SHp.to(q_MHp.dtype), v_SHp.to(q_MHp.dtype)
 
         is_first = (tile_idx == row_begin) | (tile_idx == span_begin)
         is_last = (tile_idx + 1 == row_end) | (tile_idx + 1 == span_end)
@@ -243,6 +253,8 @@ def decode_kernel(
         if is_last:
             safe_sum_M = tl.where(sum_M > 0, sum_M, 1.0)
             out_MHp = acc_MHp / safe_sum_M[:, None]
+            if FP8:
+                out_MHp *= v_scale
             if (row_begin >= span_begin) & (row_end <= span_end):
                 out_at = out_ptr + row_idx * SLOT + out_at_MHp
                 tl.store(out_at, out_MHp.to(out_ptr.dtype.element_ty), mask=q_mask_MHp)
@@ -343,6 +355,8 @@ def paged_attention_decode(
     scale: float,
     window: int,
     launch: DecodeTile | None = None,
+    k_scale_K: Tensor | None = None,
+    v_scale_K: Tensor | None = None,
 ) -> Tensor:
     """softmax(q · kᵀ · scale) · v for the one newest token of each row; see `reference.paged_attention`.
 
@@ -374,6 +388,8 @@ def paged_attention_decode(
         part_out,
         part_lse,
         arrival_counters(device, num_workers * num_kv_heads),
+        part_lse if k_scale_K is None else k_scale_K,
+        part_lse if v_scale_K is None else v_scale_K,
         num_rows,
         num_workers,
         block_table_RP.stride(0),

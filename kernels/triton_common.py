@@ -8,9 +8,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanovllm.kernels import reference
+
 # A score no key can reach. Finite, because the difference of two infinities is NaN.
 NO_SCORE = tl.constexpr(-1.0e30)
 LOG2_E = 1.4426950408889634
+FP8_MAX = tl.constexpr(reference.FP8_MAX)
 
 
 @triton.jit
@@ -20,6 +23,22 @@ def dot(a, b, acc, UPCAST: tl.constexpr):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
+
+
+INTERPRETED = tl.constexpr(not isinstance(dot, triton.JITFunction))
+
+
+@triton.jit
+def to_fp8(x, scale):
+    """x · (1 / scale) in float8_e4m3fn, to nearest even, saturated, so that nothing finite becomes NaN."""
+    y = tl.clamp(x.to(tl.float32) * (1.0 / scale), -FP8_MAX, FP8_MAX, propagate_nan=tl.PropagateNan.ALL)
+    if INTERPRETED:
+        # The interpreter's conversion drops the carry of a mantissa that rounds up, so it is given nothing to round: here the
+        # last 20 bits are rounded off, or, of what is smaller than any normal number, all below 2⁻⁹.
+        bits = y.to(tl.int32, bitcast=True)
+        rounded = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000
+        y = tl.where(tl.abs(y) < 0.015625, (y + 24576.0) - 24576.0, rounded.to(tl.float32, bitcast=True))
+    return y.to(tl.float8e4nv)
 
 
 @triton.jit
