@@ -22,9 +22,11 @@ from nanovllm.kernels.triton_common import (
     NO_SCORE,
     dot,
     exp2,
+    from_fp8,
     launch_options,
     load_index,
     shared_memory_bytes,
+    to_fp16,
     wait_for_earlier_kernels,
 )
 
@@ -88,7 +90,7 @@ def _attend_tiles(
             k_SHp = tl.load(k_at_SHp)
             v_SHp = tl.load(v_at_SHp)
         if k_ptr.dtype.element_ty == tl.float8e4nv:
-            k_SHp, v_SHp = k_SHp.to(q_MHp.dtype), v_SHp.to(q_MHp.dtype)
+            k_SHp, v_SHp = k_SHp.to(q_MHp.dtype), from_fp8(v_SHp, q_MHp.dtype, UPCAST)
         score_MS = dot(q_MHp, tl.trans(k_SHp), tl.zeros([q_MHp.shape[0], TILE], tl.float32), UPCAST)
         if MASKED:
             seen_MS = key_S[None, :] <= query_pos_M[:, None]
@@ -170,6 +172,11 @@ def prefill_kernel(
     token_M = token_M.to(tl.int64)  # T · N · H may pass 2³¹
     q_at_MHp = (token_M * Q_STRIDE_TOKEN + q_head_M * Q_STRIDE_HEAD)[:, None] + h_Hp[None, :]
     q_MHp = tl.load(q_ptr + q_at_MHp, mask=q_mask_MHp, other=0.0)
+    # keys and values of an fp8 cache stay what they hold: the head's scales go into the scores' and into the result
+    FP8: tl.constexpr = k_ptr.dtype.element_ty == tl.float8e4nv
+    if FP8:
+        scale_log2 = scale_log2 * tl.load(k_scale_ptr + head_idx)
+        q_MHp = to_fp16(q_MHp, UPCAST)
     max_M = tl.full([QUERIES], NO_SCORE, tl.float32)
     sum_M = tl.zeros([QUERIES], tl.float32)
     acc_MHp = tl.zeros([QUERIES, HEAD_P], tl.float32)
@@ -187,10 +194,6 @@ def prefill_kernel(
         full_tile = begin_tile
     else:
         full_tile = tl.minimum(tl.maximum(first_pos + 1, 0) // TILE, end_tile)
-    # keys and values of an fp8 cache stay what they hold: the head's scales go into the scores' and into the result
-    FP8: tl.constexpr = k_ptr.dtype.element_ty == tl.float8e4nv
-    if FP8:
-        scale_log2 = scale_log2 * tl.load(k_scale_ptr + head_idx)
     table_at = table_ptr + row_idx * table_stride
     k_at = k_ptr + head_idx * K_STRIDE_HEAD
     v_at = v_ptr + head_idx * V_STRIDE_HEAD

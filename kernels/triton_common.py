@@ -42,6 +42,39 @@ def to_fp8(x, scale):
 
 
 @triton.jit
+def to_fp16(x, UPCAST: tl.constexpr):
+    """bf16 in fp16, saturated. In fp16 a product takes keys and values of an fp8 cache, which are exact in it, at one
+    conversion for two of them, where bf16 takes three. Queries above 65504 would saturate; no product bears them anyway.
+    """
+    if x.dtype == tl.bfloat16 and not UPCAST:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 low, high; shl.b32 low, $1, 16; and.b32 high, $1, 0xffff0000;"
+            " cvt.rn.satfinite.f16x2.f32 $0, high, low; }",
+            "=r,r", [x], dtype=tl.float16, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        return x
+
+
+@triton.jit
+def from_fp8(x, dtype: tl.constexpr, UPCAST: tl.constexpr):
+    """float8_e4m3fn in `dtype`, exactly; four at a time where that is fp16.
+
+    For operands whose sum runs along rows, the values. The compiler would move a conversion behind the change of layout for the
+    matrix units, whose loads turn 16 bits at a time, and read what has 8 byte by byte: one instruction for each element. What is
+    not pure it leaves in its place, before that change.
+    """
+    if UPCAST or dtype != tl.float16:
+        return x.to(dtype)
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b16 low, high; mov.b32 {low, high}, $2;"
+            " cvt.rn.f16x2.e4m3x2 $0, low; cvt.rn.f16x2.e4m3x2 $1, high; }",
+            "=r,=r,r", [x.to(tl.int8, bitcast=True)], dtype=tl.float16, is_pure=False, pack=4,
+        )  # fmt: skip
+
+
+@triton.jit
 def exp2(x, UPCAST: tl.constexpr):
     """2^x by the hardware's approximation alone; `tl.exp2` adds three instructions for results below 2^-126."""
     if UPCAST:

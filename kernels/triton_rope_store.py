@@ -108,9 +108,7 @@ def qk_norm_rope_store_kernel(
     if k_ptr.dtype.element_ty == tl.float8e4nv:
         k_scale_A1 = tl.load(k_scale_ptr + (head_A - NUM_HEADS)[:, None], mask=is_k_A1, other=1.0)
         v_head_A1 = (head_A - NUM_HEADS - NUM_KV_HEADS)[:, None]
-        v_scale_A1 = tl.load(
-            v_scale_ptr + v_head_A1, mask=(v_head_A1 >= 0) & (v_head_A1 < NUM_KV_HEADS), other=1.0
-        )
+        v_scale_A1 = tl.load(v_scale_ptr + v_head_A1, mask=(v_head_A1 >= 0) & (v_head_A1 < NUM_KV_HEADS), other=1.0)
     block, offset = slot // block_size, slot % block_size
     k_at = k_ptr + block * k_stride_block + offset * k_stride_slot
     k_at = k_at + (head_A - NUM_HEADS)[:, None] * k_stride_head + h_h[None, :]

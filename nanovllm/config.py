@@ -86,7 +86,9 @@ class EngineConfig:
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype {self.dtype!r} is not supported: use one of {', '.join(DTYPES)}")
         if self.kv_cache_dtype not in KV_CACHE_DTYPES:
-            raise ValueError(f"kv_cache_dtype {self.kv_cache_dtype!r} is not supported: use one of {', '.join(KV_CACHE_DTYPES)}")
+            raise ValueError(
+                f"kv_cache_dtype {self.kv_cache_dtype!r} is not supported: use one of {', '.join(KV_CACHE_DTYPES)}"
+            )
         for name in ("max_num_seqs", "max_model_len"):
             _check_whole(name, getattr(self, name), 1)
         _check_whole("max_num_batched_tokens", self.max_num_batched_tokens, 16)

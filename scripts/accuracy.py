@@ -35,9 +35,7 @@ def main() -> int:
         raise ValueError(f"--num {args.num} is below 1")
 
     tasks = held_out(args.num, args.seed)
-    llm = LLM(
-        args.model, device=args.device, kv_cache_dtype=args.kv_cache_dtype, enforce_eager=args.enforce_eager
-    )
+    llm = LLM(args.model, device=args.device, kv_cache_dtype=args.kv_cache_dtype, enforce_eager=args.enforce_eager)
     started = time.perf_counter()
     outputs = llm.chat(
         [task.messages for task in tasks],

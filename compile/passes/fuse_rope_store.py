@@ -46,7 +46,19 @@ def _fuse(graph: GraphModule, store: Node) -> None:
         with graph.graph.inserting_before(store):
             fused = graph.graph.call_function(
                 ops.qk_norm_rope_store,
-                (packed, q_norm, k_norm, cos_sin, pos, slot, k_cache, v_cache, num_heads, *(epsilons or {0.0}), *scales),
+                (
+                    packed,
+                    q_norm,
+                    k_norm,
+                    cos_sin,
+                    pos,
+                    slot,
+                    k_cache,
+                    v_cache,
+                    num_heads,
+                    *(epsilons or {0.0}),
+                    *scales,
+                ),
             )
         fused.meta = dict(query.meta)
         query.replace_all_uses_with(fused)

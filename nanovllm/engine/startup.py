@@ -108,9 +108,7 @@ def _load(config: EngineConfig, stack: ExitStack) -> Loaded:
 
     def new_runner(layout: Layout) -> Runner:
         # a layout for shorter requests can mean another rotary table
-        fitted = replace(
-            model.config(hf, dtype=cfg.dtype, max_model_len=layout.max_model_len), kv_dtype=cfg.kv_dtype
-        )
+        fitted = replace(model.config(hf, dtype=cfg.dtype, max_model_len=layout.max_model_len), kv_dtype=cfg.kv_dtype)
         compiler = make_compiler(config, platform, environment, store)
         return Runner(model, fitted, params, layout, platform, compiler, capture=config.capture)
 
@@ -259,8 +257,10 @@ def make_layout(config: EngineConfig, cfg: ModelConfig, platform: Platform) -> L
     max_tokens = config.max_num_batched_tokens or platform.default_batched_tokens
     max_tokens = max(16, min(max_tokens, -(-max_model_len // 16) * 16 * max_num_seqs))
     pad = config.pad_batches
+    # with as many bytes in a block, decode attention reads an fp8 cache in tiles of twice the tokens
+    default_block_size = platform.default_block_size * (1 if cfg.kv_dtype is None else 2)
     return Layout(
-        block_size=config.kvcache_block_size or platform.default_block_size,
+        block_size=config.kvcache_block_size or default_block_size,
         max_num_seqs=max_num_seqs,
         max_model_len=max_model_len,
         decode_rows=buckets.decode_ladder(config.graph_batch_sizes, max_num_seqs, platform.name),
