@@ -32,6 +32,7 @@ from nanovllm.kernels.triton_common import (
     dot,
     exp2,
     from_fp8,
+    from_fp8_in_place,
     launch_options,
     load_index,
     num_multiprocessors,
@@ -239,7 +240,7 @@ def decode_kernel(
         v_SHp = tl.load(v_at_SHp, mask=mask_SHp, other=0.0)
         if FP8:
             q_MHp = to_fp16(q_MHp, UPCAST)
-            k_SHp, v_SHp = k_SHp.to(q_MHp.dtype), from_fp8(v_SHp, q_MHp.dtype, UPCAST)
+            k_SHp, v_SHp = from_fp8(k_SHp, q_MHp.dtype, UPCAST), from_fp8_in_place(v_SHp, q_MHp.dtype, UPCAST)
 
         is_first = (tile_idx == row_begin) | (tile_idx == span_begin)
         is_last = (tile_idx + 1 == row_end) | (tile_idx + 1 == span_end)

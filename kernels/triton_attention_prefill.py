@@ -23,6 +23,7 @@ from nanovllm.kernels.triton_common import (
     dot,
     exp2,
     from_fp8,
+    from_fp8_in_place,
     launch_options,
     load_index,
     shared_memory_bytes,
@@ -90,7 +91,7 @@ def _attend_tiles(
             k_SHp = tl.load(k_at_SHp)
             v_SHp = tl.load(v_at_SHp)
         if k_ptr.dtype.element_ty == tl.float8e4nv:
-            k_SHp, v_SHp = k_SHp.to(q_MHp.dtype), from_fp8(v_SHp, q_MHp.dtype, UPCAST)
+            k_SHp, v_SHp = from_fp8(k_SHp, q_MHp.dtype, UPCAST), from_fp8_in_place(v_SHp, q_MHp.dtype, UPCAST)
         score_MS = dot(q_MHp, tl.trans(k_SHp), tl.zeros([q_MHp.shape[0], TILE], tl.float32), UPCAST)
         if MASKED:
             seen_MS = key_S[None, :] <= query_pos_M[:, None]

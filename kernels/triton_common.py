@@ -34,9 +34,10 @@ def to_fp8(x, scale):
     y = tl.clamp(x.to(tl.float32) * (1.0 / scale), -FP8_MAX, FP8_MAX, propagate_nan=tl.PropagateNan.ALL)
     if INTERPRETED:
         # The interpreter's conversion drops the carry of a mantissa that rounds up, so it is given nothing to round: here the
-        # last 20 bits are rounded off, or, of what is smaller than any normal number, all below 2⁻⁹.
+        # last 20 bits are rounded off, or, of what is smaller than any normal number, all below 2⁻⁹. NaN needs all three bits.
         bits = y.to(tl.int32, bitcast=True)
         rounded = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000
+        rounded = tl.where(y == y, rounded, 0x7FF00000)
         y = tl.where(tl.abs(y) < 0.015625, (y + 24576.0) - 24576.0, rounded.to(tl.float32, bitcast=True))
     return y.to(tl.float8e4nv)
 
@@ -58,14 +59,25 @@ def to_fp16(x, UPCAST: tl.constexpr):
 
 @triton.jit
 def from_fp8(x, dtype: tl.constexpr, UPCAST: tl.constexpr):
-    """float8_e4m3fn in `dtype`, exactly; four at a time where that is fp16.
+    """float8_e4m3fn in `dtype`, exactly."""
+    if UPCAST:
+        # the interpreter takes NaN for 480
+        is_nan = (x.to(tl.int8, bitcast=True) & 0x7F) == 0x7F
+        return tl.where(is_nan, float("nan"), x.to(tl.float32)).to(dtype)
+    else:
+        return x.to(dtype)
 
-    For operands whose sum runs along rows, the values. The compiler would move a conversion behind the change of layout for the
-    matrix units, whose loads turn 16 bits at a time, and read what has 8 byte by byte: one instruction for each element. What is
-    not pure it leaves in its place, before that change.
+
+@triton.jit
+def from_fp8_in_place(x, dtype: tl.constexpr, UPCAST: tl.constexpr):
+    """The same, four at a time where that is fp16, and in the layout in which x was loaded.
+
+    For operands whose sum runs along rows, the values. The compiler would move a conversion behind the change of layout for
+    the matrix units, whose loads turn 16 bits at a time, and read what has 8 byte by byte, with an instruction for each. What
+    is not pure it leaves in its place, before that change.
     """
     if UPCAST or dtype != tl.float16:
-        return x.to(dtype)
+        return from_fp8(x, dtype, UPCAST)
     else:
         return tl.inline_asm_elementwise(
             "{ .reg .b16 low, high; mov.b32 {low, high}, $2;"
