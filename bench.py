@@ -76,6 +76,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--attention-backend", default="auto", help="auto, triton, flash_attn or sdpa")
+    parser.add_argument("--kv-cache-dtype", default="auto", help="auto or fp8")
     parser.add_argument("--max-model-len", type=int, default=4096)
     parser.add_argument("--max-num-batched-tokens", type=int)
     parser.add_argument("--block-size", type=int)
@@ -176,6 +177,7 @@ def load(args: argparse.Namespace, model: str, max_num_seqs: int, max_model_len:
         device=args.device,
         dtype=args.dtype,
         attention_backend=args.attention_backend,
+        kv_cache_dtype=args.kv_cache_dtype,
         enforce_eager=args.enforce_eager,
         capture=not args.no_graph,
         fuse=not args.no_fusion,
@@ -196,6 +198,7 @@ def load(args: argparse.Namespace, model: str, max_num_seqs: int, max_model_len:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "dtype": str(runner.cfg.dtype).removeprefix("torch."),
         "attention_backend": args.attention_backend,
+        "kv_cache_dtype": str(runner.cfg.cache_dtype).removeprefix("torch."),
         "mode": "graph" if is_graph else "eager",
         "capture": is_graph and not args.no_graph,
         "fuse": is_graph and not args.no_fusion,

@@ -34,7 +34,8 @@ def cost(
         table = num_tokens * named["cos_sin"].shape[1] * named["cos_sin"].element_size()
         return named["qkv"].nbytes + out_bytes + stored + table, 0
     if name == "store_kv":
-        return 2 * (named["k"].nbytes + named["v"].nbytes), 0
+        stored = (named["k"].numel() + named["v"].numel()) * named["k_cache"].element_size()
+        return named["k"].nbytes + named["v"].nbytes + stored, 0
     if name == "rope":
         return named["x"].nbytes + out_bytes + named["pos"].shape[0] * named["cos_sin"].shape[1] * 4, 0
     if name == "advance":

@@ -102,8 +102,19 @@ def paged_attention(
     max_q_len: int,
     scale: float,
     window: int,
+    k_scale_K: Tensor | None = None,
+    v_scale_K: Tensor | None = None,
 ) -> Tensor:
-    """`reference.paged_attention`, reading the pages in place; queries and cache each in fp32, bf16 or fp16."""
+    """`reference.paged_attention`, reading the pages in place; queries and cache each in fp32, bf16 or fp16.
+
+    Of an fp8 cache the blocks that the rows hold are first made fp32: right, and no faster than a cache of more bytes.
+    """
+    if k_scale_K is not None and v_scale_K is not None:
+        num_columns = -(-int(seq_len_R.max()) // k_cache_CBKH.shape[1])
+        held, index = block_table_RP[:, :num_columns].long().unique(return_inverse=True)
+        k_cache_CBKH = k_cache_CBKH[held].float() * k_scale_K[:, None]
+        v_cache_CBKH = v_cache_CBKH[held].float() * v_scale_K[:, None]
+        block_table_RP = index.int()
     q_dtype, kv_dtype = _DTYPE_CODES.get(q_TNH.dtype), _DTYPE_CODES.get(k_cache_CBKH.dtype)
     k_strides, v_strides = k_cache_CBKH.stride(), v_cache_CBKH.stride()
     if (
@@ -345,6 +356,8 @@ def qk_norm_rope_store(
     v_cache_CBKH: Tensor,
     num_heads: int,
     eps: float,
+    k_scale_K: Tensor | None = None,
+    v_scale_K: Tensor | None = None,
 ) -> Tensor:
     """`reference.qk_norm_rope_store` in one pass over qkv."""
     dtype, code = qkv_TE.dtype, _DTYPE_CODES.get(qkv_TE.dtype)
@@ -363,7 +376,18 @@ def qk_norm_rope_store(
         or cos_sin_MH.stride(1) != 1
     ):
         return reference.qk_norm_rope_store(
-            qkv_TE, q_norm_H, k_norm_H, cos_sin_MH, pos_T, slot_T, k_cache_CBKH, v_cache_CBKH, num_heads, eps
+            qkv_TE,
+            q_norm_H,
+            k_norm_H,
+            cos_sin_MH,
+            pos_T,
+            slot_T,
+            k_cache_CBKH,
+            v_cache_CBKH,
+            num_heads,
+            eps,
+            k_scale_K,
+            v_scale_K,
         )
     if qkv_TE.stride(1) != 1:
         qkv_TE = qkv_TE.contiguous()

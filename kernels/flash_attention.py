@@ -130,6 +130,8 @@ def paged_attention_flash(
     max_q_len: int,
     scale: float,
     window: int,
+    k_scale_K: None = None,
+    v_scale_K: None = None,
 ) -> Tensor:
     """`reference.paged_attention` for fp16 and bf16; what is refused is told by `unsupported`, before."""
     flash = _for_device(q_TNH.device)

@@ -46,15 +46,17 @@ rope = _define(
     lambda x, cos_sin, pos: torch.empty_like(x, memory_format=torch.contiguous_format),
 )
 store_kv = _define(
-    "store_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot) -> ()",
+    "store_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot, Tensor? k_scale=None, "
+    "Tensor? v_scale=None) -> ()",
     reference.store_kv,
-    lambda k, v, k_cache, v_cache, slot: None,
+    lambda k, v, k_cache, v_cache, slot, k_scale=None, v_scale=None: None,
 )
 qk_norm_rope_store = _define(
     "qk_norm_rope_store(Tensor qkv, Tensor? q_norm, Tensor? k_norm, Tensor cos_sin, Tensor pos, Tensor slot, "
-    "Tensor(a!) k_cache, Tensor(b!) v_cache, int num_heads, float eps) -> Tensor",
+    "Tensor(a!) k_cache, Tensor(b!) v_cache, int num_heads, float eps, Tensor? k_scale=None, Tensor? v_scale=None) "
+    "-> Tensor",
     reference.qk_norm_rope_store,
-    lambda qkv, q_norm, k_norm, cos_sin, pos, slot, k_cache, v_cache, num_heads, eps: qkv.new_empty(
+    lambda qkv, q_norm, k_norm, cos_sin, pos, slot, k_cache, v_cache, num_heads, *rest: qkv.new_empty(
         (qkv.shape[0], num_heads, k_cache.shape[3])
     ),
 )
@@ -63,11 +65,9 @@ qk_norm_rope_store = _define(
 def _define_attention(name: str, meaning: Callable[..., Any]) -> Any:
     return _define(
         f"{name}(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_len, Tensor q_start, "
-        "int max_q_len, float scale, int window) -> Tensor",
+        "int max_q_len, float scale, int window, Tensor? k_scale=None, Tensor? v_scale=None) -> Tensor",
         meaning,
-        lambda q, k_cache, v_cache, block_table, seq_len, q_start, max_q_len, scale, window: torch.empty_like(
-            q, memory_format=torch.contiguous_format
-        ),
+        lambda q, *rest: torch.empty_like(q, memory_format=torch.contiguous_format),
     )
 
 

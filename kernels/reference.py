@@ -4,12 +4,17 @@ runs wherever no kernel does.
 Shapes: T tokens | R rows (requests) | P blocks per row | C blocks in the cache | B block size in tokens | D hidden | O outputs
 N query heads | K key-value heads | H head size | E = (N + 2K)·H | F ffn size | M positions in the rotary table
 V vocabulary
+
+A cache in float8_e4m3fn holds x / scale, with one fp32 scale per key-value head for keys and one for values.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+# The largest finite float8_e4m3fn (Micikevicius et al. 2022, https://arxiv.org/abs/2209.05433); there is no infinity.
+FP8_MAX = 448.0
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -38,10 +43,31 @@ def rope(x_TNH: Tensor, cos_sin_MH: Tensor, pos_T: Tensor) -> Tensor:
     return torch.cat((x1 * cos_T1h - x2 * sin_T1h, x2 * cos_T1h + x1 * sin_T1h), dim=-1).to(x_TNH.dtype)
 
 
-def store_kv(k_TKH: Tensor, v_TKH: Tensor, k_cache_CBKH: Tensor, v_cache_CBKH: Tensor, slot_T: Tensor) -> None:
-    """Write token t's key and value into slot slot_T[t] = block · B + offset, in place."""
-    k_cache_CBKH.view(-1, *k_cache_CBKH.shape[2:]).index_copy_(0, slot_T.long(), k_TKH.to(k_cache_CBKH.dtype))
-    v_cache_CBKH.view(-1, *v_cache_CBKH.shape[2:]).index_copy_(0, slot_T.long(), v_TKH.to(v_cache_CBKH.dtype))
+def store_kv(
+    k_TKH: Tensor,
+    v_TKH: Tensor,
+    k_cache_CBKH: Tensor,
+    v_cache_CBKH: Tensor,
+    slot_T: Tensor,
+    k_scale_K: Tensor | None = None,
+    v_scale_K: Tensor | None = None,
+) -> None:
+    """Write token t's key and value into slot slot_T[t] = block · B + offset, in place.
+
+    With scales the cache is float8_e4m3fn and gets x · (1 / scale), saturated at ±448: of what is finite nothing becomes NaN.
+    """
+    for x_TKH, cache_CBKH, scale_K in ((k_TKH, k_cache_CBKH, k_scale_K), (v_TKH, v_cache_CBKH, v_scale_K)):
+        slots = cache_CBKH.view(-1, *cache_CBKH.shape[2:])
+        if scale_K is None:
+            slots.index_copy_(0, slot_T.long(), x_TKH.to(cache_CBKH.dtype))
+        else:
+            # as bytes, since torch copies no fp8 by index on a CPU
+            slots.view(torch.uint8).index_copy_(0, slot_T.long(), to_fp8(x_TKH, scale_K).view(torch.uint8))
+
+
+def to_fp8(x_TKH: Tensor, scale_K: Tensor) -> Tensor:
+    """x · (1 / scale) in float8_e4m3fn, to nearest even, saturated at ±448."""
+    return (x_TKH.float() * scale_K.reciprocal()[:, None]).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
 
 
 def qk_norm_rope_store(
@@ -55,8 +81,13 @@ def qk_norm_rope_store(
     v_cache_CBKH: Tensor,
     num_heads: int,
     eps: float,
+    k_scale_K: Tensor | None = None,
+    v_scale_K: Tensor | None = None,
 ) -> Tensor:
-    """Split [q | k | v], normalise q and k per head where a weight is given, rotate them, store k, v; returns q [T, N, H]."""
+    """Split [q | k | v], normalise q and k per head where a weight is given, rotate them, store k, v; returns q [T, N, H].
+
+    Scales are those of `store_kv`.
+    """
     num_kv_heads, head_dim = k_cache_CBKH.shape[2:]
     q_TNH, k_TKH, v_TKH = qkv_TE.view(qkv_TE.shape[0], -1, head_dim).split(
         [num_heads, num_kv_heads, num_kv_heads], dim=1
@@ -65,7 +96,7 @@ def qk_norm_rope_store(
         q_TNH = rms_norm(q_TNH, q_norm_H, eps)
     if k_norm_H is not None:
         k_TKH = rms_norm(k_TKH, k_norm_H, eps)
-    store_kv(rope(k_TKH, cos_sin_MH, pos_T), v_TKH, k_cache_CBKH, v_cache_CBKH, slot_T)
+    store_kv(rope(k_TKH, cos_sin_MH, pos_T), v_TKH, k_cache_CBKH, v_cache_CBKH, slot_T, k_scale_K, v_scale_K)
     return rope(q_TNH, cos_sin_MH, pos_T)
 
 
@@ -79,6 +110,8 @@ def paged_attention(
     max_q_len: int,
     scale: float,
     window: int,
+    k_scale_K: Tensor | None = None,
+    v_scale_K: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of each row's newest tokens over that row's blocks.
 
@@ -86,14 +119,16 @@ def paged_attention(
     tokens. A key at position j is seen from position i if i − window < j <= i (window <= 0: all j <= i). With
     max_q_len 1 (decode) there is one token a row, T = R, and q_start_S is not read. A row with seq_len 0 and tokens
     of no row give zeros. Nothing of the cache outside a row's first seq_len tokens may reach its output, NaN included.
+    With scales (see `store_kv`) keys and values are what the cache holds times their head's scale.
     """
     num_rows, block_size = block_table_RP.shape[0], k_cache_CBKH.shape[1]
     out_TNH = torch.zeros_like(q_TNH)
     if max_q_len == 1:
         # one gather for the whole batch: no host synchronisation
         max_len = block_table_RP.shape[1] * block_size
-        k_RLKH = k_cache_CBKH[block_table_RP.long()].view(num_rows, max_len, *k_cache_CBKH.shape[2:])
-        v_RLKH = v_cache_CBKH[block_table_RP.long()].view(num_rows, max_len, *k_cache_CBKH.shape[2:])
+        k_RPBKH = _scaled(k_cache_CBKH[block_table_RP.long()], k_scale_K)
+        v_RPBKH = _scaled(v_cache_CBKH[block_table_RP.long()], v_scale_K)
+        k_RLKH, v_RLKH = k_RPBKH.flatten(1, 2), v_RPBKH.flatten(1, 2)
         key_pos_L = torch.arange(max_len, device=q_TNH.device)
         seen_RL = _seen(seq_len_R.unsqueeze(1) - 1, key_pos_L, window)
         out = _attend(q_TNH.unsqueeze(1), k_RLKH, v_RLKH, seen_RL.unsqueeze(1), scale).squeeze(1)
@@ -104,7 +139,8 @@ def paged_attention(
         if end == start or seq_len == 0:
             continue
         blocks = block_table_RP[row, : -(-seq_len // block_size)].long()
-        k_LKH, v_LKH = k_cache_CBKH[blocks].flatten(0, 1)[:seq_len], v_cache_CBKH[blocks].flatten(0, 1)[:seq_len]
+        k_LKH = _scaled(k_cache_CBKH[blocks], k_scale_K).flatten(0, 1)[:seq_len]
+        v_LKH = _scaled(v_cache_CBKH[blocks], v_scale_K).flatten(0, 1)[:seq_len]
         query_pos = torch.arange(seq_len - (end - start), seq_len, device=q_TNH.device)
         seen_TL = _seen(query_pos.unsqueeze(1), torch.arange(seq_len, device=q_TNH.device), window)
         out_TNH[start:end] = _attend(q_TNH[None, start:end], k_LKH[None], v_LKH[None], seen_TL[None], scale)[0]
@@ -132,6 +168,11 @@ def linear_int8(
 def linear_(residual_TO: Tensor, x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> None:
     """residual += x · weightᵀ + bias, in place."""
     residual_TO.add_(linear(x_TD, weight_OD, bias_O))
+
+
+def _scaled(x: Tensor, scale_K: Tensor | None) -> Tensor:
+    """x [..., K, H] times its head's scale in fp32; as it is without one."""
+    return x if scale_K is None else x.float() * scale_K[:, None]
 
 
 def _seen(query_pos: Tensor, key_pos: Tensor, window: int) -> Tensor:

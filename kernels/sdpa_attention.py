@@ -26,6 +26,8 @@ def paged_attention_sdpa(
     max_q_len: int,
     scale: float,
     window: int,
+    k_scale_K: None = None,
+    v_scale_K: None = None,
 ) -> Tensor:
     """`reference.paged_attention`; accumulates as torch's kernel for the device and dtype does."""
     if max_q_len == 1:

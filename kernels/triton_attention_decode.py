@@ -31,10 +31,13 @@ from nanovllm.kernels.triton_common import (
     arrival_counters,
     dot,
     exp2,
+    from_fp8,
+    from_fp8_in_place,
     launch_options,
     load_index,
     num_multiprocessors,
     shared_memory_bytes,
+    to_fp16,
     wait_for_earlier_kernels,
 )
 
@@ -128,6 +131,8 @@ def decode_kernel(
     part_out_ptr,  # [W, 2, K, G, H] fp32: results over a part of a row
     part_lse_ptr,  # [W, 2, K, G, H] fp32: log2 of the part's sum of 2^score, the same along H
     arrived_ptr,  # [W, K] int32: zero before and after each launch
+    k_scale_ptr,  # [K] fp32, read for an fp8 cache
+    v_scale_ptr,  # [K] fp32, read for an fp8 cache
     num_rows,
     num_workers,
     table_stride,
@@ -187,6 +192,12 @@ def decode_kernel(
         first_end = tl.min(tl.where(tiles_end_Rp > span_begin, tiles_end_Rp, 0x7FFFFFFF), 0)
         seq_len = load_index(seq_len_ptr + first_row, UPCAST)
 
+    # keys and values of an fp8 cache stay what they hold: the head's scales go into the scores' and into the result
+    FP8: tl.constexpr = k_ptr.dtype.element_ty == tl.float8e4nv
+    if FP8:
+        scale_log2 = scale_log2 * tl.load(k_scale_ptr + head_idx)
+        v_scale = tl.load(v_scale_ptr + head_idx)
+
     SLOT: tl.constexpr = NUM_KV_HEADS * GROUP * HEAD
     group_M = tl.arange(0, GROUP_M)
     h_Hp = tl.arange(0, HEAD_P)
@@ -227,6 +238,9 @@ def decode_kernel(
         q_MHp = tl.load(q_ptr + row_idx * Q_STRIDE_ROW + q_at_MHp, mask=q_mask_MHp, other=0.0)
         k_SHp = tl.load(k_at_SHp, mask=mask_SHp, other=0.0)
         v_SHp = tl.load(v_at_SHp, mask=mask_SHp, other=0.0)
+        if FP8:
+            q_MHp = to_fp16(q_MHp, UPCAST)
+            k_SHp, v_SHp = from_fp8(k_SHp, q_MHp.dtype, UPCAST), from_fp8_in_place(v_SHp, q_MHp.dtype, UPCAST)
 
         is_first = (tile_idx == row_begin) | (tile_idx == span_begin)
         is_last = (tile_idx + 1 == row_end) | (tile_idx + 1 == span_end)
@@ -243,6 +257,8 @@ def decode_kernel(
         if is_last:
             safe_sum_M = tl.where(sum_M > 0, sum_M, 1.0)
             out_MHp = acc_MHp / safe_sum_M[:, None]
+            if FP8:
+                out_MHp *= v_scale
             if (row_begin >= span_begin) & (row_end <= span_end):
                 out_at = out_ptr + row_idx * SLOT + out_at_MHp
                 tl.store(out_at, out_MHp.to(out_ptr.dtype.element_ty), mask=q_mask_MHp)
@@ -292,7 +308,7 @@ class DecodeTile(NamedTuple):
     max_parts: int  # parts of a row that the merge loads at a time, at most
 
 
-def decode_tile(head_bytes: int, block_size: int, num_rows: int, shared_bytes: int) -> DecodeTile:
+def decode_tile(head_bytes: int, block_size: int, num_rows: int, shared_bytes: int, is_fp8: bool = False) -> DecodeTile:
     """The launch for heads of head_bytes (padded to a power of two).
 
     Two programs on a multiprocessor with two tiles of 16 KB of keys and of values each keep 128 KB in flight; bandwidth
@@ -300,11 +316,17 @@ def decode_tile(head_bytes: int, block_size: int, num_rows: int, shared_bytes: i
     this 253 / 70.6 / 15.2 / 257; half the tile and four programs 256 / 72.1 / 16.1 / 263; one program with three tiles in
     flight 315 / 77.7 / 17.2 / 313. One row of 600 / 4000 / 32000 tokens: 5.3 / 9.6 / 37 with one program and three tiles,
     5.5 / 10.6 / 37 with two and two. Half the tile where shared memory is 99 KB (sm_86, sm_89).
+
+    An fp8 cache has tiles of as many bytes, so of twice the tokens, where its blocks hold them. Counted in the code for sm_90,
+    heads of 128: 966 instructions a warp for 128 tokens, 703 for 64, where bf16 has 591 for 64. Not yet measured.
     """
-    tile = min(64, max(16, (16384 if shared_bytes >= 160 * 1024 else 8192) // head_bytes))
+    most = 128 if is_fp8 and block_size % 128 == 0 else 64
+    tile = min(most, max(16, (16384 if shared_bytes >= 160 * 1024 else 8192) // head_bytes))
     single = num_rows == 1 and block_size % tile == 0
     # a tile in flight is keys, values and queries; beside them stands the result on its way out
     tile_bytes, out_bytes = (2 * tile + 16) * head_bytes, 32 * head_bytes
+    if is_fp8:  # queries of two bytes; beside the tiles the values and the probabilities in fp16
+        tile_bytes, out_bytes = (2 * tile + 32) * head_bytes, tile * (2 * head_bytes + 32)
     buffers = min(3 if single else 2, (shared_bytes - out_bytes) // tile_bytes)
     programs = 1 if single or 2 * (buffers * tile_bytes + out_bytes) > shared_bytes else 2
     # where the block numbers of a tile are loaded apart, their load takes stages too
@@ -343,6 +365,8 @@ def paged_attention_decode(
     scale: float,
     window: int,
     launch: DecodeTile | None = None,
+    k_scale_K: Tensor | None = None,
+    v_scale_K: Tensor | None = None,
 ) -> Tensor:
     """softmax(q · kᵀ · scale) · v for the one newest token of each row; see `reference.paged_attention`.
 
@@ -358,8 +382,11 @@ def paged_attention_decode(
     if num_rows == 0:
         return out_RNH
     device = q_RNH.device
-    head_bytes = triton.next_power_of_2(head_dim) * k_cache_CBKH.element_size()
-    launch = launch or decode_tile(head_bytes, block_size, num_rows, shared_memory_bytes(device))
+    is_fp8 = k_cache_CBKH.dtype is torch.float8_e4m3fn and q_RNH.element_size() == 2
+    # of fp32 queries the products are in fp32, whatever the cache holds
+    element_size = 1 if is_fp8 else q_RNH.element_size()
+    head_bytes = triton.next_power_of_2(head_dim) * element_size
+    launch = launch or decode_tile(head_bytes, block_size, num_rows, shared_memory_bytes(device), is_fp8)
     constants = decode_constants(num_heads, num_kv_heads, head_dim, block_size, num_rows, window, launch)
     max_tiles = num_rows * triton.cdiv(block_table_RP.shape[1] * block_size, launch.tile)
     num_workers = max(1, min(launch.programs * num_multiprocessors(device) // num_kv_heads, max_tiles))
@@ -374,6 +401,8 @@ def paged_attention_decode(
         part_out,
         part_lse,
         arrival_counters(device, num_workers * num_kv_heads),
+        part_lse if k_scale_K is None else k_scale_K,
+        part_lse if v_scale_K is None else v_scale_K,
         num_rows,
         num_workers,
         block_table_RP.stride(0),

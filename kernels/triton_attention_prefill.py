@@ -22,9 +22,12 @@ from nanovllm.kernels.triton_common import (
     NO_SCORE,
     dot,
     exp2,
+    from_fp8,
+    from_fp8_in_place,
     launch_options,
     load_index,
     shared_memory_bytes,
+    to_fp16,
     wait_for_earlier_kernels,
 )
 
@@ -87,6 +90,8 @@ def _attend_tiles(
         else:
             k_SHp = tl.load(k_at_SHp)
             v_SHp = tl.load(v_at_SHp)
+        if k_ptr.dtype.element_ty == tl.float8e4nv:
+            k_SHp, v_SHp = from_fp8(k_SHp, q_MHp.dtype, UPCAST), from_fp8_in_place(v_SHp, q_MHp.dtype, UPCAST)
         score_MS = dot(q_MHp, tl.trans(k_SHp), tl.zeros([q_MHp.shape[0], TILE], tl.float32), UPCAST)
         if MASKED:
             seen_MS = key_S[None, :] <= query_pos_M[:, None]
@@ -112,6 +117,8 @@ def prefill_kernel(
     seq_len_ptr,  # [R] int32
     q_start_ptr,  # [R + 1] int32
     out_ptr,  # [T, N, H]
+    k_scale_ptr,  # [K] fp32, read for an fp8 cache
+    v_scale_ptr,  # [K] fp32, read for an fp8 cache
     num_tokens,
     num_rows,
     table_stride,
@@ -166,6 +173,11 @@ def prefill_kernel(
     token_M = token_M.to(tl.int64)  # T · N · H may pass 2³¹
     q_at_MHp = (token_M * Q_STRIDE_TOKEN + q_head_M * Q_STRIDE_HEAD)[:, None] + h_Hp[None, :]
     q_MHp = tl.load(q_ptr + q_at_MHp, mask=q_mask_MHp, other=0.0)
+    # keys and values of an fp8 cache stay what they hold: the head's scales go into the scores' and into the result
+    FP8: tl.constexpr = k_ptr.dtype.element_ty == tl.float8e4nv
+    if FP8:
+        scale_log2 = scale_log2 * tl.load(k_scale_ptr + head_idx)
+        q_MHp = to_fp16(q_MHp, UPCAST)
     max_M = tl.full([QUERIES], NO_SCORE, tl.float32)
     sum_M = tl.zeros([QUERIES], tl.float32)
     acc_MHp = tl.zeros([QUERIES, HEAD_P], tl.float32)
@@ -198,6 +210,8 @@ def prefill_kernel(
         True, HEAD, HEAD_P, BLOCK, TILE, WINDOW, UPCAST,
     )  # fmt: skip
     out_MHp = acc_MHp / tl.where(sum_M > 0, sum_M, 1.0)[:, None]
+    if FP8:
+        out_MHp *= tl.load(v_scale_ptr + head_idx)
     out_at_MHp = ((token_M * NUM_KV_HEADS * GROUP + q_head_M) * HEAD)[:, None] + h_Hp[None, :]
     tl.store(out_ptr + out_at_MHp, out_MHp.to(out_ptr.dtype.element_ty), mask=q_mask_MHp)
 
@@ -267,6 +281,8 @@ def paged_attention_prefill(
     scale: float,
     window: int,
     launch: PrefillTile | None = None,
+    k_scale_K: Tensor | None = None,
+    v_scale_K: Tensor | None = None,
 ) -> Tensor:
     """Causal softmax(q · kᵀ · scale) · v of each row's newest tokens; see `reference.paged_attention`.
 
@@ -296,6 +312,8 @@ def paged_attention_prefill(
         seq_len_R,
         q_start_S,
         out_TNH,
+        seq_len_R if k_scale_K is None else k_scale_K,
+        seq_len_R if v_scale_K is None else v_scale_K,
         num_tokens,
         num_rows,
         block_table_RP.stride(0),

@@ -13,9 +13,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.language import target_info
 
+from nanovllm.kernels import reference
+
 # A score no key can reach. Finite, because the difference of two infinities is NaN.
 NO_SCORE = tl.constexpr(-1.0e30)
 LOG2_E = 1.4426950408889634
+FP8_MAX = tl.constexpr(reference.FP8_MAX)
 
 
 @triton.jit
@@ -25,6 +28,67 @@ def dot(a, b, acc, UPCAST: tl.constexpr):
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
+
+
+INTERPRETED = tl.constexpr(not isinstance(dot, triton.JITFunction))
+
+
+@triton.jit
+def to_fp8(x, scale):
+    """x · (1 / scale) in float8_e4m3fn, to nearest even, saturated, so that nothing finite becomes NaN."""
+    y = tl.clamp(x.to(tl.float32) * (1.0 / scale), -FP8_MAX, FP8_MAX, propagate_nan=tl.PropagateNan.ALL)
+    if INTERPRETED:
+        # The interpreter's conversion drops the carry of a mantissa that rounds up, so it is given nothing to round: here the
+        # last 20 bits are rounded off, or, of what is smaller than any normal number, all below 2⁻⁹. NaN needs all three bits.
+        bits = y.to(tl.int32, bitcast=True)
+        rounded = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000
+        rounded = tl.where(y == y, rounded, 0x7FF00000)
+        y = tl.where(tl.abs(y) < 0.015625, (y + 24576.0) - 24576.0, rounded.to(tl.float32, bitcast=True))
+    return y.to(tl.float8e4nv)
+
+
+@triton.jit
+def to_fp16(x, UPCAST: tl.constexpr):
+    """bf16 in fp16, saturated. In fp16 a product takes keys and values of an fp8 cache, which are exact in it, at one
+    conversion for two of them, where bf16 takes three. Queries above 65504 would saturate; no product bears them anyway.
+    """
+    if x.dtype == tl.bfloat16 and not UPCAST:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 low, high; shl.b32 low, $1, 16; and.b32 high, $1, 0xffff0000;"
+            " cvt.rn.satfinite.f16x2.f32 $0, high, low; }",
+            "=r,r", [x], dtype=tl.float16, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        return x
+
+
+@triton.jit
+def from_fp8(x, dtype: tl.constexpr, UPCAST: tl.constexpr):
+    """float8_e4m3fn in `dtype`, exactly."""
+    if UPCAST:
+        # the interpreter takes NaN for 480
+        is_nan = (x.to(tl.int8, bitcast=True) & 0x7F) == 0x7F
+        return tl.where(is_nan, float("nan"), x.to(tl.float32)).to(dtype)
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
+def from_fp8_in_place(x, dtype: tl.constexpr, UPCAST: tl.constexpr):
+    """The same, four at a time where that is fp16, and in the layout in which x was loaded.
+
+    For operands whose sum runs along rows, the values. The compiler would move a conversion behind the change of layout for
+    the matrix units, whose loads turn 16 bits at a time, and read what has 8 byte by byte, with an instruction for each. What
+    is not pure it leaves in its place, before that change.
+    """
+    if UPCAST or dtype != tl.float16:
+        return from_fp8(x, dtype, UPCAST)
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b16 low, high; mov.b32 {low, high}, $2;"
+            " cvt.rn.f16x2.e4m3x2 $0, low; cvt.rn.f16x2.e4m3x2 $1, high; }",
+            "=r,=r,r", [x.to(tl.int8, bitcast=True)], dtype=tl.float16, is_pure=False, pack=4,
+        )  # fmt: skip
 
 
 @triton.jit

@@ -23,12 +23,27 @@ def paged_attention(
     max_q_len: int,
     scale: float,
     window: int,
+    k_scale_K: Tensor | None = None,
+    v_scale_K: Tensor | None = None,
 ) -> Tensor:
     """Decode (max_q_len 1) and prefill are different kernels; see `reference.paged_attention` for the meaning."""
     if max_q_len == 1:
-        return paged_attention_decode(q_TNH, k_cache_CBKH, v_cache_CBKH, block_table_RP, seq_len_R, scale, window)
+        return paged_attention_decode(
+            q_TNH, k_cache_CBKH, v_cache_CBKH, block_table_RP, seq_len_R, scale, window, None, k_scale_K, v_scale_K
+        )
     return paged_attention_prefill(
-        q_TNH, k_cache_CBKH, v_cache_CBKH, block_table_RP, seq_len_R, q_start_S, max_q_len, scale, window
+        q_TNH,
+        k_cache_CBKH,
+        v_cache_CBKH,
+        block_table_RP,
+        seq_len_R,
+        q_start_S,
+        max_q_len,
+        scale,
+        window,
+        None,
+        k_scale_K,
+        v_scale_K,
     )
 
 

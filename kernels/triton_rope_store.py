@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanovllm.kernels.triton_common import launch_options, wait_for_earlier_kernels
+from nanovllm.kernels.triton_common import launch_options, to_fp8, wait_for_earlier_kernels
 
 
 @triton.jit
@@ -24,6 +24,15 @@ def _normed(x1_Ah, x2_Ah, w1_h, w2_h, eps, HEAD: tl.constexpr, dtype: tl.constex
     y1_Ah = (x1_Ah * factor_A1).to(dtype).to(tl.float32) * w1_h
     y2_Ah = (x2_Ah * factor_A1).to(dtype).to(tl.float32) * w2_h
     return y1_Ah.to(dtype).to(tl.float32), y2_Ah.to(dtype).to(tl.float32)
+
+
+@triton.jit
+def _stored(x, scale, dtype: tl.constexpr):
+    """x as the cache holds it, in fp8 divided by its head's scale."""
+    if dtype == tl.float8e4nv:
+        return to_fp8(x, scale)
+    else:
+        return x.to(dtype)
 
 
 @triton.jit(do_not_specialize=["qkv_stride", "block_size"])
@@ -37,6 +46,8 @@ def qk_norm_rope_store_kernel(
     k_ptr,  # [C, B, K, H], written
     v_ptr,  # [C, B, K, H], written
     q_out_ptr,  # [T, N, H], written
+    k_scale_ptr,  # [K] fp32, read for an fp8 cache
+    v_scale_ptr,  # [K] fp32, read for an fp8 cache
     qkv_stride,
     cos_sin_stride,
     block_size,
@@ -92,16 +103,22 @@ def qk_norm_rope_store_kernel(
     q_at = q_out_ptr + (token_idx * NUM_HEADS + head_A)[:, None] * HEAD + h_h[None, :]
     tl.store(q_at, r1_Ah, mask=is_q_A1 & h_mask)
     tl.store(q_at + HALF, r2_Ah, mask=is_q_A1 & h_mask)
+    k_scale_A1 = 1.0
+    v_scale_A1 = 1.0
+    if k_ptr.dtype.element_ty == tl.float8e4nv:
+        k_scale_A1 = tl.load(k_scale_ptr + (head_A - NUM_HEADS)[:, None], mask=is_k_A1, other=1.0)
+        v_head_A1 = (head_A - NUM_HEADS - NUM_KV_HEADS)[:, None]
+        v_scale_A1 = tl.load(v_scale_ptr + v_head_A1, mask=(v_head_A1 >= 0) & (v_head_A1 < NUM_KV_HEADS), other=1.0)
     block, offset = slot // block_size, slot % block_size
     k_at = k_ptr + block * k_stride_block + offset * k_stride_slot
     k_at = k_at + (head_A - NUM_HEADS)[:, None] * k_stride_head + h_h[None, :]
-    tl.store(k_at, r1_Ah.to(k_ptr.dtype.element_ty), mask=is_k_A1 & h_mask)
-    tl.store(k_at + HALF, r2_Ah.to(k_ptr.dtype.element_ty), mask=is_k_A1 & h_mask)
+    tl.store(k_at, _stored(r1_Ah, k_scale_A1, k_ptr.dtype.element_ty), mask=is_k_A1 & h_mask)
+    tl.store(k_at + HALF, _stored(r2_Ah, k_scale_A1, k_ptr.dtype.element_ty), mask=is_k_A1 & h_mask)
     v_at = v_ptr + block * v_stride_block + offset * v_stride_slot
     v_at = v_at + (head_A - NUM_HEADS - NUM_KV_HEADS)[:, None] * v_stride_head + h_h[None, :]
     v_mask = mask_Ah & (head_A >= NUM_HEADS + NUM_KV_HEADS)[:, None]
-    tl.store(v_at, raw1_Ah.to(v_ptr.dtype.element_ty), mask=v_mask)
-    tl.store(v_at + HALF, raw2_Ah.to(v_ptr.dtype.element_ty), mask=v_mask)
+    tl.store(v_at, _stored(raw1_Ah, v_scale_A1, v_ptr.dtype.element_ty), mask=v_mask)
+    tl.store(v_at + HALF, _stored(raw2_Ah, v_scale_A1, v_ptr.dtype.element_ty), mask=v_mask)
 
 
 def qk_norm_rope_store(
@@ -115,6 +132,8 @@ def qk_norm_rope_store(
     v_cache_CBKH: Tensor,
     num_heads: int,
     eps: float,
+    k_scale_K: Tensor | None = None,
+    v_scale_K: Tensor | None = None,
     launch: tuple[int, int] | None = None,
 ) -> Tensor:
     """rope(norm(q)) returned; rope(norm(k)) and v written to their slots; see `reference.qk_norm_rope_store`.
@@ -139,6 +158,8 @@ def qk_norm_rope_store(
         k_cache_CBKH,
         v_cache_CBKH,
         q_TNH,
+        cos_sin_MH if k_scale_K is None else k_scale_K,
+        cos_sin_MH if v_scale_K is None else v_scale_K,
         qkv_TE.stride(0),
         cos_sin_MH.stride(0),
         block_size,
@@ -238,6 +259,8 @@ def store_kv_kernel(
     k_ptr,  # [C, B, K, H], written
     v_ptr,  # [C, B, K, H], written
     slot_ptr,  # [T]
+    k_scale_ptr,  # [K] fp32, read for an fp8 cache
+    v_scale_ptr,  # [K] fp32, read for an fp8 cache
     block_size,
     k_in_stride_token,
     k_in_stride_head,
@@ -268,12 +291,25 @@ def store_kv_kernel(
     v_AHp = tl.load(v_from, mask=mask_AHp, other=0.0)
     k_to = k_ptr + block * k_stride_block + offset * k_stride_slot + head_A[:, None] * k_stride_head + h_Hp[None, :]
     v_to = v_ptr + block * v_stride_block + offset * v_stride_slot + head_A[:, None] * v_stride_head + h_Hp[None, :]
-    tl.store(k_to, k_AHp.to(k_ptr.dtype.element_ty), mask=mask_AHp)
-    tl.store(v_to, v_AHp.to(v_ptr.dtype.element_ty), mask=mask_AHp)
+    k_scale_A1 = 1.0
+    v_scale_A1 = 1.0
+    if k_ptr.dtype.element_ty == tl.float8e4nv:
+        k_scale_A1 = tl.load(k_scale_ptr + head_A, mask=head_A < NUM_KV_HEADS, other=1.0)[:, None]
+        v_scale_A1 = tl.load(v_scale_ptr + head_A, mask=head_A < NUM_KV_HEADS, other=1.0)[:, None]
+    tl.store(k_to, _stored(k_AHp, k_scale_A1, k_ptr.dtype.element_ty), mask=mask_AHp)
+    tl.store(v_to, _stored(v_AHp, v_scale_A1, v_ptr.dtype.element_ty), mask=mask_AHp)
 
 
-def store_kv(k_TKH: Tensor, v_TKH: Tensor, k_cache_CBKH: Tensor, v_cache_CBKH: Tensor, slot_T: Tensor) -> None:
-    """Write token t's key and value into slot slot_T[t] = block · B + offset, in place."""
+def store_kv(
+    k_TKH: Tensor,
+    v_TKH: Tensor,
+    k_cache_CBKH: Tensor,
+    v_cache_CBKH: Tensor,
+    slot_T: Tensor,
+    k_scale_K: Tensor | None = None,
+    v_scale_K: Tensor | None = None,
+) -> None:
+    """Write token t's key and value into slot slot_T[t] = block · B + offset, in place; see `reference.store_kv`."""
     num_tokens, num_kv_heads, head_dim = k_TKH.shape
     if num_tokens == 0:
         return
@@ -286,6 +322,8 @@ def store_kv(k_TKH: Tensor, v_TKH: Tensor, k_cache_CBKH: Tensor, v_cache_CBKH: T
         k_cache_CBKH,
         v_cache_CBKH,
         slot_T,
+        slot_T if k_scale_K is None else k_scale_K,
+        slot_T if v_scale_K is None else v_scale_K,
         k_cache_CBKH.shape[1],
         k_TKH.stride(0),
         k_TKH.stride(1),

@@ -9,6 +9,7 @@ from typing import Any
 
 CACHE_MODES = ("auto", "require")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
+KV_CACHE_DTYPES = ("auto", "fp8")
 GRAPH_MODES = ("ascend_ir", "aclgraph")
 QUANTIZATIONS = ("int8",)
 ATTENTION_BACKENDS = ("auto", "triton", "flash_attn", "sdpa")
@@ -37,6 +38,8 @@ class EngineConfig:
     max_model_len: tokens per request, prompt and answer together; default the checkpoint's, or what the cache holds.
     gpu_memory_utilization: share of the device's memory that weights, cache and scratch may take together.
     num_kvcache_blocks, kvcache_block_size: the cache, in blocks and tokens per block (a multiple of 16).
+    kv_cache_dtype: "auto" is the model's dtype. "fp8" is float8_e4m3fn, half the bytes of bf16, with scales per head that
+        follow from the weights; it changes results.
     enable_prefix_caching: requests with the same beginning share its blocks.
     seed: what the seeds of requests without one are drawn from.
     tensor_parallel_size: 1.
@@ -67,6 +70,7 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     num_kvcache_blocks: int | None = None
     kvcache_block_size: int | None = None
+    kv_cache_dtype: str = "auto"
     enable_prefix_caching: bool = True
     seed: int = 0
     tensor_parallel_size: int = 1
@@ -95,6 +99,9 @@ class EngineConfig:
         if self.attention_backend not in ATTENTION_BACKENDS:
             names = ", ".join(ATTENTION_BACKENDS)
             raise ValueError(f"attention_backend {self.attention_backend!r} is not supported: use one of {names}")
+        if self.kv_cache_dtype not in KV_CACHE_DTYPES:
+            names = ", ".join(KV_CACHE_DTYPES)
+            raise ValueError(f"kv_cache_dtype {self.kv_cache_dtype!r} is not supported: use one of {names}")
         for name in ("max_num_seqs", "max_model_len"):
             _check_whole(name, getattr(self, name), 1)
         _check_whole("max_num_batched_tokens", self.max_num_batched_tokens, 16)

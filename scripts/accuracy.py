@@ -29,6 +29,7 @@ def main() -> int:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--quantization", choices=("int8",), help="how weights are stored, beside as they are")
+    parser.add_argument("--kv-cache-dtype", default="auto", help="auto or fp8")
     parser.add_argument("--enforce-eager", action="store_true", help="run without compiled programs")
     parser.add_argument("--min-accuracy", type=float, default=0.95)
     args = parser.parse_args()
@@ -41,6 +42,7 @@ def main() -> int:
         device=args.device,
         dtype=args.dtype,
         quantization=args.quantization,
+        kv_cache_dtype=args.kv_cache_dtype,
         enforce_eager=args.enforce_eager,
     )
     started = time.perf_counter()
@@ -71,6 +73,7 @@ def main() -> int:
         "device": args.device,
         "dtype": args.dtype,
         "quantization": args.quantization,
+        "kv_cache_dtype": args.kv_cache_dtype,
         "enforce_eager": args.enforce_eager,
         "num": len(tasks),
         "accuracy": round(accuracy, 4),

@@ -138,7 +138,7 @@ def check_rope(launch: tuple[int, int] | None, shape: str, num_tokens: int) -> f
     expected_cache.zero_()
     actual_cache.zero_()
     expected = reference.qk_norm_rope_store(qkv, q_norm, k_norm, table, pos, slot, *expected_cache, num_heads, 1e-6)
-    actual = qk_norm_rope_store(qkv, q_norm, k_norm, table, pos, slot, *actual_cache, num_heads, 1e-6, launch)
+    actual = qk_norm_rope_store(qkv, q_norm, k_norm, table, pos, slot, *actual_cache, num_heads, 1e-6, launch=launch)
     return max(relative_error(actual, expected), relative_error(actual_cache, expected_cache))
 
 
@@ -304,7 +304,7 @@ def time_rope(table: Table, bandwidth: float, variants: bool) -> None:
         qkv, *shared, caches = rope_inputs(num_tokens, num_heads, num_kv_heads, num_layers)
         num_bytes = 2 * qkv.numel() * 2 + num_tokens * (HEAD * 4 + 8)
         for launch in ROPE_VARIANTS if variants else ROPE_VARIANTS[:1]:
-            calls = [(qkv.clone(), *shared, *cache, num_heads, 1e-6, launch) for cache in caches]
+            calls = [(qkv.clone(), *shared, *cache, num_heads, 1e-6, None, None, launch) for cache in caches]
             us = time_launches(qk_norm_rope_store, calls)
             rate = num_bytes / us / 1e6
             row = {"shape": shape, "tokens": num_tokens, "launch": launch}

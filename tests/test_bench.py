@@ -47,6 +47,14 @@ def test_lines_of_json_and_a_table_by_bucket_cap(run: Any, tmp_path: Path) -> No
     assert lines[:2] == found and len(lines) == 3
 
 
+def test_an_fp8_cache_is_recorded_and_its_limit_is_that_of_its_bytes(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "device_limits", lambda *_: (1e9, 1e15))
+    _, (plain,) = run("--bs", "2")
+    _, (fp8,) = run("--bs", "2", "--kv-cache-dtype", "fp8")
+    assert (plain["kv_cache_dtype"], fp8["kv_cache_dtype"]) == ("float32", "float8_e4m3fn")
+    assert fp8["limit_tokens_per_second"] > plain["limit_tokens_per_second"]
+
+
 def test_gaps_between_tokens_while_a_long_prompt_arrives(run: Any) -> None:
     _, (found,) = run(
         "--stall", "300", "--stall-rows", "3", "--max-model-len", "512", "--max-num-batched-tokens", "128",

@@ -21,6 +21,13 @@ def test_unknown_options_are_named_beside_the_known_ones() -> None:
         make(swap_space=4, max_seqs=1, dtype="auto")
 
 
+@pytest.mark.parametrize("value", ["fp16", "float8", "FP8", None, 8])
+def test_the_cache_is_in_the_model_s_dtype_or_fp8(value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"kv_cache_dtype {value!r} is not supported: use one of auto, fp8"):
+        make(kv_cache_dtype=value)
+    assert make().kv_cache_dtype == "auto" and make(kv_cache_dtype="fp8").kv_cache_dtype == "fp8"
+
+
 @pytest.mark.parametrize("name", ["max_num_seqs", "max_num_batched_tokens", "max_model_len"])
 @pytest.mark.parametrize("value", [0, -1, 2.5, "4", True])
 def test_counts_are_whole_numbers_from_one(name: str, value: Any) -> None:

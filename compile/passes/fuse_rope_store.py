@@ -23,7 +23,7 @@ def fuse_rope_store(graph: GraphModule, fakes: Sequence[Tensor]) -> GraphModule:
 
 
 def _fuse(graph: GraphModule, store: Node) -> None:
-    key, value, k_cache, v_cache, slot = store.args
+    key, value, k_cache, v_cache, slot, *scales = store.args
     key_source = _rotated(key)
     if key_source is None:
         return
@@ -46,7 +46,19 @@ def _fuse(graph: GraphModule, store: Node) -> None:
         with graph.graph.inserting_before(store):
             fused = graph.graph.call_function(
                 ops.qk_norm_rope_store,
-                (packed, q_norm, k_norm, cos_sin, pos, slot, k_cache, v_cache, num_heads, *(epsilons or {0.0})),
+                (
+                    packed,
+                    q_norm,
+                    k_norm,
+                    cos_sin,
+                    pos,
+                    slot,
+                    k_cache,
+                    v_cache,
+                    num_heads,
+                    *(epsilons or {0.0}),
+                    *scales,
+                ),
             )
         fused.meta = dict(query.meta)
         query.replace_all_uses_with(fused)

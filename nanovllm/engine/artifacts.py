@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 
 READY = "ready"  # the kind of the note that every bucket of a model and layout is there
 
-# Files of models/ that no region's graph follows from: they find, declare and read weights.
-NOT_IN_GRAPHS = ("registry.py", "weights.py", "params.py", "rope.py")
+# Files of models/ that no region's graph follows from: they find, declare and read weights, and what follows from those.
+NOT_IN_GRAPHS = ("registry.py", "weights.py", "params.py", "rope.py", "kv_scales.py")
 
 
 def open_store(config: EngineConfig, environment: env.Environment, *, must_keep: bool = False) -> Store:

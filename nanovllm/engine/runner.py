@@ -26,6 +26,7 @@ from nanovllm.engine.state import SAMPLING_FIELDS, new_state
 from nanovllm.engine.steps import Steps
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.dense import LayerCache, Params
+from nanovllm.models.kv_scales import kv_scales
 from nanovllm.models.rope import rotary_table
 from nanovllm.platforms import Platform, attention
 from nanovllm.platforms.base import HostCopy, MemoryBudget, Replay
@@ -111,6 +112,9 @@ class Runner:
         self.state = new_state(layout.max_num_seqs, layout.blocks_per_row, platform.device)
         self.cos_sin_MH = rotary_table(cfg.inv_freq, cfg.rope_scale, layout.max_model_len, platform.device)
         self.filtered = FilteredSampler(platform, self.state, cfg.vocab_size)
+        self._scales: list[tuple[Tensor, ...]] = [() for _ in params.layers]
+        if cfg.kv_dtype is torch.float8_e4m3fn:
+            self._scales = [kv_scales(cfg, layer) for layer in params.layers]
         self.graphs_bytes = 0  # device memory that recording the decode steps took
         self._decode_steps: dict[int, DecodeStep] = {}
         self._prefill_steps: dict[int, PrefillStep] = {}
@@ -224,9 +228,9 @@ class Runner:
 
         def blocks() -> Tensor:
             # memory of its own for each: programs take them as inputs, and inputs must not alias
-            return torch.zeros(shape, dtype=cfg.dtype, device=device)
+            return torch.zeros(shape, dtype=cfg.cache_dtype, device=device)
 
-        caches = tuple(LayerCache(blocks(), blocks()) for _ in range(cfg.num_layers))
+        caches = tuple(LayerCache(blocks(), blocks(), *scales) for scales in self._scales)
         whole = self.platform.whole_steps and compiler.lowering is not None
         return Steps(self.model, cfg, self.params, caches, self.cos_sin_MH, self.state, compiler, whole=whole)
 

@@ -109,7 +109,7 @@ def _load(config: EngineConfig, stack: ExitStack) -> Loaded:
     def new_runner(layout: Layout) -> Runner:
         # a layout for shorter requests can mean another rotary table
         fitted = model.config(hf, dtype=cfg.dtype, max_model_len=layout.max_model_len)
-        fitted = replace(fitted, attention_backend=cfg.attention_backend)
+        fitted = replace(fitted, attention_backend=cfg.attention_backend, kv_dtype=cfg.kv_dtype)
         compiler = make_compiler(config, platform, environment, store)
         return Runner(model, fitted, params, layout, platform, compiler, capture=config.capture)
 
@@ -224,7 +224,14 @@ def read_model_config(
     model = registry.architecture(hf.architectures)
     cfg = model.config(hf, dtype=choose_dtype(config.dtype, hf, platform), max_model_len=config.max_model_len)
     facts = attention.Facts(cfg.dtype, cfg.head_dim, config.kvcache_block_size, cfg.layer_windows)
-    return model, replace(cfg, attention_backend=attention.choose(config.attention_backend, platform, facts)), hf
+    backend = attention.choose(config.attention_backend, platform, facts)
+    kv_dtype = choose_kv_dtype(config.kv_cache_dtype, platform)
+    if backend and kv_dtype is not None:
+        raise ValueError(
+            f"kv_cache_dtype is {config.kv_cache_dtype!r}, which attention_backend {config.attention_backend!r} cannot read: "
+            "use attention_backend='auto'"
+        )
+    return model, replace(cfg, attention_backend=backend, kv_dtype=kv_dtype), hf
 
 
 def choose_dtype(name: str, hf: Any, platform: Platform) -> torch.dtype:
@@ -250,6 +257,18 @@ def choose_dtype(name: str, hf: Any, platform: Platform) -> torch.dtype:
     return dtype
 
 
+def choose_kv_dtype(name: str, platform: Platform) -> torch.dtype | None:
+    """None for "auto", the model's dtype; ValueError for a cache that the device's kernels do not read."""
+    if name == "auto":
+        return None
+    if not platform.supports_fp8_cache:
+        raise ValueError(
+            f"kv_cache_dtype is {name!r}, which is not supported on this {platform.name} device: it needs a CPU, or a GPU of "
+            "compute capability 8.9 or higher"
+        )
+    return torch.float8_e4m3fn
+
+
 def eos_token_ids(folder: Path, hf: Any) -> frozenset[int]:
     """All ids that end an answer: generation_config.json names them, config.json where it does not."""
     generation = folder / "generation_config.json"
@@ -264,8 +283,11 @@ def make_layout(config: EngineConfig, cfg: ModelConfig, platform: Platform) -> L
     max_tokens = config.max_num_batched_tokens or platform.default_batched_tokens
     max_tokens = max(16, min(max_tokens, -(-max_model_len // 16) * 16 * max_num_seqs))
     pad = config.pad_batches
+    # with as many bytes in a block, decode attention reads an fp8 cache in tiles of twice the tokens
+    default_block_size = attention.default_block_size(cfg.attention_backend, platform)
+    default_block_size *= 1 if cfg.kv_dtype is None else 2
     return Layout(
-        block_size=config.kvcache_block_size or attention.default_block_size(cfg.attention_backend, platform),
+        block_size=config.kvcache_block_size or default_block_size,
         max_num_seqs=max_num_seqs,
         max_model_len=max_model_len,
         decode_rows=buckets.decode_ladder(config.graph_batch_sizes, max_num_seqs, platform.name),

@@ -15,6 +15,7 @@ class ModelConfig:
     `layer_windows` holds, per layer, how many newest positions a query sees (itself included); 0 means all of them.
     `inv_freq` and `rope_scale` define the rotary table: angle(m, j) = m · inv_freq[j], cos and sin times `rope_scale`.
     `attention_backend` is a key of `ops.ATTENTION`: "" for the device's own kernels.
+    `kv_dtype` is what the cache holds, None for `dtype`.
     Regions may read GRAPH_FIELDS alone: those are in the keys of compiled programs, beside the shapes of all inputs.
     """
 
@@ -46,6 +47,7 @@ class ModelConfig:
     qk_norm: bool = False
     dtype: torch.dtype = torch.float32
     attention_backend: str = ""
+    kv_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -63,7 +65,11 @@ class ModelConfig:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.cache_dtype.itemsize
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        return self.kv_dtype or self.dtype
 
     @property
     def weight_bytes(self) -> int:

@@ -44,8 +44,12 @@ class Params(NamedTuple):
 
 
 class LayerCache(NamedTuple):
+    """One layer's keys and values; with scales they are float8_e4m3fn and stand for themselves times their head's scale."""
+
     k_CBKH: Tensor
     v_CBKH: Tensor
+    k_scale_K: Tensor | None = None
+    v_scale_K: Tensor | None = None
 
 
 class Batch(NamedTuple):
@@ -81,7 +85,7 @@ def layer(
     if w.q_norm_H is not None and w.k_norm_H is not None:
         q_TNH, k_TKH = ops.rms_norm(q_TNH, w.q_norm_H, cfg.norm_eps), ops.rms_norm(k_TKH, w.k_norm_H, cfg.norm_eps)
     q_TNH, k_TKH = ops.rope(q_TNH, cos_sin_MH, batch.pos_T), ops.rope(k_TKH, cos_sin_MH, batch.pos_T)
-    ops.store_kv(k_TKH, v_TKH, kv.k_CBKH, kv.v_CBKH, batch.slot_T)
+    ops.store_kv(k_TKH, v_TKH, kv.k_CBKH, kv.v_CBKH, batch.slot_T, kv.k_scale_K, kv.v_scale_K)
     o_TNH = ops.ATTENTION[cfg.attention_backend](
         q_TNH,
         kv.k_CBKH,
@@ -92,6 +96,8 @@ def layer(
         max_q_len,
         cfg.head_dim**-0.5,
         window,
+        kv.k_scale_K,
+        kv.v_scale_K,
     )
     h_TD = linear(o_TNH.flatten(1), w.out_DQ, w.out_bias_D, h_TD)
     gate_up_TG = linear(ops.rms_norm(h_TD, w.mlp_norm_D, cfg.norm_eps), w.gate_up_GD, w.gate_up_bias_G)

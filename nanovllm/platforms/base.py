@@ -79,6 +79,7 @@ class Platform(Protocol):
     wants_lengths: bool  # `announce` is called before every decode step
     supported_dtypes: tuple[torch.dtype, ...]
     quantizations: tuple[str, ...]  # of weights, beside none
+    supports_fp8_cache: bool  # the kernels store and read keys and values in float8_e4m3fn
 
     def prepare(self, libraries: Path | None = None, cxx: str | None = None, may_compile: bool = True) -> None:
         """Register this device's kernels and choose its lowering; called once per engine, before any program is built.

@@ -60,6 +60,7 @@ class CpuPlatform:
     wants_lengths = False
     supported_dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
     quantizations: tuple[str, ...] = ("int8",)
+    supports_fp8_cache = True
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")

@@ -74,6 +74,8 @@ class CudaPlatform:
         self.supported_dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16)
         if torch.cuda.get_device_capability(self.device) >= (8, 0):
             self.supported_dtypes += (torch.bfloat16,)
+        # Triton converts float8_e4m3fn from Ada on
+        self.supports_fp8_cache = torch.cuda.get_device_capability(self.device) >= (8, 9)
 
     def prepare(self, libraries: Path | None = None, cxx: str | None = None, may_compile: bool = True) -> None:
         torch.cuda.set_device(self.device)

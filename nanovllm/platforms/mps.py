@@ -47,6 +47,7 @@ class MpsPlatform:
     wants_lengths = False
     max_stall_ms = math.inf
     quantizations: tuple[str, ...] = ()
+    supports_fp8_cache = False
 
     def __init__(self, device: torch.device | None = None) -> None:
         self.device = device or torch.device("mps")

@@ -109,6 +109,7 @@ class NpuPlatform:
     whole_steps = True
     # fused_infer_attention_score computes in these
     supported_dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
+    supports_fp8_cache = False
 
     def __init__(
         self,

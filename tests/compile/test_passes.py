@@ -124,6 +124,24 @@ def test_a_layer_s_rope_and_store_become_one_op(qk_norm: bool, biased: bool) -> 
     assert_same_results(before, after, inputs)
 
 
+def test_the_scales_of_an_fp8_cache_stay_with_the_fused_op() -> None:
+    function, inputs = layer_region(layer_config(qk_norm=True))
+    cache = torch.zeros(BLOCKS, BLOCK_SIZE, KV_HEADS, HEAD_DIM, dtype=torch.float8_e4m3fn)
+    scales = torch.rand(2, KV_HEADS) + 0.5
+    inputs["kv"] = LayerCache(cache, cache.clone(), scales[0].clone(), scales[1].clone())
+    before, _ = traced(function, inputs)
+    after = fuse_rope_store(*traced(function, inputs))
+    fused = next(node for node in after.graph.nodes if node.target is ops.qk_norm_rope_store)
+    assert [str(arg) for arg in fused.args[10:]] == ["kv_k_scale_K", "kv_v_scale_K"]
+    assert op_counts(after)["store_kv"] == 0
+    outputs = []
+    for graph in (before, after):
+        leaves = [leaf.clone() for leaf in tensors(tuple(inputs.values()))]
+        outputs.append((graph(*leaves)[0], [leaf.float() for leaf in leaves if leaf.dtype is torch.float8_e4m3fn]))
+    assert all(cache.any() for cache in outputs[0][1])
+    torch.testing.assert_close(outputs[0], outputs[1])
+
+
 def test_two_layers_in_one_graph_are_both_fused() -> None:
     function, inputs = layer_region(layer_config(qk_norm=True))
 
