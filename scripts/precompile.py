@@ -33,13 +33,14 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=min(8, max(1, (os.cpu_count() or 2) // 2)), help="processes")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--kv-cache-dtype", default="auto", help="auto or fp8")
     for name in SHAPING:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int)
     args = parser.parse_args()
     if args.jobs < 1:
         parser.error(f"--jobs is {args.jobs}: it must be at least 1")
     log.configure()
-    options: dict[str, Any] = {name: getattr(args, name) for name in ("device", "dtype", *SHAPING)}
+    options: dict[str, Any] = {name: getattr(args, name) for name in ("device", "dtype", "kv_cache_dtype", *SHAPING)}
     started = time.perf_counter()
     with tqdm(desc="compiling", unit="bucket", dynamic_ncols=True) as bar:
 
