@@ -48,6 +48,15 @@ DECODE_VARIANTS: list[DecodeTile | None] = [
     DecodeTile(32, 4, 3, 4, 8),
     DecodeTile(64, 4, 3, 4, 8),
 ]
+DECODE_FP8_VARIANTS: list[DecodeTile | None] = [
+    None,
+    DecodeTile(128, 4, 3, 2, 8),
+    DecodeTile(128, 8, 3, 2, 8),
+    DecodeTile(64, 4, 3, 3, 8),
+    DecodeTile(64, 4, 3, 2, 8),
+    DecodeTile(64, 4, 4, 2, 8),
+    DecodeTile(64, 8, 3, 3, 8),
+]
 PREFILL_VARIANTS: list[PrefillTile | None] = [
     None,
     PrefillTile(64, 64, 4, 3),
@@ -265,6 +274,44 @@ def time_decode(table: Table, bandwidth: float, variants: bool) -> None:
             table.add(kind="decode", **row, launch=launch and tuple(launch), us=us, tb_s=rate, share=rate / bandwidth)
 
 
+def time_decode_fp8(table: Table, bandwidth: float, variants: bool) -> None:
+    """Decode attention over an fp8 cache, against the bytes of that cache; its result is compared with the reference once."""
+    for shape, num_rows, lens, block_size in (
+        ("0.6b", 256, (100, 2000), 128),
+        ("0.6b", 256, (100, 2000), BLOCK),
+        ("0.6b", 64, (100, 2000), 128),
+        ("0.6b", 8, (100, 2000), 128),
+        ("0.6b", 1, (600, 600), 128),
+        ("0.6b", 1, (32000, 32000), 128),
+        ("8b", 256, (100, 2000), 128),
+        ("8b", 1, (600, 600), 128),
+    ):
+        num_heads, num_kv_heads, head_dim = SHAPES[shape]
+        seq_lens = random_lens(num_rows, *lens)
+        num_bytes = sum(seq_lens) * 2 * num_kv_heads * head_dim
+        plain, block_table = make_cache(max(4, -(-L2_BYTES // num_bytes)), seq_lens, num_kv_heads, block_size, head_dim)
+        cache = (plain * 16).to(torch.float8_e4m3fn)
+        del plain
+        seq_len = torch.tensor(seq_lens, dtype=torch.int32, device="cuda")
+        scale = torch.full((num_kv_heads,), 1 / 16, device="cuda")
+        q = torch.randn(num_rows, num_heads, head_dim, dtype=DTYPE, device="cuda")
+        launches = DECODE_FP8_VARIANTS if variants else DECODE_FP8_VARIANTS[:1]
+        for launch in [one for one in launches if one is None or block_size % one.tile == 0]:
+            rest = (block_table, seq_len, head_dim**-0.5, 0, launch, scale, scale)
+            if num_rows <= 64:
+                q_start = torch.arange(num_rows + 1, dtype=torch.int32, device="cuda")
+                arguments = (block_table, seq_len, q_start, 1, head_dim**-0.5, 0, scale, scale)
+                expected = reference.paged_attention(q.float(), *cache[0], *arguments)
+                error = relative_error(paged_attention_decode(q, *cache[0], *rest), expected)
+                assert error < 1e-2, (shape, num_rows, launch, error)
+            us = time_launches(paged_attention_decode, [(q, *layer, *rest) for layer in cache])
+            rate = num_bytes / us / 1e6
+            row = {"shape": shape, "rows": num_rows, "tokens": sum(seq_lens), "block_size": block_size}
+            table.add(
+                kind="decode fp8", **row, launch=launch and tuple(launch), us=us, tb_s=rate, share=rate / bandwidth
+            )
+
+
 def time_prefill(table: Table, matmul_rate: float, variants: bool) -> None:
     short = random_lens(15, 100, 1024)
     for shape, q_lens, old in (
@@ -355,7 +402,7 @@ def time_programmatic_launch(table: Table) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--only", nargs="+", default=["decode", "prefill", "rope", "norm"])
+    parser.add_argument("--only", nargs="+", default=["decode", "decode_fp8", "prefill", "rope", "norm"])
     parser.add_argument("--variants", action="store_true", help="time every variant, not only the ops' choice")
     parser.add_argument("--processes", type=int, default=12)
     parser.add_argument("--check-part", type=int, help=argparse.SUPPRESS)
@@ -392,6 +439,7 @@ def main() -> int:
     bandwidth, rate = time_ceilings(table)
     timers: dict[str, Callable[[], Any]] = {
         "decode": lambda: time_decode(table, bandwidth, arguments.variants),
+        "decode_fp8": lambda: time_decode_fp8(table, bandwidth, arguments.variants),
         "prefill": lambda: time_prefill(table, rate, arguments.variants),
         "rope": lambda: (time_rope(table, bandwidth, arguments.variants), time_programmatic_launch(table)),
         "norm": lambda: time_norm(table, bandwidth),

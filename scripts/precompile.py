@@ -34,6 +34,7 @@ def main() -> int:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--attention-backend", default="auto")
+    parser.add_argument("--kv-cache-dtype", default="auto", help="auto or fp8")
     for name in SHAPING:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int)
     args = parser.parse_args()
@@ -41,6 +42,7 @@ def main() -> int:
         parser.error(f"--jobs is {args.jobs}: it must be at least 1")
     log.configure()
     options: dict[str, Any] = {name: getattr(args, name) for name in ("device", "dtype", "attention_backend", *SHAPING)}
+    options: dict[str, Any] = {name: getattr(args, name) for name in ("device", "dtype", "kv_cache_dtype", *SHAPING)}
     started = time.perf_counter()
     with tqdm(desc="compiling", unit="bucket", dynamic_ncols=True) as bar:
 

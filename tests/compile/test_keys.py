@@ -74,6 +74,7 @@ IRRELEVANT = {
     "architecture": "LlamaForCausalLM", "num_layers": 1, "layer_windows": (0, 9), "inv_freq": (2.0,) * 16,
     "rope_scale": 2.0, "max_position": 9, "tied_embeddings": False, "qk_norm": True, "qkv_bias": True, "out_bias": True,
     "mlp_bias": True, "vocab_size": 9, "hidden_size": 9, "ffn_size": 9, "dtype": torch.bfloat16,
+    "kv_dtype": torch.float8_e4m3fn,
 }  # fmt: skip
 
 
