@@ -41,8 +41,8 @@ def main() -> int:
     if args.jobs < 1:
         parser.error(f"--jobs is {args.jobs}: it must be at least 1")
     log.configure()
-    options: dict[str, Any] = {name: getattr(args, name) for name in ("device", "dtype", "attention_backend", *SHAPING)}
-    options: dict[str, Any] = {name: getattr(args, name) for name in ("device", "dtype", "kv_cache_dtype", *SHAPING)}
+    named = ("device", "dtype", "attention_backend", "kv_cache_dtype", *SHAPING)
+    options: dict[str, Any] = {name: getattr(args, name) for name in named}
     started = time.perf_counter()
     with tqdm(desc="compiling", unit="bucket", dynamic_ncols=True) as bar:
 
