@@ -73,6 +73,8 @@ def _load(config: EngineConfig, stack: ExitStack) -> Loaded:
     if not config.enforce_eager and (problem := platform.lowering()[1]):
         if config.compile_cache_mode == "require":
             raise CompileRequired(f"compile_cache_mode is 'require', but {problem}")
+        if not config.fuse:
+            raise ValueError(f"fuse=False leaves out passes over graphs, but {problem}")
         logger.warning(problem)
     laps.end("kernels")
     num_programs = len(layout.prefill_tokens) + len(layout.decode_rows) if layout.pad else 0

@@ -200,6 +200,11 @@ def test_a_cpu_refuses_an_impossible_cache_as_well(tiny_qwen3: Path) -> None:
         LLM(str(tiny_qwen3), device="cpu", enforce_eager=True, num_kvcache_blocks=10**9, **OPTIONS)
 
 
+def test_leaving_out_fusion_is_refused_where_nothing_is_fused(on_cpu_tensors: PlainTorch, tiny_qwen3: Path) -> None:
+    with pytest.raises(ValueError, match="fuse=False .* every step runs eagerly"):
+        LLM(str(tiny_qwen3), device="mps", fuse=False, **OPTIONS)
+
+
 # What is refused, chosen and said ----------------------------------------------------------------------------------
 
 
