@@ -201,7 +201,7 @@ def test_a_cpu_refuses_an_impossible_cache_as_well(tiny_qwen3: Path) -> None:
 
 
 def test_leaving_out_fusion_is_refused_where_nothing_is_fused(on_cpu_tensors: PlainTorch, tiny_qwen3: Path) -> None:
-    with pytest.raises(ValueError, match="fuse=False .* every step runs eagerly"):
+    with pytest.raises(ValueError, match=r"fuse=False .* every step runs eagerly"):
         LLM(str(tiny_qwen3), device="mps", fuse=False, **OPTIONS)
 
 
