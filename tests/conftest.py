@@ -7,7 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+# Kernels run on the GPU where there is one, else in Triton's interpreter, which has to be asked for before anybody imports
+# Triton (transformers does).
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 # A compile after warm-up is an error everywhere in the tests.
 os.environ["NANOVLLM_STRICT"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -15,8 +20,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests marked `gpu` are left out, not skipped, where there is none: a skip always means something went wrong."""
-    import torch
-
     if not torch.cuda.is_available():
         left_out = [item for item in items if item.get_closest_marker("gpu")]
         config.hook.pytest_deselected(items=left_out)
@@ -26,8 +29,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """Every test draws the same numbers, whichever tests ran before it."""
-    import torch
-
     torch.manual_seed(0)
 
 
