@@ -18,7 +18,7 @@ from nanovllm.platforms.npu import CANN_LIBRARIES
     ("options", "match"),
     [
         ({"device": "npu:1"}, r"device 'npu:1' is not there: torch_npu sees 1 NPU\(s\)"),
-        ({"device": "npu:x"}, "device 'npu:x' is not supported: use one of auto, cpu, cuda, npu or cuda:N, npu:N"),
+        ({"device": "npu:x"}, "device 'npu:x' is not supported: use one of auto, cpu, cuda, npu, mps or cuda:N"),
         ({"dtype": "float32"}, "float32 is not supported on this npu device: use one of bfloat16, float16"),
         ({"kvcache_block_size": 64}, "kvcache_block_size is 64: on an NPU it must be a multiple of 128, at most 512"),
         ({"kvcache_block_size": 640}, "kvcache_block_size is 640: on an NPU it must be a multiple of 128, at most 512"),
