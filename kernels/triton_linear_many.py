@@ -43,12 +43,17 @@ class GemmTile(NamedTuple):
 
 
 @triton.jit
-def _load_chunk(at, chunk, d_C, DEPTH: tl.constexpr, COLUMNS: tl.constexpr, EXACT: tl.constexpr):
-    """Columns of one chunk from `at`, [1 or more, C] with the offsets d_C within the first; zeros beyond the depth."""
-    if EXACT:
+def _load_chunk(at, chunk, d_C, real_L, DEPTH: tl.constexpr, COLUMNS: tl.constexpr, ALL: tl.constexpr,
+                EXACT: tl.constexpr):  # fmt: skip
+    """Columns of one chunk of lines from `at`, [L, C] with the offsets d_C within the first; zeros beyond the depth, and for
+    lines that are not real unless ALL are."""
+    if EXACT and ALL:
         return tl.load(at + chunk * COLUMNS)
+    elif EXACT:
+        return tl.load(at + chunk * COLUMNS, mask=real_L[:, None], other=0.0)
     else:
-        return tl.load(at + chunk * COLUMNS, mask=(chunk * COLUMNS + d_C < DEPTH)[None, :], other=0.0)
+        mask_LC = real_L[:, None] & (chunk * COLUMNS + d_C < DEPTH)[None, :]
+        return tl.load(at + chunk * COLUMNS, mask=mask_LC, other=0.0)
 
 
 @triton.jit
@@ -74,6 +79,7 @@ def many_rows_linear_kernel(
     NUM_OUTS: tl.constexpr,
     DEPTH: tl.constexpr,
     ROWS: tl.constexpr,
+    ALL_ROWS: tl.constexpr,
     OUTS: tl.constexpr,
     COLUMNS: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -95,10 +101,14 @@ def many_rows_linear_kernel(
     o_O = tl.program_id(0) * OUTS + tl.arange(0, OUTS)
     row_T = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     d_C = split * SHARE + tl.arange(0, COLUMNS)
-    # rows and outputs beyond the last compute the last once more and are not stored
+    # Rows beyond the last are zeros. Reading the last one in their place would have every program ask the same few lines of
+    # the L2 again and again: 14.3 µs in place of 7.3 for 160 rows, on an H200.
+    real_T = row_T < num_rows
+    x_T = x_ptr + row_T.to(tl.int64) * x_stride
+    # outputs beyond the last compute the last once more and are not stored
+    real_O = o_O < NUM_OUTS
     w_O = weight_ptr + tl.minimum(o_O, NUM_OUTS - 1).to(tl.int64) * weight_stride
     up_O = w_O + NUM_OUTS * weight_stride.to(tl.int64)
-    x_T = x_ptr + tl.minimum(row_T, num_rows - 1).to(tl.int64) * x_stride
     if PDL:
         if LINES_P > 0:
             prefetch_rows(w_O + split * SHARE, 0, SHARE, LINES_P)
@@ -106,17 +116,17 @@ def many_rows_linear_kernel(
                 prefetch_rows(up_O + split * SHARE, 0, SHARE, LINES_P)
         tl.extra.cuda.gdc_wait()
 
-    mask_TO = (row_T < num_rows)[:, None] & (o_O < NUM_OUTS)[None, :]
+    mask_TO = real_T[:, None] & real_O[None, :]
     at_TO = row_T[:, None] * NUM_OUTS + o_O[None, :]
     if HAS_RESIDUAL:  # asked for now, or the end of the program would wait for it
         residual_TO = tl.load(residual_ptr + at_TO, mask=mask_TO, other=0.0)
     x_at, w_at, up_at = x_T[:, None] + d_C[None, :], w_O[:, None] + d_C[None, :], up_O[:, None] + d_C[None, :]
     acc_TO, up_TO = tl.zeros((ROWS, OUTS), tl.float32), tl.zeros((ROWS, OUTS), tl.float32)
     for chunk in tl.range(0, CHUNKS, num_stages=STAGES):
-        x_TC = _load_chunk(x_at, chunk, d_C, DEPTH, COLUMNS, EXACT)
-        acc_TO = _dot(x_TC, _load_chunk(w_at, chunk, d_C, DEPTH, COLUMNS, EXACT), acc_TO, UPCAST)
+        x_TC = _load_chunk(x_at, chunk, d_C, real_T, DEPTH, COLUMNS, ALL_ROWS, EXACT)
+        acc_TO = _dot(x_TC, _load_chunk(w_at, chunk, d_C, real_O, DEPTH, COLUMNS, True, EXACT), acc_TO, UPCAST)
         if SILU_MUL:
-            up_TO = _dot(x_TC, _load_chunk(up_at, chunk, d_C, DEPTH, COLUMNS, EXACT), up_TO, UPCAST)
+            up_TO = _dot(x_TC, _load_chunk(up_at, chunk, d_C, real_O, DEPTH, COLUMNS, True, EXACT), up_TO, UPCAST)
 
     if SPLITS > 1:
         part = num_rows * NUM_OUTS
@@ -207,7 +217,7 @@ def gemm_tile(num_rows: int, num_outs: int, depth: int, silu_mul: bool, shared_b
 
 
 def gemm_constants(
-    num_outs: int, depth: int, has_bias: bool, has_residual: bool, silu_mul: bool, tile: GemmTile
+    num_rows: int, num_outs: int, depth: int, has_bias: bool, has_residual: bool, silu_mul: bool, tile: GemmTile
 ) -> dict[str, int]:
     """The kernel's compile-time constants."""
     share = triton.cdiv(depth, tile.columns * tile.splits) * tile.columns
@@ -215,6 +225,7 @@ def gemm_constants(
         "NUM_OUTS": num_outs,
         "DEPTH": depth,
         "ROWS": tile.rows,
+        "ALL_ROWS": num_rows % tile.rows == 0,
         "OUTS": tile.outs,
         "COLUMNS": tile.columns,
         "SPLITS": tile.splits,
@@ -261,7 +272,7 @@ def many_rows_linear(
         x_TD.stride(0),
         weight_OD.stride(0),
         num_rows,
-        **gemm_constants(num_outs, depth, bias_O is not None, residual_TO is not None, silu_mul, tile),
+        **gemm_constants(num_rows, num_outs, depth, bias_O is not None, residual_TO is not None, silu_mul, tile),
         UPCAST=device.type != "cuda",
         num_warps=tile.num_warps,
         **(launch_options(device) if pdl is not False else {"PDL": False}),

@@ -161,7 +161,7 @@ def products(case: int, product: Product, target: Target) -> Iterator[Build]:
     from nanovllm.kernels import triton_linear, triton_linear_few, triton_linear_many
 
     num_outs, depth, norm, silu, _ = product
-    for num_rows in (1, (2, 7, 16)[case % 3], (24, 64, 256)[case % 3]):
+    for num_rows in (1, (2, 7, 16)[case % 3], (24, 64, 160)[case % 3]):
         weight = (2 * num_outs if silu else num_outs, depth)
         norm = norm and num_rows <= triton_linear_few.max_rows(*weight, True)
         if num_rows > triton_linear.max_rows(*weight, norm) or (num_rows > 1 and not target.has_matrix_units):
@@ -174,7 +174,7 @@ def products(case: int, product: Product, target: Target) -> Iterator[Build]:
         else:
             tile = triton_linear_many.gemm_tile(num_rows, num_outs, depth, silu, target.shared_bytes)
             kernel, num_warps = triton_linear_many.many_rows_linear_kernel, tile.num_warps
-            constants = triton_linear_many.gemm_constants(num_outs, depth, False, not silu, silu, tile)
+            constants = triton_linear_many.gemm_constants(num_rows, num_outs, depth, False, not silu, silu, tile)
             constants |= {"UPCAST": False}
         yield Build(label, kernel, constants, num_warps)
 
