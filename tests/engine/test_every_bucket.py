@@ -13,7 +13,7 @@ from nanovllm.compile.buckets import DECODE_ROWS
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))  # scripts import each other as files
 
-from tiny_tasks import held_out  # noqa: E402
+from tiny_tasks import held_out
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
 
@@ -31,7 +31,9 @@ class Engines:
     def answer(self, llm: LLM, prompts: list[list[int]], params: list[SamplingParams]) -> list[list[int]]:
         return [output["token_ids"] for output in llm.generate(prompts, params, use_tqdm=False)]
 
-    def in_bucket(self, num_rows: int, params: list[SamplingParams], monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    def in_bucket(
+        self, num_rows: int, params: list[SamplingParams], monkeypatch: pytest.MonkeyPatch
+    ) -> list[list[int]]:
         """Answers of graph mode to as many requests at once, whose first decode step must have run in this bucket."""
         used: list[int] = []
         layout = type(self.graph.engine.runner.layout)
