@@ -53,8 +53,9 @@ def child(model: str, options: dict[str, Any], started: float) -> None:
     import torch  # noqa: F401 (its import is what is measured)
 
     lap("import torch")
-    from nanovllm import LLM, SamplingParams
+    from nanovllm import LLM, SamplingParams, log
 
+    log.configure()
     lap("import nanovllm")
     llm = LLM(model, **options)
     lap("load")
@@ -76,8 +77,8 @@ def child(model: str, options: dict[str, Any], started: float) -> None:
     print("RESULT " + json.dumps(report), flush=True)
 
 
-def start(model: Path, store: Path, options: dict[str, Any]) -> dict[str, Any]:
-    """Spawn one start. No cache but the store: Triton's and Inductor's folders lie in it."""
+def start(model: Path, store: Path, options: dict[str, Any], log_to: Path | None) -> dict[str, Any]:
+    """Spawn one start, its log appended to a file. No cache but the store: Triton's and Inductor's folders lie in it."""
     unset = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "NANOVLLM_CACHE")
     environment = {name: value for name, value in os.environ.items() if name not in unset}
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -88,6 +89,9 @@ def start(model: Path, store: Path, options: dict[str, Any]) -> dict[str, Any]:
         capture_output=True,
         text=True,
     )
+    if log_to is not None:
+        with log_to.open("a") as file:
+            file.write(f"--- start with {options} at {time.ctime()}\n{done.stderr}\n")
     found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if done.returncode or not found:
         raise SystemExit(f"a start failed ({done.returncode}):\n{done.stderr[-4000:]}")
@@ -138,6 +142,9 @@ def main() -> None:
     parser.add_argument("--other", type=Path, help="with --model: another checkpoint of the same shape")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--max-model-len", type=int, default=4096)
+    parser.add_argument(
+        "--log", type=Path, help="a file for the starts' logs (NANOVLLM_LOG_LEVEL=DEBUG: also the workers')"
+    )
     parser.add_argument("--warm", type=int, default=3, help="starts with the full store")
     args = parser.parse_args()
     if args.child:
@@ -158,14 +165,14 @@ def main() -> None:
         # what this machine has never read, a first import pays for
         subprocess.run([sys.executable, "-c", "import torch, transformers, tokenizers"], check=True)
         store = scratch / "store"
-        results = {"cold": start(model, store, options)}
+        results = {"cold": start(model, store, options, args.log)}
         show("cold", results["cold"])
         for i in range(args.warm):
-            results[f"warm_{i + 1}"] = start(model, store, options)
+            results[f"warm_{i + 1}"] = start(model, store, options, args.log)
             show(f"warm {i + 1}", results[f"warm_{i + 1}"])
         if other is not None:
             # which stops, and names what is missing, where the store does not serve it as well
-            results["other_checkpoint"] = start(other, store, {**options, "compile_cache_mode": "require"})
+            results["other_checkpoint"] = start(other, store, {**options, "compile_cache_mode": "require"}, args.log)
             show("other checkpoint", results["other_checkpoint"])
         warm = [results[f"warm_{i + 1}"] for i in range(args.warm)]
         summary = {

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -76,25 +77,32 @@ def small_runner(config: EngineConfig, compiler_options: dict[str, Any] | None =
     return runner
 
 
-def _work() -> None:
-    """One process: a line with the options, then a line for every bucket; a line is written for every bucket done."""
+def _work(started: float) -> None:
+    """One process: a line with the options, then a line for every bucket. It writes a line when it is ready, with the seconds
+    that took, and a line for every bucket done. `started` is the time at which it was spawned."""
+    seconds = {"imports": time.time() - started}
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else prints, prints to stderr
     log.configure()
     job = sys.stdin.readline()
     if not job:
         return  # started early, and not needed
+    lap = time.perf_counter()
     config = EngineConfig(**json.loads(job))
     runner = small_runner(config)
+    runner.platform.synchronize()
+    seconds["runner"] = time.perf_counter() - lap
+    print(json.dumps(seconds), file=out, flush=True)
     for line in sys.stdin:
+        lap = time.perf_counter()
         bucket: Bucket = tuple(json.loads(line))
         compiler, kernels = runner.compiler, len(runner.platform.kernels_compiled())
         programs, found = compiler.num_compiled, compiler.num_loaded
         runner.run_bucket(*bucket)
         kernels = len(runner.platform.kernels_compiled()) - kernels
-        print(json.dumps([bucket, compiler.num_compiled - programs, compiler.num_loaded - found, kernels]), file=out)
-        out.flush()
+        numbers = (compiler.num_compiled - programs, compiler.num_loaded - found, kernels)
+        print(json.dumps([bucket, *numbers, round(time.perf_counter() - lap, 3)]), file=out, flush=True)
 
 
 if __name__ == "__main__":
-    _work()
+    _work(float(sys.argv[1]))

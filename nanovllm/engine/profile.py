@@ -12,6 +12,7 @@ import json
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -218,9 +219,12 @@ def kernel_table(
 ) -> dict[str, Any]:
     """What `num_steps` replayed steps took, per step, in microseconds and bytes, by kernel and op.
 
+    With dependent launch kernels overlap: one is placed while the one before it still runs, and waits. A row's `us` is
+    therefore progress, the time of `_progress`, and its share and bandwidth are of that: the rows add up to the time in which
+    any kernel runs, `busy_share`. `duration_us` is from its kernels' starts to their ends, waiting included.
+
     The k-th launch of a kernel in a step is the k-th of that kernel in `launches`. Where their numbers do not agree, and
-    for kernels that are not among them, bytes are None. `busy_share` counts time in which any kernel runs: with
-    dependent launch they overlap, so that the kernels' own times can add up to more than the step. ValueError for none.
+    for kernels that are not among them, bytes are None. ValueError for no kernels.
     """
     if not kernels:
         raise ValueError("the trace holds no kernel: this device's work cannot be profiled")
@@ -228,20 +232,20 @@ def kernel_table(
     known: dict[str, list[Launch]] = defaultdict(list)
     for one in launches:
         known[one.kernel].append(one)
-    span_us, busy_us, gap_us = _occupancy(kernels)
+    progress_us, span_us, gap_us = _progress(kernels)
     seen: Counter[str] = Counter()
     rows: dict[tuple[str, str], dict[str, Any]] = {}
-    for kernel in kernels:
+    for kernel, kernel_us in zip(kernels, progress_us):
         same = known[kernel.name]
         agrees = counts[kernel.name] == num_steps * len(same)
         launch = same[seen[kernel.name] % len(same)] if agrees else None
         seen[kernel.name] += 1
         key = (kernel.name, launch.op if launch else "")
-        row = rows.setdefault(
-            key, {"kernel": key[0], "op": key[1], "launches": 0, "us": 0.0, "bytes": 0 if launch else None}
-        )
+        zeros = {"launches": 0.0, "us": 0.0, "duration_us": 0.0, "bytes": 0 if launch else None}
+        row = rows.setdefault(key, {"kernel": key[0], "op": key[1], **zeros})
         row["launches"] += 1 / num_steps
-        row["us"] += kernel.duration_us / num_steps
+        row["us"] += kernel_us / num_steps
+        row["duration_us"] += kernel.duration_us / num_steps
         if launch:
             row["bytes"] += launch.num_bytes / num_steps
     table = sorted(rows.values(), key=lambda row: -row["us"])
@@ -249,12 +253,13 @@ def kernel_table(
         row["share"] = round(row["us"] * num_steps / span_us, 4)
         row["bandwidth_share"] = _share(row["bytes"], row["us"], bandwidth)
         row["launches"], row["us"] = round(row["launches"], 3), round(row["us"], 2)
+        row["duration_us"] = round(row["duration_us"], 2)
         row["bytes"] = row["bytes"] if row["bytes"] is None else round(row["bytes"])
     num_bytes = sum(row["bytes"] or 0 for row in table)
     return {
         "steps": num_steps,
         "span_us": round(span_us / num_steps, 1),
-        "busy_share": round(busy_us / span_us, 4),
+        "busy_share": round(sum(progress_us) / span_us, 4),
         "largest_gap_us": round(gap_us, 2),
         "bytes": num_bytes,
         "bandwidth_share": _share(num_bytes, span_us / num_steps, bandwidth),
@@ -262,16 +267,24 @@ def kernel_table(
     }
 
 
-def _occupancy(kernels: Sequence[Kernel]) -> tuple[float, float, float]:
-    """(from the first start to the last end, time in which anything runs, longest time in which nothing does)."""
-    busy_us = gap_us = 0.0
-    start = end = kernels[0].start_us
-    for kernel in kernels:
-        gap_us = max(gap_us, kernel.start_us - end)
-        kernel_end = kernel.start_us + kernel.duration_us
-        busy_us += max(0.0, kernel_end - max(end, kernel.start_us))
-        end = max(end, kernel_end)
-    return end - start, busy_us, gap_us
+def _progress(kernels: Sequence[Kernel]) -> tuple[list[float], float, float]:
+    """(each kernel's progress, from the first start to the last end, longest time in which nothing runs).
+
+    A kernel's progress is the time from the end before its own to its own, less what of it the device was idle. Where
+    kernels end in the order in which they start, that is from the previous end, or its own start if later. The sum is the
+    time in which any kernel runs, also where one lies within another.
+    """
+    ends = [kernel.start_us + kernel.duration_us for kernel in kernels]
+    order = sorted(range(len(kernels)), key=ends.__getitem__)
+    # who has not ended when an earlier one ends runs from its start on: the earliest start of those is where idling ends
+    resumes = list(accumulate((kernels[i].start_us for i in reversed(order)), min))[::-1]
+    progress, gap_us = [0.0] * len(kernels), 0.0
+    start = last_end = resumes[0]
+    for i, resume in zip(order, resumes):
+        gap_us = max(gap_us, resume - last_end)
+        progress[i] = ends[i] - max(last_end, resume)
+        last_end = ends[i]
+    return progress, last_end - start, gap_us
 
 
 def _share(num_bytes: float | None, time_us: float, bandwidth: float) -> float | None:
@@ -297,14 +310,14 @@ def as_text(report: dict[str, Any]) -> str:
         f"{what}, {report['steps']} steps: {report['wall_us']} µs a step by the clock, {report['span_us']} on the device, "
         f"busy {report['busy_share']:.1%} of it, largest gap {report['largest_gap_us']} µs; "
         f"{report['bytes'] / 1e6:.1f} MB a step, {report['bandwidth_share']:.1%} of the copy's rate",
-        f"{'kernel':<44} {'op':<28} {'launches':>8} {'µs':>9} {'share':>7} {'MB':>9} {'of copy':>8}",
+        f"{'kernel':<44} {'op':<28} {'launches':>8} {'µs':>9} {'lasting':>9} {'share':>7} {'MB':>9} {'of copy':>8}",
     ]
     for row in report["kernels"]:
         num_mb = "" if row["bytes"] is None else f"{row['bytes'] / 1e6:.2f}"
         share = "" if row["bandwidth_share"] is None else f"{row['bandwidth_share']:.1%}"
         lines.append(
             f"{row['kernel'][:44]:<44} {row['op'][:28]:<28} {row['launches']:>8g} {row['us']:>9.2f} "
-            f"{row['share']:>7.1%} {num_mb:>9} {share:>8}"
+            f"{row['duration_us']:>9.2f} {row['share']:>7.1%} {num_mb:>9} {share:>8}"
         )
     return "\n".join(lines)
 

@@ -1,13 +1,18 @@
-"""Processes that build buckets for a store, and the way they are asked: a line of JSON for each bucket, there and back."""
+"""Processes that build buckets for a store, and the way they are asked: a line of JSON for each bucket, there and back.
+
+At DEBUG the log has what each process wrote to its own, when it was ready, and what each bucket took.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import queue
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from types import ModuleType
@@ -17,18 +22,21 @@ from nanovllm.config import EngineConfig
 from nanovllm.engine.runner import Layout
 from nanovllm.models.config import ModelConfig
 
+logger = logging.getLogger(__name__)
+
 Process = subprocess.Popen[str]
 Bucket = tuple[str, int]  # ("prefill", tokens) or ("decode", rows)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One bucket's: programs and kernels that were compiled, programs that were there already."""
+    """One bucket's: programs and kernels that were compiled, programs that were there already, and what it took in all."""
 
     bucket: Bucket
     programs: int
     found: int
     kernels: int
+    seconds: float
 
 
 class WorkerFailed(RuntimeError):
@@ -54,11 +62,13 @@ class Workers:
             self._waiting.put(bucket)
         self._done: queue.SimpleQueue[Outcome | WorkerFailed | None] = queue.SimpleQueue()
         job = json.dumps({**asdict(config), "compile_cache": config.compile_cache and str(config.compile_cache)})
+        self._created = time.perf_counter()
         count = min(count, len(buckets))
         self._processes = [*started[:count], *(start() for _ in range(count - len(started)))]
         end(started[count:])
         self._threads = [
-            threading.Thread(target=self._feed, args=(process, job), daemon=True) for process in self._processes
+            threading.Thread(target=self._feed, args=(number, process, job), daemon=True)
+            for number, process in enumerate(self._processes)
         ]
         for thread in self._threads:
             thread.start()
@@ -85,13 +95,22 @@ class Workers:
         """End processes that still run."""
         end(self._processes)
 
-    def _feed(self, process: Process, job: str) -> None:
+    def _feed(self, number: int, process: Process, job: str) -> None:
         assert process.stdin is not None and process.stdout is not None and process.stderr is not None
         said: list[str] = []
-        listener = threading.Thread(target=lambda: said.extend(process.stderr or ()), daemon=True)
+
+        def listen() -> None:
+            for line in process.stderr or ():
+                said.append(line)
+                self._log(number, "%s", line.rstrip())
+
+        listener = threading.Thread(target=listen, daemon=True)
         listener.start()
         try:
             process.stdin.write(job + "\n")
+            process.stdin.flush()
+            ready = ", ".join(f"{name} {seconds:.2f}" for name, seconds in json.loads(_line(process)).items())
+            self._log(number, "is ready: %s s", ready)
             while True:
                 try:
                     bucket = self._waiting.get_nowait()
@@ -99,11 +118,10 @@ class Workers:
                     break
                 process.stdin.write(json.dumps(bucket) + "\n")
                 process.stdin.flush()
-                line = process.stdout.readline()
-                if not line:
-                    raise BrokenPipeError
-                (kind, size), *numbers = json.loads(line)
-                self._done.put(Outcome((kind, size), *numbers))
+                (kind, size), *numbers = json.loads(_line(process))
+                outcome = Outcome((kind, size), *numbers)
+                self._log(number, "%s", outcome)
+                self._done.put(outcome)
             process.stdin.close()
             process.wait()
         except (OSError, ValueError):
@@ -114,11 +132,23 @@ class Workers:
         finally:
             self._done.put(None)
 
+    def _log(self, number: int, message: str, *args: object) -> None:
+        logger.debug(f"worker %d, %.2f s: {message}", number, time.perf_counter() - self._created, *args)
+
+
+def _line(process: Process) -> str:
+    """What a process writes next; raises BrokenPipeError where it has ended."""
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    if not line:
+        raise BrokenPipeError
+    return line
+
 
 def start() -> Process:
     """A process that imports what it needs and waits for its first line."""
     pipe = subprocess.PIPE
-    command = [sys.executable, "-m", "nanovllm.engine.precompile"]
+    command = [sys.executable, "-m", "nanovllm.engine.precompile", str(time.time())]
     return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=env.for_children())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -34,10 +35,12 @@ def test_the_table_is_per_step_and_by_op() -> None:
     rows = {(row["kernel"], row["op"]): row for row in table["kernels"]}
     assert list(rows) == [("linear", "linear 8×4"), ("linear", "linear 4×8"), ("norm", "rms_norm"), ("copy", "")]
     assert [row["launches"] for row in table["kernels"]] == [1, 1, 2, 1]
-    assert [row["us"] for row in table["kernels"]] == [8, 4, 4, 1]
+    # the second product starts 1 µs before the first is over
+    assert [row["us"] for row in table["kernels"]] == [7, 4, 4, 1]
+    assert [row["duration_us"] for row in table["kernels"]] == [8, 4, 4, 1]
     assert [row["bytes"] for row in table["kernels"]] == [16000, 4000, 40, None]
     # 4e9 bytes a second are 4000 in a microsecond
-    assert [row["bandwidth_share"] for row in table["kernels"]] == [0.5, 0.25, 0.0025, None]
+    assert [row["bandwidth_share"] for row in table["kernels"]] == [round(4 / 7, 4), 0.25, 0.0025, None]
     assert rows["copy", ""]["share"] == pytest.approx(3 / 58, abs=1e-4)
     assert table["bytes"] == 20040 and table["steps"] == 3
 
@@ -51,6 +54,32 @@ def test_busy_time_counts_overlap_once_and_gaps_not_at_all() -> None:
     within = [Kernel("long", 0.0, 10.0), Kernel("short", 2.0, 3.0), Kernel("next", 10.5, 1.0)]
     nested = kernel_table(within, [], 1, bandwidth=1e9)
     assert nested["busy_share"] == pytest.approx(11 / 11.5, abs=1e-4) and nested["largest_gap_us"] == 0.5
+    assert {row["kernel"]: row["us"] for row in nested["kernels"]} == {"short": 5, "long": 5, "next": 1}
+
+
+def test_a_kernel_that_waits_for_the_one_before_it_is_given_the_time_after_that() -> None:
+    """With dependent launch: placed early, most of its duration is waiting."""
+    chain = [Kernel("a", 0.0, 10.0), Kernel("b", 3.0, 9.0), Kernel("c", 11.0, 3.0), Kernel("d", 16.0, 2.0)]
+    table = kernel_table(chain, [Launch("b", "linear", 8000)], 1, bandwidth=4e9)
+    rows = {row["kernel"]: row for row in table["kernels"]}
+    assert {name: row["us"] for name, row in rows.items()} == {"a": 10, "b": 2, "c": 2, "d": 2}
+    assert {name: row["duration_us"] for name, row in rows.items()} == {"a": 10, "b": 9, "c": 3, "d": 2}
+    assert rows["b"]["bandwidth_share"] == 1.0, "8000 bytes in 2 µs"
+    assert sum(row["share"] for row in rows.values()) == pytest.approx(table["busy_share"], abs=1e-3)
+    assert table["largest_gap_us"] == 2.0 and table["span_us"] == 18
+
+
+def test_rows_and_idle_time_add_up_to_the_span() -> None:
+    random = Random(7)
+    for num in (1, 2, 19, 99):
+        kernels = [Kernel(random.choice("abc"), random.randrange(2 * num), random.randint(1, 5)) for _ in range(num)]
+        kernels.sort(key=lambda kernel: kernel.start_us)
+        table = kernel_table(kernels, [], 1, bandwidth=1e9)
+        busy = {
+            us for kernel in kernels for us in range(int(kernel.start_us), int(kernel.start_us + kernel.duration_us))
+        }
+        assert sum(row["us"] for row in table["kernels"]) == len(busy)
+        assert table["busy_share"] == round(len(busy) / table["span_us"], 4)
 
 
 def test_bytes_are_left_out_where_the_launches_do_not_agree() -> None:

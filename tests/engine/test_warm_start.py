@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -221,6 +223,25 @@ def test_a_worker_that_fails_is_reported_with_what_it_said(tmp_path: Path, tiny_
     with pytest.raises(workers.WorkerFailed, match="Error"):
         helpers.wait(lambda outcome: None)
     helpers.close()
+
+
+def test_the_log_says_what_workers_did_and_how_long_it_took(
+    store: Path, tiny_qwen3: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NANOVLLM_LOG_LEVEL", "DEBUG")
+    for part in ("entries", "objects"):
+        shutil.rmtree(store / part)
+    config = EngineConfig(str(tiny_qwen3), **OPTIONS, compile_cache=store)
+    with caplog.at_level(logging.DEBUG, "nanovllm.engine.workers"):
+        helpers = workers.Workers(config, [("decode", 4), ("decode", 1)], 1)
+        outcomes = helpers.wait(lambda outcome: None)
+    helpers.close()
+    assert [outcome.bucket for outcome in outcomes] == [("decode", 4), ("decode", 1)]
+    assert all(0 < outcome.seconds < 300 for outcome in outcomes)
+    text = caplog.text
+    assert re.search(r"worker 0, [\d.]+ s: is ready: imports [\d.]+, runner [\d.]+ s\n", text)
+    assert re.search(r"worker 0, .*Outcome\(bucket=\('decode', 4\), .*seconds=", text)
+    assert re.search(r"worker 0, .*compiled begin_4 in ", text), "what the process wrote itself"
 
 
 def test_a_cold_start_with_workers_builds_nothing_itself(
