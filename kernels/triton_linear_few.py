@@ -14,7 +14,7 @@ Measured on an H200, µs of one launch in a captured chain with 28 layers' weigh
 cuBLAS with norm and SiLU in kernels of their own). Qwen3-0.6B: qkv 3.3 (4.2; 7.1) at one row, 4.4 (6.0; 7.2) at 8; out 2.1
 (3.3; 12.7) and 2.6 (5.0; 5.9); gate_up 4.4 (5.4; 8.8) and 5.3 (7.9; 8.8); down 2.7 (3.7; 7.5) and 3.9 (6.6; 7.5). A whole
 layer with rope and attention takes 19.7 in place of 40.3 at one row, 31.8 in place of 44.3 at 8, 42.8 in place of 48.3 at 16.
-Qwen3-8B at one row: qkv 14.3 (17.0; 18.9), out 8.8 (10.2; 13.3), gate_up 48.3 (49.4; 52.8), down 23.4 (25.2; 30.7).
+Qwen3-8B at one row: qkv 14.0 (18.5 apart), out 8.4 (14.6), gate_up 50.3 (51.4), down 23.0 (30.3), head 289 (299).
 
 Tried and dropped for several rows: multiplying by the norm's factor after the product, as for one row, which keeps the norm
 weights in registers across the wait and spills (47 µs in place of 5.8 for qkv at 16 rows).
@@ -292,11 +292,12 @@ TILES: dict[tuple[int, int, bool], tuple[LinearTile, LinearTile, LinearTile]] = 
         LinearTile(16, 4, 128, 4, 4, True),
     ),
     (151936, 1024, False): (LinearTile(4, 1, 256, 4, 2), LinearTile(16, 4, 256, 1, 4), LinearTile(16, 4, 256, 1, 4)),
-    # Qwen3-8B: qkv, out, gate_up, down
+    # Qwen3-8B: qkv, out, gate_up, down, head
     (6144, 4096, False): (LinearTile(8, 1, 256, 4, 4), LinearTile(16, 4, 256, 1, 4), LinearTile(16, 4, 128, 4, 4)),
     (4096, 4096, False): (LinearTile(8, 1, 256, 4, 4), LinearTile(16, 4, 256, 1, 4), LinearTile(16, 4, 128, 4, 4)),
     (12288, 4096, True): (LinearTile(4, 1, 256, 2, 4), LinearTile(16, 4, 128, 1, 4), LinearTile(16, 4, 128, 1, 4)),
     (4096, 12288, False): (LinearTile(8, 1, 256, 4, 4), LinearTile(16, 4, 256, 1, 4), LinearTile(16, 4, 128, 4, 4)),
+    (151936, 4096, False): (LinearTile(8, 1, 256, 2, 4), LinearTile(16, 4, 256, 1, 4), LinearTile(16, 4, 256, 1, 4)),
 }
 
 
@@ -306,7 +307,9 @@ def linear_tile(num_rows: int, num_outs: int, depth: int, silu_mul: bool) -> Lin
     if known:
         return known[0 if num_rows == 1 else 1 if num_rows <= 8 else 2]
     if num_rows == 1:
-        return LinearTile(8, 1, 256, 8, 8) if num_outs <= 2048 else LinearTile(4, 1, 256, 2, 4)
+        if num_outs <= 2048:
+            return LinearTile(8, 1, 256, 8, 8)
+        return LinearTile(4, 1, 256, 2, 4) if depth < 4096 or silu_mul else LinearTile(8, 1, 256, 4, 4)
     return LinearTile(16, 4, 256 if depth >= 1024 else 64, 1, 4)
 
 
