@@ -17,6 +17,7 @@ from nanovllm.compile.lower import inductor
 from nanovllm.compile.passes.add_in_place import add_in_place
 from nanovllm.compile.passes.fuse_add_norm import fuse_add_norm
 from nanovllm.compile.passes.fuse_linear import fuse_linear
+from nanovllm.compile.passes.fuse_rope_attention import fuse_rope_attention
 from nanovllm.compile.passes.fuse_rope_store import fuse_rope_store
 from nanovllm.compile.passes.inline_ops import inline_ops
 from nanovllm.compile.program import Lowering, Pass
@@ -33,6 +34,7 @@ KERNEL_OPS = frozenset(
         "paged_attention",
         "qk_norm_rope_store",
         "rms_norm",
+        "rope_attention",
         "sample",
         "sampling_inputs",
         "silu_mul",
@@ -96,13 +98,14 @@ class CudaPlatform:
     def passes(self, fuse: bool) -> tuple[tuple[str, Pass], ...]:
         if not fuse:
             return UNFUSED_PASSES
-        from nanovllm.kernels import triton_common, triton_linear
+        from nanovllm.kernels import triton_attention_decode, triton_common, triton_linear
 
-        max_rows = triton_linear.max_rows
+        max_rows, takes_rope = triton_linear.max_rows, triton_attention_decode.takes_rope
         if not triton_common.has_matrix_units(self.device):
-            max_rows = _one_row
+            max_rows, takes_rope = _one_row, _never
         return (
             ("fuse_rope_store", fuse_rope_store),
+            ("fuse_rope_attention", partial(fuse_rope_attention, takes=takes_rope)),
             ("fuse_linear", partial(fuse_linear, max_rows=max_rows)),
             ("fuse_add_norm", fuse_add_norm),
             ("add_in_place", add_in_place),
@@ -201,6 +204,11 @@ class CudaPlatform:
 def _one_row(num_outs: int, depth: int, has_norm: bool) -> int:
     """Without matrix units only a product with one row is a stream of weights; cuBLAS, which has them, does the others."""
     return 1
+
+
+def _never(qkv_RE: Tensor, k_cache_CBKH: Tensor, num_heads: int, window: int) -> bool:
+    """Without matrix units the rotated queries that attention would hold do not fit into registers."""
+    return False
 
 
 def _driver_version() -> str:

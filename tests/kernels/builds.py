@@ -84,7 +84,7 @@ PRODUCTS = (
 POINTERS = {
     "*fp32": {
         "cos_sin_ptr", "part_out_ptr", "part_lse_ptr", "part_ptr", "temperature_ptr", "best_ptr", "sampling_ptr",
-        "out_temperature_ptr",
+        "out_temperature_ptr", "k_scale_ptr", "v_scale_ptr",
     },
     "*i32": {
         "table_ptr", "seq_len_ptr", "q_start_ptr", "arrived_ptr", "best_token_ptr", "out_table_ptr", "out_seq_len_ptr",
@@ -108,6 +108,18 @@ class Build(NamedTuple):
     out: str = ""  # the type of out_ptr where it is not the dtype's
 
 
+def takes_rope(model: Model, target: Target) -> bool:
+    """Whether one row's attention takes the rope on such a GPU, as the platform has it."""
+    import torch
+
+    from nanovllm.kernels import triton_attention_decode as decode
+
+    num_heads, num_kv_heads, head_dim, block_size, dtype = model
+    qkv = torch.empty(1, 1, dtype=torch.float32 if dtype == "fp32" else torch.float16, device="meta")
+    cache = torch.empty(1, block_size, num_kv_heads, head_dim, device="meta")
+    return target.has_matrix_units and decode.takes_rope(qkv, cache, num_heads, 0)
+
+
 def attention(name: str, model: Model, target: Target) -> Iterator[Build]:
     import triton
 
@@ -127,6 +139,12 @@ def attention(name: str, model: Model, target: Target) -> Iterator[Build]:
         constants = decode.decode_constants(*heads, num_rows, window, launch) | strides
         label = f"{name}: decode rows {num_rows} window {window}"
         yield Build(label, decode.decode_kernel, constants, launch.num_warps, launch.num_stages, dtype)
+    if takes_rope(model, target):
+        for norms, window in (((True, True), 0), ((False, False), 4096)):
+            launch = decode.decode_tile(head_p * element_size, block_size, 1, target.shared_bytes)
+            constants = decode.decode_constants(*heads, 1, window, launch, norms) | strides
+            label = f"{name}: decode with rope, norms {norms[0]} window {window}"
+            yield Build(label, decode.decode_kernel, constants, launch.num_warps, launch.num_stages, dtype)
     for max_q_len, window in ((8192, 0), (16, 4096)):
         launch_p = prefill.prefill_tile(head_p, element_size, block_size, max_q_len, target.shared_bytes)
         queries = max(launch_p.queries, triton.next_power_of_2(num_heads // num_kv_heads))
