@@ -5,10 +5,13 @@ At DEBUG the log has what each process wrote to its own, when it was ready, and 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
+import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -16,6 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from types import ModuleType
+from typing import Any
 
 from nanovllm import env
 from nanovllm.config import EngineConfig
@@ -24,7 +28,6 @@ from nanovllm.models.config import ModelConfig
 
 logger = logging.getLogger(__name__)
 
-Process = subprocess.Popen[str]
 Bucket = tuple[str, int]  # ("prefill", tokens) or ("decode", rows)
 
 
@@ -50,25 +53,51 @@ def buckets_of(layout: Layout) -> list[Bucket]:
     ]
 
 
+class Process:
+    """A process that builds buckets, and the pipes by which it is asked. Several may be forked from one, their `parent`."""
+
+    def __init__(self, parent: subprocess.Popen[bytes], stdin: int, stdout: int, stderr: int) -> None:
+        self.parent = parent
+        self.stdin, self.stdout, self.stderr = os.fdopen(stdin, "w"), os.fdopen(stdout), os.fdopen(stderr)
+
+    def ask(self, request: object) -> Any:
+        """Its answer to a line; raises BrokenPipeError where it has ended."""
+        self.stdin.write(json.dumps(request) + "\n")
+        self.stdin.flush()
+        return self.next()
+
+    def next(self) -> Any:
+        """The next line that it writes; raises BrokenPipeError where it has ended."""
+        line = self.stdout.readline()
+        if not line:
+            raise BrokenPipeError
+        return json.loads(line)
+
+    def dismiss(self) -> None:
+        """It ends by itself once it has done what it was asked."""
+        with contextlib.suppress(OSError):
+            self.stdin.close()
+
+
 class Workers:
     """Processes that build buckets; started at once, so that the caller can do something else meanwhile."""
 
     def __init__(
         self, config: EngineConfig, buckets: Sequence[Bucket], count: int, started: Sequence[Process] = ()
     ) -> None:
-        """`count` processes, those already `started` among them."""
+        """`count` processes, those already `started` for the same options among them."""
         self._waiting: queue.SimpleQueue[Bucket] = queue.SimpleQueue()
         for bucket in buckets:
             self._waiting.put(bucket)
         self._done: queue.SimpleQueue[Outcome | WorkerFailed | None] = queue.SimpleQueue()
-        job = json.dumps({**asdict(config), "compile_cache": config.compile_cache and str(config.compile_cache)})
         self._created = time.perf_counter()
         count = min(count, len(buckets))
-        self._processes = [*started[:count], *(start() for _ in range(count - len(started)))]
-        end(started[count:])
+        self._processes = [*started, *start(config, count - len(started))]
+        for process in self._processes[count:]:
+            process.dismiss()
         self._threads = [
-            threading.Thread(target=self._feed, args=(number, process, job), daemon=True)
-            for number, process in enumerate(self._processes)
+            threading.Thread(target=self._feed, args=(number, process), daemon=True)
+            for number, process in enumerate(self._processes[:count])
         ]
         for thread in self._threads:
             thread.start()
@@ -87,74 +116,95 @@ class Workers:
             else:
                 outcomes.append(event)
                 progress(event)
+        end(self._processes, seconds=10)  # what they held of the device is free once they are gone
         if failures:
-            raise failures[0]
+            raise max(failures, key=lambda failure: len(str(failure)))  # who fails with another has less to say
         return outcomes
 
     def close(self) -> None:
         """End processes that still run."""
         end(self._processes)
 
-    def _feed(self, number: int, process: Process, job: str) -> None:
-        assert process.stdin is not None and process.stdout is not None and process.stderr is not None
+    def _feed(self, number: int, process: Process) -> None:
         said: list[str] = []
 
         def listen() -> None:
-            for line in process.stderr or ():
+            for line in process.stderr:
                 said.append(line)
                 self._log(number, "%s", line.rstrip())
 
         listener = threading.Thread(target=listen, daemon=True)
         listener.start()
         try:
-            process.stdin.write(job + "\n")
-            process.stdin.flush()
-            ready = ", ".join(f"{name} {seconds:.2f}" for name, seconds in json.loads(_line(process)).items())
+            ready = ", ".join(f"{name} {seconds:.2f}" for name, seconds in process.next().items())
             self._log(number, "is ready: %s s", ready)
             while True:
                 try:
                     bucket = self._waiting.get_nowait()
                 except queue.Empty:
                     break
-                process.stdin.write(json.dumps(bucket) + "\n")
-                process.stdin.flush()
-                (kind, size), *numbers = json.loads(_line(process))
+                (kind, size), *numbers = process.ask(bucket)
                 outcome = Outcome((kind, size), *numbers)
                 self._log(number, "%s", outcome)
                 self._done.put(outcome)
-            process.stdin.close()
-            process.wait()
         except (OSError, ValueError):
-            process.kill()
-            process.wait()
             listener.join(5)
-            self._done.put(WorkerFailed("".join(said)[-2000:].strip() or f"ended with {process.returncode}"))
+            self._done.put(WorkerFailed("".join(said)[-2000:].strip() or "it ended without a word"))
         finally:
+            process.dismiss()
             self._done.put(None)
 
     def _log(self, number: int, message: str, *args: object) -> None:
         logger.debug(f"worker %d, %.2f s: {message}", number, time.perf_counter() - self._created, *args)
 
 
-def _line(process: Process) -> str:
-    """What a process writes next; raises BrokenPipeError where it has ended."""
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    if not line:
-        raise BrokenPipeError
-    return line
+def start(config: EngineConfig, count: int) -> list[Process]:
+    """Processes that import what they need, make the device ready, and wait for their first bucket.
+
+    On Linux they are forked from one process that has imported it all: an import is some thousands of files, which on a slow
+    file system take a dozen processes at once longer than compiling does.
+    """
+    if count < 1:
+        return []
+    job = json.dumps({**asdict(config), "compile_cache": config.compile_cache and str(config.compile_cache)})
+    groups = [count] if sys.platform == "linux" else [1] * count
+    return [process for size in groups for process in _spawn(job, size)]
 
 
-def start() -> Process:
-    """A process that imports what it needs and waits for its first line."""
-    pipe = subprocess.PIPE
-    command = [sys.executable, "-m", "nanovllm.engine.precompile", str(time.time())]
-    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=env.for_children())
+def _spawn(job: str, count: int) -> list[Process]:
+    """One process, and with more than one its forks: each has the ends of three pipes, which are numbers in its command."""
+    forks = count > 1
+    pipes = [[os.pipe() for _ in range(3)] for _ in range(count)]
+    theirs = [(stdin[0], stdout[1], stderr[1]) for stdin, stdout, stderr in pipes]
+    stdin, stdout, stderr = theirs[0]
+    command = [sys.executable, "-m", "nanovllm.engine.precompile", str(time.time()), job]
+    parent = subprocess.Popen(
+        [*command, *(",".join(map(str, ends)) for ends in theirs if forks)],
+        stdin=subprocess.DEVNULL if forks else stdin,
+        stdout=subprocess.DEVNULL if forks else stdout,
+        stderr=stderr,  # of those that fork as well: should an import fail, the first says so
+        pass_fds=[end for ends in theirs for end in ends] if forks else (),
+        env=env.for_forks() if forks else env.for_children(),
+        start_new_session=forks,  # so that all can be ended at once
+    )
+    for end in (end for ends in theirs for end in ends):
+        os.close(end)
+    return [Process(parent, stdin[1], stdout[0], stderr[0]) for stdin, stdout, stderr in pipes]
 
 
-def end(processes: Sequence[Process]) -> None:
+def end(processes: Sequence[Process], seconds: float = 0) -> None:
+    """End processes, and those that are forked from the same ones, if they do not end by themselves within `seconds`."""
     for process in processes:
-        process.kill()
+        process.dismiss()
+    for parent in {process.parent for process in processes}:
+        try:
+            parent.wait(seconds)  # it waits for its forks
+        except subprocess.TimeoutExpired:
+            if os.name == "posix" and os.getpgid(parent.pid) == parent.pid:
+                os.killpg(parent.pid, signal.SIGKILL)
+            else:
+                parent.kill()
+            parent.wait()
 
 
 def bytes_of_one(model: ModuleType, cfg: ModelConfig, layout: Layout) -> int:
