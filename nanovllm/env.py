@@ -46,9 +46,3 @@ def for_children() -> dict[str, str]:
     """The environment for processes of our own: they find this package where this one did, whatever the folder."""
     root = str(Path(__file__).parents[1])
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
-
-
-def for_forks() -> dict[str, str]:
-    """The environment for a process that is to fork others: to find out whether there is a GPU, torch asks NVML, since a
-    process that has asked CUDA leaves its forks without it."""
-    return {**for_children(), "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}

@@ -184,7 +184,8 @@ def _cold_start_workers(
     if not may_compile or count < 2 or artifacts.is_ready(store, platform, config, cfg, layout):
         workers.end(early)
         return None
-    return Workers(config, workers.buckets_of(layout), count, early)
+    # this process runs every bucket itself, so that for them it is enough to compile
+    return Workers(config, workers.buckets_of(layout), count, early, rehearse=True)
 
 
 def _wait(helpers: Workers) -> None:

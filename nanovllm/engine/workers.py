@@ -1,4 +1,4 @@
-"""Processes that build buckets for a store, and the way they are asked: a line of JSON for each bucket, there and back.
+"""Processes that fill a store, and the way they are asked: a line of JSON for each task, there and back.
 
 At DEBUG the log has what each process wrote to its own, when it was ready, and what each bucket took.
 """
@@ -6,6 +6,7 @@ At DEBUG the log has what each process wrote to its own, when it was ready, and 
 from __future__ import annotations
 
 import contextlib
+import heapq
 import json
 import logging
 import math
@@ -17,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from types import ModuleType
 from typing import Any
 
@@ -25,6 +26,7 @@ from nanovllm import env
 from nanovllm.config import EngineConfig
 from nanovllm.engine.runner import Layout
 from nanovllm.models.config import ModelConfig
+from nanovllm.platforms import forking
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +42,38 @@ class Outcome:
     found: int
     kernels: int
     seconds: float
+
+
+@dataclass(order=True)
+class Task:
+    """To "run" or "rehearse" the bucket, or to "compile" the kernel, that `what` names; the smallest `rank` comes first."""
+
+    rank: tuple[int, int]
+    verb: str = field(compare=False)
+    what: Any = field(compare=False)
+
+
+class Tasks:
+    """What is to be done, for several threads: the first first, and the end once all is done and nothing new came of it."""
+
+    def __init__(self, tasks: Sequence[Task]) -> None:
+        self._waiting = sorted(tasks)
+        self._open = len(tasks)  # waiting or being done
+        self._changed = threading.Condition()
+
+    def take(self) -> Task | None:
+        """The next one, which must be closed by `done`; waits where one may still come, and returns None where none will."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or not self._open)
+            return heapq.heappop(self._waiting) if self._waiting else None
+
+    def done(self, *following: Task) -> None:
+        """One is done, or will not be; `following` came of it."""
+        with self._changed:
+            for task in following:
+                heapq.heappush(self._waiting, task)
+            self._open += len(following) - 1
+            self._changed.notify_all()
 
 
 class WorkerFailed(RuntimeError):
@@ -83,12 +117,23 @@ class Workers:
     """Processes that build buckets; started at once, so that the caller can do something else meanwhile."""
 
     def __init__(
-        self, config: EngineConfig, buckets: Sequence[Bucket], count: int, started: Sequence[Process] = ()
+        self,
+        config: EngineConfig,
+        buckets: Sequence[Bucket],
+        count: int,
+        started: Sequence[Process] = (),
+        *,
+        rehearse: bool = False,
     ) -> None:
-        """`count` processes, those already `started` for the same options among them."""
-        self._waiting: queue.SimpleQueue[Bucket] = queue.SimpleQueue()
-        for bucket in buckets:
-            self._waiting.put(bucket)
+        """`count` processes, those already `started` for the same options among them.
+
+        With `rehearse` buckets are not run where that can be spared: first it is found out which kernels they launch, and then
+        every kernel is compiled once, by whoever is free.
+        """
+        verb = "rehearse" if rehearse else "run"
+        self._tasks = Tasks([Task((0, number), verb, bucket) for number, bucket in enumerate(buckets)])
+        self._kernels: set[str] = set()
+        self._lock = threading.Lock()
         self._done: queue.SimpleQueue[Outcome | WorkerFailed | None] = queue.SimpleQueue()
         self._created = time.perf_counter()
         count = min(count, len(buckets))
@@ -138,21 +183,32 @@ class Workers:
         try:
             ready = ", ".join(f"{name} {seconds:.2f}" for name, seconds in process.next().items())
             self._log(number, "is ready: %s s", ready)
-            while True:
+            while (task := self._tasks.take()) is not None:
+                following: list[Task] = []
                 try:
-                    bucket = self._waiting.get_nowait()
-                except queue.Empty:
-                    break
-                (kind, size), *numbers = process.ask(bucket)
-                outcome = Outcome((kind, size), *numbers)
-                self._log(number, "%s", outcome)
-                self._done.put(outcome)
+                    answer = process.ask([task.verb, task.what])
+                    if task.verb == "compile":
+                        self._log(number, "a kernel in %.3f s", answer)
+                        continue
+                    outcome = Outcome(task.what, *answer["numbers"])
+                    following = self._new_kernels(answer["kernels"])
+                    self._log(number, "%s, %d new kernels", outcome, len(following))
+                    self._done.put(outcome)
+                finally:
+                    self._tasks.done(*following)
         except (OSError, ValueError):
             listener.join(5)
             self._done.put(WorkerFailed("".join(said)[-2000:].strip() or "it ended without a word"))
         finally:
             process.dismiss()
             self._done.put(None)
+
+    def _new_kernels(self, found: dict[str, int]) -> list[Task]:
+        """Tasks for those that no other bucket has asked for, the longest first."""
+        with self._lock:
+            new = [request for request in found if request not in self._kernels]
+            self._kernels.update(new)
+        return [Task((1, -found[request]), "compile", request) for request in new]
 
     def _log(self, number: int, message: str, *args: object) -> None:
         logger.debug(f"worker %d, %.2f s: {message}", number, time.perf_counter() - self._created, *args)
@@ -184,7 +240,7 @@ def _spawn(job: str, count: int) -> list[Process]:
         stdout=subprocess.DEVNULL if forks else stdout,
         stderr=stderr,  # of those that fork as well: should an import fail, the first says so
         pass_fds=[end for ends in theirs for end in ends] if forks else (),
-        env=env.for_forks() if forks else env.for_children(),
+        env={**env.for_children(), **(forking.ENVIRONMENT if forks else {})},
         start_new_session=forks,  # so that all can be ended at once
     )
     for end in (end for ends in theirs for end in ends):

@@ -20,7 +20,7 @@ from nanovllm.compile.passes.fuse_linear import fuse_linear
 from nanovllm.compile.passes.fuse_rope_store import fuse_rope_store
 from nanovllm.compile.passes.inline_ops import inline_ops
 from nanovllm.compile.program import Lowering, Pass
-from nanovllm.platforms.base import UNFUSED_PASSES, HostCopy, MemoryBudget, Replay, budget
+from nanovllm.platforms.base import UNFUSED_PASSES, HostCopy, MemoryBudget, Rehearsal, Replay, budget
 
 # Inductor fuses norms and activation as well, but without programmatic dependent launch, and compiles for seconds a bucket.
 KERNEL_OPS = frozenset(
@@ -127,6 +127,11 @@ class CudaPlatform:
         free_bytes, _ = torch.cuda.mem_get_info(self.device)
         fitting = (free_bytes - bytes_own) // max(bytes_each, 1 << 30)
         return max(0, min(MAX_WORKERS, (os.cpu_count() or 1) - 2, fitting))
+
+    def rehearsal(self) -> Rehearsal | None:
+        from nanovllm.kernels import triton_rehearsal
+
+        return triton_rehearsal.Rehearsal(self.device)
 
     def kernels_compiled(self) -> list[str]:
         from nanovllm.kernels import triton_build
