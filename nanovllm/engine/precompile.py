@@ -25,7 +25,7 @@ import torch
 from nanovllm import env, hub, log
 from nanovllm.compile.lower.plan import Plan
 from nanovllm.compile.program import Compiler, CompileRequired, Program
-from nanovllm.compile.trace import rebuild, tensors
+from nanovllm.compile.trace import rebuild, tensors, trace
 from nanovllm.config import EngineConfig
 from nanovllm.engine import artifacts, startup
 from nanovllm.engine.runner import Runner
@@ -156,6 +156,7 @@ def _fork(ends: Sequence[Sequence[int]]) -> bool:
     """Fork a process for each three of pipe ends, which become its stdin, stdout and stderr. In those True; in the process
     that forks False, once all have ended."""
     forking.import_compilers()
+    trace(lambda x: x + 1, {"x": torch.zeros(2, 2)}, varying=("x",))  # the first makes tables that the others use
     for own in ends:
         if os.fork() == 0:
             for target, one in enumerate(own):

@@ -115,6 +115,7 @@ def main(folder: Path) -> dict[str, Any]:
         "programs": len(list((folder / "store" / "entries").iterdir())),
         "requests": len(requests),
         "names": sorted({json.loads(one)["name"] for one in requests}),
+        "files": sorted({path.suffix for path in (folder / "store" / "triton").glob("*/*")}),
         "launches": len(launches),
         "compiled_before": compiled_before,
         "compiled": compiled,
