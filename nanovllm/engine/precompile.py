@@ -1,8 +1,9 @@
-"""Fills a store without weights: every bucket is built and run once, with one layer of each sort, by several processes.
+"""Fills a store without weights: every bucket is built once, with one layer of each sort, by several processes.
 
 A process that runs a bucket leaves behind everything that a start of that bucket needs: its programs, and the kernels that
 Triton specialises by shapes. What a program is does not depend on how many layers call it, nor on weights, so the model
-here is one layer of each window, with random numbers in it.
+here is one layer of each window, with random numbers in it. To rehearse a bucket, on fake tensors, leaves its programs and
+names the kernels, which any process can then compile.
 """
 
 from __future__ import annotations
