@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +58,8 @@ class Compiler:
     With a `store` programs come from there, and go there once built; `ingredients` is what their keys have in common.
     `require` forbids building: the regions stand in for what is missing, so that `seal()` can name all of it.
     `strict` turns a compile after `seal()` into an error; otherwise it is a warning, since a late answer is better
-    than none in production. `watch(program, stage, graph)` sees the graph after every stage.
+    than none in production. `watch(program, stage, graph)` sees the graph after every stage; `instead(program, *inputs)` is
+    called in the place of every program.
     """
 
     lowering: Lowering | None
@@ -69,6 +71,7 @@ class Compiler:
     ingredients: Mapping[str, str] = field(default_factory=dict)
     require: bool = False
     watch: Watcher | None = None
+    instead: Callable[..., Any] | None = None
     num_compiled: int = 0
     num_loaded: int = 0
     sealed: bool = False
@@ -84,7 +87,7 @@ class Compiler:
         if known is None:
             known = self._make("_".join(map(str, full_key)), function, inputs)
             self._programs[full_key] = known
-        return known
+        return known if self.instead is None else partial(self.instead, known)
 
     def observe(self, wrap: Callable[[Program], Callable[..., Any]]) -> None:
         """Put what `wrap` makes of it in the place of every program that there is."""

@@ -14,7 +14,7 @@ import torch
 from nanovllm.kernels import flash_attention, reference, sdpa_attention
 
 _library = torch.library.Library("nanovllm", "DEF")
-_registered: set[tuple[str, str]] = set()
+_registered: dict[tuple[str, str], Callable[..., Any]] = {}
 
 
 def _define(schema: str, meaning: Callable[..., Any], fake: Callable[..., Any]) -> Any:
@@ -126,7 +126,12 @@ def register_kernels(dispatch_key: str, kernels: dict[str, Callable[..., Any]]) 
     for name, kernel in kernels.items():
         if (dispatch_key, name) not in _registered:
             _library.impl(name, kernel, dispatch_key)
-            _registered.add((dispatch_key, name))
+            _registered[dispatch_key, name] = kernel
+
+
+def kernel_of(target: object, dispatch_key: str) -> Callable[..., Any] | None:
+    """The kernel that was registered for one of our ops, as it stands in a graph; None where there is none."""
+    return _registered.get((dispatch_key, op_name(target) or ""))
 
 
 def op_name(target: object) -> str | None:
@@ -143,6 +148,7 @@ __all__ = [
     "ATTENTION",
     "add_rms_norm",
     "fused_linear",
+    "kernel_of",
     "linear",
     "linear_",
     "linear_int8",

@@ -42,13 +42,16 @@ class Plan:
     def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
         return self.run(*inputs)
 
-    def step_through(self, inputs: Sequence[Tensor], visit: Callable[[Any, list[Any], dict[str, Any]], Any]) -> None:
+    def step_through(
+        self, inputs: Sequence[Tensor], visit: Callable[[Any, list[Any], dict[str, Any]], Any]
+    ) -> list[Tensor]:
         """Make the calls by `visit(op, args, kwargs)`, which returns their results; every value is kept to the end."""
         values: list[Any] = list(inputs)
         for name, args, kwargs in self.calls:
             op = operator.getitem if name == GETITEM else _op(name)
             real: list[Any] = [_real(arg, values) for arg in args]
             values.append(visit(op, real, {key: _real(arg, values) for key, arg in kwargs.items()}))
+        return [values[number] for number in self.outputs]
 
     def stored(self) -> tuple[str, bytes]:
         """(kind of artifact, its bytes), from which `load` makes an equal plan."""

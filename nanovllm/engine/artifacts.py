@@ -62,6 +62,7 @@ def use_private_cache(folder: Path, *, must_keep: bool = False) -> Store:
         also_over=torch_choice.default_cache_dir() if torch_choice else None,
     )
     env.set_default("TRITON_CACHE_DIR", str(store.folder / "triton"))
+    env.set_default("TRITON_STORE_BINARY_ONLY", "1")  # every start reads all files of a kernel, so four and not eight
     drop_damaged_kernels(store.folder)
     return store
 

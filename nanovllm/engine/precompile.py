@@ -1,28 +1,41 @@
-"""Fills a store without weights: every bucket is built and run once, with one layer of each sort, by several processes.
+"""Fills a store without weights: every bucket is built once, with one layer of each sort, by several processes.
 
 A process that runs a bucket leaves behind everything that a start of that bucket needs: its programs, and the kernels that
 Triton specialises by shapes. What a program is does not depend on how many layers call it, nor on weights, so the model
-here is one layer of each window, with random numbers in it.
+here is one layer of each window, with random numbers in it. To rehearse a bucket, on fake tensors, leaves its programs and
+names the kernels, which any process can then compile.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import sys
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
+import torch
+
 from nanovllm import env, hub, log
-from nanovllm.compile.program import CompileRequired
+from nanovllm.compile.lower.plan import Plan
+from nanovllm.compile.program import Compiler, CompileRequired, Program
+from nanovllm.compile.trace import rebuild, tensors, trace
 from nanovllm.config import EngineConfig
 from nanovllm.engine import artifacts, startup
 from nanovllm.engine.runner import Runner
-from nanovllm.engine.workers import Bucket, Outcome, Workers, buckets_of
+from nanovllm.engine.workers import Outcome, Workers, buckets_of
 from nanovllm.models import weights
 from nanovllm.models.config import ModelConfig
+from nanovllm.platforms import Platform, forking
+
+logger = logging.getLogger("nanovllm.engine.precompile")  # also where this is the program
 
 
 def fill(config: EngineConfig, count: int, progress: Callable[[Outcome, int], object]) -> list[Outcome]:
@@ -53,56 +66,149 @@ def small_model(cfg: ModelConfig) -> ModelConfig:
     return replace(cfg, num_layers=len(windows), layer_windows=windows)
 
 
-def small_runner(config: EngineConfig, compiler_options: dict[str, Any] | None = None) -> Runner:
-    """A runner of `small_model` with random weights, the buckets of `config`, and two cache blocks.
+def small_runner(
+    config: EngineConfig,
+    compiler_options: dict[str, Any] | None = None,
+    platform: Platform | None = None,
+    mode: AbstractContextManager[object] | None = None,
+) -> Runner:
+    """A runner of `small_model` with random weights, the buckets of `config`, and two cache blocks; its tensors made under
+    `mode`, which may be one for fake ones.
 
     Where a step is one program, that program knows every layer and the size of the cache: there both are the engine's own.
     """
     environment = env.read()
-    platform = startup.select_platform(config)
+    platform = platform or startup.select_platform(config)
     store = artifacts.open_store(config, environment)
     model, cfg, _ = startup.read_model_config(hub.resolve(config.model, weights=False), config, platform, store)
     platform.prepare(store.folder / "cpp", environment.cxx)
     layout = startup.make_layout(config, cfg, platform)
     small = cfg if platform.whole_steps else small_model(cfg)
-    params = weights.random(model, small, platform.device, 0, lambda _: None, config.quantization)
     compiler = startup.make_compiler(config, platform, environment, store)
     if compiler.lowering is None:
         raise CompileRequired(platform.lowering()[1])
     for name, value in (compiler_options or {}).items():
         setattr(compiler, name, value)
-    runner = Runner(model, small, params, layout, platform, compiler)
+    with mode or contextlib.nullcontext():
+        params = weights.random(model, small, platform.device, 0, lambda _: None, config.quantization)
+        runner = Runner(model, small, params, layout, platform, compiler)
     if platform.whole_steps:
         _, _, _, runner = startup.with_cache(config, layout, cfg, lambda _: runner, platform)
     return runner
 
 
-def _work(started: float) -> None:
-    """One process: a line with the options, then a line for every bucket. It writes a line when it is ready, with the seconds
-    that took, and a line for every bucket done. `started` is the time at which it was spawned."""
+class Builder:
+    """Does the tasks of one process. Its runners are made with the first bucket: by then the config is in the store, so that
+    transformers is not imported."""
+
+    def __init__(self, config: EngineConfig, platform: Platform) -> None:
+        self._config, self._platform = config, platform
+        self._rehearsal = platform.rehearsal()
+
+    def do(self, verb: str, what: Any) -> Any:
+        """Of a kernel the seconds that it took; of a bucket the numbers of an `Outcome`, and the kernels that were found."""
+        started = time.perf_counter()
+        if verb == "compile":
+            assert self._rehearsal is not None
+            self._rehearsal.compile(what)
+            return round(time.perf_counter() - started, 3)
+        numbers, kernels = self._bucket(verb, *what)
+        return {"numbers": [*numbers, round(time.perf_counter() - started, 3)], "kernels": kernels}
+
+    def _bucket(self, verb: str, kind: str, size: int) -> tuple[list[int], dict[str, int]]:
+        if verb == "rehearse" and self._rehearsal is not None:
+            mode = self._rehearsal.mode
+            self._rehearsal.kernels.clear()
+            try:
+                numbers = self._counted(self._fakes.compiler, lambda: self._fakes.rehearse_bucket(kind, size, mode))
+                return numbers, dict(self._rehearsal.kernels)
+            except Exception:  # whatever does not go on fake tensors goes on real ones
+                logger.debug("%s %d is run, since it cannot be rehearsed", kind, size, exc_info=True)
+        return self._counted(self._runner.compiler, lambda: self._runner.run_bucket(kind, size)), {}
+
+    def _counted(self, compiler: Compiler, build: Callable[[], object]) -> list[int]:
+        """Programs compiled, programs found, and kernels compiled by `build`."""
+        programs, found, kernels = compiler.num_compiled, compiler.num_loaded, len(self._platform.kernels_compiled())
+        build()
+        return [
+            compiler.num_compiled - programs,
+            compiler.num_loaded - found,
+            len(self._platform.kernels_compiled()) - kernels,
+        ]
+
+    @cached_property
+    def _runner(self) -> Runner:
+        return small_runner(self._config, platform=self._platform)
+
+    @cached_property
+    def _fakes(self) -> Runner:
+        assert self._rehearsal is not None
+        return small_runner(self._config, {"instead": self._call}, self._platform, self._rehearsal.mode)
+
+    def _call(self, program: Program, *inputs: object) -> Any:
+        """A program's fake result. Raises TypeError for one that is no plan: its calls are unknown."""
+        if not isinstance(program.run, Plan):
+            raise TypeError(f"{program.name} is no plan")
+        assert self._rehearsal is not None
+        return rebuild(program.result, program.run.step_through(tensors(inputs), self._rehearsal.visit))
+
+
+def _fork(ends: Sequence[Sequence[int]]) -> bool:
+    """Fork a process for each three of pipe ends, which become its stdin, stdout and stderr. In those True; in the process
+    that forks False, once all have ended."""
+    forking.import_compilers()
+    trace(lambda x: x + 1, {"x": torch.zeros(2, 2)}, varying=("x",))  # the first makes tables that the others use
+    for own in ends:
+        if os.fork() == 0:
+            for target, one in enumerate(own):
+                os.dup2(one, target)
+            _close(ends)
+            return True
+    _close(ends)
+    silence = os.open(os.devnull, os.O_RDWR)
+    os.dup2(silence, 2)  # the first one's, who is the last to hold it from here on
+    for _ in ends:
+        os.wait()
+    return False
+
+
+def _close(ends: Sequence[Sequence[int]]) -> None:
+    for one in (one for three in ends for one in three):
+        os.close(one)
+
+
+def _work(started: float, job: str) -> None:
+    """One process: a line with a bucket, and a line back once it is done; before the first a line with the seconds that it
+    took to be ready. `started` is the time at which it was spawned."""
     seconds = {"imports": time.time() - started}
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else prints, prints to stderr
     log.configure()
-    job = sys.stdin.readline()
-    if not job:
-        return  # started early, and not needed
     lap = time.perf_counter()
     config = EngineConfig(**json.loads(job))
-    runner = small_runner(config)
-    runner.platform.synchronize()
-    seconds["runner"] = time.perf_counter() - lap
+    platform = startup.select_platform(config)
+    torch.zeros(1, device=platform.device)  # takes a while on a GPU, and nothing need be known of the model for it
+    platform.synchronize()
+    seconds["device"] = time.perf_counter() - lap
     print(json.dumps(seconds), file=out, flush=True)
+    builder = Builder(config, platform)
     for line in sys.stdin:
-        lap = time.perf_counter()
-        bucket: Bucket = tuple(json.loads(line))
-        compiler, kernels = runner.compiler, len(runner.platform.kernels_compiled())
-        programs, found = compiler.num_compiled, compiler.num_loaded
-        runner.run_bucket(*bucket)
-        kernels = len(runner.platform.kernels_compiled()) - kernels
-        numbers = (compiler.num_compiled - programs, compiler.num_loaded - found, kernels)
-        print(json.dumps([bucket, *numbers, round(time.perf_counter() - lap, 3)]), file=out, flush=True)
+        print(json.dumps(builder.do(*json.loads(line))), file=out, flush=True)
+
+
+def main() -> None:
+    """Arguments: the time at which it was spawned, the options as JSON, and for each process to fork three pipe ends."""
+    ends = [[int(one) for one in three.split(",")] for three in sys.argv[3:]]
+    if ends and not _fork(ends):
+        return
+    try:
+        _work(float(sys.argv[1]), sys.argv[2])
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(0)  # nothing is left to do, and taking down torch and the device's libraries would take a second
 
 
 if __name__ == "__main__":
-    _work(float(sys.argv[1]))
+    main()

@@ -167,6 +167,20 @@ class Runner:
                 self.steps.decode(torch.full((size,), self.state.pad_row, device=self.platform.device))
         self.platform.synchronize()
 
+    def rehearse_bucket(self, kind: str, size: int, mode: AbstractContextManager[object]) -> None:
+        """Build the programs of one bucket, and call them with fake tensors made under `mode`: a runner that was itself made
+        under it computes nothing and takes no memory. `compiler.instead` must stand in for the programs."""
+        with torch.no_grad():
+            if kind == "prefill":
+                with mode:
+                    sizes = self.layout.prefill_bucket(size, 1)
+                    step = PrefillStep(self.steps, self.platform, *sizes, self.layout.blocks_per_row)
+                self.steps.sample(step.sample_row_R, self.steps.logits_at(step.hidden(), step.last_R))
+            else:
+                with mode:
+                    row_idx_R = torch.zeros(size, dtype=torch.int64, device=self.platform.device)
+                self.steps.decode(row_idx_R)
+
     def measure_stall(self, max_ms: float) -> StallBound:
         """Time prefill steps of padding, and one whose tokens attend to a long context; programs must be warm."""
         sizes = self.layout.prefill_tokens

@@ -161,10 +161,10 @@ class Laps:
 
 def _early_processes(config: EngineConfig, store: Store, platform: Platform) -> list[workers.Process]:
     """Processes that will compile, started before anything is known of the model, where the store is quite empty: they
-    import what they need while this process reads the config."""
+    import what they need, and make the device ready, while this process reads the config."""
     if config.enforce_eager or config.compile_cache_mode != "auto" or any(store.entries()):
         return []
-    return [workers.start() for _ in range(platform.compile_workers(0, 0))]
+    return workers.start(config, platform.compile_workers(0, 0))
 
 
 def _cold_start_workers(
@@ -184,8 +184,8 @@ def _cold_start_workers(
     if not may_compile or count < 2 or artifacts.is_ready(store, platform, config, cfg, layout):
         workers.end(early)
         return None
-    workers.end(early[count:])
-    return Workers(config, workers.buckets_of(layout), count, early[:count])
+    # this process runs every bucket itself, so that for them it is enough to compile
+    return Workers(config, workers.buckets_of(layout), count, early, rehearse=True)
 
 
 def _wait(helpers: Workers) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -66,6 +67,25 @@ class Replay(Protocol):
     def __call__(self) -> None: ...
 
 
+class Rehearsal(Protocol):
+    """Runs steps on fake tensors, made under `mode`, to find the kernels that they would launch."""
+
+    kernels: dict[
+        str, int
+    ]  # what was found: requests to compile one, each with a number that grows with the time it takes
+
+    @property
+    def mode(self) -> AbstractContextManager[Any]: ...
+
+    def visit(self, op: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        """The result of one call of a plan."""
+        ...
+
+    def compile(self, request: str) -> None:
+        """Compile a kernel that a rehearsal has found, in this or another process."""
+        ...
+
+
 class Platform(Protocol):
     name: str
     device: torch.device
@@ -95,6 +115,10 @@ class Platform(Protocol):
     def compile_workers(self, bytes_each: int, bytes_own: int) -> int:
         """Processes that should compile at a cold start, each of which takes so many bytes of the device, while this one
         takes `bytes_own`; 0 or 1 where one process is quick enough."""
+        ...
+
+    def rehearsal(self) -> Rehearsal | None:
+        """A new one; None where kernels can't be found without running them, or there are none that take long."""
         ...
 
     def kernels_compiled(self) -> list[str]:

@@ -22,7 +22,7 @@ from nanovllm.compile.passes.fuse_rope_store import fuse_rope_store
 from nanovllm.compile.passes.inline_ops import inline_ops
 from nanovllm.compile.program import Lowering, Pass
 from nanovllm.kernels import cpp_build, cpu_kernels, cpu_step
-from nanovllm.platforms.base import UNFUSED_PASSES, HostCopy, MemoryBudget, Replay
+from nanovllm.platforms.base import UNFUSED_PASSES, HostCopy, MemoryBudget, Rehearsal, Replay
 from nanovllm.platforms.cores import usable_cores
 
 logger = logging.getLogger(__name__)
@@ -94,6 +94,9 @@ class CpuPlatform:
 
     def compile_workers(self, bytes_each: int, bytes_own: int) -> int:
         return 0
+
+    def rehearsal(self) -> Rehearsal | None:
+        return None
 
     def kernels_compiled(self) -> list[str]:
         return cpp_build.compiled()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.compile.program import Lowering, Pass
-from nanovllm.platforms.base import HostCopy, MemoryBudget, Replay
+from nanovllm.platforms.base import HostCopy, MemoryBudget, Rehearsal, Replay
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +71,9 @@ class MpsPlatform:
 
     def compile_workers(self, bytes_each: int, bytes_own: int) -> int:
         return 0
+
+    def rehearsal(self) -> Rehearsal | None:
+        return None
 
     def kernels_compiled(self) -> list[str]:
         return []

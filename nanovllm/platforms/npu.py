@@ -22,7 +22,7 @@ from nanovllm.compile.passes.merge_equal import merge_equal
 from nanovllm.compile.passes.replace_ops import replace_ops
 from nanovllm.compile.program import Lowering, Pass
 from nanovllm.kernels import npu_kernels, ops
-from nanovllm.platforms.base import HostCopy, MemoryBudget, Replay, budget
+from nanovllm.platforms.base import HostCopy, MemoryBudget, Rehearsal, Replay, budget
 
 _torch: Any = torch  # torch.npu is there once torch_npu is imported
 
@@ -152,6 +152,9 @@ class NpuPlatform:
 
     def compile_workers(self, bytes_each: int, bytes_own: int) -> int:
         return 0  # GE compiles in threads of its own
+
+    def rehearsal(self) -> Rehearsal | None:
+        return None
 
     def kernels_compiled(self) -> list[str]:
         return []

@@ -7,8 +7,10 @@ import logging
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -225,6 +227,28 @@ def test_a_worker_that_fails_is_reported_with_what_it_said(tmp_path: Path, tiny_
     helpers.close()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux only")
+def test_a_worker_that_is_killed_is_missed_but_not_waited_for(store: Path, tiny_qwen3: Path) -> None:
+    config = EngineConfig(str(tiny_qwen3), **OPTIONS, compile_cache=store)
+    processes = workers.start(config, 3)
+    parent = processes[0].parent
+    assert {process.parent for process in processes} == {parent}
+    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+    while len(forks := children.read_text().split()) < 3:
+        assert parent.poll() is None
+        time.sleep(0.05)
+    os.kill(int(forks[1]), signal.SIGKILL)
+    helpers = workers.Workers(config, [("decode", 4), ("prefill", 64)], 2, processes)
+    outcomes: list[workers.Outcome] = []
+    with pytest.raises(workers.WorkerFailed, match="without a word"):
+        helpers.wait(outcomes.append)
+    assert {outcome.bucket for outcome in outcomes} == {("decode", 4), ("prefill", 64)}, "the other one did both"
+    assert parent.returncode == 0, "the third was not needed, and all have ended"
+    idle = workers.start(config, 2)
+    workers.end(idle)
+    assert idle[0].parent.returncode == -signal.SIGKILL
+
+
 def test_the_log_says_what_workers_did_and_how_long_it_took(
     store: Path, tiny_qwen3: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -239,7 +263,7 @@ def test_the_log_says_what_workers_did_and_how_long_it_took(
     assert [outcome.bucket for outcome in outcomes] == [("decode", 4), ("decode", 1)]
     assert all(0 < outcome.seconds < 300 for outcome in outcomes)
     text = caplog.text
-    assert re.search(r"worker 0, [\d.]+ s: is ready: imports [\d.]+, runner [\d.]+ s\n", text)
+    assert re.search(r"worker 0, [\d.]+ s: is ready: imports [\d.]+, device [\d.]+ s\n", text)
     assert re.search(r"worker 0, .*Outcome\(bucket=\('decode', 4\), .*seconds=", text)
     assert re.search(r"worker 0, .*compiled begin_4 in ", text), "what the process wrote itself"
 
@@ -267,6 +291,6 @@ def test_a_cold_start_with_workers_builds_nothing_itself(
     assert asked[0] == (0, 0) and asked[1][0] > 1 << 30
     # the second start found everything, and started nobody
     calls: list[Any] = []
-    monkeypatch.setattr(workers, "start", lambda: calls.append(1))
+    monkeypatch.setattr(workers, "start", lambda *args: calls.append(1))
     LLM(str(tiny_qwen3), **OPTIONS, compile_cache=folder)
     assert not calls
