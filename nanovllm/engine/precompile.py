@@ -187,7 +187,9 @@ def _work(started: float, job: str) -> None:
     lap = time.perf_counter()
     config = EngineConfig(**json.loads(job))
     platform = startup.select_platform(config)
-    torch.zeros(1, device=platform.device)  # takes a while on a GPU, and nothing need be known of the model for it
+    # what can be done before anything is known of the model: folders for kernels, and the device's context
+    platform.prepare(artifacts.open_store(config, env.read()).folder / "cpp", env.read().cxx)
+    torch.zeros(1, device=platform.device)
     platform.synchronize()
     seconds["device"] = time.perf_counter() - lap
     print(json.dumps(seconds), file=out, flush=True)
