@@ -42,6 +42,7 @@ def _attend_tiles(
     first_tile,
     last_tile,
     table_ptr,
+    table_blocks,
     k_ptr,
     v_ptr,
     first_key,
@@ -66,7 +67,9 @@ def _attend_tiles(
         key_S = tile_idx * TILE + s_S
         owned_S = (key_S >= first_key) & (key_S < seq_len)
         if BLOCK % TILE == 0:
-            block = load_index(table_ptr + tile_idx * TILE // BLOCK, UPCAST).to(tl.int64)
+            # the pipeline asks for the blocks of tiles beyond the last, too
+            block_idx = tl.minimum(tile_idx * TILE // BLOCK, table_blocks - 1)
+            block = load_index(table_ptr + block_idx, UPCAST).to(tl.int64)
             slot = tile_idx * TILE % BLOCK
             k_at_SHp = k_ptr + (block * K_STRIDE_BLOCK + slot * K_STRIDE_SLOT)
             v_at_SHp = v_ptr + (block * V_STRIDE_BLOCK + slot * V_STRIDE_SLOT)
@@ -108,7 +111,7 @@ def _attend_tiles(
     return max_M, sum_M, acc_MHp
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_rows", "table_stride"])
+@triton.jit(do_not_specialize=["num_tokens", "num_rows", "table_blocks", "table_stride"])
 def prefill_kernel(
     q_ptr,  # [T, N, H]
     k_ptr,  # [C, B, K, H]
@@ -121,6 +124,7 @@ def prefill_kernel(
     v_scale_ptr,  # [K] fp32, read for an fp8 cache
     num_tokens,
     num_rows,
+    table_blocks,
     table_stride,
     scale_log2,
     # strides are constants: a thread's addresses within a tile become offsets inside its load instructions
@@ -200,12 +204,12 @@ def prefill_kernel(
     v_at = v_ptr + head_idx * V_STRIDE_HEAD
     if WINDOW <= 0:
         max_M, sum_M, acc_MHp = _attend_tiles(
-            q_MHp, max_M, sum_M, acc_MHp, query_pos_M, begin_tile, full_tile, table_at, k_at, v_at, first_key, seq_len,
+            q_MHp, max_M, sum_M, acc_MHp, query_pos_M, begin_tile, full_tile, table_at, table_blocks, k_at, v_at, first_key, seq_len,
             scale_log2, K_STRIDE_BLOCK, K_STRIDE_SLOT, V_STRIDE_BLOCK, V_STRIDE_SLOT,
             False, HEAD, HEAD_P, BLOCK, TILE, WINDOW, UPCAST,
         )  # fmt: skip
     max_M, sum_M, acc_MHp = _attend_tiles(
-        q_MHp, max_M, sum_M, acc_MHp, query_pos_M, full_tile, end_tile, table_at, k_at, v_at, first_key, seq_len,
+        q_MHp, max_M, sum_M, acc_MHp, query_pos_M, full_tile, end_tile, table_at, table_blocks, k_at, v_at, first_key, seq_len,
         scale_log2, K_STRIDE_BLOCK, K_STRIDE_SLOT, V_STRIDE_BLOCK, V_STRIDE_SLOT,
         True, HEAD, HEAD_P, BLOCK, TILE, WINDOW, UPCAST,
     )  # fmt: skip
@@ -316,6 +320,7 @@ def paged_attention_prefill(
         seq_len_R if v_scale_K is None else v_scale_K,
         num_tokens,
         num_rows,
+        block_table_RP.shape[1],
         block_table_RP.stride(0),
         scale * LOG2_E,
         *q_TNH.stride()[:2],
