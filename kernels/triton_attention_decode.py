@@ -527,7 +527,7 @@ def rope_attention_decode(
         )
     if qkv_RE.stride(1) != 1:
         qkv_RE = qkv_RE.contiguous()
-    q_RNH = qkv_RE.view(1, -1, k_cache_CBKH.shape[3])[:, :num_heads]
+    q_RNH = qkv_RE.view(1, -1, k_cache_CBKH.shape[3]).narrow(1, 0, num_heads)
     cache = (k_cache_CBKH, v_cache_CBKH, block_table_RP, seq_len_R)
     raw = _Raw(q_norm_H, k_norm_H, cos_sin_MH, pos_R, slot_R, eps)
     return _attend(q_RNH, *cache, scale, window, launch, k_scale_K, v_scale_K, raw)

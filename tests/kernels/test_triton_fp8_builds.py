@@ -131,7 +131,8 @@ def compile_all(target: str) -> dict[str, dict[str, int]]:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_kernels_for_an_fp8_cache_compile_into_cheap_conversions(target: str) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    unset = ("TRITON_INTERPRET", "TRITON_STORE_BINARY_ONLY")
+    environment = {name: value for name, value in os.environ.items() if name not in unset}
     environment["PYTHONPATH"] = str(REPOSITORY)
     command = [sys.executable, __file__, target]
     done = subprocess.run(
