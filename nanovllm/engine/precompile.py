@@ -19,13 +19,16 @@ from nanovllm.compile.program import CompileRequired
 from nanovllm.config import EngineConfig
 from nanovllm.engine import artifacts, startup
 from nanovllm.engine.runner import Runner
-from nanovllm.engine.workers import Bucket, Outcome, Workers, buckets_of
+from nanovllm.engine.workers import DONE, Bucket, Outcome, Workers, buckets_of
 from nanovllm.models import weights
 from nanovllm.models.config import ModelConfig
 
 
-def fill(config: EngineConfig, count: int, progress: Callable[[Outcome, int], object]) -> list[Outcome]:
+def fill(config: EngineConfig, count: int | None, progress: Callable[[Outcome, int], object]) -> list[Outcome]:
     """Build every bucket of `config` into its store with `count` processes; `progress(outcome, number of buckets)`.
+
+    None for as many as suit the device: where a step is one program a process has the whole model and sizes the cache by
+    the memory that it finds free, so there it is one.
 
     Raises ValueError for what the options ask and the model or device has not, WorkerFailed, and OSError where the store
     cannot be made or written.
@@ -37,6 +40,8 @@ def fill(config: EngineConfig, count: int, progress: Callable[[Outcome, int], ob
     layout = startup.make_layout(config, cfg, platform)
     platform.prepare(store.folder / "cpp", env.read().cxx)  # the libraries once, not in every process
     buckets = buckets_of(layout)
+    if count is None:
+        count = 1 if platform.whole_steps else min(8, max(1, (os.cpu_count() or 2) // 2))
     workers = Workers(config, buckets, count)
     try:
         outcomes = workers.wait(lambda outcome: progress(outcome, len(buckets)))
@@ -92,8 +97,8 @@ def _work() -> None:
         programs, found = compiler.num_compiled, compiler.num_loaded
         runner.run_bucket(*bucket)
         kernels = len(runner.platform.kernels_compiled()) - kernels
-        print(json.dumps([bucket, compiler.num_compiled - programs, compiler.num_loaded - found, kernels]), file=out)
-        out.flush()
+        done = [bucket, compiler.num_compiled - programs, compiler.num_loaded - found, kernels]
+        print(DONE + json.dumps(done), file=out, flush=True)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from nanovllm.models.config import ModelConfig
 
 Process = subprocess.Popen[str]
 Bucket = tuple[str, int]  # ("prefill", tokens) or ("decode", rows)
+DONE = "nanovllm bucket: "  # before the JSON of an answer: what a process imports may print as well (torch_npu does)
 
 
 @dataclass(frozen=True)
@@ -99,10 +100,10 @@ class Workers:
                     break
                 process.stdin.write(json.dumps(bucket) + "\n")
                 process.stdin.flush()
-                line = process.stdout.readline()
-                if not line:
+                line = next((line for line in process.stdout if line.startswith(DONE)), None)
+                if line is None:
                     raise BrokenPipeError
-                (kind, size), *numbers = json.loads(line)
+                (kind, size), *numbers = json.loads(line.removeprefix(DONE))
                 self._done.put(Outcome((kind, size), *numbers))
             process.stdin.close()
             process.wait()
