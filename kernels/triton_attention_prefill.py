@@ -204,8 +204,8 @@ def prefill_kernel(
     v_at = v_ptr + head_idx * V_STRIDE_HEAD
     if WINDOW <= 0:
         max_M, sum_M, acc_MHp = _attend_tiles(
-            q_MHp, max_M, sum_M, acc_MHp, query_pos_M, begin_tile, full_tile, table_at, table_blocks, k_at, v_at, first_key, seq_len,
-            scale_log2, K_STRIDE_BLOCK, K_STRIDE_SLOT, V_STRIDE_BLOCK, V_STRIDE_SLOT,
+            q_MHp, max_M, sum_M, acc_MHp, query_pos_M, begin_tile, full_tile, table_at, table_blocks, k_at, v_at,
+            first_key, seq_len, scale_log2, K_STRIDE_BLOCK, K_STRIDE_SLOT, V_STRIDE_BLOCK, V_STRIDE_SLOT,
             False, HEAD, HEAD_P, BLOCK, TILE, WINDOW, UPCAST,
         )  # fmt: skip
     max_M, sum_M, acc_MHp = _attend_tiles(

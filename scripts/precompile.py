@@ -9,7 +9,7 @@ The options that shape programs must be those that `LLM` is given later. A store
 from __future__ import annotations
 
 import argparse
-import os
+import json
 import sys
 import time
 from pathlib import Path
@@ -22,7 +22,7 @@ from nanovllm.engine import precompile
 from nanovllm.engine.workers import Outcome
 
 # Options of `LLM` that shape programs, beside --bs.
-SHAPING = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kvcache_block_size")
+SHAPING = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_kvcache_blocks", "kvcache_block_size")
 
 
 def main() -> int:
@@ -30,18 +30,22 @@ def main() -> int:
     parser.add_argument("--model", required=True, help="embedded model, folder or Hub id")
     parser.add_argument("--bs", type=int, nargs="+", metavar="ROWS", help="graph_batch_sizes; default the device's own")
     parser.add_argument("--out", type=Path, required=True, help="the store: made if need be, for you alone")
-    parser.add_argument("--jobs", type=int, default=min(8, max(1, (os.cpu_count() or 2) // 2)), help="processes")
+    parser.add_argument("--jobs", type=int, help="processes; default half the cores, at most 8, and 1 on an NPU")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--attention-backend", default="auto")
     parser.add_argument("--kv-cache-dtype", default="auto", help="auto or fp8")
+    parser.add_argument("--quantization", help="int8, on a CPU")
+    parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
+    parser.add_argument("--npu-graph-options", type=json.loads, metavar="JSON", help="an object of options by path")
     for name in SHAPING:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int)
     args = parser.parse_args()
-    if args.jobs < 1:
+    if args.jobs is not None and args.jobs < 1:
         parser.error(f"--jobs is {args.jobs}: it must be at least 1")
     log.configure()
-    named = ("device", "dtype", "attention_backend", "kv_cache_dtype", *SHAPING)
+    named = ("device", "dtype", "attention_backend", "kv_cache_dtype", "quantization", "gpu_memory_utilization",
+             "npu_graph_options", *SHAPING)  # fmt: skip
     options: dict[str, Any] = {name: getattr(args, name) for name in named}
     started = time.perf_counter()
     with tqdm(desc="compiling", unit="bucket", dynamic_ncols=True) as bar:

@@ -30,7 +30,7 @@ from nanovllm.compile.trace import rebuild, tensors, trace
 from nanovllm.config import EngineConfig
 from nanovllm.engine import artifacts, startup
 from nanovllm.engine.runner import Runner
-from nanovllm.engine.workers import Outcome, Workers, buckets_of
+from nanovllm.engine.workers import ANSWER, Outcome, Workers, buckets_of
 from nanovllm.models import weights
 from nanovllm.models.config import ModelConfig
 from nanovllm.platforms import Platform, forking
@@ -38,8 +38,11 @@ from nanovllm.platforms import Platform, forking
 logger = logging.getLogger("nanovllm.engine.precompile")  # also where this is the program
 
 
-def fill(config: EngineConfig, count: int, progress: Callable[[Outcome, int], object]) -> list[Outcome]:
+def fill(config: EngineConfig, count: int | None, progress: Callable[[Outcome, int], object]) -> list[Outcome]:
     """Build every bucket of `config` into its store with `count` processes; `progress(outcome, number of buckets)`.
+
+    None for as many as suit the device: where a step is one program a process has the whole model and sizes the cache by
+    the memory that it finds free, so there it is one.
 
     Raises ValueError for what the options ask and the model or device has not, WorkerFailed, and OSError where the store
     cannot be made or written.
@@ -51,6 +54,8 @@ def fill(config: EngineConfig, count: int, progress: Callable[[Outcome, int], ob
     layout = startup.make_layout(config, cfg, platform)
     platform.prepare(store.folder / "cpp", env.read().cxx)  # the libraries once, not in every process
     buckets = buckets_of(layout)
+    if count is None:
+        count = 1 if platform.whole_steps else min(8, max(1, (os.cpu_count() or 2) // 2))
     workers = Workers(config, buckets, count)
     try:
         outcomes = workers.wait(lambda outcome: progress(outcome, len(buckets)))
@@ -192,10 +197,10 @@ def _work(started: float, job: str) -> None:
     torch.zeros(1, device=platform.device)
     platform.synchronize()
     seconds["device"] = time.perf_counter() - lap
-    print(json.dumps(seconds), file=out, flush=True)
+    print(ANSWER + json.dumps(seconds), file=out, flush=True)
     builder = Builder(config, platform)
     for line in sys.stdin:
-        print(json.dumps(builder.do(*json.loads(line))), file=out, flush=True)
+        print(ANSWER + json.dumps(builder.do(*json.loads(line))), file=out, flush=True)
 
 
 def main() -> None:

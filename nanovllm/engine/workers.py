@@ -31,6 +31,7 @@ from nanovllm.platforms import forking
 logger = logging.getLogger(__name__)
 
 Bucket = tuple[str, int]  # ("prefill", tokens) or ("decode", rows)
+ANSWER = "nanovllm: "  # before the JSON of an answer: what a process imports may print as well (torch_npu does)
 
 
 @dataclass(frozen=True)
@@ -101,11 +102,11 @@ class Process:
         return self.next()
 
     def next(self) -> Any:
-        """The next line that it writes; raises BrokenPipeError where it has ended."""
-        line = self.stdout.readline()
-        if not line:
+        """The next answer that it writes; raises BrokenPipeError where it has ended."""
+        line = next((line for line in self.stdout if line.startswith(ANSWER)), None)
+        if line is None:
             raise BrokenPipeError
-        return json.loads(line)
+        return json.loads(line.removeprefix(ANSWER))
 
     def dismiss(self) -> None:
         """It ends by itself once it has done what it was asked."""

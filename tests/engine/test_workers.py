@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from nanovllm import EngineConfig
-from nanovllm.engine.workers import Outcome, Process, Task, Tasks, WorkerFailed, Workers
+from nanovllm.engine.workers import ANSWER, Outcome, Process, Task, Tasks, WorkerFailed, Workers
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,18 +36,20 @@ def test_tasks_are_taken_in_order_and_end_once_nothing_can_follow() -> None:
     assert tasks.take() is None
 
 
-# A process that says what it is asked on stderr, finds kernels in buckets, and dies of "deadly".
-STUB = """
+# A process that says what it is asked on stderr, finds kernels in buckets, and dies of "deadly". Its imports print as well.
+STUB = f"""
 import json, os, sys
-print(json.dumps({"imports": 0.5}), flush=True)
+print("Welcome to an import!")
+print("{ANSWER}" + json.dumps({{"imports": 0.5}}), flush=True)
 for line in sys.stdin:
     verb, what = json.loads(line)
     print("ASKED", line.strip(), file=sys.stderr, flush=True)
     if what == "deadly":
         print("no memory", file=sys.stderr, flush=True)
         os._exit(1)
-    kernels = {"shared": 7, f"own of {what[1]}": what[1], **({"deadly": 99} if what[1] == 32 else {})}
-    print(json.dumps(0.1 if verb == "compile" else {"numbers": [4, 0, 0, 0.2], "kernels": kernels}), flush=True)
+    kernels = {{"shared": 7, f"own of {{what[1]}}": what[1], **({{"deadly": 99}} if what[1] == 32 else {{}})}}
+    answer = 0.1 if verb == "compile" else {{"numbers": [4, 0, 0, 0.2], "kernels": kernels}}
+    print("{ANSWER}" + json.dumps(answer), flush=True)
 """
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,53 +21,54 @@ from nanovllm.compile.program import CompileRequired
 from nanovllm.compile.trace import trace
 from nanovllm.engine import precompile
 from nanovllm.engine.workers import buckets_of
+from tests.npu.conftest import SIZES
 from tests.npu.ge import Ge
 
 SCRIPT = """
 import json, sys
-import pytest
-from nanovllm.platforms.npu import load_torch_npu
-from tests.npu.ge import Ge
-from tests.npu.host import Host
-load_torch_npu()
-ge, host = Ge(), Host()
-ge.install(pytest.MonkeyPatch())
-host.install(pytest.MonkeyPatch())
-from nanovllm import LLM, SamplingParams
-with host:
-    llm = LLM("tiny-qwen3", device="npu", **json.loads(sys.argv[1]))
-    answer = llm.generate("What is 2 + 2?", SamplingParams(temperature=0.0, max_tokens=8), use_tqdm=False)
-    llm.close()
+from sitecustomize import ge
+from nanovllm import LLM
+from tests.npu.conftest import answers
+llm = LLM("tiny-qwen3", device="npu", **json.loads(sys.argv[1]))
+tokens = answers(llm, max_tokens=int(sys.argv[2]))
+llm.close()
 folders = sorted({graph.options.get("ge.graph_compiler_cache_dir") for graph in ge.graphs})
-print(json.dumps({"lowered": ge.num_lowered, "graphs": len(ge.graphs), "text": answer[0]["text"], "folders": folders}))
+print(json.dumps({"lowered": ge.num_lowered, "graphs": len(ge.graphs), "tokens": tokens, "folders": folders}))
 """
-SIZES: dict[str, Any] = {"max_num_seqs": 2, "num_kvcache_blocks": 5, "max_model_len": 128, "max_num_batched_tokens": 16}
+SMALL: dict[str, Any] = {"max_num_seqs": 2, "num_kvcache_blocks": 5, "max_model_len": 128, "max_num_batched_tokens": 16}
 
 
-def process(cache: Path, **options: Any) -> dict[str, Any]:
-    """One engine in a process of its own; what was lowered, and what GE was given."""
+def run(command: list[str], **environment: str) -> str:
+    """What a Python process printed that started as this one did (see at_start/sitecustomize.py)."""
+    paths = [str(Path(__file__).parent / "at_start"), os.environ["PYTHONPATH"]]
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps({**SIZES, **options})],
-        env={**os.environ, "NANOVLLM_CACHE": str(cache)},
+        [sys.executable, *command],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), **environment},
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return done.stdout
+
+
+def process(cache: Path, num_tokens: int = 8, **options: Any) -> dict[str, Any]:
+    """One engine in a process of its own; what was lowered, and what GE was given."""
+    out = run(["-c", SCRIPT, json.dumps(options), str(num_tokens)], NANOVLLM_CACHE=str(cache))
+    return json.loads(out.splitlines()[-1])
 
 
 def test_a_second_process_lowers_nothing(tmp_path: Path) -> None:
-    first = process(tmp_path)
+    first = process(tmp_path, **SMALL)
     assert first["lowered"] == first["graphs"] == 4, first  # prefill, head, sample, decode
     # GE keeps its compiled graphs below the store, a folder for each
     assert first["folders"] == sorted(str(path) for path in (tmp_path / "ge").iterdir()) and len(first["folders"]) == 4
-    second = process(tmp_path, compile_cache_mode="require")
+    second = process(tmp_path, **SMALL, compile_cache_mode="require")
     assert second == {**first, "lowered": 0}
 
 
 def test_what_precompile_leaves_is_all_that_a_start_needs(tmp_path: Path, ge: Ge) -> None:
-    options: dict[str, Any] = {"device": "npu", "compile_cache": tmp_path, **SIZES}
+    options: dict[str, Any] = {"device": "npu", "compile_cache": tmp_path, **SMALL}
     runner = precompile.small_runner(EngineConfig("tiny-qwen3", **options))
     for kind, size in buckets_of(runner.layout):
         runner.run_bucket(kind, size)
@@ -79,6 +81,19 @@ def test_what_precompile_leaves_is_all_that_a_start_needs(tmp_path: Path, ge: Ge
     for change in ({"num_kvcache_blocks": 6}, {"npu_graph_options": {"ge_config.oo_level": "O1"}}):
         with pytest.raises(CompileRequired, match="program"):
             LLM("tiny-qwen3", **{**options, **change}, compile_cache_mode="require")
+
+
+def test_a_start_takes_what_the_script_left(tmp_path: Path, cpu_answers: Callable[..., list[list[int]]]) -> None:
+    named = [f"--{name.replace('_', '-')}={size}" for name, size in SIZES.items() if name != "graph_batch_sizes"]
+    rows = ["--bs", *map(str, SIZES["graph_batch_sizes"])]
+    command = ["scripts/precompile.py", "--model=tiny-qwen3", "--device=npu", f"--out={tmp_path}", *named, *rows]
+    # prefill, decode of two sizes, head and sampler after a prefill
+    assert f"{tmp_path}: 3 buckets, 5 programs compiled, 0 were there" in run(command)
+    assert f"{tmp_path}: 3 buckets, 0 programs compiled" in run([*command, "--jobs=2"])
+    elsewhere = tmp_path / "not the store"
+    started = process(elsewhere, 40, **SIZES, compile_cache=str(tmp_path), compile_cache_mode="require")
+    assert started["lowered"] == 0 and started["tokens"] == cpu_answers()
+    assert not elsewhere.exists()
 
 
 @pytest.fixture
