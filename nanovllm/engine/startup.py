@@ -21,7 +21,6 @@ from nanovllm import env, hub, platforms
 from nanovllm.compile import buckets
 from nanovllm.compile.program import Compiler, CompileRequired
 from nanovllm.compile.store import Store
-from nanovllm.compile.trace import tensors
 from nanovllm.config import EngineConfig
 from nanovllm.engine import artifacts, workers
 from nanovllm.engine.memory import MemoryReport
@@ -31,7 +30,6 @@ from nanovllm.engine.stall import StallBound
 from nanovllm.engine.workers import WorkerFailed, Workers
 from nanovllm.models import registry, weights
 from nanovllm.models.config import ModelConfig
-from nanovllm.models.dense import Params
 from nanovllm.platforms import Platform, attention
 from nanovllm.platforms.base import MemoryBudget
 
@@ -97,8 +95,6 @@ def _load(config: EngineConfig, stack: ExitStack) -> Loaded:
     laps.end("tokenizer")
     if helpers is not None:
         bar.set_description("compiling kernels")
-        _meet_products(params, layout)
-        platform.release()
         _wait(helpers)  # they also take memory, which the cache's size must not miss
         laps.end("compile")
 
@@ -190,22 +186,6 @@ def _cold_start_workers(
         return None
     # this process runs every bucket itself, so that for them it is enough to compile
     return Workers(config, workers.buckets_of(layout), count, early, rehearse=True)
-
-
-def _meet_products(params: Params, layout: Layout) -> None:
-    """Multiply by every weight of a layer, and by the head, at the sizes of all steps, while other processes compile.
-
-    A library of products reads a kernel from its file when it is first asked for it. On a machine that had never done so this
-    took 4.6 s of a cold start, all of it after the compiling.
-    """
-    rows = {min(size, layout.max_prefill_rows) for size in layout.prefill_tokens} | set(layout.decode_rows)
-    layer = [(weight, rows | set(layout.prefill_tokens)) for weight in tensors(params.layers[0])]
-    for weight, sizes in (*layer, *((weight, rows) for weight in tensors((params.head_VD,)))):
-        if weight.dim() != 2 or not weight.is_floating_point():
-            continue
-        x = torch.zeros((max(sizes), weight.shape[1]), dtype=weight.dtype, device=weight.device)
-        for size in sorted(sizes):
-            torch.mm(x[:size], weight.t()).addmm_(x[:size], weight.t())
 
 
 def _wait(helpers: Workers) -> None:

@@ -23,13 +23,22 @@ from nanovllm.kernels import triton_build, triton_common, triton_kernels, triton
 from nanovllm.models import weights
 from nanovllm.platforms.cuda import CudaPlatform
 from tests.conftest import save_tiny
-from tests.kernels.builds import TARGETS, AbsentDevice
+from tests.kernels.builds import TARGETS, AbsentDevice, Target
 
 DEVICE = torch.device("cuda", 0)
 BUCKETS = (("prefill", 256), ("prefill", 64), ("decode", 48), ("decode", 4), ("decode", 3), ("decode", 1))
 
 
 class Driver(AbsentDevice):
+    """Notes the kernels for which a launcher was made."""
+
+    def __init__(self, target: Target) -> None:
+        super().__init__(target)
+        self.launchers: list[str] = []
+
+    def launcher_cls(self, src: Any, metadata: Any) -> None:
+        self.launchers.append(metadata.name)
+
     def get_current_device(self) -> int:
         return 0
 
@@ -117,6 +126,7 @@ def main(folder: Path) -> dict[str, Any]:
         "names": sorted({json.loads(one)["name"] for one in requests}),
         "files": sorted({path.suffix for path in (folder / "store" / "triton").glob("*/*")}),
         "launches": len(launches),
+        "launchers": len(driver.active.launchers),
         "compiled_before": compiled_before,
         "compiled": compiled,
         "compiled_after_launches": len(triton_build.compiled()),

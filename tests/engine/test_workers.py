@@ -116,4 +116,5 @@ def test_rehearsed_launches_ask_for_the_kernels_that_real_ones_need(tmp_path: Pa
             "best_of_span_kernel", "qk_norm_rope_store_kernel"} <= set(found["names"])  # fmt: skip
     assert found["files"] == [".cubin", ".json", ".source"], "the other stages are for people, and not kept"
     assert found["compiled"] == found["requests"], "no two requests are for one kernel"
+    assert found["launchers"] == found["requests"], "what is left to do at a launch is done as well"
     assert found["compiled_after_launches"] == found["compiled"] < found["launches"], "a launch finds what it needs"
