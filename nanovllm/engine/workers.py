@@ -110,7 +110,7 @@ class Process:
 
     def dismiss(self) -> None:
         """It ends by itself once it has done what it was asked."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(BrokenPipeError):  # it has ended already
             self.stdin.close()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import importlib.util
 
 # To find out whether there is a GPU torch then asks NVML: a process that has asked CUDA leaves its forks without it.
 ENVIRONMENT = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
@@ -13,7 +13,7 @@ def import_compilers() -> None:
     from torch._dynamo.source import ConstantSource  # noqa: F401
     from torch.fx.experimental import proxy_tensor, symbolic_shapes  # noqa: F401
 
-    with contextlib.suppress(ImportError):
+    if importlib.util.find_spec("triton") is not None:
         from triton.runtime.cache import triton_key
 
         from nanovllm.kernels import triton_kernels, triton_rehearsal, triton_step  # noqa: F401
