@@ -28,8 +28,6 @@ def cost(
     out_bytes = sum(tensor.nbytes for tensor in _tensors(result))
     if name == "paged_attention":
         return _attention(named, out_bytes, seq_lens)
-    if name == "rope_attention":
-        return _rope_attention(named, out_bytes, seq_lens)
     if name == "qk_norm_rope_store":
         num_tokens, kv_width = named["qkv"].shape[0], named["k_cache"].shape[2] * named["k_cache"].shape[3]
         stored = 2 * num_tokens * kv_width * named["k_cache"].element_size()
@@ -80,18 +78,6 @@ def _attention(named: dict[str, Any], out_bytes: int, lengths: Sequence[int] | N
             pairs += num * seen - num * (num - 1) // 2
     num_bytes = q_TNH.nbytes + out_bytes + 2 * keys * k_CBKH.shape[2] * k_CBKH.shape[3] * k_CBKH.element_size()
     return num_bytes, 4 * pairs * q_TNH.shape[1] * q_TNH.shape[2]
-
-
-def _rope_attention(named: dict[str, Any], out_bytes: int, lengths: Sequence[int] | None) -> tuple[int, int]:
-    """As the rope with its write and the attention apart, less the queries between them and the newest keys and values, which
-    need not be read from the cache."""
-    qkv_RE, k_CBKH, cos_sin_MH = named["qkv"], named["k_cache"], named["cos_sin"]
-    num_rows, head_dim = qkv_RE.shape[0], k_CBKH.shape[3]
-    q_RNH = qkv_RE.new_empty((num_rows, named["num_heads"], head_dim), device="meta")
-    num_bytes, flops = _attention({**named, "q": q_RNH, "max_q_len": 1}, out_bytes, lengths)
-    # the newest tokens are written in place of being read, which is as many bytes
-    table_bytes = num_rows * cos_sin_MH.shape[1] * cos_sin_MH.element_size()
-    return num_bytes - q_RNH.nbytes + qkv_RE.nbytes + table_bytes, flops
 
 
 def _tensors(tree: Any) -> list[Tensor]:

@@ -79,16 +79,6 @@ paged_attention_flash = _define_attention("paged_attention_flash", flash_attenti
 ATTENTION = {"": paged_attention, "sdpa": paged_attention_sdpa, "flash_attn": paged_attention_flash}
 ASKED_FOR = frozenset({"paged_attention_sdpa", "paged_attention_flash"})
 
-rope_attention = _define(
-    "rope_attention(Tensor qkv, Tensor? q_norm, Tensor? k_norm, Tensor cos_sin, Tensor pos, Tensor slot, "
-    "Tensor(a!) k_cache, Tensor(b!) v_cache, int num_heads, float eps, Tensor block_table, Tensor seq_len, float scale, "
-    "int window, Tensor? k_scale=None, Tensor? v_scale=None) -> Tensor",
-    reference.rope_attention,
-    lambda qkv, q_norm, k_norm, cos_sin, pos, slot, k_cache, v_cache, num_heads, *rest: qkv.new_empty(
-        (qkv.shape[0], num_heads, k_cache.shape[3])
-    ),
-)
-
 linear = _define(
     "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual=None) -> Tensor",
     reference.linear,
@@ -160,7 +150,6 @@ __all__ = [
     "register_kernels",
     "rms_norm",
     "rope",
-    "rope_attention",
     "sample",
     "silu_mul",
     "store_kv",

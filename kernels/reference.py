@@ -147,34 +147,6 @@ def paged_attention(
     return out_TNH
 
 
-def rope_attention(
-    qkv_RE: Tensor,
-    q_norm_H: Tensor | None,
-    k_norm_H: Tensor | None,
-    cos_sin_MH: Tensor,
-    pos_R: Tensor,
-    slot_R: Tensor,
-    k_cache_CBKH: Tensor,
-    v_cache_CBKH: Tensor,
-    num_heads: int,
-    eps: float,
-    block_table_RP: Tensor,
-    seq_len_R: Tensor,
-    scale: float,
-    window: int,
-    k_scale_K: Tensor | None = None,
-    v_scale_K: Tensor | None = None,
-) -> Tensor:
-    """`qk_norm_rope_store`, then `paged_attention`, for a decode step: one token a row, the last of its seq_len_R[r] >= 1.
-
-    slot_R[r] is that token's place in the row's blocks: block_table[(seq_len − 1) // B] · B + (seq_len − 1) % B.
-    """
-    cache, scales = (k_cache_CBKH, v_cache_CBKH), (k_scale_K, v_scale_K)
-    q_RNH = qk_norm_rope_store(qkv_RE, q_norm_H, k_norm_H, cos_sin_MH, pos_R, slot_R, *cache, num_heads, eps, *scales)
-    q_start_S = torch.arange(len(seq_len_R) + 1, dtype=torch.int32, device=qkv_RE.device)
-    return paged_attention(q_RNH, *cache, block_table_RP, seq_len_R, q_start_S, 1, scale, window, *scales)
-
-
 def linear(x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None, residual_TO: Tensor | None = None) -> Tensor:
     """x · weightᵀ + bias, then + residual; [T, D], [O, D], [O], [T, O] -> [T, O]."""
     y_TO = torch.nn.functional.linear(x_TD, weight_OD, bias_O)

@@ -13,14 +13,6 @@ in turn), against a loop per row with the merge inside it: 253 µs in place of 2
 70 in place of 73 at 64, 15.2 in place of 18 at 8, 5.3 in place of 7.9 at one row of 600 tokens. At 8 to 64 rows some 7 µs
 over the time of the bytes remain: launch, first loads, multiprocessors that end at different times, and the merge.
 
-With ROPE_STORE the launch for one row takes the raw projection and does `qk_norm_rope_store`'s work as well, which saves a
-launch a layer where launches are all that a step consists of. Every worker norms and rotates its queries, a few hundred
-elements, while its first keys and values are under way. The new token is in nobody's tile: the tiles are those of the
-tokens before it, and the worker of the last one begins its online softmax with the new key and value, which it makes and
-stores, in place of nothing. So no worker reads what another one stores in this launch, and the tiles' loads and products
-are what they are without. Measured on an H200 at one row of 513 tokens: 6.1 µs in place of 6.9. Counted in the code for
-sm_90, heads of 128 in groups of 2 (4): 183 (185) registers a thread without spills, where attention alone has 117 (128).
-
 Shapes: R rows | P blocks per row | C blocks in the cache | B block size in tokens | N query heads | K key-value heads
 G = N / K query heads per key-value head | M = G padded for the matrix units | H head size | S tokens in a tile
 W workers per key-value head. A name's suffix gives its shape; "p" after a letter: padded to a power of two.
@@ -44,12 +36,10 @@ from nanovllm.kernels.triton_common import (
     launch_options,
     load_index,
     num_multiprocessors,
-    prefetch_rows,
     shared_memory_bytes,
     to_fp16,
     wait_for_earlier_kernels,
 )
-from nanovllm.kernels.triton_rope_store import rotated, stored
 
 
 @triton.jit
@@ -132,9 +122,9 @@ def _merge(
 
 @triton.jit(do_not_specialize=["num_rows", "num_workers", "table_blocks", "table_stride"])
 def decode_kernel(
-    q_ptr,  # [R, N, H]; with ROPE_STORE the raw [q | k | v] of one token, [N + 2K, H]
-    k_ptr,  # [C, B, K, H], written with ROPE_STORE
-    v_ptr,  # [C, B, K, H], written with ROPE_STORE
+    q_ptr,  # [R, N, H]
+    k_ptr,  # [C, B, K, H]
+    v_ptr,  # [C, B, K, H]
     table_ptr,  # [R, P] int32
     seq_len_ptr,  # [R] int32
     out_ptr,  # [R, N, H]
@@ -143,18 +133,11 @@ def decode_kernel(
     arrived_ptr,  # [W, K] int32: zero before and after each launch
     k_scale_ptr,  # [K] fp32, read for an fp8 cache
     v_scale_ptr,  # [K] fp32, read for an fp8 cache
-    q_norm_ptr,  # [H], read with HAS_Q_NORM
-    k_norm_ptr,  # [H], read with HAS_K_NORM
-    cos_sin_ptr,  # [M, H] fp32, read with ROPE_STORE, as all below
-    pos_ptr,  # [1]
-    slot_ptr,  # [1]
     num_rows,
     num_workers,
     table_blocks,
     table_stride,
-    cos_sin_stride,
     scale_log2,
-    eps,
     # strides are constants: a thread's addresses within a tile become offsets inside its load instructions
     Q_STRIDE_ROW: tl.constexpr,
     Q_STRIDE_HEAD: tl.constexpr,
@@ -176,19 +159,10 @@ def decode_kernel(
     PARTS: tl.constexpr,
     MIN_WORKERS: tl.constexpr,
     WINDOW: tl.constexpr,
-    ROPE_STORE: tl.constexpr,
-    HAS_Q_NORM: tl.constexpr,
-    HAS_K_NORM: tl.constexpr,
     UPCAST: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    tl.static_assert(ROWS_P == 1 or not ROPE_STORE)
-    if PDL:  # weights, which no kernel of the step writes, come into the L2 meanwhile
-        if HAS_Q_NORM:
-            prefetch_rows(q_norm_ptr + tl.arange(0, 1), 0, HEAD, (HEAD_P + 63) // 64)
-        if HAS_K_NORM:
-            prefetch_rows(k_norm_ptr + tl.arange(0, 1), 0, HEAD, (HEAD_P + 63) // 64)
-    wait_for_earlier_kernels(PDL)
+    wait_for_earlier_kernels(PDL, EARLY=ROWS_P == 1)
     # neighbouring programs read the same tokens for different heads, which lie side by side in memory
     head_idx = tl.program_id(0) % NUM_KV_HEADS
     worker_idx = tl.program_id(0) // NUM_KV_HEADS
@@ -196,8 +170,6 @@ def decode_kernel(
     # --- divide the work: every program does the same small sums
     if ROWS_P == 1:
         seq_len = tl.load(seq_len_ptr)
-        if ROPE_STORE:  # the tokens that the cache holds already, the only ones that are in tiles
-            seq_len -= 1
         num_tiles = _num_tiles(seq_len, TILE, WINDOW)
     else:
         row_Rp = tl.arange(0, ROWS_P)
@@ -223,10 +195,9 @@ def decode_kernel(
 
     # keys and values of an fp8 cache stay what they hold: the head's scales go into the scores' and into the result
     FP8: tl.constexpr = k_ptr.dtype.element_ty == tl.float8e4nv
-    k_scale, v_scale = 1.0, 1.0
     if FP8:
-        k_scale, v_scale = tl.load(k_scale_ptr + head_idx), tl.load(v_scale_ptr + head_idx)
-        scale_log2 = scale_log2 * k_scale
+        scale_log2 = scale_log2 * tl.load(k_scale_ptr + head_idx)
+        v_scale = tl.load(v_scale_ptr + head_idx)
 
     SLOT: tl.constexpr = NUM_KV_HEADS * GROUP * HEAD
     group_M = tl.arange(0, GROUP_M)
@@ -237,23 +208,6 @@ def decode_kernel(
     q_at_MHp = q_head_M[:, None] * Q_STRIDE_HEAD + h_Hp[None, :]
     out_at_MHp = q_head_M[:, None] * HEAD + h_Hp[None, :]
     part_at_MHp = worker_idx * (2 * SLOT) + out_at_MHp
-
-    if ROPE_STORE:
-        pos, new_slot = tl.load(pos_ptr).to(tl.int64), tl.load(slot_ptr).to(tl.int64)
-        has_new = span_end == num_tiles
-        # everything has the queries' shape, with equal rows of the key, the value and the table, and so one layout
-        at_MHp = tl.broadcast_to(h_Hp[None, :], [GROUP_M, HEAD_P])
-        pair_at_MHp = (at_MHp + HEAD // 2) % HEAD  # of the element that each is rotated with
-        new_mask_MHp = q_mask_MHp & has_new
-        raw_q_at = q_ptr + q_head_M[:, None] * HEAD
-        raw_k_at = q_ptr + (NUM_KV_HEADS * GROUP + head_idx) * HEAD
-        raw_v_at = raw_k_at + NUM_KV_HEADS * HEAD
-        cos_at = cos_sin_ptr + pos * cos_sin_stride + at_MHp % (HEAD // 2)
-        k_to = k_ptr + (new_slot // BLOCK * K_STRIDE_BLOCK + new_slot % BLOCK * K_STRIDE_SLOT)
-        v_to = v_ptr + (new_slot // BLOCK * V_STRIDE_BLOCK + new_slot % BLOCK * V_STRIDE_SLOT)
-        q_MHp = tl.zeros([GROUP_M, HEAD_P], q_ptr.dtype.element_ty)
-        if FP8:
-            q_MHp = to_fp16(q_MHp, UPCAST)
 
     # --- walk the span. The row of the tile: its index, and its first and last tile (exclusive) among all tiles.
     row_idx, row_begin, row_end = first_row, first_begin, first_end
@@ -283,52 +237,20 @@ def decode_kernel(
             v_at_SHp = v_ptr + (v_at_S[:, None] + h_Hp[None, :])
         # keys not seen are read as zeros: whatever lies there, NaN included, must not reach 0 · v
         mask_SHp = seen_S[:, None] & (h_Hp < HEAD)[None, :]
-        if not ROPE_STORE:
-            q_MHp = tl.load(q_ptr + row_idx * Q_STRIDE_ROW + q_at_MHp, mask=q_mask_MHp, other=0.0)
-            if FP8:
-                q_MHp = to_fp16(q_MHp, UPCAST)
+        q_MHp = tl.load(q_ptr + row_idx * Q_STRIDE_ROW + q_at_MHp, mask=q_mask_MHp, other=0.0)
         k_SHp = tl.load(k_at_SHp, mask=mask_SHp, other=0.0)
         v_SHp = tl.load(v_at_SHp, mask=mask_SHp, other=0.0)
-        # here and not before the loop, whose first loads would wait for it
-        if ROPE_STORE and tile_idx == span_begin:
-            raw_q_MHp = tl.load(raw_q_at + at_MHp, mask=q_mask_MHp, other=0.0)
-            raw_q_pair_MHp = tl.load(raw_q_at + pair_at_MHp, mask=q_mask_MHp, other=0.0)
-            raw_k_MHp = tl.load(raw_k_at + at_MHp, mask=new_mask_MHp, other=0.0)
-            raw_k_pair_MHp = tl.load(raw_k_at + pair_at_MHp, mask=new_mask_MHp, other=0.0)
-            raw_v_MHp = tl.load(raw_v_at + at_MHp, mask=new_mask_MHp, other=0.0)
-            cos_MHp = tl.load(cos_at, mask=q_mask_MHp, other=0.0)
-            sin_MHp = tl.load(cos_at + HEAD // 2, mask=q_mask_MHp, other=0.0)
-            q_MHp = rotated(raw_q_MHp, raw_q_pair_MHp, q_norm_ptr, cos_MHp, sin_MHp, q_mask_MHp, eps, HEAD, HAS_Q_NORM)
-            if FP8:
-                q_MHp = to_fp16(q_MHp, UPCAST)
-            if has_new:
-                new_k_MHp = rotated(
-                    raw_k_MHp, raw_k_pair_MHp, k_norm_ptr, cos_MHp, sin_MHp, q_mask_MHp, eps, HEAD, HAS_K_NORM
-                )
-                new_k_MHp = stored(new_k_MHp, k_scale, k_ptr.dtype.element_ty)
-                new_v_MHp = stored(raw_v_MHp, v_scale, v_ptr.dtype.element_ty)
-                once_MHp = q_mask_MHp & (group_M == 0)[:, None]
-                tl.store(k_to + head_idx * K_STRIDE_HEAD + at_MHp, new_k_MHp, mask=once_MHp)
-                tl.store(v_to + head_idx * V_STRIDE_HEAD + at_MHp, new_v_MHp, mask=once_MHp)
-                if FP8:
-                    new_k_MHp = from_fp8(new_k_MHp, tl.float32, UPCAST)
-                    new_v_MHp = from_fp8(new_v_MHp, tl.float32, UPCAST)
-                max_M = tl.sum(q_MHp.to(tl.float32) * new_k_MHp.to(tl.float32), 1) * scale_log2
-                sum_M = tl.full([GROUP_M], 1.0, tl.float32)
-                acc_MHp = new_v_MHp.to(tl.float32)
         if FP8:
+            q_MHp = to_fp16(q_MHp, UPCAST)
             k_SHp, v_SHp = from_fp8(k_SHp, q_MHp.dtype, UPCAST), from_fp8_in_place(v_SHp, q_MHp.dtype, UPCAST)
 
+        is_first = (tile_idx == row_begin) | (tile_idx == span_begin)
         is_last = (tile_idx + 1 == row_end) | (tile_idx + 1 == span_end)
         score_MS = dot(q_MHp, tl.trans(k_SHp), tl.zeros([GROUP_M, TILE], tl.float32), UPCAST)
         score_MS = tl.where(seen_S[None, :], score_MS, float("-inf"))
-        if ROWS_P > 1:
-            is_first = (tile_idx == row_begin) | (tile_idx == span_begin)
-            max_M = tl.where(is_first, NO_SCORE, max_M)
+        max_M = tl.where(is_first, NO_SCORE, max_M)
         new_max_M = tl.maximum(max_M, tl.max(score_MS, 1) * scale_log2)
-        alpha_M = exp2(max_M - new_max_M, UPCAST)
-        if ROWS_P > 1:
-            alpha_M = tl.where(is_first, 0.0, alpha_M)
+        alpha_M = tl.where(is_first, 0.0, exp2(max_M - new_max_M, UPCAST))
         prob_MS = exp2(score_MS * scale_log2 - new_max_M[:, None], UPCAST)
         sum_M = sum_M * alpha_M + tl.sum(prob_MS, 1)
         acc_MHp = dot(prob_MS.to(v_SHp.dtype), v_SHp, acc_MHp * alpha_M[:, None], UPCAST)
@@ -415,19 +337,9 @@ def decode_tile(head_bytes: int, block_size: int, num_rows: int, shared_bytes: i
 
 
 def decode_constants(
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    block_size: int,
-    num_rows: int,
-    window: int,
-    launch: DecodeTile,
-    norms: tuple[bool, bool] | None = None,
+    num_heads: int, num_kv_heads: int, head_dim: int, block_size: int, num_rows: int, window: int, launch: DecodeTile
 ) -> dict[str, int]:
-    """The kernel's compile-time constants; few values of ROWS_P, so that batch buckets share compiled kernels.
-
-    `norms`: whether queries and whether keys are normed, where the kernel takes them raw.
-    """
+    """The kernel's compile-time constants; few values of ROWS_P, so that batch buckets share compiled kernels."""
     group = num_heads // num_kv_heads
     group_p, head_p = triton.next_power_of_2(group), triton.next_power_of_2(head_dim)
     return {
@@ -442,23 +354,8 @@ def decode_constants(
         "ROWS_P": next((rows for rows in (1, 16, 64, 256) if num_rows <= rows), triton.next_power_of_2(num_rows)),
         "PARTS": max(1, min(launch.max_parts, 4096 // (group_p * head_p))),  # 64 registers a thread
         "MIN_WORKERS": 16,
-        # of raw keys the newest is not in the cache, and the window over the others is one less
-        "WINDOW": max(0, window if norms is None else window - 1),
-        "ROPE_STORE": norms is not None,
-        "HAS_Q_NORM": norms is not None and norms[0],
-        "HAS_K_NORM": norms is not None and norms[1],
+        "WINDOW": max(0, window),
     }
-
-
-class _Raw(NamedTuple):
-    """What makes keys and queries of a raw projection; see `reference.qk_norm_rope_store`."""
-
-    q_norm_H: Tensor | None
-    k_norm_H: Tensor | None
-    cos_sin_MH: Tensor
-    pos_R: Tensor
-    slot_R: Tensor
-    eps: float
 
 
 def paged_attention_decode(
@@ -477,80 +374,12 @@ def paged_attention_decode(
 
     The scale must be positive. `launch` overrides the choice of tiles, for measurements.
     """
-    if q_RNH.stride(2) != 1:
-        q_RNH = q_RNH.contiguous()
-    cache = (k_cache_CBKH, v_cache_CBKH, block_table_RP, seq_len_R)
-    return _attend(q_RNH, *cache, scale, window, launch, k_scale_K, v_scale_K, None)
-
-
-def takes_rope(qkv_RE: Tensor, k_cache_CBKH: Tensor, num_heads: int, window: int) -> bool:
-    """Whether `rope_attention_decode` is for such a step: one row, and a window that holds more than the new token.
-
-    On an H200 it takes a layer of Qwen3-0.6B, 16 heads of 128, from 20.6 to 19.7 µs, and one of Qwen3-8B, 32 of them, from
-    110.6 to 112.6; why is not known. The limit of 2048 numbers in all heads lies between these two, the only ones measured.
-    Queries stay in registers for the whole walk. They fit where the products are on the matrix units, so not in fp32 (189
-    loads and stores of spilled registers with heads of 64, in the code for sm_90), and are of up to 16 heads of up to 128:
-    with heads of 256 all 255 registers are taken, and over an fp8 cache ptxas 12.8 crashes for sm_90.
-    """
-    num_kv_heads, head_dim = k_cache_CBKH.shape[2:]
-    fits = qkv_RE.element_size() == 2 and num_heads <= 16 * num_kv_heads and head_dim <= 128
-    return fits and num_heads * head_dim <= 2048 and qkv_RE.shape[0] == 1 and window != 1
-
-
-def rope_attention_decode(
-    qkv_RE: Tensor,
-    q_norm_H: Tensor | None,
-    k_norm_H: Tensor | None,
-    cos_sin_MH: Tensor,
-    pos_R: Tensor,
-    slot_R: Tensor,
-    k_cache_CBKH: Tensor,
-    v_cache_CBKH: Tensor,
-    num_heads: int,
-    eps: float,
-    block_table_RP: Tensor,
-    seq_len_R: Tensor,
-    scale: float,
-    window: int,
-    k_scale_K: Tensor | None = None,
-    v_scale_K: Tensor | None = None,
-    launch: DecodeTile | None = None,
-) -> Tensor:
-    """Head norms, rotation, the write into the cache and attention of one row in one launch; see `reference.rope_attention`.
-
-    For what `takes_rope`; other dtypes, groups and heads are right as well, but slow where they compile. The scale must be
-    positive. `launch` overrides the choice of tiles, for measurements.
-    """
-    if qkv_RE.shape[0] != 1 or window == 1:
-        raise ValueError(
-            f"rope_attention takes one row and no window of 1, got {qkv_RE.shape[0]} rows, window {window}"
-        )
-    if qkv_RE.stride(1) != 1:
-        qkv_RE = qkv_RE.contiguous()
-    q_RNH = qkv_RE.view(1, -1, k_cache_CBKH.shape[3]).narrow(1, 0, num_heads)
-    cache = (k_cache_CBKH, v_cache_CBKH, block_table_RP, seq_len_R)
-    raw = _Raw(q_norm_H, k_norm_H, cos_sin_MH, pos_R, slot_R, eps)
-    return _attend(q_RNH, *cache, scale, window, launch, k_scale_K, v_scale_K, raw)
-
-
-def _attend(
-    q_RNH: Tensor,
-    k_cache_CBKH: Tensor,
-    v_cache_CBKH: Tensor,
-    block_table_RP: Tensor,
-    seq_len_R: Tensor,
-    scale: float,
-    window: int,
-    launch: DecodeTile | None,
-    k_scale_K: Tensor | None,
-    v_scale_K: Tensor | None,
-    raw: _Raw | None,
-) -> Tensor:
-    """The launch. With `raw` the queries are the head of a raw projection, whose keys and values stand behind them."""
     num_rows, num_heads, head_dim = q_RNH.shape
     block_size, num_kv_heads = k_cache_CBKH.shape[1:3]
     if scale <= 0:
         raise ValueError(f"attention scale must be positive, got {scale}")
+    if q_RNH.stride(2) != 1:
+        q_RNH = q_RNH.contiguous()
     out_RNH = torch.empty((num_rows, num_heads, head_dim), dtype=q_RNH.dtype, device=q_RNH.device)
     if num_rows == 0:
         return out_RNH
@@ -560,8 +389,7 @@ def _attend(
     element_size = 1 if is_fp8 else q_RNH.element_size()
     head_bytes = triton.next_power_of_2(head_dim) * element_size
     launch = launch or decode_tile(head_bytes, block_size, num_rows, shared_memory_bytes(device), is_fp8)
-    norms = None if raw is None else (raw.q_norm_H is not None, raw.k_norm_H is not None)
-    constants = decode_constants(num_heads, num_kv_heads, head_dim, block_size, num_rows, window, launch, norms)
+    constants = decode_constants(num_heads, num_kv_heads, head_dim, block_size, num_rows, window, launch)
     max_tiles = num_rows * triton.cdiv(block_table_RP.shape[1] * block_size, launch.tile)
     num_workers = max(1, min(launch.programs * num_multiprocessors(device) // num_kv_heads, max_tiles))
     part_out, part_lse = torch.empty((2, num_workers * 2 * num_heads * head_dim), dtype=torch.float32, device=device)
@@ -577,18 +405,11 @@ def _attend(
         arrival_counters(device, num_workers * num_kv_heads),
         part_lse if k_scale_K is None else k_scale_K,
         part_lse if v_scale_K is None else v_scale_K,
-        q_RNH if raw is None or raw.q_norm_H is None else raw.q_norm_H,
-        q_RNH if raw is None or raw.k_norm_H is None else raw.k_norm_H,
-        part_lse if raw is None else raw.cos_sin_MH,
-        seq_len_R if raw is None else raw.pos_R,
-        seq_len_R if raw is None else raw.slot_R,
         num_rows,
         num_workers,
         block_table_RP.shape[1],
         block_table_RP.stride(0),
-        head_dim if raw is None else raw.cos_sin_MH.stride(0),
         scale * LOG2_E,
-        0.0 if raw is None else raw.eps,
         *q_RNH.stride()[:2],
         *k_cache_CBKH.stride()[:3],
         *v_cache_CBKH.stride()[:3],

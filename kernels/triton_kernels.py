@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels import ops
-from nanovllm.kernels.triton_attention_decode import paged_attention_decode, rope_attention_decode
+from nanovllm.kernels.triton_attention_decode import paged_attention_decode
 from nanovllm.kernels.triton_attention_prefill import paged_attention_prefill
 from nanovllm.kernels.triton_linear import fused_linear, linear_
 from nanovllm.kernels.triton_norm_act import add_rms_norm, rms_norm, silu_mul
@@ -61,7 +61,6 @@ def register() -> None:
                 "store_kv": store_kv,
                 "qk_norm_rope_store": qk_norm_rope_store,
                 "paged_attention": paged_attention,
-                "rope_attention": rope_attention_decode,
                 "fused_linear": fused_linear,
                 "linear_": linear_,
                 "sample": sample,

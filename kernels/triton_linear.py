@@ -5,13 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nanovllm.kernels import reference, triton_linear_few, triton_linear_many
+from nanovllm.kernels import reference, triton_linear_few, triton_linear_gated, triton_linear_many
 
 
-def max_rows(num_outs: int, depth: int, has_norm: bool) -> int:
-    """Up to how many rows `fused_linear` beats cuBLAS and the neighbours' own kernels, for a weight [num_outs, depth]."""
-    few = triton_linear_few.max_rows(num_outs, depth, has_norm)
-    return few if has_norm else max(few, triton_linear_many.max_rows(num_outs, depth))
+def takes(x_TD: Tensor, weight_OD: Tensor, has_norm: bool, silu_mul: bool) -> bool:
+    """Whether `fused_linear` beats cuBLAS and the neighbours' own kernels; the neighbours are a norm before, SiLU·up after."""
+    num_rows, (weight_rows, depth) = x_TD.shape[0], weight_OD.shape
+    if num_rows <= triton_linear_few.max_rows(weight_rows, depth, has_norm):
+        return True
+    if has_norm:
+        return False
+    if silu_mul and triton_linear_gated.takes(x_TD, weight_OD):
+        return True
+    return num_rows <= triton_linear_many.max_rows(weight_rows, depth)
 
 
 def fused_linear(
@@ -23,24 +29,27 @@ def fused_linear(
     eps: float,
     silu_mul: bool,
 ) -> Tensor:
-    """`reference.fused_linear` in one launch, for bf16 and fp16 and up to `max_rows` rows.
+    """`reference.fused_linear` in one launch, for bf16 and fp16 and what `takes` says.
 
     The weights (norm's and bias included) may be read before earlier kernels are over, so no kernel that is still under way
     may write them.
     """
     dtype, num_rows, has_norm = x_TD.dtype, x_TD.shape[0], norm_weight_D is not None
-    weight_rows, depth = weight_OD.shape
     if (
         dtype not in (torch.float16, torch.bfloat16)
         or weight_OD.dtype is not dtype
         or weight_OD.stride(1) != 1
-        or not 0 < num_rows <= max_rows(weight_rows, depth, has_norm)
+        or num_rows == 0
+        or not takes(x_TD, weight_OD, has_norm, silu_mul)
     ):
         return reference.fused_linear(x_TD, norm_weight_D, weight_OD, bias_O, residual_TO, eps, silu_mul)
     x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
     residual_TO = None if residual_TO is None else residual_TO.contiguous()
+    weight_rows, depth = weight_OD.shape
     if num_rows <= triton_linear_few.max_rows(weight_rows, depth, has_norm):
         return triton_linear_few.few_rows_linear(x_TD, norm_weight_D, weight_OD, bias_O, residual_TO, eps, silu_mul)
+    if silu_mul and residual_TO is None and triton_linear_gated.takes(x_TD, weight_OD):
+        return triton_linear_gated.gated_linear(x_TD, weight_OD, bias_O)
     return triton_linear_many.many_rows_linear(x_TD, weight_OD, bias_O, residual_TO, silu_mul)
 
 

@@ -296,7 +296,7 @@ TILES: dict[tuple[int, int, bool], tuple[LinearTile, LinearTile, LinearTile]] = 
     (6144, 4096, False): (LinearTile(8, 1, 256, 4, 4), LinearTile(16, 4, 256, 1, 4), LinearTile(16, 4, 128, 4, 4)),
     (4096, 4096, False): (LinearTile(8, 1, 256, 4, 4), LinearTile(16, 4, 256, 1, 4), LinearTile(16, 4, 128, 4, 4)),
     (12288, 4096, True): (LinearTile(4, 1, 256, 2, 4), LinearTile(16, 4, 128, 1, 4), LinearTile(16, 4, 128, 1, 4)),
-    (4096, 12288, False): (LinearTile(8, 1, 256, 4, 4), LinearTile(16, 4, 256, 1, 4), LinearTile(16, 4, 128, 4, 4)),
+    (4096, 12288, False): (LinearTile(16, 1, 256, 4, 8), LinearTile(16, 4, 256, 1, 4), LinearTile(16, 4, 128, 4, 4)),
     (151936, 4096, False): (LinearTile(8, 1, 256, 2, 4), LinearTile(16, 4, 256, 1, 4), LinearTile(16, 4, 256, 1, 4)),
 }
 

@@ -27,32 +27,7 @@ def _normed(x1_Ah, x2_Ah, w1_h, w2_h, eps, HEAD: tl.constexpr, dtype: tl.constex
 
 
 @triton.jit
-def rotated(
-    x_AH,
-    pair_AH,  # x's halves exchanged
-    norm_ptr,  # [H], read with HAS_NORM
-    cos_AH,
-    sin_AH,
-    mask_AH,
-    eps,
-    HEAD: tl.constexpr,
-    HAS_NORM: tl.constexpr,
-):
-    """rope(norm(x)) of whole heads that are not held as two halves, rounded where the reference rounds."""
-    dtype: tl.constexpr = x_AH.dtype
-    h_AH = tl.broadcast_to(tl.arange(0, x_AH.shape[1])[None, :], x_AH.shape)
-    x_AH, pair_AH = x_AH.to(tl.float32), pair_AH.to(tl.float32)
-    if HAS_NORM:
-        w_AH = tl.load(norm_ptr + h_AH, mask=mask_AH, other=0.0).to(tl.float32)
-        pair_w_AH = tl.load(norm_ptr + (h_AH + HEAD // 2) % HEAD, mask=mask_AH, other=0.0).to(tl.float32)
-        factor_A1 = tl.rsqrt(tl.sum(x_AH * x_AH, 1)[:, None] / HEAD + eps)
-        x_AH = ((x_AH * factor_A1).to(dtype).to(tl.float32) * w_AH).to(dtype).to(tl.float32)
-        pair_AH = ((pair_AH * factor_A1).to(dtype).to(tl.float32) * pair_w_AH).to(dtype).to(tl.float32)
-    return (x_AH * cos_AH + pair_AH * tl.where(h_AH < HEAD // 2, -sin_AH, sin_AH)).to(dtype)
-
-
-@triton.jit
-def stored(x, scale, dtype: tl.constexpr):
+def _stored(x, scale, dtype: tl.constexpr):
     """x as the cache holds it, in fp8 divided by its head's scale."""
     if dtype == tl.float8e4nv:
         return to_fp8(x, scale)
@@ -90,9 +65,10 @@ def qk_norm_rope_store_kernel(
     HEADS: tl.constexpr,
     HAS_Q_NORM: tl.constexpr,
     HAS_K_NORM: tl.constexpr,
+    ONE_TOKEN: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    wait_for_earlier_kernels(PDL)
+    wait_for_earlier_kernels(PDL, EARLY=ONE_TOKEN)
     HALF: tl.constexpr = HEAD // 2
     dtype: tl.constexpr = qkv_ptr.dtype.element_ty
     token_idx = tl.program_id(0).to(tl.int64)
@@ -137,13 +113,13 @@ def qk_norm_rope_store_kernel(
     block, offset = slot // block_size, slot % block_size
     k_at = k_ptr + block * k_stride_block + offset * k_stride_slot
     k_at = k_at + (head_A - NUM_HEADS)[:, None] * k_stride_head + h_h[None, :]
-    tl.store(k_at, stored(r1_Ah, k_scale_A1, k_ptr.dtype.element_ty), mask=is_k_A1 & h_mask)
-    tl.store(k_at + HALF, stored(r2_Ah, k_scale_A1, k_ptr.dtype.element_ty), mask=is_k_A1 & h_mask)
+    tl.store(k_at, _stored(r1_Ah, k_scale_A1, k_ptr.dtype.element_ty), mask=is_k_A1 & h_mask)
+    tl.store(k_at + HALF, _stored(r2_Ah, k_scale_A1, k_ptr.dtype.element_ty), mask=is_k_A1 & h_mask)
     v_at = v_ptr + block * v_stride_block + offset * v_stride_slot
     v_at = v_at + (head_A - NUM_HEADS - NUM_KV_HEADS)[:, None] * v_stride_head + h_h[None, :]
     v_mask = mask_Ah & (head_A >= NUM_HEADS + NUM_KV_HEADS)[:, None]
-    tl.store(v_at, stored(raw1_Ah, v_scale_A1, v_ptr.dtype.element_ty), mask=v_mask)
-    tl.store(v_at + HALF, stored(raw2_Ah, v_scale_A1, v_ptr.dtype.element_ty), mask=v_mask)
+    tl.store(v_at, _stored(raw1_Ah, v_scale_A1, v_ptr.dtype.element_ty), mask=v_mask)
+    tl.store(v_at + HALF, _stored(raw2_Ah, v_scale_A1, v_ptr.dtype.element_ty), mask=v_mask)
 
 
 def qk_norm_rope_store(
@@ -202,6 +178,7 @@ def qk_norm_rope_store(
         HEADS=heads,
         HAS_Q_NORM=q_norm_H is not None,
         HAS_K_NORM=k_norm_H is not None,
+        ONE_TOKEN=num_tokens == 1,
         num_warps=num_warps,
         **launch_options(qkv_TE.device),
     )
@@ -321,8 +298,8 @@ def store_kv_kernel(
     if k_ptr.dtype.element_ty == tl.float8e4nv:
         k_scale_A1 = tl.load(k_scale_ptr + head_A, mask=head_A < NUM_KV_HEADS, other=1.0)[:, None]
         v_scale_A1 = tl.load(v_scale_ptr + head_A, mask=head_A < NUM_KV_HEADS, other=1.0)[:, None]
-    tl.store(k_to, stored(k_AHp, k_scale_A1, k_ptr.dtype.element_ty), mask=mask_AHp)
-    tl.store(v_to, stored(v_AHp, v_scale_A1, v_ptr.dtype.element_ty), mask=mask_AHp)
+    tl.store(k_to, _stored(k_AHp, k_scale_A1, k_ptr.dtype.element_ty), mask=mask_AHp)
+    tl.store(v_to, _stored(v_AHp, v_scale_A1, v_ptr.dtype.element_ty), mask=mask_AHp)
 
 
 def store_kv(

@@ -15,7 +15,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from gpu_timing import time_launches
 
 from nanovllm.kernels import reference, triton_linear_few, triton_linear_many, triton_sample
-from nanovllm.kernels.triton_attention_decode import paged_attention_decode, rope_attention_decode
+from nanovllm.kernels.triton_attention_decode import paged_attention_decode
 from nanovllm.kernels.triton_linear import fused_linear
 from nanovllm.kernels.triton_linear_few import LinearTile, few_rows_linear
 from nanovllm.kernels.triton_linear_many import GemmTile, many_rows_linear
@@ -264,8 +264,7 @@ class Small(Case):
 
 
 def bench_layer(model: str, num_rows: int, seq_len: int = 512) -> dict[str, float]:
-    """µs of one layer of a chain of layers: fused, with the rope in a launch of its own, for one row also in attention's, and
-    apart (cuBLAS)."""
+    """µs of one layer of a chain of layers: fused with and without PDL, and apart (cuBLAS)."""
     hidden, num_heads, num_kv_heads, num_layers = MODELS[model]
     shapes = [SHAPES[f"{model} {part}"] for part in ("qkv", "out", "gate_up", "down")]
     layers = [
@@ -288,13 +287,7 @@ def bench_layer(model: str, num_rows: int, seq_len: int = 512) -> dict[str, floa
         q = qk_norm_rope_store(qkv, heads[0], heads[1], cos_sin, pos, slot, cache[0], cache[1], num_heads, 1e-6)
         return paged_attention_decode(q, cache[0], cache[1], table, seq_lens, 128**-0.5, 0).flatten(1)
 
-    def rope_attention(qkv: Tensor, cache: Tensor) -> Tensor:
-        raw = (qkv, heads[0], heads[1], cos_sin, pos, slot)
-        return rope_attention_decode(*raw, cache[0], cache[1], num_heads, 1e-6, table, seq_lens, 128**-0.5, 0).flatten(
-            1
-        )
-
-    def fused(first: Tensor, attention: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    def fused(first: Tensor) -> Tensor:
         h = first
         for (qkv, out, gate_up, down), norm, cache in zip(layers, norms, caches, strict=True):
             y = fused_linear(h, norm[0], qkv, None, None, 1e-6, False)
@@ -311,34 +304,21 @@ def bench_layer(model: str, num_rows: int, seq_len: int = 512) -> dict[str, floa
             x = linear(silu_mul(linear(x, gate_up)), down)
         return x + h
 
-    def drift(h: Tensor, other: Tensor) -> float:
-        return float((h.float() - other.float()).norm() / other.float().norm())
-
-    h, h_apart = fused(x0, attention), apart(x0)
-    again = torch.equal(fused(x0, attention), h)
+    h, h_apart = fused(x0), apart(x0)
+    drift = float((h.float() - h_apart.float()).norm() / h_apart.float().norm())
+    again = torch.equal(fused(x0), h)
     qkv0 = torch.randn(num_rows, shapes[0][0], device="cuda").to(DTYPE)
     result = {
-        "fused": time_launches(fused, [(x0, attention)]) / num_layers,
+        "fused": time_launches(fused, [(x0,)]) / num_layers,
         "apart": time_launches(apart, [(x0,)]) / num_layers,
         "attention": time_launches(attention, [(qkv0, cache) for cache in caches]),
     }
     print(
         f"layer {model} rows {num_rows:2}: fused {result['fused']:6.2f} µs, "
         f"apart {result['apart']:6.2f}, rope + attention alone {result['attention']:6.2f} | "
-        f"after {num_layers} layers the streams differ by {drift(h, h_apart):.1e}, same bits again: {again}",
+        f"after {num_layers} layers the streams differ by {drift:.1e}, same bits again: {again}",
         flush=True,
     )
-    if num_rows == 1:
-        h_one = fused(x0, rope_attention)
-        again = torch.equal(fused(x0, rope_attention), h_one)
-        result["fused, one launch"] = time_launches(fused, [(x0, rope_attention)]) / num_layers
-        result["attention, one launch"] = time_launches(rope_attention, [(qkv0, cache) for cache in caches])
-        print(
-            f"  rope and attention in one launch: fused {result['fused, one launch']:6.2f} µs, "
-            f"alone {result['attention, one launch']:6.2f} | from two launches the streams differ by {drift(h_one, h):.1e}, "
-            f"same bits again: {again}",
-            flush=True,
-        )
     return result
 
 

@@ -157,16 +157,17 @@ def test_turing_runs_a_bfloat16_checkpoint_in_float16_and_says_so(
 
 def test_turing_has_fused_products_of_one_row_only(turing: CudaPlatform, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    from nanovllm.kernels import triton_common, triton_linear
+    from nanovllm.kernels import triton_common
 
-    def max_rows() -> int:
+    def taken() -> list[bool]:
         triton_common.has_matrix_units.cache_clear()
         fuse_linear: Any = dict(turing.passes(fuse=True))["fuse_linear"]
-        return int(fuse_linear.keywords["max_rows"](1024, 2048, False))
+        takes, weight = fuse_linear.keywords["takes"], torch.empty(1024, 2048, device="meta")
+        return [takes(torch.empty(num_rows, 2048, device="meta"), weight, False, False) for num_rows in (1, 2, 64)]
 
-    assert max_rows() == 1
+    assert taken() == [True, False, False]
     fake_flash_attn.pretend_capability(monkeypatch, (8, 0))
-    assert max_rows() == triton_linear.max_rows(1024, 2048, False) > 1
+    assert taken() == [True, True, True]
     triton_common.has_matrix_units.cache_clear()
 
 

@@ -12,36 +12,34 @@ from torch.fx import GraphModule, Node
 
 from nanovllm.kernels import ops
 
+Takes = Callable[[Tensor, Tensor, bool, bool], bool]
 
-def fuse_linear(
-    graph: GraphModule, fakes: Sequence[Tensor], *, max_rows: Callable[[int, int, bool], int]
-) -> GraphModule:
-    """Fuse every `linear` of at most `max_rows(outputs of the weight, depth, norm taken in)` rows with its neighbours.
 
-    A norm is taken in where this product alone reads it and the limit for that allows.
+def fuse_linear(graph: GraphModule, fakes: Sequence[Tensor], *, takes: Takes) -> GraphModule:
+    """Fuse every `linear` with its neighbours where `takes(x, weight, norm taken in, SiLU·up taken in)`.
+
+    A norm is taken in where this product alone reads it, the activation where it alone reads the product.
     """
     for linear in [node for node in graph.graph.nodes if node.target is ops.linear]:
         x, weight = (argument.meta["val"] for argument in linear.all_input_nodes[:2])
-        num_outs, depth = weight.shape
         if x.dim() != 2 or not isinstance(x.shape[0], int):
             continue
-        norm = _norm_for(linear)
-        if norm is not None and x.shape[0] <= max_rows(num_outs, depth, True):
-            _fuse(graph, linear, norm)
-        elif x.shape[0] <= max_rows(num_outs, depth, False):
-            _fuse(graph, linear, None)
+        norm, silu_mul = _norm_for(linear), _silu_of(linear)
+        if norm is not None and takes(x, weight, True, silu_mul is not None):
+            _fuse(graph, linear, norm, silu_mul)
+        elif takes(x, weight, False, silu_mul is not None):
+            _fuse(graph, linear, None, silu_mul)
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph
 
 
-def _fuse(graph: GraphModule, linear: Node, norm: Node | None) -> None:
+def _fuse(graph: GraphModule, linear: Node, norm: Node | None, silu_mul: Node | None) -> None:
     x, weight, bias, residual = (*linear.args, None)[:4]
     norm_weight: Any = None
     eps: Any = 0.0
     if norm is not None:
         x, norm_weight, eps = norm.args
-    silu_mul = _silu_of(linear) if residual is None else None
     last = linear if silu_mul is None else silu_mul
     with graph.graph.inserting_before(linear):
         fused = graph.graph.call_function(
@@ -58,6 +56,8 @@ def _norm_for(linear: Node) -> Node | None:
 
 
 def _silu_of(linear: Node) -> Node | None:
-    """The silu_mul that alone reads this product."""
+    """The silu_mul that alone reads this product, which adds no residual."""
     users = list(linear.users)
+    if len(linear.args) > 3 and linear.args[3] is not None:
+        return None
     return users[0] if len(users) == 1 and users[0].target is ops.silu_mul else None

@@ -17,7 +17,6 @@ from nanovllm.compile.lower import inductor
 from nanovllm.compile.passes.add_in_place import add_in_place
 from nanovllm.compile.passes.fuse_add_norm import fuse_add_norm
 from nanovllm.compile.passes.fuse_linear import fuse_linear
-from nanovllm.compile.passes.fuse_rope_attention import fuse_rope_attention
 from nanovllm.compile.passes.fuse_rope_store import fuse_rope_store
 from nanovllm.compile.passes.inline_ops import inline_ops
 from nanovllm.compile.program import Lowering, Pass
@@ -34,7 +33,6 @@ KERNEL_OPS = frozenset(
         "paged_attention",
         "qk_norm_rope_store",
         "rms_norm",
-        "rope_attention",
         "sample",
         "sampling_inputs",
         "silu_mul",
@@ -98,15 +96,12 @@ class CudaPlatform:
     def passes(self, fuse: bool) -> tuple[tuple[str, Pass], ...]:
         if not fuse:
             return UNFUSED_PASSES
-        from nanovllm.kernels import triton_attention_decode, triton_common, triton_linear
+        from nanovllm.kernels import triton_common, triton_linear
 
-        max_rows, takes_rope = triton_linear.max_rows, triton_attention_decode.takes_rope
-        if not triton_common.has_matrix_units(self.device):
-            max_rows, takes_rope = _one_row, _never
+        takes = triton_linear.takes if triton_common.has_matrix_units(self.device) else _takes_one_row
         return (
             ("fuse_rope_store", fuse_rope_store),
-            ("fuse_rope_attention", partial(fuse_rope_attention, takes=takes_rope)),
-            ("fuse_linear", partial(fuse_linear, max_rows=max_rows)),
+            ("fuse_linear", partial(fuse_linear, takes=takes)),
             ("fuse_add_norm", fuse_add_norm),
             ("add_in_place", add_in_place),
             ("inline_ops", partial(inline_ops, keep=lambda name, node: name in KERNEL_OPS)),
@@ -206,14 +201,9 @@ class CudaPlatform:
         torch.cuda.empty_cache()
 
 
-def _one_row(num_outs: int, depth: int, has_norm: bool) -> int:
+def _takes_one_row(x_TD: Tensor, weight_OD: Tensor, has_norm: bool, silu_mul: bool) -> bool:
     """Without matrix units only a product with one row is a stream of weights; cuBLAS, which has them, does the others."""
-    return 1
-
-
-def _never(qkv_RE: Tensor, k_cache_CBKH: Tensor, num_heads: int, window: int) -> bool:
-    """Without matrix units the rotated queries that attention would hold do not fit into registers."""
-    return False
+    return x_TD.shape[0] == 1
 
 
 def _driver_version() -> str:

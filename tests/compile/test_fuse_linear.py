@@ -27,7 +27,11 @@ inputs: dict[str, Any] = {
 def fused(function: Callable[..., Any], max_rows: int = 16, max_rows_norm: int = 16) -> tuple[GraphModule, list[str]]:
     """The graph after the pass, checked against the function, and the names of our ops in it."""
     graph, fakes, _ = trace(function, inputs)
-    graph = fuse_linear(graph, fakes, max_rows=lambda outs, depth, norm: max_rows_norm if norm else max_rows)
+
+    def takes(x: Tensor, weight: Tensor, has_norm: bool, silu_mul: bool) -> bool:
+        return x.shape[0] <= (max_rows_norm if has_norm else max_rows)
+
+    graph = fuse_linear(graph, fakes, takes=takes)
     graph.graph.lint()
     expected = function(*inputs.values())
     for actual, wanted in zip(graph(*inputs.values()), expected, strict=True):
@@ -70,16 +74,16 @@ def test_more_rows_than_the_limit_stay_as_they_are() -> None:
     assert fused(mlp, max_rows=2, max_rows_norm=3)[1] == ["fused_linear", "linear"]
 
 
-def test_the_limit_is_asked_for_each_weight() -> None:
+def test_each_product_is_asked_for_with_and_without_its_norm() -> None:
     asked = []
 
-    def max_rows(num_outs: int, depth: int, has_norm: bool) -> int:
-        asked.append((num_outs, depth, has_norm))
-        return 0
+    def takes(x: Tensor, weight: Tensor, has_norm: bool, silu_mul: bool) -> bool:
+        asked.append((*x.shape, *weight.shape, has_norm, silu_mul))
+        return False
 
     graph, fakes, _ = trace(mlp, inputs)
-    fuse_linear(graph, fakes, max_rows=max_rows)
-    assert asked == [(20, 16, True), (20, 16, False), (16, 10, False)]
+    fuse_linear(graph, fakes, takes=takes)
+    assert asked == [(3, 16, 20, 16, True, True), (3, 16, 20, 16, False, True), (3, 10, 16, 10, False, False)]
 
 
 def test_a_norm_that_others_read_stays() -> None:

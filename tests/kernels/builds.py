@@ -84,7 +84,7 @@ PRODUCTS = (
 POINTERS = {
     "*fp32": {
         "cos_sin_ptr", "part_out_ptr", "part_lse_ptr", "part_ptr", "temperature_ptr", "best_ptr", "sampling_ptr",
-        "out_temperature_ptr", "k_scale_ptr", "v_scale_ptr",
+        "out_temperature_ptr",
     },
     "*i32": {
         "table_ptr", "seq_len_ptr", "q_start_ptr", "arrived_ptr", "best_token_ptr", "out_table_ptr", "out_seq_len_ptr",
@@ -108,18 +108,6 @@ class Build(NamedTuple):
     out: str = ""  # the type of out_ptr where it is not the dtype's
 
 
-def takes_rope(model: Model, target: Target) -> bool:
-    """Whether one row's attention takes the rope on such a GPU, as the platform has it."""
-    import torch
-
-    from nanovllm.kernels import triton_attention_decode as decode
-
-    num_heads, num_kv_heads, head_dim, block_size, dtype = model
-    qkv = torch.empty(1, 1, dtype=torch.float32 if dtype == "fp32" else torch.float16, device="meta")
-    cache = torch.empty(1, block_size, num_kv_heads, head_dim, device="meta")
-    return target.has_matrix_units and decode.takes_rope(qkv, cache, num_heads, 0)
-
-
 def attention(name: str, model: Model, target: Target) -> Iterator[Build]:
     import triton
 
@@ -139,12 +127,6 @@ def attention(name: str, model: Model, target: Target) -> Iterator[Build]:
         constants = decode.decode_constants(*heads, num_rows, window, launch) | strides
         label = f"{name}: decode rows {num_rows} window {window}"
         yield Build(label, decode.decode_kernel, constants, launch.num_warps, launch.num_stages, dtype)
-    if takes_rope(model, target):
-        for norms, window in (((True, True), 0), ((False, False), 4096)):
-            launch = decode.decode_tile(head_p * element_size, block_size, 1, target.shared_bytes)
-            constants = decode.decode_constants(*heads, 1, window, launch, norms) | strides
-            label = f"{name}: decode with rope, norms {norms[0]} window {window}"
-            yield Build(label, decode.decode_kernel, constants, launch.num_warps, launch.num_stages, dtype)
     for max_q_len, window in ((8192, 0), (16, 4096)):
         launch_p = prefill.prefill_tile(head_p, element_size, block_size, max_q_len, target.shared_bytes)
         queries = max(launch_p.queries, triton.next_power_of_2(num_heads // num_kv_heads))
@@ -163,6 +145,7 @@ def pointwise(name: str, model: Model) -> Iterator[Build]:
     heads, num_warps = rope_store.rope_store_tile(head_dim, num_heads + 2 * num_kv_heads, 256)
     rope = {"HEAD": head_dim, "HALF_P": triton.next_power_of_2(head_dim // 2), "HEADS": heads}
     fused = rope | {"NUM_HEADS": num_heads, "NUM_KV_HEADS": num_kv_heads, "HAS_Q_NORM": True, "HAS_K_NORM": True}
+    fused["ONE_TOKEN"] = False
     store = {"NUM_KV_HEADS": num_kv_heads, "HEAD": head_dim, "HEAD_P": triton.next_power_of_2(head_dim), "HEADS": heads}
     dim = 4096
     rows, norm_warps = norm_act.norm_tile(dim)
@@ -176,25 +159,40 @@ def pointwise(name: str, model: Model) -> Iterator[Build]:
 
 def products(case: int, product: Product, target: Target) -> Iterator[Build]:
     """For one row, a few and many, in each the kernel that `triton_linear` would take."""
-    from nanovllm.kernels import triton_linear, triton_linear_few, triton_linear_many
+    from nanovllm.kernels import triton_linear_few, triton_linear_many
 
     num_outs, depth, norm, silu, _ = product
     for num_rows in (1, (2, 7, 16)[case % 3], (24, 64, 160)[case % 3]):
         weight = (2 * num_outs if silu else num_outs, depth)
         norm = norm and num_rows <= triton_linear_few.max_rows(*weight, True)
-        if num_rows > triton_linear.max_rows(*weight, norm) or (num_rows > 1 and not target.has_matrix_units):
-            continue
         label = f"linear {num_rows}x{num_outs}x{depth}"
+        if num_rows > 1 and not target.has_matrix_units:
+            continue
         if num_rows <= triton_linear_few.max_rows(*weight, norm):
             kernel, constants, num_warps = triton_linear_few.build(
                 num_rows, num_outs, depth, norm, False, not silu, silu, False
             )
-        else:
+        elif num_rows <= triton_linear_many.max_rows(*weight):
             tile = triton_linear_many.gemm_tile(num_rows, num_outs, depth, silu, target.shared_bytes)
             kernel, num_warps = triton_linear_many.many_rows_linear_kernel, tile.num_warps
             constants = triton_linear_many.gemm_constants(num_rows, num_outs, depth, False, not silu, silu, tile)
             constants |= {"UPCAST": False}
+        else:
+            continue
         yield Build(label, kernel, constants, num_warps)
+
+
+def gated_products(target: Target, whole: bool) -> Iterator[Build]:
+    """gate_up of Qwen3-8B in every tile that fits, or in the first one."""
+    from nanovllm.kernels import triton_linear_gated as gated
+
+    num_outs, depth = 12288, 4096
+    tiles = [(rows, tile) for rows, tiles in gated.TILES.items() for tile in tiles]
+    fitting = [pair for pair in tiles if gated.shared_bytes_of(pair[1]) <= target.shared_bytes]
+    for num_rows, tile in fitting if whole else fitting[:1]:
+        constants = gated.gated_constants(num_rows - 1, num_outs, depth, True, tile) | {"UPCAST": False}
+        label = f"gated {num_rows}x{num_outs}x{depth} {tuple(tile)}"
+        yield Build(label, gated.gated_linear_kernel, constants, tile.num_warps)
 
 
 def steps() -> Iterator[Build]:
@@ -221,6 +219,8 @@ def all_builds(name: str) -> Iterator[Build]:
     for case, product in enumerate(PRODUCTS):
         if whole or product.everywhere:
             yield from products(case, product, target)
+    if target.has_matrix_units:
+        yield from gated_products(target, whole)
     yield from steps()
 
 

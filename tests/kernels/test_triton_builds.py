@@ -62,8 +62,6 @@ def test_kernels_compile_and_fit_shared_memory(name: str, builds: Builds) -> Non
     assert len(found) >= 20
     too_large = {kernel: it["shared"] for kernel, it in found.items() if it["shared"] > target.shared_bytes}
     assert not too_large, f"more than {target.shared_bytes} bytes of shared memory: {too_large}"
-    with_rope = target.has_matrix_units and set(target.models) != {"head-256"}
-    assert any("with rope" in kernel for kernel in found) == with_rope
     for kernel, it in found.items():
         marks = set(it["marks"])
         is_attention = ": decode" in kernel or ": prefill" in kernel

@@ -109,6 +109,83 @@ def with_tile(tile: str) -> Callable[..., Tensor]:
     return run
 
 
+GATED_TILES = {
+    "one product": (16, 64, 0, 64, 3, 4),
+    "two products": (64, 128, 64, 32, 3, 4),
+    "tall": (128, 64, 64, 32, 2, 8),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tile", GATED_TILES)
+@pytest.mark.parametrize(
+    ("num_rows", "num_outs", "depth"), [(1, 192, 64), (19, 192, 192), (64, 576, 64), (99, 192, 128)]
+)
+def test_tiles_of_gated_products(num_rows: int, num_outs: int, depth: int, tile: str, dtype: torch.dtype) -> None:
+    from nanovllm.kernels.triton_linear_gated import GatedTile, gated_linear
+
+    def run(x: Tensor, norm: None, weight: Tensor, bias: Tensor, residual: None, eps: float, silu: bool) -> Tensor:
+        return gated_linear(x, weight, bias, launch=GatedTile(*GATED_TILES[tile]))
+
+    check(num_rows, num_outs, depth, dtype, silu=True, run=run)
+    check(num_rows, num_outs, depth, dtype, silu=True, bias=True, run=run)
+
+
+def test_a_gated_product_reads_no_rows_beyond_its_own() -> None:
+    from nanovllm.kernels.triton_linear_gated import GatedTile, gated_linear
+
+    x_TD = torch.randn(40, 64, device=device).half()
+    x_TD[19:] = float("nan")
+    weight_OD = torch.randn(128, 64, device=device).half()
+    y_TO = gated_linear(x_TD[:19], weight_OD, None, launch=GatedTile(32, 64, 0, 32, 2, 4))
+    assert y_TO.shape == (19, 64) and not y_TO.isnan().any()
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "num_outs", "depth", "shared_kb", "expected"),
+    [
+        (8, 12288, 4096, 227, (16, 64, 0)),
+        (32, 12288, 4096, 227, (32, 64, 0)),
+        (33, 12288, 4096, 227, (64, 128, 64)),
+        (128, 12288, 4096, 227, (128, 128, 64)),
+        (129, 12288, 4096, 227, None),
+        (209, 12288, 4096, 227, (256, 128, 64)),
+        (257, 12288, 4096, 227, None),
+        (128, 12288, 4096, 99, None),  # too little shared memory
+        (128, 14336, 4096, 227, None),  # 28672 is no multiple of 192
+        (32, 14336, 4096, 227, None),  # 448 programs, of which 396 run at once
+        (32, 12288, 4080, 227, None),
+    ],
+)
+def test_gated_tiles_divide_the_shape_and_fill_the_device(
+    num_rows: int, num_outs: int, depth: int, shared_kb: int, expected: tuple[int, int, int] | None
+) -> None:
+    from nanovllm.kernels.triton_linear_gated import gated_tile
+
+    tile = gated_tile(num_rows, num_outs, depth, shared_kb << 10, 132)
+    assert (tile and tuple(tile[:3])) == expected
+
+
+def test_which_products_are_taken_for_large_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Qwen3-8B's, on a device of the size of an H200."""
+    from nanovllm.kernels import triton_linear, triton_linear_gated
+
+    monkeypatch.setattr(triton_linear_gated, "shared_memory_bytes", lambda device: 227 << 10)
+    monkeypatch.setattr(triton_linear_gated, "num_multiprocessors", lambda device: 132)
+    shapes = {"qkv": (6144, 4096), "out": (4096, 4096), "gate_up": (24576, 4096), "down": (4096, 12288)}
+
+    def taken(name: str, has_norm: bool = False) -> list[int]:
+        weight = torch.empty(shapes[name], device="meta", dtype=torch.bfloat16)
+        rows = (1, 2, 8, 16, 17, 64, 65, 128, 129, 208, 209, 256, 257)
+        x = torch.empty(rows[-1], weight.shape[1], device="meta")
+        return [num for num in rows if triton_linear.takes(x[:num], weight, has_norm, name == "gate_up")]
+
+    assert taken("qkv") == taken("out") == [1, 2, 8, 16, 17, 64]
+    assert taken("down") == [1, 2, 8, 16, 17, 64, 65, 128]
+    assert taken("gate_up") == [1, 2, 8, 16, 17, 64, 65, 128, 209, 256]
+    assert taken("qkv", has_norm=True) == taken("gate_up", has_norm=True) == [1]
+
+
 @pytest.mark.parametrize("silu", [False, True])
 def test_parts_of_the_depth_give_the_same_bits_again(silu: bool) -> None:
     x_TD = torch.randn(130, 384, device=device).to(torch.bfloat16)
