@@ -29,10 +29,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from gpu_timing import time_launches
 
-from nanovllm.kernels import reference, triton_linear_few, triton_linear_many, triton_sample
+from nanovllm.kernels import reference, triton_linear_few, triton_linear_gated, triton_linear_many, triton_sample
 from nanovllm.kernels.triton_attention_decode import paged_attention_decode
 from nanovllm.kernels.triton_linear import fused_linear
 from nanovllm.kernels.triton_linear_few import LinearTile, few_rows_linear
+from nanovllm.kernels.triton_linear_gated import GatedTile, gated_linear
 from nanovllm.kernels.triton_linear_many import GemmTile, many_rows_linear
 from nanovllm.kernels.triton_norm_act import add_rms_norm, rms_norm, silu_mul
 from nanovllm.kernels.triton_rope_store import qk_norm_rope_store
@@ -68,10 +69,21 @@ def copy_bandwidth() -> float:
     return 8 * source.numel() / (time_launches(partial(torch.neg, out=target), [(source,)]) * 1e-6)
 
 
-def gemm_tiles(shape: tuple[int, int, bool, bool], num_rows: int, tune: bool) -> list[GemmTile]:
+Tile = LinearTile | GatedTile | GemmTile
+
+
+def gated_tiles(num_rows: int, num_outs: int, depth: int) -> list[Tile]:
+    """Of all that are there for so many rows or more."""
+    found = [tile for rows, tiles in triton_linear_gated.TILES.items() if rows >= num_rows for tile in tiles]
+    return [tile for tile in found if 2 * num_outs % (tile.first + tile.second) == 0 and depth % tile.columns == 0]
+
+
+def gemm_tiles(shape: tuple[int, int, bool, bool], num_rows: int, tune: bool) -> list[Tile]:
     """Candidates: the op's own choice first."""
     num_outs, depth, _, silu = shape
-    found = [triton_linear_many.gemm_tile(num_rows, num_outs, depth, silu, 227 << 10)]
+    found: list[Tile] = [triton_linear_many.gemm_tile(num_rows, num_outs, depth, silu, 227 << 10)]
+    if silu and num_outs * depth > triton_linear_many.SMALL_WEIGHT:
+        found = gated_tiles(num_rows, num_outs, depth) + found
     for rows, outs, columns, splits, stages in product(
         (32, 64, 128), (32, 64, 128, 256), (64, 128), (1, 2, 4), (3, 4, 6)
     ):
@@ -94,7 +106,7 @@ def gemm_tiles(shape: tuple[int, int, bool, bool], num_rows: int, tune: bool) ->
     return list(dict.fromkeys(found))
 
 
-def tiles(shape: tuple[int, int, bool, bool], num_rows: int, tune: bool) -> Sequence[LinearTile | GemmTile]:
+def tiles(shape: tuple[int, int, bool, bool], num_rows: int, tune: bool) -> Sequence[Tile]:
     """Candidates: the op's own choice first."""
     if num_rows > triton_linear_few.MAX_ROWS:
         return gemm_tiles(shape, num_rows, tune)
@@ -149,8 +161,10 @@ class Case:
         )
         self.norms = [(torch.rand(depth, device="cuda") + 0.5).to(DTYPE) for _ in self.weights] if norm else None
 
-    def fused(self, idx: int, tile: LinearTile | GemmTile, pdl: bool | None = None) -> Tensor:
+    def fused(self, idx: int, tile: Tile, pdl: bool | None = None) -> Tensor:
         norm = self.norms[idx] if self.norms else None
+        if isinstance(tile, GatedTile):
+            return gated_linear(self.x, self.weights[idx], None, launch=tile, pdl=pdl)
         if isinstance(tile, GemmTile):
             return many_rows_linear(self.x, self.weights[idx], None, self.residual, self.silu, launch=tile, pdl=pdl)
         return few_rows_linear(
@@ -214,7 +228,7 @@ def bench_tiles(
                 row = {
                     "shape": name,
                     "rows": num_rows,
-                    "tile": tuple(tile),
+                    "tile": tile,
                     "us": us[0],
                     "us_no_pdl": us[-1],
                     "error": error,
@@ -224,12 +238,10 @@ def bench_tiles(
                     best = row
             if best is None:
                 continue
-            if isinstance(best["tile"], tuple) and num_rows > triton_linear_few.MAX_ROWS:
-                ahead = GemmTile(*best["tile"])._replace(prefetch=True)
+            if isinstance(best["tile"], GemmTile):
+                ahead = best["tile"]._replace(prefetch=True)
                 best["us_prefetch"] = time_launches(case.fused, [(i, ahead) for i in case.launches()])
-                best["us_no_pdl"] = time_launches(
-                    case.fused, [(i, GemmTile(*best["tile"]), False) for i in case.launches()]
-                )
+                best["us_no_pdl"] = time_launches(case.fused, [(i, best["tile"], False) for i in case.launches()])
             cublas = time_launches(linear, [(case.x, case.weights[i]) for i in case.launches()])
             apart = time_launches(case.apart, [(i,) for i in case.launches()])
             chosen = next(row for row in results if row["shape"] == name and row["rows"] == num_rows)
@@ -237,12 +249,12 @@ def bench_tiles(
             for row in sorted(
                 (r for r in results if r["shape"] == name and r["rows"] == num_rows), key=lambda r: r["us"]
             )[:6]:
-                print(f"    {row['us']:6.2f} {row['us_no_pdl']:6.2f} {row['tile']}")
+                print(f"    {row['us']:6.2f} {row['us_no_pdl']:6.2f} {tuple(row['tile'])}")
             share = case.weight_bytes / (best["us"] * 1e-6) / bandwidth
             print(
                 f"{name:13} rows {num_rows:2}: chosen {chosen['us']:6.2f} ({chosen['us_no_pdl']:6.2f} without PDL), "
                 f"best {best['us']:6.2f} ({best['us_no_pdl']:6.2f}) {share:4.0%} of copy bandwidth | "
-                f"cuBLAS {cublas:6.2f}, with its neighbours {apart:6.2f} | {best['tile']} "
+                f"cuBLAS {cublas:6.2f}, with its neighbours {apart:6.2f} | {tuple(best['tile'])} "
                 f"| prefetch {best.get('us_prefetch', 0):6.2f}",
                 flush=True,
             )
