@@ -8,8 +8,9 @@ from collections.abc import Sequence
 # Rows per decode step. Small rungs are close because a step there is bound by the weights, whatever the padding;
 # from 32 on the attention of a padding row costs one slot, so the rungs can stand wider. Above 160 they stand where cuBLAS does
 # well: the four products of a layer of Qwen3-8B take 128, 139, 148, 146, 165 and 158 µs at 160, 176, 192, 208, 224 and 256 rows
-# (H200). 224 is one all the same: where power is the limit, rows of padding cost like others, and a layer with 209 rows of
-# 700 tokens takes 329 µs in a bucket of 224 and 340 in one of 256. On an NPU every rung is a graph of the whole step, which takes long to compile: the ladder begins at 16.
+# (H200). 224 is one all the same: where power is the limit rows of padding cost like others, and a layer with 209 rows of 700
+# tokens takes 329 µs in a bucket of 224 and 340 in one of 256. On an NPU every rung is a graph of the whole step, which takes
+# long to compile: the ladder begins at 16.
 DECODE_ROWS = {
     "cuda": (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 176, 208, 224, 256),
     "npu": (16, 32, 48, 64, 96, 128, 160, 192, 224, 256),
