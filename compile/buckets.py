@@ -17,10 +17,12 @@ DECODE_ROWS = {
     "cpu": (1, 4, 16, 32),
 }
 
-# Tokens per prefill step, each four times the one before: a step never carries more than three parts padding, and
-# long prompts fill the largest rung exactly.
-PREFILL_GROWTH = 4
-PREFILL_SMALLEST_TOKENS = 32
+# Tokens per prefill step; long prompts fill the largest rung exactly. Above 512 padding takes as long as tokens do, so
+# there a rung is twice the one before, and about half of a step at most is padding. Up to 512, where a step is short
+# anyway, it is four times the one before: that is all that a CPU has, unless larger steps are asked for. On an NPU every
+# rung is a graph of the whole step, which takes long to compile: there it is four times all the way.
+PREFILL_GROWTH, PREFILL_SMALLEST_TOKENS = 4, 32
+PREFILL_LARGE_GROWTH, PREFILL_LARGE_TOKENS = {"npu": 4}, 512
 
 # Requests that may share one prefill step; more would widen the block table of every prefill program.
 PREFILL_ROWS = 64
@@ -38,12 +40,17 @@ def decode_ladder(requested: Sequence[int] | None, max_rows: int, device_type: s
     return (*(rows for rows in default if rows < max_rows), *((max_rows,) if max_rows <= default[-1] else ()))
 
 
-def prefill_ladder(max_tokens: int) -> tuple[int, ...]:
+def prefill_ladder(max_tokens: int, device_type: str) -> tuple[int, ...]:
     """Ascending token counts that end in `max_tokens`."""
     ladder = [max_tokens]
-    while ladder[0] // PREFILL_GROWTH >= PREFILL_SMALLEST_TOKENS:
-        ladder.insert(0, ladder[0] // PREFILL_GROWTH // 16 * 16)
+    while (smaller := ladder[0] // _prefill_growth(ladder[0], device_type)) >= PREFILL_SMALLEST_TOKENS:
+        ladder.insert(0, smaller // 16 * 16)
     return tuple(ladder)
+
+
+def _prefill_growth(num_tokens: int, device_type: str) -> int:
+    """How many times the rung before a rung of `num_tokens` goes into it."""
+    return PREFILL_LARGE_GROWTH.get(device_type, 2) if num_tokens > PREFILL_LARGE_TOKENS else PREFILL_GROWTH
 
 
 def coarse(num_blocks: int) -> int:

@@ -21,7 +21,7 @@ NAMESPACES = ("aten", "nanovllm")
 GETITEM = "getitem"
 
 # Library calls that Inductor would make as well, and factories and copies that are one launch either way.
-_LIBRARY = {"mm", "addmm", "bmm", "baddbmm", "embedding"}
+_LIBRARY = {"mm", "addmm", "bmm", "baddbmm", "embedding", "index_select"}
 # As many generated kernels a region may miss: a launch each, against the seconds that a compiler takes to start.
 MAX_SMALL_OPS = 2
 

@@ -91,7 +91,7 @@ def _ready_key(platform: Platform, config: EngineConfig, cfg: ModelConfig, layou
     shape = {name: value for name, value in vars(cfg).items() if name not in weights_only}
     windows = sorted(set(cfg.layer_windows))
     common = common_ingredients(platform, [name for name, _ in platform.passes(config.fuse)])
-    model = f"{sorted(shape.items(), key=str)} {windows}"
+    model = f"{sorted(shape.items(), key=str)} {windows}, the last layer's {cfg.layer_windows[-1]}"
     return Key({**common, "model": model, "layout": str(layout), "quantization": str(config.quantization)})
 
 

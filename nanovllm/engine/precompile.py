@@ -2,8 +2,8 @@
 
 A process that runs a bucket leaves behind everything that a start of that bucket needs: its programs, and the kernels that
 Triton specialises by shapes. What a program is does not depend on how many layers call it, nor on weights, so the model
-here is one layer of each window, with random numbers in it. To rehearse a bucket, on fake tensors, leaves its programs and
-names the kernels, which any process can then compile.
+here is one layer of each window and the last one, with random numbers in them. To rehearse a bucket, on fake tensors,
+leaves its programs and names the kernels, which any process can then compile.
 """
 
 from __future__ import annotations
@@ -66,8 +66,9 @@ def fill(config: EngineConfig, count: int | None, progress: Callable[[Outcome, i
 
 
 def small_model(cfg: ModelConfig) -> ModelConfig:
-    """The model with one layer of each window: it has all the programs of the whole one."""
-    windows = tuple(dict.fromkeys(cfg.layer_windows))
+    """The model with one layer of each window, and the last one, which differs: it has all the programs of the whole one."""
+    *others, last = cfg.layer_windows
+    windows = (*dict.fromkeys(others), last)
     return replace(cfg, num_layers=len(windows), layer_windows=windows)
 
 

@@ -101,9 +101,17 @@ class PrefillStep:
 
     def launch(self) -> None:
         """The whole step, op by op."""
-        logits_RV = self._steps.logits_at(self.hidden(), self.last_R)
-        self.token_R.copy_(self._steps.sample(self.sample_row_R, logits_RV))
+        self.token_R.copy_(self._steps.sample(self.sample_row_R, self.logits()))
+
+    def logits(self) -> Tensor:
+        """The step without the sampler, op by op: the logits [R, V] after each row's last token."""
+        return self._steps.prefill_logits(self.token_T, self.batch, self.last_R)
 
     def hidden(self) -> Tensor:
-        """The step without head and sampler, op by op: the hidden state [T, D] after the last layer."""
+        """The step without head and sampler, op by op: the hidden state [T, D] of all tokens after the last layer."""
         return self._steps.prefill(self.token_T, self.batch)
+
+    def build_hidden(self) -> None:
+        """Run `hidden` where `launch` does not use all its programs: none may be left to build for the first who asks."""
+        if self._steps.last_layer_is_alone:
+            self.hidden()

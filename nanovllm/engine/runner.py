@@ -162,7 +162,9 @@ class Runner:
         """Build and run the programs of one bucket, "prefill" tokens or "decode" rows, on padding, and record nothing."""
         with torch.no_grad():
             if kind == "prefill":
-                self._new_prefill_step(*self.layout.prefill_bucket(size, 1)).launch()
+                step = self._new_prefill_step(*self.layout.prefill_bucket(size, 1))
+                step.launch()
+                step.build_hidden()
             else:
                 self.steps.decode(torch.full((size,), self.state.pad_row, device=self.platform.device))
         self.platform.synchronize()
@@ -175,7 +177,8 @@ class Runner:
                 with mode:
                     sizes = self.layout.prefill_bucket(size, 1)
                     step = PrefillStep(self.steps, self.platform, *sizes, self.layout.blocks_per_row)
-                self.steps.sample(step.sample_row_R, self.steps.logits_at(step.hidden(), step.last_R))
+                self.steps.sample(step.sample_row_R, step.logits())
+                step.build_hidden()
             else:
                 with mode:
                     row_idx_R = torch.zeros(size, dtype=torch.int64, device=self.platform.device)
@@ -300,12 +303,16 @@ class Runner:
         prompt_logprobs: list[PromptLogprobs] = []
         logprobs, token_R = None, step.token_R
         filters = any(chunk.is_last and needs_filtering(chunk.request) for chunk in chunks)
-        if not filters and not any(chunk.request.needs_prompt_logits for chunk in chunks):
+        wants_all = any(chunk.request.needs_prompt_logits for chunk in chunks)
+        if not filters and not wants_all:
             step.replay()
         else:
-            h_TD = step.hidden()
-            prompt_logprobs = self._prompt_logprobs(chunks, arrays, h_TD)
-            logits_RV = self.steps.logits_at(h_TD, step.last_R)
+            if wants_all:
+                h_TD = step.hidden()
+                prompt_logprobs = self._prompt_logprobs(chunks, arrays, h_TD)
+                logits_RV = self.steps.logits_at(h_TD, step.last_R)
+            else:
+                logits_RV = step.logits()
             if filters:
                 requests = [chunk.request for chunk in chunks]
                 token_R, logprobs = self.filtered.sample(requests, step.sample_row_R, logits_RV)
@@ -323,6 +330,7 @@ class Runner:
                 # lengths that the host must tell are told for decode steps alone
                 record = _as_it_is if self.platform.wants_lengths else self._record_prefill
                 with torch.no_grad():
+                    step.build_hidden()
                     step.record(record)
                 self._prefill_steps[num_tokens] = step
         return step

@@ -293,7 +293,7 @@ def make_layout(config: EngineConfig, cfg: ModelConfig, platform: Platform) -> L
         max_num_seqs=max_num_seqs,
         max_model_len=max_model_len,
         decode_rows=buckets.decode_ladder(config.graph_batch_sizes, max_num_seqs, platform.name),
-        prefill_tokens=buckets.prefill_ladder(max_tokens),
+        prefill_tokens=buckets.prefill_ladder(max_tokens, platform.name),
         max_prefill_rows=min(max_num_seqs, buckets.PREFILL_ROWS),
         pad=pad,
     )

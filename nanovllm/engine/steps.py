@@ -77,6 +77,13 @@ class Steps:
     def layer_windows(self) -> tuple[int, ...]:
         return self.cfg.layer_windows if self._layer_windows is None else self._layer_windows
 
+    @property
+    def last_layer_is_alone(self) -> bool:
+        """Whether a prefill step of all tokens' hidden states has a program that one of the last tokens' has not: the
+        ordinary one of the last layer, whose window no other layer has."""
+        *others, last = self.layer_windows
+        return not self.whole and last not in others
+
     def decode_logits(self, row_idx_R: Tensor) -> Tensor:
         """Feed each row's newest token; returns the logits [R, V] of what follows it."""
         h_RD, batch = self._run(
@@ -97,28 +104,37 @@ class Steps:
         logits_RV = self.decode_logits(row_idx_R)
         return self.sample(row_idx_R, logits_RV), logits_RV
 
-    def prefill(self, token_T: Tensor, batch: Batch) -> Tensor:
-        """Write keys and values of T packed tokens; returns the hidden state [T, D] after the last layer."""
+    def prefill(self, token_T: Tensor, batch: Batch, last_R: Tensor | None = None) -> Tensor:
+        """Write keys and values of T packed tokens; returns the hidden state [T, D] after the last layer, with `last_R`
+        [R, D] of the tokens at these indices alone."""
         if self.whole:
-            return self._run_whole("prefill", Steps.prefill, token_T=token_T, batch=batch)
+            # one program for both, which leaves out no row: each takes long to compile
+            h_TD = self._run_whole("prefill", Steps.prefill, token_T=token_T, batch=batch)
+            return h_TD if last_R is None else h_TD.index_select(0, last_R)
         function = partial(self.model.embed, self.cfg)
         h_TD = self._run("embed", (token_T.shape[0],), function, embed_VD=self.params.embed_VD, token_T=token_T)
-        return self._layers("prefill", h_TD, batch, max_q_len=token_T.shape[0])
+        return self._layers("prefill", h_TD, batch, max_q_len=token_T.shape[0], last_R=last_R)
+
+    def prefill_logits(self, token_T: Tensor, batch: Batch, last_R: Tensor) -> Tensor:
+        """Write keys and values of T packed tokens; returns the logits [R, V] after those at `last_R`."""
+        return self._head(self.prefill(token_T, batch, last_R))
 
     def logits_at(self, h_TD: Tensor, index_R: Tensor) -> Tensor:
-        """Logits [R, V] after the tokens at `index_R` of a prefill step."""
-        return self._head(h_TD[index_R])
+        """Logits [R, V] after the tokens at `index_R` of a prefill step that returned all hidden states."""
+        return self._head(h_TD.index_select(0, index_R))
 
     def sample(self, row_idx_R: Tensor, logits_RV: Tensor) -> Tensor:
         """The plain sampler: chooses by temperature and advances the state."""
         key = (row_idx_R.shape[0],)
         return self._run("sample", key, sample_and_advance, state=self.state, row_idx_R=row_idx_R, logits_RV=logits_RV)
 
-    def _layers(self, phase: str, h_TD: Tensor, batch: Batch, max_q_len: int) -> Tensor:
+    def _layers(self, phase: str, h_TD: Tensor, batch: Batch, max_q_len: int, last_R: Tensor | None = None) -> Tensor:
         sizes = (batch.pos_T.shape[0], batch.seq_len_R.shape[0])
-        for window, weights, cache in zip(self.layer_windows, self.params.layers, self.caches):
+        last_idx = len(self.params.layers) - 1
+        for layer_idx, (window, weights, cache) in enumerate(zip(self.layer_windows, self.params.layers, self.caches)):
+            keeps = last_R is not None and layer_idx == last_idx
             h_TD = self._run(
-                "layer",
+                "last_layer" if keeps else "layer",
                 (phase, *sizes, f"window{window}"),
                 partial(self.model.layer, self.cfg, window, max_q_len),
                 w=weights,
@@ -126,6 +142,7 @@ class Steps:
                 cos_sin_MH=self.cos_sin_MH,
                 batch=batch,
                 h_TD=h_TD,
+                **({"keep_R": last_R} if keeps else {}),
             )
         return h_TD
 

@@ -265,8 +265,8 @@ def end(processes: Sequence[Process], seconds: float = 0) -> None:
 
 
 def bytes_of_one(model: ModuleType, cfg: ModelConfig, layout: Layout) -> int:
-    """Device memory that one process takes, about: embedding, head, one layer, its largest step, and the device's context."""
+    """Device memory that one process takes, about: embedding, head, two layers, its largest step, and the device's context."""
     outer = [param.shape for param in model.outer_params(cfg).values()]
     layer = [param.shape for param in model.layer_params(cfg, 0).values()]
     scratch = layout.prefill_tokens[-1] * (4 * cfg.ffn_size + 8 * cfg.hidden_size + 3 * cfg.qkv_size)
-    return (sum(map(math.prod, outer + layer)) + scratch) * cfg.dtype.itemsize + (1 << 30)
+    return (sum(map(math.prod, outer + 2 * layer)) + scratch) * cfg.dtype.itemsize + (1 << 30)

@@ -76,8 +76,12 @@ def layer(
     cos_sin_MH: Tensor,
     batch: Batch,
     h_TD: Tensor,
+    keep_R: Tensor | None = None,
 ) -> Tensor:
-    """One decoder layer; writes the keys and values of T tokens into kv. Traced once per bucket, called once per layer."""
+    """One decoder layer; writes the keys and values of T tokens into kv. Traced once per bucket, called once per layer.
+
+    With `keep_R` the result is [R, D], of the tokens at these indices alone.
+    """
     qkv_TE = linear(ops.rms_norm(h_TD, w.attn_norm_D, cfg.norm_eps), w.qkv_ED, w.qkv_bias_E)
     q_TNH, k_TKH, v_TKH = qkv_TE.view(qkv_TE.shape[0], -1, cfg.head_dim).split(
         [cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads], dim=1
@@ -99,7 +103,11 @@ def layer(
         kv.k_scale_K,
         kv.v_scale_K,
     )
-    h_TD = linear(o_TNH.flatten(1), w.out_DQ, w.out_bias_D, h_TD)
+    o_TQ = o_TNH.flatten(1)
+    if keep_R is not None:
+        # from here on no token sees another, so what nobody will read need not be computed: T is R below
+        o_TQ, h_TD = o_TQ.index_select(0, keep_R), h_TD.index_select(0, keep_R)
+    h_TD = linear(o_TQ, w.out_DQ, w.out_bias_D, h_TD)
     gate_up_TG = linear(ops.rms_norm(h_TD, w.mlp_norm_D, cfg.norm_eps), w.gate_up_GD, w.gate_up_bias_G)
     return linear(ops.silu_mul(gate_up_TG), w.down_DF, w.down_bias_D, h_TD)
 

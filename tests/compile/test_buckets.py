@@ -35,16 +35,23 @@ def test_requested_decode_sizes_are_taken_as_they_are(
     assert buckets.decode_ladder(requested, max_rows, "cpu") == expected
 
 
-@pytest.mark.parametrize("max_tokens", [1, 16, 19, 99, 127, 128, 512, 989, 2048, 8192, 16384])
-def test_prefill_ladder_ascends_to_max_tokens(max_tokens: int) -> None:
-    ladder = buckets.prefill_ladder(max_tokens)
+@pytest.mark.parametrize("device_type", ["cpu", "cuda", "npu", "something_new"])
+@pytest.mark.parametrize("max_tokens", [1, 16, 19, 99, 127, 128, 512, 513, 989, 2048, 8192, 16384])
+def test_prefill_ladder_ascends_to_max_tokens(max_tokens: int, device_type: str) -> None:
+    ladder = buckets.prefill_ladder(max_tokens, device_type)
     assert ladder[-1] == max_tokens
     assert list(ladder) == sorted(set(ladder))
-    assert len(ladder) <= 5
     for smaller, larger in pairwise(ladder):
         assert smaller % 16 == 0
         assert smaller >= buckets.PREFILL_SMALLEST_TOKENS // 16 * 16
-        assert larger - 16 * buckets.PREFILL_GROWTH < smaller * buckets.PREFILL_GROWTH <= larger
+        growth = 2 if larger > 512 and device_type != "npu" else 4
+        assert larger - 16 * growth < smaller * growth <= larger
+
+
+def test_prefill_ladders_are_close_where_padding_takes_long() -> None:
+    assert buckets.prefill_ladder(8192, "cuda") == (32, 128, 512, 1024, 2048, 4096, 8192)
+    assert buckets.prefill_ladder(8192, "npu") == (32, 128, 512, 2048, 8192)
+    assert buckets.prefill_ladder(512, "cpu") == (32, 128, 512)
 
 
 @pytest.mark.parametrize("ladder", [(1,), (3, 7, 19), [1, 2, 4, 8], (32, 128, 512), (989,)])

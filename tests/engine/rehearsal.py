@@ -18,7 +18,6 @@ from triton.runtime import driver
 
 from nanovllm import EngineConfig
 from nanovllm.engine import precompile, startup
-from nanovllm.engine.steps import Steps
 from nanovllm.kernels import triton_build, triton_common, triton_kernels, triton_rehearsal, triton_step
 from nanovllm.models import weights
 from nanovllm.platforms.cuda import CudaPlatform
@@ -67,8 +66,6 @@ def make_up_device() -> None:
     torch.cuda.current_stream = lambda device=None: SimpleNamespace(cuda_stream=0)  # type: ignore[assignment]
     triton_common._counters[DEVICE] = torch.zeros(128, 4096, dtype=torch.int32)
     startup.select_platform = lambda config: Platform()
-    # subscripts of a tensor on a device that torch was not built for are refused before they are seen to be fake
-    Steps.logits_at = lambda self, h_TD, index_R: self._head(h_TD.index_select(0, index_R))  # type: ignore[method-assign]
 
     def empty(model: Any, cfg: Any, device: torch.device, seed: int, progress: Any, quantization: Any) -> Any:
         # without a generator, which would be one of the device

@@ -109,8 +109,8 @@ def test_rehearsed_launches_ask_for_the_kernels_that_real_ones_need(tmp_path: Pa
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
-    # four programs each, of which those for 48 rows, head and sample, are the same in the first three
-    assert [programs for programs, *_ in found["numbers"]] == [4, 2, 2, 4, 4, 4]
+    # five programs each for prompts, four for decoding; those for 48 rows, head and sample, are the same in the first three
+    assert [programs for programs, *_ in found["numbers"]] == [5, 3, 2, 4, 4, 4]
     assert all(kernels == 0 for *_, kernels in found["numbers"]) and found["compiled_before"] == 0
     assert {"decode_kernel", "prefill_kernel", "few_rows_linear_kernel", "many_rows_linear_kernel", "advance_kernel",
             "best_of_span_kernel", "qk_norm_rope_store_kernel"} <= set(found["names"])  # fmt: skip

@@ -138,7 +138,8 @@ def _prefill(runner: Runner, chunks: list[Chunk], logits: list[list[Tensor]]) ->
         seq_len_R=upload(arrays.seq_len_R, torch.int32),
         q_start_S=upload(arrays.q_start_S, torch.int32),
     )
-    hidden = runner.steps.prefill(upload(arrays.token_T, torch.int64), batch)
+    token_T = upload(arrays.token_T, torch.int64)
+    hidden = runner.steps.prefill(token_T, batch)
     where = [(chunk.request.row, chunk.start + i) for chunk in chunks for i in range(chunk.num_tokens)]
     for start in range(0, len(where), num_rows):
         group = where[start : start + num_rows]
@@ -146,6 +147,10 @@ def _prefill(runner: Runner, chunks: list[Chunk], logits: list[list[Tensor]]) ->
         logits_RV = runner.steps.logits_at(hidden, upload(index, torch.int64)).float().cpu()
         for (row, pos), logits_V in zip(group, logits_RV):
             logits[row][pos] = logits_V
+    # of the last tokens as a step gives them when nobody asks for the others; it writes the same keys and values once more
+    last_RV = runner.steps.prefill_logits(token_T, batch, upload(arrays.last_R, torch.int64)).float().cpu()
+    for chunk, logits_V in zip(chunks, last_RV):
+        logits[chunk.request.row][chunk.start + chunk.num_tokens - 1] = logits_V
 
 
 def _decode(runner: Runner, known: Sequence[Known], rows: list[int], pos: int, logits: list[list[Tensor]]) -> None:
