@@ -199,7 +199,8 @@ def prefill_kernel(
         full_tile = begin_tile
     else:
         full_tile = tl.minimum(tl.maximum(first_pos + 1, 0) // TILE, end_tile)
-    table_at = table_ptr + row_idx * table_stride
+    # tokens that are no row's read nothing, but the pipeline loads the first block's number before it knows that
+    table_at = table_ptr + tl.minimum(tl.maximum(row_idx, 0), num_rows - 1) * table_stride
     k_at = k_ptr + head_idx * K_STRIDE_HEAD
     v_at = v_ptr + head_idx * V_STRIDE_HEAD
     if WINDOW <= 0:

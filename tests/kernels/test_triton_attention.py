@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nanovllm.kernels import reference, triton_attention_decode
+from nanovllm.kernels import reference, triton_common
 from nanovllm.kernels.triton_attention_decode import paged_attention_decode
 from nanovllm.kernels.triton_attention_prefill import paged_attention_prefill
 from nanovllm.kernels.triton_kernels import paged_attention
@@ -85,13 +85,13 @@ def test_decode_of_a_row_does_not_depend_on_timing_or_on_earlier_calls() -> None
 @pytest.mark.parametrize("warm", [True, False])
 def test_a_captured_decode_follows_the_lengths(warm: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """One graph, replayed with other lengths; also when the very first call of the process is captured."""
-    monkeypatch.setattr(triton_attention_decode, "_counters", {})
+    monkeypatch.setattr(triton_common, "_counters", {})
     k_cache, v_cache, block_table, seq_len = paged_cache([2000, 700, 1500, 64], 2, 64, 64, torch.float16)
     q_RNH = torch.randn(4, 4, 64, device=device).half()
     arguments = (q_RNH, k_cache, v_cache, block_table, seq_len, 0.125, 0)
     paged_attention_decode(*arguments)  # compiles
     if not warm:
-        triton_attention_decode._counters.clear()
+        triton_common._counters.clear()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         actual = paged_attention_decode(*arguments)

@@ -147,6 +147,7 @@ def test_a_gated_product_reads_no_rows_beyond_its_own() -> None:
         (8, 12288, 4096, 227, (16, 64, 0)),
         (32, 12288, 4096, 227, (32, 64, 0)),
         (33, 12288, 4096, 227, (64, 128, 64)),
+        (65, 12288, 4096, 227, None),
         (128, 12288, 4096, 227, (128, 128, 64)),
         (129, 12288, 4096, 227, None),
         (209, 12288, 4096, 227, (256, 128, 64)),
@@ -176,13 +177,13 @@ def test_which_products_are_taken_for_large_weights(monkeypatch: pytest.MonkeyPa
 
     def taken(name: str, has_norm: bool = False) -> list[int]:
         weight = torch.empty(shapes[name], device="meta", dtype=torch.bfloat16)
-        rows = (1, 2, 8, 16, 17, 64, 65, 128, 129, 208, 209, 256, 257)
+        rows = (1, 2, 8, 16, 17, 64, 65, 97, 128, 129, 208, 209, 256, 257)
         x = torch.empty(rows[-1], weight.shape[1], device="meta")
         return [num for num in rows if triton_linear.takes(x[:num], weight, has_norm, name == "gate_up")]
 
     assert taken("qkv") == taken("out") == [1, 2, 8, 16, 17, 64]
-    assert taken("down") == [1, 2, 8, 16, 17, 64, 65, 128]
-    assert taken("gate_up") == [1, 2, 8, 16, 17, 64, 65, 128, 209, 256]
+    assert taken("down") == [1, 2, 8, 16, 17, 64, 65, 97, 128]
+    assert taken("gate_up") == [1, 2, 8, 16, 17, 64, 97, 128, 209, 256]
     assert taken("qkv", has_norm=True) == taken("gate_up", has_norm=True) == [1]
 
 
