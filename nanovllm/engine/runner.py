@@ -28,8 +28,8 @@ from nanovllm.models.config import ModelConfig
 from nanovllm.models.dense import LayerCache, Params
 from nanovllm.models.kv_scales import kv_scales
 from nanovllm.models.rope import rotary_table
-from nanovllm.platforms import Platform, attention
-from nanovllm.platforms.base import HostCopy, MemoryBudget, Replay
+from nanovllm.platforms import attention
+from nanovllm.platforms.base import HostCopy, MemoryBudget, Platform, Replay
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,33 @@
+"""What can be got ready without torch while that is imported, which takes seconds. Importing this does not import it."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import sys
+import threading
+
+# There where a driver is: NVIDIA's, AMD's, and either under WSL. Whether torch can use the device is found out later.
+DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+
+
+def may_have_gpu(device: str) -> bool:
+    """Whether an engine on `device` may get a GPU, as far as files tell."""
+    is_wanted = device.partition(":")[0] in ("auto", "cuda")
+    return is_wanted and sys.platform == "linux" and any(map(os.path.exists, DRIVERS))
+
+
+def begin(device: str) -> None:
+    """Have driver and Triton ready sooner, in a thread, for a GPU. What fails here fails again where it is needed."""
+    if may_have_gpu(device):
+        threading.Thread(target=_get_ready, daemon=True).start()
+
+
+def _get_ready() -> None:
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libcuda.so.1").cuInit(0)
+    with contextlib.suppress(ImportError):
+        from triton.runtime.cache import triton_key
+
+        triton_key()  # a digest of hundreds of megabytes, which the first launch asks for, and Triton keeps
