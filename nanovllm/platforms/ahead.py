@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import sys
 import threading
@@ -19,15 +18,13 @@ def may_have_gpu(device: str) -> bool:
 
 
 def begin(device: str) -> None:
-    """Have driver and Triton ready sooner, in a thread, for a GPU. What fails here fails again where it is needed."""
+    """Have Triton ready sooner, in a thread, for a GPU. What fails here fails again where it is needed."""
     if may_have_gpu(device):
-        threading.Thread(target=_get_ready, daemon=True).start()
+        threading.Thread(target=_import_triton, daemon=True).start()
 
 
-def _get_ready() -> None:
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libcuda.so.1").cuInit(0)
-    with contextlib.suppress(ImportError):
+def _import_triton() -> None:
+    with contextlib.suppress(ImportError, OSError):
         from triton.runtime.cache import triton_key
 
         triton_key()  # a digest of hundreds of megabytes, which the first launch asks for, and Triton keeps

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from nanovllm import LLM, EngineConfig
+from nanovllm import LLM, EngineConfig, env
 from nanovllm.engine import processes, startup
 from nanovllm.platforms import ahead, forking
 from nanovllm.platforms.cpu import CpuPlatform
@@ -29,13 +30,31 @@ def test_importing_the_package_does_not_import_torch() -> None:
 
 @pytest.fixture
 def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The file by which a GPU's driver is known, on a machine with cores to spare. No library of a driver is loaded."""
+    """The file by which a GPU's driver is known, on a machine with cores to spare; Triton is left alone."""
     path = tmp_path / "driver"
     path.touch()
     monkeypatch.setattr(ahead, "DRIVERS", (str(path),))
-    monkeypatch.setattr(ahead, "_get_ready", lambda: None)
+    monkeypatch.setattr(ahead, "_import_triton", lambda: None)
     monkeypatch.setattr(forking, "max_processes", lambda: 3)
     return path
+
+
+@pytest.fixture(scope="module")
+def libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CPU's kernels, which take longer to build than everything here."""
+    folder = tmp_path_factory.mktemp("libraries") / "cpp"
+    folder.mkdir(mode=0o700)
+    CpuPlatform().prepare(folder, env.read().cxx)
+    return folder
+
+
+@pytest.fixture
+def store(libraries: Path, tmp_path: Path) -> Path:
+    """A folder with those and no program."""
+    folder = tmp_path / "store"
+    folder.mkdir(mode=0o700)
+    shutil.copytree(libraries, folder / "cpp")
+    return folder
 
 
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -66,8 +85,8 @@ def test_a_server_is_begun_for_a_gpu_and_an_empty_store_alone(
 
 
 @on_linux
-def test_a_server_forks_as_many_as_are_wanted_and_ends_with_them(tmp_path: Path) -> None:
-    config = EngineConfig("tiny-qwen3", **OPTIONS, compile_cache=tmp_path / "store")
+def test_a_server_forks_as_many_as_are_wanted_and_ends_with_them(store: Path) -> None:
+    config = EngineConfig("tiny-qwen3", **OPTIONS, compile_cache=store)
     server = processes.Server(config, 3)
     forked = server.fork(2)
     assert len(forked) == 2 and all("imports" in process.next() for process in forked)
@@ -106,7 +125,7 @@ def test_a_server_that_could_not_import_leaves_its_words(tmp_path: Path, monkeyp
 @on_linux
 @pytest.mark.parametrize("count", [2, 0])
 def test_a_start_uses_its_server_or_ends_it(
-    count: int, tiny_qwen3: Path, tmp_path: Path, driver: Path, monkeypatch: pytest.MonkeyPatch
+    count: int, tiny_qwen3: Path, store: Path, driver: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU; with 0 torch finds none."""
     begun: list[processes.Server] = []
@@ -126,7 +145,7 @@ def test_a_start_uses_its_server_or_ends_it(
     monkeypatch.setattr(processes, "_spawn", lambda config: pytest.fail("another process was started"))
     monkeypatch.setattr(startup, "read_model_config", read_model_config)
     monkeypatch.setattr(CpuPlatform, "compile_workers", lambda *_: count)
-    llm = LLM(str(tiny_qwen3), **OPTIONS, compile_cache=tmp_path / "store")
+    llm = LLM(str(tiny_qwen3), **OPTIONS, compile_cache=store)
     compiler = llm.engine.runner.compiler
     assert (compiler.num_compiled == 0) == (count > 0)
     assert ended == [None if count else -signal.SIGKILL], "one that is not wanted does not stay"
