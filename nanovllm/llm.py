@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
@@ -32,9 +30,8 @@ class LLM:
         config = EngineConfig.from_options(model, options)
         server = processes.begin(config)
         ahead.begin(config.device)
-        with _without_collecting():
-            # here, since it imports torch: the others begin beside that
-            from nanovllm.engine.engine import LLMEngine
+        # here, since it imports torch: the others begin beside that
+        from nanovllm.engine.engine import LLMEngine
 
         self.engine: LLMEngine = LLMEngine(model, server=server, **options)
 
@@ -160,18 +157,6 @@ class LLM:
 
     def _aborting(self, owners: dict[int, int], *, only_on_error: bool = False) -> _Aborting:
         return _Aborting(self.engine, owners, only_on_error)
-
-
-@contextlib.contextmanager
-def _without_collecting() -> Iterator[None]:
-    """Nothing that an import makes is garbage, and looking through it all several times is a tenth of torch's import."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 class _Aborting:
