@@ -173,15 +173,12 @@ def drop_damaged_kernels(folder: Path) -> int:
 
     Kernels without a seal are left: Triton writes in one piece as well, and nobody else can write here.
     """
-    dropped = 0
-    for kernel in _kernel_folders(folder):
-        seal = kernel / KERNEL_SEAL
-        if seal.exists() and not _kernel_is_whole(kernel, seal):
-            logger.warning("compiled kernel %s is damaged: it is made again", kernel.name)
-            for path in kernel.iterdir():
-                path.unlink()
-            dropped += 1
-    return dropped
+    damaged = [kernel for kernel in _kernel_folders(folder) if not _is_whole(kernel)]
+    for kernel in damaged:
+        logger.warning("compiled kernel %s is damaged: it is made again", kernel.name)
+        for path in kernel.iterdir():
+            path.unlink()
+    return len(damaged)
 
 
 def num_kernels(folder: Path) -> int:
@@ -189,18 +186,32 @@ def num_kernels(folder: Path) -> int:
     return len(_kernel_folders(folder))
 
 
-def _kernel_is_whole(kernel: Path, seal: Path) -> bool:
+def _is_whole(kernel: Path) -> bool:
+    """Whether its files are what was sealed, or nothing was."""
     try:
-        return all(
-            digest((kernel / name).read_bytes()) == found for name, found in json.loads(seal.read_text()).items()
-        )
+        sealed = json.loads((kernel / KERNEL_SEAL).read_text())
+        return all(digest((kernel / name).read_bytes()) == found for name, found in sealed.items())
+    except FileNotFoundError as error:
+        return bool(error.filename == str(kernel / KERNEL_SEAL))
     except (OSError, ValueError, AttributeError):
         return False
 
 
 def _kernel_folders(folder: Path) -> list[Path]:
     # Triton writes a kernel's list of files last; a folder with a library has nothing else
-    return [path for path in (folder / "triton").iterdir() if any(path.glob("__grp__*")) or any(path.glob("*.so"))]
+    return [
+        path
+        for path in (folder / "triton").iterdir()
+        if any(name.startswith("__grp__") or name.endswith(".so") for name in _names(path))
+    ]
+
+
+def _names(path: Path) -> list[str]:
+    """Of what is in a folder; nothing for a file, and where it has just gone."""
+    try:
+        return os.listdir(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 # Maintenance ------------------------------------------------------------------------------------------------------
@@ -221,11 +232,7 @@ def problems(folder: Path) -> list[str]:
         library = seal.with_suffix(".so")
         if not library.is_file() or digest(library.read_bytes()) != seal.read_text():
             found.append(f"library {library.name} is damaged or missing")
-    for kernel in _kernel_folders(folder):
-        seal = kernel / KERNEL_SEAL
-        if seal.exists() and not _kernel_is_whole(kernel, seal):
-            found.append(f"kernel {kernel.name} is damaged")
-    return found
+    return found + [f"kernel {kernel.name} is damaged" for kernel in _kernel_folders(folder) if not _is_whole(kernel)]
 
 
 def prune(folder: Path, max_bytes: int) -> int:

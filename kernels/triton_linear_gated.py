@@ -128,8 +128,8 @@ def gated_linear_kernel(
         _store(more_OT, second_out, row_T, num_rows, bias_ptr, out_ptr, NUM_OUTS, HAS_BIAS)
 
 
-# For up to so many rows, tiles by merit: measured on an H200 for Qwen3-8B. From 65 to 96 rows, where a tile of 128 would be half
-# empty, and from 129 to 208 cuBLAS is faster.
+# For up to so many rows, tiles by merit: measured on an H200 for Qwen3-8B. From 65 to 96 rows, where a tile of 128 would be
+# half empty, and from 129 to 208 cuBLAS is faster.
 TILES: dict[int, tuple[GatedTile, ...]] = {
     16: (GatedTile(16, 64, 0, 128, 3, 4), GatedTile(16, 128, 64, 128, 4, 4)),
     32: (GatedTile(32, 64, 0, 128, 3, 4), GatedTile(32, 128, 64, 128, 4, 4)),

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from nanovllm import log
-from nanovllm.engine.engine import LLMEngine
-from nanovllm.engine.outputs import Completion, RequestOutput
+from nanovllm.config import EngineConfig
+from nanovllm.engine import processes
+from nanovllm.platforms import ahead
 from nanovllm.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from nanovllm.engine.engine import LLMEngine
+    from nanovllm.engine.outputs import Completion, RequestOutput
 
 Prompt = str | Sequence[int]
 Message = dict[str, str]
@@ -22,7 +27,13 @@ class LLM:
 
     def __init__(self, model: str, **options: Any) -> None:
         log.configure()
-        self.engine = LLMEngine(model, **options)
+        config = EngineConfig.from_options(model, options)
+        server = processes.begin(config)
+        ahead.begin(config.device)
+        # here, since it imports torch: the others begin beside that
+        from nanovllm.engine.engine import LLMEngine
+
+        self.engine: LLMEngine = LLMEngine(model, server=server, **options)
 
     def close(self) -> None:
         """Give back all memory now. `del llm` does the same; using a closed model is an error."""

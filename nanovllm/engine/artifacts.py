@@ -16,11 +16,11 @@ from nanovllm.compile.keys import Key
 from nanovllm.compile.program import CompileRequired
 from nanovllm.compile.store import Artifact, Store, drop_damaged_kernels, num_kernels, seal_kernels
 from nanovllm.config import EngineConfig
-from nanovllm.engine import state, steps
+from nanovllm.engine import processes, state, steps
 from nanovllm.engine.runner import Layout
 from nanovllm.models import config as model_config
 from nanovllm.models.config import ModelConfig
-from nanovllm.platforms import Platform
+from nanovllm.platforms.base import Platform
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def open_store(config: EngineConfig, environment: env.Environment, *, must_keep:
 
     Raises ValueError for a folder that others own or may write to, and in "require" mode for one that is not there.
     """
-    folder = Path(config.compile_cache).expanduser().absolute() if config.compile_cache else environment.cache
+    folder = processes.store_folder(config, environment)
     if config.compile_cache_mode == "require" and not (folder / "entries").is_dir():
         raise ValueError(f"compile_cache_mode is 'require', but {folder} is no store of compiled programs")
     return use_private_cache(folder, must_keep=must_keep)

@@ -12,6 +12,7 @@ from nanovllm.config import EngineConfig
 from nanovllm.engine import startup
 from nanovllm.engine.blocks import BlockPool
 from nanovllm.engine.outputs import Completion, RequestOutput, TextStream
+from nanovllm.engine.processes import Server
 from nanovllm.engine.request import Request, Status
 from nanovllm.engine.runner import Launched, Runner
 from nanovllm.engine.scheduler import Scheduler
@@ -23,10 +24,11 @@ logger = logging.getLogger(__name__)
 class LLMEngine:
     """`add_request`, `step` until a request's last output, `abort`; from one thread. Two engines share nothing."""
 
-    def __init__(self, model: str, **options: Any) -> None:
-        """Load a model and warm up. Options are the fields of `EngineConfig`; raises TypeError for others."""
+    def __init__(self, model: str, *, server: Server | None = None, **options: Any) -> None:
+        """Load a model and warm up. Options are the fields of `EngineConfig`; raises TypeError for others. A `server` was begun
+        for the same options."""
         config = EngineConfig.from_options(model, options)
-        loaded = startup.load(config)
+        loaded = startup.load(config, server)
         self.config, self.tokenizer, self.model_config = config, loaded.tokenizer, loaded.runner.cfg
         self.load_seconds, self.memory = loaded.seconds, loaded.memory
         self._runner, self._eos_ids = loaded.runner, loaded.eos_ids

@@ -15,8 +15,7 @@ from torch import Tensor
 from nanovllm.engine import sampler
 from nanovllm.engine.request import Request
 from nanovllm.engine.state import SAMPLING_FIELDS, DeviceState, advance
-from nanovllm.platforms import Platform
-from nanovllm.platforms.base import HostCopy
+from nanovllm.platforms.base import HostCopy, Platform
 
 TOP_P, MIN_P, TOP_K = (SAMPLING_FIELDS.index(name) for name in ("top_p", "min_p", "top_k"))
 

@@ -29,11 +29,13 @@ from nanovllm.compile.program import Compiler, CompileRequired, Program
 from nanovllm.compile.trace import rebuild, tensors, trace
 from nanovllm.config import EngineConfig
 from nanovllm.engine import artifacts, startup
+from nanovllm.engine.processes import ANSWER
 from nanovllm.engine.runner import Runner
-from nanovllm.engine.workers import ANSWER, Outcome, Workers, buckets_of
+from nanovllm.engine.workers import Outcome, Workers, buckets_of
 from nanovllm.models import weights
 from nanovllm.models.config import ModelConfig
-from nanovllm.platforms import Platform, forking
+from nanovllm.platforms import forking
+from nanovllm.platforms.base import Platform
 
 logger = logging.getLogger("nanovllm.engine.precompile")  # also where this is the program
 
@@ -112,27 +114,31 @@ class Builder:
         self._rehearsal = platform.rehearsal()
 
     def do(self, verb: str, what: Any) -> Any:
-        """Of a kernel the seconds that it took; of a bucket the numbers of an `Outcome`, and the kernels that were found."""
+        """Of a kernel the seconds that it took; of a bucket the numbers of an `Outcome`, the kernels that were found, and,
+        where it was to be rehearsed and could not, why."""
         started = time.perf_counter()
         if verb == "compile":
             assert self._rehearsal is not None
             self._rehearsal.compile(what)
             return round(time.perf_counter() - started, 3)
-        numbers, kernels = self._bucket(verb, *what)
-        return {"numbers": [*numbers, round(time.perf_counter() - started, 3)], "kernels": kernels}
+        numbers, kernels, problem = self._bucket(verb, *what)
+        numbers.append(round(time.perf_counter() - started, 3))
+        return {"numbers": numbers, "kernels": kernels, "problem": problem}
 
-    def _bucket(self, verb: str, kind: str, size: int) -> tuple[list[int], dict[str, int]]:
+    def _bucket(self, verb: str, kind: str, size: int) -> tuple[list[float], dict[str, int], str | None]:
+        problem = None
         if verb == "rehearse" and self._rehearsal is not None:
             mode = self._rehearsal.mode
             self._rehearsal.kernels.clear()
             try:
                 numbers = self._counted(self._fakes.compiler, lambda: self._fakes.rehearse_bucket(kind, size, mode))
-                return numbers, dict(self._rehearsal.kernels)
-            except Exception:  # whatever does not go on fake tensors goes on real ones
+                return numbers, dict(self._rehearsal.kernels), None
+            except Exception as error:  # whatever does not go on fake tensors goes on real ones
                 logger.debug("%s %d is run, since it cannot be rehearsed", kind, size, exc_info=True)
-        return self._counted(self._runner.compiler, lambda: self._runner.run_bucket(kind, size)), {}
+                problem = " ".join(f"{type(error).__name__}: {error}".split())
+        return self._counted(self._runner.compiler, lambda: self._runner.run_bucket(kind, size)), {}, problem
 
-    def _counted(self, compiler: Compiler, build: Callable[[], object]) -> list[int]:
+    def _counted(self, compiler: Compiler, build: Callable[[], object]) -> list[float]:
         """Programs compiled, programs found, and kernels compiled by `build`."""
         programs, found, kernels = compiler.num_compiled, compiler.num_loaded, len(self._platform.kernels_compiled())
         build()
@@ -160,11 +166,12 @@ class Builder:
 
 
 def _fork(ends: Sequence[Sequence[int]]) -> bool:
-    """Fork a process for each three of pipe ends, which become its stdin, stdout and stderr. In those True; in the process
-    that forks False, once all have ended."""
+    """Fork as many processes as stdin says, none if it ends without a word; three of pipe ends become the stdin, stdout and
+    stderr of each. In those True; in the process that forks False, once all have ended."""
     forking.import_compilers()
     trace(lambda x: x + 1, {"x": torch.zeros(2, 2)}, varying=("x",))  # the first makes tables that the others use
-    for own in ends:
+    wanted = ends[: int(os.read(0, 16) or 0)]  # not by `sys.stdin`, which the forks use and which reads ahead
+    for own in wanted:
         if os.fork() == 0:
             for target, one in enumerate(own):
                 os.dup2(one, target)
@@ -173,7 +180,7 @@ def _fork(ends: Sequence[Sequence[int]]) -> bool:
     _close(ends)
     silence = os.open(os.devnull, os.O_RDWR)
     os.dup2(silence, 2)  # the first one's, who is the last to hold it from here on
-    for _ in ends:
+    for _ in wanted:
         os.wait()
     return False
 
@@ -205,7 +212,8 @@ def _work(started: float, job: str) -> None:
 
 
 def main() -> None:
-    """Arguments: the time at which it was spawned, the options as JSON, and for each process to fork three pipe ends."""
+    """Arguments: the time at which it was spawned, the options as JSON, and for each process that it may fork three pipe
+    ends."""
     ends = [[int(one) for one in three.split(",")] for three in sys.argv[3:]]
     if ends and not _fork(ends):
         return

@@ -14,8 +14,7 @@ from torch import Tensor
 from nanovllm.engine.batch import PrefillArrays
 from nanovllm.engine.steps import Steps
 from nanovllm.models.dense import Batch
-from nanovllm.platforms import Platform
-from nanovllm.platforms.base import Replay
+from nanovllm.platforms.base import Platform, Replay
 
 Record = Callable[[Callable[[], None]], Replay]
 

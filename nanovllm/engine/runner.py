@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -28,13 +29,15 @@ from nanovllm.models.config import ModelConfig
 from nanovllm.models.dense import LayerCache, Params
 from nanovllm.models.kv_scales import kv_scales
 from nanovllm.models.rope import rotary_table
-from nanovllm.platforms import Platform, attention
-from nanovllm.platforms.base import HostCopy, MemoryBudget, Replay
+from nanovllm.platforms import attention
+from nanovllm.platforms.base import HostCopy, MemoryBudget, Platform, Replay
 
 logger = logging.getLogger(__name__)
 
-# The context against which attention is timed, so long that it stands out; and how often each step is timed.
-STALL_CONTEXT_TOKENS, STALL_REPEATS = 16_384, 2
+# The context against which attention is timed, so long that it stands out.
+STALL_CONTEXT_TOKENS = 16_384
+# How often a step is timed, and the milliseconds from which once is enough: what disturbs it is a part of one.
+STALL_REPEATS, STALL_LONG_MS = 2, 20.0
 
 
 @dataclass(frozen=True)
@@ -191,16 +194,17 @@ class Runner:
         for num_tokens in sizes:  # a larger step that seems faster is noise
             step_ms.append((num_tokens, max(self._prefill_ms(num_tokens), step_ms[-1][1] if step_ms else 0.0)))
         num_tokens = min(sizes[-1], self.layout.max_model_len)
+        alone_ms = step_ms[-1][1] if num_tokens == sizes[-1] else self._prefill_ms(num_tokens)
         context = min(self.layout.max_model_len, max(2 * num_tokens, STALL_CONTEXT_TOKENS))
         attended = num_tokens * (context - num_tokens / 2)
-        attention_ms = max(0.0, self._prefill_ms(num_tokens, context) - self._prefill_ms(num_tokens)) / attended
+        attention_ms = max(0.0, self._prefill_ms(num_tokens, context) - alone_ms) / attended
         bound = StallBound(max_ms, tuple(step_ms), attention_ms)
         logger.debug("prefill steps: %s", bound)
         return bound
 
     def _prefill_ms(self, num_tokens: int, context: int = 0) -> float:
         """A step of padding; with `context` its tokens are the last of so many, all in the padding block."""
-        times = []
+        best_ms = math.inf
         step = self._prefill_step(*self.layout.prefill_bucket(num_tokens, 1))
         arrays = self._padding(step)
         if context:
@@ -212,8 +216,10 @@ class Runner:
             with torch.no_grad():
                 step.replay()
             self.platform.synchronize()
-            times.append(time.perf_counter() - started)
-        return 1e3 * min(times)
+            best_ms = min(best_ms, 1e3 * (time.perf_counter() - started))
+            if best_ms >= STALL_LONG_MS:
+                break
+        return best_ms
 
     def launch(self, plan: Plan) -> Launched:
         """Start a step; returns at once on devices that work asynchronously."""

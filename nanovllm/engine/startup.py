@@ -22,21 +22,25 @@ from nanovllm.compile import buckets
 from nanovllm.compile.program import Compiler, CompileRequired
 from nanovllm.compile.store import Store
 from nanovllm.config import EngineConfig
-from nanovllm.engine import artifacts, workers
+from nanovllm.engine import artifacts, processes, workers
 from nanovllm.engine.memory import MemoryReport
+from nanovllm.engine.processes import Server
 from nanovllm.engine.readings import read_config, read_tokenizer
 from nanovllm.engine.runner import Layout, Runner
 from nanovllm.engine.stall import StallBound
 from nanovllm.engine.workers import WorkerFailed, Workers
 from nanovllm.models import registry, weights
 from nanovllm.models.config import ModelConfig
-from nanovllm.platforms import Platform, attention
-from nanovllm.platforms.base import MemoryBudget
+from nanovllm.platforms import attention
+from nanovllm.platforms.base import MemoryBudget, Platform
 
 logger = logging.getLogger(__name__)
 
 # Inputs whose first dimension is no reason to compile again: cache blocks, rows of the rotary table.
 VARYING = ("k_CBKH", "v_CBKH", "cos_sin_MH")
+
+# How long processes that compile are waited for without an answer from any; a bucket or kernel takes seconds.
+PATIENCE_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -50,21 +54,24 @@ class Loaded:
     seconds: dict[str, float]
 
 
-def load(config: EngineConfig) -> Loaded:
-    """Everything between the options and the first step, with a progress bar over layers and buckets."""
+def load(config: EngineConfig, server: Server | None = None) -> Loaded:
+    """Everything between the options and the first step, with a progress bar over layers and buckets. A `server` that has begun
+    for the same options is used or ended."""
     with ExitStack() as stack:
-        return _load(config, stack)
+        if server is not None:
+            stack.callback(server.end)
+        return _load(config, stack, server)
 
 
-def _load(config: EngineConfig, stack: ExitStack) -> Loaded:
+def _load(config: EngineConfig, stack: ExitStack, server: Server | None) -> Loaded:
     laps = Laps()
     environment = env.read()
     platform = select_platform(config)
     laps.end("device")
     folder = hub.resolve(config.model, weights=not config.random_weights)
     store = artifacts.open_store(config, environment)
-    early = _early_processes(config, store, platform)
-    stack.callback(workers.end, early)
+    early = _early_processes(config, store, platform, server)
+    stack.callback(processes.end, early)
     model, cfg, hf = read_model_config(folder, config, platform, store)
     laps.end("config")
     platform.prepare(store.folder / "cpp", environment.cxx, may_compile=config.compile_cache_mode == "auto")
@@ -159,12 +166,19 @@ class Laps:
         self._last = now
 
 
-def _early_processes(config: EngineConfig, store: Store, platform: Platform) -> list[workers.Process]:
+def _early_processes(
+    config: EngineConfig, store: Store, platform: Platform, server: Server | None
+) -> list[processes.Process]:
     """Processes that will compile, started before anything is known of the model, where the store is quite empty: they
     import what they need, and make the device ready, while this process reads the config."""
-    if config.enforce_eager or config.compile_cache_mode != "auto" or any(store.entries()):
-        return []
-    return workers.start(config, platform.compile_workers(0, 0))
+    is_wanted = not config.enforce_eager and config.compile_cache_mode == "auto" and not any(store.entries())
+    count = platform.compile_workers(0, 0) if is_wanted else 0
+    if server is None:
+        return processes.start(config, count)
+    if count and store.folder == processes.store_folder(config, env.read()):
+        return server.fork(count)
+    server.end()  # no device that takes long, or a store in another place than the options say
+    return processes.start(config, count)
 
 
 def _cold_start_workers(
@@ -174,7 +188,7 @@ def _cold_start_workers(
     layout: Layout,
     store: Store,
     platform: Platform,
-    early: list[workers.Process],
+    early: list[processes.Process],
 ) -> Workers | None:
     """Processes that compile while this one reads weights, where compiling takes long and nobody has done it yet."""
     may_compile = (
@@ -182,7 +196,7 @@ def _cold_start_workers(
     )
     count = platform.compile_workers(workers.bytes_of_one(model, cfg, layout), cfg.weight_bytes)
     if not may_compile or count < 2 or artifacts.is_ready(store, platform, config, cfg, layout):
-        workers.end(early)
+        processes.end(early)
         return None
     # this process runs every bucket itself, so that for them it is enough to compile
     return Workers(config, workers.buckets_of(layout), count, early, rehearse=True)
@@ -190,9 +204,9 @@ def _cold_start_workers(
 
 def _wait(helpers: Workers) -> None:
     try:
-        helpers.wait(lambda outcome: None)
+        helpers.wait(lambda outcome: None, PATIENCE_S)
     except WorkerFailed as error:
-        logger.warning("compiling goes on in one process, since another failed: %s", error)
+        logger.warning("what is missing is compiled by this process, since another failed: %s", error)
 
 
 def _programs(compiler: Compiler) -> str:

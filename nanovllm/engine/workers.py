@@ -1,37 +1,31 @@
-"""Processes that fill a store, and the way they are asked: a line of JSON for each task, there and back.
+"""What processes that fill a store are asked, and by turns which: a line of JSON for each task, there and back.
 
 At DEBUG the log has what each process wrote to its own, when it was ready, and what each bucket took.
 """
 
 from __future__ import annotations
 
-import contextlib
 import heapq
-import json
 import logging
 import math
-import os
 import queue
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from enum import Enum
 from types import ModuleType
 from typing import Any
 
-from nanovllm import env
 from nanovllm.config import EngineConfig
+from nanovllm.engine import processes
+from nanovllm.engine.processes import Process
 from nanovllm.engine.runner import Layout
 from nanovllm.models.config import ModelConfig
-from nanovllm.platforms import forking
 
 logger = logging.getLogger(__name__)
 
 Bucket = tuple[str, int]  # ("prefill", tokens) or ("decode", rows)
-ANSWER = "nanovllm: "  # before the JSON of an answer: what a process imports may print as well (torch_npu does)
 
 
 @dataclass(frozen=True)
@@ -53,13 +47,21 @@ class Task:
     verb: str = field(compare=False)
     what: Any = field(compare=False)
 
+    @property
+    def is_kernel(self) -> bool:
+        """Of which nothing new can come."""
+        return self.verb == "compile"
+
+    def __str__(self) -> str:
+        return f"{self.verb} {self.what if self.is_kernel else ' '.join(map(str, self.what))}"
+
 
 class Tasks:
-    """What is to be done, for several threads: the first first, and the end once all is done and nothing new came of it."""
+    """What is to be done, for several threads: the first first, and the end once nothing waits and nothing new can come."""
 
     def __init__(self, tasks: Sequence[Task]) -> None:
         self._waiting = sorted(tasks)
-        self._open = len(tasks)  # waiting or being done
+        self._open = len([task for task in tasks if not task.is_kernel])  # waiting or being done
         self._changed = threading.Condition()
 
     def take(self) -> Task | None:
@@ -68,12 +70,12 @@ class Tasks:
             self._changed.wait_for(lambda: self._waiting or not self._open)
             return heapq.heappop(self._waiting) if self._waiting else None
 
-    def done(self, *following: Task) -> None:
-        """One is done, or will not be; `following` came of it."""
+    def done(self, task: Task, *following: Task) -> None:
+        """It is done, or will not be; `following` kernels came of it."""
         with self._changed:
-            for task in following:
-                heapq.heappush(self._waiting, task)
-            self._open += len(following) - 1
+            for kernel in following:
+                heapq.heappush(self._waiting, kernel)
+            self._open -= not task.is_kernel
             self._changed.notify_all()
 
 
@@ -88,30 +90,11 @@ def buckets_of(layout: Layout) -> list[Bucket]:
     ]
 
 
-class Process:
-    """A process that builds buckets, and the pipes by which it is asked. Several may be forked from one, their `parent`."""
+class _Answer(Enum):
+    """What else comes of a process: an answer that is no outcome, or the end of them."""
 
-    def __init__(self, parent: subprocess.Popen[bytes], stdin: int, stdout: int, stderr: int) -> None:
-        self.parent = parent
-        self.stdin, self.stdout, self.stderr = os.fdopen(stdin, "w"), os.fdopen(stdout), os.fdopen(stderr)
-
-    def ask(self, request: object) -> Any:
-        """Its answer to a line; raises BrokenPipeError where it has ended."""
-        self.stdin.write(json.dumps(request) + "\n")
-        self.stdin.flush()
-        return self.next()
-
-    def next(self) -> Any:
-        """The next answer that it writes; raises BrokenPipeError where it has ended."""
-        line = next((line for line in self.stdout if line.startswith(ANSWER)), None)
-        if line is None:
-            raise BrokenPipeError
-        return json.loads(line.removeprefix(ANSWER))
-
-    def dismiss(self) -> None:
-        """It ends by itself once it has done what it was asked."""
-        with contextlib.suppress(BrokenPipeError):  # it has ended already
-            self.stdin.close()
+    OTHER = 0
+    LAST = 1
 
 
 class Workers:
@@ -135,10 +118,12 @@ class Workers:
         self._tasks = Tasks([Task((0, number), verb, bucket) for number, bucket in enumerate(buckets)])
         self._kernels: set[str] = set()
         self._lock = threading.Lock()
-        self._done: queue.SimpleQueue[Outcome | WorkerFailed | None] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[Outcome | WorkerFailed | _Answer] = queue.SimpleQueue()
+        self._doing: dict[int, Task] = {}  # by the number of the process
+        self._has_warned = False
         self._created = time.perf_counter()
         count = min(count, len(buckets))
-        self._processes = [*started, *start(config, count - len(started))]
+        self._processes = [*started, *processes.start(config, count - len(started))]
         for process in self._processes[count:]:
             process.dismiss()
         self._threads = [
@@ -148,28 +133,34 @@ class Workers:
         for thread in self._threads:
             thread.start()
 
-    def wait(self, progress: Callable[[Outcome], object]) -> list[Outcome]:
-        """All outcomes, as they come; raises WorkerFailed once the other processes have done what they could."""
+    def wait(self, progress: Callable[[Outcome], object], patience_s: float | None = None) -> list[Outcome]:
+        """All outcomes, as they come; raises WorkerFailed once the other processes have done what they could, and, with all
+        of them ended, where for `patience_s` seconds there was no answer from any."""
         outcomes: list[Outcome] = []
         failures: list[WorkerFailed] = []
         running = len(self._threads)
         while running:
-            event = self._done.get()
-            if event is None:
+            try:
+                event = self._done.get(timeout=patience_s)
+            except queue.Empty:
+                doing = "; ".join(str(task) for task in list(self._doing.values())) or "becoming ready"
+                self.close()
+                raise WorkerFailed(f"for {patience_s:.0f} s there was no answer; still at work: {doing}") from None
+            if event is _Answer.LAST:
                 running -= 1
             elif isinstance(event, WorkerFailed):
                 failures.append(event)
-            else:
+            elif isinstance(event, Outcome):
                 outcomes.append(event)
                 progress(event)
-        end(self._processes, seconds=10)  # what they held of the device is free once they are gone
+        processes.end(self._processes, seconds=10)  # what they held of the device is free once they are gone
         if failures:
             raise max(failures, key=lambda failure: len(str(failure)))  # who fails with another has less to say
         return outcomes
 
     def close(self) -> None:
         """End processes that still run."""
-        end(self._processes)
+        processes.end(self._processes)
 
     def _feed(self, number: int, process: Process) -> None:
         said: list[str] = []
@@ -184,25 +175,31 @@ class Workers:
         try:
             ready = ", ".join(f"{name} {seconds:.2f}" for name, seconds in process.next().items())
             self._log(number, "is ready: %s s", ready)
+            self._done.put(_Answer.OTHER)
             while (task := self._tasks.take()) is not None:
                 following: list[Task] = []
+                self._doing[number] = task
                 try:
                     answer = process.ask([task.verb, task.what])
-                    if task.verb == "compile":
+                    if task.is_kernel:
                         self._log(number, "a kernel in %.3f s", answer)
+                        self._done.put(_Answer.OTHER)
                         continue
                     outcome = Outcome(task.what, *answer["numbers"])
                     following = self._new_kernels(answer["kernels"])
                     self._log(number, "%s, %d new kernels", outcome, len(following))
+                    if answer["problem"] is not None:
+                        self._warn_once(task, answer["problem"])
                     self._done.put(outcome)
                 finally:
-                    self._tasks.done(*following)
+                    del self._doing[number]
+                    self._tasks.done(task, *following)
         except (OSError, ValueError):
             listener.join(5)
             self._done.put(WorkerFailed("".join(said)[-2000:].strip() or "it ended without a word"))
         finally:
             process.dismiss()
-            self._done.put(None)
+            self._done.put(_Answer.LAST)
 
     def _new_kernels(self, found: dict[str, int]) -> list[Task]:
         """Tasks for those that no other bucket has asked for, the longest first."""
@@ -211,57 +208,14 @@ class Workers:
             self._kernels.update(new)
         return [Task((1, -found[request]), "compile", request) for request in new]
 
+    def _warn_once(self, task: Task, problem: str) -> None:
+        with self._lock:
+            has_warned, self._has_warned = self._has_warned, True
+        if not has_warned:  # one step's programs are much like another's
+            logger.warning("a start takes longer, as %s %d cannot be rehearsed and is run: %s", *task.what, problem)
+
     def _log(self, number: int, message: str, *args: object) -> None:
         logger.debug(f"worker %d, %.2f s: {message}", number, time.perf_counter() - self._created, *args)
-
-
-def start(config: EngineConfig, count: int) -> list[Process]:
-    """Processes that import what they need, make the device ready, and wait for their first bucket.
-
-    On Linux they are forked from one process that has imported it all: an import is some thousands of files, which on a slow
-    file system take a dozen processes at once longer than compiling does.
-    """
-    if count < 1:
-        return []
-    job = json.dumps({**asdict(config), "compile_cache": config.compile_cache and str(config.compile_cache)})
-    groups = [count] if sys.platform == "linux" else [1] * count
-    return [process for size in groups for process in _spawn(job, size)]
-
-
-def _spawn(job: str, count: int) -> list[Process]:
-    """One process, and with more than one its forks: each has the ends of three pipes, which are numbers in its command."""
-    forks = count > 1
-    pipes = [[os.pipe() for _ in range(3)] for _ in range(count)]
-    theirs = [(stdin[0], stdout[1], stderr[1]) for stdin, stdout, stderr in pipes]
-    stdin, stdout, stderr = theirs[0]
-    command = [sys.executable, "-m", "nanovllm.engine.precompile", str(time.time()), job]
-    parent = subprocess.Popen(
-        [*command, *(",".join(map(str, ends)) for ends in theirs if forks)],
-        stdin=subprocess.DEVNULL if forks else stdin,
-        stdout=subprocess.DEVNULL if forks else stdout,
-        stderr=stderr,  # of those that fork as well: should an import fail, the first says so
-        pass_fds=[end for ends in theirs for end in ends] if forks else (),
-        env={**env.for_children(), **(forking.ENVIRONMENT if forks else {})},
-        start_new_session=forks,  # so that all can be ended at once
-    )
-    for end in (end for ends in theirs for end in ends):
-        os.close(end)
-    return [Process(parent, stdin[1], stdout[0], stderr[0]) for stdin, stdout, stderr in pipes]
-
-
-def end(processes: Sequence[Process], seconds: float = 0) -> None:
-    """End processes, and those that are forked from the same ones, if they do not end by themselves within `seconds`."""
-    for process in processes:
-        process.dismiss()
-    for parent in {process.parent for process in processes}:
-        try:
-            parent.wait(seconds)  # it waits for its forks
-        except subprocess.TimeoutExpired:
-            if os.name == "posix" and os.getpgid(parent.pid) == parent.pid:
-                os.killpg(parent.pid, signal.SIGKILL)
-            else:
-                parent.kill()
-            parent.wait()
 
 
 def bytes_of_one(model: ModuleType, cfg: ModelConfig, layout: Layout) -> int:

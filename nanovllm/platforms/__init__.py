@@ -1,13 +1,12 @@
-"""Devices: one file each, chosen by name."""
+"""Devices: one file each, chosen by name. Importing this package alone does not import torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from nanovllm.platforms.base import Platform
+if TYPE_CHECKING:
+    from nanovllm.platforms.base import Platform
 
 DEVICES = ("auto", "cpu", "cuda", "npu", "mps")
 INDEXED = ("cuda", "npu")
@@ -24,6 +23,8 @@ def select(
 
     ValueError for a device that is not there, and for options of another device.
     """
+    import torch
+
     kind, _, index = device.partition(":")
     if kind not in DEVICES or (index and not (kind in INDEXED and index.isdigit())):
         raise ValueError(f"device {device!r} is not supported: use one of {', '.join(DEVICES)} or cuda:N, npu:N")
@@ -56,6 +57,8 @@ def select(
 
 def _has_npu() -> bool:
     """Whether torch_npu is loaded, as torch does by itself where it is installed, and sees a device."""
+    import torch
+
     module: Any = getattr(torch, "npu", None)
     return module is not None and module.is_available()
 
@@ -80,4 +83,4 @@ def _npu(
     )
 
 
-__all__ = ["DEVICES", "Platform", "select"]
+__all__ = ["DEVICES", "select"]

@@ -124,14 +124,6 @@ def attention_backend_info(device: str = "auto") -> str:
     )
 
 
-def print_attention_backend_info(device: str = "auto") -> None:
-    """Print what the device is, what is installed, which attention_backend runs and why, and how to get what is missing.
-
-    `device` as for `LLM`; raises ValueError for one that is not there.
-    """
-    print(attention_backend_info(device))
-
-
 def _versions(*packages: str) -> list[str]:
     found = []
     for package in packages:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -20,6 +19,7 @@ from nanovllm.compile.passes.fuse_linear import fuse_linear
 from nanovllm.compile.passes.fuse_rope_store import fuse_rope_store
 from nanovllm.compile.passes.inline_ops import inline_ops
 from nanovllm.compile.program import Lowering, Pass
+from nanovllm.platforms import forking
 from nanovllm.platforms.base import UNFUSED_PASSES, HostCopy, MemoryBudget, Rehearsal, Replay, budget
 
 # Inductor fuses norms and activation as well, but without programmatic dependent launch, and compiles for seconds a bucket.
@@ -38,8 +38,6 @@ KERNEL_OPS = frozenset(
         "silu_mul",
     }
 )
-
-MAX_WORKERS = 14  # processes of a cold start
 
 
 class _PinnedCopy:
@@ -121,10 +119,9 @@ class CudaPlatform:
         }
 
     def compile_workers(self, bytes_each: int, bytes_own: int) -> int:
-        # Triton compiles a kernel in 0.1 to 1.5 s on one core, and there are 60
         free_bytes, _ = torch.cuda.mem_get_info(self.device)
         fitting = (free_bytes - bytes_own) // max(bytes_each, 1 << 30)
-        return max(0, min(MAX_WORKERS, (os.cpu_count() or 1) - 2, fitting))
+        return max(0, min(forking.max_processes(), fitting))
 
     def rehearsal(self) -> Rehearsal | None:
         from nanovllm.kernels import triton_rehearsal

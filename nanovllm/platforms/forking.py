@@ -1,21 +1,38 @@
-"""What compiling processes have in common, and can be done once before they are forked. No device may be asked for anything."""
+"""What compiling processes have in common, and can be done once before they are forked. No device may be asked for anything.
+
+Importing this does not import torch.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import os
+import threading
 
 # To find out whether there is a GPU torch then asks NVML: a process that has asked CUDA leaves its forks without it.
 ENVIRONMENT = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
 
+MAX_PROCESSES = 14  # of a cold start
+
+
+def max_processes() -> int:
+    """As many as the cores are enough for: Triton compiles a kernel in 0.1 to 1.5 s on one core, and there are 60."""
+    return max(0, min(MAX_PROCESSES, (os.cpu_count() or 1) - 2))
+
 
 def import_compilers() -> None:
     """Import what tracing needs, symbolic shapes with Dynamo, and Triton with our kernels, where it is installed."""
-    from torch._dynamo.source import ConstantSource  # noqa: F401
-    from torch.fx.experimental import proxy_tensor, symbolic_shapes  # noqa: F401
-
+    digest: threading.Thread | None = None
     if importlib.util.find_spec("triton") is not None:
         from triton.runtime.cache import triton_key
 
         from nanovllm.kernels import triton_kernels, triton_rehearsal, triton_step  # noqa: F401
 
-        triton_key()  # a digest of all of Triton's files, which it keeps
+        digest = threading.Thread(target=triton_key)  # of Triton's files, hundreds of megabytes; it is kept
+        digest.start()
+
+    from torch._dynamo.source import ConstantSource  # noqa: F401
+    from torch.fx.experimental import proxy_tensor, symbolic_shapes  # noqa: F401
+
+    if digest is not None:
+        digest.join()  # what forks has one thread

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from nanovllm import LLM, platforms
+from nanovllm.platforms import ahead
 from tests.conftest import save_tiny
 
 VOCAB_SIZE = 512
@@ -65,6 +66,7 @@ def compiles_by_itself(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU's cold start has other processes compile; tests look at what this one does, and replace parts of it."""
     if device == "cuda":
         monkeypatch.setattr(type(platforms.select(device)), "compile_workers", lambda *_: 0)
+        monkeypatch.setattr(ahead, "DRIVERS", ())
 
 
 @pytest.fixture(scope="session")

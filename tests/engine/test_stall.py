@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.engine import runner
 from nanovllm.engine.stall import GRAIN, StallBound
 from tests.engine.conftest import Generate, random_prompts
 
@@ -65,6 +67,28 @@ def test_a_bound_is_measured_at_warm_up_and_the_answers_stay(
     for piece in llm.stream(prompts, params):
         found[piece["index"]] += piece["token_ids"]
     assert found == [hf_generate(prompt, 10) for prompt in prompts]
+
+
+@pytest.mark.parametrize("long_ms, repeats", [(math.inf, 2), (0.0, 1)])
+def test_long_steps_are_timed_once_and_no_step_twice_over(
+    make_llm: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch, long_ms: float, repeats: int
+) -> None:
+    engine = make_llm(max_stall_ms=50, max_num_batched_tokens=128).engine
+    monkeypatch.setattr(runner, "STALL_LONG_MS", long_ms)
+    timed: list[int] = []
+    prefill_step = engine.runner._prefill_step
+
+    def counting(num_tokens: int, num_rows: int) -> Any:
+        step = prefill_step(num_tokens, num_rows)
+
+        def replay() -> None:
+            timed.append(num_tokens)
+
+        return SimpleNamespace(**vars(step) | {"replay": replay, "fill": step.fill})
+
+    monkeypatch.setattr(engine.runner, "_prefill_step", counting)
+    engine.runner.measure_stall(50)
+    assert timed == [32] * repeats + [128] * repeats + [128] * repeats, "the last ones with a long context"
 
 
 def test_no_bound_unless_the_device_has_one_or_it_is_asked_for(make_llm: Callable[..., LLM], device: str) -> None:

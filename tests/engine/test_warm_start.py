@@ -20,7 +20,7 @@ import torch
 
 from nanovllm import LLM, EngineConfig
 from nanovllm.compile.program import CompileRequired
-from nanovllm.engine import workers
+from nanovllm.engine import processes, workers
 from nanovllm.platforms.cpu import CpuPlatform
 from tests.conftest import save_tiny
 
@@ -230,23 +230,23 @@ def test_a_worker_that_fails_is_reported_with_what_it_said(tmp_path: Path, tiny_
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux only")
 def test_a_worker_that_is_killed_is_missed_but_not_waited_for(store: Path, tiny_qwen3: Path) -> None:
     config = EngineConfig(str(tiny_qwen3), **OPTIONS, compile_cache=store)
-    processes = workers.start(config, 3)
-    parent = processes[0].parent
-    assert {process.parent for process in processes} == {parent}
+    forked = processes.start(config, 3)
+    parent = forked[0].parent
+    assert {process.parent for process in forked} == {parent}
     children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
     while len(forks := children.read_text().split()) < 3:
         assert parent.poll() is None
         time.sleep(0.05)
-    processes[1].next()  # it is ready, and dies with its answer read: it can be given no bucket
+    forked[1].next()  # it is ready, and dies with its answer read: it can be given no bucket
     os.kill(int(forks[1]), signal.SIGKILL)
-    helpers = workers.Workers(config, [("decode", 4), ("prefill", 64)], 2, processes)
+    helpers = workers.Workers(config, [("decode", 4), ("prefill", 64)], 2, forked)
     outcomes: list[workers.Outcome] = []
     with pytest.raises(workers.WorkerFailed, match="without a word"):
         helpers.wait(outcomes.append)
     assert {outcome.bucket for outcome in outcomes} == {("decode", 4), ("prefill", 64)}, "the other one did both"
     assert parent.returncode == 0, "the third was not needed, and all have ended"
-    idle = workers.start(config, 2)
-    workers.end(idle)
+    idle = processes.start(config, 2)
+    processes.end(idle)
     assert idle[0].parent.returncode == -signal.SIGKILL
 
 
@@ -292,6 +292,6 @@ def test_a_cold_start_with_workers_builds_nothing_itself(
     assert asked[0] == (0, 0) and asked[1][0] > 1 << 30
     # the second start found everything, and started nobody
     calls: list[Any] = []
-    monkeypatch.setattr(workers, "start", lambda *args: calls.append(1))
+    monkeypatch.setattr(processes, "start", lambda config, count: calls.append(count) or [])
     LLM(str(tiny_qwen3), **OPTIONS, compile_cache=folder)
-    assert not calls
+    assert calls == [0]

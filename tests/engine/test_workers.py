@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from nanovllm import EngineConfig
-from nanovllm.engine.workers import ANSWER, Outcome, Process, Task, Tasks, WorkerFailed, Workers
+from nanovllm.engine.processes import ANSWER, Process
+from nanovllm.engine.workers import Outcome, Task, Tasks, WorkerFailed, Workers
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,20 +26,19 @@ def test_tasks_are_taken_in_order_and_end_once_nothing_can_follow() -> None:
     late: list[Task | None] = []
     waiting = threading.Thread(target=lambda: late.extend([tasks.take(), tasks.take()]))
     waiting.start()
-    tasks.done()
+    tasks.done(first)
     waiting.join(0.05)
     assert waiting.is_alive(), "the second may still bring something"
-    tasks.done(Task((1, -5), "compile", "short"), Task((1, -9), "compile", "long"))
+    tasks.done(second, Task((1, -5), "compile", "short"), Task((1, -9), "compile", "long"))
     waiting.join(10)
     assert [task and task.what for task in late] == ["long", "short"]
-    tasks.done()
-    tasks.done()
-    assert tasks.take() is None
+    assert tasks.take() is None, "who is free need not wait for kernels that others compile"
 
 
-# A process that says what it is asked on stderr, finds kernels in buckets, and dies of "deadly". Its imports print as well.
+# A process that says what it is asked on stderr, finds kernels in buckets, and dies of "deadly". With 99 rows it
+# falls silent, 13 it cannot rehearse. Its imports print as well.
 STUB = f"""
-import json, os, sys
+import json, os, sys, time
 print("Welcome to an import!")
 print("{ANSWER}" + json.dumps({{"imports": 0.5}}), flush=True)
 for line in sys.stdin:
@@ -47,8 +47,11 @@ for line in sys.stdin:
     if what == "deadly":
         print("no memory", file=sys.stderr, flush=True)
         os._exit(1)
+    if what[1] == 99:
+        time.sleep(600)
     kernels = {{"shared": 7, f"own of {{what[1]}}": what[1], **({{"deadly": 99}} if what[1] == 32 else {{}})}}
-    answer = 0.1 if verb == "compile" else {{"numbers": [4, 0, 0, 0.2], "kernels": kernels}}
+    problem = "TypeError: no plan" if what[1] == 13 else None
+    answer = 0.1 if verb == "compile" else {{"numbers": [4, 0, 0, 0.2], "kernels": kernels, "problem": problem}}
     print("{ANSWER}" + json.dumps(answer), flush=True)
 """
 
@@ -90,6 +93,26 @@ def test_one_that_dies_costs_its_task_alone(caplog: pytest.LogCaptureFixture) ->
         helpers.close()
     compiled = [what for verb, what in asked(caplog.text) if verb == "compile"]
     assert sorted(compiled) == sorted(["shared", "deadly", *(f"own of {size}" for _, size in buckets)])
+
+
+def test_what_cannot_be_rehearsed_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    buckets = [("decode", size) for size in (13, 13, 4)]
+    with caplog.at_level("WARNING", "nanovllm.engine.workers"):
+        helpers = Workers(EngineConfig("tiny-qwen3"), buckets, 2, [stub(), stub()], rehearse=True)
+        helpers.wait(lambda outcome: None)
+        helpers.close()
+    (record,) = caplog.records
+    assert (
+        record.levelname == "WARNING" and "decode 13 cannot be rehearsed and is run: TypeError: no plan" in caplog.text
+    )
+
+
+def test_one_that_never_answers_is_given_up_and_what_it_did_is_named() -> None:
+    processes = [stub(), stub()]
+    helpers = Workers(EngineConfig("tiny-qwen3"), [("decode", 99), ("decode", 1)], 2, processes, rehearse=True)
+    with pytest.raises(WorkerFailed, match=r"no answer; still at work: rehearse decode 99$"):
+        helpers.wait(lambda outcome: None, patience_s=2)
+    assert all(process.parent.returncode is not None for process in processes)
 
 
 def test_without_rehearsing_buckets_are_run(caplog: pytest.LogCaptureFixture) -> None:
