@@ -5,7 +5,7 @@ python scripts/start_up.py --shape tiny --device cpu --max-model-len 2048     # 
 python scripts/start_up.py --model DIR [--other DIR]     # checkpoints that are there
 
 Prints one line per start and, last, JSON: seconds in total and by part. "python" is the interpreter and this script;
-"imports" (torch and our engine) and "weights" are the parts that no store can save; "cache", "prefill" and "decode" hold
+"imports" (torch and our engine; the last line has torch's alone) and "weights" are the parts that no store can save; "cache", "prefill" and "decode" hold
 loading (or, cold, compiling) programs and kernels, running each bucket once, and captures. Files that were just written are
 in the page cache, so reading weights is a copy from memory.
 """
@@ -171,6 +171,9 @@ def main() -> None:
             results["other_checkpoint"] = start(other, store, {**options, "compile_cache_mode": "require"}, args.log)
             show("other checkpoint", results["other_checkpoint"])
         warm = [results[f"warm_{i + 1}"] for i in range(args.warm)]
+        import_torch = "import time; begun = time.perf_counter(); import torch; print(time.perf_counter() - begun)"
+        alone = subprocess.run([sys.executable, "-c", import_torch], check=True, capture_output=True, text=True)
+        print(f"import torch, in a process of its own: {float(alone.stdout):.2f} s", flush=True)
         summary = {
             "model": args.shape or str(args.model),
             "cold_s": results["cold"]["total"],
@@ -178,6 +181,7 @@ def main() -> None:
             "warm_without_imports_and_weights_s": statistics.median(
                 result["total"] - result["seconds"]["imports"] - result["seconds"]["weights"] for result in warm
             ),
+            "import_torch_s": float(alone.stdout),
             "same_tokens": all(result["tokens"] == results["cold"]["tokens"] for result in warm),
             "starts": results,
         }
