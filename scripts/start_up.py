@@ -5,9 +5,9 @@ python scripts/start_up.py --shape tiny --device cpu --max-model-len 2048     # 
 python scripts/start_up.py --model DIR [--other DIR]     # checkpoints that are there
 
 Prints one line per start and, last, JSON: seconds in total and by part. "python" is the interpreter and this script;
-"imports" (torch and our engine; the last line has torch's alone) and "weights" are the parts that no store can save; "cache", "prefill" and "decode" hold
-loading (or, cold, compiling) programs and kernels, running each bucket once, and captures. Files that were just written are
-in the page cache, so reading weights is a copy from memory.
+"imports" (torch and our engine; the last line has torch's alone) and "weights" are the parts that no store can save;
+"cache", "prefill" and "decode" hold loading (or, cold, compiling) programs and kernels, running each bucket once, and
+captures. Files that were just written are in the page cache, so reading weights is a copy from memory.
 """
 
 from __future__ import annotations
