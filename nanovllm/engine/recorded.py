@@ -30,6 +30,8 @@ class DecodeStep:
         self._steps, self._record = steps, record
         self._logits_RV: Tensor | None = None
         self._logits: Replay | None = None
+        # The first run lies outside the record: Triton loads or compiles, cuBLAS picks its workspace.
+        self._launch(steps.of_each_program())
         self.replay = record(self.launch)
 
     def logits(self) -> Tensor:
@@ -52,9 +54,12 @@ class DecodeStep:
 
     def launch(self) -> None:
         """The whole step, op by op."""
-        token_R, logits_RV = self._steps.decode(self.row_idx_R)
+        self._launch(self._steps)
+
+    def _launch(self, steps: Steps) -> None:
+        token_R, logits_RV = steps.decode(self.row_idx_R)
         self.token_R.copy_(token_R)
-        if self._steps.whole:
+        if steps.whole:
             self._logits_RV = logits_RV
 
     def _without_sampler(self) -> None:
@@ -82,6 +87,7 @@ class PrefillStep:
 
     def record(self, record: Record) -> None:
         """Have `replay` repeat the launches. The inputs that are there are run, so they must be safe to run."""
+        self._launch(self._steps.of_each_program())
         self.replay = record(self.launch)
 
     def fill(self, arrays: PrefillArrays) -> None:
@@ -100,7 +106,11 @@ class PrefillStep:
 
     def launch(self) -> None:
         """The whole step, op by op."""
-        self.token_R.copy_(self._steps.sample(self.sample_row_R, self.logits()))
+        self._launch(self._steps)
+
+    def _launch(self, steps: Steps) -> None:
+        logits_RV = steps.prefill_logits(self.token_T, self.batch, self.last_R)
+        self.token_R.copy_(steps.sample(self.sample_row_R, logits_RV))
 
     def logits(self) -> Tensor:
         """The step without the sampler, op by op: the logits [R, V] after each row's last token."""

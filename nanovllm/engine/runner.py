@@ -89,7 +89,6 @@ class Launched:
 
 
 def _as_it_is(step: Callable[[], None]) -> Replay:
-    step()
     return step
 
 

@@ -84,6 +84,23 @@ class Steps:
         *others, last = self.layer_windows
         return not self.whole and last not in others
 
+    def of_each_program(self) -> Steps:
+        """The steps of a model with one layer of each window, and the last one: they use all the programs, and launch few."""
+        if self.whole:
+            return self
+        *others, last = self.layer_windows
+        chosen = (*(others.index(window) for window in dict.fromkeys(others)), len(others))
+        return Steps(
+            self.model,
+            self.cfg,
+            self.params._replace(layers=tuple(self.params.layers[i] for i in chosen)),
+            tuple(self.caches[i] for i in chosen),
+            self.cos_sin_MH,
+            self.state,
+            self.compiler,
+            layer_windows=(*dict.fromkeys(others), last),
+        )
+
     def decode_logits(self, row_idx_R: Tensor) -> Tensor:
         """Feed each row's newest token; returns the logits [R, V] of what follows it."""
         h_RD, batch = self._run(

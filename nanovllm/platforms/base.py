@@ -139,7 +139,7 @@ class Platform(Protocol):
         ...
 
     def capture(self, step: Callable[[], None]) -> Replay:
-        """Run `step`, which must be safe to run, and record it; a device that records nothing returns it as it is."""
+        """Record `step`, whose programs have all run before; a device that records nothing returns it as it is."""
         ...
 
     def upload(self, values: Any, dtype: torch.dtype) -> Tensor:

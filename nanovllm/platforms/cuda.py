@@ -137,8 +137,6 @@ class CudaPlatform:
         pass
 
     def capture(self, step: Callable[[], None]) -> Replay:
-        # Triton compiles and cuBLAS picks its workspace on the first run, which must lie outside the capture.
-        step()
         torch.cuda.synchronize()
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()

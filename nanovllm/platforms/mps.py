@@ -82,7 +82,6 @@ class MpsPlatform:
         pass
 
     def capture(self, step: Callable[[], None]) -> Replay:
-        step()
         return step
 
     def upload(self, values: Any, dtype: torch.dtype) -> Tensor:

@@ -177,7 +177,6 @@ class NpuPlatform:
         self._seq_lens = seq_lens
 
     def capture(self, step: Callable[[], None]) -> Replay:
-        step()
         if not self.captures:
             return step
         _torch.npu.synchronize(self.device)
