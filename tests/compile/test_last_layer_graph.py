@@ -18,7 +18,7 @@ from nanovllm.models import llama, weights
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.dense import Batch, LayerCache
 from nanovllm.models.rope import rotary_table
-from nanovllm.platforms import Platform
+from nanovllm.platforms.base import Platform
 from nanovllm.platforms.cpu import CpuPlatform
 from nanovllm.platforms.cuda import CudaPlatform
 
