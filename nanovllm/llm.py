@@ -29,10 +29,11 @@ class LLM:
         log.configure()
         config = EngineConfig.from_options(model, options)
         server = processes.begin(config)
-        ahead.begin(config.device)
+        wait = ahead.begin(config.device)
         # here, since it imports torch: the others begin beside that
         from nanovllm.engine.engine import LLMEngine
 
+        wait()
         self.engine: LLMEngine = LLMEngine(model, server=server, **options)
 
     def close(self) -> None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import importlib.util
 import os
 import sys
 import threading
+from collections.abc import Callable
+from pathlib import Path
 
 # There where a driver is: NVIDIA's, AMD's, and either under WSL. Whether torch can use the device is found out later.
 DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
@@ -17,10 +21,22 @@ def may_have_gpu(device: str) -> bool:
     return is_wanted and sys.platform == "linux" and any(map(os.path.exists, DRIVERS))
 
 
-def begin(device: str) -> None:
-    """Have Triton ready sooner, in a thread, for a GPU. What fails here fails again where it is needed."""
-    if may_have_gpu(device):
-        threading.Thread(target=_import_triton, daemon=True).start()
+def begin(device: str) -> Callable[[], None]:
+    """Have a GPU and Triton ready sooner, in threads. What fails here fails again where it is needed.
+
+    To be called of the result: once torch is imported, and before anything is written to the environment.
+    """
+    if not may_have_gpu(device):
+        return lambda: None
+    threading.Thread(target=_import_triton, daemon=True).start()
+    if not _torch_is_for_cuda():
+        return lambda: None
+    # The driver reads the environment, which nobody may write meanwhile. Torch's import does not, but that of numpy in it.
+    with contextlib.suppress(ImportError):
+        import numpy  # noqa: F401
+    opening = threading.Thread(target=_open_device, args=(int(device.partition(":")[2] or 0),), daemon=True)
+    opening.start()
+    return opening.join
 
 
 def _import_triton() -> None:
@@ -28,3 +44,18 @@ def _import_triton() -> None:
         from triton.runtime.cache import triton_key
 
         triton_key()  # a digest of hundreds of megabytes, which the first launch asks for, and Triton keeps
+
+
+def _torch_is_for_cuda() -> bool:
+    """Whether the torch that will be imported would use NVIDIA's driver: for others a context only takes memory."""
+    found = importlib.util.find_spec("torch")
+    folders = found.submodule_search_locations if found is not None else None
+    return any((Path(folder) / "lib" / "libtorch_cuda.so").exists() for folder in folders or ())
+
+
+def _open_device(index: int) -> None:
+    """The device's primary context, 0.3 s on an H200, which torch finds there. It stays as long as the process, as torch's."""
+    with contextlib.suppress(OSError, AttributeError):
+        driver, device, context = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(), ctypes.c_void_p()
+        if not driver.cuInit(0) and not driver.cuDeviceGet(ctypes.byref(device), index):
+            driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)

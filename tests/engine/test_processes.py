@@ -35,8 +35,40 @@ def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path.touch()
     monkeypatch.setattr(ahead, "DRIVERS", (str(path),))
     monkeypatch.setattr(ahead, "_import_triton", lambda: None)
+    monkeypatch.setattr(ahead, "_torch_is_for_cuda", lambda: False)
     monkeypatch.setattr(forking, "max_processes", lambda: 3)
     return path
+
+
+@on_linux
+def test_a_device_is_opened_beside_the_import_of_torch(driver: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[int] = []
+    monkeypatch.setattr(ahead, "_open_device", opened.append)
+    ahead.begin("cuda")()
+    assert not opened, "torch is not for such a device"
+    monkeypatch.setattr(ahead, "_torch_is_for_cuda", lambda: True)
+    for device in ("auto", "cpu", "cuda", "cuda:3", "npu"):
+        ahead.begin(device)()
+    assert opened == [0, 0, 3]
+    driver.unlink()
+    ahead.begin("auto")()
+    assert opened == [0, 0, 3]
+
+
+def test_a_driver_that_is_not_there_is_no_error() -> None:
+    ahead._open_device(99)
+
+
+def test_torch_writes_nothing_to_the_environment_while_a_device_is_opened() -> None:
+    """Else the driver, which reads it in another thread, might read what is being moved."""
+    script = (
+        "import sys, numpy; written = []\n"
+        "sys.addaudithook(lambda event, args: written.append(args) if event in ('os.putenv', 'os.unsetenv') else None)\n"
+        "import nanovllm.engine.engine; sys.exit(str(written) if written else 0)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, timeout=60, check=False, capture_output=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture(scope="module")
