@@ -61,6 +61,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="cut the model to this many layers (with --random-weights)")
     parser.add_argument("--min-len", type=int, default=100, help="shortest prompt and answer")
     parser.add_argument("--max-len", type=int, default=1024, help="longest prompt and answer")
+    parser.add_argument("--top-k", type=int, default=0, help="filter tokens before they are drawn; 0: do not")
+    parser.add_argument("--top-p", type=float, default=1.0, help="the same, by probability; 1: do not")
     parser.add_argument("--latency", action="store_true", help="one request, 128 tokens in and 512 out, instead")
     parser.add_argument(
         "--stall", type=int, nargs="?", const=16384, metavar="TOKENS",
@@ -222,7 +224,8 @@ def measure(
         limits["device"] = device_limits(device, cfg.dtype)
     bandwidth, flops = limits["device"]
     prompts, output_lens = workload(args, cfg.vocab_size)
-    params = [SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=num) for num in output_lens]
+    sampling = {"temperature": 0.6, "top_k": args.top_k, "top_p": args.top_p}
+    params = [SamplingParams(**sampling, ignore_eos=True, max_tokens=num) for num in output_lens]
     llm.generate([prompts[0][:16]], SamplingParams(max_tokens=8, ignore_eos=True), use_tqdm=False)
     seconds = []
 
@@ -241,6 +244,7 @@ def measure(
     result = {
         **about,
         "workload": "latency" if args.latency else "throughput",
+        "sampling": sampling,
         "num_seqs": len(prompts),
         "prompt_tokens": sum(map(len, prompts)),
         "output_tokens": num_tokens,

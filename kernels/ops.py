@@ -110,6 +110,12 @@ sample = _define(
     lambda logits, temperature, seed, pos: logits.new_empty(logits.shape[0], dtype=torch.int64),
 )
 
+keep_likely = _define(
+    "keep_likely(Tensor scaled, Tensor top_k, Tensor top_p, Tensor min_p) -> Tensor",
+    reference.keep_likely,
+    lambda scaled, top_k, top_p, min_p: torch.empty_like(scaled),
+)
+
 
 def register_kernels(dispatch_key: str, kernels: dict[str, Callable[..., Any]]) -> None:
     """Give ops, by name, their kernels for one dispatch key ("CUDA", "CPU", …). An op keeps its first kernel for a key."""
@@ -138,6 +144,7 @@ __all__ = [
     "ATTENTION",
     "add_rms_norm",
     "fused_linear",
+    "keep_likely",
     "kernel_of",
     "linear",
     "linear_",

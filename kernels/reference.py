@@ -237,6 +237,23 @@ def sample(logits_RV: Tensor, temperature_R: Tensor, seed_R: Tensor, pos_R: Tens
     return torch.where(is_greedy_R1, logits_RV, scaled_RV + noise_RV).argmax(-1)
 
 
+def keep_likely(scaled_RV: Tensor, top_k_R: Tensor, top_p_R: Tensor, min_p_R: Tensor) -> Tensor:
+    """Logits with everything outside min_p, then the top k, then the top p at −inf; top_k 0, top_p 1, min_p 0 are off.
+
+    The likeliest token always stays. Of tokens with the same logit the smaller ids count as likelier.
+    """
+    sorted_RV, order_RV = scaled_RV.sort(dim=-1, descending=True, stable=True)
+    rank_V = torch.arange(scaled_RV.shape[1], device=scaled_RV.device)
+    floor_R1 = sorted_RV[:, :1] + torch.log(min_p_R).unsqueeze(1)  # log 0 = −inf: nothing is below it
+    num_kept_R1 = torch.where(top_k_R > 0, top_k_R, scaled_RV.shape[1]).unsqueeze(1)
+    kept_RV = (sorted_RV >= floor_R1) & (rank_V < num_kept_R1)
+    prob_RV = sorted_RV.masked_fill(~kept_RV, float("-inf")).softmax(-1)
+    before_RV = prob_RV.cumsum(-1) - prob_RV  # probability of everything likelier
+    kept_RV &= (before_RV < top_p_R.unsqueeze(1)) | (top_p_R >= 1).unsqueeze(1)
+    kept_RV[:, 0] = True
+    return scaled_RV.masked_fill(~torch.zeros_like(kept_RV).scatter_(1, order_RV, kept_RV), float("-inf"))
+
+
 _silu_mul = silu_mul  # the op below has an argument of that name
 
 

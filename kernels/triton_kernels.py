@@ -7,6 +7,7 @@ from torch import Tensor
 from nanovllm.kernels import ops
 from nanovllm.kernels.triton_attention_decode import paged_attention_decode
 from nanovllm.kernels.triton_attention_prefill import paged_attention_prefill
+from nanovllm.kernels.triton_filter import keep_likely
 from nanovllm.kernels.triton_linear import fused_linear, linear_
 from nanovllm.kernels.triton_norm_act import add_rms_norm, rms_norm, silu_mul
 from nanovllm.kernels.triton_rope_store import qk_norm_rope_store, rope, store_kv
@@ -64,6 +65,7 @@ def register() -> None:
                 "fused_linear": fused_linear,
                 "linear_": linear_,
                 "sample": sample,
+                "keep_likely": keep_likely,
             },
         )
         _registered = True

@@ -29,7 +29,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from gpu_timing import time_launches
 
-from nanovllm.kernels import reference, triton_linear_few, triton_linear_gated, triton_linear_many, triton_sample
+from nanovllm.kernels import (
+    reference,
+    triton_filter,
+    triton_linear_few,
+    triton_linear_gated,
+    triton_linear_many,
+    triton_sample,
+)
 from nanovllm.kernels.triton_attention_decode import paged_attention_decode
 from nanovllm.kernels.triton_linear import fused_linear
 from nanovllm.kernels.triton_linear_few import LinearTile, few_rows_linear
@@ -361,6 +368,20 @@ def bench_sample(rows: list[int], inductor_rows: list[int]) -> list[dict[str, fl
                 f"{wrong} tokens differ",
                 flush=True,
             )
+        given = [torch.full((num_rows,), value, device="cuda") for value in (20.0, 0.95, 0.0)]
+        scaled = [x.float() / 0.6 for x in logits]
+        different = triton_filter.keep_likely(scaled[0], *given) != reference.keep_likely(scaled[0], *given)
+        row = {
+            "rows": num_rows,
+            "filter": time_launches(triton_filter.keep_likely, [(x, *given) for x in scaled * 4]),
+            "sorting": time_launches(reference.keep_likely, [(x, *given) for x in scaled]),
+        }
+        results.append(row)
+        print(
+            f"top_k 20, top_p 0.95, rows {num_rows:3}: {row['filter']:6.2f} µs, by sorting {row['sorting']:6.2f}, "
+            f"{int(different.any(1).sum())} rows differ",
+            flush=True,
+        )
     return results
 
 

@@ -47,6 +47,13 @@ def test_lines_of_json_and_a_table_by_bucket_cap(run: Any, tmp_path: Path) -> No
     assert lines[:2] == found and len(lines) == 3
 
 
+def test_filters_are_recorded_and_wrong_ones_refused(run: Any) -> None:
+    _, (found,) = run("--bs", "2", "--top-k", "20", "--top-p", "0.95")
+    assert found["sampling"] == {"temperature": 0.6, "top_k": 20, "top_p": 0.95}
+    with pytest.raises(ValueError, match="top_p"):
+        run("--bs", "2", "--top-p", "2")
+
+
 def test_an_fp8_cache_is_recorded_and_its_limit_is_that_of_its_bytes(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "device_limits", lambda *_: (1e9, 1e15))
     _, (plain,) = run("--bs", "2")

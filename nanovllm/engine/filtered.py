@@ -15,7 +15,8 @@ from torch import Tensor
 from nanovllm.engine import sampler
 from nanovllm.engine.request import Request
 from nanovllm.engine.state import SAMPLING_FIELDS, DeviceState, advance
-from nanovllm.platforms.base import HostCopy, Platform
+from nanovllm.kernels import ops
+from nanovllm.platforms.base import HostCopy, Platform, Rehearsal
 
 TOP_P, MIN_P, TOP_K = (SAMPLING_FIELDS.index(name) for name in ("top_p", "min_p", "top_k"))
 
@@ -54,6 +55,21 @@ class FilteredSampler:
         self.platform, self.state, self.vocab_size = platform, state, vocab_size
         self._output_count_SV: Tensor | None = None
         self._in_prompt_SV: Tensor | None = None
+
+    def warm_up(self) -> None:
+        """Have what chooses loaded: the first request that wants it is not to wait."""
+        nothing_1 = torch.zeros(1, device=self.platform.device)
+        logits_1V = nothing_1.new_zeros(1, self.vocab_size)
+        none_1 = torch.zeros(1, dtype=torch.int64, device=self.platform.device)
+        sampler.sample_filtered(logits_1V, nothing_1, nothing_1, nothing_1 + 1, nothing_1, none_1, none_1)
+
+    def rehearse(self, rehearsal: Rehearsal) -> None:
+        """Call the ops of `warm_up` with fake tensors."""
+        with rehearsal.mode:
+            one_1 = torch.ones(1, device=self.platform.device)
+            logits_1V = one_1.new_ones(1, self.vocab_size)
+        rehearsal.visit(ops.keep_likely, [logits_1V, one_1, one_1, one_1], {})
+        rehearsal.visit(ops.sample, [logits_1V, one_1, one_1.long(), one_1.long()], {})
 
     def admit(self, requests: Sequence[Request]) -> None:
         """Set the counts of rows that now belong to requests with penalties, from their prompts and known outputs."""

@@ -128,11 +128,13 @@ class Builder:
     def _bucket(self, verb: str, kind: str, size: int) -> tuple[list[float], dict[str, int], str | None]:
         problem = None
         if verb == "rehearse" and self._rehearsal is not None:
-            mode = self._rehearsal.mode
-            self._rehearsal.kernels.clear()
+            rehearsal = self._rehearsal
+            rehearsal.kernels.clear()
             try:
-                numbers = self._counted(self._fakes.compiler, lambda: self._fakes.rehearse_bucket(kind, size, mode))
-                return numbers, dict(self._rehearsal.kernels), None
+                numbers = self._counted(
+                    self._fakes.compiler, lambda: self._fakes.rehearse_bucket(kind, size, rehearsal)
+                )
+                return numbers, dict(rehearsal.kernels), None
             except Exception as error:  # whatever does not go on fake tensors goes on real ones
                 logger.debug("%s %d is run, since it cannot be rehearsed", kind, size, exc_info=True)
                 problem = " ".join(f"{type(error).__name__}: {error}".split())

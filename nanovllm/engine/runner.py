@@ -30,7 +30,7 @@ from nanovllm.models.dense import LayerCache, Params
 from nanovllm.models.kv_scales import kv_scales
 from nanovllm.models.rope import rotary_table
 from nanovllm.platforms import attention
-from nanovllm.platforms.base import HostCopy, MemoryBudget, Platform, Replay
+from nanovllm.platforms.base import HostCopy, MemoryBudget, Platform, Rehearsal, Replay
 
 logger = logging.getLogger(__name__)
 
@@ -156,6 +156,8 @@ class Runner:
         for num_rows in reversed(self.layout.decode_rows):
             progress(f"decode {num_rows}")
             self._decode_step(num_rows)
+        with torch.no_grad():
+            self.filtered.warm_up()
         self.platform.synchronize()
         self.graphs_bytes = self.platform.used_bytes() - used_bytes
         self.compiler.seal()
@@ -171,9 +173,10 @@ class Runner:
                 self.steps.decode(torch.full((size,), self.state.pad_row, device=self.platform.device))
         self.platform.synchronize()
 
-    def rehearse_bucket(self, kind: str, size: int, mode: AbstractContextManager[object]) -> None:
-        """Build the programs of one bucket, and call them with fake tensors made under `mode`: a runner that was itself made
-        under it computes nothing and takes no memory. `compiler.instead` must stand in for the programs."""
+    def rehearse_bucket(self, kind: str, size: int, rehearsal: Rehearsal) -> None:
+        """Build the programs of one bucket, and call them with fake tensors made under the rehearsal's mode: a runner that was
+        itself made under it computes nothing and takes no memory. `compiler.instead` must stand in for the programs."""
+        mode = rehearsal.mode
         with torch.no_grad():
             if kind == "prefill":
                 with mode:
@@ -185,6 +188,8 @@ class Runner:
                 with mode:
                     row_idx_R = torch.zeros(size, dtype=torch.int64, device=self.platform.device)
                 self.steps.decode(row_idx_R)
+                if size == self.layout.decode_rows[0]:  # once: its kernels are the same for all
+                    self.filtered.rehearse(rehearsal)
 
     def measure_stall(self, max_ms: float) -> StallBound:
         """Time prefill steps of padding, and one whose tokens attend to a long context; programs must be warm."""

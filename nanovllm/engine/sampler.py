@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nanovllm.kernels.reference import gumbel_noise, hash32, sample
+from nanovllm.kernels import ops
+from nanovllm.kernels.reference import gumbel_noise, hash32, keep_likely, sample
 
 __all__ = [
     "Logprobs",
@@ -43,23 +44,6 @@ def penalize(logits_RV: Tensor, p: Penalties) -> Tensor:
     return logits_RV - generated_RV * p.presence_R1 - p.output_count_RV * p.frequency_R1
 
 
-def keep_likely(scaled_RV: Tensor, top_k_R: Tensor, top_p_R: Tensor, min_p_R: Tensor) -> Tensor:
-    """Logits with everything outside min_p, then the top k, then the top p at −inf; top_k 0, top_p 1, min_p 0 are off.
-
-    The likeliest token always stays. Of tokens with the same logit the smaller ids count as likelier.
-    """
-    sorted_RV, order_RV = scaled_RV.sort(dim=-1, descending=True, stable=True)
-    rank_V = torch.arange(scaled_RV.shape[1], device=scaled_RV.device)
-    floor_R1 = sorted_RV[:, :1] + torch.log(min_p_R).unsqueeze(1)  # log 0 = −inf: nothing is below it
-    num_kept_R1 = torch.where(top_k_R > 0, top_k_R, scaled_RV.shape[1]).unsqueeze(1)
-    kept_RV = (sorted_RV >= floor_R1) & (rank_V < num_kept_R1)
-    prob_RV = sorted_RV.masked_fill(~kept_RV, float("-inf")).softmax(-1)
-    before_RV = prob_RV.cumsum(-1) - prob_RV  # probability of everything likelier
-    kept_RV &= (before_RV < top_p_R.unsqueeze(1)) | (top_p_R >= 1).unsqueeze(1)
-    kept_RV[:, 0] = True
-    return scaled_RV.masked_fill(~torch.zeros_like(kept_RV).scatter_(1, order_RV, kept_RV), float("-inf"))
-
-
 def sample_filtered(
     logits_RV: Tensor,
     temperature_R: Tensor,
@@ -71,9 +55,8 @@ def sample_filtered(
 ) -> Tensor:
     """`sample` among the tokens that `keep_likely` leaves after the division by temperature."""
     divisor_R1 = torch.where(temperature_R == 0, 1.0, temperature_R).unsqueeze(1)
-    scaled_RV = keep_likely(logits_RV / divisor_R1, top_k_R, top_p_R, min_p_R)
-    noisy_RV = scaled_RV + gumbel_noise(seed_R, pos_R, logits_RV.shape[1])
-    return torch.where((temperature_R == 0).unsqueeze(1), logits_RV, noisy_RV).argmax(-1)
+    scaled_RV = ops.keep_likely(logits_RV / divisor_R1, top_k_R, top_p_R, min_p_R)
+    return ops.sample(scaled_RV, (temperature_R != 0).to(temperature_R.dtype), seed_R, pos_R)
 
 
 class Logprobs(NamedTuple):

@@ -84,7 +84,7 @@ PRODUCTS = (
 POINTERS = {
     "*fp32": {
         "cos_sin_ptr", "part_out_ptr", "part_lse_ptr", "part_ptr", "temperature_ptr", "best_ptr", "sampling_ptr",
-        "out_temperature_ptr",
+        "out_temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr",
     },
     "*i32": {
         "table_ptr", "seq_len_ptr", "q_start_ptr", "arrived_ptr", "best_token_ptr", "out_table_ptr", "out_seq_len_ptr",
@@ -95,7 +95,7 @@ POINTERS = {
         "out_slot_ptr", "out_seed_ptr",
     },
 }  # fmt: skip
-FLOATS = {"eps", "scale_log2"}
+FLOATS = {"eps", "scale_log2", "log_vocab_size"}
 
 
 class Build(NamedTuple):
@@ -197,11 +197,14 @@ def gated_products(target: Target, whole: bool) -> Iterator[Build]:
 
 def steps() -> Iterator[Build]:
     """The sampler, and the kernels by which a decode step advances itself."""
-    from nanovllm.kernels import triton_sample, triton_step
+    from nanovllm.kernels import triton_filter, triton_sample, triton_step
 
     span = {"TILE": triton_sample.TILE, "HARDWARE": True}
     yield Build("best_of_span", triton_sample.best_of_span_kernel, span, 4)
     yield Build("best_of_row", triton_sample.best_of_row_kernel, {"SPANS_P": 256}, 4, out="*i64")
+    for dtype in ("fp32", "bf16"):
+        tile = {"TILE": triton_filter.TILE}
+        yield Build(f"keep_likely {dtype}", triton_filter.keep_likely_kernel, tile, 8, dtype=dtype)
     inputs = {"BLOCKS": 640, "BLOCK_SIZE": 64, "PIECE": 1024}
     yield Build("decode_inputs", triton_step.decode_inputs_kernel, inputs, 4)
     rows = {"FIELDS": 4, "ROWS": triton_step.ROWS}
