@@ -15,7 +15,6 @@ from torch import Tensor
 from nanovllm.engine import sampler
 from nanovllm.engine.request import Request
 from nanovllm.engine.state import SAMPLING_FIELDS, DeviceState, advance
-from nanovllm.kernels import ops
 from nanovllm.platforms.base import HostCopy, Platform, Rehearsal
 
 TOP_P, MIN_P, TOP_K = (SAMPLING_FIELDS.index(name) for name in ("top_p", "min_p", "top_k"))
@@ -68,8 +67,7 @@ class FilteredSampler:
         with rehearsal.mode:
             one_1 = torch.ones(1, device=self.platform.device)
             logits_1V = one_1.new_ones(1, self.vocab_size)
-        rehearsal.visit(ops.keep_likely, [logits_1V, one_1, one_1, one_1], {})
-        rehearsal.visit(ops.sample, [logits_1V, one_1, one_1.long(), one_1.long()], {})
+        sampler.rehearse_filtered(rehearsal.visit, logits_1V, one_1)
 
     def admit(self, requests: Sequence[Request]) -> None:
         """Set the counts of rows that now belong to requests with penalties, from their prompts and known outputs."""

@@ -5,6 +5,7 @@ R rows | V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -57,6 +58,12 @@ def sample_filtered(
     divisor_R1 = torch.where(temperature_R == 0, 1.0, temperature_R).unsqueeze(1)
     scaled_RV = ops.keep_likely(logits_RV / divisor_R1, top_k_R, top_p_R, min_p_R)
     return ops.sample(scaled_RV, (temperature_R != 0).to(temperature_R.dtype), seed_R, pos_R)
+
+
+def rehearse_filtered(visit: Callable[..., object], logits_RV: Tensor, one_R: Tensor) -> None:
+    """Give `visit` the calls of our ops that `sample_filtered` makes."""
+    visit(ops.keep_likely, [logits_RV, one_R, one_R, one_R], {})
+    visit(ops.sample, [logits_RV, one_R, one_R.long(), one_R.long()], {})
 
 
 class Logprobs(NamedTuple):
