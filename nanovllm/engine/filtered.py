@@ -58,7 +58,7 @@ class FilteredSampler:
     def warm_up(self) -> None:
         """Have what chooses loaded: the first request that wants it is not to wait."""
         nothing_1 = torch.zeros(1, device=self.platform.device)
-        logits_1V = nothing_1.new_zeros(1, self.vocab_size)
+        logits_1V = torch.zeros(1, self.vocab_size, device=self.platform.device)
         none_1 = torch.zeros(1, dtype=torch.int64, device=self.platform.device)
         sampler.sample_filtered(logits_1V, nothing_1, nothing_1, nothing_1 + 1, nothing_1, none_1, none_1)
 
@@ -66,7 +66,7 @@ class FilteredSampler:
         """Call the ops of `warm_up` with fake tensors."""
         with rehearsal.mode:
             one_1 = torch.ones(1, device=self.platform.device)
-            logits_1V = one_1.new_ones(1, self.vocab_size)
+            logits_1V = torch.ones(1, self.vocab_size, device=self.platform.device)
         sampler.rehearse_filtered(rehearsal.visit, logits_1V, one_1)
 
     def admit(self, requests: Sequence[Request]) -> None:

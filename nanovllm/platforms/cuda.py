@@ -20,7 +20,8 @@ from nanovllm.compile.passes.fuse_rope_store import fuse_rope_store
 from nanovllm.compile.passes.inline_ops import inline_ops
 from nanovllm.compile.program import Lowering, Pass
 from nanovllm.platforms import forking
-from nanovllm.platforms.base import UNFUSED_PASSES, HostCopy, MemoryBudget, Rehearsal, Replay, budget
+from nanovllm.platforms.accelerator import Accelerator
+from nanovllm.platforms.base import UNFUSED_PASSES, Rehearsal, Replay
 
 # Inductor fuses norms and activation as well, but without programmatic dependent launch, and compiles for seconds a bucket.
 KERNEL_OPS = frozenset(
@@ -40,19 +41,7 @@ KERNEL_OPS = frozenset(
 )
 
 
-class _PinnedCopy:
-    def __init__(self, tensor: Tensor) -> None:
-        self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        self._host.copy_(tensor, non_blocking=True)
-        self._done = torch.cuda.Event()
-        self._done.record()
-
-    def tolist(self) -> list[Any]:
-        self._done.synchronize()
-        return self._host.tolist()
-
-
-class CudaPlatform:
+class CudaPlatform(Accelerator):
     name = "cuda"
     default_block_size = 64
     default_cache_blocks: int | None = None
@@ -74,6 +63,10 @@ class CudaPlatform:
             self.supported_dtypes += (torch.bfloat16,)
         # Triton converts float8_e4m3fn from Ada on
         self.supports_fp8_cache = torch.cuda.get_device_capability(self.device) >= (8, 9)
+
+    @property
+    def runtime(self) -> Any:
+        return torch.cuda
 
     def prepare(self, libraries: Path | None = None, cxx: str | None = None, may_compile: bool = True) -> None:
         torch.cuda.set_device(self.device)
@@ -151,42 +144,6 @@ class CudaPlatform:
                 graph.capture_end()
         current.wait_stream(self._capture_stream)
         return graph.replay
-
-    def upload(self, values: Any, dtype: torch.dtype) -> Tensor:
-        # the pinned allocator keeps the buffer until the copy has run
-        return torch.as_tensor(values, dtype=dtype).pin_memory().to(self.device, non_blocking=True)
-
-    def write(self, target: Tensor, values: Any) -> None:
-        target.copy_(torch.as_tensor(values, dtype=target.dtype).pin_memory(), non_blocking=True)
-
-    def read_back(self, tensor: Tensor) -> HostCopy:
-        return _PinnedCopy(tensor)
-
-    def memory_budget(self, utilization: float) -> MemoryBudget:
-        free_bytes, total_bytes = torch.cuda.mem_get_info(self.device)
-        stats = torch.cuda.memory_stats(self.device)
-        return budget(
-            utilization,
-            free_bytes=free_bytes,
-            total_bytes=total_bytes,
-            reserved_bytes=stats["reserved_bytes.all.current"],
-            allocated_bytes=stats["allocated_bytes.all.current"],
-            peak_bytes=stats["allocated_bytes.all.peak"],
-        )
-
-    def cache_limit_bytes(self) -> int:
-        free_bytes, _ = torch.cuda.mem_get_info(self.device)
-        return free_bytes + torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-
-    def used_bytes(self) -> int:
-        free_bytes, total_bytes = torch.cuda.mem_get_info(self.device)
-        return total_bytes - free_bytes
-
-    def reset_peak(self) -> None:
-        torch.cuda.reset_peak_memory_stats(self.device)
-
-    def peak_bytes(self) -> int:
-        return torch.cuda.max_memory_allocated(self.device)
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.device)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from nanovllm.compile.lower import eager, torchair
 from nanovllm.compile.passes.fuse_add_norm import fuse_add_norm
@@ -22,7 +21,8 @@ from nanovllm.compile.passes.merge_equal import merge_equal
 from nanovllm.compile.passes.replace_ops import replace_ops
 from nanovllm.compile.program import Lowering, Pass
 from nanovllm.kernels import npu_kernels, ops
-from nanovllm.platforms.base import HostCopy, MemoryBudget, Rehearsal, Replay, budget
+from nanovllm.platforms.accelerator import Accelerator
+from nanovllm.platforms.base import Rehearsal, Replay
 
 _torch: Any = torch  # torch.npu is there once torch_npu is imported
 
@@ -85,19 +85,7 @@ def missing_libraries() -> list[str]:
     return missing
 
 
-class _PinnedCopy:
-    def __init__(self, tensor: Tensor) -> None:
-        self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        self._host.copy_(tensor, non_blocking=True)
-        self._done = _torch.npu.Event()
-        self._done.record()
-
-    def tolist(self) -> list[Any]:
-        self._done.synchronize()
-        return self._host.tolist()
-
-
-class NpuPlatform:
+class NpuPlatform(Accelerator):
     name = "npu"
     default_cache_blocks: int | None = None
     quantizations: tuple[str, ...] = ()
@@ -135,6 +123,10 @@ class NpuPlatform:
         self.wants_lengths = self.captures
         self._seq_lens: list[int] = []
         self._pool: Any = None
+
+    @property
+    def runtime(self) -> Any:
+        return _torch.npu
 
     def prepare(self, libraries: Path | None = None, cxx: str | None = None, may_compile: bool = True) -> None:
         if libraries is not None:
@@ -191,41 +183,6 @@ class NpuPlatform:
             graph.replay()
 
         return replay
-
-    def upload(self, values: Any, dtype: torch.dtype) -> Tensor:
-        return torch.as_tensor(values, dtype=dtype).pin_memory().to(self.device, non_blocking=True)
-
-    def write(self, target: Tensor, values: Any) -> None:
-        target.copy_(torch.as_tensor(values, dtype=target.dtype).pin_memory(), non_blocking=True)
-
-    def read_back(self, tensor: Tensor) -> HostCopy:
-        return _PinnedCopy(tensor)
-
-    def memory_budget(self, utilization: float) -> MemoryBudget:
-        free_bytes, total_bytes = _torch.npu.mem_get_info(self.device)
-        stats = _torch.npu.memory_stats(self.device)
-        return budget(
-            utilization,
-            free_bytes=free_bytes,
-            total_bytes=total_bytes,
-            reserved_bytes=stats["reserved_bytes.all.current"],
-            allocated_bytes=stats["allocated_bytes.all.current"],
-            peak_bytes=stats["allocated_bytes.all.peak"],
-        )
-
-    def cache_limit_bytes(self) -> int:
-        free_bytes, _ = _torch.npu.mem_get_info(self.device)
-        return free_bytes + _torch.npu.memory_reserved(self.device) - _torch.npu.memory_allocated(self.device)
-
-    def used_bytes(self) -> int:
-        free_bytes, total_bytes = _torch.npu.mem_get_info(self.device)
-        return total_bytes - free_bytes
-
-    def reset_peak(self) -> None:
-        _torch.npu.reset_peak_memory_stats(self.device)
-
-    def peak_bytes(self) -> int:
-        return _torch.npu.max_memory_allocated(self.device)
 
     def synchronize(self) -> None:
         # an engine that nobody closed is dropped as Python ends, when torch_npu is no longer whole
