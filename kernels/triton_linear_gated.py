@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanovllm.kernels.triton_common import finish, launch_options, num_multiprocessors, shared_memory_bytes
+from nanovllm.kernels.triton_common import dot, finish, launch_options, num_multiprocessors, shared_memory_bytes
 from nanovllm.kernels.triton_linear_many import SMALL_WEIGHT
 
 
@@ -56,14 +56,6 @@ def _load_rows(at_TC, real_T1, ALL: tl.constexpr):
         return tl.load(at_TC)
     else:
         return tl.load(at_TC, mask=real_T1, other=0.0)
-
-
-@triton.jit
-def _dot(w_OC, x_TC, acc_OT, UPCAST: tl.constexpr):
-    if UPCAST:  # the interpreter multiplies bf16 as raw integers
-        w_OC = w_OC.to(tl.float32)
-        x_TC = x_TC.to(tl.float32)
-    return tl.dot(w_OC, tl.trans(x_TC), acc_OT, input_precision="ieee")
 
 
 @triton.jit
@@ -120,9 +112,9 @@ def gated_linear_kernel(
         tl.extra.cuda.gdc_wait()
     for chunk in tl.range(0, DEPTH // COLUMNS, num_stages=STAGES):
         x_TC = _load_rows(x_at + chunk * COLUMNS, real_T1, ALL_ROWS)
-        acc_OT = _dot(tl.load(w_at + chunk * COLUMNS), x_TC, acc_OT, UPCAST)
+        acc_OT = dot(tl.load(w_at + chunk * COLUMNS), tl.trans(x_TC), acc_OT, UPCAST)
         if SECOND > 0:
-            more_OT = _dot(tl.load(more_at + chunk * COLUMNS), x_TC, more_OT, UPCAST)
+            more_OT = dot(tl.load(more_at + chunk * COLUMNS), tl.trans(x_TC), more_OT, UPCAST)
     _store(acc_OT, first_out, row_T, num_rows, bias_ptr, out_ptr, NUM_OUTS, HAS_BIAS)
     if SECOND > 0:
         _store(more_OT, second_out, row_T, num_rows, bias_ptr, out_ptr, NUM_OUTS, HAS_BIAS)

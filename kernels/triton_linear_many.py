@@ -23,7 +23,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanovllm.kernels.triton_common import arrival_counters, finish, launch_options, prefetch_rows, shared_memory_bytes
+from nanovllm.kernels.triton_common import (
+    arrival_counters,
+    dot,
+    finish,
+    launch_options,
+    prefetch_rows,
+    shared_memory_bytes,
+)
 
 MAX_ROWS = 256
 SMALL_WEIGHT = 6144 * 1024  # numbers: up to here cuBLAS is slower for any number of rows
@@ -55,14 +62,6 @@ def _load_chunk(at, chunk, d_C, real_L, DEPTH: tl.constexpr, COLUMNS: tl.constex
     else:
         mask_LC = real_L[:, None] & (chunk * COLUMNS + d_C < DEPTH)[None, :]
         return tl.load(at + chunk * COLUMNS, mask=mask_LC, other=0.0)
-
-
-@triton.jit
-def _dot(x_TC, w_OC, acc_TO, UPCAST: tl.constexpr):
-    if UPCAST:  # the interpreter multiplies bf16 as raw integers
-        x_TC = x_TC.to(tl.float32)
-        w_OC = w_OC.to(tl.float32)
-    return tl.dot(x_TC, tl.trans(w_OC), acc_TO, input_precision="ieee")
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -125,9 +124,11 @@ def many_rows_linear_kernel(
     acc_TO, up_TO = tl.zeros((ROWS, OUTS), tl.float32), tl.zeros((ROWS, OUTS), tl.float32)
     for chunk in tl.range(0, CHUNKS, num_stages=STAGES):
         x_TC = _load_chunk(x_at, chunk, d_C, real_T, DEPTH, COLUMNS, ALL_ROWS, EXACT)
-        acc_TO = _dot(x_TC, _load_chunk(w_at, chunk, d_C, real_O, DEPTH, COLUMNS, True, EXACT), acc_TO, UPCAST)
+        w_OC = _load_chunk(w_at, chunk, d_C, real_O, DEPTH, COLUMNS, True, EXACT)
+        acc_TO = dot(x_TC, tl.trans(w_OC), acc_TO, UPCAST)
         if SILU_MUL:
-            up_TO = _dot(x_TC, _load_chunk(up_at, chunk, d_C, real_O, DEPTH, COLUMNS, True, EXACT), up_TO, UPCAST)
+            up_OC = _load_chunk(up_at, chunk, d_C, real_O, DEPTH, COLUMNS, True, EXACT)
+            up_TO = dot(x_TC, tl.trans(up_OC), up_TO, UPCAST)
 
     if SPLITS > 1:
         part = num_rows * NUM_OUTS
