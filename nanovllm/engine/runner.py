@@ -171,6 +171,8 @@ class Runner:
                 step.build_hidden()
             else:
                 self.steps.decode(torch.full((size,), self.state.pad_row, device=self.platform.device))
+                if size == self.layout.decode_rows[0]:  # once: its kernels are the same for all
+                    self.filtered.warm_up()
         self.platform.synchronize()
 
     def rehearse_bucket(self, kind: str, size: int, rehearsal: Rehearsal) -> None:
@@ -188,7 +190,7 @@ class Runner:
                 with mode:
                     row_idx_R = torch.zeros(size, dtype=torch.int64, device=self.platform.device)
                 self.steps.decode(row_idx_R)
-                if size == self.layout.decode_rows[0]:  # once: its kernels are the same for all
+                if size == self.layout.decode_rows[0]:
                     self.filtered.rehearse(rehearsal)
 
     def measure_stall(self, max_ms: float) -> StallBound:

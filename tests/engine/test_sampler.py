@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanovllm.engine import sampler
 from nanovllm.kernels import cpu_kernels, ops
@@ -186,6 +188,26 @@ def test_filters_keep_what_the_plain_algorithm_keeps(vocab_size: int) -> None:
         kept = set(torch.isfinite(kept_RV[row]).nonzero().flatten().tolist())
         assert kept == plain_filter(logits_RV[row].numpy(), top_k, top_p, min_p), FILTERS[row]
         assert torch.equal(kept_RV[row][sorted(kept)], logits_RV[row][sorted(kept)])
+
+
+def test_a_filtered_choice_calls_the_ops_that_are_rehearsed() -> None:
+    """So that on a GPU their kernels are compiled before the first request wants them."""
+    called: list[tuple[object, list[torch.dtype]]] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function.namespace == "nanovllm":
+                called.append((function, [tensor.dtype for tensor in args]))
+            return function(*args, **(kwargs or {}))
+
+    one_R, some_R = rows(1.0, 2), rows(5, 2, torch.int64)
+    with Watch():
+        sampler.sample_filtered(random_logits(2, 19), one_R, one_R, one_R, one_R, some_R, some_R)
+    visited: list[tuple[object, list[torch.dtype]]] = []
+    sampler.rehearse_filtered(
+        lambda op, args, kwargs: visited.append((op, [tensor.dtype for tensor in args])), random_logits(2, 19), one_R
+    )
+    assert visited == called and len(called) == 2
 
 
 def test_of_equal_logits_the_smaller_ids_stay() -> None:

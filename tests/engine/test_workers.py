@@ -136,7 +136,7 @@ def test_rehearsed_launches_ask_for_the_kernels_that_real_ones_need(tmp_path: Pa
     assert [programs for programs, *_ in found["numbers"]] == [5, 3, 2, 4, 4, 4]
     assert all(kernels == 0 for *_, kernels in found["numbers"]) and found["compiled_before"] == 0
     assert {"decode_kernel", "prefill_kernel", "few_rows_linear_kernel", "many_rows_linear_kernel", "advance_kernel",
-            "best_of_span_kernel", "qk_norm_rope_store_kernel"} <= set(found["names"])  # fmt: skip
+            "best_of_span_kernel", "qk_norm_rope_store_kernel", "keep_likely_kernel"} <= set(found["names"])  # fmt: skip
     assert found["files"] == [".cubin", ".json", ".source"], "the other stages are for people, and not kept"
     assert found["compiled"] == found["requests"], "no two requests are for one kernel"
     assert found["launchers"] == found["requests"], "what is left to do at a launch is done as well"
