@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensorMode, fake_tensor
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
@@ -28,10 +28,11 @@ class Rehearsal:
     `kernels` are requests for `compile`, each with the length of its source: what takes longest to compile is long.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.kernels: dict[str, int] = {}
-        triton_common.arrival_counters(device, 1)  # which are made once and kept: not among fakes
+        # Fake tensors of a GPU make its context, which gradients would want. Nothing here does, and to end it takes long.
+        fake_tensor.init_gpu_context = lambda device: None  # type: ignore[assignment]
 
     def visit(self, op: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
         """The result of a call as a step makes it, on fakes: an op of ours runs as on the device up to its launches."""
@@ -58,11 +59,11 @@ class Rehearsal:
             self.kernels[_request(kernel, dict(zip(kernel.arg_names, args)) | kwargs)] = len(kernel.src)
 
         launch = JITFunction.run
-        JITFunction.run = keep
+        JITFunction.run, triton_common.counters_are_fake = keep, True
         try:
             yield
         finally:
-            JITFunction.run = launch
+            JITFunction.run, triton_common.counters_are_fake = launch, False
 
 
 class _Pointer:

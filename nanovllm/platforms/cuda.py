@@ -57,7 +57,7 @@ class CudaPlatform(Accelerator):
     def __init__(self, index: int = 0) -> None:
         self.device = torch.device("cuda", index)
         self._pool: Any = None
-        self._capture_stream = torch.cuda.Stream(self.device)
+        self._capture_stream: Any = None
         self.supported_dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16)
         if torch.cuda.get_device_capability(self.device) >= (8, 0):
             self.supported_dtypes += (torch.bfloat16,)
@@ -119,7 +119,7 @@ class CudaPlatform(Accelerator):
     def rehearsal(self) -> Rehearsal | None:
         from nanovllm.kernels import triton_rehearsal
 
-        return triton_rehearsal.Rehearsal(self.device)
+        return triton_rehearsal.Rehearsal()
 
     def kernels_compiled(self) -> list[str]:
         from nanovllm.kernels import triton_build
@@ -132,7 +132,7 @@ class CudaPlatform(Accelerator):
     def capture(self, step: Callable[[], None]) -> Replay:
         torch.cuda.synchronize()
         if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
+            self._pool, self._capture_stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         # by hand, on the stream that torch's context manager takes: that one collects garbage each time, for 0.2 s
         self._capture_stream.wait_stream(current)

@@ -18,7 +18,7 @@ from triton.runtime import driver
 
 from nanovllm import EngineConfig
 from nanovllm.engine import precompile, startup
-from nanovllm.kernels import triton_build, triton_common, triton_kernels, triton_rehearsal, triton_step
+from nanovllm.kernels import triton_build, triton_kernels, triton_rehearsal, triton_step
 from nanovllm.models import weights
 from nanovllm.platforms.cuda import CudaPlatform
 from tests.conftest import save_tiny
@@ -62,9 +62,6 @@ def make_up_device() -> None:
     driver.set_active(Driver(target))  # type: ignore[arg-type]
     torch.cuda.get_device_properties = lambda device=None: properties  # type: ignore[assignment]
     torch.cuda.get_device_capability = lambda device=None: (9, 0)  # type: ignore[assignment]
-    torch.cuda.is_current_stream_capturing = lambda: False  # type: ignore[assignment]
-    torch.cuda.current_stream = lambda device=None: SimpleNamespace(cuda_stream=0)  # type: ignore[assignment]
-    triton_common._counters[DEVICE] = torch.zeros(128, 4096, dtype=torch.int32)
     startup.select_platform = lambda config: Platform()
 
     def empty(model: Any, cfg: Any, device: torch.device, seed: int, progress: Any, quantization: Any) -> Any:
