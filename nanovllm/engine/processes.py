@@ -117,7 +117,7 @@ def begin(config: EngineConfig) -> Server | None:
 
 
 def start(config: EngineConfig, count: int) -> list[Process]:
-    """Processes that import what they need, make the device ready, and wait for their first bucket."""
+    """Processes that import what they need and wait for their first bucket."""
     if count > 1 and sys.platform == "linux":
         return Server(config, count).fork(count)
     return [_spawn(config) for _ in range(count)]

@@ -170,7 +170,7 @@ def _early_processes(
     config: EngineConfig, store: Store, platform: Platform, server: Server | None
 ) -> list[processes.Process]:
     """Processes that will compile, started before anything is known of the model, where the store is quite empty: they
-    import what they need, and make the device ready, while this process reads the config."""
+    import what they need while this process reads the config."""
     is_wanted = not config.enforce_eager and config.compile_cache_mode == "auto" and not any(store.entries())
     count = platform.compile_workers(0, 0) if is_wanted else 0
     if server is None:

@@ -70,9 +70,7 @@ class Replay(Protocol):
 class Rehearsal(Protocol):
     """Runs steps on fake tensors, made under `mode`, to find the kernels that they would launch."""
 
-    kernels: dict[
-        str, int
-    ]  # what was found: requests to compile one, each with a number that grows with the time it takes
+    kernels: dict[str, int]  # what was found: requests to compile one, each with a number that grows with its time
 
     @property
     def mode(self) -> AbstractContextManager[Any]: ...
