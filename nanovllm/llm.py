@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -30,10 +31,14 @@ class LLM:
         config = EngineConfig.from_options(model, options)
         server = processes.begin(config)
         wait = ahead.begin(config.device)
-        # here, since it imports torch: the others begin beside that
-        from nanovllm.engine.engine import LLMEngine
+        with ExitStack() as stack:
+            if server is not None:
+                stack.callback(server.end)
+            # here, since it imports torch: the others begin beside that
+            from nanovllm.engine.engine import LLMEngine
 
-        wait()
+            wait()
+            stack.pop_all()  # from here on the engine ends it
         self.engine: LLMEngine = LLMEngine(model, server=server, **options)
 
     def close(self) -> None:

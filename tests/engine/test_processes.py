@@ -185,6 +185,21 @@ def test_a_start_uses_its_server_or_ends_it(
 
 
 @on_linux
+def test_an_import_that_fails_leaves_no_server(tmp_path: Path, driver: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when Ctrl-C comes while torch is imported."""
+    server = processes.Server(EngineConfig("tiny-qwen3", **OPTIONS), 2)
+    ends = [end for three in server._ours for end in three]
+    monkeypatch.setattr(processes, "begin", lambda config: server)
+    monkeypatch.setitem(sys.modules, "nanovllm.engine.engine", None)
+    with pytest.raises(ImportError):
+        LLM("tiny-qwen3", **OPTIONS, compile_cache=tmp_path / "store")
+    assert server.process.returncode == -signal.SIGKILL
+    for end in ends:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(end)
+
+
+@on_linux
 def test_a_start_that_fails_leaves_no_server(tmp_path: Path, driver: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[processes.Server] = []
     server = processes.Server
