@@ -8,6 +8,9 @@ Prints one line per start and, last, JSON: seconds in total and by part. "python
 "imports" (torch and our engine; the last line has torch's alone) and "weights" are the parts that no store can save;
 "cache", "prefill" and "decode" hold loading (or, cold, compiling) programs and kernels, running each bucket once, and
 captures. Files that were just written are in the page cache, so reading weights is a copy from memory.
+
+What is installed has bytecode here, as pip leaves it. Some containers have none and forbid Python to write any
+(PYTHONDONTWRITEBYTECODE): --installed-as-is measures what a start takes there.
 """
 
 from __future__ import annotations
@@ -37,6 +40,13 @@ SHAPES: dict[str, dict[str, Any]] = {
     "Qwen3-8B": {**QWEN3, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
                  "num_attention_heads": 32, "tie_word_embeddings": False},
 }  # fmt: skip
+IMPORT_TORCH = "import time; begun = time.perf_counter(); import torch; print(time.perf_counter() - begun)"
+IMPORT_ALL = """
+import tokenizers, torch, torch._inductor.compile_fx, transformers
+from transformers import AutoConfig, AutoTokenizer
+from nanovllm.platforms import forking
+forking.import_compilers()
+"""
 EMBEDDED = ROOT / "nanovllm" / "assets" / "tiny-qwen3"
 
 
@@ -73,15 +83,23 @@ def child(model: str, options: dict[str, Any], started: float) -> None:
     print("RESULT " + json.dumps(report), flush=True)
 
 
-def start(model: Path, store: Path, options: dict[str, Any], log_to: Path | None) -> dict[str, Any]:
-    """Spawn one start, its log appended to a file. No cache but the store: Triton's and Inductor's folders lie in it."""
-    unset = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "NANOVLLM_CACHE")
+def environment_of_starts(bytecode: Path | None) -> dict[str, str]:
+    """No cache but the store: Triton's and Inductor's folders lie in it. Bytecode, if any, is kept in a folder of its own."""
+    unset = ["TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "NANOVLLM_CACHE"]
+    unset += ["PYTHONDONTWRITEBYTECODE"] if bytecode is not None else []
     environment = {name: value for name, value in os.environ.items() if name not in unset}
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return environment if bytecode is None else {**environment, "PYTHONPYCACHEPREFIX": str(bytecode)}
+
+
+def start(
+    model: Path, store: Path, options: dict[str, Any], environment: dict[str, str], log_to: Path | None
+) -> dict[str, Any]:
+    """Spawn one start, its log appended to a file."""
     job = json.dumps({"model": str(model), "options": {**options, "compile_cache": str(store)}, "started": time.time()})
     done = subprocess.run(
         [sys.executable, __file__, "--child", job],
-        env={**environment, "PYTHONPATH": os.pathsep.join(paths)},
+        env=environment,
         capture_output=True,
         text=True,
     )
@@ -142,6 +160,7 @@ def main() -> None:
         "--log", type=Path, help="a file for the starts' logs (NANOVLLM_LOG_LEVEL=DEBUG: also the workers')"
     )
     parser.add_argument("--warm", type=int, default=3, help="starts with the full store")
+    parser.add_argument("--installed-as-is", action="store_true", help="write no bytecode where there is none")
     args = parser.parse_args()
     if args.child:
         job = json.loads(args.child)
@@ -158,21 +177,23 @@ def main() -> None:
             config = json.loads((EMBEDDED / "config.json").read_text()) if args.shape == "tiny" else SHAPES[args.shape]
             model = write_checkpoint(scratch / "one", config, 0)
             other = write_checkpoint(scratch / "other", config, 1)
+        environment = environment_of_starts(None if args.installed_as_is else scratch / "bytecode")
         # what this machine has never read, a first import pays for
-        subprocess.run([sys.executable, "-c", "import torch, transformers, tokenizers"], check=True)
+        subprocess.run([sys.executable, "-c", IMPORT_ALL], env=environment, check=True)
         store = scratch / "store"
-        results = {"cold": start(model, store, options, args.log)}
+        results = {"cold": start(model, store, options, environment, args.log)}
         show("cold", results["cold"])
         for i in range(args.warm):
-            results[f"warm_{i + 1}"] = start(model, store, options, args.log)
+            results[f"warm_{i + 1}"] = start(model, store, options, environment, args.log)
             show(f"warm {i + 1}", results[f"warm_{i + 1}"])
         if other is not None:
             # which stops, and names what is missing, where the store does not serve it as well
-            results["other_checkpoint"] = start(other, store, {**options, "compile_cache_mode": "require"}, args.log)
+            required = {**options, "compile_cache_mode": "require"}
+            results["other_checkpoint"] = start(other, store, required, environment, args.log)
             show("other checkpoint", results["other_checkpoint"])
         warm = [results[f"warm_{i + 1}"] for i in range(args.warm)]
-        import_torch = "import time; begun = time.perf_counter(); import torch; print(time.perf_counter() - begun)"
-        alone = subprocess.run([sys.executable, "-c", import_torch], check=True, capture_output=True, text=True)
+        import_torch = [sys.executable, "-c", IMPORT_TORCH]
+        alone = subprocess.run(import_torch, env=environment, check=True, capture_output=True, text=True)
         print(f"import torch, in a process of its own: {float(alone.stdout):.2f} s", flush=True)
         summary = {
             "model": args.shape or str(args.model),
@@ -182,6 +203,7 @@ def main() -> None:
                 result["total"] - result["seconds"]["imports"] - result["seconds"]["weights"] for result in warm
             ),
             "import_torch_s": float(alone.stdout),
+            "bytecode": "as installed" if args.installed_as_is else "written",
             "same_tokens": all(result["tokens"] == results["cold"]["tokens"] for result in warm),
             "starts": results,
         }

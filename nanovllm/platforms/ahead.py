@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib.util
+import logging
 import os
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 # There where a driver is: NVIDIA's, AMD's, and either under WSL. Whether torch can use the device is found out later.
 DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
@@ -26,6 +29,7 @@ def begin(device: str) -> Callable[[], None]:
 
     To be called of the result: once torch is imported, and before anything is written to the environment.
     """
+    _say_where_bytecode_is_missing()
     if not may_have_gpu(device):
         return lambda: None
     threading.Thread(target=_import_triton, daemon=True).start()
@@ -37,6 +41,19 @@ def begin(device: str) -> Callable[[], None]:
     opening = threading.Thread(target=_open_device, args=(int(device.partition(":")[2] or 0),), daemon=True)
     opening.start()
     return opening.join
+
+
+def _say_where_bytecode_is_missing() -> None:
+    """torch is a thousand files of Python. Many containers have them without bytecode, and tell Python to write none."""
+    torch = None if "torch" in sys.modules else importlib.util.find_spec("torch")
+    if torch is None or torch.origin is None or os.path.exists(importlib.util.cache_from_source(torch.origin)):
+        return
+    site = Path(torch.origin).parents[1]
+    if sys.dont_write_bytecode or not (sys.pycache_prefix or os.access(site, os.W_OK)):
+        logger.info(
+            "torch has no bytecode and every start compiles it anew, which takes some seconds; "
+            "once and for all: %s -m compileall -q -j 0 %s", sys.executable, site,
+        )  # fmt: skip
 
 
 def _import_triton() -> None:

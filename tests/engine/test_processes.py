@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import signal
@@ -53,6 +54,25 @@ def test_a_device_is_opened_beside_the_import_of_torch(driver: Path, monkeypatch
     driver.unlink()
     ahead.begin("auto")()
     assert opened == [0, 0, 3]
+
+
+def test_a_start_says_that_torch_has_no_bytecode(tmp_path: Path) -> None:
+    """As in a container where Python is told to write none: here it is looked for in a folder that is empty."""
+    code = "from nanovllm import log; from nanovllm.platforms import ahead; log.configure(); ahead.begin('cpu')"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONPYCACHEPREFIX": str(tmp_path)}
+
+    def said(**more: str) -> str:
+        command = [sys.executable, "-c", code]
+        return subprocess.run(command, env=environment | more, capture_output=True, text=True, check=True).stderr
+
+    hint = said(PYTHONDONTWRITEBYTECODE="1")
+    assert "-m compileall -q -j 0 " in hint and "site-packages" in hint
+    assert said(PYTHONDONTWRITEBYTECODE="") == "", "the first import writes it"
+    torch_file = importlib.util.find_spec("torch").origin  # type: ignore[union-attr]
+    cached = tmp_path / torch_file.removeprefix("/")  # type: ignore[union-attr]
+    cached.parent.mkdir(parents=True)
+    cached.with_name(f"__init__.{sys.implementation.cache_tag}.pyc").touch()
+    assert said(PYTHONDONTWRITEBYTECODE="1") == ""
 
 
 def test_a_driver_that_is_not_there_is_no_error() -> None:
