@@ -88,7 +88,7 @@ POINTERS = {
     },
     "*i32": {
         "table_ptr", "seq_len_ptr", "q_start_ptr", "arrived_ptr", "best_token_ptr", "out_table_ptr", "out_seq_len_ptr",
-        "out_q_start_ptr",
+        "out_q_start_ptr", "few_token_ptr",
     },
     "*i64": {
         "pos_ptr", "slot_ptr", "seed_ptr", "token_ptr", "row_idx_ptr", "new_token_ptr", "out_token_ptr", "out_pos_ptr",
@@ -204,7 +204,9 @@ def steps() -> Iterator[Build]:
     yield Build("best_of_row", triton_sample.best_of_row_kernel, {"SPANS_P": 256}, 4, out="*i64")
     for dtype in ("fp32", "bf16"):
         tile = {"TILE": triton_filter.TILE}
-        yield Build(f"keep_likely {dtype}", triton_filter.keep_likely_kernel, tile, 8, dtype=dtype)
+        yield Build(
+            f"keep_likely {dtype}", triton_filter.keep_likely_kernel, tile, triton_filter.NUM_WARPS, dtype=dtype
+        )
     inputs = {"BLOCKS": 640, "BLOCK_SIZE": 64, "PIECE": 1024}
     yield Build("decode_inputs", triton_step.decode_inputs_kernel, inputs, 4)
     rows = {"FIELDS": 4, "ROWS": triton_step.ROWS}
@@ -249,7 +251,7 @@ def compile_build(build: Build, target: Target) -> Any:
     attributes = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(arguments)
-        if name.endswith("_ptr") or ("_stride" in name and name != "table_stride")
+        if name.endswith("_ptr") or ("_stride" in name and name != "table_stride") or name == "vocab_size"
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     options: dict[str, Any] = {"num_warps": build.num_warps, "num_stages": build.num_stages}
