@@ -7,7 +7,9 @@ each kernel need be compiled only once, by whoever has time. Should this miss on
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import functools
 import importlib
 import json
 from collections.abc import Iterator
@@ -25,7 +27,8 @@ from nanovllm.kernels import ops, triton_common
 class Rehearsal:
     """Takes the calls of steps on fake tensors, and keeps what was not launched.
 
-    `kernels` are requests for `compile`, each with the length of its source: what takes longest to compile is long.
+    `kernels` are requests for `compile`, each with the length of its source: what takes longest to compile is long. Triton puts
+    the functions that a kernel calls in their places, so theirs counts as often as they are called.
     """
 
     def __init__(self) -> None:
@@ -56,7 +59,7 @@ class Rehearsal:
     @contextlib.contextmanager
     def _keeping_launches(self) -> Iterator[None]:
         def keep(kernel: Any, *args: Any, grid: object, warmup: bool, **kwargs: Any) -> None:
-            self.kernels[_request(kernel, dict(zip(kernel.arg_names, args)) | kwargs)] = len(kernel.src)
+            self.kernels[_request(kernel, dict(zip(kernel.arg_names, args)) | kwargs)] = _inlined_length(kernel)
 
         launch = JITFunction.run
         JITFunction.run, triton_common.counters_are_fake = keep, True
@@ -79,6 +82,14 @@ class _Pointer:
     def ptr_range(self) -> int:
         """For AMD: with less than 2 GiB behind it offsets are 32 bits wide. Triton's own stand-in says so, too."""
         return 0
+
+
+@functools.cache
+def _inlined_length(kernel: JITFunction[Any]) -> int:
+    """Characters of its source, with that of our functions in place of each call."""
+    calls = (node.func for node in ast.walk(kernel.parse()) if isinstance(node, ast.Call))
+    called = (kernel.fn.__globals__.get(name.id) for name in calls if isinstance(name, ast.Name))
+    return len(kernel.src) + sum(_inlined_length(one) for one in called if isinstance(one, JITFunction))
 
 
 def _request(kernel: Any, arguments: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ leaves its programs and names the kernels, which any process can then compile.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -114,18 +115,18 @@ class Builder:
         self._rehearsal = platform.rehearsal()
 
     def do(self, verb: str, what: Any) -> Any:
-        """Of a kernel the seconds that it took; of a bucket the numbers of an `Outcome`, the kernels that were found, and,
-        where it was to be rehearsed and could not, why."""
+        """Of a kernel the seconds that it took; of a bucket the numbers of an `Outcome`, the kernels that were found, whether
+        the device has run it, and, where it was to be rehearsed and could not, why."""
         started = time.perf_counter()
         if verb == "compile":
             assert self._rehearsal is not None
             self._rehearsal.compile(what)
             return round(time.perf_counter() - started, 3)
-        numbers, kernels, problem = self._bucket(verb, *what)
+        numbers, kernels, has_run, problem = self._bucket(verb, *what)
         numbers.append(round(time.perf_counter() - started, 3))
-        return {"numbers": numbers, "kernels": kernels, "problem": problem}
+        return {"numbers": numbers, "kernels": kernels, "has_run": has_run, "problem": problem}
 
-    def _bucket(self, verb: str, kind: str, size: int) -> tuple[list[float], dict[str, int], str | None]:
+    def _bucket(self, verb: str, kind: str, size: int) -> tuple[list[float], dict[str, int], bool, str | None]:
         problem = None
         if verb == "rehearse" and self._rehearsal is not None:
             rehearsal = self._rehearsal
@@ -134,11 +135,11 @@ class Builder:
                 numbers = self._counted(
                     self._fakes.compiler, lambda: self._fakes.rehearse_bucket(kind, size, rehearsal)
                 )
-                return numbers, dict(rehearsal.kernels), None
+                return numbers, dict(rehearsal.kernels), False, None
             except Exception as error:  # whatever does not go on fake tensors goes on real ones
                 logger.debug("%s %d is run, since it cannot be rehearsed", kind, size, exc_info=True)
                 problem = " ".join(f"{type(error).__name__}: {error}".split())
-        return self._counted(self._runner.compiler, lambda: self._runner.run_bucket(kind, size)), {}, problem
+        return self._counted(self._runner.compiler, lambda: self._runner.run_bucket(kind, size)), {}, True, problem
 
     def _counted(self, compiler: Compiler, build: Callable[[], object]) -> list[float]:
         """Programs compiled, programs found, and kernels compiled by `build`."""
@@ -167,11 +168,15 @@ class Builder:
         return rebuild(program.result, program.run.step_through(tensors(inputs), self._rehearsal.visit))
 
 
-def _fork(ends: Sequence[Sequence[int]]) -> bool:
+def _fork(config: EngineConfig, ends: Sequence[Sequence[int]]) -> bool:
     """Fork as many processes as stdin says, none if it ends without a word; three of pipe ends become the stdin, stdout and
     stderr of each. In those True; in the process that forks False, once all have ended."""
     forking.import_compilers()
     trace(lambda x: x + 1, {"x": torch.zeros(2, 2)}, varying=("x",))  # the first makes tables that the others use
+    with contextlib.suppress(OSError, ValueError):  # a store that cannot be used: the process that asks says so
+        artifacts.open_store(config, env.read(), must_keep=True)
+        forking.build_driver()
+    gc.freeze()  # collecting would write to every object, and so copy all memory for each process
     wanted = ends[: int(os.read(0, 16) or 0)]  # not by `sys.stdin`, which the forks use and which reads ahead
     for own in wanted:
         if os.fork() == 0:
@@ -192,7 +197,7 @@ def _close(ends: Sequence[Sequence[int]]) -> None:
         os.close(one)
 
 
-def _work(started: float, job: str) -> None:
+def _work(started: float, config: EngineConfig) -> None:
     """One process: a line with a bucket, and a line back once it is done; before the first a line with the seconds that it
     took to be ready. `started` is the time at which it was spawned."""
     seconds = {"imports": time.time() - started}
@@ -200,7 +205,6 @@ def _work(started: float, job: str) -> None:
     os.dup2(2, 1)  # whatever else prints, prints to stderr
     log.configure()
     lap = time.perf_counter()
-    config = EngineConfig(**json.loads(job))
     platform = startup.select_platform(config)
     # What can be done before anything is known of the model. No context of the device: who only rehearses and compiles needs
     # none, and to end fourteen takes two seconds, for which the first process has to wait.
@@ -215,11 +219,12 @@ def _work(started: float, job: str) -> None:
 def main() -> None:
     """Arguments: the time at which it was spawned, the options as JSON, and for each process that it may fork three pipe
     ends."""
+    config = EngineConfig(**json.loads(sys.argv[2]))
     ends = [[int(one) for one in three.split(",")] for three in sys.argv[3:]]
-    if ends and not _fork(ends):
+    if ends and not _fork(config, ends):
         return
     try:
-        _work(float(sys.argv[1]), sys.argv[2])
+        _work(float(sys.argv[1]), config)
     except BaseException:
         traceback.print_exc()
     finally:

@@ -121,6 +121,7 @@ class Workers:
         self._done: queue.SimpleQueue[Outcome | WorkerFailed | _Answer] = queue.SimpleQueue()
         self._doing: dict[int, Task] = {}  # by the number of the process
         self._has_warned = False
+        self._used_device = False
         self._created = time.perf_counter()
         count = min(count, len(buckets))
         self._processes = [*started, *processes.start(config, count - len(started))]
@@ -153,13 +154,14 @@ class Workers:
             elif isinstance(event, Outcome):
                 outcomes.append(event)
                 progress(event)
-        processes.end(self._processes, seconds=10)  # what they held of the device is free once they are gone
+        if self._used_device:
+            processes.end(self._processes, seconds=10)  # what they held of it is free once they are gone
         if failures:
             raise max(failures, key=lambda failure: len(str(failure)))  # who fails with another has less to say
         return outcomes
 
     def close(self) -> None:
-        """End processes that still run."""
+        """End processes that still run; those that have nothing left to do do so by themselves."""
         processes.end(self._processes)
 
     def _feed(self, number: int, process: Process) -> None:
@@ -188,6 +190,7 @@ class Workers:
                     outcome = Outcome(task.what, *answer["numbers"])
                     following = self._new_kernels(answer["kernels"])
                     self._log(number, "%s, %d new kernels", outcome, len(following))
+                    self._used_device |= answer["has_run"]
                     if answer["problem"] is not None:
                         self._warn_once(task, answer["problem"])
                     self._done.put(outcome)

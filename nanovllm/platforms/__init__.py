@@ -39,7 +39,7 @@ def select(
     if kind == "cuda" or (kind == "auto" and has_cuda):
         from nanovllm.platforms.cuda import CudaPlatform
 
-        if int(index or 0) >= torch.cuda.device_count():
+        if index and int(index) >= torch.cuda.device_count():
             raise ValueError(f"device {device!r} is not there: torch sees {torch.cuda.device_count()} CUDA device(s)")
         return CudaPlatform(int(index or 0))
     if kind in ("auto", "mps"):

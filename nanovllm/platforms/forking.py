@@ -5,6 +5,7 @@ Importing this does not import torch.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import threading
@@ -36,3 +37,15 @@ def import_compilers() -> None:
 
     if digest is not None:
         digest.join()  # what forks has one thread
+
+
+def build_driver() -> None:
+    """Have what Triton needs to speak to NVIDIA's driver compiled, into its folder, and loaded; the driver is not asked."""
+    import torch
+
+    if importlib.util.find_spec("triton") is None or torch.version.hip is not None:
+        return
+    with contextlib.suppress(Exception):  # no GPU, no C compiler: who needs it finds that, too, and says so
+        from triton.runtime import driver
+
+        driver.active.utils  # noqa: B018

@@ -102,7 +102,8 @@ def main(folder: Path) -> dict[str, Any]:
     )  # fmt: skip
     builder = precompile.Builder(config, Platform())
     answers = [builder.do("rehearse", bucket) for bucket in BUCKETS]
-    requests = sorted({name for answer in answers for name in answer["kernels"]})
+    lengths = {name: length for answer in answers for name, length in answer["kernels"].items()}
+    requests = sorted(lengths)
     compiled_before = len(triton_build.compiled())
     other = precompile.Builder(config, Platform())  # as in another process: it has seen no launch
     for one in requests:
@@ -117,6 +118,7 @@ def main(folder: Path) -> dict[str, Any]:
         "numbers": [answer["numbers"][:3] for answer in answers],
         "programs": len(list((folder / "store" / "entries").iterdir())),
         "requests": len(requests),
+        "longest": json.loads(max(lengths, key=lengths.__getitem__))["name"],
         "names": sorted({json.loads(one)["name"] for one in requests}),
         "files": sorted({path.suffix for path in (folder / "store" / "triton").glob("*/*")}),
         "launches": len(launches),

@@ -51,7 +51,8 @@ for line in sys.stdin:
         time.sleep(600)
     kernels = {{"shared": 7, f"own of {{what[1]}}": what[1], **({{"deadly": 99}} if what[1] == 32 else {{}})}}
     problem = "TypeError: no plan" if what[1] == 13 else None
-    answer = 0.1 if verb == "compile" else {{"numbers": [4, 0, 0, 0.2], "kernels": kernels, "problem": problem}}
+    found = {{"numbers": [4, 0, 0, 0.2], "kernels": kernels, "has_run": verb == "run" or what[1] == 13, "problem": problem}}
+    answer = 0.1 if verb == "compile" else found
     print("{ANSWER}" + json.dumps(answer), flush=True)
 """
 
@@ -107,6 +108,16 @@ def test_what_cannot_be_rehearsed_is_said_once(caplog: pytest.LogCaptureFixture)
     )
 
 
+@pytest.mark.parametrize(("rows", "rehearse", "waits"), [(4, True, False), (13, True, True), (4, False, True)])
+def test_the_end_of_a_process_is_waited_for_where_it_used_the_device(rows: int, rehearse: bool, waits: bool) -> None:
+    process = stub()
+    helpers = Workers(EngineConfig("tiny-qwen3"), [("decode", rows)], 1, [process], rehearse=rehearse)
+    helpers.wait(lambda outcome: None)
+    assert (process.parent.returncode == 0) == waits
+    helpers.close()
+    assert process.parent.returncode is not None
+
+
 def test_one_that_never_answers_is_given_up_and_what_it_did_is_named() -> None:
     processes = [stub(), stub()]
     helpers = Workers(EngineConfig("tiny-qwen3"), [("decode", 99), ("decode", 1)], 2, processes, rehearse=True)
@@ -137,6 +148,7 @@ def test_rehearsed_launches_ask_for_the_kernels_that_real_ones_need(tmp_path: Pa
     assert all(kernels == 0 for *_, kernels in found["numbers"]) and found["compiled_before"] == 0
     assert {"decode_kernel", "prefill_kernel", "few_rows_linear_kernel", "many_rows_linear_kernel", "advance_kernel",
             "best_of_span_kernel", "qk_norm_rope_store_kernel", "keep_likely_kernel"} <= set(found["names"])  # fmt: skip
+    assert found["longest"] == "keep_likely_kernel", "it is short, but what it calls is long, and it calls that often"
     assert found["files"] == [".cubin", ".json", ".source"], "the other stages are for people, and not kept"
     assert found["compiled"] == found["requests"], "no two requests are for one kernel"
     assert found["launchers"] == found["requests"], "what is left to do at a launch is done as well"
