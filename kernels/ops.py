@@ -111,9 +111,9 @@ sample = _define(
 )
 
 keep_likely = _define(
-    "keep_likely(Tensor scaled, Tensor top_k, Tensor top_p, Tensor min_p) -> Tensor",
+    "keep_likely(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p) -> Tensor",
     reference.keep_likely,
-    lambda scaled, top_k, top_p, min_p: torch.empty_like(scaled),
+    lambda logits, temperature, top_k, top_p, min_p: torch.empty_like(logits),
 )
 
 

@@ -237,11 +237,13 @@ def sample(logits_RV: Tensor, temperature_R: Tensor, seed_R: Tensor, pos_R: Tens
     return torch.where(is_greedy_R1, logits_RV, scaled_RV + noise_RV).argmax(-1)
 
 
-def keep_likely(scaled_RV: Tensor, top_k_R: Tensor, top_p_R: Tensor, min_p_R: Tensor) -> Tensor:
+def keep_likely(logits_RV: Tensor, temperature_R: Tensor, top_k_R: Tensor, top_p_R: Tensor, min_p_R: Tensor) -> Tensor:
     """Logits with everything outside min_p, then the top k, then the top p at −inf; top_k 0, top_p 1, min_p 0 are off.
 
-    The likeliest token always stays. Of tokens with the same logit the smaller ids count as likelier.
+    Probabilities are those at the temperature, at 0 as at 1. The likeliest token always stays. Of tokens with the same logit
+    the smaller ids count as likelier.
     """
+    scaled_RV = logits_RV.float() / torch.where(temperature_R == 0, 1.0, temperature_R).unsqueeze(1)
     sorted_RV, order_RV = scaled_RV.sort(dim=-1, descending=True, stable=True)
     rank_V = torch.arange(scaled_RV.shape[1], device=scaled_RV.device)
     floor_R1 = sorted_RV[:, :1] + torch.log(min_p_R).unsqueeze(1)  # log 0 = −inf: nothing is below it
@@ -251,7 +253,7 @@ def keep_likely(scaled_RV: Tensor, top_k_R: Tensor, top_p_R: Tensor, min_p_R: Te
     before_RV = prob_RV.cumsum(-1) - prob_RV  # probability of everything likelier
     kept_RV &= (before_RV < top_p_R.unsqueeze(1)) | (top_p_R >= 1).unsqueeze(1)
     kept_RV[:, 0] = True
-    return scaled_RV.masked_fill(~torch.zeros_like(kept_RV).scatter_(1, order_RV, kept_RV), float("-inf"))
+    return logits_RV.masked_fill(~torch.zeros_like(kept_RV).scatter_(1, order_RV, kept_RV), float("-inf"))
 
 
 _silu_mul = silu_mul  # the op below has an argument of that name

@@ -368,13 +368,12 @@ def bench_sample(rows: list[int], inductor_rows: list[int]) -> list[dict[str, fl
                 f"{wrong} tokens differ",
                 flush=True,
             )
-        given = [torch.full((num_rows,), value, device="cuda") for value in (20.0, 0.95, 0.0)]
-        scaled = [x.float() / 0.6 for x in logits]
-        different = triton_filter.keep_likely(scaled[0], *given) != reference.keep_likely(scaled[0], *given)
+        given = [torch.full((num_rows,), value, device="cuda") for value in (0.6, 20.0, 0.95, 0.0)]
+        different = triton_filter.keep_likely(logits[0], *given) != reference.keep_likely(logits[0], *given)
         row = {
             "rows": num_rows,
-            "filter": time_launches(triton_filter.keep_likely, [(x, *given) for x in scaled * 4]),
-            "sorting": time_launches(reference.keep_likely, [(x, *given) for x in scaled]),
+            "filter": time_launches(triton_filter.keep_likely, [(x, *given) for x in logits * 4]),
+            "sorting": time_launches(reference.keep_likely, [(x, *given) for x in logits]),
         }
         results.append(row)
         print(

@@ -1,7 +1,7 @@
 """The sampler for requests that want more than a temperature: filters, penalties, forbidden tokens, log-probabilities.
 
-It runs op by op between captured parts, on the logits of a whole bucket; plain requests never wait for it unless they
-share a batch with one that needs it.
+Decode steps with filters alone are recorded with them. All else runs op by op between captured parts, on the logits of a
+whole bucket; plain requests never wait for it unless they share a batch with one that needs it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,12 @@ TOP_P, MIN_P, TOP_K = (SAMPLING_FIELDS.index(name) for name in ("top_p", "min_p"
 def needs_filtering(request: Request) -> bool:
     """Whether this request's next token is beyond the plain sampler."""
     return not request.params.is_plain or _min_tokens_hold(request)
+
+
+def filters_suffice(request: Request) -> bool:
+    """Whether all that is asked of this request's next token lies in the state."""
+    params = request.params
+    return not (params.has_penalties or params.logprobs is not None or _min_tokens_hold(request))
 
 
 def _min_tokens_hold(request: Request) -> bool:
@@ -50,24 +56,26 @@ def copy_logprobs(platform: Platform, values: sampler.Logprobs) -> LogprobCopies
 class FilteredSampler:
     """Owns the token counts that penalties need; they are allocated when the first such request comes."""
 
-    def __init__(self, platform: Platform, state: DeviceState, vocab_size: int) -> None:
+    def __init__(self, platform: Platform, state: DeviceState, vocab_size: int, dtype: torch.dtype) -> None:
+        """`dtype` is that of the model's logits; after penalties they are fp32."""
         self.platform, self.state, self.vocab_size = platform, state, vocab_size
+        self._dtypes = dict.fromkeys((dtype, torch.float32))
         self._output_count_SV: Tensor | None = None
         self._in_prompt_SV: Tensor | None = None
 
     def warm_up(self) -> None:
         """Have what chooses loaded: the first request that wants it is not to wait."""
-        nothing_1 = torch.zeros(1, device=self.platform.device)
-        logits_1V = torch.zeros(1, self.vocab_size, device=self.platform.device)
-        none_1 = torch.zeros(1, dtype=torch.int64, device=self.platform.device)
-        sampler.sample_filtered(logits_1V, nothing_1, nothing_1, nothing_1 + 1, nothing_1, none_1, none_1)
+        pad_row_1 = torch.full((1,), self.state.pad_row, device=self.platform.device)
+        for dtype in self._dtypes:
+            self.choose(pad_row_1, torch.zeros(1, self.vocab_size, dtype=dtype, device=self.platform.device))
 
     def rehearse(self, rehearsal: Rehearsal) -> None:
         """Call the ops of `warm_up` with fake tensors."""
-        with rehearsal.mode:
-            one_1 = torch.ones(1, device=self.platform.device)
-            logits_1V = torch.ones(1, self.vocab_size, device=self.platform.device)
-        sampler.rehearse_filtered(rehearsal.visit, logits_1V, one_1)
+        for dtype in self._dtypes:
+            with rehearsal.mode:
+                one_1 = torch.ones(1, device=self.platform.device)
+                logits_1V = torch.ones(1, self.vocab_size, dtype=dtype, device=self.platform.device)
+            sampler.rehearse_filtered(rehearsal.visit, logits_1V, one_1)
 
     def admit(self, requests: Sequence[Request]) -> None:
         """Set the counts of rows that now belong to requests with penalties, from their prompts and known outputs."""
@@ -82,15 +90,12 @@ class FilteredSampler:
                 output = self.platform.upload(request.output_ids, torch.int64)
                 counts_SV[request.row].index_add_(0, output, torch.ones_like(output, dtype=counts_SV.dtype))
 
-    def sample(
-        self, requests: Sequence[Request], row_idx_R: Tensor, logits_RV: Tensor
-    ) -> tuple[Tensor, LogprobCopies | None]:
-        """Choose token_R for a bucket whose first rows are `requests`, advance the state, count the tokens."""
-        logits_RV = logits_RV.float()
-        adjusted_RV = self._forbid(requests, self._penalize(requests, row_idx_R, logits_RV))
+    def choose(self, row_idx_R: Tensor, logits_RV: Tensor) -> Tensor:
+        """token_R by the rows' filters, temperatures and seeds, and the state advanced; it knows no request, so it can be
+        recorded."""
         fields_RF = self.state.sampling_SF[row_idx_R]
         token_R = sampler.sample_filtered(
-            adjusted_RV,
+            logits_RV,
             temperature_R=fields_RF[:, 0],
             top_k_R=fields_RF[:, TOP_K],
             top_p_R=fields_RF[:, TOP_P],
@@ -98,11 +103,19 @@ class FilteredSampler:
             seed_R=self.state.seed_S[row_idx_R],
             pos_R=self.state.pos_S[row_idx_R] + 1,
         )
+        advance(self.state, row_idx_R, token_R)
+        return token_R
+
+    def sample(
+        self, requests: Sequence[Request], row_idx_R: Tensor, logits_RV: Tensor
+    ) -> tuple[Tensor, LogprobCopies | None]:
+        """Choose token_R for a bucket whose first rows are `requests`, advance the state, count the tokens."""
+        adjusted_RV = self._forbid(requests, self._penalize(requests, row_idx_R, logits_RV))
+        token_R = self.choose(row_idx_R, adjusted_RV)
         if any(request.params.has_penalties for request in requests):
             counts_SV, _ = self._tables()
             one = torch.ones_like(token_R, dtype=counts_SV.dtype)
             counts_SV.index_put_((row_idx_R, token_R), one, accumulate=True)
-        advance(self.state, row_idx_R, token_R)
         wanted = [request.params.logprobs for request in requests if request.params.logprobs is not None]
         if not wanted:
             return token_R, None

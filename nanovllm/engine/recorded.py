@@ -20,7 +20,8 @@ Record = Callable[[Callable[[], None]], Replay]
 
 
 class DecodeStep:
-    """R rows of the state, each fed its newest token; recorded with the sampler, and without when first asked for."""
+    """R rows of the state, each fed its newest token; recorded with the plain sampler, and with another or none when first
+    asked for."""
 
     def __init__(self, steps: Steps, platform: Platform, record: Record, num_rows: int) -> None:
         device = platform.device
@@ -30,6 +31,7 @@ class DecodeStep:
         self._steps, self._record = steps, record
         self._logits_RV: Tensor | None = None
         self._logits: Replay | None = None
+        self._filtered: Replay | None = None
         # The first run lies outside the record: Triton loads or compiles, cuBLAS picks its workspace.
         self._launch(steps.of_each_program())
         self.replay = record(self.launch)
@@ -51,6 +53,18 @@ class DecodeStep:
             self._logits()
         assert self._logits_RV is not None
         return self._logits_RV
+
+    def filtered(self, choose: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """The whole step, in which `choose`, given row_idx_R and the logits, chooses and advances the state."""
+
+        def launch() -> None:
+            self.token_R.copy_(choose(self.row_idx_R, self._steps.decode_logits(self.row_idx_R)))
+
+        if self._filtered is not None:
+            self._filtered()
+        else:
+            launch()  # outside the record, as above
+            self._filtered = self._record(launch)
 
     def launch(self) -> None:
         """The whole step, op by op."""

@@ -18,7 +18,13 @@ from nanovllm.compile.program import Compiler
 from nanovllm.compile.trace import tensors
 from nanovllm.engine import sampler
 from nanovllm.engine.batch import PrefillArrays, prefill_arrays
-from nanovllm.engine.filtered import FilteredSampler, LogprobCopies, copy_logprobs, needs_filtering
+from nanovllm.engine.filtered import (
+    FilteredSampler,
+    LogprobCopies,
+    copy_logprobs,
+    filters_suffice,
+    needs_filtering,
+)
 from nanovllm.engine.recorded import DecodeStep, PrefillStep
 from nanovllm.engine.request import Request
 from nanovllm.engine.scheduler import Chunk, DecodePlan, Plan, PrefillPlan
@@ -113,7 +119,7 @@ class Runner:
         self._record_prefill = record if records_prefill else _as_it_is
         self.state = new_state(layout.max_num_seqs, layout.blocks_per_row, platform.device)
         self.cos_sin_MH = rotary_table(cfg.inv_freq, cfg.rope_scale, layout.max_model_len, platform.device)
-        self.filtered = FilteredSampler(platform, self.state, cfg.vocab_size)
+        self.filtered = FilteredSampler(platform, self.state, cfg.vocab_size, cfg.dtype)
         self._scales: list[tuple[Tensor, ...]] = [() for _ in params.layers]
         if cfg.kv_dtype is torch.float8_e4m3fn:
             self._scales = [kv_scales(cfg, layer) for layer in params.layers]
@@ -288,12 +294,13 @@ class Runner:
         if self.platform.wants_lengths:
             num_padding = len(rows) - len(requests)
             self.platform.announce([request.num_computed for request in requests] + [1] * num_padding)
-        logprobs = None
-        if any(needs_filtering(request) for request in requests):
-            token_R, logprobs = self.filtered.sample(requests, step.row_idx_R, step.logits())
-        else:
+        token_R, logprobs = step.token_R, None
+        if not any(needs_filtering(request) for request in requests):
             step.replay()
-            token_R = step.token_R
+        elif not self.steps.whole and all(filters_suffice(request) for request in requests):
+            step.filtered(self.filtered.choose)
+        else:
+            token_R, logprobs = self.filtered.sample(requests, step.row_idx_R, step.logits())
         return Launched(requests, list(range(len(requests))), self.platform.read_back(token_R), logprobs, [])
 
     # prefill ----------------------------------------------------------------------------------------------------

@@ -38,7 +38,8 @@ class Penalties(NamedTuple):
 
 
 def penalize(logits_RV: Tensor, p: Penalties) -> Tensor:
-    """Repetition penalty on tokens of prompt and output, presence and frequency penalties on those of the output."""
+    """Repetition penalty on tokens of prompt and output, presence and frequency penalties on those of the output; in fp32."""
+    logits_RV = logits_RV.float()
     generated_RV = p.output_count_RV > 0
     repeated_RV = torch.where(logits_RV > 0, logits_RV / p.repetition_R1, logits_RV * p.repetition_R1)
     logits_RV = torch.where(generated_RV | p.in_prompt_RV, repeated_RV, logits_RV)
@@ -54,15 +55,14 @@ def sample_filtered(
     seed_R: Tensor,
     pos_R: Tensor,
 ) -> Tensor:
-    """`sample` among the tokens that `keep_likely` leaves after the division by temperature."""
-    divisor_R1 = torch.where(temperature_R == 0, 1.0, temperature_R).unsqueeze(1)
-    scaled_RV = ops.keep_likely(logits_RV / divisor_R1, top_k_R, top_p_R, min_p_R)
-    return ops.sample(scaled_RV, (temperature_R != 0).to(temperature_R.dtype), seed_R, pos_R)
+    """`sample` among the tokens that `keep_likely` leaves."""
+    kept_RV = ops.keep_likely(logits_RV, temperature_R, top_k_R, top_p_R, min_p_R)
+    return ops.sample(kept_RV, temperature_R, seed_R, pos_R)
 
 
 def rehearse_filtered(visit: Callable[..., object], logits_RV: Tensor, one_R: Tensor) -> None:
     """Give `visit` the calls of our ops that `sample_filtered` makes."""
-    visit(ops.keep_likely, [logits_RV, one_R, one_R, one_R], {})
+    visit(ops.keep_likely, [logits_RV, one_R, one_R, one_R, one_R], {})
     visit(ops.sample, [logits_RV, one_R, one_R.long(), one_R.long()], {})
 
 

@@ -58,6 +58,7 @@ class CudaPlatform(Accelerator):
         self.device = torch.device("cuda", index)
         self._pool: Any = None
         self._capture_stream: Any = None
+        self._first_graph: Any = None
         self.supported_dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16)
         if torch.cuda.get_device_capability(self.device) >= (8, 0):
             self.supported_dtypes += (torch.bfloat16,)
@@ -143,13 +144,14 @@ class CudaPlatform(Accelerator):
             finally:
                 graph.capture_end()
         current.wait_stream(self._capture_stream)
+        self._first_graph = self._first_graph or graph  # a pool ends with the last graph in it, and takes no other then
         return graph.replay
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.device)
 
     def release(self) -> None:
-        self._pool = None
+        self._pool = self._first_graph = None
         torch.cuda.empty_cache()
 
 

@@ -108,17 +108,23 @@ def test_names_cannot_break_the_page() -> None:
     assert text.count("<script>") == 1 and "<b> model" not in text
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize(
     "bucket, num_regions, times", [(["--bs", "3"], 4, ["layer × 3"]), (["--tokens", "64"], 5, ["layer × 2", "last"])]
 )
 def test_the_page_shows_graphs_kernels_and_padding(
-    tmp_path: Path, bucket: list[str], num_regions: int, times: list[str], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    bucket: list[str],
+    num_regions: int,
+    times: list[str],
+    device: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     trace_file, out = tmp_path / "sizes.txt", tmp_path / "report.html"
     trace_file.write_text("1 2 3\n3 4 1\n")
     model = save_tiny(tmp_path / "model", num_hidden_layers=3)
     arguments = ["--model", str(model), *bucket, "-o", str(out), "--trace", str(trace_file), "--context", "19",
-                 "--device", "cpu", "--max-model-len", "64", "--max-num-seqs", "4",
+                 "--device", device, "--max-model-len", "64", "--max-num-seqs", "4",
                  "--max-num-batched-tokens", "64"]  # fmt: skip
     assert picture.main(arguments) == 0
     text = out.read_text(encoding="utf-8")

@@ -183,7 +183,7 @@ FILTERS = [
 def test_filters_keep_what_the_plain_algorithm_keeps(vocab_size: int) -> None:
     logits_RV = random_logits(len(FILTERS), vocab_size, seed=vocab_size)
     top_k_R, top_p_R, min_p_R = (torch.tensor(column, dtype=torch.float32) for column in zip(*FILTERS))
-    kept_RV = sampler.keep_likely(logits_RV, top_k_R, top_p_R, min_p_R)
+    kept_RV = sampler.keep_likely(logits_RV, torch.ones(len(FILTERS)), top_k_R, top_p_R, min_p_R)
     for row, (top_k, top_p, min_p) in enumerate(FILTERS):
         kept = set(torch.isfinite(kept_RV[row]).nonzero().flatten().tolist())
         assert kept == plain_filter(logits_RV[row].numpy(), top_k, top_p, min_p), FILTERS[row]
@@ -212,7 +212,8 @@ def test_a_filtered_choice_calls_the_ops_that_are_rehearsed() -> None:
 
 def test_of_equal_logits_the_smaller_ids_stay() -> None:
     logits_RV = torch.zeros(2, 19)
-    kept_RV = sampler.keep_likely(logits_RV, torch.tensor([5.0, 0.0]), torch.tensor([1.0, 0.5]), torch.zeros(2))
+    filters = torch.ones(2), torch.tensor([5.0, 0.0]), torch.tensor([1.0, 0.5]), torch.zeros(2)
+    kept_RV = sampler.keep_likely(logits_RV, *filters)
     assert torch.isfinite(kept_RV[0]).nonzero().flatten().tolist() == list(range(5))
     assert torch.isfinite(kept_RV[1]).nonzero().flatten().tolist() == list(range(10))
 
@@ -220,7 +221,8 @@ def test_of_equal_logits_the_smaller_ids_stay() -> None:
 def test_forbidden_tokens_do_not_come_back_through_a_filter() -> None:
     logits_RV = random_logits(1, 19)
     logits_RV[0, :16] = -INF
-    kept_RV = sampler.keep_likely(logits_RV, torch.tensor([8.0]), torch.tensor([0.999]), torch.tensor([0.0]))
+    filters = torch.ones(1), torch.tensor([8.0]), torch.tensor([0.999]), torch.tensor([0.0])
+    kept_RV = sampler.keep_likely(logits_RV, *filters)
     assert not torch.isfinite(kept_RV[0, :16]).any()
 
 

@@ -16,18 +16,20 @@ FILTERS = [
 ]  # fmt: skip
 
 
-def columns(filters: list[tuple[float, float, float]]) -> list[Tensor]:
-    return [torch.tensor(column, dtype=torch.float32, device=device) for column in zip(*filters, strict=True)]
+def columns(filters: list[tuple[float, float, float]], temperature: float = 1.0) -> list[Tensor]:
+    with_temperature = [(temperature, *one) for one in filters]
+    return [torch.tensor(column, dtype=torch.float32, device=device) for column in zip(*with_temperature, strict=True)]
 
 
-def check(logits_RV: Tensor, filters: list[tuple[float, float, float]]) -> None:
+def check(logits_RV: Tensor, filters: list[tuple[float, float, float]], temperature: float = 1.0) -> None:
     """What stays is the beginning of the tokens in order, as long as in fp64 but for top_p within rounding of its sums."""
-    kept_RV = triton_filter.keep_likely(logits_RV, *columns(filters))
+    kept_RV = triton_filter.keep_likely(logits_RV, *columns(filters, temperature))
     assert kept_RV.dtype is logits_RV.dtype
     for row, (top_k, top_p, min_p) in enumerate(filters):
         stays_V = kept_RV[row].isfinite()
         assert torch.equal(kept_RV[row][stays_V], logits_RV[row][stays_V])
-        sorted_V, order_V = logits_RV[row].double().sort(descending=True, stable=True)
+        scaled_V = logits_RV[row].double() / (temperature or 1.0)
+        sorted_V, order_V = scaled_V.sort(descending=True, stable=True)
         num = int(stays_V.sum())
         assert stays_V[order_V[:num]].all(), "not the likeliest, or of equal ones not the first"
         num_left = int((sorted_V >= sorted_V[0] + math.log(min_p)).sum()) if min_p else len(sorted_V)
@@ -45,6 +47,13 @@ def check(logits_RV: Tensor, filters: list[tuple[float, float, float]]) -> None:
 @pytest.mark.parametrize("vocab_size", [1, 2, 19, 989, 2049, 9890])
 def test_the_same_tokens_stay_as_by_sorting(vocab_size: int, spread: float) -> None:
     check(spread * torch.randn(len(FILTERS), vocab_size, device=device), FILTERS)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.25, 2.0])
+def test_probabilities_are_those_at_the_temperature(temperature: float) -> None:
+    """Powers of 2, which round nothing: equals stay equals."""
+    check(2.0 * torch.randn(len(FILTERS), 989, device=device), FILTERS, temperature)
+    check((3 * torch.randn(len(FILTERS), 989, device=device)).half(), FILTERS, temperature)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -91,7 +100,7 @@ def test_a_row_of_the_vocabulary_of_a_real_model() -> None:
 
 
 def test_no_rows() -> None:
-    assert triton_filter.keep_likely(torch.zeros(0, 5, device=device), *(torch.zeros(0, device=device),) * 3).shape == (
+    assert triton_filter.keep_likely(torch.zeros(0, 5, device=device), *(torch.zeros(0, device=device),) * 4).shape == (
         0,
         5,
     )
