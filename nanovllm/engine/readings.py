@@ -7,12 +7,14 @@ from and the versions of the libraries that read them.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
 import json
 import logging
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -51,10 +53,27 @@ def read_config(folder: Path, store: Store | None) -> Any:
         return StoredConfig(**attributes)
     from transformers import AutoConfig
 
-    hf = AutoConfig.from_pretrained(folder)
+    with _without_docstrings():
+        hf = AutoConfig.from_pretrained(folder)
     if store is not None and (content := _written(hf)) is not None:
         store.save(key, Artifact(CONFIG, CONFIG, content, None, {}))
     return hf
+
+
+@contextlib.contextmanager
+def _without_docstrings() -> Iterator[None]:
+    """transformers writes a config's class its docstring, for which up to 5.20 it imports all that generates text, and what
+    that imports: scipy, pandas and Dynamo, 2.3 s where they are installed."""
+    module = sys.modules.get("transformers.utils.auto_docstring")
+    write = getattr(module, "auto_class_docstring", None)
+    if module is None or write is None:
+        yield
+        return
+    module.auto_class_docstring = lambda cls, **_: cls  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        module.auto_class_docstring = write  # type: ignore[attr-defined]
 
 
 def _written(hf: Any) -> bytes | None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +79,24 @@ def test_a_kept_config_gives_the_same_model(
         assert read[0] == read[1]
     assert first.dtype == again.dtype and first.dtype in (None, torch.bfloat16, torch.float16)
     assert startup.eos_token_ids(folder, first) == startup.eos_token_ids(folder, again)
+
+
+def test_reading_a_config_writes_no_docstrings(tmp_path: Path) -> None:
+    """In a process of its own, which has not imported the class yet."""
+    code = """if True:
+        import sys
+        from pathlib import Path
+        from transformers import AutoConfig
+        from nanovllm.engine import readings
+        module = sys.modules["transformers.utils.auto_docstring"]
+        module.auto_class_docstring = write = lambda cls, **_: sys.exit("a docstring")
+        assert readings.read_config(Path(sys.argv[1]), None).vocab_size > 0
+        assert module.auto_class_docstring is write
+        del module.auto_class_docstring  # as where transformers has no such function
+        readings.read_config(Path(sys.argv[1]), None)
+        """
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    subprocess.run([sys.executable, "-c", code, str(EMBEDDED)], env=environment, timeout=100, check=True)
 
 
 def test_a_changed_config_is_read_anew(tmp_path: Path, store: Store) -> None:
