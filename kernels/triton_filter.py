@@ -2,12 +2,12 @@
 
 What the filters leave is the beginning of the tokens in order (logit descending, id ascending), so the last of them
 tells it all. Sorting 256 rows of 151,936 logits to find it moves gigabytes. Here a program has a row. It first looks for a
-logit above which everything lies that can stay, but few tokens, mostly at the first try, and copies these. Of up to FEW
-every two are compared. Of more, or of the row where there is no such logit, it asks for a value in question how many tokens
-and how much probability lie above it, and which values are next to it on both sides: bisection, in which every answer snaps to
-a value that is there, finds the smallest that stays. Sums run in a fixed order, so every run gives the same tokens.
+logit above which everything lies that can stay, but few tokens, mostly at the first try, and copies these. Of them, or of
+the row where there is none such, it asks for a value in question how many tokens and how much probability lie above it, and
+which values are next to it on both sides: bisection, in which every answer snaps to a value that is there, finds the
+smallest that stays. Sums run in a fixed order, so every run gives the same tokens.
 
-Shapes: R rows | V vocabulary | N tokens of a tile, as many as are copied at most | F, C see FEW and COMPARED
+Shapes: R rows | V vocabulary | N tokens of a tile, as many as are copied at most
 """
 
 from __future__ import annotations
@@ -27,9 +27,7 @@ NUM_STAGES = tl.constexpr(4)
 INFINITY = tl.constexpr(float("inf"))
 LARGEST = tl.constexpr(3.0e38)  # finite, as halves and differences have to be
 FIRST_STEP = tl.constexpr(8.0)  # so far below the best logit is looked first
-MAX_TRIES = tl.constexpr(4)
-FEW = tl.constexpr(512)  # tokens of which every two are compared
-COMPARED = tl.constexpr(32)  # tokens with which all of them are compared at a time
+MAX_TRIES = tl.constexpr(3)
 
 
 @triton.jit
@@ -158,9 +156,9 @@ def _nth_token(row_at, factor, num_tokens, value, num, TILE: tl.constexpr):
 
 @triton.jit
 def _narrow(row_at, factor, vocab_size, best, top_k, top_p, min_p, TILE: tl.constexpr):
-    """(value, tokens above it, probability of the whole row): everything that can stay lies above the value, and no more than
-    a tile of tokens, FEW if such is soon found. −inf where none was. top_k 0: off."""
-    found, num_found, whole = best - INFINITY, 0, 0.0
+    """(value, probability of the whole row): everything that can stay lies above the value, and no more than a tile of tokens.
+    −inf where none such was found. top_k 0: off."""
+    found, whole = best - INFINITY, 0.0
     least, most, step, tries = 0.0, INFINITY, FIRST_STEP, MAX_TRIES
     while tries > 0:
         tries -= 1
@@ -173,53 +171,27 @@ def _narrow(row_at, factor, vocab_size, best, top_k, top_p, min_p, TILE: tl.cons
         if top_k > 0:
             has_all = count.to(tl.float32) >= top_k
         if has_all & (count <= TILE):
-            found, num_found = value, count
-            tries = tl.where(count <= FEW, 0, tries)
+            found, tries = value, 0
         if has_all:
             most = step
         else:
             least = step
         step = tl.where(most == INFINITY, 2.0 * step, 0.5 * (least + most))
-    return found, num_found, whole
+    return found, whole
 
 
 @triton.jit
-def _least_of_few(few_at, few_token_at, factor, best, whole, top_k, top_p, min_p):
-    """(logit, id) of the last token that stays, of FEW or less: how many come before each, and with how much probability, by
-    comparing every two. `whole` is the probability of all tokens that there are."""
-    lane_F = tl.arange(0, FEW)
-    x_F = _load(few_at, factor, lane_F, FEW)
-    floor = best - INFINITY
-    if min_p > 0:
-        floor = best + tl.log(min_p)
-    rank_F = tl.zeros((FEW,), tl.int32)
-    before_F = tl.zeros((FEW,), tl.float32)
-    for first in range(0, FEW, COMPARED):
-        lane_C = first + tl.arange(0, COMPARED)
-        x_C = _load(few_at, factor, lane_C, FEW)
-        is_before_FC = (x_C[None, :] > x_F[:, None]) | (
-            (x_C[None, :] == x_F[:, None]) & (lane_C[None, :] < lane_F[:, None])
-        )
-        rank_F += tl.sum(is_before_FC.to(tl.int32), 1)
-        before_F += tl.sum(tl.where(is_before_FC, tl.exp(x_C - best)[None, :], 0.0), 1)
-    stays_F = (x_F >= floor) & (x_F > -INFINITY)
-    if top_k > 0:
-        stays_F = stays_F & (rank_F.to(tl.float32) < top_k)
-    if top_p < 1:
-        if (top_k > 0) | (min_p > 0):
-            whole = tl.sum(tl.where(stays_F, tl.exp(x_F - best), 0.0), 0)
-        stays_F = stays_F & (before_F < top_p * whole)
-    stays_F = stays_F | (rank_F == 0)
-    value = tl.min(tl.where(stays_F, x_F, INFINITY), 0)
-    last = tl.max(tl.where(stays_F & (x_F == value), lane_F, -1), 0)
-    return value, tl.load(few_token_at + last)
-
-
-@triton.jit
-def _least_by_search(
-    row_at, factor, num_tokens, low, best, whole, everything, log_vocab_size, top_k, top_p, min_p, TILE: tl.constexpr
-):
-    """(logit, index) of the last token that stays. All that can stay lies above `low`."""
+def _least(row_at, factor, few_at, few_token_at, vocab_size, log_vocab_size, top_k, top_p, min_p, TILE: tl.constexpr):
+    """(logit, id) of the last token that stays. `few_at` and `few_token_at` have room for a tile of logits and ids."""
+    everything = vocab_size.to(tl.float32)
+    top_k = tl.where(top_k < everything, top_k, 0.0)
+    _, _, best, _ = _scan(row_at, factor, vocab_size, INFINITY, INFINITY, False, TILE)
+    low, whole = _narrow(row_at, factor, vocab_size, best, top_k, top_p, min_p, TILE)
+    is_few = low > -INFINITY
+    num_tokens = vocab_size
+    if is_few:
+        _copy_above(row_at, factor, vocab_size, low, few_at, few_token_at, TILE)
+        row_at, num_tokens = few_at, tl.full((), TILE, tl.int32)
     # `value` and `num`: the smallest logit that stays, and how many tokens that have it do
     value, num = best - INFINITY, everything
     if min_p > 0:
@@ -245,29 +217,9 @@ def _least_by_search(
     if value == -INFINITY:  # there was nothing above it, or nothing to leave out
         _, _, _, value = _scan(row_at, factor, num_tokens, -INFINITY, best, False, TILE)
     num = tl.minimum(num, everything).to(tl.int32)
-    return value, _nth_token(row_at, factor, num_tokens, value, num, TILE)
-
-
-@triton.jit
-def _least(row_at, factor, few_at, few_token_at, vocab_size, log_vocab_size, top_k, top_p, min_p, TILE: tl.constexpr):
-    """(logit, id) of the last token that stays. `few_at` and `few_token_at` have room for a tile of logits and ids."""
-    everything = vocab_size.to(tl.float32)
-    top_k = tl.where(top_k < everything, top_k, 0.0)
-    _, _, best, _ = _scan(row_at, factor, vocab_size, INFINITY, INFINITY, False, TILE)
-    low, num_few, whole = _narrow(row_at, factor, vocab_size, best, top_k, top_p, min_p, TILE)
-    is_few = low > -INFINITY
-    num_tokens = vocab_size
+    last = _nth_token(row_at, factor, num_tokens, value, num, TILE)
     if is_few:
-        _copy_above(row_at, factor, vocab_size, low, few_at, few_token_at, TILE)
-        row_at, num_tokens = few_at, tl.full((), TILE, tl.int32)
-    if is_few & (num_few <= FEW):
-        value, last = _least_of_few(few_at, few_token_at, factor, best, whole, top_k, top_p, min_p)
-    else:
-        value, last = _least_by_search(
-            row_at, factor, num_tokens, low, best, whole, everything, log_vocab_size, top_k, top_p, min_p, TILE
-        )
-        if is_few:
-            last = tl.load(few_token_at + last)
+        last = tl.load(few_token_at + last)
     return value, last
 
 
