@@ -85,11 +85,12 @@ def _load(config: EngineConfig, stack: ExitStack, server: Server | None) -> Load
         logger.warning(problem)
     laps.end("kernels")
     num_programs = len(layout.prefill_tokens) + len(layout.decode_rows) if layout.pad else 0
-    # beside the weights, which are not read by Python
-    tokenizer = stack.enter_context(ThreadPoolExecutor(1)).submit(read_tokenizer, folder, store)
+    reader = stack.enter_context(ThreadPoolExecutor(1))
     helpers = _cold_start_workers(model, cfg, config, layout, store, platform, early)
     if helpers is not None:
         stack.callback(helpers.close)
+    # Beside the weights, which are not read by Python; but not while work is handed out, since imports take Python's lock.
+    tokenizer = reader.submit(read_tokenizer, folder, store) if helpers is None else None
     total = cfg.num_layers + num_programs
     bar = stack.enter_context(tqdm(total=total, desc="loading weights", dynamic_ncols=True, leave=False))
     if config.random_weights:
@@ -98,12 +99,13 @@ def _load(config: EngineConfig, stack: ExitStack, server: Server | None) -> Load
         params = weights.load(model, cfg, folder, platform.device, bar.update, config.quantization)
     platform.synchronize()
     laps.end("weights")
-    tokenizer.result()
-    laps.end("tokenizer")
+    tokenizer = tokenizer or reader.submit(read_tokenizer, folder, store)
     if helpers is not None:
         bar.set_description("compiling kernels")
         _wait(helpers)  # they also take memory, which the cache's size must not miss
         laps.end("compile")
+    tokenizer.result()
+    laps.end("tokenizer")
 
     stage = "cache"
     bar.set_description("sizing the cache")
@@ -152,9 +154,8 @@ def _load(config: EngineConfig, stack: ExitStack, server: Server | None) -> Load
 
 
 class Laps:
-    """Seconds by what they were spent on: device, config, kernels, weights, tokenizer (what is left of it after the
-    weights), compile (waiting for other processes), cache, prefill, decode (captures included), stall (timing prefill
-    steps), seal."""
+    """Seconds by what they were spent on: device, config, kernels, weights, compile (waiting for other processes), tokenizer
+    (what is left of it after these), cache, prefill, decode (captures included), stall (timing prefill steps), seal."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
