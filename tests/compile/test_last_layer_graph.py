@@ -57,13 +57,15 @@ def last_layer(cfg: ModelConfig) -> tuple[Any, dict[str, object]]:
         seq_len_R=lengths_R,
         q_start_S=torch.cat((torch.zeros(1), lengths_R.cumsum(0))).int(),
     )
+    h_TD = torch.randn(NUM_TOKENS, cfg.hidden_size)
+    h_TD[-num_padding:] = h_TD[-1]  # alike, as in the engine: all of it is written to one slot, by several threads
     cache = torch.randn(2, first_block, BLOCK_SIZE, cfg.num_kv_heads, cfg.head_dim)
     inputs: dict[str, object] = {
         "w": layer,
         "kv": LayerCache(cache[0].clone(), cache[1].clone()),
         "cos_sin_MH": rotary_table(cfg.inv_freq, cfg.rope_scale, 1024, torch.device("cpu")),
         "batch": batch,
-        "h_TD": torch.randn(NUM_TOKENS, cfg.hidden_size),
+        "h_TD": h_TD,
         "keep_R": torch.tensor(KEPT),
     }
     return partial(llama.layer, cfg, 0, NUM_TOKENS), inputs
