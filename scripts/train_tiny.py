@@ -22,7 +22,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tiny_tasks import COMMON_WORDS, KINDS, Task, held_out, is_correct, training_examples
+from tiny_tasks import KINDS, Task, held_out, is_correct, training_examples
+from tiny_wordings import COMMON_WORDS
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch.nn import functional
 from tqdm import tqdm

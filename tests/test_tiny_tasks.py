@@ -15,16 +15,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))  # scripts are run as files, and import each other as such
 
 from tiny_tasks import (  # noqa: E402
-    COMMON_WORDS,
     KINDS,
-    LETTER_WORDS,
-    RELATIONS,
     Task,
     held_out,
     is_correct,
     is_held_out,
     training_examples,
 )
+from tiny_wordings import COMMON_WORDS, LETTER_WORDS, RELATIONS  # noqa: E402
 
 MODEL = ROOT / "nanovllm" / "assets" / "tiny-qwen3"
 NUM_TRAINING = 20_000
