@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-from nanovllm import LLM, platforms
+from nanovllm import LLM, SamplingParams, platforms
+from nanovllm.engine.outputs import Completion
 from nanovllm.platforms import ahead
 from tests.conftest import save_tiny
 
 VOCAB_SIZE = 512
+NUM_TOKENS = 12  # of answers, where no other number is asked for
 EOS_IDS = (3, 4)
 Generate = Callable[[list[int], int], list[int]]
 
@@ -44,6 +46,22 @@ def save_tokenizer(folder: Path) -> None:
 def random_prompts(lengths: list[int], seed: int = 0) -> list[list[int]]:
     rng = random.Random(seed)
     return [[rng.randrange(5, VOCAB_SIZE) for _ in range(length)] for length in lengths]
+
+
+def greedy(num_tokens: int = NUM_TOKENS, **changes: Any) -> SamplingParams:
+    return SamplingParams(**{"temperature": 0, "max_tokens": num_tokens, "ignore_eos": True, **changes})
+
+
+def tokens(llm: LLM, prompts: list[list[int]], params: Any) -> list[list[int]]:
+    return [output["token_ids"] for output in llm.generate(prompts, params, use_tqdm=False)]
+
+
+def drain(llm: LLM) -> dict[int, Completion]:
+    """Step until nothing is left; completions by request id."""
+    done: dict[int, Completion] = {}
+    while llm.engine.has_unfinished:
+        done.update({output.request_id: output.completion for output in llm.engine.step() if output.completion})
+    return done
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -132,6 +150,11 @@ def eager_llm(shared_llm: LLM) -> Iterator[LLM]:
 def graph_llm(shared_graph_llm: LLM) -> Iterator[LLM]:
     yield shared_graph_llm
     assert_all_free(shared_graph_llm)
+
+
+@pytest.fixture(params=["eager", "graph"])
+def llm(request: pytest.FixtureRequest) -> LLM:
+    return request.getfixturevalue(f"{request.param}_llm")
 
 
 @pytest.fixture(scope="session")

@@ -40,11 +40,6 @@ def expected(prompts: list[list[int]], hf_generate: Generate) -> list[list[int]]
     return [hf_generate(prompt, NUM_TOKENS) for prompt in prompts]
 
 
-@pytest.fixture(params=["eager", "graph"])
-def llm(request: pytest.FixtureRequest) -> LLM:
-    return request.getfixturevalue(f"{request.param}_llm")
-
-
 def test_alone(llm: LLM, prompts: list[list[int]], expected: list[list[int]]) -> None:
     picked = range(0, len(prompts), 4)
     assert [tokens(llm, [prompts[i]])[0] for i in picked] == [expected[i] for i in picked]

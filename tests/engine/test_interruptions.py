@@ -1,0 +1,114 @@
+"""Ctrl-C and errors of the device at any moment leave a usable engine, and other requests go on."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from nanovllm import LLM
+from nanovllm.engine.scheduler import DecodePlan, PrefillPlan
+from tests.engine.conftest import (
+    NUM_TOKENS,
+    Generate,
+    assert_all_free,
+    greedy,
+    random_prompts,
+    tokens,
+)
+
+
+@pytest.fixture
+def interrupt_at(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> Callable[[int, str], None]:
+    """Make the nth launch from now on break off, before or after it has done its work."""
+
+    def arrange(nth: int, where: str) -> None:
+        original, count = llm.engine.runner.launch, 0
+
+        def launch(plan: PrefillPlan | DecodePlan) -> Any:
+            nonlocal count
+            count += 1
+            if count != nth:
+                return original(plan)
+            if where == "after":
+                original(plan)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(llm.engine.runner, "launch", launch)
+
+    return arrange
+
+
+@pytest.mark.parametrize("where", ["before", "after"])
+@pytest.mark.parametrize("nth", [1, 2, 4, 9])
+def test_ctrl_c_leaves_a_usable_engine(
+    llm: LLM, hf_generate: Generate, interrupt_at: Callable[[int, str], None], nth: int, where: str
+) -> None:
+    """Every block is free, and no block is taken for cached that the broken step has not filled."""
+    prompts = random_prompts([19, 99, 200, 64], seed=900 + nth)
+    interrupt_at(nth, where)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(prompts, greedy(), use_tqdm=False)
+    assert_all_free(llm)
+    assert tokens(llm, prompts, greedy()) == [hf_generate(prompt, NUM_TOKENS) for prompt in prompts]
+
+
+@pytest.mark.parametrize("nth", [1, 3, 6])
+def test_requests_of_others_survive_an_interruption(
+    llm: LLM, hf_generate: Generate, interrupt_at: Callable[[int, str], None], nth: int
+) -> None:
+    engine = llm.engine
+    theirs, mine = random_prompts([40, 33], seed=91), random_prompts([50, 19], seed=92)
+    params = greedy(20, repetition_penalty=1.0001)  # with state of its own on the device
+    ids = [engine.add_request(prompt, params) for prompt in theirs]
+    interrupt_at(nth, "after")
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(mine, greedy(), use_tqdm=False)
+    found: dict[int, list[int]] = {request_id: [] for request_id in ids}
+    while engine.has_unfinished:
+        for output in engine.step():
+            found[output.request_id] += output.token_ids
+    assert list(found.values()) == [hf_generate(prompt, 20) for prompt in theirs]
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs setitimer")
+def test_ctrl_c_at_any_moment(llm: LLM, hf_generate: Generate) -> None:
+    """A real SIGINT, at a different moment each time."""
+    prompts = random_prompts([5, 99, 200, 33, 64, 1] * 5, seed=93)
+    expected = [hf_generate(prompt, NUM_TOKENS) for prompt in prompts[:6]]
+    previous = signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    # a shell starts its background jobs with Ctrl-C ignored, and Python then leaves it so
+    previous_int = signal.signal(signal.SIGINT, signal.default_int_handler)
+    num_interrupted = 0
+    try:
+        for attempt in range(12):
+            signal.setitimer(signal.ITIMER_REAL, 0.003 + 0.0071 * attempt)
+            try:
+                llm.generate(prompts, greedy(40), use_tqdm=False)
+                signal.setitimer(signal.ITIMER_REAL, 0)  # in here, as the moment may be this one
+            except KeyboardInterrupt:
+                num_interrupted += 1
+            assert_all_free(llm)
+            assert tokens(llm, prompts[:6], greedy()) == expected
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+        signal.signal(signal.SIGINT, previous_int)
+    assert num_interrupted > 0
+
+
+def test_an_error_on_the_device_leaves_a_usable_engine(
+    eager_llm: LLM, hf_generate: Generate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(plan: object) -> None:
+        raise RuntimeError("out of memory")
+
+    (prompt,) = random_prompts([33], seed=94)
+    with monkeypatch.context() as patch:
+        patch.setattr(eager_llm.engine.runner, "launch", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            eager_llm.generate([prompt], greedy(), use_tqdm=False)
+    assert tokens(eager_llm, [prompt], greedy()) == [hf_generate(prompt, NUM_TOKENS)]
