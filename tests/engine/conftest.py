@@ -87,6 +87,21 @@ def compiles_by_itself(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(ahead, "DRIVERS", ())
 
 
+@pytest.fixture
+def captured(device: str, monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """The steps that engines have recorded since the test began."""
+    platform = type(platforms.select(device))
+    found: list[object] = []
+    capture = platform.capture
+
+    def counted(self: Any, step: Callable[[], None]) -> Any:
+        found.append(step)
+        return capture(self, step)
+
+    monkeypatch.setattr(platform, "capture", counted)
+    return found
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Qwen3 in fp32 with a tokenizer and two end-of-sequence ids in generation_config.json."""

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from nanovllm import LLM, platforms
+from nanovllm import LLM
 from tests.engine.conftest import (
     NUM_TOKENS,
     Generate,
@@ -115,17 +115,8 @@ def test_a_closed_model_says_so(make_llm: Callable[..., LLM]) -> None:
 
 
 def test_eager_mode_captures_nothing_and_graph_mode_captures_every_bucket(
-    make_llm: Callable[..., LLM], device: str, monkeypatch: pytest.MonkeyPatch
+    make_llm: Callable[..., LLM], captured: list[object]
 ) -> None:
-    platform = type(platforms.select(device))
-    captured: list[object] = []
-    capture = platform.capture
-
-    def counted(self: Any, step: Callable[[], None]) -> Any:
-        captured.append(step)
-        return capture(self, step)
-
-    monkeypatch.setattr(platform, "capture", counted)
     (prompt,) = random_prompts([5], seed=95)
     eager = make_llm(enforce_eager=True)
     eager.generate([prompt], greedy(4), use_tqdm=False)

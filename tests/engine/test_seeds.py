@@ -124,6 +124,21 @@ def test_filters_that_leave_one_token_are_greedy(llm: LLM, hf_generate: Generate
     assert tokens(llm, prompts, params) == [hf_generate(prompt, NUM_TOKENS) for prompt in prompts]
 
 
+def test_a_decode_step_is_recorded_with_filters_and_chooses_as_it_does_op_by_op(
+    make_llm: Callable[..., LLM], eager_llm: LLM, captured: list[object]
+) -> None:
+    llm = make_llm(enforce_eager=False, graph_batch_sizes=[1, 4], max_num_seqs=4)
+    prompts = random_prompts([5, 19, 40], seed=48)
+    filtered = SamplingParams(temperature=1.5, max_tokens=8, seed=5, top_k=40, top_p=0.9, ignore_eos=True)
+    params = [filtered, greedy(8), replace(filtered, seed=6, top_k=0, min_p=0.05)]
+    expected = tokens(eager_llm, prompts, params)
+    recorded = len(captured)
+    assert [tokens(llm, prompts, params) for _ in range(3)] == [expected] * 3
+    assert len(captured) == recorded + 1, "of the bucket for 4 rows, when it was first asked for"
+    assert tokens(llm, prompts, [*params[:2], replace(params[2], logprobs=1)]) == expected
+    assert len(captured) == recorded + 2, "without a sampler, for what wants more than filters"
+
+
 def test_repetition_penalty_is_that_of_transformers(llm: LLM, hf_model: Any) -> None:
     prompts = random_prompts([19, 40, 64], seed=46)
     expected = []

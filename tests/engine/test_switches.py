@@ -59,21 +59,11 @@ def test_without_fusion_compiled(make_llm: Callable[..., LLM], expected: list[li
 
 def test_without_capture_nothing_is_captured(
     make_llm: Callable[..., LLM],
-    device: str,
-    monkeypatch: pytest.MonkeyPatch,
+    captured: list[object],
     lowered_ops: set[str],
     expected: list[list[int]],
     tmp_path: Path,
 ) -> None:
-    platform = type(platforms.select(device))
-    captured: list[object] = []
-    capture = platform.capture
-
-    def counted(self: Any, step: Callable[[], None]) -> Any:
-        captured.append(step)
-        return capture(self, step)
-
-    monkeypatch.setattr(platform, "capture", counted)
     assert tokens(make_llm(**SIZES, compile_cache=tmp_path, capture=False)) == expected
     assert captured == [] and lowered_ops
     llm = make_llm(**SIZES, compile_cache=tmp_path, capture=True)
