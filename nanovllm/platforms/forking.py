@@ -5,10 +5,12 @@ Importing this does not import torch.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
+import logging
 import os
 import threading
+
+logger = logging.getLogger(__name__)
 
 # To find out whether there is a GPU torch then asks NVML: a process that has asked CUDA leaves its forks without it.
 ENVIRONMENT = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
@@ -45,7 +47,11 @@ def build_driver() -> None:
 
     if importlib.util.find_spec("triton") is None or torch.version.hip is not None:
         return
-    with contextlib.suppress(Exception):  # no GPU, no C compiler: who needs it finds that, too, and says so
+    try:
         from triton.runtime import driver
 
         driver.active.utils  # noqa: B018
+    except (
+        Exception
+    ):  # Triton's own, of many kinds: no GPU, no C compiler. Each fork that needs it fails again, and that is told.
+        logger.debug("Triton's library for the driver is not built ahead", exc_info=True)

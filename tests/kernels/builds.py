@@ -250,8 +250,9 @@ def compile_build(build: Build, target: Target) -> Any:
         )  # fmt: skip
     attributes = {
         (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(arguments)
-        if name.endswith("_ptr") or ("_stride" in name and name != "table_stride") or name == "vocab_size"
+        for i, (name, param) in enumerate(zip(arguments, kernel.params, strict=True))
+        if not (param.do_not_specialize or param.do_not_specialize_on_alignment)
+        and (name.endswith("_ptr") or "_stride" in name or name == "vocab_size")
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     options: dict[str, Any] = {"num_warps": build.num_warps, "num_stages": build.num_stages}
