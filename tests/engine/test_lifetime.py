@@ -76,15 +76,12 @@ def test_nothing_is_left_after_del(make_llm: Callable[..., LLM], enforce_eager: 
 def used_bytes(device: str) -> int:
     if device == "cuda":
         return torch.cuda.memory_allocated()
-    with open("/proc/self/statm") as statm:
-        return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def give_back_free_memory() -> None:
-    """What earlier tests have freed and malloc has kept would hold new tensors, and counts as used before and after."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    # glibc's malloc keeps what was freed, by earlier tests as well, and would put new tensors there: that is not in use
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def touch_cache(llm: LLM) -> None:
@@ -98,7 +95,6 @@ def touch_cache(llm: LLM) -> None:
 def test_memory_comes_back(make_llm: Callable[..., LLM], device: str, how: str) -> None:
     (prompt,) = random_prompts([40], seed=97)
     make_llm().close()
-    give_back_free_memory()
     before = used_bytes(device)
     for _ in range(2):
         # 64 MiB for each tensor: what is smaller, malloc may keep for itself
