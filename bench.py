@@ -33,13 +33,23 @@ import numpy as np
 import torch
 
 from nanovllm import LLM, SamplingParams, platforms
-from nanovllm.engine.profile import as_text, profile_decode
 from nanovllm.models.config import ModelConfig
+from nanovllm.tools.profile import as_text, profile_decode
 
 # The published config.json of Qwen/Qwen3-0.6B and Qwen/Qwen3-8B, as far as shapes go.
 SHAPES: dict[str, dict[str, Any]] = {
-    "Qwen3-0.6B": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16},
-    "Qwen3-8B": {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32},
+    "Qwen3-0.6B": {
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+    },
+    "Qwen3-8B": {
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+    },
 }
 SHARED: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 128, "num_key_value_heads": 8,
@@ -50,42 +60,88 @@ COPY_BYTES, MATMUL_SIZE = {"cuda": 4 << 30, "cpu": 1 << 29}, {"cuda": 8192, "cpu
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", help="embedded model, folder or Hub id")
     source.add_argument(
-        "--random-weights", metavar="CONFIG", help=f"{', '.join(SHAPES)}, or a config.json: no download"
+        "--random-weights",
+        metavar="CONFIG",
+        help=f"{', '.join(SHAPES)}, or a config.json: no download",
     )
-    parser.add_argument("--bs", type=int, nargs="+", default=[256], help="largest decode batch; several give a table")
+    parser.add_argument(
+        "--bs",
+        type=int,
+        nargs="+",
+        default=[256],
+        help="largest decode batch; several give a table",
+    )
     parser.add_argument("--num-seqs", type=int, default=256, help="requests in the workload")
-    parser.add_argument("--layers", type=int, help="cut the model to this many layers (with --random-weights)")
+    parser.add_argument(
+        "--layers", type=int, help="cut the model to this many layers (with --random-weights)"
+    )
     parser.add_argument("--min-len", type=int, default=100, help="shortest prompt and answer")
     parser.add_argument("--max-len", type=int, default=1024, help="longest prompt and answer")
-    parser.add_argument("--top-k", type=int, default=0, help="filter tokens before they are drawn; 0: do not")
-    parser.add_argument("--top-p", type=float, default=1.0, help="the same, by probability; 1: do not")
-    parser.add_argument("--latency", action="store_true", help="one request, 128 tokens in and 512 out, instead")
+    parser.add_argument(
+        "--top-k", type=int, default=0, help="filter tokens before they are drawn; 0: do not"
+    )
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, help="the same, by probability; 1: do not"
+    )
+    parser.add_argument(
+        "--latency", action="store_true", help="one request, 128 tokens in and 512 out, instead"
+    )
     parser.add_argument(
         "--stall", type=int, nargs="?", const=16384, metavar="TOKENS",
         help="instead, gaps between the tokens of --stall-rows streams while a prompt of so many tokens arrives",
     )  # fmt: skip
     parser.add_argument("--stall-rows", type=int, default=64)
-    parser.add_argument("--max-stall-ms", type=float, help="the engine's bound on prefill steps while streams decode")
+    parser.add_argument(
+        "--max-stall-ms",
+        type=float,
+        help="the engine's bound on prefill steps while streams decode",
+    )
     parser.add_argument("--enforce-eager", action="store_true", help="no graphs")
     parser.add_argument("--no-graph", action="store_true", help="compiled, but nothing captured")
-    parser.add_argument("--no-fusion", action="store_true", help="no fused kernels: plain torch through the lowering")
-    parser.add_argument("--run-ahead", type=int, choices=(0, 1), help="steps launched before tokens are read")
-    parser.add_argument("--padding", action=argparse.BooleanOptionalAction, default=True, help="pad eager batches too")
+    parser.add_argument(
+        "--no-fusion",
+        action="store_true",
+        help="no fused kernels: plain torch through the lowering",
+    )
+    parser.add_argument(
+        "--run-ahead", type=int, choices=(0, 1), help="steps launched before tokens are read"
+    )
+    parser.add_argument(
+        "--padding",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="pad eager batches too",
+    )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--attention-backend", default="auto", help="auto, triton, flash_attn or sdpa")
+    parser.add_argument(
+        "--attention-backend", default="auto", help="auto, triton, flash_attn or sdpa"
+    )
     parser.add_argument("--kv-cache-dtype", default="auto", help="auto or fp8")
     parser.add_argument("--max-model-len", type=int, default=4096)
     parser.add_argument("--max-num-batched-tokens", type=int)
     parser.add_argument("--block-size", type=int)
-    parser.add_argument("--runs", type=int, default=1, help="repetitions of the measurement on one loaded model")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="append the lines of JSON to this file, too")
-    parser.add_argument("--profile", type=Path, metavar="DIR", help="profile decode steps after the timed runs (CUDA)")
-    parser.add_argument("--profile-steps", type=int, default=8, metavar="N", help="decode steps per profile")
+    parser.add_argument(
+        "--runs", type=int, default=1, help="repetitions of the measurement on one loaded model"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="append the lines of JSON to this file, too"
+    )
+    parser.add_argument(
+        "--profile",
+        type=Path,
+        metavar="DIR",
+        help="profile decode steps after the timed runs (CUDA)",
+    )
+    parser.add_argument(
+        "--profile-steps", type=int, default=8, metavar="N", help="decode steps per profile"
+    )
     args = parser.parse_args()
     if args.runs < 1 or args.profile_steps < 1:
         parser.error("--runs and --profile-steps must be at least 1")
@@ -101,7 +157,11 @@ def checkpoint(args: argparse.Namespace, stack: ExitStack) -> str:
     if args.random_weights is None:
         return args.model
     if args.random_weights in SHAPES:
-        config = {**SHARED, **SHAPES[args.random_weights], "tie_word_embeddings": args.random_weights == "Qwen3-0.6B"}
+        config = {
+            **SHARED,
+            **SHAPES[args.random_weights],
+            "tie_word_embeddings": args.random_weights == "Qwen3-0.6B",
+        }
     else:
         config = json.loads(Path(args.random_weights).read_text())
     if args.layers:
@@ -149,7 +209,12 @@ def device_limits(device: torch.device, dtype: torch.dtype) -> tuple[float, floa
 
 
 def ideal_seconds(
-    cfg: ModelConfig, prompts: list[list[int]], output_lens: list[int], rows: int, bandwidth: float, flops: float
+    cfg: ModelConfig,
+    prompts: list[list[int]],
+    output_lens: list[int],
+    rows: int,
+    bandwidth: float,
+    flops: float,
 ) -> float:
     """What the workload must take: each decode step the larger of reading the weights and multiplying by them, plus
     reading the keys and values of every row; all prompts once through the layers at the full matrix rate."""
@@ -171,7 +236,9 @@ def ideal_seconds(
     return seconds
 
 
-def load(args: argparse.Namespace, model: str, max_num_seqs: int, max_model_len: int) -> tuple[LLM, dict[str, Any]]:
+def load(
+    args: argparse.Namespace, model: str, max_num_seqs: int, max_model_len: int
+) -> tuple[LLM, dict[str, Any]]:
     """The model, and what a line of JSON says of it and of this machine."""
     started = time.perf_counter()
     llm = LLM(
@@ -197,7 +264,9 @@ def load(args: argparse.Namespace, model: str, max_num_seqs: int, max_model_len:
     device, is_graph = runner.platform.device, runner.compiler.lowering is not None
     return llm, {
         "model": args.random_weights or args.model,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or "cpu",
         "dtype": str(runner.cfg.dtype).removeprefix("torch."),
         "attention_backend": args.attention_backend,
         "kv_cache_dtype": str(runner.cfg.cache_dtype).removeprefix("torch."),
@@ -265,7 +334,9 @@ def measure(
             activities=activities, bandwidth=bandwidth, num_steps=args.profile_steps,
         )  # fmt: skip
         print("\n\n".join(map(as_text, reports)))
-        result["profile"] = [{k: v for k, v in report.items() if k != "kernels"} for report in reports]
+        result["profile"] = [
+            {k: v for k, v in report.items() if k != "kernels"} for report in reports
+        ]
     llm.close()
     return result
 
@@ -285,7 +356,9 @@ def measure_stall(args: argparse.Namespace, model: str) -> dict[str, Any]:
     runs, worst = [], []
     for _ in range(args.runs):
         short_len = min(128, max_model_len // 4)
-        params = SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=max_model_len - short_len)
+        params = SamplingParams(
+            temperature=0.6, ignore_eos=True, max_tokens=max_model_len - short_len
+        )
         last = {engine.add_request(prompt(short_len), params): 0.0 for _ in range(rows)}
         gaps: dict[str, list[float]] = {"before": [], "during": [], "after": []}
         long_id, arrived, first = -1, math.inf, math.inf
@@ -295,7 +368,9 @@ def measure_stall(args: argparse.Namespace, model: str) -> dict[str, Any]:
             now = time.perf_counter()
             for output in outputs:
                 if output.completion is not None and output.request_id in last:
-                    raise SystemExit(f"a stream ended before its time: raise --max-model-len ({max_model_len})")
+                    raise SystemExit(
+                        f"a stream ended before its time: raise --max-model-len ({max_model_len})"
+                    )
                 if output.request_id == long_id:
                     first = min(first, now)
                 elif num_warm > num_steps:
@@ -307,10 +382,15 @@ def measure_stall(args: argparse.Namespace, model: str) -> dict[str, Any]:
             num_after += first < math.inf
             if long_id < 0 and num_warm == 2 * num_steps:
                 arrived = time.perf_counter()
-                long_id = engine.add_request(prompt(args.stall), SamplingParams(max_tokens=1, ignore_eos=True))
+                long_id = engine.add_request(
+                    prompt(args.stall), SamplingParams(max_tokens=1, ignore_eos=True)
+                )
         engine.abort_all(last)
         worst.append(max(gaps["during"]))
-        runs.append({"first_token_ms": round(1e3 * (first - arrived), 2)} | {k: spread(v) for k, v in gaps.items()})
+        runs.append(
+            {"first_token_ms": round(1e3 * (first - arrived), 2)}
+            | {k: spread(v) for k, v in gaps.items()}
+        )
     llm.close()
     return {
         **about,
@@ -318,7 +398,9 @@ def measure_stall(args: argparse.Namespace, model: str) -> dict[str, Any]:
         "rows": rows,
         "long_prompt_tokens": args.stall,
         "max_stall_ms": stall.max_ms if stall else None,
-        "prefill_ms": {str(tokens): round(ms, 3) for tokens, ms in stall.step_ms} if stall else None,
+        "prefill_ms": {str(tokens): round(ms, 3) for tokens, ms in stall.step_ms}
+        if stall
+        else None,
         "attention_ms_per_million": round(1e6 * stall.attention_ms, 4) if stall else None,
         "worst_ms": round(max(worst), 3),
         "runs": runs,
@@ -343,7 +425,9 @@ def versions() -> dict[str, str]:
         found["cuda"] = str(torch.version.cuda)
         if shutil.which("nvidia-smi"):
             query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-            found["driver"] = subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0].strip()
+            found["driver"] = (
+                subprocess.run(query, capture_output=True, text=True).stdout.split("\n")[0].strip()
+            )
     return found
 
 

@@ -24,17 +24,28 @@ ANY_MODEL = ["Introduce yourself in one sentence.", "List the prime numbers belo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="tiny-qwen3", help="embedded model, folder or Hub id")
-    parser.add_argument("--prompt", action="append", help="a question of your own; may be given several times")
+    parser.add_argument(
+        "--prompt", action="append", help="a question of your own; may be given several times"
+    )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--max-model-len", type=int, default=2048)
-    parser.add_argument("--enforce-eager", action="store_true", help="no graphs, nothing is compiled")
+    parser.add_argument(
+        "--enforce-eager", action="store_true", help="no graphs, nothing is compiled"
+    )
     args = parser.parse_args()
 
-    llm = LLM(args.model, device=args.device, max_model_len=args.max_model_len, enforce_eager=args.enforce_eager)
+    llm = LLM(
+        args.model,
+        device=args.device,
+        max_model_len=args.max_model_len,
+        enforce_eager=args.enforce_eager,
+    )
     prompts = args.prompt or PROMPTS.get(args.model, ANY_MODEL)
     conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
     params = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens)

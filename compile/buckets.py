@@ -28,7 +28,9 @@ PREFILL_LARGE_GROWTH, PREFILL_LARGE_TOKENS = {"npu": 4}, 512
 PREFILL_ROWS = 64
 
 
-def decode_ladder(requested: Sequence[int] | None, max_rows: int, device_type: str) -> tuple[int, ...]:
+def decode_ladder(
+    requested: Sequence[int] | None, max_rows: int, device_type: str
+) -> tuple[int, ...]:
     """Ascending row counts, up to the first that holds `max_rows`: of those asked for, or of the device's own.
 
     The device's own end in `max_rows` itself where that is below its largest.
@@ -37,20 +39,29 @@ def decode_ladder(requested: Sequence[int] | None, max_rows: int, device_type: s
         sizes = sorted(set(requested))
         return tuple(sizes[: bisect_left(sizes, max_rows) + 1])
     default = DECODE_ROWS.get(device_type, DECODE_ROWS["cpu"])
-    return (*(rows for rows in default if rows < max_rows), *((max_rows,) if max_rows <= default[-1] else ()))
+    return (
+        *(rows for rows in default if rows < max_rows),
+        *((max_rows,) if max_rows <= default[-1] else ()),
+    )
 
 
 def prefill_ladder(max_tokens: int, device_type: str) -> tuple[int, ...]:
     """Ascending token counts that end in `max_tokens`."""
     ladder = [max_tokens]
-    while (smaller := ladder[0] // _prefill_growth(ladder[0], device_type)) >= PREFILL_SMALLEST_TOKENS:
+    while (
+        smaller := ladder[0] // _prefill_growth(ladder[0], device_type)
+    ) >= PREFILL_SMALLEST_TOKENS:
         ladder.insert(0, smaller // 16 * 16)
     return tuple(ladder)
 
 
 def _prefill_growth(num_tokens: int, device_type: str) -> int:
     """How many times the rung before a rung of `num_tokens` goes into it."""
-    return PREFILL_LARGE_GROWTH.get(device_type, 2) if num_tokens > PREFILL_LARGE_TOKENS else PREFILL_GROWTH
+    return (
+        PREFILL_LARGE_GROWTH.get(device_type, 2)
+        if num_tokens > PREFILL_LARGE_TOKENS
+        else PREFILL_GROWTH
+    )
 
 
 def coarse(num_blocks: int) -> int:

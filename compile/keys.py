@@ -23,7 +23,15 @@ from nanovllm.compile.trace import named_leaves
 
 ROOT = Path(__file__).resolve().parent
 # Files of compile/ that choose, keep or show programs and have no part in making one.
-NOT_MAKING = ("buckets.py", "cache.py", "costs.py", "keys.py", "report.py", "report_page.py", "store.py")
+NOT_MAKING = (
+    "buckets.py",
+    "cache.py",
+    "costs.py",
+    "keys.py",
+    "report.py",
+    "report_page.py",
+    "store.py",
+)
 
 
 @dataclass(frozen=True)
@@ -34,11 +42,15 @@ class Key:
 
     @cached_property
     def digest(self) -> str:
-        return hashlib.sha256(json.dumps(dict(self.ingredients), sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(
+            json.dumps(dict(self.ingredients), sort_keys=True).encode()
+        ).hexdigest()
 
     def differences(self, other: Mapping[str, str]) -> list[str]:
         """One line for each ingredient that is not the same in `other`: versions, device and sources before shapes."""
-        names = sorted({*self.ingredients, *other}, key=lambda name: (name.startswith("input "), name))
+        names = sorted(
+            {*self.ingredients, *other}, key=lambda name: (name.startswith("input "), name)
+        )
         mine, theirs = self.ingredients.get, other.get
         return [
             f"{name}: {_short(mine(name))} is wanted, {_short(theirs(name))} is there"
@@ -56,7 +68,9 @@ def program_key(
 ) -> Key:
     """The key of a region for inputs like these; `common` are the ingredients that all programs of a start share."""
     leaves = [leaf for name, tree in inputs.items() for leaf in named_leaves(name, tree)]
-    own = {f"input {name}": _tensor(tensor, name.endswith(tuple(varying))) for name, tensor in leaves}
+    own = {
+        f"input {name}": _tensor(tensor, name.endswith(tuple(varying))) for name, tensor in leaves
+    }
     return Key({"region": json.dumps(describe(function)), **own, **common})
 
 
@@ -82,7 +96,9 @@ def describe(value: object) -> Any:
         return {name: describe(getattr(value, name)) for name in graph_fields(value)}
     if isinstance(value, torch._ops.OpOverload):
         return str(value)
-    raise TypeError(f"{value!r} cannot be part of a key: a region may be bound to numbers, names and dataclasses")
+    raise TypeError(
+        f"{value!r} cannot be part of a key: a region may be bound to numbers, names and dataclasses"
+    )
 
 
 def graph_fields(value: Any) -> tuple[str, ...]:
@@ -121,7 +137,9 @@ def source_digest(paths: Iterable[Path], root: Path) -> str:
     """One digest of files' names below `root` and their contents."""
     total = hashlib.sha256()
     for path in sorted(paths):
-        total.update(f"{path.relative_to(root).as_posix()}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+        total.update(
+            f"{path.relative_to(root).as_posix()}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode()
+        )
     return total.hexdigest()[:16]
 
 
@@ -138,7 +156,11 @@ def own_sources() -> dict[str, str]:
 
 
 def _tensor(tensor: Tensor, varies: bool) -> str:
-    sizes = ["*" if varies else str(tensor.shape[0]), *map(str, tensor.shape[1:])] if tensor.dim() else []
+    sizes = (
+        ["*" if varies else str(tensor.shape[0]), *map(str, tensor.shape[1:])]
+        if tensor.dim()
+        else []
+    )
     dtype = str(tensor.dtype).removeprefix("torch.")
     return f"{dtype}[{', '.join(sizes)}] strides {list(tensor.stride())} {tensor.device}"
 

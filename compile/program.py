@@ -45,7 +45,9 @@ class Program:
 
     name: str
     run: Callable[..., Sequence[Tensor]]
-    result: object  # tensors, nested as the region's result is; their values and shapes do not matter
+    result: (
+        object  # tensors, nested as the region's result is; their values and shapes do not matter
+    )
 
     def __call__(self, *inputs: object) -> Any:
         return rebuild(self.result, list(self.run(*tensors(inputs))))
@@ -79,7 +81,11 @@ class Compiler:
     _programs: dict[tuple[object, ...], Callable[..., Any]] = field(default_factory=dict)
 
     def program(
-        self, name: str, key: tuple[object, ...], function: Callable[..., Any], inputs: dict[str, object]
+        self,
+        name: str,
+        key: tuple[object, ...],
+        function: Callable[..., Any],
+        inputs: dict[str, object],
     ) -> Callable[..., Any]:
         """The program for (name, *key), loaded or built on first use from `function` and example `inputs`."""
         full_key = (name, *key)
@@ -105,11 +111,21 @@ class Compiler:
                 + "\n  ".join(self.missing)
             )
 
-    def _make(self, name: str, function: Callable[..., Any], inputs: dict[str, object]) -> Callable[..., Any]:
+    def _make(
+        self, name: str, function: Callable[..., Any], inputs: dict[str, object]
+    ) -> Callable[..., Any]:
         if self.lowering is None:
             if logger.isEnabledFor(logging.DEBUG):
-                leaves = [leaf for tree_name, tree in inputs.items() for leaf in named_leaves(tree_name, tree)]
-                logger.debug("%s runs eagerly: %s", name, ", ".join(f"{leaf} {_described(t)}" for leaf, t in leaves))
+                leaves = [
+                    leaf
+                    for tree_name, tree in inputs.items()
+                    for leaf in named_leaves(tree_name, tree)
+                ]
+                logger.debug(
+                    "%s runs eagerly: %s",
+                    name,
+                    ", ".join(f"{leaf} {_described(t)}" for leaf, t in leaves),
+                )
             return function
         key = None
         if self.store is not None:
@@ -126,7 +142,9 @@ class Compiler:
         if self.store is not None and key is not None and stored is not None:
             kind, content = stored()
             ingredients = dict(key.ingredients)
-            self.store.save(key, Artifact(name, kind, content, nesting(program.result), ingredients))
+            self.store.save(
+                key, Artifact(name, kind, content, nesting(program.result), ingredients)
+            )
         return program
 
     def _stored(self, name: str, key: Key) -> Program | None:
@@ -137,11 +155,17 @@ class Compiler:
             return None
         try:
             if artifact.kind not in LOADABLE:
-                raise ValueError(f"it is of kind {artifact.kind!r}, not one of {', '.join(LOADABLE)}")
-            run = importlib.import_module(f"nanovllm.compile.lower.{artifact.kind}").load(artifact.content)
+                raise ValueError(
+                    f"it is of kind {artifact.kind!r}, not one of {', '.join(LOADABLE)}"
+                )
+            run = importlib.import_module(f"nanovllm.compile.lower.{artifact.kind}").load(
+                artifact.content
+            )
             program = Program(name, run, nested_like(artifact.result))
         except ValueError as error:
-            logger.warning("the stored program %s cannot be used (%s): it is made again", name, error)
+            logger.warning(
+                "the stored program %s cannot be used (%s): it is made again", name, error
+            )
             return None
         self.num_loaded += 1
         return program

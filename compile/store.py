@@ -72,15 +72,25 @@ class Store:
         path = self._entry_path(key)
         try:
             entry = read_entry(path)
-            artifact = Artifact(entry.name, entry.kind, self._object(entry), entry.result, entry.ingredients)
+            artifact = Artifact(
+                entry.name, entry.kind, self._object(entry), entry.result, entry.ingredients
+            )
         except FileNotFoundError as error:
             if error.filename != str(path):
-                logger.warning("artifact %s is incomplete (%s): it is made again", path.name[:16], error.filename)
+                logger.warning(
+                    "artifact %s is incomplete (%s): it is made again",
+                    path.name[:16],
+                    error.filename,
+                )
             return None
         except (Damaged, OSError) as error:
-            logger.warning("artifact %s cannot be used (%s): it is made again", path.name[:16], error)
+            logger.warning(
+                "artifact %s cannot be used (%s): it is made again", path.name[:16], error
+            )
             return None
-        with contextlib.suppress(OSError):  # for `prune`, which drops first what was not used for longest
+        with contextlib.suppress(
+            OSError
+        ):  # for `prune`, which drops first what was not used for longest
             os.utime(path)
         return artifact
 
@@ -128,7 +138,9 @@ class Store:
             return "the store holds no program of this region"
         other_name, _, nearest = min(near, key=lambda candidate: candidate[:2])
         differences = key.differences(nearest.ingredients)
-        shown = "; ".join(differences[:3]) + (f"; and {len(differences) - 3} more" if len(differences) > 3 else "")
+        shown = "; ".join(differences[:3]) + (
+            f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
+        )
         return f"not for this bucket, nearest is {nearest.name}: {shown}" if other_name else shown
 
     def _entry_path(self, key: Key) -> Path:
@@ -161,7 +173,11 @@ def seal_kernels(folder: Path) -> None:
     for kernel in _kernel_folders(folder):
         if not (kernel / KERNEL_SEAL).exists():
             try:
-                found = {path.name: digest(path.read_bytes()) for path in kernel.iterdir() if path.is_file()}
+                found = {
+                    path.name: digest(path.read_bytes())
+                    for path in kernel.iterdir()
+                    if path.is_file()
+                }
                 write_whole(kernel / KERNEL_SEAL, json.dumps(found).encode())
             except OSError as error:
                 logger.warning("digests of compiled kernels are not kept: %s", error)
@@ -232,7 +248,11 @@ def problems(folder: Path) -> list[str]:
         library = seal.with_suffix(".so")
         if not library.is_file() or digest(library.read_bytes()) != seal.read_text():
             found.append(f"library {library.name} is damaged or missing")
-    return found + [f"kernel {kernel.name} is damaged" for kernel in _kernel_folders(folder) if not _is_whole(kernel)]
+    return found + [
+        f"kernel {kernel.name} is damaged"
+        for kernel in _kernel_folders(folder)
+        if not _is_whole(kernel)
+    ]
 
 
 def prune(folder: Path, max_bytes: int) -> int:
@@ -245,7 +265,9 @@ def prune(folder: Path, max_bytes: int) -> int:
         # an object without an entry may be one whose entry is about to be written
         if path.name not in wanted and time.time() - path.stat().st_mtime > 3600:
             freed += _delete([path])
-    units: list[tuple[float, list[Path]]] = [(entry.path.stat().st_mtime, [entry.path]) for entry in entries]
+    units: list[tuple[float, list[Path]]] = [
+        (entry.path.stat().st_mtime, [entry.path]) for entry in entries
+    ]
     for library in (folder / "cpp").glob("*.so"):
         units.append((library.stat().st_mtime, [library, library.with_suffix(".sha256")]))
     for kernel in [*_kernel_folders(folder), folder / "inductor"]:

@@ -25,9 +25,15 @@ def named_leaves(name: str, tree: object) -> list[tuple[str, Tensor]]:
     if tree is None:
         return []
     if not isinstance(tree, tuple):
-        raise TypeError(f"input {name!r} is a {type(tree).__name__}: regions take tensors, None and tuples of them")
+        raise TypeError(
+            f"input {name!r} is a {type(tree).__name__}: regions take tensors, None and tuples of them"
+        )
     fields = getattr(tree, "_fields", range(len(tree)))
-    return [leaf for field, value in zip(fields, tree) for leaf in named_leaves(f"{name}_{field}", value)]
+    return [
+        leaf
+        for field, value in zip(fields, tree)
+        for leaf in named_leaves(f"{name}_{field}", value)
+    ]
 
 
 def tensors(tree: object) -> list[Tensor]:
@@ -55,7 +61,10 @@ def nesting(tree: object) -> Any:
     if isinstance(tree, Tensor):
         return "tensor"
     if isinstance(tree, tuple):
-        return [f"{type(tree).__module__}:{type(tree).__qualname__}", [nesting(value) for value in tree]]
+        return [
+            f"{type(tree).__module__}:{type(tree).__qualname__}",
+            [nesting(value) for value in tree],
+        ]
     assert tree is None, type(tree)
     return None
 
@@ -107,7 +116,9 @@ def trace(
         return tuple(tensors(results[-1]))
 
     fake_mode = FakeTensorMode(shape_env=ShapeEnv())
-    fakes = [_fake(fake_mode, tensor, name, name.endswith(tuple(varying))) for name, tensor in leaves]
+    fakes = [
+        _fake(fake_mode, tensor, name, name.endswith(tuple(varying))) for name, tensor in leaves
+    ]
     graph = make_traced(flat, fakes, fake_mode)
     name_placeholders(graph, [name for name, _ in leaves])
     return graph, fakes, results[-1]
@@ -117,7 +128,9 @@ def _fake(fake_mode: FakeTensorMode, tensor: Tensor, name: str, varies: bool) ->
     if not varies:
         # a tensor of its own: Inductor would treat inputs that are views of one storage as aliases
         with fake_mode:
-            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+            return torch.empty_strided(
+                tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
+            )
     # Dynamo, on import, settles where Inductor keeps its compiled code.
     from torch._dynamo.source import ConstantSource
     from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
@@ -137,7 +150,9 @@ def make_traced(
     from torch.fx.experimental.proxy_tensor import make_fx
 
     with fake_mode, torch.no_grad():
-        graph = make_fx(function, decomposition_table=decompositions or {}, _allow_non_fake_inputs=True)(*fakes)
+        graph = make_fx(
+            function, decomposition_table=decompositions or {}, _allow_non_fake_inputs=True
+        )(*fakes)
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph

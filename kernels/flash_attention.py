@@ -56,10 +56,14 @@ def find(capability: tuple[int, int], *, is_nvidia: bool = True) -> Flash | Miss
     """The newest interface for a GPU of this compute capability."""
     if is_nvidia and capability < (7, 5):
         major, minor = capability
-        return Missing(f"flash-attn needs compute capability 7.5 and this GPU has {major}.{minor}", "")
+        return Missing(
+            f"flash-attn needs compute capability 7.5 and this GPU has {major}.{minor}", ""
+        )
     reasons = []
     if is_nvidia and capability[0] == 9:
-        found = _import("flash_attn_interface", "flash-attn-3", ("flash_attn_with_kvcache", "page_table"))
+        found = _import(
+            "flash_attn_interface", "flash-attn-3", ("flash_attn_with_kvcache", "page_table")
+        )
         if not isinstance(found, str):
             return Flash(3, *found)
         reasons.append(found)
@@ -67,7 +71,11 @@ def find(capability: tuple[int, int], *, is_nvidia: bool = True) -> Flash | Miss
     if wanted == 2:
         found = _import("flash_attn", "flash-attn", ("flash_attn_with_kvcache", "block_table"))
     else:
-        found = _import("flash_attn.flash_attn_interface", "flash-attn", ("flash_attn_unpadded_func", "cu_seqlens_q"))
+        found = _import(
+            "flash_attn.flash_attn_interface",
+            "flash-attn",
+            ("flash_attn_unpadded_func", "cu_seqlens_q"),
+        )
     if not isinstance(found, str):
         return Flash(wanted, *found)
     return Missing("; ".join([*reasons, found]), INSTALL[wanted])
@@ -78,8 +86,12 @@ def _import(module_name: str, package: str, needs: tuple[str, str]) -> tuple[str
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        missing = isinstance(error, ModuleNotFoundError) and error.name == module_name.partition(".")[0]
-        return f"{package} is not installed" if missing else f"{package} cannot be imported ({error})"
+        missing = (
+            isinstance(error, ModuleNotFoundError) and error.name == module_name.partition(".")[0]
+        )
+        return (
+            f"{package} is not installed" if missing else f"{package} cannot be imported ({error})"
+        )
     try:
         version = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -90,7 +102,9 @@ def _import(module_name: str, package: str, needs: tuple[str, str]) -> tuple[str
     return version, module
 
 
-def unsupported(flash: Flash, *, dtype: torch.dtype, head_dim: int, block_size: int, windows: Iterable[int]) -> str:
+def unsupported(
+    flash: Flash, *, dtype: torch.dtype, head_dim: int, block_size: int, windows: Iterable[int]
+) -> str:
     """What of a model this interface does not do, with value and limit; "" if it does all of it."""
     name, dtype_name = f"flash-attn {flash.generation}", str(dtype).removeprefix("torch.")
     if dtype not in DTYPES:
@@ -138,7 +152,9 @@ def paged_attention_flash(
     q_TNH = q_TNH if q_TNH.stride(2) == 1 else q_TNH.contiguous()
     if flash.generation == 1:
         attend = _decode_unpaged if max_q_len == 1 else _prefill_unpaged
-        return attend(flash, q_TNH, k_cache_CBKH, v_cache_CBKH, block_table_RP, seq_len_R, q_start_S, scale)
+        return attend(
+            flash, q_TNH, k_cache_CBKH, v_cache_CBKH, block_table_RP, seq_len_R, q_start_S, scale
+        )
     # the query's own key counts in our windows and not in theirs
     options: dict[str, Any] = {
         "softmax_scale": scale,
@@ -179,7 +195,9 @@ def _gathered(cache_CBKH: Tensor, block_table_RP: Tensor, lengths: dict[int, int
     block_size = cache_CBKH.shape[1]
     return torch.cat(
         [
-            cache_CBKH[block_table_RP[row, : -(-length // block_size)].long()].flatten(0, 1)[:length]
+            cache_CBKH[block_table_RP[row, : -(-length // block_size)].long()].flatten(0, 1)[
+                :length
+            ]
             for row, length in lengths.items()
         ]
     )
@@ -236,7 +254,9 @@ def _prefill_unpaged(
     """Every row's queries are padded in front to as many as it has keys, where both ways to align the mask are the same."""
     starts = q_start_S.tolist()
     num_queries = [end - start for start, end in itertools.pairwise(starts)]
-    lengths = {row: length for row, length in enumerate(seq_len_R.tolist()) if length and num_queries[row]}
+    lengths = {
+        row: length for row, length in enumerate(seq_len_R.tolist()) if length and num_queries[row]
+    }
     out_TNH = torch.zeros(q_TNH.shape, dtype=q_TNH.dtype, device=q_TNH.device)
     if not lengths:
         return out_TNH

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from nanovllm.kernels import flash_attention, reference, sdpa_attention
+from nanovllm.kernels import flash_attention, reference
+from nanovllm.kernels import sdpa as sdpa_attention
 
 _library = torch.library.Library("nanovllm", "DEF")
 _registered: dict[tuple[str, str], Callable[..., Any]] = {}
@@ -56,8 +57,8 @@ qk_norm_rope_store = _define(
     "Tensor(a!) k_cache, Tensor(b!) v_cache, int num_heads, float eps, Tensor? k_scale=None, Tensor? v_scale=None) "
     "-> Tensor",
     reference.qk_norm_rope_store,
-    lambda qkv, q_norm, k_norm, cos_sin, pos, slot, k_cache, v_cache, num_heads, *rest: qkv.new_empty(
-        (qkv.shape[0], num_heads, k_cache.shape[3])
+    lambda qkv, q_norm, k_norm, cos_sin, pos, slot, k_cache, v_cache, num_heads, *rest: (
+        qkv.new_empty((qkv.shape[0], num_heads, k_cache.shape[3]))
     ),
 )
 
@@ -74,8 +75,12 @@ def _define_attention(name: str, meaning: Callable[..., Any]) -> Any:
 paged_attention = _define_attention("paged_attention", reference.paged_attention)
 # What the others mean is `reference.paged_attention` as well, but whoever asks for one wants that code, so it stands here
 # for every device and no pass replaces it.
-paged_attention_sdpa = _define_attention("paged_attention_sdpa", sdpa_attention.paged_attention_sdpa)
-paged_attention_flash = _define_attention("paged_attention_flash", flash_attention.paged_attention_flash)
+paged_attention_sdpa = _define_attention(
+    "paged_attention_sdpa", sdpa_attention.paged_attention_sdpa
+)
+paged_attention_flash = _define_attention(
+    "paged_attention_flash", flash_attention.paged_attention_flash
+)
 ATTENTION = {"": paged_attention, "sdpa": paged_attention_sdpa, "flash_attn": paged_attention_flash}
 ASKED_FOR = frozenset({"paged_attention_sdpa", "paged_attention_flash"})
 

@@ -24,7 +24,9 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return normed.to(x_TD.dtype) * weight_D
 
 
-def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(
+    x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
     """residual' = x + residual; returns (rms_norm(residual'), residual')."""
     residual_TD = x_TD + residual_TD
     return rms_norm(residual_TD, weight_D, eps), residual_TD
@@ -40,7 +42,9 @@ def rope(x_TNH: Tensor, cos_sin_MH: Tensor, pos_T: Tensor) -> Tensor:
     """Rotary embedding, half-split form: [x1·cos − x2·sin | x2·cos + x1·sin]. Row m of the table is [cos | sin], fp32."""
     cos_T1h, sin_T1h = cos_sin_MH[pos_T].unsqueeze(1).chunk(2, dim=-1)
     x1, x2 = x_TNH.float().chunk(2, dim=-1)
-    return torch.cat((x1 * cos_T1h - x2 * sin_T1h, x2 * cos_T1h + x1 * sin_T1h), dim=-1).to(x_TNH.dtype)
+    return torch.cat((x1 * cos_T1h - x2 * sin_T1h, x2 * cos_T1h + x1 * sin_T1h), dim=-1).to(
+        x_TNH.dtype
+    )
 
 
 def store_kv(
@@ -56,18 +60,27 @@ def store_kv(
 
     With scales the cache is float8_e4m3fn and gets x · (1 / scale), saturated at ±448: of what is finite nothing becomes NaN.
     """
-    for x_TKH, cache_CBKH, scale_K in ((k_TKH, k_cache_CBKH, k_scale_K), (v_TKH, v_cache_CBKH, v_scale_K)):
+    for x_TKH, cache_CBKH, scale_K in (
+        (k_TKH, k_cache_CBKH, k_scale_K),
+        (v_TKH, v_cache_CBKH, v_scale_K),
+    ):
         slots = cache_CBKH.view(-1, *cache_CBKH.shape[2:])
         if scale_K is None:
             slots.index_copy_(0, slot_T.long(), x_TKH.to(cache_CBKH.dtype))
         else:
             # as bytes, since torch copies no fp8 by index on a CPU
-            slots.view(torch.uint8).index_copy_(0, slot_T.long(), to_fp8(x_TKH, scale_K).view(torch.uint8))
+            slots.view(torch.uint8).index_copy_(
+                0, slot_T.long(), to_fp8(x_TKH, scale_K).view(torch.uint8)
+            )
 
 
 def to_fp8(x_TKH: Tensor, scale_K: Tensor) -> Tensor:
     """x · (1 / scale) in float8_e4m3fn, to nearest even, saturated at ±448."""
-    return (x_TKH.float() * scale_K.reciprocal()[:, None]).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    return (
+        (x_TKH.float() * scale_K.reciprocal()[:, None])
+        .clamp(-FP8_MAX, FP8_MAX)
+        .to(torch.float8_e4m3fn)
+    )
 
 
 def qk_norm_rope_store(
@@ -96,7 +109,15 @@ def qk_norm_rope_store(
         q_TNH = rms_norm(q_TNH, q_norm_H, eps)
     if k_norm_H is not None:
         k_TKH = rms_norm(k_TKH, k_norm_H, eps)
-    store_kv(rope(k_TKH, cos_sin_MH, pos_T), v_TKH, k_cache_CBKH, v_cache_CBKH, slot_T, k_scale_K, v_scale_K)
+    store_kv(
+        rope(k_TKH, cos_sin_MH, pos_T),
+        v_TKH,
+        k_cache_CBKH,
+        v_cache_CBKH,
+        slot_T,
+        k_scale_K,
+        v_scale_K,
+    )
     return rope(q_TNH, cos_sin_MH, pos_T)
 
 
@@ -143,18 +164,26 @@ def paged_attention(
         v_LKH = _scaled(v_cache_CBKH[blocks], v_scale_K).flatten(0, 1)[:seq_len]
         query_pos = torch.arange(seq_len - (end - start), seq_len, device=q_TNH.device)
         seen_TL = _seen(query_pos.unsqueeze(1), torch.arange(seq_len, device=q_TNH.device), window)
-        out_TNH[start:end] = _attend(q_TNH[None, start:end], k_LKH[None], v_LKH[None], seen_TL[None], scale)[0]
+        out_TNH[start:end] = _attend(
+            q_TNH[None, start:end], k_LKH[None], v_LKH[None], seen_TL[None], scale
+        )[0]
     return out_TNH
 
 
-def linear(x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None, residual_TO: Tensor | None = None) -> Tensor:
+def linear(
+    x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None, residual_TO: Tensor | None = None
+) -> Tensor:
     """x · weightᵀ + bias, then + residual; [T, D], [O, D], [O], [T, O] -> [T, O]."""
     y_TO = torch.nn.functional.linear(x_TD, weight_OD, bias_O)
     return y_TO if residual_TO is None else y_TO + residual_TO
 
 
 def linear_int8(
-    x_TD: Tensor, weight_OD: Tensor, scale_O: Tensor, bias_O: Tensor | None, residual_TO: Tensor | None = None
+    x_TD: Tensor,
+    weight_OD: Tensor,
+    scale_O: Tensor,
+    bias_O: Tensor | None,
+    residual_TO: Tensor | None = None,
 ) -> Tensor:
     """(x · weightᵀ) · scale + bias, then + residual, with weights in int8 and a factor in fp32 for each output.
 
@@ -180,7 +209,9 @@ def _seen(query_pos: Tensor, key_pos: Tensor, window: int) -> Tensor:
     return seen & (key_pos > query_pos - window) if window > 0 else seen
 
 
-def _attend(q_RTNH: Tensor, k_RLKH: Tensor, v_RLKH: Tensor, seen_RTL: Tensor, scale: float) -> Tensor:
+def _attend(
+    q_RTNH: Tensor, k_RLKH: Tensor, v_RLKH: Tensor, seen_RTL: Tensor, scale: float
+) -> Tensor:
     """Matmul and softmax in fp32; keys no query may see are zeroed first, since 0 · NaN is NaN."""
     num_rows, num_tokens, num_heads, head_dim = q_RTNH.shape
     num_kv_heads = k_RLKH.shape[2]
@@ -188,11 +219,19 @@ def _attend(q_RTNH: Tensor, k_RLKH: Tensor, v_RLKH: Tensor, seen_RTL: Tensor, sc
     k_RKHL = torch.where(any_seen_RL11, k_RLKH, 0).float().permute(0, 2, 3, 1)
     v_RKLH = torch.where(any_seen_RL11, v_RLKH, 0).float().permute(0, 2, 1, 3)
     # query head n reads key-value head n // (N / K): fold a group's heads and tokens into one matrix per kv head
-    q_RKGTH = q_RTNH.float().view(num_rows, num_tokens, num_kv_heads, -1, head_dim).permute(0, 2, 3, 1, 4)
+    q_RKGTH = (
+        q_RTNH.float().view(num_rows, num_tokens, num_kv_heads, -1, head_dim).permute(0, 2, 3, 1, 4)
+    )
     score_RKGTL = (q_RKGTH.flatten(2, 3) @ k_RKHL).unflatten(2, (-1, num_tokens)) * scale
     score_RKGTL = score_RKGTL.masked_fill(~seen_RTL[:, None, None], float("-inf"))
-    out_RKGTH = (score_RKGTL.softmax(-1).nan_to_num(0.0).flatten(2, 3) @ v_RKLH).unflatten(2, (-1, num_tokens))
-    return out_RKGTH.permute(0, 3, 1, 2, 4).reshape(num_rows, num_tokens, num_heads, head_dim).to(q_RTNH.dtype)
+    out_RKGTH = (score_RKGTL.softmax(-1).nan_to_num(0.0).flatten(2, 3) @ v_RKLH).unflatten(
+        2, (-1, num_tokens)
+    )
+    return (
+        out_RKGTH.permute(0, 3, 1, 2, 4)
+        .reshape(num_rows, num_tokens, num_heads, head_dim)
+        .to(q_RTNH.dtype)
+    )
 
 
 MASK_32 = 0xFFFFFFFF
@@ -237,7 +276,9 @@ def sample(logits_RV: Tensor, temperature_R: Tensor, seed_R: Tensor, pos_R: Tens
     return torch.where(is_greedy_R1, logits_RV, scaled_RV + noise_RV).argmax(-1)
 
 
-def keep_likely(logits_RV: Tensor, temperature_R: Tensor, top_k_R: Tensor, top_p_R: Tensor, min_p_R: Tensor) -> Tensor:
+def keep_likely(
+    logits_RV: Tensor, temperature_R: Tensor, top_k_R: Tensor, top_p_R: Tensor, min_p_R: Tensor
+) -> Tensor:
     """Logits with everything outside min_p, then the top k, then the top p at −inf; top_k 0, top_p 1, min_p 0 are off.
 
     Probabilities are those at the temperature, at 0 as at 1. The likeliest token always stays. Of tokens with the same logit
@@ -246,14 +287,18 @@ def keep_likely(logits_RV: Tensor, temperature_R: Tensor, top_k_R: Tensor, top_p
     scaled_RV = logits_RV.float() / torch.where(temperature_R == 0, 1.0, temperature_R).unsqueeze(1)
     sorted_RV, order_RV = scaled_RV.sort(dim=-1, descending=True, stable=True)
     rank_V = torch.arange(scaled_RV.shape[1], device=scaled_RV.device)
-    floor_R1 = sorted_RV[:, :1] + torch.log(min_p_R).unsqueeze(1)  # log 0 = −inf: nothing is below it
+    floor_R1 = sorted_RV[:, :1] + torch.log(min_p_R).unsqueeze(
+        1
+    )  # log 0 = −inf: nothing is below it
     num_kept_R1 = torch.where(top_k_R > 0, top_k_R, scaled_RV.shape[1]).unsqueeze(1)
     kept_RV = (sorted_RV >= floor_R1) & (rank_V < num_kept_R1)
     prob_RV = sorted_RV.masked_fill(~kept_RV, float("-inf")).softmax(-1)
     before_RV = prob_RV.cumsum(-1) - prob_RV  # probability of everything likelier
     kept_RV &= (before_RV < top_p_R.unsqueeze(1)) | (top_p_R >= 1).unsqueeze(1)
     kept_RV[:, 0] = True
-    return logits_RV.masked_fill(~torch.zeros_like(kept_RV).scatter_(1, order_RV, kept_RV), float("-inf"))
+    return logits_RV.masked_fill(
+        ~torch.zeros_like(kept_RV).scatter_(1, order_RV, kept_RV), float("-inf")
+    )
 
 
 _silu_mul = silu_mul  # the op below has an argument of that name

@@ -86,22 +86,30 @@ class EngineConfig:
         known = [field.name for field in fields(cls)]
         unknown = sorted(set(options) - set(known))
         if unknown:
-            raise TypeError(f"unknown option {', '.join(unknown)}; the options are {', '.join(known)}")
+            raise TypeError(
+                f"unknown option {', '.join(unknown)}; the options are {', '.join(known)}"
+            )
         return cls(model, **options)
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
-            raise ValueError(f"dtype {self.dtype!r} is not supported: use one of {', '.join(DTYPES)}")
+            raise ValueError(
+                f"dtype {self.dtype!r} is not supported: use one of {', '.join(DTYPES)}"
+            )
         if self.quantization is not None and self.quantization not in QUANTIZATIONS:
             raise ValueError(
                 f"quantization {self.quantization!r} is not supported: use None or one of {', '.join(QUANTIZATIONS)}"
             )
         if self.attention_backend not in ATTENTION_BACKENDS:
             names = ", ".join(ATTENTION_BACKENDS)
-            raise ValueError(f"attention_backend {self.attention_backend!r} is not supported: use one of {names}")
+            raise ValueError(
+                f"attention_backend {self.attention_backend!r} is not supported: use one of {names}"
+            )
         if self.kv_cache_dtype not in KV_CACHE_DTYPES:
             names = ", ".join(KV_CACHE_DTYPES)
-            raise ValueError(f"kv_cache_dtype {self.kv_cache_dtype!r} is not supported: use one of {names}")
+            raise ValueError(
+                f"kv_cache_dtype {self.kv_cache_dtype!r} is not supported: use one of {names}"
+            )
         for name in ("max_num_seqs", "max_model_len"):
             _check_whole(name, getattr(self, name), 1)
         _check_whole("max_num_batched_tokens", self.max_num_batched_tokens, 16)
@@ -110,43 +118,65 @@ class EngineConfig:
         if self.graph_batch_sizes is not None:
             given = self.graph_batch_sizes
             sizes = tuple(given) if isinstance(given, Iterable) else ()
-            if not sizes or any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in sizes):
-                raise ValueError(f"graph_batch_sizes is {given!r}: it must hold whole numbers of at least 1")
+            if not sizes or any(
+                isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in sizes
+            ):
+                raise ValueError(
+                    f"graph_batch_sizes is {given!r}: it must hold whole numbers of at least 1"
+                )
             object.__setattr__(self, "graph_batch_sizes", sizes)
         if self.kvcache_block_size is not None and self.kvcache_block_size % 16:
-            raise ValueError(f"kvcache_block_size is {self.kvcache_block_size}: it must be a multiple of 16")
+            raise ValueError(
+                f"kvcache_block_size is {self.kvcache_block_size}: it must be a multiple of 16"
+            )
         share = self.gpu_memory_utilization
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0.0 < share <= 1.0:
             raise ValueError(f"gpu_memory_utilization is {share!r}: it must be a number in (0, 1]")
         stall = self.max_stall_ms
-        if stall is not None and (isinstance(stall, bool) or not isinstance(stall, (int, float)) or not stall > 0):
+        if stall is not None and (
+            isinstance(stall, bool) or not isinstance(stall, (int, float)) or not stall > 0
+        ):
             raise ValueError(f"max_stall_ms is {stall!r}: it must be a number above 0, or inf")
         if not self.pad_batches and not self.enforce_eager:
             raise ValueError("pad_batches=False needs enforce_eager=True: graphs have fixed sizes")
         if self.compile_cache_mode not in CACHE_MODES:
-            raise ValueError(f"compile_cache_mode is {self.compile_cache_mode!r}: use one of {', '.join(CACHE_MODES)}")
+            raise ValueError(
+                f"compile_cache_mode is {self.compile_cache_mode!r}: use one of {', '.join(CACHE_MODES)}"
+            )
         if self.compile_cache_mode == "require" and self.enforce_eager:
-            raise ValueError("compile_cache_mode='require' asks for compiled programs, and enforce_eager=True for none")
+            raise ValueError(
+                "compile_cache_mode='require' asks for compiled programs, and enforce_eager=True for none"
+            )
         if self.compile_cache is not None and (
             not isinstance(self.compile_cache, (str, PathLike)) or not str(self.compile_cache)
         ):
             raise ValueError(f"compile_cache is {self.compile_cache!r}: it must be a folder's path")
         if not self.fuse and self.enforce_eager:
-            raise ValueError("fuse=False needs enforce_eager=False: in eager mode there are no passes to leave out")
+            raise ValueError(
+                "fuse=False needs enforce_eager=False: in eager mode there are no passes to leave out"
+            )
         # two ahead would gain nothing, since with one there is always a step behind that which runs
-        if self.run_ahead is not None and (type(self.run_ahead) is not int or self.run_ahead not in (0, 1)):
+        if self.run_ahead is not None and (
+            type(self.run_ahead) is not int or self.run_ahead not in (0, 1)
+        ):
             raise ValueError(f"run_ahead is {self.run_ahead!r}: it must be 0 or 1")
         if self.npu_graph_mode not in (None, *GRAPH_MODES):
-            raise ValueError(f"npu_graph_mode is {self.npu_graph_mode!r}: it must be one of {', '.join(GRAPH_MODES)}")
+            raise ValueError(
+                f"npu_graph_mode is {self.npu_graph_mode!r}: it must be one of {', '.join(GRAPH_MODES)}"
+            )
         if self.npu_graph_mode == "aclgraph" and (self.run_ahead or not self.capture):
             raise ValueError(
                 f"npu_graph_mode='aclgraph' does not go with run_ahead={self.run_ahead}, capture={self.capture}: its steps are "
                 "captured, and each waits for the tokens of the one before"
             )
         if self.npu_graph_options is not None and not isinstance(self.npu_graph_options, Mapping):
-            raise ValueError(f"npu_graph_options is {self.npu_graph_options!r}: it must be a dict of options by path")
+            raise ValueError(
+                f"npu_graph_options is {self.npu_graph_options!r}: it must be a dict of options by path"
+            )
         if self.tensor_parallel_size != 1:
-            raise ValueError(f"tensor_parallel_size is {self.tensor_parallel_size}: only 1 is supported")
+            raise ValueError(
+                f"tensor_parallel_size is {self.tensor_parallel_size}: only 1 is supported"
+            )
 
 
 def _check_whole(name: str, value: int | None, low: int, why: str = "") -> None:

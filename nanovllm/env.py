@@ -29,8 +29,12 @@ def read() -> Environment:
     if strict not in ("0", "1"):
         raise ValueError(f"NANOVLLM_STRICT is {strict!r}: use 0 or 1")
     dump = os.environ.get("NANOVLLM_DUMP_GRAPHS")
-    cache = os.environ.get("NANOVLLM_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "nanovllm")
-    return Environment(level, Path(dump) if dump else None, strict == "1", Path(cache), os.environ.get("CXX"))
+    cache = os.environ.get("NANOVLLM_CACHE") or os.path.join(
+        os.path.expanduser("~"), ".cache", "nanovllm"
+    )
+    return Environment(
+        level, Path(dump) if dump else None, strict == "1", Path(cache), os.environ.get("CXX")
+    )
 
 
 _given: dict[str, str] = {}
@@ -45,4 +49,7 @@ def set_default(name: str, value: str, *, also_over: str | None = None) -> None:
 def for_children() -> dict[str, str]:
     """The environment for processes of our own: they find this package where this one did, whatever the folder."""
     root = str(Path(__file__).parents[1])
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
+    }

@@ -27,12 +27,18 @@ def resolve(model: str, *, weights: bool = True) -> Path:
             f"model {model!r} is neither an embedded model ({', '.join(EMBEDDED)}), nor a folder, nor a Hub id (owner/name)"
         )
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     patterns = CONFIG_FILES + (["*.safetensors"] if weights else [])
     try:
         # some repositories hold a second copy of all weights under this name
-        return Path(snapshot_download(model, allow_patterns=patterns, ignore_patterns=["consolidated*"]))
+        return Path(
+            snapshot_download(model, allow_patterns=patterns, ignore_patterns=["consolidated*"])
+        )
     except RepositoryNotFoundError as error:
         raise ValueError(
             f"model {model!r} is no folder here and no repository on the Hub (or it is private)"

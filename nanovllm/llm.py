@@ -11,13 +11,13 @@ from tqdm import tqdm
 
 from nanovllm import log
 from nanovllm.config import EngineConfig
-from nanovllm.engine import processes
-from nanovllm.platforms import ahead
+from nanovllm.platforms import preload
 from nanovllm.sampling import SamplingParams
+from nanovllm.startup.compile_farm import processes
 
 if TYPE_CHECKING:
-    from nanovllm.engine.engine import LLMEngine
-    from nanovllm.engine.outputs import Completion, RequestOutput
+    from nanovllm.engine import LLMEngine
+    from nanovllm.schedule.outputs import Completion, RequestOutput
 
 Prompt = str | Sequence[int]
 Message = dict[str, str]
@@ -30,12 +30,12 @@ class LLM:
         log.configure()
         config = EngineConfig.from_options(model, options)
         server = processes.begin(config)
-        wait = ahead.begin(config.device)
+        wait = preload.begin(config.device)
         with ExitStack() as stack:
             if server is not None:
                 stack.callback(server.end)
             # here, since it imports torch: the others begin beside that
-            from nanovllm.engine.engine import LLMEngine
+            from nanovllm.engine import LLMEngine
 
             wait()
             stack.pop_all()  # from here on the engine ends it
@@ -66,7 +66,13 @@ class LLM:
         done: dict[int, Completion] = {}
         with (
             self._aborting(owners),
-            tqdm(total=len(owners), desc="generating", unit="req", disable=not use_tqdm, dynamic_ncols=True) as bar,
+            tqdm(
+                total=len(owners),
+                desc="generating",
+                unit="req",
+                disable=not use_tqdm,
+                dynamic_ncols=True,
+            ) as bar,
         ):
             num_tokens = 0
             while len(done) < len(owners):
@@ -75,11 +81,16 @@ class LLM:
                         done[output.request_id] = output.completion
                         num_tokens += len(output.completion.token_ids)
                         bar.update()
-                        bar.set_postfix_str(f"{num_tokens / max(bar.format_dict['elapsed'], 1e-9):.0f} tok/s")
+                        bar.set_postfix_str(
+                            f"{num_tokens / max(bar.format_dict['elapsed'], 1e-9):.0f} tok/s"
+                        )
         grouped: dict[int, list[dict[str, Any]]] = {}
         for request_id, prompt_idx in owners.items():
             grouped.setdefault(prompt_idx, []).append(_as_dict(done[request_id]))
-        return [{**group[0], "outputs": group} if len(group) > 1 else group[0] for group in grouped.values()]
+        return [
+            {**group[0], "outputs": group} if len(group) > 1 else group[0]
+            for group in grouped.values()
+        ]
 
     def chat(
         self,
@@ -89,19 +100,26 @@ class LLM:
         **template_options: Any,
     ) -> list[dict[str, Any]]:
         """`generate` for one conversation or a list of them, put into the checkpoint's chat template."""
-        return self.generate(self.chat_prompts(messages, **template_options), sampling_params, use_tqdm)
+        return self.generate(
+            self.chat_prompts(messages, **template_options), sampling_params, use_tqdm
+        )
 
     def chat_prompts(
         self, messages: Sequence[Message] | Sequence[Sequence[Message]], **template_options: Any
     ) -> list[list[int]]:
         """Token ids of conversations in the checkpoint's chat template, up to where the answer begins."""
         if self.tokenizer is None or not self.tokenizer.chat_template:
-            raise ValueError(f"{self.engine.config.model!r} has no chat template: use generate() with plain prompts")
+            raise ValueError(
+                f"{self.engine.config.model!r} has no chat template: use generate() with plain prompts"
+            )
         conversations = [messages] if messages and isinstance(messages[0], dict) else messages
         return [
             list(
                 self.tokenizer.apply_chat_template(
-                    list(conversation), add_generation_prompt=True, return_dict=True, **template_options
+                    list(conversation),
+                    add_generation_prompt=True,
+                    return_dict=True,
+                    **template_options,
                 )["input_ids"]
             )
             for conversation in conversations
@@ -124,7 +142,9 @@ class LLM:
                         "index": owners[output.request_id],
                         "text": output.text,
                         "token_ids": output.token_ids,
-                        "finish_reason": output.completion.finish_reason if output.completion else None,
+                        "finish_reason": output.completion.finish_reason
+                        if output.completion
+                        else None,
                     }
 
     def _step(self, owners: dict[int, int]) -> list[RequestOutput]:
@@ -149,16 +169,26 @@ class LLM:
             all_params = list(sampling_params)
         strange = [params for params in all_params if not isinstance(params, SamplingParams)]
         if strange:
-            raise ValueError(f"sampling_params holds {strange[0]!r}: it must be one SamplingParams, or one per prompt")
+            raise ValueError(
+                f"sampling_params holds {strange[0]!r}: it must be one SamplingParams, or one per prompt"
+            )
         if len(all_params) != len(all_prompts):
-            raise ValueError(f"{len(all_params)} sampling params for {len(all_prompts)} prompts: give one, or one each")
+            raise ValueError(
+                f"{len(all_params)} sampling params for {len(all_prompts)} prompts: give one, or one each"
+            )
         owners: dict[int, int] = {}
         with self._aborting(owners, only_on_error=True):
             for prompt_idx, (prompt, params) in enumerate(zip(all_prompts, all_params)):
                 for sample_idx in range(params.n):
-                    seed = params.seed if params.seed is None or not sample_idx else params.seed + sample_idx
+                    seed = (
+                        params.seed
+                        if params.seed is None or not sample_idx
+                        else params.seed + sample_idx
+                    )
                     one = replace(params, n=1, seed=seed) if params.n > 1 else params
-                    owners[self.engine.add_request(prompt, one, incremental=incremental)] = prompt_idx
+                    owners[self.engine.add_request(prompt, one, incremental=incremental)] = (
+                        prompt_idx
+                    )
         return owners
 
     def _aborting(self, owners: dict[int, int], *, only_on_error: bool = False) -> _Aborting:

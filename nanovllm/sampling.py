@@ -61,12 +61,16 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 _whole(name, getattr(self, name), 0, MAX_LOGPROBS)
-        given = () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else self.stop
+        given = (
+            () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else self.stop
+        )
         stops = tuple(given) if isinstance(given, Iterable) else (given,)
         if any(not isinstance(text, str) or not text for text in stops):
             raise ValueError(f"stop must hold non-empty strings, not {self.stop!r}")
         if not isinstance(self.stop_token_ids, Iterable):
-            raise ValueError(f"stop_token_ids must be a list of token ids, not {self.stop_token_ids!r}")
+            raise ValueError(
+                f"stop_token_ids must be a list of token ids, not {self.stop_token_ids!r}"
+            )
         stop_token_ids = tuple(self.stop_token_ids)
         for token_id in stop_token_ids:
             _whole("stop_token_ids", token_id, 0)
@@ -83,7 +87,11 @@ class SamplingParams:
 
     @property
     def has_penalties(self) -> bool:
-        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+        return (
+            self.repetition_penalty != 1.0
+            or self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+        )
 
     @property
     def is_plain(self) -> bool:
@@ -106,5 +114,6 @@ def _whole(name: str, value: int, low: int, high: float = math.inf) -> None:
         raise ValueError(f"{name} must be a whole number, not {value!r}")
     if not low <= value <= high:
         raise ValueError(
-            f"{name} is {value}: it must be at least {low}" + (f", at most {high}" if high < math.inf else "")
+            f"{name} is {value}: it must be at least {low}"
+            + (f", at most {high}" if high < math.inf else "")
         )

@@ -51,7 +51,9 @@ class GrowingText:
 
     def flush(self) -> str:
         """The rest, unfinished characters included, once no more tokens come."""
-        piece = self._decode(self._ids[self._tail :])[len(self._decode(self._ids[self._tail : self._shown])) :]
+        piece = self._decode(self._ids[self._tail :])[
+            len(self._decode(self._ids[self._tail : self._shown])) :
+        ]
         self.text += piece
         self._tail, self._shown = self._shown, len(self._ids)
         return piece

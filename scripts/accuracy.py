@@ -1,4 +1,4 @@
-"""The accuracy gate: held-out questions of `tiny_tasks` through the engine, with greedy decoding.
+"""The accuracy gate: held-out questions of `tiny.tasks` through the engine, with greedy decoding.
 
     python scripts/accuracy.py --model tiny-qwen3
 
@@ -13,7 +13,7 @@ import sys
 import time
 from collections import Counter
 
-from tiny_tasks import KINDS, held_out, is_correct
+from tiny.tasks import KINDS, held_out, is_correct
 
 from nanovllm import LLM, SamplingParams
 
@@ -22,15 +22,23 @@ NUM_SHOWN = 10
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="tiny-qwen3", help="a folder, or the name of the embedded model")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", default="tiny-qwen3", help="a folder, or the name of the embedded model"
+    )
     parser.add_argument("--num", type=int, default=500, help="questions to ask")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--quantization", choices=("int8",), help="how weights are stored, beside as they are")
+    parser.add_argument(
+        "--quantization", choices=("int8",), help="how weights are stored, beside as they are"
+    )
     parser.add_argument("--kv-cache-dtype", default="auto", help="auto or fp8")
-    parser.add_argument("--enforce-eager", action="store_true", help="run without compiled programs")
+    parser.add_argument(
+        "--enforce-eager", action="store_true", help="run without compiled programs"
+    )
     parser.add_argument("--min-accuracy", type=float, default=0.95)
     args = parser.parse_args()
     if args.num < 1:

@@ -55,11 +55,17 @@ class Timed(NamedTuple):
 def timed(work: Callable[[], list[list[int]]]) -> Timed:
     busy, own, started = _busy_seconds(), time.process_time(), time.perf_counter()
     tokens = work()
-    seconds, own, busy = time.perf_counter() - started, time.process_time() - own, _busy_seconds() - busy
+    seconds, own, busy = (
+        time.perf_counter() - started,
+        time.process_time() - own,
+        _busy_seconds() - busy,
+    )
     return Timed(seconds, own, max(0.0, busy - own) / seconds, tokens)
 
 
-def undisturbed(work: Callable[[], list[list[int]]], most_others: float, patience_s: float) -> Timed:
+def undisturbed(
+    work: Callable[[], list[list[int]]], most_others: float, patience_s: float
+) -> Timed:
     """A run during which other programs took at most so much of a core; after `patience_s`, the least disturbed one."""
     deadline, best = time.perf_counter() + patience_s, timed(work)
     while best.others > most_others and time.perf_counter() < deadline:
@@ -71,7 +77,9 @@ def undisturbed(work: Callable[[], list[list[int]]], most_others: float, patienc
 def _busy_seconds() -> float:
     """What all cores have worked since the machine started; 0 where the system does not say."""
     try:
-        user, nice, system, _, _, irq, soft_irq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+        user, nice, system, _, _, irq, soft_irq, steal = map(
+            int, Path("/proc/stat").read_text().split()[1:9]
+        )
     except (OSError, ValueError):
         return 0.0
     return (user + nice + system + irq + soft_irq + steal) / os.sysconf("SC_CLK_TCK")
@@ -96,7 +104,9 @@ def make_llm(folder: str, kind: str, args: argparse.Namespace) -> LLM:
 
 def generate(llm: LLM, prompts: torch.Tensor, num_new: int) -> list[list[int]]:
     params = SamplingParams(temperature=0, max_tokens=num_new, ignore_eos=True)
-    return [output["token_ids"] for output in llm.generate(prompts.tolist(), params, use_tqdm=False)]
+    return [
+        output["token_ids"] for output in llm.generate(prompts.tolist(), params, use_tqdm=False)
+    ]
 
 
 def generate_theirs(model: Any, prompts: torch.Tensor, num_new: int) -> list[list[int]]:
@@ -107,7 +117,9 @@ def generate_theirs(model: Any, prompts: torch.Tensor, num_new: int) -> list[lis
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 16])
     parser.add_argument("--prompt-len", type=int, default=64)
@@ -117,17 +129,29 @@ def main() -> None:
     parser.add_argument("--theirs", nargs="*", default=["float32"], choices=kinds[:2])
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--threads", type=int, help="default: what torch takes")
-    parser.add_argument("--most-others", type=float, default=0.15, help="of a core; a run more disturbed is repeated")
-    parser.add_argument("--patience", type=float, default=0.0, help="seconds in which a run may be repeated")
     parser.add_argument(
-        "--minimum", type=float, default=0.0, help="exit with 1 if the first's median ratio is below this"
+        "--most-others",
+        type=float,
+        default=0.15,
+        help="of a core; a run more disturbed is repeated",
+    )
+    parser.add_argument(
+        "--patience", type=float, default=0.0, help="seconds in which a run may be repeated"
+    )
+    parser.add_argument(
+        "--minimum",
+        type=float,
+        default=0.0,
+        help="exit with 1 if the first's median ratio is below this",
     )
     args = parser.parse_args()
     torch.manual_seed(0)
     if args.threads:
         torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
-        AutoModelForCausalLM.from_config(shape(args.layers), dtype=torch.float32).save_pretrained(folder)
+        AutoModelForCausalLM.from_config(shape(args.layers), dtype=torch.float32).save_pretrained(
+            folder
+        )
         llms = {kind: make_llm(folder, kind, args) for kind in args.ours}
         references = {
             dtype: AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
@@ -135,10 +159,15 @@ def main() -> None:
         }
     worst = float("inf")
     for batch in args.batch:
-        prompts = torch.randint(0, 10000, (batch, args.prompt_len), generator=torch.Generator().manual_seed(batch))
+        prompts = torch.randint(
+            0, 10000, (batch, args.prompt_len), generator=torch.Generator().manual_seed(batch)
+        )
         works: dict[str, Callable[[int], list[list[int]]]] = {
             **{kind: partial(generate, llm, prompts) for kind, llm in llms.items()},
-            **{f"transformers {dtype}": partial(generate_theirs, references[dtype], prompts) for dtype in args.theirs},
+            **{
+                f"transformers {dtype}": partial(generate_theirs, references[dtype], prompts)
+                for dtype in args.theirs
+            },
         }
         for work in works.values():
             work(args.new_tokens)
@@ -154,13 +183,16 @@ def main() -> None:
                 seconds[name].append(run.seconds)
                 cpu_seconds[name].append(run.cpu_seconds)
                 others[name].append(run.others)
-                first_token[name].append(undisturbed(partial(work, 1), args.most_others, args.patience).seconds)
+                first_token[name].append(
+                    undisturbed(partial(work, 1), args.most_others, args.patience).seconds
+                )
         for name in works:
             other = f"transformers {name.partition('+')[0]}"
             base = f"transformers {args.theirs[0]}" if args.theirs else next(iter(works))
             ratios = [theirs / mine for theirs, mine in zip(seconds[base], seconds[name])]
             step_ms = [
-                1e3 * (all_ - one) / (args.new_tokens - 1) for all_, one in zip(seconds[name], first_token[name])
+                1e3 * (all_ - one) / (args.new_tokens - 1)
+                for all_, one in zip(seconds[name], first_token[name])
             ]
             result = {
                 "layers": args.layers,

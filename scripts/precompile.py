@@ -18,26 +18,46 @@ from typing import Any
 from tqdm import tqdm
 
 from nanovllm import EngineConfig, log
-from nanovllm.engine import precompile
-from nanovllm.engine.workers import Outcome
+from nanovllm.startup.compile_farm import builder as precompile
+from nanovllm.startup.compile_farm.workers import Outcome
 
 # Options of `LLM` that shape programs, beside --bs.
-SHAPING = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_kvcache_blocks", "kvcache_block_size")
+SHAPING = (
+    "max_model_len",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "num_kvcache_blocks",
+    "kvcache_block_size",
+)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True, help="embedded model, folder or Hub id")
-    parser.add_argument("--bs", type=int, nargs="+", metavar="ROWS", help="graph_batch_sizes; default the device's own")
-    parser.add_argument("--out", type=Path, required=True, help="the store: made if need be, for you alone")
-    parser.add_argument("--jobs", type=int, help="processes; default half the cores, at most 8, and 1 on an NPU")
+    parser.add_argument(
+        "--bs",
+        type=int,
+        nargs="+",
+        metavar="ROWS",
+        help="graph_batch_sizes; default the device's own",
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="the store: made if need be, for you alone"
+    )
+    parser.add_argument(
+        "--jobs", type=int, help="processes; default half the cores, at most 8, and 1 on an NPU"
+    )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--attention-backend", default="auto")
     parser.add_argument("--kv-cache-dtype", default="auto", help="auto or fp8")
     parser.add_argument("--quantization", help="int8, on a CPU")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
-    parser.add_argument("--npu-graph-options", type=json.loads, metavar="JSON", help="an object of options by path")
+    parser.add_argument(
+        "--npu-graph-options", type=json.loads, metavar="JSON", help="an object of options by path"
+    )
     for name in SHAPING:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int)
     args = parser.parse_args()
@@ -56,7 +76,9 @@ def main() -> int:
             bar.update()
 
         try:
-            config = EngineConfig(args.model, graph_batch_sizes=args.bs, compile_cache=args.out, **options)
+            config = EngineConfig(
+                args.model, graph_batch_sizes=args.bs, compile_cache=args.out, **options
+            )
             outcomes = precompile.fill(config, args.jobs, progress)
         except (ValueError, OSError, RuntimeError) as error:
             bar.close()

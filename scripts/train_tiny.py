@@ -1,4 +1,4 @@
-"""Train tiny-qwen3, the model embedded in nanovllm: a Qwen3 of under four million parameters on `tiny_tasks`.
+"""Train tiny-qwen3, the model embedded in nanovllm: a Qwen3 of under four million parameters on `tiny.tasks`.
 
     python scripts/train_tiny.py --out nanovllm/assets/tiny-qwen3
 
@@ -22,12 +22,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tiny_tasks import KINDS, Task, held_out, is_correct, training_examples
-from tiny_wordings import COMMON_WORDS
+from tiny.tasks import KINDS, Task, held_out, is_correct, training_examples
+from tiny.wordings import COMMON_WORDS
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch.nn import functional
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 logger = logging.getLogger("train_tiny")
 
@@ -38,7 +44,13 @@ MAX_FOLDER_BYTES = 8_000_000
 EXAMPLES_PER_CHUNK = 20_000
 # row length -> share of the steps. Short rows begin often, as chats do; long ones keep the last positions in use.
 ROW_LEN_SHARES = {128: 0.6, 512: 0.3, MAX_POSITIONS: 0.1}
-LEARNING_RATE, FINAL_LEARNING_RATE, WEIGHT_DECAY, BETAS, MAX_GRAD_NORM = 2e-3, 2e-5, 0.1, (0.9, 0.98), 1.0
+LEARNING_RATE, FINAL_LEARNING_RATE, WEIGHT_DECAY, BETAS, MAX_GRAD_NORM = (
+    2e-3,
+    2e-5,
+    0.1,
+    (0.9, 0.98),
+    1.0,
+)
 MAX_NEW_TOKENS = 64
 
 # Words with one character before them, single digits, punctuation, white space: Qwen's pattern less its contractions,
@@ -73,15 +85,23 @@ def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     bytes_alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     num_words = VOCAB_SIZE - len(bytes_alphabet) - 3
     # ties are broken by the text: the order in which a Counter met them is no property of the data
-    words = [piece for piece, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0])) if _is_common(piece)]
+    words = [
+        piece
+        for piece, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+        if _is_common(piece)
+    ]
     if len(words) < num_words:
-        raise ValueError(f"the phrasings yield {len(words)} words, and a vocabulary of {VOCAB_SIZE} needs {num_words}")
+        raise ValueError(
+            f"the phrasings yield {len(words)} words, and a vocabulary of {VOCAB_SIZE} needs {num_words}"
+        )
     vocab = {piece: idx for idx, piece in enumerate(bytes_alphabet + words[:num_words])}
 
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))
     backend.pre_tokenizer = pre_tokenizer
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (PAD, START, END)])
+    backend.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in (PAD, START, END)]
+    )
     assert backend.get_vocab_size() == VOCAB_SIZE
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -124,8 +144,12 @@ def _encode_chunk(tokenizer_json: str, seed: str, num: int) -> Corpus:
     for task in islice(training_examples(seed), num):
         pieces.append([*tokenizer.encode(render(task)).ids, pad])
     lens = np.fromiter(map(len, pieces), np.int64, len(pieces))
-    tokens_T = np.fromiter((token for piece in pieces for token in piece), np.int16, int(lens.sum()))
-    heads = np.flatnonzero((tokens_T[:-1] == start) & (tokens_T[1:] == assistant)) + 3  # past 'assistant' and newline
+    tokens_T = np.fromiter(
+        (token for piece in pieces for token in piece), np.int16, int(lens.sum())
+    )
+    heads = (
+        np.flatnonzero((tokens_T[:-1] == start) & (tokens_T[1:] == assistant)) + 3
+    )  # past 'assistant' and newline
     ends = np.flatnonzero(tokens_T == end)
     tails = ends[np.searchsorted(ends, heads)] + 1
     edges_T = np.zeros(len(tokens_T) + 1, np.int8)
@@ -135,7 +159,10 @@ def _encode_chunk(tokenizer_json: str, seed: str, num: int) -> Corpus:
 
 def build_corpus(tokenizer_json: str, seed: int, num_examples: int, num_workers: int) -> Corpus:
     """The same for the same seed and number of examples, however many workers there are."""
-    sizes = [min(EXAMPLES_PER_CHUNK, num_examples - done) for done in range(0, num_examples, EXAMPLES_PER_CHUNK)]
+    sizes = [
+        min(EXAMPLES_PER_CHUNK, num_examples - done)
+        for done in range(0, num_examples, EXAMPLES_PER_CHUNK)
+    ]
     seeds = [f"{seed}.{chunk_idx}" for chunk_idx in range(len(sizes))]
     with ProcessPoolExecutor(num_workers) as pool:
         results = pool.map(_encode_chunk, [tokenizer_json] * len(sizes), seeds, sizes)
@@ -144,7 +171,9 @@ def build_corpus(tokenizer_json: str, seed: int, num_examples: int, num_workers:
     return Corpus(
         np.concatenate([chunk.tokens_T for chunk in chunks]),
         np.concatenate([chunk.is_answer_T for chunk in chunks]),
-        np.concatenate([chunk.starts_D + offset for chunk, offset in zip(chunks, offsets, strict=True)]),
+        np.concatenate(
+            [chunk.starts_D + offset for chunk, offset in zip(chunks, offsets, strict=True)]
+        ),
     )
 
 
@@ -179,10 +208,14 @@ def learning_rate(step: int, num_steps: int) -> float:
     if step < num_warmup:
         return LEARNING_RATE * (step + 1) / num_warmup
     progress = (step - num_warmup) / max(1, num_steps - num_warmup)
-    return FINAL_LEARNING_RATE + (LEARNING_RATE - FINAL_LEARNING_RATE) * 0.5 * (1 + math.cos(math.pi * progress))
+    return FINAL_LEARNING_RATE + (LEARNING_RATE - FINAL_LEARNING_RATE) * 0.5 * (
+        1 + math.cos(math.pi * progress)
+    )
 
 
-def train(model: Qwen3ForCausalLM, corpus: Corpus, *, num_steps: int, batch_tokens: int, seed: int) -> float:
+def train(
+    model: Qwen3ForCausalLM, corpus: Corpus, *, num_steps: int, batch_tokens: int, seed: int
+) -> float:
     """Cross-entropy on the answers' tokens; returns the mean loss of the last steps.
 
     A row begins at a random conversation and runs on into those that follow it in the corpus, without a mask between
@@ -195,14 +228,20 @@ def train(model: Qwen3ForCausalLM, corpus: Corpus, *, num_steps: int, batch_toke
     decayed = [param for param in model.parameters() if param.ndim >= 2]
     others = [param for param in model.parameters() if param.ndim < 2]
     optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}],
+        [
+            {"params": decayed, "weight_decay": WEIGHT_DECAY},
+            {"params": others, "weight_decay": 0.0},
+        ],
         betas=BETAS,
         fused=device.type == "cuda",
     )
     generator = torch.Generator().manual_seed(seed)
     row_lens = list(ROW_LEN_SHARES)
     row_len_idxs = torch.multinomial(
-        torch.tensor(list(ROW_LEN_SHARES.values())), num_steps, replacement=True, generator=generator
+        torch.tensor(list(ROW_LEN_SHARES.values())),
+        num_steps,
+        replacement=True,
+        generator=generator,
     ).tolist()
 
     model.train()
@@ -214,7 +253,9 @@ def train(model: Qwen3ForCausalLM, corpus: Corpus, *, num_steps: int, batch_toke
         # the last conversations have no full row behind them; the first of them that does not is past the end
         last_start = int(np.searchsorted(corpus.starts_D, len(corpus.tokens_T) - row_len - 1))
         if last_start == 0:
-            raise ValueError(f"{len(corpus.tokens_T)} tokens of examples do not fill a row of {row_len}")
+            raise ValueError(
+                f"{len(corpus.tokens_T)} tokens of examples do not fill a row of {row_len}"
+            )
         doc_idxs_B = torch.randint(last_start, (num_rows,), generator=generator).to(device)
         positions_BS = starts_D[doc_idxs_B][:, None] + torch.arange(row_len, device=device)
         input_BS = tokens_T[positions_BS].long()
@@ -243,7 +284,9 @@ def train(model: Qwen3ForCausalLM, corpus: Corpus, *, num_steps: int, batch_toke
 def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     model.bfloat16().save_pretrained(out)
-    (out / "model.safetensors").chmod(0o644)  # it is written for its owner alone, and an installed package has readers
+    (out / "model.safetensors").chmod(
+        0o644
+    )  # it is written for its owner alone, and an installed package has readers
     tokenizer.save_pretrained(out, save_jinja_files=False)
     # Both spellings of RoPE's base: transformers writes rope_parameters since version 5, older readers know rope_theta.
     config = json.loads((out / "config.json").read_text())
@@ -252,7 +295,9 @@ def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
     # The generic class of both transformers 4 and 5; a model's own class would rebuild the pre-tokenizer.
     tokenizer_config = json.loads((out / "tokenizer_config.json").read_text())
     tokenizer_config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    (out / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2, ensure_ascii=False) + "\n")
+    (out / "tokenizer_config.json").write_text(
+        json.dumps(tokenizer_config, indent=2, ensure_ascii=False) + "\n"
+    )
 
 
 @torch.inference_mode()
@@ -265,16 +310,23 @@ def evaluate(
     model.to(device)  # type: ignore[arg-type]  # transformers' decorator loses the signature of `to`
     num_right: Counter[str] = Counter()
     wrong: list[str] = []
-    for begin in tqdm(range(0, len(tasks), batch_size), desc="held-out", unit="batch", mininterval=5):
+    for begin in tqdm(
+        range(0, len(tasks), batch_size), desc="held-out", unit="batch", mininterval=5
+    ):
         batch = tasks[begin : begin + batch_size]
         prompts = [
-            tokenizer.apply_chat_template(task.messages, tokenize=False, add_generation_prompt=True) for task in batch
+            tokenizer.apply_chat_template(task.messages, tokenize=False, add_generation_prompt=True)
+            for task in batch
         ]
         inputs = tokenizer(prompts, return_tensors="pt", padding=True).to(device)
         output_BS = model.generate(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=MAX_NEW_TOKENS
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=MAX_NEW_TOKENS,
         )
-        answers = tokenizer.batch_decode(output_BS[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        answers = tokenizer.batch_decode(
+            output_BS[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        )
         for task, text in zip(batch, answers, strict=True):
             if is_correct(task, text):
                 num_right[task.kind] += 1
@@ -284,7 +336,9 @@ def evaluate(
     return {kind: num_right[kind] / num_tasks[kind] for kind in KINDS if num_tasks[kind]}, wrong
 
 
-def write_card(out: Path, args: argparse.Namespace, accuracies: dict[str, float], total: float, seconds: float) -> None:
+def write_card(
+    out: Path, args: argparse.Namespace, accuracies: dict[str, float], total: float, seconds: float
+) -> None:
     options = f"--steps {args.steps} --examples {args.examples} --batch-tokens {args.batch_tokens} --seed {args.seed}"
     rows = "\n".join(f"| {kind} | {accuracy:.1%} |" for kind, accuracy in accuracies.items())
     config = json.loads((out / "config.json").read_text())
@@ -317,7 +371,7 @@ else comes byte by byte. The chat format is ChatML, as Qwen's.
     python scripts/train_tiny.py --out nanovllm/assets/tiny-qwen3 \\
         {options}
 
-The data is generated by `scripts/tiny_tasks.py`. The loss is the cross-entropy on the answers, in rows of several
+The data is generated by `scripts/tiny/tasks.py`. The loss is the cross-entropy on the answers, in rows of several
 conversations ({row_lens} tokens), with AdamW at a peak learning rate of {LEARNING_RATE} and bf16 autocast. Making the
 data and training took {seconds / 60:.1f} minutes on one {device} with torch {torch.__version__}.
 
@@ -338,14 +392,18 @@ or the exact wording, that was held out.
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to write the model to")
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--examples", type=int, default=3_000_000, help="conversations to generate")
     parser.add_argument("--batch-tokens", type=int, default=65_536)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num-eval", type=int, default=2600, help="held-out questions to score")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that generate examples")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count(), help="processes that generate examples"
+    )
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
@@ -356,7 +414,9 @@ def main() -> int:
         messages = [*task.messages, {"role": "assistant", "content": task.answer}]
         assert render(task) == tokenizer.apply_chat_template(messages, tokenize=False)
     # before the GPU is touched: a forked process cannot use it, and must not inherit it
-    corpus = build_corpus(tokenizer.backend_tokenizer.to_str(), args.seed, args.examples, args.workers)
+    corpus = build_corpus(
+        tokenizer.backend_tokenizer.to_str(), args.seed, args.examples, args.workers
+    )
     logger.info("%d tokens, %.0f s", len(corpus.tokens_T), time.perf_counter() - started)
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -364,7 +424,9 @@ def main() -> int:
     model.to(device)  # type: ignore[arg-type]  # transformers' decorator loses the signature of `to`
     num_params = sum(param.numel() for param in model.parameters())
     logger.info("%d parameters on %s", num_params, device)
-    loss = train(model, corpus, num_steps=args.steps, batch_tokens=args.batch_tokens, seed=args.seed)
+    loss = train(
+        model, corpus, num_steps=args.steps, batch_tokens=args.batch_tokens, seed=args.seed
+    )
     seconds = time.perf_counter() - started
     logger.info("loss %.4f, %.0f s", loss, seconds)
     save(model, tokenizer, args.out)

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+pytest_plugins = ["tests.engines"]
+
 # Kernels run on the GPU where there is one, else in Triton's interpreter, which has to be asked for before anybody imports
 # Triton (transformers does).
 if not torch.cuda.is_available():
@@ -32,7 +34,9 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-def save_tiny(folder: Path, architecture: str = "qwen3", *, dtype: str = "float32", **changes: Any) -> Path:
+def save_tiny(
+    folder: Path, architecture: str = "qwen3", *, dtype: str = "float32", **changes: Any
+) -> Path:
     """Save a small random checkpoint of transformers' own implementation; returns its folder.
 
     `initializer_range` is large so that logits are far apart and greedy tokens do not hang on rounding.
@@ -56,10 +60,14 @@ def save_tiny(folder: Path, architecture: str = "qwen3", *, dtype: str = "float3
         **changes,
     }
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **fields)).to(getattr(torch, dtype))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **fields)).to(
+        getattr(torch, dtype)
+    )
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
-            torch.nn.init.normal_(parameter, std=0.1)  # transformers starts biases at zero, which would hide them
+            torch.nn.init.normal_(
+                parameter, std=0.1
+            )  # transformers starts biases at zero, which would hide them
         elif "norm" in name:
             torch.nn.init.normal_(parameter, mean=1.0, std=0.1)
     model.save_pretrained(folder)

@@ -16,14 +16,17 @@ def make(**options: Any) -> EngineConfig:
 
 def test_unknown_options_are_named_beside_the_known_ones() -> None:
     with pytest.raises(
-        TypeError, match=r"unknown option max_seqs, swap_space; the options are model, dtype, device, .*"
+        TypeError,
+        match=r"unknown option max_seqs, swap_space; the options are model, dtype, device, .*",
     ):
         make(swap_space=4, max_seqs=1, dtype="auto")
 
 
 @pytest.mark.parametrize("value", ["fp16", "float8", "FP8", None, 8])
 def test_the_cache_is_in_the_model_s_dtype_or_fp8(value: Any) -> None:
-    with pytest.raises(ValueError, match=rf"kv_cache_dtype {value!r} is not supported: use one of auto, fp8"):
+    with pytest.raises(
+        ValueError, match=rf"kv_cache_dtype {value!r} is not supported: use one of auto, fp8"
+    ):
         make(kv_cache_dtype=value)
     assert make().kv_cache_dtype == "auto" and make(kv_cache_dtype="fp8").kv_cache_dtype == "fp8"
 
@@ -31,13 +34,17 @@ def test_the_cache_is_in_the_model_s_dtype_or_fp8(value: Any) -> None:
 @pytest.mark.parametrize("name", ["max_num_seqs", "max_num_batched_tokens", "max_model_len"])
 @pytest.mark.parametrize("value", [0, -1, 2.5, "4", True])
 def test_counts_are_whole_numbers_from_one(name: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=f"{name} is {value!r}: it must be a whole number, at least 1"):
+    with pytest.raises(
+        ValueError, match=f"{name} is {value!r}: it must be a whole number, at least 1"
+    ):
         make(**{name: value})
 
 
 @pytest.mark.parametrize("value", [1, 0, -5, 3.0])
 def test_the_cache_needs_a_block_beside_the_padding(value: Any) -> None:
-    with pytest.raises(ValueError, match=rf"num_kvcache_blocks is {value!r}: .* at least 2 \(one is for padding\)"):
+    with pytest.raises(
+        ValueError, match=rf"num_kvcache_blocks is {value!r}: .* at least 2 \(one is for padding\)"
+    ):
         make(num_kvcache_blocks=value)
 
 
@@ -49,24 +56,34 @@ def test_blocks_hold_a_multiple_of_16_tokens(value: Any) -> None:
 
 @pytest.mark.parametrize("value", [[], [0], [-1, 2], [1.0], ["1"], [True], 4, "124"])
 def test_graph_batch_sizes_are_whole_numbers(value: Any) -> None:
-    with pytest.raises(ValueError, match=r"graph_batch_sizes is .*: it must hold whole numbers of at least 1"):
+    with pytest.raises(
+        ValueError, match=r"graph_batch_sizes is .*: it must hold whole numbers of at least 1"
+    ):
         make(graph_batch_sizes=value)
 
 
 @pytest.mark.parametrize("value", [0, 0.0, -0.1, 1.01, 90, float("nan"), "0.9", None, True])
 def test_gpu_memory_utilization_is_a_share(value: Any) -> None:
-    with pytest.raises(ValueError, match=rf"gpu_memory_utilization is {value!r}: it must be a number in \(0, 1\]"):
+    with pytest.raises(
+        ValueError, match=rf"gpu_memory_utilization is {value!r}: it must be a number in \(0, 1\]"
+    ):
         make(gpu_memory_utilization=value)
 
 
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"dtype": "fp8"}, "dtype 'fp8' is not supported: use one of auto, float32, float16, bfloat16"),
+        (
+            {"dtype": "fp8"},
+            "dtype 'fp8' is not supported: use one of auto, float32, float16, bfloat16",
+        ),
         ({"pad_batches": False}, "pad_batches=False needs enforce_eager=True"),
         ({"fuse": False, "enforce_eager": True}, "fuse=False needs enforce_eager=False"),
         ({"max_stall_ms": 0}, "max_stall_ms is 0: it must be a number above 0, or inf"),
-        ({"max_stall_ms": float("nan")}, "max_stall_ms is nan: it must be a number above 0, or inf"),
+        (
+            {"max_stall_ms": float("nan")},
+            "max_stall_ms is nan: it must be a number above 0, or inf",
+        ),
         ({"max_stall_ms": "30"}, "max_stall_ms is '30': it must be a number above 0, or inf"),
         ({"run_ahead": 2}, "run_ahead is 2: it must be 0 or 1"),
         ({"run_ahead": -1}, "run_ahead is -1: it must be 0 or 1"),
@@ -80,7 +97,9 @@ def test_what_is_not_supported_says_what_is(options: dict[str, Any], match: str)
 
 
 def test_options_are_frozen_and_hashable() -> None:
-    config = make(graph_batch_sizes=[4, 2], max_num_seqs=3, kvcache_block_size=48, gpu_memory_utilization=1)
+    config = make(
+        graph_batch_sizes=[4, 2], max_num_seqs=3, kvcache_block_size=48, gpu_memory_utilization=1
+    )
     assert config.graph_batch_sizes == (4, 2) and hash(config) == hash(make(**vars_of(config)))
     with pytest.raises(FrozenInstanceError):
         config.dtype = "float32"  # type: ignore[misc]

@@ -41,12 +41,19 @@ def texts(outputs: list[dict[str, Any]]) -> list[str]:
 
 
 def test_public_names() -> None:
-    assert set(nanovllm.__all__) == {"LLM", "EngineConfig", "SamplingParams", "print_attention_backend_info"}
+    assert set(nanovllm.__all__) == {
+        "LLM",
+        "EngineConfig",
+        "SamplingParams",
+        "print_attention_backend_info",
+    }
     assert all(hasattr(nanovllm, name) for name in nanovllm.__all__)
 
 
 def test_the_embedded_model_answers(llm: LLM) -> None:
-    outputs = llm.chat([conversation(question) for question in QUESTIONS[:2]], GREEDY, use_tqdm=False)
+    outputs = llm.chat(
+        [conversation(question) for question in QUESTIONS[:2]], GREEDY, use_tqdm=False
+    )
     assert "82" in outputs[0]["text"] and "2, 7, 9" in outputs[1]["text"]
     assert [output["finish_reason"] for output in outputs] == ["stop", "stop"]
 
@@ -59,7 +66,13 @@ def test_one_prompt_or_several_of_every_kind(llm: LLM) -> None:
     mixed = llm.generate([text, ids, "Sort"], GREEDY, use_tqdm=False)
     assert [output["token_ids"] for output in mixed[:2]] == [single["token_ids"]] * 2
     assert single["num_prompt_tokens"] == len(ids) == mixed[1]["num_prompt_tokens"]
-    assert set(single) == {"text", "token_ids", "finish_reason", "num_prompt_tokens", "num_cached_tokens"}
+    assert set(single) == {
+        "text",
+        "token_ids",
+        "finish_reason",
+        "num_prompt_tokens",
+        "num_cached_tokens",
+    }
 
 
 def test_chat_of_one_conversation_is_chat_of_a_list(llm: LLM) -> None:
@@ -84,7 +97,9 @@ def test_answers_come_in_the_order_of_the_prompts(llm: LLM) -> None:
     params = [SamplingParams(temperature=0, max_tokens=1 + (7 * i) % 23) for i in range(19)]
     outputs = llm.generate([str(i) for i in range(19)], params, use_tqdm=False)
     alone = [llm.generate(str(i), params[i], use_tqdm=False)[0] for i in (0, 5, 18)]
-    assert [outputs[i]["token_ids"] for i in (0, 5, 18)] == [output["token_ids"] for output in alone]
+    assert [outputs[i]["token_ids"] for i in (0, 5, 18)] == [
+        output["token_ids"] for output in alone
+    ]
 
 
 def test_n_answers(llm: LLM) -> None:
@@ -116,10 +131,14 @@ def test_stop_strings_cut_text_and_stream(llm: LLM) -> None:
 
 
 def test_logprobs_come_when_asked_for(llm: LLM) -> None:
-    (output,) = llm.generate("a", SamplingParams(max_tokens=3, logprobs=2, prompt_logprobs=0), use_tqdm=False)
+    (output,) = llm.generate(
+        "a", SamplingParams(max_tokens=3, logprobs=2, prompt_logprobs=0), use_tqdm=False
+    )
     assert len(output["logprobs"]) == len(output["token_ids"])
     assert output["prompt_logprobs"] == [None]
-    assert all(token_id in found for token_id, found in zip(output["token_ids"], output["logprobs"]))
+    assert all(
+        token_id in found for token_id, found in zip(output["token_ids"], output["logprobs"])
+    )
 
 
 def test_progress_is_shown_on_request(llm: LLM, capfd: pytest.CaptureFixture[str]) -> None:

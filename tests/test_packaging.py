@@ -11,14 +11,31 @@ ROOT = Path(__file__).parent.parent
 
 def test_wheel_holds_everything_and_imports(tmp_path: Path) -> None:
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", tmp_path, ROOT],
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "--quiet",
+            "--no-deps",
+            "--no-build-isolation",
+            "-w",
+            tmp_path,
+            ROOT,
+        ],
         check=True,
     )
     (wheel,) = tmp_path.glob("*.whl")
     target = tmp_path / "site"
     subprocess.run([sys.executable, "-m", "zipfile", "-e", wheel, target], check=True)
-    source = {path.relative_to(ROOT) for folder in ("compile", "kernels") for path in (ROOT / folder).rglob("*.py")}
-    assert {Path("nanovllm") / path for path in source} <= {path.relative_to(target) for path in target.rglob("*.py")}
+    source = {
+        path.relative_to(ROOT)
+        for folder in ("compile", "kernels")
+        for path in (ROOT / folder).rglob("*.py")
+    }
+    assert {Path("nanovllm") / path for path in source} <= {
+        path.relative_to(target) for path in target.rglob("*.py")
+    }
     script = (
         "import nanovllm, nanovllm.kernels.ops, nanovllm.compile.program;"
         "from nanovllm.hub import resolve;"
@@ -43,5 +60,7 @@ def test_nothing_optional_is_imported() -> None:
         "import sys, nanovllm;"
         "print([name for name in ('triton', 'flash_attn', 'torch_npu', 'ray', 'fastapi') if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "[]"

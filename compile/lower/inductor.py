@@ -41,7 +41,9 @@ def load(content: bytes) -> InductorProgram:
         path.write_bytes(content)
         try:
             return InductorProgram(CompiledArtifact.load(path=str(path), format="binary"))
-        except Exception as error:  # whatever torch's reader raises, the program can still be compiled
+        except (
+            Exception
+        ) as error:  # whatever torch's reader raises, the program can still be compiled
             raise ValueError(f"Inductor cannot read it: {type(error).__name__}: {error}") from error
 
 
@@ -56,10 +58,14 @@ def lower(graph: GraphModule, fakes: Sequence[Tensor]) -> InductorProgram:
         node.meta["example_value"] = node.meta["val"]
     # the number of threads stays open: it is no part of an artifact's key
     options = {"config_patches": {"cpp.dynamic_threads": True}}
-    return InductorProgram(standalone_compile(graph, list(fakes), dynamic_shapes="from_graph", options=options))
+    return InductorProgram(
+        standalone_compile(graph, list(fakes), dynamic_shapes="from_graph", options=options)
+    )
 
 
-def lower_if_worth_it(graph: GraphModule, fakes: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
+def lower_if_worth_it(
+    graph: GraphModule, fakes: Sequence[Tensor]
+) -> Callable[..., Sequence[Tensor]]:
     """A plan of the graph's calls where there is nothing to generate, else what Inductor makes of it."""
     from nanovllm.compile.lower import plan
 

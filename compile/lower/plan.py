@@ -64,7 +64,15 @@ def load(content: bytes) -> Plan:
     try:
         read = json.loads(content)
         return Plan(read["num_inputs"], read["calls"], read["outputs"])
-    except (KeyError, TypeError, AttributeError, IndexError, AssertionError, SyntaxError, RuntimeError) as error:
+    except (
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        AssertionError,
+        SyntaxError,
+        RuntimeError,
+    ) as error:
         raise ValueError(f"no plan: {error!r}") from error
 
 
@@ -75,7 +83,13 @@ def lower(graph: GraphModule, fakes: Sequence[Tensor]) -> Plan:
     outputs: list[int] = []
     for node in graph.graph.nodes:
         if node.op == "call_function":
-            calls.append([_op_name(node.target), _written(list(node.args), numbers), _written(node.kwargs, numbers)])
+            calls.append(
+                [
+                    _op_name(node.target),
+                    _written(list(node.args), numbers),
+                    _written(node.kwargs, numbers),
+                ]
+            )
         elif node.op == "output":
             outputs = [numbers[value] for value in node.args[0]]
             break
@@ -94,7 +108,11 @@ def is_enough(graph: GraphModule) -> bool:
             continue
         if not isinstance(target, torch._ops.OpOverload) or target.namespace not in NAMESPACES:
             return False
-        if target.namespace == "aten" and not target.is_view and target._schema.name[6:] not in _LIBRARY:
+        if (
+            target.namespace == "aten"
+            and not target.is_view
+            and target._schema.name[6:] not in _LIBRARY
+        ):
             small += 1
     return small <= MAX_SMALL_OPS
 
@@ -124,12 +142,16 @@ def _written(value: Any, numbers: dict[Node, int]) -> Any:
     raise NotAPlan(f"argument {value!r}")
 
 
-def _build(num_inputs: int, calls: list[list[Any]], outputs: list[int]) -> Callable[..., Sequence[Tensor]]:
+def _build(
+    num_inputs: int, calls: list[list[Any]], outputs: list[int]
+) -> Callable[..., Sequence[Tensor]]:
     """Straight-line Python for the calls; a value is dropped after its last use, so that its memory is free again."""
     last_use: dict[int, int] = {}
     for call_idx, (_, args, kwargs) in enumerate(calls):
         for number in _values(args) + _values(kwargs):
-            assert number < num_inputs + call_idx, f"call {call_idx} uses value {number}, which comes later"
+            assert number < num_inputs + call_idx, (
+                f"call {call_idx} uses value {number}, which comes later"
+            )
             last_use[number] = call_idx
     names: dict[str, Any] = {}
     lines = [f"def run({', '.join(f'v{i}' for i in range(num_inputs))}):"]
@@ -142,7 +164,9 @@ def _build(num_inputs: int, calls: list[list[Any]], outputs: list[int]) -> Calla
             names[f"f{call_idx}"] = _op(name)._op
             written += [f"{_identifier(key)}={_source(arg, names)}" for key, arg in kwargs.items()]
             lines.append(f"    v{out} = f{call_idx}({', '.join(written)})")
-        done = {number for number in _values(args) + _values(kwargs) if last_use[number] == call_idx}
+        done = {
+            number for number in _values(args) + _values(kwargs) if last_use[number] == call_idx
+        }
         if out not in last_use and out not in outputs:
             done.add(out)
         if dropped := sorted(done - set(outputs)):
@@ -183,7 +207,9 @@ def _constant(value: Any) -> Any:
     if isinstance(value, dict):
         (tag, text), *_ = value.items()
         constant = torch.device(text) if tag == "d" else getattr(torch, text.removeprefix("torch."))
-        assert isinstance(constant, (torch.device, torch.dtype, torch.layout, torch.memory_format)), text
+        assert isinstance(
+            constant, (torch.device, torch.dtype, torch.layout, torch.memory_format)
+        ), text
         return constant
     if value is not None and not isinstance(value, _LITERALS):
         raise ValueError(f"argument {value!r}")
@@ -202,5 +228,9 @@ def _values(value: Any) -> list[int]:
     if isinstance(value, list):
         return [number for item in value for number in _values(item)]
     if isinstance(value, dict):
-        return [value["v"]] if "v" in value else [number for item in value.values() for number in _values(item)]
+        return (
+            [value["v"]]
+            if "v" in value
+            else [number for item in value.values() for number in _values(item)]
+        )
     return []

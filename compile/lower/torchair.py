@@ -19,7 +19,9 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 KIND = "torchair"
-GE_CACHE = "ge.graph_compiler_cache_dir"  # GE's option: the folder in which it keeps a compiled graph
+GE_CACHE = (
+    "ge.graph_compiler_cache_dir"  # GE's option: the folder in which it keeps a compiled graph
+)
 UNKNOWN_FOLDER = "<folder>"  # stands there until the code is known, after which the folder is named
 
 
@@ -47,7 +49,9 @@ def compiler_config(settings: Settings) -> Any:
         for parent in parents:
             owner = getattr(owner, parent, None)
         if not parents or not hasattr(owner, name):
-            raise ValueError(f"npu_graph_options names {path!r}, which torchair's CompilerConfig does not have")
+            raise ValueError(
+                f"npu_graph_options names {path!r}, which torchair's CompilerConfig does not have"
+            )
         try:
             setattr(owner, name, value)
         except (ValueError, TypeError, AssertionError, RuntimeError) as error:
@@ -80,7 +84,9 @@ def load(content: bytes) -> AscendProgram:
     """The program of `AscendProgram.stored()`: nothing is lowered. Raises ValueError where this torchair cannot take it."""
     try:
         return AscendProgram(content.decode())
-    except Exception as error:  # whatever the code of another version raises, the graph can still be lowered
+    except (
+        Exception
+    ) as error:  # whatever the code of another version raises, the graph can still be lowered
         raise ValueError(f"torchair cannot take it: {type(error).__name__}: {error}") from error
 
 
@@ -103,7 +109,9 @@ def generate(graph: GraphModule, fakes: Sequence[Tensor], settings: Settings) ->
     config = compiler_config(settings)
     decompositions = {**get_npu_default_decompositions(), **DECOMPOSITIONS}
     add_npu_patch(decompositions, config)
-    frozen = [node.name.startswith(settings.frozen) for node in graph.graph.find_nodes(op="placeholder")]
+    frozen = [
+        node.name.startswith(settings.frozen) for node in graph.graph.find_nodes(op="placeholder")
+    ]
     generated: list[str] = []
 
     def convert(gm: GraphModule, example_inputs: Sequence[Any]) -> Any:
@@ -156,7 +164,12 @@ def _shift_right(a: Tensor, bits: int) -> Tensor:
 
 def _index(a: Tensor, indices: Sequence[Tensor | None]) -> Tensor:
     """Rows by number; every other form keeps its converter."""
-    if len(indices) == 1 and indices[0] is not None and indices[0].dim() == 1 and indices[0].dtype != torch.bool:
+    if (
+        len(indices) == 1
+        and indices[0] is not None
+        and indices[0].dim() == 1
+        and indices[0].dtype != torch.bool
+    ):
         return a.index_select(0, indices[0])
     return NotImplemented
 

@@ -52,7 +52,11 @@ def _fuse(graph: GraphModule, linear: Node, norm: Node | None, silu_mul: Node | 
 def _norm_for(linear: Node) -> Node | None:
     """The rms_norm that this product alone reads."""
     norm: Any = linear.args[0]
-    return norm if isinstance(norm, Node) and norm.target is ops.rms_norm and len(norm.users) == 1 else None
+    return (
+        norm
+        if isinstance(norm, Node) and norm.target is ops.rms_norm and len(norm.users) == 1
+        else None
+    )
 
 
 def _silu_of(linear: Node) -> Node | None:

@@ -35,7 +35,11 @@ def _fuse(graph: GraphModule, store: Node) -> None:
         return
     for query in [node for node in graph.graph.nodes if node.target is ops.rope]:
         query_source = _rotated(query)
-        if query_source is None or not _is_part(query_source[0], split, 0) or query_source[3:] != (cos_sin, pos):
+        if (
+            query_source is None
+            or not _is_part(query_source[0], split, 0)
+            or query_source[3:] != (cos_sin, pos)
+        ):
             continue
         q_norm, q_eps = query_source[1:3]
         epsilons = {q_eps, k_eps} - {None}
@@ -88,4 +92,8 @@ def _rotated(node: Any) -> tuple[Any, Any, Any, Any, Any] | None:
 
 
 def _is_part(node: object, split: object, part_idx: int) -> bool:
-    return isinstance(node, Node) and node.target is operator.getitem and node.args == (split, part_idx)
+    return (
+        isinstance(node, Node)
+        and node.target is operator.getitem
+        and node.args == (split, part_idx)
+    )

@@ -13,7 +13,9 @@ from nanovllm.compile.trace import make_traced, name_placeholders
 from nanovllm.kernels import ops, reference, step
 
 
-def inline_ops(graph: GraphModule, fakes: Sequence[Tensor], *, keep: Callable[[str, Node], bool]) -> GraphModule:
+def inline_ops(
+    graph: GraphModule, fakes: Sequence[Tensor], *, keep: Callable[[str, Node], bool]
+) -> GraphModule:
     """Inline every op of ours for which `keep(op name, node)` is false, by tracing the graph once more.
 
     Ops that the user asked for (`ops.ASKED_FOR`) stay.

@@ -13,7 +13,9 @@ from nanovllm.compile.trace import make_traced, name_placeholders
 from nanovllm.kernels import ops, reference, step
 
 
-def replace_ops(graph: GraphModule, fakes: Sequence[Tensor], *, table: Mapping[str, Callable[..., Any]]) -> GraphModule:
+def replace_ops(
+    graph: GraphModule, fakes: Sequence[Tensor], *, table: Mapping[str, Callable[..., Any]]
+) -> GraphModule:
     """Each op of ours becomes the ops of `table[its name]`, or of its plain-torch meaning where the table has no row."""
 
     class Replacer(Interpreter):

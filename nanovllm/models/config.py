@@ -55,9 +55,13 @@ class ModelConfig:
                 f"num_attention_heads {self.num_heads} is no multiple of num_key_value_heads {self.num_kv_heads}"
             )
         if self.head_dim > 256 or self.head_dim % 8:
-            raise ValueError(f"head_dim {self.head_dim} is not supported: it must be a multiple of 8, at most 256")
+            raise ValueError(
+                f"head_dim {self.head_dim} is not supported: it must be a multiple of 8, at most 256"
+            )
         if len(self.layer_windows) != self.num_layers:
-            raise ValueError(f"{len(self.layer_windows)} layer windows for {self.num_layers} layers")
+            raise ValueError(
+                f"{len(self.layer_windows)} layer windows for {self.num_layers} layers"
+            )
 
     @property
     def qkv_size(self) -> int:
@@ -76,7 +80,9 @@ class ModelConfig:
         """Bytes that one decode step must read: every weight once, the embedding table not at all unless it is the head."""
         attention = self.hidden_size * (self.qkv_size + self.num_heads * self.head_dim)
         mlp = 3 * self.hidden_size * self.ffn_size
-        return (self.num_layers * (attention + mlp) + self.vocab_size * self.hidden_size) * self.dtype.itemsize
+        return (
+            self.num_layers * (attention + mlp) + self.vocab_size * self.hidden_size
+        ) * self.dtype.itemsize
 
 
 def dense_config(
@@ -90,16 +96,24 @@ def dense_config(
     from nanovllm.models.rope import extends_itself, rotary_frequencies
 
     if getattr(hf, "hidden_act", "silu") != "silu":
-        raise ValueError(f"hidden_act {hf.hidden_act!r} is not supported by {architecture}: only 'silu' is")
+        raise ValueError(
+            f"hidden_act {hf.hidden_act!r} is not supported by {architecture}: only 'silu' is"
+        )
     if getattr(hf, "quantization_config", None):
         raise ValueError(f"quantized checkpoints are not supported: {hf.quantization_config}")
     head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
-    if max_model_len is not None and max_model_len > hf.max_position_embeddings and not extends_itself(hf):
+    if (
+        max_model_len is not None
+        and max_model_len > hf.max_position_embeddings
+        and not extends_itself(hf)
+    ):
         raise ValueError(
             f"max_model_len is {max_model_len}, but the checkpoint has {hf.max_position_embeddings} positions "
             "(max_position_embeddings)"
         )
-    inv_freq, rope_scale = rotary_frequencies(hf, head_dim, max_model_len or hf.max_position_embeddings)
+    inv_freq, rope_scale = rotary_frequencies(
+        hf, head_dim, max_model_len or hf.max_position_embeddings
+    )
     fields: dict[str, Any] = {
         "layer_windows": (0,) * hf.num_hidden_layers,
         "num_kv_heads": getattr(hf, "num_key_value_heads", None) or hf.num_attention_heads,
@@ -131,4 +145,6 @@ def windows_by_layer_type(hf: Any) -> tuple[int, ...]:
         raise ValueError(
             f"layer types {sorted(unknown)} are not supported: only full_attention and sliding_attention are"
         )
-    return tuple(hf.sliding_window or 0 if kind == "sliding_attention" else 0 for kind in layer_types)
+    return tuple(
+        hf.sliding_window or 0 if kind == "sliding_attention" else 0 for kind in layer_types
+    )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nanovllm.kernels import ops
 from nanovllm.models.config import ModelConfig
-from nanovllm.models.quantize import Int8Weight, linear
+from nanovllm.models.formats.int8 import Int8Weight, linear
 
 
 class Layer(NamedTuple):
@@ -87,8 +87,14 @@ def layer(
         [cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads], dim=1
     )
     if w.q_norm_H is not None and w.k_norm_H is not None:
-        q_TNH, k_TKH = ops.rms_norm(q_TNH, w.q_norm_H, cfg.norm_eps), ops.rms_norm(k_TKH, w.k_norm_H, cfg.norm_eps)
-    q_TNH, k_TKH = ops.rope(q_TNH, cos_sin_MH, batch.pos_T), ops.rope(k_TKH, cos_sin_MH, batch.pos_T)
+        q_TNH, k_TKH = (
+            ops.rms_norm(q_TNH, w.q_norm_H, cfg.norm_eps),
+            ops.rms_norm(k_TKH, w.k_norm_H, cfg.norm_eps),
+        )
+    q_TNH, k_TKH = (
+        ops.rope(q_TNH, cos_sin_MH, batch.pos_T),
+        ops.rope(k_TKH, cos_sin_MH, batch.pos_T),
+    )
     ops.store_kv(k_TKH, v_TKH, kv.k_CBKH, kv.v_CBKH, batch.slot_T, kv.k_scale_K, kv.v_scale_K)
     o_TNH = ops.ATTENTION[cfg.attention_backend](
         q_TNH,
@@ -108,10 +114,14 @@ def layer(
         # from here on no token sees another, so what nobody will read need not be computed: T is R below
         o_TQ, h_TD = o_TQ.index_select(0, keep_R), h_TD.index_select(0, keep_R)
     h_TD = linear(o_TQ, w.out_DQ, w.out_bias_D, h_TD)
-    gate_up_TG = linear(ops.rms_norm(h_TD, w.mlp_norm_D, cfg.norm_eps), w.gate_up_GD, w.gate_up_bias_G)
+    gate_up_TG = linear(
+        ops.rms_norm(h_TD, w.mlp_norm_D, cfg.norm_eps), w.gate_up_GD, w.gate_up_bias_G
+    )
     return linear(ops.silu_mul(gate_up_TG), w.down_DF, w.down_bias_D, h_TD)
 
 
-def head(cfg: ModelConfig, final_norm_D: Tensor, head_VD: Tensor | Int8Weight, h_RD: Tensor) -> Tensor:
+def head(
+    cfg: ModelConfig, final_norm_D: Tensor, head_VD: Tensor | Int8Weight, h_RD: Tensor
+) -> Tensor:
     """Final norm and projection to the vocabulary: logits [R, V] in the model's dtype."""
     return linear(ops.rms_norm(h_RD, final_norm_D, cfg.norm_eps), head_VD, None)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.dense import Layer
-from nanovllm.models.quantize import Int8Weight
+from nanovllm.models.formats.int8 import Int8Weight
 
 FP8_MAX = float(torch.finfo(torch.float8_e4m3fn).max)
 # Norms, products and rotations round in the model's dtype, bf16 at the worst, and so may pass a bound by a few 2⁻⁸.

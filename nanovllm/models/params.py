@@ -32,7 +32,10 @@ def layer_params(cfg: ModelConfig, layer_idx: int) -> dict[str, Param]:
     """Parameters of one decoder layer, by the field names of `dense.Layer`; absent ones are None there."""
     prefix = f"model.layers.{layer_idx}."
     attn, mlp = prefix + "self_attn.", prefix + "mlp."
-    qkv_names, gate_up_names = tuple(attn + f"{c}_proj" for c in "qkv"), (mlp + "gate_proj", mlp + "up_proj")
+    qkv_names, gate_up_names = (
+        tuple(attn + f"{c}_proj" for c in "qkv"),
+        (mlp + "gate_proj", mlp + "up_proj"),
+    )
     q_size, kv_size = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
     qkv_parts, gate_up_parts = (q_size, kv_size, kv_size), (cfg.ffn_size, cfg.ffn_size)
 
@@ -66,7 +69,9 @@ def layer_params(cfg: ModelConfig, layer_idx: int) -> dict[str, Param]:
 def outer_params(cfg: ModelConfig) -> dict[str, Param]:
     """Parameters outside the layers, by the field names of `dense.Params`; a tied head is not declared."""
     declared = {
-        "embed_VD": _one("model.embed_tokens.weight", cfg.vocab_size, cfg.hidden_size, shard_axis=0),
+        "embed_VD": _one(
+            "model.embed_tokens.weight", cfg.vocab_size, cfg.hidden_size, shard_axis=0
+        ),
         "final_norm_D": _one("model.norm.weight", cfg.hidden_size),
     }
     if not cfg.tied_embeddings:

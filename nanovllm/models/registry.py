@@ -19,4 +19,6 @@ def architecture(names: list[str] | None) -> ModuleType:
     for name in names or []:
         if name in ARCHITECTURES:
             return ARCHITECTURES[name]
-    raise ValueError(f"architecture {names} is not supported: use one of {', '.join(ARCHITECTURES)}")
+    raise ValueError(
+        f"architecture {names} is not supported: use one of {', '.join(ARCHITECTURES)}"
+    )

@@ -27,20 +27,33 @@ def select(
 
     kind, _, index = device.partition(":")
     if kind not in DEVICES or (index and not (kind in INDEXED and index.isdigit())):
-        raise ValueError(f"device {device!r} is not supported: use one of {', '.join(DEVICES)} or cuda:N, npu:N")
+        raise ValueError(
+            f"device {device!r} is not supported: use one of {', '.join(DEVICES)} or cuda:N, npu:N"
+        )
     has_cuda = torch.cuda.is_available()
     if kind == "cuda" and not has_cuda:
-        raise ValueError("device 'cuda' was asked for, but torch sees no CUDA device: use device='cpu' or 'auto'")
+        raise ValueError(
+            "device 'cuda' was asked for, but torch sees no CUDA device: use device='cpu' or 'auto'"
+        )
     if kind == "npu" or (kind == "auto" and not has_cuda and _has_npu()):
-        return _npu(int(index or 0), npu_graph_mode or "ascend_ir", npu_graph_options, graph_batch_sizes)
-    for name, value in (("npu_graph_mode", npu_graph_mode), ("npu_graph_options", npu_graph_options)):
+        return _npu(
+            int(index or 0), npu_graph_mode or "ascend_ir", npu_graph_options, graph_batch_sizes
+        )
+    for name, value in (
+        ("npu_graph_mode", npu_graph_mode),
+        ("npu_graph_options", npu_graph_options),
+    ):
         if value is not None:
-            raise ValueError(f"{name} is {value!r}, but the device is {device!r}: it is an option of device 'npu'")
+            raise ValueError(
+                f"{name} is {value!r}, but the device is {device!r}: it is an option of device 'npu'"
+            )
     if kind == "cuda" or (kind == "auto" and has_cuda):
         from nanovllm.platforms.cuda import CudaPlatform
 
         if index and int(index) >= torch.cuda.device_count():
-            raise ValueError(f"device {device!r} is not there: torch sees {torch.cuda.device_count()} CUDA device(s)")
+            raise ValueError(
+                f"device {device!r} is not there: torch sees {torch.cuda.device_count()} CUDA device(s)"
+            )
         return CudaPlatform(int(index or 0))
     if kind in ("auto", "mps"):
         from nanovllm.platforms import mps
@@ -49,7 +62,9 @@ def select(
         if problem is None:
             return mps.MpsPlatform()
         if kind == "mps":
-            raise ValueError(f"device 'mps' was asked for, but {problem}: use device='cpu' or 'auto'")
+            raise ValueError(
+                f"device 'mps' was asked for, but {problem}: use device='cpu' or 'auto'"
+            )
     from nanovllm.platforms.cpu import CpuPlatform
 
     return CpuPlatform()

@@ -48,7 +48,9 @@ class Accelerator(ABC):
 
     def cache_limit_bytes(self) -> int:
         free_bytes, _ = self.runtime.mem_get_info(self.device)
-        cached_bytes = self.runtime.memory_reserved(self.device) - self.runtime.memory_allocated(self.device)
+        cached_bytes = self.runtime.memory_reserved(self.device) - self.runtime.memory_allocated(
+            self.device
+        )
         return int(free_bytes + cached_bytes)
 
     def used_bytes(self) -> int:

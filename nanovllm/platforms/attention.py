@@ -38,7 +38,9 @@ def choose(name: str, platform: Platform, facts: Facts) -> str:
         return name
     if platform.name != "cuda":
         others = "'auto' or 'sdpa'" if platform.name == "cpu" else "'auto'"
-        raise ValueError(f"attention_backend {name!r} is not for the device {platform.name}: use {others}")
+        raise ValueError(
+            f"attention_backend {name!r} is not for the device {platform.name}: use {others}"
+        )
     if name != "flash_attn":
         return OWN if name == "triton" else name
     flash = _flash(platform.device)
@@ -47,7 +49,11 @@ def choose(name: str, platform: Platform, facts: Facts) -> str:
         raise ValueError(f"attention_backend is 'flash_attn', but {flash.why}{how}")
     block_size = facts.block_size or default_block_size(name, platform)
     problem = flash_attention.unsupported(
-        flash, dtype=facts.dtype, head_dim=facts.head_dim, block_size=block_size, windows=facts.windows
+        flash,
+        dtype=facts.dtype,
+        head_dim=facts.head_dim,
+        block_size=block_size,
+        windows=facts.windows,
     )
     if problem:
         raise ValueError(f"attention_backend is 'flash_attn', but {problem}")
@@ -73,7 +79,9 @@ def recordable(backend: str, platform: Platform) -> tuple[bool, bool]:
 
 
 def _flash(device: torch.device) -> Flash | Missing:
-    return flash_attention.find(torch.cuda.get_device_capability(device), is_nvidia=torch.version.hip is None)
+    return flash_attention.find(
+        torch.cuda.get_device_capability(device), is_nvidia=torch.version.hip is None
+    )
 
 
 def attention_backend_info(device: str = "auto") -> str:
@@ -83,7 +91,11 @@ def attention_backend_info(device: str = "auto") -> str:
     if platform.name != "cuda":
         name = machine.processor() or machine.machine()
         own = f"runs with 'auto': the kernels for {platform.name}"
-        sdpa = "can run" if platform.name == "cpu" else f"not available: not for the device {platform.name}"
+        sdpa = (
+            "can run"
+            if platform.name == "cpu"
+            else f"not available: not for the device {platform.name}"
+        )
         lines = [
             f"device       {platform.device} ({name})",
             f"installed    {', '.join(versions)}",
@@ -95,7 +107,9 @@ def attention_backend_info(device: str = "auto") -> str:
         return "\n".join(lines)
     properties = torch.cuda.get_device_properties(platform.device)
     capability = torch.cuda.get_device_capability(platform.device)
-    runtime = f"CUDA {torch.version.cuda}" if torch.version.hip is None else f"ROCm {torch.version.hip}"
+    runtime = (
+        f"CUDA {torch.version.cuda}" if torch.version.hip is None else f"ROCm {torch.version.hip}"
+    )
     flash = _flash(platform.device)
     if isinstance(flash, Flash):
         page = flash_attention.PAGE_TOKENS[flash.generation]
@@ -103,7 +117,9 @@ def attention_backend_info(device: str = "auto") -> str:
         flash_line = f"can run: flash-attn {flash.version}, interface {flash.generation}, fp16 and bf16{blocks}"
     else:
         flash_line = f"not available: {flash.why}" + (f"; {flash.install}" if flash.install else "")
-    has_triton = bool(_versions("triton")) or bool(_versions("pytorch-triton-rocm", "pytorch-triton"))
+    has_triton = bool(_versions("triton")) or bool(
+        _versions("pytorch-triton-rocm", "pytorch-triton")
+    )
     why = "it needs no package beside torch's, and divides a batch of unequal lengths evenly"
     if torch.version.hip is not None:
         why += "; on AMD it has been compiled and never run"
@@ -117,7 +133,9 @@ def attention_backend_info(device: str = "auto") -> str:
             f"device       {platform.device} ({properties.name}, compute capability {capability[0]}.{capability[1]}, "
             f"{properties.total_memory / 2**30:.0f} GiB; {dtypes})",
             f"installed    {', '.join([*versions, runtime])}",
-            f"triton       runs with 'auto': {why}" if has_triton else "triton       not available: pip install triton",
+            f"triton       runs with 'auto': {why}"
+            if has_triton
+            else "triton       not available: pip install triton",
             f"flash_attn   {flash_line}",
             "sdpa         can run: torch's own; decode costs what max_model_len would, prefill steps are not captured",
         ]

@@ -70,7 +70,9 @@ class Replay(Protocol):
 class Rehearsal(Protocol):
     """Runs steps on fake tensors, made under `mode`, to find the kernels that they would launch."""
 
-    kernels: dict[str, int]  # what was found: requests to compile one, each with a number that grows with its time
+    kernels: dict[
+        str, int
+    ]  # what was found: requests to compile one, each with a number that grows with its time
 
     @property
     def mode(self) -> AbstractContextManager[Any]: ...
@@ -93,13 +95,17 @@ class Platform(Protocol):
     default_num_seqs: int
     max_stall_ms: float  # of a prefill step while tokens are watched
     run_ahead: int  # steps launched before the tokens of the first are read
-    whole_steps: bool  # the compiler takes a step as one graph with static shapes, not region by region
+    whole_steps: (
+        bool  # the compiler takes a step as one graph with static shapes, not region by region
+    )
     wants_lengths: bool  # `announce` is called before every decode step
     supported_dtypes: tuple[torch.dtype, ...]
     quantizations: tuple[str, ...]  # of weights, beside none
     supports_fp8_cache: bool  # the kernels store and read keys and values in float8_e4m3fn
 
-    def prepare(self, libraries: Path | None = None, cxx: str | None = None, may_compile: bool = True) -> None:
+    def prepare(
+        self, libraries: Path | None = None, cxx: str | None = None, may_compile: bool = True
+    ) -> None:
         """Register this device's kernels and choose its lowering; called once per engine, before any program is built.
 
         C++ is compiled by `cxx` (None: whatever there is) into the folder `libraries`, unless `may_compile` is False.
@@ -150,7 +156,9 @@ class Platform(Protocol):
 
     def read_back(self, tensor: Tensor) -> HostCopy: ...
 
-    measures_scratch: bool  # whether the budget wants the largest step to have run, to see what it takes
+    measures_scratch: (
+        bool  # whether the budget wants the largest step to have run, to see what it takes
+    )
 
     def memory_budget(self, utilization: float) -> MemoryBudget:
         """What there is for the KV cache now; the largest step's peak lies after the last `reset_peak`."""

@@ -20,14 +20,18 @@ def _quotas(cgroups: Path, own_groups: Path) -> list[float]:
     folders = [cgroups]
     try:
         lines = own_groups.read_text().splitlines()
-        group = next((line.split(":", 2)[2].strip("/") for line in lines if line.startswith("0::")), "")
+        group = next(
+            (line.split(":", 2)[2].strip("/") for line in lines if line.startswith("0::")), ""
+        )
     except (OSError, IndexError):
         group = ""
     for name in filter(None, group.split("/")):
         folders.append(folders[-1] / name)
     pairs = [_numbers(folder / "cpu.max") for folder in folders]
     first_version = cgroups / "cpu"
-    pairs.append(_numbers(first_version / "cpu.cfs_quota_us") + _numbers(first_version / "cpu.cfs_period_us"))
+    pairs.append(
+        _numbers(first_version / "cpu.cfs_quota_us") + _numbers(first_version / "cpu.cfs_period_us")
+    )
     return [pair[0] / pair[1] for pair in pairs if len(pair) == 2 and pair[0] > 0 and pair[1] > 0]
 
 

@@ -21,7 +21,9 @@ from nanovllm.compile.passes.fuse_add_norm import fuse_add_norm
 from nanovllm.compile.passes.fuse_rope_store import fuse_rope_store
 from nanovllm.compile.passes.inline_ops import inline_ops
 from nanovllm.compile.program import Lowering, Pass
-from nanovllm.kernels import cpp_build, cpu_kernels, cpu_step
+from nanovllm.kernels.cpu import build as cpp_build
+from nanovllm.kernels.cpu import kernels as cpu_kernels
+from nanovllm.kernels.cpu import step as cpu_step
 from nanovllm.platforms.base import UNFUSED_PASSES, HostCopy, MemoryBudget, Rehearsal, Replay
 from nanovllm.platforms.cores import usable_cores
 
@@ -66,7 +68,9 @@ class CpuPlatform:
         self.device = torch.device("cpu")
         self._compiler_problem = "prepare() has not run"
 
-    def prepare(self, libraries: Path | None = None, cxx: str | None = None, may_compile: bool = True) -> None:
+    def prepare(
+        self, libraries: Path | None = None, cxx: str | None = None, may_compile: bool = True
+    ) -> None:
         _limit_threads()
         cpp_build.configure(libraries, cxx, may_compile)
         available, problem = cpu_kernels.available()
@@ -77,7 +81,10 @@ class CpuPlatform:
 
     def lowering(self) -> tuple[Lowering | None, str]:
         if self._compiler_problem:
-            return None, f"no C++ compiler for graph mode, running eagerly: {self._compiler_problem.splitlines()[0]}"
+            return (
+                None,
+                f"no C++ compiler for graph mode, running eagerly: {self._compiler_problem.splitlines()[0]}",
+            )
         return inductor.lower_if_worth_it, ""
 
     def passes(self, fuse: bool) -> tuple[tuple[str, Pass], ...]:
@@ -117,7 +124,9 @@ class CpuPlatform:
         return tensor.clone()
 
     def memory_budget(self, utilization: float) -> MemoryBudget:
-        return MemoryBudget(int(min(CACHE_SHARE * _available_bytes(), CACHE_CEILING_BYTES)), scratch_bytes=0)
+        return MemoryBudget(
+            int(min(CACHE_SHARE * _available_bytes(), CACHE_CEILING_BYTES)), scratch_bytes=0
+        )
 
     def cache_limit_bytes(self) -> int:
         return _available_bytes()
@@ -143,7 +152,11 @@ def _limit_threads() -> None:
     """No more threads than cores: torch knows the affinity it started with, but no control group's limit."""
     cores = usable_cores()
     if torch.get_num_threads() > cores:
-        logger.info("%d threads instead of %d: this process may use so many cores", cores, torch.get_num_threads())
+        logger.info(
+            "%d threads instead of %d: this process may use so many cores",
+            cores,
+            torch.get_num_threads(),
+        )
         torch.set_num_threads(cores)
     logger.debug("%d threads on %d usable cores", torch.get_num_threads(), cores)
 
@@ -153,7 +166,9 @@ def _keeps_op(name: str, node: Node) -> bool:
         # with a residual it stays whole, or Inductor would write and compile C++ for the addition
         x: Any = node.args[0]
         has_residual = len(node.args) > 3 and node.args[3] is not None
-        return has_residual or cpu_kernels.prefers_own_linear(x.meta["val"].shape[0], x.meta["val"].dtype)
+        return has_residual or cpu_kernels.prefers_own_linear(
+            x.meta["val"].shape[0], x.meta["val"].dtype
+        )
     return name in KERNEL_OPS
 
 

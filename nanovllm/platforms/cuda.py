@@ -19,7 +19,7 @@ from nanovllm.compile.passes.fuse_linear import fuse_linear
 from nanovllm.compile.passes.fuse_rope_store import fuse_rope_store
 from nanovllm.compile.passes.inline_ops import inline_ops
 from nanovllm.compile.program import Lowering, Pass
-from nanovllm.platforms import forking
+from nanovllm.platforms import preload
 from nanovllm.platforms.accelerator import Accelerator
 from nanovllm.platforms.base import UNFUSED_PASSES, Rehearsal, Replay
 
@@ -69,15 +69,21 @@ class CudaPlatform(Accelerator):
     def runtime(self) -> Any:
         return torch.cuda
 
-    def prepare(self, libraries: Path | None = None, cxx: str | None = None, may_compile: bool = True) -> None:
+    def prepare(
+        self, libraries: Path | None = None, cxx: str | None = None, may_compile: bool = True
+    ) -> None:
         torch.cuda.set_device(self.device)
         try:
-            from nanovllm.kernels import triton_build, triton_kernels, triton_step
+            from nanovllm.kernels.triton import build as triton_build
+            from nanovllm.kernels.triton import register as triton_kernels
+            from nanovllm.kernels.triton import step as triton_step
         except ImportError as error:
             raise ValueError("device 'cuda' needs triton: pip install triton") from error
         if not triton_kernels.supported(self.device):
             major, minor = torch.cuda.get_device_capability(self.device)
-            raise ValueError(f"this GPU is of compute capability {major}.{minor}: at least 7.5 is needed")
+            raise ValueError(
+                f"this GPU is of compute capability {major}.{minor}: at least 7.5 is needed"
+            )
         triton_build.watch()
         triton_kernels.register()
         triton_step.register()
@@ -88,9 +94,12 @@ class CudaPlatform(Accelerator):
     def passes(self, fuse: bool) -> tuple[tuple[str, Pass], ...]:
         if not fuse:
             return UNFUSED_PASSES
-        from nanovllm.kernels import triton_common, triton_linear
+        from nanovllm.kernels.triton import common as triton_common
+        from nanovllm.kernels.triton import linear as triton_linear
 
-        takes = triton_linear.takes if triton_common.has_matrix_units(self.device) else _takes_one_row
+        takes = (
+            triton_linear.takes if triton_common.has_matrix_units(self.device) else _takes_one_row
+        )
         return (
             ("fuse_rope_store", fuse_rope_store),
             ("fuse_linear", partial(fuse_linear, takes=takes)),
@@ -104,7 +113,9 @@ class CudaPlatform(Accelerator):
 
         properties = torch.cuda.get_device_properties(self.device)
         is_nvidia = torch.version.hip is None
-        kind = f"sm_{properties.major}{properties.minor}" if is_nvidia else str(properties.gcnArchName)
+        kind = (
+            f"sm_{properties.major}{properties.minor}" if is_nvidia else str(properties.gcnArchName)
+        )
         return {
             "device": f"{kind}, {properties.multi_processor_count} multiprocessors",
             "cuda": str(torch.version.cuda) if is_nvidia else f"hip {torch.version.hip}",
@@ -115,15 +126,15 @@ class CudaPlatform(Accelerator):
     def compile_workers(self, bytes_each: int, bytes_own: int) -> int:
         free_bytes, _ = torch.cuda.mem_get_info(self.device)
         fitting = (free_bytes - bytes_own) // max(bytes_each, 1 << 30)
-        return max(0, min(forking.max_processes(), fitting))
+        return max(0, min(preload.max_processes(), fitting))
 
     def rehearsal(self) -> Rehearsal | None:
-        from nanovllm.kernels import triton_rehearsal
+        from nanovllm.kernels.triton import rehearsal as triton_rehearsal
 
         return triton_rehearsal.Rehearsal()
 
     def kernels_compiled(self) -> list[str]:
-        from nanovllm.kernels import triton_build
+        from nanovllm.kernels.triton import build as triton_build
 
         return triton_build.compiled()
 
@@ -133,7 +144,10 @@ class CudaPlatform(Accelerator):
     def capture(self, step: Callable[[], None]) -> Replay:
         torch.cuda.synchronize()
         if self._pool is None:
-            self._pool, self._capture_stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)
+            self._pool, self._capture_stream = (
+                torch.cuda.graph_pool_handle(),
+                torch.cuda.Stream(self.device),
+            )
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         # by hand, on the stream that torch's context manager takes: that one collects garbage each time, for 0.2 s
         self._capture_stream.wait_stream(current)
@@ -144,7 +158,9 @@ class CudaPlatform(Accelerator):
             finally:
                 graph.capture_end()
         current.wait_stream(self._capture_stream)
-        self._first_graph = self._first_graph or graph  # a pool ends with the last graph in it, and takes no other then
+        self._first_graph = (
+            self._first_graph or graph
+        )  # a pool ends with the last graph in it, and takes no other then
         return graph.replay
 
     def synchronize(self) -> None:

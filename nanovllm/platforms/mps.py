@@ -26,7 +26,9 @@ logger = logging.getLogger(__name__)
 def problem() -> str | None:
     """Why this machine has no MPS device, or None where it has one."""
     if not torch.backends.mps.is_built():
-        return "this build of torch is without MPS support (wheels for macOS on Apple silicon have it)"
+        return (
+            "this build of torch is without MPS support (wheels for macOS on Apple silicon have it)"
+        )
     if not torch.backends.mps.is_available():
         return "torch sees no MPS device: it takes Apple silicon and macOS 14 or later"
     return None
@@ -56,9 +58,15 @@ class MpsPlatform:
         if not self._is_real or torch.backends.mps.is_macos_or_newer(14, 0):
             self.supported_dtypes += (torch.bfloat16,)
 
-    def prepare(self, libraries: Path | None = None, cxx: str | None = None, may_compile: bool = True) -> None:
+    def prepare(
+        self, libraries: Path | None = None, cxx: str | None = None, may_compile: bool = True
+    ) -> None:
         dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in self.supported_dtypes)
-        logger.debug("mps on %s: ops as plain torch, attention as matmul and softmax, dtypes %s", self.device, dtypes)
+        logger.debug(
+            "mps on %s: ops as plain torch, attention as matmul and softmax, dtypes %s",
+            self.device,
+            dtypes,
+        )
 
     def lowering(self) -> tuple[Lowering | None, str]:
         return None, "graphs are not lowered on mps: every step runs eagerly, as plain torch"
@@ -109,7 +117,9 @@ class MpsPlatform:
         pass
 
     def peak_bytes(self) -> int:
-        return self.used_bytes()  # the driver keeps no peak, and torch gives nothing back before `release`
+        return (
+            self.used_bytes()
+        )  # the driver keeps no peak, and torch gives nothing back before `release`
 
     def synchronize(self) -> None:
         if self._is_real:

@@ -20,7 +20,8 @@ from nanovllm.compile.passes.fuse_add_norm import fuse_add_norm
 from nanovllm.compile.passes.merge_equal import merge_equal
 from nanovllm.compile.passes.replace_ops import replace_ops
 from nanovllm.compile.program import Lowering, Pass
-from nanovllm.kernels import npu_kernels, ops
+from nanovllm.kernels import ops
+from nanovllm.kernels.npu import kernels as npu_kernels
 from nanovllm.platforms.accelerator import Accelerator
 from nanovllm.platforms.base import Rehearsal, Replay
 
@@ -128,7 +129,9 @@ class NpuPlatform(Accelerator):
     def runtime(self) -> Any:
         return _torch.npu
 
-    def prepare(self, libraries: Path | None = None, cxx: str | None = None, may_compile: bool = True) -> None:
+    def prepare(
+        self, libraries: Path | None = None, cxx: str | None = None, may_compile: bool = True
+    ) -> None:
         if libraries is not None:
             self.settings = replace(self.settings, ge_cache=libraries.parent / "ge")
         _torch.npu.set_device(self.device)
@@ -158,7 +161,11 @@ class NpuPlatform(Accelerator):
         table = npu_kernels.IN_CAPTURE if self.captures else npu_kernels.IN_GRAPH
         passes: list[tuple[str, Pass]] = [("fuse_add_norm", fuse_add_norm)] if fuse else []
         if not fuse:
-            table = {name: function for name, function in table.items() if name in npu_kernels.NEVER_PLAIN}
+            table = {
+                name: function
+                for name, function in table.items()
+                if name in npu_kernels.NEVER_PLAIN
+            }
         passes.append(("npu_ops", partial(replace_ops, table=table)))
         if self.captures:
             # what torchair takes is merged later, when it is functional and more of it can be (compile/lower/torchair.py)
@@ -175,7 +182,9 @@ class NpuPlatform(Accelerator):
         if self._pool is None:
             self._pool = _torch.npu.graph_pool_handle()
         graph = _torch.npu.NPUGraph()
-        with _torch.npu.graph(graph, pool=self._pool, auto_dispatch_capture=True, capture_error_mode="thread_local"):
+        with _torch.npu.graph(
+            graph, pool=self._pool, auto_dispatch_capture=True, capture_error_mode="thread_local"
+        ):
             step()
 
         def replay() -> None:

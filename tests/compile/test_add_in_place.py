@@ -12,7 +12,11 @@ from nanovllm.compile.passes.add_in_place import add_in_place
 from nanovllm.compile.trace import trace
 from nanovllm.kernels import ops
 
-inputs: dict[str, Any] = {"x_TD": torch.randn(3, 16), "h_TD": torch.randn(3, 16), "weight_DD": torch.randn(16, 16)}
+inputs: dict[str, Any] = {
+    "x_TD": torch.randn(3, 16),
+    "h_TD": torch.randn(3, 16),
+    "weight_DD": torch.randn(16, 16),
+}
 
 
 def changed(function: Callable[..., Any]) -> list[str]:
@@ -23,7 +27,9 @@ def changed(function: Callable[..., Any]) -> list[str]:
     copies = [value.clone() for value in inputs.values()]
     for actual, wanted in zip(graph(*copies), function(*inputs.values()), strict=True):
         torch.testing.assert_close(actual, wanted)
-    assert all(torch.equal(copy, value) for copy, value in zip(copies, inputs.values(), strict=True))
+    assert all(
+        torch.equal(copy, value) for copy, value in zip(copies, inputs.values(), strict=True)
+    )
     return [name for node in graph.graph.nodes if (name := ops.op_name(node.target))]
 
 
@@ -49,7 +55,12 @@ def test_a_residual_that_is_read_again_or_given_out_is_left_alone() -> None:
         flat = h.view(48)
         return ops.linear(x, weight, None, h), flat + 1
 
-    assert changed(read_again) == changed(given_out) == changed(read_through_a_view) == ["rms_norm", "linear"]
+    assert (
+        changed(read_again)
+        == changed(given_out)
+        == changed(read_through_a_view)
+        == ["rms_norm", "linear"]
+    )
 
 
 def test_inputs_views_and_the_product_s_own_operand_are_left_alone() -> None:

@@ -11,7 +11,9 @@ from nanovllm.compile import buckets
 
 @pytest.mark.parametrize("device_type", ["cpu", "cuda", "something_new"])
 @pytest.mark.parametrize("max_rows", [1, 2, 3, 5, 16, 19, 32, 33, 99, 256, 257, 989])
-def test_default_decode_ladder_ascends_to_max_rows_or_the_device_s_largest(device_type: str, max_rows: int) -> None:
+def test_default_decode_ladder_ascends_to_max_rows_or_the_device_s_largest(
+    device_type: str, max_rows: int
+) -> None:
     ladder = buckets.decode_ladder(None, max_rows, device_type)
     assert list(ladder) == sorted(set(ladder))
     largest = buckets.DECODE_ROWS.get(device_type, buckets.DECODE_ROWS["cpu"])[-1]
@@ -62,7 +64,9 @@ def test_smallest_fit_is_the_first_rung_that_holds_the_size(ladder: tuple[int, .
 
 @pytest.mark.parametrize("ladder", [(1,), (3, 7, 19), (32, 128, 512)])
 def test_a_size_above_the_ladder_is_refused_with_both_numbers(ladder: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=f"size {ladder[-1] + 1} is above the largest bucket {ladder[-1]}"):
+    with pytest.raises(
+        ValueError, match=f"size {ladder[-1] + 1} is above the largest bucket {ladder[-1]}"
+    ):
         buckets.smallest_fit(ladder, ladder[-1] + 1)
 
 

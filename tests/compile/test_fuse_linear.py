@@ -24,7 +24,9 @@ inputs: dict[str, Any] = {
 }
 
 
-def fused(function: Callable[..., Any], max_rows: int = 16, max_rows_norm: int = 16) -> tuple[GraphModule, list[str]]:
+def fused(
+    function: Callable[..., Any], max_rows: int = 16, max_rows_norm: int = 16
+) -> tuple[GraphModule, list[str]]:
     """The graph after the pass, checked against the function, and the names of our ops in it."""
     graph, fakes, _ = trace(function, inputs)
 
@@ -58,7 +60,14 @@ def test_norm_product_and_silu_become_one_op_and_product_and_residual_another() 
         "True",
     ]
     assert second.args[0] is first
-    assert [str(argument) for argument in second.args[1:]] == ["None", "down_DF", "None", "x_TD", "0.0", "False"]
+    assert [str(argument) for argument in second.args[1:]] == [
+        "None",
+        "down_DF",
+        "None",
+        "x_TD",
+        "0.0",
+        "False",
+    ]
 
 
 def test_a_lone_product_becomes_the_op_without_neighbours() -> None:
@@ -69,8 +78,17 @@ def test_a_lone_product_becomes_the_op_without_neighbours() -> None:
 
 
 def test_more_rows_than_the_limit_stay_as_they_are() -> None:
-    assert fused(mlp, max_rows=2, max_rows_norm=2)[1] == ["rms_norm", "linear", "silu_mul", "linear"]
-    assert fused(mlp, max_rows=3, max_rows_norm=2)[1] == ["rms_norm", "fused_linear", "fused_linear"]
+    assert fused(mlp, max_rows=2, max_rows_norm=2)[1] == [
+        "rms_norm",
+        "linear",
+        "silu_mul",
+        "linear",
+    ]
+    assert fused(mlp, max_rows=3, max_rows_norm=2)[1] == [
+        "rms_norm",
+        "fused_linear",
+        "fused_linear",
+    ]
     assert fused(mlp, max_rows=2, max_rows_norm=3)[1] == ["fused_linear", "linear"]
 
 
@@ -83,11 +101,17 @@ def test_each_product_is_asked_for_with_and_without_its_norm() -> None:
 
     graph, fakes, _ = trace(mlp, inputs)
     fuse_linear(graph, fakes, takes=takes)
-    assert asked == [(3, 16, 20, 16, True, True), (3, 16, 20, 16, False, True), (3, 10, 16, 10, False, False)]
+    assert asked == [
+        (3, 16, 20, 16, True, True),
+        (3, 16, 20, 16, False, True),
+        (3, 10, 16, 10, False, False),
+    ]
 
 
 def test_a_norm_that_others_read_stays() -> None:
-    def function(x: Tensor, norm: Tensor, weight: Tensor, bias: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    def function(
+        x: Tensor, norm: Tensor, weight: Tensor, bias: Tensor, down: Tensor
+    ) -> tuple[Tensor, Tensor]:
         x = ops.rms_norm(x, norm, EPS)
         return ops.linear(x, weight, bias), x + 1
 
@@ -95,7 +119,9 @@ def test_a_norm_that_others_read_stays() -> None:
 
 
 def test_a_product_that_others_read_keeps_its_silu_apart() -> None:
-    def function(x: Tensor, norm: Tensor, weight: Tensor, bias: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    def function(
+        x: Tensor, norm: Tensor, weight: Tensor, bias: Tensor, down: Tensor
+    ) -> tuple[Tensor, Tensor]:
         gate_up = ops.linear(x, weight, bias)
         return ops.silu_mul(gate_up), gate_up + 1
 
@@ -103,7 +129,9 @@ def test_a_product_that_others_read_keeps_its_silu_apart() -> None:
 
 
 def test_a_silu_after_a_residual_stays_apart() -> None:
-    def function(x: Tensor, norm: Tensor, weight: Tensor, bias: Tensor, down: Tensor) -> tuple[Tensor]:
+    def function(
+        x: Tensor, norm: Tensor, weight: Tensor, bias: Tensor, down: Tensor
+    ) -> tuple[Tensor]:
         return (ops.silu_mul(ops.linear(x, weight[:16], None, x)),)
 
     assert fused(function)[1] == ["fused_linear", "silu_mul"]
@@ -111,7 +139,9 @@ def test_a_silu_after_a_residual_stays_apart() -> None:
 
 @pytest.mark.parametrize("num_layers", [1, 3])
 def test_a_chain_of_layers(num_layers: int) -> None:
-    def function(x: Tensor, norm: Tensor, weight: Tensor, bias: Tensor, down: Tensor) -> tuple[Tensor]:
+    def function(
+        x: Tensor, norm: Tensor, weight: Tensor, bias: Tensor, down: Tensor
+    ) -> tuple[Tensor]:
         for _ in range(num_layers):
             (x,) = mlp(x, norm, weight, bias, down)
         return (x,)

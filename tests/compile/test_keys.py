@@ -17,9 +17,9 @@ from torch import Tensor
 from nanovllm import platforms
 from nanovllm.compile import keys
 from nanovllm.compile.keys import Key, describe, narrowed, program_key, source_digest
-from nanovllm.engine import artifacts
 from nanovllm.models import dense
 from nanovllm.models.config import ModelConfig
+from nanovllm.startup import artifacts
 
 CFG = ModelConfig(
     architecture="Qwen3ForCausalLM", vocab_size=512, hidden_size=64, ffn_size=128, num_layers=2, num_heads=4,
@@ -47,7 +47,9 @@ def key(
 ) -> str:
     common = {**COMMON, **changes}
     inputs = {"x": torch.ones(3, 4) if x is None else x, "cache_CBKH": torch.ones(num_blocks, 4)}
-    return program_key(partial(function, cfg, window), inputs, varying=("CBKH",), common=common).digest
+    return program_key(
+        partial(function, cfg, window), inputs, varying=("CBKH",), common=common
+    ).digest
 
 
 @pytest.mark.parametrize(
@@ -78,14 +80,29 @@ IRRELEVANT = {
 }  # fmt: skip
 
 
-def test_fields_that_no_region_reads_and_sizes_that_vary_are_in_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fields_that_no_region_reads_and_sizes_that_vary_are_in_no_key(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Sizes, biases and dtype of the model count through the inputs, whose shapes they are."""
-    assert set(IRRELEVANT) | set(ModelConfig.GRAPH_FIELDS) == {field.name for field in fields(ModelConfig)}
+    assert set(IRRELEVANT) | set(ModelConfig.GRAPH_FIELDS) == {
+        field.name for field in fields(ModelConfig)
+    }
     for name, value in IRRELEVANT.items():
-        changes = {name: value, "num_layers": 1, "layer_windows": (0,)} if name == "num_layers" else {name: value}
+        changes = (
+            {name: value, "num_layers": 1, "layer_windows": (0,)}
+            if name == "num_layers"
+            else {name: value}
+        )
         assert key(cfg=replace(CFG, **changes)) == key(), name
     assert key(num_blocks=99) == key()
-    for name in ("HOME", "PATH", "TMPDIR", "NANOVLLM_CACHE", "TORCHINDUCTOR_CACHE_DIR", "SOME_NOISE"):
+    for name in (
+        "HOME",
+        "PATH",
+        "TMPDIR",
+        "NANOVLLM_CACHE",
+        "TORCHINDUCTOR_CACHE_DIR",
+        "SOME_NOISE",
+    ):
         monkeypatch.setenv(name, "/elsewhere")
     assert key() == key()
     assert Key({"a": "1", "b": "2"}).digest == Key({"b": "2", "a": "1"}).digest
@@ -95,7 +112,9 @@ def test_a_region_that_reads_a_field_outside_its_key_fails_when_traced() -> None
     def reads_layers(cfg: ModelConfig, x: Tensor) -> Tensor:
         return x * cfg.num_layers
 
-    with pytest.raises(AttributeError, match=r"ModelConfig\.num_layers, which is not in its GRAPH_FIELDS"):
+    with pytest.raises(
+        AttributeError, match=r"ModelConfig\.num_layers, which is not in its GRAPH_FIELDS"
+    ):
         narrowed(partial(reads_layers, CFG))(torch.ones(2))
     qkv = narrowed(partial(lambda cfg, x: cfg.qkv_size, CFG))(torch.ones(2))
     assert qkv == CFG.qkv_size  # a property of fields that are in the key
@@ -110,8 +129,12 @@ def test_what_has_no_stable_description_is_refused() -> None:
 
 def test_differences_name_versions_before_shapes() -> None:
     wanted = Key({"torch": "2.13", "input x": "float32[3]", "same": "1"})
-    lines = wanted.differences({"torch": "2.11", "input x": "float32[4]", "same": "1", "extra": "9"})
-    assert lines[0].startswith("extra: nothing is wanted") and lines[-1].startswith("input x: float32[3] is wanted")
+    lines = wanted.differences(
+        {"torch": "2.11", "input x": "float32[4]", "same": "1", "extra": "9"}
+    )
+    assert lines[0].startswith("extra: nothing is wanted") and lines[-1].startswith(
+        "input x: float32[3] is wanted"
+    )
     assert "torch: 2.13 is wanted, 2.11 is there" in lines
 
 
@@ -155,11 +178,20 @@ def test_the_platform_and_its_passes_are_ingredients(monkeypatch: pytest.MonkeyP
     before = artifacts.common_ingredients(platform, ["a", "b"])
     assert artifacts.common_ingredients(platform, ["a", "b"]) == before
     assert artifacts.common_ingredients(platform, ["b", "a"]) != before
-    assert {"torch", "python", "platform cpu", "source models", "source steps", "source platform"} <= set(before)
+    assert {
+        "torch",
+        "python",
+        "platform cpu",
+        "source models",
+        "source steps",
+        "source platform",
+    } <= set(before)
     monkeypatch.setattr(platform, "fingerprint", lambda: {"cpu": "avx9"})
     assert artifacts.common_ingredients(platform, ["a", "b"]) != before
     monkeypatch.undo()
     monkeypatch.setattr(torch, "__version__", "9.9")
     assert artifacts.common_ingredients(platform, ["a", "b"])["torch"] == "9.9"
-    paths = [text for text in before.values() if str(Path.home()) in text or str(Path.cwd()) in text]
+    paths = [
+        text for text in before.values() if str(Path.home()) in text or str(Path.cwd()) in text
+    ]
     assert not paths

@@ -24,7 +24,9 @@ def merged(function: Callable[..., Any], **inputs: Tensor) -> tuple[GraphModule,
     for a, e in zip(actual, expected if isinstance(expected, tuple) else (expected,), strict=True):
         assert torch.equal(a, e)
     assert all(torch.equal(copies[0][name], copies[1][name]) for name in inputs), "written inputs"
-    return graph, Counter(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+    return graph, Counter(
+        str(node.target) for node in graph.graph.nodes if node.op == "call_function"
+    )
 
 
 def test_equal_calls_become_one() -> None:
@@ -34,7 +36,12 @@ def test_equal_calls_become_one() -> None:
         return x
 
     _, counts = merged(layers, x=torch.randn(7), index=torch.arange(7))
-    assert counts["aten.stack.default"] == counts["aten.sum.dim_IntList"] == counts["aten.floor_divide.default"] == 1
+    assert (
+        counts["aten.stack.default"]
+        == counts["aten.sum.dim_IntList"]
+        == counts["aten.floor_divide.default"]
+        == 1
+    )
     assert counts["aten.add.Tensor"] == 5
 
 

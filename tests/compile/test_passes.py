@@ -16,7 +16,8 @@ from nanovllm.compile.passes.fuse_rope_store import fuse_rope_store
 from nanovllm.compile.passes.inline_ops import inline_ops
 from nanovllm.compile.trace import tensors, trace
 from nanovllm.kernels import ops
-from nanovllm.models import llama, weights
+from nanovllm.models import llama
+from nanovllm.models import loader as weights
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.dense import Batch, LayerCache
 from nanovllm.models.rope import rotary_table
@@ -39,7 +40,9 @@ def run(graph: GraphModule, inputs: dict[str, object]) -> list[Tensor]:
     return [*graph(*copies), *copies]
 
 
-def traced(function: Callable[..., Any], inputs: dict[str, object]) -> tuple[GraphModule, list[Tensor]]:
+def traced(
+    function: Callable[..., Any], inputs: dict[str, object]
+) -> tuple[GraphModule, list[Tensor]]:
     graph, fakes, _ = trace(function, inputs, varying=VARYING)
     return graph, fakes
 
@@ -78,7 +81,9 @@ def layer_region(cfg: ModelConfig, window: int = 0) -> tuple[Callable[..., Any],
     torch.manual_seed(0)
     shape = (BLOCKS, BLOCK_SIZE, KV_HEADS, HEAD_DIM)
     drawn = weights.random(llama, cfg, torch.device("cpu"), 0, int).layers[0]
-    layer = type(drawn)(*(weight if weight is None else torch.randn(weight.shape) * 0.3 for weight in drawn))
+    layer = type(drawn)(
+        *(weight if weight is None else torch.randn(weight.shape) * 0.3 for weight in drawn)
+    )
     pos_T = torch.tensor([0, 18, 31])
     block_table_RP = torch.tensor([[4, 0, 0], [2, 7, 0], [8, 1, 0]], dtype=torch.int32)
     batch = Batch(
@@ -91,7 +96,9 @@ def layer_region(cfg: ModelConfig, window: int = 0) -> tuple[Callable[..., Any],
     inputs: dict[str, object] = {
         "w": layer,
         "kv": LayerCache(torch.randn(shape), torch.randn(shape)),
-        "cos_sin_MH": rotary_table(cfg.inv_freq, cfg.rope_scale, TABLE_POSITIONS, torch.device("cpu")),
+        "cos_sin_MH": rotary_table(
+            cfg.inv_freq, cfg.rope_scale, TABLE_POSITIONS, torch.device("cpu")
+        ),
         "batch": batch,
         "h_TD": torch.randn(ROWS, cfg.hidden_size),
     }
@@ -137,7 +144,12 @@ def test_the_scales_of_an_fp8_cache_stay_with_the_fused_op() -> None:
     outputs = []
     for graph in (before, after):
         leaves = [leaf.clone() for leaf in tensors(tuple(inputs.values()))]
-        outputs.append((graph(*leaves)[0], [leaf.float() for leaf in leaves if leaf.dtype is torch.float8_e4m3fn]))
+        outputs.append(
+            (
+                graph(*leaves)[0],
+                [leaf.float() for leaf in leaves if leaf.dtype is torch.float8_e4m3fn],
+            )
+        )
     assert all(cache.any() for cache in outputs[0][1])
     torch.testing.assert_close(outputs[0], outputs[1])
 
@@ -179,7 +191,9 @@ def store_inputs() -> dict[str, Any]:
 
 
 def split(qkv_TE: Tensor, *sizes: int) -> tuple[Tensor, ...]:
-    return qkv_TE.view(qkv_TE.shape[0], -1, HEAD_DIM).split(sizes or [HEADS, KV_HEADS, KV_HEADS], dim=1)
+    return qkv_TE.view(qkv_TE.shape[0], -1, HEAD_DIM).split(
+        sizes or [HEADS, KV_HEADS, KV_HEADS], dim=1
+    )
 
 
 def only_q_normed(qkv, q_norm, k_norm, table, pos, other_pos, slot, k_cache, v_cache):  # type: ignore[no-untyped-def]
@@ -208,7 +222,9 @@ def key_read_again(qkv, q_norm, k_norm, table, pos, other_pos, slot, k_cache, v_
     return ops.rope(q, table, pos), k + v
 
 
-@pytest.mark.parametrize("function", [only_q_normed, only_k_normed, query_before_the_key, key_read_again])
+@pytest.mark.parametrize(
+    "function", [only_q_normed, only_k_normed, query_before_the_key, key_read_again]
+)
 def test_variations_are_fused_too(function: Callable[..., Any]) -> None:
     inputs = store_inputs()
     before, _ = traced(function, inputs)
@@ -270,7 +286,16 @@ def no_query(qkv, q_norm, k_norm, table, pos, other_pos, slot, k_cache, v_cache)
 
 @pytest.mark.parametrize(
     "function",
-    [other_epsilons, other_positions, other_order, four_parts, scaled_key, no_rotation, two_projections, no_query],
+    [
+        other_epsilons,
+        other_positions,
+        other_order,
+        four_parts,
+        scaled_key,
+        no_rotation,
+        two_projections,
+        no_query,
+    ],
 )
 def test_graphs_that_do_not_match_are_left_alone(function: Callable[..., Any]) -> None:
     inputs = store_inputs()
@@ -291,7 +316,9 @@ LAYER_OPS = ("rms_norm", LINEAR, "qk_norm_rope_store", "paged_attention", "silu_
     [(), ("paged_attention",), ("paged_attention", "qk_norm_rope_store"), LAYER_OPS],
     ids=lambda kept: str(len(kept)),
 )
-def test_what_is_told_to_stay_stays_and_the_rest_is_inlined(kept: tuple[str, ...], window: int) -> None:
+def test_what_is_told_to_stay_stays_and_the_rest_is_inlined(
+    kept: tuple[str, ...], window: int
+) -> None:
     function, inputs = layer_region(layer_config(qk_norm=True), window)
     before, _ = traced(function, inputs)
     graph, fakes = traced(function, inputs)
@@ -311,7 +338,11 @@ def test_inlining_keeps_names_and_varying_sizes() -> None:
     after = inline_ops(graph, fakes, keep=lambda name, node: False)
     kept = [node for node in after.graph.nodes if node.op == "placeholder"]
     assert [node.name for node in kept] == names
-    assert all(isinstance(node.meta["val"].shape[0], torch.SymInt) for node in kept if node.name.endswith(VARYING))
+    assert all(
+        isinstance(node.meta["val"].shape[0], torch.SymInt)
+        for node in kept
+        if node.name.endswith(VARYING)
+    )
     more_blocks = {**inputs, "kv": LayerCache(torch.randn(20, 16, 2, 8), torch.randn(20, 16, 2, 8))}
     assert_same_results(graph, after, more_blocks)
 

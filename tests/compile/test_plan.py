@@ -19,7 +19,9 @@ from nanovllm.kernels import ops
 def region(x_TD: Tensor, weight_OD: Tensor, norm_D: Tensor) -> tuple[Tensor, Tensor]:
     normed_TD, residual_TD = ops.add_rms_norm(x_TD, x_TD, norm_D, 1e-6)
     y_TO = torch.nn.functional.linear(normed_TD, weight_OD)
-    return y_TO.view(-1, 2, y_TO.shape[1] // 2).split([1, 1], dim=1)[1], residual_TD.to(torch.float64)
+    return y_TO.view(-1, 2, y_TO.shape[1] // 2).split([1, 1], dim=1)[1], residual_TD.to(
+        torch.float64
+    )
 
 
 def inputs(rows: int) -> dict[str, Tensor]:
@@ -94,7 +96,12 @@ def test_only_operators_on_plain_arguments_can_be_said() -> None:
     ],
 )
 def test_a_list_of_anything_else_is_refused(change: dict[str, object]) -> None:
-    content = {"num_inputs": 1, "calls": [["aten.neg.default", [{"v": 0}], {}]], "outputs": [1], **change}
+    content = {
+        "num_inputs": 1,
+        "calls": [["aten.neg.default", [{"v": 0}], {}]],
+        "outputs": [1],
+        **change,
+    }
     with pytest.raises(ValueError):
         plan.load(json.dumps(content).encode())
 
@@ -114,10 +121,14 @@ def test_a_compiler_is_asked_only_where_there_is_something_to_fuse() -> None:
     assert isinstance(lowered, inductor.InductorProgram)
     kind, content = lowered.stored()
     assert kind == "inductor"
-    torch.testing.assert_close(inductor.load(content)(*example.values()), list(arithmetic(*example.values())))
+    torch.testing.assert_close(
+        inductor.load(content)(*example.values()), list(arithmetic(*example.values()))
+    )
     with pytest.raises(ValueError, match="Inductor cannot read it"):
         inductor.load(content[:100])
-    assert isinstance(inductor.lower_if_worth_it(*trace(library_only, dict(example))[:2]), plan.Plan)
+    assert isinstance(
+        inductor.lower_if_worth_it(*trace(library_only, dict(example))[:2]), plan.Plan
+    )
 
 
 def test_numbers_lists_dtypes_and_devices_survive() -> None:
@@ -133,7 +144,10 @@ def test_numbers_lists_dtypes_and_devices_survive() -> None:
 def test_a_plan_of_another_size_than_bound_is_no_silent_answer() -> None:
     fixed = partial(torch.nn.functional.linear)
     run = plan.lower(
-        *trace(lambda x, w: (fixed(x, w).view(3, 2, 3),), {"x": torch.ones(3, 4), "w": torch.ones(6, 4)})[:2]
+        *trace(
+            lambda x, w: (fixed(x, w).view(3, 2, 3),),
+            {"x": torch.ones(3, 4), "w": torch.ones(6, 4)},
+        )[:2]
     )
     with pytest.raises(RuntimeError):
         run(torch.ones(5, 4), torch.ones(6, 4))

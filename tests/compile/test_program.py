@@ -21,8 +21,8 @@ from nanovllm.compile.lower import eager, inductor
 from nanovllm.compile.passes.inline_ops import inline_ops
 from nanovllm.compile.program import CompiledAfterWarmUp, Compiler, Program
 from nanovllm.config import EngineConfig
-from nanovllm.engine import startup
 from nanovllm.kernels import ops
+from nanovllm.startup import load as startup
 
 ROOT = Path(__file__).parents[2]
 
@@ -78,7 +78,9 @@ def test_passes_run_in_order_on_the_graph() -> None:
 
         return graph_pass
 
-    Compiler(eager.lower, passes=(("a", named("a")), ("b", named("b")))).program("add", (3,), add, inputs())
+    Compiler(eager.lower, passes=(("a", named("a")), ("b", named("b")))).program(
+        "add", (3,), add, inputs()
+    )
     assert order == ["a", "b"]
 
 
@@ -120,7 +122,9 @@ class _propagating:
 def test_dumps_show_the_graph_after_each_pass(tmp_path: Path) -> None:
     inline = partial(inline_ops, keep=lambda name, node: False)
     compiler = Compiler(
-        eager.lower, passes=(("same", lambda graph, fakes: graph), ("inline", inline)), dump_dir=tmp_path
+        eager.lower,
+        passes=(("same", lambda graph, fakes: graph), ("inline", inline)),
+        dump_dir=tmp_path,
     )
     compiler.program("silu", (2, "a"), ops.silu_mul, {"gate_up_TG": torch.ones(2, 6)})
     names = ["silu_2_a.0_traced.py", "silu_2_a.1_same.py", "silu_2_a.2_inline.py"]
@@ -131,14 +135,21 @@ def test_dumps_show_the_graph_after_each_pass(tmp_path: Path) -> None:
     assert 'gate_up_TG: "f32[2, 6]"' in inlined
 
 
-def test_the_environment_names_the_folder_of_dumps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_names_the_folder_of_dumps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "graphs"
     monkeypatch.setenv("NANOVLLM_DUMP_GRAPHS", str(folder))
     config = EngineConfig(model="tiny-qwen3", device="cpu")
     made = startup.make_compiler(config, platforms.select("cpu"), env.read())
-    replace(made, lowering=eager.lower).program("silu", (2,), ops.silu_mul, {"gate_up_TG": torch.ones(2, 6)})
+    replace(made, lowering=eager.lower).program(
+        "silu", (2,), ops.silu_mul, {"gate_up_TG": torch.ones(2, 6)}
+    )
     written = sorted(path.name for path in folder.iterdir())
-    assert written == ["silu_2.0_traced.py", *(f"silu_2.{i}_{name}.py" for i, (name, _) in enumerate(made.passes, 1))]
+    assert written == [
+        "silu_2.0_traced.py",
+        *(f"silu_2.{i}_{name}.py" for i, (name, _) in enumerate(made.passes, 1)),
+    ]
     monkeypatch.delenv("NANOVLLM_DUMP_GRAPHS")
     assert startup.make_compiler(config, platforms.select("cpu"), env.read()).dump_dir is None
 
@@ -146,7 +157,9 @@ def test_the_environment_names_the_folder_of_dumps(tmp_path: Path, monkeypatch: 
 # Inductor ----------------------------------------------------------------------------------------------------------
 
 
-def store_and_read(k_CBKH: Tensor, v_CBKH: Tensor, cos_sin_MH: Tensor, k_TKH: Tensor, slot_T: Tensor) -> tuple[Tensor]:
+def store_and_read(
+    k_CBKH: Tensor, v_CBKH: Tensor, cos_sin_MH: Tensor, k_TKH: Tensor, slot_T: Tensor
+) -> tuple[Tensor]:
     """Writes, reads back and rotates: everything that touches a cache or a table of varying size."""
     rotated_TKH = ops.rope(k_TKH, cos_sin_MH, slot_T % 4)
     ops.store_kv(rotated_TKH, k_TKH, k_CBKH, v_CBKH, slot_T)
@@ -167,11 +180,16 @@ def cache_inputs(num_blocks: int, num_positions: int) -> dict[str, Any]:
 
 def test_one_program_serves_any_number_of_blocks_and_positions() -> None:
     inline = partial(inline_ops, keep=lambda name, node: False)
-    compiler = Compiler(inductor.lower, passes=(("inline_ops", inline),), varying=startup.VARYING, strict=True)
+    compiler = Compiler(
+        inductor.lower, passes=(("inline_ops", inline),), varying=startup.VARYING, strict=True
+    )
     program = compiler.program("store", (3,), store_and_read, cache_inputs(2, 4))
     compiler.seal()
     for num_blocks, num_positions in ((2, 4), (19, 99), (989, 5), (3, 989)):
-        ours, expected = cache_inputs(num_blocks, num_positions), cache_inputs(num_blocks, num_positions)
+        ours, expected = (
+            cache_inputs(num_blocks, num_positions),
+            cache_inputs(num_blocks, num_positions),
+        )
         assert compiler.program("store", (3,), store_and_read, ours) is program
         torch.testing.assert_close(program(*ours.values()), store_and_read(*expected.values()))
         torch.testing.assert_close(ours, expected)
@@ -189,11 +207,16 @@ def test_static_sizes_are_compiled_as_numbers() -> None:
 
 def test_importing_the_engine_leaves_inductor_s_folder_to_be_chosen() -> None:
     """Torch settles it when Dynamo is imported, on a folder in /tmp whose name others can guess."""
-    variables = {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_CACHE_DIR"}
-    script = (
-        "import os, nanovllm.llm, nanovllm.compile.lower.inductor; print(os.environ.get('TORCHINDUCTOR_CACHE_DIR'))"
-    )
+    variables = {
+        name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_CACHE_DIR"
+    }
+    script = "import os, nanovllm.llm, nanovllm.compile.lower.inductor; print(os.environ.get('TORCHINDUCTOR_CACHE_DIR'))"
     done = subprocess.run(
-        [sys.executable, "-c", script], env=variables, cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-c", script],
+        env=variables,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert done.stdout.strip() == "None"

@@ -16,7 +16,11 @@ def test_rows_of_the_table_are_used_and_the_rest_is_plain() -> None:
 
     x, weight = torch.randn(5, 8), torch.randn(8)
     graph, fakes, _ = trace(region, {"x": x, "weight": weight})
-    table = {"rms_norm": lambda x, weight, eps: torch.nn.functional.rms_norm(x, weight.shape, weight, eps)}
+    table = {
+        "rms_norm": lambda x, weight, eps: torch.nn.functional.rms_norm(
+            x, weight.shape, weight, eps
+        )
+    }
     replaced = replace_ops(graph, fakes, table=table)
     targets = {str(node.target) for node in replaced.graph.nodes if node.op == "call_function"}
     assert not any("nanovllm" in target for target in targets)
@@ -27,6 +31,10 @@ def test_rows_of_the_table_are_used_and_the_rest_is_plain() -> None:
 
 def test_an_op_may_stay_by_standing_for_itself() -> None:
     x, weight = torch.randn(5, 8), torch.randn(8)
-    graph, fakes, _ = trace(lambda x, weight: ops.rms_norm(x, weight, 1e-6), {"x": x, "weight": weight})
+    graph, fakes, _ = trace(
+        lambda x, weight: ops.rms_norm(x, weight, 1e-6), {"x": x, "weight": weight}
+    )
     replaced = replace_ops(graph, fakes, table={"rms_norm": ops.rms_norm})
-    assert [node.target for node in replaced.graph.nodes if node.op == "call_function"] == [ops.rms_norm]
+    assert [node.target for node in replaced.graph.nodes if node.op == "call_function"] == [
+        ops.rms_norm
+    ]

@@ -16,12 +16,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanovllm.compile import cache, store
+from nanovllm.compile import store
 from nanovllm.compile.keys import Key
 from nanovllm.compile.lower import plan
 from nanovllm.compile.program import Compiler, CompileRequired
 from nanovllm.compile.store import Artifact, Store
 from nanovllm.kernels import code_files
+from nanovllm.tools import cache
 
 KEY = Key({"torch": "2.13", "input x": "float32[3]"})
 ARTIFACT = Artifact("add_3", "plan", b"content", "tensor", dict(KEY.ingredients))
@@ -42,11 +43,15 @@ def region(x: Tensor) -> Both:
 
 
 def compiler(folder: Path, **options: Any) -> Compiler:
-    return Compiler(plan.lower, store=Store(folder), ingredients={"torch": "2.13", "device": "a"}, **options)
+    return Compiler(
+        plan.lower, store=Store(folder), ingredients={"torch": "2.13", "device": "a"}, **options
+    )
 
 
 def run(made: Compiler, size: int = 3) -> Both:
-    result: Both = made.program("double", (size,), region, {"x": torch.ones(size)})(torch.full((size,), 5.0))
+    result: Both = made.program("double", (size,), region, {"x": torch.ones(size)})(
+        torch.full((size,), 5.0)
+    )
     return result
 
 
@@ -72,7 +77,9 @@ def test_a_second_compiler_builds_nothing_and_nests_alike(folder: Path) -> None:
     assert (first.num_compiled, first.num_loaded) == (1, 0)
     assert (second.num_compiled, second.num_loaded) == (0, 1)
     assert isinstance(found, Both) and found.nested[1] is None
-    assert torch.equal(found.double, expected.double) and torch.equal(found.nested[0], expected.nested[0])
+    assert torch.equal(found.double, expected.double) and torch.equal(
+        found.nested[0], expected.nested[0]
+    )
 
 
 @pytest.mark.parametrize("change", [{"torch": "2.11"}, {"device": "b"}, {"new": "1"}])
@@ -88,7 +95,10 @@ def test_programs_with_the_same_code_share_it(folder: Path) -> None:
     made = compiler(folder)
     for size in (3, 4, 5):
         run(made, size)
-    assert len(list((folder / "entries").iterdir())) == 3 and len(list((folder / "objects").iterdir())) == 1
+    assert (
+        len(list((folder / "entries").iterdir())) == 3
+        and len(list((folder / "objects").iterdir())) == 1
+    )
 
 
 def test_a_stored_program_may_come_late_but_nothing_may_be_built(folder: Path) -> None:
@@ -129,13 +139,17 @@ def test_what_is_damaged_is_built_again_with_a_warning(
     with caplog.at_level(logging.WARNING):
         assert torch.equal(run(again).double, expected.double)
     assert again.num_compiled == 1
-    assert ("it is made again" in caplog.text) == (not (damage is Path.unlink and part == "entries"))
+    assert ("it is made again" in caplog.text) == (
+        not (damage is Path.unlink and part == "entries")
+    )
     third = compiler(folder)  # it was also mended
     run(third)
     assert third.num_loaded == 1
 
 
-def test_whole_files_with_foreign_content_are_built_again(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_whole_files_with_foreign_content_are_built_again(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     logging.getLogger("nanovllm").propagate = True
     made = compiler(folder)
     run(made)
@@ -178,7 +192,9 @@ def test_a_folder_that_others_can_write_is_refused(folder: Path, part: str, mode
         Store(folder)
 
 
-def test_a_folder_of_somebody_else_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_of_somebody_else_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     Store(folder)
     me = os.getuid()
     monkeypatch.setattr(os, "getuid", lambda: me + 1)
@@ -186,7 +202,9 @@ def test_a_folder_of_somebody_else_is_refused(folder: Path, monkeypatch: pytest.
         Store(folder)
 
 
-def test_where_users_have_no_numbers_nothing_is_asked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_users_have_no_numbers_nothing_is_asked(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     Store(folder)
     monkeypatch.delattr(os, "getuid")
     folder.chmod(0o777)
@@ -206,7 +224,9 @@ def test_a_full_disk_is_said_once_and_leaves_nothing_half_written(
     with caplog.at_level(logging.WARNING):
         for size in (3, 4):
             assert run(made, size).double.tolist() == [10.0] * size
-    assert caplog.text.count("compiled programs are not kept: [Errno 28] No space left on device") == 1
+    assert (
+        caplog.text.count("compiled programs are not kept: [Errno 28] No space left on device") == 1
+    )
     assert not [path for path in folder.rglob("*") if path.is_file()]
 
 
@@ -217,14 +237,17 @@ def test_required_programs_that_are_missing_are_all_listed_with_what_differs(fol
     run(compiler(folder), 4)
     strict = compiler(folder, require=True)
     strict.ingredients = {**strict.ingredients, "torch": "2.11"}
-    assert run(strict, 4).double.tolist() == run(strict, 5).double.tolist()[:4]  # the regions stand in
+    assert (
+        run(strict, 4).double.tolist() == run(strict, 5).double.tolist()[:4]
+    )  # the regions stand in
     with pytest.raises(CompileRequired) as caught:
         strict.seal()
     message = str(caught.value)
     assert message.startswith(f"2 program(s) are not in {folder}")
     assert "double_4: torch: 2.11 is wanted, 2.13 is there" in message
     assert (
-        "double_5: not for this bucket, nearest is double_4: torch: 2.11 is wanted, 2.13 is there; input x: " in message
+        "double_5: not for this bucket, nearest is double_4: torch: 2.11 is wanted, 2.13 is there; input x: "
+        in message
     )
     assert strict.num_compiled == 0
 
@@ -232,7 +255,9 @@ def test_required_programs_that_are_missing_are_all_listed_with_what_differs(fol
 def test_an_empty_store_says_so(folder: Path) -> None:
     strict = compiler(folder, require=True)
     run(strict)
-    with pytest.raises(CompileRequired, match="double_3: the store holds no program of this region"):
+    with pytest.raises(
+        CompileRequired, match="double_3: the store holds no program of this region"
+    ):
         strict.seal()
 
 
@@ -241,7 +266,9 @@ def test_an_empty_store_says_so(folder: Path) -> None:
 
 def fill(folder: Path) -> None:
     for i in range(3):
-        Store(folder).save(Key({"i": str(i)}), replace(ARTIFACT, content=bytes([i]) * 1000, name=f"add_{i}"))
+        Store(folder).save(
+            Key({"i": str(i)}), replace(ARTIFACT, content=bytes([i]) * 1000, name=f"add_{i}")
+        )
         os.utime(folder / "entries" / Key({"i": str(i)}).digest, (time.time() - 100 + i,) * 2)
     kernel = folder / "triton" / "HASH"
     kernel.mkdir()
@@ -263,7 +290,9 @@ def test_list_and_verify(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "is damaged" in out and "kernel HASH is damaged" in out
 
 
-def test_prune_drops_what_was_not_used_for_longest(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prune_drops_what_was_not_used_for_longest(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     fill(folder)
     assert Store(folder).find(Key({"i": "0"})) is not None  # used just now
     sizes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -289,7 +318,9 @@ def test_bad_arguments_are_named(
     assert message in capsys.readouterr().err
 
 
-def test_a_folder_that_is_no_store_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_is_no_store_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cache.main(["list", str(tmp_path)]) == 1
     assert f"{tmp_path} is no store" in capsys.readouterr().err
     Store(tmp_path / "s").folder.chmod(0o777)

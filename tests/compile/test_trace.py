@@ -35,7 +35,9 @@ def placeholders(graph: GraphModule) -> list[str]:
 
 
 def test_placeholders_are_named_by_path_in_the_order_of_the_leaves() -> None:
-    graph, fakes, _ = trace(lambda tree, x: tree.pair.left + x, {"tree": nested(1, 2, 3), "x_TD": torch.ones(2, 3)})
+    graph, fakes, _ = trace(
+        lambda tree, x: tree.pair.left + x, {"tree": nested(1, 2, 3), "x_TD": torch.ones(2, 3)}
+    )
     assert placeholders(graph) == ["tree_pair_left", "tree_others_0", "tree_others_1", "x_TD"]
     assert len(fakes) == 4
 
@@ -51,7 +53,12 @@ def test_results_come_back_nested_as_the_function_nests_them() -> None:
         return Pair(tree.pair.left * 2, None), tree.others[1] + 1, None
 
     graph, _, result = trace(function, {"tree": nested(1, 2, 3)})
-    assert isinstance(result, tuple) and isinstance(result[0], Pair) and result[0].right is None and result[2] is None
+    assert (
+        isinstance(result, tuple)
+        and isinstance(result[0], Pair)
+        and result[0].right is None
+        and result[2] is None
+    )
     assert all(isinstance(leaf, FakeTensor) for leaf in tensors(result))
     rebuilt: Any = rebuild(result, list(graph(*tensors(nested(5, 6, 7)))))
     assert isinstance(rebuilt[0], Pair)
@@ -61,7 +68,11 @@ def test_results_come_back_nested_as_the_function_nests_them() -> None:
 def test_leaves_and_rebuild_are_inverse() -> None:
     tree = nested(1, 2, 3)
     again: Any = rebuild(tree, tensors(tree))
-    assert type(again) is Nested and again.pair.left is tree.pair.left and again.others[1] is tree.others[1]
+    assert (
+        type(again) is Nested
+        and again.pair.left is tree.pair.left
+        and again.others[1] is tree.others[1]
+    )
     assert [tensor for _, tensor in named_leaves("t", tree)] == tensors(tree)
 
 
@@ -103,7 +114,11 @@ def test_dead_code_goes_and_writes_to_inputs_stay() -> None:
 def test_strides_and_dtypes_are_those_of_the_inputs() -> None:
     x = torch.ones(4, 6, dtype=torch.bfloat16).t()
     _, fakes, result = trace(lambda x: x + 1, {"x": x})
-    assert (fakes[0].shape, fakes[0].stride(), fakes[0].dtype) == (x.shape, x.stride(), torch.bfloat16)
+    assert (fakes[0].shape, fakes[0].stride(), fakes[0].dtype) == (
+        x.shape,
+        x.stride(),
+        torch.bfloat16,
+    )
     assert isinstance(result, Tensor) and result.dtype == torch.bfloat16
 
 
@@ -121,11 +136,17 @@ NUM_BLOCKS, NUM_POSITIONS = 37, 41  # numbers that nothing else has
 
 def layer_inputs(num_blocks: int, num_positions: int) -> dict[str, object]:
     cache = torch.zeros(num_blocks, 16, 2, 8), torch.zeros(num_blocks, 16, 2, 8)
-    inputs = {"qkv_TE": torch.ones(3, 8 * 8), "kv": cache, "cos_sin_MH": torch.ones(num_positions, 8)}
+    inputs = {
+        "qkv_TE": torch.ones(3, 8 * 8),
+        "kv": cache,
+        "cos_sin_MH": torch.ones(num_positions, 8),
+    }
     return {**inputs, "pos_T": torch.arange(3), "slot_T": torch.arange(3)}
 
 
-def store(qkv_TE: Tensor, kv: tuple[Tensor, Tensor], cos_sin_MH: Tensor, pos_T: Tensor, slot_T: Tensor) -> Tensor:
+def store(
+    qkv_TE: Tensor, kv: tuple[Tensor, Tensor], cos_sin_MH: Tensor, pos_T: Tensor, slot_T: Tensor
+) -> Tensor:
     q_TNH, k_TKH, v_TKH = qkv_TE.view(3, -1, 8).split([4, 2, 2], dim=1)
     ops.store_kv(ops.rope(k_TKH, cos_sin_MH, pos_T), v_TKH, *kv, slot_T)
     return ops.rope(q_TNH, cos_sin_MH, pos_T)
@@ -146,7 +167,9 @@ def test_varying_dimensions_do_not_appear_as_sizes() -> None:
         assert isinstance(fake.shape[0], torch.SymInt) == varies, name
         assert not any(isinstance(size, torch.SymInt) for size in fake.shape[1:]), name
     for node in graph.graph.nodes:
-        assert not any(isinstance(size, torch.SymInt) for size in sizes(node.args)), node.format_node()
+        assert not any(isinstance(size, torch.SymInt) for size in sizes(node.args)), (
+            node.format_node()
+        )
         assert not {NUM_BLOCKS, NUM_POSITIONS} & set(sizes(node.args)), node.format_node()
         assert "sym_size" not in str(node.target)
     static, _, _ = trace(store, inputs)
@@ -155,7 +178,9 @@ def test_varying_dimensions_do_not_appear_as_sizes() -> None:
 
 
 def test_a_graph_runs_with_other_varying_sizes_than_traced() -> None:
-    graph, _, _ = trace(store, layer_inputs(NUM_BLOCKS, NUM_POSITIONS), varying=("kv_0", "kv_1", "cos_sin_MH"))
+    graph, _, _ = trace(
+        store, layer_inputs(NUM_BLOCKS, NUM_POSITIONS), varying=("kv_0", "kv_1", "cos_sin_MH")
+    )
     inputs = layer_inputs(2, 5)
     (q_TNH,) = graph(*tensors(tuple(inputs.values())))
     assert q_TNH.shape == (3, 4, 8)

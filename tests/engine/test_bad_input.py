@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 from nanovllm import LLM, SamplingParams, platforms
-from nanovllm.kernels import cpu_kernels
+from nanovllm.kernels.cpu import kernels as cpu_kernels
 from nanovllm.platforms.base import MemoryBudget
-from tests.engine.conftest import VOCAB_SIZE, Generate, assert_all_free, random_prompts
+from tests.engines import VOCAB_SIZE, Generate, assert_all_free, random_prompts
 
 GREEDY = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
 ROOT = Path(__file__).parents[2]
@@ -63,11 +63,17 @@ def test_bad_prompt_is_refused_and_leaves_nothing(
         list(eager_llm.stream([good, prompt, other], GREEDY))
     assert_all_free(eager_llm)
     outputs = eager_llm.generate([good, other], GREEDY, use_tqdm=False)
-    assert [output["token_ids"] for output in outputs] == [hf_generate(good, 5), hf_generate(other, 5)]
+    assert [output["token_ids"] for output in outputs] == [
+        hf_generate(good, 5),
+        hf_generate(other, 5),
+    ]
 
 
 def test_one_bad_request_among_many_with_n(eager_llm: LLM) -> None:
-    params = [SamplingParams(n=3), SamplingParams(n=2, seed=2**63 - 1)]  # the second answer's seed is out of range
+    params = [
+        SamplingParams(n=3),
+        SamplingParams(n=2, seed=2**63 - 1),
+    ]  # the second answer's seed is out of range
     with pytest.raises(ValueError, match=f"seed is {2**63}"):
         eager_llm.generate([[5], [6]], params, use_tqdm=False)
 
@@ -81,19 +87,28 @@ def test_one_bad_request_among_many_with_n(eager_llm: LLM) -> None:
         ([GREEDY, {"temperature": 0}], "sampling_params holds {'temperature': 0}"),
     ],
 )
-def test_sampling_params_that_do_not_fit_the_prompts(eager_llm: LLM, params: Any, match: str) -> None:
+def test_sampling_params_that_do_not_fit_the_prompts(
+    eager_llm: LLM, params: Any, match: str
+) -> None:
     with pytest.raises(ValueError, match=match):
         eager_llm.generate([[5], [6]], params, use_tqdm=False)
 
 
 def test_no_prompts_no_answers(eager_llm: LLM) -> None:
-    assert eager_llm.generate([], GREEDY, use_tqdm=False) == [] and list(eager_llm.stream([], GREEDY)) == []
+    assert (
+        eager_llm.generate([], GREEDY, use_tqdm=False) == []
+        and list(eager_llm.stream([], GREEDY)) == []
+    )
 
 
-def test_text_needs_a_tokenizer(make_llm: Callable[..., LLM], checkpoint: Path, tmp_path: Path, device: str) -> None:
+def test_text_needs_a_tokenizer(
+    make_llm: Callable[..., LLM], checkpoint: Path, tmp_path: Path, device: str
+) -> None:
     for name in ("config.json", "model.safetensors"):
         shutil.copy(checkpoint / name, tmp_path)
-    llm = LLM(str(tmp_path), enforce_eager=True, device=device, max_model_len=64, num_kvcache_blocks=20)
+    llm = LLM(
+        str(tmp_path), enforce_eager=True, device=device, max_model_len=64, num_kvcache_blocks=20
+    )
     with pytest.raises(ValueError, match="has no tokenizer: give token ids"):
         llm.generate("text", use_tqdm=False)
     with pytest.raises(ValueError, match=r"stop=\['x'\] needs a tokenizer"):
@@ -102,7 +117,9 @@ def test_text_needs_a_tokenizer(make_llm: Callable[..., LLM], checkpoint: Path, 
         llm.chat([{"role": "user", "content": "x"}], use_tqdm=False)
     (output,) = llm.generate([[5]], SamplingParams(max_tokens=3, ignore_eos=True), use_tqdm=False)
     assert output["text"] == "" and len(output["token_ids"]) == 3
-    assert [piece["text"] for piece in llm.stream([[5]], SamplingParams(max_tokens=2, ignore_eos=True))] == ["", ""]
+    assert [
+        piece["text"] for piece in llm.stream([[5]], SamplingParams(max_tokens=2, ignore_eos=True))
+    ] == ["", ""]
     assert_all_free(llm)
 
 
@@ -110,7 +127,9 @@ def test_text_needs_a_tokenizer(make_llm: Callable[..., LLM], checkpoint: Path, 
 
 
 def test_unknown_option_is_a_type_error(make_llm: Callable[..., LLM]) -> None:
-    with pytest.raises(TypeError, match="unknown option gpu_memory_utilisation; the options are model, dtype"):
+    with pytest.raises(
+        TypeError, match="unknown option gpu_memory_utilisation; the options are model, dtype"
+    ):
         make_llm(gpu_memory_utilisation=0.5)
 
 
@@ -126,7 +145,10 @@ def test_unknown_option_is_a_type_error(make_llm: Callable[..., LLM]) -> None:
             r"max_model_len is 401, but the cache holds 128 tokens \(8 blocks of 16\)",
         ),
         ({"max_model_len": 6416}, "max_model_len is 6416, but the checkpoint has 512 positions"),
-        ({"max_num_batched_tokens": 15}, "max_num_batched_tokens is 15: it must be a whole number, at least 16"),
+        (
+            {"max_num_batched_tokens": 15},
+            "max_num_batched_tokens is 15: it must be a whole number, at least 16",
+        ),
         ({"tensor_parallel_size": 2}, "tensor_parallel_size is 2: only 1"),
     ],
     ids=str,
@@ -135,7 +157,9 @@ def test_bad_options(make_llm: Callable[..., LLM], options: dict[str, Any], matc
     option_error(make_llm, match, **options)
 
 
-def test_fp16_is_refused_where_the_device_does_not_compute_in_it(make_llm: Callable[..., LLM]) -> None:
+def test_fp16_is_refused_where_the_device_does_not_compute_in_it(
+    make_llm: Callable[..., LLM],
+) -> None:
     match = "float16 is not supported on this cpu device: use one of float32, bfloat16"
     option_error(make_llm, match, dtype="float16", device="cpu")
 
@@ -164,18 +188,25 @@ def broken(checkpoint: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(checkpoint, tmp_path / "checkpoint"))
 
 
-def refused(folder: Path | str, match: str, error: type[Exception] = ValueError, **options: Any) -> None:
+def refused(
+    folder: Path | str, match: str, error: type[Exception] = ValueError, **options: Any
+) -> None:
     with pytest.raises(error, match=match):
         LLM(str(folder), enforce_eager=True, **options)
 
 
-@pytest.mark.parametrize("path", ["no-such-folder", "/no/such/folder", "./a/b/c", "a b/c", "../x/y"])
+@pytest.mark.parametrize(
+    "path", ["no-such-folder", "/no/such/folder", "./a/b/c", "a b/c", "../x/y"]
+)
 def test_a_path_that_is_neither_folder_nor_hub_id(path: str) -> None:
     refused(path, f"model '{re.escape(path)}' is neither an embedded model")
 
 
 def test_a_hub_id_that_is_not_there() -> None:
-    refused("no-such-owner-7f3a/no-such-model", "no-such-owner-7f3a/no-such-model' is no folder here and")
+    refused(
+        "no-such-owner-7f3a/no-such-model",
+        "no-such-owner-7f3a/no-such-model' is no folder here and",
+    )
 
 
 def test_a_file_is_no_checkpoint(checkpoint: Path) -> None:
@@ -194,7 +225,10 @@ def change_config(folder: Path, **changes: Any) -> None:
 
 def test_an_unknown_architecture_of_a_known_family(broken: Path) -> None:
     change_config(broken, architectures=["Qwen3ForSequenceClassification"])
-    refused(broken, r"architecture \['Qwen3ForSequenceClassification'\] is not supported: use one of Llama")
+    refused(
+        broken,
+        r"architecture \['Qwen3ForSequenceClassification'\] is not supported: use one of Llama",
+    )
 
 
 def test_an_unknown_family(broken: Path) -> None:
@@ -211,7 +245,11 @@ def test_a_config_that_is_no_json(broken: Path) -> None:
 def test_damaged_safetensors(broken: Path, damage: str) -> None:
     path = broken / "model.safetensors"
     data = path.read_bytes()
-    path.write_bytes({"truncated": data[: len(data) // 2], "header": b"\xff" * 64 + data[64:], "empty": b""}[damage])
+    path.write_bytes(
+        {"truncated": data[: len(data) // 2], "header": b"\xff" * 64 + data[64:], "empty": b""}[
+            damage
+        ]
+    )
     refused(broken, "model.safetensors: damaged")
 
 
@@ -225,13 +263,20 @@ def test_weights_that_do_not_fit_the_config(broken: Path) -> None:
     refused(broken, r"model.layers.2.* is missing")
     change_config(broken, num_hidden_layers=1, layer_types=["full_attention"])
     refused(broken, r"tensor\(s\) that .* does not have, e.g. model.layers.1")
-    change_config(broken, num_hidden_layers=2, layer_types=["full_attention"] * 2, intermediate_size=96)
+    change_config(
+        broken, num_hidden_layers=2, layer_types=["full_attention"] * 2, intermediate_size=96
+    )
     refused(broken, r"has shape \[128, 64\], but the config asks for \[96, 64\]")
 
 
 def test_random_weights_need_the_config_only(broken: Path, device: str) -> None:
     (broken / "model.safetensors").unlink()
-    options: dict[str, Any] = {"max_model_len": 64, "num_kvcache_blocks": 10, "device": device, "enforce_eager": True}
+    options: dict[str, Any] = {
+        "max_model_len": 64,
+        "num_kvcache_blocks": 10,
+        "device": device,
+        "enforce_eager": True,
+    }
     answers = []
     for seed in (0, 0, 1):
         llm = LLM(str(broken), random_weights=True, seed=seed, **options)
@@ -280,13 +325,19 @@ def test_without_a_cpp_compiler_it_runs_eagerly_and_says_so_in_one_line(
     # what torch and Triton say of a machine without compilers is theirs: ours is one warning of one line with a reason
     lines = re.split(r"[\r\n]+", done.stderr)
     (warning,) = [idx for idx, line in enumerate(lines) if re.search(r"\bW nanovllm\.", line)]
-    assert re.search(r"no C\+\+ compiler for graph mode, running eagerly: \w+: \S", lines[warning]), done.stderr
+    assert re.search(
+        r"no C\+\+ compiler for graph mode, running eagerly: \w+: \S", lines[warning]
+    ), done.stderr
     assert "running eagerly" not in "".join(lines[:warning] + lines[warning + 1 :]), done.stderr
     assert not re.search(r'File ".*nanovllm/', done.stderr), "a traceback through our code"
 
 
 def test_of_what_a_compiler_says_the_first_line_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_kernels, "available", lambda: (False, "CppCompileError: it failed\nin line 1\nin line 2"))
+    monkeypatch.setattr(
+        cpu_kernels,
+        "available",
+        lambda: (False, "CppCompileError: it failed\nin line 1\nin line 2"),
+    )
     platform = platforms.select("cpu")
     platform.prepare()
     assert platform.lowering() == (

@@ -8,14 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from nanovllm import LLM, SamplingParams
-from tests.engine.conftest import (
-    EOS_IDS,
-    VOCAB_SIZE,
-    Generate,
-    greedy,
-    random_prompts,
-    tokens,
-)
+from tests.engines import EOS_IDS, VOCAB_SIZE, Generate, greedy, random_prompts, tokens
 
 
 def find_answer(
@@ -23,7 +16,10 @@ def find_answer(
 ) -> tuple[list[int], int, list[int]]:
     """(prompt, seed, tokens) of a sampled answer for which `is_wanted`."""
     (prompt,) = random_prompts([5], seed=60)
-    params = [SamplingParams(temperature=2.0, max_tokens=num_tokens, seed=s, ignore_eos=True) for s in range(200)]
+    params = [
+        SamplingParams(temperature=2.0, max_tokens=num_tokens, seed=s, ignore_eos=True)
+        for s in range(200)
+    ]
     for seed, answer in enumerate(tokens(llm, [prompt] * 200, params)):
         if is_wanted(answer):
             return prompt, seed, answer
@@ -33,7 +29,9 @@ def find_answer(
 @pytest.mark.parametrize("eos_id", EOS_IDS)
 def test_every_eos_id_of_the_generation_config_ends_an_answer(eager_llm: LLM, eos_id: int) -> None:
     (other,) = set(EOS_IDS) - {eos_id}
-    prompt, seed, answer = find_answer(eager_llm, lambda ids: eos_id in ids[5:] and other not in ids)
+    prompt, seed, answer = find_answer(
+        eager_llm, lambda ids: eos_id in ids[5:] and other not in ids
+    )
     end = answer.index(eos_id) + 1
     params = SamplingParams(temperature=2.0, max_tokens=60, seed=seed)
     (output,) = eager_llm.generate([prompt], params, use_tqdm=False)
@@ -44,12 +42,18 @@ def test_every_eos_id_of_the_generation_config_ends_an_answer(eager_llm: LLM, eo
 def test_ignore_eos_and_max_tokens(eager_llm: LLM) -> None:
     prompt, seed, answer = find_answer(eager_llm, lambda ids: EOS_IDS[0] in ids)
     (output,) = eager_llm.generate(
-        [prompt], SamplingParams(temperature=2.0, max_tokens=60, seed=seed, ignore_eos=True), use_tqdm=False
+        [prompt],
+        SamplingParams(temperature=2.0, max_tokens=60, seed=seed, ignore_eos=True),
+        use_tqdm=False,
     )
-    assert output["token_ids"] == answer and output["finish_reason"] == "length" and len(answer) == 60
+    assert (
+        output["token_ids"] == answer and output["finish_reason"] == "length" and len(answer) == 60
+    )
 
 
-def test_stop_token_ids_end_an_answer_with_or_without_ignore_eos(llm: LLM, hf_generate: Generate) -> None:
+def test_stop_token_ids_end_an_answer_with_or_without_ignore_eos(
+    llm: LLM, hf_generate: Generate
+) -> None:
     (prompt,) = random_prompts([19], seed=61)
     answer = hf_generate(prompt, 40)
     stop_id = answer[10]
@@ -63,7 +67,13 @@ def test_stop_token_ids_end_an_answer_with_or_without_ignore_eos(llm: LLM, hf_ge
 def test_min_tokens_keeps_every_ending_away(llm: LLM, min_tokens: int) -> None:
     stop_ids = list(range(5, 300))  # most tokens would end the answer
     params = [
-        SamplingParams(temperature=1.5, max_tokens=30, min_tokens=min_tokens, seed=seed, stop_token_ids=stop_ids)
+        SamplingParams(
+            temperature=1.5,
+            max_tokens=30,
+            min_tokens=min_tokens,
+            seed=seed,
+            stop_token_ids=stop_ids,
+        )
         for seed in range(6)
     ]
     prompts = random_prompts([1, 5, 19, 33, 40, 5], seed=62)
@@ -76,17 +86,25 @@ def test_min_tokens_keeps_every_ending_away(llm: LLM, min_tokens: int) -> None:
         assert all(token_id not in ends for token_id in ids[:-1])
         assert (output["finish_reason"] == "stop") == (ids[-1] in ends)
     if min_tokens < 30:
-        assert any(len(output["token_ids"]) == min_tokens + 1 for output in outputs), "the next one may end it"
+        assert any(len(output["token_ids"]) == min_tokens + 1 for output in outputs), (
+            "the next one may end it"
+        )
 
 
 def test_stop_strings_across_tokens(llm: LLM) -> None:
     """Greedy answers of a random model are random text: any piece of one that spans tokens can be the stop string."""
     prompts = random_prompts([19, 33, 40], seed=63)
     full = llm.generate(prompts, greedy(40), use_tqdm=False)
-    stops = [next(found[0] for found in re.finditer(r">[^\ufffd]{3,5}", output["text"][5:])) for output in full]
+    stops = [
+        next(found[0] for found in re.finditer(r">[^\ufffd]{3,5}", output["text"][5:]))
+        for output in full
+    ]
     outputs = llm.generate(prompts, [greedy(40, stop=stop) for stop in stops], use_tqdm=False)
     for output, whole, stop in zip(outputs, full, stops):
-        assert output["text"] == whole["text"][: whole["text"].index(stop)] and stop not in output["text"]
+        assert (
+            output["text"] == whole["text"][: whole["text"].index(stop)]
+            and stop not in output["text"]
+        )
         assert output["finish_reason"] == "stop"
         num = len(output["token_ids"])
         assert output["token_ids"] == whole["token_ids"][:num]

@@ -13,14 +13,14 @@ import torch
 
 from nanovllm import LLM, SamplingParams, platforms
 from nanovllm.compile.keys import program_key
-from nanovllm.engine import startup
 from nanovllm.platforms.base import MemoryBudget
-from tests.engine.conftest import assert_all_free, random_prompts
+from nanovllm.startup import load as startup
+from tests.engines import assert_all_free, random_prompts
 
 # scripts are run as files, and import each other as such
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
-from tiny_tasks import held_out, is_correct
+from tiny.tasks import held_out, is_correct
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
 # What a sample of 130 questions, all or all but one of which are answered rightly, may lose by the cache: more is no noise.
@@ -45,7 +45,9 @@ def tokens(llm: LLM, prompts: list[list[int]]) -> list[list[int]]:
     return [output["token_ids"] for output in llm.generate(prompts, GREEDY, use_tqdm=False)]
 
 
-def test_the_cache_is_fp8_and_full_of_numbers(make_llm: Callable[..., LLM], prompts: list[list[int]]) -> None:
+def test_the_cache_is_fp8_and_full_of_numbers(
+    make_llm: Callable[..., LLM], prompts: list[list[int]]
+) -> None:
     llm = make_llm(kv_cache_dtype="fp8")
     tokens(llm, prompts)
     for cache in llm.engine.runner.steps.caches:
@@ -56,20 +58,27 @@ def test_the_cache_is_fp8_and_full_of_numbers(make_llm: Callable[..., LLM], prom
 
 @pytest.mark.parametrize("enforce_eager", [True, False], ids=["eager", "graph"])
 def test_batches_and_prefix_hits_change_nothing(
-    make_llm: Callable[..., LLM], prompts: list[list[int]], expected: list[list[int]], enforce_eager: bool
+    make_llm: Callable[..., LLM],
+    prompts: list[list[int]],
+    expected: list[list[int]],
+    enforce_eager: bool,
 ) -> None:
     llm = make_llm(kv_cache_dtype="fp8", enforce_eager=enforce_eager, graph_batch_sizes=(1, 5, 16))
     assert tokens(llm, prompts) == expected
     outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
     assert [output["token_ids"] for output in outputs] == expected
-    assert [output["num_cached_tokens"] for output in outputs] == [(len(p) - 1) // 16 * 16 for p in prompts]
+    assert [output["num_cached_tokens"] for output in outputs] == [
+        (len(p) - 1) // 16 * 16 for p in prompts
+    ]
     assert_all_free(llm)
 
 
 def test_chunks_and_preemption_change_nothing(
     make_llm: Callable[..., LLM], prompts: list[list[int]], expected: list[list[int]]
 ) -> None:
-    llm = make_llm(kv_cache_dtype="fp8", num_kvcache_blocks=13, max_num_batched_tokens=48, max_model_len=160)
+    llm = make_llm(
+        kv_cache_dtype="fp8", num_kvcache_blocks=13, max_num_batched_tokens=48, max_model_len=160
+    )
     assert tokens(llm, prompts) == expected
     assert llm.engine.scheduler.num_preemptions > 0
     assert_all_free(llm)
@@ -79,13 +88,19 @@ def test_chunks_and_preemption_change_nothing(
 def test_the_same_memory_holds_more_tokens(
     make_llm: Callable[..., LLM], device: str, monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
-    monkeypatch.setattr(type(platforms.select(device)), "memory_budget", lambda *_: MemoryBudget(200_000, 0))
+    monkeypatch.setattr(
+        type(platforms.select(device)), "memory_budget", lambda *_: MemoryBudget(200_000, 0)
+    )
     options: dict[str, Any] = {"dtype": dtype, "num_kvcache_blocks": None, "max_model_len": 64}
     plain, fp8 = make_llm(**options), make_llm(**options, kv_cache_dtype="fp8")
     ratio = getattr(torch, dtype).itemsize
     assert fp8.engine.runner.block_bytes * ratio == plain.engine.runner.block_bytes
-    assert fp8.engine.scheduler.pool.num_blocks == 200_000 * ratio // plain.engine.runner.block_bytes
-    held = sum(x.nbytes for cache in fp8.engine.runner.steps.caches for x in (cache.k_CBKH, cache.v_CBKH))
+    assert (
+        fp8.engine.scheduler.pool.num_blocks == 200_000 * ratio // plain.engine.runner.block_bytes
+    )
+    held = sum(
+        x.nbytes for cache in fp8.engine.runner.steps.caches for x in (cache.k_CBKH, cache.v_CBKH)
+    )
     assert held == fp8.engine.memory.cache_bytes <= 200_000
 
 
@@ -98,7 +113,9 @@ def test_programs_for_an_fp8_cache_have_keys_of_their_own(make_llm: Callable[...
         keys.append(program_key(runner.model.layer, inputs, varying=startup.VARYING, common={}))
     lines = keys[0].differences(keys[1].ingredients)
     assert (
-        len(lines) == 4 and any("float8_e4m3fn" in line for line in lines) and any("k_scale" in line for line in lines)
+        len(lines) == 4
+        and any("float8_e4m3fn" in line for line in lines)
+        and any("k_scale" in line for line in lines)
     )
 
 
@@ -108,7 +125,9 @@ def test_a_device_without_kernels_for_it_refuses(
     platform = platforms.select(device)
     monkeypatch.setattr(platform, "supports_fp8_cache", False)
     monkeypatch.setattr(platforms, "select", lambda *_, **__: platform)
-    with pytest.raises(ValueError, match=f"kv_cache_dtype is 'fp8', which is not supported on this {device} device"):
+    with pytest.raises(
+        ValueError, match=f"kv_cache_dtype is 'fp8', which is not supported on this {device} device"
+    ):
         make_llm(kv_cache_dtype="fp8")
     make_llm().close()
 
@@ -117,10 +136,14 @@ def test_the_embedded_model_answers_as_well() -> None:
     tasks = held_out(NUM_QUESTIONS, 1)
     accuracy = {}
     for kv_cache_dtype in ("auto", "fp8"):
-        llm = LLM("tiny-qwen3", kv_cache_dtype=kv_cache_dtype, enforce_eager=True, max_model_len=512)
+        llm = LLM(
+            "tiny-qwen3", kv_cache_dtype=kv_cache_dtype, enforce_eager=True, max_model_len=512
+        )
         params = SamplingParams(temperature=0, max_tokens=64)
         outputs = llm.chat([task.messages for task in tasks], params, use_tqdm=False)
-        right = [is_correct(task, output["text"]) for task, output in zip(tasks, outputs, strict=True)]
+        right = [
+            is_correct(task, output["text"]) for task, output in zip(tasks, outputs, strict=True)
+        ]
         accuracy[kv_cache_dtype] = sum(right) / len(right)
         llm.close()
     assert accuracy["fp8"] >= accuracy["auto"] - ACCURACY_MARGIN > 0.9, accuracy

@@ -10,15 +10,8 @@ from typing import Any
 import pytest
 
 from nanovllm import LLM
-from nanovllm.engine.scheduler import DecodePlan, PrefillPlan
-from tests.engine.conftest import (
-    NUM_TOKENS,
-    Generate,
-    assert_all_free,
-    greedy,
-    random_prompts,
-    tokens,
-)
+from nanovllm.schedule.scheduler import DecodePlan, PrefillPlan
+from tests.engines import NUM_TOKENS, Generate, assert_all_free, greedy, random_prompts, tokens
 
 
 @pytest.fixture

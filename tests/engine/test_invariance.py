@@ -14,7 +14,7 @@ import torch
 from nanovllm import LLM, SamplingParams, platforms
 from nanovllm.compile.lower import eager, inductor
 from nanovllm.platforms.base import MemoryBudget
-from tests.engine.conftest import VOCAB_SIZE, Generate, assert_all_free, random_prompts
+from tests.engines import VOCAB_SIZE, Generate, assert_all_free, random_prompts
 
 BLOCK = 16
 NUM_TOKENS = 20
@@ -45,7 +45,9 @@ def test_alone(llm: LLM, prompts: list[list[int]], expected: list[list[int]]) ->
     assert [tokens(llm, [prompts[i]])[0] for i in picked] == [expected[i] for i in picked]
 
 
-def test_batch_of_37_needs_several_decode_steps(llm: LLM, prompts: list[list[int]], expected: list[list[int]]) -> None:
+def test_batch_of_37_needs_several_decode_steps(
+    llm: LLM, prompts: list[list[int]], expected: list[list[int]]
+) -> None:
     assert tokens(llm, prompts) == expected
 
 
@@ -61,10 +63,14 @@ def test_prefix_cache_hits(llm: LLM, prompts: list[list[int]], expected: list[li
     outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
     assert [output["token_ids"] for output in outputs] == expected
     # all full blocks but the one that holds the prompt's last token
-    assert [output["num_cached_tokens"] for output in outputs] == [(len(p) - 1) // BLOCK * BLOCK for p in prompts]
+    assert [output["num_cached_tokens"] for output in outputs] == [
+        (len(p) - 1) // BLOCK * BLOCK for p in prompts
+    ]
 
 
-def test_whole_prompt_in_the_cache_at_an_exact_multiple_of_the_block(eager_llm: LLM, hf_generate: Generate) -> None:
+def test_whole_prompt_in_the_cache_at_an_exact_multiple_of_the_block(
+    eager_llm: LLM, hf_generate: Generate
+) -> None:
     for num_blocks in (1, 2, 4):
         (prompt,) = random_prompts([num_blocks * BLOCK], seed=100 + num_blocks)
         tokens(eager_llm, [prompt])
@@ -92,10 +98,15 @@ def test_same_prompt_twice_in_one_prefill_step(llm: LLM, hf_generate: Generate) 
 
 @pytest.mark.parametrize("enforce_eager", [True, False], ids=["eager", "graph"])
 def test_chunked_prefill(
-    make_llm: Callable[..., LLM], prompts: list[list[int]], expected: list[list[int]], enforce_eager: bool
+    make_llm: Callable[..., LLM],
+    prompts: list[list[int]],
+    expected: list[list[int]],
+    enforce_eager: bool,
 ) -> None:
     # the same decode buckets as the shared engine: only one more prefill bucket to compile
-    llm = make_llm(max_num_batched_tokens=48, enforce_eager=enforce_eager, graph_batch_sizes=(1, 5, 16))
+    llm = make_llm(
+        max_num_batched_tokens=48, enforce_eager=enforce_eager, graph_batch_sizes=(1, 5, 16)
+    )
     assert tokens(llm, prompts) == expected
     assert tokens(llm, prompts) == expected
     assert_all_free(llm)
@@ -133,7 +144,9 @@ def test_preemption_meets_prefix_hits(make_llm: Callable[..., LLM], hf_generate:
     outputs = llm.generate(prompts, params, use_tqdm=False)
     assert llm.engine.scheduler.num_preemptions > 0
     assert [output["num_cached_tokens"] for output in outputs[1:]] == [64] * 5
-    assert [output["token_ids"] for output in outputs] == [hf_generate(prompt, 60) for prompt in prompts]
+    assert [output["token_ids"] for output in outputs] == [
+        hf_generate(prompt, 60) for prompt in prompts
+    ]
     assert_all_free(llm)
 
 
@@ -141,7 +154,9 @@ def test_every_request_may_be_the_only_one_of_its_decode_step(
     make_llm: Callable[..., LLM], prompts: list[list[int]], expected: list[list[int]]
 ) -> None:
     """One row per decode step and a full cache: the newest request has its turn, needs a block, and makes room itself."""
-    llm = make_llm(graph_batch_sizes=(1,), num_kvcache_blocks=18, max_num_seqs=5, enable_prefix_caching=False)
+    llm = make_llm(
+        graph_batch_sizes=(1,), num_kvcache_blocks=18, max_num_seqs=5, enable_prefix_caching=False
+    )
     assert tokens(llm, prompts) == expected
     assert llm.engine.scheduler.num_preemptions > 0
     assert_all_free(llm)
@@ -154,13 +169,17 @@ def test_one_long_request_fills_the_cache_to_its_last_block(
     (prompt, other) = random_prompts([33, 20], seed=31)
     params = SamplingParams(temperature=0, max_tokens=1000, ignore_eos=True)
     (output,) = llm.generate([prompt], params, use_tqdm=False)
-    assert output["finish_reason"] == "length" and output["token_ids"] == hf_generate(prompt, 4 * BLOCK - 33)
+    assert output["finish_reason"] == "length" and output["token_ids"] == hf_generate(
+        prompt, 4 * BLOCK - 33
+    )
     both = llm.generate([prompt, other], params, use_tqdm=False)
     assert [o["token_ids"] for o in both] == [hf_generate(prompt, 31), hf_generate(other, 44)]
     assert_all_free(llm)
 
 
-def test_max_model_len_is_lowered_to_what_the_cache_holds(make_llm: Callable[..., LLM], hf_generate: Generate) -> None:
+def test_max_model_len_is_lowered_to_what_the_cache_holds(
+    make_llm: Callable[..., LLM], hf_generate: Generate
+) -> None:
     llm = make_llm(num_kvcache_blocks=1 + 4, max_model_len=None)
     assert llm.engine.max_model_len == 4 * BLOCK
     (prompt,) = random_prompts([33], seed=31)
@@ -169,7 +188,10 @@ def test_max_model_len_is_lowered_to_what_the_cache_holds(make_llm: Callable[...
 
 
 def test_programs_fit_the_lowered_max_model_len(
-    make_llm: Callable[..., LLM], hf_generate: Generate, monkeypatch: pytest.MonkeyPatch, device: str
+    make_llm: Callable[..., LLM],
+    hf_generate: Generate,
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
 ) -> None:
     """Measuring builds programs for the longer block tables; they must not be used with the shorter ones."""
 
@@ -178,7 +200,9 @@ def test_programs_fit_the_lowered_max_model_len(
 
         def checked(*inputs: torch.Tensor) -> Sequence[torch.Tensor]:
             for tensor, fake in zip(inputs, fakes):
-                assert all(a == b for a, b in zip(tensor.shape, fake.shape) if isinstance(b, int)), "other shapes"
+                assert all(
+                    a == b for a, b in zip(tensor.shape, fake.shape) if isinstance(b, int)
+                ), "other shapes"
             return run(*inputs)
 
         return checked
@@ -186,8 +210,12 @@ def test_programs_fit_the_lowered_max_model_len(
     monkeypatch.setattr(inductor, "lower", lower)
     platform = type(platforms.select(device))
     block_bytes = 2 * 2 * 2 * 32 * 4 * BLOCK  # keys and values, layers, heads, head size, fp32
-    monkeypatch.setattr(platform, "memory_budget", lambda *_: MemoryBudget(6 * block_bytes, block_bytes - 100))
-    llm = make_llm(enforce_eager=False, num_kvcache_blocks=None, max_model_len=None, graph_batch_sizes=(2,))
+    monkeypatch.setattr(
+        platform, "memory_budget", lambda *_: MemoryBudget(6 * block_bytes, block_bytes - 100)
+    )
+    llm = make_llm(
+        enforce_eager=False, num_kvcache_blocks=None, max_model_len=None, graph_batch_sizes=(2,)
+    )
     assert llm.engine.max_model_len == 4 * BLOCK
     prompts = random_prompts([33, 5], seed=31)
     assert tokens(llm, prompts) == [hf_generate(prompt, NUM_TOKENS) for prompt in prompts]
@@ -203,7 +231,10 @@ def test_eager_without_padding(
 
 @pytest.mark.parametrize("block_size", [32, 64])
 def test_block_sizes(
-    make_llm: Callable[..., LLM], prompts: list[list[int]], expected: list[list[int]], block_size: int
+    make_llm: Callable[..., LLM],
+    prompts: list[list[int]],
+    expected: list[list[int]],
+    block_size: int,
 ) -> None:
     llm = make_llm(kvcache_block_size=block_size, num_kvcache_blocks=100)
     assert tokens(llm, prompts) == expected
@@ -211,7 +242,10 @@ def test_block_sizes(
 
 @pytest.mark.parametrize("buckets", [(16,), (2, 3), (37,), (64,), None], ids=str)
 def test_other_buckets(
-    make_llm: Callable[..., LLM], prompts: list[list[int]], expected: list[list[int]], buckets: tuple[int, ...] | None
+    make_llm: Callable[..., LLM],
+    prompts: list[list[int]],
+    expected: list[list[int]],
+    buckets: tuple[int, ...] | None,
 ) -> None:
     llm = make_llm(graph_batch_sizes=buckets)
     assert tokens(llm, prompts) == expected
@@ -227,7 +261,9 @@ def test_graph_with_one_bucket(
     assert tokens(llm, prompts[:4]) == expected[:4]
 
 
-def test_requests_that_come_and_go(llm: LLM, prompts: list[list[int]], expected: list[list[int]]) -> None:
+def test_requests_that_come_and_go(
+    llm: LLM, prompts: list[list[int]], expected: list[list[int]]
+) -> None:
     """New requests every few steps, each with its own length of answer."""
     engine = llm.engine
     wanted: dict[int, list[int]] = {}
@@ -275,7 +311,9 @@ def test_padding_block_full_of_nan_in_the_middle_of_generation(
     llm: LLM, prompts: list[list[int]], expected: list[list[int]]
 ) -> None:
     engine = llm.engine
-    ids = {engine.add_request(prompt, GREEDY): answer for prompt, answer in zip(prompts[:6], expected)}
+    ids = {
+        engine.add_request(prompt, GREEDY): answer for prompt, answer in zip(prompts[:6], expected)
+    }
     found: dict[int, list[int]] = {request_id: [] for request_id in ids}
     while engine.has_unfinished:
         with torch.no_grad():
@@ -287,7 +325,9 @@ def test_padding_block_full_of_nan_in_the_middle_of_generation(
     assert found == ids
 
 
-def test_nan_in_the_padding_row_of_the_state(llm: LLM, prompts: list[list[int]], expected: list[list[int]]) -> None:
+def test_nan_in_the_padding_row_of_the_state(
+    llm: LLM, prompts: list[list[int]], expected: list[list[int]]
+) -> None:
     state = llm.engine.runner.state
     state.sampling_SF[state.pad_row] = float("nan")
     try:

@@ -14,22 +14,20 @@ import pytest
 import torch
 
 from nanovllm import LLM
-from tests.engine.conftest import (
-    NUM_TOKENS,
-    Generate,
-    greedy,
-    random_prompts,
-    tokens,
-)
+from tests.engines import NUM_TOKENS, Generate, greedy, random_prompts, tokens
 
 
-def test_two_engines_in_one_process(make_llm: Callable[..., LLM], llm: LLM, hf_generate: Generate) -> None:
+def test_two_engines_in_one_process(
+    make_llm: Callable[..., LLM], llm: LLM, hf_generate: Generate
+) -> None:
     second = make_llm(kvcache_block_size=32, max_num_seqs=3, graph_batch_sizes=(2,))
     prompts = random_prompts([5, 40, 99, 19], seed=95)
     expected = [hf_generate(prompt, NUM_TOKENS) for prompt in prompts]
     assert tokens(second, prompts, greedy()) == expected == tokens(llm, prompts, greedy())
     found: list[list[list[int]]] = [[[] for _ in prompts] for _ in range(2)]
-    streams: list[Iterator[dict[str, Any]]] = [one.stream(prompts, greedy()) for one in (llm, second)]
+    streams: list[Iterator[dict[str, Any]]] = [
+        one.stream(prompts, greedy()) for one in (llm, second)
+    ]
     for _ in range(len(prompts) * NUM_TOKENS):
         for answers, stream in zip(found, streams):
             piece = next(stream)
@@ -46,7 +44,9 @@ def test_nothing_is_left_after_del(make_llm: Callable[..., LLM], enforce_eager: 
     options = {"enforce_eager": enforce_eager, "graph_batch_sizes": (1, 5, 16)}
     (prompt,) = random_prompts([40], seed=96)
     params = [greedy(), greedy(logprobs=2, prompt_logprobs=1, top_k=5, presence_penalty=1.0)]
-    make_llm(**options).generate([prompt] * 2, params, use_tqdm=False)  # helpers of the process come with the first
+    make_llm(**options).generate(
+        [prompt] * 2, params, use_tqdm=False
+    )  # helpers of the process come with the first
     gc.collect()
     threads = set(threading.enumerate())
     gc.disable()
@@ -61,7 +61,11 @@ def test_nothing_is_left_after_del(make_llm: Callable[..., LLM], enforce_eager: 
             runner.params.embed_VD,
             runner.cos_sin_MH,
             *runner.state,
-            *(tensor for tensor in vars(runner.filtered).values() if isinstance(tensor, torch.Tensor)),
+            *(
+                tensor
+                for tensor in vars(runner.filtered).values()
+                if isinstance(tensor, torch.Tensor)
+            ),
         ]
         refs = [weakref.ref(tensor) for tensor in kept]
         engine = weakref.ref(llm.engine)
@@ -114,7 +118,11 @@ def test_a_closed_model_says_so(make_llm: Callable[..., LLM]) -> None:
     llm = make_llm()
     llm.close()
     llm.close()
-    for use in (lambda: llm.generate([[5]], use_tqdm=False), lambda: next(llm.stream([[5]])), llm.engine.step):
+    for use in (
+        lambda: llm.generate([[5]], use_tqdm=False),
+        lambda: next(llm.stream([[5]])),
+        llm.engine.step,
+    ):
         with pytest.raises(RuntimeError, match="closed"):
             use()
 

@@ -9,20 +9,23 @@ import pytest
 import torch
 
 from nanovllm import LLM
-from tests.engine.conftest import (
-    NUM_TOKENS,
-    greedy,
-    random_prompts,
-    tokens,
-)
+from tests.engines import NUM_TOKENS, greedy, random_prompts, tokens
 
 
 def hf_logprobs(hf_model: Any, token_ids: list[int]) -> torch.Tensor:
     with torch.no_grad():
-        return hf_model(torch.tensor([token_ids], device=hf_model.device)).logits[0].double().log_softmax(-1).cpu()
+        return (
+            hf_model(torch.tensor([token_ids], device=hf_model.device))
+            .logits[0]
+            .double()
+            .log_softmax(-1)
+            .cpu()
+        )
 
 
-def assert_logprobs(found: dict[int, float], expected_V: torch.Tensor, token_id: int, num: int) -> None:
+def assert_logprobs(
+    found: dict[int, float], expected_V: torch.Tensor, token_id: int, num: int
+) -> None:
     assert token_id in found and len(found) in (num, num + 1)
     assert list(found.values()) == sorted(found.values(), reverse=True)
     top = expected_V.argsort(descending=True)[:num].tolist()
@@ -34,12 +37,20 @@ def assert_logprobs(found: dict[int, float], expected_V: torch.Tensor, token_id:
 def test_logprobs_are_those_of_transformers(llm: LLM, hf_model: Any) -> None:
     """Sampled, penalized and filtered: the values are of the model's own logits all the same."""
     prompts = random_prompts([1, 19, 40, 7, 5], seed=70)
-    changes: list[dict[str, Any]] = [{}, {"temperature": 1.5, "seed": 1}, {"top_k": 5, "temperature": 1.0}, {}, {}]
+    changes: list[dict[str, Any]] = [
+        {},
+        {"temperature": 1.5, "seed": 1},
+        {"top_k": 5, "temperature": 1.0},
+        {},
+        {},
+    ]
     wanted = [0, 3, 100, 1, None]
     params = [greedy(**{**change, "logprobs": num}) for change, num in zip(changes, wanted)]
     params[3] = greedy(logprobs=1, repetition_penalty=1.9, presence_penalty=1.0, min_tokens=3)
     outputs = llm.generate(prompts, params, use_tqdm=False)
-    assert "logprobs" not in outputs[4] and all("prompt_logprobs" not in output for output in outputs)
+    assert "logprobs" not in outputs[4] and all(
+        "prompt_logprobs" not in output for output in outputs
+    )
     for prompt, num, output in list(zip(prompts, wanted, outputs))[:4]:
         expected = hf_logprobs(hf_model, prompt + output["token_ids"])
         assert len(output["logprobs"]) == len(output["token_ids"]) == NUM_TOKENS
@@ -47,7 +58,9 @@ def test_logprobs_are_those_of_transformers(llm: LLM, hf_model: Any) -> None:
             assert_logprobs(found, expected[len(prompt) - 1 + idx], token_id, num or 0)
 
 
-@pytest.mark.parametrize("options", [{}, {"max_num_batched_tokens": 48}, {"pad_batches": False}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"max_num_batched_tokens": 48}, {"pad_batches": False}], ids=str
+)
 def test_prompt_logprobs_are_those_of_transformers(
     make_llm: Callable[..., LLM], hf_model: Any, options: dict[str, Any]
 ) -> None:
@@ -55,18 +68,29 @@ def test_prompt_logprobs_are_those_of_transformers(
     prompts = random_prompts([1, 2, 19, 64, 99, 189], seed=71)
     params = [greedy(3, prompt_logprobs=num) for num in (0, 1, 5, 2, 3, 0)]
     plain = tokens(llm, prompts, greedy(3))
-    outputs = llm.generate(prompts, params, use_tqdm=False)  # what is in the prefix cache must be computed again
+    outputs = llm.generate(
+        prompts, params, use_tqdm=False
+    )  # what is in the prefix cache must be computed again
     assert [output["token_ids"] for output in outputs] == plain
     for prompt, one, output in zip(prompts, params, outputs):
         expected = hf_logprobs(hf_model, prompt)
-        assert len(output["prompt_logprobs"]) == len(prompt) and output["prompt_logprobs"][0] is None
+        assert (
+            len(output["prompt_logprobs"]) == len(prompt) and output["prompt_logprobs"][0] is None
+        )
         for idx in range(1, len(prompt)):
-            assert_logprobs(output["prompt_logprobs"][idx], expected[idx - 1], prompt[idx], one.prompt_logprobs or 0)
+            assert_logprobs(
+                output["prompt_logprobs"][idx],
+                expected[idx - 1],
+                prompt[idx],
+                one.prompt_logprobs or 0,
+            )
 
 
 def test_prompt_logprobs_in_graph_mode_beside_others(graph_llm: LLM, hf_model: Any) -> None:
     prompts = random_prompts([99, 40, 19], seed=72)
-    outputs = graph_llm.generate(prompts, [greedy(), greedy(prompt_logprobs=2, logprobs=2), greedy()], use_tqdm=False)
+    outputs = graph_llm.generate(
+        prompts, [greedy(), greedy(prompt_logprobs=2, logprobs=2), greedy()], use_tqdm=False
+    )
     expected = hf_logprobs(hf_model, prompts[1])
     for idx in range(1, 40):
         assert_logprobs(outputs[1]["prompt_logprobs"][idx], expected[idx - 1], prompts[1][idx], 2)

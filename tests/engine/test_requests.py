@@ -9,8 +9,8 @@ from collections.abc import Callable
 import pytest
 
 from nanovllm import LLM
-from nanovllm.engine.outputs import Completion, RequestOutput
-from tests.engine.conftest import (
+from nanovllm.schedule.outputs import Completion, RequestOutput
+from tests.engines import (
     NUM_TOKENS,
     Generate,
     assert_all_free,
@@ -24,7 +24,10 @@ from tests.engine.conftest import (
 def test_increments_add_up_to_the_completion(eager_llm: LLM, hf_generate: Generate) -> None:
     engine = eager_llm.engine
     (prompt, other) = random_prompts([19, 7], seed=80)
-    steady, quiet = engine.add_request(prompt, greedy()), engine.add_request(other, greedy(), incremental=False)
+    steady, quiet = (
+        engine.add_request(prompt, greedy()),
+        engine.add_request(other, greedy(), incremental=False),
+    )
     outputs: list[RequestOutput] = []
     while engine.has_unfinished:
         outputs += engine.step()
@@ -35,7 +38,9 @@ def test_increments_add_up_to_the_completion(eager_llm: LLM, hf_generate: Genera
     assert completion is not None and completion.token_ids == hf_generate(prompt, NUM_TOKENS)
     assert completion.text == "".join(output.text for output in mine)
     (last,) = [output for output in outputs if output.request_id == quiet]
-    assert last.completion is not None and last.completion.token_ids == hf_generate(other, NUM_TOKENS)
+    assert last.completion is not None and last.completion.token_ids == hf_generate(
+        other, NUM_TOKENS
+    )
 
 
 def test_step_without_work_returns_nothing(eager_llm: LLM) -> None:
@@ -50,15 +55,23 @@ def test_abort_in_mid_flight(llm: LLM, hf_generate: Generate, num_steps: int) ->
     ids = [engine.add_request(prompt, greedy()) for prompt in prompts]
     done: dict[int, Completion] = {}
     for _ in range(num_steps):
-        done.update({output.request_id: output.completion for output in engine.step() if output.completion})
+        done.update(
+            {output.request_id: output.completion for output in engine.step() if output.completion}
+        )
     for request_id in (ids[1], ids[0], ids[1], 10**9):
         engine.abort(request_id)
     last = [output for output in engine.step() if output.completion]
-    aborted = {output.request_id: output.completion for output in last if output.completion.finish_reason == "abort"}
+    aborted = {
+        output.request_id: output.completion
+        for output in last
+        if output.completion.finish_reason == "abort"
+    }
     assert set(aborted) == {ids[0], ids[1]}
     for idx in (0, 1):
         found = aborted[ids[idx]].token_ids
-        assert len(found) <= num_steps and found == hf_generate(prompts[idx], NUM_TOKENS)[: len(found)]
+        assert (
+            len(found) <= num_steps and found == hf_generate(prompts[idx], NUM_TOKENS)[: len(found)]
+        )
     done.update(drain(llm))
     for idx in (2, 3):
         assert done[ids[idx]].token_ids == hf_generate(prompts[idx], NUM_TOKENS)
@@ -101,7 +114,10 @@ def test_two_streams_and_a_generate_between_them(llm: LLM, hf_generate: Generate
         if len(found[0]) == 4 and not between:
             between = True
             assert tokens(llm, prompts[4:], greedy()) == [hf_generate(prompts[4], NUM_TOKENS)]
-    assert found == [hf_generate(prompt, num) for prompt, num in zip(prompts, (20, 20, 9, 9))] and between
+    assert (
+        found == [hf_generate(prompt, num) for prompt, num in zip(prompts, (20, 20, 9, 9))]
+        and between
+    )
 
 
 def test_a_stream_closed_early_frees_everything(llm: LLM) -> None:
@@ -126,6 +142,8 @@ def test_decode_goes_on_while_a_long_prompt_comes_in(make_llm: Callable[..., LLM
     while not engine.step():
         pass
     engine.add_request(long, greedy(2))
-    arrivals = [step for step in range(20) for output in engine.step() if output.request_id == first]
+    arrivals = [
+        step for step in range(20) for output in engine.step() if output.request_id == first
+    ]
     assert max(b - a for a, b in itertools.pairwise(arrivals)) <= 2
     drain(llm)

@@ -10,22 +10,25 @@ import pytest
 import torch
 
 from nanovllm import LLM, SamplingParams
-from tests.engine.conftest import (
-    NUM_TOKENS,
-    Generate,
-    assert_all_free,
-    greedy,
-    random_prompts,
-    tokens,
-)
+from tests.engines import NUM_TOKENS, Generate, assert_all_free, greedy, random_prompts, tokens
 
 SEEDED = [
     SamplingParams(temperature=1.0, max_tokens=NUM_TOKENS, seed=7, ignore_eos=True),
     SamplingParams(temperature=0.7, max_tokens=NUM_TOKENS, seed=-(2**63), ignore_eos=True),
     SamplingParams(temperature=1.5, max_tokens=NUM_TOKENS, seed=8, top_k=40, ignore_eos=True),
-    SamplingParams(temperature=1.5, max_tokens=NUM_TOKENS, seed=9, top_p=0.9, min_p=0.01, ignore_eos=True),
-    SamplingParams(temperature=1.2, max_tokens=NUM_TOKENS, seed=2**63 - 1, repetition_penalty=1.3, ignore_eos=True),
-    SamplingParams(temperature=1.2, max_tokens=NUM_TOKENS, seed=3, frequency_penalty=0.5, ignore_eos=True),
+    SamplingParams(
+        temperature=1.5, max_tokens=NUM_TOKENS, seed=9, top_p=0.9, min_p=0.01, ignore_eos=True
+    ),
+    SamplingParams(
+        temperature=1.2,
+        max_tokens=NUM_TOKENS,
+        seed=2**63 - 1,
+        repetition_penalty=1.3,
+        ignore_eos=True,
+    ),
+    SamplingParams(
+        temperature=1.2, max_tokens=NUM_TOKENS, seed=3, frequency_penalty=0.5, ignore_eos=True
+    ),
 ]
 
 
@@ -36,7 +39,9 @@ def seeded_prompts() -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def seeded_tokens(shared_llm: LLM, seeded_prompts: list[list[int]]) -> list[list[int]]:
-    return [tokens(shared_llm, [prompt], params)[0] for prompt, params in zip(seeded_prompts, SEEDED)]
+    return [
+        tokens(shared_llm, [prompt], params)[0] for prompt, params in zip(seeded_prompts, SEEDED)
+    ]
 
 
 def test_same_seed_same_tokens_alone_and_among_others(
@@ -47,7 +52,9 @@ def test_same_seed_same_tokens_alone_and_among_others(
     assert tokens(llm, seeded_prompts, SEEDED) == seeded_tokens
     others = random_prompts([5] * 31, seed=41)
     crowd = [SamplingParams(max_tokens=1 + i % 20, temperature=i / 10) for i in range(31)]
-    found = tokens(llm, others[:17] + seeded_prompts + others[17:], crowd[:17] + SEEDED + crowd[17:])
+    found = tokens(
+        llm, others[:17] + seeded_prompts + others[17:], crowd[:17] + SEEDED + crowd[17:]
+    )
     assert found[17:-14] == seeded_tokens
 
 
@@ -55,7 +62,9 @@ def test_same_seed_same_tokens_in_a_batch_of_plain_requests(llm: LLM) -> None:
     """Where no request needs more than the sampler of the step itself, in rows and places of all kinds."""
     prompts = random_prompts([1, 19, 16, 33, 5, 7, 40], seed=48)
     params = [
-        SamplingParams(temperature=0.5 + idx / 4, max_tokens=NUM_TOKENS + idx, seed=idx, ignore_eos=True)
+        SamplingParams(
+            temperature=0.5 + idx / 4, max_tokens=NUM_TOKENS + idx, seed=idx, ignore_eos=True
+        )
         for idx in range(len(prompts))
     ]
     alone = [tokens(llm, [prompt], one)[0] for prompt, one in zip(prompts, params)]
@@ -91,9 +100,13 @@ def test_same_seed_same_tokens_after_preemption_and_in_chunks(
     assert_all_free(llm)
 
 
-def test_different_seeds_differ_and_no_seed_is_a_seed_per_request(make_llm: Callable[..., LLM]) -> None:
+def test_different_seeds_differ_and_no_seed_is_a_seed_per_request(
+    make_llm: Callable[..., LLM],
+) -> None:
     (prompt,) = random_prompts([9], seed=43)
-    seeded = [SamplingParams(max_tokens=20, seed=seed, ignore_eos=True) for seed in (0, 1, 2**32, -1)]
+    seeded = [
+        SamplingParams(max_tokens=20, seed=seed, ignore_eos=True) for seed in (0, 1, 2**32, -1)
+    ]
     unseeded = [SamplingParams(max_tokens=20, ignore_eos=True)] * 4
     first, again, other = make_llm(seed=5), make_llm(seed=5), make_llm(seed=6)
     found = tokens(first, [prompt] * 8, seeded + unseeded)
@@ -107,7 +120,9 @@ def test_different_seeds_differ_and_no_seed_is_a_seed_per_request(make_llm: Call
 def test_n_answers_have_their_own_seeds(eager_llm: LLM) -> None:
     (prompt,) = random_prompts([20], seed=44)
     params = SamplingParams(max_tokens=10, seed=50, n=4, ignore_eos=True)
-    (output, greedy_output) = eager_llm.generate([prompt, prompt], [params, greedy(10)], use_tqdm=False)
+    (output, greedy_output) = eager_llm.generate(
+        [prompt, prompt], [params, greedy(10)], use_tqdm=False
+    )
     answers = [one["token_ids"] for one in output["outputs"]]
     assert len({tuple(answer) for answer in answers}) == 4 and output["token_ids"] == answers[0]
     assert "outputs" not in greedy_output
@@ -119,7 +134,12 @@ def test_n_answers_have_their_own_seeds(eager_llm: LLM) -> None:
 
 def test_filters_that_leave_one_token_are_greedy(llm: LLM, hf_generate: Generate) -> None:
     prompts = random_prompts([5, 19, 33, 40], seed=45)
-    only = [{"top_k": 1}, {"top_p": 1e-9}, {"min_p": 1.0}, {"temperature": 0, "top_k": 3, "top_p": 0.5}]
+    only = [
+        {"top_k": 1},
+        {"top_p": 1e-9},
+        {"min_p": 1.0},
+        {"temperature": 0, "top_k": 3, "top_p": 0.5},
+    ]
     params = [greedy(**{"temperature": 2.0, **change}) for change in only]
     assert tokens(llm, prompts, params) == [hf_generate(prompt, NUM_TOKENS) for prompt in prompts]
 
@@ -129,7 +149,9 @@ def test_a_decode_step_is_recorded_with_filters_and_chooses_as_it_does_op_by_op(
 ) -> None:
     llm = make_llm(enforce_eager=False, graph_batch_sizes=[1, 4], max_num_seqs=4)
     prompts = random_prompts([5, 19, 40], seed=48)
-    filtered = SamplingParams(temperature=1.5, max_tokens=8, seed=5, top_k=40, top_p=0.9, ignore_eos=True)
+    filtered = SamplingParams(
+        temperature=1.5, max_tokens=8, seed=5, top_k=40, top_p=0.9, ignore_eos=True
+    )
     params = [filtered, greedy(8), replace(filtered, seed=6, top_k=0, min_p=0.05)]
     expected = tokens(eager_llm, prompts, params)
     recorded = len(captured)
@@ -145,7 +167,12 @@ def test_repetition_penalty_is_that_of_transformers(llm: LLM, hf_model: Any) -> 
     for prompt in prompts:
         ids = torch.tensor([prompt], device=hf_model.device)
         out = hf_model.generate(
-            ids, max_new_tokens=30, do_sample=False, repetition_penalty=1.4, eos_token_id=None, pad_token_id=0
+            ids,
+            max_new_tokens=30,
+            do_sample=False,
+            repetition_penalty=1.4,
+            eos_token_id=None,
+            pad_token_id=0,
         )
         expected.append(out[0, len(prompt) :].tolist())
     assert tokens(llm, prompts, greedy(30, repetition_penalty=1.4)) == expected

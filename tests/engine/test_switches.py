@@ -13,7 +13,7 @@ from nanovllm import LLM, SamplingParams, platforms
 from nanovllm.compile.lower import eager, inductor
 from nanovllm.kernels import ops
 from nanovllm.platforms.base import UNFUSED_OPS
-from tests.engine.conftest import Generate, random_prompts
+from tests.engines import Generate, random_prompts
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 PROMPTS = random_prompts([1, 19, 5], seed=110)
@@ -68,7 +68,9 @@ def test_without_capture_nothing_is_captured(
     assert captured == [] and lowered_ops
     llm = make_llm(**SIZES, compile_cache=tmp_path, capture=True)
     assert tokens(llm) == expected
-    assert len(captured) == len(llm.engine.runner.layout.decode_rows) + len(llm.engine.runner.layout.prefill_tokens)
+    assert len(captured) == len(llm.engine.runner.layout.decode_rows) + len(
+        llm.engine.runner.layout.prefill_tokens
+    )
 
 
 @pytest.mark.parametrize("run_ahead", [0, 1])
@@ -89,5 +91,7 @@ def test_steps_in_flight_are_as_many_as_asked_for(
     assert most == run_ahead
 
 
-def test_the_device_says_how_far_ahead_unless_told(make_llm: Callable[..., LLM], device: str) -> None:
+def test_the_device_says_how_far_ahead_unless_told(
+    make_llm: Callable[..., LLM], device: str
+) -> None:
     assert make_llm().engine.run_ahead == platforms.select(device).run_ahead

@@ -111,55 +111,94 @@ class Build(NamedTuple):
 def attention(name: str, model: Model, target: Target) -> Iterator[Build]:
     import triton
 
-    from nanovllm.kernels import triton_attention_decode as decode
-    from nanovllm.kernels import triton_attention_prefill as prefill
+    from nanovllm.kernels.triton import attention_decode as decode
+    from nanovllm.kernels.triton import attention_prefill as prefill
 
     num_heads, num_kv_heads, head_dim, block_size, dtype = model
     element_size = 4 if dtype == "fp32" else 2
     head_p = triton.next_power_of_2(head_dim)
     heads = (num_heads, num_kv_heads, head_dim, block_size)
-    strides = {"Q_STRIDE_ROW": num_heads * head_dim, "Q_STRIDE_TOKEN": num_heads * head_dim, "Q_STRIDE_HEAD": head_dim}
+    strides = {
+        "Q_STRIDE_ROW": num_heads * head_dim,
+        "Q_STRIDE_TOKEN": num_heads * head_dim,
+        "Q_STRIDE_HEAD": head_dim,
+    }
     for cache in "KV":
-        strides |= {f"{cache}_STRIDE_HEAD": head_dim, f"{cache}_STRIDE_SLOT": num_kv_heads * head_dim}
+        strides |= {
+            f"{cache}_STRIDE_HEAD": head_dim,
+            f"{cache}_STRIDE_SLOT": num_kv_heads * head_dim,
+        }
         strides |= {f"{cache}_STRIDE_BLOCK": block_size * num_kv_heads * head_dim, "UPCAST": False}
     for num_rows, window in ((256, 0), (1, 4096)):
-        launch = decode.decode_tile(head_p * element_size, block_size, num_rows, target.shared_bytes)
+        launch = decode.decode_tile(
+            head_p * element_size, block_size, num_rows, target.shared_bytes
+        )
         constants = decode.decode_constants(*heads, num_rows, window, launch) | strides
         label = f"{name}: decode rows {num_rows} window {window}"
-        yield Build(label, decode.decode_kernel, constants, launch.num_warps, launch.num_stages, dtype)
+        yield Build(
+            label, decode.decode_kernel, constants, launch.num_warps, launch.num_stages, dtype
+        )
     for max_q_len, window in ((8192, 0), (16, 4096)):
-        launch_p = prefill.prefill_tile(head_p, element_size, block_size, max_q_len, target.shared_bytes)
+        launch_p = prefill.prefill_tile(
+            head_p, element_size, block_size, max_q_len, target.shared_bytes
+        )
         queries = max(launch_p.queries, triton.next_power_of_2(num_heads // num_kv_heads))
         constants = prefill.prefill_constants(*heads, 16, window, queries, launch_p.tile) | strides
         label = f"{name}: prefill {max_q_len} window {window}"
-        yield Build(label, prefill.prefill_kernel, constants, launch_p.num_warps, launch_p.num_stages, dtype)
+        yield Build(
+            label, prefill.prefill_kernel, constants, launch_p.num_warps, launch_p.num_stages, dtype
+        )
 
 
 def pointwise(name: str, model: Model) -> Iterator[Build]:
     import triton
 
-    from nanovllm.kernels import triton_norm_act as norm_act
-    from nanovllm.kernels import triton_rope_store as rope_store
+    from nanovllm.kernels.triton import norm_act, rope_store
 
     num_heads, num_kv_heads, head_dim, _, dtype = model
     heads, num_warps = rope_store.rope_store_tile(head_dim, num_heads + 2 * num_kv_heads, 256)
     rope = {"HEAD": head_dim, "HALF_P": triton.next_power_of_2(head_dim // 2), "HEADS": heads}
-    fused = rope | {"NUM_HEADS": num_heads, "NUM_KV_HEADS": num_kv_heads, "HAS_Q_NORM": True, "HAS_K_NORM": True}
+    fused = rope | {
+        "NUM_HEADS": num_heads,
+        "NUM_KV_HEADS": num_kv_heads,
+        "HAS_Q_NORM": True,
+        "HAS_K_NORM": True,
+    }
     fused["ONE_TOKEN"] = False
-    store = {"NUM_KV_HEADS": num_kv_heads, "HEAD": head_dim, "HEAD_P": triton.next_power_of_2(head_dim), "HEADS": heads}
+    store = {
+        "NUM_KV_HEADS": num_kv_heads,
+        "HEAD": head_dim,
+        "HEAD_P": triton.next_power_of_2(head_dim),
+        "HEADS": heads,
+    }
     dim = 4096
     rows, norm_warps = norm_act.norm_tile(dim)
     norm = {"DIM": dim, "DIM_P": dim, "ROWS": rows, "HAS_RESIDUAL": True}
-    yield Build(f"{name}: qk_norm_rope_store", rope_store.qk_norm_rope_store_kernel, fused, num_warps, dtype=dtype)
-    yield Build(f"{name}: rope", rope_store.rope_kernel, rope | {"NUM_HEADS": num_heads}, num_warps, dtype=dtype)
+    yield Build(
+        f"{name}: qk_norm_rope_store",
+        rope_store.qk_norm_rope_store_kernel,
+        fused,
+        num_warps,
+        dtype=dtype,
+    )
+    yield Build(
+        f"{name}: rope",
+        rope_store.rope_kernel,
+        rope | {"NUM_HEADS": num_heads},
+        num_warps,
+        dtype=dtype,
+    )
     yield Build(f"{name}: store_kv", rope_store.store_kv_kernel, store, num_warps, dtype=dtype)
     yield Build(f"{name}: add_rms_norm", norm_act.rms_norm_kernel, norm, norm_warps, dtype=dtype)
-    yield Build(f"{name}: silu_mul", norm_act.silu_mul_kernel, {"FFN": 12288, "PIECE": 1024}, 4, dtype=dtype)
+    yield Build(
+        f"{name}: silu_mul", norm_act.silu_mul_kernel, {"FFN": 12288, "PIECE": 1024}, 4, dtype=dtype
+    )
 
 
 def products(case: int, product: Product, target: Target) -> Iterator[Build]:
     """For one row, a few and many, in each the kernel that `triton_linear` would take."""
-    from nanovllm.kernels import triton_linear_few, triton_linear_many
+    from nanovllm.kernels.triton import linear_few as triton_linear_few
+    from nanovllm.kernels.triton import linear_many as triton_linear_many
 
     num_outs, depth, norm, silu, _ = product
     for num_rows in (1, (2, 7, 16)[case % 3], (24, 64, 160)[case % 3]):
@@ -173,9 +212,13 @@ def products(case: int, product: Product, target: Target) -> Iterator[Build]:
                 num_rows, num_outs, depth, norm, False, not silu, silu, False
             )
         elif num_rows <= triton_linear_many.max_rows(*weight):
-            tile = triton_linear_many.gemm_tile(num_rows, num_outs, depth, silu, target.shared_bytes)
+            tile = triton_linear_many.gemm_tile(
+                num_rows, num_outs, depth, silu, target.shared_bytes
+            )
             kernel, num_warps = triton_linear_many.many_rows_linear_kernel, tile.num_warps
-            constants = triton_linear_many.gemm_constants(num_rows, num_outs, depth, False, not silu, silu, tile)
+            constants = triton_linear_many.gemm_constants(
+                num_rows, num_outs, depth, False, not silu, silu, tile
+            )
             constants |= {"UPCAST": False}
         else:
             continue
@@ -184,20 +227,24 @@ def products(case: int, product: Product, target: Target) -> Iterator[Build]:
 
 def gated_products(target: Target, whole: bool) -> Iterator[Build]:
     """gate_up of Qwen3-8B in every tile that fits, or in the first one."""
-    from nanovllm.kernels import triton_linear_gated as gated
+    from nanovllm.kernels.triton import linear_gated as gated
 
     num_outs, depth = 12288, 4096
     tiles = [(rows, tile) for rows, tiles in gated.TILES.items() for tile in tiles]
     fitting = [pair for pair in tiles if gated.shared_bytes_of(pair[1]) <= target.shared_bytes]
     for num_rows, tile in fitting if whole else fitting[:1]:
-        constants = gated.gated_constants(num_rows - 1, num_outs, depth, True, tile) | {"UPCAST": False}
+        constants = gated.gated_constants(num_rows - 1, num_outs, depth, True, tile) | {
+            "UPCAST": False
+        }
         label = f"gated {num_rows}x{num_outs}x{depth} {tuple(tile)}"
         yield Build(label, gated.gated_linear_kernel, constants, tile.num_warps)
 
 
 def steps() -> Iterator[Build]:
     """The sampler, and the kernels by which a decode step advances itself."""
-    from nanovllm.kernels import triton_filter, triton_sample, triton_step
+    from nanovllm.kernels.triton import filter as triton_filter
+    from nanovllm.kernels.triton import sample as triton_sample
+    from nanovllm.kernels.triton import step as triton_step
 
     span = {"TILE": triton_sample.TILE, "HARDWARE": True}
     yield Build("best_of_span", triton_sample.best_of_span_kernel, span, 4)
@@ -205,7 +252,11 @@ def steps() -> Iterator[Build]:
     for dtype in ("fp32", "bf16"):
         tile = {"TILE": triton_filter.TILE}
         yield Build(
-            f"keep_likely {dtype}", triton_filter.keep_likely_kernel, tile, triton_filter.NUM_WARPS, dtype=dtype
+            f"keep_likely {dtype}",
+            triton_filter.keep_likely_kernel,
+            tile,
+            triton_filter.NUM_WARPS,
+            dtype=dtype,
         )
     inputs = {"BLOCKS": 640, "BLOCK_SIZE": 64, "PIECE": 1024}
     yield Build("decode_inputs", triton_step.decode_inputs_kernel, inputs, 4)
@@ -237,7 +288,9 @@ def compile_build(build: Build, target: Target) -> Any:
     kernel, arguments = build.kernel, build.kernel.arg_names
     constants = {name: value for name, value in build.constants.items() if name in arguments}
     constants["PDL"] = target.launches_dependent
-    dtype = "fp16" if build.dtype == "bf16" and target.arch == 75 else build.dtype  # Turing has no bf16
+    dtype = (
+        "fp16" if build.dtype == "bf16" and target.arch == 75 else build.dtype
+    )  # Turing has no bf16
     signature = {}
     for name in arguments:
         special = next((kind for kind, names in POINTERS.items() if name in names), f"*{dtype}")
@@ -258,7 +311,9 @@ def compile_build(build: Build, target: Target) -> Any:
     options: dict[str, Any] = {"num_warps": build.num_warps, "num_stages": build.num_stages}
     if target.backend == "cuda":
         options["launch_pdl"] = target.launches_dependent
-    return compile(source, target=GPUTarget(target.backend, target.arch, target.warp_size), options=options)
+    return compile(
+        source, target=GPUTarget(target.backend, target.arch, target.warp_size), options=options
+    )
 
 
 class AbsentDevice:
@@ -283,7 +338,11 @@ def compile_all(name: str) -> dict[str, dict[str, Any]]:
     for build in all_builds(name):
         compiled = compile_build(build, target)
         text = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
-        marks = [mark for mark in ("mma.", "wgmma.", "mfma", "ex2.approx.ftz", "cp.async", "bf16") if mark in text]
+        marks = [
+            mark
+            for mark in ("mma.", "wgmma.", "mfma", "ex2.approx.ftz", "cp.async", "bf16")
+            if mark in text
+        ]
         found[build.name] = {"shared": compiled.metadata.shared, "marks": marks}
     return found
 

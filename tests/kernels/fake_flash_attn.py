@@ -18,7 +18,14 @@ from torch import Tensor
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, window: tuple[int, int], *, bottom_right: bool = True
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    causal: bool,
+    window: tuple[int, int],
+    *,
+    bottom_right: bool = True,
 ) -> Tensor:
     """One sequence: q [queries, heads, size], k and v [keys, heads, size]. A query with no key gives zeros."""
     num_queries, num_keys = q.shape[0], k.shape[0]
@@ -49,20 +56,33 @@ def _check(q: Tensor, k: Tensor, v: Tensor, *int32: Tensor, max_head: int = 256)
 
 
 def _varlen_paged(
-    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, lengths: Tensor, table: Tensor, max_q: int, *options: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    table: Tensor,
+    max_q: int,
+    *options: Any,
 ) -> Tensor:
     out = torch.full_like(q, float("nan"))
     for row, (start, end) in enumerate(itertools.pairwise(starts.tolist())):
         length = int(lengths[row])
         assert end - start <= max_q
-        out[start:end] = _attend(q[start:end], _pages(k, table[row], length), _pages(v, table[row], length), *options)
+        out[start:end] = _attend(
+            q[start:end], _pages(k, table[row], length), _pages(v, table[row], length), *options
+        )
     return out
 
 
-def _decode_paged(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, table: Tensor, *options: Any) -> Tensor:
+def _decode_paged(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, table: Tensor, *options: Any
+) -> Tensor:
     assert q.dim() == 4 and q.shape[0] == lengths.shape[0] == table.shape[0]
     rows = [
-        _attend(q[row], _pages(k, table[row], int(length)), _pages(v, table[row], int(length)), *options)
+        _attend(
+            q[row], _pages(k, table[row], int(length)), _pages(v, table[row], int(length)), *options
+        )
         for row, length in enumerate(lengths)
     ]
     return torch.stack(rows)
@@ -83,7 +103,16 @@ class Two:
         lengths = cu_seqlens_k[1:] - cu_seqlens_k[:-1]
         assert max(lengths.tolist()) <= max_seqlen_k and dropout_p == softcap == 0.0
         return _varlen_paged(
-            q, k, v, cu_seqlens_q, lengths, block_table, max_seqlen_q, softmax_scale, causal, window_size
+            q,
+            k,
+            v,
+            cu_seqlens_q,
+            lengths,
+            block_table,
+            max_seqlen_q,
+            softmax_scale,
+            causal,
+            window_size,
         )
 
     @staticmethod
@@ -96,7 +125,9 @@ class Two:
         _check(q, k_cache, v_cache, cache_seqlens, block_table)
         assert k_cache.shape[1] % 256 == 0, "Paged KV cache block size must be divisible by 256"
         assert k is None and v is None
-        return _decode_paged(q, k_cache, v_cache, cache_seqlens, block_table, softmax_scale, causal, window_size)
+        return _decode_paged(
+            q, k_cache, v_cache, cache_seqlens, block_table, softmax_scale, causal, window_size
+        )
 
 
 class Three:
@@ -115,7 +146,9 @@ class Three:
         if cu_seqlens_q is None:
             return _decode_paged(q, k_cache, v_cache, cache_seqlens, page_table, *options)
         _check(q, k_cache, v_cache, cu_seqlens_q)
-        return _varlen_paged(q, k_cache, v_cache, cu_seqlens_q, cache_seqlens, page_table, max_seqlen_q, *options)
+        return _varlen_paged(
+            q, k_cache, v_cache, cu_seqlens_q, cache_seqlens, page_table, max_seqlen_q, *options
+        )
 
 
 class One:
@@ -132,9 +165,17 @@ class One:
         assert (q_starts[-1], k_starts[-1]) == (q.shape[0], k.shape[0])
         out = torch.full_like(q, float("nan"))
         for row in range(len(q_starts) - 1):
-            ours, theirs = slice(q_starts[row], q_starts[row + 1]), slice(k_starts[row], k_starts[row + 1])
-            assert 0 < ours.stop - ours.start <= max_seqlen_q and 0 < theirs.stop - theirs.start <= max_seqlen_k
-            out[ours] = _attend(q[ours], k[theirs], v[theirs], softmax_scale, causal, (-1, -1), bottom_right=False)
+            ours, theirs = (
+                slice(q_starts[row], q_starts[row + 1]),
+                slice(k_starts[row], k_starts[row + 1]),
+            )
+            assert (
+                0 < ours.stop - ours.start <= max_seqlen_q
+                and 0 < theirs.stop - theirs.start <= max_seqlen_k
+            )
+            out[ours] = _attend(
+                q[ours], k[theirs], v[theirs], softmax_scale, causal, (-1, -1), bottom_right=False
+            )
         return out
 
 

@@ -10,14 +10,25 @@ TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
 def paged_cache(
-    seq_lens: list[int], num_kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype, window: int = 0
+    seq_lens: list[int],
+    num_kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    dtype: torch.dtype,
+    window: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """K and V caches, block table and lengths. Blocks are shuffled with gaps; whatever no row may see is NaN."""
     generator = torch.Generator().manual_seed(sum(seq_lens) + head_dim)
     num_blocks = [-(-seq_len // block_size) for seq_len in seq_lens]
-    cache = torch.full((2, 2 * sum(num_blocks) + 3, block_size, num_kv_heads, head_dim), float("nan"))
-    block_table = torch.zeros(len(seq_lens), max(num_blocks) + 2, dtype=torch.int32)  # block 0 is nobody's
-    owned = (torch.randperm(cache.shape[1] - 1, generator=generator) + 1)[: sum(num_blocks)].split(num_blocks)
+    cache = torch.full(
+        (2, 2 * sum(num_blocks) + 3, block_size, num_kv_heads, head_dim), float("nan")
+    )
+    block_table = torch.zeros(
+        len(seq_lens), max(num_blocks) + 2, dtype=torch.int32
+    )  # block 0 is nobody's
+    owned = (torch.randperm(cache.shape[1] - 1, generator=generator) + 1)[: sum(num_blocks)].split(
+        num_blocks
+    )
     for row, (seq_len, blocks) in enumerate(zip(seq_lens, owned, strict=True)):
         block_table[row, : len(blocks)] = blocks
         values = torch.randn(2, seq_len, num_kv_heads, head_dim, generator=generator)
@@ -27,7 +38,12 @@ def paged_cache(
             piece = values[:, i * block_size : (i + 1) * block_size]
             cache[:, block, : piece.shape[1]] = piece
     k_cache, v_cache = cache.to(device, dtype)
-    return k_cache, v_cache, block_table.to(device), torch.tensor(seq_lens, dtype=torch.int32, device=device)
+    return (
+        k_cache,
+        v_cache,
+        block_table.to(device),
+        torch.tensor(seq_lens, dtype=torch.int32, device=device),
+    )
 
 
 def assert_close(actual: Tensor, expected: Tensor) -> None:
@@ -52,7 +68,9 @@ def exact_attention(
     group = q_TNH.shape[1] // k_cache.shape[2]
     starts = q_start.tolist()
     for row, length in enumerate(seq_len.tolist()):
-        k_LKH, v_LKH = (cache[block_table[row].long()].flatten(0, 1).double() for cache in (k_cache, v_cache))
+        k_LKH, v_LKH = (
+            cache[block_table[row].long()].flatten(0, 1).double() for cache in (k_cache, v_cache)
+        )
         for token in range(starts[row], starts[row + 1]):
             end = length - (starts[row + 1] - 1 - token)  # of the keys it sees
             first = max(0, end - window) if window > 0 else 0

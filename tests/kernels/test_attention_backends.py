@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanovllm.kernels import flash_attention, ops, reference, sdpa_attention
+from nanovllm.kernels import flash_attention, ops, reference
+from nanovllm.kernels import sdpa as sdpa_attention
 from tests.kernels import fake_flash_attn
 from tests.kernels.paged import assert_close, device, exact_attention, paged_cache
 
@@ -32,7 +33,9 @@ PREFILL = [(1, 0), (19, 99), (0, 0), (99, 0), (89, 900), (2, 17)]
 
 
 @pytest.fixture
-def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Tensor]]:
+def run(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Tensor]]:
     """The backend's function; flash-attn is a fake that refuses what the documentation does not allow."""
     name: str = request.param
     if name.startswith("flash"):
@@ -40,7 +43,7 @@ def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
         yield ops.paged_attention_flash
         flash_attention._for_device.cache_clear()
     elif name == "triton":
-        from nanovllm.kernels import triton_kernels
+        from nanovllm.kernels.triton import register as triton_kernels
 
         yield triton_kernels.paged_attention
     else:
@@ -83,12 +86,16 @@ CASES = [(name, heads) for name in BACKENDS for heads in HEADS if fits(name, hea
 
 
 @pytest.mark.parametrize(("run", "heads"), CASES, indirect=["run"])
-def test_decode_is_the_formula(run: Callable[..., Tensor], heads: tuple[int, int, int, int]) -> None:
+def test_decode_is_the_formula(
+    run: Callable[..., Tensor], heads: tuple[int, int, int, int]
+) -> None:
     check(run, DECODE, heads)
 
 
 @pytest.mark.parametrize(("run", "heads"), CASES, indirect=["run"])
-def test_prefill_is_the_formula(run: Callable[..., Tensor], heads: tuple[int, int, int, int]) -> None:
+def test_prefill_is_the_formula(
+    run: Callable[..., Tensor], heads: tuple[int, int, int, int]
+) -> None:
     check(run, PREFILL, heads)
 
 
@@ -132,15 +139,21 @@ def test_sdpa_in_pieces_is_the_same(window: int, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(sdpa_attention, "SCRATCH_BYTES", 1)
     monkeypatch.setattr(sdpa_attention, "QUERY_TOKENS", 7)
     for rows in (DECODE, PREFILL):
-        check(ops.paged_attention_sdpa, rows, (4, 2, 64, window), block_size=16, dtype=torch.float32)
+        check(
+            ops.paged_attention_sdpa, rows, (4, 2, 64, window), block_size=16, dtype=torch.float32
+        )
 
 
 def test_the_ops_trace_with_their_shapes_and_are_not_inlined() -> None:
     with torch._subclasses.FakeTensorMode():
         q_TNH, cache = torch.empty(3, 4, 64), torch.empty(9, 16, 2, 64)
-        table, seq_len, q_start = (torch.empty(*shape, dtype=torch.int32) for shape in ((3, 2), (3,), (4,)))
+        table, seq_len, q_start = (
+            torch.empty(*shape, dtype=torch.int32) for shape in ((3, 2), (3,), (4,))
+        )
         for op in ops.ATTENTION.values():
-            assert op(q_TNH, cache, cache, table, seq_len, q_start, 1, 0.125, 0).shape == q_TNH.shape
+            assert (
+                op(q_TNH, cache, cache, table, seq_len, q_start, 1, 0.125, 0).shape == q_TNH.shape
+            )
 
 
 def test_flash_attn_is_looked_for_by_what_the_gpu_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +165,9 @@ def test_flash_attn_is_looked_for_by_what_the_gpu_runs(monkeypatch: pytest.Monke
     fake_flash_attn.install(monkeypatch, 2)
     for capability, generation in (((9, 0), 2), ((12, 0), 2), ((7, 5), None), ((7, 0), None)):
         found = flash_attention.find(capability)
-        assert (found.generation if isinstance(found, flash_attention.Flash) else None) == generation
+        assert (
+            found.generation if isinstance(found, flash_attention.Flash) else None
+        ) == generation
     # an AMD GPU's number is no NVIDIA generation
     found = flash_attention.find((9, 4), is_nvidia=False)
     assert isinstance(found, flash_attention.Flash) and found.generation == 2

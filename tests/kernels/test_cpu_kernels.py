@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanovllm.kernels import cpp_build, cpu_kernels, ops, reference
+from nanovllm.kernels import ops, reference
+from nanovllm.kernels.cpu import build as cpp_build
+from nanovllm.kernels.cpu import kernels as cpu_kernels
 
 _is_available, _reason = cpu_kernels.available()
 pytestmark = pytest.mark.skipif(not _is_available, reason=f"no C++ compiler: {_reason}")
@@ -57,7 +59,9 @@ def attention_case(
     num_rows = len(seq_lens)
     num_pages = [-(-seq_len // block_size) for seq_len in seq_lens]
     num_blocks = sum(num_pages) + 3
-    k_cache_CBKH = torch.full((num_blocks, block_size, num_kv_heads, head_dim), float("nan"), dtype=kv_dtype)
+    k_cache_CBKH = torch.full(
+        (num_blocks, block_size, num_kv_heads, head_dim), float("nan"), dtype=kv_dtype
+    )
     v_cache_CBKH = k_cache_CBKH.clone()
     free = torch.randperm(num_blocks, generator=generator).tolist()
     block_table_RP = torch.full((num_rows, max(num_pages) + 2), -1, dtype=torch.int32)
@@ -66,14 +70,26 @@ def attention_case(
             block, num_used = free.pop(), min(block_size, seq_len - page * block_size)
             block_table_RP[row, page] = block
             for cache in (k_cache_CBKH, v_cache_CBKH):
-                cache[block, :num_used] = torch.randn(num_used, num_kv_heads, head_dim, generator=generator).to(
-                    kv_dtype
-                )
+                cache[block, :num_used] = torch.randn(
+                    num_used, num_kv_heads, head_dim, generator=generator
+                ).to(kv_dtype)
     q_start_S = torch.tensor([0, *itertools.accumulate(q_lens)], dtype=torch.int32)
-    q_TNH = torch.randn(sum(q_lens) + num_extra_tokens, num_heads, head_dim, generator=generator).to(dtype)
+    q_TNH = torch.randn(
+        sum(q_lens) + num_extra_tokens, num_heads, head_dim, generator=generator
+    ).to(dtype)
     max_q_len = max(q_lens) if max_q_len is None else max_q_len
     seq_len_R = torch.tensor(seq_lens, dtype=torch.int32)
-    return q_TNH, k_cache_CBKH, v_cache_CBKH, block_table_RP, seq_len_R, q_start_S, max_q_len, head_dim**-0.5, window
+    return (
+        q_TNH,
+        k_cache_CBKH,
+        v_cache_CBKH,
+        block_table_RP,
+        seq_len_R,
+        q_start_S,
+        max_q_len,
+        head_dim**-0.5,
+        window,
+    )
 
 
 SEQ_LENS = [1, 19, 99, 0, 389, 16]
@@ -103,7 +119,9 @@ def test_paged_attention_matches_reference_at_every_group_size(
 @pytest.mark.parametrize("window", [1, 19, 64, 99, 1000])
 @pytest.mark.parametrize("block_size", [1, 16, 19])
 @pytest.mark.parametrize("q_lens", [[1] * 6, PROMPTS], ids=["decode", "prefill"])
-def test_paged_attention_sees_only_its_window(window: int, block_size: int, q_lens: list[int]) -> None:
+def test_paged_attention_sees_only_its_window(
+    window: int, block_size: int, q_lens: list[int]
+) -> None:
     case = attention_case(SEQ_LENS, q_lens, window=window, block_size=block_size)
     assert_matches(cpu_kernels.paged_attention(*case), reference.paged_attention(*case))
 
@@ -135,7 +153,9 @@ def test_tokens_of_no_row_give_zeros() -> None:
 
 def test_a_batch_of_padding_gives_zeros() -> None:
     for q_lens, max_q_len in (([1, 1], 1), ([0, 0], 5)):
-        case = attention_case([0, 0], q_lens, max_q_len=max_q_len, num_extra_tokens=0 if max_q_len == 1 else 5)
+        case = attention_case(
+            [0, 0], q_lens, max_q_len=max_q_len, num_extra_tokens=0 if max_q_len == 1 else 5
+        )
         assert not cpu_kernels.paged_attention(*case).any()
 
 
@@ -146,17 +166,25 @@ def test_decode_does_not_read_q_start() -> None:
     assert torch.equal(cpu_kernels.paged_attention(*case), expected)
 
 
-@pytest.mark.parametrize("dtype,kv_dtype", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+@pytest.mark.parametrize(
+    "dtype,kv_dtype", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)]
+)
 @pytest.mark.parametrize("q_lens", [[1] * 6, PROMPTS], ids=["decode", "prefill"])
-def test_queries_and_cache_may_differ_in_dtype(dtype: torch.dtype, kv_dtype: torch.dtype, q_lens: list[int]) -> None:
+def test_queries_and_cache_may_differ_in_dtype(
+    dtype: torch.dtype, kv_dtype: torch.dtype, q_lens: list[int]
+) -> None:
     case = attention_case(SEQ_LENS, q_lens, dtype=dtype, kv_dtype=kv_dtype)
     assert_matches(cpu_kernels.paged_attention(*case), reference.paged_attention(*case))
 
 
 @pytest.mark.parametrize("q_lens", [[1] * 6, PROMPTS], ids=["decode", "prefill"])
 def test_views_of_larger_tensors_are_read_in_place(q_lens: list[int]) -> None:
-    q_TNH, k_cache, v_cache, block_table_RP, seq_len_R, q_start_S, *rest = attention_case(SEQ_LENS, q_lens)
-    expected = reference.paged_attention(q_TNH, k_cache, v_cache, block_table_RP, seq_len_R, q_start_S, *rest)
+    q_TNH, k_cache, v_cache, block_table_RP, seq_len_R, q_start_S, *rest = attention_case(
+        SEQ_LENS, q_lens
+    )
+    expected = reference.paged_attention(
+        q_TNH, k_cache, v_cache, block_table_RP, seq_len_R, q_start_S, *rest
+    )
     qkv_TXH = torch.cat((torch.full_like(q_TNH, float("nan")), q_TNH), dim=1)
     kv_cache_2CBKH = torch.stack((k_cache, v_cache))
     table_and_more_RP = torch.cat((block_table_RP, block_table_RP), dim=1).long()
@@ -172,7 +200,10 @@ def test_views_of_larger_tensors_are_read_in_place(q_lens: list[int]) -> None:
     assert_matches(out_TNH, expected)
     transposed = q_TNH.permute(2, 1, 0).contiguous().permute(2, 1, 0)
     assert_matches(
-        cpu_kernels.paged_attention(transposed, k_cache, v_cache, block_table_RP, seq_len_R, q_start_S, *rest), expected
+        cpu_kernels.paged_attention(
+            transposed, k_cache, v_cache, block_table_RP, seq_len_R, q_start_S, *rest
+        ),
+        expected,
     )
 
 
@@ -197,18 +228,25 @@ def test_large_scores_do_not_overflow() -> None:
     q_TNH, *rest = attention_case([99, 300], [99, 7])
     for factor in (30.0, 1000.0):
         case = (q_TNH * factor, *rest)
-        assert_matches(cpu_kernels.paged_attention(*case), reference.paged_attention(*case), tolerance=1e-3)
+        assert_matches(
+            cpu_kernels.paged_attention(*case), reference.paged_attention(*case), tolerance=1e-3
+        )
 
 
 def test_an_uncovered_dtype_goes_to_the_reference() -> None:
     case = attention_case([19], [1], dtype=torch.float64)
     assert torch.equal(cpu_kernels.paged_attention(*case), reference.paged_attention(*case))
-    x_TD, weight_OD = torch.randn(3, 19, dtype=torch.float64), torch.randn(5, 19, dtype=torch.float64)
+    x_TD, weight_OD = (
+        torch.randn(3, 19, dtype=torch.float64),
+        torch.randn(5, 19, dtype=torch.float64),
+    )
     assert torch.equal(cpu_kernels.linear(x_TD, weight_OD, None), x_TD @ weight_OD.T)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(1, 1), (19, 99), (99, 19), (989, 131), (64, 128), (300, 1024)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (19, 99), (99, 19), (989, 131), (64, 128), (300, 1024)], ids=str
+)
 @pytest.mark.parametrize("has_bias", [False, True], ids=["", "bias"])
 @pytest.mark.usefixtures("one_thread")
 def test_linear_matches_reference_at_every_number_of_tokens(
@@ -231,7 +269,9 @@ def test_linear_matches_reference_at_every_number_of_tokens(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(1, 1), (19, 99), (99, 19), (989, 131), (64, 128), (300, 1024)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (19, 99), (99, 19), (989, 131), (64, 128), (300, 1024)], ids=str
+)
 @pytest.mark.parametrize("has_bias", [False, True], ids=["", "bias"])
 @pytest.mark.usefixtures("one_thread")
 def test_linear_int8_matches_reference_at_every_number_of_tokens(
@@ -252,7 +292,9 @@ def test_linear_int8_matches_reference_at_every_number_of_tokens(
         out_TO = cpu_kernels.linear_int8(x_TD, weight_OD, scale_O, bias_O)
         assert_matches(out_TO, expected)
         total_TO = out_TO + residual_TO
-        assert torch.equal(cpu_kernels.linear_int8(x_TD, weight_OD, scale_O, bias_O, residual_TO), total_TO)
+        assert torch.equal(
+            cpu_kernels.linear_int8(x_TD, weight_OD, scale_O, bias_O, residual_TO), total_TO
+        )
     empty = cpu_kernels.linear_int8(torch.empty(0, depth, dtype=dtype), weight_OD, scale_O, bias_O)
     assert empty.shape == (0, num_outputs) and empty.dtype is dtype
 
@@ -263,7 +305,10 @@ def test_linear_int8_takes_views_and_is_the_same_on_any_number_of_threads() -> N
         for num_tokens in (1, 16, 40):
             wide_TD = torch.full((num_tokens + 1, 300), float("nan"))
             wide_TD[:num_tokens, 1:278] = torch.randn(num_tokens, 277)
-            x_TD, weight_OD = wide_TD.to(dtype)[:num_tokens, 1:278], torch.randint(-127, 128, (992, 300))
+            x_TD, weight_OD = (
+                wide_TD.to(dtype)[:num_tokens, 1:278],
+                torch.randint(-127, 128, (992, 300)),
+            )
             weight_OD, scale_O = weight_OD.to(torch.int8)[1:990, 5:282], torch.rand(989) / 100
             expected = reference.linear_int8(x_TD, weight_OD, scale_O, None)
             results = []
@@ -278,7 +323,9 @@ def test_linear_int8_takes_views_and_is_the_same_on_any_number_of_threads() -> N
             transposed_DO = weight_OD.T.contiguous()
             assert_matches(cpu_kernels.linear_int8(x_TD, transposed_DO.T, scale_O, None), expected)
             transposed_DT = x_TD.T.contiguous()
-            assert_matches(cpu_kernels.linear_int8(transposed_DT.T, weight_OD, scale_O, None), expected)
+            assert_matches(
+                cpu_kernels.linear_int8(transposed_DT.T, weight_OD, scale_O, None), expected
+            )
     half = torch.randn(3, 277, dtype=torch.float16)
     out_TO = cpu_kernels.linear_int8(half, weight_OD, scale_O, None)
     assert torch.equal(out_TO, reference.linear_int8(half, weight_OD, scale_O, None))
@@ -311,7 +358,10 @@ def test_linear_takes_views_and_never_reads_beyond_them() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         for num_tokens in (3, 40):
             x_TD, weight_OD = torch.full((num_tokens + 1, 99), nan), torch.full((30, 99), nan)
-            x_TD[:num_tokens, :77], weight_OD[1:20, :77] = torch.randn(num_tokens, 77), torch.randn(19, 77)
+            x_TD[:num_tokens, :77], weight_OD[1:20, :77] = (
+                torch.randn(num_tokens, 77),
+                torch.randn(19, 77),
+            )
             x_TD, weight_OD = x_TD.to(dtype)[:num_tokens, :77], weight_OD.to(dtype)[1:20, :77]
             expected = torch.nn.functional.linear(x_TD.double(), weight_OD.double()).to(dtype)
             assert_matches(cpu_kernels.linear(x_TD, weight_OD, None), expected)
@@ -325,14 +375,18 @@ def test_nan_and_infinity_pass_through_linear() -> None:
     weight_OD[2, 5], weight_OD[4, 32] = float("nan"), float("inf")
     for dtype in (torch.float32, torch.bfloat16):
         for num_tokens in (1, 5, 40):
-            out_TO = cpu_kernels.linear(torch.ones(num_tokens, 33, dtype=dtype), weight_OD.to(dtype), None)
+            out_TO = cpu_kernels.linear(
+                torch.ones(num_tokens, 33, dtype=dtype), weight_OD.to(dtype), None
+            )
             assert out_TO[:, 2].isnan().all() and out_TO[:, 4].isposinf().all()
             assert out_TO[:, [0, 1, 3, 5, 6]].isfinite().all()
 
 
 def assert_close_to_reference(out: Tensor, expected: Tensor) -> None:
     # a 16-bit result may round to the neighbour of the reference's, and an early rounding may carry through a product
-    torch.testing.assert_close(out, expected, rtol=4 * TOLERANCE[expected.dtype], atol=4 * TOLERANCE[expected.dtype])
+    torch.testing.assert_close(
+        out, expected, rtol=4 * TOLERANCE[expected.dtype], atol=4 * TOLERANCE[expected.dtype]
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -342,8 +396,12 @@ def test_norms_and_silu_match_reference(dtype: torch.dtype, shape: tuple[int, ..
     generator = torch.Generator().manual_seed(shape[-1])
     x_TD, residual_TD = (torch.randn(2, *shape, generator=generator) * 3).to(dtype)
     weight_D = torch.randn(shape[-1], generator=generator).to(dtype)
-    assert_close_to_reference(cpu_kernels.rms_norm(x_TD, weight_D, 1e-6), reference.rms_norm(x_TD, weight_D, 1e-6))
-    out, expected = (m.add_rms_norm(x_TD, residual_TD, weight_D, 1e-6) for m in (cpu_kernels, reference))
+    assert_close_to_reference(
+        cpu_kernels.rms_norm(x_TD, weight_D, 1e-6), reference.rms_norm(x_TD, weight_D, 1e-6)
+    )
+    out, expected = (
+        m.add_rms_norm(x_TD, residual_TD, weight_D, 1e-6) for m in (cpu_kernels, reference)
+    )
     assert_close_to_reference(out[0], expected[0])
     assert torch.equal(out[1], expected[1])
     gate_up_TG = torch.cat((x_TD * 10, residual_TD), dim=-1)
@@ -352,7 +410,8 @@ def test_norms_and_silu_match_reference(dtype: torch.dtype, shape: tuple[int, ..
     assert_close_to_reference(cpu_kernels.silu_mul(strided_TG), reference.silu_mul(gate_up_TG))
     transposed_TD = x_TD.transpose(0, -1).contiguous().transpose(0, -1)
     assert_close_to_reference(
-        cpu_kernels.rms_norm(transposed_TD, weight_D, 1e-6), reference.rms_norm(x_TD, weight_D, 1e-6)
+        cpu_kernels.rms_norm(transposed_TD, weight_D, 1e-6),
+        reference.rms_norm(x_TD, weight_D, 1e-6),
     )
 
 
@@ -360,7 +419,9 @@ def test_norms_and_silu_match_reference(dtype: torch.dtype, shape: tuple[int, ..
 def test_silu_of_extreme_values_is_finite(x: float) -> None:
     gate_up_TG = torch.full((1, 34), x)
     gate_up_TG[:, 17:] = 1.0
-    torch.testing.assert_close(cpu_kernels.silu_mul(gate_up_TG), reference.silu_mul(gate_up_TG), rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(
+        cpu_kernels.silu_mul(gate_up_TG), reference.silu_mul(gate_up_TG), rtol=1e-5, atol=1e-8
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -374,18 +435,36 @@ def test_qk_norm_rope_store_matches_reference(
     (num_heads, num_kv_heads), block_size, num_blocks = heads, 19, 7
     for num_tokens, index_dtype in ((1, torch.int32), (19, torch.int64), (99, torch.int32)):
         generator = torch.Generator().manual_seed(head_dim + num_tokens)
-        wide_TE = torch.randn(num_tokens, (num_heads + 2 * num_kv_heads) * head_dim + 5, generator=generator).to(dtype)
+        wide_TE = torch.randn(
+            num_tokens, (num_heads + 2 * num_kv_heads) * head_dim + 5, generator=generator
+        ).to(dtype)
         qkv_TE = wide_TE[:, :-5]
-        q_norm_H, k_norm_H = (torch.randn(head_dim, generator=generator).to(dtype) if has else None for has in has_norm)
+        q_norm_H, k_norm_H = (
+            torch.randn(head_dim, generator=generator).to(dtype) if has else None
+            for has in has_norm
+        )
         angle_Mh = torch.randn(120, head_dim // 2, generator=generator)
         cos_sin_MH = torch.cat((angle_Mh.cos(), angle_Mh.sin()), dim=1)
         pos_T = torch.randperm(120, generator=generator)[:num_tokens].to(index_dtype)
-        slot_T = torch.randperm(num_blocks * block_size, generator=generator)[:num_tokens].to(index_dtype)
+        slot_T = torch.randperm(num_blocks * block_size, generator=generator)[:num_tokens].to(
+            index_dtype
+        )
         results = []
         for module in (cpu_kernels, reference):
-            k_cache, v_cache = torch.zeros(2, num_blocks, block_size, num_kv_heads, head_dim, dtype=dtype)
+            k_cache, v_cache = torch.zeros(
+                2, num_blocks, block_size, num_kv_heads, head_dim, dtype=dtype
+            )
             q_TNH = module.qk_norm_rope_store(
-                qkv_TE, q_norm_H, k_norm_H, cos_sin_MH, pos_T, slot_T, k_cache, v_cache, num_heads, 1e-6
+                qkv_TE,
+                q_norm_H,
+                k_norm_H,
+                cos_sin_MH,
+                pos_T,
+                slot_T,
+                k_cache,
+                v_cache,
+                num_heads,
+                1e-6,
             )
             results.append((q_TNH, k_cache, v_cache))
         for out, expected in zip(*results):
@@ -395,19 +474,30 @@ def test_qk_norm_rope_store_matches_reference(
 def test_qk_norm_rope_store_writes_a_part_of_a_larger_cache() -> None:
     qkv_TE, cos_sin_MH = torch.randn(3, 4 * 32), torch.randn(9, 32)
     pos_T, slot_T = torch.tensor([0, 8, 3]), torch.tensor([5, 0, 11])
-    together_CB2KH, k_cache, v_cache = torch.zeros(3, 4, 2, 1, 32), torch.zeros(3, 4, 1, 32), torch.zeros(3, 4, 1, 32)
+    together_CB2KH, k_cache, v_cache = (
+        torch.zeros(3, 4, 2, 1, 32),
+        torch.zeros(3, 4, 1, 32),
+        torch.zeros(3, 4, 1, 32),
+    )
     args = (qkv_TE, None, None, cos_sin_MH, pos_T, slot_T)
     q_TNH = cpu_kernels.qk_norm_rope_store(*args, *together_CB2KH.unbind(2), 2, 1e-6)
     assert_matches(q_TNH, reference.qk_norm_rope_store(*args, k_cache, v_cache, 2, 1e-6))
     assert_matches(together_CB2KH, torch.stack((k_cache, v_cache), dim=2))
 
 
-def test_without_a_compiler_the_reason_is_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(cpp_build._State, "settings", cpp_build.Settings(tmp_path, "no-such-compiler"))
+def test_without_a_compiler_the_reason_is_given(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(
+        cpp_build._State, "settings", cpp_build.Settings(tmp_path, "no-such-compiler")
+    )
     monkeypatch.setattr(cpu_kernels, "_load", cpu_kernels._load.__wrapped__)
     is_available, reason = cpu_kernels.available.__wrapped__()
     assert not is_available
-    assert reason == "RuntimeError: cpu_kernels.cpp cannot be compiled: no C++ compiler is found (no-such-compiler)"
+    assert (
+        reason
+        == "RuntimeError: kernels.cpp cannot be compiled: no C++ compiler is found (no-such-compiler)"
+    )
 
 
 def test_registering_makes_them_the_ops_kernels_and_twice_changes_nothing() -> None:

@@ -8,7 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanovllm.kernels import cpu_kernels, reference, triton_kernels, triton_rope_store
+from nanovllm.kernels import reference
+from nanovllm.kernels.cpu import kernels as cpu_kernels
+from nanovllm.kernels.triton import register as triton_kernels
+from nanovllm.kernels.triton import rope_store as triton_rope_store
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 FP8 = torch.float8_e4m3fn
@@ -40,17 +43,23 @@ def attention_case(
     owned = (torch.randperm(shape[0] - 1) + 1)[: sum(num_blocks)].split(num_blocks)
     for row, ((new, _), seq_len, blocks) in enumerate(zip(rows, seq_lens, owned, strict=True)):
         table_RP[row, : len(blocks)] = blocks
-        values = torch.randn(2, seq_len, num_kv_heads, head_dim) * torch.tensor([1.0, 0.02]).view(2, 1, 1, 1)
+        values = torch.randn(2, seq_len, num_kv_heads, head_dim) * torch.tensor([1.0, 0.02]).view(
+            2, 1, 1, 1
+        )
         if window and seq_len - new >= window:
             values[:, : seq_len - new + 1 - window] = float("nan")
         for i, block in enumerate(blocks.tolist()):
             piece = values[:, i * block_size : (i + 1) * block_size]
             plain[:, block, : piece.shape[1]] = piece
-    scales = torch.tensor([[2.0**-4, 2.0**-6], [2.0**-12, 2.0**-10]])[:, torch.arange(num_kv_heads) % 2]
+    scales = torch.tensor([[2.0**-4, 2.0**-6], [2.0**-12, 2.0**-10]])[
+        :, torch.arange(num_kv_heads) % 2
+    ]
     caches = [reference.to_fp8(x, scale_K) for x, scale_K in zip(plain, scales, strict=True)]
     for cache in caches:
         held = cache.view(torch.uint8)
-        held[cache.float().isnan()] = torch.tensor(NANS, dtype=torch.uint8)[torch.arange(int(cache.isnan().sum())) % 2]
+        held[cache.float().isnan()] = torch.tensor(NANS, dtype=torch.uint8)[
+            torch.arange(int(cache.isnan().sum())) % 2
+        ]
     q_TNH = torch.randn(sum(new for new, _ in rows), num_heads, head_dim).to(dtype)
     q_start_S = torch.tensor([0, *[new for new, _ in rows]]).cumsum(0).int()
     arguments = [q_TNH, *caches, table_RP, torch.tensor(seq_lens, dtype=torch.int32), q_start_S]
@@ -60,10 +69,14 @@ def attention_case(
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     assert actual.shape == expected.shape and not actual.isnan().any()
-    return float((actual.float() - expected.float()).norm() / expected.float().norm().clamp(min=1e-6))
+    return float(
+        (actual.float() - expected.float()).norm() / expected.float().norm().clamp(min=1e-6)
+    )
 
 
-def check(rows: list[tuple[int, int]], *, decode: bool = False, window: int = 0, **shape: object) -> None:
+def check(
+    rows: list[tuple[int, int]], *, decode: bool = False, window: int = 0, **shape: object
+) -> None:
     arguments, scales, plain = attention_case(rows, window=window, **shape)  # type: ignore[arg-type]
     max_q_len = 1 if decode else max(2, *(new for new, _ in rows))
     q_TNH, *others = arguments
@@ -81,13 +94,17 @@ def check(rows: list[tuple[int, int]], *, decode: bool = False, window: int = 0,
     assert relative_error(actual, unquantised) < UNQUANTISED_TOLERANCE
 
 
-@pytest.mark.parametrize("seq_lens", [[1], [19], [99], [989], [128, 1, 63, 65], [300, 19, 1, 150, 64]])
+@pytest.mark.parametrize(
+    "seq_lens", [[1], [19], [99], [989], [128, 1, 63, 65], [300, 19, 1, 150, 64]]
+)
 @pytest.mark.parametrize("block_size", [16, 64, 128])
 def test_decode_at_odd_lengths(seq_lens: list[int], block_size: int) -> None:
     check([(1, seq_len - 1) for seq_len in seq_lens], decode=True, block_size=block_size)
 
 
-@pytest.mark.parametrize("rows", [[(1, 0), (99, 0)], [(19, 99)], [(1, 99), (64, 64), (5, 0)], [(128, 128), (2, 1)]])
+@pytest.mark.parametrize(
+    "rows", [[(1, 0), (99, 0)], [(19, 99)], [(1, 99), (64, 64), (5, 0)], [(128, 128), (2, 1)]]
+)
 @pytest.mark.parametrize("block_size", [16, 128])
 def test_prefill_at_odd_lengths(rows: list[tuple[int, int]], block_size: int) -> None:
     check(rows, block_size=block_size)
@@ -118,7 +135,11 @@ class TestBoth:
 def test_an_empty_row_gives_zeros() -> None:
     (q_TNH, *others), scales, _ = attention_case([(1, 30), (1, 5)])
     others[3][1] = 0
-    for paged_attention in (reference.paged_attention, triton_kernels.paged_attention, cpu_kernels.paged_attention):
+    for paged_attention in (
+        reference.paged_attention,
+        triton_kernels.paged_attention,
+        cpu_kernels.paged_attention,
+    ):
         if device == "cpu" or paged_attention is not cpu_kernels.paged_attention:
             out = paged_attention(q_TNH, *others, 1, 0.2, 0, *scales)
             assert not out[1].any() and out[0].any()
@@ -128,7 +149,9 @@ STORES = [reference.store_kv, triton_rope_store.store_kv]
 
 
 @pytest.mark.parametrize("store_kv", STORES, ids=["reference", "triton"])
-def test_every_e4m3_value_is_stored_as_it_is_and_ties_go_to_even(store_kv: Callable[..., None]) -> None:
+def test_every_e4m3_value_is_stored_as_it_is_and_ties_go_to_even(
+    store_kv: Callable[..., None],
+) -> None:
     grid = torch.arange(256, dtype=torch.uint8).view(FP8)
     grid = grid[~grid.isnan()].float().unique()  # −0 and 0 are one
     ties = (grid[1:] + grid[:-1]) / 2
@@ -139,41 +162,62 @@ def test_every_e4m3_value_is_stored_as_it_is_and_ties_go_to_even(store_kv: Calla
         scales = torch.tensor([[0.25, 8.0], [1.0, 2.0**-20]])
         k, v = ((x * scale_K[:, None]).to(device) for scale_K in scales)
         store_kv(k, v, *cache, torch.tensor([3], device=device), *scales.to(device))
-        assert torch.equal(cache[:, 0, 3, :, : len(values)].float().cpu(), expected.expand(2, 2, -1))
+        assert torch.equal(
+            cache[:, 0, 3, :, : len(values)].float().cpu(), expected.expand(2, 2, -1)
+        )
         cache.view(torch.uint8)[:, :, 3] = 0
         assert not cache.view(torch.uint8).any(), "only the token's slot may be written"
 
 
 @pytest.mark.parametrize("store_kv", STORES, ids=["reference", "triton"])
-def test_what_is_finite_saturates_and_what_is_not_a_number_stays_so(store_kv: Callable[..., None]) -> None:
-    x = torch.tensor([449.0, -3.0e38, 464.0, 480.0, -1e6, 448.0, float("inf"), float("nan")] * 2, device=device)
+def test_what_is_finite_saturates_and_what_is_not_a_number_stays_so(
+    store_kv: Callable[..., None],
+) -> None:
+    x = torch.tensor(
+        [449.0, -3.0e38, 464.0, 480.0, -1e6, 448.0, float("inf"), float("nan")] * 2, device=device
+    )
     cache = torch.zeros(2, 1, 16, 1, 16, device=device).to(FP8)
     one = torch.ones(1, device=device)
     store_kv(x.view(1, 1, 16), x.view(1, 1, 16), *cache, torch.tensor([0], device=device), one, one)
     expected = torch.tensor([448.0, -448, 448, 448, -448, 448, 448, float("nan")] * 2)
-    torch.testing.assert_close(cache[:, 0, 0, 0].float().cpu(), expected.expand(2, -1), equal_nan=True, rtol=0, atol=0)
+    torch.testing.assert_close(
+        cache[:, 0, 0, 0].float().cpu(), expected.expand(2, -1), equal_nan=True, rtol=0, atol=0
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(4, 2, 32), (14, 2, 80), (16, 8, 128)])
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "head_dim"), [(4, 2, 32), (14, 2, 80), (16, 8, 128)]
+)
 def test_the_fused_store_writes_what_the_reference_does(
     num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
 ) -> None:
     num_tokens = 19
-    qkv_TE = torch.randn(num_tokens, (num_heads + 2 * num_kv_heads) * head_dim, device=device).to(dtype)
+    qkv_TE = torch.randn(num_tokens, (num_heads + 2 * num_kv_heads) * head_dim, device=device).to(
+        dtype
+    )
     norms = [torch.rand(head_dim, device=device).to(dtype) + 0.5 for _ in range(2)]
     angle = torch.rand(99, head_dim // 2, device=device) * 6
     table = torch.cat((angle.cos(), angle.sin()), dim=-1)
-    pos_T, slot_T = torch.randint(99, (num_tokens,)).to(device), torch.randperm(48)[:num_tokens].to(device)
+    pos_T, slot_T = (
+        torch.randint(99, (num_tokens,)).to(device),
+        torch.randperm(48)[:num_tokens].to(device),
+    )
     scales = 2.0 ** torch.randint(-8, 0, (2, num_kv_heads)).float().to(device)
-    caches = [torch.zeros(2, 3, 16, num_kv_heads, head_dim, device=device).to(FP8) for _ in range(3)]
+    caches = [
+        torch.zeros(2, 3, 16, num_kv_heads, head_dim, device=device).to(FP8) for _ in range(3)
+    ]
     arguments = (qkv_TE, *norms, table, pos_T, slot_T)
     expected = reference.qk_norm_rope_store(*arguments, *caches[0], num_heads, 1e-6, *scales)
-    functions = [triton_rope_store.qk_norm_rope_store] + [cpu_kernels.qk_norm_rope_store] * (device == "cpu")
+    functions = [triton_rope_store.qk_norm_rope_store] + [cpu_kernels.qk_norm_rope_store] * (
+        device == "cpu"
+    )
     for function, cache in zip(functions, caches[1:]):
         q_TNH = function(*arguments, *cache, num_heads, 1e-6, *scales)
         eps = torch.finfo(dtype).eps * 4
-        torch.testing.assert_close(q_TNH, expected, rtol=eps, atol=eps * float(expected.abs().max()))
+        torch.testing.assert_close(
+            q_TNH, expected, rtol=eps, atol=eps * float(expected.abs().max())
+        )
         actual, wanted = cache.float(), caches[0].float()
         assert wanted[0].any() and torch.equal(actual[1], wanted[1])  # values are only divided
         # keys that norm and rotation round otherwise, as they may queries, can fall on the other side of a step of e4m3

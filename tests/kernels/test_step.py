@@ -8,7 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanovllm.kernels import cpu_kernels, cpu_step, step, triton_step
+from nanovllm.kernels import step
+from nanovllm.kernels.cpu import kernels as cpu_kernels
+from nanovllm.kernels.cpu import step as cpu_step
+from nanovllm.kernels.triton import step as triton_step
 
 BLOCK_SIZE = 16
 IMPLEMENTATIONS = [cpu_step, triton_step] if cpu_kernels.available()[0] else [triton_step]
@@ -38,7 +41,9 @@ CASES = [(1, 1, 1), (3, 3, 5), (19, 16, 99), (256, 1, 640), (99, 256, 2500)]
 
 @pytest.mark.parametrize("kernels", IMPLEMENTATIONS, ids=lambda kernels: kernels.__name__)
 @pytest.mark.parametrize(("num_state_rows", "num_rows", "num_blocks"), CASES)
-def test_kernels_are_the_meaning(kernels: ModuleType, num_state_rows: int, num_rows: int, num_blocks: int) -> None:
+def test_kernels_are_the_meaning(
+    kernels: ModuleType, num_state_rows: int, num_rows: int, num_blocks: int
+) -> None:
     device = device_of(kernels)
     s = state(num_state_rows, num_blocks, device)
     row_idx_R = torch.full((num_rows,), num_state_rows, device=device)
@@ -49,7 +54,9 @@ def test_kernels_are_the_meaning(kernels: ModuleType, num_state_rows: int, num_r
     found += kernels.sampling_inputs(s["pos"], s["sampling"], s["seed"], row_idx_R)
     expected += step.sampling_inputs_meaning(s["pos"], s["sampling"], s["seed"], row_idx_R)
     for ours, theirs in zip(found, expected):
-        assert ours.dtype is theirs.dtype and torch.equal(ours.nan_to_num(-1.0), theirs.nan_to_num(-1.0))
+        assert ours.dtype is theirs.dtype and torch.equal(
+            ours.nan_to_num(-1.0), theirs.nan_to_num(-1.0)
+        )
     new_token_R = torch.randint(1, 10**6, (num_rows,), device=device)
     ours, theirs = (s["token"].clone(), s["pos"].clone()), (s["token"].clone(), s["pos"].clone())
     kernels.advance(*ours, row_idx_R, new_token_R)
@@ -66,7 +73,10 @@ def test_the_ops_trace_with_their_shapes() -> None:
     def region(
         token: Tensor, pos: Tensor, table: Tensor, sampling: Tensor, seed: Tensor, row: Tensor
     ) -> tuple[Tensor, ...]:
-        out = (*step.decode_inputs(token, pos, table, row, BLOCK_SIZE), *step.sampling_inputs(pos, sampling, seed, row))
+        out = (
+            *step.decode_inputs(token, pos, table, row, BLOCK_SIZE),
+            *step.sampling_inputs(pos, sampling, seed, row),
+        )
         step.advance(token, pos, row, out[0])
         return out
 
@@ -75,4 +85,6 @@ def test_the_ops_trace_with_their_shapes() -> None:
     _, _, fakes = trace(region, {**inputs, "row": row_idx_R})
     real = region(*(tensor.clone() for tensor in inputs.values()), row_idx_R)
     assert isinstance(fakes, tuple)
-    assert [(fake.shape, fake.dtype) for fake in fakes] == [(tensor.shape, tensor.dtype) for tensor in real]
+    assert [(fake.shape, fake.dtype) for fake in fakes] == [
+        (tensor.shape, tensor.dtype) for tensor in real
+    ]

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from nanovllm.kernels import reference, triton_common
-from nanovllm.kernels.triton_attention_decode import paged_attention_decode
-from nanovllm.kernels.triton_attention_prefill import paged_attention_prefill
-from nanovllm.kernels.triton_kernels import paged_attention
+from nanovllm.kernels import reference
+from nanovllm.kernels.triton import common as triton_common
+from nanovllm.kernels.triton.attention_decode import paged_attention_decode
+from nanovllm.kernels.triton.attention_prefill import paged_attention_prefill
+from nanovllm.kernels.triton.register import paged_attention
 from tests.kernels.paged import assert_close, device, paged_cache
 
 
@@ -26,12 +27,22 @@ def check_decode(
     # the reference runs on the same rounded inputs, in fp32
     q_start = torch.arange(len(seq_lens) + 1, dtype=torch.int32, device=device)
     expected = reference.paged_attention(
-        q_RNH.float(), k_cache.float(), v_cache.float(), block_table, seq_len, q_start, 1, head_dim**-0.5, window
+        q_RNH.float(),
+        k_cache.float(),
+        v_cache.float(),
+        block_table,
+        seq_len,
+        q_start,
+        1,
+        head_dim**-0.5,
+        window,
     )
     assert_close(actual, expected)
 
 
-@pytest.mark.parametrize("seq_lens", [[1], [19], [99], [989], [64], [128, 0, 1, 63, 65], [0], [0, 0, 700, 0]])
+@pytest.mark.parametrize(
+    "seq_lens", [[1], [19], [99], [989], [64], [128, 0, 1, 63, 65], [0], [0, 0, 700, 0]]
+)
 def test_decode_matches_the_reference_at_odd_lengths(seq_lens: list[int]) -> None:
     check_decode(seq_lens)
 
@@ -52,7 +63,9 @@ def test_decode_matches_the_reference_at_each_head_size(head_dim: int) -> None:
     check_decode([99, 1, 230], head_dim=head_dim, block_size=16, dtype=torch.float16)
 
 
-@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(1, 1), (7, 1), (14, 2), (16, 1), (8, 8), (10, 2), (24, 1)])
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads"), [(1, 1), (7, 1), (14, 2), (16, 1), (8, 8), (10, 2), (24, 1)]
+)
 def test_decode_matches_the_reference_at_each_group_size(num_heads: int, num_kv_heads: int) -> None:
     check_decode([99, 300], num_heads=num_heads, num_kv_heads=num_kv_heads)
 
@@ -86,7 +99,9 @@ def test_decode_of_a_row_does_not_depend_on_timing_or_on_earlier_calls() -> None
 def test_a_captured_decode_follows_the_lengths(warm: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """One graph, replayed with other lengths; also when the very first call of the process is captured."""
     monkeypatch.setattr(triton_common, "_counters", {})
-    k_cache, v_cache, block_table, seq_len = paged_cache([2000, 700, 1500, 64], 2, 64, 64, torch.float16)
+    k_cache, v_cache, block_table, seq_len = paged_cache(
+        [2000, 700, 1500, 64], 2, 64, 64, torch.float16
+    )
     q_RNH = torch.randn(4, 4, 64, device=device).half()
     arguments = (q_RNH, k_cache, v_cache, block_table, seq_len, 0.125, 0)
     paged_attention_decode(*arguments)  # compiles
@@ -96,11 +111,25 @@ def test_a_captured_decode_follows_the_lengths(warm: bool, monkeypatch: pytest.M
     with torch.cuda.graph(graph):
         actual = paged_attention_decode(*arguments)
     q_start = torch.arange(5, dtype=torch.int32, device=device)
-    for lens in ([2000, 700, 1500, 64], [1, 1, 1, 1], [1999, 0, 1, 64], [0, 0, 0, 0], [3, 699, 1500, 63]):
+    for lens in (
+        [2000, 700, 1500, 64],
+        [1, 1, 1, 1],
+        [1999, 0, 1, 64],
+        [0, 0, 0, 0],
+        [3, 699, 1500, 63],
+    ):
         seq_len.copy_(torch.tensor(lens))
         graph.replay()
         expected = reference.paged_attention(
-            q_RNH.float(), k_cache.float(), v_cache.float(), block_table, seq_len, q_start, 1, 0.125, 0
+            q_RNH.float(),
+            k_cache.float(),
+            v_cache.float(),
+            block_table,
+            seq_len,
+            q_start,
+            1,
+            0.125,
+            0,
         )
         assert_close(actual, expected)
 
@@ -124,7 +153,9 @@ def check_prefill(
     """rows: (new tokens, tokens in the cache before them)."""
     q_lens = [new for new, _ in rows]
     seq_lens = [new + old for new, old in rows]
-    k_cache, v_cache, block_table, seq_len = paged_cache(seq_lens, num_kv_heads, head_dim, block_size, dtype)
+    k_cache, v_cache, block_table, seq_len = paged_cache(
+        seq_lens, num_kv_heads, head_dim, block_size, dtype
+    )
     q_start = torch.tensor([0, *q_lens], device=device).cumsum(0).int()
     q_TNH = torch.randn(sum(q_lens) + num_padding, num_heads, head_dim, device=device).to(dtype)
     if num_padding:
@@ -165,7 +196,9 @@ def test_prefill_matches_the_reference_at_odd_lengths(rows: list[tuple[int, int]
 
 
 def test_prefill_of_many_rows_finds_each_row() -> None:
-    check_prefill([(1 + row * 7 % 40, row * 13 % 50) for row in range(33)], num_heads=2, num_kv_heads=1)
+    check_prefill(
+        [(1 + row * 7 % 40, row * 13 % 50) for row in range(33)], num_heads=2, num_kv_heads=1
+    )
 
 
 @pytest.mark.parametrize("num_padding", [1, 19, 200])
@@ -180,8 +213,12 @@ def test_prefill_matches_the_reference_at_each_head_size(head_dim: int) -> None:
     check_prefill([(70, 3)], head_dim=head_dim, dtype=torch.float16)
 
 
-@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(1, 1), (7, 1), (14, 2), (16, 1), (8, 8), (10, 2), (24, 1)])
-def test_prefill_matches_the_reference_at_each_group_size(num_heads: int, num_kv_heads: int) -> None:
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads"), [(1, 1), (7, 1), (14, 2), (16, 1), (8, 8), (10, 2), (24, 1)]
+)
+def test_prefill_matches_the_reference_at_each_group_size(
+    num_heads: int, num_kv_heads: int
+) -> None:
     check_prefill([(50, 20), (3, 0)], num_heads=num_heads, num_kv_heads=num_kv_heads)
 
 
@@ -206,7 +243,9 @@ def test_prefill_before_the_first_row_gives_zeros() -> None:
     q_start = torch.tensor([70, 79], dtype=torch.int32, device=device)
     q_TNH = torch.randn(79, 2, 32, device=device)
     arguments = (k_cache, v_cache, block_table, seq_len, q_start, 9, 1.0, 0)
-    assert_close(paged_attention_prefill(q_TNH, *arguments), reference.paged_attention(q_TNH, *arguments))
+    assert_close(
+        paged_attention_prefill(q_TNH, *arguments), reference.paged_attention(q_TNH, *arguments)
+    )
 
 
 @pytest.mark.parametrize("max_q_len", [1, 4])
@@ -215,4 +254,6 @@ def test_queries_may_be_a_strided_view(max_q_len: int) -> None:
     qkv = torch.randn(3, 8, 32, device=device)
     q_start = torch.arange(4, dtype=torch.int32, device=device)
     arguments = (k_cache, v_cache, block_table, seq_len, q_start, max_q_len, 0.2, 0)
-    assert_close(paged_attention(qkv[:, :4], *arguments), reference.paged_attention(qkv[:, :4], *arguments))
+    assert_close(
+        paged_attention(qkv[:, :4], *arguments), reference.paged_attention(qkv[:, :4], *arguments)
+    )

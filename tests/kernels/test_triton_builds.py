@@ -29,7 +29,13 @@ def compile_all(target: str) -> Found:
     environment["PYTHONPATH"] = str(REPOSITORY)
     command = [sys.executable, str(Path(__file__).with_name("builds.py")), target]
     done = subprocess.run(
-        command, check=False, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=600
+        command,
+        check=False,
+        env=environment,
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found: Found = json.loads(done.stdout)
@@ -60,7 +66,9 @@ def builds() -> Builds:
 def test_kernels_compile_and_fit_shared_memory(name: str, builds: Builds) -> None:
     target, found = TARGETS[name], builds.of(name)
     assert len(found) >= 20
-    too_large = {kernel: it["shared"] for kernel, it in found.items() if it["shared"] > target.shared_bytes}
+    too_large = {
+        kernel: it["shared"] for kernel, it in found.items() if it["shared"] > target.shared_bytes
+    }
     assert not too_large, f"more than {target.shared_bytes} bytes of shared memory: {too_large}"
     for kernel, it in found.items():
         marks = set(it["marks"])
@@ -68,6 +76,8 @@ def test_kernels_compile_and_fit_shared_memory(name: str, builds: Builds) -> Non
         if is_attention and "fp32" not in kernel:
             # a product that silently falls to the ordinary cores costs ten times
             assert bool(marks & {"mma.", "wgmma.", "mfma"}) == target.has_matrix_units, kernel
-        assert ("ex2.approx.ftz" in marks) == (target.backend == "cuda" and (is_attention or kernel == "best_of_span"))
+        assert ("ex2.approx.ftz" in marks) == (
+            target.backend == "cuda" and (is_attention or kernel == "best_of_span")
+        )
         if target.arch == 75:
             assert not marks & {"bf16", "cp.async"}, kernel

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanovllm.kernels import reference, triton_filter
+from nanovllm.kernels import reference
+from nanovllm.kernels.triton import filter as triton_filter
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 FILTERS = [
@@ -18,10 +19,15 @@ FILTERS = [
 
 def columns(filters: list[tuple[float, float, float]], temperature: float = 1.0) -> list[Tensor]:
     with_temperature = [(temperature, *one) for one in filters]
-    return [torch.tensor(column, dtype=torch.float32, device=device) for column in zip(*with_temperature, strict=True)]
+    return [
+        torch.tensor(column, dtype=torch.float32, device=device)
+        for column in zip(*with_temperature, strict=True)
+    ]
 
 
-def check(logits_RV: Tensor, filters: list[tuple[float, float, float]], temperature: float = 1.0) -> None:
+def check(
+    logits_RV: Tensor, filters: list[tuple[float, float, float]], temperature: float = 1.0
+) -> None:
     """What stays is the beginning of the tokens in order, as long as in fp64 but for top_p within rounding of its sums."""
     kept_RV = triton_filter.keep_likely(logits_RV, *columns(filters, temperature))
     assert kept_RV.dtype is logits_RV.dtype
@@ -32,7 +38,9 @@ def check(logits_RV: Tensor, filters: list[tuple[float, float, float]], temperat
         sorted_V, order_V = scaled_V.sort(descending=True, stable=True)
         num = int(stays_V.sum())
         assert stays_V[order_V[:num]].all(), "not the likeliest, or of equal ones not the first"
-        num_left = int((sorted_V >= sorted_V[0] + math.log(min_p)).sum()) if min_p else len(sorted_V)
+        num_left = (
+            int((sorted_V >= sorted_V[0] + math.log(min_p)).sum()) if min_p else len(sorted_V)
+        )
         num_left = min(num_left, top_k or num_left)
         prob_V = sorted_V[:num_left].softmax(-1)
         before_V = prob_V.cumsum(-1) - prob_V
@@ -66,7 +74,9 @@ def test_logits_with_many_equals(dtype: torch.dtype) -> None:
 
 def test_numbers_of_any_size_and_sign() -> None:
     """Differences too small or too large to count as probability, and both signs of zero."""
-    logits_RV = torch.randn(len(FILTERS), 99, device=device) * torch.logspace(-30, 4, 99, device=device)
+    logits_RV = torch.randn(len(FILTERS), 99, device=device) * torch.logspace(
+        -30, 4, 99, device=device
+    )
     logits_RV[:, 5], logits_RV[:, 7] = 0.0, -0.0
     check(logits_RV, FILTERS)
     check(1e-4 * logits_RV - 1e4, FILTERS)
@@ -91,7 +101,9 @@ def test_extreme_logits_end_as_well(value: float) -> None:
     logits_RV[:, 7] = value
     kept_RV = triton_filter.keep_likely(logits_RV, *columns(FILTERS))
     best = 7 if value > 0 else int(logits_RV[1].argmax())
-    assert not kept_RV.isnan().any() and kept_RV[1, best] == logits_RV[1, best], "of top_k 1 the best stays"
+    assert not kept_RV.isnan().any() and kept_RV[1, best] == logits_RV[1, best], (
+        "of top_k 1 the best stays"
+    )
     assert kept_RV[1].isneginf().sum() == 98
 
 
@@ -100,7 +112,6 @@ def test_a_row_of_the_vocabulary_of_a_real_model() -> None:
 
 
 def test_no_rows() -> None:
-    assert triton_filter.keep_likely(torch.zeros(0, 5, device=device), *(torch.zeros(0, device=device),) * 4).shape == (
-        0,
-        5,
-    )
+    assert triton_filter.keep_likely(
+        torch.zeros(0, 5, device=device), *(torch.zeros(0, device=device),) * 4
+    ).shape == (0, 5)

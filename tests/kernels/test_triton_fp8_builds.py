@@ -42,17 +42,24 @@ def _kernels(model: str, shared_bytes: int) -> dict[str, tuple[Any, dict[str, An
     """name: (kernel, constants, warps, stages)."""
     import triton
 
-    from nanovllm.kernels import triton_attention_decode as decode
-    from nanovllm.kernels import triton_attention_prefill as prefill
-    from nanovllm.kernels import triton_rope_store as rope_store
+    from nanovllm.kernels.triton import attention_decode as decode
+    from nanovllm.kernels.triton import attention_prefill as prefill
+    from nanovllm.kernels.triton import rope_store
 
     num_heads, num_kv_heads, head_dim, block_size, dtype = MODELS[model]
     element_size = 4 if dtype == "fp32" else 2
     head_p = triton.next_power_of_2(head_dim)
     heads = (num_heads, num_kv_heads, head_dim, block_size)
-    strides = {"Q_STRIDE_ROW": num_heads * head_dim, "Q_STRIDE_TOKEN": num_heads * head_dim, "Q_STRIDE_HEAD": head_dim}
+    strides = {
+        "Q_STRIDE_ROW": num_heads * head_dim,
+        "Q_STRIDE_TOKEN": num_heads * head_dim,
+        "Q_STRIDE_HEAD": head_dim,
+    }
     for cache in "KV":
-        strides |= {f"{cache}_STRIDE_HEAD": head_dim, f"{cache}_STRIDE_SLOT": num_kv_heads * head_dim}
+        strides |= {
+            f"{cache}_STRIDE_HEAD": head_dim,
+            f"{cache}_STRIDE_SLOT": num_kv_heads * head_dim,
+        }
         strides |= {f"{cache}_STRIDE_BLOCK": block_size * num_kv_heads * head_dim, "UPCAST": False}
     kernels: dict[str, tuple[Any, dict[str, Any], int, int]] = {}
     for num_rows, window in ((256, 0), (1, 4096)):
@@ -60,15 +67,29 @@ def _kernels(model: str, shared_bytes: int) -> dict[str, tuple[Any, dict[str, An
         head_bytes = head_p * (1 if is_fp8 else element_size)
         cut = decode.decode_tile(head_bytes, block_size, num_rows, shared_bytes, is_fp8)
         constants = decode.decode_constants(*heads, num_rows, window, cut) | strides
-        kernels[f"decode {num_rows}"] = (decode.decode_kernel, constants, cut.num_warps, cut.num_stages)
-    queries, tile, num_warps, num_stages = prefill.prefill_tile(head_p, element_size, block_size, 8192, shared_bytes)
+        kernels[f"decode {num_rows}"] = (
+            decode.decode_kernel,
+            constants,
+            cut.num_warps,
+            cut.num_stages,
+        )
+    queries, tile, num_warps, num_stages = prefill.prefill_tile(
+        head_p, element_size, block_size, 8192, shared_bytes
+    )
     constants = prefill.prefill_constants(*heads, 16, 0, queries, tile) | strides
     kernels["prefill"] = (prefill.prefill_kernel, constants, num_warps, num_stages)
     if model != "qwen3-0.6b":
         return kernels
-    program_heads, num_warps = rope_store.rope_store_tile(head_dim, num_heads + 2 * num_kv_heads, 256)
+    program_heads, num_warps = rope_store.rope_store_tile(
+        head_dim, num_heads + 2 * num_kv_heads, 256
+    )
     shape = {"NUM_KV_HEADS": num_kv_heads, "HEAD": head_dim, "HEADS": program_heads}
-    fused = shape | {"HALF_P": head_p // 2, "NUM_HEADS": num_heads, "HAS_Q_NORM": True, "HAS_K_NORM": True}
+    fused = shape | {
+        "HALF_P": head_p // 2,
+        "NUM_HEADS": num_heads,
+        "HAS_Q_NORM": True,
+        "HAS_K_NORM": True,
+    }
     fused["ONE_TOKEN"] = False
     kernels["qk_norm_rope_store"] = (rope_store.qk_norm_rope_store_kernel, fused, num_warps, 3)
     kernels["store_kv"] = (rope_store.store_kv_kernel, shape | {"HEAD_P": head_p}, num_warps, 3)
@@ -76,7 +97,12 @@ def _kernels(model: str, shared_bytes: int) -> dict[str, tuple[Any, dict[str, An
 
 
 def _compiled(
-    kernel: Any, constants: dict[str, Any], num_warps: int, num_stages: int, capability: int, dtype: str
+    kernel: Any,
+    constants: dict[str, Any],
+    num_warps: int,
+    num_stages: int,
+    capability: int,
+    dtype: str,
 ) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
@@ -88,7 +114,9 @@ def _compiled(
         if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
-            signature[name] = next((kind for kind, names in POINTERS.items() if name in names), f"*{dtype}")
+            signature[name] = next(
+                (kind for kind, names in POINTERS.items() if name in names), f"*{dtype}"
+            )
         else:
             signature[name] = "fp32" if name in ("eps", "scale_log2") else "i32"
         if name.endswith("_ptr") or ("_stride" in name and name != "table_stride"):
@@ -107,7 +135,9 @@ def _machine_code(cubin: bytes) -> Counter[str]:
         file.flush()
         command = [knobs.nvidia.cuobjdump.path, "-sass", file.name]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@\S+ )?([A-Z][\w.]*)", text, re.MULTILINE))
+    return Counter(
+        re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@\S+ )?([A-Z][\w.]*)", text, re.MULTILINE)
+    )
 
 
 def compile_all(target: str) -> dict[str, dict[str, int]]:
@@ -118,7 +148,9 @@ def compile_all(target: str) -> dict[str, dict[str, int]]:
     driver.set_active(AbsentDevice(TARGETS[target]))  # type: ignore[arg-type]
     found = {}
     for model, (*_, dtype) in MODELS.items():
-        for name, (kernel, constants, num_warps, num_stages) in _kernels(model, shared_bytes).items():
+        for name, (kernel, constants, num_warps, num_stages) in _kernels(
+            model, shared_bytes
+        ).items():
             compiled = _compiled(kernel, constants, num_warps, num_stages, capability, dtype)
             code = _machine_code(compiled.asm["cubin"])
             found[f"{model}: {name}"] = {
@@ -137,7 +169,13 @@ def test_kernels_for_an_fp8_cache_compile_into_cheap_conversions(target: str) ->
     environment["PYTHONPATH"] = str(REPOSITORY)
     command = [sys.executable, __file__, target]
     done = subprocess.run(
-        command, check=False, env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=600
+        command,
+        check=False,
+        env=environment,
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)

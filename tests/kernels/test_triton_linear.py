@@ -14,7 +14,7 @@ EPS = 1e-6
 
 
 def fused_linear(*args: object) -> Tensor:
-    from nanovllm.kernels import triton_linear
+    from nanovllm.kernels.triton import linear as triton_linear
 
     return triton_linear.fused_linear(*args)
 
@@ -46,7 +46,9 @@ def check(
     y_TO = run(x_TD, norm_D, weight_OD, bias_O, residual_TO, EPS, silu)
     exact_TD = x_TD.double()
     if norm_D is not None:
-        exact_TD = exact_TD * torch.rsqrt(exact_TD.square().mean(-1, keepdim=True) + EPS) * norm_D.double()
+        exact_TD = (
+            exact_TD * torch.rsqrt(exact_TD.square().mean(-1, keepdim=True) + EPS) * norm_D.double()
+        )
     exact_TO = exact_TD @ weight_OD.double().T + (0 if bias_O is None else bias_O.double())
     exact_TO = reference.silu_mul(exact_TO) if silu else exact_TO
     exact_TO = exact_TO if residual_TO is None else exact_TO + residual_TO.double()
@@ -68,7 +70,9 @@ def test_every_number_of_rows(num_rows: int, silu: bool) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_rows", [1, 5, 19])
-@pytest.mark.parametrize(("num_outs", "depth"), [(1, 8), (19, 99), (99, 989), (33, 1024), (70, 1288)])
+@pytest.mark.parametrize(
+    ("num_outs", "depth"), [(1, 8), (19, 99), (99, 989), (33, 1024), (70, 1288)]
+)
 def test_odd_sizes(num_rows: int, num_outs: int, depth: int, dtype: torch.dtype) -> None:
     check(num_rows, num_outs, depth, dtype, norm=num_rows <= 16, residual=True)
     check(num_rows, num_outs, depth, dtype, bias=True, silu=True)
@@ -79,8 +83,19 @@ def test_odd_sizes(num_rows: int, num_outs: int, depth: int, dtype: torch.dtype)
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("after", ["", "silu", "residual"])
-def test_every_combination(num_rows: int, norm: bool, bias: bool, after: str, dtype: torch.dtype) -> None:
-    check(num_rows, 24, 200, dtype, norm=norm, bias=bias, silu=after == "silu", residual=after == "residual")
+def test_every_combination(
+    num_rows: int, norm: bool, bias: bool, after: str, dtype: torch.dtype
+) -> None:
+    check(
+        num_rows,
+        24,
+        200,
+        dtype,
+        norm=norm,
+        bias=bias,
+        silu=after == "silu",
+        residual=after == "residual",
+    )
 
 
 TILES = {
@@ -93,17 +108,29 @@ TILES = {
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tile", TILES)
-@pytest.mark.parametrize(("num_rows", "num_outs", "depth"), [(19, 99, 96), (99, 64, 192), (70, 200, 104), (17, 33, 24)])
-def test_tiles_of_many_rows(num_rows: int, num_outs: int, depth: int, tile: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("num_rows", "num_outs", "depth"), [(19, 99, 96), (99, 64, 192), (70, 200, 104), (17, 33, 24)]
+)
+def test_tiles_of_many_rows(
+    num_rows: int, num_outs: int, depth: int, tile: str, dtype: torch.dtype
+) -> None:
     run = with_tile(tile)
     check(num_rows, num_outs, depth, dtype, bias=True, residual=True, run=run)
     check(num_rows, num_outs, depth, dtype, silu=True, run=run)
 
 
 def with_tile(tile: str) -> Callable[..., Tensor]:
-    from nanovllm.kernels.triton_linear_many import GemmTile, many_rows_linear
+    from nanovllm.kernels.triton.linear_many import GemmTile, many_rows_linear
 
-    def run(x: Tensor, norm: None, weight: Tensor, bias: Tensor, residual: Tensor, eps: float, silu: bool) -> Tensor:
+    def run(
+        x: Tensor,
+        norm: None,
+        weight: Tensor,
+        bias: Tensor,
+        residual: Tensor,
+        eps: float,
+        silu: bool,
+    ) -> Tensor:
         return many_rows_linear(x, weight, bias, residual, silu, launch=GemmTile(*TILES[tile]))
 
     return run
@@ -121,10 +148,14 @@ GATED_TILES = {
 @pytest.mark.parametrize(
     ("num_rows", "num_outs", "depth"), [(1, 192, 64), (19, 192, 192), (64, 576, 64), (99, 192, 128)]
 )
-def test_tiles_of_gated_products(num_rows: int, num_outs: int, depth: int, tile: str, dtype: torch.dtype) -> None:
-    from nanovllm.kernels.triton_linear_gated import GatedTile, gated_linear
+def test_tiles_of_gated_products(
+    num_rows: int, num_outs: int, depth: int, tile: str, dtype: torch.dtype
+) -> None:
+    from nanovllm.kernels.triton.linear_gated import GatedTile, gated_linear
 
-    def run(x: Tensor, norm: None, weight: Tensor, bias: Tensor, residual: None, eps: float, silu: bool) -> Tensor:
+    def run(
+        x: Tensor, norm: None, weight: Tensor, bias: Tensor, residual: None, eps: float, silu: bool
+    ) -> Tensor:
         return gated_linear(x, weight, bias, launch=GatedTile(*GATED_TILES[tile]))
 
     check(num_rows, num_outs, depth, dtype, silu=True, run=run)
@@ -132,7 +163,7 @@ def test_tiles_of_gated_products(num_rows: int, num_outs: int, depth: int, tile:
 
 
 def test_a_gated_product_reads_no_rows_beyond_its_own() -> None:
-    from nanovllm.kernels.triton_linear_gated import GatedTile, gated_linear
+    from nanovllm.kernels.triton.linear_gated import GatedTile, gated_linear
 
     x_TD = torch.randn(40, 64, device=device).half()
     x_TD[19:] = float("nan")
@@ -161,7 +192,7 @@ def test_a_gated_product_reads_no_rows_beyond_its_own() -> None:
 def test_gated_tiles_divide_the_shape_and_fill_the_device(
     num_rows: int, num_outs: int, depth: int, shared_kb: int, expected: tuple[int, int, int] | None
 ) -> None:
-    from nanovllm.kernels.triton_linear_gated import gated_tile
+    from nanovllm.kernels.triton.linear_gated import gated_tile
 
     tile = gated_tile(num_rows, num_outs, depth, shared_kb << 10, 132)
     assert (tile and tuple(tile[:3])) == expected
@@ -169,17 +200,25 @@ def test_gated_tiles_divide_the_shape_and_fill_the_device(
 
 def test_which_products_are_taken_for_large_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """Qwen3-8B's, on a device of the size of an H200."""
-    from nanovllm.kernels import triton_linear, triton_linear_gated
+    from nanovllm.kernels.triton import linear as triton_linear
+    from nanovllm.kernels.triton import linear_gated as triton_linear_gated
 
     monkeypatch.setattr(triton_linear_gated, "shared_memory_bytes", lambda device: 227 << 10)
     monkeypatch.setattr(triton_linear_gated, "num_multiprocessors", lambda device: 132)
-    shapes = {"qkv": (6144, 4096), "out": (4096, 4096), "gate_up": (24576, 4096), "down": (4096, 12288)}
+    shapes = {
+        "qkv": (6144, 4096),
+        "out": (4096, 4096),
+        "gate_up": (24576, 4096),
+        "down": (4096, 12288),
+    }
 
     def taken(name: str, has_norm: bool = False) -> list[int]:
         weight = torch.empty(shapes[name], device="meta", dtype=torch.bfloat16)
         rows = (1, 2, 8, 16, 17, 64, 65, 97, 128, 129, 208, 209, 256, 257)
         x = torch.empty(rows[-1], weight.shape[1], device="meta")
-        return [num for num in rows if triton_linear.takes(x[:num], weight, has_norm, name == "gate_up")]
+        return [
+            num for num in rows if triton_linear.takes(x[:num], weight, has_norm, name == "gate_up")
+        ]
 
     assert taken("qkv") == taken("out") == [1, 2, 8, 16, 17, 64]
     assert taken("down") == [1, 2, 8, 16, 17, 64, 65, 97, 128]
@@ -191,7 +230,9 @@ def test_which_products_are_taken_for_large_weights(monkeypatch: pytest.MonkeyPa
 def test_parts_of_the_depth_give_the_same_bits_again(silu: bool) -> None:
     x_TD = torch.randn(130, 384, device=device).to(torch.bfloat16)
     weight_OD = torch.randn(256, 384, device=device).to(torch.bfloat16)
-    first, *others = (with_tile("split")(x_TD, None, weight_OD, None, None, EPS, silu) for _ in range(5))
+    first, *others = (
+        with_tile("split")(x_TD, None, weight_OD, None, None, EPS, silu) for _ in range(5)
+    )
     assert all(torch.equal(other, first) for other in others)
 
 
@@ -229,17 +270,25 @@ def test_a_row_of_nan_stays_in_its_row(num_rows: int, norm: bool) -> None:
 
 def test_what_the_kernels_do_not_cover_goes_to_the_reference() -> None:
     for rows, dtype in ((257, torch.bfloat16), (3, torch.float32)):
-        x_TD, weight_OD = torch.randn(rows, 32, device=device).to(dtype), torch.randn(8, 32, device=device).to(dtype)
+        x_TD, weight_OD = (
+            torch.randn(rows, 32, device=device).to(dtype),
+            torch.randn(8, 32, device=device).to(dtype),
+        )
         y_TO = fused_linear(x_TD, None, weight_OD, None, None, EPS, False)
         assert torch.equal(y_TO, torch.nn.functional.linear(x_TD, weight_OD))
-    assert fused_linear(x_TD[:0].half(), None, weight_OD.half(), None, None, EPS, False).shape == (0, 8)
+    assert fused_linear(x_TD[:0].half(), None, weight_OD.half(), None, None, EPS, False).shape == (
+        0,
+        8,
+    )
 
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_cublas_adds_the_residual(bias: bool) -> None:
-    from nanovllm.kernels import triton_linear
+    from nanovllm.kernels.triton import linear as triton_linear
 
-    x_TD, weight_OD, residual_TO = (torch.randn(*s, device=device).half() for s in ((300, 64), (48, 64), (300, 48)))
+    x_TD, weight_OD, residual_TO = (
+        torch.randn(*s, device=device).half() for s in ((300, 64), (48, 64), (300, 48))
+    )
     bias_O = torch.randn(48, device=device).half() if bias else None
     exact_TO = x_TD.double() @ weight_OD.double().T + residual_TO.double()
     triton_linear.linear_(residual_TO, x_TD, weight_OD, bias_O)
@@ -250,4 +299,7 @@ def test_the_op_traces_with_its_shapes() -> None:
     with torch._subclasses.FakeTensorMode():
         x_TD, norm_D, weight_OD = torch.empty(3, 32), torch.empty(32), torch.empty(20, 32)
         for silu, outs in ((False, 20), (True, 10)):
-            assert ops.fused_linear(x_TD, norm_D, weight_OD, None, None, EPS, silu).shape == (3, outs)
+            assert ops.fused_linear(x_TD, norm_D, weight_OD, None, None, EPS, silu).shape == (
+                3,
+                outs,
+            )

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanovllm.kernels import ops, reference, triton_kernels
-from nanovllm.kernels.triton_norm_act import add_rms_norm, rms_norm, silu_mul
-from nanovllm.kernels.triton_rope_store import qk_norm_rope_store, rope, store_kv
+from nanovllm.kernels import ops, reference
+from nanovllm.kernels.triton import register as triton_kernels
+from nanovllm.kernels.triton.norm_act import add_rms_norm, rms_norm, silu_mul
+from nanovllm.kernels.triton.rope_store import qk_norm_rope_store, rope, store_kv
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -16,11 +17,15 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
     """Equal up to one rounding of the dtype here and there (fused multiply-adds round less)."""
     assert actual.dtype == expected.dtype and actual.shape == expected.shape
     scale = torch.finfo(actual.dtype).eps * 4
-    torch.testing.assert_close(actual, expected, rtol=scale, atol=scale * float(expected.float().abs().max()))
+    torch.testing.assert_close(
+        actual, expected, rtol=scale, atol=scale * float(expected.float().abs().max())
+    )
 
 
 def rotary_table(num_positions: int, head_dim: int) -> Tensor:
-    angle = torch.arange(num_positions)[:, None] / 10000 ** (torch.arange(head_dim // 2) / (head_dim // 2))
+    angle = torch.arange(num_positions)[:, None] / 10000 ** (
+        torch.arange(head_dim // 2) / (head_dim // 2)
+    )
     return torch.cat((angle.cos(), angle.sin()), dim=-1).to(device)
 
 
@@ -36,15 +41,21 @@ def check_fused(
     index_dtype: torch.dtype = torch.int64,
 ) -> None:
     num_slots = -(-2 * num_tokens // block_size) * block_size
-    qkv_TE = torch.randn(num_tokens, (num_heads + 2 * num_kv_heads) * head_dim, device=device).to(dtype)
+    qkv_TE = torch.randn(num_tokens, (num_heads + 2 * num_kv_heads) * head_dim, device=device).to(
+        dtype
+    )
     q_norm_H = torch.rand(head_dim, device=device).to(dtype) + 0.5 if q_norm else None
     k_norm_H = torch.rand(head_dim, device=device).to(dtype) + 0.5 if k_norm else None
     table = rotary_table(989, head_dim)
     pos_T = torch.randint(989, (num_tokens,), device=device).to(index_dtype)
     slot_T = torch.randperm(num_slots, device=device)[:num_tokens].to(index_dtype)
-    cache = torch.full((2, num_slots // block_size, block_size, num_kv_heads, head_dim), float("nan"))
+    cache = torch.full(
+        (2, num_slots // block_size, block_size, num_kv_heads, head_dim), float("nan")
+    )
     actual, expected = cache.to(device, dtype), cache.to(device, dtype)
-    q_actual = qk_norm_rope_store(qkv_TE, q_norm_H, k_norm_H, table, pos_T, slot_T, *actual, num_heads, 1e-6)
+    q_actual = qk_norm_rope_store(
+        qkv_TE, q_norm_H, k_norm_H, table, pos_T, slot_T, *actual, num_heads, 1e-6
+    )
     q_expected = reference.qk_norm_rope_store(
         qkv_TE, q_norm_H, k_norm_H, table, pos_T.long(), slot_T, *expected, num_heads, 1e-6
     )
@@ -64,13 +75,17 @@ def test_fused_kernel_matches_the_reference_at_each_head_size(head_dim: int) -> 
 
 
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(1, 1), (7, 1), (14, 2), (16, 8), (32, 8)])
-def test_fused_kernel_matches_the_reference_at_each_head_count(num_heads: int, num_kv_heads: int) -> None:
+def test_fused_kernel_matches_the_reference_at_each_head_count(
+    num_heads: int, num_kv_heads: int
+) -> None:
     check_fused(3, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=128)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
-def test_fused_kernel_matches_the_reference_in_each_dtype(dtype: torch.dtype, index_dtype: torch.dtype) -> None:
+def test_fused_kernel_matches_the_reference_in_each_dtype(
+    dtype: torch.dtype, index_dtype: torch.dtype
+) -> None:
     check_fused(19, dtype=dtype, index_dtype=index_dtype)
 
 
@@ -81,7 +96,9 @@ def test_fused_kernel_leaves_out_norms_without_a_weight(q_norm: bool, k_norm: bo
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", [32, 80])
-def test_rope_and_store_match_the_reference_on_strided_views(dtype: torch.dtype, head_dim: int) -> None:
+def test_rope_and_store_match_the_reference_on_strided_views(
+    dtype: torch.dtype, head_dim: int
+) -> None:
     qkv = torch.randn(19, 7, head_dim, device=device).to(dtype)
     table, pos_T = rotary_table(989, head_dim), torch.randint(989, (19,), device=device)
     assert_close(rope(qkv[:, :3], table, pos_T), reference.rope(qkv[:, :3], table, pos_T))
@@ -112,7 +129,9 @@ def test_silu_mul_matches_the_reference(dtype: torch.dtype, shape: tuple[int, ..
 
 def test_norm_of_a_strided_view_reads_the_view() -> None:
     x = torch.randn(5, 200, device=device)
-    assert_close(rms_norm(x[:, 30:94], x[0, :64], 1e-6), reference.rms_norm(x[:, 30:94], x[0, :64], 1e-6))
+    assert_close(
+        rms_norm(x[:, 30:94], x[0, :64], 1e-6), reference.rms_norm(x[:, 30:94], x[0, :64], 1e-6)
+    )
     assert_close(silu_mul(x[:, 30:94]), reference.silu_mul(x[:, 30:94]))
 
 
@@ -125,6 +144,14 @@ def test_nothing_is_launched_for_no_tokens() -> None:
 def test_registering_twice_is_allowed_and_covers_every_op() -> None:
     triton_kernels.register()
     triton_kernels.register()
-    for name in ("rms_norm", "add_rms_norm", "silu_mul", "rope", "store_kv", "qk_norm_rope_store", "paged_attention"):
+    for name in (
+        "rms_norm",
+        "add_rms_norm",
+        "silu_mul",
+        "rope",
+        "store_kv",
+        "qk_norm_rope_store",
+        "paged_attention",
+    ):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"nanovllm::{name}", "CUDA")
         assert ops.op_name(getattr(ops, name)) == name

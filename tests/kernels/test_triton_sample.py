@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanovllm.kernels import reference, triton_sample
+from nanovllm.kernels import reference
+from nanovllm.kernels.triton import sample as triton_sample
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -21,14 +22,20 @@ def inputs(
 
 def exact_scores(logits_RV: Tensor, temperature_R: Tensor, seed_R: Tensor, pos_R: Tensor) -> Tensor:
     """The reference's scores with logarithms in fp64."""
-    uniform_RV = torch.exp(-torch.exp(-reference.gumbel_noise(seed_R, pos_R, logits_RV.shape[1]).double()))
+    uniform_RV = torch.exp(
+        -torch.exp(-reference.gumbel_noise(seed_R, pos_R, logits_RV.shape[1]).double())
+    )
     # the fp32 noise tells which odd multiple of 2⁻²⁴ the uniform is
     uniform_RV = (((uniform_RV * 2**24 - 1) / 2).round() * 2 + 1) / 2**24
-    return logits_RV.double() / temperature_R.double().unsqueeze(1) - torch.log(-torch.log(uniform_RV))
+    return logits_RV.double() / temperature_R.double().unsqueeze(1) - torch.log(
+        -torch.log(uniform_RV)
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("num_rows", "vocab_size"), [(1, 1), (3, 19), (2, 1023), (7, 1025), (1, 9890), (5, 151936)])
+@pytest.mark.parametrize(
+    ("num_rows", "vocab_size"), [(1, 1), (3, 19), (2, 1023), (7, 1025), (1, 9890), (5, 151936)]
+)
 def test_greedy_is_argmax(num_rows: int, vocab_size: int, dtype: torch.dtype) -> None:
     logits_RV, *rest = inputs(num_rows, vocab_size, dtype, 0.0)
     first_best_R = (logits_RV == logits_RV.max(-1, keepdim=True).values).int().argmax(-1)
@@ -36,7 +43,9 @@ def test_greedy_is_argmax(num_rows: int, vocab_size: int, dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("num_rows", "vocab_size", "temperature"), [(60, 989, 1.0), (130, 97, 0.6), (2, 151936, 1.3)])
+@pytest.mark.parametrize(
+    ("num_rows", "vocab_size", "temperature"), [(60, 989, 1.0), (130, 97, 0.6), (2, 151936, 1.3)]
+)
 def test_draws_are_those_of_the_reference(
     num_rows: int, vocab_size: int, temperature: float, dtype: torch.dtype
 ) -> None:
@@ -63,7 +72,9 @@ def test_the_smallest_of_equal_tokens_wins() -> None:
     logits_RV = torch.zeros(2, 5000, device=device, dtype=torch.bfloat16)
     logits_RV[0, [17, 1041, 4000]] = 1.0
     zeros = torch.zeros(2, dtype=torch.int64, device=device)
-    assert triton_sample.sample(logits_RV, torch.zeros(2, device=device), zeros, zeros).tolist() == [17, 0]
+    assert triton_sample.sample(
+        logits_RV, torch.zeros(2, device=device), zeros, zeros
+    ).tolist() == [17, 0]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -73,7 +84,12 @@ def test_forbidden_tokens_and_padding_never_win(temperature: float) -> None:
     storage[0, 2049] = -3.0e38 if temperature else -1.0e30
     storage[1, :2500] = float("-inf")
     token_R = triton_sample.sample(storage[:, :2500], *inputs(4, 1, torch.float32, temperature)[1:])
-    assert token_R.tolist() == [2049, 0, 0, 0]  # rows of −inf and of NaN have no best token: the first
+    assert token_R.tolist() == [
+        2049,
+        0,
+        0,
+        0,
+    ]  # rows of −inf and of NaN have no best token: the first
 
 
 def test_nothing_is_launched_for_no_rows() -> None:

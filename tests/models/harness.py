@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from nanovllm.config import EngineConfig
-from nanovllm.engine import startup
-from nanovllm.engine.batch import prefill_arrays
-from nanovllm.engine.request import Request
-from nanovllm.engine.runner import Runner
-from nanovllm.engine.scheduler import Chunk
 from nanovllm.models.dense import Batch
+from nanovllm.runner.inputs import prefill_arrays
+from nanovllm.runner.runner import Runner
 from nanovllm.sampling import SamplingParams
+from nanovllm.schedule.request import Request
+from nanovllm.schedule.scheduler import Chunk
+from nanovllm.startup import load as startup
 
 
 class Known(NamedTuple):
@@ -42,9 +42,16 @@ def sequences(vocab_size: int, *lengths: tuple[int, int]) -> list[Known]:
 
 def load(folder: Path, device: str, **options: Any) -> Runner:
     """A warm runner with small sizes; `options` are those of EngineConfig."""
-    sizes = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "max_model_len": 128, "kvcache_block_size": 16}
+    sizes = {
+        "max_num_seqs": 4,
+        "max_num_batched_tokens": 64,
+        "max_model_len": 128,
+        "kvcache_block_size": 16,
+    }
     sizes["num_kvcache_blocks"] = 1 + 4 * -(-(options.get("max_model_len") or 128) // 16)
-    config = EngineConfig.from_options(str(folder), {"device": device, "dtype": "float32", **sizes, **options})
+    config = EngineConfig.from_options(
+        str(folder), {"device": device, "dtype": "float32", **sizes, **options}
+    )
     return startup.load(config).runner
 
 
@@ -70,13 +77,19 @@ def transformers_logits(
     """The same from transformers: one forward pass over each whole sequence."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").to(device).eval()
+    model = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+        .to(device)
+        .eval()
+    )
     return [model(torch.tensor([ids], device=device)).logits[0].float().cpu() for ids, _ in known]
 
 
 def max_difference(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
     """The largest absolute difference; infinite where either side is not a number."""
-    return max((a - b).abs().nan_to_num(torch.inf).max().item() for a, b in zip(left, right, strict=True))
+    return max(
+        (a - b).abs().nan_to_num(torch.inf).max().item() for a, b in zip(left, right, strict=True)
+    )
 
 
 def _poison(runner: Runner) -> None:
@@ -94,14 +107,25 @@ def _admitted(runner: Runner, known: Sequence[Known]) -> list[Request]:
     for row, (ids, _) in enumerate(known):
         blocks = [free.pop() for _ in range(-(-len(ids) // block_size))]
         request = Request(
-            row, ids, SamplingParams(), seed=0, max_output=1, stop_ids=frozenset(), row=row, blocks=blocks
+            row,
+            ids,
+            SamplingParams(),
+            seed=0,
+            max_output=1,
+            stop_ids=frozenset(),
+            row=row,
+            blocks=blocks,
         )
-        runner.state.block_table_SP[row, : len(blocks)] = runner.platform.upload(blocks, torch.int32)
+        runner.state.block_table_SP[row, : len(blocks)] = runner.platform.upload(
+            blocks, torch.int32
+        )
         requests.append(request)
     return requests
 
 
-def _prefill_steps(requests: list[Request], known: Sequence[Known], runner: Runner) -> Iterator[list[Chunk]]:
+def _prefill_steps(
+    requests: list[Request], known: Sequence[Known], runner: Runner
+) -> Iterator[list[Chunk]]:
     """Prompts one after another into steps of the largest size, cut where a step is full."""
     layout = runner.layout
     chunks: list[Chunk] = []
@@ -122,7 +146,9 @@ def _prefill_steps(requests: list[Request], known: Sequence[Known], runner: Runn
 
 def _prefill(runner: Runner, chunks: list[Chunk], logits: list[list[Tensor]]) -> None:
     layout, upload = runner.layout, runner.platform.upload
-    num_tokens, num_rows = layout.prefill_bucket(sum(chunk.num_tokens for chunk in chunks), len(chunks))
+    num_tokens, num_rows = layout.prefill_bucket(
+        sum(chunk.num_tokens for chunk in chunks), len(chunks)
+    )
     arrays = prefill_arrays(
         chunks,
         num_tokens=num_tokens,
@@ -140,7 +166,9 @@ def _prefill(runner: Runner, chunks: list[Chunk], logits: list[list[Tensor]]) ->
     )
     token_T = upload(arrays.token_T, torch.int64)
     hidden = runner.steps.prefill(token_T, batch)
-    where = [(chunk.request.row, chunk.start + i) for chunk in chunks for i in range(chunk.num_tokens)]
+    where = [
+        (chunk.request.row, chunk.start + i) for chunk in chunks for i in range(chunk.num_tokens)
+    ]
     for start in range(0, len(where), num_rows):
         group = where[start : start + num_rows]
         index = [start + min(i, len(group) - 1) for i in range(num_rows)]
@@ -148,12 +176,18 @@ def _prefill(runner: Runner, chunks: list[Chunk], logits: list[list[Tensor]]) ->
         for (row, pos), logits_V in zip(group, logits_RV):
             logits[row][pos] = logits_V
     # of the last tokens as a step gives them when nobody asks for the others; it writes the same keys and values once more
-    last_RV = runner.steps.prefill_logits(token_T, batch, upload(arrays.last_R, torch.int64)).float().cpu()
+    last_RV = (
+        runner.steps.prefill_logits(token_T, batch, upload(arrays.last_R, torch.int64))
+        .float()
+        .cpu()
+    )
     for chunk, logits_V in zip(chunks, last_RV):
         logits[chunk.request.row][chunk.start + chunk.num_tokens - 1] = logits_V
 
 
-def _decode(runner: Runner, known: Sequence[Known], rows: list[int], pos: int, logits: list[list[Tensor]]) -> None:
+def _decode(
+    runner: Runner, known: Sequence[Known], rows: list[int], pos: int, logits: list[list[Tensor]]
+) -> None:
     """One decode step that feeds each of `rows` its token at `pos`."""
     state, upload = runner.state, runner.platform.upload
     row_idx_R = upload(rows, torch.int64)

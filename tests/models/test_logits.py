@@ -12,7 +12,14 @@ import torch
 
 from nanovllm.models.dense import Layer
 from tests.conftest import save_tiny
-from tests.models.harness import Known, engine_logits, load, max_difference, sequences, transformers_logits
+from tests.models.harness import (
+    Known,
+    engine_logits,
+    load,
+    max_difference,
+    sequences,
+    transformers_logits,
+)
 
 TOLERANCE = 1e-4
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
@@ -42,7 +49,13 @@ def rope_fields(rope: str, head_dim: int) -> dict[str, Any]:
         "yarn": {"rope_type": "yarn", "factor": 4.0, **original},
         "longrope_short": longrope,
         "longrope_long": longrope,
-        "llama3": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, **original},
+        "llama3": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            **original,
+        },
     }
     return {"rope_theta": 5000.0, **fields[rope]}
 
@@ -54,7 +67,9 @@ class Case:
     heads: tuple[int, int]  # query heads, key-value heads
     head_dim: int
     tied: bool
-    old_spelling: bool = False  # `rope_theta` and `rope_scaling` instead of `rope_parameters` in config.json
+    old_spelling: bool = (
+        False  # `rope_theta` and `rope_scaling` instead of `rope_parameters` in config.json
+    )
     changes: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -80,7 +95,9 @@ class Case:
         return folder
 
     def sequences(self) -> list[Known]:
-        lengths = {"longrope_short": SHORT_LENGTHS, "longrope_long": LONG_LENGTHS}.get(self.rope, LENGTHS)
+        lengths = {"longrope_short": SHORT_LENGTHS, "longrope_long": LONG_LENGTHS}.get(
+            self.rope, LENGTHS
+        )
         return sequences(VOCAB_SIZE, *lengths)
 
     @property
@@ -123,20 +140,37 @@ CASES = (
     Case("mistral", "yarn", (4, 2), 80, tied=False, changes={"sliding_window": 1}),
     Case("mistral", "longrope_short", (7, 1), 64, tied=True, old_spelling=True, changes=WINDOW),
     Case("mistral", "longrope_long", (4, 2), 32, tied=False, changes=WINDOW),
-    Case("mistral", "llama3", (2, 2), 128, tied=True, old_spelling=True, changes={"sliding_window": 99}),
+    Case(
+        "mistral",
+        "llama3",
+        (2, 2),
+        128,
+        tied=True,
+        old_spelling=True,
+        changes={"sliding_window": 99},
+    ),
     Case("qwen2", "default", (14, 2), 64, tied=True),
     Case("qwen2", "linear", (2, 2), 128, tied=False, old_spelling=True, changes=UPPER_WINDOWS),
     Case("qwen2", "dynamic", (4, 2), 32, tied=True, changes=MIXED_WINDOWS),
     Case("qwen2", "yarn", (4, 4), 64, tied=False, old_spelling=True),
     Case("qwen2", "longrope_short", (4, 2), 80, tied=False, changes=UPPER_WINDOWS),
-    Case("qwen2", "longrope_long", (7, 1), 128, tied=True, old_spelling=True, changes=MIXED_WINDOWS),
+    Case(
+        "qwen2", "longrope_long", (7, 1), 128, tied=True, old_spelling=True, changes=MIXED_WINDOWS
+    ),
     Case("qwen2", "llama3", (4, 4), 32, tied=False),
     Case("qwen3", "default", (4, 2), 128, tied=True, old_spelling=True),
     Case("qwen3", "linear", (4, 4), 80, tied=False, changes={"attention_bias": True}),
     Case("qwen3", "dynamic", (14, 2), 32, tied=False, old_spelling=True, changes=UPPER_WINDOWS),
     Case("qwen3", "yarn", (7, 1), 64, tied=True, changes=MIXED_WINDOWS),
     Case("qwen3", "longrope_short", (4, 4), 128, tied=True, old_spelling=True),
-    Case("qwen3", "longrope_long", (4, 2), 64, tied=False, changes={"attention_bias": True, **UPPER_WINDOWS}),
+    Case(
+        "qwen3",
+        "longrope_long",
+        (4, 2),
+        64,
+        tied=False,
+        changes={"attention_bias": True, **UPPER_WINDOWS},
+    ),
     Case("qwen3", "llama3", (7, 1), 32, tied=True, old_spelling=True),
 )
 
@@ -159,7 +193,10 @@ def test_cases_cover_every_pair_that_matters() -> None:
 def test_eager_logits_are_those_of_transformers(case: Case, device: str, tmp_path: Path) -> None:
     folder, known = case.save(tmp_path), case.sequences()
     runner = load(folder, device, enforce_eager=True, max_model_len=case.max_model_len)
-    assert max_difference(engine_logits(runner, known), transformers_logits(folder, known, device)) <= TOLERANCE
+    assert (
+        max_difference(engine_logits(runner, known), transformers_logits(folder, known, device))
+        <= TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -169,17 +206,33 @@ def test_padding_changes_no_logits(architecture: str, device: str, tmp_path: Pat
     folder, known = case.save(tmp_path), case.sequences()
     sizes = {"max_num_batched_tokens": 48, "kvcache_block_size": 32, "pad_batches": False}
     runner = load(folder, device, enforce_eager=True, **sizes)
-    assert max_difference(engine_logits(runner, known), transformers_logits(folder, known, device)) <= TOLERANCE
+    assert (
+        max_difference(engine_logits(runner, known), transformers_logits(folder, known, device))
+        <= TOLERANCE
+    )
 
 
 # One engine each: what a layer's program can differ in, once per architecture.
 GRAPH_CASES = (
-    Case("llama", "llama3", (4, 2), 64, tied=True, changes={"num_hidden_layers": 2, **BIASED_LLAMA}),
+    Case(
+        "llama", "llama3", (4, 2), 64, tied=True, changes={"num_hidden_layers": 2, **BIASED_LLAMA}
+    ),
     Case("mistral", "default", (7, 1), 80, tied=False, changes={"num_hidden_layers": 2, **WINDOW}),
     Case("qwen2", "yarn", (4, 2), 32, tied=True, changes=UPPER_WINDOWS),
-    Case("qwen3", "default", (4, 4), 128, tied=False, changes={"num_hidden_layers": 2, "attention_bias": True}),
+    Case(
+        "qwen3",
+        "default",
+        (4, 4),
+        128,
+        tied=False,
+        changes={"num_hidden_layers": 2, "attention_bias": True},
+    ),
 )
-GRAPH_SIZES: dict[str, Any] = {"max_num_seqs": 2, "graph_batch_sizes": [2], "max_num_batched_tokens": 64}
+GRAPH_SIZES: dict[str, Any] = {
+    "max_num_seqs": 2,
+    "graph_batch_sizes": [2],
+    "max_num_batched_tokens": 64,
+}
 
 
 @pytest.mark.parametrize("case", GRAPH_CASES, ids=str)
@@ -191,16 +244,23 @@ def test_graph_logits_are_those_of_transformers(case: Case, device: str, tmp_pat
     assert runner.compiler.num_compiled + runner.compiler.num_loaded >= 6
     for lengths in (((1, 6), (99, 102)), ((19, 24), (32, 33))):
         known = sequences(VOCAB_SIZE, *lengths)
-        assert max_difference(engine_logits(runner, known), transformers_logits(folder, known, device)) <= TOLERANCE
+        assert (
+            max_difference(engine_logits(runner, known), transformers_logits(folder, known, device))
+            <= TOLERANCE
+        )
 
 
 # What must not go unnoticed ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3"])
-def test_one_changed_number_in_any_weight_shows(architecture: str, device: str, tmp_path: Path) -> None:
+def test_one_changed_number_in_any_weight_shows(
+    architecture: str, device: str, tmp_path: Path
+) -> None:
     changes = BIASED_LLAMA if architecture == "llama" else {"attention_bias": True}
-    case = Case(architecture, "default", (4, 2), 32, tied=False, changes={"num_hidden_layers": 2, **changes})
+    case = Case(
+        architecture, "default", (4, 2), 32, tied=False, changes={"num_hidden_layers": 2, **changes}
+    )
     folder, known = case.save(tmp_path), sequences(VOCAB_SIZE, (19, 24))
     runner = load(folder, device, enforce_eager=True)
     expected = transformers_logits(folder, known, device)

@@ -28,7 +28,9 @@ SIZES = {
 
 
 def described(model_type: str, **changes: Any) -> ModelConfig:
-    return BY_TYPE[model_type].config(AutoConfig.for_model(model_type, **{**SIZES, **changes}), dtype=torch.bfloat16)
+    return BY_TYPE[model_type].config(
+        AutoConfig.for_model(model_type, **{**SIZES, **changes}), dtype=torch.bfloat16
+    )
 
 
 @pytest.mark.parametrize(("name", "model"), registry.ARCHITECTURES.items())
@@ -64,17 +66,24 @@ def test_model_files_have_one_form(model: ModuleType) -> None:
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("model_type", BY_TYPE)
-def test_declared_parameters_are_those_of_transformers(model_type: str, tied: bool, biased: bool) -> None:
+def test_declared_parameters_are_those_of_transformers(
+    model_type: str, tied: bool, biased: bool
+) -> None:
     model = BY_TYPE[model_type]
     changes = {"tie_word_embeddings": tied, "attention_bias": biased, "mlp_bias": biased}
     if model_type in ("mistral", "qwen2"):
         changes = {"tie_word_embeddings": tied}  # their biases are not a matter of the config
     cfg = described(model_type, **changes)
     with torch.device("meta"):
-        reference = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**SIZES, **changes}))
+        reference = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(model_type, **{**SIZES, **changes})
+        )
     expected = {name: tuple(parameter.shape) for name, parameter in reference.named_parameters()}
     declared: dict[str, tuple[int, ...]] = {}
-    for params in [model.outer_params(cfg), *(model.layer_params(cfg, i) for i in range(cfg.num_layers))]:
+    for params in [
+        model.outer_params(cfg),
+        *(model.layer_params(cfg, i) for i in range(cfg.num_layers)),
+    ]:
         for param in params.values():
             assert sum(param.parts) == param.shape[0]
             for source, part in zip(param.sources, param.parts, strict=True):
@@ -97,8 +106,16 @@ def test_sizes_come_from_the_config() -> None:
 @pytest.mark.parametrize("model_type", BY_TYPE)
 def test_weight_bytes_count_every_matrix_that_a_step_reads(model_type: str, tied: bool) -> None:
     cfg = described(model_type, tie_word_embeddings=tied)
-    params = [BY_TYPE[model_type].outer_params(cfg), *(BY_TYPE[model_type].layer_params(cfg, i) for i in range(3))]
-    shapes = {name: param.shape for group in params for name, param in group.items() if len(param.shape) == 2}
+    params = [
+        BY_TYPE[model_type].outer_params(cfg),
+        *(BY_TYPE[model_type].layer_params(cfg, i) for i in range(3)),
+    ]
+    shapes = {
+        name: param.shape
+        for group in params
+        for name, param in group.items()
+        if len(param.shape) == 2
+    }
     num_layers_of = {name: 1 if name in ("embed_VD", "head_VD") else 3 for name in shapes}
     total = sum(shape[0] * shape[1] * num_layers_of[name] for name, shape in shapes.items())
     if not tied:
@@ -152,11 +169,23 @@ def test_llama_has_no_windows() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported by .*ForCausalLM: only 'silu' is"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantized checkpoints are not supported: .*awq"),
-        ({"head_dim": 264}, "head_dim 264 is not supported: it must be a multiple of 8, at most 256"),
+        (
+            {"hidden_act": "gelu"},
+            "hidden_act 'gelu' is not supported by .*ForCausalLM: only 'silu' is",
+        ),
+        (
+            {"quantization_config": {"quant_method": "awq"}},
+            "quantized checkpoints are not supported: .*awq",
+        ),
+        (
+            {"head_dim": 264},
+            "head_dim 264 is not supported: it must be a multiple of 8, at most 256",
+        ),
         ({"head_dim": 20}, "head_dim 20 is not supported"),
-        ({"num_key_value_heads": 3}, "num_attention_heads 14 is no multiple of num_key_value_heads 3"),
+        (
+            {"num_key_value_heads": 3},
+            "num_attention_heads 14 is no multiple of num_key_value_heads 3",
+        ),
     ],
 )
 def test_what_is_not_supported_is_refused_with_its_value(

@@ -25,7 +25,13 @@ def longrope(head_dim: int, **more: Any) -> dict[str, Any]:
 
 
 def parameters(name: str, head_dim: int) -> dict[str, Any]:
-    llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, **ORIGINAL}
+    llama3 = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        **ORIGINAL,
+    }
     yarn = {"rope_type": "yarn", "factor": 4.0, **ORIGINAL}
     return {
         "default": {"rope_type": "default"},
@@ -57,8 +63,12 @@ NAMES = (
 )
 
 
-def hf_config(rope: dict[str, Any], head_dim: int, theta: float = 10000.0, **more: Any) -> LlamaConfig:
-    return LlamaConfig(**SIZES, head_dim=head_dim, rope_parameters={"rope_theta": theta, **rope}, **more)
+def hf_config(
+    rope: dict[str, Any], head_dim: int, theta: float = 10000.0, **more: Any
+) -> LlamaConfig:
+    return LlamaConfig(
+        **SIZES, head_dim=head_dim, rope_parameters={"rope_theta": theta, **rope}, **more
+    )
 
 
 def module_at(config: LlamaConfig, num_positions: int) -> tuple[LlamaRotaryEmbedding, torch.Tensor]:
@@ -76,7 +86,9 @@ def test_every_supported_type_is_among_the_cases() -> None:
 @pytest.mark.parametrize("max_model_len", [63, 64, 65, MAX_POSITION])
 @pytest.mark.parametrize("head_dim", [32, 80, 128])
 @pytest.mark.parametrize("name", NAMES)
-def test_frequencies_and_table_are_those_of_transformers(name: str, head_dim: int, max_model_len: int) -> None:
+def test_frequencies_and_table_are_those_of_transformers(
+    name: str, head_dim: int, max_model_len: int
+) -> None:
     rope = parameters(name, head_dim)
     theta = 500000.0 if head_dim == 128 else 10000.0
     inv_freq, scale = rotary_frequencies(hf_config(rope, head_dim, theta), head_dim, max_model_len)
@@ -103,54 +115,89 @@ def test_dynamic_beyond_the_trained_length_is_that_of_the_longest_sequence(head_
     inv_freq, _ = rotary_frequencies(hf_config(rope, head_dim), head_dim, 1000)
     module, _ = module_at(hf_config(rope, head_dim), 1000)
     torch.testing.assert_close(torch.tensor(inv_freq), module.inv_freq, rtol=1e-6, atol=0)
-    unscaled, _ = rotary_frequencies(hf_config(parameters("default", head_dim), head_dim), head_dim, 1000)
+    unscaled, _ = rotary_frequencies(
+        hf_config(parameters("default", head_dim), head_dim), head_dim, 1000
+    )
     assert inv_freq[-1] < unscaled[-1]
 
 
 def test_longrope_has_a_side_for_each_length() -> None:
     hf = hf_config(parameters("longrope", 32), 32)
-    short, at_limit, beyond = (rotary_frequencies(hf, 32, max_model_len)[0] for max_model_len in (1, 64, 65))
+    short, at_limit, beyond = (
+        rotary_frequencies(hf, 32, max_model_len)[0] for max_model_len in (1, 64, 65)
+    )
     assert short == at_limit
     assert beyond[0] == pytest.approx(at_limit[0] / 3.0)
 
 
 def test_without_a_length_the_checkpoint_s_own_decides() -> None:
     hf = hf_config(parameters("longrope", 32), 32)
-    assert llama.config(hf, dtype=torch.float32).inv_freq == rotary_frequencies(hf, 32, MAX_POSITION)[0]
-    assert llama.config(hf, dtype=torch.float32, max_model_len=64).inv_freq == rotary_frequencies(hf, 32, 64)[0]
+    assert (
+        llama.config(hf, dtype=torch.float32).inv_freq
+        == rotary_frequencies(hf, 32, MAX_POSITION)[0]
+    )
+    assert (
+        llama.config(hf, dtype=torch.float32, max_model_len=64).inv_freq
+        == rotary_frequencies(hf, 32, 64)[0]
+    )
 
 
 @pytest.mark.parametrize("type_key", ["rope_type", "type"])
 @pytest.mark.parametrize("name", NAMES)
 def test_both_spellings_mean_the_same(name: str, type_key: str) -> None:
     rope = parameters(name, 32)
-    scaling = {type_key: rope["rope_type"], **{key: value for key, value in rope.items() if key != "rope_type"}}
-    old = LlamaConfig(**SIZES, head_dim=32, rope_theta=5000.0, rope_scaling=None if name == "default" else scaling)
-    assert rotary_frequencies(old, 32, 65) == rotary_frequencies(hf_config(rope, 32, 5000.0), 32, 65)
+    scaling = {
+        type_key: rope["rope_type"],
+        **{key: value for key, value in rope.items() if key != "rope_type"},
+    }
+    old = LlamaConfig(
+        **SIZES, head_dim=32, rope_theta=5000.0, rope_scaling=None if name == "default" else scaling
+    )
+    assert rotary_frequencies(old, 32, 65) == rotary_frequencies(
+        hf_config(rope, 32, 5000.0), 32, 65
+    )
 
 
 def test_original_length_may_stand_outside_the_rope_parameters() -> None:
-    rope = {key: value for key, value in parameters("longrope_no_factor", 32).items() if key not in ORIGINAL}
-    outside, inside = hf_config(rope, 32, **ORIGINAL), hf_config(parameters("longrope_no_factor", 32), 32)
+    rope = {
+        key: value
+        for key, value in parameters("longrope_no_factor", 32).items()
+        if key not in ORIGINAL
+    }
+    outside, inside = (
+        hf_config(rope, 32, **ORIGINAL),
+        hf_config(parameters("longrope_no_factor", 32), 32),
+    )
     assert rotary_frequencies(outside, 32, 65) == rotary_frequencies(inside, 32, 65)
 
 
 def test_unknown_types_are_refused_by_name() -> None:
     hf = hf_config({"rope_type": "proportional", "partial_rotary_factor": 0.5}, 32)
-    with pytest.raises(ValueError, match=r"rope type 'proportional' is not supported: use one of default, linear"):
+    with pytest.raises(
+        ValueError, match=r"rope type 'proportional' is not supported: use one of default, linear"
+    ):
         rotary_frequencies(hf, 32, 64)
 
 
 def test_partial_rotation_is_refused() -> None:
     with pytest.raises(ValueError, match=r"partial_rotary_factor 0\.5 is not supported"):
-        rotary_frequencies(hf_config({"rope_type": "default", "partial_rotary_factor": 0.5}, 32), 32, 64)
-    assert rotary_frequencies(hf_config({"rope_type": "default", "partial_rotary_factor": 1.0}, 32), 32, 64)[1] == 1.0
+        rotary_frequencies(
+            hf_config({"rope_type": "default", "partial_rotary_factor": 0.5}, 32), 32, 64
+        )
+    assert (
+        rotary_frequencies(
+            hf_config({"rope_type": "default", "partial_rotary_factor": 1.0}, 32), 32, 64
+        )[1]
+        == 1.0
+    )
 
 
 @pytest.mark.parametrize("name", ["default", "yarn", "longrope"])
 def test_rotated_heads_are_those_of_transformers(name: str, device: str) -> None:
     head_dim, pos_T = 80, torch.tensor([0, 5, 98, 64, 1])
-    inv_freq, scale = rotary_frequencies(hf_config(parameters(name, head_dim), head_dim), head_dim, 99)
+    inv_freq, scale = rotary_frequencies(
+        hf_config(parameters(name, head_dim), head_dim), head_dim, 99
+    )
     table_MH = rotary_table(inv_freq, scale, 99, torch.device(device))
     x_TNH = torch.randn(5, 3, head_dim, generator=torch.Generator().manual_seed(0))
     module, _ = module_at(hf_config(parameters(name, head_dim), head_dim), 99)

@@ -43,7 +43,9 @@ class Attributes:
 
 
 def _same(*tensors: Tensor) -> None:
-    assert len({tensor.dtype for tensor in tensors}) == 1, f"dtypes differ: {[tensor.dtype for tensor in tensors]}"
+    assert len({tensor.dtype for tensor in tensors}) == 1, (
+        f"dtypes differ: {[tensor.dtype for tensor in tensors]}"
+    )
 
 
 def _binary(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
@@ -62,7 +64,9 @@ def _matmul(a: Attributes, x1: Tensor, x2: Tensor, bias: Tensor | None = None) -
     return (product if bias is None else product + bias.float()).to(x1.dtype)
 
 
-def _matmul_v2(a: Attributes, x1: Tensor, x2: Tensor, bias: Tensor | None, offset_w: Tensor | None) -> Tensor:
+def _matmul_v2(
+    a: Attributes, x1: Tensor, x2: Tensor, bias: Tensor | None, offset_w: Tensor | None
+) -> Tensor:
     assert offset_w is None and a["offset_x"] == 0, "only products without quantisation"
     return _matmul(a, x1, x2, bias)
 
@@ -76,8 +80,12 @@ def _gather(a: Attributes, x: Tensor, indices: Tensor, axis: Tensor) -> Tensor:
     return rows.reshape(*x.shape[:dim], *indices.shape, *x.shape[dim + 1 :])
 
 
-def _strided_slice(a: Attributes, x: Tensor, begin: Tensor, end: Tensor, axes: Tensor, strides: Tensor) -> Tensor:
-    assert not any(a[f"{name}_mask"] for name in ("begin", "end", "ellipsis", "new_axis", "shrink_axis"))
+def _strided_slice(
+    a: Attributes, x: Tensor, begin: Tensor, end: Tensor, axes: Tensor, strides: Tensor
+) -> Tensor:
+    assert not any(
+        a[f"{name}_mask"] for name in ("begin", "end", "ellipsis", "new_axis", "shrink_axis")
+    )
     index = [slice(None)] * x.dim()
     bounds = (tensor.reshape(-1).tolist() for tensor in (begin, end, axes, strides))
     for first, last, axis, stride in zip(*bounds, strict=True):
@@ -109,8 +117,18 @@ def _scatter_elements(a: Attributes, data: Tensor, indices: Tensor, updates: Ten
 
 def _attention(a: Attributes, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
     named = dict(zip(ATTENTION_INPUTS, inputs, strict=True))
-    used = {"query", "key0", "value0", "atten_mask", "actual_seq_lengths", "actual_seq_lengths_kv", "block_table"}
-    assert all(tensor is None for name, tensor in named.items() if name not in used), "an input that is not modelled"
+    used = {
+        "query",
+        "key0",
+        "value0",
+        "atten_mask",
+        "actual_seq_lengths",
+        "actual_seq_lengths_kv",
+        "block_table",
+    }
+    assert all(tensor is None for name, tensor in named.items() if name not in used), (
+        "an input that is not modelled"
+    )
     lengths = {}
     for name in ("actual_seq_lengths", "actual_seq_lengths_kv"):
         tensor = named[name]
@@ -124,7 +142,14 @@ def _attention(a: Attributes, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
     return out, torch.empty(0)
 
 
-ATTENTION_SETTINGS = ("num_heads", "num_key_value_heads", "scale", "input_layout", "sparse_mode", "block_size")
+ATTENTION_SETTINGS = (
+    "num_heads",
+    "num_key_value_heads",
+    "scale",
+    "input_layout",
+    "sparse_mode",
+    "block_size",
+)
 ATTENTION_INPUTS = (
     "query", "key0", "value0", "pse_shift", "atten_mask", "actual_seq_lengths", "actual_seq_lengths_kv", "dequant_scale1",
     "quant_scale1", "dequant_scale2", "quant_scale2", "quant_offset2", "antiquant_scale", "antiquant_offset", "block_table",
@@ -140,8 +165,14 @@ OPS: dict[str, Callable[..., Any]] = {
     "ArgMaxV2": lambda a, x, dimension: x.argmax(int(dimension)).to(GE_DTYPES[a["dtype"]]),
     "BitwiseAnd": _binary(torch.bitwise_and),
     "Cast": lambda a, x: x.to(GE_DTYPES[a["dst_type"]]),
-    "ClipByValueV2": lambda a, x, low, high: (_same(x, low, high), torch.minimum(torch.maximum(x, low), high))[1],
-    "ConcatV2": lambda a, *inputs: (_same(*inputs[:-1]), torch.cat(inputs[:-1], dim=int(inputs[-1])))[1],
+    "ClipByValueV2": lambda a, x, low, high: (
+        _same(x, low, high),
+        torch.minimum(torch.maximum(x, low), high),
+    )[1],
+    "ConcatV2": lambda a, *inputs: (
+        _same(*inputs[:-1]),
+        torch.cat(inputs[:-1], dim=int(inputs[-1])),
+    )[1],
     "Equal": _binary(torch.eq),
     "Fill": lambda a, dims, value: value.expand(dims.tolist()).clone(),
     "FloorDiv": _binary(torch.floor_divide),
@@ -157,14 +188,21 @@ OPS: dict[str, Callable[..., Any]] = {
     "Neg": lambda a, x: -x,
     "NotEqual": _binary(torch.ne),
     "Pack": lambda a, *inputs: (_same(*inputs), torch.stack(inputs, dim=a["axis"]))[1],
-    "Range": lambda a, start, limit, delta: torch.arange(start.item(), limit.item(), delta.item(), dtype=limit.dtype),
+    "Range": lambda a, start, limit, delta: torch.arange(
+        start.item(), limit.item(), delta.item(), dtype=limit.dtype
+    ),
     "RealDiv": _binary(torch.true_divide),
     "Reshape": lambda a, x, shape: x.reshape(shape.tolist()),
     "RmsNorm": lambda a, x, gamma: semantics.rms_norm(x, gamma, a["epsilon"]),
     "RotaryMul": lambda a, x, r1, r2: semantics.rotary_mul(x, r1, r2),
     "ScatterElements": _scatter_elements,
-    "ScatterNdUpdate": lambda a, var, indices, updates: semantics.scatter_nd_update(var, indices, updates),
-    "SelectV2": lambda a, condition, then, other: (_same(then, other), torch.where(condition, then, other))[1],
+    "ScatterNdUpdate": lambda a, var, indices, updates: semantics.scatter_nd_update(
+        var, indices, updates
+    ),
+    "SelectV2": lambda a, condition, then, other: (
+        _same(then, other),
+        torch.where(condition, then, other),
+    )[1],
     "Shape": lambda a, x: torch.tensor(x.shape, dtype=GE_DTYPES[a["dtype"]]),
     "SplitV": _split,
     "Squeeze": lambda a, x: x.squeeze(a["axis"]) if a["axis"] else x.squeeze(),
@@ -203,7 +241,9 @@ def run(graph: Any, inputs: Sequence[Tensor], observe: Observer | None = None) -
     """
     values: dict[str, Tensor] = {}
     for op in graph.op:
-        names = [name for name in op.input if not name.endswith(":-1")]  # :-1 is an edge of order, not of data
+        names = [
+            name for name in op.input if not name.endswith(":-1")
+        ]  # :-1 is an edge of order, not of data
         if op.type == "Data":
             values[f"{op.name}:0"] = inputs[op.attr["index"].i]
         elif op.type == "Const":

@@ -55,7 +55,11 @@ def install(host: Host, monkeypatch: Any) -> None:
     def update_end(stream: Any) -> None:
         host.recording = host.replacing = None
 
-    for name, function in (("capture_begin", capture_begin), ("capture_end", capture_end), ("replay", replay)):
+    for name, function in (
+        ("capture_begin", capture_begin),
+        ("capture_end", capture_end),
+        ("replay", replay),
+    ):
         monkeypatch.setattr(graphs.NPUGraph, name, function)
     monkeypatch.setattr(graphs, "graph_task_group_begin", group_begin)
     monkeypatch.setattr(graphs, "graph_task_group_end", group_end)

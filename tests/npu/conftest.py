@@ -11,7 +11,7 @@ import torch
 
 if "NANOVLLM_CANN_STUB" in os.environ:
     from nanovllm import LLM, SamplingParams
-    from nanovllm.kernels import cpu_kernels
+    from nanovllm.kernels.cpu import kernels as cpu_kernels
     from nanovllm.platforms.npu import load_torch_npu
     from tests.npu import capture
     from tests.npu.ge import Ge
@@ -76,7 +76,9 @@ def cpu_answers() -> Callable[..., list[list[int]]]:
     """The same questions on the CPU, in bf16 as on an NPU; by the plain meaning of our ops, not by kernels of ours."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            cpu_kernels, "available", lambda *args, **kwargs: (False, "the tests of the NPU compare with plain torch")
+            cpu_kernels,
+            "available",
+            lambda *args, **kwargs: (False, "the tests of the NPU compare with plain torch"),
         )
         llm = LLM("tiny-qwen3", device="cpu", dtype="bfloat16", enforce_eager=True, **SIZES)
     return lambda **params: answers(llm, **params)

@@ -21,8 +21,12 @@ class Graph:
     proto: Any
     options: dict[str, str]
     num_runs: int = 0
-    dtypes: list[tuple[Any, dict[str, torch.dtype]]] = field(default_factory=list)  # each op's inputs by name
-    written: dict[int, int] = field(default_factory=dict)  # output → the input whose memory it is written to
+    dtypes: list[tuple[Any, dict[str, torch.dtype]]] = field(
+        default_factory=list
+    )  # each op's inputs by name
+    written: dict[int, int] = field(
+        default_factory=dict
+    )  # output → the input whose memory it is written to
 
     def count(self, op_type: str) -> int:
         return sum(op.type == op_type for op in self.proto.op)
@@ -52,7 +56,9 @@ class Ge:
         def compile_(graph: Any) -> None:
             ge.graphs.append(graph._nanovllm)
 
-        def run(graph: Any, inputs: list[Tensor], assigned_outputs: Any = (), stream: Any = None) -> list[Tensor]:
+        def run(
+            graph: Any, inputs: list[Tensor], assigned_outputs: Any = (), stream: Any = None
+        ) -> list[Tensor]:
             with _disable_current_modes(), torch.no_grad():
                 return _run(graph._nanovllm, inputs, list(assigned_outputs or ()))
 
@@ -71,18 +77,28 @@ class Ge:
 def _run(graph: Graph, inputs: list[Tensor], assigned: list[Tensor | None]) -> list[Tensor]:
     def observe(op: Any, arguments: Sequence[Tensor | None]) -> None:
         named = zip((desc.name for desc in op.input_desc), arguments, strict=True)
-        graph.dtypes.append((op, {name: tensor.dtype for name, tensor in named if tensor is not None}))
+        graph.dtypes.append(
+            (op, {name: tensor.dtype for name, tensor in named if tensor is not None})
+        )
 
     hosts = [host_view(tensor) if tensor.device.type == "npu" else tensor for tensor in inputs]
     results = ascend_ir.run(graph.proto, hosts, observe if graph.num_runs == 0 else None)
     graph.num_runs += 1
     assigned += [None] * (len(results) - len(assigned))
     positions = {id(tensor): index for index, tensor in enumerate(inputs)}
-    graph.written = {output: positions[id(target)] for output, target in enumerate(assigned) if target is not None}
+    graph.written = {
+        output: positions[id(target)]
+        for output, target in enumerate(assigned)
+        if target is not None
+    }
     device = next(tensor.device for tensor in inputs if tensor.device.type == "npu")
     outputs = []
     for result, target in zip(results, assigned, strict=True):
-        out = torch.empty(result.shape, dtype=result.dtype, device=device) if target is None else target
+        out = (
+            torch.empty(result.shape, dtype=result.dtype, device=device)
+            if target is None
+            else target
+        )
         outputs.append(out)
         host_view(out).copy_(result)
     return outputs

@@ -35,7 +35,13 @@ def host_view(tensor: Tensor) -> Tensor:
 
 
 def _attention(
-    query: Tensor, key: Tensor, value: Tensor, *, workspace: object = None, out: Any = None, **options: Any
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    workspace: object = None,
+    out: Any = None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     attended = semantics.fused_infer_attention_score(query, key, value, **options)
     if out is not None:
@@ -52,7 +58,10 @@ NPU_OPS: dict[str, Callable[..., Any]] = {
     "npu::npu_scatter_nd_update_": semantics.scatter_nd_update,
     "npu::npu_fused_infer_attention_score": _attention,
 }
-COPIES_OR_VIEWS = ("aten::to", "aten::contiguous")  # the schema says view, but only where there is nothing to do
+COPIES_OR_VIEWS = (
+    "aten::to",
+    "aten::contiguous",
+)  # the schema says view, but only where there is nothing to do
 TRACING = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
 # what torch_npu does itself: memory, and sizes of results
 NATIVE = (
@@ -69,13 +78,19 @@ NATIVE = (
 
 
 def _is_npu(value: object) -> bool:
-    return isinstance(value, Tensor) and not isinstance(value, FakeTensor) and value.device.type == "npu"
+    return (
+        isinstance(value, Tensor)
+        and not isinstance(value, FakeTensor)
+        and value.device.type == "npu"
+    )
 
 
 class Host(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
-        self.recording: list[list[Step]] | None = None  # groups of steps, the last of which grows; see capture.py
+        self.recording: list[list[Step]] | None = (
+            None  # groups of steps, the last of which grows; see capture.py
+        )
         self.replacing: int | None = None  # the group that grows instead
         self.seen: set[str] = set()  # npu ops and aten ops that ran eagerly
         self._kernels: set[str] = set()
@@ -123,7 +138,9 @@ class Host(TorchDispatchMode):
             kwargs["device"] = torch.device("cpu")
         host_args, host_kwargs = tree_map(self._to_host, (args, kwargs))
         function = NPU_OPS.get(name, func)
-        assert function is not func or func.namespace != "npu", f"{name} has no meaning in tests/npu/semantics.py"
+        assert function is not func or func.namespace != "npu", (
+            f"{name} has no meaning in tests/npu/semantics.py"
+        )
         with _disable_current_modes():
             results = function(*host_args, **host_kwargs)
             written: list[tuple[Tensor, int]] = []
@@ -131,7 +148,9 @@ class Host(TorchDispatchMode):
                 out = args[0] if "out" not in kwargs else kwargs["out"]
             else:
                 flat = results if isinstance(results, (tuple, list)) else (results,)
-                made = [self._to_device(value, device, written, idx) for idx, value in enumerate(flat)]
+                made = [
+                    self._to_device(value, device, written, idx) for idx, value in enumerate(flat)
+                ]
                 out = type(results)(made) if isinstance(results, (tuple, list)) else made[0]
         if self.recording is not None:
             group = self.recording[-1 if self.replacing is None else self.replacing]
@@ -144,7 +163,9 @@ class Host(TorchDispatchMode):
             return self._generators.setdefault(id(value), made)
         return host_view(value) if _is_npu(value) else value
 
-    def _to_device(self, value: Any, device: torch.device, written: list[tuple[Tensor, int]], idx: int) -> Any:
+    def _to_device(
+        self, value: Any, device: torch.device, written: list[tuple[Tensor, int]], idx: int
+    ) -> Any:
         if not isinstance(value, Tensor) or device.type != "npu":
             return value
         made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)

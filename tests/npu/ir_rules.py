@@ -59,5 +59,7 @@ def violations(op_type: str, dtypes: dict[str, torch.dtype]) -> list[str]:
         if allowed is not None and dtype not in allowed:
             found.append(f"{op_type}.{name} is {dtype}: {sorted(map(str, allowed))}")
         if letter == "T" and shared.setdefault(letter, dtype) != dtype:
-            found.append(f"{op_type}.{name} is {dtype}, another input of the same type {shared[letter]}")
+            found.append(
+                f"{op_type}.{name} is {dtype}, another input of the same type {shared[letter]}"
+            )
     return found

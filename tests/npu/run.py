@@ -34,8 +34,17 @@ def main(folder: Path, arguments: list[str]) -> None:
     for name in ("site", "lib"):
         if not (folder / name).is_dir():
             raise SystemExit(f"{folder / name} is not there: make test-npu")
-    given = any(not argument.startswith("-") and (ROOT / argument.split("::")[0]).exists() for argument in arguments)
-    command = [sys.executable, "-m", "pytest", *([] if given else [str(ROOT / "tests" / "npu")]), *arguments]
+    given = any(
+        not argument.startswith("-") and (ROOT / argument.split("::")[0]).exists()
+        for argument in arguments
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        *([] if given else [str(ROOT / "tests" / "npu")]),
+        *arguments,
+    ]
     # the dynamic loader reads LD_LIBRARY_PATH when a process starts
     os.execve(sys.executable, command, environment(folder))
 

@@ -23,7 +23,9 @@ def rms_norm(x: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> tuple[Tensor, T
     return (x32 * rstd * gamma.to(torch.float32)).to(x.dtype), rstd
 
 
-def add_rms_norm(x1: Tensor, x2: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> tuple[Tensor, Tensor, Tensor]:
+def add_rms_norm(
+    x1: Tensor, x2: Tensor, gamma: Tensor, epsilon: float = 1e-6
+) -> tuple[Tensor, Tensor, Tensor]:
     """AddRmsNorm: x = x1 + x2, normed as in RmsNorm; (y, rstd, x)."""
     assert x1.shape == x2.shape and x1.dtype == x2.dtype, (x1.shape, x2.shape, x1.dtype, x2.dtype)
     x = x1 + x2
@@ -34,7 +36,10 @@ def add_rms_norm(x1: Tensor, x2: Tensor, gamma: Tensor, epsilon: float = 1e-6) -
 def rotary_mul(x: Tensor, r1: Tensor, r2: Tensor) -> Tensor:
     """RotaryMul, mode half: x · r1 + rotate(x) · r2, where rotate swaps the halves of the last dim, the second negated."""
     assert x.dim() == 4 and r1.shape == r2.shape and x.dtype == r1.dtype == r2.dtype
-    assert all(a in (1, b) for a, b in zip(r1.shape, x.shape)) and r1.shape[-1] == x.shape[-1], (r1.shape, x.shape)
+    assert all(a in (1, b) for a, b in zip(r1.shape, x.shape)) and r1.shape[-1] == x.shape[-1], (
+        r1.shape,
+        x.shape,
+    )
     middle = x.shape[-1] // 2
     rotated = torch.cat((x[..., middle:].neg(), x[..., :middle]), dim=-1)
     return (x.float() * r1.float() + rotated.float() * r2.float()).to(x.dtype)
@@ -49,11 +54,19 @@ def swiglu(x: Tensor, dim: int = -1) -> Tensor:
 def scatter_nd_update(var: Tensor, indices: Tensor, updates: Tensor) -> Tensor:
     """ScatterNdUpdate: var[indices[i]] = updates[i], in place; an index is a prefix of var's coordinates."""
     depth = indices.shape[-1]
-    assert updates.shape == (*indices.shape[:-1], *var.shape[depth:]), (var.shape, indices.shape, updates.shape)
+    assert updates.shape == (*indices.shape[:-1], *var.shape[depth:]), (
+        var.shape,
+        indices.shape,
+        updates.shape,
+    )
     assert updates.dtype == var.dtype, (updates.dtype, var.dtype)
     targets = indices.reshape(-1, depth).tolist()
-    for target, update in zip(targets, updates.reshape(len(targets), *var.shape[depth:]), strict=True):
-        assert all(0 <= i < size for i, size in zip(target, var.shape)), f"index {target} is outside {tuple(var.shape)}"
+    for target, update in zip(
+        targets, updates.reshape(len(targets), *var.shape[depth:]), strict=True
+    ):
+        assert all(0 <= i < size for i, size in zip(target, var.shape)), (
+            f"index {target} is outside {tuple(var.shape)}"
+        )
         var[tuple(target)].copy_(update)
     return var
 
@@ -81,38 +94,56 @@ def fused_infer_attention_score(
     causal from the lower right: of q tokens over s keys, token i sees keys j <= i + s − q. A token that sees nothing gives 0.
     """
     num_key_value_heads = num_key_value_heads or num_heads
-    assert key.dim() == 3 and key.shape == value.shape and key.shape[1] == block_size, (key.shape, block_size)
+    assert key.dim() == 3 and key.shape == value.shape and key.shape[1] == block_size, (
+        key.shape,
+        block_size,
+    )
     assert key.dtype == value.dtype == query.dtype, (query.dtype, key.dtype, value.dtype)
     assert block_table.dtype == torch.int32 and block_table.dim() == 2
     head_dim = key.shape[2] // num_key_value_heads
     group = num_heads // num_key_value_heads
     assert group * num_key_value_heads == num_heads and key.shape[2] % num_key_value_heads == 0
     if input_layout == "BSH":
-        assert sparse_mode == 0 and atten_mask is None and query.shape[1:] == (1, num_heads * head_dim), query.shape
+        assert (
+            sparse_mode == 0 and atten_mask is None and query.shape[1:] == (1, num_heads * head_dim)
+        ), query.shape
         ends = list(range(1, query.shape[0] + 1))
         tokens = query.reshape(-1, num_heads, head_dim)
     else:
-        assert input_layout == "TND" and query.shape[1:] == (num_heads, head_dim), (input_layout, query.shape)
+        assert input_layout == "TND" and query.shape[1:] == (num_heads, head_dim), (
+            input_layout,
+            query.shape,
+        )
         assert block_size % 128 == 0 and sparse_mode == 3 and actual_seq_lengths is not None
         assert atten_mask is not None and atten_mask.shape == (2048, 2048)
         assert torch.equal(atten_mask.bool(), torch.ones(2048, 2048, dtype=torch.bool).triu(1))
         ends, tokens = list(actual_seq_lengths), query
-        assert ends == sorted(ends) and ends[-1] == query.shape[0], f"running token counts {ends} do not end in T"
-    assert len(ends) == len(actual_seq_lengths_kv) == block_table.shape[0], "one length and one row of blocks per row"
+        assert ends == sorted(ends) and ends[-1] == query.shape[0], (
+            f"running token counts {ends} do not end in T"
+        )
+    assert len(ends) == len(actual_seq_lengths_kv) == block_table.shape[0], (
+        "one length and one row of blocks per row"
+    )
     out = torch.zeros_like(tokens)
     start = 0
     for end, kv_len, blocks in zip(ends, actual_seq_lengths_kv, block_table):
-        assert 0 <= kv_len <= blocks.numel() * block_size, f"{kv_len} keys do not fit {blocks.numel()} blocks"
+        assert 0 <= kv_len <= blocks.numel() * block_size, (
+            f"{kv_len} keys do not fit {blocks.numel()} blocks"
+        )
         used = blocks[: -(-kv_len // block_size)].long()
         keys = key[used].reshape(-1, num_key_value_heads, head_dim)[:kv_len].float()
         values = value[used].reshape(-1, num_key_value_heads, head_dim)[:kv_len].float()
-        queries = tokens[start:end].float().reshape(end - start, num_key_value_heads, group, head_dim)
+        queries = (
+            tokens[start:end].float().reshape(end - start, num_key_value_heads, group, head_dim)
+        )
         # the last key that token i may see: all of them for the one token of BSH, and of TND's last token
         last_seen = torch.arange(end - start) + kv_len - (end - start)
         unseen = torch.arange(kv_len) > last_seen[:, None]
         score = torch.einsum("tkgd,skd->tkgs", queries, keys) * scale
         weight = torch.softmax(score.masked_fill(unseen[:, None, None], float("-inf")), dim=-1)
         weight = weight.masked_fill((last_seen < 0)[:, None, None, None], 0.0)
-        out[start:end] = torch.einsum("tkgs,skd->tkgd", weight, values).reshape(end - start, num_heads, head_dim)
+        out[start:end] = torch.einsum("tkgs,skd->tkgd", weight, values).reshape(
+            end - start, num_heads, head_dim
+        )
         start = end
     return out.reshape(query.shape)

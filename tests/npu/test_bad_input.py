@@ -18,10 +18,22 @@ from nanovllm.platforms.npu import CANN_LIBRARIES
     ("options", "match"),
     [
         ({"device": "npu:1"}, r"device 'npu:1' is not there: torch_npu sees 1 NPU\(s\)"),
-        ({"device": "npu:x"}, "device 'npu:x' is not supported: use one of auto, cpu, cuda, npu, mps or cuda:N"),
-        ({"dtype": "float32"}, "float32 is not supported on this npu device: use one of bfloat16, float16"),
-        ({"kvcache_block_size": 64}, "kvcache_block_size is 64: on an NPU it must be a multiple of 128, at most 512"),
-        ({"kvcache_block_size": 640}, "kvcache_block_size is 640: on an NPU it must be a multiple of 128, at most 512"),
+        (
+            {"device": "npu:x"},
+            "device 'npu:x' is not supported: use one of auto, cpu, cuda, npu, mps or cuda:N",
+        ),
+        (
+            {"dtype": "float32"},
+            "float32 is not supported on this npu device: use one of bfloat16, float16",
+        ),
+        (
+            {"kvcache_block_size": 64},
+            "kvcache_block_size is 64: on an NPU it must be a multiple of 128, at most 512",
+        ),
+        (
+            {"kvcache_block_size": 640},
+            "kvcache_block_size is 640: on an NPU it must be a multiple of 128, at most 512",
+        ),
         (
             {"graph_batch_sizes": [16, 65537]},
             "graph_batch_sizes holds 65537: attention on an NPU takes at most 65536 rows",
@@ -30,12 +42,27 @@ from nanovllm.platforms.npu import CANN_LIBRARIES
             {"graph_batch_sizes": range(1, 67), "npu_graph_mode": "aclgraph"},
             "graph_batch_sizes holds 66 sizes: npu_graph_mode='aclgraph' captures at most 64 graphs",
         ),
-        ({"npu_graph_mode": "cuda"}, "npu_graph_mode is 'cuda': it must be one of ascend_ir, aclgraph"),
-        ({"device": "cpu", "npu_graph_mode": "aclgraph"}, "npu_graph_mode is 'aclgraph', but the device is 'cpu'"),
-        ({"npu_graph_mode": "aclgraph", "run_ahead": 1}, "npu_graph_mode='aclgraph' does not go with run_ahead=1"),
-        ({"npu_graph_mode": "aclgraph", "capture": False}, "does not go with run_ahead=None, capture=False"),
+        (
+            {"npu_graph_mode": "cuda"},
+            "npu_graph_mode is 'cuda': it must be one of ascend_ir, aclgraph",
+        ),
+        (
+            {"device": "cpu", "npu_graph_mode": "aclgraph"},
+            "npu_graph_mode is 'aclgraph', but the device is 'cpu'",
+        ),
+        (
+            {"npu_graph_mode": "aclgraph", "run_ahead": 1},
+            "npu_graph_mode='aclgraph' does not go with run_ahead=1",
+        ),
+        (
+            {"npu_graph_mode": "aclgraph", "capture": False},
+            "does not go with run_ahead=None, capture=False",
+        ),
         ({"npu_graph_options": "fast"}, "npu_graph_options is 'fast': it must be a dict"),
-        ({"npu_graph_options": {"ge_config.speed": 1}}, "npu_graph_options names 'ge_config.speed', which torchair's"),
+        (
+            {"npu_graph_options": {"ge_config.speed": 1}},
+            "npu_graph_options names 'ge_config.speed', which torchair's",
+        ),
         ({"npu_graph_options": {"mode": "x"}}, "npu_graph_options names 'mode', which torchair's"),
         (
             {"npu_graph_options": {"experimental_config.tiling_schedule_optimize": "maybe"}},
@@ -57,10 +84,12 @@ def test_without_cann_the_missing_libraries_are_named() -> None:
     """torch_npu is installed and nothing of CANN is: the stub's folder is taken off the loader's path."""
     environment = {name: value for name, value in os.environ.items() if name != "LD_LIBRARY_PATH"}
     script = "from nanovllm import LLM\nLLM('tiny-qwen3', device='npu')"
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
-    assert re.match(r"ValueError: device 'npu' needs CANN, and these of its libraries are not found: ", last), (
-        done.stderr
-    )
+    assert re.match(
+        r"ValueError: device 'npu' needs CANN, and these of its libraries are not found: ", last
+    ), done.stderr
     assert all(name in last for name in CANN_LIBRARIES) and "set_env.sh" in last

@@ -19,8 +19,8 @@ from nanovllm import LLM, EngineConfig
 from nanovllm.compile.lower import torchair
 from nanovllm.compile.program import CompileRequired
 from nanovllm.compile.trace import trace
-from nanovllm.engine import precompile
-from nanovllm.engine.workers import buckets_of
+from nanovllm.startup.compile_farm import builder as precompile
+from nanovllm.startup.compile_farm.workers import buckets_of
 from tests.npu.conftest import SIZES
 from tests.npu.ge import Ge
 
@@ -35,7 +35,12 @@ llm.close()
 folders = sorted({graph.options.get("ge.graph_compiler_cache_dir") for graph in ge.graphs})
 print(json.dumps({"lowered": ge.num_lowered, "graphs": len(ge.graphs), "tokens": tokens, "folders": folders}))
 """
-SMALL: dict[str, Any] = {"max_num_seqs": 2, "num_kvcache_blocks": 5, "max_model_len": 128, "max_num_batched_tokens": 16}
+SMALL: dict[str, Any] = {
+    "max_num_seqs": 2,
+    "num_kvcache_blocks": 5,
+    "max_model_len": 128,
+    "max_num_batched_tokens": 16,
+}
 
 
 def run(command: list[str], **environment: str) -> str:
@@ -62,7 +67,10 @@ def test_a_second_process_lowers_nothing(tmp_path: Path) -> None:
     first = process(tmp_path, **SMALL)
     assert first["lowered"] == first["graphs"] == 4, first  # prefill, head, sample, decode
     # GE keeps its compiled graphs below the store, a folder for each
-    assert first["folders"] == sorted(str(path) for path in (tmp_path / "ge").iterdir()) and len(first["folders"]) == 4
+    assert (
+        first["folders"] == sorted(str(path) for path in (tmp_path / "ge").iterdir())
+        and len(first["folders"]) == 4
+    )
     second = process(tmp_path, **SMALL, compile_cache_mode="require")
     assert second == {**first, "lowered": 0}
 
@@ -83,15 +91,30 @@ def test_what_precompile_leaves_is_all_that_a_start_needs(tmp_path: Path, ge: Ge
             LLM("tiny-qwen3", **{**options, **change}, compile_cache_mode="require")
 
 
-def test_a_start_takes_what_the_script_left(tmp_path: Path, cpu_answers: Callable[..., list[list[int]]]) -> None:
-    named = [f"--{name.replace('_', '-')}={size}" for name, size in SIZES.items() if name != "graph_batch_sizes"]
+def test_a_start_takes_what_the_script_left(
+    tmp_path: Path, cpu_answers: Callable[..., list[list[int]]]
+) -> None:
+    named = [
+        f"--{name.replace('_', '-')}={size}"
+        for name, size in SIZES.items()
+        if name != "graph_batch_sizes"
+    ]
     rows = ["--bs", *map(str, SIZES["graph_batch_sizes"])]
-    command = ["scripts/precompile.py", "--model=tiny-qwen3", "--device=npu", f"--out={tmp_path}", *named, *rows]
+    command = [
+        "scripts/precompile.py",
+        "--model=tiny-qwen3",
+        "--device=npu",
+        f"--out={tmp_path}",
+        *named,
+        *rows,
+    ]
     # prefill, decode of two sizes, head and sampler after a prefill
     assert f"{tmp_path}: 3 buckets, 5 programs compiled, 0 were there" in run(command)
     assert f"{tmp_path}: 3 buckets, 0 programs compiled" in run([*command, "--jobs=2"])
     elsewhere = tmp_path / "not the store"
-    started = process(elsewhere, 40, **SIZES, compile_cache=str(tmp_path), compile_cache_mode="require")
+    started = process(
+        elsewhere, 40, **SIZES, compile_cache=str(tmp_path), compile_cache_mode="require"
+    )
     assert started["lowered"] == 0 and started["tokens"] == cpu_answers()
     assert not elsewhere.exists()
 
@@ -105,17 +128,29 @@ def graph(ge: Ge) -> tuple[GraphModule, list[Tensor]]:
 
 def test_options_reach_ge(graph: tuple[GraphModule, list[Tensor]]) -> None:
     option = "experimental_config.tiling_schedule_optimize"
-    settings = [torchair.Settings(), torchair.Settings({option: True}), torchair.Settings(frozen=("weight",))]
+    settings = [
+        torchair.Settings(),
+        torchair.Settings({option: True}),
+        torchair.Settings(frozen=("weight",)),
+    ]
     codes = [torchair.generate(*graph, one) for one in settings]
     tiling = [f'local_compile_options["ge.tiling_schedule_optimize"] = "{on}"' for on in (0, 1, 0)]
-    frozen = [f'local_compile_options["frozenInput"] = "{flags}"' for flags in ("0,0", "0,0", "0,1")]
+    frozen = [
+        f'local_compile_options["frozenInput"] = "{flags}"' for flags in ("0,0", "0,0", "0,1")
+    ]
     assert all(line in code for lines in (tiling, frozen) for line, code in zip(lines, codes))
 
 
-def test_a_stored_program_is_the_same_program(graph: tuple[GraphModule, list[Tensor]], tmp_path: Path, ge: Ge) -> None:
+def test_a_stored_program_is_the_same_program(
+    graph: tuple[GraphModule, list[Tensor]], tmp_path: Path, ge: Ge
+) -> None:
     program = torchair.lower(*graph, settings=torchair.Settings(ge_cache=tmp_path))
     kind, content = program.stored()
-    assert kind == "torchair" and str(tmp_path).encode() in content and torchair.UNKNOWN_FOLDER.encode() not in content
+    assert (
+        kind == "torchair"
+        and str(tmp_path).encode() in content
+        and torchair.UNKNOWN_FOLDER.encode() not in content
+    )
     num_lowered = ge.num_lowered
     loaded = torchair.load(content)
     x, weight = (torch.randn(3, 8).bfloat16().npu() for _ in range(2))

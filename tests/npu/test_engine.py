@@ -33,15 +33,26 @@ def test_drawn_tokens_are_the_cpus(npu_llm: LLM, cpu_answers: Callable[..., Any]
     assert answers(npu_llm, **params) == drawn != cpu_answers(max_tokens=12)
 
 
-FILTERED = {"temperature": 1.2, "seed": 5, "top_k": 5, "top_p": 0.9, "repetition_penalty": 1.3, "max_tokens": 10}
+FILTERED = {
+    "temperature": 1.2,
+    "seed": 5,
+    "top_k": 5,
+    "top_p": 0.9,
+    "repetition_penalty": 1.3,
+    "max_tokens": 10,
+}
 
 
-def test_filters_and_penalties_run_between_graphs(npu_llm: LLM, cpu_answers: Callable[..., Any]) -> None:
+def test_filters_and_penalties_run_between_graphs(
+    npu_llm: LLM, cpu_answers: Callable[..., Any]
+) -> None:
     assert answers(npu_llm, **FILTERED) == cpu_answers(**FILTERED)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_other_modes_give_the_same_tokens(mode: str, cpu_answers: Callable[..., Any], ge: Ge, host: Host) -> None:
+def test_other_modes_give_the_same_tokens(
+    mode: str, cpu_answers: Callable[..., Any], ge: Ge, host: Host
+) -> None:
     num_graphs = len(ge.graphs)
     host.seen.clear()
     llm = LLM("tiny-qwen3", device="npu", **SIZES, **MODES[mode])
@@ -72,8 +83,12 @@ def test_a_captured_step_takes_its_lengths_from_the_host(
 
     monkeypatch.setattr(llm.engine.runner.platform, "announce", announce)
     assert answers(llm) == cpu_answers()
-    assert {len(seq_lens) for seq_lens in announced} == {2, 4} and len({tuple(lens) for lens in announced}) > 20
-    monkeypatch.setattr(llm.engine.runner.platform, "announce", lambda seq_lens: original([1] * len(seq_lens)))
+    assert {len(seq_lens) for seq_lens in announced} == {2, 4} and len(
+        {tuple(lens) for lens in announced}
+    ) > 20
+    monkeypatch.setattr(
+        llm.engine.runner.platform, "announce", lambda seq_lens: original([1] * len(seq_lens))
+    )
     assert answers(llm) != cpu_answers()
     llm.close()
 
@@ -82,7 +97,9 @@ def test_fifty_steps_of_changing_lengths_compile_nothing(npu_llm: LLM, ge: Ge) -
     num_graphs, num_lowered = len(ge.graphs), ge.num_lowered
     before = {id(graph): graph.num_runs for graph in ge.graphs}
     prompts = [list(range(5, 5 + length)) for length in (1, 19, 33, 2)]
-    params = [SamplingParams(temperature=0.0, max_tokens=num, ignore_eos=True) for num in (60, 52, 7, 31)]
+    params = [
+        SamplingParams(temperature=0.0, max_tokens=num, ignore_eos=True) for num in (60, 52, 7, 31)
+    ]
     outputs = npu_llm.generate(prompts, params, use_tqdm=False)
     assert [len(output["token_ids"]) for output in outputs] == [60, 52, 7, 31]
     assert (len(ge.graphs), ge.num_lowered) == (num_graphs, num_lowered)
@@ -90,7 +107,9 @@ def test_fifty_steps_of_changing_lengths_compile_nothing(npu_llm: LLM, ge: Ge) -
     assert sum(runs) > 50 and sum(num > 10 for num in runs) >= 2, runs
 
 
-def test_nan_in_the_padding_block_reaches_no_row(npu_llm: LLM, cpu_answers: Callable[..., Any]) -> None:
+def test_nan_in_the_padding_block_reaches_no_row(
+    npu_llm: LLM, cpu_answers: Callable[..., Any]
+) -> None:
     for cache in npu_llm.engine.runner.steps.caches:
         for tensor in (cache.k_CBKH, cache.v_CBKH):
             host_view(tensor)[0].fill_(float("nan"))
@@ -119,6 +138,8 @@ def test_the_cache_is_sized_from_the_devices_memory() -> None:
 
 def test_random_weights_in_fp16() -> None:
     llm = LLM("tiny-qwen3", device="npu", random_weights=True, dtype="float16", **SIZES)
-    (output,) = llm.generate([[5, 6, 7]], SamplingParams(temperature=0.0, max_tokens=4), use_tqdm=False)
+    (output,) = llm.generate(
+        [[5, 6, 7]], SamplingParams(temperature=0.0, max_tokens=4), use_tqdm=False
+    )
     assert llm.engine.model_config.dtype == torch.float16 and len(output["token_ids"]) == 4
     llm.close()

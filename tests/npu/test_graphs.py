@@ -19,13 +19,24 @@ NUM_LAYERS = 6
 def graphs(ge: Ge) -> Iterator[dict[str, Graph]]:
     """All graphs of one engine by what they are for: two prefill buckets, two decode buckets, head and sampler of prefill."""
     first = len(ge.graphs)
-    sizes: dict[str, Any] = {"max_num_seqs": 3, "graph_batch_sizes": (2, 3), "num_kvcache_blocks": 9}
+    sizes: dict[str, Any] = {
+        "max_num_seqs": 3,
+        "graph_batch_sizes": (2, 3),
+        "num_kvcache_blocks": 9,
+    }
     llm = LLM("tiny-qwen3", device="npu", max_model_len=300, max_num_batched_tokens=128, **sizes)
     # filtered sampling takes the logits of the same decode graph
-    llm.generate([[5, 6]], SamplingParams(temperature=1.0, top_k=3, max_tokens=3, ignore_eos=True), use_tqdm=False)
+    llm.generate(
+        [[5, 6]],
+        SamplingParams(temperature=1.0, top_k=3, max_tokens=3, ignore_eos=True),
+        use_tqdm=False,
+    )
     found: dict[str, Graph] = {}
     for graph in ge.graphs[first:]:
-        has = {name: graph.count(name) > 0 for name in ("FusedInferAttentionScore", "ArgMaxV2", "MatMul")}
+        has = {
+            name: graph.count(name) > 0
+            for name in ("FusedInferAttentionScore", "ArgMaxV2", "MatMul")
+        }
         kind = {
             (True, True, True): "decode",
             (True, False, True): "prefill",
@@ -98,7 +109,10 @@ def test_the_cache_is_written_in_place(graphs: dict[str, Graph]) -> None:
         targets = [by_name[op.input[0].split(":")[0]] for op in writes]
         assert all(target.type == "Data" for target in targets)
         assert len({target.name for target in targets}) == 2 * NUM_LAYERS, name
-        read = ancestors(graphs[name], [op.name for op in by_name.values() if op.type == "FusedInferAttentionScore"])
+        read = ancestors(
+            graphs[name],
+            [op.name for op in by_name.values() if op.type == "FusedInferAttentionScore"],
+        )
         assert {op.name for op in writes} <= read, name
 
 
@@ -122,7 +136,10 @@ def test_state_is_read_before_it_is_overwritten(graphs: dict[str, Graph]) -> Non
         data = {op.attr["index"].i: op.name for op in graph.proto.op if op.type == "Data"}
         for output, index in graph.written.items():
             readers = {op.name for op in graph.proto.op if f"{data[index]}:0" in op.input}
-            assert readers and readers <= ancestors(graph, [net.input[output].split(":")[0]]), (name, readers)
+            assert readers and readers <= ancestors(graph, [net.input[output].split(":")[0]]), (
+                name,
+                readers,
+            )
             num_checked += 1
     assert num_checked >= 4
 
@@ -130,7 +147,9 @@ def test_state_is_read_before_it_is_overwritten(graphs: dict[str, Graph]) -> Non
 def test_dtypes_are_those_that_the_ops_declare(graphs: dict[str, Graph]) -> None:
     for name, graph in graphs.items():
         assert len(graph.dtypes) >= 3, name
-        found = [broken for op, dtypes in graph.dtypes for broken in ir_rules.violations(op.type, dtypes)]
+        found = [
+            broken for op, dtypes in graph.dtypes for broken in ir_rules.violations(op.type, dtypes)
+        ]
         assert not found, (name, found)
 
 
@@ -141,7 +160,10 @@ def test_lengths_are_tensors_and_all_shapes_static(graphs: dict[str, Graph]) -> 
                 assert all(size > 0 for size in op.output_desc[0].shape.dim), (name, op.name)
             if op.type == "FusedInferAttentionScore":
                 names = [desc.name for desc in op.input_desc]
-                assert op.input[names.index("actual_seq_lengths_kv")] and op.input[names.index("block_table")], name
+                assert (
+                    op.input[names.index("actual_seq_lengths_kv")]
+                    and op.input[names.index("block_table")]
+                ), name
 
 
 def test_weights_are_frozen_and_nothing_else(graphs: dict[str, Graph]) -> None:
@@ -150,15 +172,28 @@ def test_weights_are_frozen_and_nothing_else(graphs: dict[str, Graph]) -> None:
         flags = graphs[name].options["frozenInput"].split(",")
         assert len(flags) == sum(op.type == "Data" for op in graphs[name].proto.op)
         assert flags.count("1") == 3 + 8 * NUM_LAYERS, name
-        frozen = {op.name for op in graphs[name].proto.op if op.type == "Data" and flags[op.attr["index"].i] == "1"}
-        written = {op.input[0].split(":")[0] for op in graphs[name].proto.op if op.type == "ScatterNdUpdate"}
+        frozen = {
+            op.name
+            for op in graphs[name].proto.op
+            if op.type == "Data" and flags[op.attr["index"].i] == "1"
+        }
+        written = {
+            op.input[0].split(":")[0]
+            for op in graphs[name].proto.op
+            if op.type == "ScatterNdUpdate"
+        }
         assert not frozen & written
 
 
 def test_the_dtype_rules_find_a_wrong_dtype() -> None:
     import torch
 
-    right = {"query": torch.bfloat16, "key0": torch.bfloat16, "value0": torch.bfloat16, "block_table": torch.int32}
+    right = {
+        "query": torch.bfloat16,
+        "key0": torch.bfloat16,
+        "value0": torch.bfloat16,
+        "block_table": torch.int32,
+    }
     assert ir_rules.violations("FusedInferAttentionScore", right) == []
     wrong = {**right, "block_table": torch.int64, "actual_seq_lengths_kv": torch.int32}
     assert len(ir_rules.violations("FusedInferAttentionScore", wrong)) == 2
@@ -175,6 +210,11 @@ def test_the_next_ops_have_converters() -> None:
         overload = getattr(torch.ops.npu, f"npu_{name}").default
         return getattr(overload, "_ge_converter", None) or _get_converter(overload)
 
-    for name in ("moe_gating_top_k_softmax", "moe_init_routing_v2", "grouped_matmul", "moe_finalize_routing"):
+    for name in (
+        "moe_gating_top_k_softmax",
+        "moe_init_routing_v2",
+        "grouped_matmul",
+        "moe_finalize_routing",
+    ):
         assert converter(name) is not None, name
     assert converter("mrope") is None

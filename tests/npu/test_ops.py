@@ -15,7 +15,8 @@ from torch import Tensor
 from nanovllm.compile.lower import torchair
 from nanovllm.compile.passes.replace_ops import replace_ops
 from nanovllm.compile.trace import trace
-from nanovllm.kernels import npu_kernels, ops, reference
+from nanovllm.kernels import ops, reference
+from nanovllm.kernels.npu import kernels as npu_kernels
 from nanovllm.platforms.npu import NpuPlatform
 from tests.npu.ge import Ge
 from tests.npu.host import Host
@@ -55,9 +56,12 @@ def compare(
     In bf16 the op rounds its inputs once, its result once and what stands between a few times: 2⁻⁸ of the largest value each.
     """
     rounded = {
-        name: x.to(dtype) if x.dtype == torch.float32 and name != "cos_sin" else x for name, x in tensors.items()
+        name: x.to(dtype) if x.dtype == torch.float32 and name != "cos_sin" else x
+        for name, x in tensors.items()
     }
-    expected_inputs = {name: x.float() if x.dtype == dtype else x.clone() for name, x in rounded.items()}
+    expected_inputs = {
+        name: x.float() if x.dtype == dtype else x.clone() for name, x in rounded.items()
+    }
     expected = meaning(*expected_inputs.values(), *settings)
     expected = expected if isinstance(expected, tuple) else (expected,)
     inputs = {name: x.npu() for name, x in rounded.items()}
@@ -79,15 +83,25 @@ def compare(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("num_tokens", [1, 19])
-def test_norms_activation_and_products(run: Callable[..., Any], num_tokens: int, dtype: torch.dtype) -> None:
+def test_norms_activation_and_products(
+    run: Callable[..., Any], num_tokens: int, dtype: torch.dtype
+) -> None:
     x, weight = torch.randn(num_tokens, D), torch.randn(D)
     compare(run, ops.rms_norm, reference.rms_norm, {"x": x, "weight": weight}, 1e-6, dtype=dtype)
     tensors = {"x": x, "residual": torch.randn_like(x), "weight": weight}
     compare(run, ops.add_rms_norm, reference.add_rms_norm, tensors, 1e-5, dtype=dtype)
     compare(run, ops.silu_mul, reference.silu_mul, {"x": x}, dtype=dtype)
     weight, bias = torch.randn(33, D), torch.randn(33)
-    compare(run, ops.linear, reference.linear, {"x": x, "weight": weight, "bias": bias}, dtype=dtype)
-    compare(run, lambda x, w: ops.linear(x, w, None), lambda x, w: x @ w.T, {"x": x, "w": weight}, dtype=dtype)
+    compare(
+        run, ops.linear, reference.linear, {"x": x, "weight": weight, "bias": bias}, dtype=dtype
+    )
+    compare(
+        run,
+        lambda x, w: ops.linear(x, w, None),
+        lambda x, w: x @ w.T,
+        {"x": x, "w": weight},
+        dtype=dtype,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -118,14 +132,27 @@ def test_rope_and_cache_write(run: Callable[..., Any], num_tokens: int, dtype: t
 @pytest.mark.parametrize("block_size", [128, 256])
 @pytest.mark.parametrize(
     ("lengths", "num_padding"),
-    [([(1, 1)], 0), ([(1, 257), (1, 1), (1, 128)], 0), ([(19, 19)], 0), ([(3, 140), (1, 1), (20, 129)], 7), ([], 16)],
+    [
+        ([(1, 1)], 0),
+        ([(1, 257), (1, 1), (1, 128)], 0),
+        ([(19, 19)], 0),
+        ([(3, 140), (1, 1), (20, 129)], 7),
+        ([], 16),
+    ],
     ids=str,
 )
 def test_attention(
-    run: Callable[..., Any], lengths: list[tuple[int, int]], num_padding: int, block_size: int, dtype: torch.dtype
+    run: Callable[..., Any],
+    lengths: list[tuple[int, int]],
+    num_padding: int,
+    block_size: int,
+    dtype: torch.dtype,
 ) -> None:
     """(new tokens, all tokens) a row, with tokens of no row behind them and NaN in the cache where no key is."""
-    num_rows, num_tokens = max(1, len(lengths)) + (num_padding > 0), sum(new for new, _ in lengths) + num_padding
+    num_rows, num_tokens = (
+        max(1, len(lengths)) + (num_padding > 0),
+        sum(new for new, _ in lengths) + num_padding,
+    )
     is_decode = all(new == 1 for new, _ in lengths) and not num_padding
     caches = [torch.full((C, block_size, K, H), float("nan")) for _ in "kv"]
     table, seq_len, q_start = (
@@ -163,20 +190,31 @@ def test_drawing_is_exact(run: Callable[..., Any], vocab_size: int) -> None:
     temperature[:8] = 0.0
     seed = torch.randint(-(2**63), 2**63 - 1, (64,))
     pos = torch.randint(0, 100_000, (64,))
-    inputs = {"logits": logits.npu(), "temperature": temperature.npu(), "seed": seed.npu(), "pos": pos.npu()}
+    inputs = {
+        "logits": logits.npu(),
+        "temperature": temperature.npu(),
+        "seed": seed.npu(),
+        "pos": pos.npu(),
+    }
     (token,) = run(ops.sample, inputs)
     expected = reference.sample(logits, temperature, seed, pos)
     assert torch.equal(token.cpu(), expected)
-    assert torch.equal(token.cpu()[:8], logits[:8].argmax(-1)) and not torch.equal(expected, logits.argmax(-1))
+    assert torch.equal(token.cpu()[:8], logits[:8].argmax(-1)) and not torch.equal(
+        expected, logits.argmax(-1)
+    )
 
 
 def test_attention_that_the_op_does_not_do_is_refused() -> None:
     q = torch.zeros(3, N, H)
     cache, table = torch.zeros(C, 64, K, H), torch.zeros(3, 2, dtype=torch.int32)
     lengths, starts = torch.ones(3, dtype=torch.int32), torch.arange(4, dtype=torch.int32)
-    with pytest.raises(ValueError, match="kvcache_block_size is 64: on an NPU it must be a multiple of 128"):
+    with pytest.raises(
+        ValueError, match="kvcache_block_size is 64: on an NPU it must be a multiple of 128"
+    ):
         npu_kernels.paged_attention_in_graph(q, cache, cache, table, lengths, starts, 3, 1.0, 0)
-    with pytest.raises(ValueError, match="a sliding window of 32 tokens: attention windows are not supported"):
+    with pytest.raises(
+        ValueError, match="a sliding window of 32 tokens: attention windows are not supported"
+    ):
         npu_kernels.paged_attention_in_graph(q, cache, cache, table, lengths, starts, 1, 1.0, 32)
 
 

@@ -49,7 +49,9 @@ def paged(keys: list[Tensor], block_size: int, num_blocks: int) -> tuple[Tensor,
     """Keys of each row [S, K, D] in blocks [blocks, block_size, K·D] taken from the last down; NaN wherever no key is."""
     _, num_kv_heads, head_dim = keys[0].shape
     cache = torch.full((num_blocks, block_size, num_kv_heads * head_dim), float("nan"))
-    table = torch.zeros(len(keys), max(-(-len(row) // block_size) for row in keys), dtype=torch.int32)
+    table = torch.zeros(
+        len(keys), max(-(-len(row) // block_size) for row in keys), dtype=torch.int32
+    )
     free = iter(reversed(range(num_blocks)))
     for index, row in enumerate(keys):
         for start in range(0, len(row), block_size):
@@ -60,7 +62,9 @@ def paged(keys: list[Tensor], block_size: int, num_blocks: int) -> tuple[Tensor,
     return cache, table
 
 
-@pytest.mark.parametrize("lengths", [[(1, 1)], [(1, 129), (1, 5)], [(3, 3), (7, 200), (0, 0), (2, 131)]], ids=str)
+@pytest.mark.parametrize(
+    "lengths", [[(1, 1)], [(1, 129), (1, 5)], [(3, 3), (7, 200), (0, 0), (2, 131)]], ids=str
+)
 def test_attention_is_torchs(lengths: list[tuple[int, int]]) -> None:
     """(new tokens, all tokens) of each row; one new token everywhere is layout BSH, anything else TND."""
     num_heads, num_kv_heads, head_dim, block_size = 4, 2, 8, 128
@@ -89,9 +93,13 @@ def test_attention_is_torchs(lengths: list[tuple[int, int]]) -> None:
     ).view(-1, num_heads, head_dim)
     for (q_len, kv_len), end, row_keys, row_values in zip(lengths, ends, keys, values):
         causal = torch.ones(q_len, kv_len, dtype=torch.bool).tril(kv_len - q_len)
-        q, k, v = (tensor.transpose(0, 1) for tensor in (query[end - q_len : end], row_keys, row_values))
+        q, k, v = (
+            tensor.transpose(0, 1) for tensor in (query[end - q_len : end], row_keys, row_values)
+        )
         if q_len:
-            expected = F.scaled_dot_product_attention(q, k, v, attn_mask=causal, scale=0.3, enable_gqa=True)
+            expected = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=causal, scale=0.3, enable_gqa=True
+            )
             torch.testing.assert_close(out[end - q_len : end], expected.transpose(0, 1))
 
 

@@ -38,7 +38,7 @@ print(json.dumps({{
     "tokens": [output["token_ids"] for output in outputs],
     "distributed": torch.distributed.is_available() and torch.distributed.is_initialized(),
     "eager": llm.engine.runner.compiler.lowering is None,
-    "kernels": "nanovllm.kernels.cpu_kernels" in sys.modules,
+    "kernels": "nanovllm.kernels.cpu.kernels" in sys.modules,
 }}))
 """
 
@@ -57,7 +57,9 @@ def runs(tiny_qwen3: Path) -> dict[bool, dict[str, object]]:
     return found
 
 
-def test_the_cpu_runs_graphs_and_mps_runs_eagerly_without_any_of_them(runs: dict[bool, dict[str, object]]) -> None:
+def test_the_cpu_runs_graphs_and_mps_runs_eagerly_without_any_of_them(
+    runs: dict[bool, dict[str, object]],
+) -> None:
     assert runs[False]["eager"] is False and runs[True]["eager"] is True
     assert runs[False]["kernels"] is True and runs[True]["kernels"] is False
     assert runs[True]["tokens"] == runs[False]["tokens"]

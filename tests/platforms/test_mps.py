@@ -78,7 +78,10 @@ class PlainTorch(TorchDispatchMode):
         out = func(*args, **kwargs)
         name = str(func).removeprefix("aten.").removesuffix(".default")
         self.called.add(name)
-        if any(isinstance(leaf, torch.Tensor) and leaf.dtype is torch.float64 for leaf in tree_leaves(out)):
+        if any(
+            isinstance(leaf, torch.Tensor) and leaf.dtype is torch.float64
+            for leaf in tree_leaves(out)
+        ):
             self.float64.add(name)
         return out
 
@@ -177,7 +180,9 @@ def test_the_cache_has_1024_blocks_unless_told(tiny_qwen3: Path) -> None:
 
 
 @pytest.mark.usefixtures("on_cpu_tensors")
-def test_a_small_device_gets_fewer_blocks(tiny_qwen3: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_small_device_gets_fewer_blocks(
+    tiny_qwen3: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     block_bytes = 2 * 2 * 2 * 32 * 4 * 16  # keys and values, layers, heads, head size, fp32, tokens
     monkeypatch.setattr(MpsPlatform, "cache_limit_bytes", lambda self: 100 * block_bytes)
     llm = LLM(str(tiny_qwen3), device="mps", gpu_memory_utilization=0.5, **OPTIONS)
@@ -190,17 +195,22 @@ def test_a_small_device_gets_fewer_blocks(tiny_qwen3: Path, monkeypatch: pytest.
 @pytest.mark.usefixtures("on_cpu_tensors")
 def test_an_impossible_cache_is_refused_with_the_limit(tiny_qwen3: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"num_kvcache_blocks is 1000000000, .* GiB, but cpu has .* at most \d+ blocks of 16"
+        ValueError,
+        match=r"num_kvcache_blocks is 1000000000, .* GiB, but cpu has .* at most \d+ blocks of 16",
     ):
         LLM(str(tiny_qwen3), device="mps", num_kvcache_blocks=10**9, **OPTIONS)
 
 
 def test_a_cpu_refuses_an_impossible_cache_as_well(tiny_qwen3: Path) -> None:
-    with pytest.raises(ValueError, match=r"num_kvcache_blocks is 1000000000, .* at most \d+ blocks"):
+    with pytest.raises(
+        ValueError, match=r"num_kvcache_blocks is 1000000000, .* at most \d+ blocks"
+    ):
         LLM(str(tiny_qwen3), device="cpu", enforce_eager=True, num_kvcache_blocks=10**9, **OPTIONS)
 
 
-def test_leaving_out_fusion_is_refused_where_nothing_is_fused(on_cpu_tensors: PlainTorch, tiny_qwen3: Path) -> None:
+def test_leaving_out_fusion_is_refused_where_nothing_is_fused(
+    on_cpu_tensors: PlainTorch, tiny_qwen3: Path
+) -> None:
     with pytest.raises(ValueError, match=r"fuse=False .* every step runs eagerly"):
         LLM(str(tiny_qwen3), device="mps", fuse=False, **OPTIONS)
 
@@ -210,7 +220,9 @@ def test_leaving_out_fusion_is_refused_where_nothing_is_fused(on_cpu_tensors: Pl
 
 def test_mps_on_a_machine_without_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mps, "is_built", lambda: False)
-    with pytest.raises(ValueError, match=r"device 'mps' .* without MPS support .*: use device='cpu' or 'auto'"):
+    with pytest.raises(
+        ValueError, match=r"device 'mps' .* without MPS support .*: use device='cpu' or 'auto'"
+    ):
         platforms.select("mps")
     monkeypatch.setattr(torch.backends.mps, "is_built", lambda: True)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
@@ -221,7 +233,8 @@ def test_mps_on_a_machine_without_it_is_refused(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize(
-    ("has_cuda", "has_mps", "chosen"), [(0, 0, "cpu"), (0, 1, "mps"), (1, 1, "cuda"), (1, 0, "cuda")]
+    ("has_cuda", "has_mps", "chosen"),
+    [(0, 0, "cpu"), (0, 1, "mps"), (1, 1, "cuda"), (1, 0, "cuda")],
 )
 def test_auto_takes_cuda_then_mps_then_cpu(
     monkeypatch: pytest.MonkeyPatch, has_cuda: int, has_mps: int, chosen: str
@@ -244,7 +257,9 @@ def test_auto_takes_cuda_then_mps_then_cpu(
 
 def test_bf16_needs_a_macos_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for is_new in (True, False):
-        monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda *version, is_new=is_new: is_new)
+        monkeypatch.setattr(
+            torch.backends.mps, "is_macos_or_newer", lambda *version, is_new=is_new: is_new
+        )
         assert (torch.bfloat16 in MpsPlatform().supported_dtypes) == is_new
 
 
@@ -255,13 +270,24 @@ def test_int8_weights_and_stored_programs_are_refused(tiny_qwen3: Path, tmp_path
     (tmp_path / "entries").mkdir(mode=0o700)
     tmp_path.chmod(0o700)
     with pytest.raises(RuntimeError, match="'require', but graphs are not lowered on mps"):
-        LLM(str(tiny_qwen3), device="mps", compile_cache=tmp_path, compile_cache_mode="require", **OPTIONS)
+        LLM(
+            str(tiny_qwen3),
+            device="mps",
+            compile_cache=tmp_path,
+            compile_cache_mode="require",
+            **OPTIONS,
+        )
 
 
 @pytest.mark.usefixtures("on_cpu_tensors")
-def test_the_debug_log_shows_shapes_and_the_path_taken(tiny_qwen3: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_debug_log_shows_shapes_and_the_path_taken(
+    tiny_qwen3: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.DEBUG, "nanovllm"):
         greedy(LLM(str(tiny_qwen3), device="mps", **OPTIONS))
     assert "attention as matmul and softmax" in caplog.text
     assert "layer_decode_1_1_window0 runs eagerly: " in caplog.text
-    assert "h_TD [1, 64] float32 cpu" in caplog.text and "k_CBKH [1024, 16, 2, 32] float32" in caplog.text
+    assert (
+        "h_TD [1, 64] float32 cpu" in caplog.text
+        and "k_CBKH [1024, 16, 2, 32] float32" in caplog.text
+    )

@@ -13,17 +13,22 @@ from nanovllm import LLM, EngineConfig, platforms
 def test_without_torch_npu_the_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     original = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *rest: None if name == "torch_npu" else original(name, *rest)
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == "torch_npu" else original(name, *rest),
     )
     match = r"device 'npu' needs torch_npu, which is not installed: pip install torch_npu, in the version of torch \(\d"
     with pytest.raises(ValueError, match=match):
         LLM("tiny-qwen3", device="npu")
 
 
-@pytest.mark.parametrize("options", [{"npu_graph_mode": "ascend_ir"}, {"npu_graph_options": {}}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"npu_graph_mode": "ascend_ir"}, {"npu_graph_options": {}}], ids=str
+)
 def test_options_of_an_npu_are_refused_elsewhere(options: dict[str, Any]) -> None:
     with pytest.raises(
-        ValueError, match=rf"{next(iter(options))} is .*, but the device is 'cpu': it is an option of device 'npu'"
+        ValueError,
+        match=rf"{next(iter(options))} is .*, but the device is 'cpu': it is an option of device 'npu'",
     ):
         platforms.select("cpu", **options)
 
@@ -31,9 +36,15 @@ def test_options_of_an_npu_are_refused_elsewhere(options: dict[str, Any]) -> Non
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"npu_graph_mode": "torchair"}, "npu_graph_mode is 'torchair': it must be one of ascend_ir, aclgraph"),
+        (
+            {"npu_graph_mode": "torchair"},
+            "npu_graph_mode is 'torchair': it must be one of ascend_ir, aclgraph",
+        ),
         ({"npu_graph_options": ["O1"]}, r"npu_graph_options is \['O1'\]: it must be a dict"),
-        ({"npu_graph_mode": "aclgraph", "run_ahead": 1}, "does not go with run_ahead=1, capture=True"),
+        (
+            {"npu_graph_mode": "aclgraph", "run_ahead": 1},
+            "does not go with run_ahead=1, capture=True",
+        ),
     ],
     ids=str,
 )

@@ -24,7 +24,15 @@ LINKED = (
     "libascend_protobuf", "libnnopbase",
 )  # fmt: skip
 OPERATORS = "libopapi"  # loaded at run time: one function for each operator
-SYSTEM = ("libc.so.6", "libm.so.6", "libstdc++.so.6", "libgcc_s.so.1", "libdl.so.2", "libpthread.so.0", "librt.so.1")
+SYSTEM = (
+    "libc.so.6",
+    "libm.so.6",
+    "libstdc++.so.6",
+    "libgcc_s.so.1",
+    "libdl.so.2",
+    "libpthread.so.0",
+    "librt.so.1",
+)
 NOT_CANN = re.compile(r"_?Py|_ITM|__gmon|_ZTH|__cxa_finalize")
 LOOKED_UP = re.compile(r"(?:acl(?!nn|grph)|Hccl)[A-Z]\w+|acl(?:rt|mdl|prof|tdt|op)[A-Z]\w*")
 
@@ -33,23 +41,37 @@ def symbols(libraries: Iterable[Path], kind: str) -> set[str]:
     """Names of dynamic symbols: kind "--undefined-only" or "--defined-only"."""
     found: set[str] = set()
     for library in libraries:
-        listed = subprocess.run(["nm", "-D", kind, str(library)], capture_output=True, text=True, check=True).stdout
+        listed = subprocess.run(
+            ["nm", "-D", kind, str(library)], capture_output=True, text=True, check=True
+        ).stdout
         found |= {line.split()[-1].split("@")[0] for line in listed.splitlines() if line.strip()}
     return found
 
 
 def strings(library: Path) -> set[str]:
     """The words of a file, as the tool of that name finds them: among them all names of functions."""
-    return {word for text in re.findall(rb"[ -~]{6,}", library.read_bytes()) for word in text.decode().split()}
+    return {
+        word
+        for text in re.findall(rb"[ -~]{6,}", library.read_bytes())
+        for word in text.decode().split()
+    }
 
 
 def system_libraries() -> list[Path]:
     """The C and C++ libraries that this process has loaded or the loader would take."""
-    mapped = {Path(line.split()[-1]) for line in Path("/proc/self/maps").read_text().splitlines() if "/" in line}
-    folders = {path.parent for path in mapped if path.name.startswith(("libc.so", "libc-", "ld-linux"))}
+    mapped = {
+        Path(line.split()[-1])
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if "/" in line
+    }
+    folders = {
+        path.parent for path in mapped if path.name.startswith(("libc.so", "libc-", "ld-linux"))
+    }
     candidates = {folder / name for folder in folders for name in SYSTEM}
     return [
-        path for path in candidates | {path for path in mapped if path.name.startswith("ld-linux")} if path.is_file()
+        path
+        for path in candidates | {path for path in mapped if path.name.startswith("ld-linux")}
+        if path.is_file()
     ]
 
 
@@ -58,18 +80,28 @@ def needed(wheel: Path) -> tuple[list[str], list[str]]:
     root = wheel / "torch_npu"
     own = [*root.glob("_C*.so"), *root.glob("lib/lib*.so"), *root.glob("dynamo/torchair/core/*.so")]
     own = [path for path in own if "atb" not in path.name]  # loaded on demand, and not used here
-    given = symbols([*own, *Path(torch.__file__).parent.glob("lib/*.so*"), *system_libraries()], "--defined-only")
-    undefined = {name for name in symbols(own, "--undefined-only") - given if not NOT_CANN.match(name)}
+    given = symbols(
+        [*own, *Path(torch.__file__).parent.glob("lib/*.so*"), *system_libraries()],
+        "--defined-only",
+    )
+    undefined = {
+        name for name in symbols(own, "--undefined-only") - given if not NOT_CANN.match(name)
+    }
     looked_up = strings(root / "lib" / "libtorch_npu.so")
     runtime = undefined | {name for name in looked_up - given if LOOKED_UP.fullmatch(name)}
-    return sorted(runtime), sorted(name for name in looked_up if re.fullmatch(r"aclnn[A-Z][A-Za-z0-9]*", name))
+    return sorted(runtime), sorted(
+        name for name in looked_up if re.fullmatch(r"aclnn[A-Z][A-Za-z0-9]*", name)
+    )
 
 
 def build(source: str, out: Path, name: str) -> None:
     path = out / f"{name}.c"
     path.write_text(source)
     compiler = os.environ.get("CC", "cc")
-    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-w", "-o", str(out / f"{name}.so"), str(path)], check=True)
+    subprocess.run(
+        [compiler, "-shared", "-fPIC", "-O1", "-w", "-o", str(out / f"{name}.so"), str(path)],
+        check=True,
+    )
 
 
 def main(wheel: Path, out: Path) -> None:

@@ -1,0 +1,500 @@
+"""CPU kernels: `cpu_kernels.cpp`, compiled at first use (see `cpp_build.py`), called through ctypes.
+
+There is no build step at installation. What a kernel does not cover (a dtype, a layout) goes to `reference.py`.
+
+A call packs its arguments into the bytes of one C struct, field for field those of the .cpp: ctypes converts a single
+argument, where thirty would take longer than a small kernel.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nanovllm.kernels import ops, reference
+from nanovllm.kernels.cpu import build as cpp_build
+
+_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+_ATTENTION_ARGS = struct.Struct("@7P 20q d")
+_LINEAR_ARGS = struct.Struct("@5P 7q")
+_RMS_NORM_ARGS = struct.Struct("@5P 4q d")
+_SAMPLE_ARGS = struct.Struct("@5P 5q")
+_SILU_MUL_ARGS = struct.Struct("@2P 4q")
+_QK_NORM_ROPE_STORE_ARGS = struct.Struct("@9P 17q d")
+_WIDEN_ARGS = struct.Struct("@2P 4q")
+
+# Products of bf16 with int8 weights: from so many tokens on torch's own product of bf16 is worth widening the weights for,
+# as many rows at a time as leave the widened ones in a cache (of this size).
+_WIDEN_TOKENS, _WIDEN_BYTES = 33, 4 << 20
+
+_FUNCTIONS = (
+    "nanovllm_linear_int8",
+    "nanovllm_paged_attention",
+    "nanovllm_qk_norm_rope_store",
+    "nanovllm_rms_norm",
+    "nanovllm_sample",
+    "nanovllm_silu_mul",
+    "nanovllm_small_m_linear",
+    "nanovllm_widen_int8",
+)
+
+
+@functools.cache
+def _load() -> ctypes.CDLL:
+    """Compile (or find in the cache) and load the library; errors of the compiler go through."""
+    library = cpp_build.load(Path(__file__).with_suffix(".cpp"))
+    for name in _FUNCTIONS:
+        function = getattr(library, name)
+        function.argtypes, function.restype = (ctypes.c_char_p,), None
+    library.nanovllm_small_m_linear_max_tokens.argtypes = (ctypes.c_int64,)
+    library.nanovllm_small_m_linear_max_tokens.restype = ctypes.c_int64
+    return library
+
+
+@functools.cache
+def available() -> tuple[bool, str]:
+    """Whether the kernels can be compiled and loaded here, and the reason if not."""
+    try:
+        _load()
+    except (
+        RuntimeError,
+        OSError,
+        ImportError,
+        AttributeError,
+    ) as error:  # no compiler, or one that fails
+        return False, f"{type(error).__name__}: {error}"
+    return True, ""
+
+
+def register() -> None:
+    """Compile or load the library and make its kernels the ops' CPU kernels; a second call changes nothing."""
+    _load()
+    ops.register_kernels("CPU", _KERNELS)
+
+
+@functools.cache
+def _linear_max_tokens(dtype: torch.dtype) -> int:
+    code = _DTYPE_CODES.get(dtype)
+    return 0 if code is None else _load().nanovllm_small_m_linear_max_tokens(code)
+
+
+def prefers_own_linear(num_tokens: int, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether our `linear` is faster than torch's for so many tokens."""
+    return num_tokens <= _linear_max_tokens(dtype)
+
+
+def _int32(x: Tensor) -> Tensor:
+    return x if x.dtype is torch.int32 and x.is_contiguous() else x.to(torch.int32).contiguous()
+
+
+def _index(x: Tensor) -> Tensor:
+    return (
+        x if x.dtype in (torch.int32, torch.int64) and x.is_contiguous() else x.long().contiguous()
+    )
+
+
+def paged_attention(
+    q_TNH: Tensor,
+    k_cache_CBKH: Tensor,
+    v_cache_CBKH: Tensor,
+    block_table_RP: Tensor,
+    seq_len_R: Tensor,
+    q_start_S: Tensor,
+    max_q_len: int,
+    scale: float,
+    window: int,
+    k_scale_K: Tensor | None = None,
+    v_scale_K: Tensor | None = None,
+) -> Tensor:
+    """`reference.paged_attention`, reading the pages in place; queries and cache each in fp32, bf16 or fp16.
+
+    Of an fp8 cache the blocks that the rows hold are first made fp32: right, and no faster than a cache of more bytes.
+    """
+    if k_scale_K is not None and v_scale_K is not None:
+        num_columns = -(-int(seq_len_R.max()) // k_cache_CBKH.shape[1])
+        held, index = block_table_RP[:, :num_columns].long().unique(return_inverse=True)
+        k_cache_CBKH = k_cache_CBKH[held].float() * k_scale_K[:, None]
+        v_cache_CBKH = v_cache_CBKH[held].float() * v_scale_K[:, None]
+        block_table_RP = index.int()
+    q_dtype, kv_dtype = _DTYPE_CODES.get(q_TNH.dtype), _DTYPE_CODES.get(k_cache_CBKH.dtype)
+    k_strides, v_strides = k_cache_CBKH.stride(), v_cache_CBKH.stride()
+    if (
+        q_dtype is None
+        or kv_dtype is None
+        or v_cache_CBKH.dtype is not k_cache_CBKH.dtype
+        or k_strides[3] != 1
+        or v_strides[3] != 1
+    ):
+        return reference.paged_attention(
+            q_TNH,
+            k_cache_CBKH,
+            v_cache_CBKH,
+            block_table_RP,
+            seq_len_R,
+            q_start_S,
+            max_q_len,
+            scale,
+            window,
+        )
+    if q_TNH.stride(2) != 1:
+        q_TNH = q_TNH.contiguous()
+    q_strides = q_TNH.stride()
+    if block_table_RP.dtype is not torch.int32 or block_table_RP.stride(1) != 1:
+        block_table_RP = _int32(block_table_RP)
+    seq_len_R, q_start_S = _int32(seq_len_R), _int32(q_start_S)
+    num_tokens, num_heads, head_dim = q_TNH.shape
+    out_TNH = q_TNH.new_empty((num_tokens, num_heads, head_dim))
+    _load().nanovllm_paged_attention(
+        _ATTENTION_ARGS.pack(
+            out_TNH.data_ptr(),
+            q_TNH.data_ptr(),
+            k_cache_CBKH.data_ptr(),
+            v_cache_CBKH.data_ptr(),
+            block_table_RP.data_ptr(),
+            seq_len_R.data_ptr(),
+            q_start_S.data_ptr(),
+            q_strides[0],
+            q_strides[1],
+            *k_strides[:3],
+            *v_strides[:3],
+            block_table_RP.stride(0),
+            num_tokens,
+            block_table_RP.shape[0],
+            num_heads,
+            k_cache_CBKH.shape[2],
+            head_dim,
+            k_cache_CBKH.shape[1],
+            max_q_len,
+            window,
+            q_dtype,
+            kv_dtype,
+            torch.get_num_threads(),
+            scale,
+        )
+    )
+    return out_TNH
+
+
+def linear(
+    x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None, residual_TO: Tensor | None = None
+) -> Tensor:
+    """`reference.linear`, the residual added in place."""
+    y_TO = _product(x_TD, weight_OD, bias_O)
+    return y_TO if residual_TO is None else y_TO.add_(residual_TO)
+
+
+def _product(x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> Tensor:
+    """x · weightᵀ + bias: the weights of few tokens are read once, at memory speed.
+
+    In fp32 with 512-bit vectors any number of tokens is served; where F.linear is faster, it is called.
+    """
+    dtype = x_TD.dtype
+    if (
+        x_TD.dim() != 2
+        or x_TD.shape[0] > _linear_max_tokens(dtype)
+        or weight_OD.dtype is not dtype
+        or weight_OD.stride(1) != 1
+        or (bias_O is not None and (bias_O.dtype is not dtype or not bias_O.is_contiguous()))
+        or not x_TD.numel()
+    ):
+        return reference.linear(x_TD, weight_OD, bias_O)
+    if x_TD.stride(1) != 1:
+        x_TD = x_TD.contiguous()
+    num_tokens, depth = x_TD.shape
+    num_outputs = weight_OD.shape[0]
+    out_TO = x_TD.new_empty((num_tokens, num_outputs))
+    _load().nanovllm_small_m_linear(
+        _LINEAR_ARGS.pack(
+            out_TO.data_ptr(),
+            x_TD.data_ptr(),
+            weight_OD.data_ptr(),
+            0 if bias_O is None else bias_O.data_ptr(),
+            0,
+            num_tokens,
+            num_outputs,
+            depth,
+            x_TD.stride(0),
+            weight_OD.stride(0),
+            _DTYPE_CODES[dtype],
+            torch.get_num_threads(),
+        )
+    )
+    return out_TO
+
+
+def linear_int8(
+    x_TD: Tensor,
+    weight_OD: Tensor,
+    scale_O: Tensor,
+    bias_O: Tensor | None,
+    residual_TO: Tensor | None = None,
+) -> Tensor:
+    """`reference.linear_int8`, the residual added in place. Few tokens stream the weights as the bytes they are; for many
+    tokens blocks of them are widened, in bf16 for torch's own product, which rounds once more, before the scale.
+    """
+    dtype = x_TD.dtype
+    if (
+        dtype not in (torch.float32, torch.bfloat16)
+        or x_TD.dim() != 2
+        or weight_OD.dtype is not torch.int8
+        or weight_OD.stride(1) != 1
+        or scale_O.dtype is not torch.float32
+        or not scale_O.is_contiguous()
+        or (bias_O is not None and (bias_O.dtype is not dtype or not bias_O.is_contiguous()))
+        or not x_TD.numel()
+    ):
+        return reference.linear_int8(x_TD, weight_OD, scale_O, bias_O, residual_TO)
+    if x_TD.stride(1) != 1:
+        x_TD = x_TD.contiguous()
+    num_tokens, depth = x_TD.shape
+    out_TO = x_TD.new_empty((num_tokens, weight_OD.shape[0]))
+    if dtype is torch.bfloat16 and num_tokens >= _WIDEN_TOKENS:
+        _linear_widened(out_TO, x_TD, weight_OD, scale_O, bias_O)
+    else:
+        _load().nanovllm_linear_int8(
+            _LINEAR_ARGS.pack(
+                out_TO.data_ptr(),
+                x_TD.data_ptr(),
+                weight_OD.data_ptr(),
+                0 if bias_O is None else bias_O.data_ptr(),
+                scale_O.data_ptr(),
+                num_tokens,
+                weight_OD.shape[0],
+                depth,
+                x_TD.stride(0),
+                weight_OD.stride(0),
+                _DTYPE_CODES[dtype],
+                torch.get_num_threads(),
+            )
+        )
+    return out_TO if residual_TO is None else out_TO.add_(residual_TO)
+
+
+def _linear_widened(
+    out_TO: Tensor, x_TD: Tensor, weight_OD: Tensor, scale_O: Tensor, bias_O: Tensor | None
+) -> None:
+    depth = x_TD.shape[1]
+    num_rows = max(64, _WIDEN_BYTES // (2 * depth) // 64 * 64)
+    widened_OD = torch.empty((min(num_rows, weight_OD.shape[0]), depth), dtype=torch.bfloat16)
+    for first in range(0, weight_OD.shape[0], num_rows):
+        part_OD = weight_OD[first : first + num_rows]
+        rows, end = part_OD.shape[0], first + part_OD.shape[0]
+        _load().nanovllm_widen_int8(
+            _WIDEN_ARGS.pack(
+                widened_OD.data_ptr(),
+                part_OD.data_ptr(),
+                rows,
+                depth,
+                part_OD.stride(0),
+                torch.get_num_threads(),
+            )
+        )
+        sum_TO = (
+            torch.nn.functional.linear(x_TD, widened_OD[:rows]).float().mul_(scale_O[first:end])
+        )
+        out_TO[:, first:end] = sum_TO if bias_O is None else sum_TO.add_(bias_O[first:end])
+
+
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """`reference.rms_norm` in one pass over memory."""
+    dtype = _DTYPE_CODES.get(x_TD.dtype)
+    if dtype is None or weight_D.dtype is not x_TD.dtype:
+        return reference.rms_norm(x_TD, weight_D, eps)
+    x_TD, weight_D = x_TD.contiguous(), weight_D.contiguous()
+    out_TD, size = torch.empty_like(x_TD), x_TD.shape[-1]
+    _load().nanovllm_rms_norm(
+        _RMS_NORM_ARGS.pack(
+            out_TD.data_ptr(),
+            0,
+            x_TD.data_ptr(),
+            0,
+            weight_D.data_ptr(),
+            x_TD.numel() // max(size, 1),
+            size,
+            dtype,
+            torch.get_num_threads(),
+            eps,
+        )
+    )
+    return out_TD
+
+
+def add_rms_norm(
+    x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """`reference.add_rms_norm` in one pass over memory."""
+    dtype = _DTYPE_CODES.get(x_TD.dtype)
+    if (
+        dtype is None
+        or residual_TD.dtype is not x_TD.dtype
+        or weight_D.dtype is not x_TD.dtype
+        or residual_TD.shape != x_TD.shape
+    ):
+        return reference.add_rms_norm(x_TD, residual_TD, weight_D, eps)
+    x_TD, residual_TD, weight_D = x_TD.contiguous(), residual_TD.contiguous(), weight_D.contiguous()
+    out_TD, sum_TD, size = torch.empty_like(x_TD), torch.empty_like(x_TD), x_TD.shape[-1]
+    _load().nanovllm_rms_norm(
+        _RMS_NORM_ARGS.pack(
+            out_TD.data_ptr(),
+            sum_TD.data_ptr(),
+            x_TD.data_ptr(),
+            residual_TD.data_ptr(),
+            weight_D.data_ptr(),
+            x_TD.numel() // max(size, 1),
+            size,
+            dtype,
+            torch.get_num_threads(),
+            eps,
+        )
+    )
+    return out_TD, sum_TD
+
+
+def silu_mul(gate_up_TG: Tensor) -> Tensor:
+    """`reference.silu_mul` in one pass over memory."""
+    dtype = _DTYPE_CODES.get(gate_up_TG.dtype)
+    if dtype is None or gate_up_TG.shape[-1] % 2:
+        return reference.silu_mul(gate_up_TG)
+    gate_up_TG = gate_up_TG.contiguous()
+    size = gate_up_TG.shape[-1] // 2
+    out_TF = gate_up_TG.new_empty((*gate_up_TG.shape[:-1], size))
+    _load().nanovllm_silu_mul(
+        _SILU_MUL_ARGS.pack(
+            out_TF.data_ptr(),
+            gate_up_TG.data_ptr(),
+            out_TF.numel() // max(size, 1),
+            size,
+            dtype,
+            torch.get_num_threads(),
+        )
+    )
+    return out_TF
+
+
+def qk_norm_rope_store(
+    qkv_TE: Tensor,
+    q_norm_H: Tensor | None,
+    k_norm_H: Tensor | None,
+    cos_sin_MH: Tensor,
+    pos_T: Tensor,
+    slot_T: Tensor,
+    k_cache_CBKH: Tensor,
+    v_cache_CBKH: Tensor,
+    num_heads: int,
+    eps: float,
+    k_scale_K: Tensor | None = None,
+    v_scale_K: Tensor | None = None,
+) -> Tensor:
+    """`reference.qk_norm_rope_store` in one pass over qkv."""
+    dtype, code = qkv_TE.dtype, _DTYPE_CODES.get(qkv_TE.dtype)
+    num_kv_heads, head_dim = k_cache_CBKH.shape[2:]
+    k_strides, v_strides = k_cache_CBKH.stride(), v_cache_CBKH.stride()
+    if (
+        code is None
+        or k_cache_CBKH.dtype is not dtype
+        or v_cache_CBKH.dtype is not dtype
+        or k_strides[3] != 1
+        or v_strides[3] != 1
+        or (q_norm_H is not None and q_norm_H.dtype is not dtype)
+        or (k_norm_H is not None and k_norm_H.dtype is not dtype)
+        or cos_sin_MH.dtype is not torch.float32
+        or cos_sin_MH.shape[1] != head_dim
+        or cos_sin_MH.stride(1) != 1
+    ):
+        return reference.qk_norm_rope_store(
+            qkv_TE,
+            q_norm_H,
+            k_norm_H,
+            cos_sin_MH,
+            pos_T,
+            slot_T,
+            k_cache_CBKH,
+            v_cache_CBKH,
+            num_heads,
+            eps,
+            k_scale_K,
+            v_scale_K,
+        )
+    if qkv_TE.stride(1) != 1:
+        qkv_TE = qkv_TE.contiguous()
+    pos_T, slot_T = _index(pos_T), _index(slot_T)
+    q_norm_H = None if q_norm_H is None else q_norm_H.contiguous()
+    k_norm_H = None if k_norm_H is None else k_norm_H.contiguous()
+    num_tokens = qkv_TE.shape[0]
+    q_TNH = qkv_TE.new_empty((num_tokens, num_heads, head_dim))
+    _load().nanovllm_qk_norm_rope_store(
+        _QK_NORM_ROPE_STORE_ARGS.pack(
+            q_TNH.data_ptr(),
+            qkv_TE.data_ptr(),
+            0 if q_norm_H is None else q_norm_H.data_ptr(),
+            0 if k_norm_H is None else k_norm_H.data_ptr(),
+            cos_sin_MH.data_ptr(),
+            pos_T.data_ptr(),
+            slot_T.data_ptr(),
+            k_cache_CBKH.data_ptr(),
+            v_cache_CBKH.data_ptr(),
+            qkv_TE.stride(0),
+            cos_sin_MH.stride(0),
+            *k_strides[:3],
+            *v_strides[:3],
+            num_tokens,
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            k_cache_CBKH.shape[1],
+            pos_T.element_size(),
+            slot_T.element_size(),
+            code,
+            torch.get_num_threads(),
+            eps,
+        )
+    )
+    return q_TNH
+
+
+def sample(logits_RV: Tensor, temperature_R: Tensor, seed_R: Tensor, pos_R: Tensor) -> Tensor:
+    """`reference.sample` in one pass over the logits; nearly all logarithms are spared by an integer test."""
+    code = _DTYPE_CODES.get(logits_RV.dtype)
+    if code is None:
+        return reference.sample(logits_RV, temperature_R, seed_R, pos_R)
+    if logits_RV.stride(1) != 1:
+        logits_RV = logits_RV.contiguous()
+    temperature_R, seed_R, pos_R = (
+        temperature_R.float().contiguous(),
+        seed_R.contiguous(),
+        pos_R.long().contiguous(),
+    )
+    token_R = torch.empty(logits_RV.shape[0], dtype=torch.int64)
+    _load().nanovllm_sample(
+        _SAMPLE_ARGS.pack(
+            logits_RV.data_ptr(),
+            temperature_R.data_ptr(),
+            seed_R.data_ptr(),
+            pos_R.data_ptr(),
+            token_R.data_ptr(),
+            *logits_RV.shape,
+            logits_RV.stride(0),
+            code,
+            torch.get_num_threads(),
+        )
+    )
+    return token_R
+
+
+_KERNELS: dict[str, Callable[..., object]] = {
+    "add_rms_norm": add_rms_norm,
+    "paged_attention": paged_attention,
+    "qk_norm_rope_store": qk_norm_rope_store,
+    "rms_norm": rms_norm,
+    "linear": linear,
+    "linear_int8": linear_int8,
+    "sample": sample,
+    "silu_mul": silu_mul,
+}

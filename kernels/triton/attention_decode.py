@@ -1,0 +1,466 @@
+"""Paged attention for decode (one new token a row) in Triton. Measured on sm_90; docs/gpus.md has other GPUs.
+
+The lengths of one batch differ by 20×, so neither rows nor fixed splits make equal work. Here the launch is static and
+the division is made on the device: every key-value head has W workers (programs); the rows' keys, cut into tiles of S
+tokens and laid end to end, are divided into W equal spans, and each worker walks its span with the online softmax
+(stream-K, Osama et al. 2023, https://arxiv.org/abs/2301.03598; flash-decoding, Dao et al. 2023). A row that lies within
+one span is written at once. A row cut by span borders leaves partial results; the last of its workers to arrive merges
+them in the order of the spans, so the result depends on the lengths alone and not on timing.
+
+A span is one flat loop over tiles, whatever rows they belong to: the tiles of the next row are in flight while the last
+ones of this row are computed. Measured on an H200 (bf16, 16 query and 8 key-value heads of 128, lengths 100 to 2000, caches
+in turn), against a loop per row with the merge inside it: 253 µs in place of 257 at 256 rows (4.3 TB/s, the rate of a copy),
+70 in place of 73 at 64, 15.2 in place of 18 at 8, 5.3 in place of 7.9 at one row of 600 tokens. At 8 to 64 rows some 7 µs
+over the time of the bytes remain: launch, first loads, multiprocessors that end at different times, and the merge.
+
+Shapes: R rows | P blocks per row | C blocks in the cache | B block size in tokens | N query heads | K key-value heads
+G = N / K query heads per key-value head | M = G padded for the matrix units | H head size | S tokens in a tile
+W workers per key-value head. A name's suffix gives its shape; "p" after a letter: padded to a power of two.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nanovllm.kernels.triton.common import (
+    LOG2_E,
+    NO_SCORE,
+    arrival_counters,
+    dot,
+    exp2,
+    from_fp8,
+    from_fp8_in_place,
+    launch_options,
+    load_index,
+    num_multiprocessors,
+    shared_memory_bytes,
+    to_fp16,
+    wait_for_earlier_kernels,
+)
+
+
+@triton.jit
+def _worker_of(tile_idx, num_long, tiles_per_worker):
+    """The worker whose span holds a tile, where the first num_long workers have one tile more than the others."""
+    long_tiles = num_long * (tiles_per_worker + 1)
+    return tl.where(
+        tile_idx < long_tiles,
+        tile_idx // (tiles_per_worker + 1),
+        num_long + (tile_idx - long_tiles) // tiles_per_worker,
+    )
+
+
+@triton.jit
+def _first_tile(seq_len, TILE: tl.constexpr, WINDOW: tl.constexpr):
+    """The row's first tile with a key in the window."""
+    if WINDOW > 0:
+        return tl.maximum(seq_len - WINDOW, 0) // TILE
+    else:
+        return seq_len * 0
+
+
+@triton.jit
+def _num_tiles(seq_len, TILE: tl.constexpr, WINDOW: tl.constexpr):
+    """Tiles of a row. An empty row has one as well, masked throughout, which gives the zeros the row's result must be."""
+    return tl.maximum((seq_len + TILE - 1) // TILE - _first_tile(seq_len, TILE, WINDOW), 1)
+
+
+@triton.jit
+def _merge(
+    part_out_ptr,  # [W, 2, K, G, H]
+    part_lse_ptr,  # [W, 2, K, G, H]
+    out_ptr,  # this row's and key-value head's [G, H]
+    head_idx,
+    first_worker,
+    num_parts,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_P: tl.constexpr,
+    HEAD: tl.constexpr,
+    HEAD_P: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """out = Σ 2^lse_i · out_i / Σ 2^lse_i over the parts, PARTS of them loaded at a time.
+
+    Everything is elementwise in [G, H] (the lse is stored once per element), so that no thread waits for another.
+    """
+    group_Gp = tl.arange(0, GROUP_P)
+    h_Hp = tl.arange(0, HEAD_P)
+    mask_GpHp = (group_Gp < GROUP)[:, None] & (h_Hp < HEAD)[None, :]
+    at_GpHp = group_Gp[:, None] * HEAD + h_Hp[None, :]
+    SLOT: tl.constexpr = NUM_KV_HEADS * GROUP * HEAD
+    max_GpHp = tl.full([GROUP_P, HEAD_P], NO_SCORE, tl.float32)
+    sum_GpHp = tl.zeros([GROUP_P, HEAD_P], tl.float32)
+    acc_GpHp = tl.zeros([GROUP_P, HEAD_P], tl.float32)
+    for first_part in range(0, num_parts, PARTS):
+        lses, outs = (), ()
+        for i in tl.static_range(PARTS):
+            part = first_part + i
+            # the first part is the head of the row (slot 1), the others continue it (slot 0)
+            base = (
+                (first_worker + part) * (2 * SLOT)
+                + head_idx * (GROUP * HEAD)
+                + tl.where(part == 0, SLOT, 0)
+            )
+            mask = mask_GpHp & (part < num_parts)
+            # .cg: other multiprocessors wrote these, so L1 is not asked
+            lse = tl.load(
+                part_lse_ptr + base + at_GpHp, mask=mask, other=NO_SCORE, cache_modifier=".cg"
+            )
+            out = tl.load(part_out_ptr + base + at_GpHp, mask=mask, other=0.0, cache_modifier=".cg")
+            lses, outs = lses + (lse,), outs + (out,)  # noqa: RUF005 (the compiler knows no unpacking)
+        new_max_GpHp = max_GpHp
+        for i in tl.static_range(PARTS):
+            new_max_GpHp = tl.maximum(new_max_GpHp, lses[i])
+        alpha_GpHp = tl.exp2(max_GpHp - new_max_GpHp)
+        sum_GpHp *= alpha_GpHp
+        acc_GpHp *= alpha_GpHp
+        for i in tl.static_range(PARTS):
+            weight_GpHp = tl.exp2(lses[i] - new_max_GpHp)
+            sum_GpHp += weight_GpHp
+            acc_GpHp += weight_GpHp * outs[i]
+        max_GpHp = new_max_GpHp
+    tl.store(out_ptr + at_GpHp, (acc_GpHp / sum_GpHp).to(out_ptr.dtype.element_ty), mask=mask_GpHp)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_workers", "table_blocks", "table_stride"])
+def decode_kernel(
+    q_ptr,  # [R, N, H]
+    k_ptr,  # [C, B, K, H]
+    v_ptr,  # [C, B, K, H]
+    table_ptr,  # [R, P] int32
+    seq_len_ptr,  # [R] int32
+    out_ptr,  # [R, N, H]
+    part_out_ptr,  # [W, 2, K, G, H] fp32: results over a part of a row
+    part_lse_ptr,  # [W, 2, K, G, H] fp32: log2 of the part's sum of 2^score, the same along H
+    arrived_ptr,  # [W, K] int32: zero before and after each launch
+    k_scale_ptr,  # [K] fp32, read for an fp8 cache
+    v_scale_ptr,  # [K] fp32, read for an fp8 cache
+    num_rows,
+    num_workers,
+    table_blocks,
+    table_stride,
+    scale_log2,
+    # strides are constants: a thread's addresses within a tile become offsets inside its load instructions
+    Q_STRIDE_ROW: tl.constexpr,
+    Q_STRIDE_HEAD: tl.constexpr,
+    K_STRIDE_BLOCK: tl.constexpr,
+    K_STRIDE_SLOT: tl.constexpr,
+    K_STRIDE_HEAD: tl.constexpr,
+    V_STRIDE_BLOCK: tl.constexpr,
+    V_STRIDE_SLOT: tl.constexpr,
+    V_STRIDE_HEAD: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    GROUP_P: tl.constexpr,
+    HEAD: tl.constexpr,
+    HEAD_P: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    ROWS_P: tl.constexpr,
+    PARTS: tl.constexpr,
+    MIN_WORKERS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    wait_for_earlier_kernels(PDL, EARLY=ROWS_P == 1)
+    # neighbouring programs read the same tokens for different heads, which lie side by side in memory
+    head_idx = tl.program_id(0) % NUM_KV_HEADS
+    worker_idx = tl.program_id(0) // NUM_KV_HEADS
+
+    # --- divide the work: every program does the same small sums
+    if ROWS_P == 1:
+        seq_len = tl.load(seq_len_ptr)
+        num_tiles = _num_tiles(seq_len, TILE, WINDOW)
+    else:
+        row_Rp = tl.arange(0, ROWS_P)
+        seq_len_Rp = tl.load(seq_len_ptr + row_Rp, mask=row_Rp < num_rows, other=0)
+        num_tiles_Rp = tl.where(row_Rp < num_rows, _num_tiles(seq_len_Rp, TILE, WINDOW), 0)
+        tiles_end_Rp = tl.cumsum(num_tiles_Rp, 0)
+        num_tiles = tl.sum(num_tiles_Rp, 0)
+    # more workers read faster, until the merge of their parts costs more than they save
+    num_active = tl.minimum(
+        tl.minimum(num_workers, num_tiles), tl.maximum(MIN_WORKERS, num_tiles // 4)
+    )
+    if worker_idx >= num_active:
+        return
+    tiles_per_worker = num_tiles // num_active
+    num_long = num_tiles - tiles_per_worker * num_active
+    span_begin = worker_idx * tiles_per_worker + tl.minimum(worker_idx, num_long)
+    span_end = span_begin + tiles_per_worker + tl.where(worker_idx < num_long, 1, 0)
+    if ROWS_P == 1:
+        first_row, first_begin, first_end = 0, 0, num_tiles
+    else:
+        first_row = tl.sum(tl.where(tiles_end_Rp <= span_begin, 1, 0), 0)
+        first_begin = tl.max(tl.where(tiles_end_Rp <= span_begin, tiles_end_Rp, 0), 0)
+        first_end = tl.min(tl.where(tiles_end_Rp > span_begin, tiles_end_Rp, 0x7FFFFFFF), 0)
+        seq_len = load_index(seq_len_ptr + first_row, UPCAST)
+
+    # keys and values of an fp8 cache stay what they hold: the head's scales go into the scores' and into the result
+    FP8: tl.constexpr = k_ptr.dtype.element_ty == tl.float8e4nv
+    if FP8:
+        scale_log2 = scale_log2 * tl.load(k_scale_ptr + head_idx)
+        v_scale = tl.load(v_scale_ptr + head_idx)
+
+    SLOT: tl.constexpr = NUM_KV_HEADS * GROUP * HEAD
+    group_M = tl.arange(0, GROUP_M)
+    h_Hp = tl.arange(0, HEAD_P)
+    s_S = tl.arange(0, TILE)
+    q_head_M = head_idx * GROUP + group_M
+    q_mask_MHp = (group_M < GROUP)[:, None] & (h_Hp < HEAD)[None, :]
+    q_at_MHp = q_head_M[:, None] * Q_STRIDE_HEAD + h_Hp[None, :]
+    out_at_MHp = q_head_M[:, None] * HEAD + h_Hp[None, :]
+    part_at_MHp = worker_idx * (2 * SLOT) + out_at_MHp
+
+    # --- walk the span. The row of the tile: its index, and its first and last tile (exclusive) among all tiles.
+    row_idx, row_begin, row_end = first_row, first_begin, first_end
+    max_M = tl.full([GROUP_M], NO_SCORE, tl.float32)
+    sum_M = tl.zeros([GROUP_M], tl.float32)
+    acc_MHp = tl.zeros([GROUP_M, HEAD_P], tl.float32)
+    for tile_idx in range(span_begin, span_end):
+        first_key = (tile_idx - row_begin + _first_tile(seq_len, TILE, WINDOW)) * TILE
+        seen_S = s_S < seq_len - first_key
+        if WINDOW > 0:
+            seen_S = seen_S & (s_S >= seq_len - WINDOW - first_key)
+        table_at = table_ptr + row_idx * table_stride
+        if BLOCK % TILE == 0:
+            # the pipeline asks for the blocks of tiles beyond the span, too
+            block = load_index(
+                table_at + tl.minimum(first_key // BLOCK, table_blocks - 1), UPCAST
+            ).to(tl.int64)
+            slot = first_key % BLOCK
+            k_at = k_ptr + (
+                block * K_STRIDE_BLOCK + slot * K_STRIDE_SLOT + head_idx * K_STRIDE_HEAD
+            )
+            v_at = v_ptr + (
+                block * V_STRIDE_BLOCK + slot * V_STRIDE_SLOT + head_idx * V_STRIDE_HEAD
+            )
+            k_at_SHp = k_at + ((s_S * K_STRIDE_SLOT)[:, None] + h_Hp[None, :])
+            v_at_SHp = v_at + ((s_S * V_STRIDE_SLOT)[:, None] + h_Hp[None, :])
+        else:
+            key_S = first_key + s_S
+            block_S = tl.load(table_at + key_S // BLOCK, mask=seen_S, other=0).to(tl.int64)
+            k_at_S = (
+                block_S * K_STRIDE_BLOCK
+                + (key_S % BLOCK) * K_STRIDE_SLOT
+                + head_idx * K_STRIDE_HEAD
+            )
+            v_at_S = (
+                block_S * V_STRIDE_BLOCK
+                + (key_S % BLOCK) * V_STRIDE_SLOT
+                + head_idx * V_STRIDE_HEAD
+            )
+            k_at_SHp = k_ptr + (k_at_S[:, None] + h_Hp[None, :])
+            v_at_SHp = v_ptr + (v_at_S[:, None] + h_Hp[None, :])
+        # keys not seen are read as zeros: whatever lies there, NaN included, must not reach 0 · v
+        mask_SHp = seen_S[:, None] & (h_Hp < HEAD)[None, :]
+        q_MHp = tl.load(q_ptr + row_idx * Q_STRIDE_ROW + q_at_MHp, mask=q_mask_MHp, other=0.0)
+        k_SHp = tl.load(k_at_SHp, mask=mask_SHp, other=0.0)
+        v_SHp = tl.load(v_at_SHp, mask=mask_SHp, other=0.0)
+        if FP8:
+            q_MHp = to_fp16(q_MHp, UPCAST)
+            k_SHp, v_SHp = (
+                from_fp8(k_SHp, q_MHp.dtype, UPCAST),
+                from_fp8_in_place(v_SHp, q_MHp.dtype, UPCAST),
+            )
+
+        is_first = (tile_idx == row_begin) | (tile_idx == span_begin)
+        is_last = (tile_idx + 1 == row_end) | (tile_idx + 1 == span_end)
+        score_MS = dot(q_MHp, tl.trans(k_SHp), tl.zeros([GROUP_M, TILE], tl.float32), UPCAST)
+        score_MS = tl.where(seen_S[None, :], score_MS, float("-inf"))
+        max_M = tl.where(is_first, NO_SCORE, max_M)
+        new_max_M = tl.maximum(max_M, tl.max(score_MS, 1) * scale_log2)
+        alpha_M = tl.where(is_first, 0.0, exp2(max_M - new_max_M, UPCAST))
+        prob_MS = exp2(score_MS * scale_log2 - new_max_M[:, None], UPCAST)
+        sum_M = sum_M * alpha_M + tl.sum(prob_MS, 1)
+        acc_MHp = dot(prob_MS.to(v_SHp.dtype), v_SHp, acc_MHp * alpha_M[:, None], UPCAST)
+        max_M = new_max_M
+
+        if is_last:
+            safe_sum_M = tl.where(sum_M > 0, sum_M, 1.0)
+            out_MHp = acc_MHp / safe_sum_M[:, None]
+            if FP8:
+                out_MHp *= v_scale
+            if (row_begin >= span_begin) & (row_end <= span_end):
+                out_at = out_ptr + row_idx * SLOT + out_at_MHp
+                tl.store(out_at, out_MHp.to(out_ptr.dtype.element_ty), mask=q_mask_MHp)
+            else:
+                # slot 1 holds the head of a row (at most one a worker), slot 0 the continuation of one
+                part_at = tl.where(row_begin >= span_begin, SLOT, 0) + part_at_MHp
+                lse_MHp = tl.broadcast_to((max_M + tl.log2(safe_sum_M))[:, None], [GROUP_M, HEAD_P])
+                tl.store(part_out_ptr + part_at, out_MHp, mask=q_mask_MHp)
+                tl.store(part_lse_ptr + part_at, lse_MHp, mask=q_mask_MHp)
+
+        if ROWS_P > 1:
+            ends = tile_idx + 1 == row_end
+            row_idx = tl.minimum(row_idx + ends.to(tl.int32), num_rows - 1)
+            seq_len = load_index(seq_len_ptr + row_idx, UPCAST)
+            row_begin = tl.where(ends, row_end, row_begin)
+            row_end = tl.where(ends, row_end + _num_tiles(seq_len, TILE, WINDOW), row_end)
+
+    # --- report the parts: of the row the span began within, and of the row it left unfinished
+    continues = span_begin > first_begin
+    unfinished = (row_begin >= span_begin) & (row_begin < span_end) & (row_end > span_end)
+    for i in range(2):
+        if (continues & (i == 0)) | (unfinished & (i == 1)):
+            part_row = tl.where(i == 0, first_row, row_idx)
+            part_row_begin = tl.where(i == 0, first_begin, row_begin)
+            part_row_end = tl.where(i == 0, first_end, row_end)
+            first_worker = _worker_of(part_row_begin, num_long, tiles_per_worker)
+            num_parts = _worker_of(part_row_end - 1, num_long, tiles_per_worker) - first_worker + 1
+            # all threads' stores come before the one thread's release; its acquire comes before all threads' loads
+            tl.debug_barrier()
+            arrived_at = arrived_ptr + first_worker * NUM_KV_HEADS + head_idx
+            num_before = tl.atomic_add(arrived_at, 1, sem="acq_rel", scope="gpu")
+            if num_before == num_parts - 1:
+                tl.store(arrived_at, 0)
+                _merge(
+                    part_out_ptr, part_lse_ptr, out_ptr + (part_row * NUM_KV_HEADS + head_idx) * (GROUP * HEAD),
+                    head_idx, first_worker, num_parts, NUM_KV_HEADS, GROUP, GROUP_P, HEAD, HEAD_P, PARTS,
+                )  # fmt: skip
+
+
+class DecodeTile(NamedTuple):
+    """How a decode launch is cut."""
+
+    tile: int  # tokens in a tile of keys
+    num_warps: int
+    num_stages: int
+    programs: int  # programs per multiprocessor
+    max_parts: int  # parts of a row that the merge loads at a time, at most
+
+
+def decode_tile(
+    head_bytes: int, block_size: int, num_rows: int, shared_bytes: int, is_fp8: bool = False
+) -> DecodeTile:
+    """The launch for heads of head_bytes (padded to a power of two).
+
+    Two programs on a multiprocessor with two tiles of 16 KB of keys and of values each keep 128 KB in flight; bandwidth
+    times latency asks for some 40. Measured on an H200 in µs at 256 / 64 / 8 rows as above, and for 32 query heads at 256:
+    this 253 / 70.6 / 15.2 / 257; half the tile and four programs 256 / 72.1 / 16.1 / 263; one program with three tiles in
+    flight 315 / 77.7 / 17.2 / 313. One row of 600 / 4000 / 32000 tokens: 5.3 / 9.6 / 37 with one program and three tiles,
+    5.5 / 10.6 / 37 with two and two. Half the tile where shared memory is 99 KB (sm_86, sm_89).
+
+    An fp8 cache has tiles of as many bytes, so of twice the tokens, where its blocks hold them. Counted in the code for sm_90,
+    heads of 128: 966 instructions a warp for 128 tokens, 703 for 64, where bf16 has 591 for 64. Not yet measured.
+    """
+    most = 128 if is_fp8 and block_size % 128 == 0 else 64
+    tile = min(most, max(16, (16384 if shared_bytes >= 160 * 1024 else 8192) // head_bytes))
+    single = num_rows == 1 and block_size % tile == 0
+    # a tile in flight is keys, values and queries; beside them stands the result on its way out
+    tile_bytes, out_bytes = (2 * tile + 16) * head_bytes, 32 * head_bytes
+    if is_fp8:  # queries of two bytes; beside the tiles the values and the probabilities in fp16
+        tile_bytes, out_bytes = (2 * tile + 32) * head_bytes, tile * (2 * head_bytes + 32)
+    buffers = min(3 if single else 2, (shared_bytes - out_bytes) // tile_bytes)
+    programs = 1 if single or 2 * (buffers * tile_bytes + out_bytes) > shared_bytes else 2
+    # where the block numbers of a tile are loaded apart, their load takes stages too
+    num_stages = 1 + buffers * (2 if block_size % tile else 1)
+    return DecodeTile(tile, 4, num_stages, programs, 16 if single else 8)
+
+
+def decode_constants(
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    num_rows: int,
+    window: int,
+    launch: DecodeTile,
+) -> dict[str, int]:
+    """The kernel's compile-time constants; few values of ROWS_P, so that batch buckets share compiled kernels."""
+    group = num_heads // num_kv_heads
+    group_p, head_p = triton.next_power_of_2(group), triton.next_power_of_2(head_dim)
+    return {
+        "NUM_KV_HEADS": num_kv_heads,
+        "GROUP": group,
+        "GROUP_M": max(16, group_p),
+        "GROUP_P": group_p,
+        "HEAD": head_dim,
+        "HEAD_P": head_p,
+        "BLOCK": block_size,
+        "TILE": launch.tile,
+        "ROWS_P": next(
+            (rows for rows in (1, 16, 64, 256) if num_rows <= rows),
+            triton.next_power_of_2(num_rows),
+        ),
+        "PARTS": max(1, min(launch.max_parts, 4096 // (group_p * head_p))),  # 64 registers a thread
+        "MIN_WORKERS": 16,
+        "WINDOW": max(0, window),
+    }
+
+
+def paged_attention_decode(
+    q_RNH: Tensor,
+    k_cache_CBKH: Tensor,
+    v_cache_CBKH: Tensor,
+    block_table_RP: Tensor,
+    seq_len_R: Tensor,
+    scale: float,
+    window: int,
+    launch: DecodeTile | None = None,
+    k_scale_K: Tensor | None = None,
+    v_scale_K: Tensor | None = None,
+) -> Tensor:
+    """softmax(q · kᵀ · scale) · v for the one newest token of each row; see `reference.paged_attention`.
+
+    The scale must be positive. `launch` overrides the choice of tiles, for measurements.
+    """
+    num_rows, num_heads, head_dim = q_RNH.shape
+    block_size, num_kv_heads = k_cache_CBKH.shape[1:3]
+    if scale <= 0:
+        raise ValueError(f"attention scale must be positive, got {scale}")
+    if q_RNH.stride(2) != 1:
+        q_RNH = q_RNH.contiguous()
+    out_RNH = torch.empty((num_rows, num_heads, head_dim), dtype=q_RNH.dtype, device=q_RNH.device)
+    if num_rows == 0:
+        return out_RNH
+    device = q_RNH.device
+    is_fp8 = k_cache_CBKH.dtype is torch.float8_e4m3fn and q_RNH.element_size() == 2
+    # of fp32 queries the products are in fp32, whatever the cache holds
+    element_size = 1 if is_fp8 else q_RNH.element_size()
+    head_bytes = triton.next_power_of_2(head_dim) * element_size
+    launch = launch or decode_tile(
+        head_bytes, block_size, num_rows, shared_memory_bytes(device), is_fp8
+    )
+    constants = decode_constants(
+        num_heads, num_kv_heads, head_dim, block_size, num_rows, window, launch
+    )
+    max_tiles = num_rows * triton.cdiv(block_table_RP.shape[1] * block_size, launch.tile)
+    num_workers = max(
+        1, min(launch.programs * num_multiprocessors(device) // num_kv_heads, max_tiles)
+    )
+    part_out, part_lse = torch.empty(
+        (2, num_workers * 2 * num_heads * head_dim), dtype=torch.float32, device=device
+    )
+    decode_kernel[(num_workers * num_kv_heads,)](
+        q_RNH,
+        k_cache_CBKH,
+        v_cache_CBKH,
+        block_table_RP,
+        seq_len_R,
+        out_RNH,
+        part_out,
+        part_lse,
+        arrival_counters(device, num_workers * num_kv_heads),
+        part_lse if k_scale_K is None else k_scale_K,
+        part_lse if v_scale_K is None else v_scale_K,
+        num_rows,
+        num_workers,
+        block_table_RP.shape[1],
+        block_table_RP.stride(0),
+        scale * LOG2_E,
+        *q_RNH.stride()[:2],
+        *k_cache_CBKH.stride()[:3],
+        *v_cache_CBKH.stride()[:3],
+        **constants,
+        UPCAST=device.type != "cuda",
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+        **launch_options(device),
+    )
+    return out_RNH

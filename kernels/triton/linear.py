@@ -1,0 +1,71 @@
+"""Products on a GPU: which kernel takes which, and cuBLAS for the rest."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nanovllm.kernels import reference
+from nanovllm.kernels.triton import linear_few as triton_linear_few
+from nanovllm.kernels.triton import linear_gated as triton_linear_gated
+from nanovllm.kernels.triton import linear_many as triton_linear_many
+
+
+def takes(x_TD: Tensor, weight_OD: Tensor, has_norm: bool, silu_mul: bool) -> bool:
+    """Whether `fused_linear` beats cuBLAS and the neighbours' own kernels; the neighbours are a norm before, SiLU·up after."""
+    num_rows, (weight_rows, depth) = x_TD.shape[0], weight_OD.shape
+    if num_rows <= triton_linear_few.max_rows(weight_rows, depth, has_norm):
+        return True
+    if has_norm:
+        return False
+    if silu_mul and triton_linear_gated.takes(x_TD, weight_OD):
+        return True
+    return num_rows <= triton_linear_many.max_rows(weight_rows, depth)
+
+
+def fused_linear(
+    x_TD: Tensor,
+    norm_weight_D: Tensor | None,
+    weight_OD: Tensor,
+    bias_O: Tensor | None,
+    residual_TO: Tensor | None,
+    eps: float,
+    silu_mul: bool,
+) -> Tensor:
+    """`reference.fused_linear` in one launch, for bf16 and fp16 and what `takes` says.
+
+    The weights (norm's and bias included) may be read before earlier kernels are over, so no kernel that is still under way
+    may write them.
+    """
+    dtype, num_rows, has_norm = x_TD.dtype, x_TD.shape[0], norm_weight_D is not None
+    if (
+        dtype not in (torch.float16, torch.bfloat16)
+        or weight_OD.dtype is not dtype
+        or weight_OD.stride(1) != 1
+        or num_rows == 0
+        or not takes(x_TD, weight_OD, has_norm, silu_mul)
+    ):
+        return reference.fused_linear(
+            x_TD, norm_weight_D, weight_OD, bias_O, residual_TO, eps, silu_mul
+        )
+    x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
+    residual_TO = None if residual_TO is None else residual_TO.contiguous()
+    weight_rows, depth = weight_OD.shape
+    if num_rows <= triton_linear_few.max_rows(weight_rows, depth, has_norm):
+        return triton_linear_few.few_rows_linear(
+            x_TD, norm_weight_D, weight_OD, bias_O, residual_TO, eps, silu_mul
+        )
+    if silu_mul and residual_TO is None and triton_linear_gated.takes(x_TD, weight_OD):
+        return triton_linear_gated.gated_linear(x_TD, weight_OD, bias_O)
+    return triton_linear_many.many_rows_linear(x_TD, weight_OD, bias_O, residual_TO, silu_mul)
+
+
+def linear_(residual_TO: Tensor, x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> None:
+    """`reference.linear_` by cuBLAS, which adds in the product's own last step where there is no bias.
+
+    In place alone: torch's out-of-place `addmm` copies the residual first, 2 µs for 256 rows of 4096 and 32 for 8192.
+    """
+    if bias_O is not None or x_TD.dim() != 2:
+        reference.linear_(residual_TO, x_TD, weight_OD, bias_O)
+    else:
+        residual_TO.addmm_(x_TD, weight_OD.t())

@@ -1,0 +1,484 @@
+"""Products with few rows, fused with their neighbours, in Triton: (RMS norm →) x · weightᵀ + bias (→ SiLU·up) (+ residual).
+
+With few rows a product is a stream of weights, and a decode step is a chain of such streams in which every kernel waits
+for the one before it. Hence the one idea here: weights depend on no earlier kernel. A program asks for its first chunks
+of weights, then waits for its predecessor (programmatic dependent launch, sm_90), then reads the rows, which are small
+and in the L2, norms them (each program for itself) and multiplies. It lets its successor start before all that, so that
+the successor's weights are under way as well. A program owns OUTS outputs in their whole depth: there are no partial
+results to add up, and every run gives the same bits.
+
+One row is multiplied in fp32 on the ordinary cores, an output to a warp, which so needs nobody else until it stores. Two
+rows and more go to the tensor cores, every warp with a slice of the depth.
+
+Measured on an H200, µs of one launch in a captured chain with 28 layers' weights (without programmatic dependent launch;
+cuBLAS with norm and SiLU in kernels of their own). Qwen3-0.6B: qkv 3.3 (4.2; 7.1) at one row, 4.4 (6.0; 7.2) at 8; out 2.1
+(3.3; 12.7) and 2.6 (5.0; 5.9); gate_up 4.4 (5.4; 8.8) and 5.3 (7.9; 8.8); down 2.7 (3.7; 7.5) and 3.9 (6.6; 7.5). A whole
+layer with rope and attention takes 19.7 in place of 40.3 at one row, 31.8 in place of 44.3 at 8, 42.8 in place of 48.3 at 16.
+Qwen3-8B at one row: qkv 14.0 (18.5 apart), out 8.4 (14.6), gate_up 50.3 (51.4), down 23.0 (30.3), head 289 (299).
+
+Tried and dropped for several rows: multiplying by the norm's factor after the product, as for one row, which keeps the norm
+weights in registers across the wait and spills (47 µs in place of 5.8 for qkv at 16 rows).
+
+Shapes: T rows (tokens), "p" after it: padded to a power of two | D depth (inner size) | O outputs of one program
+C columns of a chunk | S slices of a chunk
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nanovllm.kernels.triton.common import finish, launch_options, prefetch_rows
+
+MAX_ROWS = 16
+
+
+class LinearTile(NamedTuple):
+    """Outputs of one program, slices and columns of a chunk of weights, chunks under way at a time, warps; and whether the
+    chunks after those are asked into the L2 before the wait. One row has one slice.
+    """
+
+    outs: int
+    slices: int
+    columns: int
+    ahead: int
+    num_warps: int
+    prefetch: bool = False
+
+
+@triton.jit
+def _load_columns(
+    at_AWC, chunk: tl.constexpr, DEPTH: tl.constexpr, COLUMNS: tl.constexpr, POLICY: tl.constexpr
+):
+    """Chunk of rows that begin at `at_AWC` (which holds the columns' offsets as well)."""
+    if (chunk + 1) * COLUMNS <= DEPTH:
+        return tl.load(at_AWC + chunk * COLUMNS, eviction_policy=POLICY)
+    else:
+        mask_C = chunk * COLUMNS + tl.arange(0, COLUMNS) < DEPTH
+        return tl.load(
+            at_AWC + chunk * COLUMNS, mask=mask_C[None, None, :], other=0.0, eviction_policy=POLICY
+        )
+
+
+@triton.jit
+def one_row_linear_kernel(
+    x_ptr,  # [D]
+    norm_ptr,  # [D], read if HAS_NORM
+    weight_ptr,  # [outputs, D]
+    bias_ptr,  # [outputs], read if HAS_BIAS
+    residual_ptr,  # [NUM_OUTS], read if HAS_RESIDUAL
+    out_ptr,  # [NUM_OUTS], written
+    weight_stride,
+    eps,
+    NUM_OUTS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    OUTS: tl.constexpr,
+    WARPS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    AHEAD: tl.constexpr,
+    PREFETCH_P: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    SILU_MUL: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Tiles are [A, W, C]: A outputs to each of W warps, COLUMNS as wide as a warp loads at once. Every warp has a copy of x,
+    [1, W, C], so nothing crosses warps. The norm's factor comes last: it is the same for all products.
+    """
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    NUM_CHUNKS: tl.constexpr = (DEPTH + COLUMNS - 1) // COLUMNS
+    EACH: tl.constexpr = OUTS // WARPS
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    o_AW = (
+        tl.program_id(0) * OUTS + tl.arange(0, EACH)[:, None] * WARPS + tl.arange(0, WARPS)[None, :]
+    )
+    # outputs beyond the last compute the last once more and are not stored
+    row_AW = tl.minimum(o_AW, NUM_OUTS - 1)
+    d_C = tl.arange(0, COLUMNS)
+    d_1WC = d_C[None, None, :] + tl.zeros((1, WARPS, 1), tl.int32)
+    w_at = weight_ptr + row_AW.to(tl.int64)[:, :, None] * weight_stride + d_C[None, None, :]
+    up_at = w_at + NUM_OUTS * weight_stride.to(tl.int64)
+
+    w, up, norm, x = (), (), (), ()
+    for chunk in tl.static_range(NUM_CHUNKS):
+        if chunk < AHEAD:
+            w += (_load_columns(w_at, chunk, DEPTH, COLUMNS, "evict_first"),)
+            if SILU_MUL:
+                up += (_load_columns(up_at, chunk, DEPTH, COLUMNS, "evict_first"),)
+            if HAS_NORM:
+                norm += (_load_columns(norm_ptr + d_1WC, chunk, DEPTH, COLUMNS, "evict_last"),)
+    if PDL:
+        if PREFETCH_P > 0:
+            first_O = tl.minimum(tl.program_id(0) * OUTS + tl.arange(0, OUTS), NUM_OUTS - 1)
+            first_at = weight_ptr + first_O.to(tl.int64) * weight_stride
+            prefetch_rows(first_at, AHEAD * COLUMNS, DEPTH, PREFETCH_P)
+            if SILU_MUL:
+                prefetch_rows(
+                    first_at + NUM_OUTS * weight_stride.to(tl.int64),
+                    AHEAD * COLUMNS,
+                    DEPTH,
+                    PREFETCH_P,
+                )
+        tl.extra.cuda.gdc_wait()
+    if HAS_RESIDUAL:  # asked for now, or the end of the program would wait for it
+        residual_AW = tl.load(residual_ptr + row_AW)
+    for chunk in tl.static_range(NUM_CHUNKS):
+        if chunk < AHEAD:
+            x += (_load_columns(x_ptr + d_1WC, chunk, DEPTH, COLUMNS, "evict_last"),)
+
+    square_1WC = tl.zeros((1, WARPS, COLUMNS), tl.float32)
+    acc_AWC = tl.zeros((EACH, WARPS, COLUMNS), tl.float32)
+    acc_up_AWC = tl.zeros((EACH, WARPS, COLUMNS), tl.float32)
+    for chunk in tl.static_range(NUM_CHUNKS):
+        if chunk + AHEAD < NUM_CHUNKS:
+            w += (_load_columns(w_at, chunk + AHEAD, DEPTH, COLUMNS, "evict_first"),)
+            x += (_load_columns(x_ptr + d_1WC, chunk + AHEAD, DEPTH, COLUMNS, "evict_last"),)
+            if SILU_MUL:
+                up += (_load_columns(up_at, chunk + AHEAD, DEPTH, COLUMNS, "evict_first"),)
+            if HAS_NORM:
+                norm += (
+                    _load_columns(norm_ptr + d_1WC, chunk + AHEAD, DEPTH, COLUMNS, "evict_last"),
+                )
+        x_1WC = x[chunk].to(tl.float32)
+        if HAS_NORM:
+            square_1WC += x_1WC * x_1WC
+            x_1WC *= norm[chunk].to(tl.float32)
+        acc_AWC += w[chunk].to(tl.float32) * x_1WC
+        if SILU_MUL:
+            acc_up_AWC += up[chunk].to(tl.float32) * x_1WC
+
+    y_AW = tl.sum(acc_AWC, 2)
+    up_AW = y_AW
+    if SILU_MUL:
+        up_AW = tl.sum(acc_up_AWC, 2)
+    if HAS_NORM:
+        factor_1W = tl.rsqrt(tl.sum(square_1WC, 2) / DEPTH + eps)
+        y_AW *= factor_1W
+        up_AW *= factor_1W
+    if HAS_BIAS:
+        y_AW += tl.load(bias_ptr + row_AW).to(tl.float32)
+        if SILU_MUL:
+            up_AW += tl.load(bias_ptr + NUM_OUTS + row_AW).to(tl.float32)
+    y_AW = finish(y_AW, up_AW, dtype, SILU_MUL)
+    if HAS_RESIDUAL:
+        y_AW = (y_AW.to(tl.float32) + residual_AW.to(tl.float32)).to(dtype)
+    tl.store(out_ptr + o_AW, y_AW, mask=o_AW < NUM_OUTS)
+
+
+@triton.jit
+def _load_slices(at_SRC, chunk: tl.constexpr, keep_R, DEPTH: tl.constexpr, SLICES: tl.constexpr, COLUMNS: tl.constexpr,
+                 MASK_ROWS: tl.constexpr, POLICY: tl.constexpr):  # fmt: skip
+    """Chunk [S, rows, C] of rows that begin at `at_SRC` (which holds the columns' offsets as well)."""
+    CHUNK: tl.constexpr = SLICES * COLUMNS
+    if (chunk + 1) * CHUNK <= DEPTH and not MASK_ROWS:
+        return tl.load(at_SRC + chunk * CHUNK, eviction_policy=POLICY)
+    else:
+        d_SC = (
+            chunk * CHUNK + tl.arange(0, SLICES)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+        )
+        mask_SRC = (d_SC < DEPTH)[:, None, :] & keep_R[None, :, None]
+        return tl.load(at_SRC + chunk * CHUNK, mask=mask_SRC, other=0.0, eviction_policy=POLICY)
+
+
+@triton.jit
+def _slice_dot(x_STC, w_SOC, acc_STO, UPCAST: tl.constexpr):
+    if UPCAST:  # the interpreter multiplies bf16 as raw integers
+        x_STC = x_STC.to(tl.float32)
+        w_SOC = w_SOC.to(tl.float32)
+    return tl.dot(x_STC, tl.permute(w_SOC, (0, 2, 1)), acc_STO, input_precision="ieee")
+
+
+@triton.jit
+def few_rows_linear_kernel(
+    x_ptr,  # [T, D]
+    norm_ptr,  # [D], read if HAS_NORM
+    weight_ptr,  # [outputs, D]
+    bias_ptr,  # [outputs], read if HAS_BIAS
+    residual_ptr,  # [T, NUM_OUTS], read if HAS_RESIDUAL
+    out_ptr,  # [T, NUM_OUTS], written
+    x_stride,
+    weight_stride,
+    eps,
+    NUM_ROWS: tl.constexpr,
+    ROWS_P: tl.constexpr,
+    NUM_OUTS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    OUTS: tl.constexpr,
+    SLICES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    AHEAD: tl.constexpr,
+    PREFETCH_P: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    SILU_MUL: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """A chunk is S products [T, C] × [C, O], one to a warp; their results are added up at the end."""
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    CHUNK: tl.constexpr = SLICES * COLUMNS
+    NUM_CHUNKS: tl.constexpr = (DEPTH + CHUNK - 1) // CHUNK
+    MASK_T: tl.constexpr = NUM_ROWS < ROWS_P
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    o_O = tl.program_id(0) * OUTS + tl.arange(0, OUTS)
+    row_O = tl.minimum(o_O, NUM_OUTS - 1)
+    row_T = tl.arange(0, ROWS_P)
+    all_O, real_T = row_O >= 0, row_T < NUM_ROWS
+    d_SC = tl.arange(0, SLICES)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    d_S1C = d_SC[:, None, :]
+    w_at = weight_ptr + row_O.to(tl.int64)[None, :, None] * weight_stride + d_S1C
+    up_at = w_at + NUM_OUTS * weight_stride.to(tl.int64)
+    x_at = x_ptr + row_T[None, :, None] * x_stride + d_S1C
+
+    w, up = (), ()
+    for chunk in tl.static_range(NUM_CHUNKS):
+        if chunk < AHEAD:
+            w += (_load_slices(w_at, chunk, all_O, DEPTH, SLICES, COLUMNS, False, "evict_first"),)
+            if SILU_MUL:
+                up += (
+                    _load_slices(up_at, chunk, all_O, DEPTH, SLICES, COLUMNS, False, "evict_first"),
+                )
+    if PDL:
+        if PREFETCH_P > 0:
+            first_at = weight_ptr + row_O.to(tl.int64) * weight_stride
+            prefetch_rows(first_at, AHEAD * CHUNK, DEPTH, PREFETCH_P)
+            if SILU_MUL:
+                prefetch_rows(
+                    first_at + NUM_OUTS * weight_stride.to(tl.int64),
+                    AHEAD * CHUNK,
+                    DEPTH,
+                    PREFETCH_P,
+                )
+        tl.extra.cuda.gdc_wait()
+    mask_TO = real_T[:, None] & (o_O < NUM_OUTS)[None, :]
+    at_TO = row_T[:, None] * NUM_OUTS + o_O[None, :]
+    if HAS_RESIDUAL:
+        residual_TO = tl.load(residual_ptr + at_TO, mask=mask_TO, other=0.0)
+
+    factor_1T1 = tl.full((1, ROWS_P, 1), 1.0, tl.float32)
+    if HAS_NORM:
+        square_T = tl.zeros((ROWS_P,), tl.float32)
+        for chunk in tl.static_range(NUM_CHUNKS):
+            x_STC = _load_slices(x_at, chunk, real_T, DEPTH, SLICES, COLUMNS, MASK_T, "evict_last")
+            square_T += tl.sum(tl.sum(x_STC.to(tl.float32) * x_STC.to(tl.float32), 2), 0)
+        factor_1T1 = tl.rsqrt(square_T / DEPTH + eps)[None, :, None]
+
+    acc_STO = tl.zeros((SLICES, ROWS_P, OUTS), tl.float32)
+    acc_up_STO = tl.zeros((SLICES, ROWS_P, OUTS), tl.float32)
+    for chunk in tl.static_range(NUM_CHUNKS):
+        if chunk + AHEAD < NUM_CHUNKS:
+            w += (
+                _load_slices(
+                    w_at, chunk + AHEAD, all_O, DEPTH, SLICES, COLUMNS, False, "evict_first"
+                ),
+            )
+            if SILU_MUL:
+                up += (
+                    _load_slices(
+                        up_at, chunk + AHEAD, all_O, DEPTH, SLICES, COLUMNS, False, "evict_first"
+                    ),
+                )
+        if NUM_CHUNKS > 1 or not HAS_NORM:  # of a norm, a single chunk is still at hand
+            x_STC = _load_slices(x_at, chunk, real_T, DEPTH, SLICES, COLUMNS, MASK_T, "evict_last")
+        if HAS_NORM:
+            d_mask_SC = chunk * CHUNK + d_SC < DEPTH
+            norm_SC = tl.load(norm_ptr + chunk * CHUNK + d_SC, mask=d_mask_SC, other=0.0).to(
+                tl.float32
+            )
+            x_STC = (
+                (x_STC.to(tl.float32) * factor_1T1).to(dtype).to(tl.float32) * norm_SC[:, None, :]
+            ).to(dtype)
+        acc_STO = _slice_dot(x_STC, w[chunk], acc_STO, UPCAST)
+        if SILU_MUL:
+            acc_up_STO = _slice_dot(x_STC, up[chunk], acc_up_STO, UPCAST)
+
+    y_TO = tl.sum(acc_STO, 0)
+    up_TO = y_TO
+    if SILU_MUL:
+        up_TO = tl.sum(acc_up_STO, 0)
+    if HAS_BIAS:
+        y_TO += tl.load(bias_ptr + row_O).to(tl.float32)[None, :]
+        if SILU_MUL:
+            up_TO += tl.load(bias_ptr + NUM_OUTS + row_O).to(tl.float32)[None, :]
+    y_TO = finish(y_TO, up_TO, dtype, SILU_MUL)
+    if HAS_RESIDUAL:
+        y_TO = (y_TO.to(tl.float32) + residual_TO.to(tl.float32)).to(dtype)
+    tl.store(out_ptr + at_TO, y_TO, mask=mask_TO)
+
+
+# (outputs, depth, silu·up): tiles for one row, for up to 8 and for up to 16. Measured on an H200 by scripts/bench/bench_linear.py.
+TILES: dict[tuple[int, int, bool], tuple[LinearTile, LinearTile, LinearTile]] = {
+    # Qwen3-0.6B: qkv, out, gate_up, down, head
+    (4096, 1024, False): (
+        LinearTile(8, 1, 256, 2, 4),
+        LinearTile(16, 4, 256, 1, 4),
+        LinearTile(16, 4, 256, 1, 4),
+    ),
+    (1024, 2048, False): (
+        LinearTile(8, 1, 256, 8, 8),
+        LinearTile(16, 4, 256, 2, 4),
+        LinearTile(16, 4, 128, 4, 4),
+    ),
+    (3072, 1024, True): (
+        LinearTile(8, 1, 256, 2, 4),
+        LinearTile(16, 4, 256, 1, 4),
+        LinearTile(16, 4, 256, 1, 4),
+    ),
+    (1024, 3072, False): (
+        LinearTile(4, 1, 256, 12, 4),
+        LinearTile(16, 8, 128, 2, 8, True),
+        LinearTile(16, 4, 128, 4, 4, True),
+    ),
+    (151936, 1024, False): (
+        LinearTile(4, 1, 256, 4, 2),
+        LinearTile(16, 4, 256, 1, 4),
+        LinearTile(16, 4, 256, 1, 4),
+    ),
+    # Qwen3-8B: qkv, out, gate_up, down, head
+    (6144, 4096, False): (
+        LinearTile(8, 1, 256, 4, 4),
+        LinearTile(16, 4, 256, 1, 4),
+        LinearTile(16, 4, 128, 4, 4),
+    ),
+    (4096, 4096, False): (
+        LinearTile(8, 1, 256, 4, 4),
+        LinearTile(16, 4, 256, 1, 4),
+        LinearTile(16, 4, 128, 4, 4),
+    ),
+    (12288, 4096, True): (
+        LinearTile(4, 1, 256, 2, 4),
+        LinearTile(16, 4, 128, 1, 4),
+        LinearTile(16, 4, 128, 1, 4),
+    ),
+    (4096, 12288, False): (
+        LinearTile(16, 1, 256, 4, 8),
+        LinearTile(16, 4, 256, 1, 4),
+        LinearTile(16, 4, 128, 4, 4),
+    ),
+    (151936, 4096, False): (
+        LinearTile(8, 1, 256, 2, 4),
+        LinearTile(16, 4, 256, 1, 4),
+        LinearTile(16, 4, 256, 1, 4),
+    ),
+}
+
+
+def linear_tile(num_rows: int, num_outs: int, depth: int, silu_mul: bool) -> LinearTile:
+    """The measured choice; for other shapes what did well at the most of these."""
+    known = TILES.get((num_outs, depth, silu_mul))
+    if known:
+        return known[0 if num_rows == 1 else 1 if num_rows <= 8 else 2]
+    if num_rows == 1:
+        if num_outs <= 2048:
+            return LinearTile(8, 1, 256, 8, 8)
+        return (
+            LinearTile(4, 1, 256, 2, 4) if depth < 4096 or silu_mul else LinearTile(8, 1, 256, 4, 4)
+        )
+    return LinearTile(16, 4, 256 if depth >= 1024 else 64, 1, 4)
+
+
+def max_rows(num_outs: int, depth: int, has_norm: bool) -> int:
+    """Up to how many rows this beats cuBLAS and the neighbours' own kernels, for a weight [num_outs, depth].
+
+    Every program norms all rows for itself, which costs more than a kernel where rows are long (8B qkv, 2 rows: 20 µs,
+    apart 19). Of large weights cuBLAS streams several rows' as well, but not where outputs are few (8B down, 8 rows: 28 µs,
+    cuBLAS 31). A norm saved pays for a little more (0.6B head, 2 rows: 77 µs, apart 80; 4 rows: 81, apart 81).
+    """
+    if has_norm and depth > 2048:
+        return 1
+    if num_outs * depth <= 6144 * 1024:
+        return MAX_ROWS
+    if num_outs <= 4096:
+        return MAX_ROWS if depth <= 4096 else 8
+    return 2 if has_norm else 1
+
+
+def build(
+    num_rows: int,
+    num_outs: int,
+    depth: int,
+    has_norm: bool,
+    has_bias: bool,
+    has_residual: bool,
+    silu_mul: bool,
+    interpreted: bool,
+    launch: LinearTile | None = None,
+) -> tuple[Any, dict[str, Any], int]:
+    """(kernel, its constants, warps) for one case."""
+    tile = launch or linear_tile(num_rows, num_outs, depth, silu_mul)
+    rest = max(0, depth - tile.ahead * tile.slices * tile.columns)
+    constants = {
+        "NUM_OUTS": num_outs,
+        "DEPTH": depth,
+        "OUTS": tile.outs,
+        "COLUMNS": tile.columns,
+        "AHEAD": tile.ahead,
+        "PREFETCH_P": triton.next_power_of_2(-(-rest // 64)) if tile.prefetch and rest else 0,
+        "HAS_NORM": has_norm,
+        "HAS_BIAS": has_bias,
+        "HAS_RESIDUAL": has_residual,
+        "SILU_MUL": silu_mul,
+    }
+    if num_rows == 1 and tile.slices == 1:
+        return one_row_linear_kernel, constants | {"WARPS": tile.num_warps}, tile.num_warps
+    rows = {"NUM_ROWS": num_rows, "ROWS_P": triton.next_power_of_2(num_rows)}
+    return (
+        few_rows_linear_kernel,
+        constants | rows | {"SLICES": tile.slices, "UPCAST": interpreted},
+        tile.num_warps,
+    )
+
+
+def few_rows_linear(
+    x_TD: Tensor,
+    norm_weight_D: Tensor | None,
+    weight_OD: Tensor,
+    bias_O: Tensor | None,
+    residual_TO: Tensor | None,
+    eps: float,
+    silu_mul: bool,
+    launch: LinearTile | None = None,
+    pdl: bool | None = None,
+) -> Tensor:
+    """`reference.fused_linear` for up to MAX_ROWS rows of bf16 or fp16, last strides 1. The weights (norm's and bias included)
+    may be read before earlier kernels are over, so no kernel that is still under way may write them.
+
+    `launch` and `pdl` override the tile and programmatic dependent launch, for measurements.
+    """
+    num_rows, depth = x_TD.shape
+    num_outs = weight_OD.shape[0] // 2 if silu_mul else weight_OD.shape[0]
+    out_TO = torch.empty((num_rows, num_outs), dtype=x_TD.dtype, device=x_TD.device)
+    kernel, constants, num_warps = build(
+        num_rows,
+        num_outs,
+        depth,
+        norm_weight_D is not None,
+        bias_O is not None,
+        residual_TO is not None,
+        silu_mul,
+        x_TD.device.type != "cuda",
+        launch,
+    )
+    kernel[(triton.cdiv(num_outs, constants["OUTS"]),)](
+        x_TD,
+        x_TD if norm_weight_D is None else norm_weight_D,
+        weight_OD,
+        x_TD if bias_O is None else bias_O,
+        x_TD if residual_TO is None else residual_TO,
+        out_TO,
+        *(() if kernel is one_row_linear_kernel else (x_TD.stride(0),)),
+        weight_OD.stride(0),
+        eps,
+        **constants,
+        num_warps=num_warps,
+        **(launch_options(x_TD.device) if pdl is not False else {"PDL": False}),
+    )
+    return out_TO

@@ -1,0 +1,90 @@
+"""Gives our ops their Triton kernels on CUDA (sm_75 and newer) and ROCm, which torch calls CUDA as well. Needs triton:
+import it where the platform is known."""
+
+import torch
+from torch import Tensor
+
+from nanovllm.kernels import ops
+from nanovllm.kernels.triton.attention_decode import paged_attention_decode
+from nanovllm.kernels.triton.attention_prefill import paged_attention_prefill
+from nanovllm.kernels.triton.filter import keep_likely
+from nanovllm.kernels.triton.linear import fused_linear, linear_
+from nanovllm.kernels.triton.norm_act import add_rms_norm, rms_norm, silu_mul
+from nanovllm.kernels.triton.rope_store import qk_norm_rope_store, rope, store_kv
+from nanovllm.kernels.triton.sample import sample
+
+
+def paged_attention(
+    q_TNH: Tensor,
+    k_cache_CBKH: Tensor,
+    v_cache_CBKH: Tensor,
+    block_table_RP: Tensor,
+    seq_len_R: Tensor,
+    q_start_S: Tensor,
+    max_q_len: int,
+    scale: float,
+    window: int,
+    k_scale_K: Tensor | None = None,
+    v_scale_K: Tensor | None = None,
+) -> Tensor:
+    """Decode (max_q_len 1) and prefill are different kernels; see `reference.paged_attention` for the meaning."""
+    if max_q_len == 1:
+        return paged_attention_decode(
+            q_TNH,
+            k_cache_CBKH,
+            v_cache_CBKH,
+            block_table_RP,
+            seq_len_R,
+            scale,
+            window,
+            None,
+            k_scale_K,
+            v_scale_K,
+        )
+    return paged_attention_prefill(
+        q_TNH,
+        k_cache_CBKH,
+        v_cache_CBKH,
+        block_table_RP,
+        seq_len_R,
+        q_start_S,
+        max_q_len,
+        scale,
+        window,
+        None,
+        k_scale_K,
+        v_scale_K,
+    )
+
+
+def register() -> None:
+    """Register the kernels for the dispatch key CUDA; a second call changes nothing."""
+    global _registered
+    if not _registered:
+        ops.register_kernels(
+            "CUDA",
+            {
+                "rms_norm": rms_norm,
+                "add_rms_norm": add_rms_norm,
+                "silu_mul": silu_mul,
+                "rope": rope,
+                "store_kv": store_kv,
+                "qk_norm_rope_store": qk_norm_rope_store,
+                "paged_attention": paged_attention,
+                "fused_linear": fused_linear,
+                "linear_": linear_,
+                "sample": sample,
+                "keep_likely": keep_likely,
+            },
+        )
+        _registered = True
+
+
+_registered = False
+
+
+def supported(device: torch.device) -> bool:
+    """Whether these kernels can run on the device; docs/gpus.md says on which they have."""
+    return device.type == "cuda" and (
+        torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (7, 5)
+    )

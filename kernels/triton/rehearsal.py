@@ -1,0 +1,129 @@
+"""Which Triton kernels a step launches, found on fake tensors, and the compiling of one of them by itself.
+
+What Triton compiles follows from a launch's constants and, for every other argument, from its type and from whether it is 1
+or a multiple of 16, its address if it is a pointer. So the launches of all steps are known without running any of them, and
+each kernel need be compiled only once, by whoever has time. Should this miss one, it is compiled at its first launch.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import functools
+import importlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode, fake_tensor
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from nanovllm.kernels import ops
+from nanovllm.kernels.triton import common as triton_common
+
+
+class Rehearsal:
+    """Takes the calls of steps on fake tensors, and keeps what was not launched.
+
+    `kernels` are requests for `compile`, each with the length of its source: what takes longest to compile is long. Triton puts
+    the functions that a kernel calls in their places, so theirs counts as often as they are called.
+    """
+
+    def __init__(self) -> None:
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.kernels: dict[str, int] = {}
+        # Fake tensors of a GPU make its context, which gradients would want. Nothing here does, and to end it takes long.
+        fake_tensor.init_gpu_context = lambda device: None  # type: ignore[assignment]
+
+    def visit(self, op: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        """The result of a call as a step makes it, on fakes: an op of ours runs as on the device up to its launches."""
+        kernel = ops.kernel_of(op, "CUDA") or op
+        with self.mode, self._keeping_launches():
+            return kernel(*args, **kwargs)
+
+    def compile(self, request: str) -> None:
+        """Compile what a launch, in this or another process, asked for, into Triton's folder; found there it is read.
+
+        So is its launcher: up to Triton 3.6 each signature has one in C, which takes a C compiler 0.2 s.
+        """
+        asked = json.loads(request)
+        kernel = getattr(importlib.import_module(asked["module"]), asked["name"])
+        arguments = {
+            name: _Pointer(**value) if isinstance(value, dict) else value
+            for name, value in asked["arguments"].items()
+        }
+        compiled = kernel.warmup(grid=(1,), **arguments)
+        driver.active.launcher_cls(compiled.src, compiled.metadata)
+
+    @contextlib.contextmanager
+    def _keeping_launches(self) -> Iterator[None]:
+        def keep(kernel: Any, *args: Any, grid: object, warmup: bool, **kwargs: Any) -> None:
+            self.kernels[_request(kernel, dict(zip(kernel.arg_names, args)) | kwargs)] = (
+                _inlined_length(kernel)
+            )
+
+        launch = JITFunction.run
+        JITFunction.run, triton_common.counters_are_fake = keep, True
+        try:
+            yield
+        finally:
+            JITFunction.run, triton_common.counters_are_fake = launch, False
+
+
+class _Pointer:
+    """What Triton wants to know of a tensor."""
+
+    def __init__(self, dtype: str, aligned: bool) -> None:
+        self.dtype = getattr(torch, dtype)
+        self._address = 0 if aligned else 1
+
+    def data_ptr(self) -> int:
+        return self._address
+
+    def ptr_range(self) -> int:
+        """For AMD: with less than 2 GiB behind it offsets are 32 bits wide. Triton's own stand-in says so, too."""
+        return 0
+
+
+@functools.cache
+def _inlined_length(kernel: JITFunction[Any]) -> int:
+    """Characters of its source, with that of our functions in place of each call."""
+    calls = (node.func for node in ast.walk(kernel.parse()) if isinstance(node, ast.Call))
+    called = (kernel.fn.__globals__.get(name.id) for name in calls if isinstance(name, ast.Name))
+    return len(kernel.src) + sum(
+        _inlined_length(one) for one in called if isinstance(one, JITFunction)
+    )
+
+
+def _request(kernel: Any, arguments: dict[str, Any]) -> str:
+    """A launch as JSON, the same for all launches of one compiled kernel. TypeError for a constant that JSON can't say."""
+    params = {param.name: param for param in kernel.params}
+    written = {
+        # what is no parameter is an option of the compiler
+        name: value
+        if name not in params or params[name].is_constexpr
+        else _stand_in(params[name], value)
+        for name, value in arguments.items()
+    }
+    return json.dumps(
+        {"module": kernel.fn.__module__, "name": kernel.fn.__name__, "arguments": written},
+        sort_keys=True,
+    )
+
+
+def _stand_in(param: Any, value: Any) -> Any:
+    """A value that compiles like this one."""
+    if isinstance(value, Tensor):
+        aligned = value.storage_offset() * value.element_size() % 16 == 0  # allocations are
+        return {"dtype": str(value.dtype).removeprefix("torch."), "aligned": aligned}
+    if isinstance(value, float):
+        return 0.5
+    if isinstance(value, int) and not isinstance(value, bool):
+        if value == 1 and not param.do_not_specialize:
+            return 1
+        large = 0 if -(2**31) <= value < 2**31 else 2**40
+        return large + (16 if value % 16 == 0 and not param.do_not_specialize else 17)
+    return value

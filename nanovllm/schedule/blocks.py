@@ -1,0 +1,116 @@
+"""The blocks of the KV cache: who owns them, and which full blocks can be shared by requests with the same beginning."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import OrderedDict
+from collections.abc import Sequence
+
+
+def chain_digest(previous: bytes, token_ids: Sequence[int]) -> bytes:
+    """Digest of a full block: SHA-256 over the digest before it and its token ids, so equal digests mean equal prefixes."""
+    return hashlib.sha256(previous + array("q", token_ids).tobytes()).digest()
+
+
+class BlockPool:
+    """Reference-counted blocks 1 … n − 1; block 0 belongs to padding and is never handed out.
+
+    A block whose last reference is gone keeps its content and digest until it is handed out again, the longest unused
+    first; until then a request with the same prefix takes it back.
+    """
+
+    def __init__(
+        self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True
+    ) -> None:
+        if num_blocks < 2:
+            raise ValueError(
+                f"the cache holds {num_blocks} block(s) of {block_size} tokens: it needs at least 2, one is padding"
+            )
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.enable_prefix_caching = enable_prefix_caching
+        self._num_refs: list[int]
+        self._free: OrderedDict[int, None]
+        self._by_digest: dict[bytes, int] = {}
+        self._digest_of: dict[int, bytes] = {}
+        self.reset()
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
+    def capacity_tokens(self) -> int:
+        return (self.num_blocks - 1) * self.block_size
+
+    def num_blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    def digests(self, token_ids: Sequence[int], known: Sequence[bytes] = ()) -> list[bytes]:
+        """Chained digests of all full blocks of `token_ids`, continuing after those already `known`."""
+        digests = list(known)
+        for start in range(
+            len(digests) * self.block_size, len(token_ids) - self.block_size + 1, self.block_size
+        ):
+            previous = digests[-1] if digests else b""
+            digests.append(chain_digest(previous, token_ids[start : start + self.block_size]))
+        return digests
+
+    def cached_prefix(self, digests: Sequence[bytes]) -> list[int]:
+        """The blocks that hold the longest cached beginning of a chain; not yet owned by the caller."""
+        blocks: list[int] = []
+        for digest in digests if self.enable_prefix_caching else ():
+            block = self._by_digest.get(digest)
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
+
+    def num_free_without(self, blocks: Sequence[int]) -> int:
+        """Blocks that could still be handed out if `blocks` were taken back first."""
+        return len(self._free) - sum(block in self._free for block in blocks)
+
+    def share(self, blocks: Sequence[int]) -> None:
+        """Take one more reference to cached blocks."""
+        for block in blocks:
+            self._num_refs[block] += 1
+            self._free.pop(block, None)
+
+    def allocate(self, num: int) -> list[int]:
+        """`num` blocks with one reference each and unknown content; the caller has checked `num_free`."""
+        assert num <= len(self._free), (num, len(self._free))
+        blocks = [self._free.popitem(last=False)[0] for _ in range(num)]
+        for block in blocks:
+            self._num_refs[block] = 1
+            digest = self._digest_of.pop(block, None)
+            if digest is not None:
+                del self._by_digest[digest]
+        return blocks
+
+    def publish(self, block: int, digest: bytes) -> None:
+        """Make a full block findable. Of two blocks with the same content the first stays the one that is found."""
+        if (
+            self.enable_prefix_caching
+            and digest not in self._by_digest
+            and block not in self._digest_of
+        ):
+            self._by_digest[digest] = block
+            self._digest_of[block] = digest
+
+    def reset(self) -> None:
+        """All blocks free, nothing cached; whoever owned blocks must forget them."""
+        self._num_refs = [0] * self.num_blocks
+        self._free = OrderedDict((block, None) for block in range(1, self.num_blocks))
+        self._by_digest.clear()
+        self._digest_of.clear()
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Give back one reference each. The last blocks of a chain are reused first, its beginning is worth most."""
+        for block in reversed(blocks):
+            assert self._num_refs[block] > 0, block
+            self._num_refs[block] -= 1
+            if self._num_refs[block] == 0:
+                self._free[block] = None
+                if block not in self._digest_of:
+                    self._free.move_to_end(block, last=False)

@@ -1,0 +1,242 @@
+"""Which tokens run next. No tensors here: requests, rows and blocks only.
+
+First come, first served. A step is either a prefill step (chunks of prompts, at most `max_num_batched_tokens` tokens)
+or a decode step (one token for each of at most `max_decode_rows` rows). When both could run they take turns, so that a
+long prompt delays the next token of running requests by one prefill step at most. While somebody watches the tokens of
+one of them, that step is cut to a bound in time (`StallBound`); a batch that nobody watches is done sooner without.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from nanovllm.schedule.blocks import BlockPool
+from nanovllm.schedule.request import Request, Status
+from nanovllm.schedule.stall import StallBound
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """`num_tokens` known tokens of a request from position `start` on; the last chunk samples the next token."""
+
+    request: Request
+    start: int
+    num_tokens: int
+    is_last: bool
+
+
+@dataclass(frozen=True)
+class PrefillPlan:
+    chunks: list[Chunk]
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    requests: list[Request]
+    new_blocks: list[tuple[int, int, int]]  # (row, index in its block table, block)
+
+
+Plan = PrefillPlan | DecodePlan
+
+
+class Scheduler:
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_decode_rows: int,
+        max_prefill_rows: int,
+        stall: StallBound | None = None,
+    ) -> None:
+        self.pool = pool
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_decode_rows = max_decode_rows
+        self.max_prefill_rows = max_prefill_rows
+        self.stall = stall
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []  # in order of arrival
+        self.num_preemptions = 0
+        self._free_rows = list(range(max_num_seqs - 1, -1, -1))
+        self._prefill_was_last = False
+        self._next_decode = (
+            0  # index into the decodable requests, when they need several decode steps
+        )
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def add(self, request: Request) -> None:
+        self.waiting.append(request)
+
+    def finish(self, request: Request, reason: str) -> None:
+        """Free everything a request holds. Steps in flight may still write to its blocks; they run before any reuse."""
+        if request.status is Status.WAITING:
+            self.waiting.remove(request)
+        elif request.status is Status.RUNNING:
+            self._vacate(request)
+        request.status = Status.FINISHED
+        request.finish_reason = reason
+
+    def restart(self, requests: Iterable[Request]) -> None:
+        """Start again with `requests`, all that are unfinished, oldest first: for when a step broke off half-way, and
+        neither what the cache holds nor what is recorded of it can be trusted."""
+        self.pool.reset()
+        self.running, self.waiting = [], deque(requests)
+        self._free_rows = list(range(self.max_num_seqs - 1, -1, -1))
+        for request in self.waiting:
+            request.restart()
+
+    def schedule(self, *, may_preempt: bool) -> Plan | None:
+        """The next step, or None if nothing can run before the tokens in flight are known.
+
+        `may_preempt` is true when no step is in flight: a preempted request restarts from known tokens only.
+        """
+        decodable = [request for request in self.running if request.may_decode]
+        takes_turns = any(request.incremental for request in decodable)
+        if not (self._prefill_was_last and takes_turns):
+            prefill = self._plan_prefill(self._max_prefill_ms(decodable))
+            if prefill is not None:
+                self._prefill_was_last = True
+                return prefill
+        self._prefill_was_last = False
+        while decodable:
+            num_preemptions = self.num_preemptions
+            plan = self._plan_decode(decodable, may_preempt)
+            if plan is not None or self.num_preemptions == num_preemptions:
+                return plan
+            # all that were chosen had to make room themselves: the requests before them have it now
+            decodable = [request for request in self.running if request.may_decode]
+        return None
+
+    def token_known(self, request: Request) -> None:
+        """Publish the blocks that the newest known tokens have filled."""
+        num_full = min(request.num_known, request.num_computed) // self.pool.block_size
+        if num_full > len(request.block_digests) and self.pool.enable_prefix_caching:
+            self._publish(request, num_full)
+
+    def _max_prefill_ms(self, decodable: list[Request]) -> float:
+        """What the next prefill step may take: the bound, shared by the steps between two tokens of one request."""
+        if self.stall is None or not any(request.incremental for request in decodable):
+            return math.inf
+        return self.stall.max_ms / -(-len(decodable) // self.max_decode_rows)
+
+    def _plan_prefill(self, max_ms: float) -> PrefillPlan | None:
+        budget = self.max_num_batched_tokens
+        chunks: list[Chunk] = []
+        for request in self.running:
+            if budget and not request.is_decoding and len(chunks) < self.max_prefill_rows:
+                budget -= self._add_chunk(chunks, request, budget, max_ms)
+        while self.waiting and budget and self._free_rows and len(chunks) < self.max_prefill_rows:
+            if not self._admit(self.waiting[0]):
+                break
+            budget -= self._add_chunk(chunks, self.waiting.popleft(), budget, max_ms)
+        return PrefillPlan(chunks) if chunks else None
+
+    def _add_chunk(self, chunks: list[Chunk], request: Request, budget: int, max_ms: float) -> int:
+        """Add as much of a request as fits; returns what of the budget is gone, all of it when time is."""
+        num_tokens = min(request.num_known - request.num_computed, budget)
+        if self.stall is not None and max_ms < math.inf:
+            before = [(chunk.num_tokens, chunk.start) for chunk in chunks]
+            num_tokens = self.stall.next_chunk(before, num_tokens, request.num_computed, max_ms)
+            if not num_tokens:
+                return budget
+        is_last = request.num_computed + num_tokens == request.num_known
+        chunks.append(Chunk(request, request.num_computed, num_tokens, is_last))
+        request.num_computed += num_tokens
+        request.is_decoding = is_last
+        request.num_in_flight += is_last
+        # Steps run in order, and a layer stores all keys of a step before it attends: a later request of the very same
+        # step may already share these blocks.
+        self._publish(request, request.num_computed // self.pool.block_size)
+        return num_tokens
+
+    def _admit(self, request: Request) -> bool:
+        """Give a waiting request a row and blocks for all its known tokens, shared ones first; False if there are too few."""
+        known_ids = request.known_ids
+        digests = self.pool.digests(known_ids)
+        # the last token always runs, even if all its blocks are cached: its logits are what comes next
+        usable = (
+            []
+            if request.needs_prompt_logits
+            else digests[: (len(known_ids) - 1) // self.pool.block_size]
+        )
+        shared = self.pool.cached_prefix(usable)
+        num_new = self.pool.num_blocks_for(len(known_ids)) - len(shared)
+        # one spare block for each running request, or the newcomer would soon be preempted for one of them
+        if num_new + len(self.running) > self.pool.num_free_without(shared) and self.running:
+            return False
+        self.pool.share(shared)
+        request.blocks = shared + self.pool.allocate(num_new)
+        request.block_digests = digests[: len(shared)]
+        request.num_computed = len(shared) * self.pool.block_size
+        if request.num_cached is None:
+            request.num_cached = request.num_computed
+        request.row = self._free_rows.pop()
+        request.status = Status.RUNNING
+        self.running.append(request)
+        return True
+
+    def _plan_decode(self, decodable: list[Request], may_preempt: bool) -> DecodePlan | None:
+        if len(decodable) > self.max_decode_rows:
+            start = self._next_decode % len(decodable)
+            decodable = (decodable[start:] + decodable[:start])[: self.max_decode_rows]
+            self._next_decode = start + self.max_decode_rows
+        if (
+            sum(self._needs_block(request) for request in decodable) > self.pool.num_free
+            and not may_preempt
+        ):
+            return None
+        chosen: list[Request] = []
+        new_blocks: list[tuple[int, int, int]] = []
+        for request in decodable:
+            if request.status is not Status.RUNNING:
+                continue  # preempted for a request before it
+            if self._needs_block(request):
+                self._make_room(request)
+                if request.status is not Status.RUNNING:
+                    continue  # it was the newest itself
+                block = self.pool.allocate(1)[0]
+                new_blocks.append((request.row, len(request.blocks), block))
+                request.blocks.append(block)
+            chosen.append(request)
+        # a later request's need may have preempted one that was chosen before
+        chosen = [request for request in chosen if request.status is Status.RUNNING]
+        rows = {request.row for request in chosen}
+        for request in chosen:
+            request.num_computed += 1
+            request.num_in_flight += 1
+        return DecodePlan(chosen, [new for new in new_blocks if new[0] in rows]) if chosen else None
+
+    def _needs_block(self, request: Request) -> bool:
+        return request.num_computed == len(request.blocks) * self.pool.block_size
+
+    def _make_room(self, request: Request) -> None:
+        """See to one free block, preempting the newest requests if need be, `request` itself if it is the newest."""
+        while not self.pool.num_free and request.status is Status.RUNNING:
+            victim = self.running[-1]
+            self._vacate(victim)
+            victim.restart()
+            self.waiting.appendleft(victim)
+            self.num_preemptions += 1
+
+    def _vacate(self, request: Request) -> None:
+        self.running.remove(request)
+        self.pool.release(request.blocks)
+        self._free_rows.append(request.row)
+        request.blocks, request.block_digests, request.row = [], [], -1
+
+    def _publish(self, request: Request, num_full: int) -> None:
+        num_published = len(request.block_digests)
+        if num_full <= num_published:
+            return
+        known_ids = request.known_ids[: num_full * self.pool.block_size]
+        request.block_digests = self.pool.digests(known_ids, request.block_digests)
+        for block_idx in range(num_published, num_full):
+            self.pool.publish(request.blocks[block_idx], request.block_digests[block_idx])

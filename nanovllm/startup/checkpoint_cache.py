@@ -1,0 +1,158 @@
+"""What transformers makes of a checkpoint's small files, kept in the store: importing it takes seconds at every start.
+
+A config is kept as its own attributes, a tokenizer as the description of the library underneath (`tokenizers`), with all
+that transformers has added to it. Both are kept only where that loses nothing, and by the digests of the files they came
+from and the versions of the libraries that read them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib.metadata
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from nanovllm.compile.keys import Key
+from nanovllm.compile.store import Artifact, Store
+from nanovllm.tokenizer import TOKENIZER_FILES, load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+CONFIG, TOKENIZER = "config", "tokenizer"
+FORMAT = 1  # of what is kept here; count up when that changes
+# Text on which a kept tokenizer has to agree with transformers' own before it is kept.
+PROBES = (
+    "", " ", "Hello, world!", "  two  spaces\n\n\tand a tab ", "it's don't I'll", "naïve café — 12,345.67 €",
+    "日本語 текст עברית",
+    "🙂👩‍👩‍👧", "<s>[INST] x [/INST]</s>", "<|im_start|>user\nhi<|im_end|>\n", "def f(x):\n    return x**2  # comment\n",
+)  # fmt: skip
+
+
+class StoredConfig(SimpleNamespace):
+    """The attributes of a transformers config, rope parameters in their standard form."""
+
+    def standardize_rope_params(self) -> None:
+        """They are, or the config would not have been kept."""
+
+
+def read_config(folder: Path, store: Store | None) -> Any:
+    """transformers' config of a checkpoint, or what the store keeps of it."""
+    key = _key(CONFIG, [folder / "config.json"], "transformers")
+    if store is not None and (found := store.find(key)):
+        attributes = json.loads(found.content)
+        attributes["dtype"] = attributes["dtype"] and getattr(torch, attributes["dtype"])
+        return StoredConfig(**attributes)
+    from transformers import AutoConfig
+
+    with _without_docstrings():
+        hf = AutoConfig.from_pretrained(folder)
+    if store is not None and (content := _written(hf)) is not None:
+        store.save(key, Artifact(CONFIG, CONFIG, content, None, {}))
+    return hf
+
+
+@contextlib.contextmanager
+def _without_docstrings() -> Iterator[None]:
+    """transformers writes a config's class its docstring, for which up to 5.20 it imports all that generates text, and what
+    that imports: scipy, pandas and Dynamo, 2.3 s where they are installed."""
+    module = sys.modules.get("transformers.utils.auto_docstring")
+    write = getattr(module, "auto_class_docstring", None)
+    if module is None or write is None:
+        yield
+        return
+    module.auto_class_docstring = lambda cls, **_: cls  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        module.auto_class_docstring = write  # type: ignore[attr-defined]
+
+
+def _written(hf: Any) -> bytes | None:
+    """The config's attributes as JSON; None where more than attributes is needed, as for rope types with code of their own."""
+    hf.standardize_rope_params()
+    if hf.rope_parameters.get("rope_type", "default") != "default":
+        return None
+    attributes = {name: value for name, value in vars(hf).items() if not name.startswith("_")}
+    attributes["dtype"] = str(hf.dtype).removeprefix("torch.") if hf.dtype is not None else None
+    plain = {name: value for name, value in attributes.items() if _is_plain(value)}
+    return json.dumps(plain).encode()
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether JSON gives the value back as it was; that of a key that is a number would be text."""
+    try:
+        return bool(json.loads(json.dumps(value)) == value)
+    except (TypeError, ValueError):
+        return False
+
+
+class StoredTokenizer:
+    """The library underneath a transformers tokenizer; for all but encoding and decoding, that one is loaded."""
+
+    def __init__(self, description: str, load_full: Callable[[], Any]) -> None:
+        from tokenizers import Tokenizer
+
+        self._backend: Any = Tokenizer.from_str(description)
+        self._load_full = functools.cache(load_full)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, with the special tokens that the model puts around one."""
+        return list(self._backend.encode(text).ids)
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        return str(self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._load_full(), name)
+
+
+def read_tokenizer(folder: Path, store: Store) -> Any | None:
+    """The checkpoint's tokenizer, or None where it has none."""
+    files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    key = _key(TOKENIZER, [*files, folder / "config.json"], "transformers", "tokenizers")
+    if found := store.find(key):
+        return StoredTokenizer(found.content.decode(), functools.partial(load_tokenizer, folder))
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is not None and (description := _description(tokenizer)):
+        store.save(key, Artifact(TOKENIZER, TOKENIZER, description.encode(), None, {}))
+    return tokenizer
+
+
+def _description(tokenizer: Any) -> str | None:
+    """The library underneath, described; None where it alone would not give the same ids and text."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or getattr(tokenizer, "clean_up_tokenization_spaces", False):
+        return None
+    backend.no_truncation()
+    backend.no_padding()
+    description = str(backend.to_str())
+    stored = StoredTokenizer(description, lambda: tokenizer)
+    for text in PROBES:
+        ids = list(tokenizer.encode(text))
+        if stored.encode(text) != ids:
+            return None
+        for skip in (False, True):
+            if stored.decode(ids, skip) != tokenizer.decode(ids, skip_special_tokens=skip):
+                return None
+    return description
+
+
+def _key(kind: str, files: Sequence[Path], *libraries: str) -> Key:
+    return Key(
+        {
+            "kind": f"{kind} {FORMAT}",
+            **{
+                f"file {path.name}": hashlib.sha256(path.read_bytes()).hexdigest() for path in files
+            },
+            **{f"version {name}": importlib.metadata.version(name) for name in libraries},
+        }
+    )

@@ -1,0 +1,213 @@
+"""One tiny checkpoint with a byte-level tokenizer, engines on it that tests share, and transformers' answers.
+
+Engines in graph mode are few, since their programs must be compiled; everything else runs eagerly.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nanovllm import LLM, SamplingParams, platforms
+from nanovllm.platforms import preload
+from nanovllm.schedule.outputs import Completion
+from tests.conftest import save_tiny
+
+VOCAB_SIZE = 512
+NUM_TOKENS = 12  # of answers, where no other number is asked for
+EOS_IDS = (3, 4)
+Generate = Callable[[list[int], int], list[int]]
+
+
+def save_tokenizer(folder: Path) -> None:
+    """A byte-level tokenizer: ids 0 … 4 are special, then the 256 bytes, then a few merges."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<s>", "<unk>", "</s>", "<end>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pairs = [
+        ("t", "h"),
+        ("th", "e"),
+        ("i", "n"),
+        ("a", "n"),
+        ("e", "r"),
+        ("o", "n"),
+        ("Ġ", "a"),
+        ("Ġ", "the"),
+    ]
+    words = [*special, *alphabet, *("".join(pair) for pair in pairs)]
+    words += [
+        f"<filler{i}>" for i in range(VOCAB_SIZE - len(words))
+    ]  # every id of the model has a text
+    tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, pairs))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", unk_token="<unk>", eos_token="</s>",
+        additional_special_tokens=["<end>"],
+    ).save_pretrained(folder)  # fmt: skip
+
+
+def random_prompts(lengths: list[int], seed: int = 0) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(5, VOCAB_SIZE) for _ in range(length)] for length in lengths]
+
+
+def greedy(num_tokens: int = NUM_TOKENS, **changes: Any) -> SamplingParams:
+    return SamplingParams(
+        **{"temperature": 0, "max_tokens": num_tokens, "ignore_eos": True, **changes}
+    )
+
+
+def tokens(llm: LLM, prompts: list[list[int]], params: Any) -> list[list[int]]:
+    return [output["token_ids"] for output in llm.generate(prompts, params, use_tqdm=False)]
+
+
+def drain(llm: LLM) -> dict[int, Completion]:
+    """Step until nothing is left; completions by request id."""
+    done: dict[int, Completion] = {}
+    while llm.engine.has_unfinished:
+        done.update(
+            {
+                output.request_id: output.completion
+                for output in llm.engine.step()
+                if output.completion
+            }
+        )
+    return done
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """The models are so small that threads only wait for each other, for long where other programs run as well."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """What `device="auto"` takes here."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def compiles_by_itself(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's cold start has other processes compile; tests look at what this one does, and replace parts of it."""
+    if device == "cuda":
+        monkeypatch.setattr(type(platforms.select(device)), "compile_workers", lambda *_: 0)
+        monkeypatch.setattr(preload, "DRIVERS", ())
+
+
+@pytest.fixture
+def captured(device: str, monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """The steps that engines have recorded since the test began."""
+    platform = type(platforms.select(device))
+    found: list[object] = []
+    capture = platform.capture
+
+    def counted(self: Any, step: Callable[[], None]) -> Any:
+        found.append(step)
+        return capture(self, step)
+
+    monkeypatch.setattr(platform, "capture", counted)
+    return found
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Qwen3 in fp32 with a tokenizer and two end-of-sequence ids in generation_config.json."""
+    folder = save_tiny(tmp_path_factory.mktemp("checkpoint"), vocab_size=VOCAB_SIZE)
+    save_tokenizer(folder)
+    (folder / "generation_config.json").write_text(f'{{"eos_token_id": {list(EOS_IDS)}}}')
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_llm(checkpoint: Path, device: str) -> Callable[..., LLM]:
+    """LLM on the tiny checkpoint: eager, small sizes, unless told otherwise."""
+
+    def make(**options: Any) -> LLM:
+        defaults: dict[str, Any] = {
+            "dtype": "float32",
+            "device": device,
+            "enforce_eager": True,
+            "max_num_seqs": 40,
+            "max_num_batched_tokens": 256,
+            "max_model_len": 256,
+            "kvcache_block_size": 16,
+            "num_kvcache_blocks": 400,
+        }
+        return LLM(str(checkpoint), **{**defaults, **options})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def shared_llm(make_llm: Callable[..., LLM]) -> Iterator[LLM]:
+    llm = make_llm()
+    yield llm
+    llm.close()
+
+
+@pytest.fixture(scope="session")
+def shared_graph_llm(make_llm: Callable[..., LLM]) -> Iterator[LLM]:
+    """Graph mode; the buckets hold neither 2, 3, 6 nor 37 rows, and more requests run than the largest one holds."""
+    llm = make_llm(enforce_eager=False, graph_batch_sizes=(1, 5, 16))
+    yield llm
+    llm.close()
+
+
+def assert_all_free(llm: LLM) -> None:
+    """Nothing of any request is left in the engine."""
+    scheduler = llm.engine.scheduler
+    assert not llm.engine.has_unfinished and not scheduler.has_work
+    assert scheduler.pool.num_free == scheduler.pool.num_blocks - 1
+    assert sorted(scheduler._free_rows) == list(range(scheduler.max_num_seqs))
+    assert not any(scheduler.pool._num_refs)
+
+
+@pytest.fixture
+def eager_llm(shared_llm: LLM) -> Iterator[LLM]:
+    yield shared_llm
+    assert_all_free(shared_llm)
+
+
+@pytest.fixture
+def graph_llm(shared_graph_llm: LLM) -> Iterator[LLM]:
+    yield shared_graph_llm
+    assert_all_free(shared_graph_llm)
+
+
+@pytest.fixture(params=["eager", "graph"])
+def llm(request: pytest.FixtureRequest) -> LLM:
+    return request.getfixturevalue(f"{request.param}_llm")
+
+
+@pytest.fixture(scope="session")
+def hf_model(checkpoint: Path, device: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval().to(device)
+
+
+@pytest.fixture(scope="session")
+def hf_generate(hf_model: Any) -> Generate:
+    """Greedy answers of transformers, `num_tokens` long whatever comes."""
+
+    def generate(prompt: list[int], num_tokens: int) -> list[int]:
+        ids = torch.tensor([prompt], device=hf_model.device)
+        with torch.no_grad():
+            out = hf_model.generate(
+                ids, max_new_tokens=num_tokens, do_sample=False, eos_token_id=None, pad_token_id=0
+            )
+        return out[0, len(prompt) :].tolist()
+
+    return generate

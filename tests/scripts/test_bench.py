@@ -1,0 +1,116 @@
+"""The benchmark itself, on the embedded model: what it prints, records and refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import bench
+
+COMMON = [
+    "--model",
+    "tiny-qwen3",
+    "--device",
+    "cpu",
+    "--enforce-eager",
+    "--num-seqs",
+    "3",
+    "--min-len",
+    "4",
+]
+COMMON += ["--max-len", "9", "--max-model-len", "64"]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Call main with arguments; returns (stdout, the lines of JSON in it)."""
+    monkeypatch.setitem(bench.COPY_BYTES, "cpu", 1 << 20)
+    monkeypatch.setitem(bench.MATMUL_SIZE, "cpu", 64)
+
+    def run(*arguments: str) -> tuple[str, list[dict[str, Any]]]:
+        monkeypatch.setattr("sys.argv", ["bench.py", *COMMON, *arguments])
+        bench.main()
+        out = capsys.readouterr().out
+        return out, [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+
+    return run
+
+
+def test_lines_of_json_and_a_table_by_bucket_cap(run: Any, tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    out, found = run(
+        "--bs", "1", "2", "--runs", "2", "--run-ahead", "1", "--no-graph", "--out", str(path)
+    )
+    assert [one["max_num_seqs"] for one in found] == [1, 2]
+    for one in found:
+        assert len(one["seconds"]) == 2 and one["spread"] >= 0
+        assert (one["mode"], one["capture"], one["fuse"], one["run_ahead"]) == (
+            "eager",
+            False,
+            False,
+            1,
+        )
+        assert one["versions"]["torch"] == torch.__version__ and "transformers" in one["versions"]
+        assert one["command"].startswith("python bench.py --model tiny-qwen3")
+        assert one["memory"]["kv_cache_tokens"] == one["max_num_seqs"] * 64
+    head, first, second = out.splitlines()[-3:]
+    assert head.split()[:2] == ["bs", "tok/s"] and (first.split()[0], second.split()[0]) == (
+        "1",
+        "2",
+    )
+    run("--bs", "1", "--out", str(path))
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert lines[:2] == found and len(lines) == 3
+
+
+def test_filters_are_recorded_and_wrong_ones_refused(run: Any) -> None:
+    _, (found,) = run("--bs", "2", "--top-k", "20", "--top-p", "0.95")
+    assert found["sampling"] == {"temperature": 0.6, "top_k": 20, "top_p": 0.95}
+    with pytest.raises(ValueError, match="top_p"):
+        run("--bs", "2", "--top-p", "2")
+
+
+def test_an_fp8_cache_is_recorded_and_its_limit_is_that_of_its_bytes(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "device_limits", lambda *_: (1e9, 1e15))
+    _, (plain,) = run("--bs", "2")
+    _, (fp8,) = run("--bs", "2", "--kv-cache-dtype", "fp8")
+    assert (plain["kv_cache_dtype"], fp8["kv_cache_dtype"]) == ("float32", "float8_e4m3fn")
+    assert fp8["limit_tokens_per_second"] > plain["limit_tokens_per_second"]
+
+
+def test_gaps_between_tokens_while_a_long_prompt_arrives(run: Any) -> None:
+    _, (found,) = run(
+        "--stall", "300", "--stall-rows", "3", "--max-model-len", "512", "--max-num-batched-tokens", "128",
+        "--max-stall-ms", "0.001",
+    )  # fmt: skip
+    (one,) = found["runs"]
+    for phase in ("before", "during", "after"):
+        assert 0 < one[phase]["median"] <= one[phase]["p99"] <= one[phase]["worst"]
+    assert (
+        found["worst_ms"] == one["during"]["worst"]
+        and one["first_token_ms"] > one["during"]["worst"]
+    )
+    assert found["max_stall_ms"] == 0.001 and list(found["prefill_ms"]) == ["32", "128"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--profile", "somewhere"], "--profile needs a CUDA device"),
+        (["--run-ahead", "2"], "invalid choice"),
+        (["--stall", "--latency"], "a measurement of its own"),
+        (["--runs", "0"], "must be at least 1"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(
+    run: Any, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit):
+        run(*arguments)
+    assert message in capsys.readouterr().err

@@ -1,0 +1,154 @@
+"""Rehearses buckets of a small model for an H200 that need not be there, and compiles the kernels that are found.
+
+`python rehearsal.py FOLDER` prints JSON. It runs in a process of its own because the interpreter, which the other tests ask
+for, replaces the compiler, and because the device is made up: what torch and Triton would ask of it is answered here.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.runtime import driver
+
+from nanovllm import EngineConfig
+from nanovllm.kernels.triton import build as triton_build
+from nanovllm.kernels.triton import register as triton_kernels
+from nanovllm.kernels.triton import rehearsal as triton_rehearsal
+from nanovllm.kernels.triton import step as triton_step
+from nanovllm.models import loader as weights
+from nanovllm.platforms.cuda import CudaPlatform
+from nanovllm.startup import load as startup
+from nanovllm.startup.compile_farm import builder as precompile
+from tests.conftest import save_tiny
+from tests.kernels.builds import TARGETS, AbsentDevice, Target
+
+DEVICE = torch.device("cuda", 0)
+BUCKETS = (
+    ("prefill", 256),
+    ("prefill", 64),
+    ("decode", 48),
+    ("decode", 4),
+    ("decode", 3),
+    ("decode", 1),
+)
+
+
+class Driver(AbsentDevice):
+    """Notes the kernels for which a launcher was made."""
+
+    def __init__(self, target: Target) -> None:
+        super().__init__(target)
+        self.launchers: list[str] = []
+
+    def launcher_cls(self, src: Any, metadata: Any) -> None:
+        self.launchers.append(metadata.name)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class Platform(CudaPlatform):
+    def __init__(self) -> None:
+        self.device, self.supported_dtypes, self.supports_fp8_cache = (
+            DEVICE,
+            (torch.bfloat16,),
+            True,
+        )
+
+    def prepare(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def fingerprint(self) -> dict[str, str]:
+        return {}
+
+
+def make_up_device() -> None:
+    target = TARGETS["h200"]
+    properties = SimpleNamespace(
+        multi_processor_count=132, shared_memory_per_block_optin=target.shared_bytes
+    )
+    driver.set_active(Driver(target))  # type: ignore[arg-type]
+    torch.cuda.get_device_properties = lambda device=None: properties  # type: ignore[assignment]
+    torch.cuda.get_device_capability = lambda device=None: (9, 0)  # type: ignore[assignment]
+    startup.select_platform = lambda config: Platform()
+
+    def empty(
+        model: Any, cfg: Any, device: torch.device, seed: int, progress: Any, quantization: Any
+    ) -> Any:
+        # without a generator, which would be one of the device
+        make = lambda name, param: torch.empty(param.shape, dtype=cfg.dtype, device=device)  # noqa: E731
+        return weights._build(model, cfg, make, progress, quantization)
+
+    weights.random = empty  # type: ignore[assignment]
+
+
+def real(value: Any) -> Any:
+    """For a fake tensor one that has memory, laid out in the same way."""
+    if not isinstance(value, Tensor):
+        return value
+    size = value.untyped_storage().nbytes() // value.element_size()
+    whole = torch.empty(size, dtype=value.dtype)
+    return whole.as_strided(value.shape, value.stride(), value.storage_offset())
+
+
+def main(folder: Path) -> dict[str, Any]:
+    make_up_device()
+    triton_build.watch()
+    triton_kernels.register()
+    triton_step.register()
+    launches: list[tuple[str, Any, dict[str, Any]]] = []
+    request = triton_rehearsal._request
+
+    def seen(kernel: Any, arguments: dict[str, Any]) -> str:
+        found = request(kernel, arguments)
+        launches.append((found, kernel, arguments))
+        return found
+
+    triton_rehearsal._request = seen
+    model = save_tiny(folder / "model", dtype="bfloat16", head_dim=64)
+    config = EngineConfig(
+        str(model), dtype="bfloat16", max_model_len=512, max_num_batched_tokens=256, max_num_seqs=48,
+        graph_batch_sizes=[1, 3, 4, 48], compile_cache=folder / "store",
+    )  # fmt: skip
+    builder = precompile.Builder(config, Platform())
+    answers = [builder.do("rehearse", bucket) for bucket in BUCKETS]
+    lengths = {name: length for answer in answers for name, length in answer["kernels"].items()}
+    requests = sorted(lengths)
+    compiled_before = len(triton_build.compiled())
+    other = precompile.Builder(config, Platform())  # as in another process: it has seen no launch
+    for one in requests:
+        other.do("compile", one)
+    compiled = len(triton_build.compiled())
+    # what launches on tensors with memory ask for is there
+    for kernel in {id(kernel): kernel for _, kernel, _ in launches}.values():
+        kernel.device_caches.clear()
+    for _, kernel, arguments in launches:
+        kernel.run(
+            grid=(1,), warmup=True, **{name: real(value) for name, value in arguments.items()}
+        )
+    return {
+        "numbers": [answer["numbers"][:3] for answer in answers],
+        "programs": len(list((folder / "store" / "entries").iterdir())),
+        "requests": len(requests),
+        "longest": json.loads(max(lengths, key=lengths.__getitem__))["name"],
+        "names": sorted({json.loads(one)["name"] for one in requests}),
+        "files": sorted({path.suffix for path in (folder / "store" / "triton").glob("*/*")}),
+        "launches": len(launches),
+        "launchers": len(driver.active.launchers),
+        "compiled_before": compiled_before,
+        "compiled": compiled,
+        "compiled_after_launches": len(triton_build.compiled()),
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(Path(sys.argv[1]))))

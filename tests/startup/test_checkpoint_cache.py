@@ -1,0 +1,190 @@
+"""What the store keeps of a checkpoint's config and tokenizer is what transformers makes of them, or it keeps nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+
+from nanovllm.compile.store import Store
+from nanovllm.models import registry
+from nanovllm.startup import checkpoint_cache as readings
+from nanovllm.startup import load as startup
+from nanovllm.startup.checkpoint_cache import (
+    StoredConfig,
+    StoredTokenizer,
+    read_config,
+    read_tokenizer,
+)
+
+EMBEDDED = Path(readings.__file__).parents[1] / "assets" / "tiny-qwen3"
+CONFIGS: list[PretrainedConfig] = [
+    LlamaConfig(
+        hidden_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attention_bias=True,
+        dtype="bfloat16",
+    ),
+    MistralConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, sliding_window=7),
+    Qwen2Config(
+        hidden_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        use_sliding_window=True,
+        max_window_layers=2,
+        dtype="float16",
+    ),
+    Qwen3Config(
+        hidden_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        tie_word_embeddings=True,
+        eos_token_id=[3, 4],
+    ),
+]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+def checkpoint(folder: Path, config: PretrainedConfig) -> Path:
+    name = type(config).__name__.replace("Config", "ForCausalLM")
+    config.architectures = [name]
+    config.save_pretrained(folder)
+    return folder
+
+
+def without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("transformers is asked")
+
+    for name in ("AutoConfig", "AutoTokenizer"):
+        monkeypatch.setattr(getattr(transformers, name), "from_pretrained", refuse)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.model_type)
+def test_a_kept_config_gives_the_same_model(
+    config: PretrainedConfig, tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = checkpoint(tmp_path, config)
+    first = read_config(folder, store)
+    assert not isinstance(first, StoredConfig)
+    without_transformers(monkeypatch)
+    again = read_config(folder, store)
+    assert isinstance(again, StoredConfig)
+    model = registry.architecture(again.architectures)
+    for max_model_len in (None, 40):
+        read = [
+            model.config(hf, dtype=torch.float32, max_model_len=max_model_len)
+            for hf in (first, again)
+        ]
+        assert read[0] == read[1]
+    assert first.dtype == again.dtype and first.dtype in (None, torch.bfloat16, torch.float16)
+    assert startup.eos_token_ids(folder, first) == startup.eos_token_ids(folder, again)
+
+
+def test_reading_a_config_writes_no_docstrings(tmp_path: Path) -> None:
+    """In a process of its own, which has not imported the class yet."""
+    code = """if True:
+        import sys
+        from pathlib import Path
+        from transformers import AutoConfig
+        from nanovllm.engine import readings
+        module = sys.modules["transformers.utils.auto_docstring"]
+        module.auto_class_docstring = write = lambda cls, **_: sys.exit("a docstring")
+        assert readings.read_config(Path(sys.argv[1]), None).vocab_size > 0
+        assert module.auto_class_docstring is write
+        del module.auto_class_docstring  # as where transformers has no such function
+        readings.read_config(Path(sys.argv[1]), None)
+        """
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    subprocess.run(
+        [sys.executable, "-c", code, str(EMBEDDED)], env=environment, timeout=100, check=True
+    )
+
+
+def test_a_changed_config_is_read_anew(tmp_path: Path, store: Store) -> None:
+    read_config(checkpoint(tmp_path, CONFIGS[0]), store)
+    changed = json.loads((tmp_path / "config.json").read_text()) | {"rms_norm_eps": 0.5}
+    (tmp_path / "config.json").write_text(json.dumps(changed))
+    again = read_config(tmp_path, store)
+    assert not isinstance(again, StoredConfig) and again.rms_norm_eps == 0.5
+
+
+def test_a_rope_type_with_code_of_its_own_is_not_kept(tmp_path: Path, store: Store) -> None:
+    scaled = LlamaConfig(
+        rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+    )
+    folder = checkpoint(tmp_path, scaled)
+    for _ in range(2):
+        assert not isinstance(read_config(folder, store), StoredConfig)
+
+
+def test_a_kept_tokenizer_is_the_same_to_encode_and_decode(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = read_tokenizer(EMBEDDED, store)
+    assert full is not None and not isinstance(full, StoredTokenizer)
+    with monkeypatch.context() as patch:
+        without_transformers(patch)
+        kept = read_tokenizer(EMBEDDED, store)
+        assert isinstance(kept, StoredTokenizer)
+        for text in (
+            *readings.PROBES,
+            "What is 17 + 25?",
+            "<|im_start|>user\nUpper case: abc<|im_end|>",
+        ):
+            ids = kept.encode(text)
+            assert ids == full.encode(text)
+            for skip in (False, True):
+                assert kept.decode(ids, skip) == full.decode(ids, skip_special_tokens=skip)
+    # for the rest there is the full one
+    assert kept.chat_template == full.chat_template
+    messages = [{"role": "user", "content": "Hi"}]
+    assert kept.apply_chat_template(messages, tokenize=False) == full.apply_chat_template(
+        messages, tokenize=False
+    )
+
+
+def test_a_changed_tokenizer_is_read_anew_and_none_stays_none(tmp_path: Path, store: Store) -> None:
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(EMBEDDED / name, tmp_path)
+    read_tokenizer(tmp_path, store)
+    assert isinstance(read_tokenizer(tmp_path, store), StoredTokenizer)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {
+        "clean_up_tokenization_spaces": True
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    for _ in range(2):  # nor is one kept whose text is tidied up by transformers itself
+        assert not isinstance(read_tokenizer(tmp_path, store), StoredTokenizer)
+    empty = checkpoint(tmp_path / "empty", CONFIGS[0])
+    assert read_tokenizer(empty, store) is None
+
+
+def test_a_tokenizer_that_does_more_than_its_library_is_not_kept() -> None:
+    full = transformers.AutoTokenizer.from_pretrained(EMBEDDED)
+    assert readings._description(full)
+
+    class Louder:
+        backend_tokenizer = full.backend_tokenizer
+
+        def encode(self, text: str) -> list[int]:
+            return list(full.encode(text.upper()))
+
+        def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+            return str(full.decode(ids, skip_special_tokens=skip_special_tokens))
+
+    assert readings._description(Louder()) is None

@@ -1,0 +1,256 @@
+"""What is begun before torch is imported: where it is wanted, and that it leaves nothing behind where it is not."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nanovllm import LLM, EngineConfig, env
+from nanovllm.platforms import preload, processes
+from nanovllm.platforms.cpu import CpuPlatform
+from nanovllm.startup import load as startup
+
+OPTIONS: dict[str, Any] = {"device": "cpu", "max_model_len": 64, "max_num_seqs": 4, "graph_batch_sizes": [4],
+                           "num_kvcache_blocks": 20, "max_num_batched_tokens": 64}  # fmt: skip
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux only")
+
+
+def test_importing_the_package_does_not_import_torch() -> None:
+    command = [sys.executable, "-c", "import sys, nanovllm; sys.exit('torch' in sys.modules)"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    assert subprocess.run(command, env=environment, timeout=60, check=False).returncode == 0
+
+
+@pytest.fixture
+def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file by which a GPU's driver is known, on a machine with cores to spare; Triton is left alone."""
+    path = tmp_path / "driver"
+    path.touch()
+    monkeypatch.setattr(preload, "DRIVERS", (str(path),))
+    monkeypatch.setattr(preload, "_import_triton", lambda: None)
+    monkeypatch.setattr(preload, "_torch_is_for_cuda", lambda: False)
+    monkeypatch.setattr(preload, "max_processes", lambda: 3)
+    return path
+
+
+@on_linux
+def test_a_device_is_opened_beside_the_import_of_torch(
+    driver: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[int] = []
+    monkeypatch.setattr(preload, "_open_device", opened.append)
+    preload.begin("cuda")()
+    assert not opened, "torch is not for such a device"
+    monkeypatch.setattr(preload, "_torch_is_for_cuda", lambda: True)
+    for device in ("auto", "cpu", "cuda", "cuda:3", "npu"):
+        preload.begin(device)()
+    assert opened == [0, 0, 3]
+    driver.unlink()
+    preload.begin("auto")()
+    assert opened == [0, 0, 3]
+
+
+def test_a_start_says_that_torch_has_no_bytecode(tmp_path: Path) -> None:
+    """As in a container where Python is told to write none: here it is looked for in a folder that is empty."""
+    code = "from nanovllm import log; from nanovllm.platforms import preload; log.configure(); preload.begin('cpu')"
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "PYTHONPYCACHEPREFIX": str(tmp_path),
+    }
+
+    def said(**more: str) -> str:
+        command = [sys.executable, "-c", code]
+        return subprocess.run(
+            command, env=environment | more, capture_output=True, text=True, check=True
+        ).stderr
+
+    hint = said(PYTHONDONTWRITEBYTECODE="1")
+    assert "-m compileall -q -j 0 " in hint and "site-packages" in hint
+    assert said(PYTHONDONTWRITEBYTECODE="") == "", "the first import writes it"
+    torch_file = importlib.util.find_spec("torch").origin  # type: ignore[union-attr]
+    cached = tmp_path / torch_file.removeprefix("/")  # type: ignore[union-attr]
+    cached.parent.mkdir(parents=True)
+    cached.with_name(f"__init__.{sys.implementation.cache_tag}.pyc").touch()
+    assert said(PYTHONDONTWRITEBYTECODE="1") == ""
+
+
+def test_a_driver_that_is_not_there_is_no_error() -> None:
+    preload._open_device(99)
+
+
+def test_torch_writes_nothing_to_the_environment_while_a_device_is_opened() -> None:
+    """Else the driver, which reads it in another thread, might read what is being moved."""
+    script = (
+        "import sys, numpy; written = []\n"
+        "sys.addaudithook(lambda event, args: written.append(args) if event in ('os.putenv', 'os.unsetenv') else None)\n"
+        "import nanovllm.engine; sys.exit(str(written) if written else 0)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=environment,
+        timeout=60,
+        check=False,
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CPU's kernels, which take longer to build than everything here."""
+    folder = tmp_path_factory.mktemp("libraries") / "cpp"
+    folder.mkdir(mode=0o700)
+    CpuPlatform().prepare(folder, env.read().cxx)
+    return folder
+
+
+@pytest.fixture
+def store(libraries: Path, tmp_path: Path) -> Path:
+    """A folder with those and no program."""
+    folder = tmp_path / "store"
+    folder.mkdir(mode=0o700)
+    shutil.copytree(libraries, folder / "cpp")
+    return folder
+
+
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many processes each server was begun for, without beginning any."""
+    found: list[int] = []
+    monkeypatch.setattr(processes, "Server", lambda config, most: found.append(most))
+    return found
+
+
+@on_linux
+def test_a_server_is_begun_for_a_gpu_and_an_empty_store_alone(
+    driver: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = asked(monkeypatch)
+    store = tmp_path / "store"
+    for options in ({"device": "cpu"}, {"enforce_eager": True}, {"compile_cache_mode": "require"}):
+        processes.begin(EngineConfig("tiny-qwen3", compile_cache=store, **options))  # type: ignore[arg-type]
+    assert not found
+    processes.begin(EngineConfig("tiny-qwen3", compile_cache=store))
+    (store / "entries").mkdir(parents=True)
+    processes.begin(EngineConfig("tiny-qwen3", compile_cache=store, device="cuda:1"))
+    assert found == [3, 3]
+    (store / "entries" / "one").touch()
+    processes.begin(EngineConfig("tiny-qwen3", compile_cache=store))
+    driver.unlink()
+    processes.begin(EngineConfig("tiny-qwen3", compile_cache=tmp_path / "other"))
+    assert found == [3, 3]
+
+
+@on_linux
+def test_a_server_forks_as_many_as_are_wanted_and_ends_with_them(store: Path) -> None:
+    config = EngineConfig("tiny-qwen3", **OPTIONS, compile_cache=store)
+    server = processes.Server(config, 3)
+    forked = server.fork(2)
+    assert len(forked) == 2 and all("imports" in process.next() for process in forked)
+    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")
+    assert len(children.read_text().split()) == 2
+    processes.end(forked, seconds=30)
+    assert server.process.returncode == 0
+    server.end()
+
+
+@on_linux
+def test_a_server_that_is_asked_for_nothing_goes_away(tmp_path: Path) -> None:
+    config = EngineConfig("tiny-qwen3", **OPTIONS, compile_cache=tmp_path / "store")
+    ended, abandoned = processes.Server(config, 2), processes.Server(config, 2)
+    ended.end()
+    assert ended.process.returncode == -signal.SIGKILL
+    assert abandoned.process.stdin is not None
+    abandoned.process.stdin.close()  # as when this process dies
+    assert abandoned.process.wait(60) == 0
+
+
+@on_linux
+def test_a_server_that_could_not_import_leaves_its_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = [sys.executable, "-c", "raise SystemExit('no such module')"]
+    monkeypatch.setattr(processes, "_command", lambda config: command)
+    server = processes.Server(EngineConfig("tiny-qwen3", **OPTIONS), 2)
+    server.process.wait(60)
+    forked = server.fork(2)
+    for process in forked:
+        with pytest.raises(BrokenPipeError):
+            process.next()
+    assert forked[0].stderr.read() == "no such module\n"
+    processes.end(forked)
+
+
+@on_linux
+@pytest.mark.parametrize("count", [2, 0])
+def test_a_start_uses_its_server_or_ends_it(
+    count: int, tiny_qwen3: Path, store: Path, driver: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU; with 0 torch finds none."""
+    begun: list[processes.Server] = []
+    ended: list[int | None] = []
+
+    def begin(config: EngineConfig) -> processes.Server:
+        begun.append(processes.Server(config, 3))
+        return begun[0]
+
+    read = startup.read_model_config
+
+    def read_model_config(*args: Any) -> Any:
+        ended.append(begun[0].process.poll())
+        return read(*args)
+
+    monkeypatch.setattr(processes, "begin", begin)
+    monkeypatch.setattr(
+        processes, "_spawn", lambda config: pytest.fail("another process was started")
+    )
+    monkeypatch.setattr(startup, "read_model_config", read_model_config)
+    monkeypatch.setattr(CpuPlatform, "compile_workers", lambda *_: count)
+    llm = LLM(str(tiny_qwen3), **OPTIONS, compile_cache=store)
+    compiler = llm.engine.runner.compiler
+    assert (compiler.num_compiled == 0) == (count > 0)
+    assert ended == [None if count else -signal.SIGKILL], "one that is not wanted does not stay"
+    assert begun[0].process.returncode == (0 if count else -signal.SIGKILL)
+
+
+@on_linux
+def test_an_import_that_fails_leaves_no_server(
+    tmp_path: Path, driver: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when Ctrl-C comes while torch is imported."""
+    server = processes.Server(EngineConfig("tiny-qwen3", **OPTIONS), 2)
+    ends = [end for three in server._ours for end in three]
+    monkeypatch.setattr(processes, "begin", lambda config: server)
+    monkeypatch.setitem(sys.modules, "nanovllm.engine", None)
+    with pytest.raises(ImportError):
+        LLM("tiny-qwen3", **OPTIONS, compile_cache=tmp_path / "store")
+    assert server.process.returncode == -signal.SIGKILL
+    for end in ends:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(end)
+
+
+@on_linux
+def test_a_start_that_fails_leaves_no_server(
+    tmp_path: Path, driver: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[processes.Server] = []
+    server = processes.Server
+
+    def new(config: EngineConfig, most: int) -> processes.Server:
+        begun.append(server(config, most))
+        return begun[0]
+
+    monkeypatch.setattr(processes, "Server", new)
+    with pytest.raises(ValueError, match="without a config"):
+        LLM(str(tmp_path), **{**OPTIONS, "device": "auto"}, compile_cache=tmp_path / "store")
+    assert begun[0].process.returncode is not None

@@ -1,0 +1,51 @@
+"""Where compiled code is kept."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import pytest
+
+from nanovllm.startup.artifacts import use_private_cache
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(name, "kept by the user")
+
+
+def test_the_folder_is_made_for_its_owner_alone(tmp_path: Path) -> None:
+    previous = os.umask(0o002)
+    try:
+        use_private_cache(tmp_path / "cache")
+    finally:
+        os.umask(previous)
+    for path in (
+        tmp_path / "cache",
+        tmp_path / "cache" / "inductor",
+        tmp_path / "cache" / "triton",
+    ):
+        assert path.stat().st_mode & 0o077 == 0
+    assert os.environ["TRITON_CACHE_DIR"] == "kept by the user"
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o777, 0o702])
+@pytest.mark.parametrize("shared", [".", "inductor", "triton"])
+def test_a_folder_that_others_can_write_is_refused(tmp_path: Path, shared: str, mode: int) -> None:
+    folder = tmp_path / "cache"
+    (folder / shared).mkdir(parents=True, mode=0o700)
+    (folder / shared).chmod(mode)
+    with pytest.raises(ValueError, match=rf"{folder}.* its mode is {mode:o}: .*chmod 700"):
+        use_private_cache(folder)
+
+
+def test_without_a_place_for_it_the_engine_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    with caplog.at_level(logging.WARNING, logger="nanovllm"):
+        use_private_cache(tmp_path / "file" / "cache")
+    assert "compiled code is not kept" in caplog.text

@@ -1,0 +1,352 @@
+"""A second start compiles nothing, imports no compiler, and says the same; whatever happens to the store, tokens are right."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nanovllm import LLM, EngineConfig
+from nanovllm.compile.program import CompileRequired
+from nanovllm.platforms.cpu import CpuPlatform
+from nanovllm.startup.compile_farm import processes, workers
+from tests.conftest import save_tiny
+
+ROOT = Path(__file__).parents[2]
+OPTIONS: dict[str, Any] = {
+    "device": "cpu", "max_model_len": 64, "max_num_seqs": 4, "graph_batch_sizes": [1, 4], "num_kvcache_blocks": 20,
+    "max_num_batched_tokens": 64,
+}  # fmt: skip
+COMPILERS = ("torch._dynamo", "torch._inductor", "sympy", "triton", "transformers")
+
+SCRIPT = """
+import json, sys
+model, options = sys.argv[1], json.loads(sys.argv[2])
+from nanovllm import LLM, SamplingParams
+llm = LLM(model, **options)
+params = [SamplingParams(temperature=0, max_tokens=9, ignore_eos=True), SamplingParams(temperature=1, seed=3, max_tokens=9)]
+outputs = llm.generate([[5, 6, 7], [8] * 19], params, use_tqdm=False)
+compiler = llm.engine.runner.compiler
+counters = {}
+if "torch._dynamo" in sys.modules:
+    from torch._dynamo.utils import counters
+print(json.dumps({
+    "tokens": [output["token_ids"] for output in outputs],
+    "compiled": compiler.num_compiled, "loaded": compiler.num_loaded,
+    "kernels": llm.engine.runner.platform.kernels_compiled(),
+    "modules": [name for name in json.loads(sys.argv[3]) if name in sys.modules],
+    "counters": {name: dict(values) for name, values in counters.items() if values},
+}))
+"""
+
+
+def spawn(
+    model: Path, store: Path | None, environment: dict[str, str] | None = None, **options: Any
+) -> Any:
+    chosen = {**OPTIONS, **options, **({"compile_cache": str(store)} if store else {})}
+    variables = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("TORCHINDUCTOR", "TRITON"))
+    }
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(model), json.dumps(chosen), json.dumps(COMPILERS)],
+        env={**variables, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(environment or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def result(process: Any) -> tuple[dict[str, Any], str]:
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return json.loads(out), err
+
+
+def start(*args: Any, **options: Any) -> tuple[dict[str, Any], str]:
+    return result(spawn(*args, **options))
+
+
+@pytest.fixture(scope="module")
+def filled(
+    tmp_path_factory: pytest.TempPathFactory, tiny_qwen3: Path
+) -> tuple[Path, dict[str, Any]]:
+    """A store as a cold start leaves it, and what that start said."""
+    folder = tmp_path_factory.mktemp("warm") / "store"
+    cold, _ = start(tiny_qwen3, folder)
+    assert (
+        cold["compiled"] > 0
+        and cold["loaded"] == 0
+        and cold["kernels"] == ["cpu_kernels", "cpu_step"]
+    )
+    return folder, cold
+
+
+@pytest.fixture
+def store(filled: tuple[Path, dict[str, Any]], tmp_path: Path) -> Path:
+    """A copy of it that a test may spoil."""
+    folder = tmp_path / "store"
+    shutil.copytree(filled[0], folder)
+    return folder
+
+
+def assert_warm(warm: dict[str, Any], cold: dict[str, Any]) -> None:
+    assert warm["tokens"] == cold["tokens"]
+    assert (warm["compiled"], warm["loaded"]) == (0, cold["compiled"])
+    assert warm["kernels"] == [] and warm["counters"] == {}
+    assert warm["modules"] == []
+
+
+def test_a_warm_start_compiles_nothing_and_gives_the_same_tokens(
+    filled: tuple[Path, dict[str, Any]], tiny_qwen3: Path, tmp_path: Path
+) -> None:
+    folder, cold = filled
+    # another home, another folder, other noise
+    environment = {
+        "HOME": str(tmp_path),
+        "TMPDIR": str(tmp_path),
+        "NOISE": "1",
+        "OMP_NUM_THREADS": "2",
+    }
+    assert_warm(start(tiny_qwen3, folder, environment)[0], cold)
+    assert_warm(
+        start(tiny_qwen3, None, {"NANOVLLM_CACHE": str(folder)}, compile_cache_mode="require")[0],
+        cold,
+    )
+
+
+def test_another_checkpoint_of_the_same_shape_is_warm(
+    filled: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    folder, cold = filled
+    other = save_tiny(
+        tmp_path / "other", num_hidden_layers=3, rope_theta=5000.0, max_position_embeddings=256
+    )
+    warm, _ = start(other, folder, compile_cache_mode="require")
+    assert (warm["compiled"], warm["kernels"]) == (0, []) and warm["tokens"] != cold["tokens"]
+    assert warm["loaded"] == cold["compiled"]
+
+
+def spoil(paths: Iterator[Path]) -> None:
+    for path in paths:
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[:-3])
+
+
+@pytest.mark.parametrize("part", ["entries", "objects", "cpp"])
+def test_with_a_truncated_store_tokens_are_right_and_it_is_mended(
+    store: Path, filled: tuple[Path, dict[str, Any]], tiny_qwen3: Path, part: str
+) -> None:
+    spoil((store / part).iterdir())
+    again, err = start(tiny_qwen3, store)
+    assert again["tokens"] == filled[1]["tokens"]
+    assert "again" in err and "Traceback" not in err
+    assert_warm(start(tiny_qwen3, store)[0], filled[1])
+
+
+def test_two_starts_may_fill_a_store_at_once(
+    store: Path, filled: tuple[Path, dict[str, Any]], tiny_qwen3: Path
+) -> None:
+    for part in ("entries", "objects"):
+        shutil.rmtree(store / part)
+    both = [spawn(tiny_qwen3, store) for _ in range(2)]
+    for process in both:
+        assert result(process)[0]["tokens"] == filled[1]["tokens"]
+    assert_warm(start(tiny_qwen3, store)[0], filled[1])
+
+
+def test_where_nothing_can_be_written_the_engine_runs(
+    filled: tuple[Path, dict[str, Any]], tiny_qwen3: Path
+) -> None:
+    cold, err = start(tiny_qwen3, Path("/proc/nowhere"), graph_batch_sizes=[4])
+    assert cold["tokens"] == filled[1]["tokens"]
+    assert err.count("compiled code is not kept") == 1 and "compile_cache" in err
+
+
+# In "require" mode -------------------------------------------------------------------------------------------------
+
+
+def test_require_lists_every_program_that_is_missing(store: Path, tiny_qwen3: Path) -> None:
+    options = {**OPTIONS, "graph_batch_sizes": [1, 3, 4]}
+    with pytest.raises(
+        CompileRequired,
+        match=r"(?s)4 program\(s\) are not in .*begin_3: .*layer_decode_3_3_window0: ",
+    ):
+        LLM(str(tiny_qwen3), **options, compile_cache=store, compile_cache_mode="require")
+
+
+def test_require_names_the_ingredient_that_differs(
+    store: Path, tiny_qwen3: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "__version__", "9.9.9")
+    with pytest.raises(CompileRequired, match=r"begin_1: torch: 9\.9\.9 is wanted, .* is there"):
+        LLM(str(tiny_qwen3), **OPTIONS, compile_cache=store, compile_cache_mode="require")
+
+
+def test_require_needs_a_store_and_graphs(tmp_path: Path, tiny_qwen3: Path, store: Path) -> None:
+    with pytest.raises(ValueError, match=f"'require', but {tmp_path}/none is no store"):
+        LLM(
+            str(tiny_qwen3),
+            **OPTIONS,
+            compile_cache=tmp_path / "none",
+            compile_cache_mode="require",
+        )
+    with pytest.raises(ValueError, match="enforce_eager=True for none"):
+        LLM(
+            str(tiny_qwen3),
+            **OPTIONS,
+            compile_cache=store,
+            compile_cache_mode="require",
+            enforce_eager=True,
+        )
+    with pytest.raises(
+        ValueError, match="compile_cache_mode is 'always': use one of auto, require"
+    ):
+        EngineConfig("tiny-qwen3", compile_cache_mode="always")
+    with pytest.raises(ValueError, match="compile_cache is 3: it must be a folder's path"):
+        EngineConfig("tiny-qwen3", compile_cache=3)  # type: ignore[arg-type]
+
+
+def test_require_does_not_compile_libraries_either(store: Path, tiny_qwen3: Path) -> None:
+    shutil.rmtree(store / "cpp")
+    process = spawn(tiny_qwen3, store, compile_cache_mode="require")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode and "CompileRequired" in err
+    assert "kernels.cpp has no compiled library" in err and not list(store.glob("cpp/*"))
+
+
+def test_a_store_that_others_can_write_is_refused(store: Path, tiny_qwen3: Path) -> None:
+    (store / "objects").chmod(0o777)
+    with pytest.raises(ValueError, match=r"objects is for compiled code, .* its mode is 777"):
+        LLM(str(tiny_qwen3), **OPTIONS, compile_cache=store)
+
+
+# Filling it ahead --------------------------------------------------------------------------------------------------
+
+
+def test_precompile_reads_no_weights_and_leaves_nothing_to_compile(
+    filled: tuple[Path, dict[str, Any]], tiny_qwen3: Path, tmp_path: Path
+) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(tiny_qwen3 / "config.json", bare)
+    folder = tmp_path / "ahead"
+    shutil.copytree(filled[0] / "cpp", folder / "cpp")
+    folder.chmod(0o700)
+    command = [sys.executable, "scripts/precompile.py", "--model", str(bare), "--bs", "1", "4", "--out", str(folder),
+               "--jobs", "2", "--device", "cpu", "--max-model-len", "64", "--max-num-seqs", "4",
+               "--max-num-batched-tokens", "64"]  # fmt: skip
+    variables = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("TORCHINDUCTOR", "TRITON"))
+    }
+    environment = {**variables, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "3 buckets, " in done.stdout
+    warm, _ = start(tiny_qwen3, folder, compile_cache_mode="require")
+    assert_warm(warm, filled[1])
+    command[command.index("--bs") + 1] = "0"
+    refused = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert refused.returncode == 1 and "graph_batch_sizes is [0, 4]" in refused.stderr
+
+
+def test_a_worker_that_fails_is_reported_with_what_it_said(
+    tmp_path: Path, tiny_qwen3: Path
+) -> None:
+    config = EngineConfig(str(tiny_qwen3), **OPTIONS, compile_cache=tmp_path / "gone")
+    helpers = workers.Workers(config, [("decode", -1)], 1)
+    with pytest.raises(workers.WorkerFailed, match="Error"):
+        helpers.wait(lambda outcome: None)
+    helpers.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux only")
+def test_a_worker_that_is_killed_is_missed_but_not_waited_for(
+    store: Path, tiny_qwen3: Path
+) -> None:
+    config = EngineConfig(str(tiny_qwen3), **OPTIONS, compile_cache=store)
+    forked = processes.start(config, 3)
+    parent = forked[0].parent
+    assert {process.parent for process in forked} == {parent}
+    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+    while len(forks := children.read_text().split()) < 3:
+        assert parent.poll() is None
+        time.sleep(0.05)
+    forked[1].next()  # it is ready, and dies with its answer read: it can be given no bucket
+    os.kill(int(forks[1]), signal.SIGKILL)
+    helpers = workers.Workers(config, [("decode", 4), ("prefill", 64)], 2, forked)
+    outcomes: list[workers.Outcome] = []
+    with pytest.raises(workers.WorkerFailed, match="without a word"):
+        helpers.wait(outcomes.append)
+    assert {outcome.bucket for outcome in outcomes} == {("decode", 4), ("prefill", 64)}, (
+        "the other one did both"
+    )
+    assert parent.returncode == 0, "the third was not needed, and all have ended"
+    idle = processes.start(config, 2)
+    processes.end(idle)
+    assert idle[0].parent.returncode == -signal.SIGKILL
+
+
+def test_the_log_says_what_workers_did_and_how_long_it_took(
+    store: Path, tiny_qwen3: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NANOVLLM_LOG_LEVEL", "DEBUG")
+    for part in ("entries", "objects"):
+        shutil.rmtree(store / part)
+    config = EngineConfig(str(tiny_qwen3), **OPTIONS, compile_cache=store)
+    with caplog.at_level(logging.DEBUG, "nanovllm.startup.compile_farm.workers"):
+        helpers = workers.Workers(config, [("decode", 4), ("decode", 1)], 1)
+        outcomes = helpers.wait(lambda outcome: None)
+    helpers.close()
+    assert [outcome.bucket for outcome in outcomes] == [("decode", 4), ("decode", 1)]
+    assert all(0 < outcome.seconds < 300 for outcome in outcomes)
+    text = caplog.text
+    assert re.search(r"worker 0, [\d.]+ s: is ready: imports [\d.]+, device [\d.]+ s\n", text)
+    assert re.search(r"worker 0, .*Outcome\(bucket=\('decode', 4\), .*seconds=", text)
+    assert re.search(r"worker 0, .*compiled begin_4 in ", text), "what the process wrote itself"
+
+
+def test_a_cold_start_with_workers_builds_nothing_itself(
+    filled: tuple[Path, dict[str, Any]],
+    tiny_qwen3: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on devices whose kernels take long to compile: other processes fill the store while this one reads weights."""
+    folder = tmp_path / "store"
+    folder.mkdir(mode=0o700)
+    shutil.copytree(filled[0] / "cpp", folder / "cpp")
+    asked: list[tuple[int, int]] = []
+
+    def two(self: Any, bytes_each: int, bytes_own: int) -> int:
+        asked.append((bytes_each, bytes_own))
+        return 2
+
+    monkeypatch.setattr(CpuPlatform, "compile_workers", two)
+    for num_starts in (1, 2):
+        llm = LLM(str(tiny_qwen3), **OPTIONS, compile_cache=folder)
+        compiler = llm.engine.runner.compiler
+        assert (compiler.num_compiled, compiler.num_loaded) == (0, filled[1]["compiled"])
+        # of an empty store twice: before anything is known of the model, and then with its size
+        assert len(asked) == num_starts + 1
+    assert asked[0] == (0, 0) and asked[1][0] > 1 << 30
+    # the second start found everything, and started nobody
+    calls: list[Any] = []
+    monkeypatch.setattr(processes, "start", lambda config, count: calls.append(count) or [])
+    LLM(str(tiny_qwen3), **OPTIONS, compile_cache=folder)
+    assert calls == [0]

@@ -1,0 +1,184 @@
+"""Which process does what: tasks in order, every kernel once, nobody waits for one that has died."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nanovllm import EngineConfig
+from nanovllm.startup.compile_farm.processes import ANSWER, Process
+from nanovllm.startup.compile_farm.workers import Outcome, Task, Tasks, WorkerFailed, Workers
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_tasks_are_taken_in_order_and_end_once_nothing_can_follow() -> None:
+    tasks = Tasks([Task((0, 1), "rehearse", "b"), Task((0, 0), "rehearse", "a")])
+    first, second = tasks.take(), tasks.take()
+    assert first and second and (first.what, second.what) == ("a", "b")
+    late: list[Task | None] = []
+    waiting = threading.Thread(target=lambda: late.extend([tasks.take(), tasks.take()]))
+    waiting.start()
+    tasks.done(first)
+    waiting.join(0.05)
+    assert waiting.is_alive(), "the second may still bring something"
+    tasks.done(second, Task((1, -5), "compile", "short"), Task((1, -9), "compile", "long"))
+    waiting.join(10)
+    assert [task and task.what for task in late] == ["long", "short"]
+    assert tasks.take() is None, "who is free need not wait for kernels that others compile"
+
+
+# A process that says what it is asked on stderr, finds kernels in buckets, and dies of "deadly". With 99 rows it
+# falls silent, 13 it cannot rehearse. Its imports print as well.
+STUB = f"""
+import json, os, sys, time
+print("Welcome to an import!")
+print("{ANSWER}" + json.dumps({{"imports": 0.5}}), flush=True)
+for line in sys.stdin:
+    verb, what = json.loads(line)
+    print("ASKED", line.strip(), file=sys.stderr, flush=True)
+    if what == "deadly":
+        print("no memory", file=sys.stderr, flush=True)
+        os._exit(1)
+    if what[1] == 99:
+        time.sleep(600)
+    kernels = {{"shared": 7, f"own of {{what[1]}}": what[1], **({{"deadly": 99}} if what[1] == 32 else {{}})}}
+    problem = "TypeError: no plan" if what[1] == 13 else None
+    found = {{"numbers": [4, 0, 0, 0.2], "kernels": kernels, "has_run": verb == "run" or what[1] == 13, "problem": problem}}
+    answer = 0.1 if verb == "compile" else found
+    print("{ANSWER}" + json.dumps(answer), flush=True)
+"""
+
+
+def stub() -> Process:
+    pipe = subprocess.PIPE
+    started: Any = subprocess.Popen(
+        [sys.executable, "-c", STUB], stdin=pipe, stdout=pipe, stderr=pipe
+    )
+    ends = [started.stdin, started.stdout, started.stderr]
+    process = Process(started, *(os.dup(end.fileno()) for end in ends))
+    for end in ends:
+        end.close()
+    return process
+
+
+def asked(text: str) -> list[Any]:
+    return [
+        json.loads(line.partition("ASKED ")[2]) for line in text.splitlines() if "ASKED" in line
+    ]
+
+
+def test_every_kernel_is_compiled_once_the_longest_first(caplog: pytest.LogCaptureFixture) -> None:
+    processes = [stub()]
+    buckets = [("decode", 4), ("decode", 1), ("prefill", 16)]
+    with caplog.at_level("DEBUG", "nanovllm.startup.compile_farm.workers"):
+        helpers = Workers(EngineConfig("tiny-qwen3"), buckets, 1, processes, rehearse=True)
+        outcomes = helpers.wait(lambda outcome: None)
+        helpers.close()
+    assert outcomes == [Outcome(bucket, 4, 0, 0, 0.2) for bucket in buckets]
+    kernels = ["own of 16", "shared", "own of 4", "own of 1"]
+    expected = [["rehearse", list(bucket)] for bucket in buckets] + [
+        ["compile", kernel] for kernel in kernels
+    ]
+    assert asked(caplog.text) == expected
+
+
+def test_one_that_dies_costs_its_task_alone(caplog: pytest.LogCaptureFixture) -> None:
+    processes = [stub() for _ in range(3)]
+    buckets = [("decode", size) for size in (32, 16, 8, 4, 2, 1)]
+    with caplog.at_level("DEBUG", "nanovllm.startup.compile_farm.workers"):
+        helpers = Workers(EngineConfig("tiny-qwen3"), buckets, 3, processes, rehearse=True)
+        with pytest.raises(WorkerFailed, match="no memory"):
+            helpers.wait(lambda outcome: None)
+        helpers.close()
+    compiled = [what for verb, what in asked(caplog.text) if verb == "compile"]
+    assert sorted(compiled) == sorted(
+        ["shared", "deadly", *(f"own of {size}" for _, size in buckets)]
+    )
+
+
+def test_what_cannot_be_rehearsed_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    buckets = [("decode", size) for size in (13, 13, 4)]
+    with caplog.at_level("WARNING", "nanovllm.startup.compile_farm.workers"):
+        helpers = Workers(EngineConfig("tiny-qwen3"), buckets, 2, [stub(), stub()], rehearse=True)
+        helpers.wait(lambda outcome: None)
+        helpers.close()
+    (record,) = caplog.records
+    assert (
+        record.levelname == "WARNING"
+        and "decode 13 cannot be rehearsed and is run: TypeError: no plan" in caplog.text
+    )
+
+
+@pytest.mark.parametrize(
+    ("rows", "rehearse", "waits"), [(4, True, False), (13, True, True), (4, False, True)]
+)
+def test_the_end_of_a_process_is_waited_for_where_it_used_the_device(
+    rows: int, rehearse: bool, waits: bool
+) -> None:
+    process = stub()
+    helpers = Workers(
+        EngineConfig("tiny-qwen3"), [("decode", rows)], 1, [process], rehearse=rehearse
+    )
+    helpers.wait(lambda outcome: None)
+    assert (process.parent.returncode == 0) == waits
+    helpers.close()
+    assert process.parent.returncode is not None
+
+
+def test_one_that_never_answers_is_given_up_and_what_it_did_is_named() -> None:
+    processes = [stub(), stub()]
+    helpers = Workers(
+        EngineConfig("tiny-qwen3"), [("decode", 99), ("decode", 1)], 2, processes, rehearse=True
+    )
+    with pytest.raises(WorkerFailed, match=r"no answer; still at work: rehearse decode 99$"):
+        helpers.wait(lambda outcome: None, patience_s=2)
+    assert all(process.parent.returncode is not None for process in processes)
+
+
+def test_without_rehearsing_buckets_are_run(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("DEBUG", "nanovllm.startup.compile_farm.workers"):
+        helpers = Workers(EngineConfig("tiny-qwen3"), [("decode", 4)], 1, [stub()])
+        helpers.wait(lambda outcome: None)
+        helpers.close()
+    assert asked(caplog.text)[0] == ["run", ["decode", 4]]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="as Triton")
+def test_rehearsed_launches_ask_for_the_kernels_that_real_ones_need(tmp_path: Path) -> None:
+    names = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    environment |= {
+        "TRITON_INTERPRET": "0",
+        "PYTHONPATH": str(ROOT),
+        "NANOVLLM_CACHE": str(tmp_path / "other"),
+    }
+    command = [sys.executable, str(Path(__file__).with_name("rehearsal.py")), str(tmp_path)]
+    done = subprocess.run(
+        command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    # five programs each for prompts, four for decoding; those for 48 rows, head and sample, are the same in the first three
+    assert [programs for programs, *_ in found["numbers"]] == [5, 3, 2, 4, 4, 4]
+    assert all(kernels == 0 for *_, kernels in found["numbers"]) and found["compiled_before"] == 0
+    assert {"decode_kernel", "prefill_kernel", "few_rows_linear_kernel", "many_rows_linear_kernel", "advance_kernel",
+            "best_of_span_kernel", "qk_norm_rope_store_kernel", "keep_likely_kernel"} <= set(found["names"])  # fmt: skip
+    assert found["longest"] == "keep_likely_kernel", (
+        "it is short, but what it calls is long, and it calls that often"
+    )
+    assert found["files"] == [".cubin", ".json", ".source"], (
+        "the other stages are for people, and not kept"
+    )
+    assert found["compiled"] == found["requests"], "no two requests are for one kernel"
+    assert found["launchers"] == found["requests"], "what is left to do at a launch is done as well"
+    assert found["compiled_after_launches"] == found["compiled"] < found["launches"], (
+        "a launch finds what it needs"
+    )

@@ -1,0 +1,188 @@
+"""The picture of a bucket: what calls cost, what padding wastes, and a page that needs nothing but itself."""
+
+from __future__ import annotations
+
+import operator
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanovllm.compile.lower import plan
+from nanovllm.compile.trace import trace
+from nanovllm.kernels import ops
+from nanovllm.tools import report as picture
+from nanovllm.tools import report_data as report
+from nanovllm.tools import report_page
+from nanovllm.tools.costs import cost
+from nanovllm.tools.report_data import Call, Limits, Padding, Region, Report
+from tests.conftest import save_tiny
+
+
+def test_costs_are_bytes_that_must_move_and_flops_of_products() -> None:
+    x_TD, w_OD = torch.ones(3, 8), torch.ones(5, 8)
+    assert cost(ops.linear, [x_TD, w_OD, None], {}, torch.ones(3, 5)) == (
+        4 * (24 + 40 + 15),
+        2 * 3 * 40,
+    )
+    mm = torch.ops.aten.mm.default
+    assert cost(mm, [x_TD, w_OD.t()], {}, torch.ones(3, 5)) == (4 * (24 + 40 + 15), 2 * 3 * 40)
+    assert cost(ops.silu_mul, [x_TD], {}, torch.ones(3, 4)) == (4 * (24 + 12), 0)
+    assert cost(
+        ops.add_rms_norm, [x_TD, x_TD, torch.ones(8), 1e-6], {}, (x_TD.clone(), x_TD.clone())
+    )[0] == 4 * (24 * 3 + 8)
+    assert cost(torch.ops.aten.view.default, [x_TD, [24]], {}, x_TD.view(24)) == (0, 0)
+    assert cost(operator.getitem, [[x_TD], 0], {}, x_TD) == (0, 0)
+    embedding = torch.ops.aten.embedding.default
+    assert cost(embedding, [torch.ones(1000, 8), torch.zeros(3).long()], {}, x_TD) == (2 * 96, 0)
+
+
+@pytest.mark.parametrize(
+    "seq_lens, q_start, max_q_len, window, keys, pairs",
+    [([5, 1, 99], [0, 1, 2, 3], 1, 0, 105, 105), ([5, 99], [0, 1, 2], 1, 10, 15, 15), ([4], [0, 4], 4, 0, 4, 10),
+     ([7, 0], [0, 3, 3], 3, 0, 7, 18)],
+)  # fmt: skip
+def test_attention_costs_the_keys_that_are_seen(
+    seq_lens: list[int], q_start: list[int], max_q_len: int, window: int, keys: int, pairs: int
+) -> None:
+    num_tokens = q_start[-1]
+    q_TNH, cache = torch.ones(num_tokens, 4, 16), torch.ones(50, 16, 2, 16)
+    args = [q_TNH, cache, cache, torch.zeros(len(seq_lens), 7).int(), torch.tensor(seq_lens), torch.tensor(q_start),
+            max_q_len, 0.25, window]  # fmt: skip
+    expected = 2 * q_TNH.nbytes + 2 * keys * 2 * 16 * 4
+    assert cost(ops.paged_attention, args, {}, torch.ones_like(q_TNH)) == (
+        expected,
+        4 * pairs * 4 * 16,
+    )
+
+
+def test_padding_is_what_a_trace_leaves_of_each_bucket() -> None:
+    found = report.padding_of([1, 3, 4, 5, 20], [1, 4, 16])
+    assert [(part.bucket, part.num_steps, part.num_rows) for part in found] == [
+        (1, 1, 1),
+        (4, 3, 11),
+        (16, 2, 21),
+    ]
+    assert found[1].waste == pytest.approx(1 / 12) and Padding(8, 0, 0).waste == 0.0
+
+
+def test_every_call_of_a_plan_is_measured_with_its_own_arguments() -> None:
+    def region(x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor]:
+        return (ops.silu_mul(ops.linear(x, w, None)).view(-1),)
+
+    inputs = [torch.ones(3, 4), torch.ones(6, 4)]
+    made = plan.lower(*trace(region, {"x": inputs[0], "w": inputs[1]})[:2])
+    times = iter((1.0, 2.0))
+    calls = report.measure(made, inputs, lambda call: (call(), next(times))[1])
+    assert [(call.op, call.shapes, call.seconds) for call in calls] == [
+        ("linear", "f32[3, 6]", 1.0),
+        ("silu_mul", "f32[3, 3]", 2.0),
+    ]
+
+
+class Checker(HTMLParser):
+    """Elements that are opened and not closed, and everything that would be fetched."""
+
+    VOID = ("meta", "br", "rect", "path", "i")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.fetched: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.fetched += [
+            f"{tag} {name}" for name, _ in attrs if name in ("src", "href", "xlink:href")
+        ]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag, tag
+
+
+def assert_stands_alone(text: str) -> None:
+    checker = Checker()
+    checker.feed(text)
+    assert not checker.open and not checker.fetched
+    assert not re.search(r"https?://|@import|url\(", text)
+
+
+def test_names_cannot_break_the_page() -> None:
+    call = Call("<script>alert(1)</script>", 'f32["&"]', 1e-5, 10, 0)
+    made = Report(
+        "a <b> model",
+        {"<device>": '"x"'},
+        Limits(1e9, 1e12),
+        (Region("layer", 2, [], [call]),),
+        (),
+        "<trace>",
+    )
+    text = report_page.page(made)
+    assert_stands_alone(text)
+    assert text.count("<script>") == 1 and "<b> model" not in text
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(
+    "bucket, num_regions, times",
+    [(["--bs", "3"], 4, ["layer × 3"]), (["--tokens", "64"], 5, ["layer × 2", "last"])],
+)
+def test_the_page_shows_graphs_kernels_and_padding(
+    tmp_path: Path,
+    bucket: list[str],
+    num_regions: int,
+    times: list[str],
+    device: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    trace_file, out = tmp_path / "sizes.txt", tmp_path / "report.html"
+    trace_file.write_text("1 2 3\n3 4 1\n")
+    model = save_tiny(tmp_path / "model", num_hidden_layers=3)
+    arguments = ["--model", str(model), *bucket, "-o", str(out), "--trace", str(trace_file), "--context", "19",
+                 "--device", device, "--max-model-len", "64", "--max-num-seqs", "4",
+                 "--max-num-batched-tokens", "64"]  # fmt: skip
+    assert picture.main(arguments) == 0
+    text = out.read_text(encoding="utf-8")
+    assert_stands_alone(text)
+    for word in (
+        "paged_attention",
+        "qk_norm_rope_store",
+        "fuse rope store",
+        "aten.split_with_sizes",
+        "% padding",
+        *(f">{name}<" for name in times),
+    ):
+        assert word in text, word
+    assert f"{num_regions} regions" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [(["--context", "64"], "context is 64: it must be at least 1 and below max_model_len (64)"),
+     (["--bs", "0"], "graph_batch_sizes is"), (["--trace", "/nowhere"], "No such file"),
+     (["-o", "/proc/x/report.html"], "No such file")],
+)  # fmt: skip
+def test_mistakes_are_named(
+    tiny_qwen3: Path,
+    change: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    arguments = ["--model", str(tiny_qwen3), "--bs", "2", "-o", str(tmp_path / "r.html"), "--device", "cpu",
+                 "--max-model-len", "64", "--max-num-batched-tokens", "64", "--context", "19", *change]  # fmt: skip
+    assert picture.main(arguments) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content, message", [("", "is empty"), ("1 two", "holds no batch sizes"), ("[1, 0]", "holds 0")]
+)
+def test_a_trace_that_is_none_is_named(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "t").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        picture.read_trace(tmp_path / "t")
