@@ -78,10 +78,9 @@ def imports(path: Path) -> Iterator[str]:
     A string that names a module of ours counts: it is imported by name, or run by another process.
     """
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            if node.value in MODULES:
-                yield node.value
-        if isinstance(node, ast.Import):
+        if isinstance(node, ast.Constant) and str(node.value) in MODULES:
+            yield str(node.value)
+        elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: imports are absolute"

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 from nanovllm import LLM, EngineConfig, env
-from nanovllm.platforms import preload, processes
+from nanovllm.platforms import preload
 from nanovllm.platforms.cpu import CpuPlatform
 from nanovllm.startup import load as startup
+from nanovllm.startup.compile_farm import processes
 
 OPTIONS: dict[str, Any] = {"device": "cpu", "max_model_len": 64, "max_num_seqs": 4, "graph_batch_sizes": [4],
                            "num_kvcache_blocks": 20, "max_num_batched_tokens": 64}  # fmt: skip
