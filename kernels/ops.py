@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nanovllm.kernels import flash_attention, reference
 from nanovllm.kernels import sdpa as sdpa_attention
@@ -122,6 +123,83 @@ keep_likely = _define(
 )
 
 
+def _decode_inputs_fake(
+    token_S: Tensor,
+    pos_S: Tensor,
+    rope_offset_S: Tensor,
+    table_SP: Tensor,
+    row_idx_R: Tensor,
+    block_size: int,
+) -> tuple[Tensor, ...]:
+    rows = row_idx_R.shape[0]
+    return (
+        *(row_idx_R.new_empty(rows) for _ in range(3)),
+        table_SP.new_empty((rows, table_SP.shape[1])),
+        row_idx_R.new_empty(rows, dtype=torch.int32),
+        row_idx_R.new_empty(rows + 1, dtype=torch.int32),
+    )
+
+
+def _span_inputs_fake(
+    token_S: Tensor,
+    pos_S: Tensor,
+    rope_offset_S: Tensor,
+    table_SP: Tensor,
+    row_idx_R: Tensor,
+    num_tokens_R: Tensor,
+    given_T: Tensor,
+    block_size: int,
+) -> tuple[Tensor, ...]:
+    _, _, _, *per_row = _decode_inputs_fake(
+        token_S, pos_S, rope_offset_S, table_SP, row_idx_R, block_size
+    )
+    return (
+        *(torch.empty_like(given_T) for _ in range(3)),
+        *per_row,
+        *(torch.empty_like(given_T) for _ in range(2)),
+        torch.empty_like(row_idx_R),
+    )
+
+
+decode_inputs = _define(
+    "decode_inputs(Tensor token, Tensor pos, Tensor rope_offset, Tensor block_table, Tensor row_idx, "
+    "int block_size) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference.decode_inputs,
+    _decode_inputs_fake,
+)
+span_inputs = _define(
+    "span_inputs(Tensor token, Tensor pos, Tensor rope_offset, Tensor block_table, Tensor row_idx, "
+    "Tensor num_tokens, Tensor given, int block_size) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference.span_inputs,
+    _span_inputs_fake,
+)
+sampling_inputs = _define(
+    "sampling_inputs(Tensor pos, Tensor sampling, Tensor seed, Tensor row_idx, Tensor? num=None) "
+    "-> (Tensor, Tensor, Tensor)",
+    reference.sampling_inputs,
+    lambda pos, sampling, seed, row_idx, num=None: (
+        sampling.new_empty(row_idx.shape[0]),
+        row_idx.new_empty(row_idx.shape[0]),
+        row_idx.new_empty(row_idx.shape[0]),
+    ),
+)
+accept = _define(
+    "accept(Tensor token, Tensor chosen, Tensor num_tokens, int num) -> (Tensor, Tensor)",
+    reference.accept,
+    lambda token, chosen, num_tokens, num: (
+        token.new_empty((num_tokens.shape[0], num)),
+        token.new_empty(num_tokens.shape[0]),
+    ),
+)
+advance = _define(
+    "advance(Tensor(a!) token, Tensor(b!) pos, Tensor row_idx, Tensor new_token, Tensor? num=None) "
+    "-> ()",
+    reference.advance,
+    lambda token, pos, row_idx, new_token, num=None: None,
+)
+
+
 def register_kernels(dispatch_key: str, kernels: dict[str, Callable[..., Any]]) -> None:
     """Give ops, by name, their kernels for one dispatch key ("CUDA", "CPU", …). An op keeps its first kernel for a key."""
     for name, kernel in kernels.items():
@@ -147,7 +225,10 @@ def op_name(target: object) -> str | None:
 __all__ = [
     "ASKED_FOR",
     "ATTENTION",
+    "accept",
     "add_rms_norm",
+    "advance",
+    "decode_inputs",
     "fused_linear",
     "keep_likely",
     "kernel_of",
@@ -163,6 +244,8 @@ __all__ = [
     "rms_norm",
     "rope",
     "sample",
+    "sampling_inputs",
     "silu_mul",
+    "span_inputs",
     "store_kv",
 ]

@@ -3,7 +3,7 @@ runs wherever no kernel does.
 
 Shapes: T tokens | R rows (requests) | P blocks per row | C blocks in the cache | B block size in tokens | D hidden | O outputs
 N query heads | K key-value heads | H head size | E = (N + 2K)·H | F ffn size | M positions in the rotary table
-V vocabulary
+V vocabulary | S rows of the device state, the last one for padding | F sampling fields
 
 A cache in float8_e4m3fn holds x / scale, with one fp32 scale per key-value head for keys and one for values.
 """
@@ -321,3 +321,125 @@ def fused_linear(
     y_TO = linear(x_TD, weight_OD, bias_O)
     y_TO = _silu_mul(y_TO) if silu_mul else y_TO
     return y_TO if residual_TO is None else y_TO + residual_TO
+
+
+# A step's index arithmetic ------------------------------------------------------------------------
+
+
+def decode_inputs(
+    token_S: Tensor,
+    pos_S: Tensor,
+    rope_offset_S: Tensor,
+    block_table_SP: Tensor,
+    row_idx_R: Tensor,
+    block_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The inputs of a step in which every row feeds its newest token, which stands at pos_S.
+
+    Returns (token_R, rope_pos_R, slot_R, block_table_RP, seq_len_R, q_start):
+    rope_pos = pos + rope_offset; slot = block_table[pos // B] · B + pos % B; seq_len = pos + 1;
+    q_start = 0 … R.
+    """
+    pos_R = pos_S[row_idx_R]
+    table_RP = block_table_SP[row_idx_R]
+    block_R = table_RP.gather(1, (pos_R // block_size).unsqueeze(1)).squeeze(1)
+    slot_R = block_R.long() * block_size + pos_R % block_size
+    q_start = torch.arange(row_idx_R.shape[0] + 1, dtype=torch.int32, device=row_idx_R.device)
+    rope_pos_R = pos_R + rope_offset_S[row_idx_R]
+    return token_S[row_idx_R], rope_pos_R, slot_R, table_RP, (pos_R + 1).int(), q_start
+
+
+def span_inputs(
+    token_S: Tensor,
+    pos_S: Tensor,
+    rope_offset_S: Tensor,
+    block_table_SP: Tensor,
+    row_idx_R: Tensor,
+    num_tokens_R: Tensor,
+    given_T: Tensor,
+    block_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The inputs of a step in which row r feeds num_tokens_R[r] tokens, from position pos_S on.
+
+    The tokens stand in given_T, row after row; −1 is the row's newest token, token_S. Tokens after
+    the last row's are padding: they belong to the state's last row and write to slots of block 0.
+
+    Returns (token_T, rope_pos_T, slot_T, block_table_RP, seq_len_R, q_start, row_T, num_T, last_R):
+    position, slot and rope_pos of each token as in `decode_inputs`; seq_len = pos + num_tokens, 0
+    for a row without tokens; row r owns tokens q_start[r] .. q_start[r + 1] − 1; row_T is each
+    token's row of the state, num_T its number within its row, from 1 on; last_R is the index of
+    each row's last token, 0 for padding rows at the front.
+    """
+    num_tokens, num_rows = given_T.shape[0], row_idx_R.shape[0]
+    end_R = num_tokens_R.cumsum(0)
+    token_idx_T = torch.arange(num_tokens, device=given_T.device)
+    is_real_T = token_idx_T < end_R[-1]
+    r_T = (token_idx_T.unsqueeze(1) >= end_R).sum(1).clamp(max=num_rows - 1)
+    row_T = torch.where(is_real_T, row_idx_R[r_T], pos_S.shape[0] - 1)
+    index_T = torch.where(is_real_T, token_idx_T - (end_R - num_tokens_R)[r_T], 0)
+    pos_T = pos_S[row_T] + index_T
+    flat_T = row_T * block_table_SP.shape[1] + pos_T // block_size
+    slot_T = block_table_SP.flatten()[flat_T].long() * block_size + pos_T % block_size
+    slot_T = torch.where(is_real_T, slot_T, token_idx_T % block_size)
+    seq_len_R = torch.where(num_tokens_R > 0, pos_S[row_idx_R] + num_tokens_R, 0)
+    return (
+        torch.where(given_T < 0, token_S[row_T], given_T),
+        pos_T + rope_offset_S[row_T],
+        slot_T,
+        block_table_SP[row_idx_R],
+        seq_len_R.int(),
+        torch.cat((torch.zeros_like(end_R[:1]), end_R)).int(),
+        row_T,
+        index_T + 1,
+        (end_R - 1).clamp(min=0),
+    )
+
+
+def sampling_inputs(
+    pos_S: Tensor,
+    sampling_SF: Tensor,
+    seed_S: Tensor,
+    row_idx_R: Tensor,
+    num_R: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(temperature_R, seed_R, position of the token to be chosen): that after num_R tokens, or one.
+
+    The temperature is the first of the sampling fields.
+    """
+    num = 1 if num_R is None else num_R
+    return sampling_SF[row_idx_R, 0], seed_S[row_idx_R], pos_S[row_idx_R] + num
+
+
+def accept(
+    token_T: Tensor, chosen_T: Tensor, num_tokens_R: Tensor, num: int
+) -> tuple[Tensor, Tensor]:
+    """Which of the tokens that were chosen after each of a row's tokens are the row's next ones.
+
+    chosen_T[t] follows token_T[t]. It holds as long as the tokens before it were right, that is the
+    next fed token is the chosen one. Returns (token_RK, K = `num`, a row's chosen tokens; count_R,
+    how many of them hold: at least 1, at most the row's number of tokens). Rows without tokens have
+    rubbish and 1.
+
+    Source: greedy verification of Leviathan et al. 2023, https://arxiv.org/abs/2211.17192. Noise is
+    a function of seed and position, so that drawn tokens are verified as greedy ones are.
+    """
+    end_R = num_tokens_R.cumsum(0)
+    step_K = torch.arange(num, device=token_T.device)
+    index_RK = ((end_R - num_tokens_R).unsqueeze(1) + step_K).clamp(max=token_T.shape[0] - 1)
+    token_RK, chosen_RK = token_T[index_RK], chosen_T[index_RK]
+    is_wrong_RJ = (token_RK[:, 1:] != chosen_RK[:, :-1]) | (step_K[1:] >= num_tokens_R.unsqueeze(1))
+    return chosen_RK, (is_wrong_RJ.long().cumsum(1) == 0).sum(1) + 1
+
+
+def advance(
+    token_S: Tensor, pos_S: Tensor, row_idx_R: Tensor, token_R: Tensor, num_R: Tensor | None = None
+) -> None:
+    """token_S[row] = token, pos_S[row] += num_R or 1, in place.
+
+    The last row of the state, which only padding uses (any number of times in one step), stays at
+    token 0 of position 0; other rows occur once.
+    """
+    is_real_R = row_idx_R != token_S.shape[0] - 1
+    num = 1 if num_R is None else num_R
+    token_S.index_copy_(0, row_idx_R, torch.where(is_real_R, token_R, 0))
+    pos_S.index_copy_(0, row_idx_R, torch.where(is_real_R, pos_S[row_idx_R] + num, 0))

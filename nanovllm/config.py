@@ -26,6 +26,8 @@ class EngineConfig:
     attention_backend: "auto" is the device's own kernels, on a GPU "triton". "flash_attn" is the package of that name, which
         has to be installed, "sdpa" torch's attention over gathered pages. `print_attention_backend_info` says what there is.
     graph_batch_sizes: rows of the decode graphs. Larger batches run in several decode steps.
+    draft_lengths: numbers of proposed tokens that one decode step can verify for each row, as
+        `LLMEngine.propose` gives them. A graph is built for each of them and each batch size.
     capture: record decode steps as device graphs, on devices that have them; False launches each kernel by itself.
     fuse: fuse ops into kernels of our own; False leaves all but attention, the cache write and the sampler to the lowering,
         as plain torch.
@@ -63,6 +65,7 @@ class EngineConfig:
     run_ahead: int | None = None
     graph_batch_sizes: Sequence[int] | None = None
     pad_batches: bool = True
+    draft_lengths: Sequence[int] = ()
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     max_stall_ms: float | None = None
@@ -125,6 +128,12 @@ class EngineConfig:
                     f"graph_batch_sizes is {given!r}: it must hold whole numbers of at least 1"
                 )
             object.__setattr__(self, "graph_batch_sizes", sizes)
+        lengths = tuple(self.draft_lengths) if isinstance(self.draft_lengths, Iterable) else (None,)
+        if any(type(length) is not int or length < 1 for length in lengths):
+            raise ValueError(
+                f"draft_lengths is {self.draft_lengths!r}: it must hold whole numbers of at least 1"
+            )
+        object.__setattr__(self, "draft_lengths", lengths)
         if self.kvcache_block_size is not None and self.kvcache_block_size % 16:
             raise ValueError(
                 f"kvcache_block_size is {self.kvcache_block_size}: it must be a multiple of 16"

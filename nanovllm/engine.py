@@ -6,15 +6,20 @@ import hashlib
 import logging
 from collections import deque
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from nanovllm.config import EngineConfig
 from nanovllm.runner.runner import Launched, Runner
 from nanovllm.sampling import SamplingParams
 from nanovllm.schedule.blocks import BlockPool
 from nanovllm.schedule.outputs import Completion, RequestOutput, TextStream
-from nanovllm.schedule.request import Request, Status
-from nanovllm.schedule.scheduler import Scheduler
+from nanovllm.schedule.plan import Logprobs, StepPlan, StepResult
+from nanovllm.schedule.request import Content, Request
+from nanovllm.schedule.scheduler import Proposer, Scheduler
 from nanovllm.startup import load as startup
 from nanovllm.startup.compile_farm.processes import Server
 
@@ -45,6 +50,7 @@ class LLMEngine:
             max_decode_rows=layout.decode_rows[-1],
             max_prefill_rows=layout.max_prefill_rows,
             stall=loaded.stall,
+            max_proposals=max(layout.verify_tokens, default=1) - 1,
         )
         self.run_ahead = (
             self._runner.platform.run_ahead if config.run_ahead is None else config.run_ahead
@@ -67,12 +73,21 @@ class LLMEngine:
             self.close()
 
     @property
-    def platform_name(self) -> str:
-        return self._runner.platform.name
-
-    @property
     def runner(self) -> Runner:
         return self._runner
+
+    @property
+    def propose(self) -> Proposer | None:
+        """A function that is given a `Request` and returns token ids that are likely to follow its
+        known ones. A decode step verifies them and keeps those that the model chooses as well, so
+        that answers are the same with any proposals. None: one token a step."""
+        return self.scheduler.propose
+
+    @propose.setter
+    def propose(self, proposer: Proposer | None) -> None:
+        if proposer is not None and not self.scheduler.max_proposals:
+            raise ValueError("propose needs draft_lengths: no step can verify proposals without")
+        self.scheduler.propose = proposer
 
     def add_request(
         self,
@@ -80,10 +95,16 @@ class LLMEngine:
         params: SamplingParams | None = None,
         *,
         incremental: bool = True,
+        embeddings: Sequence[tuple[int, Tensor]] = (),
     ) -> int:
-        """Queue a prompt (text or token ids); returns the request's id. `incremental` False: one output, at the end.
+        """Queue a prompt (text or token ids); returns the request's id.
 
-        Raises ValueError, and queues nothing, for a prompt that is empty, too long or has ids outside the vocabulary.
+        With `incremental` False there is one output, at the end. `embeddings` are (position, [n, D])
+        pairs: n tokens of the prompt from this position on start from these hidden states instead of
+        the embedding table's; their ids are not read.
+
+        Raises ValueError, and queues nothing, for a prompt that is empty, too long or has ids outside
+        the vocabulary, and for embeddings that do not fit the prompt or the model.
         """
         self._check_open()
         params = params or SamplingParams()
@@ -92,24 +113,26 @@ class LLMEngine:
             raise ValueError(
                 f"stop={list(params.stop_strings)} needs a tokenizer, which {self.config.model!r} has not"
             )
+        contents = self._contents(embeddings, len(prompt_ids))
+        for content, (_, embeds) in zip(contents, embeddings):
+            self._runner.add_embeddings(content.key, embeds)
         request_id = self._num_added
         self._num_added += 1
+        stop_ids = {*params.stop_token_ids, *(() if params.ignore_eos else self._eos_ids)}
         request = Request(
             request_id=request_id,
             prompt_ids=prompt_ids,
             params=params,
             seed=self._seed(params, request_id),
             max_output=min(params.max_tokens, self.max_model_len - len(prompt_ids)),
-            stop_ids=frozenset(params.stop_token_ids)
-            | (frozenset() if params.ignore_eos else self._eos_ids),
+            stop_ids=frozenset(i for i in stop_ids if i < self.model_config.vocab_size),
             incremental=incremental,
+            contents=contents,
         )
         if params.prompt_logprobs is not None:
             request.prompt_logprobs = [None] * len(prompt_ids)
-        self._requests[request_id] = (
-            request,
-            TextStream(self.tokenizer, params.stop_strings, incremental),
-        )
+        stream = TextStream(self.tokenizer, params.stop_strings, incremental)
+        self._requests[request_id] = (request, stream)
         self.scheduler.add(request)
         return request_id
 
@@ -124,10 +147,6 @@ class LLMEngine:
         for request_id in dropped:
             self.abort(request_id)
         self._outputs = [output for output in self._outputs if output.request_id not in dropped]
-
-    def keep(self, outputs: Sequence[RequestOutput]) -> None:
-        """Take outputs back for the next `step` to return: they are of requests that its caller does not know."""
-        self._outputs[:0] = outputs
 
     @property
     def has_unfinished(self) -> bool:
@@ -144,7 +163,8 @@ class LLMEngine:
             if plan is not None:
                 self._in_flight.append(self._runner.launch(plan))
             if self._in_flight and (plan is None or len(self._in_flight) > self.run_ahead):
-                self._collect(self._in_flight.popleft())
+                launched = self._in_flight.popleft()
+                self._collect(launched.plan, launched.wait())
             elif plan is None and self.scheduler.has_work:
                 raise AssertionError("there is work, but no step can run")
         except BaseException:
@@ -200,45 +220,68 @@ class LLMEngine:
         digest = hashlib.sha256(f"{self.config.seed} {request_id}".encode()).digest()
         return int.from_bytes(digest[:8], "little", signed=True)
 
-    def _collect(self, launched: Launched) -> None:
-        """Read a step's tokens and hand them to their requests; tokens past a stop or an abort are dropped."""
-        token_ids = launched.tokens.tolist()
-        logprob_rows = launched.logprobs.rows() if launched.logprobs is not None else None
-        for part in launched.prompt_logprobs:
-            wanted = part.request.params.prompt_logprobs or 0
-            for offset, values in enumerate(part.copies.rows()[: part.num]):
-                token_id = part.request.prompt_ids[part.first + offset]
-                part.request.prompt_logprobs[part.first + offset] = _logprob_dict(
-                    token_id, values, wanted
+    def _contents(
+        self, embeddings: Sequence[tuple[int, Tensor]], prompt_len: int
+    ) -> tuple[Content, ...]:
+        """Where given embeddings lie in a prompt, and the digest of each."""
+        contents: list[Content] = []
+        hidden_size = self.model_config.hidden_size
+        for start, embeds in embeddings:
+            shape = list(embeds.shape)
+            if len(shape) != 2 or shape[1] != hidden_size or not shape[0]:
+                raise ValueError(f"embeddings have shape {shape}: it must be [n, {hidden_size}]")
+            if start < 0 or start + shape[0] > prompt_len:
+                raise ValueError(
+                    f"{shape[0]} embeddings from position {start} on do not fit a prompt of "
+                    f"{prompt_len} tokens"
                 )
-        for request, row in zip(launched.requests, launched.rows):
-            request.num_in_flight -= 1
-            if request.status is Status.FINISHED:
+            values = embeds.detach().cpu().contiguous().view(torch.uint8).numpy()
+            digest = hashlib.sha256(f"{embeds.dtype} {shape}".encode() + values.tobytes()).digest()
+            contents.append(Content(start, shape[0], digest))
+        ends = sorted((one.start, one.start + one.num) for one in contents)
+        if any(start < end for (_, end), (start, _) in pairwise(ends)):
+            raise ValueError(f"embeddings overlap: they lie at positions {ends}")
+        return tuple(contents)
+
+    def _collect(self, plan: StepPlan, result: StepResult) -> None:
+        """Hand a step's tokens to their requests; tokens past a stop or an abort are dropped."""
+        for wanted, values in zip(plan.prompt_logprobs, result.prompt_logprobs):
+            if wanted.request_id in self._requests:
+                request, _ = self._requests[wanted.request_id]
+                for offset, token_id in enumerate(wanted.token_ids):
+                    found = _logprob_dict(token_id, values, offset, wanted.num_top)
+                    request.prompt_logprobs[wanted.first + offset] = found
+        for row, request_id in enumerate(plan.request_ids):
+            token_ids = result.tokens[row]
+            if not token_ids or request_id not in self._requests:
                 continue
-            token_id = token_ids[row]
-            request.output_ids.append(token_id)
-            if request.params.logprobs is not None and logprob_rows is not None:
-                request.logprobs.append(
-                    _logprob_dict(token_id, logprob_rows[row], request.params.logprobs)
-                )
-            self.scheduler.token_known(request)
-            output = self._output(request, token_id)
+            request, stream = self._requests[request_id]
+            if request.params.logprobs is not None and result.logprobs is not None:
+                found = _logprob_dict(token_ids[0], result.logprobs, row, request.params.logprobs)
+                request.logprobs.append(found)
+            num_fed = 1 if plan.is_prefill else plan.num_tokens[row]
+            self.scheduler.tokens_known(request, num_fed, token_ids)
+            output = self._output(request, stream, token_ids)
             if output is not None:
                 self._outputs.append(output)
 
-    def _output(self, request: Request, token_id: int) -> RequestOutput | None:
-        _, stream = self._requests[request.request_id]
-        may_stop = len(request.output_ids) >= request.params.min_tokens
-        hit_stop_string = stream.push([token_id], may_stop=may_stop)
-        if hit_stop_string or (may_stop and token_id in request.stop_ids):
-            return self._end(request, stream, "stop", [token_id], cut=hit_stop_string)
-        if len(request.output_ids) >= request.max_output:
-            return self._end(request, stream, "length", [token_id])
-        return (
-            RequestOutput(request.request_id, [token_id], stream.take(last=False))
-            if stream.incremental
-            else None
-        )
+    def _output(
+        self, request: Request, stream: TextStream, token_ids: list[int]
+    ) -> RequestOutput | None:
+        """The output of a request that has just got `token_ids`, as far as it does not end before."""
+        num_before = len(request.output_ids) - len(token_ids)
+        for num, token_id in enumerate(token_ids, start=1):
+            num_outputs = num_before + num
+            may_stop = num_outputs >= request.params.min_tokens
+            hit_stop_string = stream.push([token_id], may_stop=may_stop)
+            stops = hit_stop_string or (may_stop and token_id in request.stop_ids)
+            if stops or num_outputs >= request.max_output:
+                del request.output_ids[num_outputs:]
+                reason = "stop" if stops else "length"
+                return self._end(request, stream, reason, token_ids[:num], cut=hit_stop_string)
+        if not stream.incremental:
+            return None
+        return RequestOutput(request.request_id, token_ids, stream.take(last=False))
 
     def _end(
         self,
@@ -253,15 +296,16 @@ class LLMEngine:
         if not cut:
             stream.finish(request, may_stop=len(request.output_ids) >= request.params.min_tokens)
         del self._requests[request.request_id]
+        if request.contents:
+            in_use = {one.key for other, _ in self._requests.values() for one in other.contents}
+            self._runner.drop_embeddings({one.key for one in request.contents} - in_use)
         completion = Completion.of(request, stream.text, reason)
         return RequestOutput(request.request_id, token_ids, stream.take(last=True), completion)
 
 
-def _logprob_dict(
-    token_id: int, row: tuple[float, list[float], list[int]], wanted: int
-) -> dict[int, float]:
-    """The likeliest `wanted` tokens and the token itself, likeliest first."""
-    chosen, top, top_ids = row
+def _logprob_dict(token_id: int, values: Logprobs, row: int, wanted: int) -> dict[int, float]:
+    """The likeliest `wanted` tokens of a row and the token itself, likeliest first."""
+    top_ids, top = values.top_token_NL[row].tolist(), values.top_NL[row].tolist()
     found = dict(zip(top_ids[:wanted], top[:wanted]))
-    found.setdefault(token_id, chosen)
+    found.setdefault(token_id, float(values.chosen_N[row]))
     return dict(sorted(found.items(), key=lambda item: -item[1]))

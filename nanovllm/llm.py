@@ -40,6 +40,7 @@ class LLM:
             wait()
             stack.pop_all()  # from here on the engine ends it
         self.engine: LLMEngine = LLMEngine(model, server=server, **options)
+        self._held: dict[int, list[RequestOutput]] = {}  # by request, for its reader
 
     def close(self) -> None:
         """Give back all memory now. `del llm` does the same; using a closed model is an error."""
@@ -148,10 +149,16 @@ class LLM:
                     }
 
     def _step(self, owners: dict[int, int]) -> list[RequestOutput]:
-        """One step's outputs for `owners`. Those of other requests, a stream that is open as well, wait for their reader."""
-        outputs = self.engine.step()
-        self.engine.keep([output for output in outputs if output.request_id not in owners])
-        return [output for output in outputs if output.request_id in owners]
+        """The next outputs of `owners`; those of other open streams are held for their readers."""
+        held = [output for request_id in owners for output in self._held.pop(request_id, ())]
+        if held:
+            return held
+        for output in self.engine.step():
+            if output.request_id in owners:
+                held.append(output)
+            else:
+                self._held.setdefault(output.request_id, []).append(output)
+        return held
 
     def _add_all(
         self,
@@ -192,14 +199,21 @@ class LLM:
         return owners
 
     def _aborting(self, owners: dict[int, int], *, only_on_error: bool = False) -> _Aborting:
-        return _Aborting(self.engine, owners, only_on_error)
+        return _Aborting(self.engine, self._held, owners, only_on_error)
 
 
 class _Aborting:
     """Whatever ends the block early, an error, Ctrl-C or a closed generator: no request of it stays in the engine."""
 
-    def __init__(self, engine: LLMEngine, owners: dict[int, int], only_on_error: bool) -> None:
-        self._engine, self._owners, self._only_on_error = engine, owners, only_on_error
+    def __init__(
+        self,
+        engine: LLMEngine,
+        held: dict[int, list[RequestOutput]],
+        owners: dict[int, int],
+        only_on_error: bool,
+    ) -> None:
+        self._engine, self._held = engine, held
+        self._owners, self._only_on_error = owners, only_on_error
 
     def __enter__(self) -> None:
         pass
@@ -208,6 +222,8 @@ class _Aborting:
         if error is None and self._only_on_error:
             return
         self._engine.abort_all(self._owners)
+        for request_id in self._owners:
+            self._held.pop(request_id, None)
 
 
 def _as_dict(completion: Completion) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from nanovllm.compile.trace import make_traced, name_placeholders
-from nanovllm.kernels import ops, reference, step
+from nanovllm.kernels import ops, reference
 
 
 def inline_ops(
@@ -27,7 +27,7 @@ def inline_ops(
             if name is None or name in ops.ASKED_FOR or keep(name, node):
                 return super().run_node(node)
             args, kwargs = self.fetch_args_kwargs_from_env(node)
-            meaning: Any = step.MEANINGS.get(name) or getattr(reference, name)
+            meaning: Any = getattr(reference, name)
             return meaning(*args, **kwargs)
 
     names = [node.name for node in graph.graph.nodes if node.op == "placeholder"]

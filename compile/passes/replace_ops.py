@@ -10,7 +10,7 @@ from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from nanovllm.compile.trace import make_traced, name_placeholders
-from nanovllm.kernels import ops, reference, step
+from nanovllm.kernels import ops, reference
 
 
 def replace_ops(
@@ -24,7 +24,7 @@ def replace_ops(
             if name is None:
                 return super().run_node(node)
             args, kwargs = self.fetch_args_kwargs_from_env(node)
-            stands_for: Any = table.get(name) or step.MEANINGS.get(name) or getattr(reference, name)
+            stands_for: Any = table.get(name) or getattr(reference, name)
             return stands_for(*args, **kwargs)
 
     names = [node.name for node in graph.graph.nodes if node.op == "placeholder"]

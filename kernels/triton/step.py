@@ -1,6 +1,6 @@
-"""The ops of `step.py` in Triton, one launch each: programs take one row of a step (for the token table a piece of it).
+"""A step's index arithmetic in Triton, one launch for each op.
 
-Shapes: S rows of the state | R rows of a step | P blocks per row, "p" after it: padded to a power of two
+Shapes: S rows of the state | R rows of a step | T tokens | P blocks per row
 """
 
 import torch
@@ -11,12 +11,32 @@ from torch import Tensor
 from nanovllm.kernels.triton.common import launch_options, wait_for_earlier_kernels
 
 ROWS = 128  # of one program, where a row is one number
+SPAN_TOKENS = 64  # of one program of `span_inputs`, which compares each with the ends of all rows
+
+
+def _per_token(like_T: Tensor, num: int) -> tuple[Tensor, ...]:
+    """Memory for `num` tensors like one."""
+    return tuple(torch.empty_like(like_T) for _ in range(num))
+
+
+def _per_row(row_idx_R: Tensor, num_blocks: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for block_table_RP, seq_len_R and q_start."""
+    num_rows = row_idx_R.shape[0]
+    sizes = ((num_rows, num_blocks), (num_rows,), (num_rows + 1,))
+    table_RP, seq_len_R, q_start = (row_idx_R.new_empty(size, dtype=torch.int32) for size in sizes)
+    return table_RP, seq_len_R, q_start
+
+
+def _piece(num_blocks: int) -> int:
+    """Entries of a block table that a program copies at a time."""
+    return min(1024, triton.next_power_of_2(num_blocks))
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def decode_inputs_kernel(
     token_ptr,  # [S]
     pos_ptr,  # [S]
+    rope_offset_ptr,  # [S]
     table_ptr,  # [S, P]
     row_idx_ptr,  # [R]
     out_token_ptr,  # [R], written, as all below
@@ -43,7 +63,7 @@ def decode_inputs_kernel(
         pos = tl.load(pos_ptr + state_row)
         block = tl.load(in_table + pos // BLOCK_SIZE).to(tl.int64)
         tl.store(out_token_ptr + row, tl.load(token_ptr + state_row))
-        tl.store(out_pos_ptr + row, pos)
+        tl.store(out_pos_ptr + row, pos + tl.load(rope_offset_ptr + state_row))
         tl.store(out_slot_ptr + row, block * BLOCK_SIZE + pos % BLOCK_SIZE)
         tl.store(out_seq_len_ptr + row, (pos + 1).to(tl.int32))
         tl.store(out_q_start_ptr + row, row)
@@ -52,28 +72,24 @@ def decode_inputs_kernel(
 
 
 def decode_inputs(
-    token_S: Tensor, pos_S: Tensor, block_table_SP: Tensor, row_idx_R: Tensor, block_size: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See `step.decode_inputs_meaning`."""
+    token_S: Tensor,
+    pos_S: Tensor,
+    rope_offset_S: Tensor,
+    block_table_SP: Tensor,
+    row_idx_R: Tensor,
+    block_size: int,
+) -> tuple[Tensor, ...]:
+    """See `reference.decode_inputs`."""
     num_rows, num_blocks, device = row_idx_R.shape[0], block_table_SP.shape[1], row_idx_R.device
-    token_R, pos_R, slot_R = (
-        torch.empty(num_rows, dtype=torch.int64, device=device) for _ in range(3)
-    )
-    table_RP = torch.empty((num_rows, num_blocks), dtype=torch.int32, device=device)
-    seq_len_R = torch.empty(num_rows, dtype=torch.int32, device=device)
-    q_start = torch.empty(num_rows + 1, dtype=torch.int32, device=device)
-    piece = min(1024, triton.next_power_of_2(num_blocks))
+    written = (*_per_token(row_idx_R, 3), *_per_row(row_idx_R, num_blocks))
+    piece = _piece(num_blocks)
     decode_inputs_kernel[(num_rows, triton.cdiv(num_blocks, piece))](
         token_S,
         pos_S,
+        rope_offset_S,
         block_table_SP,
         row_idx_R,
-        token_R,
-        pos_R,
-        slot_R,
-        table_RP,
-        seq_len_R,
-        q_start,
+        *written,
         num_rows,
         block_table_SP.stride(0),
         BLOCKS=num_blocks,
@@ -82,7 +98,128 @@ def decode_inputs(
         num_warps=1 if piece <= 256 else 4,
         **launch_options(device),
     )
-    return token_R, pos_R, slot_R, table_RP, seq_len_R, q_start
+    return written
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_tokens", "pad_row", "token_programs"])
+def span_inputs_kernel(
+    token_ptr,  # [S]
+    pos_ptr,  # [S]
+    rope_offset_ptr,  # [S]
+    table_ptr,  # [S, P]
+    row_idx_ptr,  # [R]
+    num_tokens_ptr,  # [R]
+    given_ptr,  # [T]
+    out_token_ptr,  # [T], written, as all below
+    out_pos_ptr,  # [T]
+    out_slot_ptr,  # [T]
+    out_table_ptr,  # [R, P]
+    out_seq_len_ptr,  # [R]
+    out_q_start_ptr,  # [R + 1]
+    out_row_ptr,  # [T]
+    out_num_ptr,  # [T]
+    out_last_ptr,  # [R]
+    num_rows,
+    num_tokens,
+    pad_row,
+    token_programs,
+    table_stride,
+    BLOCKS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    PIECE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Programs 0 .. token_programs − 1 take TOKENS tokens each, the others a row each."""
+    wait_for_earlier_kernels(PDL)
+    row_R = tl.arange(0, ROWS)
+    num_R = tl.load(num_tokens_ptr + row_R, mask=row_R < num_rows, other=0)
+    end_R = tl.cumsum(num_R, 0)
+    if tl.program_id(0) < token_programs:
+        token_idx_T = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+        is_token_T = token_idx_T < num_tokens
+        is_before_TR = (end_R[None, :] <= token_idx_T[:, None]) & (row_R < num_rows)[None, :]
+        start_T = tl.max(tl.where(is_before_TR, end_R[None, :], 0), 1)
+        r_T = tl.sum(is_before_TR.to(tl.int32), 1)
+        is_real_T = is_token_T & (r_T < num_rows)
+        row_T = tl.load(row_idx_ptr + r_T, mask=is_real_T, other=0)
+        row_T = tl.where(is_real_T, row_T, pad_row)
+        index_T = tl.where(is_real_T, token_idx_T - start_T, 0)
+        pos_T = tl.load(pos_ptr + row_T) + index_T
+        block_T = tl.load(
+            table_ptr + row_T * table_stride + pos_T // BLOCK_SIZE, mask=is_real_T, other=0
+        )
+        slot_T = block_T.to(tl.int64) * BLOCK_SIZE + pos_T % BLOCK_SIZE
+        slot_T = tl.where(is_real_T, slot_T, token_idx_T % BLOCK_SIZE)
+        given_T = tl.load(given_ptr + token_idx_T, mask=is_token_T, other=0)
+        token_T = tl.where(given_T < 0, tl.load(token_ptr + row_T), given_T)
+        tl.store(out_token_ptr + token_idx_T, token_T, mask=is_token_T)
+        rope_pos_T = pos_T + tl.load(rope_offset_ptr + row_T)
+        tl.store(out_pos_ptr + token_idx_T, rope_pos_T, mask=is_token_T)
+        tl.store(out_slot_ptr + token_idx_T, slot_T, mask=is_token_T)
+        tl.store(out_row_ptr + token_idx_T, row_T, mask=is_token_T)
+        tl.store(out_num_ptr + token_idx_T, index_T + 1, mask=is_token_T)
+    else:
+        row = tl.program_id(0) - token_programs
+        state_row = tl.load(row_idx_ptr + row)
+        num = tl.load(num_tokens_ptr + row)
+        end = tl.sum(tl.where(row_R <= row, num_R, 0), 0)
+        for first in range(0, BLOCKS, PIECE):
+            block_P = first + tl.arange(0, PIECE)
+            is_block_P = block_P < BLOCKS
+            table_P = tl.load(table_ptr + state_row * table_stride + block_P, mask=is_block_P)
+            tl.store(out_table_ptr + row.to(tl.int64) * BLOCKS + block_P, table_P, mask=is_block_P)
+        seq_len = tl.where(num > 0, tl.load(pos_ptr + state_row) + num, 0)
+        tl.store(out_seq_len_ptr + row, seq_len.to(tl.int32))
+        tl.store(out_q_start_ptr + row + 1, end.to(tl.int32))
+        tl.store(out_last_ptr + row, tl.maximum(end - 1, 0))
+        if row == 0:
+            tl.store(out_q_start_ptr, 0)
+
+
+def span_inputs(
+    token_S: Tensor,
+    pos_S: Tensor,
+    rope_offset_S: Tensor,
+    block_table_SP: Tensor,
+    row_idx_R: Tensor,
+    num_tokens_R: Tensor,
+    given_T: Tensor,
+    block_size: int,
+) -> tuple[Tensor, ...]:
+    """See `reference.span_inputs`."""
+    num_rows, num_blocks, num_tokens = row_idx_R.shape[0], block_table_SP.shape[1], given_T.shape[0]
+    written = (
+        *_per_token(given_T, 3),
+        *_per_row(row_idx_R, num_blocks),
+        *_per_token(given_T, 2),
+        torch.empty_like(row_idx_R),
+    )
+    token_programs = triton.cdiv(num_tokens, SPAN_TOKENS)
+    span_inputs_kernel[(token_programs + num_rows,)](
+        token_S,
+        pos_S,
+        rope_offset_S,
+        block_table_SP,
+        row_idx_R,
+        num_tokens_R,
+        given_T,
+        *written,
+        num_rows,
+        num_tokens,
+        pos_S.shape[0] - 1,
+        token_programs,
+        block_table_SP.stride(0),
+        BLOCKS=num_blocks,
+        BLOCK_SIZE=block_size,
+        ROWS=triton.next_power_of_2(num_rows),
+        TOKENS=SPAN_TOKENS,
+        PIECE=_piece(num_blocks),
+        num_warps=4,
+        **launch_options(row_idx_R.device),
+    )
+    return written
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -91,11 +228,13 @@ def sampling_inputs_kernel(
     sampling_ptr,  # [S, F]
     seed_ptr,  # [S]
     row_idx_ptr,  # [R]
+    num_ptr,  # [R], read if HAS_NUM
     out_temperature_ptr,  # [R], written, as all below
     out_seed_ptr,  # [R]
     out_pos_ptr,  # [R]
     num_rows,
     FIELDS: tl.constexpr,
+    HAS_NUM: tl.constexpr,
     ROWS: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -105,36 +244,39 @@ def sampling_inputs_kernel(
     state_row_R = tl.load(row_idx_ptr + row_R, mask=is_row_R, other=0)
     temperature_R = tl.load(sampling_ptr + state_row_R * FIELDS, mask=is_row_R, other=0.0)
     tl.store(out_temperature_ptr + row_R, temperature_R, mask=is_row_R)
-    tl.store(
-        out_seed_ptr + row_R, tl.load(seed_ptr + state_row_R, mask=is_row_R, other=0), mask=is_row_R
-    )
-    tl.store(
-        out_pos_ptr + row_R,
-        tl.load(pos_ptr + state_row_R, mask=is_row_R, other=0) + 1,
-        mask=is_row_R,
-    )
+    seed_R = tl.load(seed_ptr + state_row_R, mask=is_row_R, other=0)
+    tl.store(out_seed_ptr + row_R, seed_R, mask=is_row_R)
+    pos_R = tl.load(pos_ptr + state_row_R, mask=is_row_R, other=0)
+    pos_R += tl.load(num_ptr + row_R, mask=is_row_R, other=0) if HAS_NUM else 1
+    tl.store(out_pos_ptr + row_R, pos_R, mask=is_row_R)
 
 
 def sampling_inputs(
-    pos_S: Tensor, sampling_SF: Tensor, seed_S: Tensor, row_idx_R: Tensor
+    pos_S: Tensor,
+    sampling_SF: Tensor,
+    seed_S: Tensor,
+    row_idx_R: Tensor,
+    num_R: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `step.sampling_inputs_meaning`."""
-    num_rows, device = row_idx_R.shape[0], row_idx_R.device
-    temperature_R = torch.empty(num_rows, dtype=torch.float32, device=device)
-    seed_R, pos_R = (torch.empty(num_rows, dtype=torch.int64, device=device) for _ in range(2))
+    """See `reference.sampling_inputs`."""
+    num_rows = row_idx_R.shape[0]
+    temperature_R = row_idx_R.new_empty(num_rows, dtype=torch.float32)
+    seed_R, pos_R = _per_token(row_idx_R, 2)
     sampling_inputs_kernel[(triton.cdiv(num_rows, ROWS),)](
         pos_S,
         sampling_SF,
         seed_S,
         row_idx_R,
+        row_idx_R if num_R is None else num_R,
         temperature_R,
         seed_R,
         pos_R,
         num_rows,
         FIELDS=sampling_SF.stride(0),
+        HAS_NUM=num_R is not None,
         ROWS=ROWS,
         num_warps=4,
-        **launch_options(device),
+        **launch_options(row_idx_R.device),
     )
     return temperature_R, seed_R, pos_R
 
@@ -145,39 +287,40 @@ def advance_kernel(
     pos_ptr,  # [S], written
     row_idx_ptr,  # [R]
     new_token_ptr,  # [R]
+    num_ptr,  # [R], read if HAS_NUM
     num_rows,
     pad_row,
+    HAS_NUM: tl.constexpr,
     ROWS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_earlier_kernels(PDL)
     row_R = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    state_row_R = tl.load(row_idx_ptr + row_R, mask=row_R < num_rows, other=0)
     is_row_R = row_R < num_rows
+    state_row_R = tl.load(row_idx_ptr + row_R, mask=is_row_R, other=0)
     is_real_R = is_row_R & (state_row_R != pad_row)
     # several padding rows store the same zeros
-    tl.store(
-        token_ptr + state_row_R,
-        tl.load(new_token_ptr + row_R, mask=is_real_R, other=0),
-        mask=is_row_R,
-    )
-    tl.store(
-        pos_ptr + state_row_R,
-        tl.load(pos_ptr + state_row_R, mask=is_real_R, other=-1) + 1,
-        mask=is_row_R,
-    )
+    token_R = tl.load(new_token_ptr + row_R, mask=is_real_R, other=0)
+    tl.store(token_ptr + state_row_R, token_R, mask=is_row_R)
+    pos_R = tl.load(pos_ptr + state_row_R, mask=is_real_R, other=0)
+    num_R = tl.load(num_ptr + row_R, mask=is_real_R, other=0) if HAS_NUM else is_real_R.to(tl.int64)
+    tl.store(pos_ptr + state_row_R, pos_R + num_R, mask=is_row_R)
 
 
-def advance(token_S: Tensor, pos_S: Tensor, row_idx_R: Tensor, token_R: Tensor) -> None:
-    """See `step.advance_meaning`."""
+def advance(
+    token_S: Tensor, pos_S: Tensor, row_idx_R: Tensor, token_R: Tensor, num_R: Tensor | None = None
+) -> None:
+    """See `reference.advance`."""
     num_rows = row_idx_R.shape[0]
     advance_kernel[(triton.cdiv(num_rows, ROWS),)](
         token_S,
         pos_S,
         row_idx_R,
         token_R,
+        row_idx_R if num_R is None else num_R,
         num_rows,
         token_S.shape[0] - 1,
+        HAS_NUM=num_R is not None,
         ROWS=ROWS,
         num_warps=4,
         **launch_options(row_idx_R.device),
@@ -185,10 +328,8 @@ def advance(token_S: Tensor, pos_S: Tensor, row_idx_R: Tensor, token_R: Tensor) 
 
 
 def register() -> None:
-    """Register the kernels for the dispatch key CUDA; a second call changes nothing."""
+    """Make these the ops' kernels for the dispatch key CUDA; later calls do nothing."""
     from nanovllm.kernels import ops
 
-    ops.register_kernels(
-        "CUDA",
-        {"decode_inputs": decode_inputs, "sampling_inputs": sampling_inputs, "advance": advance},
-    )
+    kernels = (decode_inputs, span_inputs, sampling_inputs, advance)
+    ops.register_kernels("CUDA", {kernel.__name__: kernel for kernel in kernels})

@@ -35,6 +35,7 @@ CACHE_SHARE, CACHE_CEILING_BYTES = 0.25, 8 << 30
 # C++ of our own for all of them: as fast as what Inductor writes, and compiled once instead of once per bucket.
 KERNEL_OPS = frozenset(
     {
+        "accept",
         "add_rms_norm",
         "advance",
         "decode_inputs",
@@ -45,6 +46,7 @@ KERNEL_OPS = frozenset(
         "sample",
         "sampling_inputs",
         "silu_mul",
+        "span_inputs",
     }
 )
 

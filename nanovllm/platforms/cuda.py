@@ -26,6 +26,7 @@ from nanovllm.platforms.base import UNFUSED_PASSES, Rehearsal, Replay
 # Inductor fuses norms and activation as well, but without programmatic dependent launch, and compiles for seconds a bucket.
 KERNEL_OPS = frozenset(
     {
+        "accept",
         "add_rms_norm",
         "advance",
         "decode_inputs",
@@ -37,6 +38,7 @@ KERNEL_OPS = frozenset(
         "sample",
         "sampling_inputs",
         "silu_mul",
+        "span_inputs",
     }
 )
 

@@ -1,7 +1,9 @@
-"""The steps of one bucket: static inputs and outputs, and the launches between them, recorded where the device can.
+"""The steps of one bucket: static inputs and outputs, and the launches between them.
 
-A step reads and writes the same memory each time, so a recorded one needs no host between its launches: that is most of
-what a decode step or a short prompt would otherwise wait for.
+A step reads and writes the same memory each time, so a captured one needs no host between its
+launches: that is most of what a decode step or a short prompt would otherwise wait for.
+
+R rows | T tokens | K tokens a row | D hidden | V vocabulary.
 """
 
 from __future__ import annotations
@@ -11,53 +13,59 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nanovllm.models.dense import Batch
 from nanovllm.platforms.base import Platform, Replay
-from nanovllm.runner.inputs import PrefillArrays
-from nanovllm.runner.steps import Steps
+from nanovllm.runner.inputs import SpanArrays
+from nanovllm.runner.state import Span, SpanTokens
+from nanovllm.runner.steps import Given, Steps
 
-Record = Callable[[Callable[[], None]], Replay]
+Capture = Callable[[Callable[[], None]], Replay]
 
 
 class DecodeStep:
-    """R rows of the state, each fed its newest token; recorded with the plain sampler, and with another or none when first
-    asked for."""
+    """R rows of the state, each fed its newest token.
 
-    def __init__(self, steps: Steps, platform: Platform, record: Record, num_rows: int) -> None:
+    Captured with the plain sampler, and with another or none when first asked for.
+    """
+
+    def __init__(self, steps: Steps, platform: Platform, capture: Capture, num_rows: int) -> None:
         device = platform.device
-        self.row_idx_R = torch.full(
-            (num_rows,), steps.state.pad_row, dtype=torch.int64, device=device
-        )
+        pad_row = steps.state.pad_row
+        self.row_idx_R = torch.full((num_rows,), pad_row, dtype=torch.int64, device=device)
         self.token_R = torch.zeros(num_rows, dtype=torch.int64, device=device)
-        self.rows: list[int] = []  # what row_idx_R holds
-        self._steps, self._record = steps, record
+        self.rows: list[int] = []  # the content of row_idx_R
+        self._steps, self._platform, self._capture = steps, platform, capture
         self._logits_RV: Tensor | None = None
         self._logits: Replay | None = None
         self._filtered: Replay | None = None
-        # The first run lies outside the record: Triton loads or compiles, cuBLAS picks its workspace.
+        # The first run is not captured: Triton loads or compiles, cuBLAS picks its workspace.
         self._launch(steps.of_each_program())
-        self.replay = record(self.launch)
+        self.replay = capture(self.launch)
+
+    def fill(self, rows: list[int]) -> None:
+        """Set the rows of the state; the bucket's other rows are padding. Does not wait."""
+        padded = rows + [self._steps.state.pad_row] * (self.row_idx_R.shape[0] - len(rows))
+        if padded != self.rows:
+            self.rows = []  # should the copy break off
+            self.row_idx_R.copy_(self._platform.upload(padded, torch.int64))
+            self.rows = padded
 
     def logits(self) -> Tensor:
-        """Everything but the sampler; its programs are those of the whole step.
+        """The step without its sampler; its programs are those of the whole step.
 
-        Where that is one program, it runs as it is, and what its sampler has advanced is put back.
+        Where that is one program it runs as it is, and what its sampler has advanced is put back.
         """
         if self._steps.whole:
-            state = self._steps.state
-            token_S, pos_S = state.token_S.clone(), state.pos_S.clone()
-            self.replay()
-            state.token_S.copy_(token_S)
-            state.pos_S.copy_(pos_S)
+            with self._steps.restoring_state():
+                self.replay()
         else:
             if self._logits is None:
-                self._logits = self._record(self._without_sampler)
+                self._logits = self._capture(self._without_sampler)
             self._logits()
         assert self._logits_RV is not None
         return self._logits_RV
 
     def filtered(self, choose: Callable[[Tensor, Tensor], Tensor]) -> None:
-        """The whole step, in which `choose`, given row_idx_R and the logits, chooses and advances the state."""
+        """The whole step, in which `choose(row_idx_R, logits_RV)` gives token_R and advances."""
 
         def launch() -> None:
             self.token_R.copy_(choose(self.row_idx_R, self._steps.decode_logits(self.row_idx_R)))
@@ -65,8 +73,8 @@ class DecodeStep:
         if self._filtered is not None:
             self._filtered()
         else:
-            launch()  # outside the record, as above
-            self._filtered = self._record(launch)
+            launch()  # not captured, as above
+            self._filtered = self._capture(launch)
 
     def launch(self) -> None:
         """The whole step, op by op."""
@@ -82,63 +90,89 @@ class DecodeStep:
         self._logits_RV = self._steps.decode_logits(self.row_idx_R)
 
 
-class PrefillStep:
-    """T packed tokens of at most R requests: keys and values written, and the next token of each request chosen."""
+class SpanStep:
+    """The static inputs of a step in which at most R rows feed T packed tokens; padding at first."""
 
-    def __init__(
-        self, steps: Steps, platform: Platform, num_tokens: int, num_rows: int, blocks_per_row: int
-    ) -> None:
-        def static(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=platform.device)
+    def __init__(self, steps: Steps, platform: Platform, num_tokens: int, num_rows: int) -> None:
+        def zeros(size: int) -> Tensor:
+            return torch.zeros(size, dtype=torch.int64, device=platform.device)
 
-        self.token_T, self.token_R = static(num_tokens), static(num_rows)
-        self.batch = Batch(
-            pos_T=static(num_tokens),
-            slot_T=static(num_tokens),
-            block_table_RP=static(num_rows, blocks_per_row, dtype=torch.int32),
-            seq_len_R=static(num_rows, dtype=torch.int32),
-            q_start_S=static(num_rows + 1, dtype=torch.int32),
-        )
-        self.sample_row_R, self.last_R = static(num_rows), static(num_rows)
+        self.span = Span(zeros(num_rows) + steps.state.pad_row, zeros(num_rows), zeros(num_tokens))
         self._steps, self._platform = steps, platform
         self.replay: Replay = self.launch
 
-    def record(self, record: Record) -> None:
-        """Have `replay` repeat the launches. The inputs that are there are run, so they must be safe to run."""
-        self._launch(self._steps.of_each_program())
-        self.replay = record(self.launch)
-
-    def fill(self, arrays: PrefillArrays) -> None:
-        """Copy a step's inputs to where it reads them, without waiting."""
-        for target, values in (
-            (self.token_T, arrays.token_T),
-            (self.batch.pos_T, arrays.pos_T),
-            (self.batch.slot_T, arrays.slot_T),
-            (self.batch.block_table_RP, arrays.block_table_RP),
-            (self.batch.seq_len_R, arrays.seq_len_R),
-            (self.batch.q_start_S, arrays.q_start_S),
-            (self.sample_row_R, arrays.sample_row_R),
-            (self.last_R, arrays.last_R),
-        ):
+    def fill(self, arrays: SpanArrays) -> None:
+        """Copy a step's inputs to where it reads them. Does not wait."""
+        for target, values in zip(self.span, arrays):
             self._platform.write(target, values)
+
+    def capture(self, capture: Capture) -> None:
+        """Make `replay` repeat the launches. The step must hold padding: it is run."""
+        self._launch(self._steps.of_each_program())
+        self.replay = capture(self.launch)
 
     def launch(self) -> None:
         """The whole step, op by op."""
         self._launch(self._steps)
 
     def _launch(self, steps: Steps) -> None:
-        logits_RV = steps.prefill_logits(self.token_T, self.batch, self.last_R)
-        self.token_R.copy_(steps.sample(self.sample_row_R, logits_RV))
+        raise NotImplementedError
+
+
+class PrefillStep(SpanStep):
+    """Keys and values of prompts written, and the next token of each row chosen."""
+
+    def __init__(self, steps: Steps, platform: Platform, num_tokens: int, num_rows: int) -> None:
+        super().__init__(steps, platform, num_tokens, num_rows)
+        self.token_R = torch.zeros_like(self.span.row_idx_R)
+
+    def _launch(self, steps: Steps) -> None:
+        self.token_R.copy_(self.sample(steps.prefill_logits(self.span), steps))
+
+    def sample(self, logits_RV: Tensor, steps: Steps | None = None) -> Tensor:
+        """The plain sampler: token_R."""
+        steps = steps or self._steps
+        return steps.sample(self.span.row_idx_R, logits_RV, self.span.num_tokens_R)
 
     def logits(self) -> Tensor:
         """The step without the sampler, op by op: the logits [R, V] after each row's last token."""
-        return self._steps.prefill_logits(self.token_T, self.batch, self.last_R)
+        return self._steps.prefill_logits(self.span)
 
-    def hidden(self) -> Tensor:
-        """The step without head and sampler, op by op: the hidden state [T, D] of all tokens after the last layer."""
-        return self._steps.prefill(self.token_T, self.batch)
+    def hidden(self, given: Given = ()) -> tuple[Tensor, SpanTokens]:
+        """The step without head and sampler, op by op: the hidden states [T, D] of all tokens."""
+        return self._steps.hidden(self.span, given)
 
     def build_hidden(self) -> None:
-        """Run `hidden` where `launch` does not use all its programs: none may be left to build for the first who asks."""
+        """Run `hidden` if it needs programs that `launch` does not: warm-up must build them."""
         if self._steps.last_layer_is_alone:
             self.hidden()
+
+
+class VerifyStep(SpanStep):
+    """Up to K tokens of each row: its newest, and proposals, of which the right ones are kept."""
+
+    def __init__(self, steps: Steps, platform: Platform, num_rows: int, num: int) -> None:
+        super().__init__(steps, platform, num_rows * num, num_rows)
+        self.num = num
+        self.token_RK = self.span.token_T.new_zeros((num_rows, num))
+        self.count_R = torch.zeros_like(self.span.row_idx_R)
+        self._logits: tuple[Tensor, SpanTokens] | None = None
+
+    def _launch(self, steps: Steps) -> None:
+        token_RK, count_R, logits_TV, tokens = steps.verify(self.span, self.num)
+        self.set(token_RK, count_R)
+        if steps.whole:
+            self._logits = logits_TV, tokens
+
+    def set(self, token_RK: Tensor, count_R: Tensor) -> None:
+        self.token_RK.copy_(token_RK)
+        self.count_R.copy_(count_R)
+
+    def logits(self) -> tuple[Tensor, SpanTokens]:
+        """The step without the sampler, op by op where it can be: the logits [T, V] of its tokens."""
+        if not self._steps.whole:
+            return self._steps.verify_logits(self.span, self.num)
+        with self._steps.restoring_state():
+            self.replay()
+        assert self._logits is not None
+        return self._logits

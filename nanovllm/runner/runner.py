@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import ModuleType
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,20 +23,12 @@ from nanovllm.models.kv_scales import kv_scales
 from nanovllm.models.rope import rotary_table
 from nanovllm.platforms import attention
 from nanovllm.platforms.base import HostCopy, MemoryBudget, Platform, Rehearsal, Replay
-from nanovllm.runner import sampling as sampler
-from nanovllm.runner.captured import DecodeStep, PrefillStep
-from nanovllm.runner.filtered import (
-    FilteredSampler,
-    LogprobCopies,
-    copy_logprobs,
-    filters_suffice,
-    needs_filtering,
-)
-from nanovllm.runner.inputs import PrefillArrays, prefill_arrays
-from nanovllm.runner.state import SAMPLING_FIELDS, new_state
+from nanovllm.runner.captured import DecodeStep, PrefillStep, VerifyStep
+from nanovllm.runner.inputs import SpanArrays, span_arrays
+from nanovllm.runner.sampling import LogprobCopies, Sampler, copy_logprobs
+from nanovllm.runner.state import accept_and_advance, new_state
 from nanovllm.runner.steps import Steps
-from nanovllm.schedule.request import Request
-from nanovllm.schedule.scheduler import Chunk, DecodePlan, Plan, PrefillPlan
+from nanovllm.schedule.plan import PAD_BLOCK, Logprobs, PromptLogprobs, StepPlan, StepResult
 from nanovllm.schedule.stall import StallBound
 
 logger = logging.getLogger(__name__)
@@ -57,6 +50,7 @@ class Layout:
     prefill_tokens: tuple[int, ...]
     max_prefill_rows: int
     pad: bool = True
+    verify_tokens: tuple[int, ...] = ()  # K of decode steps that feed several tokens a row
 
     @property
     def blocks_per_row(self) -> int:
@@ -64,6 +58,12 @@ class Layout:
 
     def decode_bucket(self, num_rows: int) -> int:
         return buckets.smallest_fit(self.decode_rows, num_rows) if self.pad else num_rows
+
+    def verify_bucket(self, num_rows: int, num_tokens: int) -> tuple[int, int]:
+        """(R, K) for a decode step of up to `num_tokens` tokens a row."""
+        if not self.pad:
+            return num_rows, num_tokens
+        return self.decode_bucket(num_rows), buckets.smallest_fit(self.verify_tokens, num_tokens)
 
     def prefill_bucket(self, num_tokens: int, num_rows: int) -> tuple[int, int]:
         """(T, R) for a prefill step."""
@@ -74,24 +74,32 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class PromptLogprobs:
-    """Log-probabilities of prompt tokens `first` … of one request."""
-
-    request: Request
-    first: int
-    num: int
-    copies: LogprobCopies
-
-
-@dataclass(frozen=True)
 class Launched:
-    """A step on its way: which requests get a token from it, and where it will be. `rows[i]` is request i's."""
+    """A step on its way to its `StepResult`."""
 
-    requests: list[Request]
-    rows: list[int]
-    tokens: HostCopy
+    plan: StepPlan
+    tokens: HostCopy  # [bucket's rows], or [rows, K] with counts
+    counts: HostCopy | None
     logprobs: LogprobCopies | None
-    prompt_logprobs: list[PromptLogprobs]
+    prompt_logprobs: list[list[LogprobCopies]]  # parts of each of the plan's
+
+    def wait(self) -> StepResult:
+        """Wait for the device and return what the step brought."""
+        found = self.tokens.tolist()
+        if self.counts is None:
+            tokens = [[one] if wanted else [] for one, wanted in zip(found, self.plan.is_sampled)]
+        else:
+            counts = self.counts.tolist()[: len(self.plan.rows)]
+            tokens = [row[:count] for row, count in zip(found, counts)]
+        return StepResult(
+            tokens,
+            self.logprobs.wait() if self.logprobs is not None else None,
+            [_joined([part.wait() for part in parts]) for parts in self.prompt_logprobs],
+        )
+
+
+def _joined(parts: Sequence[Logprobs]) -> Logprobs:
+    return Logprobs(*(np.concatenate(values) for values in zip(*parts)))
 
 
 def _as_it_is(step: Callable[[], None]) -> Replay:
@@ -114,20 +122,24 @@ class Runner:
         self.layout, self.platform, self.compiler = layout, platform, compiler
         # eager mode is for seeing each op run where it stands, so nothing is captured there
         record = platform.capture if capture and compiler.lowering is not None else _as_it_is
-        records_decode, records_prefill = attention.recordable(cfg.attention_backend, platform)
-        self._record = record if records_decode else _as_it_is
-        self._record_prefill = record if records_prefill else _as_it_is
+        decode, spans = attention.recordable(cfg.attention_backend, platform)
+        self._capture = record if decode else _as_it_is
+        # lengths that the host must announce are announced for decode steps alone
+        self._capture_spans = record if spans and not platform.wants_lengths else _as_it_is
         self.state = new_state(layout.max_num_seqs, layout.blocks_per_row, platform.device)
         self.cos_sin_MH = rotary_table(
             cfg.inv_freq, cfg.rope_scale, layout.max_model_len, platform.device
         )
-        self.filtered = FilteredSampler(platform, self.state, cfg.vocab_size, cfg.dtype)
+        self.sampler = Sampler(platform, self.state, cfg.vocab_size, cfg.dtype)
+        self.model_dtype = cfg.dtype
+        self._embeddings: dict[str, Tensor] = {}
         self._scales: list[tuple[Tensor, ...]] = [() for _ in params.layers]
         if cfg.kv_dtype is torch.float8_e4m3fn:
             self._scales = [kv_scales(cfg, layer) for layer in params.layers]
         self.graphs_bytes = 0  # device memory that recording the decode steps took
         self._decode_steps: dict[int, DecodeStep] = {}
         self._prefill_steps: dict[int, PrefillStep] = {}
+        self._verify_steps: dict[tuple[int, int], VerifyStep] = {}
         # until the size of the cache is known; where it is a static size of the programs, nothing is built for this one
         first = Compiler(None) if platform.whole_steps else compiler
         self.steps = self._make_steps(2, first)
@@ -166,46 +178,58 @@ class Runner:
         for num_rows in reversed(self.layout.decode_rows):
             progress(f"decode {num_rows}")
             self._decode_step(num_rows)
+            for num in self.layout.verify_tokens:
+                self._verify_step(num_rows, num)
         with torch.no_grad():
-            self.filtered.warm_up()
+            self.sampler.warm_up()
         self.platform.synchronize()
         self.graphs_bytes = self.platform.used_bytes() - used_bytes
         self.compiler.seal()
 
     def run_bucket(self, kind: str, size: int) -> None:
-        """Build and run the programs of one bucket, "prefill" tokens or "decode" rows, on padding, and record nothing."""
+        """Build and run the programs of one bucket on padding, and capture nothing.
+
+        `kind` is "prefill" with a size in tokens, or "decode" with one in rows.
+        """
         with torch.no_grad():
             if kind == "prefill":
-                step = self._new_prefill_step(*self.layout.prefill_bucket(size, 1))
+                step = PrefillStep(self.steps, self.platform, *self.layout.prefill_bucket(size, 1))
                 step.launch()
                 step.build_hidden()
             else:
                 self.steps.decode(
                     torch.full((size,), self.state.pad_row, device=self.platform.device)
                 )
+                for num in self.layout.verify_tokens:
+                    VerifyStep(self.steps, self.platform, size, num).launch()
                 if size == self.layout.decode_rows[0]:  # once: its kernels are the same for all
-                    self.filtered.warm_up()
+                    self.sampler.warm_up()
         self.platform.synchronize()
 
     def rehearse_bucket(self, kind: str, size: int, rehearsal: Rehearsal) -> None:
-        """Build the programs of one bucket, and call them with fake tensors made under the rehearsal's mode: a runner that was
-        itself made under it computes nothing and takes no memory. `compiler.instead` must stand in for the programs."""
-        mode = rehearsal.mode
+        """Build the programs of one bucket, and call them with fake tensors made under the
+        rehearsal's mode. A runner that was itself made under it computes nothing and takes no
+        memory. `compiler.instead` must stand in for the programs.
+        """
+        mode, steps = rehearsal.mode, self.steps
         with torch.no_grad():
             if kind == "prefill":
                 with mode:
-                    sizes = self.layout.prefill_bucket(size, 1)
-                    step = PrefillStep(
-                        self.steps, self.platform, *sizes, self.layout.blocks_per_row
-                    )
-                self.steps.sample(step.sample_row_R, step.logits())
+                    step = PrefillStep(steps, self.platform, *self.layout.prefill_bucket(size, 1))
+                step.sample(step.logits())
                 step.build_hidden()
             else:
                 with mode:
                     row_idx_R = torch.zeros(size, dtype=torch.int64, device=self.platform.device)
-                self.steps.decode(row_idx_R)
+                    verify = [
+                        VerifyStep(steps, self.platform, size, num)
+                        for num in self.layout.verify_tokens
+                    ]
+                steps.decode(row_idx_R)
+                for one in verify:
+                    steps.verify(one.span, one.num)
                 if size == self.layout.decode_rows[0]:
-                    self.filtered.rehearse(rehearsal)
+                    self.sampler.rehearse(rehearsal)
 
     def measure_stall(self, max_ms: float) -> StallBound:
         """Time prefill steps of padding, and one whose tokens attend to a long context; programs must be warm."""
@@ -225,14 +249,17 @@ class Runner:
         return bound
 
     def _prefill_ms(self, num_tokens: int, context: int = 0) -> float:
-        """A step of padding; with `context` its tokens are the last of so many, all in the padding block."""
+        """A step of padding; with `context` its tokens are the last of so many, all in the padding
+        block, in a row that no request has yet."""
         best_ms = math.inf
-        step = self._prefill_step(*self.layout.prefill_bucket(num_tokens, 1))
-        arrays = self._padding(step)
-        if context:
-            arrays.seq_len_R[0], arrays.q_start_S[1:] = context, num_tokens
-        step.fill(arrays)
+        bucket = self.layout.prefill_bucket(num_tokens, 1)
+        step = self._prefill_step(*bucket)
+        tokens = np.zeros(num_tokens if context else 0, np.int64)
+        step.fill(
+            self._arrays([0] if context else [], [num_tokens] if context else [], tokens, *bucket)
+        )
         for _ in range(STALL_REPEATS):
+            self.state.pos_S[0] = max(0, context - num_tokens)
             self.platform.synchronize()
             started = time.perf_counter()
             with torch.no_grad():
@@ -241,29 +268,25 @@ class Runner:
             best_ms = min(best_ms, 1e3 * (time.perf_counter() - started))
             if best_ms >= STALL_LONG_MS:
                 break
+        self.state.pos_S[0] = self.state.token_S[0] = 0
         return best_ms
 
-    def launch(self, plan: Plan) -> Launched:
-        """Start a step; returns at once on devices that work asynchronously."""
-        with torch.no_grad():
-            return self._prefill(plan) if isinstance(plan, PrefillPlan) else self._decode(plan)
-
     def decode_uncaptured(self, num_rows: int, watch: AbstractContextManager[object]) -> None:
-        """Launch a bucket's decode step op by op under `watch`, on padding alone, which touches no request. For profiling."""
+        """Launch a bucket's decode step op by op under `watch`, on padding alone. For profiling."""
         step = self._decode_step(num_rows)
-        step.rows = []
-        step.row_idx_R.fill_(self.state.pad_row)
+        step.fill([])
         with torch.no_grad(), watch:
             step.launch()
 
     def close(self) -> None:
         """Forget everything that holds device memory; captured steps refer to themselves, so counting would not do."""
         self.platform.synchronize()
-        for step in (*self._decode_steps.values(), *self._prefill_steps.values()):
-            step.__dict__.clear()
-        self._decode_steps.clear()
-        self._prefill_steps.clear()
-        for name in ("steps", "params", "state", "filtered", "cos_sin_MH", "compiler"):
+        for steps in (self._decode_steps, self._prefill_steps, self._verify_steps):
+            for step in steps.values():
+                step.__dict__.clear()
+            steps.clear()
+        self._embeddings.clear()
+        for name in ("steps", "params", "state", "sampler", "cos_sin_MH", "compiler"):
             self.__dict__.pop(name, None)
         self.platform.release()
 
@@ -281,156 +304,185 @@ class Runner:
             self.model, cfg, self.params, caches, self.cos_sin_MH, self.state, compiler, whole=whole
         )
 
-    # decode -----------------------------------------------------------------------------------------------------
+    # steps ------------------------------------------------------------------------------------
+
+    def launch(self, plan: StepPlan) -> Launched:
+        """Start a step; returns at once on devices that work asynchronously.
+
+        Raises ValueError for an adapter, since none can be loaded.
+        """
+        with torch.no_grad():
+            self._write(plan)
+            if plan.is_prefill:
+                return self._prefill(plan)
+            return self._verify(plan) if len(plan.token_T) else self._decode(plan)
+
+    def add_embeddings(self, key: str, embeds: Tensor) -> None:
+        """Keep embeddings [n, D] on the device for plans that name them, until they are dropped."""
+        if self.steps.whole:
+            raise ValueError("given embeddings are not supported where a step is one program")
+        self._embeddings[key] = embeds.to(self.platform.device, self.model_dtype)
+
+    def drop_embeddings(self, keys: Iterable[str]) -> None:
+        for key in keys:
+            self._embeddings.pop(key, None)
+
+    def _write(self, plan: StepPlan) -> None:
+        """Write into the state what a step does not derive: rows that have a new request, blocks."""
+        state, upload = self.state, self.platform.upload
+        if plan.settings:
+            rows = plan.settings
+            if adapter := next((row.adapter for row in rows if row.adapter), 0):
+                raise ValueError(f"adapter {adapter} is not loaded: only 0, none, is")
+            tables = np.full((len(rows), state.block_table_SP.shape[1]), PAD_BLOCK, np.int32)
+            for table_P, row in zip(tables, rows):
+                table_P[: len(row.blocks)] = row.blocks
+            numbers = [(row.row, row.pos, row.rope_offset, row.seed) for row in rows]
+            row_R, *columns = upload(numbers, torch.int64).unbind(1)
+            for target, values in zip((state.pos_S, state.rope_offset_S, state.seed_S), columns):
+                target.index_copy_(0, row_R, values)
+            sampling_RF = upload([row.sampling for row in rows], torch.float32)
+            state.sampling_SF.index_copy_(0, row_R, sampling_RF)
+            state.block_table_SP.index_copy_(0, row_R, upload(tables, torch.int32))
+        if plan.new_blocks:
+            row_N, index_N, block_N = upload(plan.new_blocks, torch.int64).unbind(1)
+            state.block_table_SP.index_put_((row_N, index_N), block_N.int())
+        self.sampler.remember(plan.histories)
+
+    def _launched(
+        self,
+        plan: StepPlan,
+        tokens: Tensor,
+        logits_RV: Tensor | None = None,
+        prompt_logprobs: list[list[LogprobCopies]] | None = None,
+        counts: Tensor | None = None,
+    ) -> Launched:
+        logprobs, num_top = None, plan.choice.num_logprobs
+        if num_top is not None:
+            assert logits_RV is not None
+            num = len(plan.rows)
+            logprobs = copy_logprobs(self.platform, logits_RV, tokens, num_top, num)
+        read_back = self.platform.read_back
+        counts_copy = None if counts is None else read_back(counts)
+        return Launched(plan, read_back(tokens), counts_copy, logprobs, prompt_logprobs or [])
 
     def _decode_step(self, num_rows: int) -> DecodeStep:
         step = self._decode_steps.get(num_rows)
         if step is None:
             with torch.no_grad():
-                step = DecodeStep(self.steps, self.platform, self._record, num_rows)
+                step = DecodeStep(self.steps, self.platform, self._capture, num_rows)
             self._decode_steps[num_rows] = step
         return step
 
-    def _decode(self, plan: DecodePlan) -> Launched:
-        requests = plan.requests
-        if plan.new_blocks:
-            row, block_idx, block = self.platform.upload(plan.new_blocks, torch.int64).unbind(1)
-            self.state.block_table_SP.index_put_((row, block_idx), block.int())
-        step = self._decode_step(self.layout.decode_bucket(len(requests)))
-        rows = [request.row for request in requests]
-        rows += [self.state.pad_row] * (step.row_idx_R.shape[0] - len(rows))
-        if rows != step.rows:
-            step.rows = []  # should the copy break off
-            step.row_idx_R.copy_(self.platform.upload(rows, torch.int64))
-            step.rows = rows
+    def _decode(self, plan: StepPlan) -> Launched:
+        step = self._decode_step(self.layout.decode_bucket(len(plan.rows)))
+        step.fill(plan.rows)
+        self._announce(plan, step.row_idx_R.shape[0])
+        if plan.choice.is_plain:
+            step.replay()
+        elif plan.choice.state_suffices and not self.steps.whole:
+            step.filtered(self.sampler.choose_and_advance)
+        else:
+            logits_RV = step.logits()
+            token_R = self.sampler.sample(plan.choice, step.row_idx_R, logits_RV)
+            return self._launched(plan, token_R, logits_RV)
+        return self._launched(plan, step.token_R)
+
+    def _announce(self, plan: StepPlan, num_rows: int) -> None:
         if self.platform.wants_lengths:
-            num_padding = len(rows) - len(requests)
-            self.platform.announce(
-                [request.num_computed for request in requests] + [1] * num_padding
-            )
-        token_R, logprobs = step.token_R, None
-        if not any(needs_filtering(request) for request in requests):
-            step.replay()
-        elif not self.steps.whole and all(filters_suffice(request) for request in requests):
-            step.filtered(self.filtered.choose)
-        else:
-            token_R, logprobs = self.filtered.sample(requests, step.row_idx_R, step.logits())
-        return Launched(
-            requests, list(range(len(requests))), self.platform.read_back(token_R), logprobs, []
-        )
+            self.platform.announce(plan.seq_lens + [1] * (num_rows - len(plan.rows)))
 
-    # prefill ----------------------------------------------------------------------------------------------------
+    def _verify_step(self, num_rows: int, num: int) -> VerifyStep:
+        step = self._verify_steps.get((num_rows, num))
+        if step is None:
+            step = VerifyStep(self.steps, self.platform, num_rows, num)
+            if self.layout.pad:
+                with torch.no_grad():
+                    step.capture(self._capture_spans)
+                self._verify_steps[num_rows, num] = step
+        return step
 
-    def _prefill(self, plan: PrefillPlan) -> Launched:
-        chunks = plan.chunks
-        num_tokens, num_rows = self.layout.prefill_bucket(
-            sum(chunk.num_tokens for chunk in chunks), len(chunks)
-        )
-        arrays = prefill_arrays(
-            chunks,
-            num_tokens=num_tokens,
-            num_rows=num_rows,
-            block_size=self.layout.block_size,
-            blocks_per_row=self.layout.blocks_per_row,
-            pad_row=self.state.pad_row,
-        )
-        self._admit(chunks, arrays)
-        step = self._prefill_step(num_tokens, num_rows)
+    def _verify(self, plan: StepPlan) -> Launched:
+        num_rows, num = self.layout.verify_bucket(len(plan.rows), plan.tokens_per_row)
+        step = self._verify_step(num_rows, num)
+        arrays = self._arrays(plan.rows, plan.num_tokens, plan.token_T, num_rows * num, num_rows)
         step.fill(arrays)
-        prompt_logprobs: list[PromptLogprobs] = []
-        logprobs, token_R = None, step.token_R
-        filters = any(chunk.is_last and needs_filtering(chunk.request) for chunk in chunks)
-        wants_all = any(chunk.request.needs_prompt_logits for chunk in chunks)
-        if not filters and not wants_all:
+        if plan.choice.is_plain:
             step.replay()
         else:
-            if wants_all:
-                h_TD = step.hidden()
-                prompt_logprobs = self._prompt_logprobs(chunks, arrays, h_TD)
-                logits_RV = self.steps.logits_at(h_TD, step.last_R)
-            else:
-                logits_RV = step.logits()
-            if filters:
-                requests = [chunk.request for chunk in chunks]
-                token_R, logprobs = self.filtered.sample(requests, step.sample_row_R, logits_RV)
-            else:
-                token_R = self.steps.sample(step.sample_row_R, logits_RV)
-        sampled = [row for row, chunk in enumerate(chunks) if chunk.is_last]
-        tokens = self.platform.read_back(token_R)
-        return Launched(
-            [chunks[row].request for row in sampled], sampled, tokens, logprobs, prompt_logprobs
-        )
+            assert plan.choice.state_suffices
+            logits_TV, tokens = step.logits()
+            chosen_T = self.sampler.choose(tokens.row_T, logits_TV, tokens.num_T)
+            step.set(*accept_and_advance(num, self.state, step.span, tokens, chosen_T))
+        return self._launched(plan, step.token_RK, counts=step.count_R)
 
     def _prefill_step(self, num_tokens: int, num_rows: int) -> PrefillStep:
         step = self._prefill_steps.get(num_tokens)
         if step is None:
-            step = self._new_prefill_step(num_tokens, num_rows)
+            step = PrefillStep(self.steps, self.platform, num_tokens, num_rows)
             if self.layout.pad:  # else every step has a size of its own
-                # lengths that the host must tell are told for decode steps alone
-                record = _as_it_is if self.platform.wants_lengths else self._record_prefill
                 with torch.no_grad():
                     step.build_hidden()
-                    step.record(record)
+                    step.capture(self._capture_spans)
                 self._prefill_steps[num_tokens] = step
         return step
 
-    def _new_prefill_step(self, num_tokens: int, num_rows: int) -> PrefillStep:
-        """A step that holds padding: it touches no block of a request."""
-        step = PrefillStep(
-            self.steps, self.platform, num_tokens, num_rows, self.layout.blocks_per_row
-        )
-        step.fill(self._padding(step))
-        return step
-
-    def _padding(self, step: PrefillStep) -> PrefillArrays:
-        return prefill_arrays(
-            [],
-            num_tokens=step.token_T.shape[0],
-            num_rows=step.token_R.shape[0],
-            block_size=self.layout.block_size,
-            blocks_per_row=self.layout.blocks_per_row,
-            pad_row=self.state.pad_row,
-        )
-
-    def _admit(self, chunks: Sequence[Chunk], arrays: PrefillArrays) -> None:
-        """Write what the device must know of each request into its row: all that decode steps do not derive."""
-        upload, row_idx = self.platform.upload, [chunk.request.row for chunk in chunks]
-        row_idx_R = upload(row_idx, torch.int64)
-        fields = [
-            [getattr(chunk.request.params, name) for name in SAMPLING_FIELDS] for chunk in chunks
-        ]
-        pos = [chunk.start + chunk.num_tokens - 1 for chunk in chunks]
-        self.state.pos_S.index_copy_(0, row_idx_R, upload(pos, torch.int64))
-        self.state.seed_S.index_copy_(
-            0, row_idx_R, upload([chunk.request.seed for chunk in chunks], torch.int64)
-        )
-        self.state.sampling_SF.index_copy_(0, row_idx_R, upload(fields, torch.float32))
-        self.state.block_table_SP.index_copy_(
-            0, row_idx_R, upload(arrays.block_table_RP[: len(chunks)], torch.int32)
-        )
-        self.filtered.admit([chunk.request for chunk in chunks if chunk.is_last])
+    def _prefill(self, plan: StepPlan) -> Launched:
+        bucket = self.layout.prefill_bucket(len(plan.token_T), len(plan.rows))
+        step = self._prefill_step(*bucket)
+        step.fill(self._arrays(plan.rows, plan.num_tokens, plan.token_T, *bucket))
+        if plan.choice.is_plain and not plan.prompt_logprobs and not plan.embeddings:
+            step.replay()
+            return self._launched(plan, step.token_R)
+        prompt_logprobs: list[list[LogprobCopies]] = []
+        if plan.prompt_logprobs or plan.embeddings:
+            given = [
+                (one.start, self._embeddings[one.key][one.source : one.source + one.num])
+                for one in plan.embeddings
+            ]
+            h_TD, tokens = step.hidden(given)
+            prompt_logprobs = [
+                self._prompt_logprobs(one, h_TD, bucket[1]) for one in plan.prompt_logprobs
+            ]
+            logits_RV = self.steps.logits_at(h_TD, tokens.last_R)
+        else:
+            logits_RV = step.logits()
+        if plan.choice.is_plain:
+            token_R = step.sample(logits_RV)
+        else:
+            rows = step.span.row_idx_R, logits_RV, step.span.num_tokens_R
+            token_R = self.sampler.sample(plan.choice, *rows)
+        return self._launched(plan, token_R, logits_RV, prompt_logprobs)
 
     def _prompt_logprobs(
-        self, chunks: Sequence[Chunk], arrays: PrefillArrays, h_TD: Tensor
-    ) -> list[PromptLogprobs]:
-        """For requests that ask: the log-probability of each prompt token, from the logits of the token before it."""
-        found: list[PromptLogprobs] = []
-        for row, chunk in enumerate(chunks):
-            request, offset = chunk.request, int(arrays.q_start_S[row])
-            if not request.needs_prompt_logits:
-                continue
-            num = min(chunk.num_tokens, len(request.prompt_ids) - 1 - chunk.start)
-            group = arrays.last_R.shape[0]  # as many at a time as the head's program takes
-            for start in range(0, num, group):
-                size = min(group, num - start)
-                index = [offset + start + min(i, size - 1) for i in range(group)]
-                first = chunk.start + start + 1
-                following = request.prompt_ids[first : first + size] + [0] * (group - size)
-                logits_RV = self.steps.logits_at(h_TD, self.platform.upload(index, torch.int64))
-                token_R = self.platform.upload(following, torch.int64)
-                num_top = min(request.params.prompt_logprobs or 0, self.cfg.vocab_size)
-                values = sampler.logprobs(logits_RV, token_R, num_top)
-                found.append(
-                    PromptLogprobs(request, first, size, copy_logprobs(self.platform, values))
-                )
+        self, wanted: PromptLogprobs, h_TD: Tensor, group: int
+    ) -> list[LogprobCopies]:
+        """Log-probabilities of prompt tokens, as many at a time as the head's program takes."""
+        found: list[LogprobCopies] = []
+        for first in range(0, len(wanted.token_ids), group):
+            token_ids = wanted.token_ids[first : first + group]
+            index = [wanted.start + first + min(i, len(token_ids) - 1) for i in range(group)]
+            following = token_ids + [0] * (group - len(token_ids))
+            logits_RV = self.steps.logits_at(h_TD, self.platform.upload(index, torch.int64))
+            token_R = self.platform.upload(following, torch.int64)
+            found.append(
+                copy_logprobs(self.platform, logits_RV, token_R, wanted.num_top, len(token_ids))
+            )
         return found
+
+    def _arrays(
+        self,
+        rows: Sequence[int],
+        nums: Sequence[int],
+        token_ids: np.ndarray,
+        num_tokens: int,
+        num_rows: int,
+    ) -> SpanArrays:
+        return span_arrays(
+            rows,
+            nums,
+            token_ids,
+            num_rows=num_rows,
+            num_tokens=num_tokens,
+            pad_row=self.state.pad_row,
+        )

@@ -1,34 +1,32 @@
-"""Choosing tokens where more than a temperature is asked for; the plain choice is the op `sample`.
+"""The sampler for what a temperature alone does not say: filters, penalties, forbidden tokens, masks,
+log-probabilities. The plain choice is a part of the step (`state.choose_and_advance`).
 
-R rows | V vocabulary.
+Decode steps with filters alone are captured with them. All else runs op by op between captured
+parts; plain requests wait for it only while they share a batch with one that needs it.
+
+R rows | N tokens to choose | S rows of the state | V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from nanovllm.kernels import ops
-from nanovllm.kernels.reference import gumbel_noise, hash32, keep_likely, sample
+from nanovllm.platforms.base import HostCopy, Platform, Rehearsal
+from nanovllm.runner.state import DeviceState, advance
+from nanovllm.schedule.plan import SAMPLING_FIELDS, Choice, Logprobs, TokenHistory
 
-__all__ = [
-    "Logprobs",
-    "Penalties",
-    "gumbel_noise",
-    "hash32",
-    "keep_likely",
-    "logprobs",
-    "penalize",
-    "sample",
-    "sample_filtered",
-]
+TEMPERATURE, TOP_P, MIN_P, TOP_K, REPETITION, PRESENCE, FREQUENCY = range(len(SAMPLING_FIELDS))
 
 
 class Penalties(NamedTuple):
-    """Per row: how often each token was generated, whether it stands in the prompt, and the three penalties."""
+    """Per row: how often each token was generated, whether it stands in the prompt, and the three
+    penalties."""
 
     output_count_RV: Tensor
     in_prompt_RV: Tensor
@@ -38,7 +36,8 @@ class Penalties(NamedTuple):
 
 
 def penalize(logits_RV: Tensor, p: Penalties) -> Tensor:
-    """Repetition penalty on tokens of prompt and output, presence and frequency penalties on those of the output; in fp32."""
+    """Logits in fp32, after the repetition penalty on tokens of prompt and output and the presence
+    and frequency penalties on those of the output."""
     logits_RV = logits_RV.float()
     generated_RV = p.output_count_RV > 0
     repeated_RV = torch.where(
@@ -48,16 +47,9 @@ def penalize(logits_RV: Tensor, p: Penalties) -> Tensor:
     return logits_RV - generated_RV * p.presence_R1 - p.output_count_RV * p.frequency_R1
 
 
-def sample_filtered(
-    logits_RV: Tensor,
-    temperature_R: Tensor,
-    top_k_R: Tensor,
-    top_p_R: Tensor,
-    min_p_R: Tensor,
-    seed_R: Tensor,
-    pos_R: Tensor,
-) -> Tensor:
-    """`sample` among the tokens that `keep_likely` leaves."""
+def sample_filtered(logits_RV: Tensor, fields_RF: Tensor, seed_R: Tensor, pos_R: Tensor) -> Tensor:
+    """`ops.sample` among the tokens that `ops.keep_likely` leaves; fields_RF holds SAMPLING_FIELDS."""
+    temperature_R, top_p_R, min_p_R, top_k_R = fields_RF.unbind(1)[:REPETITION]
     kept_RV = ops.keep_likely(logits_RV, temperature_R, top_k_R, top_p_R, min_p_R)
     return ops.sample(kept_RV, temperature_R, seed_R, pos_R)
 
@@ -68,15 +60,126 @@ def rehearse_filtered(visit: Callable[..., object], logits_RV: Tensor, one_R: Te
     visit(ops.sample, [logits_RV, one_R, one_R.long(), one_R.long()], {})
 
 
-class Logprobs(NamedTuple):
-    """Log-softmax of the model's own logits: of the token itself, and of the L likeliest."""
-
-    chosen_R: Tensor
-    top_RL: Tensor
-    top_token_RL: Tensor
-
-
-def logprobs(logits_RV: Tensor, token_R: Tensor, num_top: int) -> Logprobs:
+def logprobs(logits_RV: Tensor, token_R: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(chosen_R, top_RL, top_token_RL): log-softmax of the model's own logits, of the token itself
+    and of the `num_top` likeliest."""
     logprob_RV = logits_RV.float().log_softmax(-1)
-    top_RL, top_token_RL = logprob_RV.topk(num_top, dim=-1)
-    return Logprobs(logprob_RV.gather(1, token_R.unsqueeze(1)).squeeze(1), top_RL, top_token_RL)
+    top_RL, top_token_RL = logprob_RV.topk(min(num_top, logits_RV.shape[1]), dim=-1)
+    return logprob_RV.gather(1, token_R.unsqueeze(1)).squeeze(1), top_RL, top_token_RL
+
+
+def forbid(logits_RV: Tensor, allowed_RW: Tensor) -> Tensor:
+    """Logits with −inf for tokens whose bit in `allowed_RW` (see `Choice.allowed_RW`) is not set."""
+    bits = torch.arange(8, dtype=torch.uint8, device=logits_RV.device)
+    allowed_RV = (allowed_RW.unsqueeze(-1) >> bits & 1).flatten(1)[:, : logits_RV.shape[1]]
+    return logits_RV.masked_fill(allowed_RV == 0, float("-inf"))
+
+
+class LogprobCopies(NamedTuple):
+    """Log-probabilities of the first `num` rows on their way to the host."""
+
+    num: int
+    copies: list[HostCopy]
+
+    def wait(self) -> Logprobs:
+        return Logprobs(*(np.asarray(copy.tolist()[: self.num]) for copy in self.copies))
+
+
+def copy_logprobs(
+    platform: Platform, logits_RV: Tensor, token_R: Tensor, num_top: int, num: int
+) -> LogprobCopies:
+    values = logprobs(logits_RV, token_R, num_top)
+    return LogprobCopies(num, [platform.read_back(value) for value in values])
+
+
+class Sampler:
+    """Owns the token counts that penalties need; the first request with penalties allocates them."""
+
+    def __init__(
+        self, platform: Platform, state: DeviceState, vocab_size: int, dtype: torch.dtype
+    ) -> None:
+        """`dtype` is that of the model's logits; after penalties they are fp32."""
+        self.platform, self.state, self.vocab_size = platform, state, vocab_size
+        self._dtypes = dict.fromkeys((dtype, torch.float32))
+        self._output_count_SV: Tensor | None = None
+        self._in_prompt_SV: Tensor | None = None
+
+    def warm_up(self) -> None:
+        """Load the filters' kernels: the first request that wants them must not wait."""
+        pad_row_1 = torch.full((1,), self.state.pad_row, device=self.platform.device)
+        for dtype in self._dtypes:
+            logits_1V = torch.zeros(1, self.vocab_size, dtype=dtype, device=self.platform.device)
+            self.choose_and_advance(pad_row_1, logits_1V)
+
+    def rehearse(self, rehearsal: Rehearsal) -> None:
+        """Call the ops of `warm_up` with fake tensors."""
+        for dtype in self._dtypes:
+            with rehearsal.mode:
+                one_1 = torch.ones(1, device=self.platform.device)
+                logits_1V = torch.ones(1, self.vocab_size, dtype=dtype, device=self.platform.device)
+            rehearse_filtered(rehearsal.visit, logits_1V, one_1)
+
+    def remember(self, histories: Sequence[TokenHistory]) -> None:
+        """Set the counts of rows that now belong to requests with penalties."""
+        for row, prompt_ids, output_ids in histories:
+            counts_SV, in_prompt_SV = self._tables()
+            counts_SV[row] = 0
+            in_prompt_SV[row] = False
+            in_prompt_SV[row, self.platform.upload(prompt_ids, torch.int64)] = True
+            if output_ids:
+                output = self.platform.upload(output_ids, torch.int64)
+                counts_SV[row].index_add_(0, output, torch.ones_like(output, dtype=torch.int32))
+
+    def choose(self, row_idx_N: Tensor, logits_NV: Tensor, num_N: Tensor | None = None) -> Tensor:
+        """token_N by the rows' filters, temperatures and seeds: the token after num_N more, or one.
+
+        It knows no request, so it can be captured.
+        """
+        return sample_filtered(
+            logits_NV,
+            self.state.sampling_SF[row_idx_N],
+            seed_R=self.state.seed_S[row_idx_N],
+            pos_R=self.state.pos_S[row_idx_N] + (1 if num_N is None else num_N),
+        )
+
+    def choose_and_advance(
+        self, row_idx_R: Tensor, logits_RV: Tensor, num_R: Tensor | None = None
+    ) -> Tensor:
+        token_R = self.choose(row_idx_R, logits_RV, num_R)
+        advance(self.state, row_idx_R, token_R, num_R)
+        return token_R
+
+    def sample(
+        self, choice: Choice, row_idx_R: Tensor, logits_RV: Tensor, num_R: Tensor | None = None
+    ) -> Tensor:
+        """Choose token_R by all that `choice` asks, advance the state, count the tokens."""
+        if choice.has_penalties:
+            logits_RV = self._penalize(row_idx_R, logits_RV)
+        if choice.forbidden:
+            forbidden = self.platform.upload(choice.forbidden, torch.int64).unbind(1)
+            minus_inf = torch.tensor(float("-inf"), device=logits_RV.device)
+            logits_RV = logits_RV.index_put(forbidden, minus_inf)
+        if choice.allowed_RW is not None:
+            padded = np.full((len(row_idx_R), choice.allowed_RW.shape[1]), 255, np.uint8)
+            padded[: len(choice.allowed_RW)] = choice.allowed_RW
+            logits_RV = forbid(logits_RV, self.platform.upload(padded, torch.uint8))
+        token_R = self.choose_and_advance(row_idx_R, logits_RV, num_R)
+        if choice.has_penalties:
+            counts_SV, _ = self._tables()
+            one_R = torch.ones_like(token_R, dtype=counts_SV.dtype)
+            counts_SV.index_put_((row_idx_R, token_R), one_R, accumulate=True)
+        return token_R
+
+    def _penalize(self, row_idx_R: Tensor, logits_RV: Tensor) -> Tensor:
+        counts_SV, in_prompt_SV = self._tables()
+        strengths = self.state.sampling_SF[row_idx_R, REPETITION:].split(1, dim=1)
+        return penalize(
+            logits_RV, Penalties(counts_SV[row_idx_R], in_prompt_SV[row_idx_R], *strengths)
+        )
+
+    def _tables(self) -> tuple[Tensor, Tensor]:
+        if self._output_count_SV is None or self._in_prompt_SV is None:
+            shape, device = (self.state.token_S.shape[0], self.vocab_size), self.platform.device
+            self._output_count_SV = torch.zeros(shape, dtype=torch.int32, device=device)
+            self._in_prompt_SV = torch.zeros(shape, dtype=torch.bool, device=device)
+        return self._output_count_SV, self._in_prompt_SV

@@ -1,7 +1,8 @@
-"""What lives on the device between steps, and the pure functions by which a decode step advances it.
+"""What lives on the device between steps, and the pure functions by which a step advances it.
 
-S rows, one per running request, and a last one that only padding uses: it stays at position 0 of block 0, which no
-request owns. R rows of a step | P blocks per row | V vocabulary | F = 4 sampling fields.
+S rows, one per running request, and a last one that only padding uses: it stays at position 0 of
+block 0, which no request owns. R rows of a step | T tokens | K tokens a row | P blocks per row
+V vocabulary | F sampling fields.
 """
 
 from __future__ import annotations
@@ -11,16 +12,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nanovllm.kernels import ops, step
+from nanovllm.kernels import ops
 from nanovllm.models.dense import Batch
-
-PAD_BLOCK = 0
-SAMPLING_FIELDS = ("temperature", "top_p", "min_p", "top_k")
+from nanovllm.schedule.plan import PAD_BLOCK, SAMPLING_FIELDS
 
 
 class DeviceState(NamedTuple):
     token_S: Tensor  # newest token, not yet in the cache
-    pos_S: Tensor  # its position
+    pos_S: Tensor  # its position; of a row whose prompt is not yet through, that of the next chunk
+    rope_offset_S: Tensor  # added to a position before the rotation
     block_table_SP: Tensor
     sampling_SF: Tensor  # SAMPLING_FIELDS
     seed_S: Tensor
@@ -30,36 +30,90 @@ class DeviceState(NamedTuple):
         return self.token_S.shape[0] - 1
 
 
+class Span(NamedTuple):
+    """The inputs of a step in which rows feed several tokens each. Padding has rows without any."""
+
+    row_idx_R: Tensor
+    num_tokens_R: Tensor
+    token_T: Tensor  # row after row; plan.NEWEST is the row's newest token
+
+
+class SpanTokens(NamedTuple):
+    """The tokens of a `Span`: token, row of the state, number within the row, each row's last."""
+
+    token_T: Tensor
+    row_T: Tensor
+    num_T: Tensor
+    last_R: Tensor
+
+
 def new_state(num_rows: int, blocks_per_row: int, device: torch.device) -> DeviceState:
     rows = num_rows + 1
+
+    def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.zeros(rows, *shape, dtype=dtype, device=device)
+
+    sampling_SF = zeros(len(SAMPLING_FIELDS), dtype=torch.float32)
+    sampling_SF[:, SAMPLING_FIELDS.index("repetition_penalty")] = 1  # a divisor
     return DeviceState(
-        token_S=torch.zeros(rows, dtype=torch.int64, device=device),
-        pos_S=torch.zeros(rows, dtype=torch.int64, device=device),
-        block_table_SP=torch.full(
-            (rows, blocks_per_row), PAD_BLOCK, dtype=torch.int32, device=device
-        ),
-        sampling_SF=torch.zeros(rows, len(SAMPLING_FIELDS), dtype=torch.float32, device=device),
-        seed_S=torch.zeros(rows, dtype=torch.int64, device=device),
+        token_S=zeros(),
+        pos_S=zeros(),
+        rope_offset_S=zeros(),
+        block_table_SP=zeros(blocks_per_row, dtype=torch.int32).fill_(PAD_BLOCK),
+        sampling_SF=sampling_SF,
+        seed_S=zeros(),
     )
 
 
 def decode_batch(block_size: int, state: DeviceState, row_idx_R: Tensor) -> tuple[Tensor, Batch]:
-    """Each row's newest token, and where it stands: everything a decode step needs follows from the state."""
-    token_R, *batch = step.decode_inputs(
-        state.token_S, state.pos_S, state.block_table_SP, row_idx_R, block_size
-    )
+    """Each row's newest token and its place: all inputs of a decode step follow from the state."""
+    token_R, *batch = ops.decode_inputs(*state[:4], row_idx_R, block_size)
     return token_R, Batch(*batch)
 
 
-def sample_and_advance(state: DeviceState, row_idx_R: Tensor, logits_RV: Tensor) -> Tensor:
-    """Choose each row's next token by its temperature alone, write it back, step its position; returns token_R."""
-    token_R = ops.sample(
-        logits_RV, *step.sampling_inputs(state.pos_S, state.sampling_SF, state.seed_S, row_idx_R)
-    )
-    advance(state, row_idx_R, token_R)
+def span_batch(block_size: int, state: DeviceState, span: Span) -> tuple[SpanTokens, Batch]:
+    """The tokens of a span and their places; rows continue at their positions in the state."""
+    token_T, *batch, row_T, num_T, last_R = ops.span_inputs(*state[:4], *span, block_size)
+    return SpanTokens(token_T, row_T, num_T, last_R), Batch(*batch)
+
+
+def choose(
+    state: DeviceState, row_idx_R: Tensor, logits_RV: Tensor, num_R: Tensor | None = None
+) -> Tensor:
+    """token_R, by each row's temperature and noise alone: the token after num_R more, or one."""
+    inputs = ops.sampling_inputs(state.pos_S, state.sampling_SF, state.seed_S, row_idx_R, num_R)
+    return ops.sample(logits_RV, *inputs)
+
+
+def advance(
+    state: DeviceState, row_idx_R: Tensor, token_R: Tensor, num_R: Tensor | None = None
+) -> None:
+    """Make token_R the newest tokens of rows that have fed num_R tokens, or one."""
+    ops.advance(state.token_S, state.pos_S, row_idx_R, token_R, num_R)
+
+
+def choose_and_advance(
+    state: DeviceState, row_idx_R: Tensor, logits_RV: Tensor, num_R: Tensor | None = None
+) -> Tensor:
+    """token_R, chosen by temperature alone and written back."""
+    token_R = choose(state, row_idx_R, logits_RV, num_R)
+    advance(state, row_idx_R, token_R, num_R)
     return token_R
 
 
-def advance(state: DeviceState, row_idx_R: Tensor, token_R: Tensor) -> None:
-    """Make token_R the newest tokens of their rows; the padding row stays where it is."""
-    step.advance(state.token_S, state.pos_S, row_idx_R, token_R)
+def accept_and_advance(
+    num: int, state: DeviceState, span: Span, tokens: SpanTokens, chosen_T: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(token_RK, count_R) of `ops.accept`, K = `num`; the tokens that hold are written back."""
+    token_RK, count_R = ops.accept(tokens.token_T, chosen_T, span.num_tokens_R, num)
+    newest_R = token_RK.gather(1, (count_R - 1).unsqueeze(1)).squeeze(1)
+    advance(state, span.row_idx_R, newest_R, count_R)
+    return token_RK, count_R
+
+
+def choose_and_accept(
+    num: int, state: DeviceState, span: Span, tokens: SpanTokens, logits_TV: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`accept_and_advance` of the tokens that follow each token by temperature alone."""
+    chosen_T = choose(state, tokens.row_T, logits_TV, tokens.num_T)
+    return accept_and_advance(num, state, span, tokens, chosen_T)

@@ -1,12 +1,14 @@
-"""A step of the model, put together from regions. Each region is traced and compiled by itself, once per bucket; a
-decode step as a whole is what a platform captures.
+"""A step of the model, put together from regions.
 
-R rows | T tokens | D hidden | V vocabulary.
+Each region is traced and compiled by itself, once per bucket; a platform captures the whole step.
+
+R rows | T tokens | K tokens a row | D hidden | V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -17,9 +19,20 @@ from nanovllm.compile.program import Compiler
 from nanovllm.compile.trace import tensors
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.dense import Batch, LayerCache, Params
-from nanovllm.runner.state import DeviceState, decode_batch, sample_and_advance
+from nanovllm.runner.state import (
+    DeviceState,
+    Span,
+    SpanTokens,
+    choose_and_accept,
+    choose_and_advance,
+    decode_batch,
+    span_batch,
+)
 
 # Regions are no methods: the compiler keeps them in eager mode, and they would keep the weights alive.
+Given = Sequence[
+    tuple[int, Tensor]
+]  # (first token, embeddings [n, D]) of tokens that bring their own
 
 
 def _begin(
@@ -34,11 +47,24 @@ def _begin(
     return model.embed(cfg, embed_VD, token_R), batch
 
 
+def _begin_span(
+    model: ModuleType,
+    cfg: ModelConfig,
+    block_size: int,
+    state: DeviceState,
+    embed_VD: Tensor,
+    span: Span,
+) -> tuple[Tensor, SpanTokens, Batch]:
+    tokens, batch = span_batch(block_size, state, span)
+    return model.embed(cfg, embed_VD, tokens.token_T), tokens, batch
+
+
 def _inlined(
     model: ModuleType,
     cfg: ModelConfig,
     layer_windows: tuple[int, ...],
     method: Callable[..., Any],
+    sizes: tuple[int, ...],
     state: DeviceState,
     params: Params,
     caches: tuple[LayerCache, ...],
@@ -51,11 +77,11 @@ def _inlined(
     steps = Steps(
         model, cfg, params, caches, cos_sin_MH, state, Compiler(None), layer_windows=layer_windows
     )
-    return method(steps, *inputs)
+    return method(steps, *inputs, *sizes)
 
 
 class Steps:
-    """The steps of one model. Programs are built on first use; `runner.warm_up` uses every bucket once."""
+    """The steps of one model. Programs are built on first use; `Runner.warm_up` uses every bucket."""
 
     def __init__(
         self,
@@ -70,7 +96,7 @@ class Steps:
         whole: bool = False,
         layer_windows: tuple[int, ...] | None = None,
     ) -> None:
-        """With `whole` a step's regions are inlined into one program, for compilers that want to see all of it.
+        """With `whole` a step's regions are inlined into one program, for compilers that need it.
 
         `layer_windows` are those of `cfg` where a program must not read them there.
         """
@@ -86,13 +112,14 @@ class Steps:
 
     @property
     def last_layer_is_alone(self) -> bool:
-        """Whether a prefill step of all tokens' hidden states has a program that one of the last tokens' has not: the
-        ordinary one of the last layer, whose window no other layer has."""
+        """True if prefill of all tokens' hidden states needs a program that ordinary prefill does
+        not: the ordinary program of the last layer, if no other layer shares its window."""
         *others, last = self.layer_windows
         return not self.whole and last not in others
 
     def of_each_program(self) -> Steps:
-        """The steps of a model with one layer of each window, and the last one: they use all the programs, and launch few."""
+        """The steps of a model with one layer of each window and the last one, which use every
+        program and launch few kernels."""
         if self.whole:
             return self
         *others, last = self.layer_windows
@@ -108,8 +135,18 @@ class Steps:
             layer_windows=(*dict.fromkeys(others), last),
         )
 
+    @contextmanager
+    def restoring_state(self) -> Iterator[None]:
+        """Put back the tokens and positions that the steps in the block advance."""
+        token_S, pos_S = self.state.token_S.clone(), self.state.pos_S.clone()
+        yield
+        self.state.token_S.copy_(token_S)
+        self.state.pos_S.copy_(pos_S)
+
+    # a token for each row ---------------------------------------------------------------------
+
     def decode_logits(self, row_idx_R: Tensor) -> Tensor:
-        """Feed each row's newest token; returns the logits [R, V] of what follows it."""
+        """Feed each row's newest token; returns the logits [R, V] of the token that follows it."""
         h_RD, batch = self._run(
             "begin",
             (row_idx_R.shape[0],),
@@ -121,44 +158,90 @@ class Steps:
         return self._head(self._layers("decode", h_RD, batch, max_q_len=1))
 
     def decode(self, row_idx_R: Tensor) -> tuple[Tensor, Tensor]:
-        """A whole decode step, sampler included; returns the chosen token_R, which the state now holds as well, and the
-        logits [R, V] that it was chosen from."""
+        """A decode step with the plain sampler; returns token_R and the logits [R, V].
+
+        The state holds the tokens as well.
+        """
         if self.whole:
-            return self._run_whole("decode", Steps.decode, row_idx_R=row_idx_R)
+            return self._run_whole("decode", Steps.decode, (), row_idx_R=row_idx_R)
         logits_RV = self.decode_logits(row_idx_R)
         return self.sample(row_idx_R, logits_RV), logits_RV
 
-    def prefill(self, token_T: Tensor, batch: Batch, last_R: Tensor | None = None) -> Tensor:
-        """Write keys and values of T packed tokens; returns the hidden state [T, D] after the last layer, with `last_R`
-        [R, D] of the tokens at these indices alone."""
-        if self.whole:
-            # one program for both, which leaves out no row: each takes long to compile
-            h_TD = self._run_whole("prefill", Steps.prefill, token_T=token_T, batch=batch)
-            return h_TD if last_R is None else h_TD.index_select(0, last_R)
-        function = partial(self.model.embed, self.cfg)
-        h_TD = self._run(
-            "embed", (token_T.shape[0],), function, embed_VD=self.params.embed_VD, token_T=token_T
-        )
-        return self._layers("prefill", h_TD, batch, max_q_len=token_T.shape[0], last_R=last_R)
+    # several tokens for each row --------------------------------------------------------------
 
-    def prefill_logits(self, token_T: Tensor, batch: Batch, last_R: Tensor) -> Tensor:
-        """Write keys and values of T packed tokens; returns the logits [R, V] after those at `last_R`."""
-        return self._head(self.prefill(token_T, batch, last_R))
+    def prefill_logits(self, span: Span) -> Tensor:
+        """Write keys and values of a span; returns the logits [R, V] after each row's last token."""
+        if self.whole:
+            h_TD, tokens = self.hidden(span)
+            return self.logits_at(h_TD, tokens.last_R)
+        h_TD, tokens, batch = self._begin_span(span)
+        return self._head(self._layers("prefill", h_TD, batch, len(span.token_T), tokens.last_R))
+
+    def hidden(self, span: Span, given: Given = ()) -> tuple[Tensor, SpanTokens]:
+        """Write keys and values of a span; returns all hidden states [T, D] after the last layer.
+
+        Tokens of `given` start from these embeddings instead of the table's.
+        """
+        if self.whole:
+            assert not given
+            return self._run_whole("prefill", Steps.hidden, (), span=span)
+        h_TD, tokens, batch = self._begin_span(span)
+        for start, embeds in given:
+            h_TD[start : start + len(embeds)] = embeds
+        return self._layers("prefill", h_TD, batch, len(span.token_T)), tokens
 
     def logits_at(self, h_TD: Tensor, index_R: Tensor) -> Tensor:
-        """Logits [R, V] after the tokens at `index_R` of a prefill step that returned all hidden states."""
+        """Logits [R, V] after the tokens at `index_R` of a span's hidden states."""
         return self._head(h_TD.index_select(0, index_R))
 
-    def sample(self, row_idx_R: Tensor, logits_RV: Tensor) -> Tensor:
-        """The plain sampler: chooses by temperature and advances the state."""
-        key = (row_idx_R.shape[0],)
+    def verify_logits(self, span: Span, num: int) -> tuple[Tensor, SpanTokens]:
+        """Feed up to K = `num` tokens a row, T = R · K; returns the logits [T, V] after each."""
+        h_TD, tokens, batch = self._begin_span(span)
+        return self._head(self._layers("verify", h_TD, batch, num)), tokens
+
+    def verify(self, span: Span, num: int) -> tuple[Tensor, Tensor, Tensor, SpanTokens]:
+        """A decode step of up to K = `num` tokens a row with the plain sampler.
+
+        Returns token_RK and count_R of `ops.accept`, and the two of `verify_logits`. The state holds
+        the accepted tokens as well.
+        """
+        if self.whole:
+            return self._run_whole("verify", Steps.verify, (num,), span=span)
+        logits_TV, tokens = self.verify_logits(span, num)
+        token_RK, count_R = self._run(
+            "accept",
+            (span.row_idx_R.shape[0], num),
+            partial(choose_and_accept, num),
+            state=self.state,
+            span=span,
+            tokens=tokens,
+            logits_TV=logits_TV,
+        )
+        return token_RK, count_R, logits_TV, tokens
+
+    def sample(self, row_idx_R: Tensor, logits_RV: Tensor, num_R: Tensor | None = None) -> Tensor:
+        """The plain sampler: chooses token_R by temperature, which rows that have fed num_R tokens,
+        or one, now hold as their newest."""
         return self._run(
             "sample",
-            key,
-            sample_and_advance,
+            (row_idx_R.shape[0], "one" if num_R is None else "several"),
+            choose_and_advance,
             state=self.state,
             row_idx_R=row_idx_R,
             logits_RV=logits_RV,
+            num_R=num_R,
+        )
+
+    # regions ----------------------------------------------------------------------------------
+
+    def _begin_span(self, span: Span) -> tuple[Tensor, SpanTokens, Batch]:
+        return self._run(
+            "begin",
+            (span.token_T.shape[0], span.row_idx_R.shape[0]),
+            partial(_begin_span, self.model, self.cfg, self.block_size),
+            state=self.state,
+            embed_VD=self.params.embed_VD,
+            span=span,
         )
 
     def _layers(
@@ -193,18 +276,20 @@ class Steps:
             h_RD=h_RD,
         )
 
-    def _run_whole(self, name: str, method: Callable[..., Any], **inputs: object) -> Any:
-        """The program of a step as it runs without programs. All shapes in it are static, the cache's as well."""
-        sizes = (tensors(tuple(inputs.values()))[0].shape[0], self.caches[0].k_CBKH.shape[0])
+    def _run_whole(
+        self, name: str, method: Callable[..., Any], sizes: tuple[int, ...], **inputs: object
+    ) -> Any:
+        """The program of a step as it runs without programs. All its shapes are static, the cache's
+        as well."""
+        shapes = [tensor.shape[0] for tensor in tensors(tuple(inputs.values()))]
         params: Any = self.params
         if params.head_VD is params.embed_VD:
-            params = params._replace(
-                head_VD=None
-            )  # a weight that is two inputs would be two weights to the compiler
+            # a weight that is two inputs would be two weights to the compiler
+            params = params._replace(head_VD=None)
         return self._run(
             name,
-            sizes,
-            partial(_inlined, self.model, self.cfg, self.layer_windows, method),
+            (*shapes, *sizes, self.caches[0].k_CBKH.shape[0]),
+            partial(_inlined, self.model, self.cfg, self.layer_windows, method, sizes),
             state=self.state,
             params=params,
             caches=self.caches,

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 
-def chain_digest(previous: bytes, token_ids: Sequence[int]) -> bytes:
-    """Digest of a full block: SHA-256 over the digest before it and its token ids, so equal digests mean equal prefixes."""
-    return hashlib.sha256(previous + array("q", token_ids).tobytes()).digest()
+def chain_digest(previous: bytes, token_ids: Sequence[int], content: bytes = b"") -> bytes:
+    """SHA-256 over the digest of the block before, a full block's token ids, and `content`: whatever
+    else decides its keys and values. Equal digests mean equal prefixes."""
+    return hashlib.sha256(previous + array("q", token_ids).tobytes() + content).digest()
 
 
 class BlockPool:
@@ -40,21 +41,27 @@ class BlockPool:
     def num_free(self) -> int:
         return len(self._free)
 
-    @property
-    def capacity_tokens(self) -> int:
-        return (self.num_blocks - 1) * self.block_size
-
     def num_blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
-    def digests(self, token_ids: Sequence[int], known: Sequence[bytes] = ()) -> list[bytes]:
-        """Chained digests of all full blocks of `token_ids`, continuing after those already `known`."""
-        digests = list(known)
-        for start in range(
-            len(digests) * self.block_size, len(token_ids) - self.block_size + 1, self.block_size
-        ):
-            previous = digests[-1] if digests else b""
-            digests.append(chain_digest(previous, token_ids[start : start + self.block_size]))
+    def digests(
+        self,
+        token_ids: Sequence[int],
+        known: Sequence[bytes] = (),
+        *,
+        root: bytes = b"",
+        content: Callable[[int, int], bytes] = lambda start, end: b"",
+    ) -> list[bytes]:
+        """Chained digests of all full blocks of `token_ids`, continuing after those already `known`.
+
+        `root` begins the chain; `content(start, end)` goes into the digest of the block that holds
+        these positions.
+        """
+        digests, size = list(known), self.block_size
+        for start in range(len(digests) * size, len(token_ids) - size + 1, size):
+            previous = digests[-1] if digests else root
+            end = start + size
+            digests.append(chain_digest(previous, token_ids[start:end], content(start, end)))
         return digests
 
     def cached_prefix(self, digests: Sequence[bytes]) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from nanovllm.sampling import SamplingParams
 
@@ -14,18 +15,38 @@ class Status(enum.Enum):
     FINISHED = "finished"
 
 
+class Content(NamedTuple):
+    """Given embeddings for prompt tokens `start` … `start + num − 1`, under their digest as a key."""
+
+    start: int
+    num: int
+    digest: bytes
+
+    @property
+    def key(self) -> str:
+        return self.digest.hex()
+
+
 @dataclass(eq=False)
 class Request:
-    """`num_computed` tokens have their keys and values in the cache, or will have when the launched steps are done;
-    `num_in_flight` sampled tokens are on the device but not yet known here."""
+    """What is known of a request.
+
+    `num_computed` tokens have their keys and values in the cache, or will have when the launched
+    steps are done. `num_in_flight` sampled tokens are on the device but not yet known here; with
+    proposals both count the proposed tokens until the step's result is known.
+    """
 
     request_id: int
     prompt_ids: list[int]
     params: SamplingParams
     seed: int
     max_output: int  # max_tokens, cut to what max_model_len leaves
-    stop_ids: frozenset[int]
+    stop_ids: frozenset[int]  # within the vocabulary
     incremental: bool = False  # somebody watches its tokens come
+    contents: tuple[Content, ...] = ()
+    cache_root: bytes = (
+        b""  # begins the digests of its blocks: what decides keys and values throughout
+    )
     output_ids: list[int] = field(default_factory=list)
     status: Status = Status.WAITING
     finish_reason: str | None = None
@@ -33,6 +54,7 @@ class Request:
     blocks: list[int] = field(default_factory=list)
     block_digests: list[bytes] = field(default_factory=list)  # of the full blocks, chained
     is_decoding: bool = False  # its last prefill chunk has been launched
+    num_shared: int = 0  # tokens whose blocks were found in the cache at this admission
     num_computed: int = 0
     num_in_flight: int = 0
     num_cached: int | None = None  # prompt tokens found in the prefix cache at first admission
@@ -59,9 +81,28 @@ class Request:
 
     @property
     def may_decode(self) -> bool:
-        return self.is_decoding and self.num_scheduled_outputs < self.max_output
+        # after a step with proposals nobody here knows how many of them hold
+        return (
+            self.is_decoding
+            and self.num_in_flight <= 1
+            and self.num_scheduled_outputs < self.max_output
+        )
 
     @property
     def needs_prompt_logits(self) -> bool:
-        """Prompt log-probabilities are collected by the first full prefill; a restart with outputs has them already."""
+        """Prompt log-probabilities are collected by the first full prefill; a restart with outputs
+        has them already."""
         return self.params.prompt_logprobs is not None and not self.output_ids
+
+    @property
+    def min_tokens_hold(self) -> bool:
+        """True if the token now being sampled, which counts as in flight, may not end the request."""
+        return self.num_scheduled_outputs <= self.params.min_tokens
+
+    def content(self, start: int, end: int) -> bytes:
+        """The digests of what is given for positions `start` … `end − 1`, and where it lies there."""
+        return b"".join(
+            one.digest + (one.start - start).to_bytes(8, "little", signed=True)
+            for one in self.contents
+            if one.start < end and one.start + one.num > start
+        )

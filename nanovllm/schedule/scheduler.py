@@ -1,45 +1,26 @@
-"""Which tokens run next. No tensors here: requests, rows and blocks only.
+"""Which tokens run next. No tensors here: requests, rows and blocks, and plans made of them.
 
-First come, first served. A step is either a prefill step (chunks of prompts, at most `max_num_batched_tokens` tokens)
-or a decode step (one token for each of at most `max_decode_rows` rows). When both could run they take turns, so that a
-long prompt delays the next token of running requests by one prefill step at most. While somebody watches the tokens of
-one of them, that step is cut to a bound in time (`StallBound`); a batch that nobody watches is done sooner without.
+First come, first served. A step is either a prefill step (chunks of prompts, at most
+`max_num_batched_tokens` tokens) or a decode step (the newest token of each of at most
+`max_decode_rows` rows, and proposals for the tokens after it). When both could run they take turns,
+so that a long prompt delays the next token of running requests by one prefill step at most. While
+somebody watches the tokens of a running request, that step is cut to a bound in time (`StallBound`);
+a batch that nobody watches finishes sooner without the bound.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 
 from nanovllm.schedule.blocks import BlockPool
+from nanovllm.schedule.plan import StepPlan
+from nanovllm.schedule.planning import Chunk, choice_of, decode_plan, prefill_plan
 from nanovllm.schedule.request import Request, Status
 from nanovllm.schedule.stall import StallBound
 
-
-@dataclass(frozen=True)
-class Chunk:
-    """`num_tokens` known tokens of a request from position `start` on; the last chunk samples the next token."""
-
-    request: Request
-    start: int
-    num_tokens: int
-    is_last: bool
-
-
-@dataclass(frozen=True)
-class PrefillPlan:
-    chunks: list[Chunk]
-
-
-@dataclass(frozen=True)
-class DecodePlan:
-    requests: list[Request]
-    new_blocks: list[tuple[int, int, int]]  # (row, index in its block table, block)
-
-
-Plan = PrefillPlan | DecodePlan
+Proposer = Callable[[Request], Sequence[int]]
 
 
 class Scheduler:
@@ -52,13 +33,18 @@ class Scheduler:
         max_decode_rows: int,
         max_prefill_rows: int,
         stall: StallBound | None = None,
+        max_proposals: int = 0,
     ) -> None:
+        """`propose`, once set, is asked for at most `max_proposals` likely next tokens of a request
+        whose tokens are all known. A step without filters that need the host verifies them."""
         self.pool = pool
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_decode_rows = max_decode_rows
         self.max_prefill_rows = max_prefill_rows
         self.stall = stall
+        self.max_proposals = max_proposals
+        self.propose: Proposer | None = None
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []  # in order of arrival
         self.num_preemptions = 0
@@ -93,7 +79,7 @@ class Scheduler:
         for request in self.waiting:
             request.restart()
 
-    def schedule(self, *, may_preempt: bool) -> Plan | None:
+    def schedule(self, *, may_preempt: bool) -> StepPlan | None:
         """The next step, or None if nothing can run before the tokens in flight are known.
 
         `may_preempt` is true when no step is in flight: a preempted request restarts from known tokens only.
@@ -115,8 +101,13 @@ class Scheduler:
             decodable = [request for request in self.running if request.may_decode]
         return None
 
-    def token_known(self, request: Request) -> None:
-        """Publish the blocks that the newest known tokens have filled."""
+    def tokens_known(self, request: Request, num_fed: int, token_ids: Sequence[int]) -> None:
+        """Append the tokens that a step with `num_fed` tokens of this request has brought, and
+        publish the blocks that are now full of known tokens."""
+        num_wrong = num_fed - len(token_ids)
+        request.num_computed -= num_wrong
+        request.num_in_flight -= num_fed
+        request.output_ids += token_ids
         num_full = min(request.num_known, request.num_computed) // self.pool.block_size
         if num_full > len(request.block_digests) and self.pool.enable_prefix_caching:
             self._publish(request, num_full)
@@ -127,7 +118,7 @@ class Scheduler:
             return math.inf
         return self.stall.max_ms / -(-len(decodable) // self.max_decode_rows)
 
-    def _plan_prefill(self, max_ms: float) -> PrefillPlan | None:
+    def _plan_prefill(self, max_ms: float) -> StepPlan | None:
         budget = self.max_num_batched_tokens
         chunks: list[Chunk] = []
         for request in self.running:
@@ -137,7 +128,7 @@ class Scheduler:
             if not self._admit(self.waiting[0]):
                 break
             budget -= self._add_chunk(chunks, self.waiting.popleft(), budget, max_ms)
-        return PrefillPlan(chunks) if chunks else None
+        return prefill_plan(chunks) if chunks else None
 
     def _add_chunk(self, chunks: list[Chunk], request: Request, budget: int, max_ms: float) -> int:
         """Add as much of a request as fits; returns what of the budget is gone, all of it when time is."""
@@ -147,8 +138,9 @@ class Scheduler:
             num_tokens = self.stall.next_chunk(before, num_tokens, request.num_computed, max_ms)
             if not num_tokens:
                 return budget
+        is_first = request.num_computed == request.num_shared
         is_last = request.num_computed + num_tokens == request.num_known
-        chunks.append(Chunk(request, request.num_computed, num_tokens, is_last))
+        chunks.append(Chunk(request, request.num_computed, num_tokens, is_first, is_last))
         request.num_computed += num_tokens
         request.is_decoding = is_last
         request.num_in_flight += is_last
@@ -160,7 +152,7 @@ class Scheduler:
     def _admit(self, request: Request) -> bool:
         """Give a waiting request a row and blocks for all its known tokens, shared ones first; False if there are too few."""
         known_ids = request.known_ids
-        digests = self.pool.digests(known_ids)
+        digests = self._digests(request, known_ids)
         # the last token always runs, even if all its blocks are cached: its logits are what comes next
         usable = (
             []
@@ -175,7 +167,7 @@ class Scheduler:
         self.pool.share(shared)
         request.blocks = shared + self.pool.allocate(num_new)
         request.block_digests = digests[: len(shared)]
-        request.num_computed = len(shared) * self.pool.block_size
+        request.num_computed = request.num_shared = len(shared) * self.pool.block_size
         if request.num_cached is None:
             request.num_cached = request.num_computed
         request.row = self._free_rows.pop()
@@ -183,15 +175,13 @@ class Scheduler:
         self.running.append(request)
         return True
 
-    def _plan_decode(self, decodable: list[Request], may_preempt: bool) -> DecodePlan | None:
+    def _plan_decode(self, decodable: list[Request], may_preempt: bool) -> StepPlan | None:
         if len(decodable) > self.max_decode_rows:
             start = self._next_decode % len(decodable)
             decodable = (decodable[start:] + decodable[:start])[: self.max_decode_rows]
             self._next_decode = start + self.max_decode_rows
-        if (
-            sum(self._needs_block(request) for request in decodable) > self.pool.num_free
-            and not may_preempt
-        ):
+        num_missing = sum(self._needs_block(request) for request in decodable)
+        if num_missing > self.pool.num_free and not may_preempt:
             return None
         chosen: list[Request] = []
         new_blocks: list[tuple[int, int, int]] = []
@@ -202,17 +192,45 @@ class Scheduler:
                 self._make_room(request)
                 if request.status is not Status.RUNNING:
                     continue  # it was the newest itself
-                block = self.pool.allocate(1)[0]
-                new_blocks.append((request.row, len(request.blocks), block))
-                request.blocks.append(block)
+                new_blocks.append(self._add_block(request))
             chosen.append(request)
         # a later request's need may have preempted one that was chosen before
         chosen = [request for request in chosen if request.status is Status.RUNNING]
+        if not chosen:
+            return None
         rows = {request.row for request in chosen}
+        new_blocks = [new for new in new_blocks if new[0] in rows]
         for request in chosen:
             request.num_computed += 1
             request.num_in_flight += 1
-        return DecodePlan(chosen, [new for new in new_blocks if new[0] in rows]) if chosen else None
+        choice = choice_of(chosen)
+        proposals: list[Sequence[int]] = []
+        if self.propose is not None and choice.state_suffices:
+            proposals = [self._proposals(request, new_blocks) for request in chosen]
+        return decode_plan(chosen, proposals, new_blocks, choice)
+
+    def _proposals(self, request: Request, new_blocks: list[tuple[int, int, int]]) -> Sequence[int]:
+        """The proposed tokens after a request's newest, as many as free blocks and its length allow;
+        they count as computed and in flight until `token_known` says how many were right."""
+        if request.num_in_flight > 1:
+            return ()
+        assert self.propose is not None
+        num_left = request.max_output - request.num_scheduled_outputs
+        proposed = self.propose(request)[: min(self.max_proposals, num_left)]
+        for num, _ in enumerate(proposed):
+            if self._needs_block(request):
+                if not self.pool.num_free:
+                    return proposed[:num]
+                new_blocks.append(self._add_block(request))
+            request.num_computed += 1
+            request.num_in_flight += 1
+        return proposed
+
+    def _add_block(self, request: Request) -> tuple[int, int, int]:
+        """Give a request one block more; returns its row, the block's place in its table, the block."""
+        (block,) = self.pool.allocate(1)
+        request.blocks.append(block)
+        return request.row, len(request.blocks) - 1, block
 
     def _needs_block(self, request: Request) -> bool:
         return request.num_computed == len(request.blocks) * self.pool.block_size
@@ -232,11 +250,16 @@ class Scheduler:
         self._free_rows.append(request.row)
         request.blocks, request.block_digests, request.row = [], [], -1
 
+    def _digests(self, request: Request, token_ids: Sequence[int]) -> list[bytes]:
+        return self.pool.digests(
+            token_ids, request.block_digests, root=request.cache_root, content=request.content
+        )
+
     def _publish(self, request: Request, num_full: int) -> None:
         num_published = len(request.block_digests)
         if num_full <= num_published:
             return
         known_ids = request.known_ids[: num_full * self.pool.block_size]
-        request.block_digests = self.pool.digests(known_ids, request.block_digests)
+        request.block_digests = self._digests(request, known_ids)
         for block_idx in range(num_published, num_full):
             self.pool.publish(request.blocks[block_idx], request.block_digests[block_idx])

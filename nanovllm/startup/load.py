@@ -346,6 +346,7 @@ def make_layout(config: EngineConfig, cfg: ModelConfig, platform: Platform) -> L
         decode_rows=buckets.decode_ladder(config.graph_batch_sizes, max_num_seqs, platform.name),
         prefill_tokens=buckets.prefill_ladder(max_tokens, platform.name),
         max_prefill_rows=min(max_num_seqs, buckets.PREFILL_ROWS),
+        verify_tokens=tuple(sorted({1 + length for length in config.draft_lengths})),
         pad=pad,
     )
 

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 # Calls that copy what they pick out: they read as much as they write, not all they pick from.
-_PICKING = ("embedding", "index", "index_select", "gather", "decode_inputs", "sampling_inputs")
+_PICKING = (
+    "embedding",
+    "index",
+    "index_select",
+    "gather",
+    "decode_inputs",
+    "span_inputs",
+    "sampling_inputs",
+)
 
 
 def cost(

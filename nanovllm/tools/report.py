@@ -27,8 +27,8 @@ from nanovllm.compile.program import Program
 from nanovllm.compile.trace import tensors
 from nanovllm.config import EngineConfig
 from nanovllm.models.config import ModelConfig
-from nanovllm.models.dense import Batch
 from nanovllm.runner.runner import Runner
+from nanovllm.runner.state import Span
 from nanovllm.startup import load as startup
 from nanovllm.startup.compile_farm import builder as precompile
 from nanovllm.tools import report_data as report
@@ -150,21 +150,17 @@ def _decode(runner: Runner, num_rows: int, context: int, blocks_each: int) -> No
 
 def _prefill(runner: Runner, num_tokens: int) -> None:
     """A prefill step of one prompt that fills the bucket."""
-    layout, device = runner.layout, runner.platform.device
+    layout, state, device = runner.layout, runner.state, runner.platform.device
     _, num_rows = layout.prefill_bucket(num_tokens, 1)
-    pos_T = torch.arange(num_tokens, device=device)
-    table_RP = torch.zeros((num_rows, layout.blocks_per_row), dtype=torch.int32, device=device)
     num_blocks = -(-num_tokens // layout.block_size)
-    table_RP[0, :num_blocks] = torch.arange(1, num_blocks + 1)
-    length_R = torch.zeros(num_rows, dtype=torch.int32, device=device)
-    length_R[0] = num_tokens
-    start_S = torch.full((num_rows + 1,), num_tokens, dtype=torch.int32, device=device)
-    start_S[0] = 0
-    batch = Batch(pos_T, pos_T + layout.block_size, table_RP, length_R, start_S)
-    last_R = torch.zeros(num_rows, dtype=torch.int64, device=device)
-    last_R[0] = num_tokens - 1
-    logits_RV = runner.steps.prefill_logits(pos_T % runner.cfg.vocab_size, batch, last_R)
-    runner.steps.sample(torch.full_like(last_R, runner.state.pad_row), logits_RV)
+    state.pos_S[0] = 0
+    state.block_table_SP[0, :num_blocks] = torch.arange(1, num_blocks + 1)
+    row_idx_R = torch.full((num_rows,), state.pad_row, device=device)
+    num_tokens_R = torch.zeros_like(row_idx_R)
+    row_idx_R[0], num_tokens_R[0] = 0, num_tokens
+    token_T = torch.arange(num_tokens, device=device) % runner.cfg.vocab_size
+    span = Span(row_idx_R, num_tokens_R, token_T)
+    runner.steps.sample(row_idx_R, runner.steps.prefill_logits(span), num_tokens_R)
 
 
 def _facts(runner: Runner, cfg: ModelConfig, kind: str, context: int) -> dict[str, str]:

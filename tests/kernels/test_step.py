@@ -1,20 +1,23 @@
-"""The kernels of a step's index arithmetic give exactly what the ops mean, with padding rows among the rows."""
+"""The kernels of a step's index arithmetic give exactly what the reference gives, padding included."""
 
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from nanovllm.kernels import step
+from nanovllm.compile.trace import trace
+from nanovllm.kernels import ops, reference
 from nanovllm.kernels.cpu import kernels as cpu_kernels
 from nanovllm.kernels.cpu import step as cpu_step
 from nanovllm.kernels.triton import step as triton_step
 
 BLOCK_SIZE = 16
 IMPLEMENTATIONS = [cpu_step, triton_step] if cpu_kernels.available()[0] else [triton_step]
+STATE = ("token", "pos", "rope_offset", "table")
 
 
 def device_of(kernels: ModuleType) -> str:
@@ -22,18 +25,34 @@ def device_of(kernels: ModuleType) -> str:
 
 
 def state(num_rows: int, num_blocks: int, device: str) -> dict[str, Tensor]:
-    """Of num_rows rows and a last one for padding, which is at token 0 of position 0 and may hold any other rubbish."""
+    """A state of num_rows rows; the padding row's block table and settings may hold anything."""
     rows = num_rows + 1
     made = {
         "token": torch.randint(1, 10**6, (rows,)),
-        "pos": torch.randint(0, num_blocks * BLOCK_SIZE, (rows,)),
+        "pos": torch.randint(0, num_blocks * BLOCK_SIZE // 2 + 1, (rows,)),
+        "rope_offset": torch.randint(-9, 9, (rows,)),
         "table": torch.randint(0, 2**31 - 1, (rows, num_blocks), dtype=torch.int32),
-        "sampling": torch.rand(rows, 4),
+        "sampling": torch.rand(rows, 7),
         "seed": torch.randint(-(2**63), 2**63 - 1, (rows,)),
     }
-    made["token"][-1] = made["pos"][-1] = made["table"][-1] = 0
+    for name in STATE:
+        made[name][-1] = 0
     made["sampling"][-1] = float("nan")
     return {name: tensor.to(device) for name, tensor in made.items()}
+
+
+def assert_equal(found: Any, expected: Any) -> None:
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype is theirs.dtype
+        assert torch.equal(ours.nan_to_num(-1.0), theirs.nan_to_num(-1.0))
+
+
+def assert_advances(kernels: ModuleType, s: dict[str, Tensor], *inputs: Tensor) -> None:
+    ours, theirs = (s["token"].clone(), s["pos"].clone()), (s["token"].clone(), s["pos"].clone())
+    kernels.advance(*ours, *inputs)
+    reference.advance(*theirs, *inputs)
+    assert_equal(ours, theirs)
+    assert ours[0][-1] == 0 and ours[1][-1] == 0
 
 
 CASES = [(1, 1, 1), (3, 3, 5), (19, 16, 99), (256, 1, 640), (99, 256, 2500)]
@@ -41,7 +60,7 @@ CASES = [(1, 1, 1), (3, 3, 5), (19, 16, 99), (256, 1, 640), (99, 256, 2500)]
 
 @pytest.mark.parametrize("kernels", IMPLEMENTATIONS, ids=lambda kernels: kernels.__name__)
 @pytest.mark.parametrize(("num_state_rows", "num_rows", "num_blocks"), CASES)
-def test_kernels_are_the_meaning(
+def test_decode_kernels_equal_the_reference(
     kernels: ModuleType, num_state_rows: int, num_rows: int, num_blocks: int
 ) -> None:
     device = device_of(kernels)
@@ -49,42 +68,98 @@ def test_kernels_are_the_meaning(
     row_idx_R = torch.full((num_rows,), num_state_rows, device=device)
     real = min(num_state_rows, num_rows - num_rows // 3)
     row_idx_R[:real] = torch.randperm(num_state_rows)[:real].to(device)
-    found = kernels.decode_inputs(s["token"], s["pos"], s["table"], row_idx_R, BLOCK_SIZE)
-    expected = step.decode_inputs_meaning(s["token"], s["pos"], s["table"], row_idx_R, BLOCK_SIZE)
-    found += kernels.sampling_inputs(s["pos"], s["sampling"], s["seed"], row_idx_R)
-    expected += step.sampling_inputs_meaning(s["pos"], s["sampling"], s["seed"], row_idx_R)
-    for ours, theirs in zip(found, expected):
-        assert ours.dtype is theirs.dtype and torch.equal(
-            ours.nan_to_num(-1.0), theirs.nan_to_num(-1.0)
+    given = (*(s[name] for name in STATE), row_idx_R, BLOCK_SIZE)
+    assert_equal(kernels.decode_inputs(*given), reference.decode_inputs(*given))
+    given = (s["pos"], s["sampling"], s["seed"], row_idx_R)
+    assert_equal(kernels.sampling_inputs(*given), reference.sampling_inputs(*given))
+    assert_advances(kernels, s, row_idx_R, torch.randint(1, 10**6, (num_rows,), device=device))
+
+
+# rows with their numbers of tokens, 0 for padding rows; the bucket's tokens; blocks per row
+SPANS: list[tuple[list[int], int, int]] = [
+    ([0, 0, 0], 19, 3),
+    ([1], 1, 1),
+    ([5, 1, 7, 0], 19, 4),
+    ([1] * 16, 99, 99),
+    ([700, 1, 19, 99, 0, 0], 989, 100),
+    ([4] * 250 + [0] * 6, 1024, 8),
+]
+
+
+@pytest.mark.parametrize("kernels", IMPLEMENTATIONS, ids=lambda kernels: kernels.__name__)
+@pytest.mark.parametrize("case", range(len(SPANS)))
+def test_span_kernels_equal_the_reference(kernels: ModuleType, case: int) -> None:
+    nums, num_tokens, num_blocks = SPANS[case]
+    device, num_state_rows = device_of(kernels), len(nums) + 3
+    s = state(num_state_rows, num_blocks, device)
+    row_idx_R = torch.randperm(num_state_rows)[: len(nums)].to(device)
+    num_R = torch.tensor(nums, device=device)
+    row_idx_R[num_R == 0] = num_state_rows
+    s["pos"] = s["pos"].clamp(max=num_blocks * BLOCK_SIZE - max(nums))
+    given_T = torch.randint(-1, 3, (num_tokens,), device=device)
+    given_T[sum(nums) :] = 0
+    given = (*(s[name] for name in STATE), row_idx_R, num_R, given_T, BLOCK_SIZE)
+    expected = reference.span_inputs(*given)
+    assert_equal(kernels.span_inputs(*given), expected)
+    row_T, num_T = expected[6:8]
+    given = (s["pos"], s["sampling"], s["seed"], row_T, num_T)
+    assert_equal(kernels.sampling_inputs(*given), reference.sampling_inputs(*given))
+    assert_advances(kernels, s, row_idx_R, torch.randint_like(row_idx_R, 1, 10**6), num_R)
+
+
+def test_spans_are_packed_one_after_another() -> None:
+    token_S, pos_S = torch.tensor([70, 71, 72, 0]), torch.tensor([0, 4, 9, 0])
+    rope_offset_S = torch.tensor([0, 0, -3, 0])
+    table_SP = torch.tensor([[7, 2, 0], [4, 8, 3], [5, 6, 9], [0, 0, 0]], dtype=torch.int32)
+    row_R, num_R = torch.tensor([2, 1, 3]), torch.tensor([2, 6, 0])
+    given_T = torch.tensor([-1, 50, 1, 2, 3, 4, 5, 6, 0, 0])
+    token_T, pos_T, slot_T, table_RP, seq_len_R, q_start, row_T, num_T, last_R = (
+        tensor.tolist()
+        for tensor in reference.span_inputs(
+            token_S, pos_S, rope_offset_S, table_SP, row_R, num_R, given_T, 4
         )
-    new_token_R = torch.randint(1, 10**6, (num_rows,), device=device)
-    ours, theirs = (s["token"].clone(), s["pos"].clone()), (s["token"].clone(), s["pos"].clone())
-    kernels.advance(*ours, row_idx_R, new_token_R)
-    step.advance_meaning(*theirs, row_idx_R, new_token_R)
-    assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
-    assert ours[0][-1] == 0 and ours[1][-1] == 0
+    )
+    assert token_T == [72, 50, 1, 2, 3, 4, 5, 6, 0, 0]
+    assert pos_T == [6, 7, 4, 5, 6, 7, 8, 9, 0, 0]
+    assert slot_T == [37, 38, 32, 33, 34, 35, 12, 13, 0, 1]
+    assert table_RP == [[5, 6, 9], [4, 8, 3], [0, 0, 0]]
+    assert seq_len_R == [11, 10, 0] and q_start == [0, 2, 8, 8] and last_R == [1, 7, 7]
+    assert row_T == [2, 2, 1, 1, 1, 1, 1, 1, 3, 3] and num_T == [1, 2, 1, 2, 3, 4, 5, 6, 1, 1]
+
+
+def test_tokens_hold_up_to_the_first_that_was_not_chosen() -> None:
+    fed = torch.tensor([1, 2, 3, 1, 2, 3, 1, 2, 9, 9, 5, 0, 0])
+    chosen = torch.tensor([2, 3, 4, 2, 7, 3, 8, 2, 1, 9, 6, 0, 0])
+    # of three tokens each: both proposals right; the second wrong; the first wrong; then rows of
+    # one token, of which the next row's first is no proposal, and a padding row
+    num_R = torch.tensor([3, 3, 3, 1, 1, 0])
+    token_RK, count_R = reference.accept(fed, chosen, num_R, 3)
+    assert count_R.tolist() == [3, 2, 1, 1, 1, 1]
+    kept = [row[:count] for row, count in zip(token_RK.tolist(), count_R.tolist())]
+    assert kept[:5] == [[2, 3, 4], [2, 7], [8], [9], [6]]
 
 
 def test_the_ops_trace_with_their_shapes() -> None:
-    from nanovllm.compile.trace import trace
-
     s = state(3, 5, "cpu")
 
-    def region(
-        token: Tensor, pos: Tensor, table: Tensor, sampling: Tensor, seed: Tensor, row: Tensor
-    ) -> tuple[Tensor, ...]:
+    def region(row: Tensor, num: Tensor, given: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        token, pos, offset, table, sampling, seed = rest
         out = (
-            *step.decode_inputs(token, pos, table, row, BLOCK_SIZE),
-            *step.sampling_inputs(pos, sampling, seed, row),
+            *ops.decode_inputs(token, pos, offset, table, row, BLOCK_SIZE),
+            *ops.span_inputs(token, pos, offset, table, row, num, given, BLOCK_SIZE),
+            *ops.sampling_inputs(pos, sampling, seed, row, num),
+            *ops.accept(given, given, num, 4),
         )
-        step.advance(token, pos, row, out[0])
+        ops.advance(token, pos, row, out[0], num)
         return out
 
-    row_idx_R = torch.tensor([0, 3])
-    inputs = {name: s[name] for name in ("token", "pos", "table", "sampling", "seed")}
-    _, _, fakes = trace(region, {**inputs, "row": row_idx_R})
-    real = region(*(tensor.clone() for tensor in inputs.values()), row_idx_R)
-    assert isinstance(fakes, tuple)
-    assert [(fake.shape, fake.dtype) for fake in fakes] == [
-        (tensor.shape, tensor.dtype) for tensor in real
+    inputs = [
+        torch.tensor([0, 3]),
+        torch.tensor([4, 0]),
+        torch.tensor([-1, 1, 2, 3, 0]),
+        *s.values(),
     ]
+    _, _, fakes = trace(region, {f"input{i}": tensor for i, tensor in enumerate(inputs)})
+    real = region(*(tensor.clone() for tensor in inputs))
+    assert isinstance(fakes, tuple)
+    assert [(fake.shape, fake.dtype) for fake in fakes] == [(one.shape, one.dtype) for one in real]

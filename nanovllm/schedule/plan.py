@@ -1,0 +1,208 @@
+"""What the runner is told, and what it answers: numbers and arrays alone, no requests and no tensors.
+
+A plan can be written down, sent, and run by another process with the same result. R rows take part in
+a step and feed T tokens together, row after row.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+PAD_BLOCK = 0  # belongs to padding, never to a request
+NEWEST = -1  # in `StepPlan.token_T`: the row's newest token, which so far only the device knows
+# Columns of the device's table of sampling settings. The first is what the plain sampler reads.
+SAMPLING_FIELDS = (
+    "temperature", "top_p", "min_p", "top_k",
+    "repetition_penalty", "presence_penalty", "frequency_penalty",
+)  # fmt: skip
+
+
+class RowSettings(NamedTuple):
+    """The device state of a row that a request has just been given.
+
+    `pos` is the position of the first token that it will feed, `rope_offset` what is added to a
+    position before the rotation. `adapter` 0 is the model without an adapter.
+    """
+
+    row: int
+    pos: int
+    seed: int
+    sampling: tuple[float, ...]  # SAMPLING_FIELDS
+    blocks: list[int]
+    rope_offset: int = 0
+    adapter: int = 0
+
+
+class TokenHistory(NamedTuple):
+    """The tokens of a row that penalties count from here on."""
+
+    row: int
+    prompt_ids: list[int]
+    output_ids: list[int]
+
+
+class PromptLogprobs(NamedTuple):
+    """Log-probabilities are wanted of prompt tokens `token_ids`, the first at position `first`.
+
+    The logits of each are those after token number `start`, `start + 1`, … of the step.
+    """
+
+    request_id: int
+    first: int
+    start: int
+    token_ids: list[int]
+    num_top: int
+
+
+class EmbeddingSpan(NamedTuple):
+    """Tokens `start` … `start + num − 1` of the step take rows `source` … of the embeddings `key`."""
+
+    key: str
+    source: int
+    start: int
+    num: int
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What choosing the next tokens asks beyond each row's temperature.
+
+    forbidden: (row of the step, token id) pairs that may not be chosen.
+    num_logprobs: the likeliest tokens to report for each row; None: no log-probabilities.
+    allowed_RW: bit masks of the tokens that may be chosen, uint8 [R, ceil(V / 8)], token v at bit
+        v % 8 of byte v // 8; None: all.
+    """
+
+    has_filters: bool = False
+    has_penalties: bool = False
+    forbidden: list[tuple[int, int]] = field(default_factory=list)
+    num_logprobs: int | None = None
+    allowed_RW: np.ndarray | None = None
+
+    @property
+    def state_suffices(self) -> bool:
+        """True if the device's table of sampling settings says all that is asked."""
+        return not (
+            self.has_penalties
+            or self.forbidden
+            or self.num_logprobs is not None
+            or self.allowed_RW is not None
+        )
+
+    @property
+    def is_plain(self) -> bool:
+        return not self.has_filters and self.state_suffices
+
+
+PLAIN = Choice()
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One step of the device.
+
+    request_ids, rows: [R] who takes part, and the row of the device state of each.
+    num_tokens: [R] tokens that each row feeds; in a decode step its newest token and the proposed
+        tokens after it.
+    seq_lens: [R] tokens of each row in the cache after the step.
+    token_T: int64 [T] the tokens, row after row; NEWEST for one that only the device knows. Empty in
+        a decode step in which every row feeds its newest token alone.
+    is_sampled: [R] whether the row's next token is wanted.
+    """
+
+    is_prefill: bool
+    request_ids: list[int]
+    rows: list[int]
+    num_tokens: list[int]
+    seq_lens: list[int]
+    token_T: np.ndarray
+    is_sampled: list[bool]
+    settings: list[RowSettings] = field(default_factory=list)
+    new_blocks: list[tuple[int, int, int]] = field(default_factory=list)  # (row, index, block)
+    histories: list[TokenHistory] = field(default_factory=list)
+    choice: Choice = PLAIN
+    prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
+    embeddings: list[EmbeddingSpan] = field(default_factory=list)
+
+    @property
+    def tokens_per_row(self) -> int:
+        """K of a decode step: the most tokens that a row feeds."""
+        return max(self.num_tokens)
+
+    def to_bytes(self) -> bytes:
+        """The plan as bytes, for `from_bytes`."""
+        return _pack(asdict(self))
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> StepPlan:
+        content = _unpack(data)
+        choice = content.pop("choice")
+        choice["forbidden"] = [(row, token_id) for row, token_id in choice["forbidden"]]
+        kinds: dict[str, Any] = {
+            "settings": RowSettings,
+            "histories": TokenHistory,
+            "prompt_logprobs": PromptLogprobs,
+            "embeddings": EmbeddingSpan,
+        }
+        for name, kind in kinds.items():
+            content[name] = [kind(*values) for values in content[name]]
+        content["new_blocks"] = [tuple(new) for new in content["new_blocks"]]
+        return cls(choice=Choice(**choice), **content)
+
+
+class Logprobs(NamedTuple):
+    """Of N tokens: each one's own log-probability, and those of the L likeliest with their ids."""
+
+    chosen_N: np.ndarray
+    top_NL: np.ndarray
+    top_token_NL: np.ndarray
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step brought.
+
+    tokens: [R] lists of each row's new tokens: 1 … K of them, none where none was wanted.
+    logprobs: of each row's one token, where the plan asks for them.
+    prompt_logprobs: one for each of the plan's.
+    """
+
+    tokens: list[list[int]]
+    logprobs: Logprobs | None = None
+    prompt_logprobs: list[Logprobs] = field(default_factory=list)
+
+
+def _pack(content: dict[str, Any]) -> bytes:
+    """JSON, a zero byte, then the raw bytes of the arrays that stand in it."""
+    arrays: list[np.ndarray] = []
+
+    def written(value: Any) -> Any:
+        if isinstance(value, np.ndarray):
+            arrays.append(np.ascontiguousarray(value))
+            return {"array": len(arrays) - 1, "dtype": value.dtype.str, "shape": value.shape}
+        assert isinstance(value, np.generic), type(value)
+        return value.item()
+
+    text = json.dumps(content, default=written, separators=(",", ":")).encode()
+    return b"\0".join((text, b"".join(array.tobytes() for array in arrays)))
+
+
+def _unpack(data: bytes) -> dict[str, Any]:
+    text, _, raw = data.partition(b"\0")
+    offset = 0
+
+    def read(value: dict[str, Any]) -> Any:
+        nonlocal offset
+        if "array" not in value:
+            return value
+        dtype, shape = np.dtype(value["dtype"]), tuple(value["shape"])
+        count = int(np.prod(shape))
+        array = np.frombuffer(raw, dtype, count, offset).reshape(shape)
+        offset += array.nbytes
+        return array
+
+    return json.loads(text, object_hook=read)

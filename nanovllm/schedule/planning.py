@@ -1,0 +1,144 @@
+"""From requests to the plan of a step: the one place where requests become plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from nanovllm.schedule.plan import (
+    NEWEST,
+    PLAIN,
+    SAMPLING_FIELDS,
+    Choice,
+    EmbeddingSpan,
+    PromptLogprobs,
+    RowSettings,
+    StepPlan,
+    TokenHistory,
+)
+from nanovllm.schedule.request import Request
+
+NO_TOKENS = np.empty(0, np.int64)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """`num_tokens` known tokens of a request from position `start` on.
+
+    The last chunk samples the next token; the first writes the row's state.
+    """
+
+    request: Request
+    start: int
+    num_tokens: int
+    is_first: bool
+    is_last: bool
+
+
+def choice_of(requests: Sequence[Request]) -> Choice:
+    """What choosing the next token of each row asks; its rows are those of the step."""
+    has_filters, has_penalties = False, False
+    forbidden: list[tuple[int, int]] = []
+    wanted: list[int] = []
+    for row, request in enumerate(requests):
+        params = request.params
+        if params.min_tokens and request.min_tokens_hold:
+            forbidden += [(row, token_id) for token_id in request.stop_ids]
+        if params.is_plain:
+            continue
+        has_filters = True  # filters that are off keep every token
+        has_penalties = has_penalties or params.has_penalties
+        if params.logprobs is not None:
+            wanted.append(params.logprobs)
+    if not has_filters and not forbidden:
+        return PLAIN
+    return Choice(has_filters, has_penalties, forbidden, max(wanted) if wanted else None)
+
+
+def decode_plan(
+    requests: Sequence[Request],
+    proposals: Sequence[Sequence[int]],
+    new_blocks: list[tuple[int, int, int]],
+    choice: Choice,
+) -> StepPlan:
+    """Each request feeds its newest token and its proposals, already counted as computed."""
+    nums = [1] * len(requests)
+    token_T = NO_TOKENS
+    if any(proposals):
+        nums = [1 + len(proposed) for proposed in proposals]
+        fed = [token_id for proposed in proposals for token_id in (NEWEST, *proposed)]
+        token_T = np.array(fed, np.int64)
+    return StepPlan(
+        is_prefill=False,
+        request_ids=[request.request_id for request in requests],
+        rows=[request.row for request in requests],
+        num_tokens=nums,
+        seq_lens=[request.num_computed for request in requests],
+        token_T=token_T,
+        is_sampled=[True] * len(requests),
+        new_blocks=new_blocks,
+        choice=choice,
+    )
+
+
+def prefill_plan(chunks: Sequence[Chunk]) -> StepPlan:
+    """Chunks of prompts, one after another."""
+    token_ids: list[int] = []
+    prompt_logprobs: list[PromptLogprobs] = []
+    embeddings: list[EmbeddingSpan] = []
+    for chunk in chunks:
+        request, start, end = chunk.request, chunk.start, chunk.start + chunk.num_tokens
+        if request.needs_prompt_logits and start + 1 < len(request.prompt_ids):
+            following = request.prompt_ids[start + 1 : end + 1]
+            num_top = request.params.prompt_logprobs or 0
+            wanted = (request.request_id, start + 1, len(token_ids), following, num_top)
+            prompt_logprobs.append(PromptLogprobs(*wanted))
+        for one in request.contents:
+            first, last = max(start, one.start), min(end, one.start + one.num)
+            if first < last:
+                place = len(token_ids) + first - start
+                embeddings.append(EmbeddingSpan(one.key, first - one.start, place, last - first))
+        token_ids += request.known_ids[start:end]
+    ending = [chunk.request for chunk in chunks if chunk.is_last]
+    requests = [chunk.request for chunk in chunks]
+    return StepPlan(
+        is_prefill=True,
+        request_ids=[request.request_id for request in requests],
+        rows=[request.row for request in requests],
+        num_tokens=[chunk.num_tokens for chunk in chunks],
+        seq_lens=[chunk.start + chunk.num_tokens for chunk in chunks],
+        token_T=np.array(token_ids, np.int64),
+        is_sampled=[chunk.is_last for chunk in chunks],
+        settings=[_settings(chunk) for chunk in chunks if chunk.is_first],
+        histories=[
+            TokenHistory(request.row, request.prompt_ids, request.output_ids[:])
+            for request in ending
+            if request.params.has_penalties
+        ],
+        choice=_choice_of_chunks(chunks),
+        prompt_logprobs=prompt_logprobs,
+        embeddings=embeddings,
+    )
+
+
+def _choice_of_chunks(chunks: Sequence[Chunk]) -> Choice:
+    """Only rows that sample ask for anything, but their numbers are those of the step."""
+    if all(chunk.is_last for chunk in chunks):
+        return choice_of([chunk.request for chunk in chunks])
+    choice = choice_of([chunk.request for chunk in chunks if chunk.is_last])
+    row_of = [row for row, chunk in enumerate(chunks) if chunk.is_last]
+    forbidden = [(row_of[row], token_id) for row, token_id in choice.forbidden]
+    return Choice(choice.has_filters, choice.has_penalties, forbidden, choice.num_logprobs)
+
+
+def _settings(chunk: Chunk) -> RowSettings:
+    request = chunk.request
+    return RowSettings(
+        row=request.row,
+        pos=chunk.start,
+        seed=request.seed,
+        sampling=tuple(float(getattr(request.params, name)) for name in SAMPLING_FIELDS),
+        blocks=request.blocks[:],
+    )
