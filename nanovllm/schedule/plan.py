@@ -31,7 +31,7 @@ class RowSettings(NamedTuple):
     row: int
     pos: int
     seed: int
-    sampling: tuple[float, ...]  # SAMPLING_FIELDS
+    sampling: list[float]  # SAMPLING_FIELDS
     blocks: list[int]
     rope_offset: int = 0
     adapter: int = 0

@@ -139,6 +139,6 @@ def _settings(chunk: Chunk) -> RowSettings:
         row=request.row,
         pos=chunk.start,
         seed=request.seed,
-        sampling=tuple(float(getattr(request.params, name)) for name in SAMPLING_FIELDS),
+        sampling=[float(getattr(request.params, name)) for name in SAMPLING_FIELDS],
         blocks=request.blocks[:],
     )

@@ -54,6 +54,9 @@ class Request:
     blocks: list[int] = field(default_factory=list)
     block_digests: list[bytes] = field(default_factory=list)  # of the full blocks, chained
     is_decoding: bool = False  # its last prefill chunk has been launched
+    is_verifying: bool = (
+        False  # a step with proposals is in flight: its number of tokens is unknown
+    )
     num_shared: int = 0  # tokens whose blocks were found in the cache at this admission
     num_computed: int = 0
     num_in_flight: int = 0
@@ -65,7 +68,8 @@ class Request:
         """Back to waiting, with nothing in the cache: the next prefill takes all known tokens."""
         self.status = Status.WAITING
         self.row, self.blocks, self.block_digests = -1, [], []
-        self.is_decoding, self.num_computed, self.num_in_flight = False, 0, 0
+        self.is_decoding = self.is_verifying = False
+        self.num_computed = self.num_in_flight = 0
 
     @property
     def known_ids(self) -> list[int]:
@@ -81,10 +85,9 @@ class Request:
 
     @property
     def may_decode(self) -> bool:
-        # after a step with proposals nobody here knows how many of them hold
         return (
             self.is_decoding
-            and self.num_in_flight <= 1
+            and not self.is_verifying
             and self.num_scheduled_outputs < self.max_output
         )
 

@@ -107,6 +107,7 @@ class Scheduler:
         num_wrong = num_fed - len(token_ids)
         request.num_computed -= num_wrong
         request.num_in_flight -= num_fed
+        request.is_verifying = False
         request.output_ids += token_ids
         num_full = min(request.num_known, request.num_computed) // self.pool.block_size
         if num_full > len(request.block_digests) and self.pool.enable_prefix_caching:
@@ -224,6 +225,7 @@ class Scheduler:
                 new_blocks.append(self._add_block(request))
             request.num_computed += 1
             request.num_in_flight += 1
+            request.is_verifying = True
         return proposed
 
     def _add_block(self, request: Request) -> tuple[int, int, int]:

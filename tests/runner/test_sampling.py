@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanovllm.kernels import ops
+from nanovllm.kernels import ops, reference
 from nanovllm.kernels.cpu import kernels as cpu_kernels
 from nanovllm.runner import sampling as sampler
+from nanovllm.schedule.plan import SAMPLING_FIELDS
 
 INF = float("inf")
 Sample = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -50,18 +51,18 @@ def assert_drawn_from(token_N: Tensor, prob_V: Tensor) -> None:
 
 def test_hash_is_a_bijection_of_32_bits() -> None:
     x = torch.arange(0, 2**32, 65537, dtype=torch.int64)
-    y = sampler.hash32(x)
+    y = reference.hash32(x)
     assert y.unique().numel() == x.numel() and int(y.min()) >= 0 and int(y.max()) < 2**32
     # the published constants in Python's integers
     for value in (0, 1, 12345, 2**31, 2**32 - 1):
         expected = value
         expected = ((expected ^ (expected >> 16)) * 0x21F0AAAD) % 2**32
         expected = ((expected ^ (expected >> 15)) * 0x735A2D97) % 2**32
-        assert int(sampler.hash32(torch.tensor(value))) == expected ^ (expected >> 15)
+        assert int(reference.hash32(torch.tensor(value))) == expected ^ (expected >> 15)
 
 
 def test_noise_is_finite_and_gumbel() -> None:
-    noise = sampler.gumbel_noise(torch.arange(200), torch.arange(200) * 7, 997).double()
+    noise = reference.gumbel_noise(torch.arange(200), torch.arange(200) * 7, 997).double()
     assert torch.isfinite(noise).all()
     assert abs(noise.mean() - 0.5772157) < 0.01 and abs(noise.var() - math.pi**2 / 6) < 0.02
 
@@ -69,13 +70,13 @@ def test_noise_is_finite_and_gumbel() -> None:
 @pytest.mark.parametrize("change", ["seed", "high half of seed", "position", "token"])
 def test_noise_is_independent_across(change: str) -> None:
     base, num = torch.arange(5, 5 + 200), 200
-    first = sampler.gumbel_noise(base, rows(9, num, torch.int64), 501)
+    first = reference.gumbel_noise(base, rows(9, num, torch.int64), 501)
     if change == "seed":
-        second = sampler.gumbel_noise(base + 1, rows(9, num, torch.int64), 501)
+        second = reference.gumbel_noise(base + 1, rows(9, num, torch.int64), 501)
     elif change == "high half of seed":
-        second = sampler.gumbel_noise(base + 2**32, rows(9, num, torch.int64), 501)
+        second = reference.gumbel_noise(base + 2**32, rows(9, num, torch.int64), 501)
     elif change == "position":
-        second = sampler.gumbel_noise(base, rows(10, num, torch.int64), 501)
+        second = reference.gumbel_noise(base, rows(10, num, torch.int64), 501)
     else:
         first, second = first[:, 1:], first[:, :-1]
     correlation = torch.corrcoef(torch.stack([first.flatten(), second.flatten()]))[0, 1]
@@ -84,19 +85,19 @@ def test_noise_is_independent_across(change: str) -> None:
 
 def test_noise_depends_on_the_row_alone() -> None:
     seed_R, pos_R = torch.tensor([3, -(2**63), 2**63 - 1, 0]), torch.tensor([1, 0, 989, 40000])
-    together = sampler.gumbel_noise(seed_R, pos_R, 97)
+    together = reference.gumbel_noise(seed_R, pos_R, 97)
     for row in range(4):
         assert torch.equal(
             together[row : row + 1],
-            sampler.gumbel_noise(seed_R[row : row + 1], pos_R[row : row + 1], 97),
+            reference.gumbel_noise(seed_R[row : row + 1], pos_R[row : row + 1], 97),
         )
-    assert torch.equal(together[:, :19], sampler.gumbel_noise(seed_R, pos_R, 19))
+    assert torch.equal(together[:, :19], reference.gumbel_noise(seed_R, pos_R, 19))
 
 
 # the plain sampler --------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=[sampler.sample, ops.sample], ids=["formula", "kernel"])
+@pytest.fixture(params=[reference.sample, ops.sample], ids=["formula", "kernel"])
 def sample(request: pytest.FixtureRequest) -> Sample:
     """The plain-torch meaning, and whatever runs on this machine's CPU in its place."""
     if cpu_kernels.available()[0]:
@@ -193,7 +194,7 @@ def test_filters_keep_what_the_plain_algorithm_keeps(vocab_size: int) -> None:
     top_k_R, top_p_R, min_p_R = (
         torch.tensor(column, dtype=torch.float32) for column in zip(*FILTERS)
     )
-    kept_RV = sampler.keep_likely(logits_RV, torch.ones(len(FILTERS)), top_k_R, top_p_R, min_p_R)
+    kept_RV = reference.keep_likely(logits_RV, torch.ones(len(FILTERS)), top_k_R, top_p_R, min_p_R)
     for row, (top_k, top_p, min_p) in enumerate(FILTERS):
         kept = set(torch.isfinite(kept_RV[row]).nonzero().flatten().tolist())
         assert kept == plain_filter(logits_RV[row].numpy(), top_k, top_p, min_p), FILTERS[row]
@@ -214,7 +215,8 @@ def test_a_filtered_choice_calls_the_ops_that_are_rehearsed() -> None:
 
     one_R, some_R = rows(1.0, 2), rows(5, 2, torch.int64)
     with Watch():
-        sampler.sample_filtered(random_logits(2, 19), one_R, one_R, one_R, one_R, some_R, some_R)
+        fields_RF = torch.ones(2, len(SAMPLING_FIELDS))
+        sampler.sample_filtered(random_logits(2, 19), fields_RF, some_R, some_R)
     visited: list[tuple[object, list[torch.dtype]]] = []
     sampler.rehearse_filtered(
         lambda op, args, kwargs: visited.append((op, [tensor.dtype for tensor in args])),
@@ -227,7 +229,7 @@ def test_a_filtered_choice_calls_the_ops_that_are_rehearsed() -> None:
 def test_of_equal_logits_the_smaller_ids_stay() -> None:
     logits_RV = torch.zeros(2, 19)
     filters = torch.ones(2), torch.tensor([5.0, 0.0]), torch.tensor([1.0, 0.5]), torch.zeros(2)
-    kept_RV = sampler.keep_likely(logits_RV, *filters)
+    kept_RV = reference.keep_likely(logits_RV, *filters)
     assert torch.isfinite(kept_RV[0]).nonzero().flatten().tolist() == list(range(5))
     assert torch.isfinite(kept_RV[1]).nonzero().flatten().tolist() == list(range(10))
 
@@ -236,7 +238,7 @@ def test_forbidden_tokens_do_not_come_back_through_a_filter() -> None:
     logits_RV = random_logits(1, 19)
     logits_RV[0, :16] = -INF
     filters = torch.ones(1), torch.tensor([8.0]), torch.tensor([0.999]), torch.tensor([0.0])
-    kept_RV = sampler.keep_likely(logits_RV, *filters)
+    kept_RV = reference.keep_likely(logits_RV, *filters)
     assert not torch.isfinite(kept_RV[0, :16]).any()
 
 
@@ -244,15 +246,8 @@ def filtered(
     logits_RV: Tensor, temperature: float, top_k: int, top_p: float, min_p: float, seed_R: Tensor
 ) -> Tensor:
     num = logits_RV.shape[0]
-    return sampler.sample_filtered(
-        logits_RV,
-        temperature_R=rows(temperature, num),
-        top_k_R=rows(top_k, num),
-        top_p_R=rows(top_p, num),
-        min_p_R=rows(min_p, num),
-        seed_R=seed_R,
-        pos_R=rows(3, num, torch.int64),
-    )
+    fields_RF = torch.tensor([temperature, top_p, min_p, top_k, 1.0, 0.0, 0.0]).expand(num, -1)
+    return sampler.sample_filtered(logits_RV, fields_RF, seed_R, rows(3, num, torch.int64))
 
 
 @pytest.mark.parametrize(
@@ -273,7 +268,7 @@ def test_filtered_samples_follow_the_renormalised_softmax(
 
 def test_filters_that_are_off_change_nothing() -> None:
     logits_RV, seed_R = random_logits(99, 989), torch.arange(99)
-    plain_R = sampler.sample(logits_RV, rows(0.8, 99), seed_R, rows(3, 99, torch.int64))
+    plain_R = reference.sample(logits_RV, rows(0.8, 99), seed_R, rows(3, 99, torch.int64))
     assert torch.equal(filtered(logits_RV, 0.8, 0, 1.0, 0.0, seed_R), plain_R)
 
 
@@ -336,15 +331,21 @@ def test_presence_and_frequency_penalties_are_the_formula() -> None:
 
 def test_logprobs_are_those_of_log_softmax() -> None:
     logits_RV, token_R = random_logits(3, 99), torch.tensor([5, 0, 98])
-    found = sampler.logprobs(logits_RV, token_R, 4)
+    chosen_R, top_RL, top_token_RL = sampler.logprobs(logits_RV, token_R, 4)
     expected_RV = torch.log_softmax(logits_RV.double(), -1)
     torch.testing.assert_close(
-        found.chosen_R.double(), expected_RV[torch.arange(3), token_R], atol=1e-5, rtol=0
+        chosen_R.double(), expected_RV[torch.arange(3), token_R], atol=1e-5, rtol=0
     )
     for row in range(3):
         order = expected_RV[row].argsort(descending=True)[:4]
-        assert found.top_token_RL[row].tolist() == order.tolist()
-        torch.testing.assert_close(
-            found.top_RL[row].double(), expected_RV[row][order], atol=1e-5, rtol=0
-        )
-    assert sampler.logprobs(logits_RV, token_R, 0).top_RL.shape == (3, 0)
+        assert top_token_RL[row].tolist() == order.tolist()
+        torch.testing.assert_close(top_RL[row].double(), expected_RV[row][order], atol=1e-5, rtol=0)
+    assert sampler.logprobs(logits_RV, token_R, 0)[1].shape == (3, 0)
+
+
+@pytest.mark.parametrize("vocab_size", [1, 19, 99, 512])
+def test_masks_leave_the_tokens_whose_bits_are_set(vocab_size: int) -> None:
+    allowed_RV = np.random.default_rng(0).random((3, vocab_size)) < 0.3
+    bits_RW = np.packbits(allowed_RV, axis=1, bitorder="little")
+    kept_RV = sampler.forbid(random_logits(3, vocab_size), torch.from_numpy(bits_RW))
+    assert np.array_equal(torch.isfinite(kept_RV).numpy(), allowed_RV)

@@ -25,7 +25,7 @@ def test_padding_block_is_never_handed_out() -> None:
     pool = BlockPool(5, 16)
     blocks = pool.allocate(4)
     assert sorted(blocks) == [1, 2, 3, 4] and PAD_BLOCK not in blocks
-    assert pool.num_free == 0 and pool.capacity_tokens == 64
+    assert pool.num_free == 0
     with pytest.raises(AssertionError):
         pool.allocate(1)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections import deque
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,25 +13,37 @@ import pytest
 
 from nanovllm import SamplingParams
 from nanovllm.schedule.blocks import BlockPool
-from nanovllm.schedule.request import Request, Status
-from nanovllm.schedule.scheduler import DecodePlan, Plan, PrefillPlan, Scheduler
+from nanovllm.schedule.plan import NEWEST, StepPlan
+from nanovllm.schedule.request import Content, Request, Status
+from nanovllm.schedule.scheduler import Scheduler
 from nanovllm.schedule.stall import StallBound
 
 BLOCK = 4
 
 
-def scheduler(**changes: Any) -> Scheduler:
+PREFILL, DECODE = True, False
+
+
+class Known(Scheduler):
+    """A scheduler that remembers its requests by id."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.known: dict[int, Request] = {}
+
+    def add(self, request: Request) -> None:
+        self.known[request.request_id] = request
+        super().add(request)
+
+
+def scheduler(**changes: Any) -> Known:
     sizes = {
-        "max_num_seqs": 8,
-        "max_num_batched_tokens": 16,
-        "max_decode_rows": 8,
-        "max_prefill_rows": 8,
-        **changes,
-    }
+        "max_num_seqs": 8, "max_num_batched_tokens": 16, "max_decode_rows": 8,
+        "max_prefill_rows": 8, **changes,
+    }  # fmt: skip
     caching = sizes.pop("enable_prefix_caching", True)
-    return Scheduler(
-        BlockPool(sizes.pop("num_blocks", 100), BLOCK, enable_prefix_caching=caching), **sizes
-    )
+    pool = BlockPool(sizes.pop("num_blocks", 100), BLOCK, enable_prefix_caching=caching)
+    return Known(pool, **sizes)
 
 
 def request(
@@ -42,25 +55,33 @@ def request(
     )
 
 
-def sampled(plan: Plan) -> list[Request]:
-    if isinstance(plan, DecodePlan):
-        return plan.requests
-    return [chunk.request for chunk in plan.chunks if chunk.is_last]
+def planned(s: Known) -> StepPlan:
+    plan = s.schedule(may_preempt=True)
+    assert plan is not None
+    return plan
 
 
-def answer(s: Scheduler, plan: Plan) -> None:
-    """What the engine does when a step's tokens are known."""
-    for one in sampled(plan):
-        one.num_in_flight -= 1
-        if one.status is Status.FINISHED:
+def chunks(plan: StepPlan) -> list[tuple[int, int]]:
+    """(position of the first token, number of tokens) of each row."""
+    return [(end - num, num) for end, num in zip(plan.seq_lens, plan.num_tokens)]
+
+
+def answer(
+    s: Known, plan: StepPlan | None, num_right: Callable[[int], int] = lambda most: most
+) -> None:
+    """What the engine does when a step's tokens are known; `num_right` of so many hold."""
+    assert plan is not None
+    for request_id, num, wanted in zip(plan.request_ids, plan.num_tokens, plan.is_sampled):
+        one, num_fed = s.known[request_id], 1 if plan.is_prefill else num
+        if not wanted or one.status is Status.FINISHED:
             continue
-        one.output_ids.append(len(one.output_ids))
-        s.token_known(one)
+        start = len(one.output_ids)
+        s.tokens_known(one, num_fed, list(range(start, start + num_right(num_fed))))
         if len(one.output_ids) == one.max_output:
             s.finish(one, "length")
 
 
-def check(s: Scheduler, plan: Plan | None) -> None:
+def check(s: Known, plan: StepPlan | None) -> None:
     """What must hold after every plan."""
     refs: dict[int, int] = {}
     for one in s.running:
@@ -79,23 +100,32 @@ def check(s: Scheduler, plan: Plan | None) -> None:
     )
     arrival = [one.request_id for one in [*s.running, *s.waiting]]
     assert arrival == sorted(arrival), "first come, first served"
-    if isinstance(plan, PrefillPlan):
-        assert 0 < sum(chunk.num_tokens for chunk in plan.chunks) <= s.max_num_batched_tokens
-        assert all(chunk.num_tokens > 0 for chunk in plan.chunks)
-        assert len(plan.chunks) <= s.max_prefill_rows
-    elif plan is not None:
-        assert 0 < len(plan.requests) <= s.max_decode_rows
-        assert len({one.request_id for one in plan.requests}) == len(plan.requests)
-        assert all(one.num_computed <= len(one.blocks) * BLOCK for one in plan.requests)
-        for row, block_idx, block in plan.new_blocks:
-            (owner,) = [one for one in plan.requests if one.row == row]
-            assert owner.blocks[block_idx] == block
+    if plan is None:
+        return
+    requests = [s.known[request_id] for request_id in plan.request_ids]
+    assert plan.rows == [one.row for one in requests] and len(set(plan.rows)) == len(requests)
+    if plan.is_prefill:
+        assert 0 < sum(plan.num_tokens) == len(plan.token_T) <= s.max_num_batched_tokens
+        assert all(num > 0 for num in plan.num_tokens)
+        assert len(requests) <= s.max_prefill_rows
+        known = [
+            one.known_ids[start : start + num] for one, (start, num) in zip(requests, chunks(plan))
+        ]
+        assert plan.token_T.tolist() == [token for part in known for token in part]
+        return
+    assert 0 < len(requests) <= s.max_decode_rows
+    assert plan.seq_lens == [one.num_computed for one in requests]
+    assert all(one.num_computed <= len(one.blocks) * BLOCK for one in requests)
+    assert all(one.num_scheduled_outputs <= one.max_output for one in requests)
+    for row, block_idx, block in plan.new_blocks:
+        (owner,) = [one for one in requests if one.row == row]
+        assert owner.blocks[block_idx] == block
 
 
-def run(s: Scheduler, *, run_ahead: int = 0, limit: int = 5000) -> list[Plan]:
+def run(s: Known, *, run_ahead: int = 0, limit: int = 5000) -> list[StepPlan]:
     """Plan until nothing is left, each step answered `run_ahead` steps late."""
-    plans: list[Plan] = []
-    in_flight: deque[Plan] = deque()
+    plans: list[StepPlan] = []
+    in_flight: deque[StepPlan] = deque()
     for _ in range(limit):
         if not s.has_work and not in_flight:
             return plans
@@ -114,33 +144,24 @@ def test_prompts_are_packed_in_order_of_arrival() -> None:
     s = scheduler()
     for i, num in enumerate((5, 6, 9, 3)):
         s.add(request(i, num))
-    plan = s.schedule(may_preempt=True)
-    assert isinstance(plan, PrefillPlan)
-    assert [(c.request.request_id, c.start, c.num_tokens, c.is_last) for c in plan.chunks] == [
-        (0, 0, 5, True),
-        (1, 0, 6, True),
-        (2, 0, 5, False),
-    ]
+    plan = planned(s)
+    assert plan.is_prefill and plan.request_ids == [0, 1, 2]
+    assert chunks(plan) == [(0, 5), (0, 6), (0, 5)]
+    assert plan.is_sampled == [True, True, False]
 
 
 def test_a_long_prompt_is_split_and_the_rest_of_the_budget_goes_to_the_next() -> None:
     s = scheduler()
     s.add(request(0, 40))
     s.add(request(1, 20))
-    chunks = []
-    for _ in range(4):
-        plan = s.schedule(may_preempt=True)
-        assert isinstance(plan, PrefillPlan)
-        chunks.append(
-            [(c.request.request_id, c.start, c.num_tokens, c.is_last) for c in plan.chunks]
-        )
-        if len(chunks) == 3:
-            break
-    assert chunks == [
-        [(0, 0, 16, False)],
-        [(0, 16, 16, False)],
-        [(0, 32, 8, True), (1, 0, 8, False)],
+    plans = [planned(s) for _ in range(3)]
+    assert [list(zip(plan.request_ids, chunks(plan), plan.is_sampled)) for plan in plans] == [
+        [(0, (0, 16), False)],
+        [(0, (16, 16), False)],
+        [(0, (32, 8), True), (1, (0, 8), False)],
     ]
+    # the device's row is written once, before the first chunk
+    assert [[settings.pos for settings in plan.settings] for plan in plans] == [[0], [], [0]]
 
 
 @pytest.mark.parametrize("run_ahead", [0, 1])
@@ -150,15 +171,13 @@ def test_a_watched_request_waits_for_one_prefill_step_at_most(run_ahead: int) ->
     s.waiting[-1].incremental = True
     answer(s, s.schedule(may_preempt=True))
     s.add(request(1, 150, 2))
-    kinds = [type(plan) for plan in run(s, run_ahead=run_ahead)]
-    assert kinds.count(PrefillPlan) == 10
+    kinds = [plan.is_prefill for plan in run(s, run_ahead=run_ahead)]
+    assert kinds.count(PREFILL) == 10
     pairs = list(itertools.pairwise(kinds))
-    assert (PrefillPlan, PrefillPlan) not in pairs, (
-        "a decodable request waited for two prefill steps"
-    )
+    assert (PREFILL, PREFILL) not in pairs, "a decodable request waited for two prefill steps"
     # and the prompt does not wait for more than one decode step
-    last = max(i for i, kind in enumerate(kinds) if kind is PrefillPlan)
-    assert (DecodePlan, DecodePlan) not in pairs[:last]
+    last = max(i for i, kind in enumerate(kinds) if kind is PREFILL)
+    assert (DECODE, DECODE) not in pairs[:last]
 
 
 def test_prompts_go_first_when_nobody_watches() -> None:
@@ -166,8 +185,8 @@ def test_prompts_go_first_when_nobody_watches() -> None:
     s.add(request(0, 4, 30))
     answer(s, s.schedule(may_preempt=True))
     s.add(request(1, 150, 2))
-    kinds = [type(plan) for plan in run(s)]
-    assert kinds[:10] == [PrefillPlan] * 10 and kinds.count(PrefillPlan) == 10
+    kinds = [plan.is_prefill for plan in run(s)]
+    assert kinds[:10] == [PREFILL] * 10 and kinds.count(PREFILL) == 10
 
 
 # a step of a small model on a large GPU; a chunk of 8192 after 8192 others would take 15 + 50 ms
@@ -176,7 +195,7 @@ STALL = StallBound(30.0, ((32, 2.0), (128, 2.0), (512, 2.5), (2048, 4.5), (8192,
 
 def with_long_prompt(
     stall: StallBound, *, watched: bool, **changes: Any
-) -> tuple[Scheduler, list[Plan], list[float]]:
+) -> tuple[Known, list[StepPlan], list[float]]:
     """Eight requests decode when a prompt of 16,384 tokens comes; all plans from then on, and what the prefill steps
     take by the estimate."""
     sizes = {"num_blocks": 6000, "max_num_seqs": 16, "max_num_batched_tokens": 8192, **changes}
@@ -188,21 +207,18 @@ def with_long_prompt(
     s.add(request(8, 16_384, 2))
     s.add(request(9, 100, 2))
     plans = run(s)
-    prefills = [plan for plan in plans if isinstance(plan, PrefillPlan)]
-    assert sum(chunk.num_tokens for plan in prefills for chunk in plan.chunks) == 16_484
-    return (
-        s,
-        plans,
-        [stall.estimate([(c.num_tokens, c.start) for c in plan.chunks]) for plan in prefills],
-    )
+    prefills = [plan for plan in plans if plan.is_prefill]
+    assert sum(sum(plan.num_tokens) for plan in prefills) == 16_484
+    times = [stall.estimate([(num, start) for start, num in chunks(plan)]) for plan in prefills]
+    return s, plans, times
 
 
 @pytest.mark.parametrize("max_ms", [5.0, 10.0, 30.0, 60.0])
 def test_prefill_steps_stay_within_the_bound_while_tokens_are_watched(max_ms: float) -> None:
     _, plans, times = with_long_prompt(replace(STALL, max_ms=max_ms), watched=True)
     assert all(ms <= max_ms for ms in times)
-    kinds = [type(plan) for plan in plans]
-    assert (PrefillPlan, PrefillPlan) not in list(itertools.pairwise(kinds))
+    kinds = [plan.is_prefill for plan in plans]
+    assert (PREFILL, PREFILL) not in list(itertools.pairwise(kinds))
 
 
 def test_the_bound_costs_few_steps() -> None:
@@ -213,18 +229,12 @@ def test_the_bound_costs_few_steps() -> None:
 def test_a_prompt_ends_whatever_the_bound() -> None:
     _, plans, times = with_long_prompt(replace(STALL, max_ms=0.001), watched=True)
     assert len(times) == 16_384 // 32 + 4
-    assert all(
-        sum(c.num_tokens for c in p.chunks) <= 32 for p in plans if isinstance(p, PrefillPlan)
-    )
+    assert all(sum(plan.num_tokens) <= 32 for plan in plans if plan.is_prefill)
 
 
 def test_a_batch_that_nobody_watches_is_not_cut() -> None:
     _, plans, times = with_long_prompt(STALL, watched=False)
-    sizes = [
-        sum(chunk.num_tokens for chunk in plan.chunks)
-        for plan in plans
-        if isinstance(plan, PrefillPlan)
-    ]
+    sizes = [sum(plan.num_tokens) for plan in plans if plan.is_prefill]
     assert sizes == [8192, 8192, 100] and max(times) > STALL.max_ms
 
 
@@ -232,8 +242,8 @@ def test_nobody_waits_for_a_prompt_that_is_alone() -> None:
     s = scheduler(stall=STALL, num_blocks=6000, max_num_batched_tokens=8192)
     s.add(request(0, 16_384))
     s.waiting[0].incremental = True
-    plan = s.schedule(may_preempt=True)
-    assert isinstance(plan, PrefillPlan) and plan.chunks[0].num_tokens == 8192
+    plan = planned(s)
+    assert plan.is_prefill and plan.num_tokens == [8192]
 
 
 def test_rows_that_decode_in_turns_share_the_bound() -> None:
@@ -244,7 +254,7 @@ def test_rows_that_decode_in_turns_share_the_bound() -> None:
 def test_prefill_goes_first_when_nothing_decodes() -> None:
     s = scheduler()
     s.add(request(0, 40))
-    assert [type(s.schedule(may_preempt=True)) for _ in range(3)] == [PrefillPlan] * 3
+    assert [planned(s).is_prefill for _ in range(3)] == [PREFILL] * 3
 
 
 def test_a_request_that_does_not_fit_holds_back_those_behind_it() -> None:
@@ -259,7 +269,10 @@ def test_a_request_that_does_not_fit_holds_back_those_behind_it() -> None:
     ] == [1, 2]
     plans = run(s)
     first = [
-        one.request_id for plan in plans for one in sampled(plan) if isinstance(plan, PrefillPlan)
+        request_id
+        for plan in plans
+        for request_id, wanted in zip(plan.request_ids, plan.is_sampled)
+        if plan.is_prefill and wanted
     ]
     assert first == [1, 2]
 
@@ -269,23 +282,21 @@ def test_no_more_than_max_num_seqs_run() -> None:
     for i in range(7):
         s.add(request(i, 2, 3))
     plans = run(s)
-    assert max(len(plan.requests) for plan in plans if isinstance(plan, DecodePlan)) == 3
+    assert max(len(plan.rows) for plan in plans if not plan.is_prefill) == 3
 
 
 def test_no_more_than_max_prefill_rows_share_a_step() -> None:
     s = scheduler(max_prefill_rows=2)
     for i in range(5):
         s.add(request(i, 2, 1))
-    assert [len(plan.chunks) for plan in run(s) if isinstance(plan, PrefillPlan)] == [2, 2, 1]
+    assert [len(plan.rows) for plan in run(s) if plan.is_prefill] == [2, 2, 1]
 
 
 def test_more_requests_than_decode_rows_take_turns() -> None:
     s = scheduler(max_decode_rows=3, max_num_batched_tokens=64)
     for i in range(8):
         s.add(request(i, 2, 13))
-    decodes = [
-        [one.request_id for one in plan.requests] for plan in run(s) if isinstance(plan, DecodePlan)
-    ]
+    decodes = [plan.request_ids for plan in run(s) if not plan.is_prefill]
     assert decodes[:3] == [[0, 1, 2], [3, 4, 5], [6, 7, 0]]
     for start in range(len(decodes) - 40):
         counts = [sum(i in rows for rows in decodes[: start + 8]) for i in range(8)]
@@ -344,7 +355,7 @@ def test_no_token_past_max_output_is_planned() -> None:
     plans = []
     while (plan := s.schedule(may_preempt=False)) is not None:  # nothing is ever answered
         plans.append(plan)
-    assert [type(plan) for plan in plans] == [PrefillPlan] + [DecodePlan] * 3
+    assert [plan.is_prefill for plan in plans] == [PREFILL] + [DECODE] * 3
 
 
 def test_finish_frees_waiting_running_and_half_prefilled_requests() -> None:
@@ -370,8 +381,8 @@ def test_restart_forgets_the_cache_and_keeps_the_order() -> None:
     s.restart(requests)
     check(s, None)
     assert list(s.waiting) == requests and not s.running
-    plan = s.schedule(may_preempt=True)
-    assert isinstance(plan, PrefillPlan) and plan.chunks[0].start == 0
+    plan = planned(s)
+    assert plan.is_prefill and chunks(plan)[0][0] == 0
     answer(s, plan)
     run(s)
     assert [len(one.output_ids) for one in requests] == [8] * 4
@@ -381,16 +392,61 @@ def test_equal_prompts_share_blocks_within_a_step() -> None:
     s = scheduler(max_num_batched_tokens=64)
     for i in range(3):
         s.add(request(i, 11, token=5))
-    plan = s.schedule(may_preempt=True)
-    assert isinstance(plan, PrefillPlan)
-    assert [(c.start, c.num_tokens) for c in plan.chunks] == [(0, 11), (8, 3), (8, 3)]
-    assert len({tuple(c.request.blocks[:2]) for c in plan.chunks}) == 1
-    assert len({c.request.blocks[2] for c in plan.chunks}) == 3
+    plan = planned(s)
+    assert plan.is_prefill and chunks(plan) == [(0, 11), (8, 3), (8, 3)]
+    assert len({tuple(one.blocks[:2]) for one in s.running}) == 1
+    assert len({one.blocks[2] for one in s.running}) == 3
+
+
+def test_what_else_decides_keys_and_values_parts_the_prefix_cache() -> None:
+    """Of requests with the same tokens, those with the same root and contents share blocks."""
+    image, other = Content(2, 3, b"i" * 32), Content(2, 3, b"o" * 32)
+    cases: list[tuple[bytes, tuple[Content, ...]]] = [
+        (b"", ()), (b"adapter", ()), (b"", (image,)), (b"", (other,)), (b"", (image._replace(start=3),)),
+        (b"", (image._replace(start=4),)),
+    ]  # fmt: skip
+    s = scheduler(max_num_batched_tokens=512, max_num_seqs=16, max_prefill_rows=16)
+    for i, (root, contents) in enumerate(cases * 2):
+        one = request(i, 11, token=5)
+        one.cache_root, one.contents = root, contents
+        s.add(one)
+    first = planned(s)
+    # the first block ends before the image that starts at 4
+    assert chunks(first)[: len(cases)] == [(0, 11)] * 5 + [(4, 7)]
+    assert chunks(first)[len(cases) :] == [(8, 3)] * len(cases)
+
+
+def test_proposals_are_fed_after_the_newest_token_as_far_as_there_is_room() -> None:
+    s = scheduler(max_proposals=4, num_blocks=1 + 4)
+    s.propose = lambda one: [70, 71, 72, 73, 74] if one.request_id == 0 else []
+    s.add(request(0, 3, 5))
+    s.add(request(1, 6, 8))
+    answer(s, planned(s))
+    plan = planned(s)
+    # four more tokens are wanted of request 0: the newest brings one, proposals three
+    assert plan.num_tokens == [4, 1] and plan.token_T.tolist() == [NEWEST, 70, 71, 72, NEWEST]
+    assert s.schedule(may_preempt=False) is not None, "request 1 goes on"
+    answer(s, plan, lambda most: min(most, 2))
+    assert s.known[0].num_computed == 5 and s.known[0].num_in_flight == 0
+    assert len(s.known[0].output_ids) == 3
+
+
+def test_no_proposals_where_the_host_must_see_each_token() -> None:
+    s = scheduler(max_proposals=4)
+    s.propose = lambda one: [70, 71]
+    s.add(request(0, 3))
+    s.add(request(1, 3))
+    s.known[1].params = SamplingParams(max_tokens=8, presence_penalty=1.0)
+    answer(s, planned(s))
+    assert planned(s).num_tokens == [1, 1]
 
 
 @pytest.mark.parametrize("run_ahead", [0, 1, 3])
 @pytest.mark.parametrize("seed", range(6))
-def test_random_loads_end_with_everything_free(seed: int, run_ahead: int) -> None:
+@pytest.mark.parametrize("max_proposals", [0, 5])
+def test_random_loads_end_with_everything_free(
+    seed: int, run_ahead: int, max_proposals: int
+) -> None:
     rng = random.Random(seed)
     s = scheduler(
         num_blocks=1 + rng.choice([10, 14, 40]),
@@ -399,8 +455,11 @@ def test_random_loads_end_with_everything_free(seed: int, run_ahead: int) -> Non
         max_num_batched_tokens=rng.choice([1, 7, 32]),
         max_prefill_rows=rng.choice([1, 3, 8]),
         enable_prefix_caching=rng.random() < 0.7,
+        max_proposals=max_proposals,
         stall=rng.choice([None, StallBound(rng.choice([0.1, 3.0]), ((4, 1.0), (32, 2.0)), 0.001)]),
     )
+    if max_proposals:
+        s.propose = lambda one: [9] * rng.randrange(8)
     lengths = [(rng.randrange(1, 24), rng.randrange(1, 16)) for _ in range(30)]
     requests = [
         request(i, p, o, token=rng.choice([None, 1, 2])) for i, (p, o) in enumerate(lengths)
@@ -408,7 +467,7 @@ def test_random_loads_end_with_everything_free(seed: int, run_ahead: int) -> Non
     for one in requests:
         one.incremental = rng.random() < 0.3
     todo = deque(requests)
-    in_flight: deque[Plan] = deque()
+    in_flight: deque[StepPlan] = deque()
     steps = 0
     while todo or s.has_work or in_flight:
         steps += 1
@@ -423,7 +482,7 @@ def test_random_loads_end_with_everything_free(seed: int, run_ahead: int) -> Non
         if plan is not None:
             in_flight.append(plan)
         if in_flight and (plan is None or len(in_flight) > run_ahead):
-            answer(s, in_flight.popleft())
+            answer(s, in_flight.popleft(), lambda most: rng.randint(1, most))
     check(s, None)
     assert s.pool.num_free == s.pool.num_blocks - 1 and not any(s.pool._num_refs)
     for one, (_, num_output) in zip(requests, lengths):

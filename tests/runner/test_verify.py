@@ -1,0 +1,130 @@
+"""Decode steps of several tokens a row: what they keep is what single steps choose."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from nanovllm import LLM, SamplingParams
+from nanovllm.schedule.plan import StepPlan
+from nanovllm.schedule.request import Request
+from tests.engines import assert_all_free, greedy, random_prompts
+
+DRAFTS = (1, 3)
+PROMPTS = random_prompts([19, 1, 40, 99, 7], seed=3)
+Proposer = Callable[[Request], list[int]]
+
+
+@pytest.fixture(scope="module", params=["eager", "unpadded", "graph"])
+def drafting(request: pytest.FixtureRequest, make_llm: Callable[..., LLM]) -> Iterator[LLM]:
+    modes: dict[str, dict[str, Any]] = {
+        "eager": {},
+        "unpadded": {"pad_batches": False},
+        "graph": {"enforce_eager": False, "graph_batch_sizes": (1, 5)},
+    }
+    llm = make_llm(draft_lengths=DRAFTS, max_num_seqs=5, run_ahead=0, **modes[request.param])
+    yield llm
+    llm.close()
+
+
+@pytest.fixture
+def plans(drafting: LLM, monkeypatch: pytest.MonkeyPatch) -> list[StepPlan]:
+    """The plans that the runner was given since the test began."""
+    seen: list[StepPlan] = []
+    launch = drafting.engine.runner.launch
+    monkeypatch.setattr(
+        drafting.engine.runner, "launch", lambda plan: (seen.append(plan), launch(plan))[1]
+    )
+    return seen
+
+
+def tokens(llm: LLM, params: Any, propose: Proposer | None = None) -> list[list[int]]:
+    llm.engine.propose = propose
+    try:
+        return [out["token_ids"] for out in llm.generate(PROMPTS, params, use_tqdm=False)]
+    finally:
+        llm.engine.propose = None
+
+
+def knowing(answers: list[list[int]], num_right: Callable[[], int]) -> Proposer:
+    """Proposes what will come, the first `num_right()` of it; then tokens that will not come."""
+    of = {tuple(prompt): answer for prompt, answer in zip(PROMPTS, answers)}
+
+    def propose(request: Request) -> list[int]:
+        start, num = len(request.output_ids), num_right()
+        right = of[tuple(request.prompt_ids)][start : start + num]
+        return right + [(token + 1) % 512 for token in of[tuple(request.prompt_ids)][start + num :]]
+
+    return propose
+
+
+@pytest.mark.parametrize("right", ["all", "none", "some"])
+@pytest.mark.parametrize(
+    "params",
+    [greedy(25), SamplingParams(temperature=0.9, seed=4, max_tokens=25, ignore_eos=True),
+     SamplingParams(temperature=0.9, top_k=9, top_p=0.9, seed=4, max_tokens=25, ignore_eos=True)],
+    ids=["greedy", "drawn", "filtered"],
+)  # fmt: skip
+def test_verified_tokens_are_those_of_single_steps(
+    drafting: LLM, plans: list[StepPlan], params: SamplingParams, right: str
+) -> None:
+    single = tokens(drafting, params)
+    num_single, rng = len(plans), random.Random(0)
+    num_right = {"all": lambda: 9, "none": lambda: 0, "some": lambda: rng.randrange(4)}[right]
+    assert tokens(drafting, params, knowing(single, num_right)) == single
+    steps = plans[num_single:]
+    assert max(plan.tokens_per_row for plan in steps if not plan.is_prefill) == 1 + max(DRAFTS)
+    if right == "all":  # four tokens a step, and one from the prompt
+        assert len(steps) <= num_single - 24 + 6
+    assert_all_free(drafting)
+
+
+def test_rows_with_and_without_proposals_share_a_step(drafting: LLM, plans: list[StepPlan]) -> None:
+    single = tokens(drafting, greedy(12))
+    proposer, rng = knowing(single, lambda: 2), random.Random(1)
+    plans.clear()
+    found = tokens(drafting, greedy(12), lambda one: proposer(one)[: rng.choice([0, 0, 1, 3])])
+    assert found == single
+    assert any(len(set(plan.num_tokens)) > 1 for plan in plans if not plan.is_prefill)
+
+
+def test_a_stop_among_verified_tokens_ends_the_answer_there(drafting: LLM) -> None:
+    single = tokens(drafting, greedy(20))
+    params = [greedy(20, stop_token_ids=[answer[9]]) for answer in single]
+    expected = [answer[: answer.index(answer[9]) + 1] for answer in single]
+    assert tokens(drafting, params, knowing(single, lambda: 9)) == expected
+    assert_all_free(drafting)
+
+
+def test_requests_that_the_host_must_watch_stop_the_proposals(
+    drafting: LLM, plans: list[StepPlan]
+) -> None:
+    params = [
+        greedy(9),
+        greedy(9, presence_penalty=1.5),
+        greedy(9, logprobs=2),
+        greedy(9),
+        greedy(9),
+    ]
+    single = tokens(drafting, params)
+    assert tokens(drafting, params, knowing(single, lambda: 9)) == single
+    assert {plan.tokens_per_row for plan in plans if not plan.is_prefill} == {1}
+
+
+def test_proposals_need_graphs_that_verify_them(make_llm: Callable[..., LLM]) -> None:
+    llm = make_llm(max_num_seqs=2)
+    with pytest.raises(ValueError, match="draft_lengths"):
+        llm.engine.propose = lambda request: [1]
+    llm.close()
+    with pytest.raises(ValueError, match=r"draft_lengths is \(0,\)"):
+        make_llm(draft_lengths=(0,))
+
+
+@pytest.mark.parametrize("drafting", ["graph"], indirect=True)
+def test_each_rows_and_tokens_bucket_is_captured_once(drafting: LLM) -> None:
+    runner = drafting.engine.runner
+    assert set(runner._verify_steps) == {(rows, 1 + num) for rows in (1, 5) for num in DRAFTS}
+    assert runner.compiler.sealed and runner.compiler.strict, "a compile from here on is an error"
