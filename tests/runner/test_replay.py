@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def test_written_plans_give_the_same_result_in_another_process(
     def masking(plan: StepPlan) -> Any:
         if len(plan.rows) == 1 and not plan.is_prefill:  # room for structured output: even tokens
             mask = np.full((1, (llm.engine.model_config.vocab_size + 7) // 8), 0x55, np.uint8)
-            object.__setattr__(plan.choice, "allowed_RW", mask)
+            plan = replace(plan, choice=replace(plan.choice, allowed_RW=mask))
         number = len(list(tmp_path.glob("*.plan")))
         (tmp_path / f"{number:04}.plan").write_bytes(plan.to_bytes())
         return launch(plan)
