@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -153,9 +153,26 @@ class LLMEngine:
         return bool(self._requests or self._outputs)
 
     def step(self) -> list[RequestOutput]:
-        """Launch the next step and return what an earlier one has brought; may be empty while steps are in flight.
+        """`advance`, then `take` all outputs; there may be none while steps are in flight."""
+        self.advance()
+        return self.take()
 
-        An error or Ctrl-C leaves the engine usable: unfinished requests go on from the tokens that are known.
+    def take(self, request_ids: Container[int] | None = None) -> list[RequestOutput]:
+        """Hand out the outputs that wait, of these requests alone or of all."""
+        if request_ids is None:
+            taken, self._outputs = self._outputs, []
+            return taken
+        taken = [output for output in self._outputs if output.request_id in request_ids]
+        if taken:
+            left = [output for output in self._outputs if output.request_id not in request_ids]
+            self._outputs = left
+        return taken
+
+    def advance(self) -> None:
+        """Launch the next step and collect the results of an earlier one.
+
+        An error or Ctrl-C leaves the engine usable: unfinished requests continue from the tokens
+        that are known.
         """
         self._check_open()
         try:
@@ -171,8 +188,6 @@ class LLMEngine:
             self._in_flight.clear()
             self.scheduler.restart(request for request, _ in self._requests.values())
             raise
-        outputs, self._outputs = self._outputs, []
-        return outputs
 
     def _check_open(self) -> None:
         if self._is_closed:

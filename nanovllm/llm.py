@@ -40,7 +40,6 @@ class LLM:
             wait()
             stack.pop_all()  # from here on the engine ends it
         self.engine: LLMEngine = LLMEngine(model, server=server, **options)
-        self._held: dict[int, list[RequestOutput]] = {}  # by request, for its reader
 
     def close(self) -> None:
         """Give back all memory now. `del llm` does the same; using a closed model is an error."""
@@ -149,16 +148,12 @@ class LLM:
                     }
 
     def _step(self, owners: dict[int, int]) -> list[RequestOutput]:
-        """The next outputs of `owners`; those of other open streams are held for their readers."""
-        held = [output for request_id in owners for output in self._held.pop(request_id, ())]
-        if held:
-            return held
-        for output in self.engine.step():
-            if output.request_id in owners:
-                held.append(output)
-            else:
-                self._held.setdefault(output.request_id, []).append(output)
-        return held
+        """The next outputs of `owners`; those of other requests, such as an open stream's, stay."""
+        waiting = self.engine.take(owners)
+        if waiting:
+            return waiting
+        self.engine.advance()
+        return self.engine.take(owners)
 
     def _add_all(
         self,
@@ -199,21 +194,14 @@ class LLM:
         return owners
 
     def _aborting(self, owners: dict[int, int], *, only_on_error: bool = False) -> _Aborting:
-        return _Aborting(self.engine, self._held, owners, only_on_error)
+        return _Aborting(self.engine, owners, only_on_error)
 
 
 class _Aborting:
     """Whatever ends the block early, an error, Ctrl-C or a closed generator: no request of it stays in the engine."""
 
-    def __init__(
-        self,
-        engine: LLMEngine,
-        held: dict[int, list[RequestOutput]],
-        owners: dict[int, int],
-        only_on_error: bool,
-    ) -> None:
-        self._engine, self._held = engine, held
-        self._owners, self._only_on_error = owners, only_on_error
+    def __init__(self, engine: LLMEngine, owners: dict[int, int], only_on_error: bool) -> None:
+        self._engine, self._owners, self._only_on_error = engine, owners, only_on_error
 
     def __enter__(self) -> None:
         pass
@@ -222,8 +210,6 @@ class _Aborting:
         if error is None and self._only_on_error:
             return
         self._engine.abort_all(self._owners)
-        for request_id in self._owners:
-            self._held.pop(request_id, None)
 
 
 def _as_dict(completion: Completion) -> dict[str, Any]:

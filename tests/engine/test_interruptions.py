@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from nanovllm import LLM
-from nanovllm.schedule.scheduler import DecodePlan, PrefillPlan
+from nanovllm.schedule.plan import StepPlan
 from tests.engines import NUM_TOKENS, Generate, assert_all_free, greedy, random_prompts, tokens
 
 
@@ -21,7 +21,7 @@ def interrupt_at(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> Callable[[int, st
     def arrange(nth: int, where: str) -> None:
         original, count = llm.engine.runner.launch, 0
 
-        def launch(plan: PrefillPlan | DecodePlan) -> Any:
+        def launch(plan: StepPlan) -> Any:
             nonlocal count
             count += 1
             if count != nth:

@@ -63,7 +63,7 @@ def test_nothing_is_left_after_del(make_llm: Callable[..., LLM], enforce_eager: 
             *runner.state,
             *(
                 tensor
-                for tensor in vars(runner.filtered).values()
+                for tensor in vars(runner.sampler).values()
                 if isinstance(tensor, torch.Tensor)
             ),
         ]

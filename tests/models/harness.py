@@ -11,16 +11,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from nanovllm.config import EngineConfig
-from nanovllm.models.dense import Batch
-from nanovllm.runner.inputs import prefill_arrays
+from nanovllm.runner.inputs import span_arrays
 from nanovllm.runner.runner import Runner
-from nanovllm.sampling import SamplingParams
-from nanovllm.schedule.request import Request
-from nanovllm.schedule.scheduler import Chunk
+from nanovllm.runner.state import Span
 from nanovllm.startup import load as startup
 
 
@@ -59,10 +57,10 @@ def load(folder: Path, device: str, **options: Any) -> Runner:
 def engine_logits(runner: Runner, known: Sequence[Known]) -> list[Tensor]:
     """Per sequence the logits [length, V] after each of its tokens, fp32 on the host."""
     _poison(runner)
-    requests = _admitted(runner, known)
+    _admit(runner, known)
     logits = [[torch.empty(0)] * len(sequence.token_ids) for sequence in known]
-    for chunks in _prefill_steps(requests, known, runner):
-        _prefill(runner, chunks, logits)
+    for chunks in _prefill_steps(known, runner):
+        _prefill(runner, known, chunks, logits)
     for pos in range(max(len(sequence.token_ids) for sequence in known)):
         rows = [row for row, (ids, num_prompt) in enumerate(known) if num_prompt <= pos < len(ids)]
         for start in range(0, len(rows), runner.layout.decode_rows[-1]):
@@ -98,43 +96,33 @@ def _poison(runner: Runner) -> None:
         cache.v_CBKH.fill_(torch.nan)
 
 
-def _admitted(runner: Runner, known: Sequence[Known]) -> list[Request]:
-    """Requests with blocks for all their tokens, known to the device state."""
-    block_size = runner.layout.block_size
+def _admit(runner: Runner, known: Sequence[Known]) -> None:
+    """Give each sequence a row of the state, with blocks for all its tokens."""
+    block_size, state = runner.layout.block_size, runner.state
     num_blocks = runner.steps.caches[0].k_CBKH.shape[0]
     free = (torch.randperm(num_blocks - 1, generator=torch.Generator().manual_seed(2)) + 1).tolist()
-    requests = []
     for row, (ids, _) in enumerate(known):
         blocks = [free.pop() for _ in range(-(-len(ids) // block_size))]
-        request = Request(
-            row,
-            ids,
-            SamplingParams(),
-            seed=0,
-            max_output=1,
-            stop_ids=frozenset(),
-            row=row,
-            blocks=blocks,
-        )
-        runner.state.block_table_SP[row, : len(blocks)] = runner.platform.upload(
-            blocks, torch.int32
-        )
-        requests.append(request)
-    return requests
+        table_P = runner.platform.upload(blocks, torch.int32)
+        state.block_table_SP[row, : len(blocks)] = table_P
 
 
-def _prefill_steps(
-    requests: list[Request], known: Sequence[Known], runner: Runner
-) -> Iterator[list[Chunk]]:
+class Chunk(NamedTuple):
+    row: int
+    start: int
+    num_tokens: int
+
+
+def _prefill_steps(known: Sequence[Known], runner: Runner) -> Iterator[list[Chunk]]:
     """Prompts one after another into steps of the largest size, cut where a step is full."""
     layout = runner.layout
     chunks: list[Chunk] = []
     budget = layout.prefill_tokens[-1]
-    for request, (_, num_prompt) in zip(requests, known, strict=True):
+    for row, (_, num_prompt) in enumerate(known):
         start = 0
         while start < num_prompt:
             num_tokens = min(budget, num_prompt - start)
-            chunks.append(Chunk(request, start, num_tokens, start + num_tokens == num_prompt))
+            chunks.append(Chunk(row, start, num_tokens))
             start += num_tokens
             budget -= num_tokens
             if not budget or len(chunks) == layout.max_prefill_rows:
@@ -144,45 +132,32 @@ def _prefill_steps(
         yield chunks
 
 
-def _prefill(runner: Runner, chunks: list[Chunk], logits: list[list[Tensor]]) -> None:
-    layout, upload = runner.layout, runner.platform.upload
-    num_tokens, num_rows = layout.prefill_bucket(
-        sum(chunk.num_tokens for chunk in chunks), len(chunks)
-    )
-    arrays = prefill_arrays(
-        chunks,
-        num_tokens=num_tokens,
-        num_rows=num_rows,
-        block_size=layout.block_size,
-        blocks_per_row=layout.blocks_per_row,
-        pad_row=runner.state.pad_row,
-    )
-    batch = Batch(
-        pos_T=upload(arrays.pos_T, torch.int64),
-        slot_T=upload(arrays.slot_T, torch.int64),
-        block_table_RP=upload(arrays.block_table_RP, torch.int32),
-        seq_len_R=upload(arrays.seq_len_R, torch.int32),
-        q_start_S=upload(arrays.q_start_S, torch.int32),
-    )
-    token_T = upload(arrays.token_T, torch.int64)
-    hidden = runner.steps.prefill(token_T, batch)
-    where = [
-        (chunk.request.row, chunk.start + i) for chunk in chunks for i in range(chunk.num_tokens)
-    ]
+def _prefill(
+    runner: Runner, known: Sequence[Known], chunks: list[Chunk], logits: list[list[Tensor]]
+) -> None:
+    layout, upload, state = runner.layout, runner.platform.upload, runner.state
+    nums = [chunk.num_tokens for chunk in chunks]
+    num_tokens, num_rows = layout.prefill_bucket(sum(nums), len(chunks))
+    rows = [chunk.row for chunk in chunks]
+    state.pos_S[upload(rows, torch.int64)] = upload([chunk.start for chunk in chunks], torch.int64)
+    ids = [known[row].token_ids[start : start + num] for row, start, num in chunks]
+    token_ids = np.array([token_id for part in ids for token_id in part])
+    sizes = {"num_tokens": num_tokens, "num_rows": num_rows, "pad_row": state.pad_row}
+    arrays = span_arrays(rows, nums, token_ids, **sizes)
+    span = Span(*(upload(array, torch.int64) for array in arrays))
+    hidden, _ = runner.steps.hidden(span)
+    where = [(chunk.row, chunk.start + i) for chunk in chunks for i in range(chunk.num_tokens)]
     for start in range(0, len(where), num_rows):
         group = where[start : start + num_rows]
         index = [start + min(i, len(group) - 1) for i in range(num_rows)]
         logits_RV = runner.steps.logits_at(hidden, upload(index, torch.int64)).float().cpu()
         for (row, pos), logits_V in zip(group, logits_RV):
             logits[row][pos] = logits_V
-    # of the last tokens as a step gives them when nobody asks for the others; it writes the same keys and values once more
-    last_RV = (
-        runner.steps.prefill_logits(token_T, batch, upload(arrays.last_R, torch.int64))
-        .float()
-        .cpu()
-    )
+    # the last tokens' as a step gives them when nobody asks for the others; the step writes the
+    # same keys and values once more
+    last_RV = runner.steps.prefill_logits(span).float().cpu()
     for chunk, logits_V in zip(chunks, last_RV):
-        logits[chunk.request.row][chunk.start + chunk.num_tokens - 1] = logits_V
+        logits[chunk.row][chunk.start + chunk.num_tokens - 1] = logits_V
 
 
 def _decode(

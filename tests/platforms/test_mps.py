@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nanovllm import LLM, SamplingParams, platforms
-from nanovllm.kernels import ops, reference, step
+from nanovllm.kernels import ops, reference
 from nanovllm.platforms import mps
 from nanovllm.platforms.mps import MpsPlatform
 
@@ -27,7 +27,7 @@ from nanovllm.platforms.mps import MpsPlatform
 SUPPORTED = frozenset(
     """
     __and__.Scalar __rshift__.Scalar __xor__.Scalar __xor__.Tensor _index_put_impl_ _local_scalar_dense _log_softmax
-    _softmax _to_copy _unsafe_view add.Tensor addmm any.dim arange arange.start arange.start_step argmax bitwise_and.Scalar
+    _softmax _to_copy _unsafe_view add.Tensor addmm any.dim arange arange.start arange.start_step argmax bitwise_and.Scalar clamp
     bitwise_and.Tensor bitwise_and_.Tensor bitwise_not bitwise_or.Tensor bitwise_xor.Scalar bitwise_xor.Tensor bmm cat
     clone copy_ cos cumsum detach div.Tensor embedding empty.memory_format eq.Scalar expand fill_.Tensor floor_divide full
     gather ge.Scalar ge.Tensor gt.Scalar index.Tensor index_copy index_copy_ index_add_ index_put index_put_ index_select
@@ -35,8 +35,8 @@ SUPPORTED = frozenset(
     nan_to_num.out ne.Scalar neg ones_like permute pow.Scalar pow.Tensor_Scalar reciprocal remainder.Scalar remainder.Tensor
     rsqrt scalar_tensor scatter_.src select.int set_.source_Storage silu sin slice.Tensor sort.stable split.Tensor
     split_with_sizes squeeze.dim sub.Tensor t topk transpose.int unbind.int unsqueeze view view.dtype where.self zeros
-    zeros_like
-    """.split()  # noqa: SIM905
+    zeros_like fill_.Scalar lt.Scalar sum.dim_IntList
+""".split()  # noqa: SIM905
 )
 # What a composite kernel calls below the level at which operators are recorded.
 CALLS = {
@@ -71,7 +71,7 @@ class PlainTorch(TorchDispatchMode):
         with self:
             if name := ops.op_name(func):
                 self.ours.add(name)
-                meaning: Any = step.MEANINGS.get(name) or getattr(reference, name)
+                meaning: Any = getattr(reference, name)
                 return meaning(*args, **kwargs)
             if (parts := func.decompose(*args, **kwargs)) is not NotImplemented:
                 return parts
