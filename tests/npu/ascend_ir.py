@@ -115,6 +115,11 @@ def _scatter_elements(a: Attributes, data: Tensor, indices: Tensor, updates: Ten
     return out
 
 
+def _cumsum(a: Attributes, x: Tensor, axis: Tensor) -> Tensor:
+    assert not a["exclusive"] and not a["reverse"]
+    return torch.cumsum(x, int(axis), dtype=x.dtype)
+
+
 def _attention(a: Attributes, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
     named = dict(zip(ATTENTION_INPUTS, inputs, strict=True))
     used = {
@@ -173,6 +178,7 @@ OPS: dict[str, Callable[..., Any]] = {
         _same(*inputs[:-1]),
         torch.cat(inputs[:-1], dim=int(inputs[-1])),
     )[1],
+    "Cumsum": _cumsum,
     "Equal": _binary(torch.eq),
     "Fill": lambda a, dims, value: value.expand(dims.tolist()).clone(),
     "FloorDiv": _binary(torch.floor_divide),
@@ -181,7 +187,10 @@ OPS: dict[str, Callable[..., Any]] = {
     "GatherElements": lambda a, x, index: torch.gather(x, a["dim"], index),
     "GatherV2": _gather,
     "Greater": _binary(torch.gt),
+    "GreaterEqual": _binary(torch.ge),
+    "Less": _binary(torch.lt),
     "Log": _log,
+    "LogicalOr": _binary(torch.logical_or),
     "MatMul": _matmul,
     "MatMulV2": _matmul_v2,
     "Mul": _binary(torch.mul),
@@ -192,6 +201,9 @@ OPS: dict[str, Callable[..., Any]] = {
         start.item(), limit.item(), delta.item(), dtype=limit.dtype
     ),
     "RealDiv": _binary(torch.true_divide),
+    "ReduceSum": lambda a, x, axes: x.sum(
+        axes.reshape(-1).tolist(), keepdim=a["keep_dims"], dtype=x.dtype
+    ),
     "Reshape": lambda a, x, shape: x.reshape(shape.tolist()),
     "RmsNorm": lambda a, x, gamma: semantics.rms_norm(x, gamma, a["epsilon"]),
     "RotaryMul": lambda a, x, r1, r2: semantics.rotary_mul(x, r1, r2),
