@@ -94,7 +94,7 @@ class Compiler:
         function: Callable[..., Any],
         inputs: dict[str, object],
     ) -> Callable[..., Any]:
-        """The program of region `function` for the bucket `key`.
+        """The program (name, *key) of region `function`; `key` holds its bucket and window.
 
         The first use loads the program, or builds it with example `inputs`.
         """
