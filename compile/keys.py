@@ -1,8 +1,9 @@
-"""What an artifact's key is made of: everything that can change what lowering produces, and nothing else.
+"""An artifact's key: everything that can change what lowering produces, and nothing else.
 
-A start that finds its artifacts does not trace, so the key cannot be the graph. It is what the graph follows from: the
-region and what it is called with, the shapes of its inputs, the sources of ours that turn one into the other, the
-versions of what is not ours, and what the platform says of the device. No paths, no times, no environment.
+A start that finds its artifacts does not trace, so the key cannot be the graph. It holds everything
+that determines the graph: the region and its bound arguments, the shapes of its inputs, the sources
+that make programs, the versions of libraries, and the platform's description of the device. Paths,
+times and environment variables are not part of it.
 """
 
 from __future__ import annotations
@@ -19,24 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanovllm.compile.trace import named_leaves
+from nanovllm.compile.trace import input_leaves
 
 ROOT = Path(__file__).resolve().parent
-# Files of compile/ that choose, keep or show programs and have no part in making one.
-NOT_MAKING = (
-    "buckets.py",
-    "cache.py",
-    "costs.py",
-    "keys.py",
-    "report.py",
-    "report_page.py",
-    "store.py",
-)
+# The files of compile/ that make programs. The others choose buckets, name programs and store them.
+MAKING = ("trace.py", "program.py", "passes/*.py", "lower/*.py")
 
 
 @dataclass(frozen=True)
 class Key:
-    """Named ingredients. Two keys with the same ones, in any order, are the same key."""
+    """Named ingredients. Keys with equal ingredients, in any order, are equal."""
 
     ingredients: Mapping[str, str]
 
@@ -47,7 +40,7 @@ class Key:
         ).hexdigest()
 
     def differences(self, other: Mapping[str, str]) -> list[str]:
-        """One line for each ingredient that is not the same in `other`: versions, device and sources before shapes."""
+        """One line per ingredient that differs in `other`; the shapes of inputs come last."""
         names = sorted(
             {*self.ingredients, *other}, key=lambda name: (name.startswith("input "), name)
         )
@@ -66,18 +59,22 @@ def program_key(
     varying: Sequence[str],
     common: Mapping[str, str],
 ) -> Key:
-    """The key of a region for inputs like these; `common` are the ingredients that all programs of a start share."""
-    leaves = [leaf for name, tree in inputs.items() for leaf in named_leaves(name, tree)]
+    """The key of a region's program for example `inputs`.
+
+    `common` holds the ingredients that all programs of a start share; for `varying` see `trace`.
+    """
     own = {
-        f"input {name}": _tensor(tensor, name.endswith(tuple(varying))) for name, tensor in leaves
+        f"input {name}": _tensor(tensor, name.endswith(tuple(varying)))
+        for name, tensor in input_leaves(inputs)
     }
     return Key({"region": json.dumps(describe(function)), **own, **common})
 
 
 def describe(value: object) -> Any:
-    """A region and what is bound to it, as JSON; raises TypeError for what has no stable description.
+    """A region and its bound arguments, as JSON. Raises TypeError for values of other types.
 
-    Of a dataclass that declares GRAPH_FIELDS only those count; `narrowed` sees to it that a region reads no others.
+    If a dataclass declares GRAPH_FIELDS, only these fields count; `narrowed` keeps a region from
+    reading others.
     """
     if value is None or isinstance(value, (bool, int, str)):
         return value
@@ -97,7 +94,7 @@ def describe(value: object) -> Any:
     if isinstance(value, torch._ops.OpOverload):
         return str(value)
     raise TypeError(
-        f"{value!r} cannot be part of a key: a region may be bound to numbers, names and dataclasses"
+        f"{value!r} cannot be part of a key: bind a region to numbers, names and dataclasses only"
     )
 
 
@@ -108,7 +105,7 @@ def graph_fields(value: Any) -> tuple[str, ...]:
 
 
 class _Narrow:
-    """A dataclass of which only its GRAPH_FIELDS, and properties that follow from them, can be read."""
+    """Wraps a dataclass: only its GRAPH_FIELDS, and properties that read them, can be read."""
 
     def __init__(self, value: Any) -> None:
         self.__dict__["_value"] = value
@@ -120,13 +117,14 @@ class _Narrow:
             return found.fget(self)
         if name not in graph_fields(value):
             raise AttributeError(
-                f"a region reads {type(value).__name__}.{name}, which is not in its GRAPH_FIELDS and so in no artifact's key"
+                f"a region reads {type(value).__name__}.{name}, which is not in its GRAPH_FIELDS, "
+                "so no artifact's key holds it"
             )
         return getattr(value, name)
 
 
 def narrowed(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The region for tracing: it fails if it reads a field that its key does not hold."""
+    """The region, wrapped for tracing: reading a field that its key does not hold is an error."""
     if not isinstance(function, partial):
         return function
     args = [_Narrow(arg) if hasattr(type(arg), "GRAPH_FIELDS") else arg for arg in function.args]
@@ -134,23 +132,22 @@ def narrowed(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def source_digest(paths: Iterable[Path], root: Path) -> str:
-    """One digest of files' names below `root` and their contents."""
+    """One digest of files: their paths relative to `root` and their contents."""
     total = hashlib.sha256()
     for path in sorted(paths):
-        total.update(
-            f"{path.relative_to(root).as_posix()}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode()
-        )
+        content = hashlib.sha256(path.read_bytes()).hexdigest()
+        total.update(f"{path.relative_to(root).as_posix()}\0{content}\n".encode())
     return total.hexdigest()[:16]
 
 
 def own_sources() -> dict[str, str]:
     """The ingredients for the sources of compile/ and kernels/."""
-    compiling = [path for path in ROOT.rglob("*.py") if path.name not in NOT_MAKING]
     from nanovllm.kernels import ops
 
+    making = [path for pattern in MAKING for path in ROOT.glob(pattern)]
     kernels = Path(ops.__file__).resolve().parent
     return {
-        "source compile": source_digest(compiling, ROOT),
+        "source compile": source_digest(making, ROOT),
         "source kernels": source_digest([*kernels.rglob("*.py"), *kernels.rglob("*.cpp")], kernels),
     }
 

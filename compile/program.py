@@ -1,5 +1,8 @@
-"""From region to program: the stored artifact, or trace, passes, lowering; and the promise that nothing compiles once
-warm-up is over."""
+"""From region to program: load its artifact, or trace, run the passes and lower.
+
+A region is a pure function of tensors, such as one layer. A program is one region compiled for one
+bucket. An artifact is a program as the store keeps it. After warm-up no program is compiled.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from torch import Tensor
 
 from nanovllm.compile.keys import Key, narrowed, program_key
 from nanovllm.compile.store import Artifact, Store
-from nanovllm.compile.trace import dump, named_leaves, nested_like, nesting, rebuild, tensors, trace
+from nanovllm.compile.trace import dump, input_leaves, nested_like, nesting, rebuild, tensors, trace
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule
@@ -24,30 +27,29 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Pass = Callable[["GraphModule", Sequence[Tensor]], "GraphModule"]
-# What a lowering returns can be stored if it has `stored() -> (kind, bytes)`, and lower/<kind>.py a `load(bytes)`.
+# A program can be stored if the lowering's result has `stored() -> (kind, content)` and the module
+# lower/<kind>.py has `load(content)`.
 Lowering = Callable[["GraphModule", Sequence[Tensor]], Callable[..., Sequence[Tensor]]]
 Watcher = Callable[[str, str, "GraphModule"], None]
 
-LOADABLE = ("plan", "inductor", "torchair")
+LOADABLE = ("calls", "inductor", "torchair")
 
 
 class CompiledAfterWarmUp(RuntimeError):
-    """A program was asked for that warm-up did not build."""
+    """A step needs a program that warm-up did not build."""
 
 
 class CompileRequired(RuntimeError):
-    """Something would have to be compiled, and the engine was told to take everything from its store."""
+    """The store lacks artifacts, and compile_cache_mode='require' forbids compiling."""
 
 
 @dataclass(frozen=True)
 class Program:
-    """One compiled region of one bucket. Takes the region's inputs, nested as they were traced."""
+    """One region compiled for one bucket. Takes the region's inputs, nested as in the trace."""
 
     name: str
     run: Callable[..., Sequence[Tensor]]
-    result: (
-        object  # tensors, nested as the region's result is; their values and shapes do not matter
-    )
+    result: object  # an example of the region's result; only its nesting matters
 
     def __call__(self, *inputs: object) -> Any:
         return rebuild(self.result, list(self.run(*tensors(inputs))))
@@ -55,19 +57,24 @@ class Program:
 
 @dataclass
 class Compiler:
-    """Builds programs and keeps them by key. With `lowering` None a region runs as the Python function it is.
+    """Builds programs and keeps them.
 
-    With a `store` programs come from there, and go there once built; `ingredients` is what their keys have in common.
-    `require` forbids building: the regions stand in for what is missing, so that `seal()` can name all of it.
-    `strict` turns a compile after `seal()` into an error; otherwise it is a warning, since a late answer is better
-    than none in production. `watch(program, stage, graph)` sees the graph after every stage; `instead(program, *inputs)` is
-    called in the place of every program.
+    lowering: None runs regions as plain Python.
+    dump_dir: the folder to which the graph is written after every stage.
+    varying: inputs whose first dimension is symbolic, see `trace`.
+    strict: a compile after `seal()` is an error; otherwise it is a warning, since in production a
+        late answer is better than none.
+    store: artifacts are loaded from it and saved to it.
+    ingredients: the ingredients that the keys of all artifacts share.
+    require: compile nothing. Regions without an artifact run as Python until `seal()` lists them.
+    watch: called as `watch(program's name, stage, graph)` after every stage.
+    instead: called as `instead(program, *inputs)` in place of every program.
     """
 
     lowering: Lowering | None
     passes: tuple[tuple[str, Pass], ...] = ()
     dump_dir: Path | None = None
-    varying: tuple[str, ...] = ()  # see `trace`
+    varying: tuple[str, ...] = ()
     strict: bool = False
     store: Store | None = None
     ingredients: Mapping[str, str] = field(default_factory=dict)
@@ -87,7 +94,10 @@ class Compiler:
         function: Callable[..., Any],
         inputs: dict[str, object],
     ) -> Callable[..., Any]:
-        """The program for (name, *key), loaded or built on first use from `function` and example `inputs`."""
+        """The program (name, *key) of region `function`; `key` holds its bucket and window.
+
+        The first use loads the program, or builds it with example `inputs`.
+        """
         full_key = (name, *key)
         known = self._programs.get(full_key)
         if known is None:
@@ -96,19 +106,22 @@ class Compiler:
         return known if self.instead is None else partial(self.instead, known)
 
     def observe(self, wrap: Callable[[Program], Callable[..., Any]]) -> None:
-        """Put what `wrap` makes of it in the place of every program that there is."""
+        """Replace every program by `wrap(program)`."""
         for key, program in self._programs.items():
             if isinstance(program, Program):
                 self._programs[key] = wrap(program)
 
     def seal(self) -> None:
-        """Warm-up is over: from here on every program must already exist. Raises CompileRequired for what is missing."""
+        """End warm-up: from now on every program must exist.
+
+        Raises CompileRequired if `require` is set and artifacts were missing.
+        """
         self.sealed = True
         if self.missing:
             where = self.store.folder if self.store else "no store"
             raise CompileRequired(
-                f"{len(self.missing)} program(s) are not in {where}, and compile_cache_mode is 'require':\n  "
-                + "\n  ".join(self.missing)
+                f"{len(self.missing)} program(s) are not in {where}, and compile_cache_mode is "
+                "'require':\n  " + "\n  ".join(self.missing)
             )
 
     def _make(
@@ -116,21 +129,13 @@ class Compiler:
     ) -> Callable[..., Any]:
         if self.lowering is None:
             if logger.isEnabledFor(logging.DEBUG):
-                leaves = [
-                    leaf
-                    for tree_name, tree in inputs.items()
-                    for leaf in named_leaves(tree_name, tree)
-                ]
-                logger.debug(
-                    "%s runs eagerly: %s",
-                    name,
-                    ", ".join(f"{leaf} {_described(t)}" for leaf, t in leaves),
-                )
+                leaves = [f"{leaf} {_described(tensor)}" for leaf, tensor in input_leaves(inputs)]
+                logger.debug("%s runs eagerly: %s", name, ", ".join(leaves))
             return function
         key = None
         if self.store is not None:
             key = program_key(function, inputs, varying=self.varying, common=self.ingredients)
-            # whoever wants to see graphs needs them made
+            # only tracing makes the graphs that a dump or a watcher shows
             if self.dump_dir is None and self.watch is None and (found := self._stored(name, key)):
                 return found
         if self.require:
@@ -148,23 +153,21 @@ class Compiler:
         return program
 
     def _stored(self, name: str, key: Key) -> Program | None:
-        """The program as an earlier start left it, or None; what cannot be read is reported and made again."""
+        """The program of an artifact, or None. An artifact that cannot be read causes a warning."""
         assert self.store is not None
         artifact = self.store.find(key)
         if artifact is None:
             return None
         try:
             if artifact.kind not in LOADABLE:
-                raise ValueError(
-                    f"it is of kind {artifact.kind!r}, not one of {', '.join(LOADABLE)}"
-                )
+                raise ValueError(f"its kind is {artifact.kind!r}, not one of {', '.join(LOADABLE)}")
             run = importlib.import_module(f"nanovllm.compile.lower.{artifact.kind}").load(
                 artifact.content
             )
             program = Program(name, run, nested_like(artifact.result))
         except ValueError as error:
             logger.warning(
-                "the stored program %s cannot be used (%s): it is made again", name, error
+                "the stored program %s cannot be used (%s): compiling it again", name, error
             )
             return None
         self.num_loaded += 1

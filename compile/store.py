@@ -1,12 +1,11 @@
-"""The folder in which artifacts are kept: private, content-addressed, written in one piece, checked on every read.
+"""The folder of artifacts: private, content-addressed, written atomically, checked on every read.
 
-    entries/<digest of the key>     what an artifact is for and where it is: JSON, under a line with its own digest
-    objects/<digest of the bytes>   what lowering produced; the same bytes are kept once
-    cpp/  triton/  inductor/        libraries and kernels that C++ compiler, Triton and Inductor made for these programs
+    entries/<digest of the key>    one artifact's description: a line with its digest, then JSON
+    objects/<digest of the bytes>  what lowering produced; equal bytes are stored once
+    cpp/  triton/  inductor/       libraries and kernels of the C++ compiler, Triton and Inductor
 
-An artifact is code. The folder is made for its owner alone and refused when somebody else owns it or may write to it.
-Plans are lists of operator calls in JSON; what Inductor saves is torch's own format, which holds pickles, and is read
-only after its digest was found right. Nobody but the owner can have written either.
+An artifact is code. The store refuses a folder that another user owns or can write to. Call lists
+are JSON. Inductor's artifacts hold pickles; they are loaded only after their digest is checked.
 """
 
 from __future__ import annotations
@@ -32,12 +31,16 @@ KERNEL_SEAL = "nanovllm.sha256.json"  # beside the files of one Triton kernel
 
 
 class Damaged(ValueError):
-    """A file of the store does not hold what was written."""
+    """A file of the store differs from what was written."""
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """One stored program: its name for people, its kind (which lowering loads it), its bytes, its result's nesting."""
+    """A program as the store keeps it.
+
+    name: for people. kind: the module of lower/ that loads it. result: its `nesting`.
+    ingredients: those of its key.
+    """
 
     name: str
     kind: str
@@ -48,7 +51,7 @@ class Artifact:
 
 @dataclass(frozen=True)
 class Entry:
-    """What an entry says, without the artifact's bytes."""
+    """The description of an artifact, without its bytes."""
 
     path: Path
     name: str
@@ -60,7 +63,7 @@ class Entry:
 
 
 class Store:
-    """Artifacts in a folder. Raises OSError where the folder cannot be made, ValueError where it is not ours alone."""
+    """Artifacts in a folder. Raises OSError if it cannot be made, ValueError if not private."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -68,7 +71,7 @@ class Store:
         self._can_write = True
 
     def find(self, key: Key) -> Artifact | None:
-        """The artifact of a key, or None; a damaged one is reported and taken as absent."""
+        """The artifact of a key, or None. A damaged one causes a warning and counts as absent."""
         path = self._entry_path(key)
         try:
             entry = read_entry(path)
@@ -78,24 +81,22 @@ class Store:
         except FileNotFoundError as error:
             if error.filename != str(path):
                 logger.warning(
-                    "artifact %s is incomplete (%s): it is made again",
+                    "artifact %s is incomplete (%s is missing): making it again",
                     path.name[:16],
                     error.filename,
                 )
             return None
         except (Damaged, OSError) as error:
             logger.warning(
-                "artifact %s cannot be used (%s): it is made again", path.name[:16], error
+                "artifact %s cannot be used (%s): making it again", path.name[:16], error
             )
             return None
-        with contextlib.suppress(
-            OSError
-        ):  # for `prune`, which drops first what was not used for longest
-            os.utime(path)
+        with contextlib.suppress(OSError):
+            os.utime(path)  # `prune` deletes the least recently used first
         return artifact
 
     def save(self, key: Key, artifact: Artifact) -> None:
-        """Keep an artifact. Where that fails (a full disk, a folder that is read-only) it is said once, and goes on."""
+        """Save an artifact. The first failure, such as a full disk, is logged and ends saving."""
         if not self._can_write:
             return
         name = digest(artifact.content)
@@ -110,15 +111,15 @@ class Store:
         }
         text = json.dumps(content, indent=1).encode()
         try:
-            # also where one is there: it may be the damaged one that this replaces
+            # Write even if the object exists: it may be damaged.
             write_whole(self.folder / "objects" / name, artifact.content)
             write_whole(self._entry_path(key), digest(text).encode() + b"\n" + text)
         except OSError as error:
             self._can_write = False
-            logger.warning("compiled programs are not kept: %s", error)
+            logger.warning("compiled programs are not saved: %s", error)
 
     def entries(self) -> Iterator[Entry]:
-        """All entries that can be read, in no order."""
+        """All readable entries, in no particular order."""
         for path in (self.folder / "entries").iterdir():
             if not path.name.startswith("."):
                 try:
@@ -127,7 +128,7 @@ class Store:
                     continue
 
     def why_missing(self, name: str, key: Key) -> str:
-        """In what the nearest stored artifact of the same program, or of the same region, differs from what is wanted."""
+        """How the nearest artifact of the same program or region differs from the wanted key."""
         region = name.partition("_")[0]
         near = [
             (entry.name != name, len(key.differences(entry.ingredients)), entry)
@@ -141,7 +142,9 @@ class Store:
         shown = "; ".join(differences[:3]) + (
             f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
         )
-        return f"not for this bucket, nearest is {nearest.name}: {shown}" if other_name else shown
+        return (
+            f"this bucket is missing; nearest is {nearest.name}: {shown}" if other_name else shown
+        )
 
     def _entry_path(self, key: Key) -> Path:
         return self.folder / "entries" / key.digest
@@ -149,27 +152,27 @@ class Store:
     def _object(self, entry: Entry) -> bytes:
         content = (self.folder / "objects" / entry.object).read_bytes()
         if digest(content) != entry.object:
-            raise Damaged(f"object {entry.object[:16]} is damaged: its digest is another")
+            raise Damaged(f"object {entry.object[:16]} is damaged: its digest differs")
         return content
 
 
 def read_entry(path: Path) -> Entry:
-    """Raises Damaged, or OSError."""
+    """Read one entry. Raises Damaged or OSError."""
     recorded, _, text = path.read_bytes().partition(b"\n")
     if digest(text).encode() != recorded:
         raise Damaged(f"entry {path.name[:16]} is damaged or truncated")
     content = json.loads(text)
     if content["format"] != FORMAT:
-        raise Damaged(f"entry {path.name[:16]} is of format {content['format']}, not {FORMAT}")
+        raise Damaged(f"entry {path.name[:16]} has format {content['format']}, not {FORMAT}")
     del content["format"]
     return Entry(path=path, **content)
 
 
-# Kernels that Triton wrote ----------------------------------------------------------------------------------------
+# Triton kernels ----------------------------------------------------------------------------------
 
 
 def seal_kernels(folder: Path) -> None:
-    """Write, beside the files of each Triton kernel that has none yet, their digests."""
+    """Write the digests of each Triton kernel's files beside them, unless they exist."""
     for kernel in _kernel_folders(folder):
         if not (kernel / KERNEL_SEAL).exists():
             try:
@@ -180,30 +183,30 @@ def seal_kernels(folder: Path) -> None:
                 }
                 write_whole(kernel / KERNEL_SEAL, json.dumps(found).encode())
             except OSError as error:
-                logger.warning("digests of compiled kernels are not kept: %s", error)
+                logger.warning("digests of compiled kernels are not saved: %s", error)
                 return
 
 
 def drop_damaged_kernels(folder: Path) -> int:
-    """Remove Triton kernels whose files are not what was sealed, so that they are compiled again; returns how many.
+    """Delete Triton kernels whose files differ from their digests. Returns how many were deleted.
 
-    Kernels without a seal are left: Triton writes in one piece as well, and nobody else can write here.
+    Kernels without digests are left alone: Triton writes atomically too.
     """
     damaged = [kernel for kernel in _kernel_folders(folder) if not _is_whole(kernel)]
     for kernel in damaged:
-        logger.warning("compiled kernel %s is damaged: it is made again", kernel.name)
+        logger.warning("compiled kernel %s is damaged: compiling it again", kernel.name)
         for path in kernel.iterdir():
             path.unlink()
     return len(damaged)
 
 
 def num_kernels(folder: Path) -> int:
-    """Kernels that Triton has finished."""
+    """The number of kernels that Triton has finished."""
     return len(_kernel_folders(folder))
 
 
 def _is_whole(kernel: Path) -> bool:
-    """Whether its files are what was sealed, or nothing was."""
+    """True if the files match their digests, or if there are no digests."""
     try:
         sealed = json.loads((kernel / KERNEL_SEAL).read_text())
         return all(digest((kernel / name).read_bytes()) == found for name, found in sealed.items())
@@ -214,7 +217,7 @@ def _is_whole(kernel: Path) -> bool:
 
 
 def _kernel_folders(folder: Path) -> list[Path]:
-    # Triton writes a kernel's list of files last; a folder with a library has nothing else
+    # Triton writes a kernel's list of files (`__grp__*`) last; a library is alone in its folder
     return [
         path
         for path in (folder / "triton").iterdir()
@@ -223,18 +226,18 @@ def _kernel_folders(folder: Path) -> list[Path]:
 
 
 def _names(path: Path) -> list[str]:
-    """Of what is in a folder; nothing for a file, and where it has just gone."""
+    """Names in a folder; none for a file, or for a folder that has just been deleted."""
     try:
         return os.listdir(path)
     except (FileNotFoundError, NotADirectoryError):
         return []
 
 
-# Maintenance ------------------------------------------------------------------------------------------------------
+# Maintenance -------------------------------------------------------------------------------------
 
 
 def problems(folder: Path) -> list[str]:
-    """What `verify` finds wrong: entries and objects that are damaged, C++ libraries and kernels that are."""
+    """One line for every damaged entry, object, C++ library and kernel."""
     found: list[str] = []
     store = Store(folder)
     for path in sorted((folder / "entries").iterdir()):
@@ -256,13 +259,13 @@ def problems(folder: Path) -> list[str]:
 
 
 def prune(folder: Path, max_bytes: int) -> int:
-    """Delete what was not used for longest until at most `max_bytes` are left; returns the bytes that are freed."""
+    """Delete the least recently used files until `max_bytes` are left. Returns the bytes freed."""
     store = Store(folder)
     entries = list(store.entries())
     wanted = {entry.object for entry in entries}
     freed = 0
     for path in (folder / "objects").iterdir():
-        # an object without an entry may be one whose entry is about to be written
+        # another process may be about to write the entry of a young object
         if path.name not in wanted and time.time() - path.stat().st_mtime > 3600:
             freed += _delete([path])
     units: list[tuple[float, list[Path]]] = [
@@ -290,13 +293,13 @@ def prune(folder: Path, max_bytes: int) -> int:
 
 
 def _delete(paths: list[Path]) -> int:
-    """Bytes of those files that were there and are gone."""
+    """Delete files. Returns the bytes freed."""
     freed = 0
     for path in paths:
         try:
             size = path.stat().st_size
             path.unlink()
             freed += size
-        except FileNotFoundError:  # another process was quicker
+        except FileNotFoundError:  # another process deleted it first
             continue
     return freed

@@ -1,10 +1,13 @@
-"""One readable FX graph from a pure function and example inputs: static shapes, named placeholders, our ops kept whole."""
+"""Trace a region and example inputs to a readable FX graph.
+
+Shapes are static, placeholders are named after the inputs, and our ops stay whole.
+"""
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,18 +18,19 @@ if TYPE_CHECKING:
     from torch._subclasses import FakeTensorMode
     from torch.fx import GraphModule
 
-# What tracing needs of torch is imported where it is used: a start whose programs are all stored does without sympy.
+# Functions below import torch's tracing: it imports sympy, which loading artifacts does not need.
 
 
 def named_leaves(name: str, tree: object) -> list[tuple[str, Tensor]]:
-    """The tensors of a nested (Named)tuple, each with the path to it: `batch.pos_T` becomes ("batch_pos_T", tensor)."""
+    """The tensors of a nested (Named)tuple and their paths: `batch.pos_T` gives "batch_pos_T"."""
     if isinstance(tree, Tensor):
         return [(name, tree)]
     if tree is None:
         return []
     if not isinstance(tree, tuple):
         raise TypeError(
-            f"input {name!r} is a {type(tree).__name__}: regions take tensors, None and tuples of them"
+            f"input {name!r} is a {type(tree).__name__}: "
+            "regions take tensors, None and tuples of them"
         )
     fields = getattr(tree, "_fields", range(len(tree)))
     return [
@@ -36,8 +40,13 @@ def named_leaves(name: str, tree: object) -> list[tuple[str, Tensor]]:
     ]
 
 
+def input_leaves(inputs: Mapping[str, object]) -> list[tuple[str, Tensor]]:
+    """The tensors of a region's inputs and their paths, in the order that a program takes."""
+    return [leaf for name, tree in inputs.items() for leaf in named_leaves(name, tree)]
+
+
 def tensors(tree: object) -> list[Tensor]:
-    """The leaves alone, in the order in which a traced region takes them."""
+    """The tensors alone, in the order that a program takes."""
     if isinstance(tree, Tensor):
         return [tree]
     if isinstance(tree, tuple):
@@ -47,7 +56,7 @@ def tensors(tree: object) -> list[Tensor]:
 
 
 def rebuild(tree: object, leaves: list[Tensor]) -> object:
-    """`tree` with its tensors replaced by `leaves`, taken from the front."""
+    """`tree` with its tensors replaced by the first of `leaves`, which are removed from it."""
     if isinstance(tree, Tensor):
         return leaves.pop(0)
     if isinstance(tree, tuple):
@@ -57,7 +66,7 @@ def rebuild(tree: object, leaves: list[Tensor]) -> object:
 
 
 def nesting(tree: object) -> Any:
-    """How a region's result is nested, as JSON: "tensor", None, or [name of the tuple's class, parts]."""
+    """The nesting of a region's result as JSON: "tensor", None, or [name of tuple class, parts]."""
     if isinstance(tree, Tensor):
         return "tensor"
     if isinstance(tree, tuple):
@@ -70,9 +79,9 @@ def nesting(tree: object) -> Any:
 
 
 def nested_like(written: Any) -> object:
-    """A tree that `nesting` writes like this, for `rebuild`. Only classes that are loaded anyway are taken.
+    """A tree with this `nesting`, for `rebuild`.
 
-    Raises ValueError where there is no such class.
+    Raises ValueError unless the modules of all its classes are already imported.
     """
     if written is None:
         return None
@@ -86,7 +95,7 @@ def nested_like(written: Any) -> object:
         values = [nested_like(part) for part in parts]
         return found(*values) if hasattr(found, "_fields") else tuple(values)
     except (KeyError, AttributeError, TypeError, ValueError, AssertionError) as error:
-        raise ValueError(f"{written!r} names no tuple class that is loaded") from error
+        raise ValueError(f"{written!r} names no tuple class of an imported module") from error
 
 
 _LEAF = torch.empty(0)
@@ -95,17 +104,20 @@ _LEAF = torch.empty(0)
 def trace(
     function: Callable[..., Any], inputs: dict[str, object], *, varying: Sequence[str] = ()
 ) -> tuple[GraphModule, list[Tensor], object]:
-    """Trace `function(*inputs.values())`; returns the graph, the fakes of its placeholders, and the nested fake result.
+    """Trace `function(*inputs.values())`.
 
-    Nothing is computed and no memory is taken: real tensors among the inputs are replaced by fakes of their shape,
-    strides, dtype and device. The graph takes the leaves of `inputs` in order and returns a flat tuple of tensors.
-    Leaves whose names end in one of `varying` may have any first dimension when the program runs (the cache's number of
-    blocks, say, which is no reason to compile again); all other dimensions are static.
+    Returns the graph, the fake tensors of its placeholders, and the nested fake result. The graph
+    takes the leaves of `inputs` in order and returns a flat tuple of tensors. Tracing replaces the
+    inputs by fakes of their shapes, strides, dtypes and devices: it computes nothing and takes no
+    memory.
+
+    The first dimension of leaves whose names end in one of `varying` is symbolic, such as the
+    number of cache blocks; all other dimensions are static.
     """
     from torch._subclasses import FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    leaves = [leaf for name, tree in inputs.items() for leaf in named_leaves(name, tree)]
+    leaves = input_leaves(inputs)
     trees = tuple(inputs.values())
 
     results: list[object] = []
@@ -126,12 +138,12 @@ def trace(
 
 def _fake(fake_mode: FakeTensorMode, tensor: Tensor, name: str, varies: bool) -> Tensor:
     if not varies:
-        # a tensor of its own: Inductor would treat inputs that are views of one storage as aliases
+        # each in a storage of its own: Inductor treats inputs that share a storage as aliases
         with fake_mode:
             return torch.empty_strided(
                 tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
             )
-    # Dynamo, on import, settles where Inductor keeps its compiled code.
+    # Importing Dynamo fixes the folder of Inductor's cache, so import it as late as possible.
     from torch._dynamo.source import ConstantSource
     from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
@@ -146,7 +158,7 @@ def make_traced(
     fake_mode: FakeTensorMode,
     decompositions: dict[Any, Callable[..., Any]] | None = None,
 ) -> GraphModule:
-    """`make_fx` under one fake mode, without autograd; dead code removed."""
+    """Call `make_fx` under a fake mode, without autograd, and remove dead code."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
     with fake_mode, torch.no_grad():
@@ -169,8 +181,8 @@ def name_placeholders(graph: GraphModule, names: Sequence[str]) -> None:
 
 
 def dump(graph: GraphModule, path: Path) -> None:
-    """Write the graph as the Python it is, with shapes and dtypes as annotations."""
+    """Write the graph as Python code, with shapes and dtypes as annotations."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     text = graph.print_readable(print_output=False, include_stride=False)
-    # make_fx names the class "<lambda>", which is no Python
+    # make_fx names the class "<lambda>", which is not an identifier
     path.write_text(text.replace("<lambda>", path.name.partition(".")[0], 1))

@@ -1,4 +1,4 @@
-"""The environment variables that this package reads, all of them here, each once."""
+"""All environment variables that this package reads."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 @dataclass(frozen=True)
 class Environment:
-    """NANOVLLM_LOG_LEVEL, NANOVLLM_DUMP_GRAPHS (a folder), NANOVLLM_STRICT (1: a compile after warm-up is an error),
-    NANOVLLM_CACHE (a folder, default ~/.cache/nanovllm); CXX, as everywhere the C++ compiler."""
+    """NANOVLLM_LOG_LEVEL, NANOVLLM_DUMP_GRAPHS (a folder for graphs), NANOVLLM_STRICT (1: a compile
+    after warm-up is an error), NANOVLLM_CACHE (a folder, default ~/.cache/nanovllm) and CXX (a C++
+    compiler)."""
 
     log_level: str
     dump_graphs: Path | None
@@ -22,6 +23,7 @@ class Environment:
 
 
 def read() -> Environment:
+    """Read the environment. Raises ValueError for a value that is not allowed."""
     level = os.environ.get("NANOVLLM_LOG_LEVEL", "INFO").upper()
     if level not in LOG_LEVELS:
         raise ValueError(f"NANOVLLM_LOG_LEVEL is {level!r}: use one of {', '.join(LOG_LEVELS)}")
@@ -41,13 +43,16 @@ _given: dict[str, str] = {}
 
 
 def set_default(name: str, value: str, *, also_over: str | None = None) -> None:
-    """Give a library its setting unless the user already has. What an earlier call gave, and `also_over`, count as unset."""
+    """Set a library's variable unless the user has set it.
+
+    A value that an earlier call set, and `also_over`, count as not set.
+    """
     if os.environ.get(name) in (None, also_over, _given.get(name)):
         os.environ[name] = _given[name] = value
 
 
 def for_children() -> dict[str, str]:
-    """The environment for processes of our own: they find this package where this one did, whatever the folder."""
+    """The environment for child processes: they import this package from the same place."""
     root = str(Path(__file__).parents[1])
     return {
         **os.environ,

@@ -1,4 +1,4 @@
-"""Where a model's files are: the embedded model, a folder, or a download from the Hugging Face Hub."""
+"""Find a model's files: the embedded model, a folder, or a download from the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -11,20 +11,24 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def resolve(model: str, *, weights: bool = True) -> Path:
-    """The folder of a checkpoint; downloads a Hub id (huggingface_hub resumes and verifies). `weights` False: configs only.
+    """The folder of a checkpoint. Downloads a Hub id; without `weights`, its small files only.
 
-    Raises ValueError for a name that is neither embedded, nor a folder with a config.json, nor a Hub id that exists.
+    Raises ValueError for a name that is not an embedded model, a folder with a config.json, or an
+    existing Hub id.
     """
     if model in EMBEDDED:
         return Path(__file__).parent / "assets" / model
     folder = Path(model).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise ValueError(f"{model!r} is a folder without a config.json, so it is no checkpoint")
+            raise ValueError(
+                f"{model!r} is a folder without a config.json, so it is not a checkpoint"
+            )
         return folder
     if not HUB_ID.fullmatch(model) or folder.exists():
         raise ValueError(
-            f"model {model!r} is neither an embedded model ({', '.join(EMBEDDED)}), nor a folder, nor a Hub id (owner/name)"
+            f"model {model!r} is neither an embedded model ({', '.join(EMBEDDED)}), nor a folder, "
+            "nor a Hub id (owner/name)"
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -35,7 +39,7 @@ def resolve(model: str, *, weights: bool = True) -> Path:
 
     patterns = CONFIG_FILES + (["*.safetensors"] if weights else [])
     try:
-        # some repositories hold a second copy of all weights under this name
+        # some repositories hold a second copy of all weights in consolidated*
         return Path(
             snapshot_download(model, allow_patterns=patterns, ignore_patterns=["consolidated*"])
         )

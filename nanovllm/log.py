@@ -1,4 +1,4 @@
-"""Logging: modules use their own loggers; only entry points call `configure`."""
+"""Logging: every module has its own logger, and only entry points call `configure`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from nanovllm import env
 
 
 def configure() -> None:
-    """Show this package's log on stderr at NANOVLLM_LOG_LEVEL. Does nothing where the application has set up logging."""
+    """Log to stderr at NANOVLLM_LOG_LEVEL, unless the application has set up logging."""
     logger = logging.getLogger("nanovllm")
     if logger.handlers or logging.getLogger().handlers:
         return

@@ -1,4 +1,4 @@
-"""What a user asks of one request's tokens."""
+"""The sampling options of one request."""
 
 from __future__ import annotations
 
@@ -14,18 +14,24 @@ MIN_TEMPERATURE = 1e-6
 class SamplingParams:
     """How to choose the next token, and when to stop.
 
-    temperature: 0 is greedy; logits are divided by it otherwise. Below 1e-6 it counts as 0: quotients would overflow.
-    top_k (0 or -1: off), top_p, min_p: keep the k likeliest tokens; the smallest set with total probability >= top_p;
-        tokens with probability >= min_p times the likeliest one's. Applied in the order min_p, top_k, top_p.
-    repetition_penalty: positive logits of tokens seen in prompt or output are divided by it, negative ones multiplied.
-    presence_penalty, frequency_penalty: subtracted from logits of generated tokens, once and once per occurrence.
-    seed: the same seed gives the same tokens, whatever else is in the batch. None draws one from the engine's seed.
-    max_tokens, min_tokens: bounds on generated tokens; before min_tokens no stop token or stop string ends a request.
-    stop: strings that end the text; they are not part of it. stop_token_ids: ids that end it, and are part of token_ids.
-    ignore_eos: the model's own end-of-sequence ids do not end the request.
-    logprobs, prompt_logprobs: how many of the likeliest tokens to report for each position, beside the token itself;
-        log-softmax of the model's own logits, before penalties and temperature.
-    n: how many independent answers.
+    temperature: logits are divided by it. 0 is greedy, and so is any value below 1e-6, for which
+        quotients would overflow.
+    min_p, top_k, top_p: filters, applied in this order. min_p keeps tokens with probability >=
+        min_p times the largest; top_k keeps the k likeliest tokens (0 or -1: all); top_p keeps the
+        smallest set of likeliest tokens with total probability >= top_p.
+    repetition_penalty: for tokens in prompt or output, positive logits are divided by it and
+        negative ones multiplied.
+    presence_penalty, frequency_penalty: subtracted from logits of generated tokens, once per token
+        and once per occurrence.
+    seed: the same seed gives the same tokens in any batch. None draws a seed from the engine's.
+    max_tokens, min_tokens: limits on generated tokens. Stop tokens and stop strings end no request
+        before min_tokens.
+    stop: strings that end the text, which does not include them.
+    stop_token_ids: ids that end the text; token_ids includes them.
+    ignore_eos: the model's end-of-sequence ids do not end the request.
+    logprobs, prompt_logprobs: the number of likeliest tokens to report per position, beside the
+        token itself: log-softmax of the model's logits, before penalties and temperature.
+    n: the number of independent answers.
     """
 
     temperature: float = 1.0
@@ -95,7 +101,7 @@ class SamplingParams:
 
     @property
     def is_plain(self) -> bool:
-        """Temperature alone decides: the sampler inside the step's graph is enough."""
+        """True if only the temperature matters: the sampler in the step's graph is enough."""
         filtered = self.temperature > 0 and (self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0)
         return not (filtered or self.has_penalties or self.logprobs is not None)
 
@@ -104,9 +110,8 @@ def _finite(name: str, value: float, low: float, high: float, *, open_low: bool 
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"{name} must be a number, not {value!r}")
     if not math.isfinite(value) or not low <= value <= high or (open_low and value == low):
-        raise ValueError(
-            f"{name} is {value}: it must be a finite number in {'(' if open_low else '['}{low:g}, {high:g}]"
-        )
+        bounds = f"{'(' if open_low else '['}{low:g}, {high:g}]"
+        raise ValueError(f"{name} is {value}: it must be a finite number in {bounds}")
 
 
 def _whole(name: str, value: int, low: int, high: float = math.inf) -> None:

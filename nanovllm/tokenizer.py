@@ -1,4 +1,4 @@
-"""Text in, text out: the checkpoint's own tokenizer, and text that grows token by token."""
+"""The checkpoint's tokenizer, and text that is decoded token by token."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# Whatever a tokenizer may consist of, in any of transformers' layouts; the first four are enough to have one.
+# All files of a tokenizer in transformers' layouts. One of the first four means that there is one.
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt", "special_tokens_map.json",
-    "added_tokens.json", "chat_template.jinja",
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt",
+    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
 )  # fmt: skip
-REPLACEMENT = "\ufffd"  # what a decoder shows for the first bytes of an unfinished character
+REPLACEMENT = "\ufffd"  # the decoder's output for the first bytes of an incomplete character
 
 
 def load_tokenizer(folder: Path) -> Any | None:
-    """The checkpoint's tokenizer, or None where it has none (token ids still work then)."""
+    """The checkpoint's tokenizer. None if it has none: then only token ids work."""
     if not any((folder / name).is_file() for name in TOKENIZER_FILES[:4]):
         return None
     from transformers import AutoTokenizer
@@ -26,19 +26,20 @@ def load_tokenizer(folder: Path) -> Any | None:
 class GrowingText:
     """The text of a growing list of tokens, decoded a few at a time.
 
-    A token's text can depend on its neighbours (spaces, characters of several bytes), so each piece is the difference
-    between decoding a short tail with and without the newest tokens; an unfinished character is held back.
+    A token's text can depend on its neighbours (spaces, characters of several bytes). So each new
+    piece is the difference between the texts of a short tail with and without the newest tokens.
+    An incomplete character is held back.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
-        self._tail = 0  # decoding starts here
-        self._shown = 0  # tokens whose text is in `text`
+        self._tail = 0  # index of the first token to decode
+        self._shown = 0  # number of tokens whose text is in `text`
         self.text = ""
 
     def append(self, token_ids: Sequence[int]) -> str:
-        """Add tokens; returns the text that has become certain."""
+        """Add tokens. Returns the new text that further tokens cannot change."""
         self._ids.extend(token_ids)
         before = self._decode(self._ids[self._tail : self._shown])
         after = self._decode(self._ids[self._tail :])
@@ -50,7 +51,7 @@ class GrowingText:
         return piece
 
     def flush(self) -> str:
-        """The rest, unfinished characters included, once no more tokens come."""
+        """The rest of the text after the last token, with incomplete characters."""
         piece = self._decode(self._ids[self._tail :])[
             len(self._decode(self._ids[self._tail : self._shown])) :
         ]

@@ -25,7 +25,7 @@ def test_unknown_options_are_named_beside_the_known_ones() -> None:
 @pytest.mark.parametrize("value", ["fp16", "float8", "FP8", None, 8])
 def test_the_cache_is_in_the_model_s_dtype_or_fp8(value: Any) -> None:
     with pytest.raises(
-        ValueError, match=rf"kv_cache_dtype {value!r} is not supported: use one of auto, fp8"
+        ValueError, match=rf"kv_cache_dtype is {value!r}: it must be one of auto, fp8"
     ):
         make(kv_cache_dtype=value)
     assert make().kv_cache_dtype == "auto" and make(kv_cache_dtype="fp8").kv_cache_dtype == "fp8"
@@ -57,9 +57,19 @@ def test_blocks_hold_a_multiple_of_16_tokens(value: Any) -> None:
 @pytest.mark.parametrize("value", [[], [0], [-1, 2], [1.0], ["1"], [True], 4, "124"])
 def test_graph_batch_sizes_are_whole_numbers(value: Any) -> None:
     with pytest.raises(
-        ValueError, match=r"graph_batch_sizes is .*: it must hold whole numbers of at least 1"
+        ValueError,
+        match=r"graph_batch_sizes is .*: it must be a list of whole numbers of at least 1",
     ):
         make(graph_batch_sizes=value)
+
+
+@pytest.mark.parametrize("value", [[0], [-1, 2], [1.0], [True], 4, "124", None])
+def test_draft_lengths_are_whole_numbers(value: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"draft_lengths is .*: it must be a list of whole numbers of at least 1"
+    ):
+        make(draft_lengths=value)
+    assert make(draft_lengths=[]).draft_lengths == ()
 
 
 @pytest.mark.parametrize("value", [0, 0.0, -0.1, 1.01, 90, float("nan"), "0.9", None, True])
@@ -73,10 +83,7 @@ def test_gpu_memory_utilization_is_a_share(value: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        (
-            {"dtype": "fp8"},
-            "dtype 'fp8' is not supported: use one of auto, float32, float16, bfloat16",
-        ),
+        ({"dtype": "fp8"}, "dtype is 'fp8': it must be one of auto, float32, float16, bfloat16"),
         ({"pad_batches": False}, "pad_batches=False needs enforce_eager=True"),
         ({"fuse": False, "enforce_eager": True}, "fuse=False needs enforce_eager=False"),
         ({"max_stall_ms": 0}, "max_stall_ms is 0: it must be a number above 0, or inf"),
@@ -88,7 +95,10 @@ def test_gpu_memory_utilization_is_a_share(value: Any) -> None:
         ({"run_ahead": 2}, "run_ahead is 2: it must be 0 or 1"),
         ({"run_ahead": -1}, "run_ahead is -1: it must be 0 or 1"),
         ({"run_ahead": True}, "run_ahead is True: it must be 0 or 1"),
-        ({"tensor_parallel_size": 2}, "tensor_parallel_size is 2: only 1 is supported"),
+        (
+            {"tensor_parallel_size": 2},
+            "tensor_parallel_size is 2: it must be 1: no other size is supported",
+        ),
     ],
 )
 def test_what_is_not_supported_says_what_is(options: dict[str, Any], match: str) -> None:

@@ -1,4 +1,4 @@
-"""The lowering that compiles nothing: the graph's own Python, node by node."""
+"""The lowering that compiles nothing: it runs the Python code of the graph, node by node."""
 
 from __future__ import annotations
 

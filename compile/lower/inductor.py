@@ -1,7 +1,8 @@
-"""FX graph to machine code through Inductor, without Dynamo: Triton kernels on a GPU, C++ on a CPU."""
+"""FX graph to Triton kernels (GPU) or C++ (CPU) through Inductor, without Dynamo."""
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +17,11 @@ KIND = "inductor"
 
 
 class InductorProgram:
-    """What Inductor made. Its stored form is torch's own, which holds pickles: read it only from where others can't write."""
+    """Code that Inductor generated.
+
+    Its stored form is torch's, which holds pickles: load it only from a folder that others cannot
+    write to.
+    """
 
     def __init__(self, compiled: Any) -> None:
         self._compiled = compiled
@@ -25,7 +30,7 @@ class InductorProgram:
         return self._compiled(*inputs)
 
     def stored(self) -> tuple[str, bytes]:
-        """(kind of artifact, its bytes), from which `load` makes the same program."""
+        """(kind of artifact, its bytes), from which `load` makes an equal program."""
         with tempfile.TemporaryDirectory(prefix="nanovllm-") as folder:
             path = Path(folder) / "artifact"
             self._compiled.save(path=str(path), format="binary")
@@ -33,7 +38,7 @@ class InductorProgram:
 
 
 def load(content: bytes) -> InductorProgram:
-    """The program of `InductorProgram.stored()`. Raises ValueError where this torch cannot read it."""
+    """The program of `InductorProgram.stored()`. Raises ValueError if this torch cannot read it."""
     from torch._inductor.standalone_compile import CompiledArtifact
 
     with tempfile.TemporaryDirectory(prefix="nanovllm-") as folder:
@@ -41,22 +46,20 @@ def load(content: bytes) -> InductorProgram:
         path.write_bytes(content)
         try:
             return InductorProgram(CompiledArtifact.load(path=str(path), format="binary"))
-        except (
-            Exception
-        ) as error:  # whatever torch's reader raises, the program can still be compiled
+        except Exception as error:  # torch may raise anything here; the caller compiles again
             raise ValueError(f"Inductor cannot read it: {type(error).__name__}: {error}") from error
 
 
 def lower(graph: GraphModule, fakes: Sequence[Tensor]) -> InductorProgram:
-    """Compile a graph of static shapes; the result takes the graph's placeholders in order and has no guards."""
+    """Compile a graph of static shapes. The result takes its placeholders, without guards."""
     from torch._inductor import standalone_compile
 
-    # standalone_compile takes the graph's fake mode, and with it which dimensions are static, from this key of its
-    # outputs, which Dynamo sets and make_fx does not; without it every dimension would be compiled as dynamic.
+    # standalone_compile reads the fake mode, which knows the static dimensions, from this key of
+    # the outputs. Dynamo sets it, make_fx does not; without it every dimension would be dynamic.
     outputs: Any = graph.graph.output_node().args[0]
     for node in outputs:
         node.meta["example_value"] = node.meta["val"]
-    # the number of threads stays open: it is no part of an artifact's key
+    # The number of threads is not in an artifact's key, so it must stay dynamic.
     options = {"config_patches": {"cpp.dynamic_threads": True}}
     return InductorProgram(
         standalone_compile(graph, list(fakes), dynamic_shapes="from_graph", options=options)
@@ -66,12 +69,10 @@ def lower(graph: GraphModule, fakes: Sequence[Tensor]) -> InductorProgram:
 def lower_if_worth_it(
     graph: GraphModule, fakes: Sequence[Tensor]
 ) -> Callable[..., Sequence[Tensor]]:
-    """A plan of the graph's calls where there is nothing to generate, else what Inductor makes of it."""
-    from nanovllm.compile.lower import plan
+    """A call list if Inductor could not make the graph faster, else a program of Inductor."""
+    from nanovllm.compile.lower import calls
 
-    if plan.is_enough(graph):
-        try:
-            return plan.lower(graph, fakes)
-        except plan.NotAPlan:
-            pass
+    if calls.is_enough(graph):
+        with contextlib.suppress(calls.NotListable):
+            return calls.lower(graph, fakes)
     return lower(graph, fakes)

@@ -1,8 +1,9 @@
 """FX graph to Ascend IR through torchair, without Dynamo: AOTAutograd, torchair's converters, GE.
 
-torchair's own `cache_compile` wraps this same path in Dynamo and its guards and takes only methods of an nn.Module. Its
-parts are used directly here: AOTAutograd makes the graph functional, `get_compiler` converts it, and the generated code,
-a serialised Ascend graph and a function `kernel`, is what the store keeps. GE keeps its compiled graph in a folder of its own.
+torchair's `cache_compile` takes only methods of an nn.Module and adds Dynamo's guards, so its steps
+are called here directly: AOTAutograd makes the graph functional and `get_compiler` converts it. The
+result is Python source with a serialised Ascend graph and a function `kernel`. The store keeps this
+source; GE keeps its compiled graph in a folder of its own.
 """
 
 from __future__ import annotations
@@ -19,17 +20,19 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 KIND = "torchair"
-GE_CACHE = (
-    "ge.graph_compiler_cache_dir"  # GE's option: the folder in which it keeps a compiled graph
-)
-UNKNOWN_FOLDER = "<folder>"  # stands there until the code is known, after which the folder is named
+GE_CACHE = "ge.graph_compiler_cache_dir"  # GE's option: the folder for a compiled graph
+UNKNOWN_FOLDER = "<folder>"  # a placeholder: the folder's name depends on the generated code
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How torchair compiles. `options` are paths into its CompilerConfig, such as
-    "experimental_config.tiling_schedule_optimize"; inputs whose names begin with one of `frozen` are weights, whose memory
-    stays where it is. GE keeps what it compiles in folders below `ge_cache`, if that is given."""
+    """How torchair compiles.
+
+    options: values for fields of its CompilerConfig, by path, such as
+        "experimental_config.tiling_schedule_optimize".
+    frozen: inputs whose names begin with one of these are weights, whose memory never moves.
+    ge_cache: GE keeps compiled graphs in folders below this one; None: GE keeps nothing.
+    """
 
     options: Mapping[str, object] = field(default_factory=dict)
     frozen: tuple[str, ...] = ()
@@ -37,7 +40,7 @@ class Settings:
 
 
 def compiler_config(settings: Settings) -> Any:
-    """torchair's CompilerConfig; ValueError naming an option that it does not have, or a value that it does not take."""
+    """torchair's CompilerConfig. Raises ValueError for an option or a value that it refuses."""
     from torchair.configs.compiler_config import CompilerConfig
 
     config = CompilerConfig()
@@ -60,8 +63,10 @@ def compiler_config(settings: Settings) -> Any:
 
 
 class AscendProgram:
-    """Generated code: a serialised Ascend graph and the function that runs it. GE compiles the graph on the first call, or
-    takes it from the folder that the code names."""
+    """Generated code: a serialised Ascend graph and the function that runs it.
+
+    On the first call GE compiles the graph, or loads it from the folder that the code names.
+    """
 
     def __init__(self, code: str) -> None:
         self._code = code
@@ -76,22 +81,25 @@ class AscendProgram:
         return self._kernel(*inputs)
 
     def stored(self) -> tuple[str, bytes]:
-        """(kind of artifact, its bytes), from which `load` makes the same program."""
+        """(kind of artifact, its bytes), from which `load` makes an equal program."""
         return KIND, self._code.encode()
 
 
 def load(content: bytes) -> AscendProgram:
-    """The program of `AscendProgram.stored()`: nothing is lowered. Raises ValueError where this torchair cannot take it."""
+    """The program of `AscendProgram.stored()`. Raises ValueError if this torchair cannot run it."""
     try:
         return AscendProgram(content.decode())
     except (
         Exception
-    ) as error:  # whatever the code of another version raises, the graph can still be lowered
+    ) as error:  # code of another version may raise anything; the caller lowers again
         raise ValueError(f"torchair cannot take it: {type(error).__name__}: {error}") from error
 
 
 def lower(graph: GraphModule, fakes: Sequence[Tensor], *, settings: Settings) -> AscendProgram:
-    """Lower a graph of static shapes whose ops torchair can convert; the result takes the graph's placeholders in order."""
+    """Lower a graph of static shapes and ops that torchair converts.
+
+    The result takes the graph's placeholders in order.
+    """
     code = generate(graph, fakes, settings)
     if settings.ge_cache is not None:
         name = hashlib.sha256(code.encode()).hexdigest()[:32]
@@ -100,7 +108,7 @@ def lower(graph: GraphModule, fakes: Sequence[Tensor], *, settings: Settings) ->
 
 
 def generate(graph: GraphModule, fakes: Sequence[Tensor], settings: Settings) -> str:
-    """Python source that holds the Ascend graph and runs it. Needs the ops' converters, no device."""
+    """Python source that holds the Ascend graph and runs it. Needs no device, only converters."""
     from torch._functorch.aot_autograd import aot_module_simplified
     from torch._functorch.compile_utils import fx_graph_cse
     from torchair import get_compiler
@@ -118,7 +126,7 @@ def generate(graph: GraphModule, fakes: Sequence[Tensor], settings: Settings) ->
         for tensor, is_frozen in zip(example_inputs, frozen):
             if is_frozen:
                 tensor._torchair_is_parameter = True
-        # indices and rotary rows are the same in every layer
+        # merge indices and rotary rows, which every layer computes again
         merged = GraphModule(gm, fx_graph_cse(gm.graph))
         extra = {GE_CACHE: UNKNOWN_FOLDER} if settings.ge_cache is not None else {}
         code = get_compiler(config)(merged, list(example_inputs)).get_code(extra)
@@ -147,11 +155,11 @@ def cann_version() -> str:
     return str(get_cann_version())
 
 
-# aten ops without a converter, or whose converter leads to an op with dynamic shapes, in terms of others ----------------
+# Decompositions of aten ops that have no converter, or one that makes dynamic shapes -----------
 
 
 def _xor(a: Tensor, b: Tensor | int) -> Tensor:
-    return a + b - 2 * (a & b)  # of non-negative numbers below 2^62
+    return a + b - 2 * (a & b)  # for non-negative numbers below 2^62
 
 
 def _and(a: Tensor, mask: int) -> Tensor:
@@ -163,7 +171,7 @@ def _shift_right(a: Tensor, bits: int) -> Tensor:
 
 
 def _index(a: Tensor, indices: Sequence[Tensor | None]) -> Tensor:
-    """Rows by number; every other form keeps its converter."""
+    """Selects rows by number; torchair converts every other form of indexing itself."""
     if (
         len(indices) == 1
         and indices[0] is not None

@@ -1,1 +1,1 @@
-"""Graph passes: each is a function `(graph, fakes, *, options) -> graph` in a file of its own."""
+"""Graph passes: one function `(graph, fakes, *, options) -> graph` per file."""

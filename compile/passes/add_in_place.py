@@ -1,4 +1,4 @@
-"""linear + residual, where nobody reads the residual any more, becomes a product that adds onto it in place."""
+"""linear + residual becomes a product that adds onto the residual in place."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from nanovllm.kernels import ops
 
 
 def add_in_place(graph: GraphModule, fakes: Sequence[Tensor]) -> GraphModule:
-    """Turn every `linear` with a residual that it is the last to read, and that is no input of the region, into `linear_`."""
+    """Turn a `linear` with a residual into `linear_`.
+
+    The `linear` must be the last reader of the residual, which must not be an input of the region.
+    """
     for linear in [node for node in graph.graph.nodes if node.target is ops.linear]:
         x, weight, bias, residual = (*linear.args, None)[:4]
         if residual is None or residual.op == "placeholder" or _is_view(residual):

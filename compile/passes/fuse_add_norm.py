@@ -1,4 +1,4 @@
-"""linear + residual → RMS norm, found in a region's graph, becomes linear → add + RMS norm: one pass over memory less."""
+"""linear + residual → RMS norm becomes linear → add + RMS norm: one pass over memory less."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from torch.fx import GraphModule, Node
 
 from nanovllm.kernels import ops
 
-# Products that may end with a residual, and which of their arguments it is: the last one.
+# Products that can add a residual, and the residual's index among their arguments: the last one.
 RESIDUAL_IDX = {ops.linear: 3, ops.linear_int8: 4}
 
 
 def fuse_add_norm(graph: GraphModule, fakes: Sequence[Tensor]) -> GraphModule:
-    """Move the residual of every product into the `rms_norm` that reads its result; other readers get the norm's sum."""
+    """Move the residual of every product into the `rms_norm` that reads the product's result.
+
+    Other nodes that read the result then read the sum that `add_rms_norm` returns.
+    """
     for norm in [node for node in graph.graph.nodes if node.target is ops.rms_norm]:
         linear: Any = norm.args[0]
         if (

@@ -1,5 +1,6 @@
-"""RMS norm → product (→ SiLU·up) (+ residual), found in a region's graph, becomes one op, where there are so few rows that
-the product is a stream of weights.
+"""RMS norm → product (→ SiLU·up) (+ residual) becomes one op.
+
+This pays for few rows, where reading the weights takes most of the product's time.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ Takes = Callable[[Tensor, Tensor, bool, bool], bool]
 
 
 def fuse_linear(graph: GraphModule, fakes: Sequence[Tensor], *, takes: Takes) -> GraphModule:
-    """Fuse every `linear` with its neighbours where `takes(x, weight, norm taken in, SiLU·up taken in)`.
+    """Fuse every `linear` with its neighbours if `takes(x, weight, fuses norm, fuses SiLU·up)`.
 
-    A norm is taken in where this product alone reads it, the activation where it alone reads the product.
+    A norm can be fused if only this product reads it, SiLU·up if only it reads the product.
     """
     for linear in [node for node in graph.graph.nodes if node.target is ops.linear]:
         x, weight = (argument.meta["val"] for argument in linear.all_input_nodes[:2])
@@ -50,7 +51,7 @@ def _fuse(graph: GraphModule, linear: Node, norm: Node | None, silu_mul: Node | 
 
 
 def _norm_for(linear: Node) -> Node | None:
-    """The rms_norm that this product alone reads."""
+    """The rms_norm that only this product reads, or None."""
     norm: Any = linear.args[0]
     return (
         norm
@@ -60,7 +61,7 @@ def _norm_for(linear: Node) -> Node | None:
 
 
 def _silu_of(linear: Node) -> Node | None:
-    """The silu_mul that alone reads this product, which adds no residual."""
+    """The silu_mul that is the only reader of this product, or None. A residual prevents fusion."""
     users = list(linear.users)
     if len(linear.args) > 3 and linear.args[3] is not None:
         return None

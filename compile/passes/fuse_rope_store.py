@@ -1,4 +1,4 @@
-"""split → (q norm, k norm) → rope → KV write, found in the graph of a layer, becomes one op: one launch instead of five."""
+"""split → (q norm, k norm) → rope → KV write becomes one op: one launch instead of five."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nanovllm.kernels import ops
 
 
 def fuse_rope_store(graph: GraphModule, fakes: Sequence[Tensor]) -> GraphModule:
-    """Fuse every `store_kv` whose key and value, and the query beside them, come from one packed projection."""
+    """Fuse every `store_kv` whose key and value, with a query, come from one packed projection."""
     for store in [node for node in graph.graph.nodes if node.target is ops.store_kv]:
         _fuse(graph, store)
     graph.graph.eliminate_dead_code()
@@ -45,25 +45,12 @@ def _fuse(graph: GraphModule, store: Node) -> None:
         epsilons = {q_eps, k_eps} - {None}
         if len(epsilons) > 1:
             continue
-        packed = split.args[0].args[0]  # the view that shows heads, and the projection under it
-        num_heads = split.args[1][0]
+        packed = split.args[0].args[0]  # the input of the view that splits off the heads
+        num_heads, target = split.args[1][0], (slot, k_cache, v_cache)
+        eps = epsilons or {0.0}
+        args = (packed, q_norm, k_norm, cos_sin, pos, *target, num_heads, *eps, *scales)
         with graph.graph.inserting_before(store):
-            fused = graph.graph.call_function(
-                ops.qk_norm_rope_store,
-                (
-                    packed,
-                    q_norm,
-                    k_norm,
-                    cos_sin,
-                    pos,
-                    slot,
-                    k_cache,
-                    v_cache,
-                    num_heads,
-                    *(epsilons or {0.0}),
-                    *scales,
-                ),
-            )
+            fused = graph.graph.call_function(ops.qk_norm_rope_store, args)
         fused.meta = dict(query.meta)
         query.replace_all_uses_with(fused)
         graph.graph.erase_node(store)
@@ -71,7 +58,11 @@ def _fuse(graph: GraphModule, store: Node) -> None:
 
 
 def _rotated(node: Any) -> tuple[Any, Any, Any, Any, Any] | None:
-    """(part of the split, its norm's weight and eps or None, table, positions) of rope(part) or rope(rms_norm(part))."""
+    """The operands of rope(part) or rope(rms_norm(part)), where `part` is a part of a split.
+
+    Returns (part, the norm's weight or None, its eps or None, table, positions), or None for any
+    other node.
+    """
     if not isinstance(node, Node) or node.target is not ops.rope:
         return None
     source: Any

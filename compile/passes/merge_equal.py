@@ -1,4 +1,4 @@
-"""Equal ops on equal inputs become one: the rotary rows and cache indices that every layer computes for itself."""
+"""Equal ops on equal inputs become one, such as rotary rows and cache indices of every layer."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch.fx.node import map_arg
 def merge_equal(graph: GraphModule, fakes: Sequence[Tensor]) -> GraphModule:
     """Merge calls of the same op on the same arguments, in place.
 
-    What is read from memory that the graph writes stays where it is, and so does what is computed from a view of it: two
-    reads may differ. So do ops that write.
+    Ops that write are never merged. Neither are ops that read memory which the graph writes, also
+    through a view: two reads may differ.
     """
     written = _written(graph)
     merged: dict[tuple[object, ...], Node] = {}
@@ -37,7 +37,7 @@ def merge_equal(graph: GraphModule, fakes: Sequence[Tensor]) -> GraphModule:
 
 
 def _frozen(argument: object) -> object:
-    """An argument as a dictionary key: lists become tuples; the type keeps 1, 1.0 and True apart."""
+    """An argument as a dictionary key. The type keeps 1, 1.0 and True apart."""
     if isinstance(argument, (list, tuple)):
         return tuple(_frozen(part) for part in argument)
     return argument if isinstance(argument, Node) else (type(argument), argument)
@@ -53,7 +53,7 @@ def _writes(node: Node) -> bool:
 
 
 def _written(graph: GraphModule) -> set[Node]:
-    """Nodes whose memory some op of the graph writes, their views and what they are views of."""
+    """Nodes whose memory an op of the graph writes, with their views and bases."""
     found: set[Node] = set()
     for node in graph.graph.nodes:
         schema = _schema(node)
@@ -61,7 +61,7 @@ def _written(graph: GraphModule) -> set[Node]:
             continue
         for formal, actual in zip(schema.arguments, node.args):
             if formal.alias_info is not None and formal.alias_info.is_write:
-                map_arg(actual, lambda target: found.add(target))  # type: ignore[arg-type, func-returns-value]
+                map_arg(actual, found.add)  # type: ignore[arg-type]
     while True:
         views = {
             node for node in graph.graph.nodes if node not in found and _is_view_of(node, found)

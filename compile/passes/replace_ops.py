@@ -1,4 +1,4 @@
-"""Replace every op of ours by what stands for it on a device, in one more trace of the graph."""
+"""Replace our ops with a device's own, or with their plain-torch definitions."""
 
 from __future__ import annotations
 
@@ -14,18 +14,32 @@ from nanovllm.kernels import ops, reference
 
 
 def replace_ops(
-    graph: GraphModule, fakes: Sequence[Tensor], *, table: Mapping[str, Callable[..., Any]]
+    graph: GraphModule,
+    fakes: Sequence[Tensor],
+    *,
+    table: Mapping[str, Callable[..., Any]] | None = None,
+    keep: Callable[[str, Node], bool] = lambda name, node: False,
 ) -> GraphModule:
-    """Each op of ours becomes the ops of `table[its name]`, or of its plain-torch meaning where the table has no row."""
+    """Replace every op of ours, by tracing the graph once more.
+
+    `table` maps names of ops to their replacements. An op without an entry stays if `keep(name,
+    node)` is true or if a user asked for it by name (`ops.ASKED_FOR`); otherwise its plain-torch
+    definition replaces it, which the lowering can fuse with its neighbours.
+    """
+    replacements = table or {}
 
     class Replacer(Interpreter):
         def run_node(self, node: Node) -> object:
             name = ops.op_name(node.target)
             if name is None:
                 return super().run_node(node)
+            replacement: Any = replacements.get(name)
+            if replacement is None:
+                if name in ops.ASKED_FOR or keep(name, node):
+                    return super().run_node(node)
+                replacement = getattr(reference, name)
             args, kwargs = self.fetch_args_kwargs_from_env(node)
-            stands_for: Any = table.get(name) or getattr(reference, name)
-            return stands_for(*args, **kwargs)
+            return replacement(*args, **kwargs)
 
     names = [node.name for node in graph.graph.nodes if node.op == "placeholder"]
     first = fakes[0]

@@ -12,13 +12,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from nanovllm.compile.passes.inline_ops import inline_ops
+from nanovllm.compile.passes.replace_ops import replace_ops
 from nanovllm.compile.program import Lowering, Pass
 
 # For measuring what fusion earns: only what no lowering can write by itself stays a kernel of ours.
 UNFUSED_OPS = frozenset({"paged_attention", "store_kv", "sample"})
 UNFUSED_PASSES: tuple[tuple[str, Pass], ...] = (
-    ("inline_ops", partial(inline_ops, keep=lambda name, node: name in UNFUSED_OPS)),
+    ("replace_ops", partial(replace_ops, keep=lambda name, node: name in UNFUSED_OPS)),
 )
 
 
@@ -78,7 +78,7 @@ class Rehearsal(Protocol):
     def mode(self) -> AbstractContextManager[Any]: ...
 
     def visit(self, op: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
-        """The result of one call of a plan."""
+        """The result of one call of a program."""
         ...
 
     def compile(self, request: str) -> None:

@@ -19,7 +19,7 @@ from torch.fx import Node
 from nanovllm.compile.lower import inductor
 from nanovllm.compile.passes.fuse_add_norm import fuse_add_norm
 from nanovllm.compile.passes.fuse_rope_store import fuse_rope_store
-from nanovllm.compile.passes.inline_ops import inline_ops
+from nanovllm.compile.passes.replace_ops import replace_ops
 from nanovllm.compile.program import Lowering, Pass
 from nanovllm.kernels.cpu import build as cpp_build
 from nanovllm.kernels.cpu import kernels as cpu_kernels
@@ -95,7 +95,7 @@ class CpuPlatform:
         return (
             ("fuse_rope_store", fuse_rope_store),
             ("fuse_add_norm", fuse_add_norm),
-            ("inline_ops", partial(inline_ops, keep=_keeps_op)),
+            ("replace_ops", partial(replace_ops, keep=_keeps_op)),
         )
 
     def fingerprint(self) -> dict[str, str]:

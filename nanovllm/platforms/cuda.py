@@ -17,7 +17,7 @@ from nanovllm.compile.passes.add_in_place import add_in_place
 from nanovllm.compile.passes.fuse_add_norm import fuse_add_norm
 from nanovllm.compile.passes.fuse_linear import fuse_linear
 from nanovllm.compile.passes.fuse_rope_store import fuse_rope_store
-from nanovllm.compile.passes.inline_ops import inline_ops
+from nanovllm.compile.passes.replace_ops import replace_ops
 from nanovllm.compile.program import Lowering, Pass
 from nanovllm.platforms import preload
 from nanovllm.platforms.accelerator import Accelerator
@@ -107,7 +107,7 @@ class CudaPlatform(Accelerator):
             ("fuse_linear", partial(fuse_linear, takes=takes)),
             ("fuse_add_norm", fuse_add_norm),
             ("add_in_place", add_in_place),
-            ("inline_ops", partial(inline_ops, keep=lambda name, node: name in KERNEL_OPS)),
+            ("replace_ops", partial(replace_ops, keep=lambda name, node: name in KERNEL_OPS)),
         )
 
     def fingerprint(self) -> dict[str, str]:

@@ -166,7 +166,7 @@ class NpuPlatform(Accelerator):
                 for name, function in table.items()
                 if name in npu_kernels.NEVER_PLAIN
             }
-        passes.append(("npu_ops", partial(replace_ops, table=table)))
+        passes.append(("replace_ops", partial(replace_ops, table=table)))
         if self.captures:
             # what torchair takes is merged later, when it is functional and more of it can be (compile/lower/torchair.py)
             passes.append(("merge_equal", merge_equal))

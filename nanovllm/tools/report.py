@@ -22,7 +22,7 @@ from torch.fx import GraphModule
 
 from nanovllm import hub, log, platforms
 from nanovllm.compile import buckets
-from nanovllm.compile.lower.plan import Plan
+from nanovllm.compile.lower.calls import CallList
 from nanovllm.compile.program import Program
 from nanovllm.compile.trace import tensors
 from nanovllm.config import EngineConfig
@@ -80,7 +80,8 @@ def draw(
         limits = report.measure_limits(runner.platform.device, runner.cfg.dtype, seconds)
         for name, (program, inputs) in recorded.items():
             regions[name].calls = _measured(runner, program, inputs, seconds)
-            regions[name].lowering = "plan" if isinstance(program.run, Plan) else "Inductor"
+            is_list = isinstance(program.run, CallList)
+            regions[name].lowering = "calls" if is_list else "Inductor"
     cfg = startup.read_model_config(
         hub.resolve(config.model, weights=False), config, runner.platform, None
     )[1]
@@ -129,7 +130,7 @@ def _measured(
         runner.state.token_S.copy_(token_S)
         return taken
 
-    if isinstance(program.run, Plan):
+    if isinstance(program.run, CallList):
         return report.measure(program.run, inputs, restoring)
     num_bytes = sum(tensor.nbytes for tensor in [*inputs, *program.run(*inputs)])
     return [Call("generated code", "", restoring(lambda: program.run(*inputs)), num_bytes, 0)]

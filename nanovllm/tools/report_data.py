@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.compile.buckets import smallest_fit
-from nanovllm.compile.lower.plan import Plan
+from nanovllm.compile.lower.calls import CallList
 from nanovllm.tools.costs import cost
 
 if TYPE_CHECKING:
@@ -145,9 +145,9 @@ def stage_of(name: str, graph: GraphModule) -> Stage:
 
 
 def measure(
-    plan: Plan, inputs: Sequence[Tensor], seconds: Callable[[Callable[[], object]], float]
+    listed: CallList, inputs: Sequence[Tensor], seconds: Callable[[Callable[[], object]], float]
 ) -> list[Call]:
-    """Run a plan's calls one by one, each timed by `seconds(call)` with the arguments that it has in the step."""
+    """Make the listed calls one by one and time each by `seconds(call)`, with its real arguments."""
     calls: list[Call] = []
 
     def visit(op: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
@@ -160,7 +160,7 @@ def measure(
             )
         return result
 
-    plan.step_through(inputs, visit)
+    listed.step_through(inputs, visit)
     return calls
 
 

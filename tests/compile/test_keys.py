@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -157,20 +158,31 @@ def test_sources_count_by_name_and_content_only(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "file, counts",
-    [("trace.py", True), ("program.py", True), ("passes/inline_ops.py", True), ("lower/plan.py", True),
-     ("buckets.py", False), ("store.py", False), ("cache.py", False), ("report.py", False)],
+    [("trace.py", True), ("program.py", True), ("passes/replace_ops.py", True), ("lower/calls.py", True),
+     ("passes/new.py", True), ("lower/new.py", True), ("buckets.py", False), ("keys.py", False),
+     ("store.py", False), ("new.py", False)],
 )  # fmt: skip
 def test_sources_of_what_makes_programs_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, counts: bool
 ) -> None:
     copy = tmp_path / "compile"
     shutil.copytree(keys.ROOT, copy)
-    (copy / "report.py").touch()
     monkeypatch.setattr(keys, "ROOT", copy)
     before = keys.own_sources()
     with (copy / file).open("a") as opened:
         opened.write("# changed\n")
     assert (keys.own_sources() != before) == counts
+
+
+def test_files_that_make_programs_import_no_others_but_keys_and_store() -> None:
+    making = [path for pattern in keys.MAKING for path in keys.ROOT.glob(pattern)]
+    imported = {
+        name.replace(".", "/") + ".py"
+        for path in making
+        for name in re.findall(r"^\s*from nanovllm\.compile\.(\S+) import", path.read_text(), re.M)
+    }
+    others = imported - {path.relative_to(keys.ROOT).as_posix() for path in making}
+    assert "trace.py" in imported and others <= {"keys.py", "store.py", "lower.py"}
 
 
 def test_the_platform_and_its_passes_are_ingredients(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from nanovllm.compile.passes.fuse_rope_store import fuse_rope_store
-from nanovllm.compile.passes.inline_ops import inline_ops
+from nanovllm.compile.passes.replace_ops import replace_ops
 from nanovllm.compile.trace import tensors, trace
 from nanovllm.kernels import ops
 from nanovllm.models import llama
@@ -325,7 +325,7 @@ def test_what_is_told_to_stay_stays_and_the_rest_is_inlined(
     fused = fuse_rope_store(graph, fakes)
     assert set(op_counts(fused)) == set(LAYER_OPS)
     present = op_counts(fused)
-    after = inline_ops(fused, fakes, keep=lambda name, node: name in kept)
+    after = replace_ops(fused, fakes, keep=lambda name, node: name in kept)
     after.graph.lint()
     assert op_counts(after) == Counter({name: present[name] for name in kept})
     assert_same_results(before, after, inputs)
@@ -335,7 +335,7 @@ def test_inlining_keeps_names_and_varying_sizes() -> None:
     function, inputs = layer_region(layer_config(qk_norm=False))
     graph, fakes = traced(function, inputs)
     names = [node.name for node in graph.graph.nodes if node.op == "placeholder"]
-    after = inline_ops(graph, fakes, keep=lambda name, node: False)
+    after = replace_ops(graph, fakes)
     kept = [node for node in after.graph.nodes if node.op == "placeholder"]
     assert [node.name for node in kept] == names
     assert all(
@@ -356,7 +356,7 @@ def test_the_choice_sees_the_op_s_name_and_its_sizes() -> None:
         seen.append((name, argument.meta["val"].shape))
         return name == LINEAR and argument.meta["val"].shape[1] == 40
 
-    after = inline_ops(*traced(function, inputs), keep=keep)
+    after = replace_ops(*traced(function, inputs), keep=keep)
     assert op_counts(after) == {LINEAR: 1}  # the product with F columns alone
     assert ("silu_mul", (ROWS, 80)) in seen
     assert ("paged_attention", (ROWS, HEADS, HEAD_DIM)) in seen
@@ -368,7 +368,7 @@ def test_the_choice_sees_the_op_s_name_and_its_sizes() -> None:
 def test_writes_to_the_cache_survive_inlining() -> None:
     inputs = store_inputs()
     before, _ = traced(no_query, inputs)
-    after = inline_ops(*traced(no_query, inputs), keep=lambda name, node: False)
+    after = replace_ops(*traced(no_query, inputs))
     assert not op_counts(after)
     results = run(after, inputs)
     assert not torch.equal(results[-1], inputs["v_CBKH"])

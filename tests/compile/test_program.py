@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ from torch.fx import GraphModule
 
 from nanovllm import env, platforms
 from nanovllm.compile.lower import eager, inductor
-from nanovllm.compile.passes.inline_ops import inline_ops
+from nanovllm.compile.passes.replace_ops import replace_ops
 from nanovllm.compile.program import CompiledAfterWarmUp, Compiler, Program
 from nanovllm.config import EngineConfig
 from nanovllm.kernels import ops
@@ -120,10 +119,9 @@ class _propagating:
 
 
 def test_dumps_show_the_graph_after_each_pass(tmp_path: Path) -> None:
-    inline = partial(inline_ops, keep=lambda name, node: False)
     compiler = Compiler(
         eager.lower,
-        passes=(("same", lambda graph, fakes: graph), ("inline", inline)),
+        passes=(("same", lambda graph, fakes: graph), ("inline", replace_ops)),
         dump_dir=tmp_path,
     )
     compiler.program("silu", (2, "a"), ops.silu_mul, {"gate_up_TG": torch.ones(2, 6)})
@@ -179,9 +177,8 @@ def cache_inputs(num_blocks: int, num_positions: int) -> dict[str, Any]:
 
 
 def test_one_program_serves_any_number_of_blocks_and_positions() -> None:
-    inline = partial(inline_ops, keep=lambda name, node: False)
     compiler = Compiler(
-        inductor.lower, passes=(("inline_ops", inline),), varying=startup.VARYING, strict=True
+        inductor.lower, passes=(("replace_ops", replace_ops),), varying=startup.VARYING, strict=True
     )
     program = compiler.program("store", (3,), store_and_read, cache_inputs(2, 4))
     compiler.seal()

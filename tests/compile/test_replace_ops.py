@@ -1,4 +1,4 @@
-"""replace_ops: a table says what stands for an op of ours; what it leaves out is plain torch."""
+"""replace_ops: a table replaces ops of ours, some are kept, and the others become plain torch."""
 
 from __future__ import annotations
 
@@ -27,6 +27,20 @@ def test_rows_of_the_table_are_used_and_the_rest_is_plain() -> None:
     names = [node.name for node in replaced.graph.nodes if node.op == "placeholder"]
     assert names == ["x", "weight"]
     torch.testing.assert_close(replaced(x, weight)[0], region(x, weight))
+
+
+def test_the_table_counts_before_what_is_kept() -> None:
+    def region(x: Tensor, weight: Tensor) -> Tensor:
+        return ops.silu_mul(ops.rms_norm(x, weight, 1e-6))
+
+    x, weight = torch.randn(5, 8), torch.randn(8)
+    graph, fakes, _ = trace(region, {"x": x, "weight": weight})
+    table = {"silu_mul": lambda gate_up: gate_up.sin()}
+    replaced = replace_ops(graph, fakes, table=table, keep=lambda name, node: True)
+    assert [node.target for node in replaced.graph.nodes if node.op == "call_function"] == [
+        ops.rms_norm,
+        torch.ops.aten.sin.default,
+    ]
 
 
 def test_an_op_may_stay_by_standing_for_itself() -> None:

@@ -18,14 +18,14 @@ from torch import Tensor
 
 from nanovllm.compile import store
 from nanovllm.compile.keys import Key
-from nanovllm.compile.lower import plan
+from nanovllm.compile.lower import calls
 from nanovllm.compile.program import Compiler, CompileRequired
 from nanovllm.compile.store import Artifact, Store
 from nanovllm.kernels import code_files
 from nanovllm.tools import cache
 
 KEY = Key({"torch": "2.13", "input x": "float32[3]"})
-ARTIFACT = Artifact("add_3", "plan", b"content", "tensor", dict(KEY.ingredients))
+ARTIFACT = Artifact("add_3", "calls", b"content", "tensor", dict(KEY.ingredients))
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def region(x: Tensor) -> Both:
 
 def compiler(folder: Path, **options: Any) -> Compiler:
     return Compiler(
-        plan.lower, store=Store(folder), ingredients={"torch": "2.13", "device": "a"}, **options
+        calls.lower, store=Store(folder), ingredients={"torch": "2.13", "device": "a"}, **options
     )
 
 
@@ -139,9 +139,7 @@ def test_what_is_damaged_is_built_again_with_a_warning(
     with caplog.at_level(logging.WARNING):
         assert torch.equal(run(again).double, expected.double)
     assert again.num_compiled == 1
-    assert ("it is made again" in caplog.text) == (
-        not (damage is Path.unlink and part == "entries")
-    )
+    assert ("making it again" in caplog.text) == (not (damage is Path.unlink and part == "entries"))
     third = compiler(folder)  # it was also mended
     run(third)
     assert third.num_loaded == 1
@@ -225,7 +223,8 @@ def test_a_full_disk_is_said_once_and_leaves_nothing_half_written(
         for size in (3, 4):
             assert run(made, size).double.tolist() == [10.0] * size
     assert (
-        caplog.text.count("compiled programs are not kept: [Errno 28] No space left on device") == 1
+        caplog.text.count("compiled programs are not saved: [Errno 28] No space left on device")
+        == 1
     )
     assert not [path for path in folder.rglob("*") if path.is_file()]
 
@@ -246,7 +245,7 @@ def test_required_programs_that_are_missing_are_all_listed_with_what_differs(fol
     assert message.startswith(f"2 program(s) are not in {folder}")
     assert "double_4: torch: 2.11 is wanted, 2.13 is there" in message
     assert (
-        "double_5: not for this bucket, nearest is double_4: torch: 2.11 is wanted, 2.13 is there; input x: "
+        "double_5: this bucket is missing; nearest is double_4: torch: 2.11 is wanted, 2.13 is there; input x: "
         in message
     )
     assert strict.num_compiled == 0
@@ -280,7 +279,7 @@ def fill(folder: Path) -> None:
 def test_list_and_verify(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fill(folder)
     assert cache.main(["list", str(folder)]) == 0
-    assert "3 entries (3 plan), 3 objects, 1 Triton kernels" in capsys.readouterr().out
+    assert "3 entries (3 calls), 3 objects, 1 Triton kernels" in capsys.readouterr().out
     assert cache.main(["verify", str(folder)]) == 0
     flip(next((folder / "objects").iterdir()))
     truncate(next((folder / "entries").iterdir()))

@@ -136,7 +136,7 @@ def test_unknown_option_is_a_type_error(make_llm: Callable[..., LLM]) -> None:
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"dtype": "int8"}, "dtype 'int8' is not supported: use one of auto, float32"),
+        ({"dtype": "int8"}, "dtype is 'int8': it must be one of auto, float32"),
         ({"device": "tpu"}, "device 'tpu' is not supported: use one of auto, cpu, cuda"),
         ({"device": "cuda:x"}, "device 'cuda:x' is not supported"),
         ({"device": "cuda:99"}, "no CUDA device|'cuda:99' is not there"),
@@ -149,7 +149,7 @@ def test_unknown_option_is_a_type_error(make_llm: Callable[..., LLM]) -> None:
             {"max_num_batched_tokens": 15},
             "max_num_batched_tokens is 15: it must be a whole number, at least 16",
         ),
-        ({"tensor_parallel_size": 2}, "tensor_parallel_size is 2: only 1"),
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size is 2: it must be 1"),
     ],
     ids=str,
 )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from nanovllm.compile.lower import plan
+from nanovllm.compile.lower import calls
 from nanovllm.compile.trace import tensors, trace
 from nanovllm.kernels import ops
 from nanovllm.kernels.triton import common as triton_common
@@ -114,7 +114,7 @@ def test_after_attention_every_call_has_the_kept_rows_alone(
     for _, one in platform.passes(fuse=True):
         graph = one(graph, fakes)
     graph.graph.lint()
-    assert plan.is_enough(graph), "no compiler is needed"
+    assert calls.is_enough(graph), "no compiler is needed"
     made = [node for node in graph.graph.nodes if node.op == "call_function"]
     start = next(idx for idx, node in enumerate(made) if node.target is ops.paged_attention)
     picked = [node.args[0] for node in made if node.target is torch.ops.aten.index_select.default]

@@ -88,7 +88,7 @@ def test_a_stored_program_is_not_taken_for_another_attention(
 def test_an_unknown_backend_is_refused(make_llm: Callable[..., LLM], name: Any) -> None:
     with pytest.raises(
         ValueError,
-        match=r"attention_backend .* is not supported: use one of auto, triton, flash_attn, sdpa",
+        match=r"attention_backend is .*: it must be one of auto, triton, flash_attn, sdpa",
     ):
         make_llm(attention_backend=name, device="cpu")
 

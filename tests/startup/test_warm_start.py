@@ -204,7 +204,7 @@ def test_require_needs_a_store_and_graphs(tmp_path: Path, tiny_qwen3: Path, stor
             compile_cache=tmp_path / "none",
             compile_cache_mode="require",
         )
-    with pytest.raises(ValueError, match="enforce_eager=True for none"):
+    with pytest.raises(ValueError, match="'require' needs enforce_eager=False"):
         LLM(
             str(tiny_qwen3),
             **OPTIONS,
@@ -213,7 +213,7 @@ def test_require_needs_a_store_and_graphs(tmp_path: Path, tiny_qwen3: Path, stor
             enforce_eager=True,
         )
     with pytest.raises(
-        ValueError, match="compile_cache_mode is 'always': use one of auto, require"
+        ValueError, match="compile_cache_mode is 'always': it must be one of auto, require"
     ):
         EngineConfig("tiny-qwen3", compile_cache_mode="always")
     with pytest.raises(ValueError, match="compile_cache is 3: it must be a folder's path"):

@@ -50,7 +50,7 @@ for line in sys.stdin:
     if what[1] == 99:
         time.sleep(600)
     kernels = {{"shared": 7, f"own of {{what[1]}}": what[1], **({{"deadly": 99}} if what[1] == 32 else {{}})}}
-    problem = "TypeError: no plan" if what[1] == 13 else None
+    problem = "TypeError: no call list" if what[1] == 13 else None
     found = {{"numbers": [4, 0, 0, 0.2], "kernels": kernels, "has_run": verb == "run" or what[1] == 13, "problem": problem}}
     answer = 0.1 if verb == "compile" else found
     print("{ANSWER}" + json.dumps(answer), flush=True)
@@ -113,7 +113,7 @@ def test_what_cannot_be_rehearsed_is_said_once(caplog: pytest.LogCaptureFixture)
     (record,) = caplog.records
     assert (
         record.levelname == "WARNING"
-        and "decode 13 cannot be rehearsed and is run: TypeError: no plan" in caplog.text
+        and "decode 13 cannot be rehearsed and is run: TypeError: no call list" in caplog.text
     )
 
 

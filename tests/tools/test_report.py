@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanovllm.compile.lower import plan
+from nanovllm.compile.lower import calls
 from nanovllm.compile.trace import trace
 from nanovllm.kernels import ops
 from nanovllm.tools import report as picture
@@ -68,15 +68,15 @@ def test_padding_is_what_a_trace_leaves_of_each_bucket() -> None:
     assert found[1].waste == pytest.approx(1 / 12) and Padding(8, 0, 0).waste == 0.0
 
 
-def test_every_call_of_a_plan_is_measured_with_its_own_arguments() -> None:
+def test_every_call_of_a_list_is_measured_with_its_own_arguments() -> None:
     def region(x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor]:
         return (ops.silu_mul(ops.linear(x, w, None)).view(-1),)
 
     inputs = [torch.ones(3, 4), torch.ones(6, 4)]
-    made = plan.lower(*trace(region, {"x": inputs[0], "w": inputs[1]})[:2])
+    made = calls.lower(*trace(region, {"x": inputs[0], "w": inputs[1]})[:2])
     times = iter((1.0, 2.0))
-    calls = report.measure(made, inputs, lambda call: (call(), next(times))[1])
-    assert [(call.op, call.shapes, call.seconds) for call in calls] == [
+    measured = report.measure(made, inputs, lambda call: (call(), next(times))[1])
+    assert [(call.op, call.shapes, call.seconds) for call in measured] == [
         ("linear", "f32[3, 6]", 1.0),
         ("silu_mul", "f32[3, 3]", 2.0),
     ]

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from nanovllm import env, hub, log
-from nanovllm.compile.lower.plan import Plan
+from nanovllm.compile.lower.calls import CallList
 from nanovllm.compile.program import Compiler, CompileRequired, Program
 from nanovllm.compile.trace import rebuild, tensors, trace
 from nanovllm.config import EngineConfig
@@ -187,9 +187,9 @@ class Builder:
         )
 
     def _call(self, program: Program, *inputs: object) -> Any:
-        """A program's fake result. Raises TypeError for one that is no plan: its calls are unknown."""
-        if not isinstance(program.run, Plan):
-            raise TypeError(f"{program.name} is no plan")
+        """A program's fake result. Raises TypeError if it is not a list of known calls."""
+        if not isinstance(program.run, CallList):
+            raise TypeError(f"{program.name} is not a call list")
         assert self._rehearsal is not None
         return rebuild(
             program.result, program.run.step_through(tensors(inputs), self._rehearsal.visit)

@@ -1,8 +1,8 @@
-"""Lowering of graphs in which there is nothing to generate: the calls themselves, in order, as straight-line Python.
+"""FX graph to a list of operator calls, run in order as straight-line Python, uncompiled.
 
-On the platforms that have kernels for our ops a region is a handful of calls into them and into torch's library. Inductor
-would wrap each in checks and import itself (and Dynamo) to do so, seconds at every start; a plan is a short list of op
-names and arguments that loads in a millisecond. It is data: nothing in it can name anything but an operator.
+Where a platform has kernels for our ops, a region is a handful of calls into them and into torch's
+library. Inductor would add checks around each call, and importing it takes seconds at every start.
+A call list loads in a millisecond. It is data: it can name operators and nothing else.
 """
 
 from __future__ import annotations
@@ -16,24 +16,29 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-KIND = "plan"
+KIND = "calls"
 NAMESPACES = ("aten", "nanovllm")
 GETITEM = "getitem"
 
-# Library calls that Inductor would make as well, and factories and copies that are one launch either way.
+# Inductor would call these library functions as well.
 _LIBRARY = {"mm", "addmm", "bmm", "baddbmm", "embedding", "index_select"}
-# As many generated kernels a region may miss: a launch each, against the seconds that a compiler takes to start.
+# The most small ops that a call list may hold. Each costs a launch that Inductor could fuse away,
+# but starting Inductor takes seconds.
 MAX_SMALL_OPS = 2
 
 _LITERALS = (bool, int, float, str)
 
 
-class NotAPlan(ValueError):
-    """The graph holds something that a plan cannot say."""
+class NotListable(ValueError):
+    """The graph holds something other than operator calls on plain arguments."""
 
 
-class Plan:
-    """Calls in order. `calls[i]` is (op, args, kwargs) and makes value `num_inputs + i`; an argument {"v": n} is value n."""
+class CallList:
+    """Operator calls in order.
+
+    Values are numbered: the inputs come first, then the result of each call. `calls[i]` is [op,
+    args, kwargs] and makes value `num_inputs + i`; the argument {"v": n} stands for value n.
+    """
 
     def __init__(self, num_inputs: int, calls: list[list[Any]], outputs: list[int]) -> None:
         self.num_inputs, self.calls, self.outputs = num_inputs, calls, outputs
@@ -45,7 +50,10 @@ class Plan:
     def step_through(
         self, inputs: Sequence[Tensor], visit: Callable[[Any, list[Any], dict[str, Any]], Any]
     ) -> list[Tensor]:
-        """Make the calls by `visit(op, args, kwargs)`, which returns their results; every value is kept to the end."""
+        """Replace each call by `visit(op, args, kwargs)`, which returns its result.
+
+        All values are kept until the end.
+        """
         values: list[Any] = list(inputs)
         for name, args, kwargs in self.calls:
             op = operator.getitem if name == GETITEM else _op(name)
@@ -54,53 +62,40 @@ class Plan:
         return [values[number] for number in self.outputs]
 
     def stored(self) -> tuple[str, bytes]:
-        """(kind of artifact, its bytes), from which `load` makes an equal plan."""
+        """(kind of artifact, its bytes), from which `load` makes an equal list."""
         content = {"num_inputs": self.num_inputs, "calls": self.calls, "outputs": self.outputs}
         return KIND, json.dumps(content, separators=(",", ":")).encode()
 
 
-def load(content: bytes) -> Plan:
-    """The plan of `Plan.stored()`; raises ValueError for anything else."""
+def load(content: bytes) -> CallList:
+    """The call list of `CallList.stored()`. Raises ValueError for any other bytes."""
     try:
         read = json.loads(content)
-        return Plan(read["num_inputs"], read["calls"], read["outputs"])
-    except (
-        KeyError,
-        TypeError,
-        AttributeError,
-        IndexError,
-        AssertionError,
-        SyntaxError,
-        RuntimeError,
-    ) as error:
-        raise ValueError(f"no plan: {error!r}") from error
+        return CallList(read["num_inputs"], read["calls"], read["outputs"])
+    except Exception as error:  # other bytes may raise anything
+        raise ValueError(f"not a call list: {error!r}") from error
 
 
-def lower(graph: GraphModule, fakes: Sequence[Tensor]) -> Plan:
-    """The plan of a graph; raises NotAPlan where there is something in it that is no operator on plain arguments."""
+def lower(graph: GraphModule, fakes: Sequence[Tensor]) -> CallList:
+    """List a graph's calls. Raises NotListable for all but operators on plain arguments."""
     numbers: dict[Node, int] = {}
     calls: list[list[Any]] = []
     outputs: list[int] = []
     for node in graph.graph.nodes:
         if node.op == "call_function":
-            calls.append(
-                [
-                    _op_name(node.target),
-                    _written(list(node.args), numbers),
-                    _written(node.kwargs, numbers),
-                ]
-            )
+            args, kwargs = _written(list(node.args), numbers), _written(node.kwargs, numbers)
+            calls.append([_op_name(node.target), args, kwargs])
         elif node.op == "output":
             outputs = [numbers[value] for value in node.args[0]]
             break
         elif node.op != "placeholder":
-            raise NotAPlan(f"{node.op} {node.target}")
+            raise NotListable(f"{node.op} {node.target} is not a call of an operator")
         numbers[node] = len(numbers)
-    return Plan(len(fakes), calls, outputs)
+    return CallList(len(fakes), calls, outputs)
 
 
 def is_enough(graph: GraphModule) -> bool:
-    """Whether a plan of the graph is as fast as what a compiler would make of it: there is next to nothing to fuse."""
+    """True if a compiler could fuse next to nothing: a call list is as fast as compiled code."""
     small = 0
     for node in graph.graph.nodes:
         target = node.target
@@ -108,12 +103,8 @@ def is_enough(graph: GraphModule) -> bool:
             continue
         if not isinstance(target, torch._ops.OpOverload) or target.namespace not in NAMESPACES:
             return False
-        if (
-            target.namespace == "aten"
-            and not target.is_view
-            and target._schema.name[6:] not in _LIBRARY
-        ):
-            small += 1
+        computes = target.namespace == "aten" and not target.is_view
+        small += computes and target._schema.name.removeprefix("aten::") not in _LIBRARY
     return small <= MAX_SMALL_OPS
 
 
@@ -121,12 +112,15 @@ def _op_name(target: Any) -> str:
     if target is operator.getitem:
         return GETITEM
     if not isinstance(target, torch._ops.OpOverload) or target.namespace not in NAMESPACES:
-        raise NotAPlan(f"{target} is no operator of {' or '.join(NAMESPACES)}")
+        raise NotListable(f"{target} is no operator of {' or '.join(NAMESPACES)}")
     return str(target)
 
 
 def _written(value: Any, numbers: dict[Node, int]) -> Any:
-    """An argument as JSON: {"v": value number}, {"t": torch constant}, a literal, or a list or dict of them."""
+    """An argument as JSON: a literal, or a list or dict of arguments, or one of three references.
+
+    {"v": number of a value}, {"t": name of a torch constant}, {"d": name of a device}
+    """
     if isinstance(value, Node):
         return {"v": numbers[value]}
     if value is None or isinstance(value, _LITERALS):
@@ -139,18 +133,18 @@ def _written(value: Any, numbers: dict[Node, int]) -> Any:
         return {"t": str(value)}
     if isinstance(value, torch.device):
         return {"d": str(value)}
-    raise NotAPlan(f"argument {value!r}")
+    raise NotListable(f"argument {value!r} is not a plain value")
 
 
 def _build(
     num_inputs: int, calls: list[list[Any]], outputs: list[int]
 ) -> Callable[..., Sequence[Tensor]]:
-    """Straight-line Python for the calls; a value is dropped after its last use, so that its memory is free again."""
+    """Straight-line Python for the calls; it drops each value after its last use."""
     last_use: dict[int, int] = {}
     for call_idx, (_, args, kwargs) in enumerate(calls):
         for number in _values(args) + _values(kwargs):
             assert number < num_inputs + call_idx, (
-                f"call {call_idx} uses value {number}, which comes later"
+                f"call {call_idx} uses value {number}, which does not exist yet"
             )
             last_use[number] = call_idx
     names: dict[str, Any] = {}
@@ -188,12 +182,15 @@ def _op(name: str) -> torch._ops.OpOverload:
 
 def _identifier(name: str) -> str:
     if not name.isidentifier():
-        raise ValueError(f"{name!r} is no argument's name")
+        raise ValueError(f"{name!r} is not the name of an argument")
     return name
 
 
 def _source(value: Any, names: dict[str, Any]) -> str:
-    """Python for a written argument. Everything that is no number goes through `names`, never into the text."""
+    """Python source for a written argument.
+
+    Only numbers of values are inserted into the source; everything else is bound to a name.
+    """
     if isinstance(value, list):
         return f"[{', '.join(_source(item, names) for item in value)}]"
     if isinstance(value, dict) and "v" in value:
@@ -212,25 +209,19 @@ def _constant(value: Any) -> Any:
         ), text
         return constant
     if value is not None and not isinstance(value, _LITERALS):
-        raise ValueError(f"argument {value!r}")
+        raise ValueError(f"argument {value!r} is not a plain value")
     return value
 
 
 def _real(value: Any, values: Sequence[Any]) -> Any:
-    """What a written argument stands for, given the values so far."""
+    """The Python value of a written argument, given all values so far."""
     if isinstance(value, list):
         return [_real(item, values) for item in value]
     return values[value["v"]] if isinstance(value, dict) and "v" in value else _constant(value)
 
 
 def _values(value: Any) -> list[int]:
-    """Numbers of the values that a written argument refers to."""
-    if isinstance(value, list):
-        return [number for item in value for number in _values(item)]
+    """The numbers of all values that a written argument refers to."""
     if isinstance(value, dict):
-        return (
-            [value["v"]]
-            if "v" in value
-            else [number for item in value.values() for number in _values(item)]
-        )
-    return []
+        return [value["v"]] if "v" in value else _values(list(value.values()))
+    return [n for item in value for n in _values(item)] if isinstance(value, list) else []

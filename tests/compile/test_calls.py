@@ -1,4 +1,4 @@
-"""A plan does what its graph does, survives being written and read, and holds nothing but operator calls."""
+"""A call list computes what its graph computes, can be stored, and holds operator calls only."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanovllm.compile.lower import inductor, plan
+from nanovllm.compile.lower import calls, inductor
 from nanovllm.compile.trace import trace
 from nanovllm.kernels import ops
 
@@ -29,13 +29,13 @@ def inputs(rows: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("rows", [1, 2, 19, 99])
-def test_a_plan_gives_what_its_region_gives_also_when_written_and_read(rows: int) -> None:
+def test_a_call_list_computes_what_its_region_computes_also_after_loading(rows: int) -> None:
     example = inputs(rows)
-    lowered = plan.lower(*trace(region, dict(example))[:2])
+    lowered = calls.lower(*trace(region, dict(example))[:2])
     kind, content = lowered.stored()
-    assert kind == "plan" and plan.load(content).stored() == (kind, content)
+    assert kind == "calls" and calls.load(content).stored() == (kind, content)
     expected = region(*example.values())
-    for run in (lowered, plan.load(content)):
+    for run in (lowered, calls.load(content)):
         for ours, theirs in zip(run(*example.values()), expected):
             assert ours.dtype is theirs.dtype and torch.equal(ours, theirs)
 
@@ -46,7 +46,7 @@ def test_inputs_are_written_in_place() -> None:
         return (state_S * 2,)
 
     state_S = torch.zeros(3)
-    run = plan.lower(*trace(add_one, {"state_S": state_S})[:2])
+    run = calls.lower(*trace(add_one, {"state_S": state_S})[:2])
     assert run(state_S)[0].tolist() == [2.0] * 3 and state_S.tolist() == [1.0] * 3
 
 
@@ -56,7 +56,7 @@ def test_a_value_is_dropped_after_its_last_use() -> None:
     def two_steps(x: Tensor) -> tuple[Tensor]:
         return (((x + 1) * 2 + 3).sum(),)
 
-    made = plan.lower(*trace(two_steps, {"x": torch.zeros(5)})[:2])
+    made = calls.lower(*trace(two_steps, {"x": torch.zeros(5)})[:2])
     alive: list[int] = []
     names = made.run.__globals__
     for name in [name for name in names if name.startswith("f")]:
@@ -73,13 +73,13 @@ def test_a_value_is_dropped_after_its_last_use() -> None:
     assert alive == [1, 2, 2, 2]  # the value that is read and the one that is written, never three
 
 
-def test_only_operators_on_plain_arguments_can_be_said() -> None:
+def test_only_operators_on_plain_arguments_can_be_listed() -> None:
     def unknown(x: Tensor) -> tuple[Tensor]:
         return (torch.ops.prims.sin(x),)
 
     graph, fakes, _ = trace(unknown, {"x": torch.ones(3)})
-    with pytest.raises(plan.NotAPlan, match="no operator of aten or nanovllm"):
-        plan.lower(graph, fakes)
+    with pytest.raises(calls.NotListable, match="no operator of aten or nanovllm"):
+        calls.lower(graph, fakes)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_a_list_of_anything_else_is_refused(change: dict[str, object]) -> None:
         **change,
     }
     with pytest.raises(ValueError):
-        plan.load(json.dumps(content).encode())
+        calls.load(json.dumps(content).encode())
 
 
 def test_a_compiler_is_asked_only_where_there_is_something_to_fuse() -> None:
@@ -114,9 +114,9 @@ def test_a_compiler_is_asked_only_where_there_is_something_to_fuse() -> None:
         return (torch.exp(x * 2 + 1).sin() + w.sum(),)
 
     example = {"x": torch.ones(3, 4), "w": torch.ones(6, 4)}
-    assert plan.is_enough(trace(library_only, dict(example))[0])
+    assert calls.is_enough(trace(library_only, dict(example))[0])
     graph, fakes, _ = trace(arithmetic, dict(example))
-    assert not plan.is_enough(graph)
+    assert not calls.is_enough(graph)
     lowered = inductor.lower_if_worth_it(graph, fakes)
     assert isinstance(lowered, inductor.InductorProgram)
     kind, content = lowered.stored()
@@ -127,7 +127,7 @@ def test_a_compiler_is_asked_only_where_there_is_something_to_fuse() -> None:
     with pytest.raises(ValueError, match="Inductor cannot read it"):
         inductor.load(content[:100])
     assert isinstance(
-        inductor.lower_if_worth_it(*trace(library_only, dict(example))[:2]), plan.Plan
+        inductor.lower_if_worth_it(*trace(library_only, dict(example))[:2]), calls.CallList
     )
 
 
@@ -136,14 +136,14 @@ def test_numbers_lists_dtypes_and_devices_survive() -> None:
         whole = torch.full((2, 3), float("-inf"), dtype=torch.float16, device=x.device)
         return whole, torch.arange(4, dtype=torch.int32, device=x.device), x.clamp(max=float("inf"))
 
-    run = plan.load(plan.lower(*trace(many, {"x": torch.ones(3)})[:2]).stored()[1])
+    run = calls.load(calls.lower(*trace(many, {"x": torch.ones(3)})[:2]).stored()[1])
     for ours, theirs in zip(run(torch.ones(3)), many(torch.ones(3))):
         assert ours.dtype is theirs.dtype and torch.equal(ours, theirs)
 
 
-def test_a_plan_of_another_size_than_bound_is_no_silent_answer() -> None:
+def test_inputs_of_another_size_are_an_error() -> None:
     fixed = partial(torch.nn.functional.linear)
-    run = plan.lower(
+    run = calls.lower(
         *trace(
             lambda x, w: (fixed(x, w).view(3, 2, 3),),
             {"x": torch.ones(3, 4), "w": torch.ones(6, 4)},
