@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,7 +27,7 @@ CLASSES = {"cpu": CpuPlatform, "cuda": CudaPlatform, "mps": MpsPlatform, "npu": 
 def fake(name: str = "cuda") -> Platform:
     """A platform whose device need not be there."""
     platform = object.__new__(CLASSES[name])
-    traits = importlib.import_module(f"nanovllm.platforms.{name}").TRAITS
+    traits = sys.modules[CLASSES[name].__module__].TRAITS
     platform.device, platform.traits = torch.device("cuda", 0), traits
     return platform
 
