@@ -20,7 +20,7 @@ from nanovllm.platforms.npu import CANN_LIBRARIES
         ({"device": "npu:1"}, r"device 'npu:1' is not available: torch_npu sees 1 NPU\(s\)"),
         (
             {"device": "npu:x"},
-            "device 'npu:x' is not supported: use one of auto, cpu, cuda, npu, mps or cuda:N",
+            "device 'npu:x' is not supported: use one of auto, cuda, npu, mps, cpu or cuda:N",
         ),
         (
             {"dtype": "float32"},
