@@ -147,7 +147,7 @@ def arguments() -> argparse.Namespace:
         parser.error("--runs and --profile-steps must be at least 1")
     if args.stall and (args.latency or args.profile):
         parser.error("--stall is a measurement of its own: leave out --latency and --profile")
-    if args.profile and platforms.select(args.device).name != "cuda":
+    if args.profile and platforms.select(args.device).traits.name != "cuda":
         parser.error("--profile needs a CUDA device: on a CPU there are no launches to look at")
     return args
 

@@ -53,7 +53,7 @@ class LLMEngine:
             max_proposals=max(layout.verify_tokens, default=1) - 1,
         )
         self.run_ahead = (
-            self._runner.platform.run_ahead if config.run_ahead is None else config.run_ahead
+            self._runner.platform.traits.run_ahead if config.run_ahead is None else config.run_ahead
         )
         self._in_flight: deque[Launched] = deque()
         self._requests: dict[int, tuple[Request, TextStream]] = {}

@@ -1,28 +1,23 @@
-"""What CUDA and NPUs have in common: asynchronous copies by way of pinned memory, and torch's accounts of device memory.
+"""The base of CUDA and NPU platforms: copies through pinned memory, and torch's memory statistics.
 
 torch_npu has the functions of `torch.cuda` under `torch.npu`.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nanovllm.platforms.base import HostCopy, MemoryBudget, budget
+from nanovllm.platforms.base import HostCopy, MemoryBudget, Platform, budget
 
 
-class Accelerator(ABC):
-    """A base of platforms."""
+class Accelerator(Platform):
+    """runtime: torch.cuda or torch.npu."""
 
-    device: torch.device
-
-    @property
-    @abstractmethod
-    def runtime(self) -> Any:
-        """The module with the device's functions: torch.cuda or torch.npu."""
+    runtime: Any
 
     def upload(self, values: Any, dtype: torch.dtype) -> Tensor:
         # the pinned allocator keeps the buffer until the copy has run
@@ -33,6 +28,11 @@ class Accelerator(ABC):
 
     def read_back(self, tensor: Tensor) -> HostCopy:
         return _PinnedCopy(tensor, self.runtime)
+
+    def synchronize(self) -> None:
+        # an engine that nobody closed is deleted while Python exits, when torch_npu is torn down
+        if not sys.is_finalizing():
+            self.runtime.synchronize(self.device)
 
     def memory_budget(self, utilization: float) -> MemoryBudget:
         free_bytes, total_bytes = self.runtime.mem_get_info(self.device)
@@ -48,10 +48,8 @@ class Accelerator(ABC):
 
     def cache_limit_bytes(self) -> int:
         free_bytes, _ = self.runtime.mem_get_info(self.device)
-        cached_bytes = self.runtime.memory_reserved(self.device) - self.runtime.memory_allocated(
-            self.device
-        )
-        return int(free_bytes + cached_bytes)
+        reserved_bytes = self.runtime.memory_reserved(self.device)
+        return int(free_bytes + reserved_bytes - self.runtime.memory_allocated(self.device))
 
     def used_bytes(self) -> int:
         free_bytes, total_bytes = self.runtime.mem_get_info(self.device)
@@ -63,9 +61,13 @@ class Accelerator(ABC):
     def peak_bytes(self) -> int:
         return int(self.runtime.max_memory_allocated(self.device))
 
+    def release(self) -> None:
+        if not sys.is_finalizing():
+            self.runtime.empty_cache()
+
 
 class _PinnedCopy:
-    """A copy to the host that is waited for only when it is looked at."""
+    """A copy to pinned memory that is waited for only when its values are read."""
 
     def __init__(self, tensor: Tensor, runtime: Any) -> None:
         self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)

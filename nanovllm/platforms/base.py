@@ -1,7 +1,12 @@
-"""What the engine asks of a device. Everything that differs between devices is behind this interface."""
+"""The interface between the engine and a device, with defaults that suit a synchronous device."""
+
+# ruff: noqa: B027  (methods that do nothing by default)
 
 from __future__ import annotations
 
+import math
+import platform as machine
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -14,20 +19,61 @@ from torch import Tensor
 
 from nanovllm.compile.passes.replace_ops import replace_ops
 from nanovllm.compile.program import Lowering, Pass
+from nanovllm.kernels.flash_attention import Flash, Missing
 
-# For measuring what fusion earns: only what no lowering can write by itself stays a kernel of ours.
+# The passes of fuse=False: only ops that no lowering can generate stay kernels of ours.
 UNFUSED_OPS = frozenset({"paged_attention", "store_kv", "sample"})
 UNFUSED_PASSES: tuple[tuple[str, Pass], ...] = (
     ("replace_ops", partial(replace_ops, keep=lambda name, node: name in UNFUSED_OPS)),
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Traits:
+    """Facts about a device, and its defaults for options of `LLM` that are None.
+
+    name: the device's name in the option `device`.
+    supported_dtypes: dtypes that a model can run in.
+    auto_dtype: the dtype of dtype="auto"; None means the checkpoint's.
+    quantizations: supported weight formats besides the plain one.
+    supports_fp8_cache: True if kernels read and write a float8_e4m3fn cache.
+    attention_backends: supported values of the option `attention_backend` besides "auto".
+    block_size: default tokens per cache block.
+    cache_blocks: default number of cache blocks; None means as many as `memory_budget` allows.
+    batched_tokens: default tokens per prefill step.
+    num_seqs: default number of requests that run at the same time.
+    max_stall_ms: default bound on the time of a prefill step while a request streams.
+    run_ahead: default number of steps launched before the tokens of the first are read.
+    decode_rows: default decode buckets in rows, ascending.
+    prefill_growth: ratio of adjacent prefill buckets above 512 tokens.
+    whole_steps: True if a step compiles as one graph with static shapes, not region by region.
+    wants_lengths: True if the runner must call `announce` before every decode step.
+    """
+
+    name: str
+    supported_dtypes: tuple[torch.dtype, ...]
+    auto_dtype: torch.dtype | None = None
+    quantizations: tuple[str, ...] = ()
+    supports_fp8_cache: bool = False
+    attention_backends: tuple[str, ...] = ()
+    block_size: int
+    cache_blocks: int | None = None
+    batched_tokens: int
+    num_seqs: int
+    max_stall_ms: float = math.inf
+    run_ahead: int = 0
+    decode_rows: tuple[int, ...] = (1, 4, 16, 32)
+    prefill_growth: int = 2
+    whole_steps: bool = False
+    wants_lengths: bool = False
+
+
 @dataclass(frozen=True)
 class MemoryBudget:
-    """Bytes of device memory, once weights are loaded and the largest step has run.
+    """Device memory in bytes, measured after loading weights and running the largest step.
 
-    allowance_bytes: the share that was asked for, less what weights and others on the device hold.
-    scratch_bytes: what the largest step takes for a while.
+    allowance_bytes: the requested share, less weights and the memory of other processes.
+    scratch_bytes: temporary memory of the largest step.
     """
 
     allowance_bytes: int
@@ -47,14 +93,17 @@ def budget(
     allocated_bytes: int,
     peak_bytes: int,
 ) -> MemoryBudget:
-    """What the device and torch's allocator (the last three) say, as a budget: memory that the allocator holds but does
-    not use is as good as free."""
+    """The budget for a share of the device's memory.
+
+    The first two sizes come from the device, the others from torch's allocator. Memory that the
+    allocator has reserved but not allocated counts as free.
+    """
     held_bytes = total_bytes - free_bytes - (reserved_bytes - allocated_bytes)
     return MemoryBudget(int(utilization * total_bytes) - held_bytes, peak_bytes - allocated_bytes)
 
 
 class HostCopy(Protocol):
-    """A device tensor on its way to the host."""
+    """A copy of a device tensor that may still be in progress."""
 
     def tolist(self) -> list[Any]:
         """Wait for the copy and return its values."""
@@ -62,124 +111,134 @@ class HostCopy(Protocol):
 
 
 class Replay(Protocol):
-    """A captured step: calling it runs the same launches on the same memory."""
+    """A captured step. Calling it runs the same launches on the same memory."""
 
     def __call__(self) -> None: ...
 
 
 class Rehearsal(Protocol):
-    """Runs steps on fake tensors, made under `mode`, to find the kernels that they would launch."""
+    """Runs steps on fake tensors, made under `mode`, and records the kernels they would launch.
 
-    kernels: dict[
-        str, int
-    ]  # what was found: requests to compile one, each with a number that grows with its time
+    kernels: compile requests, each with a number that grows with its compile time.
+    """
+
+    kernels: dict[str, int]
 
     @property
     def mode(self) -> AbstractContextManager[Any]: ...
 
     def visit(self, op: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
-        """The result of one call of a program."""
+        """Return the result of one call of a program."""
         ...
 
     def compile(self, request: str) -> None:
-        """Compile a kernel that a rehearsal has found, in this or another process."""
+        """Compile a kernel that a rehearsal recorded, in this or another process."""
         ...
 
 
-class Platform(Protocol):
-    name: str
-    device: torch.device
-    default_block_size: int  # tokens per cache block
-    default_cache_blocks: int | None  # None: as many as `memory_budget` allows
-    default_batched_tokens: int  # tokens per prefill step
-    default_num_seqs: int
-    max_stall_ms: float  # of a prefill step while tokens are watched
-    run_ahead: int  # steps launched before the tokens of the first are read
-    whole_steps: (
-        bool  # the compiler takes a step as one graph with static shapes, not region by region
-    )
-    wants_lengths: bool  # `announce` is called before every decode step
-    supported_dtypes: tuple[torch.dtype, ...]
-    quantizations: tuple[str, ...]  # of weights, beside none
-    supports_fp8_cache: bool  # the kernels store and read keys and values in float8_e4m3fn
+class Platform(ABC):
+    """A device as the engine uses it. Override what differs from the defaults."""
+
+    def __init__(self, device: torch.device, traits: Traits) -> None:
+        self.device, self.traits = device, traits
 
     def prepare(
         self, libraries: Path | None = None, cxx: str | None = None, may_compile: bool = True
     ) -> None:
-        """Register this device's kernels and choose its lowering; called once per engine, before any program is built.
+        """Register this device's kernels. An engine calls this once, before it builds programs.
 
-        C++ is compiled by `cxx` (None: whatever there is) into the folder `libraries`, unless `may_compile` is False.
+        C++ kernels are compiled by `cxx` (None: any compiler found) into the folder `libraries`.
+        With may_compile=False only libraries that exist already are used.
         """
-        ...
 
+    # Compiling -----------------------------------------------------------------------------
+
+    @abstractmethod
+    def lowering(self) -> tuple[Lowering | None, str]:
+        """The lowering of graph mode and "", or None and the reason in one line."""
+
+    @abstractmethod
+    def passes(self, fuse: bool) -> tuple[tuple[str, Pass], ...]:
+        """Named passes that run between tracing and lowering; without `fuse`, `UNFUSED_PASSES`."""
+
+    @abstractmethod
     def fingerprint(self) -> dict[str, str]:
-        """What can change a compiled program here: versions of compilers and driver, and what they compile for."""
-        ...
+        """Properties that change compiled programs: versions of compilers and driver, the chip."""
 
     def compile_workers(self, bytes_each: int, bytes_own: int) -> int:
-        """Processes that should compile at a cold start, each of which takes so many bytes of the device, while this one
-        takes `bytes_own`; 0 or 1 where one process is quick enough."""
-        ...
+        """Number of processes that compile at a cold start; below 2, this process compiles alone.
+
+        bytes_each: device memory of one such process.
+        bytes_own: device memory that this process is going to take.
+        """
+        return 0
 
     def rehearsal(self) -> Rehearsal | None:
-        """A new one; None where kernels can't be found without running them, or there are none that take long."""
-        ...
+        """A new rehearsal; None where kernels compile fast or only running steps finds them."""
+        return None
 
     def kernels_compiled(self) -> list[str]:
-        """Names of the kernels and libraries that this process has compiled, once for each time."""
-        ...
+        """Names of kernels and libraries compiled by this process, one entry per compilation."""
+        return []
 
-    def lowering(self) -> tuple[Lowering | None, str]:
-        """The lowering for graph mode, or None and the reason in one line."""
-        ...
-
-    def passes(self, fuse: bool) -> tuple[tuple[str, Pass], ...]:
-        """What turns a traced graph into one for the lowering: fusions into kernels of ours, then inlining of the rest.
-        Without `fuse` it is `UNFUSED_PASSES`."""
-        ...
-
-    def announce(self, seq_lens: list[int]) -> None:
-        """The lengths of all rows of the decode step that is about to be replayed, padding included."""
-        ...
+    # Running steps -------------------------------------------------------------------------
 
     def capture(self, step: Callable[[], None]) -> Replay:
-        """Record `step`, whose programs have all run before; a device that records nothing returns it as it is."""
-        ...
+        """Capture `step`, whose programs have all run before, or return it unchanged."""
+        return step
+
+    def announce(self, seq_lens: list[int]) -> None:
+        """Set the lengths of all rows, padding included, of the decode step that runs next."""
 
     def upload(self, values: Any, dtype: torch.dtype) -> Tensor:
-        """Host numbers to the device without waiting."""
-        ...
+        """Copy host numbers to a new device tensor; does not wait."""
+        return torch.as_tensor(values, dtype=dtype).to(self.device)
 
     def write(self, target: Tensor, values: Any) -> None:
-        """Copy host numbers of the same shape over a device tensor without waiting."""
-        ...
+        """Copy host numbers of the same shape into a device tensor; does not wait."""
+        target.copy_(torch.as_tensor(values, dtype=target.dtype))
 
-    def read_back(self, tensor: Tensor) -> HostCopy: ...
+    def read_back(self, tensor: Tensor) -> HostCopy:
+        """Start a copy of `tensor` to the host."""
+        return tensor.to("cpu", copy=True)
 
-    measures_scratch: (
-        bool  # whether the budget wants the largest step to have run, to see what it takes
-    )
+    def synchronize(self) -> None:
+        """Wait for all work on the device."""
 
+    # Memory --------------------------------------------------------------------------------
+
+    @abstractmethod
     def memory_budget(self, utilization: float) -> MemoryBudget:
-        """What there is for the KV cache now; the largest step's peak lies after the last `reset_peak`."""
-        ...
+        """Memory available to the KV cache. Scratch memory is the peak since `reset_peak`."""
 
+    @abstractmethod
     def cache_limit_bytes(self) -> int:
-        """The most that a cache of a size that was asked for can take."""
-        ...
+        """The largest KV cache that a user may request."""
 
     def used_bytes(self) -> int:
-        """Device memory in use, by whomever; 0 on a device that does not count it."""
-        ...
+        """Device memory in use by all processes; 0 if the device does not count it."""
+        return 0
 
-    def reset_peak(self) -> None: ...
+    def reset_peak(self) -> None:
+        """Start a new measurement of `peak_bytes`."""
 
     def peak_bytes(self) -> int:
         """The most device memory in use since `reset_peak`."""
-        ...
-
-    def synchronize(self) -> None: ...
+        return self.used_bytes()
 
     def release(self) -> None:
-        """Give unused cached memory back to the device."""
-        ...
+        """Return unused cached memory to the device."""
+
+    # Information ---------------------------------------------------------------------------
+
+    def describe(self) -> str:
+        """The hardware in words."""
+        return machine.processor() or machine.machine()
+
+    def own_attention(self) -> str:
+        """Whether this device's own attention kernels run here, and why."""
+        return f"runs with 'auto': the kernels for {self.traits.name}"
+
+    def flash_attn(self) -> Flash | Missing:
+        """The flash-attn interface for this device."""
+        return Missing(f"needs a GPU, and the device is {self.traits.name}", "")

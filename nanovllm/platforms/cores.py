@@ -1,4 +1,4 @@
-"""How many cores this process may use: what the scheduler's affinity and the limits of its control groups leave."""
+"""The number of cores this process may use, by CPU affinity and the limits of control groups."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 
 def usable_cores(cgroups: Path = CGROUPS, own_groups: Path = Path("/proc/self/cgroup")) -> int:
-    """Whole cores, at least one. A thread more than these waits for a time slice at every end of a parallel loop."""
+    """Whole cores, at least one. With more threads, every parallel loop waits for a time slice."""
     affinity = getattr(os, "sched_getaffinity", None)  # not on macOS and Windows
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     return max(1, int(min([cores, *_quotas(cgroups, own_groups)])))
 
 
 def _quotas(cgroups: Path, own_groups: Path) -> list[float]:
-    """Limits in cores: cpu.max of version 2 for this process's group and those around it, or version 1's quota."""
+    """Limits in cores: cpu.max of the process's group and its parents (version 2), or the quota of
+    version 1."""
     folders = [cgroups]
     try:
         lines = own_groups.read_text().splitlines()
@@ -36,7 +37,7 @@ def _quotas(cgroups: Path, own_groups: Path) -> list[float]:
 
 
 def _numbers(file: Path) -> list[float]:
-    """The numbers in a file; none where it is not there or says "max"."""
+    """The numbers in a file; none if the file does not exist or says "max"."""
     try:
         return [float(word) for word in file.read_text().split() if word != "max"]
     except (OSError, ValueError):

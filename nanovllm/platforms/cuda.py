@@ -1,10 +1,12 @@
-"""CUDA: Inductor with our Triton kernels, whole decode steps captured as CUDA graphs, tokens read one step late."""
+"""CUDA: our Triton kernels, cuBLAS and Inductor. Steps are captured; tokens come a step late."""
 
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,14 @@ from nanovllm.compile.passes.fuse_linear import fuse_linear
 from nanovllm.compile.passes.fuse_rope_store import fuse_rope_store
 from nanovllm.compile.passes.replace_ops import replace_ops
 from nanovllm.compile.program import Lowering, Pass
+from nanovllm.kernels import flash_attention
+from nanovllm.kernels.flash_attention import Flash, Missing
 from nanovllm.platforms import preload
 from nanovllm.platforms.accelerator import Accelerator
-from nanovllm.platforms.base import UNFUSED_PASSES, Rehearsal, Replay
+from nanovllm.platforms.base import UNFUSED_PASSES, Rehearsal, Replay, Traits
 
-# Inductor fuses norms and activation as well, but without programmatic dependent launch, and compiles for seconds a bucket.
+# Ops with Triton kernels of ours. Inductor could fuse norms and activations too, but it has no
+# programmatic dependent launch and compiles for seconds per bucket.
 KERNEL_OPS = frozenset(
     {
         "accept",
@@ -43,33 +48,49 @@ KERNEL_OPS = frozenset(
 )
 
 
+# Traits of GPUs of compute capability 7.5; `CudaPlatform` adds what newer GPUs support.
+TRAITS = Traits(
+    name="cuda",
+    supported_dtypes=(torch.float32, torch.float16),
+    attention_backends=("triton", "flash_attn", "sdpa"),
+    block_size=64,
+    batched_tokens=8192,
+    num_seqs=256,
+    max_stall_ms=30.0,
+    run_ahead=1,
+    # Close together up to 32 rows, where a row of padding takes a share of a short step. Above 160
+    # rows the buckets are sizes at which cuBLAS is fast on an H200 (docs/log.md).
+    decode_rows=(1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 176, 208, 224, 256),
+)
+
+
+def problem(index: int) -> str | None:
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    num_devices = torch.cuda.device_count()
+    return None if index < num_devices else f"torch sees {num_devices} CUDA device(s)"
+
+
+def create(index: int, options: Mapping[str, Any]) -> CudaPlatform:
+    return CudaPlatform(index)
+
+
 class CudaPlatform(Accelerator):
-    name = "cuda"
-    default_block_size = 64
-    default_cache_blocks: int | None = None
-    default_batched_tokens = 8192
-    default_num_seqs = 256
-    run_ahead = 1
-    measures_scratch = True
-    max_stall_ms = 30.0
-    whole_steps = False
-    wants_lengths = False
-    quantizations: tuple[str, ...] = ()
+    runtime = torch.cuda
 
     def __init__(self, index: int = 0) -> None:
-        self.device = torch.device("cuda", index)
+        device = torch.device("cuda", index)
+        capability = torch.cuda.get_device_capability(device)
+        bfloat16 = (torch.bfloat16,) if capability >= (8, 0) else ()
+        traits = replace(
+            TRAITS,
+            supported_dtypes=TRAITS.supported_dtypes + bfloat16,
+            supports_fp8_cache=capability >= (8, 9),  # Triton converts float8_e4m3fn from 8.9 on
+        )
+        super().__init__(device, traits)
         self._pool: Any = None
         self._capture_stream: Any = None
         self._first_graph: Any = None
-        self.supported_dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16)
-        if torch.cuda.get_device_capability(self.device) >= (8, 0):
-            self.supported_dtypes += (torch.bfloat16,)
-        # Triton converts float8_e4m3fn from Ada on
-        self.supports_fp8_cache = torch.cuda.get_device_capability(self.device) >= (8, 9)
-
-    @property
-    def runtime(self) -> Any:
-        return torch.cuda
 
     def prepare(
         self, libraries: Path | None = None, cxx: str | None = None, may_compile: bool = True
@@ -140,18 +161,13 @@ class CudaPlatform(Accelerator):
 
         return triton_build.compiled()
 
-    def announce(self, seq_lens: list[int]) -> None:
-        pass
-
     def capture(self, step: Callable[[], None]) -> Replay:
         torch.cuda.synchronize()
         if self._pool is None:
-            self._pool, self._capture_stream = (
-                torch.cuda.graph_pool_handle(),
-                torch.cuda.Stream(self.device),
-            )
+            self._pool = torch.cuda.graph_pool_handle()
+            self._capture_stream = torch.cuda.Stream(self.device)
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-        # by hand, on the stream that torch's context manager takes: that one collects garbage each time, for 0.2 s
+        # not torch.cuda.graph(): it collects garbage at every capture, which takes 0.2 s
         self._capture_stream.wait_stream(current)
         with torch.cuda.stream(self._capture_stream):
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
@@ -160,26 +176,51 @@ class CudaPlatform(Accelerator):
             finally:
                 graph.capture_end()
         current.wait_stream(self._capture_stream)
-        self._first_graph = (
-            self._first_graph or graph
-        )  # a pool ends with the last graph in it, and takes no other then
+        # keep one graph alive: a pool without graphs is freed and takes no new ones
+        self._first_graph = self._first_graph or graph
         return graph.replay
-
-    def synchronize(self) -> None:
-        torch.cuda.synchronize(self.device)
 
     def release(self) -> None:
         self._pool = self._first_graph = None
-        torch.cuda.empty_cache()
+        super().release()
+
+    def describe(self) -> str:
+        properties = torch.cuda.get_device_properties(self.device)
+        major, minor = torch.cuda.get_device_capability(self.device)
+        is_nvidia = torch.version.hip is None
+        runtime = f"CUDA {torch.version.cuda}" if is_nvidia else f"ROCm {torch.version.hip}"
+        dtypes = (str(dtype).removeprefix("torch.") for dtype in self.traits.supported_dtypes)
+        return (
+            f"{properties.name}, compute capability {major}.{minor}, {runtime}, "
+            f"{properties.total_memory / 2**30:.0f} GiB; {', '.join(dtypes)}"
+        )
+
+    def own_attention(self) -> str:
+        if importlib.util.find_spec("triton") is None:
+            return "not available: pip install triton"
+        why = "runs with 'auto': needs no package besides torch's, balances unequal lengths"
+        capability = torch.cuda.get_device_capability(self.device)
+        if torch.version.hip is not None:
+            return f"{why}; on AMD it has been compiled but never run"
+        if capability < (8, 0):
+            return f"{why}; Triton uses no tensor cores on this GPU, and bf16 is missing"
+        if capability[0] != 9:
+            return f"{why}; on this GPU it has been compiled but never run"
+        return why
+
+    def flash_attn(self) -> Flash | Missing:
+        return flash_attention.find(
+            torch.cuda.get_device_capability(self.device), is_nvidia=torch.version.hip is None
+        )
 
 
 def _takes_one_row(x_TD: Tensor, weight_OD: Tensor, has_norm: bool, silu_mul: bool) -> bool:
-    """Without matrix units only a product with one row is a stream of weights; cuBLAS, which has them, does the others."""
+    """True for products with one row. Without tensor cores, cuBLAS is faster for all others."""
     return x_TD.shape[0] == 1
 
 
 def _driver_version() -> str:
-    """The CUDA version that the driver supports, as it numbers them (13000 is 13.0)."""
+    """The CUDA version that the driver supports; 13000 means 13.0."""
     version = ctypes.c_int(0)
     try:
         ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1").cuDriverGetVersion(

@@ -1,4 +1,6 @@
-"""Ascend NPU through torch_npu: a whole step is one graph, which torchair lowers to Ascend IR for GE, or captures."""
+"""Ascend NPU through torch_npu. A whole step is one graph, which GE compiles from Ascend IR (by
+torchair), or which is captured.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,6 @@ import ctypes
 import importlib
 import importlib.util
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -23,11 +24,11 @@ from nanovllm.compile.program import Lowering, Pass
 from nanovllm.kernels import ops
 from nanovllm.kernels.npu import kernels as npu_kernels
 from nanovllm.platforms.accelerator import Accelerator
-from nanovllm.platforms.base import Rehearsal, Replay
+from nanovllm.platforms.base import Replay, Traits
 
-_torch: Any = torch  # torch.npu is there once torch_npu is imported
+_torch: Any = torch  # importing torch_npu adds torch.npu
 
-# What torch_npu links against; a machine without CANN has none of them.
+# Libraries of CANN that torch_npu links against.
 CANN_LIBRARIES = (
     "libascendcl.so",
     "libhccl.so",
@@ -39,21 +40,55 @@ CANN_LIBRARIES = (
     "libascend_protobuf.so",
 )
 
-# Names of weights among the inputs of a step's graph (see engine/steps.py): their memory never moves.
+# Inputs of a step's graph that are weights (runner/steps.py): their memory never moves.
 FROZEN_INPUTS = ("params", "embed_VD", "final_norm_D", "head_VD", "cos_sin_MH")
 
-# Every captured graph holds streams of the device, of which there are some two thousand. What a device bears has not been
-# tried; torchair captures one graph for at most this many sizes by itself.
+# torchair's own limit. Every captured graph holds some of about 2000 streams; the limit of a
+# real device has not been measured.
 MAX_CAPTURED_SIZES = 64
 MAX_ROWS = 65536  # the batch axis of fused_infer_attention_score
 
 
+TRAITS = Traits(
+    name="npu",
+    # those of fused_infer_attention_score
+    supported_dtypes=(torch.bfloat16, torch.float16),
+    block_size=128,  # recommended for paged attention
+    batched_tokens=8192,
+    num_seqs=256,
+    max_stall_ms=math.inf,  # no prefill step has been timed on a device
+    # Few and far apart: GE compiles a graph of the whole step for every bucket.
+    decode_rows=(16, 32, 48, 64, 96, 128, 160, 192, 224, 256),
+    prefill_growth=4,
+    whole_steps=True,
+)
+
+
+def problem(index: int) -> str | None:
+    try:
+        load_torch_npu()
+    except ImportError as error:
+        return str(error)
+    num_devices = _torch.npu.device_count()
+    return None if index < num_devices else f"torch_npu sees {num_devices} NPU(s)"
+
+
+def create(index: int, options: Mapping[str, Any]) -> NpuPlatform:
+    return NpuPlatform(
+        index,
+        graph_mode=options.get("npu_graph_mode") or "ascend_ir",
+        graph_options=options.get("npu_graph_options"),
+        graph_batch_sizes=options.get("graph_batch_sizes"),
+    )
+
+
 def load_torch_npu() -> None:
-    """Import torch_npu; ValueError saying what is missing: the package, or CANN's libraries by name."""
+    """Import torch_npu. Raises ImportError that names the missing package or CANN libraries."""
     if importlib.util.find_spec("torch_npu") is None:
-        raise ValueError(
-            "device 'npu' needs torch_npu, which is not installed: pip install torch_npu, in the version of torch "
-            f"({torch.__version__.split('+')[0]}), and the CANN toolkit that goes with it (docs/npu.md)"
+        raise ImportError(
+            "torch_npu is not installed: pip install torch_npu, in the version of torch "
+            f"({torch.__version__.split('+')[0]}), and the CANN toolkit that goes with it "
+            "(docs/npu.md)"
         )
     try:
         importlib.import_module("torch_npu")
@@ -62,20 +97,16 @@ def load_torch_npu() -> None:
     except (ImportError, OSError, RuntimeError) as error:
         missing = missing_libraries()
         if not missing:
-            raise ValueError(f"device 'npu': torch_npu cannot be imported: {error}") from error
-        raise ValueError(
-            f"device 'npu' needs CANN, and these of its libraries are not found: {', '.join(missing)}. Install the CANN "
-            "toolkit and the kernels for this chip, and run `source /usr/local/Ascend/ascend-toolkit/set_env.sh` before "
-            "Python (docs/npu.md)"
+            raise ImportError(f"torch_npu cannot be imported: {error}") from error
+        raise ImportError(
+            f"these libraries of CANN are not found: {', '.join(missing)}. Install the CANN "
+            "toolkit and the kernels for this chip, and run "
+            "`source /usr/local/Ascend/ascend-toolkit/set_env.sh` before Python (docs/npu.md)"
         ) from error
 
 
-def device_count() -> int:
-    return _torch.npu.device_count()
-
-
 def missing_libraries() -> list[str]:
-    """Those of CANN's libraries that the dynamic loader does not find."""
+    """Names of the CANN libraries that the dynamic loader does not find."""
     missing = []
     for name in CANN_LIBRARIES:
         try:
@@ -87,19 +118,6 @@ def missing_libraries() -> list[str]:
 
 
 class NpuPlatform(Accelerator):
-    name = "npu"
-    default_cache_blocks: int | None = None
-    quantizations: tuple[str, ...] = ()
-    default_block_size = 128  # what paged attention is recommended to run with
-    default_batched_tokens = 8192
-    default_num_seqs = 256
-    measures_scratch = True
-    max_stall_ms = math.inf  # no prefill step has been timed on a device
-    whole_steps = True
-    # fused_infer_attention_score computes in these
-    supported_dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
-    supports_fp8_cache = False
-
     def __init__(
         self,
         index: int = 0,
@@ -108,26 +126,25 @@ class NpuPlatform(Accelerator):
         graph_options: Mapping[str, object] | None = None,
         graph_batch_sizes: Sequence[int] | None = None,
     ) -> None:
-        """`load_torch_npu` has run. ValueError for options and buckets that the mode does not take."""
+        """Call `load_torch_npu` first. Raises ValueError for options the mode does not take."""
         check_buckets(graph_mode, graph_batch_sizes or ())
-        self.device = torch.device("npu", index)
         self.captures = graph_mode == "aclgraph"
         if self.captures and graph_options:
             raise ValueError(
-                f"npu_graph_options is {dict(graph_options)!r}: these are options of npu_graph_mode='ascend_ir', and the mode "
-                "is 'aclgraph'"
+                f"npu_graph_options is {dict(graph_options)!r}: these are options of "
+                "npu_graph_mode='ascend_ir', and the mode is 'aclgraph'"
             )
         self.settings = torchair.Settings(dict(graph_options or {}), FROZEN_INPUTS)
         torchair.compiler_config(self.settings)
-        # A captured step's lengths are replaced in place, which must not overtake the step before.
-        self.run_ahead = 0 if self.captures else 1
-        self.wants_lengths = self.captures
+        # A captured step's lengths are replaced in place, so the step before must have ended.
+        run_ahead = 0 if self.captures else 1
+        super().__init__(
+            torch.device("npu", index),
+            replace(TRAITS, run_ahead=run_ahead, wants_lengths=self.captures),
+        )
+        self.runtime = _torch.npu
         self._seq_lens: list[int] = []
         self._pool: Any = None
-
-    @property
-    def runtime(self) -> Any:
-        return _torch.npu
 
     def prepare(
         self, libraries: Path | None = None, cxx: str | None = None, may_compile: bool = True
@@ -145,15 +162,6 @@ class NpuPlatform(Accelerator):
             "graph options": str(sorted(self.settings.options.items())),
         }
 
-    def compile_workers(self, bytes_each: int, bytes_own: int) -> int:
-        return 0  # GE compiles in threads of its own
-
-    def rehearsal(self) -> Rehearsal | None:
-        return None
-
-    def kernels_compiled(self) -> list[str]:
-        return []
-
     def lowering(self) -> tuple[Lowering | None, str]:
         return eager.lower if self.captures else partial(torchair.lower, settings=self.settings), ""
 
@@ -168,7 +176,7 @@ class NpuPlatform(Accelerator):
             }
         passes.append(("replace_ops", partial(replace_ops, table=table)))
         if self.captures:
-            # what torchair takes is merged later, when it is functional and more of it can be (compile/lower/torchair.py)
+            # for GE, compile/lower/torchair.py merges later: a functional graph has more equal ops
             passes.append(("merge_equal", merge_equal))
         return tuple(passes)
 
@@ -193,25 +201,20 @@ class NpuPlatform(Accelerator):
 
         return replay
 
-    def synchronize(self) -> None:
-        # an engine that nobody closed is dropped as Python ends, when torch_npu is no longer whole
-        if not sys.is_finalizing():
-            _torch.npu.synchronize(self.device)
-
     def release(self) -> None:
         self._pool = None
-        if not sys.is_finalizing():
-            _torch.npu.empty_cache()
+        super().release()
 
 
 def check_buckets(graph_mode: str, sizes: Sequence[int]) -> None:
-    """ValueError for decode buckets that cannot be graphs."""
+    """Raise ValueError for decode buckets that cannot be graphs."""
     if sizes and max(sizes) > MAX_ROWS:
         raise ValueError(
-            f"graph_batch_sizes holds {max(sizes)}: attention on an NPU takes at most {MAX_ROWS} rows in one step"
+            f"graph_batch_sizes holds {max(sizes)}: attention on an NPU takes at most {MAX_ROWS} "
+            "rows in one step"
         )
     if graph_mode == "aclgraph" and len(set(sizes)) > MAX_CAPTURED_SIZES:
         raise ValueError(
-            f"graph_batch_sizes holds {len(set(sizes))} sizes: npu_graph_mode='aclgraph' captures at most "
-            f"{MAX_CAPTURED_SIZES} graphs"
+            f"graph_batch_sizes holds {len(set(sizes))} sizes: npu_graph_mode='aclgraph' captures "
+            f"at most {MAX_CAPTURED_SIZES} graphs"
         )

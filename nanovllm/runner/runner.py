@@ -125,7 +125,7 @@ class Runner:
         decode, spans = attention.recordable(cfg.attention_backend, platform)
         self._capture = record if decode else _as_it_is
         # lengths that the host must announce are announced for decode steps alone
-        self._capture_spans = record if spans and not platform.wants_lengths else _as_it_is
+        self._capture_spans = record if spans and not platform.traits.wants_lengths else _as_it_is
         self.state = new_state(layout.max_num_seqs, layout.blocks_per_row, platform.device)
         self.cos_sin_MH = rotary_table(
             cfg.inv_freq, cfg.rope_scale, layout.max_model_len, platform.device
@@ -141,7 +141,7 @@ class Runner:
         self._prefill_steps: dict[int, PrefillStep] = {}
         self._verify_steps: dict[tuple[int, int], VerifyStep] = {}
         # until the size of the cache is known; where it is a static size of the programs, nothing is built for this one
-        first = Compiler(None) if platform.whole_steps else compiler
+        first = Compiler(None) if platform.traits.whole_steps else compiler
         self.steps = self._make_steps(2, first)
 
     @property
@@ -299,7 +299,7 @@ class Runner:
             return torch.zeros(shape, dtype=cfg.cache_dtype, device=device)
 
         caches = tuple(LayerCache(blocks(), blocks(), *scales) for scales in self._scales)
-        whole = self.platform.whole_steps and compiler.lowering is not None
+        whole = self.platform.traits.whole_steps and compiler.lowering is not None
         return Steps(
             self.model, cfg, self.params, caches, self.cos_sin_MH, self.state, compiler, whole=whole
         )
@@ -389,7 +389,7 @@ class Runner:
         return self._launched(plan, step.token_R)
 
     def _announce(self, plan: StepPlan, num_rows: int) -> None:
-        if self.platform.wants_lengths:
+        if self.platform.traits.wants_lengths:
             self.platform.announce(plan.seq_lens + [1] * (num_rows - len(plan.rows)))
 
     def _verify_step(self, num_rows: int, num: int) -> VerifyStep:

@@ -135,7 +135,7 @@ def _load(config: EngineConfig, stack: ExitStack, server: Server | None) -> Load
     fitting, num_blocks, budget, runner = with_cache(config, layout, cfg, new_runner, platform)
     runner.warm_up(building)
     laps.end(stage)
-    max_stall_ms = platform.max_stall_ms if config.max_stall_ms is None else config.max_stall_ms
+    max_stall_ms = config.max_stall_ms or platform.traits.max_stall_ms
     stall = runner.measure_stall(max_stall_ms) if math.isfinite(max_stall_ms) else None
     laps.end("stall")
     if not config.enforce_eager:
@@ -258,10 +258,10 @@ def read_model_config(
 
     ValueError for what the device lacks.
     """
-    if config.quantization is not None and config.quantization not in platform.quantizations:
+    if config.quantization is not None and config.quantization not in platform.traits.quantizations:
         raise ValueError(
-            f"quantization {config.quantization!r} is not supported on a {platform.name} device, only on a cpu: "
-            "leave it out or use device='cpu'"
+            f"quantization {config.quantization!r} is not supported on a {platform.traits.name} device, "
+            "only on a cpu: leave it out or use device='cpu'"
         )
     hf = read_config(folder, store)
     model = registry.architecture(hf.architectures)
@@ -284,11 +284,10 @@ def choose_dtype(name: str, hf: Any, platform: Platform) -> torch.dtype:
 
     Raises ValueError for one that the device does not compute in.
     """
+    traits = platform.traits
     if name == "auto":
-        dtype = (
-            torch.float32 if platform.name == "cpu" else getattr(hf, "dtype", None) or torch.float32
-        )
-        if dtype is torch.bfloat16 and dtype not in platform.supported_dtypes:
+        dtype = traits.auto_dtype or getattr(hf, "dtype", None) or torch.float32
+        if dtype is torch.bfloat16 and dtype not in traits.supported_dtypes:
             # its range is narrower, but models whose activations leave it are few, and float32 takes twice the memory
             logger.warning(
                 "this device has no bfloat16: the checkpoint's weights are converted to float16"
@@ -296,15 +295,15 @@ def choose_dtype(name: str, hf: Any, platform: Platform) -> torch.dtype:
             dtype = torch.float16
     else:
         dtype = getattr(torch, name)
-    if dtype not in platform.supported_dtypes:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in platform.supported_dtypes)
+    if dtype not in traits.supported_dtypes:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in traits.supported_dtypes)
         hint = (
             ", and dtype='float16' for a bfloat16 checkpoint"
-            if torch.float16 in platform.supported_dtypes
+            if torch.float16 in traits.supported_dtypes
             else ""
         )
         raise ValueError(
-            f"{str(dtype).removeprefix('torch.')} is not supported on this {platform.name} device: "
+            f"{str(dtype).removeprefix('torch.')} is not supported on this {traits.name} device: "
             f"use one of {names}{hint if dtype is torch.bfloat16 else ''}"
         )
     return dtype
@@ -314,10 +313,10 @@ def choose_kv_dtype(name: str, platform: Platform) -> torch.dtype | None:
     """None for "auto", the model's dtype; ValueError for a cache that the device's kernels do not read."""
     if name == "auto":
         return None
-    if not platform.supports_fp8_cache:
+    if not platform.traits.supports_fp8_cache:
         raise ValueError(
-            f"kv_cache_dtype is {name!r}, which is not supported on this {platform.name} device: it needs a CPU, or a GPU of "
-            "compute capability 8.9 or higher"
+            f"kv_cache_dtype is {name!r}, which is not supported on this {platform.traits.name} device: "
+            "it needs a CPU, or a GPU of compute capability 8.9 or higher"
         )
     return torch.float8_e4m3fn
 
@@ -331,9 +330,9 @@ def eos_token_ids(folder: Path, hf: Any) -> frozenset[int]:
 
 
 def make_layout(config: EngineConfig, cfg: ModelConfig, platform: Platform) -> Layout:
-    max_model_len = config.max_model_len or cfg.max_position
-    max_num_seqs = config.max_num_seqs or platform.default_num_seqs
-    max_tokens = config.max_num_batched_tokens or platform.default_batched_tokens
+    traits, max_model_len = platform.traits, config.max_model_len or cfg.max_position
+    max_num_seqs = config.max_num_seqs or traits.num_seqs
+    max_tokens = config.max_num_batched_tokens or traits.batched_tokens
     max_tokens = max(16, min(max_tokens, -(-max_model_len // 16) * 16 * max_num_seqs))
     pad = config.pad_batches
     # with as many bytes in a block, decode attention reads an fp8 cache in tiles of twice the tokens
@@ -343,8 +342,10 @@ def make_layout(config: EngineConfig, cfg: ModelConfig, platform: Platform) -> L
         block_size=config.kvcache_block_size or default_block_size,
         max_num_seqs=max_num_seqs,
         max_model_len=max_model_len,
-        decode_rows=buckets.decode_ladder(config.graph_batch_sizes, max_num_seqs, platform.name),
-        prefill_tokens=buckets.prefill_ladder(max_tokens, platform.name),
+        decode_rows=buckets.decode_ladder(
+            config.graph_batch_sizes, max_num_seqs, traits.decode_rows
+        ),
+        prefill_tokens=buckets.prefill_ladder(max_tokens, traits.prefill_growth),
         max_prefill_rows=min(max_num_seqs, buckets.PREFILL_ROWS),
         verify_tokens=tuple(sorted({1 + length for length in config.draft_lengths})),
         pad=pad,
@@ -363,7 +364,7 @@ def make_compiler(
         lowering,
         passes=passes,
         dump_dir=environment.dump_graphs,
-        varying=() if platform.whole_steps else VARYING,
+        varying=() if platform.traits.whole_steps else VARYING,
         strict=environment.strict,
         store=store,
         ingredients=artifacts.common_ingredients(platform, [name for name, _ in passes])
@@ -391,14 +392,14 @@ def with_cache(
                 f"{platform.device} has {limit_bytes / 2**30:.2f} GiB for it: at most {limit_bytes // runner.block_bytes} "
                 f"blocks of {layout.block_size} tokens fit"
             )
-    elif platform.default_cache_blocks is not None:
+    elif platform.traits.cache_blocks is not None:
         allowed_bytes = platform.memory_budget(config.gpu_memory_utilization).cache_bytes
-        num_blocks = min(platform.default_cache_blocks, allowed_bytes // runner.block_bytes)
+        num_blocks = min(platform.traits.cache_blocks, allowed_bytes // runner.block_bytes)
     else:
         budget = runner.measure_budget(config.gpu_memory_utilization)
         most_useful = 1 + layout.max_num_seqs * layout.blocks_per_row
         num_blocks = min(most_useful, budget.cache_bytes // runner.block_bytes)
-        if platform.whole_steps:
+        if platform.traits.whole_steps:
             num_blocks = buckets.coarse(num_blocks)
     block_size = layout.block_size
     if num_blocks < 2:

@@ -167,7 +167,7 @@ def _prefill(runner: Runner, num_tokens: int) -> None:
 def _facts(runner: Runner, cfg: ModelConfig, kind: str, context: int) -> dict[str, str]:
     facts = {
         "device": runner.platform.fingerprint().get("device", host.machine()),
-        "threads": str(torch.get_num_threads()) if runner.platform.name == "cpu" else "",
+        "threads": str(torch.get_num_threads()) if runner.platform.traits.name == "cpu" else "",
         "dtype": str(cfg.dtype).removeprefix("torch."),
         "layers": str(cfg.num_layers),
         "context": f"{context} tokens a row" if kind == "decode" else "",
@@ -230,11 +230,10 @@ def main(arguments: list[str] | None = None) -> int:
             name: getattr(args, name)
             for name in ("device", "dtype", "max_model_len", "max_num_batched_tokens")
         }
-        wanted = args.max_num_seqs or max(
-            args.bs or 1, platforms.select(args.device).default_num_seqs
-        )
+        traits = platforms.select(args.device).traits
+        wanted = args.max_num_seqs or max(args.bs or 1, traits.num_seqs)
         if args.bs is not None:
-            ladder = buckets.decode_ladder(None, wanted, platforms.select(args.device).name)
+            ladder = buckets.decode_ladder(None, wanted, traits.decode_rows)
             options["graph_batch_sizes"] = sorted({*ladder, args.bs})
         config = EngineConfig(
             args.model, max_num_seqs=wanted, kvcache_block_size=args.kvcache_block_size, **options

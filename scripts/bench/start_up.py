@@ -46,8 +46,8 @@ IMPORT_TORCH = (
 IMPORT_ALL = """
 import tokenizers, torch, torch._inductor.compile_fx, transformers
 from transformers import AutoConfig, AutoTokenizer
-from nanovllm.platforms import forking
-forking.import_compilers()
+from nanovllm.platforms import preload
+preload.import_compilers()
 """
 EMBEDDED = ROOT / "nanovllm" / "assets" / "tiny-qwen3"
 

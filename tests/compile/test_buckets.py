@@ -1,4 +1,4 @@
-"""Ladders are ascending, hold what they must, and the rung chosen is the smallest that fits."""
+"""Ladders ascend and hold what they must; the chosen bucket is the smallest that fits."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from itertools import pairwise
 import pytest
 
 from nanovllm.compile import buckets
+from nanovllm.platforms import cpu, cuda, npu
 
 
-@pytest.mark.parametrize("device_type", ["cpu", "cuda", "something_new"])
+@pytest.mark.parametrize("default", [(1, 4, 16, 32), cuda.TRAITS.decode_rows, (7, 99)], ids=str)
 @pytest.mark.parametrize("max_rows", [1, 2, 3, 5, 16, 19, 32, 33, 99, 256, 257, 989])
-def test_default_decode_ladder_ascends_to_max_rows_or_the_device_s_largest(
-    device_type: str, max_rows: int
+def test_default_decode_ladder_ascends_to_max_rows_or_the_default_s_largest(
+    default: tuple[int, ...], max_rows: int
 ) -> None:
-    ladder = buckets.decode_ladder(None, max_rows, device_type)
+    ladder = buckets.decode_ladder(None, max_rows, default)
     assert list(ladder) == sorted(set(ladder))
-    largest = buckets.DECODE_ROWS.get(device_type, buckets.DECODE_ROWS["cpu"])[-1]
-    assert ladder[-1] == min(max_rows, largest)
+    assert ladder[-1] == min(max_rows, default[-1]) and set(ladder) <= {*default, max_rows}
 
 
 @pytest.mark.parametrize(
@@ -34,26 +34,27 @@ def test_default_decode_ladder_ascends_to_max_rows_or_the_device_s_largest(
 def test_requested_decode_sizes_are_taken_as_they_are(
     requested: list[int], max_rows: int, expected: tuple[int, ...]
 ) -> None:
-    assert buckets.decode_ladder(requested, max_rows, "cpu") == expected
+    assert buckets.decode_ladder(requested, max_rows, (1, 4, 16, 32)) == expected
 
 
-@pytest.mark.parametrize("device_type", ["cpu", "cuda", "npu", "something_new"])
+@pytest.mark.parametrize("device_growth", [2, 4])
 @pytest.mark.parametrize("max_tokens", [1, 16, 19, 99, 127, 128, 512, 513, 989, 2048, 8192, 16384])
-def test_prefill_ladder_ascends_to_max_tokens(max_tokens: int, device_type: str) -> None:
-    ladder = buckets.prefill_ladder(max_tokens, device_type)
+def test_prefill_ladder_ascends_to_max_tokens(max_tokens: int, device_growth: int) -> None:
+    ladder = buckets.prefill_ladder(max_tokens, device_growth)
     assert ladder[-1] == max_tokens
     assert list(ladder) == sorted(set(ladder))
     for smaller, larger in pairwise(ladder):
         assert smaller % 16 == 0
         assert smaller >= buckets.PREFILL_SMALLEST_TOKENS // 16 * 16
-        growth = 2 if larger > 512 and device_type != "npu" else 4
+        growth = device_growth if larger > 512 else 4
         assert larger - 16 * growth < smaller * growth <= larger
 
 
 def test_prefill_ladders_are_close_where_padding_takes_long() -> None:
-    assert buckets.prefill_ladder(8192, "cuda") == (32, 128, 512, 1024, 2048, 4096, 8192)
-    assert buckets.prefill_ladder(8192, "npu") == (32, 128, 512, 2048, 8192)
-    assert buckets.prefill_ladder(512, "cpu") == (32, 128, 512)
+    gpu = buckets.prefill_ladder(8192, cuda.TRAITS.prefill_growth)
+    assert gpu == (32, 128, 512, 1024, 2048, 4096, 8192)
+    assert buckets.prefill_ladder(8192, npu.TRAITS.prefill_growth) == (32, 128, 512, 2048, 8192)
+    assert buckets.prefill_ladder(512, cpu.TRAITS.prefill_growth) == (32, 128, 512)
 
 
 @pytest.mark.parametrize("ladder", [(1,), (3, 7, 19), [1, 2, 4, 8], (32, 128, 512), (989,)])

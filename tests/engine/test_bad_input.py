@@ -139,7 +139,7 @@ def test_unknown_option_is_a_type_error(make_llm: Callable[..., LLM]) -> None:
         ({"dtype": "int8"}, "dtype is 'int8': it must be one of auto, float32"),
         ({"device": "tpu"}, "device 'tpu' is not supported: use one of auto, cpu, cuda"),
         ({"device": "cuda:x"}, "device 'cuda:x' is not supported"),
-        ({"device": "cuda:99"}, "no CUDA device|'cuda:99' is not there"),
+        ({"device": "cuda:99"}, "no CUDA device|'cuda:99' is not available"),
         (
             {"max_model_len": 401, "num_kvcache_blocks": 9},
             r"max_model_len is 401, but the cache holds 128 tokens \(8 blocks of 16\)",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,7 @@ def test_a_device_without_kernels_for_it_refuses(
     make_llm: Callable[..., LLM], device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     platform = platforms.select(device)
-    monkeypatch.setattr(platform, "supports_fp8_cache", False)
+    platform.traits = replace(platform.traits, supports_fp8_cache=False)
     monkeypatch.setattr(platforms, "select", lambda *_, **__: platform)
     with pytest.raises(
         ValueError, match=f"kv_cache_dtype is 'fp8', which is not supported on this {device} device"

@@ -94,4 +94,4 @@ def test_steps_in_flight_are_as_many_as_asked_for(
 def test_the_device_says_how_far_ahead_unless_told(
     make_llm: Callable[..., LLM], device: str
 ) -> None:
-    assert make_llm().engine.run_ahead == platforms.select(device).run_ahead
+    assert make_llm().engine.run_ahead == platforms.select(device).traits.run_ahead

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanovllm import LLM, EngineConfig, SamplingParams, platforms
+from nanovllm import LLM, EngineConfig, SamplingParams
 from nanovllm.compile.trace import tensors
 from nanovllm.models import loader as weights
 from nanovllm.models.formats import int8 as quantize
 from nanovllm.models.formats.int8 import Int8Weight, quantize_int8
+from nanovllm.platforms import cpu
 from tests.conftest import save_tiny
 from tests.models import harness
 from tests.models.test_loader import described
@@ -142,7 +144,7 @@ def test_other_devices_and_other_words_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match="quantization is 'int4': it must be one of int8, None"):
         EngineConfig("tiny-qwen3", quantization="int4")
-    monkeypatch.setattr(type(platforms.select("cpu")), "quantizations", ())
+    monkeypatch.setattr(cpu, "TRAITS", replace(cpu.TRAITS, quantizations=()))
     with pytest.raises(
         ValueError, match=r"'int8' is not supported on a cpu device, .* use device='cpu'"
     ):

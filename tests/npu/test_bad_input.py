@@ -17,10 +17,10 @@ from nanovllm.platforms.npu import CANN_LIBRARIES
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"device": "npu:1"}, r"device 'npu:1' is not there: torch_npu sees 1 NPU\(s\)"),
+        ({"device": "npu:1"}, r"device 'npu:1' is not available: torch_npu sees 1 NPU\(s\)"),
         (
             {"device": "npu:x"},
-            "device 'npu:x' is not supported: use one of auto, cpu, cuda, npu, mps or cuda:N",
+            "device 'npu:x' is not supported: use one of auto, cuda, npu, mps, cpu or cuda:N",
         ),
         (
             {"dtype": "float32"},
@@ -90,6 +90,6 @@ def test_without_cann_the_missing_libraries_are_named() -> None:
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     assert re.match(
-        r"ValueError: device 'npu' needs CANN, and these of its libraries are not found: ", last
+        r"ValueError: device 'npu' is not available: these libraries of CANN are not found: ", last
     ), done.stderr
     assert all(name in last for name in CANN_LIBRARIES) and "set_env.sh" in last

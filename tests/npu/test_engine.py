@@ -22,7 +22,7 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 def test_greedy_tokens_are_the_cpus(npu_llm: LLM, cpu_answers: Callable[..., Any]) -> None:
-    assert npu_llm.engine.runner.platform.name == "npu"
+    assert npu_llm.engine.runner.platform.traits.name == "npu"
     assert answers(npu_llm) == cpu_answers()
 
 

@@ -112,7 +112,7 @@ def test_the_policy_gives_the_cpus_tokens_with_supported_operators(
     mode: PlainTorch = request.getfixturevalue("on_cpu_tensors")
     llm = LLM(str(tiny_qwen3), device="mps", **OPTIONS)
     runner = llm.engine.runner
-    assert runner.platform.name == "mps" and runner.compiler.lowering is None
+    assert runner.platform.traits.name == "mps" and runner.compiler.lowering is None
     assert greedy(llm) == expected
     assert greedy(llm) == expected_cached and expected_cached[-1][1] >= 96
     found = llm.generate(PROMPTS, WISHES, use_tqdm=False)
@@ -221,7 +221,8 @@ def test_leaving_out_fusion_is_refused_where_nothing_is_fused(
 def test_mps_on_a_machine_without_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mps, "is_built", lambda: False)
     with pytest.raises(
-        ValueError, match=r"device 'mps' .* without MPS support .*: use device='cpu' or 'auto'"
+        ValueError,
+        match=r"device 'mps' is not available: .* without MPS support .* use device='cpu' or 'auto'",
     ):
         platforms.select("mps")
     monkeypatch.setattr(torch.backends.mps, "is_built", lambda: True)
@@ -242,7 +243,7 @@ def test_auto_takes_cuda_then_mps_then_cpu(
     from nanovllm.platforms import cuda
 
     class Cuda:
-        name = "cuda"
+        traits = cuda.TRAITS
 
         def __init__(self, index: int) -> None:
             pass
@@ -250,9 +251,9 @@ def test_auto_takes_cuda_then_mps_then_cpu(
     monkeypatch.setattr(cuda, "CudaPlatform", Cuda)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(has_cuda))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: has_cuda)
-    monkeypatch.setattr(mps, "problem", lambda: None if has_mps else "there is none")
+    monkeypatch.setattr(mps, "problem", lambda index: None if has_mps else "there is none")
     monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda *version: True)
-    assert platforms.select("auto").name == chosen
+    assert platforms.select("auto").traits.name == chosen
 
 
 def test_bf16_needs_a_macos_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,7 +261,7 @@ def test_bf16_needs_a_macos_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setattr(
             torch.backends.mps, "is_macos_or_newer", lambda *version, is_new=is_new: is_new
         )
-        assert (torch.bfloat16 in MpsPlatform().supported_dtypes) == is_new
+        assert (torch.bfloat16 in MpsPlatform().traits.supported_dtypes) == is_new
 
 
 @pytest.mark.usefixtures("on_cpu_tensors")

@@ -17,7 +17,10 @@ def test_without_torch_npu_the_package_is_named(monkeypatch: pytest.MonkeyPatch)
         "find_spec",
         lambda name, *rest: None if name == "torch_npu" else original(name, *rest),
     )
-    match = r"device 'npu' needs torch_npu, which is not installed: pip install torch_npu, in the version of torch \(\d"
+    match = (
+        r"device 'npu' is not available: torch_npu is not installed: pip install torch_npu, "
+        r"in the version of torch \(\d"
+    )
     with pytest.raises(ValueError, match=match):
         LLM("tiny-qwen3", device="npu")
 

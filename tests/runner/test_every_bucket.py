@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nanovllm import LLM, SamplingParams
-from nanovllm.compile.buckets import DECODE_ROWS
+from nanovllm import LLM, SamplingParams, platforms
 
 sys.path.insert(
     0, str(Path(__file__).resolve().parents[2] / "scripts")
@@ -24,7 +23,7 @@ class Engines:
     """Both modes in one dtype, questions for the largest bucket, and eager mode's answers to them."""
 
     def __init__(self, device: str, dtype: str) -> None:
-        self.ladder = DECODE_ROWS[device]
+        self.ladder = platforms.select(device).traits.decode_rows
         options = {
             "device": device,
             "dtype": dtype,

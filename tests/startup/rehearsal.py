@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,7 @@ from nanovllm.kernels.triton import register as triton_kernels
 from nanovllm.kernels.triton import rehearsal as triton_rehearsal
 from nanovllm.kernels.triton import step as triton_step
 from nanovllm.models import loader as weights
-from nanovllm.platforms.cuda import CudaPlatform
+from nanovllm.platforms.cuda import TRAITS, CudaPlatform
 from nanovllm.startup import load as startup
 from nanovllm.startup.compile_farm import builder as precompile
 from tests.conftest import save_tiny
@@ -58,11 +59,8 @@ class Driver(AbsentDevice):
 
 class Platform(CudaPlatform):
     def __init__(self) -> None:
-        self.device, self.supported_dtypes, self.supports_fp8_cache = (
-            DEVICE,
-            (torch.bfloat16,),
-            True,
-        )
+        self.device = DEVICE
+        self.traits = replace(TRAITS, supported_dtypes=(torch.bfloat16,), supports_fp8_cache=True)
 
     def prepare(self, *args: Any, **kwargs: Any) -> None:
         pass

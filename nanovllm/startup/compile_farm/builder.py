@@ -65,7 +65,7 @@ def fill(
     )  # the libraries once, not in every process
     buckets = buckets_of(layout)
     if count is None:
-        count = 1 if platform.whole_steps else min(8, max(1, (os.cpu_count() or 2) // 2))
+        count = 1 if platform.traits.whole_steps else min(8, max(1, (os.cpu_count() or 2) // 2))
     workers = Workers(config, buckets, count)
     try:
         outcomes = workers.wait(lambda outcome: progress(outcome, len(buckets)))
@@ -101,7 +101,7 @@ def small_runner(
     )
     platform.prepare(store.folder / "cpp", environment.cxx)
     layout = startup.make_layout(config, cfg, platform)
-    small = cfg if platform.whole_steps else small_model(cfg)
+    small = cfg if platform.traits.whole_steps else small_model(cfg)
     compiler = startup.make_compiler(config, platform, environment, store)
     if compiler.lowering is None:
         raise CompileRequired(platform.lowering()[1])
@@ -112,7 +112,7 @@ def small_runner(
             model, small, platform.device, 0, lambda _: None, config.quantization
         )
         runner = Runner(model, small, params, layout, platform, compiler)
-    if platform.whole_steps:
+    if platform.traits.whole_steps:
         _, _, _, runner = startup.with_cache(config, layout, cfg, lambda _: runner, platform)
     return runner
 
