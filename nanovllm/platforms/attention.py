@@ -1,7 +1,7 @@
 """Which code computes attention: the device's own kernels ("triton" on a GPU), torch's, or flash-attn, as an engine asks.
 
-The answer is a field of the model's config (`ModelConfig.attention_backend`, a key of `ops.ATTENTION`): regions read it, so
-each engine has its own, it holds in eager mode as in graphs, and it is in the keys of stored programs.
+The answer (`EngineSpec.attention`) is a key of `ops.ATTENTION`. It is bound to the region of a layer, so
+each engine has its own, eager mode and graphs use the same one, and keys of stored programs hold it.
 """
 
 from __future__ import annotations

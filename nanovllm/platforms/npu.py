@@ -39,9 +39,6 @@ CANN_LIBRARIES = (
     "libascend_protobuf.so",
 )
 
-# Names of weights among the inputs of a step's graph (see engine/steps.py): their memory never moves.
-FROZEN_INPUTS = ("params", "embed_VD", "final_norm_D", "head_VD", "cos_sin_MH")
-
 # Every captured graph holds streams of the device, of which there are some two thousand. What a device bears has not been
 # tried; torchair captures one graph for at most this many sizes by itself.
 MAX_CAPTURED_SIZES = 64
@@ -117,7 +114,7 @@ class NpuPlatform(Accelerator):
                 f"npu_graph_options is {dict(graph_options)!r}: these are options of npu_graph_mode='ascend_ir', and the mode "
                 "is 'aclgraph'"
             )
-        self.settings = torchair.Settings(dict(graph_options or {}), FROZEN_INPUTS)
+        self.settings = torchair.Settings(dict(graph_options or {}))
         torchair.compiler_config(self.settings)
         # A captured step's lengths are replaced in place, which must not overtake the step before.
         self.run_ahead = 0 if self.captures else 1
