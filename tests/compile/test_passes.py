@@ -74,11 +74,11 @@ def layer_config(*, qk_norm: bool, biased: bool = False) -> ModelConfig:
     )
 
 
-def layer_region(cfg: ModelConfig) -> tuple[Callable[..., Any], dict[str, object]]:
+def layer_region(cfg: ModelConfig, window: int = 0) -> tuple[Callable[..., Any], dict[str, object]]:
     """A decode layer and inputs for it: three rows at odd positions, each in blocks of its own."""
     torch.manual_seed(0)
     shape = (BLOCKS, BLOCK_SIZE, KV_HEADS, HEAD_DIM)
-    model = dense_model(cfg)
+    model = dense_model(cfg, (window,))
     drawn = weights.random(model, torch.device("cpu"), 0, int).layers[0]
     layer = type(drawn)(
         *(weight if weight is None else torch.randn(weight.shape) * 0.3 for weight in drawn)
