@@ -15,8 +15,8 @@ class ModelConfig:
     `inv_freq` and `rope_scale` define the rotary table: angle(m, j) = m · inv_freq[j]; cos and sin
     are multiplied by `rope_scale`. Raises ValueError for head sizes that the kernels do not take.
 
-    Regions may read GRAPH_FIELDS only. These and the shapes of all inputs are in the keys of compiled
-    programs.
+    Regions may read GRAPH_FIELDS only. These and the shapes of all inputs are in the keys of
+    compiled programs.
     """
 
     GRAPH_FIELDS: ClassVar[tuple[str, ...]] = ("num_heads", "num_kv_heads", "head_dim", "norm_eps")
@@ -48,7 +48,8 @@ class ModelConfig:
             )
         if self.head_dim > 256 or self.head_dim % 8:
             raise ValueError(
-                f"head_dim {self.head_dim} is not supported: it must be a multiple of 8, at most 256"
+                f"head_dim {self.head_dim} is not supported: it must be a multiple of 8, "
+                "at most 256"
             )
 
     @property
@@ -79,8 +80,8 @@ def dense_config(
         and not extends_itself(hf)
     ):
         raise ValueError(
-            f"max_model_len is {max_model_len}, but the checkpoint has {hf.max_position_embeddings} "
-            "positions (max_position_embeddings)"
+            f"max_model_len is {max_model_len}, but the checkpoint has "
+            f"{hf.max_position_embeddings} positions (max_position_embeddings)"
         )
     inv_freq, rope_scale = rotary_frequencies(
         hf, head_dim, max_model_len or hf.max_position_embeddings

@@ -37,7 +37,7 @@ class Layer(NamedTuple):
 
 
 def dense_model(cfg: ModelConfig, windows: tuple[int, ...] | None = None) -> Model:
-    """The model of a dense config. `windows` gives each layer's `LayerKind.window`; None: all are 0."""
+    """The model of a dense config. `windows` are the layers' `LayerKind.window`, None for all 0."""
     kinds = {window: LayerKind(f"window{window}", window) for window in (windows or (0,))}
     return Model(
         config=cfg,

@@ -22,8 +22,8 @@ ParamKind = Literal["linear", "norm", "bias", "table"]
 class Param(NamedTuple):
     """One parameter: the checkpoint tensors `sources`, stacked along axis 0, have `shape`.
 
-    `kind` says how it is stored and initialised: "linear" is the weight of a linear layer [O, D] and
-    is stored in the engine's weight format, "table" is an embedding table. `parts` are the row
+    `kind` says how it is stored and initialised: "linear" is the weight of a linear layer [O, D]
+    and is stored in the engine's weight format, "table" is an embedding table. `parts` are the row
     counts of the sources. `shard_axis` is the axis that tensor parallelism splits (along axis 0
     each source by itself), None for a replicated parameter.
     """
@@ -60,7 +60,7 @@ class Params(NamedTuple):
 
 
 class LayerCache(NamedTuple):
-    """One layer's keys and values. With scales they are float8_e4m3fn and stand for value · scale."""
+    """One layer's keys and values; with scales they are float8_e4m3fn and mean value · scale."""
 
     k_CBKH: Tensor
     v_CBKH: Tensor
@@ -100,15 +100,16 @@ class Model:
     """One checkpoint's architecture: its config, its layers, and the functions of its regions.
 
     `embed(config, embed_VD, token_T)` gives the hidden state [T, D];
-    `layer(config, attention, kind, max_q_len, w, kv, cos_sin_MH, batch, h_TD, keep_R=None)` the next
-    one, with `keep_R` [R, D] of these tokens alone; `head(config, final_norm_D, head_VD, h_RD)` the
-    logits [R, V]. `attention` is a key of `ops.ATTENTION`, `max_q_len` the most tokens of one row.
-    All are pure functions at the top of a module: keys of programs name them by module and name.
+    `layer(config, attention, kind, max_q_len, w, kv, cos_sin_MH, batch, h_TD, keep_R=None)` gives
+    the next one, with `keep_R` [R, D] of these tokens alone;
+    `head(config, final_norm_D, head_VD, h_RD)` gives the logits [R, V]. `attention` is a key of
+    `ops.ATTENTION`, `max_q_len` the most tokens of one row. All are pure functions at the top of a
+    module: keys of programs name them by module and name.
 
     `outer_params(config)` and `layer_params(config, kind, layer_idx)` declare the parameters by the
-    fields of `Params` and `layer_type`; a tied head is not declared, and fields of `layer_type` that
-    a layer does not declare are None. `kv_scales(config, weights)` gives the scales of one layer's
-    fp8 cache, fp32 [K] for keys and for values; None if the architecture knows no bound for them.
+    fields of `Params` and `layer_type`. A tied head is not declared. Fields of `layer_type` that a
+    layer does not declare are None. `kv_scales(config, weights)` gives the scales of one layer's
+    fp8 cache, fp32 [K] for keys and for values; it is None if their bounds are not known.
 
     Regions may read GRAPH_FIELDS only: these are in the keys of compiled programs.
     """
@@ -154,7 +155,7 @@ class Model:
 
     @property
     def last_layer_needs_own_program(self) -> bool:
-        """True if prefill of all tokens' hidden states needs a program that ordinary prefill does not."""
+        """True if prefill with prompt_logprobs needs a program that ordinary prefill does not."""
         return self.layer_kinds[-1] not in self.layer_kinds[:-1]
 
     def reduced(self) -> Model:
@@ -175,7 +176,7 @@ class Model:
         return (self.outer_params(self.config), *layers)
 
     def weight_bytes(self, weight_format: str) -> int:
-        """Bytes that one decode step reads: every weight once, the embedding table only if it is the head."""
+        """Bytes that a decode step reads: each weight once, the table only if it is the head."""
         outer, *layers = self.declared
         table = outer.pop("embed_VD")
         if self.config.tied_embeddings:

@@ -1,9 +1,9 @@
-"""Scales of an fp8 cache, computed from the weights: upper bounds on all keys and values of any prompt.
+"""Scales of an fp8 cache, from upper bounds that the weights set on keys and values.
 
 The relative error of float8_e4m3fn is the same from 2⁻⁶ to 448, so a scale that is too large costs
-nothing until values fall below 2⁻⁶ of it. An upper bound therefore serves better than a maximum over
-sample prompts, which another prompt can exceed: nothing saturates, no calibration run is needed, and
-ranks, restarts and prefix-cache hits agree.
+nothing until values fall below 2⁻⁶ of it. An upper bound therefore serves better than a maximum
+over sample prompts, which another prompt can exceed: nothing saturates, no calibration run is
+needed, and ranks, restarts and prefix-cache hits agree.
 
 D hidden | N query heads | K kv heads | H head size | E = (N + 2K)·H | J = 2K·H
 """
@@ -19,10 +19,10 @@ from nanovllm.models.config import ModelConfig
 from nanovllm.models.formats import Weight, rows
 
 FP8_MAX = float(torch.finfo(torch.float8_e4m3fn).max)
-# Norms, products and rotations round in the model's dtype (at worst bf16), which can exceed an exact
-# bound by a few 2⁻⁸.
+# Norms, products and rotations round in the model's dtype (at worst bf16), which can exceed an
+# exact bound by a few 2⁻⁸.
 ROUNDING = 1.0 + 2.0**-5
-# A head whose weights are all zeros has the bound 0, which cannot divide. Other bounds are larger than this.
+# A head whose weights are all zeros has the bound 0, which cannot divide. Other bounds are larger.
 SMALLEST_BOUND = 2.0**-32
 
 
@@ -37,8 +37,8 @@ def kv_scales(
 
     They are powers of two, so that scaling does not round. The length of a normalised hidden state
     is at most √D, so row j of a projection is at most √D · |row j ⊙ norm weight| (Cauchy-Schwarz)
-    plus its bias. The length of a key that is normalised per head is at most √H · max |norm weight|.
-    The rotation mixes elements i and i + H/2 and keeps the length of the pair.
+    plus its bias. The length of a key that is normalised per head is at most
+    √H · max |norm weight|. The rotation mixes elements i and i + H/2 and keeps the pair's length.
     """
     num_kv, half = cfg.num_kv_heads, cfg.head_dim // 2
     first_key = cfg.num_heads * cfg.head_dim

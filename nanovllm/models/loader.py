@@ -37,8 +37,8 @@ def load(
     table stays plain, since its rows are looked up; the head is a converted copy of it. Calls
     `progress(n)` after every n layers.
 
-    Raises CheckpointError naming the tensor that is missing, left over or misshapen, or the file that
-    is damaged.
+    Raises CheckpointError naming the tensor that is missing, left over or misshapen, or the file
+    that is damaged.
     """
     files = _locate(folder)
     used: set[str] = set()
@@ -51,8 +51,8 @@ def load(
             tensor = _read(files[source], source)
             if tensor.shape != part.shape:
                 raise CheckpointError(
-                    f"{folder}: tensor {source} has shape {list(tensor.shape)}, but the config asks "
-                    f"for {list(part.shape)}"
+                    f"{folder}: tensor {source} has shape {list(tensor.shape)}, but the config "
+                    f"asks for {list(part.shape)}"
                 )
             part.copy_(tensor)
             used.add(source)
@@ -118,7 +118,7 @@ def build(
 
 
 def _locate(folder: Path) -> dict[str, Path]:
-    """The file of each tensor: model.safetensors, else what the index maps, else what all files list."""
+    """The file of each tensor: model.safetensors, else by the index, else all files."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if index.is_file() and not single.is_file():
         try:
@@ -130,7 +130,7 @@ def _locate(folder: Path) -> dict[str, Path]:
         if missing:
             raise CheckpointError(f"{folder}: the index names {missing[0]}, which is not there")
         return located
-    # Files beside model.safetensors are not read: they hold the same weights under other names, or adapters.
+    # Files beside model.safetensors hold the same weights under other names, or adapters.
     paths = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
     if not paths:
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""Rotary frequencies for every rope type that transformers knows, and the table that the kernels read."""
+"""Rotary frequencies for the rope types of transformers, and the table that kernels read."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def rotary_frequencies(
 ) -> tuple[tuple[float, ...], float]:
     """Inverse frequencies (H/2 of them), and the factor on cos and sin, for transformers' config.
 
-    The engine has one table for all lengths. For rope types whose frequencies depend on the sequence
-    length (dynamic, longrope) transformers changes them in mid-sequence, and older keys no longer fit
-    newer queries. Here `max_model_len` decides once: up to the original length the frequencies are
-    the unscaled (short) ones. Raises ValueError for rope settings that are not supported.
+    The engine has one table for all lengths. For rope types whose frequencies depend on the
+    sequence length (dynamic, longrope) transformers changes them in mid-sequence, and older keys no
+    longer fit newer queries. Here `max_model_len` decides once: up to the original length the
+    frequencies are the unscaled (short) ones. Raises ValueError for unsupported settings.
     """
     hf.standardize_rope_params()
     parameters = hf.rope_parameters
@@ -45,7 +45,7 @@ def rotary_frequencies(
 
 
 def extends_itself(hf: Any) -> bool:
-    """True if the rope type has no longest position: dynamic. Others end at max_position_embeddings."""
+    """True if the rope type has no longest position (dynamic); others have one."""
     hf.standardize_rope_params()
     return hf.rope_parameters.get("rope_type") == "dynamic"
 

@@ -1,4 +1,4 @@
-"""A model may mix layers that differ in more than their window: an architecture of this file runs in a whole engine."""
+"""Layers of one model may differ in their parameters: such an architecture runs in an engine."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SIZES: dict[str, Any] = {"max_num_seqs": 2, "graph_batch_sizes": [2], "max_num_b
 
 
 class Layer(NamedTuple):
-    """Without norms of single heads. The wide kind has an MLP of twice the size, the narrow kind a bias."""
+    """The wide kind has an MLP of twice the size, the narrow kind a bias in it."""
 
     norm_D: Tensor
     qkv_ED: Weight
@@ -131,7 +131,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def expected_logits(folder: Path, token_ids: list[int]) -> Tensor:
-    """The whole sequence at once, without a cache, in plain torch on the checkpoint's own tensors."""
+    """The whole sequence at once, without a cache, in plain torch on the checkpoint's tensors."""
     from transformers import AutoConfig
 
     stored = load_file(folder / "model.safetensors")
@@ -183,9 +183,10 @@ def test_int8_weights_are_near(checkpoint: Path) -> None:
 def test_the_reduced_model_leaves_every_program_of_the_whole_one(
     checkpoint: Path, tmp_path: Path
 ) -> None:
-    """Programs of two kinds are told apart, and a store that was filled without weights is complete."""
-    options = {**SIZES, "device": "cpu", "dtype": "float32", "max_model_len": 128, "kvcache_block_size": 16,
-               "num_kvcache_blocks": 40, "compile_cache": tmp_path / "store"}  # fmt: skip
+    """Programs of two kinds are told apart; a store that is filled without weights is complete."""
+    options = {**SIZES, "device": "cpu", "dtype": "float32", "max_model_len": 128,
+               "kvcache_block_size": 16, "num_kvcache_blocks": 40,
+               "compile_cache": tmp_path / "store"}  # fmt: skip
     small = builder.small_runner(EngineConfig(str(checkpoint), **options))
     assert small.model.layer_kinds == (WIDE, NARROW, NARROW)
     for kind, size in buckets_of(small.layout):

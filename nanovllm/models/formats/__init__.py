@@ -1,6 +1,7 @@
 """How the weights of linear layers are stored: one file per format, and the registry of formats.
 
-To add a format, write a file that provides `Format` and enter it in `FORMATS`. O outputs | D depth | T tokens.
+To add a format, write a file that provides `Format` and enter it in `FORMATS`.
+O outputs | D depth | T tokens.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ Stored = Int8Weight
 
 
 def store(name: str, weight_OD: Tensor) -> Int8Weight:
-    """Round to the nearest multiple of each row's scale, which is the row's largest magnitude / 127.
+    """Round to the nearest multiple of each row's scale: the row's largest magnitude / 127.
 
     No value is off by more than half of its row's scale. Raises ValueError, with the name, for a
     weight that holds NaN or infinity.
