@@ -12,8 +12,9 @@ from torch import Tensor
 
 from nanovllm import LLM, EngineConfig, SamplingParams, platforms
 from nanovllm.compile.trace import tensors
+from nanovllm.config import QUANTIZATIONS
 from nanovllm.models import loader as weights
-from nanovllm.models.formats import int8, rows
+from nanovllm.models.formats import FORMATS, PLAIN, int8, rows
 from nanovllm.models.formats.int8 import Int8Weight
 from tests.conftest import save_tiny
 from tests.models import harness
@@ -148,6 +149,7 @@ def test_other_devices_and_other_words_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match="quantization is 'int4': it must be one of int8, None"):
         EngineConfig("tiny-qwen3", quantization="int4")
+    assert {PLAIN, *QUANTIZATIONS} == set(FORMATS)
     monkeypatch.setattr(type(platforms.select("cpu")), "quantizations", ())
     with pytest.raises(
         ValueError, match=r"'int8' is not supported on a cpu device, .* use device='cpu'"
