@@ -33,7 +33,9 @@ import numpy as np
 import torch
 
 from nanovllm import LLM, SamplingParams, platforms
-from nanovllm.models.config import ModelConfig
+from nanovllm.models.formats import PLAIN
+from nanovllm.models.interface import Model
+from nanovllm.runner.spec import EngineSpec
 from nanovllm.tools.profile import as_text, profile_decode
 
 # The published config.json of Qwen/Qwen3-0.6B and Qwen/Qwen3-8B, as far as shapes go.
@@ -209,7 +211,8 @@ def device_limits(device: torch.device, dtype: torch.dtype) -> tuple[float, floa
 
 
 def ideal_seconds(
-    cfg: ModelConfig,
+    model: Model,
+    spec: EngineSpec,
     prompts: list[list[int]],
     output_lens: list[int],
     rows: int,
@@ -218,8 +221,10 @@ def ideal_seconds(
 ) -> float:
     """What the workload must take: each decode step the larger of reading the weights and multiplying by them, plus
     reading the keys and values of every row; all prompts once through the layers at the full matrix rate."""
-    num_weights = cfg.weight_bytes / cfg.dtype.itemsize
-    head_weights = cfg.vocab_size * cfg.hidden_size
+    weight_bytes = model.weight_bytes(spec.weight_format)
+    kv_bytes = model.kv_bytes_per_token(spec.cache_dtype)
+    num_weights = model.weight_bytes(PLAIN) / model.config.dtype.itemsize
+    head_weights = model.config.vocab_size * model.config.hidden_size
     seconds = 2 * (num_weights - head_weights) * sum(map(len, prompts)) / flops
     waiting = list(zip((len(prompt) for prompt in prompts), (n - 1 for n in output_lens)))[::-1]
     context, left = np.zeros(0), np.zeros(0)
@@ -228,9 +233,9 @@ def ideal_seconds(
         context = np.append(context, [length for length, _ in fresh])
         left = np.append(left, [num for _, num in fresh])
         steps = max(1, int(left.min())) if not waiting else 1
-        weights = max(cfg.weight_bytes / bandwidth, 2 * num_weights * left.size / flops)
+        weights = max(weight_bytes / bandwidth, 2 * num_weights * left.size / flops)
         cached = steps * context.sum() + left.size * steps * (steps + 1) / 2
-        seconds += steps * weights + cached * cfg.kv_bytes_per_token / bandwidth
+        seconds += steps * weights + cached * kv_bytes / bandwidth
         context, left = context + steps, left - steps
         context, left = context[left > 0], left[left > 0]
     return seconds
@@ -269,7 +274,7 @@ def load(
         else platform.processor() or "cpu",
         "dtype": str(runner.cfg.dtype).removeprefix("torch."),
         "attention_backend": args.attention_backend,
-        "kv_cache_dtype": str(runner.cfg.cache_dtype).removeprefix("torch."),
+        "kv_cache_dtype": str(runner.spec.cache_dtype).removeprefix("torch."),
         "mode": "graph" if is_graph else "eager",
         "capture": is_graph and not args.no_graph,
         "fuse": is_graph and not args.no_fusion,
@@ -309,7 +314,7 @@ def measure(
         seconds.append(time.perf_counter() - begun)
     num_tokens = sum(len(output["token_ids"]) for output in outputs)
     median = sorted(seconds)[len(seconds) // 2]
-    ideal = ideal_seconds(cfg, prompts, output_lens, rows, bandwidth, flops)
+    ideal = ideal_seconds(runner.model, runner.spec, prompts, output_lens, rows, bandwidth, flops)
     result = {
         **about,
         "workload": "latency" if args.latency else "throughput",

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from types import FunctionType, ModuleType
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -82,8 +82,6 @@ def describe(value: object) -> Any:
         return repr(value)
     if isinstance(value, (tuple, list)):
         return [describe(item) for item in value]
-    if isinstance(value, ModuleType):
-        return value.__name__
     if isinstance(value, FunctionType):
         return f"{value.__module__}:{value.__qualname__}"
     if isinstance(value, partial):
@@ -105,7 +103,7 @@ def graph_fields(value: Any) -> tuple[str, ...]:
 
 
 class _Narrow:
-    """Wraps a dataclass: only its GRAPH_FIELDS, and properties that read them, can be read."""
+    """Wraps a dataclass: only its GRAPH_FIELDS, and what its methods make of them, can be read."""
 
     def __init__(self, value: Any) -> None:
         self.__dict__["_value"] = value
@@ -115,20 +113,25 @@ class _Narrow:
         found = getattr(type(value), name, None)
         if isinstance(found, property) and found.fget is not None:
             return found.fget(self)
+        if isinstance(found, FunctionType):
+            return MethodType(found, self)
         if name not in graph_fields(value):
             raise AttributeError(
                 f"a region reads {type(value).__name__}.{name}, which is not in its GRAPH_FIELDS, "
                 "so no artifact's key holds it"
             )
-        return getattr(value, name)
+        return _narrow(getattr(value, name))
+
+
+def _narrow(value: Any) -> Any:
+    return _Narrow(value) if hasattr(type(value), "GRAPH_FIELDS") else value
 
 
 def narrowed(function: Callable[..., Any]) -> Callable[..., Any]:
     """The region, wrapped for tracing: reading a field that its key does not hold is an error."""
     if not isinstance(function, partial):
         return function
-    args = [_Narrow(arg) if hasattr(type(arg), "GRAPH_FIELDS") else arg for arg in function.args]
-    return partial(function.func, *args, **function.keywords)
+    return partial(function.func, *map(_narrow, function.args), **function.keywords)
 
 
 def source_digest(paths: Iterable[Path], root: Path) -> str:

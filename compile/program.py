@@ -62,6 +62,8 @@ class Compiler:
     lowering: None runs regions as plain Python.
     dump_dir: the folder to which the graph is written after every stage.
     varying: inputs whose first dimension is symbolic, see `trace`.
+    frozen: inputs of regions that are weights or tables: neither their memory nor their values
+        change. Their placeholders have `node.meta["frozen"]` when a graph is lowered.
     strict: a compile after `seal()` is an error; otherwise it is a warning, since in production a
         late answer is better than none.
     store: artifacts are loaded from it and saved to it.
@@ -75,6 +77,7 @@ class Compiler:
     passes: tuple[tuple[str, Pass], ...] = ()
     dump_dir: Path | None = None
     varying: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()
     strict: bool = False
     store: Store | None = None
     ingredients: Mapping[str, str] = field(default_factory=dict)
@@ -186,6 +189,9 @@ class Compiler:
         for pass_idx, (pass_name, graph_pass) in enumerate(self.passes, start=1):
             graph = graph_pass(graph, fakes)
             self._show(graph, name, f"{pass_idx}_{pass_name}")
+        owners = [name for name, tree in inputs.items() for _ in tensors(tree)]
+        for node, owner in zip(graph.graph.find_nodes(op="placeholder"), owners, strict=True):
+            node.meta["frozen"] = owner in self.frozen
         run = self.lowering(graph, fakes)
         self.num_compiled += 1
         logger.debug("compiled %s in %.2f s", name, time.perf_counter() - started)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def named_leaves(name: str, tree: object) -> list[tuple[str, Tensor]]:
-    """The tensors of a nested (Named)tuple and their paths: `batch.pos_T` gives "batch_pos_T"."""
+    """The tensors of a nested (Named)tuple and their paths: `batch.slot_T` gives "batch_slot_T"."""
     if isinstance(tree, Tensor):
         return [(name, tree)]
     if tree is None:

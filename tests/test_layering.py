@@ -105,6 +105,12 @@ def test_imports_point_one_way(layer: str) -> None:
                 )
 
 
+def test_the_interface_of_models_knows_no_architecture() -> None:
+    below = [f"nanovllm.models.{name}" for name in ("config", "formats")]
+    for name in imports(PACKAGE / "models" / "interface.py"):
+        assert not is_within(name, "nanovllm") or any(is_within(name, one) for one in below), name
+
+
 def test_nothing_imports_the_top_of_the_package_from_below() -> None:
     for layer in set(FOLDERS) - {""}:
         for path in files(layer):

@@ -30,12 +30,10 @@ class Settings:
 
     options: values for fields of its CompilerConfig, by path, such as
         "experimental_config.tiling_schedule_optimize".
-    frozen: inputs whose names begin with one of these are weights, whose memory never moves.
     ge_cache: GE keeps compiled graphs in folders below this one; None: GE keeps nothing.
     """
 
     options: Mapping[str, object] = field(default_factory=dict)
-    frozen: tuple[str, ...] = ()
     ge_cache: Path | None = None
 
 
@@ -108,7 +106,10 @@ def lower(graph: GraphModule, fakes: Sequence[Tensor], *, settings: Settings) ->
 
 
 def generate(graph: GraphModule, fakes: Sequence[Tensor], settings: Settings) -> str:
-    """Python source that holds the Ascend graph and runs it. Needs no device, only converters."""
+    """Python source that holds the Ascend graph and runs it. Needs no device, only converters.
+
+    Placeholders with `node.meta["frozen"]` are weights, whose memory never moves.
+    """
     from torch._functorch.aot_autograd import aot_module_simplified
     from torch._functorch.compile_utils import fx_graph_cse
     from torchair import get_compiler
@@ -117,9 +118,8 @@ def generate(graph: GraphModule, fakes: Sequence[Tensor], settings: Settings) ->
     config = compiler_config(settings)
     decompositions = {**get_npu_default_decompositions(), **DECOMPOSITIONS}
     add_npu_patch(decompositions, config)
-    frozen = [
-        node.name.startswith(settings.frozen) for node in graph.graph.find_nodes(op="placeholder")
-    ]
+    placeholders = graph.graph.find_nodes(op="placeholder")
+    frozen = [node.meta.get("frozen", False) for node in placeholders]
     generated: list[str] = []
 
     def convert(gm: GraphModule, example_inputs: Sequence[Any]) -> Any:

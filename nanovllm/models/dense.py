@@ -1,8 +1,8 @@
-"""The dense decoder: Llama, Mistral, Qwen2 and Qwen3 are this mathematics with different switches in their configs.
+"""The dense decoder: Llama, Mistral, Qwen2 and Qwen3 are this mathematics under different configs.
 
-T tokens | R rows (requests) | S = R + 1 | P blocks per row | C cache blocks | B block size | D hidden | N query heads
-K kv heads | H head size | E = (N + 2K)·H | Q = N·H | F ffn | G = 2F | V vocabulary | M positions. Every dim is a Python
-int fixed by the bucket; `x_TD` is [T, D].
+T tokens | R rows (requests) | M positions | D hidden | N query heads | K kv heads | H head size
+E = (N + 2K)·H | Q = N·H | F ffn | G = 2F | V vocabulary. Every dimension is a Python int that the
+bucket fixes; `x_TD` is [T, D]. The dimensions of caches and batches are in `interface`.
 """
 
 from __future__ import annotations
@@ -13,53 +13,46 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels import ops
+from nanovllm.models import kv_scales as bounds
 from nanovllm.models.config import ModelConfig
-from nanovllm.models.formats.int8 import Int8Weight, linear
+from nanovllm.models.formats import Weight, linear
+from nanovllm.models.interface import Batch, LayerCache, LayerKind, Model, Param
 
 
 class Layer(NamedTuple):
     """Weights of one decoder layer."""
 
     attn_norm_D: Tensor
-    qkv_ED: Tensor | Int8Weight
+    qkv_ED: Weight
     qkv_bias_E: Tensor | None
     q_norm_H: Tensor | None
     k_norm_H: Tensor | None
-    out_DQ: Tensor | Int8Weight
+    out_DQ: Weight
     out_bias_D: Tensor | None
     mlp_norm_D: Tensor
-    gate_up_GD: Tensor | Int8Weight
+    gate_up_GD: Weight
     gate_up_bias_G: Tensor | None
-    down_DF: Tensor | Int8Weight
+    down_DF: Weight
     down_bias_D: Tensor | None
 
 
-class Params(NamedTuple):
-    """All weights; `head_VD` is `embed_VD` itself where the checkpoint ties them, unless it is quantized."""
-
-    embed_VD: Tensor
-    layers: tuple[Layer, ...]
-    final_norm_D: Tensor
-    head_VD: Tensor | Int8Weight
-
-
-class LayerCache(NamedTuple):
-    """One layer's keys and values; with scales they are float8_e4m3fn and stand for themselves times their head's scale."""
-
-    k_CBKH: Tensor
-    v_CBKH: Tensor
-    k_scale_K: Tensor | None = None
-    v_scale_K: Tensor | None = None
+def dense_model(cfg: ModelConfig, windows: tuple[int, ...] | None = None) -> Model:
+    """The model of a dense config. `windows` are the layers' `LayerKind.window`, None for all 0."""
+    kinds = {window: LayerKind(f"window{window}", window) for window in (windows or (0,))}
+    return Model(
+        config=cfg,
+        layer_kinds=tuple(kinds[window] for window in windows or (0,) * cfg.num_layers),
+        embed=embed,
+        layer=layer,
+        head=head,
+        outer_params=outer_params,
+        layer_params=layer_params,
+        layer_type=Layer,
+        kv_scales=kv_scales,
+    )
 
 
-class Batch(NamedTuple):
-    """What changes between two steps of one bucket, and nothing else."""
-
-    pos_T: Tensor  # position of each token in its request
-    slot_T: Tensor  # cache slot it writes: block · B + offset
-    block_table_RP: Tensor
-    seq_len_R: Tensor  # tokens of each row, this step's included
-    q_start_S: Tensor  # row r owns tokens q_start[r] .. q_start[r + 1] − 1
+# regions -----------------------------------------------------------------------------------------
 
 
 def embed(cfg: ModelConfig, embed_VD: Tensor, token_T: Tensor) -> Tensor:
@@ -69,7 +62,8 @@ def embed(cfg: ModelConfig, embed_VD: Tensor, token_T: Tensor) -> Tensor:
 
 def layer(
     cfg: ModelConfig,
-    window: int,
+    attention: str,
+    kind: LayerKind,
     max_q_len: int,
     w: Layer,
     kv: LayerCache,
@@ -78,9 +72,10 @@ def layer(
     h_TD: Tensor,
     keep_R: Tensor | None = None,
 ) -> Tensor:
-    """One decoder layer; writes the keys and values of T tokens into kv. Traced once per bucket, called once per layer.
+    """One decoder layer; writes the keys and values of T tokens into `kv`. Traced once per bucket.
 
-    With `keep_R` the result is [R, D], of the tokens at these indices alone.
+    `attention` is a key of `ops.ATTENTION`. With `keep_R` the result is [R, D], for the tokens at
+    these indices alone.
     """
     qkv_TE = linear(ops.rms_norm(h_TD, w.attn_norm_D, cfg.norm_eps), w.qkv_ED, w.qkv_bias_E)
     q_TNH, k_TKH, v_TKH = qkv_TE.view(qkv_TE.shape[0], -1, cfg.head_dim).split(
@@ -92,11 +87,11 @@ def layer(
             ops.rms_norm(k_TKH, w.k_norm_H, cfg.norm_eps),
         )
     q_TNH, k_TKH = (
-        ops.rope(q_TNH, cos_sin_MH, batch.pos_T),
-        ops.rope(k_TKH, cos_sin_MH, batch.pos_T),
+        ops.rope(q_TNH, cos_sin_MH, batch.rope_pos_T),
+        ops.rope(k_TKH, cos_sin_MH, batch.rope_pos_T),
     )
     ops.store_kv(k_TKH, v_TKH, kv.k_CBKH, kv.v_CBKH, batch.slot_T, kv.k_scale_K, kv.v_scale_K)
-    o_TNH = ops.ATTENTION[cfg.attention_backend](
+    o_TNH = ops.ATTENTION[attention](
         q_TNH,
         kv.k_CBKH,
         kv.v_CBKH,
@@ -105,13 +100,13 @@ def layer(
         batch.q_start_S,
         max_q_len,
         cfg.head_dim**-0.5,
-        window,
+        kind.window,
         kv.k_scale_K,
         kv.v_scale_K,
     )
     o_TQ = o_TNH.flatten(1)
     if keep_R is not None:
-        # from here on no token sees another, so what nobody will read need not be computed: T is R below
+        # Tokens do not interact below, so rows that nobody reads are left out: T is R from here on.
         o_TQ, h_TD = o_TQ.index_select(0, keep_R), h_TD.index_select(0, keep_R)
     h_TD = linear(o_TQ, w.out_DQ, w.out_bias_D, h_TD)
     gate_up_TG = linear(
@@ -120,8 +115,62 @@ def layer(
     return linear(ops.silu_mul(gate_up_TG), w.down_DF, w.down_bias_D, h_TD)
 
 
-def head(
-    cfg: ModelConfig, final_norm_D: Tensor, head_VD: Tensor | Int8Weight, h_RD: Tensor
-) -> Tensor:
+def head(cfg: ModelConfig, final_norm_D: Tensor, head_VD: Weight, h_RD: Tensor) -> Tensor:
     """Final norm and projection to the vocabulary: logits [R, V] in the model's dtype."""
     return linear(ops.rms_norm(h_RD, final_norm_D, cfg.norm_eps), head_VD, None)
+
+
+def kv_scales(cfg: ModelConfig, w: Layer) -> tuple[Tensor, Tensor]:
+    """The scales of one layer's fp8 cache: [K] fp32 for keys, and for values."""
+    return bounds.kv_scales(cfg, w.attn_norm_D, w.qkv_ED, w.qkv_bias_E, w.k_norm_H)
+
+
+# parameters --------------------------------------------------------------------------------------
+
+
+def outer_params(cfg: ModelConfig) -> dict[str, Param]:
+    """Parameters outside the layers, by the fields of `Params`; a tied head is not declared."""
+    vocab, hidden = cfg.vocab_size, cfg.hidden_size
+    declared = {
+        "embed_VD": Param.one("table", "model.embed_tokens.weight", vocab, hidden, shard_axis=0),
+        "final_norm_D": Param.one("norm", "model.norm.weight", hidden),
+    }
+    if not cfg.tied_embeddings:
+        declared["head_VD"] = Param.one("linear", "lm_head.weight", vocab, hidden, shard_axis=0)
+    return declared
+
+
+def layer_params(cfg: ModelConfig, kind: LayerKind, layer_idx: int) -> dict[str, Param]:
+    """Parameters of one decoder layer, by the fields of `Layer`."""
+    prefix = f"model.layers.{layer_idx}."
+    attn, mlp = prefix + "self_attn.", prefix + "mlp."
+    qkv, gate_up = tuple(attn + f"{c}_proj" for c in "qkv"), (mlp + "gate_proj", mlp + "up_proj")
+    hidden, ffn_size = cfg.hidden_size, cfg.ffn_size
+    q_size, kv_size = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
+    qkv_parts, gate_up_parts = (q_size, kv_size, kv_size), (ffn_size, ffn_size)
+
+    def weight(names: tuple[str, ...], parts: tuple[int, ...]) -> Param:
+        return Param.stack("linear", tuple(name + ".weight" for name in names), parts, hidden)
+
+    def bias(names: tuple[str, ...], parts: tuple[int, ...]) -> Param:
+        return Param.stack("bias", tuple(name + ".bias" for name in names), parts)
+
+    declared = {
+        "attn_norm_D": Param.one("norm", prefix + "input_layernorm.weight", hidden),
+        "qkv_ED": weight(qkv, qkv_parts),
+        "out_DQ": Param.one("linear", attn + "o_proj.weight", hidden, q_size, shard_axis=1),
+        "mlp_norm_D": Param.one("norm", prefix + "post_attention_layernorm.weight", hidden),
+        "gate_up_GD": weight(gate_up, gate_up_parts),
+        "down_DF": Param.one("linear", mlp + "down_proj.weight", hidden, ffn_size, shard_axis=1),
+    }
+    if cfg.qkv_bias:
+        declared["qkv_bias_E"] = bias(qkv, qkv_parts)
+    if cfg.out_bias:
+        declared["out_bias_D"] = Param.one("bias", attn + "o_proj.bias", hidden)
+    if cfg.qk_norm:
+        declared["q_norm_H"] = Param.one("norm", attn + "q_norm.weight", cfg.head_dim)
+        declared["k_norm_H"] = Param.one("norm", attn + "k_norm.weight", cfg.head_dim)
+    if cfg.mlp_bias:
+        declared["gate_up_bias_G"] = bias(gate_up, gate_up_parts)
+        declared["down_bias_D"] = Param.one("bias", mlp + "down_proj.bias", hidden)
+    return declared

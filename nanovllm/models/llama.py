@@ -6,16 +6,14 @@ from typing import Any
 
 import torch
 
-from nanovllm.models.config import ModelConfig, dense_config
-from nanovllm.models.dense import embed, head, layer
-from nanovllm.models.params import layer_params, outer_params
-
-__all__ = ["config", "embed", "head", "layer", "layer_params", "outer_params"]
+from nanovllm.models.config import dense_config
+from nanovllm.models.dense import dense_model
+from nanovllm.models.interface import Model
 
 
-def config(hf: Any, *, dtype: torch.dtype, max_model_len: int | None = None) -> ModelConfig:
-    """The model's config from transformers' `LlamaConfig`."""
-    return dense_config(
+def model(hf: Any, *, dtype: torch.dtype, max_model_len: int | None = None) -> Model:
+    """The model of transformers' `LlamaConfig`."""
+    config = dense_config(
         hf,
         architecture="LlamaForCausalLM",
         dtype=dtype,
@@ -24,3 +22,4 @@ def config(hf: Any, *, dtype: torch.dtype, max_model_len: int | None = None) -> 
         out_bias=hf.attention_bias,
         mlp_bias=hf.mlp_bias,
     )
+    return dense_model(config)

@@ -1,4 +1,4 @@
-"""Checkpoints to parameters: safetensors only, every declared tensor present, none left over, each of the right shape."""
+"""Loads a model's parameters from safetensors files, or draws them at random."""
 
 from __future__ import annotations
 
@@ -6,122 +6,119 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nanovllm.models.config import ModelConfig
-from nanovllm.models.dense import Layer, Params
-from nanovllm.models.formats.int8 import LINEAR_FIELDS, Int8Weight, quantize_int8
-from nanovllm.models.params import Param
+from nanovllm.models.formats import FORMATS, PLAIN, Weight
+from nanovllm.models.interface import Model, Param, Params
 
-# Tensors that checkpoints carry and no forward pass reads.
+# Checkpoint tensors that no forward pass reads.
 IGNORED = re.compile(r".*\.(rotary_emb\.inv_freq|masked_bias)$")
 RANDOM_STD = 0.02
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is damaged or does not fit its config."""
+    """A checkpoint is damaged or does not fit its config."""
 
 
 def load(
-    model: ModuleType,
-    cfg: ModelConfig,
+    model: Model,
     folder: Path,
     device: torch.device,
     progress: Callable[[int], object],
-    quantization: str | None = None,
+    weight_format: str = PLAIN,
 ) -> Params:
-    """Read a checkpoint in transformers' layout into `cfg.dtype` on `device`; `progress(n)` after every n layers.
+    """Read a checkpoint in transformers' layout, in the model's dtype, to `device`.
 
-    With `quantization` "int8" the weights of linear layers become `Int8Weight`s as they are read. A tied embedding table
-    stays as it is, since a row of it is looked up, not multiplied; the head is a quantized copy of it.
+    The weights of linear layers are converted to `weight_format` as they are read. A tied embedding
+    table stays plain, since its rows are looked up; the head is a converted copy of it. Calls
+    `progress(n)` after every n layers.
 
-    Raises CheckpointError naming the tensor that is missing, left over or misshapen, or the file that is damaged.
+    Raises CheckpointError naming the tensor that is missing, left over or misshapen, or the file
+    that is damaged.
     """
     files = _locate(folder)
     used: set[str] = set()
 
-    def read(name: str, param: Param) -> Tensor:
-        out = torch.empty(param.shape, dtype=cfg.dtype, device=device)
+    def read(param: Param) -> Tensor:
+        out = torch.empty(param.shape, dtype=model.config.dtype, device=device)
         for source, part in zip(param.sources, out.split(param.parts)):
             if source not in files:
                 raise CheckpointError(f"{folder}: tensor {source} is missing")
             tensor = _read(files[source], source)
             if tensor.shape != part.shape:
                 raise CheckpointError(
-                    f"{folder}: tensor {source} has shape {list(tensor.shape)}, but the config asks for {list(part.shape)}"
+                    f"{folder}: tensor {source} has shape {list(tensor.shape)}, but the config "
+                    f"asks for {list(part.shape)}"
                 )
             part.copy_(tensor)
             used.add(source)
         return out
 
-    params = _build(model, cfg, read, progress, quantization)
-    ignored = {"lm_head.weight"} if cfg.tied_embeddings else set()
+    params = build(model, read, progress, weight_format)
+    ignored = {"lm_head.weight"} if model.config.tied_embeddings else set()
     extra = sorted(name for name in set(files) - used - ignored if not IGNORED.fullmatch(name))
     if extra:
         raise CheckpointError(
-            f"{folder}: {len(extra)} tensor(s) that {cfg.architecture} does not have, e.g. {extra[0]}"
+            f"{folder}: {len(extra)} tensor(s) that {model.config.architecture} does not have, "
+            f"e.g. {extra[0]}"
         )
     return params
 
 
 def random(
-    model: ModuleType,
-    cfg: ModelConfig,
+    model: Model,
     device: torch.device,
     seed: int,
     progress: Callable[[int], object],
-    quantization: str | None = None,
+    weight_format: str = PLAIN,
 ) -> Params:
     """Seeded weights: normal with standard deviation 0.02, norms at one, biases at zero."""
     generator = torch.Generator(device).manual_seed(seed)
 
-    def draw(name: str, param: Param) -> Tensor:
-        if "norm" in name:
-            return torch.ones(param.shape, dtype=cfg.dtype, device=device)
-        if "bias" in name:
-            return torch.zeros(param.shape, dtype=cfg.dtype, device=device)
-        return torch.empty(param.shape, dtype=cfg.dtype, device=device).normal_(
-            0.0, RANDOM_STD, generator=generator
-        )
+    def draw(param: Param) -> Tensor:
+        weight = torch.empty(param.shape, dtype=model.config.dtype, device=device)
+        if param.kind in ("norm", "bias"):
+            return weight.fill_(float(param.kind == "norm"))
+        return weight.normal_(0.0, RANDOM_STD, generator=generator)
 
-    return _build(model, cfg, draw, progress, quantization)
+    return build(model, draw, progress, weight_format)
 
 
-def _build(
-    model: ModuleType,
-    cfg: ModelConfig,
-    make: Callable[[str, Param], Tensor],
+def build(
+    model: Model,
+    make: Callable[[Param], Tensor],
     progress: Callable[[int], object],
-    quantization: str | None,
+    weight_format: str,
 ) -> Params:
-    def stored(name: str, param: Param, weight: Tensor) -> Tensor | Int8Weight:
-        if quantization is None or name not in LINEAR_FIELDS:
-            return weight
-        assert quantization == "int8", quantization
-        return quantize_int8(", ".join(param.sources), weight)
+    """The parameters that `make` gives, with the weights of linear layers in `weight_format`."""
 
-    declared = model.outer_params(cfg)
-    outer: dict[str, Any] = {
-        name: stored(name, param, make(name, param)) for name, param in declared.items()
-    }
-    if cfg.tied_embeddings:
-        outer["head_VD"] = stored("head_VD", declared["embed_VD"], outer["embed_VD"])
+    def stored(param: Param, weight: Tensor) -> Weight:
+        return FORMATS[weight_format].store(", ".join(param.sources), weight)
+
+    def made(declared: dict[str, Param]) -> dict[str, Any]:
+        return {
+            name: stored(param, make(param)) if param.kind == "linear" else make(param)
+            for name, param in declared.items()
+        }
+
+    outer_params, *layer_params = model.declared
+    outer = made(outer_params)
+    if model.config.tied_embeddings:
+        outer["head_VD"] = stored(outer_params["embed_VD"], outer["embed_VD"])
+    absent = dict.fromkeys(model.layer_type._fields)
     layers = []
-    for layer_idx in range(cfg.num_layers):
-        declared = model.layer_params(cfg, layer_idx)
-        made = {name: stored(name, param, make(name, param)) for name, param in declared.items()}
-        layers.append(Layer(**{field: made.get(field) for field in Layer._fields}))  # type: ignore[arg-type]
+    for declared in layer_params:
+        layers.append(model.layer_type(**{**absent, **made(declared)}))
         progress(1)
     return Params(layers=tuple(layers), **outer)
 
 
 def _locate(folder: Path) -> dict[str, Path]:
-    """Tensor name → file, in transformers' order: model.safetensors, the index file's map, else what all files list."""
+    """The file of each tensor: model.safetensors, else by the index, else all files."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if index.is_file() and not single.is_file():
         try:
@@ -133,7 +130,7 @@ def _locate(folder: Path) -> dict[str, Path]:
         if missing:
             raise CheckpointError(f"{folder}: the index names {missing[0]}, which is not there")
         return located
-    # Other files beside model.safetensors hold the same weights under other names, or adapters.
+    # Files beside model.safetensors hold the same weights under other names, or adapters.
     paths = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
     if not paths:
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""Mistral: a Llama whose every layer may see only the newest `sliding_window` positions."""
+"""Mistral: a Llama in which every layer sees only the newest `sliding_window` positions."""
 
 from __future__ import annotations
 
@@ -6,19 +6,14 @@ from typing import Any
 
 import torch
 
-from nanovllm.models.config import ModelConfig, dense_config
-from nanovllm.models.dense import embed, head, layer
-from nanovllm.models.params import layer_params, outer_params
-
-__all__ = ["config", "embed", "head", "layer", "layer_params", "outer_params"]
+from nanovllm.models.config import dense_config
+from nanovllm.models.dense import dense_model
+from nanovllm.models.interface import Model
 
 
-def config(hf: Any, *, dtype: torch.dtype, max_model_len: int | None = None) -> ModelConfig:
-    """The model's config from transformers' `MistralConfig`."""
-    return dense_config(
-        hf,
-        architecture="MistralForCausalLM",
-        dtype=dtype,
-        max_model_len=max_model_len,
-        layer_windows=(hf.sliding_window or 0,) * hf.num_hidden_layers,
+def model(hf: Any, *, dtype: torch.dtype, max_model_len: int | None = None) -> Model:
+    """The model of transformers' `MistralConfig`."""
+    config = dense_config(
+        hf, architecture="MistralForCausalLM", dtype=dtype, max_model_len=max_model_len
     )
+    return dense_model(config, (hf.sliding_window or 0,) * hf.num_hidden_layers)

@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5: biased q, k and v; sliding windows on the upper layers where the config asks for them."""
+"""Qwen2 and Qwen2.5: biased q, k and v; sliding windows on the layers that the config names."""
 
 from __future__ import annotations
 
@@ -6,20 +6,14 @@ from typing import Any
 
 import torch
 
-from nanovllm.models.config import ModelConfig, dense_config, windows_by_layer_type
-from nanovllm.models.dense import embed, head, layer
-from nanovllm.models.params import layer_params, outer_params
-
-__all__ = ["config", "embed", "head", "layer", "layer_params", "outer_params"]
+from nanovllm.models.config import dense_config, windows_by_layer_type
+from nanovllm.models.dense import dense_model
+from nanovllm.models.interface import Model
 
 
-def config(hf: Any, *, dtype: torch.dtype, max_model_len: int | None = None) -> ModelConfig:
-    """The model's config from transformers' `Qwen2Config`."""
-    return dense_config(
-        hf,
-        architecture="Qwen2ForCausalLM",
-        dtype=dtype,
-        max_model_len=max_model_len,
-        qkv_bias=True,
-        layer_windows=windows_by_layer_type(hf),
+def model(hf: Any, *, dtype: torch.dtype, max_model_len: int | None = None) -> Model:
+    """The model of transformers' `Qwen2Config`."""
+    config = dense_config(
+        hf, architecture="Qwen2ForCausalLM", dtype=dtype, max_model_len=max_model_len, qkv_bias=True
     )
+    return dense_model(config, windows_by_layer_type(hf))

@@ -6,16 +6,14 @@ from typing import Any
 
 import torch
 
-from nanovllm.models.config import ModelConfig, dense_config, windows_by_layer_type
-from nanovllm.models.dense import embed, head, layer
-from nanovllm.models.params import layer_params, outer_params
-
-__all__ = ["config", "embed", "head", "layer", "layer_params", "outer_params"]
+from nanovllm.models.config import dense_config, windows_by_layer_type
+from nanovllm.models.dense import dense_model
+from nanovllm.models.interface import Model
 
 
-def config(hf: Any, *, dtype: torch.dtype, max_model_len: int | None = None) -> ModelConfig:
-    """The model's config from transformers' `Qwen3Config`."""
-    return dense_config(
+def model(hf: Any, *, dtype: torch.dtype, max_model_len: int | None = None) -> Model:
+    """The model of transformers' `Qwen3Config`."""
+    config = dense_config(
         hf,
         architecture="Qwen3ForCausalLM",
         dtype=dtype,
@@ -23,5 +21,5 @@ def config(hf: Any, *, dtype: torch.dtype, max_model_len: int | None = None) -> 
         qkv_bias=hf.attention_bias,
         out_bias=hf.attention_bias,
         qk_norm=True,
-        layer_windows=windows_by_layer_type(hf),
     )
+    return dense_model(config, windows_by_layer_type(hf))

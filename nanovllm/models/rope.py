@@ -1,4 +1,4 @@
-"""Rotary frequencies for every rope type that transformers knows, and the table that the kernels read."""
+"""Rotary frequencies for the rope types of transformers, and the table that kernels read."""
 
 from __future__ import annotations
 
@@ -13,28 +13,31 @@ SUPPORTED_ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "lla
 def rotary_frequencies(
     hf: Any, head_dim: int, max_model_len: int
 ) -> tuple[tuple[float, ...], float]:
-    """(inverse frequencies, H/2 of them; factor on cos and sin) for a Hugging Face config.
+    """Inverse frequencies (H/2 of them), and the factor on cos and sin, for transformers' config.
 
-    A static engine has one table for all lengths. Where a rope type depends on the length of the sequence (dynamic,
-    longrope), transformers changes its frequencies in mid-sequence, so that older keys no longer fit newer queries;
-    here `max_model_len` decides once: up to the original length they are the unscaled (short) ones.
+    The engine has one table for all lengths. For rope types whose frequencies depend on the
+    sequence length (dynamic, longrope) transformers changes them in mid-sequence, and older keys no
+    longer fit newer queries. Here `max_model_len` decides once: up to the original length the
+    frequencies are the unscaled (short) ones. Raises ValueError for unsupported settings.
     """
     hf.standardize_rope_params()
     parameters = hf.rope_parameters
     rope_type = parameters.get("rope_type", "default")
     if rope_type not in SUPPORTED_ROPE_TYPES:
         raise ValueError(
-            f"rope type {rope_type!r} is not supported: use one of {', '.join(SUPPORTED_ROPE_TYPES)}"
+            f"rope type {rope_type!r} is not supported: use one of "
+            f"{', '.join(SUPPORTED_ROPE_TYPES)}"
         )
     if parameters.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(
-            f"partial_rotary_factor {parameters['partial_rotary_factor']} is not supported: only 1.0 is"
+            f"partial_rotary_factor {parameters['partial_rotary_factor']} is not supported: "
+            "only 1.0 is"
         )
     if rope_type == "default":
         exponent = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
         return tuple((1.0 / parameters["rope_theta"] ** exponent).tolist()), 1.0
     from transformers.modeling_rope_utils import (
-        ROPE_INIT_FUNCTIONS,  # half a second that few models need
+        ROPE_INIT_FUNCTIONS,  # the import takes half a second, and few models need it
     )
 
     inv_freq, scale = ROPE_INIT_FUNCTIONS[rope_type](hf, torch.device("cpu"), seq_len=max_model_len)
@@ -42,7 +45,7 @@ def rotary_frequencies(
 
 
 def extends_itself(hf: Any) -> bool:
-    """Whether the rope type stretches to any length: dynamic does, the others end at max_position_embeddings."""
+    """True if the rope type has no longest position (dynamic); others have one."""
     hf.standardize_rope_params()
     return hf.rope_parameters.get("rope_type") == "dynamic"
 

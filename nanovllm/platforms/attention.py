@@ -1,7 +1,7 @@
 """Chooses the attention backend of an engine: the device's own kernels, torch's or flash-attn.
 
-The choice is `ModelConfig.attention_backend`, a key of `ops.ATTENTION`. Regions read this field, so
-each engine has its own backend, eager mode and graphs agree, and keys of stored programs differ.
+The choice is `EngineSpec.attention`, a key of `ops.ATTENTION`. It is bound to the region of a layer,
+so each engine has its own backend, eager mode and graphs agree, and keys of stored programs differ.
 """
 
 from __future__ import annotations

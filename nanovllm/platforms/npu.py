@@ -40,9 +40,6 @@ CANN_LIBRARIES = (
     "libascend_protobuf.so",
 )
 
-# Inputs of a step's graph that are weights (runner/steps.py): their memory never moves.
-FROZEN_INPUTS = ("params", "embed_VD", "final_norm_D", "head_VD", "cos_sin_MH")
-
 # torchair's own limit. Every captured graph holds some of about 2000 streams; the limit of a
 # real device has not been measured.
 MAX_CAPTURED_SIZES = 64
@@ -134,7 +131,7 @@ class NpuPlatform(Accelerator):
                 f"npu_graph_options is {dict(graph_options)!r}: these are options of "
                 "npu_graph_mode='ascend_ir', and the mode is 'aclgraph'"
             )
-        self.settings = torchair.Settings(dict(graph_options or {}), FROZEN_INPUTS)
+        self.settings = torchair.Settings(dict(graph_options or {}))
         torchair.compiler_config(self.settings)
         # A captured step's lengths are replaced in place, so the step before must have ended.
         run_ahead = 0 if self.captures else 1

@@ -144,7 +144,7 @@ class PrefillStep(SpanStep):
 
     def build_hidden(self) -> None:
         """Run `hidden` if it needs programs that `launch` does not: warm-up must build them."""
-        if self._steps.last_layer_is_alone:
+        if not self._steps.whole and self._steps.model.last_layer_needs_own_program:
             self.hidden()
 
 

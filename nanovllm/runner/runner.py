@@ -8,24 +8,21 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from types import ModuleType
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nanovllm.compile import buckets
 from nanovllm.compile.program import Compiler
 from nanovllm.compile.trace import tensors
-from nanovllm.models.config import ModelConfig
-from nanovllm.models.dense import LayerCache, Params
-from nanovllm.models.kv_scales import kv_scales
+from nanovllm.models.interface import LayerCache, Model, Params
 from nanovllm.models.rope import rotary_table
 from nanovllm.platforms import attention
 from nanovllm.platforms.base import HostCopy, MemoryBudget, Platform, Rehearsal, Replay
 from nanovllm.runner.captured import DecodeStep, PrefillStep, VerifyStep
 from nanovllm.runner.inputs import SpanArrays, span_arrays
 from nanovllm.runner.sampling import LogprobCopies, Sampler, copy_logprobs
+from nanovllm.runner.spec import EngineSpec
 from nanovllm.runner.state import accept_and_advance, new_state
 from nanovllm.runner.steps import Steps
 from nanovllm.schedule.plan import PAD_BLOCK, Logprobs, PromptLogprobs, StepPlan, StepResult
@@ -37,40 +34,6 @@ logger = logging.getLogger(__name__)
 STALL_CONTEXT_TOKENS = 16_384
 # How often a step is timed, and the milliseconds from which once is enough: what disturbs it is a part of one.
 STALL_REPEATS, STALL_LONG_MS = 2, 20.0
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The static sizes of one engine."""
-
-    block_size: int
-    max_num_seqs: int
-    max_model_len: int
-    decode_rows: tuple[int, ...]
-    prefill_tokens: tuple[int, ...]
-    max_prefill_rows: int
-    pad: bool = True
-    verify_tokens: tuple[int, ...] = ()  # K of decode steps that feed several tokens a row
-
-    @property
-    def blocks_per_row(self) -> int:
-        return -(-self.max_model_len // self.block_size)
-
-    def decode_bucket(self, num_rows: int) -> int:
-        return buckets.smallest_fit(self.decode_rows, num_rows) if self.pad else num_rows
-
-    def verify_bucket(self, num_rows: int, num_tokens: int) -> tuple[int, int]:
-        """(R, K) for a decode step of up to `num_tokens` tokens a row."""
-        if not self.pad:
-            return num_rows, num_tokens
-        return self.decode_bucket(num_rows), buckets.smallest_fit(self.verify_tokens, num_tokens)
-
-    def prefill_bucket(self, num_tokens: int, num_rows: int) -> tuple[int, int]:
-        """(T, R) for a prefill step."""
-        if not self.pad:
-            return num_tokens, num_rows
-        tokens = buckets.smallest_fit(self.prefill_tokens, num_tokens)
-        return tokens, min(tokens, self.max_prefill_rows)
 
 
 @dataclass(frozen=True)
@@ -109,20 +72,20 @@ def _as_it_is(step: Callable[[], None]) -> Replay:
 class Runner:
     def __init__(
         self,
-        model: ModuleType,
-        cfg: ModelConfig,
+        model: Model,
         params: Params,
-        layout: Layout,
+        spec: EngineSpec,
         platform: Platform,
         compiler: Compiler,
         *,
         capture: bool = True,
     ) -> None:
-        self.model, self.cfg, self.params = model, cfg, params
-        self.layout, self.platform, self.compiler = layout, platform, compiler
+        self.model, self.params, self.spec = model, params, spec
+        self.cfg, self.layout = cfg, layout = model.config, spec.layout
+        self.platform, self.compiler = platform, compiler
         # eager mode is for seeing each op run where it stands, so nothing is captured there
         record = platform.capture if capture and compiler.lowering is not None else _as_it_is
-        decode, spans = attention.recordable(cfg.attention_backend, platform)
+        decode, spans = attention.recordable(spec.attention, platform)
         self._capture = record if decode else _as_it_is
         # lengths that the host must announce are announced for decode steps alone
         self._capture_spans = record if spans and not platform.traits.wants_lengths else _as_it_is
@@ -134,8 +97,9 @@ class Runner:
         self.model_dtype = cfg.dtype
         self._embeddings: dict[str, Tensor] = {}
         self._scales: list[tuple[Tensor, ...]] = [() for _ in params.layers]
-        if cfg.kv_dtype is torch.float8_e4m3fn:
-            self._scales = [kv_scales(cfg, layer) for layer in params.layers]
+        if spec.cache_dtype is torch.float8_e4m3fn:
+            assert model.kv_scales is not None
+            self._scales = [model.kv_scales(cfg, layer) for layer in params.layers]
         self.graphs_bytes = 0  # device memory that recording the decode steps took
         self._decode_steps: dict[int, DecodeStep] = {}
         self._prefill_steps: dict[int, PrefillStep] = {}
@@ -146,7 +110,7 @@ class Runner:
 
     @property
     def block_bytes(self) -> int:
-        return self.cfg.kv_bytes_per_token * self.layout.block_size
+        return self.model.kv_bytes_per_token(self.spec.cache_dtype) * self.layout.block_size
 
     @property
     def weights_bytes(self) -> int:
@@ -296,12 +260,19 @@ class Runner:
 
         def blocks() -> Tensor:
             # memory of its own for each: programs take them as inputs, and inputs must not alias
-            return torch.zeros(shape, dtype=cfg.cache_dtype, device=device)
+            return torch.zeros(shape, dtype=self.spec.cache_dtype, device=device)
 
         caches = tuple(LayerCache(blocks(), blocks(), *scales) for scales in self._scales)
         whole = self.platform.traits.whole_steps and compiler.lowering is not None
         return Steps(
-            self.model, cfg, self.params, caches, self.cos_sin_MH, self.state, compiler, whole=whole
+            model=self.model,
+            attention=self.spec.attention,
+            params=self.params,
+            caches=caches,
+            cos_sin_MH=self.cos_sin_MH,
+            state=self.state,
+            compiler=compiler,
+            whole=whole,
         )
 
     # steps ------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels import ops
-from nanovllm.models.dense import Batch
+from nanovllm.models.interface import Batch
 from nanovllm.schedule.plan import PAD_BLOCK, SAMPLING_FIELDS
 
 

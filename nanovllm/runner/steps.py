@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
-from types import ModuleType
 from typing import Any
 
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch import Tensor
 from nanovllm.compile.program import Compiler
 from nanovllm.compile.trace import tensors
 from nanovllm.models.config import ModelConfig
-from nanovllm.models.dense import Batch, LayerCache, Params
+from nanovllm.models.interface import Batch, LayerCache, Model, Params
 from nanovllm.runner.state import (
     DeviceState,
     Span,
@@ -29,14 +29,17 @@ from nanovllm.runner.state import (
     span_batch,
 )
 
-# Regions are no methods: the compiler keeps them in eager mode, and they would keep the weights alive.
-Given = Sequence[
-    tuple[int, Tensor]
-]  # (first token, embeddings [n, D]) of tokens that bring their own
+# (first token, embeddings [n, D]) of tokens that bring their own
+Given = Sequence[tuple[int, Tensor]]
+
+# Inputs of the regions below that are weights or tables (see `Compiler.frozen`).
+FROZEN = ("params", "w", "embed_VD", "final_norm_D", "head_VD", "cos_sin_MH")
+
+# Regions are not methods: in eager mode the compiler keeps them, and methods would keep the weights.
 
 
 def _begin(
-    model: ModuleType,
+    embed: Callable[..., Tensor],
     cfg: ModelConfig,
     block_size: int,
     state: DeviceState,
@@ -44,11 +47,11 @@ def _begin(
     row_idx_R: Tensor,
 ) -> tuple[Tensor, Batch]:
     token_R, batch = decode_batch(block_size, state, row_idx_R)
-    return model.embed(cfg, embed_VD, token_R), batch
+    return embed(cfg, embed_VD, token_R), batch
 
 
 def _begin_span(
-    model: ModuleType,
+    embed: Callable[..., Tensor],
     cfg: ModelConfig,
     block_size: int,
     state: DeviceState,
@@ -56,15 +59,13 @@ def _begin_span(
     span: Span,
 ) -> tuple[Tensor, SpanTokens, Batch]:
     tokens, batch = span_batch(block_size, state, span)
-    return model.embed(cfg, embed_VD, tokens.token_T), tokens, batch
+    return embed(cfg, embed_VD, tokens.token_T), tokens, batch
 
 
 def _inlined(
-    model: ModuleType,
-    cfg: ModelConfig,
-    layer_windows: tuple[int, ...],
+    model: Model,
+    attention: str,
     method: Callable[..., Any],
-    sizes: tuple[int, ...],
     state: DeviceState,
     params: Params,
     caches: tuple[LayerCache, ...],
@@ -74,65 +75,41 @@ def _inlined(
     """A step as one region: a method of `Steps` on a compiler that compiles nothing."""
     if params.head_VD is None:
         params = params._replace(head_VD=params.embed_VD)
-    steps = Steps(
-        model, cfg, params, caches, cos_sin_MH, state, Compiler(None), layer_windows=layer_windows
-    )
-    return method(steps, *inputs, *sizes)
+    steps = Steps(model, attention, params, caches, cos_sin_MH, state, Compiler(None))
+    return method(steps, *inputs)
 
 
+@dataclass(frozen=True, eq=False)
 class Steps:
-    """The steps of one model. Programs are built on first use; `Runner.warm_up` uses every bucket."""
+    """The steps of one model. Programs are built on first use; `Runner.warm_up` uses every bucket.
 
-    def __init__(
-        self,
-        model: ModuleType,
-        cfg: ModelConfig,
-        params: Params,
-        caches: tuple[LayerCache, ...],
-        cos_sin_MH: Tensor,
-        state: DeviceState,
-        compiler: Compiler,
-        *,
-        whole: bool = False,
-        layer_windows: tuple[int, ...] | None = None,
-    ) -> None:
-        """With `whole` a step's regions are inlined into one program, for compilers that need it.
+    With `whole` a step's regions are inlined into one program, for compilers that need it.
+    """
 
-        `layer_windows` are those of `cfg` where a program must not read them there.
-        """
-        self._layer_windows = layer_windows
-        self.model, self.cfg, self.params, self.caches = model, cfg, params, caches
-        self.whole = whole
-        self.cos_sin_MH, self.state, self.compiler = cos_sin_MH, state, compiler
-        self.block_size = caches[0].k_CBKH.shape[1]
+    model: Model
+    attention: str  # a key of `ops.ATTENTION`
+    params: Params
+    caches: tuple[LayerCache, ...]
+    cos_sin_MH: Tensor
+    state: DeviceState
+    compiler: Compiler
+    whole: bool = False
 
     @property
-    def layer_windows(self) -> tuple[int, ...]:
-        return self.cfg.layer_windows if self._layer_windows is None else self._layer_windows
-
-    @property
-    def last_layer_is_alone(self) -> bool:
-        """True if prefill of all tokens' hidden states needs a program that ordinary prefill does
-        not: the ordinary program of the last layer, if no other layer shares its window."""
-        *others, last = self.layer_windows
-        return not self.whole and last not in others
+    def block_size(self) -> int:
+        return self.caches[0].k_CBKH.shape[1]
 
     def of_each_program(self) -> Steps:
-        """The steps of a model with one layer of each window and the last one, which use every
-        program and launch few kernels."""
+        """The steps of the reduced model, which use every program and launch few kernels."""
         if self.whole:
             return self
-        *others, last = self.layer_windows
-        chosen = (*(others.index(window) for window in dict.fromkeys(others)), len(others))
-        return Steps(
-            self.model,
-            self.cfg,
-            self.params._replace(layers=tuple(self.params.layers[i] for i in chosen)),
-            tuple(self.caches[i] for i in chosen),
-            self.cos_sin_MH,
-            self.state,
-            self.compiler,
-            layer_windows=(*dict.fromkeys(others), last),
+        chosen = self.model.distinct_layers
+        layers = tuple(self.params.layers[layer_idx] for layer_idx in chosen)
+        return replace(
+            self,
+            model=self.model.reduced(),
+            params=self.params._replace(layers=layers),
+            caches=tuple(self.caches[layer_idx] for layer_idx in chosen),
         )
 
     @contextmanager
@@ -150,7 +127,7 @@ class Steps:
         h_RD, batch = self._run(
             "begin",
             (row_idx_R.shape[0],),
-            partial(_begin, self.model, self.cfg, self.block_size),
+            partial(_begin, self.model.embed, self.model.config, self.block_size),
             state=self.state,
             embed_VD=self.params.embed_VD,
             row_idx_R=row_idx_R,
@@ -163,7 +140,7 @@ class Steps:
         The state holds the tokens as well.
         """
         if self.whole:
-            return self._run_whole("decode", Steps.decode, (), row_idx_R=row_idx_R)
+            return self._run_whole("decode", Steps.decode, row_idx_R=row_idx_R)
         logits_RV = self.decode_logits(row_idx_R)
         return self.sample(row_idx_R, logits_RV), logits_RV
 
@@ -184,7 +161,7 @@ class Steps:
         """
         if self.whole:
             assert not given
-            return self._run_whole("prefill", Steps.hidden, (), span=span)
+            return self._run_whole("prefill", Steps.hidden, span=span)
         h_TD, tokens, batch = self._begin_span(span)
         for start, embeds in given:
             h_TD[start : start + len(embeds)] = embeds
@@ -206,7 +183,7 @@ class Steps:
         the accepted tokens as well.
         """
         if self.whole:
-            return self._run_whole("verify", Steps.verify, (num,), span=span)
+            return self._run_whole("verify", partial(Steps.verify, num=num), span=span)
         logits_TV, tokens = self.verify_logits(span, num)
         token_RK, count_R = self._run(
             "accept",
@@ -238,7 +215,7 @@ class Steps:
         return self._run(
             "begin",
             (span.token_T.shape[0], span.row_idx_R.shape[0]),
-            partial(_begin_span, self.model, self.cfg, self.block_size),
+            partial(_begin_span, self.model.embed, self.model.config, self.block_size),
             state=self.state,
             embed_VD=self.params.embed_VD,
             span=span,
@@ -247,22 +224,19 @@ class Steps:
     def _layers(
         self, phase: str, h_TD: Tensor, batch: Batch, max_q_len: int, last_R: Tensor | None = None
     ) -> Tensor:
-        sizes = (batch.pos_T.shape[0], batch.seq_len_R.shape[0])
-        last_idx = len(self.params.layers) - 1
-        for layer_idx, (window, weights, cache) in enumerate(
-            zip(self.layer_windows, self.params.layers, self.caches)
-        ):
-            keeps = last_R is not None and layer_idx == last_idx
+        sizes = (batch.slot_T.shape[0], batch.seq_len_R.shape[0])
+        programs = self.model.layer_programs(keeps_last=last_R is not None)
+        for (name, kind), weights, cache in zip(programs, self.params.layers, self.caches):
             h_TD = self._run(
-                "last_layer" if keeps else "layer",
-                (phase, *sizes, f"window{window}"),
-                partial(self.model.layer, self.cfg, window, max_q_len),
+                name,
+                (phase, *sizes, kind.name),
+                partial(self.model.layer, self.model.config, self.attention, kind, max_q_len),
                 w=weights,
                 kv=cache,
                 cos_sin_MH=self.cos_sin_MH,
                 batch=batch,
                 h_TD=h_TD,
-                **({"keep_R": last_R} if keeps else {}),
+                **({"keep_R": last_R} if name == "last_layer" else {}),
             )
         return h_TD
 
@@ -270,17 +244,14 @@ class Steps:
         return self._run(
             "head",
             (h_RD.shape[0],),
-            partial(self.model.head, self.cfg),
+            partial(self.model.head, self.model.config),
             final_norm_D=self.params.final_norm_D,
             head_VD=self.params.head_VD,
             h_RD=h_RD,
         )
 
-    def _run_whole(
-        self, name: str, method: Callable[..., Any], sizes: tuple[int, ...], **inputs: object
-    ) -> Any:
-        """The program of a step as it runs without programs. All its shapes are static, the cache's
-        as well."""
+    def _run_whole(self, name: str, method: Callable[..., Any], **inputs: object) -> Any:
+        """One program for a step. All its shapes are static, the cache's too."""
         shapes = [tensor.shape[0] for tensor in tensors(tuple(inputs.values()))]
         params: Any = self.params
         if params.head_VD is params.embed_VD:
@@ -288,8 +259,8 @@ class Steps:
             params = params._replace(head_VD=None)
         return self._run(
             name,
-            (*shapes, *sizes, self.caches[0].k_CBKH.shape[0]),
-            partial(_inlined, self.model, self.cfg, self.layer_windows, method, sizes),
+            (*shapes, self.caches[0].k_CBKH.shape[0]),
+            partial(_inlined, self.model, self.attention, method),
             state=self.state,
             params=params,
             caches=self.caches,

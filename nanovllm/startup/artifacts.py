@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 import tempfile
@@ -16,19 +17,16 @@ from nanovllm.compile.keys import Key
 from nanovllm.compile.program import CompileRequired
 from nanovllm.compile.store import Artifact, Store, drop_damaged_kernels, num_kernels, seal_kernels
 from nanovllm.config import EngineConfig
-from nanovllm.models import config as model_config
-from nanovllm.models.config import ModelConfig
+from nanovllm.models import interface
+from nanovllm.models.interface import Model
 from nanovllm.platforms.base import Platform
 from nanovllm.runner import state, steps
-from nanovllm.runner.runner import Layout
+from nanovllm.runner.spec import EngineSpec
 from nanovllm.startup.compile_farm import processes
 
 logger = logging.getLogger(__name__)
 
 READY = "ready"  # the kind of the note that every bucket of a model and layout is there
-
-# Files of models/ that no region's graph follows from: they find, declare and read weights, and what follows from those.
-NOT_IN_GRAPHS = ("registry.py", "weights.py", "params.py", "rope.py", "kv_scales.py")
 
 
 def open_store(
@@ -77,15 +75,20 @@ def use_private_cache(folder: Path, *, must_keep: bool = False) -> Store:
     return store
 
 
-def common_ingredients(platform: Platform, passes: Sequence[str]) -> dict[str, str]:
-    """What can change any program of an engine on this platform: sources, versions, device, and the passes it chose."""
-    models, engine = Path(model_config.__file__).parent, Path(steps.__file__).parent
+def common_ingredients(platform: Platform, passes: Sequence[str], model: Model) -> dict[str, str]:
+    """What can change any program of a model on this platform: sources, versions, device and passes.
+
+    The sources of a model are the modules of its regions, what models have in common, and formats.
+    """
+    models, engine = Path(interface.__file__).parent, Path(steps.__file__).parent
     chosen_by = Path(sys.modules[type(platform).__module__].__file__ or "")
+    shared = [models / "config.py", models / "interface.py", *(models / "formats").glob("*.py")]
+    regions = sorted({region.__module__ for region in (model.embed, model.layer, model.head)})
+    files = {name: Path(sys.modules[name].__file__ or "") for name in regions}
     return {
         **keys.own_sources(),
-        "source models": keys.source_digest(
-            [path for path in models.rglob("*.py") if path.name not in NOT_IN_GRAPHS], models
-        ),
+        "source models": keys.source_digest(shared, models),
+        **{f"source {name}": keys.source_digest([at], at.parent) for name, at in files.items()},
         "source steps": keys.source_digest([Path(steps.__file__), Path(state.__file__)], engine),
         "source platform": keys.source_digest([chosen_by], chosen_by.parent),
         "passes": " ".join(passes),
@@ -95,39 +98,30 @@ def common_ingredients(platform: Platform, passes: Sequence[str]) -> dict[str, s
     }
 
 
-def _ready_key(platform: Platform, config: EngineConfig, cfg: ModelConfig, layout: Layout) -> Key:
+def _ready_key(platform: Platform, config: EngineConfig, model: Model, spec: EngineSpec) -> Key:
     """Everything on which the programs and kernels of all buckets depend."""
-    weights_only = {
-        "num_layers",
-        "layer_windows",
-        "inv_freq",
-        "rope_scale",
-        "max_position",
-        "architecture",
-    }
-    shape = {name: value for name, value in vars(cfg).items() if name not in weights_only}
-    windows = sorted(set(cfg.layer_windows))
-    common = common_ingredients(platform, [name for name, _ in platform.passes(config.fuse)])
-    model = f"{sorted(shape.items(), key=str)} {windows}, the last layer's {cfg.layer_windows[-1]}"
-    return Key(
-        {**common, "model": model, "layout": str(layout), "quantization": str(config.quantization)}
-    )
+    passes = [name for name, _ in platform.passes(config.fuse)]
+    reduced = model.reduced()
+    shapes = [{name: param.shape for name, param in group.items()} for group in reduced.declared]
+    described = json.dumps([keys.describe(reduced), shapes, str(model.config.dtype)])
+    common = common_ingredients(platform, passes, model)
+    return Key({**common, "model": described, "spec": str(spec)})
 
 
 def mark_ready(
-    store: Store, platform: Platform, config: EngineConfig, cfg: ModelConfig, layout: Layout
+    store: Store, platform: Platform, config: EngineConfig, model: Model, spec: EngineSpec
 ) -> None:
     """Note that all buckets' programs and kernels are there, after their kernels have got their digests."""
     seal_kernels(store.folder)
     content = str(num_kernels(store.folder)).encode()
-    store.save(_ready_key(platform, config, cfg, layout), Artifact(READY, READY, content, None, {}))
+    store.save(_ready_key(platform, config, model, spec), Artifact(READY, READY, content, None, {}))
 
 
 def is_ready(
-    store: Store, platform: Platform, config: EngineConfig, cfg: ModelConfig, layout: Layout
+    store: Store, platform: Platform, config: EngineConfig, model: Model, spec: EngineSpec
 ) -> bool:
     """Whether an earlier start has left everything, and as many kernels as then are still there."""
-    found = store.find(_ready_key(platform, config, cfg, layout))
+    found = store.find(_ready_key(platform, config, model, spec))
     return found is not None and num_kernels(store.folder) >= int(found.content)
 
 
@@ -135,8 +129,8 @@ def finish(
     store: Store,
     platform: Platform,
     config: EngineConfig,
-    cfg: ModelConfig,
-    layout: Layout,
+    model: Model,
+    spec: EngineSpec,
     made: Sequence[str],
 ) -> None:
     """Warm-up is over: the kernels that it `made` get their digests; in "require" mode there must be none."""
@@ -149,5 +143,5 @@ def finish(
         return
     if made:
         seal_kernels(store.folder)
-    if layout.pad and not is_ready(store, platform, config, cfg, layout):
-        mark_ready(store, platform, config, cfg, layout)
+    if spec.layout.pad and not is_ready(store, platform, config, model, spec):
+        mark_ready(store, platform, config, model, spec)

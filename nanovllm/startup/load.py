@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -24,10 +23,13 @@ from nanovllm.compile.store import Store
 from nanovllm.config import EngineConfig
 from nanovllm.models import loader as weights
 from nanovllm.models import registry
-from nanovllm.models.config import ModelConfig
+from nanovllm.models.formats import PLAIN
+from nanovllm.models.interface import VARYING, Model
 from nanovllm.platforms import attention
 from nanovllm.platforms.base import MemoryBudget, Platform
-from nanovllm.runner.runner import Layout, Runner
+from nanovllm.runner import steps
+from nanovllm.runner.runner import Runner
+from nanovllm.runner.spec import EngineSpec, Layout
 from nanovllm.schedule.stall import StallBound
 from nanovllm.startup import artifacts
 from nanovllm.startup.checkpoint_cache import read_config, read_tokenizer
@@ -37,9 +39,6 @@ from nanovllm.startup.compile_farm.workers import WorkerFailed, Workers
 from nanovllm.startup.memory import MemoryReport
 
 logger = logging.getLogger(__name__)
-
-# Inputs whose first dimension is no reason to compile again: cache blocks, rows of the rotary table.
-VARYING = ("k_CBKH", "v_CBKH", "cos_sin_MH")
 
 # How long processes that compile are waited for without an answer from any; a bucket or kernel takes seconds.
 PATIENCE_S = 600.0
@@ -74,13 +73,14 @@ def _load(config: EngineConfig, stack: ExitStack, server: Server | None) -> Load
     store = artifacts.open_store(config, environment)
     early = _early_processes(config, store, platform, server)
     stack.callback(processes.end, early)
-    model, cfg, hf = read_model_config(folder, config, platform, store)
+    model, hf = read_model(folder, config, platform, store)
+    spec = make_spec(config, model, platform)
     laps.end("config")
     platform.prepare(
         store.folder / "cpp", environment.cxx, may_compile=config.compile_cache_mode == "auto"
     )
     num_kernels = len(platform.kernels_compiled())
-    layout = make_layout(config, cfg, platform)
+    cfg, layout = model.config, spec.layout
     if not config.enforce_eager and (problem := platform.lowering()[1]):
         if config.compile_cache_mode == "require":
             raise CompileRequired(f"compile_cache_mode is 'require', but {problem}")
@@ -90,7 +90,7 @@ def _load(config: EngineConfig, stack: ExitStack, server: Server | None) -> Load
     laps.end("kernels")
     num_programs = len(layout.prefill_tokens) + len(layout.decode_rows) if layout.pad else 0
     reader = stack.enter_context(ThreadPoolExecutor(1))
-    helpers = _cold_start_workers(model, cfg, config, layout, store, platform, early)
+    helpers = _cold_start_workers(model, config, spec, store, platform, early)
     if helpers is not None:
         stack.callback(helpers.close)
     # Beside the weights, which are not read by Python; but not while work is handed out, since imports take Python's lock.
@@ -100,11 +100,9 @@ def _load(config: EngineConfig, stack: ExitStack, server: Server | None) -> Load
         tqdm(total=total, desc="loading weights", dynamic_ncols=True, leave=False)
     )
     if config.random_weights:
-        params = weights.random(
-            model, cfg, platform.device, config.seed, bar.update, config.quantization
-        )
+        params = weights.random(model, platform.device, config.seed, bar.update, spec.weight_format)
     else:
-        params = weights.load(model, cfg, folder, platform.device, bar.update, config.quantization)
+        params = weights.load(model, folder, platform.device, bar.update, spec.weight_format)
     platform.synchronize()
     laps.end("weights")
     tokenizer = tokenizer or reader.submit(read_tokenizer, folder, store)
@@ -125,14 +123,14 @@ def _load(config: EngineConfig, stack: ExitStack, server: Server | None) -> Load
         bar.set_description(f"building {what}")
         bar.update()
 
-    def new_runner(layout: Layout) -> Runner:
-        # a layout for shorter requests can mean another rotary table
-        fitted = model.config(hf, dtype=cfg.dtype, max_model_len=layout.max_model_len)
-        fitted = replace(fitted, attention_backend=cfg.attention_backend, kv_dtype=cfg.kv_dtype)
-        compiler = make_compiler(config, platform, environment, store)
-        return Runner(model, fitted, params, layout, platform, compiler, capture=config.capture)
+    def new_runner(spec: EngineSpec) -> Runner:
+        # the rotary table can depend on max_model_len
+        architecture = registry.architecture(hf.architectures)
+        fitted = architecture(hf, dtype=cfg.dtype, max_model_len=spec.layout.max_model_len)
+        compiler = make_compiler(config, platform, environment, model, store)
+        return Runner(fitted, params, spec, platform, compiler, capture=config.capture)
 
-    fitting, num_blocks, budget, runner = with_cache(config, layout, cfg, new_runner, platform)
+    num_blocks, budget, runner = with_cache(config, spec, model, new_runner, platform)
     runner.warm_up(building)
     laps.end(stage)
     max_stall_ms = config.max_stall_ms or platform.traits.max_stall_ms
@@ -141,18 +139,18 @@ def _load(config: EngineConfig, stack: ExitStack, server: Server | None) -> Load
     if not config.enforce_eager:
         made = platform.kernels_compiled()[num_kernels:]
         # the layout as it was asked for, since the next start asks for that as well
-        artifacts.finish(store, platform, config, cfg, layout, made)
+        artifacts.finish(store, platform, config, model, spec, made)
         laps.end("seal")
     bar.close()
     logger.info(
         "%s on %s in %s: %d layers, %d cache blocks of %d tokens, %s, ready in %.1f s",
         cfg.architecture, platform.device, str(cfg.dtype).removeprefix("torch."), cfg.num_layers, num_blocks,
-        fitting.block_size, _programs(runner.compiler), sum(laps.seconds.values()),
+        layout.block_size, _programs(runner.compiler), sum(laps.seconds.values()),
     )  # fmt: skip
     memory = MemoryReport(
         weights_bytes=runner.weights_bytes,
         cache_bytes=num_blocks * runner.block_bytes,
-        cache_tokens=(num_blocks - 1) * fitting.block_size,
+        cache_tokens=(num_blocks - 1) * layout.block_size,
         graphs_bytes=runner.graphs_bytes,
         budget=budget,
         limited=budget is not None and num_blocks < budget.cache_bytes // runner.block_bytes,
@@ -203,10 +201,9 @@ def _early_processes(
 
 
 def _cold_start_workers(
-    model: ModuleType,
-    cfg: ModelConfig,
+    model: Model,
     config: EngineConfig,
-    layout: Layout,
+    spec: EngineSpec,
     store: Store,
     platform: Platform,
     early: list[processes.Process],
@@ -217,12 +214,14 @@ def _cold_start_workers(
         and config.compile_cache_mode == "auto"
         and platform.lowering()[0] is not None
     )
-    count = platform.compile_workers(workers.bytes_of_one(model, cfg, layout), cfg.weight_bytes)
-    if not may_compile or count < 2 or artifacts.is_ready(store, platform, config, cfg, layout):
+    count = platform.compile_workers(
+        workers.bytes_of_one(model, spec), model.param_bytes(spec.weight_format)
+    )
+    if not may_compile or count < 2 or artifacts.is_ready(store, platform, config, model, spec):
         processes.end(early)
         return None
     # this process runs every bucket itself, so that for them it is enough to compile
-    return Workers(config, workers.buckets_of(layout), count, early, rehearse=True)
+    return Workers(config, workers.buckets_of(spec.layout), count, early, rehearse=True)
 
 
 def _wait(helpers: Workers) -> None:
@@ -251,12 +250,12 @@ def select_platform(config: EngineConfig) -> Platform:
     )
 
 
-def read_model_config(
+def read_model(
     folder: Path, config: EngineConfig, platform: Platform, store: Store | None
-) -> tuple[ModuleType, ModelConfig, Any]:
-    """The model file, its config, and transformers' config for a checkpoint folder or what the store keeps of it.
+) -> tuple[Model, Any]:
+    """The model of a checkpoint folder, and transformers' config or the store's copy of it.
 
-    ValueError for what the device lacks.
+    Raises ValueError for a dtype or quantization that the device does not support.
     """
     if config.quantization is not None and config.quantization not in platform.traits.quantizations:
         raise ValueError(
@@ -264,19 +263,25 @@ def read_model_config(
             "only on a cpu: leave it out or use device='cpu'"
         )
     hf = read_config(folder, store)
-    model = registry.architecture(hf.architectures)
-    cfg = model.config(
-        hf, dtype=choose_dtype(config.dtype, hf, platform), max_model_len=config.max_model_len
-    )
-    facts = attention.Facts(cfg.dtype, cfg.head_dim, config.kvcache_block_size, cfg.layer_windows)
+    dtype = choose_dtype(config.dtype, hf, platform)
+    architecture = registry.architecture(hf.architectures)
+    return architecture(hf, dtype=dtype, max_model_len=config.max_model_len), hf
+
+
+def make_spec(config: EngineConfig, model: Model, platform: Platform) -> EngineSpec:
+    """The engine's choices for a model. Raises ValueError for options that do not go together."""
+    cfg = model.config
+    windows = [kind.window for kind in model.layer_kinds]
+    facts = attention.Facts(cfg.dtype, cfg.head_dim, config.kvcache_block_size, windows)
     backend = attention.choose(config.attention_backend, platform, facts)
-    kv_dtype = choose_kv_dtype(config.kv_cache_dtype, platform)
-    if backend and kv_dtype is not None:
+    cache_dtype = choose_cache_dtype(config.kv_cache_dtype, model, platform)
+    if backend and cache_dtype is not cfg.dtype:
         raise ValueError(
             f"kv_cache_dtype is {config.kv_cache_dtype!r}, which attention_backend {config.attention_backend!r} cannot read: "
             "use attention_backend='auto'"
         )
-    return model, replace(cfg, attention_backend=backend, kv_dtype=kv_dtype), hf
+    layout = make_layout(config, model, platform, backend, cache_dtype)
+    return EngineSpec(layout, backend, cache_dtype, config.quantization or PLAIN)
 
 
 def choose_dtype(name: str, hf: Any, platform: Platform) -> torch.dtype:
@@ -309,14 +314,19 @@ def choose_dtype(name: str, hf: Any, platform: Platform) -> torch.dtype:
     return dtype
 
 
-def choose_kv_dtype(name: str, platform: Platform) -> torch.dtype | None:
-    """None for "auto", the model's dtype; ValueError for a cache that the device's kernels do not read."""
+def choose_cache_dtype(name: str, model: Model, platform: Platform) -> torch.dtype:
+    """ "auto" is the model's dtype. Raises ValueError for a cache that device or model do not support."""
     if name == "auto":
-        return None
+        return model.config.dtype
     if not platform.traits.supports_fp8_cache:
         raise ValueError(
             f"kv_cache_dtype is {name!r}, which is not supported on this {platform.traits.name} device: "
             "it needs a CPU, or a GPU of compute capability 8.9 or higher"
+        )
+    if model.kv_scales is None:
+        raise ValueError(
+            f"kv_cache_dtype is {name!r}, but {model.config.architecture} has no bound for its keys and values, from which "
+            "the cache's scales are computed: use kv_cache_dtype='auto'"
         )
     return torch.float8_e4m3fn
 
@@ -329,15 +339,17 @@ def eos_token_ids(folder: Path, hf: Any) -> frozenset[int]:
     return frozenset(found if isinstance(found, list) else [] if found is None else [found])
 
 
-def make_layout(config: EngineConfig, cfg: ModelConfig, platform: Platform) -> Layout:
-    traits, max_model_len = platform.traits, config.max_model_len or cfg.max_position
+def make_layout(
+    config: EngineConfig, model: Model, platform: Platform, backend: str, cache_dtype: torch.dtype
+) -> Layout:
+    traits, max_model_len = platform.traits, config.max_model_len or model.config.max_position
     max_num_seqs = config.max_num_seqs or traits.num_seqs
     max_tokens = config.max_num_batched_tokens or traits.batched_tokens
     max_tokens = max(16, min(max_tokens, -(-max_model_len // 16) * 16 * max_num_seqs))
     pad = config.pad_batches
     # with as many bytes in a block, decode attention reads an fp8 cache in tiles of twice the tokens
-    default_block_size = attention.default_block_size(cfg.attention_backend, platform)
-    default_block_size *= 1 if cfg.kv_dtype is None else 2
+    default_block_size = attention.default_block_size(backend, platform)
+    default_block_size *= 1 if cache_dtype is model.config.dtype else 2
     return Layout(
         block_size=config.kvcache_block_size or default_block_size,
         max_num_seqs=max_num_seqs,
@@ -356,6 +368,7 @@ def make_compiler(
     config: EngineConfig,
     platform: Platform,
     environment: env.Environment,
+    model: Model,
     store: Store | None = None,
 ) -> Compiler:
     lowering, _ = (None, "") if config.enforce_eager else platform.lowering()
@@ -365,9 +378,10 @@ def make_compiler(
         passes=passes,
         dump_dir=environment.dump_graphs,
         varying=() if platform.traits.whole_steps else VARYING,
+        frozen=steps.FROZEN,
         strict=environment.strict,
         store=store,
-        ingredients=artifacts.common_ingredients(platform, [name for name, _ in passes])
+        ingredients=artifacts.common_ingredients(platform, [name for name, _ in passes], model)
         if store
         else {},
         require=config.compile_cache_mode == "require",
@@ -376,13 +390,14 @@ def make_compiler(
 
 def with_cache(
     config: EngineConfig,
-    layout: Layout,
-    cfg: ModelConfig,
-    new_runner: Callable[[Layout], Runner],
+    spec: EngineSpec,
+    model: Model,
+    new_runner: Callable[[EngineSpec], Runner],
     platform: Platform,
-) -> tuple[Layout, int, MemoryBudget | None, Runner]:
+) -> tuple[int, MemoryBudget | None, Runner]:
     """A runner with its cache: as many blocks as asked for, or as fit and can be used."""
-    runner = new_runner(layout)
+    runner = new_runner(spec)
+    layout = spec.layout
     budget = None
     if config.num_kvcache_blocks is not None:
         num_blocks, limit_bytes = config.num_kvcache_blocks, platform.cache_limit_bytes()
@@ -420,7 +435,7 @@ def with_cache(
             layout.max_model_len,
             capacity,
         )
-        layout = make_layout(replace(config, max_model_len=capacity), cfg, platform)
-        runner = new_runner(layout)  # its programs are of other shapes than those that measured
+        spec = make_spec(replace(config, max_model_len=capacity), model, platform)
+        runner = new_runner(spec)  # its programs are of other shapes than those that measured
     runner.allocate_cache(num_blocks)
-    return layout, num_blocks, budget, runner
+    return num_blocks, budget, runner

@@ -82,19 +82,16 @@ def draw(
             regions[name].calls = _measured(runner, program, inputs, seconds)
             is_list = isinstance(program.run, CallList)
             regions[name].lowering = "calls" if is_list else "Inductor"
-    cfg = startup.read_model_config(
-        hub.resolve(config.model, weights=False), config, runner.platform, None
-    )[1]
-    # the last layer of a prefill step has a program of its own
-    for window, count in Counter(
-        cfg.layer_windows if kind == "decode" else cfg.layer_windows[:-1]
-    ).items():
+    folder = hub.resolve(config.model, weights=False)
+    model, _ = startup.read_model(folder, config, runner.platform, None)
+    programs = Counter(model.layer_programs(keeps_last=kind == "prefill"))
+    for (region, layer_kind), count in programs.items():
         for name in recorded:
-            if name.startswith("layer_") and name.endswith(f"_window{window}"):
+            if name.startswith(f"{region}_{kind}_") and name.endswith(f"_{layer_kind.name}"):
                 regions[name].times = count
     return Report(
         title=f"{Path(config.model).name}, {kind} {size}",
-        facts=_facts(runner, cfg, kind, context),
+        facts=_facts(runner, model.config, kind, context),
         limits=limits,
         regions=tuple(regions[name] for name in recorded),
         padding=_padding(kind, batch_sizes, ladder),

@@ -141,18 +141,16 @@ def write_checkpoint(folder: Path, config: dict[str, Any], seed: int) -> Path:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(EMBEDDED / name, folder)
     hf = AutoConfig.from_pretrained(folder)
-    model = registry.architecture(hf.architectures)
     dtype = getattr(
         torch, str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
     )
-    cfg = model.config(hf, dtype=dtype)
+    model = registry.architecture(hf.architectures)(hf, dtype=dtype)
     pool = (
         torch.empty(1 << 24)
         .normal_(0.0, 0.02, generator=torch.Generator().manual_seed(seed))
         .to(dtype)
     )
-    groups = [model.outer_params(cfg), *(model.layer_params(cfg, i) for i in range(cfg.num_layers))]
-    for group_idx, group in enumerate(groups):
+    for group_idx, group in enumerate(model.declared):
         tensors = {}
         for param in group.values():
             for source, rows in zip(param.sources, param.parts):

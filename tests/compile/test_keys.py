@@ -18,14 +18,15 @@ from torch import Tensor
 from nanovllm import platforms
 from nanovllm.compile import keys
 from nanovllm.compile.keys import Key, describe, narrowed, program_key, source_digest
-from nanovllm.models import dense
+from nanovllm.models import dense, interface
 from nanovllm.models.config import ModelConfig
+from nanovllm.models.interface import LayerKind
 from nanovllm.startup import artifacts
 
 CFG = ModelConfig(
     architecture="Qwen3ForCausalLM", vocab_size=512, hidden_size=64, ffn_size=128, num_layers=2, num_heads=4,
     num_kv_heads=2, head_dim=32, norm_eps=1e-6, max_position=512, inv_freq=(1.0,) * 16, rope_scale=1.0,
-    layer_windows=(0, 0), tied_embeddings=True,
+    tied_embeddings=True,
 )  # fmt: skip
 COMMON = {"torch": "2.11", "passes": "a b", "platform device": "sm_90", "source kernels": "0"}
 
@@ -74,10 +75,9 @@ def test_a_changed_ingredient_is_another_key(change: dict[str, Any]) -> None:
 
 
 IRRELEVANT = {
-    "architecture": "LlamaForCausalLM", "num_layers": 1, "layer_windows": (0, 9), "inv_freq": (2.0,) * 16,
+    "architecture": "LlamaForCausalLM", "num_layers": 1, "inv_freq": (2.0,) * 16,
     "rope_scale": 2.0, "max_position": 9, "tied_embeddings": False, "qk_norm": True, "qkv_bias": True, "out_bias": True,
     "mlp_bias": True, "vocab_size": 9, "hidden_size": 9, "ffn_size": 9, "dtype": torch.bfloat16,
-    "kv_dtype": torch.float8_e4m3fn,
 }  # fmt: skip
 
 
@@ -89,12 +89,7 @@ def test_fields_that_no_region_reads_and_sizes_that_vary_are_in_no_key(
         field.name for field in fields(ModelConfig)
     }
     for name, value in IRRELEVANT.items():
-        changes = (
-            {name: value, "num_layers": 1, "layer_windows": (0,)}
-            if name == "num_layers"
-            else {name: value}
-        )
-        assert key(cfg=replace(CFG, **changes)) == key(), name
+        assert key(cfg=replace(CFG, **{name: value})) == key(), name
     assert key(num_blocks=99) == key()
     for name in (
         "HOME",
@@ -124,8 +119,38 @@ def test_a_region_that_reads_a_field_outside_its_key_fails_when_traced() -> None
 def test_what_has_no_stable_description_is_refused() -> None:
     with pytest.raises(TypeError, match="cannot be part of a key"):
         describe(partial(region, CFG, object()))
-    bound = describe(partial(dense.layer, CFG, 0, 1))
-    assert bound[0] == "nanovllm.models.dense:layer" and bound[2:] == [0, 1]
+    bound = describe(partial(dense.layer, CFG, "sdpa", LayerKind("window9", 9), 1))
+    assert bound[0] == "nanovllm.models.dense:layer"
+    assert bound[2:] == ["sdpa", {"name": "window9", "window": 9}, 1]
+
+
+def test_a_model_counts_by_its_regions_its_kinds_and_what_regions_read_of_its_config() -> None:
+    model = dense.dense_model(CFG, (0, 9))
+    described = describe(model)
+    assert set(described) == {"config", "layer_kinds", "embed", "layer", "head"}
+    assert set(described["config"]) == set(ModelConfig.GRAPH_FIELDS)
+    for same in (replace(model, kv_scales=None), replace(model, config=replace(CFG, dtype=None))):
+        assert describe(same) == described
+    for other in (
+        replace(model, layer_kinds=model.layer_kinds[::-1]),
+        replace(model, head=other_region),
+        replace(model, config=replace(CFG, norm_eps=1e-5)),
+    ):
+        assert describe(other) != described
+
+    def reads(name: str) -> Any:
+        return narrowed(partial(lambda model: eval(f"model.{name}"), model))()
+
+    programs = [("layer", model.layer_kinds[0]), ("last_layer", model.layer_kinds[1])]
+    assert reads("layer_programs(keeps_last=True)") == tuple(programs)
+    assert reads("config.head_dim") == 32 and reads("embed") is dense.embed
+    for name, owner in (
+        ("kv_scales", "Model"),
+        ("config.dtype", "ModelConfig"),
+        ("declared", "Model"),
+    ):
+        with pytest.raises(AttributeError, match=rf"a region reads {owner}\."):
+            reads(name)
 
 
 def test_differences_name_versions_before_shapes() -> None:
@@ -187,23 +212,51 @@ def test_files_that_make_programs_import_no_others_but_keys_and_store() -> None:
 
 def test_the_platform_and_its_passes_are_ingredients(monkeypatch: pytest.MonkeyPatch) -> None:
     platform: Any = platforms.select("cpu")
-    before = artifacts.common_ingredients(platform, ["a", "b"])
-    assert artifacts.common_ingredients(platform, ["a", "b"]) == before
-    assert artifacts.common_ingredients(platform, ["b", "a"]) != before
+    model = dense.dense_model(CFG)
+
+    def ingredients(*passes: str) -> dict[str, str]:
+        return artifacts.common_ingredients(platform, passes, model)
+
+    before = ingredients("a", "b")
+    assert ingredients("a", "b") == before
+    assert ingredients("b", "a") != before
     assert {
         "torch",
         "python",
         "platform cpu",
         "source models",
+        "source nanovllm.models.dense",
         "source steps",
         "source platform",
     } <= set(before)
     monkeypatch.setattr(platform, "fingerprint", lambda: {"cpu": "avx9"})
-    assert artifacts.common_ingredients(platform, ["a", "b"]) != before
+    assert ingredients("a", "b") != before
     monkeypatch.undo()
     monkeypatch.setattr(torch, "__version__", "9.9")
-    assert artifacts.common_ingredients(platform, ["a", "b"])["torch"] == "9.9"
+    assert ingredients("a", "b")["torch"] == "9.9"
     paths = [
         text for text in before.values() if str(Path.home()) in text or str(Path.cwd()) in text
     ]
     assert not paths
+
+
+@pytest.mark.parametrize(
+    "file, counts",
+    [("interface.py", True), ("config.py", True), ("formats/int8.py", True), ("formats/new.py", True),
+     ("loader.py", False), ("rope.py", False), ("kv_scales.py", False), ("qwen3.py", False)],
+)  # fmt: skip
+def test_sources_of_regions_count_and_no_others_of_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, counts: bool
+) -> None:
+    copy = tmp_path / "models"
+    shutil.copytree(Path(interface.__file__).parent, copy)
+    monkeypatch.setattr(interface, "__file__", str(copy / "interface.py"))
+    platform: Any = platforms.select("cpu")
+    before = artifacts.common_ingredients(platform, [], dense.dense_model(CFG))
+    with (copy / file).open("a") as opened:
+        opened.write("# changed\n")
+    after = artifacts.common_ingredients(platform, [], dense.dense_model(CFG))
+    assert (after != before) == counts
+    another = replace(dense.dense_model(CFG), head=other_region)  # of this file
+    sources = artifacts.common_ingredients(platform, [], another)
+    assert set(sources) - set(after) == {f"source {__name__}"}

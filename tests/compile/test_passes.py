@@ -16,16 +16,15 @@ from nanovllm.compile.passes.fuse_rope_store import fuse_rope_store
 from nanovllm.compile.passes.replace_ops import replace_ops
 from nanovllm.compile.trace import tensors, trace
 from nanovllm.kernels import ops
-from nanovllm.models import llama
 from nanovllm.models import loader as weights
 from nanovllm.models.config import ModelConfig
-from nanovllm.models.dense import Batch, LayerCache
+from nanovllm.models.dense import dense_model
+from nanovllm.models.interface import VARYING, Batch, LayerCache
 from nanovllm.models.rope import rotary_table
 
 ROWS, TABLE_POSITIONS, BLOCKS, BLOCK_SIZE = 3, 40, 9, 16
 HEADS, KV_HEADS, HEAD_DIM = 6, 2, 8
 LINEAR = str(ops.op_name(ops.linear))
-VARYING = ("k_CBKH", "v_CBKH", "cos_sin_MH")
 
 
 def op_counts(graph: GraphModule) -> Counter[str]:
@@ -69,7 +68,6 @@ def layer_config(*, qk_norm: bool, biased: bool = False) -> ModelConfig:
         max_position=TABLE_POSITIONS,
         inv_freq=(1.0, 0.5, 0.2, 0.1),
         rope_scale=1.25,
-        layer_windows=(0,),
         tied_embeddings=True,
         qk_norm=qk_norm,
         qkv_bias=biased,
@@ -80,14 +78,15 @@ def layer_region(cfg: ModelConfig, window: int = 0) -> tuple[Callable[..., Any],
     """A decode layer and inputs for it: three rows at odd positions, each in blocks of its own."""
     torch.manual_seed(0)
     shape = (BLOCKS, BLOCK_SIZE, KV_HEADS, HEAD_DIM)
-    drawn = weights.random(llama, cfg, torch.device("cpu"), 0, int).layers[0]
+    model = dense_model(cfg, (window,))
+    drawn = weights.random(model, torch.device("cpu"), 0, int).layers[0]
     layer = type(drawn)(
         *(weight if weight is None else torch.randn(weight.shape) * 0.3 for weight in drawn)
     )
     pos_T = torch.tensor([0, 18, 31])
     block_table_RP = torch.tensor([[4, 0, 0], [2, 7, 0], [8, 1, 0]], dtype=torch.int32)
     batch = Batch(
-        pos_T=pos_T,
+        rope_pos_T=pos_T,
         slot_T=torch.tensor([4 * 16, 7 * 16 + 2, 1 * 16 + 15]),
         block_table_RP=block_table_RP,
         seq_len_R=(pos_T + 1).int(),
@@ -102,7 +101,7 @@ def layer_region(cfg: ModelConfig, window: int = 0) -> tuple[Callable[..., Any],
         "batch": batch,
         "h_TD": torch.randn(ROWS, cfg.hidden_size),
     }
-    return partial(llama.layer, cfg, window, 1), inputs
+    return partial(model.layer, cfg, "", model.layer_kinds[0], 1), inputs
 
 
 @pytest.mark.parametrize("biased", [False, True])
@@ -120,7 +119,7 @@ def test_a_layer_s_rope_and_store_become_one_op(qk_norm: bool, biased: bool) -> 
     assert [str(arg) for arg in fused.args[1:8]] == [
         *(["w_q_norm_H", "w_k_norm_H"] if qk_norm else ["None", "None"]),
         "cos_sin_MH",
-        "batch_pos_T",
+        "batch_rope_pos_T",
         "batch_slot_T",
         "kv_k_CBKH",
         "kv_v_CBKH",

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from nanovllm import env, platforms
+from nanovllm import env, hub, platforms
 from nanovllm.compile.lower import eager, inductor
 from nanovllm.compile.passes.replace_ops import replace_ops
 from nanovllm.compile.program import CompiledAfterWarmUp, Compiler, Program
@@ -83,6 +83,24 @@ def test_passes_run_in_order_on_the_graph() -> None:
     assert order == ["a", "b"]
 
 
+def test_placeholders_of_frozen_inputs_are_marked_when_the_graph_is_lowered() -> None:
+    """A pass may trace the graph anew, which drops every mark that was there before."""
+    marks: list[tuple[str, bool]] = []
+
+    def lower(graph: GraphModule, fakes: Any) -> Any:
+        placeholders = graph.graph.find_nodes(op="placeholder")
+        marks.extend((node.name, node.meta["frozen"]) for node in placeholders)
+        return eager.lower(graph, fakes)
+
+    compiler = Compiler(lower, passes=(("inline", replace_ops),), frozen=("w", "table"))
+    x = torch.ones(2, 6)
+    inputs = {"x": x, "w": Sum(x, (x, x)), "weights": x, "none": None, "table": x}
+    compiler.program("add", (2,), lambda x, w, weights, none, table: ops.silu_mul(x), inputs)
+    names = ["x", "w_value", "w_parts_0", "w_parts_1", "weights", "table"]
+    assert [name for name, _ in marks] == names
+    assert [name for name, frozen in marks if frozen] == [*names[1:4], "table"]
+
+
 def test_a_compile_after_warm_up_is_an_error_when_strict() -> None:
     compiler = Compiler(eager.lower, strict=True)
     known = compiler.program("add", (3,), add, inputs())
@@ -139,7 +157,9 @@ def test_the_environment_names_the_folder_of_dumps(
     folder = tmp_path / "graphs"
     monkeypatch.setenv("NANOVLLM_DUMP_GRAPHS", str(folder))
     config = EngineConfig(model="tiny-qwen3", device="cpu")
-    made = startup.make_compiler(config, platforms.select("cpu"), env.read())
+    platform = platforms.select("cpu")
+    model, _ = startup.read_model(hub.resolve(config.model), config, platform, None)
+    made = startup.make_compiler(config, platform, env.read(), model)
     replace(made, lowering=eager.lower).program(
         "silu", (2,), ops.silu_mul, {"gate_up_TG": torch.ones(2, 6)}
     )
@@ -149,7 +169,7 @@ def test_the_environment_names_the_folder_of_dumps(
         *(f"silu_2.{i}_{name}.py" for i, (name, _) in enumerate(made.passes, 1)),
     ]
     monkeypatch.delenv("NANOVLLM_DUMP_GRAPHS")
-    assert startup.make_compiler(config, platforms.select("cpu"), env.read()).dump_dir is None
+    assert startup.make_compiler(config, platform, env.read(), model).dump_dir is None
 
 
 # Inductor ----------------------------------------------------------------------------------------------------------

@@ -14,8 +14,8 @@ import torch
 
 from nanovllm import LLM, SamplingParams, platforms
 from nanovllm.compile.keys import program_key
+from nanovllm.models.interface import VARYING
 from nanovllm.platforms.base import MemoryBudget
-from nanovllm.startup import load as startup
 from tests.engines import assert_all_free, random_prompts
 
 # scripts are run as files, and import each other as such
@@ -111,7 +111,7 @@ def test_programs_for_an_fp8_cache_have_keys_of_their_own(make_llm: Callable[...
         llm = make_llm(kv_cache_dtype=kv_cache_dtype)
         runner = llm.engine.runner
         inputs: dict[str, object] = {"kv": runner.steps.caches[0]}
-        keys.append(program_key(runner.model.layer, inputs, varying=startup.VARYING, common={}))
+        keys.append(program_key(runner.model.layer, inputs, varying=VARYING, common={}))
     lines = keys[0].differences(keys[1].ingredients)
     assert (
         len(lines) == 4

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from nanovllm import LLM, EngineConfig, SamplingParams
 from nanovllm.compile.trace import tensors
+from nanovllm.config import QUANTIZATIONS
 from nanovllm.models import loader as weights
-from nanovllm.models.formats import int8 as quantize
-from nanovllm.models.formats.int8 import Int8Weight, quantize_int8
+from nanovllm.models.formats import FORMATS, PLAIN, int8, rows
+from nanovllm.models.formats.int8 import Int8Weight
 from nanovllm.platforms import cpu
 from tests.conftest import save_tiny
 from tests.models import harness
@@ -37,9 +38,12 @@ OPTIONS: dict[str, Any] = {
 def test_no_value_is_off_by_more_than_half_a_step_of_its_row(
     dtype: torch.dtype, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quantize, "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(int8, "ROWS_AT_ONCE", 7)
     weight_OD = (torch.randn(shape) * torch.logspace(-9, 9, shape[0]).unsqueeze(1)).to(dtype)
-    values_OD, scale_O = quantize_int8("w", weight_OD)
+    values_OD, scale_O = int8.store("w", weight_OD)
+    assert torch.equal(
+        rows(Int8Weight(values_OD, scale_O), 1), (values_OD.float() * scale_O.unsqueeze(1))[1:]
+    )
     assert values_OD.dtype is torch.int8 and scale_O.dtype is torch.float32
     assert torch.equal(values_OD.abs().amax(1), torch.full((shape[0],), 127, dtype=torch.int8))
     off_OD = (values_OD.float() * scale_O.unsqueeze(1) - weight_OD.float()).abs()
@@ -49,22 +53,25 @@ def test_no_value_is_off_by_more_than_half_a_step_of_its_row(
 def test_rows_of_zeros_stay_zero_and_what_is_not_finite_is_refused() -> None:
     weight_OD = torch.randn(5, 9)
     weight_OD[2] = 0
-    values_OD, scale_O = quantize_int8("w", weight_OD)
+    values_OD, scale_O = int8.store("w", weight_OD)
     assert not values_OD[2].any() and scale_O[2] == 0 and values_OD[3].any()
     for value in (float("nan"), float("inf"), float("-inf")):
         weight_OD[4, 7] = value
         with pytest.raises(ValueError, match=r"model\.w holds NaN or infinity"):
-            quantize_int8("model.w", weight_OD)
+            int8.store("model.w", weight_OD)
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_linear_weights_take_a_quarter_and_all_else_stays(tmp_path: Path, tied: bool) -> None:
     folder = save_tiny(tmp_path, tie_word_embeddings=tied)
-    model, cfg = described(folder)
+    model = described(folder)
     plain, stored = (
-        weights.load(model, cfg, folder, torch.device("cpu"), int, how) for how in (None, "int8")
+        weights.load(model, folder, torch.device("cpu"), int, how) for how in ("plain", "int8")
     )
-    as_random = weights.random(model, cfg, torch.device("cpu"), 0, int, "int8")
+    as_random = weights.random(model, torch.device("cpu"), 0, int, "int8")
+    declared = model.declared[1]
+    linear = [name for name, param in declared.items() if param.kind == "linear"]
+    assert sorted(linear) == ["down_DF", "gate_up_GD", "out_DQ", "qkv_ED"]
     assert torch.equal(stored.embed_VD, plain.embed_VD) and torch.equal(
         stored.final_norm_D, plain.final_norm_D
     )
@@ -74,14 +81,14 @@ def test_linear_weights_take_a_quarter_and_all_else_stays(tmp_path: Path, tied: 
     ):
         for name, one, other in zip(layer._fields, plain_layer, layer, strict=True):
             assert type(getattr(random_layer, name)) is type(other)
-            if name in quantize.LINEAR_FIELDS:
+            if name in linear:
                 pairs.append((one, other))
             else:
                 assert (one is None and other is None) or torch.equal(one, other)
-    assert len(pairs) == 1 + 4 * cfg.num_layers
+    assert len(pairs) == 1 + 4 * model.config.num_layers
     for one, other in pairs:
         assert isinstance(other, Int8Weight)
-        expected = quantize_int8("w", one)
+        expected = int8.store("w", one)
         assert torch.equal(other.values_OD, expected.values_OD) and torch.equal(
             other.scale_O, expected.scale_O
         )
@@ -144,6 +151,7 @@ def test_other_devices_and_other_words_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match="quantization is 'int4': it must be one of int8, None"):
         EngineConfig("tiny-qwen3", quantization="int4")
+    assert {PLAIN, *QUANTIZATIONS} == set(FORMATS)
     monkeypatch.setattr(cpu, "TRAITS", replace(cpu.TRAITS, quantizations=()))
     with pytest.raises(
         ValueError, match=r"'int8' is not supported on a cpu device, .* use device='cpu'"

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.models.kv_scales import FP8_MAX, ROUNDING, kv_scales
+from nanovllm.models.dense import kv_scales
+from nanovllm.models.kv_scales import FP8_MAX, ROUNDING
 from tests.conftest import save_tiny
 
 CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {

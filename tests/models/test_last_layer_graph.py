@@ -14,10 +14,10 @@ from nanovllm.compile.lower import calls
 from nanovllm.compile.trace import tensors, trace
 from nanovllm.kernels import ops
 from nanovllm.kernels.triton import common as triton_common
-from nanovllm.models import llama
 from nanovllm.models import loader as weights
 from nanovllm.models.config import ModelConfig
-from nanovllm.models.dense import Batch, LayerCache
+from nanovllm.models.dense import dense_model
+from nanovllm.models.interface import Batch, LayerCache
 from nanovllm.models.rope import rotary_table
 from nanovllm.platforms.base import Platform
 from nanovllm.platforms.cpu import CpuPlatform
@@ -33,14 +33,15 @@ def layer_config(*, biased: bool, qk_norm: bool) -> ModelConfig:
     return ModelConfig(
         architecture="LlamaForCausalLM", vocab_size=32, hidden_size=64, ffn_size=96, num_layers=1, num_heads=4,
         num_kv_heads=2, head_dim=16, norm_eps=1e-6, max_position=1024, inv_freq=(1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005),
-        rope_scale=1.0, layer_windows=(0,), tied_embeddings=True, qk_norm=qk_norm, qkv_bias=biased, out_bias=biased,
+        rope_scale=1.0, tied_embeddings=True, qk_norm=qk_norm, qkv_bias=biased, out_bias=biased,
         mlp_bias=biased,
     )  # fmt: skip
 
 
 def last_layer(cfg: ModelConfig) -> tuple[Any, dict[str, object]]:
     """The region and inputs for it: prompts of LENGTHS tokens, each in blocks of its own, and padding on block 0."""
-    drawn = weights.random(llama, cfg, torch.device("cpu"), 0, int).layers[0]
+    model = dense_model(cfg)
+    drawn = weights.random(model, torch.device("cpu"), 0, int).layers[0]
     layer = type(drawn)(
         *(weight if weight is None else torch.randn(weight.shape) * 0.3 for weight in drawn)
     )
@@ -55,7 +56,7 @@ def last_layer(cfg: ModelConfig) -> tuple[Any, dict[str, object]]:
     num_padding = NUM_TOKENS - len(pos)
     lengths_R = torch.tensor([*LENGTHS, 0], dtype=torch.int32)
     batch = Batch(
-        pos_T=torch.tensor(pos + [0] * num_padding),
+        rope_pos_T=torch.tensor(pos + [0] * num_padding),
         slot_T=torch.tensor(slot + [0] * num_padding),
         block_table_RP=table_RP,
         seq_len_R=lengths_R,
@@ -74,7 +75,7 @@ def last_layer(cfg: ModelConfig) -> tuple[Any, dict[str, object]]:
         "h_TD": h_TD,
         "keep_R": torch.tensor(KEPT),
     }
-    return partial(llama.layer, cfg, 0, NUM_TOKENS), inputs
+    return partial(model.layer, cfg, "", model.layer_kinds[0], NUM_TOKENS), inputs
 
 
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Platform:

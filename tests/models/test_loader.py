@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -15,8 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from nanovllm.models import loader as weights
 from nanovllm.models import registry
-from nanovllm.models.config import ModelConfig
-from nanovllm.models.dense import Layer, Params
+from nanovllm.models.dense import Layer
+from nanovllm.models.interface import Model, Params
 from nanovllm.models.loader import CheckpointError
 from tests.conftest import save_tiny
 
@@ -24,10 +23,9 @@ MODEL_FILE = "model.safetensors"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def described(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[ModuleType, ModelConfig]:
+def described(folder: Path, dtype: torch.dtype = torch.float32) -> Model:
     hf = AutoConfig.from_pretrained(folder)
-    model = registry.architecture(hf.architectures)
-    return model, model.config(hf, dtype=dtype)
+    return registry.architecture(hf.architectures)(hf, dtype=dtype)
 
 
 def load(
@@ -36,7 +34,7 @@ def load(
     device: str = "cpu",
     progress: Callable[[int], object] = int,
 ) -> Params:
-    return weights.load(*described(folder, dtype), folder, torch.device(device), progress)
+    return weights.load(described(folder, dtype), folder, torch.device(device), progress)
 
 
 def change(folder: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
@@ -304,9 +302,9 @@ def test_an_unreadable_index_is_named(text: str, indexed: tuple[Path, dict[str, 
 
 
 def test_random_weights_depend_on_the_seed_alone(tiny: Path, device: str) -> None:
-    model, cfg = described(tiny)
+    model = described(tiny)
     first, again, other = (
-        weights.random(model, cfg, torch.device(device), seed, int) for seed in (0, 0, 1)
+        weights.random(model, torch.device(device), seed, int) for seed in (0, 0, 1)
     )
     assert same(first, again)
     assert not same(first, other)
@@ -315,9 +313,9 @@ def test_random_weights_depend_on_the_seed_alone(tiny: Path, device: str) -> Non
 
 def test_random_weights_have_the_shapes_of_a_checkpoint(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path, "llama", attention_bias=True)
-    model, cfg = described(folder, torch.bfloat16)
+    model = described(folder, torch.bfloat16)
     drawn, loaded = (
-        weights.random(model, cfg, torch.device("cpu"), 0, int),
+        weights.random(model, torch.device("cpu"), 0, int),
         load(folder, torch.bfloat16),
     )
     assert drawn.head_VD is drawn.embed_VD

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from nanovllm.models.dense import Layer
+from nanovllm.models.interface import LayerKind
 from tests.conftest import save_tiny
 from tests.models.harness import (
     Known,
@@ -284,7 +285,9 @@ def test_a_window_off_by_one_shows(device: str, tmp_path: Path) -> None:
     expected = transformers_logits(folder, known, device)
     assert max_difference(engine_logits(runner, known), expected) <= TOLERANCE
     for window in (15, 17):
-        runner.steps.cfg = replace(runner.cfg, layer_windows=(window,) * 3)
+        kinds = (LayerKind("window", window),) * 3
+        model = replace(runner.model, layer_kinds=kinds)
+        runner.steps = replace(runner.steps, model=model)
         found = engine_logits(runner, known)
         for both in zip(found, expected):  # prefill alone, and decode
             assert max_difference(both[:1], both[1:]) > TOLERANCE

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import FrozenInstanceError
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from nanovllm.compile.trace import tensors
 from nanovllm.models import dense, llama, mistral, qwen2, qwen3, registry
-from nanovllm.models.config import ModelConfig
+from nanovllm.models import loader as weights
+from nanovllm.models.formats import FORMATS
+from nanovllm.models.interface import Model
 
-BY_TYPE = {"llama": llama, "mistral": mistral, "qwen2": qwen2, "qwen3": qwen3}
+BY_TYPE = {
+    "llama": llama.model,
+    "mistral": mistral.model,
+    "qwen2": qwen2.model,
+    "qwen3": qwen3.model,
+}
 SIZES = {
     "vocab_size": 99,
     "hidden_size": 56,
@@ -27,24 +34,25 @@ SIZES = {
 }
 
 
-def described(model_type: str, **changes: Any) -> ModelConfig:
-    return BY_TYPE[model_type].config(
+def described(model_type: str, **changes: Any) -> Model:
+    return BY_TYPE[model_type](
         AutoConfig.for_model(model_type, **{**SIZES, **changes}), dtype=torch.bfloat16
     )
 
 
-@pytest.mark.parametrize(("name", "model"), registry.ARCHITECTURES.items())
-def test_names_are_those_of_transformers(name: str, model: ModuleType) -> None:
-    model_type = next(kind for kind, module in BY_TYPE.items() if module is model)
+@pytest.mark.parametrize(("name", "architecture"), registry.ARCHITECTURES.items())
+def test_names_are_those_of_transformers(name: str, architecture: registry.Architecture) -> None:
+    model_type = next(kind for kind, known in BY_TYPE.items() if known is architecture)
     with torch.device("meta"):
         reference = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **SIZES))
     assert type(reference).__name__ == name
-    assert described(model_type).architecture == name
-    assert registry.architecture([name]) is model
+    assert described(model_type).config.architecture == name
+    assert registry.architecture([name]) is architecture
 
 
 def test_the_first_known_name_counts() -> None:
-    assert registry.architecture(["SomethingElse", "Qwen3ForCausalLM", "LlamaForCausalLM"]) is qwen3
+    names = ["SomethingElse", "Qwen3ForCausalLM", "LlamaForCausalLM"]
+    assert registry.architecture(names) is qwen3.model
 
 
 @pytest.mark.parametrize("names", [None, [], ["BertModel"], ["qwen3forcausallm"]])
@@ -56,11 +64,16 @@ def test_unknown_architectures_are_refused_with_the_known_ones(names: list[str] 
     assert str(names) in str(caught.value)
 
 
-@pytest.mark.parametrize("model", registry.ARCHITECTURES.values())
-def test_model_files_have_one_form(model: ModuleType) -> None:
+@pytest.mark.parametrize("model_type", BY_TYPE)
+def test_model_files_have_one_form(model_type: str) -> None:
+    model = described(model_type)
     for name in ("embed", "layer", "head"):
-        assert inspect.signature(getattr(model, name)) == inspect.signature(getattr(dense, name))
-    assert list(inspect.signature(model.config).parameters) == ["hf", "dtype", "max_model_len"]
+        own, dense_s = (
+            inspect.signature(getattr(owner, name)).parameters for owner in (model, dense)
+        )
+        assert list(own) == list(dense_s)
+    parameters = inspect.signature(BY_TYPE[model_type]).parameters
+    assert list(parameters) == ["hf", "dtype", "max_model_len"]
 
 
 @pytest.mark.parametrize("biased", [False, True])
@@ -69,21 +82,17 @@ def test_model_files_have_one_form(model: ModuleType) -> None:
 def test_declared_parameters_are_those_of_transformers(
     model_type: str, tied: bool, biased: bool
 ) -> None:
-    model = BY_TYPE[model_type]
     changes = {"tie_word_embeddings": tied, "attention_bias": biased, "mlp_bias": biased}
     if model_type in ("mistral", "qwen2"):
         changes = {"tie_word_embeddings": tied}  # their biases are not a matter of the config
-    cfg = described(model_type, **changes)
+    model = described(model_type, **changes)
     with torch.device("meta"):
         reference = AutoModelForCausalLM.from_config(
             AutoConfig.for_model(model_type, **{**SIZES, **changes})
         )
     expected = {name: tuple(parameter.shape) for name, parameter in reference.named_parameters()}
     declared: dict[str, tuple[int, ...]] = {}
-    for params in [
-        model.outer_params(cfg),
-        *(model.layer_params(cfg, i) for i in range(cfg.num_layers)),
-    ]:
+    for params in model.declared:
         for param in params.values():
             assert sum(param.parts) == param.shape[0]
             for source, part in zip(param.sources, param.parts, strict=True):
@@ -94,61 +103,65 @@ def test_declared_parameters_are_those_of_transformers(
 
 
 def test_sizes_come_from_the_config() -> None:
-    cfg = described("llama", rms_norm_eps=1e-5)
+    model = described("llama", rms_norm_eps=1e-5)
+    cfg = model.config
     assert (cfg.vocab_size, cfg.hidden_size, cfg.ffn_size, cfg.num_layers) == (99, 56, 96, 3)
     assert (cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, cfg.max_position) == (14, 2, 24, 128)
     assert (cfg.norm_eps, cfg.dtype, len(cfg.inv_freq)) == (1e-5, torch.bfloat16, 12)
     assert cfg.qkv_size == (14 + 2 * 2) * 24
-    assert cfg.kv_bytes_per_token == 2 * 3 * 2 * 24 * 2
+    assert model.kv_bytes_per_token(torch.bfloat16) == 2 * 3 * 2 * 24 * 2
+    assert model.kv_bytes_per_token(torch.float8_e4m3fn) == 2 * 3 * 2 * 24
 
 
+@pytest.mark.parametrize("weight_format", FORMATS)
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("model_type", BY_TYPE)
-def test_weight_bytes_count_every_matrix_that_a_step_reads(model_type: str, tied: bool) -> None:
-    cfg = described(model_type, tie_word_embeddings=tied)
-    params = [
-        BY_TYPE[model_type].outer_params(cfg),
-        *(BY_TYPE[model_type].layer_params(cfg, i) for i in range(3)),
-    ]
-    shapes = {
-        name: param.shape
-        for group in params
-        for name, param in group.items()
-        if len(param.shape) == 2
-    }
-    num_layers_of = {name: 1 if name in ("embed_VD", "head_VD") else 3 for name in shapes}
-    total = sum(shape[0] * shape[1] * num_layers_of[name] for name, shape in shapes.items())
-    if not tied:
-        total -= 99 * 56  # the embedding table is only looked up
-    assert cfg.weight_bytes == 2 * total
+def test_bytes_are_those_of_the_loaded_weights(
+    model_type: str, tied: bool, weight_format: str
+) -> None:
+    """A decode step reads every weight, and the embedding table only if it is the head."""
+    changes = {"mlp_bias": True, "attention_bias": True} if model_type == "llama" else {}
+    model = described(model_type, tie_word_embeddings=tied, **changes)
+    params = weights.random(model, torch.device("cpu"), 0, int, weight_format)
+    unique = {tensor.data_ptr(): tensor.nbytes for tensor in tensors(params)}
+    assert model.param_bytes(weight_format) == sum(unique.values())
+    is_head = params.head_VD is params.embed_VD
+    assert is_head == (tied and weight_format == "plain")
+    looked_up = 0 if is_head else 99 * 56 * 2
+    assert model.weight_bytes(weight_format) == sum(unique.values()) - looked_up
 
 
 def test_missing_head_sizes_follow_from_the_hidden_size() -> None:
-    assert described("llama", head_dim=None, hidden_size=112).head_dim == 8
-    assert described("llama", num_key_value_heads=None).num_kv_heads == 14
+    assert described("llama", head_dim=None, hidden_size=112).config.head_dim == 8
+    assert described("llama", num_key_value_heads=None).config.num_kv_heads == 14
 
 
 def test_configs_are_frozen_and_comparable() -> None:
-    cfg = described("qwen3")
-    assert cfg == described("qwen3")
-    assert hash(cfg) == hash(described("qwen3"))
-    assert cfg != described("qwen3", rms_norm_eps=1e-4)
-    with pytest.raises(FrozenInstanceError):
-        cfg.vocab_size = 3  # type: ignore[misc]
+    for part in (lambda model: model, lambda model: model.config):
+        found = part(described("qwen3"))
+        assert found == part(described("qwen3"))
+        assert hash(found) == hash(part(described("qwen3")))
+        assert found != part(described("qwen3", rms_norm_eps=1e-4))
+        with pytest.raises(FrozenInstanceError):
+            found.vocab_size = 3
 
 
 # Windows -----------------------------------------------------------------------------------------------------------
 
 
+def layer_windows(model_type: str, **changes: Any) -> tuple[int, ...]:
+    return tuple(kind.window for kind in described(model_type, **changes).layer_kinds)
+
+
 def test_mistral_windows_every_layer() -> None:
-    assert described("mistral", sliding_window=16).layer_windows == (16, 16, 16)
-    assert described("mistral", sliding_window=None).layer_windows == (0, 0, 0)
+    assert layer_windows("mistral", sliding_window=16) == (16, 16, 16)
+    assert layer_windows("mistral", sliding_window=None) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
 def test_qwen_windows_the_layers_that_the_config_names(model_type: str) -> None:
     def windows(**changes: Any) -> tuple[int, ...]:
-        return described(model_type, **changes).layer_windows
+        return layer_windows(model_type, **changes)
 
     assert windows(sliding_window=16) == (0, 0, 0)  # not asked for
     assert windows(use_sliding_window=True, sliding_window=16, max_window_layers=1) == (0, 16, 16)
@@ -159,7 +172,7 @@ def test_qwen_windows_the_layers_that_the_config_names(model_type: str) -> None:
 
 
 def test_llama_has_no_windows() -> None:
-    assert described("llama").layer_windows == (0, 0, 0)
+    assert layer_windows("llama") == (0, 0, 0)
 
 
 # Refusals ----------------------------------------------------------------------------------------------------------

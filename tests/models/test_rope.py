@@ -133,11 +133,11 @@ def test_longrope_has_a_side_for_each_length() -> None:
 def test_without_a_length_the_checkpoint_s_own_decides() -> None:
     hf = hf_config(parameters("longrope", 32), 32)
     assert (
-        llama.config(hf, dtype=torch.float32).inv_freq
+        llama.model(hf, dtype=torch.float32).config.inv_freq
         == rotary_frequencies(hf, 32, MAX_POSITION)[0]
     )
     assert (
-        llama.config(hf, dtype=torch.float32, max_model_len=64).inv_freq
+        llama.model(hf, dtype=torch.float32, max_model_len=64).config.inv_freq
         == rotary_frequencies(hf, 32, 64)[0]
     )
 

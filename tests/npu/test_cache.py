@@ -128,12 +128,11 @@ def graph(ge: Ge) -> tuple[GraphModule, list[Tensor]]:
 
 def test_options_reach_ge(graph: tuple[GraphModule, list[Tensor]]) -> None:
     option = "experimental_config.tiling_schedule_optimize"
-    settings = [
-        torchair.Settings(),
-        torchair.Settings({option: True}),
-        torchair.Settings(frozen=("weight",)),
-    ]
+    settings = [torchair.Settings(), torchair.Settings({option: True})]
     codes = [torchair.generate(*graph, one) for one in settings]
+    *_, weight = graph[0].graph.find_nodes(op="placeholder")
+    weight.meta["frozen"] = True
+    codes.append(torchair.generate(*graph, torchair.Settings()))
     tiling = [f'local_compile_options["ge.tiling_schedule_optimize"] = "{on}"' for on in (0, 1, 0)]
     frozen = [
         f'local_compile_options["frozenInput"] = "{flags}"' for flags in ("0,0", "0,0", "0,1")

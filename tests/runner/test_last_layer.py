@@ -53,7 +53,7 @@ def test_prompt_logprobs_are_right_and_compile_nothing(
 
     folder, alone = model
     llm = LLM(str(folder), device=device, **OPTIONS)
-    assert llm.engine.runner.steps.last_layer_is_alone == alone
+    assert llm.engine.runner.model.last_layer_needs_own_program == alone
     before = programs_and_kernels(llm)
     prompts = random_prompts([99, 19, 1, 40], seed=5)
     plain = [SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)] * 4

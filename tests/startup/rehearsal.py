@@ -80,11 +80,11 @@ def make_up_device() -> None:
     startup.select_platform = lambda config: Platform()
 
     def empty(
-        model: Any, cfg: Any, device: torch.device, seed: int, progress: Any, quantization: Any
+        model: Any, device: torch.device, seed: int, progress: Any, weight_format: str
     ) -> Any:
         # without a generator, which would be one of the device
-        make = lambda name, param: torch.empty(param.shape, dtype=cfg.dtype, device=device)  # noqa: E731
-        return weights._build(model, cfg, make, progress, quantization)
+        make = lambda param: torch.empty(param.shape, dtype=model.config.dtype, device=device)  # noqa: E731
+        return weights.build(model, make, progress, weight_format)
 
     weights.random = empty  # type: ignore[assignment]
 

@@ -85,10 +85,10 @@ def test_a_kept_config_gives_the_same_model(
     without_transformers(monkeypatch)
     again = read_config(folder, store)
     assert isinstance(again, StoredConfig)
-    model = registry.architecture(again.architectures)
+    architecture = registry.architecture(again.architectures)
     for max_model_len in (None, 40):
         read = [
-            model.config(hf, dtype=torch.float32, max_model_len=max_model_len)
+            architecture(hf, dtype=torch.float32, max_model_len=max_model_len)
             for hf in (first, again)
         ]
         assert read[0] == read[1]

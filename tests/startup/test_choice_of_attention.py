@@ -33,10 +33,8 @@ def test_two_engines_each_with_its_own_attention(
 ) -> None:
     torch_s, own = make_llm(attention_backend="sdpa"), make_llm()
     assert tokens(torch_s) == tokens(own) == expected
-    assert (
-        torch_s.engine.runner.cfg.attention_backend == "sdpa"
-        and own.engine.runner.cfg.attention_backend == ""
-    )
+    chosen = [llm.engine.runner.spec.attention for llm in (torch_s, own)]
+    assert chosen == ["sdpa", ""]
 
 
 def test_graphs_hold_the_attention_that_was_asked_for_and_stores_keep_them_apart(

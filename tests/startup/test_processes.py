@@ -204,9 +204,9 @@ def test_a_start_uses_its_server_or_ends_it(
         begun.append(processes.Server(config, 3))
         return begun[0]
 
-    read = startup.read_model_config
+    read = startup.read_model
 
-    def read_model_config(*args: Any) -> Any:
+    def read_model(*args: Any) -> Any:
         ended.append(begun[0].process.poll())
         return read(*args)
 
@@ -214,7 +214,7 @@ def test_a_start_uses_its_server_or_ends_it(
     monkeypatch.setattr(
         processes, "_spawn", lambda config: pytest.fail("another process was started")
     )
-    monkeypatch.setattr(startup, "read_model_config", read_model_config)
+    monkeypatch.setattr(startup, "read_model", read_model)
     monkeypatch.setattr(CpuPlatform, "compile_workers", lambda *_: count)
     llm = LLM(str(tiny_qwen3), **OPTIONS, compile_cache=store)
     compiler = llm.engine.runner.compiler

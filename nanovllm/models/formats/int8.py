@@ -1,10 +1,8 @@
-"""Weight-only quantization: a linear layer's weight as int8 with one factor for each of its outputs.
-
-O outputs | D depth | T tokens.
-"""
+"""Weight-only quantization to int8 with one scale per output. O outputs | D depth | T tokens."""
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -12,22 +10,25 @@ from torch import Tensor
 
 from nanovllm.kernels import ops
 
-# The fields of `dense.Layer` and `dense.Params` that are weights of linear layers.
-LINEAR_FIELDS = frozenset({"qkv_ED", "out_DQ", "gate_up_GD", "down_DF", "head_VD"})
-ROWS_AT_ONCE = 4096  # quantizing takes a few times their size, and a head has 150,000
+# Quantizing takes a few times the memory of the rows at hand, and a head has 150,000 rows.
+ROWS_AT_ONCE = 4096
 
 
 class Int8Weight(NamedTuple):
-    """weight ≈ values · scale: whole numbers from −127 to 127, and fp32 factors."""
+    """weight ≈ values · scale: integers from −127 to 127, and fp32 scales."""
 
     values_OD: Tensor
     scale_O: Tensor
 
 
-def quantize_int8(name: str, weight_OD: Tensor) -> Int8Weight:
-    """The nearest `Int8Weight` whose largest value in each row is ±127; no value is off by more than half its row's scale.
+Stored = Int8Weight
 
-    Raises ValueError, with the name, for a weight that holds NaN or infinity: int8 could not say so.
+
+def store(name: str, weight_OD: Tensor) -> Int8Weight:
+    """Round to the nearest multiple of each row's scale: the row's largest magnitude / 127.
+
+    No value is off by more than half of its row's scale. Raises ValueError, with the name, for a
+    weight that holds NaN or infinity.
     """
     values_OD = torch.empty(weight_OD.shape, dtype=torch.int8, device=weight_OD.device)
     scale_O = torch.empty(weight_OD.shape[0], dtype=torch.float32, device=weight_OD.device)
@@ -43,13 +44,15 @@ def quantize_int8(name: str, weight_OD: Tensor) -> Int8Weight:
     return Int8Weight(values_OD, scale_O)
 
 
+def num_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    return math.prod(shape) + shape[0] * torch.float32.itemsize
+
+
 def linear(
-    x_TD: Tensor,
-    weight: Tensor | Int8Weight,
-    bias_O: Tensor | None,
-    residual_TO: Tensor | None = None,
+    x_TD: Tensor, weight: Int8Weight, bias_O: Tensor | None, residual_TO: Tensor | None
 ) -> Tensor:
-    """x · weightᵀ + bias, then + residual, whatever the weight is stored as."""
-    if isinstance(weight, Int8Weight):
-        return ops.linear_int8(x_TD, weight.values_OD, weight.scale_O, bias_O, residual_TO)
-    return ops.linear(x_TD, weight, bias_O, residual_TO)
+    return ops.linear_int8(x_TD, weight.values_OD, weight.scale_O, bias_O, residual_TO)
+
+
+def rows(weight: Int8Weight, first: int) -> Tensor:
+    return weight.values_OD[first:].float() * weight.scale_O[first:, None]

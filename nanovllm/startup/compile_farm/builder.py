@@ -1,9 +1,9 @@
 """Fills a store without weights: every bucket is built once, with one layer of each sort, by several processes.
 
 A process that runs a bucket leaves behind everything that a start of that bucket needs: its programs, and the kernels that
-Triton specialises by shapes. What a program is does not depend on how many layers call it, nor on weights, so the model
-here is one layer of each window and the last one, with random numbers in them. To rehearse a bucket, on fake tensors,
-leaves its programs and names the kernels, which any process can then compile.
+Triton specialises by shapes. Programs do not depend on how many layers call them, nor on weights, so the model here is
+the reduced one (`Model.reduced`) with random weights. To rehearse a bucket, on fake tensors, leaves its programs and names
+the kernels, which any process can then compile.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -30,7 +29,6 @@ from nanovllm.compile.program import Compiler, CompileRequired, Program
 from nanovllm.compile.trace import rebuild, tensors, trace
 from nanovllm.config import EngineConfig
 from nanovllm.models import loader as weights
-from nanovllm.models.config import ModelConfig
 from nanovllm.platforms import preload
 from nanovllm.platforms.base import Platform
 from nanovllm.runner.runner import Runner
@@ -58,12 +56,12 @@ def fill(
     platform = startup.select_platform(config)
     folder = hub.resolve(config.model, weights=False)
     store = artifacts.open_store(config, env.read(), must_keep=True)
-    _, cfg, _ = startup.read_model_config(folder, config, platform, store)
-    layout = startup.make_layout(config, cfg, platform)
+    model, _ = startup.read_model(folder, config, platform, store)
+    spec = startup.make_spec(config, model, platform)
     platform.prepare(
         store.folder / "cpp", env.read().cxx
     )  # the libraries once, not in every process
-    buckets = buckets_of(layout)
+    buckets = buckets_of(spec.layout)
     if count is None:
         count = 1 if platform.traits.whole_steps else min(8, max(1, (os.cpu_count() or 2) // 2))
     workers = Workers(config, buckets, count)
@@ -71,15 +69,8 @@ def fill(
         outcomes = workers.wait(lambda outcome: progress(outcome, len(buckets)))
     finally:
         workers.close()
-    artifacts.mark_ready(store, platform, config, cfg, layout)
+    artifacts.mark_ready(store, platform, config, model, spec)
     return outcomes
-
-
-def small_model(cfg: ModelConfig) -> ModelConfig:
-    """The model with one layer of each window, and the last one, which differs: it has all the programs of the whole one."""
-    *others, last = cfg.layer_windows
-    windows = (*dict.fromkeys(others), last)
-    return replace(cfg, num_layers=len(windows), layer_windows=windows)
 
 
 def small_runner(
@@ -88,32 +79,29 @@ def small_runner(
     platform: Platform | None = None,
     mode: AbstractContextManager[object] | None = None,
 ) -> Runner:
-    """A runner of `small_model` with random weights, the buckets of `config`, and two cache blocks; its tensors made under
-    `mode`, which may be one for fake ones.
+    """A runner of the reduced model with random weights, the buckets of `config`, and two cache blocks; its tensors made
+    under `mode`, which may be one for fake ones.
 
     Where a step is one program, that program knows every layer and the size of the cache: there both are the engine's own.
     """
     environment = env.read()
     platform = platform or startup.select_platform(config)
     store = artifacts.open_store(config, environment)
-    model, cfg, _ = startup.read_model_config(
-        hub.resolve(config.model, weights=False), config, platform, store
-    )
+    folder = hub.resolve(config.model, weights=False)
+    model, _ = startup.read_model(folder, config, platform, store)
+    spec = startup.make_spec(config, model, platform)
     platform.prepare(store.folder / "cpp", environment.cxx)
-    layout = startup.make_layout(config, cfg, platform)
-    small = cfg if platform.traits.whole_steps else small_model(cfg)
-    compiler = startup.make_compiler(config, platform, environment, store)
+    small = model if platform.traits.whole_steps else model.reduced()
+    compiler = startup.make_compiler(config, platform, environment, model, store)
     if compiler.lowering is None:
         raise CompileRequired(platform.lowering()[1])
     for name, value in (compiler_options or {}).items():
         setattr(compiler, name, value)
     with mode or contextlib.nullcontext():
-        params = weights.random(
-            model, small, platform.device, 0, lambda _: None, config.quantization
-        )
-        runner = Runner(model, small, params, layout, platform, compiler)
+        params = weights.random(small, platform.device, 0, lambda _: None, spec.weight_format)
+        runner = Runner(small, params, spec, platform, compiler)
     if platform.traits.whole_steps:
-        _, _, _, runner = startup.with_cache(config, layout, cfg, lambda _: runner, platform)
+        _, _, runner = startup.with_cache(config, spec, model, lambda _: runner, platform)
     return runner
 
 

@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import heapq
 import logging
-import math
 import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from types import ModuleType
 from typing import Any
 
 from nanovllm.config import EngineConfig
-from nanovllm.models.config import ModelConfig
-from nanovllm.runner.runner import Layout
+from nanovllm.models.interface import Model
+from nanovllm.runner.spec import EngineSpec, Layout
 from nanovllm.startup.compile_farm import processes
 from nanovllm.startup.compile_farm.processes import Process
 
@@ -239,11 +237,11 @@ class Workers:
         )
 
 
-def bytes_of_one(model: ModuleType, cfg: ModelConfig, layout: Layout) -> int:
-    """Device memory that one process takes, about: embedding, head, two layers, its largest step, and the device's context."""
-    outer = [param.shape for param in model.outer_params(cfg).values()]
-    layer = [param.shape for param in model.layer_params(cfg, 0).values()]
-    scratch = layout.prefill_tokens[-1] * (
+def bytes_of_one(model: Model, spec: EngineSpec) -> int:
+    """Device memory of one process, about: the reduced model, its largest step, and the device's context."""
+    cfg = model.config
+    scratch = spec.layout.prefill_tokens[-1] * (
         4 * cfg.ffn_size + 8 * cfg.hidden_size + 3 * cfg.qkv_size
     )
-    return (sum(map(math.prod, outer + 2 * layer)) + scratch) * cfg.dtype.itemsize + (1 << 30)
+    params = model.reduced().param_bytes(spec.weight_format)
+    return params + scratch * cfg.dtype.itemsize + (1 << 30)

@@ -1,0 +1,201 @@
+"""What a model is to the rest of the engine: its layers' kinds, parameters, regions and inputs.
+
+T tokens | R rows (requests) | S = R + 1 | P blocks per row | C cache blocks | B block size
+D hidden | K kv heads | H head size | V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nanovllm.models.config import ModelConfig
+from nanovllm.models.formats import FORMATS, PLAIN, Weight
+
+ParamKind = Literal["linear", "norm", "bias", "table"]
+
+
+class Param(NamedTuple):
+    """One parameter: the checkpoint tensors `sources`, stacked along axis 0, have `shape`.
+
+    `kind` says how it is stored and initialised: "linear" is the weight of a linear layer [O, D]
+    and is stored in the engine's weight format, "table" is an embedding table. `parts` are the row
+    counts of the sources. `shard_axis` is the axis that tensor parallelism splits (along axis 0
+    each source by itself), None for a replicated parameter.
+    """
+
+    kind: ParamKind
+    shape: tuple[int, ...]
+    sources: tuple[str, ...]
+    parts: tuple[int, ...]
+    shard_axis: int | None
+
+    @classmethod
+    def one(cls, kind: ParamKind, source: str, *shape: int, shard_axis: int | None = None) -> Param:
+        """A parameter that is one tensor of the checkpoint."""
+        return cls(kind, shape, (source,), (shape[0],), shard_axis)
+
+    @classmethod
+    def stack(
+        cls, kind: ParamKind, sources: tuple[str, ...], parts: tuple[int, ...], *rest: int
+    ) -> Param:
+        """Several tensors with the same shape `rest` beyond axis 0, split along axis 0."""
+        return cls(kind, (sum(parts), *rest), sources, parts, 0)
+
+
+class Params(NamedTuple):
+    """All weights. `layers` are the architecture's own named tuples.
+
+    `head_VD` is `embed_VD` itself where the checkpoint ties them and the format keeps it.
+    """
+
+    embed_VD: Tensor
+    layers: tuple[Any, ...]
+    final_norm_D: Tensor
+    head_VD: Weight
+
+
+class LayerCache(NamedTuple):
+    """One layer's keys and values; with scales they are float8_e4m3fn and mean value · scale."""
+
+    k_CBKH: Tensor
+    v_CBKH: Tensor
+    k_scale_K: Tensor | None = None
+    v_scale_K: Tensor | None = None
+
+
+# Region inputs whose first dimension may vary between runs of one program: the number of cache
+# blocks, and the number of positions in the rotary table.
+VARYING = ("k_CBKH", "v_CBKH", "cos_sin_MH")
+
+
+class Batch(NamedTuple):
+    """The inputs that change between two steps of one bucket."""
+
+    rope_pos_T: Tensor  # rotation position of each token
+    slot_T: Tensor  # cache slot that each token writes: block · B + offset
+    block_table_RP: Tensor
+    seq_len_R: Tensor  # tokens of each row, this step's included
+    q_start_S: Tensor  # row r owns tokens q_start[r] .. q_start[r + 1] − 1
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """What distinguishes the layers of one model: layers of one kind share their programs.
+
+    Layers of one kind declare parameters of the same shapes. `window` is the number of newest
+    positions that a query sees, itself included; 0 means all positions.
+    """
+
+    name: str  # in the names of programs
+    window: int = 0
+
+
+@dataclass(frozen=True)
+class Model:
+    """One checkpoint's architecture: its config, its layers, and the functions of its regions.
+
+    `embed(config, embed_VD, token_T)` gives the hidden state [T, D];
+    `layer(config, attention, kind, max_q_len, w, kv, cos_sin_MH, batch, h_TD, keep_R=None)` gives
+    the next one, with `keep_R` [R, D] of these tokens alone;
+    `head(config, final_norm_D, head_VD, h_RD)` gives the logits [R, V]. `attention` is a key of
+    `ops.ATTENTION`, `max_q_len` the most tokens of one row. All are pure functions at the top of a
+    module: keys of programs name them by module and name.
+
+    `outer_params(config)` and `layer_params(config, kind, layer_idx)` declare the parameters by the
+    fields of `Params` and `layer_type`. A tied head is not declared. Fields of `layer_type` that a
+    layer does not declare are None. `kv_scales(config, weights)` gives the scales of one layer's
+    fp8 cache, fp32 [K] for keys and for values; it is None if their bounds are not known.
+
+    Regions may read GRAPH_FIELDS only: these are in the keys of compiled programs.
+    """
+
+    GRAPH_FIELDS: ClassVar[tuple[str, ...]] = ("config", "layer_kinds", "embed", "layer", "head")
+
+    config: ModelConfig
+    layer_kinds: tuple[LayerKind, ...]
+    embed: Callable[..., Tensor]
+    layer: Callable[..., Tensor]
+    head: Callable[..., Tensor]
+    outer_params: Callable[[ModelConfig], dict[str, Param]]
+    layer_params: Callable[[ModelConfig, LayerKind, int], dict[str, Param]]
+    layer_type: type[Any]
+    kv_scales: Callable[[ModelConfig, Any], tuple[Tensor, Tensor]] | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.layer_kinds) != self.config.num_layers:
+            raise ValueError(
+                f"{len(self.layer_kinds)} layer kinds for {self.config.num_layers} layers"
+            )
+        kinds = set(self.layer_kinds)
+        if len({kind.name for kind in kinds}) < len(kinds):
+            raise ValueError(f"two layer kinds have the same name: {sorted(kinds, key=str)}")
+
+    # which programs exist ------------------------------------------------------------------------
+
+    def layer_programs(self, *, keeps_last: bool) -> tuple[tuple[str, LayerKind], ...]:
+        """The program of each layer in one step, as (region, kind).
+
+        With `keeps_last` the step goes on with the last tokens of each row only, from the attention
+        of the last layer on: ordinary prefill does, decode and prompt log-probabilities do not.
+        """
+        names = ["layer"] * (len(self.layer_kinds) - 1)
+        names.append("last_layer" if keeps_last else "layer")
+        return tuple(zip(names, self.layer_kinds))
+
+    @property
+    def distinct_layers(self) -> tuple[int, ...]:
+        """Indices of layers that together use every program of an ordinary step."""
+        programs = self.layer_programs(keeps_last=True)
+        return tuple(programs.index(program) for program in dict.fromkeys(programs))
+
+    @property
+    def last_layer_needs_own_program(self) -> bool:
+        """True if prefill with prompt_logprobs needs a program that ordinary prefill does not."""
+        return self.layer_kinds[-1] not in self.layer_kinds[:-1]
+
+    def reduced(self) -> Model:
+        """The model with `distinct_layers` alone: it has the same programs."""
+        kinds = tuple(self.layer_kinds[layer_idx] for layer_idx in self.distinct_layers)
+        config = replace(self.config, num_layers=len(kinds))
+        return replace(self, config=config, layer_kinds=kinds)
+
+    # sizes ---------------------------------------------------------------------------------------
+
+    @property
+    def declared(self) -> tuple[dict[str, Param], ...]:
+        """The parameters outside the layers, then those of each layer."""
+        layers = (
+            self.layer_params(self.config, kind, layer_idx)
+            for layer_idx, kind in enumerate(self.layer_kinds)
+        )
+        return (self.outer_params(self.config), *layers)
+
+    def weight_bytes(self, weight_format: str) -> int:
+        """Bytes that a decode step reads: each weight once, the table only if it is the head."""
+        outer, *layers = self.declared
+        table = outer.pop("embed_VD")
+        if self.config.tied_embeddings:
+            outer["head_VD"] = table._replace(kind="linear")
+        params = (param for group in (outer, *layers) for param in group.values())
+        return sum(self._num_bytes(param, weight_format) for param in params)
+
+    def param_bytes(self, weight_format: str) -> int:
+        """Bytes that all weights take on the device."""
+        table = self.outer_params(self.config)["embed_VD"]
+        is_head = self.config.tied_embeddings and weight_format == PLAIN
+        table_bytes = 0 if is_head else self._num_bytes(table, weight_format)
+        return self.weight_bytes(weight_format) + table_bytes
+
+    def kv_bytes_per_token(self, cache_dtype: torch.dtype) -> int:
+        """Bytes that one token takes in the caches of all layers."""
+        cfg = self.config
+        return 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim * cache_dtype.itemsize
+
+    def _num_bytes(self, param: Param, weight_format: str) -> int:
+        stored = FORMATS[weight_format if param.kind == "linear" else PLAIN]
+        return stored.num_bytes(param.shape, self.config.dtype)

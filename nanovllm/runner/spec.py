@@ -1,0 +1,57 @@
+"""The choices of an engine beside its model: sizes, attention, formats of cache and weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from nanovllm.compile import buckets
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The static sizes of one engine."""
+
+    block_size: int
+    max_num_seqs: int
+    max_model_len: int
+    decode_rows: tuple[int, ...]
+    prefill_tokens: tuple[int, ...]
+    max_prefill_rows: int
+    pad: bool = True
+    verify_tokens: tuple[int, ...] = ()  # K of decode steps that feed several tokens a row
+
+    @property
+    def blocks_per_row(self) -> int:
+        return -(-self.max_model_len // self.block_size)
+
+    def decode_bucket(self, num_rows: int) -> int:
+        return buckets.smallest_fit(self.decode_rows, num_rows) if self.pad else num_rows
+
+    def verify_bucket(self, num_rows: int, num_tokens: int) -> tuple[int, int]:
+        """(R, K) for a decode step of up to `num_tokens` tokens a row."""
+        if not self.pad:
+            return num_rows, num_tokens
+        return self.decode_bucket(num_rows), buckets.smallest_fit(self.verify_tokens, num_tokens)
+
+    def prefill_bucket(self, num_tokens: int, num_rows: int) -> tuple[int, int]:
+        """(T, R) for a prefill step."""
+        if not self.pad:
+            return num_tokens, num_rows
+        tokens = buckets.smallest_fit(self.prefill_tokens, num_tokens)
+        return tokens, min(tokens, self.max_prefill_rows)
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """The choices of one engine.
+
+    `attention` is a key of `ops.ATTENTION`, "" for the device's own kernels. `cache_dtype` is the
+    dtype of keys and values, `weight_format` a key of `formats.FORMATS`.
+    """
+
+    layout: Layout
+    attention: str
+    cache_dtype: torch.dtype
+    weight_format: str
