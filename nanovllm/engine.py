@@ -20,8 +20,7 @@ from nanovllm.schedule.outputs import Completion, RequestOutput, TextStream
 from nanovllm.schedule.plan import Logprobs, StepPlan, StepResult
 from nanovllm.schedule.request import Content, Request
 from nanovllm.schedule.scheduler import Proposer, Scheduler
-from nanovllm.startup import load as startup
-from nanovllm.startup.compile_farm.processes import Server
+from nanovllm.startup.load import Loaded, load
 
 logger = logging.getLogger(__name__)
 
@@ -29,11 +28,13 @@ logger = logging.getLogger(__name__)
 class LLMEngine:
     """`add_request`, `step` until a request's last output, `abort`; from one thread. Two engines share nothing."""
 
-    def __init__(self, model: str, *, server: Server | None = None, **options: Any) -> None:
-        """Load a model and warm up. Options are the fields of `EngineConfig`; raises TypeError for others. A `server` was begun
-        for the same options."""
-        config = EngineConfig.from_options(model, options)
-        loaded = startup.load(config, server)
+    @classmethod
+    def from_options(cls, model: str, **options: Any) -> LLMEngine:
+        """Load a model and warm up. Options are the fields of `EngineConfig`; raises TypeError for others."""
+        return cls(load(EngineConfig.from_options(model, options)))
+
+    def __init__(self, loaded: Loaded) -> None:
+        config = loaded.config
         self.config, self.tokenizer, self.model_config = config, loaded.tokenizer, loaded.runner.cfg
         self.load_seconds, self.memory = loaded.seconds, loaded.memory
         self._runner, self._eos_ids = loaded.runner, loaded.eos_ids

@@ -21,6 +21,10 @@ class Environment:
     cache: Path
     cxx: str | None = None
 
+    def store_folder(self, given: str | os.PathLike[str] | None) -> Path:
+        """The folder for compiled code: `given` by an option, or NANOVLLM_CACHE."""
+        return Path(given).expanduser().absolute() if given else self.cache
+
 
 def read() -> Environment:
     """Read the environment. Raises ValueError for a value that is not allowed."""

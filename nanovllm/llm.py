@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import closing
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from nanovllm import log
 from nanovllm.config import EngineConfig
 from nanovllm.platforms import preload
 from nanovllm.sampling import SamplingParams
-from nanovllm.startup.compile_farm import processes
+from nanovllm.startup.compile_farm.farm import CompileFarm
 
 if TYPE_CHECKING:
     from nanovllm.engine import LLMEngine
@@ -29,17 +29,14 @@ class LLM:
     def __init__(self, model: str, **options: Any) -> None:
         log.configure()
         config = EngineConfig.from_options(model, options)
-        server = processes.begin(config)
-        wait = preload.begin(config.device)
-        with ExitStack() as stack:
-            if server is not None:
-                stack.callback(server.end)
-            # here, since it imports torch: the others begin beside that
+        with closing(CompileFarm.start(config)) as farm:
+            wait = preload.begin(config.device)
+            # imported here: it imports torch, and the farm and the device get ready meanwhile
             from nanovllm.engine import LLMEngine
+            from nanovllm.startup.load import load
 
             wait()
-            stack.pop_all()  # from here on the engine ends it
-        self.engine: LLMEngine = LLMEngine(model, server=server, **options)
+            self.engine: LLMEngine = LLMEngine(load(config, farm))
 
     def close(self) -> None:
         """Give back all memory now. `del llm` does the same; using a closed model is an error."""

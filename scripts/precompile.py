@@ -18,8 +18,8 @@ from typing import Any
 from tqdm import tqdm
 
 from nanovllm import EngineConfig, log
-from nanovllm.startup.compile_farm import builder as precompile
-from nanovllm.startup.compile_farm.workers import Outcome
+from nanovllm.startup.compile_farm.tasks import Outcome
+from nanovllm.startup.precompile import fill
 
 # Options of `LLM` that shape programs, beside --bs.
 SHAPING = (
@@ -79,7 +79,7 @@ def main() -> int:
             config = EngineConfig(
                 args.model, graph_batch_sizes=args.bs, compile_cache=args.out, **options
             )
-            outcomes = precompile.fill(config, args.jobs, progress)
+            outcomes = fill(config, args.jobs, progress)
         except (ValueError, OSError, RuntimeError) as error:
             bar.close()
             print(f"{parser.prog}: {error}", file=sys.stderr)

@@ -63,11 +63,16 @@ def choose(name: str, platform: Platform, facts: Facts) -> str:
     return name
 
 
-def default_block_size(backend: str, platform: Platform) -> int:
-    """Tokens per cache block if the user does not set them."""
+def default_block_size(
+    backend: str, platform: Platform, cache_dtype: torch.dtype | None = None
+) -> int:
+    """Tokens per cache block if the user does not set them.
+
+    Blocks of an fp8 cache have twice as many: decode attention reads tiles of the same bytes.
+    """
     if backend == "flash_attn" and isinstance(flash := platform.flash_attn(), Flash):
         return max(platform.traits.block_size, flash_attention.PAGE_TOKENS[flash.generation])
-    return platform.traits.block_size
+    return platform.traits.block_size * (2 if cache_dtype is torch.float8_e4m3fn else 1)
 
 
 def recordable(backend: str, platform: Platform) -> tuple[bool, bool]:

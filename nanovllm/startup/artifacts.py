@@ -1,4 +1,4 @@
-"""Where an engine keeps what it compiles, and what the keys of its programs have in common."""
+"""The folder for compiled code, ingredients that all keys share, and the note of a full store."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,22 +23,23 @@ from nanovllm.models.interface import Model
 from nanovllm.platforms.base import Platform
 from nanovllm.runner import state, steps
 from nanovllm.runner.spec import EngineSpec
-from nanovllm.startup.compile_farm import processes
+
+if TYPE_CHECKING:
+    from nanovllm.startup.choose import Choice
 
 logger = logging.getLogger(__name__)
 
-READY = "ready"  # the kind of the note that every bucket of a model and layout is there
+READY = "ready"  # the kind of the note that a store has every bucket of a model and layout
 
 
-def open_store(
-    config: EngineConfig, environment: env.Environment, *, must_keep: bool = False
-) -> Store:
-    """The store of `config`, and Triton's and Inductor's folders in it. Where none can be made a temporary one serves,
-    unless it `must_keep` what it gets: then OSError is raised.
+def open_store(config: EngineConfig, *, must_keep: bool = False) -> Store:
+    """The store of `config`, with Triton's and Inductor's folders in it.
 
-    Raises ValueError for a folder that others own or may write to, and in "require" mode for one that is not there.
+    If it cannot be made, a temporary store serves, or with `must_keep` OSError is raised. Raises
+    ValueError for a folder that others own or may write to, and in "require" mode for one that is
+    no store.
     """
-    folder = processes.store_folder(config, environment)
+    folder = env.read().store_folder(config.compile_cache)
     if config.compile_cache_mode == "require" and not (folder / "entries").is_dir():
         raise ValueError(
             f"compile_cache_mode is 'require', but {folder} is no store of compiled programs"
@@ -46,9 +48,9 @@ def open_store(
 
 
 def use_private_cache(folder: Path, *, must_keep: bool = False) -> Store:
-    """Compiled code goes into a folder that only its owner can write: others could make us run theirs.
+    """A store in a folder that only its owner can write, since its code is executed.
 
-    Raises ValueError for a folder that others own or may write to. Where none can be made, a temporary one serves.
+    Errors are those of `open_store`.
     """
     try:
         store = Store(folder)
@@ -60,7 +62,7 @@ def use_private_cache(folder: Path, *, must_keep: bool = False) -> Store:
             error,
         )
         store = Store(Path(tempfile.mkdtemp(prefix="nanovllm-")))
-    # importing Dynamo anywhere writes torch's own choice, a folder in /tmp, into the environment
+    # Dynamo, when imported, writes torch's default, a folder in /tmp, into the environment
     torch_choice = sys.modules.get("torch._inductor.runtime.cache_dir_utils")
     env.set_default(
         "TORCHINDUCTOR_CACHE_DIR",
@@ -68,15 +70,14 @@ def use_private_cache(folder: Path, *, must_keep: bool = False) -> Store:
         also_over=torch_choice.default_cache_dir() if torch_choice else None,
     )
     env.set_default("TRITON_CACHE_DIR", str(store.folder / "triton"))
-    env.set_default(
-        "TRITON_STORE_BINARY_ONLY", "1"
-    )  # every start reads all files of a kernel, so four and not eight
+    # four files for a kernel, not eight: every start reads all of them
+    env.set_default("TRITON_STORE_BINARY_ONLY", "1")
     drop_damaged_kernels(store.folder)
     return store
 
 
 def common_ingredients(platform: Platform, passes: Sequence[str], model: Model) -> dict[str, str]:
-    """What can change any program of a model on this platform: sources, versions, device and passes.
+    """All that can change a program of a model on this platform: sources, versions, device, passes.
 
     The sources of a model are the modules of its regions, what models have in common, and formats.
     """
@@ -108,40 +109,39 @@ def _ready_key(platform: Platform, config: EngineConfig, model: Model, spec: Eng
     return Key({**common, "model": described, "spec": str(spec)})
 
 
-def mark_ready(
-    store: Store, platform: Platform, config: EngineConfig, model: Model, spec: EngineSpec
-) -> None:
-    """Note that all buckets' programs and kernels are there, after their kernels have got their digests."""
-    seal_kernels(store.folder)
-    content = str(num_kernels(store.folder)).encode()
-    store.save(_ready_key(platform, config, model, spec), Artifact(READY, READY, content, None, {}))
+def mark_ready(choice: Choice) -> None:
+    """Give kernels their digests, then note that the store has everything for all buckets."""
+    folder = choice.store.folder
+    seal_kernels(folder)
+    content = str(num_kernels(folder)).encode()
+    choice.store.save(_key_of(choice), Artifact(READY, READY, content, None, {}))
 
 
-def is_ready(
-    store: Store, platform: Platform, config: EngineConfig, model: Model, spec: EngineSpec
-) -> bool:
-    """Whether an earlier start has left everything, and as many kernels as then are still there."""
-    found = store.find(_ready_key(platform, config, model, spec))
-    return found is not None and num_kernels(store.folder) >= int(found.content)
+def is_ready(choice: Choice) -> bool:
+    """Whether an earlier start has left that note, and no kernel has been deleted since."""
+    found = choice.store.find(_key_of(choice))
+    return found is not None and num_kernels(choice.store.folder) >= int(found.content)
 
 
-def finish(
-    store: Store,
-    platform: Platform,
-    config: EngineConfig,
-    model: Model,
-    spec: EngineSpec,
-    made: Sequence[str],
-) -> None:
-    """Warm-up is over: the kernels that it `made` get their digests; in "require" mode there must be none."""
-    if config.compile_cache_mode == "require":
+def finish(choice: Choice, made: Sequence[str]) -> None:
+    """Give the kernels that warm-up has `made` their digests, and mark the store as ready.
+
+    `choice` has max_model_len as the options have it, not as the cache's size lowered it: the next
+    start looks for that. Raises CompileRequired if a kernel was made in "require" mode.
+    """
+    folder = choice.store.folder
+    if choice.config.compile_cache_mode == "require":
         if made:
             raise CompileRequired(
-                f"compile_cache_mode is 'require', but {len(made)} kernel(s) were not in {store.folder} and were "
-                f"compiled: {', '.join(sorted(set(made)))}"
+                f"compile_cache_mode is 'require', but {len(made)} kernel(s) were not in {folder} "
+                f"and were compiled: {', '.join(sorted(set(made)))}"
             )
         return
     if made:
-        seal_kernels(store.folder)
-    if spec.layout.pad and not is_ready(store, platform, config, model, spec):
-        mark_ready(store, platform, config, model, spec)
+        seal_kernels(folder)
+    if choice.spec.layout.pad and not is_ready(choice):
+        mark_ready(choice)
+
+
+def _key_of(choice: Choice) -> Key:
+    return _ready_key(choice.platform, choice.config, choice.model, choice.spec)

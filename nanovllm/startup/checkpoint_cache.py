@@ -1,8 +1,7 @@
-"""What transformers makes of a checkpoint's small files, kept in the store: importing it takes seconds at every start.
+"""Keeps configs and tokenizers in the store, so that later starts need not import transformers.
 
-A config is kept as its own attributes, a tokenizer as the description of the library underneath (`tokenizers`), with all
-that transformers has added to it. Both are kept only where that loses nothing, and by the digests of the files they came
-from and the versions of the libraries that read them.
+A config is kept as its attributes, a tokenizer as the description of its `tokenizers` object, each
+only if that loses nothing. Their keys are digests of the files and versions of the libraries.
 """
 
 from __future__ import annotations
@@ -28,12 +27,12 @@ from nanovllm.tokenizer import TOKENIZER_FILES, load_tokenizer
 logger = logging.getLogger(__name__)
 
 CONFIG, TOKENIZER = "config", "tokenizer"
-FORMAT = 1  # of what is kept here; count up when that changes
-# Text on which a kept tokenizer has to agree with transformers' own before it is kept.
+FORMAT = 1  # in every key: count up when the content changes
+# A tokenizer is kept only if it treats these texts as transformers does.
 PROBES = (
-    "", " ", "Hello, world!", "  two  spaces\n\n\tand a tab ", "it's don't I'll", "naïve café — 12,345.67 €",
-    "日本語 текст עברית",
-    "🙂👩‍👩‍👧", "<s>[INST] x [/INST]</s>", "<|im_start|>user\nhi<|im_end|>\n", "def f(x):\n    return x**2  # comment\n",
+    "", " ", "Hello, world!", "  two  spaces\n\n\tand a tab ", "it's don't I'll",
+    "naïve café — 12,345.67 €", "日本語 текст עברית", "🙂👩‍👩‍👧", "<s>[INST] x [/INST]</s>",
+    "<|im_start|>user\nhi<|im_end|>\n", "def f(x):\n    return x**2  # comment\n",
 )  # fmt: skip
 
 
@@ -41,11 +40,11 @@ class StoredConfig(SimpleNamespace):
     """The attributes of a transformers config, rope parameters in their standard form."""
 
     def standardize_rope_params(self) -> None:
-        """They are, or the config would not have been kept."""
+        """Does nothing: stored parameters have the standard form."""
 
 
 def read_config(folder: Path, store: Store | None) -> Any:
-    """transformers' config of a checkpoint, or what the store keeps of it."""
+    """transformers' config of a checkpoint, or the store's copy of it."""
     key = _key(CONFIG, [folder / "config.json"], "transformers")
     if store is not None and (found := store.find(key)):
         attributes = json.loads(found.content)
@@ -62,8 +61,10 @@ def read_config(folder: Path, store: Store | None) -> Any:
 
 @contextlib.contextmanager
 def _without_docstrings() -> Iterator[None]:
-    """transformers writes a config's class its docstring, for which up to 5.20 it imports all that generates text, and what
-    that imports: scipy, pandas and Dynamo, 2.3 s where they are installed."""
+    """Keep transformers from writing docstrings of config classes.
+
+    Up to 5.20 it imports its generation code for them, with scipy, pandas and Dynamo: 2.3 s.
+    """
     module = sys.modules.get("transformers.utils.auto_docstring")
     write = getattr(module, "auto_class_docstring", None)
     if module is None or write is None:
@@ -77,7 +78,7 @@ def _without_docstrings() -> Iterator[None]:
 
 
 def _written(hf: Any) -> bytes | None:
-    """The config's attributes as JSON; None where more than attributes is needed, as for rope types with code of their own."""
+    """The config's attributes as JSON; None for rope types, whose parameters need code."""
     hf.standardize_rope_params()
     if hf.rope_parameters.get("rope_type", "default") != "default":
         return None
@@ -88,7 +89,7 @@ def _written(hf: Any) -> bytes | None:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether JSON gives the value back as it was; that of a key that is a number would be text."""
+    """Whether JSON returns the value unchanged. It does not for keys that are numbers."""
     try:
         return bool(json.loads(json.dumps(value)) == value)
     except (TypeError, ValueError):
@@ -96,7 +97,7 @@ def _is_plain(value: Any) -> bool:
 
 
 class StoredTokenizer:
-    """The library underneath a transformers tokenizer; for all but encoding and decoding, that one is loaded."""
+    """Encodes and decodes with `tokenizers`; loads transformers' tokenizer for everything else."""
 
     def __init__(self, description: str, load_full: Callable[[], Any]) -> None:
         from tokenizers import Tokenizer
@@ -105,7 +106,7 @@ class StoredTokenizer:
         self._load_full = functools.cache(load_full)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, with the special tokens that the model puts around one."""
+        """Token ids of a text, with the special tokens that the model puts around it."""
         return list(self._backend.encode(text).ids)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
@@ -116,7 +117,7 @@ class StoredTokenizer:
 
 
 def read_tokenizer(folder: Path, store: Store) -> Any | None:
-    """The checkpoint's tokenizer, or None where it has none."""
+    """The checkpoint's tokenizer, or None if it has none."""
     files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
     key = _key(TOKENIZER, [*files, folder / "config.json"], "transformers", "tokenizers")
     if found := store.find(key):
@@ -128,7 +129,7 @@ def read_tokenizer(folder: Path, store: Store) -> Any | None:
 
 
 def _description(tokenizer: Any) -> str | None:
-    """The library underneath, described; None where it alone would not give the same ids and text."""
+    """The `tokenizers` object as JSON; None if it gives other ids or text than transformers."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or getattr(tokenizer, "clean_up_tokenization_spaces", False):
         return None

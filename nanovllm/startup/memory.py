@@ -1,4 +1,4 @@
-"""Where the device's memory went, for the log and for benchmarks."""
+"""How the device's memory is used, for the log and for benchmarks."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ GIB = 1 << 30
 class MemoryReport:
     """Bytes after warm-up.
 
-    graphs_bytes: what recording the decode steps took; 0 where nothing is recorded or the device does not count.
-    budget: what the cache was sized by; None where its size was given.
-    limited: whether the cache holds all that its requests can use, and more was to be had.
+    graphs_bytes: taken by captured steps; 0 if none are captured or the device does not count.
+    budget: the measurement that the cache's size follows from; None if the size was given.
+    limited: True if the cache holds all that its requests can use and memory is left over.
     """
 
     weights_bytes: int
@@ -27,39 +27,34 @@ class MemoryReport:
 
     @property
     def cache_share(self) -> float | None:
-        """The cache's share of what `gpu_memory_utilization` leaves beside weights and other users of the device."""
+        """The cache's share of the allowance: `gpu_memory_utilization` less weights and others."""
         return self.cache_bytes / self.budget.allowance_bytes if self.budget else None
 
     def __str__(self) -> str:
-        if self.budget is None:
-            share = "as asked for"
-        else:
-            limited = (
-                ", all that max_num_seqs requests of max_model_len can use" if self.limited else ""
-            )
-            share = f"{self.cache_share:.1%} of the allowance{limited}; scratch {_gib(self.budget.scratch_bytes)}"
+        share = "as asked for"
+        if self.budget is not None:
+            share = f"{self.cache_share:.1%} of the allowance"
+            if self.limited:
+                share += ", all that max_num_seqs requests of max_model_len can use"
+            share += f"; scratch {_gib(self.budget.scratch_bytes)}"
         return (
-            f"weights {_gib(self.weights_bytes)}, KV cache {_gib(self.cache_bytes)} for {self.cache_tokens} tokens "
-            f"({share}), graphs {_gib(self.graphs_bytes)}"
+            f"weights {_gib(self.weights_bytes)}, KV cache {_gib(self.cache_bytes)} for "
+            f"{self.cache_tokens} tokens ({share}), graphs {_gib(self.graphs_bytes)}"
         )
 
     def as_dict(self) -> dict[str, float | int | bool | None]:
         """For a line of JSON; sizes in GiB."""
+        budget, share = self.budget, self.cache_share
+        room = budget.cache_bytes / budget.allowance_bytes if budget else None
         return {
             "weights_gib": round(self.weights_bytes / GIB, 3),
             "kv_cache_gib": round(self.cache_bytes / GIB, 3),
             "kv_cache_tokens": self.cache_tokens,
-            "kv_allowance_gib": round(self.budget.allowance_bytes / GIB, 3)
-            if self.budget
-            else None,
-            "kv_share_of_allowance": round(self.cache_share, 4)
-            if self.cache_share is not None
-            else None,
-            "kv_room_share": round(self.budget.cache_bytes / self.budget.allowance_bytes, 4)
-            if self.budget
-            else None,
+            "kv_allowance_gib": round(budget.allowance_bytes / GIB, 3) if budget else None,
+            "kv_share_of_allowance": round(share, 4) if share is not None else None,
+            "kv_room_share": round(room, 4) if room is not None else None,
             "kv_limited_by_requests": self.limited,
-            "scratch_gib": round(self.budget.scratch_bytes / GIB, 3) if self.budget else None,
+            "scratch_gib": round(budget.scratch_bytes / GIB, 3) if budget else None,
             "graphs_gib": round(self.graphs_bytes / GIB, 3),
         }
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from nanovllm import hub, log, platforms
+from nanovllm import log, platforms
 from nanovllm.compile import buckets
 from nanovllm.compile.lower.calls import CallList
 from nanovllm.compile.program import Program
@@ -29,8 +29,8 @@ from nanovllm.config import EngineConfig
 from nanovllm.models.config import ModelConfig
 from nanovllm.runner.runner import Runner
 from nanovllm.runner.state import Span
-from nanovllm.startup import load as startup
-from nanovllm.startup.compile_farm import builder as precompile
+from nanovllm.startup.choose import choose_without_weights
+from nanovllm.startup.compile_farm.builder import small_runner
 from nanovllm.tools import report_data as report
 from nanovllm.tools import report_page
 from nanovllm.tools.report_data import Call, Padding, Region, Report
@@ -53,7 +53,8 @@ def draw(
     def watch(name: str, stage: str, graph: GraphModule) -> None:
         regions.setdefault(name, Region(name)).stages.append(report.stage_of(stage, graph))
 
-    runner = precompile.small_runner(config, {"watch": watch})
+    choice = choose_without_weights(config)
+    runner = small_runner(choice, {"watch": watch})
     layout = runner.layout
     ladder = layout.decode_rows if kind == "decode" else layout.prefill_tokens
     if size not in ladder:
@@ -82,8 +83,7 @@ def draw(
             regions[name].calls = _measured(runner, program, inputs, seconds)
             is_list = isinstance(program.run, CallList)
             regions[name].lowering = "calls" if is_list else "Inductor"
-    folder = hub.resolve(config.model, weights=False)
-    model, _ = startup.read_model(folder, config, runner.platform, None)
+    model = choice.model
     programs = Counter(model.layer_programs(keeps_last=kind == "prefill"))
     for (region, layer_kind), count in programs.items():
         for name in recorded:

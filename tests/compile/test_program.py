@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from nanovllm import env, hub, platforms
 from nanovllm.compile.lower import eager, inductor
 from nanovllm.compile.passes.replace_ops import replace_ops
 from nanovllm.compile.program import CompiledAfterWarmUp, Compiler, Program
 from nanovllm.config import EngineConfig
 from nanovllm.kernels import ops
-from nanovllm.startup import load as startup
+from nanovllm.models.interface import VARYING
+from nanovllm.startup.build import make_compiler
+from nanovllm.startup.choose import choose_without_weights
 
 ROOT = Path(__file__).parents[2]
 
@@ -157,9 +158,8 @@ def test_the_environment_names_the_folder_of_dumps(
     folder = tmp_path / "graphs"
     monkeypatch.setenv("NANOVLLM_DUMP_GRAPHS", str(folder))
     config = EngineConfig(model="tiny-qwen3", device="cpu")
-    platform = platforms.select("cpu")
-    model, _ = startup.read_model(hub.resolve(config.model), config, platform, None)
-    made = startup.make_compiler(config, platform, env.read(), model)
+    choice = choose_without_weights(config)
+    made = replace(make_compiler(choice), store=None)
     replace(made, lowering=eager.lower).program(
         "silu", (2,), ops.silu_mul, {"gate_up_TG": torch.ones(2, 6)}
     )
@@ -169,7 +169,7 @@ def test_the_environment_names_the_folder_of_dumps(
         *(f"silu_2.{i}_{name}.py" for i, (name, _) in enumerate(made.passes, 1)),
     ]
     monkeypatch.delenv("NANOVLLM_DUMP_GRAPHS")
-    assert startup.make_compiler(config, platform, env.read(), model).dump_dir is None
+    assert make_compiler(choice).dump_dir is None
 
 
 # Inductor ----------------------------------------------------------------------------------------------------------
@@ -198,7 +198,7 @@ def cache_inputs(num_blocks: int, num_positions: int) -> dict[str, Any]:
 
 def test_one_program_serves_any_number_of_blocks_and_positions() -> None:
     compiler = Compiler(
-        inductor.lower, passes=(("replace_ops", replace_ops),), varying=startup.VARYING, strict=True
+        inductor.lower, passes=(("replace_ops", replace_ops),), varying=VARYING, strict=True
     )
     program = compiler.program("store", (3,), store_and_read, cache_inputs(2, 4))
     compiler.seal()

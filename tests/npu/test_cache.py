@@ -19,8 +19,8 @@ from nanovllm import LLM, EngineConfig
 from nanovllm.compile.lower import torchair
 from nanovllm.compile.program import CompileRequired
 from nanovllm.compile.trace import trace
-from nanovllm.startup.compile_farm import builder as precompile
-from nanovllm.startup.compile_farm.workers import buckets_of
+from nanovllm.startup.choose import buckets_of, choose_without_weights
+from nanovllm.startup.compile_farm.builder import small_runner
 from tests.npu.conftest import SIZES
 from tests.npu.ge import Ge
 
@@ -77,7 +77,7 @@ def test_a_second_process_lowers_nothing(tmp_path: Path) -> None:
 
 def test_what_precompile_leaves_is_all_that_a_start_needs(tmp_path: Path, ge: Ge) -> None:
     options: dict[str, Any] = {"device": "npu", "compile_cache": tmp_path, **SMALL}
-    runner = precompile.small_runner(EngineConfig("tiny-qwen3", **options))
+    runner = small_runner(choose_without_weights(EngineConfig("tiny-qwen3", **options)))
     for kind, size in buckets_of(runner.layout):
         runner.run_bucket(kind, size)
     runner.close()

@@ -18,7 +18,7 @@ from nanovllm.platforms.cpu import CpuPlatform
 from nanovllm.platforms.cuda import CudaPlatform
 from nanovllm.platforms.mps import MpsPlatform
 from nanovllm.platforms.npu import NpuPlatform
-from nanovllm.startup import load as startup
+from nanovllm.startup.choose import choose_dtype
 from tests.kernels import fake_flash_attn
 
 CLASSES = {"cpu": CpuPlatform, "cuda": CudaPlatform, "mps": MpsPlatform, "npu": NpuPlatform}
@@ -160,8 +160,10 @@ def test_blocks_and_capture_follow_the_backend(
     assert (
         attention.default_block_size("sdpa", platform)
         == attention.default_block_size("", platform)
+        == attention.default_block_size("", platform, torch.bfloat16)
         == 64
     )
+    assert attention.default_block_size("", platform, torch.float8_e4m3fn) == 128
     assert attention.recordable("flash_attn", platform) == (static, static)
     assert attention.recordable("sdpa", platform) == (True, False)
     assert attention.recordable("", platform) == (True, True)
@@ -179,23 +181,18 @@ def test_turing_refuses_bfloat16_and_names_float16(turing: CudaPlatform) -> None
     with pytest.raises(
         ValueError, match=r"bfloat16 is not supported on this cuda device: .*dtype='float16'"
     ):
-        startup.choose_dtype("bfloat16", hf, turing)
-    assert startup.choose_dtype("float16", hf, turing) is torch.float16
+        choose_dtype("bfloat16", hf, turing)
+    assert choose_dtype("float16", hf, turing) is torch.float16
 
 
 def test_turing_runs_a_bfloat16_checkpoint_in_float16_and_says_so(
     turing: CudaPlatform, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, logger="nanovllm"):
-        assert (
-            startup.choose_dtype("auto", SimpleNamespace(dtype=torch.bfloat16), turing)
-            is torch.float16
-        )
+        assert choose_dtype("auto", SimpleNamespace(dtype=torch.bfloat16), turing) is torch.float16
     assert "no bfloat16: the checkpoint's weights are converted to float16" in caplog.text
     caplog.clear()
-    assert (
-        startup.choose_dtype("auto", SimpleNamespace(dtype=torch.float32), turing) is torch.float32
-    )
+    assert choose_dtype("auto", SimpleNamespace(dtype=torch.float32), turing) is torch.float32
     assert not caplog.text
 
 

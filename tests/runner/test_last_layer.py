@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from nanovllm import LLM, EngineConfig, SamplingParams
-from nanovllm.startup.compile_farm import builder as precompile
-from nanovllm.startup.compile_farm.workers import buckets_of
+from nanovllm.startup.choose import buckets_of, choose_without_weights
+from nanovllm.startup.compile_farm.builder import small_runner
 from tests.conftest import save_tiny
 from tests.engines import random_prompts
 
@@ -89,7 +89,7 @@ def test_the_small_model_leaves_every_program_of_the_whole_one(
     model: tuple[Path, bool], tmp_path: Path
 ) -> None:
     options = {**OPTIONS, "device": "cpu", "compile_cache": tmp_path / "store"}
-    small = precompile.small_runner(EngineConfig(str(model[0]), **options))
+    small = small_runner(choose_without_weights(EngineConfig(str(model[0]), **options)))
     for kind, size in buckets_of(small.layout):
         small.run_bucket(kind, size)
     llm = LLM(str(model[0]), **options, compile_cache_mode="require")

@@ -24,8 +24,8 @@ from nanovllm.kernels.triton import rehearsal as triton_rehearsal
 from nanovllm.kernels.triton import step as triton_step
 from nanovllm.models import loader as weights
 from nanovllm.platforms.cuda import TRAITS, CudaPlatform
-from nanovllm.startup import load as startup
-from nanovllm.startup.compile_farm import builder as precompile
+from nanovllm.startup import choose
+from nanovllm.startup.compile_farm.builder import Builder
 from tests.conftest import save_tiny
 from tests.kernels.builds import TARGETS, AbsentDevice, Target
 
@@ -77,7 +77,7 @@ def make_up_device() -> None:
     driver.set_active(Driver(target))  # type: ignore[arg-type]
     torch.cuda.get_device_properties = lambda device=None: properties  # type: ignore[assignment]
     torch.cuda.get_device_capability = lambda device=None: (9, 0)  # type: ignore[assignment]
-    startup.select_platform = lambda config: Platform()
+    choose.select_platform = lambda config: Platform()
 
     def empty(
         model: Any, device: torch.device, seed: int, progress: Any, weight_format: str
@@ -117,12 +117,12 @@ def main(folder: Path) -> dict[str, Any]:
         str(model), dtype="bfloat16", max_model_len=512, max_num_batched_tokens=256, max_num_seqs=48,
         graph_batch_sizes=[1, 3, 4, 48], compile_cache=folder / "store",
     )  # fmt: skip
-    builder = precompile.Builder(config, Platform())
+    builder = Builder(config, Platform())
     answers = [builder.do("rehearse", bucket) for bucket in BUCKETS]
     lengths = {name: length for answer in answers for name, length in answer["kernels"].items()}
     requests = sorted(lengths)
     compiled_before = len(triton_build.compiled())
-    other = precompile.Builder(config, Platform())  # as in another process: it has seen no launch
+    other = Builder(config, Platform())  # as in another process: it has seen no launch
     for one in requests:
         other.do("compile", one)
     compiled = len(triton_build.compiled())

@@ -18,13 +18,13 @@ from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Conf
 from nanovllm.compile.store import Store
 from nanovllm.models import registry
 from nanovllm.startup import checkpoint_cache as readings
-from nanovllm.startup import load as startup
 from nanovllm.startup.checkpoint_cache import (
     StoredConfig,
     StoredTokenizer,
     read_config,
     read_tokenizer,
 )
+from nanovllm.startup.choose import eos_token_ids
 
 EMBEDDED = Path(readings.__file__).parents[1] / "assets" / "tiny-qwen3"
 CONFIGS: list[PretrainedConfig] = [
@@ -93,7 +93,7 @@ def test_a_kept_config_gives_the_same_model(
         ]
         assert read[0] == read[1]
     assert first.dtype == again.dtype and first.dtype in (None, torch.bfloat16, torch.float16)
-    assert startup.eos_token_ids(folder, first) == startup.eos_token_ids(folder, again)
+    assert eos_token_ids(folder, first) == eos_token_ids(folder, again)
 
 
 def test_reading_a_config_writes_no_docstrings(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_reading_a_config_writes_no_docstrings(tmp_path: Path) -> None:
         import sys
         from pathlib import Path
         from transformers import AutoConfig
-        from nanovllm.engine import readings
+        from nanovllm.startup import checkpoint_cache as readings
         module = sys.modules["transformers.utils.auto_docstring"]
         module.auto_class_docstring = write = lambda cls, **_: sys.exit("a docstring")
         assert readings.read_config(Path(sys.argv[1]), None).vocab_size > 0

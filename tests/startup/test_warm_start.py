@@ -21,7 +21,9 @@ import torch
 from nanovllm import LLM, EngineConfig
 from nanovllm.compile.program import CompileRequired
 from nanovllm.platforms.cpu import CpuPlatform
-from nanovllm.startup.compile_farm import processes, workers
+from nanovllm.startup.compile_farm import farm as compile_farm
+from nanovllm.startup.compile_farm.farm import CompileFarm, WorkerFailed
+from nanovllm.startup.compile_farm.tasks import Outcome
 from tests.conftest import save_tiny
 
 ROOT = Path(__file__).parents[2]
@@ -87,11 +89,7 @@ def filled(
     """A store as a cold start leaves it, and what that start said."""
     folder = tmp_path_factory.mktemp("warm") / "store"
     cold, _ = start(tiny_qwen3, folder)
-    assert (
-        cold["compiled"] > 0
-        and cold["loaded"] == 0
-        and cold["kernels"] == ["cpu_kernels", "cpu_step"]
-    )
+    assert cold["compiled"] > 0 and cold["loaded"] == 0 and cold["kernels"] == ["kernels", "step"]
     return folder, cold
 
 
@@ -269,10 +267,11 @@ def test_a_worker_that_fails_is_reported_with_what_it_said(
     tmp_path: Path, tiny_qwen3: Path
 ) -> None:
     config = EngineConfig(str(tiny_qwen3), **OPTIONS, compile_cache=tmp_path / "gone")
-    helpers = workers.Workers(config, [("decode", -1)], 1)
-    with pytest.raises(workers.WorkerFailed, match="Error"):
-        helpers.wait(lambda outcome: None)
-    helpers.close()
+    farm = CompileFarm(config)
+    farm.build([("decode", -1)], 1)
+    with pytest.raises(WorkerFailed, match="Error"):
+        farm.wait(lambda outcome: None)
+    farm.close()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux only")
@@ -280,26 +279,30 @@ def test_a_worker_that_is_killed_is_missed_but_not_waited_for(
     store: Path, tiny_qwen3: Path
 ) -> None:
     config = EngineConfig(str(tiny_qwen3), **OPTIONS, compile_cache=store)
-    forked = processes.start(config, 3)
+    farm = CompileFarm(config)
+    farm.start_workers(3)
+    forked = farm._workers
+    assert len(forked) == 3
     parent = forked[0].parent
     assert {process.parent for process in forked} == {parent}
     children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
     while len(forks := children.read_text().split()) < 3:
         assert parent.poll() is None
         time.sleep(0.05)
-    forked[1].next()  # it is ready, and dies with its answer read: it can be given no bucket
+    forked[1].next_answer()  # it is ready, and dies with its answer read: it can be given no bucket
     os.kill(int(forks[1]), signal.SIGKILL)
-    helpers = workers.Workers(config, [("decode", 4), ("prefill", 64)], 2, forked)
-    outcomes: list[workers.Outcome] = []
-    with pytest.raises(workers.WorkerFailed, match="without a word"):
-        helpers.wait(outcomes.append)
+    farm.build([("decode", 4), ("prefill", 64)], 2)
+    outcomes: list[Outcome] = []
+    with pytest.raises(WorkerFailed, match="without a word"):
+        farm.wait(outcomes.append)
     assert {outcome.bucket for outcome in outcomes} == {("decode", 4), ("prefill", 64)}, (
         "the other one did both"
     )
     assert parent.returncode == 0, "the third was not needed, and all have ended"
-    idle = processes.start(config, 2)
-    processes.end(idle)
-    assert idle[0].parent.returncode == -signal.SIGKILL
+    idle = CompileFarm(config)
+    idle.start_workers(2)
+    idle.close()
+    assert idle._workers[0].parent.returncode == -signal.SIGKILL
 
 
 def test_the_log_says_what_workers_did_and_how_long_it_took(
@@ -309,10 +312,11 @@ def test_the_log_says_what_workers_did_and_how_long_it_took(
     for part in ("entries", "objects"):
         shutil.rmtree(store / part)
     config = EngineConfig(str(tiny_qwen3), **OPTIONS, compile_cache=store)
-    with caplog.at_level(logging.DEBUG, "nanovllm.startup.compile_farm.workers"):
-        helpers = workers.Workers(config, [("decode", 4), ("decode", 1)], 1)
-        outcomes = helpers.wait(lambda outcome: None)
-    helpers.close()
+    with caplog.at_level(logging.DEBUG, "nanovllm.startup.compile_farm.farm"):
+        farm = CompileFarm(config)
+        farm.build([("decode", 4), ("decode", 1)], 1)
+        outcomes = farm.wait(lambda outcome: None)
+    farm.close()
     assert [outcome.bucket for outcome in outcomes] == [("decode", 4), ("decode", 1)]
     assert all(0 < outcome.seconds < 300 for outcome in outcomes)
     text = caplog.text
@@ -346,7 +350,7 @@ def test_a_cold_start_with_workers_builds_nothing_itself(
         assert len(asked) == num_starts + 1
     assert asked[0] == (0, 0) and asked[1][0] > 1 << 30
     # the second start found everything, and started nobody
-    calls: list[Any] = []
-    monkeypatch.setattr(processes, "start", lambda config, count: calls.append(count) or [])
+    for name in ("ForkServer", "spawn"):
+        monkeypatch.setattr(compile_farm, name, lambda *_: pytest.fail("a process was started"))
     LLM(str(tiny_qwen3), **OPTIONS, compile_cache=folder)
-    assert calls == [0]
+    assert len(asked) == 4

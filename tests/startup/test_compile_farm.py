@@ -13,14 +13,15 @@ from typing import Any
 import pytest
 
 from nanovllm import EngineConfig
-from nanovllm.startup.compile_farm.processes import ANSWER, Process
-from nanovllm.startup.compile_farm.workers import Outcome, Task, Tasks, WorkerFailed, Workers
+from nanovllm.startup.compile_farm.farm import CompileFarm, WorkerFailed
+from nanovllm.startup.compile_farm.process import ANSWER, WorkerProcess
+from nanovllm.startup.compile_farm.tasks import Bucket, Outcome, Task, TaskQueue
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_tasks_are_taken_in_order_and_end_once_nothing_can_follow() -> None:
-    tasks = Tasks([Task((0, 1), "rehearse", "b"), Task((0, 0), "rehearse", "a")])
+    tasks = TaskQueue([Task((0, 1), "rehearse", "b"), Task((0, 0), "rehearse", "a")])
     first, second = tasks.take(), tasks.take()
     assert first and second and (first.what, second.what) == ("a", "b")
     late: list[Task | None] = []
@@ -57,16 +58,26 @@ for line in sys.stdin:
 """
 
 
-def stub() -> Process:
+def stub() -> WorkerProcess:
     pipe = subprocess.PIPE
     started: Any = subprocess.Popen(
         [sys.executable, "-c", STUB], stdin=pipe, stdout=pipe, stderr=pipe
     )
     ends = [started.stdin, started.stdout, started.stderr]
-    process = Process(started, *(os.dup(end.fileno()) for end in ends))
+    process = WorkerProcess(started, *(os.dup(end.fileno()) for end in ends))
     for end in ends:
         end.close()
     return process
+
+
+def farm_of(
+    workers: list[WorkerProcess], buckets: list[Bucket], count: int, *, rehearse: bool = False
+) -> CompileFarm:
+    """A farm at work, in which `workers` were started early."""
+    farm = CompileFarm(EngineConfig("tiny-qwen3"))
+    farm._workers += workers
+    farm.build(buckets, count, rehearse=rehearse)
+    return farm
 
 
 def asked(text: str) -> list[Any]:
@@ -78,10 +89,10 @@ def asked(text: str) -> list[Any]:
 def test_every_kernel_is_compiled_once_the_longest_first(caplog: pytest.LogCaptureFixture) -> None:
     processes = [stub()]
     buckets = [("decode", 4), ("decode", 1), ("prefill", 16)]
-    with caplog.at_level("DEBUG", "nanovllm.startup.compile_farm.workers"):
-        helpers = Workers(EngineConfig("tiny-qwen3"), buckets, 1, processes, rehearse=True)
-        outcomes = helpers.wait(lambda outcome: None)
-        helpers.close()
+    with caplog.at_level("DEBUG", "nanovllm.startup.compile_farm.farm"):
+        farm = farm_of(processes, buckets, 1, rehearse=True)
+        outcomes = farm.wait(lambda outcome: None)
+        farm.close()
     assert outcomes == [Outcome(bucket, 4, 0, 0, 0.2) for bucket in buckets]
     kernels = ["own of 16", "shared", "own of 4", "own of 1"]
     expected = [["rehearse", list(bucket)] for bucket in buckets] + [
@@ -93,11 +104,11 @@ def test_every_kernel_is_compiled_once_the_longest_first(caplog: pytest.LogCaptu
 def test_one_that_dies_costs_its_task_alone(caplog: pytest.LogCaptureFixture) -> None:
     processes = [stub() for _ in range(3)]
     buckets = [("decode", size) for size in (32, 16, 8, 4, 2, 1)]
-    with caplog.at_level("DEBUG", "nanovllm.startup.compile_farm.workers"):
-        helpers = Workers(EngineConfig("tiny-qwen3"), buckets, 3, processes, rehearse=True)
+    with caplog.at_level("DEBUG", "nanovllm.startup.compile_farm.farm"):
+        farm = farm_of(processes, buckets, 3, rehearse=True)
         with pytest.raises(WorkerFailed, match="no memory"):
-            helpers.wait(lambda outcome: None)
-        helpers.close()
+            farm.wait(lambda outcome: None)
+        farm.close()
     compiled = [what for verb, what in asked(caplog.text) if verb == "compile"]
     assert sorted(compiled) == sorted(
         ["shared", "deadly", *(f"own of {size}" for _, size in buckets)]
@@ -106,10 +117,10 @@ def test_one_that_dies_costs_its_task_alone(caplog: pytest.LogCaptureFixture) ->
 
 def test_what_cannot_be_rehearsed_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     buckets = [("decode", size) for size in (13, 13, 4)]
-    with caplog.at_level("WARNING", "nanovllm.startup.compile_farm.workers"):
-        helpers = Workers(EngineConfig("tiny-qwen3"), buckets, 2, [stub(), stub()], rehearse=True)
-        helpers.wait(lambda outcome: None)
-        helpers.close()
+    with caplog.at_level("WARNING", "nanovllm.startup.compile_farm.farm"):
+        farm = farm_of([stub(), stub()], buckets, 2, rehearse=True)
+        farm.wait(lambda outcome: None)
+        farm.close()
     (record,) = caplog.records
     assert (
         record.levelname == "WARNING"
@@ -124,30 +135,26 @@ def test_the_end_of_a_process_is_waited_for_where_it_used_the_device(
     rows: int, rehearse: bool, waits: bool
 ) -> None:
     process = stub()
-    helpers = Workers(
-        EngineConfig("tiny-qwen3"), [("decode", rows)], 1, [process], rehearse=rehearse
-    )
-    helpers.wait(lambda outcome: None)
+    farm = farm_of([process], [("decode", rows)], 1, rehearse=rehearse)
+    farm.wait(lambda outcome: None)
     assert (process.parent.returncode == 0) == waits
-    helpers.close()
+    farm.close()
     assert process.parent.returncode is not None
 
 
 def test_one_that_never_answers_is_given_up_and_what_it_did_is_named() -> None:
     processes = [stub(), stub()]
-    helpers = Workers(
-        EngineConfig("tiny-qwen3"), [("decode", 99), ("decode", 1)], 2, processes, rehearse=True
-    )
+    farm = farm_of(processes, [("decode", 99), ("decode", 1)], 2, rehearse=True)
     with pytest.raises(WorkerFailed, match=r"no answer; still at work: rehearse decode 99$"):
-        helpers.wait(lambda outcome: None, patience_s=2)
+        farm.wait(lambda outcome: None, patience_s=2)
     assert all(process.parent.returncode is not None for process in processes)
 
 
 def test_without_rehearsing_buckets_are_run(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level("DEBUG", "nanovllm.startup.compile_farm.workers"):
-        helpers = Workers(EngineConfig("tiny-qwen3"), [("decode", 4)], 1, [stub()])
-        helpers.wait(lambda outcome: None)
-        helpers.close()
+    with caplog.at_level("DEBUG", "nanovllm.startup.compile_farm.farm"):
+        farm = farm_of([stub()], [("decode", 4)], 1)
+        farm.wait(lambda outcome: None)
+        farm.close()
     assert asked(caplog.text)[0] == ["run", ["decode", 4]]
 
 

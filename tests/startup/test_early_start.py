@@ -17,7 +17,10 @@ from nanovllm import LLM, EngineConfig, env
 from nanovllm.platforms import preload
 from nanovllm.platforms.cpu import CpuPlatform
 from nanovllm.startup import load as startup
-from nanovllm.startup.compile_farm import processes
+from nanovllm.startup.compile_farm import farm as compile_farm
+from nanovllm.startup.compile_farm import fork_server, process
+from nanovllm.startup.compile_farm.farm import CompileFarm
+from nanovllm.startup.compile_farm.fork_server import ForkServer
 
 OPTIONS: dict[str, Any] = {"device": "cpu", "max_model_len": 64, "max_num_seqs": 4, "graph_batch_sizes": [4],
                            "num_kvcache_blocks": 20, "max_num_batched_tokens": 64}  # fmt: skip
@@ -127,7 +130,7 @@ def store(libraries: Path, tmp_path: Path) -> Path:
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many processes each server was begun for, without beginning any."""
     found: list[int] = []
-    monkeypatch.setattr(processes, "Server", lambda config, most: found.append(most))
+    monkeypatch.setattr(compile_farm, "ForkServer", lambda config, most: found.append(most))
     return found
 
 
@@ -138,28 +141,28 @@ def test_a_server_is_begun_for_a_gpu_and_an_empty_store_alone(
     found = asked(monkeypatch)
     store = tmp_path / "store"
     for options in ({"device": "cpu"}, {"enforce_eager": True}, {"compile_cache_mode": "require"}):
-        processes.begin(EngineConfig("tiny-qwen3", compile_cache=store, **options))  # type: ignore[arg-type]
+        CompileFarm.start(EngineConfig("tiny-qwen3", compile_cache=store, **options))  # type: ignore[arg-type]
     assert not found
-    processes.begin(EngineConfig("tiny-qwen3", compile_cache=store))
+    CompileFarm.start(EngineConfig("tiny-qwen3", compile_cache=store))
     (store / "entries").mkdir(parents=True)
-    processes.begin(EngineConfig("tiny-qwen3", compile_cache=store, device="cuda:1"))
+    CompileFarm.start(EngineConfig("tiny-qwen3", compile_cache=store, device="cuda:1"))
     assert found == [3, 3]
     (store / "entries" / "one").touch()
-    processes.begin(EngineConfig("tiny-qwen3", compile_cache=store))
+    CompileFarm.start(EngineConfig("tiny-qwen3", compile_cache=store))
     driver.unlink()
-    processes.begin(EngineConfig("tiny-qwen3", compile_cache=tmp_path / "other"))
+    CompileFarm.start(EngineConfig("tiny-qwen3", compile_cache=tmp_path / "other"))
     assert found == [3, 3]
 
 
 @on_linux
 def test_a_server_forks_as_many_as_are_wanted_and_ends_with_them(store: Path) -> None:
     config = EngineConfig("tiny-qwen3", **OPTIONS, compile_cache=store)
-    server = processes.Server(config, 3)
+    server = ForkServer(config, 3)
     forked = server.fork(2)
-    assert len(forked) == 2 and all("imports" in process.next() for process in forked)
+    assert len(forked) == 2 and all("imports" in worker.next_answer() for worker in forked)
     children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")
     assert len(children.read_text().split()) == 2
-    processes.end(forked, seconds=30)
+    process.end_all(forked, seconds=30)
     assert server.process.returncode == 0
     server.end()
 
@@ -167,7 +170,7 @@ def test_a_server_forks_as_many_as_are_wanted_and_ends_with_them(store: Path) ->
 @on_linux
 def test_a_server_that_is_asked_for_nothing_goes_away(tmp_path: Path) -> None:
     config = EngineConfig("tiny-qwen3", **OPTIONS, compile_cache=tmp_path / "store")
-    ended, abandoned = processes.Server(config, 2), processes.Server(config, 2)
+    ended, abandoned = ForkServer(config, 2), ForkServer(config, 2)
     ended.end()
     assert ended.process.returncode == -signal.SIGKILL
     assert abandoned.process.stdin is not None
@@ -180,15 +183,15 @@ def test_a_server_that_could_not_import_leaves_its_words(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = [sys.executable, "-c", "raise SystemExit('no such module')"]
-    monkeypatch.setattr(processes, "_command", lambda config: command)
-    server = processes.Server(EngineConfig("tiny-qwen3", **OPTIONS), 2)
+    monkeypatch.setattr(fork_server, "worker_command", lambda config: command)
+    server = ForkServer(EngineConfig("tiny-qwen3", **OPTIONS), 2)
     server.process.wait(60)
     forked = server.fork(2)
-    for process in forked:
+    for worker in forked:
         with pytest.raises(BrokenPipeError):
-            process.next()
+            worker.next_answer()
     assert forked[0].stderr.read() == "no such module\n"
-    processes.end(forked)
+    process.end_all(forked)
 
 
 @on_linux
@@ -197,30 +200,32 @@ def test_a_start_uses_its_server_or_ends_it(
     count: int, tiny_qwen3: Path, store: Path, driver: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU; with 0 torch finds none."""
-    begun: list[processes.Server] = []
+    begun: list[ForkServer] = []
     ended: list[int | None] = []
 
-    def begin(config: EngineConfig) -> processes.Server:
-        begun.append(processes.Server(config, 3))
+    def begin(config: EngineConfig, most: int) -> ForkServer:
+        begun.append(ForkServer(config, most))
         return begun[0]
 
-    read = startup.read_model
+    choose = startup.choose
 
-    def read_model(*args: Any) -> Any:
+    def choose_later(*args: Any) -> Any:
         ended.append(begun[0].process.poll())
-        return read(*args)
+        return choose(*args)
 
-    monkeypatch.setattr(processes, "begin", begin)
+    monkeypatch.setattr(compile_farm, "_is_likely_needed", lambda config: True)
+    monkeypatch.setattr(compile_farm, "ForkServer", begin)
     monkeypatch.setattr(
-        processes, "_spawn", lambda config: pytest.fail("another process was started")
+        compile_farm, "spawn", lambda config: pytest.fail("another process was started")
     )
-    monkeypatch.setattr(startup, "read_model", read_model)
+    monkeypatch.setattr(startup, "choose", choose_later)
     monkeypatch.setattr(CpuPlatform, "compile_workers", lambda *_: count)
     llm = LLM(str(tiny_qwen3), **OPTIONS, compile_cache=store)
     compiler = llm.engine.runner.compiler
     assert (compiler.num_compiled == 0) == (count > 0)
     assert ended == [None if count else -signal.SIGKILL], "one that is not wanted does not stay"
     assert begun[0].process.returncode == (0 if count else -signal.SIGKILL)
+    assert len(begun) == 1
 
 
 @on_linux
@@ -228,9 +233,10 @@ def test_an_import_that_fails_leaves_no_server(
     tmp_path: Path, driver: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As when Ctrl-C comes while torch is imported."""
-    server = processes.Server(EngineConfig("tiny-qwen3", **OPTIONS), 2)
-    ends = [end for three in server._ours for end in three]
-    monkeypatch.setattr(processes, "begin", lambda config: server)
+    server = ForkServer(EngineConfig("tiny-qwen3", **OPTIONS), 2)
+    ends = [end for three in server._unused for end in three]
+    monkeypatch.setattr(compile_farm, "_is_likely_needed", lambda config: True)
+    monkeypatch.setattr(compile_farm, "ForkServer", lambda config, most: server)
     monkeypatch.setitem(sys.modules, "nanovllm.engine", None)
     with pytest.raises(ImportError):
         LLM("tiny-qwen3", **OPTIONS, compile_cache=tmp_path / "store")
@@ -244,14 +250,13 @@ def test_an_import_that_fails_leaves_no_server(
 def test_a_start_that_fails_leaves_no_server(
     tmp_path: Path, driver: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun: list[processes.Server] = []
-    server = processes.Server
+    begun: list[ForkServer] = []
 
-    def new(config: EngineConfig, most: int) -> processes.Server:
-        begun.append(server(config, most))
+    def new(config: EngineConfig, most: int) -> ForkServer:
+        begun.append(ForkServer(config, most))
         return begun[0]
 
-    monkeypatch.setattr(processes, "Server", new)
+    monkeypatch.setattr(compile_farm, "ForkServer", new)
     with pytest.raises(ValueError, match="without a config"):
         LLM(str(tmp_path), **{**OPTIONS, "device": "auto"}, compile_cache=tmp_path / "store")
     assert begun[0].process.returncode is not None

@@ -1,0 +1,137 @@
+"""Builds a warm runner from weights: compiler, cache, the programs of every bucket, stall bound."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from nanovllm import env
+from nanovllm.compile import buckets
+from nanovllm.compile.program import Compiler
+from nanovllm.models.interface import VARYING, Params
+from nanovllm.platforms.base import MemoryBudget
+from nanovllm.runner import steps
+from nanovllm.runner.runner import Runner
+from nanovllm.schedule.stall import StallBound
+from nanovllm.startup.artifacts import common_ingredients
+from nanovllm.startup.choose import Choice
+from nanovllm.startup.memory import MemoryReport
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Built:
+    runner: Runner
+    num_blocks: int
+    memory: MemoryReport
+    stall: StallBound | None
+
+
+def build(choice: Choice, params: Params, progress: Callable[[str], object]) -> Built:
+    """Size the cache, run every bucket and time prefill.
+
+    `progress` gets each stage that begins after the cache: "prefill 512", "decode 8", …, "stall".
+    Raises ValueError for a cache that does not fit, and CompileRequired.
+    """
+    config, platform = choice.config, choice.platform
+
+    def new_runner(chosen: Choice) -> Runner:
+        compiler = make_compiler(chosen)
+        capture = config.capture
+        return Runner(chosen.model, params, chosen.spec, platform, compiler, capture=capture)
+
+    runner, num_blocks, budget = with_cache(choice, new_runner)
+    runner.warm_up(progress)
+    progress("stall")
+    max_stall_ms = config.max_stall_ms or platform.traits.max_stall_ms
+    stall = runner.measure_stall(max_stall_ms) if math.isfinite(max_stall_ms) else None
+    memory = MemoryReport(
+        weights_bytes=runner.weights_bytes,
+        cache_bytes=num_blocks * runner.block_bytes,
+        cache_tokens=(num_blocks - 1) * choice.spec.layout.block_size,
+        graphs_bytes=runner.graphs_bytes,
+        budget=budget,
+        limited=budget is not None and num_blocks < budget.cache_bytes // runner.block_bytes,
+    )
+    return Built(runner, num_blocks, memory, stall)
+
+
+def make_compiler(choice: Choice) -> Compiler:
+    """A new compiler. In eager mode, or if graphs are impossible, it runs regions as Python."""
+    config, platform, environment = choice.config, choice.platform, env.read()
+    lowering = None if config.enforce_eager else platform.lowering()[0]
+    passes = platform.passes(config.fuse) if lowering is not None else ()
+    names = [name for name, _ in passes]
+    return Compiler(
+        lowering,
+        passes=passes,
+        dump_dir=environment.dump_graphs,
+        varying=() if platform.traits.whole_steps else VARYING,
+        frozen=steps.FROZEN,
+        strict=environment.strict,
+        store=choice.store,
+        ingredients=common_ingredients(platform, names, choice.model),
+        require=config.compile_cache_mode == "require",
+    )
+
+
+def with_cache(
+    choice: Choice, new_runner: Callable[[Choice], Runner]
+) -> tuple[Runner, int, MemoryBudget | None]:
+    """A runner with its cache, the number of blocks, and the budget if it decided that number.
+
+    Lowers max_model_len to what the cache holds if the options leave it open, and raises ValueError
+    if they do not.
+    """
+    config, layout = choice.config, choice.spec.layout
+    runner = new_runner(choice)
+    num_blocks, budget = _num_blocks(choice, runner)
+    if num_blocks < 2:
+        raise ValueError(
+            f"there is memory for {num_blocks} cache block(s) of {layout.block_size} tokens "
+            f"({runner.block_bytes / 2**20:.1f} MiB each), but at least 2 are needed: raise "
+            f"gpu_memory_utilization ({config.gpu_memory_utilization}), or lower "
+            f"kvcache_block_size ({layout.block_size}) or "
+            f"max_num_batched_tokens ({layout.prefill_tokens[-1]})"
+        )
+    capacity = (num_blocks - 1) * layout.block_size
+    if capacity < layout.max_model_len:
+        if config.max_model_len is not None:
+            raise ValueError(
+                f"max_model_len is {config.max_model_len}, but the cache holds {capacity} tokens "
+                f"({num_blocks - 1} blocks of {layout.block_size}): lower max_model_len or raise "
+                "num_kvcache_blocks"
+            )
+        message = "max_model_len is lowered from %d to %d, the tokens that the cache holds"
+        logger.warning(message, layout.max_model_len, capacity)
+        runner = new_runner(choice.shortened(capacity))  # other sizes mean other programs
+    runner.allocate_cache(num_blocks)
+    return runner, num_blocks, budget
+
+
+def _num_blocks(choice: Choice, runner: Runner) -> tuple[int, MemoryBudget | None]:
+    """As many blocks as asked for, or as fit and can be used; and the budget if it was measured.
+
+    Raises ValueError if more are asked for than fit.
+    """
+    config, platform, layout = choice.config, choice.platform, choice.spec.layout
+    if config.num_kvcache_blocks is not None:
+        num_blocks, limit_bytes = config.num_kvcache_blocks, platform.cache_limit_bytes()
+        wanted_bytes = num_blocks * runner.block_bytes
+        if wanted_bytes > limit_bytes:
+            raise ValueError(
+                f"num_kvcache_blocks is {num_blocks}, which takes {wanted_bytes / 2**30:.2f} GiB, "
+                f"but {platform.device} has {limit_bytes / 2**30:.2f} GiB for it: at most "
+                f"{limit_bytes // runner.block_bytes} blocks of {layout.block_size} tokens fit"
+            )
+        return num_blocks, None
+    if platform.traits.cache_blocks is not None:
+        allowed_bytes = platform.memory_budget(config.gpu_memory_utilization).cache_bytes
+        return min(platform.traits.cache_blocks, allowed_bytes // runner.block_bytes), None
+    budget = runner.measure_budget(config.gpu_memory_utilization)
+    most_useful = 1 + layout.max_num_seqs * layout.blocks_per_row
+    num_blocks = min(most_useful, budget.cache_bytes // runner.block_bytes)
+    return buckets.coarse(num_blocks) if platform.traits.whole_steps else num_blocks, budget

@@ -1,0 +1,213 @@
+"""Chooses all that is decided before weights are loaded: model, dtypes, attention, sizes."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanovllm import env, hub, platforms
+from nanovllm.compile import buckets
+from nanovllm.compile.program import CompileRequired
+from nanovllm.compile.store import Store
+from nanovllm.config import EngineConfig
+from nanovllm.models import registry
+from nanovllm.models.formats import PLAIN
+from nanovllm.models.interface import Model
+from nanovllm.platforms import attention
+from nanovllm.platforms.base import Platform
+from nanovllm.runner.spec import EngineSpec, Layout
+from nanovllm.startup.artifacts import open_store
+from nanovllm.startup.checkpoint_cache import read_config
+from nanovllm.startup.compile_farm.tasks import Bucket
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the later steps of a start need to know.
+
+    `folder` is the checkpoint's, `hf` transformers' config of it or the store's copy of that.
+    """
+
+    config: EngineConfig
+    platform: Platform
+    store: Store
+    folder: Path
+    hf: Any
+    model: Model
+    spec: EngineSpec
+
+    def shortened(self, max_model_len: int) -> Choice:
+        """The same for shorter requests: other sizes, and perhaps another rotary table."""
+        config = replace(self.config, max_model_len=max_model_len)
+        architecture = registry.architecture(self.hf.architectures)
+        dtype = self.model.config.dtype
+        model = architecture(self.hf, dtype=dtype, max_model_len=max_model_len)
+        spec = make_spec(config, model, self.platform)
+        return replace(self, config=config, model=model, spec=spec)
+
+    @property
+    def buckets(self) -> list[Bucket]:
+        """All buckets, the ones that take longest to build first."""
+        layout = self.spec.layout
+        prefill: list[Bucket] = [("prefill", size) for size in reversed(layout.prefill_tokens)]
+        return prefill + [("decode", size) for size in reversed(layout.decode_rows)]
+
+    def prepare_kernels(self) -> None:
+        """Register the device's kernels. C++ libraries that the store lacks are compiled here."""
+        may_compile = self.config.compile_cache_mode == "auto"
+        self.platform.prepare(self.store.folder / "cpp", env.read().cxx, may_compile=may_compile)
+
+    def check_graphs(self) -> None:
+        """Warn if graphs are asked for and impossible on this device; call `prepare_kernels` first.
+
+        Raises CompileRequired or ValueError for options that need graphs.
+        """
+        problem = self.platform.lowering()[1]
+        if self.config.enforce_eager or not problem:
+            return
+        if self.config.compile_cache_mode == "require":
+            raise CompileRequired(f"compile_cache_mode is 'require', but {problem}")
+        if not self.config.fuse:
+            raise ValueError(f"fuse=False leaves out passes over graphs, but {problem}")
+        logger.warning(problem)
+
+
+def choose(config: EngineConfig, platform: Platform, store: Store, folder: Path) -> Choice:
+    """Raises ValueError for options that the device or the checkpoint does not support."""
+    traits = platform.traits
+    if config.quantization is not None and config.quantization not in traits.quantizations:
+        raise ValueError(
+            f"quantization {config.quantization!r} is not supported on a {traits.name} device, "
+            "only on a cpu: leave it out or use device='cpu'"
+        )
+    hf = read_config(folder, store)
+    dtype = choose_dtype(config.dtype, hf, platform)
+    architecture = registry.architecture(hf.architectures)
+    model = architecture(hf, dtype=dtype, max_model_len=config.max_model_len)
+    spec = make_spec(config, model, platform)
+    return Choice(config, platform, store, folder, hf, model, spec)
+
+
+def choose_without_weights(
+    config: EngineConfig, platform: Platform | None = None, *, must_keep: bool = False
+) -> Choice:
+    """A choice that needs the checkpoint's config.json alone, with kernels prepared.
+
+    `must_keep` is that of `open_store`.
+    """
+    platform = platform or select_platform(config)
+    folder = hub.resolve(config.model, weights=False)
+    choice = choose(config, platform, open_store(config, must_keep=must_keep), folder)
+    choice.prepare_kernels()
+    return choice
+
+
+def select_platform(config: EngineConfig) -> Platform:
+    return platforms.select(
+        config.device,
+        npu_graph_mode=config.npu_graph_mode,
+        npu_graph_options=config.npu_graph_options,
+        graph_batch_sizes=config.graph_batch_sizes,
+    )
+
+
+def make_spec(config: EngineConfig, model: Model, platform: Platform) -> EngineSpec:
+    """The engine's choices for a model. Raises ValueError for options that do not go together."""
+    cfg = model.config
+    windows = [kind.window for kind in model.layer_kinds]
+    facts = attention.Facts(cfg.dtype, cfg.head_dim, config.kvcache_block_size, windows)
+    backend = attention.choose(config.attention_backend, platform, facts)
+    cache_dtype = choose_cache_dtype(config.kv_cache_dtype, model, platform)
+    if backend and cache_dtype is not cfg.dtype:
+        raise ValueError(
+            f"kv_cache_dtype is {config.kv_cache_dtype!r}, which attention_backend "
+            f"{config.attention_backend!r} cannot read: use attention_backend='auto'"
+        )
+    block_size = config.kvcache_block_size or attention.default_block_size(
+        backend, platform, cache_dtype
+    )
+    layout = make_layout(config, cfg.max_position, platform, block_size)
+    return EngineSpec(layout, backend, cache_dtype, config.quantization or PLAIN)
+
+
+def choose_dtype(name: str, hf: Any, platform: Platform) -> torch.dtype:
+    """ "auto" is the device's, else the checkpoint's; float16 for bfloat16 on a device without it.
+
+    Raises ValueError for a dtype that the device does not support.
+    """
+    traits = platform.traits
+    if name == "auto":
+        dtype = traits.auto_dtype or getattr(hf, "dtype", None) or torch.float32
+        if dtype is torch.bfloat16 and dtype not in traits.supported_dtypes:
+            # few models have activations beyond float16's range, and float32 takes twice the memory
+            logger.warning(
+                "this device has no bfloat16: the checkpoint's weights are converted to float16"
+            )
+            dtype = torch.float16
+    else:
+        dtype = getattr(torch, name)
+    if dtype not in traits.supported_dtypes:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in traits.supported_dtypes)
+        hint = ""
+        if dtype is torch.bfloat16 and torch.float16 in traits.supported_dtypes:
+            hint = ", and dtype='float16' for a bfloat16 checkpoint"
+        raise ValueError(
+            f"{str(dtype).removeprefix('torch.')} is not supported on this {traits.name} device: "
+            f"use one of {names}{hint}"
+        )
+    return dtype
+
+
+def choose_cache_dtype(name: str, model: Model, platform: Platform) -> torch.dtype:
+    """ "auto" is the model's dtype.
+
+    Raises ValueError for a cache that the device or the model does not support.
+    """
+    if name == "auto":
+        return model.config.dtype
+    if not platform.traits.supports_fp8_cache:
+        raise ValueError(
+            f"kv_cache_dtype is {name!r}, which is not supported on this {platform.traits.name} "
+            "device: it needs a CPU, or a GPU of compute capability 8.9 or higher"
+        )
+    if model.kv_scales is None:
+        raise ValueError(
+            f"kv_cache_dtype is {name!r}, but {model.config.architecture} has no bound for its "
+            "keys and values, from which the cache's scales are computed: use kv_cache_dtype='auto'"
+        )
+    return torch.float8_e4m3fn
+
+
+def make_layout(
+    config: EngineConfig, max_position: int, platform: Platform, block_size: int
+) -> Layout:
+    traits, max_model_len = platform.traits, config.max_model_len or max_position
+    max_num_seqs = config.max_num_seqs or traits.num_seqs
+    max_tokens = config.max_num_batched_tokens or traits.batched_tokens
+    max_tokens = max(16, min(max_tokens, -(-max_model_len // 16) * 16 * max_num_seqs))
+    requested = config.graph_batch_sizes
+    return Layout(
+        block_size=block_size,
+        max_num_seqs=max_num_seqs,
+        max_model_len=max_model_len,
+        decode_rows=buckets.decode_ladder(requested, max_num_seqs, traits.decode_rows),
+        prefill_tokens=buckets.prefill_ladder(max_tokens, traits.prefill_growth),
+        max_prefill_rows=min(max_num_seqs, buckets.PREFILL_ROWS),
+        verify_tokens=tuple(sorted({1 + length for length in config.draft_lengths})),
+        pad=config.pad_batches,
+    )
+
+
+def eos_token_ids(folder: Path, hf: Any) -> frozenset[int]:
+    """All ids that end an answer: those in generation_config.json, or else in config.json."""
+    generation = folder / "generation_config.json"
+    found = json.loads(generation.read_text()).get("eos_token_id") if generation.is_file() else None
+    found = hf.eos_token_id if found is None else found
+    return frozenset(found if isinstance(found, list) else [] if found is None else [found])

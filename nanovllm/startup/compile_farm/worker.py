@@ -1,0 +1,96 @@
+"""The program of a worker process, which answers each task with a line, and of a fork server."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+
+import torch
+
+from nanovllm import env, log
+from nanovllm.compile.trace import trace
+from nanovllm.config import EngineConfig
+from nanovllm.platforms import preload
+from nanovllm.startup.artifacts import open_store
+from nanovllm.startup.choose import select_platform
+from nanovllm.startup.compile_farm.builder import Builder
+from nanovllm.startup.compile_farm.process import ANSWER
+
+
+def main() -> None:
+    """Arguments: the time when the process was started, and the options as JSON. A fork server gets
+    three pipe ends more for each worker that it may fork."""
+    config = EngineConfig(**json.loads(sys.argv[2]))
+    pipes = [[int(end) for end in ends.split(",")] for ends in sys.argv[3:]]
+    if pipes and not fork_workers(config, pipes):
+        return
+    try:
+        answer_tasks(float(sys.argv[1]), config)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(0)  # an orderly end of torch and the device's libraries would take a second
+
+
+def fork_workers(config: EngineConfig, pipes: Sequence[Sequence[int]]) -> bool:
+    """Import everything, then fork as many workers as stdin says; none if stdin ends first.
+
+    `pipes` has the ends for stdin, stdout and stderr of each worker. Returns True in a worker, and
+    False in the server, after all workers have ended.
+    """
+    preload.import_compilers()
+    # the first trace makes tables that later ones share
+    trace(lambda x: x + 1, {"x": torch.zeros(2, 2)}, varying=("x",))
+    with contextlib.suppress(OSError, ValueError):  # the main process reports a store that fails
+        open_store(config, must_keep=True)
+        preload.build_driver()
+    gc.freeze()  # a collection would write to every object, and so copy all memory in every worker
+    # not from sys.stdin, which reads ahead: the workers use it too
+    wanted = pipes[: int(os.read(0, 16) or 0)]
+    for ends in wanted:
+        if os.fork() == 0:
+            for target, end in enumerate(ends):
+                os.dup2(end, target)
+            _close(pipes)
+            return True
+    _close(pipes)
+    # stderr was the first worker's: that worker is the last to hold it from here on
+    os.dup2(os.open(os.devnull, os.O_RDWR), 2)
+    for _ in wanted:
+        os.wait()
+    return False
+
+
+def _close(pipes: Sequence[Sequence[int]]) -> None:
+    for end in (end for ends in pipes for end in ends):
+        os.close(end)
+
+
+def answer_tasks(started: float, config: EngineConfig) -> None:
+    """Write seconds since the time `started` by stage, then an answer to each line on stdin."""
+    seconds = {"imports": time.time() - started}
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # everything else that prints, prints to stderr
+    log.configure()
+    lap = time.perf_counter()
+    platform = select_platform(config)
+    store = open_store(config)
+    # This makes no context of the device. Workers that rehearse and compile need none, and the main
+    # process would wait two seconds for fourteen contexts to be destroyed.
+    platform.prepare(store.folder / "cpp", env.read().cxx)
+    seconds["device"] = time.perf_counter() - lap
+    print(ANSWER + json.dumps(seconds), file=out, flush=True)
+    builder = Builder(config, platform)
+    for line in sys.stdin:
+        print(ANSWER + json.dumps(builder.do(*json.loads(line))), file=out, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""Fills a store ahead of time: runs every bucket once, with random weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import closing
+
+from nanovllm.config import EngineConfig
+from nanovllm.startup.artifacts import mark_ready
+from nanovllm.startup.choose import choose_without_weights
+from nanovllm.startup.compile_farm.farm import CompileFarm
+from nanovllm.startup.compile_farm.tasks import Outcome
+
+
+def fill(
+    config: EngineConfig, count: int | None, progress: Callable[[Outcome, int], object]
+) -> list[Outcome]:
+    """Build every bucket of `config` into its store; `progress(outcome, number of buckets)` each.
+
+    count: worker processes; None for a number that suits the device. Where a step is one program,
+    that is one: the worker has the whole model, and sizes the cache by the memory it finds free.
+
+    Raises ValueError for options that model or device do not support, WorkerFailed, and OSError for
+    a store that cannot be made or written.
+    """
+    # compiles C++ libraries, which workers then find
+    choice = choose_without_weights(config, must_keep=True)
+    buckets = choice.buckets
+    if count is None:
+        halved = min(8, max(1, (os.cpu_count() or 2) // 2))
+        count = 1 if choice.platform.traits.whole_steps else halved
+    with closing(CompileFarm(config)) as farm:
+        farm.build(buckets, count)
+        outcomes = farm.wait(lambda outcome: progress(outcome, len(buckets)))
+    mark_ready(choice)
+    return outcomes
