@@ -69,6 +69,7 @@ def measure_limits(
         for size in sizes:
             amount, work = make(size)
             seconds = best_seconds(work, synchronize)
+            del work  # free its tensors before the larger ones are allocated
             best = max(best, amount / seconds)
             if seconds > LONG_ENOUGH:
                 break
