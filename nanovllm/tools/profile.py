@@ -39,9 +39,9 @@ def profile_decode(
 ) -> list[dict[str, Any]]:
     """Run a workload; profile its prompts, and later on windows of `num_steps` decode steps.
 
-    `activities` are those of the device, `bandwidth` its bytes per second. Writes into `folder`, for
-    each window, trace_bs{rows}.json.gz (Chrome's format) and kernels_bs{rows}.json; the files of the
-    prompts have "prefill" in place of "bs{rows}". Returns the contents of the JSON files.
+    `activities` are those of the device, `bandwidth` its bytes per second. Writes into `folder`,
+    for each window, trace_bs{rows}.json.gz (Chrome's format) and kernels_bs{rows}.json; the files
+    of the prompts have "prefill" in place of "bs{rows}". Returns the contents of the JSON files.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with profile(activities=activities):  # the profiler's first start takes seconds

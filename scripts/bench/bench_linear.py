@@ -5,8 +5,8 @@
 Products are compared with fp64. Times are microseconds of one launch, from replays of a CUDA graph
 of many launches; each launch has its own weights, so the L2 does not help. "layer" is a chain of
 all the model's layers in a decode step: norm + qkv, rope and cache write, attention, out, norm +
-gate + up + SiLU, down. Shares are of the copy bandwidth measured in the same run. Compiles run in several
-processes first.
+gate + up + SiLU, down. Shares are of the copy bandwidth measured in the same run.
+Compiles run in several processes first.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ def test_the_table_is_per_step_and_by_op() -> None:
 
 
 def test_busy_time_counts_overlap_once_and_gaps_not_at_all() -> None:
-    """A step of 18 µs is busy at 0 … 13, 14 … 16 and 17 … 18; the products overlap by 1 µs."""
+    """A step of 18 µs is busy at 0-13, 14-16 and 17-18 µs; the products overlap by 1 µs."""
     table = kernel_table(steps(2), KNOWN, 2, bandwidth=1e9)
     assert table["span_us"] == 38 / 2
     assert table["busy_share"] == pytest.approx(2 * 16 / 38, abs=1e-4)
