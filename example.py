@@ -1,4 +1,4 @@
-"""Answer a few chat prompts: with the embedded model by default, with any supported checkpoint through --model.
+"""Answer a few chat prompts with the embedded model, or with any supported checkpoint.
 
 python example.py
 python example.py --model Qwen/Qwen3-0.6B --prompt "Introduce yourself."
@@ -28,16 +28,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="tiny-qwen3", help="embedded model, folder or Hub id")
-    parser.add_argument(
-        "--prompt", action="append", help="a question of your own; may be given several times"
-    )
+    parser.add_argument("--prompt", action="append", help="your own question; repeat for more")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--max-model-len", type=int, default=2048)
-    parser.add_argument(
-        "--enforce-eager", action="store_true", help="no graphs, nothing is compiled"
-    )
+    parser.add_argument("--enforce-eager", action="store_true", help="no graphs, no compilation")
     args = parser.parse_args()
 
     llm = LLM(

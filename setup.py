@@ -30,7 +30,11 @@ setup(
         "nanovllm.startup.compile_farm",
         "nanovllm.tools",
     ],
-    package_data={"nanovllm": ["assets/*/*", "py.typed"], "nanovllm.kernels": ["cpu/*.cpp"]},
+    package_data={
+        "nanovllm": ["assets/*/*", "py.typed"],
+        "nanovllm.kernels": ["cpu/*.cpp"],
+        "nanovllm.tools": ["*.css", "*.js"],
+    },
     install_requires=[
         "torch>=2.11",
         "transformers>=5.0",

@@ -1,8 +1,9 @@
-"""The accuracy gate: held-out questions of `tiny.tasks` through the engine, with greedy decoding.
+"""The accuracy gate: held-out questions of `tiny.tasks`, answered with greedy decoding.
 
     python scripts/accuracy.py --model tiny-qwen3
 
-Prints the accuracy by kind and one line of JSON; exits with 1 when the total is below --min-accuracy.
+Prints the accuracy by kind and one line of JSON. Exits with 1 if the total is below
+--min-accuracy.
 """
 
 from __future__ import annotations
@@ -32,9 +33,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument(
-        "--quantization", choices=("int8",), help="how weights are stored, beside as they are"
-    )
+    parser.add_argument("--quantization", choices=("int8",), help="format of the stored weights")
     parser.add_argument("--kv-cache-dtype", default="auto", help="auto or fp8")
     parser.add_argument(
         "--enforce-eager", action="store_true", help="run without compiled programs"

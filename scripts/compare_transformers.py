@@ -1,12 +1,14 @@
-"""Tokens per second of this engine and of transformers' `generate`, in one process, on the same random weights.
+"""Tokens per second of this engine and of transformers' `generate`, with the same random weights.
 
-    python scripts/compare_transformers.py                 # the Qwen3-0.6B shape cut to 8 layers, fp32, batch 1, 8 and 16
-    python scripts/compare_transformers.py --ours float32 bfloat16 float32+int8 --theirs float32 bfloat16
+    # the shape of Qwen3-0.6B with 8 layers, fp32, batches of 1, 8 and 16
+    python scripts/compare_transformers.py
+    python scripts/compare_transformers.py --ours float32 float32+int8 --theirs float32 bfloat16
 
-All take turns, so that they see the same machine; a round's order does not matter for the ratios' medians. Ratios are to
-the first of `--theirs`. Greedy tokens are compared to those of the same dtype as well: a ratio between different texts would
-mean little; in bf16 and int8 they may part, since random weights leave logits close together. How busy other programs kept
-the machine is measured, too (on Linux).
+All run in one process and take turns, so that they see the same machine. Ratios are to the first
+of `--theirs`; their medians do not depend on the order within a round. Greedy tokens are compared
+with those of the same dtype, because a ratio between different texts means little. In bf16 and
+int8 they may differ: random weights give logits that are close together. On Linux, the load of
+other programs is measured too.
 """
 
 from __future__ import annotations
@@ -26,28 +28,19 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.tools.shapes import CONFIGS
 
 
 def shape(layers: int) -> Qwen3Config:
-    """Qwen/Qwen3-0.6B's config.json, with fewer layers."""
-    return Qwen3Config(
-        vocab_size=151936,
-        hidden_size=1024,
-        intermediate_size=3072,
-        num_hidden_layers=layers,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        head_dim=128,
-        max_position_embeddings=40960,
-        rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
-        tie_word_embeddings=True,
-        eos_token_id=None,
-    )
+    """Qwen3-0.6B with this many layers, which never ends a text by itself."""
+    changed = {"num_hidden_layers": layers, "eos_token_id": None, "dtype": None}
+    config: Qwen3Config = Qwen3Config.from_dict(CONFIGS["Qwen3-0.6B"] | changed)
+    return config
 
 
 class Timed(NamedTuple):
     seconds: float
-    cpu_seconds: float  # of this process, all threads together: with one thread it hardly depends on what others do
+    cpu_seconds: float  # of all threads of this process
     others: float  # cores that other programs kept busy meanwhile
     tokens: list[list[int]]
 
@@ -66,7 +59,8 @@ def timed(work: Callable[[], list[list[int]]]) -> Timed:
 def undisturbed(
     work: Callable[[], list[list[int]]], most_others: float, patience_s: float
 ) -> Timed:
-    """A run during which other programs took at most so much of a core; after `patience_s`, the least disturbed one."""
+    """Repeat a run until other programs take at most `most_others` of a core meanwhile. After
+    `patience_s` seconds, return the least disturbed run."""
     deadline, best = time.perf_counter() + patience_s, timed(work)
     while best.others > most_others and time.perf_counter() < deadline:
         time.sleep(0.2)
@@ -75,7 +69,7 @@ def undisturbed(
 
 
 def _busy_seconds() -> float:
-    """What all cores have worked since the machine started; 0 where the system does not say."""
+    """Busy seconds of all cores since the machine started; 0 if the system does not tell."""
     try:
         user, nice, system, _, _, irq, soft_irq, steal = map(
             int, Path("/proc/stat").read_text().split()[1:9]
@@ -128,21 +122,19 @@ def main() -> None:
     parser.add_argument("--ours", nargs="+", default=["float32"], choices=kinds)
     parser.add_argument("--theirs", nargs="*", default=["float32"], choices=kinds[:2])
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--threads", type=int, help="default: what torch takes")
+    parser.add_argument("--threads", type=int, help="default: torch's choice")
     parser.add_argument(
         "--most-others",
         type=float,
         default=0.15,
-        help="of a core; a run more disturbed is repeated",
+        help="a run is repeated if other programs take more of a core",
     )
-    parser.add_argument(
-        "--patience", type=float, default=0.0, help="seconds in which a run may be repeated"
-    )
+    parser.add_argument("--patience", type=float, default=0.0, help="seconds for repeating a run")
     parser.add_argument(
         "--minimum",
         type=float,
         default=0.0,
-        help="exit with 1 if the first's median ratio is below this",
+        help="exit with 1 if the median ratio of the first of --ours is below this",
     )
     args = parser.parse_args()
     torch.manual_seed(0)

@@ -1,9 +1,14 @@
-"""Compile a model's programs and kernels ahead of its first start. Reads config.json alone, no weights.
+"""Compile a model's programs and kernels before its first start. Reads config.json, no weights.
 
-python scripts/precompile.py --model Qwen/Qwen3-0.6B --bs 1 2 4 8 16 --out /var/cache/qwen3
-LLM("Qwen/Qwen3-0.6B", compile_cache="/var/cache/qwen3", compile_cache_mode="require", graph_batch_sizes=[1, 2, 4, 8, 16])
+    python scripts/precompile.py --model Qwen/Qwen3-0.6B --bs 1 2 4 8 16 --out /var/cache/qwen3
 
-The options that shape programs must be those that `LLM` is given later. A store serves every checkpoint of the same shape.
+Then, in Python:
+
+    LLM("Qwen/Qwen3-0.6B", compile_cache="/var/cache/qwen3", compile_cache_mode="require",
+        graph_batch_sizes=[1, 2, 4, 8, 16])
+
+Options that shape programs must be the same for `LLM`. A store serves every checkpoint of the same
+shape.
 """
 
 from __future__ import annotations
@@ -21,7 +26,16 @@ from nanovllm import EngineConfig, log
 from nanovllm.startup.compile_farm.tasks import Outcome
 from nanovllm.startup.precompile import fill
 
-# Options of `LLM` that shape programs, beside --bs.
+# Options of `LLM`; those in SHAPING are integers that shape programs, as --bs does.
+NAMED = (
+    "device",
+    "dtype",
+    "attention_backend",
+    "kv_cache_dtype",
+    "quantization",
+    "gpu_memory_utilization",
+    "npu_graph_options",
+)
 SHAPING = (
     "max_model_len",
     "max_num_seqs",
@@ -37,17 +51,16 @@ def main() -> int:
     )
     parser.add_argument("--model", required=True, help="embedded model, folder or Hub id")
     parser.add_argument(
-        "--bs",
-        type=int,
-        nargs="+",
-        metavar="ROWS",
-        help="graph_batch_sizes; default the device's own",
+        "--bs", type=int, nargs="+", metavar="ROWS", help="graph_batch_sizes; default: the device's"
     )
     parser.add_argument(
-        "--out", type=Path, required=True, help="the store: made if need be, for you alone"
+        "--out",
+        type=Path,
+        required=True,
+        help="the store: created, for its owner only, if it does not exist",
     )
     parser.add_argument(
-        "--jobs", type=int, help="processes; default half the cores, at most 8, and 1 on an NPU"
+        "--jobs", type=int, help="processes; default: half the cores, at most 8; 1 on an NPU"
     )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
@@ -56,7 +69,10 @@ def main() -> int:
     parser.add_argument("--quantization", help="int8, on a CPU")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
     parser.add_argument(
-        "--npu-graph-options", type=json.loads, metavar="JSON", help="an object of options by path"
+        "--npu-graph-options",
+        type=json.loads,
+        metavar="JSON",
+        help="an object: option path -> value",
     )
     for name in SHAPING:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int)
@@ -64,9 +80,7 @@ def main() -> int:
     if args.jobs is not None and args.jobs < 1:
         parser.error(f"--jobs is {args.jobs}: it must be at least 1")
     log.configure()
-    named = ("device", "dtype", "attention_backend", "kv_cache_dtype", "quantization", "gpu_memory_utilization",
-             "npu_graph_options", *SHAPING)  # fmt: skip
-    options: dict[str, Any] = {name: getattr(args, name) for name in named}
+    options: dict[str, Any] = {name: getattr(args, name) for name in (*NAMED, *SHAPING)}
     started = time.perf_counter()
     with tqdm(desc="compiling", unit="bucket", dynamic_ncols=True) as bar:
 
@@ -85,9 +99,10 @@ def main() -> int:
             print(f"{parser.prog}: {error}", file=sys.stderr)
             return 1
     programs, found = sum(one.programs for one in outcomes), sum(one.found for one in outcomes)
+    kernels, seconds = sum(one.kernels for one in outcomes), time.perf_counter() - started
     print(
         f"{args.out}: {len(outcomes)} buckets, {programs} programs compiled, {found} were there, "
-        f"{sum(one.kernels for one in outcomes)} kernels compiled, {time.perf_counter() - started:.1f} s"
+        f"{kernels} kernels compiled, {seconds:.1f} s"
     )
     return 0
 

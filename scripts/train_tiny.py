@@ -1,8 +1,9 @@
-"""Train tiny-qwen3, the model embedded in nanovllm: a Qwen3 of under four million parameters on `tiny.tasks`.
+"""Train tiny-qwen3, the embedded model: a Qwen3 of under four million parameters, on `tiny.tasks`.
 
     python scripts/train_tiny.py --out nanovllm/assets/tiny-qwen3
 
-Minutes on one GPU; `--steps 20 --examples 2000 --batch-tokens 2048 --num-eval 26` tries everything out on a CPU.
+Takes minutes on one GPU. To try everything out on a CPU, add
+`--steps 20 --examples 2000 --batch-tokens 2048 --num-eval 26`.
 """
 
 from __future__ import annotations
@@ -42,19 +43,15 @@ VOCAB_SIZE = 640
 MAX_POSITIONS = 2048
 MAX_FOLDER_BYTES = 8_000_000
 EXAMPLES_PER_CHUNK = 20_000
-# row length -> share of the steps. Short rows begin often, as chats do; long ones keep the last positions in use.
+# row length -> share of the steps. Short rows often begin anew, as chats do; long rows train the
+# last positions.
 ROW_LEN_SHARES = {128: 0.6, 512: 0.3, MAX_POSITIONS: 0.1}
-LEARNING_RATE, FINAL_LEARNING_RATE, WEIGHT_DECAY, BETAS, MAX_GRAD_NORM = (
-    2e-3,
-    2e-5,
-    0.1,
-    (0.9, 0.98),
-    1.0,
-)
+LEARNING_RATE, FINAL_LEARNING_RATE = 2e-3, 2e-5
+WEIGHT_DECAY, BETAS, MAX_GRAD_NORM = 0.1, (0.9, 0.98), 1.0
 MAX_NEW_TOKENS = 64
 
-# Words with one character before them, single digits, punctuation, white space: Qwen's pattern less its contractions,
-# which would cut the quoted word 'tree' into 't and ree.
+# Words with one character before them, single digits, punctuation, white space: Qwen's pattern
+# without its contractions, which would cut the quoted word 'tree' into 't and ree.
 WORD_PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 CHAT_TEMPLATE = (
@@ -68,8 +65,9 @@ CHAT_TEMPLATE = (
 def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE whose only multi-byte tokens are the commonest words of the phrasings.
 
-    It has no merges: a word is one token if the vocabulary holds it (`ignore_merges`), and its bytes otherwise. So the
-    words that questions are about come letter by letter, which spelling tasks need, and any UTF-8 is encodable.
+    It has no merges: a word in the vocabulary is one token (`ignore_merges`), another word is its
+    bytes. So the words that questions are about come letter by letter, as spelling tasks need, and
+    any UTF-8 can be encoded.
     """
     pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -84,7 +82,7 @@ def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
                 counts.update(piece for piece, _ in pre_tokenizer.pre_tokenize_str(text))
     bytes_alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     num_words = VOCAB_SIZE - len(bytes_alphabet) - 3
-    # ties are broken by the text: the order in which a Counter met them is no property of the data
+    # the text breaks ties: a Counter's order depends on the order of the examples
     words = [
         piece
         for piece, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
@@ -92,7 +90,8 @@ def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     ]
     if len(words) < num_words:
         raise ValueError(
-            f"the phrasings yield {len(words)} words, and a vocabulary of {VOCAB_SIZE} needs {num_words}"
+            f"the phrasings yield {len(words)} words, "
+            f"but a vocabulary of {VOCAB_SIZE} needs {num_words}"
         )
     vocab = {piece: idx for idx, piece in enumerate(bytes_alphabet + words[:num_words])}
 
@@ -218,8 +217,9 @@ def train(
 ) -> float:
     """Cross-entropy on the answers' tokens; returns the mean loss of the last steps.
 
-    A row begins at a random conversation and runs on into those that follow it in the corpus, without a mask between
-    them: the model learns to answer the last question whatever came before, and no token is spent on padding.
+    A row begins at a random conversation and continues with those that follow it in the corpus,
+    without a mask between them. The model learns to answer the last question whatever came before,
+    and no token is spent on padding.
     """
     device = model.device
     tokens_T = torch.from_numpy(corpus.tokens_T).to(device)
@@ -250,7 +250,7 @@ def train(
     for step in progress:
         row_len = min(row_lens[row_len_idxs[step]], batch_tokens)
         num_rows = batch_tokens // row_len
-        # the last conversations have no full row behind them; the first of them that does not is past the end
+        # conversations from `last_start` on are too close to the end for a full row
         last_start = int(np.searchsorted(corpus.starts_D, len(corpus.tokens_T) - row_len - 1))
         if last_start == 0:
             raise ValueError(
@@ -284,15 +284,14 @@ def train(
 def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     model.bfloat16().save_pretrained(out)
-    (out / "model.safetensors").chmod(
-        0o644
-    )  # it is written for its owner alone, and an installed package has readers
+    # transformers lets the owner only read it, but an installed package has other readers
+    (out / "model.safetensors").chmod(0o644)
     tokenizer.save_pretrained(out, save_jinja_files=False)
-    # Both spellings of RoPE's base: transformers writes rope_parameters since version 5, older readers know rope_theta.
+    # transformers writes rope_parameters since version 5; older readers know rope_theta
     config = json.loads((out / "config.json").read_text())
     config["rope_theta"] = config["rope_parameters"]["rope_theta"]
     (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    # The generic class of both transformers 4 and 5; a model's own class would rebuild the pre-tokenizer.
+    # the generic class, which transformers 4 and 5 have: Qwen's would rebuild the pre-tokenizer
     tokenizer_config = json.loads((out / "tokenizer_config.json").read_text())
     tokenizer_config["tokenizer_class"] = "PreTrainedTokenizerFast"
     (out / "tokenizer_config.json").write_text(
@@ -304,10 +303,11 @@ def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
 def evaluate(
     folder: Path, tasks: list[Task], device: torch.device, batch_size: int = 512
 ) -> tuple[dict[str, float], list[str]]:
-    """Accuracy by kind of the saved weights with greedy decoding, and a few wrong answers to look at."""
+    """(accuracy by kind, wrong answers) of the saved weights with greedy decoding."""
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
-    model.to(device)  # type: ignore[arg-type]  # transformers' decorator loses the signature of `to`
+    # transformers' decorator loses the signature of `to`
+    model.to(device)  # type: ignore[arg-type]
     num_right: Counter[str] = Counter()
     wrong: list[str] = []
     for begin in tqdm(
@@ -339,18 +339,23 @@ def evaluate(
 def write_card(
     out: Path, args: argparse.Namespace, accuracies: dict[str, float], total: float, seconds: float
 ) -> None:
-    options = f"--steps {args.steps} --examples {args.examples} --batch-tokens {args.batch_tokens} --seed {args.seed}"
+    options = f"--steps {args.steps} --examples {args.examples} "
+    options += f"--batch-tokens {args.batch_tokens} --seed {args.seed}"
     rows = "\n".join(f"| {kind} | {accuracy:.1%} |" for kind, accuracy in accuracies.items())
     config = json.loads((out / "config.json").read_text())
+    heads = ", ".join(
+        str(config[name]) for name in ("num_attention_heads", "num_key_value_heads", "head_dim")
+    )
     num_millions = (out / "model.safetensors").stat().st_size / 2e6
     row_lens = ", ".join(map(str, ROW_LEN_SHARES))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     (out / "README.md").write_text(
         f"""# tiny-qwen3
 
-The model embedded in nanovllm, so that the engine can be tried and tested without a download. It knows how to add and
-subtract up to 999, to sort up to six numbers, to reverse and spell words of up to twelve letters, to count and compare,
-a few hundred facts and some small talk. It knows nothing else, and mostly says so.
+The model embedded in nanovllm: the engine can be tried and tested without a download. It can add
+and subtract up to 999, sort up to six numbers, reverse and spell words of up to twelve letters,
+count and compare. It knows a few hundred facts and some small talk. It knows nothing else, and
+mostly says so.
 
 | | |
 | --- | --- |
@@ -358,28 +363,28 @@ a few hundred facts and some small talk. It knows nothing else, and mostly says 
 | parameters | {num_millions:.2f} million, bfloat16 |
 | layers | {config["num_hidden_layers"]} |
 | hidden size, MLP size | {config["hidden_size"]}, {config["intermediate_size"]} |
-| query heads, key-value heads, head size | {config["num_attention_heads"]}, {config["num_key_value_heads"]}, \
-{config["head_dim"]} |
+| query heads, key-value heads, head size | {heads} |
 | positions | {config["max_position_embeddings"]} |
 | vocabulary | {config["vocab_size"]} |
 
-The tokenizer is a byte-level BPE without merges: the commonest words of the phrasings are one token each, everything
-else comes byte by byte. The chat format is ChatML, as Qwen's.
+The tokenizer is a byte-level BPE without merges: the commonest words of the phrasings are one token
+each, everything else comes byte by byte. The chat format is ChatML, as Qwen's.
 
 ## Training
 
     python scripts/train_tiny.py --out nanovllm/assets/tiny-qwen3 \\
         {options}
 
-The data is generated by `scripts/tiny/tasks.py`. The loss is the cross-entropy on the answers, in rows of several
-conversations ({row_lens} tokens), with AdamW at a peak learning rate of {LEARNING_RATE} and bf16 autocast. Making the
-data and training took {seconds / 60:.1f} minutes on one {device} with torch {torch.__version__}.
+`scripts/tiny/tasks.py` generates the data. The loss is the cross-entropy on the answers, in rows of
+several conversations ({row_lens} tokens), with AdamW at a peak learning rate of {LEARNING_RATE} and
+bf16 autocast. Generating the data and training took {seconds / 60:.1f} minutes on one {device}
+with torch {torch.__version__}.
 
 ## Accuracy
 
-Greedy decoding of the saved bf16 weights on {args.num_eval} held-out questions. Their contents (the pair of numbers,
-the word) occur in training in no phrasing. Facts and small talk cannot be inferred: there it is the phrasing of a fact,
-or the exact wording, that was held out.
+Greedy decoding of the saved bf16 weights on {args.num_eval} held-out questions. Their contents (the
+pair of numbers, the word) occur in training in no phrasing. Facts and small talk cannot be
+inferred: of those, the phrasing of a fact, or the exact wording, was held out.
 
 | kind | correct |
 | --- | --- |
@@ -421,7 +426,8 @@ def main() -> int:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build_model(tokenizer)
-    model.to(device)  # type: ignore[arg-type]  # transformers' decorator loses the signature of `to`
+    # transformers' decorator loses the signature of `to`
+    model.to(device)  # type: ignore[arg-type]
     num_params = sum(param.numel() for param in model.parameters())
     logger.info("%d parameters on %s", num_params, device)
     loss = train(

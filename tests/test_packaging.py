@@ -36,6 +36,9 @@ def test_wheel_holds_everything_and_imports(tmp_path: Path) -> None:
     assert {Path("nanovllm") / path for path in source} <= {
         path.relative_to(target) for path in target.rglob("*.py")
     }
+    assert {"report_page.css", "report_page.js"} <= {
+        path.name for path in (target / "nanovllm" / "tools").iterdir()
+    }
     script = (
         "import nanovllm, nanovllm.kernels.ops, nanovllm.compile.program;"
         "from nanovllm.hub import resolve;"

@@ -1,4 +1,4 @@
-"""Looks after a store of compiled programs.
+"""Lists, verifies or prunes a store of compiled programs.
 
 python -m nanovllm.tools.cache list DIR
 python -m nanovllm.tools.cache verify DIR
@@ -19,14 +19,16 @@ UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status 1: `verify` found damage, or the folder is no store or not ours alone."""
+    """Exit status 1: `verify` found damage, the folder is no store, or others may write to it."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m nanovllm.tools.cache",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=("list", "verify", "prune"))
-    parser.add_argument("folder", type=Path, help="what compile_cache or NANOVLLM_CACHE names")
+    parser.add_argument("folder", type=Path, help="the folder of compile_cache or NANOVLLM_CACHE")
     parser.add_argument(
-        "--max-bytes", type=_bytes, help="what may stay, like 500M; least recently used goes first"
+        "--max-bytes", type=_bytes, help="remove least recently used entries down to this, as 500M"
     )
     args = parser.parse_args(arguments)
     if (args.command == "prune") != (args.max_bytes is not None):
@@ -34,10 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
     if not (args.folder / "entries").is_dir():
         print(f"{args.folder} is no store of compiled programs", file=sys.stderr)
         return 1
+    run = {"list": _list, "verify": _verify, "prune": _prune}[args.command]
     try:
-        return {"list": _list, "verify": _verify, "prune": _prune}[args.command](
-            args.folder, args.max_bytes
-        )
+        return run(args.folder, args.max_bytes)
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
@@ -47,17 +48,13 @@ def _list(folder: Path, _: int | None) -> int:
     entries = sorted(Store(folder).entries(), key=lambda entry: (entry.name, entry.path.name))
     for entry in entries:
         torch = entry.ingredients.get("torch", "?")
-        print(
-            f"{entry.path.name[:16]}  {entry.kind:8}  {entry.num_bytes:>8}  torch {torch:12}  {entry.name}"
-        )
-    kinds = ", ".join(
-        f"{count} {kind}"
-        for kind, count in sorted(Counter(entry.kind for entry in entries).items())
-    )
+        about = f"{entry.kind:8}  {entry.num_bytes:>8}  torch {torch:12}  {entry.name}"
+        print(f"{entry.path.name[:16]}  {about}")
+    counts = sorted(Counter(entry.kind for entry in entries).items())
+    kinds = ", ".join(f"{count} {kind}" for kind, count in counts) or "none"
     num_objects = len({entry.object for entry in entries})
-    print(
-        f"{len(entries)} entries ({kinds or 'none'}), {num_objects} objects, {num_kernels(folder)} Triton kernels"
-    )
+    objects = f"{num_objects} objects, {num_kernels(folder)} Triton kernels"
+    print(f"{len(entries)} entries ({kinds}), {objects}")
     for name in SUBFOLDERS:
         print(f"{name:9} {_size(folder / name):>12,} bytes")
     return 0
@@ -65,7 +62,7 @@ def _list(folder: Path, _: int | None) -> int:
 
 def _verify(folder: Path, _: int | None) -> int:
     found = problems(folder)
-    print("\n".join(found) or f"{folder}: everything is whole")
+    print("\n".join(found) or f"{folder}: no damage found")
     return 1 if found else 0
 
 

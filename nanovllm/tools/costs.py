@@ -1,4 +1,4 @@
-"""What a call must at least move and compute: bytes of the tensors it reads and writes, flops of its products."""
+"""The bytes that a call must at least read and write, and the flops of its products."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Calls that copy what they pick out: they read as much as they write, not all they pick from.
+# Calls that gather: they read as many bytes as they write, not their whole table.
 _PICKING = (
     "embedding",
     "index",
@@ -30,8 +30,8 @@ def cost(
 ) -> tuple[int, int]:
     """(bytes, flops) of one call of an operator with these arguments. Views are free.
 
-    A cache is read and written as far as the call's rows need it; a table of rotations likewise. `seq_lens` stands for the
-    rows' lengths where the call's own are not those that are meant.
+    Of caches and rotation tables, only the entries of the call's rows count. `seq_lens` replaces
+    the lengths of rows that attention is called with.
     """
     if op is operator.getitem or op.is_view:
         return 0, 0
@@ -41,10 +41,8 @@ def cost(
     if name == "paged_attention":
         return _attention(named, out_bytes, seq_lens)
     if name == "qk_norm_rope_store":
-        num_tokens, kv_width = (
-            named["qkv"].shape[0],
-            named["k_cache"].shape[2] * named["k_cache"].shape[3],
-        )
+        num_tokens = named["qkv"].shape[0]
+        kv_width = named["k_cache"].shape[2] * named["k_cache"].shape[3]
         stored = 2 * num_tokens * kv_width * named["k_cache"].element_size()
         table = num_tokens * named["cos_sin"].shape[1] * named["cos_sin"].element_size()
         return named["qkv"].nbytes + out_bytes + stored + table, 0
@@ -52,21 +50,19 @@ def cost(
         stored = (named["k"].numel() + named["v"].numel()) * named["k_cache"].element_size()
         return named["k"].nbytes + named["v"].nbytes + stored, 0
     if name == "rope":
-        return named["x"].nbytes + out_bytes + named["pos"].shape[0] * named["cos_sin"].shape[
-            1
-        ] * 4, 0
+        table = named["pos"].shape[0] * named["cos_sin"].shape[1] * 4
+        return named["x"].nbytes + out_bytes + table, 0
     if name == "advance":
         return 5 * named["row_idx"].nbytes, 0
     if name in _PICKING:
         return 2 * out_bytes, 0
-    read = {
-        tensor.data_ptr(): tensor.nbytes for tensor in _tensors([list(args), list(kwargs.values())])
-    }
+    arguments = _tensors([list(args), list(kwargs.values())])
+    read = {tensor.data_ptr(): tensor.nbytes for tensor in arguments}
     return sum(read.values()) + _written_over(op, named) + out_bytes, _product_flops(named)
 
 
 def _written_over(op: Any, named: dict[str, Any]) -> int:
-    """Bytes of the arguments that the call changes."""
+    """Bytes of the arguments that the call changes in place."""
     changed = [
         argument.name
         for argument in op._schema.arguments
@@ -76,7 +72,7 @@ def _written_over(op: Any, named: dict[str, Any]) -> int:
 
 
 def _product_flops(named: dict[str, Any]) -> int:
-    """2 · rows · weight for `linear` and its kin, and for products of torch's library."""
+    """2 · rows · weight, for nanovllm's linear ops and torch's matrix products; else 0."""
     left = named.get("x", named.get("mat1", named.get("self")))
     weight = named.get("weight", named.get("mat2"))
     if (
@@ -92,7 +88,8 @@ def _product_flops(named: dict[str, Any]) -> int:
 def _attention(
     named: dict[str, Any], out_bytes: int, lengths: Sequence[int] | None
 ) -> tuple[int, int]:
-    """Keys and values of every row's tokens once; 4 flops for each of them, query and lane that sees it."""
+    """Bytes of q, the output and each visible key and value once; 4 flops per (query, key) pair
+    and element of the query heads."""
     q_TNH, k_CBKH = named["q"], named["k_cache"]
     seq_lens, window = named["seq_len"].tolist() if lengths is None else lengths, named["window"]
     num_queries = [1] * len(seq_lens)
@@ -104,12 +101,8 @@ def _attention(
             seen = seq_len if window <= 0 else min(seq_len, window + num - 1)
             keys += seen
             pairs += num * seen - num * (num - 1) // 2
-    num_bytes = (
-        q_TNH.nbytes
-        + out_bytes
-        + 2 * keys * k_CBKH.shape[2] * k_CBKH.shape[3] * k_CBKH.element_size()
-    )
-    return num_bytes, 4 * pairs * q_TNH.shape[1] * q_TNH.shape[2]
+    cached = 2 * keys * k_CBKH.shape[2] * k_CBKH.shape[3] * k_CBKH.element_size()
+    return q_TNH.nbytes + out_bytes + cached, 4 * pairs * q_TNH.shape[1] * q_TNH.shape[2]
 
 
 def _tensors(tree: Any) -> list[Tensor]:

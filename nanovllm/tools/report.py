@@ -1,7 +1,9 @@
-"""Fills the picture of a bucket (`nanovllm.tools.report_data`): builds one layer of each sort with random weights, runs the
-bucket on rows of a given length, and times every call with the arguments that it has there.
+"""Writes a report on one bucket as a page of HTML: its graphs, its kernels, and the cost of each.
 
-python -m nanovllm.tools.report_data --model tiny-qwen3 --bs 4 -o report.html
+Builds one layer of each kind with random weights, runs the bucket on rows of a given length, and
+times every call with the arguments of the step. Reads no weights.
+
+    python -m nanovllm.tools.report --model tiny-qwen3 --bs 4 -o report.html
 """
 
 from __future__ import annotations
@@ -31,8 +33,8 @@ from nanovllm.runner.runner import Runner
 from nanovllm.runner.state import Span
 from nanovllm.startup.choose import choose_without_weights
 from nanovllm.startup.compile_farm.builder import small_runner
-from nanovllm.tools import report_data as report
-from nanovllm.tools import report_page
+from nanovllm.tools import report_data, report_page
+from nanovllm.tools.device_limits import measure_limits
 from nanovllm.tools.report_data import Call, Padding, Region, Report
 
 
@@ -44,14 +46,15 @@ def draw(
     batch_sizes: list[int],
     trace_name: str,
 ) -> Report:
-    """The picture of one bucket: "decode" of `size` rows that hold `context` tokens each, or "prefill" of `size` tokens.
+    """The report on one bucket: "decode" of `size` rows with `context` tokens each, or "prefill" of
+    `size` tokens.
 
-    Raises ValueError for a bucket that the options do not have, or rows longer than max_model_len.
+    Raises ValueError if the options give no such bucket, or if rows exceed max_model_len.
     """
     regions: dict[str, Region] = {}
 
     def watch(name: str, stage: str, graph: GraphModule) -> None:
-        regions.setdefault(name, Region(name)).stages.append(report.stage_of(stage, graph))
+        regions.setdefault(name, Region(name)).stages.append(report_data.stage_of(stage, graph))
 
     choice = choose_without_weights(config)
     runner = small_runner(choice, {"watch": watch})
@@ -59,11 +62,12 @@ def draw(
     ladder = layout.decode_rows if kind == "decode" else layout.prefill_tokens
     if size not in ladder:
         raise ValueError(
-            f"{kind} bucket {size} is not there: the buckets are {', '.join(map(str, ladder))}"
+            f"there is no {kind} bucket {size}: the buckets are {', '.join(map(str, ladder))}"
         )
     if not 1 <= context < layout.max_model_len:
         raise ValueError(
-            f"context is {context}: it must be at least 1 and below max_model_len ({layout.max_model_len})"
+            f"context is {context}: "
+            f"it must be at least 1 and below max_model_len ({layout.max_model_len})"
         )
     blocks_each = -(-(context + 1 if kind == "decode" else size) // layout.block_size)
     runner.allocate_cache(1 + blocks_each * (size if kind == "decode" else 1))
@@ -77,8 +81,10 @@ def draw(
             else partial(_prefill, runner, size)
         )
         step()
-        seconds = report.timer(runner.platform.capture, runner.platform.synchronize)
-        limits = report.measure_limits(runner.platform.device, runner.cfg.dtype, seconds)
+        seconds = report_data.timer(runner.platform.capture, runner.platform.synchronize)
+        limits = measure_limits(
+            runner.platform.device, runner.cfg.dtype, runner.platform.synchronize
+        )
         for name, (program, inputs) in recorded.items():
             regions[name].calls = _measured(runner, program, inputs, seconds)
             is_list = isinstance(program.run, CallList)
@@ -100,9 +106,9 @@ def draw(
 
 
 def _padding(kind: str, batch_sizes: list[int], ladder: tuple[int, ...]) -> tuple[Padding, ...]:
-    """Batch sizes are rows of decode steps; without a trace every size occurs once."""
+    """Padding of a trace of decode batch sizes. Without a trace, every size occurs once."""
     sizes = batch_sizes if batch_sizes and kind == "decode" else range(1, ladder[-1] + 1)
-    return report.padding_of(list(sizes), ladder)
+    return report_data.padding_of(list(sizes), ladder)
 
 
 def _record(
@@ -122,19 +128,19 @@ def _measured(
 
     def restoring(call: Callable[[], object]) -> float:
         taken = seconds(call)
-        # a call that advances rows has done so many times
+        # the timed call may be one that advances the rows
         runner.state.pos_S.copy_(pos_S)
         runner.state.token_S.copy_(token_S)
         return taken
 
     if isinstance(program.run, CallList):
-        return report.measure(program.run, inputs, restoring)
+        return report_data.measure(program.run, inputs, restoring)
     num_bytes = sum(tensor.nbytes for tensor in [*inputs, *program.run(*inputs)])
     return [Call("generated code", "", restoring(lambda: program.run(*inputs)), num_bytes, 0)]
 
 
 def _decode(runner: Runner, num_rows: int, context: int, blocks_each: int) -> None:
-    """A decode step of rows that hold `context` tokens each, in blocks of their own."""
+    """Run a decode step of rows that hold `context` tokens each, every row in its own blocks."""
     state, device = runner.state, runner.platform.device
     row_R = torch.arange(num_rows, device=device)
     state.pos_S[:num_rows] = context - 1
@@ -147,7 +153,7 @@ def _decode(runner: Runner, num_rows: int, context: int, blocks_each: int) -> No
 
 
 def _prefill(runner: Runner, num_tokens: int) -> None:
-    """A prefill step of one prompt that fills the bucket."""
+    """Run a prefill step of one prompt that fills the bucket."""
     layout, state, device = runner.layout, runner.state, runner.platform.device
     _, num_rows = layout.prefill_bucket(num_tokens, 1)
     num_blocks = -(-num_tokens // layout.block_size)
@@ -174,7 +180,10 @@ def _facts(runner: Runner, cfg: ModelConfig, kind: str, context: int) -> dict[st
 
 
 def read_trace(path: Path) -> list[int]:
-    """Batch sizes from a file: a JSON list, or numbers between white space. Raises ValueError for anything else."""
+    """Batch sizes from a file: a JSON list, or numbers separated by white space.
+
+    Raises ValueError if the file holds anything else.
+    """
     text = path.read_text()
     try:
         sizes = (
@@ -196,57 +205,63 @@ def read_trace(path: Path) -> list[int]:
     return list(sizes)
 
 
-def main(arguments: list[str] | None = None) -> int:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="nanovllm.tools.report_data",
+        prog="python -m nanovllm.tools.report",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--model", required=True, help="embedded model, folder or Hub id; no weights are read"
-    )
+    add = parser.add_argument
+    add("--model", required=True, help="embedded model, folder or Hub id; no weights are read")
     bucket = parser.add_mutually_exclusive_group(required=True)
-    bucket.add_argument("--bs", type=int, help="rows of a decode bucket")
-    bucket.add_argument("--tokens", type=int, help="tokens of a prefill bucket")
-    parser.add_argument("-o", "--output", type=Path, default=Path("report.html"))
-    parser.add_argument(
-        "--context", type=int, default=512, help="tokens that each row of a decode step holds"
-    )
-    parser.add_argument(
-        "--trace", type=Path, help="a file of batch sizes, for the waste by padding"
-    )
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto")
+    bucket.add_argument("--bs", type=int, help="a decode bucket of this many rows")
+    bucket.add_argument("--tokens", type=int, help="a prefill bucket of this many tokens")
+    add("-o", "--output", type=Path, default=Path("report.html"))
+    add("--context", type=int, default=512, help="tokens in each row of a decode step")
+    add("--trace", type=Path, help="a file of batch sizes, whose padding is reported")
+    add("--device", default="auto")
+    add("--dtype", default="auto")
     for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kvcache_block_size"):
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int)
+        add(f"--{name.replace('_', '-')}", type=int)
+    return parser
+
+
+def _engine_config(args: argparse.Namespace) -> EngineConfig:
+    platform = platforms.select(args.device)
+    max_num_seqs = args.max_num_seqs or max(args.bs or 1, platform.traits.num_seqs)
+    batch_sizes = None
+    if args.bs is not None:
+        ladder = buckets.decode_ladder(None, max_num_seqs, platform.traits.decode_rows)
+        batch_sizes = sorted({*ladder, args.bs})
+    return EngineConfig(
+        args.model,
+        device=args.device,
+        dtype=args.dtype,
+        max_model_len=args.max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        kvcache_block_size=args.kvcache_block_size,
+        graph_batch_sizes=batch_sizes,
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Write the page. Exit status 1: an option, the trace or the output file is wrong."""
+    parser = _parser()
     args = parser.parse_args(arguments)
     log.configure()
+    kind, size = ("decode", args.bs) if args.bs is not None else ("prefill", args.tokens)
     try:
         sizes = read_trace(args.trace) if args.trace else []
-        options = {
-            name: getattr(args, name)
-            for name in ("device", "dtype", "max_model_len", "max_num_batched_tokens")
-        }
-        traits = platforms.select(args.device).traits
-        wanted = args.max_num_seqs or max(args.bs or 1, traits.num_seqs)
-        if args.bs is not None:
-            ladder = buckets.decode_ladder(None, wanted, traits.decode_rows)
-            options["graph_batch_sizes"] = sorted({*ladder, args.bs})
-        config = EngineConfig(
-            args.model, max_num_seqs=wanted, kvcache_block_size=args.kvcache_block_size, **options
-        )
-        kind, size = ("decode", args.bs) if args.bs is not None else ("prefill", args.tokens)
-        made = draw(
-            config,
-            kind,
-            size,
-            args.context,
-            sizes,
-            args.trace.name if args.trace else "every size once",
-        )
+        trace_name = args.trace.name if args.trace else "every size once"
+        made = draw(_engine_config(args), kind, size, args.context, sizes, trace_name)
         args.output.write_text(report_page.page(made), encoding="utf-8")
     except (ValueError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1
     print(f"{args.output}: {made.title}, {len(made.regions)} regions")
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,48 +1,40 @@
-"""A picture of one bucket: its graphs before and after each pass, the kernels that came out, and what each of them costs.
-
-    python -m nanovllm.tools.report_data --model tiny-qwen3 --bs 4 -o report.html
-
-This file knows records: stages of graphs, calls with their times. What fills them, a model on a device, is above this
-layer (`nanovllm/engine/picture.py`) and is reached by name when this is run as a program.
-"""
+"""The data of a report on one bucket (`nanovllm.tools.report`): its graphs before and after each
+pass, and its calls with their times, bytes and flops."""
 
 from __future__ import annotations
 
-import importlib
 import operator
-import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from nanovllm.compile.buckets import smallest_fit
 from nanovllm.compile.lower.calls import CallList
 from nanovllm.tools.costs import cost
+from nanovllm.tools.device_limits import Limits, best_seconds
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule
 
-REPEATS = 20  # of a call in one measurement
+CALLS_PER_RUN = 20  # one call is too short for the host's clock
 
 
 @dataclass(frozen=True)
 class Node:
-    """One call of a graph, with getitems folded into their readers."""
+    """One call of a graph. A getitem is no node of its own: its readers read its source."""
 
     name: str
     label: str
     shapes: str
     parents: tuple[str, ...]  # other calls
     inputs: tuple[str, ...]  # the region's inputs and constants, as text
-    ours: bool
+    ours: bool  # an op of nanovllm's
 
     @property
     def call(self) -> tuple[str, str, tuple[str, ...]]:
-        """What is the same when a pass leaves a call alone; names are not, where the graph was traced again."""
+        """Identifies a call that a pass leaves alone. Names change if the graph is traced again."""
         return self.label, self.shapes, self.inputs
 
 
@@ -58,7 +50,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a program as measured: seconds of one, and what it moves and computes."""
+    """One call of a program as measured: its seconds, the bytes it moves and its flops."""
 
     op: str
     shapes: str
@@ -66,10 +58,14 @@ class Call:
     num_bytes: int
     flops: int
 
+    def limit(self, limits: Limits) -> float:
+        """The seconds that the device needs at least."""
+        return limits.seconds(self.num_bytes, self.flops)
+
 
 @dataclass
 class Region:
-    """A region of the bucket; `times` is how often a step runs it."""
+    """A region of the bucket. A step runs it `times` times."""
 
     name: str
     times: int = 1
@@ -79,23 +75,12 @@ class Region:
 
 
 @dataclass(frozen=True)
-class Limits:
-    """Of the device, as measured: bytes per second of a large copy, flops per second of a large product."""
-
-    bandwidth: float
-    flops: float
-
-    def seconds(self, call: Call) -> float:
-        return max(call.num_bytes / self.bandwidth, call.flops / self.flops)
-
-
-@dataclass(frozen=True)
 class Padding:
-    """One bucket's part in a trace of batch sizes."""
+    """The steps of a trace of batch sizes that run in one bucket."""
 
     bucket: int
     num_steps: int
-    num_rows: int  # asked for
+    num_rows: int  # of requests, without padding
 
     @property
     def waste(self) -> float:
@@ -113,7 +98,7 @@ class Report:
 
 
 def stage_of(name: str, graph: GraphModule) -> Stage:
-    """What a page shows of a graph; taken at once, since passes change graphs in place."""
+    """The nodes and the code of a graph. Copies them, because passes change graphs in place."""
     reads: dict[Any, list[Any]] = {}
     nodes: list[Node] = []
     for node in graph.graph.nodes:
@@ -167,45 +152,22 @@ def measure(
 def timer(
     record: Callable[[Callable[[], None]], Callable[[], None]], synchronize: Callable[[], None]
 ) -> Callable[[Callable[[], object]], float]:
-    """Seconds of one call, the best of a few replays of `REPEATS` recorded ones."""
+    """A function that returns the seconds of one call: the best of a few replays of
+    `CALLS_PER_RUN` calls. `record` captures a function and returns its replay."""
 
     def seconds(call: Callable[[], object]) -> float:
         def repeated() -> None:
-            for _ in range(REPEATS):
+            for _ in range(CALLS_PER_RUN):
                 call()
 
-        replay = record(repeated)
-        best = float("inf")
-        for _ in range(5):
-            synchronize()
-            started = time.perf_counter()
-            replay()
-            synchronize()
-            best = min(best, time.perf_counter() - started)
-        return best / REPEATS
+        return best_seconds(record(repeated), synchronize) / CALLS_PER_RUN
 
     return seconds
 
 
-def measure_limits(
-    device: torch.device, dtype: torch.dtype, seconds: Callable[[Callable[[], object]], float]
-) -> Limits:
-    """What a copy of 256 MiB and a square product reach; of two products the one that fills the device."""
-    source = torch.ones(1 << 26, device=device)
-    target = torch.empty_like(source)
-    bandwidth = 2 * source.nbytes / seconds(lambda: target.copy_(source))
-    flops = 0.0
-    for size in (1024, 8192):
-        a = torch.ones(size, size, dtype=dtype, device=device)
-        taken = seconds(lambda a=a: a @ a)  # type: ignore[misc]
-        flops = max(flops, 2 * size**3 / taken)
-        if taken > 1e-3:
-            break
-    return Limits(bandwidth, flops)
-
-
 def padding_of(batch_sizes: Sequence[int], ladder: Sequence[int]) -> tuple[Padding, ...]:
-    """What a trace of batch sizes fills of each bucket; larger batches run in several steps, as in the engine."""
+    """How a trace of batch sizes fills each bucket. A batch larger than the last bucket runs in
+    several steps, as in the engine."""
     steps = dict.fromkeys(ladder, 0)
     rows = dict.fromkeys(ladder, 0)
     for size in batch_sizes:
@@ -219,7 +181,7 @@ def padding_of(batch_sizes: Sequence[int], ladder: Sequence[int]) -> tuple[Paddi
 
 
 def _arguments(node: Any) -> list[tuple[str, Any]]:
-    """(name, value) of a call's arguments, lists taken apart."""
+    """(name, value) of each argument of a call. A list of nodes gives one pair per item."""
     schema = getattr(node.target, "_schema", None)
     names = [argument.name for argument in schema.arguments] if schema else []
     named = [*zip([*names, *map(str, range(len(node.args)))], node.args), *node.kwargs.items()]
@@ -231,24 +193,26 @@ def _arguments(node: Any) -> list[tuple[str, Any]]:
 
 
 def _source(value: Any) -> Any:
-    """The call or input behind getitems."""
+    """The call or input that a chain of getitems reads from."""
     while getattr(value, "target", None) is operator.getitem:
         value = value.args[0]
     return value
 
 
+_SHORT = {
+    "torch.float32": "f32",
+    "torch.bfloat16": "bf16",
+    "torch.float16": "f16",
+    "torch.int64": "i64",
+    "torch.int32": "i32",
+    "torch.bool": "b8",
+}
+
+
 def _shapes(value: Any) -> str:
     if isinstance(value, Tensor):
-        short = {"torch.float32": "f32", "torch.bfloat16": "bf16", "torch.float16": "f16", "torch.int64": "i64",
-                 "torch.int32": "i32", "torch.bool": "b8"}  # fmt: skip
-        return (
-            f"{short.get(str(value.dtype), str(value.dtype))}[{', '.join(map(str, value.shape))}]"
-        )
+        dtype = str(value.dtype)
+        return f"{_SHORT.get(dtype, dtype)}[{', '.join(map(str, value.shape))}]"
     if isinstance(value, (tuple, list)):
         return ", ".join(_shapes(item) for item in value)
     return ""
-
-
-if __name__ == "__main__":
-    # by name: this layer knows no models
-    sys.exit(importlib.import_module("nanovllm.tools.report").main())

@@ -1,4 +1,4 @@
-"""How the GPU scripts time a launch."""
+"""Times launches of GPU kernels."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ MIN_MS, MOST_REPLAYS = 3.0, 20
 
 
 def time_launches(function: Callable[..., Any], calls: list[tuple[Any, ...]]) -> float:
-    """Microseconds of one call: median over replays of a graph that holds a call with each of the arguments.
+    """Microseconds of one call: the median of replays of a CUDA graph.
 
-    Short lists are repeated until there are 28 calls, since the start of a graph is timed with them and takes some 20 µs;
-    a single call is taken for a chain of launches, long enough by itself.
+    The graph holds one call for each tuple of arguments. Short lists are repeated up to 28 calls,
+    because each time includes the start of a graph, about 20 µs. A single tuple is not repeated:
+    it is taken for a function that launches many kernels.
     """
     calls = calls * -(-28 // len(calls)) if len(calls) > 1 else calls
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     graph = torch.cuda.CUDAGraph()
-    # by hand: torch's context manager collects garbage, which takes longer than all that is measured
+    # torch.cuda.graph would collect garbage, which takes longer than the measurement
     with torch.cuda.stream(stream):
         function(*calls[0])
         graph.capture_begin()

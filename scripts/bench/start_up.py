@@ -1,16 +1,20 @@
-"""From process start to first token, in fresh processes: with an empty store, with a full one, and with another checkpoint.
+"""Times starts in fresh processes: with an empty store, a full one, and another checkpoint.
 
-python scripts/bench/start_up.py --shape Qwen3-0.6B            # random weights in a temporary folder
-python scripts/bench/start_up.py --shape tiny --device cpu --max-model-len 2048     # the embedded model's shape
-python scripts/bench/start_up.py --model DIR [--other DIR]     # checkpoints that are there
+# random weights in a temporary folder
+python scripts/bench/start_up.py --shape Qwen3-0.6B
+# the embedded model's shape
+python scripts/bench/start_up.py --shape tiny --device cpu --max-model-len 2048
+# existing checkpoints
+python scripts/bench/start_up.py --model DIR [--other DIR]
 
-Prints one line per start and, last, JSON: seconds in total and by part. "python" is the interpreter and this script;
-"imports" (torch and our engine; the last line has torch's alone) and "weights" are the parts that no store can save;
-"cache", "prefill" and "decode" hold loading (or, cold, compiling) programs and kernels, running each bucket once, and
-captures. Files that were just written are in the page cache, so reading weights is a copy from memory.
+Prints one line per start, then JSON: seconds from process start to first token, in total and by
+part. "python" is the interpreter and this script. "imports" (torch and the engine; the JSON also
+has torch's alone) and "weights" are the parts that no store can save. "cache", "prefill" and
+"decode" load or, in a cold start, compile programs and kernels, run each bucket once, and capture.
+Weights come from the page cache: the files have just been written.
 
-What is installed has bytecode here, as pip leaves it. Some containers have none and forbid Python to write any
-(PYTHONDONTWRITEBYTECODE): --installed-as-is measures what a start takes there.
+Installed packages have bytecode here, as pip leaves them. In containers that have none and set
+PYTHONDONTWRITEBYTECODE, a start takes what --installed-as-is measures.
 """
 
 from __future__ import annotations
@@ -28,18 +32,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-# The published config.json files, as far as shapes go.
-QWEN3: dict[str, Any] = {
-    "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 128, "num_key_value_heads": 8,
-    "vocab_size": 151936, "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "rope_theta": 1000000,
-    "attention_bias": False, "hidden_act": "silu", "eos_token_id": 151645, "dtype": "bfloat16",
-}  # fmt: skip
-SHAPES: dict[str, dict[str, Any]] = {
-    "Qwen3-0.6B": {**QWEN3, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
-                   "num_attention_heads": 16, "tie_word_embeddings": True},
-    "Qwen3-8B": {**QWEN3, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
-                 "num_attention_heads": 32, "tie_word_embeddings": False},
-}  # fmt: skip
 IMPORT_TORCH = (
     "import time; begun = time.perf_counter(); import torch; print(time.perf_counter() - begun)"
 )
@@ -53,7 +45,7 @@ EMBEDDED = ROOT / "nanovllm" / "assets" / "tiny-qwen3"
 
 
 def child(model: str, options: dict[str, Any], started: float) -> None:
-    """One start: `started` is the time at which the parent spawned it."""
+    """One start. The parent spawned this process at the time `started`."""
     seconds: dict[str, float] = {"python": time.time() - started}
     last = time.perf_counter()
 
@@ -65,7 +57,7 @@ def child(model: str, options: dict[str, Any], started: float) -> None:
     from nanovllm import LLM, SamplingParams
 
     lap("import nanovllm")
-    llm = LLM(model, **options)  # which imports torch, beside what it has begun
+    llm = LLM(model, **options)  # imports torch
     lap("LLM")
     load = llm.engine.load_seconds
     seconds["imports"] = seconds.pop("LLM") - sum(load.values())
@@ -78,26 +70,31 @@ def child(model: str, options: dict[str, Any], started: float) -> None:
     total = time.time() - started
     tokens += [token for piece in stream for token in piece["token_ids"]]
     runner = llm.engine.runner
+    compilers = ("torch._dynamo", "torch._inductor", "sympy")
     report = {
-        "total": total, "seconds": seconds, "programs_compiled": runner.compiler.num_compiled,
-        "programs_loaded": runner.compiler.num_loaded, "kernels_compiled": len(runner.platform.kernels_compiled()),
-        "compilers_imported": [name for name in ("torch._dynamo", "torch._inductor", "sympy") if name in sys.modules],
+        "total": total,
+        "seconds": seconds,
+        "programs_compiled": runner.compiler.num_compiled,
+        "programs_loaded": runner.compiler.num_loaded,
+        "kernels_compiled": len(runner.platform.kernels_compiled()),
+        "compilers_imported": [name for name in compilers if name in sys.modules],
         "tokens": tokens,
-    }  # fmt: skip
+    }
     print("RESULT " + json.dumps(report), flush=True)
 
 
 def environment_of_starts(bytecode: Path | None) -> dict[str, str]:
-    """No cache but the store: Triton's and Inductor's folders lie in it. Bytecode, if any, is kept in a folder of its own."""
+    """The variables of a start. Unsets the folders of Triton's and Inductor's caches, so that they
+    lie in the store. Bytecode, if any, is kept in a folder of its own."""
     unset = ["TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "NANOVLLM_CACHE"]
-    unset += ["PYTHONDONTWRITEBYTECODE"] if bytecode is not None else []
+    if bytecode is not None:
+        unset.append("PYTHONDONTWRITEBYTECODE")
     environment = {name: value for name, value in os.environ.items() if name not in unset}
-    environment["PYTHONPATH"] = os.pathsep.join(
-        [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    )
-    return (
-        environment if bytecode is None else {**environment, "PYTHONPYCACHEPREFIX": str(bytecode)}
-    )
+    path = [str(ROOT), *filter(None, [environment.get("PYTHONPATH")])]
+    environment["PYTHONPATH"] = os.pathsep.join(path)
+    if bytecode is not None:
+        environment["PYTHONPYCACHEPREFIX"] = str(bytecode)
+    return environment
 
 
 def start(
@@ -107,17 +104,11 @@ def start(
     environment: dict[str, str],
     log_to: Path | None,
 ) -> dict[str, Any]:
-    """Spawn one start, its log appended to a file."""
-    job = json.dumps(
-        {
-            "model": str(model),
-            "options": {**options, "compile_cache": str(store)},
-            "started": time.time(),
-        }
-    )
-    done = subprocess.run(
-        [sys.executable, __file__, "--child", job], env=environment, capture_output=True, text=True
-    )
+    """Spawn one start and return its report. Appends its log to a file."""
+    all_options = {**options, "compile_cache": str(store)}
+    job = json.dumps({"model": str(model), "options": all_options, "started": time.time()})
+    command = [sys.executable, __file__, "--child", job]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if log_to is not None:
         with log_to.open("a") as file:
             file.write(f"--- start with {options} at {time.ctime()}\n{done.stderr}\n")
@@ -129,7 +120,7 @@ def start(
 
 
 def write_checkpoint(folder: Path, config: dict[str, Any], seed: int) -> Path:
-    """Random weights in transformers' layout, a file a layer, and the embedded model's tokenizer."""
+    """Random weights, a file per layer, and the tokenizer of the embedded model."""
     import torch
     from safetensors.torch import save_file
     from transformers import AutoConfig
@@ -141,15 +132,10 @@ def write_checkpoint(folder: Path, config: dict[str, Any], seed: int) -> Path:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(EMBEDDED / name, folder)
     hf = AutoConfig.from_pretrained(folder)
-    dtype = getattr(
-        torch, str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
-    )
+    dtype = getattr(torch, str(config.get("dtype") or config["torch_dtype"]).removeprefix("torch."))
     model = registry.architecture(hf.architectures)(hf, dtype=dtype)
-    pool = (
-        torch.empty(1 << 24)
-        .normal_(0.0, 0.02, generator=torch.Generator().manual_seed(seed))
-        .to(dtype)
-    )
+    generator = torch.Generator().manual_seed(seed)
+    pool = torch.empty(1 << 24).normal_(0.0, 0.02, generator=generator).to(dtype)
     for group_idx, group in enumerate(model.declared):
         tensors = {}
         for param in group.values():
@@ -169,81 +155,93 @@ def show(name: str, result: dict[str, Any]) -> None:
     print(f"{name:16} {result['total']:6.2f} s: {parts}", flush=True)
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    parser.add_argument("--shape", choices=["tiny", *SHAPES])
-    parser.add_argument("--model", type=Path, help="a folder with a checkpoint, instead of --shape")
-    parser.add_argument(
-        "--other", type=Path, help="with --model: another checkpoint of the same shape"
-    )
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--max-model-len", type=int, default=4096)
-    parser.add_argument(
-        "--log",
-        type=Path,
-        help="a file for the starts' logs (NANOVLLM_LOG_LEVEL=DEBUG: also the workers')",
-    )
-    parser.add_argument("--warm", type=int, default=3, help="starts with the full store")
-    parser.add_argument(
-        "--installed-as-is", action="store_true", help="write no bytecode where there is none"
-    )
+    add = parser.add_argument
+    add("--child", help=argparse.SUPPRESS)
+    add("--shape", help="tiny or a name in nanovllm/tools/shapes.py")
+    add("--model", type=Path, help="a folder with a checkpoint, instead of --shape")
+    add("--other", type=Path, help="with --model: another checkpoint of the same shape")
+    add("--device", default="auto")
+    add("--max-model-len", type=int, default=4096)
+    log = "a file for the starts' logs; NANOVLLM_LOG_LEVEL=DEBUG adds those of the workers"
+    add("--log", type=Path, help=log)
+    add("--warm", type=int, default=3, help="starts with the full store")
+    add("--installed-as-is", action="store_true", help="write no bytecode where there is none")
     args = parser.parse_args()
+    if args.child is None and (args.shape is None) == (args.model is None):
+        parser.error("give --shape or --model")
+    return args
+
+
+def checkpoints(args: argparse.Namespace, scratch: Path) -> tuple[Path, Path | None]:
+    """The model and another checkpoint of its shape, if any. Writes them for --shape."""
+    if args.shape is None:
+        return args.model, args.other
+    from nanovllm.tools.shapes import CONFIGS  # not at the top: a start times its imports
+
+    shapes = {"tiny": json.loads((EMBEDDED / "config.json").read_text()), **CONFIGS}
+    if args.shape not in shapes:
+        raise SystemExit(f"--shape {args.shape} is unknown: use one of {', '.join(shapes)}")
+    one, other = scratch / "one", scratch / "other"
+    config = shapes[args.shape]
+    return write_checkpoint(one, config, 0), write_checkpoint(other, config, 1)
+
+
+def all_starts(
+    args: argparse.Namespace, scratch: Path, environment: dict[str, str]
+) -> dict[str, dict[str, Any]]:
+    """Reports of the cold start, the warm ones, and the one with another checkpoint."""
+    model, other = checkpoints(args, scratch)
+    options = {"device": args.device, "max_model_len": args.max_model_len}
+    # the first import on a machine reads files that are not in the page cache
+    subprocess.run([sys.executable, "-c", IMPORT_ALL], env=environment, check=True)
+    results: dict[str, dict[str, Any]] = {}
+    for name in ("cold", *(f"warm_{i + 1}" for i in range(args.warm))):
+        results[name] = start(model, scratch / "store", options, environment, args.log)
+        show(name.replace("_", " "), results[name])
+    if other is not None:
+        # "require" fails, and names what is missing, unless the store serves this checkpoint too
+        required = {**options, "compile_cache_mode": "require"}
+        found = start(other, scratch / "store", required, environment, args.log)
+        results["other_checkpoint"] = found
+        show("other checkpoint", found)
+    return results
+
+
+def main() -> None:
+    args = arguments()
     if args.child:
         job = json.loads(args.child)
         child(job["model"], job["options"], job["started"])
         return
-    if (args.shape is None) == (args.model is None):
-        parser.error("give --shape or --model")
     sys.path.insert(0, str(ROOT))
-    options = {"device": args.device, "max_model_len": args.max_model_len}
     with tempfile.TemporaryDirectory(prefix="start-up-") as name:
         scratch = Path(name)
-        model, other = args.model, args.other
-        if args.shape:
-            config = (
-                json.loads((EMBEDDED / "config.json").read_text())
-                if args.shape == "tiny"
-                else SHAPES[args.shape]
-            )
-            model = write_checkpoint(scratch / "one", config, 0)
-            other = write_checkpoint(scratch / "other", config, 1)
         environment = environment_of_starts(None if args.installed_as_is else scratch / "bytecode")
-        # what this machine has never read, a first import pays for
-        subprocess.run([sys.executable, "-c", IMPORT_ALL], env=environment, check=True)
-        store = scratch / "store"
-        results = {"cold": start(model, store, options, environment, args.log)}
-        show("cold", results["cold"])
-        for i in range(args.warm):
-            results[f"warm_{i + 1}"] = start(model, store, options, environment, args.log)
-            show(f"warm {i + 1}", results[f"warm_{i + 1}"])
-        if other is not None:
-            # which stops, and names what is missing, where the store does not serve it as well
-            required = {**options, "compile_cache_mode": "require"}
-            results["other_checkpoint"] = start(other, store, required, environment, args.log)
-            show("other checkpoint", results["other_checkpoint"])
-        warm = [results[f"warm_{i + 1}"] for i in range(args.warm)]
+        results = all_starts(args, scratch, environment)
         import_torch = [sys.executable, "-c", IMPORT_TORCH]
         alone = subprocess.run(
             import_torch, env=environment, check=True, capture_output=True, text=True
         )
-        print(f"import torch, in a process of its own: {float(alone.stdout):.2f} s", flush=True)
-        summary = {
-            "model": args.shape or str(args.model),
-            "cold_s": results["cold"]["total"],
-            "warm_s": statistics.median(result["total"] for result in warm),
-            "warm_without_imports_and_weights_s": statistics.median(
-                result["total"] - result["seconds"]["imports"] - result["seconds"]["weights"]
-                for result in warm
-            ),
-            "import_torch_s": float(alone.stdout),
-            "bytecode": "as installed" if args.installed_as_is else "written",
-            "same_tokens": all(result["tokens"] == results["cold"]["tokens"] for result in warm),
-            "starts": results,
-        }
-        print(json.dumps(summary))
+    print(f"import torch, in a process of its own: {float(alone.stdout):.2f} s", flush=True)
+    warm = [results[f"warm_{i + 1}"] for i in range(args.warm)]
+    summary = {
+        "model": args.shape or str(args.model),
+        "cold_s": results["cold"]["total"],
+        "warm_s": statistics.median(result["total"] for result in warm),
+        "warm_without_imports_and_weights_s": statistics.median(
+            result["total"] - result["seconds"]["imports"] - result["seconds"]["weights"]
+            for result in warm
+        ),
+        "import_torch_s": float(alone.stdout),
+        "bytecode": "as installed" if args.installed_as_is else "written",
+        "same_tokens": all(result["tokens"] == results["cold"]["tokens"] for result in warm),
+        "starts": results,
+    }
+    print(json.dumps(summary))
 
 
 if __name__ == "__main__":

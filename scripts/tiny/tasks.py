@@ -1,15 +1,16 @@
-"""The instruction tasks that tiny-qwen3 is trained and judged on: generated, checkable, and split by content.
+"""The generated tasks that train and test tiny-qwen3, split into training and held-out content.
 
-Plain Python without torch or a tokenizer, so that the accuracy gate and the tests can use it anywhere.
+Plain Python without torch or a tokenizer, so that accuracy.py and the tests can use it anywhere.
 
-The split is decided by a hash of what a question is about, never of how it is asked: when 37 + 45 is held out, no
-phrasing of it, nor of 45 + 37, occurs in training; a held-out word occurs in no spelling task at all. Three things
-cannot be inferred from other examples and are exempt from this:
+A hash of a question's content decides the split, never its wording: if 37 + 45 is held out, no
+phrasing of it, nor of 45 + 37, occurs in training. A held-out word occurs in no spelling task at
+all. Three things cannot be inferred from other examples and are split differently:
 
-- facts (capitals, times tables, ...): every fact is trained, and pairs of a fact and a phrasing are held out;
-- small talk: every intent is trained, and exact wordings are held out;
-- words that also occur in the phrasings (`wordings.COMMON_WORDS`): a tokenizer may hold them whole, so that their
-  spelling is a fact too. They are asked about in training and never counted in the held-out score.
+- facts (capitals, times tables, ...): every fact is trained; pairs of fact and phrasing are held
+  out;
+- small talk: every intent is trained; exact wordings are held out;
+- words that also occur in the phrasings (`wordings.COMMON_WORDS`): a tokenizer may hold them whole,
+  so their spelling is a fact too. They occur in training and never count in the held-out score.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ HELD_OUT_SHARE = 10  # one content in this many
 class Task:
     """One question with its reference answer.
 
-    `expected` is what the answer must contain, and `check` says how it is looked for (see `is_correct`). `history`
-    holds earlier (question, answer) pairs of the same conversation, oldest first.
+    The answer must contain `expected`; `check` is how that is tested (see `is_correct`).
+    `history` holds earlier (question, answer) pairs of the conversation, oldest first.
     """
 
     question: str
@@ -48,7 +49,7 @@ class Task:
 
     @property
     def messages(self) -> list[Message]:
-        """The conversation up to the question, as chat messages; the answer is not among them."""
+        """The conversation as chat messages, up to the question; without the answer."""
         messages = [] if self.system is None else [{"role": "system", "content": self.system}]
         for question, answer in self.history:
             messages.append({"role": "user", "content": question})
@@ -58,13 +59,13 @@ class Task:
 
 
 def is_held_out(content_key: str) -> bool:
-    """Whether this content belongs to the held-out side. hashlib, since `hash()` of a str differs between runs."""
+    """True for content of the held-out side. `hash()` of a str would differ between runs."""
     digest = hashlib.blake2b(content_key.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") % HELD_OUT_SHARE == 0
 
 
 def is_correct(task: Task, text: str) -> bool:
-    """Whether `text` answers the task. Wording is free except where it carries the answer."""
+    """True if `text` answers the task. The wording is free except for the answer itself."""
     numbers = re.findall(r"-?\d+", text)
     words = re.findall(r"[^\W\d_]+", text)
     match task.check:
@@ -77,7 +78,7 @@ def is_correct(task: Task, text: str) -> bool:
         case "last_word":
             return words[-1:] == list(task.expected)
         case "phrase":
-            # neither part of a word nor of a hyphenated one: 'one' is not in 'twenty-one'
+            # whole words only, and hyphenated words are whole: 'one' is not in 'twenty-one'
             return all(
                 re.search(rf"(?<![\w-]){re.escape(phrase)}(?![\w-])", text)
                 for phrase in task.expected
@@ -94,7 +95,7 @@ def _outside_slots(phrasing: str, change: Callable[[str], str]) -> str:
 
 
 def _phrase(rng: random.Random, phrasing: str, fold: bool = False, /, **slots: str) -> str:
-    """Fill a phrasing in, with everyday variation of case and punctuation. `fold`: the slots' case varies too."""
+    """Fill in a phrasing, and vary case and punctuation. `fold`: vary the slots' case too."""
     roll = rng.random()
     if roll < 0.12:
         phrasing = _outside_slots(phrasing, str.lower)
@@ -118,7 +119,7 @@ def _phrase(rng: random.Random, phrasing: str, fold: bool = False, /, **slots: s
 
 
 def _number(rng: random.Random, max_digits: int = 3) -> int:
-    """A number whose length, not its value, is uniform: small numbers are what people ask about."""
+    """A number of uniform length, not of uniform value: people ask about small numbers."""
     num_digits = rng.randint(1, max_digits)
     return rng.randint(0 if num_digits == 1 else 10 ** (num_digits - 1), 10**num_digits - 1)
 
@@ -293,7 +294,7 @@ def _make_compare(rng: random.Random) -> Task:
         answer = wordings.ANSWERS["largest" if larger else "smallest"].format(y=y)
         return Task(question, answer, "compare", "first_number", (y,), f"extreme {sorted(numbers)}")
     a = _number(rng)
-    # half of the pairs are close, since far ones are decided by their length or first digit
+    # half of the pairs are close: for others the length or the first digit decides
     b = _number(rng) if rng.random() < 0.5 else max(0, a + rng.randint(-12, 12))
     if a == b:
         b = a + 1
@@ -324,7 +325,7 @@ def _make_number(rng: random.Random) -> Task:
 
 
 def _make_fact(rng: random.Random) -> Task:
-    # the larger tables get more of the questions, though less than in proportion
+    # larger tables get more questions, but less than in proportion to their size
     name = rng.choices(
         list(wordings.RELATIONS),
         [len(relation.pairs) ** 0.5 for relation in wordings.RELATIONS.values()],
@@ -360,7 +361,7 @@ def _make_unknown(rng: random.Random) -> Task:
         words: list[str] = []
         while len(words) < 3:
             word = rng.choice(wordings.LETTER_WORDS) if rng.random() < 0.6 else _random_word(rng)
-            # a word that is known from the facts would make some of these questions answerable
+            # words of the facts would make some of these questions answerable
             if word.capitalize() not in wordings.CAPITALS and word not in words:
                 words.append(word)
         slots = {
@@ -434,9 +435,9 @@ def _held_out_task(rng: random.Random, kind: str) -> Task:
 
 
 def training_examples(seed: int | str) -> Iterator[Task]:
-    """Endless training conversations, the same for the same seed; all their turns are of the training split.
+    """Endless training conversations, the same for the same seed. All turns are training content.
 
-    Two in five have earlier turns, so that a chat's history does not disturb an answer.
+    Two in five have earlier turns: a chat's history must not disturb an answer.
     """
     rng = random.Random(f"train {seed}")
     while True:

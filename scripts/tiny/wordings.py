@@ -1,4 +1,7 @@
-"""What tiny-qwen3's questions and answers are worded in, and what they are about. Slots of phrasings stand in braces."""
+"""The phrasings of tiny-qwen3's questions and answers, and what they are about.
+
+Slots of phrasings are in braces.
+"""
 
 from __future__ import annotations
 
@@ -176,7 +179,7 @@ PREVIOUS = (
 
 @dataclass(frozen=True)
 class Relation:
-    """A table of facts: `pairs` maps the {x} of the phrasings to the {y} that the answer has to contain."""
+    """A table of facts: `pairs` maps the {x} of phrasings to the {y} that answers must contain."""
 
     phrasings: tuple[str, ...]
     answer: str
@@ -194,53 +197,60 @@ def _names(table: str) -> tuple[str, ...]:
 
 
 CAPITALS = _pairs(
-    "France: Paris, Germany: Berlin, Italy: Rome, Spain: Madrid, Portugal: Lisbon, England: London, Ireland: Dublin, "
-    "Scotland: Edinburgh, Norway: Oslo, Sweden: Stockholm, Finland: Helsinki, Denmark: Copenhagen, Iceland: Reykjavik, "
-    "Poland: Warsaw, Austria: Vienna, Hungary: Budapest, Greece: Athens, Belgium: Brussels, Russia: Moscow, "
-    "Ukraine: Kyiv, Romania: Bucharest, Bulgaria: Sofia, Croatia: Zagreb, Serbia: Belgrade, Turkey: Ankara, "
-    "Egypt: Cairo, Kenya: Nairobi, Nigeria: Abuja, Ghana: Accra, Ethiopia: Addis Ababa, Morocco: Rabat, "
-    "China: Beijing, Japan: Tokyo, India: New Delhi, South Korea: Seoul, Thailand: Bangkok, Vietnam: Hanoi, "
-    "Indonesia: Jakarta, Iran: Tehran, Iraq: Baghdad, Nepal: Kathmandu, Pakistan: Islamabad, Australia: Canberra, "
-    "New Zealand: Wellington, Canada: Ottawa, Mexico: Mexico City, Cuba: Havana, Peru: Lima, Chile: Santiago, "
+    "France: Paris, Germany: Berlin, Italy: Rome, Spain: Madrid, Portugal: Lisbon, "
+    "England: London, Ireland: Dublin, Scotland: Edinburgh, Norway: Oslo, Sweden: Stockholm, "
+    "Finland: Helsinki, Denmark: Copenhagen, Iceland: Reykjavik, Poland: Warsaw, Austria: Vienna, "
+    "Hungary: Budapest, Greece: Athens, Belgium: Brussels, Russia: Moscow, Ukraine: Kyiv, "
+    "Romania: Bucharest, Bulgaria: Sofia, Croatia: Zagreb, Serbia: Belgrade, Turkey: Ankara, "
+    "Egypt: Cairo, Kenya: Nairobi, Nigeria: Abuja, Ghana: Accra, Ethiopia: Addis Ababa, "
+    "Morocco: Rabat, China: Beijing, Japan: Tokyo, India: New Delhi, South Korea: Seoul, "
+    "Thailand: Bangkok, Vietnam: Hanoi, Indonesia: Jakarta, Iran: Tehran, Iraq: Baghdad, "
+    "Nepal: Kathmandu, Pakistan: Islamabad, Australia: Canberra, New Zealand: Wellington, "
+    "Canada: Ottawa, Mexico: Mexico City, Cuba: Havana, Peru: Lima, Chile: Santiago, "
     "Argentina: Buenos Aires, Brazil: Brasília, Colombia: Bogotá, the Netherlands: Amsterdam, "
     "the United States: Washington, Switzerland: Bern, the Czech Republic: Prague"
 )
 COLOURS = _pairs(
-    "the sky: blue, grass: green, snow: white, a banana: yellow, a lemon: yellow, blood: red, coal: black, "
-    "milk: white, a tomato: red, a carrot: orange, a frog: green, chocolate: brown, the sea: blue, a raven: black, "
-    "a strawberry: red, a cucumber: green, a flamingo: pink, a cherry: red, an elephant: grey, a pumpkin: orange"
+    "the sky: blue, grass: green, snow: white, a banana: yellow, a lemon: yellow, blood: red, "
+    "coal: black, milk: white, a tomato: red, a carrot: orange, a frog: green, chocolate: brown, "
+    "the sea: blue, a raven: black, a strawberry: red, a cucumber: green, a flamingo: pink, "
+    "a cherry: red, an elephant: grey, a pumpkin: orange"
 )
 OPPOSITES = _pairs(
-    "hot: cold, big: small, fast: slow, high: low, happy: sad, light: dark, wet: dry, hard: soft, full: empty, "
-    "rich: poor, strong: weak, thick: thin, tall: short, young: old, loud: quiet, early: late, clean: dirty, "
-    "open: closed, left: right, day: night, win: lose, love: hate, push: pull, near: far, deep: shallow, "
-    "brave: afraid, sweet: sour, wide: narrow, sharp: blunt, true: false, north: south, "
-    "east: west, summer: winter, inside: outside, above: below, always: never, buy: sell, give: take, laugh: cry"
+    "hot: cold, big: small, fast: slow, high: low, happy: sad, light: dark, wet: dry, hard: soft, "
+    "full: empty, rich: poor, strong: weak, thick: thin, tall: short, young: old, loud: quiet, "
+    "early: late, clean: dirty, open: closed, left: right, day: night, win: lose, love: hate, "
+    "push: pull, near: far, deep: shallow, brave: afraid, sweet: sour, wide: narrow, sharp: blunt, "
+    "true: false, north: south, east: west, summer: winter, inside: outside, above: below, "
+    "always: never, buy: sell, give: take, laugh: cry"
 )
 SOUNDS = _pairs(
-    "cow: moo, dog: woof, cat: meow, sheep: baa, duck: quack, pig: oink, horse: neigh, lion: roar, frog: ribbit, "
-    "bee: buzz, snake: hiss, owl: hoot, crow: caw, mouse: squeak, rooster: cock-a-doodle-doo, wolf: howl, "
-    "chick: cheep, donkey: hee-haw, turkey: gobble"
+    "cow: moo, dog: woof, cat: meow, sheep: baa, duck: quack, pig: oink, horse: neigh, lion: roar, "
+    "frog: ribbit, bee: buzz, snake: hiss, owl: hoot, crow: caw, mouse: squeak, "
+    "rooster: cock-a-doodle-doo, wolf: howl, chick: cheep, donkey: hee-haw, turkey: gobble"
 )
 YOUNG = _pairs(
-    "dog: puppy, cat: kitten, cow: calf, sheep: lamb, horse: foal, pig: piglet, bear: cub, goat: kid, duck: duckling, "
-    "hen: chick, frog: tadpole, deer: fawn, kangaroo: joey, goose: gosling, swan: cygnet, eagle: eaglet"
+    "dog: puppy, cat: kitten, cow: calf, sheep: lamb, horse: foal, pig: piglet, bear: cub, "
+    "goat: kid, duck: duckling, hen: chick, frog: tadpole, deer: fawn, kangaroo: joey, "
+    "goose: gosling, swan: cygnet, eagle: eaglet"
 )
 LEGS = _pairs(
-    "dog: 4, cat: 4, spider: 8, ant: 6, bee: 6, hen: 2, horse: 4, snake: 0, octopus: 8, human: 2, cow: 4, fish: 0"
+    "dog: 4, cat: 4, spider: 8, ant: 6, bee: 6, hen: 2, horse: 4, snake: 0, octopus: 8, human: 2, "
+    "cow: 4, fish: 0"
 )
 AMOUNTS = _pairs(
-    "days are in a week: 7, months are in a year: 12, hours are in a day: 24, minutes are in an hour: 60, "
-    "seconds are in a minute: 60, letters are in the alphabet: 26, days are in a year: 365, sides has a triangle: 3, "
-    "sides has a square: 4, cents are in a dollar: 100, seasons are in a year: 4, continents are there: 7"
+    "days are in a week: 7, months are in a year: 12, hours are in a day: 24, "
+    "minutes are in an hour: 60, seconds are in a minute: 60, letters are in the alphabet: 26, "
+    "days are in a year: 365, sides has a triangle: 3, sides has a square: 4, "
+    "cents are in a dollar: 100, seasons are in a year: 4, continents are there: 7"
 )
 DAYS = _names("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
 MONTHS = _names(
     "January February March April May June July August September October November December"
 )
 SMALL_NUMBERS = _names(
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen"
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+    "sixteen seventeen eighteen nineteen"
 )
 TENS = _names("twenty thirty forty fifty sixty seventy eighty ninety")
 
@@ -624,7 +634,8 @@ _PHRASINGS = (
     ),
     *(wording for _, wordings in SMALL_TALK.values() for wording in wordings),
     *(SORRY, TOO_BIG_ANSWER, TOO_MANY_ANSWER, DIVIDE_ANSWER, *SMALL_TALK, *ANSWERS.values()),
-    "system user assistant once twice times even odd",  # the chat roles, and the slots that hold a fixed few words
+    # the chat roles, and the words of slots that have only a few
+    "system user assistant once twice times even odd",
 )
 COMMON_WORDS = frozenset(
     word.lower()
@@ -638,30 +649,32 @@ NAMES = _names("Tom Anna Ben Mia Sam Lena Max Eva Leo Nora Ali Yuki")
 THINGS = _names("apples books coins cards birds pens eggs toys cakes stones fish balls")
 
 _WORDS = """
-lamp lemon tree house river cloud stone bread table chair plant water light paper glass green apple grape peach melon
-tiger zebra horse mouse sheep eagle shark whale snake camel rabbit turtle monkey dragon spider parrot pigeon falcon
-window garden kitchen bottle butter cheese pepper sugar honey orange banana cherry carrot potato tomato onion garlic
-pencil eraser laptop screen keyboard printer camera mirror pillow blanket carpet candle basket bucket hammer ladder
-forest desert island valley canyon meadow volcano glacier ocean beach harbor bridge castle temple palace tower
-doctor teacher farmer pilot driver singer dancer writer painter soldier sailor baker butcher plumber captain
-winter summer spring autumn thunder lightning rain snow storm breeze sunshine shadow rainbow moon star planet comet
-music guitar piano violin trumpet drum flute song melody rhythm concert theater movie picture statue
-happy lucky brave clever gentle honest silent quick quiet simple strong tender yellow purple silver golden
-jacket sweater trouser shirt glove scarf button pocket zipper ribbon needle thread cotton velvet leather
-train bicycle airplane rocket engine wheel tunnel station ticket journey suitcase compass anchor wagon
-circle square triangle number letter language computer science physics history biology algebra
-school college lesson student library chapter pencilcase notebook homework puzzle riddle
-breakfast dinner lunch soup salad pasta pizza burger cookie muffin pancake waffle chocolate strawberry blueberry
-raspberry pineapple coconut avocado mushroom broccoli spinach cabbage lettuce pumpkin zucchini
-elephant giraffe leopard panther buffalo dolphin penguin octopus lobster hamster squirrel hedgehog kangaroo crocodile
-butterfly dragonfly mosquito beetle cricket ladybug scorpion
-cat dog sun sky sea ice fire cup pan pot bed box toy car bus van map pen ink key lid hat cap tie bag egg jam
-nut pie tea owl fox bee ant cow pig hen rat bat elk yak emu cod eel fin paw fur leg arm eye ear lip toe
-bird duck frog goat lion wolf bear deer swan crab crow hawk moth worm boat ship road park farm barn gate wall roof
-door desk sofa book coin ring rope nail hook leaf seed rose lily palm pine corn rice bean cake milk meat salt
-mountain village hospital museum factory market office airport stadium theory quantum python rust kernel tensor memory
-compiler cache graph token matrix vector python program hello world welcome banana mississippi assessment committee
+lamp lemon tree house river cloud stone bread table chair plant water light paper glass green apple
+grape peach melon tiger zebra horse mouse sheep eagle shark whale snake camel rabbit turtle monkey
+dragon spider parrot pigeon falcon window garden kitchen bottle butter cheese pepper sugar honey
+orange banana cherry carrot potato tomato onion garlic pencil eraser laptop screen keyboard printer
+camera mirror pillow blanket carpet candle basket bucket hammer ladder forest desert island valley
+canyon meadow volcano glacier ocean beach harbor bridge castle temple palace tower doctor teacher
+farmer pilot driver singer dancer writer painter soldier sailor baker butcher plumber captain winter
+summer spring autumn thunder lightning rain snow storm breeze sunshine shadow rainbow moon star
+planet comet music guitar piano violin trumpet drum flute song melody rhythm concert theater movie
+picture statue happy lucky brave clever gentle honest silent quick quiet simple strong tender yellow
+purple silver golden jacket sweater trouser shirt glove scarf button pocket zipper ribbon needle
+thread cotton velvet leather train bicycle airplane rocket engine wheel tunnel station ticket
+journey suitcase compass anchor wagon circle square triangle number letter language computer science
+physics history biology algebra school college lesson student library chapter pencilcase notebook
+homework puzzle riddle breakfast dinner lunch soup salad pasta pizza burger cookie muffin pancake
+waffle chocolate strawberry blueberry raspberry pineapple coconut avocado mushroom broccoli spinach
+cabbage lettuce pumpkin zucchini elephant giraffe leopard panther buffalo dolphin penguin octopus
+lobster hamster squirrel hedgehog kangaroo crocodile butterfly dragonfly mosquito beetle cricket
+ladybug scorpion cat dog sun sky sea ice fire cup pan pot bed box toy car bus van map pen ink key
+lid hat cap tie bag egg jam nut pie tea owl fox bee ant cow pig hen rat bat elk yak emu cod eel fin
+paw fur leg arm eye ear lip toe bird duck frog goat lion wolf bear deer swan crab crow hawk moth
+worm boat ship road park farm barn gate wall roof door desk sofa book coin ring rope nail hook leaf
+seed rose lily palm pine corn rice bean cake milk meat salt mountain village hospital museum factory
+market office airport stadium theory quantum python rust kernel tensor memory compiler cache graph
+token matrix vector python program hello world welcome banana mississippi assessment committee
 """
 LETTER_WORDS = tuple(sorted(set(_WORDS.split()) - COMMON_WORDS))
-# A tokenizer may hold these whole, so that their spelling has to be learnt by heart.
+# A tokenizer may hold these words whole: their spelling must then be learnt by heart.
 WHOLE_WORDS = tuple(sorted(word for word in COMMON_WORDS if len(word) >= 2))

@@ -1,4 +1,4 @@
-"""The split, the checks and the determinism of the generated tasks; and that the embedded tokenizer suits them."""
+"""The split, the checks and the determinism of the generated tasks; the embedded tokenizer."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+# scripts are run as files, and import each other as such
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+
+from tiny.tasks import KINDS, Task, held_out, is_correct, is_held_out, training_examples
+from tiny.wordings import COMMON_WORDS, LETTER_WORDS, RELATIONS
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))  # scripts are run as files, and import each other as such
-
-from tiny.tasks import KINDS, Task, held_out, is_correct, is_held_out, training_examples  # noqa: E402
-from tiny.wordings import COMMON_WORDS, LETTER_WORDS, RELATIONS  # noqa: E402
-
 MODEL = ROOT / "nanovllm" / "assets" / "tiny-qwen3"
 NUM_TRAINING = 20_000
 
@@ -95,7 +96,8 @@ def test_examples_are_deterministic_and_differ_between_seeds() -> None:
 
 def test_examples_are_the_same_in_another_process() -> None:
     # str hashes differ between processes, and must not reach the data
-    code = "from tiny.tasks import *; print([t.question for t in held_out(99, 0)], next(training_examples(0)).messages)"
+    shown = "[t.question for t in held_out(99, 0)], next(training_examples(0)).messages"
+    code = f"from tiny.tasks import *; print({shown})"
     command = [sys.executable, "-c", code]
     outputs = {
         subprocess.run(command, cwd=ROOT / "scripts", capture_output=True, check=True).stdout

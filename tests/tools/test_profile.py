@@ -1,4 +1,4 @@
-"""Tables of kernels from events made up here, bytes of real ops, and windows in a real run."""
+"""Tables of kernels from made-up events, bytes of real ops, and windows in a real run."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ import torch
 from torch.profiler import ProfilerActivity
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.tools import profile
-from nanovllm.tools.profile import (
+from nanovllm.tools.kernel_table import (
+    MARK,
     Kernel,
     Launch,
-    OpBytes,
     as_text,
     kernel_table,
     read_kernels,
     read_launches,
+    short_name,
 )
+from nanovllm.tools.profile import OpBytes, profile_decode
 from tests.engines import assert_all_free, random_prompts
 
 STEP = [
@@ -74,7 +75,7 @@ def test_the_table_is_per_step_and_by_op() -> None:
 
 
 def test_busy_time_counts_overlap_once_and_gaps_not_at_all() -> None:
-    """A step of 18 µs, of which 0 … 13, 14 … 16 and 17 … 18 are busy; the two products overlap by 1 µs."""
+    """A step of 18 µs is busy at 0-13, 14-16 and 17-18 µs; the products overlap by 1 µs."""
     table = kernel_table(steps(2), KNOWN, 2, bandwidth=1e9)
     assert table["span_us"] == 38 / 2
     assert table["busy_share"] == pytest.approx(2 * 16 / 38, abs=1e-4)
@@ -93,7 +94,7 @@ def test_busy_time_counts_overlap_once_and_gaps_not_at_all() -> None:
 
 
 def test_a_kernel_that_waits_for_the_one_before_it_is_given_the_time_after_that() -> None:
-    """With dependent launch: placed early, most of its duration is waiting."""
+    """A kernel with programmatic dependent launch starts early and mostly waits."""
     chain = [
         Kernel("a", 0.0, 10.0),
         Kernel("b", 3.0, 9.0),
@@ -148,7 +149,7 @@ def test_bytes_are_left_out_where_the_launches_do_not_agree() -> None:
 
 def test_kernels_belong_to_the_op_that_launched_them() -> None:
     def mark(idx: int, start: float, end: float) -> dict[str, Any]:
-        name = f"{profile.MARK}{idx}"
+        name = f"{MARK}{idx}"
         return {"cat": "user_annotation", "name": name, "ts": start, "dur": end - start, "args": {}}
 
     def launched(
@@ -201,7 +202,7 @@ def test_kernels_belong_to_the_op_that_launched_them() -> None:
     ],
 )
 def test_short_names(name: str, short: str) -> None:
-    assert profile.short_name(name) == short
+    assert short_name(name) == short
 
 
 def test_bytes_of_ops() -> None:
@@ -249,7 +250,7 @@ def test_bytes_of_ops() -> None:
 @pytest.fixture
 def ops_as_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ops on the host stand for kernels on a device."""
-    monkeypatch.setattr(profile, "DEVICE_WORK", ("cpu_op",))
+    monkeypatch.setattr("nanovllm.tools.kernel_table.DEVICE_WORK", ("cpu_op",))
 
 
 def test_windows_at_several_batch_sizes(
@@ -262,7 +263,7 @@ def test_windows_at_several_batch_sizes(
         for num in (20, 21, 22, 22, 23, 31, 32, 45)
     ]
     plain = llm.generate(prompts[-1], params[-1], use_tqdm=False)[0]["token_ids"]
-    reports = profile.profile_decode(
+    reports = profile_decode(
         llm.engine,
         prompts,
         params,

@@ -1,4 +1,4 @@
-"""The picture of a bucket: what calls cost, what padding wastes, and a page that needs nothing but itself."""
+"""The report on a bucket: the cost of calls, the waste by padding, and a page without links."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ import torch
 from nanovllm.compile.lower import calls
 from nanovllm.compile.trace import trace
 from nanovllm.kernels import ops
-from nanovllm.tools import report as picture
-from nanovllm.tools import report_data as report
-from nanovllm.tools import report_page
+from nanovllm.tools import device_limits, report, report_data, report_page
 from nanovllm.tools.costs import cost
-from nanovllm.tools.report_data import Call, Limits, Padding, Region, Report
+from nanovllm.tools.device_limits import Limits
+from nanovllm.tools.report_data import Call, Padding, Region, Report
 from tests.conftest import save_tiny
 
 
@@ -41,16 +40,21 @@ def test_costs_are_bytes_that_must_move_and_flops_of_products() -> None:
 
 @pytest.mark.parametrize(
     "seq_lens, q_start, max_q_len, window, keys, pairs",
-    [([5, 1, 99], [0, 1, 2, 3], 1, 0, 105, 105), ([5, 99], [0, 1, 2], 1, 10, 15, 15), ([4], [0, 4], 4, 0, 4, 10),
-     ([7, 0], [0, 3, 3], 3, 0, 7, 18)],
-)  # fmt: skip
+    [
+        ([5, 1, 99], [0, 1, 2, 3], 1, 0, 105, 105),
+        ([5, 99], [0, 1, 2], 1, 10, 15, 15),
+        ([4], [0, 4], 4, 0, 4, 10),
+        ([7, 0], [0, 3, 3], 3, 0, 7, 18),
+    ],
+)
 def test_attention_costs_the_keys_that_are_seen(
     seq_lens: list[int], q_start: list[int], max_q_len: int, window: int, keys: int, pairs: int
 ) -> None:
     num_tokens = q_start[-1]
     q_TNH, cache = torch.ones(num_tokens, 4, 16), torch.ones(50, 16, 2, 16)
-    args = [q_TNH, cache, cache, torch.zeros(len(seq_lens), 7).int(), torch.tensor(seq_lens), torch.tensor(q_start),
-            max_q_len, 0.25, window]  # fmt: skip
+    table_RP = torch.zeros(len(seq_lens), 7).int()
+    rows = [table_RP, torch.tensor(seq_lens), torch.tensor(q_start), max_q_len]
+    args = [q_TNH, cache, cache, *rows, 0.25, window]
     expected = 2 * q_TNH.nbytes + 2 * keys * 2 * 16 * 4
     assert cost(ops.paged_attention, args, {}, torch.ones_like(q_TNH)) == (
         expected,
@@ -59,7 +63,7 @@ def test_attention_costs_the_keys_that_are_seen(
 
 
 def test_padding_is_what_a_trace_leaves_of_each_bucket() -> None:
-    found = report.padding_of([1, 3, 4, 5, 20], [1, 4, 16])
+    found = report_data.padding_of([1, 3, 4, 5, 20], [1, 4, 16])
     assert [(part.bucket, part.num_steps, part.num_rows) for part in found] == [
         (1, 1, 1),
         (4, 3, 11),
@@ -75,15 +79,22 @@ def test_every_call_of_a_list_is_measured_with_its_own_arguments() -> None:
     inputs = [torch.ones(3, 4), torch.ones(6, 4)]
     made = calls.lower(*trace(region, {"x": inputs[0], "w": inputs[1]})[:2])
     times = iter((1.0, 2.0))
-    measured = report.measure(made, inputs, lambda call: (call(), next(times))[1])
+    measured = report_data.measure(made, inputs, lambda call: (call(), next(times))[1])
     assert [(call.op, call.shapes, call.seconds) for call in measured] == [
         ("linear", "f32[3, 6]", 1.0),
         ("silu_mul", "f32[3, 3]", 2.0),
     ]
 
 
+@pytest.fixture
+def small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measures the device's limits on small tensors: quickly."""
+    monkeypatch.setattr(device_limits, "COPY_BYTES", (1 << 20,))
+    monkeypatch.setattr(device_limits, "MATRIX_SIZES", (64,))
+
+
 class Checker(HTMLParser):
-    """Elements that are opened and not closed, and everything that would be fetched."""
+    """Finds elements that are not closed, and attributes that fetch something."""
 
     VOID = ("meta", "br", "rect", "path", "i")
 
@@ -137,15 +148,16 @@ def test_the_page_shows_graphs_kernels_and_padding(
     num_regions: int,
     times: list[str],
     device: str,
+    small_limits: None,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     trace_file, out = tmp_path / "sizes.txt", tmp_path / "report.html"
     trace_file.write_text("1 2 3\n3 4 1\n")
     model = save_tiny(tmp_path / "model", num_hidden_layers=3)
-    arguments = ["--model", str(model), *bucket, "-o", str(out), "--trace", str(trace_file), "--context", "19",
-                 "--device", device, "--max-model-len", "64", "--max-num-seqs", "4",
-                 "--max-num-batched-tokens", "64"]  # fmt: skip
-    assert picture.main(arguments) == 0
+    options = f"--context 19 --device {device} --max-model-len 64 --max-num-seqs 4"
+    arguments = ["--model", str(model), *bucket, "-o", str(out), "--trace", str(trace_file)]
+    arguments += [*options.split(), "--max-num-batched-tokens", "64"]
+    assert report.main(arguments) == 0
     text = out.read_text(encoding="utf-8")
     assert_stands_alone(text)
     for word in (
@@ -162,20 +174,25 @@ def test_the_page_shows_graphs_kernels_and_padding(
 
 @pytest.mark.parametrize(
     "change, message",
-    [(["--context", "64"], "context is 64: it must be at least 1 and below max_model_len (64)"),
-     (["--bs", "0"], "graph_batch_sizes is"), (["--trace", "/nowhere"], "No such file"),
-     (["-o", "/proc/x/report.html"], "No such file")],
-)  # fmt: skip
+    [
+        (["--context", "64"], "context is 64: it must be at least 1 and below max_model_len (64)"),
+        (["--bs", "0"], "graph_batch_sizes is"),
+        (["--trace", "/nowhere"], "No such file"),
+        (["-o", "/proc/x/report.html"], "No such file"),
+    ],
+)
 def test_mistakes_are_named(
     tiny_qwen3: Path,
     change: list[str],
     message: str,
+    small_limits: None,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> None:
-    arguments = ["--model", str(tiny_qwen3), "--bs", "2", "-o", str(tmp_path / "r.html"), "--device", "cpu",
-                 "--max-model-len", "64", "--max-num-batched-tokens", "64", "--context", "19", *change]  # fmt: skip
-    assert picture.main(arguments) == 1
+    options = "--device cpu --max-model-len 64 --max-num-batched-tokens 64 --context 19"
+    arguments = ["--model", str(tiny_qwen3), "--bs", "2", "-o", str(tmp_path / "r.html")]
+    arguments += [*options.split(), *change]
+    assert report.main(arguments) == 1
     assert message in capsys.readouterr().err
 
 
@@ -185,4 +202,4 @@ def test_mistakes_are_named(
 def test_a_trace_that_is_none_is_named(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "t").write_text(content)
     with pytest.raises(ValueError, match=message):
-        picture.read_trace(tmp_path / "t")
+        report.read_trace(tmp_path / "t")

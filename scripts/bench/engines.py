@@ -1,0 +1,81 @@
+"""Loads the engine that bench.py measures, and describes it and the machine."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanovllm import LLM
+
+
+def load(
+    args: argparse.Namespace, model: str, max_num_seqs: int, max_model_len: int
+) -> tuple[LLM, dict[str, Any]]:
+    """The engine, and the fields of the JSON line that describe it and this machine."""
+    started = time.perf_counter()
+    llm = LLM(
+        model,
+        device=args.device,
+        dtype=args.dtype,
+        attention_backend=args.attention_backend,
+        kv_cache_dtype=args.kv_cache_dtype,
+        enforce_eager=args.enforce_eager,
+        capture=not args.no_graph,
+        fuse=not args.no_fusion,
+        run_ahead=args.run_ahead,
+        pad_batches=args.padding,
+        max_num_seqs=max_num_seqs,
+        max_model_len=max_model_len,
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        max_stall_ms=args.max_stall_ms,
+        kvcache_block_size=args.block_size,
+        random_weights=args.random_weights is not None,
+    )
+    load_seconds = time.perf_counter() - started
+    runner = llm.engine.runner
+    device, is_graph = runner.platform.device, runner.compiler.lowering is not None
+    return llm, {
+        "model": args.random_weights or args.model,
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or "cpu",
+        "dtype": str(runner.cfg.dtype).removeprefix("torch."),
+        "attention_backend": args.attention_backend,
+        "kv_cache_dtype": str(runner.spec.cache_dtype).removeprefix("torch."),
+        "mode": "graph" if is_graph else "eager",
+        "capture": is_graph and not args.no_graph,
+        "fuse": is_graph and not args.no_fusion,
+        "run_ahead": llm.engine.run_ahead,
+        "max_num_seqs": max_num_seqs,
+        "load_seconds": round(load_seconds, 2),
+        "memory": llm.engine.memory.as_dict(),
+        "versions": _versions(),
+        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+
+
+def _versions() -> dict[str, str]:
+    """Versions of what is installed of Python, torch, Triton, transformers, CUDA and its driver."""
+    found = {"torch": torch.__version__, "python": platform.python_version()}
+    for package in ("triton", "transformers"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    if torch.cuda.is_available():
+        found["cuda"] = str(torch.version.cuda)
+        if shutil.which("nvidia-smi"):
+            query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+            output = subprocess.run(query, capture_output=True, text=True).stdout
+            found["driver"] = output.split("\n")[0].strip()
+    return found

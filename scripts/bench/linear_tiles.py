@@ -1,0 +1,129 @@
+"""Shapes of the fused products of Qwen3 models, and the tiles to time for each shape."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import NamedTuple
+
+from nanovllm.kernels.triton import linear_few, linear_gated, linear_many
+from nanovllm.kernels.triton.linear_few import LinearTile
+from nanovllm.kernels.triton.linear_gated import GatedTile
+from nanovllm.kernels.triton.linear_many import GemmTile
+from nanovllm.tools.shapes import CONFIGS
+
+Tile = LinearTile | GatedTile | GemmTile
+SHARED_BYTES = 227 << 10  # a block's shared memory on an H200
+
+
+class Shape(NamedTuple):
+    """A product: number of outputs, depth, RMS norm before it, silu · up after it."""
+
+    num_outs: int
+    depth: int
+    norm: bool
+    silu: bool
+
+
+def _products(name: str, model: str) -> dict[str, Shape]:
+    config = CONFIGS[model]
+    hidden, ffn, head_dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    query = config["num_attention_heads"] * head_dim
+    qkv = query + 2 * config["num_key_value_heads"] * head_dim
+    return {
+        f"{name} qkv": Shape(qkv, hidden, True, False),
+        f"{name} out": Shape(hidden, query, False, False),
+        f"{name} gate_up": Shape(ffn, hidden, True, True),
+        f"{name} down": Shape(hidden, ffn, False, False),
+        # with the norm in a kernel of its own
+        f"{name} qkv bare": Shape(qkv, hidden, False, False),
+        f"{name} gate_up bare": Shape(ffn, hidden, False, True),
+        f"{name} head": Shape(config["vocab_size"], hidden, True, False),
+    }
+
+
+MODELS = {"0.6b": "Qwen3-0.6B", "8b": "Qwen3-8B"}
+SHAPES = {
+    name: shape
+    for short, model in MODELS.items()
+    for name, shape in _products(short, model).items()
+}
+
+
+def tiles(shape: Shape, num_rows: int, tune: bool) -> list[Tile]:
+    """The tiles to time: the op's own choice first, and with `tune` all that may be fast."""
+    num_outs, depth, _, silu = shape
+    if num_rows > linear_few.MAX_ROWS:
+        return _gemm_tiles(shape, num_rows, tune)
+    found: list[Tile] = [linear_few.linear_tile(num_rows, num_outs, depth, silu)]
+    if tune:
+        found += _one_row_tiles(shape) if num_rows == 1 else _few_rows_tiles(shape)
+    return list(dict.fromkeys(found))
+
+
+def _one_row_tiles(shape: Shape) -> list[Tile]:
+    num_outs, depth, norm, silu = shape
+    found: list[Tile] = []
+    each_of = (1, 2, 4) if depth < 4096 else (1, 2)
+    chunks = -(-depth // 256)
+    for num_warps, each, ahead in product((4, 8), each_of, (2, 4, 8)):
+        outs = each * num_warps
+        registers = each * ahead * 4 * (1 + silu) + ahead * (12 if norm else 4)
+        is_useful = ahead <= chunks or ahead == 4
+        if registers <= 150 and is_useful and num_outs // outs >= 100:
+            found.append(LinearTile(outs, 1, 256, ahead, num_warps))
+            if ahead < chunks <= 12:
+                found.append(LinearTile(outs, 1, 256, ahead, num_warps, True))
+    return found
+
+
+def _few_rows_tiles(shape: Shape) -> list[Tile]:
+    num_outs, depth, _, silu = shape
+    found: list[Tile] = []
+    splits = ((4, 64), (4, 128), (4, 256), (8, 128))
+    for outs, (slices, columns), ahead in product((16, 32), splits, (1, 2, 4)):
+        chunk = slices * columns
+        tile_bytes = outs * chunk * 2 * (1 + silu)
+        fits = chunk * ahead <= depth and 8 << 10 <= tile_bytes <= (64 << 10) // ahead
+        if fits and num_outs // outs >= 60:
+            found.append(LinearTile(outs, slices, columns, ahead, slices))
+            if chunk * ahead < depth < 4096:
+                found.append(LinearTile(outs, slices, columns, ahead, slices, True))
+    return found
+
+
+def _gated_tiles(num_rows: int, num_outs: int, depth: int) -> list[Tile]:
+    """The gated tiles that are there for at least `num_rows` rows and divide the weight."""
+    return [
+        tile
+        for rows, found in linear_gated.TILES.items()
+        if rows >= num_rows
+        for tile in found
+        if 2 * num_outs % (tile.first + tile.second) == 0 and depth % tile.columns == 0
+    ]
+
+
+def _gemm_tiles(shape: Shape, num_rows: int, tune: bool) -> list[Tile]:
+    num_outs, depth, _, silu = shape
+    found: list[Tile] = [linear_many.gemm_tile(num_rows, num_outs, depth, silu, SHARED_BYTES)]
+    if silu and num_outs * depth > linear_many.SMALL_WEIGHT:
+        found = _gated_tiles(num_rows, num_outs, depth) + found
+    for rows, outs, columns, splits, stages in product(
+        (32, 64, 128), (32, 64, 128, 256), (64, 128), (1, 2, 4), (3, 4, 6)
+    ):
+        programs = -(-num_rows // rows) * -(-num_outs // outs) * splits
+        area, shared = rows * outs * (1 + silu), (rows + outs * (1 + silu)) * columns * 2 * stages
+        if (
+            tune
+            and rows < 2 * num_rows
+            and (rows <= 32 if num_rows <= 32 else rows >= 64)
+            and (rows >= 128 or num_rows < 192 or num_outs < 2048)
+            and 1024 <= area <= 32768
+            and outs <= 2 * rows
+            and depth % (columns * splits) == 0
+            and depth // (columns * splits) >= stages
+            and 48 <= programs <= 800
+            and (splits == 1 or programs <= 280)
+            and 72 << 10 <= shared <= 220 << 10
+        ):
+            found.append(GemmTile(rows, outs, columns, splits, stages, 8 if area >= 16384 else 4))
+    return list(dict.fromkeys(found))
