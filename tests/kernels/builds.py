@@ -110,7 +110,8 @@ POINTERS = {
     },
     "*i64": {
         "pos_ptr", "slot_ptr", "seed_ptr", "token_ptr", "row_idx_ptr", "new_token_ptr",
-        "out_token_ptr", "out_pos_ptr", "out_slot_ptr", "out_seed_ptr",
+        "out_token_ptr", "out_pos_ptr", "out_slot_ptr", "out_seed_ptr", "rope_offset_ptr",
+        "num_ptr", "num_tokens_ptr", "given_ptr", "out_row_ptr", "out_num_ptr", "out_last_ptr",
     },
 }  # fmt: skip
 FLOATS = {"eps", "scale_log2", "log_vocab_size"}
@@ -295,9 +296,14 @@ def steps() -> Iterator[Build]:
         )
     inputs = {"BLOCKS": 640, "BLOCK_SIZE": 64, "PIECE": 1024}
     yield Build("decode_inputs", triton_step.decode_inputs_kernel, inputs, 4)
-    rows = {"FIELDS": 4, "ROWS": triton_step.ROWS}
-    yield Build("sampling_inputs", triton_step.sampling_inputs_kernel, rows, 4)
-    yield Build("advance", triton_step.advance_kernel, {"ROWS": triton_step.ROWS}, 4)
+    span = inputs | {"ROWS": 256, "TOKENS": triton_step.SPAN_TOKENS}
+    yield Build("span_inputs", triton_step.span_inputs_kernel, span, 4)
+    for has_num in (False, True):
+        rows = {"ROWS": triton_step.ROWS, "HAS_NUM": has_num}
+        label = "K tokens" if has_num else "1 token"
+        sampling = rows | {"FIELDS": 4}
+        yield Build(f"sampling_inputs {label}", triton_step.sampling_inputs_kernel, sampling, 4)
+        yield Build(f"advance {label}", triton_step.advance_kernel, rows, 4)
 
 
 def all_builds(name: str) -> Iterator[Build]:
