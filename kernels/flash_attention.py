@@ -1,17 +1,21 @@
-"""Paged attention by the flash-attn package, where one is installed; imported late and never needed.
+"""Paged attention by the optional flash-attn package, which is imported late.
 
-Three interfaces, by what is there and what the GPU can run (https://github.com/Dao-AILab/flash-attention):
+Three interfaces, chosen by what is installed and what the GPU runs
+(https://github.com/Dao-AILab/flash-attention):
 
-- 3: module `flash_attn_interface`, for Hopper: pages of any size.
-- 2: package `flash_attn` 2.x with `block_table` (2.5 and later), for Ampere and newer and ROCm: pages of 256 tokens.
-- 1: package `flash_attn` 1.x, for Turing: it knows no pages, so keys are gathered, and no windows. It asks the host for
-  the lengths, so nothing of it can be captured. Its causal mask is aligned to the first query and the first key.
+- 3: module `flash_attn_interface`, for Hopper. Pages may have any size.
+- 2: package `flash_attn` 2.5 and later with `block_table`, for Ampere and newer and for ROCm. Page
+  sizes are multiples of 256 tokens.
+- 1: package `flash_attn` 1.x, for Turing. It has no pages, so keys are gathered, and no windows. It
+  needs the lengths on the host, so its steps cannot be captured. Its causal mask is aligned to the
+  first query and the first key.
 
-2 and 3 align the causal mask to the last query and the last key, as `reference.paged_attention` does, and count a window as
-(keys to the left, keys to the right) beside the query's own. Written against the documented signatures and tested against
-plain torch that implements them; none of it has run on a GPU.
+Interfaces 2 and 3 align the causal mask to the last query and the last key, as
+`reference.paged_attention` does. They give a window as (keys to the left, keys to the right) of the
+query's own key. The adapter is written against the documented signatures and tested against plain
+torch that implements them. It has not run on a GPU.
 
-Shapes as in `reference`; U live rows (with keys and queries) | G = N / K.
+Shapes as in `reference`; U rows with keys and queries | G = N / K.
 """
 
 from __future__ import annotations
@@ -30,15 +34,16 @@ from torch import Tensor
 INSTALL = {
     1: "pip install 'flash-attn<2' --no-build-isolation",
     2: "pip install flash-attn --no-build-isolation",
-    3: "pip install 'git+https://github.com/Dao-AILab/flash-attention.git#subdirectory=hopper' --no-build-isolation",
+    3: "pip install 'git+https://github.com/Dao-AILab/flash-attention.git#subdirectory=hopper' "
+    "--no-build-isolation",
 }
 MAX_HEAD_DIM = {1: 128, 2: 256, 3: 256}
 DTYPES = (torch.float16, torch.bfloat16)
-PAGE_TOKENS = {1: 1, 2: 256, 3: 1}  # a cache block has to be a multiple
+PAGE_TOKENS = {1: 1, 2: 256, 3: 1}  # a cache block must be a multiple
 
 
 class Flash(NamedTuple):
-    """An interface that is installed and runs on the device: its generation (see above), version and functions' module."""
+    """An installed interface that the device runs: generation (see above), version and module."""
 
     generation: int
     version: str
@@ -46,7 +51,7 @@ class Flash(NamedTuple):
 
 
 class Missing(NamedTuple):
-    """Why there is none, and what would install one ("" where nothing would)."""
+    """Why no interface is found, and the command that installs one ("" if none would run)."""
 
     why: str
     install: str
@@ -82,7 +87,10 @@ def find(capability: tuple[int, int], *, is_nvidia: bool = True) -> Flash | Miss
 
 
 def _import(module_name: str, package: str, needs: tuple[str, str]) -> tuple[str, Any] | str:
-    """(version, module), or why not: absent, broken, or without a function that takes the argument we need."""
+    """(version, module), or the reason why not, as a string.
+
+    The module may be absent, broken, or lack the function or the argument that we use.
+    """
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
@@ -105,7 +113,7 @@ def _import(module_name: str, package: str, needs: tuple[str, str]) -> tuple[str
 def unsupported(
     flash: Flash, *, dtype: torch.dtype, head_dim: int, block_size: int, windows: Iterable[int]
 ) -> str:
-    """What of a model this interface does not do, with value and limit; "" if it does all of it."""
+    """Why the interface cannot run a model, with value and limit; "" if it can."""
     name, dtype_name = f"flash-attn {flash.generation}", str(dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         return f"dtype is {dtype_name}, and {name} computes in float16 and bfloat16 only"
@@ -122,7 +130,7 @@ def unsupported(
 
 
 def is_static(flash: Flash) -> bool:
-    """Whether its steps can be captured: they are of one shape and ask the host nothing."""
+    """True if its steps can be captured: shapes are fixed and nothing is read on the host."""
     return flash.generation > 1
 
 
@@ -147,7 +155,7 @@ def paged_attention_flash(
     k_scale_K: None = None,
     v_scale_K: None = None,
 ) -> Tensor:
-    """`reference.paged_attention` for fp16 and bf16; what is refused is told by `unsupported`, before."""
+    """`reference.paged_attention` for fp16 and bf16. Check `unsupported` first."""
     flash = _for_device(q_TNH.device)
     q_TNH = q_TNH if q_TNH.stride(2) == 1 else q_TNH.contiguous()
     if flash.generation == 1:
@@ -155,7 +163,7 @@ def paged_attention_flash(
         return attend(
             flash, q_TNH, k_cache_CBKH, v_cache_CBKH, block_table_RP, seq_len_R, q_start_S, scale
         )
-    # the query's own key counts in our windows and not in theirs
+    # our windows count the query's own key, flash-attn's do not
     options: dict[str, Any] = {
         "softmax_scale": scale,
         "causal": True,
@@ -184,14 +192,14 @@ def paged_attention_flash(
         out_TNH = flash.module.flash_attn_varlen_func(
             q_TNH, *caches, q_start_S, k_start_S, max_q_len, max_len, **table, **options
         )
-    # what belongs to no row is not written
+    # flash-attn does not write tokens that belong to no row
     token_T = torch.arange(q_TNH.shape[0], device=q_TNH.device)
     is_owned_T = (token_T >= q_start_S[0]) & (token_T < q_start_S[-1])
     return torch.where(is_owned_T[:, None, None], out_TNH, 0)
 
 
 def _gathered(cache_CBKH: Tensor, block_table_RP: Tensor, lengths: dict[int, int]) -> Tensor:
-    """The tokens of some rows (row: length), end to end."""
+    """The cached tokens of some rows ({row: length}), concatenated."""
     block_size = cache_CBKH.shape[1]
     return torch.cat(
         [
@@ -217,7 +225,7 @@ def _decode_unpaged(
     q_start_S: Tensor,
     scale: float,
 ) -> Tensor:
-    """A group's heads stand below each other as queries of one key-value head, all of which see all keys."""
+    """The G query heads of a key-value head become G queries of it, all of which see all keys."""
     out_RNH = torch.zeros(q_RNH.shape, dtype=q_RNH.dtype, device=q_RNH.device)
     lengths = {row: length for row, length in enumerate(seq_len_R.tolist()) if length}
     if not lengths:
@@ -251,7 +259,10 @@ def _prefill_unpaged(
     q_start_S: Tensor,
     scale: float,
 ) -> Tensor:
-    """Every row's queries are padded in front to as many as it has keys, where both ways to align the mask are the same."""
+    """Pads each row's queries in front to the number of its keys.
+
+    With as many queries as keys, both alignments of the causal mask are the same.
+    """
     starts = q_start_S.tolist()
     num_queries = [end - start for start, end in itertools.pairwise(starts)]
     lengths = {
@@ -261,7 +272,7 @@ def _prefill_unpaged(
     if not lengths:
         return out_TNH
     group = q_TNH.shape[1] // k_cache_CBKH.shape[2]
-    # where a row's last queries stand among the padded ones, and among all
+    # indices of a row's last queries among the padded ones, and among all
     padded_at: list[int] = []
     token_at: list[int] = []
     end = 0

@@ -1,10 +1,12 @@
-"""Paged attention by torch's own scaled_dot_product_attention over gathered pages: for GPUs on which neither our kernels nor
-flash-attn run well, and to check those against.
+"""Paged attention by torch's scaled_dot_product_attention over gathered pages.
 
-Decode has static shapes and waits for nothing, so it can be captured; it gathers all pages of a row's table, whatever the
-row's length, so its cost follows max_model_len. Prefill asks the host for the lengths and runs row by row, so it cannot.
+It serves GPUs on which neither our kernels nor flash-attn run well, and checks those kernels.
+Decode has static shapes and does not wait for the device, so it can be captured. It gathers all
+pages of a row's table, so its cost follows max_model_len, not the row's length. Prefill reads the
+lengths on the host and runs row by row, so it cannot be captured.
 
-R rows | T tokens of a row | L keys | N query heads | K key-value heads | G = N / K | H head size | C, B, P as in `reference`
+R rows | T tokens of a row | L keys | N query heads | K key-value heads | G = N / K | H head size |
+C, B, P as in `reference`
 """
 
 from __future__ import annotations
@@ -12,8 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-SCRATCH_BYTES = 256 << 20  # of gathered keys and values at a time, unless one row has more
-QUERY_TOKENS = 512  # of a row at a time: the mask holds G times as many rows
+SCRATCH_BYTES = 256 << 20  # gathered keys and values at a time, unless one row needs more
+QUERY_TOKENS = 512  # tokens of a row at a time: the mask has G times as many rows
 
 
 def paged_attention_sdpa(
@@ -29,14 +31,14 @@ def paged_attention_sdpa(
     k_scale_K: None = None,
     v_scale_K: None = None,
 ) -> Tensor:
-    """`reference.paged_attention`; accumulates as torch's kernel for the device and dtype does."""
+    """`reference.paged_attention`; torch's kernel for the device and dtype sets the precision."""
     if max_q_len == 1:
         return _decode(q_TNH, k_cache_CBKH, v_cache_CBKH, block_table_RP, seq_len_R, scale, window)
     block_size = k_cache_CBKH.shape[1]
     out_TNH = torch.zeros(q_TNH.shape, dtype=q_TNH.dtype, device=q_TNH.device)
     starts, seq_lens = q_start_S.tolist(), seq_len_R.tolist()
     for row, seq_len in enumerate(seq_lens):
-        # queries before the row's first key see nothing
+        # queries before the row's first key see no key
         begin = max(starts[row], starts[row + 1] - seq_len)
         for first in range(begin, starts[row + 1], QUERY_TOKENS):
             end = min(first + QUERY_TOKENS, starts[row + 1])
@@ -53,7 +55,7 @@ def paged_attention_sdpa(
             seen_TL = key_pos_L <= query_pos_T.unsqueeze(1)
             if window > 0:
                 seen_TL &= key_pos_L > query_pos_T.unsqueeze(1) - window
-            any_seen_L11 = seen_TL.any(0).view(-1, 1, 1)  # keys before the window may hold anything
+            any_seen_L11 = seen_TL.any(0).view(-1, 1, 1)  # keys before the window may be NaN
             k_LKH, v_LKH = (
                 torch.where(any_seen_L11, cache[blocks].flatten(0, 1)[: len(key_pos_L)], 0)
                 for cache in (k_cache_CBKH, v_cache_CBKH)
@@ -85,7 +87,7 @@ def _decode(
         if window > 0:
             seen_RL &= key_pos_L >= seq_len_R1 - window
         table_RP = block_table_RP[rows].long()
-        # 0 · NaN is NaN, so what nobody sees is zeroed
+        # 0 · NaN is NaN, so keys and values that no query sees are zeroed
         k_RLKH, v_RLKH = (
             torch.where(seen_RL[:, :, None, None], cache[table_RP].flatten(1, 2), 0)
             for cache in (k_cache_CBKH, v_cache_CBKH)
@@ -100,7 +102,10 @@ def _decode(
 def _attend(
     q_RTNH: Tensor, k_RLKH: Tensor, v_RLKH: Tensor, seen_RTL: Tensor, scale: float
 ) -> Tensor:
-    """A group's heads stand one below the other as queries of one key-value head, so no key is copied for them."""
+    """The G query heads of a key-value head become rows of queries of it.
+
+    No key or value is copied for the other heads of a group.
+    """
     num_tokens, num_kv_heads = q_RTNH.shape[1], k_RLKH.shape[2]
     q_RKQH = (
         q_RTNH.unflatten(2, (num_kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)

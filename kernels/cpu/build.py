@@ -1,6 +1,8 @@
-"""Builds a C++ file of ours into a library, once per source, flags, compiler and instruction set, and loads it.
+"""Compiles a C++ file of ours into a shared library and loads it with ctypes.
 
-No part of torch's compiler stack is imported: a start that finds its library costs a hash and a `dlopen`.
+A library is compiled once for each source, flags, compiler and instruction set, and kept on disk.
+No part of torch's compiler stack is imported: a start that finds its library pays for one hash and
+one `dlopen`.
 """
 
 from __future__ import annotations
@@ -10,8 +12,10 @@ import functools
 import logging
 import platform
 import shutil
+import struct
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -22,15 +26,16 @@ from nanovllm.kernels.code_files import digest, make_private, write_whole
 
 logger = logging.getLogger(__name__)
 
-# What Inductor compiles its own C++ with, in its order. No fast-math: NaN and −inf have a meaning here.
-FLAGS = (  # noqa: SIM905 (a command line, to be read as one)
-    "-O3 -DNDEBUG -fno-trapping-math -funsafe-math-optimizations -ffinite-math-only -fno-signed-zeros "
-    "-fno-finite-math-only -fno-unsafe-math-optimizations -fmath-errno -fexcess-precision=fast -fno-tree-loop-vectorize "
-    "-ffp-contract=fast -shared -fPIC -std=c++20"
+# The flags of Inductor's own C++, in its order. No fast-math: NaN and −inf have a meaning here.
+FLAGS = (  # noqa: SIM905 (a command line reads best as one)
+    "-O3 -DNDEBUG -fno-trapping-math -funsafe-math-optimizations -ffinite-math-only "
+    "-fno-signed-zeros -fno-finite-math-only -fno-unsafe-math-optimizations -fmath-errno "
+    "-fexcess-precision=fast -fno-tree-loop-vectorize -ffp-contract=fast -shared -fPIC -std=c++20"
 ).split()
 COMPILERS = ("g++", "clang++", "c++")
 
-# Instruction sets among the flags of /proc/cpuinfo: those that a compiler may use, not what the kernel works around.
+# The flags of /proc/cpuinfo that name instruction sets; the others describe bugs and features that
+# compilers do not use.
 _INSTRUCTIONS = (
     "sse",
     "ssse",
@@ -49,9 +54,49 @@ _INSTRUCTIONS = (
 )
 
 
+# Letter of a field's kind in the module struct → C++ condition that a type is of this kind.
+_KINDS = {
+    "P": "std::is_pointer_v<{}>",
+    "q": "std::is_same_v<{}, int64_t>",
+    "d": "std::is_same_v<{}, double>",
+}
+
+
+class Arguments:
+    """A C struct that holds the arguments of a kernel: pointers, then integers, then floats.
+
+    The fields are names separated by spaces, in the struct's order. `pack` takes their values in
+    this order and returns the bytes of the struct: ctypes passes these faster than thirty single
+    arguments. `load` has the compiler check that the C++ struct has the same fields.
+    """
+
+    def __init__(self, name: str, *, pointers: str, integers: str, floats: str = "") -> None:
+        fields = {"P": pointers.split(), "q": integers.split(), "d": floats.split()}
+        self.name = name
+        self.fields = [(kind, field) for kind, names in fields.items() for field in names]
+        self.layout = "@" + "".join(kind for kind, _ in self.fields)
+        self.pack = struct.Struct(self.layout).pack
+
+    def checks(self) -> str:
+        """C++ assertions that the struct has these fields, with their kinds, offsets and size."""
+        size = struct.calcsize(self.layout)
+        lines = [f'static_assert(sizeof({self.name}) == {size}, "Python packs {size} bytes");']
+        for i, (kind, field) in enumerate(self.fields):
+            offset = struct.calcsize(f"{self.layout[: i + 1]}0{kind}")  # "0" aligns, adds no field
+            is_kind = _KINDS[kind].format(f"decltype({self.name}::{field})")
+            lines.append(
+                f"static_assert({is_kind} && offsetof({self.name}, {field}) == {offset}, "
+                f'"Python packs {self.name}::{field} as {kind} at byte {offset}");'
+            )
+        return "\n".join(lines)
+
+
 @dataclass(frozen=True)
 class Settings:
-    """Where libraries are kept (None: ~/.cache/nanovllm/cpp), the compiler asked for, and whether one may be run."""
+    """Where libraries are kept, which compiler is used, and whether one may run.
+
+    `folder` None is ~/.cache/nanovllm/cpp; `compiler` None is the first of COMPILERS.
+    """
 
     folder: Path | None = None
     compiler: str | None = None
@@ -64,7 +109,7 @@ class _State:
 
 
 def configure(folder: Path | None, compiler: str | None, may_compile: bool) -> None:
-    """For libraries that are not loaded yet; a library is loaded once per process."""
+    """Settings for libraries that are not loaded yet; a process loads a library once."""
     _State.settings = replace(
         _State.settings, folder=folder, compiler=compiler, may_compile=may_compile
     )
@@ -77,7 +122,7 @@ def compiled() -> list[str]:
 
 @functools.cache
 def instruction_set() -> str:
-    """The machine's instruction set as far as compilers use it: what `-march=native` stands for."""
+    """The machine's instruction sets that compilers use: the meaning of `-march=native`."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         flags = (
@@ -92,19 +137,31 @@ def instruction_set() -> str:
     return f"{platform.machine()} {' '.join(flags)}"
 
 
-def load(source: Path) -> ctypes.CDLL:
-    """The library of a C++ file. Raises RuntimeError without a compiler, when it fails, or when it may not run."""
+def load(source: Path, structs: Sequence[Arguments] = ()) -> ctypes.CDLL:
+    """The library of a C++ file, whose argument structs must be those of `structs`.
+
+    Raises RuntimeError if there is no compiler, if the compiler fails (also because a struct has
+    other fields than Python packs), or if no library is found and compiling is not allowed.
+    """
     settings = _State.settings
     folder = settings.folder or Path.home() / ".cache" / "nanovllm" / "cpp"
-    text = source.read_bytes()
+    text = "\n".join(
+        [
+            f'#line 1 "{source.name}"',
+            source.read_text(),
+            "#include <cstddef>\n#include <type_traits>",
+            *(arguments.checks() for arguments in structs),
+        ]
+    ).encode()
     flags = [*FLAGS, *_native(), *_openmp()]
-    # not the compiler that happens to be found: a machine without one can use what another has compiled
+    # The compiler that was asked for, not the one that is found: a machine without a compiler can
+    # then use a library that another machine has compiled.
     asked = Path(settings.compiler).name if settings.compiler else ""
     key = digest(repr((digest(text), flags, asked, instruction_set())).encode())[:32]
     try:
         make_private(folder)
     except OSError as error:
-        logger.warning("compiled C++ is not kept: %s", error)
+        logger.warning("compiled C++ is kept for this process only: %s", error)
         folder = Path(tempfile.mkdtemp(prefix="nanovllm-cpp-"))
     library, recorded = folder / f"{source.stem}-{key}.so", folder / f"{source.stem}-{key}.sha256"
     if not _is_whole(library, recorded):
@@ -118,8 +175,8 @@ def load(source: Path) -> ctypes.CDLL:
             raise RuntimeError(
                 f"{source.name} cannot be compiled: no C++ compiler is found ({names})"
             )
-        content = _compile(compiler, [*flags, str(source)], folder)
-        # the digest comes last: a library without one is not trusted
+        content = _compile(compiler, flags, text, folder)
+        # The digest is written last: a library without one is not used.
         write_whole(library, content)
         write_whole(recorded, digest(content).encode())
         _State.compiled.append(source.stem)
@@ -132,33 +189,31 @@ def _is_whole(library: Path, recorded: Path) -> bool:
     except (OSError, UnicodeDecodeError):
         return False
     if digest(content) != expected:
-        logger.warning("%s is damaged and compiled again", library)
+        logger.warning("%s is damaged: compiling it again", library)
         return False
     return True
 
 
-def _compile(compiler: str, arguments: list[str], folder: Path) -> bytes:
+def _compile(compiler: str, flags: list[str], text: bytes, folder: Path) -> bytes:
     with tempfile.TemporaryDirectory(dir=folder, prefix=".building-") as scratch:
         out = Path(scratch) / "library.so"
-        done = subprocess.run(
-            [compiler, *arguments, "-o", str(out)], capture_output=True, text=True
-        )
+        command = [compiler, *flags, "-x", "c++", "-", "-o", str(out)]
+        done = subprocess.run(command, input=text, capture_output=True)
         if done.returncode:
-            raise RuntimeError(
-                f"{compiler} failed ({done.returncode}): {done.stderr.strip()[:2000]}"
-            )
+            errors = done.stderr.decode(errors="replace").strip()[:2000]
+            raise RuntimeError(f"{compiler} failed ({done.returncode}): {errors}")
         return out.read_bytes()
 
 
 def _compiler(asked: str | None) -> str | None:
-    """The path of the compiler asked for, or of the first there is."""
+    """The path of the compiler asked for, or of the first that is installed."""
     return next(
         (path for name in ((asked,) if asked else COMPILERS) if (path := shutil.which(name))), None
     )
 
 
 def _native() -> list[str]:
-    # clang on an ARM Mac knows -mcpu only
+    # clang on an ARM Mac accepts -mcpu only
     return ["-mcpu=native"] if platform.machine() in ("arm64",) else ["-march=native"]
 
 

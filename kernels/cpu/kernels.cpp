@@ -1,7 +1,11 @@
-// CPU kernels, compiled at first use by cpu_kernels.py. Plain C++ over raw pointers and compiler vector extensions: no
-// torch headers (they would take most of the compile time) and no intrinsics of one architecture without a fallback.
+// CPU kernels, compiled at first use by kernels.py. Plain C++ over raw pointers and compiler vector
+// extensions. There are no torch headers, which would take most of the compile time, and intrinsics
+// of one architecture always have a fallback.
 //
-// Shapes are those of reference.py. H head size, M query lanes (a lane is one query token's one head).
+// Each exported function takes a pointer to a struct of arguments. kernels.py declares the fields
+// of these structs, too, and has the compiler check that both agree (see build.py).
+//
+// Shapes are those of reference.py. H head size, M query lanes (a lane: one head of a query token).
 
 #include <algorithm>
 #include <atomic>
@@ -24,7 +28,7 @@
 
 namespace {
 
-// ---------------------------------------------------------------------------------------------------- vectors
+// ----------------------------------------------------------------------------------------- vectors
 #if defined(__AVX512F__)
 #define LANES 16
 #elif defined(__AVX__)
@@ -56,12 +60,14 @@ struct Fp16 {
 };
 enum Dtype : int64_t { kFp32 = 0, kBf16 = 1, kFp16 = 2 };
 
-INLINE Vec splat(float x) { return x - Vec{}; }  // of 0 + x an addition would be left in every loop: it makes 0 of -0
+// x - 0 costs nothing, but the compiler would keep the addition in 0 + x, because 0 + -0 is 0
+INLINE Vec splat(float x) { return x - Vec{}; }
 INLINE Vec load(const float* p) { return *(const VecAt*)p; }
 INLINE void store(float* p, Vec v) { *(VecAt*)p = v; }
 INLINE Vec vmax(Vec a, Vec b) { return a > b ? a : b; }
 
-// g++ makes conversions between vectors of different widths a number at a time; with 512 bits there are instructions
+// g++ converts between vectors of different widths one element at a time; with 512 bits there are
+// instructions
 INLINE Vec load(const Bf16* p) {
 #if LANES == 16
   return (Vec)((UVec)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)) << 16);
@@ -71,7 +77,7 @@ INLINE Vec load(const Bf16* p) {
 }
 
 INLINE Vec load(const Fp16* p) {
-  // shifting the fields into place leaves the exponent 112 too small; the product repairs it, subnormals included
+  // after the shift the exponent is 112 too small; the product corrects it, also for subnormals
   UVec h = __builtin_convertvector((HVec) * (const HVecAt*)p, UVec);
   UVec sign = (h & 0x8000u) << 16, magnitude = (h & 0x7fffu) << 13;
   Vec finite = (Vec)magnitude * splat(0x1p112f);
@@ -116,7 +122,7 @@ INLINE void put(Fp16* p, float x) {
   p->bits = (uint16_t)(sign | half);
 }
 
-// v[i] and v[i ^ Step] swapped, for Step a power of two
+// swaps v[i] and v[i ^ Step]; Step is a power of two
 template <int Step>
 INLINE Vec swap(Vec v) {
 #if defined(__clang__)
@@ -135,9 +141,9 @@ INLINE Vec swap(Vec v) {
 #endif
 }
 
-// the bits of v rounded to bf16, in the upper halves
+// v rounded to bf16, in the upper halves of its bits
 #if defined(__AVX512BF16__) && LANES == 16
-#define ROUNDS_BF16  // by one instruction, which takes numbers below 2^-126 for zero
+#define ROUNDS_BF16  // one instruction, which treats numbers below 2^-126 as zero
 INLINE UVec bf16_bits(Vec v) {
   return (UVec)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)v)) << 16;
 }
@@ -161,7 +167,7 @@ INLINE void store(Fp16* p, Vec v) {
   for (int i = 0; i < kLanes; ++i) put(p + i, v[i]);
 }
 
-// what is left of v after a store as T
+// v rounded as by a store as T
 template <typename T>
 INLINE Vec rounded_to(Vec v) {
   if constexpr (std::is_same_v<T, float>) return v;
@@ -171,7 +177,7 @@ INLINE Vec rounded_to(Vec v) {
   return load(lanes);
 }
 
-// the first n numbers at p, then zeros; and back
+// loads the first n numbers at p, then zeros; stores the first n
 template <typename T>
 INLINE Vec load_first(const T* p, int64_t n) {
   if (n >= kLanes) return load(p);
@@ -203,12 +209,12 @@ INLINE float max_of(Vec v) {
   return v[0];
 }
 
-// 2^x for x clamped to the exponents of normal numbers: x = n + f with |f| <= 1/2; 2^f by its Taylor polynomial
-// (relative error about 1e-7), 2^n as bits
+// 2^x, with x clamped to the exponents of normal numbers. x = n + f with |f| <= 1/2; 2^f is a
+// Taylor polynomial (relative error about 1e-7), 2^n is built from its bits.
 INLINE Vec exp2(Vec x) {
   x = vmax(x, splat(-126.0f));
   x = x < 127.0f ? x : splat(127.0f);
-  Vec shifted = x + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are round(x)
+  Vec shifted = x + 12582912.0f;  // 1.5 * 2^23: the low bits of the sum are round(x)
   Vec f = x - (shifted - 12582912.0f);
   Vec p = splat(1.5403530e-4f);
   p = p * f + 1.33335581e-3f;
@@ -220,8 +226,10 @@ INLINE Vec exp2(Vec x) {
   return (Vec)((IVec)p + ((IVec)shifted << 23));
 }
 
-// ---------------------------------------------------------------------------------------------------- threads
-// A buffer a thread keeps between calls: its own, or (kShared) one that it fills for the others to read.
+// ----------------------------------------------------------------------------------------- threads
+
+// Buffers that a thread keeps between calls: kOwn for its own use, kShared for data that it
+// writes and other threads read.
 enum Use { kOwn, kShared };
 
 template <Use use = kOwn>
@@ -241,10 +249,10 @@ float* scratch(size_t num_floats) {
   return buffer.data;
 }
 
-// Less work than this (in elements touched) is done before another thread wakes.
+// One thread does less work than this (in elements accessed) before another thread wakes.
 constexpr int64_t kMinParallel = 1 << 15;
 
-// Calls work(item) for every item below num_items; a thread takes the next one when it is free.
+// Calls work(item) for every item below num_items. A free thread takes the next item.
 template <typename Work>
 void parallel_for(int64_t num_items, int64_t num_threads, const Work& work) {
   num_threads = std::min(num_threads, num_items);
@@ -252,20 +260,24 @@ void parallel_for(int64_t num_items, int64_t num_threads, const Work& work) {
   if (num_threads > 1) {
     std::atomic<int64_t> next{0};
 #pragma omp parallel num_threads((int)num_threads)
-    for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < num_items;) work(item);
+    for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < num_items;)
+      work(item);
     return;
   }
 #endif
   for (int64_t item = 0; item < num_items; ++item) work(item);
 }
 
-// ---------------------------------------------------------------------------------------------------- products
-// C[RB, NV vectors] = start + A[RB, depth] B[depth, NV vectors], where start is 0 or factors * C (one a column)
+// ---------------------------------------------------------------------------------------- products
+
+// C[RB, NV vectors] = start + A[RB, depth] B[depth, NV vectors]; start is 0 or factors * C
+// (one factor per column)
 enum class Start { kZero, kScale };
 
 template <int RB, int NV, Start kStart>
-INLINE void multiply_tile(float* c, int64_t c_stride, const float* a, int64_t a_stride_row, int64_t a_stride_depth,
-                          const float* b, int64_t b_stride, int64_t depth, const float* factors) {
+INLINE void multiply_tile(float* c, int64_t c_stride, const float* a, int64_t a_stride_row,
+                          int64_t a_stride_depth, const float* b, int64_t b_stride, int64_t depth,
+                          const float* factors) {
   Vec acc[RB][NV];
   for (int r = 0; r < RB; ++r)
     for (int n = 0; n < NV; ++n) {
@@ -284,25 +296,26 @@ INLINE void multiply_tile(float* c, int64_t c_stride, const float* a, int64_t a_
     for (int n = 0; n < NV; ++n) store(c + r * c_stride + n * kLanes, acc[r][n]);
 }
 
-// the same for any number of rows, and of columns a multiple of a vector, at most kPanel
+// the same for any number of rows; columns are a multiple of a vector, at most kPanel
 constexpr int kPanel = 3 * kLanes;
 
 template <Start kStart, int NV>
-void multiply_rows(float* c, int64_t c_stride, const float* a, int64_t a_stride_row, int64_t a_stride_depth,
-                   const float* b, int64_t b_stride, int64_t num_rows, int64_t depth, const float* factors) {
+void multiply_rows(float* c, int64_t c_stride, const float* a, int64_t a_stride_row,
+                   int64_t a_stride_depth, const float* b, int64_t b_stride, int64_t num_rows,
+                   int64_t depth, const float* factors) {
   int64_t row = 0;
   for (; row + kTileRows <= num_rows; row += kTileRows)
-    multiply_tile<kTileRows, NV, kStart>(c + row * c_stride, c_stride, a + row * a_stride_row, a_stride_row,
-                                         a_stride_depth, b, b_stride, depth, factors);
+    multiply_tile<kTileRows, NV, kStart>(c + row * c_stride, c_stride, a + row * a_stride_row,
+                                         a_stride_row, a_stride_depth, b, b_stride, depth, factors);
   for (; row < num_rows; ++row)
-    multiply_tile<1, NV, kStart>(c + row * c_stride, c_stride, a + row * a_stride_row, a_stride_row, a_stride_depth, b,
-                                 b_stride, depth, factors);
+    multiply_tile<1, NV, kStart>(c + row * c_stride, c_stride, a + row * a_stride_row, a_stride_row,
+                                 a_stride_depth, b, b_stride, depth, factors);
 }
 
 template <Start kStart>
-void multiply_panel(float* c, int64_t c_stride, const float* a, int64_t a_stride_row, int64_t a_stride_depth,
-                    const float* b, int64_t b_stride, int64_t num_rows, int64_t depth, int64_t num_columns,
-                    const float* factors) {
+void multiply_panel(float* c, int64_t c_stride, const float* a, int64_t a_stride_row,
+                    int64_t a_stride_depth, const float* b, int64_t b_stride, int64_t num_rows,
+                    int64_t depth, int64_t num_columns, const float* factors) {
   const int64_t num_vecs = (num_columns + kLanes - 1) / kLanes;
   auto rows = num_vecs >= 3   ? multiply_rows<kStart, 3>
               : num_vecs == 2 ? multiply_rows<kStart, 2>
@@ -310,10 +323,12 @@ void multiply_panel(float* c, int64_t c_stride, const float* a, int64_t a_stride
   rows(c, c_stride, a, a_stride_row, a_stride_depth, b, b_stride, num_rows, depth, factors);
 }
 
-// ---------------------------------------------------------------------------------------------------- attention
-constexpr float kNever = -1e30f;  // the score of an unseen key: finite, so that differences of two stay numbers
-constexpr int kTileLanes = 48;    // query lanes a tile; 3 vectors of 16, 6 of 8, 12 of 4
-constexpr int kTileKeys = 64;     // keys a step; K and V in fp32 at H = 128 are 64 KiB, within any second-level cache
+// --------------------------------------------------------------------------------------- attention
+
+// the score of an unseen key: finite, so that the difference of two is not NaN
+constexpr float kNever = -1e30f;
+constexpr int kTileLanes = 48;  // query lanes per tile: 3 vectors of 16, 6 of 8, 12 of 4
+constexpr int kTileKeys = 64;   // keys per step: K and V in fp32 at H = 128 take 64 KiB of the L2
 
 struct Attention {
   char* out;                   // [T, N, H], contiguous
@@ -335,11 +350,12 @@ struct Attention {
 };
 
 template <Start kStart>
-void multiply_lanes(float* c, const float* a, int64_t a_stride_row, int64_t a_stride_depth, const float* b,
-                    int64_t num_rows, int64_t depth, int64_t num_lanes, const float* factors) {
+void multiply_lanes(float* c, const float* a, int64_t a_stride_row, int64_t a_stride_depth,
+                    const float* b, int64_t num_rows, int64_t depth, int64_t num_lanes,
+                    const float* factors) {
   for (int64_t at = 0; at < num_lanes; at += kPanel)
-    multiply_panel<kStart>(c + at, kTileLanes, a, a_stride_row, a_stride_depth, b + at, kTileLanes, num_rows, depth,
-                           num_lanes - at, factors + at);
+    multiply_panel<kStart>(c + at, kTileLanes, a, a_stride_row, a_stride_depth, b + at, kTileLanes,
+                           num_rows, depth, num_lanes - at, factors + at);
 }
 
 template <typename T>
@@ -356,8 +372,8 @@ INLINE void with_dtype(int64_t dtype, F&& f) {
   else f(Fp16{});
 }
 
-// A tile of queries: tokens first_token .. first_token + num_tokens - 1 of one row (the first at position first_pos)
-// times heads first_head .. first_head + num_heads - 1 of one kv head.
+// A tile of queries: tokens first_token .. first_token + num_tokens - 1 of one row (first_pos is
+// the position of the first) times heads first_head .. first_head + num_heads - 1 of one kv head.
 struct Tile {
   int64_t row, first_token, num_tokens, first_pos, kv_head, first_head, num_heads;
 };
@@ -367,7 +383,8 @@ void attend_tile(const Attention& at, const Tile& tile) {
   const int64_t H = at.head_dim, B = at.block_size;
   const int64_t num_lanes = tile.num_tokens * tile.num_heads;
   const int64_t num_vecs = (num_lanes + kLanes - 1) / kLanes;
-  float* q_HM = scratch((size_t)(2 * H * kTileLanes + kTileKeys * kTileLanes + 2 * kTileKeys * H + 4 * kTileLanes));
+  float* q_HM = scratch(
+      (size_t)(2 * H * kTileLanes + kTileKeys * kTileLanes + 2 * kTileKeys * H + 4 * kTileLanes));
   float* out_HM = q_HM + H * kTileLanes;
   float* score_LM = out_HM + H * kTileLanes;
   float* k_LH = score_LM + kTileKeys * kTileLanes;
@@ -377,14 +394,16 @@ void attend_tile(const Attention& at, const Tile& tile) {
   float* alpha_M = sum_M + kTileLanes;
   int32_t* pos_M = (int32_t*)(alpha_M + kTileLanes);
 
-  // queries transposed, so that lanes run along vectors: scores, maxima and sums need no sum across a vector
-  const float q_scale = (float)(at.scale * 1.4426950408889634);  // log2(e): exp2 instead of exp
+  // Queries are transposed so that lanes run along vectors: scores, maxima and sums then need no
+  // sum across a vector.
+  const float q_scale = (float)(at.scale * 1.4426950408889634);  // log2(e), for exp2
   std::memset(q_HM, 0, sizeof(float) * H * kTileLanes);
   std::memset(out_HM, 0, sizeof(float) * H * kTileLanes);
   with_dtype(at.q_dtype, [&](auto zero) {
     typedef decltype(zero) Q;
     for (int64_t m = 0; m < num_lanes; ++m) {
-      int64_t token = tile.first_token + m / tile.num_heads, head = tile.first_head + m % tile.num_heads;
+      int64_t token = tile.first_token + m / tile.num_heads,
+              head = tile.first_head + m % tile.num_heads;
       const Q* q_H = (const Q*)at.q + token * at.q_stride_T + head * at.q_stride_N;
       for (int64_t h = 0; h < H; ++h) q_HM[h * kTileLanes + m] = to_float(q_H[h]) * q_scale;
     }
@@ -395,24 +414,29 @@ void attend_tile(const Attention& at, const Tile& tile) {
     pos_M[m] = m < num_lanes ? (int32_t)(tile.first_pos + m / tile.num_heads) : -1;
   }
 
-  const int32_t window = (int32_t)std::min<int64_t>(at.window > 0 ? at.window : INT32_MAX, INT32_MAX);
+  const int32_t window =
+      (int32_t)std::min<int64_t>(at.window > 0 ? at.window : INT32_MAX, INT32_MAX);
   const int64_t last_pos = tile.first_pos + tile.num_tokens - 1;
-  const int64_t first_key = std::max<int64_t>(0, tile.first_pos - window + 1), end_key = last_pos + 1;
+  const int64_t first_key = std::max<int64_t>(0, tile.first_pos - window + 1),
+                end_key = last_pos + 1;
   const int32_t* blocks = at.block_table + tile.row * at.table_stride_R;
   for (int64_t key = first_key; key < end_key; key += kTileKeys) {
     const int64_t num_keys = std::min<int64_t>(kTileKeys, end_key - key);
     for (int64_t l = 0; l < num_keys; ++l) {
       int64_t block = blocks[(key + l) / B], offset = (key + l) % B;
-      copy_to_float(
-          k_LH + l * H,
-          (const KV*)at.k_cache + block * at.k_stride_C + offset * at.k_stride_B + tile.kv_head * at.k_stride_K, H);
-      copy_to_float(
-          v_LH + l * H,
-          (const KV*)at.v_cache + block * at.v_stride_C + offset * at.v_stride_B + tile.kv_head * at.v_stride_K, H);
+      copy_to_float(k_LH + l * H,
+                    (const KV*)at.k_cache + block * at.k_stride_C + offset * at.k_stride_B +
+                        tile.kv_head * at.k_stride_K,
+                    H);
+      copy_to_float(v_LH + l * H,
+                    (const KV*)at.v_cache + block * at.v_stride_C + offset * at.v_stride_B +
+                        tile.kv_head * at.v_stride_K,
+                    H);
     }
     multiply_lanes<Start::kZero>(score_LM, k_LH, H, 1, q_HM, num_keys, H, num_lanes, alpha_M);
 
-    const bool all_seen = key + num_keys - 1 <= tile.first_pos && key > last_pos - window && num_lanes % kLanes == 0;
+    const bool all_seen =
+        key + num_keys - 1 <= tile.first_pos && key > last_pos - window && num_lanes % kLanes == 0;
     for (int64_t vec = 0; vec < num_vecs; ++vec) {
       float* score_L = score_LM + vec * kLanes;
       IVec pos = *(const IVecAt*)(pos_M + vec * kLanes);
@@ -425,12 +449,14 @@ void attend_tile(const Attention& at, const Tile& tile) {
           store(score_L + l * kTileLanes, seen ? score : splat(kNever));
         }
       }
-      for (int64_t l = 0; l < num_keys; ++l) new_max = vmax(new_max, load(score_L + l * kTileLanes));
+      for (int64_t l = 0; l < num_keys; ++l)
+        new_max = vmax(new_max, load(score_L + l * kTileLanes));
       Vec alpha = exp2(old_max - new_max), total = load(sum_M + vec * kLanes) * alpha;
       for (int64_t l = 0; l < num_keys; ++l) {
         Vec score = load(score_L + l * kTileLanes);
         Vec p = exp2(score - new_max);
-        if (!all_seen) p = score <= kNever ? Vec{} : p;  // a lane that has seen no key yet has kNever as its maximum
+        // the maximum of a lane that has seen no key yet is kNever
+        if (!all_seen) p = score <= kNever ? Vec{} : p;
         total += p;
         store(score_L + l * kTileLanes, p);
       }
@@ -444,7 +470,8 @@ void attend_tile(const Attention& at, const Tile& tile) {
   with_dtype(at.q_dtype, [&](auto zero) {
     typedef decltype(zero) Q;
     for (int64_t m = 0; m < num_lanes; ++m) {
-      int64_t token = tile.first_token + m / tile.num_heads, head = tile.first_head + m % tile.num_heads;
+      int64_t token = tile.first_token + m / tile.num_heads,
+              head = tile.first_head + m % tile.num_heads;
       Q* out_H = (Q*)at.out + (token * at.num_heads + head) * H;
       float factor = sum_M[m] > 0 ? 1.0f / sum_M[m] : 0.0f;  // no key seen: zeros
       for (int64_t h = 0; h < H; ++h) put(out_H + h, out_HM[h * kTileLanes + m] * factor);
@@ -452,22 +479,24 @@ void attend_tile(const Attention& at, const Tile& tile) {
   });
 }
 
-// Decode: one token of one row, all its heads, and a part of its keys. Memory-bound: every key and value is read once
-// for the query heads that share it, in the order of memory (all kv heads of a key lie together, so a few keys at a
-// time are a few streams that the hardware follows), and while keys are read the values are requested, and the other
-// way round.
-constexpr int kSpanKeys = 128;  // keys a part; fixed, so that results depend on neither the batch nor the threads
-constexpr int kStepKeys = 16;   // keys a step
-constexpr int kStreams = 4;     // keys, or values, read side by side
+// Decode: one token of one row, all its heads, and a part of its keys. It is limited by memory.
+// Every key and value is read once for the query heads that share it, in the order of memory: all
+// kv heads of a key are adjacent, so a few keys at a time are a few streams that the hardware
+// prefetches. Values are prefetched while keys are read, and keys while values are read. kSpanKeys,
+// the keys of a part, is fixed: results depend on neither the batch nor the threads.
+constexpr int kSpanKeys = 128;
+constexpr int kStepKeys = 16;  // keys per step
+constexpr int kStreams = 4;    // keys, or values, read at the same time
 
 struct Span {
   int64_t row, token, first_key, end_key;
-  int64_t part, first_part, num_parts;  // parts of one row are neighbours in the workspace
+  int64_t part, first_part, num_parts;  // the parts of a row are adjacent in the workspace
 };
 
 // score[g][l] = q[g] . k[l] for NK keys
 template <typename KV, int GB, int NK>
-INLINE void score_keys(float* score, const float* q_GH, const KV* const* keys, int64_t at, int64_t H) {
+INLINE void score_keys(float* score, const float* q_GH, const KV* const* keys, int64_t at,
+                       int64_t H) {
   Vec acc[GB][NK] = {};
   for (int64_t h = 0; h < H; h += kLanes) {
     Vec k[NK];
@@ -483,11 +512,12 @@ INLINE void score_keys(float* score, const float* q_GH, const KV* const* keys, i
 
 // out[g] = alpha[g] * out[g] + sum over l of p[g][l] * v[l] for NK values; no alpha means 1
 template <typename KV, int GB, int NK>
-INLINE void add_values(float* out_GH, const float* p, const float* alpha, const KV* const* values, int64_t at,
-                       int64_t H) {
+INLINE void add_values(float* out_GH, const float* p, const float* alpha, const KV* const* values,
+                       int64_t at, int64_t H) {
   for (int64_t h = 0; h < H; h += kLanes) {
     Vec acc[GB];
-    for (int g = 0; g < GB; ++g) acc[g] = alpha ? load(out_GH + g * H + h) * alpha[g] : load(out_GH + g * H + h);
+    for (int g = 0; g < GB; ++g)
+      acc[g] = alpha ? load(out_GH + g * H + h) * alpha[g] : load(out_GH + g * H + h);
     for (int l = 0; l < NK; ++l) {
       Vec v = load(values[l] + at + h);
       for (int g = 0; g < GB; ++g) acc[g] += p[g * kStepKeys + l] * v;
@@ -496,17 +526,19 @@ INLINE void add_values(float* out_GH, const float* p, const float* alpha, const 
   }
 }
 
-// Calls f(i, width) over 0 .. num - 1 in widths of Max, then half of it, and so on to 1; the width comes as a type.
+// Calls f(i, width) over 0 .. num - 1 with widths Max, Max / 2, ..., 1. The width is a type.
 template <int Max, typename F>
 INLINE void for_some(int64_t num, F&& f) {
   int64_t i = 0;
   for (; i + Max <= num; i += Max) f(i, std::integral_constant<int, Max>{});
-  if constexpr (Max > 1) for_some<Max / 2>(num - i, [&](int64_t rest, auto width) { f(i + rest, width); });
+  if constexpr (Max > 1)
+    for_some<Max / 2>(num - i, [&](int64_t rest, auto width) { f(i + rest, width); });
 }
 
-// partial: for each part [out N x H | max N | sum N]; parts_left counts the parts of each row still missing
+// partial: [out N x H | max N | sum N] for each part; parts_left: unfinished parts of each row
 template <typename KV>
-void attend_span(const Attention& at, const Span& span, float* partial, std::atomic<int32_t>* parts_left) {
+void attend_span(const Attention& at, const Span& span, float* partial,
+                 std::atomic<int32_t>* parts_left) {
   const int64_t H = at.head_dim, B = at.block_size, N = at.num_heads, G = N / at.num_kv_heads;
   const int64_t part_size = N * (H + 2);
   float* q_NH = scratch((size_t)(N * (H + kStepKeys + 1)));
@@ -515,7 +547,7 @@ void attend_span(const Attention& at, const Span& span, float* partial, std::ato
   float* out_NH = partial + span.part * part_size;
   float* max_N = out_NH + N * H;
   float* sum_N = max_N + N;
-  const float q_scale = (float)(at.scale * 1.4426950408889634);  // log2(e): exp2 instead of exp
+  const float q_scale = (float)(at.scale * 1.4426950408889634);  // log2(e), for exp2
   with_dtype(at.q_dtype, [&](auto zero) {
     typedef decltype(zero) Q;
     for (int64_t n = 0; n < N; ++n) {
@@ -546,7 +578,8 @@ void attend_span(const Attention& at, const Span& span, float* partial, std::ato
   };
   const auto request = [&](const KV* const* rows, int64_t head_at, int num) {
     for (int l = 0; l < num; ++l)
-      for (int64_t h = 0; h < H; h += 64 / (int64_t)sizeof(KV)) __builtin_prefetch(rows[l] + head_at + h);
+      for (int64_t h = 0; h < H; h += 64 / (int64_t)sizeof(KV))
+        __builtin_prefetch(rows[l] + head_at + h);
   };
   Step steps[2];
   locate(steps[0], span.first_key);
@@ -583,17 +616,19 @@ void attend_span(const Attention& at, const Span& span, float* partial, std::ato
     }
     for_some<kStreams>(num_keys, [&](int64_t l, auto width) {
       for (int64_t kv_head = 0; kv_head < at.num_kv_heads; ++kv_head) {
-        request(next.keys + l, kv_head * at.k_stride_K, (int)std::min<int64_t>(width, next.num_keys - l));
+        request(next.keys + l, kv_head * at.k_stride_K,
+                (int)std::min<int64_t>(width, next.num_keys - l));
         for_some<4>(G, [&](int64_t g, auto heads) {
           const int64_t n = kv_head * G + g;
-          add_values<KV, heads, width>(out_NH + n * H, score_NL + n * kStepKeys + l, l ? nullptr : alpha_N + n,
-                                       step.values + l, kv_head * at.v_stride_K, H);
+          add_values<KV, heads, width>(out_NH + n * H, score_NL + n * kStepKeys + l,
+                                       l ? nullptr : alpha_N + n, step.values + l,
+                                       kv_head * at.v_stride_K, H);
         });
       }
     });
   }
 
-  // whoever finishes a row last joins its parts, in order
+  // the last thread to finish a part of a row adds its parts, in order
   if (parts_left[span.first_part].fetch_sub(1, std::memory_order_acq_rel) != 1) return;
   const float* parts = partial + span.first_part * part_size;
   with_dtype(at.q_dtype, [&](auto zero) {
@@ -601,8 +636,9 @@ void attend_span(const Attention& at, const Span& span, float* partial, std::ato
     for (int64_t n = 0; n < N; ++n) {
       Q* out_H = (Q*)at.out + (span.token * N + n) * H;
       float top = kNever, total = 0;
-      for (int64_t i = 0; i < span.num_parts; ++i) top = std::max(top, parts[i * part_size + N * H + n]);
-      float* joined_H = q_NH;  // the queries are done with
+      for (int64_t i = 0; i < span.num_parts; ++i)
+        top = std::max(top, parts[i * part_size + N * H + n]);
+      float* joined_H = q_NH;  // the queries are no longer needed
       std::memset(joined_H, 0, sizeof(float) * H);
       for (int64_t i = 0; i < span.num_parts; ++i) {
         const float* part = parts + i * part_size;
@@ -622,7 +658,8 @@ void attend_span(const Attention& at, const Span& span, float* partial, std::ato
 extern "C" void nanovllm_paged_attention(const Attention* args) {
   const Attention& at = *args;
   const int64_t group = at.num_heads / at.num_kv_heads;
-  const int64_t tile_heads = std::min<int64_t>(group, kTileLanes), tile_tokens = kTileLanes / tile_heads;
+  const int64_t tile_heads = std::min<int64_t>(group, kTileLanes),
+                tile_tokens = kTileLanes / tile_heads;
   const size_t token_bytes = (size_t)(at.num_heads * at.head_dim * (at.q_dtype == kFp32 ? 4 : 2));
   const auto zero_tokens = [&](int64_t first, int64_t end) {
     if (end > first) std::memset(at.out + first * token_bytes, 0, (end - first) * token_bytes);
@@ -630,9 +667,10 @@ extern "C" void nanovllm_paged_attention(const Attention* args) {
 
   std::vector<Tile> tiles;
   std::vector<Span> spans;
-  int64_t written = 0;  // tokens below this have an output
+  int64_t written = 0;  // the outputs of tokens below this are written
   for (int64_t row = 0; row < at.num_rows; ++row) {
-    int64_t first = at.max_q_len == 1 ? row : at.q_start[row], end = at.max_q_len == 1 ? row + 1 : at.q_start[row + 1];
+    int64_t first = at.max_q_len == 1 ? row : at.q_start[row],
+            end = at.max_q_len == 1 ? row + 1 : at.q_start[row + 1];
     int64_t seq_len = at.seq_len[row];
     if (end <= first || seq_len <= 0) continue;
     zero_tokens(written, first);
@@ -643,25 +681,26 @@ extern "C" void nanovllm_paged_attention(const Attention* args) {
       const int64_t first_part = (int64_t)spans.size();
       for (int64_t i = 0; i < num_parts; ++i) {
         const int64_t from = (first_key / kSpanKeys + i) * kSpanKeys;
-        spans.push_back({row, first, std::max(from, first_key), std::min(from + kSpanKeys, seq_len), first_part + i,
-                         first_part, num_parts});
+        spans.push_back({row, first, std::max(from, first_key), std::min(from + kSpanKeys, seq_len),
+                         first_part + i, first_part, num_parts});
       }
       continue;
     }
     for (int64_t token = first; token < end; token += tile_tokens)
       for (int64_t kv_head = 0; kv_head < at.num_kv_heads; ++kv_head)
         for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head += tile_heads)
-          tiles.push_back({row, token, std::min(tile_tokens, end - token), seq_len - (end - token), kv_head, head,
-                           std::min(tile_heads, (kv_head + 1) * group - head)});
+          tiles.push_back({row, token, std::min(tile_tokens, end - token), seq_len - (end - token),
+                           kv_head, head, std::min(tile_heads, (kv_head + 1) * group - head)});
   }
   zero_tokens(written, at.num_tokens);
 
   const int64_t num_tiles = (int64_t)tiles.size(), num_spans = (int64_t)spans.size();
   std::vector<std::atomic<int32_t>> parts_left(num_spans);
-  for (const Span& span : spans) parts_left[span.first_part].store((int32_t)span.num_parts, std::memory_order_relaxed);
+  for (const Span& span : spans)
+    parts_left[span.first_part].store((int32_t)span.num_parts, std::memory_order_relaxed);
   std::unique_ptr<float[]> partial(new float[num_spans * at.num_heads * (at.head_dim + 2)]);
   parallel_for(num_tiles + num_spans, at.num_threads, [&](int64_t item) {
-    // the last tiles of a row see the most keys: start with those
+    // the last tiles of a row see the most keys, so they start first
     with_dtype(at.kv_dtype, [&](auto zero) {
       typedef decltype(zero) KV;
       if (item < num_tiles) attend_tile<KV>(at, tiles[num_tiles - 1 - item]);
@@ -670,7 +709,7 @@ extern "C" void nanovllm_paged_attention(const Attention* args) {
   });
 }
 
-// ---------------------------------------------------------------------------------------------------- linear
+// ------------------------------------------------------------------------------------------ linear
 namespace {
 
 struct Linear {
@@ -678,17 +717,18 @@ struct Linear {
   const char* x;       // [T, D]
   const char* weight;  // [O, D]
   const char* bias;    // [O] or null
-  const float* scale;  // [O]: a factor for each output where weights are int8, else null
+  const float* scale;  // [O]: factors of the outputs of int8 weights, or null
   int64_t num_tokens, num_outputs, depth;
   int64_t x_stride, weight_stride;
   int64_t dtype;
   int64_t num_threads;
 };
 
-// A step is what a tile takes of the depth at once: how weights come out of memory, and how they meet x. `Io` is what x,
-// bias and out are in memory, `X` what x is copied to; kPairs: its even elements come before its odd ones.
+// A step is the part of the depth that a tile multiplies at once. It defines how weights are loaded
+// and multiplied by x. `Io` is the type of x, bias and out in memory, `X` the type that x is copied
+// to; with kPairs the even elements of the copy come before the odd ones.
 
-// fp32: one step of the depth is one vector
+// fp32: a step is one vector of the depth
 struct Fp32Step {
   typedef float Weight;
   typedef float X;
@@ -718,8 +758,8 @@ struct Bf16Step {
   }
 };
 #else
-// bf16: a step is one vector of pairs. A pair's halves are fp32 numbers after a shift or a mask, so x comes in fp32
-// with the even elements of each step before its odd ones.
+// bf16: a step is one vector of pairs. A shift or a mask turns each half of a pair into an fp32
+// number, so x is in fp32 with the even elements of each step before its odd ones.
 struct Bf16Step {
   typedef Bf16 Weight;
   typedef float X;
@@ -734,7 +774,9 @@ struct Bf16Step {
     UVec pairs = *(const At*)p;
     return {(Vec)(pairs << 16), (Vec)(pairs & 0xffff0000u)};
   }
-  static INLINE Vec fma(Vec acc, const float* x, Value w) { return acc + load(x) * w.even + load(x + kLanes) * w.odd; }
+  static INLINE Vec fma(Vec acc, const float* x, Value w) {
+    return acc + load(x) * w.even + load(x + kLanes) * w.odd;
+  }
 };
 #endif
 
@@ -749,7 +791,7 @@ INLINE Vec load(const int8_t* p) {
   return __builtin_convertvector(__builtin_convertvector((Bytes) * (const BytesAt*)p, IVec), Vec);
 }
 
-// int8, widened in registers: the sums are of whole numbers times x, and scaled at the end
+// int8, widened in registers: integers are multiplied by x, and the sums are scaled at the end
 template <typename T>
 struct Int8Step {
   typedef int8_t Weight;
@@ -765,7 +807,7 @@ struct Int8Step {
 };
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)
-// bf16 holds every int8 exactly, and its product takes two elements at once
+// bf16 represents every int8 exactly, and its product takes two elements at once
 template <>
 struct Int8Step<Bf16> {
   typedef int8_t Weight;
@@ -781,15 +823,17 @@ struct Int8Step<Bf16> {
 };
 #endif
 
-// With few tokens a loop is all loads and the hardware's own prefetching does best; with more, it falls behind, and with
-// rows as short as those of int8 and bf16 it has hardly begun.
+// With few tokens a loop is mostly loads, and the hardware's prefetching is best. With more tokens
+// it falls behind, and the rows of int8 and bf16 weights are so short that it hardly starts.
 template <typename Weight>
 constexpr int kPrefetchTokens = sizeof(Weight) < 4 ? 1 : 3;
 
-// out[t, o] of TB tokens and OB outputs: TB * OB accumulators in registers, every weight loaded once.
+// out[t, o] of TB tokens and OB outputs, with TB * OB accumulators in registers. Every weight is
+// loaded once.
 template <typename Step, int TB, int OB>
-void linear_tile(float* out, const typename Step::X* x, int64_t x_stride, const typename Step::Weight* weight,
-                 int64_t weight_stride, int64_t depth, int64_t prefetch) {
+void linear_tile(float* out, const typename Step::X* x, int64_t x_stride,
+                 const typename Step::Weight* weight, int64_t weight_stride, int64_t depth,
+                 int64_t prefetch) {
   typedef typename Step::Weight Weight;
   Vec acc[TB][OB] = {};
   int64_t d = 0;
@@ -815,14 +859,14 @@ void linear_tile(float* out, const typename Step::X* x, int64_t x_stride, const 
     for (int o = 0; o < OB; ++o) out[t * OB + o] = sum(acc[t][o]);
 }
 
-// outputs a tile, by its tokens: as many as leave the accumulators in registers
+// outputs of a tile with num_tokens tokens: the most with all accumulators in registers
 constexpr int tile_outputs(int num_tokens) {
   return kTileRows == 8 ? std::min(24 / num_tokens, 8) : std::clamp(12 / num_tokens, 1, 4);
 }
 
 template <typename Step, int TB, int OB = tile_outputs(TB)>
-void linear_rows(const Linear& at, const typename Step::X* x, int64_t x_stride, int64_t token, int64_t first,
-                 int64_t end) {
+void linear_rows(const Linear& at, const typename Step::X* x, int64_t x_stride, int64_t token,
+                 int64_t first, int64_t end) {
   typedef typename Step::Weight Weight;
   typedef typename Step::Io Io;
   const Weight* weight = (const Weight*)at.weight;
@@ -833,32 +877,35 @@ void linear_rows(const Linear& at, const typename Step::X* x, int64_t x_stride, 
     for (int i = 0; i < num; ++i) {
       float bias = at.bias ? to_float(((const Io*)at.bias)[o + i]) : 0.0f;
       float scale = std::is_same_v<Weight, int8_t> ? at.scale[o + i] : 1.0f;
-      for (int t = 0; t < TB; ++t) put(out + t * at.num_outputs + o + i, sums[t * num + i] * scale + bias);
+      for (int t = 0; t < TB; ++t)
+        put(out + t * at.num_outputs + o + i, sums[t * num + i] * scale + bias);
     }
   };
   const int64_t prefetch = OB * at.weight_stride * (int64_t)sizeof(Weight);
   for (; o + OB <= end; o += OB) {
-    linear_tile<Step, TB, OB>(sums, x + token * x_stride, x_stride, weight + o * at.weight_stride, at.weight_stride,
-                              at.depth, prefetch);
+    linear_tile<Step, TB, OB>(sums, x + token * x_stride, x_stride, weight + o * at.weight_stride,
+                              at.weight_stride, at.depth, prefetch);
     finish(OB);
   }
   for (; o < end; ++o) {
-    linear_tile<Step, TB, 1>(sums, x + token * x_stride, x_stride, weight + o * at.weight_stride, at.weight_stride,
-                             at.depth, 0);
+    linear_tile<Step, TB, 1>(sums, x + token * x_stride, x_stride, weight + o * at.weight_stride,
+                             at.weight_stride, at.depth, 0);
     finish(1);
   }
 }
 
-constexpr int kMaxTokens = 8;  // tokens a pass; a second pass finds the tile's weights in the cache
+constexpr int kMaxTokens = 8;  // tokens per pass; a second pass finds the weights in the cache
 
 template <typename Step, int TB = kMaxTokens>
-void linear_tokens(const Linear& at, const typename Step::X* x, int64_t x_stride, int64_t token, int64_t num_tokens,
-                   int64_t first, int64_t end) {
+void linear_tokens(const Linear& at, const typename Step::X* x, int64_t x_stride, int64_t token,
+                   int64_t num_tokens, int64_t first, int64_t end) {
   if (num_tokens == TB) linear_rows<Step, TB>(at, x, x_stride, token, first, end);
-  else if constexpr (TB > 1) linear_tokens<Step, TB - 1>(at, x, x_stride, token, num_tokens, first, end);
+  else if constexpr (TB > 1)
+    linear_tokens<Step, TB - 1>(at, x, x_stride, token, num_tokens, first, end);
 }
 
-constexpr int64_t kChunkBytes = 128 << 10;  // weights a thread takes at once: a second pass finds them in its cache
+// weights that a thread takes at once; a second pass finds them in its cache
+constexpr int64_t kChunkBytes = 128 << 10;
 
 template <typename Step>
 void linear(const Linear& at) {
@@ -887,26 +934,30 @@ void linear(const Linear& at) {
   parallel_for((at.num_outputs + chunk - 1) / chunk, at.num_threads, [&](int64_t item) {
     const int64_t first = item * chunk, end = std::min(first + chunk, at.num_outputs);
     for (int64_t pass = 0; pass < num_passes; ++pass) {
-      int64_t token = at.num_tokens * pass / num_passes, token_end = at.num_tokens * (pass + 1) / num_passes;
+      int64_t token = at.num_tokens * pass / num_passes,
+              token_end = at.num_tokens * (pass + 1) / num_passes;
       linear_tokens<Step>(at, x, x_stride, token, token_end - token, first, end);
     }
   });
 }
 
-// fp32, more tokens: bound by arithmetic. Tokens run along vectors and weights are broadcast from where they lie, so
-// that only x is rearranged: out^T[O, T] = weight[O, D] x^T[D, T]. Weights in int8 are widened, a block at a time.
-constexpr int64_t kPanelTokens = kLanes == 16 ? 11 : 17;  // from here on; below, linear_rows is faster
+// fp32 with more tokens: limited by arithmetic. Tokens run along vectors and weights are broadcast
+// from memory, so that only x is rearranged: out^T[O, T] = weight[O, D] x^T[D, T]. int8 weights are
+// widened one block at a time. With fewer tokens than kPanelTokens linear_rows is faster.
+constexpr int64_t kPanelTokens = kLanes == 16 ? 11 : 17;
 constexpr int64_t kPanelTokensInt8 = kLanes == 16 ? 25 : 33;
-constexpr int64_t kBlockTokens = 10 * kPanel;             // a thread's weights meet these before it goes on to others
-constexpr int64_t kBlockDepth = 192;                      // of x^T a panel of this depth stays in the first-level cache
+constexpr int64_t kBlockTokens = 10 * kPanel;  // tokens that a thread multiplies by its weights
+constexpr int64_t kBlockDepth = 192;           // a panel of x^T of this depth stays in the L1
 constexpr int64_t kMaxBlockOutputs = 64;
 constexpr int64_t kPackDepth = 64;
 
-// out[RB, NV vectors] = weight[RB, depth] x[depth, NV vectors], added to what is there or not. A sum takes every kPhases-th
-// of the depth, so that few rows make as many sums as products are under way at once.
+// out[RB, NV vectors] = weight[RB, depth] x[depth, NV vectors], added to out if `add`. A sum takes
+// every kPhases-th element of the depth, so that few rows still have as many sums as products are
+// in flight.
 template <int RB, int NV, int kPhases>
-INLINE void multiply_weight_tile(float* out, int64_t out_stride, const float* weight, int64_t weight_stride,
-                                 const float* x, int64_t x_stride, int64_t depth, bool add) {
+INLINE void multiply_weight_tile(float* out, int64_t out_stride, const float* weight,
+                                 int64_t weight_stride, const float* x, int64_t x_stride,
+                                 int64_t depth, bool add) {
   constexpr int kLine = 16;
   Vec acc[RB][NV][kPhases] = {};
   const auto multiply = [&](int64_t d, int phase) __attribute__((always_inline)) {
@@ -919,7 +970,8 @@ INLINE void multiply_weight_tile(float* out, int64_t out_stride, const float* we
   };
   int64_t d = 0;
   for (; d + kLine <= depth; d += kLine) {
-    for (int r = 0; r < RB; ++r) __builtin_prefetch(weight + (RB + r) * weight_stride + d, 0, 2);  // the next rows
+    // the next rows
+    for (int r = 0; r < RB; ++r) __builtin_prefetch(weight + (RB + r) * weight_stride + d, 0, 2);
     for (int i = 0; i < kLine; i += kPhases)
       for (int phase = 0; phase < kPhases; ++phase) multiply(d + i + phase, phase);
   }
@@ -933,18 +985,20 @@ INLINE void multiply_weight_tile(float* out, int64_t out_stride, const float* we
     }
 }
 
-// With one vector of tokens 4 rows with two sums each were 3 to 9 % faster than 8 rows, with two vectors a quarter slower
-// (Zen 4): rows are often 4 KiB apart, and a set of the first-level cache holds 8 such lines.
+// With one vector of tokens, 4 rows with two sums each are faster than 8 rows: rows are often 4 KiB
+// apart, and a set of the L1 holds 8 such lines (Zen 4). With two vectors 8 rows are faster.
 template <int NV, int RB = NV == 1 ? 4 : kTileRows, int kPhases = NV == 1 ? 2 : 1>
-void multiply_weights(float* out, int64_t out_stride, const float* weight, int64_t weight_stride, const float* x,
-                      int64_t x_stride, int64_t num_rows, int64_t depth, bool add) {
+void multiply_weights(float* out, int64_t out_stride, const float* weight, int64_t weight_stride,
+                      const float* x, int64_t x_stride, int64_t num_rows, int64_t depth, bool add) {
   int64_t row = 0;
   for (; row + RB <= num_rows; row += RB)
-    multiply_weight_tile<RB, NV, kPhases>(out + row * out_stride, out_stride, weight + row * weight_stride,
-                                          weight_stride, x, x_stride, depth, add);
+    multiply_weight_tile<RB, NV, kPhases>(out + row * out_stride, out_stride,
+                                          weight + row * weight_stride, weight_stride, x, x_stride,
+                                          depth, add);
   for (; row < num_rows; ++row)
-    multiply_weight_tile<1, NV, kPhases>(out + row * out_stride, out_stride, weight + row * weight_stride,
-                                         weight_stride, x, x_stride, depth, add);
+    multiply_weight_tile<1, NV, kPhases>(out + row * out_stride, out_stride,
+                                         weight + row * weight_stride, weight_stride, x, x_stride,
+                                         depth, add);
 }
 
 template <typename T>
@@ -960,15 +1014,15 @@ void linear_by_panels(const Linear& at) {
   const int64_t D = at.depth, O = at.num_outputs;
   const Weight* weight = (const Weight*)at.weight;
   const float* bias = (const float*)at.bias;
-  int64_t block_outputs = kMaxBlockOutputs;  // fewer, if threads would go without
+  int64_t block_outputs = kMaxBlockOutputs;  // fewer if threads would be idle
   while (block_outputs > 16 && O / block_outputs < 4 * at.num_threads) block_outputs /= 2;
   const int64_t num_blocks = (O + block_outputs - 1) / block_outputs;
   for (int64_t first_token = 0; first_token < at.num_tokens; first_token += kBlockTokens) {
     const int64_t T = std::min(kBlockTokens, at.num_tokens - first_token);
     const float* x = (const float*)at.x + first_token * at.x_stride;
     const int64_t num_vecs = (T + kLanes - 1) / kLanes, num_panels = (num_vecs + 2) / 3;
-    const int64_t panel_tokens =
-        (num_vecs + num_panels - 1) / num_panels * kLanes;  // even: 4 vectors are 2 + 2, not 3 + 1
+    const int64_t panel_tokens = (num_vecs + num_panels - 1) / num_panels *
+                                 kLanes;  // equal panels: 4 vectors are 2 + 2, not 3 + 1
     const int64_t num_packs = (D + kPackDepth - 1) / kPackDepth;
     const int64_t sums_stride = num_panels * panel_tokens;
     float* packed = scratch<kShared>((size_t)(num_panels * panel_tokens * D));  // [panel, D, token]
@@ -984,9 +1038,10 @@ void linear_by_panels(const Linear& at) {
     });
     parallel_for(num_blocks, at.num_threads, [&](int64_t item) {
       const int64_t first = item * block_outputs, num_rows = std::min(block_outputs, O - first);
-      float* sums = scratch((size_t)(block_outputs * (kBlockTokens + kBlockDepth)));  // [O, T] of this block
+      float* sums =
+          scratch((size_t)(block_outputs * (kBlockTokens + kBlockDepth)));  // [O, T] of the block
       float* widened = sums + block_outputs * kBlockTokens;
-      // one panel: whole rows of weights, which the hardware prefetches well
+      // with one panel, whole rows of weights are read, which the hardware prefetches well
       const int64_t block_depth = num_panels == 1 && !kWidened ? D : kBlockDepth;
       for (int64_t d = 0; d < D; d += block_depth) {
         const int64_t depth = std::min(block_depth, D - d);
@@ -994,7 +1049,8 @@ void linear_by_panels(const Linear& at) {
         int64_t block_stride;
         if constexpr (kWidened) {
           for (int64_t row = 0; row < num_rows; ++row)
-            widen(widened + row * kBlockDepth, weight + (first + row) * at.weight_stride + d, depth);
+            widen(widened + row * kBlockDepth, weight + (first + row) * at.weight_stride + d,
+                  depth);
           block = widened, block_stride = kBlockDepth;
         } else {
           block = weight + first * at.weight_stride + d, block_stride = at.weight_stride;
@@ -1004,8 +1060,8 @@ void linear_by_panels(const Linear& at) {
           const auto multiply = panel_vecs == 3   ? multiply_weights<3>
                                 : panel_vecs == 2 ? multiply_weights<2>
                                                   : multiply_weights<1>;
-          multiply(sums + token, sums_stride, block, block_stride, packed + token * D + d * panel_tokens, panel_tokens,
-                   num_rows, depth, d > 0);
+          multiply(sums + token, sums_stride, block, block_stride,
+                   packed + token * D + d * panel_tokens, panel_tokens, num_rows, depth, d > 0);
         }
       }
       for (int64_t token = 0; token < T; ++token) {
@@ -1020,8 +1076,9 @@ void linear_by_panels(const Linear& at) {
 
 }  // namespace
 
-// The most tokens for which this is worth while, as measured against F.linear: all in fp32 with vectors of 16, where
-// panels were twice as fast. What has matrix units (AMX) is better served by the library that uses them.
+// The most tokens for which `linear` is faster than F.linear, as measured. In fp32 with vectors of
+// 16 panels are twice as fast for any number. Machines with matrix units (AMX) use F.linear's
+// library.
 extern "C" int64_t nanovllm_small_m_linear_max_tokens(int64_t dtype) {
 #if LANES == 16
   if (dtype == kFp32) return INT64_MAX;
@@ -1038,7 +1095,7 @@ extern "C" void nanovllm_small_m_linear(const Linear* args) {
   else linear<Bf16Step>(*args);
 }
 
-// weights in int8; `dtype`, fp32 or bf16, is that of x, bias and out
+// int8 weights; `dtype` is that of x, bias and out, fp32 or bf16
 extern "C" void nanovllm_linear_int8(const Linear* args) {
   if (args->dtype == kFp32 && args->num_tokens >= kPanelTokensInt8) linear_by_panels<int8_t>(*args);
   else if (args->dtype == kFp32) linear<Int8Step<float>>(*args);
@@ -1054,13 +1111,15 @@ struct Widen {
 
 extern "C" void nanovllm_widen_int8(const Widen* args) {
   const Widen& at = *args;
-  parallel_for(at.num_rows, at.num_rows * at.size < kMinParallel ? 1 : at.num_threads, [&](int64_t row) {
-    widen((Bf16*)at.out + row * at.size, at.in + row * at.in_stride, at.size);
-  });
+  parallel_for(at.num_rows, at.num_rows * at.size < kMinParallel ? 1 : at.num_threads,
+               [&](int64_t row) {
+                 widen((Bf16*)at.out + row * at.size, at.in + row * at.in_stride, at.size);
+               });
 }
 
-// ---------------------------------------------------------------------------------------------------- rows
-// Each rounds where reference.py rounds.
+// -------------------------------------------------------------------------------------------- rows
+
+// These kernels round where reference.py rounds.
 namespace {
 
 template <typename T>
@@ -1079,7 +1138,7 @@ INLINE Vec scaled(Vec x, float factor, const T* weight, int64_t n) {
 }
 
 struct RmsNorm {
-  char *out, *residual_out;           // [T, D]; residual_out where there is a residual
+  char *out, *residual_out;           // [T, D]; residual_out only with a residual
   const char *x, *residual, *weight;  // [T, D], [T, D] or null, [D]
   int64_t num_tokens, size;
   int64_t dtype, num_threads;
@@ -1113,7 +1172,7 @@ INLINE int64_t index_at(const char* p, int64_t bytes, int64_t i) {
   return bytes == 8 ? ((const int64_t*)p)[i] : ((const int32_t*)p)[i];
 }
 
-// out = rope(norm(x)): the halves x1 and x2 of a head turn together
+// out = rope(norm(x)), which rotates the halves x1 and x2 of a head
 template <typename T>
 void norm_rope(T* out, const T* x, const T* weight, const float* cos_sin, int64_t H, double eps) {
   const int64_t half = H / 2;
@@ -1121,7 +1180,8 @@ void norm_rope(T* out, const T* x, const T* weight, const float* cos_sin, int64_
   for (int64_t i = 0; i < half; i += kLanes) {
     const int64_t n = half - i;
     Vec x1 = load_first(x + i, n), x2 = load_first(x + half + i, n);
-    if (weight) x1 = scaled(x1, factor, weight + i, n), x2 = scaled(x2, factor, weight + half + i, n);
+    if (weight)
+      x1 = scaled(x1, factor, weight + i, n), x2 = scaled(x2, factor, weight + half + i, n);
     const Vec cos = load_first(cos_sin + i, n), sin = load_first(cos_sin + half + i, n);
     store_first(out + i, x1 * cos - x2 * sin, n);
     store_first(out + half + i, x2 * cos + x1 * sin, n);
@@ -1134,15 +1194,18 @@ void qk_norm_rope_store_token(const QkNormRopeStore& at, int64_t token) {
   const T* qkv = (const T*)at.qkv + token * at.qkv_stride;
   const float* cos_sin = at.cos_sin + index_at(at.pos, at.pos_bytes, token) * at.cos_sin_stride;
   for (int64_t n = 0; n < N; ++n)
-    norm_rope((T*)at.q_out + (token * N + n) * H, qkv + n * H, (const T*)at.q_norm, cos_sin, H, at.eps);
+    norm_rope((T*)at.q_out + (token * N + n) * H, qkv + n * H, (const T*)at.q_norm, cos_sin, H,
+              at.eps);
   const int64_t slot = index_at(at.slot, at.slot_bytes, token), block = slot / at.block_size,
                 offset = slot % at.block_size;
   T* k_out = (T*)at.k_cache + block * at.k_stride_C + offset * at.k_stride_B;
   T* v_out = (T*)at.v_cache + block * at.v_stride_C + offset * at.v_stride_B;
   for (int64_t k = 0; k < K; ++k) {
-    norm_rope(k_out + k * at.k_stride_K, qkv + (N + k) * H, (const T*)at.k_norm, cos_sin, H, at.eps);
+    norm_rope(k_out + k * at.k_stride_K, qkv + (N + k) * H, (const T*)at.k_norm, cos_sin, H,
+              at.eps);
     const T* v = qkv + (N + K + k) * H;
-    for (int64_t i = 0; i < H; i += kLanes) store_first(v_out + k * at.v_stride_K + i, load_first(v + i, H - i), H - i);
+    for (int64_t i = 0; i < H; i += kLanes)
+      store_first(v_out + k * at.v_stride_K + i, load_first(v + i, H - i), H - i);
   }
 }
 
@@ -1153,20 +1216,23 @@ extern "C" void nanovllm_rms_norm(const RmsNorm* args) {
   const int64_t D = at.size;
   with_dtype(at.dtype, [&](auto zero) {
     typedef decltype(zero) T;
-    parallel_for(at.num_tokens, at.num_tokens * D < kMinParallel ? 1 : at.num_threads, [&](int64_t token) {
-      const T *x = (const T*)at.x + token * D, *weight = (const T*)at.weight;
-      T* out = (T*)at.out + token * D;
-      if (at.residual) {
-        const T* residual = (const T*)at.residual + token * D;
-        T* sum = (T*)at.residual_out + token * D;
-        for (int64_t d = 0; d < D; d += kLanes)
-          store_first(sum + d, load_first(x + d, D - d) + load_first(residual + d, D - d), D - d);
-        x = sum;
-      }
-      const float factor = inverse_rms(x, D, at.eps);
-      for (int64_t d = 0; d < D; d += kLanes)
-        store_first(out + d, scaled(load_first(x + d, D - d), factor, weight + d, D - d), D - d);
-    });
+    parallel_for(
+        at.num_tokens, at.num_tokens * D < kMinParallel ? 1 : at.num_threads, [&](int64_t token) {
+          const T *x = (const T*)at.x + token * D, *weight = (const T*)at.weight;
+          T* out = (T*)at.out + token * D;
+          if (at.residual) {
+            const T* residual = (const T*)at.residual + token * D;
+            T* sum = (T*)at.residual_out + token * D;
+            for (int64_t d = 0; d < D; d += kLanes)
+              store_first(sum + d, load_first(x + d, D - d) + load_first(residual + d, D - d),
+                          D - d);
+            x = sum;
+          }
+          const float factor = inverse_rms(x, D, at.eps);
+          for (int64_t d = 0; d < D; d += kLanes)
+            store_first(out + d, scaled(load_first(x + d, D - d), factor, weight + d, D - d),
+                        D - d);
+        });
   });
 }
 
@@ -1175,15 +1241,16 @@ extern "C" void nanovllm_silu_mul(const SiluMul* args) {
   const int64_t F = at.size;
   with_dtype(at.dtype, [&](auto zero) {
     typedef decltype(zero) T;
-    parallel_for(at.num_tokens, at.num_tokens * F < kMinParallel ? 1 : at.num_threads, [&](int64_t token) {
-      const T *gate = (const T*)at.gate_up + token * 2 * F, *up = gate + F;
-      T* out = (T*)at.out + token * F;
-      for (int64_t f = 0; f < F; f += kLanes) {
-        Vec g = load_first(gate + f, F - f);
-        Vec silu = rounded_to<T>(g / (1.0f + exp2(g * -1.4426950408889634f)));
-        store_first(out + f, silu * load_first(up + f, F - f), F - f);
-      }
-    });
+    parallel_for(at.num_tokens, at.num_tokens * F < kMinParallel ? 1 : at.num_threads,
+                 [&](int64_t token) {
+                   const T *gate = (const T*)at.gate_up + token * 2 * F, *up = gate + F;
+                   T* out = (T*)at.out + token * F;
+                   for (int64_t f = 0; f < F; f += kLanes) {
+                     Vec g = load_first(gate + f, F - f);
+                     Vec silu = rounded_to<T>(g / (1.0f + exp2(g * -1.4426950408889634f)));
+                     store_first(out + f, silu * load_first(up + f, F - f), F - f);
+                   }
+                 });
   });
 }
 
@@ -1197,8 +1264,9 @@ extern "C" void nanovllm_qk_norm_rope_store(const QkNormRopeStore* args) {
   });
 }
 
-// ---------------------------------------------------------------------------------------------------- sample
-// The hash of reference.py in 32-bit arithmetic, which wraps where the reference masks.
+// ------------------------------------------------------------------------------------------ sample
+
+// The hash of reference.py in 32-bit arithmetic, which wraps where the reference masks bits.
 namespace {
 
 template <typename U>
@@ -1223,9 +1291,11 @@ struct Best {
   int64_t token = 0;
 };
 
-// Of equal scores the smallest token wins, so chunks are searched, and later merged, in ascending order with >.
+// The smallest of equally likely tokens wins, so chunks are searched and merged in ascending order
+// with >.
 template <typename T>
-Best best_of(const T* logits, int64_t begin, int64_t end, float temperature, uint32_t key, uint32_t second) {
+Best best_of(const T* logits, int64_t begin, int64_t end, float temperature, uint32_t key,
+             uint32_t second) {
   Best best;
   const bool greedy = temperature == 0.0f;
   for (int64_t v = begin; v < end; v += kLanes) {
@@ -1237,7 +1307,8 @@ Best best_of(const T* logits, int64_t begin, int64_t end, float temperature, uin
       UVec token;
       for (int lane = 0; lane < kLanes; ++lane) token[lane] = (uint32_t)(v + lane);
       UVec mantissa = keyed_hash32(token ^ key, second) >> 9;
-      // Noise above d needs 1 - u < exp(-d) <= 2^-floor(d / ln 2): an integer test that spares nearly all logarithms.
+      // Noise above d needs 1 - u < exp(-d) <= 2^-floor(d / ln 2). This integer test avoids nearly
+      // all logarithms.
       Vec doublings = (splat(best.score) - scaled) * 1.442695f;
       doublings = doublings > 0.0f ? doublings : splat(0.0f);
       doublings = doublings < 23.0f ? doublings : splat(23.0f);
@@ -1263,23 +1334,28 @@ Best best_of(const T* logits, int64_t begin, int64_t end, float temperature, uin
 extern "C" void nanovllm_sample(const Sample* args) {
   const Sample& at = *args;
   constexpr int64_t kChunk = 8192;
-  const int64_t num_chunks = (at.vocab_size + kChunk - 1) / kChunk, num_tasks = at.num_rows * num_chunks;
+  const int64_t num_chunks = (at.vocab_size + kChunk - 1) / kChunk,
+                num_tasks = at.num_rows * num_chunks;
   std::vector<Best> best(num_tasks);
   with_dtype(at.dtype, [&](auto zero) {
     typedef decltype(zero) T;
-    parallel_for(num_tasks, at.num_rows * at.vocab_size < kMinParallel ? 1 : at.num_threads, [&](int64_t task) {
-      const int64_t row = task / num_chunks, begin = task % num_chunks * kChunk;
-      const uint64_t seed = (uint64_t)at.seed[row];
-      const uint32_t low = hash32((uint32_t)seed), high = hash32((uint32_t)(seed >> 32));
-      const uint32_t key = hash32(low ^ hash32(high ^ hash32((uint32_t)at.pos[row])));
-      best[task] = best_of((const T*)at.logits + row * at.row_stride, begin, std::min(begin + kChunk, at.vocab_size),
-                           at.temperature[row], key, hash32(key ^ 0x5BD1E995u));
-    });
+    parallel_for(num_tasks, at.num_rows * at.vocab_size < kMinParallel ? 1 : at.num_threads,
+                 [&](int64_t task) {
+                   const int64_t row = task / num_chunks, begin = task % num_chunks * kChunk;
+                   const uint64_t seed = (uint64_t)at.seed[row];
+                   const uint32_t low = hash32((uint32_t)seed),
+                                  high = hash32((uint32_t)(seed >> 32));
+                   const uint32_t key = hash32(low ^ hash32(high ^ hash32((uint32_t)at.pos[row])));
+                   best[task] = best_of((const T*)at.logits + row * at.row_stride, begin,
+                                        std::min(begin + kChunk, at.vocab_size),
+                                        at.temperature[row], key, hash32(key ^ 0x5BD1E995u));
+                 });
   });
   for (int64_t row = 0; row < at.num_rows; ++row) {
     Best winner = best[row * num_chunks];
     for (int64_t chunk = 1; chunk < num_chunks; ++chunk)
-      if (best[row * num_chunks + chunk].score > winner.score) winner = best[row * num_chunks + chunk];
+      if (best[row * num_chunks + chunk].score > winner.score)
+        winner = best[row * num_chunks + chunk];
     at.token[row] = winner.token;
   }
 }

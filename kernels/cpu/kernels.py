@@ -1,16 +1,13 @@
-"""CPU kernels: `cpu_kernels.cpp`, compiled at first use (see `cpp_build.py`), called through ctypes.
+"""CPU kernels: `kernels.cpp`, compiled at first use (see `build.py`) and called through ctypes.
 
-There is no build step at installation. What a kernel does not cover (a dtype, a layout) goes to `reference.py`.
-
-A call packs its arguments into the bytes of one C struct, field for field those of the .cpp: ctypes converts a single
-argument, where thirty would take longer than a small kernel.
+There is no build step at installation. Dtypes and layouts that a kernel does not cover go to
+`reference.py`. A call packs its arguments into the bytes of one C struct (see `build.Arguments`).
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,16 +19,48 @@ from nanovllm.kernels.cpu import build as cpp_build
 
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-_ATTENTION_ARGS = struct.Struct("@7P 20q d")
-_LINEAR_ARGS = struct.Struct("@5P 7q")
-_RMS_NORM_ARGS = struct.Struct("@5P 4q d")
-_SAMPLE_ARGS = struct.Struct("@5P 5q")
-_SILU_MUL_ARGS = struct.Struct("@2P 4q")
-_QK_NORM_ROPE_STORE_ARGS = struct.Struct("@9P 17q d")
-_WIDEN_ARGS = struct.Struct("@2P 4q")
+_ATTENTION = cpp_build.Arguments(
+    "Attention",
+    pointers="out q k_cache v_cache block_table seq_len q_start",
+    integers="q_stride_T q_stride_N k_stride_C k_stride_B k_stride_K v_stride_C v_stride_B "
+    "v_stride_K table_stride_R num_tokens num_rows num_heads num_kv_heads head_dim block_size "
+    "max_q_len window q_dtype kv_dtype num_threads",
+    floats="scale",
+)
+_LINEAR = cpp_build.Arguments(
+    "Linear",
+    pointers="out x weight bias scale",
+    integers="num_tokens num_outputs depth x_stride weight_stride dtype num_threads",
+)
+_WIDEN = cpp_build.Arguments(
+    "Widen", pointers="out in", integers="num_rows size in_stride num_threads"
+)
+_RMS_NORM = cpp_build.Arguments(
+    "RmsNorm",
+    pointers="out residual_out x residual weight",
+    integers="num_tokens size dtype num_threads",
+    floats="eps",
+)
+_SILU_MUL = cpp_build.Arguments(
+    "SiluMul", pointers="out gate_up", integers="num_tokens size dtype num_threads"
+)
+_QK_NORM_ROPE_STORE = cpp_build.Arguments(
+    "QkNormRopeStore",
+    pointers="q_out qkv q_norm k_norm cos_sin pos slot k_cache v_cache",
+    integers="qkv_stride cos_sin_stride k_stride_C k_stride_B k_stride_K v_stride_C v_stride_B "
+    "v_stride_K num_tokens num_heads num_kv_heads head_dim block_size pos_bytes slot_bytes dtype "
+    "num_threads",
+    floats="eps",
+)
+_SAMPLE = cpp_build.Arguments(
+    "Sample",
+    pointers="logits temperature seed pos token",
+    integers="num_rows vocab_size row_stride dtype num_threads",
+)
+_STRUCTS = (_ATTENTION, _LINEAR, _WIDEN, _RMS_NORM, _SILU_MUL, _QK_NORM_ROPE_STORE, _SAMPLE)
 
-# Products of bf16 with int8 weights: from so many tokens on torch's own product of bf16 is worth widening the weights for,
-# as many rows at a time as leave the widened ones in a cache (of this size).
+# bf16 times int8: from _WIDEN_TOKENS tokens on, weights are widened to bf16 for torch's own
+# product, _WIDEN_BYTES at a time so that they stay in a cache.
 _WIDEN_TOKENS, _WIDEN_BYTES = 33, 4 << 20
 
 _FUNCTIONS = (
@@ -48,8 +77,8 @@ _FUNCTIONS = (
 
 @functools.cache
 def _load() -> ctypes.CDLL:
-    """Compile (or find in the cache) and load the library; errors of the compiler go through."""
-    library = cpp_build.load(Path(__file__).with_suffix(".cpp"))
+    """Compile the library or find it in the cache, and load it. Raises as `build.load` does."""
+    library = cpp_build.load(Path(__file__).with_suffix(".cpp"), _STRUCTS)
     for name in _FUNCTIONS:
         function = getattr(library, name)
         function.argtypes, function.restype = (ctypes.c_char_p,), None
@@ -60,21 +89,19 @@ def _load() -> ctypes.CDLL:
 
 @functools.cache
 def available() -> tuple[bool, str]:
-    """Whether the kernels can be compiled and loaded here, and the reason if not."""
+    """(True, "") if the kernels compile and load on this machine, else (False, the reason)."""
     try:
         _load()
-    except (
-        RuntimeError,
-        OSError,
-        ImportError,
-        AttributeError,
-    ) as error:  # no compiler, or one that fails
+    except (RuntimeError, OSError, ImportError, AttributeError) as error:
         return False, f"{type(error).__name__}: {error}"
     return True, ""
 
 
 def register() -> None:
-    """Compile or load the library and make its kernels the ops' CPU kernels; a second call changes nothing."""
+    """Compile or load the library and register its kernels for torch's dispatch key CPU.
+
+    A second call changes nothing.
+    """
     _load()
     ops.register_kernels("CPU", _KERNELS)
 
@@ -86,7 +113,7 @@ def _linear_max_tokens(dtype: torch.dtype) -> int:
 
 
 def prefers_own_linear(num_tokens: int, dtype: torch.dtype = torch.float32) -> bool:
-    """Whether our `linear` is faster than torch's for so many tokens."""
+    """True if our `linear` is faster than torch's for this many tokens."""
     return num_tokens <= _linear_max_tokens(dtype)
 
 
@@ -113,9 +140,10 @@ def paged_attention(
     k_scale_K: Tensor | None = None,
     v_scale_K: Tensor | None = None,
 ) -> Tensor:
-    """`reference.paged_attention`, reading the pages in place; queries and cache each in fp32, bf16 or fp16.
+    """`reference.paged_attention`, which reads the pages in place, for fp32, bf16 and fp16.
 
-    Of an fp8 cache the blocks that the rows hold are first made fp32: right, and no faster than a cache of more bytes.
+    Queries and cache may differ in dtype. The blocks of an fp8 cache that the rows hold are first
+    converted to fp32: this is correct, but no faster than a cache of a wider dtype.
     """
     if k_scale_K is not None and v_scale_K is not None:
         num_columns = -(-int(seq_len_R.max()) // k_cache_CBKH.shape[1])
@@ -152,7 +180,7 @@ def paged_attention(
     num_tokens, num_heads, head_dim = q_TNH.shape
     out_TNH = q_TNH.new_empty((num_tokens, num_heads, head_dim))
     _load().nanovllm_paged_attention(
-        _ATTENTION_ARGS.pack(
+        _ATTENTION.pack(
             out_TNH.data_ptr(),
             q_TNH.data_ptr(),
             k_cache_CBKH.data_ptr(),
@@ -185,15 +213,15 @@ def paged_attention(
 def linear(
     x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None, residual_TO: Tensor | None = None
 ) -> Tensor:
-    """`reference.linear`, the residual added in place."""
+    """`reference.linear`; adds the residual in place."""
     y_TO = _product(x_TD, weight_OD, bias_O)
     return y_TO if residual_TO is None else y_TO.add_(residual_TO)
 
 
 def _product(x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> Tensor:
-    """x · weightᵀ + bias: the weights of few tokens are read once, at memory speed.
+    """x · weightᵀ + bias. With few tokens the weights are read once, at the speed of memory.
 
-    In fp32 with 512-bit vectors any number of tokens is served; where F.linear is faster, it is called.
+    With 512-bit vectors fp32 takes any number of tokens. Where F.linear is faster, F.linear runs.
     """
     dtype = x_TD.dtype
     if (
@@ -211,7 +239,7 @@ def _product(x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> Tensor:
     num_outputs = weight_OD.shape[0]
     out_TO = x_TD.new_empty((num_tokens, num_outputs))
     _load().nanovllm_small_m_linear(
-        _LINEAR_ARGS.pack(
+        _LINEAR.pack(
             out_TO.data_ptr(),
             x_TD.data_ptr(),
             weight_OD.data_ptr(),
@@ -236,8 +264,10 @@ def linear_int8(
     bias_O: Tensor | None,
     residual_TO: Tensor | None = None,
 ) -> Tensor:
-    """`reference.linear_int8`, the residual added in place. Few tokens stream the weights as the bytes they are; for many
-    tokens blocks of them are widened, in bf16 for torch's own product, which rounds once more, before the scale.
+    """`reference.linear_int8`; adds the residual in place.
+
+    With few tokens the kernel streams the int8 weights. With many tokens and bf16, blocks of
+    weights are widened to bf16 for torch's product, which rounds once more, before the scale.
     """
     dtype = x_TD.dtype
     if (
@@ -259,7 +289,7 @@ def linear_int8(
         _linear_widened(out_TO, x_TD, weight_OD, scale_O, bias_O)
     else:
         _load().nanovllm_linear_int8(
-            _LINEAR_ARGS.pack(
+            _LINEAR.pack(
                 out_TO.data_ptr(),
                 x_TD.data_ptr(),
                 weight_OD.data_ptr(),
@@ -287,7 +317,7 @@ def _linear_widened(
         part_OD = weight_OD[first : first + num_rows]
         rows, end = part_OD.shape[0], first + part_OD.shape[0]
         _load().nanovllm_widen_int8(
-            _WIDEN_ARGS.pack(
+            _WIDEN.pack(
                 widened_OD.data_ptr(),
                 part_OD.data_ptr(),
                 rows,
@@ -303,14 +333,14 @@ def _linear_widened(
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """`reference.rms_norm` in one pass over memory."""
+    """`reference.rms_norm` in one pass over the memory."""
     dtype = _DTYPE_CODES.get(x_TD.dtype)
     if dtype is None or weight_D.dtype is not x_TD.dtype:
         return reference.rms_norm(x_TD, weight_D, eps)
     x_TD, weight_D = x_TD.contiguous(), weight_D.contiguous()
     out_TD, size = torch.empty_like(x_TD), x_TD.shape[-1]
     _load().nanovllm_rms_norm(
-        _RMS_NORM_ARGS.pack(
+        _RMS_NORM.pack(
             out_TD.data_ptr(),
             0,
             x_TD.data_ptr(),
@@ -329,7 +359,7 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 def add_rms_norm(
     x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """`reference.add_rms_norm` in one pass over memory."""
+    """`reference.add_rms_norm` in one pass over the memory."""
     dtype = _DTYPE_CODES.get(x_TD.dtype)
     if (
         dtype is None
@@ -341,7 +371,7 @@ def add_rms_norm(
     x_TD, residual_TD, weight_D = x_TD.contiguous(), residual_TD.contiguous(), weight_D.contiguous()
     out_TD, sum_TD, size = torch.empty_like(x_TD), torch.empty_like(x_TD), x_TD.shape[-1]
     _load().nanovllm_rms_norm(
-        _RMS_NORM_ARGS.pack(
+        _RMS_NORM.pack(
             out_TD.data_ptr(),
             sum_TD.data_ptr(),
             x_TD.data_ptr(),
@@ -358,7 +388,7 @@ def add_rms_norm(
 
 
 def silu_mul(gate_up_TG: Tensor) -> Tensor:
-    """`reference.silu_mul` in one pass over memory."""
+    """`reference.silu_mul` in one pass over the memory."""
     dtype = _DTYPE_CODES.get(gate_up_TG.dtype)
     if dtype is None or gate_up_TG.shape[-1] % 2:
         return reference.silu_mul(gate_up_TG)
@@ -366,7 +396,7 @@ def silu_mul(gate_up_TG: Tensor) -> Tensor:
     size = gate_up_TG.shape[-1] // 2
     out_TF = gate_up_TG.new_empty((*gate_up_TG.shape[:-1], size))
     _load().nanovllm_silu_mul(
-        _SILU_MUL_ARGS.pack(
+        _SILU_MUL.pack(
             out_TF.data_ptr(),
             gate_up_TG.data_ptr(),
             out_TF.numel() // max(size, 1),
@@ -430,7 +460,7 @@ def qk_norm_rope_store(
     num_tokens = qkv_TE.shape[0]
     q_TNH = qkv_TE.new_empty((num_tokens, num_heads, head_dim))
     _load().nanovllm_qk_norm_rope_store(
-        _QK_NORM_ROPE_STORE_ARGS.pack(
+        _QK_NORM_ROPE_STORE.pack(
             q_TNH.data_ptr(),
             qkv_TE.data_ptr(),
             0 if q_norm_H is None else q_norm_H.data_ptr(),
@@ -460,7 +490,7 @@ def qk_norm_rope_store(
 
 
 def sample(logits_RV: Tensor, temperature_R: Tensor, seed_R: Tensor, pos_R: Tensor) -> Tensor:
-    """`reference.sample` in one pass over the logits; nearly all logarithms are spared by an integer test."""
+    """`reference.sample` in one pass over the logits; an integer test avoids most logarithms."""
     code = _DTYPE_CODES.get(logits_RV.dtype)
     if code is None:
         return reference.sample(logits_RV, temperature_R, seed_R, pos_R)
@@ -473,7 +503,7 @@ def sample(logits_RV: Tensor, temperature_R: Tensor, seed_R: Tensor, pos_R: Tens
     )
     token_R = torch.empty(logits_RV.shape[0], dtype=torch.int64)
     _load().nanovllm_sample(
-        _SAMPLE_ARGS.pack(
+        _SAMPLE.pack(
             logits_RV.data_ptr(),
             temperature_R.data_ptr(),
             seed_R.data_ptr(),

@@ -1,10 +1,10 @@
-"""Our ops as Ascend's fused ops. Which one stands for which is a table, so that a new op of ours is one more row.
+"""Our ops as Ascend's fused ops, and the tables that map each op to its function.
 
-The functions are written on `torch.ops.npu`, which exists once torch_npu has been imported; importing this module does not.
-They run op by op on a device, and a graph pass puts them into traced graphs.
+The functions call `torch.ops.npu`, which exists once torch_npu is imported; importing this module
+does not import it. They run op by op on a device, and a graph pass puts them into traced graphs.
 
-Shapes: T tokens | R rows | P blocks per row | C blocks in the cache | B block size | D hidden | N query heads | K kv heads
-H head size | F ffn size | M positions in the rotary table
+Shapes: T tokens | R rows | P blocks per row | C blocks in the cache | B block size | D hidden | N
+query heads | K kv heads | H head size | F ffn size | M positions in the rotary table
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from torch import Tensor
 
 from nanovllm.kernels import ops
 
-# fused_infer_attention_score reads a causal mask of this size whatever the lengths (its sparse mode 3); block sizes of the
-# paged cache are multiples of 128 with several query tokens a row, at most 512 with one.
+# fused_infer_attention_score reads a causal mask of this size for any lengths (its sparse mode 3).
+# It takes block sizes of the paged cache that are multiples of 128 if a row has several query
+# tokens, and of at most 512 if it has one.
 CAUSAL_MASK_SIZE = 2048
 RIGHT_DOWN_CAUSAL = 3
 BLOCK_SIZE_STEP, MAX_BLOCK_SIZE = 128, 512
@@ -38,9 +39,10 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 
 def rope(x_TNH: Tensor, cos_sin_MH: Tensor, pos_T: Tensor) -> Tensor:
-    """Half-split rotation; npu_rotary_mul wants cos and sin in x's dtype, each over the whole head.
+    """Half-split rotation. npu_rotary_mul takes cos and sin in x's dtype, each over the whole head.
 
-    In bf16 the table is therefore rounded before the product, as transformers does it, where `reference.rope` rounds once.
+    In bf16 the table is therefore rounded before the product, as in transformers; `reference.rope`
+    rounds once, after it.
     """
     cos_Th, sin_Th = cos_sin_MH.index_select(0, pos_T).to(x_TNH.dtype).chunk(2, dim=-1)
     cos_T11H = torch.cat((cos_Th, cos_Th), dim=-1)[:, None, None]
@@ -51,7 +53,10 @@ def rope(x_TNH: Tensor, cos_sin_MH: Tensor, pos_T: Tensor) -> Tensor:
 def store_kv(
     k_TKH: Tensor, v_TKH: Tensor, k_cache_CBKH: Tensor, v_cache_CBKH: Tensor, slot_T: Tensor
 ) -> None:
-    """The whole cache tensor is the target, indexed by (block, offset): a view of it as target would copy the cache."""
+    """Writes into the whole cache tensor at (block, offset).
+
+    Ascend's op would copy the cache if its target were a view of it.
+    """
     block_size = k_cache_CBKH.shape[1]
     index_T2 = torch.stack((slot_T // block_size, slot_T % block_size), dim=-1)
     torch.ops.npu.npu_scatter_nd_update_(k_cache_CBKH, index_T2, k_TKH)
@@ -66,28 +71,29 @@ def linear(
 
 
 def causal_mask(device: torch.device) -> Tensor:
-    """[2048, 2048] bool, true where a key may not be seen: what sparse mode 3 takes for any lengths."""
+    """[2048, 2048] bool, true where a key must not be seen: the mask of sparse mode 3."""
     position = torch.arange(CAUSAL_MASK_SIZE, device=device)
     return position > position.unsqueeze(1)
 
 
 def check_attention(block_size: int, max_q_len: int, window: int) -> None:
-    """ValueError for what fused_infer_attention_score does not do on a paged cache."""
+    """ValueError for what fused_infer_attention_score does not support on a paged cache."""
     if window > 0:
         raise ValueError(
-            f"the checkpoint has a sliding window of {window} tokens: attention windows are not supported on an NPU"
+            f"the checkpoint has a sliding window of {window} tokens: attention windows are not "
+            "supported on an NPU"
         )
     if block_size % BLOCK_SIZE_STEP or block_size > MAX_BLOCK_SIZE:
         raise ValueError(
-            f"kvcache_block_size is {block_size}: on an NPU it must be a multiple of {BLOCK_SIZE_STEP}, at most "
-            f"{MAX_BLOCK_SIZE}"
+            f"kvcache_block_size is {block_size}: on an NPU it must be a multiple of "
+            f"{BLOCK_SIZE_STEP}, at most {MAX_BLOCK_SIZE}"
         )
 
 
 def _check_inputs(
     q_TNH: Tensor, k_cache_CBKH: Tensor, block_table_RP: Tensor, seq_len_R: Tensor, num_rows: int
 ) -> None:
-    """Our own invariants: torchair converts inputs of any shapes and dtypes, and the op then reads what it should not."""
+    """Asserts shapes and dtypes: torchair accepts any, and the op would then read wrong memory."""
     assert q_TNH.dtype == k_cache_CBKH.dtype, (q_TNH.dtype, k_cache_CBKH.dtype)
     assert (
         q_TNH.shape[2] == k_cache_CBKH.shape[3] and q_TNH.shape[1] % k_cache_CBKH.shape[2] == 0
@@ -111,10 +117,12 @@ def paged_attention_in_graph(
     scale: float,
     window: int,
 ) -> Tensor:
-    """`reference.paged_attention` with the lengths as tensors, so that one graph serves all lengths. Graph mode of GE only.
+    """`reference.paged_attention` with the lengths as tensors: one graph serves all lengths.
 
-    Decode is layout BSH, one token a row. Prefill is layout TND, where the last entry of the running token counts must be T:
-    tokens of no row become one row more, on the padding block.
+    It runs in graph mode of GE only.
+
+    Decode uses layout BSH with one token a row. Prefill uses layout TND, in which the last running
+    token count must be T: tokens that belong to no row become one more row, on the padding block.
     """
     from torchair.ops import npu_fused_infer_attention_score as attend
 
@@ -175,14 +183,14 @@ def paged_attention_eager(
     scale: float,
     window: int,
 ) -> Tensor:
-    """The same op outside a graph, where it takes lengths as numbers on the host: it waits for the device."""
+    """The same op outside a graph. It takes lengths as numbers, so it waits for the device."""
     check_attention(k_cache_CBKH.shape[1], max_q_len, window)
     num_tokens, num_heads = q_TNH.shape[:2]
     block_size, num_kv_heads = k_cache_CBKH.shape[1:3]
     seq_lens = seq_len_R.tolist()
     if max_q_len == 1:
         return _decode_attention(q_TNH, k_cache_CBKH, v_cache_CBKH, block_table_RP, seq_lens, scale)
-    # rows without tokens are left out, and so are tokens without a row: the op never sees padding
+    # rows without tokens and tokens without a row are left out: the op never sees padding
     starts = q_start_S.tolist()
     rows = [row for row in range(len(seq_lens)) if starts[row + 1] > starts[row]]
     if not rows:
@@ -218,9 +226,10 @@ def paged_attention_captured(
     scale: float,
     window: int,
 ) -> Tensor:
-    """For a graph that is captured: decode stands there with a length of 1 a row, which is replaced before each replay.
+    """For captured graphs: decode uses a length of 1 a row, which is replaced before each replay.
 
-    Outside GE the op takes lengths as numbers on the host. A prefill step is not captured, and keeps our op.
+    Outside GE the op takes lengths as numbers on the host. Prefill steps are not captured and keep
+    our op.
     """
     if max_q_len > 1:
         return ops.paged_attention(
@@ -264,7 +273,8 @@ def _decode_attention(
     return out.view(num_rows, num_heads, head_dim)
 
 
-# our op → what runs outside a graph. What is not here has its plain-torch meaning: `sample`.
+# our op → the function that runs outside a graph. Ops that are not here, such as `sample`, run as
+# plain torch.
 EAGER: dict[str, Callable[..., Any]] = {
     "rms_norm": rms_norm,
     "add_rms_norm": add_rms_norm,
@@ -274,9 +284,9 @@ EAGER: dict[str, Callable[..., Any]] = {
     "linear": linear,
     "paged_attention": paged_attention_eager,
 }
-# our op → what stands in a graph for GE
+# our op → the function in a graph for GE
 IN_GRAPH: dict[str, Callable[..., Any]] = {**EAGER, "paged_attention": paged_attention_in_graph}
-# our op → what stands in a graph whose decode steps are captured
+# our op → the function in a graph whose decode steps are captured
 IN_CAPTURE: dict[str, Callable[..., Any]] = {**EAGER, "paged_attention": paged_attention_captured}
-# ops that stay Ascend's when nothing is to be fused
+# ops that use Ascend's kernels even if nothing is fused
 NEVER_PLAIN = frozenset({"paged_attention", "store_kv", "linear"})

@@ -1,21 +1,24 @@
-"""Paged attention for decode (one new token a row) in Triton. Measured on sm_90; docs/gpus.md has other GPUs.
+"""Paged attention for decode (one new token a row) in Triton.
 
-The lengths of one batch differ by 20×, so neither rows nor fixed splits make equal work. Here the launch is static and
-the division is made on the device: every key-value head has W workers (programs); the rows' keys, cut into tiles of S
-tokens and laid end to end, are divided into W equal spans, and each worker walks its span with the online softmax
-(stream-K, Osama et al. 2023, https://arxiv.org/abs/2301.03598; flash-decoding, Dao et al. 2023). A row that lies within
-one span is written at once. A row cut by span borders leaves partial results; the last of its workers to arrive merges
-them in the order of the spans, so the result depends on the lengths alone and not on timing.
+Measured on sm_90; docs/gpus.md lists other GPUs.
 
-A span is one flat loop over tiles, whatever rows they belong to: the tiles of the next row are in flight while the last
-ones of this row are computed. Measured on an H200 (bf16, 16 query and 8 key-value heads of 128, lengths 100 to 2000, caches
-in turn), against a loop per row with the merge inside it: 253 µs in place of 257 at 256 rows (4.3 TB/s, the rate of a copy),
-70 in place of 73 at 64, 15.2 in place of 18 at 8, 5.3 in place of 7.9 at one row of 600 tokens. At 8 to 64 rows some 7 µs
-over the time of the bytes remain: launch, first loads, multiprocessors that end at different times, and the merge.
+The row lengths of a batch differ by up to 20×, so neither one program per row nor fixed splits give
+equal work. The launch is static, and the kernel divides the work on the device (stream-K, Osama et
+al. 2023, https://arxiv.org/abs/2301.03598; flash-decoding, Dao et al. 2023). Each key-value head
+has W workers (programs). The keys of all rows are cut into tiles of S tokens and laid end to end.
+They are divided into W equal spans, and each worker runs the online softmax over its span. A row
+that lies within one span is written directly. A row that crosses span borders leaves one partial
+result per span, and the last of its workers to arrive merges them in the order of the spans. The
+result therefore depends on the lengths only, not on timing.
 
-Shapes: R rows | P blocks per row | C blocks in the cache | B block size in tokens | N query heads | K key-value heads
-G = N / K query heads per key-value head | M = G padded for the matrix units | H head size | S tokens in a tile
-W workers per key-value head. A name's suffix gives its shape; "p" after a letter: padded to a power of two.
+A span is one flat loop over the tiles of all its rows: the first tiles of the next row load while
+the last tiles of this row are computed. At 256 rows this reads 4.3 TB/s on an H200, the rate of a
+copy.
+
+Shapes: R rows | P blocks per row | C blocks in the cache | B block size in tokens | N query heads |
+K key-value heads | G = N / K query heads per key-value head | M = G padded for the matrix units | H
+head size | S tokens in a tile | W workers per key-value head. A name's suffix gives its shape; "p"
+after a letter: padded to a power of two.
 """
 
 from typing import NamedTuple
@@ -44,7 +47,7 @@ from nanovllm.kernels.triton.common import (
 
 @triton.jit
 def _worker_of(tile_idx, num_long, tiles_per_worker):
-    """The worker whose span holds a tile, where the first num_long workers have one tile more than the others."""
+    """The worker whose span holds a tile. The first num_long workers have one tile more."""
     long_tiles = num_long * (tiles_per_worker + 1)
     return tl.where(
         tile_idx < long_tiles,
@@ -55,7 +58,7 @@ def _worker_of(tile_idx, num_long, tiles_per_worker):
 
 @triton.jit
 def _first_tile(seq_len, TILE: tl.constexpr, WINDOW: tl.constexpr):
-    """The row's first tile with a key in the window."""
+    """The row's first tile that has a key in the window."""
     if WINDOW > 0:
         return tl.maximum(seq_len - WINDOW, 0) // TILE
     else:
@@ -64,7 +67,7 @@ def _first_tile(seq_len, TILE: tl.constexpr, WINDOW: tl.constexpr):
 
 @triton.jit
 def _num_tiles(seq_len, TILE: tl.constexpr, WINDOW: tl.constexpr):
-    """Tiles of a row. An empty row has one as well, masked throughout, which gives the zeros the row's result must be."""
+    """Tiles of a row. An empty row has one tile, all masked, so that its result is zeros."""
     return tl.maximum((seq_len + TILE - 1) // TILE - _first_tile(seq_len, TILE, WINDOW), 1)
 
 
@@ -83,9 +86,10 @@ def _merge(
     HEAD_P: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """out = Σ 2^lse_i · out_i / Σ 2^lse_i over the parts, PARTS of them loaded at a time.
+    """out = Σ 2^lse_i · out_i / Σ 2^lse_i over the parts. PARTS of them are loaded at a time.
 
-    Everything is elementwise in [G, H] (the lse is stored once per element), so that no thread waits for another.
+    All operations are elementwise in [G, H] (the lse is stored once per element), so no thread
+    waits for another.
     """
     group_Gp = tl.arange(0, GROUP_P)
     h_Hp = tl.arange(0, HEAD_P)
@@ -99,19 +103,19 @@ def _merge(
         lses, outs = (), ()
         for i in tl.static_range(PARTS):
             part = first_part + i
-            # the first part is the head of the row (slot 1), the others continue it (slot 0)
+            # the first part begins the row (slot 1), the others continue it (slot 0)
             base = (
                 (first_worker + part) * (2 * SLOT)
                 + head_idx * (GROUP * HEAD)
                 + tl.where(part == 0, SLOT, 0)
             )
             mask = mask_GpHp & (part < num_parts)
-            # .cg: other multiprocessors wrote these, so L1 is not asked
+            # other multiprocessors wrote these, so .cg bypasses L1
             lse = tl.load(
                 part_lse_ptr + base + at_GpHp, mask=mask, other=NO_SCORE, cache_modifier=".cg"
             )
             out = tl.load(part_out_ptr + base + at_GpHp, mask=mask, other=0.0, cache_modifier=".cg")
-            lses, outs = lses + (lse,), outs + (out,)  # noqa: RUF005 (the compiler knows no unpacking)
+            lses, outs = lses + (lse,), outs + (out,)  # noqa: RUF005 (Triton has no unpacking)
         new_max_GpHp = max_GpHp
         for i in tl.static_range(PARTS):
             new_max_GpHp = tl.maximum(new_max_GpHp, lses[i])
@@ -144,7 +148,7 @@ def decode_kernel(
     table_blocks,
     table_stride,
     scale_log2,
-    # strides are constants: a thread's addresses within a tile become offsets inside its load instructions
+    # strides are constants, so a thread's addresses within a tile become immediate offsets
     Q_STRIDE_ROW: tl.constexpr,
     Q_STRIDE_HEAD: tl.constexpr,
     K_STRIDE_BLOCK: tl.constexpr,
@@ -169,11 +173,11 @@ def decode_kernel(
     PDL: tl.constexpr,
 ):
     wait_for_earlier_kernels(PDL, EARLY=ROWS_P == 1)
-    # neighbouring programs read the same tokens for different heads, which lie side by side in memory
+    # neighbouring programs read the same tokens for different heads, which are adjacent in memory
     head_idx = tl.program_id(0) % NUM_KV_HEADS
     worker_idx = tl.program_id(0) // NUM_KV_HEADS
 
-    # --- divide the work: every program does the same small sums
+    # --- divide the work; every program computes the same division
     if ROWS_P == 1:
         seq_len = tl.load(seq_len_ptr)
         num_tiles = _num_tiles(seq_len, TILE, WINDOW)
@@ -183,7 +187,7 @@ def decode_kernel(
         num_tiles_Rp = tl.where(row_Rp < num_rows, _num_tiles(seq_len_Rp, TILE, WINDOW), 0)
         tiles_end_Rp = tl.cumsum(num_tiles_Rp, 0)
         num_tiles = tl.sum(num_tiles_Rp, 0)
-    # more workers read faster, until the merge of their parts costs more than they save
+    # more workers read faster, but beyond this number the merge costs more than they save
     num_active = tl.minimum(
         tl.minimum(num_workers, num_tiles), tl.maximum(MIN_WORKERS, num_tiles // 4)
     )
@@ -201,7 +205,8 @@ def decode_kernel(
         first_end = tl.min(tl.where(tiles_end_Rp > span_begin, tiles_end_Rp, 0x7FFFFFFF), 0)
         seq_len = load_index(seq_len_ptr + first_row, UPCAST)
 
-    # keys and values of an fp8 cache stay what they hold: the head's scales go into the scores' and into the result
+    # keys and values of an fp8 cache are used unscaled: the head's key scale multiplies the scores
+    # and its value scale the result
     FP8: tl.constexpr = k_ptr.dtype.element_ty == tl.float8e4nv
     if FP8:
         scale_log2 = scale_log2 * tl.load(k_scale_ptr + head_idx)
@@ -217,7 +222,8 @@ def decode_kernel(
     out_at_MHp = q_head_M[:, None] * HEAD + h_Hp[None, :]
     part_at_MHp = worker_idx * (2 * SLOT) + out_at_MHp
 
-    # --- walk the span. The row of the tile: its index, and its first and last tile (exclusive) among all tiles.
+    # --- loop over the span. row_begin and row_end: first and last tile (exclusive) of the current
+    # row among all tiles.
     row_idx, row_begin, row_end = first_row, first_begin, first_end
     max_M = tl.full([GROUP_M], NO_SCORE, tl.float32)
     sum_M = tl.zeros([GROUP_M], tl.float32)
@@ -229,7 +235,7 @@ def decode_kernel(
             seen_S = seen_S & (s_S >= seq_len - WINDOW - first_key)
         table_at = table_ptr + row_idx * table_stride
         if BLOCK % TILE == 0:
-            # the pipeline asks for the blocks of tiles beyond the span, too
+            # the pipeline also loads block numbers of tiles beyond the span
             block = load_index(
                 table_at + tl.minimum(first_key // BLOCK, table_blocks - 1), UPCAST
             ).to(tl.int64)
@@ -257,7 +263,7 @@ def decode_kernel(
             )
             k_at_SHp = k_ptr + (k_at_S[:, None] + h_Hp[None, :])
             v_at_SHp = v_ptr + (v_at_S[:, None] + h_Hp[None, :])
-        # keys not seen are read as zeros: whatever lies there, NaN included, must not reach 0 · v
+        # unseen keys are read as zeros: they may hold NaN, and 0 · NaN would reach the result
         mask_SHp = seen_S[:, None] & (h_Hp < HEAD)[None, :]
         q_MHp = tl.load(q_ptr + row_idx * Q_STRIDE_ROW + q_at_MHp, mask=q_mask_MHp, other=0.0)
         k_SHp = tl.load(k_at_SHp, mask=mask_SHp, other=0.0)
@@ -290,7 +296,8 @@ def decode_kernel(
                 out_at = out_ptr + row_idx * SLOT + out_at_MHp
                 tl.store(out_at, out_MHp.to(out_ptr.dtype.element_ty), mask=q_mask_MHp)
             else:
-                # slot 1 holds the head of a row (at most one a worker), slot 0 the continuation of one
+                # slot 1 holds the beginning of a row (at most one a worker), slot 0 its
+                # continuation
                 part_at = tl.where(row_begin >= span_begin, SLOT, 0) + part_at_MHp
                 lse_MHp = tl.broadcast_to((max_M + tl.log2(safe_sum_M))[:, None], [GROUP_M, HEAD_P])
                 tl.store(part_out_ptr + part_at, out_MHp, mask=q_mask_MHp)
@@ -303,7 +310,7 @@ def decode_kernel(
             row_begin = tl.where(ends, row_end, row_begin)
             row_end = tl.where(ends, row_end + _num_tiles(seq_len, TILE, WINDOW), row_end)
 
-    # --- report the parts: of the row the span began within, and of the row it left unfinished
+    # --- report the parts: of the row that began before the span, and of the row that ends after it
     continues = span_begin > first_begin
     unfinished = (row_begin >= span_begin) & (row_begin < span_end) & (row_end > span_end)
     for i in range(2):
@@ -313,26 +320,28 @@ def decode_kernel(
             part_row_end = tl.where(i == 0, first_end, row_end)
             first_worker = _worker_of(part_row_begin, num_long, tiles_per_worker)
             num_parts = _worker_of(part_row_end - 1, num_long, tiles_per_worker) - first_worker + 1
-            # all threads' stores come before the one thread's release; its acquire comes before all threads' loads
+            # all threads store before the one thread's release; its acquire comes before all loads
             tl.debug_barrier()
             arrived_at = arrived_ptr + first_worker * NUM_KV_HEADS + head_idx
             num_before = tl.atomic_add(arrived_at, 1, sem="acq_rel", scope="gpu")
             if num_before == num_parts - 1:
                 tl.store(arrived_at, 0)
                 _merge(
-                    part_out_ptr, part_lse_ptr, out_ptr + (part_row * NUM_KV_HEADS + head_idx) * (GROUP * HEAD),
-                    head_idx, first_worker, num_parts, NUM_KV_HEADS, GROUP, GROUP_P, HEAD, HEAD_P, PARTS,
+                    part_out_ptr, part_lse_ptr,
+                    out_ptr + (part_row * NUM_KV_HEADS + head_idx) * (GROUP * HEAD),
+                    head_idx, first_worker, num_parts,
+                    NUM_KV_HEADS, GROUP, GROUP_P, HEAD, HEAD_P, PARTS,
                 )  # fmt: skip
 
 
 class DecodeTile(NamedTuple):
-    """How a decode launch is cut."""
+    """Tile sizes and launch options of a decode launch."""
 
     tile: int  # tokens in a tile of keys
     num_warps: int
     num_stages: int
     programs: int  # programs per multiprocessor
-    max_parts: int  # parts of a row that the merge loads at a time, at most
+    max_parts: int  # most parts of a row that the merge loads at a time
 
 
 def decode_tile(
@@ -340,25 +349,21 @@ def decode_tile(
 ) -> DecodeTile:
     """The launch for heads of head_bytes (padded to a power of two).
 
-    Two programs on a multiprocessor with two tiles of 16 KB of keys and of values each keep 128 KB in flight; bandwidth
-    times latency asks for some 40. Measured on an H200 in µs at 256 / 64 / 8 rows as above, and for 32 query heads at 256:
-    this 253 / 70.6 / 15.2 / 257; half the tile and four programs 256 / 72.1 / 16.1 / 263; one program with three tiles in
-    flight 315 / 77.7 / 17.2 / 313. One row of 600 / 4000 / 32000 tokens: 5.3 / 9.6 / 37 with one program and three tiles,
-    5.5 / 10.6 / 37 with two and two. Half the tile where shared memory is 99 KB (sm_86, sm_89).
-
-    An fp8 cache has tiles of as many bytes, so of twice the tokens, where its blocks hold them. Counted in the code for sm_90,
-    heads of 128: 966 instructions a warp for 128 tokens, 703 for 64, where bf16 has 591 for 64. Not yet measured.
+    Two programs on a multiprocessor, each with two tiles of 16 KB of keys and two of values, keep
+    128 KB in flight; bandwidth times latency needs about 40 KB. With shared memory of 99 KB (sm_86,
+    sm_89) tiles are half as large. Tiles of an fp8 cache have the same bytes, so twice the tokens
+    if its blocks hold them. The fp8 tiles are not measured.
     """
     most = 128 if is_fp8 and block_size % 128 == 0 else 64
     tile = min(most, max(16, (16384 if shared_bytes >= 160 * 1024 else 8192) // head_bytes))
     single = num_rows == 1 and block_size % tile == 0
-    # a tile in flight is keys, values and queries; beside them stands the result on its way out
+    # a tile in flight holds keys, values and queries; the result on its way out needs space, too
     tile_bytes, out_bytes = (2 * tile + 16) * head_bytes, 32 * head_bytes
-    if is_fp8:  # queries of two bytes; beside the tiles the values and the probabilities in fp16
+    if is_fp8:  # queries have two bytes; values and probabilities are also held in fp16
         tile_bytes, out_bytes = (2 * tile + 32) * head_bytes, tile * (2 * head_bytes + 32)
     buffers = min(3 if single else 2, (shared_bytes - out_bytes) // tile_bytes)
     programs = 1 if single or 2 * (buffers * tile_bytes + out_bytes) > shared_bytes else 2
-    # where the block numbers of a tile are loaded apart, their load takes stages too
+    # if a tile spans blocks, the load of its block numbers takes pipeline stages, too
     num_stages = 1 + buffers * (2 if block_size % tile else 1)
     return DecodeTile(tile, 4, num_stages, programs, 16 if single else 8)
 
@@ -372,7 +377,7 @@ def decode_constants(
     window: int,
     launch: DecodeTile,
 ) -> dict[str, int]:
-    """The kernel's compile-time constants; few values of ROWS_P, so that batch buckets share compiled kernels."""
+    """The kernel's compile-time constants. ROWS_P has few values, so buckets share kernels."""
     group = num_heads // num_kv_heads
     group_p, head_p = triton.next_power_of_2(group), triton.next_power_of_2(head_dim)
     return {
@@ -406,9 +411,9 @@ def paged_attention_decode(
     k_scale_K: Tensor | None = None,
     v_scale_K: Tensor | None = None,
 ) -> Tensor:
-    """softmax(q · kᵀ · scale) · v for the one newest token of each row; see `reference.paged_attention`.
+    """softmax(q · kᵀ · scale) · v for the newest token of each row, as `reference.paged_attention`.
 
-    The scale must be positive. `launch` overrides the choice of tiles, for measurements.
+    The scale must be positive. `launch` overrides the tile sizes, for measurements.
     """
     num_rows, num_heads, head_dim = q_RNH.shape
     block_size, num_kv_heads = k_cache_CBKH.shape[1:3]
@@ -421,7 +426,7 @@ def paged_attention_decode(
         return out_RNH
     device = q_RNH.device
     is_fp8 = k_cache_CBKH.dtype is torch.float8_e4m3fn and q_RNH.element_size() == 2
-    # of fp32 queries the products are in fp32, whatever the cache holds
+    # products of fp32 queries are in fp32, whatever the cache's dtype
     element_size = 1 if is_fp8 else q_RNH.element_size()
     head_bytes = triton.next_power_of_2(head_dim) * element_size
     launch = launch or decode_tile(

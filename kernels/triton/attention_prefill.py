@@ -1,13 +1,16 @@
-"""Paged attention for prefill (many new tokens a row) in Triton. Measured on sm_90; docs/gpus.md has other GPUs.
+"""Paged attention for prefill (many new tokens a row) in Triton.
 
-Flash attention (Dao 2023, https://arxiv.org/abs/2307.08691) over packed queries and a paged cache. One program takes a
-tile of a row's queries for one key-value head, with that head's whole group of query heads in it: the tile's G query
-heads share every key and value that is loaded. The launch is static (it depends on T and R alone); a program finds its
-row from q_start. Keys behind a tile's last query or before its first query's window are never touched.
+Measured on sm_90; docs/gpus.md lists other GPUs.
 
-Shapes: T tokens | R rows | P blocks per row | C blocks in the cache | B block size in tokens | N query heads
-K key-value heads | G = N / K | H head size | M = tokens · G entries of a query tile | S keys in a tile
-A name's suffix gives its shape; "p" after a letter: padded to a power of two.
+Flash attention (Dao 2023, https://arxiv.org/abs/2307.08691) over packed queries and a paged cache.
+A program takes a tile of a row's queries for one key-value head and all G query heads of its group,
+which share every key and value that is loaded. The launch is static (it depends on T and R only); a
+program finds its row from q_start. Keys after a tile's last query or before its first query's
+window are not read.
+
+Shapes: T tokens | R rows | P blocks per row | C blocks in the cache | B block size in tokens | N
+query heads | K key-value heads | G = N / K | H head size | M = tokens · G entries of a query tile |
+S keys in a tile. A name's suffix gives its shape; "p" after a letter: padded to a power of two.
 """
 
 from typing import NamedTuple
@@ -60,14 +63,17 @@ def _attend_tiles(
     WINDOW: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Key tiles first_tile .. last_tile − 1 of one row, added to the online softmax. Not MASKED: all queries see all keys."""
+    """Adds key tiles first_tile .. last_tile − 1 of one row to the online softmax.
+
+    Without MASKED, all queries see all these keys.
+    """
     h_Hp = tl.arange(0, HEAD_P)
     s_S = tl.arange(0, TILE)
     for tile_idx in range(first_tile, last_tile):
         key_S = tile_idx * TILE + s_S
         owned_S = (key_S >= first_key) & (key_S < seq_len)
         if BLOCK % TILE == 0:
-            # the pipeline asks for the blocks of tiles beyond the last, too
+            # the pipeline also loads block numbers of tiles beyond the last
             block_idx = tl.minimum(tile_idx * TILE // BLOCK, table_blocks - 1)
             block = load_index(table_ptr + block_idx, UPCAST).to(tl.int64)
             slot = tile_idx * TILE % BLOCK
@@ -87,7 +93,7 @@ def _attend_tiles(
                 (block_S * V_STRIDE_BLOCK + key_S % BLOCK * V_STRIDE_SLOT)[:, None] + h_Hp[None, :]
             )
         if MASKED:
-            # slots before the window and past the row's end may hold anything, NaN too: they are read as zeros
+            # slots before the window and past the row's end may hold NaN: they are read as zeros
             mask_SHp = owned_S[:, None] & (h_Hp < HEAD)[None, :]
             k_SHp = tl.load(k_at_SHp, mask=mask_SHp, other=0.0)
             v_SHp = tl.load(v_at_SHp, mask=mask_SHp, other=0.0)
@@ -110,7 +116,7 @@ def _attend_tiles(
             score_MS = tl.where(seen_MS, score_MS, float("-inf"))
         new_max_M = tl.maximum(max_M, tl.max(score_MS, 1) * scale_log2)
         alpha_M = exp2(max_M - new_max_M, UPCAST)
-        # one fused multiply-add per score: scaled and shifted at once
+        # one fused multiply-add scales and shifts a score
         prob_MS = exp2(score_MS * scale_log2 - new_max_M[:, None], UPCAST)
         sum_M = sum_M * alpha_M + tl.sum(prob_MS, 1)
         acc_MHp = dot(prob_MS.to(v_SHp.dtype), v_SHp, acc_MHp * alpha_M[:, None], UPCAST)
@@ -134,7 +140,7 @@ def prefill_kernel(
     table_blocks,
     table_stride,
     scale_log2,
-    # strides are constants: a thread's addresses within a tile become offsets inside its load instructions
+    # strides are constants, so a thread's addresses within a tile become immediate offsets
     Q_STRIDE_TOKEN: tl.constexpr,
     Q_STRIDE_HEAD: tl.constexpr,
     K_STRIDE_BLOCK: tl.constexpr,
@@ -148,7 +154,7 @@ def prefill_kernel(
     HEAD: tl.constexpr,
     HEAD_P: tl.constexpr,
     BLOCK: tl.constexpr,
-    QUERIES: tl.constexpr,  # entries of a query tile: QUERIES // GROUP tokens, each with GROUP heads
+    QUERIES: tl.constexpr,  # entries of a query tile: QUERIES // GROUP tokens with GROUP heads
     TILE: tl.constexpr,
     ROWS_P: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -158,11 +164,11 @@ def prefill_kernel(
     wait_for_earlier_kernels(PDL)
     TOKENS: tl.constexpr = QUERIES // GROUP
     head_idx = tl.program_id(0) % NUM_KV_HEADS
-    # late tiles of a row see the most keys: they start first, so that the last programs to end are short
+    # late tiles of a row see the most keys, so they start first and the last programs are short
     tile_idx = tl.num_programs(0) // NUM_KV_HEADS - 1 - tl.program_id(0) // NUM_KV_HEADS
 
-    # Segments: the tokens before row 0, the rows, the tokens after the last row. Segment i begins at tile
-    # start_i // TOKENS + i, which leaves every segment room enough for its tiles, wherever it starts.
+    # Segments: the tokens before row 0, the rows, the tokens after the last row. Segment i begins
+    # at tile start_i // TOKENS + i: that leaves every segment enough tiles wherever it starts.
     segment_Rp = tl.arange(0, ROWS_P)
     start_Rp = tl.load(
         q_start_ptr + segment_Rp - 1, mask=(segment_Rp > 0) & (segment_Rp < num_rows + 2), other=0
@@ -186,7 +192,8 @@ def prefill_kernel(
     token_M = token_M.to(tl.int64)  # T · N · H may pass 2³¹
     q_at_MHp = (token_M * Q_STRIDE_TOKEN + q_head_M * Q_STRIDE_HEAD)[:, None] + h_Hp[None, :]
     q_MHp = tl.load(q_ptr + q_at_MHp, mask=q_mask_MHp, other=0.0)
-    # keys and values of an fp8 cache stay what they hold: the head's scales go into the scores' and into the result
+    # keys and values of an fp8 cache are used unscaled: the head's key scale multiplies the scores
+    # and its value scale the result
     FP8: tl.constexpr = k_ptr.dtype.element_ty == tl.float8e4nv
     if FP8:
         scale_log2 = scale_log2 * tl.load(k_scale_ptr + head_idx)
@@ -195,7 +202,7 @@ def prefill_kernel(
     sum_M = tl.zeros([QUERIES], tl.float32)
     acc_MHp = tl.zeros([QUERIES, HEAD_P], tl.float32)
 
-    # the query at token t stands at position seq_len − (end − t); a row without keys, or no row, has no tile to visit
+    # the query of token t is at position seq_len − (end − t); a row without keys has no tile
     first_pos = seq_len - end + first_token
     last_pos = tl.minimum(first_pos + TOKENS, seq_len) - 1
     query_pos_M = first_pos + entry_M // GROUP
@@ -208,19 +215,21 @@ def prefill_kernel(
         full_tile = begin_tile
     else:
         full_tile = tl.minimum(tl.maximum(first_pos + 1, 0) // TILE, end_tile)
-    # tokens that are no row's read nothing, but the pipeline loads the first block's number before it knows that
+    # tokens of no row read nothing, but the pipeline loads a first block number for them
     table_at = table_ptr + tl.minimum(tl.maximum(row_idx, 0), num_rows - 1) * table_stride
     k_at = k_ptr + head_idx * K_STRIDE_HEAD
     v_at = v_ptr + head_idx * V_STRIDE_HEAD
     if WINDOW <= 0:
         max_M, sum_M, acc_MHp = _attend_tiles(
-            q_MHp, max_M, sum_M, acc_MHp, query_pos_M, begin_tile, full_tile, table_at, table_blocks, k_at, v_at,
-            first_key, seq_len, scale_log2, K_STRIDE_BLOCK, K_STRIDE_SLOT, V_STRIDE_BLOCK, V_STRIDE_SLOT,
+            q_MHp, max_M, sum_M, acc_MHp, query_pos_M, begin_tile, full_tile,
+            table_at, table_blocks, k_at, v_at, first_key, seq_len, scale_log2,
+            K_STRIDE_BLOCK, K_STRIDE_SLOT, V_STRIDE_BLOCK, V_STRIDE_SLOT,
             False, HEAD, HEAD_P, BLOCK, TILE, WINDOW, UPCAST,
         )  # fmt: skip
     max_M, sum_M, acc_MHp = _attend_tiles(
-        q_MHp, max_M, sum_M, acc_MHp, query_pos_M, full_tile, end_tile, table_at, table_blocks, k_at, v_at, first_key, seq_len,
-        scale_log2, K_STRIDE_BLOCK, K_STRIDE_SLOT, V_STRIDE_BLOCK, V_STRIDE_SLOT,
+        q_MHp, max_M, sum_M, acc_MHp, query_pos_M, full_tile, end_tile,
+        table_at, table_blocks, k_at, v_at, first_key, seq_len, scale_log2,
+        K_STRIDE_BLOCK, K_STRIDE_SLOT, V_STRIDE_BLOCK, V_STRIDE_SLOT,
         True, HEAD, HEAD_P, BLOCK, TILE, WINDOW, UPCAST,
     )  # fmt: skip
     out_MHp = acc_MHp / tl.where(sum_M > 0, sum_M, 1.0)[:, None]
@@ -231,7 +240,7 @@ def prefill_kernel(
 
 
 class PrefillTile(NamedTuple):
-    """How a prefill launch is cut."""
+    """Tile sizes and launch options of a prefill launch."""
 
     queries: int  # entries of a query tile
     tile: int  # tokens in a tile of keys
@@ -242,25 +251,21 @@ class PrefillTile(NamedTuple):
 def prefill_tile(
     head_p: int, element_size: int, block_size: int, max_q_len: int, shared_bytes: int
 ) -> PrefillTile:
-    """The launch for padded head size head_p, where the longest row has max_q_len new tokens.
+    """The launch for padded head size head_p if the longest row has max_q_len new tokens.
 
-    Shared memory holds the queries and some tiles of keys and of values. Measured on an H200 in TFLOP/s (bf16, heads of
-    128; 16 query and 8 key-value heads, one row of 8192 | 15 rows of 100 to 1024 | 32 and 8, the same two):
-    (64, 64, 4 warps, 3 stages) 468 | 244 | 442 | 258; (64, 32, 4, 3) 332 | 253 | 319 | 282; (128, 64, 8, 3) 415 | 220 |
-    429 | 237; (128, 128, 8, 2) 410 | 199 | 416 | 219; (64, 64, 4, 4) leaves room for one program only: 292. PyTorch's
-    own attention on keys that lie together: 572 and 609 on the row of 8192. Not measured, chosen to fit: 99 KB (sm_86, sm_89,
-    sm_120), and 64 KB, where Triton multiplies on Turing's ordinary cores, as it does at full precision.
+    Shared memory holds the queries and some tiles of keys and of values. The sizes for 227 KB are
+    the fastest measured on an H200. Those for 99 KB (sm_86, sm_89, sm_120) and for 64 KB, where
+    Triton multiplies on Turing's ordinary cores as it does for fp32, are chosen to fit and not
+    measured.
     """
-    if (
-        element_size == 4
-    ):  # no matrix units at full precision: small tiles, to stay within the registers
+    if element_size == 4:  # fp32 has no matrix units: small tiles stay within the registers
         return PrefillTile(16, 16, 4, 2) if head_p > 128 else PrefillTile(32, 32, 4, 2)
     if shared_bytes <= 64 * 1024:
         return PrefillTile(16, 16, 4, 2) if head_p > 128 else PrefillTile(32, 32, 4, 2)
     if shared_bytes < 160 * 1024:
         return PrefillTile(64, 32 if head_p > 128 else 64, 4, 2)
     tile = 32 if head_p > 128 or max_q_len <= 1024 else 64
-    # where the block numbers of a tile are loaded apart, their load takes stages too
+    # if a tile spans blocks, the load of its block numbers takes pipeline stages, too
     return PrefillTile(64, tile, 4, 5 if block_size % tile and head_p <= 128 else 3)
 
 
@@ -305,9 +310,9 @@ def paged_attention_prefill(
     k_scale_K: Tensor | None = None,
     v_scale_K: Tensor | None = None,
 ) -> Tensor:
-    """Causal softmax(q · kᵀ · scale) · v of each row's newest tokens; see `reference.paged_attention`.
+    """Causal softmax(q · kᵀ · scale) · v of the new tokens, as `reference.paged_attention`.
 
-    The scale must be positive. `launch` overrides the choice of tiles, for measurements.
+    The scale must be positive. `launch` overrides the tile sizes, for measurements.
     """
     num_tokens, num_heads, head_dim = q_TNH.shape
     num_rows = block_table_RP.shape[0]

@@ -1,4 +1,4 @@
-"""Counts what Triton compiles. Kernels that it finds in its folder are not counted."""
+"""Counts the kernels that Triton compiles. Kernels found in its cache folder are not counted."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _compiled: list[str] = []
 
 
 def watch() -> None:
-    """From here on every compile is noted; a listener that somebody else has set is kept and called."""
+    """Record every compile from now on. A listener that was set before is kept and called."""
     if not isinstance(knobs.compilation.listener, _Listener):
         knobs.compilation.listener = _Listener(knobs.compilation.listener)
 
 
 def compiled() -> list[str]:
-    """Names of the kernels that this process has compiled since `watch`, once for each specialisation."""
+    """Names of the kernels that this process compiled since `watch`, once per specialisation."""
     return list(_compiled)
 
 

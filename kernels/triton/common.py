@@ -1,7 +1,8 @@
-"""What the Triton kernels share: facts about the device, launch options, and a matrix product that also interprets.
+"""Shared by the Triton kernels: facts about the device, launch options, and device functions.
 
-NVIDIA's instructions stand behind `target_info.is_cuda()`, which the compiler decides; on AMD and in the interpreter plain
-Triton takes their place. Programmatic dependent launch is asked for by the constant PDL, which only `launch_options` sets.
+Code with NVIDIA instructions is guarded by `target_info.is_cuda()`, which the compiler decides; AMD
+and the interpreter use plain Triton instead. The constant PDL asks for programmatic dependent
+launch; only `launch_options` sets it.
 """
 
 import functools
@@ -15,7 +16,7 @@ from triton.language import target_info
 
 from nanovllm.kernels import reference
 
-# A score no key can reach. Finite, because the difference of two infinities is NaN.
+# A score that no key reaches. It is finite, because inf − inf is NaN.
 NO_SCORE = tl.constexpr(-1.0e30)
 LOG2_E = 1.4426950408889634
 FP8_MAX = tl.constexpr(reference.FP8_MAX)
@@ -23,7 +24,7 @@ FP8_MAX = tl.constexpr(reference.FP8_MAX)
 
 @triton.jit
 def dot(a, b, acc, UPCAST: tl.constexpr):
-    """a @ b + acc in fp32. The interpreter multiplies bf16 as raw integers, hence UPCAST there."""
+    """a @ b + acc in fp32. UPCAST is for the interpreter, which multiplies bf16 as raw integers."""
     if UPCAST:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -35,13 +36,17 @@ INTERPRETED = tl.constexpr(not isinstance(dot, triton.JITFunction))
 
 @triton.jit
 def to_fp8(x, scale):
-    """x · (1 / scale) in float8_e4m3fn, to nearest even, saturated, so that nothing finite becomes NaN."""
+    """x · (1 / scale) in float8_e4m3fn, to nearest even.
+
+    It saturates, so that finite values do not become NaN.
+    """
     y = tl.clamp(
         x.to(tl.float32) * (1.0 / scale), -FP8_MAX, FP8_MAX, propagate_nan=tl.PropagateNan.ALL
     )
     if INTERPRETED:
-        # The interpreter's conversion drops the carry of a mantissa that rounds up, so it is given nothing to round: here the
-        # last 20 bits are rounded off, or, of what is smaller than any normal number, all below 2⁻⁹. NaN needs all three bits.
+        # The interpreter's conversion drops the carry of a mantissa that rounds up, so the value is
+        # rounded here: normal numbers to their upper 12 bits, smaller ones to multiples of 2⁻⁹. NaN
+        # needs all three mantissa bits.
         bits = y.to(tl.int32, bitcast=True)
         rounded = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000
         rounded = tl.where(y == y, rounded, 0x7FF00000)
@@ -53,8 +58,11 @@ def to_fp8(x, scale):
 
 @triton.jit
 def to_fp16(x, UPCAST: tl.constexpr):
-    """bf16 in fp16, saturated. In fp16 a product takes keys and values of an fp8 cache, which are exact in it, at one
-    conversion for two of them, where bf16 takes three. Queries above 65504 would saturate; no product bears them anyway.
+    """bf16 in fp16, saturated.
+
+    Products with an fp8 cache are in fp16: it holds keys and values exactly, and one conversion
+    makes two of them where bf16 takes three. Queries above 65504 saturate; no product bears such
+    queries anyway.
     """
     if x.dtype == tl.bfloat16 and not UPCAST:
         return tl.inline_asm_elementwise(
@@ -70,7 +78,7 @@ def to_fp16(x, UPCAST: tl.constexpr):
 def from_fp8(x, dtype: tl.constexpr, UPCAST: tl.constexpr):
     """float8_e4m3fn in `dtype`, exactly."""
     if UPCAST:
-        # the interpreter takes NaN for 480
+        # the interpreter reads NaN as 480
         is_nan = (x.to(tl.int8, bitcast=True) & 0x7F) == 0x7F
         return tl.where(is_nan, float("nan"), x.to(tl.float32)).to(dtype)
     else:
@@ -79,11 +87,12 @@ def from_fp8(x, dtype: tl.constexpr, UPCAST: tl.constexpr):
 
 @triton.jit
 def from_fp8_in_place(x, dtype: tl.constexpr, UPCAST: tl.constexpr):
-    """The same, four at a time where that is fp16, and in the layout in which x was loaded.
+    """The same, four at a time for fp16, in the layout in which x was loaded.
 
-    For operands whose sum runs along rows, the values. The compiler would move a conversion behind the change of layout for
-    the matrix units, whose loads turn 16 bits at a time, and read what has 8 byte by byte, with an instruction for each. What
-    is not pure it leaves in its place, before that change.
+    Use it for operands that are summed along rows: the values. The loads for the matrix units
+    transpose 16 bits at a time. The compiler moves a pure conversion behind this change of layout
+    and then reads 8-bit values one byte at a time, with an instruction each. It does not move
+    assembly that is not pure.
     """
     if UPCAST or dtype != tl.float16:
         return from_fp8(x, dtype, UPCAST)
@@ -97,7 +106,10 @@ def from_fp8_in_place(x, dtype: tl.constexpr, UPCAST: tl.constexpr):
 
 @triton.jit
 def exp2(x, UPCAST: tl.constexpr):
-    """2^x by the hardware's approximation alone; `tl.exp2` adds three instructions for results below 2^-126."""
+    """2^x by the hardware's approximation.
+
+    `tl.exp2` adds three instructions for results below 2^-126.
+    """
     if UPCAST or not target_info.is_cuda():
         return tl.exp2(x)
     else:
@@ -108,11 +120,11 @@ def exp2(x, UPCAST: tl.constexpr):
 
 @triton.jit
 def load_index(ptr, UPCAST: tl.constexpr):
-    """One int32 that addresses depend on, loaded so that the software pipeliner takes it for arithmetic.
+    """One int32 that addresses depend on, loaded so that the pipeliner treats it as arithmetic.
 
-    It would else give the load pipeline stages of its own, and the loads of keys and values behind it fewer: with three
-    stages one tile in flight in place of two. The compiler may move this load, so its address has to depend on something
-    loaded after `wait_for_earlier_kernels`.
+    A plain load would get pipeline stages of its own, and the loads of keys and values behind it
+    fewer: with three stages one tile in flight instead of two. The compiler may move this load, so
+    its address must depend on a value that is loaded after `wait_for_earlier_kernels`.
     """
     if UPCAST or not target_info.is_cuda():
         return tl.load(ptr)
@@ -124,15 +136,18 @@ def load_index(ptr, UPCAST: tl.constexpr):
 
 @triton.jit
 def wait_for_earlier_kernels(PDL: tl.constexpr, EARLY: tl.constexpr = False):
-    """Stands before the first access to memory.
+    """Waits until the results of earlier kernels are visible.
 
-    With programmatic dependent launch (sm_90) a kernel's programs are placed while the kernel before it still runs, and
-    wait here until its results are visible. Every program must come by: a kernel all of whose programs skipped the wait
-    could be over before its predecessor, and its successor would then start too early.
+    Call it before the first memory access.
 
-    Its own successor is let in after the wait or, where EARLY, before it, so that in a chain of short kernels a product's
-    first weights are under way while two kernels before it still run. For a decode step of one row: a layer of Qwen3-8B
-    takes 106.4 µs so in place of 109.9 on an H200, one of Qwen3-0.6B 19.5 in place of 20.0; with 8 rows, 32.1 in place of 31.2.
+    With programmatic dependent launch (sm_90), the programs of a kernel are placed while the kernel
+    before it still runs, and wait here. Every program must call this: if all programs of a kernel
+    skipped the wait, the kernel could end before its predecessor, and its successor would start too
+    early.
+
+    The successor may be placed after the wait or, if EARLY, before it. In a chain of short kernels
+    EARLY lets a product load its first weights while two kernels before it still run. It is faster
+    for steps of one row and slower for 8 rows.
     """
     if PDL:
         if EARLY:
@@ -144,7 +159,7 @@ def wait_for_earlier_kernels(PDL: tl.constexpr, EARLY: tl.constexpr = False):
 
 @triton.jit
 def finish(y, up, dtype: tl.constexpr, SILU_MUL: tl.constexpr):
-    """A product's result in its dtype: y, or silu(y) · up, rounded where the reference rounds."""
+    """A product's result in its dtype: y, or silu(y) · up. Rounds where the reference rounds."""
     if SILU_MUL:
         y = y.to(dtype).to(tl.float32)
         y = (y / (1.0 + tl.exp(-y))).to(dtype).to(tl.float32) * up.to(dtype).to(tl.float32)
@@ -153,7 +168,10 @@ def finish(y, up, dtype: tl.constexpr, SILU_MUL: tl.constexpr):
 
 @triton.jit
 def prefetch_rows(row_at, FIRST: tl.constexpr, END: tl.constexpr, LINES_P: tl.constexpr):
-    """Asks the L2 for columns FIRST … END − 1 (of 2 bytes) of the rows that begin at `row_at`, by lines of 128 bytes."""
+    """Prefetches columns FIRST … END − 1 of rows that begin at `row_at` into the L2.
+
+    Elements have 2 bytes; a line has 128 bytes.
+    """
     line = FIRST + tl.arange(0, LINES_P) * 64
     address = (row_at[:, None] + tl.minimum(line, END - 1)[None, :]).to(tl.int64, bitcast=True)
     tl.inline_asm_elementwise(
@@ -163,7 +181,7 @@ def prefetch_rows(row_at, FIRST: tl.constexpr, END: tl.constexpr, LINES_P: tl.co
 
 @functools.cache
 def num_multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of the device; without one (the interpreter) a few, so that work is still divided."""
+    """Multiprocessors of the device; 8 in the interpreter, so that work is divided there, too."""
     return (
         torch.cuda.get_device_properties(device).multi_processor_count
         if device.type == "cuda"
@@ -173,43 +191,44 @@ def num_multiprocessors(device: torch.device) -> int:
 
 @functools.cache
 def shared_memory_bytes(device: torch.device) -> int:
-    """Shared memory one program may have."""
+    """The most shared memory that one program may use."""
     if device.type != "cuda":
         return 99 * 1024
     properties: Any = torch.cuda.get_device_properties(device)  # the stubs lack the fields
-    if torch.version.hip is not None:  # there is no more to ask for than a block has
+    if torch.version.hip is not None:  # a block cannot opt in to more
         return int(getattr(properties, "shared_memory_per_block", 64 * 1024))
     return int(properties.shared_memory_per_block_optin)
 
 
 @functools.cache
 def has_matrix_units(device: torch.device) -> bool:
-    """Whether Triton multiplies on matrix units there: it no longer knows those of Turing (sm_75)."""
+    """True if Triton uses the device's matrix units. It does not use those of Turing (sm_75)."""
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @functools.cache
 def launch_options(device: torch.device) -> dict[str, bool]:
-    """Keyword arguments of every launch, among them the constant PDL."""
-    # an AMD gfx942 calls itself 9.4
+    """Keyword arguments of every launch, including the constant PDL."""
+    # an AMD gfx942 has capability 9.4
     is_nvidia = device.type == "cuda" and torch.version.hip is None
     if is_nvidia and torch.cuda.get_device_capability(device) >= (9, 0):
         return {"PDL": True, "launch_pdl": True}
     return {"PDL": False}
 
 
-# The arrival counters have to be zero before a launch and are left zero by it, so they outlive the calls: a fill in front
-# of each launch would cost as much as the launch. Launches that share counters must not run at the same time, so every
-# stream gets its own (the stream of the capture, for a graph: give engines that run side by side a stream each).
+# The arrival counters must be zero before a launch, and the launch leaves them zero. They outlive
+# the calls, because a fill before each launch would cost as much as the launch. Launches that share
+# counters must not run at the same time, so each stream has its own. A graph uses those of the
+# stream of its capture: give engines that run side by side one stream each.
 _MAX_STREAMS = 128
 _COUNTERS_PER_STREAM = 4096
 _counters: dict[torch.device, Tensor] = {}
 _stream_slots: dict[tuple[torch.device, int], int] = {}
-counters_are_fake = False  # while launches are rehearsed, with no device at hand
+counters_are_fake = False  # True while launches are rehearsed without a device
 
 
 def arrival_counters(device: torch.device, num_counters: int) -> Tensor:
-    """Zeroed int32 counters that belong to the current stream of the device."""
+    """Zeroed int32 counters of the device's current stream."""
     if device.type != "cuda" or counters_are_fake:
         return torch.zeros(num_counters, dtype=torch.int32, device=device)
     capturing = torch.cuda.is_current_stream_capturing()
@@ -217,10 +236,10 @@ def arrival_counters(device: torch.device, num_counters: int) -> Tensor:
         _counters[device] = torch.zeros(
             _MAX_STREAMS, _COUNTERS_PER_STREAM, dtype=torch.int32, device=device
         )
-        torch.cuda.synchronize(device)  # once a process: other streams may use them next
+        torch.cuda.synchronize(device)  # once per process: other streams may use them next
     stream = (device, torch.cuda.current_stream(device).cuda_stream)
     slot = _stream_slots.setdefault(stream, len(_stream_slots))
     if device not in _counters or slot >= _MAX_STREAMS or num_counters > _COUNTERS_PER_STREAM:
-        # right as well, but a fill in front of every launch and replay
+        # correct, but adds a fill to every launch and replay
         return torch.zeros(num_counters, dtype=torch.int32, device=device)
     return _counters[device][slot]

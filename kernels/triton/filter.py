@@ -1,13 +1,18 @@
-"""The tokens that top_k, top_p and min_p leave, in Triton and without sorting.
+"""Keeps the tokens that top_k, top_p and min_p leave, in Triton and without sorting.
 
-What the filters leave is the beginning of the tokens in order (logit descending, id ascending), so the last of them
-tells it all. Sorting 256 rows of 151,936 logits to find it moves gigabytes. Here a program has a row. It first looks for a
-logit above which everything lies that can stay, but few tokens, mostly at the first try, and copies these. Of them, or of
-the row where there is none such, it asks for a value in question how many tokens and how much probability lie above it, and
-which values are next to it on both sides: bisection, in which every answer snaps to a value that is there, finds the
-smallest that stays. Sums run in a fixed order, so every run gives the same tokens.
+The filters leave the first tokens in the order (logit descending, id ascending), so the last of
+these tokens defines the result. Sorting 256 rows of 151,936 logits to find it would move gigabytes.
+Here each program takes one row:
 
-Shapes: R rows | V vocabulary | N tokens of a tile, as many as are copied at most
+- It looks for a value that all tokens that can stay lie above, but few others, and copies the
+  tokens above it. The first try mostly succeeds. If there is no such value, it works on the whole
+  row.
+- It finds the smallest logit that stays by bisection. A step counts the tokens above a value, sums
+  their probability, and finds the next logit on both sides, so bounds are always logits that occur.
+
+Sums are in a fixed order, so every run gives the same tokens.
+
+Shapes: R rows | V vocabulary | N tokens of a tile, also the most that are copied
 """
 
 from __future__ import annotations
@@ -25,28 +30,32 @@ TILE = 4096
 NUM_WARPS = 16
 NUM_STAGES = tl.constexpr(4)
 INFINITY = tl.constexpr(float("inf"))
-LARGEST = tl.constexpr(3.0e38)  # finite, as halves and differences have to be
-FIRST_STEP = tl.constexpr(8.0)  # so far below the best logit is looked first
+LARGEST = tl.constexpr(3.0e38)  # finite, so that halves and differences are finite
+FIRST_STEP = tl.constexpr(8.0)  # the first value tried is this far below the best logit
 MAX_TRIES = tl.constexpr(3)
 
 
 @triton.jit
 def _scaled(logit_N, factor):
-    """Logits over the temperature: −inf for NaN, which never wins, and LARGEST for inf."""
+    """Logits divided by the temperature: −inf for NaN, which never wins, and LARGEST for inf."""
     x_N = logit_N.to(tl.float32) * factor
     return tl.where(x_N == x_N, tl.minimum(x_N, LARGEST), -INFINITY)
 
 
 @triton.jit
 def _load(row_at, factor, token_N, num_tokens):
-    """`_scaled` logits, −inf beyond the last one."""
+    """`_scaled` logits; −inf after the last token."""
     return _scaled(tl.load(row_at + token_N, mask=token_N < num_tokens, other=-INFINITY), factor)
 
 
 @triton.jit
 def _scan(row_at, factor, num_tokens, value, best, HAS_MASS: tl.constexpr, TILE: tl.constexpr):
-    """Of the tokens above a value: how many, and with HAS_MASS their probability in units of the best one's. The largest
-    logit that is not above it (−inf: there is none), and the smallest that is (inf)."""
+    """(count, mass, below, following) of the tokens above `value`.
+
+    `mass` is their probability relative to that of the best token (0 without HAS_MASS), `below` the
+    largest logit that is not above `value` (−inf if none), `following` the smallest that is (inf if
+    none).
+    """
     lane_N = tl.arange(0, TILE)
     count_N = tl.zeros((TILE,), tl.int32)
     mass_N = tl.zeros((TILE,), tl.float32)
@@ -65,7 +74,10 @@ def _scan(row_at, factor, num_tokens, value, best, HAS_MASS: tl.constexpr, TILE:
 
 @triton.jit
 def _weigh(row_at, factor, num_tokens, value, best, TILE: tl.constexpr):
-    """(tokens above a value, their probability, that of all tokens), the latter two in units of the best token's."""
+    """(count, mass, whole): tokens above `value`, their probability, and that of all tokens.
+
+    Probabilities are relative to that of the best token.
+    """
     lane_N = tl.arange(0, TILE)
     count_N = tl.zeros((TILE,), tl.int32)
     mass_N = tl.zeros((TILE,), tl.float32)
@@ -83,10 +95,13 @@ def _weigh(row_at, factor, num_tokens, value, best, TILE: tl.constexpr):
 
 @triton.jit
 def _copy_above(row_at, factor, num_tokens, value, few_at, few_token_at, TILE: tl.constexpr):
-    """The tokens above a value, in the order of their ids: logits to `few_at`, −inf behind them, and ids to `few_token_at`."""
+    """Copies the tokens above `value` in the order of their ids.
+
+    Logits go to `few_at`, followed by −inf, and ids to `few_token_at`.
+    """
     lane_N = tl.arange(0, TILE)
     tl.store(few_at + lane_N, tl.full((TILE,), -INFINITY, tl.float32).to(few_at.dtype.element_ty))
-    tl.debug_barrier()  # some of these are overwritten by other threads
+    tl.debug_barrier()  # other threads overwrite some of these
     num_before = 0
     for tile in tl.range(tl.cdiv(num_tokens, TILE), num_stages=NUM_STAGES):
         token_N = tile * TILE + lane_N
@@ -96,7 +111,7 @@ def _copy_above(row_at, factor, num_tokens, value, few_at, few_token_at, TILE: t
         tl.store(few_at + rank_N, logit_N, mask=is_above_N)
         tl.store(few_token_at + rank_N, token_N, mask=is_above_N)
         num_before += tl.sum(is_above_N.to(tl.int32), 0)
-    tl.debug_barrier()  # all threads read what each of them wrote
+    tl.debug_barrier()  # all threads read what the others wrote
 
 
 @triton.jit
@@ -111,10 +126,10 @@ def _just_below(value):
 def _search(
     row_at, factor, num_tokens, low, best, target, BY_MASS: tl.constexpr, TILE: tl.constexpr
 ):
-    """(value, total): the smallest logit with a total above it of less than `target`, and that total.
+    """(value, total): the smallest logit whose total above it is less than `target`; the total.
 
-    Totals are probability with BY_MASS, else numbers of tokens. All logits up to `low` are known to have as much or more;
-    −inf: nothing is known.
+    A total is a probability with BY_MASS, else a number of tokens. All logits up to `low` are known
+    to have a total of `target` or more; −inf: nothing is known.
     """
     high = best
     total_high, step = 0.0, FIRST_STEP
@@ -135,7 +150,7 @@ def _search(
             total_high = total
             step = tl.minimum(tl.maximum(2.0 * step, 2.0 * (best - below)), LARGEST)
         else:
-            # up to `middle` either too much lies above, or nothing is there
+            # either the total above `middle` is too large, or no logit is there
             is_done = following >= high
             low = middle
     return high, total_high
@@ -143,7 +158,7 @@ def _search(
 
 @triton.jit
 def _nth_token(row_at, factor, num_tokens, value, num, TILE: tl.constexpr):
-    """Where the num-th token with this logit stands, or the last one if they are fewer."""
+    """Index of the num-th token with this logit, or of the last one if there are fewer."""
     lane_N = tl.arange(0, TILE)
     num_before = 0
     found = -1
@@ -160,14 +175,18 @@ def _nth_token(row_at, factor, num_tokens, value, num, TILE: tl.constexpr):
 
 @triton.jit
 def _narrow(row_at, factor, vocab_size, best, top_k, top_p, min_p, TILE: tl.constexpr):
-    """(value, probability of the whole row): everything that can stay lies above the value, and no more than a tile of tokens.
-    −inf where none such was found. top_k 0: off."""
+    """(value, probability of the whole row), where all tokens that can stay lie above `value`.
+
+    At most a tile of tokens lies above it.
+
+    The value is −inf if none is found. top_k 0: off.
+    """
     found, whole = best - INFINITY, 0.0
     least, most, step, tries = 0.0, INFINITY, FIRST_STEP, MAX_TRIES
     while tries > 0:
         tries -= 1
         value = best - step
-        if (top_k == 0) & (min_p > 0):  # what min_p leaves, exactly
+        if (top_k == 0) & (min_p > 0):  # exactly the tokens that min_p leaves
             value = _just_below(best + tl.log(min_p))
             tries = 0
         count, mass, whole = _weigh(row_at, factor, vocab_size, value, best, TILE)
@@ -197,7 +216,10 @@ def _least(
     min_p,
     TILE: tl.constexpr,
 ):
-    """(logit, id) of the last token that stays. `few_at` and `few_token_at` have room for a tile of logits and ids."""
+    """(logit, id) of the last token that stays.
+
+    `few_at` and `few_token_at` have room for a tile of logits and ids.
+    """
     everything = vocab_size.to(tl.float32)
     top_k = tl.where(top_k < everything, top_k, 0.0)
     _, _, best, _ = _scan(row_at, factor, vocab_size, INFINITY, INFINITY, False, TILE)
@@ -207,7 +229,7 @@ def _least(
     if is_few:
         _copy_above(row_at, factor, vocab_size, low, few_at, few_token_at, TILE)
         row_at, num_tokens = few_at, tl.full((), TILE, tl.int32)
-    # `value` and `num`: the smallest logit that stays, and how many tokens that have it do
+    # `value`: the smallest logit that stays; `num`: how many tokens with this logit stay
     value, num = best - INFINITY, everything
     if min_p > 0:
         _, _, _, value = _scan(
@@ -230,14 +252,14 @@ def _least(
                 lowest - best
             )
         target = top_p * mass
-        # all tokens so far down have less than the rest of the probability together
+        # all tokens below this together have less than the rest of the probability
         low = tl.maximum(low, best - (log_vocab_size - tl.log(1.0 - top_p)))
         if lowest > -INFINITY:
             low = tl.maximum(low, _just_below(lowest))
         value, total = _search(row_at, factor, num_tokens, low, best, target, True, TILE)
         needed = tl.maximum(tl.ceil((target - total) / tl.exp(value - best)), 1.0)
         num = tl.where(value == lowest, tl.minimum(num, needed), needed)
-    if value == -INFINITY:  # there was nothing above it, or nothing to leave out
+    if value == -INFINITY:  # no filter leaves out a token
         _, _, _, value = _scan(row_at, factor, num_tokens, -INFINITY, best, False, TILE)
     num = tl.minimum(num, everything).to(tl.int32)
     last = _nth_token(row_at, factor, num_tokens, value, num, TILE)
@@ -246,7 +268,7 @@ def _least(
     return value, last
 
 
-# columns of a table, of which one row's is not aligned
+# these are columns of a table; with one row they are not aligned
 @triton.jit(
     do_not_specialize_on_alignment=["temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr"]
 )
@@ -275,12 +297,13 @@ def keep_likely_kernel(
     temperature = tl.load(temperature_ptr + row_idx)
     factor = 1.0 / tl.where(temperature == 0, 1.0, temperature)
     row_at = logits_ptr + row_idx * logits_stride
-    # the smallest logit that stays, and the last token that stays of those that have it
+    # the smallest logit that stays, and the last token with this logit that stays
     value, last = -float("inf"), vocab_size
     if (top_k > 0) | (top_p < 1) | (min_p > 0):
         few_at, few_token_at = few_ptr + row_idx * TILE, few_token_ptr + row_idx * TILE
         value, last = _least(
-            row_at, factor, few_at, few_token_at, vocab_size, log_vocab_size, top_k, top_p, min_p, TILE
+            row_at, factor, few_at, few_token_at, vocab_size, log_vocab_size,
+            top_k, top_p, min_p, TILE,
         )  # fmt: skip
     lane_N = tl.arange(0, TILE)
     for tile in tl.range(tl.cdiv(vocab_size, TILE), num_stages=NUM_STAGES):
@@ -295,7 +318,10 @@ def keep_likely_kernel(
 def keep_likely(
     logits_RV: Tensor, temperature_R: Tensor, top_k_R: Tensor, top_p_R: Tensor, min_p_R: Tensor
 ) -> Tensor:
-    """`reference.keep_likely`; where a sum of probabilities is within rounding of top_p, a token more or less may stay."""
+    """`reference.keep_likely`.
+
+    If a sum of probabilities is within rounding of top_p, one token more or less may stay.
+    """
     num_rows, vocab_size = logits_RV.shape
     out_RV = torch.empty((num_rows, vocab_size), dtype=logits_RV.dtype, device=logits_RV.device)
     if num_rows == 0:

@@ -1,4 +1,4 @@
-"""Products on a GPU: which kernel takes which, and cuBLAS for the rest."""
+"""Selects the kernel of each matrix product on a GPU: one of ours, or cuBLAS."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nanovllm.kernels.triton import linear_many as triton_linear_many
 
 
 def takes(x_TD: Tensor, weight_OD: Tensor, has_norm: bool, silu_mul: bool) -> bool:
-    """Whether `fused_linear` beats cuBLAS and the neighbours' own kernels; the neighbours are a norm before, SiLU·up after."""
+    """True if `fused_linear` beats cuBLAS with separate kernels for norm and activation."""
     num_rows, (weight_rows, depth) = x_TD.shape[0], weight_OD.shape
     if num_rows <= triton_linear_few.max_rows(weight_rows, depth, has_norm):
         return True
@@ -32,10 +32,10 @@ def fused_linear(
     eps: float,
     silu_mul: bool,
 ) -> Tensor:
-    """`reference.fused_linear` in one launch, for bf16 and fp16 and what `takes` says.
+    """`reference.fused_linear` in one launch, for bf16 and fp16 and shapes that `takes` accepts.
 
-    The weights (norm's and bias included) may be read before earlier kernels are over, so no kernel that is still under way
-    may write them.
+    The weights (including the norm's weight and the bias) may be read before earlier kernels end,
+    so no running kernel may write them.
     """
     dtype, num_rows, has_norm = x_TD.dtype, x_TD.shape[0], norm_weight_D is not None
     if (
@@ -61,9 +61,9 @@ def fused_linear(
 
 
 def linear_(residual_TO: Tensor, x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> None:
-    """`reference.linear_` by cuBLAS, which adds in the product's own last step where there is no bias.
+    """`reference.linear_` by cuBLAS, which adds the residual in its last step if there is no bias.
 
-    In place alone: torch's out-of-place `addmm` copies the residual first, 2 µs for 256 rows of 4096 and 32 for 8192.
+    It works in place, because torch's out-of-place `addmm` first copies the residual.
     """
     if bias_O is not None or x_TD.dim() != 2:
         reference.linear_(residual_TO, x_TD, weight_OD, bias_O)

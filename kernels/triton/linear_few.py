@@ -1,26 +1,19 @@
-"""Products with few rows, fused with their neighbours, in Triton: (RMS norm →) x · weightᵀ + bias (→ SiLU·up) (+ residual).
+"""Products with few rows, fused with their neighbours, in Triton.
 
-With few rows a product is a stream of weights, and a decode step is a chain of such streams in which every kernel waits
-for the one before it. Hence the one idea here: weights depend on no earlier kernel. A program asks for its first chunks
-of weights, then waits for its predecessor (programmatic dependent launch, sm_90), then reads the rows, which are small
-and in the L2, norms them (each program for itself) and multiplies. It lets its successor start before all that, so that
-the successor's weights are under way as well. A program owns OUTS outputs in their whole depth: there are no partial
-results to add up, and every run gives the same bits.
+(RMS norm →) x · weightᵀ + bias (→ SiLU·up) (+ residual). With few rows a product streams weights,
+and a decode step is a chain of such streams in which every kernel waits for the one before. Weights
+do not depend on earlier kernels, so a program first loads its first chunks of weights, then waits
+for its predecessor (programmatic dependent launch, sm_90), and then reads the rows, which are small
+and in the L2, norms them (each program for itself) and multiplies. It lets its successor start
+before all this, so that the successor's weights load as well. A program computes OUTS outputs over
+the whole depth: there are no partial results, and every run gives the same bits.
 
-One row is multiplied in fp32 on the ordinary cores, an output to a warp, which so needs nobody else until it stores. Two
-rows and more go to the tensor cores, every warp with a slice of the depth.
+One row is multiplied in fp32 on the ordinary cores, one output per warp, so warps do not
+synchronise before the store. Two and more rows use the tensor cores, with a slice of the depth per
+warp. docs/log.md has the measurements.
 
-Measured on an H200, µs of one launch in a captured chain with 28 layers' weights (without programmatic dependent launch;
-cuBLAS with norm and SiLU in kernels of their own). Qwen3-0.6B: qkv 3.3 (4.2; 7.1) at one row, 4.4 (6.0; 7.2) at 8; out 2.1
-(3.3; 12.7) and 2.6 (5.0; 5.9); gate_up 4.4 (5.4; 8.8) and 5.3 (7.9; 8.8); down 2.7 (3.7; 7.5) and 3.9 (6.6; 7.5). A whole
-layer with rope and attention takes 19.7 in place of 40.3 at one row, 31.8 in place of 44.3 at 8, 42.8 in place of 48.3 at 16.
-Qwen3-8B at one row: qkv 14.0 (18.5 apart), out 8.4 (14.6), gate_up 50.3 (51.4), down 23.0 (30.3), head 289 (299).
-
-Tried and dropped for several rows: multiplying by the norm's factor after the product, as for one row, which keeps the norm
-weights in registers across the wait and spills (47 µs in place of 5.8 for qkv at 16 rows).
-
-Shapes: T rows (tokens), "p" after it: padded to a power of two | D depth (inner size) | O outputs of one program
-C columns of a chunk | S slices of a chunk
+Shapes: T rows (tokens), "p" after it: padded to a power of two | D depth (inner size) | O outputs
+of one program | C columns of a chunk | S slices of a chunk
 """
 
 from __future__ import annotations
@@ -38,8 +31,12 @@ MAX_ROWS = 16
 
 
 class LinearTile(NamedTuple):
-    """Outputs of one program, slices and columns of a chunk of weights, chunks under way at a time, warps; and whether the
-    chunks after those are asked into the L2 before the wait. One row has one slice.
+    """The sizes of a launch.
+
+    Outputs of one program, slices and columns of a chunk of weights, chunks in flight, warps.
+
+    `prefetch`: the chunks after those in flight are prefetched into the L2 before the wait. A
+    single row has one slice.
     """
 
     outs: int
@@ -54,7 +51,7 @@ class LinearTile(NamedTuple):
 def _load_columns(
     at_AWC, chunk: tl.constexpr, DEPTH: tl.constexpr, COLUMNS: tl.constexpr, POLICY: tl.constexpr
 ):
-    """Chunk of rows that begin at `at_AWC` (which holds the columns' offsets as well)."""
+    """Chunk of rows that begin at `at_AWC`, which includes the columns' offsets."""
     if (chunk + 1) * COLUMNS <= DEPTH:
         return tl.load(at_AWC + chunk * COLUMNS, eviction_policy=POLICY)
     else:
@@ -87,8 +84,10 @@ def one_row_linear_kernel(
     SILU_MUL: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Tiles are [A, W, C]: A outputs to each of W warps, COLUMNS as wide as a warp loads at once. Every warp has a copy of x,
-    [1, W, C], so nothing crosses warps. The norm's factor comes last: it is the same for all products.
+    """Tiles are [A, W, C]: A outputs for each of W warps, COLUMNS as wide as one load of a warp.
+
+    Every warp has a copy of x, [1, W, C], so nothing crosses warps. The norm's factor is applied
+    last: it is the same for all products.
     """
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     NUM_CHUNKS: tl.constexpr = (DEPTH + COLUMNS - 1) // COLUMNS
@@ -98,7 +97,7 @@ def one_row_linear_kernel(
     o_AW = (
         tl.program_id(0) * OUTS + tl.arange(0, EACH)[:, None] * WARPS + tl.arange(0, WARPS)[None, :]
     )
-    # outputs beyond the last compute the last once more and are not stored
+    # outputs beyond the last recompute the last and are not stored
     row_AW = tl.minimum(o_AW, NUM_OUTS - 1)
     d_C = tl.arange(0, COLUMNS)
     d_1WC = d_C[None, None, :] + tl.zeros((1, WARPS, 1), tl.int32)
@@ -126,7 +125,7 @@ def one_row_linear_kernel(
                     PREFETCH_P,
                 )
         tl.extra.cuda.gdc_wait()
-    if HAS_RESIDUAL:  # asked for now, or the end of the program would wait for it
+    if HAS_RESIDUAL:  # loaded early, so that the end of the program does not wait for it
         residual_AW = tl.load(residual_ptr + row_AW)
     for chunk in tl.static_range(NUM_CHUNKS):
         if chunk < AHEAD:
@@ -172,9 +171,9 @@ def one_row_linear_kernel(
 
 
 @triton.jit
-def _load_slices(at_SRC, chunk: tl.constexpr, keep_R, DEPTH: tl.constexpr, SLICES: tl.constexpr, COLUMNS: tl.constexpr,
-                 MASK_ROWS: tl.constexpr, POLICY: tl.constexpr):  # fmt: skip
-    """Chunk [S, rows, C] of rows that begin at `at_SRC` (which holds the columns' offsets as well)."""
+def _load_slices(at_SRC, chunk: tl.constexpr, keep_R, DEPTH: tl.constexpr, SLICES: tl.constexpr,
+                 COLUMNS: tl.constexpr, MASK_ROWS: tl.constexpr, POLICY: tl.constexpr):  # fmt: skip
+    """Chunk [S, rows, C] of rows that begin at `at_SRC`, which includes the columns' offsets."""
     CHUNK: tl.constexpr = SLICES * COLUMNS
     if (chunk + 1) * CHUNK <= DEPTH and not MASK_ROWS:
         return tl.load(at_SRC + chunk * CHUNK, eviction_policy=POLICY)
@@ -221,7 +220,7 @@ def few_rows_linear_kernel(
     UPCAST: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """A chunk is S products [T, C] × [C, O], one to a warp; their results are added up at the end."""
+    """A chunk is S products [T, C] × [C, O], one per warp; their sums are added at the end."""
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     CHUNK: tl.constexpr = SLICES * COLUMNS
     NUM_CHUNKS: tl.constexpr = (DEPTH + CHUNK - 1) // CHUNK
@@ -286,7 +285,7 @@ def few_rows_linear_kernel(
                         up_at, chunk + AHEAD, all_O, DEPTH, SLICES, COLUMNS, False, "evict_first"
                     ),
                 )
-        if NUM_CHUNKS > 1 or not HAS_NORM:  # of a norm, a single chunk is still at hand
+        if NUM_CHUNKS > 1 or not HAS_NORM:  # the norm has already loaded a single chunk
             x_STC = _load_slices(x_at, chunk, real_T, DEPTH, SLICES, COLUMNS, MASK_T, "evict_last")
         if HAS_NORM:
             d_mask_SC = chunk * CHUNK + d_SC < DEPTH
@@ -314,7 +313,8 @@ def few_rows_linear_kernel(
     tl.store(out_ptr + at_TO, y_TO, mask=mask_TO)
 
 
-# (outputs, depth, silu·up): tiles for one row, for up to 8 and for up to 16. Measured on an H200 by scripts/bench/bench_linear.py.
+# (outputs, depth, silu·up): tiles for 1, for up to 8 and for up to 16 rows. Measured on an H200 by
+# scripts/bench/bench_linear.py.
 TILES: dict[tuple[int, int, bool], tuple[LinearTile, LinearTile, LinearTile]] = {
     # Qwen3-0.6B: qkv, out, gate_up, down, head
     (4096, 1024, False): (
@@ -372,7 +372,7 @@ TILES: dict[tuple[int, int, bool], tuple[LinearTile, LinearTile, LinearTile]] = 
 
 
 def linear_tile(num_rows: int, num_outs: int, depth: int, silu_mul: bool) -> LinearTile:
-    """The measured choice; for other shapes what did well at the most of these."""
+    """The measured tile; for other shapes the tile that was fast for most of these."""
     known = TILES.get((num_outs, depth, silu_mul))
     if known:
         return known[0 if num_rows == 1 else 1 if num_rows <= 8 else 2]
@@ -386,11 +386,13 @@ def linear_tile(num_rows: int, num_outs: int, depth: int, silu_mul: bool) -> Lin
 
 
 def max_rows(num_outs: int, depth: int, has_norm: bool) -> int:
-    """Up to how many rows this beats cuBLAS and the neighbours' own kernels, for a weight [num_outs, depth].
+    """The most rows for which this beats cuBLAS with separate neighbours.
 
-    Every program norms all rows for itself, which costs more than a kernel where rows are long (8B qkv, 2 rows: 20 µs,
-    apart 19). Of large weights cuBLAS streams several rows' as well, but not where outputs are few (8B down, 8 rows: 28 µs,
-    cuBLAS 31). A norm saved pays for a little more (0.6B head, 2 rows: 77 µs, apart 80; 4 rows: 81, apart 81).
+    Weights are [num_outs, depth].
+
+    Every program norms all rows, which is slower than a norm kernel for long rows. cuBLAS also
+    streams large weights for several rows, except with few outputs. Saving a norm launch allows one
+    row more.
     """
     if has_norm and depth > 2048:
         return 1
@@ -448,10 +450,11 @@ def few_rows_linear(
     launch: LinearTile | None = None,
     pdl: bool | None = None,
 ) -> Tensor:
-    """`reference.fused_linear` for up to MAX_ROWS rows of bf16 or fp16, last strides 1. The weights (norm's and bias included)
-    may be read before earlier kernels are over, so no kernel that is still under way may write them.
+    """`reference.fused_linear` for up to MAX_ROWS rows of bf16 or fp16, last strides 1.
 
-    `launch` and `pdl` override the tile and programmatic dependent launch, for measurements.
+    The weights (including the norm's weight and the bias) may be read before earlier kernels end,
+    so no running kernel may write them. `launch` and `pdl` override the tile and programmatic
+    dependent launch, for measurements.
     """
     num_rows, depth = x_TD.shape
     num_outs = weight_OD.shape[0] // 2 if silu_mul else weight_OD.shape[0]

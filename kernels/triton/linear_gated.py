@@ -1,19 +1,17 @@
 """silu(x · gateᵀ) · (x · upᵀ) with up to 256 rows and large weights (8B), in Triton.
 
-Such a product is bound by its weights' way from memory, if every multiprocessor has its share of them under way all the
-time. cuBLAS cuts the outputs into powers of two: 24576 of Qwen3-8B into 192 tiles of 128, for 132 multiprocessors. Here a
-tile may be 128 and 64 outputs side by side, two products with the same rows, so that 128 tiles make one even round.
+The time of such a product is that of reading its weights, if every multiprocessor loads its share
+of them all the time. cuBLAS cuts the outputs into powers of two: the 24576 of Qwen3-8B into 192
+tiles of 128, for 132 multiprocessors. Here a tile may be 128 and 64 outputs side by side, two
+products with the same rows, so that 128 tiles fill the device in one round.
 
-The weights are the left operand of the matrix units, which take it in pieces of 64, and the rows the right one, which may be
-as few as 8. A tile of weights alternates between 8 outputs of gate and the same 8 of up: of a tile's results a thread holds
-those 8 apart, so that both factors of a product meet in its registers.
+The weights are the left operand of the matrix units, which take it in pieces of 64. The rows are
+the right operand, which may have as few as 8. A tile of weights alternates between 8 outputs of
+gate and the same 8 of up. A thread holds results that are 8 apart, so both factors of a product are
+in its registers. docs/log.md has the measurements.
 
-Measured on an H200, µs of one launch in a chain, cuBLAS with the activation in brackets: 48.6 (53.7) at 32 rows, 50.0
-(54.5) at 64, 54.7 (58.8) at 128, 82.1 (83.2) at 256; reading 201 MB takes 47. In a chain of layers, where it counts as well
-that launches follow each other at once, a layer of Qwen3-8B is 3.0 to 3.4 µs shorter at all four. Descriptors (the copy
-engine) in place of pointers for the rows: the same, but 76.6 at 256.
-
-Shapes: T rows (tokens) | D depth (inner size) | O weight rows of a tile, half of them gate's | C columns of a chunk
+Shapes: T rows (tokens) | D depth (inner size) | O weight rows of a tile, half of them gate's | C
+columns of a chunk
 """
 
 from __future__ import annotations
@@ -37,8 +35,11 @@ from nanovllm.kernels.triton.linear_many import SMALL_WEIGHT
 
 
 class GatedTile(NamedTuple):
-    """How a launch is cut: rows, weight rows of the first and of the second product (0: there is none), columns of a chunk,
-    chunks in flight, warps."""
+    """The sizes of a launch.
+
+    Rows, weight rows of the first and of the second product (0: there is none), columns of a chunk,
+    chunks in flight, warps.
+    """
 
     rows: int
     first: int
@@ -50,14 +51,17 @@ class GatedTile(NamedTuple):
 
 @triton.jit
 def _weight_rows(out, NUM_OUTS: tl.constexpr, LINES: tl.constexpr):
-    """LINES rows of [gate | up] for the outputs from `out`: 8 of gate, the same 8 of up, the next 8 of gate."""
+    """LINES rows of [gate | up] for the outputs from `out`: 8 of gate, the same 8 of up, and on."""
     i_O = tl.arange(0, LINES)
     return out + i_O // 16 * 8 + i_O % 8 + i_O // 8 % 2 * NUM_OUTS
 
 
 @triton.jit
 def _load_rows(at_TC, real_T1, ALL: tl.constexpr):
-    """Zeros for rows that are not real, and not the last row again: see triton_linear_many.py."""
+    """Loads zeros for rows past the last.
+
+    Reading the last row in their place would be slow: see linear_many.py.
+    """
     if ALL:
         return tl.load(at_TC)
     else:
@@ -68,7 +72,7 @@ def _load_rows(at_TC, real_T1, ALL: tl.constexpr):
 def _store(
     acc_OT, out, row_T, num_rows, bias_ptr, out_ptr, NUM_OUTS: tl.constexpr, HAS_BIAS: tl.constexpr
 ):
-    """The outputs from `out` of sums in the order of `_weight_rows`."""
+    """Stores the outputs from `out`; the sums are in the order of `_weight_rows`."""
     LINES: tl.constexpr = acc_OT.shape[0]
     ROWS: tl.constexpr = acc_OT.shape[1]
     if HAS_BIAS:
@@ -132,8 +136,8 @@ def gated_linear_kernel(
         _store(more_OT, second_out, row_T, num_rows, bias_ptr, out_ptr, NUM_OUTS, HAS_BIAS)
 
 
-# For up to so many rows, tiles by merit: measured on an H200 for Qwen3-8B. From 65 to 96 rows, where a tile of 128 would be
-# half empty, and from 129 to 208 cuBLAS is faster.
+# Maximum rows → tiles, the preferred one first. Measured on an H200 for Qwen3-8B. cuBLAS is faster
+# from 65 to 96 rows, where a tile of 128 would be half empty, and from 129 to 208.
 TILES: dict[int, tuple[GatedTile, ...]] = {
     16: (GatedTile(16, 64, 0, 128, 3, 4), GatedTile(16, 128, 64, 128, 4, 4)),
     32: (GatedTile(32, 64, 0, 128, 3, 4), GatedTile(32, 128, 64, 128, 4, 4)),
@@ -149,10 +153,12 @@ MIN_EVENNESS = 0.9
 def gated_tile(
     num_rows: int, num_outs: int, depth: int, shared_bytes: int, multiprocessors: int
 ) -> GatedTile | None:
-    """The launch that beats cuBLAS with the activation in a kernel of its own, for a weight [2 · num_outs, depth].
+    """The tile that beats cuBLAS with a separate activation, or None.
 
-    None where there is none: a tile has to divide the shape, to fit `shared_bytes` of a program, and to make rounds in which
-    hardly a multiprocessor is without one.
+    The weight is [2 · num_outs, depth].
+
+    A tile must divide the shape, fit the `shared_bytes` of a program, and leave few multiprocessors
+    idle in its last round.
     """
     rung = next((rows for rows in TILES if num_rows <= rows), None)
     for tile in TILES[rung] if rung else ():
@@ -167,12 +173,15 @@ def gated_tile(
 
 
 def shared_bytes_of(tile: GatedTile) -> int:
-    """Shared memory of one program: its chunks in flight, and what the hardware keeps for itself."""
+    """Shared memory of one program: its chunks in flight, and 1 KB that the hardware reserves."""
     return tile.num_stages * (tile.rows + tile.first + tile.second) * tile.columns * 2 + 1024
 
 
 def takes(x_TD: Tensor, weight_OD: Tensor) -> bool:
-    """Whether `gated_linear` is for these; the smaller weights of a 0.6B have tiles in triton_linear_many.py."""
+    """True if `gated_linear` has a tile for these.
+
+    The smaller weights of a 0.6B model have tiles in linear_many.py.
+    """
     return weight_OD.numel() > SMALL_WEIGHT and _tile_for(x_TD, weight_OD) is not None
 
 
@@ -194,8 +203,10 @@ def gated_linear(
     launch: GatedTile | None = None,
     pdl: bool | None = None,
 ) -> Tensor:
-    """silu(gate) · up of x · weightᵀ + bias, where gate is the first half and up the second; see `reference.fused_linear`.
-    bf16 or fp16, last strides 1. `launch` and `pdl` override the tile and programmatic dependent launch, for measurements.
+    """silu(gate) · up of x · weightᵀ + bias; see `reference.fused_linear`.
+
+    gate is the first half of the outputs and up the second. bf16 or fp16, last strides 1. `launch`
+    and `pdl` override the tile and programmatic dependent launch, for measurements.
     """
     num_rows, depth = x_TD.shape
     num_outs = weight_OD.shape[0] // 2

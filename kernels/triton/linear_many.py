@@ -1,15 +1,14 @@
-"""Products with 17 to 256 rows (a decode batch), fused with what follows, in Triton:
-x · weightᵀ + bias (→ SiLU·up) (+ residual).
+"""Products with 17 to 256 rows (a decode batch), fused with what follows them, in Triton.
 
-A product of this size takes a few microseconds. It is bound by the weights' way from memory and by what all programs
-together read from the L2, and a good part of its time is launch and first loads. So programs are placed while the kernel
-before still runs (programmatic dependent launch, sm_90), and what follows is taken in, which spares launches. Where the
-outputs are few, the depth is split between programs; each writes its fp32 part, and the last to arrive adds the parts up
-in their order, so that every run gives the same bits.
+x · weightᵀ + bias (→ SiLU·up) (+ residual). Such a product takes a few microseconds. Reading the
+weights from memory and the reads of all programs from the L2 bound it, and launch and first loads
+are a large part of its time. So programs are placed while the kernel before still runs
+(programmatic dependent launch, sm_90), and the operations that follow are fused, which saves
+launches. With few outputs the depth is split between programs: each writes a partial result in
+fp32, and the last to arrive adds the parts in their order, so every run gives the same bits.
 
-Tried and dropped: taking in the RMS norm before (x then has to pass through registers on its way into the matrix units:
-10.6 µs in place of 7.4 for qkv of 0.6B at 32 rows, 2 to 3 times as long for 8B); tensor descriptors in place of pointers
-(the same to 5 % faster at 256 rows, up to 19 % slower where the depth is split).
+The RMS norm before is not fused: x would pass through registers on its way to the matrix units,
+which is slower. docs/log.md has the measurements.
 
 Shapes: T rows (tokens) | D depth (inner size) | O outputs of one program | C columns of a chunk
 """
@@ -33,12 +32,16 @@ from nanovllm.kernels.triton.common import (
 )
 
 MAX_ROWS = 256
-SMALL_WEIGHT = 6144 * 1024  # numbers: up to here cuBLAS is slower for any number of rows
+SMALL_WEIGHT = 6144 * 1024  # elements: up to this size cuBLAS is slower for any number of rows
 
 
 class GemmTile(NamedTuple):
-    """How a launch is cut: rows and outputs of one program, columns of a chunk, parts of the depth, chunks in
-    flight, warps; and whether a program asks its weights into the L2 before it waits for the kernel before.
+    """The sizes of a launch.
+
+    Rows and outputs of one program, columns of a chunk, parts of the depth, chunks in flight,
+    warps.
+
+    `prefetch`: a program prefetches its weights into the L2 before it waits for the kernel before.
     """
 
     rows: int
@@ -51,10 +54,12 @@ class GemmTile(NamedTuple):
 
 
 @triton.jit
-def _load_chunk(at, chunk, d_C, real_L, DEPTH: tl.constexpr, COLUMNS: tl.constexpr, ALL: tl.constexpr,
-                EXACT: tl.constexpr):  # fmt: skip
-    """Columns of one chunk of lines from `at`, [L, C] with the offsets d_C within the first; zeros beyond the depth, and for
-    lines that are not real unless ALL are."""
+def _load_chunk(at, chunk, d_C, real_L, DEPTH: tl.constexpr, COLUMNS: tl.constexpr,
+                ALL: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
+    """Columns of one chunk of lines that begin at `at`, [L, C], which includes the offsets d_C.
+
+    Zeros past the depth and, unless ALL, for lines that are not real.
+    """
     if EXACT and ALL:
         return tl.load(at + chunk * COLUMNS)
     elif EXACT:
@@ -101,11 +106,11 @@ def many_rows_linear_kernel(
     o_O = tl.program_id(0) * OUTS + tl.arange(0, OUTS)
     row_T = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     d_C = split * SHARE + tl.arange(0, COLUMNS)
-    # Rows beyond the last are zeros. Reading the last one in their place had every program ask the same few lines of the L2
-    # again and again: on an H200 a product of 160 rows took 14.3 µs, one of 256 rows, which fill their tiles, 7.3.
+    # Rows past the last are zeros. If they read the last row instead, all programs would load the
+    # same few lines from the L2: twice the time for 160 rows.
     real_T = row_T < num_rows
     x_T = x_ptr + row_T.to(tl.int64) * x_stride
-    # outputs beyond the last compute the last once more and are not stored
+    # outputs past the last recompute the last and are not stored
     real_O = o_O < NUM_OUTS
     w_O = weight_ptr + tl.minimum(o_O, NUM_OUTS - 1).to(tl.int64) * weight_stride
     up_O = w_O + NUM_OUTS * weight_stride.to(tl.int64)
@@ -118,7 +123,7 @@ def many_rows_linear_kernel(
 
     mask_TO = real_T[:, None] & real_O[None, :]
     at_TO = row_T[:, None] * NUM_OUTS + o_O[None, :]
-    if HAS_RESIDUAL:  # asked for now, or the end of the program would wait for it
+    if HAS_RESIDUAL:  # loaded early, so that the end of the program does not wait for it
         residual_TO = tl.load(residual_ptr + at_TO, mask=mask_TO, other=0.0)
     x_at, w_at, up_at = (
         x_T[:, None] + d_C[None, :],
@@ -140,7 +145,7 @@ def many_rows_linear_kernel(
         tl.store(part_ptr + split * each + at_TO, acc_TO, mask=mask_TO)
         if SILU_MUL:
             tl.store(part_ptr + split * each + part + at_TO, up_TO, mask=mask_TO)
-        # all threads' stores come before the one thread's release; its acquire comes before all threads' loads
+        # all threads store before the one thread's release; its acquire comes before all loads
         tl.debug_barrier()
         arrived_at = arrived_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
         if tl.atomic_add(arrived_at, 1, sem="acq_rel", scope="gpu") != SPLITS - 1:
@@ -148,7 +153,7 @@ def many_rows_linear_kernel(
         tl.store(arrived_at, 0)
         acc_TO, up_TO = tl.zeros((ROWS, OUTS), tl.float32), tl.zeros((ROWS, OUTS), tl.float32)
         for i in tl.static_range(SPLITS):
-            # .cg: other multiprocessors wrote these, so L1 is not asked
+            # other multiprocessors wrote these, so .cg bypasses L1
             acc_TO += tl.load(
                 part_ptr + i * each + at_TO, mask=mask_TO, other=0.0, cache_modifier=".cg"
             )
@@ -171,42 +176,47 @@ def many_rows_linear_kernel(
     tl.store(out_ptr + at_TO, y_TO, mask=mask_TO)
 
 
-# (outputs, depth, silu·up): tiles for up to 32, 64, 128 and 256 rows. Measured on an H200 by scripts/bench/bench_linear.py.
+# (outputs, depth, silu·up): tiles for up to 32, 64, 128 and 256 rows. Measured on an H200 by
+# scripts/bench/bench_linear.py.
 TILES: dict[tuple[int, int, bool], tuple[GemmTile, ...]] = {
     # Qwen3-0.6B: qkv, out, gate_up, down
     (4096, 1024, False): (
-        GemmTile(32, 64, 128, 1, 6, 4, True), GemmTile(64, 32, 128, 1, 6, 4), GemmTile(64, 64, 128, 1, 6, 4),
+        GemmTile(32, 64, 128, 1, 6, 4, True), GemmTile(64, 32, 128, 1, 6, 4),
+        GemmTile(64, 64, 128, 1, 6, 4),
         GemmTile(128, 64, 64, 1, 6, 4),
     ),
     (1024, 2048, False): (
-        GemmTile(32, 32, 128, 2, 6, 4, True), GemmTile(64, 32, 128, 2, 6, 4, True), GemmTile(64, 32, 128, 1, 6, 4, True),
+        GemmTile(32, 32, 128, 2, 6, 4, True), GemmTile(64, 32, 128, 2, 6, 4, True),
+        GemmTile(64, 32, 128, 1, 6, 4, True),
         GemmTile(64, 32, 128, 1, 6, 4),
     ),
     (3072, 1024, True): (
-        GemmTile(32, 64, 128, 1, 4, 4), GemmTile(64, 32, 128, 1, 6, 4), GemmTile(128, 32, 64, 1, 6, 4),
+        GemmTile(32, 64, 128, 1, 4, 4), GemmTile(64, 32, 128, 1, 6, 4),
+        GemmTile(128, 32, 64, 1, 6, 4),
         GemmTile(128, 64, 64, 1, 4, 8),
     ),
     (1024, 3072, False): (
-        GemmTile(32, 64, 128, 4, 6, 4, True), GemmTile(64, 32, 128, 4, 6, 4), GemmTile(64, 32, 128, 2, 6, 4, True),
+        GemmTile(32, 64, 128, 4, 6, 4, True), GemmTile(64, 32, 128, 4, 6, 4),
+        GemmTile(64, 32, 128, 2, 6, 4, True),
         GemmTile(64, 32, 128, 1, 6, 4),
     ),
     # Qwen3-8B: qkv, out, down
     (6144, 4096, False): (GemmTile(32, 64, 128, 1, 6, 4), GemmTile(64, 64, 128, 1, 6, 4)),
     (4096, 4096, False): (GemmTile(32, 64, 128, 2, 6, 4), GemmTile(64, 32, 128, 1, 6, 4)),
     (4096, 12288, False): (
-        GemmTile(32, 64, 128, 2, 6, 4), GemmTile(64, 32, 128, 1, 6, 4), GemmTile(128, 64, 128, 2, 4, 4),
+        GemmTile(32, 64, 128, 2, 6, 4), GemmTile(64, 32, 128, 1, 6, 4),
+        GemmTile(128, 64, 128, 2, 4, 4),
     ),
 }  # fmt: skip
 
 
 def max_rows(num_outs: int, depth: int) -> int:
-    """Up to how many rows this beats cuBLAS, for a weight [num_outs, depth] without a norm before; 0: never.
+    """The most rows for which this beats cuBLAS; 0: never.
 
-    On an H200 in µs at 64 / 128 / 256 rows, cuBLAS with SiLU or the residual's copy in brackets. Qwen3-0.6B: qkv 4.2 / 5.1 /
-    6.3 (5.4 / 5.4 / 6.3), out 5.0 / 5.1 / 5.9 (7.3 / 7.4 / 7.9), gate_up 6.0 / 7.6 / 9.9 (8.0 / 8.1 / 10.0), down 5.4 / 6.3 /
-    7.6 (9.4 / 9.8 / 9.3). Qwen3-8B: qkv 17.3 / 19.4 / 27.6 (16.3 / 16.8 / 21.7), out 11.8 / 15.5 / 19.0 (13.9 / 15.7 / 20.3),
-    down 29.0 / 33.9 / 48.6 (33.6 / 35.5 / 45.5). For qkv cuBLAS is faster, but not in a chain: launches that follow each
-    other at once make a layer 0.7 µs shorter at 32 rows, 1.2 at 64 and 1.5 longer at 128.
+    The weight is [num_outs, depth], without a norm before.
+
+    For the qkv of an 8B model cuBLAS alone is faster, but up to 64 rows a layer is faster with this
+    kernel, because its launches overlap.
     """
     if num_outs * depth <= SMALL_WEIGHT:
         return MAX_ROWS
@@ -218,7 +228,10 @@ def max_rows(num_outs: int, depth: int) -> int:
 def gemm_tile(
     num_rows: int, num_outs: int, depth: int, silu_mul: bool, shared_bytes: int
 ) -> GemmTile:
-    """The measured choice; for other shapes what did well at most of these. Fewer stages where shared memory is less."""
+    """The measured tile; for other shapes the tile that was fast for most of these.
+
+    With less shared memory it has fewer stages.
+    """
     rung = next((i for i, rows in enumerate((32, 64, 128)) if num_rows <= rows), 3)
     known = TILES.get((num_outs, depth, silu_mul), ())
     if rung < len(known):
@@ -230,9 +243,8 @@ def gemm_tile(
         splits = next((n for n in (4, 2) if programs * n <= 132 and depth >= n * columns * 4), 1)
         tile = GemmTile(rows, outs, columns, splits, 6, 4)
     stage_bytes = (tile.rows + tile.outs * (1 + silu_mul)) * tile.columns * 2
-    while (
-        2 * stage_bytes > shared_bytes - 2048 and tile.columns > 32
-    ):  # 64 KB do not hold two of the largest
+    # 64 KB do not hold two stages of the largest tiles
+    while 2 * stage_bytes > shared_bytes - 2048 and tile.columns > 32:
         tile, stage_bytes = tile._replace(columns=tile.columns // 2), stage_bytes // 2
     return tile._replace(
         num_stages=max(2, min(tile.num_stages, (shared_bytes - 2048) // stage_bytes))
@@ -277,10 +289,10 @@ def many_rows_linear(
     launch: GemmTile | None = None,
     pdl: bool | None = None,
 ) -> Tensor:
-    """x · weightᵀ + bias, then silu(gate) · up, then + residual; see `reference.fused_linear`. bf16 or fp16, last strides 1.
+    """x · weightᵀ + bias, then silu(gate) · up, then + residual; see `reference.fused_linear`.
 
-    The weights may be asked for before earlier kernels are over. `launch` and `pdl` override the tile and programmatic
-    dependent launch, for measurements.
+    bf16 or fp16, last strides 1. The weights may be prefetched before earlier kernels end. `launch`
+    and `pdl` override the tile and programmatic dependent launch, for measurements.
     """
     num_rows, depth = x_TD.shape
     num_outs = weight_OD.shape[0] // 2 if silu_mul else weight_OD.shape[0]

@@ -1,9 +1,11 @@
 """RMS norm, add + RMS norm and SiLU·up in Triton, one launch each.
 
-For eager execution: in compiled programs Inductor fuses the same formulas with their neighbours. A program takes some
-whole rows (norms) or a piece of a row (silu_mul). Intermediate roundings are those of `reference`.
+They serve eager execution: in compiled programs Inductor fuses the same formulas with their
+neighbours. A program takes some whole rows (norms) or a piece of a row (silu_mul). Intermediate
+results are rounded as in `reference`.
 
-Shapes: T tokens | D hidden | F ffn size | A rows of one program; "p" after a letter: padded to a power of two
+Shapes: T tokens | D hidden | F ffn size | A rows of one program; "p" after a letter: padded to a
+power of two
 """
 
 import torch
@@ -55,13 +57,16 @@ def rms_norm_kernel(
 
 
 def norm_tile(dim: int) -> tuple[int, int]:
-    """(rows of one program, warps): about 2048 elements a program, and no fewer than 16 a thread for long rows."""
+    """(rows of one program, warps): about 2048 elements a program.
+
+    Long rows have 16 elements a thread or more.
+    """
     dim_p = triton.next_power_of_2(dim)
     return max(1, min(32, 2048 // dim_p)), min(16, max(4, dim_p // 512))
 
 
 def _rows(x: Tensor) -> Tensor:
-    """x as [rows, last dimension] with a last stride of 1, without a copy where its strides allow it."""
+    """x as [rows, last dimension] with a last stride of 1; copies only if strides require it."""
     x_TD = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     return x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
 

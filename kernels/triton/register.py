@@ -1,5 +1,7 @@
-"""Gives our ops their Triton kernels on CUDA (sm_75 and newer) and ROCm, which torch calls CUDA as well. Needs triton:
-import it where the platform is known."""
+"""Registers our Triton kernels for CUDA (sm_75 and newer) and for ROCm.
+
+torch calls both CUDA. Importing this module needs triton: import it once the platform is known.
+"""
 
 import torch
 from torch import Tensor
@@ -27,7 +29,7 @@ def paged_attention(
     k_scale_K: Tensor | None = None,
     v_scale_K: Tensor | None = None,
 ) -> Tensor:
-    """Decode (max_q_len 1) and prefill are different kernels; see `reference.paged_attention` for the meaning."""
+    """`reference.paged_attention`; decode (max_q_len 1) and prefill are different kernels."""
     if max_q_len == 1:
         return paged_attention_decode(
             q_TNH,
@@ -84,7 +86,7 @@ _registered = False
 
 
 def supported(device: torch.device) -> bool:
-    """Whether these kernels can run on the device; docs/gpus.md says on which they have."""
+    """True if these kernels can run on the device. docs/gpus.md lists devices that were tried."""
     return device.type == "cuda" and (
         torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (7, 5)
     )

@@ -1,8 +1,9 @@
-"""Which Triton kernels a step launches, found on fake tensors, and the compiling of one of them by itself.
+"""Finds the Triton kernels that a step launches, on fake tensors, and compiles one at a time.
 
-What Triton compiles follows from a launch's constants and, for every other argument, from its type and from whether it is 1
-or a multiple of 16, its address if it is a pointer. So the launches of all steps are known without running any of them, and
-each kernel need be compiled only once, by whoever has time. Should this miss one, it is compiled at its first launch.
+A compiled kernel depends on the launch's constants and, for each other argument, on its type and on
+whether it is 1 or a multiple of 16 (for a pointer, its address). So the launches of all steps are
+known without running a step, and each kernel is compiled once, by any process that has time. A
+kernel that this misses is compiled at its first launch.
 """
 
 from __future__ import annotations
@@ -26,28 +27,34 @@ from nanovllm.kernels.triton import common as triton_common
 
 
 class Rehearsal:
-    """Takes the calls of steps on fake tensors, and keeps what was not launched.
+    """Runs the calls of steps on fake tensors and records their launches.
 
-    `kernels` are requests for `compile`, each with the length of its source: what takes longest to compile is long. Triton puts
-    the functions that a kernel calls in their places, so theirs counts as often as they are called.
+    `kernels` maps requests for `compile` to the length of the kernel's source, because long kernels
+    take longest to compile. Triton inlines the functions that a kernel calls, so their length
+    counts once per call.
     """
 
     def __init__(self) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.kernels: dict[str, int] = {}
-        # Fake tensors of a GPU make its context, which gradients would want. Nothing here does, and to end it takes long.
+        # Fake tensors on a GPU create its context, for gradients. Nothing here needs the context,
+        # and ending it takes long.
         fake_tensor.init_gpu_context = lambda device: None  # type: ignore[assignment]
 
     def visit(self, op: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
-        """The result of a call as a step makes it, on fakes: an op of ours runs as on the device up to its launches."""
+        """The result of a call of a step, on fake tensors.
+
+        An op of ours runs as on the device, except for its launches.
+        """
         kernel = ops.kernel_of(op, "CUDA") or op
         with self.mode, self._keeping_launches():
             return kernel(*args, **kwargs)
 
     def compile(self, request: str) -> None:
-        """Compile what a launch, in this or another process, asked for, into Triton's folder; found there it is read.
+        """Compile the kernel of a recorded launch into Triton's folder, or read it from there.
 
-        So is its launcher: up to Triton 3.6 each signature has one in C, which takes a C compiler 0.2 s.
+        The launch may come from this or another process. The launcher is built, too: up to Triton
+        3.6 each signature has one in C, which takes a C compiler 0.2 s.
         """
         asked = json.loads(request)
         kernel = getattr(importlib.import_module(asked["module"]), asked["name"])
@@ -74,7 +81,7 @@ class Rehearsal:
 
 
 class _Pointer:
-    """What Triton wants to know of a tensor."""
+    """The properties of a tensor that Triton reads."""
 
     def __init__(self, dtype: str, aligned: bool) -> None:
         self.dtype = getattr(torch, dtype)
@@ -84,13 +91,13 @@ class _Pointer:
         return self._address
 
     def ptr_range(self) -> int:
-        """For AMD: with less than 2 GiB behind it offsets are 32 bits wide. Triton's own stand-in says so, too."""
+        """For AMD: offsets below 2 GiB have 32 bits. Triton's own stand-in returns 0, too."""
         return 0
 
 
 @functools.cache
 def _inlined_length(kernel: JITFunction[Any]) -> int:
-    """Characters of its source, with that of our functions in place of each call."""
+    """Characters of the kernel's source, with the source of our functions at each call."""
     calls = (node.func for node in ast.walk(kernel.parse()) if isinstance(node, ast.Call))
     called = (kernel.fn.__globals__.get(name.id) for name in calls if isinstance(name, ast.Name))
     return len(kernel.src) + sum(
@@ -99,10 +106,13 @@ def _inlined_length(kernel: JITFunction[Any]) -> int:
 
 
 def _request(kernel: Any, arguments: dict[str, Any]) -> str:
-    """A launch as JSON, the same for all launches of one compiled kernel. TypeError for a constant that JSON can't say."""
+    """A launch as JSON, the same for all launches of one compiled kernel.
+
+    TypeError for a constant that JSON cannot express.
+    """
     params = {param.name: param for param in kernel.params}
     written = {
-        # what is no parameter is an option of the compiler
+        # names that are not parameters are options of the compiler
         name: value
         if name not in params or params[name].is_constexpr
         else _stand_in(params[name], value)
@@ -115,9 +125,9 @@ def _request(kernel: Any, arguments: dict[str, Any]) -> str:
 
 
 def _stand_in(param: Any, value: Any) -> Any:
-    """A value that compiles like this one."""
+    """A value that compiles to the same kernel."""
     if isinstance(value, Tensor):
-        aligned = value.storage_offset() * value.element_size() % 16 == 0  # allocations are
+        aligned = value.storage_offset() * value.element_size() % 16 == 0  # allocations are aligned
         return {"dtype": str(value.dtype).removeprefix("torch."), "aligned": aligned}
     if isinstance(value, float):
         return 0.5

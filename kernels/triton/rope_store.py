@@ -1,11 +1,12 @@
 """Head norm, rotary embedding and the write into the cache, in Triton.
 
-The fused kernel does what three would do with one read of the projection's output: at batch 1 it saves launches, at a
-full prefill memory traffic. Each program takes one token and some of its heads; a head is held as its two halves,
-because the rotation pairs element i with element i + H/2.
+The fused kernel replaces three with one read of the projection's output: at batch 1 it saves
+launches, in a full prefill memory traffic. Each program takes one token and some of its heads. A
+head is held as two halves, because the rotation pairs element i with element i + H/2.
 
-Shapes: T tokens | N query heads | K key-value heads | H head size | E = (N + 2K)·H | M positions in the rotary table
-C blocks in the cache | B block size in tokens | A heads of one program | h = H/2, "p" after a letter: padded to a power of two
+Shapes: T tokens | N query heads | K key-value heads | H head size | E = (N + 2K)·H | M positions in
+the rotary table | C blocks in the cache | B block size in tokens | A heads of one program | h =
+H/2, "p" after a letter: padded to a power of two
 """
 
 import torch
@@ -18,7 +19,7 @@ from nanovllm.kernels.triton.common import launch_options, to_fp8, wait_for_earl
 
 @triton.jit
 def _normed(x1_Ah, x2_Ah, w1_h, w2_h, eps, HEAD: tl.constexpr, dtype: tl.constexpr):
-    """RMS norm of whole heads; rounded to the dtype before and after the weight, as the reference does."""
+    """RMS norm of whole heads, rounded before and after the weight, as the reference does."""
     mean_A1 = (tl.sum(x1_Ah * x1_Ah, 1) + tl.sum(x2_Ah * x2_Ah, 1))[:, None] / HEAD
     factor_A1 = tl.rsqrt(mean_A1 + eps)
     y1_Ah = (x1_Ah * factor_A1).to(dtype).to(tl.float32) * w1_h
@@ -28,7 +29,7 @@ def _normed(x1_Ah, x2_Ah, w1_h, w2_h, eps, HEAD: tl.constexpr, dtype: tl.constex
 
 @triton.jit
 def _stored(x, scale, dtype: tl.constexpr):
-    """x as the cache holds it, in fp8 divided by its head's scale."""
+    """x in the cache's dtype; in fp8 it is divided by its head's scale."""
     if dtype == tl.float8e4nv:
         return to_fp8(x, scale)
     else:
@@ -141,9 +142,10 @@ def qk_norm_rope_store(
     v_scale_K: Tensor | None = None,
     launch: tuple[int, int] | None = None,
 ) -> Tensor:
-    """rope(norm(q)) returned; rope(norm(k)) and v written to their slots; see `reference.qk_norm_rope_store`.
+    """Returns rope(norm(q)) and writes rope(norm(k)) and v to their slots.
 
-    `launch` overrides the choice of (heads of one program, warps), for measurements.
+    See `reference.qk_norm_rope_store`. `launch` overrides (heads of one program, warps), for
+    measurements.
     """
     block_size, num_kv_heads, head_dim = k_cache_CBKH.shape[1:]
     num_tokens = qkv_TE.shape[0]
@@ -190,10 +192,9 @@ def qk_norm_rope_store(
 
 
 def rope_store_tile(head_dim: int, num_heads: int, num_tokens: int) -> tuple[int, int]:
-    """(heads of one program, warps): some 2048 elements a program, 4096 for many tokens where the heads divide evenly.
+    """(heads of one program, warps): about 2048 elements a program.
 
-    Measured on an H200 (bf16, heads of 128) in µs for 32 heads at 1 / 256 / 16384 tokens, and for 48 at 1 / 16384:
-    16 heads 1.45 / 3.6 / 90, 1.48 / 130; 32 heads 1.77 / 2.9 / 81, 2.16 / 144; 8 heads 1.47 / 4.1 / 103, 1.53 / 151.
+    With many tokens 4096, if that divides the heads evenly: measured on an H200.
     """
     heads = max(1, 2048 // triton.next_power_of_2(head_dim))
     return (2 * heads if num_tokens > 16 and num_heads % (2 * heads) == 0 else heads), 4
@@ -341,7 +342,10 @@ def store_kv(
     k_scale_K: Tensor | None = None,
     v_scale_K: Tensor | None = None,
 ) -> None:
-    """Write token t's key and value into slot slot_T[t] = block · B + offset, in place; see `reference.store_kv`."""
+    """Writes token t's key and value into slot slot_T[t] = block · B + offset, in place.
+
+    See `reference.store_kv`.
+    """
     num_tokens, num_kv_heads, head_dim = k_TKH.shape
     if num_tokens == 0:
         return

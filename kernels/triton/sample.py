@@ -1,14 +1,14 @@
-"""The plain sampler in Triton: argmax of logits, or of logits / temperature + Gumbel noise, in one pass over the logits.
+"""The plain sampler in Triton: argmax of the logits, or of logits / temperature + Gumbel noise.
 
-A first kernel finds the best token of every span of the vocabulary, a second the best of a row's spans. The noise's hash
-is the reference's, bit for bit, in 32-bit arithmetic. Its logarithms are the hardware's, with a series where that one is
-coarse, and the division by the temperature is a multiplication: scores differ from the reference's by less than 1e-5, so
-a token differs only where the two best scores are as close. Greedy rows skip the noise. A NaN never wins.
+It reads the logits once. A first kernel finds the best token of every span of the vocabulary, a
+second the best of a row's spans. The hash of the noise equals the reference's bit by bit, in 32-bit
+arithmetic. Logarithms are the hardware's, with a series where these are inaccurate, and the
+division by the temperature is a multiplication. Scores differ from the reference's by less than
+1e-5, so tokens differ only if the two best scores are as close. Greedy rows skip the noise. A NaN
+never wins.
 
-At batch 1 this is launch latency; at large batches greedy rows are near the memory's rate (18 µs at 256 rows), drawn ones
-bound by arithmetic: about 20 instructions a token, a dozen of them integer at half rate, should take 35 µs. Measured on an
-H200, 151,936 tokens in bf16, greedy and drawn: 2.6 and 3.3 µs at one row (Inductor 73), 3.9 and 7.0 at 8, 10 and 21 at 64,
-28 and 62 at 256 (Inductor 137).
+At batch 1 the time is launch latency. In large batches greedy rows are limited by memory and drawn
+rows by integer arithmetic. docs/log.md has the measurements.
 
 Shapes: R rows | V vocabulary | P spans of a row
 """
@@ -26,10 +26,9 @@ from nanovllm.kernels.triton.common import exp2, launch_options, num_multiproces
 
 LN_2 = tl.constexpr(0.6931471805599453)
 LOG2_E = tl.constexpr(1.4426950408889634)
-SLACK = tl.constexpr(0.001)  # in log2, much more than scores are off by
-ALMOST_TWO = tl.constexpr(
-    1.99999988079071044921875
-)  # 2 − 2⁻²³: less 1 + n · 2⁻²³ it leaves a bit less than 1 − u, exactly
+SLACK = tl.constexpr(0.001)  # in log2; much larger than the error of scores
+# 2 − 2⁻²³: minus 1 + n · 2⁻²³ it is exact and slightly less than 1 − u
+ALMOST_TWO = tl.constexpr(1.99999988079071044921875)
 NO_TOKEN = tl.constexpr(2147483647)
 
 TILE = 1024  # tokens a program scores at a time
@@ -50,7 +49,7 @@ def _hash32(x):
 
 @triton.jit
 def _log2(x, HARDWARE: tl.constexpr):
-    if not HARDWARE or not target_info.is_cuda():  # AMD's library has no such function
+    if not HARDWARE or not target_info.is_cuda():  # AMD's library has no fast_log2f
         return tl.log2(x)
     else:
         return libdevice.fast_log2f(x)
@@ -58,7 +57,7 @@ def _log2(x, HARDWARE: tl.constexpr):
 
 @triton.jit
 def _one_plus_bits(token_V, key, second):
-    """1 + n · 2⁻²³ with the 23 random bits n of token_V; the reference's uniform is (n + ½) · 2⁻²³."""
+    """1 + n · 2⁻²³ with the 23 random bits n of token_V. The reference's u: (n + ½) · 2⁻²³."""
     return ((_keyed_hash32(token_V ^ key, second) >> 9) | 0x3F800000).to(tl.float32, bitcast=True)
 
 
@@ -67,7 +66,8 @@ def _gumbel(one_plus_V, HARDWARE: tl.constexpr):
     """−log(−log u)."""
     uniform_V = one_plus_V - 0.999999940395355224609375  # 1 − 2⁻²⁴: the difference is exact
     rest_V = 1.0 - uniform_V
-    # near 1 the hardware's logarithm has a large relative error: −log(1 − r) = r + r²/2 + r³/3 + r⁴/4 + …
+    # near 1 the hardware's logarithm has a large relative error, so: −log(1 − r) = r + r²/2 + r³/3
+    # + r⁴/4 + …
     series_V = rest_V * (1.0 + rest_V * (0.5 + rest_V * (1.0 / 3.0 + rest_V * 0.25)))
     exponential_V = tl.where(rest_V < 0.02, series_V, -LN_2 * _log2(uniform_V, HARDWARE))
     return -LN_2 * _log2(exponential_V, HARDWARE)
@@ -118,15 +118,16 @@ def best_of_span_kernel(
         second = _hash32(key ^ 0x5BD1E995)
         factor = 1.0 / temperature
         factor_log2 = factor * LOG2_E
-        bound_log2 = float("inf")  # SLACK − best, in units of log 2; infinite until there is one
+        bound_log2 = float("inf")  # SLACK − best in log2; infinite before the first score
         for tile in range(num_tiles):
             token_V = (first + tile) * TILE + lane_V
             logit_V = tl.load(
                 logits_at + token_V, mask=token_V < vocab_size, other=float("-inf")
             ).to(tl.float32)
             one_plus_V = _one_plus_bits(token_V.to(tl.uint32), key, second)
-            # Noise is at most −log(1 − u), so only a token with 1 − u < exp(logit / temperature − best) can win; the slack is
-            # more than all rounding. A span's first tiles find its best, and most others stop here.
+            # Noise is at most −log(1 − u), so only a token with 1 − u < exp(logit / temperature −
+            # best) can win; the slack exceeds all rounding. The first tiles of a span find its best
+            # score, and most other tiles stop here.
             spare_V = exp2(logit_V * factor_log2 + bound_log2, not HARDWARE) - (
                 ALMOST_TWO - one_plus_V
             )
@@ -161,12 +162,12 @@ def best_of_row_kernel(
     best_P = tl.load(best_ptr + at_P, mask=span_P < num_spans, other=float("-inf"))
     token_P = tl.load(best_token_ptr + at_P, mask=span_P < num_spans, other=NO_TOKEN)
     token = tl.min(tl.where(best_P == tl.max(best_P, 0), token_P, NO_TOKEN), 0)
-    # a row with nothing above −inf has no best: its first token, as argmax has it
+    # a row without a score above −inf has no best token: return the first, as argmax does
     tl.store(out_ptr + row_idx, tl.where(token == NO_TOKEN, 0, token).to(tl.int64))
 
 
 def spans(num_rows: int, vocab_size: int, multiprocessors: int) -> tuple[int, int]:
-    """(spans of a row, tiles of a span): enough programs to fill the device, and no more than tiles."""
+    """(spans of a row, tiles of a span): enough programs to fill the device, at most one a tile."""
     num_tiles = triton.cdiv(vocab_size, TILE)
     wanted = max(1, min(num_tiles, multiprocessors * PROGRAMS_PER_MULTIPROCESSOR // num_rows))
     tiles_per_span = triton.cdiv(num_tiles, wanted)

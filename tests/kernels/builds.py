@@ -1,13 +1,18 @@
-"""Compiles every Triton kernel at its production constants, for GPUs that need not be there: Triton brings its assemblers.
+"""Compiles every Triton kernel with its production constants, for GPUs that need not be present.
 
-`python builds.py TARGET` prints the shared memory of each kernel in bytes, as JSON. It runs in a process of its own because
-the interpreter, which the other tests ask for, replaces the compiler.
+Triton brings the assemblers. `python builds.py TARGET` prints properties of each kernel as JSON. It
+runs in a process of its own, because the interpreter, which the other tests use, replaces the
+compiler.
 """
 
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 import sys
+import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -15,19 +20,21 @@ KB = 1024
 
 
 class Target(NamedTuple):
-    """A GPU: Triton's name of its backend and architecture, threads of a warp, shared memory one program may have; and the
-    models whose attention is compiled for it, since a compile takes half a second. The largest heads need the most memory.
+    """A GPU, by Triton's names, and the models whose attention is compiled for it.
+
+    A compile takes half a second, so most GPUs get few models. The largest heads need the most
+    shared memory.
     """
 
     backend: str
     arch: int | str
     warp_size: int
-    shared_bytes: int
+    shared_bytes: int  # that one program may use
     models: tuple[str, ...]
 
     @property
     def has_matrix_units(self) -> bool:
-        """Whether Triton uses them: it knows those of Turing no more."""
+        """True if Triton uses the matrix units. It does not use those of Turing."""
         return self.arch != 75
 
     @property
@@ -63,7 +70,16 @@ TARGETS = {
     "rtx5090": Target("cuda", 120, 32, 99 * KB, ("head-256",)),
     "mi300": Target("hip", "gfx942", 64, 64 * KB, THREE),
 }
-WHOLE = "h200"  # gets every case of the kernels beside attention, too
+WHOLE = "h200"  # gets every case of the other kernels, too
+# Models with an fp8 cache, for GPUs that convert fp8 in hardware.
+FP8_TARGETS = ("rtx4090", "h200")
+FP8_MODELS = {
+    "qwen3-0.6b": Model(16, 8, 128, 128, "bf16"),
+    "blocks-of-64": Model(32, 8, 128, 64, "bf16"),
+    "qwen2-0.5b": Model(14, 2, 64, 16, "fp16"),
+    "head-256": Model(16, 8, 256, 128, "bf16"),
+    "fp32": Model(16, 8, 128, 128, "fp32"),
+}
 
 
 class Product(NamedTuple):
@@ -75,24 +91,27 @@ class Product(NamedTuple):
 
 
 PRODUCTS = (
-    Product(4096, 1024, True, False), Product(1024, 2048, False, False), Product(3072, 1024, True, True, True),
-    Product(1024, 3072, False, False), Product(6144, 4096, True, False), Product(4096, 4096, False, False),
+    Product(4096, 1024, True, False), Product(1024, 2048, False, False),
+    Product(3072, 1024, True, True, True), Product(1024, 3072, False, False),
+    Product(6144, 4096, True, False), Product(4096, 4096, False, False),
     Product(12288, 4096, True, True), Product(4096, 12288, False, False, True),
-    Product(1152, 896, True, False),  # of no model that was measured
+    Product(1152, 896, True, False),  # of no measured model
 )  # fmt: skip
 
 POINTERS = {
     "*fp32": {
-        "cos_sin_ptr", "part_out_ptr", "part_lse_ptr", "part_ptr", "temperature_ptr", "best_ptr", "sampling_ptr",
-        "out_temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr",
+        "cos_sin_ptr", "part_out_ptr", "part_lse_ptr", "part_ptr", "temperature_ptr", "best_ptr",
+        "sampling_ptr", "out_temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr",
+        "k_scale_ptr", "v_scale_ptr",
     },
     "*i32": {
-        "table_ptr", "seq_len_ptr", "q_start_ptr", "arrived_ptr", "best_token_ptr", "out_table_ptr", "out_seq_len_ptr",
-        "out_q_start_ptr", "few_token_ptr",
+        "table_ptr", "seq_len_ptr", "q_start_ptr", "arrived_ptr", "best_token_ptr",
+        "out_table_ptr", "out_seq_len_ptr", "out_q_start_ptr", "few_token_ptr",
     },
     "*i64": {
-        "pos_ptr", "slot_ptr", "seed_ptr", "token_ptr", "row_idx_ptr", "new_token_ptr", "out_token_ptr", "out_pos_ptr",
-        "out_slot_ptr", "out_seed_ptr",
+        "pos_ptr", "slot_ptr", "seed_ptr", "token_ptr", "row_idx_ptr", "new_token_ptr",
+        "out_token_ptr", "out_pos_ptr", "out_slot_ptr", "out_seed_ptr", "rope_offset_ptr",
+        "num_ptr", "num_tokens_ptr", "given_ptr", "out_row_ptr", "out_num_ptr", "out_last_ptr",
     },
 }  # fmt: skip
 FLOATS = {"eps", "scale_log2", "log_vocab_size"}
@@ -105,10 +124,14 @@ class Build(NamedTuple):
     num_warps: int
     num_stages: int = 3
     dtype: str = "bf16"
-    out: str = ""  # the type of out_ptr where it is not the dtype's
+    out: str = ""  # type of out_ptr if it is not the dtype's
+    has_fp8_cache: bool = False
 
 
-def attention(name: str, model: Model, target: Target) -> Iterator[Build]:
+def attention(
+    name: str, model: Model, target: Target, has_fp8_cache: bool = False
+) -> Iterator[Build]:
+    """Decode and prefill, each with and without a window. With an fp8 cache prefill is once."""
     import triton
 
     from nanovllm.kernels.triton import attention_decode as decode
@@ -129,25 +152,60 @@ def attention(name: str, model: Model, target: Target) -> Iterator[Build]:
             f"{cache}_STRIDE_SLOT": num_kv_heads * head_dim,
         }
         strides |= {f"{cache}_STRIDE_BLOCK": block_size * num_kv_heads * head_dim, "UPCAST": False}
+    is_fp8 = has_fp8_cache and element_size == 2
+    head_bytes = head_p * (1 if is_fp8 else element_size)
     for num_rows, window in ((256, 0), (1, 4096)):
-        launch = decode.decode_tile(
-            head_p * element_size, block_size, num_rows, target.shared_bytes
-        )
+        launch = decode.decode_tile(head_bytes, block_size, num_rows, target.shared_bytes, is_fp8)
         constants = decode.decode_constants(*heads, num_rows, window, launch) | strides
-        label = f"{name}: decode rows {num_rows} window {window}"
         yield Build(
-            label, decode.decode_kernel, constants, launch.num_warps, launch.num_stages, dtype
+            f"{name}: decode rows {num_rows} window {window}",
+            decode.decode_kernel,
+            constants,
+            launch.num_warps,
+            launch.num_stages,
+            dtype,
+            has_fp8_cache=has_fp8_cache,
         )
-    for max_q_len, window in ((8192, 0), (16, 4096)):
+    for max_q_len, window in ((8192, 0), (16, 4096))[: 1 if has_fp8_cache else 2]:
         launch_p = prefill.prefill_tile(
             head_p, element_size, block_size, max_q_len, target.shared_bytes
         )
         queries = max(launch_p.queries, triton.next_power_of_2(num_heads // num_kv_heads))
         constants = prefill.prefill_constants(*heads, 16, window, queries, launch_p.tile) | strides
-        label = f"{name}: prefill {max_q_len} window {window}"
         yield Build(
-            label, prefill.prefill_kernel, constants, launch_p.num_warps, launch_p.num_stages, dtype
+            f"{name}: prefill {max_q_len} window {window}",
+            prefill.prefill_kernel,
+            constants,
+            launch_p.num_warps,
+            launch_p.num_stages,
+            dtype,
+            has_fp8_cache=has_fp8_cache,
         )
+
+
+def stores(name: str, model: Model, has_fp8_cache: bool = False) -> Iterator[Build]:
+    """The kernels that write into the cache."""
+    import triton
+
+    from nanovllm.kernels.triton import rope_store
+
+    num_heads, num_kv_heads, head_dim, _, dtype = model
+    heads, num_warps = rope_store.rope_store_tile(head_dim, num_heads + 2 * num_kv_heads, 256)
+    shape = {"NUM_KV_HEADS": num_kv_heads, "HEAD": head_dim, "HEADS": heads}
+    fused = shape | {
+        "HALF_P": triton.next_power_of_2(head_dim // 2),
+        "NUM_HEADS": num_heads,
+        "HAS_Q_NORM": True,
+        "HAS_K_NORM": True,
+        "ONE_TOKEN": False,
+    }
+    store = shape | {"HEAD_P": triton.next_power_of_2(head_dim)}
+    for kernel, constants in (
+        (rope_store.qk_norm_rope_store_kernel, fused),
+        (rope_store.store_kv_kernel, store),
+    ):
+        label = f"{name}: {kernel.__name__.removesuffix('_kernel')}"
+        yield Build(label, kernel, constants, num_warps, dtype=dtype, has_fp8_cache=has_fp8_cache)
 
 
 def pointwise(name: str, model: Model) -> Iterator[Build]:
@@ -155,48 +213,26 @@ def pointwise(name: str, model: Model) -> Iterator[Build]:
 
     from nanovllm.kernels.triton import norm_act, rope_store
 
+    yield from stores(name, model)
     num_heads, num_kv_heads, head_dim, _, dtype = model
     heads, num_warps = rope_store.rope_store_tile(head_dim, num_heads + 2 * num_kv_heads, 256)
-    rope = {"HEAD": head_dim, "HALF_P": triton.next_power_of_2(head_dim // 2), "HEADS": heads}
-    fused = rope | {
+    rope = {
         "NUM_HEADS": num_heads,
-        "NUM_KV_HEADS": num_kv_heads,
-        "HAS_Q_NORM": True,
-        "HAS_K_NORM": True,
-    }
-    fused["ONE_TOKEN"] = False
-    store = {
-        "NUM_KV_HEADS": num_kv_heads,
         "HEAD": head_dim,
-        "HEAD_P": triton.next_power_of_2(head_dim),
+        "HALF_P": triton.next_power_of_2(head_dim // 2),
         "HEADS": heads,
     }
     dim = 4096
     rows, norm_warps = norm_act.norm_tile(dim)
     norm = {"DIM": dim, "DIM_P": dim, "ROWS": rows, "HAS_RESIDUAL": True}
-    yield Build(
-        f"{name}: qk_norm_rope_store",
-        rope_store.qk_norm_rope_store_kernel,
-        fused,
-        num_warps,
-        dtype=dtype,
-    )
-    yield Build(
-        f"{name}: rope",
-        rope_store.rope_kernel,
-        rope | {"NUM_HEADS": num_heads},
-        num_warps,
-        dtype=dtype,
-    )
-    yield Build(f"{name}: store_kv", rope_store.store_kv_kernel, store, num_warps, dtype=dtype)
+    silu_mul = {"FFN": 12288, "PIECE": 1024}
+    yield Build(f"{name}: rope", rope_store.rope_kernel, rope, num_warps, dtype=dtype)
     yield Build(f"{name}: add_rms_norm", norm_act.rms_norm_kernel, norm, norm_warps, dtype=dtype)
-    yield Build(
-        f"{name}: silu_mul", norm_act.silu_mul_kernel, {"FFN": 12288, "PIECE": 1024}, 4, dtype=dtype
-    )
+    yield Build(f"{name}: silu_mul", norm_act.silu_mul_kernel, silu_mul, 4, dtype=dtype)
 
 
 def products(case: int, product: Product, target: Target) -> Iterator[Build]:
-    """For one row, a few and many, in each the kernel that `triton_linear` would take."""
+    """For one row, a few and many rows: the kernel that `triton.linear` selects."""
     from nanovllm.kernels.triton import linear_few as triton_linear_few
     from nanovllm.kernels.triton import linear_many as triton_linear_many
 
@@ -226,7 +262,7 @@ def products(case: int, product: Product, target: Target) -> Iterator[Build]:
 
 
 def gated_products(target: Target, whole: bool) -> Iterator[Build]:
-    """gate_up of Qwen3-8B in every tile that fits, or in the first one."""
+    """gate_up of Qwen3-8B in every tile that fits the GPU, or in the first of them."""
     from nanovllm.kernels.triton import linear_gated as gated
 
     num_outs, depth = 12288, 4096
@@ -241,7 +277,7 @@ def gated_products(target: Target, whole: bool) -> Iterator[Build]:
 
 
 def steps() -> Iterator[Build]:
-    """The sampler, and the kernels by which a decode step advances itself."""
+    """The sampler, and the kernels that compute the inputs of a decode step."""
     from nanovllm.kernels.triton import filter as triton_filter
     from nanovllm.kernels.triton import sample as triton_sample
     from nanovllm.kernels.triton import step as triton_step
@@ -260,9 +296,14 @@ def steps() -> Iterator[Build]:
         )
     inputs = {"BLOCKS": 640, "BLOCK_SIZE": 64, "PIECE": 1024}
     yield Build("decode_inputs", triton_step.decode_inputs_kernel, inputs, 4)
-    rows = {"FIELDS": 4, "ROWS": triton_step.ROWS}
-    yield Build("sampling_inputs", triton_step.sampling_inputs_kernel, rows, 4)
-    yield Build("advance", triton_step.advance_kernel, {"ROWS": triton_step.ROWS}, 4)
+    span = inputs | {"ROWS": 256, "TOKENS": triton_step.SPAN_TOKENS}
+    yield Build("span_inputs", triton_step.span_inputs_kernel, span, 4)
+    for has_num in (False, True):
+        rows = {"ROWS": triton_step.ROWS, "HAS_NUM": has_num}
+        label = "K tokens" if has_num else "1 token"
+        sampling = rows | {"FIELDS": 4}
+        yield Build(f"sampling_inputs {label}", triton_step.sampling_inputs_kernel, sampling, 4)
+        yield Build(f"advance {label}", triton_step.advance_kernel, rows, 4)
 
 
 def all_builds(name: str) -> Iterator[Build]:
@@ -272,6 +313,10 @@ def all_builds(name: str) -> Iterator[Build]:
             yield from attention(model_name, model, target)
         if model_name == "qwen3-0.6b" or (whole and model_name in ("head-80", "head-256-fp32")):
             yield from pointwise(model_name, model)
+    if name in FP8_TARGETS:
+        for model_name, model in FP8_MODELS.items():
+            yield from attention(f"fp8 {model_name}", model, target, has_fp8_cache=True)
+        yield from stores("fp8 qwen3-0.6b", FP8_MODELS["qwen3-0.6b"], has_fp8_cache=True)
     for case, product in enumerate(PRODUCTS):
         if whole or product.everywhere:
             yield from products(case, product, target)
@@ -281,7 +326,7 @@ def all_builds(name: str) -> Iterator[Build]:
 
 
 def compile_build(build: Build, target: Target) -> Any:
-    """The compiled kernel, its pointers and strides multiples of 16, as they are for the shapes above."""
+    """The compiled kernel; pointers and strides are multiples of 16, as for the shapes above."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
@@ -297,6 +342,7 @@ def compile_build(build: Build, target: Target) -> Any:
         signature[name] = (
             "constexpr" if name in constants
             else build.out if build.out and name == "out_ptr"
+            else "*fp8e4nv" if build.has_fp8_cache and name in ("k_ptr", "v_ptr")
             else special if name.endswith("_ptr")
             else "fp32" if name in FLOATS
             else "i32"
@@ -317,7 +363,7 @@ def compile_build(build: Build, target: Target) -> Any:
 
 
 class AbsentDevice:
-    """What `target_info` asks while a kernel is compiled, and a machine without the GPU cannot say."""
+    """Answers what `target_info` asks during a compile, on a machine without the GPU."""
 
     def __init__(self, target: Target) -> None:
         from triton.backends.compiler import GPUTarget
@@ -328,8 +374,26 @@ class AbsentDevice:
         return self._target
 
 
+def instructions(cubin: bytes) -> Counter[str]:
+    """How often each instruction occurs in the machine code."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-sass", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return Counter(
+        re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@\S+ )?([A-Z][\w.]*)", text, re.MULTILINE)
+    )
+
+
 def compile_all(name: str) -> dict[str, dict[str, Any]]:
-    """Of each kernel: its shared memory in bytes, and which of NVIDIA's instructions it has."""
+    """Properties of each kernel: its shared memory in bytes, and the NVIDIA instructions it has.
+
+    With an fp8 cache also the numbers of spills, of loads of single bytes, and of conversions of
+    two fp8 values at once.
+    """
     from triton.runtime import driver
 
     target = TARGETS[name]
@@ -338,12 +402,19 @@ def compile_all(name: str) -> dict[str, dict[str, Any]]:
     for build in all_builds(name):
         compiled = compile_build(build, target)
         text = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
-        marks = [
-            mark
-            for mark in ("mma.", "wgmma.", "mfma", "ex2.approx.ftz", "cp.async", "bf16")
-            if mark in text
-        ]
-        found[build.name] = {"shared": compiled.metadata.shared, "marks": marks}
+        marks = ("mma.", "wgmma.", "mfma", "ex2.approx.ftz", "cp.async", "bf16")
+        one = {
+            "shared": compiled.metadata.shared,
+            "marks": [mark for mark in marks if mark in text],
+        }
+        if build.has_fp8_cache:
+            code = instructions(compiled.asm["cubin"])
+            one |= {
+                "spills": sum(num for name, num in code.items() if name.startswith(("STL", "LDL"))),
+                "byte loads": sum(num for name, num in code.items() if name.startswith("LDS.U8")),
+                "conversions": code["F2FP.F16.E4M3.UNPACK_B"],
+            }
+        found[build.name] = one
     return found
 
 

@@ -1,4 +1,4 @@
-"""Without Triton there is nothing of its kernels to test."""
+"""Without Triton its kernels cannot be imported, so their tests are not collected."""
 
 import importlib.util
 

@@ -1,8 +1,10 @@
-"""flash-attn's documented functions in plain torch: signatures, layouts, dtypes, limits and alignment of masks.
+"""flash-attn's documented functions in plain torch.
 
-What the documentation leaves open is made as bad as it may be: outputs that no row owns are NaN, and arguments of another
-dtype or size than documented are refused. Source: docstrings of flash_attn/flash_attn_interface.py (1.0, 2.5 and later) and
-hopper/flash_attn_interface.py of https://github.com/Dao-AILab/flash-attention.
+They have its signatures, layouts, dtypes, limits and alignment of masks. Where the documentation
+leaves something open, they do the worst it allows: outputs that belong to no row are NaN, and
+arguments of another dtype or size than documented are refused. Source: docstrings of
+flash_attn/flash_attn_interface.py (1.0, 2.5 and later) and hopper/flash_attn_interface.py of
+https://github.com/Dao-AILab/flash-attention.
 """
 
 from __future__ import annotations
@@ -27,7 +29,10 @@ def _attend(
     *,
     bottom_right: bool = True,
 ) -> Tensor:
-    """One sequence: q [queries, heads, size], k and v [keys, heads, size]. A query with no key gives zeros."""
+    """One sequence: q [queries, heads, size], k and v [keys, heads, size].
+
+    A query without keys gives zeros.
+    """
     num_queries, num_keys = q.shape[0], k.shape[0]
     offset = num_keys - num_queries if bottom_right else 0
     k, v = (x.double().repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
@@ -93,7 +98,8 @@ class Two:
 
     @staticmethod
     def flash_attn_varlen_func(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0,
+        softmax_scale=None,
         causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False,
         return_attn_probs=False, block_table=None,
     ):  # fmt: skip
@@ -118,7 +124,8 @@ class Two:
     @staticmethod
     def flash_attn_with_kvcache(
         q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None,
-        cache_batch_idx=None, cache_leftpad=None, block_table=None, softmax_scale=None, causal=False,
+        cache_batch_idx=None, cache_leftpad=None, block_table=None, softmax_scale=None,
+        causal=False,
         window_size=(-1, -1), softcap=0.0, rotary_interleaved=True, alibi_slopes=None, num_splits=0,
         return_softmax_lse=False,
     ):  # fmt: skip
@@ -135,9 +142,12 @@ class Three:
 
     @staticmethod
     def flash_attn_with_kvcache(
-        q, k_cache, v_cache, k=None, v=None, qv=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None,
-        cache_batch_idx=None, cache_leftpad=None, page_table=None, cu_seqlens_q=None, cu_seqlens_k_new=None,
-        max_seqlen_q=None, rotary_seqlens=None, q_descale=None, k_descale=None, v_descale=None, softmax_scale=None,
+        q, k_cache, v_cache, k=None, v=None, qv=None, rotary_cos=None, rotary_sin=None,
+        cache_seqlens=None,
+        cache_batch_idx=None, cache_leftpad=None, page_table=None, cu_seqlens_q=None,
+        cu_seqlens_k_new=None,
+        max_seqlen_q=None, rotary_seqlens=None, q_descale=None, k_descale=None,
+        v_descale=None, softmax_scale=None,
         causal=False, window_size=(-1, -1), attention_chunk=0, softcap=0.0, rotary_interleaved=True,
         scheduler_metadata=None, num_splits=0, pack_gqa=None, sm_margin=0, return_softmax_lse=False,
     ):  # fmt: skip
@@ -152,11 +162,15 @@ class Three:
 
 
 class One:
-    """flash-attn 1.x: as many key-value heads as query heads, and the causal mask aligned to the first query and key."""
+    """flash-attn 1.x: as many key-value heads as query heads.
+
+    Its causal mask is aligned to the first query and key.
+    """
 
     @staticmethod
     def flash_attn_unpadded_func(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale=None, causal=False,
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
+        softmax_scale=None, causal=False,
         return_attn_probs=False, deterministic=False,
     ):  # fmt: skip
         _check(q, k, v, cu_seqlens_q, cu_seqlens_k, max_head=128)
@@ -179,7 +193,7 @@ class One:
         return out
 
 
-# generation: (module, its functions, version, compute capability of a GPU that gets it)
+# generation: (module, its functions, version, compute capability of a GPU that uses it)
 FAKES: dict[int, tuple[str, type, str, tuple[int, int]]] = {
     1: ("flash_attn.flash_attn_interface", One, "1.0.9", (7, 5)),
     2: ("flash_attn", Two, "2.8.3", (8, 0)),
@@ -188,7 +202,7 @@ FAKES: dict[int, tuple[str, type, str, tuple[int, int]]] = {
 
 
 def install(monkeypatch: pytest.MonkeyPatch, generation: int) -> None:
-    """Have `nanovllm.kernels.flash_attention` find this generation, and the device be a GPU for it."""
+    """Make `nanovllm.kernels.flash_attention` find this generation on a GPU that runs it."""
     from nanovllm.kernels import flash_attention
 
     remove(monkeypatch)
@@ -206,7 +220,7 @@ def install(monkeypatch: pytest.MonkeyPatch, generation: int) -> None:
 
 
 def remove(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No flash-attn at all, whatever is installed."""
+    """Make it find no flash-attn, whatever is installed."""
     for name in ("flash_attn", "flash_attn.flash_attn_interface", "flash_attn_interface"):
         monkeypatch.setitem(sys.modules, name, None)
 

@@ -1,4 +1,4 @@
-"""A paged cache whose every slot that no row may see is NaN, and the formula of attention, row by row and token by token."""
+"""A paged cache with NaN in all slots that no row may read, and the formula of attention."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ def paged_cache(
     dtype: torch.dtype,
     window: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """K and V caches, block table and lengths. Blocks are shuffled with gaps; whatever no row may see is NaN."""
+    """K and V caches, block table and lengths.
+
+    Blocks are shuffled with gaps. Slots that no row may read are NaN.
+    """
     generator = torch.Generator().manual_seed(sum(seq_lens) + head_dim)
     num_blocks = [-(-seq_len // block_size) for seq_len in seq_lens]
     cache = torch.full(
         (2, 2 * sum(num_blocks) + 3, block_size, num_kv_heads, head_dim), float("nan")
     )
-    block_table = torch.zeros(
-        len(seq_lens), max(num_blocks) + 2, dtype=torch.int32
-    )  # block 0 is nobody's
+    # block 0 belongs to no row
+    block_table = torch.zeros(len(seq_lens), max(num_blocks) + 2, dtype=torch.int32)
     owned = (torch.randperm(cache.shape[1] - 1, generator=generator) + 1)[: sum(num_blocks)].split(
         num_blocks
     )
@@ -63,7 +65,10 @@ def exact_attention(
     scale: float,
     window: int,
 ) -> Tensor:
-    """In fp64, one query at a time, so that no mask is needed; queries of no row or with no key give zeros."""
+    """Attention in fp64, one query at a time, so that no mask is needed.
+
+    Queries of no row and queries without keys give zeros.
+    """
     out_TNH = torch.zeros(q_TNH.shape, dtype=torch.float64, device=q_TNH.device)
     group = q_TNH.shape[1] // k_cache.shape[2]
     starts = q_start.tolist()
@@ -72,7 +77,7 @@ def exact_attention(
             cache[block_table[row].long()].flatten(0, 1).double() for cache in (k_cache, v_cache)
         )
         for token in range(starts[row], starts[row + 1]):
-            end = length - (starts[row + 1] - 1 - token)  # of the keys it sees
+            end = length - (starts[row + 1] - 1 - token)  # of the keys that it sees
             first = max(0, end - window) if window > 0 else 0
             if end > 0:
                 k, v = (x[first:end].repeat_interleave(group, dim=1) for x in (k_LKH, v_LKH))

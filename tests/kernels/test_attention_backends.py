@@ -1,4 +1,7 @@
-"""All backends of paged attention give what the formula gives, for the same pages, lengths, heads and windows."""
+"""All backends of paged attention agree with the formula.
+
+They get the same pages, lengths, heads and windows.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ PREFILL = [(1, 0), (19, 99), (0, 0), (99, 0), (89, 900), (2, 17)]
 def run(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., Tensor]]:
-    """The backend's function; flash-attn is a fake that refuses what the documentation does not allow."""
+    """The backend's function. flash-attn is a fake that refuses what is not documented."""
     name: str = request.param
     if name.startswith("flash"):
         fake_flash_attn.install(monkeypatch, int(name[-1]))
@@ -60,11 +63,12 @@ def check(
     padding: tuple[int, int] = (0, 0),
     max_q_len: int | None = None,
 ) -> None:
-    """`padding`: tokens of no row before the first row and after the last, NaN."""
+    """`padding`: numbers of tokens, all NaN, before the first row and after the last."""
     num_heads, num_kv_heads, head_dim, window = heads
     before, after = padding
     q_lens = [new for new, _ in rows]
-    # what lies before a decode step's window is NaN, but not for flash-attn: it is a row's own, so nobody promises more
+    # keys before a decode step's window are NaN, except for flash-attn, which does not promise to
+    # skip keys that a row owns
     unseen = window if max(q_lens) == 1 and run is not ops.paged_attention_flash else 0
     k_cache, v_cache, table, seq_len = paged_cache(
         [sum(row) for row in rows], num_kv_heads, head_dim, block_size, dtype, unseen
@@ -86,21 +90,21 @@ CASES = [(name, heads) for name in BACKENDS for heads in HEADS if fits(name, hea
 
 
 @pytest.mark.parametrize(("run", "heads"), CASES, indirect=["run"])
-def test_decode_is_the_formula(
+def test_decode_matches_the_formula(
     run: Callable[..., Tensor], heads: tuple[int, int, int, int]
 ) -> None:
     check(run, DECODE, heads)
 
 
 @pytest.mark.parametrize(("run", "heads"), CASES, indirect=["run"])
-def test_prefill_is_the_formula(
+def test_prefill_matches_the_formula(
     run: Callable[..., Tensor], heads: tuple[int, int, int, int]
 ) -> None:
     check(run, PREFILL, heads)
 
 
 @pytest.mark.parametrize("run", BACKENDS, indirect=True)
-def test_tokens_and_rows_of_nobody_give_zeros(run: Callable[..., Tensor]) -> None:
+def test_tokens_of_no_row_and_empty_rows_give_zeros(run: Callable[..., Tensor]) -> None:
     check(run, [(19, 0), (0, 0), (5, 60)], (4, 2, 64, 0), padding=(0, 200), max_q_len=224)
     check(run, [(0, 0), (0, 0)], (4, 2, 64, 0), padding=(0, 19), max_q_len=19)
     check(run, [(9, 0)], (4, 2, 64, 0), padding=(70, 3), max_q_len=82)
@@ -129,13 +133,13 @@ def test_queries_may_be_a_strided_view(run: Callable[..., Tensor]) -> None:
 
 
 @pytest.mark.parametrize("run", ["sdpa", "flash1", "flash3"], indirect=True)
-def test_small_pages(run: Callable[..., Tensor]) -> None:
+def test_pages_may_be_small(run: Callable[..., Tensor]) -> None:
     check(run, DECODE, (4, 2, 64, 0), block_size=16)
     check(run, PREFILL, (4, 2, 64, 0), block_size=16)
 
 
 @pytest.mark.parametrize("window", [0, 100])
-def test_sdpa_in_pieces_is_the_same(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sdpa_in_pieces_gives_the_same_result(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sdpa_attention, "SCRATCH_BYTES", 1)
     monkeypatch.setattr(sdpa_attention, "QUERY_TOKENS", 7)
     for rows in (DECODE, PREFILL):
@@ -156,7 +160,7 @@ def test_the_ops_trace_with_their_shapes_and_are_not_inlined() -> None:
             )
 
 
-def test_flash_attn_is_looked_for_by_what_the_gpu_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gpu_decides_which_flash_attn_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     for generation, (_, _, version, capability) in fake_flash_attn.FAKES.items():
         fake_flash_attn.install(monkeypatch, generation)
         found = flash_attention.find(capability)
@@ -168,16 +172,20 @@ def test_flash_attn_is_looked_for_by_what_the_gpu_runs(monkeypatch: pytest.Monke
         assert (
             found.generation if isinstance(found, flash_attention.Flash) else None
         ) == generation
-    # an AMD GPU's number is no NVIDIA generation
+    # the capability of an AMD GPU is not an NVIDIA generation
     found = flash_attention.find((9, 4), is_nvidia=False)
     assert isinstance(found, flash_attention.Flash) and found.generation == 2
 
 
-def test_an_old_flash_attn_without_pages_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_flash_attn_without_pages_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
     fake_flash_attn.install(monkeypatch, 2)
-    sys.modules["flash_attn"].flash_attn_with_kvcache = lambda q, k_cache, v_cache: q  # type: ignore[attr-defined]
+
+    def old(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+        return q
+
+    monkeypatch.setattr(sys.modules["flash_attn"], "flash_attn_with_kvcache", old)
     found = flash_attention.find((8, 0))
     assert isinstance(found, flash_attention.Missing)
     assert "2.8.3 has no flash_attn_with_kvcache(…, block_table)" in found.why

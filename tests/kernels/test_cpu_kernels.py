@@ -1,8 +1,9 @@
-"""The CPU kernels give what `reference.py` says, over odd sizes, and read nothing they do not own."""
+"""The CPU kernels agree with `reference.py` at odd sizes and read only memory that they own."""
 
 from __future__ import annotations
 
 import itertools
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +19,8 @@ _is_available, _reason = cpu_kernels.available()
 pytestmark = pytest.mark.skipif(not _is_available, reason=f"no C++ compiler: {_reason}")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# of the largest value: fp32 sums in another order; 16-bit results may round to the neighbour
+# relative to the largest value: fp32 sums have another order; 16-bit results may round to the
+# neighbour
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
@@ -32,7 +34,10 @@ def assert_matches(out: Tensor, expected: Tensor, tolerance: float | None = None
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """For tests of many small calls: on a busy machine a call that wakes threads may wait for a time slice."""
+    """For tests of many small calls.
+
+    On a busy machine a call that wakes threads may wait for a time slice.
+    """
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -53,7 +58,7 @@ def attention_case(
     max_q_len: int | None = None,
     num_extra_tokens: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, float, int]:
-    """Pages in random order; every slot that no row owns holds NaN and every entry past a row's pages is -1."""
+    """Pages in random order. Slots of no row are NaN; table entries past a row's pages are -1."""
     kv_dtype = kv_dtype or dtype
     generator = torch.Generator().manual_seed(len(seq_lens) * 1000 + head_dim)
     num_rows = len(seq_lens)
@@ -383,7 +388,8 @@ def test_nan_and_infinity_pass_through_linear() -> None:
 
 
 def assert_close_to_reference(out: Tensor, expected: Tensor) -> None:
-    # a 16-bit result may round to the neighbour of the reference's, and an early rounding may carry through a product
+    # a 16-bit result may round to the reference's neighbour, and an early rounding may pass through
+    # a product
     torch.testing.assert_close(
         out, expected, rtol=4 * TOLERANCE[expected.dtype], atol=4 * TOLERANCE[expected.dtype]
     )
@@ -485,7 +491,7 @@ def test_qk_norm_rope_store_writes_a_part_of_a_larger_cache() -> None:
     assert_matches(together_CB2KH, torch.stack((k_cache, v_cache), dim=2))
 
 
-def test_without_a_compiler_the_reason_is_given(
+def test_without_a_compiler_available_gives_the_reason(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(
@@ -494,13 +500,39 @@ def test_without_a_compiler_the_reason_is_given(
     monkeypatch.setattr(cpu_kernels, "_load", cpu_kernels._load.__wrapped__)
     is_available, reason = cpu_kernels.available.__wrapped__()
     assert not is_available
-    assert (
-        reason
-        == "RuntimeError: kernels.cpp cannot be compiled: no C++ compiler is found (no-such-compiler)"
+    assert reason == (
+        "RuntimeError: kernels.cpp cannot be compiled: no C++ compiler is found (no-such-compiler)"
     )
 
 
-def test_registering_makes_them_the_ops_kernels_and_twice_changes_nothing() -> None:
+@pytest.mark.parametrize(
+    ("fields", "error"),
+    [
+        ("void* out; const float* x; int64_t num_rows; double eps;", ""),
+        ("void* x; void* out; int64_t num_rows; double eps;", "packs Args::out as P at byte 0"),
+        ("void* out; int64_t x; int64_t num_rows; double eps;", "packs Args::x as P at byte 8"),
+        ("void* out; void* x; int32_t num_rows; double eps;", "packs Args::num_rows as q"),
+        ("void* out; void* x; int64_t num_rows; float eps;", "packs Args::eps as d at byte 24"),
+        ("void* out; void* x; int64_t num_rows; double eps; int64_t n;", "Python packs 32 bytes"),
+        ("void* out; void* x; int64_t num_tokens; double eps;", "num_rows"),
+    ],
+)
+def test_a_library_loads_only_if_its_structs_have_the_fields_that_python_packs(
+    fields: str, error: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(cpp_build._State, "settings", cpp_build.Settings(tmp_path))
+    source = tmp_path / "source.cpp"
+    source.write_text(f"#include <cstdint>\nnamespace {{ struct Args {{ {fields} }}; }}\n")
+    args = cpp_build.Arguments("Args", pointers="out x", integers="num_rows", floats="eps")
+    assert args.pack(1, 2, 3, 0.5) == struct.pack("@2P q d", 1, 2, 3, 0.5)
+    if error:
+        with pytest.raises(RuntimeError, match=error):
+            cpp_build.load(source, [args])
+    else:
+        cpp_build.load(source, [args])
+
+
+def test_registering_makes_them_the_kernels_of_the_ops_and_may_be_repeated() -> None:
     cpu_kernels.register()
     cpu_kernels.register()
     case = attention_case([19, 99], [1, 1])

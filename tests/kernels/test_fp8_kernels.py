@@ -1,4 +1,4 @@
-"""An fp8 cache: what is stored, and attention over it, in Triton and C++ against the reference on the same cache."""
+"""An fp8 cache: writes to it and attention over it, in Triton and C++, match the reference."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from nanovllm.kernels.triton import rope_store as triton_rope_store
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 FP8 = torch.float8_e4m3fn
-NANS = (0x7F, 0xFF)  # all that there are
+NANS = (0x7F, 0xFF)  # all NaNs of the format
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-# Keys and values are off by 2.6 % (three bits of mantissa, root mean square). Scores of standard deviation 1, as here, are off
-# by as much, and so are probabilities: together 3.7 % of a result, where values are independent of each other.
+# Keys and values have a relative error of 2.6 % (three bits of mantissa, root mean square). Scores
+# have a standard deviation of 1 here, so scores and probabilities have the same error: together 3.7
+# % of a result if values are independent of each other.
 UNQUANTISED_TOLERANCE = 0.06
 
 
@@ -31,9 +32,10 @@ def attention_case(
     dtype: torch.dtype = torch.float32,
     window: int = 0,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """(arguments up to max_q_len, the scales, the cache before it was rounded); rows are (new tokens, tokens before them).
+    """(arguments up to max_q_len, the scales, the cache before rounding).
 
-    Blocks are shuffled with gaps; in every slot that no row may see stands one of the NaNs.
+    `rows` are (new tokens, tokens before them). Blocks are shuffled with gaps. Slots that no row
+    may read hold one of the NaNs.
     """
     seq_lens = [new + old for new, old in rows]
     num_blocks = [-(-seq_len // block_size) for seq_len in seq_lens]
@@ -77,7 +79,8 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 def check(
     rows: list[tuple[int, int]], *, decode: bool = False, window: int = 0, **shape: object
 ) -> None:
-    arguments, scales, plain = attention_case(rows, window=window, **shape)  # type: ignore[arg-type]
+    case = attention_case(rows, window=window, **shape)  # type: ignore[arg-type]
+    arguments, scales, plain = case
     max_q_len = 1 if decode else max(2, *(new for new, _ in rows))
     q_TNH, *others = arguments
     rest = (max_q_len, q_TNH.shape[2] ** -0.5, window)
@@ -149,7 +152,7 @@ STORES = [reference.store_kv, triton_rope_store.store_kv]
 
 
 @pytest.mark.parametrize("store_kv", STORES, ids=["reference", "triton"])
-def test_every_e4m3_value_is_stored_as_it_is_and_ties_go_to_even(
+def test_every_e4m3_value_is_stored_exactly_and_ties_go_to_even(
     store_kv: Callable[..., None],
 ) -> None:
     grid = torch.arange(256, dtype=torch.uint8).view(FP8)
@@ -170,9 +173,7 @@ def test_every_e4m3_value_is_stored_as_it_is_and_ties_go_to_even(
 
 
 @pytest.mark.parametrize("store_kv", STORES, ids=["reference", "triton"])
-def test_what_is_finite_saturates_and_what_is_not_a_number_stays_so(
-    store_kv: Callable[..., None],
-) -> None:
+def test_finite_values_saturate_and_nan_stays_nan(store_kv: Callable[..., None]) -> None:
     x = torch.tensor(
         [449.0, -3.0e38, 464.0, 480.0, -1e6, 448.0, float("inf"), float("nan")] * 2, device=device
     )
@@ -189,7 +190,7 @@ def test_what_is_finite_saturates_and_what_is_not_a_number_stays_so(
 @pytest.mark.parametrize(
     ("num_heads", "num_kv_heads", "head_dim"), [(4, 2, 32), (14, 2, 80), (16, 8, 128)]
 )
-def test_the_fused_store_writes_what_the_reference_does(
+def test_the_fused_store_writes_the_same_as_the_reference(
     num_heads: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
 ) -> None:
     num_tokens = 19
@@ -220,16 +221,17 @@ def test_the_fused_store_writes_what_the_reference_does(
         )
         actual, wanted = cache.float(), caches[0].float()
         assert wanted[0].any() and torch.equal(actual[1], wanted[1])  # values are only divided
-        # keys that norm and rotation round otherwise, as they may queries, can fall on the other side of a step of e4m3
+        # norm and rotation may round keys and queries differently, so a key may fall on the other
+        # side of a step of e4m3
         step = wanted[0].abs() * 0.125 + 2.0**-9
         rounding = eps * wanted[0].abs().amax()
         assert ((actual[0] - wanted[0]).abs() <= step + rounding).all()
-        if dtype is not torch.bfloat16:  # which the interpreter cuts off in place of rounding
+        if dtype is not torch.bfloat16:  # the interpreter truncates bf16 instead of rounding it
             assert float((actual[0] != wanted[0]).float().mean()) < 0.005
 
 
 def test_a_nan_within_a_row_is_not_hidden() -> None:
-    """The tests above stand on NaN being NaN, in the interpreter too."""
+    """The tests above rely on NaN staying NaN, in the interpreter as well."""
     (q_TNH, *others), scales, _ = attention_case([(1, 30), (1, 5)])
     k_cache, v_cache, table_RP = others[:3]
     v_cache.view(torch.uint8)[table_RP[0, 1], 3] = NANS[0]

@@ -97,7 +97,10 @@ def test_decode_of_a_row_does_not_depend_on_timing_or_on_earlier_calls() -> None
 @pytest.mark.gpu
 @pytest.mark.parametrize("warm", [True, False])
 def test_a_captured_decode_follows_the_lengths(warm: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One graph, replayed with other lengths; also when the very first call of the process is captured."""
+    """One graph is replayed with other lengths.
+
+    Without `warm`, the first call of the process is captured.
+    """
     monkeypatch.setattr(triton_common, "_counters", {})
     k_cache, v_cache, block_table, seq_len = paged_cache(
         [2000, 700, 1500, 64], 2, 64, 64, torch.float16

@@ -1,6 +1,7 @@
-"""Every Triton kernel compiles for the GPUs we name, at its production constants, within their shared memory.
+"""Every Triton kernel compiles for the GPUs that we name and fits their shared memory.
 
-Needs no GPU. `builds.py` has the table of GPUs, models and kernels, and compiles one GPU's in a process of its own.
+No GPU is needed. `builds.py` has the table of GPUs, models and kernels, and compiles the kernels of
+one GPU in a process of its own.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.kernels.builds import TARGETS
+from tests.kernels.builds import FP8_MODELS, FP8_TARGETS, TARGETS
 
 REPOSITORY = Path(__file__).parents[2]
 NAMES = list(TARGETS)
@@ -23,7 +24,7 @@ Found = dict[str, dict[str, Any]]
 
 
 def compile_all(target: str) -> Found:
-    # an engine that another test has made stores kernels without the stages that are looked at here
+    # an engine of another test stores kernels without the stages that these tests read
     unset = ("TRITON_INTERPRET", "TRITON_STORE_BINARY_ONLY")
     environment = {name: value for name, value in os.environ.items() if name not in unset}
     environment["PYTHONPATH"] = str(REPOSITORY)
@@ -43,7 +44,7 @@ def compile_all(target: str) -> Found:
 
 
 class Builds:
-    """One GPU's kernels, while the next one's are compiled beside."""
+    """The kernels of one GPU; those of the next one are compiled at the same time."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(2)
@@ -65,7 +66,7 @@ def builds() -> Builds:
 @pytest.mark.parametrize("name", TARGETS)
 def test_kernels_compile_and_fit_shared_memory(name: str, builds: Builds) -> None:
     target, found = TARGETS[name], builds.of(name)
-    assert len(found) >= 20
+    assert len([kernel for kernel in found if not kernel.startswith("fp8 ")]) >= 20
     too_large = {
         kernel: it["shared"] for kernel, it in found.items() if it["shared"] > target.shared_bytes
     }
@@ -74,10 +75,24 @@ def test_kernels_compile_and_fit_shared_memory(name: str, builds: Builds) -> Non
         marks = set(it["marks"])
         is_attention = ": decode" in kernel or ": prefill" in kernel
         if is_attention and "fp32" not in kernel:
-            # a product that silently falls to the ordinary cores costs ten times
+            # a product that silently runs on the ordinary cores takes ten times as long
             assert bool(marks & {"mma.", "wgmma.", "mfma"}) == target.has_matrix_units, kernel
         assert ("ex2.approx.ftz" in marks) == (
             target.backend == "cuda" and (is_attention or kernel == "best_of_span")
         )
         if target.arch == 75:
             assert not marks & {"bf16", "cp.async"}, kernel
+
+
+@pytest.mark.parametrize("name", FP8_TARGETS)
+def test_kernels_for_an_fp8_cache_convert_two_values_at_once_without_spills(
+    name: str, builds: Builds
+) -> None:
+    found = {kernel: it for kernel, it in builds.of(name).items() if kernel.startswith("fp8 ")}
+    assert len(found) == 3 * len(FP8_MODELS) + 2
+    for kernel, it in found.items():
+        is_fp32 = kernel.startswith("fp8 fp32")
+        if ": prefill" not in kernel and not is_fp32:
+            assert not it["spills"] and not it["byte loads"], (kernel, it)
+        if ": decode" in kernel and not is_fp32:
+            assert it["conversions"], (kernel, it)

@@ -1,4 +1,4 @@
-"""The filters without sorting: what stays is what stays by sorting."""
+"""The filters that do not sort keep the same tokens as filters that sort."""
 
 import math
 
@@ -11,8 +11,9 @@ from nanovllm.kernels.triton import filter as triton_filter
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 FILTERS = [
-    (0, 1.0, 0.0), (1, 1.0, 0.0), (7, 1.0, 0.0), (300, 1.0, 0.0), (1_000_000, 1.0, 0.0), (0, 0.9, 0.0), (0, 0.31, 0.0),
-    (0, 0.999, 0.0), (0, 1e-6, 0.0), (0, 1.0, 0.07), (0, 1.0, 1.0), (0, 1.0, 1e-9), (9, 0.8, 0.02), (3, 0.99, 0.5),
+    (0, 1.0, 0.0), (1, 1.0, 0.0), (7, 1.0, 0.0), (300, 1.0, 0.0), (1_000_000, 1.0, 0.0),
+    (0, 0.9, 0.0), (0, 0.31, 0.0), (0, 0.999, 0.0), (0, 1e-6, 0.0), (0, 1.0, 0.07),
+    (0, 1.0, 1.0), (0, 1.0, 1e-9), (9, 0.8, 0.02), (3, 0.99, 0.5),
     (20, 0.95, 0.0), (500, 0.95, 1e-4),
 ]  # fmt: skip
 
@@ -28,7 +29,10 @@ def columns(filters: list[tuple[float, float, float]], temperature: float = 1.0)
 def check(
     logits_RV: Tensor, filters: list[tuple[float, float, float]], temperature: float = 1.0
 ) -> None:
-    """What stays is the beginning of the tokens in order, as long as in fp64 but for top_p within rounding of its sums."""
+    """The kept tokens are the first in order, as many as in fp64.
+
+    With top_p the number may differ if its sums are within rounding.
+    """
     kept_RV = triton_filter.keep_likely(logits_RV, *columns(filters, temperature))
     assert kept_RV.dtype is logits_RV.dtype
     for row, (top_k, top_p, min_p) in enumerate(filters):
@@ -37,7 +41,7 @@ def check(
         scaled_V = logits_RV[row].double() / (temperature or 1.0)
         sorted_V, order_V = scaled_V.sort(descending=True, stable=True)
         num = int(stays_V.sum())
-        assert stays_V[order_V[:num]].all(), "not the likeliest, or of equal ones not the first"
+        assert stays_V[order_V[:num]].all(), "not the likeliest, or not the first of equals"
         num_left = (
             int((sorted_V >= sorted_V[0] + math.log(min_p)).sum()) if min_p else len(sorted_V)
         )
@@ -53,27 +57,27 @@ def check(
 
 @pytest.mark.parametrize("spread", [0.3, 4.0, 40.0])
 @pytest.mark.parametrize("vocab_size", [1, 2, 19, 989, 2049, 9890])
-def test_the_same_tokens_stay_as_by_sorting(vocab_size: int, spread: float) -> None:
+def test_the_kept_tokens_are_those_of_sorting(vocab_size: int, spread: float) -> None:
     check(spread * torch.randn(len(FILTERS), vocab_size, device=device), FILTERS)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.25, 2.0])
-def test_probabilities_are_those_at_the_temperature(temperature: float) -> None:
-    """Powers of 2, which round nothing: equals stay equals."""
+def test_probabilities_follow_the_temperature(temperature: float) -> None:
+    """Powers of 2 do not round, so equal logits stay equal."""
     check(2.0 * torch.randn(len(FILTERS), 989, device=device), FILTERS, temperature)
     check((3 * torch.randn(len(FILTERS), 989, device=device)).half(), FILTERS, temperature)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_logits_with_many_equals(dtype: torch.dtype) -> None:
-    """Of half precision: of equal ones the smaller ids stay."""
+def test_of_equal_logits_the_smaller_ids_stay(dtype: torch.dtype) -> None:
+    """Logits in half precision have many equal values."""
     check((3 * torch.randn(len(FILTERS), 5000, device=device)).to(dtype), FILTERS)
     check(torch.randint(-3, 3, (len(FILTERS), 5000), device=device).to(dtype), FILTERS)
     check(torch.zeros(len(FILTERS), 3000, device=device, dtype=dtype), FILTERS)
 
 
-def test_numbers_of_any_size_and_sign() -> None:
-    """Differences too small or too large to count as probability, and both signs of zero."""
+def test_logits_may_have_any_size_and_sign() -> None:
+    """Differences too small or too large for probabilities, and both signs of zero."""
     logits_RV = torch.randn(len(FILTERS), 99, device=device) * torch.logspace(
         -30, 4, 99, device=device
     )
@@ -96,22 +100,22 @@ def test_forbidden_tokens_stay_out(num_left: int) -> None:
 
 
 @pytest.mark.parametrize("value", [float("inf"), 3.0e38, -3.0e38])
-def test_extreme_logits_end_as_well(value: float) -> None:
+def test_the_search_ends_with_extreme_logits(value: float) -> None:
     logits_RV = torch.randn(len(FILTERS), 99, device=device)
     logits_RV[:, 7] = value
     kept_RV = triton_filter.keep_likely(logits_RV, *columns(FILTERS))
     best = 7 if value > 0 else int(logits_RV[1].argmax())
     assert not kept_RV.isnan().any() and kept_RV[1, best] == logits_RV[1, best], (
-        "of top_k 1 the best stays"
+        "with top_k 1 the best token stays"
     )
     assert kept_RV[1].isneginf().sum() == 98
 
 
-def test_a_row_of_the_vocabulary_of_a_real_model() -> None:
+def test_rows_may_have_the_vocabulary_of_a_real_model() -> None:
     check(2.5 * torch.randn(2, 151936, device=device), [(20, 0.95, 0.0), (0, 0.95, 0.0)])
 
 
-def test_no_rows() -> None:
+def test_there_may_be_no_rows() -> None:
     assert triton_filter.keep_likely(
         torch.zeros(0, 5, device=device), *(torch.zeros(0, device=device),) * 4
     ).shape == (0, 5)

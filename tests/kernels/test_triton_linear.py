@@ -1,4 +1,4 @@
-"""The fused product against the formula in fp64, at odd sizes, and against the roundings of the reference."""
+"""The fused product matches the formula in fp64 at odd sizes and rounds as the reference."""
 
 from collections.abc import Callable
 
@@ -54,8 +54,9 @@ def check(
     exact_TO = exact_TO if residual_TO is None else exact_TO + residual_TO.double()
     expected_TO = reference.fused_linear(x_TD, norm_D, weight_OD, bias_O, residual_TO, EPS, silu)
     assert y_TO.dtype == dtype
-    # A rounding costs at most half a unit in the last place. The interpreter cuts bf16 off instead, which costs as much on
-    # average, always to the same side, at each of norm, norm's weight, result and sum, and with silu at three places more.
+    # A rounding is off by at most half a unit in the last place. The interpreter truncates bf16
+    # instead, which is off by as much on average, but always to the same side: at the norm, the
+    # norm's weight, the result and the sum, and with silu at three more places.
     half_unit = torch.finfo(dtype).eps / 2
     places = (7 if silu else 4) if device == "cpu" and dtype is torch.bfloat16 else 2
     allowed = places * half_unit
@@ -64,7 +65,7 @@ def check(
 
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 7, 13, 16, 17, 33, 99, 256])
 @pytest.mark.parametrize("silu", [False, True])
-def test_every_number_of_rows(num_rows: int, silu: bool) -> None:
+def test_each_number_of_rows_matches_the_formula(num_rows: int, silu: bool) -> None:
     check(num_rows, 48, 320, torch.bfloat16, norm=num_rows <= 16, bias=True, silu=silu)
 
 
@@ -73,7 +74,9 @@ def test_every_number_of_rows(num_rows: int, silu: bool) -> None:
 @pytest.mark.parametrize(
     ("num_outs", "depth"), [(1, 8), (19, 99), (99, 989), (33, 1024), (70, 1288)]
 )
-def test_odd_sizes(num_rows: int, num_outs: int, depth: int, dtype: torch.dtype) -> None:
+def test_odd_sizes_match_the_formula(
+    num_rows: int, num_outs: int, depth: int, dtype: torch.dtype
+) -> None:
     check(num_rows, num_outs, depth, dtype, norm=num_rows <= 16, residual=True)
     check(num_rows, num_outs, depth, dtype, bias=True, silu=True)
 
@@ -83,7 +86,7 @@ def test_odd_sizes(num_rows: int, num_outs: int, depth: int, dtype: torch.dtype)
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("after", ["", "silu", "residual"])
-def test_every_combination(
+def test_each_combination_matches_the_formula(
     num_rows: int, norm: bool, bias: bool, after: str, dtype: torch.dtype
 ) -> None:
     check(
@@ -111,7 +114,7 @@ TILES = {
 @pytest.mark.parametrize(
     ("num_rows", "num_outs", "depth"), [(19, 99, 96), (99, 64, 192), (70, 200, 104), (17, 33, 24)]
 )
-def test_tiles_of_many_rows(
+def test_each_tile_of_many_rows_matches_the_formula(
     num_rows: int, num_outs: int, depth: int, tile: str, dtype: torch.dtype
 ) -> None:
     run = with_tile(tile)
@@ -148,7 +151,7 @@ GATED_TILES = {
 @pytest.mark.parametrize(
     ("num_rows", "num_outs", "depth"), [(1, 192, 64), (19, 192, 192), (64, 576, 64), (99, 192, 128)]
 )
-def test_tiles_of_gated_products(
+def test_each_tile_of_gated_products_matches_the_formula(
     num_rows: int, num_outs: int, depth: int, tile: str, dtype: torch.dtype
 ) -> None:
     from nanovllm.kernels.triton.linear_gated import GatedTile, gated_linear
@@ -198,8 +201,10 @@ def test_gated_tiles_divide_the_shape_and_fill_the_device(
     assert (tile and tuple(tile[:3])) == expected
 
 
-def test_which_products_are_taken_for_large_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Qwen3-8B's, on a device of the size of an H200."""
+def test_large_weights_use_our_kernels_up_to_a_number_of_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Products of Qwen3-8B on a device of the size of an H200."""
     from nanovllm.kernels.triton import linear as triton_linear
     from nanovllm.kernels.triton import linear_gated as triton_linear_gated
 
@@ -227,7 +232,7 @@ def test_which_products_are_taken_for_large_weights(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("silu", [False, True])
-def test_parts_of_the_depth_give_the_same_bits_again(silu: bool) -> None:
+def test_splitting_the_depth_gives_the_same_bits_every_time(silu: bool) -> None:
     x_TD = torch.randn(130, 384, device=device).to(torch.bfloat16)
     weight_OD = torch.randn(256, 384, device=device).to(torch.bfloat16)
     first, *others = (
@@ -246,7 +251,7 @@ def test_large_values_do_not_overflow_in_half_precision(num_rows: int) -> None:
 
 
 @pytest.mark.parametrize("num_rows", [1, 3, 18])
-def test_views_are_read_as_views_and_nothing_beside_them(num_rows: int) -> None:
+def test_views_are_read_without_the_memory_around_them(num_rows: int) -> None:
     x = torch.full((num_rows + 2, 300), float("nan"), device=device, dtype=torch.bfloat16)
     weight = torch.full((70, 300), float("nan"), device=device, dtype=torch.bfloat16)
     x[1 : 1 + num_rows, 50:139], weight[:41, 7:96] = torch.randn(num_rows, 89), torch.randn(41, 89)
@@ -268,7 +273,7 @@ def test_a_row_of_nan_stays_in_its_row(num_rows: int, norm: bool) -> None:
     assert torch.equal(y_TO[keep], clean_TO[keep]) and bool(y_TO[4].isnan().all())
 
 
-def test_what_the_kernels_do_not_cover_goes_to_the_reference() -> None:
+def test_cases_that_the_kernels_do_not_cover_go_to_the_reference() -> None:
     for rows, dtype in ((257, torch.bfloat16), (3, torch.float32)):
         x_TD, weight_OD = (
             torch.randn(rows, 32, device=device).to(dtype),

@@ -1,4 +1,7 @@
-"""Triton head norm + rope + cache write, norms and SiLU against the reference, on the same inputs and dtypes."""
+"""Triton head norm, rope and cache write, norms and SiLU agree with the reference.
+
+Both get the same inputs and dtypes.
+"""
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def assert_close(actual: Tensor, expected: Tensor) -> None:
-    """Equal up to one rounding of the dtype here and there (fused multiply-adds round less)."""
+    """Equal up to one rounding of the dtype (fused multiply-adds round less often)."""
     assert actual.dtype == expected.dtype and actual.shape == expected.shape
     scale = torch.finfo(actual.dtype).eps * 4
     torch.testing.assert_close(

@@ -1,4 +1,7 @@
-"""The Triton sampler against the reference: greedy is argmax exactly, draws agree but where two scores are all but equal."""
+"""The Triton sampler agrees with the reference.
+
+Greedy tokens are equal; drawn tokens may differ if the two best scores are almost equal.
+"""
 
 import pytest
 import torch
@@ -25,7 +28,7 @@ def exact_scores(logits_RV: Tensor, temperature_R: Tensor, seed_R: Tensor, pos_R
     uniform_RV = torch.exp(
         -torch.exp(-reference.gumbel_noise(seed_R, pos_R, logits_RV.shape[1]).double())
     )
-    # the fp32 noise tells which odd multiple of 2⁻²⁴ the uniform is
+    # the fp32 noise determines which odd multiple of 2⁻²⁴ the uniform number is
     uniform_RV = (((uniform_RV * 2**24 - 1) / 2).round() * 2 + 1) / 2**24
     return logits_RV.double() / temperature_R.double().unsqueeze(1) - torch.log(
         -torch.log(uniform_RV)
@@ -46,7 +49,7 @@ def test_greedy_is_argmax(num_rows: int, vocab_size: int, dtype: torch.dtype) ->
 @pytest.mark.parametrize(
     ("num_rows", "vocab_size", "temperature"), [(60, 989, 1.0), (130, 97, 0.6), (2, 151936, 1.3)]
 )
-def test_draws_are_those_of_the_reference(
+def test_draws_equal_those_of_the_reference(
     num_rows: int, vocab_size: int, temperature: float, dtype: torch.dtype
 ) -> None:
     given = inputs(num_rows, vocab_size, dtype, temperature)
@@ -57,7 +60,7 @@ def test_draws_are_those_of_the_reference(
     assert float((actual_R != expected_R).float().mean()) <= 1e-3
 
 
-def test_rows_of_one_batch_are_greedy_or_drawn_each_for_itself() -> None:
+def test_each_row_of_a_batch_is_greedy_or_drawn_on_its_own() -> None:
     logits_RV, temperature_R, seed_R, pos_R = inputs(7, 2000, torch.bfloat16, 0.8)
     temperature_R[::2] = 0.0
     together_R = triton_sample.sample(logits_RV, temperature_R, seed_R, pos_R)
@@ -84,12 +87,8 @@ def test_forbidden_tokens_and_padding_never_win(temperature: float) -> None:
     storage[0, 2049] = -3.0e38 if temperature else -1.0e30
     storage[1, :2500] = float("-inf")
     token_R = triton_sample.sample(storage[:, :2500], *inputs(4, 1, torch.float32, temperature)[1:])
-    assert token_R.tolist() == [
-        2049,
-        0,
-        0,
-        0,
-    ]  # rows of −inf and of NaN have no best token: the first
+    # rows of −inf and of NaN have no best token: they give the first
+    assert token_R.tolist() == [2049, 0, 0, 0]
 
 
 def test_nothing_is_launched_for_no_rows() -> None:
