@@ -6,7 +6,7 @@ Engines in graph mode are few, since their programs must be compiled; everything
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ import pytest
 import torch
 
 from nanovllm import LLM, SamplingParams, platforms
+from nanovllm.compile.lower import eager, inductor
+from nanovllm.kernels import ops
 from nanovllm.platforms import preload
 from nanovllm.schedule.outputs import Completion
 from tests.conftest import save_tiny
@@ -118,6 +120,19 @@ def captured(device: str, monkeypatch: pytest.MonkeyPatch) -> list[object]:
         return capture(self, step)
 
     monkeypatch.setattr(platform, "capture", counted)
+    return found
+
+
+@pytest.fixture
+def lowered_ops(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Names of our ops in every graph that reaches the lowering, which runs the graph node by node."""
+    found: set[str] = set()
+
+    def lower(graph: Any, fakes: Sequence[torch.Tensor]) -> Callable[..., Sequence[torch.Tensor]]:
+        found.update(name for node in graph.graph.nodes if (name := ops.op_name(node.target)))
+        return eager.lower(graph, fakes)
+
+    monkeypatch.setattr(inductor, "lower_if_worth_it", lower)
     return found
 
 

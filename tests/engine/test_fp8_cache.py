@@ -15,7 +15,7 @@ from nanovllm import LLM, SamplingParams, platforms
 from nanovllm.compile.keys import program_key
 from nanovllm.platforms.base import MemoryBudget
 from nanovllm.startup import load as startup
-from tests.engines import assert_all_free, random_prompts
+from tests.engines import assert_all_free, random_prompts, tokens
 
 # scripts are run as files, and import each other as such
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
@@ -38,18 +38,14 @@ def prompts() -> list[list[int]]:
 def expected(make_llm: Callable[..., LLM], prompts: list[list[int]]) -> list[list[int]]:
     """Each prompt by itself, without cache hits."""
     llm = make_llm(kv_cache_dtype="fp8", enable_prefix_caching=False)
-    return [tokens(llm, [prompt])[0] for prompt in prompts]
-
-
-def tokens(llm: LLM, prompts: list[list[int]]) -> list[list[int]]:
-    return [output["token_ids"] for output in llm.generate(prompts, GREEDY, use_tqdm=False)]
+    return [tokens(llm, [prompt], GREEDY)[0] for prompt in prompts]
 
 
 def test_the_cache_is_fp8_and_full_of_numbers(
     make_llm: Callable[..., LLM], prompts: list[list[int]]
 ) -> None:
     llm = make_llm(kv_cache_dtype="fp8")
-    tokens(llm, prompts)
+    tokens(llm, prompts, GREEDY)
     for cache in llm.engine.runner.steps.caches:
         assert cache.k_CBKH.dtype is cache.v_CBKH.dtype is torch.float8_e4m3fn
         for x in (cache.k_CBKH.float(), cache.v_CBKH.float()):
@@ -64,7 +60,7 @@ def test_batches_and_prefix_hits_change_nothing(
     enforce_eager: bool,
 ) -> None:
     llm = make_llm(kv_cache_dtype="fp8", enforce_eager=enforce_eager, graph_batch_sizes=(1, 5, 16))
-    assert tokens(llm, prompts) == expected
+    assert tokens(llm, prompts, GREEDY) == expected
     outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
     assert [output["token_ids"] for output in outputs] == expected
     assert [output["num_cached_tokens"] for output in outputs] == [
@@ -79,7 +75,7 @@ def test_chunks_and_preemption_change_nothing(
     llm = make_llm(
         kv_cache_dtype="fp8", num_kvcache_blocks=13, max_num_batched_tokens=48, max_model_len=160
     )
-    assert tokens(llm, prompts) == expected
+    assert tokens(llm, prompts, GREEDY) == expected
     assert llm.engine.scheduler.num_preemptions > 0
     assert_all_free(llm)
 

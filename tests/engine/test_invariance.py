@@ -14,16 +14,12 @@ import torch
 from nanovllm import LLM, SamplingParams, platforms
 from nanovllm.compile.lower import eager, inductor
 from nanovllm.platforms.base import MemoryBudget
-from tests.engines import VOCAB_SIZE, Generate, assert_all_free, random_prompts
+from tests.engines import VOCAB_SIZE, Generate, assert_all_free, random_prompts, tokens
 
 BLOCK = 16
 NUM_TOKENS = 20
 GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
 LENGTHS = [1, 2, 5, 15, 16, 17, 19, 31, 32, 33, 48, 64, 99, 100, 128, 189]
-
-
-def tokens(llm: LLM, prompts: list[list[int]], params: Any = GREEDY) -> list[list[int]]:
-    return [output["token_ids"] for output in llm.generate(prompts, params, use_tqdm=False)]
 
 
 @pytest.fixture(scope="module")
@@ -42,24 +38,24 @@ def expected(prompts: list[list[int]], hf_generate: Generate) -> list[list[int]]
 
 def test_alone(llm: LLM, prompts: list[list[int]], expected: list[list[int]]) -> None:
     picked = range(0, len(prompts), 4)
-    assert [tokens(llm, [prompts[i]])[0] for i in picked] == [expected[i] for i in picked]
+    assert [tokens(llm, [prompts[i]], GREEDY)[0] for i in picked] == [expected[i] for i in picked]
 
 
 def test_batch_of_37_needs_several_decode_steps(
     llm: LLM, prompts: list[list[int]], expected: list[list[int]]
 ) -> None:
-    assert tokens(llm, prompts) == expected
+    assert tokens(llm, prompts, GREEDY) == expected
 
 
 @pytest.mark.parametrize("num", [2, 3, 5, 6, 17])
 def test_batch_sizes_that_are_no_bucket(
     llm: LLM, prompts: list[list[int]], expected: list[list[int]], num: int
 ) -> None:
-    assert tokens(llm, prompts[:num]) == expected[:num]
+    assert tokens(llm, prompts[:num], GREEDY) == expected[:num]
 
 
 def test_prefix_cache_hits(llm: LLM, prompts: list[list[int]], expected: list[list[int]]) -> None:
-    tokens(llm, prompts)
+    tokens(llm, prompts, GREEDY)
     outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
     assert [output["token_ids"] for output in outputs] == expected
     # all full blocks but the one that holds the prompt's last token
@@ -73,7 +69,7 @@ def test_whole_prompt_in_the_cache_at_an_exact_multiple_of_the_block(
 ) -> None:
     for num_blocks in (1, 2, 4):
         (prompt,) = random_prompts([num_blocks * BLOCK], seed=100 + num_blocks)
-        tokens(eager_llm, [prompt])
+        tokens(eager_llm, [prompt], GREEDY)
         (output,) = eager_llm.generate([prompt], GREEDY, use_tqdm=False)
         assert output["num_cached_tokens"] == (num_blocks - 1) * BLOCK
         assert output["token_ids"] == hf_generate(prompt, NUM_TOKENS)
@@ -82,7 +78,7 @@ def test_whole_prompt_in_the_cache_at_an_exact_multiple_of_the_block(
 def test_answers_are_prefixes_too(eager_llm: LLM, hf_generate: Generate) -> None:
     """A second turn finds the first one's answer in the cache, as far as its blocks were filled."""
     (prompt,) = random_prompts([30], seed=7)
-    answer = tokens(eager_llm, [prompt])[0]
+    answer = tokens(eager_llm, [prompt], GREEDY)[0]
     (output,) = eager_llm.generate([prompt + answer + [9]], GREEDY, use_tqdm=False)
     # the newest token of an answer is never fed back
     assert output["num_cached_tokens"] == (len(prompt) + len(answer) - 1) // BLOCK * BLOCK == 48
@@ -107,8 +103,8 @@ def test_chunked_prefill(
     llm = make_llm(
         max_num_batched_tokens=48, enforce_eager=enforce_eager, graph_batch_sizes=(1, 5, 16)
     )
-    assert tokens(llm, prompts) == expected
-    assert tokens(llm, prompts) == expected
+    assert tokens(llm, prompts, GREEDY) == expected
+    assert tokens(llm, prompts, GREEDY) == expected
     assert_all_free(llm)
 
 
@@ -130,7 +126,7 @@ def test_preempted_in_graph_mode(
     make_llm: Callable[..., LLM], prompts: list[list[int]], expected: list[list[int]]
 ) -> None:
     llm = make_llm(num_kvcache_blocks=18, enforce_eager=False, graph_batch_sizes=(1, 5, 16))
-    assert tokens(llm, prompts) == expected
+    assert tokens(llm, prompts, GREEDY) == expected
     assert llm.engine.scheduler.num_preemptions > 0
     assert_all_free(llm)
 
@@ -157,7 +153,7 @@ def test_every_request_may_be_the_only_one_of_its_decode_step(
     llm = make_llm(
         graph_batch_sizes=(1,), num_kvcache_blocks=18, max_num_seqs=5, enable_prefix_caching=False
     )
-    assert tokens(llm, prompts) == expected
+    assert tokens(llm, prompts, GREEDY) == expected
     assert llm.engine.scheduler.num_preemptions > 0
     assert_all_free(llm)
 
@@ -218,15 +214,15 @@ def test_programs_fit_the_lowered_max_model_len(
     )
     assert llm.engine.max_model_len == 4 * BLOCK
     prompts = random_prompts([33, 5], seed=31)
-    assert tokens(llm, prompts) == [hf_generate(prompt, NUM_TOKENS) for prompt in prompts]
+    assert tokens(llm, prompts, GREEDY) == [hf_generate(prompt, NUM_TOKENS) for prompt in prompts]
 
 
 def test_eager_without_padding(
     make_llm: Callable[..., LLM], prompts: list[list[int]], expected: list[list[int]]
 ) -> None:
     llm = make_llm(pad_batches=False)
-    assert tokens(llm, prompts) == expected
-    assert tokens(llm, prompts) == expected
+    assert tokens(llm, prompts, GREEDY) == expected
+    assert tokens(llm, prompts, GREEDY) == expected
 
 
 @pytest.mark.parametrize("block_size", [32, 64])
@@ -237,7 +233,7 @@ def test_block_sizes(
     block_size: int,
 ) -> None:
     llm = make_llm(kvcache_block_size=block_size, num_kvcache_blocks=100)
-    assert tokens(llm, prompts) == expected
+    assert tokens(llm, prompts, GREEDY) == expected
 
 
 @pytest.mark.parametrize("buckets", [(16,), (2, 3), (37,), (64,), None], ids=str)
@@ -248,8 +244,8 @@ def test_other_buckets(
     buckets: tuple[int, ...] | None,
 ) -> None:
     llm = make_llm(graph_batch_sizes=buckets)
-    assert tokens(llm, prompts) == expected
-    assert tokens(llm, prompts[:4]) == expected[:4]
+    assert tokens(llm, prompts, GREEDY) == expected
+    assert tokens(llm, prompts[:4], GREEDY) == expected[:4]
     assert_all_free(llm)
 
 
@@ -257,8 +253,8 @@ def test_graph_with_one_bucket(
     make_llm: Callable[..., LLM], prompts: list[list[int]], expected: list[list[int]]
 ) -> None:
     llm = make_llm(enforce_eager=False, graph_batch_sizes=(16,))
-    assert tokens(llm, prompts) == expected
-    assert tokens(llm, prompts[:4]) == expected[:4]
+    assert tokens(llm, prompts, GREEDY) == expected
+    assert tokens(llm, prompts[:4], GREEDY) == expected[:4]
 
 
 def test_requests_that_come_and_go(
@@ -300,11 +296,11 @@ def test_padding_and_unowned_blocks_are_never_read(
     llm: LLM, prompts: list[list[int]], expected: list[list[int]]
 ) -> None:
     poison(llm)
-    assert tokens(llm, prompts[:6]) == expected[:6]
+    assert tokens(llm, prompts[:6], GREEDY) == expected[:6]
     poison(llm)
-    assert tokens(llm, prompts) == expected
+    assert tokens(llm, prompts, GREEDY) == expected
     poison(llm)
-    assert tokens(llm, prompts[12:13]) == expected[12:13]
+    assert tokens(llm, prompts[12:13], GREEDY) == expected[12:13]
 
 
 def test_padding_block_full_of_nan_in_the_middle_of_generation(
@@ -331,7 +327,7 @@ def test_nan_in_the_padding_row_of_the_state(
     state = llm.engine.runner.state
     state.sampling_SF[state.pad_row] = float("nan")
     try:
-        assert tokens(llm, prompts[:6]) == expected[:6]
+        assert tokens(llm, prompts[:6], GREEDY) == expected[:6]
         assert state.token_S[state.pad_row] == 0 and state.pos_S[state.pad_row] == 0
     finally:
         state.sampling_SF[state.pad_row] = 0.0
