@@ -22,9 +22,9 @@ from nanovllm.models.config import ModelConfig
 from nanovllm.startup import artifacts
 
 CFG = ModelConfig(
-    architecture="Qwen3ForCausalLM", vocab_size=512, hidden_size=64, ffn_size=128, num_layers=2, num_heads=4,
-    num_kv_heads=2, head_dim=32, norm_eps=1e-6, max_position=512, inv_freq=(1.0,) * 16, rope_scale=1.0,
-    layer_windows=(0, 0), tied_embeddings=True,
+    architecture="Qwen3ForCausalLM", vocab_size=512, hidden_size=64, ffn_size=128, num_layers=2,
+    num_heads=4, num_kv_heads=2, head_dim=32, norm_eps=1e-6, max_position=512, inv_freq=(1.0,) * 16,
+    rope_scale=1.0, layer_windows=(0, 0), tied_embeddings=True,
 )  # fmt: skip
 COMMON = {"torch": "2.11", "passes": "a b", "platform device": "sm_90", "source kernels": "0"}
 
@@ -73,10 +73,10 @@ def test_a_changed_ingredient_is_another_key(change: dict[str, Any]) -> None:
 
 
 IRRELEVANT = {
-    "architecture": "LlamaForCausalLM", "num_layers": 1, "layer_windows": (0, 9), "inv_freq": (2.0,) * 16,
-    "rope_scale": 2.0, "max_position": 9, "tied_embeddings": False, "qk_norm": True, "qkv_bias": True, "out_bias": True,
-    "mlp_bias": True, "vocab_size": 9, "hidden_size": 9, "ffn_size": 9, "dtype": torch.bfloat16,
-    "kv_dtype": torch.float8_e4m3fn,
+    "architecture": "LlamaForCausalLM", "num_layers": 1, "layer_windows": (0, 9),
+    "inv_freq": (2.0,) * 16, "rope_scale": 2.0, "max_position": 9, "tied_embeddings": False,
+    "qk_norm": True, "qkv_bias": True, "out_bias": True, "mlp_bias": True, "vocab_size": 9,
+    "hidden_size": 9, "ffn_size": 9, "dtype": torch.bfloat16, "kv_dtype": torch.float8_e4m3fn,
 }  # fmt: skip
 
 
@@ -138,7 +138,7 @@ def test_differences_name_versions_before_shapes() -> None:
     assert "torch: 2.13 is wanted, 2.11 is there" in lines
 
 
-# Sources -----------------------------------------------------------------------------------------------------------
+# Sources ------------------------------------------------------------------------------------------
 
 
 def test_sources_count_by_name_and_content_only(tmp_path: Path) -> None:

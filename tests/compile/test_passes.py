@@ -52,7 +52,7 @@ def assert_same_results(before: GraphModule, after: GraphModule, inputs: dict[st
         torch.testing.assert_close(left, right, atol=1e-6, rtol=1e-6)
 
 
-# A whole layer -----------------------------------------------------------------------------------------------------
+# A whole layer ------------------------------------------------------------------------------------
 
 
 def layer_config(*, qk_norm: bool, biased: bool = False) -> ModelConfig:
@@ -171,7 +171,7 @@ def test_two_layers_in_one_graph_are_both_fused() -> None:
     assert_same_results(before, after, inputs)
 
 
-# Graphs that match, or nearly --------------------------------------------------------------------------------------
+# Graphs that match, or nearly ---------------------------------------------------------------------
 
 
 def store_inputs() -> dict[str, Any]:
@@ -305,7 +305,7 @@ def test_graphs_that_do_not_match_are_left_alone(function: Callable[..., Any]) -
     assert_same_results(before, after, inputs)
 
 
-# Inlining ----------------------------------------------------------------------------------------------------------
+# Inlining -----------------------------------------------------------------------------------------
 
 LAYER_OPS = ("rms_norm", LINEAR, "qk_norm_rope_store", "paged_attention", "silu_mul")
 

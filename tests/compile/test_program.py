@@ -116,7 +116,7 @@ class _propagating:
         self._logger.propagate = self._before
 
 
-# Dumps -------------------------------------------------------------------------------------------------------------
+# Dumps --------------------------------------------------------------------------------------------
 
 
 def test_dumps_show_the_graph_after_each_pass(tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_the_environment_names_the_folder_of_dumps(
     assert startup.make_compiler(config, platforms.select("cpu"), env.read()).dump_dir is None
 
 
-# Inductor ----------------------------------------------------------------------------------------------------------
+# Inductor -----------------------------------------------------------------------------------------
 
 
 def store_and_read(

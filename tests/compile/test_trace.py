@@ -129,7 +129,7 @@ def test_inputs_that_share_memory_are_separate_in_the_graph() -> None:
     assert graph(torch.full((4,), 5.0), torch.full((4,), 3.0))[0].eq(2).all()
 
 
-# Varying dimensions ------------------------------------------------------------------------------------------------
+# Varying dimensions -------------------------------------------------------------------------------
 
 NUM_BLOCKS, NUM_POSITIONS = 37, 41  # numbers that nothing else has
 

@@ -30,7 +30,7 @@ def option_error(make_llm: Callable[..., LLM], match: str, **options: Any) -> No
         make_llm(**options)
 
 
-# prompts ------------------------------------------------------------------------------------------------------------
+# prompts ------------------------------------------------------------------------------------------
 
 BAD_PROMPTS: list[tuple[Any, str]] = [
     ([], "prompt is empty"),
@@ -123,7 +123,7 @@ def test_text_needs_a_tokenizer(
     assert_all_free(llm)
 
 
-# options ------------------------------------------------------------------------------------------------------------
+# options ------------------------------------------------------------------------------------------
 
 
 def test_unknown_option_is_a_type_error(make_llm: Callable[..., LLM]) -> None:
@@ -179,7 +179,7 @@ def test_not_enough_memory_for_a_block(
     )
 
 
-# checkpoints --------------------------------------------------------------------------------------------------------
+# checkpoints --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -286,7 +286,7 @@ def test_random_weights_need_the_config_only(broken: Path, device: str) -> None:
     assert answers[0] == answers[1] != answers[2]
 
 
-# a machine without a compiler ---------------------------------------------------------------------------------------
+# a machine without a compiler ---------------------------------------------------------------------
 
 SCRIPT = """
 import json, sys

@@ -26,7 +26,8 @@ from tiny.tasks import held_out, is_correct  # noqa: E402
 
 NUM_TASKS, MARGIN = 104, 0.02  # of the questions, int8 may answer so many fewer right than fp32
 OPTIONS: dict[str, Any] = {
-    "device": "cpu", "max_model_len": 64, "max_num_seqs": 4, "num_kvcache_blocks": 20, "max_num_batched_tokens": 64,
+    "device": "cpu", "max_model_len": 64, "max_num_seqs": 4, "num_kvcache_blocks": 20,
+    "max_num_batched_tokens": 64,
 }  # fmt: skip
 
 

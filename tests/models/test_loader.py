@@ -170,7 +170,7 @@ def test_buffers_of_old_checkpoints_are_passed_over(tiny: Path) -> None:
     assert same(load(tiny), expected)
 
 
-# Errors ------------------------------------------------------------------------------------------------------------
+# Errors -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -300,7 +300,7 @@ def test_an_unreadable_index_is_named(text: str, indexed: tuple[Path, dict[str, 
         load(indexed[0])
 
 
-# Random weights ----------------------------------------------------------------------------------------------------
+# Random weights -----------------------------------------------------------------------------------
 
 
 def test_random_weights_depend_on_the_seed_alone(tiny: Path, device: str) -> None:

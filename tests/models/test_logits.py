@@ -250,7 +250,7 @@ def test_graph_logits_are_those_of_transformers(case: Case, device: str, tmp_pat
         )
 
 
-# What must not go unnoticed ----------------------------------------------------------------------------------------
+# What must not go unnoticed -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3"])
@@ -290,7 +290,7 @@ def test_a_window_off_by_one_shows(device: str, tmp_path: Path) -> None:
             assert max_difference(both[:1], both[1:]) > TOLERANCE
 
 
-# bf16 --------------------------------------------------------------------------------------------------------------
+# bf16 ---------------------------------------------------------------------------------------------
 
 
 def check_bf16(folder: Path, device: str, known: list[Known], **options: Any) -> None:

@@ -137,7 +137,7 @@ def test_configs_are_frozen_and_comparable() -> None:
         cfg.vocab_size = 3  # type: ignore[misc]
 
 
-# Windows -----------------------------------------------------------------------------------------------------------
+# Windows ------------------------------------------------------------------------------------------
 
 
 def test_mistral_windows_every_layer() -> None:
@@ -162,7 +162,7 @@ def test_llama_has_no_windows() -> None:
     assert described("llama").layer_windows == (0, 0, 0)
 
 
-# Refusals ----------------------------------------------------------------------------------------------------------
+# Refusals -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("model_type", BY_TYPE)

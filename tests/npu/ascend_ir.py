@@ -15,12 +15,12 @@ from tests.npu import semantics
 
 # Numbers of DataType in ge_ir.proto (of tensors) and of ge::DataType (of attributes), as CANN publishes both.
 PROTO_DTYPES = {
-    1: torch.float32, 2: torch.float16, 3: torch.int8, 4: torch.uint8, 5: torch.int16, 7: torch.int32, 8: torch.int64,
-    11: torch.bool, 12: torch.float64, 27: torch.bfloat16,
+    1: torch.float32, 2: torch.float16, 3: torch.int8, 4: torch.uint8, 5: torch.int16,
+    7: torch.int32, 8: torch.int64, 11: torch.bool, 12: torch.float64, 27: torch.bfloat16,
 }  # fmt: skip
 GE_DTYPES = {
-    0: torch.float32, 1: torch.float16, 2: torch.int8, 3: torch.int32, 4: torch.uint8, 6: torch.int16, 9: torch.int64,
-    11: torch.float64, 12: torch.bool, 27: torch.bfloat16,
+    0: torch.float32, 1: torch.float16, 2: torch.int8, 3: torch.int32, 4: torch.uint8,
+    6: torch.int16, 9: torch.int64, 11: torch.float64, 12: torch.bool, 27: torch.bfloat16,
 }  # fmt: skip
 
 
@@ -135,8 +135,8 @@ def _attention(a: Attributes, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
         assert tensor is None or tensor.dtype == torch.int64, f"{name} is {tensor.dtype}"
         lengths[name] = None if tensor is None else tensor.tolist()
     out = semantics.fused_infer_attention_score(
-        named["query"], named["key0"], named["value0"], atten_mask=named["atten_mask"], block_table=named["block_table"],
-        **{name: a[name] for name in ATTENTION_SETTINGS},
+        named["query"], named["key0"], named["value0"], atten_mask=named["atten_mask"],
+        block_table=named["block_table"], **{name: a[name] for name in ATTENTION_SETTINGS},
         **lengths,
     )  # fmt: skip
     return out, torch.empty(0)
@@ -151,11 +151,12 @@ ATTENTION_SETTINGS = (
     "block_size",
 )
 ATTENTION_INPUTS = (
-    "query", "key0", "value0", "pse_shift", "atten_mask", "actual_seq_lengths", "actual_seq_lengths_kv", "dequant_scale1",
-    "quant_scale1", "dequant_scale2", "quant_scale2", "quant_offset2", "antiquant_scale", "antiquant_offset", "block_table",
-    "query_padding_size", "kv_padding_size", "key_antiquant_scale", "key_antiquant_offset", "value_antiquant_scale",
-    "value_antiquant_offset", "key_shared_prefix", "value_shared_prefix", "actual_shared_prefix_len", "learnable_sink",
-    "q_start_idx", "kv_start_idx",
+    "query", "key0", "value0", "pse_shift", "atten_mask", "actual_seq_lengths",
+    "actual_seq_lengths_kv", "dequant_scale1", "quant_scale1", "dequant_scale2", "quant_scale2",
+    "quant_offset2", "antiquant_scale", "antiquant_offset", "block_table", "query_padding_size",
+    "kv_padding_size", "key_antiquant_scale", "key_antiquant_offset", "value_antiquant_scale",
+    "value_antiquant_offset", "key_shared_prefix", "value_shared_prefix",
+    "actual_shared_prefix_len", "learnable_sink", "q_start_idx", "kv_start_idx",
 )  # fmt: skip
 
 # op type → (attributes, *inputs in the order of the op's declaration, None for an absent one) → result or results

@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 
 NAMES = {
-    "DT_FLOAT": torch.float32, "DT_FLOAT32": torch.float32, "DT_FLOAT16": torch.float16, "DT_BF16": torch.bfloat16,
-    "DT_BFLOAT16": torch.bfloat16, "DT_DOUBLE": torch.float64, "DT_INT8": torch.int8, "DT_INT16": torch.int16,
-    "DT_INT32": torch.int32, "DT_INT64": torch.int64, "DT_UINT8": torch.uint8, "DT_BOOL": torch.bool,
+    "DT_FLOAT": torch.float32, "DT_FLOAT32": torch.float32, "DT_FLOAT16": torch.float16,
+    "DT_BF16": torch.bfloat16, "DT_BFLOAT16": torch.bfloat16, "DT_DOUBLE": torch.float64,
+    "DT_INT8": torch.int8, "DT_INT16": torch.int16, "DT_INT32": torch.int32,
+    "DT_INT64": torch.int64, "DT_UINT8": torch.uint8, "DT_BOOL": torch.bool,
 }  # fmt: skip
 INTEGERS = {torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8}
 # groups of types that declarations name; the other groups (BasicType, NumberType) hold every dtype that occurs here

@@ -106,7 +106,9 @@ def test_attention_is_torchs(lengths: list[tuple[int, int]]) -> None:
 def test_running_token_counts_must_end_in_the_number_of_tokens() -> None:
     with pytest.raises(AssertionError, match="do not end in T"):
         semantics.fused_infer_attention_score(
-            torch.zeros(5, 1, 8), torch.zeros(2, 128, 8), torch.zeros(2, 128, 8), num_heads=1, block_size=128,
-            actual_seq_lengths=[4], actual_seq_lengths_kv=[4], block_table=torch.zeros(1, 1, dtype=torch.int32),
-            atten_mask=torch.ones(2048, 2048, dtype=torch.bool).triu(1), input_layout="TND", sparse_mode=3,
+            torch.zeros(5, 1, 8), torch.zeros(2, 128, 8), torch.zeros(2, 128, 8), num_heads=1,
+            block_size=128, actual_seq_lengths=[4], actual_seq_lengths_kv=[4],
+            block_table=torch.zeros(1, 1, dtype=torch.int32),
+            atten_mask=torch.ones(2048, 2048, dtype=torch.bool).triu(1), input_layout="TND",
+            sparse_mode=3,
         )  # fmt: skip

@@ -47,13 +47,14 @@ CALLS = {
     "remainder.Scalar": ["remainder.Tensor"],
 }
 OPTIONS: dict[str, Any] = {
-    "dtype": "float32", "max_model_len": 128, "max_num_seqs": 4, "max_num_batched_tokens": 64, "kvcache_block_size": 16,
+    "dtype": "float32", "max_model_len": 128, "max_num_seqs": 4, "max_num_batched_tokens": 64,
+    "kvcache_block_size": 16,
 }  # fmt: skip
 PROMPTS = [[5, 6, 7], list(range(100, 119)), list(range(200, 299))]
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 WISHES = SamplingParams(
-    temperature=0.7, top_k=9, top_p=0.9, min_p=0.01, repetition_penalty=1.1, presence_penalty=0.1, frequency_penalty=0.1,
-    min_tokens=3, max_tokens=5, logprobs=2, prompt_logprobs=1, seed=3,
+    temperature=0.7, top_k=9, top_p=0.9, min_p=0.01, repetition_penalty=1.1, presence_penalty=0.1,
+    frequency_penalty=0.1, min_tokens=3, max_tokens=5, logprobs=2, prompt_logprobs=1, seed=3,
 )  # fmt: skip
 
 
@@ -168,7 +169,7 @@ def has_mps_kernel(declared: dict[str, Any], name: str) -> bool:
     return "dispatch" not in entry  # composite by default
 
 
-# Cache size --------------------------------------------------------------------------------------------------------
+# Cache size ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("on_cpu_tensors")
@@ -215,7 +216,7 @@ def test_leaving_out_fusion_is_refused_where_nothing_is_fused(
         LLM(str(tiny_qwen3), device="mps", fuse=False, **OPTIONS)
 
 
-# What is refused, chosen and said ----------------------------------------------------------------------------------
+# What is refused, chosen and said -----------------------------------------------------------------
 
 
 def test_mps_on_a_machine_without_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,8 @@ from tests.conftest import save_tiny
 from tests.engines import random_prompts
 
 OPTIONS: dict[str, Any] = {
-    "max_num_seqs": 4, "graph_batch_sizes": [4], "max_num_batched_tokens": 128, "max_model_len": 128, "dtype": "float32",
-    "kvcache_block_size": 16, "num_kvcache_blocks": 40,
+    "max_num_seqs": 4, "graph_batch_sizes": [4], "max_num_batched_tokens": 128,
+    "max_model_len": 128, "dtype": "float32", "kvcache_block_size": 16, "num_kvcache_blocks": 40,
 }  # fmt: skip
 WINDOWS = {"num_hidden_layers": 3, "use_sliding_window": True, "sliding_window": 16}
 MODELS: dict[str, dict[str, Any]] = {

@@ -116,8 +116,8 @@ def main(folder: Path) -> dict[str, Any]:
     triton_rehearsal._request = seen
     model = save_tiny(folder / "model", dtype="bfloat16", head_dim=64)
     config = EngineConfig(
-        str(model), dtype="bfloat16", max_model_len=512, max_num_batched_tokens=256, max_num_seqs=48,
-        graph_batch_sizes=[1, 3, 4, 48], compile_cache=folder / "store",
+        str(model), dtype="bfloat16", max_model_len=512, max_num_batched_tokens=256,
+        max_num_seqs=48, graph_batch_sizes=[1, 3, 4, 48], compile_cache=folder / "store",
     )  # fmt: skip
     builder = precompile.Builder(config, Platform())
     answers = [builder.do("rehearse", bucket) for bucket in BUCKETS]

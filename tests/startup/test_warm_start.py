@@ -26,8 +26,8 @@ from tests.conftest import save_tiny
 
 ROOT = Path(__file__).parents[2]
 OPTIONS: dict[str, Any] = {
-    "device": "cpu", "max_model_len": 64, "max_num_seqs": 4, "graph_batch_sizes": [1, 4], "num_kvcache_blocks": 20,
-    "max_num_batched_tokens": 64,
+    "device": "cpu", "max_model_len": 64, "max_num_seqs": 4, "graph_batch_sizes": [1, 4],
+    "num_kvcache_blocks": 20, "max_num_batched_tokens": 64,
 }  # fmt: skip
 COMPILERS = ("torch._dynamo", "torch._inductor", "sympy", "triton", "transformers")
 
@@ -176,7 +176,7 @@ def test_where_nothing_can_be_written_the_engine_runs(
     assert err.count("compiled code is not kept") == 1 and "compile_cache" in err
 
 
-# In "require" mode -------------------------------------------------------------------------------------------------
+# In "require" mode --------------------------------------------------------------------------------
 
 
 def test_require_lists_every_program_that_is_missing(store: Path, tiny_qwen3: Path) -> None:
@@ -234,7 +234,7 @@ def test_a_store_that_others_can_write_is_refused(store: Path, tiny_qwen3: Path)
         LLM(str(tiny_qwen3), **OPTIONS, compile_cache=store)
 
 
-# Filling it ahead --------------------------------------------------------------------------------------------------
+# Filling it ahead ---------------------------------------------------------------------------------
 
 
 def test_precompile_reads_no_weights_and_leaves_nothing_to_compile(

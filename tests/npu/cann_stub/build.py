@@ -20,8 +20,8 @@ import torch
 RUNTIME = Path(__file__).with_name("runtime.c")
 # the libraries that torch_npu links against; all symbols are in the first
 LINKED = (
-    "libascendcl", "libhccl", "libacl_op_compiler", "libge_runner", "libgraph", "libacl_tdt_channel", "libfmk_parser",
-    "libascend_protobuf", "libnnopbase",
+    "libascendcl", "libhccl", "libacl_op_compiler", "libge_runner", "libgraph",
+    "libacl_tdt_channel", "libfmk_parser", "libascend_protobuf", "libnnopbase",
 )  # fmt: skip
 OPERATORS = "libopapi"  # loaded at run time: one function for each operator
 SYSTEM = (
