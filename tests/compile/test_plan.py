@@ -1,4 +1,4 @@
-"""A plan does what its graph does, survives being written and read, and holds nothing but operator calls."""
+"""A plan gives its graph's results, survives writing and reading, and holds only operator calls."""
 
 from __future__ import annotations
 
@@ -70,7 +70,12 @@ def test_a_value_is_dropped_after_its_last_use() -> None:
 
         names[name] = spy
     assert made(torch.zeros(5))[0] == 25
-    assert alive == [1, 2, 2, 2]  # the value that is read and the one that is written, never three
+    assert alive == [
+        1,
+        2,
+        2,
+        2,
+    ]  # the value that is read and the value that is written, never three
 
 
 def test_only_operators_on_plain_arguments_can_be_said() -> None:

@@ -1,4 +1,4 @@
-"""replace_ops: a table says what stands for an op of ours; what it leaves out is plain torch."""
+"""replace_ops: a table names the replacement of each op; other ops become plain torch."""
 
 from __future__ import annotations
 

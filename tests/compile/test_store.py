@@ -1,4 +1,4 @@
-"""The store gives back what was put in, or nothing: never something damaged, and never from a folder of somebody else's."""
+"""The store returns what was saved or nothing: no damaged files, no folders of other users."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_what_is_damaged_is_built_again_with_a_warning(
     assert ("it is made again" in caplog.text) == (
         not (damage is Path.unlink and part == "entries")
     )
-    third = compiler(folder)  # it was also mended
+    third = compiler(folder)  # the damaged entry was also replaced
     run(third)
     assert third.num_loaded == 1
 
@@ -237,17 +237,16 @@ def test_required_programs_that_are_missing_are_all_listed_with_what_differs(fol
     run(compiler(folder), 4)
     strict = compiler(folder, require=True)
     strict.ingredients = {**strict.ingredients, "torch": "2.11"}
-    assert (
-        run(strict, 4).double.tolist() == run(strict, 5).double.tolist()[:4]
-    )  # the regions stand in
+    # the regions run in place of the missing programs
+    assert run(strict, 4).double.tolist() == run(strict, 5).double.tolist()[:4]
     with pytest.raises(CompileRequired) as caught:
         strict.seal()
     message = str(caught.value)
     assert message.startswith(f"2 program(s) are not in {folder}")
     assert "double_4: torch: 2.11 is wanted, 2.13 is there" in message
     assert (
-        "double_5: not for this bucket, nearest is double_4: torch: 2.11 is wanted, 2.13 is there; input x: "
-        in message
+        "double_5: not for this bucket, nearest is double_4: torch: 2.11 is wanted, "
+        "2.13 is there; input x: " in message
     )
     assert strict.num_compiled == 0
 

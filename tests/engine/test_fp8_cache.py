@@ -1,5 +1,8 @@
-"""An engine with an fp8 cache: the same tokens whatever the batch, buckets, cache hits and preemptions; twice the tokens in the
-same memory; keys of its own; a refusal where it cannot be; and hardly fewer right answers of the embedded model."""
+"""An engine with an fp8 cache gives the same tokens in every batch and holds more of them.
+
+Programs have keys of their own, devices without kernels refuse the option, and the embedded model
+gives almost as many right answers.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +20,14 @@ from nanovllm.platforms.base import MemoryBudget
 from nanovllm.startup import load as startup
 from tests.engines import assert_all_free, random_prompts, tokens
 
-# scripts are run as files, and import each other as such
+# scripts import each other as files of one folder
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
 from tiny.tasks import held_out, is_correct
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
-# What a sample of 130 questions, all or all but one of which are answered rightly, may lose by the cache: more is no noise.
+# The accuracy that the fp8 cache may lose on the sample. The model answers all of the 130 questions
+# or all but one correctly, so a larger loss is not noise.
 ACCURACY_MARGIN = 0.02
 NUM_QUESTIONS = 130
 
@@ -36,7 +40,7 @@ def prompts() -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def expected(make_llm: Callable[..., LLM], prompts: list[list[int]]) -> list[list[int]]:
-    """Each prompt by itself, without cache hits."""
+    """Tokens of each prompt alone, without cache hits."""
     llm = make_llm(kv_cache_dtype="fp8", enable_prefix_caching=False)
     return [tokens(llm, [prompt], GREEDY)[0] for prompt in prompts]
 

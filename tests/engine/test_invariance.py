@@ -1,6 +1,7 @@
-"""A request's tokens depend on the request alone: not on its neighbours, buckets, chunks, cache hits or preemptions.
+"""A request's tokens depend only on the request.
 
-fp32 greedy tokens, compared with transformers' generate.
+Neighbours, buckets, chunks, cache hits and preemptions change nothing. Greedy tokens in fp32 are
+compared with transformers' generate.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ LENGTHS = [1, 2, 5, 15, 16, 17, 19, 31, 32, 33, 48, 64, 99, 100, 128, 189]
 
 @pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
-    """37 prompts: odd lengths, exact multiples of the block, repeats and shared beginnings among them."""
+    """37 prompts, with odd lengths, exact multiples of the block, repeats and shared prefixes."""
     base = random_prompts(LENGTHS)
     shared = [base[12][:64] + tail for tail in random_prompts([1, 7, 16], seed=1)]
     return base + shared + random_prompts([3, 11, 40] * 5, seed=2) + [base[11], base[11], base[3]]
@@ -58,7 +59,7 @@ def test_prefix_cache_hits(llm: LLM, prompts: list[list[int]], expected: list[li
     tokens(llm, prompts, GREEDY)
     outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
     assert [output["token_ids"] for output in outputs] == expected
-    # all full blocks but the one that holds the prompt's last token
+    # all full blocks except the block with the prompt's last token
     assert [output["num_cached_tokens"] for output in outputs] == [
         (len(p) - 1) // BLOCK * BLOCK for p in prompts
     ]
@@ -76,11 +77,11 @@ def test_whole_prompt_in_the_cache_at_an_exact_multiple_of_the_block(
 
 
 def test_answers_are_prefixes_too(eager_llm: LLM, hf_generate: Generate) -> None:
-    """A second turn finds the first one's answer in the cache, as far as its blocks were filled."""
+    """A second turn finds the full blocks of the first turn's answer in the cache."""
     (prompt,) = random_prompts([30], seed=7)
     answer = tokens(eager_llm, [prompt], GREEDY)[0]
     (output,) = eager_llm.generate([prompt + answer + [9]], GREEDY, use_tqdm=False)
-    # the newest token of an answer is never fed back
+    # the last token of an answer is never an input
     assert output["num_cached_tokens"] == (len(prompt) + len(answer) - 1) // BLOCK * BLOCK == 48
     assert output["token_ids"] == hf_generate(prompt + answer + [9], NUM_TOKENS)
 
@@ -132,7 +133,7 @@ def test_preempted_in_graph_mode(
 
 
 def test_preemption_meets_prefix_hits(make_llm: Callable[..., LLM], hf_generate: Generate) -> None:
-    """Requests that share their beginning are preempted and find it again when they restart."""
+    """Preempted requests with a shared prefix find it again when they restart."""
     (start,) = random_prompts([64], seed=21)
     prompts = [start + tail for tail in random_prompts([5, 6, 7, 8, 9, 10], seed=22)]
     llm = make_llm(num_kvcache_blocks=1 + 16)
@@ -149,7 +150,7 @@ def test_preemption_meets_prefix_hits(make_llm: Callable[..., LLM], hf_generate:
 def test_every_request_may_be_the_only_one_of_its_decode_step(
     make_llm: Callable[..., LLM], prompts: list[list[int]], expected: list[list[int]]
 ) -> None:
-    """One row per decode step and a full cache: the newest request has its turn, needs a block, and makes room itself."""
+    """One row per step, full cache: the newest request needs a block and is itself preempted."""
     llm = make_llm(
         graph_batch_sizes=(1,), num_kvcache_blocks=18, max_num_seqs=5, enable_prefix_caching=False
     )
@@ -189,7 +190,7 @@ def test_programs_fit_the_lowered_max_model_len(
     monkeypatch: pytest.MonkeyPatch,
     device: str,
 ) -> None:
-    """Measuring builds programs for the longer block tables; they must not be used with the shorter ones."""
+    """Programs for the longer block tables of measuring are not used with shorter tables."""
 
     def lower(graph: Any, fakes: Sequence[torch.Tensor]) -> Callable[..., Sequence[torch.Tensor]]:
         run = eager.lower(graph, fakes)
@@ -260,7 +261,7 @@ def test_graph_with_one_bucket(
 def test_requests_that_come_and_go(
     llm: LLM, prompts: list[list[int]], expected: list[list[int]]
 ) -> None:
-    """New requests every few steps, each with its own length of answer."""
+    """New requests arrive every few steps, with different lengths of answers."""
     engine = llm.engine
     wanted: dict[int, list[int]] = {}
     found: dict[int, list[int]] = {}
@@ -282,7 +283,7 @@ def test_requests_that_come_and_go(
 
 
 def poison(llm: LLM) -> None:
-    """NaN in every slot of the cache; none is owned now, and none may be found by its content any more."""
+    """Write NaN to every slot of the cache, which no request owns, and forget cached prefixes."""
     scheduler = llm.engine.scheduler
     assert not scheduler.has_work
     scheduler.pool.reset()

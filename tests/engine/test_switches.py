@@ -1,4 +1,4 @@
-"""Options that leave a part of the machinery out: the answers stay, and the part is really gone."""
+"""Options that switch a part off keep the answers, and the part does not run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def expected(hf_generate: Generate) -> list[list[int]]:
 def test_without_fusion_only_attention_cache_write_and_sampler_are_ours(
     make_llm: Callable[..., LLM], lowered_ops: set[str], expected: list[list[int]], tmp_path: Path
 ) -> None:
-    # a store of its own, or what an earlier run has left would come from there
+    # an empty store: programs of earlier runs would not reach the lowering
     assert tokens(make_llm(**SIZES, compile_cache=tmp_path), PROMPTS, GREEDY) == expected
     assert "qk_norm_rope_store" in lowered_ops
     lowered_ops.clear()

@@ -1,4 +1,4 @@
-"""Checkpoints load exactly, or not at all with an error that names what is wrong."""
+"""Checkpoints load exactly, or raise an error that names the problem."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def load(
 
 
 def change(folder: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
-    """Rewrite the checkpoint's only file after `edit` has changed its tensors."""
+    """Let `edit` change the tensors of the checkpoint's only file."""
     tensors = load_file(folder / MODEL_FILE)
     edit(tensors)
     save_file(tensors, folder / MODEL_FILE)
@@ -142,7 +142,7 @@ def test_files_without_an_index_are_read_together(tiny: Path) -> None:
 
 
 def test_other_files_beside_the_model_s_are_not_read(tiny: Path) -> None:
-    """Some repositories carry the same weights a second time, under other names."""
+    """Some repositories contain the same weights a second time under other names."""
     expected = load(tiny)
     save_file({"layers.0.attention.wq.weight": torch.ones(2)}, tiny / "consolidated.safetensors")
     assert same(load(tiny), expected)
@@ -258,7 +258,7 @@ def test_a_folder_without_safetensors_is_refused(tiny: Path) -> None:
 
 @pytest.fixture
 def indexed(tiny: Path) -> tuple[Path, dict[str, str]]:
-    """A checkpoint of one shard, without the index, and what the index should map."""
+    """A checkpoint of one shard without the index, and the map that the index should have."""
     (tiny / MODEL_FILE).rename(tiny / "shard.safetensors")
     return tiny, dict.fromkeys(load_file(tiny / "shard.safetensors"), "shard.safetensors")
 

@@ -1,4 +1,4 @@
-"""Every architecture has a model file of the same form, and what this engine does not do is refused by name."""
+"""Every architecture has a model file of the same form, and unsupported features are refused."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_declared_parameters_are_those_of_transformers(
     model = BY_TYPE[model_type]
     changes = {"tie_word_embeddings": tied, "attention_bias": biased, "mlp_bias": biased}
     if model_type in ("mistral", "qwen2"):
-        changes = {"tie_word_embeddings": tied}  # their biases are not a matter of the config
+        changes = {"tie_word_embeddings": tied}  # their biases do not depend on the config
     cfg = described(model_type, **changes)
     with torch.device("meta"):
         reference = AutoModelForCausalLM.from_config(
@@ -150,7 +150,7 @@ def test_qwen_windows_the_layers_that_the_config_names(model_type: str) -> None:
     def windows(**changes: Any) -> tuple[int, ...]:
         return described(model_type, **changes).layer_windows
 
-    assert windows(sliding_window=16) == (0, 0, 0)  # not asked for
+    assert windows(sliding_window=16) == (0, 0, 0)  # not enabled
     assert windows(use_sliding_window=True, sliding_window=16, max_window_layers=1) == (0, 16, 16)
     assert windows(use_sliding_window=True, sliding_window=16, max_window_layers=3) == (0, 0, 0)
     kinds = ["sliding_attention", "full_attention", "sliding_attention"]

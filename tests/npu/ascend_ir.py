@@ -1,6 +1,8 @@
-"""An interpreter of Ascend IR: it takes the GraphDef that torchair hands to GE and executes it op by op on host tensors.
+"""An interpreter of Ascend IR.
 
-An op that is not in `OPS` is an error, and so is an input of two dtypes where the op takes one: GE converts nothing by itself.
+It executes the GraphDef that torchair passes to GE op by op on host tensors. An op that is not in
+`OPS` is an error. Two dtypes for inputs that must have one are an error as well, because GE
+converts nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from tests.npu import semantics
 
-# Numbers of DataType in ge_ir.proto (of tensors) and of ge::DataType (of attributes), as CANN publishes both.
+# Numbers of DataType in ge_ir.proto (tensors) and of ge::DataType (attributes), as CANN publishes.
 PROTO_DTYPES = {
     1: torch.float32, 2: torch.float16, 3: torch.int8, 4: torch.uint8, 5: torch.int16,
     7: torch.int32, 8: torch.int64, 11: torch.bool, 12: torch.float64, 27: torch.bfloat16,
@@ -95,9 +97,10 @@ def _strided_slice(
 
 def _split(a: Attributes, x: Tensor, sizes: Tensor, dim: Tensor) -> tuple[Tensor, ...]:
     lengths, total = sizes.tolist(), x.shape[int(dim)]
+    # one length may be -1
     lengths = [
         total - sum(n for n in lengths if n >= 0) if length == -1 else length for length in lengths
-    ]  # one may be -1
+    ]
     return x.split(lengths, int(dim))
 
 
@@ -159,7 +162,8 @@ ATTENTION_INPUTS = (
     "actual_shared_prefix_len", "learnable_sink", "q_start_idx", "kv_start_idx",
 )  # fmt: skip
 
-# op type → (attributes, *inputs in the order of the op's declaration, None for an absent one) → result or results
+# op type → function (attributes, *inputs in the op's declared order, None for an absent input),
+# which returns the result or a tuple of results
 OPS: dict[str, Callable[..., Any]] = {
     "Add": _binary(torch.add),
     "AddRmsNorm": lambda a, x1, x2, gamma: semantics.add_rms_norm(x1, x2, gamma, a["epsilon"]),
@@ -216,7 +220,7 @@ OPS: dict[str, Callable[..., Any]] = {
     ),
     "ZerosLike": lambda a, x: torch.zeros_like(x),
 }
-STRUCTURE = ("Data", "Const", "NetOutput")  # what `run` handles itself
+STRUCTURE = ("Data", "Const", "NetOutput")  # handled by `run`
 
 
 def _unsupported(what: str) -> Any:
@@ -236,15 +240,15 @@ Observer = Callable[[Any, Sequence["Tensor | None"]], None]
 
 
 def run(graph: Any, inputs: Sequence[Tensor], observe: Observer | None = None) -> list[Tensor]:
-    """Execute a graph on host tensors, which ops with a reference input change in place; returns the net's outputs.
+    """Execute a graph on host tensors; returns the outputs of the net.
 
-    `observe(op, its inputs)` is called before each op that computes.
+    Ops with a reference input change it in place. `observe(op, inputs)` is called before each op
+    that computes.
     """
     values: dict[str, Tensor] = {}
     for op in graph.op:
-        names = [
-            name for name in op.input if not name.endswith(":-1")
-        ]  # :-1 is an edge of order, not of data
+        # :-1 marks an edge of order, not of data
+        names = [name for name in op.input if not name.endswith(":-1")]
         if op.type == "Data":
             values[f"{op.name}:0"] = inputs[op.attr["index"].i]
         elif op.type == "Const":

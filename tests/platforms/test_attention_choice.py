@@ -24,7 +24,7 @@ from tests.kernels import fake_flash_attn
 
 @dataclass
 class FakePlatform:
-    """What `attention` asks of a platform."""
+    """The members of a platform that `attention` uses."""
 
     name: str = "cuda"
     default_block_size: int = 64
@@ -88,7 +88,7 @@ def test_a_cpu_refuses_a_gpu_s_backend(make_llm: Callable[..., LLM], name: str) 
 def test_a_missing_flash_attn_is_an_error_with_the_command(
     capability: tuple[int, int], package: str, command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # as it is where nothing is installed: `None` in sys.modules makes the import fail in another way
+    # as if nothing is installed; `None` in sys.modules would raise a different error
     monkeypatch.setattr(attention.flash_attention.importlib, "import_module", _absent)
     fake_flash_attn.pretend_capability(monkeypatch, capability)
     with pytest.raises(ValueError) as error:

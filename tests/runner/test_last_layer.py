@@ -1,5 +1,7 @@
-"""A prompt's log-probabilities need the last layer of all tokens, other requests that of the last ones: both are there when
-warm-up is over, whatever the windows are."""
+"""Both kinds of prefill are ready after warm-up, whatever the windows of the layers are.
+
+With prompt_logprobs the last layer computes all tokens; without, only the last token of each chunk.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(params=MODELS)
 def model(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, bool]:
-    """A checkpoint, and whether only its last layer has its window."""
+    """A checkpoint, and whether no other layer has the window of the last one."""
     folder = save_tiny(tmp_path / "model", **MODELS[request.param])
     return folder, request.param != "the last one's window on another"
 

@@ -1,7 +1,8 @@
-"""Rehearses buckets of a small model for an H200 that need not be there, and compiles the kernels that are found.
+"""Rehearse buckets of a small model for an H200 without a GPU, and compile the kernels found.
 
-`python rehearsal.py FOLDER` prints JSON. It runs in a process of its own because the interpreter, which the other tests ask
-for, replaces the compiler, and because the device is made up: what torch and Triton would ask of it is answered here.
+`python rehearsal.py FOLDER` prints JSON. It runs in its own process: the other tests use Triton's
+interpreter, which replaces the compiler, and this file replaces the device queries of torch and
+Triton.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ BUCKETS = (
 
 
 class Driver(AbsentDevice):
-    """Notes the kernels for which a launcher was made."""
+    """Records the kernels for which a launcher is made."""
 
     def __init__(self, target: Target) -> None:
         super().__init__(target)
@@ -84,15 +85,17 @@ def make_up_device() -> None:
     def empty(
         model: Any, cfg: Any, device: torch.device, seed: int, progress: Any, quantization: Any
     ) -> Any:
-        # without a generator, which would be one of the device
-        make = lambda name, param: torch.empty(param.shape, dtype=cfg.dtype, device=device)  # noqa: E731
+        # without a generator, which would need the device
+        def make(name: str, param: Any) -> Tensor:
+            return torch.empty(param.shape, dtype=cfg.dtype, device=device)
+
         return weights._build(model, cfg, make, progress, quantization)
 
     weights.random = empty  # type: ignore[assignment]
 
 
 def real(value: Any) -> Any:
-    """For a fake tensor one that has memory, laid out in the same way."""
+    """A tensor with memory and the layout of the fake tensor `value`; other values unchanged."""
     if not isinstance(value, Tensor):
         return value
     size = value.untyped_storage().nbytes() // value.element_size()
@@ -124,11 +127,11 @@ def main(folder: Path) -> dict[str, Any]:
     lengths = {name: length for answer in answers for name, length in answer["kernels"].items()}
     requests = sorted(lengths)
     compiled_before = len(triton_build.compiled())
-    other = precompile.Builder(config, Platform())  # as in another process: it has seen no launch
+    other = precompile.Builder(config, Platform())  # like another process: it has seen no launch
     for one in requests:
         other.do("compile", one)
     compiled = len(triton_build.compiled())
-    # what launches on tensors with memory ask for is there
+    # launches on tensors with memory find their kernels
     for kernel in {id(kernel): kernel for _, kernel, _ in launches}.values():
         kernel.device_caches.clear()
     for _, kernel, arguments in launches:
