@@ -46,7 +46,7 @@ def test_scatter_nd_update_writes_in_place_and_nowhere_else() -> None:
 
 
 def paged(keys: list[Tensor], block_size: int, num_blocks: int) -> tuple[Tensor, Tensor]:
-    """Blocks [blocks, block_size, K·D] with the rows' keys [S, K, D] from the last down, else NaN."""
+    """Blocks [blocks, block_size, K·D] with rows' keys [S, K, D] from the last down, else NaN."""
     _, num_kv_heads, head_dim = keys[0].shape
     cache = torch.full((num_blocks, block_size, num_kv_heads * head_dim), float("nan"))
     table = torch.zeros(
