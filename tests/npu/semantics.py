@@ -60,7 +60,7 @@ def swiglu(x: Tensor, dim: int = -1) -> Tensor:
 
 
 def scatter_nd_update(var: Tensor, indices: Tensor, updates: Tensor) -> Tensor:
-    """ScatterNdUpdate: var[indices[i]] = updates[i] in place; indices may be partial coordinates."""
+    """ScatterNdUpdate: var[indices[i]] = updates[i] in place; an index may be partial."""
     depth = indices.shape[-1]
     assert updates.shape == (*indices.shape[:-1], *var.shape[depth:]), (
         var.shape,
