@@ -1,4 +1,4 @@
-"""Shared fixtures: tiny random checkpoints, and one folder of compiled code for the whole session."""
+"""Settings of all tests, and tiny random checkpoints."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import torch
 
 pytest_plugins = ["tests.engines"]
 
-# Kernels run on the GPU where there is one, else in Triton's interpreter, which has to be asked for before anybody imports
-# Triton (transformers does).
+# Without a GPU, Triton kernels run in Triton's interpreter. Set this before Triton is imported;
+# transformers imports it.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-# A compile after warm-up is an error everywhere in the tests.
+# Compiling after warm-up is an error in all tests.
 os.environ["NANOVLLM_STRICT"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are left out, not skipped, where there is none: a skip always means something went wrong."""
+    """Deselect tests marked `gpu` if there is no GPU. A skip would mean that something is wrong."""
     if not torch.cuda.is_available():
         left_out = [item for item in items if item.get_closest_marker("gpu")]
         config.hook.pytest_deselected(items=left_out)
@@ -30,16 +30,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    """Every test draws the same numbers, whichever tests ran before it."""
+    """Every test draws the same numbers, in any order of the tests."""
     torch.manual_seed(0)
 
 
 def save_tiny(
     folder: Path, architecture: str = "qwen3", *, dtype: str = "float32", **changes: Any
 ) -> Path:
-    """Save a small random checkpoint of transformers' own implementation; returns its folder.
+    """Save a small random checkpoint made by transformers; returns its folder.
 
-    `initializer_range` is large so that logits are far apart and greedy tokens do not hang on rounding.
+    `initializer_range` is large, so that logits are far apart and rounding does not change greedy
+    tokens.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -65,9 +66,8 @@ def save_tiny(
     )
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
-            torch.nn.init.normal_(
-                parameter, std=0.1
-            )  # transformers starts biases at zero, which would hide them
+            # transformers initializes biases to zero, which would hide mistakes in them
+            torch.nn.init.normal_(parameter, std=0.1)
         elif "norm" in name:
             torch.nn.init.normal_(parameter, mean=1.0, std=0.1)
     model.save_pretrained(folder)

@@ -1,12 +1,12 @@
-"""One tiny checkpoint with a byte-level tokenizer, engines on it that tests share, and transformers' answers.
+"""A tiny checkpoint with a byte-level tokenizer, shared engines on it, and transformers' answers.
 
-Engines in graph mode are few, since their programs must be compiled; everything else runs eagerly.
+Few engines use graph mode, because their programs must be compiled. All others run eagerly.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,14 @@ import pytest
 import torch
 
 from nanovllm import LLM, SamplingParams, platforms
+from nanovllm.compile.lower import eager, inductor
+from nanovllm.kernels import ops
 from nanovllm.platforms import preload
 from nanovllm.schedule.outputs import Completion
 from tests.conftest import save_tiny
 
 VOCAB_SIZE = 512
-NUM_TOKENS = 12  # of answers, where no other number is asked for
+NUM_TOKENS = 12  # length of answers, unless a test sets another
 EOS_IDS = (3, 4)
 Generate = Callable[[list[int], int], list[int]]
 
@@ -42,15 +44,14 @@ def save_tokenizer(folder: Path) -> None:
         ("Ġ", "the"),
     ]
     words = [*special, *alphabet, *("".join(pair) for pair in pairs)]
-    words += [
-        f"<filler{i}>" for i in range(VOCAB_SIZE - len(words))
-    ]  # every id of the model has a text
+    # every id of the model has a text
+    words += [f"<filler{i}>" for i in range(VOCAB_SIZE - len(words))]
     tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, pairs))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", unk_token="<unk>", eos_token="</s>",
-        additional_special_tokens=["<end>"],
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", unk_token="<unk>",
+        eos_token="</s>", additional_special_tokens=["<end>"],
     ).save_pretrained(folder)  # fmt: skip
 
 
@@ -66,11 +67,12 @@ def greedy(num_tokens: int = NUM_TOKENS, **changes: Any) -> SamplingParams:
 
 
 def tokens(llm: LLM, prompts: list[list[int]], params: Any) -> list[list[int]]:
+    """The token ids that `generate` returns for each prompt."""
     return [output["token_ids"] for output in llm.generate(prompts, params, use_tqdm=False)]
 
 
 def drain(llm: LLM) -> dict[int, Completion]:
-    """Step until nothing is left; completions by request id."""
+    """Step until no request is left; returns completions by request id."""
     done: dict[int, Completion] = {}
     while llm.engine.has_unfinished:
         done.update(
@@ -85,7 +87,7 @@ def drain(llm: LLM) -> dict[int, Completion]:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """The models are so small that threads only wait for each other, for long where other programs run as well."""
+    """Use one thread: the models are so small that threads would mostly wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -94,13 +96,13 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def device() -> str:
-    """What `device="auto"` takes here."""
+    """The device that `device="auto"` chooses on this machine."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture(autouse=True)
 def compiles_by_itself(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU's cold start has other processes compile; tests look at what this one does, and replace parts of it."""
+    """Compile in this process on a GPU too: tests count its compiles and replace parts of it."""
     if device == "cuda":
         monkeypatch.setattr(type(platforms.select(device)), "compile_workers", lambda *_: 0)
         monkeypatch.setattr(preload, "DRIVERS", ())
@@ -108,7 +110,7 @@ def compiles_by_itself(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def captured(device: str, monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """The steps that engines have recorded since the test began."""
+    """The steps that engines have captured since the test began."""
     platform = type(platforms.select(device))
     found: list[object] = []
     capture = platform.capture
@@ -121,9 +123,22 @@ def captured(device: str, monkeypatch: pytest.MonkeyPatch) -> list[object]:
     return found
 
 
+@pytest.fixture
+def lowered_ops(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Names of our ops in all graphs that reach the lowering, which runs them node by node."""
+    found: set[str] = set()
+
+    def lower(graph: Any, fakes: Sequence[torch.Tensor]) -> Callable[..., Sequence[torch.Tensor]]:
+        found.update(name for node in graph.graph.nodes if (name := ops.op_name(node.target)))
+        return eager.lower(graph, fakes)
+
+    monkeypatch.setattr(inductor, "lower_if_worth_it", lower)
+    return found
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Qwen3 in fp32 with a tokenizer and two end-of-sequence ids in generation_config.json."""
+    """A tiny Qwen3 in fp32 with a tokenizer; generation_config.json has two end-of-sequence ids."""
     folder = save_tiny(tmp_path_factory.mktemp("checkpoint"), vocab_size=VOCAB_SIZE)
     save_tokenizer(folder)
     (folder / "generation_config.json").write_text(f'{{"eos_token_id": {list(EOS_IDS)}}}')
@@ -132,7 +147,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def make_llm(checkpoint: Path, device: str) -> Callable[..., LLM]:
-    """LLM on the tiny checkpoint: eager, small sizes, unless told otherwise."""
+    """Makes an LLM on the tiny checkpoint; by default eager and with small sizes."""
 
     def make(**options: Any) -> LLM:
         defaults: dict[str, Any] = {
@@ -159,14 +174,14 @@ def shared_llm(make_llm: Callable[..., LLM]) -> Iterator[LLM]:
 
 @pytest.fixture(scope="session")
 def shared_graph_llm(make_llm: Callable[..., LLM]) -> Iterator[LLM]:
-    """Graph mode; the buckets hold neither 2, 3, 6 nor 37 rows, and more requests run than the largest one holds."""
+    """Graph mode. No bucket has 2, 3, 6 or 37 rows; more requests run than the largest has rows."""
     llm = make_llm(enforce_eager=False, graph_batch_sizes=(1, 5, 16))
     yield llm
     llm.close()
 
 
 def assert_all_free(llm: LLM) -> None:
-    """Nothing of any request is left in the engine."""
+    """Check that the engine holds nothing of any request."""
     scheduler = llm.engine.scheduler
     assert not llm.engine.has_unfinished and not scheduler.has_work
     assert scheduler.pool.num_free == scheduler.pool.num_blocks - 1
@@ -200,7 +215,7 @@ def hf_model(checkpoint: Path, device: str) -> Any:
 
 @pytest.fixture(scope="session")
 def hf_generate(hf_model: Any) -> Generate:
-    """Greedy answers of transformers, `num_tokens` long whatever comes."""
+    """Greedy answers of transformers of exactly `num_tokens` tokens."""
 
     def generate(prompt: list[int], num_tokens: int) -> list[int]:
         ids = torch.tensor([prompt], device=hf_model.device)

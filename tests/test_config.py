@@ -1,4 +1,4 @@
-"""The engine's options are checked before anything is loaded."""
+"""The engine checks its options before it loads anything."""
 
 from __future__ import annotations
 

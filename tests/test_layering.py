@@ -1,4 +1,4 @@
-"""Imports point one way, from the rooms above to those below, and few files know what a GPU is."""
+"""Imports point from upper layers to lower ones, and few files name a device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "nanovllm"
 
-# Which modules of ours the files of a layer may import, at any depth of the file.
+# The modules of ours that files of a layer may import, at any depth of the file.
 SETTINGS = tuple(f"nanovllm.{name}" for name in ("config", "env", "hub", "log"))
 BELOW_STARTUP = tuple(
     f"nanovllm.{name}"
@@ -53,14 +53,10 @@ MODULES = {
     for path in folder.rglob("*.py")
 }
 DEVICE = re.compile(r"(?<![a-z])(cuda|npu|mps)(?![a-z])", re.IGNORECASE)
-# options of `LLM` that are named after the device they are for
+# options of `LLM` that are named after their device
 OPTIONS = ("npu_graph_mode", "npu_graph_options")
-LIGHT = (
-    "config",
-    "env",
-    "sampling",
-    "log",
-)  # importable without anything else of ours, except each other
+# modules that import nothing of ours except each other
+LIGHT = ("config", "env", "sampling", "log")
 
 
 def files(layer: str) -> list[Path]:
@@ -75,7 +71,7 @@ def all_files() -> list[Path]:
 def imports(path: Path) -> Iterator[str]:
     """Names of all modules that a file imports; `from a import b` gives a.b.
 
-    A string that names a module of ours counts: it is imported by name, or run by another process.
+    A string that names a module of ours counts: code imports it by name, or a process runs it.
     """
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Constant) and str(node.value) in MODULES:
@@ -151,7 +147,7 @@ def test_only_env_reads_the_environment() -> None:
 
 
 def code_strings(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """Names, attributes and string constants, without docstrings and without what an error or a log says."""
+    """Names, attributes and string constants, except docstrings and messages of errors."""
     skipped: set[int] = set()
     for node in ast.walk(tree):
         body = getattr(node, "body", None)

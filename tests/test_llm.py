@@ -1,4 +1,4 @@
-"""The front door: prompts of every kind, chat, streams. On the embedded model, which answers."""
+"""`LLM` with the embedded model: prompts of every kind, chat, streams."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def conversation(question: str) -> list[dict[str, str]]:
 @pytest.fixture(scope="module")
 def loaded() -> Iterator[LLM]:
     num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # so small a model gains nothing from more
+    torch.set_num_threads(1)  # more threads do not make so small a model faster
     llm = LLM("tiny-qwen3", dtype="float32", enforce_eager=True, max_num_seqs=8, max_model_len=256)
     yield llm
     llm.close()

@@ -1,4 +1,4 @@
-"""Sampling parameters: what is refused, and with which words."""
+"""Sampling parameters: which values are refused, and with which messages."""
 
 from __future__ import annotations
 

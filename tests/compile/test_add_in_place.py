@@ -1,4 +1,4 @@
-"""add_in_place keeps a graph's meaning and its inputs, and writes over nothing that is read later."""
+"""add_in_place keeps a graph's results and inputs, and overwrites no value that is read later."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ inputs: dict[str, Any] = {
 
 
 def changed(function: Callable[..., Any]) -> list[str]:
-    """The names of our ops after the pass, whose graph is checked against the function, as its inputs are."""
+    """Names of our ops after the pass. Checks the results, and that the inputs do not change."""
     graph, fakes, _ = trace(function, inputs)
     graph = add_in_place(graph, fakes)
     graph.graph.lint()

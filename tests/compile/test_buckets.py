@@ -26,7 +26,7 @@ def test_default_decode_ladder_ascends_to_max_rows_or_the_default_s_largest(
         ([2], 2, (2,)),
         ([8, 1, 4, 4], 8, (1, 4, 8)),
         ((3, 7, 19, 5), 19, (3, 5, 7, 19)),
-        ([1, 4, 16, 64], 5, (1, 4, 16)),  # 64 would never run
+        ([1, 4, 16, 64], 5, (1, 4, 16)),  # a bucket of 64 would never run
         ([7], 99, (7,)),  # larger batches run in several steps
         ([99], 1, (99,)),
     ],

@@ -70,7 +70,12 @@ def test_a_value_is_dropped_after_its_last_use() -> None:
 
         names[name] = spy
     assert made(torch.zeros(5))[0] == 25
-    assert alive == [1, 2, 2, 2]  # the value that is read and the one that is written, never three
+    assert alive == [
+        1,
+        2,
+        2,
+        2,
+    ]  # the value that is read and the value that is written, never three
 
 
 def test_only_operators_on_plain_arguments_can_be_listed() -> None:

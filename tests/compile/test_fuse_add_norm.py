@@ -1,4 +1,4 @@
-"""fuse_add_norm keeps a graph's meaning, and moves a residual only where the sum is made before anybody reads it."""
+"""fuse_add_norm keeps the results, and moves a residual only if nothing reads the sum before."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ inputs: dict[str, Any] = {
 
 
 def fused(function: Callable[..., Any]) -> list[str]:
-    """The names of our ops after the pass, whose graph is checked against the function."""
+    """Names of our ops after the pass. Checks the graph's results against the function."""
     graph, fakes, _ = trace(function, inputs)
     graph = fuse_add_norm(graph, fakes)
     graph.graph.lint()

@@ -1,4 +1,4 @@
-"""fuse_linear keeps a graph's meaning, takes in what it may, and leaves the rest alone."""
+"""fuse_linear keeps a graph's results, fuses what the limits allow, and leaves the rest alone."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ inputs: dict[str, Any] = {
 def fused(
     function: Callable[..., Any], max_rows: int = 16, max_rows_norm: int = 16
 ) -> tuple[GraphModule, list[str]]:
-    """The graph after the pass, checked against the function, and the names of our ops in it."""
+    """The graph after the pass, checked against the function, and names of our ops in it."""
     graph, fakes, _ = trace(function, inputs)
 
     def takes(x: Tensor, weight: Tensor, has_norm: bool, silu_mul: bool) -> bool:

@@ -1,4 +1,4 @@
-"""A key changes with everything that can change a program, and with nothing else."""
+"""A key changes if something that can change a program changes, and only then."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def key(
         *({name: "another"} for name in COMMON),
         {"a new ingredient": "1"},
     ],
-    ids=lambda change: next(iter(change)),  # whole, some would have addresses in them
+    ids=lambda change: next(iter(change)),  # the values may contain addresses
 )  # fmt: skip
 def test_a_changed_ingredient_is_another_key(change: dict[str, Any]) -> None:
     assert key(**change) != key()
@@ -84,7 +84,7 @@ IRRELEVANT = {
 def test_fields_that_no_region_reads_and_sizes_that_vary_are_in_no_key(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Sizes, biases and dtype of the model count through the inputs, whose shapes they are."""
+    """Sizes, biases and dtype of the model are in the key as the shapes and dtypes of inputs."""
     assert set(IRRELEVANT) | set(ModelConfig.GRAPH_FIELDS) == {
         field.name for field in fields(ModelConfig)
     }
@@ -113,7 +113,7 @@ def test_a_region_that_reads_a_field_outside_its_key_fails_when_traced() -> None
     ):
         narrowed(partial(reads_layers, CFG))(torch.ones(2))
     qkv = narrowed(partial(lambda cfg, x: cfg.qkv_size, CFG))(torch.ones(2))
-    assert qkv == CFG.qkv_size  # a property of fields that are in the key
+    assert qkv == CFG.qkv_size  # a property that is computed from fields in the key
 
 
 def test_what_has_no_stable_description_is_refused() -> None:
@@ -164,7 +164,7 @@ def test_differences_name_versions_before_shapes() -> None:
     assert "torch: 2.13 is wanted, 2.11 is there" in lines
 
 
-# Sources -----------------------------------------------------------------------------------------------------------
+# Sources ------------------------------------------------------------------------------------------
 
 
 def test_sources_count_by_name_and_content_only(tmp_path: Path) -> None:

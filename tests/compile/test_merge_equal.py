@@ -1,4 +1,4 @@
-"""merge_equal: the same computation is done once, and what may have changed in between is read again."""
+"""merge_equal computes equal values once, and reads values again that may have changed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nanovllm.compile.trace import trace
 
 
 def merged(function: Callable[..., Any], **inputs: Tensor) -> tuple[GraphModule, Counter[str]]:
-    """The merged graph and how often each op stands in it; its results are those of the function."""
+    """The merged graph and the count of each op. Checks the results against the function."""
     graph, fakes, _ = trace(function, dict(inputs))
     graph = merge_equal(graph, fakes)
     copies = [{name: value.clone() for name, value in inputs.items()} for _ in range(2)]

@@ -1,5 +1,6 @@
-"""Passes change how a graph computes and not what: results before and after are compared in one run."""
+"""Passes keep the results of a graph: results before and after are compared in one run."""
 
+# mypy: allow-untyped-defs
 from __future__ import annotations
 
 from collections import Counter
@@ -28,13 +29,13 @@ LINEAR = str(ops.op_name(ops.linear))
 
 
 def op_counts(graph: GraphModule) -> Counter[str]:
-    """How often each op of ours stands in a graph."""
+    """The count of each of our ops in a graph."""
     names = [ops.op_name(node.target) for node in graph.graph.nodes]
     return Counter(name for name in names if name is not None)
 
 
 def run(graph: GraphModule, inputs: dict[str, object]) -> list[Tensor]:
-    """A graph's results on copies of the inputs, and all inputs afterwards: what it wrote shows too."""
+    """A graph's results on copies of the inputs, and the inputs afterwards, to show writes."""
     copies = [tensor.clone() for tensor in tensors(tuple(inputs.values()))]
     return [*graph(*copies), *copies]
 
@@ -51,7 +52,7 @@ def assert_same_results(before: GraphModule, after: GraphModule, inputs: dict[st
         torch.testing.assert_close(left, right, atol=1e-6, rtol=1e-6)
 
 
-# A whole layer -----------------------------------------------------------------------------------------------------
+# A whole layer ------------------------------------------------------------------------------------
 
 
 def layer_config(*, qk_norm: bool, biased: bool = False) -> ModelConfig:
@@ -75,7 +76,7 @@ def layer_config(*, qk_norm: bool, biased: bool = False) -> ModelConfig:
 
 
 def layer_region(cfg: ModelConfig, window: int = 0) -> tuple[Callable[..., Any], dict[str, object]]:
-    """A decode layer and inputs for it: three rows at odd positions, each in blocks of its own."""
+    """A decode layer and its inputs: three rows at odd positions, each in its own blocks."""
     torch.manual_seed(0)
     shape = (BLOCKS, BLOCK_SIZE, KV_HEADS, HEAD_DIM)
     model = dense_model(cfg, (window,))
@@ -170,7 +171,7 @@ def test_two_layers_in_one_graph_are_both_fused() -> None:
     assert_same_results(before, after, inputs)
 
 
-# Graphs that match, or nearly --------------------------------------------------------------------------------------
+# Graphs that match, or almost ---------------------------------------------------------------------
 
 
 def store_inputs() -> dict[str, Any]:
@@ -195,26 +196,26 @@ def split(qkv_TE: Tensor, *sizes: int) -> tuple[Tensor, ...]:
     )
 
 
-def only_q_normed(qkv, q_norm, k_norm, table, pos, other_pos, slot, k_cache, v_cache):  # type: ignore[no-untyped-def]
+def only_q_normed(qkv, q_norm, k_norm, table, pos, other_pos, slot, k_cache, v_cache):
     q, k, v = split(qkv)
     ops.store_kv(ops.rope(k, table, pos), v, k_cache, v_cache, slot)
     return ops.rope(ops.rms_norm(q, q_norm, 0.5), table, pos)
 
 
-def only_k_normed(qkv, q_norm, k_norm, table, pos, other_pos, slot, k_cache, v_cache):  # type: ignore[no-untyped-def]
+def only_k_normed(qkv, q_norm, k_norm, table, pos, other_pos, slot, k_cache, v_cache):
     q, k, v = split(qkv)
     ops.store_kv(ops.rope(ops.rms_norm(k, k_norm, 0.5), table, pos), v, k_cache, v_cache, slot)
     return ops.rope(q, table, pos)
 
 
-def query_before_the_key(qkv, q_norm, k_norm, table, pos, other_pos, slot, k_cache, v_cache):  # type: ignore[no-untyped-def]
+def query_before_the_key(qkv, q_norm, k_norm, table, pos, other_pos, slot, k_cache, v_cache):
     q, k, v = split(qkv)
     q = ops.rope(q, table, pos)
     ops.store_kv(ops.rope(k, table, pos), v, k_cache, v_cache, slot)
     return q + k_cache.view(-1, KV_HEADS, HEAD_DIM)[slot].repeat(1, HEADS // KV_HEADS, 1)
 
 
-def key_read_again(qkv, q_norm, k_norm, table, pos, other_pos, slot, k_cache, v_cache):  # type: ignore[no-untyped-def]
+def key_read_again(qkv, q_norm, k_norm, table, pos, other_pos, slot, k_cache, v_cache):
     q, k, v = split(qkv)
     k = ops.rope(k, table, pos)
     ops.store_kv(k, v, k_cache, v_cache, slot)
@@ -234,50 +235,50 @@ def test_variations_are_fused_too(function: Callable[..., Any]) -> None:
     assert_same_results(before, after, inputs)
 
 
-def other_epsilons(qkv, q_norm, k_norm, table, pos, other_pos, slot, k_cache, v_cache):  # type: ignore[no-untyped-def]
+def other_epsilons(qkv, q_norm, k_norm, table, pos, other_pos, slot, k_cache, v_cache):
     q, k, v = split(qkv)
     ops.store_kv(ops.rope(ops.rms_norm(k, k_norm, 0.5), table, pos), v, k_cache, v_cache, slot)
     return ops.rope(ops.rms_norm(q, q_norm, 0.25), table, pos)
 
 
-def other_positions(qkv, q_norm, k_norm, table, pos, other_pos, slot, k_cache, v_cache):  # type: ignore[no-untyped-def]
+def other_positions(qkv, q_norm, k_norm, table, pos, other_pos, slot, k_cache, v_cache):
     q, k, v = split(qkv)
     ops.store_kv(ops.rope(k, table, pos), v, k_cache, v_cache, slot)
     return ops.rope(q, table, other_pos)
 
 
-def other_order(qkv, q_norm, k_norm, table, pos, other_pos, slot, k_cache, v_cache):  # type: ignore[no-untyped-def]
+def other_order(qkv, q_norm, k_norm, table, pos, other_pos, slot, k_cache, v_cache):
     q, v, k = split(qkv)
     ops.store_kv(ops.rope(k, table, pos), v, k_cache, v_cache, slot)
     return ops.rope(q, table, pos)
 
 
-def four_parts(qkv, q_norm, k_norm, table, pos, other_pos, slot, k_cache, v_cache):  # type: ignore[no-untyped-def]
+def four_parts(qkv, q_norm, k_norm, table, pos, other_pos, slot, k_cache, v_cache):
     q, k, v, _ = split(qkv, HEADS - 1, KV_HEADS, KV_HEADS, 1)
     ops.store_kv(ops.rope(k, table, pos), v, k_cache, v_cache, slot)
     return ops.rope(q, table, pos)
 
 
-def scaled_key(qkv, q_norm, k_norm, table, pos, other_pos, slot, k_cache, v_cache):  # type: ignore[no-untyped-def]
+def scaled_key(qkv, q_norm, k_norm, table, pos, other_pos, slot, k_cache, v_cache):
     q, k, v = split(qkv)
     ops.store_kv(ops.rope(k * 2, table, pos), v, k_cache, v_cache, slot)
     return ops.rope(q, table, pos)
 
 
-def no_rotation(qkv, q_norm, k_norm, table, pos, other_pos, slot, k_cache, v_cache):  # type: ignore[no-untyped-def]
+def no_rotation(qkv, q_norm, k_norm, table, pos, other_pos, slot, k_cache, v_cache):
     q, k, v = split(qkv)
     ops.store_kv(k, v, k_cache, v_cache, slot)
     return q + 1
 
 
-def two_projections(qkv, q_norm, k_norm, table, pos, other_pos, slot, k_cache, v_cache):  # type: ignore[no-untyped-def]
+def two_projections(qkv, q_norm, k_norm, table, pos, other_pos, slot, k_cache, v_cache):
     q, k, _ = split(qkv)
     v = split(qkv * 2)[2]
     ops.store_kv(ops.rope(k, table, pos), v, k_cache, v_cache, slot)
     return ops.rope(q, table, pos)
 
 
-def no_query(qkv, q_norm, k_norm, table, pos, other_pos, slot, k_cache, v_cache):  # type: ignore[no-untyped-def]
+def no_query(qkv, q_norm, k_norm, table, pos, other_pos, slot, k_cache, v_cache):
     _, k, v = split(qkv)
     ops.store_kv(ops.rope(k, table, pos), v, k_cache, v_cache, slot)
     return pos + 1
@@ -304,7 +305,7 @@ def test_graphs_that_do_not_match_are_left_alone(function: Callable[..., Any]) -
     assert_same_results(before, after, inputs)
 
 
-# Inlining ----------------------------------------------------------------------------------------------------------
+# Inlining -----------------------------------------------------------------------------------------
 
 LAYER_OPS = ("rms_norm", LINEAR, "qk_norm_rope_store", "paged_attention", "silu_mul")
 

@@ -1,4 +1,4 @@
-"""Programs are built once per key, give what their region gives, and are never built after warm-up unnoticed."""
+"""Programs are built once per key, give their region's results, and report late builds."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_a_compile_after_warm_up_is_an_error_when_strict() -> None:
 def test_a_compile_after_warm_up_is_a_warning_otherwise(caplog: pytest.LogCaptureFixture) -> None:
     compiler = Compiler(eager.lower)
     compiler.seal()
-    # the package's logger does not hand on what it logs once an entry point has configured it
+    # the package's logger does not propagate once an entry point has configured it
     with caplog.at_level(logging.WARNING), _propagating("nanovllm"):
         program = compiler.program("add", (4,), add, inputs(4))
     assert "program add_4 is compiled after warm-up" in caplog.text
@@ -134,7 +134,7 @@ class _propagating:
         self._logger.propagate = self._before
 
 
-# Dumps -------------------------------------------------------------------------------------------------------------
+# Dumps --------------------------------------------------------------------------------------------
 
 
 def test_dumps_show_the_graph_after_each_pass(tmp_path: Path) -> None:
@@ -172,13 +172,13 @@ def test_the_environment_names_the_folder_of_dumps(
     assert make_compiler(choice).dump_dir is None
 
 
-# Inductor ----------------------------------------------------------------------------------------------------------
+# Inductor -----------------------------------------------------------------------------------------
 
 
 def store_and_read(
     k_CBKH: Tensor, v_CBKH: Tensor, cos_sin_MH: Tensor, k_TKH: Tensor, slot_T: Tensor
 ) -> tuple[Tensor]:
-    """Writes, reads back and rotates: everything that touches a cache or a table of varying size."""
+    """Writes, reads back and rotates: uses caches and tables of varying size in every way."""
     rotated_TKH = ops.rope(k_TKH, cos_sin_MH, slot_T % 4)
     ops.store_kv(rotated_TKH, k_TKH, k_CBKH, v_CBKH, slot_T)
     return (k_CBKH.view(-1, 2, 8)[slot_T] + v_CBKH.view(-1, 2, 8)[slot_T.flip(0)],)
@@ -214,7 +214,7 @@ def test_one_program_serves_any_number_of_blocks_and_positions() -> None:
 
 
 def test_static_sizes_are_compiled_as_numbers() -> None:
-    """Another static size than traced is an error and no silent recompilation."""
+    """A static size that differs from the traced one is an error. Nothing recompiles silently."""
     compiler = Compiler(inductor.lower)
     program = compiler.program("add", (3,), add, inputs())
     assert program(torch.ones(3), torch.ones(3)).value.eq(2).all()
@@ -223,11 +223,14 @@ def test_static_sizes_are_compiled_as_numbers() -> None:
 
 
 def test_importing_the_engine_leaves_inductor_s_folder_to_be_chosen() -> None:
-    """Torch settles it when Dynamo is imported, on a folder in /tmp whose name others can guess."""
+    """On import, Dynamo would choose a folder in /tmp with a name that others can guess."""
     variables = {
         name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_CACHE_DIR"
     }
-    script = "import os, nanovllm.llm, nanovllm.compile.lower.inductor; print(os.environ.get('TORCHINDUCTOR_CACHE_DIR'))"
+    script = (
+        "import os, nanovllm.llm, nanovllm.compile.lower.inductor\n"
+        "print(os.environ.get('TORCHINDUCTOR_CACHE_DIR'))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", script],
         env=variables,

@@ -1,4 +1,4 @@
-"""The store gives back what was put in, or nothing: never something damaged, and never from a folder of somebody else's."""
+"""The store returns what was saved or nothing: no damaged files, no folders of other users."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def only(folder: Path) -> Path:
     return path
 
 
-# Finding again -------------------------------------------------------------------------------------------------------
+# Finding again ------------------------------------------------------------------------------------
 
 
 def test_what_is_saved_is_found_by_an_equal_key_only(folder: Path) -> None:
@@ -110,7 +110,7 @@ def test_a_stored_program_may_come_late_but_nothing_may_be_built(folder: Path) -
         run(late, 5)
 
 
-# Damage --------------------------------------------------------------------------------------------------------------
+# Damage -------------------------------------------------------------------------------------------
 
 
 def truncate(path: Path) -> None:
@@ -168,7 +168,7 @@ def test_whole_files_with_foreign_content_are_built_again(
         caplog.clear()
 
 
-# Whose folder it is --------------------------------------------------------------------------------------------------
+# Whose folder it is -------------------------------------------------------------------------------
 
 
 def test_the_folder_is_for_its_owner_alone(folder: Path) -> None:
@@ -229,16 +229,15 @@ def test_a_full_disk_is_said_once_and_leaves_nothing_half_written(
     assert not [path for path in folder.rglob("*") if path.is_file()]
 
 
-# Requiring -----------------------------------------------------------------------------------------------------------
+# Requiring ----------------------------------------------------------------------------------------
 
 
 def test_required_programs_that_are_missing_are_all_listed_with_what_differs(folder: Path) -> None:
     run(compiler(folder), 4)
     strict = compiler(folder, require=True)
     strict.ingredients = {**strict.ingredients, "torch": "2.11"}
-    assert (
-        run(strict, 4).double.tolist() == run(strict, 5).double.tolist()[:4]
-    )  # the regions stand in
+    # the regions run in place of the missing programs
+    assert run(strict, 4).double.tolist() == run(strict, 5).double.tolist()[:4]
     with pytest.raises(CompileRequired) as caught:
         strict.seal()
     message = str(caught.value)
@@ -260,7 +259,7 @@ def test_an_empty_store_says_so(folder: Path) -> None:
         strict.seal()
 
 
-# Looking after it ----------------------------------------------------------------------------------------------------
+# Looking after it ---------------------------------------------------------------------------------
 
 
 def fill(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""A trace is a readable graph: inputs named by their path, static sizes but for those that may vary, nothing computed."""
+"""A trace is a readable graph with named inputs and static sizes, and tracing computes nothing."""
 
 from __future__ import annotations
 
@@ -129,9 +129,9 @@ def test_inputs_that_share_memory_are_separate_in_the_graph() -> None:
     assert graph(torch.full((4,), 5.0), torch.full((4,), 3.0))[0].eq(2).all()
 
 
-# Varying dimensions ------------------------------------------------------------------------------------------------
+# Varying dimensions -------------------------------------------------------------------------------
 
-NUM_BLOCKS, NUM_POSITIONS = 37, 41  # numbers that nothing else has
+NUM_BLOCKS, NUM_POSITIONS = 37, 41  # sizes that no other dimension has
 
 
 def layer_inputs(num_blocks: int, num_positions: int) -> dict[str, object]:
@@ -153,7 +153,7 @@ def store(
 
 
 def sizes(value: object) -> list[object]:
-    """All numbers among a node's arguments."""
+    """All numbers in a node's arguments."""
     if isinstance(value, (tuple, list)):
         return [size for item in value for size in sizes(item)]
     return [value] if isinstance(value, (int, torch.SymInt)) else []

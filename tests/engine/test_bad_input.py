@@ -1,4 +1,4 @@
-"""A user's mistake raises an error that names the value and the limit, and leaves nothing behind."""
+"""A user's mistake raises an error with the value and the limit, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def option_error(make_llm: Callable[..., LLM], match: str, **options: Any) -> No
         make_llm(**options)
 
 
-# prompts ------------------------------------------------------------------------------------------------------------
+# prompts ------------------------------------------------------------------------------------------
 
 BAD_PROMPTS: list[tuple[Any, str]] = [
     ([], "prompt is empty"),
@@ -70,10 +70,8 @@ def test_bad_prompt_is_refused_and_leaves_nothing(
 
 
 def test_one_bad_request_among_many_with_n(eager_llm: LLM) -> None:
-    params = [
-        SamplingParams(n=3),
-        SamplingParams(n=2, seed=2**63 - 1),
-    ]  # the second answer's seed is out of range
+    # the seed of the second request's second answer is out of range
+    params = [SamplingParams(n=3), SamplingParams(n=2, seed=2**63 - 1)]
     with pytest.raises(ValueError, match=f"seed is {2**63}"):
         eager_llm.generate([[5], [6]], params, use_tqdm=False)
 
@@ -123,7 +121,7 @@ def test_text_needs_a_tokenizer(
     assert_all_free(llm)
 
 
-# options ------------------------------------------------------------------------------------------------------------
+# options ------------------------------------------------------------------------------------------
 
 
 def test_unknown_option_is_a_type_error(make_llm: Callable[..., LLM]) -> None:
@@ -174,17 +172,18 @@ def test_not_enough_memory_for_a_block(
     monkeypatch.setattr(platform, "memory_budget", lambda *_: budget)
     option_error(
         make_llm,
-        rf"memory for {num_blocks} cache block.*at least 2 are needed: raise gpu_memory_utilization \(0.9\)",
+        rf"memory for {num_blocks} cache block.*at least 2 are needed: "
+        r"raise gpu_memory_utilization \(0.9\)",
         num_kvcache_blocks=None,
     )
 
 
-# checkpoints --------------------------------------------------------------------------------------------------------
+# checkpoints --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def broken(checkpoint: Path, tmp_path: Path) -> Path:
-    """A copy of the checkpoint, to be broken."""
+    """A copy of the checkpoint for a test to damage."""
     return Path(shutil.copytree(checkpoint, tmp_path / "checkpoint"))
 
 
@@ -280,20 +279,22 @@ def test_random_weights_need_the_config_only(broken: Path, device: str) -> None:
     answers = []
     for seed in (0, 0, 1):
         llm = LLM(str(broken), random_weights=True, seed=seed, **options)
-        # not the tokens alone: a random model may well repeat its last one, whatever its weights
+        # logprobs too: random models with different weights may all repeat their last token
         output = llm.generate([[5, 6, 7]], replace(GREEDY, logprobs=3), use_tqdm=False)[0]
         answers.append((output["token_ids"], output["logprobs"]))
     assert answers[0] == answers[1] != answers[2]
 
 
-# a machine without a compiler ---------------------------------------------------------------------------------------
+# a machine without a compiler ---------------------------------------------------------------------
 
 SCRIPT = """
 import json, sys
 from nanovllm import LLM, SamplingParams
-llm = LLM(sys.argv[1], device="cpu", dtype="float32", max_model_len=64, max_num_seqs=2, num_kvcache_blocks=20)
+options = {"dtype": "float32", "max_model_len": 64, "max_num_seqs": 2, "num_kvcache_blocks": 20}
+llm = LLM(sys.argv[1], device="cpu", **options)
 prompts = json.loads(sys.argv[2])
-outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=5, ignore_eos=True), use_tqdm=False)
+params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
+outputs = llm.generate(prompts, params, use_tqdm=False)
 print(json.dumps([output["token_ids"] for output in outputs]))
 """
 
@@ -301,7 +302,7 @@ print(json.dumps([output["token_ids"] for output in outputs]))
 def test_without_a_cpp_compiler_it_runs_eagerly_and_says_so_in_one_line(
     checkpoint: Path, hf_generate: Generate, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    # a folder without the searched words in its name: libraries print the paths that they are given
+    # the folder's name must not contain the words below: libraries print paths that they get
     folder = tmp_path_factory.mktemp("empty")
     environment = {
         **os.environ,
@@ -322,7 +323,7 @@ def test_without_a_cpp_compiler_it_runs_eagerly_and_says_so_in_one_line(
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [hf_generate(prompt, 5) for prompt in prompts], done.stderr
-    # what torch and Triton say of a machine without compilers is theirs: ours is one warning of one line with a reason
+    # torch and Triton print messages of their own; ours is one warning of one line with a reason
     lines = re.split(r"[\r\n]+", done.stderr)
     (warning,) = [idx for idx, line in enumerate(lines) if re.search(r"\bW nanovllm\.", line)]
     assert re.search(

@@ -1,4 +1,4 @@
-"""How an answer ends: end-of-sequence ids, stop strings and tokens, limits; and that streamed pieces add up to it."""
+"""End-of-sequence ids, stop strings, stop tokens and limits end an answer, streamed or not."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.engines import EOS_IDS, VOCAB_SIZE, Generate, greedy, random_prompts,
 def find_answer(
     llm: LLM, is_wanted: Callable[[list[int]], bool], num_tokens: int = 60
 ) -> tuple[list[int], int, list[int]]:
-    """(prompt, seed, tokens) of a sampled answer for which `is_wanted`."""
+    """(prompt, seed, tokens) of a sampled answer for which `is_wanted` is true."""
     (prompt,) = random_prompts([5], seed=60)
     params = [
         SamplingParams(temperature=2.0, max_tokens=num_tokens, seed=s, ignore_eos=True)
@@ -92,7 +92,7 @@ def test_min_tokens_keeps_every_ending_away(llm: LLM, min_tokens: int) -> None:
 
 
 def test_stop_strings_across_tokens(llm: LLM) -> None:
-    """Greedy answers of a random model are random text: any piece of one that spans tokens can be the stop string."""
+    """Answers of a random model are random text: any part across tokens can be a stop string."""
     prompts = random_prompts([19, 33, 40], seed=63)
     full = llm.generate(prompts, greedy(40), use_tqdm=False)
     stops = [

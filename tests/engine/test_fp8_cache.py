@@ -1,5 +1,8 @@
-"""An engine with an fp8 cache: the same tokens whatever the batch, buckets, cache hits and preemptions; twice the tokens in the
-same memory; keys of its own; a refusal where it cannot be; and hardly fewer right answers of the embedded model."""
+"""An engine with an fp8 cache gives the same tokens in every batch and holds more of them.
+
+Programs have keys of their own, devices without kernels refuse the option, and the embedded model
+gives almost as many right answers.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +19,16 @@ from nanovllm import LLM, SamplingParams, platforms
 from nanovllm.compile.keys import program_key
 from nanovllm.models.interface import VARYING
 from nanovllm.platforms.base import MemoryBudget
-from tests.engines import assert_all_free, random_prompts
+from tests.engines import assert_all_free, random_prompts, tokens
 
-# scripts are run as files, and import each other as such
+# scripts import each other as files of one folder
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
 from tiny.tasks import held_out, is_correct
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
-# What a sample of 130 questions, all or all but one of which are answered rightly, may lose by the cache: more is no noise.
+# The accuracy that the fp8 cache may lose on the sample. The model answers all of the 130 questions
+# or all but one correctly, so a larger loss is not noise.
 ACCURACY_MARGIN = 0.02
 NUM_QUESTIONS = 130
 
@@ -37,20 +41,16 @@ def prompts() -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def expected(make_llm: Callable[..., LLM], prompts: list[list[int]]) -> list[list[int]]:
-    """Each prompt by itself, without cache hits."""
+    """Tokens of each prompt alone, without cache hits."""
     llm = make_llm(kv_cache_dtype="fp8", enable_prefix_caching=False)
-    return [tokens(llm, [prompt])[0] for prompt in prompts]
-
-
-def tokens(llm: LLM, prompts: list[list[int]]) -> list[list[int]]:
-    return [output["token_ids"] for output in llm.generate(prompts, GREEDY, use_tqdm=False)]
+    return [tokens(llm, [prompt], GREEDY)[0] for prompt in prompts]
 
 
 def test_the_cache_is_fp8_and_full_of_numbers(
     make_llm: Callable[..., LLM], prompts: list[list[int]]
 ) -> None:
     llm = make_llm(kv_cache_dtype="fp8")
-    tokens(llm, prompts)
+    tokens(llm, prompts, GREEDY)
     for cache in llm.engine.runner.steps.caches:
         assert cache.k_CBKH.dtype is cache.v_CBKH.dtype is torch.float8_e4m3fn
         for x in (cache.k_CBKH.float(), cache.v_CBKH.float()):
@@ -65,7 +65,7 @@ def test_batches_and_prefix_hits_change_nothing(
     enforce_eager: bool,
 ) -> None:
     llm = make_llm(kv_cache_dtype="fp8", enforce_eager=enforce_eager, graph_batch_sizes=(1, 5, 16))
-    assert tokens(llm, prompts) == expected
+    assert tokens(llm, prompts, GREEDY) == expected
     outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
     assert [output["token_ids"] for output in outputs] == expected
     assert [output["num_cached_tokens"] for output in outputs] == [
@@ -80,7 +80,7 @@ def test_chunks_and_preemption_change_nothing(
     llm = make_llm(
         kv_cache_dtype="fp8", num_kvcache_blocks=13, max_num_batched_tokens=48, max_model_len=160
     )
-    assert tokens(llm, prompts) == expected
+    assert tokens(llm, prompts, GREEDY) == expected
     assert llm.engine.scheduler.num_preemptions > 0
     assert_all_free(llm)
 

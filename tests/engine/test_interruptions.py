@@ -1,4 +1,4 @@
-"""Ctrl-C and errors of the device at any moment leave a usable engine, and other requests go on."""
+"""After Ctrl-C or a device error at any moment, the engine is usable and other requests go on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.engines import NUM_TOKENS, Generate, assert_all_free, greedy, random_
 
 @pytest.fixture
 def interrupt_at(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> Callable[[int, str], None]:
-    """Make the nth launch from now on break off, before or after it has done its work."""
+    """Interrupt the nth launch from now, before or after its work."""
 
     def arrange(nth: int, where: str) -> None:
         original, count = llm.engine.runner.launch, 0
@@ -40,7 +40,7 @@ def interrupt_at(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> Callable[[int, st
 def test_ctrl_c_leaves_a_usable_engine(
     llm: LLM, hf_generate: Generate, interrupt_at: Callable[[int, str], None], nth: int, where: str
 ) -> None:
-    """Every block is free, and no block is taken for cached that the broken step has not filled."""
+    """All blocks are free, and blocks that the interrupted step did not fill are not cached."""
     prompts = random_prompts([19, 99, 200, 64], seed=900 + nth)
     interrupt_at(nth, where)
     with pytest.raises(KeyboardInterrupt):
@@ -55,7 +55,7 @@ def test_requests_of_others_survive_an_interruption(
 ) -> None:
     engine = llm.engine
     theirs, mine = random_prompts([40, 33], seed=91), random_prompts([50, 19], seed=92)
-    params = greedy(20, repetition_penalty=1.0001)  # with state of its own on the device
+    params = greedy(20, repetition_penalty=1.0001)  # keeps its own state on the device
     ids = [engine.add_request(prompt, params) for prompt in theirs]
     interrupt_at(nth, "after")
     with pytest.raises(KeyboardInterrupt):
@@ -73,7 +73,7 @@ def test_ctrl_c_at_any_moment(llm: LLM, hf_generate: Generate) -> None:
     prompts = random_prompts([5, 99, 200, 33, 64, 1] * 5, seed=93)
     expected = [hf_generate(prompt, NUM_TOKENS) for prompt in prompts[:6]]
     previous = signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
-    # a shell starts its background jobs with Ctrl-C ignored, and Python then leaves it so
+    # a shell starts background jobs with SIGINT ignored, and Python keeps it ignored
     previous_int = signal.signal(signal.SIGINT, signal.default_int_handler)
     num_interrupted = 0
     try:
@@ -81,7 +81,9 @@ def test_ctrl_c_at_any_moment(llm: LLM, hf_generate: Generate) -> None:
             signal.setitimer(signal.ITIMER_REAL, 0.003 + 0.0071 * attempt)
             try:
                 llm.generate(prompts, greedy(40), use_tqdm=False)
-                signal.setitimer(signal.ITIMER_REAL, 0)  # in here, as the moment may be this one
+                signal.setitimer(
+                    signal.ITIMER_REAL, 0
+                )  # inside the try: the signal may arrive here
             except KeyboardInterrupt:
                 num_interrupted += 1
             assert_all_free(llm)

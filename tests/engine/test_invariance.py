@@ -1,6 +1,7 @@
-"""A request's tokens depend on the request alone: not on its neighbours, buckets, chunks, cache hits or preemptions.
+"""A request's tokens depend only on the request.
 
-fp32 greedy tokens, compared with transformers' generate.
+Neighbours, buckets, chunks, cache hits and preemptions change nothing. Greedy tokens in fp32 are
+compared with transformers' generate.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from nanovllm import LLM, SamplingParams, platforms
 from nanovllm.compile.lower import eager, inductor
 from nanovllm.platforms.base import MemoryBudget
-from tests.engines import VOCAB_SIZE, Generate, assert_all_free, random_prompts
+from tests.engines import VOCAB_SIZE, Generate, assert_all_free, random_prompts, tokens
 
 BLOCK = 16
 NUM_TOKENS = 20
@@ -22,13 +23,9 @@ GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
 LENGTHS = [1, 2, 5, 15, 16, 17, 19, 31, 32, 33, 48, 64, 99, 100, 128, 189]
 
 
-def tokens(llm: LLM, prompts: list[list[int]], params: Any = GREEDY) -> list[list[int]]:
-    return [output["token_ids"] for output in llm.generate(prompts, params, use_tqdm=False)]
-
-
 @pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
-    """37 prompts: odd lengths, exact multiples of the block, repeats and shared beginnings among them."""
+    """37 prompts, with odd lengths, exact multiples of the block, repeats and shared prefixes."""
     base = random_prompts(LENGTHS)
     shared = [base[12][:64] + tail for tail in random_prompts([1, 7, 16], seed=1)]
     return base + shared + random_prompts([3, 11, 40] * 5, seed=2) + [base[11], base[11], base[3]]
@@ -42,27 +39,27 @@ def expected(prompts: list[list[int]], hf_generate: Generate) -> list[list[int]]
 
 def test_alone(llm: LLM, prompts: list[list[int]], expected: list[list[int]]) -> None:
     picked = range(0, len(prompts), 4)
-    assert [tokens(llm, [prompts[i]])[0] for i in picked] == [expected[i] for i in picked]
+    assert [tokens(llm, [prompts[i]], GREEDY)[0] for i in picked] == [expected[i] for i in picked]
 
 
 def test_batch_of_37_needs_several_decode_steps(
     llm: LLM, prompts: list[list[int]], expected: list[list[int]]
 ) -> None:
-    assert tokens(llm, prompts) == expected
+    assert tokens(llm, prompts, GREEDY) == expected
 
 
 @pytest.mark.parametrize("num", [2, 3, 5, 6, 17])
 def test_batch_sizes_that_are_no_bucket(
     llm: LLM, prompts: list[list[int]], expected: list[list[int]], num: int
 ) -> None:
-    assert tokens(llm, prompts[:num]) == expected[:num]
+    assert tokens(llm, prompts[:num], GREEDY) == expected[:num]
 
 
 def test_prefix_cache_hits(llm: LLM, prompts: list[list[int]], expected: list[list[int]]) -> None:
-    tokens(llm, prompts)
+    tokens(llm, prompts, GREEDY)
     outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
     assert [output["token_ids"] for output in outputs] == expected
-    # all full blocks but the one that holds the prompt's last token
+    # all full blocks except the block with the prompt's last token
     assert [output["num_cached_tokens"] for output in outputs] == [
         (len(p) - 1) // BLOCK * BLOCK for p in prompts
     ]
@@ -73,18 +70,18 @@ def test_whole_prompt_in_the_cache_at_an_exact_multiple_of_the_block(
 ) -> None:
     for num_blocks in (1, 2, 4):
         (prompt,) = random_prompts([num_blocks * BLOCK], seed=100 + num_blocks)
-        tokens(eager_llm, [prompt])
+        tokens(eager_llm, [prompt], GREEDY)
         (output,) = eager_llm.generate([prompt], GREEDY, use_tqdm=False)
         assert output["num_cached_tokens"] == (num_blocks - 1) * BLOCK
         assert output["token_ids"] == hf_generate(prompt, NUM_TOKENS)
 
 
 def test_answers_are_prefixes_too(eager_llm: LLM, hf_generate: Generate) -> None:
-    """A second turn finds the first one's answer in the cache, as far as its blocks were filled."""
+    """A second turn finds the full blocks of the first turn's answer in the cache."""
     (prompt,) = random_prompts([30], seed=7)
-    answer = tokens(eager_llm, [prompt])[0]
+    answer = tokens(eager_llm, [prompt], GREEDY)[0]
     (output,) = eager_llm.generate([prompt + answer + [9]], GREEDY, use_tqdm=False)
-    # the newest token of an answer is never fed back
+    # the last token of an answer is never an input
     assert output["num_cached_tokens"] == (len(prompt) + len(answer) - 1) // BLOCK * BLOCK == 48
     assert output["token_ids"] == hf_generate(prompt + answer + [9], NUM_TOKENS)
 
@@ -107,8 +104,8 @@ def test_chunked_prefill(
     llm = make_llm(
         max_num_batched_tokens=48, enforce_eager=enforce_eager, graph_batch_sizes=(1, 5, 16)
     )
-    assert tokens(llm, prompts) == expected
-    assert tokens(llm, prompts) == expected
+    assert tokens(llm, prompts, GREEDY) == expected
+    assert tokens(llm, prompts, GREEDY) == expected
     assert_all_free(llm)
 
 
@@ -130,13 +127,13 @@ def test_preempted_in_graph_mode(
     make_llm: Callable[..., LLM], prompts: list[list[int]], expected: list[list[int]]
 ) -> None:
     llm = make_llm(num_kvcache_blocks=18, enforce_eager=False, graph_batch_sizes=(1, 5, 16))
-    assert tokens(llm, prompts) == expected
+    assert tokens(llm, prompts, GREEDY) == expected
     assert llm.engine.scheduler.num_preemptions > 0
     assert_all_free(llm)
 
 
 def test_preemption_meets_prefix_hits(make_llm: Callable[..., LLM], hf_generate: Generate) -> None:
-    """Requests that share their beginning are preempted and find it again when they restart."""
+    """Preempted requests with a shared prefix find it again when they restart."""
     (start,) = random_prompts([64], seed=21)
     prompts = [start + tail for tail in random_prompts([5, 6, 7, 8, 9, 10], seed=22)]
     llm = make_llm(num_kvcache_blocks=1 + 16)
@@ -153,11 +150,11 @@ def test_preemption_meets_prefix_hits(make_llm: Callable[..., LLM], hf_generate:
 def test_every_request_may_be_the_only_one_of_its_decode_step(
     make_llm: Callable[..., LLM], prompts: list[list[int]], expected: list[list[int]]
 ) -> None:
-    """One row per decode step and a full cache: the newest request has its turn, needs a block, and makes room itself."""
+    """One row per step, full cache: the newest request needs a block and is itself preempted."""
     llm = make_llm(
         graph_batch_sizes=(1,), num_kvcache_blocks=18, max_num_seqs=5, enable_prefix_caching=False
     )
-    assert tokens(llm, prompts) == expected
+    assert tokens(llm, prompts, GREEDY) == expected
     assert llm.engine.scheduler.num_preemptions > 0
     assert_all_free(llm)
 
@@ -193,7 +190,7 @@ def test_programs_fit_the_lowered_max_model_len(
     monkeypatch: pytest.MonkeyPatch,
     device: str,
 ) -> None:
-    """Measuring builds programs for the longer block tables; they must not be used with the shorter ones."""
+    """Programs for the longer block tables of measuring are not used with shorter tables."""
 
     def lower(graph: Any, fakes: Sequence[torch.Tensor]) -> Callable[..., Sequence[torch.Tensor]]:
         run = eager.lower(graph, fakes)
@@ -218,15 +215,15 @@ def test_programs_fit_the_lowered_max_model_len(
     )
     assert llm.engine.max_model_len == 4 * BLOCK
     prompts = random_prompts([33, 5], seed=31)
-    assert tokens(llm, prompts) == [hf_generate(prompt, NUM_TOKENS) for prompt in prompts]
+    assert tokens(llm, prompts, GREEDY) == [hf_generate(prompt, NUM_TOKENS) for prompt in prompts]
 
 
 def test_eager_without_padding(
     make_llm: Callable[..., LLM], prompts: list[list[int]], expected: list[list[int]]
 ) -> None:
     llm = make_llm(pad_batches=False)
-    assert tokens(llm, prompts) == expected
-    assert tokens(llm, prompts) == expected
+    assert tokens(llm, prompts, GREEDY) == expected
+    assert tokens(llm, prompts, GREEDY) == expected
 
 
 @pytest.mark.parametrize("block_size", [32, 64])
@@ -237,7 +234,7 @@ def test_block_sizes(
     block_size: int,
 ) -> None:
     llm = make_llm(kvcache_block_size=block_size, num_kvcache_blocks=100)
-    assert tokens(llm, prompts) == expected
+    assert tokens(llm, prompts, GREEDY) == expected
 
 
 @pytest.mark.parametrize("buckets", [(16,), (2, 3), (37,), (64,), None], ids=str)
@@ -248,8 +245,8 @@ def test_other_buckets(
     buckets: tuple[int, ...] | None,
 ) -> None:
     llm = make_llm(graph_batch_sizes=buckets)
-    assert tokens(llm, prompts) == expected
-    assert tokens(llm, prompts[:4]) == expected[:4]
+    assert tokens(llm, prompts, GREEDY) == expected
+    assert tokens(llm, prompts[:4], GREEDY) == expected[:4]
     assert_all_free(llm)
 
 
@@ -257,14 +254,14 @@ def test_graph_with_one_bucket(
     make_llm: Callable[..., LLM], prompts: list[list[int]], expected: list[list[int]]
 ) -> None:
     llm = make_llm(enforce_eager=False, graph_batch_sizes=(16,))
-    assert tokens(llm, prompts) == expected
-    assert tokens(llm, prompts[:4]) == expected[:4]
+    assert tokens(llm, prompts, GREEDY) == expected
+    assert tokens(llm, prompts[:4], GREEDY) == expected[:4]
 
 
 def test_requests_that_come_and_go(
     llm: LLM, prompts: list[list[int]], expected: list[list[int]]
 ) -> None:
-    """New requests every few steps, each with its own length of answer."""
+    """New requests arrive every few steps, with different lengths of answers."""
     engine = llm.engine
     wanted: dict[int, list[int]] = {}
     found: dict[int, list[int]] = {}
@@ -282,11 +279,11 @@ def test_requests_that_come_and_go(
     assert found == wanted and len(found) == len(prompts)
 
 
-# padding ------------------------------------------------------------------------------------------------------------
+# padding ------------------------------------------------------------------------------------------
 
 
 def poison(llm: LLM) -> None:
-    """NaN in every slot of the cache; none is owned now, and none may be found by its content any more."""
+    """Write NaN to every slot of the cache, which no request owns, and forget cached prefixes."""
     scheduler = llm.engine.scheduler
     assert not scheduler.has_work
     scheduler.pool.reset()
@@ -300,11 +297,11 @@ def test_padding_and_unowned_blocks_are_never_read(
     llm: LLM, prompts: list[list[int]], expected: list[list[int]]
 ) -> None:
     poison(llm)
-    assert tokens(llm, prompts[:6]) == expected[:6]
+    assert tokens(llm, prompts[:6], GREEDY) == expected[:6]
     poison(llm)
-    assert tokens(llm, prompts) == expected
+    assert tokens(llm, prompts, GREEDY) == expected
     poison(llm)
-    assert tokens(llm, prompts[12:13]) == expected[12:13]
+    assert tokens(llm, prompts[12:13], GREEDY) == expected[12:13]
 
 
 def test_padding_block_full_of_nan_in_the_middle_of_generation(
@@ -331,7 +328,7 @@ def test_nan_in_the_padding_row_of_the_state(
     state = llm.engine.runner.state
     state.sampling_SF[state.pad_row] = float("nan")
     try:
-        assert tokens(llm, prompts[:6]) == expected[:6]
+        assert tokens(llm, prompts[:6], GREEDY) == expected[:6]
         assert state.token_S[state.pad_row] == 0 and state.pos_S[state.pad_row] == 0
     finally:
         state.sampling_SF[state.pad_row] = 0.0

@@ -1,4 +1,4 @@
-"""Several engines in a process, and what is left of one: no memory, no object, no captured step."""
+"""Several engines run in a process, and a deleted one leaves no memory, object or captured step."""
 
 from __future__ import annotations
 
@@ -40,13 +40,12 @@ def test_two_engines_in_one_process(
 
 @pytest.mark.parametrize("enforce_eager", [True, False], ids=["eager", "graph"])
 def test_nothing_is_left_after_del(make_llm: Callable[..., LLM], enforce_eager: bool) -> None:
-    """Weights, cache and state die at once, without the garbage collector; no thread stays."""
+    """Weights, cache and state are freed without the garbage collector, and no thread is left."""
     options = {"enforce_eager": enforce_eager, "graph_batch_sizes": (1, 5, 16)}
     (prompt,) = random_prompts([40], seed=96)
     params = [greedy(), greedy(logprobs=2, prompt_logprobs=1, top_k=5, presence_penalty=1.0)]
-    make_llm(**options).generate(
-        [prompt] * 2, params, use_tqdm=False
-    )  # helpers of the process come with the first
+    # the first engine starts helpers that the process keeps
+    make_llm(**options).generate([prompt] * 2, params, use_tqdm=False)
     gc.collect()
     threads = set(threading.enumerate())
     gc.disable()
@@ -80,7 +79,7 @@ def test_nothing_is_left_after_del(make_llm: Callable[..., LLM], enforce_eager: 
 def used_bytes(device: str) -> int:
     if device == "cuda":
         return torch.cuda.memory_allocated()
-    # glibc's malloc keeps what was freed, by earlier tests as well, and would put new tensors there: that is not in use
+    # malloc keeps freed memory, that of earlier tests as well, and would place new tensors there
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
@@ -101,7 +100,7 @@ def test_memory_comes_back(make_llm: Callable[..., LLM], device: str, how: str) 
     make_llm().close()
     before = used_bytes(device)
     for _ in range(2):
-        # 64 MiB for each tensor: what is smaller, malloc may keep for itself
+        # 64 MiB for each tensor: malloc may keep smaller ones
         llm = make_llm(num_kvcache_blocks=16_384)
         cache_bytes = 16_384 * llm.engine.runner.block_bytes
         touch_cache(llm)

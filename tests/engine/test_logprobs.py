@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens and prompts are those of transformers."""
+"""Log-probabilities of answers and prompts equal those of transformers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def assert_logprobs(
 
 
 def test_logprobs_are_those_of_transformers(llm: LLM, hf_model: Any) -> None:
-    """Sampled, penalized and filtered: the values are of the model's own logits all the same."""
+    """The values come from the model's own logits, also with sampling, penalties and filters."""
     prompts = random_prompts([1, 19, 40, 7, 5], seed=70)
     changes: list[dict[str, Any]] = [
         {},
@@ -68,9 +68,8 @@ def test_prompt_logprobs_are_those_of_transformers(
     prompts = random_prompts([1, 2, 19, 64, 99, 189], seed=71)
     params = [greedy(3, prompt_logprobs=num) for num in (0, 1, 5, 2, 3, 0)]
     plain = tokens(llm, prompts, greedy(3))
-    outputs = llm.generate(
-        prompts, params, use_tqdm=False
-    )  # what is in the prefix cache must be computed again
+    # prompts in the prefix cache must be computed again
+    outputs = llm.generate(prompts, params, use_tqdm=False)
     assert [output["token_ids"] for output in outputs] == plain
     for prompt, one, output in zip(prompts, params, outputs):
         expected = hf_logprobs(hf_model, prompt)

@@ -1,4 +1,4 @@
-"""Requests by hand, add, step and abort, and several streams at once: each gets its own, and nothing is left behind."""
+"""add_request, step, abort and several streams: each request gets its own tokens."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_step_without_work_returns_nothing(eager_llm: LLM) -> None:
 
 @pytest.mark.parametrize("num_steps", [0, 1, 2, 3, 5, 9])
 def test_abort_in_mid_flight(llm: LLM, hf_generate: Generate, num_steps: int) -> None:
-    """Waiting, half prefilled or decoding: the request ends with what it has, and the others do not notice."""
+    """An aborted request ends with the tokens it has; other requests do not change."""
     engine = llm.engine
     prompts = random_prompts([19, 200, 200, 33], seed=81)
     ids = [engine.add_request(prompt, greedy()) for prompt in prompts]
@@ -75,7 +75,7 @@ def test_abort_in_mid_flight(llm: LLM, hf_generate: Generate, num_steps: int) ->
     done.update(drain(llm))
     for idx in (2, 3):
         assert done[ids[idx]].token_ids == hf_generate(prompts[idx], NUM_TOKENS)
-    # what the aborted ones left in the prefix cache is right
+    # aborted requests left correct blocks in the prefix cache
     assert tokens(llm, prompts, greedy()) == [hf_generate(prompt, NUM_TOKENS) for prompt in prompts]
 
 
@@ -90,7 +90,7 @@ def test_abort_everything(llm: LLM) -> None:
 
 
 def test_generate_leaves_the_outputs_of_others_to_them(llm: LLM, hf_generate: Generate) -> None:
-    """A request added by hand goes on while `generate` runs, ends there perhaps, and its outputs wait."""
+    """A request added before `generate` goes on meanwhile, and its outputs wait for `step`."""
     engine = llm.engine
     short, long, prompt = random_prompts([5, 9, 33], seed=83)
     ids = [engine.add_request(short, greedy(3)), engine.add_request(long, greedy(40))]

@@ -1,4 +1,4 @@
-"""The same seed gives the same tokens, whatever runs beside it; filters and penalties in the engine."""
+"""The same seed gives the same tokens in every batch; filters and penalties work in the engine."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_same_seed_same_tokens_alone_and_among_others(
 
 
 def test_same_seed_same_tokens_in_a_batch_of_plain_requests(llm: LLM) -> None:
-    """Where no request needs more than the sampler of the step itself, in rows and places of all kinds."""
+    """No request needs more than the step's own sampler; rows and positions vary."""
     prompts = random_prompts([1, 19, 16, 33, 5, 7, 40], seed=48)
     params = [
         SamplingParams(
@@ -89,7 +89,7 @@ def test_same_seed_same_tokens_in_every_bucket(
 def test_same_seed_same_tokens_after_preemption_and_in_chunks(
     make_llm: Callable[..., LLM], shared_llm: LLM, seeded_prompts: list[list[int]]
 ) -> None:
-    """Penalties among them: restarted requests remember what they have generated."""
+    """Restarted requests remember their generated tokens, which penalties need."""
     params = [replace(one, max_tokens=50) for one in SEEDED]
     params += [greedy(50, presence_penalty=1.5, frequency_penalty=1.0, repetition_penalty=1.2)] * 2
     prompts = seeded_prompts + seeded_prompts[1:3]
@@ -156,9 +156,11 @@ def test_a_decode_step_is_recorded_with_filters_and_chooses_as_it_does_op_by_op(
     expected = tokens(eager_llm, prompts, params)
     recorded = len(captured)
     assert [tokens(llm, prompts, params) for _ in range(3)] == [expected] * 3
-    assert len(captured) == recorded + 1, "of the bucket for 4 rows, when it was first asked for"
+    assert len(captured) == recorded + 1, "the bucket of 4 rows, when it was first needed"
     assert tokens(llm, prompts, [*params[:2], replace(params[2], logprobs=1)]) == expected
-    assert len(captured) == recorded + 2, "without a sampler, for what wants more than filters"
+    assert len(captured) == recorded + 2, (
+        "without a sampler, for requests that need more than filters"
+    )
 
 
 def test_repetition_penalty_is_that_of_transformers(llm: LLM, hf_model: Any) -> None:
@@ -179,7 +181,7 @@ def test_repetition_penalty_is_that_of_transformers(llm: LLM, hf_model: Any) -> 
 
 
 def test_presence_penalty_forbids_repetition_when_logits_are_close(eager_llm: LLM) -> None:
-    """Penalties of the largest strength act on generated tokens: far fewer of them repeat."""
+    """Penalties of the largest strength act on generated tokens: fewer of them repeat."""
     prompts = random_prompts([9, 19], seed=47)
     for plain, penalized in zip(
         tokens(eager_llm, prompts, greedy(60)),

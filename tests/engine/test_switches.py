@@ -1,27 +1,20 @@
-"""Options that leave a part of the machinery out: the answers stay, and the part is really gone."""
+"""Options that switch a part off keep the answers, and the part does not run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from nanovllm import LLM, SamplingParams, platforms
-from nanovllm.compile.lower import eager, inductor
-from nanovllm.kernels import ops
 from nanovllm.platforms.base import UNFUSED_OPS
-from tests.engines import Generate, random_prompts
+from tests.engines import Generate, random_prompts, tokens
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 PROMPTS = random_prompts([1, 19, 5], seed=110)
 SIZES: dict[str, Any] = {"enforce_eager": False, "graph_batch_sizes": (1, 4), "max_num_seqs": 4}
-
-
-def tokens(llm: LLM) -> list[list[int]]:
-    return [output["token_ids"] for output in llm.generate(PROMPTS, GREEDY, use_tqdm=False)]
 
 
 @pytest.fixture(scope="module")
@@ -29,32 +22,21 @@ def expected(hf_generate: Generate) -> list[list[int]]:
     return [hf_generate(prompt, GREEDY.max_tokens) for prompt in PROMPTS]
 
 
-@pytest.fixture
-def lowered_ops(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
-    """The names of our ops in all graphs that reach the lowering, which runs them node by node."""
-    found: set[str] = set()
-
-    def lower(graph: Any, fakes: Sequence[torch.Tensor]) -> Callable[..., Sequence[torch.Tensor]]:
-        found.update(name for node in graph.graph.nodes if (name := ops.op_name(node.target)))
-        return eager.lower(graph, fakes)
-
-    monkeypatch.setattr(inductor, "lower_if_worth_it", lower)
-    yield found
-
-
 def test_without_fusion_only_attention_cache_write_and_sampler_are_ours(
     make_llm: Callable[..., LLM], lowered_ops: set[str], expected: list[list[int]], tmp_path: Path
 ) -> None:
-    # a store of its own, or what an earlier run has left would come from there
-    assert tokens(make_llm(**SIZES, compile_cache=tmp_path)) == expected
+    # an empty store: programs of earlier runs would not reach the lowering
+    assert tokens(make_llm(**SIZES, compile_cache=tmp_path), PROMPTS, GREEDY) == expected
     assert "qk_norm_rope_store" in lowered_ops
     lowered_ops.clear()
-    assert tokens(make_llm(**SIZES, compile_cache=tmp_path, fuse=False)) == expected
+    assert (
+        tokens(make_llm(**SIZES, compile_cache=tmp_path, fuse=False), PROMPTS, GREEDY) == expected
+    )
     assert lowered_ops == UNFUSED_OPS
 
 
 def test_without_fusion_compiled(make_llm: Callable[..., LLM], expected: list[list[int]]) -> None:
-    assert tokens(make_llm(**SIZES, fuse=False)) == expected
+    assert tokens(make_llm(**SIZES, fuse=False), PROMPTS, GREEDY) == expected
 
 
 def test_without_capture_nothing_is_captured(
@@ -64,10 +46,13 @@ def test_without_capture_nothing_is_captured(
     expected: list[list[int]],
     tmp_path: Path,
 ) -> None:
-    assert tokens(make_llm(**SIZES, compile_cache=tmp_path, capture=False)) == expected
+    assert (
+        tokens(make_llm(**SIZES, compile_cache=tmp_path, capture=False), PROMPTS, GREEDY)
+        == expected
+    )
     assert captured == [] and lowered_ops
     llm = make_llm(**SIZES, compile_cache=tmp_path, capture=True)
-    assert tokens(llm) == expected
+    assert tokens(llm, PROMPTS, GREEDY) == expected
     assert len(captured) == len(llm.engine.runner.layout.decode_rows) + len(
         llm.engine.runner.layout.prefill_tokens
     )

@@ -1,8 +1,8 @@
-"""Logits of every position of given sequences: from an engine's runner, and from transformers for the same checkpoint.
+"""Logits at every position of given sequences, from an engine's runner and from transformers.
 
-The runner is driven as the engine drives it: padded prefill steps that split and mix prompts, then decode steps from
-the device state, one known token at a time. Cache blocks are handed out in random order and start as NaN, so whatever
-reads a slot too many shows.
+The harness drives the runner as the engine does: padded prefill steps that split and mix prompts,
+then decode steps from the device state, one known token at a time. Cache blocks are assigned in
+random order and start as NaN, so every wrong read is visible.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from nanovllm.startup import load as startup
 
 
 class Known(NamedTuple):
-    """Known tokens, of which the first `num_prompt` are a prompt and the others are fed to decode steps."""
+    """Known tokens: the first `num_prompt` are a prompt, the others are inputs of decode steps."""
 
     token_ids: list[int]
     num_prompt: int
 
 
 def sequences(vocab_size: int, *lengths: tuple[int, int]) -> list[Known]:
-    """Random sequences of (prompt, total) tokens."""
+    """Random sequences with the given numbers of (prompt, total) tokens."""
     generator = torch.Generator().manual_seed(1)
     return [
         Known(torch.randint(vocab_size, (total,), generator=generator).tolist(), num_prompt)
@@ -39,7 +39,7 @@ def sequences(vocab_size: int, *lengths: tuple[int, int]) -> list[Known]:
 
 
 def load(folder: Path, device: str, **options: Any) -> Runner:
-    """A warm runner with small sizes; `options` are those of EngineConfig."""
+    """A warm runner with small sizes; `options` are fields of EngineConfig."""
     sizes = {
         "max_num_seqs": 4,
         "max_num_batched_tokens": 64,
@@ -55,7 +55,7 @@ def load(folder: Path, device: str, **options: Any) -> Runner:
 
 @torch.no_grad()
 def engine_logits(runner: Runner, known: Sequence[Known]) -> list[Tensor]:
-    """Per sequence the logits [length, V] after each of its tokens, fp32 on the host."""
+    """For each sequence, the logits [length, V] after each token, in fp32 on the host."""
     _poison(runner)
     _admit(runner, known)
     logits = [[torch.empty(0)] * len(sequence.token_ids) for sequence in known]
@@ -72,7 +72,7 @@ def engine_logits(runner: Runner, known: Sequence[Known]) -> list[Tensor]:
 def transformers_logits(
     folder: Path, known: Sequence[Known], device: str, dtype: torch.dtype = torch.float32
 ) -> list[Tensor]:
-    """The same from transformers: one forward pass over each whole sequence."""
+    """The same logits from transformers: one forward pass over each whole sequence."""
     from transformers import AutoModelForCausalLM
 
     model = (
@@ -84,7 +84,7 @@ def transformers_logits(
 
 
 def max_difference(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
-    """The largest absolute difference; infinite where either side is not a number."""
+    """The largest absolute difference; infinite if either side contains NaN."""
     return max(
         (a - b).abs().nan_to_num(torch.inf).max().item() for a, b in zip(left, right, strict=True)
     )
@@ -114,7 +114,7 @@ class Chunk(NamedTuple):
 
 
 def _prefill_steps(known: Sequence[Known], runner: Runner) -> Iterator[list[Chunk]]:
-    """Prompts one after another into steps of the largest size, cut where a step is full."""
+    """Pack prompts into steps of the largest size, one after another, and split at a full step."""
     layout = runner.layout
     chunks: list[Chunk] = []
     budget = layout.prefill_tokens[-1]
@@ -153,8 +153,7 @@ def _prefill(
         logits_RV = runner.steps.logits_at(hidden, upload(index, torch.int64)).float().cpu()
         for (row, pos), logits_V in zip(group, logits_RV):
             logits[row][pos] = logits_V
-    # the last tokens' as a step gives them when nobody asks for the others; the step writes the
-    # same keys and values once more
+    # the last tokens' logits, as in a step without prompt logprobs; it writes the same cache again
     last_RV = runner.steps.prefill_logits(span).float().cpu()
     for chunk, logits_V in zip(chunks, last_RV):
         logits[chunk.row][chunk.start + chunk.num_tokens - 1] = logits_V
@@ -163,7 +162,7 @@ def _prefill(
 def _decode(
     runner: Runner, known: Sequence[Known], rows: list[int], pos: int, logits: list[list[Tensor]]
 ) -> None:
-    """One decode step that feeds each of `rows` its token at `pos`."""
+    """One decode step, in which the input of each of `rows` is its token at `pos`."""
     state, upload = runner.state, runner.platform.upload
     row_idx_R = upload(rows, torch.int64)
     state.token_S[row_idx_R] = upload([known[row].token_ids[pos] for row in rows], torch.int64)

@@ -1,4 +1,4 @@
-"""Weights as int8: how far they are off, what they take, and that a model still answers right."""
+"""int8 weights: their error, their size, and the accuracy of a model with them."""
 
 from __future__ import annotations
 
@@ -27,9 +27,13 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 from tiny.tasks import held_out, is_correct  # noqa: E402
 
-NUM_TASKS, MARGIN = 104, 0.02  # of the questions, int8 may answer so many fewer right than fp32
+NUM_TASKS, MARGIN = (
+    104,
+    0.02,
+)  # int8 may answer this share of the questions less correctly than fp32
 OPTIONS: dict[str, Any] = {
-    "device": "cpu", "max_model_len": 64, "max_num_seqs": 4, "num_kvcache_blocks": 20, "max_num_batched_tokens": 64,
+    "device": "cpu", "max_model_len": 64, "max_num_seqs": 4, "num_kvcache_blocks": 20,
+    "max_num_batched_tokens": 64,
 }  # fmt: skip
 
 
@@ -127,7 +131,8 @@ def test_graphs_and_eager_steps_agree_and_are_near_the_plain_weights(
     graph = logits(graph_batch_sizes=[1, 4], quantization="int8")
     assert plain.shape == (9 + 30 + 75, 512)
     torch.testing.assert_close(graph, eager, rtol=1e-3, atol=1e-3)
-    # weights are off by up to 1/254 of their row's largest, the logits by a few per cent of their spread, and not by nothing
+    # the error of a weight is up to 1/254 of its row's largest; that of logits is a few per cent of
+    # their spread, and not zero
     assert 1e-4 < (eager - plain).std() / plain.std() < 0.05
 
 

@@ -1,4 +1,4 @@
-"""The scales of an fp8 cache bound every key and value, by no more than they need to, for every sort of checkpoint."""
+"""The scales of an fp8 cache are close bounds of keys and values for every kind of checkpoint."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
         "llama",
         {
             "rope_parameters": {
-                "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128,
+                "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0,
+                "original_max_position_embeddings": 128,
             }
         },
     ),
@@ -52,7 +53,7 @@ def test_no_key_and_no_value_passes_its_bound(llm: LLM) -> None:
             )
             most_K = x_CBKH.abs().amax((0, 1, 3)) / scale_K
             assert (most_K <= FP8_MAX).all() and (most_K > 0).all()
-            # a normalised number below 2⁻⁶ would begin to lose bits: what is typical is far above
+            # below 2⁻⁶ a normalized number begins to lose bits; typical numbers are far above
             assert (most_K > 8).all(), most_K
 
 
@@ -68,7 +69,7 @@ def test_the_worst_hidden_state_reaches_the_bound_of_a_value(llm: LLM) -> None:
     along_KHD = v_rows_KHD * layer.attn_norm_D
     normed_KHD = along_KHD / along_KHD.norm(dim=-1, keepdim=True) * math.sqrt(cfg.hidden_size)
     worst_K = ((normed_KHD * along_KHD).sum(-1) + bias_KH.abs()).amax(1)
-    # a power of two and the margin for rounding are all that there is above it
+    # rounding up to a power of two and the rounding margin are the only slack
     assert (worst_K <= v_scale_K * FP8_MAX).all()
     assert (worst_K > v_scale_K * FP8_MAX / (2 * ROUNDING) * 0.999).all()
 

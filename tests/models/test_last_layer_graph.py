@@ -1,4 +1,4 @@
-"""The last layer of a prefill step: after attention it has a row for each kept token, and their values are those of all."""
+"""After attention, the last layer of a prefill step computes only the kept tokens, correctly."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from nanovllm.platforms.cuda import CudaPlatform
 from nanovllm.tools.costs import cost
 
 NUM_TOKENS, NUM_ROWS, BLOCK_SIZE = 989, 5, 16
-LENGTHS = [700, 1, 19, 99]  # and the fifth row is padding, as are the last tokens
+LENGTHS = [700, 1, 19, 99]  # the fifth row and the last tokens are padding
 KEPT = [699, 700, 719, 818, 0]
 
 
@@ -63,9 +63,8 @@ def last_layer(cfg: ModelConfig) -> tuple[Any, dict[str, object]]:
         q_start_S=torch.cat((torch.zeros(1), lengths_R.cumsum(0))).int(),
     )
     h_TD = torch.randn(NUM_TOKENS, cfg.hidden_size)
-    h_TD[-num_padding:] = h_TD[
-        -1
-    ]  # alike, as in the engine: all of it is written to one slot, by several threads
+    # equal, as in the engine: several threads write all of it to one slot
+    h_TD[-num_padding:] = h_TD[-1]
     cache = torch.randn(2, first_block, BLOCK_SIZE, cfg.num_kv_heads, cfg.head_dim)
     inputs: dict[str, object] = {
         "w": layer,
@@ -79,7 +78,7 @@ def last_layer(cfg: ModelConfig) -> tuple[Any, dict[str, object]]:
 
 
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Platform:
-    """One that is not there: it needs no GPU to name its passes."""
+    """A CUDA platform without a GPU, which it does not need to name its passes."""
     monkeypatch.setattr(triton_common, "has_matrix_units", lambda device: True)
     platform = object.__new__(CudaPlatform)
     platform.device = torch.device("cuda")
@@ -87,7 +86,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Platform:
 
 
 def names(graph: GraphModule) -> list[str]:
-    """All calls but views and parts, in order."""
+    """Names of all calls except views, in order."""
     targets: list[Any] = [node.target for node in graph.graph.nodes if node.op == "call_function"]
     targets = [
         target
@@ -133,15 +132,14 @@ def test_after_attention_every_call_has_the_kept_rows_alone(
         assert names(graph)[4:] == ["index_select"] * 2 + ["fused_linear"] * 3, (
             "the residuals are taken in"
         )
-    # and the values are those of the layer that keeps all
+    # the values equal those of the layer that keeps all tokens
     keep_R = inputs.pop("keep_R")
     all_inputs, own_inputs = copies(inputs), [*copies(inputs), keep_R]
     (expected_TD,) = trace(region, inputs)[0](*all_inputs)
     (found_RD,) = graph(*own_inputs)
     torch.testing.assert_close(found_RD, expected_TD[KEPT], atol=1e-4, rtol=1e-4)
-    for found, wanted in zip(
-        own_inputs, all_inputs
-    ):  # the cache is written alike, and nothing else is
+    # both write the same to the cache, and to nothing else
+    for found, wanted in zip(own_inputs, all_inputs):
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints load exactly, or not at all with an error that names what is wrong."""
+"""Checkpoints load exactly, or raise an error that names the problem."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def load(
 
 
 def change(folder: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
-    """Rewrite the checkpoint's only file after `edit` has changed its tensors."""
+    """Let `edit` change the tensors of the checkpoint's only file."""
     tensors = load_file(folder / MODEL_FILE)
     edit(tensors)
     save_file(tensors, folder / MODEL_FILE)
@@ -140,7 +140,7 @@ def test_files_without_an_index_are_read_together(tiny: Path) -> None:
 
 
 def test_other_files_beside_the_model_s_are_not_read(tiny: Path) -> None:
-    """Some repositories carry the same weights a second time, under other names."""
+    """Some repositories contain the same weights a second time under other names."""
     expected = load(tiny)
     save_file({"layers.0.attention.wq.weight": torch.ones(2)}, tiny / "consolidated.safetensors")
     assert same(load(tiny), expected)
@@ -168,7 +168,7 @@ def test_buffers_of_old_checkpoints_are_passed_over(tiny: Path) -> None:
     assert same(load(tiny), expected)
 
 
-# Errors ------------------------------------------------------------------------------------------------------------
+# Errors -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def test_a_folder_without_safetensors_is_refused(tiny: Path) -> None:
 
 @pytest.fixture
 def indexed(tiny: Path) -> tuple[Path, dict[str, str]]:
-    """A checkpoint of one shard, without the index, and what the index should map."""
+    """A checkpoint of one shard without the index, and the map that the index should have."""
     (tiny / MODEL_FILE).rename(tiny / "shard.safetensors")
     return tiny, dict.fromkeys(load_file(tiny / "shard.safetensors"), "shard.safetensors")
 
@@ -298,7 +298,7 @@ def test_an_unreadable_index_is_named(text: str, indexed: tuple[Path, dict[str, 
         load(indexed[0])
 
 
-# Random weights ----------------------------------------------------------------------------------------------------
+# Random weights -----------------------------------------------------------------------------------
 
 
 def test_random_weights_depend_on_the_seed_alone(tiny: Path, device: str) -> None:

@@ -1,4 +1,4 @@
-"""Every dense architecture gives transformers' logits: after every token of prompts and of decode steps."""
+"""Every dense architecture gives transformers' logits after every token of prompts and answers."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from tests.models.harness import (
 
 TOLERANCE = 1e-4
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
-ORIGINAL_LEN = 64  # of the rope types that stretch a shorter context
+ORIGINAL_LEN = 64  # for rope types that extend a shorter context
 VOCAB_SIZE = 128
 
-# (prompt, total) tokens: one of a single token, one that two steps must share, none a multiple of a block
+# (prompt, total) tokens: a single token, a prompt that needs two steps, no multiple of a block
 LENGTHS = ((1, 6), (19, 24), (99, 103), (33, 36))
 SHORT_LENGTHS = ((1, 6), (19, 24), (50, 64))  # up to the original length
-LONG_LENGTHS = ((66, 70), (99, 103), (65, 66))  # beyond it from the first step on
+LONG_LENGTHS = ((66, 70), (99, 103), (65, 66))  # longer than it from the first step on
 
 
 def rope_fields(rope: str, head_dim: int) -> dict[str, Any]:
-    """A rope type's parameters; longrope has two names, one for each side of the original length."""
+    """Parameters of a rope type. longrope has a name for each side of the original length."""
     original = {"original_max_position_embeddings": ORIGINAL_LEN}
     longrope = {
         "rope_type": "longrope",
@@ -68,17 +68,17 @@ class Case:
     heads: tuple[int, int]  # query heads, key-value heads
     head_dim: int
     tied: bool
-    old_spelling: bool = (
-        False  # `rope_theta` and `rope_scaling` instead of `rope_parameters` in config.json
-    )
+    # `rope_theta` and `rope_scaling` instead of `rope_parameters` in config.json
+    old_spelling: bool = False
     changes: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         spelling = "-old" if self.old_spelling else ""
-        return f"{self.architecture}-{self.rope}{spelling}-{self.heads[0]}x{self.heads[1]}x{self.head_dim}"
+        sizes = f"{self.heads[0]}x{self.heads[1]}x{self.head_dim}"
+        return f"{self.architecture}-{self.rope}{spelling}-{sizes}"
 
     def save(self, folder: Path) -> Path:
-        # hidden_size is no product of the heads: a mistake about it would show
+        # hidden_size is not heads * head_dim, to show code that confuses them
         fields = {
             "vocab_size": VOCAB_SIZE,
             "hidden_size": 56,
@@ -107,14 +107,14 @@ class Case:
 
 
 def respell(folder: Path) -> None:
-    """Rewrite config.json as transformers 4 did."""
+    """Rewrite config.json as transformers 4 wrote it."""
     path = folder / "config.json"
     config = json.loads(path.read_text())
     parameters = config.pop("rope_parameters")
     config["rope_theta"] = parameters.pop("rope_theta")
     config["rope_scaling"] = None if parameters["rope_type"] == "default" else parameters
     if parameters["rope_type"] in ("linear", "dynamic"):
-        parameters["type"] = parameters.pop("rope_type")  # the oldest files call it so
+        parameters["type"] = parameters.pop("rope_type")  # the name in the oldest files
     path.write_text(json.dumps(config))
 
 
@@ -202,7 +202,7 @@ def test_eager_logits_are_those_of_transformers(case: Case, device: str, tmp_pat
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_padding_changes_no_logits(architecture: str, device: str, tmp_path: Path) -> None:
-    """Batches at their own sizes, in steps that cut prompts elsewhere and in blocks of another size."""
+    """Batches without padding, with other splits of prompts and another block size."""
     case = next(case for case in CASES if case.architecture == architecture)
     folder, known = case.save(tmp_path), case.sequences()
     sizes = {"max_num_batched_tokens": 48, "kvcache_block_size": 32, "pad_batches": False}
@@ -213,7 +213,7 @@ def test_padding_changes_no_logits(architecture: str, device: str, tmp_path: Pat
     )
 
 
-# One engine each: what a layer's program can differ in, once per architecture.
+# One engine per architecture for every way in which the program of a layer can differ.
 GRAPH_CASES = (
     Case(
         "llama", "llama3", (4, 2), 64, tied=True, changes={"num_hidden_layers": 2, **BIASED_LLAMA}
@@ -251,7 +251,7 @@ def test_graph_logits_are_those_of_transformers(case: Case, device: str, tmp_pat
         )
 
 
-# What must not go unnoticed ----------------------------------------------------------------------------------------
+# Mistakes must be visible -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3"])
@@ -289,15 +289,15 @@ def test_a_window_off_by_one_shows(device: str, tmp_path: Path) -> None:
         model = replace(runner.model, layer_kinds=kinds)
         runner.steps = replace(runner.steps, model=model)
         found = engine_logits(runner, known)
-        for both in zip(found, expected):  # prefill alone, and decode
+        for both in zip(found, expected):  # prefill only, and decode
             assert max_difference(both[:1], both[1:]) > TOLERANCE
 
 
-# bf16 --------------------------------------------------------------------------------------------------------------
+# bf16 ---------------------------------------------------------------------------------------------
 
 
 def check_bf16(folder: Path, device: str, known: list[Known], **options: Any) -> None:
-    """Close to transformers in bf16, and no further than it from what fp32 gives."""
+    """Close to transformers in bf16, and as close as transformers to the fp32 logits."""
     runner = load(folder, device, dtype="bfloat16", **options)
     assert runner.params.embed_VD.dtype == torch.bfloat16
     ours = torch.cat(engine_logits(runner, known))
@@ -310,7 +310,7 @@ def check_bf16(folder: Path, device: str, known: list[Known], **options: Any) ->
     assert (ours - exact).abs().mean() <= 1.2 * (theirs - exact).abs().mean()
 
 
-# Smaller weights than elsewhere: with those, transformers' own bf16 logits lie 0.3 from its fp32 ones.
+# Smaller weights than elsewhere; with those, transformers' bf16 logits differ by 0.3 from fp32.
 BF16 = {"dtype": "bfloat16", "initializer_range": 0.1}
 
 

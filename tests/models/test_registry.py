@@ -1,4 +1,4 @@
-"""Every architecture has a model file of the same form, and what this engine does not do is refused by name."""
+"""Every architecture has a model file of the same form, and unsupported features are refused."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_configs_are_frozen_and_comparable() -> None:
             found.vocab_size = 3
 
 
-# Windows -----------------------------------------------------------------------------------------------------------
+# Windows ------------------------------------------------------------------------------------------
 
 
 def layer_windows(model_type: str, **changes: Any) -> tuple[int, ...]:
@@ -163,7 +163,7 @@ def test_qwen_windows_the_layers_that_the_config_names(model_type: str) -> None:
     def windows(**changes: Any) -> tuple[int, ...]:
         return layer_windows(model_type, **changes)
 
-    assert windows(sliding_window=16) == (0, 0, 0)  # not asked for
+    assert windows(sliding_window=16) == (0, 0, 0)  # not enabled
     assert windows(use_sliding_window=True, sliding_window=16, max_window_layers=1) == (0, 16, 16)
     assert windows(use_sliding_window=True, sliding_window=16, max_window_layers=3) == (0, 0, 0)
     kinds = ["sliding_attention", "full_attention", "sliding_attention"]
@@ -175,7 +175,7 @@ def test_llama_has_no_windows() -> None:
     assert layer_windows("llama") == (0, 0, 0)
 
 
-# Refusals ----------------------------------------------------------------------------------------------------------
+# Refusals -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("model_type", BY_TYPE)

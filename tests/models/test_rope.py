@@ -1,4 +1,4 @@
-"""Rotary frequencies and tables are those of transformers' rotary module, whatever the rope type and its spelling."""
+"""Rotary frequencies and tables equal transformers' for every rope type and spelling."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ORIGINAL = {"original_max_position_embeddings": 64}
 
 
 def longrope(head_dim: int, **more: Any) -> dict[str, Any]:
-    """Parameters of a longrope with factors that tell its two sides apart."""
+    """Parameters of a longrope with different factors for its two sides."""
     short, long = ([start + 0.1 * i for i in range(head_dim // 2)] for start in (1.0, 3.0))
     return {"rope_type": "longrope", "short_factor": short, "long_factor": long, **ORIGINAL, **more}
 
@@ -72,7 +72,7 @@ def hf_config(
 
 
 def module_at(config: LlamaConfig, num_positions: int) -> tuple[LlamaRotaryEmbedding, torch.Tensor]:
-    """transformers' module after a sequence of that length, and its cos | sin for each position."""
+    """transformers' module after a sequence of that length, and cos | sin for each position."""
     module = LlamaRotaryEmbedding(config)
     cos, sin = module(torch.empty(1, dtype=torch.float32), torch.arange(num_positions)[None])
     half = cos.shape[-1] // 2

@@ -1,6 +1,8 @@
-"""An interpreter of Ascend IR: it takes the GraphDef that torchair hands to GE and executes it op by op on host tensors.
+"""An interpreter of Ascend IR.
 
-An op that is not in `OPS` is an error, and so is an input of two dtypes where the op takes one: GE converts nothing by itself.
+It executes the GraphDef that torchair passes to GE op by op on host tensors. An op that is not in
+`OPS` is an error. Two dtypes for inputs that must have one are an error as well, because GE
+converts nothing.
 """
 
 from __future__ import annotations
@@ -13,14 +15,14 @@ from torch import Tensor
 
 from tests.npu import semantics
 
-# Numbers of DataType in ge_ir.proto (of tensors) and of ge::DataType (of attributes), as CANN publishes both.
+# Numbers of DataType in ge_ir.proto (tensors) and of ge::DataType (attributes), as CANN publishes.
 PROTO_DTYPES = {
-    1: torch.float32, 2: torch.float16, 3: torch.int8, 4: torch.uint8, 5: torch.int16, 7: torch.int32, 8: torch.int64,
-    11: torch.bool, 12: torch.float64, 27: torch.bfloat16,
+    1: torch.float32, 2: torch.float16, 3: torch.int8, 4: torch.uint8, 5: torch.int16,
+    7: torch.int32, 8: torch.int64, 11: torch.bool, 12: torch.float64, 27: torch.bfloat16,
 }  # fmt: skip
 GE_DTYPES = {
-    0: torch.float32, 1: torch.float16, 2: torch.int8, 3: torch.int32, 4: torch.uint8, 6: torch.int16, 9: torch.int64,
-    11: torch.float64, 12: torch.bool, 27: torch.bfloat16,
+    0: torch.float32, 1: torch.float16, 2: torch.int8, 3: torch.int32, 4: torch.uint8,
+    6: torch.int16, 9: torch.int64, 11: torch.float64, 12: torch.bool, 27: torch.bfloat16,
 }  # fmt: skip
 
 
@@ -95,9 +97,10 @@ def _strided_slice(
 
 def _split(a: Attributes, x: Tensor, sizes: Tensor, dim: Tensor) -> tuple[Tensor, ...]:
     lengths, total = sizes.tolist(), x.shape[int(dim)]
+    # one length may be -1
     lengths = [
         total - sum(n for n in lengths if n >= 0) if length == -1 else length for length in lengths
-    ]  # one may be -1
+    ]
     return x.split(lengths, int(dim))
 
 
@@ -140,8 +143,8 @@ def _attention(a: Attributes, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
         assert tensor is None or tensor.dtype == torch.int64, f"{name} is {tensor.dtype}"
         lengths[name] = None if tensor is None else tensor.tolist()
     out = semantics.fused_infer_attention_score(
-        named["query"], named["key0"], named["value0"], atten_mask=named["atten_mask"], block_table=named["block_table"],
-        **{name: a[name] for name in ATTENTION_SETTINGS},
+        named["query"], named["key0"], named["value0"], atten_mask=named["atten_mask"],
+        block_table=named["block_table"], **{name: a[name] for name in ATTENTION_SETTINGS},
         **lengths,
     )  # fmt: skip
     return out, torch.empty(0)
@@ -156,14 +159,16 @@ ATTENTION_SETTINGS = (
     "block_size",
 )
 ATTENTION_INPUTS = (
-    "query", "key0", "value0", "pse_shift", "atten_mask", "actual_seq_lengths", "actual_seq_lengths_kv", "dequant_scale1",
-    "quant_scale1", "dequant_scale2", "quant_scale2", "quant_offset2", "antiquant_scale", "antiquant_offset", "block_table",
-    "query_padding_size", "kv_padding_size", "key_antiquant_scale", "key_antiquant_offset", "value_antiquant_scale",
-    "value_antiquant_offset", "key_shared_prefix", "value_shared_prefix", "actual_shared_prefix_len", "learnable_sink",
-    "q_start_idx", "kv_start_idx",
+    "query", "key0", "value0", "pse_shift", "atten_mask", "actual_seq_lengths",
+    "actual_seq_lengths_kv", "dequant_scale1", "quant_scale1", "dequant_scale2", "quant_scale2",
+    "quant_offset2", "antiquant_scale", "antiquant_offset", "block_table", "query_padding_size",
+    "kv_padding_size", "key_antiquant_scale", "key_antiquant_offset", "value_antiquant_scale",
+    "value_antiquant_offset", "key_shared_prefix", "value_shared_prefix",
+    "actual_shared_prefix_len", "learnable_sink", "q_start_idx", "kv_start_idx",
 )  # fmt: skip
 
-# op type → (attributes, *inputs in the order of the op's declaration, None for an absent one) → result or results
+# op type → function (attributes, *inputs in the op's declared order, None for an absent input),
+# which returns the result or a tuple of results
 OPS: dict[str, Callable[..., Any]] = {
     "Add": _binary(torch.add),
     "AddRmsNorm": lambda a, x1, x2, gamma: semantics.add_rms_norm(x1, x2, gamma, a["epsilon"]),
@@ -227,7 +232,7 @@ OPS: dict[str, Callable[..., Any]] = {
     ),
     "ZerosLike": lambda a, x: torch.zeros_like(x),
 }
-STRUCTURE = ("Data", "Const", "NetOutput")  # what `run` handles itself
+STRUCTURE = ("Data", "Const", "NetOutput")  # handled by `run`
 
 
 def _unsupported(what: str) -> Any:
@@ -247,15 +252,15 @@ Observer = Callable[[Any, Sequence["Tensor | None"]], None]
 
 
 def run(graph: Any, inputs: Sequence[Tensor], observe: Observer | None = None) -> list[Tensor]:
-    """Execute a graph on host tensors, which ops with a reference input change in place; returns the net's outputs.
+    """Execute a graph on host tensors; returns the outputs of the net.
 
-    `observe(op, its inputs)` is called before each op that computes.
+    Ops with a reference input change it in place. `observe(op, inputs)` is called before each op
+    that computes.
     """
     values: dict[str, Tensor] = {}
     for op in graph.op:
-        names = [
-            name for name in op.input if not name.endswith(":-1")
-        ]  # :-1 is an edge of order, not of data
+        # :-1 marks an edge of order, not of data
+        names = [name for name in op.input if not name.endswith(":-1")]
         if op.type == "Data":
             values[f"{op.name}:0"] = inputs[op.attr["index"].i]
         elif op.type == "Const":

@@ -1,7 +1,8 @@
-"""Stands for the device's captured graphs: what runs between capture begin and end is kept and run again by a replay.
+"""Captured graphs without a device: records the ops between capture begin and end for replays.
 
-torch_npu's own `NPUGraph` and its way of replacing lengths before a replay run as they are; only what they ask of the
-runtime is done here. On a device ops that are being captured do not run; here they do, which changes only padding.
+torch_npu's own `NPUGraph` and its replacement of lengths before a replay run unmodified; this file
+implements only the runtime functions that they call. On a device, ops do not run while they are
+captured. Here they do, which changes only padding.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from tests.npu.host import Host, Step
 
 @dataclass
 class Group:
-    """Some steps of a tape that can be replaced."""
+    """Steps of a tape that can be replaced."""
 
     tape: list[list[Step]]
     index: int

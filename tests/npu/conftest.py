@@ -1,4 +1,4 @@
-"""torch_npu over the stub of CANN, for all tests of this folder. They run by `make test-npu`, in a process of their own."""
+"""torch_npu on the stub of CANN. `make test-npu` runs these tests in their own process."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if "NANOVLLM_CANN_STUB" in os.environ:
 else:
     collect_ignore_glob = ["*"]
 
-# The embedded model answers these with wide margins, so that rounding does not decide. The last is longer than the largest
-# prefill bucket, and in all of them together decode passes from one bucket to another.
+# The embedded model answers these with wide margins, so rounding does not change the answers. The
+# last one is longer than the largest prefill bucket, and decode uses several buckets.
 QUESTIONS = (
     "What is 37 + 45?",
     "Sort: 5 3 9 1",
@@ -39,7 +39,7 @@ SIZES: dict[str, Any] = {
 
 @pytest.fixture(scope="session", autouse=True)
 def host(ge: Ge) -> Iterator[Host]:
-    """Eager npu ops run on the host for the whole session: a kernel of ours, once registered, stays."""
+    """Eager npu ops run on the host for the whole session, because registered kernels stay."""
     patch = pytest.MonkeyPatch()
     mode = Host()
     mode.install(patch)
@@ -65,7 +65,7 @@ def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyP
 
 
 def answers(llm: LLM, **params: Any) -> list[list[int]]:
-    """Token ids of the answers to `QUESTIONS`, all asked at once."""
+    """Token ids of the answers to `QUESTIONS` in one batch."""
     conversations = [[{"role": "user", "content": question}] for question in QUESTIONS]
     settings = SamplingParams(**{"temperature": 0.0, "max_tokens": 40, **params})
     return [output["token_ids"] for output in llm.chat(conversations, settings, use_tqdm=False)]
@@ -73,7 +73,7 @@ def answers(llm: LLM, **params: Any) -> list[list[int]]:
 
 @pytest.fixture(scope="session")
 def cpu_answers() -> Callable[..., list[list[int]]]:
-    """The same questions on the CPU, in bf16 as on an NPU; by the plain meaning of our ops, not by kernels of ours."""
+    """The CPU's answers in bf16, as on an NPU, by the plain meaning of our ops, not by kernels."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             cpu_kernels,
@@ -86,7 +86,7 @@ def cpu_answers() -> Callable[..., list[list[int]]]:
 
 @pytest.fixture(scope="session")
 def npu_llm(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
-    """The embedded model in GE mode; its graphs are the first ones that `ge` has."""
+    """The embedded model in GE mode; its graphs are the first ones of `ge`."""
     os.environ["NANOVLLM_CACHE"] = str(tmp_path_factory.getbasetemp() / "nanovllm")
     torch.set_num_threads(1)
     llm = LLM("tiny-qwen3", device="npu", **SIZES)

@@ -1,4 +1,4 @@
-"""Stands where GE would be: torchair's real lowering runs, and the graph that it hands over is kept and interpreted."""
+"""Replaces GE: torchair's real lowering runs, and this file keeps and interprets its graphs."""
 
 from __future__ import annotations
 
@@ -16,17 +16,15 @@ from tests.npu.host import host_view
 
 @dataclass
 class Graph:
-    """One graph that GE was given, and what its first run showed."""
+    """One graph that GE got, and records of its first run."""
 
     proto: Any
     options: dict[str, str]
     num_runs: int = 0
-    dtypes: list[tuple[Any, dict[str, torch.dtype]]] = field(
-        default_factory=list
-    )  # each op's inputs by name
-    written: dict[int, int] = field(
-        default_factory=dict
-    )  # output → the input whose memory it is written to
+    # each op's inputs by name
+    dtypes: list[tuple[Any, dict[str, torch.dtype]]] = field(default_factory=list)
+    # output → the input whose memory it is written to
+    written: dict[int, int] = field(default_factory=dict)
 
     def count(self, op_type: str) -> int:
         return sum(op.type == op_type for op in self.proto.op)
@@ -38,7 +36,7 @@ class Ge:
     num_lowered: int = 0
 
     def install(self, monkeypatch: Any) -> None:
-        """Replace the native points of torchair that need CANN, until the test session ends."""
+        """Replace the native functions of torchair that need CANN for the whole session."""
         from torchair._ge_concrete_graph.fx2ge_converter import GeConcreteGraph
         from torchair.core import _torchair
         from torchair.ge._ge_graph import GeGraph

@@ -1,8 +1,9 @@
-"""Executes eager ops on npu tensors, whose memory under the CANN stub is the host's: the stub's own kernels do nothing.
+"""Executes eager ops on npu tensors. Under the stub of CANN their memory is the host's.
 
-`Host` is a dispatch mode. An op with npu tensors runs on host tensors of the same memory and its results are copied into
-new npu tensors; views, allocations and what touches no npu tensor go to torch_npu as they are. While `recording`, ops are
-also kept, so that a captured graph can be replayed.
+`Host` is a dispatch mode, because the stub's kernels compute nothing. An op with npu tensors runs
+on host tensors of the same memory, and its results are copied to new npu tensors. Views,
+allocations and ops without npu tensors go to torch_npu unchanged. While `recording`, the mode also
+keeps the ops, so that a captured graph can be replayed.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ Step = Callable[[], None]
 
 
 def host_view(tensor: Tensor) -> Tensor:
-    """A host tensor over the same memory as an npu tensor, for as long as that lives."""
+    """A host tensor on the memory of an npu tensor; valid while the npu tensor lives."""
     storage = tensor.untyped_storage()
     out = torch.empty(0, dtype=tensor.dtype)
     if storage.nbytes() == 0:
@@ -58,12 +59,10 @@ NPU_OPS: dict[str, Callable[..., Any]] = {
     "npu::npu_scatter_nd_update_": semantics.scatter_nd_update,
     "npu::npu_fused_infer_attention_score": _attention,
 }
-COPIES_OR_VIEWS = (
-    "aten::to",
-    "aten::contiguous",
-)  # the schema says view, but only where there is nothing to do
+# the schema says view, but these return a view only if there is nothing to do
+COPIES_OR_VIEWS = ("aten::to", "aten::contiguous")
 TRACING = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
-# what torch_npu does itself: memory, and sizes of results
+# ops that torch_npu computes: memory, and sizes of results
 NATIVE = (
     "aten::empty",
     "aten::empty_strided",
@@ -88,16 +87,15 @@ def _is_npu(value: object) -> bool:
 class Host(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
-        self.recording: list[list[Step]] | None = (
-            None  # groups of steps, the last of which grows; see capture.py
-        )
+        # groups of steps, the last of which grows; see capture.py
+        self.recording: list[list[Step]] | None = None
         self.replacing: int | None = None  # the group that grows instead
         self.seen: set[str] = set()  # npu ops and aten ops that ran eagerly
         self._kernels: set[str] = set()
         self._generators: dict[int, torch.Generator] = {}
 
     def install(self, monkeypatch: Any) -> None:
-        """Kernels of ours for npu tensors run with this mode on, which an op's kernel is otherwise below."""
+        """Run our kernels for npu tensors under this mode; by default kernels run below modes."""
         original = ops.register_kernels
 
         def register(dispatch_key: str, kernels: dict[str, Callable[..., Any]]) -> None:
@@ -120,7 +118,7 @@ class Host(TorchDispatchMode):
         name = func._schema.name
         asked = kwargs.get("device")
         on_npu = tree_any(_is_npu, (args, kwargs))
-        # this mode sees ops before the modes that trace do
+        # this mode sees ops before tracing modes do
         is_traced = any(torch._C._get_dispatch_mode(key) is not None for key in TRACING)
         is_fake = is_traced or tree_any(lambda value: isinstance(value, FakeTensor), (args, kwargs))
         makes_npu = asked is not None and torch.device(asked).type == "npu"

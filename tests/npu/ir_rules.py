@@ -1,4 +1,4 @@
-"""Which dtypes an Ascend IR op takes: the `REG_OP` declarations that the installed torchair carries for every op."""
+"""The dtypes that an Ascend IR op accepts, from the `REG_OP` declarations in torchair."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from pathlib import Path
 import torch
 
 NAMES = {
-    "DT_FLOAT": torch.float32, "DT_FLOAT32": torch.float32, "DT_FLOAT16": torch.float16, "DT_BF16": torch.bfloat16,
-    "DT_BFLOAT16": torch.bfloat16, "DT_DOUBLE": torch.float64, "DT_INT8": torch.int8, "DT_INT16": torch.int16,
-    "DT_INT32": torch.int32, "DT_INT64": torch.int64, "DT_UINT8": torch.uint8, "DT_BOOL": torch.bool,
+    "DT_FLOAT": torch.float32, "DT_FLOAT32": torch.float32, "DT_FLOAT16": torch.float16,
+    "DT_BF16": torch.bfloat16, "DT_BFLOAT16": torch.bfloat16, "DT_DOUBLE": torch.float64,
+    "DT_INT8": torch.int8, "DT_INT16": torch.int16, "DT_INT32": torch.int32,
+    "DT_INT64": torch.int64, "DT_UINT8": torch.uint8, "DT_BOOL": torch.bool,
 }  # fmt: skip
 INTEGERS = {torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8}
-# groups of types that declarations name; the other groups (BasicType, NumberType) hold every dtype that occurs here
+# groups of types in declarations; other groups (BasicType, NumberType) contain all dtypes used here
 GROUPS = {"IndexNumberType": {torch.int32, torch.int64}, "IntegerDataType": INTEGERS}
 INPUT = re.compile(
-    r'\.(?:OPTIONAL_|DYNAMIC_)?INPUT\((\w+),\s*(?:"(\w+)"|TensorType::(\w+)\(\)|TensorType\(\{([^}]*)\}\))\)'
+    r"\.(?:OPTIONAL_|DYNAMIC_)?INPUT\((\w+),\s*"
+    r'(?:"(\w+)"|TensorType::(\w+)\(\)|TensorType\(\{([^}]*)\}\))\)'
 )
 
 
@@ -32,7 +34,10 @@ def _declarations() -> str:
 
 @cache
 def declared_inputs(op_type: str) -> dict[str, tuple[str | None, frozenset[torch.dtype] | None]]:
-    """Input name → (letter of a shared type, dtypes allowed, None where all are); KeyError for an op that is not declared."""
+    """Input name → (letter of a shared type, allowed dtypes or None for all).
+
+    Raises KeyError for an op without a declaration.
+    """
     found = re.search(rf'REG_OP\({op_type}\)(.*?)"""', _declarations(), re.DOTALL)
     if found is None:
         raise KeyError(f"no REG_OP declaration of {op_type}")
@@ -46,7 +51,7 @@ def declared_inputs(op_type: str) -> dict[str, tuple[str | None, frozenset[torch
 
 
 def violations(op_type: str, dtypes: dict[str, torch.dtype]) -> list[str]:
-    """What of an op's actual input dtypes its declaration does not allow."""
+    """The actual input dtypes of an op that its declaration does not allow."""
     declared = declared_inputs(op_type)
     found = []
     shared: dict[str, torch.dtype] = {}

@@ -1,9 +1,10 @@
-"""Run pytest on tests/npu in an environment where torch_npu loads on a machine without an NPU:
+"""Run pytest on tests/npu in an environment where torch_npu loads without an NPU:
 
     python tests/npu/run.py FOLDER [pytest's arguments]
 
-FOLDER/site has torch_npu, FOLDER/lib the libraries that stand for CANN's (see cann_stub/build.py). `make test-npu` makes both.
-They are no part of the virtual environment: torch loads an installed torch_npu by itself, in every test.
+FOLDER/site contains torch_npu, FOLDER/lib the libraries that replace CANN (see cann_stub/build.py).
+`make test-npu` makes both. They are not in the virtual environment, because torch would load an
+installed torch_npu in every test.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
-"""What Ascend's fused ops compute, in plain torch, from their documentation; nothing here comes from `kernels/reference.py`.
+"""The meaning of Ascend's fused ops in plain torch, from their documentation.
 
-Sources: the operator pages of CANN ("AI framework operator support", Ascend IR operator specifications) and torch_npu's API
-pages of the same names. Everything is computed in fp32 and rounded once at the end, as the pages' formulas stand.
+Nothing here comes from `kernels/reference.py`. Sources: the operator pages of CANN ("AI framework
+operator support", Ascend IR operator specifications) and torch_npu's API pages of the same names.
+Everything is computed in fp32 by the pages' formulas and rounded once at the end.
 
-B rows | S tokens of a row | T tokens of all rows | N query heads | K key-value heads | D head size | H = N·D
+B rows | S tokens of a row | T tokens of all rows | N query heads | K key-value heads
+D head size | H = N·D
 """
 
 from __future__ import annotations
@@ -15,7 +17,10 @@ from torch import Tensor
 
 
 def rms_norm(x: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """RmsNorm: y = x · rstd · gamma with rstd = (mean(x²) + epsilon)^(−1/2) over the dims of gamma; (y, rstd)."""
+    """RmsNorm: rstd = (mean(x²) + epsilon)^(−1/2) over gamma's dims, y = x · rstd · gamma.
+
+    Returns (y, rstd).
+    """
     dims = tuple(range(x.dim() - gamma.dim(), x.dim()))
     assert x.shape[dims[0] :] == gamma.shape, (x.shape, gamma.shape)
     x32 = x.to(torch.float32)
@@ -34,7 +39,10 @@ def add_rms_norm(
 
 
 def rotary_mul(x: Tensor, r1: Tensor, r2: Tensor) -> Tensor:
-    """RotaryMul, mode half: x · r1 + rotate(x) · r2, where rotate swaps the halves of the last dim, the second negated."""
+    """RotaryMul, mode half: x · r1 + rotate(x) · r2.
+
+    rotate swaps the halves of the last dim and negates the second half.
+    """
     assert x.dim() == 4 and r1.shape == r2.shape and x.dtype == r1.dtype == r2.dtype
     assert all(a in (1, b) for a, b in zip(r1.shape, x.shape)) and r1.shape[-1] == x.shape[-1], (
         r1.shape,
@@ -46,13 +54,13 @@ def rotary_mul(x: Tensor, r1: Tensor, r2: Tensor) -> Tensor:
 
 
 def swiglu(x: Tensor, dim: int = -1) -> Tensor:
-    """SwiGlu: the input is A and B in two halves of `dim`; Swish(A) · B with Swish(a) = a / (1 + exp(−a))."""
+    """SwiGlu: Swish(A) · B of the halves A and B of `dim`, with Swish(a) = a / (1 + exp(−a))."""
     a, b = x.float().tensor_split(2, dim=dim)
     return (a / (1 + torch.exp(-a)) * b).to(x.dtype)
 
 
 def scatter_nd_update(var: Tensor, indices: Tensor, updates: Tensor) -> Tensor:
-    """ScatterNdUpdate: var[indices[i]] = updates[i], in place; an index is a prefix of var's coordinates."""
+    """ScatterNdUpdate: var[indices[i]] = updates[i] in place; an index may be partial."""
     depth = indices.shape[-1]
     assert updates.shape == (*indices.shape[:-1], *var.shape[depth:]), (
         var.shape,
@@ -87,11 +95,12 @@ def fused_infer_attention_score(
     sparse_mode: int = 0,
     block_size: int = 0,
 ) -> Tensor:
-    """FusedInferAttentionScore on a paged cache [blocks, block_size, K·D] in the two layouts used here.
+    """FusedInferAttentionScore on a paged cache [blocks, block_size, K·D] in two layouts.
 
-    BSH, query [B, S, N·D] with S = 1: each row sees its first actual_seq_lengths_kv keys. TND, query [T, N, D]:
-    actual_seq_lengths are running token counts that end in T; sparse_mode 3 with the 2048 × 2048 upper triangle as mask is
-    causal from the lower right: of q tokens over s keys, token i sees keys j <= i + s − q. A token that sees nothing gives 0.
+    BSH, query [B, S, N·D] with S = 1: each row sees its first actual_seq_lengths_kv keys.
+    TND, query [T, N, D]: actual_seq_lengths are cumulative token counts that end in T. sparse_mode
+    3 with the 2048 × 2048 upper triangle as mask is causal from the lower right: of q tokens over
+    s keys, token i sees keys j <= i + s − q. A token that sees no key gives 0.
     """
     num_key_value_heads = num_key_value_heads or num_heads
     assert key.dim() == 3 and key.shape == value.shape and key.shape[1] == block_size, (
@@ -136,7 +145,7 @@ def fused_infer_attention_score(
         queries = (
             tokens[start:end].float().reshape(end - start, num_key_value_heads, group, head_dim)
         )
-        # the last key that token i may see: all of them for the one token of BSH, and of TND's last token
+        # the last key that token i sees; the token of BSH and the last one of TND see all keys
         last_seen = torch.arange(end - start) + kv_len - (end - start)
         unseen = torch.arange(kv_len) > last_seen[:, None]
         score = torch.einsum("tkgd,skd->tkgs", queries, keys) * scale

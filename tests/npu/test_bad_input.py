@@ -1,4 +1,4 @@
-"""Messages for what an NPU cannot do, and for a machine that lacks what it needs."""
+"""Errors for options that an NPU does not support and for machines without CANN."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ from nanovllm.platforms.npu import CANN_LIBRARIES
         ),
         (
             {"graph_batch_sizes": range(1, 67), "npu_graph_mode": "aclgraph"},
-            "graph_batch_sizes holds 66 sizes: npu_graph_mode='aclgraph' captures at most 64 graphs",
+            "graph_batch_sizes holds 66 sizes: "
+            "npu_graph_mode='aclgraph' captures at most 64 graphs",
         ),
         (
             {"npu_graph_mode": "cuda"},
@@ -81,7 +82,7 @@ def test_options(options: dict[str, Any], match: str) -> None:
 
 
 def test_without_cann_the_missing_libraries_are_named() -> None:
-    """torch_npu is installed and nothing of CANN is: the stub's folder is taken off the loader's path."""
+    """With torch_npu but without CANN: the stub's folder is not on the loader's path."""
     environment = {name: value for name, value in os.environ.items() if name != "LD_LIBRARY_PATH"}
     script = "from nanovllm import LLM\nLLM('tiny-qwen3', device='npu')"
     done = subprocess.run(

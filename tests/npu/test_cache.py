@@ -1,4 +1,4 @@
-"""Lowered graphs are kept: a second process loads them and lowers nothing."""
+"""The store keeps lowered graphs: a second process loads them and lowers nothing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from nanovllm import LLM, EngineConfig
 from nanovllm.compile.lower import torchair
 from nanovllm.compile.program import CompileRequired
 from nanovllm.compile.trace import trace
-from nanovllm.startup.choose import buckets_of, choose_without_weights
+from nanovllm.startup.choose import choose_without_weights
 from nanovllm.startup.compile_farm.builder import small_runner
 from tests.npu.conftest import SIZES
 from tests.npu.ge import Ge
@@ -33,7 +33,8 @@ llm = LLM("tiny-qwen3", device="npu", **json.loads(sys.argv[1]))
 tokens = answers(llm, max_tokens=int(sys.argv[2]))
 llm.close()
 folders = sorted({graph.options.get("ge.graph_compiler_cache_dir") for graph in ge.graphs})
-print(json.dumps({"lowered": ge.num_lowered, "graphs": len(ge.graphs), "tokens": tokens, "folders": folders}))
+found = {"lowered": ge.num_lowered, "graphs": len(ge.graphs)}
+print(json.dumps({**found, "tokens": tokens, "folders": folders}))
 """
 SMALL: dict[str, Any] = {
     "max_num_seqs": 2,
@@ -44,7 +45,7 @@ SMALL: dict[str, Any] = {
 
 
 def run(command: list[str], **environment: str) -> str:
-    """What a Python process printed that started as this one did (see at_start/sitecustomize.py)."""
+    """Output of a Python process with the patches of this one (see at_start/sitecustomize.py)."""
     paths = [str(Path(__file__).parent / "at_start"), os.environ["PYTHONPATH"]]
     done = subprocess.run(
         [sys.executable, *command],
@@ -58,7 +59,7 @@ def run(command: list[str], **environment: str) -> str:
 
 
 def process(cache: Path, num_tokens: int = 8, **options: Any) -> dict[str, Any]:
-    """One engine in a process of its own; what was lowered, and what GE was given."""
+    """Run one engine in its own process; returns what was lowered and what GE got."""
     out = run(["-c", SCRIPT, json.dumps(options), str(num_tokens)], NANOVLLM_CACHE=str(cache))
     return json.loads(out.splitlines()[-1])
 
@@ -66,7 +67,7 @@ def process(cache: Path, num_tokens: int = 8, **options: Any) -> dict[str, Any]:
 def test_a_second_process_lowers_nothing(tmp_path: Path) -> None:
     first = process(tmp_path, **SMALL)
     assert first["lowered"] == first["graphs"] == 4, first  # prefill, head, sample, decode
-    # GE keeps its compiled graphs below the store, a folder for each
+    # GE keeps its compiled graphs in the store, one folder for each
     assert (
         first["folders"] == sorted(str(path) for path in (tmp_path / "ge").iterdir())
         and len(first["folders"]) == 4
@@ -77,15 +78,16 @@ def test_a_second_process_lowers_nothing(tmp_path: Path) -> None:
 
 def test_what_precompile_leaves_is_all_that_a_start_needs(tmp_path: Path, ge: Ge) -> None:
     options: dict[str, Any] = {"device": "npu", "compile_cache": tmp_path, **SMALL}
-    runner = small_runner(choose_without_weights(EngineConfig("tiny-qwen3", **options)))
-    for kind, size in buckets_of(runner.layout):
+    choice = choose_without_weights(EngineConfig("tiny-qwen3", **options))
+    runner = small_runner(choice)
+    for kind, size in choice.buckets:
         runner.run_bucket(kind, size)
     runner.close()
     num_lowered = ge.num_lowered
     llm = LLM("tiny-qwen3", **options, compile_cache_mode="require")
     assert ge.num_lowered == num_lowered and llm.engine.runner.compiler.num_loaded == 4
     llm.close()
-    # another size of the cache, and other options of GE, are other graphs
+    # another cache size or other options of GE make other graphs
     for change in ({"num_kvcache_blocks": 6}, {"npu_graph_options": {"ge_config.oo_level": "O1"}}):
         with pytest.raises(CompileRequired, match="program"):
             LLM("tiny-qwen3", **{**options, **change}, compile_cache_mode="require")

@@ -1,4 +1,4 @@
-"""An all-reduce in a traced region becomes HCCL's op in the Ascend graph, as tensor parallelism will need it."""
+"""An all-reduce in a traced region becomes HCCL's op, as tensor parallelism will need it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.npu.ge import Ge
 
 @pytest.fixture
 def two_ranks(ge: Ge, tmp_path: Path) -> Iterator[None]:
-    """A process group of two in which nothing is sent."""
+    """A process group of two ranks that sends nothing."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
@@ -40,7 +40,7 @@ def test_all_reduce_is_lowered(ge: Ge) -> None:
     }
     graph, fakes, _ = trace(region, inputs)
     code = torchair.generate(graph, fakes, torchair.Settings())
-    # the graph alone: running it would need the two ranks
+    # only the graph is checked: running it would need two ranks
     line = next(line for line in code.splitlines() if line.startswith("serialized_graph = "))
     (found,) = ModelDef.FromString(ast.literal_eval(line.removeprefix("serialized_graph = "))).graph
     types = [op.type for op in found.op]

@@ -1,4 +1,4 @@
-"""The engine on device "npu" gives the CPU's tokens: GE graphs, captured graphs and eager ops, all through torch_npu."""
+"""Device "npu" gives the CPU's tokens with GE graphs, captured graphs and eager ops."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_greedy_tokens_are_the_cpus(npu_llm: LLM, cpu_answers: Callable[..., Any
 
 
 def test_drawn_tokens_are_the_cpus(npu_llm: LLM, cpu_answers: Callable[..., Any]) -> None:
-    """At this temperature draws differ from the likeliest token; the noise is exact integers on both sides."""
+    """The temperature is high enough to draw other tokens; both sides use exact integer noise."""
     params = {"temperature": 3.0, "seed": 3, "max_tokens": 12}
     drawn = cpu_answers(**params)
     assert answers(npu_llm, **params) == drawn != cpu_answers(max_tokens=12)
@@ -72,7 +72,7 @@ def test_other_modes_give_the_same_tokens(
 def test_a_captured_step_takes_its_lengths_from_the_host(
     monkeypatch: pytest.MonkeyPatch, cpu_answers: Callable[..., Any]
 ) -> None:
-    """Without them every row would see one token: that the answers then differ shows that the graph is replayed with them."""
+    """Without lengths every row sees one token, and the answers differ: replays use the lengths."""
     llm = LLM("tiny-qwen3", device="npu", **SIZES, npu_graph_mode="aclgraph")
     announced: list[list[int]] = []
     original = llm.engine.runner.platform.announce
@@ -129,7 +129,7 @@ def test_two_engines_in_one_process(npu_llm: LLM, cpu_answers: Callable[..., Any
 def test_the_cache_is_sized_from_the_devices_memory() -> None:
     options = {**SIZES, "num_kvcache_blocks": None, "enforce_eager": True}
     llm = LLM("tiny-qwen3", device="npu", **options, gpu_memory_utilization=0.9)
-    # 4 rows of 256 tokens in blocks of 128, and one for padding: more than that would never be used
+    # 4 rows of 256 tokens in blocks of 128, and one block for padding; more would never be used
     assert llm.engine.scheduler.pool.num_blocks == 4 * 2 + 1
     budgets = [llm.engine.runner.measure_budget(share).cache_bytes for share in (0.9, 0.5)]
     assert budgets[0] > budgets[1] > 2**30

@@ -1,4 +1,4 @@
-"""What torchair makes of the engine's steps, checked on every graph that it hands to GE."""
+"""Properties of every graph that torchair makes of the engine's steps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NUM_LAYERS = 6
 
 @pytest.fixture(scope="module")
 def graphs(ge: Ge) -> Iterator[dict[str, Graph]]:
-    """All graphs of one engine by what they are for: two prefill buckets, two decode buckets, head and sampler of prefill."""
+    """All graphs of an engine by name: two prefill and decode buckets, prefill head and sampler."""
     first = len(ge.graphs)
     sizes: dict[str, Any] = {
         "max_num_seqs": 3,
@@ -25,7 +25,7 @@ def graphs(ge: Ge) -> Iterator[dict[str, Graph]]:
         "num_kvcache_blocks": 9,
     }
     llm = LLM("tiny-qwen3", device="npu", max_model_len=300, max_num_batched_tokens=128, **sizes)
-    # filtered sampling takes the logits of the same decode graph
+    # filtered sampling uses the logits of the same decode graph
     llm.generate(
         [[5, 6]],
         SamplingParams(temperature=1.0, top_k=3, max_tokens=3, ignore_eos=True),
@@ -58,7 +58,7 @@ def ops(graph: Graph) -> Counter[str]:
 
 
 def test_every_op_is_known(graphs: dict[str, Graph]) -> None:
-    """The allow-list is what the interpreter executes: an op outside it would be one that nobody looked at."""
+    """The allow-list contains the ops of the interpreter, whose meanings were checked."""
     for name, graph in graphs.items():
         assert set(ops(graph)) <= {*ascend_ir.OPS, *ascend_ir.STRUCTURE}, name
 
@@ -69,7 +69,7 @@ def test_nothing_is_copied(graphs: dict[str, Graph]) -> None:
 
 
 def test_one_net_output_for_each_result(graphs: dict[str, Graph]) -> None:
-    """decode: tokens, logits, and two vectors of the state, written where they are; prefill: the hidden state."""
+    """decode: tokens, logits and two state vectors, written in place; prefill: the hidden state."""
     expected = {"decode": (4, 2), "prefill": (1, 0), "head": (1, 0), "sample": (3, 2)}
     for name, graph in graphs.items():
         (net,) = (op for op in graph.proto.op if op.type == "NetOutput")
@@ -78,7 +78,7 @@ def test_one_net_output_for_each_result(graphs: dict[str, Graph]) -> None:
 
 
 def test_the_layers_are_fused_ops(graphs: dict[str, Graph]) -> None:
-    """Every norm but those of single heads takes in the addition before it, across layers; the first has none before it."""
+    """Norms include the addition before them, except the first norm and norms of single heads."""
     for name in ("decode0", "decode1", "prefill0", "prefill1"):
         has_head = name.startswith("decode")
         expected = {
@@ -102,7 +102,7 @@ def test_layers_share_rotary_rows_and_cache_indices(graphs: dict[str, Graph]) ->
 
 
 def test_the_cache_is_written_in_place(graphs: dict[str, Graph]) -> None:
-    """The target of every write is a graph input itself, each one once, and attention reads what was written."""
+    """Each write targets a graph input, each input once; attention reads the written caches."""
     for name in ("decode0", "prefill0"):
         by_name = {op.name: op for op in graphs[name].proto.op}
         writes = [op for op in graphs[name].proto.op if op.type == "ScatterNdUpdate"]
@@ -129,7 +129,7 @@ def ancestors(graph: Graph, names: list[str]) -> set[str]:
 
 
 def test_state_is_read_before_it_is_overwritten(graphs: dict[str, Graph]) -> None:
-    """An output lies on an input's memory: whatever reads that input must come before the output by its data."""
+    """An output uses an input's memory: all readers of the input precede it by their data."""
     num_checked = 0
     for name, graph in graphs.items():
         (net,) = (op for op in graph.proto.op if op.type == "NetOutput")
@@ -167,7 +167,7 @@ def test_lengths_are_tensors_and_all_shapes_static(graphs: dict[str, Graph]) -> 
 
 
 def test_weights_are_frozen_and_nothing_else(graphs: dict[str, Graph]) -> None:
-    # embedding, final norm, rotary table and eight tensors a layer; the state, caches and the batch are not
+    # embedding, final norm, rotary table and eight tensors a layer, but not state, caches and batch
     for name in ("decode0", "decode1"):
         flags = graphs[name].options["frozenInput"].split(",")
         assert len(flags) == sum(op.type == "Data" for op in graphs[name].proto.op)
@@ -202,7 +202,7 @@ def test_the_dtype_rules_find_a_wrong_dtype() -> None:
 
 
 def test_the_next_ops_have_converters() -> None:
-    """What mixtures of experts will need is there; for an op that has no converter none is found."""
+    """Ops of mixtures of experts have converters; the lookup finds none for an op without one."""
     import torch
     from torchair._ge_concrete_graph.fx2ge_converter import _get_converter
 

@@ -1,6 +1,7 @@
-"""Each op of ours as Ascend's: in a graph through torchair and the interpreter, and eagerly, against its plain meaning.
+"""Our ops as Ascend's ops give their plain meaning, in interpreted graphs and eagerly.
 
-fp32 is no dtype of fused_infer_attention_score on a device; here it shows that only rounding is between the two sides.
+On a device fused_infer_attention_score does not support fp32. Here fp32 shows that the two sides
+differ only by rounding.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ N, K, H, B, C, D = 4, 2, 64, 128, 9, 48
 
 
 def in_graph(function: Callable[..., Any], inputs: dict[str, object]) -> tuple[Tensor, ...]:
-    """The results of a function of ours, traced, converted to Ascend IR and interpreted."""
+    """The results of a function after tracing, conversion to Ascend IR and interpretation."""
     graph, fakes, _ = trace(function, inputs)
     replaced = replace_ops(graph, fakes, table=npu_kernels.IN_GRAPH)
     run = torchair.lower(replaced, fakes, settings=torchair.Settings())
@@ -51,9 +52,10 @@ def compare(
     *settings: Any,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Results and written inputs of `op` on npu tensors, against `meaning` on the same tensors in fp32.
+    """Compare results and written inputs of `op` on npu tensors with `meaning` in fp32.
 
-    In bf16 the op rounds its inputs once, its result once and what stands between a few times: 2⁻⁸ of the largest value each.
+    In bf16 the op rounds its inputs once, its result once and values in between a few times, each
+    time by up to 2⁻⁸ of the largest value.
     """
     rounded = {
         name: x.to(dtype) if x.dtype == torch.float32 and name != "cos_sin" else x
@@ -148,7 +150,7 @@ def test_attention(
     block_size: int,
     dtype: torch.dtype,
 ) -> None:
-    """(new tokens, all tokens) a row, with tokens of no row behind them and NaN in the cache where no key is."""
+    """(new tokens, all tokens) per row, then padding tokens; unused cache slots are NaN."""
     num_rows, num_tokens = (
         max(1, len(lengths)) + (num_padding > 0),
         sum(new for new, _ in lengths) + num_padding,
@@ -184,7 +186,7 @@ def test_attention(
 
 @pytest.mark.parametrize("vocab_size", [19, 989])
 def test_drawing_is_exact(run: Callable[..., Any], vocab_size: int) -> None:
-    """The hash's integers survive the way without exclusive or and shifts: every token is that of the CPU."""
+    """The hash without exclusive or and shifts is exact: every token equals the CPU's."""
     logits = torch.randn(64, vocab_size)
     temperature = torch.rand(64) * 2
     temperature[:8] = 0.0

@@ -1,4 +1,4 @@
-"""The meaning that the tests give to Ascend's fused ops, against torch's own functions of the same names."""
+"""The meanings in semantics.py equal torch's functions of the same names."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_scatter_nd_update_writes_in_place_and_nowhere_else() -> None:
 
 
 def paged(keys: list[Tensor], block_size: int, num_blocks: int) -> tuple[Tensor, Tensor]:
-    """Keys of each row [S, K, D] in blocks [blocks, block_size, K·D] taken from the last down; NaN wherever no key is."""
+    """Blocks [blocks, block_size, K·D] with rows' keys [S, K, D] from the last down, else NaN."""
     _, num_kv_heads, head_dim = keys[0].shape
     cache = torch.full((num_blocks, block_size, num_kv_heads * head_dim), float("nan"))
     table = torch.zeros(
@@ -66,7 +66,7 @@ def paged(keys: list[Tensor], block_size: int, num_blocks: int) -> tuple[Tensor,
     "lengths", [[(1, 1)], [(1, 129), (1, 5)], [(3, 3), (7, 200), (0, 0), (2, 131)]], ids=str
 )
 def test_attention_is_torchs(lengths: list[tuple[int, int]]) -> None:
-    """(new tokens, all tokens) of each row; one new token everywhere is layout BSH, anything else TND."""
+    """(new tokens, all tokens) per row; layout BSH if every row has one new token, else TND."""
     num_heads, num_kv_heads, head_dim, block_size = 4, 2, 8, 128
     keys = [torch.randn(kv_len, num_kv_heads, head_dim) for _, kv_len in lengths]
     values = [torch.randn_like(row) for row in keys]
@@ -106,7 +106,9 @@ def test_attention_is_torchs(lengths: list[tuple[int, int]]) -> None:
 def test_running_token_counts_must_end_in_the_number_of_tokens() -> None:
     with pytest.raises(AssertionError, match="do not end in T"):
         semantics.fused_infer_attention_score(
-            torch.zeros(5, 1, 8), torch.zeros(2, 128, 8), torch.zeros(2, 128, 8), num_heads=1, block_size=128,
-            actual_seq_lengths=[4], actual_seq_lengths_kv=[4], block_table=torch.zeros(1, 1, dtype=torch.int32),
-            atten_mask=torch.ones(2048, 2048, dtype=torch.bool).triu(1), input_layout="TND", sparse_mode=3,
+            torch.zeros(5, 1, 8), torch.zeros(2, 128, 8), torch.zeros(2, 128, 8), num_heads=1,
+            block_size=128, actual_seq_lengths=[4], actual_seq_lengths_kv=[4],
+            block_table=torch.zeros(1, 1, dtype=torch.int32),
+            atten_mask=torch.ones(2048, 2048, dtype=torch.bool).triu(1), input_layout="TND",
+            sparse_mode=3,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Everything imports, and CPU and MPS policies run, where there is torch and nothing of Triton, flash-attn or Ascend."""
+"""Everything imports and the CPU and MPS policies run without Triton, flash-attn and torch_npu."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ print(json.dumps({{
 
 @pytest.fixture(scope="module")
 def runs(tiny_qwen3: Path) -> dict[bool, dict[str, object]]:
-    """What a CPU engine (False) and the MPS policy (True) say."""
+    """Output of a CPU engine (False) and of the MPS policy (True)."""
     found: dict[bool, dict[str, object]] = {}
     for is_mps in (False, True):
         script = SCRIPT.format(absent=ABSENT, mps=is_mps, model=str(tiny_qwen3))

@@ -1,4 +1,4 @@
-"""Threads of a CPU engine are no more than the cores that it may use."""
+"""A CPU engine has at most as many threads as cores that it may use."""
 
 from __future__ import annotations
 

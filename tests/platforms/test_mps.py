@@ -1,7 +1,8 @@
-"""The MPS platform without an Apple GPU: its policy on a CPU's tensors, every op as its plain-torch meaning.
+"""The MPS platform without an Apple GPU: its policy on CPU tensors, with every op in plain torch.
 
-What this cannot show is what Metal computes. It shows which operators are called, that torch declares kernels for all of
-them on MPS, that no float64 tensor is made, and that the tokens are those of the CPU platform.
+The tests show which operators are called, that torch declares MPS kernels for all of them, that no
+float64 tensor is made, and that the tokens equal those of the CPU platform. They cannot show what
+Metal computes.
 """
 
 from __future__ import annotations
@@ -22,23 +23,27 @@ from nanovllm.kernels import ops, reference
 from nanovllm.platforms import mps
 from nanovllm.platforms.mps import MpsPlatform
 
-# Operators with an MPS kernel in torch's native_functions.yaml, or made of such: views, factories, and composites whose
-# parts stand here as well. In int64 the backend has the products, shifts and masks of the sampler's hash, and indices.
+# Operators with an MPS kernel in torch's native_functions.yaml, or composed of such operators:
+# views, factories, and composites whose parts are in this list. In int64 the backend has indices
+# and the products, shifts and masks of the sampler's hash.
 SUPPORTED = frozenset(
     """
-    __and__.Scalar __rshift__.Scalar __xor__.Scalar __xor__.Tensor _index_put_impl_ _local_scalar_dense _log_softmax
-    _softmax _to_copy _unsafe_view add.Tensor addmm any.dim arange arange.start arange.start_step argmax bitwise_and.Scalar clamp
-    bitwise_and.Tensor bitwise_and_.Tensor bitwise_not bitwise_or.Tensor bitwise_xor.Scalar bitwise_xor.Tensor bmm cat
-    clone copy_ cos cumsum detach div.Tensor embedding empty.memory_format eq.Scalar expand fill_.Tensor floor_divide full
-    gather ge.Scalar ge.Tensor gt.Scalar index.Tensor index_copy index_copy_ index_add_ index_put index_put_ index_select
-    le.Tensor lift_fresh log lt.Tensor masked_fill.Scalar masked_fill_.Scalar mean.dim mm mul.Tensor nan_to_num
-    nan_to_num.out ne.Scalar neg ones_like permute pow.Scalar pow.Tensor_Scalar reciprocal remainder.Scalar remainder.Tensor
-    rsqrt scalar_tensor scatter_.src select.int set_.source_Storage silu sin slice.Tensor sort.stable split.Tensor
-    split_with_sizes squeeze.dim sub.Tensor t topk transpose.int unbind.int unsqueeze view view.dtype where.self zeros
-    zeros_like fill_.Scalar lt.Scalar sum.dim_IntList
+    __and__.Scalar __rshift__.Scalar __xor__.Scalar __xor__.Tensor _index_put_impl_
+    _local_scalar_dense _log_softmax _softmax _to_copy _unsafe_view add.Tensor addmm any.dim arange
+    arange.start arange.start_step argmax bitwise_and.Scalar clamp bitwise_and.Tensor
+    bitwise_and_.Tensor bitwise_not bitwise_or.Tensor bitwise_xor.Scalar bitwise_xor.Tensor bmm cat
+    clone copy_ cos cumsum detach div.Tensor embedding empty.memory_format eq.Scalar expand
+    fill_.Tensor floor_divide full gather ge.Scalar ge.Tensor gt.Scalar index.Tensor index_copy
+    index_copy_ index_add_ index_put index_put_ index_select le.Tensor lift_fresh log lt.Tensor
+    masked_fill.Scalar masked_fill_.Scalar mean.dim mm mul.Tensor nan_to_num nan_to_num.out
+    ne.Scalar neg ones_like permute pow.Scalar pow.Tensor_Scalar reciprocal remainder.Scalar
+    remainder.Tensor rsqrt scalar_tensor scatter_.src select.int set_.source_Storage silu sin
+    slice.Tensor sort.stable split.Tensor split_with_sizes squeeze.dim sub.Tensor t topk
+    transpose.int unbind.int unsqueeze view view.dtype where.self zeros zeros_like fill_.Scalar
+    lt.Scalar sum.dim_IntList
 """.split()  # noqa: SIM905
 )
-# What a composite kernel calls below the level at which operators are recorded.
+# Calls of a composite kernel below the level at which operators are recorded.
 CALLS = {
     "embedding": ["index_select"],
     "index_put": ["_index_put_impl_"],
@@ -47,18 +52,19 @@ CALLS = {
     "remainder.Scalar": ["remainder.Tensor"],
 }
 OPTIONS: dict[str, Any] = {
-    "dtype": "float32", "max_model_len": 128, "max_num_seqs": 4, "max_num_batched_tokens": 64, "kvcache_block_size": 16,
+    "dtype": "float32", "max_model_len": 128, "max_num_seqs": 4, "max_num_batched_tokens": 64,
+    "kvcache_block_size": 16,
 }  # fmt: skip
 PROMPTS = [[5, 6, 7], list(range(100, 119)), list(range(200, 299))]
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 WISHES = SamplingParams(
-    temperature=0.7, top_k=9, top_p=0.9, min_p=0.01, repetition_penalty=1.1, presence_penalty=0.1, frequency_penalty=0.1,
-    min_tokens=3, max_tokens=5, logprobs=2, prompt_logprobs=1, seed=3,
+    temperature=0.7, top_k=9, top_p=0.9, min_p=0.01, repetition_penalty=1.1, presence_penalty=0.1,
+    frequency_penalty=0.1, min_tokens=3, max_tokens=5, logprobs=2, prompt_logprobs=1, seed=3,
 )  # fmt: skip
 
 
 class PlainTorch(TorchDispatchMode):
-    """Our ops run as what they mean, as on a device without kernels of ours; names of torch's operators are kept."""
+    """Run our ops by their plain meaning, as without kernels; record the operators of torch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,7 +94,7 @@ class PlainTorch(TorchDispatchMode):
 
 @pytest.fixture
 def on_cpu_tensors(monkeypatch: pytest.MonkeyPatch) -> Iterator[PlainTorch]:
-    """device="mps" is the platform on a CPU's tensors, without the CPU's kernels."""
+    """Makes device="mps" the MPS platform on CPU tensors, without our CPU kernels."""
     monkeypatch.setattr(platforms, "select", lambda device, **_: MpsPlatform(torch.device("cpu")))
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -105,7 +111,7 @@ def greedy(llm: LLM) -> list[tuple[list[int], int]]:
 def test_the_policy_gives_the_cpus_tokens_with_supported_operators(
     tiny_qwen3: Path, request: pytest.FixtureRequest
 ) -> None:
-    """Warm-up, first prefill, prefill after a cached prefix, decode, and the filtered sampler."""
+    """Covers warm-up, prefill, prefill after a cached prefix, decode and the filtered sampler."""
     cpu = LLM(str(tiny_qwen3), device="cpu", enforce_eager=True, **OPTIONS)
     expected, expected_cached = greedy(cpu), greedy(cpu)
     drawn = cpu.generate(PROMPTS, WISHES, use_tqdm=False)
@@ -129,7 +135,7 @@ def test_the_policy_gives_the_cpus_tokens_with_supported_operators(
     }
     assert not any("attention" in name for name in mode.called)
     assert mode.called - SUPPORTED == set()
-    assert {"bmm", "_softmax", "index_copy_", "mm"} <= mode.called  # what was recorded is what ran
+    assert {"bmm", "_softmax", "index_copy_", "mm"} <= mode.called  # the recording is not empty
     assert mode.float64 == set()
 
 
@@ -152,13 +158,13 @@ def test_torch_declares_mps_kernels_for_all_supported_operators() -> None:
     for name in sorted(SUPPORTED):
         for part in CALLS.get(name, [name]):
             assert has_mps_kernel(declared, part), f"{name}: {declared.get(part)}"
-    # and it tells those apart that have none
+    # operators without a kernel are recognized
     assert not has_mps_kernel(declared, "_scaled_dot_product_flash_attention_for_cpu")
     assert not has_mps_kernel(declared, "_thnn_fused_gru_cell")
 
 
 def has_mps_kernel(declared: dict[str, Any], name: str) -> bool:
-    """For MPS itself, by way of the out= form, or composed of operators whatever the device."""
+    """True for an MPS kernel, an MPS kernel of the out= form, or a composite for every device."""
     entry = declared[name]
     keys = {key.strip() for names in entry.get("dispatch", {}) for key in names.split(",")}
     if "MPS" in keys or any(key.startswith("Composite") for key in keys):
@@ -168,7 +174,7 @@ def has_mps_kernel(declared: dict[str, Any], name: str) -> bool:
     return "dispatch" not in entry  # composite by default
 
 
-# Cache size --------------------------------------------------------------------------------------------------------
+# Cache size ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("on_cpu_tensors")
@@ -215,7 +221,7 @@ def test_leaving_out_fusion_is_refused_where_nothing_is_fused(
         LLM(str(tiny_qwen3), device="mps", fuse=False, **OPTIONS)
 
 
-# What is refused, chosen and said ----------------------------------------------------------------------------------
+# Refusals, choices and messages -------------------------------------------------------------------
 
 
 def test_mps_on_a_machine_without_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

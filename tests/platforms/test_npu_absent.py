@@ -1,4 +1,4 @@
-"""Asking for an NPU on a machine that has nothing of it. What torch_npu itself does is tested in tests/npu."""
+"""device="npu" on a machine without torch_npu. tests/npu tests what runs with torch_npu."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def test_without_torch_npu_the_package_is_named(monkeypatch: pytest.MonkeyPatch)
 def test_options_of_an_npu_are_refused_elsewhere(options: dict[str, Any]) -> None:
     with pytest.raises(
         ValueError,
-        match=rf"{next(iter(options))} is .*, but the device is 'cpu': it is an option of device 'npu'",
+        match=rf"{next(iter(options))} is .*, but the device is 'cpu': "
+        "it is an option of device 'npu'",
     ):
         platforms.select("cpu", **options)
 

@@ -1,4 +1,4 @@
-"""The embedded model at every rung of the device's own ladder: the tokens are those of eager mode."""
+"""In every decode bucket of the device, the embedded model gives the tokens of eager mode."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ import pytest
 
 from nanovllm import LLM, SamplingParams, platforms
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[2] / "scripts")
-)  # scripts import each other as files
+# scripts import each other as files of one folder
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
 from tiny.tasks import held_out
 
@@ -20,7 +19,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=24)
 
 
 class Engines:
-    """Both modes in one dtype, questions for the largest bucket, and eager mode's answers to them."""
+    """Both modes in one dtype, questions for the largest bucket, and eager mode's answers."""
 
     def __init__(self, device: str, dtype: str) -> None:
         self.ladder = platforms.select(device).traits.decode_rows
@@ -47,7 +46,7 @@ class Engines:
     def in_bucket(
         self, num_rows: int, params: list[SamplingParams], monkeypatch: pytest.MonkeyPatch
     ) -> list[list[int]]:
-        """Answers of graph mode to as many requests at once, whose first decode step must have run in this bucket."""
+        """Answers of graph mode to `num_rows` requests; checks that this bucket was used."""
         used: list[int] = []
         layout = type(self.graph.engine.runner.layout)
         choose = layout.decode_bucket
@@ -79,7 +78,7 @@ def test_greedy_tokens_are_those_of_eager_mode(
 def test_seeded_samples_do_not_hang_on_the_bucket(
     engines: Engines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Warm enough that many answers are others than the greedy ones."""
+    """The temperature is high enough that many answers differ from the greedy ones."""
     largest = engines.ladder[-1]
     params = [SamplingParams(temperature=1.2, max_tokens=24, seed=1000 + i) for i in range(largest)]
     expected = engines.answer(engines.eager, engines.prompts, params)

@@ -1,5 +1,7 @@
-"""A prompt's log-probabilities need the last layer of all tokens, other requests that of the last ones: both are there when
-warm-up is over, whatever the windows are."""
+"""Both kinds of prefill are ready after warm-up, whatever the windows of the layers are.
+
+With prompt_logprobs the last layer computes all tokens; without, only the last token of each chunk.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +12,14 @@ import pytest
 import torch
 
 from nanovllm import LLM, EngineConfig, SamplingParams
-from nanovllm.startup.choose import buckets_of, choose_without_weights
+from nanovllm.startup.choose import choose_without_weights
 from nanovllm.startup.compile_farm.builder import small_runner
 from tests.conftest import save_tiny
 from tests.engines import random_prompts
 
 OPTIONS: dict[str, Any] = {
-    "max_num_seqs": 4, "graph_batch_sizes": [4], "max_num_batched_tokens": 128, "max_model_len": 128, "dtype": "float32",
-    "kvcache_block_size": 16, "num_kvcache_blocks": 40,
+    "max_num_seqs": 4, "graph_batch_sizes": [4], "max_num_batched_tokens": 128,
+    "max_model_len": 128, "dtype": "float32", "kvcache_block_size": 16, "num_kvcache_blocks": 40,
 }  # fmt: skip
 WINDOWS = {"num_hidden_layers": 3, "use_sliding_window": True, "sliding_window": 16}
 MODELS: dict[str, dict[str, Any]] = {
@@ -36,7 +38,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(params=MODELS)
 def model(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, bool]:
-    """A checkpoint, and whether only its last layer has its window."""
+    """A checkpoint, and whether no other layer has the window of the last one."""
     folder = save_tiny(tmp_path / "model", **MODELS[request.param])
     return folder, request.param != "the last one's window on another"
 
@@ -89,8 +91,9 @@ def test_the_small_model_leaves_every_program_of_the_whole_one(
     model: tuple[Path, bool], tmp_path: Path
 ) -> None:
     options = {**OPTIONS, "device": "cpu", "compile_cache": tmp_path / "store"}
-    small = small_runner(choose_without_weights(EngineConfig(str(model[0]), **options)))
-    for kind, size in buckets_of(small.layout):
+    choice = choose_without_weights(EngineConfig(str(model[0]), **options))
+    small = small_runner(choice)
+    for kind, size in choice.buckets:
         small.run_bucket(kind, size)
     llm = LLM(str(model[0]), **options, compile_cache_mode="require")
     compiler = llm.engine.runner.compiler

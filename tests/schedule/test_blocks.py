@@ -1,4 +1,4 @@
-"""Blocks have one owner or several that share a prefix, come back when the last lets go, and are evicted oldest first."""
+"""Blocks may be shared, return when their last owner frees them, and are evicted oldest first."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nanovllm.schedule.blocks import BlockPool, chain_digest
 
 
 def fill(pool: BlockPool, token_ids: list[int]) -> list[int]:
-    """Allocate and publish the full blocks of a sequence, as a request would."""
+    """Allocate and publish the full blocks of a sequence, as a request does."""
     digests = pool.digests(token_ids)
     shared = pool.cached_prefix(digests)
     pool.share(shared)
@@ -157,7 +157,7 @@ def test_reset_frees_and_forgets_everything() -> None:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_pages_never_overlap(seed: int) -> None:
-    """Random requests over few distinct tokens, so that prefixes meet often. `content` is what a device would hold."""
+    """Random requests with few distinct tokens share many prefixes. `content` models the device."""
     rng = random.Random(seed)
     block_size = rng.choice([1, 2, 4])
     pool = BlockPool(rng.choice([2, 7, 24]), block_size, enable_prefix_caching=rng.random() < 0.8)

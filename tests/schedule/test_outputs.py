@@ -1,4 +1,4 @@
-"""Text that grows by tokens equals the text decoded at once; stop strings cut it and are never shown, not even in part."""
+"""Streamed text equals text decoded at once, and never shows a part of a stop string."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_characters_across_tokens_grow_to_the_full_text(tokenizer: Any, text: st
 
 @pytest.mark.parametrize("seed", range(5))
 def test_any_bytes_grow_to_what_decoding_at_once_gives(tokenizer: Any, seed: int) -> None:
-    """Random tokens: broken characters, special tokens (skipped) and merges among them."""
+    """Random tokens, with incomplete characters, special tokens (not shown) and merges."""
     rng = random.Random(seed)
     for num in (1, 2, 19, 99):
         token_ids = [rng.randrange(0, 280) for _ in range(num)]
@@ -87,13 +87,13 @@ def test_spaces_of_a_sentencepiece_style_decoder() -> None:
     )
 
 
-# stop strings -------------------------------------------------------------------------------------------------------
+# stop strings -------------------------------------------------------------------------------------
 
 
 def feed(
     tokenizer: Any, text: str, stops: tuple[str, ...], *, min_tokens: int = 0, size: int = 1
 ) -> tuple[list[str], str, bool]:
-    """(pieces handed out, final text, whether it stopped), token by token."""
+    """Feed token by token; returns (pieces, final text, whether it stopped)."""
     stream = TextStream(tokenizer, stops, incremental=True)
     token_ids = tokenizer.encode(text)
     pieces: list[str] = []
@@ -144,7 +144,7 @@ def test_streams_never_show_any_part_of_a_stop_string(tokenizer: Any, seed: int)
     text = "".join(rng.choice("ab") for _ in range(99))
     stops = tuple({"".join(rng.choice("ab") for _ in range(rng.randrange(4, 8))) for _ in range(2)})
     pieces, final, stopped = feed(tokenizer, text, stops)
-    # character by character: the text ends where the first match is complete; of several, before the earliest
+    # character by character: the text ends at the first complete match; of several, at the earliest
     end = next((i for i in range(len(text) + 1) if text[:i].endswith(stops)), None)
     assert stopped == (end is not None)
     if end is None:
@@ -160,7 +160,7 @@ def test_streams_never_show_any_part_of_a_stop_string(tokenizer: Any, seed: int)
 def test_a_stop_string_before_min_tokens_stays_and_does_not_stop_later(tokenizer: Any) -> None:
     pieces, final, stopped = feed(tokenizer, "ab ab xy", ("ab", "a long stop string"), min_tokens=3)
     assert stopped and final == "".join(pieces) == "ab "
-    # complete before it may stop, and longer stop strings are still being looked for
+    # complete before min_tokens, while longer stop strings may still match
     pieces, final, stopped = feed(tokenizer, "abxy", ("ab", "a long stop string"), min_tokens=3)
     assert not stopped and final == "".join(pieces) == "abxy"
 

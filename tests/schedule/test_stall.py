@@ -1,4 +1,4 @@
-"""The sizes of chunks by what a step is said to take, and what is measured of a real one."""
+"""Chunk sizes follow from estimated step times, and the measured times of real steps."""
 
 from __future__ import annotations
 

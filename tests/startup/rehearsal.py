@@ -1,7 +1,8 @@
-"""Rehearses buckets of a small model for an H200 that need not be there, and compiles the kernels that are found.
+"""Rehearse buckets of a small model for an H200 without a GPU, and compile the kernels found.
 
-`python rehearsal.py FOLDER` prints JSON. It runs in a process of its own because the interpreter, which the other tests ask
-for, replaces the compiler, and because the device is made up: what torch and Triton would ask of it is answered here.
+`python rehearsal.py FOLDER` prints JSON. It runs in its own process: the other tests use Triton's
+interpreter, which replaces the compiler, and this file replaces the device queries of torch and
+Triton.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ BUCKETS = (
 
 
 class Driver(AbsentDevice):
-    """Notes the kernels for which a launcher was made."""
+    """Records the kernels for which a launcher is made."""
 
     def __init__(self, target: Target) -> None:
         super().__init__(target)
@@ -90,7 +91,7 @@ def make_up_device() -> None:
 
 
 def real(value: Any) -> Any:
-    """For a fake tensor one that has memory, laid out in the same way."""
+    """A tensor with memory and the layout of the fake tensor `value`; other values unchanged."""
     if not isinstance(value, Tensor):
         return value
     size = value.untyped_storage().nbytes() // value.element_size()
@@ -114,8 +115,8 @@ def main(folder: Path) -> dict[str, Any]:
     triton_rehearsal._request = seen
     model = save_tiny(folder / "model", dtype="bfloat16", head_dim=64)
     config = EngineConfig(
-        str(model), dtype="bfloat16", max_model_len=512, max_num_batched_tokens=256, max_num_seqs=48,
-        graph_batch_sizes=[1, 3, 4, 48], compile_cache=folder / "store",
+        str(model), dtype="bfloat16", max_model_len=512, max_num_batched_tokens=256,
+        max_num_seqs=48, graph_batch_sizes=[1, 3, 4, 48], compile_cache=folder / "store",
     )  # fmt: skip
     builder = Builder(config, Platform())
     answers = [builder.do("rehearse", bucket) for bucket in BUCKETS]
@@ -126,7 +127,7 @@ def main(folder: Path) -> dict[str, Any]:
     for one in requests:
         other.do("compile", one)
     compiled = len(triton_build.compiled())
-    # what launches on tensors with memory ask for is there
+    # launches on tensors with memory find their kernels
     for kernel in {id(kernel): kernel for _, kernel, _ in launches}.values():
         kernel.device_caches.clear()
     for _, kernel, arguments in launches:

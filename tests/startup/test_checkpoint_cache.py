@@ -1,4 +1,4 @@
-"""What the store keeps of a checkpoint's config and tokenizer is what transformers makes of them, or it keeps nothing."""
+"""The stored config and tokenizer equal those of transformers, or nothing is stored."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_a_kept_config_gives_the_same_model(
 
 
 def test_reading_a_config_writes_no_docstrings(tmp_path: Path) -> None:
-    """In a process of its own, which has not imported the class yet."""
+    """Runs in its own process, which has not imported the class yet."""
     code = """if True:
         import sys
         from pathlib import Path
@@ -151,7 +151,7 @@ def test_a_kept_tokenizer_is_the_same_to_encode_and_decode(
             assert ids == full.encode(text)
             for skip in (False, True):
                 assert kept.decode(ids, skip) == full.decode(ids, skip_special_tokens=skip)
-    # for the rest there is the full one
+    # other methods come from the full tokenizer
     assert kept.chat_template == full.chat_template
     messages = [{"role": "user", "content": "Hi"}]
     assert kept.apply_chat_template(messages, tokenize=False) == full.apply_chat_template(
@@ -168,7 +168,7 @@ def test_a_changed_tokenizer_is_read_anew_and_none_stays_none(tmp_path: Path, st
         "clean_up_tokenization_spaces": True
     }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    for _ in range(2):  # nor is one kept whose text is tidied up by transformers itself
+    for _ in range(2):  # transformers edits this tokenizer's text, so it is not stored
         assert not isinstance(read_tokenizer(tmp_path, store), StoredTokenizer)
     empty = checkpoint(tmp_path / "empty", CONFIGS[0])
     assert read_tokenizer(empty, store) is None

@@ -1,4 +1,4 @@
-"""What is begun before torch is imported: where it is wanted, and that it leaves nothing behind where it is not."""
+"""What starts before torch is imported starts only if needed and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ from nanovllm.startup.compile_farm import fork_server, process
 from nanovllm.startup.compile_farm.farm import CompileFarm
 from nanovllm.startup.compile_farm.fork_server import ForkServer
 
-OPTIONS: dict[str, Any] = {"device": "cpu", "max_model_len": 64, "max_num_seqs": 4, "graph_batch_sizes": [4],
-                           "num_kvcache_blocks": 20, "max_num_batched_tokens": 64}  # fmt: skip
+OPTIONS: dict[str, Any] = {
+    "device": "cpu", "max_model_len": 64, "max_num_seqs": 4, "graph_batch_sizes": [4],
+    "num_kvcache_blocks": 20, "max_num_batched_tokens": 64,
+}  # fmt: skip
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux only")
 
 
@@ -35,7 +37,7 @@ def test_importing_the_package_does_not_import_torch() -> None:
 
 @pytest.fixture
 def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The file by which a GPU's driver is known, on a machine with cores to spare; Triton is left alone."""
+    """The file that shows a GPU's driver, on a machine with spare cores; Triton is not imported."""
     path = tmp_path / "driver"
     path.touch()
     monkeypatch.setattr(preload, "DRIVERS", (str(path),))
@@ -63,8 +65,11 @@ def test_a_device_is_opened_beside_the_import_of_torch(
 
 
 def test_a_start_says_that_torch_has_no_bytecode(tmp_path: Path) -> None:
-    """As in a container where Python is told to write none: here it is looked for in a folder that is empty."""
-    code = "from nanovllm import log; from nanovllm.platforms import preload; log.configure(); preload.begin('cpu')"
+    """As in a container where Python may not write bytecode: here its folder is empty."""
+    code = (
+        "from nanovllm import log; from nanovllm.platforms import preload\n"
+        "log.configure(); preload.begin('cpu')"
+    )
     environment = {
         **os.environ,
         "PYTHONPATH": str(Path(__file__).parents[2]),
@@ -92,10 +97,11 @@ def test_a_driver_that_is_not_there_is_no_error() -> None:
 
 
 def test_torch_writes_nothing_to_the_environment_while_a_device_is_opened() -> None:
-    """Else the driver, which reads it in another thread, might read what is being moved."""
+    """The driver reads the environment in another thread at the same time."""
     script = (
         "import sys, numpy; written = []\n"
-        "sys.addaudithook(lambda event, args: written.append(args) if event in ('os.putenv', 'os.unsetenv') else None)\n"
+        "writes = ('os.putenv', 'os.unsetenv')\n"
+        "sys.addaudithook(lambda event, args: written.append(args) if event in writes else None)\n"
         "import nanovllm.engine; sys.exit(str(written) if written else 0)"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
@@ -111,7 +117,7 @@ def test_torch_writes_nothing_to_the_environment_while_a_device_is_opened() -> N
 
 @pytest.fixture(scope="module")
 def libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CPU's kernels, which take longer to build than everything here."""
+    """The built CPU kernels; building them takes longer than all tests of this file."""
     folder = tmp_path_factory.mktemp("libraries") / "cpp"
     folder.mkdir(mode=0o700)
     CpuPlatform().prepare(folder, env.read().cxx)
@@ -120,7 +126,7 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def store(libraries: Path, tmp_path: Path) -> Path:
-    """A folder with those and no program."""
+    """A store with the CPU kernels and no program."""
     folder = tmp_path / "store"
     folder.mkdir(mode=0o700)
     shutil.copytree(libraries, folder / "cpp")
@@ -128,7 +134,7 @@ def store(libraries: Path, tmp_path: Path) -> Path:
 
 
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many processes each server was begun for, without beginning any."""
+    """Records the number of processes of each server instead of starting the server."""
     found: list[int] = []
     monkeypatch.setattr(compile_farm, "ForkServer", lambda config, most: found.append(most))
     return found
@@ -174,7 +180,7 @@ def test_a_server_that_is_asked_for_nothing_goes_away(tmp_path: Path) -> None:
     ended.end()
     assert ended.process.returncode == -signal.SIGKILL
     assert abandoned.process.stdin is not None
-    abandoned.process.stdin.close()  # as when this process dies
+    abandoned.process.stdin.close()  # as if this process died
     assert abandoned.process.wait(60) == 0
 
 

@@ -1,4 +1,4 @@
-"""What the cache may take, and what is said of it, on devices that exist in numbers only."""
+"""The memory allowance of the cache and its report, on simulated devices."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BLOCK_BYTES = 2 * 2 * 2 * 32 * 4 * 16  # keys and values, layers, heads, head si
 
 
 def test_the_allowance_is_what_the_share_leaves_beside_weights_and_others() -> None:
-    """100 of memory, 7 of them others', 33 weights; 12 more are torch's but unused; the step took 5 for a while."""
+    """100 of memory: 7 of other processes, 33 weights, 12 unused in torch; the step's peak is 5."""
     found = budget(
         0.9, total_bytes=100, free_bytes=48, reserved_bytes=45, allocated_bytes=33, peak_bytes=38
     )
@@ -31,7 +31,7 @@ def test_the_unused_share_stays_free_and_nothing_is_negative() -> None:
 
 
 def test_an_h200_gives_the_cache_nearly_all_of_its_allowance() -> None:
-    """A model of 1.2 GiB and a largest step of 0.6 GiB: the numbers of a device with 140 GiB."""
+    """A model of 1.2 GiB and a largest step of 0.6 GiB on a device with 140 GiB."""
     total, weights, context = 140 * GIB, int(1.2 * GIB), GIB // 2
     found = budget(
         0.9,
@@ -88,7 +88,7 @@ def test_the_report_counts_tied_weights_once_and_says_when_the_size_was_given(
 def test_the_graphs_memory_is_what_recording_took(
     make_llm: Callable[..., LLM], device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The largest graph takes 500 bytes, the others 10 each out of the same pool."""
+    """The largest graph takes 500 bytes, the others take 10 each from the same pool."""
     platform = type(platforms.select(device))
     used = [1000]
     capture = platform.capture
@@ -113,7 +113,7 @@ def test_the_line_names_every_share() -> None:
         3 * GIB // 2, 90 * GIB, 823_456, GIB // 4, MemoryBudget(91 * GIB, GIB // 2), limited=False
     )
     assert str(memory) == (
-        "weights 1.50 GiB, KV cache 90.00 GiB for 823456 tokens (98.9% of the allowance; scratch 0.50 GiB), "
-        "graphs 0.25 GiB"
+        "weights 1.50 GiB, KV cache 90.00 GiB for 823456 tokens "
+        "(98.9% of the allowance; scratch 0.50 GiB), graphs 0.25 GiB"
     )
     assert memory.as_dict()["kv_cache_gib"] == 90.0

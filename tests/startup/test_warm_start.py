@@ -1,4 +1,4 @@
-"""A second start compiles nothing, imports no compiler, and says the same; whatever happens to the store, tokens are right."""
+"""A second start compiles nothing and imports no compiler; a damaged store gives right tokens."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from tests.conftest import save_tiny
 
 ROOT = Path(__file__).parents[2]
 OPTIONS: dict[str, Any] = {
-    "device": "cpu", "max_model_len": 64, "max_num_seqs": 4, "graph_batch_sizes": [1, 4], "num_kvcache_blocks": 20,
-    "max_num_batched_tokens": 64,
+    "device": "cpu", "max_model_len": 64, "max_num_seqs": 4, "graph_batch_sizes": [1, 4],
+    "num_kvcache_blocks": 20, "max_num_batched_tokens": 64,
 }  # fmt: skip
 COMPILERS = ("torch._dynamo", "torch._inductor", "sympy", "triton", "transformers")
 
@@ -38,7 +38,10 @@ import json, sys
 model, options = sys.argv[1], json.loads(sys.argv[2])
 from nanovllm import LLM, SamplingParams
 llm = LLM(model, **options)
-params = [SamplingParams(temperature=0, max_tokens=9, ignore_eos=True), SamplingParams(temperature=1, seed=3, max_tokens=9)]
+params = [
+    SamplingParams(temperature=0, max_tokens=9, ignore_eos=True),
+    SamplingParams(temperature=1, seed=3, max_tokens=9),
+]
 outputs = llm.generate([[5, 6, 7], [8] * 19], params, use_tqdm=False)
 compiler = llm.engine.runner.compiler
 counters = {}
@@ -86,7 +89,7 @@ def start(*args: Any, **options: Any) -> tuple[dict[str, Any], str]:
 def filled(
     tmp_path_factory: pytest.TempPathFactory, tiny_qwen3: Path
 ) -> tuple[Path, dict[str, Any]]:
-    """A store as a cold start leaves it, and what that start said."""
+    """A store after a cold start, and the output of that start."""
     folder = tmp_path_factory.mktemp("warm") / "store"
     cold, _ = start(tiny_qwen3, folder)
     assert cold["compiled"] > 0 and cold["loaded"] == 0 and cold["kernels"] == ["kernels", "step"]
@@ -95,7 +98,7 @@ def filled(
 
 @pytest.fixture
 def store(filled: tuple[Path, dict[str, Any]], tmp_path: Path) -> Path:
-    """A copy of it that a test may spoil."""
+    """A copy of the filled store for a test to damage."""
     folder = tmp_path / "store"
     shutil.copytree(filled[0], folder)
     return folder
@@ -112,7 +115,7 @@ def test_a_warm_start_compiles_nothing_and_gives_the_same_tokens(
     filled: tuple[Path, dict[str, Any]], tiny_qwen3: Path, tmp_path: Path
 ) -> None:
     folder, cold = filled
-    # another home, another folder, other noise
+    # another home, another folder, other variables
     environment = {
         "HOME": str(tmp_path),
         "TMPDIR": str(tmp_path),
@@ -174,7 +177,7 @@ def test_where_nothing_can_be_written_the_engine_runs(
     assert err.count("compiled code is not kept") == 1 and "compile_cache" in err
 
 
-# In "require" mode -------------------------------------------------------------------------------------------------
+# In "require" mode --------------------------------------------------------------------------------
 
 
 def test_require_lists_every_program_that_is_missing(store: Path, tiny_qwen3: Path) -> None:
@@ -232,7 +235,7 @@ def test_a_store_that_others_can_write_is_refused(store: Path, tiny_qwen3: Path)
         LLM(str(tiny_qwen3), **OPTIONS, compile_cache=store)
 
 
-# Filling it ahead --------------------------------------------------------------------------------------------------
+# Filling a store in advance -----------------------------------------------------------------------
 
 
 def test_precompile_reads_no_weights_and_leaves_nothing_to_compile(
@@ -244,9 +247,11 @@ def test_precompile_reads_no_weights_and_leaves_nothing_to_compile(
     folder = tmp_path / "ahead"
     shutil.copytree(filled[0] / "cpp", folder / "cpp")
     folder.chmod(0o700)
-    command = [sys.executable, "scripts/precompile.py", "--model", str(bare), "--bs", "1", "4", "--out", str(folder),
-               "--jobs", "2", "--device", "cpu", "--max-model-len", "64", "--max-num-seqs", "4",
-               "--max-num-batched-tokens", "64"]  # fmt: skip
+    command = [
+        sys.executable, "scripts/precompile.py", "--model", str(bare), "--bs", "1", "4",
+        "--out", str(folder), "--jobs", "2", "--device", "cpu", "--max-model-len", "64",
+        "--max-num-seqs", "4", "--max-num-batched-tokens", "64",
+    ]  # fmt: skip
     variables = {
         name: value
         for name, value in os.environ.items()
@@ -331,7 +336,7 @@ def test_a_cold_start_with_workers_builds_nothing_itself(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As on devices whose kernels take long to compile: other processes fill the store while this one reads weights."""
+    """Other processes fill the store while this one reads weights, as on a GPU."""
     folder = tmp_path / "store"
     folder.mkdir(mode=0o700)
     shutil.copytree(filled[0] / "cpp", folder / "cpp")
@@ -346,7 +351,7 @@ def test_a_cold_start_with_workers_builds_nothing_itself(
         llm = LLM(str(tiny_qwen3), **OPTIONS, compile_cache=folder)
         compiler = llm.engine.runner.compiler
         assert (compiler.num_compiled, compiler.num_loaded) == (0, filled[1]["compiled"])
-        # of an empty store twice: before anything is known of the model, and then with its size
+        # with an empty store twice: before the model's size is known, and after
         assert len(asked) == num_starts + 1
     assert asked[0] == (0, 0) and asked[1][0] > 1 << 30
     # the second start found everything, and started nobody

@@ -1,5 +1,8 @@
-"""With this folder on PYTHONPATH a Python process starts as `conftest.py` makes the tests' own: the interpreter stands where
-GE would be, and eager ops run on the host. So programs run as they are, and so do the processes that they start."""
+"""With this folder on PYTHONPATH a Python process starts with the patches of `conftest.py`.
+
+The interpreter replaces GE, and eager ops run on the host. Programs and the processes that they
+start need no change.
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,11 @@
-"""Build libraries with the names of CANN's, so that an unmodified torch_npu loads on a machine without an NPU.
+"""Build libraries with CANN's names, so that torch_npu loads unmodified without an NPU.
 
-    python build.py WHEEL OUT        WHEEL: the folder into which torch_npu was installed; OUT: where the libraries go
+    python build.py WHEEL OUT
 
-Which functions are needed is read from the wheel: the symbols that its libraries leave undefined, and the names that it looks
-up at run time. `runtime.c` has those whose results matter; all others return 0. Needs a C compiler and nm (binutils).
+WHEEL is the folder in which torch_npu is installed, OUT the folder for the libraries. The script
+reads the needed functions from the wheel: the undefined symbols of its libraries, and the names
+that it looks up at run time. `runtime.c` has the functions whose results matter; all others
+return 0. Needs a C compiler and nm (binutils).
 """
 
 from __future__ import annotations
@@ -18,10 +20,10 @@ from pathlib import Path
 import torch
 
 RUNTIME = Path(__file__).with_name("runtime.c")
-# the libraries that torch_npu links against; all symbols are in the first
+# the libraries that torch_npu links to; the first contains all symbols
 LINKED = (
-    "libascendcl", "libhccl", "libacl_op_compiler", "libge_runner", "libgraph", "libacl_tdt_channel", "libfmk_parser",
-    "libascend_protobuf", "libnnopbase",
+    "libascendcl", "libhccl", "libacl_op_compiler", "libge_runner", "libgraph",
+    "libacl_tdt_channel", "libfmk_parser", "libascend_protobuf", "libnnopbase",
 )  # fmt: skip
 OPERATORS = "libopapi"  # loaded at run time: one function for each operator
 SYSTEM = (
@@ -49,7 +51,7 @@ def symbols(libraries: Iterable[Path], kind: str) -> set[str]:
 
 
 def strings(library: Path) -> set[str]:
-    """The words of a file, as the tool of that name finds them: among them all names of functions."""
+    """The printable words of a file, like strings(1); they include all names of functions."""
     return {
         word
         for text in re.findall(rb"[ -~]{6,}", library.read_bytes())
@@ -58,7 +60,7 @@ def strings(library: Path) -> set[str]:
 
 
 def system_libraries() -> list[Path]:
-    """The C and C++ libraries that this process has loaded or the loader would take."""
+    """The C and C++ libraries that this process has loaded or the loader would load."""
     mapped = {
         Path(line.split()[-1])
         for line in Path("/proc/self/maps").read_text().splitlines()
@@ -76,10 +78,10 @@ def system_libraries() -> list[Path]:
 
 
 def needed(wheel: Path) -> tuple[list[str], list[str]]:
-    """(functions of the runtime, functions of the operator library) that torch_npu asks for."""
+    """(functions of the runtime, functions of the operator library) that torch_npu needs."""
     root = wheel / "torch_npu"
     own = [*root.glob("_C*.so"), *root.glob("lib/lib*.so"), *root.glob("dynamo/torchair/core/*.so")]
-    own = [path for path in own if "atb" not in path.name]  # loaded on demand, and not used here
+    own = [path for path in own if "atb" not in path.name]  # loaded on demand; not used here
     given = symbols(
         [*own, *Path(torch.__file__).parent.glob("lib/*.so*"), *system_libraries()],
         "--defined-only",
@@ -109,7 +111,7 @@ def main(wheel: Path, out: Path) -> None:
     runtime, operators = needed(wheel)
     by_hand = RUNTIME.read_text()
     defined = set(re.findall(r"^[\w *]*?\b(\w+)\([^;{]*\)\s*\{", by_hand, re.MULTILINE))
-    # C++ symbols are no C names, so each function gets its symbol from an asm label
+    # C++ symbols are not valid C names, so an asm label sets the symbol of each function
     generated = [
         f'long stub_{index}(void) asm("{name}"); long stub_{index}(void) {{ return 0; }}'
         for index, name in enumerate(name for name in runtime if name not in defined)

@@ -1,4 +1,4 @@
-"""Where compiled code is kept."""
+"""The folder of compiled code is private to its owner."""
 
 from __future__ import annotations
 
