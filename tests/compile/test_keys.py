@@ -24,9 +24,9 @@ from nanovllm.models.interface import LayerKind
 from nanovllm.startup import artifacts
 
 CFG = ModelConfig(
-    architecture="Qwen3ForCausalLM", vocab_size=512, hidden_size=64, ffn_size=128, num_layers=2, num_heads=4,
-    num_kv_heads=2, head_dim=32, norm_eps=1e-6, max_position=512, inv_freq=(1.0,) * 16, rope_scale=1.0,
-    tied_embeddings=True,
+    architecture="Qwen3ForCausalLM", vocab_size=512, hidden_size=64, ffn_size=128, num_layers=2,
+    num_heads=4, num_kv_heads=2, head_dim=32, norm_eps=1e-6, max_position=512, inv_freq=(1.0,) * 16,
+    rope_scale=1.0, tied_embeddings=True,
 )  # fmt: skip
 COMMON = {"torch": "2.11", "passes": "a b", "platform device": "sm_90", "source kernels": "0"}
 
@@ -75,9 +75,10 @@ def test_a_changed_ingredient_is_another_key(change: dict[str, Any]) -> None:
 
 
 IRRELEVANT = {
-    "architecture": "LlamaForCausalLM", "num_layers": 1, "inv_freq": (2.0,) * 16,
-    "rope_scale": 2.0, "max_position": 9, "tied_embeddings": False, "qk_norm": True, "qkv_bias": True, "out_bias": True,
-    "mlp_bias": True, "vocab_size": 9, "hidden_size": 9, "ffn_size": 9, "dtype": torch.bfloat16,
+    "architecture": "LlamaForCausalLM", "num_layers": 1, "inv_freq": (2.0,) * 16, "rope_scale": 2.0,
+    "max_position": 9, "tied_embeddings": False, "qk_norm": True, "qkv_bias": True,
+    "out_bias": True, "mlp_bias": True, "vocab_size": 9, "hidden_size": 9, "ffn_size": 9,
+    "dtype": torch.bfloat16,
 }  # fmt: skip
 
 
@@ -183,9 +184,9 @@ def test_sources_count_by_name_and_content_only(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "file, counts",
-    [("trace.py", True), ("program.py", True), ("passes/replace_ops.py", True), ("lower/calls.py", True),
-     ("passes/new.py", True), ("lower/new.py", True), ("buckets.py", False), ("keys.py", False),
-     ("store.py", False), ("new.py", False)],
+    [("trace.py", True), ("program.py", True), ("passes/replace_ops.py", True),
+     ("lower/calls.py", True), ("passes/new.py", True), ("lower/new.py", True),
+     ("buckets.py", False), ("keys.py", False), ("store.py", False), ("new.py", False)],
 )  # fmt: skip
 def test_sources_of_what_makes_programs_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, counts: bool
@@ -242,7 +243,8 @@ def test_the_platform_and_its_passes_are_ingredients(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize(
     "file, counts",
-    [("interface.py", True), ("config.py", True), ("formats/int8.py", True), ("formats/new.py", True),
+    [("interface.py", True), ("config.py", True), ("formats/int8.py", True),
+     ("formats/new.py", True),
      ("loader.py", False), ("rope.py", False), ("kv_scales.py", False), ("qwen3.py", False)],
 )  # fmt: skip
 def test_sources_of_regions_count_and_no_others_of_models(

@@ -357,7 +357,7 @@ def test_the_choice_sees_the_op_s_name_and_its_sizes() -> None:
         return name == LINEAR and argument.meta["val"].shape[1] == 40
 
     after = replace_ops(*traced(function, inputs), keep=keep)
-    assert op_counts(after) == {LINEAR: 1}  # the product with F columns alone
+    assert op_counts(after) == {LINEAR: 1}  # only the product with F columns
     assert ("silu_mul", (ROWS, 80)) in seen
     assert ("paged_attention", (ROWS, HEADS, HEAD_DIM)) in seen
     assert {name for name, _ in seen} == {

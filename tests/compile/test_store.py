@@ -140,7 +140,7 @@ def test_what_is_damaged_is_built_again_with_a_warning(
         assert torch.equal(run(again).double, expected.double)
     assert again.num_compiled == 1
     assert ("making it again" in caplog.text) == (not (damage is Path.unlink and part == "entries"))
-    third = compiler(folder)  # it was also mended
+    third = compiler(folder)  # the damaged entry was also replaced
     run(third)
     assert third.num_loaded == 1
 
@@ -244,8 +244,8 @@ def test_required_programs_that_are_missing_are_all_listed_with_what_differs(fol
     assert message.startswith(f"2 program(s) are not in {folder}")
     assert "double_4: torch: 2.11 is wanted, 2.13 is there" in message
     assert (
-        "double_5: this bucket is missing; nearest is double_4: torch: 2.11 is wanted, 2.13 is there; input x: "
-        in message
+        "double_5: this bucket is missing; nearest is double_4: torch: 2.11 is wanted, "
+        "2.13 is there; input x: " in message
     )
     assert strict.num_compiled == 0
 

@@ -1,4 +1,4 @@
-"""Prompt tokens that bring their own embeddings: the table's own change nothing, others are used."""
+"""Given embeddings replace those of the table; equal embeddings change no token."""
 
 from __future__ import annotations
 

@@ -31,15 +31,15 @@ KEPT = [699, 700, 719, 818, 0]
 
 def layer_config(*, biased: bool, qk_norm: bool) -> ModelConfig:
     return ModelConfig(
-        architecture="LlamaForCausalLM", vocab_size=32, hidden_size=64, ffn_size=96, num_layers=1, num_heads=4,
-        num_kv_heads=2, head_dim=16, norm_eps=1e-6, max_position=1024, inv_freq=(1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005),
-        rope_scale=1.0, tied_embeddings=True, qk_norm=qk_norm, qkv_bias=biased, out_bias=biased,
-        mlp_bias=biased,
+        architecture="LlamaForCausalLM", vocab_size=32, hidden_size=64, ffn_size=96, num_layers=1,
+        num_heads=4, num_kv_heads=2, head_dim=16, norm_eps=1e-6, max_position=1024,
+        inv_freq=(1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005), rope_scale=1.0,
+        tied_embeddings=True, qk_norm=qk_norm, qkv_bias=biased, out_bias=biased, mlp_bias=biased,
     )  # fmt: skip
 
 
 def last_layer(cfg: ModelConfig) -> tuple[Any, dict[str, object]]:
-    """The region and inputs for it: prompts of LENGTHS tokens, each in blocks of its own, and padding on block 0."""
+    """The region and its inputs: prompts of LENGTHS tokens in own blocks, padding on block 0."""
     model = dense_model(cfg)
     drawn = weights.random(model, torch.device("cpu"), 0, int).layers[0]
     layer = type(drawn)(

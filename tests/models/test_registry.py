@@ -84,7 +84,7 @@ def test_declared_parameters_are_those_of_transformers(
 ) -> None:
     changes = {"tie_word_embeddings": tied, "attention_bias": biased, "mlp_bias": biased}
     if model_type in ("mistral", "qwen2"):
-        changes = {"tie_word_embeddings": tied}  # their biases are not a matter of the config
+        changes = {"tie_word_embeddings": tied}  # their biases do not depend on the config
     model = described(model_type, **changes)
     with torch.device("meta"):
         reference = AutoModelForCausalLM.from_config(

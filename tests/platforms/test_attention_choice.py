@@ -1,9 +1,14 @@
-"""Which attention an engine gets: by option, device, what is installed and what the model needs; and what it says of it."""
+"""Which attention an engine gets, why, and what the info page says about it.
+
+The choice follows from the option, the device, the installed packages and the model. Tests in the
+second half check that engines run the attention that they chose, in eager mode and in graphs.
+"""
 
 from __future__ import annotations
 
-import logging
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,21 +16,21 @@ import pytest
 import torch
 
 import nanovllm
-from nanovllm import platforms
+from nanovllm import LLM, SamplingParams, platforms
 from nanovllm.platforms import attention
 from nanovllm.platforms.base import Platform
 from nanovllm.platforms.cpu import CpuPlatform
 from nanovllm.platforms.cuda import CudaPlatform
 from nanovllm.platforms.mps import MpsPlatform
 from nanovllm.platforms.npu import NpuPlatform
-from nanovllm.startup.choose import choose_dtype
+from tests.engines import Generate, random_prompts, tokens
 from tests.kernels import fake_flash_attn
 
 CLASSES = {"cpu": CpuPlatform, "cuda": CudaPlatform, "mps": MpsPlatform, "npu": NpuPlatform}
 
 
 def fake(name: str = "cuda") -> Platform:
-    """A platform whose device need not be there."""
+    """A platform without its device."""
     platform = object.__new__(CLASSES[name])
     traits = sys.modules[CLASSES[name].__module__].TRAITS
     platform.device, platform.traits = torch.device("cuda", 0), traits
@@ -53,19 +58,20 @@ def test_auto_is_the_device_s_own_kernels_whatever_is_installed(
     assert choose("sdpa") == choose("sdpa", "cpu") == "sdpa"
 
 
-@pytest.mark.parametrize(
-    ("option", "device", "use"),
-    [
-        ("triton", "cpu", "'auto' or 'sdpa'"),
-        ("flash_attn", "cpu", "'auto' or 'sdpa'"),
-        ("sdpa", "npu", "'auto'"),
-    ],
-)
-def test_a_backend_of_another_device_is_refused(option: str, device: str, use: str) -> None:
+def test_an_npu_refuses_other_backends() -> None:
     with pytest.raises(
-        ValueError, match=f"attention_backend '{option}' is not for the device {device}: use {use}$"
+        ValueError, match=r"attention_backend 'sdpa' is not for the device npu: use 'auto'$"
     ):
-        choose(option, device)
+        choose("sdpa", "npu")
+
+
+@pytest.mark.parametrize("name", ["triton", "flash_attn"])
+def test_a_cpu_refuses_a_gpu_s_backend(make_llm: Callable[..., LLM], name: str) -> None:
+    with pytest.raises(
+        ValueError,
+        match=f"attention_backend '{name}' is not for the device cpu: use 'auto' or 'sdpa'$",
+    ):
+        make_llm(attention_backend=name, device="cpu")
 
 
 @pytest.mark.parametrize(
@@ -83,7 +89,7 @@ def test_a_backend_of_another_device_is_refused(option: str, device: str, use: s
 def test_a_missing_flash_attn_is_an_error_with_the_command(
     capability: tuple[int, int], package: str, command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # as it is where nothing is installed: `None` in sys.modules makes the import fail in another way
+    # as if nothing is installed; `None` in sys.modules would raise a different error
     monkeypatch.setattr(attention.flash_attention.importlib, "import_module", _absent)
     fake_flash_attn.pretend_capability(monkeypatch, capability)
     with pytest.raises(ValueError) as error:
@@ -169,75 +175,6 @@ def test_blocks_and_capture_follow_the_backend(
     assert attention.recordable("", platform) == (True, True)
 
 
-@pytest.fixture
-def turing(monkeypatch: pytest.MonkeyPatch) -> CudaPlatform:
-    fake_flash_attn.pretend_capability(monkeypatch, (7, 5))
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
-    return CudaPlatform(0)
-
-
-def test_turing_refuses_bfloat16_and_names_float16(turing: CudaPlatform) -> None:
-    hf = SimpleNamespace(dtype=torch.bfloat16)
-    with pytest.raises(
-        ValueError, match=r"bfloat16 is not supported on this cuda device: .*dtype='float16'"
-    ):
-        choose_dtype("bfloat16", hf, turing)
-    assert choose_dtype("float16", hf, turing) is torch.float16
-
-
-def test_turing_runs_a_bfloat16_checkpoint_in_float16_and_says_so(
-    turing: CudaPlatform, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level(logging.WARNING, logger="nanovllm"):
-        assert choose_dtype("auto", SimpleNamespace(dtype=torch.bfloat16), turing) is torch.float16
-    assert "no bfloat16: the checkpoint's weights are converted to float16" in caplog.text
-    caplog.clear()
-    assert choose_dtype("auto", SimpleNamespace(dtype=torch.float32), turing) is torch.float32
-    assert not caplog.text
-
-
-def test_turing_has_fused_products_of_one_row_only(
-    turing: CudaPlatform, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("triton")
-    from nanovllm.kernels.triton import common as triton_common
-
-    def taken() -> list[bool]:
-        triton_common.has_matrix_units.cache_clear()
-        fuse_linear: Any = dict(turing.passes(fuse=True))["fuse_linear"]
-        takes, weight = fuse_linear.keywords["takes"], torch.empty(1024, 2048, device="meta")
-        return [
-            takes(torch.empty(num_rows, 2048, device="meta"), weight, False, False)
-            for num_rows in (1, 2, 64)
-        ]
-
-    assert taken() == [True, False, False]
-    fake_flash_attn.pretend_capability(monkeypatch, (8, 0))
-    assert taken() == [True, True, True]
-    triton_common.has_matrix_units.cache_clear()
-
-
-def test_gpus_before_turing_are_refused(
-    turing: CudaPlatform, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("triton")
-    fake_flash_attn.pretend_capability(monkeypatch, (7, 0))
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    with pytest.raises(ValueError, match=r"compute capability 7\.0: at least 7\.5 is needed"):
-        turing.prepare()
-
-
-def test_dependent_launch_is_for_nvidia_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton")
-    from nanovllm.kernels.triton import common as triton_common
-
-    options = triton_common.launch_options.__wrapped__
-    fake_flash_attn.pretend_capability(monkeypatch, (9, 4))
-    assert options(torch.device("cuda", 0)) == {"PDL": True, "launch_pdl": True}
-    monkeypatch.setattr(torch.version, "hip", "7.0")
-    assert options(torch.device("cuda", 0)) == {"PDL": False}
-
-
 def info(capsys: pytest.CaptureFixture[str], device: str) -> dict[str, str]:
     nanovllm.print_attention_backend_info(device)
     return dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
@@ -276,3 +213,71 @@ def test_the_info_on_a_gpu_says_what_runs_and_how_to_get_the_rest(
     else:
         assert lines["flash_attn"].startswith("not available: flash-attn")
         assert lines["flash_attn"].endswith("; pip install flash-attn --no-build-isolation")
+
+
+# An engine's attention ----------------------------------------------------------------------------
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+PROMPTS = random_prompts([1, 19, 99], seed=5)
+GRAPHS: dict[str, Any] = {"enforce_eager": False, "graph_batch_sizes": (1, 4), "max_num_seqs": 4}
+
+
+@pytest.fixture(scope="module")
+def expected(hf_generate: Generate) -> list[list[int]]:
+    return [hf_generate(prompt, GREEDY.max_tokens) for prompt in PROMPTS]
+
+
+def test_two_engines_each_with_its_own_attention(
+    make_llm: Callable[..., LLM], expected: list[list[int]]
+) -> None:
+    torch_s, own = make_llm(attention_backend="sdpa"), make_llm()
+    assert tokens(torch_s, PROMPTS, GREEDY) == tokens(own, PROMPTS, GREEDY) == expected
+    chosen = [llm.engine.runner.spec.attention for llm in (torch_s, own)]
+    assert chosen == ["sdpa", ""]
+
+
+def test_graphs_hold_the_attention_that_was_asked_for_and_stores_keep_them_apart(
+    make_llm: Callable[..., LLM], expected: list[list[int]], tmp_path: Path, lowered_ops: set[str]
+) -> None:
+    options = {**GRAPHS, "compile_cache": tmp_path}
+    assert tokens(make_llm(**options), PROMPTS, GREEDY) == expected
+    assert {name for name in lowered_ops if "attention" in name} == {"paged_attention"}
+    for fuse in (True, False):
+        lowered_ops.clear()
+        assert (
+            tokens(make_llm(**options, attention_backend="sdpa", fuse=fuse), PROMPTS, GREEDY)
+            == expected
+        )
+        assert {name for name in lowered_ops if "attention" in name} == {"paged_attention_sdpa"}
+
+
+def test_prefill_steps_that_ask_the_host_are_not_captured(
+    make_llm: Callable[..., LLM], captured: list[object]
+) -> None:
+    layout = make_llm(**GRAPHS, attention_backend="sdpa").engine.runner.layout
+    assert len(captured) == len(layout.decode_rows)
+
+
+def test_a_stored_program_is_not_taken_for_another_attention(
+    make_llm: Callable[..., LLM], tmp_path: Path
+) -> None:
+    options = {**GRAPHS, "compile_cache": tmp_path}
+
+    def num_compiled(**more: Any) -> int:
+        llm = make_llm(**options, **more)
+        return llm.engine.runner.compiler.num_compiled
+
+    first = num_compiled()
+    assert first > 0 and num_compiled() == 0
+    assert (
+        num_compiled(attention_backend="sdpa") > 0 and num_compiled(attention_backend="sdpa") == 0
+    )
+
+
+@pytest.mark.parametrize("name", ["fa2", "", None, "Triton", 2])
+def test_an_unknown_backend_is_refused(make_llm: Callable[..., LLM], name: Any) -> None:
+    with pytest.raises(
+        ValueError,
+        match=r"attention_backend is .*: it must be one of auto, triton, flash_attn, sdpa",
+    ):
+        make_llm(attention_backend=name, device="cpu")

@@ -228,7 +228,8 @@ def test_mps_on_a_machine_without_it_is_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.backends.mps, "is_built", lambda: False)
     with pytest.raises(
         ValueError,
-        match=r"device 'mps' is not available: .* without MPS support .* use device='cpu' or 'auto'",
+        match=r"device 'mps' is not available: .* without MPS support .* "
+        "use device='cpu' or 'auto'",
     ):
         platforms.select("mps")
     monkeypatch.setattr(torch.backends.mps, "is_built", lambda: True)

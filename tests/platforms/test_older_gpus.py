@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nanovllm.platforms.cuda import CudaPlatform
-from nanovllm.startup import load as startup
+from nanovllm.startup.choose import choose_dtype
 from tests.kernels import fake_flash_attn
 
 
@@ -26,23 +26,18 @@ def test_turing_refuses_bfloat16_and_names_float16(turing: CudaPlatform) -> None
     with pytest.raises(
         ValueError, match=r"bfloat16 is not supported on this cuda device: .*dtype='float16'"
     ):
-        startup.choose_dtype("bfloat16", hf, turing)
-    assert startup.choose_dtype("float16", hf, turing) is torch.float16
+        choose_dtype("bfloat16", hf, turing)
+    assert choose_dtype("float16", hf, turing) is torch.float16
 
 
 def test_turing_runs_a_bfloat16_checkpoint_in_float16_and_says_so(
     turing: CudaPlatform, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, logger="nanovllm"):
-        assert (
-            startup.choose_dtype("auto", SimpleNamespace(dtype=torch.bfloat16), turing)
-            is torch.float16
-        )
+        assert choose_dtype("auto", SimpleNamespace(dtype=torch.bfloat16), turing) is torch.float16
     assert "no bfloat16: the checkpoint's weights are converted to float16" in caplog.text
     caplog.clear()
-    assert (
-        startup.choose_dtype("auto", SimpleNamespace(dtype=torch.float32), turing) is torch.float32
-    )
+    assert choose_dtype("auto", SimpleNamespace(dtype=torch.float32), turing) is torch.float32
     assert not caplog.text
 
 

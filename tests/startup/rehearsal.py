@@ -83,8 +83,10 @@ def make_up_device() -> None:
     def empty(
         model: Any, device: torch.device, seed: int, progress: Any, weight_format: str
     ) -> Any:
-        # without a generator, which would be one of the device
-        make = lambda param: torch.empty(param.shape, dtype=model.config.dtype, device=device)  # noqa: E731
+        # without a generator, which would need the device
+        def make(param: Any) -> Tensor:
+            return torch.empty(param.shape, dtype=model.config.dtype, device=device)
+
         return weights.build(model, make, progress, weight_format)
 
     weights.random = empty  # type: ignore[assignment]
@@ -123,7 +125,7 @@ def main(folder: Path) -> dict[str, Any]:
     lengths = {name: length for answer in answers for name, length in answer["kernels"].items()}
     requests = sorted(lengths)
     compiled_before = len(triton_build.compiled())
-    other = Builder(config, Platform())  # as in another process: it has seen no launch
+    other = Builder(config, Platform())  # like another process: it has seen no launch
     for one in requests:
         other.do("compile", one)
     compiled = len(triton_build.compiled())

@@ -50,9 +50,12 @@ for line in sys.stdin:
         os._exit(1)
     if what[1] == 99:
         time.sleep(600)
-    kernels = {{"shared": 7, f"own of {{what[1]}}": what[1], **({{"deadly": 99}} if what[1] == 32 else {{}})}}
+    kernels = {{"shared": 7, f"own of {{what[1]}}": what[1]}}
+    if what[1] == 32:
+        kernels["deadly"] = 99
     problem = "TypeError: no call list" if what[1] == 13 else None
-    found = {{"numbers": [4, 0, 0, 0.2], "kernels": kernels, "has_run": verb == "run" or what[1] == 13, "problem": problem}}
+    found = {{"numbers": [4, 0, 0, 0.2], "kernels": kernels, "problem": problem}}
+    found["has_run"] = verb == "run" or what[1] == 13
     answer = 0.1 if verb == "compile" else found
     print("{ANSWER}" + json.dumps(answer), flush=True)
 """

@@ -147,7 +147,8 @@ def test_a_server_is_begun_for_a_gpu_and_an_empty_store_alone(
     found = asked(monkeypatch)
     store = tmp_path / "store"
     for options in ({"device": "cpu"}, {"enforce_eager": True}, {"compile_cache_mode": "require"}):
-        CompileFarm.start(EngineConfig("tiny-qwen3", compile_cache=store, **options))  # type: ignore[arg-type]
+        config: Any = {"compile_cache": store, **options}
+        CompileFarm.start(EngineConfig("tiny-qwen3", **config))
     assert not found
     CompileFarm.start(EngineConfig("tiny-qwen3", compile_cache=store))
     (store / "entries").mkdir(parents=True)
@@ -205,7 +206,7 @@ def test_a_server_that_could_not_import_leaves_its_words(
 def test_a_start_uses_its_server_or_ends_it(
     count: int, tiny_qwen3: Path, store: Path, driver: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a GPU; with 0 torch finds none."""
+    """As on a GPU; 0 means that torch finds none."""
     begun: list[ForkServer] = []
     ended: list[int | None] = []
 
@@ -238,7 +239,7 @@ def test_a_start_uses_its_server_or_ends_it(
 def test_an_import_that_fails_leaves_no_server(
     tmp_path: Path, driver: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As when Ctrl-C comes while torch is imported."""
+    """As after Ctrl-C during the import of torch."""
     server = ForkServer(EngineConfig("tiny-qwen3", **OPTIONS), 2)
     ends = [end for three in server._unused for end in three]
     monkeypatch.setattr(compile_farm, "_is_likely_needed", lambda config: True)

@@ -294,7 +294,7 @@ def test_a_worker_that_is_killed_is_missed_but_not_waited_for(
     while len(forks := children.read_text().split()) < 3:
         assert parent.poll() is None
         time.sleep(0.05)
-    forked[1].next_answer()  # it is ready, and dies with its answer read: it can be given no bucket
+    forked[1].next_answer()  # it is ready; it dies before it gets a bucket
     os.kill(int(forks[1]), signal.SIGKILL)
     farm.build([("decode", 4), ("prefill", 64)], 2)
     outcomes: list[Outcome] = []
@@ -354,7 +354,7 @@ def test_a_cold_start_with_workers_builds_nothing_itself(
         # with an empty store twice: before the model's size is known, and after
         assert len(asked) == num_starts + 1
     assert asked[0] == (0, 0) and asked[1][0] > 1 << 30
-    # the second start found everything, and started nobody
+    # the second start finds everything and starts no process
     for name in ("ForkServer", "spawn"):
         monkeypatch.setattr(compile_farm, name, lambda *_: pytest.fail("a process was started"))
     LLM(str(tiny_qwen3), **OPTIONS, compile_cache=folder)
