@@ -54,7 +54,7 @@ def new_state(num_rows: int, blocks_per_row: int, device: torch.device) -> Devic
         return torch.zeros(rows, *shape, dtype=dtype, device=device)
 
     sampling_SF = zeros(len(SAMPLING_FIELDS), dtype=torch.float32)
-    sampling_SF[:, SAMPLING_FIELDS.index("repetition_penalty")] = 1  # a divisor
+    sampling_SF.select(1, SAMPLING_FIELDS.index("repetition_penalty")).fill_(1)  # a divisor
     return DeviceState(
         token_S=zeros(),
         pos_S=zeros(),

@@ -135,7 +135,7 @@ def test_unknown_option_is_a_type_error(make_llm: Callable[..., LLM]) -> None:
     ("options", "match"),
     [
         ({"dtype": "int8"}, "dtype is 'int8': it must be one of auto, float32"),
-        ({"device": "tpu"}, "device 'tpu' is not supported: use one of auto, cpu, cuda"),
+        ({"device": "tpu"}, "device 'tpu' is not supported: use one of auto, cuda, npu, mps, cpu"),
         ({"device": "cuda:x"}, "device 'cuda:x' is not supported"),
         ({"device": "cuda:99"}, "no CUDA device|'cuda:99' is not available"),
         (
