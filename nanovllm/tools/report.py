@@ -227,11 +227,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _engine_config(args: argparse.Namespace) -> EngineConfig:
-    platform = platforms.select(args.device)
-    max_num_seqs = args.max_num_seqs or max(args.bs or 1, platform.traits.num_seqs)
+    traits = platforms.select(args.device).traits
+    max_num_seqs = args.max_num_seqs or max(args.bs or 1, traits.num_seqs)
     batch_sizes = None
     if args.bs is not None:
-        ladder = buckets.decode_ladder(None, max_num_seqs, platform.traits.decode_rows)
+        ladder = buckets.decode_ladder(None, max_num_seqs, traits.decode_rows)
         batch_sizes = sorted({*ladder, args.bs})
     return EngineConfig(
         args.model,

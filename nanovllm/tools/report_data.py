@@ -132,7 +132,7 @@ def stage_of(name: str, graph: GraphModule) -> Stage:
 def measure(
     listed: CallList, inputs: Sequence[Tensor], seconds: Callable[[Callable[[], object]], float]
 ) -> list[Call]:
-    """Make the listed calls one by one and time each by `seconds(call)`, with its real arguments."""
+    """Make the listed calls one by one. Time each with `seconds(call)` and its real arguments."""
     calls: list[Call] = []
 
     def visit(op: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:

@@ -37,8 +37,8 @@ def page(report: Report) -> str:
         _section(
             "Kernels",
             "Each call is timed alone, repeatedly on the same memory: data that fits a cache of "
-            "the device can be read faster than its memory allows. Bytes are those that a call must "
-            "at least read and write. Click on a column to sort.",
+            "the device can be read faster than its memory allows. Bytes are those that a call "
+            "must at least read and write. Click on a column to sort.",
             _kernels(report.regions, report.limits),
         ),
         _section(
