@@ -16,7 +16,7 @@ from nanovllm.kernels import ops
 from nanovllm.models import kv_scales as bounds
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.formats import Weight, linear
-from nanovllm.models.interface import Batch, LayerCache, LayerKind, Model, Param
+from nanovllm.models.interface import Batch, LayerCache, LayerCall, LayerKind, Model, Param
 
 
 class Layer(NamedTuple):
@@ -62,56 +62,47 @@ def embed(cfg: ModelConfig, embed_VD: Tensor, token_T: Tensor) -> Tensor:
 
 def layer(
     cfg: ModelConfig,
-    attention: str,
-    kind: LayerKind,
-    max_q_len: int,
+    call: LayerCall,
     w: Layer,
     kv: LayerCache,
     cos_sin_MH: Tensor,
     batch: Batch,
     h_TD: Tensor,
-    keep_R: Tensor | None = None,
 ) -> Tensor:
     """One decoder layer; writes the keys and values of T tokens into `kv`. Traced once per bucket.
 
-    `attention` is a key of `ops.ATTENTION`. With `keep_R` the result is [R, D], for the tokens at
-    these indices alone.
+    With `batch.keep_R` the result is [R, D], for the tokens at these indices alone.
     """
     qkv_TE = linear(ops.rms_norm(h_TD, w.attn_norm_D, cfg.norm_eps), w.qkv_ED, w.qkv_bias_E)
     q_TNH, k_TKH, v_TKH = qkv_TE.view(qkv_TE.shape[0], -1, cfg.head_dim).split(
         [cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads], dim=1
     )
     if w.q_norm_H is not None and w.k_norm_H is not None:
-        q_TNH, k_TKH = (
-            ops.rms_norm(q_TNH, w.q_norm_H, cfg.norm_eps),
-            ops.rms_norm(k_TKH, w.k_norm_H, cfg.norm_eps),
-        )
-    q_TNH, k_TKH = (
-        ops.rope(q_TNH, cos_sin_MH, batch.rope_pos_T),
-        ops.rope(k_TKH, cos_sin_MH, batch.rope_pos_T),
-    )
+        q_TNH = ops.rms_norm(q_TNH, w.q_norm_H, cfg.norm_eps)
+        k_TKH = ops.rms_norm(k_TKH, w.k_norm_H, cfg.norm_eps)
+    q_TNH = ops.rope(q_TNH, cos_sin_MH, batch.rope_pos_T)
+    k_TKH = ops.rope(k_TKH, cos_sin_MH, batch.rope_pos_T)
     ops.store_kv(k_TKH, v_TKH, kv.k_CBKH, kv.v_CBKH, batch.slot_T, kv.k_scale_K, kv.v_scale_K)
-    o_TNH = ops.ATTENTION[attention](
+    o_TNH = ops.ATTENTION[call.attention](
         q_TNH,
         kv.k_CBKH,
         kv.v_CBKH,
         batch.block_table_RP,
         batch.seq_len_R,
         batch.q_start_S,
-        max_q_len,
+        call.max_q_len,
         cfg.head_dim**-0.5,
-        kind.window,
+        call.kind.window,
         kv.k_scale_K,
         kv.v_scale_K,
     )
     o_TQ = o_TNH.flatten(1)
-    if keep_R is not None:
+    if batch.keep_R is not None:
         # Tokens do not interact below, so rows that nobody reads are left out: T is R from here on.
-        o_TQ, h_TD = o_TQ.index_select(0, keep_R), h_TD.index_select(0, keep_R)
+        o_TQ, h_TD = (x.index_select(0, batch.keep_R) for x in (o_TQ, h_TD))
     h_TD = linear(o_TQ, w.out_DQ, w.out_bias_D, h_TD)
-    gate_up_TG = linear(
-        ops.rms_norm(h_TD, w.mlp_norm_D, cfg.norm_eps), w.gate_up_GD, w.gate_up_bias_G
-    )
+    x_TD = ops.rms_norm(h_TD, w.mlp_norm_D, cfg.norm_eps)
+    gate_up_TG = linear(x_TD, w.gate_up_GD, w.gate_up_bias_G)
     return linear(ops.silu_mul(gate_up_TG), w.down_DF, w.down_bias_D, h_TD)
 
 

@@ -81,6 +81,7 @@ class Batch(NamedTuple):
     block_table_RP: Tensor
     seq_len_R: Tensor  # tokens of each row, this step's included
     q_start_S: Tensor  # row r owns tokens q_start[r] .. q_start[r + 1] − 1
+    keep_R: Tensor | None = None  # the only tokens that a layer goes on with after attention
 
 
 @dataclass(frozen=True)
@@ -95,16 +96,26 @@ class LayerKind:
     window: int = 0
 
 
+class LayerCall(NamedTuple):
+    """The static arguments of a layer's program.
+
+    `attention` is a key of `ops.ATTENTION`, `max_q_len` the most tokens of one row.
+    """
+
+    attention: str
+    kind: LayerKind
+    max_q_len: int
+
+
 @dataclass(frozen=True)
 class Model:
     """One checkpoint's architecture: its config, its layers, and the functions of its regions.
 
     `embed(config, embed_VD, token_T)` gives the hidden state [T, D];
-    `layer(config, attention, kind, max_q_len, w, kv, cos_sin_MH, batch, h_TD, keep_R=None)` gives
-    the next one, with `keep_R` [R, D] of these tokens alone;
-    `head(config, final_norm_D, head_VD, h_RD)` gives the logits [R, V]. `attention` is a key of
-    `ops.ATTENTION`, `max_q_len` the most tokens of one row. All are pure functions at the top of a
-    module: keys of programs name them by module and name.
+    `layer(config, call, w, kv, cos_sin_MH, batch, h_TD)` gives the next one, [R, D] if the batch
+    has `keep_R`; `head(config, final_norm_D, head_VD, h_RD)` gives the logits [R, V]. `call` is a
+    `LayerCall`. All are pure functions at the top of a module: keys of programs name them by module
+    and name.
 
     `outer_params(config)` and `layer_params(config, kind, layer_idx)` declare the parameters by the
     fields of `Params` and `layer_type`. A tied head is not declared. Fields of `layer_type` that a

@@ -18,7 +18,7 @@ from torch import Tensor
 from nanovllm.compile.program import Compiler
 from nanovllm.compile.trace import tensors
 from nanovllm.models.config import ModelConfig
-from nanovllm.models.interface import Batch, LayerCache, Model, Params
+from nanovllm.models.interface import Batch, LayerCache, LayerCall, Model, Params
 from nanovllm.runner.state import (
     DeviceState,
     Span,
@@ -227,16 +227,16 @@ class Steps:
         sizes = (batch.slot_T.shape[0], batch.seq_len_R.shape[0])
         programs = self.model.layer_programs(keeps_last=last_R is not None)
         for (name, kind), weights, cache in zip(programs, self.params.layers, self.caches):
+            call = LayerCall(self.attention, kind, max_q_len)
             h_TD = self._run(
                 name,
                 (phase, *sizes, kind.name),
-                partial(self.model.layer, self.model.config, self.attention, kind, max_q_len),
+                partial(self.model.layer, self.model.config, call),
                 w=weights,
                 kv=cache,
                 cos_sin_MH=self.cos_sin_MH,
-                batch=batch,
+                batch=batch._replace(keep_R=last_R) if name == "last_layer" else batch,
                 h_TD=h_TD,
-                **({"keep_R": last_R} if name == "last_layer" else {}),
             )
         return h_TD
 

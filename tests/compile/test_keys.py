@@ -20,7 +20,7 @@ from nanovllm.compile import keys
 from nanovllm.compile.keys import Key, describe, narrowed, program_key, source_digest
 from nanovllm.models import dense, interface
 from nanovllm.models.config import ModelConfig
-from nanovllm.models.interface import LayerKind
+from nanovllm.models.interface import LayerCall, LayerKind
 from nanovllm.startup import artifacts
 
 CFG = ModelConfig(
@@ -120,9 +120,9 @@ def test_a_region_that_reads_a_field_outside_its_key_fails_when_traced() -> None
 def test_what_has_no_stable_description_is_refused() -> None:
     with pytest.raises(TypeError, match="cannot be part of a key"):
         describe(partial(region, CFG, object()))
-    bound = describe(partial(dense.layer, CFG, "sdpa", LayerKind("window9", 9), 1))
+    bound = describe(partial(dense.layer, CFG, LayerCall("sdpa", LayerKind("window9", 9), 1)))
     assert bound[0] == "nanovllm.models.dense:layer"
-    assert bound[2:] == ["sdpa", {"name": "window9", "window": 9}, 1]
+    assert bound[2:] == [["sdpa", {"name": "window9", "window": 9}, 1]]
 
 
 def test_a_model_counts_by_its_regions_its_kinds_and_what_regions_read_of_its_config() -> None:

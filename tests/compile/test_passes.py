@@ -20,7 +20,7 @@ from nanovllm.kernels import ops
 from nanovllm.models import loader as weights
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.dense import dense_model
-from nanovllm.models.interface import VARYING, Batch, LayerCache
+from nanovllm.models.interface import VARYING, Batch, LayerCache, LayerCall
 from nanovllm.models.rope import rotary_table
 
 ROWS, TABLE_POSITIONS, BLOCKS, BLOCK_SIZE = 3, 40, 9, 16
@@ -102,7 +102,7 @@ def layer_region(cfg: ModelConfig, window: int = 0) -> tuple[Callable[..., Any],
         "batch": batch,
         "h_TD": torch.randn(ROWS, cfg.hidden_size),
     }
-    return partial(model.layer, cfg, "", model.layer_kinds[0], 1), inputs
+    return partial(model.layer, cfg, LayerCall("", model.layer_kinds[0], 1)), inputs
 
 
 @pytest.mark.parametrize("biased", [False, True])

@@ -17,7 +17,7 @@ from nanovllm.kernels.triton import common as triton_common
 from nanovllm.models import loader as weights
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.dense import dense_model
-from nanovllm.models.interface import Batch, LayerCache
+from nanovllm.models.interface import Batch, LayerCache, LayerCall
 from nanovllm.models.rope import rotary_table
 from nanovllm.platforms.base import Platform
 from nanovllm.platforms.cpu import CpuPlatform
@@ -61,6 +61,7 @@ def last_layer(cfg: ModelConfig) -> tuple[Any, dict[str, object]]:
         block_table_RP=table_RP,
         seq_len_R=lengths_R,
         q_start_S=torch.cat((torch.zeros(1), lengths_R.cumsum(0))).int(),
+        keep_R=torch.tensor(KEPT),
     )
     h_TD = torch.randn(NUM_TOKENS, cfg.hidden_size)
     # equal, as in the engine: several threads write all of it to one slot
@@ -72,9 +73,8 @@ def last_layer(cfg: ModelConfig) -> tuple[Any, dict[str, object]]:
         "cos_sin_MH": rotary_table(cfg.inv_freq, cfg.rope_scale, 1024, torch.device("cpu")),
         "batch": batch,
         "h_TD": h_TD,
-        "keep_R": torch.tensor(KEPT),
     }
-    return partial(model.layer, cfg, "", model.layer_kinds[0], NUM_TOKENS), inputs
+    return partial(model.layer, cfg, LayerCall("", model.layer_kinds[0], NUM_TOKENS)), inputs
 
 
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Platform:
@@ -133,11 +133,14 @@ def test_after_attention_every_call_has_the_kept_rows_alone(
             "the residuals are taken in"
         )
     # the values equal those of the layer that keeps all tokens
-    keep_R = inputs.pop("keep_R")
-    all_inputs, own_inputs = copies(inputs), [*copies(inputs), keep_R]
-    (expected_TD,) = trace(region, inputs)[0](*all_inputs)
+    batch = inputs["batch"]
+    assert isinstance(batch, Batch)
+    keeping_all = {**inputs, "batch": batch._replace(keep_R=None)}
+    all_inputs, own_inputs = copies(keeping_all), copies(inputs)
+    (expected_TD,) = trace(region, keeping_all)[0](*all_inputs)
     (found_RD,) = graph(*own_inputs)
     torch.testing.assert_close(found_RD, expected_TD[KEPT], atol=1e-4, rtol=1e-4)
+    del own_inputs[-2]  # keep_R
     # both write the same to the cache, and to nothing else
     for found, wanted in zip(own_inputs, all_inputs):
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)

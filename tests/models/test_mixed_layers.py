@@ -19,7 +19,7 @@ from nanovllm.kernels import ops, reference
 from nanovllm.models import dense, registry
 from nanovllm.models.config import ModelConfig, dense_config
 from nanovllm.models.formats import Weight, linear
-from nanovllm.models.interface import Batch, LayerCache, LayerKind, Model, Param
+from nanovllm.models.interface import Batch, LayerCache, LayerCall, LayerKind, Model, Param
 from nanovllm.models.rope import rotary_table
 from nanovllm.startup.choose import choose_without_weights
 from nanovllm.startup.compile_farm import builder
@@ -45,15 +45,12 @@ class Layer(NamedTuple):
 
 def layer(
     cfg: ModelConfig,
-    attention: str,
-    kind: LayerKind,
-    max_q_len: int,
+    call: LayerCall,
     w: Layer,
     kv: LayerCache,
     cos_sin_MH: Tensor,
     batch: Batch,
     h_TD: Tensor,
-    keep_R: Tensor | None = None,
 ) -> Tensor:
     """Attention and MLP side by side, on one norm."""
     x_TD = ops.rms_norm(h_TD, w.norm_D, cfg.norm_eps)
@@ -62,13 +59,13 @@ def layer(
     q_TNH = ops.rope(q_TNH, cos_sin_MH, batch.rope_pos_T)
     k_TKH = ops.rope(k_TKH, cos_sin_MH, batch.rope_pos_T)
     ops.store_kv(k_TKH, v_TKH, kv.k_CBKH, kv.v_CBKH, batch.slot_T, kv.k_scale_K, kv.v_scale_K)
-    o_TNH = ops.ATTENTION[attention](
+    o_TNH = ops.ATTENTION[call.attention](
         q_TNH, kv.k_CBKH, kv.v_CBKH, batch.block_table_RP, batch.seq_len_R, batch.q_start_S,
-        max_q_len, cfg.head_dim**-0.5, kind.window, kv.k_scale_K, kv.v_scale_K,
+        call.max_q_len, cfg.head_dim**-0.5, call.kind.window, kv.k_scale_K, kv.v_scale_K,
     )  # fmt: skip
     o_TQ = o_TNH.flatten(1)
-    if keep_R is not None:
-        o_TQ, h_TD, x_TD = (t.index_select(0, keep_R) for t in (o_TQ, h_TD, x_TD))
+    if batch.keep_R is not None:
+        o_TQ, h_TD, x_TD = (t.index_select(0, batch.keep_R) for t in (o_TQ, h_TD, x_TD))
     h_TD = linear(o_TQ, w.out_DQ, None, h_TD)
     return linear(torch.relu(linear(x_TD, w.up_FD, w.up_bias_F)), w.down_DF, None, h_TD)
 
