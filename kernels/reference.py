@@ -373,7 +373,7 @@ def span_inputs(
     num_tokens, num_rows = given_T.shape[0], row_idx_R.shape[0]
     end_R = num_tokens_R.cumsum(0)
     token_idx_T = torch.arange(num_tokens, device=given_T.device)
-    is_real_T = token_idx_T < end_R[-1]
+    is_real_T = token_idx_T < end_R[-1:]
     r_T = (token_idx_T.unsqueeze(1) >= end_R).sum(1).clamp(max=num_rows - 1)
     row_T = torch.where(is_real_T, row_idx_R[r_T], pos_S.shape[0] - 1)
     index_T = torch.where(is_real_T, token_idx_T - (end_R - num_tokens_R)[r_T], 0)
