@@ -283,9 +283,9 @@ def gumbel_noise(seed_R: Tensor, pos_R: Tensor, vocab_size: int) -> Tensor:
 def sample(logits_RV: Tensor, temperature_R: Tensor, seed_R: Tensor, pos_R: Tensor) -> Tensor:
     """argmax(logits / temperature + Gumbel noise): a draw from softmax(logits / temperature).
 
-    Temperature 0 gives argmax(logits). The noise is a hash of (seed, position, token id): a request's
-    tokens do not depend on other requests, buckets or earlier draws. The smallest id wins among
-    equal scores, as in torch.argmax on a CPU.
+    Temperature 0 gives argmax(logits). The noise is a hash of (seed, position, token id), so a
+    request's tokens do not depend on other requests, buckets or earlier draws. The smallest id wins
+    among equal scores, as in torch.argmax on a CPU.
     """
     logits_RV = logits_RV.float()
     is_greedy_R1 = (temperature_R == 0).unsqueeze(1)
@@ -343,7 +343,7 @@ def fused_linear(
     return y_TO if residual_TO is None else y_TO + residual_TO
 
 
-# Index arithmetic of a step ------------------------------------------------------------------------
+# Index arithmetic of a step -----------------------------------------------------------------------
 
 
 def decode_inputs(
@@ -437,8 +437,8 @@ def accept(
     """Verify the tokens of each row against the tokens that the model chose.
 
     chosen_T[t] is the model's choice after token_T[t]. A chosen token is accepted if every earlier
-    choice of its row equals the token that the row fed next. Returns (token_RK, the chosen tokens of
-    a row, K = `num`; count_R, the number of accepted ones: at least 1, at most the row's number of
+    choice of its row equals the token that the row fed next. Returns (token_RK, a row's chosen
+    tokens, K = `num`; count_R, the number of accepted ones: at least 1, at most the row's number of
     tokens). For rows without tokens, token_RK is undefined and count_R is 1.
 
     Source: greedy verification of Leviathan et al. 2023, https://arxiv.org/abs/2211.17192. Noise is

@@ -131,7 +131,7 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> Iterator[dict[str, Any]]:
-        """Yield increments: dicts with index (of the prompt), text and token_ids (the new ones), and
+        """Yield increments: dicts with index (of the prompt), text and token_ids (the new ones),
         finish_reason (None until the last). Leaving the loop early aborts unfinished requests."""
         owners = self._add_all(prompts, sampling_params, incremental=True)
         num_left = len(owners)

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 
 
 def chain_digest(previous: bytes, token_ids: Sequence[int], content: bytes = b"") -> bytes:
-    """SHA-256 of the previous block's digest, a full block's token ids and `content`: all other data
-    that its keys and values depend on. Equal digests mean equal prefixes."""
+    """SHA-256 of the previous block's digest, a full block's token ids, and `content`: all other
+    data that its keys and values depend on. Equal digests mean equal prefixes."""
     return hashlib.sha256(previous + array("q", token_ids).tobytes() + content).digest()
 
 

@@ -38,7 +38,7 @@ class RowSettings(NamedTuple):
 
 
 class TokenHistory(NamedTuple):
-    """The tokens of a row that penalties already count."""
+    """The tokens so far of a row with penalties: they initialise its token counts."""
 
     row: int
     prompt_ids: list[int]
@@ -167,8 +167,8 @@ class StepResult:
     """The result of a step.
 
     tokens: [R] lists of each row's new tokens: 1 … K of them, none for rows that do not sample.
-    logprobs: of each row's one token, where the plan asks for them.
-    prompt_logprobs: one for each of the plan's.
+    logprobs: those of each row's new token, if the plan asks for them.
+    prompt_logprobs: one entry for each entry of `StepPlan.prompt_logprobs`.
     """
 
     tokens: list[list[int]]
@@ -177,7 +177,7 @@ class StepResult:
 
 
 def _pack(content: dict[str, Any]) -> bytes:
-    """JSON, a zero byte, then the raw bytes of the arrays that stand in it."""
+    """JSON, a zero byte, then the raw bytes of the arrays; the JSON has their dtypes and shapes."""
     arrays: list[np.ndarray] = []
 
     def written(value: Any) -> Any:
