@@ -35,7 +35,7 @@ class Scheduler:
         stall: StallBound | None = None,
         max_proposals: int = 0,
     ) -> None:
-        """If `propose` is set, it is called for requests whose tokens are all known, and at most
+        """`propose`, if set, is called for requests whose tokens are all known, and at most
         `max_proposals` of its tokens are used. Steps whose choice needs the host have none."""
         self.pool = pool
         self.max_num_seqs = max_num_seqs
@@ -70,8 +70,10 @@ class Scheduler:
         request.finish_reason = reason
 
     def restart(self, requests: Iterable[Request]) -> None:
-        """Start again with `requests`: all unfinished ones, oldest first. Needed after an error in a
-        step: the cache and its records may no longer agree."""
+        """Start again with `requests`: all unfinished ones, oldest first.
+
+        For an error in a step: the cache's content and the records of it may no longer agree.
+        """
         self.pool.reset()
         self.running, self.waiting = [], deque(requests)
         self._free_rows = list(range(self.max_num_seqs - 1, -1, -1))
@@ -161,7 +163,7 @@ class Scheduler:
         """
         known_ids = request.known_ids
         digests = self._digests(request, known_ids)
-        # the last token always runs, even if all blocks are cached: the step needs its logits
+        # the last token always runs, even if its block is cached: the step needs its logits
         usable = (
             []
             if request.needs_prompt_logits
@@ -219,7 +221,7 @@ class Scheduler:
         return decode_plan(chosen, proposals, new_blocks, choice)
 
     def _proposals(self, request: Request, new_blocks: list[tuple[int, int, int]]) -> Sequence[int]:
-        """The proposed tokens after a request's newest, as many as free blocks and its length allow.
+        """The proposed tokens after a request's newest, as many as blocks and its length allow.
 
         They count as computed and in flight until `tokens_known` is told the accepted ones.
         """
