@@ -1,4 +1,4 @@
-"""Requests share blocks, the last owner frees a block, and the oldest free block is reused first."""
+"""Requests share blocks, the last owner frees a block, and the oldest free block goes first."""
 
 from __future__ import annotations
 
