@@ -1,4 +1,4 @@
-"""Packaging. `compile/` and `kernels/` are real folders beside `nanovllm/`, reached through two symlinks inside it."""
+"""Packaging. `compile/` and `kernels/` are folders beside `nanovllm/`, which links to them."""
 
 from pathlib import Path
 

@@ -1,7 +1,8 @@
-"""Op schemas: the only vocabulary that models, passes and lowerings share.
+"""Op schemas: the vocabulary that models, passes and lowerings share.
 
-Every op has a schema, a fake (shape) kernel and a plain-torch meaning in `reference.py`, which runs wherever no kernel
-is registered for the device. Platforms add kernels with `register_kernels`; models call the functions below.
+Every op has a schema, a fake (shape) kernel and a plain-torch meaning in `reference.py`. The
+meaning runs on devices without a registered kernel. Platforms add kernels with `register_kernels`;
+models call the functions below.
 """
 
 from __future__ import annotations
@@ -48,15 +49,15 @@ rope = _define(
     lambda x, cos_sin, pos: torch.empty_like(x, memory_format=torch.contiguous_format),
 )
 store_kv = _define(
-    "store_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot, Tensor? k_scale=None, "
-    "Tensor? v_scale=None) -> ()",
+    "store_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot, "
+    "Tensor? k_scale=None, Tensor? v_scale=None) -> ()",
     reference.store_kv,
     lambda k, v, k_cache, v_cache, slot, k_scale=None, v_scale=None: None,
 )
 qk_norm_rope_store = _define(
-    "qk_norm_rope_store(Tensor qkv, Tensor? q_norm, Tensor? k_norm, Tensor cos_sin, Tensor pos, Tensor slot, "
-    "Tensor(a!) k_cache, Tensor(b!) v_cache, int num_heads, float eps, Tensor? k_scale=None, Tensor? v_scale=None) "
-    "-> Tensor",
+    "qk_norm_rope_store(Tensor qkv, Tensor? q_norm, Tensor? k_norm, Tensor cos_sin, Tensor pos, "
+    "Tensor slot, Tensor(a!) k_cache, Tensor(b!) v_cache, int num_heads, float eps, "
+    "Tensor? k_scale=None, Tensor? v_scale=None) -> Tensor",
     reference.qk_norm_rope_store,
     lambda qkv, q_norm, k_norm, cos_sin, pos, slot, k_cache, v_cache, num_heads, *rest: (
         qkv.new_empty((qkv.shape[0], num_heads, k_cache.shape[3]))
@@ -66,16 +67,17 @@ qk_norm_rope_store = _define(
 
 def _define_attention(name: str, meaning: Callable[..., Any]) -> Any:
     return _define(
-        f"{name}(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_len, Tensor q_start, "
-        "int max_q_len, float scale, int window, Tensor? k_scale=None, Tensor? v_scale=None) -> Tensor",
+        f"{name}(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_len, "
+        "Tensor q_start, int max_q_len, float scale, int window, "
+        "Tensor? k_scale=None, Tensor? v_scale=None) -> Tensor",
         meaning,
         lambda q, *rest: torch.empty_like(q, memory_format=torch.contiguous_format),
     )
 
 
 paged_attention = _define_attention("paged_attention", reference.paged_attention)
-# What the others mean is `reference.paged_attention` as well, but whoever asks for one wants that code, so it stands here
-# for every device and no pass replaces it.
+# The next two ops compute `reference.paged_attention` as well. The user asks for their code, so
+# each one runs that code on every device, and no pass replaces it.
 paged_attention_sdpa = _define_attention(
     "paged_attention_sdpa", sdpa_attention.paged_attention_sdpa
 )
@@ -92,7 +94,8 @@ linear = _define(
 )
 
 linear_int8 = _define(
-    "linear_int8(Tensor x, Tensor weight, Tensor scale, Tensor? bias, Tensor? residual=None) -> Tensor",
+    "linear_int8(Tensor x, Tensor weight, Tensor scale, Tensor? bias, Tensor? residual=None) "
+    "-> Tensor",
     reference.linear_int8,
     lambda x, weight, scale, bias, residual=None: x.new_empty((*x.shape[:-1], weight.shape[0])),
 )
@@ -103,8 +106,8 @@ linear_ = _define(
     lambda residual, x, weight, bias: None,
 )
 fused_linear = _define(
-    "fused_linear(Tensor x, Tensor? norm_weight, Tensor weight, Tensor? bias, Tensor? residual, float eps, bool silu_mul) "
-    "-> Tensor",
+    "fused_linear(Tensor x, Tensor? norm_weight, Tensor weight, Tensor? bias, Tensor? residual, "
+    "float eps, bool silu_mul) -> Tensor",
     reference.fused_linear,
     lambda x, norm_weight, weight, bias, residual, eps, silu_mul: x.new_empty(
         (*x.shape[:-1], weight.shape[0] // 2 if silu_mul else weight.shape[0])
@@ -117,7 +120,8 @@ sample = _define(
 )
 
 keep_likely = _define(
-    "keep_likely(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p) -> Tensor",
+    "keep_likely(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p) "
+    "-> Tensor",
     reference.keep_likely,
     lambda logits, temperature, top_k, top_p, min_p: torch.empty_like(logits),
 )
@@ -162,8 +166,8 @@ def _span_inputs_fake(
 
 
 decode_inputs = _define(
-    "decode_inputs(Tensor token, Tensor pos, Tensor rope_offset, Tensor block_table, Tensor row_idx, "
-    "int block_size) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "decode_inputs(Tensor token, Tensor pos, Tensor rope_offset, Tensor block_table, "
+    "Tensor row_idx, int block_size) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference.decode_inputs,
     _decode_inputs_fake,
 )
@@ -201,7 +205,10 @@ advance = _define(
 
 
 def register_kernels(dispatch_key: str, kernels: dict[str, Callable[..., Any]]) -> None:
-    """Give ops, by name, their kernels for one dispatch key ("CUDA", "CPU", …). An op keeps its first kernel for a key."""
+    """Register kernels {op name: kernel} for one dispatch key ("CUDA", "CPU", …).
+
+    An op keeps the first kernel that is registered for a key.
+    """
     for name, kernel in kernels.items():
         if (dispatch_key, name) not in _registered:
             _library.impl(name, kernel, dispatch_key)
@@ -209,12 +216,12 @@ def register_kernels(dispatch_key: str, kernels: dict[str, Callable[..., Any]]) 
 
 
 def kernel_of(target: object, dispatch_key: str) -> Callable[..., Any] | None:
-    """The kernel that was registered for one of our ops, as it stands in a graph; None where there is none."""
+    """The kernel registered for the op in an FX node's target; None if there is none."""
     return _registered.get((dispatch_key, op_name(target) or ""))
 
 
 def op_name(target: object) -> str | None:
-    """The name of one of our ops as it stands in an FX node's target, or None."""
+    """The name of the op in an FX node's target; None if it is not an op of this library."""
     return (
         target._schema.name.split("::")[1]
         if isinstance(target, torch._ops.OpOverload) and target.namespace == "nanovllm"

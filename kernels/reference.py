@@ -1,11 +1,14 @@
-"""The meaning of every op in plain torch. This file is the specification: kernels are tested against it, and it
-runs wherever no kernel does.
+"""The meaning of every op in plain torch.
 
-Shapes: T tokens | R rows (requests) | P blocks per row | C blocks in the cache | B block size in tokens | D hidden | O outputs
-N query heads | K key-value heads | H head size | E = (N + 2K)·H | F ffn size | M positions in the rotary table
-V vocabulary | S rows of the device state, the last one for padding | F sampling fields
+This file is the specification: kernels are tested against it, and it runs where no kernel does.
 
-A cache in float8_e4m3fn holds x / scale, with one fp32 scale per key-value head for keys and one for values.
+Shapes: T tokens | R rows (requests) | P blocks per row | C blocks in the cache | B tokens per block
+D hidden | O outputs | N query heads | K key-value heads | H head size | E = (N + 2K)·H | F ffn size
+M positions in the rotary table | V vocabulary | F sampling fields (in the ops of a step)
+S rows of the device state, the last one for padding
+
+A cache in float8_e4m3fn holds x / scale. Each key-value head has one fp32 scale for keys and one
+for values.
 """
 
 from __future__ import annotations
@@ -13,12 +16,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# The largest finite float8_e4m3fn (Micikevicius et al. 2022, https://arxiv.org/abs/2209.05433); there is no infinity.
+# The largest finite float8_e4m3fn (Micikevicius et al. 2022, https://arxiv.org/abs/2209.05433).
+# The format has no infinity.
 FP8_MAX = 448.0
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x²) + eps) · weight over the last dimension, in fp32, rounded once before the weight."""
+    """x / sqrt(mean(x²) + eps) · weight over the last dimension.
+
+    The normalisation is in fp32 and is rounded to x's dtype before it is multiplied by the weight.
+    """
     x32 = x_TD.float()
     normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
     return normed.to(x_TD.dtype) * weight_D
@@ -33,13 +40,16 @@ def add_rms_norm(
 
 
 def silu_mul(gate_up_TG: Tensor) -> Tensor:
-    """silu(gate) · up, where the input holds [gate | up] along the last dimension; [T, 2F] -> [T, F]."""
+    """silu(gate) · up of an input [gate | up] along the last dimension; [T, 2F] -> [T, F]."""
     gate_TF, up_TF = gate_up_TG.chunk(2, dim=-1)
     return torch.nn.functional.silu(gate_TF) * up_TF
 
 
 def rope(x_TNH: Tensor, cos_sin_MH: Tensor, pos_T: Tensor) -> Tensor:
-    """Rotary embedding, half-split form: [x1·cos − x2·sin | x2·cos + x1·sin]. Row m of the table is [cos | sin], fp32."""
+    """Rotary embedding, half-split form: [x1·cos − x2·sin | x2·cos + x1·sin].
+
+    Row m of the table is [cos | sin] in fp32.
+    """
     cos_T1h, sin_T1h = cos_sin_MH[pos_T].unsqueeze(1).chunk(2, dim=-1)
     x1, x2 = x_TNH.float().chunk(2, dim=-1)
     return torch.cat((x1 * cos_T1h - x2 * sin_T1h, x2 * cos_T1h + x1 * sin_T1h), dim=-1).to(
@@ -58,7 +68,8 @@ def store_kv(
 ) -> None:
     """Write token t's key and value into slot slot_T[t] = block · B + offset, in place.
 
-    With scales the cache is float8_e4m3fn and gets x · (1 / scale), saturated at ±448: of what is finite nothing becomes NaN.
+    With scales the cache is float8_e4m3fn and gets x · (1 / scale), saturated at ±448: no finite
+    value becomes NaN.
     """
     for x_TKH, cache_CBKH, scale_K in (
         (k_TKH, k_cache_CBKH, k_scale_K),
@@ -68,14 +79,14 @@ def store_kv(
         if scale_K is None:
             slots.index_copy_(0, slot_T.long(), x_TKH.to(cache_CBKH.dtype))
         else:
-            # as bytes, since torch copies no fp8 by index on a CPU
+            # as bytes: torch has no index_copy_ for fp8 on a CPU
             slots.view(torch.uint8).index_copy_(
                 0, slot_T.long(), to_fp8(x_TKH, scale_K).view(torch.uint8)
             )
 
 
 def to_fp8(x_TKH: Tensor, scale_K: Tensor) -> Tensor:
-    """x · (1 / scale) in float8_e4m3fn, to nearest even, saturated at ±448."""
+    """x · (1 / scale) in float8_e4m3fn, rounded to nearest even, saturated at ±448."""
     return (
         (x_TKH.float() * scale_K.reciprocal()[:, None])
         .clamp(-FP8_MAX, FP8_MAX)
@@ -97,9 +108,9 @@ def qk_norm_rope_store(
     k_scale_K: Tensor | None = None,
     v_scale_K: Tensor | None = None,
 ) -> Tensor:
-    """Split [q | k | v], normalise q and k per head where a weight is given, rotate them, store k, v; returns q [T, N, H].
+    """Split [q | k | v], normalise and rotate q and k, store k and v; returns q [T, N, H].
 
-    Scales are those of `store_kv`.
+    q and k are normalised per head if their weight is given. Scales are those of `store_kv`.
     """
     num_kv_heads, head_dim = k_cache_CBKH.shape[2:]
     q_TNH, k_TKH, v_TKH = qkv_TE.view(qkv_TE.shape[0], -1, head_dim).split(
@@ -136,11 +147,12 @@ def paged_attention(
 ) -> Tensor:
     """Causal attention of each row's newest tokens over that row's blocks.
 
-    Row r owns tokens q_start_S[r] .. q_start_S[r + 1] − 1 (S = R + 1); they are the last ones of its seq_len_R[r]
-    tokens. A key at position j is seen from position i if i − window < j <= i (window <= 0: all j <= i). With
-    max_q_len 1 (decode) there is one token a row, T = R, and q_start_S is not read. A row with seq_len 0 and tokens
-    of no row give zeros. Nothing of the cache outside a row's first seq_len tokens may reach its output, NaN included.
-    With scales (see `store_kv`) keys and values are what the cache holds times their head's scale.
+    Row r owns tokens q_start_S[r] .. q_start_S[r + 1] − 1 (S = R + 1): the last of its seq_len_R[r]
+    tokens. The query at position i sees the key at position j if i − window < j <= i (window <= 0:
+    all j <= i). With max_q_len 1 (decode) each row has one token, T = R, and q_start_S is not read.
+    The output is zero for rows with seq_len 0 and for tokens of no row. Cache entries outside a
+    row's first seq_len tokens never affect its output, even if they are NaN. With scales (see
+    `store_kv`) keys and values are the cache's entries times their head's scale.
     """
     num_rows, block_size = block_table_RP.shape[0], k_cache_CBKH.shape[1]
     out_TNH = torch.zeros_like(q_TNH)
@@ -185,9 +197,9 @@ def linear_int8(
     bias_O: Tensor | None,
     residual_TO: Tensor | None = None,
 ) -> Tensor:
-    """(x · weightᵀ) · scale + bias, then + residual, with weights in int8 and a factor in fp32 for each output.
+    """(x · weightᵀ) · scale + bias, then + residual; int8 weights, one fp32 scale for each output.
 
-    Summed in fp32 and rounded to x's dtype once, before the residual.
+    Sums are in fp32 and are rounded to x's dtype once, before the residual is added.
     """
     y_TO = (x_TD.float() @ weight_OD.float().t()) * scale_O
     y_TO = (y_TO if bias_O is None else y_TO + bias_O.float()).to(x_TD.dtype)
@@ -200,7 +212,7 @@ def linear_(residual_TO: Tensor, x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor
 
 
 def _scaled(x: Tensor, scale_K: Tensor | None) -> Tensor:
-    """x [..., K, H] times its head's scale in fp32; as it is without one."""
+    """x [..., K, H] times its head's scale in fp32; x itself without a scale."""
     return x if scale_K is None else x.float() * scale_K[:, None]
 
 
@@ -212,13 +224,14 @@ def _seen(query_pos: Tensor, key_pos: Tensor, window: int) -> Tensor:
 def _attend(
     q_RTNH: Tensor, k_RLKH: Tensor, v_RLKH: Tensor, seen_RTL: Tensor, scale: float
 ) -> Tensor:
-    """Matmul and softmax in fp32; keys no query may see are zeroed first, since 0 · NaN is NaN."""
+    """Matmul and softmax in fp32. Keys that no query sees are zeroed first: 0 · NaN is NaN."""
     num_rows, num_tokens, num_heads, head_dim = q_RTNH.shape
     num_kv_heads = k_RLKH.shape[2]
     any_seen_RL11 = seen_RTL.any(1)[:, :, None, None]
     k_RKHL = torch.where(any_seen_RL11, k_RLKH, 0).float().permute(0, 2, 3, 1)
     v_RKLH = torch.where(any_seen_RL11, v_RLKH, 0).float().permute(0, 2, 1, 3)
-    # query head n reads key-value head n // (N / K): fold a group's heads and tokens into one matrix per kv head
+    # query head n reads key-value head n // (N / K): one matrix per key-value head holds the query
+    # heads and tokens of its group
     q_RKGTH = (
         q_RTNH.float().view(num_rows, num_tokens, num_kv_heads, -1, head_dim).permute(0, 2, 3, 1, 4)
     )
@@ -238,22 +251,26 @@ MASK_32 = 0xFFFFFFFF
 
 
 def hash32(x: Tensor) -> Tensor:
-    """A bijective mix of 32-bit integers held in int64: the constants are below 2³¹, so that no product leaves int64.
+    """A bijective hash of 32-bit integers in int64. Constants below 2³¹ keep products within int64.
 
-    Source: C. Wellons, hash-prospector, the "lowbias32" search, constants 21f0aaad-735a2d97 with shifts 16, 15, 15.
+    Source: C. Wellons, hash-prospector, the "lowbias32" search, constants 21f0aaad-735a2d97 with
+    shifts 16, 15, 15.
     """
     return keyed_hash32(x, torch.zeros_like(x))
 
 
 def keyed_hash32(x: Tensor, key: Tensor) -> Tensor:
-    """`hash32` with a key between its two rounds: as a function of x still a bijection, another one for every key."""
+    """`hash32` with a key between its two rounds: a different bijection of x for every key."""
     x = (((x ^ (x >> 16)) * 0x21F0AAAD) & MASK_32) ^ key
     x = ((x ^ (x >> 15)) * 0x735A2D97) & MASK_32
     return x ^ (x >> 15)
 
 
 def gumbel_noise(seed_R: Tensor, pos_R: Tensor, vocab_size: int) -> Tensor:
-    """Standard Gumbel noise [R, V] fp32. Uniforms are odd multiples of 2⁻²⁴: never 0 or 1, exact in fp32."""
+    """Standard Gumbel noise [R, V] in fp32.
+
+    Uniforms are odd multiples of 2⁻²⁴: they are exact in fp32 and never 0 or 1.
+    """
     low, high = hash32(seed_R & MASK_32), hash32((seed_R >> 32) & MASK_32)
     key_R = hash32(low ^ hash32(high ^ hash32(pos_R & MASK_32)))
     second_R = hash32(key_R ^ 0x5BD1E995)
@@ -264,10 +281,11 @@ def gumbel_noise(seed_R: Tensor, pos_R: Tensor, vocab_size: int) -> Tensor:
 
 
 def sample(logits_RV: Tensor, temperature_R: Tensor, seed_R: Tensor, pos_R: Tensor) -> Tensor:
-    """argmax(logits / temperature + Gumbel noise), a draw from softmax(logits / temperature); argmax(logits) at 0.
+    """argmax(logits / temperature + Gumbel noise): a draw from softmax(logits / temperature).
 
-    The noise is a hash of (seed, position, token id): a request's tokens depend on nothing else in the batch, on no bucket,
-    and on no earlier draw. Of equal scores the smallest id wins (as torch.argmax on a CPU has it).
+    Temperature 0 gives argmax(logits). The noise is a hash of (seed, position, token id), so a
+    request's tokens do not depend on other requests, buckets or earlier draws. The smallest id wins
+    among equal scores, as in torch.argmax on a CPU.
     """
     logits_RV = logits_RV.float()
     is_greedy_R1 = (temperature_R == 0).unsqueeze(1)
@@ -279,21 +297,21 @@ def sample(logits_RV: Tensor, temperature_R: Tensor, seed_R: Tensor, pos_R: Tens
 def keep_likely(
     logits_RV: Tensor, temperature_R: Tensor, top_k_R: Tensor, top_p_R: Tensor, min_p_R: Tensor
 ) -> Tensor:
-    """Logits with everything outside min_p, then the top k, then the top p at −inf; top_k 0, top_p 1, min_p 0 are off.
+    """Logits in which tokens outside min_p, then the top k, then the top p are −inf.
 
-    Probabilities are those at the temperature, at 0 as at 1. The likeliest token always stays. Of tokens with the same logit
-    the smaller ids count as likelier.
+    top_k 0, top_p 1 and min_p 0 turn a filter off. Probabilities are softmax(logits / temperature);
+    temperature 0 counts as 1. The likeliest token always stays. Among equal logits the smaller id
+    counts as likelier.
     """
     scaled_RV = logits_RV.float() / torch.where(temperature_R == 0, 1.0, temperature_R).unsqueeze(1)
     sorted_RV, order_RV = scaled_RV.sort(dim=-1, descending=True, stable=True)
     rank_V = torch.arange(scaled_RV.shape[1], device=scaled_RV.device)
-    floor_R1 = sorted_RV[:, :1] + torch.log(min_p_R).unsqueeze(
-        1
-    )  # log 0 = −inf: nothing is below it
+    # log 0 = −inf: no score is below it
+    floor_R1 = sorted_RV[:, :1] + torch.log(min_p_R).unsqueeze(1)
     num_kept_R1 = torch.where(top_k_R > 0, top_k_R, scaled_RV.shape[1]).unsqueeze(1)
     kept_RV = (sorted_RV >= floor_R1) & (rank_V < num_kept_R1)
     prob_RV = sorted_RV.masked_fill(~kept_RV, float("-inf")).softmax(-1)
-    before_RV = prob_RV.cumsum(-1) - prob_RV  # probability of everything likelier
+    before_RV = prob_RV.cumsum(-1) - prob_RV  # probability of all likelier tokens
     kept_RV &= (before_RV < top_p_R.unsqueeze(1)) | (top_p_R >= 1).unsqueeze(1)
     kept_RV[:, 0] = True
     return logits_RV.masked_fill(
@@ -301,7 +319,7 @@ def keep_likely(
     )
 
 
-_silu_mul = silu_mul  # the op below has an argument of that name
+_silu_mul = silu_mul  # `fused_linear` has an argument with this name
 
 
 def fused_linear(
@@ -313,8 +331,10 @@ def fused_linear(
     eps: float,
     silu_mul: bool,
 ) -> Tensor:
-    """A product with its neighbours: rms_norm(x) where a norm weight is given, then x · weightᵀ + bias, then silu(gate) · up
-    where the weight is [gate | up], then + residual where one is given.
+    """A linear layer fused with the ops around it.
+
+    In order: rms_norm(x) if a norm weight is given; x · weightᵀ + bias; silu(gate) · up if
+    `silu_mul` (the weight is [gate | up]); + residual if one is given.
     """
     if norm_weight_D is not None:
         x_TD = rms_norm(x_TD, norm_weight_D, eps)
@@ -323,7 +343,7 @@ def fused_linear(
     return y_TO if residual_TO is None else y_TO + residual_TO
 
 
-# A step's index arithmetic ------------------------------------------------------------------------
+# Index arithmetic of a step -----------------------------------------------------------------------
 
 
 def decode_inputs(
@@ -334,7 +354,7 @@ def decode_inputs(
     row_idx_R: Tensor,
     block_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The inputs of a step in which every row feeds its newest token, which stands at pos_S.
+    """The inputs of a step in which every row feeds its newest token, at position pos_S.
 
     Returns (token_R, rope_pos_R, slot_R, block_table_RP, seq_len_R, q_start):
     rope_pos = pos + rope_offset; slot = block_table[pos // B] · B + pos % B; seq_len = pos + 1;
@@ -361,8 +381,9 @@ def span_inputs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The inputs of a step in which row r feeds num_tokens_R[r] tokens, from position pos_S on.
 
-    The tokens stand in given_T, row after row; −1 is the row's newest token, token_S. Tokens after
-    the last row's are padding: they belong to the state's last row and write to slots of block 0.
+    given_T holds the tokens, row after row; −1 stands for the row's newest token, token_S. Tokens
+    after those of the last row are padding: they belong to the last row of the state and write to
+    slots of block 0.
 
     Returns (token_T, rope_pos_T, slot_T, block_table_RP, seq_len_R, q_start, row_T, num_T, last_R):
     position, slot and rope_pos of each token as in `decode_inputs`; seq_len = pos + num_tokens, 0
@@ -402,9 +423,9 @@ def sampling_inputs(
     row_idx_R: Tensor,
     num_R: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(temperature_R, seed_R, position of the token to be chosen): that after num_R tokens, or one.
+    """Returns (temperature_R, seed_R, position_R of the token to sample).
 
-    The temperature is the first of the sampling fields.
+    The position is pos_S + num_R, or pos_S + 1 without num_R. The temperature is sampling field 0.
     """
     num = 1 if num_R is None else num_R
     return sampling_SF[row_idx_R, 0], seed_S[row_idx_R], pos_S[row_idx_R] + num
@@ -413,15 +434,15 @@ def sampling_inputs(
 def accept(
     token_T: Tensor, chosen_T: Tensor, num_tokens_R: Tensor, num: int
 ) -> tuple[Tensor, Tensor]:
-    """Which of the tokens that were chosen after each of a row's tokens are the row's next ones.
+    """Verify the tokens of each row against the tokens that the model chose.
 
-    chosen_T[t] follows token_T[t]. It holds as long as the tokens before it were right, that is the
-    next fed token is the chosen one. Returns (token_RK, K = `num`, a row's chosen tokens; count_R,
-    how many of them hold: at least 1, at most the row's number of tokens). Rows without tokens have
-    rubbish and 1.
+    chosen_T[t] is the model's choice after token_T[t]. A chosen token is accepted if every earlier
+    choice of its row equals the token that the row fed next. Returns (token_RK, a row's chosen
+    tokens, K = `num`; count_R, the number of accepted ones: at least 1, at most the row's number of
+    tokens). For rows without tokens, token_RK is undefined and count_R is 1.
 
     Source: greedy verification of Leviathan et al. 2023, https://arxiv.org/abs/2211.17192. Noise is
-    a function of seed and position, so that drawn tokens are verified as greedy ones are.
+    a function of seed and position, so sampled tokens are verified in the same way as greedy ones.
     """
     end_R = num_tokens_R.cumsum(0)
     step_K = torch.arange(num, device=token_T.device)
@@ -434,10 +455,10 @@ def accept(
 def advance(
     token_S: Tensor, pos_S: Tensor, row_idx_R: Tensor, token_R: Tensor, num_R: Tensor | None = None
 ) -> None:
-    """token_S[row] = token, pos_S[row] += num_R or 1, in place.
+    """token_S[row] = token_R and pos_S[row] += num_R (1 without num_R), in place.
 
-    The last row of the state, which only padding uses (any number of times in one step), stays at
-    token 0 of position 0; other rows occur once.
+    Only padding uses the last row of the state, any number of times in one step: it stays at token
+    0, position 0. Every other row occurs at most once.
     """
     is_real_R = row_idx_R != token_S.shape[0] - 1
     num = 1 if num_R is None else num_R

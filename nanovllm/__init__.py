@@ -1,6 +1,7 @@
 """nanovllm: a compiler-centric, graph-mode inference engine for large language models.
 
-Importing it does not import torch: the first `LLM` does, once other processes have begun to import it as well.
+Importing the package does not import torch. The first `LLM` imports torch, after it has started the
+worker processes, which import torch at the same time.
 """
 
 from nanovllm.config import EngineConfig
@@ -11,9 +12,10 @@ __version__ = "0.1.0"
 
 
 def print_attention_backend_info(device: str = "auto") -> None:
-    """Print what the device is, what is installed, which attention_backend runs and why, and how to get what is missing.
+    """Print the device, what is installed, and why each attention_backend can or cannot run.
 
-    `device` as for `LLM`; raises ValueError for one that is not there.
+    The text says how to install missing backends. `device` as for `LLM`; raises ValueError if this
+    machine does not have it.
     """
     from nanovllm.platforms.attention import attention_backend_info
 

@@ -1,4 +1,4 @@
-"""The engine: requests in, increments out, one step at a time. Everything above it (offline, server) sits on this."""
+"""The engine takes requests and returns increments, step by step. `LLM` and servers use it."""
 
 from __future__ import annotations
 
@@ -26,11 +26,14 @@ logger = logging.getLogger(__name__)
 
 
 class LLMEngine:
-    """`add_request`, `step` until a request's last output, `abort`; from one thread. Two engines share nothing."""
+    """Call `add_request`, then `step` until a request's last output, or `abort`.
+
+    Use an engine from one thread only. Two engines share nothing.
+    """
 
     @classmethod
     def from_options(cls, model: str, **options: Any) -> LLMEngine:
-        """Load a model and warm up. Options are the fields of `EngineConfig`; raises TypeError for others."""
+        """Load a model and warm up. Options are `EngineConfig` fields; others raise TypeError."""
         return cls(load(EngineConfig.from_options(model, options)))
 
     def __init__(self, loaded: Loaded) -> None:
@@ -58,12 +61,12 @@ class LLMEngine:
         )
         self._in_flight: deque[Launched] = deque()
         self._requests: dict[int, tuple[Request, TextStream]] = {}
-        self._outputs: list[RequestOutput] = []  # not yet handed out
+        self._outputs: list[RequestOutput] = []  # not yet taken
         self._num_added = 0
         self._is_closed = False
 
     def close(self) -> None:
-        """Drop weights, cache and graphs and give their memory back to the device."""
+        """Free the memory of weights, cache and graphs."""
         self._is_closed = True
         self._in_flight.clear()
         self._requests.clear()
@@ -79,15 +82,17 @@ class LLMEngine:
 
     @property
     def propose(self) -> Proposer | None:
-        """A function that is given a `Request` and returns token ids that are likely to follow its
-        known ones. A decode step verifies them and keeps those that the model chooses as well, so
-        that answers are the same with any proposals. None: one token a step."""
+        """A function from a `Request` to token ids that are likely to follow its known tokens.
+
+        A decode step verifies the proposals and keeps those that the model chooses as well, so
+        proposals do not change answers. None: each decode step yields one token a row.
+        """
         return self.scheduler.propose
 
     @propose.setter
     def propose(self, proposer: Proposer | None) -> None:
         if proposer is not None and not self.scheduler.max_proposals:
-            raise ValueError("propose needs draft_lengths: no step can verify proposals without")
+            raise ValueError("propose needs draft_lengths: without them no step verifies proposals")
         self.scheduler.propose = proposer
 
     def add_request(
@@ -100,19 +105,20 @@ class LLMEngine:
     ) -> int:
         """Queue a prompt (text or token ids); returns the request's id.
 
-        With `incremental` False there is one output, at the end. `embeddings` are (position, [n, D])
-        pairs: n tokens of the prompt from this position on start from these hidden states instead of
-        the embedding table's; their ids are not read.
+        With `incremental` False the request has one output, at its end. `embeddings` are (position,
+        [n, D]) pairs: they replace the embeddings of n prompt tokens from this position on; the ids
+        of these tokens are not read.
 
-        Raises ValueError, and queues nothing, for a prompt that is empty, too long or has ids outside
-        the vocabulary, and for embeddings that do not fit the prompt or the model.
+        Raises ValueError, and queues nothing, if the prompt is empty, too long or has ids outside
+        the vocabulary, or if embeddings do not fit the prompt or the model.
         """
         self._check_open()
         params = params or SamplingParams()
         prompt_ids = self._prompt_ids(prompt)
         if params.stop_strings and self.tokenizer is None:
             raise ValueError(
-                f"stop={list(params.stop_strings)} needs a tokenizer, which {self.config.model!r} has not"
+                f"stop={list(params.stop_strings)} needs a tokenizer: "
+                f"{self.config.model!r} does not have one"
             )
         contents = self._contents(embeddings, len(prompt_ids))
         for content, (_, embeds) in zip(contents, embeddings):
@@ -138,7 +144,10 @@ class LLMEngine:
         return request_id
 
     def abort(self, request_id: int) -> None:
-        """End a request now; its last output, with finish_reason "abort", comes with the next step. Unknown ids: no-op."""
+        """End a request now. Unknown ids are ignored.
+
+        The next step returns the request's last output, with finish_reason "abort".
+        """
         if request_id in self._requests:
             self._outputs.append(self._end(*self._requests[request_id], "abort", []))
 
@@ -154,12 +163,12 @@ class LLMEngine:
         return bool(self._requests or self._outputs)
 
     def step(self) -> list[RequestOutput]:
-        """`advance`, then `take` all outputs; there may be none while steps are in flight."""
+        """`advance`, then `take` all outputs. The list can be empty while steps are in flight."""
         self.advance()
         return self.take()
 
     def take(self, request_ids: Container[int] | None = None) -> list[RequestOutput]:
-        """Hand out the outputs that wait, of these requests alone or of all."""
+        """Remove and return the waiting outputs of these requests, or of all requests."""
         if request_ids is None:
             taken, self._outputs = self._outputs, []
             return taken
@@ -172,8 +181,8 @@ class LLMEngine:
     def advance(self) -> None:
         """Launch the next step and collect the results of an earlier one.
 
-        An error or Ctrl-C leaves the engine usable: unfinished requests continue from the tokens
-        that are known.
+        An error or Ctrl-C leaves the engine usable: unfinished requests continue from their known
+        tokens.
         """
         self._check_open()
         try:
@@ -208,7 +217,7 @@ class LLMEngine:
         if not prompt_ids:
             raise ValueError("the prompt is empty: it must have at least 1 token")
         vocab_size = self.model_config.vocab_size
-        # the usual case without a Python step for each token
+        # the usual case: no Python loop over the tokens
         are_fine = (
             set(map(type, prompt_ids)) == {int}
             and min(prompt_ids) >= 0
@@ -221,12 +230,13 @@ class LLMEngine:
                 or not 0 <= token_id < vocab_size
             ):
                 raise ValueError(
-                    f"token id {token_id!r} is outside the vocabulary: ids are whole numbers, 0 … {vocab_size - 1}"
+                    f"token id {token_id!r} is outside the vocabulary: ids are whole numbers, "
+                    f"0 … {vocab_size - 1}"
                 )
         if len(prompt_ids) >= self.max_model_len:
             raise ValueError(
-                f"the prompt has {len(prompt_ids)} tokens: with max_model_len {self.max_model_len} at most "
-                f"{self.max_model_len - 1} fit, since one must be left for the answer"
+                f"the prompt has {len(prompt_ids)} tokens: with max_model_len {self.max_model_len} "
+                f"at most {self.max_model_len - 1} fit, since the answer needs at least one"
             )
         return prompt_ids
 
@@ -239,7 +249,7 @@ class LLMEngine:
     def _contents(
         self, embeddings: Sequence[tuple[int, Tensor]], prompt_len: int
     ) -> tuple[Content, ...]:
-        """Where given embeddings lie in a prompt, and the digest of each."""
+        """The position, length and digest of each of the given embeddings."""
         contents: list[Content] = []
         hidden_size = self.model_config.hidden_size
         for start, embeds in embeddings:
@@ -260,7 +270,7 @@ class LLMEngine:
         return tuple(contents)
 
     def _collect(self, plan: StepPlan, result: StepResult) -> None:
-        """Hand a step's tokens to their requests; tokens past a stop or an abort are dropped."""
+        """Give a step's tokens to their requests. Tokens after a stop or an abort are dropped."""
         for wanted, values in zip(plan.prompt_logprobs, result.prompt_logprobs):
             if wanted.request_id in self._requests:
                 request, _ = self._requests[wanted.request_id]
@@ -284,7 +294,7 @@ class LLMEngine:
     def _output(
         self, request: Request, stream: TextStream, token_ids: list[int]
     ) -> RequestOutput | None:
-        """The output of a request that has just got `token_ids`, as far as it does not end before."""
+        """The output for a request's new `token_ids`, cut after the token that ends the request."""
         num_before = len(request.output_ids) - len(token_ids)
         for num, token_id in enumerate(token_ids, start=1):
             num_outputs = num_before + num
@@ -320,7 +330,7 @@ class LLMEngine:
 
 
 def _logprob_dict(token_id: int, values: Logprobs, row: int, wanted: int) -> dict[int, float]:
-    """The likeliest `wanted` tokens of a row and the token itself, likeliest first."""
+    """Log-probabilities of a row's `wanted` likeliest tokens and of `token_id`, descending."""
     top_ids, top = values.top_token_NL[row].tolist(), values.top_NL[row].tolist()
     found = dict(zip(top_ids[:wanted], top[:wanted]))
     found.setdefault(token_id, float(values.chosen_N[row]))

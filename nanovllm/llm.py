@@ -1,4 +1,4 @@
-"""Offline inference: prompts in, finished texts out."""
+"""Offline inference: completes lists of prompts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ class LLM:
         config = EngineConfig.from_options(model, options)
         with closing(CompileFarm.start(config)) as farm:
             wait = preload.begin(config.device)
-            # imported here: it imports torch, and the farm and the device get ready meanwhile
+            # This import takes long, because it imports torch: the farm and the device start
+            # in the meantime.
             from nanovllm.engine import LLMEngine
             from nanovllm.startup.load import load
 
@@ -39,7 +40,7 @@ class LLM:
             self.engine: LLMEngine = LLMEngine(load(config, farm))
 
     def close(self) -> None:
-        """Give back all memory now. `del llm` does the same; using a closed model is an error."""
+        """Free all memory now. `del llm` does the same. Using a closed model is an error."""
         self.engine.close()
 
     @property
@@ -54,10 +55,12 @@ class LLM:
     ) -> list[dict[str, Any]]:
         """Complete prompts (texts, lists of token ids, or a mix) and wait for all of them.
 
-        Returns one dict per prompt: text, token_ids, finish_reason ("stop" | "length" | "abort"), num_prompt_tokens,
-        num_cached_tokens; logprobs and prompt_logprobs when asked for; with n > 1 also `outputs`, a list of n dicts, of
-        which the first is repeated at the top. Raises ValueError, with nothing left behind, if any prompt is refused.
-        Ctrl-C aborts all of them and leaves the engine usable.
+        Returns one dict per prompt: text, token_ids, finish_reason ("stop" | "length" | "abort"),
+        num_prompt_tokens, num_cached_tokens; logprobs and prompt_logprobs if requested. With n > 1
+        `outputs` is a list of n such dicts, and the other keys are those of the first.
+
+        Raises ValueError, and queues nothing, if a prompt is invalid. Ctrl-C aborts all prompts and
+        leaves the engine usable.
         """
         owners = self._add_all(prompts, sampling_params, incremental=False)
         done: dict[int, Completion] = {}
@@ -96,7 +99,7 @@ class LLM:
         use_tqdm: bool = True,
         **template_options: Any,
     ) -> list[dict[str, Any]]:
-        """`generate` for one conversation or a list of them, put into the checkpoint's chat template."""
+        """`generate` for one or more conversations, in the checkpoint's chat template."""
         return self.generate(
             self.chat_prompts(messages, **template_options), sampling_params, use_tqdm
         )
@@ -104,10 +107,11 @@ class LLM:
     def chat_prompts(
         self, messages: Sequence[Message] | Sequence[Sequence[Message]], **template_options: Any
     ) -> list[list[int]]:
-        """Token ids of conversations in the checkpoint's chat template, up to where the answer begins."""
+        """Token ids of conversations in the checkpoint's chat template, up to the answer."""
         if self.tokenizer is None or not self.tokenizer.chat_template:
             raise ValueError(
-                f"{self.engine.config.model!r} has no chat template: use generate() with plain prompts"
+                f"{self.engine.config.model!r} has no chat template: "
+                "use generate() with plain prompts"
             )
         conversations = [messages] if messages and isinstance(messages[0], dict) else messages
         return [
@@ -127,8 +131,8 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> Iterator[dict[str, Any]]:
-        """Increments as they come: dicts with index (of the prompt), text and token_ids (what is new), finish_reason
-        (None until the last). Leaving the loop early aborts what is unfinished."""
+        """Yield increments: dicts with index (of the prompt), text and token_ids (the new ones),
+        finish_reason (None until the last). Leaving the loop early aborts unfinished requests."""
         owners = self._add_all(prompts, sampling_params, incremental=True)
         num_left = len(owners)
         with self._aborting(owners):
@@ -145,7 +149,7 @@ class LLM:
                     }
 
     def _step(self, owners: dict[int, int]) -> list[RequestOutput]:
-        """The next outputs of `owners`; those of other requests, such as an open stream's, stay."""
+        """The next outputs of `owners`. Those of other requests, such as an open stream's, stay."""
         waiting = self.engine.take(owners)
         if waiting:
             return waiting
@@ -159,7 +163,7 @@ class LLM:
         *,
         incremental: bool,
     ) -> dict[int, int]:
-        """Queue everything, or nothing if one prompt is refused; returns request id → index of its prompt."""
+        """Queue all prompts, or none if one is invalid; returns {request id: index of prompt}."""
         is_single = isinstance(prompts, str) or bool(prompts and isinstance(prompts[0], int))
         all_prompts: Sequence[Any] = [prompts] if is_single else prompts
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
@@ -169,11 +173,13 @@ class LLM:
         strange = [params for params in all_params if not isinstance(params, SamplingParams)]
         if strange:
             raise ValueError(
-                f"sampling_params holds {strange[0]!r}: it must be one SamplingParams, or one per prompt"
+                f"sampling_params holds {strange[0]!r}: "
+                "it must be one SamplingParams, or one per prompt"
             )
         if len(all_params) != len(all_prompts):
             raise ValueError(
-                f"{len(all_params)} sampling params for {len(all_prompts)} prompts: give one, or one each"
+                f"{len(all_params)} sampling params for {len(all_prompts)} prompts: "
+                "give one, or one for each prompt"
             )
         owners: dict[int, int] = {}
         with self._aborting(owners, only_on_error=True):
@@ -195,7 +201,7 @@ class LLM:
 
 
 class _Aborting:
-    """Whatever ends the block early, an error, Ctrl-C or a closed generator: no request of it stays in the engine."""
+    """Aborts the requests when the block ends early: by an error, Ctrl-C or a closed generator."""
 
     def __init__(self, engine: LLMEngine, owners: dict[int, int], only_on_error: bool) -> None:
         self._engine, self._owners, self._only_on_error = engine, owners, only_on_error
@@ -210,7 +216,7 @@ class _Aborting:
 
 
 def _as_dict(completion: Completion) -> dict[str, Any]:
-    # not `asdict`, which copies every token by itself: 0.1 s for a batch of 134,000
+    # `asdict` copies every token: 0.1 s for a batch of 134,000
     values = {field.name: getattr(completion, field.name) for field in fields(completion)}
     return {
         name: value

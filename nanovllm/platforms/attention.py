@@ -1,7 +1,8 @@
 """Chooses the attention backend of an engine: the device's own kernels, torch's or flash-attn.
 
-The choice is `EngineSpec.attention`, a key of `ops.ATTENTION`. It is bound to the region of a layer,
-so each engine has its own backend, eager mode and graphs agree, and keys of stored programs differ.
+The choice is `EngineSpec.attention`, a key of `ops.ATTENTION`. It is an argument of the layer
+region: each engine has its own backend, eager mode and graphs use the same one, and keys of stored
+programs differ between backends.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def default_block_size(
 ) -> int:
     """Tokens per cache block if the user does not set them.
 
-    Blocks of an fp8 cache have twice as many: decode attention reads tiles of the same bytes.
+    Blocks of an fp8 cache have twice as many: decode attention then reads tiles of as many bytes.
     """
     if backend == "flash_attn" and isinstance(flash := platform.flash_attn(), Flash):
         return max(platform.traits.block_size, flash_attention.PAGE_TOKENS[flash.generation])
@@ -76,7 +77,7 @@ def default_block_size(
 
 
 def recordable(backend: str, platform: Platform) -> tuple[bool, bool]:
-    """Whether decode and prefill steps can be captured; steps that wait for the host can't."""
+    """Whether (decode, prefill) steps can be captured: steps that wait for the host cannot."""
     if backend == "sdpa":
         return True, False
     if backend == "flash_attn":

@@ -1,7 +1,7 @@
 """The steps of one bucket: static inputs and outputs, and the launches between them.
 
-A step reads and writes the same memory each time, so a captured one needs no host between its
-launches: that is most of what a decode step or a short prompt would otherwise wait for.
+A step reads and writes the same memory each time, so it can be captured. A captured step launches
+its kernels without the host: launches are most of the time of a decode step or a short prompt.
 
 R rows | T tokens | K tokens a row | D hidden | V vocabulary.
 """
@@ -22,9 +22,9 @@ Capture = Callable[[Callable[[], None]], Replay]
 
 
 class DecodeStep:
-    """R rows of the state, each fed its newest token.
+    """A step in which R rows of the state feed their newest token.
 
-    Captured with the plain sampler, and with another or none when first asked for.
+    It is captured with the plain sampler; without a sampler or with filters on first use.
     """
 
     def __init__(self, steps: Steps, platform: Platform, capture: Capture, num_rows: int) -> None:
@@ -37,22 +37,23 @@ class DecodeStep:
         self._logits_RV: Tensor | None = None
         self._logits: Replay | None = None
         self._filtered: Replay | None = None
-        # The first run is not captured: Triton loads or compiles, cuBLAS picks its workspace.
+        # The first run is not captured: Triton loads or compiles kernels, and cuBLAS allocates its
+        # workspace.
         self._launch(steps.of_each_program())
         self.replay = capture(self.launch)
 
     def fill(self, rows: list[int]) -> None:
-        """Set the rows of the state; the bucket's other rows are padding. Does not wait."""
+        """Set the rows of the state; the bucket's other rows are padding. Does not synchronise."""
         padded = rows + [self._steps.state.pad_row] * (self.row_idx_R.shape[0] - len(rows))
         if padded != self.rows:
-            self.rows = []  # should the copy break off
+            self.rows = []  # stays empty if the copy fails
             self.row_idx_R.copy_(self._platform.upload(padded, torch.int64))
             self.rows = padded
 
     def logits(self) -> Tensor:
-        """The step without its sampler; its programs are those of the whole step.
+        """The logits [R, V] of the step without its sampler, with the programs of the whole step.
 
-        Where that is one program it runs as it is, and what its sampler has advanced is put back.
+        If the whole step is one program, it runs with its sampler, and the state is restored.
         """
         if self._steps.whole:
             with self._steps.restoring_state():
@@ -65,7 +66,8 @@ class DecodeStep:
         return self._logits_RV
 
     def filtered(self, choose: Callable[[Tensor, Tensor], Tensor]) -> None:
-        """The whole step, in which `choose(row_idx_R, logits_RV)` gives token_R and advances."""
+        """The whole step with another sampler: `choose(row_idx_R, logits_RV)` returns token_R and
+        advances the state."""
 
         def launch() -> None:
             self.token_R.copy_(choose(self.row_idx_R, self._steps.decode_logits(self.row_idx_R)))
@@ -91,7 +93,7 @@ class DecodeStep:
 
 
 class SpanStep:
-    """The static inputs of a step in which at most R rows feed T packed tokens; padding at first."""
+    """The static inputs of a step in which R rows feed T packed tokens. Initially all padding."""
 
     def __init__(self, steps: Steps, platform: Platform, num_tokens: int, num_rows: int) -> None:
         def zeros(size: int) -> Tensor:
@@ -102,12 +104,12 @@ class SpanStep:
         self.replay: Replay = self.launch
 
     def fill(self, arrays: SpanArrays) -> None:
-        """Copy a step's inputs to where it reads them. Does not wait."""
+        """Copy arrays to the step's static inputs. Does not synchronise."""
         for target, values in zip(self.span, arrays):
             self._platform.write(target, values)
 
     def capture(self, capture: Capture) -> None:
-        """Make `replay` repeat the launches. The step must hold padding: it is run."""
+        """Capture the launches as `replay`. This runs the step, so it must hold only padding."""
         self._launch(self._steps.of_each_program())
         self.replay = capture(self.launch)
 
@@ -120,7 +122,7 @@ class SpanStep:
 
 
 class PrefillStep(SpanStep):
-    """Keys and values of prompts written, and the next token of each row chosen."""
+    """Writes keys and values of prompts and chooses the next token of each row."""
 
     def __init__(self, steps: Steps, platform: Platform, num_tokens: int, num_rows: int) -> None:
         super().__init__(steps, platform, num_tokens, num_rows)
@@ -130,7 +132,7 @@ class PrefillStep(SpanStep):
         self.token_R.copy_(self.sample(steps.prefill_logits(self.span), steps))
 
     def sample(self, logits_RV: Tensor, steps: Steps | None = None) -> Tensor:
-        """The plain sampler: token_R."""
+        """Run the plain sampler; returns token_R."""
         steps = steps or self._steps
         return steps.sample(self.span.row_idx_R, logits_RV, self.span.num_tokens_R)
 
@@ -143,13 +145,13 @@ class PrefillStep(SpanStep):
         return self._steps.hidden(self.span, given)
 
     def build_hidden(self) -> None:
-        """Run `hidden` if it needs programs that `launch` does not: warm-up must build them."""
+        """Run `hidden` if it needs programs that `launch` does not use: warm-up must build them."""
         if not self._steps.whole and self._steps.model.last_layer_needs_own_program:
             self.hidden()
 
 
 class VerifyStep(SpanStep):
-    """Up to K tokens of each row: its newest, and proposals, of which the right ones are kept."""
+    """Feeds up to K tokens of each row, its newest and proposals, and keeps the right proposals."""
 
     def __init__(self, steps: Steps, platform: Platform, num_rows: int, num: int) -> None:
         super().__init__(steps, platform, num_rows * num, num_rows)
@@ -169,7 +171,7 @@ class VerifyStep(SpanStep):
         self.count_R.copy_(count_R)
 
     def logits(self) -> tuple[Tensor, SpanTokens]:
-        """The step without the sampler, op by op where it can be: the logits [T, V] of its tokens."""
+        """The step without the sampler, op by op if possible: the logits [T, V] of its tokens."""
         if not self._steps.whole:
             return self._steps.verify_logits(self.span, self.num)
         with self._steps.restoring_state():

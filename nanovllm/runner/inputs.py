@@ -1,7 +1,7 @@
-"""All padding: what rows feed becomes the fixed-size arrays of a bucket.
+"""Pads the tokens that rows feed to the fixed-size arrays of a bucket.
 
-T tokens and R rows of the bucket. Padding rows are the state's last row and feed nothing; padding
-tokens come after the last row's and belong to no row.
+A bucket has T tokens and R rows. Padding rows are the last row of the state and feed no tokens.
+Padding tokens come after the last row's tokens and belong to no row.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 
 class SpanArrays(NamedTuple):
-    """Host side of a `Span`, field by field."""
+    """The fields of a `Span` on the host."""
 
     row_idx_R: np.ndarray
     num_tokens_R: np.ndarray
@@ -29,7 +29,10 @@ def span_arrays(
     num_tokens: int,
     pad_row: int,
 ) -> SpanArrays:
-    """Rows of the state that feed `nums` of `token_ids` each, in R = `num_rows`, T = `num_tokens`."""
+    """Pad a step in which `rows` of the state feed `nums` of `token_ids` each.
+
+    R = `num_rows`, T = `num_tokens`.
+    """
     row_idx_R = np.full(num_rows, pad_row, np.int64)
     num_tokens_R = np.zeros(num_rows, np.int64)
     token_T = np.zeros(num_tokens, np.int64)

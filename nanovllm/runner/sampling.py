@@ -1,8 +1,8 @@
-"""The sampler for what a temperature alone does not say: filters, penalties, forbidden tokens, masks,
-log-probabilities. The plain choice is a part of the step (`state.choose_and_advance`).
+"""The sampler for filters, penalties, forbidden tokens, masks and log-probabilities.
 
-Decode steps with filters alone are captured with them. All else runs op by op between captured
-parts; plain requests wait for it only while they share a batch with one that needs it.
+The plain sampler needs only a temperature and is a part of the step (`state.choose_and_advance`).
+Decode steps with only filters are captured with this sampler. All other choices run op by op
+between captured parts, and slow down plain requests only in the same batch.
 
 R rows | N tokens to choose | S rows of the state | V vocabulary.
 """
@@ -25,7 +25,7 @@ TEMPERATURE, TOP_P, MIN_P, TOP_K, REPETITION, PRESENCE, FREQUENCY = range(len(SA
 
 
 class Penalties(NamedTuple):
-    """Per row: how often each token was generated, whether it stands in the prompt, and the three
+    """Per row: how often each token was generated, whether it is in the prompt, and the three
     penalties."""
 
     output_count_RV: Tensor
@@ -36,8 +36,8 @@ class Penalties(NamedTuple):
 
 
 def penalize(logits_RV: Tensor, p: Penalties) -> Tensor:
-    """Logits in fp32, after the repetition penalty on tokens of prompt and output and the presence
-    and frequency penalties on those of the output."""
+    """Logits in fp32 after the penalties. The repetition penalty applies to tokens of prompt and
+    output, the presence and frequency penalties to tokens of the output."""
     logits_RV = logits_RV.float()
     generated_RV = p.output_count_RV > 0
     repeated_RV = torch.where(
@@ -48,35 +48,35 @@ def penalize(logits_RV: Tensor, p: Penalties) -> Tensor:
 
 
 def sample_filtered(logits_RV: Tensor, fields_RF: Tensor, seed_R: Tensor, pos_R: Tensor) -> Tensor:
-    """`ops.sample` among the tokens that `ops.keep_likely` leaves; fields_RF holds SAMPLING_FIELDS."""
+    """`ops.keep_likely`, then `ops.sample`. The columns of fields_RF are SAMPLING_FIELDS."""
     temperature_R, top_p_R, min_p_R, top_k_R = fields_RF.unbind(1)[:REPETITION]
     kept_RV = ops.keep_likely(logits_RV, temperature_R, top_k_R, top_p_R, min_p_R)
     return ops.sample(kept_RV, temperature_R, seed_R, pos_R)
 
 
 def rehearse_filtered(visit: Callable[..., object], logits_RV: Tensor, one_R: Tensor) -> None:
-    """Give `visit` the calls of our ops that `sample_filtered` makes."""
+    """Call `visit(op, args, kwargs)` for each op that `sample_filtered` calls."""
     visit(ops.keep_likely, [logits_RV, one_R, one_R, one_R, one_R], {})
     visit(ops.sample, [logits_RV, one_R, one_R.long(), one_R.long()], {})
 
 
 def logprobs(logits_RV: Tensor, token_R: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(chosen_R, top_RL, top_token_RL): log-softmax of the model's own logits, of the token itself
-    and of the `num_top` likeliest."""
+    """Returns (chosen_R, top_RL, top_token_RL): the log-softmax of the model's own logits at
+    token_R and at the `num_top` likeliest tokens."""
     logprob_RV = logits_RV.float().log_softmax(-1)
     top_RL, top_token_RL = logprob_RV.topk(min(num_top, logits_RV.shape[1]), dim=-1)
     return logprob_RV.gather(1, token_R.unsqueeze(1)).squeeze(1), top_RL, top_token_RL
 
 
 def forbid(logits_RV: Tensor, allowed_RW: Tensor) -> Tensor:
-    """Logits with −inf for tokens whose bit in `allowed_RW` (see `Choice.allowed_RW`) is not set."""
+    """Logits with −inf for tokens without a set bit in `allowed_RW` (see `Choice.allowed_RW`)."""
     bits = torch.arange(8, dtype=torch.uint8, device=logits_RV.device)
     allowed_RV = (allowed_RW.unsqueeze(-1) >> bits & 1).flatten(1)[:, : logits_RV.shape[1]]
     return logits_RV.masked_fill(allowed_RV == 0, float("-inf"))
 
 
 class LogprobCopies(NamedTuple):
-    """Log-probabilities of the first `num` rows on their way to the host."""
+    """Log-probabilities of the first `num` rows, while they are copied to the host."""
 
     num: int
     copies: list[HostCopy]
@@ -93,19 +93,19 @@ def copy_logprobs(
 
 
 class Sampler:
-    """Owns the token counts that penalties need; the first request with penalties allocates them."""
+    """Owns the token counts for penalties. The first request with penalties allocates them."""
 
     def __init__(
         self, platform: Platform, state: DeviceState, vocab_size: int, dtype: torch.dtype
     ) -> None:
-        """`dtype` is that of the model's logits; after penalties they are fp32."""
+        """`dtype` is the dtype of the model's logits. Logits after penalties are in fp32."""
         self.platform, self.state, self.vocab_size = platform, state, vocab_size
         self._dtypes = dict.fromkeys((dtype, torch.float32))
         self._output_count_SV: Tensor | None = None
         self._in_prompt_SV: Tensor | None = None
 
     def warm_up(self) -> None:
-        """Load the filters' kernels: the first request that wants them must not wait."""
+        """Load the filters' kernels: the first request with filters must not wait for them."""
         pad_row_1 = torch.full((1,), self.state.pad_row, device=self.platform.device)
         for dtype in self._dtypes:
             logits_1V = torch.zeros(1, self.vocab_size, dtype=dtype, device=self.platform.device)
@@ -131,10 +131,8 @@ class Sampler:
                 counts_SV[row].index_add_(0, output, torch.ones_like(output, dtype=torch.int32))
 
     def choose(self, row_idx_N: Tensor, logits_NV: Tensor, num_N: Tensor | None = None) -> Tensor:
-        """token_N by the rows' filters, temperatures and seeds: the token after num_N more, or one.
-
-        It knows no request, so it can be captured.
-        """
+        """Choose token_N, at positions pos + num_N (pos + 1 without num_N), by the rows' filters,
+        temperatures and seeds. Reads only device tensors, so it can be captured."""
         return sample_filtered(
             logits_NV,
             self.state.sampling_SF[row_idx_N],
@@ -152,7 +150,7 @@ class Sampler:
     def sample(
         self, choice: Choice, row_idx_R: Tensor, logits_RV: Tensor, num_R: Tensor | None = None
     ) -> Tensor:
-        """Choose token_R by all that `choice` asks, advance the state, count the tokens."""
+        """Choose token_R as `choice` describes, advance the state and count the tokens."""
         if choice.has_penalties:
             logits_RV = self._penalize(row_idx_R, logits_RV)
         if choice.forbidden:

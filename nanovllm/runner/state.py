@@ -1,7 +1,7 @@
-"""What lives on the device between steps, and the pure functions by which a step advances it.
+"""The state on the device between steps, and the pure functions with which a step advances it.
 
-S rows, one per running request, and a last one that only padding uses: it stays at position 0 of
-block 0, which no request owns. R rows of a step | T tokens | K tokens a row | P blocks per row
+S rows: one per running request, and a last row for padding, which stays at position 0 of block 0;
+no request owns block 0. R rows of a step | T tokens | K tokens a row | P blocks per row
 V vocabulary | F sampling fields.
 """
 
@@ -19,7 +19,7 @@ from nanovllm.schedule.plan import PAD_BLOCK, SAMPLING_FIELDS
 
 class DeviceState(NamedTuple):
     token_S: Tensor  # newest token, not yet in the cache
-    pos_S: Tensor  # its position; of a row whose prompt is not yet through, that of the next chunk
+    pos_S: Tensor  # position of the newest token; before the prompt's end, of the next chunk
     rope_offset_S: Tensor  # added to a position before the rotation
     block_table_SP: Tensor
     sampling_SF: Tensor  # SAMPLING_FIELDS
@@ -31,15 +31,16 @@ class DeviceState(NamedTuple):
 
 
 class Span(NamedTuple):
-    """The inputs of a step in which rows feed several tokens each. Padding has rows without any."""
+    """The inputs of a step in which rows feed several tokens each. Padding rows feed none."""
 
     row_idx_R: Tensor
     num_tokens_R: Tensor
-    token_T: Tensor  # row after row; plan.NEWEST is the row's newest token
+    token_T: Tensor  # row after row; plan.NEWEST stands for the row's newest token
 
 
 class SpanTokens(NamedTuple):
-    """The tokens of a `Span`: token, row of the state, number within the row, each row's last."""
+    """The tokens of a `Span`, as in `ops.span_inputs`: ids, rows of the state, numbers within the
+    row from 1 on, and the index of each row's last token."""
 
     token_T: Tensor
     row_T: Tensor
@@ -66,13 +67,13 @@ def new_state(num_rows: int, blocks_per_row: int, device: torch.device) -> Devic
 
 
 def decode_batch(block_size: int, state: DeviceState, row_idx_R: Tensor) -> tuple[Tensor, Batch]:
-    """Each row's newest token and its place: all inputs of a decode step follow from the state."""
+    """The inputs of a decode step, from the state alone: each row's newest token and its place."""
     token_R, *batch = ops.decode_inputs(*state[:4], row_idx_R, block_size)
     return token_R, Batch(*batch)
 
 
 def span_batch(block_size: int, state: DeviceState, span: Span) -> tuple[SpanTokens, Batch]:
-    """The tokens of a span and their places; rows continue at their positions in the state."""
+    """The tokens of a span and their places. Rows continue at their positions in the state."""
     token_T, *batch, row_T, num_T, last_R = ops.span_inputs(*state[:4], *span, block_size)
     return SpanTokens(token_T, row_T, num_T, last_R), Batch(*batch)
 
@@ -80,7 +81,7 @@ def span_batch(block_size: int, state: DeviceState, span: Span) -> tuple[SpanTok
 def choose(
     state: DeviceState, row_idx_R: Tensor, logits_RV: Tensor, num_R: Tensor | None = None
 ) -> Tensor:
-    """token_R, by each row's temperature and noise alone: the token after num_R more, or one."""
+    """Choose token_R, at positions pos + num_R (+ 1 without num_R), by temperature and noise."""
     inputs = ops.sampling_inputs(state.pos_S, state.sampling_SF, state.seed_S, row_idx_R, num_R)
     return ops.sample(logits_RV, *inputs)
 
@@ -88,14 +89,14 @@ def choose(
 def advance(
     state: DeviceState, row_idx_R: Tensor, token_R: Tensor, num_R: Tensor | None = None
 ) -> None:
-    """Make token_R the newest tokens of rows that have fed num_R tokens, or one."""
+    """Make token_R the newest tokens of rows that have fed num_R tokens (1 without num_R)."""
     ops.advance(state.token_S, state.pos_S, row_idx_R, token_R, num_R)
 
 
 def choose_and_advance(
     state: DeviceState, row_idx_R: Tensor, logits_RV: Tensor, num_R: Tensor | None = None
 ) -> Tensor:
-    """token_R, chosen by temperature alone and written back."""
+    """Choose token_R by temperature alone and write it to the state."""
     token_R = choose(state, row_idx_R, logits_RV, num_R)
     advance(state, row_idx_R, token_R, num_R)
     return token_R
@@ -104,7 +105,8 @@ def choose_and_advance(
 def accept_and_advance(
     num: int, state: DeviceState, span: Span, tokens: SpanTokens, chosen_T: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(token_RK, count_R) of `ops.accept`, K = `num`; the tokens that hold are written back."""
+    """Returns `ops.accept`'s (token_RK, count_R), K = `num`; advances the state by the accepted
+    tokens."""
     token_RK, count_R = ops.accept(tokens.token_T, chosen_T, span.num_tokens_R, num)
     newest_R = token_RK.gather(1, (count_R - 1).unsqueeze(1)).squeeze(1)
     advance(state, span.row_idx_R, newest_R, count_R)
@@ -114,6 +116,6 @@ def accept_and_advance(
 def choose_and_accept(
     num: int, state: DeviceState, span: Span, tokens: SpanTokens, logits_TV: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`accept_and_advance` of the tokens that follow each token by temperature alone."""
+    """`accept_and_advance` with tokens that are chosen by temperature alone."""
     chosen_T = choose(state, tokens.row_T, logits_TV, tokens.num_T)
     return accept_and_advance(num, state, span, tokens, chosen_T)

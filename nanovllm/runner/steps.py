@@ -1,6 +1,6 @@
-"""A step of the model, put together from regions.
+"""A step of the model, built from regions.
 
-Each region is traced and compiled by itself, once per bucket; a platform captures the whole step.
+Each region is traced and compiled separately, once per bucket. A platform captures the whole step.
 
 R rows | T tokens | K tokens a row | D hidden | V vocabulary.
 """
@@ -29,13 +29,13 @@ from nanovllm.runner.state import (
     span_batch,
 )
 
-# (first token, embeddings [n, D]) of tokens that bring their own
+# (first token, embeddings [n, D]) of tokens with given embeddings
 Given = Sequence[tuple[int, Tensor]]
 
 # Inputs of the regions below that are weights or tables (see `Compiler.frozen`).
 FROZEN = ("params", "w", "embed_VD", "final_norm_D", "head_VD", "cos_sin_MH")
 
-# Regions are not methods: in eager mode the compiler keeps them, and methods would keep the weights.
+# Regions are functions: in eager mode the compiler keeps them, and methods would keep the weights.
 
 
 def _begin(
@@ -72,7 +72,7 @@ def _inlined(
     cos_sin_MH: Tensor,
     *inputs: object,
 ) -> Any:
-    """A step as one region: a method of `Steps` on a compiler that compiles nothing."""
+    """A step as one region: runs a method of `Steps` with a compiler that compiles nothing."""
     if params.head_VD is None:
         params = params._replace(head_VD=params.embed_VD)
     steps = Steps(model, attention, params, caches, cos_sin_MH, state, Compiler(None))
@@ -83,7 +83,7 @@ def _inlined(
 class Steps:
     """The steps of one model. Programs are built on first use; `Runner.warm_up` uses every bucket.
 
-    With `whole` a step's regions are inlined into one program, for compilers that need it.
+    With `whole` the regions of a step are inlined into one program: some compilers need this.
     """
 
     model: Model
@@ -100,7 +100,7 @@ class Steps:
         return self.caches[0].k_CBKH.shape[1]
 
     def of_each_program(self) -> Steps:
-        """The steps of the reduced model, which use every program and launch few kernels."""
+        """The steps of the reduced model: they use every program and launch few kernels."""
         if self.whole:
             return self
         chosen = self.model.distinct_layers
@@ -114,13 +114,13 @@ class Steps:
 
     @contextmanager
     def restoring_state(self) -> Iterator[None]:
-        """Put back the tokens and positions that the steps in the block advance."""
+        """Restore the tokens and positions of the state after the steps in the block."""
         token_S, pos_S = self.state.token_S.clone(), self.state.pos_S.clone()
         yield
         self.state.token_S.copy_(token_S)
         self.state.pos_S.copy_(pos_S)
 
-    # a token for each row ---------------------------------------------------------------------
+    # one token for each row -------------------------------------------------------------------
 
     def decode_logits(self, row_idx_R: Tensor) -> Tensor:
         """Feed each row's newest token; returns the logits [R, V] of the token that follows it."""
@@ -137,7 +137,7 @@ class Steps:
     def decode(self, row_idx_R: Tensor) -> tuple[Tensor, Tensor]:
         """A decode step with the plain sampler; returns token_R and the logits [R, V].
 
-        The state holds the tokens as well.
+        Also writes the tokens to the state.
         """
         if self.whole:
             return self._run_whole("decode", Steps.decode, row_idx_R=row_idx_R)
@@ -147,7 +147,7 @@ class Steps:
     # several tokens for each row --------------------------------------------------------------
 
     def prefill_logits(self, span: Span) -> Tensor:
-        """Write keys and values of a span; returns the logits [R, V] after each row's last token."""
+        """Write keys and values of a span; returns logits [R, V] after each row's last token."""
         if self.whole:
             h_TD, tokens = self.hidden(span)
             return self.logits_at(h_TD, tokens.last_R)
@@ -157,7 +157,7 @@ class Steps:
     def hidden(self, span: Span, given: Given = ()) -> tuple[Tensor, SpanTokens]:
         """Write keys and values of a span; returns all hidden states [T, D] after the last layer.
 
-        Tokens of `given` start from these embeddings instead of the table's.
+        The embeddings of `given` replace those of the table.
         """
         if self.whole:
             assert not given
@@ -172,15 +172,16 @@ class Steps:
         return self._head(h_TD.index_select(0, index_R))
 
     def verify_logits(self, span: Span, num: int) -> tuple[Tensor, SpanTokens]:
-        """Feed up to K = `num` tokens a row, T = R · K; returns the logits [T, V] after each."""
+        """Feed up to K = `num` tokens a row, T = R · K; returns the logits [T, V] after each token,
+        and the tokens."""
         h_TD, tokens, batch = self._begin_span(span)
         return self._head(self._layers("verify", h_TD, batch, num)), tokens
 
     def verify(self, span: Span, num: int) -> tuple[Tensor, Tensor, Tensor, SpanTokens]:
         """A decode step of up to K = `num` tokens a row with the plain sampler.
 
-        Returns token_RK and count_R of `ops.accept`, and the two of `verify_logits`. The state holds
-        the accepted tokens as well.
+        Returns token_RK and count_R of `ops.accept`, and the two results of `verify_logits`. Also
+        writes the accepted tokens to the state.
         """
         if self.whole:
             return self._run_whole("verify", partial(Steps.verify, num=num), span=span)
@@ -197,8 +198,8 @@ class Steps:
         return token_RK, count_R, logits_TV, tokens
 
     def sample(self, row_idx_R: Tensor, logits_RV: Tensor, num_R: Tensor | None = None) -> Tensor:
-        """The plain sampler: chooses token_R by temperature, which rows that have fed num_R tokens,
-        or one, now hold as their newest."""
+        """The plain sampler: choose token_R by temperature and make them the newest tokens of rows
+        that have fed num_R tokens (1 without num_R)."""
         return self._run(
             "sample",
             (row_idx_R.shape[0], "one" if num_R is None else "several"),
@@ -251,11 +252,11 @@ class Steps:
         )
 
     def _run_whole(self, name: str, method: Callable[..., Any], **inputs: object) -> Any:
-        """One program for a step. All its shapes are static, the cache's too."""
+        """Run a step as one program. All its shapes are static, including the cache's."""
         shapes = [tensor.shape[0] for tensor in tensors(tuple(inputs.values()))]
         params: Any = self.params
         if params.head_VD is params.embed_VD:
-            # a weight that is two inputs would be two weights to the compiler
+            # a tensor that is passed twice would be two weights to the compiler
             params = params._replace(head_VD=None)
         return self._run(
             name,

@@ -1,4 +1,4 @@
-"""The blocks of the KV cache: who owns them, and which full blocks can be shared by requests with the same beginning."""
+"""The blocks of the KV cache: their owners, and the full blocks that equal prefixes share."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from collections.abc import Callable, Sequence
 
 
 def chain_digest(previous: bytes, token_ids: Sequence[int], content: bytes = b"") -> bytes:
-    """SHA-256 over the digest of the block before, a full block's token ids, and `content`: whatever
-    else decides its keys and values. Equal digests mean equal prefixes."""
+    """SHA-256 of the previous block's digest, a full block's token ids, and `content`: all other
+    data that its keys and values depend on. Equal digests mean equal prefixes."""
     return hashlib.sha256(previous + array("q", token_ids).tobytes() + content).digest()
 
 
 class BlockPool:
-    """Reference-counted blocks 1 … n − 1; block 0 belongs to padding and is never handed out.
+    """Reference-counted blocks 1 … n − 1. Block 0 belongs to padding and is never allocated.
 
-    A block whose last reference is gone keeps its content and digest until it is handed out again, the longest unused
-    first; until then a request with the same prefix takes it back.
+    A block without references keeps its content and digest until it is allocated again; the block
+    that is unused for longest is allocated first. Until then a request with the same prefix can
+    share it.
     """
 
     def __init__(
@@ -26,7 +27,8 @@ class BlockPool:
     ) -> None:
         if num_blocks < 2:
             raise ValueError(
-                f"the cache holds {num_blocks} block(s) of {block_size} tokens: it needs at least 2, one is padding"
+                f"the cache holds {num_blocks} block(s) of {block_size} tokens: "
+                "it needs at least 2, one of them for padding"
             )
         self.num_blocks = num_blocks
         self.block_size = block_size
@@ -52,10 +54,10 @@ class BlockPool:
         root: bytes = b"",
         content: Callable[[int, int], bytes] = lambda start, end: b"",
     ) -> list[bytes]:
-        """Chained digests of all full blocks of `token_ids`, continuing after those already `known`.
+        """Chained digests of all full blocks of `token_ids`; `known` are the first of them.
 
-        `root` begins the chain; `content(start, end)` goes into the digest of the block that holds
-        these positions.
+        `root` begins the chain. The digest of the block at positions start … end − 1 includes
+        `content(start, end)`.
         """
         digests, size = list(known), self.block_size
         for start in range(len(digests) * size, len(token_ids) - size + 1, size):
@@ -65,7 +67,7 @@ class BlockPool:
         return digests
 
     def cached_prefix(self, digests: Sequence[bytes]) -> list[int]:
-        """The blocks that hold the longest cached beginning of a chain; not yet owned by the caller."""
+        """The blocks of a chain's longest cached prefix. `share` them before use."""
         blocks: list[int] = []
         for digest in digests if self.enable_prefix_caching else ():
             block = self._by_digest.get(digest)
@@ -75,17 +77,17 @@ class BlockPool:
         return blocks
 
     def num_free_without(self, blocks: Sequence[int]) -> int:
-        """Blocks that could still be handed out if `blocks` were taken back first."""
+        """The number of blocks that `allocate` can give after `share(blocks)`."""
         return len(self._free) - sum(block in self._free for block in blocks)
 
     def share(self, blocks: Sequence[int]) -> None:
-        """Take one more reference to cached blocks."""
+        """Add one reference to each of these cached blocks."""
         for block in blocks:
             self._num_refs[block] += 1
             self._free.pop(block, None)
 
     def allocate(self, num: int) -> list[int]:
-        """`num` blocks with one reference each and unknown content; the caller has checked `num_free`."""
+        """`num` blocks with one reference each and unknown content; needs num <= `num_free`."""
         assert num <= len(self._free), (num, len(self._free))
         blocks = [self._free.popitem(last=False)[0] for _ in range(num)]
         for block in blocks:
@@ -96,7 +98,7 @@ class BlockPool:
         return blocks
 
     def publish(self, block: int, digest: bytes) -> None:
-        """Make a full block findable. Of two blocks with the same content the first stays the one that is found."""
+        """Let `cached_prefix` find a full block. It finds the first of two equal blocks."""
         if (
             self.enable_prefix_caching
             and digest not in self._by_digest
@@ -106,14 +108,15 @@ class BlockPool:
             self._digest_of[block] = digest
 
     def reset(self) -> None:
-        """All blocks free, nothing cached; whoever owned blocks must forget them."""
+        """Free all blocks and forget their content. Owners must drop their blocks."""
         self._num_refs = [0] * self.num_blocks
         self._free = OrderedDict((block, None) for block in range(1, self.num_blocks))
         self._by_digest.clear()
         self._digest_of.clear()
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Give back one reference each. The last blocks of a chain are reused first, its beginning is worth most."""
+        """Drop one reference to each block. The last blocks of a chain are reused first: more
+        requests share its beginning."""
         for block in reversed(blocks):
             assert self._num_refs[block] > 0, block
             self._num_refs[block] -= 1

@@ -1,4 +1,4 @@
-"""What the engine hands out after a step, and where a request's text ends."""
+"""The outputs of the engine, and the search for the end of a request's text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nanovllm.tokenizer import GrowingText
 
 @dataclass(frozen=True)
 class Completion:
-    """All of a finished request."""
+    """The whole output of a finished request."""
 
     text: str
     token_ids: list[int]
@@ -20,9 +20,7 @@ class Completion:
     num_prompt_tokens: int
     num_cached_tokens: int  # prompt tokens found in the prefix cache
     logprobs: list[dict[int, float]] | None  # per generated token
-    prompt_logprobs: (
-        list[dict[int, float] | None] | None
-    )  # per prompt token; nothing comes before the first
+    prompt_logprobs: list[dict[int, float] | None] | None  # per prompt token; None for the first
 
     @classmethod
     def of(cls, request: Request, text: str, finish_reason: str) -> Completion:
@@ -40,7 +38,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """What is new for one request since its last output. The last one carries the whole completion."""
+    """One request's new tokens and text. Its last output also holds the whole completion."""
 
     request_id: int
     token_ids: list[int]
@@ -54,9 +52,9 @@ class RequestOutput:
 
 @dataclass
 class TextStream:
-    """Follows one request's text, decodes it when someone needs it step by step, and finds stop strings.
+    """The text of one request. Decodes it step by step if necessary, and finds stop strings.
 
-    While a stop string could still begin at the end of the text, that end is held back.
+    The end of the text is held back while it may be the beginning of a stop string.
     """
 
     tokenizer: Any | None
@@ -64,14 +62,14 @@ class TextStream:
     incremental: bool
     text: str = ""
     _growing: GrowingText | None = field(default=None, repr=False)
-    _num_given: int = 0  # characters handed out
+    _num_given: int = 0  # characters taken so far
 
     def __post_init__(self) -> None:
         if self.tokenizer is not None and (self.incremental or self.stop_strings):
             self._growing = GrowingText(self.tokenizer)
 
     def push(self, token_ids: Sequence[int], *, may_stop: bool) -> bool:
-        """Add tokens; True if a stop string has appeared, in which case the text now ends before it."""
+        """Add tokens. True if they complete a stop string: the text then ends before it."""
         if self._growing is None:
             return False
         searched_from = len(self.text)
@@ -80,7 +78,7 @@ class TextStream:
         return may_stop and self._cut(searched_from)
 
     def finish(self, request: Request, *, may_stop: bool) -> None:
-        """No more tokens: flush what was held back, or decode everything now."""
+        """End the text: add unfinished characters, or decode all tokens now."""
         if self._growing is not None:
             searched_from = len(self.text)
             self._growing.flush()
@@ -91,14 +89,15 @@ class TextStream:
             self.text = self.tokenizer.decode(request.output_ids, skip_special_tokens=True)
 
     def take(self, *, last: bool) -> str:
-        """The text that is new and certain."""
+        """The new text, without the end that is held back; all new text if `last`."""
         end = len(self.text) if last else max(self._num_given, len(self.text) - self._held_back())
         piece = self.text[self._num_given : end]
         self._num_given = end
         return piece
 
     def _cut(self, searched_from: int) -> bool:
-        # a match must end in new text: what lay before was searched, or may not stop and is perhaps already handed out
+        # A match must end in new text: the old text was searched before, or must not stop the
+        # request and may have been taken.
         found = (
             self.text.find(stop, max(0, searched_from - len(stop) + 1))
             for stop in self.stop_strings
@@ -109,7 +108,7 @@ class TextStream:
         return bool(places)
 
     def _held_back(self) -> int:
-        """Length of the longest end of the text with which a stop string begins."""
+        """Length of the longest suffix of the text that is a proper prefix of a stop string."""
         return max(
             (
                 size

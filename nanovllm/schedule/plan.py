@@ -1,7 +1,7 @@
-"""What the runner is told, and what it answers: numbers and arrays alone, no requests and no tensors.
+"""Plans and results of steps: numbers and arrays only, no requests and no tensors.
 
-A plan can be written down, sent, and run by another process with the same result. R rows take part in
-a step and feed T tokens together, row after row.
+A plan can be stored, sent to another process and run there with the same result. R rows take part
+in a step. Together they feed T tokens, row after row.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 PAD_BLOCK = 0  # belongs to padding, never to a request
-NEWEST = -1  # in `StepPlan.token_T`: the row's newest token, which so far only the device knows
-# Columns of the device's table of sampling settings. The first is what the plain sampler reads.
+NEWEST = -1  # in `StepPlan.token_T`: the row's newest token, which may be only on the device
+# Columns of the device's table of sampling settings. The plain sampler reads only the first one.
 SAMPLING_FIELDS = (
     "temperature", "top_p", "min_p", "top_k",
     "repetition_penalty", "presence_penalty", "frequency_penalty",
@@ -22,10 +22,10 @@ SAMPLING_FIELDS = (
 
 
 class RowSettings(NamedTuple):
-    """The device state of a row that a request has just been given.
+    """The device state of a row at the start of a request.
 
-    `pos` is the position of the first token that it will feed, `rope_offset` what is added to a
-    position before the rotation. `adapter` 0 is the model without an adapter.
+    `pos` is the position of the first token that the row feeds. `rope_offset` is added to positions
+    before the rotation. `adapter` 0 is the model without an adapter.
     """
 
     row: int
@@ -38,7 +38,7 @@ class RowSettings(NamedTuple):
 
 
 class TokenHistory(NamedTuple):
-    """The tokens of a row that penalties count from here on."""
+    """The tokens so far of a row with penalties: they initialise its token counts."""
 
     row: int
     prompt_ids: list[int]
@@ -46,9 +46,9 @@ class TokenHistory(NamedTuple):
 
 
 class PromptLogprobs(NamedTuple):
-    """Log-probabilities are wanted of prompt tokens `token_ids`, the first at position `first`.
+    """Asks for log-probabilities of the prompt tokens `token_ids` from position `first` on.
 
-    The logits of each are those after token number `start`, `start + 1`, … of the step.
+    Their logits are those after tokens number `start`, `start + 1`, … of the step.
     """
 
     request_id: int
@@ -59,7 +59,7 @@ class PromptLogprobs(NamedTuple):
 
 
 class EmbeddingSpan(NamedTuple):
-    """Tokens `start` … `start + num − 1` of the step take rows `source` … of the embeddings `key`."""
+    """Tokens `start` … `start + num − 1` of the step use rows `source` … of embeddings `key`."""
 
     key: str
     source: int
@@ -69,10 +69,10 @@ class EmbeddingSpan(NamedTuple):
 
 @dataclass(frozen=True)
 class Choice:
-    """What choosing the next tokens asks beyond each row's temperature.
+    """How to choose the next tokens, apart from each row's temperature.
 
-    forbidden: (row of the step, token id) pairs that may not be chosen.
-    num_logprobs: the likeliest tokens to report for each row; None: no log-probabilities.
+    forbidden: (row of the step, token id) pairs that must not be chosen.
+    num_logprobs: the number of likeliest tokens to report for each row; None: no log-probabilities.
     allowed_RW: bit masks of the tokens that may be chosen, uint8 [R, ceil(V / 8)], token v at bit
         v % 8 of byte v // 8; None: all.
     """
@@ -85,7 +85,7 @@ class Choice:
 
     @property
     def state_suffices(self) -> bool:
-        """True if the device's table of sampling settings says all that is asked."""
+        """True if the device's table of sampling settings holds all data for the choice."""
         return not (
             self.has_penalties
             or self.forbidden
@@ -105,13 +105,13 @@ PLAIN = Choice()
 class StepPlan:
     """One step of the device.
 
-    request_ids, rows: [R] who takes part, and the row of the device state of each.
+    request_ids, rows: [R] the requests, and their rows of the device state.
     num_tokens: [R] tokens that each row feeds; in a decode step its newest token and the proposed
         tokens after it.
     seq_lens: [R] tokens of each row in the cache after the step.
-    token_T: int64 [T] the tokens, row after row; NEWEST for one that only the device knows. Empty in
-        a decode step in which every row feeds its newest token alone.
-    is_sampled: [R] whether the row's next token is wanted.
+    token_T: int64 [T] the tokens, row after row; NEWEST for a row's newest token. Empty in a decode
+        step in which every row feeds only its newest token.
+    is_sampled: [R] whether the step samples the row's next token.
     """
 
     is_prefill: bool
@@ -130,7 +130,7 @@ class StepPlan:
 
     @property
     def tokens_per_row(self) -> int:
-        """K of a decode step: the most tokens that a row feeds."""
+        """K of a decode step: the largest number of tokens that a row feeds."""
         return max(self.num_tokens)
 
     def to_bytes(self) -> bytes:
@@ -155,7 +155,7 @@ class StepPlan:
 
 
 class Logprobs(NamedTuple):
-    """Of N tokens: each one's own log-probability, and those of the L likeliest with their ids."""
+    """Log-probabilities of N tokens, and those of the L likeliest tokens with their ids."""
 
     chosen_N: np.ndarray
     top_NL: np.ndarray
@@ -164,11 +164,11 @@ class Logprobs(NamedTuple):
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step brought.
+    """The result of a step.
 
-    tokens: [R] lists of each row's new tokens: 1 … K of them, none where none was wanted.
-    logprobs: of each row's one token, where the plan asks for them.
-    prompt_logprobs: one for each of the plan's.
+    tokens: [R] lists of each row's new tokens: 1 … K of them, none for rows that do not sample.
+    logprobs: those of each row's new token, if the plan asks for them.
+    prompt_logprobs: one entry for each entry of `StepPlan.prompt_logprobs`.
     """
 
     tokens: list[list[int]]
@@ -177,7 +177,7 @@ class StepResult:
 
 
 def _pack(content: dict[str, Any]) -> bytes:
-    """JSON, a zero byte, then the raw bytes of the arrays that stand in it."""
+    """JSON, a zero byte, then the raw bytes of the arrays; the JSON has their dtypes and shapes."""
     arrays: list[np.ndarray] = []
 
     def written(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""From requests to the plan of a step: the one place where requests become plain data."""
+"""Builds the plan of a step: plain data made from requests."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NO_TOKENS = np.empty(0, np.int64)
 class Chunk:
     """`num_tokens` known tokens of a request from position `start` on.
 
-    The last chunk samples the next token; the first writes the row's state.
+    The first chunk of a request writes its row's state. The last one samples its next token.
     """
 
     request: Request
@@ -38,7 +38,7 @@ class Chunk:
 
 
 def choice_of(requests: Sequence[Request]) -> Choice:
-    """What choosing the next token of each row asks; its rows are those of the step."""
+    """The `Choice` of a step in which `requests` are the rows, in this order."""
     has_filters, has_penalties = False, False
     forbidden: list[tuple[int, int]] = []
     wanted: list[int] = []
@@ -63,7 +63,10 @@ def decode_plan(
     new_blocks: list[tuple[int, int, int]],
     choice: Choice,
 ) -> StepPlan:
-    """Each request feeds its newest token and its proposals, already counted as computed."""
+    """Each request feeds its newest token and its proposals.
+
+    `num_computed` of each request already counts these tokens.
+    """
     nums = [1] * len(requests)
     token_T = NO_TOKENS
     if any(proposals):
@@ -84,7 +87,7 @@ def decode_plan(
 
 
 def prefill_plan(chunks: Sequence[Chunk]) -> StepPlan:
-    """Chunks of prompts, one after another."""
+    """The plan of a step that feeds these chunks, one after another."""
     token_ids: list[int] = []
     prompt_logprobs: list[PromptLogprobs] = []
     embeddings: list[EmbeddingSpan] = []
@@ -124,7 +127,7 @@ def prefill_plan(chunks: Sequence[Chunk]) -> StepPlan:
 
 
 def _choice_of_chunks(chunks: Sequence[Chunk]) -> Choice:
-    """Only rows that sample ask for anything, but their numbers are those of the step."""
+    """The `Choice` of the rows that sample. Row numbers count all rows of the step."""
     if all(chunk.is_last for chunk in chunks):
         return choice_of([chunk.request for chunk in chunks])
     choice = choice_of([chunk.request for chunk in chunks if chunk.is_last])

@@ -1,4 +1,4 @@
-"""One request's way through the engine: what is known of it, and how far the device is with it."""
+"""The state of one request: its known tokens, and its progress on the device."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Status(enum.Enum):
 
 
 class Content(NamedTuple):
-    """Given embeddings for prompt tokens `start` … `start + num − 1`, under their digest as a key."""
+    """Embeddings given for prompt tokens `start` … `start + num − 1`. Their digest is their key."""
 
     start: int
     num: int
@@ -29,24 +29,22 @@ class Content(NamedTuple):
 
 @dataclass(eq=False)
 class Request:
-    """What is known of a request.
+    """A request, with its tokens, its blocks and its row.
 
-    `num_computed` tokens have their keys and values in the cache, or will have when the launched
-    steps are done. `num_in_flight` sampled tokens are on the device but not yet known here; with
-    proposals both count the proposed tokens until the step's result is known.
+    The keys and values of `num_computed` tokens are in the cache once all launched steps are done.
+    `num_in_flight` sampled tokens are on the device but not yet known to the host. Both counts
+    include proposed tokens until the result of their step is known.
     """
 
     request_id: int
     prompt_ids: list[int]
     params: SamplingParams
     seed: int
-    max_output: int  # max_tokens, cut to what max_model_len leaves
+    max_output: int  # max_tokens, at most what max_model_len leaves for the output
     stop_ids: frozenset[int]  # within the vocabulary
-    incremental: bool = False  # somebody watches its tokens come
+    incremental: bool = False  # somebody reads its tokens as they come
     contents: tuple[Content, ...] = ()
-    cache_root: bytes = (
-        b""  # begins the digests of its blocks: what decides keys and values throughout
-    )
+    cache_root: bytes = b""  # start of the digest chain: data that all keys and values depend on
     output_ids: list[int] = field(default_factory=list)
     status: Status = Status.WAITING
     finish_reason: str | None = None
@@ -54,9 +52,7 @@ class Request:
     blocks: list[int] = field(default_factory=list)
     block_digests: list[bytes] = field(default_factory=list)  # of the full blocks, chained
     is_decoding: bool = False  # its last prefill chunk has been launched
-    is_verifying: bool = (
-        False  # a step with proposals is in flight: its number of tokens is unknown
-    )
+    is_verifying: bool = False  # a step with proposals is in flight
     num_shared: int = 0  # tokens whose blocks were found in the cache at this admission
     num_computed: int = 0
     num_in_flight: int = 0
@@ -65,7 +61,7 @@ class Request:
     prompt_logprobs: list[dict[int, float] | None] = field(default_factory=list)
 
     def restart(self) -> None:
-        """Back to waiting, with nothing in the cache: the next prefill takes all known tokens."""
+        """Return to waiting without cached tokens: the next prefill feeds all known tokens."""
         self.status = Status.WAITING
         self.row, self.blocks, self.block_digests = -1, [], []
         self.is_decoding = self.is_verifying = False
@@ -93,17 +89,16 @@ class Request:
 
     @property
     def needs_prompt_logits(self) -> bool:
-        """Prompt log-probabilities are collected by the first full prefill; a restart with outputs
-        has them already."""
+        """True until the first full prefill has computed the requested prompt log-probabilities."""
         return self.params.prompt_logprobs is not None and not self.output_ids
 
     @property
     def min_tokens_hold(self) -> bool:
-        """True if the token now being sampled, which counts as in flight, may not end the request."""
+        """True if the token being sampled (it counts as in flight) must not end the request."""
         return self.num_scheduled_outputs <= self.params.min_tokens
 
     def content(self, start: int, end: int) -> bytes:
-        """The digests of what is given for positions `start` … `end − 1`, and where it lies there."""
+        """Digests and offsets of the embeddings given for positions `start` … `end − 1`."""
         return b"".join(
             one.digest + (one.start - start).to_bytes(8, "little", signed=True)
             for one in self.contents

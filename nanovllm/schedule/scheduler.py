@@ -1,11 +1,11 @@
-"""Which tokens run next. No tensors here: requests, rows and blocks, and plans made of them.
+"""Chooses the tokens of each step. Works on requests, rows and blocks, without tensors.
 
 First come, first served. A step is either a prefill step (chunks of prompts, at most
 `max_num_batched_tokens` tokens) or a decode step (the newest token of each of at most
-`max_decode_rows` rows, and proposals for the tokens after it). When both could run they take turns,
-so that a long prompt delays the next token of running requests by one prefill step at most. While
-somebody watches the tokens of a running request, that step is cut to a bound in time (`StallBound`);
-a batch that nobody watches finishes sooner without the bound.
+`max_decode_rows` rows, and proposals for the tokens after it). While somebody reads the tokens of a
+running request as they come (`Request.incremental`), prefill and decode steps take turns and a time
+bound (`StallBound`) limits each prefill step: a long prompt delays the next token by at most one
+short prefill step. Otherwise prefill goes first without a bound: the whole batch finishes sooner.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Scheduler:
         stall: StallBound | None = None,
         max_proposals: int = 0,
     ) -> None:
-        """`propose`, once set, is asked for at most `max_proposals` likely next tokens of a request
-        whose tokens are all known. A step without filters that need the host verifies them."""
+        """`propose`, if set, is called for requests whose tokens are all known, and at most
+        `max_proposals` of its tokens are used. Steps whose choice needs the host have none."""
         self.pool = pool
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -50,9 +50,7 @@ class Scheduler:
         self.num_preemptions = 0
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
         self._prefill_was_last = False
-        self._next_decode = (
-            0  # index into the decodable requests, when they need several decode steps
-        )
+        self._next_decode = 0  # the decodable request to begin with if they need several steps
 
     @property
     def has_work(self) -> bool:
@@ -62,7 +60,8 @@ class Scheduler:
         self.waiting.append(request)
 
     def finish(self, request: Request, reason: str) -> None:
-        """Free everything a request holds. Steps in flight may still write to its blocks; they run before any reuse."""
+        """Free a request's row and blocks. Steps in flight may still write to the blocks, but they
+        run before any step that reuses the blocks."""
         if request.status is Status.WAITING:
             self.waiting.remove(request)
         elif request.status is Status.RUNNING:
@@ -71,8 +70,10 @@ class Scheduler:
         request.finish_reason = reason
 
     def restart(self, requests: Iterable[Request]) -> None:
-        """Start again with `requests`, all that are unfinished, oldest first: for when a step broke off half-way, and
-        neither what the cache holds nor what is recorded of it can be trusted."""
+        """Start again with `requests`: all unfinished ones, oldest first.
+
+        For an error in a step: the cache's content and the records of it may no longer agree.
+        """
         self.pool.reset()
         self.running, self.waiting = [], deque(requests)
         self._free_rows = list(range(self.max_num_seqs - 1, -1, -1))
@@ -80,9 +81,10 @@ class Scheduler:
             request.restart()
 
     def schedule(self, *, may_preempt: bool) -> StepPlan | None:
-        """The next step, or None if nothing can run before the tokens in flight are known.
+        """The next step, or None if no request can run before the tokens in flight are known.
 
-        `may_preempt` is true when no step is in flight: a preempted request restarts from known tokens only.
+        `may_preempt` must be False while steps are in flight: a preempted request restarts from its
+        known tokens.
         """
         decodable = [request for request in self.running if request.may_decode]
         takes_turns = any(request.incremental for request in decodable)
@@ -97,13 +99,13 @@ class Scheduler:
             plan = self._plan_decode(decodable, may_preempt)
             if plan is not None or self.num_preemptions == num_preemptions:
                 return plan
-            # all that were chosen had to make room themselves: the requests before them have it now
+            # all chosen requests were preempted: older requests have their blocks now
             decodable = [request for request in self.running if request.may_decode]
         return None
 
     def tokens_known(self, request: Request, num_fed: int, token_ids: Sequence[int]) -> None:
-        """Append the tokens that a step with `num_fed` tokens of this request has brought, and
-        publish the blocks that are now full of known tokens."""
+        """Append the new tokens from a step that fed `num_fed` tokens of this request, and publish
+        the blocks that are now full of known tokens."""
         num_wrong = num_fed - len(token_ids)
         request.num_computed -= num_wrong
         request.num_in_flight -= num_fed
@@ -114,7 +116,10 @@ class Scheduler:
             self._publish(request, num_full)
 
     def _max_prefill_ms(self, decodable: list[Request]) -> float:
-        """What the next prefill step may take: the bound, shared by the steps between two tokens of one request."""
+        """The time bound of the next prefill step, in milliseconds.
+
+        The prefill steps between two tokens of one request share `StallBound.max_ms`.
+        """
         if self.stall is None or not any(request.incremental for request in decodable):
             return math.inf
         return self.stall.max_ms / -(-len(decodable) // self.max_decode_rows)
@@ -132,7 +137,8 @@ class Scheduler:
         return prefill_plan(chunks) if chunks else None
 
     def _add_chunk(self, chunks: list[Chunk], request: Request, budget: int, max_ms: float) -> int:
-        """Add as much of a request as fits; returns what of the budget is gone, all of it when time is."""
+        """Add a chunk of a request as large as fits; returns the number of tokens to take off the
+        budget: all of it if the step has no time left."""
         num_tokens = min(request.num_known - request.num_computed, budget)
         if self.stall is not None and max_ms < math.inf:
             before = [(chunk.num_tokens, chunk.start) for chunk in chunks]
@@ -145,16 +151,19 @@ class Scheduler:
         request.num_computed += num_tokens
         request.is_decoding = is_last
         request.num_in_flight += is_last
-        # Steps run in order, and a layer stores all keys of a step before it attends: a later request of the very same
-        # step may already share these blocks.
+        # Steps run in order, and a layer stores all keys of a step before its attention: later
+        # requests of this step may already share these blocks.
         self._publish(request, request.num_computed // self.pool.block_size)
         return num_tokens
 
     def _admit(self, request: Request) -> bool:
-        """Give a waiting request a row and blocks for all its known tokens, shared ones first; False if there are too few."""
+        """Give a waiting request a row and blocks for all its known tokens, cached blocks first.
+
+        Returns False if there are too few free blocks.
+        """
         known_ids = request.known_ids
         digests = self._digests(request, known_ids)
-        # the last token always runs, even if all its blocks are cached: its logits are what comes next
+        # the last token always runs, even if its block is cached: the step needs its logits
         usable = (
             []
             if request.needs_prompt_logits
@@ -162,7 +171,8 @@ class Scheduler:
         )
         shared = self.pool.cached_prefix(usable)
         num_new = self.pool.num_blocks_for(len(known_ids)) - len(shared)
-        # one spare block for each running request, or the newcomer would soon be preempted for one of them
+        # Keep one free block for each running request: otherwise the new request would soon be
+        # preempted.
         if num_new + len(self.running) > self.pool.num_free_without(shared) and self.running:
             return False
         self.pool.share(shared)
@@ -188,14 +198,14 @@ class Scheduler:
         new_blocks: list[tuple[int, int, int]] = []
         for request in decodable:
             if request.status is not Status.RUNNING:
-                continue  # preempted for a request before it
+                continue  # preempted for an older request
             if self._needs_block(request):
                 self._make_room(request)
                 if request.status is not Status.RUNNING:
-                    continue  # it was the newest itself
+                    continue  # this request was the newest
                 new_blocks.append(self._add_block(request))
             chosen.append(request)
-        # a later request's need may have preempted one that was chosen before
+        # a later request may have preempted a request that was chosen before
         chosen = [request for request in chosen if request.status is Status.RUNNING]
         if not chosen:
             return None
@@ -211,8 +221,10 @@ class Scheduler:
         return decode_plan(chosen, proposals, new_blocks, choice)
 
     def _proposals(self, request: Request, new_blocks: list[tuple[int, int, int]]) -> Sequence[int]:
-        """The proposed tokens after a request's newest, as many as free blocks and its length allow;
-        they count as computed and in flight until `token_known` says how many were right."""
+        """The proposed tokens after a request's newest, as many as blocks and its length allow.
+
+        They count as computed and in flight until `tokens_known` is told the accepted ones.
+        """
         if request.num_in_flight > 1:
             return ()
         assert self.propose is not None
@@ -229,7 +241,7 @@ class Scheduler:
         return proposed
 
     def _add_block(self, request: Request) -> tuple[int, int, int]:
-        """Give a request one block more; returns its row, the block's place in its table, the block."""
+        """Give a request one more block; returns (row, index in the block table, block)."""
         (block,) = self.pool.allocate(1)
         request.blocks.append(block)
         return request.row, len(request.blocks) - 1, block
@@ -238,7 +250,7 @@ class Scheduler:
         return request.num_computed == len(request.blocks) * self.pool.block_size
 
     def _make_room(self, request: Request) -> None:
-        """See to one free block, preempting the newest requests if need be, `request` itself if it is the newest."""
+        """Preempt the newest requests until a block is free or `request` itself is preempted."""
         while not self.pool.num_free and request.status is Status.RUNNING:
             victim = self.running[-1]
             self._vacate(victim)

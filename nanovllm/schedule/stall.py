@@ -1,4 +1,4 @@
-"""How long a prefill step may keep those waiting who watch their tokens come."""
+"""Bounds the time by which a prefill step delays the tokens of running requests."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-GRAIN = 64  # tokens; a chunk that does not fill its bucket ends at a multiple, where cache blocks end, too
+# Tokens. A chunk that does not fill its bucket has a multiple of this size: cache blocks end there.
+GRAIN = 64
 
 
 @dataclass(frozen=True)
 class StallBound:
-    """What a prefill step takes on this device, as measured at warm-up, and the most that it may take.
+    """Step times of this device, measured at warm-up, and the bound on the time of a prefill step.
 
     max_ms: the bound on one step, in milliseconds.
-    step_ms: (tokens, milliseconds) of a step of padding, for each bucket, ascending: everything but attention.
-    attention_ms: one token attending to one token, in all layers. Sliding windows are not counted on.
+    step_ms: (tokens, milliseconds) of a step of padding for each bucket, ascending: all work except
+        attention.
+    attention_ms: milliseconds for one query token and one key token, over all layers. The estimate
+        ignores sliding windows.
     """
 
     max_ms: float
@@ -23,7 +26,7 @@ class StallBound:
     attention_ms: float
 
     def estimate(self, chunks: Sequence[tuple[int, int]]) -> float:
-        """Milliseconds of a step with chunks of (tokens, position of the first)."""
+        """Milliseconds of a step with these chunks: (tokens, position of the first token)."""
         num_tokens = sum(num for num, _ in chunks)
         step_ms = next(
             (ms for tokens, ms in self.step_ms if tokens >= num_tokens), self.step_ms[-1][1]
@@ -33,15 +36,16 @@ class StallBound:
     def next_chunk(
         self, before: Sequence[tuple[int, int]], num_tokens: int, start: int, max_ms: float
     ) -> int:
-        """How many of `num_tokens` tokens from position `start` on shall join a step of the chunks `before`.
+        """The size of the chunk, at most `num_tokens` from position `start` on, to add to a step
+        with the chunks `before`.
 
-        Of the sizes that stay within `max_ms` the one that spends the least time per token. 0: the step is full. The
-        first chunk of a step is never empty, whatever it takes: the smallest bucket at least, so that every prompt ends.
+        Returns the size with the least time per token among those within `max_ms`; 0 if the step is
+        full. The first chunk of a step may exceed `max_ms`: it fills at least the smallest bucket,
+        so every prompt makes progress.
         """
         num_before = sum(num for num, _ in before)
-        between_ms = self.step_ms[0][
-            1
-        ]  # a decode step goes between two, and takes about what the smallest one does
+        # a decode step follows each prefill step: it takes about as long as the smallest bucket
+        between_ms = self.step_ms[0][1]
         best, best_cost = 0, math.inf
         if num_before:
             best_cost = (self.estimate(before) - self._attention(before) + between_ms) / num_before
@@ -51,7 +55,7 @@ class StallBound:
             if num <= 0 or left_ms < 0:
                 continue
             if self._attention([(num, start)]) > left_ms:
-                # the root of attention_ms · (num · start + num² / 2) = left_ms
+                # the positive root of attention_ms · (num · start + num² / 2) = left_ms
                 root = math.sqrt(start * start + 2 * left_ms / self.attention_ms) - start
                 num = min(num, int(root) // GRAIN * GRAIN)
             if num and (step_ms + between_ms) / (num_before + num) < best_cost:

@@ -1,4 +1,4 @@
-"""The kernels of a step's index arithmetic give exactly what the reference gives, padding included."""
+"""Kernels for a step's index arithmetic equal the reference exactly, including padding."""
 
 from __future__ import annotations
 
@@ -130,8 +130,8 @@ def test_spans_are_packed_one_after_another() -> None:
 def test_tokens_hold_up_to_the_first_that_was_not_chosen() -> None:
     fed = torch.tensor([1, 2, 3, 1, 2, 3, 1, 2, 9, 9, 5, 0, 0])
     chosen = torch.tensor([2, 3, 4, 2, 7, 3, 8, 2, 1, 9, 6, 0, 0])
-    # of three tokens each: both proposals right; the second wrong; the first wrong; then rows of
-    # one token, of which the next row's first is no proposal, and a padding row
+    # rows of three tokens: both proposals right; the second wrong; the first wrong. Then rows of
+    # one token (the next row's first token is not a proposal) and a padding row.
     num_R = torch.tensor([3, 3, 3, 1, 1, 0])
     token_RK, count_R = reference.accept(fed, chosen, num_R, 3)
     assert count_R.tolist() == [3, 2, 1, 1, 1, 1]

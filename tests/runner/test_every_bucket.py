@@ -1,4 +1,4 @@
-"""In every decode bucket of the device, the embedded model gives the tokens of eager mode."""
+"""The embedded model gives the tokens of eager mode in every decode bucket of the device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Spans of rows in a bucket's arrays: real tokens go to their rows' slots, padding to block 0."""
+"""A bucket's arrays: real tokens are written to their rows' slots, padding to block 0."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def arrays(rows: list[int], nums: list[int], num_tokens: int = 19, num_rows: int
 
 
 def slots(made: SpanArrays) -> tuple[list[int], list[int]]:
-    """(slot_T, row_T) that a step of these arrays has; every row owns block 3 and is at position 0."""
+    """Returns a step's (slot_T, row_T). Every row owns block 3 and is at position 0."""
     zeros_S = torch.zeros(PAD_ROW + 1, dtype=torch.int64)
     table_SP = torch.full((PAD_ROW + 1, PER_ROW), 3, dtype=torch.int32)
     table_SP[PAD_ROW] = 0

@@ -1,6 +1,6 @@
-"""Both kinds of prefill are ready after warm-up, whatever the windows of the layers are.
+"""Warm-up builds both kinds of prefill, for any windows of the layers.
 
-With prompt_logprobs the last layer computes all tokens; without, only the last token of each chunk.
+The last layer computes all tokens with prompt_logprobs, else only the last token of each chunk.
 """
 
 from __future__ import annotations

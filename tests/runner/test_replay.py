@@ -1,4 +1,4 @@
-"""A plan is all that the runner is told: written down, it gives the same result in another process."""
+"""A plan is the runner's only input: a stored plan gives the same result in another process."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from nanovllm import LLM, SamplingParams, env
 from nanovllm.schedule.plan import StepPlan, StepResult
 
 OPTIONS: dict[str, Any] = {
-    "device": "cpu", "dtype": "float32", "enforce_eager": True, "max_num_seqs": 6, "max_model_len": 128,
-    "max_num_batched_tokens": 32, "kvcache_block_size": 16, "num_kvcache_blocks": 40, "draft_lengths": (2,),
+    "device": "cpu", "dtype": "float32", "enforce_eager": True, "max_num_seqs": 6,
+    "max_model_len": 128, "max_num_batched_tokens": 32, "kvcache_block_size": 16,
+    "num_kvcache_blocks": 40, "draft_lengths": (2,),
 }  # fmt: skip
 PARAMS: list[dict[str, Any]] = [
     {"temperature": 0}, {"temperature": 1.5, "seed": 3}, {"top_k": 5, "top_p": 0.9, "seed": 4},
-    {"temperature": 0, "repetition_penalty": 1.4, "logprobs": 2}, {"min_tokens": 5, "prompt_logprobs": 1},
+    {"temperature": 0, "repetition_penalty": 1.4, "logprobs": 2},
+    {"min_tokens": 5, "prompt_logprobs": 1},
 ]  # fmt: skip
 
 
@@ -31,7 +33,7 @@ def plain(result: StepResult) -> list[Any]:
 
 
 def replay(folder: Path, options: dict[str, Any]) -> None:
-    """What the other process does: it knows the model's options and the plans."""
+    """Run the stored plans; the other process knows only the plans and the model's options."""
     llm = LLM("tiny-qwen3", **options)
     paths = sorted(folder.glob("*.plan"))
     results = [
@@ -52,7 +54,7 @@ def test_written_plans_give_the_same_result_in_another_process(
         collect(plan, result)
 
     def masking(plan: StepPlan) -> Any:
-        if len(plan.rows) == 1 and not plan.is_prefill:  # room for structured output: even tokens
+        if len(plan.rows) == 1 and not plan.is_prefill:  # allow only even tokens
             mask = np.full((1, (llm.engine.model_config.vocab_size + 7) // 8), 0x55, np.uint8)
             plan = replace(plan, choice=replace(plan.choice, allowed_RW=mask))
         number = len(list(tmp_path.glob("*.plan")))

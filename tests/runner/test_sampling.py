@@ -1,4 +1,4 @@
-"""The sampler draws from the distribution it promises, and its filters and penalties are the plain formulas."""
+"""The sampler draws from the right distribution; filters and penalties equal plain formulas."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def assert_drawn_from(token_N: Tensor, prob_V: Tensor) -> None:
     assert statistic < chi_square_limit(int(usual_V.sum())), (count_V, expected_V)
 
 
-# noise --------------------------------------------------------------------------------------------------------------
+# noise --------------------------------------------------------------------------------------------
 
 
 def test_hash_is_a_bijection_of_32_bits() -> None:
@@ -94,12 +94,12 @@ def test_noise_depends_on_the_row_alone() -> None:
     assert torch.equal(together[:, :19], reference.gumbel_noise(seed_R, pos_R, 19))
 
 
-# the plain sampler --------------------------------------------------------------------------------------------------
+# the plain sampler --------------------------------------------------------------------------------
 
 
 @pytest.fixture(params=[reference.sample, ops.sample], ids=["formula", "kernel"])
 def sample(request: pytest.FixtureRequest) -> Sample:
-    """The plain-torch meaning, and whatever runs on this machine's CPU in its place."""
+    """The plain-torch meaning, and the kernel for this machine's CPU."""
     if cpu_kernels.available()[0]:
         cpu_kernels.register()
     return request.param
@@ -151,11 +151,11 @@ def test_half_precision_logits_are_sampled_in_fp32(sample: Sample, dtype: torch.
     assert torch.equal(sample(logits_RV, *args), sample(logits_RV.float(), *args))
 
 
-# filters ------------------------------------------------------------------------------------------------------------
+# filters ------------------------------------------------------------------------------------------
 
 
 def plain_filter(logits: np.ndarray, top_k: int, top_p: float, min_p: float) -> set[int]:
-    """The tokens that stay: min_p, then top_k, then top_p of what is left, one by one."""
+    """The tokens that stay after min_p, then top_k, then top_p of the rest, one by one."""
     prob = np.exp(logits.astype(np.float64) - logits.max())
     prob /= prob.sum()
     order = sorted(range(len(prob)), key=lambda i: (-prob[i], i))
@@ -202,7 +202,7 @@ def test_filters_keep_what_the_plain_algorithm_keeps(vocab_size: int) -> None:
 
 
 def test_a_filtered_choice_calls_the_ops_that_are_rehearsed() -> None:
-    """So that on a GPU their kernels are compiled before the first request wants them."""
+    """A GPU then compiles their kernels before the first request needs them."""
     called: list[tuple[object, list[torch.dtype]]] = []
 
     class Watch(TorchDispatchMode):
@@ -278,7 +278,7 @@ def test_top_k_1_and_temperature_0_are_argmax() -> None:
     assert torch.equal(filtered(logits_RV, 0.0, 0, 0.9, 0.0, seed_R), logits_RV.argmax(-1))
 
 
-# penalties and log-probabilities ------------------------------------------------------------------------------------
+# penalties and log-probabilities ------------------------------------------------------------------
 
 
 def penalized(

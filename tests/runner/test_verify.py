@@ -1,4 +1,4 @@
-"""Decode steps of several tokens a row: what they keep is what single steps choose."""
+"""Decode steps of several tokens a row keep exactly the tokens that single steps choose."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def drafting(request: pytest.FixtureRequest, make_llm: Callable[..., LLM]) -> It
 
 @pytest.fixture
 def plans(drafting: LLM, monkeypatch: pytest.MonkeyPatch) -> list[StepPlan]:
-    """The plans that the runner was given since the test began."""
+    """The plans that the runner received since the test began."""
     seen: list[StepPlan] = []
     launch = drafting.engine.runner.launch
     monkeypatch.setattr(
@@ -50,7 +50,7 @@ def tokens(llm: LLM, params: Any, propose: Proposer | None = None) -> list[list[
 
 
 def knowing(answers: list[list[int]], num_right: Callable[[], int]) -> Proposer:
-    """Proposes what will come, the first `num_right()` of it; then tokens that will not come."""
+    """Proposes the next `num_right()` tokens of the answer, then wrong tokens."""
     of = {tuple(prompt): answer for prompt, answer in zip(PROMPTS, answers)}
 
     def propose(request: Request) -> list[int]:

@@ -1,4 +1,4 @@
-"""Blocks may be shared, return when their last owner frees them, and are evicted oldest first."""
+"""Requests share blocks, the last owner frees a block, and the oldest free block goes first."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_blocks_without_content_are_reused_first_then_the_longest_unused() -> No
     pool.release(new)
     pool.release(plain)
     assert pool.allocate(1) == plain
-    pool.allocate(2)  # never used so far
+    pool.allocate(2)  # blocks that were never used
     assert pool.allocate(1) == old
     assert pool.allocate(1) == new
 
@@ -138,7 +138,7 @@ def test_of_two_blocks_with_the_same_content_the_first_is_found() -> None:
     assert pool.cached_prefix([digest]) == first
     pool.release(second)
     pool.release(first)
-    assert pool.allocate(1) == second, "it has no digest, so nobody can find it"
+    assert pool.allocate(1) == second, "a block without a digest is reused first"
     assert pool.cached_prefix([digest]) == first
 
 
@@ -206,10 +206,8 @@ def test_pages_never_overlap(seed: int) -> None:
         for block in set(held):
             assert pool._num_refs[block] == held.count(block)
             assert block not in pool._free
-        for (
-            token_ids,
-            blocks,
-        ) in owners.values():  # nobody has overwritten a full block of somebody else
+        # no request has overwritten a full block of another
+        for token_ids, blocks in owners.values():
             for idx in range(len(token_ids) // block_size):
                 assert content[blocks[idx]] == tuple(token_ids[: (idx + 1) * block_size])
         for digest, block in pool._by_digest.items():

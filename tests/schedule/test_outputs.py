@@ -1,4 +1,4 @@
-"""Streamed text equals text decoded at once, and never shows a part of a stop string."""
+"""Streamed text equals text decoded at once and never contains a part of a stop string."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_spaces_of_a_sentencepiece_style_decoder() -> None:
 def feed(
     tokenizer: Any, text: str, stops: tuple[str, ...], *, min_tokens: int = 0, size: int = 1
 ) -> tuple[list[str], str, bool]:
-    """Feed token by token; returns (pieces, final text, whether it stopped)."""
+    """Feed `size` tokens at a time; returns (pieces, final text, whether it stopped)."""
     stream = TextStream(tokenizer, stops, incremental=True)
     token_ids = tokenizer.encode(text)
     pieces: list[str] = []
@@ -160,7 +160,7 @@ def test_streams_never_show_any_part_of_a_stop_string(tokenizer: Any, seed: int)
 def test_a_stop_string_before_min_tokens_stays_and_does_not_stop_later(tokenizer: Any) -> None:
     pieces, final, stopped = feed(tokenizer, "ab ab xy", ("ab", "a long stop string"), min_tokens=3)
     assert stopped and final == "".join(pieces) == "ab "
-    # complete before min_tokens, while longer stop strings may still match
+    # the stop string ends before min_tokens; the longer stop string could still match
     pieces, final, stopped = feed(tokenizer, "abxy", ("ab", "a long stop string"), min_tokens=3)
     assert not stopped and final == "".join(pieces) == "abxy"
 

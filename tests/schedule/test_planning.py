@@ -1,4 +1,4 @@
-"""From requests to plans, and from plans to bytes and back."""
+"""Plans of steps: built from requests, written as bytes and read back."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_restarted_requests_feed_their_outputs_too() -> None:
     assert plan.token_T.tolist() == [100, 101, 102, 11, 12]
     (history,) = plan.histories
     assert history.prompt_ids == [100, 101, 102] and history.output_ids == [11, 12]
-    assert not plan.prompt_logprobs, "the first prefill has brought them"
+    assert not plan.prompt_logprobs, "the first prefill computed them"
 
 
 def test_prompt_logprobs_name_each_token_but_the_first() -> None:

@@ -1,4 +1,4 @@
-"""Plans without a device: a loop that answers every planned token at once, or one step late, stands for the runner."""
+"""Plans without a device: a loop in place of the runner answers each step at once or later."""
 
 from __future__ import annotations
 
@@ -69,7 +69,8 @@ def chunks(plan: StepPlan) -> list[tuple[int, int]]:
 def answer(
     s: Known, plan: StepPlan | None, num_right: Callable[[int], int] = lambda most: most
 ) -> None:
-    """What the engine does when a step's tokens are known; `num_right` of so many hold."""
+    """Give the scheduler a step's tokens as the engine does. Of n fed tokens `num_right(n)` are
+    right."""
     assert plan is not None
     for request_id, num, wanted in zip(plan.request_ids, plan.num_tokens, plan.is_sampled):
         one, num_fed = s.known[request_id], 1 if plan.is_prefill else num
@@ -82,7 +83,7 @@ def answer(
 
 
 def check(s: Known, plan: StepPlan | None) -> None:
-    """What must hold after every plan."""
+    """Check the invariants that hold after every plan."""
     refs: dict[int, int] = {}
     for one in s.running:
         assert one.status is Status.RUNNING and one.row >= 0
@@ -123,7 +124,7 @@ def check(s: Known, plan: StepPlan | None) -> None:
 
 
 def run(s: Known, *, run_ahead: int = 0, limit: int = 5000) -> list[StepPlan]:
-    """Plan until nothing is left, each step answered `run_ahead` steps late."""
+    """Plan until no work is left; answer each step `run_ahead` steps later."""
     plans: list[StepPlan] = []
     in_flight: deque[StepPlan] = deque()
     for _ in range(limit):
@@ -175,7 +176,7 @@ def test_a_watched_request_waits_for_one_prefill_step_at_most(run_ahead: int) ->
     assert kinds.count(PREFILL) == 10
     pairs = list(itertools.pairwise(kinds))
     assert (PREFILL, PREFILL) not in pairs, "a decodable request waited for two prefill steps"
-    # and the prompt does not wait for more than one decode step
+    # the prompt does not wait for more than one decode step
     last = max(i for i, kind in enumerate(kinds) if kind is PREFILL)
     assert (DECODE, DECODE) not in pairs[:last]
 
@@ -196,8 +197,8 @@ STALL = StallBound(30.0, ((32, 2.0), (128, 2.0), (512, 2.5), (2048, 4.5), (8192,
 def with_long_prompt(
     stall: StallBound, *, watched: bool, **changes: Any
 ) -> tuple[Known, list[StepPlan], list[float]]:
-    """Eight requests decode when a prompt of 16,384 tokens comes; all plans from then on, and what the prefill steps
-    take by the estimate."""
+    """Add a prompt of 16,384 tokens while eight requests decode. Returns the scheduler, all plans
+    from then on, and the estimated milliseconds of the prefill steps."""
     sizes = {"num_blocks": 6000, "max_num_seqs": 16, "max_num_batched_tokens": 8192, **changes}
     s = scheduler(stall=stall, **sizes)
     for i in range(8):
@@ -261,7 +262,7 @@ def test_a_request_that_does_not_fit_holds_back_those_behind_it() -> None:
     s = scheduler(num_blocks=1 + 8)
     s.add(request(0, 16, 10))
     answer(s, s.schedule(may_preempt=True))
-    s.add(request(1, 24, 1))  # 6 blocks of which 4 are free
+    s.add(request(1, 24, 1))  # needs 6 blocks; 4 are free
     s.add(request(2, 1))
     answer(s, s.schedule(may_preempt=True))
     assert [one.request_id for one in s.running] == [0] and [
@@ -328,7 +329,7 @@ def test_the_newest_is_preempted_and_comes_back_first() -> None:
 
 
 def test_a_lone_victim_leaves_the_step_to_those_before_it() -> None:
-    """The newest has its turn alone, finds no block and is preempted: the step goes to somebody else."""
+    """The newest request alone has its turn and is preempted: the step goes to an older one."""
     s = scheduler(num_blocks=1 + 4, max_decode_rows=1, enable_prefix_caching=False)
     s.add(request(0, 4, 9))
     s.add(request(1, 4, 9))
@@ -353,7 +354,7 @@ def test_no_token_past_max_output_is_planned() -> None:
     s = scheduler()
     s.add(request(0, 3, 4))
     plans = []
-    while (plan := s.schedule(may_preempt=False)) is not None:  # nothing is ever answered
+    while (plan := s.schedule(may_preempt=False)) is not None:  # no step is answered
         plans.append(plan)
     assert [plan.is_prefill for plan in plans] == [PREFILL] + [DECODE] * 3
 
@@ -399,11 +400,11 @@ def test_equal_prompts_share_blocks_within_a_step() -> None:
 
 
 def test_what_else_decides_keys_and_values_parts_the_prefix_cache() -> None:
-    """Of requests with the same tokens, those with the same root and contents share blocks."""
+    """Requests with the same tokens share blocks only if their roots and contents are the same."""
     image, other = Content(2, 3, b"i" * 32), Content(2, 3, b"o" * 32)
     cases: list[tuple[bytes, tuple[Content, ...]]] = [
-        (b"", ()), (b"adapter", ()), (b"", (image,)), (b"", (other,)), (b"", (image._replace(start=3),)),
-        (b"", (image._replace(start=4),)),
+        (b"", ()), (b"adapter", ()), (b"", (image,)), (b"", (other,)),
+        (b"", (image._replace(start=3),)), (b"", (image._replace(start=4),)),
     ]  # fmt: skip
     s = scheduler(max_num_batched_tokens=512, max_num_seqs=16, max_prefill_rows=16)
     for i, (root, contents) in enumerate(cases * 2):
@@ -423,7 +424,7 @@ def test_proposals_are_fed_after_the_newest_token_as_far_as_there_is_room() -> N
     s.add(request(1, 6, 8))
     answer(s, planned(s))
     plan = planned(s)
-    # four more tokens are wanted of request 0: the newest brings one, proposals three
+    # request 0 needs four more tokens: one follows its newest token, three follow proposals
     assert plan.num_tokens == [4, 1] and plan.token_T.tolist() == [NEWEST, 70, 71, 72, NEWEST]
     assert s.schedule(may_preempt=False) is not None, "request 1 goes on"
     answer(s, plan, lambda most: min(most, 2))

@@ -1,4 +1,4 @@
-"""Chunk sizes follow from estimated step times, and the measured times of real steps."""
+"""Chunk sizes from estimated step times, and the measurement of real step times."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_full_buckets_are_taken_rather_than_a_part_of_the_next() -> None:
     assert STALL.next_chunk([], 2100, 0, math.inf) == 2048
     assert STALL.next_chunk([], 8192, 0, math.inf) == 8192
     assert STALL.next_chunk([], 8192, 6000, 30.0) == 2048, (
-        "1,700 tokens would fit into what the larger bucket leaves"
+        "1,700 tokens would fit the bound in the larger bucket"
     )
 
 
