@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import struct
 from pathlib import Path
 
 import torch
@@ -13,15 +12,32 @@ from torch import Tensor
 from nanovllm.kernels import ops
 from nanovllm.kernels.cpu import build
 
-_DECODE_INPUTS_ARGS = struct.Struct("@11P 3q")
-_SPAN_INPUTS_ARGS = struct.Struct("@16P 5q")
-_SAMPLING_INPUTS_ARGS = struct.Struct("@8P 2q")
-_ADVANCE_ARGS = struct.Struct("@5P 2q")
+_PER_ROW = "out_table out_seq_len out_q_start"
+_DECODE_INPUTS = build.Arguments(
+    "DecodeInputs",
+    pointers=f"out_token out_pos out_slot {_PER_ROW} token pos rope_offset table row_idx",
+    integers="num_rows num_blocks block_size",
+)
+_SPAN_INPUTS = build.Arguments(
+    "SpanInputs",
+    pointers=f"out_token out_pos out_slot {_PER_ROW} out_row out_num out_last "
+    "token pos rope_offset table row_idx num_tokens given",
+    integers="num_rows num_blocks num_tokens_all pad_row block_size",
+)
+_SAMPLING_INPUTS = build.Arguments(
+    "SamplingInputs",
+    pointers="out_temperature out_seed out_pos pos sampling seed row_idx num",
+    integers="num_rows num_fields",
+)
+_ADVANCE = build.Arguments(
+    "Advance", pointers="token pos row_idx new_token num", integers="num_rows pad_row"
+)
+_STRUCTS = (_DECODE_INPUTS, _SPAN_INPUTS, _SAMPLING_INPUTS, _ADVANCE)
 
 
 @functools.cache
 def _load() -> ctypes.CDLL:
-    library = build.load(Path(__file__).with_suffix(".cpp"))
+    library = build.load(Path(__file__).with_suffix(".cpp"), _STRUCTS)
     for name in ("decode_inputs", "span_inputs", "sampling_inputs", "advance"):
         function = getattr(library, f"nanovllm_{name}")
         function.argtypes, function.restype = (ctypes.c_char_p,), None
@@ -52,7 +68,7 @@ def decode_inputs(
     read = (token_S, pos_S, rope_offset_S, block_table_SP, row_idx_R)
     pointers = [tensor.data_ptr() for tensor in (*written, *read)]
     sizes = (row_idx_R.shape[0], num_blocks, block_size)
-    _load().nanovllm_decode_inputs(_DECODE_INPUTS_ARGS.pack(*pointers, *sizes))
+    _load().nanovllm_decode_inputs(_DECODE_INPUTS.pack(*pointers, *sizes))
     return written
 
 
@@ -77,7 +93,7 @@ def span_inputs(
     read = (token_S, pos_S, rope_offset_S, block_table_SP, row_idx_R, num_tokens_R, given_T)
     pointers = [tensor.data_ptr() for tensor in (*written, *read)]
     sizes = (row_idx_R.shape[0], num_blocks, given_T.shape[0], pos_S.shape[0] - 1, block_size)
-    _load().nanovllm_span_inputs(_SPAN_INPUTS_ARGS.pack(*pointers, *sizes))
+    _load().nanovllm_span_inputs(_SPAN_INPUTS.pack(*pointers, *sizes))
     return written
 
 
@@ -93,7 +109,7 @@ def sampling_inputs(
     written = (torch.empty(num_rows), torch.empty_like(row_idx_R), torch.empty_like(row_idx_R))
     pointers = [tensor.data_ptr() for tensor in (*written, pos_S, sampling_SF, seed_S, row_idx_R)]
     pointers.append(0 if num_R is None else num_R.data_ptr())
-    _load().nanovllm_sampling_inputs(_SAMPLING_INPUTS_ARGS.pack(*pointers, num_rows, num_fields))
+    _load().nanovllm_sampling_inputs(_SAMPLING_INPUTS.pack(*pointers, num_rows, num_fields))
     return written
 
 
@@ -103,9 +119,7 @@ def advance(
     """See `reference.advance`."""
     pointers = [tensor.data_ptr() for tensor in (token_S, pos_S, row_idx_R, token_R)]
     pointers.append(0 if num_R is None else num_R.data_ptr())
-    _load().nanovllm_advance(
-        _ADVANCE_ARGS.pack(*pointers, row_idx_R.shape[0], token_S.shape[0] - 1)
-    )
+    _load().nanovllm_advance(_ADVANCE.pack(*pointers, row_idx_R.shape[0], token_S.shape[0] - 1))
 
 
 def register() -> None:

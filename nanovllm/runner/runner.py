@@ -1,10 +1,10 @@
-"""Owns everything on the device: weights, cache, state, programs, captured steps. Launches steps and does not wait."""
+"""Owns everything on the device: weights, cache, state, programs, captured steps.
+
+It launches the steps that plans describe and does not wait for them.
+"""
 
 from __future__ import annotations
 
-import logging
-import math
-import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from nanovllm.compile.trace import tensors
 from nanovllm.models.interface import LayerCache, Model, Params
 from nanovllm.models.rope import rotary_table
 from nanovllm.platforms import attention
-from nanovllm.platforms.base import HostCopy, MemoryBudget, Platform, Rehearsal, Replay
+from nanovllm.platforms.base import HostCopy, MemoryBudget, Platform, Replay
 from nanovllm.runner.captured import DecodeStep, PrefillStep, VerifyStep
 from nanovllm.runner.inputs import SpanArrays, span_arrays
 from nanovllm.runner.sampling import LogprobCopies, Sampler, copy_logprobs
@@ -26,14 +26,6 @@ from nanovllm.runner.spec import EngineSpec
 from nanovllm.runner.state import accept_and_advance, new_state
 from nanovllm.runner.steps import Steps
 from nanovllm.schedule.plan import PAD_BLOCK, Logprobs, PromptLogprobs, StepPlan, StepResult
-from nanovllm.schedule.stall import StallBound
-
-logger = logging.getLogger(__name__)
-
-# The context against which attention is timed, so long that it stands out.
-STALL_CONTEXT_TOKENS = 16_384
-# How often a step is timed, and the milliseconds from which once is enough: what disturbs it is a part of one.
-STALL_REPEATS, STALL_LONG_MS = 2, 20.0
 
 
 @dataclass(frozen=True)
@@ -83,11 +75,11 @@ class Runner:
         self.model, self.params, self.spec = model, params, spec
         self.cfg, self.layout = cfg, layout = model.config, spec.layout
         self.platform, self.compiler = platform, compiler
-        # eager mode is for seeing each op run where it stands, so nothing is captured there
+        # eager mode shows each op where it runs, so nothing is captured there
         record = platform.capture if capture and compiler.lowering is not None else _as_it_is
         decode, spans = attention.recordable(spec.attention, platform)
         self._capture = record if decode else _as_it_is
-        # lengths that the host must announce are announced for decode steps alone
+        # the host announces lengths for decode steps only
         self._capture_spans = record if spans and not platform.traits.wants_lengths else _as_it_is
         self.state = new_state(layout.max_num_seqs, layout.blocks_per_row, platform.device)
         self.cos_sin_MH = rotary_table(
@@ -100,11 +92,11 @@ class Runner:
         if spec.cache_dtype is torch.float8_e4m3fn:
             assert model.kv_scales is not None
             self._scales = [model.kv_scales(cfg, layer) for layer in params.layers]
-        self.graphs_bytes = 0  # device memory that recording the decode steps took
+        self.graphs_bytes = 0  # device memory that capturing steps took
         self._decode_steps: dict[int, DecodeStep] = {}
         self._prefill_steps: dict[int, PrefillStep] = {}
         self._verify_steps: dict[tuple[int, int], VerifyStep] = {}
-        # until the size of the cache is known; where it is a static size of the programs, nothing is built for this one
+        # A small cache until its size is known. If programs contain it, none are built.
         first = Compiler(None) if platform.traits.whole_steps else compiler
         self.steps = self._make_steps(2, first)
 
@@ -114,13 +106,12 @@ class Runner:
 
     @property
     def weights_bytes(self) -> int:
-        unique = {
-            tensor.data_ptr(): tensor.nbytes for tensor in tensors(self.params)
-        }  # the head may be the embedding
+        # the head may be the embedding table
+        unique = {tensor.data_ptr(): tensor.nbytes for tensor in tensors(self.params)}
         return sum(unique.values())
 
     def measure_budget(self, utilization: float) -> MemoryBudget:
-        """What is left beside the weights and the largest prefill step, which is run once to see what it takes."""
+        """Run the largest prefill step once; returns the memory that it and the weights leave."""
         self.platform.reset_peak()
         self.run_bucket("prefill", self.layout.prefill_tokens[-1])
         return self.platform.memory_budget(utilization)
@@ -130,15 +121,15 @@ class Runner:
         self.steps = self._make_steps(num_blocks, self.compiler)
 
     def warm_up(self, progress: Callable[[str], object]) -> None:
-        """Build, run and record the steps of every bucket, and close the compiler."""
+        """Build, run and capture the steps of every bucket, and seal the compiler."""
         if not self.layout.pad:
             return
         self.platform.synchronize()
         used_bytes = self.platform.used_bytes()
-        # from the largest down: recorded steps share one memory pool, and the first one sizes it
+        # from the largest down: captured steps share one memory pool, and the first one sizes it
         for num_tokens in reversed(self.layout.prefill_tokens):
             progress(f"prefill {num_tokens}")
-            self._prefill_step(*self.layout.prefill_bucket(num_tokens, 1))
+            self.prefill_step(*self.layout.prefill_bucket(num_tokens, 1))
         for num_rows in reversed(self.layout.decode_rows):
             progress(f"decode {num_rows}")
             self._decode_step(num_rows)
@@ -170,71 +161,6 @@ class Runner:
                     self.sampler.warm_up()
         self.platform.synchronize()
 
-    def rehearse_bucket(self, kind: str, size: int, rehearsal: Rehearsal) -> None:
-        """Build the programs of one bucket, and call them with fake tensors made under the
-        rehearsal's mode. A runner that was itself made under it computes nothing and takes no
-        memory. `compiler.instead` must stand in for the programs.
-        """
-        mode, steps = rehearsal.mode, self.steps
-        with torch.no_grad():
-            if kind == "prefill":
-                with mode:
-                    step = PrefillStep(steps, self.platform, *self.layout.prefill_bucket(size, 1))
-                step.sample(step.logits())
-                step.build_hidden()
-            else:
-                with mode:
-                    row_idx_R = torch.zeros(size, dtype=torch.int64, device=self.platform.device)
-                    verify = [
-                        VerifyStep(steps, self.platform, size, num)
-                        for num in self.layout.verify_tokens
-                    ]
-                steps.decode(row_idx_R)
-                for one in verify:
-                    steps.verify(one.span, one.num)
-                if size == self.layout.decode_rows[0]:
-                    self.sampler.rehearse(rehearsal)
-
-    def measure_stall(self, max_ms: float) -> StallBound:
-        """Time prefill steps of padding, and one whose tokens attend to a long context; programs must be warm."""
-        sizes = self.layout.prefill_tokens
-        step_ms: list[tuple[int, float]] = []
-        for num_tokens in sizes:  # a larger step that seems faster is noise
-            step_ms.append(
-                (num_tokens, max(self._prefill_ms(num_tokens), step_ms[-1][1] if step_ms else 0.0))
-            )
-        num_tokens = min(sizes[-1], self.layout.max_model_len)
-        alone_ms = step_ms[-1][1] if num_tokens == sizes[-1] else self._prefill_ms(num_tokens)
-        context = min(self.layout.max_model_len, max(2 * num_tokens, STALL_CONTEXT_TOKENS))
-        attended = num_tokens * (context - num_tokens / 2)
-        attention_ms = max(0.0, self._prefill_ms(num_tokens, context) - alone_ms) / attended
-        bound = StallBound(max_ms, tuple(step_ms), attention_ms)
-        logger.debug("prefill steps: %s", bound)
-        return bound
-
-    def _prefill_ms(self, num_tokens: int, context: int = 0) -> float:
-        """A step of padding; with `context` its tokens are the last of so many, all in the padding
-        block, in a row that no request has yet."""
-        best_ms = math.inf
-        bucket = self.layout.prefill_bucket(num_tokens, 1)
-        step = self._prefill_step(*bucket)
-        tokens = np.zeros(num_tokens if context else 0, np.int64)
-        step.fill(
-            self._arrays([0] if context else [], [num_tokens] if context else [], tokens, *bucket)
-        )
-        for _ in range(STALL_REPEATS):
-            self.state.pos_S[0] = max(0, context - num_tokens)
-            self.platform.synchronize()
-            started = time.perf_counter()
-            with torch.no_grad():
-                step.replay()
-            self.platform.synchronize()
-            best_ms = min(best_ms, 1e3 * (time.perf_counter() - started))
-            if best_ms >= STALL_LONG_MS:
-                break
-        self.state.pos_S[0] = self.state.token_S[0] = 0
-        return best_ms
-
     def decode_uncaptured(self, num_rows: int, watch: AbstractContextManager[object]) -> None:
         """Launch a bucket's decode step op by op under `watch`, on padding alone. For profiling."""
         step = self._decode_step(num_rows)
@@ -243,7 +169,10 @@ class Runner:
             step.launch()
 
     def close(self) -> None:
-        """Forget everything that holds device memory; captured steps refer to themselves, so counting would not do."""
+        """Drop everything that holds device memory.
+
+        Captured steps refer to themselves, so reference counting alone would not free them.
+        """
         self.platform.synchronize()
         for steps in (self._decode_steps, self._prefill_steps, self._verify_steps):
             for step in steps.values():
@@ -299,7 +228,7 @@ class Runner:
             self._embeddings.pop(key, None)
 
     def _write(self, plan: StepPlan) -> None:
-        """Write into the state what a step does not derive: rows that have a new request, blocks."""
+        """Write what a step does not derive from the state: rows of new requests, new blocks."""
         state, upload = self.state, self.platform.upload
         if plan.settings:
             rows = plan.settings
@@ -376,7 +305,9 @@ class Runner:
     def _verify(self, plan: StepPlan) -> Launched:
         num_rows, num = self.layout.verify_bucket(len(plan.rows), plan.tokens_per_row)
         step = self._verify_step(num_rows, num)
-        arrays = self._arrays(plan.rows, plan.num_tokens, plan.token_T, num_rows * num, num_rows)
+        arrays = self.span_arrays(
+            plan.rows, plan.num_tokens, plan.token_T, num_rows * num, num_rows
+        )
         step.fill(arrays)
         if plan.choice.is_plain:
             step.replay()
@@ -387,7 +318,7 @@ class Runner:
             step.set(*accept_and_advance(num, self.state, step.span, tokens, chosen_T))
         return self._launched(plan, step.token_RK, counts=step.count_R)
 
-    def _prefill_step(self, num_tokens: int, num_rows: int) -> PrefillStep:
+    def prefill_step(self, num_tokens: int, num_rows: int) -> PrefillStep:
         step = self._prefill_steps.get(num_tokens)
         if step is None:
             step = PrefillStep(self.steps, self.platform, num_tokens, num_rows)
@@ -400,8 +331,8 @@ class Runner:
 
     def _prefill(self, plan: StepPlan) -> Launched:
         bucket = self.layout.prefill_bucket(len(plan.token_T), len(plan.rows))
-        step = self._prefill_step(*bucket)
-        step.fill(self._arrays(plan.rows, plan.num_tokens, plan.token_T, *bucket))
+        step = self.prefill_step(*bucket)
+        step.fill(self.span_arrays(plan.rows, plan.num_tokens, plan.token_T, *bucket))
         if plan.choice.is_plain and not plan.prompt_logprobs and not plan.embeddings:
             step.replay()
             return self._launched(plan, step.token_R)
@@ -441,7 +372,7 @@ class Runner:
             )
         return found
 
-    def _arrays(
+    def span_arrays(
         self,
         rows: Sequence[int],
         nums: Sequence[int],
@@ -449,6 +380,7 @@ class Runner:
         num_tokens: int,
         num_rows: int,
     ) -> SpanArrays:
+        """`inputs.span_arrays` with this state's padding row."""
         return span_arrays(
             rows,
             nums,

@@ -14,6 +14,7 @@ from nanovllm.models.interface import VARYING, Params
 from nanovllm.platforms.base import MemoryBudget
 from nanovllm.runner import steps
 from nanovllm.runner.runner import Runner
+from nanovllm.runner.warmup import measure_stall
 from nanovllm.schedule.stall import StallBound
 from nanovllm.startup.artifacts import common_ingredients
 from nanovllm.startup.choose import Choice
@@ -47,7 +48,7 @@ def build(choice: Choice, params: Params, progress: Callable[[str], object]) -> 
     runner.warm_up(progress)
     progress("stall")
     max_stall_ms = config.max_stall_ms or platform.traits.max_stall_ms
-    stall = runner.measure_stall(max_stall_ms) if math.isfinite(max_stall_ms) else None
+    stall = measure_stall(runner, max_stall_ms) if math.isfinite(max_stall_ms) else None
     memory = MemoryReport(
         weights_bytes=runner.weights_bytes,
         cache_bytes=num_blocks * runner.block_bytes,

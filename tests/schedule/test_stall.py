@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.runner import runner
+from nanovllm.runner import warmup
 from nanovllm.schedule.stall import GRAIN, StallBound
 from tests.engines import Generate, random_prompts
 
@@ -82,9 +82,9 @@ def test_long_steps_are_timed_once_and_no_step_twice_over(
     make_llm: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch, long_ms: float, repeats: int
 ) -> None:
     engine = make_llm(max_stall_ms=50, max_num_batched_tokens=128).engine
-    monkeypatch.setattr(runner, "STALL_LONG_MS", long_ms)
+    monkeypatch.setattr(warmup, "STALL_LONG_MS", long_ms)
     timed: list[int] = []
-    prefill_step = engine.runner._prefill_step
+    prefill_step = engine.runner.prefill_step
 
     def counting(num_tokens: int, num_rows: int) -> Any:
         step = prefill_step(num_tokens, num_rows)
@@ -94,8 +94,8 @@ def test_long_steps_are_timed_once_and_no_step_twice_over(
 
         return SimpleNamespace(**vars(step) | {"replay": replay, "fill": step.fill})
 
-    monkeypatch.setattr(engine.runner, "_prefill_step", counting)
-    engine.runner.measure_stall(50)
+    monkeypatch.setattr(engine.runner, "prefill_step", counting)
+    warmup.measure_stall(engine.runner, 50)
     assert timed == [32] * repeats + [128] * repeats + [128] * repeats, (
         "the last ones with a long context"
     )

@@ -22,6 +22,7 @@ from nanovllm.config import EngineConfig
 from nanovllm.models import loader
 from nanovllm.platforms.base import Platform
 from nanovllm.runner.runner import Runner
+from nanovllm.runner.warmup import rehearse_bucket
 from nanovllm.startup.build import make_compiler, with_cache
 from nanovllm.startup.choose import Choice, choose_without_weights
 
@@ -87,7 +88,7 @@ class Builder:
         try:
             fakes = self._fakes
             numbers = self._counted(
-                fakes.compiler, lambda: fakes.rehearse_bucket(kind, size, rehearsal)
+                fakes.compiler, lambda: rehearse_bucket(fakes, kind, size, rehearsal)
             )
         except Exception as error:  # anything that fails on fake tensors may work on real ones
             logger.debug("%s %d is run, since it cannot be rehearsed", kind, size, exc_info=True)

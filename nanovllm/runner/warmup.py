@@ -1,0 +1,94 @@
+"""Parts of warm-up that only look at a runner: rehearsing a bucket, timing prefill steps."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+
+import numpy as np
+import torch
+
+from nanovllm.platforms.base import Rehearsal
+from nanovllm.runner.captured import PrefillStep, VerifyStep
+from nanovllm.runner.runner import Runner
+from nanovllm.schedule.stall import StallBound
+
+logger = logging.getLogger(__name__)
+
+# The context against which attention is timed. It is long, so that attention is most of the step.
+STALL_CONTEXT_TOKENS = 16_384
+# A step is timed twice, or once if it takes so many milliseconds: a disturbance is then a small
+# share of it.
+STALL_REPEATS, STALL_LONG_MS = 2, 20.0
+
+
+def rehearse_bucket(runner: Runner, kind: str, size: int, rehearsal: Rehearsal) -> None:
+    """Build the programs of one bucket, and call them with fake tensors of the rehearsal's mode.
+
+    A runner that was made under that mode computes nothing and takes no memory. Its
+    `compiler.instead` must stand in for the programs.
+    """
+    mode, steps, platform, layout = rehearsal.mode, runner.steps, runner.platform, runner.layout
+    with torch.no_grad():
+        if kind == "prefill":
+            with mode:
+                step = PrefillStep(steps, platform, *layout.prefill_bucket(size, 1))
+            step.sample(step.logits())
+            step.build_hidden()
+            return
+        with mode:
+            row_idx_R = torch.zeros(size, dtype=torch.int64, device=platform.device)
+            verify = [VerifyStep(steps, platform, size, num) for num in layout.verify_tokens]
+        steps.decode(row_idx_R)
+        for one in verify:
+            steps.verify(one.span, one.num)
+        if size == layout.decode_rows[0]:
+            runner.sampler.rehearse(rehearsal)
+
+
+def measure_stall(runner: Runner, max_ms: float) -> StallBound:
+    """Time prefill steps of padding, and one whose tokens attend to a long context.
+
+    `Runner.warm_up` must have run.
+    """
+    sizes, max_model_len = runner.layout.prefill_tokens, runner.layout.max_model_len
+    step_ms: list[tuple[int, float]] = []
+    longest_ms = 0.0
+    for num_tokens in sizes:
+        longest_ms = max(longest_ms, _prefill_ms(runner, num_tokens))  # anything less is noise
+        step_ms.append((num_tokens, longest_ms))
+    num_tokens = min(sizes[-1], max_model_len)
+    alone_ms = longest_ms if num_tokens == sizes[-1] else _prefill_ms(runner, num_tokens)
+    context = min(max_model_len, max(2 * num_tokens, STALL_CONTEXT_TOKENS))
+    attended = num_tokens * (context - num_tokens / 2)
+    attention_ms = max(0.0, _prefill_ms(runner, num_tokens, context) - alone_ms) / attended
+    bound = StallBound(max_ms, tuple(step_ms), attention_ms)
+    logger.debug("prefill steps: %s", bound)
+    return bound
+
+
+def _prefill_ms(runner: Runner, num_tokens: int, context: int = 0) -> float:
+    """The milliseconds of a step of padding.
+
+    With `context` it feeds the last of so many tokens, all in the padding block, in a row that no
+    request has yet.
+    """
+    state, platform = runner.state, runner.platform
+    bucket = runner.layout.prefill_bucket(num_tokens, 1)
+    step = runner.prefill_step(*bucket)
+    rows, nums = ([0], [num_tokens]) if context else ([], [])
+    step.fill(runner.span_arrays(rows, nums, np.zeros(sum(nums), np.int64), *bucket))
+    best_ms = math.inf
+    for _ in range(STALL_REPEATS):
+        state.pos_S[0] = max(0, context - num_tokens)
+        platform.synchronize()
+        started = time.perf_counter()
+        with torch.no_grad():
+            step.replay()
+        platform.synchronize()
+        best_ms = min(best_ms, 1e3 * (time.perf_counter() - started))
+        if best_ms >= STALL_LONG_MS:
+            break
+    state.pos_S[0] = state.token_S[0] = 0
+    return best_ms
