@@ -26,6 +26,12 @@ class Layout:
     def blocks_per_row(self) -> int:
         return -(-self.max_model_len // self.block_size)
 
+    @property
+    def buckets(self) -> list[tuple[str, int]]:
+        """("prefill", tokens) and ("decode", rows), the ones that take longest to build first."""
+        prefill = [("prefill", num_tokens) for num_tokens in reversed(self.prefill_tokens)]
+        return prefill + [("decode", num_rows) for num_rows in reversed(self.decode_rows)]
+
     def decode_bucket(self, num_rows: int) -> int:
         return buckets.smallest_fit(self.decode_rows, num_rows) if self.pad else num_rows
 

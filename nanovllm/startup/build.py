@@ -7,6 +7,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from tqdm import tqdm
+
 from nanovllm import env
 from nanovllm.compile import buckets
 from nanovllm.compile.program import Compiler
@@ -16,8 +18,9 @@ from nanovllm.runner import steps
 from nanovllm.runner.runner import Runner
 from nanovllm.runner.warmup import measure_stall
 from nanovllm.schedule.stall import StallBound
-from nanovllm.startup.artifacts import common_ingredients
+from nanovllm.startup.artifacts import common_ingredients, finish
 from nanovllm.startup.choose import Choice
+from nanovllm.startup.laps import Laps
 from nanovllm.startup.memory import MemoryReport
 
 logger = logging.getLogger(__name__)
@@ -31,24 +34,36 @@ class Built:
     stall: StallBound | None
 
 
-def build(choice: Choice, params: Params, progress: Callable[[str], object]) -> Built:
-    """Size the cache, run every bucket and time prefill.
+def build(choice: Choice, params: Params, bar: tqdm, laps: Laps) -> Built:
+    """Size the cache, run every bucket, time prefill, and note that the store has everything.
 
-    `progress` gets each stage that begins after the cache: "prefill 512", "decode 8", …, "stall".
     Raises ValueError for a cache that does not fit, and CompileRequired.
     """
-    config, platform = choice.config, choice.platform
+    config, platform, stage = choice.config, choice.platform, "cache"
+    num_kernels = len(platform.kernels_compiled())
+    bar.set_description("sizing the cache")
 
     def new_runner(chosen: Choice) -> Runner:
         compiler = make_compiler(chosen)
         capture = config.capture
         return Runner(chosen.model, params, chosen.spec, platform, compiler, capture=capture)
 
+    def building(what: str) -> None:
+        nonlocal stage
+        laps.end(stage)
+        stage = what.partition(" ")[0]
+        bar.set_description(f"building {what}")
+        bar.update()
+
     runner, num_blocks, budget = with_cache(choice, new_runner)
-    runner.warm_up(progress)
-    progress("stall")
+    runner.warm_up(building)
+    laps.end(stage)
     max_stall_ms = config.max_stall_ms or platform.traits.max_stall_ms
     stall = measure_stall(runner, max_stall_ms) if math.isfinite(max_stall_ms) else None
+    laps.end("stall")
+    if not config.enforce_eager:
+        finish(choice, platform.kernels_compiled()[num_kernels:])
+        laps.end("seal")
     memory = MemoryReport(
         weights_bytes=runner.weights_bytes,
         cache_bytes=num_blocks * runner.block_bytes,
@@ -57,6 +72,7 @@ def build(choice: Choice, params: Params, progress: Callable[[str], object]) -> 
         budget=budget,
         limited=budget is not None and num_blocks < budget.cache_bytes // runner.block_bytes,
     )
+    logger.info("%s", memory)
     return Built(runner, num_blocks, memory, stall)
 
 

@@ -21,9 +21,10 @@ from nanovllm.models.interface import Model
 from nanovllm.platforms import attention
 from nanovllm.platforms.base import Platform
 from nanovllm.runner.spec import EngineSpec, Layout
-from nanovllm.startup.artifacts import open_store
+from nanovllm.startup.artifacts import is_ready, open_store
 from nanovllm.startup.checkpoint_cache import read_config
-from nanovllm.startup.compile_farm.tasks import Bucket
+from nanovllm.startup.compile_farm.farm import CompileFarm
+from nanovllm.startup.laps import Laps
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ class Choice:
     """What the later steps of a start need to know.
 
     `folder` is the checkpoint's, `hf` transformers' config of it or the store's copy of that.
+    `eos_ids` end an answer. `num_workers` processes compile while this one reads weights.
     """
 
     config: EngineConfig
@@ -42,6 +44,8 @@ class Choice:
     hf: Any
     model: Model
     spec: EngineSpec
+    eos_ids: frozenset[int]
+    num_workers: int = 0
 
     def shortened(self, max_model_len: int) -> Choice:
         """The same for shorter requests: other sizes, and perhaps another rotary table."""
@@ -51,13 +55,6 @@ class Choice:
         model = architecture(self.hf, dtype=dtype, max_model_len=max_model_len)
         spec = make_spec(config, model, self.platform)
         return replace(self, config=config, model=model, spec=spec)
-
-    @property
-    def buckets(self) -> list[Bucket]:
-        """All buckets, the ones that take longest to build first."""
-        layout = self.spec.layout
-        prefill: list[Bucket] = [("prefill", size) for size in reversed(layout.prefill_tokens)]
-        return prefill + [("decode", size) for size in reversed(layout.decode_rows)]
 
     def prepare_kernels(self) -> None:
         """Register the device's kernels. C++ libraries that the store lacks are compiled here."""
@@ -79,8 +76,44 @@ class Choice:
         logger.warning(problem)
 
 
-def choose(config: EngineConfig, platform: Platform, store: Store, folder: Path) -> Choice:
-    """Raises ValueError for options that the device or the checkpoint does not support."""
+def choose(config: EngineConfig, farm: CompileFarm, laps: Laps) -> Choice:
+    """Choose everything and prepare kernels. If the store is empty, workers import meanwhile.
+
+    Raises ValueError for options that the device or the checkpoint does not support.
+    """
+    platform = select_platform(config)
+    laps.end("device")
+    folder = hub.resolve(config.model, weights=not config.random_weights)
+    store = open_store(config)
+    # Workers open the store that the options name, so they cannot fill a temporary one.
+    is_shared = store.folder == env.read().store_folder(config.compile_cache)
+    helps = is_shared and not config.enforce_eager and config.compile_cache_mode == "auto"
+    is_cold = helps and not any(store.entries())
+    farm.start_workers(platform.compile_workers(0, 0) if is_cold else 0)
+    choice = choose_model(config, platform, store, folder)
+    laps.end("config")
+    choice.prepare_kernels()
+    choice.check_graphs()
+    if helps and platform.lowering()[0] is not None:
+        choice = replace(choice, num_workers=_num_workers(choice))
+    laps.end("kernels")
+    return choice
+
+
+def _num_workers(choice: Choice) -> int:
+    """0 if compiling is fast on this device, or if an earlier start has compiled everything."""
+    cfg, spec, model = choice.model.config, choice.spec, choice.model
+    token_size = 4 * cfg.ffn_size + 8 * cfg.hidden_size + 3 * cfg.qkv_size
+    scratch_bytes = spec.layout.prefill_tokens[-1] * token_size * cfg.dtype.itemsize
+    params_bytes = model.reduced().param_bytes(spec.weight_format)
+    worker_bytes = params_bytes + scratch_bytes + (1 << 30)  # for the device's context
+    own_bytes = model.param_bytes(spec.weight_format)
+    count = choice.platform.compile_workers(worker_bytes, own_bytes)
+    return 0 if count < 2 or is_ready(choice) else count
+
+
+def choose_model(config: EngineConfig, platform: Platform, store: Store, folder: Path) -> Choice:
+    """The part of `choose` that follows from the checkpoint's config. Raises ValueError."""
     traits = platform.traits
     if config.quantization is not None and config.quantization not in traits.quantizations:
         raise ValueError(
@@ -92,7 +125,7 @@ def choose(config: EngineConfig, platform: Platform, store: Store, folder: Path)
     architecture = registry.architecture(hf.architectures)
     model = architecture(hf, dtype=dtype, max_model_len=config.max_model_len)
     spec = make_spec(config, model, platform)
-    return Choice(config, platform, store, folder, hf, model, spec)
+    return Choice(config, platform, store, folder, hf, model, spec, eos_token_ids(folder, hf))
 
 
 def choose_without_weights(
@@ -104,7 +137,7 @@ def choose_without_weights(
     """
     platform = platform or select_platform(config)
     folder = hub.resolve(config.model, weights=False)
-    choice = choose(config, platform, open_store(config, must_keep=must_keep), folder)
+    choice = choose_model(config, platform, open_store(config, must_keep=must_keep), folder)
     choice.prepare_kernels()
     return choice
 

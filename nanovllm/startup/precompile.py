@@ -26,7 +26,7 @@ def fill(
     """
     # compiles C++ libraries, which workers then find
     choice = choose_without_weights(config, must_keep=True)
-    buckets = choice.buckets
+    buckets = choice.spec.layout.buckets
     if count is None:
         halved = min(8, max(1, (os.cpu_count() or 2) // 2))
         count = 1 if choice.platform.traits.whole_steps else halved

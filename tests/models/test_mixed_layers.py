@@ -187,7 +187,7 @@ def test_the_reduced_model_leaves_every_program_of_the_whole_one(
     choice = choose_without_weights(EngineConfig(str(checkpoint), **options))
     small = builder.small_runner(choice)
     assert small.model.layer_kinds == (WIDE, NARROW, NARROW)
-    for kind, size in choice.buckets:
+    for kind, size in choice.spec.layout.buckets:
         small.run_bucket(kind, size)
     runner = load(checkpoint, **options, compile_cache_mode="require")
     assert runner.model.distinct_layers == (0, 1, 4)

@@ -93,7 +93,7 @@ def test_the_small_model_leaves_every_program_of_the_whole_one(
     options = {**OPTIONS, "device": "cpu", "compile_cache": tmp_path / "store"}
     choice = choose_without_weights(EngineConfig(str(model[0]), **options))
     small = small_runner(choice)
-    for kind, size in choice.buckets:
+    for kind, size in choice.spec.layout.buckets:
         small.run_bucket(kind, size)
     llm = LLM(str(model[0]), **options, compile_cache_mode="require")
     compiler = llm.engine.runner.compiler

@@ -16,7 +16,7 @@ import pytest
 from nanovllm import LLM, EngineConfig, env
 from nanovllm.platforms import preload
 from nanovllm.platforms.cpu import CpuPlatform
-from nanovllm.startup import load as startup
+from nanovllm.startup import choose
 from nanovllm.startup.compile_farm import farm as compile_farm
 from nanovllm.startup.compile_farm import fork_server, process
 from nanovllm.startup.compile_farm.farm import CompileFarm
@@ -214,18 +214,18 @@ def test_a_start_uses_its_server_or_ends_it(
         begun.append(ForkServer(config, most))
         return begun[0]
 
-    choose = startup.choose
+    choose_model = choose.choose_model
 
     def choose_later(*args: Any) -> Any:
         ended.append(begun[0].process.poll())
-        return choose(*args)
+        return choose_model(*args)
 
     monkeypatch.setattr(compile_farm, "_is_likely_needed", lambda config: True)
     monkeypatch.setattr(compile_farm, "ForkServer", begin)
     monkeypatch.setattr(
         compile_farm, "spawn", lambda config: pytest.fail("another process was started")
     )
-    monkeypatch.setattr(startup, "choose", choose_later)
+    monkeypatch.setattr(choose, "choose_model", choose_later)
     monkeypatch.setattr(CpuPlatform, "compile_workers", lambda *_: count)
     llm = LLM(str(tiny_qwen3), **OPTIONS, compile_cache=store)
     compiler = llm.engine.runner.compiler

@@ -98,11 +98,6 @@ class CompileFarm:
             self._threads.append(thread)
             thread.start()
 
-    @property
-    def is_building(self) -> bool:
-        """True from `build` on."""
-        return bool(self._threads)
-
     def wait(
         self, progress: Callable[[Outcome], object], patience_s: float | None = None
     ) -> list[Outcome]:
