@@ -143,8 +143,9 @@ class Compiler:
         program = self._build(name, function, inputs)
         stored = getattr(program.run, "stored", None)
         if self.store is not None and key is not None and stored is not None:
+            kind, content = stored()
             result, ingredients = nesting(program.result), dict(key.ingredients)
-            self.store.save(key, Artifact(name, *stored(), result, ingredients))
+            self.store.save(key, Artifact(name, kind, content, result, ingredients))
         return program
 
     def _stored(self, name: str, key: Key) -> Program | None:

@@ -18,13 +18,13 @@ def page(report: Report) -> str:
     """The whole page."""
     files = (Path(__file__).with_suffix(suffix) for suffix in (".css", ".js"))
     style, script = (file.read_text(encoding="utf-8") for file in files)
-    facts = [f"{text(name)} <b>{text(value)}</b>" for name, value in report.facts.items()]
+    named = [f"{text(name)} <b>{text(value)}</b>" for name, value in report.facts.items()]
+    facts = " &nbsp;·&nbsp; ".join(named)
     parts = [
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width">',
         f"<title>{text(report.title)}</title><style>{style}</style></head><body><main>",
-        f'<h1>{text(report.title)}</h1><div class="facts">',
-        f"{' &nbsp;·&nbsp; '.join(facts)}</div>",
+        f'<h1>{text(report.title)}</h1><div class="facts">{facts}</div>',
         f'<div class="cards">{_cards(report)}</div>',
         _section(
             "Where a step's time goes",
