@@ -35,21 +35,15 @@ class Key:
 
     @cached_property
     def digest(self) -> str:
-        return hashlib.sha256(
-            json.dumps(dict(self.ingredients), sort_keys=True).encode()
-        ).hexdigest()
+        text = json.dumps(dict(self.ingredients), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def differences(self, other: Mapping[str, str]) -> list[str]:
         """One line per ingredient that differs in `other`; the shapes of inputs come last."""
-        names = sorted(
-            {*self.ingredients, *other}, key=lambda name: (name.startswith("input "), name)
-        )
         mine, theirs = self.ingredients.get, other.get
-        return [
-            f"{name}: {_short(mine(name))} is wanted, {_short(theirs(name))} is there"
-            for name in names
-            if mine(name) != theirs(name)
-        ]
+        names = sorted({*self.ingredients, *other}, key=lambda n: (n.startswith("input "), n))
+        changed = [name for name in names if mine(name) != theirs(name)]
+        return [f"{n}: {_short(mine(n))} is wanted, {_short(theirs(n))} is there" for n in changed]
 
 
 def program_key(
@@ -63,10 +57,8 @@ def program_key(
 
     `common` holds the ingredients that all programs of a start share; for `varying` see `trace`.
     """
-    own = {
-        f"input {name}": _tensor(tensor, name.endswith(tuple(varying)))
-        for name, tensor in input_leaves(inputs)
-    }
+    leaves, endings = input_leaves(inputs), tuple(varying)
+    own = {f"input {name}": _tensor(leaf, name.endswith(endings)) for name, leaf in leaves}
     return Key({"region": json.dumps(describe(function)), **own, **common})
 
 
@@ -156,11 +148,7 @@ def own_sources() -> dict[str, str]:
 
 
 def _tensor(tensor: Tensor, varies: bool) -> str:
-    sizes = (
-        ["*" if varies else str(tensor.shape[0]), *map(str, tensor.shape[1:])]
-        if tensor.dim()
-        else []
-    )
+    sizes = ["*" if varies and i == 0 else str(size) for i, size in enumerate(tensor.shape)]
     dtype = str(tensor.dtype).removeprefix("torch.")
     return f"{dtype}[{', '.join(sizes)}] strides {list(tensor.stride())} {tensor.device}"
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+Region = Callable[..., Any]
 Pass = Callable[["GraphModule", Sequence[Tensor]], "GraphModule"]
 # A program can be stored if the lowering's result has `stored() -> (kind, content)` and the module
 # lower/<kind>.py has `load(content)`.
@@ -91,11 +92,7 @@ class Compiler:
     _programs: dict[tuple[object, ...], Callable[..., Any]] = field(default_factory=dict)
 
     def program(
-        self,
-        name: str,
-        key: tuple[object, ...],
-        function: Callable[..., Any],
-        inputs: dict[str, object],
+        self, name: str, key: tuple[object, ...], function: Region, inputs: dict[str, object]
     ) -> Callable[..., Any]:
         """The program (name, *key) of region `function`; `key` holds its bucket and window.
 
@@ -127,9 +124,7 @@ class Compiler:
                 "'require':\n  " + "\n  ".join(self.missing)
             )
 
-    def _make(
-        self, name: str, function: Callable[..., Any], inputs: dict[str, object]
-    ) -> Callable[..., Any]:
+    def _make(self, name: str, function: Region, inputs: dict[str, object]) -> Region | Program:
         if self.lowering is None:
             if logger.isEnabledFor(logging.DEBUG):
                 leaves = [f"{leaf} {_described(tensor)}" for leaf, tensor in input_leaves(inputs)]
@@ -149,10 +144,8 @@ class Compiler:
         stored = getattr(program.run, "stored", None)
         if self.store is not None and key is not None and stored is not None:
             kind, content = stored()
-            ingredients = dict(key.ingredients)
-            self.store.save(
-                key, Artifact(name, kind, content, nesting(program.result), ingredients)
-            )
+            result, ingredients = nesting(program.result), dict(key.ingredients)
+            self.store.save(key, Artifact(name, kind, content, result, ingredients))
         return program
 
     def _stored(self, name: str, key: Key) -> Program | None:
@@ -164,19 +157,16 @@ class Compiler:
         try:
             if artifact.kind not in LOADABLE:
                 raise ValueError(f"its kind is {artifact.kind!r}, not one of {', '.join(LOADABLE)}")
-            run = importlib.import_module(f"nanovllm.compile.lower.{artifact.kind}").load(
-                artifact.content
-            )
-            program = Program(name, run, nested_like(artifact.result))
+            lowering = importlib.import_module(f"nanovllm.compile.lower.{artifact.kind}")
+            program = Program(name, lowering.load(artifact.content), nested_like(artifact.result))
         except ValueError as error:
-            logger.warning(
-                "the stored program %s cannot be used (%s): compiling it again", name, error
-            )
+            message = "the stored program %s cannot be used (%s): compiling it again"
+            logger.warning(message, name, error)
             return None
         self.num_loaded += 1
         return program
 
-    def _build(self, name: str, function: Callable[..., Any], inputs: dict[str, object]) -> Program:
+    def _build(self, name: str, function: Region, inputs: dict[str, object]) -> Program:
         assert self.lowering is not None
         if self.sealed:
             message = f"program {name} is compiled after warm-up"

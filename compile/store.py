@@ -75,25 +75,16 @@ class Store:
         path = self._entry_path(key)
         try:
             entry = read_entry(path)
-            artifact = Artifact(
-                entry.name, entry.kind, self._object(entry), entry.result, entry.ingredients
-            )
-        except FileNotFoundError as error:
-            if error.filename != str(path):
-                logger.warning(
-                    "artifact %s is incomplete (%s is missing): making it again",
-                    path.name[:16],
-                    error.filename,
-                )
-            return None
+            content = self._object(entry)
         except (Damaged, OSError) as error:
-            logger.warning(
-                "artifact %s cannot be used (%s): making it again", path.name[:16], error
-            )
+            is_absent = isinstance(error, FileNotFoundError) and error.filename == str(path)
+            if not is_absent:
+                message = "artifact %s cannot be used (%s): making it again"
+                logger.warning(message, path.name[:16], error)
             return None
         with contextlib.suppress(OSError):
             os.utime(path)  # `prune` deletes the least recently used first
-        return artifact
+        return Artifact(entry.name, entry.kind, content, entry.result, entry.ingredients)
 
     def save(self, key: Key, artifact: Artifact) -> None:
         """Save an artifact. The first failure, such as a full disk, is logged and ends saving."""
@@ -131,20 +122,16 @@ class Store:
         """How the nearest artifact of the same program or region differs from the wanted key."""
         region = name.partition("_")[0]
         near = [
-            (entry.name != name, len(key.differences(entry.ingredients)), entry)
+            (entry.name != name, key.differences(entry.ingredients), entry.name)
             for entry in self.entries()
             if entry.name.partition("_")[0] == region
         ]
         if not near:
             return "the store holds no program of this region"
-        other_name, _, nearest = min(near, key=lambda candidate: candidate[:2])
-        differences = key.differences(nearest.ingredients)
-        shown = "; ".join(differences[:3]) + (
-            f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
-        )
-        return (
-            f"this bucket is missing; nearest is {nearest.name}: {shown}" if other_name else shown
-        )
+        is_other, differences, nearest = min(near, key=lambda found: (found[0], len(found[1])))
+        more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
+        shown = "; ".join(differences[:3]) + more
+        return f"this bucket is missing; nearest is {nearest}: {shown}" if is_other else shown
 
     def _entry_path(self, key: Key) -> Path:
         return self.folder / "entries" / key.digest
@@ -176,11 +163,8 @@ def seal_kernels(folder: Path) -> None:
     for kernel in _kernel_folders(folder):
         if not (kernel / KERNEL_SEAL).exists():
             try:
-                found = {
-                    path.name: digest(path.read_bytes())
-                    for path in kernel.iterdir()
-                    if path.is_file()
-                }
+                files = [path for path in kernel.iterdir() if path.is_file()]
+                found = {path.name: digest(path.read_bytes()) for path in files}
                 write_whole(kernel / KERNEL_SEAL, json.dumps(found).encode())
             except OSError as error:
                 logger.warning("digests of compiled kernels are not saved: %s", error)
@@ -192,7 +176,7 @@ def drop_damaged_kernels(folder: Path) -> int:
 
     Kernels without digests are left alone: Triton writes atomically too.
     """
-    damaged = [kernel for kernel in _kernel_folders(folder) if not _is_whole(kernel)]
+    damaged = _damaged_kernels(folder)
     for kernel in damaged:
         logger.warning("compiled kernel %s is damaged: compiling it again", kernel.name)
         for path in kernel.iterdir():
@@ -203,6 +187,10 @@ def drop_damaged_kernels(folder: Path) -> int:
 def num_kernels(folder: Path) -> int:
     """The number of kernels that Triton has finished."""
     return len(_kernel_folders(folder))
+
+
+def _damaged_kernels(folder: Path) -> list[Path]:
+    return [kernel for kernel in _kernel_folders(folder) if not _is_whole(kernel)]
 
 
 def _is_whole(kernel: Path) -> bool:
@@ -251,11 +239,7 @@ def problems(folder: Path) -> list[str]:
         library = seal.with_suffix(".so")
         if not library.is_file() or digest(library.read_bytes()) != seal.read_text():
             found.append(f"library {library.name} is damaged or missing")
-    return found + [
-        f"kernel {kernel.name} is damaged"
-        for kernel in _kernel_folders(folder)
-        if not _is_whole(kernel)
-    ]
+    return found + [f"kernel {kernel.name} is damaged" for kernel in _damaged_kernels(folder)]
 
 
 def prune(folder: Path, max_bytes: int) -> int:
@@ -268,9 +252,7 @@ def prune(folder: Path, max_bytes: int) -> int:
         # another process may be about to write the entry of a young object
         if path.name not in wanted and time.time() - path.stat().st_mtime > 3600:
             freed += _delete([path])
-    units: list[tuple[float, list[Path]]] = [
-        (entry.path.stat().st_mtime, [entry.path]) for entry in entries
-    ]
+    units = [(entry.path.stat().st_mtime, [entry.path]) for entry in entries]
     for library in (folder / "cpp").glob("*.so"):
         units.append((library.stat().st_mtime, [library, library.with_suffix(".sha256")]))
     for kernel in [*_kernel_folders(folder), folder / "inductor"]:

@@ -28,16 +28,12 @@ def named_leaves(name: str, tree: object) -> list[tuple[str, Tensor]]:
     if tree is None:
         return []
     if not isinstance(tree, tuple):
+        found = type(tree).__name__
         raise TypeError(
-            f"input {name!r} is a {type(tree).__name__}: "
-            "regions take tensors, None and tuples of them"
+            f"input {name!r} is a {found}: regions take tensors, None and tuples of them"
         )
     fields = getattr(tree, "_fields", range(len(tree)))
-    return [
-        leaf
-        for field, value in zip(fields, tree)
-        for leaf in named_leaves(f"{name}_{field}", value)
-    ]
+    return [leaf for key, part in zip(fields, tree) for leaf in named_leaves(f"{name}_{key}", part)]
 
 
 def input_leaves(inputs: Mapping[str, object]) -> list[tuple[str, Tensor]]:
@@ -70,10 +66,8 @@ def nesting(tree: object) -> Any:
     if isinstance(tree, Tensor):
         return "tensor"
     if isinstance(tree, tuple):
-        return [
-            f"{type(tree).__module__}:{type(tree).__qualname__}",
-            [nesting(value) for value in tree],
-        ]
+        name = f"{type(tree).__module__}:{type(tree).__qualname__}"
+        return [name, [nesting(value) for value in tree]]
     assert tree is None, type(tree)
     return None
 
@@ -128,9 +122,8 @@ def trace(
         return tuple(tensors(results[-1]))
 
     fake_mode = FakeTensorMode(shape_env=ShapeEnv())
-    fakes = [
-        _fake(fake_mode, tensor, name, name.endswith(tuple(varying))) for name, tensor in leaves
-    ]
+    endings = tuple(varying)
+    fakes = [_fake(fake_mode, leaf, name, name.endswith(endings)) for name, leaf in leaves]
     graph = make_traced(flat, fakes, fake_mode)
     name_placeholders(graph, [name for name, _ in leaves])
     return graph, fakes, results[-1]
@@ -140,9 +133,8 @@ def _fake(fake_mode: FakeTensorMode, tensor: Tensor, name: str, varies: bool) ->
     if not varies:
         # each in a storage of its own: Inductor treats inputs that share a storage as aliases
         with fake_mode:
-            return torch.empty_strided(
-                tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
-            )
+            sizes, strides = tensor.shape, tensor.stride()
+            return torch.empty_strided(sizes, strides, dtype=tensor.dtype, device=tensor.device)
     # Importing Dynamo fixes the folder of Inductor's cache, so import it as late as possible.
     from torch._dynamo.source import ConstantSource
     from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
@@ -153,18 +145,13 @@ def _fake(fake_mode: FakeTensorMode, tensor: Tensor, name: str, varies: bool) ->
 
 
 def make_traced(
-    function: Callable[..., Any],
-    fakes: Sequence[Tensor],
-    fake_mode: FakeTensorMode,
-    decompositions: dict[Any, Callable[..., Any]] | None = None,
+    function: Callable[..., Any], fakes: Sequence[Tensor], fake_mode: FakeTensorMode
 ) -> GraphModule:
     """Call `make_fx` under a fake mode, without autograd, and remove dead code."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
     with fake_mode, torch.no_grad():
-        graph = make_fx(
-            function, decomposition_table=decompositions or {}, _allow_non_fake_inputs=True
-        )(*fakes)
+        graph = make_fx(function, _allow_non_fake_inputs=True)(*fakes)
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph

@@ -27,6 +27,9 @@ _LIBRARY = {"mm", "addmm", "bmm", "baddbmm", "embedding", "index_select"}
 MAX_SMALL_OPS = 2
 
 _LITERALS = (bool, int, float, str)
+_TORCH_CONSTANTS = (torch.dtype, torch.layout, torch.memory_format)
+
+Calls = list[list[Any]]  # [op, args, kwargs] of each call
 
 
 class NotListable(ValueError):
@@ -40,7 +43,7 @@ class CallList:
     args, kwargs] and makes value `num_inputs + i`; the argument {"v": n} stands for value n.
     """
 
-    def __init__(self, num_inputs: int, calls: list[list[Any]], outputs: list[int]) -> None:
+    def __init__(self, num_inputs: int, calls: Calls, outputs: list[int]) -> None:
         self.num_inputs, self.calls, self.outputs = num_inputs, calls, outputs
         self.run = _build(num_inputs, calls, outputs)
 
@@ -79,7 +82,7 @@ def load(content: bytes) -> CallList:
 def lower(graph: GraphModule, fakes: Sequence[Tensor]) -> CallList:
     """List a graph's calls. Raises NotListable for all but operators on plain arguments."""
     numbers: dict[Node, int] = {}
-    calls: list[list[Any]] = []
+    calls: Calls = []
     outputs: list[int] = []
     for node in graph.graph.nodes:
         if node.op == "call_function":
@@ -129,23 +132,19 @@ def _written(value: Any, numbers: dict[Node, int]) -> Any:
         return [_written(item, numbers) for item in value]
     if isinstance(value, dict):
         return {name: _written(item, numbers) for name, item in value.items()}
-    if isinstance(value, (torch.dtype, torch.layout, torch.memory_format)):
+    if isinstance(value, _TORCH_CONSTANTS):
         return {"t": str(value)}
     if isinstance(value, torch.device):
         return {"d": str(value)}
     raise NotListable(f"argument {value!r} is not a plain value")
 
 
-def _build(
-    num_inputs: int, calls: list[list[Any]], outputs: list[int]
-) -> Callable[..., Sequence[Tensor]]:
+def _build(num_inputs: int, calls: Calls, outputs: list[int]) -> Callable[..., Sequence[Tensor]]:
     """Straight-line Python for the calls; it drops each value after its last use."""
     last_use: dict[int, int] = {}
     for call_idx, (_, args, kwargs) in enumerate(calls):
         for number in _values(args) + _values(kwargs):
-            assert number < num_inputs + call_idx, (
-                f"call {call_idx} uses value {number}, which does not exist yet"
-            )
+            assert number < num_inputs + call_idx, f"call {call_idx} uses later value {number}"
             last_use[number] = call_idx
     names: dict[str, Any] = {}
     lines = [f"def run({', '.join(f'v{i}' for i in range(num_inputs))}):"]
@@ -158,9 +157,7 @@ def _build(
             names[f"f{call_idx}"] = _op(name)._op
             written += [f"{_identifier(key)}={_source(arg, names)}" for key, arg in kwargs.items()]
             lines.append(f"    v{out} = f{call_idx}({', '.join(written)})")
-        done = {
-            number for number in _values(args) + _values(kwargs) if last_use[number] == call_idx
-        }
+        done = {n for n in _values(args) + _values(kwargs) if last_use[n] == call_idx}
         if out not in last_use and out not in outputs:
             done.add(out)
         if dropped := sorted(done - set(outputs)):
@@ -204,9 +201,7 @@ def _constant(value: Any) -> Any:
     if isinstance(value, dict):
         (tag, text), *_ = value.items()
         constant = torch.device(text) if tag == "d" else getattr(torch, text.removeprefix("torch."))
-        assert isinstance(
-            constant, (torch.device, torch.dtype, torch.layout, torch.memory_format)
-        ), text
+        assert isinstance(constant, (torch.device, *_TORCH_CONSTANTS)), text
         return constant
     if value is not None and not isinstance(value, _LITERALS):
         raise ValueError(f"argument {value!r} is not a plain value")

@@ -61,9 +61,8 @@ def lower(graph: GraphModule, fakes: Sequence[Tensor]) -> InductorProgram:
         node.meta["example_value"] = node.meta["val"]
     # The number of threads is not in an artifact's key, so it must stay dynamic.
     options = {"config_patches": {"cpp.dynamic_threads": True}}
-    return InductorProgram(
-        standalone_compile(graph, list(fakes), dynamic_shapes="from_graph", options=options)
-    )
+    compiled = standalone_compile(graph, list(fakes), dynamic_shapes="from_graph", options=options)
+    return InductorProgram(compiled)
 
 
 def lower_if_worth_it(

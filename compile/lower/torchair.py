@@ -87,9 +87,7 @@ def load(content: bytes) -> AscendProgram:
     """The program of `AscendProgram.stored()`. Raises ValueError if this torchair cannot run it."""
     try:
         return AscendProgram(content.decode())
-    except (
-        Exception
-    ) as error:  # code of another version may raise anything; the caller lowers again
+    except Exception as error:  # code of another version may raise anything; lower it again
         raise ValueError(f"torchair cannot take it: {type(error).__name__}: {error}") from error
 
 
@@ -172,13 +170,9 @@ def _shift_right(a: Tensor, bits: int) -> Tensor:
 
 def _index(a: Tensor, indices: Sequence[Tensor | None]) -> Tensor:
     """Selects rows by number; torchair converts every other form of indexing itself."""
-    if (
-        len(indices) == 1
-        and indices[0] is not None
-        and indices[0].dim() == 1
-        and indices[0].dtype != torch.bool
-    ):
-        return a.index_select(0, indices[0])
+    rows = indices[0]
+    if len(indices) == 1 and rows is not None and rows.dim() == 1 and rows.dtype != torch.bool:
+        return a.index_select(0, rows)
     return NotImplemented
 
 

@@ -53,11 +53,8 @@ def _fuse(graph: GraphModule, linear: Node, norm: Node | None, silu_mul: Node | 
 def _norm_for(linear: Node) -> Node | None:
     """The rms_norm that only this product reads, or None."""
     norm: Any = linear.args[0]
-    return (
-        norm
-        if isinstance(norm, Node) and norm.target is ops.rms_norm and len(norm.users) == 1
-        else None
-    )
+    is_norm = isinstance(norm, Node) and norm.target is ops.rms_norm
+    return norm if is_norm and len(norm.users) == 1 else None
 
 
 def _silu_of(linear: Node) -> Node | None:

@@ -34,14 +34,10 @@ def _fuse(graph: GraphModule, store: Node) -> None:
     if len(split.args[1]) != 3 or split.args[2:] != (1,):
         return
     for query in [node for node in graph.graph.nodes if node.target is ops.rope]:
-        query_source = _rotated(query)
-        if (
-            query_source is None
-            or not _is_part(query_source[0], split, 0)
-            or query_source[3:] != (cos_sin, pos)
-        ):
+        source = _rotated(query)
+        if source is None or not _is_part(source[0], split, 0) or source[3:] != (cos_sin, pos):
             continue
-        q_norm, q_eps = query_source[1:3]
+        q_norm, q_eps = source[1:3]
         epsilons = {q_eps, k_eps} - {None}
         if len(epsilons) > 1:
             continue
@@ -82,9 +78,5 @@ def _rotated(node: Any) -> tuple[Any, Any, Any, Any, Any] | None:
     return source, weight, eps, cos_sin, pos
 
 
-def _is_part(node: object, split: object, part_idx: int) -> bool:
-    return (
-        isinstance(node, Node)
-        and node.target is operator.getitem
-        and node.args == (split, part_idx)
-    )
+def _is_part(node: object, split: object, idx: int) -> bool:
+    return isinstance(node, Node) and node.target is operator.getitem and node.args == (split, idx)

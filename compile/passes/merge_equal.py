@@ -19,12 +19,8 @@ def merge_equal(graph: GraphModule, fakes: Sequence[Tensor]) -> GraphModule:
     written = _written(graph)
     merged: dict[tuple[object, ...], Node] = {}
     for node in list(graph.graph.nodes):
-        if (
-            node.op != "call_function"
-            or _writes(node)
-            or node in written
-            or written & set(node.all_input_nodes)
-        ):
+        is_pure = node.op == "call_function" and not _writes(node)
+        if not is_pure or written & {node, *node.all_input_nodes}:
             continue
         key = (node.target, _frozen(node.args), _frozen(tuple(sorted(node.kwargs.items()))))
         first = merged.setdefault(key, node)
@@ -63,9 +59,7 @@ def _written(graph: GraphModule) -> set[Node]:
             if formal.alias_info is not None and formal.alias_info.is_write:
                 map_arg(actual, found.add)  # type: ignore[arg-type]
     while True:
-        views = {
-            node for node in graph.graph.nodes if node not in found and _is_view_of(node, found)
-        }
+        views = {node for node in graph.graph.nodes if _is_view_of(node, found)} - found
         bases = {base for node in found if _is_view(node) for base in node.all_input_nodes} - found
         if not views | bases:
             return found

@@ -48,8 +48,7 @@ class ModelConfig:
             )
         if self.head_dim > 256 or self.head_dim % 8:
             raise ValueError(
-                f"head_dim {self.head_dim} is not supported: it must be a multiple of 8, "
-                "at most 256"
+                f"head_dim {self.head_dim} is not supported: it must be a multiple of 8, at most 256"
             )
 
     @property
@@ -74,18 +73,13 @@ def dense_config(
     if getattr(hf, "quantization_config", None):
         raise ValueError(f"quantized checkpoints are not supported: {hf.quantization_config}")
     head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
-    if (
-        max_model_len is not None
-        and max_model_len > hf.max_position_embeddings
-        and not extends_itself(hf)
-    ):
+    positions = hf.max_position_embeddings
+    if max_model_len is not None and max_model_len > positions and not extends_itself(hf):
         raise ValueError(
-            f"max_model_len is {max_model_len}, but the checkpoint has "
-            f"{hf.max_position_embeddings} positions (max_position_embeddings)"
+            f"max_model_len is {max_model_len}, but the checkpoint has {positions} positions "
+            "(max_position_embeddings)"
         )
-    inv_freq, rope_scale = rotary_frequencies(
-        hf, head_dim, max_model_len or hf.max_position_embeddings
-    )
+    inv_freq, rope_scale = rotary_frequencies(hf, head_dim, max_model_len or positions)
     fields: dict[str, Any] = {
         "num_kv_heads": getattr(hf, "num_key_value_heads", None) or hf.num_attention_heads,
         **differences,
@@ -99,7 +93,7 @@ def dense_config(
         num_heads=hf.num_attention_heads,
         head_dim=head_dim,
         norm_eps=hf.rms_norm_eps,
-        max_position=hf.max_position_embeddings,
+        max_position=positions,
         inv_freq=inv_freq,
         rope_scale=rope_scale,
         tied_embeddings=bool(hf.tie_word_embeddings),
@@ -117,6 +111,5 @@ def windows_by_layer_type(hf: Any) -> tuple[int, ...]:
             f"layer types {sorted(unknown)} are not supported: only full_attention and "
             "sliding_attention are"
         )
-    return tuple(
-        hf.sliding_window or 0 if kind == "sliding_attention" else 0 for kind in layer_types
-    )
+    windows = {"full_attention": 0, "sliding_attention": getattr(hf, "sliding_window", None) or 0}
+    return tuple(windows[kind] for kind in layer_types)

@@ -84,18 +84,9 @@ def layer(
     k_TKH = ops.rope(k_TKH, cos_sin_MH, batch.rope_pos_T)
     ops.store_kv(k_TKH, v_TKH, kv.k_CBKH, kv.v_CBKH, batch.slot_T, kv.k_scale_K, kv.v_scale_K)
     o_TNH = ops.ATTENTION[call.attention](
-        q_TNH,
-        kv.k_CBKH,
-        kv.v_CBKH,
-        batch.block_table_RP,
-        batch.seq_len_R,
-        batch.q_start_S,
-        call.max_q_len,
-        cfg.head_dim**-0.5,
-        call.kind.window,
-        kv.k_scale_K,
-        kv.v_scale_K,
-    )
+        q_TNH, kv.k_CBKH, kv.v_CBKH, batch.block_table_RP, batch.seq_len_R, batch.q_start_S,
+        call.max_q_len, cfg.head_dim**-0.5, call.kind.window, kv.k_scale_K, kv.v_scale_K,
+    )  # fmt: skip
     o_TQ = o_TNH.flatten(1)
     if batch.keep_R is not None:
         # Tokens do not interact below, so rows that nobody reads are left out: T is R from here on.

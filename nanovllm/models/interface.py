@@ -138,10 +138,9 @@ class Model:
     kv_scales: Callable[[ModelConfig, Any], tuple[Tensor, Tensor]] | None = None
 
     def __post_init__(self) -> None:
-        if len(self.layer_kinds) != self.config.num_layers:
-            raise ValueError(
-                f"{len(self.layer_kinds)} layer kinds for {self.config.num_layers} layers"
-            )
+        num_kinds, num_layers = len(self.layer_kinds), self.config.num_layers
+        if num_kinds != num_layers:
+            raise ValueError(f"{num_kinds} layer kinds for {num_layers} layers")
         kinds = set(self.layer_kinds)
         if len({kind.name for kind in kinds}) < len(kinds):
             raise ValueError(f"two layer kinds have the same name: {sorted(kinds, key=str)}")
@@ -180,10 +179,8 @@ class Model:
     @property
     def declared(self) -> tuple[dict[str, Param], ...]:
         """The parameters outside the layers, then those of each layer."""
-        layers = (
-            self.layer_params(self.config, kind, layer_idx)
-            for layer_idx, kind in enumerate(self.layer_kinds)
-        )
+        numbered = enumerate(self.layer_kinds)
+        layers = (self.layer_params(self.config, kind, layer_idx) for layer_idx, kind in numbered)
         return (self.outer_params(self.config), *layers)
 
     def weight_bytes(self, weight_format: str) -> int:

@@ -19,17 +19,15 @@ from nanovllm.models.interface import Model, Param, Params
 IGNORED = re.compile(r".*\.(rotary_emb\.inv_freq|masked_bias)$")
 RANDOM_STD = 0.02
 
+Progress = Callable[[int], object]  # called with the number of layers that were added
+
 
 class CheckpointError(ValueError):
     """A checkpoint is damaged or does not fit its config."""
 
 
 def load(
-    model: Model,
-    folder: Path,
-    device: torch.device,
-    progress: Callable[[int], object],
-    weight_format: str = PLAIN,
+    model: Model, folder: Path, device: torch.device, progress: Progress, weight_format: str = PLAIN
 ) -> Params:
     """Read a checkpoint in transformers' layout, in the model's dtype, to `device`.
 
@@ -70,11 +68,7 @@ def load(
 
 
 def random(
-    model: Model,
-    device: torch.device,
-    seed: int,
-    progress: Callable[[int], object],
-    weight_format: str = PLAIN,
+    model: Model, device: torch.device, seed: int, progress: Progress, weight_format: str = PLAIN
 ) -> Params:
     """Seeded weights: normal with standard deviation 0.02, norms at one, biases at zero."""
     generator = torch.Generator(device).manual_seed(seed)
@@ -89,10 +83,7 @@ def random(
 
 
 def build(
-    model: Model,
-    make: Callable[[Param], Tensor],
-    progress: Callable[[int], object],
-    weight_format: str,
+    model: Model, make: Callable[[Param], Tensor], progress: Progress, weight_format: str
 ) -> Params:
     """The parameters that `make` gives, with the weights of linear layers in `weight_format`."""
 

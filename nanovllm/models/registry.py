@@ -23,6 +23,5 @@ def architecture(names: list[str] | None) -> Architecture:
     for name in names or []:
         if name in ARCHITECTURES:
             return ARCHITECTURES[name]
-    raise ValueError(
-        f"architecture {names} is not supported: use one of {', '.join(ARCHITECTURES)}"
-    )
+    known = ", ".join(ARCHITECTURES)
+    raise ValueError(f"architecture {names} is not supported: use one of {known}")

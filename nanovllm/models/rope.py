@@ -24,21 +24,16 @@ def rotary_frequencies(
     parameters = hf.rope_parameters
     rope_type = parameters.get("rope_type", "default")
     if rope_type not in SUPPORTED_ROPE_TYPES:
-        raise ValueError(
-            f"rope type {rope_type!r} is not supported: use one of "
-            f"{', '.join(SUPPORTED_ROPE_TYPES)}"
-        )
-    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(
-            f"partial_rotary_factor {parameters['partial_rotary_factor']} is not supported: "
-            "only 1.0 is"
-        )
+        names = ", ".join(SUPPORTED_ROPE_TYPES)
+        raise ValueError(f"rope type {rope_type!r} is not supported: use one of {names}")
+    factor = parameters.get("partial_rotary_factor", 1.0)
+    if factor != 1.0:
+        raise ValueError(f"partial_rotary_factor {factor} is not supported: only 1.0 is")
     if rope_type == "default":
         exponent = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
         return tuple((1.0 / parameters["rope_theta"] ** exponent).tolist()), 1.0
-    from transformers.modeling_rope_utils import (
-        ROPE_INIT_FUNCTIONS,  # the import takes half a second, and few models need it
-    )
+    # this import takes half a second, and few models need it
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     inv_freq, scale = ROPE_INIT_FUNCTIONS[rope_type](hf, torch.device("cpu"), seq_len=max_model_len)
     return tuple(inv_freq.float().tolist()), float(scale)
@@ -54,8 +49,6 @@ def rotary_table(
     inv_freq: tuple[float, ...], scale: float, num_positions: int, device: torch.device
 ) -> Tensor:
     """[M, H] fp32: row m is [cos(m · f) | sin(m · f)] · scale for the H/2 frequencies f."""
-    angle = torch.outer(
-        torch.arange(num_positions, dtype=torch.float32),
-        torch.tensor(inv_freq, dtype=torch.float32),
-    )
+    positions = torch.arange(num_positions, dtype=torch.float32)
+    angle = torch.outer(positions, torch.tensor(inv_freq, dtype=torch.float32))
     return (torch.cat((angle.cos(), angle.sin()), dim=-1) * scale).to(device)

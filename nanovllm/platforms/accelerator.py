@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanovllm.platforms.base import HostCopy, MemoryBudget, Platform, budget
+from nanovllm.platforms.base import HostCopy, MemoryBudget, Platform
 
 
 class Accelerator(Platform):
@@ -37,14 +37,12 @@ class Accelerator(Platform):
     def memory_budget(self, utilization: float) -> MemoryBudget:
         free_bytes, total_bytes = self.runtime.mem_get_info(self.device)
         stats = self.runtime.memory_stats(self.device)
-        return budget(
-            utilization,
-            free_bytes=free_bytes,
-            total_bytes=total_bytes,
-            reserved_bytes=stats["reserved_bytes.all.current"],
-            allocated_bytes=stats["allocated_bytes.all.current"],
-            peak_bytes=stats["allocated_bytes.all.peak"],
-        )
+        allocated_bytes = stats["allocated_bytes.all.current"]
+        # memory that torch's allocator has reserved but not allocated counts as free
+        unused_bytes = stats["reserved_bytes.all.current"] - allocated_bytes
+        held_bytes = total_bytes - free_bytes - unused_bytes
+        scratch_bytes = stats["allocated_bytes.all.peak"] - allocated_bytes
+        return MemoryBudget(int(utilization * total_bytes) - held_bytes, scratch_bytes)
 
     def cache_limit_bytes(self) -> int:
         free_bytes, _ = self.runtime.mem_get_info(self.device)

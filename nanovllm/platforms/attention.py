@@ -111,10 +111,8 @@ def _flash_info(flash: Flash | Missing) -> str:
     if isinstance(flash, Missing):
         return f"not available: {flash.why}" + (f"; {flash.install}" if flash.install else "")
     page = flash_attention.PAGE_TOKENS[flash.generation]
-    blocks = f", cache blocks of a multiple of {page} tokens" if page > 1 else ""
-    return (
-        f"can run: flash-attn {flash.version}, interface {flash.generation}, fp16 and bf16{blocks}"
-    )
+    note = f", cache blocks of a multiple of {page} tokens" if page > 1 else ""
+    return f"can run: flash-attn {flash.version}, interface {flash.generation}, fp16 and bf16{note}"
 
 
 def _versions(*packages: str) -> list[str]:

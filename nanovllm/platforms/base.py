@@ -21,6 +21,11 @@ from nanovllm.compile.passes.replace_ops import replace_ops
 from nanovllm.compile.program import Lowering, Pass
 from nanovllm.kernels.flash_attention import Flash, Missing
 
+# Ops of a step with kernels of ours on CPU and CUDA.
+STEP_OPS = frozenset({
+    "accept", "add_rms_norm", "advance", "decode_inputs", "paged_attention", "qk_norm_rope_store",
+    "rms_norm", "sample", "sampling_inputs", "silu_mul", "span_inputs",
+})  # fmt: skip
 # The passes of fuse=False: only ops that no lowering can generate stay kernels of ours.
 UNFUSED_OPS = frozenset({"paged_attention", "store_kv", "sample"})
 UNFUSED_PASSES: tuple[tuple[str, Pass], ...] = (
@@ -82,24 +87,6 @@ class MemoryBudget:
     @property
     def cache_bytes(self) -> int:
         return max(0, self.allowance_bytes - self.scratch_bytes)
-
-
-def budget(
-    utilization: float,
-    *,
-    free_bytes: int,
-    total_bytes: int,
-    reserved_bytes: int,
-    allocated_bytes: int,
-    peak_bytes: int,
-) -> MemoryBudget:
-    """The budget for a share of the device's memory.
-
-    The first two sizes come from the device, the others from torch's allocator. Memory that the
-    allocator has reserved but not allocated counts as free.
-    """
-    held_bytes = total_bytes - free_bytes - (reserved_bytes - allocated_bytes)
-    return MemoryBudget(int(utilization * total_bytes) - held_bytes, peak_bytes - allocated_bytes)
 
 
 class HostCopy(Protocol):

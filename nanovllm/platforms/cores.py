@@ -21,18 +21,14 @@ def _quotas(cgroups: Path, own_groups: Path) -> list[float]:
     folders = [cgroups]
     try:
         lines = own_groups.read_text().splitlines()
-        group = next(
-            (line.split(":", 2)[2].strip("/") for line in lines if line.startswith("0::")), ""
-        )
-    except (OSError, IndexError):
+        group = next((line[3:].strip("/") for line in lines if line.startswith("0::")), "")
+    except OSError:
         group = ""
     for name in filter(None, group.split("/")):
         folders.append(folders[-1] / name)
     pairs = [_numbers(folder / "cpu.max") for folder in folders]
-    first_version = cgroups / "cpu"
-    pairs.append(
-        _numbers(first_version / "cpu.cfs_quota_us") + _numbers(first_version / "cpu.cfs_period_us")
-    )
+    cpu = cgroups / "cpu"  # version 1
+    pairs.append(_numbers(cpu / "cpu.cfs_quota_us") + _numbers(cpu / "cpu.cfs_period_us"))
     return [pair[0] / pair[1] for pair in pairs if len(pair) == 2 and pair[0] > 0 and pair[1] > 0]
 
 

@@ -22,7 +22,7 @@ from nanovllm.compile.program import Lowering, Pass
 from nanovllm.kernels.cpu import build as cpp_build
 from nanovllm.kernels.cpu import kernels as cpu_kernels
 from nanovllm.kernels.cpu import step as cpu_step
-from nanovllm.platforms.base import UNFUSED_PASSES, MemoryBudget, Platform, Traits
+from nanovllm.platforms.base import STEP_OPS, UNFUSED_PASSES, MemoryBudget, Platform, Traits
 from nanovllm.platforms.cores import usable_cores
 
 logger = logging.getLogger(__name__)
@@ -31,22 +31,7 @@ logger = logging.getLogger(__name__)
 CACHE_SHARE, CACHE_CEILING_BYTES = 0.25, 8 << 30
 
 # Ops with C++ kernels of ours: as fast as Inductor's code, which is compiled for every bucket.
-KERNEL_OPS = frozenset(
-    {
-        "accept",
-        "add_rms_norm",
-        "advance",
-        "decode_inputs",
-        "linear_int8",
-        "paged_attention",
-        "qk_norm_rope_store",
-        "rms_norm",
-        "sample",
-        "sampling_inputs",
-        "silu_mul",
-        "span_inputs",
-    }
-)
+KERNEL_OPS = STEP_OPS | {"linear_int8"}
 
 
 TRAITS = Traits(
@@ -122,13 +107,10 @@ class CpuPlatform(Platform):
 
 def _limit_threads() -> None:
     """Use at most one thread per usable core: torch does not know the limits of control groups."""
-    cores = usable_cores()
-    if torch.get_num_threads() > cores:
-        logger.info(
-            "%d threads instead of %d: this process may use so many cores",
-            cores,
-            torch.get_num_threads(),
-        )
+    cores, threads = usable_cores(), torch.get_num_threads()
+    if threads > cores:
+        message = "%d threads instead of %d: this process may use so many cores"
+        logger.info(message, cores, threads)
         torch.set_num_threads(cores)
     logger.debug("%d threads on %d usable cores", torch.get_num_threads(), cores)
 
@@ -136,11 +118,9 @@ def _limit_threads() -> None:
 def _keeps_op(name: str, node: Node) -> bool:
     if name == "linear":
         # keep a product with its residual: Inductor would have to compile C++ for the addition
-        x: Any = node.args[0]
+        x_TD = node.all_input_nodes[0].meta["val"]
         has_residual = len(node.args) > 3 and node.args[3] is not None
-        return has_residual or cpu_kernels.prefers_own_linear(
-            x.meta["val"].shape[0], x.meta["val"].dtype
-        )
+        return has_residual or cpu_kernels.prefers_own_linear(x_TD.shape[0], x_TD.dtype)
     return name in KERNEL_OPS
 
 

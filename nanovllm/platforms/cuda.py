@@ -25,27 +25,11 @@ from nanovllm.kernels import flash_attention
 from nanovllm.kernels.flash_attention import Flash, Missing
 from nanovllm.platforms import preload
 from nanovllm.platforms.accelerator import Accelerator
-from nanovllm.platforms.base import UNFUSED_PASSES, Rehearsal, Replay, Traits
+from nanovllm.platforms.base import STEP_OPS, UNFUSED_PASSES, Rehearsal, Replay, Traits
 
 # Ops with Triton kernels of ours. Inductor could fuse norms and activations too, but it has no
 # programmatic dependent launch and compiles for seconds per bucket.
-KERNEL_OPS = frozenset(
-    {
-        "accept",
-        "add_rms_norm",
-        "advance",
-        "decode_inputs",
-        "fused_linear",
-        "linear_",
-        "paged_attention",
-        "qk_norm_rope_store",
-        "rms_norm",
-        "sample",
-        "sampling_inputs",
-        "silu_mul",
-        "span_inputs",
-    }
-)
+KERNEL_OPS = STEP_OPS | {"fused_linear", "linear_"}
 
 
 # Traits of GPUs of compute capability 7.5; `CudaPlatform` adds what newer GPUs support.
@@ -120,9 +104,8 @@ class CudaPlatform(Accelerator):
         from nanovllm.kernels.triton import common as triton_common
         from nanovllm.kernels.triton import linear as triton_linear
 
-        takes = (
-            triton_linear.takes if triton_common.has_matrix_units(self.device) else _takes_one_row
-        )
+        has_matrix_units = triton_common.has_matrix_units(self.device)
+        takes = triton_linear.takes if has_matrix_units else _takes_one_row
         return (
             ("fuse_rope_store", fuse_rope_store),
             ("fuse_linear", partial(fuse_linear, takes=takes)),
@@ -134,13 +117,11 @@ class CudaPlatform(Accelerator):
     def fingerprint(self) -> dict[str, str]:
         import triton
 
-        properties = torch.cuda.get_device_properties(self.device)
+        gpu = torch.cuda.get_device_properties(self.device)
         is_nvidia = torch.version.hip is None
-        kind = (
-            f"sm_{properties.major}{properties.minor}" if is_nvidia else str(properties.gcnArchName)
-        )
+        kind = f"sm_{gpu.major}{gpu.minor}" if is_nvidia else str(gpu.gcnArchName)
         return {
-            "device": f"{kind}, {properties.multi_processor_count} multiprocessors",
+            "device": f"{kind}, {gpu.multi_processor_count} multiprocessors",
             "cuda": str(torch.version.cuda) if is_nvidia else f"hip {torch.version.hip}",
             "driver": _driver_version(),
             "triton": triton.__version__,
@@ -209,9 +190,8 @@ class CudaPlatform(Accelerator):
         return why
 
     def flash_attn(self) -> Flash | Missing:
-        return flash_attention.find(
-            torch.cuda.get_device_capability(self.device), is_nvidia=torch.version.hip is None
-        )
+        capability = torch.cuda.get_device_capability(self.device)
+        return flash_attention.find(capability, is_nvidia=torch.version.hip is None)
 
 
 def _takes_one_row(x_TD: Tensor, weight_OD: Tensor, has_norm: bool, silu_mul: bool) -> bool:
@@ -222,10 +202,9 @@ def _takes_one_row(x_TD: Tensor, weight_OD: Tensor, has_norm: bool, silu_mul: bo
 def _driver_version() -> str:
     """The CUDA version that the driver supports; 13000 means 13.0."""
     version = ctypes.c_int(0)
+    library = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
     try:
-        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1").cuDriverGetVersion(
-            ctypes.byref(version)
-        )
+        ctypes.CDLL(library).cuDriverGetVersion(ctypes.byref(version))
     except (OSError, AttributeError):
         return "unknown"
     return str(version.value)

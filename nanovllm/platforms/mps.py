@@ -54,19 +54,15 @@ class MpsPlatform(Platform):
         self._is_real = device.type == "mps"
         has_bfloat16 = not self._is_real or torch.backends.mps.is_macos_or_newer(14, 0)
         bfloat16 = (torch.bfloat16,) if has_bfloat16 else ()
-        super().__init__(
-            device, replace(TRAITS, supported_dtypes=TRAITS.supported_dtypes + bfloat16)
-        )
+        dtypes = TRAITS.supported_dtypes + bfloat16
+        super().__init__(device, replace(TRAITS, supported_dtypes=dtypes))
 
     def prepare(
         self, libraries: Path | None = None, cxx: str | None = None, may_compile: bool = True
     ) -> None:
-        dtypes = (str(dtype).removeprefix("torch.") for dtype in self.traits.supported_dtypes)
-        logger.debug(
-            "mps on %s: ops as plain torch, attention as matmul and softmax, dtypes %s",
-            self.device,
-            ", ".join(dtypes),
-        )
+        names = (str(dtype).removeprefix("torch.") for dtype in self.traits.supported_dtypes)
+        message = "mps on %s: ops as plain torch, attention as matmul and softmax, dtypes %s"
+        logger.debug(message, self.device, ", ".join(names))
 
     def lowering(self) -> tuple[Lowering | None, str]:
         return None, "graphs are not lowered on mps: every step runs eagerly, as plain torch"

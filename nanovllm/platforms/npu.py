@@ -30,15 +30,9 @@ _torch: Any = torch  # importing torch_npu adds torch.npu
 
 # Libraries of CANN that torch_npu links against.
 CANN_LIBRARIES = (
-    "libascendcl.so",
-    "libhccl.so",
-    "libge_runner.so",
-    "libgraph.so",
-    "libacl_op_compiler.so",
-    "libacl_tdt_channel.so",
-    "libfmk_parser.so",
-    "libascend_protobuf.so",
-)
+    "libascendcl.so", "libhccl.so", "libge_runner.so", "libgraph.so", "libacl_op_compiler.so",
+    "libacl_tdt_channel.so", "libfmk_parser.so", "libascend_protobuf.so",
+)  # fmt: skip
 
 # torchair's own limit. Every captured graph holds some of about 2000 streams; the limit of a
 # real device has not been measured.
@@ -135,10 +129,8 @@ class NpuPlatform(Accelerator):
         torchair.compiler_config(self.settings)
         # A captured step's lengths are replaced in place, so the step before must have ended.
         run_ahead = 0 if self.captures else 1
-        super().__init__(
-            torch.device("npu", index),
-            replace(TRAITS, run_ahead=run_ahead, wants_lengths=self.captures),
-        )
+        traits = replace(TRAITS, run_ahead=run_ahead, wants_lengths=self.captures)
+        super().__init__(torch.device("npu", index), traits)
         self.runtime = _torch.npu
         self._seq_lens: list[int] = []
         self._pool: Any = None
@@ -166,11 +158,7 @@ class NpuPlatform(Accelerator):
         table = npu_kernels.IN_CAPTURE if self.captures else npu_kernels.IN_GRAPH
         passes: list[tuple[str, Pass]] = [("fuse_add_norm", fuse_add_norm)] if fuse else []
         if not fuse:
-            table = {
-                name: function
-                for name, function in table.items()
-                if name in npu_kernels.NEVER_PLAIN
-            }
+            table = {name: table[name] for name in table if name in npu_kernels.NEVER_PLAIN}
         passes.append(("replace_ops", partial(replace_ops, table=table)))
         if self.captures:
             # for GE, compile/lower/torchair.py merges later: a functional graph has more equal ops
@@ -187,9 +175,8 @@ class NpuPlatform(Accelerator):
         if self._pool is None:
             self._pool = _torch.npu.graph_pool_handle()
         graph = _torch.npu.NPUGraph()
-        with _torch.npu.graph(
-            graph, pool=self._pool, auto_dispatch_capture=True, capture_error_mode="thread_local"
-        ):
+        options = {"auto_dispatch_capture": True, "capture_error_mode": "thread_local"}
+        with _torch.npu.graph(graph, pool=self._pool, **options):
             step()
 
         def replay() -> None:

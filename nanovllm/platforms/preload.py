@@ -45,9 +45,8 @@ def begin(device: str) -> Callable[[], None]:
     # The driver reads os.environ meanwhile, and numpy, which torch imports, writes to it.
     with contextlib.suppress(ImportError):
         import numpy  # noqa: F401
-    opening = threading.Thread(
-        target=_open_device, args=(int(device.partition(":")[2] or 0),), daemon=True
-    )
+    index = int(device.partition(":")[2] or 0)
+    opening = threading.Thread(target=_open_device, args=(index,), daemon=True)
     opening.start()
     return opening.join
 
@@ -58,13 +57,10 @@ def _report_missing_bytecode() -> None:
     This is so in many containers. Every start then compiles about a thousand files.
     """
     torch = None if "torch" in sys.modules else importlib.util.find_spec("torch")
-    if (
-        torch is None
-        or torch.origin is None
-        or os.path.exists(importlib.util.cache_from_source(torch.origin))
-    ):
+    origin = None if torch is None else torch.origin
+    if origin is None or os.path.exists(importlib.util.cache_from_source(origin)):
         return
-    site = Path(torch.origin).parents[1]
+    site = Path(origin).parents[1]
     if sys.dont_write_bytecode or not (sys.pycache_prefix or os.access(site, os.W_OK)):
         logger.info(
             "torch has no bytecode, so every start takes some seconds to compile it; "

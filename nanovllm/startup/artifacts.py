@@ -22,7 +22,6 @@ from nanovllm.models import interface
 from nanovllm.models.interface import Model
 from nanovllm.platforms.base import Platform
 from nanovllm.runner import state, steps
-from nanovllm.runner.spec import EngineSpec
 
 if TYPE_CHECKING:
     from nanovllm.startup.choose import Choice
@@ -57,18 +56,13 @@ def use_private_cache(folder: Path, *, must_keep: bool = False) -> Store:
     except OSError as error:
         if must_keep:
             raise
-        logger.warning(
-            "compiled code is not kept: %s (compile_cache or NANOVLLM_CACHE names the folder)",
-            error,
-        )
+        message = "compiled code is not kept: %s (compile_cache or NANOVLLM_CACHE names the folder)"
+        logger.warning(message, error)
         store = Store(Path(tempfile.mkdtemp(prefix="nanovllm-")))
     # Dynamo, when imported, writes torch's default, a folder in /tmp, into the environment
     torch_choice = sys.modules.get("torch._inductor.runtime.cache_dir_utils")
-    env.set_default(
-        "TORCHINDUCTOR_CACHE_DIR",
-        str(store.folder / "inductor"),
-        also_over=torch_choice.default_cache_dir() if torch_choice else None,
-    )
+    default = torch_choice.default_cache_dir() if torch_choice else None
+    env.set_default("TORCHINDUCTOR_CACHE_DIR", str(store.folder / "inductor"), also_over=default)
     env.set_default("TRITON_CACHE_DIR", str(store.folder / "triton"))
     # four files for a kernel, not eight: every start reads all of them
     env.set_default("TRITON_STORE_BINARY_ONLY", "1")
@@ -99,14 +93,15 @@ def common_ingredients(platform: Platform, passes: Sequence[str], model: Model) 
     }
 
 
-def _ready_key(platform: Platform, config: EngineConfig, model: Model, spec: EngineSpec) -> Key:
+def _ready_key(choice: Choice) -> Key:
     """Everything on which the programs and kernels of all buckets depend."""
-    passes = [name for name, _ in platform.passes(config.fuse)]
+    platform, model = choice.platform, choice.model
+    passes = [name for name, _ in platform.passes(choice.config.fuse)]
     reduced = model.reduced()
     shapes = [{name: param.shape for name, param in group.items()} for group in reduced.declared]
     described = json.dumps([keys.describe(reduced), shapes, str(model.config.dtype)])
     common = common_ingredients(platform, passes, model)
-    return Key({**common, "model": described, "spec": str(spec)})
+    return Key({**common, "model": described, "spec": str(choice.spec)})
 
 
 def mark_ready(choice: Choice) -> None:
@@ -114,12 +109,12 @@ def mark_ready(choice: Choice) -> None:
     folder = choice.store.folder
     seal_kernels(folder)
     content = str(num_kernels(folder)).encode()
-    choice.store.save(_key_of(choice), Artifact(READY, READY, content, None, {}))
+    choice.store.save(_ready_key(choice), Artifact(READY, READY, content, None, {}))
 
 
 def is_ready(choice: Choice) -> bool:
     """Whether an earlier start has left that note, and no kernel has been deleted since."""
-    found = choice.store.find(_key_of(choice))
+    found = choice.store.find(_ready_key(choice))
     return found is not None and num_kernels(choice.store.folder) >= int(found.content)
 
 
@@ -141,7 +136,3 @@ def finish(choice: Choice, made: Sequence[str]) -> None:
         seal_kernels(folder)
     if choice.spec.layout.pad and not is_ready(choice):
         mark_ready(choice)
-
-
-def _key_of(choice: Choice) -> Key:
-    return _ready_key(choice.platform, choice.config, choice.model, choice.spec)

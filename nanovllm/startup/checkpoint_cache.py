@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import importlib.metadata
 import json
 import logging
@@ -22,6 +21,7 @@ import torch
 
 from nanovllm.compile.keys import Key
 from nanovllm.compile.store import Artifact, Store
+from nanovllm.kernels.code_files import digest
 from nanovllm.tokenizer import TOKENIZER_FILES, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -148,12 +148,6 @@ def _description(tokenizer: Any) -> str | None:
 
 
 def _key(kind: str, files: Sequence[Path], *libraries: str) -> Key:
-    return Key(
-        {
-            "kind": f"{kind} {FORMAT}",
-            **{
-                f"file {path.name}": hashlib.sha256(path.read_bytes()).hexdigest() for path in files
-            },
-            **{f"version {name}": importlib.metadata.version(name) for name in libraries},
-        }
-    )
+    digests = {f"file {path.name}": digest(path.read_bytes()) for path in files}
+    versions = {f"version {name}": importlib.metadata.version(name) for name in libraries}
+    return Key({"kind": f"{kind} {FORMAT}", **digests, **versions})

@@ -180,9 +180,10 @@ def choose_dtype(name: str, hf: Any, platform: Platform) -> torch.dtype:
         dtype = traits.auto_dtype or getattr(hf, "dtype", None) or torch.float32
         if dtype is torch.bfloat16 and dtype not in traits.supported_dtypes:
             # few models have activations beyond float16's range, and float32 takes twice the memory
-            logger.warning(
+            message = (
                 "this device has no bfloat16: the checkpoint's weights are converted to float16"
             )
+            logger.warning(message)
             dtype = torch.float16
     else:
         dtype = getattr(torch, name)

@@ -10,15 +10,10 @@ import torch
 from torch import Tensor
 
 # Calls that gather: they read as many bytes as they write, not their whole table.
-_PICKING = (
-    "embedding",
-    "index",
-    "index_select",
-    "gather",
-    "decode_inputs",
-    "span_inputs",
-    "sampling_inputs",
-)
+_PICKING = {
+    "embedding", "index", "index_select", "gather",
+    "decode_inputs", "span_inputs", "sampling_inputs",
+}  # fmt: skip
 
 
 def cost(
@@ -63,26 +58,17 @@ def cost(
 
 def _written_over(op: Any, named: dict[str, Any]) -> int:
     """Bytes of the arguments that the call changes in place."""
-    changed = [
-        argument.name
-        for argument in op._schema.arguments
-        if argument.alias_info and argument.alias_info.is_write
-    ]
+    changed = [a.name for a in op._schema.arguments if a.alias_info and a.alias_info.is_write]
     return sum(tensor.nbytes for tensor in _tensors([named.get(name) for name in changed]))
 
 
 def _product_flops(named: dict[str, Any]) -> int:
     """2 · rows · weight, for nanovllm's linear ops and torch's matrix products; else 0."""
-    left = named.get("x", named.get("mat1", named.get("self")))
-    weight = named.get("weight", named.get("mat2"))
-    if (
-        not isinstance(left, Tensor)
-        or not isinstance(weight, Tensor)
-        or weight.dim() != 2
-        or left.dim() != 2
-    ):
-        return 0
-    return 2 * left.shape[0] * weight.numel()
+    left: Any = named.get("x", named.get("mat1", named.get("self")))
+    weight: Any = named.get("weight", named.get("mat2"))
+    if all(isinstance(factor, Tensor) and factor.dim() == 2 for factor in (left, weight)):
+        return 2 * int(left.shape[0]) * int(weight.numel())
+    return 0
 
 
 def _attention(

@@ -12,6 +12,7 @@ import torch
 # for the first one.
 COPY_BYTES = (1 << 29, 1 << 32)
 MATRIX_SIZES = (1024, 8192)
+Work = Callable[[], object]
 LONG_ENOUGH = 1e-3  # seconds: the host's overhead of about 10 µs is 1 % of this
 REPEATS = 6
 
@@ -28,7 +29,7 @@ class Limits:
         return max(num_bytes / self.bandwidth, flops / self.flops)
 
 
-def best_seconds(work: Callable[[], object], synchronize: Callable[[], None]) -> float:
+def best_seconds(work: Work, synchronize: Callable[[], None]) -> float:
     """The shortest wall-clock time of `REPEATS` runs, from an idle device to an idle device."""
     best = float("inf")
     for _ in range(REPEATS):
@@ -53,18 +54,16 @@ def measure_limits(
     clock depends on the power that the data costs.
     """
 
-    def copy(num_bytes: int) -> tuple[int, Callable[[], object]]:
+    def copy(num_bytes: int) -> tuple[int, Work]:
         source = torch.randn(num_bytes // 4, device=device)
         target = torch.empty_like(source)
         return 2 * num_bytes, lambda: target.copy_(source)
 
-    def product(size: int) -> tuple[int, Callable[[], object]]:
+    def product(size: int) -> tuple[int, Work]:
         a = torch.randn(size, size, device=device, dtype=dtype)
         return 2 * size**3, lambda: a @ a
 
-    def rate(
-        make: Callable[[int], tuple[int, Callable[[], object]]], sizes: tuple[int, int]
-    ) -> float:
+    def rate(make: Callable[[int], tuple[int, Work]], sizes: tuple[int, int]) -> float:
         best = 0.0
         for size in sizes:
             amount, work = make(size)

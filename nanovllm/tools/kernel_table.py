@@ -27,12 +27,12 @@ class Launch(NamedTuple):
 
 def read_kernels(events: Sequence[dict[str, Any]]) -> list[Kernel]:
     """The work on the device in a Chrome trace, by start time, with short names."""
-    found = [
-        Kernel(short_name(e["name"]), e["ts"], e["dur"])
-        for e in events
-        if e.get("cat") in DEVICE_WORK
-    ]
-    return sorted(found, key=lambda kernel: kernel.start_us)
+    work = [event for event in events if event.get("cat") in DEVICE_WORK]
+    return sorted(map(_kernel, work), key=lambda kernel: kernel.start_us)
+
+
+def _kernel(event: dict[str, Any]) -> Kernel:
+    return Kernel(short_name(event["name"]), event["ts"], event["dur"])
 
 
 def read_launches(events: Sequence[dict[str, Any]], ops: Sequence[tuple[str, int]]) -> list[Launch]:
@@ -50,20 +50,18 @@ def read_launches(events: Sequence[dict[str, Any]], ops: Sequence[tuple[str, int
     for event in events:
         if "correlation" in event.get("args", {}) and event.get("cat") not in DEVICE_WORK:
             launched_at[event["args"]["correlation"]] = event["ts"]
-    by_op: dict[int, list[tuple[float, float, str]]] = defaultdict(list)
+    by_op: dict[int, list[Kernel]] = defaultdict(list)
     for event in events:
         time_us = launched_at.get(event.get("args", {}).get("correlation"))
         if event.get("cat") in DEVICE_WORK and time_us is not None:
             for start, end, op_idx in marks:
                 if start <= time_us <= end:
-                    by_op[op_idx].append((event["ts"], event["dur"], short_name(event["name"])))
+                    by_op[op_idx].append(_kernel(event))
     launches: list[Launch] = []
     for op_idx, kernels in sorted(by_op.items()):
-        longest = max(range(len(kernels)), key=lambda i: kernels[i][1])
-        name, num_bytes = ops[op_idx]
-        launches += [
-            Launch(k[2], name, num_bytes if i == longest else 0) for i, k in enumerate(kernels)
-        ]
+        longest = max(kernels, key=lambda kernel: kernel.duration_us)
+        op, num_bytes = ops[op_idx]
+        launches += [Launch(k.name, op, num_bytes if k is longest else 0) for k in kernels]
     return launches
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import gzip
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -22,7 +22,7 @@ from nanovllm.sampling import SamplingParams
 from nanovllm.schedule.request import Request
 from nanovllm.schedule.scheduler import Scheduler
 from nanovllm.tools.costs import cost
-from nanovllm.tools.kernel_table import MARK, kernel_table, read_kernels, read_launches
+from nanovllm.tools.kernel_table import MARK, Launch, kernel_table, read_kernels, read_launches
 
 SHARES_OF_ROWS = (1, 2, 8)  # windows at the full batch, a half, an eighth, and one row
 
@@ -46,55 +46,26 @@ def profile_decode(
     folder.mkdir(parents=True, exist_ok=True)
     with profile(activities=activities):  # the profiler's first start takes seconds
         engine.runner.platform.synchronize()
+    profiler = _Profiler(engine, folder, activities, bandwidth)
     reports: list[dict[str, Any]] = []
     targets: list[int] | None = None
-    ids = [
-        engine.add_request(prompt, one, incremental=False) for prompt, one in zip(prompts, params)
-    ]
+    pairs = zip(prompts, params)
+    ids = [engine.add_request(prompt, one, incremental=False) for prompt, one in pairs]
     try:
-        reports.append(_prompts(engine, sum(map(len, prompts)), folder, activities, bandwidth))
+        reports.append(profiler.prompts(sum(map(len, prompts))))
         while engine.has_unfinished and targets != []:
             rows = steady_rows(engine, num_steps)
             if targets is None and rows:
-                targets = sorted(
-                    {1, *(len(rows) // share or 1 for share in SHARES_OF_ROWS)}, reverse=True
-                )
+                sizes = {1, *(len(rows) // share or 1 for share in SHARES_OF_ROWS)}
+                targets = sorted(sizes, reverse=True)
             if targets and 0 < len(rows) <= targets[0]:
                 targets = [target for target in targets if target < len(rows)]
-                reports.append(_window(engine, rows, folder, activities, bandwidth, num_steps))
+                reports.append(profiler.window(rows, num_steps))
             else:
                 engine.step()
     finally:
         engine.abort_all(ids)
     return reports
-
-
-def _prompts(
-    engine: LLMEngine,
-    num_tokens: int,
-    folder: Path,
-    activities: Sequence[ProfilerActivity],
-    bandwidth: float,
-) -> dict[str, Any]:
-    """Profile the steps until no prompt is left that can run now. Reports no bytes: the steps are
-    not run op by op."""
-    trace, num_steps = folder / "trace_prefill.json.gz", 0
-    scheduler = engine.scheduler
-    with profile(activities=activities) as recorded:
-        started = time.perf_counter()
-        while _has_prompts(scheduler):
-            engine.step()
-            num_steps += 1
-        engine.runner.platform.synchronize()
-        wall_us = (time.perf_counter() - started) * 1e6
-    recorded.export_chrome_trace(str(trace))
-    report = {
-        "prompt_tokens": num_tokens,
-        "wall_us": round(wall_us / num_steps, 1),
-        **kernel_table(read_kernels(_events(trace)), [], num_steps, bandwidth),
-    }
-    (folder / "kernels_prefill.json").write_text(json.dumps(report, indent=1))
-    return report
 
 
 def _has_prompts(scheduler: Scheduler) -> bool:
@@ -109,49 +80,70 @@ def steady_rows(engine: LLMEngine, num_steps: int) -> list[Request]:
     rows = [request for request in scheduler.running if request.may_decode]
     if scheduler.waiting or not all(request.is_decoding for request in scheduler.running):
         return []
-    num_lasting = sum(
-        request.max_output - request.num_scheduled_outputs >= num_steps for request in rows
-    )
+    num_left = [request.max_output - request.num_scheduled_outputs for request in rows]
+    num_lasting = sum(left >= num_steps for left in num_left)
     if not num_lasting or len(rows) > layout.decode_rows[-1]:
         return []
     return rows if layout.decode_bucket(num_lasting) == layout.decode_bucket(len(rows)) else []
 
 
-def _window(
-    engine: LLMEngine,
-    rows: list[Request],
-    folder: Path,
-    activities: Sequence[ProfilerActivity],
-    bandwidth: float,
-    num_steps: int,
-) -> dict[str, Any]:
-    runner, num_rows = engine.runner, len(rows)
-    bucket = runner.layout.decode_bucket(num_rows)
-    # half-way through the window
-    lengths = [request.num_computed + 1 + num_steps // 2 for request in rows]
-    trace = folder / f"trace_bs{num_rows}.json.gz"
-    mode = OpBytes(lengths)
-    with profile(activities={ProfilerActivity.CPU, *activities}) as by_op:
-        runner.decode_uncaptured(bucket, mode)
-        runner.platform.synchronize()
-    by_op.export_chrome_trace(str(trace))
-    launches = read_launches(_events(trace), mode.ops)
-    with profile(activities=activities) as replayed:
-        started = time.perf_counter()
-        for _ in range(num_steps):
-            engine.step()
-        runner.platform.synchronize()
-        wall_us = (time.perf_counter() - started) * 1e6
-    replayed.export_chrome_trace(str(trace))
-    report = {
-        "rows": num_rows,
-        "bucket": bucket,
-        "context_tokens": sum(lengths),
-        "wall_us": round(wall_us / num_steps, 1),
-        **kernel_table(read_kernels(_events(trace)), launches, num_steps, bandwidth),
-    }
-    (folder / f"kernels_bs{num_rows}.json").write_text(json.dumps(report, indent=1))
-    return report
+class _Profiler(NamedTuple):
+    """Profiles steps of an engine, and writes a trace and a table of kernels for each profile."""
+
+    engine: LLMEngine
+    folder: Path
+    activities: Sequence[ProfilerActivity]
+    bandwidth: float
+
+    def prompts(self, num_tokens: int) -> dict[str, Any]:
+        """Profile the steps until no prompt is left that can run now. Reports no bytes: the steps
+        are not run op by op."""
+
+        def run() -> int:
+            num_steps = 0
+            while _has_prompts(self.engine.scheduler):
+                self.engine.step()
+                num_steps += 1
+            return num_steps
+
+        return self._profile("prefill", {"prompt_tokens": num_tokens}, run, [])
+
+    def window(self, rows: list[Request], num_steps: int) -> dict[str, Any]:
+        """Profile `num_steps` decode steps of `rows`, after one that runs op by op."""
+        runner, num_rows = self.engine.runner, len(rows)
+        bucket = runner.layout.decode_bucket(num_rows)
+        # half-way through the window
+        lengths = [request.num_computed + 1 + num_steps // 2 for request in rows]
+        trace, mode = self.folder / f"trace_bs{num_rows}.json.gz", OpBytes(lengths)
+        with profile(activities={ProfilerActivity.CPU, *self.activities}) as by_op:
+            runner.decode_uncaptured(bucket, mode)
+            runner.platform.synchronize()
+        by_op.export_chrome_trace(str(trace))
+        launches = read_launches(_events(trace), mode.ops)
+
+        def run() -> int:
+            for _ in range(num_steps):
+                self.engine.step()
+            return num_steps
+
+        about = {"rows": num_rows, "bucket": bucket, "context_tokens": sum(lengths)}
+        return self._profile(f"bs{num_rows}", about, run, launches)
+
+    def _profile(
+        self, name: str, about: dict[str, Any], run: Callable[[], int], launches: Sequence[Launch]
+    ) -> dict[str, Any]:
+        """Profile `run`, which returns its number of steps."""
+        trace = self.folder / f"trace_{name}.json.gz"
+        with profile(activities=self.activities) as recorded:
+            started = time.perf_counter()
+            num_steps = run()
+            self.engine.runner.platform.synchronize()
+            wall_us = (time.perf_counter() - started) * 1e6
+        recorded.export_chrome_trace(str(trace))
+        table = kernel_table(read_kernels(_events(trace)), launches, num_steps, self.bandwidth)
+        report = {**about, "wall_us": round(wall_us / num_steps, 1), **table}
+        (self.folder / f"kernels_{name}.json").write_text(json.dumps(report, indent=1))
+        return report
 
 
 class OpBytes(TorchDispatchMode):

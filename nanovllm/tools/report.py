@@ -13,7 +13,6 @@ import json
 import platform as host
 import sys
 from collections import Counter
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,20 +33,17 @@ from nanovllm.runner.state import Span
 from nanovllm.startup.choose import choose_without_weights
 from nanovllm.startup.compile_farm.builder import small_runner
 from nanovllm.tools import report_data, report_page
-from nanovllm.tools.device_limits import measure_limits
-from nanovllm.tools.report_data import Call, Padding, Region, Report
+from nanovllm.tools.device_limits import Work, measure_limits
+from nanovllm.tools.report_data import Call, Padding, Region, Report, Timer
+
+Recorded = dict[str, tuple[Program, list[Tensor]]]  # programs of a step, with their inputs
 
 
 def draw(
-    config: EngineConfig,
-    kind: str,
-    size: int,
-    context: int,
-    batch_sizes: list[int],
-    trace_name: str,
+    config: EngineConfig, kind: str, size: int, context: int, trace: list[int], trace_name: str
 ) -> Report:
     """The report on one bucket: "decode" of `size` rows with `context` tokens each, or "prefill" of
-    `size` tokens.
+    `size` tokens. `trace` holds batch sizes.
 
     Raises ValueError if the options give no such bucket, or if rows exceed max_model_len.
     """
@@ -72,23 +68,18 @@ def draw(
     blocks_each = -(-(context + 1 if kind == "decode" else size) // layout.block_size)
     runner.allocate_cache(1 + blocks_each * (size if kind == "decode" else 1))
     runner.run_bucket(kind, size)
-    recorded: dict[str, tuple[Program, list[Tensor]]] = {}
+    recorded: Recorded = {}
     runner.compiler.observe(lambda program: partial(_record, recorded, program))
     with torch.no_grad():
-        step = (
-            partial(_decode, runner, size, context, blocks_each)
-            if kind == "decode"
-            else partial(_prefill, runner, size)
-        )
-        step()
-        seconds = report_data.timer(runner.platform.capture, runner.platform.synchronize)
-        limits = measure_limits(
-            runner.platform.device, runner.cfg.dtype, runner.platform.synchronize
-        )
+        if kind == "decode":
+            _decode(runner, size, context, blocks_each)
+        else:
+            _prefill(runner, size)
+        platform = runner.platform
+        seconds = report_data.timer(platform.capture, platform.synchronize)
+        limits = measure_limits(platform.device, runner.cfg.dtype, platform.synchronize)
         for name, (program, inputs) in recorded.items():
             regions[name].calls = _measured(runner, program, inputs, seconds)
-            is_list = isinstance(program.run, CallList)
-            regions[name].lowering = "calls" if is_list else "Inductor"
     model = choice.model
     programs = Counter(model.layer_programs(keeps_last=kind == "prefill"))
     for (region, layer_kind), count in programs.items():
@@ -100,7 +91,7 @@ def draw(
         facts=_facts(runner, model.config, kind, context),
         limits=limits,
         regions=tuple(regions[name] for name in recorded),
-        padding=_padding(kind, batch_sizes, ladder),
+        padding=_padding(kind, trace, ladder),
         trace_name=trace_name,
     )
 
@@ -111,22 +102,15 @@ def _padding(kind: str, batch_sizes: list[int], ladder: tuple[int, ...]) -> tupl
     return report_data.padding_of(list(sizes), ladder)
 
 
-def _record(
-    recorded: dict[str, tuple[Program, list[Tensor]]], program: Program, *inputs: object
-) -> Any:
+def _record(recorded: Recorded, program: Program, *inputs: object) -> Any:
     recorded.setdefault(program.name, (program, tensors(inputs)))
     return program(*inputs)
 
 
-def _measured(
-    runner: Runner,
-    program: Program,
-    inputs: list[Tensor],
-    seconds: Callable[[Callable[[], object]], float],
-) -> list[Call]:
+def _measured(runner: Runner, program: Program, inputs: list[Tensor], seconds: Timer) -> list[Call]:
     pos_S, token_S = runner.state.pos_S.clone(), runner.state.token_S.clone()
 
-    def restoring(call: Callable[[], object]) -> float:
+    def restoring(call: Work) -> float:
         taken = seconds(call)
         # the timed call may be one that advances the rows
         runner.state.pos_S.copy_(pos_S)
@@ -186,23 +170,20 @@ def read_trace(path: Path) -> list[int]:
     """
     text = path.read_text()
     try:
-        sizes = (
-            json.loads(text)
-            if text.lstrip().startswith("[")
-            else [int(word) for word in text.split()]
-        )
+        is_json = text.lstrip().startswith("[")
+        sizes = json.loads(text) if is_json else [int(word) for word in text.split()]
     except ValueError as error:
         raise ValueError(f"{path} holds no batch sizes: {error}") from error
-    strange = [
-        size for size in sizes if isinstance(size, bool) or not isinstance(size, int) or size < 1
-    ]
-    if strange or not sizes:
-        raise ValueError(
-            f"{path} holds {strange[0]!r}, but batch sizes are at least 1"
-            if strange
-            else f"{path} is empty"
-        )
+    if not sizes:
+        raise ValueError(f"{path} is empty")
+    for size in sizes:
+        if type(size) is not int or size < 1:
+            raise ValueError(f"{path} holds {size!r}, but batch sizes are at least 1")
     return list(sizes)
+
+
+# options that are integers, with the names of `LLM`'s options
+SIZES = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kvcache_block_size")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -221,28 +202,19 @@ def _parser() -> argparse.ArgumentParser:
     add("--trace", type=Path, help="a file of batch sizes, whose padding is reported")
     add("--device", default="auto")
     add("--dtype", default="auto")
-    for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kvcache_block_size"):
+    for name in SIZES:
         add(f"--{name.replace('_', '-')}", type=int)
     return parser
 
 
 def _engine_config(args: argparse.Namespace) -> EngineConfig:
     traits = platforms.select(args.device).traits
-    max_num_seqs = args.max_num_seqs or max(args.bs or 1, traits.num_seqs)
-    batch_sizes = None
+    sizes: dict[str, Any] = {name: getattr(args, name) for name in SIZES}
+    sizes["max_num_seqs"] = args.max_num_seqs or max(args.bs or 1, traits.num_seqs)
     if args.bs is not None:
-        ladder = buckets.decode_ladder(None, max_num_seqs, traits.decode_rows)
-        batch_sizes = sorted({*ladder, args.bs})
-    return EngineConfig(
-        args.model,
-        device=args.device,
-        dtype=args.dtype,
-        max_model_len=args.max_model_len,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=args.max_num_batched_tokens,
-        kvcache_block_size=args.kvcache_block_size,
-        graph_batch_sizes=batch_sizes,
-    )
+        ladder = buckets.decode_ladder(None, sizes["max_num_seqs"], traits.decode_rows)
+        sizes["graph_batch_sizes"] = sorted({*ladder, args.bs})
+    return EngineConfig(args.model, device=args.device, dtype=args.dtype, **sizes)
 
 
 def main(arguments: list[str] | None = None) -> int:

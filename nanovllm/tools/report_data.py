@@ -8,16 +8,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from nanovllm.compile.buckets import smallest_fit
 from nanovllm.compile.lower.calls import CallList
 from nanovllm.tools.costs import cost
-from nanovllm.tools.device_limits import Limits, best_seconds
+from nanovllm.tools.device_limits import Limits, Work, best_seconds
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule
 
+Timer = Callable[[Work], float]  # the seconds of one call
 CALLS_PER_RUN = 20  # one call is too short for the host's clock
 
 
@@ -71,7 +73,11 @@ class Region:
     times: int = 1
     stages: list[Stage] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
-    lowering: str = ""
+
+    @property
+    def seconds(self) -> float:
+        """The time of all calls of one run."""
+        return sum(call.seconds for call in self.calls)
 
 
 @dataclass(frozen=True)
@@ -116,22 +122,15 @@ def stage_of(name: str, graph: GraphModule) -> Stage:
                 inputs.append(source.name)
             elif value is not None:
                 inputs.append(f"{name_of_arg} = {value}")
-        nodes.append(
-            Node(
-                node.name,
-                str(node.target).removeprefix("nanovllm.").removesuffix(".default"),
-                _shapes(node.meta.get("val")),
-                tuple(dict.fromkeys(parents)),
-                tuple(dict.fromkeys(inputs)),
-                str(node.target).startswith("nanovllm."),
-            )
-        )
+        label, shapes = _label(node.target), _shapes(node.meta.get("val"))
+        is_ours = str(node.target).startswith("nanovllm.")
+        # every parent and input once, in order
+        read = tuple(dict.fromkeys(parents)), tuple(dict.fromkeys(inputs))
+        nodes.append(Node(node.name, label, shapes, *read, is_ours))
     return Stage(name, tuple(nodes), graph.print_readable(print_output=False, include_stride=False))
 
 
-def measure(
-    listed: CallList, inputs: Sequence[Tensor], seconds: Callable[[Callable[[], object]], float]
-) -> list[Call]:
+def measure(listed: CallList, inputs: Sequence[Tensor], seconds: Timer) -> list[Call]:
     """Make the listed calls one by one. Time each with `seconds(call)` and its real arguments."""
     calls: list[Call] = []
 
@@ -139,10 +138,8 @@ def measure(
         result = op(*args, **kwargs)
         if op is not operator.getitem and not op.is_view:
             num_bytes, flops = cost(op, args, kwargs, result)
-            name = str(op).removeprefix("nanovllm.").removesuffix(".default")
-            calls.append(
-                Call(name, _shapes(result), seconds(lambda: op(*args, **kwargs)), num_bytes, flops)
-            )
+            taken = seconds(lambda: op(*args, **kwargs))
+            calls.append(Call(_label(op), _shapes(result), taken, num_bytes, flops))
         return result
 
     listed.step_through(inputs, visit)
@@ -151,11 +148,11 @@ def measure(
 
 def timer(
     record: Callable[[Callable[[], None]], Callable[[], None]], synchronize: Callable[[], None]
-) -> Callable[[Callable[[], object]], float]:
+) -> Timer:
     """A function that returns the seconds of one call: the best of a few replays of
     `CALLS_PER_RUN` calls. `record` captures a function and returns its replay."""
 
-    def seconds(call: Callable[[], object]) -> float:
+    def seconds(call: Work) -> float:
         def repeated() -> None:
             for _ in range(CALLS_PER_RUN):
                 call()
@@ -199,20 +196,20 @@ def _source(value: Any) -> Any:
     return value
 
 
+def _label(op: Any) -> str:
+    return str(op).removeprefix("nanovllm.").removesuffix(".default")
+
+
 _SHORT = {
-    "torch.float32": "f32",
-    "torch.bfloat16": "bf16",
-    "torch.float16": "f16",
-    "torch.int64": "i64",
-    "torch.int32": "i32",
-    "torch.bool": "b8",
-}
+    torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16",
+    torch.int64: "i64", torch.int32: "i32", torch.bool: "b8",
+}  # fmt: skip
 
 
 def _shapes(value: Any) -> str:
     if isinstance(value, Tensor):
-        dtype = str(value.dtype)
-        return f"{_SHORT.get(dtype, dtype)}[{', '.join(map(str, value.shape))}]"
+        dtype = _SHORT.get(value.dtype, str(value.dtype))
+        return f"{dtype}[{', '.join(map(str, value.shape))}]"
     if isinstance(value, (tuple, list)):
         return ", ".join(_shapes(item) for item in value)
     return ""

@@ -54,12 +54,8 @@ def _scaled(count: float, units: tuple[str, ...]) -> str:
 
 def tabs(panes: list[tuple[str, str]]) -> str:
     """Buttons with names, and the one pane of HTML that the chosen button shows."""
-    buttons = "".join(
-        f"<button{'' if i else ' class=on'}>{text(name)}</button>"
-        for i, (name, _) in enumerate(panes)
-    )
-    contents = "".join(
-        f'<div class="pane"{" hidden" if i else ""}>{content}</div>'
-        for i, (_, content) in enumerate(panes)
-    )
+    buttons = contents = ""
+    for i, (name, content) in enumerate(panes):
+        buttons += f"<button{'' if i else ' class=on'}>{text(name)}</button>"
+        contents += f'<div class="pane"{" hidden" if i else ""}>{content}</div>'
     return f'<div><div class="tabs">{buttons}</div>{contents}</div>'

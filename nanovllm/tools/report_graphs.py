@@ -19,9 +19,7 @@ class _Box(NamedTuple):
 
 def graphs(regions: Sequence[Region]) -> str:
     """A tab per region, the one with the largest share of the step first."""
-    order = sorted(
-        regions, key=lambda region: -region.times * sum(call.seconds for call in region.calls)
-    )
+    order = sorted(regions, key=lambda region: -region.times * region.seconds)
     return tabs([(region.name, _stages(region)) for region in order])
 
 
@@ -31,10 +29,8 @@ def _stages(region: Region) -> str:
         return ""
     first, last = region.stages[0], region.stages[-1]
     pairs = [("all passes", first, last)] if len(region.stages) > 2 else []
-    pairs += [
-        (_stage_name(after), before, after)
-        for before, after in zip(region.stages, region.stages[1:])
-    ]
+    adjacent = zip(region.stages, region.stages[1:])
+    pairs += [(_stage_name(after), before, after) for before, after in adjacent]
     panes = []
     for name, before, after in pairs:
         changed = before.shapes_and_calls() != after.shapes_and_calls()
@@ -65,25 +61,19 @@ def _drawing(stage: Stage, other: Stage, mark: str) -> str:
         above = [depth[parent] for parent in node.parents if parent in depth]
         depth[node.name] = max(above, default=-1) + 1
         rows.setdefault(depth[node.name], []).append(node.name)
-    boxes = {
-        name: _Box(8 + i * ACROSS, 8 + level * DOWN)
-        for level, names in rows.items()
-        for i, name in enumerate(names)
-    }
-    edges = [
-        _edge(boxes[parent], boxes[node.name])
-        for node in stage.nodes
-        for parent in node.parents
-        if parent in boxes
-    ]
+    boxes: dict[str, _Box] = {}
+    for level, names in rows.items():
+        boxes |= {name: _Box(8 + i * ACROSS, 8 + level * DOWN) for i, name in enumerate(names)}
     others = other.shapes_and_calls()
-    drawn = [
-        _node(node, boxes[node.name], "" if node.call in others else mark) for node in stage.nodes
-    ]
+    edges = drawn = ""
+    for node in stage.nodes:
+        box = boxes[node.name]
+        edges += "".join(_edge(boxes[parent], box) for parent in node.parents if parent in boxes)
+        drawn += _node(node, box, "" if node.call in others else mark)
     wide = max(map(len, rows.values()), default=1) * ACROSS + 8
     high = len(rows) * DOWN or DOWN
     size = f'width="{wide}" height="{high}" viewBox="0 0 {wide} {high}"'
-    return f"<svg {size}>{''.join(edges)}{''.join(drawn)}</svg>"
+    return f"<svg {size}>{edges}{drawn}</svg>"
 
 
 def _node(node: Node, box: _Box, mark: str) -> str:

@@ -16,12 +16,10 @@ WIDTH = 1200
 
 def page(report: Report) -> str:
     """The whole page."""
-    style, script = (
-        Path(__file__).with_suffix(suffix).read_text(encoding="utf-8") for suffix in (".css", ".js")
-    )
-    facts = " &nbsp;·&nbsp; ".join(
-        f"{text(name)} <b>{text(value)}</b>" for name, value in report.facts.items()
-    )
+    files = (Path(__file__).with_suffix(suffix) for suffix in (".css", ".js"))
+    style, script = (file.read_text(encoding="utf-8") for file in files)
+    named = [f"{text(name)} <b>{text(value)}</b>" for name, value in report.facts.items()]
+    facts = " &nbsp;·&nbsp; ".join(named)
     parts = [
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width">',
@@ -77,15 +75,12 @@ def _cards(report: Report) -> str:
         (f"{limit / step:.0%}" if step else "–", "share of the device's limit"),
         (f"{num_calls}", f"calls, {fmt.num_bytes(num_bytes)} moved"),
     ]
-    return "".join(
-        f'<div class="card"><div class="number">{number}</div>'
-        f'<div class="what">{text(what)}</div></div>'
-        for number, what in cards
-    )
+    card = '<div class="card"><div class="number">{}</div><div class="what">{}</div></div>'
+    return "".join(card.format(number, text(what)) for number, what in cards)
 
 
 def _timeline(regions: Sequence[Region]) -> str:
-    total = sum(sum(call.seconds for call in region.calls) for region in regions) or 1.0
+    total = sum(region.seconds for region in regions) or 1.0
     gap, x, out = 10.0, 0.0, []
     scale = (WIDTH - gap * (len(regions) - 1)) / total
     for region in regions:
@@ -102,13 +97,11 @@ def _timeline(regions: Sequence[Region]) -> str:
                 out.append(f'<text class="white" {middle}>{text(call.op)}</text>')
             x += wide
         if x - begin > 70:
-            each = fmt.duration(sum(call.seconds for call in region.calls))
-            times = f" × {region.times}" if region.times > 1 else ""
-            name = text(region.name.split("_")[0])
-            out.append(f'<text x="{begin:.1f}" y="74">{name}{times}</text>')
-            out.append(
-                f'<text class="soft" x="{begin:.1f}" y="91">{each}{times and " each"}</text>'
-            )
+            name, each = text(region.name.split("_")[0]), fmt.duration(region.seconds)
+            if region.times > 1:
+                name, each = f"{name} × {region.times}", f"{each} each"
+            out.append(f'<text x="{begin:.1f}" y="74">{name}</text>')
+            out.append(f'<text class="soft" x="{begin:.1f}" y="91">{each}</text>')
         x += gap
     return f'<svg class="fits" viewBox="0 0 {WIDTH} 98" role="img">{"".join(out)}</svg>'
 

@@ -3,15 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from nanovllm import LLM, platforms
-from nanovllm.platforms.base import MemoryBudget, budget
+from nanovllm.platforms.accelerator import Accelerator
+from nanovllm.platforms.base import MemoryBudget
 from nanovllm.startup.memory import GIB, MemoryReport
 
 BLOCK_BYTES = 2 * 2 * 2 * 32 * 4 * 16  # keys and values, layers, heads, head size, fp32, tokens
+
+
+def budget(
+    utilization: float,
+    *,
+    total_bytes: int,
+    free_bytes: int,
+    reserved_bytes: int,
+    allocated_bytes: int,
+    peak_bytes: int,
+) -> MemoryBudget:
+    """The budget of an accelerator whose torch reports these sizes."""
+    stats = {
+        "reserved_bytes.all.current": reserved_bytes,
+        "allocated_bytes.all.current": allocated_bytes,
+        "allocated_bytes.all.peak": peak_bytes,
+    }
+    runtime = SimpleNamespace(
+        mem_get_info=lambda device: (free_bytes, total_bytes), memory_stats=lambda device: stats
+    )
+    simulated: Any = SimpleNamespace(runtime=runtime, device=None)
+    return Accelerator.memory_budget(simulated, utilization)
 
 
 def test_the_allowance_is_what_the_share_leaves_beside_weights_and_others() -> None:

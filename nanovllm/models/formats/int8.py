@@ -32,9 +32,7 @@ def store(name: str, weight_OD: Tensor) -> Int8Weight:
     """
     values_OD = torch.empty(weight_OD.shape, dtype=torch.int8, device=weight_OD.device)
     scale_O = torch.empty(weight_OD.shape[0], dtype=torch.float32, device=weight_OD.device)
-    parts = zip(
-        weight_OD.split(ROWS_AT_ONCE), values_OD.split(ROWS_AT_ONCE), scale_O.split(ROWS_AT_ONCE)
-    )
+    parts = zip(*(tensor.split(ROWS_AT_ONCE) for tensor in (weight_OD, values_OD, scale_O)))
     for part_OD, part_values_OD, part_scale_O in parts:
         part_scale_O.copy_(part_OD.abs().amax(1).float() / 127)
         if not part_scale_O.isfinite().all():

@@ -41,9 +41,8 @@ class ForkServer:
         """Fork `count` workers, at most `max_workers`, once the imports are done. Call it once."""
         stdin = self.process.stdin
         assert stdin is not None
-        with contextlib.suppress(
-            BrokenPipeError
-        ):  # the server has ended: reading its workers fails
+        # if the server has ended, reading from its workers fails
+        with contextlib.suppress(BrokenPipeError):
             stdin.write(f"{count}\n".encode())
             stdin.flush()
         ours, self._unused = self._unused[:count], self._unused[count:]
