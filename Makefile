@@ -1,5 +1,6 @@
 # make run: install, then answer a few prompts with the embedded model.   make test: install, then lint, types and tests.
 PYTHON ?= python3
+WORKERS ?= 2
 VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py constraints.txt
@@ -13,7 +14,7 @@ run: $(VENV)/.installed
 	$(BIN)/python example.py $(ARGS)
 
 test: $(VENV)/.installed-test lint
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 	@if [ "$$(uname -s)" = Linux ]; then $(MAKE) test-npu; else echo 'the tests of the NPU run on Linux only'; fi
 
 # torch_npu without an NPU: the real package over libraries with the names of CANN's (tests/npu/run.py)

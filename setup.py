@@ -51,6 +51,7 @@ setup(
             "triton>=3.6; platform_system == 'Linux'",
             "pytest>=8",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
             "ruff>=0.9",
             "mypy>=1.14",
             "types-tqdm",
