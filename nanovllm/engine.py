@@ -299,7 +299,7 @@ class LLMEngine:
         for num, token_id in enumerate(token_ids, start=1):
             num_outputs = num_before + num
             may_stop = num_outputs >= request.params.min_tokens
-            hit_stop_string = stream.push([token_id], may_stop=may_stop)
+            hit_stop_string = stream.grows and stream.push([token_id], may_stop=may_stop)
             stops = hit_stop_string or (may_stop and token_id in request.stop_ids)
             if stops or num_outputs >= request.max_output:
                 del request.output_ids[num_outputs:]

@@ -48,7 +48,7 @@ class ModelConfig:
             )
         if self.head_dim > 256 or self.head_dim % 8:
             raise ValueError(
-                f"head_dim {self.head_dim} is not supported: it must be a multiple of 8, at most 256"
+                f"head_dim {self.head_dim} is not supported: it must be a multiple of 8, up to 256"
             )
 
     @property

@@ -68,6 +68,11 @@ class TextStream:
         if self.tokenizer is not None and (self.incremental or self.stop_strings):
             self._growing = GrowingText(self.tokenizer)
 
+    @property
+    def grows(self) -> bool:
+        """True if the text is decoded token by token, and not at the end."""
+        return self._growing is not None
+
     def push(self, token_ids: Sequence[int], *, may_stop: bool) -> bool:
         """Add tokens. True if they complete a stop string: the text then ends before it."""
         if self._growing is None:

@@ -192,7 +192,7 @@ def test_llama_has_no_windows() -> None:
         ),
         (
             {"head_dim": 264},
-            "head_dim 264 is not supported: it must be a multiple of 8, at most 256",
+            "head_dim 264 is not supported: it must be a multiple of 8, up to 256",
         ),
         ({"head_dim": 20}, "head_dim 20 is not supported"),
         (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-import bench
 from nanovllm.tools import device_limits
 from nanovllm.tools.device_limits import Limits
 
 OPTIONS = "--num-seqs 3 --min-len 4 --max-len 9 --max-model-len 64"
+# by its path: tests of scripts put scripts/ on the path, where bench/ is a package
+SPEC = importlib.util.spec_from_file_location("bench", Path(__file__).parents[2] / "bench.py")
+assert SPEC is not None and SPEC.loader is not None
+bench = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(bench)
+
 COMMON = f"--model tiny-qwen3 --device cpu --enforce-eager {OPTIONS}".split()
 
 
