@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -173,3 +174,12 @@ def test_only_platforms_kernels_and_lowerings_know_devices() -> None:
                 continue
             for line, text in code_strings(ast.parse(path.read_text(encoding="utf-8"))):
                 assert text in OPTIONS or not DEVICE.search(text), f"{path}:{line}: {text}"
+
+
+def test_the_picture_of_the_structure_shows_the_imports(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    picture = importlib.import_module("draw_structure")
+    assert set(picture.ROLES) == {*FOLDERS, "llm", "engine"} - {""}, "every room is drawn"
+    assert picture.PICTURE.read_text(encoding="utf-8") == picture.draw(), (
+        "run python scripts/draw_structure.py"
+    )

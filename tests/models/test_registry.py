@@ -190,10 +190,7 @@ def test_llama_has_no_windows() -> None:
             {"quantization_config": {"quant_method": "awq"}},
             "quantized checkpoints are not supported: .*awq",
         ),
-        (
-            {"head_dim": 264},
-            "head_dim 264 is not supported: it must be a multiple of 8, up to 256",
-        ),
+        ({"head_dim": 264}, "head_dim 264 is not supported: it must be a multiple of 8, up to 256"),
         ({"head_dim": 20}, "head_dim 20 is not supported"),
         (
             {"num_key_value_heads": 3},

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from nanovllm import LLM, SamplingParams, platforms
+from nanovllm.schedule.request import Request
 from tests.npu.conftest import SIZES, answers
 from tests.npu.ge import Ge
 from tests.npu.host import Host, host_view
@@ -67,6 +68,36 @@ def test_other_modes_give_the_same_tokens(
     assert {name for name in host.seen if name in always | fused} == (
         always if mode == "captured-unfused" else always | fused
     )
+
+
+@pytest.mark.parametrize("mode", ["ge", "captured", "eager"])
+def test_steps_of_several_tokens_give_the_tokens_of_single_steps(
+    mode: str, cpu_answers: Callable[..., Any]
+) -> None:
+    """Proposals are two right tokens, or one and a wrong one; filters choose outside the graph."""
+    params = {"temperature": 1.2, "seed": 5, "top_k": 5, "max_tokens": 10}
+    greedy, filtered = cpu_answers(), cpu_answers(**params)
+    options = {**MODES.get(mode, {}), "draft_lengths": (2,), "run_ahead": 0}
+    llm = LLM("tiny-qwen3", device="npu", **SIZES, **options)
+    fed: list[int] = []
+
+    def proposer(known: list[list[int]]) -> Callable[[Request], list[int]]:
+        first = llm.engine._num_added
+
+        def propose(request: Request) -> list[int]:
+            answer, start = known[request.request_id - first], len(request.output_ids)
+            fed.append(start)
+            wrong = start % 3 == 0
+            return [token + wrong * (i == 1) for i, token in enumerate(answer[start : start + 2])]
+
+        return propose
+
+    llm.engine.propose = proposer(greedy)
+    assert answers(llm) == greedy
+    assert len(fed) < sum(map(len, greedy)) * 0.7, "a step brings more than one token"
+    llm.engine.propose = proposer(filtered)
+    assert answers(llm, **params) == filtered
+    llm.close()
 
 
 def test_a_captured_step_takes_its_lengths_from_the_host(
