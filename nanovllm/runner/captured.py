@@ -140,8 +140,8 @@ class PrefillStep(SpanStep):
         """The step without the sampler, op by op: the logits [R, V] after each row's last token."""
         return self._steps.prefill_logits(self.span)
 
-    def hidden(self, given: Given = ()) -> tuple[Tensor, SpanTokens]:
-        """The step without head and sampler, op by op: the hidden states [T, D] of all tokens."""
+    def hidden(self, given: Given = ()) -> tuple[Tensor, Tensor]:
+        """The step without head and sampler, op by op: see `Steps.hidden`."""
         return self._steps.hidden(self.span, given)
 
     def build_hidden(self) -> None:

@@ -342,11 +342,11 @@ class Runner:
                 (one.start, self._embeddings[one.key][one.source : one.source + one.num])
                 for one in plan.embeddings
             ]
-            h_TD, tokens = step.hidden(given)
+            h_TD, last_R = step.hidden(given)
             prompt_logprobs = [
                 self._prompt_logprobs(one, h_TD, bucket[1]) for one in plan.prompt_logprobs
             ]
-            logits_RV = self.steps.logits_at(h_TD, tokens.last_R)
+            logits_RV = self.steps.logits_at(h_TD, last_R)
         else:
             logits_RV = step.logits()
         if plan.choice.is_plain:

@@ -149,13 +149,13 @@ class Steps:
     def prefill_logits(self, span: Span) -> Tensor:
         """Write keys and values of a span; returns logits [R, V] after each row's last token."""
         if self.whole:
-            h_TD, tokens = self.hidden(span)
-            return self.logits_at(h_TD, tokens.last_R)
+            return self.logits_at(*self.hidden(span))
         h_TD, tokens, batch = self._begin_span(span)
         return self._head(self._layers("prefill", h_TD, batch, len(span.token_T), tokens.last_R))
 
-    def hidden(self, span: Span, given: Given = ()) -> tuple[Tensor, SpanTokens]:
-        """Write keys and values of a span; returns all hidden states [T, D] after the last layer.
+    def hidden(self, span: Span, given: Given = ()) -> tuple[Tensor, Tensor]:
+        """Write keys and values of a span; returns all hidden states [T, D] and each
+        row's last index.
 
         The embeddings of `given` replace those of the table.
         """
@@ -165,7 +165,7 @@ class Steps:
         h_TD, tokens, batch = self._begin_span(span)
         for start, embeds in given:
             h_TD[start : start + len(embeds)] = embeds
-        return self._layers("prefill", h_TD, batch, len(span.token_T)), tokens
+        return self._layers("prefill", h_TD, batch, len(span.token_T)), tokens.last_R
 
     def logits_at(self, h_TD: Tensor, index_R: Tensor) -> Tensor:
         """Logits [R, V] after the tokens at `index_R` of a span's hidden states."""
