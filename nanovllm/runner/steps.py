@@ -154,8 +154,8 @@ class Steps:
         return self._head(self._layers("prefill", h_TD, batch, len(span.token_T), tokens.last_R))
 
     def hidden(self, span: Span, given: Given = ()) -> tuple[Tensor, Tensor]:
-        """Write keys and values of a span; returns all hidden states [T, D] and each
-        row's last index.
+        """Write keys and values of a span; returns all hidden states [T, D] after the last layer,
+        and the index of each row's last token.
 
         The embeddings of `given` replace those of the table.
         """

@@ -69,8 +69,8 @@ def test_nothing_is_copied(graphs: dict[str, Graph]) -> None:
 
 
 def test_one_net_output_for_each_result(graphs: dict[str, Graph]) -> None:
-    """decode: tokens, logits and two state vectors, written in place; prefill: the hidden states and
-    the indices of the rows' last tokens."""
+    """decode: tokens, logits and two state vectors, written in place; prefill: the hidden states
+    and the indices of the rows' last tokens."""
     expected = {"decode": (4, 2), "prefill": (2, 0), "head": (1, 0), "sample": (3, 2)}
     for name, graph in graphs.items():
         (net,) = (op for op in graph.proto.op if op.type == "NetOutput")
