@@ -447,7 +447,9 @@ def accept(
     end_R = num_tokens_R.cumsum(0)
     step_K = torch.arange(num, device=token_T.device)
     index_RK = ((end_R - num_tokens_R).unsqueeze(1) + step_K).clamp(max=token_T.shape[0] - 1)
-    token_RK, chosen_RK = token_T[index_RK], chosen_T[index_RK]
+    token_RK, chosen_RK = (
+        x_T.index_select(0, index_RK.flatten()).view_as(index_RK) for x_T in (token_T, chosen_T)
+    )
     is_wrong_RJ = (token_RK[:, 1:] != chosen_RK[:, :-1]) | (step_K[1:] >= num_tokens_R.unsqueeze(1))
     return chosen_RK, (is_wrong_RJ.long().cumsum(1) == 0).sum(1) + 1
 
