@@ -8,6 +8,7 @@ R rows | T tokens | K tokens a row | D hidden | V vocabulary.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -92,7 +93,7 @@ class DecodeStep:
         self._logits_RV = self._steps.decode_logits(self.row_idx_R)
 
 
-class SpanStep:
+class SpanStep(ABC):
     """The static inputs of a step in which R rows feed T packed tokens. Initially all padding."""
 
     def __init__(self, steps: Steps, platform: Platform, num_tokens: int, num_rows: int) -> None:
@@ -117,8 +118,9 @@ class SpanStep:
         """The whole step, op by op."""
         self._launch(self._steps)
 
+    @abstractmethod
     def _launch(self, steps: Steps) -> None:
-        raise NotImplementedError
+        """Run the step with these steps' programs, and keep its results."""
 
 
 class PrefillStep(SpanStep):
