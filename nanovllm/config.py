@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from os import PathLike
 from typing import Any
 
+from nanovllm.checks import WrongType, checked, hints
+from nanovllm.options import translated
+
 Rule = tuple[str, Callable[[Any], bool]]  # what a value must be, in words and as a test
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _is_whole(value: Any, low: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= low
-
-
-def _are_sizes(value: Any) -> bool:
-    return isinstance(value, tuple) and all(_is_whole(size, 1) for size in value)
+def _are_sizes(value: Sequence[int]) -> bool:
+    return all(size >= 1 for size in value)
 
 
 def _one_of(*values: str | None) -> Rule:
@@ -27,14 +23,14 @@ def _one_of(*values: str | None) -> Rule:
 
 
 def _whole(low: int, why: str = "") -> Rule:
-    return f"a whole number, at least {low}{why}", lambda value: _is_whole(value, low)
+    return f"a whole number, at least {low}{why}", lambda value: value >= low
 
 
-# The allowed values of each option. None is also allowed for an option whose default is None.
+# The allowed values of options, beyond their types. None is also allowed where it is the default.
 ALLOWED: dict[str, Rule] = {
     "dtype": _one_of("auto", "float32", "float16", "bfloat16"),
     "attention_backend": _one_of("auto", "triton", "flash_attn", "sdpa"),
-    "run_ahead": ("0 or 1", lambda value: _is_whole(value, 0) and value <= 1),
+    "run_ahead": ("0 or 1", lambda value: value in (0, 1)),
     "graph_batch_sizes": (
         "a list of whole numbers of at least 1",
         lambda value: _are_sizes(value) and len(value) > 0,
@@ -42,33 +38,30 @@ ALLOWED: dict[str, Rule] = {
     "draft_lengths": ("a list of whole numbers of at least 1", _are_sizes),
     "max_num_seqs": _whole(1),
     "max_num_batched_tokens": _whole(16),
-    "max_stall_ms": ("a number above 0, or inf", lambda value: _is_number(value) and value > 0),
+    "max_stall_ms": ("a number above 0, or inf", lambda value: value > 0),
     "max_model_len": _whole(1),
-    "gpu_memory_utilization": (
-        "a number in (0, 1]",
-        lambda value: _is_number(value) and 0 < value <= 1,
-    ),
+    "gpu_memory_utilization": ("a number in (0, 1]", lambda value: 0 < value <= 1),
     "num_kvcache_blocks": _whole(2, " (one is for padding)"),
     "kvcache_block_size": (
         "a multiple of 16, at least 16",
-        lambda value: _is_whole(value, 16) and value % 16 == 0,
+        lambda value: value >= 16 and value % 16 == 0,
     ),
     "kv_cache_dtype": _one_of("auto", "fp8"),
     "tensor_parallel_size": ("1: no other size is supported", lambda value: value == 1),
     "npu_graph_mode": _one_of("ascend_ir", "aclgraph", None),
-    "npu_graph_options": ("a dict of options by path", lambda value: isinstance(value, Mapping)),
+    "npu_graph_options": ("a dict of options by path", lambda value: True),
     "quantization": _one_of("int8", None),
-    "compile_cache": (
-        "a folder's path",
-        lambda value: isinstance(value, (str, PathLike)) and str(value) != "",
-    ),
+    "compile_cache": ("a folder's path", lambda value: str(value) != ""),
     "compile_cache_mode": _one_of("auto", "require"),
+    "generation_config": _one_of("auto", "vllm"),
 }
 
 
 @dataclass(frozen=True)
 class EngineConfig:
     """Options of `LLM` and `LLMEngine`. None: the device's default (see `nanovllm/platforms`).
+
+    Values are checked against the annotations below and the limits in ALLOWED.
 
     model: a folder with a checkpoint in transformers' layout, a Hub id, or "tiny-qwen3", the
         embedded model.
@@ -87,7 +80,7 @@ class EngineConfig:
     graph_batch_sizes: rows of the decode graphs. Larger batches run in several decode steps.
     pad_batches: False, in eager mode only, runs batches without padding.
     draft_lengths: the numbers of proposed tokens that a decode step can verify per row, as
-        `LLMEngine.propose` takes them. A graph is built for each length and batch size.
+        `Engine.propose` takes them. A graph is built for each length and batch size.
     max_num_seqs: the most requests that run at the same time.
     max_num_batched_tokens: prompt tokens per prefill step. Longer prompts are split.
     max_stall_ms: the longest prefill step in milliseconds, by an estimate, while another request
@@ -111,6 +104,14 @@ class EngineConfig:
         output. None: weights keep their dtype.
     compile_cache: the folder of artifacts and kernels, which only its owner may access. None:
         NANOVLLM_CACHE.
+    tokenizer: the folder or Hub id of another tokenizer. None: the checkpoint's.
+    skip_tokenizer_init: load no tokenizer: prompts are token ids, and outputs have no text.
+    revision: the branch, tag or commit of a Hub id.
+    generation_config: "auto" takes sampling parameters from the checkpoint's generation_config.json
+        for requests that come without any. "vllm" takes the defaults of `SamplingParams`.
+    enable_sleep_mode: place weights and cache so that `LLM.sleep` can free them and captured graphs
+        stay valid. Only `LLM.sleep` needs it.
+    disable_log_stats: False logs throughput, requests and cache use every ten seconds of work.
     compile_cache_mode: "auto" loads artifacts and adds the missing ones. "require" compiles nothing
         and raises an error that lists what is missing, and why.
     """
@@ -143,27 +144,39 @@ class EngineConfig:
     quantization: str | None = None
     compile_cache: str | PathLike[str] | None = None
     compile_cache_mode: str = "auto"
+    tokenizer: str | PathLike[str] | None = None
+    skip_tokenizer_init: bool = False
+    revision: str | None = None
+    generation_config: str = "auto"
+    enable_sleep_mode: bool = False
+    disable_log_stats: bool = True
 
     @classmethod
-    def from_options(cls, model: str, options: dict[str, Any]) -> EngineConfig:
+    def from_options(cls, model: str | PathLike[str], options: Mapping[str, Any]) -> EngineConfig:
+        """The config for these options, which may have vLLM's names (see `options.translated`)."""
         known = [field.name for field in fields(cls)]
+        options = translated(options, known)
         unknown = sorted(set(options) - set(known))
         if unknown:
             raise TypeError(
                 f"unknown option {', '.join(unknown)}; the options are {', '.join(known)}"
             )
-        return cls(model, **options)
+        return cls(os.fspath(model) if isinstance(model, PathLike) else model, **options)
 
     def __post_init__(self) -> None:
-        for name in ("graph_batch_sizes", "draft_lengths"):
-            if isinstance(getattr(self, name), Iterable):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
         for option in fields(self):
-            value = getattr(self, option.name)
-            if option.name in ALLOWED and not (value is None and option.default is None):
-                rule, is_allowed = ALLOWED[option.name]
-                if not is_allowed(value):
-                    raise ValueError(f"{option.name} is {value!r}: it must be {rule}")
+            given = getattr(self, option.name)
+            if given is option.default:
+                continue
+            rule, is_allowed = ALLOWED.get(option.name, ("", lambda value: True))
+            try:
+                value = checked(option.name, given, hints(EngineConfig)[option.name])
+            except WrongType as error:
+                words = rule or error.words
+                raise ValueError(f"{option.name} is {given!r}: it must be {words}") from None
+            if value is not None and not is_allowed(value):
+                raise ValueError(f"{option.name} is {given!r}: it must be {rule}")
+            object.__setattr__(self, option.name, value)
         self._check_combinations()
 
     def _check_combinations(self) -> None:

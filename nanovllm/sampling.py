@@ -1,18 +1,36 @@
-"""The sampling options of one request."""
+"""The sampling options of one request, and those of a beam search."""
 
 from __future__ import annotations
 
+import copy
+import enum
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import Field, dataclass, fields
+from typing import Any
+
+from nanovllm.checks import checked, hints
 
 MAX_LOGPROBS = 100
+ALL_LOGPROBS = -1
+MAX_BIAS = 100.0
 MIN_TEMPERATURE = 1e-6
+INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
 
 
-@dataclass(frozen=True)
+class RequestOutputKind(enum.Enum):
+    """The outputs of `LLMEngine.step` for one request: all text so far, the new text, or one output
+    at the end."""
+
+    CUMULATIVE = 0
+    DELTA = 1
+    FINAL_ONLY = 2
+
+
+@dataclass
 class SamplingParams:
-    """How to choose the next token, and when to stop.
+    """How to choose the next token, and when to stop. Fields can be assigned; each assignment is
+    checked, and a refused one changes nothing.
 
     temperature: logits are divided by it. 0 is greedy, and so is any value below 1e-6, for which
         quotients would overflow.
@@ -24,14 +42,29 @@ class SamplingParams:
     presence_penalty, frequency_penalty: subtracted from logits of generated tokens, once per token
         and once per occurrence.
     seed: the same seed gives the same tokens in any batch. None draws a seed from the engine's.
-    max_tokens, min_tokens: limits on generated tokens. Stop tokens and stop strings end no request
-        before min_tokens.
-    stop: strings that end the text, which does not include them.
+    max_tokens, min_tokens: limits on generated tokens. max_tokens None: up to max_model_len. Stop
+        tokens and stop strings end no request before min_tokens.
+    stop: strings that end the text. The text does not include them, unless
+        `include_stop_str_in_output`. None, "" and [] are no strings.
     stop_token_ids: ids that end the text; token_ids includes them.
     ignore_eos: the model's end-of-sequence ids do not end the request.
     logprobs, prompt_logprobs: the number of likeliest tokens to report per position, beside the
-        token itself: log-softmax of the model's logits, before penalties and temperature.
+        token itself: log-softmax of the model's logits, before bias, penalties and temperature. -1
+        reports the whole vocabulary.
     n: the number of independent answers.
+    logit_bias: numbers in [-100, 100] that are added to the logits of tokens, by token id.
+    allowed_token_ids: the only tokens that may be generated. None: all.
+    bad_words: texts that are not generated. The last token of a text is forbidden where the output
+        ends with the tokens before it.
+    detokenize: False leaves out the text of outputs.
+    skip_special_tokens: the text leaves out special tokens.
+    spaces_between_special_tokens: False removes the spaces that a tokenizer puts around special
+        tokens that are not skipped.
+    truncate_prompt_tokens: keep only the last tokens of a prompt, this many. -1: as many as
+        max_model_len allows.
+    output_kind: see `RequestOutputKind`.
+
+    The other fields are those of vLLM's class of which only the default is supported.
     """
 
     temperature: float = 1.0
@@ -42,50 +75,116 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     seed: int | None = None
-    max_tokens: int = 64
+    max_tokens: int | None = 64
     min_tokens: int = 0
     stop: str | Sequence[str] | None = None
-    stop_token_ids: Sequence[int] = ()
+    stop_token_ids: Sequence[int] | None = None
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     n: int = 1
+    logit_bias: Mapping[int, float] | None = None
+    allowed_token_ids: Sequence[int] | None = None
+    bad_words: Sequence[str] | None = None
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    detokenize: bool = True
+    truncate_prompt_tokens: int | None = None
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+
+    best_of: object = None
+    structured_outputs: object = None
+    guided_decoding: object = None
+    logits_processors: object = None
+    extra_args: object = None
+    flat_logprobs: object = False
+    logprob_token_ids: object = None
+    prompt_logprob_token_ids: object = None
+    prompt_logprob_start: object = None
+    repetition_detection: object = None
+    thinking_token_budget: object = None
+    skip_reading_prefix_cache: object = None
+    stream_interval: object = None
 
     def __post_init__(self) -> None:
-        _finite("temperature", self.temperature, 0.0, math.inf)
-        _finite("top_p", self.top_p, 0.0, 1.0, open_low=True)
-        _finite("min_p", self.min_p, 0.0, 1.0)
-        _finite("repetition_penalty", self.repetition_penalty, 0.0, math.inf, open_low=True)
-        _finite("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _finite("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _whole("top_k", self.top_k, -1, 2**31 - 1)
-        _whole("max_tokens", self.max_tokens, 1)
-        _whole("min_tokens", self.min_tokens, 0, self.max_tokens)
-        _whole("n", self.n, 1)
-        if self.seed is not None:
-            _whole("seed", self.seed, -(2**63), 2**63 - 1)
-        for name in ("logprobs", "prompt_logprobs"):
-            if getattr(self, name) is not None:
-                _whole(name, getattr(self, name), 0, MAX_LOGPROBS)
-        given = (
-            () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else self.stop
-        )
-        stops = tuple(given) if isinstance(given, Iterable) else (given,)
-        if any(not isinstance(text, str) or not text for text in stops):
-            raise ValueError(f"stop must hold non-empty strings, not {self.stop!r}")
-        if not isinstance(self.stop_token_ids, Iterable):
-            raise ValueError(
-                f"stop_token_ids must be a list of token ids, not {self.stop_token_ids!r}"
-            )
-        stop_token_ids = tuple(self.stop_token_ids)
-        for token_id in stop_token_ids:
-            _whole("stop_token_ids", token_id, 0)
-        object.__setattr__(self, "stop", stops)
-        object.__setattr__(self, "stop_token_ids", stop_token_ids)
+        self._check()
+        self.__dict__["_is_checked"] = True
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if "_is_checked" not in self.__dict__:
+            object.__setattr__(self, name, value)
+            return
+        if name not in hints(SamplingParams):
+            raise AttributeError(f"SamplingParams has no field {name!r}")
+        before = dict(self.__dict__)
+        try:
+            self.__dict__[name] = value
+            self._check()
+        except BaseException:
+            self.__dict__.update(before)
+            raise
+
+    def clone(self) -> SamplingParams:
+        """A copy. Later assignments to one of the two do not change the other."""
+        return copy.copy(self)
+
+    def _check(self) -> None:
+        """Bring every field to its annotated type, and check it against its limits."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is field.default:
+                continue
+            hint = hints(SamplingParams)[field.name]
+            if hint is object:
+                _only_default(field, value)
+            elif field.name == "logit_bias" and isinstance(value, Mapping):
+                self.__dict__[field.name] = checked(field.name, _numbered(value), hint)
+            else:
+                self.__dict__[field.name] = checked(field.name, value, hint)
+        self._check_limits()
+        self._check_lists()
         if self.temperature < MIN_TEMPERATURE:
-            object.__setattr__(self, "temperature", 0.0)
+            self.__dict__["temperature"] = 0.0
         if self.top_k == -1:
-            object.__setattr__(self, "top_k", 0)
+            self.__dict__["top_k"] = 0
+
+    def _check_limits(self) -> None:
+        _within("temperature", self.temperature, 0.0, math.inf)
+        _within("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        _within("min_p", self.min_p, 0.0, 1.0)
+        _within("repetition_penalty", self.repetition_penalty, 0.0, math.inf, open_low=True)
+        _within("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _within("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _at_least("top_k", self.top_k, -1, INT32_MAX)
+        _at_least("max_tokens", self.max_tokens, 1)
+        _at_least("min_tokens", self.min_tokens, 0, self.max_tokens)
+        _at_least("n", self.n, 1)
+        _at_least("seed", self.seed, -INT64_MAX - 1, INT64_MAX)
+        _at_least("logprobs", self.logprobs, ALL_LOGPROBS, MAX_LOGPROBS)
+        _at_least("prompt_logprobs", self.prompt_logprobs, ALL_LOGPROBS, MAX_LOGPROBS)
+        _at_least("truncate_prompt_tokens", self.truncate_prompt_tokens, -1)
+        if self.truncate_prompt_tokens == 0:
+            raise ValueError("truncate_prompt_tokens is 0: it must be at least 1, or -1")
+
+    def _check_lists(self) -> None:
+        stop = self.stop
+        self.__dict__["stop"] = stops = (stop,) if isinstance(stop, str) and stop else stop or ()
+        if "" in stops:
+            raise ValueError(f"stop must hold non-empty strings, not {stop!r}")
+        self.__dict__["stop_token_ids"] = self.stop_token_ids or ()
+        for name in ("stop_token_ids", "allowed_token_ids"):
+            for token_id in getattr(self, name) or ():
+                _at_least(name, token_id, 0)
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            raise ValueError("allowed_token_ids is empty: no token could be generated")
+        for token_id, bias in (self.logit_bias or {}).items():
+            _at_least("logit_bias", token_id, 0)
+            _within("logit_bias", bias, -MAX_BIAS, MAX_BIAS)
+        if any(not word.strip() for word in self.bad_words or ()):
+            raise ValueError(f"bad_words must hold words, not {self.bad_words!r}")
+        if self.stop_strings and not self.detokenize:
+            raise ValueError(f"stop={list(self.stop_strings)} needs detokenize=True")
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -100,25 +199,70 @@ class SamplingParams:
         )
 
     @property
+    def has_edits(self) -> bool:
+        return bool(self.logit_bias or self.bad_words or self.allowed_token_ids)
+
+    @property
     def is_plain(self) -> bool:
         """True if only the temperature matters: the sampler in the step's graph is enough."""
         filtered = self.temperature > 0 and (self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0)
-        return not (filtered or self.has_penalties or self.logprobs is not None)
+        edited = self.has_penalties or self.has_edits
+        return not (filtered or edited or self.logprobs is not None)
 
 
-def _finite(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{name} must be a number, not {value!r}")
+@dataclass
+class BeamSearchParams:
+    """Options of `LLM.beam_search`.
+
+    beam_width: the number of sequences kept after each token, and returned.
+    max_tokens: the most generated tokens.
+    ignore_eos: end-of-sequence ids do not end a sequence.
+    temperature: logits are divided by it before log-probabilities are taken; only 0 and 1, which
+        leave them unchanged, are supported.
+    length_penalty: a sequence's score is its total log-probability divided by its length to this
+        power.
+    include_stop_str_in_output: the text includes the end-of-sequence token.
+    """
+
+    beam_width: int
+    max_tokens: int
+    ignore_eos: bool = False
+    temperature: float = 0.0
+    length_penalty: float = 1.0
+    include_stop_str_in_output: bool = False
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            hint = hints(BeamSearchParams)[field.name]
+            setattr(self, field.name, checked(field.name, getattr(self, field.name), hint))
+        # each step asks for twice as many log-probabilities
+        _at_least("beam_width", self.beam_width, 1, MAX_LOGPROBS // 2)
+        _at_least("max_tokens", self.max_tokens, 1)
+        _within("length_penalty", self.length_penalty, -math.inf, math.inf)
+        if self.temperature not in (0.0, 1.0):
+            raise ValueError(f"temperature is {self.temperature}: a beam search takes 0 or 1 only")
+
+
+def _only_default(field: Field[Any], value: object) -> None:
+    if value != field.default:
+        raise ValueError(
+            f"{field.name} is {value!r}: only {field.default!r} is supported, since "
+            f"{field.name} is not implemented"
+        )
+
+
+def _numbered(bias: Mapping[Any, Any]) -> dict[Any, Any]:
+    """The same with keys like "123", which JSON makes of token ids, as numbers."""
+    return {int(k) if isinstance(k, str) and k.isdecimal() else k: v for k, v in bias.items()}
+
+
+def _within(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
     if not math.isfinite(value) or not low <= value <= high or (open_low and value == low):
         bounds = f"{'(' if open_low else '['}{low:g}, {high:g}]"
         raise ValueError(f"{name} is {value}: it must be a finite number in {bounds}")
 
 
-def _whole(name: str, value: int, low: int, high: float = math.inf) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{name} must be a whole number, not {value!r}")
-    if not low <= value <= high:
-        raise ValueError(
-            f"{name} is {value}: it must be at least {low}"
-            + (f", at most {high}" if high < math.inf else "")
-        )
+def _at_least(name: str, value: int | None, low: int, high: int | None = None) -> None:
+    if value is not None and not low <= value <= (math.inf if high is None else high):
+        upper = "" if high is None else f", at most {high}"
+        raise ValueError(f"{name} is {value}: it must be at least {low}{upper}")

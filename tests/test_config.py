@@ -17,9 +17,9 @@ def make(**options: Any) -> EngineConfig:
 def test_unknown_options_are_named_beside_the_known_ones() -> None:
     with pytest.raises(
         TypeError,
-        match=r"unknown option max_seqs, swap_space; the options are model, dtype, device, .*",
+        match=r"unknown option max_seqs, swap_room; the options are model, dtype, device, .*",
     ):
-        make(swap_space=4, max_seqs=1, dtype="auto")
+        make(swap_room=4, max_seqs=1, dtype="auto")
 
 
 @pytest.mark.parametrize("value", ["fp16", "float8", "FP8", None, 8])

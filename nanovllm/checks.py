@@ -1,0 +1,106 @@
+"""Checks options against the annotations of their dataclass, and converts numpy and torch scalars.
+
+`checked(name, value, hint)` is the one place that knows what a value of an annotated type is.
+"""
+
+from __future__ import annotations
+
+import functools
+import numbers
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from os import PathLike
+from typing import Any, Union
+
+
+class WrongType(ValueError):
+    """A value is not of the annotated type. `words` say what it must be."""
+
+    def __init__(self, name: str, value: object, words: str) -> None:
+        super().__init__(f"{name} is {value!r}: it must be {words}")
+        self.words = words
+
+
+def as_python(value: Any) -> Any:
+    """The Python number of a numpy or torch scalar (no dimensions). Other values stay."""
+    if isinstance(value, (int, float, str)) and type(value) in (int, float, bool, str):
+        return value
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        return value.item()
+    return value
+
+
+@functools.cache
+def hints(cls: type) -> dict[str, Any]:
+    """The annotations of a dataclass, as types."""
+    return typing.get_type_hints(cls)
+
+
+def checked(name: str, value: Any, hint: Any) -> Any:
+    """`value` as its annotated type; raises WrongType, a ValueError, if it is of another type.
+
+    A sequence becomes a tuple of checked elements, a mapping a dict of checked keys and values.
+    """
+    value = as_python(value)
+    origin = typing.get_origin(hint)
+    if origin in (Union, types.UnionType):
+        return _one_of(name, value, typing.get_args(hint))
+    test, words = _kind(origin or hint)
+    if not test(value):
+        raise WrongType(name, value, words)
+    arguments = typing.get_args(hint)
+    if origin is Sequence and arguments:
+        return tuple(checked(name, element, arguments[0]) for element in value)
+    if origin is Mapping and arguments:
+        key, element = arguments
+        return {checked(name, k, key): checked(name, v, element) for k, v in value.items()}
+    return _converted(name, value, hint) if hint in (int, float) else value
+
+
+def _converted(name: str, value: Any, hint: type) -> Any:
+    try:
+        return hint(value)
+    except OverflowError:
+        raise WrongType(name, value, "a number within the range of a float") from None
+
+
+def _one_of(name: str, value: Any, choices: tuple[Any, ...]) -> Any:
+    words = []
+    for choice in choices:
+        try:
+            return checked(name, value, choice)
+        except WrongType as error:
+            words.append(error.words)
+    raise WrongType(name, value, " or ".join(words))
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _is_sequence(value: Any) -> bool:
+    return isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping))
+
+
+_KINDS: dict[Any, tuple[Callable[[Any], bool], str]] = {
+    bool: (lambda value: isinstance(value, bool), "True or False"),
+    int: (_is_whole, "a whole number"),
+    float: (_is_number, "a number"),
+    str: (lambda value: isinstance(value, str), "text"),
+    types.NoneType: (lambda value: value is None, "None"),
+    object: (lambda value: True, "anything"),
+    PathLike: (lambda value: isinstance(value, PathLike), "a path"),
+    Sequence: (_is_sequence, "a list"),
+    Mapping: (lambda value: isinstance(value, Mapping), "a dict"),
+}
+
+
+def _kind(hint: Any) -> tuple[Callable[[Any], bool], str]:
+    if hint in _KINDS:
+        return _KINDS[hint]
+    return lambda value: isinstance(value, hint), f"a {hint.__name__}"

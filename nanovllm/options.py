@@ -1,0 +1,118 @@
+"""vLLM's option names: those with the same meaning here, and those with one supported value.
+
+`nanovllm/config.py` defines the options. Nothing is accepted and then ignored: an option of vLLM
+that is not implemented is accepted with the value that means "off", its default, and refused by
+name with any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+SAME_MEANING = {
+    "block_size": "kvcache_block_size",
+    "num_gpu_blocks_override": "num_kvcache_blocks",
+    "cudagraph_capture_sizes": "graph_batch_sizes",
+}
+# vLLM's None, for options whose default here is a value
+NONE_IS_DEFAULT = ("seed", "enforce_eager", "enable_prefix_caching")
+DTYPES = {"half": "float16", "float": "float32"}
+CACHE_DTYPES = {"fp8_e4m3": "fp8"}
+LOAD_FORMATS = {"auto": False, "safetensors": False, "dummy": True}
+# The accepted values of options of vLLM that are not implemented. The first is vLLM's default.
+ONE_VALUE: dict[str, tuple[Any, ...]] = {
+    "task": ("auto", "generate", None),
+    "runner": ("auto", "generate"),
+    "convert": ("auto", "none"),
+    "tokenizer_mode": ("auto", "hf"),
+    "trust_remote_code": (False,),
+    "allowed_local_media_path": ("", None),
+    "download_dir": (None,),
+    "config_format": ("auto", "hf"),
+    "hf_config_path": (None,),
+    "hf_token": (None,),
+    "code_revision": (None,),
+    "tokenizer_revision": (None,),
+    "served_model_name": (None,),
+    "pipeline_parallel_size": (1,),
+    "data_parallel_size": (1,),
+    "enable_expert_parallel": (False,),
+    "distributed_executor_backend": (None, "uni"),
+    "max_parallel_loading_workers": (None,),
+    "disable_sliding_window": (False,),
+    "disable_cascade_attn": (False,),
+    "disable_custom_all_reduce": (False,),
+    "enable_chunked_prefill": (True, None),
+    "max_num_partial_prefills": (1,),
+    "scheduling_policy": ("fcfs", "priority"),
+    "async_scheduling": (None,),
+    "swap_space": (4, 0),
+    "cpu_offload_gb": (0,),
+    "kv_cache_memory_bytes": (None,),
+    "max_logprobs": (20,),
+    "compilation_config": (None,),
+    "max_cudagraph_capture_size": (None,),
+    "limit_mm_per_prompt": (None, {}),
+    "mm_processor_kwargs": (None,),
+    "enable_lora": (False, None),
+    "speculative_config": (None,),
+    "logits_processors": (None,),
+    "override_generation_config": (None, {}),
+    "override_pooler_config": (None,),
+    "pooler_config": (None,),
+    "model_impl": ("auto",),
+    "calculate_kv_scales": (False, None),
+    "kv_transfer_config": (None,),
+    "enable_return_routed_experts": (False,),
+    "use_tqdm_on_load": (True,),
+    "worker_cls": ("auto",),
+    "rope_scaling": (None, {}),
+    "rope_theta": (None,),
+}
+
+
+def translated(options: Mapping[str, Any], known: Sequence[str]) -> dict[str, Any]:
+    """Options under the names in `known`. Unknown names stay for the caller to refuse.
+
+    Raises ValueError for a value of vLLM's that is not supported, and for an option that is given
+    under both names.
+    """
+    found = dict(options)
+    for name in NONE_IS_DEFAULT:
+        if name in found and found[name] is None:
+            del found[name]
+    for theirs, ours in SAME_MEANING.items():
+        if theirs in found:
+            _rename(found, theirs, ours)
+    if "load_format" in found and LOAD_FORMATS[_allowed_format(found.pop("load_format"))]:
+        found["random_weights"] = True
+    for name in found.keys() & ONE_VALUE.keys() - set(known):
+        value = found.pop(name)
+        if not any(value == one and type(value) is type(one) for one in ONE_VALUE[name]):
+            raise ValueError(f"{name} is {value!r}: only {ONE_VALUE[name][0]!r} is supported")
+    if "dtype" in found:
+        found["dtype"] = _dtype(found["dtype"])
+    if found.get("kv_cache_dtype") in CACHE_DTYPES:
+        found["kv_cache_dtype"] = CACHE_DTYPES[found["kv_cache_dtype"]]
+    return found
+
+
+def _allowed_format(given: object) -> str:
+    if not isinstance(given, str) or given not in LOAD_FORMATS:
+        raise ValueError(f"load_format is {given!r}: use one of {', '.join(LOAD_FORMATS)}")
+    return given
+
+
+def _rename(options: dict[str, Any], theirs: str, ours: str) -> None:
+    value = options.pop(theirs)
+    if ours in options and options[ours] != value:
+        raise ValueError(f"{theirs} and {ours} are one option: give one of them")
+    options[ours] = value
+
+
+def _dtype(value: Any) -> Any:
+    """The name of a torch.dtype, or of vLLM's shorthand."""
+    if type(value).__module__ == "torch":
+        return str(value).removeprefix("torch.")
+    return DTYPES.get(value, value) if isinstance(value, str) else value
