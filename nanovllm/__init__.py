@@ -4,11 +4,39 @@ Importing the package does not import torch. The first `LLM` imports torch, afte
 worker processes, which import torch at the same time.
 """
 
+import sys
+from typing import TYPE_CHECKING, Any
+
 from nanovllm.config import EngineConfig
+from nanovllm.engine_args import EngineArgs
 from nanovllm.llm import LLM
-from nanovllm.sampling import SamplingParams
+from nanovllm.nano_vllm import install_modules
+from nanovllm.prompts import TextPrompt, TokensPrompt
+from nanovllm.sampling import BeamSearchParams, RequestOutputKind, SamplingParams
+
+if TYPE_CHECKING:
+    from nanovllm.llm_engine import LLMEngine
+    from nanovllm.outputs import CompletionOutput, RequestOutput
 
 __version__ = "0.1.0"
+
+# names whose modules import torch, by their module
+_LATE = {
+    "LLMEngine": "nanovllm.llm_engine",
+    "CompletionOutput": "nanovllm.outputs",
+    "RequestOutput": "nanovllm.outputs",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATE:
+        raise AttributeError(f"module 'nanovllm' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_LATE[name]), name)
+
+
+install_modules(sys.modules[__name__])
 
 
 def print_attention_backend_info(device: str = "auto") -> None:
@@ -22,4 +50,17 @@ def print_attention_backend_info(device: str = "auto") -> None:
     print(attention_backend_info(device))
 
 
-__all__ = ["LLM", "EngineConfig", "SamplingParams", "print_attention_backend_info"]
+__all__ = [
+    "LLM",
+    "BeamSearchParams",
+    "CompletionOutput",
+    "EngineArgs",
+    "EngineConfig",
+    "LLMEngine",
+    "RequestOutput",
+    "RequestOutputKind",
+    "SamplingParams",
+    "TextPrompt",
+    "TokensPrompt",
+    "print_attention_backend_info",
+]

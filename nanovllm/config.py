@@ -39,7 +39,7 @@ ALLOWED: dict[str, Rule] = {
     "max_num_seqs": _whole(1),
     "max_num_batched_tokens": _whole(16),
     "max_stall_ms": ("a number above 0, or inf", lambda value: value > 0),
-    "max_model_len": _whole(1),
+    "max_model_len": _whole(2, " (one token of the prompt and one of the answer)"),
     "gpu_memory_utilization": ("a number in (0, 1]", lambda value: 0 < value <= 1),
     "num_kvcache_blocks": _whole(2, " (one is for padding)"),
     "kvcache_block_size": (

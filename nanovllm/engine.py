@@ -1,38 +1,42 @@
-"""The engine takes requests and returns increments, step by step. `LLM` and servers use it."""
+"""The engine takes requests and returns increments, step by step.
+
+`LLM`, `LLMEngine` and servers use it.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections import deque
-from collections.abc import Container, Iterable, Sequence
-from itertools import pairwise
+from collections.abc import Container, Iterable
+from dataclasses import replace
+from hashlib import sha256
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from nanovllm.config import EngineConfig
+from nanovllm.intake import Embeddings, Intake, checked_priority, drawn_seed
+from nanovllm.metrics import EngineMetrics
+from nanovllm.prompts import AnyPrompt, Prompt, as_prompt
 from nanovllm.runner.runner import Launched, Runner
 from nanovllm.sampling import SamplingParams
 from nanovllm.schedule.blocks import BlockPool
-from nanovllm.schedule.outputs import Completion, RequestOutput, TextStream
-from nanovllm.schedule.plan import Logprobs, StepPlan, StepResult
-from nanovllm.schedule.request import Content, Request
+from nanovllm.schedule.logprobs import Logprob, of_row
+from nanovllm.schedule.outputs import Completion, Increment, TextStream
+from nanovllm.schedule.plan import StepPlan, StepResult
+from nanovllm.schedule.request import Request
 from nanovllm.schedule.scheduler import Proposer, Scheduler
 from nanovllm.startup.load import Loaded, load
 
 logger = logging.getLogger(__name__)
 
 
-class LLMEngine:
+class Engine:
     """Call `add_request`, then `step` until a request's last output, or `abort`.
 
-    Use an engine from one thread only. Two engines share nothing.
+    Use an engine from one thread at a time (`SharedEngine`). Two engines share nothing.
     """
 
     @classmethod
-    def from_options(cls, model: str, **options: Any) -> LLMEngine:
+    def from_options(cls, model: str, **options: Any) -> Engine:
         """Load a model and warm up. Options are `EngineConfig` fields; others raise TypeError."""
         return cls(load(EngineConfig.from_options(model, options)))
 
@@ -43,6 +47,14 @@ class LLMEngine:
         self._runner, self._eos_ids = loaded.runner, loaded.eos_ids
         layout = self._runner.layout
         self.max_model_len = layout.max_model_len
+        self.default_params = loaded.default_params
+        self._intake = Intake(
+            config.model,
+            self.tokenizer,
+            self.model_config.vocab_size,
+            self.model_config.hidden_size,
+            self.max_model_len,
+        )
         self.scheduler = Scheduler(
             BlockPool(
                 loaded.num_blocks,
@@ -61,7 +73,8 @@ class LLMEngine:
         )
         self._in_flight: deque[Launched] = deque()
         self._requests: dict[int, tuple[Request, TextStream]] = {}
-        self._outputs: list[RequestOutput] = []  # not yet taken
+        self._outputs: list[Increment] = []  # not yet taken
+        self.metrics = EngineMetrics(self.scheduler)
         self._num_added = 0
         self._is_closed = False
 
@@ -80,6 +93,29 @@ class LLMEngine:
     def runner(self) -> Runner:
         return self._runner
 
+    def enter_thread(self) -> None:
+        """Prepare the calling thread, which has not used the engine before."""
+        self._runner.platform.enter_thread()
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """The ids that end an answer, unless its parameters say otherwise."""
+        return self._eos_ids
+
+    def prompt_ids(self, request_id: int) -> list[int]:
+        """The prompt of an unfinished request."""
+        return self._requests[request_id][0].prompt_ids
+
+    def token_ids(self, prompt: Prompt) -> list[int]:
+        """The ids of a prompt, checked as `add_request` does. Raises ValueError."""
+        return self._intake.prompt_ids(prompt, SamplingParams())
+
+    def encoded(self, prompt: Prompt) -> Prompt:
+        """The prompt with token ids. Needs no lock, unlike `add_request`."""
+        if prompt.token_ids is not None or self.tokenizer is None or prompt.text is None:
+            return prompt
+        return replace(prompt, token_ids=self.tokenizer.encode(prompt.text))
+
     @property
     def propose(self) -> Proposer | None:
         """A function from a `Request` to token ids that are likely to follow its known tokens.
@@ -97,50 +133,56 @@ class LLMEngine:
 
     def add_request(
         self,
-        prompt: str | Sequence[int],
+        prompt: AnyPrompt | Prompt,
         params: SamplingParams | None = None,
         *,
         incremental: bool = True,
-        embeddings: Sequence[tuple[int, Tensor]] = (),
+        embeddings: Embeddings = (),
+        priority: int = 0,
     ) -> int:
-        """Queue a prompt (text or token ids); returns the request's id.
+        """Queue a prompt (see `nanovllm/prompts.py`); returns the request's id.
 
         With `incremental` False the request has one output, at its end. `embeddings` are (position,
         [n, D]) pairs: they replace the embeddings of n prompt tokens from this position on; the ids
-        of these tokens are not read.
+        of these tokens are not read. Requests with a lower `priority` number run first.
 
         Raises ValueError, and queues nothing, if the prompt is empty, too long or has ids outside
         the vocabulary, or if embeddings do not fit the prompt or the model.
         """
         self._check_open()
-        params = params or SamplingParams()
-        prompt_ids = self._prompt_ids(prompt)
-        if params.stop_strings and self.tokenizer is None:
-            raise ValueError(
-                f"stop={list(params.stop_strings)} needs a tokenizer: "
-                f"{self.config.model!r} does not have one"
-            )
-        contents = self._contents(embeddings, len(prompt_ids))
+        params = (params or SamplingParams()).clone()
+        self._intake.check(params)
+        given = as_prompt(prompt)
+        prompt_ids = self._intake.prompt_ids(given, params)
+        contents = self._intake.contents(embeddings, len(prompt_ids))
+        priority, edits = checked_priority(priority), self._intake.edits(params)
+        self._runner.prepare(penalties=params.has_penalties, edits=edits)
         for content, (_, embeds) in zip(contents, embeddings):
             self._runner.add_embeddings(content.key, embeds)
         request_id = self._num_added
         self._num_added += 1
-        stop_ids = {*params.stop_token_ids, *(() if params.ignore_eos else self._eos_ids)}
+        eos_ids = () if params.ignore_eos else self._eos_ids
+        stop_ids = {*(params.stop_token_ids or ()), *eos_ids}
+        seed = drawn_seed(self.config.seed, request_id) if params.seed is None else params.seed
         request = Request(
             request_id=request_id,
             prompt_ids=prompt_ids,
             params=params,
-            seed=self._seed(params, request_id),
-            max_output=min(params.max_tokens, self.max_model_len - len(prompt_ids)),
+            seed=seed,
+            max_output=self._intake.max_output(params, len(prompt_ids)),
             stop_ids=frozenset(i for i in stop_ids if i < self.model_config.vocab_size),
             incremental=incremental,
             contents=contents,
+            priority=priority,
+            edits=edits,
+            cache_root=sha256(given.cache_salt.encode()).digest() if given.cache_salt else b"",
         )
         if params.prompt_logprobs is not None:
             request.prompt_logprobs = [None] * len(prompt_ids)
-        stream = TextStream(self.tokenizer, params.stop_strings, incremental)
+        stream = TextStream(self.tokenizer, params, incremental=incremental)
         self._requests[request_id] = (request, stream)
         self.scheduler.add(request)
+        self.metrics.num_prompt_tokens += len(prompt_ids)
         return request_id
 
     def abort(self, request_id: int) -> None:
@@ -162,12 +204,12 @@ class LLMEngine:
     def has_unfinished(self) -> bool:
         return bool(self._requests or self._outputs)
 
-    def step(self) -> list[RequestOutput]:
+    def step(self) -> list[Increment]:
         """`advance`, then `take` all outputs. The list can be empty while steps are in flight."""
         self.advance()
         return self.take()
 
-    def take(self, request_ids: Container[int] | None = None) -> list[RequestOutput]:
+    def take(self, request_ids: Container[int] | None = None) -> list[Increment]:
         """Remove and return the waiting outputs of these requests, or of all requests."""
         if request_ids is None:
             taken, self._outputs = self._outputs, []
@@ -178,8 +220,14 @@ class LLMEngine:
             self._outputs = left
         return taken
 
-    def advance(self) -> None:
-        """Launch the next step and collect the results of an earlier one.
+    def has_outputs(self, request_ids: Container[int] | None = None) -> bool:
+        """Whether outputs of these requests, or of any, wait for `take`."""
+        if request_ids is None:
+            return bool(self._outputs)
+        return any(output.request_id in request_ids for output in self._outputs)
+
+    def advance(self) -> StepPlan | None:
+        """Launch the next step, whose plan is returned, and collect the results of an earlier one.
 
         An error or Ctrl-C leaves the engine usable: unfinished requests continue from their known
         tokens.
@@ -194,6 +242,8 @@ class LLMEngine:
                 self._collect(launched.plan, launched.wait())
             elif plan is None and self.scheduler.has_work:
                 raise AssertionError("there is work, but no step can run")
+            self.metrics.num_steps += plan is not None
+            return plan
         except BaseException:
             self._in_flight.clear()
             self.scheduler.restart(request for request, _ in self._requests.values())
@@ -203,79 +253,13 @@ class LLMEngine:
         if self._is_closed:
             raise RuntimeError("this engine is closed: load the model again")
 
-    def _prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ValueError(
-                    f"{self.config.model!r} has no tokenizer: give token ids instead of text"
-                )
-            prompt_ids = list(self.tokenizer.encode(prompt))
-        elif isinstance(prompt, Iterable):
-            prompt_ids = list(prompt)
-        else:
-            raise ValueError(f"the prompt is {prompt!r}: it must be text or a list of token ids")
-        if not prompt_ids:
-            raise ValueError("the prompt is empty: it must have at least 1 token")
-        vocab_size = self.model_config.vocab_size
-        # the usual case: no Python loop over the tokens
-        are_fine = (
-            set(map(type, prompt_ids)) == {int}
-            and min(prompt_ids) >= 0
-            and max(prompt_ids) < vocab_size
-        )
-        for token_id in () if are_fine else prompt_ids:
-            if (
-                isinstance(token_id, bool)
-                or not isinstance(token_id, int)
-                or not 0 <= token_id < vocab_size
-            ):
-                raise ValueError(
-                    f"token id {token_id!r} is outside the vocabulary: ids are whole numbers, "
-                    f"0 … {vocab_size - 1}"
-                )
-        if len(prompt_ids) >= self.max_model_len:
-            raise ValueError(
-                f"the prompt has {len(prompt_ids)} tokens: with max_model_len {self.max_model_len} "
-                f"at most {self.max_model_len - 1} fit, since the answer needs at least one"
-            )
-        return prompt_ids
-
-    def _seed(self, params: SamplingParams, request_id: int) -> int:
-        if params.seed is not None:
-            return params.seed
-        digest = hashlib.sha256(f"{self.config.seed} {request_id}".encode()).digest()
-        return int.from_bytes(digest[:8], "little", signed=True)
-
-    def _contents(
-        self, embeddings: Sequence[tuple[int, Tensor]], prompt_len: int
-    ) -> tuple[Content, ...]:
-        """The position, length and digest of each of the given embeddings."""
-        contents: list[Content] = []
-        hidden_size = self.model_config.hidden_size
-        for start, embeds in embeddings:
-            shape = list(embeds.shape)
-            if len(shape) != 2 or shape[1] != hidden_size or not shape[0]:
-                raise ValueError(f"embeddings have shape {shape}: it must be [n, {hidden_size}]")
-            if start < 0 or start + shape[0] > prompt_len:
-                raise ValueError(
-                    f"{shape[0]} embeddings from position {start} on do not fit a prompt of "
-                    f"{prompt_len} tokens"
-                )
-            values = embeds.detach().cpu().contiguous().view(torch.uint8).numpy()
-            digest = hashlib.sha256(f"{embeds.dtype} {shape}".encode() + values.tobytes()).digest()
-            contents.append(Content(start, shape[0], digest))
-        ends = sorted((one.start, one.start + one.num) for one in contents)
-        if any(start < end for (_, end), (start, _) in pairwise(ends)):
-            raise ValueError(f"embeddings overlap: they lie at positions {ends}")
-        return tuple(contents)
-
     def _collect(self, plan: StepPlan, result: StepResult) -> None:
         """Give a step's tokens to their requests. Tokens after a stop or an abort are dropped."""
         for wanted, values in zip(plan.prompt_logprobs, result.prompt_logprobs):
             if wanted.request_id in self._requests:
                 request, _ = self._requests[wanted.request_id]
                 for offset, token_id in enumerate(wanted.token_ids):
-                    found = _logprob_dict(token_id, values, offset, wanted.num_top)
+                    found = of_row(token_id, values, offset, wanted.num_top, self.tokenizer)
                     request.prompt_logprobs[wanted.first + offset] = found
         for row, request_id in enumerate(plan.request_ids):
             token_ids = result.tokens[row]
@@ -283,7 +267,8 @@ class LLMEngine:
                 continue
             request, stream = self._requests[request_id]
             if request.params.logprobs is not None and result.logprobs is not None:
-                found = _logprob_dict(token_ids[0], result.logprobs, row, request.params.logprobs)
+                num_top = request.params.logprobs
+                found = of_row(token_ids[0], result.logprobs, row, num_top, self.tokenizer)
                 request.logprobs.append(found)
             num_fed = 1 if plan.is_prefill else plan.num_tokens[row]
             self.scheduler.tokens_known(request, num_fed, token_ids)
@@ -293,7 +278,7 @@ class LLMEngine:
 
     def _output(
         self, request: Request, stream: TextStream, token_ids: list[int]
-    ) -> RequestOutput | None:
+    ) -> Increment | None:
         """The output for a request's new `token_ids`, cut after the token that ends the request."""
         num_before = len(request.output_ids) - len(token_ids)
         for num, token_id in enumerate(token_ids, start=1):
@@ -304,34 +289,39 @@ class LLMEngine:
             if stops or num_outputs >= request.max_output:
                 del request.output_ids[num_outputs:]
                 reason = "stop" if stops else "length"
-                return self._end(request, stream, reason, token_ids[:num], cut=hit_stop_string)
+                return self._end(request, stream, reason, token_ids[:num])
         if not stream.incremental:
             return None
-        return RequestOutput(request.request_id, token_ids, stream.take(last=False))
+        logprobs = _newest_logprobs(request, len(token_ids))
+        return Increment(request.request_id, token_ids, stream.take(last=False), logprobs)
 
     def _end(
-        self,
-        request: Request,
-        stream: TextStream,
-        reason: str,
-        token_ids: list[int],
-        *,
-        cut: bool = False,
-    ) -> RequestOutput:
+        self, request: Request, stream: TextStream, reason: str, token_ids: list[int]
+    ) -> Increment:
         self.scheduler.finish(request, reason)
-        if not cut:
+        if stream.stop_string is None:
             stream.finish(request, may_stop=len(request.output_ids) >= request.params.min_tokens)
         del self._requests[request.request_id]
         if request.contents:
             in_use = {one.key for other, _ in self._requests.values() for one in other.contents}
             self._runner.drop_embeddings({one.key for one in request.contents} - in_use)
-        completion = Completion.of(request, stream.text, reason)
-        return RequestOutput(request.request_id, token_ids, stream.take(last=True), completion)
+        self.metrics.finished(request, reason)
+        stop_reason = stream.stop_string or _stop_token(request, reason)
+        completion = Completion.of(request, stream.text, reason, stop_reason)
+        logprobs = _newest_logprobs(request, len(token_ids))
+        piece = stream.take(last=True)
+        return Increment(request.request_id, token_ids, piece, logprobs, completion)
 
 
-def _logprob_dict(token_id: int, values: Logprobs, row: int, wanted: int) -> dict[int, float]:
-    """Log-probabilities of a row's `wanted` likeliest tokens and of `token_id`, descending."""
-    top_ids, top = values.top_token_NL[row].tolist(), values.top_NL[row].tolist()
-    found = dict(zip(top_ids[:wanted], top[:wanted]))
-    found.setdefault(token_id, float(values.chosen_N[row]))
-    return dict(sorted(found.items(), key=lambda item: -item[1]))
+def _newest_logprobs(request: Request, num: int) -> list[dict[int, Logprob]] | None:
+    if request.params.logprobs is None:
+        return None
+    return request.logprobs[-num:] if num else []
+
+
+def _stop_token(request: Request, reason: str) -> int | None:
+    """The token of `stop_token_ids` that ended the request."""
+    if reason != "stop" or not request.output_ids:
+        return None
+    newest = request.output_ids[-1]
+    return newest if newest in (request.params.stop_token_ids or ()) else None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from nanovllm.tokenizer import has_tokenizer
+
 EMBEDDED = ("tiny-qwen3",)
 CONFIG_FILES = ["*.json", "*.txt", "*.jinja", "tokenizer.model"]
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -51,3 +53,9 @@ def resolve(model: str, *, weights: bool = True) -> Path:
         raise ValueError(
             f"model {model!r} is no folder here and could not be downloaded from the Hub: {error}"
         ) from error
+
+
+def resolve_tokenizer(name: str) -> Path:
+    """The folder of a tokenizer: a folder with a tokenizer's files, or what `resolve` finds."""
+    folder = Path(name).expanduser()
+    return folder if has_tokenizer(folder) else resolve(name, weights=False)

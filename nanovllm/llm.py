@@ -2,42 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import fields, replace
+from dataclasses import replace
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from nanovllm import log
 from nanovllm.config import EngineConfig
+from nanovllm.nano_vllm import NanoMethods
 from nanovllm.platforms import preload
-from nanovllm.sampling import SamplingParams
+from nanovllm.prompts import AnyPrompts, Prompt, prompt_list
+from nanovllm.sampling import BeamSearchParams, SamplingParams
 from nanovllm.startup.compile_farm.farm import CompileFarm
 
 if TYPE_CHECKING:
-    from nanovllm.engine import LLMEngine
-    from nanovllm.schedule.outputs import Completion, RequestOutput
+    from nanovllm.beam_search import BeamSearchOutput
+    from nanovllm.engine import Engine
+    from nanovllm.llm_engine import LLMEngine
+    from nanovllm.metrics import Metric
+    from nanovllm.outputs import RequestOutput, StreamOutput
+    from nanovllm.schedule.outputs import Completion
 
-Prompt = str | Sequence[int]
-Message = dict[str, str]
+logger = logging.getLogger(__name__)
+
+Message = Mapping[str, Any]
+Params = SamplingParams | Sequence[SamplingParams] | None
+UseTqdm = bool | Callable[..., Any]  # True, False, or a function with tqdm's arguments
 
 
-class LLM:
-    """A loaded model. Options are the fields of `EngineConfig`; an unknown one raises TypeError."""
+class LLM(NanoMethods):
+    """A loaded model. Options are the fields of `EngineConfig`, and vLLM's names for them.
 
-    def __init__(self, model: str, **options: Any) -> None:
+    Several threads may call one LLM: their prompts run in the same batches. Raises TypeError for an
+    unknown option.
+    """
+
+    def __init__(self, model: str | PathLike[str], **options: Any) -> None:
         log.configure()
         config = EngineConfig.from_options(model, options)
         with closing(CompileFarm.start(config)) as farm:
             wait = preload.begin(config.device)
             # This import takes long, because it imports torch: the farm and the device start
             # in the meantime.
-            from nanovllm.engine import LLMEngine
+            from nanovllm.engine import Engine
+            from nanovllm.sharing import SharedEngine
             from nanovllm.startup.load import load
 
             wait()
-            self.engine: LLMEngine = LLMEngine(load(config, farm))
+            self.engine: Engine = Engine(load(config, farm))
+        self.shared = SharedEngine(self.engine)
+        self._has_logged_defaults = False
 
     def close(self) -> None:
         """Free all memory now. `del llm` does the same. Using a closed model is an error."""
@@ -45,181 +63,250 @@ class LLM:
 
     @property
     def tokenizer(self) -> Any | None:
-        return self.engine.tokenizer
+        """transformers' tokenizer of the checkpoint, or the one assigned; None if it has none."""
+        tokenizer = self.engine.tokenizer
+        return None if tokenizer is None else tokenizer.full
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Any) -> None:
+        if self.engine.tokenizer is None:
+            raise ValueError(f"{self.engine.config.model!r} has no tokenizer to replace")
+        self.engine.tokenizer.full = tokenizer
+
+    def get_tokenizer(self) -> Any | None:
+        return self.tokenizer
+
+    def set_tokenizer(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    @property
+    def llm_engine(self) -> LLMEngine:
+        """The same engine with vLLM's interface, for requests that are stepped by hand."""
+        from nanovllm.llm_engine import LLMEngine
+
+        return LLMEngine(self.shared)
+
+    # completing prompts -----------------------------------------------------------------------
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        use_tqdm: bool = True,
-    ) -> list[dict[str, Any]]:
-        """Complete prompts (texts, lists of token ids, or a mix) and wait for all of them.
+        prompts: AnyPrompts | None = None,
+        sampling_params: Params = None,
+        use_tqdm: UseTqdm = True,
+        *,
+        prompt_token_ids: Any = None,
+        priority: Sequence[int] | None = None,
+        lora_request: None = None,
+    ) -> list[RequestOutput]:
+        """Complete prompts (see `nanovllm/prompts.py`) and wait for all of them.
 
-        Returns one dict per prompt: text, token_ids, finish_reason ("stop" | "length" | "abort"),
-        num_prompt_tokens, num_cached_tokens; logprobs and prompt_logprobs if requested. With n > 1
-        `outputs` is a list of n such dicts, and the other keys are those of the first.
+        Returns one `RequestOutput` per prompt, in order: a dict with text, token_ids and more whose
+        keys are also attributes. Without sampling_params, those of the checkpoint's
+        generation_config.json are used. Prompts with a lower `priority` number run first.
 
         Raises ValueError, and queues nothing, if a prompt is invalid. Ctrl-C aborts all prompts and
         leaves the engine usable.
         """
-        owners = self._add_all(prompts, sampling_params, incremental=False)
+        from nanovllm.outputs import completion_output, request_output
+
+        _refuse("lora_request", lora_request)
+        asked = prompt_list(prompts, prompt_token_ids)
+        owners = self._add_all(asked, sampling_params, priority, incremental=False)
+        done = self._wait(owners, use_tqdm)
+        grouped: dict[int, list[Completion]] = {}
+        for request_id, (prompt_idx, _) in owners.items():
+            grouped.setdefault(prompt_idx, []).append(done[request_id])
+        return [
+            request_output(
+                str(prompt_idx),
+                asked[prompt_idx].text,
+                group[0].prompt_ids,
+                [completion_output(idx, completion) for idx, completion in enumerate(group)],
+                group[0].prompt_logprobs,
+            )
+            for prompt_idx, group in grouped.items()
+        ]
+
+    def stream(
+        self,
+        prompts: AnyPrompts | None = None,
+        sampling_params: Params = None,
+        *,
+        prompt_token_ids: Any = None,
+        priority: Sequence[int] | None = None,
+    ) -> Iterator[StreamOutput]:
+        """Yield the answers in pieces (`StreamOutput`) as they grow. Leaving the loop early aborts
+        unfinished requests."""
+        from nanovllm.outputs import stream_output
+
+        asked = prompt_list(prompts, prompt_token_ids)
+        owners = self._add_all(asked, sampling_params, priority, incremental=True)
+        num_left = len(owners)
+        try:
+            while num_left:
+                for increment in self.shared.outputs(owners):
+                    num_left -= increment.finished
+                    yield stream_output(*owners[increment.request_id], increment)
+        finally:
+            self.shared.drop(owners)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: Params = None,
+        use_tqdm: UseTqdm = True,
+        **options: Any,
+    ) -> list[RequestOutput]:
+        """`generate` for one or more conversations, in the checkpoint's chat template.
+
+        Options are the fields of `chat.ChatOptions` and variables of the template, such as
+        enable_thinking. Raises ValueError for a variable that the template does not read.
+        """
+        return self.generate(self._chat_prompts(messages, options), sampling_params, use_tqdm)
+
+    def chat_prompts(
+        self, messages: Sequence[Message] | Sequence[Sequence[Message]], **options: Any
+    ) -> list[list[int]]:
+        """Token ids of conversations in the checkpoint's chat template, up to the answer."""
+        prompts = self._chat_prompts(messages, options)
+        return [list(prompt.token_ids or ()) for prompt in prompts]
+
+    def beam_search(
+        self, prompts: AnyPrompts, params: BeamSearchParams, use_tqdm: UseTqdm = False
+    ) -> list[BeamSearchOutput]:
+        """The likeliest answers to each prompt, by beam search. See `nanovllm/beam_search.py`."""
+        from nanovllm.beam_search import search
+
+        return search(self, prompt_list(prompts), params, use_tqdm)
+
+    # the engine -------------------------------------------------------------------------------
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """The parameters that requests without any get: those of generation_config.json."""
+        return self.engine.default_params.clone()
+
+    def reset_prefix_cache(self) -> bool:
+        """Let no prompt find cached tokens of earlier ones. Returns True."""
+        with self.shared.exclusive() as engine:
+            engine.scheduler.pool.forget()
+        return True
+
+    def get_metrics(self) -> list[Metric]:
+        """Gauges and counters of the engine."""
+        return self.engine.metrics.read()
+
+    def encode(self, *_: object, **__: object) -> Any:
+        """Refused, like embed, classify, reward and score: the engine only generates text."""
+        raise ValueError("pooling (encode, embed, classify, reward, score) is not supported")
+
+    embed = classify = reward = score = encode
+
+    def _chat_prompts(self, messages: Any, options: Mapping[str, Any]) -> list[Prompt]:
+        from nanovllm.chat import ChatOptions, render
+
+        template_source = self.engine.tokenizer
+        if template_source is None:
+            raise ValueError(
+                f"{self.engine.config.model!r} has no chat template: "
+                "use generate() with plain prompts"
+            )
+        return render(template_source, messages, ChatOptions.from_options(options))
+
+    def _wait(self, owners: Mapping[int, object], use_tqdm: UseTqdm) -> dict[int, Completion]:
+        """The completions of requests, with a progress bar."""
+        make_bar = use_tqdm if callable(use_tqdm) else tqdm
         done: dict[int, Completion] = {}
-        with (
-            self._aborting(owners),
-            tqdm(
+        num_tokens = 0
+        try:
+            with make_bar(
                 total=len(owners),
                 desc="generating",
                 unit="req",
                 disable=not use_tqdm,
                 dynamic_ncols=True,
-            ) as bar,
-        ):
-            num_tokens = 0
-            while len(done) < len(owners):
-                for output in self._step(owners):
-                    if output.completion is not None:
-                        done[output.request_id] = output.completion
-                        num_tokens += len(output.completion.token_ids)
+            ) as bar:
+                while len(done) < len(owners):
+                    for increment in self.shared.outputs(owners):
+                        if increment.completion is None:
+                            continue
+                        done[increment.request_id] = increment.completion
+                        num_tokens += len(increment.completion.token_ids)
                         bar.update()
-                        bar.set_postfix_str(
-                            f"{num_tokens / max(bar.format_dict['elapsed'], 1e-9):.0f} tok/s"
-                        )
-        grouped: dict[int, list[dict[str, Any]]] = {}
-        for request_id, prompt_idx in owners.items():
-            grouped.setdefault(prompt_idx, []).append(_as_dict(done[request_id]))
-        return [
-            {**group[0], "outputs": group} if len(group) > 1 else group[0]
-            for group in grouped.values()
-        ]
-
-    def chat(
-        self,
-        messages: Sequence[Message] | Sequence[Sequence[Message]],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        use_tqdm: bool = True,
-        **template_options: Any,
-    ) -> list[dict[str, Any]]:
-        """`generate` for one or more conversations, in the checkpoint's chat template."""
-        return self.generate(
-            self.chat_prompts(messages, **template_options), sampling_params, use_tqdm
-        )
-
-    def chat_prompts(
-        self, messages: Sequence[Message] | Sequence[Sequence[Message]], **template_options: Any
-    ) -> list[list[int]]:
-        """Token ids of conversations in the checkpoint's chat template, up to the answer."""
-        if self.tokenizer is None or not self.tokenizer.chat_template:
-            raise ValueError(
-                f"{self.engine.config.model!r} has no chat template: "
-                "use generate() with plain prompts"
-            )
-        conversations = [messages] if messages and isinstance(messages[0], dict) else messages
-        return [
-            list(
-                self.tokenizer.apply_chat_template(
-                    list(conversation),
-                    add_generation_prompt=True,
-                    return_dict=True,
-                    **template_options,
-                )["input_ids"]
-            )
-            for conversation in conversations
-        ]
-
-    def stream(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-    ) -> Iterator[dict[str, Any]]:
-        """Yield increments: dicts with index (of the prompt), text and token_ids (the new ones),
-        finish_reason (None until the last). Leaving the loop early aborts unfinished requests."""
-        owners = self._add_all(prompts, sampling_params, incremental=True)
-        num_left = len(owners)
-        with self._aborting(owners):
-            while num_left:
-                for output in self._step(owners):
-                    num_left -= output.finished
-                    yield {
-                        "index": owners[output.request_id],
-                        "text": output.text,
-                        "token_ids": output.token_ids,
-                        "finish_reason": output.completion.finish_reason
-                        if output.completion
-                        else None,
-                    }
-
-    def _step(self, owners: dict[int, int]) -> list[RequestOutput]:
-        """The next outputs of `owners`. Those of other requests, such as an open stream's, stay."""
-        waiting = self.engine.take(owners)
-        if waiting:
-            return waiting
-        self.engine.advance()
-        return self.engine.take(owners)
+                        seconds = max(bar.format_dict["elapsed"], 1e-9)
+                        bar.set_postfix_str(f"{num_tokens / seconds:.0f} tok/s")
+        except BaseException:
+            self.shared.drop(owners)
+            raise
+        return done
 
     def _add_all(
         self,
-        prompts: Prompt | Sequence[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        asked: Sequence[Prompt],
+        sampling_params: Params,
+        priority: Sequence[int] | None,
         *,
         incremental: bool,
-    ) -> dict[int, int]:
-        """Queue all prompts, or none if one is invalid; returns {request id: index of prompt}."""
-        is_single = isinstance(prompts, str) or bool(prompts and isinstance(prompts[0], int))
-        all_prompts: Sequence[Any] = [prompts] if is_single else prompts
-        if sampling_params is None or isinstance(sampling_params, SamplingParams):
-            all_params = [sampling_params or SamplingParams()] * len(all_prompts)
-        else:
-            all_params = list(sampling_params)
-        strange = [params for params in all_params if not isinstance(params, SamplingParams)]
-        if strange:
-            raise ValueError(
-                f"sampling_params holds {strange[0]!r}: "
-                "it must be one SamplingParams, or one per prompt"
-            )
-        if len(all_params) != len(all_prompts):
-            raise ValueError(
-                f"{len(all_params)} sampling params for {len(all_prompts)} prompts: "
-                "give one, or one for each prompt"
-            )
-        owners: dict[int, int] = {}
-        with self._aborting(owners, only_on_error=True):
-            for prompt_idx, (prompt, params) in enumerate(zip(all_prompts, all_params)):
-                for sample_idx in range(params.n):
-                    seed = (
-                        params.seed
-                        if params.seed is None or not sample_idx
-                        else params.seed + sample_idx
-                    )
-                    one = replace(params, n=1, seed=seed) if params.n > 1 else params
-                    owners[self.engine.add_request(prompt, one, incremental=incremental)] = (
-                        prompt_idx
-                    )
+    ) -> dict[int, tuple[int, int]]:
+        """Queue all prompts, or none if one is invalid.
+
+        Returns {request id: (index of the prompt, index of the answer to it)}.
+        """
+        all_params = self._params(sampling_params, len(asked))
+        priorities = _one_each("priorities", priority, len(asked), 0)
+        encoded = [self.engine.encoded(prompt) for prompt in asked]
+        owners: dict[int, tuple[int, int]] = {}
+        try:
+            with self.shared.exclusive() as engine:
+                rows = zip(encoded, all_params, priorities)
+                for prompt_idx, (prompt, params, prio) in enumerate(rows):
+                    for sample_idx, one in enumerate(single_samples(params)):
+                        request_id = engine.add_request(
+                            prompt, one, incremental=incremental, priority=prio
+                        )
+                        owners[request_id] = prompt_idx, sample_idx
+        except BaseException:
+            self.shared.drop(owners)
+            raise
         return owners
 
-    def _aborting(self, owners: dict[int, int], *, only_on_error: bool = False) -> _Aborting:
-        return _Aborting(self.engine, owners, only_on_error)
+    def _params(self, given: Params, num: int) -> list[SamplingParams]:
+        """The sampling parameters of each of `num` prompts."""
+        if given is None:
+            default = self.engine.default_params
+            if default != SamplingParams() and not self._has_logged_defaults:
+                logger.info("no sampling_params given: using generation_config.json's %s", default)
+                self._has_logged_defaults = True
+            return [default] * num
+        if isinstance(given, SamplingParams):
+            return [given] * num
+        if not isinstance(given, Iterable):
+            raise ValueError(f"sampling_params is {given!r}: it must be SamplingParams")
+        several = list(given)
+        for params in several:
+            if not isinstance(params, SamplingParams):
+                raise ValueError(
+                    f"sampling_params holds {params!r}: "
+                    "it must be one SamplingParams, or one per prompt"
+                )
+        return _one_each("sampling params", several, num, None)
 
 
-class _Aborting:
-    """Aborts the requests when the block ends early: by an error, Ctrl-C or a closed generator."""
-
-    def __init__(self, engine: LLMEngine, owners: dict[int, int], only_on_error: bool) -> None:
-        self._engine, self._owners, self._only_on_error = engine, owners, only_on_error
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, error: object, *_: object) -> None:
-        if error is None and self._only_on_error:
-            return
-        self._engine.abort_all(self._owners)
+def single_samples(params: SamplingParams) -> list[SamplingParams]:
+    """The parameters of each of the n answers: with the seed, seed + 1, …"""
+    if params.n == 1:
+        return [params]
+    seeds = [None if params.seed is None else params.seed + i for i in range(params.n)]
+    return [replace(params, n=1, seed=seed) for seed in seeds]
 
 
-def _as_dict(completion: Completion) -> dict[str, Any]:
-    # `asdict` copies every token: 0.1 s for a batch of 134,000
-    values = {field.name: getattr(completion, field.name) for field in fields(completion)}
-    return {
-        name: value
-        for name, value in values.items()
-        if value is not None or name not in ("logprobs", "prompt_logprobs")
-    }
+def _one_each(name: str, given: Sequence[Any] | None, num: int, default: Any) -> list[Any]:
+    if given is None:
+        return [default] * num
+    if len(given) != num:
+        raise ValueError(f"{len(given)} {name} for {num} prompts: give one, or one for each prompt")
+    return list(given)
+
+
+def _refuse(name: str, value: object) -> None:
+    if value is not None:
+        raise ValueError(f"{name} is {value!r}: it is not supported, only None is")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 # All files of a tokenizer in transformers' layouts. One of the first four means that there is one.
 TOKENIZER_FILES = (
@@ -14,13 +16,127 @@ TOKENIZER_FILES = (
 REPLACEMENT = "\ufffd"  # the decoder's output for the first bytes of an incomplete character
 
 
-def load_tokenizer(folder: Path) -> Any | None:
-    """The checkpoint's tokenizer. None if it has none: then only token ids work."""
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES[:4]):
-        return None
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TOKENIZER_FILES[:4])
+
+
+def load_full(folder: Path) -> Any:
+    """transformers' tokenizer of a folder."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder)
+
+
+class Decoding(NamedTuple):
+    """How to write special tokens. See the fields of `SamplingParams`."""
+
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+
+
+DEFAULT = Decoding()
+
+
+class Tokenizer:
+    """Encodes and decodes for the engine.
+
+    `full` is transformers' tokenizer, for users. `quick`, a `tokenizers.Tokenizer` that gives the
+    same ids and text, serves until somebody asks for `full`, which is loaded then. From then on
+    `full` serves, so changes that users make to it count.
+    """
+
+    def __init__(
+        self, load: Callable[[], Any], *, quick: Any | None = None, eos_id: int | None = None
+    ) -> None:
+        self._load, self._quick, self.eos_id = load, quick, eos_id
+        self._full: Any | None = load() if quick is None else None
+        self._lock = threading.RLock()
+        self._derived: dict[str, Any] = {}
+
+    @property
+    def full(self) -> Any:
+        if self._full is None:
+            with self._lock:
+                if self._full is None:
+                    self._full = self._load()
+                    self._quick = None
+        return self._full
+
+    @full.setter
+    def full(self, tokenizer: Any) -> None:
+        with self._lock:
+            self._full, self._quick = tokenizer, None
+            self._derived.clear()
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text, by default with the special tokens that the model puts around it."""
+        with self._lock:  # transformers' tokenizers can be used by one thread at a time
+            quick = self._quick
+            if quick is not None:
+                return list(quick.encode(text, add_special_tokens=add_special_tokens).ids)
+            return list(self.full.encode(text, add_special_tokens=add_special_tokens))
+
+    def decode(self, token_ids: Sequence[int], how: Decoding = DEFAULT) -> str:
+        """The text of tokens. Bytes that are no whole character become one U+FFFD for each
+        incomplete character."""
+        if how.skip_special_tokens or how.spaces_between_special_tokens:
+            return self._decode(token_ids, how.skip_special_tokens)
+        special = self._once("special", self._special_ids)
+        groups = groupby(token_ids, key=lambda token_id: token_id in special)
+        return "".join(
+            "".join(self._decode([one], False) for one in group)
+            if is_special
+            else self._decode(list(group), False)
+            for is_special, group in groups
+        )
+
+    def _once(self, name: str, derive: Callable[[], Any]) -> Any:
+        """What `derive` says of the tokenizer, asked once."""
+        if name not in self._derived:
+            self._derived[name] = derive()
+        return self._derived[name]
+
+    def _special_ids(self) -> frozenset[int]:
+        if self._quick is None:
+            return frozenset(self.full.all_special_ids)
+        added = self._quick.get_added_tokens_decoder()
+        return frozenset(token_id for token_id, token in added.items() if token.special)
+
+    def _decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
+        mended = self._mended(list(token_ids))
+        reader = self._quick if self._quick is not None else self.full
+        return str(reader.decode(mended, skip_special_tokens=skip_special_tokens))
+
+    def _mended(self, token_ids: list[int]) -> list[int]:
+        """The ids with incomplete characters of byte tokens replaced by those of U+FFFD.
+
+        A decoder with byte tokens ("<0xE4>") makes U+FFFD of every byte in a run of bytes if one of
+        its characters is incomplete.
+        """
+        byte_tokens = self._once("bytes", self._byte_tokens)
+        if byte_tokens is None or byte_tokens[0].keys().isdisjoint(token_ids):
+            return token_ids
+        byte_of, id_of = byte_tokens
+        found: list[int] = []
+        for is_byte, group in groupby(token_ids, key=byte_of.__contains__):
+            if is_byte:
+                raw = bytes(map(byte_of.__getitem__, group))
+                found += [id_of[one] for one in raw.decode("utf-8", "replace").encode()]
+            else:
+                found += group
+        return found
+
+    def _byte_tokens(self) -> tuple[dict[int, int], list[int]] | None:
+        """({token id: byte}, token id of each byte) if the decoder joins byte tokens."""
+        quick = self._quick
+        look_up = quick.token_to_id if quick is not None else self.full.convert_tokens_to_ids
+        ids = [look_up(f"<0x{byte:02X}>") for byte in range(256)]
+        if None in ids or len(set(ids)) < 256:
+            return None
+        reader = quick if quick is not None else self.full
+        if reader.decode([ids[0xC3], ids[0xA9]]).strip() != "\u00e9":
+            return None
+        return {token_id: byte for byte, token_id in enumerate(ids)}, ids
 
 
 class GrowingText:
@@ -31,8 +147,8 @@ class GrowingText:
     An incomplete character is held back.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, how: Decoding = DEFAULT) -> None:
+        self._tokenizer, self._how = tokenizer, how
         self._ids: list[int] = []
         self._tail = 0  # index of the first token to decode
         self._shown = 0  # number of tokens whose text is in `text`
@@ -60,4 +176,4 @@ class GrowingText:
         return piece
 
     def _decode(self, token_ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(token_ids, skip_special_tokens=True)
+        return self._tokenizer.decode(token_ids, self._how)

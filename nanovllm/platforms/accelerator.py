@@ -19,6 +19,9 @@ class Accelerator(Platform):
 
     runtime: Any
 
+    def enter_thread(self) -> None:
+        self.runtime.set_device(self.device)  # each thread has a current device of its own
+
     def upload(self, values: Any, dtype: torch.dtype) -> Tensor:
         # the pinned allocator keeps the buffer until the copy has run
         return torch.as_tensor(values, dtype=dtype).pin_memory().to(self.device, non_blocking=True)

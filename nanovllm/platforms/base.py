@@ -170,6 +170,9 @@ class Platform(ABC):
 
     # Running steps -------------------------------------------------------------------------
 
+    def enter_thread(self) -> None:
+        """Prepare the calling thread to run steps. The thread that made the platform is ready."""
+
     def capture(self, step: Callable[[], None]) -> Replay:
         """Capture `step`, whose programs have all run before, or return it unchanged."""
         return step

@@ -59,17 +59,22 @@ class CpuPlatform(Platform):
     def __init__(self) -> None:
         super().__init__(torch.device("cpu"), TRAITS)
         self._compiler_problem = "prepare() has not run"
+        self._num_threads = torch.get_num_threads()
 
     def prepare(
         self, libraries: Path | None = None, cxx: str | None = None, may_compile: bool = True
     ) -> None:
         _limit_threads()
+        self._num_threads = torch.get_num_threads()
         cpp_build.configure(libraries, cxx, may_compile)
         available, why = cpu_kernels.available()
         self._compiler_problem = "" if available else why
         if available:
             cpu_kernels.register()
             cpu_step.register()
+
+    def enter_thread(self) -> None:
+        torch.set_num_threads(self._num_threads)  # OpenMP counts threads for each caller
 
     def lowering(self) -> tuple[Lowering | None, str]:
         if self._compiler_problem:

@@ -60,12 +60,19 @@ def rehearse_filtered(visit: Callable[..., object], logits_RV: Tensor, one_R: Te
     visit(ops.sample, [logits_RV, one_R, one_R.long(), one_R.long()], {})
 
 
-def logprobs(logits_RV: Tensor, token_R: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns (chosen_R, top_RL, top_token_RL): the log-softmax of the model's own logits at
-    token_R and at the `num_top` likeliest tokens."""
+def logprobs(
+    logits_RV: Tensor, token_R: Tensor, num_top: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns (chosen_R, top_RL, top_token_RL, rank_R): the log-softmax of the model's own logits
+    at token_R and at the `num_top` likeliest tokens (-1: at all), and 1 + the number of tokens that
+    are likelier than token_R."""
     logprob_RV = logits_RV.float().log_softmax(-1)
-    top_RL, top_token_RL = logprob_RV.topk(min(num_top, logits_RV.shape[1]), dim=-1)
-    return logprob_RV.gather(1, token_R.unsqueeze(1)).squeeze(1), top_RL, top_token_RL
+    vocab_size = logits_RV.shape[1]
+    num_top = vocab_size if num_top < 0 else min(num_top, vocab_size)
+    top_RL, top_token_RL = logprob_RV.topk(num_top, dim=-1)
+    chosen_R1 = logprob_RV.gather(1, token_R.unsqueeze(1))
+    rank_R = 1 + (logprob_RV > chosen_R1).sum(1)
+    return chosen_R1.squeeze(1), top_RL, top_token_RL, rank_R
 
 
 def forbid(logits_RV: Tensor, allowed_RW: Tensor) -> Tensor:

@@ -114,6 +114,11 @@ class BlockPool:
         self._by_digest.clear()
         self._digest_of.clear()
 
+    def forget(self) -> None:
+        """Let no request find cached content any more. Blocks stay with their owners."""
+        self._by_digest.clear()
+        self._digest_of.clear()
+
     def release(self, blocks: Sequence[int]) -> None:
         """Drop one reference to each block. The last blocks of a chain are reused first: more
         requests share its beginning."""

@@ -3,33 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
+from nanovllm.sampling import SamplingParams
+from nanovllm.schedule.logprobs import Logprob
 from nanovllm.schedule.request import Request
-from nanovllm.tokenizer import GrowingText
+from nanovllm.schedule.stop_strings import stop_strings
+from nanovllm.tokenizer import Decoding, GrowingText, Tokenizer
 
 
 @dataclass(frozen=True)
 class Completion:
-    """The whole output of a finished request."""
+    """The whole output of a finished request.
+
+    stop_reason: the stop string, or the one of `stop_token_ids`, that ended the text.
+    num_cached_tokens: prompt tokens found in the prefix cache.
+    logprobs: per generated token. prompt_logprobs: per prompt token, None for the first.
+    """
 
     text: str
     token_ids: list[int]
     finish_reason: str  # "stop" | "length" | "abort"
-    num_prompt_tokens: int
-    num_cached_tokens: int  # prompt tokens found in the prefix cache
-    logprobs: list[dict[int, float]] | None  # per generated token
-    prompt_logprobs: list[dict[int, float] | None] | None  # per prompt token; None for the first
+    stop_reason: str | int | None
+    prompt_ids: list[int]
+    num_cached_tokens: int
+    logprobs: list[dict[int, Logprob]] | None
+    prompt_logprobs: list[dict[int, Logprob] | None] | None
 
     @classmethod
-    def of(cls, request: Request, text: str, finish_reason: str) -> Completion:
+    def of(
+        cls, request: Request, text: str, finish_reason: str, stop_reason: str | int | None
+    ) -> Completion:
         params = request.params
         return cls(
             text=text,
             token_ids=request.output_ids,
             finish_reason=finish_reason,
-            num_prompt_tokens=len(request.prompt_ids),
+            stop_reason=stop_reason,
+            prompt_ids=request.prompt_ids,
             num_cached_tokens=request.num_cached or 0,
             logprobs=request.logprobs if params.logprobs is not None else None,
             prompt_logprobs=request.prompt_logprobs if params.prompt_logprobs is not None else None,
@@ -37,12 +48,14 @@ class Completion:
 
 
 @dataclass(frozen=True)
-class RequestOutput:
-    """One request's new tokens and text. Its last output also holds the whole completion."""
+class Increment:
+    """One request's new tokens, their log-probabilities if asked for, and the new text. Its last
+    increment also holds the whole completion."""
 
     request_id: int
     token_ids: list[int]
     text: str
+    logprobs: list[dict[int, Logprob]] | None = None
     completion: Completion | None = None
 
     @property
@@ -50,23 +63,26 @@ class RequestOutput:
         return self.completion is not None
 
 
-@dataclass
 class TextStream:
     """The text of one request. Decodes it step by step if necessary, and finds stop strings.
 
     The end of the text is held back while it may be the beginning of a stop string.
     """
 
-    tokenizer: Any | None
-    stop_strings: tuple[str, ...]
-    incremental: bool
-    text: str = ""
-    _growing: GrowingText | None = field(default=None, repr=False)
-    _num_given: int = 0  # characters taken so far
-
-    def __post_init__(self) -> None:
-        if self.tokenizer is not None and (self.incremental or self.stop_strings):
-            self._growing = GrowingText(self.tokenizer)
+    def __init__(
+        self, tokenizer: Tokenizer | None, params: SamplingParams, *, incremental: bool
+    ) -> None:
+        self.incremental, self.text = incremental, ""
+        self.stop_string: str | None = None  # the one that ended the text
+        self._tokenizer = tokenizer if params.detokenize else None
+        self._how = Decoding(params.skip_special_tokens, params.spaces_between_special_tokens)
+        self._includes_stop = params.include_stop_str_in_output
+        self._stops = stop_strings(params.stop_strings) if params.stop_strings else None
+        self._growing: GrowingText | None = None
+        if self._tokenizer is not None and (incremental or self._stops):
+            self._growing = GrowingText(self._tokenizer, self._how)
+        self._state = 0  # of the automaton, after `text`
+        self._num_given = 0  # characters taken so far
 
     @property
     def grows(self) -> bool:
@@ -74,52 +90,38 @@ class TextStream:
         return self._growing is not None
 
     def push(self, token_ids: Sequence[int], *, may_stop: bool) -> bool:
-        """Add tokens. True if they complete a stop string: the text then ends before it."""
+        """Add tokens. True if they complete a stop string: the text then ends there."""
         if self._growing is None:
             return False
-        searched_from = len(self.text)
-        self._growing.append(token_ids)
-        self.text = self._growing.text
-        return may_stop and self._cut(searched_from)
+        return self._add(self._growing.append(token_ids), may_stop)
 
     def finish(self, request: Request, *, may_stop: bool) -> None:
         """End the text: add unfinished characters, or decode all tokens now."""
         if self._growing is not None:
-            searched_from = len(self.text)
-            self._growing.flush()
-            self.text = self._growing.text
-            if may_stop:
-                self._cut(searched_from)
-        elif self.tokenizer is not None:
-            self.text = self.tokenizer.decode(request.output_ids, skip_special_tokens=True)
+            self._add(self._growing.flush(), may_stop)
+        elif self._tokenizer is not None:
+            self.text = self._tokenizer.decode(request.output_ids, self._how)
 
     def take(self, *, last: bool) -> str:
         """The new text, without the end that is held back; all new text if `last`."""
-        end = len(self.text) if last else max(self._num_given, len(self.text) - self._held_back())
+        end = len(self.text)
+        if not last and self._stops is not None and not self._includes_stop:
+            end = max(self._num_given, end - self._stops.num_held[self._state])
         piece = self.text[self._num_given : end]
         self._num_given = end
         return piece
 
-    def _cut(self, searched_from: int) -> bool:
-        # A match must end in new text: the old text was searched before, or must not stop the
-        # request and may have been taken.
-        found = (
-            self.text.find(stop, max(0, searched_from - len(stop) + 1))
-            for stop in self.stop_strings
-        )
-        places = [place for place in found if place >= 0]
-        if places:
-            self.text = self.text[: min(places)]
-        return bool(places)
-
-    def _held_back(self) -> int:
-        """Length of the longest suffix of the text that is a proper prefix of a stop string."""
-        return max(
-            (
-                size
-                for stop in self.stop_strings
-                for size in range(1, min(len(stop), len(self.text) + 1))
-                if self.text.endswith(stop[:size])
-            ),
-            default=0,
-        )
+    def _add(self, piece: str, may_stop: bool) -> bool:
+        start = len(self.text)
+        self.text += piece
+        if self._stops is None:
+            return False
+        # A match ends in new text: the old text was searched before, or must not end the request
+        # and may have been taken.
+        self._state, match = self._stops.search(self._state, piece)
+        if match is None or not may_stop:
+            return False
+        place, self.stop_string = match
+        end = start + place + (len(self.stop_string) if self._includes_stop else 0)
+        self.text = self.text[:end]
+        return True

@@ -155,11 +155,15 @@ class StepPlan:
 
 
 class Logprobs(NamedTuple):
-    """Log-probabilities of N tokens, and those of the L likeliest tokens with their ids."""
+    """Log-probabilities of N tokens, and those of the L likeliest tokens with their ids.
+
+    rank_N: 1 + the number of tokens that are likelier than each of the N.
+    """
 
     chosen_N: np.ndarray
     top_NL: np.ndarray
     top_token_NL: np.ndarray
+    rank_N: np.ndarray
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from nanovllm.sampling import SamplingParams
+from nanovllm.schedule.logprobs import Logprob
 
 
 class Status(enum.Enum):
@@ -44,6 +45,7 @@ class Request:
     stop_ids: frozenset[int]  # within the vocabulary
     incremental: bool = False  # somebody reads its tokens as they come
     contents: tuple[Content, ...] = ()
+    priority: int = 0  # requests with lower numbers go first
     cache_root: bytes = b""  # start of the digest chain: data that all keys and values depend on
     output_ids: list[int] = field(default_factory=list)
     status: Status = Status.WAITING
@@ -57,8 +59,8 @@ class Request:
     num_computed: int = 0
     num_in_flight: int = 0
     num_cached: int | None = None  # prompt tokens found in the prefix cache at first admission
-    logprobs: list[dict[int, float]] = field(default_factory=list)
-    prompt_logprobs: list[dict[int, float] | None] = field(default_factory=list)
+    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+    prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=list)
 
     def restart(self) -> None:
         """Return to waiting without cached tokens: the next prefill feeds all known tokens."""

@@ -1,6 +1,6 @@
 """Chooses the tokens of each step. Works on requests, rows and blocks, without tensors.
 
-First come, first served. A step is either a prefill step (chunks of prompts, at most
+First come, first served, by priority. A step is either a prefill step (chunks of prompts, at most
 `max_num_batched_tokens` tokens) or a decode step (the newest token of each of at most
 `max_decode_rows` rows, and proposals for the tokens after it). While somebody reads the tokens of a
 running request as they come (`Request.incremental`), prefill and decode steps take turns and a time
@@ -57,7 +57,11 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def add(self, request: Request) -> None:
-        self.waiting.append(request)
+        """Queue a request behind those of the same priority."""
+        place = len(self.waiting)
+        while place and self.waiting[place - 1].priority > request.priority:
+            place -= 1
+        self.waiting.insert(place, request)
 
     def finish(self, request: Request, reason: str) -> None:
         """Free a request's row and blocks. Steps in flight may still write to the blocks, but they
@@ -75,7 +79,8 @@ class Scheduler:
         For an error in a step: the cache's content and the records of it may no longer agree.
         """
         self.pool.reset()
-        self.running, self.waiting = [], deque(requests)
+        self.running = []
+        self.waiting = deque(sorted(requests, key=lambda request: request.priority))
         self._free_rows = list(range(self.max_num_seqs - 1, -1, -1))
         for request in self.waiting:
             request.restart()
@@ -250,12 +255,14 @@ class Scheduler:
         return request.num_computed == len(request.blocks) * self.pool.block_size
 
     def _make_room(self, request: Request) -> None:
-        """Preempt the newest requests until a block is free or `request` itself is preempted."""
+        """Preempt requests until a block is free or `request` itself is preempted: those of the
+        highest priority number, and of these the newest."""
         while not self.pool.num_free and request.status is Status.RUNNING:
-            victim = self.running[-1]
+            victim = max(reversed(self.running), key=lambda other: other.priority)
             self._vacate(victim)
             victim.restart()
-            self.waiting.appendleft(victim)
+            num_before = sum(other.priority < victim.priority for other in self.waiting)
+            self.waiting.insert(num_before, victim)
             self.num_preemptions += 1
 
     def _vacate(self, request: Request) -> None:

@@ -12,7 +12,7 @@ import importlib.metadata
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,12 +22,12 @@ import torch
 from nanovllm.compile.keys import Key
 from nanovllm.compile.store import Artifact, Store
 from nanovllm.kernels.code_files import digest
-from nanovllm.tokenizer import TOKENIZER_FILES, load_tokenizer
+from nanovllm.tokenizer import TOKENIZER_FILES, Tokenizer, has_tokenizer, load_full
 
 logger = logging.getLogger(__name__)
 
 CONFIG, TOKENIZER = "config", "tokenizer"
-FORMAT = 1  # in every key: count up when the content changes
+FORMAT = 2  # in every key: count up when the content changes
 # A tokenizer is kept only if it treats these texts as transformers does.
 PROBES = (
     "", " ", "Hello, world!", "  two  spaces\n\n\tand a tab ", "it's don't I'll",
@@ -96,55 +96,48 @@ def _is_plain(value: Any) -> bool:
         return False
 
 
-class StoredTokenizer:
-    """Encodes and decodes with `tokenizers`; loads transformers' tokenizer for everything else."""
-
-    def __init__(self, description: str, load_full: Callable[[], Any]) -> None:
-        from tokenizers import Tokenizer
-
-        self._backend: Any = Tokenizer.from_str(description)
-        self._load_full = functools.cache(load_full)
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text, with the special tokens that the model puts around it."""
-        return list(self._backend.encode(text).ids)
-
-    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
-        return str(self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._load_full(), name)
-
-
-def read_tokenizer(folder: Path, store: Store) -> Any | None:
-    """The checkpoint's tokenizer, or None if it has none."""
-    files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
-    key = _key(TOKENIZER, [*files, folder / "config.json"], "transformers", "tokenizers")
-    if found := store.find(key):
-        return StoredTokenizer(found.content.decode(), functools.partial(load_tokenizer, folder))
-    tokenizer = load_tokenizer(folder)
-    if tokenizer is not None and (description := _description(tokenizer)):
-        store.save(key, Artifact(TOKENIZER, TOKENIZER, description.encode(), None, {}))
-    return tokenizer
-
-
-def _description(tokenizer: Any) -> str | None:
-    """The `tokenizers` object as JSON; None if it gives other ids or text than transformers."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None or getattr(tokenizer, "clean_up_tokenization_spaces", False):
+def read_tokenizer(folder: Path, store: Store) -> Tokenizer | None:
+    """The tokenizer of a folder, or None if it has none."""
+    if not has_tokenizer(folder):
         return None
-    backend.no_truncation()
-    backend.no_padding()
-    description = str(backend.to_str())
-    stored = StoredTokenizer(description, lambda: tokenizer)
+    files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    config = [folder / "config.json"] if (folder / "config.json").is_file() else []
+    key = _key(TOKENIZER, [*files, *config], "transformers", "tokenizers")
+    if found := store.find(key):
+        quick = _quick(found.content.decode())
+        load = functools.partial(load_full, folder)
+        return Tokenizer(load, quick=quick, eos_id=found.result["eos_id"])
+    full = load_full(folder)
+    eos_id, description = full.eos_token_id, _description(full)
+    if description is None:
+        return Tokenizer(lambda: full, eos_id=eos_id)
+    result = {"eos_id": eos_id}
+    store.save(key, Artifact(TOKENIZER, TOKENIZER, description.encode(), result, {}))
+    return Tokenizer(lambda: full, quick=_quick(description), eos_id=eos_id)
+
+
+def _quick(description: str) -> Any:
+    from tokenizers import Tokenizer as Quick
+
+    return Quick.from_str(description)
+
+
+def _description(full: Any) -> str | None:
+    """The `tokenizers` object as JSON; None if it gives other ids or text than transformers."""
+    backend = getattr(full, "backend_tokenizer", None)
+    if backend is None or getattr(full, "clean_up_tokenization_spaces", False):
+        return None
+    copied = _quick(str(backend.to_str()))
+    copied.no_truncation()
+    copied.no_padding()
     for text in PROBES:
-        ids = list(tokenizer.encode(text))
-        if stored.encode(text) != ids:
+        ids = list(full.encode(text))
+        if list(copied.encode(text).ids) != ids:
             return None
         for skip in (False, True):
-            if stored.decode(ids, skip) != tokenizer.decode(ids, skip_special_tokens=skip):
+            if copied.decode(ids, skip) != full.decode(ids, skip_special_tokens=skip):
                 return None
-    return description
+    return str(copied.to_str())
 
 
 def _key(kind: str, files: Sequence[Path], *libraries: str) -> Key:

@@ -7,22 +7,25 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from tqdm import tqdm
 
+from nanovllm import hub
 from nanovllm.config import EngineConfig
 from nanovllm.models import loader
 from nanovllm.models.interface import Model, Params
 from nanovllm.runner.runner import Runner
 from nanovllm.runner.spec import EngineSpec
+from nanovllm.sampling import SamplingParams
 from nanovllm.schedule.stall import StallBound
 from nanovllm.startup.build import build
 from nanovllm.startup.checkpoint_cache import read_tokenizer
 from nanovllm.startup.choose import Choice, choose
 from nanovllm.startup.compile_farm.farm import CompileFarm, WorkerFailed
+from nanovllm.startup.generation_config import default_params, generation_config
 from nanovllm.startup.laps import Laps
 from nanovllm.startup.memory import MemoryReport
+from nanovllm.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +41,9 @@ class Loaded:
     model: Model
     spec: EngineSpec
     runner: Runner
-    tokenizer: Any | None
+    tokenizer: Tokenizer | None
     eos_ids: frozenset[int]
+    default_params: SamplingParams
     num_blocks: int
     memory: MemoryReport
     stall: StallBound | None
@@ -73,19 +77,24 @@ def load(config: EngineConfig, farm: CompileFarm | None = None) -> Loaded:
         cfg.architecture, choice.platform.device, str(cfg.dtype).removeprefix("torch."),
         cfg.num_layers, built.num_blocks, runner.layout.block_size, _programs(runner), seconds,
     )  # fmt: skip
+    generation = generation_config(choice.folder)
+    eos_ids = choice.eos_ids
+    if tokenizer is not None and tokenizer.eos_id is not None and not generation:
+        eos_ids |= {tokenizer.eos_id}
     return Loaded(
-        config, runner.model, runner.spec, runner, tokenizer, choice.eos_ids, built.num_blocks,
-        built.memory, built.stall, laps.seconds,
+        config, runner.model, runner.spec, runner, tokenizer, eos_ids,
+        default_params(generation if config.generation_config == "auto" else {}),
+        built.num_blocks, built.memory, built.stall, laps.seconds,
     )  # fmt: skip
 
 
 def _load_weights(
     choice: Choice, farm: CompileFarm, bar: tqdm, laps: Laps
-) -> tuple[Params, Any | None]:
+) -> tuple[Params, Tokenizer | None]:
     """Weights and tokenizer; waits for workers, if any."""
     model, device, weight_format = choice.model, choice.platform.device, choice.spec.weight_format
     with ThreadPoolExecutor(1) as reader:
-        read = partial(reader.submit, read_tokenizer, choice.folder, choice.store)
+        read = partial(reader.submit, partial(_tokenizer, choice))
         # Imports hold Python's lock, and reading weights does not. So the tokenizer is read beside
         # the weights, unless threads hand out tasks at the same time.
         tokenizer = None if choice.num_workers else read()
@@ -103,6 +112,16 @@ def _load_weights(
         found = tokenizer.result()
     laps.end("tokenizer")
     return params, found
+
+
+def _tokenizer(choice: Choice) -> Tokenizer | None:
+    config = choice.config
+    if config.skip_tokenizer_init:
+        return None
+    if config.tokenizer is None:
+        return read_tokenizer(choice.folder, choice.store)
+    folder = hub.resolve_tokenizer(str(config.tokenizer))
+    return read_tokenizer(folder, choice.store)
 
 
 def _wait(farm: CompileFarm) -> None:

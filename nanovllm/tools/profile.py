@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanovllm.engine import LLMEngine
+from nanovllm.engine import Engine
 from nanovllm.sampling import SamplingParams
 from nanovllm.schedule.request import Request
 from nanovllm.schedule.scheduler import Scheduler
@@ -28,7 +28,7 @@ SHARES_OF_ROWS = (1, 2, 8)  # windows at the full batch, a half, an eighth, and 
 
 
 def profile_decode(
-    engine: LLMEngine,
+    engine: Engine,
     prompts: Sequence[list[int]],
     params: Sequence[SamplingParams],
     folder: Path,
@@ -74,7 +74,7 @@ def _has_prompts(scheduler: Scheduler) -> bool:
     return not all(request.is_decoding for request in scheduler.running)
 
 
-def steady_rows(engine: LLMEngine, num_steps: int) -> list[Request]:
+def steady_rows(engine: Engine, num_steps: int) -> list[Request]:
     """The decoding requests, if the next `num_steps` steps all decode in one bucket; else []."""
     scheduler, layout = engine.scheduler, engine.runner.layout
     rows = [request for request in scheduler.running if request.may_decode]
@@ -90,7 +90,7 @@ def steady_rows(engine: LLMEngine, num_steps: int) -> list[Request]:
 class _Profiler(NamedTuple):
     """Profiles steps of an engine, and writes a trace and a table of kernels for each profile."""
 
-    engine: LLMEngine
+    engine: Engine
     folder: Path
     activities: Sequence[ProfilerActivity]
     bandwidth: float

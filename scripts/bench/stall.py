@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nanovllm import SamplingParams
-from nanovllm.engine import LLMEngine
+from nanovllm.engine import Engine
 from scripts.bench.engines import load
 
 NUM_STEPS = 100  # in each phase
@@ -43,7 +43,7 @@ def measure_stall(args: argparse.Namespace, model: str) -> dict[str, Any]:
 
 @dataclass
 class _Run:
-    engine: LLMEngine
+    engine: Engine
     rng: random.Random
     max_model_len: int
     last: dict[int, float] = field(default_factory=dict)  # time of each stream's last token

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+import time
 from typing import Any
-
 import pytest
 
+from nanovllm.sampling import SamplingParams
 from nanovllm.schedule.outputs import TextStream
-from nanovllm.tokenizer import GrowingText, load_tokenizer
+from nanovllm.tokenizer import Decoding, GrowingText, Tokenizer, load_full
 from tests.engines import save_tokenizer
 
 TEXTS = [
@@ -24,13 +25,13 @@ TEXTS = [
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     folder = tmp_path_factory.mktemp("tokenizer")
     save_tokenizer(folder)
-    return load_tokenizer(folder)
+    return Tokenizer(lambda: load_full(folder))
 
 
-def grow(tokenizer: Any, token_ids: list[int], sizes: list[int]) -> list[str]:
+def grow(tokenizer: Tokenizer, token_ids: list[int], sizes: list[int]) -> list[str]:
     growing, pieces, start = GrowingText(tokenizer), [], 0
     for size in sizes:
         pieces.append(growing.append(token_ids[start : start + size]))
@@ -41,7 +42,7 @@ def grow(tokenizer: Any, token_ids: list[int], sizes: list[int]) -> list[str]:
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_characters_across_tokens_grow_to_the_full_text(tokenizer: Any, text: str) -> None:
+def test_characters_across_tokens_grow_to_the_full_text(tokenizer: Tokenizer, text: str) -> None:
     token_ids = tokenizer.encode(text)
     pieces = grow(tokenizer, token_ids, [1] * len(token_ids))
     assert "".join(pieces) == text == tokenizer.decode(token_ids)
@@ -49,52 +50,104 @@ def test_characters_across_tokens_grow_to_the_full_text(tokenizer: Any, text: st
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_any_bytes_grow_to_what_decoding_at_once_gives(tokenizer: Any, seed: int) -> None:
+def test_any_bytes_grow_to_what_decoding_at_once_gives(tokenizer: Tokenizer, seed: int) -> None:
     """Random tokens, with incomplete characters, special tokens (not shown) and merges."""
     rng = random.Random(seed)
     for num in (1, 2, 19, 99):
         token_ids = [rng.randrange(0, 280) for _ in range(num)]
         sizes = [rng.choice([1, 1, 2, 5]) for _ in range(num)]
-        assert "".join(grow(tokenizer, token_ids, sizes)) == tokenizer.decode(
-            token_ids, skip_special_tokens=True
-        )
+        assert "".join(grow(tokenizer, token_ids, sizes)) == tokenizer.decode(token_ids)
 
 
-def test_an_unfinished_character_is_shown_once_no_more_tokens_come(tokenizer: Any) -> None:
+def test_an_unfinished_character_is_shown_once_no_more_tokens_come(tokenizer: Tokenizer) -> None:
     token_ids = tokenizer.encode("aé")[:-1]
     growing = GrowingText(tokenizer)
     assert [growing.append([token_id]) for token_id in token_ids] == ["a", ""]
     assert growing.flush() == "\ufffd" and growing.flush() == ""
 
 
-def test_spaces_of_a_sentencepiece_style_decoder() -> None:
-    from tokenizers import Tokenizer, decoders, models
+BYTES = {f"<0x{byte:02X}>": byte for byte in range(256)}
+WORDS = {word: 256 + i for i, word in enumerate(["▁a", "▁b", "c", "▁"])}
 
-    words = ["▁a", "▁b", "c", "▁", "<0xC3>", "<0xA9>"]
-    model = models.BPE({word: i for i, word in enumerate(words)}, [])
-    tokenizer = Tokenizer(model)
-    tokenizer.decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
+
+@pytest.fixture(scope="module", params=["quick", "full"])
+def byte_fallback(request: pytest.FixtureRequest) -> Tokenizer:
+    """A tokenizer in the style of SentencePiece: ids 0 … 255 are the bytes."""
+    from tokenizers import Tokenizer as Quick
+    from tokenizers import decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    quick = Quick(models.BPE({**BYTES, **WORDS}, []))
+    quick.decoder = decoders.Sequence([
+        decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+        decoders.Strip(" ", 1, 0),
+    ])  # fmt: skip
+    full = PreTrainedTokenizerFast(tokenizer_object=quick)
+    return Tokenizer(lambda: full, quick=quick if request.param == "quick" else None)
+
+
+def test_spaces_of_a_sentencepiece_style_decoder(byte_fallback: Tokenizer) -> None:
+    token_ids = [256, 258, 257, 259, 258, 0xC3, 0xA9, 256]
+    pieces = grow(byte_fallback, token_ids, [1] * 8)
+    assert "".join(pieces) == byte_fallback.decode(token_ids) == "ac b cé a"
+
+
+@pytest.mark.parametrize(
+    ("raw", "text"),
+    [
+        ("né日本".encode()[:-1], "né日\ufffd"),
+        ("né日本".encode()[:-2], "né日\ufffd"),
+        ("🎉".encode()[:3], "\ufffd"),
+        ("日".encode()[:2] + "本".encode(), "\ufffd本"),
+        (b"\xff\xfe!", "\ufffd\ufffd!"),
+        ("ok \ufffd".encode(), "ok \ufffd"),
+    ],
+)
+def test_whole_characters_of_cut_bytes_stay(
+    byte_fallback: Tokenizer, raw: bytes, text: str
+) -> None:
+    """One U+FFFD for each incomplete character, streamed or decoded at once, wherever it is."""
+    for token_ids, expected in ((list(raw), text), ([256, *raw, 257], f"a{text} b")):
+        assert byte_fallback.decode(token_ids) == expected
+        for sizes in ([1] * len(token_ids), [2] * len(token_ids)):
+            assert "".join(grow(byte_fallback, token_ids, sizes)) == expected
+
+
+def test_special_tokens_are_written_on_request() -> None:
+    from tokenizers import Tokenizer as Quick
+    from tokenizers import models
+    from transformers import PreTrainedTokenizerFast
+
+    # this tokenizer has no decoder: it puts a space between any two tokens
+    quick = Quick(models.WordLevel({"a": 0, "b": 1, "<x>": 2, "<y>": 3}, unk_token="a"))
+    full = PreTrainedTokenizerFast(
+        tokenizer_object=quick, bos_token="<x>", additional_special_tokens=["<y>"]
     )
-    token_ids = [0, 2, 1, 3, 2, 4, 5, 0]
-    assert (
-        "".join(grow(tokenizer, token_ids, [1] * 8)) == tokenizer.decode(token_ids) == "ac b cé a"
-    )
+    for tokenizer in (
+        Tokenizer(lambda: full),
+        Tokenizer(lambda: full, quick=full.backend_tokenizer),
+    ):
+        ids = [0, 1, 2, 3, 0]
+        assert tokenizer.decode(ids) == "a b a"
+        assert tokenizer.decode(ids, Decoding(False, True)) == "a b <x> <y> a"
+        assert tokenizer.decode(ids, Decoding(False, False)) == "a b<x><y>a"
 
 
 # stop strings -------------------------------------------------------------------------------------
 
 
 def feed(
-    tokenizer: Any, text: str, stops: tuple[str, ...], *, min_tokens: int = 0, size: int = 1
+    tokenizer: Tokenizer,
+    text: str,
+    stops: tuple[str, ...],
+    *,
+    min_tokens: int = 0,
+    size: int = 1,
+    **options: Any,
 ) -> tuple[list[str], str, bool]:
     """Feed `size` tokens at a time; returns (pieces, final text, whether it stopped)."""
-    stream = TextStream(tokenizer, stops, incremental=True)
+    params = SamplingParams(stop=stops, **options)
+    stream = TextStream(tokenizer, params, incremental=True)
     token_ids = tokenizer.encode(text)
     pieces: list[str] = []
     for start in range(0, len(token_ids), size):
@@ -122,14 +175,14 @@ def feed(
     ],
 )
 def test_stop_strings_cut_the_text(
-    tokenizer: Any, text: str, stops: tuple[str, ...], expected: str | None, size: int
+    tokenizer: Tokenizer, text: str, stops: tuple[str, ...], expected: str | None, size: int
 ) -> None:
     pieces, final, stopped = feed(tokenizer, text, stops, size=size)
     assert stopped == (expected is not None)
     assert final == "".join(pieces) == (text if expected is None else expected)
 
 
-def test_what_could_begin_a_stop_string_is_held_back_and_no_more(tokenizer: Any) -> None:
+def test_what_could_begin_a_stop_string_is_held_back_and_no_more(tokenizer: Tokenizer) -> None:
     pieces, final, stopped = feed(tokenizer, "xSTxSTOy", ("STOP", "STEP"))
     assert (
         pieces == ["x", "", "", "STx", "", "", "", "STOy", ""]
@@ -139,7 +192,7 @@ def test_what_could_begin_a_stop_string_is_held_back_and_no_more(tokenizer: Any)
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_streams_never_show_any_part_of_a_stop_string(tokenizer: Any, seed: int) -> None:
+def test_streams_never_show_any_part_of_a_stop_string(tokenizer: Tokenizer, seed: int) -> None:
     rng = random.Random(seed)
     text = "".join(rng.choice("ab") for _ in range(99))
     stops = tuple({"".join(rng.choice("ab") for _ in range(rng.randrange(4, 8))) for _ in range(2)})
@@ -157,7 +210,7 @@ def test_streams_never_show_any_part_of_a_stop_string(tokenizer: Any, seed: int)
         )
 
 
-def test_a_stop_string_before_min_tokens_stays_and_does_not_stop_later(tokenizer: Any) -> None:
+def test_a_stop_string_before_min_tokens_stays_and_does_not_stop_later(tokenizer: Tokenizer) -> None:
     pieces, final, stopped = feed(tokenizer, "ab ab xy", ("ab", "a long stop string"), min_tokens=3)
     assert stopped and final == "".join(pieces) == "ab "
     # the stop string ends before min_tokens; the longer stop string could still match
@@ -165,12 +218,44 @@ def test_a_stop_string_before_min_tokens_stays_and_does_not_stop_later(tokenizer
     assert not stopped and final == "".join(pieces) == "abxy"
 
 
-def test_nothing_is_decoded_before_the_end_unless_needed(tokenizer: Any) -> None:
-    stream = TextStream(tokenizer, (), incremental=False)
+def test_nothing_is_decoded_before_the_end_unless_needed(tokenizer: Tokenizer) -> None:
+    stream = TextStream(tokenizer, SamplingParams(), incremental=False)
     assert not stream.push([50], may_stop=True) and stream.take(last=False) == ""
 
 
 def test_without_a_tokenizer_there_is_no_text() -> None:
-    stream = TextStream(None, (), incremental=True)
+    stream = TextStream(None, SamplingParams(), incremental=True)
     assert not stream.push([1, 2], may_stop=True)
     assert stream.take(last=False) == "" == stream.take(last=True)
+
+
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_the_stop_string_stays_on_request(tokenizer: Tokenizer, size: int) -> None:
+    pieces, final, stopped = feed(
+        tokenizer, "one two three", ("two", "xyz"), size=size, include_stop_str_in_output=True
+    )
+    assert stopped and final == "".join(pieces) == "one two"
+
+
+def test_the_stop_string_that_ended_the_text_is_known(tokenizer: Tokenizer) -> None:
+    stream = TextStream(tokenizer, SamplingParams(stop=["wo", "two t"]), incremental=True)
+    assert stream.push(tokenizer.encode("one two three"), may_stop=True)
+    assert stream.stop_string == "two t" and stream.text == "one "
+
+
+def test_many_long_stop_strings_cost_little(tokenizer: Tokenizer) -> None:
+    """The cost of a token hardly depends on the number and the length of the strings."""
+    text = "the thin man on another inn " * 40
+    token_ids = tokenizer.encode(text)
+
+    def seconds(stops: list[str]) -> float:
+        stream = TextStream(tokenizer, SamplingParams(stop=stops), incremental=True)
+        start = time.perf_counter()
+        for token_id in token_ids:
+            assert not stream.push([token_id], may_stop=True)
+            stream.take(last=False)
+        return time.perf_counter() - start
+
+    long = [f"{i} {text}"[:500] for i in range(200)]
+    few = min(seconds(["xyz"]) for _ in range(3))
+    assert min(seconds(long) for _ in range(3)) < 3 * few + 0.02

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -20,11 +21,11 @@ from nanovllm.models import registry
 from nanovllm.startup import checkpoint_cache as readings
 from nanovllm.startup.checkpoint_cache import (
     StoredConfig,
-    StoredTokenizer,
     read_config,
     read_tokenizer,
 )
 from nanovllm.startup.choose import eos_token_ids
+from nanovllm.tokenizer import Decoding, Tokenizer
 
 EMBEDDED = Path(readings.__file__).parents[1] / "assets" / "tiny-qwen3"
 CONFIGS: list[PretrainedConfig] = [
@@ -133,15 +134,21 @@ def test_a_rope_type_with_code_of_its_own_is_not_kept(tmp_path: Path, store: Sto
         assert not isinstance(read_config(folder, store), StoredConfig)
 
 
+def is_quick(tokenizer: Tokenizer | None) -> bool:
+    assert tokenizer is not None
+    return tokenizer._quick is not None
+
+
 def test_a_kept_tokenizer_is_the_same_to_encode_and_decode(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    full = read_tokenizer(EMBEDDED, store)
-    assert full is not None and not isinstance(full, StoredTokenizer)
+    first = read_tokenizer(EMBEDDED, store)
+    assert first is not None
+    full = first.full
     with monkeypatch.context() as patch:
         without_transformers(patch)
         kept = read_tokenizer(EMBEDDED, store)
-        assert isinstance(kept, StoredTokenizer)
+        assert kept is not None and is_quick(kept) and kept.eos_id == first.eos_id is not None
         for text in (
             *readings.PROBES,
             "What is 17 + 25?",
@@ -150,26 +157,40 @@ def test_a_kept_tokenizer_is_the_same_to_encode_and_decode(
             ids = kept.encode(text)
             assert ids == full.encode(text)
             for skip in (False, True):
-                assert kept.decode(ids, skip) == full.decode(ids, skip_special_tokens=skip)
-    # other methods come from the full tokenizer
-    assert kept.chat_template == full.chat_template
-    messages = [{"role": "user", "content": "Hi"}]
-    assert kept.apply_chat_template(messages, tokenize=False) == full.apply_chat_template(
-        messages, tokenize=False
-    )
+                expected = full.decode(ids, skip_special_tokens=skip)
+                assert kept.decode(ids, Decoding(skip)) == expected
+
+
+def test_users_get_the_real_tokenizer_at_every_start(store: Store) -> None:
+    for _ in range(2):
+        tokenizer = read_tokenizer(EMBEDDED, store)
+        assert tokenizer is not None
+        full = tokenizer.full
+        assert isinstance(full, transformers.PreTrainedTokenizerBase) and full is tokenizer.full
+        assert full("Hi")["input_ids"] == full.encode("Hi", add_special_tokens=False)
+        assert len(full) > 0 and isinstance(full.decode(7), str)
+        assert pickle.loads(pickle.dumps(full)).encode("Hi") == full.encode("Hi")
+        full.chat_template = "changed"
+        assert tokenizer.full.chat_template == "changed"
+        # what users change counts
+        full.add_tokens(["Hello, world"])
+        assert tokenizer.encode("Hello, world") == full.encode("Hello, world")
+        assert len(tokenizer.encode("Hello, world")) == 1
 
 
 def test_a_changed_tokenizer_is_read_anew_and_none_stays_none(tmp_path: Path, store: Store) -> None:
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(EMBEDDED / name, tmp_path)
     read_tokenizer(tmp_path, store)
-    assert isinstance(read_tokenizer(tmp_path, store), StoredTokenizer)
+    num_before = len(list(store.entries()))
+    assert is_quick(read_tokenizer(tmp_path, store))
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {
         "clean_up_tokenization_spaces": True
     }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     for _ in range(2):  # transformers edits this tokenizer's text, so it is not stored
-        assert not isinstance(read_tokenizer(tmp_path, store), StoredTokenizer)
+        assert not is_quick(read_tokenizer(tmp_path, store))
+    assert len(list(store.entries())) == num_before
     empty = checkpoint(tmp_path / "empty", CONFIGS[0])
     assert read_tokenizer(empty, store) is None
 

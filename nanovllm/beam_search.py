@@ -1,0 +1,112 @@
+"""Beam search over whole answers, one `generate` call with log-probabilities for each token.
+
+The beams of all prompts run in one batch, and the prefix cache keeps what they share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from nanovllm.prompts import Prompt
+from nanovllm.sampling import BeamSearchParams, SamplingParams
+from nanovllm.schedule.logprobs import Logprob
+
+if TYPE_CHECKING:
+    from nanovllm.llm import LLM, UseTqdm
+
+
+@dataclass(frozen=True)
+class BeamSearchSequence:
+    """One answer. `tokens` and `text` begin with the prompt.
+
+    logprobs: the log-probabilities of each generated token's step, as in `CompletionOutput`.
+    """
+
+    tokens: list[int]
+    logprobs: list[dict[int, Logprob]]
+    cum_logprob: float = 0.0
+    text: str | None = None
+    finish_reason: str | None = None  # "stop" | "length"
+
+
+@dataclass(frozen=True)
+class BeamSearchOutput:
+    """The best sequences of a prompt, best first."""
+
+    sequences: list[BeamSearchSequence]
+
+
+def score(sequence: BeamSearchSequence, length_penalty: float, eos_ids: frozenset[int]) -> float:
+    """Log-probability divided by the number of tokens, prompt included and end-of-sequence not, to
+    the power of `length_penalty`. vLLM and transformers define it so."""
+    num_tokens = len(sequence.tokens) - (sequence.tokens[-1] in eos_ids)
+    return float(sequence.cum_logprob / num_tokens**length_penalty)
+
+
+def search(
+    llm: LLM, prompts: Sequence[Prompt], params: BeamSearchParams, use_tqdm: UseTqdm
+) -> list[BeamSearchOutput]:
+    """The `beam_width` best sequences of each prompt. Raises ValueError as `generate` does."""
+    if not isinstance(params, BeamSearchParams):
+        raise ValueError(f"params is {params!r}: it must be BeamSearchParams")
+    eos_ids = frozenset() if params.ignore_eos else llm.engine.eos_ids
+    step = SamplingParams(
+        temperature=0.0, max_tokens=1, logprobs=2 * params.beam_width, ignore_eos=True,
+        detokenize=False,
+    )  # fmt: skip
+    beams = [[BeamSearchSequence(llm.engine.token_ids(prompt), [])] for prompt in prompts]
+    ended: list[list[BeamSearchSequence]] = [[] for _ in prompts]
+
+    def ranked(sequences: list[BeamSearchSequence]) -> list[BeamSearchSequence]:
+        return sorted(
+            sequences, key=lambda one: score(one, params.length_penalty, eos_ids), reverse=True
+        )
+
+    bar: Any = use_tqdm if callable(use_tqdm) else tqdm
+    for _ in bar(range(params.max_tokens), desc="beam search", disable=not use_tqdm):
+        living = [(idx, beam) for idx, several in enumerate(beams) for beam in several]
+        if not living or len(living[0][1].tokens) == llm.engine.max_model_len:
+            break
+        outputs = llm.generate([beam.tokens for _, beam in living], step, use_tqdm=False)
+        grown: list[list[BeamSearchSequence]] = [[] for _ in prompts]
+        for (idx, beam), output in zip(living, outputs):
+            for sequence in _extended(beam, output["logprobs"][0], eos_ids):
+                (ended if sequence.finish_reason else grown)[idx].append(sequence)
+        beams = [ranked(several)[: params.beam_width] for several in grown]
+    return [
+        BeamSearchOutput(
+            [
+                _finished(llm, one, params, eos_ids)
+                for one in ranked(finished + living_beams)[: params.beam_width]
+            ]
+        )
+        for finished, living_beams in zip(ended, beams)
+    ]
+
+
+def _extended(
+    beam: BeamSearchSequence, found: dict[int, Logprob], eos_ids: frozenset[int]
+) -> list[BeamSearchSequence]:
+    return [
+        BeamSearchSequence(
+            [*beam.tokens, token_id],
+            [*beam.logprobs, found],
+            beam.cum_logprob + logprob,
+            finish_reason="stop" if token_id in eos_ids else None,
+        )
+        for token_id, logprob in found.items()
+    ]
+
+
+def _finished(
+    llm: LLM, sequence: BeamSearchSequence, params: BeamSearchParams, eos_ids: frozenset[int]
+) -> BeamSearchSequence:
+    tokens = sequence.tokens
+    if tokens[-1] in eos_ids and not params.include_stop_str_in_output:
+        tokens = tokens[:-1]
+    text = llm.engine.tokenizer.decode(tokens) if llm.engine.tokenizer is not None else None
+    return replace(sequence, text=text, finish_reason=sequence.finish_reason or "length")

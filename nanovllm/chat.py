@@ -1,0 +1,182 @@
+"""Conversations as prompts, in a checkpoint's chat template."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from nanovllm.prompts import Prompt
+from nanovllm.tokenizer import Tokenizer
+
+PROBE = "nanovllm-probe"  # a content that no template writes by itself
+CONTENT_FORMATS = ("auto", "string", "openai")
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """Options of `LLM.chat`.
+
+    chat_template: a template in place of the checkpoint's.
+    chat_template_content_format: "string" gives the template texts, "openai" lists of parts; "auto"
+        what the template can write.
+    add_generation_prompt: end with the beginning of the answer.
+    continue_final_message: the answer continues the last message. It excludes
+        add_generation_prompt.
+    tools: descriptions of functions, for templates that read them.
+    chat_template_kwargs: variables of the template, such as {"enable_thinking": False}.
+    lora_request, mm_processor_kwargs: only None is supported.
+    """
+
+    chat_template: str | None = None
+    chat_template_content_format: str = "auto"
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    tools: Sequence[Mapping[str, Any]] | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    lora_request: None = None
+    mm_processor_kwargs: None = None
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> ChatOptions:
+        """The options among `options`; all others are variables of the template."""
+        known = {one.name for one in fields(cls)}
+        given = {name: value for name, value in options.items() if name in known}
+        others = {name: value for name, value in options.items() if name not in known}
+        variables = given.get("chat_template_kwargs") or {}
+        if not isinstance(variables, Mapping):
+            raise ValueError(f"chat_template_kwargs is {variables!r}: it must be a dict")
+        return cls(**{**given, "chat_template_kwargs": {**others, **variables}})
+
+    def __post_init__(self) -> None:
+        for name in ("add_generation_prompt", "continue_final_message"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}: it must be True or False")
+        if self.chat_template_content_format not in CONTENT_FORMATS:
+            raise ValueError(
+                f"chat_template_content_format is {self.chat_template_content_format!r}: it must "
+                f"be one of {', '.join(CONTENT_FORMATS)}"
+            )
+        if self.add_generation_prompt and self.continue_final_message:
+            raise ValueError("continue_final_message=True needs add_generation_prompt=False")
+        for name in ("lora_request", "mm_processor_kwargs"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name} is not supported: only None is")
+
+
+def render(tokenizer: Tokenizer, messages: Any, options: ChatOptions) -> list[Prompt]:
+    """The prompts of one conversation, or of several. Raises ValueError for what is neither, and
+    for what the template refuses."""
+    full = tokenizer.full
+    template = options.chat_template or full.chat_template
+    if not template:
+        raise ValueError("the tokenizer has no chat template: use generate() with plain prompts")
+    if isinstance(template, str):
+        _check_variables(template, options)
+    several = _conversations(messages)
+    as_parts = options.chat_template_content_format == "openai" or (
+        options.chat_template_content_format == "auto" and not _writes_text(full, template)
+    )
+    prompts = []
+    for conversation in several:
+        normal = [_message(message, as_parts) for message in conversation]
+        text = _apply(full, template, normal, options)
+        # the template writes the special tokens itself
+        prompts.append(Prompt(text, tokenizer.encode(text, add_special_tokens=False)))
+    return prompts
+
+
+def _conversations(messages: Any) -> list[list[Mapping[str, Any]]]:
+    if not isinstance(messages, Sequence) or isinstance(messages, str):
+        raise ValueError(f"messages is {messages!r}: it must be a list of messages")
+    several = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
+    for conversation in several:
+        if not isinstance(conversation, Sequence) or isinstance(conversation, str):
+            raise ValueError(f"the conversation is {conversation!r}: it must be a list of messages")
+        for message in conversation:
+            if not isinstance(message, Mapping) or "role" not in message:
+                raise ValueError(f"the message is {message!r}: it must be a dict with a 'role'")
+    return [list(conversation) for conversation in several]
+
+
+def _message(message: Mapping[str, Any], as_parts: bool) -> dict[str, Any]:
+    """The message with its content as one text or, with `as_parts`, as a list of parts."""
+    content = message.get("content")
+    if content is None or (isinstance(content, str) and not as_parts):
+        return dict(message)
+    texts = [content] if isinstance(content, str) else [_part_text(part) for part in content]
+    if as_parts:
+        return {**message, "content": [{"type": "text", "text": text} for text in texts]}
+    return {**message, "content": "\n".join(texts)}
+
+
+def _part_text(part: Any) -> str:
+    if isinstance(part, str):
+        return part
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind != "text" or not isinstance(part.get("text"), str):
+        raise ValueError(f"the content has a part {part!r}: only the type 'text' is supported")
+    return str(part["text"])
+
+
+def _apply(full: Any, template: Any, messages: list[dict[str, Any]], options: ChatOptions) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        return str(
+            full.apply_chat_template(
+                messages,
+                chat_template=template if isinstance(template, str) else None,
+                tokenize=False,
+                add_generation_prompt=options.add_generation_prompt,
+                continue_final_message=options.continue_final_message,
+                tools=options.tools,
+                **options.chat_template_kwargs,
+            )
+        )
+    except TemplateError as error:
+        raise ValueError(f"the chat template refuses these messages: {error}") from error
+
+
+def _check_variables(template: str, options: ChatOptions) -> None:
+    read = _variables(template)
+    names = [*options.chat_template_kwargs, *(["tools"] if options.tools else [])]
+    for name in names:
+        if name not in read:
+            raise ValueError(
+                f"{name!r} is neither an option of chat nor a variable of this chat template, "
+                f"which reads {', '.join(sorted(read))}"
+            )
+
+
+@functools.lru_cache(maxsize=16)
+def _variables(template: str) -> frozenset[str]:
+    """The variables that a template reads."""
+    from jinja2 import Environment, meta, nodes
+    from jinja2.ext import Extension
+
+    class Generation(Extension):
+        """The block {% generation %}, which transformers defines."""
+
+        tags = {"generation"}  # noqa: RUF012 (Jinja declares it so)
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body, lineno=line)
+
+    environment = Environment(extensions=[Generation, "jinja2.ext.loopcontrols"])
+    return frozenset(meta.find_undeclared_variables(environment.parse(template)))
+
+
+def _writes_text(full: Any, template: Any) -> bool:
+    """Whether the template writes a content that is a text. Some write lists of parts alone."""
+    messages = [{"role": "user", "content": PROBE}]
+    try:
+        written = full.apply_chat_template(
+            messages, chat_template=template if isinstance(template, str) else None, tokenize=False
+        )
+    except Exception:  # a template may demand a system message: then its content is text, as usual
+        return True
+    return PROBE in written

@@ -1,0 +1,145 @@
+"""Turns prompts and sampling parameters into requests. A refused prompt leaves nothing behind."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from nanovllm.checks import as_python
+from nanovllm.prompts import Prompt
+from nanovllm.sampling import SamplingParams
+from nanovllm.schedule.plan import LogitEdits
+from nanovllm.schedule.request import Content
+from nanovllm.tokenizer import Tokenizer
+
+Embeddings = Sequence[tuple[int, Tensor]]  # (position, [n, D]) pairs
+
+
+@dataclass(frozen=True)
+class Intake:
+    """The facts of a model that requests are checked against. All methods raise ValueError."""
+
+    model: str
+    tokenizer: Tokenizer | None
+    vocab_size: int
+    hidden_size: int
+    max_model_len: int
+
+    def prompt_ids(self, prompt: Prompt, params: SamplingParams) -> list[int]:
+        """The prompt's token ids, truncated as `params` ask for, all within the limits."""
+        if prompt.token_ids is not None:
+            prompt_ids = prompt.token_ids
+        elif self.tokenizer is None:
+            raise ValueError(f"{self.model!r} has no tokenizer: give token ids instead of text")
+        else:
+            assert prompt.text is not None
+            prompt_ids = self.tokenizer.encode(prompt.text)
+        longest = self.max_model_len - 1
+        if params.truncate_prompt_tokens is not None:
+            num = params.truncate_prompt_tokens
+            prompt_ids = prompt_ids[-min(num if num > 0 else longest, len(prompt_ids)) :]
+        if not prompt_ids:
+            raise ValueError("the prompt is empty: it must have at least 1 token")
+        self._check_ids(prompt_ids)
+        if len(prompt_ids) > longest:
+            raise ValueError(
+                f"the prompt has {len(prompt_ids)} tokens: with max_model_len {self.max_model_len} "
+                f"at most {longest} fit, since the answer needs at least one"
+            )
+        return prompt_ids
+
+    def _check_ids(self, token_ids: Sequence[object]) -> None:
+        ints = [token_id for token_id in token_ids if type(token_id) is int]
+        if len(ints) == len(token_ids) and min(ints) >= 0 and max(ints) < self.vocab_size:
+            return
+        for token_id in token_ids:
+            if type(token_id) is not int or not 0 <= token_id < self.vocab_size:
+                raise ValueError(
+                    f"token id {token_id!r} is outside the vocabulary: ids are whole numbers, "
+                    f"0 … {self.vocab_size - 1}"
+                )
+
+    def max_output(self, params: SamplingParams, prompt_len: int) -> int:
+        """The most tokens of the answer: max_tokens, at most what max_model_len leaves."""
+        left = self.max_model_len - prompt_len
+        return left if params.max_tokens is None else min(params.max_tokens, left)
+
+    def check(self, params: SamplingParams) -> None:
+        """Refuse what needs a tokenizer that is not there, and ids outside the vocabulary."""
+        if self.tokenizer is None:
+            for name, given in (("stop", params.stop_strings), ("bad_words", params.bad_words)):
+                if given:
+                    raise ValueError(
+                        f"{name}={list(given)} needs a tokenizer: {self.model!r} does not have one"
+                    )
+        for name in ("logit_bias", "allowed_token_ids"):
+            for token_id in getattr(params, name) or ():
+                if token_id >= self.vocab_size:
+                    raise ValueError(
+                        f"{name} has the token id {token_id}, which is outside the vocabulary: ids "
+                        f"are at most {self.vocab_size - 1}"
+                    )
+
+    def edits(self, params: SamplingParams) -> LogitEdits | None:
+        """Changes to logits that `params` ask for."""
+        if not params.has_edits:
+            return None
+        allowed = None if params.allowed_token_ids is None else list(params.allowed_token_ids)
+        bad = [tokens for word in params.bad_words or () for tokens in self._bad_tokens(word)]
+        return LogitEdits(dict(params.logit_bias or {}), allowed, bad)
+
+    def _bad_tokens(self, word: str) -> list[list[int]]:
+        """The tokens of a word at the start of a text, and inside it after a space.
+
+        The second form is left out if the space is a token of its own: the first form forbids the
+        tokens after it.
+        """
+        assert self.tokenizer is not None
+        start, inside = (
+            self.tokenizer.encode(space + word.lstrip(), add_special_tokens=False)
+            for space in ("", " ")
+        )
+        forms = [start]
+        if inside and inside[0] != start[0] and len(inside) == len(start):
+            forms.append(inside)
+        return forms
+
+    def contents(self, embeddings: Embeddings, prompt_len: int) -> tuple[Content, ...]:
+        """The position, length and digest of each of the given embeddings."""
+        contents: list[Content] = []
+        for start, embeds in embeddings:
+            shape = list(embeds.shape)
+            if len(shape) != 2 or shape[1] != self.hidden_size or not shape[0]:
+                raise ValueError(
+                    f"embeddings have shape {shape}: it must be [n, {self.hidden_size}]"
+                )
+            if start < 0 or start + shape[0] > prompt_len:
+                raise ValueError(
+                    f"{shape[0]} embeddings from position {start} on do not fit a prompt of "
+                    f"{prompt_len} tokens"
+                )
+            values = embeds.detach().cpu().contiguous().view(torch.uint8).numpy()
+            digest = hashlib.sha256(f"{embeds.dtype} {shape}".encode() + values.tobytes()).digest()
+            contents.append(Content(start, shape[0], digest))
+        ends = sorted((one.start, one.start + one.num) for one in contents)
+        if any(start < end for (_, end), (start, _) in pairwise(ends)):
+            raise ValueError(f"embeddings overlap: they lie at positions {ends}")
+        return tuple(contents)
+
+
+def drawn_seed(engine_seed: int, request_id: int) -> int:
+    """The seed of a request without one of its own."""
+    digest = hashlib.sha256(f"{engine_seed} {request_id}".encode()).digest()
+    return int.from_bytes(digest[:8], "little", signed=True)
+
+
+def checked_priority(priority: object) -> int:
+    value = as_python(priority)
+    if type(value) is not int:
+        raise ValueError(f"priority is {priority!r}: it must be a whole number")
+    return value

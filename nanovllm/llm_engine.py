@@ -1,0 +1,208 @@
+"""vLLM's LLMEngine: requests with names, stepped by hand, with their text so far."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from nanovllm.config import EngineConfig
+from nanovllm.engine import Engine
+from nanovllm.llm import single_samples
+from nanovllm.metrics import Metric
+from nanovllm.outputs import (
+    CompletionOutput,
+    RequestOutput,
+    TopLogprobs,
+    completion_output,
+    cumulative,
+    request_output,
+)
+from nanovllm.prompts import AnyPrompt, as_prompt
+from nanovllm.sampling import RequestOutputKind, SamplingParams
+from nanovllm.schedule.outputs import Completion, Increment
+from nanovllm.sharing import SharedEngine
+from nanovllm.startup.load import load
+
+Kind = RequestOutputKind
+
+
+@dataclass
+class _Answer:
+    """The text, tokens and log-probabilities so far of one answer."""
+
+    index: int
+    prompt_len: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TopLogprobs] = field(default_factory=list)
+    done: Completion | None = None
+
+    def add(self, increment: Increment) -> None:
+        self.text += increment.text
+        self.token_ids += increment.token_ids
+        self.logprobs += increment.logprobs or []
+        self.done = increment.completion
+
+    def output(self) -> CompletionOutput:
+        if self.done is not None:
+            return completion_output(self.index, self.done)
+        logprobs = self.logprobs or None
+        output = CompletionOutput(
+            index=self.index,
+            text=self.text,
+            token_ids=self.token_ids[:],
+            finish_reason=None,
+            stop_reason=None,
+            cumulative_logprob=cumulative(self.token_ids, logprobs),
+            num_prompt_tokens=self.prompt_len,
+            num_cached_tokens=0,
+        )
+        if logprobs:
+            output["logprobs"] = logprobs[:]
+        return output
+
+    def delta(self, increment: Increment) -> CompletionOutput:
+        """The same with the new text, tokens and log-probabilities alone."""
+        output = self.output()
+        output.update(text=increment.text, token_ids=increment.token_ids)
+        if increment.logprobs is not None:
+            output["logprobs"] = increment.logprobs
+        return output
+
+
+@dataclass
+class _Pending:
+    """A request with its n answers, by the ids of the engine's requests."""
+
+    request_id: str
+    prompt: str | None
+    prompt_ids: list[int]
+    kind: RequestOutputKind
+    answers: dict[int, _Answer] = field(default_factory=dict)
+
+    def output(self, increments: dict[int, Increment]) -> RequestOutput | None:
+        """The output after these new increments; None if there is nothing to show."""
+        for engine_id, increment in increments.items():
+            self.answers[engine_id].add(increment)
+        dones = [answer.done for answer in self.answers.values()]
+        if self.kind is Kind.FINAL_ONLY and None in dones:
+            return None
+        if self.kind is Kind.DELTA:
+            shown = [self.answers[key].delta(increment) for key, increment in increments.items()]
+        else:
+            shown = [answer.output() for answer in self.answers.values()]
+        first = next((done for done in dones if done is not None), None)
+        prompt_logprobs = first.prompt_logprobs if first is not None else None
+        output = request_output(
+            self.request_id, self.prompt, self.prompt_ids, shown, prompt_logprobs
+        )
+        output["finished"] = None not in dones
+        return output
+
+
+class LLMEngine:
+    """An engine that is stepped by hand. Several threads may call it."""
+
+    @classmethod
+    def from_engine_args(cls, engine_args: EngineConfig, **_: None) -> LLMEngine:
+        """Load a model and warm up."""
+        return cls(SharedEngine(Engine(load(engine_args))))
+
+    @classmethod
+    def from_options(cls, model: str, **options: Any) -> LLMEngine:
+        """The same for the options of `LLM`."""
+        return cls.from_engine_args(EngineConfig.from_options(model, options))
+
+    def __init__(self, shared: SharedEngine) -> None:
+        self.shared, self.engine = shared, shared.engine
+        self._pending: dict[str, _Pending] = {}
+        self._owner: dict[int, _Pending] = {}  # by the ids of the engine's requests
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt: AnyPrompt,
+        params: SamplingParams,
+        *,
+        lora_request: None = None,
+        priority: int = 0,
+    ) -> None:
+        """Queue a request under a name. Raises ValueError, and queues nothing, for a name that is
+        in use and for what `Engine.add_request` refuses."""
+        if not isinstance(request_id, str):
+            raise ValueError(f"request_id is {request_id!r}: it must be text")
+        if request_id in self._pending:
+            raise ValueError(f"request_id {request_id!r} is in use")
+        if lora_request is not None:
+            raise ValueError("lora_request is not supported: only None is")
+        if not isinstance(params, SamplingParams):
+            raise ValueError(f"params is {params!r}: it must be SamplingParams")
+        given = as_prompt(prompt)
+        encoded = self.engine.encoded(given)
+        incremental = params.output_kind is not Kind.FINAL_ONLY
+        engine_ids: list[int] = []
+        with self.shared.exclusive() as engine:
+            try:
+                for one in single_samples(params):
+                    engine_ids.append(
+                        engine.add_request(encoded, one, incremental=incremental, priority=priority)
+                    )
+            except BaseException:
+                engine.abort_all(engine_ids)
+                raise
+            prompt_ids = engine.prompt_ids(engine_ids[0])
+            pending = _Pending(request_id, given.text, prompt_ids, params.output_kind)
+            for index, engine_id in enumerate(engine_ids):
+                pending.answers[engine_id] = _Answer(index, len(prompt_ids))
+                self._owner[engine_id] = pending
+            self._pending[request_id] = pending
+
+    def abort_request(self, request_id: str | Iterable[str]) -> None:
+        """End requests without further outputs. Unknown names are ignored."""
+        names = [request_id] if isinstance(request_id, str) else list(request_id)
+        with self.shared.exclusive() as engine:
+            for name in names:
+                pending = self._pending.pop(name, None)
+                if pending is not None:
+                    engine.abort_all(pending.answers)
+                    for engine_id in pending.answers:
+                        self._owner.pop(engine_id, None)
+
+    def step(self) -> list[RequestOutput]:
+        """Run one step; returns the requests that have something new."""
+        with self.shared.exclusive() as engine:
+            if not engine.has_outputs(self._owner):
+                engine.advance()
+            found: dict[str, dict[int, Increment]] = {}
+            for increment in engine.take(self._owner):
+                owner = self._owner[increment.request_id]
+                found.setdefault(owner.request_id, {})[increment.request_id] = increment
+            outputs = []
+            for name, increments in found.items():
+                output = self._pending[name].output(increments)
+                outputs += [output] if output is not None else []
+                self._forget_finished(name, increments)
+        return outputs
+
+    def _forget_finished(self, name: str, increments: dict[int, Increment]) -> None:
+        for engine_id, increment in increments.items():
+            if increment.finished:
+                del self._owner[engine_id]
+        if all(answer.done is not None for answer in self._pending[name].answers.values()):
+            del self._pending[name]
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self._pending)
+
+    def get_num_unfinished_requests(self) -> int:
+        return len(self._pending)
+
+    def get_tokenizer(self) -> Any | None:
+        """transformers' tokenizer; None if the checkpoint has none."""
+        return None if self.engine.tokenizer is None else self.engine.tokenizer.full
+
+    tokenizer = property(get_tokenizer)
+
+    def get_metrics(self) -> list[Metric]:
+        return self.engine.metrics.read()

@@ -1,0 +1,74 @@
+"""Counts of an engine, in vLLM's form: a list of gauges and counters with names."""
+
+from __future__ import annotations
+
+from collections import Counter as Count
+from dataclasses import dataclass, field
+
+from nanovllm.schedule.request import Request
+from nanovllm.schedule.scheduler import Scheduler
+
+PREFIX = "nanovllm:"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number with a name and labels."""
+
+    name: str
+    value: float
+    labels: dict[str, str] = field(default_factory=dict)
+
+
+class Gauge(Metric):
+    """A number that goes up and down."""
+
+
+class Counter(Metric):
+    """A number that only goes up."""
+
+
+class EngineMetrics:
+    """What an engine has done, and what it does now."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+        self.num_prompt_tokens = 0
+        self.num_generated_tokens = 0
+        self.num_cached_tokens = 0
+        self.num_steps = 0
+        self._num_finished: Count[str] = Count({"stop": 0, "length": 0, "abort": 0})
+
+    def finished(self, request: Request, reason: str) -> None:
+        """Count a request that ends."""
+        self._num_finished[reason] += 1
+        self.num_generated_tokens += len(request.output_ids)
+        self.num_cached_tokens += request.num_cached or 0
+
+    @property
+    def cache_usage(self) -> float:
+        """The share of cache blocks that requests hold."""
+        pool = self._scheduler.pool
+        return 1 - pool.num_free / (pool.num_blocks - 1)
+
+    def read(self) -> list[Metric]:
+        """All metrics. Generated and cached tokens are counted when their request ends."""
+        scheduler = self._scheduler
+        gauges = {
+            "num_requests_running": len(scheduler.running),
+            "num_requests_waiting": len(scheduler.waiting),
+            "kv_cache_usage_perc": self.cache_usage,
+        }
+        counters = {
+            "prompt_tokens": self.num_prompt_tokens,
+            "generation_tokens": self.num_generated_tokens,
+            "prefix_cache_hit_tokens": self.num_cached_tokens,
+            "num_preemptions": scheduler.num_preemptions,
+            "num_steps": self.num_steps,
+        }
+        found: list[Metric] = [Gauge(PREFIX + name, value) for name, value in gauges.items()]
+        found += [Counter(PREFIX + name, value) for name, value in counters.items()]
+        return found + [
+            Counter(PREFIX + "request_success", num, {"finished_reason": reason})
+            for reason, num in self._num_finished.items()
+        ]

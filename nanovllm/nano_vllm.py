@@ -1,0 +1,63 @@
+"""nano-vllm's names for parts of this engine, so that its scripts run unchanged."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from nanovllm import sampling
+from nanovllm.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from nanovllm.engine import Engine
+    from nanovllm.sharing import SharedEngine
+
+
+class NanoMethods:
+    """The methods of nano-vllm's LLM that step requests by hand."""
+
+    engine: Engine
+    shared: SharedEngine
+
+    def add_request(self, prompt: Any, sampling_params: SamplingParams) -> None:
+        """Queue a prompt, a text or token ids."""
+        with self.shared.exclusive() as engine:
+            request_id = engine.add_request(prompt, sampling_params, incremental=False)
+        self._stepped().add(request_id)
+
+    def step(self) -> tuple[list[tuple[int, list[int]]], int]:
+        """Run one step. Returns ([(request's number, token ids)] of requests that ended, and the
+        number of prompt tokens of the step or, negative, of its decode rows)."""
+        with self.shared.exclusive() as engine:
+            plan = engine.advance()
+            increments = engine.take(self._stepped())
+        ended = [(one.request_id, one.completion) for one in increments if one.completion]
+        self._stepped().difference_update(request_id for request_id, _ in ended)
+        num_tokens = 0
+        if plan is not None:
+            num_tokens = len(plan.token_T) if plan.is_prefill else -len(plan.rows)
+        return [(request_id, completion.token_ids) for request_id, completion in ended], num_tokens
+
+    def is_finished(self) -> bool:
+        """Whether all requests of `add_request` have ended."""
+        return not self._stepped()
+
+    def exit(self) -> None:
+        """Free all memory."""
+        self.engine.close()
+
+    def _stepped(self) -> set[int]:
+        """The requests of `add_request` that have not ended."""
+        return self.__dict__.setdefault("_stepped_ids", set())
+
+
+def install_modules(package: ModuleType) -> None:
+    """Make `nanovllm.sampling_params` and `nanovllm.engine.llm_engine` importable."""
+    sys.modules["nanovllm.sampling_params"] = sampling
+    llm_engine = ModuleType("nanovllm.engine.llm_engine", "nano-vllm's name for `nanovllm.LLM`.")
+    # nano-vllm's LLMEngine is the base class of its LLM, with the same methods
+    llm_engine.__getattr__ = lambda name: getattr(  # type: ignore[method-assign]
+        package, "LLM" if name == "LLMEngine" else name
+    )
+    sys.modules["nanovllm.engine.llm_engine"] = llm_engine

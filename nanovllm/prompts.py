@@ -1,0 +1,135 @@
+"""The forms in which users give prompts, and what they come down to: a text or token ids."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+from nanovllm.checks import as_python
+
+
+class _Optional(TypedDict, total=False):
+    cache_salt: str
+
+
+class TextPrompt(_Optional):
+    """A prompt as text. Prompts share cache blocks only with prompts of the same `cache_salt`."""
+
+    prompt: str
+
+
+class TokensPrompt(_Optional):
+    """A prompt as token ids."""
+
+    prompt_token_ids: Sequence[int]
+
+
+# keys of vLLM's prompts that only None is accepted for
+NOT_SUPPORTED = (
+    "multi_modal_data", "multi_modal_uuids", "mm_processor_kwargs", "prompt_embeds",
+    "token_type_ids", "encoder_prompt", "decoder_prompt",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt. `token_ids` is None if `text` must be encoded first."""
+
+    text: str | None
+    token_ids: list[Any] | None
+    cache_salt: str | None = None
+
+
+# a text, token ids, or one of the dicts above
+AnyPrompt = str | Iterable[int] | TextPrompt | TokensPrompt | Prompt
+AnyPrompts = AnyPrompt | Iterable[AnyPrompt]
+
+
+def prompt_list(prompts: Any, prompt_token_ids: Any = None) -> list[Prompt]:
+    """The prompts of a call: one prompt, or an iterable of prompts. Raises ValueError for others.
+
+    `prompt_token_ids` gives all prompts as token ids, beside or instead of their texts.
+    """
+    if prompt_token_ids is None:
+        return _several(prompts)
+    with_ids = _several(prompt_token_ids)
+    texts = [None] * len(with_ids) if prompts is None else [one.text for one in _several(prompts)]
+    if len(texts) != len(with_ids):
+        raise ValueError(
+            f"{len(texts)} prompts and {len(with_ids)} prompt_token_ids: give one list of token "
+            "ids for each prompt"
+        )
+    return [Prompt(text, one.token_ids, one.cache_salt) for text, one in zip(texts, with_ids)]
+
+
+def as_prompt(given: Any) -> Prompt:
+    """One prompt. Raises ValueError for something else, and for a text that is not Unicode."""
+    if isinstance(given, Prompt):
+        return given
+    if isinstance(given, str):
+        return Prompt(_checked_text(given), None)
+    if isinstance(given, Mapping):
+        return _of_mapping(given)
+    if hasattr(given, "tolist") and hasattr(given, "ndim"):
+        if given.ndim != 1:
+            raise ValueError(
+                f"the prompt has shape {list(given.shape)}: token ids have one dimension"
+            )
+        return Prompt(None, given.tolist())
+    if isinstance(given, Iterable):
+        return Prompt(None, _token_ids(given))
+    raise ValueError(f"the prompt is {given!r}: it must be text or a list of token ids")
+
+
+def _several(prompts: Any) -> list[Prompt]:
+    if isinstance(prompts, (str, Mapping, Prompt)) or not isinstance(prompts, Iterable):
+        return [as_prompt(prompts)]
+    if getattr(prompts, "ndim", 2) < 2:  # an array of token ids
+        return [as_prompt(prompts)]
+    given = list(prompts)
+    if given and isinstance(as_python(given[0]), numbers.Number):
+        return [as_prompt(given)]
+    return [as_prompt(one) for one in given]
+
+
+def _of_mapping(given: Mapping[Any, Any]) -> Prompt:
+    unknown = [key for key in given if key not in ("prompt", "prompt_token_ids", "cache_salt")]
+    refused = [key for key in unknown if key not in NOT_SUPPORTED or given[key] is not None]
+    if refused:
+        raise ValueError(
+            f"the prompt has the key {refused[0]!r}, which is not supported: use 'prompt' or "
+            "'prompt_token_ids', and 'cache_salt'"
+        )
+    text, token_ids, salt = (given.get(k) for k in ("prompt", "prompt_token_ids", "cache_salt"))
+    if salt is not None and (not isinstance(salt, str) or not salt):
+        raise ValueError(f"cache_salt is {salt!r}: it must be text")
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f"the prompt is {text!r}: the value of 'prompt' must be text")
+    if token_ids is not None:
+        if isinstance(token_ids, (str, Mapping)):
+            raise ValueError(f"prompt_token_ids is {token_ids!r}: it must be a list of token ids")
+        return Prompt(text, as_prompt(token_ids).token_ids, salt)
+    if text is None:
+        raise ValueError(f"the prompt is {dict(given)!r}: it has no 'prompt' or 'prompt_token_ids'")
+    return Prompt(_checked_text(text), None, salt)
+
+
+def _token_ids(given: Iterable[Any]) -> list[Any]:
+    token_ids = list(given)
+    if set(map(type, token_ids)) <= {int}:  # the usual case: no Python loop over the tokens
+        return token_ids
+    return [as_python(token_id) for token_id in token_ids]
+
+
+def _checked_text(text: str) -> str:
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"the prompt has {text[error.start]!r} at position {error.start}: half of a "
+                "surrogate pair is not a character"
+            ) from None
+    return text

@@ -1,0 +1,45 @@
+"""The checkpoint's generation_config.json: how its author samples from it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nanovllm.sampling import SamplingParams
+
+logger = logging.getLogger(__name__)
+
+# Keys that are sampling parameters, by the field's name.
+FIELDS = {
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "max_tokens": "max_new_tokens",
+}
+
+
+def generation_config(folder: Path) -> dict[str, Any]:
+    """The content of generation_config.json; {} if there is none. Raises ValueError."""
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds {content!r}: it must be an object")
+    return content
+
+
+def default_params(content: Mapping[str, Any]) -> SamplingParams:
+    """Sampling parameters for requests that come without any. Raises ValueError for bad values."""
+    given = {name: content[key] for name, key in FIELDS.items() if content.get(key) is not None}
+    if content.get("do_sample") is False:
+        given["temperature"] = 0.0
+    return SamplingParams(**given)
