@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from nanovllm.sampling import SamplingParams
+from nanovllm.schedule.plan import LogitEdits
 
 
 class Status(enum.Enum):
@@ -44,6 +45,7 @@ class Request:
     stop_ids: frozenset[int]  # within the vocabulary
     incremental: bool = False  # somebody reads its tokens as they come
     contents: tuple[Content, ...] = ()
+    edits: LogitEdits | None = None
     cache_root: bytes = b""  # start of the digest chain: data that all keys and values depend on
     output_ids: list[int] = field(default_factory=list)
     status: Status = Status.WAITING
