@@ -174,9 +174,9 @@ def test_edits_survive_preemption_and_chunks(
 ) -> None:
     """A restarted request remembers the newest tokens of its output, which bad words need."""
     longer = [(prompt, replace(params, max_tokens=40), one) for prompt, params, one in asks[1:8]]
-    answer = formula((asks[4][0], greedy(40), None))
-    words = [answer[i : i + 3] for i in range(0, 38, 2)]
-    longer.append((asks[4][0], greedy(40), edits(bad=words)))
+    # two tokens in turns: every step depends on the newest token
+    turns = edits(allowed=[7, 8], bad=[[7, 7], [8, 8]])
+    longer += [(prompt, greedy(40), turns) for prompt, _, _ in asks[:4]]
     llm = make_llm(num_kvcache_blocks=1 + 10, max_model_len=160, max_num_batched_tokens=32)
     assert answers(llm, longer) == [formula(ask) for ask in longer]
     assert llm.engine.scheduler.num_preemptions > 0
