@@ -156,7 +156,7 @@ class Engine:
         prompt_ids = self._intake.prompt_ids(given, params)
         contents = self._intake.contents(embeddings, len(prompt_ids))
         priority, edits = checked_priority(priority), self._intake.edits(params)
-        self._runner.prepare(penalties=params.has_penalties, edits=edits)
+        self._runner.prepare(edits, has_penalties=params.has_penalties)
         for content, (_, embeds) in zip(contents, embeddings):
             self._runner.add_embeddings(content.key, embeds)
         request_id = self._num_added

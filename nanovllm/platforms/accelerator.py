@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -79,3 +80,7 @@ class _PinnedCopy:
     def tolist(self) -> list[Any]:
         self._done.synchronize()
         return self._host.tolist()
+
+    def numpy(self) -> np.ndarray:
+        self._done.synchronize()
+        return self._host.numpy()

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -94,6 +95,10 @@ class HostCopy(Protocol):
 
     def tolist(self) -> list[Any]:
         """Wait for the copy and return its values."""
+        ...
+
+    def numpy(self) -> np.ndarray:
+        """Wait for the copy and return its values as an array, which may share its memory."""
         ...
 
 

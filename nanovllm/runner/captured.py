@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from nanovllm.platforms.base import Platform, Replay
 from nanovllm.runner.inputs import SpanArrays
+from nanovllm.runner.sampling import Variant
 from nanovllm.runner.state import Span, SpanTokens
 from nanovllm.runner.steps import Given, Steps
 
@@ -25,7 +27,7 @@ Capture = Callable[[Callable[[], None]], Replay]
 class DecodeStep:
     """A step in which R rows of the state feed their newest token.
 
-    It is captured with the plain sampler; without a sampler or with filters on first use.
+    It is captured with the plain sampler; without a sampler or with another one on first use.
     """
 
     def __init__(self, steps: Steps, platform: Platform, capture: Capture, num_rows: int) -> None:
@@ -37,7 +39,7 @@ class DecodeStep:
         self._steps, self._platform, self._capture = steps, platform, capture
         self._logits_RV: Tensor | None = None
         self._logits: Replay | None = None
-        self._filtered: Replay | None = None
+        self._variants: dict[tuple[bool, ...], tuple[int, Replay]] = {}  # by kind: version, step
         # The first run is not captured: Triton loads or compiles kernels, and cuBLAS allocates its
         # workspace.
         self._launch(steps.of_each_program())
@@ -66,18 +68,17 @@ class DecodeStep:
         assert self._logits_RV is not None
         return self._logits_RV
 
-    def filtered(self, choose: Callable[[Tensor, Tensor], Tensor]) -> None:
-        """The whole step with another sampler: `choose(row_idx_R, logits_RV)` returns token_R and
-        advances the state."""
-
-        def launch() -> None:
-            self.token_R.copy_(choose(self.row_idx_R, self._steps.decode_logits(self.row_idx_R)))
-
-        if self._filtered is not None:
-            self._filtered()
-        else:
-            launch()  # not captured, as above
-            self._filtered = self._capture(launch)
+    def replay_with(self, variant: Variant) -> None:
+        """The whole step with another sampler."""
+        version, replay = self._variants.get(variant.kind, (None, None))
+        if replay is None or version != variant.version:
+            rows = self.rows
+            self.fill([])  # the first run changes no request
+            self._launch_with(variant, self._steps.of_each_program())  # not captured, as above
+            replay = self._capture(partial(self._launch_with, variant, self._steps))
+            self._variants[variant.kind] = variant.version, replay
+            self.fill(rows)
+        replay()
 
     def launch(self) -> None:
         """The whole step, op by op."""
@@ -88,6 +89,10 @@ class DecodeStep:
         self.token_R.copy_(token_R)
         if steps.whole:
             self._logits_RV = logits_RV
+
+    def _launch_with(self, variant: Variant, steps: Steps) -> None:
+        logits_RV = steps.decode_logits(self.row_idx_R)
+        self.token_R.copy_(variant.choose(self.row_idx_R, logits_RV))
 
     def _without_sampler(self) -> None:
         self._logits_RV = self._steps.decode_logits(self.row_idx_R)

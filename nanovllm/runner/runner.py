@@ -25,7 +25,14 @@ from nanovllm.runner.sampling import LogprobCopies, Sampler, copy_logprobs
 from nanovllm.runner.spec import EngineSpec
 from nanovllm.runner.state import accept_and_advance, new_state
 from nanovllm.runner.steps import Steps
-from nanovllm.schedule.plan import PAD_BLOCK, Logprobs, PromptLogprobs, StepPlan, StepResult
+from nanovllm.schedule.plan import (
+    PAD_BLOCK,
+    LogitEdits,
+    Logprobs,
+    PromptLogprobs,
+    StepPlan,
+    StepResult,
+)
 
 
 @dataclass(frozen=True)
@@ -217,6 +224,15 @@ class Runner:
                 return self._prefill(plan)
             return self._verify(plan) if len(plan.token_T) else self._decode(plan)
 
+    def prepare(self, edits: LogitEdits | None = None, *, has_penalties: bool = False) -> None:
+        """Allocate what a request with these edits or with penalties needs on the device.
+
+        Call it before the request is queued, so that no step must allocate. Raises ValueError for
+        edits that do not fit, and torch.OutOfMemoryError. Nothing has changed then.
+        """
+        with torch.no_grad():
+            self.sampler.prepare(edits, has_penalties)
+
     def add_embeddings(self, key: str, embeds: Tensor) -> None:
         """Keep embeddings [n, D] on the device for plans that name them, until they are dropped."""
         if self.steps.whole:
@@ -244,10 +260,12 @@ class Runner:
             sampling_RF = upload([row.sampling for row in rows], torch.float32)
             state.sampling_SF.index_copy_(0, row_R, sampling_RF)
             state.block_table_SP.index_copy_(0, row_R, upload(tables, torch.int32))
+            self.sampler.edits.clear(row.row for row in rows)
         if plan.new_blocks:
             row_N, index_N, block_N = upload(plan.new_blocks, torch.int64).unbind(1)
             state.block_table_SP.index_put_((row_N, index_N), block_N.int())
         self.sampler.remember(plan.histories)
+        self.sampler.edits.write(plan.edits)
 
     def _launched(
         self,
@@ -280,8 +298,8 @@ class Runner:
         self._announce(plan, step.row_idx_R.shape[0])
         if plan.choice.is_plain:
             step.replay()
-        elif plan.choice.state_suffices and not self.steps.whole:
-            step.filtered(self.sampler.choose_and_advance)
+        elif not plan.choice.needs_host and not self.steps.whole:
+            step.replay_with(self.sampler.variant(plan.choice))
         else:
             logits_RV = step.logits()
             token_R = self.sampler.sample(plan.choice, step.row_idx_R, logits_RV)

@@ -1,8 +1,9 @@
-"""The sampler for filters, penalties, forbidden tokens, masks and log-probabilities.
+"""The sampler for filters, edits, penalties, forbidden tokens, masks and log-probabilities.
 
 The plain sampler needs only a temperature and is a part of the step (`state.choose_and_advance`).
-Decode steps with only filters are captured with this sampler. All other choices run op by op
-between captured parts, and slow down plain requests only in the same batch.
+Filters, edits and penalties need only tables on the device, so decode steps are captured with them.
+All other choices run op by op between captured parts. Both slow down plain requests only in the
+same batch.
 
 R rows | N tokens to choose | S rows of the state | V vocabulary.
 """
@@ -10,6 +11,7 @@ R rows | N tokens to choose | S rows of the state | V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -18,8 +20,16 @@ from torch import Tensor
 
 from nanovllm.kernels import ops
 from nanovllm.platforms.base import HostCopy, Platform, Rehearsal
+from nanovllm.runner.logit_edits import EditTables, check
 from nanovllm.runner.state import DeviceState, advance
-from nanovllm.schedule.plan import SAMPLING_FIELDS, Choice, Logprobs, TokenHistory
+from nanovllm.schedule.plan import (
+    ALL_TOKENS,
+    SAMPLING_FIELDS,
+    Choice,
+    LogitEdits,
+    Logprobs,
+    TokenHistory,
+)
 
 TEMPERATURE, TOP_P, MIN_P, TOP_K, REPETITION, PRESENCE, FREQUENCY = range(len(SAMPLING_FIELDS))
 
@@ -63,15 +73,14 @@ def rehearse_filtered(visit: Callable[..., object], logits_RV: Tensor, one_R: Te
 def logprobs(
     logits_RV: Tensor, token_R: Tensor, num_top: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns (chosen_R, top_RL, top_token_RL, rank_R): the log-softmax of the model's own logits
-    at token_R and at the `num_top` likeliest tokens (-1: at all), and 1 + the number of tokens that
-    are likelier than token_R."""
-    logprob_RV = logits_RV.float().log_softmax(-1)
+    """The fields of `Logprobs`, from the log-softmax of the model's own logits at token_R and at
+    the `num_top` likeliest tokens (ALL_TOKENS: all)."""
     vocab_size = logits_RV.shape[1]
-    num_top = vocab_size if num_top < 0 else min(num_top, vocab_size)
+    num_top = vocab_size if num_top == ALL_TOKENS else min(num_top, vocab_size)
+    logprob_RV = logits_RV.float().log_softmax(-1)
     top_RL, top_token_RL = logprob_RV.topk(num_top, dim=-1)
     chosen_R1 = logprob_RV.gather(1, token_R.unsqueeze(1))
-    rank_R = 1 + (logprob_RV > chosen_R1).sum(1)
+    rank_R = (logprob_RV > chosen_R1).sum(-1) + 1
     return chosen_R1.squeeze(1), top_RL, top_token_RL, rank_R
 
 
@@ -89,7 +98,7 @@ class LogprobCopies(NamedTuple):
     copies: list[HostCopy]
 
     def wait(self) -> Logprobs:
-        return Logprobs(*(np.asarray(copy.tolist()[: self.num]) for copy in self.copies))
+        return Logprobs(*(copy.numpy()[: self.num] for copy in self.copies))
 
 
 def copy_logprobs(
@@ -99,14 +108,30 @@ def copy_logprobs(
     return LogprobCopies(num, [platform.read_back(value) for value in values])
 
 
+class Variant(NamedTuple):
+    """A sampler that reads only the device's memory: a decode step can be captured with it.
+
+    `choose(row_idx_R, logits_RV)` returns token_R and advances the state. A step that was captured
+    with another `version` of the same `kind` must be captured again.
+    """
+
+    kind: tuple[bool, ...]
+    version: int
+    choose: Callable[[Tensor, Tensor], Tensor]
+
+
 class Sampler:
-    """Owns the token counts for penalties. The first request with penalties allocates them."""
+    """Owns the token counts for penalties and the tables for edits.
+
+    The first request that needs them allocates them.
+    """
 
     def __init__(
         self, platform: Platform, state: DeviceState, vocab_size: int, dtype: torch.dtype
     ) -> None:
         """`dtype` is the dtype of the model's logits. Logits after penalties are in fp32."""
         self.platform, self.state, self.vocab_size = platform, state, vocab_size
+        self.edits = EditTables(platform, state.token_S.shape[0], vocab_size)
         self._dtypes = dict.fromkeys((dtype, torch.float32))
         self._output_count_SV: Tensor | None = None
         self._in_prompt_SV: Tensor | None = None
@@ -125,6 +150,25 @@ class Sampler:
                 one_1 = torch.ones(1, device=self.platform.device)
                 logits_1V = torch.ones(1, self.vocab_size, dtype=dtype, device=self.platform.device)
             rehearse_filtered(rehearsal.visit, logits_1V, one_1)
+
+    def prepare(self, edits: LogitEdits | None, has_penalties: bool) -> None:
+        """Allocate what a request with these edits or with penalties needs.
+
+        Raises ValueError for edits that do not fit, and torch.OutOfMemoryError. Nothing has changed
+        then.
+        """
+        if edits is not None:
+            check(edits, self.vocab_size)
+            self.edits.reserve([edits])
+        if has_penalties:
+            self._tables()
+
+    def variant(self, choice: Choice) -> Variant:
+        """The sampler for a choice that does not need the host."""
+        kind = choice.has_edits, choice.has_penalties
+        version = self.edits.version if choice.has_edits else 0
+        reduced = Choice(has_filters=True, has_edits=kind[0], has_penalties=kind[1])
+        return Variant(kind, version, partial(self.sample, reduced))
 
     def remember(self, histories: Sequence[TokenHistory]) -> None:
         """Set the counts of rows that now belong to requests with penalties."""
@@ -157,22 +201,27 @@ class Sampler:
     def sample(
         self, choice: Choice, row_idx_R: Tensor, logits_RV: Tensor, num_R: Tensor | None = None
     ) -> Tensor:
-        """Choose token_R as `choice` describes, advance the state and count the tokens."""
-        if choice.has_penalties:
-            logits_RV = self._penalize(row_idx_R, logits_RV)
+        """Choose token_R as `choice` describes, advance the state and record the tokens.
+
+        The order is that of vLLM: edits and forbidden tokens, penalties, temperature and filters.
+        """
+        if choice.has_edits:
+            logits_RV = self.edits.edit(row_idx_R, logits_RV)
         if choice.forbidden:
             forbidden = self.platform.upload(choice.forbidden, torch.int64).unbind(1)
-            minus_inf = torch.tensor(float("-inf"), device=logits_RV.device)
+            minus_inf = logits_RV.new_full((), float("-inf"))
             logits_RV = logits_RV.index_put(forbidden, minus_inf)
         if choice.allowed_RW is not None:
             padded = np.full((len(row_idx_R), choice.allowed_RW.shape[1]), 255, np.uint8)
             padded[: len(choice.allowed_RW)] = choice.allowed_RW
             logits_RV = forbid(logits_RV, self.platform.upload(padded, torch.uint8))
-        token_R = self.choose_and_advance(row_idx_R, logits_RV, num_R)
         if choice.has_penalties:
-            counts_SV, _ = self._tables()
-            one_R = torch.ones_like(token_R, dtype=counts_SV.dtype)
-            counts_SV.index_put_((row_idx_R, token_R), one_R, accumulate=True)
+            logits_RV = self._penalize(row_idx_R, logits_RV)
+        token_R = self.choose_and_advance(row_idx_R, logits_RV, num_R)
+        if choice.has_edits:
+            self.edits.append(row_idx_R, token_R)
+        if choice.has_penalties:
+            self._count(row_idx_R, token_R)
         return token_R
 
     def _penalize(self, row_idx_R: Tensor, logits_RV: Tensor) -> Tensor:
@@ -182,9 +231,16 @@ class Sampler:
             logits_RV, Penalties(counts_SV[row_idx_R], in_prompt_SV[row_idx_R], *strengths)
         )
 
+    def _count(self, row_idx_R: Tensor, token_R: Tensor) -> None:
+        counts_SV, _ = self._tables()
+        one_R = torch.ones_like(token_R, dtype=counts_SV.dtype)
+        place_R = row_idx_R * self.vocab_size + token_R
+        counts_SV.view(-1).scatter_add_(0, place_R, one_R)
+
     def _tables(self) -> tuple[Tensor, Tensor]:
         if self._output_count_SV is None or self._in_prompt_SV is None:
             shape, device = (self.state.token_S.shape[0], self.vocab_size), self.platform.device
-            self._output_count_SV = torch.zeros(shape, dtype=torch.int32, device=device)
+            counts_SV = torch.zeros(shape, dtype=torch.int32, device=device)
             self._in_prompt_SV = torch.zeros(shape, dtype=torch.bool, device=device)
+            self._output_count_SV = counts_SV
         return self._output_count_SV, self._in_prompt_SV

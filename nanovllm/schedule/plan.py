@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 PAD_BLOCK = 0  # belongs to padding, never to a request
+ALL_TOKENS = -1  # as a number of likeliest tokens: the whole vocabulary
 NEWEST = -1  # in `StepPlan.token_T`: the row's newest token, which may be only on the device
 # Columns of the device's table of sampling settings. The plain sampler reads only the first one.
 SAMPLING_FIELDS = (
@@ -45,10 +46,43 @@ class TokenHistory(NamedTuple):
     output_ids: list[int]
 
 
+class LogitEdits(NamedTuple):
+    """Changes of one request's logits before penalties, temperature and filters.
+
+    bias: numbers that are added to the logits of these tokens; −inf forbids a token.
+    allowed: all other tokens get −inf. None: all tokens are allowed.
+    bad: sequences of one or more tokens that the output must not contain. The last token of a
+        sequence gets −inf while the output ends with the tokens before it. The prompt does not
+        count.
+    """
+
+    bias: dict[int, float]
+    allowed: list[int] | None
+    bad: list[list[int]]
+
+    @property
+    def context_tokens(self) -> int:
+        """The number of newest output tokens that decide which tokens `bad` forbids."""
+        return max((len(sequence) for sequence in self.bad), default=1) - 1
+
+
+class RowEdits(NamedTuple):
+    """The edits of a row that now belongs to a request with edits.
+
+    output_ids: the newest output tokens, at least `LogitEdits.context_tokens` of them if there are
+        as many.
+    """
+
+    row: int
+    edits: LogitEdits
+    output_ids: list[int]
+
+
 class PromptLogprobs(NamedTuple):
     """Asks for log-probabilities of the prompt tokens `token_ids` from position `first` on.
 
-    Their logits are those after tokens number `start`, `start + 1`, … of the step.
+    Their logits are those after tokens number `start`, `start + 1`, … of the step. `num_top` may be
+    ALL_TOKENS.
     """
 
     request_id: int
@@ -72,26 +106,35 @@ class Choice:
     """How to choose the next tokens, apart from each row's temperature.
 
     forbidden: (row of the step, token id) pairs that must not be chosen.
-    num_logprobs: the number of likeliest tokens to report for each row; None: no log-probabilities.
+    num_logprobs: the number of likeliest tokens to report for each row; ALL_TOKENS: all of them;
+        None: no log-probabilities.
     allowed_RW: bit masks of the tokens that may be chosen, uint8 [R, ceil(V / 8)], token v at bit
         v % 8 of byte v // 8; None: all.
     """
 
     has_filters: bool = False
     has_penalties: bool = False
+    has_edits: bool = False
     forbidden: list[tuple[int, int]] = field(default_factory=list)
     num_logprobs: int | None = None
     allowed_RW: np.ndarray | None = None
 
     @property
+    def needs_host(self) -> bool:
+        """True if the choice needs data of this step from the host, or returns some to it.
+
+        Filters, penalties and edits need only tables on the device, so a step can be captured with
+        them.
+        """
+        return bool(self.forbidden or self.num_logprobs is not None or self.allowed_RW is not None)
+
+    @property
     def state_suffices(self) -> bool:
-        """True if the device's table of sampling settings holds all data for the choice."""
-        return not (
-            self.has_penalties
-            or self.forbidden
-            or self.num_logprobs is not None
-            or self.allowed_RW is not None
-        )
+        """True if the choice does not depend on earlier tokens either.
+
+        Only then can a step choose several tokens of a row at once, to verify proposals.
+        """
+        return not (self.has_penalties or self.has_edits or self.needs_host)
 
     @property
     def is_plain(self) -> bool:
@@ -124,6 +167,7 @@ class StepPlan:
     settings: list[RowSettings] = field(default_factory=list)
     new_blocks: list[tuple[int, int, int]] = field(default_factory=list)  # (row, index, block)
     histories: list[TokenHistory] = field(default_factory=list)
+    edits: list[RowEdits] = field(default_factory=list)
     choice: Choice = PLAIN
     prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
     embeddings: list[EmbeddingSpan] = field(default_factory=list)
@@ -145,9 +189,16 @@ class StepPlan:
         kinds: dict[str, Any] = {
             "settings": RowSettings,
             "histories": TokenHistory,
+            "edits": RowEdits,
             "prompt_logprobs": PromptLogprobs,
             "embeddings": EmbeddingSpan,
         }
+        for row in content["edits"]:
+            bias, allowed, bad = row[1]  # the keys of a JSON object are strings
+            edits = LogitEdits(
+                {int(token_id): value for token_id, value in bias.items()}, allowed, bad
+            )
+            row[1] = edits
         for name, kind in kinds.items():
             content[name] = [kind(*values) for values in content[name]]
         content["new_blocks"] = [tuple(new) for new in content["new_blocks"]]
@@ -157,7 +208,8 @@ class StepPlan:
 class Logprobs(NamedTuple):
     """Log-probabilities of N tokens, and those of the L likeliest tokens with their ids.
 
-    rank_N: 1 + the number of tokens that are likelier than each of the N.
+    rank_N: 1 for the likeliest token: one more than the number of tokens with a larger
+        log-probability.
     """
 
     chosen_N: np.ndarray

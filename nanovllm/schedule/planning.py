@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from nanovllm.schedule.plan import (
+    ALL_TOKENS,
     NEWEST,
     PLAIN,
     SAMPLING_FIELDS,
     Choice,
     EmbeddingSpan,
     PromptLogprobs,
+    RowEdits,
     RowSettings,
     StepPlan,
     TokenHistory,
@@ -39,22 +41,24 @@ class Chunk:
 
 def choice_of(requests: Sequence[Request]) -> Choice:
     """The `Choice` of a step in which `requests` are the rows, in this order."""
-    has_filters, has_penalties = False, False
+    has_filters, has_penalties, has_edits = False, False, False
     forbidden: list[tuple[int, int]] = []
     wanted: list[int] = []
     for row, request in enumerate(requests):
         params = request.params
         if params.min_tokens and request.min_tokens_hold:
             forbidden += [(row, token_id) for token_id in request.stop_ids]
+        has_edits = has_edits or request.edits is not None
         if params.is_plain:
             continue
         has_filters = True  # filters that are off keep every token
         has_penalties = has_penalties or params.has_penalties
         if params.logprobs is not None:
             wanted.append(params.logprobs)
-    if not has_filters and not forbidden:
+    if not (has_filters or has_edits or forbidden):
         return PLAIN
-    return Choice(has_filters, has_penalties, forbidden, max(wanted) if wanted else None)
+    num_logprobs = ALL_TOKENS if ALL_TOKENS in wanted else max(wanted, default=None)
+    return Choice(has_filters, has_penalties, has_edits, forbidden, num_logprobs)
 
 
 def decode_plan(
@@ -120,6 +124,11 @@ def prefill_plan(chunks: Sequence[Chunk]) -> StepPlan:
             for request in ending
             if request.params.has_penalties
         ],
+        edits=[
+            RowEdits(request.row, request.edits, _newest(request, request.edits.context_tokens))
+            for request in ending
+            if request.edits is not None
+        ],
         choice=_choice_of_chunks(chunks),
         prompt_logprobs=prompt_logprobs,
         embeddings=embeddings,
@@ -133,7 +142,12 @@ def _choice_of_chunks(chunks: Sequence[Chunk]) -> Choice:
     choice = choice_of([chunk.request for chunk in chunks if chunk.is_last])
     row_of = [row for row, chunk in enumerate(chunks) if chunk.is_last]
     forbidden = [(row_of[row], token_id) for row, token_id in choice.forbidden]
-    return Choice(choice.has_filters, choice.has_penalties, forbidden, choice.num_logprobs)
+    return replace(choice, forbidden=forbidden)
+
+
+def _newest(request: Request, num: int) -> list[int]:
+    """The last `num` output tokens, or all if there are fewer."""
+    return request.output_ids[max(0, len(request.output_ids) - num) :]
 
 
 def _settings(chunk: Chunk) -> RowSettings:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from nanovllm.sampling import SamplingParams
 from nanovllm.schedule.logprobs import Logprob
+from nanovllm.schedule.plan import LogitEdits
 
 
 class Status(enum.Enum):
@@ -46,6 +47,7 @@ class Request:
     incremental: bool = False  # somebody reads its tokens as they come
     contents: tuple[Content, ...] = ()
     priority: int = 0  # requests with lower numbers go first
+    edits: LogitEdits | None = None
     cache_root: bytes = b""  # start of the digest chain: data that all keys and values depend on
     output_ids: list[int] = field(default_factory=list)
     status: Status = Status.WAITING

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from nanovllm import LLM, SamplingParams, env
-from nanovllm.schedule.plan import StepPlan, StepResult
+from nanovllm.schedule.plan import LogitEdits, StepPlan, StepResult
 
 OPTIONS: dict[str, Any] = {
     "device": "cpu", "dtype": "float32", "enforce_eager": True, "max_num_seqs": 6,
@@ -72,11 +72,22 @@ def test_written_plans_give_the_same_result_in_another_process(
     )
     engine.propose = None
     llm.generate([prompts[0]], SamplingParams(max_tokens=4))
+    # both tokens, in turns: one after the other, and the same again, are bad words
+    for edits in (LogitEdits({7: 2.0}, [7, 9], [[7, 7], [9, 9]]), None):
+        engine.add_request(
+            prompts[1], SamplingParams(temperature=0, max_tokens=6), incremental=False
+        )
+        engine.scheduler.waiting[-1].edits = edits
+    while engine.has_unfinished:
+        engine.step()
     plans = [StepPlan.from_bytes(path.read_bytes()) for path in sorted(tmp_path.glob("*.plan"))]
     assert {plan.is_prefill for plan in plans} == {True, False}
     assert any(plan.prompt_logprobs for plan in plans) and any(plan.histories for plan in plans)
     assert any(plan.choice.allowed_RW is not None for plan in plans)
-    assert results[-1][0][0][0] % 2 == 0, "the mask was kept"
+    masked = next(i for i, plan in enumerate(plans) if plan.choice.allowed_RW is not None)
+    assert results[masked][0][0][0] % 2 == 0, "the mask was kept"
+    edited = [row[0][0] for (row, *_), plan in zip(results, plans) if plan.choice.has_edits]
+    assert edited in ([7, 9] * 3, [9, 7] * 3), "the edits were kept"
     command = [sys.executable, __file__, str(tmp_path), json.dumps(OPTIONS)]
     subprocess.run(command, env=env.for_children(), check=True, timeout=300)
     assert json.loads((tmp_path / "results.json").read_text()) == json.loads(json.dumps(results))

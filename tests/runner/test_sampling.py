@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nanovllm.kernels import ops, reference
 from nanovllm.kernels.cpu import kernels as cpu_kernels
 from nanovllm.runner import sampling as sampler
-from nanovllm.schedule.plan import SAMPLING_FIELDS
+from nanovllm.schedule.plan import ALL_TOKENS, SAMPLING_FIELDS
 
 INF = float("inf")
 Sample = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -331,16 +331,34 @@ def test_presence_and_frequency_penalties_are_the_formula() -> None:
 
 def test_logprobs_are_those_of_log_softmax() -> None:
     logits_RV, token_R = random_logits(3, 99), torch.tensor([5, 0, 98])
-    chosen_R, top_RL, top_token_RL = sampler.logprobs(logits_RV, token_R, 4)
+    chosen_R, top_RL, top_token_RL, rank_R = sampler.logprobs(logits_RV, token_R, 4)
     expected_RV = torch.log_softmax(logits_RV.double(), -1)
     torch.testing.assert_close(
         chosen_R.double(), expected_RV[torch.arange(3), token_R], atol=1e-5, rtol=0
     )
     for row in range(3):
-        order = expected_RV[row].argsort(descending=True)[:4]
+        order = expected_RV[row].argsort(descending=True)
+        assert order[rank_R[row] - 1] == token_R[row]
+        order = order[:4]
         assert top_token_RL[row].tolist() == order.tolist()
         torch.testing.assert_close(top_RL[row].double(), expected_RV[row][order], atol=1e-5, rtol=0)
     assert sampler.logprobs(logits_RV, token_R, 0)[1].shape == (3, 0)
+
+
+@pytest.mark.parametrize("num_top", [ALL_TOKENS, 98, 99, 100])
+def test_all_tokens_may_be_wanted(num_top: int) -> None:
+    logits_RV, token_R = random_logits(3, 99), torch.tensor([5, 0, 98])
+    _, top_RL, top_token_RL, _ = sampler.logprobs(logits_RV, token_R, num_top)
+    sorted_RV, order_RV = torch.log_softmax(logits_RV, -1).sort(descending=True)
+    num = 98 if num_top == 98 else 99
+    torch.testing.assert_close(top_RL, sorted_RV[:, :num])
+    assert torch.equal(top_token_RL, order_RV[:, :num])
+
+
+def test_tokens_of_equal_probability_have_the_same_rank() -> None:
+    logits_RV = torch.tensor([[1.0, 3.0, 2.0, 2.0, 0.0]]).expand(5, -1)
+    rank_R = sampler.logprobs(logits_RV, torch.arange(5), 0)[3]
+    assert rank_R.tolist() == [4, 1, 2, 2, 5]
 
 
 @pytest.mark.parametrize("vocab_size", [1, 19, 99, 512])
@@ -349,3 +367,18 @@ def test_masks_leave_the_tokens_whose_bits_are_set(vocab_size: int) -> None:
     bits_RW = np.packbits(allowed_RV, axis=1, bitorder="little")
     kept_RV = sampler.forbid(random_logits(3, vocab_size), torch.from_numpy(bits_RW))
     assert np.array_equal(torch.isfinite(kept_RV).numpy(), allowed_RV)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_a_row_without_any_token_gets_one_of_the_vocabulary(temperature: float) -> None:
+    logits_RV = torch.full((len(FILTERS), 99), -INF)
+    for row, (top_k, top_p, min_p) in enumerate(FILTERS):
+        token_R = filtered(
+            logits_RV[row][None],
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            torch.zeros(1, dtype=torch.int64),
+        )
+        assert 0 <= int(token_R) < 99

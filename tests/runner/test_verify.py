@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.schedule.plan import StepPlan
+from nanovllm.schedule.plan import LogitEdits, StepPlan
 from nanovllm.schedule.request import Request
-from tests.engines import assert_all_free, greedy, random_prompts
+from tests.engines import assert_all_free, drain, greedy, random_prompts
 
 DRAFTS = (1, 3)
 PROMPTS = random_prompts([19, 1, 40, 99, 7], seed=3)
@@ -112,6 +112,24 @@ def test_requests_that_the_host_must_watch_stop_the_proposals(
     single = tokens(drafting, params)
     assert tokens(drafting, params, knowing(single, lambda: 9)) == single
     assert {plan.tokens_per_row for plan in plans if not plan.is_prefill} == {1}
+
+
+def test_rows_with_edits_stop_the_proposals(drafting: LLM, plans: list[StepPlan]) -> None:
+    """A bad word may begin with a proposed token."""
+    single = tokens(drafting, greedy(9))
+    plans.clear()
+    engine = drafting.engine
+    engine.propose = knowing(single, lambda: 9)
+    ids = [engine.add_request(prompt, greedy(9), incremental=False) for prompt in PROMPTS]
+    engine.scheduler.waiting[0].edits = LogitEdits({}, None, [single[0][3:5]])
+    try:
+        done = drain(drafting)
+    finally:
+        engine.propose = None
+    assert {plan.tokens_per_row for plan in plans if not plan.is_prefill} == {1}
+    assert done[ids[0]].token_ids[:4] == single[0][:4]
+    assert done[ids[0]].token_ids[4] != single[0][4]
+    assert [done[one].token_ids for one in ids[1:]] == single[1:]
 
 
 def test_proposals_need_graphs_that_verify_them(make_llm: Callable[..., LLM]) -> None:

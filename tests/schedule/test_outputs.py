@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from typing import Any
+
 import pytest
 
 from nanovllm.sampling import SamplingParams
@@ -210,7 +211,9 @@ def test_streams_never_show_any_part_of_a_stop_string(tokenizer: Tokenizer, seed
         )
 
 
-def test_a_stop_string_before_min_tokens_stays_and_does_not_stop_later(tokenizer: Tokenizer) -> None:
+def test_a_stop_string_before_min_tokens_stays_and_does_not_stop_later(
+    tokenizer: Tokenizer,
+) -> None:
     pieces, final, stopped = feed(tokenizer, "ab ab xy", ("ab", "a long stop string"), min_tokens=3)
     assert stopped and final == "".join(pieces) == "ab "
     # the stop string ends before min_tokens; the longer stop string could still match

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from nanovllm import SamplingParams
-from nanovllm.schedule.plan import NEWEST, PLAIN, Choice, StepPlan
+from nanovllm.schedule.plan import ALL_TOKENS, NEWEST, PLAIN, Choice, LogitEdits, StepPlan
 from nanovllm.schedule.planning import Chunk, choice_of, decode_plan, prefill_plan
 from nanovllm.schedule.request import Content, Request
 
@@ -101,6 +101,41 @@ def test_a_choice_says_all_that_its_rows_ask() -> None:
     assert choice_of([*plain, held]) is PLAIN
 
 
+def test_all_tokens_are_more_than_any_number_of_them() -> None:
+    some, all_tokens = request(0, 3, logprobs=4), request(1, 3, logprobs=2, prompt_logprobs=2)
+    for name in ("logprobs", "prompt_logprobs"):
+        object.__setattr__(all_tokens.params, name, ALL_TOKENS)
+    assert choice_of([some, all_tokens]).num_logprobs == ALL_TOKENS
+    (wanted,) = prefill_plan([Chunk(all_tokens, 0, 3, True, True)]).prompt_logprobs
+    assert wanted.num_top == ALL_TOKENS
+
+
+EDITS = LogitEdits({3: 1.5, 4: float("-inf")}, [3, 4, 5], [[3], [5, 3, 4]])
+
+
+def test_edits_stay_on_the_device_but_no_proposals_are_verified_with_them() -> None:
+    plain, changed = request(0, 3), request(1, 3)
+    changed.edits = EDITS
+    choice = choice_of([plain, changed])
+    assert choice.has_edits and not choice.needs_host
+    assert not choice.state_suffices and not choice.is_plain
+    assert choice_of([changed, request(2, 3, logprobs=1)]).needs_host
+
+
+def test_the_last_chunk_brings_the_edits_and_the_newest_outputs() -> None:
+    """Words of three tokens need the two newest tokens."""
+    restarted, short = request(0, 3, outputs=(11, 12, 13)), request(1, 9)
+    restarted.edits = short.edits = EDITS
+    chunks = [Chunk(short, 0, 4, True, False), Chunk(restarted, 0, 6, True, True)]
+    plan = prefill_plan(chunks)
+    assert plan.edits == [(0, EDITS, [12, 13])] and plan.choice.has_edits
+    (row,) = prefill_plan([Chunk(short, 4, 5, False, True)]).edits
+    assert row == (1, EDITS, [])
+    restarted.edits = EDITS._replace(bad=[[3]])
+    assert prefill_plan(chunks[1:]).edits[0].output_ids == []
+    assert not prefill_plan(chunks[:1]).choice.has_edits
+
+
 def test_forbidden_tokens_keep_their_rows_beside_unfinished_prompts() -> None:
     held = request(2, 3, min_tokens=3)
     held.num_in_flight = 1
@@ -111,6 +146,7 @@ def test_forbidden_tokens_keep_their_rows_beside_unfinished_prompts() -> None:
 def test_plans_survive_being_written_down() -> None:
     asked = request(0, 9, prompt_logprobs=3, logprobs=1, min_tokens=2, presence_penalty=0.5)
     asked.contents, asked.num_in_flight = (Content(3, 4, b"i" * 32),), 1
+    asked.edits = EDITS
     plans = [
         prefill_plan([Chunk(asked, 0, 9, True, True), Chunk(request(1, 7), 2, 5, False, True)]),
         decode_plan([asked, request(1, 7)], [], [(0, 2, 9)], choice_of([asked])),

@@ -19,11 +19,7 @@ from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Conf
 from nanovllm.compile.store import Store
 from nanovllm.models import registry
 from nanovllm.startup import checkpoint_cache as readings
-from nanovllm.startup.checkpoint_cache import (
-    StoredConfig,
-    read_config,
-    read_tokenizer,
-)
+from nanovllm.startup.checkpoint_cache import StoredConfig, read_config, read_tokenizer
 from nanovllm.startup.choose import eos_token_ids
 from nanovllm.tokenizer import Decoding, Tokenizer
 
