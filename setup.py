@@ -14,6 +14,7 @@ setup(
     python_requires=">=3.10",
     packages=[
         "nanovllm",
+        "nanovllm.compat",
         "nanovllm.compile",
         "nanovllm.compile.lower",
         "nanovllm.compile.passes",

@@ -7,22 +7,22 @@ worker processes, which import torch at the same time.
 import sys
 from typing import TYPE_CHECKING, Any
 
+from nanovllm.compat.engine_args import EngineArgs
+from nanovllm.compat.nano_vllm import install_modules
 from nanovllm.config import EngineConfig
-from nanovllm.engine_args import EngineArgs
 from nanovllm.llm import LLM
-from nanovllm.nano_vllm import install_modules
 from nanovllm.prompts import TextPrompt, TokensPrompt
 from nanovllm.sampling import BeamSearchParams, RequestOutputKind, SamplingParams
 
 if TYPE_CHECKING:
-    from nanovllm.llm_engine import LLMEngine
+    from nanovllm.compat.llm_engine import LLMEngine
     from nanovllm.outputs import CompletionOutput, RequestOutput
 
 __version__ = "0.1.0"
 
 # names whose modules import torch, by their module
 _LATE = {
-    "LLMEngine": "nanovllm.llm_engine",
+    "LLMEngine": "nanovllm.compat.llm_engine",
     "CompletionOutput": "nanovllm.outputs",
     "RequestOutput": "nanovllm.outputs",
 }

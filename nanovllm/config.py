@@ -9,7 +9,7 @@ from os import PathLike
 from typing import Any
 
 from nanovllm.checks import WrongType, checked, hints
-from nanovllm.options import translated
+from nanovllm.compat.options import translated
 
 Rule = tuple[str, Callable[[Any], bool]]  # what a value must be, in words and as a test
 

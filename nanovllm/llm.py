@@ -5,15 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from nanovllm import log
+from nanovllm.compat.nano_vllm import NanoMethods
 from nanovllm.config import EngineConfig
-from nanovllm.nano_vllm import NanoMethods
 from nanovllm.platforms import preload
 from nanovllm.prompts import AnyPrompts, Prompt, prompt_list
 from nanovllm.sampling import BeamSearchParams, SamplingParams
@@ -21,8 +20,8 @@ from nanovllm.startup.compile_farm.farm import CompileFarm
 
 if TYPE_CHECKING:
     from nanovllm.beam_search import BeamSearchOutput
+    from nanovllm.compat.llm_engine import LLMEngine
     from nanovllm.engine import Engine
-    from nanovllm.llm_engine import LLMEngine
     from nanovllm.metrics import Metric
     from nanovllm.outputs import RequestOutput, StreamOutput
     from nanovllm.schedule.outputs import Completion
@@ -82,7 +81,7 @@ class LLM(NanoMethods):
     @property
     def llm_engine(self) -> LLMEngine:
         """The same engine with vLLM's interface, for requests that are stepped by hand."""
-        from nanovllm.llm_engine import LLMEngine
+        from nanovllm.compat.llm_engine import LLMEngine
 
         return LLMEngine(self.shared)
 
@@ -259,7 +258,7 @@ class LLM(NanoMethods):
             with self.shared.exclusive() as engine:
                 rows = zip(encoded, all_params, priorities)
                 for prompt_idx, (prompt, params, prio) in enumerate(rows):
-                    for sample_idx, one in enumerate(single_samples(params)):
+                    for sample_idx, one in enumerate(params.of_answers()):
                         request_id = engine.add_request(
                             prompt, one, incremental=incremental, priority=prio
                         )
@@ -289,14 +288,6 @@ class LLM(NanoMethods):
                     "it must be one SamplingParams, or one per prompt"
                 )
         return _one_each("sampling params", several, num, None)
-
-
-def single_samples(params: SamplingParams) -> list[SamplingParams]:
-    """The parameters of each of the n answers: with the seed, seed + 1, …"""
-    if params.n == 1:
-        return [params]
-    seeds = [None if params.seed is None else params.seed + i for i in range(params.n)]
-    return [replace(params, n=1, seed=seed) for seed in seeds]
 
 
 def _one_each(name: str, given: Sequence[Any] | None, num: int, default: Any) -> list[Any]:

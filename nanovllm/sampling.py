@@ -6,7 +6,7 @@ import copy
 import enum
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import Field, dataclass, fields
+from dataclasses import Field, dataclass, fields, replace
 from typing import Any
 
 from nanovllm.checks import checked, hints
@@ -128,6 +128,13 @@ class SamplingParams:
     def clone(self) -> SamplingParams:
         """A copy. Later assignments to one of the two do not change the other."""
         return copy.copy(self)
+
+    def of_answers(self) -> list[SamplingParams]:
+        """The parameters of each of the n answers: n = 1, with the seed, seed + 1, …"""
+        if self.n == 1:
+            return [self]
+        seeds = [None if self.seed is None else self.seed + i for i in range(self.n)]
+        return [replace(self, n=1, seed=seed) for seed in seeds]
 
     def _check(self) -> None:
         """Bring every field to its annotated type, and check it against its limits."""

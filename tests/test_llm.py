@@ -42,11 +42,10 @@ def texts(outputs: list[dict[str, Any]]) -> list[str]:
 
 def test_public_names() -> None:
     assert set(nanovllm.__all__) == {
-        "LLM",
-        "EngineConfig",
-        "SamplingParams",
+        "LLM", "LLMEngine", "EngineArgs", "EngineConfig", "SamplingParams", "BeamSearchParams",
+        "RequestOutputKind", "RequestOutput", "CompletionOutput", "TextPrompt", "TokensPrompt",
         "print_attention_backend_info",
-    }
+    }  # fmt: skip
     assert all(hasattr(nanovllm, name) for name in nanovllm.__all__)
 
 
@@ -67,12 +66,9 @@ def test_one_prompt_or_several_of_every_kind(llm: LLM) -> None:
     assert [output["token_ids"] for output in mixed[:2]] == [single["token_ids"]] * 2
     assert single["num_prompt_tokens"] == len(ids) == mixed[1]["num_prompt_tokens"]
     assert set(single) == {
-        "text",
-        "token_ids",
-        "finish_reason",
-        "num_prompt_tokens",
-        "num_cached_tokens",
-    }
+        "text", "token_ids", "finish_reason", "num_prompt_tokens", "num_cached_tokens",
+        "request_id", "prompt", "prompt_token_ids", "finished", "outputs",
+    }  # fmt: skip
 
 
 def test_chat_of_one_conversation_is_chat_of_a_list(llm: LLM) -> None:
@@ -106,8 +102,9 @@ def test_n_answers(llm: LLM) -> None:
     params = SamplingParams(temperature=2.0, max_tokens=8, n=3, seed=1)
     (one, two) = llm.generate(["a", "b"], [params, GREEDY], use_tqdm=False)
     assert len(one["outputs"]) == 3 and len({tuple(o["token_ids"]) for o in one["outputs"]}) > 1
-    assert {name: one[name] for name in one if name != "outputs"} == one["outputs"][0]
-    assert "outputs" not in two
+    names = ("text", "token_ids", "finish_reason", "num_prompt_tokens", "num_cached_tokens")
+    assert all(one[name] == one["outputs"][0][name] for name in names)
+    assert [answer.index for answer in one.outputs] == [0, 1, 2] and len(two.outputs) == 1
 
 
 def test_stream_is_generate_in_pieces(llm: LLM) -> None:
@@ -115,7 +112,9 @@ def test_stream_is_generate_in_pieces(llm: LLM) -> None:
     expected = llm.generate(prompts, GREEDY, use_tqdm=False)
     found, reasons = [""] * 4, [""] * 4
     for piece in llm.stream(prompts, GREEDY):
-        assert set(piece) == {"index", "text", "token_ids", "finish_reason"}
+        assert set(piece) == {
+            "index", "output_index", "text", "token_ids", "finish_reason", "stop_reason"
+        }  # fmt: skip
         found[piece["index"]] += piece["text"]
         reasons[piece["index"]] = piece["finish_reason"]
     assert found == texts(expected) and reasons == [output["finish_reason"] for output in expected]

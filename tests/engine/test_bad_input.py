@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from nanovllm import LLM, SamplingParams, platforms
@@ -344,8 +343,3 @@ def test_of_what_a_compiler_says_the_first_line_is_shown(monkeypatch: pytest.Mon
     assert platform.lowering() == (
         None, "no C++ compiler for graph mode, running eagerly: CppCompileError: it failed"
     )  # fmt: skip
-
-
-def test_numpy_token_ids_are_refused_by_name(eager_llm: LLM) -> None:
-    with pytest.raises(ValueError, match=r"int64.*whole numbers"):
-        eager_llm.generate([np.arange(5, 9)], GREEDY, use_tqdm=False)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from nanovllm import LLM
-from nanovllm.schedule.outputs import Completion, RequestOutput
+from nanovllm.schedule.outputs import Completion, Increment
 from tests.engines import (
     NUM_TOKENS,
     Generate,
@@ -28,7 +28,7 @@ def test_increments_add_up_to_the_completion(eager_llm: LLM, hf_generate: Genera
         engine.add_request(prompt, greedy()),
         engine.add_request(other, greedy(), incremental=False),
     )
-    outputs: list[RequestOutput] = []
+    outputs: list[Increment] = []
     while engine.has_unfinished:
         outputs += engine.step()
     mine = [output for output in outputs if output.request_id == steady]

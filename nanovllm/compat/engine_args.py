@@ -10,8 +10,8 @@ from os import PathLike
 from typing import Any, get_args, get_origin
 
 from nanovllm.checks import hints
+from nanovllm.compat.options import LOAD_FORMATS, SAME_MEANING
 from nanovllm.config import EngineConfig
-from nanovllm.options import LOAD_FORMATS, SAME_MEANING
 
 DEFAULT_MODEL = "tiny-qwen3"
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from nanovllm.config import EngineConfig
 from nanovllm.engine import Engine
-from nanovllm.llm import single_samples
 from nanovllm.metrics import Metric
 from nanovllm.outputs import (
     CompletionOutput,
@@ -144,7 +143,7 @@ class LLMEngine:
         engine_ids: list[int] = []
         with self.shared.exclusive() as engine:
             try:
-                for one in single_samples(params):
+                for one in params.of_answers():
                     engine_ids.append(
                         engine.add_request(encoded, one, incremental=incremental, priority=priority)
                     )
