@@ -104,10 +104,9 @@ class Intake:
             self.tokenizer.encode(space + word.lstrip(), add_special_tokens=False)
             for space in ("", " ")
         )
-        forms = [start]
-        if inside and inside[0] != start[0] and len(inside) == len(start):
-            forms.append(inside)
-        return forms
+        if not start:
+            raise ValueError(f"bad_words has {word!r}, which this tokenizer gives no tokens for")
+        return [start, inside] if inside[0] != start[0] and len(inside) == len(start) else [start]
 
     def contents(self, embeddings: Embeddings, prompt_len: int) -> tuple[Content, ...]:
         """The position, length and digest of each of the given embeddings."""
