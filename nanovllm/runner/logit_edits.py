@@ -22,7 +22,7 @@ from nanovllm.platforms.base import Platform
 from nanovllm.schedule.plan import LogitEdits, RowEdits
 
 MINUS_INF = float("-inf")
-MAX_BIAS = 1e30  # far from fp32's largest number: sums with logits stay finite
+LARGEST_BIAS = 1e30  # far from fp32's largest number: sums with logits stay finite
 # Limits on bad words of several tokens, which bound the tables' size.
 MAX_BAD_WORDS, MAX_BAD_TOKENS = 4096, 64
 # Token ids are not negative. In `BadWords.prefix_SNP`, ANY equals every token and NEVER none. NONE
@@ -45,10 +45,10 @@ def check(edits: LogitEdits, vocab_size: int) -> None:
     _check_ids("logit_bias", edits.bias, vocab_size)
     _check_ids("allowed_token_ids", edits.allowed or (), vocab_size)
     for token_id, value in edits.bias.items():
-        if not (value == MINUS_INF or abs(value) <= MAX_BIAS):
+        if not (value == MINUS_INF or abs(value) <= LARGEST_BIAS):
             raise ValueError(
                 f"logit_bias of token {token_id} is {value}: it must be −inf, or a number between "
-                f"−{MAX_BIAS:g} and {MAX_BIAS:g}"
+                f"−{LARGEST_BIAS:g} and {LARGEST_BIAS:g}"
             )
     for word in edits.bad:
         _check_ids("bad_words", word, vocab_size)

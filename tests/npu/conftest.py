@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ if "NANOVLLM_CANN_STUB" in os.environ:
     from nanovllm import LLM, SamplingParams
     from nanovllm.kernels.cpu import kernels as cpu_kernels
     from nanovllm.platforms.npu import load_torch_npu
+    from nanovllm.schedule.plan import LogitEdits
+    from nanovllm.schedule.request import Request
     from tests.npu import capture
     from tests.npu.ge import Ge
     from tests.npu.host import Host
@@ -64,11 +67,21 @@ def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("NANOVLLM_CACHE", str(tmp_path_factory.getbasetemp() / "nanovllm"))
 
 
-def answers(llm: LLM, **params: Any) -> list[list[int]]:
-    """Token ids of the answers to `QUESTIONS` in one batch."""
+def answers(llm: LLM, edits: LogitEdits | None = None, **params: Any) -> list[list[int]]:
+    """Token ids of the answers to `QUESTIONS` in one batch; every second one with the edits."""
     conversations = [[{"role": "user", "content": question}] for question in QUESTIONS]
     settings = SamplingParams(**{"temperature": 0.0, "max_tokens": 40, **params})
-    return [output["token_ids"] for output in llm.chat(conversations, settings, use_tqdm=False)]
+    scheduler = llm.engine.scheduler
+    add = scheduler.add
+
+    def add_edited(request: Request) -> None:
+        request.edits = edits if len(scheduler.waiting) % 2 else None
+        add(request)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scheduler, "add", add_edited)
+        outputs = llm.chat(conversations, settings, use_tqdm=False)
+    return [output["token_ids"] for output in outputs]
 
 
 @pytest.fixture(scope="session")
@@ -81,7 +94,7 @@ def cpu_answers() -> Callable[..., list[list[int]]]:
             lambda *args, **kwargs: (False, "the tests of the NPU compare with plain torch"),
         )
         llm = LLM("tiny-qwen3", device="cpu", dtype="bfloat16", enforce_eager=True, **SIZES)
-    return lambda **params: answers(llm, **params)
+    return partial(answers, llm)
 
 
 @pytest.fixture(scope="session")

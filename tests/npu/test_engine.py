@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from nanovllm import LLM, SamplingParams, platforms
+from nanovllm.schedule.plan import LogitEdits
 from nanovllm.schedule.request import Request
 from tests.npu.conftest import SIZES, answers
 from tests.npu.ge import Ge
@@ -50,9 +51,26 @@ def test_filters_and_penalties_run_between_graphs(
     assert answers(npu_llm, **FILTERED) == cpu_answers(**FILTERED)
 
 
+@pytest.fixture(scope="module")
+def edits(cpu_answers: Callable[..., Any]) -> LogitEdits:
+    """Edits that change the answers and leave them wide margins."""
+    plain = cpu_answers()
+    changed = LogitEdits({7: 1.5}, None, [plain[1][:3], plain[1][4:6], [plain[3][2]]])
+    found = cpu_answers(changed)
+    assert [one == other for one, other in zip(found, plain)] == [True, False] * 2 + [True]
+    return changed
+
+
+def test_edits_run_between_graphs(
+    npu_llm: LLM, edits: LogitEdits, cpu_answers: Callable[..., Any]
+) -> None:
+    assert answers(npu_llm, edits) == cpu_answers(edits)
+    assert answers(npu_llm, edits, **FILTERED) == cpu_answers(edits, **FILTERED)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_other_modes_give_the_same_tokens(
-    mode: str, cpu_answers: Callable[..., Any], ge: Ge, host: Host
+    mode: str, edits: LogitEdits, cpu_answers: Callable[..., Any], ge: Ge, host: Host
 ) -> None:
     num_graphs = len(ge.graphs)
     host.seen.clear()
@@ -61,6 +79,8 @@ def test_other_modes_give_the_same_tokens(
     params = {"temperature": 3.0, "seed": 3, "max_tokens": 12}
     assert answers(llm, **params) == cpu_answers(**params)
     assert answers(llm, **FILTERED) == cpu_answers(**FILTERED)
+    for _ in range(2):  # recorded, and replayed
+        assert answers(llm, edits) == cpu_answers(edits)
     llm.close()
     assert len(ge.graphs) == num_graphs, "no graph goes to GE in this mode"
     always = {"npu::npu_scatter_nd_update_", "npu::npu_fused_infer_attention_score"}
