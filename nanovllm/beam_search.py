@@ -109,4 +109,5 @@ def _finished(
     if tokens[-1] in eos_ids and not params.include_stop_str_in_output:
         tokens = tokens[:-1]
     text = llm.engine.tokenizer.decode(tokens) if llm.engine.tokenizer is not None else None
-    return replace(sequence, text=text, finish_reason=sequence.finish_reason or "length")
+    reason = sequence.finish_reason or "length"
+    return replace(sequence, tokens=tokens, text=text, finish_reason=reason)

@@ -1,0 +1,115 @@
+"""Chat options: every accepted one works, and unknown ones are refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer as Quick
+from tokenizers import models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from nanovllm.chat import ChatOptions, render
+from nanovllm.prompts import Prompt
+from nanovllm.tokenizer import Tokenizer
+
+TEXT_TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    "{% if tools %}({{ tools | length }} tools){% endif %}"
+    "{% if add_generation_prompt %}[assistant]"
+    "{% if enable_thinking is defined and not enable_thinking %}<nothink>{% endif %}{% endif %}"
+)
+PARTS_TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}]"
+    "{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}"
+)
+CONVERSATION = [{"role": "user", "content": "hi"}]
+
+
+def tokenizer(template: str | None) -> Tokenizer:
+    vocabulary = {word: i for i, word in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    quick = Quick(models.BPE(vocabulary, []))
+    quick.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    full = PreTrainedTokenizerFast(tokenizer_object=quick)
+    full.chat_template = template
+    return Tokenizer(lambda: full)
+
+
+def written(messages: Any, template: str | None = TEXT_TEMPLATE, **options: Any) -> str | None:
+    (prompt,) = render(tokenizer(template), messages, ChatOptions.from_options(options))
+    return prompt.text
+
+
+def test_the_prompt_is_text_and_ids() -> None:
+    one = tokenizer(TEXT_TEMPLATE)
+    (prompt,) = render(one, CONVERSATION, ChatOptions())
+    assert prompt == Prompt("[user]hi[assistant]", one.encode("[user]hi[assistant]"))
+    assert len(render(one, [CONVERSATION, CONVERSATION], ChatOptions())) == 2
+
+
+def test_generation_prompt_and_continuation() -> None:
+    assert written(CONVERSATION, add_generation_prompt=False) == "[user]hi"
+    begun = [*CONVERSATION, {"role": "assistant", "content": "well"}]
+    options = {"add_generation_prompt": False, "continue_final_message": True}
+    assert written(begun, **options) == "[user]hi[assistant]well"
+
+
+@pytest.mark.parametrize(
+    "options", [{"enable_thinking": False}, {"chat_template_kwargs": {"enable_thinking": False}}]
+)
+def test_variables_of_the_template_reach_it(options: dict[str, Any]) -> None:
+    assert written(CONVERSATION, **options) == "[user]hi[assistant]<nothink>"
+    assert written(CONVERSATION, enable_thinking=True) == "[user]hi[assistant]"
+
+
+def test_tools_and_another_template() -> None:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    assert written(CONVERSATION, tools=tools) == "[user]hi(1 tools)[assistant]"
+    assert written(CONVERSATION, chat_template="{{ messages[0].content }}!") == "hi!"
+
+
+@pytest.mark.parametrize("template", [TEXT_TEMPLATE, PARTS_TEMPLATE])
+def test_text_and_parts_of_text_work_with_every_template(template: str) -> None:
+    parts = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
+    for messages in (CONVERSATION, parts):
+        assert (written(messages, template) or "").startswith("[user]hi")
+
+
+def test_parts_are_lines_of_a_text() -> None:
+    content = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    assert written([{"role": "user", "content": content}]) == "[user]one\ntwo[assistant]"
+
+
+@pytest.mark.parametrize(
+    ("messages", "options", "match"),
+    [
+        (CONVERSATION, {"enable_thinkin": False}, "'enable_thinkin' is neither an option of chat"),
+        (CONVERSATION, {"chat_template_kwargs": {"x": 1}}, "'x' is neither .* enable_thinking"),
+        (CONVERSATION, {"chat_template_kwargs": 5}, "chat_template_kwargs is 5: it must be a dict"),
+        (CONVERSATION, {"add_generation_prompt": "no"}, "add_generation_prompt is 'no'"),
+        (CONVERSATION, {"continue_final_message": True}, "needs add_generation_prompt=False"),
+        (CONVERSATION, {"chat_template_content_format": "x"}, "must be one of auto, string"),
+        (CONVERSATION, {"lora_request": 1}, "lora_request is not supported"),
+        ("hi", {}, "messages is 'hi': it must be a list of messages"),
+        (["hi"], {}, "the conversation is 'hi'"),
+        ([{"content": "hi"}], {}, "a dict with a 'role'"),
+        (
+            [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}],
+            {},
+            "a part .*image_url.*: only the type 'text' is supported",
+        ),
+    ],
+)
+def test_mistakes_are_named(messages: Any, options: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        written(messages, **options)
+
+
+def test_what_a_template_refuses_is_a_value_error() -> None:
+    template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(ValueError, match="refuses these messages: roles must alternate"):
+        written(CONVERSATION, template, chat_template_content_format="string")
+    with pytest.raises(ValueError, match="no chat template"):
+        written(CONVERSATION, None)
+    with pytest.raises(ValueError, match="'tools' is neither"):
+        written(CONVERSATION, PARTS_TEMPLATE, tools=[{"type": "function"}])
