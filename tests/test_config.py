@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import FrozenInstanceError
+from dataclasses import Field, FrozenInstanceError, fields
 from typing import Any
 
 import pytest
@@ -31,13 +31,42 @@ def test_the_cache_is_in_the_model_s_dtype_or_fp8(value: Any) -> None:
     assert make().kv_cache_dtype == "auto" and make(kv_cache_dtype="fp8").kv_cache_dtype == "fp8"
 
 
-@pytest.mark.parametrize("name", ["max_num_seqs", "max_num_batched_tokens", "max_model_len"])
+@pytest.mark.parametrize(
+    ("name", "low"), [("max_num_seqs", 1), ("max_num_batched_tokens", 16), ("max_model_len", 2)]
+)
 @pytest.mark.parametrize("value", [0, -1, 2.5, "4", True])
-def test_counts_are_whole_numbers_from_one(name: str, value: Any) -> None:
+def test_counts_are_whole_numbers_from_a_limit(name: str, low: int, value: Any) -> None:
     with pytest.raises(
-        ValueError, match=f"{name} is {value!r}: it must be a whole number, at least 1"
+        ValueError, match=f"{name} is {value!r}: it must be a whole number, at least {low}"
     ):
         make(**{name: value})
+
+
+def test_a_model_length_of_one_token_is_refused() -> None:
+    with pytest.raises(ValueError, match="max_model_len is 1: .* at least 2 .*one of the answer"):
+        make(max_model_len=1)
+
+
+@pytest.mark.parametrize(
+    "name", ["enforce_eager", "random_weights", "enable_prefix_caching", "skip_tokenizer_init"]
+)
+@pytest.mark.parametrize("value", ["False", 0, 1, None])
+def test_switches_are_true_or_false(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{name} is {value!r}: it must be True or False"):
+        EngineConfig("some/model", **{name: value})
+
+
+@pytest.mark.parametrize("option", fields(EngineConfig), ids=lambda option: option.name)
+def test_every_option_is_checked_by_its_annotation(option: Field[Any]) -> None:
+    """No option takes an object that it has no type for."""
+    with pytest.raises(ValueError, match=f"{option.name} is <object"):
+        EngineConfig(**{"model": "some/model", option.name: object()})
+
+
+def test_none_as_a_device_and_other_types_are_named() -> None:
+    for name, value in {"device": None, "seed": "x", "seed ": 1.5, "dtype": 16}.items():
+        with pytest.raises(ValueError, match=f"{name.strip()} is {value!r}: it must be"):
+            EngineConfig("some/model", **{name.strip(): value})
 
 
 @pytest.mark.parametrize("value", [1, 0, -5, 3.0])

@@ -1,4 +1,4 @@
-"""Methods and options of `LLM` beside generate: defaults, tokenizers, priorities, metrics, beams."""
+"""Methods and options of `LLM`: defaults, tokenizers, priorities, metrics, beam search."""
 
 from __future__ import annotations
 
