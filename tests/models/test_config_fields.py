@@ -27,7 +27,7 @@ from transformers import (
 
 from nanovllm.models import rope
 from tests.conftest import save_tiny
-from tests.models.harness import engine_logits, load, max_difference, sequences
+from tests.models.harness import engine_logits, load, max_difference, sequences, transformers_logits
 
 TOLERANCE = 1e-4
 VOCAB_SIZE, LENGTH = 96, 44
@@ -137,7 +137,7 @@ ROPE = (
     rope_case("extrapolation_factor 2.0", "yarn", **YARN, extrapolation_factor=2.0),
     rope_case("attn_factor 0.9 is not supported with", "linear", factor=2.0, attn_factor=0.9),
     rope_case("both attn_factor", "yarn", **YARN, attn_factor=0.9, attention_factor=0.9),
-    rope_case("beta_fast", "yarn", **YARN, beta_fast="x"),
+    rope_case("transformers refuses .*validate_rope", "yarn", **YARN, beta_fast="x"),
     rope_case("cannot be used", "longrope", short_factor=[1.0] * 3, long_factor=[1.0] * 3),
     Case(
         "rope_parameters",
@@ -289,3 +289,17 @@ def test_attn_factor_multiplies_what_yarn_computes(
     runner = load(folder, "cpu", enforce_eager=True, max_model_len=LENGTH)
     assert max_difference(engine_logits(runner, KNOWN), [expected]) <= TOLERANCE
     assert (expected - expected_logits(folder)).abs().max() > 0.01  # transformers does not read it
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_longrope_checkpoint_as_it_is_answers_as_transformers_does(
+    family: str, plain: dict[str, Path], tmp_path: Path
+) -> None:
+    """Up to the original length, which is the default `max_model_len`."""
+    case = next(case for case in ROPE if case.field == "original_max_position_embeddings")
+    folder = changed(plain[family], family, case, tmp_path)
+    known = sequences(VOCAB_SIZE, (1, 6), (29, 32))
+    runner = load(folder, "cpu", enforce_eager=True, max_model_len=None)
+    assert runner.layout.max_model_len == 32
+    expected = transformers_logits(folder, known, "cpu")
+    assert max_difference(engine_logits(runner, known), expected) <= TOLERANCE

@@ -61,17 +61,18 @@ def test_the_call_of_qwen3_s_model_card_reaches_131072_positions(
 
 
 def test_overrides_hold_at_the_second_start(folder: Path, device: str, tmp_path: Path) -> None:
+    """The second start finds the config in the store."""
     options: dict[str, Any] = {
-        "hf_overrides": {"rope_scaling": YARN, "num_hidden_layers": 2}, "max_model_len": 256,
-        "max_num_seqs": 1, "num_kvcache_blocks": 17, "kvcache_block_size": 16, "device": device,
-        "max_num_batched_tokens": 64, "compile_cache": tmp_path / "store",
+        "hf_overrides": {"rms_norm_eps": 0.01, "rope_theta": 50.0}, "enforce_eager": True,
+        "max_num_seqs": 1, "num_kvcache_blocks": 9, "kvcache_block_size": 16, "device": device,
+        "compile_cache": tmp_path / "store",
     }  # fmt: skip
-    first = LLM(str(folder), **options)
-    again = LLM(str(folder), **options, compile_cache_mode="require")
-    params = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
-    prompt = list(range(5, 105))
-    assert again.generate([prompt], params) == first.generate([prompt], params)
-    assert again.engine.runner.model == first.engine.runner.model
+    first, again = LLM(str(folder), **options), LLM(str(folder), **options)
+    plain = LLM(str(folder), **{**options, "hf_overrides": None})
+    models = [llm.engine.runner.model for llm in (first, again, plain)]
+    assert models[0] == models[1] != models[2]
+    assert models[1].config.norm_eps == 0.01
+    assert models[1].config.inv_freq != models[2].config.inv_freq
 
 
 def test_workers_get_the_overrides() -> None:
