@@ -230,7 +230,7 @@ def test_an_unknown_architecture_of_a_known_family(broken: Path) -> None:
 
 def test_an_unknown_family(broken: Path) -> None:
     change_config(broken, model_type="frobnicator", architectures=["FrobnicatorForCausalLM"])
-    refused(broken, "frobnicator")
+    refused(broken, "architecture \['FrobnicatorForCausalLM'\] is not supported")
 
 
 def test_a_config_that_is_no_json(broken: Path) -> None:
