@@ -24,7 +24,7 @@ from nanovllm.runner.spec import EngineSpec, Layout
 from nanovllm.startup.artifacts import is_ready, open_store
 from nanovllm.startup.checkpoint_cache import read_config
 from nanovllm.startup.compile_farm.farm import CompileFarm
-from nanovllm.startup.config_file import read_object
+from nanovllm.startup.generation_config import generation_config
 from nanovllm.startup.laps import Laps
 
 logger = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ def choose(config: EngineConfig, farm: CompileFarm, laps: Laps) -> Choice:
     """
     platform = select_platform(config)
     laps.end("device")
-    folder = hub.resolve(config.model, weights=not config.random_weights)
+    folder = hub.resolve(config.model, weights=not config.random_weights, revision=config.revision)
     store = open_store(config)
     # Workers open the store that the options name, so they cannot fill a temporary one.
     is_shared = store.folder == env.read().store_folder(config.compile_cache)
@@ -168,7 +168,7 @@ def choose_without_weights(
     `must_keep` is that of `open_store`.
     """
     platform = platform or select_platform(config)
-    folder = hub.resolve(config.model, weights=False)
+    folder = hub.resolve(config.model, weights=False, revision=config.revision)
     choice = choose_model(config, platform, open_store(config, must_keep=must_keep), folder)
     choice.prepare_kernels()
     return choice
@@ -277,7 +277,7 @@ def eos_token_ids(folder: Path, hf: Any) -> frozenset[int]:
     Raises ValueError that names the file for values that are no ids.
     """
     path = folder / "generation_config.json"
-    found = read_object(path).get("eos_token_id") if path.is_file() else None
+    found = generation_config(folder).get("eos_token_id")
     if found is None:
         path, found = folder / "config.json", hf.eos_token_id
     ids = found if isinstance(found, list) else [] if found is None else [found]
