@@ -93,12 +93,7 @@ def rope_parameters(hf: Any) -> dict[str, Any]:
     """
     hf.standardize_rope_params()
     parameters: dict[str, Any] = hf.rope_parameters
-    nested = [key for key, value in parameters.items() if isinstance(value, dict)]
-    if nested:
-        raise ValueError(
-            f"rope_parameters per layer type ({', '.join(nested)}) are not supported: only one set "
-            "for all layers is"
-        )
+    refuse_nested(parameters)
     rope_type = parameters.get("rope_type", "default")
     if rope_type not in SUPPORTED_ROPE_TYPES:
         names = ", ".join(SUPPORTED_ROPE_TYPES)
@@ -117,6 +112,16 @@ def rope_parameters(hf: Any) -> dict[str, Any]:
     if "attn_factor" in optional:
         _check_attn_factor(parameters)
     return {**parameters, "rope_type": rope_type}
+
+
+def refuse_nested(parameters: dict[str, Any]) -> None:
+    """Raise ValueError for rope parameters that hold a set for each layer type."""
+    nested = [key for key, value in parameters.items() if isinstance(value, dict)]
+    if nested:
+        raise ValueError(
+            f"rope_parameters per layer type ({', '.join(nested)}) are not supported: only one set "
+            "for all layers is"
+        )
 
 
 def _check_attn_factor(parameters: dict[str, Any]) -> None:

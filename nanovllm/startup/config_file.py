@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nanovllm.models import registry
+from nanovllm.models.rope import refuse_nested
 
 # transformers reads these names too, though they are no fields of a config class.
 OTHER_NAMES = frozenset(
@@ -34,8 +35,8 @@ def read_object(path: Path) -> dict[str, Any]:
 def transformers_config(path: Path, overrides: Mapping[str, object]) -> Any:
     """transformers' config of a config.json, in which `overrides` replace fields.
 
-    Raises ValueError that names the file for an unknown architecture or model type, and for values
-    that transformers refuses; and for overrides that the config has no field for.
+    Raises ValueError that names the file for an unknown architecture or model type, for rope
+    parameters per layer type, and for values that transformers refuses; and for overrides that the config has no field for.
     """
     stored = read_object(path)
     fields = overridden(stored, overrides) if overrides else stored
@@ -44,6 +45,9 @@ def transformers_config(path: Path, overrides: Mapping[str, object]) -> Any:
         raise ValueError(f"{path}: architectures is {names!r}: it must be a list of names")
     try:
         registry.architecture(names)
+        for name in ("rope_parameters", "rope_scaling"):
+            if isinstance(fields.get(name), dict):
+                refuse_nested(fields[name])  # some versions of transformers fail on them
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     from transformers import CONFIG_MAPPING
