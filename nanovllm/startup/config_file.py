@@ -36,7 +36,8 @@ def transformers_config(path: Path, overrides: Mapping[str, object]) -> Any:
     """transformers' config of a config.json, in which `overrides` replace fields.
 
     Raises ValueError that names the file for an unknown architecture or model type, for rope
-    parameters per layer type, and for values that transformers refuses; and for overrides that the config has no field for.
+    parameters per layer type, for values that transformers refuses, and for overrides that the
+    config has no field for.
     """
     stored = read_object(path)
     fields = overridden(stored, overrides) if overrides else stored
