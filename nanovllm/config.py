@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -16,6 +17,13 @@ Rule = tuple[str, Callable[[Any], bool]]  # what a value must be, in words and a
 
 def _are_sizes(value: Sequence[int]) -> bool:
     return all(size >= 1 for size in value)
+
+
+def _is_json_object(value: Any) -> bool:
+    try:
+        return isinstance(value, Mapping) and isinstance(json.loads(json.dumps(value)), dict)
+    except (TypeError, ValueError):
+        return False
 
 
 def _one_of(*values: str | None) -> Rule:
@@ -51,6 +59,7 @@ ALLOWED: dict[str, Rule] = {
     "npu_graph_mode": _one_of("ascend_ir", "aclgraph", None),
     "npu_graph_options": ("a dict of options by path", lambda value: True),
     "quantization": _one_of("int8", None),
+    "hf_overrides": ("a dict of fields of config.json, with JSON values", _is_json_object),
     "compile_cache": ("a folder's path", lambda value: str(value) != ""),
     "compile_cache_mode": _one_of("auto", "require"),
     "generation_config": _one_of("auto", "vllm"),
@@ -85,8 +94,11 @@ class EngineConfig:
     max_num_batched_tokens: prompt tokens per prefill step. Longer prompts are split.
     max_stall_ms: the longest prefill step in milliseconds, by an estimate, while another request
         streams. Longer prompts are split further. inf: no limit.
-    max_model_len: tokens per request, prompt and answer together. None: the checkpoint's limit, or
-        what the cache holds.
+    max_model_len: tokens per request, prompt and answer together. A number above the checkpoint's
+        limit is lowered to it, with a warning. The limit is max_position_embeddings; rope types
+        that extend it multiply (yarn: original_max_position_embeddings · factor; linear) or have
+        none (dynamic). None: that limit (max_position_embeddings for dynamic, the original length
+        for longrope), or what the cache holds.
     gpu_memory_utilization: the share of device memory for weights, cache and scratch together.
     num_kvcache_blocks, kvcache_block_size: the size of the cache in blocks, and of a block in
         tokens (a multiple of 16).
@@ -102,6 +114,9 @@ class EngineConfig:
     random_weights: draw weights from a seeded normal distribution. Only config.json is needed.
     quantization: "int8", on a CPU, stores the weights of linear layers as int8 with a factor per
         output. None: weights keep their dtype.
+    hf_overrides: fields of config.json and the values that replace them; dicts are merged. For
+        example, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0,
+        "original_max_position_embeddings": 32768}} extends Qwen3 to 131,072 positions.
     compile_cache: the folder of artifacts and kernels, which only its owner may access. None:
         NANOVLLM_CACHE.
     tokenizer: the folder or Hub id of another tokenizer. None: the checkpoint's.
@@ -142,6 +157,7 @@ class EngineConfig:
     npu_graph_options: Mapping[str, object] | None = None
     random_weights: bool = False
     quantization: str | None = None
+    hf_overrides: Mapping[str, object] | None = None
     compile_cache: str | PathLike[str] | None = None
     compile_cache_mode: str = "auto"
     tokenizer: str | PathLike[str] | None = None

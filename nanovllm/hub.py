@@ -12,12 +12,18 @@ CONFIG_FILES = ["*.json", "*.txt", "*.jinja", "tokenizer.model"]
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def resolve(model: str, *, weights: bool = True) -> Path:
+def resolve(model: str, *, weights: bool = True, revision: str | None = None) -> Path:
     """The folder of a checkpoint. Downloads a Hub id; without `weights`, its small files only.
 
-    Raises ValueError for a name that is not an embedded model, a folder with a config.json, or an
-    existing Hub id.
+    `revision` is a branch, tag or commit of a Hub id; None is its main branch. Raises ValueError
+    for a name that is not an embedded model, a folder with a config.json, or an existing Hub id,
+    and for a revision of anything but a Hub id.
     """
+    if revision is not None and (model in EMBEDDED or Path(model).expanduser().is_dir()):
+        raise ValueError(
+            f"revision is {revision!r}, but model {model!r} is no Hub id, and nothing else has "
+            "revisions"
+        )
     if model in EMBEDDED:
         return Path(__file__).parent / "assets" / model
     folder = Path(model).expanduser()
@@ -37,18 +43,23 @@ def resolve(model: str, *, weights: bool = True) -> Path:
         HfHubHTTPError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
+        RevisionNotFoundError,
     )
 
     patterns = CONFIG_FILES + (["*.safetensors"] if weights else [])
     try:
         # some repositories hold a second copy of all weights in consolidated*
         return Path(
-            snapshot_download(model, allow_patterns=patterns, ignore_patterns=["consolidated*"])
+            snapshot_download(
+                model, revision=revision, allow_patterns=patterns, ignore_patterns=["consolidated*"]
+            )
         )
     except RepositoryNotFoundError as error:
         raise ValueError(
             f"model {model!r} is no folder here and no repository on the Hub (or it is private)"
         ) from error
+    except RevisionNotFoundError as error:
+        raise ValueError(f"model {model!r} has no revision {revision!r} on the Hub") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise ValueError(
             f"model {model!r} is no folder here and could not be downloaded from the Hub: {error}"

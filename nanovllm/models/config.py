@@ -12,8 +12,9 @@ import torch
 class ModelConfig:
     """Frozen description of one checkpoint's architecture.
 
-    `inv_freq` and `rope_scale` define the rotary table: angle(m, j) = m · inv_freq[j]; cos and sin
-    are multiplied by `rope_scale`. Raises ValueError for head sizes that the kernels do not take.
+    `max_position` is the longest sequence, prompt and answer together. `inv_freq` and `rope_scale`
+    define the rotary table: angle(m, j) = m · inv_freq[j]; cos and sin are multiplied by
+    `rope_scale`. Raises ValueError for head sizes that the kernels do not take.
 
     Regions may read GRAPH_FIELDS only. These and the shapes of all inputs are in the keys of
     compiled programs.
@@ -61,25 +62,16 @@ def dense_config(
 ) -> ModelConfig:
     """The config of a dense architecture, from transformers' config.
 
-    `differences` are the fields in which the architecture departs from a plain Llama. Raises
+    `differences` are the fields in which the architecture departs from a plain Llama. A
+    `max_model_len` above what the checkpoint allows is lowered (`rope.sequence_length`). Raises
     ValueError for settings that this engine does not support.
     """
-    from nanovllm.models.rope import extends_itself, rotary_frequencies
+    from nanovllm.models.rope import rotary_frequencies, sequence_length
 
-    if getattr(hf, "hidden_act", "silu") != "silu":
-        raise ValueError(
-            f"hidden_act {hf.hidden_act!r} is not supported by {architecture}: only 'silu' is"
-        )
-    if getattr(hf, "quantization_config", None):
-        raise ValueError(f"quantized checkpoints are not supported: {hf.quantization_config}")
+    _refuse(hf, architecture)
     head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
-    positions = hf.max_position_embeddings
-    if max_model_len is not None and max_model_len > positions and not extends_itself(hf):
-        raise ValueError(
-            f"max_model_len is {max_model_len}, but the checkpoint has {positions} positions "
-            "(max_position_embeddings)"
-        )
-    inv_freq, rope_scale = rotary_frequencies(hf, head_dim, max_model_len or positions)
+    max_position = sequence_length(hf, max_model_len)
+    inv_freq, rope_scale = rotary_frequencies(hf, head_dim, max_position)
     fields: dict[str, Any] = {
         "num_kv_heads": getattr(hf, "num_key_value_heads", None) or hf.num_attention_heads,
         **differences,
@@ -93,13 +85,39 @@ def dense_config(
         num_heads=hf.num_attention_heads,
         head_dim=head_dim,
         norm_eps=hf.rms_norm_eps,
-        max_position=positions,
+        max_position=max_position,
         inv_freq=inv_freq,
         rope_scale=rope_scale,
         tied_embeddings=bool(hf.tie_word_embeddings),
         dtype=dtype,
         **fields,
     )
+
+
+def _refuse(hf: Any, architecture: str) -> None:
+    """Raise ValueError for fields whose value changes results in a way that no region computes."""
+    if getattr(hf, "is_heterogeneous", False) or vars(hf).get("per_layer_config"):
+        raise ValueError("per_layer_config is not supported: all layers must have the same sizes")
+    if getattr(hf, "hidden_act", "silu") != "silu":
+        raise ValueError(
+            f"hidden_act {hf.hidden_act!r} is not supported by {architecture}: only 'silu' is"
+        )
+    if getattr(hf, "quantization_config", None):
+        raise ValueError(
+            "quantized checkpoints are not supported: quantization_config is "
+            f"{hf.quantization_config}"
+        )
+    if not getattr(hf, "is_causal", True):
+        raise ValueError(f"is_causal {hf.is_causal} is not supported: only causal attention is")
+
+
+def require_type(hf: Any, architecture: str, *model_types: str) -> None:
+    """Raise ValueError unless the config's `model_type` is one of the architecture's own."""
+    if hf.model_type not in model_types:
+        raise ValueError(
+            f"model_type {hf.model_type!r} does not go with the architecture {architecture}: "
+            f"it must be {' or '.join(map(repr, model_types))}"
+        )
 
 
 def windows_by_layer_type(hf: Any) -> tuple[int, ...]:

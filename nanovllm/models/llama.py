@@ -6,16 +6,19 @@ from typing import Any
 
 import torch
 
-from nanovllm.models.config import dense_config
+from nanovllm.models.config import dense_config, require_type
 from nanovllm.models.dense import dense_model
 from nanovllm.models.interface import Model
+
+NAME = "LlamaForCausalLM"
 
 
 def model(hf: Any, *, dtype: torch.dtype, max_model_len: int | None = None) -> Model:
     """The model of transformers' `LlamaConfig`."""
+    require_type(hf, NAME, "llama")
     config = dense_config(
         hf,
-        architecture="LlamaForCausalLM",
+        architecture=NAME,
         dtype=dtype,
         max_model_len=max_model_len,
         qkv_bias=hf.attention_bias,

@@ -18,6 +18,10 @@ from nanovllm.models.interface import Model, Param, Params
 # Checkpoint tensors that no forward pass reads.
 IGNORED = re.compile(r".*\.(rotary_emb\.inv_freq|masked_bias)$")
 RANDOM_STD = 0.02
+# Other dtypes, integers and fp8, are parts of a number whose scale is a tensor of its own.
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+ROWS_AT_ONCE = 4096  # when two tables are compared
 
 Progress = Callable[[int], object]  # called with the number of layers that were added
 
@@ -35,8 +39,8 @@ def load(
     table stays plain, since its rows are looked up; the head is a converted copy of it. Calls
     `progress(n)` after every n layers.
 
-    Raises CheckpointError naming the tensor that is missing, left over or misshapen, or the file
-    that is damaged.
+    Raises CheckpointError naming the tensor that is missing, left over, misshapen or quantized, or
+    the file that is damaged.
     """
     files = _locate(folder)
     used: set[str] = set()
@@ -47,6 +51,12 @@ def load(
             if source not in files:
                 raise CheckpointError(f"{folder}: tensor {source} is missing")
             tensor = _read(files[source], source)
+            if tensor.dtype not in DTYPES:
+                raise CheckpointError(
+                    f"{folder}: tensor {source} is stored as "
+                    f"{str(tensor.dtype).removeprefix('torch.')}: quantized checkpoints are not "
+                    "supported"
+                )
             if tensor.shape != part.shape:
                 raise CheckpointError(
                     f"{folder}: tensor {source} has shape {list(tensor.shape)}, but the config "
@@ -57,7 +67,7 @@ def load(
         return out
 
     params = build(model, read, progress, weight_format)
-    ignored = {"lm_head.weight"} if model.config.tied_embeddings else set()
+    ignored = {HEAD} if model.config.tied_embeddings else set()
     extra = sorted(name for name in set(files) - used - ignored if not IGNORED.fullmatch(name))
     if extra:
         raise CheckpointError(
@@ -65,6 +75,32 @@ def load(
             f"e.g. {extra[0]}"
         )
     return params
+
+
+def has_own_head(folder: Path, dtype: torch.dtype) -> bool:
+    """True if the checkpoint has a head whose values, in `dtype`, differ from the embedding table.
+
+    Where that is so, transformers does not tie them, whatever the config says. Reads headers alone
+    if no head is stored, and otherwise up to the first difference. False without weights.
+    """
+    if not any(folder.glob("*.safetensors")):
+        return False
+    files = _locate(folder)
+    if not {TABLE, HEAD} <= set(files):
+        return False
+    try:
+        with _opened(files[TABLE]) as one, _opened(files[HEAD]) as other:
+            table, head = one.get_slice(TABLE), other.get_slice(HEAD)
+            if table.get_shape() != head.get_shape():
+                return True
+            num_rows = table.get_shape()[0]
+            for start in range(0, num_rows, ROWS_AT_ONCE):
+                rows = slice(start, min(start + ROWS_AT_ONCE, num_rows))
+                if not torch.equal(table[rows].to(dtype), head[rows].to(dtype)):
+                    return True
+    except SafetensorError as error:
+        raise CheckpointError(f"{folder}: {TABLE} or {HEAD} cannot be read: {error}") from error
+    return False
 
 
 def random(

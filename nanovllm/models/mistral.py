@@ -1,4 +1,4 @@
-"""Mistral: a Llama in which every layer sees only the newest `sliding_window` positions."""
+"""Mistral: a Llama whose layers see the newest `sliding_window` positions only."""
 
 from __future__ import annotations
 
@@ -6,14 +6,21 @@ from typing import Any
 
 import torch
 
-from nanovllm.models.config import dense_config
+from nanovllm.models.config import dense_config, require_type, windows_by_layer_type
 from nanovllm.models.dense import dense_model
 from nanovllm.models.interface import Model
 
+NAME = "MistralForCausalLM"
+
 
 def model(hf: Any, *, dtype: torch.dtype, max_model_len: int | None = None) -> Model:
-    """The model of transformers' `MistralConfig`."""
-    config = dense_config(
-        hf, architecture="MistralForCausalLM", dtype=dtype, max_model_len=max_model_len
-    )
+    """The model of transformers' `MistralConfig`.
+
+    With `layer_types`, transformers reads the config as a `MinistralConfig`: the window is that of
+    the layers of type "sliding_attention" alone.
+    """
+    require_type(hf, NAME, "mistral", "ministral")
+    config = dense_config(hf, architecture=NAME, dtype=dtype, max_model_len=max_model_len)
+    if getattr(hf, "layer_types", None):
+        return dense_model(config, windows_by_layer_type(hf))
     return dense_model(config, (hf.sliding_window or 0,) * hf.num_hidden_layers)

@@ -6,14 +6,17 @@ from typing import Any
 
 import torch
 
-from nanovllm.models.config import dense_config, windows_by_layer_type
+from nanovllm.models.config import dense_config, require_type, windows_by_layer_type
 from nanovllm.models.dense import dense_model
 from nanovllm.models.interface import Model
+
+NAME = "Qwen2ForCausalLM"
 
 
 def model(hf: Any, *, dtype: torch.dtype, max_model_len: int | None = None) -> Model:
     """The model of transformers' `Qwen2Config`."""
+    require_type(hf, NAME, "qwen2")
     config = dense_config(
-        hf, architecture="Qwen2ForCausalLM", dtype=dtype, max_model_len=max_model_len, qkv_bias=True
+        hf, architecture=NAME, dtype=dtype, max_model_len=max_model_len, qkv_bias=True
     )
     return dense_model(config, windows_by_layer_type(hf))

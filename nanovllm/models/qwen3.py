@@ -6,16 +6,19 @@ from typing import Any
 
 import torch
 
-from nanovllm.models.config import dense_config, windows_by_layer_type
+from nanovllm.models.config import dense_config, require_type, windows_by_layer_type
 from nanovllm.models.dense import dense_model
 from nanovllm.models.interface import Model
+
+NAME = "Qwen3ForCausalLM"
 
 
 def model(hf: Any, *, dtype: torch.dtype, max_model_len: int | None = None) -> Model:
     """The model of transformers' `Qwen3Config`."""
+    require_type(hf, NAME, "qwen3")
     config = dense_config(
         hf,
-        architecture="Qwen3ForCausalLM",
+        architecture=NAME,
         dtype=dtype,
         max_model_len=max_model_len,
         qkv_bias=hf.attention_bias,

@@ -10,6 +10,18 @@ from torch import Tensor
 SUPPORTED_ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
 
+# What rope parameters may hold: the keys of transformers' `RopeParameters`, an older name for the
+# type, a mark that changes nothing, and `attn_factor`.
+KEYS = frozenset(
+    {
+        "rope_type", "type", "rope_theta", "partial_rotary_factor", "factor",
+        "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow",
+        "short_factor", "long_factor", "low_freq_factor", "high_freq_factor", "mscale",
+        "mscale_all_dim", "truncate", "mrope_section", "finetuned", "attn_factor",
+    }
+)  # fmt: skip
+
+
 def rotary_frequencies(
     hf: Any, head_dim: int, max_model_len: int
 ) -> tuple[tuple[float, ...], float]:
@@ -18,31 +30,111 @@ def rotary_frequencies(
     The engine has one table for all lengths. For rope types whose frequencies depend on the
     sequence length (dynamic, longrope) transformers changes them in mid-sequence, and older keys no
     longer fit newer queries. Here `max_model_len` decides once: up to the original length the
-    frequencies are the unscaled (short) ones. Raises ValueError for unsupported settings.
+    frequencies are the unscaled (short) ones.
+
+    With yarn, `attention_factor` replaces the factor that transformers computes, and `attn_factor`
+    multiplies it, as in vLLM. DeepSeek-R1-0528-Qwen3-8B has an `attn_factor` that makes the product
+    1; transformers does not read it. Raises ValueError for unsupported settings.
     """
-    hf.standardize_rope_params()
-    parameters = hf.rope_parameters
-    rope_type = parameters.get("rope_type", "default")
-    if rope_type not in SUPPORTED_ROPE_TYPES:
-        names = ", ".join(SUPPORTED_ROPE_TYPES)
-        raise ValueError(f"rope type {rope_type!r} is not supported: use one of {names}")
-    factor = parameters.get("partial_rotary_factor", 1.0)
-    if factor != 1.0:
-        raise ValueError(f"partial_rotary_factor {factor} is not supported: only 1.0 is")
+    parameters = rope_parameters(hf)
+    rope_type = parameters["rope_type"]
     if rope_type == "default":
         exponent = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
         return tuple((1.0 / parameters["rope_theta"] ** exponent).tolist()), 1.0
     # this import takes half a second, and few models need it
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    inv_freq, scale = ROPE_INIT_FUNCTIONS[rope_type](hf, torch.device("cpu"), seq_len=max_model_len)
-    return tuple(inv_freq.float().tolist()), float(scale)
+    compute, cpu = ROPE_INIT_FUNCTIONS[rope_type], torch.device("cpu")
+    try:
+        inv_freq, scale = compute(hf, cpu, seq_len=max_model_len)
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"rope_parameters {parameters} cannot be used: {type(error).__name__}: {error}"
+        ) from error
+    if inv_freq.shape != (head_dim // 2,):
+        raise ValueError(
+            f"rope_parameters {parameters} give {inv_freq.numel()} frequencies, but head_dim "
+            f"{head_dim} needs {head_dim // 2}"
+        )
+    return tuple(inv_freq.float().tolist()), float(scale) * (parameters.get("attn_factor") or 1.0)
 
 
-def extends_itself(hf: Any) -> bool:
-    """True if the rope type has no longest position (dynamic); others have one."""
+def sequence_length(hf: Any, max_model_len: int | None) -> int:
+    """`max_model_len`, lowered to the longest sequence that the rope type is made for.
+
+    | type | longest sequence | without `max_model_len` |
+    |---|---|---|
+    | default, llama3 | max_position_embeddings | the same |
+    | linear | max_position_embeddings · factor | the same |
+    | yarn | original_max_position_embeddings · factor | the same |
+    | longrope | max_position_embeddings | original_max_position_embeddings |
+    | dynamic | any | max_position_embeddings |
+
+    For linear the original length counts in place of max_position_embeddings, if it is given. For
+    linear and yarn max_position_embeddings counts if it is larger. vLLM derives the same limits. It
+    also takes the original length for longrope by default, since short sequences get other
+    frequencies, and so other answers, where longer ones are allowed.
+    """
+    parameters, positions = rope_parameters(hf), int(hf.max_position_embeddings)
+    original = parameters.get("original_max_position_embeddings") or positions
+    if parameters["rope_type"] == "dynamic":
+        return max_model_len or positions
+    if parameters["rope_type"] == "longrope":
+        return min(max_model_len or original, positions)
+    if parameters["rope_type"] in ("linear", "yarn"):
+        positions = max(positions, int(original * (parameters.get("factor") or 1.0)))
+    return min(max_model_len or positions, positions)
+
+
+def rope_parameters(hf: Any) -> dict[str, Any]:
+    """The rope parameters of transformers' config in their standard form.
+
+    Raises ValueError for types, keys and values that are not supported.
+    """
     hf.standardize_rope_params()
-    return hf.rope_parameters.get("rope_type") == "dynamic"
+    parameters: dict[str, Any] = hf.rope_parameters
+    refuse_nested(parameters)
+    rope_type = parameters.get("rope_type", "default")
+    if rope_type not in SUPPORTED_ROPE_TYPES:
+        names = ", ".join(SUPPORTED_ROPE_TYPES)
+        raise ValueError(f"rope type {rope_type!r} is not supported: use one of {names}")
+    for key, value in parameters.items():
+        if value is not None and key not in KEYS:
+            raise ValueError(f"rope_parameters has {key} {value!r}, which is not supported")
+    rotated = parameters.get("partial_rotary_factor")
+    if rotated not in (None, 1.0):
+        raise ValueError(f"partial_rotary_factor {rotated} is not supported: only 1.0 is")
+    optional = [key for key in ("factor", "attn_factor") if parameters.get(key) is not None]
+    for key in ("rope_theta", *optional):
+        value = parameters.get(key)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+            raise ValueError(f"rope_parameters has {key} {value!r}: it must be a number above 0")
+    if "attn_factor" in optional:
+        _check_attn_factor(parameters)
+    return {**parameters, "rope_type": rope_type}
+
+
+def refuse_nested(parameters: dict[str, Any]) -> None:
+    """Raise ValueError for rope parameters that hold a set for each layer type."""
+    nested = [key for key, value in parameters.items() if isinstance(value, dict)]
+    if nested:
+        raise ValueError(
+            f"rope_parameters per layer type ({', '.join(nested)}) are not supported: only one set "
+            "for all layers is"
+        )
+
+
+def _check_attn_factor(parameters: dict[str, Any]) -> None:
+    if parameters["rope_type"] != "yarn":
+        raise ValueError(
+            f"attn_factor {parameters['attn_factor']} is not supported with rope type "
+            f"{parameters['rope_type']!r}: only with 'yarn'"
+        )
+    if parameters.get("attention_factor") is not None:
+        raise ValueError(
+            f"rope_parameters has both attn_factor {parameters['attn_factor']} and "
+            f"attention_factor {parameters['attention_factor']}: only one of them is supported"
+        )
 
 
 def rotary_table(

@@ -6,13 +6,11 @@ only if that loses nothing. Their keys are digests of the files and versions of 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.metadata
 import json
 import logging
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,12 +20,14 @@ import torch
 from nanovllm.compile.keys import Key
 from nanovllm.compile.store import Artifact, Store
 from nanovllm.kernels.code_files import digest
+from nanovllm.startup.config_file import transformers_config
 from nanovllm.tokenizer import TOKENIZER_FILES, Tokenizer, has_tokenizer, load_full
 
 logger = logging.getLogger(__name__)
 
 CONFIG, TOKENIZER = "config", "tokenizer"
-FORMAT = 2  # in every key: count up when the content changes
+UNREAD = ("id2label", "label2id", "ignore_keys_at_rope_validation")  # no model reads them
+FORMAT = 3  # in every key: count up when the content changes
 # A tokenizer is kept only if it treats these texts as transformers does.
 PROBES = (
     "", " ", "Hello, world!", "  two  spaces\n\n\tand a tab ", "it's don't I'll",
@@ -43,49 +43,38 @@ class StoredConfig(SimpleNamespace):
         """Does nothing: stored parameters have the standard form."""
 
 
-def read_config(folder: Path, store: Store | None) -> Any:
-    """transformers' config of a checkpoint, or the store's copy of it."""
-    key = _key(CONFIG, [folder / "config.json"], "transformers")
+def read_config(
+    folder: Path, store: Store | None, overrides: Mapping[str, object] | None = None
+) -> Any:
+    """transformers' config of a checkpoint with `overrides`, or the store's copy of it.
+
+    Errors are those of `transformers_config`.
+    """
+    path = folder / "config.json"
+    changes = json.dumps(overrides or {}, sort_keys=True)
+    key = _key(CONFIG, [path], "transformers", overrides=changes)
     if store is not None and (found := store.find(key)):
         attributes = json.loads(found.content)
         attributes["dtype"] = attributes["dtype"] and getattr(torch, attributes["dtype"])
         return StoredConfig(**attributes)
-    from transformers import AutoConfig
-
-    with _without_docstrings():
-        hf = AutoConfig.from_pretrained(folder)
+    hf = transformers_config(path, overrides or {})
     if store is not None and (content := _written(hf)) is not None:
         store.save(key, Artifact(CONFIG, CONFIG, content, None, {}))
     return hf
 
 
-@contextlib.contextmanager
-def _without_docstrings() -> Iterator[None]:
-    """Keep transformers from writing docstrings of config classes.
-
-    Up to 5.20 it imports its generation code for them, with scipy, pandas and Dynamo: 2.3 s.
-    """
-    module = sys.modules.get("transformers.utils.auto_docstring")
-    write = getattr(module, "auto_class_docstring", None)
-    if module is None or write is None:
-        yield
-        return
-    module.auto_class_docstring = lambda cls, **_: cls  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        module.auto_class_docstring = write  # type: ignore[attr-defined]
-
-
 def _written(hf: Any) -> bytes | None:
-    """The config's attributes as JSON; None for rope types, whose parameters need code."""
+    """The config's attributes as JSON; None if JSON loses one, or for rope types with code."""
+    if getattr(hf, "is_heterogeneous", False):
+        return None
     hf.standardize_rope_params()
     if hf.rope_parameters.get("rope_type", "default") != "default":
         return None
-    attributes = {name: value for name, value in vars(hf).items() if not name.startswith("_")}
-    attributes["dtype"] = str(hf.dtype).removeprefix("torch.") if hf.dtype is not None else None
-    plain = {name: value for name, value in attributes.items() if _is_plain(value)}
-    return json.dumps(plain).encode()
+    kept = {name: value for name, value in vars(hf).items() if not name.startswith("_")}
+    kept = {name: value for name, value in kept.items() if name not in UNREAD}
+    kept["model_type"] = hf.model_type
+    kept["dtype"] = str(hf.dtype).removeprefix("torch.") if hf.dtype is not None else None
+    return json.dumps(kept).encode() if all(map(_is_plain, kept.values())) else None
 
 
 def _is_plain(value: Any) -> bool:
@@ -140,7 +129,7 @@ def _description(full: Any) -> str | None:
     return str(copied.to_str())
 
 
-def _key(kind: str, files: Sequence[Path], *libraries: str) -> Key:
+def _key(kind: str, files: Sequence[Path], *libraries: str, **others: str) -> Key:
     digests = {f"file {path.name}": digest(path.read_bytes()) for path in files}
     versions = {f"version {name}": importlib.metadata.version(name) for name in libraries}
-    return Key({"kind": f"{kind} {FORMAT}", **digests, **versions})
+    return Key({"kind": f"{kind} {FORMAT}", **digests, **versions, **others})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,12 +17,14 @@ from nanovllm.config import EngineConfig
 from nanovllm.models import registry
 from nanovllm.models.formats import PLAIN
 from nanovllm.models.interface import Model
+from nanovllm.models.loader import has_own_head
 from nanovllm.platforms import attention
 from nanovllm.platforms.base import Platform
 from nanovllm.runner.spec import EngineSpec, Layout
 from nanovllm.startup.artifacts import is_ready, open_store
 from nanovllm.startup.checkpoint_cache import read_config
 from nanovllm.startup.compile_farm.farm import CompileFarm
+from nanovllm.startup.generation_config import generation_config
 from nanovllm.startup.laps import Laps
 
 logger = logging.getLogger(__name__)
@@ -83,14 +84,14 @@ def choose(config: EngineConfig, farm: CompileFarm, laps: Laps) -> Choice:
     """
     platform = select_platform(config)
     laps.end("device")
-    folder = hub.resolve(config.model, weights=not config.random_weights)
+    folder = hub.resolve(config.model, weights=not config.random_weights, revision=config.revision)
     store = open_store(config)
     # Workers open the store that the options name, so they cannot fill a temporary one.
     is_shared = store.folder == env.read().store_folder(config.compile_cache)
     helps = is_shared and not config.enforce_eager and config.compile_cache_mode == "auto"
     is_cold = helps and not any(store.entries())
     farm.start_workers(platform.compile_workers(0, 0) if is_cold else 0)
-    choice = choose_model(config, platform, store, folder)
+    choice = choose_model(config, platform, store, folder, weights=not config.random_weights)
     laps.end("config")
     choice.prepare_kernels()
     choice.check_graphs()
@@ -112,20 +113,51 @@ def _num_workers(choice: Choice) -> int:
     return 0 if count < 2 or is_ready(choice) else count
 
 
-def choose_model(config: EngineConfig, platform: Platform, store: Store, folder: Path) -> Choice:
-    """The part of `choose` that follows from the checkpoint's config. Raises ValueError."""
+def choose_model(
+    config: EngineConfig, platform: Platform, store: Store, folder: Path, *, weights: bool = False
+) -> Choice:
+    """The part of `choose` that follows from the checkpoint's config. Raises ValueError.
+
+    With `weights`, the checkpoint's tensors decide whether a tied head is one.
+    """
     traits = platform.traits
     if config.quantization is not None and config.quantization not in traits.quantizations:
         raise ValueError(
             f"quantization {config.quantization!r} is not supported on a {traits.name} device, "
             "only on a cpu: leave it out or use device='cpu'"
         )
-    hf = read_config(folder, store)
+    hf = read_config(folder, store, config.hf_overrides)
     dtype = choose_dtype(config.dtype, hf, platform)
+    if weights and hf.tie_word_embeddings and has_own_head(folder, dtype):
+        logger.warning(
+            "%s: the embeddings are not tied, in spite of tie_word_embeddings: lm_head.weight and "
+            "model.embed_tokens.weight have different values", folder,
+        )  # fmt: skip
+        hf.tie_word_embeddings = False
     architecture = registry.architecture(hf.architectures)
     model = architecture(hf, dtype=dtype, max_model_len=config.max_model_len)
+    config = within_limit(config, model, hf)
     spec = make_spec(config, model, platform)
     return Choice(config, platform, store, folder, hf, model, spec, eos_token_ids(folder, hf))
+
+
+def within_limit(config: EngineConfig, model: Model, hf: Any) -> EngineConfig:
+    """The options, with max_model_len lowered to the model's longest sequence; warns if it was."""
+    asked, longest = config.max_model_len, model.config.max_position
+    if asked is None or asked <= longest:
+        return config
+    positions = hf.max_position_embeddings
+    scaling = {
+        "rope_type": "yarn",
+        "factor": float(-(-asked // positions)),
+        "original_max_position_embeddings": positions,
+    }
+    logger.warning(
+        "max_model_len is lowered from %d to %d, the longest sequence of the checkpoint. To extend "
+        "it, scale the rotary positions, for example with hf_overrides={'rope_scaling': %s}",
+        asked, longest, scaling,
+    )  # fmt: skip
+    return replace(config, max_model_len=longest)
 
 
 def choose_without_weights(
@@ -136,7 +168,7 @@ def choose_without_weights(
     `must_keep` is that of `open_store`.
     """
     platform = platform or select_platform(config)
-    folder = hub.resolve(config.model, weights=False)
+    folder = hub.resolve(config.model, weights=False, revision=config.revision)
     choice = choose_model(config, platform, open_store(config, must_keep=must_keep), folder)
     choice.prepare_kernels()
     return choice
@@ -240,8 +272,15 @@ def make_layout(
 
 
 def eos_token_ids(folder: Path, hf: Any) -> frozenset[int]:
-    """All ids that end an answer: those in generation_config.json, or else in config.json."""
-    generation = folder / "generation_config.json"
-    found = json.loads(generation.read_text()).get("eos_token_id") if generation.is_file() else None
-    found = hf.eos_token_id if found is None else found
-    return frozenset(found if isinstance(found, list) else [] if found is None else [found])
+    """All ids that end an answer: those in generation_config.json, or else in config.json.
+
+    Raises ValueError that names the file for values that are no ids.
+    """
+    path = folder / "generation_config.json"
+    found = generation_config(folder).get("eos_token_id")
+    if found is None:
+        path, found = folder / "config.json", hf.eos_token_id
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in ids):
+        raise ValueError(f"{path}: eos_token_id is {found!r}: it must be a token id, or a list")
+    return frozenset(ids)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from nanovllm.sampling import SamplingParams
+from nanovllm.startup.config_file import read_object
 
 logger = logging.getLogger(__name__)
 
@@ -26,15 +26,7 @@ FIELDS = {
 def generation_config(folder: Path) -> dict[str, Any]:
     """The content of generation_config.json; {} if there is none. Raises ValueError."""
     path = folder / "generation_config.json"
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds {content!r}: it must be an object")
-    return content
+    return read_object(path) if path.is_file() else {}
 
 
 def default_params(content: Mapping[str, Any]) -> SamplingParams:

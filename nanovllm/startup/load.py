@@ -82,7 +82,7 @@ def load(config: EngineConfig, farm: CompileFarm | None = None) -> Loaded:
     if tokenizer is not None and tokenizer.eos_id is not None and not generation:
         eos_ids |= {tokenizer.eos_id}
     return Loaded(
-        config, runner.model, runner.spec, runner, tokenizer, eos_ids,
+        choice.config, runner.model, runner.spec, runner, tokenizer, eos_ids,
         default_params(generation if config.generation_config == "auto" else {}),
         built.num_blocks, built.memory, built.stall, laps.seconds,
     )  # fmt: skip

@@ -148,13 +148,40 @@ def test_other_files_beside_the_model_s_are_not_read(tiny: Path) -> None:
 
 def test_tied_embeddings_are_one_tensor_even_if_the_head_is_stored(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path, "llama", tie_word_embeddings=True)
-    assert "lm_head.weight" not in load_file(folder / MODEL_FILE)
+    stored = load_file(folder / MODEL_FILE)
+    assert "lm_head.weight" not in stored
     expected = load(folder)
     assert expected.head_VD is expected.embed_VD
-    change(folder, lambda tensors: tensors.update({"lm_head.weight": torch.ones(512, 64)}))
+    head = stored["model.embed_tokens.weight"].clone()
+    change(folder, lambda tensors: tensors.update({"lm_head.weight": head}))
+    assert not weights.has_own_head(folder, torch.float32)
     params = load(folder)
     assert params.head_VD is params.embed_VD
     assert same(params, expected)
+
+
+@pytest.mark.parametrize("row", [0, 98, 99, 511])
+def test_a_head_of_its_own_is_seen_in_any_row(
+    row: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights, "ROWS_AT_ONCE", 99)
+    folder = save_tiny(tmp_path, "llama", tie_word_embeddings=True)
+    head = load_file(folder / MODEL_FILE)["model.embed_tokens.weight"].clone()
+    head[row, 3] += 1e-3
+    change(folder, lambda tensors: tensors.update({"lm_head.weight": head}))
+    assert weights.has_own_head(folder, torch.float32)
+
+
+def test_a_head_that_is_equal_in_the_model_s_dtype_is_tied(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path, "llama", tie_word_embeddings=True)
+    head = load_file(folder / MODEL_FILE)["model.embed_tokens.weight"].bfloat16()
+    change(folder, lambda tensors: tensors.update({"lm_head.weight": head}))
+    assert not weights.has_own_head(folder, torch.bfloat16)
+    assert weights.has_own_head(folder, torch.float32)
+
+
+def test_a_folder_without_weights_has_no_head_of_its_own(tmp_path: Path) -> None:
+    assert not weights.has_own_head(tmp_path, torch.float32)
 
 
 def test_buffers_of_old_checkpoints_are_passed_over(tiny: Path) -> None:
@@ -223,6 +250,19 @@ def test_a_misshapen_tensor_is_named_with_both_shapes(
     assert name in str(caught.value)
     assert str([shape[0] + 1, *shape[1:]]) in str(caught.value)
     assert str(shape) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "stored", [torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2]
+)
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.down_proj.weight", "lm_head.weight"])
+def test_a_quantized_tensor_is_named_with_its_dtype(
+    name: str, stored: torch.dtype, tiny: Path
+) -> None:
+    change(tiny, lambda tensors: tensors.update({name: tensors[name].to(stored)}))
+    spelled = str(stored).removeprefix("torch.")
+    with pytest.raises(CheckpointError, match=f"tensor {name} is stored as {spelled}: quantized"):
+        load(tiny)
 
 
 def test_one_number_is_not_spread_over_a_tensor(tiny: Path) -> None:

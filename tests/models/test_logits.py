@@ -293,6 +293,23 @@ def test_a_window_off_by_one_shows(device: str, tmp_path: Path) -> None:
             assert max_difference(both[:1], both[1:]) > TOLERANCE
 
 
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_a_tied_config_with_another_head_is_untied_with_a_warning(
+    architecture: str, device: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    case = Case(architecture, "default", (4, 2), 32, tied=False)
+    folder, known = case.save(tmp_path), sequences(VOCAB_SIZE, (19, 24))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    runner = load(folder, device, enforce_eager=True)
+    assert "the embeddings are not tied, in spite of tie_word_embeddings" in caplog.text
+    assert not runner.model.config.tied_embeddings
+    assert (
+        max_difference(engine_logits(runner, known), transformers_logits(folder, known, device))
+        <= TOLERANCE
+    )
+
+
 # bf16 ---------------------------------------------------------------------------------------------
 
 

@@ -130,16 +130,33 @@ def test_longrope_has_a_side_for_each_length() -> None:
     assert beyond[0] == pytest.approx(at_limit[0] / 3.0)
 
 
-def test_without_a_length_the_checkpoint_s_own_decides() -> None:
+def length(name: str, max_model_len: int | None, **more: Any) -> int:
+    """The longest sequence of a model with one of the rope types above."""
+    hf = hf_config({**parameters(name, 32), **more}, 32)
+    return llama.model(hf, dtype=torch.float32, max_model_len=max_model_len).config.max_position
+
+
+def test_a_scaled_context_is_as_long_as_the_scaling_makes_it() -> None:
+    assert [length("yarn", asked) for asked in (None, 200, 256, 257)] == [256, 200, 256, 256]
+    assert length("yarn", None, factor=9.5) == length("yarn", 10**6, factor=9.5) == int(64 * 9.5)
+    assert length("yarn", None, factor=2.0) == MAX_POSITION
+    assert length("linear", None) == length("linear", 10**6) == int(2.5 * MAX_POSITION)
+    assert length("linear", 10**6, factor=8.0, **ORIGINAL) == 8 * 64
+    assert length("llama3", None) == length("llama3", 10**6) == MAX_POSITION
+    assert length("default", None) == length("default", 10**6) == MAX_POSITION
+    assert [length("dynamic", asked) for asked in (None, 10**6)] == [MAX_POSITION, 10**6]
+
+
+def test_a_longrope_context_is_long_if_that_is_asked_for() -> None:
+    asked = (None, 63, 65, MAX_POSITION, MAX_POSITION + 1)
+    assert [length("longrope", one) for one in asked] == [64, 63, 65, MAX_POSITION, MAX_POSITION]
+
+
+@pytest.mark.parametrize("max_model_len", [None, 64, 65])
+def test_the_longest_sequence_decides_the_frequencies(max_model_len: int | None) -> None:
     hf = hf_config(parameters("longrope", 32), 32)
-    assert (
-        llama.model(hf, dtype=torch.float32).config.inv_freq
-        == rotary_frequencies(hf, 32, MAX_POSITION)[0]
-    )
-    assert (
-        llama.model(hf, dtype=torch.float32, max_model_len=64).config.inv_freq
-        == rotary_frequencies(hf, 32, 64)[0]
-    )
+    config = llama.model(hf, dtype=torch.float32, max_model_len=max_model_len).config
+    assert config.inv_freq == rotary_frequencies(hf, 32, max_model_len or 64)[0]
 
 
 @pytest.mark.parametrize("type_key", ["rope_type", "type"])

@@ -17,7 +17,7 @@ import transformers
 from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
 from nanovllm.compile.store import Store
-from nanovllm.models import registry
+from nanovllm.models import qwen3, registry
 from nanovllm.startup import checkpoint_cache as readings
 from nanovllm.startup.checkpoint_cache import StoredConfig, read_config, read_tokenizer
 from nanovllm.startup.choose import eos_token_ids
@@ -68,8 +68,8 @@ def without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("transformers is asked")
 
-    for name in ("AutoConfig", "AutoTokenizer"):
-        monkeypatch.setattr(getattr(transformers, name), "from_pretrained", refuse)
+    monkeypatch.setattr(readings, "transformers_config", refuse)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", refuse)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.model_type)
@@ -119,6 +119,25 @@ def test_a_changed_config_is_read_anew(tmp_path: Path, store: Store) -> None:
     (tmp_path / "config.json").write_text(json.dumps(changed))
     again = read_config(tmp_path, store)
     assert not isinstance(again, StoredConfig) and again.rms_norm_eps == 0.5
+
+
+def test_overrides_have_a_kept_config_of_their_own(tmp_path: Path, store: Store) -> None:
+    folder = checkpoint(tmp_path, CONFIGS[3])
+    for kept in (False, True):
+        for overrides in (None, {"rms_norm_eps": 0.5}, {"rms_norm_eps": 0.25}):
+            hf = read_config(folder, store, overrides)
+            assert isinstance(hf, StoredConfig) == kept
+            assert hf.rms_norm_eps == (overrides or {"rms_norm_eps": 1e-6})["rms_norm_eps"]
+
+
+def test_a_config_with_a_value_that_json_changes_is_not_kept(tmp_path: Path, store: Store) -> None:
+    folder = checkpoint(tmp_path, CONFIGS[3])
+    config = json.loads((folder / "config.json").read_text())
+    config["per_layer_config"] = {"0": {"rms_norm_eps": 0.5}}
+    (folder / "config.json").write_text(json.dumps(config))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="per_layer_config is not supported"):
+            qwen3.model(read_config(folder, store), dtype=torch.float32)
 
 
 def test_a_rope_type_with_code_of_its_own_is_not_kept(tmp_path: Path, store: Store) -> None:

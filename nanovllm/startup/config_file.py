@@ -1,0 +1,129 @@
+"""Reads a checkpoint's JSON files, and makes transformers' config from config.json."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import reprlib
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from nanovllm.models import registry
+from nanovllm.models.rope import refuse_nested
+
+# transformers reads these names too, though they are no fields of a config class.
+OTHER_NAMES = frozenset(
+    {"head_dim", "is_causal", "original_max_position_embeddings", "partial_rotary_factor",
+     "quantization_config", "rope_scaling", "rope_theta", "torch_dtype"}
+)  # fmt: skip
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises ValueError that names the file."""
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds {reprlib.repr(found)}: it must be an object")
+    return found
+
+
+def transformers_config(path: Path, overrides: Mapping[str, object]) -> Any:
+    """transformers' config of a config.json, in which `overrides` replace fields.
+
+    Raises ValueError that names the file for an unknown architecture or model type, for rope
+    parameters per layer type, for values that transformers refuses, and for overrides that the
+    config has no field for.
+    """
+    stored = read_object(path)
+    fields = overridden(stored, overrides) if overrides else stored
+    names, model_type = fields.get("architectures"), fields.get("model_type")
+    if not isinstance(names, list):
+        raise ValueError(f"{path}: architectures is {names!r}: it must be a list of names")
+    try:
+        registry.architecture(names)
+        for name in ("rope_parameters", "rope_scaling"):
+            if isinstance(fields.get(name), dict):
+                refuse_nested(fields[name])  # some versions of transformers fail on them
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    from transformers import CONFIG_MAPPING
+
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        raise ValueError(f"{path}: model_type is {model_type!r}, which transformers does not know")
+    try:
+        with _without_docstrings():
+            hf = CONFIG_MAPPING[model_type].from_dict(fields)
+    except Exception as error:  # of several libraries, some with more than one line
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{path}: transformers refuses the config: {reason}") from error
+    known = {field.name for field in dataclasses.fields(hf)} | set(stored) | OTHER_NAMES
+    if unknown := sorted(set(overrides) - known):
+        raise ValueError(
+            f"hf_overrides has {unknown[0]!r}, which is no field of {type(hf).__name__}: "
+            f"use one of {', '.join(sorted(known))}"
+        )
+    return hf
+
+
+def overridden(fields: Mapping[str, Any], overrides: Mapping[str, object]) -> dict[str, Any]:
+    """The fields of config.json after `overrides`, which replace values, and merge into dicts.
+
+    Both may use the older names of rope parameters and of dtype. The result has the newer ones.
+    """
+    return _merged(_renamed(fields), _renamed(json.loads(json.dumps(dict(overrides)))))
+
+
+def _merged(fields: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(fields)
+    for name, value in overrides.items():
+        both = isinstance(value, dict) and isinstance(result.get(name), dict)
+        result[name] = _merged(result[name], value) if both else value
+    return result
+
+
+def _renamed(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields with one name for each meaning, so that an override meets what it replaces."""
+    result = dict(fields)
+    old_dtype = result.pop("torch_dtype", None)
+    if old_dtype is not None and result.get("dtype") is None:
+        result["dtype"] = old_dtype
+    names = [name for name in ("rope_scaling", "rope_parameters") if name in result]
+    found = [result.pop(name) for name in names]
+    rope: Any = next((value for value in found if value), {})  # the order of transformers
+    if not isinstance(rope, dict):
+        return {**result, names[found.index(rope)]: rope}  # transformers refuses it
+    rope = dict(rope)
+    if names and not rope:
+        rope["rope_type"] = "default"
+    if "type" in rope:
+        rope.setdefault("rope_type", rope.pop("type"))
+    for name in ("rope_theta", "partial_rotary_factor"):
+        if name in result:
+            rope.setdefault(name, result.pop(name))
+    if "original_max_position_embeddings" in result:  # transformers prefers it to the inner one
+        name = "original_max_position_embeddings"
+        rope[name] = result.pop(name)
+    return {**result, "rope_parameters": rope} if rope else result
+
+
+@contextlib.contextmanager
+def _without_docstrings() -> Iterator[None]:
+    """Keep transformers from writing docstrings of config classes.
+
+    Up to 5.20 it imports its generation code for them, with scipy, pandas and Dynamo: 2.3 s.
+    """
+    module = sys.modules.get("transformers.utils.auto_docstring")
+    write = getattr(module, "auto_class_docstring", None)
+    if module is None or write is None:
+        yield
+        return
+    module.auto_class_docstring = lambda cls, **_: cls  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        module.auto_class_docstring = write  # type: ignore[attr-defined]
