@@ -43,7 +43,7 @@ def test_counts_are_whole_numbers_from_a_limit(name: str, low: int, value: Any) 
 
 
 def test_a_model_length_of_one_token_is_refused() -> None:
-    with pytest.raises(ValueError, match="max_model_len is 1: .* at least 2 .*one of the answer"):
+    with pytest.raises(ValueError, match=r"max_model_len is 1: .* at least 2 .*one of the answer"):
         make(max_model_len=1)
 
 
