@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -19,14 +20,14 @@ def resolve(model: str, *, weights: bool = True, revision: str | None = None) ->
     for a name that is not an embedded model, a folder with a config.json, or an existing Hub id,
     and for a revision of anything but a Hub id.
     """
-    if revision is not None and (model in EMBEDDED or Path(model).expanduser().is_dir()):
+    if revision is not None and (model in EMBEDDED or Path(os.path.expanduser(model)).is_dir()):
         raise ValueError(
             f"revision is {revision!r}, but model {model!r} is no Hub id, and nothing else has "
             "revisions"
         )
     if model in EMBEDDED:
         return Path(__file__).parent / "assets" / model
-    folder = Path(model).expanduser()
+    folder = Path(os.path.expanduser(model))
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ValueError(
@@ -68,5 +69,5 @@ def resolve(model: str, *, weights: bool = True, revision: str | None = None) ->
 
 def resolve_tokenizer(name: str) -> Path:
     """The folder of a tokenizer: a folder with a tokenizer's files, or what `resolve` finds."""
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     return folder if has_tokenizer(folder) else resolve(name, weights=False)

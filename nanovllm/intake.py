@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ class Intake:
             prompt_ids = prompt_ids[-min(num if num > 0 else longest, len(prompt_ids)) :]
         if not prompt_ids:
             raise ValueError("the prompt is empty: it must have at least 1 token")
-        self._check_ids(prompt_ids)
+        prompt_ids = self._checked_ids(prompt_ids)
         if len(prompt_ids) > longest:
             raise ValueError(
                 f"the prompt has {len(prompt_ids)} tokens: with max_model_len {self.max_model_len} "
@@ -53,16 +54,19 @@ class Intake:
             )
         return prompt_ids
 
-    def _check_ids(self, token_ids: Sequence[object]) -> None:
-        ints = [token_id for token_id in token_ids if type(token_id) is int]
-        if len(ints) == len(token_ids) and min(ints) >= 0 and max(ints) < self.vocab_size:
-            return
+    def _checked_ids(self, token_ids: list[Any]) -> list[int]:
+        # the usual case: no Python loop over the tokens
+        are_ints = set(map(type, token_ids)) == {int}
+        if are_ints and min(token_ids) >= 0 and max(token_ids) < self.vocab_size:
+            return token_ids
+        token_ids = list(map(as_python, token_ids))
         for token_id in token_ids:
             if type(token_id) is not int or not 0 <= token_id < self.vocab_size:
                 raise ValueError(
                     f"token id {token_id!r} is outside the vocabulary: ids are whole numbers, "
                     f"0 … {self.vocab_size - 1}"
                 )
+        return token_ids
 
     def max_output(self, params: SamplingParams, prompt_len: int) -> int:
         """The most tokens of the answer: max_tokens, at most what max_model_len leaves."""
@@ -70,28 +74,20 @@ class Intake:
         return left if params.max_tokens is None else min(params.max_tokens, left)
 
     def check(self, params: SamplingParams) -> None:
-        """Refuse what needs a tokenizer that is not there, and ids outside the vocabulary."""
+        """Refuse what needs a tokenizer that is not there."""
         if self.tokenizer is None:
             for name, given in (("stop", params.stop_strings), ("bad_words", params.bad_words)):
                 if given:
                     raise ValueError(
                         f"{name}={list(given)} needs a tokenizer: {self.model!r} does not have one"
                     )
-        for name in ("logit_bias", "allowed_token_ids"):
-            for token_id in getattr(params, name) or ():
-                if token_id >= self.vocab_size:
-                    raise ValueError(
-                        f"{name} has the token id {token_id}, which is outside the vocabulary: ids "
-                        f"are at most {self.vocab_size - 1}"
-                    )
 
     def edits(self, params: SamplingParams) -> LogitEdits | None:
         """Changes to logits that `params` ask for."""
         if not params.has_edits:
             return None
-        allowed = None if params.allowed_token_ids is None else list(params.allowed_token_ids)
         bad = [tokens for word in params.bad_words or () for tokens in self._bad_tokens(word)]
-        return LogitEdits(dict(params.logit_bias or {}), allowed, bad)
+        return LogitEdits(dict(params.logit_bias or {}), params.allowed_token_ids, bad)
 
     def _bad_tokens(self, word: str) -> list[list[int]]:
         """The tokens of a word at the start of a text, and inside it after a space.

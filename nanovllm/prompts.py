@@ -79,7 +79,7 @@ def as_prompt(given: Any) -> Prompt:
             )
         return Prompt(None, given.tolist())
     if isinstance(given, Iterable):
-        return Prompt(None, _token_ids(given))
+        return Prompt(None, list(given))
     raise ValueError(f"the prompt is {given!r}: it must be text or a list of token ids")
 
 
@@ -114,13 +114,6 @@ def _of_mapping(given: Mapping[Any, Any]) -> Prompt:
     if text is None:
         raise ValueError(f"the prompt is {dict(given)!r}: it has no 'prompt' or 'prompt_token_ids'")
     return Prompt(_checked_text(text), None, salt)
-
-
-def _token_ids(given: Iterable[Any]) -> list[Any]:
-    token_ids = list(given)
-    if set(map(type, token_ids)) <= {int}:  # the usual case: no Python loop over the tokens
-        return token_ids
-    return [as_python(token_id) for token_id in token_ids]
 
 
 def _checked_text(text: str) -> str:

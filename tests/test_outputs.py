@@ -6,7 +6,9 @@ import json
 import math
 import pickle
 
+import numpy as np
 import pytest
+import torch
 
 from nanovllm import LLM, CompletionOutput, RequestOutput, SamplingParams
 from nanovllm.schedule.logprobs import Logprob
@@ -29,6 +31,13 @@ def test_an_output_is_a_dict_and_an_object(eager_llm: LLM) -> None:
     assert outputs[1].prompt_token_ids == [7, 8, 9]
     with pytest.raises(AttributeError, match="RequestOutput has no 'texts'"):
         _ = outputs[0].texts
+
+
+def test_token_ids_of_numpy_and_torch_are_python_numbers(eager_llm: LLM) -> None:
+    given = [np.int64(7), torch.tensor(8), 9]
+    (output,) = eager_llm.generate(prompt_token_ids=given, sampling_params=greedy(1))
+    assert output.prompt_token_ids == [7, 8, 9]
+    assert {type(token_id) for token_id in output.prompt_token_ids} == {int}
 
 
 def test_logprobs_carry_value_rank_and_text(eager_llm: LLM) -> None:

@@ -11,7 +11,7 @@ P tokens of a bad word before its last one, and newest output tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -65,8 +65,8 @@ def check(edits: LogitEdits, vocab_size: int) -> None:
         )
 
 
-def _check_ids(name: str, token_ids: Iterable[int], vocab_size: int) -> None:
-    for token_id in token_ids:
+def _check_ids(name: str, token_ids: Collection[int], vocab_size: int) -> None:
+    for token_id in (min(token_ids), max(token_ids)) if token_ids else ():
         if not 0 <= token_id < vocab_size:
             raise ValueError(
                 f"{name} holds token id {token_id}: ids of this model are 0 … {vocab_size - 1}"
@@ -75,17 +75,6 @@ def _check_ids(name: str, token_ids: Iterable[int], vocab_size: int) -> None:
 
 def _long(edits: LogitEdits) -> list[list[int]]:
     return [word for word in edits.bad if len(word) > 1]
-
-
-def _addends(edits: LogitEdits) -> tuple[dict[int, float], float]:
-    """What is added to the logits of some tokens, and to those of all others."""
-    if edits.allowed is None:
-        addends, other = dict(edits.bias), 0.0
-    else:
-        addends = {token_id: edits.bias.get(token_id, 0.0) for token_id in edits.allowed}
-        other = MINUS_INF
-    addends.update((word[0], MINUS_INF) for word in edits.bad if len(word) == 1)
-    return addends, other
 
 
 class EditTables:
@@ -123,9 +112,9 @@ class EditTables:
             return
         self.reserve([one.edits for one in rows])
         self._edited.update(one.row for one in rows)
-        row_R = self._platform.upload([one.row for one in rows], torch.int64)
-        self._write_addends(rows, row_R)
+        self._write_addends(rows)
         if self._bad is not None:
+            row_R = self._platform.upload([one.row for one in rows], torch.int64)
             for table, values in zip(self._bad, _bad_arrays(rows, *self._bad.prefix_SNP.shape[1:])):
                 table.index_copy_(0, row_R, self._platform.upload(values, table.dtype))
 
@@ -162,22 +151,30 @@ class EditTables:
             new_R1 = token_R.unsqueeze(1).to(newest_SP.dtype)
             newest_SP.index_copy_(0, row_idx_R, torch.cat((kept_RP, new_R1), dim=1))
 
-    def _write_addends(self, rows: Sequence[RowEdits], row_R: Tensor) -> None:
+    def _write_addends(self, rows: Sequence[RowEdits]) -> None:
         assert self._addend_SV is not None
         upload, vocab_size = self._platform.upload, self._vocab_size
+        # requests of one call share their list of allowed tokens, which can be as long as V
+        sharing: dict[int, list[RowEdits]] = {}
+        for one in rows:
+            sharing.setdefault(id(one.edits.allowed), []).append(one)
+        for group in sharing.values():
+            allowed = group[0].edits.allowed
+            base_V = self._addend_SV.new_full((vocab_size,), 0.0 if allowed is None else MINUS_INF)
+            if allowed is not None:
+                base_V.index_fill_(0, upload(allowed, torch.int64), 0.0)
+            row_R = upload([one.row for one in group], torch.int64)
+            self._addend_SV.index_copy_(0, row_R, base_V.expand(len(group), -1))
         places: list[int] = []
         values: list[float] = []
-        others: list[float] = []
         for row, edits, _ in rows:
-            addends, other = _addends(edits)
-            places += [row * vocab_size + token_id for token_id in addends]
-            values += addends.values()
-            others.append(other)
-        other_R1 = upload(others, torch.float32).unsqueeze(1)
-        self._addend_SV.index_copy_(0, row_R, other_R1.expand(-1, vocab_size))
+            bad = {word[0]: MINUS_INF for word in edits.bad if len(word) == 1}
+            for addends in (edits.bias, bad):
+                places += [row * vocab_size + token_id for token_id in addends]
+                values += addends.values()
         if places:
             place_M, value_M = upload(places, torch.int64), upload(values, torch.float32)
-            self._addend_SV.view(-1).index_copy_(0, place_M, value_M)
+            self._addend_SV.view(-1).index_add_(0, place_M, value_M)
 
     def _grown(self, num_words: int, context: int) -> BadWords:
         """Tables with room for `num_words` and `context` tokens, and the content of today's."""

@@ -7,6 +7,7 @@ in a step. Together they feed T tokens, row after row.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -57,7 +58,7 @@ class LogitEdits(NamedTuple):
     """
 
     bias: dict[int, float]
-    allowed: list[int] | None
+    allowed: Sequence[int] | None
     bad: list[list[int]]
 
     @property
