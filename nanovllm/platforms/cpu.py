@@ -79,7 +79,7 @@ class CpuPlatform(Platform):
     def lowering(self) -> tuple[Lowering | None, str]:
         if self._compiler_problem:
             why = self._compiler_problem.splitlines()[0]
-            return None, f"no C++ compiler for graph mode, running eagerly: {why}"
+            return None, f"graph mode lacks its C++ kernels, running eagerly: {why}"
         return inductor.lower_if_worth_it, ""
 
     def passes(self, fuse: bool) -> tuple[tuple[str, Pass], ...]:
