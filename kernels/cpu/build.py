@@ -25,6 +25,7 @@ import torch
 
 from nanovllm.kernels.code_files import (
     BUILDING,
+    PRIVATE,
     Shared,
     digest,
     make_private,
@@ -239,6 +240,21 @@ def _command(asked: str | None, source: str) -> list[str]:
             return [path, *options]
     names = asked or ", ".join(COMPILERS)
     raise RuntimeError(f"{source} cannot be compiled: no C++ compiler is found ({names})")
+
+
+def script_of_compiler() -> Path | None:
+    """A program that runs the compiler asked for with its options; None if it has no options.
+
+    Inductor takes the name of a program only. Raises OSError.
+    """
+    settings = _State.settings
+    words = _words(settings.compiler) if settings.compiler else []
+    if len(words) < 2 or settings.folder is None:
+        return None
+    content = f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n'.encode()
+    script = settings.folder / f"cxx-{digest(content)[:16]}"
+    write_whole(script, content, mode=PRIVATE)
+    return script
 
 
 def _words(asked: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import resource
@@ -70,6 +71,9 @@ class CpuPlatform(Platform):
         available, why = cpu_kernels.available()
         self._compiler_problem = "" if available else why
         if available:
+            # a store that cannot be written has what Inductor would compile, or torch reports it
+            with contextlib.suppress(OSError):
+                inductor.use_compiler(cpp_build.script_of_compiler())
             cpu_kernels.register()
             cpu_step.register()
 
