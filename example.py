@@ -7,8 +7,10 @@ python example.py --model Qwen/Qwen3-0.6B --prompt "Introduce yourself."
 from __future__ import annotations
 
 import argparse
+import sys
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.tools import command_line
 
 PROMPTS = {
     "tiny-qwen3": [
@@ -50,4 +52,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command_line.run(main))

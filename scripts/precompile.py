@@ -22,9 +22,13 @@ from typing import Any
 
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without installation
+
 from nanovllm import EngineConfig, log
+from nanovllm.startup.compile_farm.farm import WorkerFailed
 from nanovllm.startup.compile_farm.tasks import Outcome
 from nanovllm.startup.precompile import fill
+from nanovllm.tools import command_line
 
 # Options of `LLM`; those in SHAPING are integers that shape programs, as --bs does.
 NAMED = (
@@ -89,12 +93,12 @@ def main() -> int:
             bar.set_postfix_str(f"{outcome.bucket[0]} {outcome.bucket[1]}")
             bar.update()
 
+        config = EngineConfig(
+            args.model, graph_batch_sizes=args.bs, compile_cache=args.out, **options
+        )
         try:
-            config = EngineConfig(
-                args.model, graph_batch_sizes=args.bs, compile_cache=args.out, **options
-            )
             outcomes = fill(config, args.jobs, progress)
-        except (ValueError, OSError, RuntimeError) as error:
+        except WorkerFailed as error:
             bar.close()
             print(f"{parser.prog}: {error}", file=sys.stderr)
             return 1
@@ -108,4 +112,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command_line.run(main))
