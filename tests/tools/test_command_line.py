@@ -32,10 +32,7 @@ def raising(error: Exception) -> Callable[[], None]:
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(
-    error: Exception,
-    line: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    error: Exception, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.argv", ["/somewhere/tool.py"])
     assert command_line.run(raising(error)) == 2

@@ -182,11 +182,7 @@ def test_the_page_shows_graphs_kernels_and_padding(
     ],
 )
 def test_mistakes_are_named(
-    tiny_qwen3: Path,
-    change: list[str],
-    message: str,
-    small_limits: None,
-    tmp_path: Path,
+    tiny_qwen3: Path, change: list[str], message: str, small_limits: None, tmp_path: Path
 ) -> None:
     options = "--device cpu --max-model-len 64 --max-num-batched-tokens 64 --context 19"
     arguments = ["--model", str(tiny_qwen3), "--bs", "2", "-o", str(tmp_path / "r.html")]
