@@ -177,13 +177,13 @@ def measure(
 ) -> dict[str, Any]:
     """One line of results."""
     rows = 1 if args.latency else batch_size
+    prompts, output_lens = work.prompts, work.output_lens
+    sampling = {"temperature": 0.6, "top_k": args.top_k, "top_p": args.top_p}
+    params = [SamplingParams(**sampling, ignore_eos=True, max_tokens=num) for num in output_lens]
     llm, about = load(args, work.model, rows, work.max_model_len)
     runner = llm.engine.runner
     cfg, platform = runner.cfg, runner.platform
     bandwidth, flops = limits.bandwidth, limits.flops
-    prompts, output_lens = work.prompts, work.output_lens
-    sampling = {"temperature": 0.6, "top_k": args.top_k, "top_p": args.top_p}
-    params = [SamplingParams(**sampling, ignore_eos=True, max_tokens=num) for num in output_lens]
     llm.generate([prompts[0][:16]], SamplingParams(max_tokens=8, ignore_eos=True), use_tqdm=False)
     seconds = []
     for run_idx in range(args.runs):

@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--enforce-eager", action="store_true", help="no graphs, no compilation")
     args = parser.parse_args()
 
+    params = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens)
     llm = LLM(
         args.model,
         device=args.device,
@@ -46,7 +47,6 @@ def main() -> None:
     )
     prompts = args.prompt or PROMPTS.get(args.model, ANY_MODEL)
     conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    params = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens)
     for prompt, output in zip(prompts, llm.chat(conversations, params)):
         print(f"\n> {prompt}\n{output['text'].strip()}")
 

@@ -85,6 +85,7 @@ def main() -> int:
         parser.error(f"--jobs is {args.jobs}: it must be at least 1")
     log.configure()
     options: dict[str, Any] = {name: getattr(args, name) for name in (*NAMED, *SHAPING)}
+    config = EngineConfig(args.model, graph_batch_sizes=args.bs, compile_cache=args.out, **options)
     started = time.perf_counter()
     with tqdm(desc="compiling", unit="bucket", dynamic_ncols=True) as bar:
 
@@ -93,9 +94,6 @@ def main() -> int:
             bar.set_postfix_str(f"{outcome.bucket[0]} {outcome.bucket[1]}")
             bar.update()
 
-        config = EngineConfig(
-            args.model, graph_batch_sizes=args.bs, compile_cache=args.out, **options
-        )
         try:
             outcomes = fill(config, args.jobs, progress)
         except WorkerFailed as error:
