@@ -265,7 +265,7 @@ def test_precompile_reads_no_weights_and_leaves_nothing_to_compile(
     assert_warm(warm, filled[1])
     command[command.index("--bs") + 1] = "0"
     refused = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert refused.returncode == 2 and "graph_batch_sizes is (0, 4)" in refused.stderr
+    assert refused.returncode == 2 and "graph_batch_sizes is [0, 4]" in refused.stderr
 
 
 def test_a_worker_that_fails_is_reported_with_what_it_said(
