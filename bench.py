@@ -127,7 +127,7 @@ def choose_model(args: argparse.Namespace, platform: Platform) -> None:
 def limits_of(platform: Platform, args: argparse.Namespace, config: dict[str, Any]) -> Limits:
     """The device's limits. To be called before the model's cache takes the memory."""
     stored = str(config.get("dtype") or config.get("torch_dtype") or "float32")
-    hf = SimpleNamespace(dtype=getattr(torch, stored.removeprefix("torch.")))
+    hf = SimpleNamespace(dtype=getattr(torch, stored.removeprefix("torch."), None))
     dtype = choose_dtype(args.dtype, hf, platform)
     found = measure_limits(
         platform.device, dtype, platform.synchronize, platform.cache_limit_bytes()

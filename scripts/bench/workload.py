@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from nanovllm import hub
+from nanovllm.startup.config_file import read_object
 from nanovllm.tools.shapes import CONFIGS
 
 MAX_MODEL_LEN = 4096  # unless the model has fewer positions or a request needs more
@@ -42,7 +43,7 @@ def make_workload(args: argparse.Namespace, stack: ExitStack) -> Workload:
         model, config = stack.enter_context(TemporaryDirectory()), _random_config(args)
         (Path(model) / "config.json").write_text(json.dumps(config))
     else:
-        config = _read(hub.resolve(model, weights=False) / "config.json")
+        config = read_object(hub.resolve(model, weights=False) / "config.json")
     for name in ("vocab_size", "max_position_embeddings"):
         if type(config.get(name)) is not int:
             raise ValueError(f"config.json of {model} has {config.get(name)!r} for {name}")
@@ -66,19 +67,9 @@ def _random_config(args: argparse.Namespace) -> dict[str, Any]:
             f"--random-weights is {name!r}, which is no config.json: name one, or use one of "
             f"{', '.join(CONFIGS)}"
         )
-    config = dict(CONFIGS[name]) if name in CONFIGS else _read(path)
+    config = dict(CONFIGS[name]) if name in CONFIGS else read_object(path)
     if args.layers:
         config["num_hidden_layers"] = args.layers
-    return config
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} is no config of a model: it holds no JSON object")
     return config
 
 

@@ -142,8 +142,8 @@ def test_a_workload_that_does_not_fit_is_refused_with_both_numbers(
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "is no config.json: name one, or use one of Qwen3-0.6B"), ("{", "is no JSON"),
-     ("[]", "holds no JSON object"), ('{"vocab_size": 9}', "has None for max_position_embeddings")],
+    [(None, "is no config.json: name one, or use one of Qwen3-0.6B"), ("{", "json is not JSON"),
+     ("[]", "it must be an object"), ('{"vocab_size": 9}', "has None for max_position_embeddings")],
 )  # fmt: skip
 def test_a_config_that_cannot_be_used_is_named(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: str | None, message: str
