@@ -2,6 +2,8 @@
 
 # nano-vllm's workload: 256 prompts, 133,966 output tokens
 python bench.py --random-weights Qwen3-0.6B --bs 256
+# the same on an accelerator; the embedded model on a CPU
+python bench.py
 # a table by the largest decode batch
 python bench.py --model Qwen/Qwen3-0.6B --bs 16 64 256
 # batch 1, 128 tokens in, 512 out
@@ -20,36 +22,47 @@ import argparse
 import gc
 import json
 import os
-import random
-import tempfile
+import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch
 from torch.profiler import ProfilerActivity
 
 from nanovllm import SamplingParams, platforms
 from nanovllm.models.formats import PLAIN
 from nanovllm.models.interface import Model
+from nanovllm.platforms.base import Platform
 from nanovllm.runner.spec import EngineSpec
+from nanovllm.startup.choose import choose_dtype
+from nanovllm.tools import command_line
 from nanovllm.tools.device_limits import Limits, measure_limits
 from nanovllm.tools.kernel_table import as_text
 from nanovllm.tools.profile import profile_decode
 from nanovllm.tools.shapes import CONFIGS
 from scripts.bench.engines import load
 from scripts.bench.stall import measure_stall
+from scripts.bench.workload import Workload, make_workload, varied
+
+DEFAULT_SHAPE, DEFAULT_MODEL = "Qwen3-0.6B", "tiny-qwen3"  # on an accelerator, on a CPU
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    source = parser.add_mutually_exclusive_group(required=True)
+    source = parser.add_mutually_exclusive_group()
     source.add_argument("--model", help="embedded model, folder or Hub id")
     names = ", ".join(CONFIGS)
     source.add_argument("--random-weights", metavar="CONFIG", help=f"{names}, or a config.json")
+    parser.epilog = (
+        f"Without --model and --random-weights: {DEFAULT_SHAPE} with random weights on an "
+        f"accelerator, {DEFAULT_MODEL} on a CPU."
+    )
     add = parser.add_argument
     add("--layers", type=int, help="use this many layers only (with --random-weights)")
     _add_workload(parser)
@@ -60,10 +73,10 @@ def arguments() -> argparse.Namespace:
     padding = argparse.BooleanOptionalAction
     add("--padding", action=padding, default=True, help="pad eager batches too")
     add("--device", default="auto")
-    add("--dtype", default="auto")
+    add("--dtype", default="auto", choices=("auto", "float32", "float16", "bfloat16"))
     add("--attention-backend", default="auto", help="auto, triton, flash_attn or sdpa")
     add("--kv-cache-dtype", default="auto", help="auto or fp8")
-    add("--max-model-len", type=int, default=4096)
+    add("--max-model-len", type=int, help="default: 4096, within what model and workload need")
     add("--max-num-batched-tokens", type=int)
     add("--block-size", type=int)
     add("--max-stall-ms", type=float, help="limit of a prefill step while streams decode")
@@ -78,6 +91,10 @@ def arguments() -> argparse.Namespace:
         parser.error("--stall is a measurement of its own: leave out --latency and --profile")
     if args.profile and platforms.select(args.device).traits.name != "cuda":
         parser.error("--profile needs a CUDA device: a CPU launches no kernels")
+    if args.layers and args.model:
+        parser.error("--layers goes with --random-weights: a checkpoint keeps all its layers")
+    if args.min_len < 1 or args.max_len < args.min_len or args.num_seqs < 1:
+        parser.error("--num-seqs and --min-len must be at least 1, --max-len at least --min-len")
     return args
 
 
@@ -95,33 +112,30 @@ def _add_workload(parser: argparse.ArgumentParser) -> None:
     add("--stall-rows", type=int, default=64, help="streams of --stall")
 
 
-def checkpoint(args: argparse.Namespace, stack: ExitStack) -> str:
-    """The model to load; for random weights a temporary folder that holds only a config.json."""
-    if args.random_weights is None:
-        return args.model
-    if args.random_weights in CONFIGS:
-        config = dict(CONFIGS[args.random_weights])
+def choose_model(args: argparse.Namespace, platform: Platform) -> None:
+    """Set the model, if the arguments name none, and say so on stderr."""
+    if args.model or args.random_weights:
+        return
+    if platform.traits.name == "cpu" and not args.layers:
+        args.model, chosen = DEFAULT_MODEL, f"the embedded model {DEFAULT_MODEL}"
     else:
-        config = json.loads(Path(args.random_weights).read_text())
-    if args.layers:
-        config["num_hidden_layers"] = args.layers
-    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    (folder / "config.json").write_text(json.dumps(config))
-    return str(folder)
+        args.random_weights = DEFAULT_SHAPE
+        chosen = f"the shape of {DEFAULT_SHAPE} with random weights"
+    print(f"bench.py: without --model or --random-weights, this measures {chosen}", file=sys.stderr)
 
 
-def workload(args: argparse.Namespace, vocab_size: int) -> tuple[list[list[int]], list[int]]:
-    """(prompts, output lengths), drawn as nano-vllm does: all prompts first, then all lengths."""
-    if args.latency:
-        random.seed(0)
-        return [[random.randint(0, min(10000, vocab_size - 1)) for _ in range(128)]], [512]
-    random.seed(0)
-    low, high = args.min_len, args.max_len
-    prompts = [
-        [random.randint(0, min(10000, vocab_size - 1)) for _ in range(random.randint(low, high))]
-        for _ in range(args.num_seqs)
-    ]
-    return prompts, [random.randint(low, high) for _ in range(args.num_seqs)]
+def limits_of(platform: Platform, args: argparse.Namespace, config: dict[str, Any]) -> Limits:
+    """The device's limits. To be called before the model's cache takes the memory."""
+    stored = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    hf = SimpleNamespace(dtype=getattr(torch, stored.removeprefix("torch."), None))
+    dtype = choose_dtype(args.dtype, hf, platform)
+    found = measure_limits(
+        platform.device, dtype, platform.synchronize, platform.cache_limit_bytes()
+    )
+    gc.collect()
+    platform.release()
+    platform.reset_peak()
+    return found
 
 
 def ideal_seconds(
@@ -158,25 +172,18 @@ def ideal_seconds(
     return seconds
 
 
-def varied(prompts: list[list[int]], run_idx: int, vocab_size: int) -> list[list[int]]:
-    """Other prompts for each run: the prefix cache would skip the prefill of repeated ones."""
-    return [[(token + run_idx) % vocab_size for token in prompt] for prompt in prompts]
-
-
 def measure(
-    args: argparse.Namespace, model: str, batch_size: int, limits: list[Limits]
+    args: argparse.Namespace, work: Workload, batch_size: int, limits: Limits
 ) -> dict[str, Any]:
-    """One line of results. Appends the device's limits to `limits` if it is empty."""
+    """One line of results."""
     rows = 1 if args.latency else batch_size
-    llm, about = load(args, model, rows, args.max_model_len)
-    runner = llm.engine.runner
-    cfg, platform = runner.cfg, runner.platform
-    if not limits:
-        limits.append(measure_limits(platform.device, cfg.dtype, platform.synchronize))
-    bandwidth, flops = limits[0].bandwidth, limits[0].flops
-    prompts, output_lens = workload(args, cfg.vocab_size)
+    prompts, output_lens = work.prompts, work.output_lens
     sampling = {"temperature": 0.6, "top_k": args.top_k, "top_p": args.top_p}
     params = [SamplingParams(**sampling, ignore_eos=True, max_tokens=num) for num in output_lens]
+    llm, about = load(args, work.model, rows, work.max_model_len)
+    runner = llm.engine.runner
+    cfg, platform = runner.cfg, runner.platform
+    bandwidth, flops = limits.bandwidth, limits.flops
     llm.generate([prompts[0][:16]], SamplingParams(max_tokens=8, ignore_eos=True), use_tqdm=False)
     seconds = []
     for run_idx in range(args.runs):
@@ -255,18 +262,20 @@ def sentence(result: dict[str, Any]) -> str:
 
 def main() -> None:
     args = arguments()
+    platform = platforms.select(args.device)
+    choose_model(args, platform)
     if args.profile:
         # CUPTI, taken down and set up again, crashes on graphs that were captured before
         os.environ.update(TEARDOWN_CUPTI="0", DISABLE_CUPTI_LAZY_REINIT="1")
-    limits: list[Limits] = []
     results: list[dict[str, Any]] = []
     with ExitStack() as stack:
-        model = checkpoint(args, stack)
+        work = make_workload(args, stack)
+        limits = None if args.stall else limits_of(platform, args, work.config)
         for batch_size in args.bs[:1] if args.latency or args.stall else args.bs:
-            if args.stall:
-                results.append(measure_stall(args, model))
+            if limits is None:
+                results.append(measure_stall(args, work.model, work.max_model_len))
             else:
-                results.append(measure(args, model, batch_size, limits))
+                results.append(measure(args, work, batch_size, limits))
             print(sentence(results[-1]))
             gc.collect()
             line = json.dumps(results[-1])
@@ -279,4 +288,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command_line.run(main))

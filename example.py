@@ -7,8 +7,10 @@ python example.py --model Qwen/Qwen3-0.6B --prompt "Introduce yourself."
 from __future__ import annotations
 
 import argparse
+import sys
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.tools import command_line
 
 PROMPTS = {
     "tiny-qwen3": [
@@ -36,6 +38,7 @@ def main() -> None:
     parser.add_argument("--enforce-eager", action="store_true", help="no graphs, no compilation")
     args = parser.parse_args()
 
+    params = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens)
     llm = LLM(
         args.model,
         device=args.device,
@@ -44,10 +47,9 @@ def main() -> None:
     )
     prompts = args.prompt or PROMPTS.get(args.model, ANY_MODEL)
     conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    params = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens)
     for prompt, output in zip(prompts, llm.chat(conversations, params)):
         print(f"\n> {prompt}\n{output['text'].strip()}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command_line.run(main))

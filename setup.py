@@ -1,17 +1,36 @@
 """Packaging. `compile/` and `kernels/` are folders beside `nanovllm/`, which links to them."""
 
+import runpy
+import sys
 from pathlib import Path
 
 from setuptools import setup
+
+HERE = Path(__file__).parent
+# Without the links, packages would be missing from what is installed.
+problem = runpy.run_path(str(HERE / "nanovllm" / "checkout.py"))["problem"]()
+if problem:
+    sys.exit(f"error: {problem}")
 
 setup(
     name="nanovllm",
     version="0.1.0",
     description="A compiler-centric, graph-mode inference engine for large language models",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
+    classifiers=[
+        "Operating System :: MacOS",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     packages=[
         "nanovllm",
         "nanovllm.compat",

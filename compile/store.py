@@ -4,8 +4,9 @@
     objects/<digest of the bytes>  what lowering produced; equal bytes are stored once
     cpp/  triton/  inductor/       libraries and kernels of the C++ compiler, Triton and Inductor
 
-An artifact is code. The store refuses a folder that another user owns or can write to. Call lists
-are JSON. Inductor's artifacts hold pickles; they are loaded only after their digest is checked.
+An artifact is code. The store refuses a folder that another user owns or can write to, and uses no
+such file. Call lists are JSON. Inductor's artifacts hold pickles; they are loaded only after their
+digest is checked.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,17 +23,30 @@ from pathlib import Path
 from typing import Any
 
 from nanovllm.compile.keys import Key
-from nanovllm.kernels.code_files import digest, make_private, write_whole
+from nanovllm.kernels.code_files import (
+    BUILDING,
+    WRITING,
+    Shared,
+    digest,
+    foreign_owner,
+    make_private,
+    refuse_if_shared,
+    write_whole,
+)
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
 SUBFOLDERS = ("entries", "objects", "cpp", "triton", "inductor")
 KERNEL_SEAL = "nanovllm.sha256.json"  # beside the files of one Triton kernel
+LEFT_AFTER_S = 3600.0  # nobody is still writing a file of this age
 
 
 class Damaged(ValueError):
     """A file of the store differs from what was written."""
+
+
+UNUSABLE = (Damaged, Shared, OSError)
 
 
 @dataclass(frozen=True)
@@ -63,7 +78,7 @@ class Entry:
 
 
 class Store:
-    """Artifacts in a folder. Raises OSError if it cannot be made, ValueError if not private."""
+    """Artifacts in a folder. Raises OSError if it cannot be made, Shared if it is not private."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -76,7 +91,7 @@ class Store:
         try:
             entry = read_entry(path)
             content = self._object(entry)
-        except (Damaged, OSError) as error:
+        except UNUSABLE as error:
             is_absent = isinstance(error, FileNotFoundError) and error.filename == str(path)
             if not is_absent:
                 message = "artifact %s cannot be used (%s): making it again"
@@ -115,7 +130,7 @@ class Store:
             if not path.name.startswith("."):
                 try:
                     yield read_entry(path)
-                except (Damaged, OSError):
+                except UNUSABLE:
                     continue
 
     def why_missing(self, name: str, key: Key) -> str:
@@ -137,14 +152,17 @@ class Store:
         return self.folder / "entries" / key.digest
 
     def _object(self, entry: Entry) -> bytes:
-        content = (self.folder / "objects" / entry.object).read_bytes()
+        path = self.folder / "objects" / entry.object
+        content = path.read_bytes()
+        refuse_if_shared(path)
         if digest(content) != entry.object:
             raise Damaged(f"object {entry.object[:16]} is damaged: its digest differs")
         return content
 
 
 def read_entry(path: Path) -> Entry:
-    """Read one entry. Raises Damaged or OSError."""
+    """Read one entry. Raises Damaged, Shared or OSError."""
+    refuse_if_shared(path)
     recorded, _, text = path.read_bytes().partition(b"\n")
     if digest(text).encode() != recorded:
         raise Damaged(f"entry {path.name[:16]} is damaged or truncated")
@@ -172,13 +190,15 @@ def seal_kernels(folder: Path) -> None:
 
 
 def drop_damaged_kernels(folder: Path) -> int:
-    """Delete Triton kernels whose files differ from their digests. Returns how many were deleted.
+    """Delete Triton kernels whose files differ from their digests or belong to another user.
 
-    Kernels without digests are left alone: Triton writes atomically too.
+    Returns how many were deleted. Kernels without digests are left alone: Triton writes atomically
+    too.
     """
     damaged = _damaged_kernels(folder)
     for kernel in damaged:
-        logger.warning("compiled kernel %s is damaged: compiling it again", kernel.name)
+        message = "compiled kernel %s is damaged or another user's: compiling it again"
+        logger.warning(message, kernel.name)
         for path in kernel.iterdir():
             path.unlink()
     return len(damaged)
@@ -194,10 +214,16 @@ def _damaged_kernels(folder: Path) -> list[Path]:
 
 
 def _is_whole(kernel: Path) -> bool:
-    """True if the files match their digests, or if there are no digests."""
+    """True if the files are ours and match their digests, or if there are no digests.
+
+    The modes of these files are Triton's choice; the folder above keeps other users out.
+    """
     try:
         sealed = json.loads((kernel / KERNEL_SEAL).read_text())
-        return all(digest((kernel / name).read_bytes()) == found for name, found in sealed.items())
+        return all(
+            digest((kernel / name).read_bytes()) == found and foreign_owner(kernel / name) is None
+            for name, found in sealed.items()
+        )
     except FileNotFoundError as error:
         return bool(error.filename == str(kernel / KERNEL_SEAL))
     except (OSError, ValueError, AttributeError):
@@ -233,24 +259,31 @@ def problems(folder: Path) -> list[str]:
             continue
         try:
             store._object(read_entry(path))
-        except (Damaged, OSError) as error:
+        except UNUSABLE as error:
             found.append(f"entry {path.name[:16]}: {error}")
     for seal in sorted((folder / "cpp").glob("*.sha256")):
         library = seal.with_suffix(".so")
         if not library.is_file() or digest(library.read_bytes()) != seal.read_text():
             found.append(f"library {library.name} is damaged or missing")
-    return found + [f"kernel {kernel.name} is damaged" for kernel in _damaged_kernels(folder)]
+            continue
+        try:
+            refuse_if_shared(library)
+        except Shared as error:
+            found.append(f"library {library.name}: {error}")
+    owners = "is damaged or another user's"
+    return found + [f"kernel {kernel.name} {owners}" for kernel in _damaged_kernels(folder)]
 
 
 def prune(folder: Path, max_bytes: int) -> int:
-    """Delete the least recently used files until `max_bytes` are left. Returns the bytes freed."""
+    """Delete what killed processes have left behind, then the least recently used files until
+    `max_bytes` are left. Returns the bytes freed."""
     store = Store(folder)
     entries = list(store.entries())
     wanted = {entry.object for entry in entries}
-    freed = 0
+    freed = _delete_left_behind(folder)
     for path in (folder / "objects").iterdir():
         # another process may be about to write the entry of a young object
-        if path.name not in wanted and time.time() - path.stat().st_mtime > 3600:
+        if path.name not in wanted and _is_old(path):
             freed += _delete([path])
     units = [(entry.path.stat().st_mtime, [entry.path]) for entry in entries]
     for library in (folder / "cpp").glob("*.so"):
@@ -272,6 +305,24 @@ def prune(folder: Path, max_bytes: int) -> int:
         total -= gone
         freed += gone
     return freed
+
+
+def _delete_left_behind(folder: Path) -> int:
+    """Delete old files and folders that were being written. Returns the bytes freed."""
+    freed = 0
+    for pattern in (f"*/{WRITING}*", f"triton/*/{WRITING}*", f"cpp/{BUILDING}*", "triton/*/tmp.*"):
+        for path in filter(_is_old, list(folder.glob(pattern))):
+            files = [path] if path.is_file() else [one for one in path.rglob("*") if one.is_file()]
+            freed += _delete(files)
+            shutil.rmtree(path, ignore_errors=True)  # folders
+    return freed
+
+
+def _is_old(path: Path) -> bool:
+    try:
+        return time.time() - path.stat().st_mtime > LEFT_AFTER_S
+    except FileNotFoundError:
+        return False
 
 
 def _delete(paths: list[Path]) -> int:

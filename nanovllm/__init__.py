@@ -7,6 +7,11 @@ worker processes, which import torch at the same time.
 import sys
 from typing import TYPE_CHECKING, Any
 
+from nanovllm import checkout
+
+if checkout.problem():
+    raise ImportError(checkout.problem())
+
 from nanovllm.compat.engine_args import EngineArgs
 from nanovllm.compat.nano_vllm import install_modules
 from nanovllm.config import EngineConfig

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import getpass
 import os
+import shlex
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,18 +15,25 @@ LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 @dataclass(frozen=True)
 class Environment:
     """NANOVLLM_LOG_LEVEL, NANOVLLM_DUMP_GRAPHS (a folder for graphs), NANOVLLM_STRICT (1: a compile
-    after warm-up is an error), NANOVLLM_CACHE (a folder, default ~/.cache/nanovllm) and CXX (a C++
-    compiler)."""
+    after warm-up is an error), NANOVLLM_CACHE (a folder) and CXX (a C++ compiler, perhaps with
+    options). None: not set."""
 
     log_level: str
     dump_graphs: Path | None
     strict: bool
-    cache: Path
+    cache: Path | None
     cxx: str | None = None
 
     def store_folder(self, given: str | os.PathLike[str] | None) -> Path:
-        """The folder for compiled code: `given` by an option, or NANOVLLM_CACHE."""
-        return Path(given).expanduser().absolute() if given else self.cache
+        """The folder for compiled code: `given` by an option, or NANOVLLM_CACHE, or the default.
+
+        The default is ~/.cache/nanovllm, which is created here. Where that is impossible, it is a
+        folder of this user among the temporary files. Raises ValueError for a `~` that has no
+        meaning.
+        """
+        if given:
+            return _absolute("compile_cache", os.fspath(given))
+        return self.cache or _usable(home_cache()) or _temporary_cache()
 
 
 def read() -> Environment:
@@ -34,13 +44,48 @@ def read() -> Environment:
     strict = os.environ.get("NANOVLLM_STRICT", "0")
     if strict not in ("0", "1"):
         raise ValueError(f"NANOVLLM_STRICT is {strict!r}: use 0 or 1")
-    dump = os.environ.get("NANOVLLM_DUMP_GRAPHS")
-    cache = os.environ.get("NANOVLLM_CACHE") or os.path.join(
-        os.path.expanduser("~"), ".cache", "nanovllm"
-    )
+    folders = {
+        name: _absolute(name, os.environ[name]) if os.environ.get(name) else None
+        for name in ("NANOVLLM_DUMP_GRAPHS", "NANOVLLM_CACHE")
+    }
+    cxx = os.environ.get("CXX", "").strip() or None
+    try:
+        shlex.split(cxx or "")
+    except ValueError as error:
+        raise ValueError(f"CXX is {cxx!r}, which is no command: {error}") from error
     return Environment(
-        level, Path(dump) if dump else None, strict == "1", Path(cache), os.environ.get("CXX")
+        level, folders["NANOVLLM_DUMP_GRAPHS"], strict == "1", folders["NANOVLLM_CACHE"], cxx
     )
+
+
+def home_cache() -> Path | None:
+    """~/.cache/nanovllm; None for a user without a home."""
+    home = os.path.expanduser("~")
+    return Path(home, ".cache", "nanovllm") if os.path.isabs(home) else None
+
+
+def _temporary_cache() -> Path:
+    user = os.getuid() if hasattr(os, "getuid") else getpass.getuser()
+    return Path(tempfile.gettempdir(), f"nanovllm-{user}")
+
+
+def _usable(folder: Path | None) -> Path | None:
+    """The folder, made if it is missing, if it can be written or has been filled; else None."""
+    if folder is None:
+        return None
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError:
+        return None
+    return folder if os.access(folder, os.W_OK) or (folder / "entries").is_dir() else None
+
+
+def _absolute(name: str, text: str) -> Path:
+    """The path that the option or variable `name` gives."""
+    path = os.path.expanduser(text)
+    if path.startswith("~"):
+        raise ValueError(f"{name} is {text!r}, but no such home folder is known: use a full path")
+    return Path(path).absolute()
 
 
 _given: dict[str, str] = {}

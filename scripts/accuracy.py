@@ -13,10 +13,14 @@ import json
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 from tiny.tasks import KINDS, held_out, is_correct
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without installation
+
 from nanovllm import LLM, SamplingParams
+from nanovllm.tools import command_line
 
 MAX_TOKENS = 64  # the longest reference answer takes 55
 NUM_SHOWN = 10
@@ -41,7 +45,7 @@ def main() -> int:
     parser.add_argument("--min-accuracy", type=float, default=0.95)
     args = parser.parse_args()
     if args.num < 1:
-        raise ValueError(f"--num {args.num} is below 1")
+        parser.error(f"--num is {args.num}: it must be at least 1")
 
     tasks = held_out(args.num, args.seed)
     llm = LLM(
@@ -93,4 +97,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command_line.run(main))

@@ -22,9 +22,13 @@ from typing import Any
 
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without installation
+
 from nanovllm import EngineConfig, log
+from nanovllm.startup.compile_farm.farm import WorkerFailed
 from nanovllm.startup.compile_farm.tasks import Outcome
 from nanovllm.startup.precompile import fill
+from nanovllm.tools import command_line
 
 # Options of `LLM`; those in SHAPING are integers that shape programs, as --bs does.
 NAMED = (
@@ -81,6 +85,7 @@ def main() -> int:
         parser.error(f"--jobs is {args.jobs}: it must be at least 1")
     log.configure()
     options: dict[str, Any] = {name: getattr(args, name) for name in (*NAMED, *SHAPING)}
+    config = EngineConfig(args.model, graph_batch_sizes=args.bs, compile_cache=args.out, **options)
     started = time.perf_counter()
     with tqdm(desc="compiling", unit="bucket", dynamic_ncols=True) as bar:
 
@@ -90,11 +95,8 @@ def main() -> int:
             bar.update()
 
         try:
-            config = EngineConfig(
-                args.model, graph_batch_sizes=args.bs, compile_cache=args.out, **options
-            )
             outcomes = fill(config, args.jobs, progress)
-        except (ValueError, OSError, RuntimeError) as error:
+        except WorkerFailed as error:
             bar.close()
             print(f"{parser.prog}: {error}", file=sys.stderr)
             return 1
@@ -108,4 +110,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command_line.run(main))

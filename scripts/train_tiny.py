@@ -36,6 +36,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without installation
+
+from nanovllm.tools import command_line
+
 logger = logging.getLogger("train_tiny")
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -457,4 +461,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command_line.run(main))

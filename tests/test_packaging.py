@@ -1,12 +1,135 @@
-"""The package works when installed from a wheel, not only from the checkout."""
+"""The package can be installed: as a wheel, on every Python version that it names, or it says why
+not."""
 
 from __future__ import annotations
 
+import ast
+import importlib.metadata
+import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 ROOT = Path(__file__).parent.parent
+CLASSIFIER = "Programming Language :: Python :: 3."
+
+
+def setup_options() -> dict[str, Any]:
+    """The literal arguments of `setup` in setup.py."""
+    tree = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    (setup,) = (call for call in calls if ast.unparse(call.func) == "setup")
+    found: dict[str, Any] = {}
+    for keyword in setup.keywords:
+        if keyword.arg is not None and keyword.arg != "long_description":
+            found[keyword.arg] = ast.literal_eval(keyword.value)
+    return found
+
+
+OPTIONS = setup_options()
+VERSIONS = [
+    name.rpartition(" ")[2] for name in OPTIONS["classifiers"] if name.startswith(CLASSIFIER)
+]
+
+
+def pins(python: str) -> Iterator[Requirement]:
+    """The lines of constraints.txt that apply to a version of Python."""
+    for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
+        if line and not line.startswith("#"):
+            pin = Requirement(line)
+            if pin.marker is None or pin.marker.evaluate({"python_version": python}):
+                yield pin
+
+
+def required(python: str) -> list[Requirement]:
+    """What the package and its tests require on Linux with a version of Python."""
+    environment = {"python_version": python, "platform_system": "Linux"}
+    lines = [*OPTIONS["install_requires"], *OPTIONS["extras_require"]["test"]]
+    found = map(Requirement, lines)
+    return [one for one in found if one.marker is None or one.marker.evaluate(environment)]
+
+
+@pytest.mark.parametrize("python", VERSIONS)
+def test_each_package_has_one_pin_for_a_version_of_python(python: str) -> None:
+    names = [canonicalize_name(pin.name) for pin in pins(python)]
+    assert len(names) == len(set(names))
+    (transformers,) = (pin for pin in pins(python) if pin.name == "transformers")
+    assert str(transformers.specifier).startswith("==")
+
+
+@pytest.mark.parametrize("python", VERSIONS)
+def test_pins_are_what_the_package_requires(python: str) -> None:
+    wanted = {canonicalize_name(one.name): one.specifier for one in required(python)}
+    for pin in pins(python):
+        (exact,) = pin.specifier
+        assert exact.version in wanted.get(canonicalize_name(pin.name), SpecifierSet()), str(pin)
+
+
+@pytest.mark.parametrize("python", VERSIONS)
+def test_pinned_packages_allow_the_version_of_python(python: str) -> None:
+    """Checked for the packages that are installed here in their pinned versions. The other lines
+    are numpy 2.2.6 and transformers 5.20.2, which PyPI offers for Python 3.10 and later."""
+    for pin in pins(python):
+        try:
+            found = importlib.metadata.distribution(pin.name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        if Version(found.version).public in pin.specifier:
+            allowed = SpecifierSet(found.metadata.get("Requires-Python") or "")
+            assert f"{python}.9" in allowed, f"{pin} allows Python {allowed}"
+
+
+def test_the_oldest_python_is_the_same_everywhere() -> None:
+    """pip, ruff, mypy and readers are told the versions of the classifiers."""
+    oldest = VERSIONS[0]
+    settings = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert OPTIONS["python_requires"] == f">={oldest}"
+    assert f'target-version = "py{oldest.replace(".", "")}"' in settings
+    assert f'python_version = "{oldest}"' in settings
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (line,) = re.findall(r"Python (3\.10.*)", readme)
+    assert re.findall(r"3\.\d+", line) == VERSIONS
+
+
+@pytest.fixture
+def without_links(tmp_path: Path) -> Path:
+    """A copy of the files that git leaves where it makes no symlinks."""
+    folder = tmp_path / "copy"
+    (folder / "nanovllm").mkdir(parents=True)
+    for name in ("setup.py", "README.md", *(f"nanovllm/{x}.py" for x in ("__init__", "checkout"))):
+        shutil.copy(ROOT / name, folder / name)
+    for name in ("compile", "kernels"):
+        (folder / name).mkdir()
+        (folder / "nanovllm" / name).write_text(f"../{name}")
+    return folder
+
+
+@pytest.mark.parametrize("command", [["-c", "import nanovllm"], ["setup.py", "--version"]])
+def test_a_copy_without_symlinks_says_what_to_do(without_links: Path, command: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, *command], cwd=without_links, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert f"nanovllm/compile and nanovllm/kernels in {without_links} must be links" in last
+    assert "git config core.symlinks true" in last
+    for name in ("compile", "kernels"):
+        (without_links / "nanovllm" / name).unlink()
+        (without_links / "nanovllm" / name).symlink_to(f"../{name}")
+    script = "import runpy; print(repr(runpy.run_path('nanovllm/checkout.py')['problem']()))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=without_links, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "''"
 
 
 def test_wheel_holds_everything_and_imports(tmp_path: Path) -> None:

@@ -16,6 +16,25 @@ if TYPE_CHECKING:
 KIND = "inductor"
 
 
+class _State:
+    compiler: Path | None = None
+
+
+def use_compiler(program: Path | None) -> None:
+    """Compile C++ with this program. None: torch's choice, which is CXX or g++."""
+    _State.compiler = program
+
+
+def _import_inductor() -> Any:
+    from torch import _inductor
+
+    if _State.compiler is not None:
+        from torch._inductor import config
+
+        config.cpp.cxx = (None, str(_State.compiler))
+    return _inductor
+
+
 class InductorProgram:
     """Code that Inductor generated.
 
@@ -39,6 +58,7 @@ class InductorProgram:
 
 def load(content: bytes) -> InductorProgram:
     """The program of `InductorProgram.stored()`. Raises ValueError if this torch cannot read it."""
+    _import_inductor()
     from torch._inductor.standalone_compile import CompiledArtifact
 
     with tempfile.TemporaryDirectory(prefix="nanovllm-") as folder:
@@ -52,8 +72,7 @@ def load(content: bytes) -> InductorProgram:
 
 def lower(graph: GraphModule, fakes: Sequence[Tensor]) -> InductorProgram:
     """Compile a graph of static shapes. The result takes its placeholders, without guards."""
-    from torch._inductor import standalone_compile
-
+    inductor = _import_inductor()
     # standalone_compile reads the fake mode, which knows the static dimensions, from this key of
     # the outputs. Dynamo sets it, make_fx does not; without it every dimension would be dynamic.
     outputs: Any = graph.graph.output_node().args[0]
@@ -61,7 +80,9 @@ def lower(graph: GraphModule, fakes: Sequence[Tensor]) -> InductorProgram:
         node.meta["example_value"] = node.meta["val"]
     # The number of threads is not in an artifact's key, so it must stay dynamic.
     options = {"config_patches": {"cpp.dynamic_threads": True}}
-    compiled = standalone_compile(graph, list(fakes), dynamic_shapes="from_graph", options=options)
+    compiled = inductor.standalone_compile(
+        graph, list(fakes), dynamic_shapes="from_graph", options=options
+    )
     return InductorProgram(compiled)
 
 

@@ -11,6 +11,7 @@ import ctypes
 import functools
 import logging
 import platform
+import shlex
 import shutil
 import struct
 import subprocess
@@ -22,7 +23,16 @@ from typing import ClassVar
 
 import torch
 
-from nanovllm.kernels.code_files import digest, make_private, write_whole
+from nanovllm.kernels.code_files import (
+    BUILDING,
+    PRIVATE,
+    Shared,
+    digest,
+    make_private,
+    refuse_if_shared,
+    temporary_folder,
+    write_whole,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +43,7 @@ FLAGS = (  # noqa: SIM905 (a command line reads best as one)
     "-fexcess-precision=fast -fno-tree-loop-vectorize -ffp-contract=fast -shared -fPIC -std=c++20"
 ).split()
 COMPILERS = ("g++", "clang++", "c++")
+NO_SPACE = "No space left on device"
 
 # The flags of /proc/cpuinfo that name instruction sets; the others describe bugs and features that
 # compilers do not use.
@@ -95,7 +106,8 @@ class Arguments:
 class Settings:
     """Where libraries are kept, which compiler is used, and whether one may run.
 
-    `folder` None is ~/.cache/nanovllm/cpp; `compiler` None is the first of COMPILERS.
+    `folder` None is ~/.cache/nanovllm/cpp. `compiler` is a program, perhaps with options, as the
+    variable CXX has it; None is the first of COMPILERS.
     """
 
     folder: Path | None = None
@@ -156,26 +168,21 @@ def load(source: Path, structs: Sequence[Arguments] = ()) -> ctypes.CDLL:
     flags = [*FLAGS, *_native(), *_openmp()]
     # The compiler that was asked for, not the one that is found: a machine without a compiler can
     # then use a library that another machine has compiled.
-    asked = Path(settings.compiler).name if settings.compiler else ""
+    program, *options = _words(settings.compiler) if settings.compiler else [""]
+    asked = " ".join([Path(program).name, *options])
     key = digest(repr((digest(text), flags, asked, instruction_set())).encode())[:32]
     try:
         make_private(folder)
     except OSError as error:
         logger.warning("compiled C++ is kept for this process only: %s", error)
-        folder = Path(tempfile.mkdtemp(prefix="nanovllm-cpp-"))
+        folder = temporary_folder()
     library, recorded = folder / f"{source.stem}-{key}.so", folder / f"{source.stem}-{key}.sha256"
     if not _is_whole(library, recorded):
         if not settings.may_compile:
             raise RuntimeError(
-                f"{source.name} has no compiled library in {folder}, and compiling is not allowed"
+                f"{source.name} has no usable library in {folder}, and compiling is not allowed"
             )
-        compiler = _compiler(settings.compiler)
-        if compiler is None:
-            names = settings.compiler or ", ".join(COMPILERS)
-            raise RuntimeError(
-                f"{source.name} cannot be compiled: no C++ compiler is found ({names})"
-            )
-        content = _compile(compiler, flags, text, folder)
+        content = _compile(_command(settings.compiler, source.name), flags, text, folder)
         # The digest is written last: a library without one is not used.
         write_whole(library, content)
         write_whole(recorded, digest(content).encode())
@@ -186,6 +193,11 @@ def load(source: Path, structs: Sequence[Arguments] = ()) -> ctypes.CDLL:
 def _is_whole(library: Path, recorded: Path) -> bool:
     try:
         expected, content = recorded.read_text(), library.read_bytes()
+        refuse_if_shared(library)
+        refuse_if_shared(recorded)
+    except Shared as error:
+        logger.warning("compiling it again: %s", error)
+        return False
     except (OSError, UnicodeDecodeError):
         return False
     if digest(content) != expected:
@@ -194,22 +206,60 @@ def _is_whole(library: Path, recorded: Path) -> bool:
     return True
 
 
-def _compile(compiler: str, flags: list[str], text: bytes, folder: Path) -> bytes:
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".building-") as scratch:
+def _compile(compiler: list[str], flags: list[str], text: bytes, folder: Path) -> bytes:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=BUILDING) as scratch:
         out = Path(scratch) / "library.so"
-        command = [compiler, *flags, "-x", "c++", "-", "-o", str(out)]
+        command = [*compiler, *flags, "-x", "c++", "-", "-o", str(out)]
         done = subprocess.run(command, input=text, capture_output=True)
         if done.returncode:
-            errors = done.stderr.decode(errors="replace").strip()[:2000]
-            raise RuntimeError(f"{compiler} failed ({done.returncode}): {errors}")
+            errors = done.stderr.decode(errors="replace").strip()
+            raise RuntimeError(
+                f"{shlex.join(compiler)} failed ({done.returncode}): {_cause(errors)}\n"
+                f"{errors[:2000]}"
+            )
         return out.read_bytes()
 
 
-def _compiler(asked: str | None) -> str | None:
-    """The path of the compiler asked for, or of the first that is installed."""
-    return next(
-        (path for name in ((asked,) if asked else COMPILERS) if (path := shutil.which(name))), None
-    )
+def _cause(errors: str) -> str:
+    """The line of a compiler's messages that says best why it failed."""
+    lines = errors.splitlines() or ["it printed no message"]
+    for sign in (NO_SPACE, "error:"):
+        for line in lines:
+            if sign in line:
+                return line.strip()
+    return lines[0]
+
+
+def _command(asked: str | None, source: str) -> list[str]:
+    """The path and the options of the compiler asked for, or of the first that is installed.
+
+    Raises RuntimeError if there is none.
+    """
+    for program, *options in [_words(asked)] if asked else [[name] for name in COMPILERS]:
+        if path := shutil.which(program):
+            return [path, *options]
+    names = asked or ", ".join(COMPILERS)
+    raise RuntimeError(f"{source} cannot be compiled: no C++ compiler is found ({names})")
+
+
+def script_of_compiler() -> Path | None:
+    """A program that runs the compiler asked for with its options; None if it has no options.
+
+    Inductor takes the name of a program only. Raises OSError.
+    """
+    settings = _State.settings
+    words = _words(settings.compiler) if settings.compiler else []
+    if len(words) < 2 or settings.folder is None:
+        return None
+    content = f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n'.encode()
+    script = settings.folder / f"cxx-{digest(content)[:16]}"
+    write_whole(script, content, mode=PRIVATE)
+    return script
+
+
+def _words(asked: str) -> list[str]:
+    """A compiler's program and options; the path of a program may contain spaces."""
+    return [asked] if shutil.which(asked) else shlex.split(asked)
 
 
 def _native() -> list[str]:

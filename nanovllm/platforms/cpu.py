@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import resource
@@ -70,6 +71,9 @@ class CpuPlatform(Platform):
         available, why = cpu_kernels.available()
         self._compiler_problem = "" if available else why
         if available:
+            # a store that cannot be written has what Inductor would compile, or torch reports it
+            with contextlib.suppress(OSError):
+                inductor.use_compiler(cpp_build.script_of_compiler())
             cpu_kernels.register()
             cpu_step.register()
 
@@ -79,7 +83,7 @@ class CpuPlatform(Platform):
     def lowering(self) -> tuple[Lowering | None, str]:
         if self._compiler_problem:
             why = self._compiler_problem.splitlines()[0]
-            return None, f"no C++ compiler for graph mode, running eagerly: {why}"
+            return None, f"graph mode lacks its C++ kernels, running eagerly: {why}"
         return inductor.lower_if_worth_it, ""
 
     def passes(self, fuse: bool) -> tuple[tuple[str, Pass], ...]:

@@ -14,12 +14,14 @@ from collections import Counter
 from pathlib import Path
 
 from nanovllm.compile.store import SUBFOLDERS, Store, num_kernels, problems, prune
+from nanovllm.tools import command_line
 
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status 1: `verify` found damage, the folder is no store, or others may write to it."""
+    """Exit status 1: `verify` found damage. Raises ValueError for a folder that is no store or that
+    others may write to, and OSError."""
     parser = argparse.ArgumentParser(
         prog="python -m nanovllm.tools.cache",
         description=__doc__,
@@ -34,14 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
     if (args.command == "prune") != (args.max_bytes is not None):
         parser.error("--max-bytes goes with prune, and prune needs it")
     if not (args.folder / "entries").is_dir():
-        print(f"{args.folder} is no store of compiled programs", file=sys.stderr)
-        return 1
+        raise ValueError(f"{args.folder} is no store of compiled programs")
     run = {"list": _list, "verify": _verify, "prune": _prune}[args.command]
-    try:
-        return run(args.folder, args.max_bytes)
-    except (OSError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 1
+    return run(args.folder, args.max_bytes)
 
 
 def _list(folder: Path, _: int | None) -> int:
@@ -85,4 +82,4 @@ def _bytes(text: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command_line.run(main))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,12 +42,16 @@ def best_seconds(work: Work, synchronize: Callable[[], None]) -> float:
 
 
 def measure_limits(
-    device: torch.device, dtype: torch.dtype, synchronize: Callable[[], None]
+    device: torch.device,
+    dtype: torch.dtype,
+    synchronize: Callable[[], None],
+    free_bytes: float = float("inf"),
 ) -> Limits:
     """Time a copy of random fp32 values, and a product of square random matrices of `dtype`.
 
     Each is timed with `best_seconds`: first at the smaller size, then, if that took less than
-    `LONG_ENOUGH`, at the larger size. `synchronize` waits until the device is idle.
+    `LONG_ENOUGH`, at the larger size. Sizes are halved until they fit half of `free_bytes`, the
+    device's free memory. `synchronize` waits until the device is idle.
 
     The copy is not captured in a CUDA graph: a graph copies 1 GiB or more with the copy engine,
     which reaches two thirds of the bandwidth on an H200. The matrices are random because a GPU's
@@ -63,9 +67,13 @@ def measure_limits(
         a = torch.randn(size, size, device=device, dtype=dtype)
         return 2 * size**3, lambda: a @ a
 
-    def rate(make: Callable[[int], tuple[int, Work]], sizes: tuple[int, int]) -> float:
+    def rate(
+        make: Callable[[int], tuple[int, Work]],
+        sizes: Sequence[int],
+        bytes_of: Callable[[int], int],
+    ) -> float:
         best = 0.0
-        for size in sizes:
+        for size in dict.fromkeys(_fitting(size, bytes_of, free_bytes) for size in sizes):
             amount, work = make(size)
             seconds = best_seconds(work, synchronize)
             del work  # free its tensors before the larger ones are allocated
@@ -74,4 +82,11 @@ def measure_limits(
                 break
         return best
 
-    return Limits(rate(copy, COPY_BYTES), rate(product, MATRIX_SIZES))
+    bandwidth = rate(copy, COPY_BYTES, lambda num_bytes: 2 * num_bytes)
+    return Limits(bandwidth, rate(product, MATRIX_SIZES, lambda n: 2 * n * n * dtype.itemsize))
+
+
+def _fitting(size: int, bytes_of: Callable[[int], int], free_bytes: float) -> int:
+    while size > 8 and bytes_of(size) > free_bytes / 2:
+        size //= 2
+    return size

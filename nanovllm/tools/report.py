@@ -32,7 +32,7 @@ from nanovllm.runner.runner import Runner
 from nanovllm.runner.state import Span
 from nanovllm.startup.choose import choose_without_weights
 from nanovllm.startup.compile_farm.builder import small_runner
-from nanovllm.tools import report_data, report_page
+from nanovllm.tools import command_line, report_data, report_page
 from nanovllm.tools.device_limits import Work, measure_limits
 from nanovllm.tools.report_data import Call, Padding, Region, Report, Timer
 
@@ -77,7 +77,8 @@ def draw(
             _prefill(runner, size)
         platform = runner.platform
         seconds = report_data.timer(platform.capture, platform.synchronize)
-        limits = measure_limits(platform.device, runner.cfg.dtype, platform.synchronize)
+        free_bytes = platform.cache_limit_bytes()
+        limits = measure_limits(platform.device, runner.cfg.dtype, platform.synchronize, free_bytes)
         for name, (program, inputs) in recorded.items():
             regions[name].calls = _measured(runner, program, inputs, seconds)
     model = choice.model
@@ -217,23 +218,17 @@ def _engine_config(args: argparse.Namespace) -> EngineConfig:
     return EngineConfig(args.model, device=args.device, dtype=args.dtype, **sizes)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Write the page. Exit status 1: an option, the trace or the output file is wrong."""
-    parser = _parser()
-    args = parser.parse_args(arguments)
+def main(arguments: list[str] | None = None) -> None:
+    """Write the page. Raises ValueError or OSError for a wrong option, trace or output file."""
+    args = _parser().parse_args(arguments)
     log.configure()
     kind, size = ("decode", args.bs) if args.bs is not None else ("prefill", args.tokens)
-    try:
-        sizes = read_trace(args.trace) if args.trace else []
-        trace_name = args.trace.name if args.trace else "every size once"
-        made = draw(_engine_config(args), kind, size, args.context, sizes, trace_name)
-        args.output.write_text(report_page.page(made), encoding="utf-8")
-    except (ValueError, OSError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 1
+    sizes = read_trace(args.trace) if args.trace else []
+    trace_name = args.trace.name if args.trace else "every size once"
+    made = draw(_engine_config(args), kind, size, args.context, sizes, trace_name)
+    args.output.write_text(report_page.page(made), encoding="utf-8")
     print(f"{args.output}: {made.title}, {len(made.regions)} regions")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command_line.run(main))

@@ -21,8 +21,9 @@ from typing import Any
 import torch
 import triton
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs without installation
 
+from nanovllm.tools import command_line
 from scripts.bench import kernel_times
 from scripts.bench.kernel_checks import Check, all_checks
 
@@ -108,4 +109,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command_line.run(main))

@@ -23,12 +23,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs without installation
 
 from nanovllm.kernels import reference
 from nanovllm.kernels.triton import filter as triton_filter
 from nanovllm.kernels.triton import sample as triton_sample
 from nanovllm.kernels.triton.linear_many import GemmTile
+from nanovllm.tools import command_line
 from nanovllm.tools.device_limits import measure_limits
 from scripts.bench.gpu_timing import time_launches
 from scripts.bench.linear_cases import DTYPE, Case, Small
@@ -205,4 +206,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command_line.run(main))

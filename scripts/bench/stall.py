@@ -16,10 +16,9 @@ from scripts.bench.engines import load
 NUM_STEPS = 100  # in each phase
 
 
-def measure_stall(args: argparse.Namespace, model: str) -> dict[str, Any]:
+def measure_stall(args: argparse.Namespace, model: str, max_model_len: int) -> dict[str, Any]:
     """Milliseconds between two tokens of a stream, as its reader sees them, in three phases:
     before a long prompt arrives, from then until its first token, and afterwards."""
-    max_model_len = max(args.max_model_len, args.stall + 16)
     llm, about = load(args, model, args.stall_rows + 1, max_model_len)
     stall, rng = llm.engine.scheduler.stall, random.Random(0)
     runs = [
@@ -82,7 +81,7 @@ class _Run:
         now = time.perf_counter()
         for output in outputs:
             if output.completion is not None and output.request_id in self.last:
-                raise SystemExit(
+                raise ValueError(
                     f"a stream ended too early: raise --max-model-len ({self.max_model_len})"
                 )
             if output.request_id == self.long_id:

@@ -28,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +185,7 @@ def checkpoints(args: argparse.Namespace, scratch: Path) -> tuple[Path, Path | N
 
     shapes = {"tiny": json.loads((EMBEDDED / "config.json").read_text()), **CONFIGS}
     if args.shape not in shapes:
-        raise SystemExit(f"--shape {args.shape} is unknown: use one of {', '.join(shapes)}")
+        raise ValueError(f"--shape {args.shape} is unknown: use one of {', '.join(shapes)}")
     one, other = scratch / "one", scratch / "other"
     config = shapes[args.shape]
     return write_checkpoint(one, config, 0), write_checkpoint(other, config, 1)
@@ -211,13 +212,7 @@ def all_starts(
     return results
 
 
-def main() -> None:
-    args = arguments()
-    if args.child:
-        job = json.loads(args.child)
-        child(job["model"], job["options"], job["started"])
-        return
-    sys.path.insert(0, str(ROOT))
+def main(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="start-up-") as name:
         scratch = Path(name)
         environment = environment_of_starts(None if args.installed_as_is else scratch / "bytecode")
@@ -245,4 +240,12 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    given = arguments()
+    if given.child:
+        job = json.loads(given.child)
+        child(job["model"], job["options"], job["started"])
+    else:
+        sys.path.insert(0, str(ROOT))  # runs without installation
+        from nanovllm.tools import command_line  # not at the top: a start times its imports
+
+        sys.exit(command_line.run(partial(main, given)))

@@ -190,6 +190,20 @@ def test_a_folder_that_others_can_write_is_refused(folder: Path, part: str, mode
         Store(folder)
 
 
+@pytest.mark.parametrize("part", ["entries", "objects"])
+def test_a_file_that_others_may_write_is_built_again_with_a_warning(
+    folder: Path, caplog: pytest.LogCaptureFixture, part: str
+) -> None:
+    run(compiler(folder))
+    only(folder / part).chmod(0o620)
+    again = compiler(folder)
+    logging.getLogger("nanovllm").propagate = True
+    with caplog.at_level(logging.WARNING):
+        run(again)
+    assert again.num_compiled == 1 and "its mode is 620" in caplog.text
+    assert only(folder / part).stat().st_mode & 0o777 == 0o600
+
+
 def test_a_folder_of_somebody_else_is_refused(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -302,6 +316,28 @@ def test_prune_drops_what_was_not_used_for_longest(
     assert "0 are left" in capsys.readouterr().out
 
 
+def test_prune_drops_what_killed_processes_left_behind(folder: Path) -> None:
+    fill(folder)
+    (folder / "triton" / "UNFINISHED").mkdir()
+    folders = [folder / "cpp" / ".building-x", folder / "triton" / "UNFINISHED" / "tmp.pid_7_x"]
+    files = [folder / "entries" / ".writing-x", folder / "triton" / "HASH" / ".writing-x"]
+    left_behind = [*files, *(one / "deep" / "file" for one in folders)]
+
+    def leave() -> None:
+        for path in left_behind:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"12345")
+
+    leave()
+    assert store.prune(folder, 1 << 30) == 0
+    assert all(path.exists() for path in left_behind), "their processes may still be alive"
+    for path in (*files, *folders):
+        os.utime(path, (time.time() - 4000,) * 2)
+    assert store.prune(folder, 1 << 30) == 5 * len(left_behind)
+    assert not any(path.exists() for path in (*files, *folders))
+    assert store.num_kernels(folder) == 1 and len(list(Store(folder).entries())) == 3
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [(["prune"], "prune needs it"), (["list", "--max-bytes", "1"], "--max-bytes goes with prune"),
@@ -316,14 +352,22 @@ def test_bad_arguments_are_named(
     assert message in capsys.readouterr().err
 
 
-def test_a_folder_that_is_no_store_is_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert cache.main(["list", str(tmp_path)]) == 1
-    assert f"{tmp_path} is no store" in capsys.readouterr().err
+def test_a_folder_that_is_no_store_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"{tmp_path} is no store"):
+        cache.main(["list", str(tmp_path)])
     Store(tmp_path / "s").folder.chmod(0o777)
-    assert cache.main(["list", str(tmp_path / "s")]) == 1
-    assert "chmod 700" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="chmod 700"):
+        cache.main(["list", str(tmp_path / "s")])
+
+
+def test_kernels_of_somebody_else_are_dropped(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(folder)
+    assert store.drop_damaged_kernels(folder) == 0
+    me = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: me + 1)
+    assert store.drop_damaged_kernels(folder) == 1
 
 
 def test_damaged_kernels_are_dropped_and_unsealed_ones_left(folder: Path) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from nanovllm import platforms
 from nanovllm.tools import device_limits
 from nanovllm.tools.device_limits import Limits
 
@@ -59,6 +62,119 @@ def test_lines_of_json_and_a_table_by_bucket_cap(run: Any, tmp_path: Path) -> No
     assert lines[:2] == found and len(lines) == 3
 
 
+def test_without_a_model_it_takes_the_embedded_one_on_a_cpu_and_the_length_that_fits(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = "--device cpu --enforce-eager --num-seqs 2 --min-len 2 --max-len 5 --bs 2"
+    monkeypatch.setattr(f"{__name__}.COMMON", options.split())
+    _, (found,) = run()
+    assert found["model"] == "tiny-qwen3" and found["prompt_tokens"] < 11
+    assert found["memory"]["kv_cache_tokens"] == 2 * 2048, "the model has 2048 positions"
+
+
+class Accelerator:
+    traits = SimpleNamespace(name="gpu")
+
+
+@pytest.mark.parametrize(
+    ("platform", "arguments", "expected"),
+    [
+        (Accelerator(), [], (None, "Qwen3-0.6B")),
+        (Accelerator(), ["--layers", "2"], (None, "Qwen3-0.6B")),
+        (None, [], ("tiny-qwen3", None)),
+        (None, ["--layers", "2"], (None, "Qwen3-0.6B")),
+        (Accelerator(), ["--model", "x"], ("x", None)),
+    ],
+)
+def test_the_model_it_takes_is_named_on_stderr(
+    platform: Any,
+    arguments: list[str],
+    expected: tuple[str | None, str | None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("sys.argv", ["bench.py", *arguments])
+    args = bench.arguments()
+    bench.choose_model(args, platform or platforms.select("cpu"))
+    assert (args.model, args.random_weights) == expected
+    err = capsys.readouterr().err
+    assert err == "" if "--model" in arguments else next(filter(None, expected)) in err
+
+
+def max_model_len(monkeypatch: pytest.MonkeyPatch, arguments: str) -> int:
+    monkeypatch.setattr("sys.argv", ["bench.py", *arguments.split()])
+    with ExitStack() as stack:
+        found: int = bench.make_workload(bench.arguments(), stack).max_model_len
+    return found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("--random-weights Qwen3-0.6B", 4096),
+        ("--random-weights Qwen3-0.6B --latency", 4096),
+        ("--random-weights Qwen3-0.6B --stall", 16400),
+        ("--random-weights Qwen3-0.6B --min-len 5000 --max-len 5000", 10000),
+        ("--model tiny-qwen3", 2048),
+        ("--model tiny-qwen3 --max-model-len 2100", 2100),
+    ],
+)
+def test_the_length_of_requests_follows_from_model_and_workload(
+    monkeypatch: pytest.MonkeyPatch, arguments: str, expected: int
+) -> None:
+    assert max_model_len(monkeypatch, arguments) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--max-len 1500 --min-len 1500", "up to 3000 tokens.*tiny-qwen3 has 2048 positions"),
+        ("--stall", r"up to 16400 tokens.*2048 positions: lower --stall \(16384\)"),
+        ("--latency --max-model-len 500", "up to 640 tokens.* --max-model-len is 500"),
+    ],
+)
+def test_a_workload_that_does_not_fit_is_refused_with_both_numbers(
+    monkeypatch: pytest.MonkeyPatch, arguments: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        max_model_len(monkeypatch, f"--model tiny-qwen3 {arguments}")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "is no config.json: name one, or use one of Qwen3-0.6B"), ("{", "json is not JSON"),
+     ("[]", "it must be an object"), ('{"vocab_size": 9}', "has None for max_position_embeddings")],
+)  # fmt: skip
+def test_a_config_that_cannot_be_used_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: str | None, message: str
+) -> None:
+    if content is not None:
+        (tmp_path / "shape.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        max_model_len(monkeypatch, f"--random-weights {tmp_path / 'shape.json'}")
+
+
+def test_limits_are_measured_before_the_model_takes_the_memory(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+
+    def measure_limits(device: Any, dtype: Any, synchronize: Any, free_bytes: int) -> Limits:
+        assert dtype is torch.bfloat16 and free_bytes > 0
+        events.append("limits")
+        return Limits(1.0, 1.0)
+
+    def load(*_: Any) -> None:
+        events.append("load")
+        raise ValueError("seen enough")
+
+    monkeypatch.setattr(bench, "measure_limits", measure_limits)
+    monkeypatch.setattr(bench, "load", load)
+    with pytest.raises(ValueError, match="seen enough"):
+        run("--dtype", "bfloat16")
+    assert events == ["limits", "load"]
+
+
 def test_filters_are_recorded_and_wrong_ones_refused(run: Any) -> None:
     _, (found,) = run("--bs", "2", "--top-k", "20", "--top-p", "0.95")
     assert found["sampling"] == {"temperature": 0.6, "top_k": 20, "top_p": 0.95}
@@ -93,6 +209,8 @@ def test_gaps_between_tokens_while_a_long_prompt_arrives(run: Any) -> None:
         (["--run-ahead", "2"], "invalid choice"),
         (["--stall", "--latency"], "a measurement of its own"),
         (["--runs", "0"], "must be at least 1"),
+        (["--max-len", "3"], "--max-len at least --min-len"),
+        (["--layers", "2"], "--layers goes with --random-weights"),
     ],
 )
 def test_what_cannot_be_done_is_refused(

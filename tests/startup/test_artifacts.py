@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from nanovllm.startup.artifacts import use_private_cache
+from nanovllm.config import EngineConfig
+from nanovllm.kernels import code_files
+from nanovllm.startup.artifacts import open_store, use_private_cache
 
 
 @pytest.fixture(autouse=True)
@@ -47,5 +50,39 @@ def test_without_a_place_for_it_the_engine_goes_on(
 ) -> None:
     (tmp_path / "file").write_text("")
     with caplog.at_level(logging.WARNING, logger="nanovllm"):
-        use_private_cache(tmp_path / "file" / "cache")
-    assert "compiled code is not kept" in caplog.text
+        store = use_private_cache(tmp_path / "file" / "cache")
+    assert "compiled code is not kept" in caplog.text and "NANOVLLM_CACHE" in caplog.text
+    assert store.folder == code_files.temporary_folder()
+
+
+@pytest.fixture
+def without_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The folder of temporary files, in which a user without a home keeps compiled code."""
+    logging.getLogger("nanovllm").propagate = True
+    monkeypatch.setenv("HOME", "/dev/null")
+    monkeypatch.delenv("NANOVLLM_CACHE", raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def test_without_a_home_every_start_has_the_same_private_store(
+    without_home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = EngineConfig("tiny-qwen3")
+    with caplog.at_level(logging.WARNING):
+        first, second = (open_store(config).folder for _ in range(2))
+    assert first == second and list(without_home.iterdir()) == [first]
+    assert first.stat().st_mode & 0o777 == 0o700
+    assert f"compiled code is kept in {first}" in caplog.text and "NANOVLLM_CACHE" in caplog.text
+
+
+def test_a_name_that_another_user_took_first_is_left_alone(
+    without_home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    taken = without_home / f"nanovllm-{os.getuid()}"
+    taken.mkdir(mode=0o700)
+    taken.chmod(0o777)
+    with caplog.at_level(logging.WARNING):
+        store = open_store(EngineConfig("tiny-qwen3"))
+    assert store.folder == code_files.temporary_folder() and not list(taken.iterdir())
+    assert f"{taken} is for compiled code" in caplog.text

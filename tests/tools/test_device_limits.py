@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -33,6 +35,27 @@ def test_the_larger_size_is_for_devices_too_fast_for_the_smaller(
     assert found.bandwidth == pytest.approx(expected.bandwidth)
     assert found.flops == pytest.approx(expected.flops)
     assert next(times, None) is None, "every size that is measured counts"
+
+
+def test_sizes_are_halved_until_they_fit_half_of_the_free_memory(
+    small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy takes twice its bytes, and fp32 matrices of n rows take 8 n²."""
+    allocated: list[int] = []
+    real = torch.randn
+
+    def randn(*shape: int, **options: Any) -> torch.Tensor:
+        made = real(*shape, **options)
+        allocated.append(made.nbytes)
+        return made
+
+    monkeypatch.setattr(torch, "randn", randn)
+    monkeypatch.setattr(device_limits, "best_seconds", lambda work, synchronize: 1e-6)
+    measure_limits(torch.device("cpu"), torch.float32, lambda: None, free_bytes=1800)
+    assert allocated == [400, 248, 400]
+    allocated.clear()
+    measure_limits(torch.device("cpu"), torch.float32, lambda: None, free_bytes=16000)
+    assert allocated == [400, 4000, 400, 1600]
 
 
 def test_a_run_is_timed_between_two_waits() -> None:

@@ -1,0 +1,29 @@
+"""How command-line tools end: a user's mistake is one line on stderr and exit status 2."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+# What the engine raises for options, models and files that a user names wrongly.
+MISTAKES = (ValueError, TypeError, OSError)
+STATUS = 2  # argparse's own, for arguments that it refuses
+
+
+def run(main: Callable[[], int | None]) -> int:
+    """Call a tool's `main` and return its exit status; None counts as 0.
+
+    One of MISTAKES is printed as argparse prints its errors. NANOVLLM_LOG_LEVEL=DEBUG adds the
+    traceback. Other errors are faults of the program and pass through.
+    """
+    try:
+        return main() or 0
+    except MISTAKES as error:
+        logger.debug("the error below was raised here", exc_info=True)
+        reason = " ".join(str(error).split()) or type(error).__name__
+        print(f"{Path(sys.argv[0]).name}: error: {reason}", file=sys.stderr)
+        return STATUS

@@ -1,0 +1,99 @@
+"""What bench.py runs: the model's shape, the prompts and answers, and the length they need."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from nanovllm import hub
+from nanovllm.startup.config_file import read_object
+from nanovllm.tools.shapes import CONFIGS
+
+MAX_MODEL_LEN = 4096  # unless the model has fewer positions or a request needs more
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model and the requests that it answers.
+
+    model: as `LLM` takes it. config: the content of its config.json. max_model_len: that of `LLM`.
+    """
+
+    model: str
+    config: dict[str, Any]
+    prompts: list[list[int]]
+    output_lens: list[int]
+    max_model_len: int
+
+
+def make_workload(args: argparse.Namespace, stack: ExitStack) -> Workload:
+    """The workload of bench.py's arguments. Raises ValueError if the model has too few positions.
+
+    For random weights, the model is a folder that lasts as long as `stack` and holds only a
+    config.json.
+    """
+    model, config = args.model, {}
+    if model is None:
+        model, config = stack.enter_context(TemporaryDirectory()), _random_config(args)
+        (Path(model) / "config.json").write_text(json.dumps(config))
+    else:
+        config = read_object(hub.resolve(model, weights=False) / "config.json")
+    for name in ("vocab_size", "max_position_embeddings"):
+        if type(config.get(name)) is not int:
+            raise ValueError(f"config.json of {model} has {config.get(name)!r} for {name}")
+    prompts, output_lens = _requests(args, config["vocab_size"])
+    needed = max(len(prompt) + num for prompt, num in zip(prompts, output_lens))
+    if args.stall:
+        needed = args.stall + 16
+    max_model_len = _max_model_len(args, needed, config["max_position_embeddings"])
+    return Workload(model, config, prompts, output_lens, max_model_len)
+
+
+def varied(prompts: list[list[int]], run_idx: int, vocab_size: int) -> list[list[int]]:
+    """Other prompts for each run: the prefix cache would skip the prefill of repeated ones."""
+    return [[(token + run_idx) % vocab_size for token in prompt] for prompt in prompts]
+
+
+def _random_config(args: argparse.Namespace) -> dict[str, Any]:
+    name, path = args.random_weights, Path(args.random_weights)
+    if name not in CONFIGS and not path.is_file():
+        raise ValueError(
+            f"--random-weights is {name!r}, which is no config.json: name one, or use one of "
+            f"{', '.join(CONFIGS)}"
+        )
+    config = dict(CONFIGS[name]) if name in CONFIGS else read_object(path)
+    if args.layers:
+        config["num_hidden_layers"] = args.layers
+    return config
+
+
+def _requests(args: argparse.Namespace, vocab_size: int) -> tuple[list[list[int]], list[int]]:
+    """(prompts, output lengths), drawn as nano-vllm does: all prompts first, then all lengths."""
+    random.seed(0)
+    top = min(10000, vocab_size - 1)
+    if args.latency:
+        return [[random.randint(0, top) for _ in range(128)]], [512]
+    low, high = args.min_len, args.max_len
+    prompts = [
+        [random.randint(0, top) for _ in range(random.randint(low, high))]
+        for _ in range(args.num_seqs)
+    ]
+    return prompts, [random.randint(low, high) for _ in range(args.num_seqs)]
+
+
+def _max_model_len(args: argparse.Namespace, needed: int, positions: int) -> int:
+    asked, name = args.max_model_len, args.model or args.random_weights
+    request = f"a request of this workload has up to {needed} tokens, prompt and answer together"
+    if asked is not None and asked < needed:
+        raise ValueError(f"{request}, but --max-model-len is {asked}")
+    if asked is None and positions < needed:
+        option = f"--stall ({args.stall})" if args.stall else f"--max-len ({args.max_len})"
+        shorter = "leave out --latency" if args.latency else f"lower {option}"
+        raise ValueError(f"{request}, but {name} has {positions} positions: {shorter}")
+    return asked or max(needed, min(MAX_MODEL_LEN, positions))

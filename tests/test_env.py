@@ -1,0 +1,87 @@
+"""Environment variables: what they may be, and where compiled code goes without them."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nanovllm import env
+
+
+@pytest.fixture(autouse=True)
+def _bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No variable is set, temporary files go to `tmp_path`, and so do relative paths."""
+    for name in ("NANOVLLM_CACHE", "NANOVLLM_DUMP_GRAPHS", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+
+
+def without_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def getpwuid(_: int) -> Any:
+        raise KeyError
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", getpwuid)
+
+
+def test_compiled_code_goes_to_the_home_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert env.read().store_folder(None) == tmp_path / "home" / ".cache" / "nanovllm"
+
+
+@pytest.mark.parametrize("home", ["/dev/null", "relative", None])
+def test_without_a_home_that_can_be_written_it_goes_to_one_temporary_folder_of_the_user(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, home: str | None
+) -> None:
+    if home is None:
+        without_home(monkeypatch)
+    else:
+        monkeypatch.setenv("HOME", home)
+    expected = tmp_path / f"nanovllm-{os.getuid()}"
+    assert [env.read().store_folder(None) for _ in range(2)] == [expected, expected]
+    assert not (tmp_path / "~").exists() and not (tmp_path / "relative").exists()
+
+
+def test_a_filled_store_serves_from_a_home_that_cannot_be_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = env.read().store_folder(None)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert env.read().store_folder(None) != folder
+    (folder / "entries").mkdir()
+    assert env.read().store_folder(None) == folder
+
+
+@pytest.mark.parametrize("name", ["NANOVLLM_CACHE", "NANOVLLM_DUMP_GRAPHS", "compile_cache"])
+def test_a_tilde_is_the_home_folder_or_an_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    def folder() -> Path | None:
+        given = "~/x" if name == "compile_cache" else None
+        if given is None:
+            monkeypatch.setenv(name, "~/x")
+        found = env.read()
+        return found.dump_graphs if "DUMP" in name else found.store_folder(given)
+
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert folder() == tmp_path / "home" / "x"
+    without_home(monkeypatch)
+    with pytest.raises(ValueError, match=rf"{name} is '~/x'.*use a full path"):
+        folder()
+
+
+def test_a_compiler_that_is_no_command_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "g++ '-m64")
+    with pytest.raises(ValueError, match=r"CXX is \"g\+\+ '-m64\".* No closing quotation"):
+        env.read()
+    monkeypatch.setenv("CXX", "  ")
+    assert env.read().cxx is None
