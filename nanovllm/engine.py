@@ -45,6 +45,7 @@ class Engine:
         self.config, self.tokenizer, self.model_config = config, loaded.tokenizer, loaded.runner.cfg
         self.load_seconds, self.memory = loaded.seconds, loaded.memory
         self._runner, self._eos_ids = loaded.runner, loaded.eos_ids
+        self._sleeper = loaded.sleeper
         layout = self._runner.layout
         self.max_model_len = layout.max_model_len
         self.default_params = loaded.default_params
@@ -84,6 +85,36 @@ class Engine:
         self._in_flight.clear()
         self._requests.clear()
         self._runner.close()
+        self._sleeper.close()
+
+    def sleep(self, level: int = 1) -> None:
+        """Give the memory of weights and cache back until `wake_up`; cached prefixes are forgotten.
+
+        Level 1 moves the weights to the host, level 2 drops them. Raises ValueError for another
+        level, while requests are unfinished, and without enable_sleep_mode where that is needed.
+        """
+        self._check_open()
+        if self._requests:
+            raise ValueError(
+                f"{len(self._requests)} request(s) are unfinished and would lose their cache: "
+                "finish or abort them before sleep()"
+            )
+        self._runner.platform.synchronize()
+        self._sleeper.sleep(level)
+        self.scheduler.pool.forget()
+
+    def wake_up(self, tags: Iterable[str] | None = None) -> None:
+        """Undo `sleep` for the parts in `tags` ("weights", "kv_cache"), or for both.
+
+        Dropped weights are read from the checkpoint again. Raises ValueError for other tags.
+        """
+        self._check_open()
+        self._sleeper.wake_up(tags)
+
+    @property
+    def is_sleeping(self) -> bool:
+        """Whether the weights or the cache are asleep."""
+        return bool(self._sleeper.asleep)
 
     def __del__(self) -> None:
         if hasattr(self, "_runner"):
@@ -150,6 +181,7 @@ class Engine:
         the vocabulary, or if embeddings do not fit the prompt or the model.
         """
         self._check_open()
+        self._sleeper.check_awake()
         params = (params or SamplingParams()).clone()
         self._intake.check(params)
         given = as_prompt(prompt)

@@ -190,6 +190,24 @@ class LLM(NanoMethods):
             engine.scheduler.pool.forget()
         return True
 
+    def sleep(self, level: int = 1) -> None:
+        """Give the memory of weights and cache back to the device until `wake_up`.
+
+        Level 1 moves the weights to the host's memory, level 2 drops them. Captured graphs are
+        kept. On a GPU this needs enable_sleep_mode=True. A sleeping engine takes no requests.
+
+        Raises ValueError for another level, for an engine that cannot sleep, and while requests
+        are unfinished.
+        """
+        with self.shared.exclusive() as engine:
+            engine.sleep(level)
+
+    def wake_up(self, tags: Sequence[str] | None = None) -> None:
+        """Undo `sleep` for "weights", "kv_cache" or, without `tags`, both. After level 2 the
+        weights are read from the checkpoint again. Raises ValueError for other tags."""
+        with self.shared.exclusive() as engine:
+            engine.wake_up(tags)
+
     def get_metrics(self) -> list[Metric]:
         """Gauges and counters of the engine."""
         return self.engine.metrics.read()

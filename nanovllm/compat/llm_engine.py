@@ -203,5 +203,18 @@ class LLMEngine:
 
     tokenizer = property(get_tokenizer)
 
+    def sleep(self, level: int = 1) -> None:
+        """See `LLM.sleep`."""
+        with self.shared.exclusive() as engine:
+            engine.sleep(level)
+
+    def wake_up(self, tags: Iterable[str] | None = None) -> None:
+        """See `LLM.wake_up`."""
+        with self.shared.exclusive() as engine:
+            engine.wake_up(tags)
+
+    def is_sleeping(self) -> bool:
+        return self.engine.is_sleeping
+
     def get_metrics(self) -> list[Metric]:
         return self.engine.metrics.read()

@@ -24,20 +24,31 @@ TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ROWS_AT_ONCE = 4096  # when two tables are compared
 
 Progress = Callable[[int], object]  # called with the number of layers that were added
+Place = Callable[[Tensor], Tensor]  # moves a weight as stored to memory of its own
 
 
 class CheckpointError(ValueError):
     """A checkpoint is damaged or does not fit its config."""
 
 
+def _in_place(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 def load(
-    model: Model, folder: Path, device: torch.device, progress: Progress, weight_format: str = PLAIN
+    model: Model,
+    folder: Path,
+    device: torch.device,
+    progress: Progress,
+    weight_format: str = PLAIN,
+    place: Place = _in_place,
 ) -> Params:
     """Read a checkpoint in transformers' layout, in the model's dtype, to `device`.
 
     The weights of linear layers are converted to `weight_format` as they are read. A tied embedding
     table stays plain, since its rows are looked up; the head is a converted copy of it. Calls
-    `progress(n)` after every n layers.
+    `progress(n)` after every n layers. `place` takes each tensor once, in an order that depends on
+    the model and the format alone, and returns the one to use.
 
     Raises CheckpointError naming the tensor that is missing, left over, misshapen or quantized, or
     the file that is damaged.
@@ -66,7 +77,7 @@ def load(
             used.add(source)
         return out
 
-    params = build(model, read, progress, weight_format)
+    params = build(model, read, progress, weight_format, place)
     ignored = {HEAD} if model.config.tied_embeddings else set()
     extra = sorted(name for name in set(files) - used - ignored if not IGNORED.fullmatch(name))
     if extra:
@@ -104,9 +115,17 @@ def has_own_head(folder: Path, dtype: torch.dtype) -> bool:
 
 
 def random(
-    model: Model, device: torch.device, seed: int, progress: Progress, weight_format: str = PLAIN
+    model: Model,
+    device: torch.device,
+    seed: int,
+    progress: Progress,
+    weight_format: str = PLAIN,
+    place: Place = _in_place,
 ) -> Params:
-    """Seeded weights: normal with standard deviation 0.02, norms at one, biases at zero."""
+    """Seeded weights: normal with standard deviation 0.02, norms at one, biases at zero.
+
+    `place` is that of `load`.
+    """
     generator = torch.Generator(device).manual_seed(seed)
 
     def draw(param: Param) -> Tensor:
@@ -115,27 +134,35 @@ def random(
             return weight.fill_(float(param.kind == "norm"))
         return weight.normal_(0.0, RANDOM_STD, generator=generator)
 
-    return build(model, draw, progress, weight_format)
+    return build(model, draw, progress, weight_format, place)
 
 
 def build(
-    model: Model, make: Callable[[Param], Tensor], progress: Progress, weight_format: str
+    model: Model,
+    make: Callable[[Param], Tensor],
+    progress: Progress,
+    weight_format: str,
+    place: Place = _in_place,
 ) -> Params:
     """The parameters that `make` gives, with the weights of linear layers in `weight_format`."""
 
     def stored(param: Param, weight: Tensor) -> Weight:
         return FORMATS[weight_format].store(", ".join(param.sources), weight)
 
+    def placed(weight: Weight) -> Weight:
+        return place(weight) if isinstance(weight, Tensor) else type(weight)(*map(place, weight))
+
     def made(declared: dict[str, Param]) -> dict[str, Any]:
         return {
-            name: stored(param, make(param)) if param.kind == "linear" else make(param)
+            name: placed(stored(param, make(param)) if param.kind == "linear" else make(param))
             for name, param in declared.items()
         }
 
     outer_params, *layer_params = model.declared
     outer = made(outer_params)
     if model.config.tied_embeddings:
-        outer["head_VD"] = stored(outer_params["embed_VD"], outer["embed_VD"])
+        head = stored(outer_params["embed_VD"], outer["embed_VD"])
+        outer["head_VD"] = head if head is outer["embed_VD"] else placed(head)
     absent = dict.fromkeys(model.layer_type._fields)
     layers = []
     for declared in layer_params:

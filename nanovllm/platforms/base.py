@@ -21,6 +21,7 @@ from torch import Tensor
 from nanovllm.compile.passes.replace_ops import replace_ops
 from nanovllm.compile.program import Lowering, Pass
 from nanovllm.kernels.flash_attention import Flash, Missing
+from nanovllm.platforms.regions import Region
 
 # Ops of a step with kernels of ours on CPU and CUDA.
 STEP_OPS = frozenset({
@@ -223,6 +224,17 @@ class Platform(ABC):
 
     def release(self) -> None:
         """Return unused cached memory to the device."""
+
+    def enable_sleep(self) -> None:
+        """Let `region` return regions that can be given back. Raises ValueError without them."""
+        raise ValueError(
+            f"enable_sleep_mode is True, but sleep is not supported on a {self.traits.name} device"
+        )
+
+    def region(self) -> Region:
+        """A new, empty region of device memory."""
+        name = self.traits.name
+        return Region(self.device, f"sleep is not supported on a {name} device")
 
     # Information ---------------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ from nanovllm.kernels.cpu import kernels as cpu_kernels
 from nanovllm.kernels.cpu import step as cpu_step
 from nanovllm.platforms.base import STEP_OPS, UNFUSED_PASSES, MemoryBudget, Platform, Traits
 from nanovllm.platforms.cores import usable_cores
+from nanovllm.platforms.regions import HostRegion, Region
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +108,12 @@ class CpuPlatform(Platform):
 
     def cache_limit_bytes(self) -> int:
         return _available_bytes()
+
+    def enable_sleep(self) -> None:
+        """Nothing to prepare: every region of the host can be given back."""
+
+    def region(self) -> Region:
+        return HostRegion()
 
     def peak_bytes(self) -> int:
         """The process's peak since it started: the system offers no way to reset it."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -23,9 +22,11 @@ from nanovllm.compile.passes.replace_ops import replace_ops
 from nanovllm.compile.program import Lowering, Pass
 from nanovllm.kernels import flash_attention
 from nanovllm.kernels.flash_attention import Flash, Missing
-from nanovllm.platforms import preload
+from nanovllm.platforms import cuda_memory, preload
 from nanovllm.platforms.accelerator import Accelerator
 from nanovllm.platforms.base import STEP_OPS, UNFUSED_PASSES, Rehearsal, Replay, Traits
+from nanovllm.platforms.cuda_memory import Driver, MappedRegion
+from nanovllm.platforms.regions import Region
 
 # Ops with Triton kernels of ours. Inductor could fuse norms and activations too, but it has no
 # programmatic dependent launch and compiles for seconds per bucket.
@@ -75,6 +76,8 @@ class CudaPlatform(Accelerator):
         self._pool: Any = None
         self._capture_stream: Any = None
         self._first_graph: Any = None
+        self._driver: Driver | None = None
+        self._regions: list[MappedRegion] = []
 
     def prepare(
         self, libraries: Path | None = None, cxx: str | None = None, may_compile: bool = True
@@ -165,6 +168,22 @@ class CudaPlatform(Accelerator):
         self._pool = self._first_graph = None
         super().release()
 
+    def enable_sleep(self) -> None:
+        if torch.version.hip is not None:
+            raise ValueError("enable_sleep_mode is True, but sleep is not supported on AMD GPUs")
+        self._driver = Driver(self.device)
+
+    def region(self) -> Region:
+        if self._driver is None:
+            return Region(self.device, "sleep needs an engine loaded with enable_sleep_mode=True")
+        region = MappedRegion(self._driver)
+        self._regions.append(region)
+        return region
+
+    def peak_bytes(self) -> int:
+        # torch's statistics leave out mapped memory
+        return super().peak_bytes() + sum(region.mapped_bytes for region in self._regions)
+
     def describe(self) -> str:
         properties = torch.cuda.get_device_properties(self.device)
         major, minor = torch.cuda.get_device_capability(self.device)
@@ -202,9 +221,8 @@ def _takes_one_row(x_TD: Tensor, weight_OD: Tensor, has_norm: bool, silu_mul: bo
 def _driver_version() -> str:
     """The CUDA version that the driver supports; 13000 means 13.0."""
     version = ctypes.c_int(0)
-    library = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
     try:
-        ctypes.CDLL(library).cuDriverGetVersion(ctypes.byref(version))
+        ctypes.CDLL(cuda_memory.LIBRARY).cuDriverGetVersion(ctypes.byref(version))
     except (OSError, AttributeError):
         return "unknown"
     return str(version.value)

@@ -19,6 +19,7 @@ from nanovllm.models.interface import LayerCache, Model, Params
 from nanovllm.models.rope import rotary_table
 from nanovllm.platforms import attention
 from nanovllm.platforms.base import HostCopy, MemoryBudget, Platform, Replay
+from nanovllm.platforms.regions import Region
 from nanovllm.runner.captured import DecodeStep, PrefillStep, VerifyStep
 from nanovllm.runner.inputs import SpanArrays, span_arrays
 from nanovllm.runner.sampling import LogprobCopies, Sampler, copy_logprobs
@@ -103,6 +104,7 @@ class Runner:
         self._decode_steps: dict[int, DecodeStep] = {}
         self._prefill_steps: dict[int, PrefillStep] = {}
         self._verify_steps: dict[tuple[int, int], VerifyStep] = {}
+        self.cache_region = Region(platform.device)
         # A small cache until its size is known. If programs contain it, none are built.
         first = Compiler(None) if platform.traits.whole_steps else compiler
         self.steps = self._make_steps(2, first)
@@ -125,6 +127,7 @@ class Runner:
 
     def allocate_cache(self, num_blocks: int) -> None:
         """Zeroed cache blocks; the state's block tables refer to them by number."""
+        self.cache_region = self.platform.region()
         self.steps = self._make_steps(num_blocks, self.compiler)
 
     def warm_up(self, progress: Callable[[str], object]) -> None:
@@ -188,15 +191,16 @@ class Runner:
         self._embeddings.clear()
         for name in ("steps", "params", "state", "sampler", "cos_sin_MH", "compiler"):
             self.__dict__.pop(name, None)
+        self.cache_region.close()
         self.platform.release()
 
     def _make_steps(self, num_blocks: int, compiler: Compiler) -> Steps:
-        cfg, device = self.cfg, self.platform.device
+        cfg = self.cfg
         shape = (num_blocks, self.layout.block_size, cfg.num_kv_heads, cfg.head_dim)
 
         def blocks() -> Tensor:
             # memory of its own for each: programs take them as inputs, and inputs must not alias
-            return torch.zeros(shape, dtype=self.spec.cache_dtype, device=device)
+            return self.cache_region.zeros(shape, self.spec.cache_dtype)
 
         caches = tuple(LayerCache(blocks(), blocks(), *scales) for scales in self._scales)
         whole = self.platform.traits.whole_steps and compiler.lowering is not None

@@ -83,6 +83,8 @@ def choose(config: EngineConfig, farm: CompileFarm, laps: Laps) -> Choice:
     Raises ValueError for options that the device or the checkpoint does not support.
     """
     platform = select_platform(config)
+    if config.enable_sleep_mode:
+        platform.enable_sleep()
     laps.end("device")
     folder = hub.resolve(config.model, weights=not config.random_weights, revision=config.revision)
     store = open_store(config)

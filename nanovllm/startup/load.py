@@ -14,7 +14,9 @@ from nanovllm import hub
 from nanovllm.config import EngineConfig
 from nanovllm.models import loader
 from nanovllm.models.interface import Model, Params
+from nanovllm.platforms.regions import Place, Region
 from nanovllm.runner.runner import Runner
+from nanovllm.runner.sleep import Sleeper
 from nanovllm.runner.spec import EngineSpec
 from nanovllm.sampling import SamplingParams
 from nanovllm.schedule.stall import StallBound
@@ -41,6 +43,7 @@ class Loaded:
     model: Model
     spec: EngineSpec
     runner: Runner
+    sleeper: Sleeper
     tokenizer: Tokenizer | None
     eos_ids: frozenset[int]
     default_params: SamplingParams
@@ -69,7 +72,8 @@ def load(config: EngineConfig, farm: CompileFarm | None = None) -> Loaded:
         total = choice.model.config.num_layers + num_buckets
         bar = tqdm(total=total, desc="loading weights", dynamic_ncols=True, leave=False)
         stack.enter_context(bar)
-        params, tokenizer = _load_weights(choice, farm, bar, laps)
+        weights = choice.platform.region()
+        params, tokenizer = _load_weights(choice, weights, farm, bar, laps)
         built = build(choice, params, bar, laps)
     cfg, runner, seconds = choice.model.config, built.runner, sum(laps.seconds.values())
     logger.info(
@@ -81,27 +85,26 @@ def load(config: EngineConfig, farm: CompileFarm | None = None) -> Loaded:
     eos_ids = choice.eos_ids
     if tokenizer is not None and tokenizer.eos_id is not None and not generation:
         eos_ids |= {tokenizer.eos_id}
+    sleeper = Sleeper(
+        weights, runner.cache_region, partial(_read_weights, choice, lambda num_layers: None)
+    )
     return Loaded(
-        choice.config, runner.model, runner.spec, runner, tokenizer, eos_ids,
+        choice.config, runner.model, runner.spec, runner, sleeper, tokenizer, eos_ids,
         default_params(generation if config.generation_config == "auto" else {}),
         built.num_blocks, built.memory, built.stall, laps.seconds,
     )  # fmt: skip
 
 
 def _load_weights(
-    choice: Choice, farm: CompileFarm, bar: tqdm, laps: Laps
+    choice: Choice, region: Region, farm: CompileFarm, bar: tqdm, laps: Laps
 ) -> tuple[Params, Tokenizer | None]:
-    """Weights and tokenizer; waits for workers, if any."""
-    model, device, weight_format = choice.model, choice.platform.device, choice.spec.weight_format
+    """Weights in a region, and the tokenizer; waits for workers, if any."""
     with ThreadPoolExecutor(1) as reader:
         read = partial(reader.submit, partial(_tokenizer, choice))
         # Imports hold Python's lock, and reading weights does not. So the tokenizer is read beside
         # the weights, unless threads hand out tasks at the same time.
         tokenizer = None if choice.num_workers else read()
-        if choice.config.random_weights:
-            params = loader.random(model, device, choice.config.seed, bar.update, weight_format)
-        else:
-            params = loader.load(model, choice.folder, device, bar.update, weight_format)
+        params = _read_weights(choice, bar.update, region.place)
         choice.platform.synchronize()
         laps.end("weights")
         tokenizer = tokenizer or read()
@@ -112,6 +115,15 @@ def _load_weights(
         found = tokenizer.result()
     laps.end("tokenizer")
     return params, found
+
+
+def _read_weights(choice: Choice, progress: loader.Progress, place: Place) -> Params:
+    """The checkpoint's weights or random ones: the same at every call."""
+    model, device, weight_format = choice.model, choice.platform.device, choice.spec.weight_format
+    if choice.config.random_weights:
+        seed = choice.config.seed
+        return loader.random(model, device, seed, progress, weight_format, place)
+    return loader.load(model, choice.folder, device, progress, weight_format, place)
 
 
 def _tokenizer(choice: Choice) -> Tokenizer | None:
