@@ -1,0 +1,190 @@
+"""Regions behind fixed addresses, over a stub of CUDA's driver that is built with the real header."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib.util
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nanovllm.kernels.cpu import build
+from nanovllm.platforms import cuda_memory
+from nanovllm.platforms.cuda_memory import Driver, DriverError, MappedRegion
+
+MIB = 1 << 20
+STUB = Path(__file__).with_name("driver_stub.cpp")
+
+
+class StubDriver(Driver):
+    """The calls go to the stub, and tensors lie in the host's memory."""
+
+    num_released = 0
+
+    def __init__(self, library: Path) -> None:
+        super().__init__(torch.device("cuda", 3), str(library))
+        self.device = torch.device("cpu")
+        self.stub = ctypes.CDLL(str(library))
+        self.stub.stub_used_bytes.restype = ctypes.c_size_t
+        self.stub.stub_set_capacity.argtypes = [ctypes.c_size_t]
+        self.set_capacity(1 << 40)
+
+    def used_bytes(self) -> int:
+        return int(self.stub.stub_used_bytes())
+
+    def set_capacity(self, num_bytes: int) -> None:
+        self.stub.stub_set_capacity(num_bytes)
+
+    def total_bytes(self) -> int:
+        return 1 << 30
+
+    def synchronize(self) -> None:
+        pass
+
+    def release_unused(self) -> None:
+        self.num_released += 1
+
+    def host_bytes(self, num_bytes: int) -> Tensor:
+        return torch.empty(num_bytes, dtype=torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    triton = importlib.util.find_spec("triton")
+    assert triton is not None and triton.origin is not None
+    header = Path(triton.origin).parent / "backends" / "nvidia" / "include"
+    out = tmp_path_factory.mktemp("stub") / "libstub.so"
+    compiler = build._compiler(None)
+    assert compiler is not None
+    flags = ["-std=c++17", "-shared", "-fPIC", "-I", str(header)]
+    subprocess.run([compiler, *flags, str(STUB), "-o", str(out)], check=True)
+    return out
+
+
+@pytest.fixture
+def driver(library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StubDriver]:
+    monkeypatch.setattr(cuda_memory, "CHUNK_BYTES", 2 * MIB)
+    monkeypatch.setattr(cuda_memory, "PIECE_BYTES", MIB)
+    driver = StubDriver(library)
+    yield driver
+    gc.collect()
+    assert driver.used_bytes() == 0 and driver.stub.stub_reserved_ranges() == 0
+
+
+def weights() -> list[Tensor]:
+    """Small tensors of odd sizes, one that spans chunks, and one that fills a chunk."""
+    shapes: list[Any] = [(1,), (19, 3), (989, 1000), (2, 512, 512), (5,), (2 * MIB - 512,)]
+    dtypes = [torch.float32, torch.bfloat16, torch.float32, torch.float32, torch.int64, torch.uint8]
+    return [torch.randn(shape).mul(9).to(dtype) for shape, dtype in zip(shapes, dtypes)]
+
+
+def test_tensors_lie_side_by_side_in_memory_of_their_own(driver: StubDriver) -> None:
+    region, originals = MappedRegion(driver), weights()
+    placed = [region.place(tensor) for tensor in originals]
+    zeros = region.zeros((7, 11), torch.float8_e4m3fn)
+    for tensor, original in zip(placed, originals):
+        assert torch.equal(tensor, original)
+        assert tensor.dtype == original.dtype and tensor.is_contiguous()
+        assert tensor.data_ptr() % 512 == 0 and tensor.storage_offset() == 0
+    assert not zeros.float().any()
+    used = sum(-(-tensor.nbytes // 512) * 512 for tensor in (*placed, zeros))
+    assert zeros.data_ptr() + 512 - placed[0].data_ptr() == used
+    assert region.mapped_bytes == driver.used_bytes() == -(-used // (2 * MIB)) * 2 * MIB
+    region.close()
+
+
+def test_memory_that_comes_back_has_its_addresses_and_contents(driver: StubDriver) -> None:
+    region, originals = MappedRegion(driver), weights()
+    placed = [region.place(tensor) for tensor in originals]
+    addresses, used = [tensor.data_ptr() for tensor in placed], driver.used_bytes()
+    for _ in range(2):
+        region.drop(keep=True)
+        region.drop(keep=True)
+        assert driver.used_bytes() == region.mapped_bytes == 0
+        assert region.take_back() and region.take_back()
+        assert driver.used_bytes() == used
+        assert [tensor.data_ptr() for tensor in placed] == addresses
+        assert all(map(torch.equal, placed, originals))
+    region.close()
+
+
+@pytest.mark.parametrize("keeps_first", [False, True])
+def test_dropped_contents_are_written_anew(driver: StubDriver, keeps_first: bool) -> None:
+    region, originals = MappedRegion(driver), weights()
+    placed = [region.place(tensor) for tensor in originals]
+    region.drop(keep=keeps_first)
+    region.drop(keep=False)
+    assert not region.take_back()
+    assert not any(map(torch.equal, placed, originals))
+    place = region.refill()
+    assert all(place(one) is other for one, other in zip(originals, placed))
+    assert all(map(torch.equal, placed, originals))
+    region.clear()
+    assert not any(tensor.any() for tensor in placed)
+    region.close()
+
+
+def test_tensors_are_added_after_sleep(driver: StubDriver) -> None:
+    region, originals = MappedRegion(driver), weights()
+    placed = [region.place(tensor) for tensor in originals]
+    region.drop(keep=True)
+    region.take_back()
+    placed += [region.place(tensor) for tensor in originals]
+    assert all(map(torch.equal, placed, originals * 2))
+    region.close()
+
+
+def test_a_full_device_leaves_the_region_asleep(driver: StubDriver) -> None:
+    region, originals = MappedRegion(driver), weights()
+    placed = [region.place(tensor) for tensor in originals]
+    used = driver.used_bytes()
+    region.drop(keep=True)
+    driver.set_capacity(used - 1)
+    num_released = driver.num_released
+    with pytest.raises(torch.OutOfMemoryError, match="has no .* MiB left"):
+        region.take_back()
+    assert driver.num_released == num_released + 1  # torch's own memory was released first
+    assert driver.used_bytes() == region.mapped_bytes == 0
+    driver.set_capacity(used)
+    assert region.take_back() and all(map(torch.equal, placed, originals))
+    with pytest.raises(torch.OutOfMemoryError):
+        region.place(originals[2])
+    assert all(map(torch.equal, placed, originals))
+    region.close()
+
+
+@pytest.mark.parametrize("asleep", [False, True])
+@pytest.mark.parametrize("how", ["close", "del"])
+def test_nothing_is_left_of_a_closed_region(driver: StubDriver, how: str, asleep: bool) -> None:
+    region, other = MappedRegion(driver), MappedRegion(driver)
+    kept = other.place(weights()[1])
+    before = driver.used_bytes()
+    for tensor in weights():
+        region.place(tensor)
+    if asleep:
+        region.drop(keep=True)
+    if how == "close":
+        region.close()
+        region.close()
+    else:
+        del region
+    assert driver.used_bytes() == before
+    assert driver.stub.stub_reserved_ranges() == 1
+    assert kept.float().isfinite().all()
+    other.close()
+
+
+def test_a_failed_call_is_named(driver: StubDriver) -> None:
+    address = driver.reserve(4 * MIB)
+    with pytest.raises(DriverError, match="cuMemMap failed with CUDA error 1$"):
+        driver.map(address + 3 * MIB, 2 * MIB)
+    with pytest.raises(DriverError, match="cuMemUnmap failed"):
+        driver.unmap(address, 2 * MIB)
+    assert driver.used_bytes() == 0
+    driver.free(address, 4 * MIB)
