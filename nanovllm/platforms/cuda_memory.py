@@ -171,6 +171,10 @@ class Driver:
         """Give memory that torch's allocator has cached back to the device."""
         torch.cuda.empty_cache()
 
+    def release_unused_on_host(self) -> None:
+        """Give pinned memory that torch's allocator has cached back to the system."""
+        torch._C._host_emptyCache()
+
     def host_bytes(self, num_bytes: int) -> Tensor:
         """Memory of the host, pinned if the system allows it: copies are then several times as
         fast."""
@@ -253,6 +257,7 @@ class MappedRegion(TensorRegion):
             self._unmap(self._chunks)
         self._is_mapped, self._saved = False, []
         self._driver.free(address, self._num_reserved)
+        self._driver.release_unused_on_host()
 
     def _empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """A tensor after the last one. Adds a chunk if the chunks so far end before it does."""

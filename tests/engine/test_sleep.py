@@ -235,7 +235,7 @@ def test_devices_without_sleep_say_so(
             llm.sleep(level)
     assert not llm.engine.is_sleeping
     tokens(llm, PROMPTS, greedy())
-    with pytest.raises(ValueError, match="enable_sleep_mode is True, but .* mps device"):
+    with pytest.raises(ValueError, match=r"enable_sleep_mode is True, but .* mps device"):
         make_llm(device="mps", enable_sleep_mode=True)
 
 
@@ -272,7 +272,7 @@ def test_a_gpu_gets_the_memory_back(make: Make, enforce_eager: bool, level: int)
     if level == 1:
         llm.sleep()
     llm.close()
-    assert gpu_bytes() - before < 64 << 20
+    assert gpu_bytes() - before < memory.cache_bytes // 2
 
 
 @pytest.mark.gpu

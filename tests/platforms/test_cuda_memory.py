@@ -1,4 +1,4 @@
-"""Regions behind fixed addresses, over a stub of CUDA's driver that is built with the real header."""
+"""Regions behind fixed addresses, over a stub of CUDA's driver that includes the real header."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ctypes
 import gc
 import importlib.util
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from nanovllm import LLM
+from nanovllm.compile.trace import tensors
 from nanovllm.kernels.cpu import build
 from nanovllm.platforms import cuda_memory
+from nanovllm.platforms.cpu import CpuPlatform
 from nanovllm.platforms.cuda_memory import Driver, DriverError, MappedRegion
+from tests.engines import greedy, random_prompts, tokens
 
 MIB = 1 << 20
 STUB = Path(__file__).with_name("driver_stub.cpp")
@@ -25,7 +29,7 @@ STUB = Path(__file__).with_name("driver_stub.cpp")
 class StubDriver(Driver):
     """The calls go to the stub, and tensors lie in the host's memory."""
 
-    num_released = 0
+    num_released = num_released_on_host = 0
 
     def __init__(self, library: Path) -> None:
         super().__init__(torch.device("cuda", 3), str(library))
@@ -49,6 +53,9 @@ class StubDriver(Driver):
 
     def release_unused(self) -> None:
         self.num_released += 1
+
+    def release_unused_on_host(self) -> None:
+        self.num_released_on_host += 1
 
     def host_bytes(self, num_bytes: int) -> Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8)
@@ -147,7 +154,7 @@ def test_a_full_device_leaves_the_region_asleep(driver: StubDriver) -> None:
     region.drop(keep=True)
     driver.set_capacity(used - 1)
     num_released = driver.num_released
-    with pytest.raises(torch.OutOfMemoryError, match="has no .* MiB left"):
+    with pytest.raises(torch.OutOfMemoryError, match=r"has no .* MiB left"):
         region.take_back()
     assert driver.num_released == num_released + 1  # torch's own memory was released first
     assert driver.used_bytes() == region.mapped_bytes == 0
@@ -182,9 +189,42 @@ def test_nothing_is_left_of_a_closed_region(driver: StubDriver, how: str, asleep
 
 def test_a_failed_call_is_named(driver: StubDriver) -> None:
     address = driver.reserve(4 * MIB)
-    with pytest.raises(DriverError, match="cuMemMap failed with CUDA error 1$"):
+    with pytest.raises(DriverError, match=r"cuMemMap failed with CUDA error 1$"):
         driver.map(address + 3 * MIB, 2 * MIB)
     with pytest.raises(DriverError, match="cuMemUnmap failed"):
         driver.unmap(address, 2 * MIB)
     assert driver.used_bytes() == 0
     driver.free(address, 4 * MIB)
+
+
+@pytest.mark.parametrize("level", [1, 2])
+@pytest.mark.parametrize("how", ["close", "del"])
+def test_an_engine_lives_in_mapped_memory(
+    make_llm: Callable[..., LLM],
+    driver: StubDriver,
+    monkeypatch: pytest.MonkeyPatch,
+    level: int,
+    how: str,
+) -> None:
+    """The same addresses and answers after sleep. Asleep it holds nothing; nor does it later."""
+    prompts = random_prompts([5, 40, 99], seed=33)
+    plain = make_llm(device="cpu")
+    expected = tokens(plain, prompts, greedy())
+    monkeypatch.setattr(CpuPlatform, "region", lambda self: MappedRegion(driver))
+    llm = make_llm(device="cpu")
+    params, caches = llm.engine.runner.params, llm.engine.runner.steps.caches
+    kept = [tensor for tensor in tensors((params, caches)) if tensor is not None]
+    addresses = [tensor.data_ptr() for tensor in kept]
+    assert params.head_VD is params.embed_VD
+    assert driver.used_bytes() >= sum({one.data_ptr(): one.nbytes for one in kept}.values())
+    for _ in range(2):
+        assert tokens(llm, prompts, greedy()) == expected
+        llm.sleep(level)
+        assert driver.used_bytes() == 0
+        llm.wake_up()
+    assert tokens(llm, prompts, greedy()) == expected
+    assert [tensor.data_ptr() for tensor in kept] == addresses
+    if how == "close":
+        llm.close()
+    del kept, params, caches, llm
+    assert driver.used_bytes() == 0 and driver.stub.stub_reserved_ranges() == 0
