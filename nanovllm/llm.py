@@ -193,8 +193,9 @@ class LLM(NanoMethods):
     def sleep(self, level: int = 1) -> None:
         """Give the memory of weights and cache back to the device until `wake_up`.
 
-        Level 1 moves the weights to the host's memory, level 2 drops them. Captured graphs are
-        kept. On a GPU this needs enable_sleep_mode=True. A sleeping engine takes no requests.
+        Level 1 moves the weights to the host's memory, where those of a CPU engine are already;
+        level 2 drops them. Captured graphs are kept. On a GPU this needs enable_sleep_mode=True. A
+        sleeping engine takes no requests.
 
         Raises ValueError for another level, for an engine that cannot sleep, and while requests
         are unfinished.
