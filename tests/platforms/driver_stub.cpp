@@ -64,6 +64,8 @@ extern "C" {
 size_t stub_used_bytes() { return used(); }
 size_t stub_reserved_ranges() { return ranges.size(); }
 void stub_set_capacity(size_t bytes) { capacity = bytes; }
+size_t stub_properties_bytes() { return sizeof(CUmemAllocationProp); }
+size_t stub_access_bytes() { return sizeof(CUmemAccessDesc); }
 
 CUresult cuMemGetAllocationGranularity(size_t* found, const CUmemAllocationProp* properties,
                                        CUmemAllocationGranularity_flags option) {

@@ -84,6 +84,11 @@ def driver(library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StubDrive
     assert driver.used_bytes() == 0 and driver.stub.stub_reserved_ranges() == 0
 
 
+def test_structs_have_the_headers_sizes(driver: StubDriver) -> None:
+    sizes = (ctypes.sizeof(driver._properties), ctypes.sizeof(driver._access))
+    assert sizes == (driver.stub.stub_properties_bytes(), driver.stub.stub_access_bytes())
+
+
 def weights() -> list[Tensor]:
     """Small tensors of odd sizes, one that spans chunks, and one that fills a chunk."""
     shapes: list[Any] = [(1,), (19, 3), (989, 1000), (2, 512, 512), (5,), (2 * MIB - 512,)]
