@@ -26,6 +26,7 @@ class SharedEngine:
         self._changed = threading.Condition()
         self._user: int | None = None  # the thread that uses the engine
         self._num_callers = 0  # threads that wait in `exclusive`
+        self._sleeping: dict[int, Collection[int]] = {}  # by thread: requests it waits for
         self._dropped: deque[Collection[int]] = deque()
         self._known_threads = threading.local()
         self._known_threads.entered = True  # this thread has loaded the engine
@@ -49,7 +50,7 @@ class SharedEngine:
 
         Outputs of other requests stay for their own threads.
         """
-        engine = self.engine
+        engine, me = self.engine, threading.get_ident()
 
         def may_go_on() -> bool:
             return not self._num_callers or engine.has_outputs(request_ids)
@@ -57,15 +58,26 @@ class SharedEngine:
         while True:
             try:
                 with self._changed:
-                    self._take_over(may_go_on)
+                    self._sleeping[me] = request_ids
+                    try:
+                        self._take_over(may_go_on)
+                    finally:
+                        del self._sleeping[me]
                 taken = engine.take(request_ids)
-                while not (taken or self._num_callers or engine.has_outputs()):
+                while not (taken or self._is_awaited()):
                     engine.advance()
                     taken = engine.take(request_ids)
             finally:
                 self._release()
             if taken:
                 return taken
+
+    def _is_awaited(self) -> bool:
+        """Whether another thread waits to use the engine, or for outputs that are there."""
+        if self._num_callers:
+            return True
+        has_outputs = self.engine.has_outputs
+        return has_outputs() and any(map(has_outputs, tuple(self._sleeping.values())))
 
     def drop(self, request_ids: Collection[int]) -> None:
         """Abort requests whose outputs nobody reads any more. Finished requests are ignored.

@@ -45,6 +45,8 @@ def choice_of(requests: Sequence[Request]) -> Choice:
     forbidden: list[tuple[int, int]] = []
     wanted: list[int] = []
     for row, request in enumerate(requests):
+        if request.needs_temperature_alone:
+            continue
         params = request.params
         if params.min_tokens and request.min_tokens_hold:
             forbidden += [(row, token_id) for token_id in request.stop_ids]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 from nanovllm.sampling import SamplingParams
@@ -70,6 +71,11 @@ class Request:
         self.row, self.blocks, self.block_digests = -1, [], []
         self.is_decoding = self.is_verifying = False
         self.num_computed = self.num_in_flight = 0
+
+    @cached_property
+    def needs_temperature_alone(self) -> bool:
+        """True if the sampler in the step's graph is enough for all tokens of the request."""
+        return self.params.is_plain and self.edits is None and not self.params.min_tokens
 
     @property
     def known_ids(self) -> list[int]:

@@ -120,6 +120,13 @@ def run(engine: LLMEngine, requests: list[tuple[str, SamplingParams]]) -> list[R
     return outputs
 
 
+def assert_close(found: Any, expected: Any) -> None:
+    """Log-probabilities by token are equal, but for what another batch rounds differently."""
+    assert len(found or ()) == len(expected or ())
+    for one, other in zip(found or (), expected or ()):
+        assert one == other or one == pytest.approx(other, abs=1e-4)
+
+
 def test_streaming_with_the_engine(llm: LLM, engine: LLMEngine) -> None:
     requests = [
         ("A robot may", SamplingParams(temperature=0.0, logprobs=1, prompt_logprobs=1)),
@@ -138,9 +145,9 @@ def test_streaming_with_the_engine(llm: LLM, engine: LLMEngine) -> None:
         assert found.prompt == requests[number][0] == output.prompt
         if requests[number][1].n == 1:  # the others have seeds of their own
             assert [a.text for a in found.outputs] == [a.text for a in output.outputs]
-            assert [a.logprobs for a in found.outputs] == [a.logprobs for a in output.outputs]
+            assert_close(found.outputs[0].logprobs, output.outputs[0].logprobs)
         assert [a.index for a in found.outputs] == [a.index for a in output.outputs]
-        assert found.prompt_logprobs == output.prompt_logprobs
+        assert_close(found.prompt_logprobs, output.prompt_logprobs)
         texts = [one.outputs[-1].text for one in outputs if one.request_id == str(number)]
         assert len(texts) > 2 and all(b.startswith(a) for a, b in pairwise(texts))
 

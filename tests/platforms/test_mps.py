@@ -40,7 +40,7 @@ SUPPORTED = frozenset(
     remainder.Tensor rsqrt scalar_tensor scatter_.src select.int set_.source_Storage silu sin
     slice.Tensor sort.stable split.Tensor split_with_sizes squeeze.dim sub.Tensor t topk
     transpose.int unbind.int unsqueeze view view.dtype where.self zeros zeros_like fill_.Scalar
-    lt.Scalar sum.dim_IntList
+    lt.Scalar sum.dim_IntList gt.Tensor new_full scatter_add_
 """.split()  # noqa: SIM905
 )
 # Calls of a composite kernel below the level at which operators are recorded.
