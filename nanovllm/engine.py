@@ -14,7 +14,7 @@ from typing import Any
 
 from nanovllm.config import EngineConfig
 from nanovllm.intake import Embeddings, Intake, checked_priority, drawn_seed
-from nanovllm.metrics import EngineMetrics
+from nanovllm.metrics import EngineMetrics, StatsLog
 from nanovllm.prompts import AnyPrompt, Prompt, as_prompt
 from nanovllm.runner.runner import Launched, Runner
 from nanovllm.sampling import SamplingParams
@@ -76,6 +76,9 @@ class Engine:
         self._requests: dict[int, tuple[Request, TextStream]] = {}
         self._outputs: list[Increment] = []  # not yet taken
         self.metrics = EngineMetrics(self.scheduler)
+        self._stats_log = (
+            None if config.disable_log_stats else StatsLog(self.metrics, self.scheduler)
+        )
         self._num_added = 0
         self._is_closed = False
 
@@ -275,6 +278,8 @@ class Engine:
             elif plan is None and self.scheduler.has_work:
                 raise AssertionError("there is work, but no step can run")
             self.metrics.num_steps += plan is not None
+            if self._stats_log is not None:
+                self._stats_log.after_step()
             return plan
         except BaseException:
             self._in_flight.clear()

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections import Counter as Count
 from dataclasses import dataclass, field
 
 from nanovllm.schedule.request import Request
 from nanovllm.schedule.scheduler import Scheduler
 
+logger = logging.getLogger(__name__)
+
 PREFIX = "nanovllm:"
+LOG_EVERY_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -72,3 +77,26 @@ class EngineMetrics:
             Counter(PREFIX + "request_success", num, {"finished_reason": reason})
             for reason, num in self._num_finished.items()
         ]
+
+
+class StatsLog:
+    """Logs what an engine does, every ten seconds of work."""
+
+    def __init__(self, metrics: EngineMetrics, scheduler: Scheduler) -> None:
+        self._metrics, self._scheduler = metrics, scheduler
+        self._since, self._before = time.monotonic(), (0, 0)
+
+    def after_step(self) -> None:
+        seconds = time.monotonic() - self._since
+        if seconds < LOG_EVERY_S:
+            return
+        metrics, running = self._metrics, self._scheduler.running
+        growing = sum(len(request.output_ids) for request in running)
+        counts = metrics.num_prompt_tokens, metrics.num_generated_tokens + growing
+        prompt, generated = (now - before for now, before in zip(counts, self._before))
+        logger.info(
+            "%.0f prompt tokens/s, %.0f generated tokens/s, %d running, %d waiting, %.1f%% of the "
+            "cache in use", prompt / seconds, max(0, generated) / seconds, len(running),
+            len(self._scheduler.waiting), 100 * metrics.cache_usage,
+        )  # fmt: skip
+        self._since, self._before = time.monotonic(), counts

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from nanovllm import LLM, BeamSearchParams, SamplingParams
+from nanovllm import LLM, BeamSearchParams, SamplingParams, metrics
 from nanovllm.hub import resolve
 from tests.engines import (
     EOS_IDS,
@@ -219,6 +219,18 @@ def test_metrics_count(make_llm: Callable[..., LLM]) -> None:
     assert 0 < found["kv_cache_usage_perc"] < 1 and found["num_steps"] >= 5
     stream.close()
     assert read()["request_successabort"] == 2 and read()["num_requests_running"] == 0
+
+
+def test_statistics_are_logged_on_request(
+    make_llm: Callable[..., LLM], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics, "LOG_EVERY_S", 0.0)
+    prompts = random_prompts([5] * 3, seed=111)
+    with caplog.at_level(logging.INFO, "nanovllm.metrics"):
+        make_llm().generate(prompts, greedy(3), use_tqdm=False)
+        assert "tokens/s" not in caplog.text
+        make_llm(disable_log_stats=False).generate(prompts, greedy(3), use_tqdm=False)
+    assert "generated tokens/s, 3 running, 0 waiting" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["encode", "embed", "classify", "reward", "score"])

@@ -130,8 +130,10 @@ def test_special_tokens_are_written_on_request() -> None:
     ):
         ids = [0, 1, 2, 3, 0]
         assert tokenizer.decode(ids) == "a b a"
-        assert tokenizer.decode(ids, Decoding(False, True)) == "a b <x> <y> a"
-        assert tokenizer.decode(ids, Decoding(False, False)) == "a b<x><y>a"
+        shown = Decoding(skip_special_tokens=False)
+        assert tokenizer.decode(ids, shown) == "a b <x> <y> a"
+        joined = shown._replace(spaces_between_special_tokens=False)
+        assert tokenizer.decode(ids, joined) == "a b<x><y>a"
 
 
 # stop strings -------------------------------------------------------------------------------------

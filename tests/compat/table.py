@@ -1,0 +1,232 @@
+"""What of vLLM's and nano-vllm's interfaces works here: the content of docs/compatibility.md.
+
+    python -m tests.compat.table        # writes the file
+
+Every name is tried with vLLM's default and with another value. `works` is claimed for names that a
+test uses, `refused` for names that raise an error with the name in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from nanovllm import LLM, CompletionOutput, EngineConfig, LLMEngine, RequestOutput, SamplingParams
+from nanovllm.compat.options import LOAD_FORMATS, ONE_VALUE, SAME_MEANING
+from nanovllm.sampling import RequestOutputKind
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "compatibility.md"
+CALLS, METHODS = "tests/compat/test_vllm_calls.py", "tests/engine/test_methods.py"
+OUTPUTS = "tests/test_outputs.py"
+SLEEP, NANO = "tests/engine/test_sleep.py", "tests/compat/test_nano_vllm.py"
+
+# vLLM's SamplingParams: each field with a value that is not its default, and the test of its effect
+SAMPLING: dict[str, tuple[Any, str]] = {
+    "n": (2, OUTPUTS),
+    "presence_penalty": (0.5, "tests/runner/test_logit_edits.py"),
+    "frequency_penalty": (0.5, "tests/runner/test_logit_edits.py"),
+    "repetition_penalty": (1.5, "tests/runner/test_sampling.py"),
+    "temperature": (0.5, "tests/runner/test_sampling.py"),
+    "top_p": (0.5, "tests/runner/test_sampling.py"),
+    "top_k": (5, "tests/runner/test_sampling.py"),
+    "min_p": (0.5, "tests/runner/test_sampling.py"),
+    "seed": (7, "tests/engine/test_seeds.py"),
+    "stop": (["x"], "tests/engine/test_endings.py"),
+    "stop_token_ids": ([7], "tests/engine/test_endings.py"),
+    "ignore_eos": (True, "tests/engine/test_endings.py"),
+    "max_tokens": (None, METHODS),
+    "min_tokens": (3, "tests/engine/test_endings.py"),
+    "logprobs": (-1, OUTPUTS),
+    "prompt_logprobs": (-1, OUTPUTS),
+    "detokenize": (False, OUTPUTS),
+    "skip_special_tokens": (False, OUTPUTS),
+    "spaces_between_special_tokens": (False, "tests/schedule/test_outputs.py"),
+    "include_stop_str_in_output": (True, OUTPUTS),
+    "output_kind": (RequestOutputKind.DELTA, CALLS),
+    "logit_bias": ({7: 1.0}, METHODS),
+    "allowed_token_ids": ([7], METHODS),
+    "bad_words": (["x"], METHODS),
+    "truncate_prompt_tokens": (7, METHODS),
+    "best_of": (2, ""),
+    "structured_outputs": ({"regex": "x"}, ""),
+    "guided_decoding": ({"regex": "x"}, ""),
+    "logits_processors": ([print], ""),
+    "extra_args": ({"x": 1}, ""),
+    "flat_logprobs": (True, ""),
+    "logprob_token_ids": ([7], ""),
+    "prompt_logprob_token_ids": ([7], ""),
+    "prompt_logprob_start": (1, ""),
+    "repetition_detection": (object(), ""),
+    "thinking_token_budget": (7, ""),
+    "skip_reading_prefix_cache": (True, ""),
+    "stream_interval": (2, ""),
+}
+# options of ours that vLLM has under the same name
+SAME_NAME = {
+    "model": CALLS, "tokenizer": METHODS, "skip_tokenizer_init": METHODS,
+    "revision": "tests/test_hub.py", "dtype": CALLS, "seed": "tests/engine/test_seeds.py",
+    "max_model_len": METHODS, "max_num_seqs": METHODS,
+    "max_num_batched_tokens": "tests/engine/test_logprobs.py",
+    "gpu_memory_utilization": "tests/startup/test_memory.py",
+    "kv_cache_dtype": "tests/engine/test_fp8_cache.py",
+    "enable_prefix_caching": "tests/engine/test_invariance.py", "enforce_eager": CALLS,
+    "hf_overrides": "tests/startup/test_config_file.py", "generation_config": METHODS,
+    "disable_log_stats": METHODS, "enable_sleep_mode": SLEEP,
+    "quantization": "tests/models/test_int8.py",
+}  # fmt: skip
+# vLLM's methods of LLM and LLMEngine
+LLM_METHODS = {
+    "generate": CALLS, "chat": CALLS, "beam_search": METHODS, "get_tokenizer": CALLS,
+    "set_tokenizer": METHODS, "get_default_sampling_params": CALLS, "llm_engine": CALLS,
+    "reset_prefix_cache": CALLS, "get_metrics": METHODS, "sleep": SLEEP, "wake_up": SLEEP,
+}  # fmt: skip
+LLM_REFUSED = ("encode", "embed", "classify", "reward", "score")
+LLM_ABSENT = (
+    "collective_rpc", "apply_model", "start_profile", "stop_profile", "reset_mm_cache",
+)  # fmt: skip
+ENGINE_METHODS = (
+    "from_engine_args", "add_request", "abort_request", "step", "has_unfinished_requests",
+    "get_num_unfinished_requests", "get_metrics",
+)  # fmt: skip
+REQUEST_OUTPUT = (
+    "request_id", "prompt", "prompt_token_ids", "prompt_logprobs", "outputs", "finished",
+    "lora_request", "encoder_prompt",
+)  # fmt: skip
+COMPLETION_OUTPUT = (
+    "index", "text", "token_ids", "cumulative_logprob", "logprobs", "finish_reason", "stop_reason",
+    "finished", "lora_request",
+)  # fmt: skip
+NANO_NAMES = (
+    "add_request", "step", "is_finished", "exit", "nanovllm.sampling_params",
+    "nanovllm.engine.llm_engine",
+)  # fmt: skip
+
+
+def refusal(make: Callable[[], object], name: str) -> str:
+    """The error of a call, which must have the name in it; "" if there is none."""
+    try:
+        make()
+    except (ValueError, TypeError, AttributeError) as error:
+        assert name in str(error), f"{name}: {error}"
+        return type(error).__name__
+    return ""
+
+
+def row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def shown(name: str, path: str) -> str:
+    """A link to the test of a name, which must be in the file."""
+    assert name in (ROOT / path).read_text(encoding="utf-8"), f"{path} does not use {name}"
+    return f"[{Path(path).name}](../{path})"
+
+
+def sampling_rows() -> list[str]:
+    rows = []
+    for name, (value, path) in SAMPLING.items():
+        default = getattr(SamplingParams, name)
+        assert not refusal(
+            lambda name=name, default=default: SamplingParams(**{name: default}), name
+        )
+        error = refusal(lambda name=name, value=value: SamplingParams(**{name: value}), name)
+        assert bool(error) == (not path), name
+        rows.append(
+            row(f"`{name}`", "works", shown(name, path))
+            if path
+            else row(f"`{name}`", f"only `{default}`", error)
+        )
+    fields = {field.name for field in dataclasses.fields(SamplingParams)}
+    assert fields == set(SAMPLING), fields ^ set(SAMPLING)
+    return rows
+
+
+def option_rows() -> list[str]:
+    def make(**options: Any) -> Callable[[], object]:
+        return lambda: EngineConfig.from_options("m", options)
+
+    rows = [row(f"`{name}`", "works", shown(name, path)) for name, path in SAME_NAME.items()]
+    ours = {field.name for field in dataclasses.fields(EngineConfig)}
+    assert set(SAME_NAME) <= ours
+    for theirs, name in SAME_MEANING.items():
+        rows.append(row(f"`{theirs}`", f"works, as `{name}`", shown(theirs, CALLS)))
+    formats = ", ".join(f"`{one}`" for one in LOAD_FORMATS)
+    rows.append(row("`load_format`", f"{formats} work", shown("load_format", CALLS)))
+    for name, values in ONE_VALUE.items():
+        for value in values:
+            assert not refusal(make(**{name: value}), name)
+        error = refusal(make(**{name: object()}), name)
+        assert error, name
+        rows.append(row(f"`{name}`", "only " + ", ".join(f"`{one!r}`" for one in values), error))
+    error = refusal(make(tensor_parallel_size=2), "tensor_parallel_size")
+    rows.append(row("`tensor_parallel_size`", "only `1`", error))
+    error = refusal(make(an_option_of_tomorrow=1), "an_option_of_tomorrow")
+    return [*rows, row("any other", "refused by name", error)]
+
+
+def method_rows() -> list[str]:
+    rows = []
+    for name, path in LLM_METHODS.items():
+        assert hasattr(LLM, name)
+        rows.append(row(f"`LLM.{name}`", "works", shown(name, path)))
+    for name in LLM_REFUSED:
+        method = getattr(LLM, name)
+        error = refusal(lambda method=method: method(None), name)
+        assert error, name
+        rows.append(row(f"`LLM.{name}`", "refused by name", error))
+    for name in LLM_ABSENT:
+        error = refusal(lambda name=name: getattr(LLM, name), name)
+        assert error, name
+        rows.append(row(f"`LLM.{name}`", "absent", error))
+    for name in ENGINE_METHODS:
+        assert hasattr(LLMEngine, name)
+        rows.append(row(f"`LLMEngine.{name}`", "works", shown(name, CALLS)))
+    return rows
+
+
+def output_rows() -> list[str]:
+    rows = []
+    kinds = ((RequestOutput, REQUEST_OUTPUT), (CompletionOutput, COMPLETION_OUTPUT))
+    for kind, names in kinds:
+        for name in names:
+            is_none = name in kind.ABSENT_AS_NONE and name not in kind.__annotations__
+            assert is_none or name in kind.__annotations__ or hasattr(kind, name), name
+            cells = ("always None", "") if is_none else ("works", shown(name, OUTPUTS))
+            rows.append(row(f"`{kind.__name__}.{name}`", *cells))
+    cached = shown("num_cached_tokens", CALLS)
+    return [*rows, row("`RequestOutput.num_cached_tokens`", "works", cached)]
+
+
+def page() -> str:
+    head = "| name | here | shown by, or error |\n|---|---|---|"
+    nano = [row(f"`{name}`", "works", shown(name, NANO)) for name in NANO_NAMES]
+    sections = {
+        "Options of `LLM` and `EngineArgs`": option_rows(),
+        "Fields of `SamplingParams`": sampling_rows(),
+        "Methods": method_rows(),
+        "Outputs": output_rows(),
+        "nano-vllm": nano,
+    }
+    text = """# Coming from vLLM or nano-vllm
+
+Change the import. What an option or a field means in vLLM, it means here, or it is refused with an
+error that has its name in it. Nothing is accepted and then ignored.
+
+`tests/compat/table.py` writes this page, and a test compares the two. It tries every name below
+with its default and with another value.
+
+Differences to know: `max_tokens` is 64 by default (vLLM: 16). `max_model_len` above the
+checkpoint's limit is lowered to it with a warning, as nano-vllm does. Requests always run by
+priority, first come, first served within one. Metrics are named `nanovllm:…`. Outputs can also be
+read as dicts: `output["text"]`.
+"""
+    for title, rows in sections.items():
+        text += f"\n## {title}\n\n{head}\n" + "\n".join(rows) + "\n"
+    return text
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
