@@ -174,6 +174,13 @@ def test_only_platforms_kernels_and_lowerings_know_devices() -> None:
                 assert text in OPTIONS or not DEVICE.search(text), f"{path}:{line}: {text}"
 
 
+def test_the_picture_of_the_numbers_shows_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    picture = importlib.import_module("draw_numbers")
+    text = picture.PICTURE.read_text(encoding="utf-8")
+    assert text == picture.draw(), "run python scripts/draw_numbers.py"
+
+
 def test_the_picture_of_the_structure_shows_the_imports(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "scripts")
     picture = importlib.import_module("draw_structure")

@@ -70,7 +70,7 @@ SAME_NAME = {
     "revision": "tests/test_hub.py", "dtype": CALLS, "seed": "tests/engine/test_seeds.py",
     "max_model_len": METHODS, "max_num_seqs": METHODS,
     "max_num_batched_tokens": "tests/engine/test_logprobs.py",
-    "gpu_memory_utilization": "tests/startup/test_memory.py",
+    "gpu_memory_utilization": "tests/platforms/test_mps.py",
     "kv_cache_dtype": "tests/engine/test_fp8_cache.py",
     "enable_prefix_caching": "tests/engine/test_invariance.py", "enforce_eager": CALLS,
     "hf_overrides": "tests/startup/test_config_file.py", "generation_config": METHODS,

@@ -12,7 +12,7 @@ import pytest
 from nanovllm.tools import command_line
 
 ROOT = Path(__file__).parents[2]
-NOT_TOOLS = {"scripts/draw_structure.py"}  # takes no arguments
+NOT_TOOLS = {"scripts/draw_structure.py", "scripts/draw_numbers.py"}  # take no arguments
 
 
 def raising(error: Exception) -> Callable[[], None]:
