@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.platforms.base import Platform
+from nanovllm.tools import command_line
 from nanovllm.tools.shapes import CONFIGS
 
 
@@ -129,4 +130,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command_line.run(main))

@@ -20,7 +20,7 @@ from nanovllm.sampling import RequestOutputKind
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "compatibility.md"
 CALLS, METHODS = "tests/compat/test_vllm_calls.py", "tests/engine/test_methods.py"
-OUTPUTS = "tests/test_outputs.py"
+OUTPUTS = "tests/test_llm_outputs.py"
 SLEEP, NANO = "tests/engine/test_sleep.py", "tests/compat/test_nano_vllm.py"
 
 # vLLM's SamplingParams: each field with a value that is not its default, and the test of its effect

@@ -216,9 +216,9 @@ def test_a_start_uses_its_server_or_ends_it(
 
     choose_model = choose.choose_model
 
-    def choose_later(*args: Any) -> Any:
+    def choose_later(*args: Any, **options: Any) -> Any:
         ended.append(begun[0].process.poll())
-        return choose_model(*args)
+        return choose_model(*args, **options)
 
     monkeypatch.setattr(compile_farm, "_is_likely_needed", lambda config: True)
     monkeypatch.setattr(compile_farm, "ForkServer", begin)
