@@ -15,12 +15,13 @@ from nanovllm.compile.trace import trace
 from nanovllm.kernels import ops
 
 EPS = 1e-6
+SEEDED = torch.Generator().manual_seed(0)  # the same numbers, whatever other modules draw
 inputs: dict[str, Any] = {
-    "x_TD": torch.randn(3, 16),
-    "norm_D": torch.rand(16),
-    "weight_GD": torch.randn(20, 16),
-    "bias_G": torch.randn(20),
-    "down_DF": torch.randn(16, 10),
+    "x_TD": torch.randn(3, 16, generator=SEEDED),
+    "norm_D": torch.rand(16, generator=SEEDED),
+    "weight_GD": torch.randn(20, 16, generator=SEEDED),
+    "bias_G": torch.randn(20, generator=SEEDED),
+    "down_DF": torch.randn(16, 10, generator=SEEDED),
 }
 
 
