@@ -58,7 +58,8 @@ class LLM(NanoMethods):
 
     def close(self) -> None:
         """Free all memory now. `del llm` does the same. Using a closed model is an error."""
-        self.engine.close()
+        with self.shared.exclusive() as engine:
+            engine.close()
 
     @property
     def tokenizer(self) -> Any | None:

@@ -45,7 +45,8 @@ class NanoMethods:
 
     def exit(self) -> None:
         """Free all memory."""
-        self.engine.close()
+        with self.shared.exclusive() as engine:
+            engine.close()
 
     def _stepped(self) -> set[int]:
         """The requests of `add_request` that have not ended."""

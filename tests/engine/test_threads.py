@@ -139,6 +139,19 @@ def test_an_error_ends_the_calls_of_its_thread_alone(
     assert_all_free(llm)
 
 
+def test_closing_waits_for_the_step_of_another_thread(make_llm: Callable[..., LLM]) -> None:
+    """The other thread's call then ends with an error, and memory is freed once."""
+    llm = make_llm()
+    (prompt,) = random_prompts([9], seed=85)
+    with ThreadPoolExecutor(1) as threads:
+        begun = threads.submit(llm.generate, [prompt], greedy(240), use_tqdm=False)
+        while not llm.engine.metrics.num_steps:
+            time.sleep(0.001)
+        llm.close()
+        with pytest.raises(RuntimeError, match="this engine is closed"):
+            begun.result()
+
+
 def test_a_refused_prompt_of_one_thread_disturbs_no_other(eager_llm: LLM) -> None:
     prompts = random_prompts([9] * 12, seed=83)
     expected = [eager_llm.generate([one], greedy(9), use_tqdm=False)[0] for one in prompts]
