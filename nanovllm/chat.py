@@ -68,7 +68,7 @@ class ChatOptions:
 def render(tokenizer: Tokenizer, messages: Any, options: ChatOptions) -> list[Prompt]:
     """The prompts of one conversation, or of several. Raises ValueError for what is neither, and
     for what the template refuses."""
-    full = tokenizer.full
+    full = tokenizer.for_reading
     template = options.chat_template or full.chat_template
     if not template:
         raise ValueError("the tokenizer has no chat template: use generate() with plain prompts")

@@ -41,8 +41,8 @@ class Tokenizer:
     """Encodes and decodes for the engine.
 
     `full` is transformers' tokenizer, for users. `quick`, a `tokenizers.Tokenizer` that gives the
-    same ids and text, serves until somebody asks for `full`, which is loaded then. From then on
-    `full` serves, so changes that users make to it count.
+    same ids and text, serves until somebody asks for `full`. From then on `full` serves, so changes
+    that users make to it count. `for_reading` is the same object, for callers that change nothing.
     """
 
     def __init__(
@@ -54,13 +54,17 @@ class Tokenizer:
         self._derived: dict[str, Any] = {}
 
     @property
-    def full(self) -> Any:
+    def for_reading(self) -> Any:
         if self._full is None:
             with self._lock:
                 if self._full is None:
                     self._full = self._load()
-                    self._quick = None
         return self._full
+
+    @property
+    def full(self) -> Any:
+        full, self._quick = self.for_reading, None
+        return full
 
     @full.setter
     def full(self, tokenizer: Any) -> None:
@@ -74,7 +78,7 @@ class Tokenizer:
             quick = self._quick
             if quick is not None:
                 return list(quick.encode(text, add_special_tokens=add_special_tokens).ids)
-            return list(self.full.encode(text, add_special_tokens=add_special_tokens))
+            return list(self.for_reading.encode(text, add_special_tokens=add_special_tokens))
 
     def decode(self, token_ids: Sequence[int], how: Decoding = DEFAULT) -> str:
         """The text of tokens. Bytes that are no whole character become one U+FFFD for each
@@ -97,14 +101,16 @@ class Tokenizer:
         return self._derived[name]
 
     def _special_ids(self) -> frozenset[int]:
-        if self._quick is None:
-            return frozenset(self.full.all_special_ids)
-        added = self._quick.get_added_tokens_decoder()
+        quick = self._quick
+        if quick is None:
+            return frozenset(self.for_reading.all_special_ids)
+        added = quick.get_added_tokens_decoder()
         return frozenset(token_id for token_id, token in added.items() if token.special)
 
     def _decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
         mended = self._mended(list(token_ids))
-        reader = self._quick if self._quick is not None else self.full
+        quick = self._quick  # another thread may ask for `full` meanwhile
+        reader = quick if quick is not None else self.for_reading
         return str(reader.decode(mended, skip_special_tokens=skip_special_tokens))
 
     def _mended(self, token_ids: list[int]) -> list[int]:
@@ -129,11 +135,11 @@ class Tokenizer:
     def _byte_tokens(self) -> tuple[dict[int, int], list[int]] | None:
         """({token id: byte}, token id of each byte) if the decoder joins byte tokens."""
         quick = self._quick
-        look_up = quick.token_to_id if quick is not None else self.full.convert_tokens_to_ids
+        reader = quick if quick is not None else self.for_reading
+        look_up = quick.token_to_id if quick is not None else reader.convert_tokens_to_ids
         ids = [look_up(f"<0x{byte:02X}>") for byte in range(256)]
         if None in ids or len(set(ids)) < 256:
             return None
-        reader = quick if quick is not None else self.full
         if reader.decode([ids[0xC3], ids[0xA9]]).strip() != "\u00e9":
             return None
         return {token_id: byte for byte, token_id in enumerate(ids)}, ids

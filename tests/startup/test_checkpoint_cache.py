@@ -180,7 +180,9 @@ def test_users_get_the_real_tokenizer_at_every_start(store: Store) -> None:
     for _ in range(2):
         tokenizer = read_tokenizer(EMBEDDED, store)
         assert tokenizer is not None
+        assert tokenizer.for_reading is not None and is_quick(tokenizer)
         full = tokenizer.full
+        assert full is tokenizer.for_reading and not is_quick(tokenizer)
         assert isinstance(full, transformers.PreTrainedTokenizerBase) and full is tokenizer.full
         assert full("Hi")["input_ids"] == full.encode("Hi", add_special_tokens=False)
         assert len(full) > 0 and isinstance(full.decode(7), str)
