@@ -19,13 +19,18 @@ class SharedEngine:
     The stepping thread goes on until it has outputs of its own requests. Other threads sleep until
     their outputs are there, or until nobody steps. Threads that queue requests come in between two
     steps.
+
+    Ctrl-C can raise KeyboardInterrupt at the beginning of any Python function and at any wait. So
+    `_user` is given back by an assignment, before any call, and `_lock` is entered directly, since
+    leaving a `Condition` is a Python function.
     """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._user: int | None = None  # the thread that uses the engine
-        self._num_callers = 0  # threads that wait in `exclusive`
+        self._callers: deque[int] = deque()  # threads that wait in `exclusive`, in their order
         self._sleeping: dict[int, Collection[int]] = {}  # by thread: requests it waits for
         self._dropped: deque[Collection[int]] = deque()
         self._known_threads = threading.local()
@@ -34,16 +39,21 @@ class SharedEngine:
     @contextmanager
     def exclusive(self) -> Iterator[Engine]:
         """Use the engine alone, between two steps of other threads."""
+        me = threading.get_ident()
+        self._refuse_reentry(me)
         try:
-            with self._changed:
-                self._num_callers += 1
+            with self._lock:
                 try:
-                    self._take_over(lambda: True)
+                    self._callers.append(me)
+                    self._take_over(me, lambda: self._is_my_turn(me))
                 finally:
-                    self._num_callers -= 1
+                    if me in self._callers:
+                        self._callers.remove(me)
             yield self.engine
         finally:
-            self._release()
+            if self._user == me:
+                self._user = None
+            self._after_use()
 
     def outputs(self, request_ids: Collection[int]) -> list[Increment]:
         """Wait for outputs of these requests, and step the engine if no other thread does.
@@ -51,16 +61,17 @@ class SharedEngine:
         Outputs of other requests stay for their own threads.
         """
         engine, me = self.engine, threading.get_ident()
+        self._refuse_reentry(me)
 
         def may_go_on() -> bool:
-            return not self._num_callers or engine.has_outputs(request_ids)
+            return not self._callers or engine.has_outputs(request_ids)
 
         while True:
             try:
-                with self._changed:
+                with self._lock:
                     self._sleeping[me] = request_ids
                     try:
-                        self._take_over(may_go_on)
+                        self._take_over(me, may_go_on)
                     finally:
                         del self._sleeping[me]
                 taken = engine.take(request_ids)
@@ -68,14 +79,24 @@ class SharedEngine:
                     engine.advance()
                     taken = engine.take(request_ids)
             finally:
-                self._release()
+                if self._user == me:
+                    self._user = None
+                self._after_use()
             if taken:
                 return taken
 
     def _is_awaited(self) -> bool:
         """Whether another thread waits to use the engine, or for outputs that are there."""
-        if self._num_callers:
-            return True
+        return bool(self._callers) or self._have_outputs_for_sleeping()
+
+    def _is_my_turn(self, me: int) -> bool:
+        """Whether this thread waits longest in `exclusive`, and no outputs wait for a thread.
+
+        So a thread that calls `exclusive` in a loop leaves the engine to others.
+        """
+        return self._callers[0] == me and not self._have_outputs_for_sleeping()
+
+    def _have_outputs_for_sleeping(self) -> bool:
         has_outputs = self.engine.has_outputs
         return has_outputs() and any(map(has_outputs, tuple(self._sleeping.values())))
 
@@ -86,16 +107,14 @@ class SharedEngine:
         closes a generator in the middle of a step.
         """
         self._dropped.append(request_ids)
-        with self._changed:
-            if self._user is None:
-                self._user = threading.get_ident()
-                self._release()
+        self._after_use()
 
-    def _take_over(self, is_ready: Callable[[], bool]) -> None:
-        """Wait until nobody uses the engine and `is_ready`; then this thread uses it."""
-        me = threading.get_ident()
+    def _refuse_reentry(self, me: int) -> None:
         if self._user == me:
             raise RuntimeError("this thread uses the engine already, in a call further up")
+
+    def _take_over(self, me: int, is_ready: Callable[[], bool]) -> None:
+        """Wait until nobody uses the engine and `is_ready`; then this thread uses it."""
         while self._user is not None or not is_ready():
             self._changed.wait(WAIT_S)
         self._user = me
@@ -103,14 +122,17 @@ class SharedEngine:
             self.engine.enter_thread()
             self._known_threads.entered = True
 
-    def _release(self) -> None:
-        """Let other threads use the engine, if this thread uses it."""
-        with self._changed:
-            if self._user != threading.get_ident():
+    def _after_use(self) -> None:
+        """Drop requests if nobody uses the engine, and wake threads that wait for it."""
+        with self._lock:
+            if self._user is not None:
                 return
             try:
+                if self._dropped:
+                    self._user = threading.get_ident()
                 while self._dropped:
-                    self.engine.abort_all(self._dropped.popleft())
+                    self.engine.abort_all(self._dropped[0])
+                    self._dropped.popleft()
             finally:
                 self._user = None
                 self._changed.notify_all()

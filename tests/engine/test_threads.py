@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from nanovllm import LLM, SamplingParams
-from tests.engines import assert_all_free, greedy, random_prompts
+from nanovllm import LLM, SamplingParams, sharing
+from tests.engines import assert_all_free, greedy, random_prompts, tokens
 
 GREEDY = SamplingParams(temperature=0, max_tokens=10)
 QUESTIONS = [f"What is {i} + {3 * i}?" for i in range(32)]
@@ -194,3 +195,82 @@ def test_a_stream_closed_in_the_middle_of_a_step_is_dropped(
         one["token_ids"] for one in eager_llm.generate([second], greedy(5), use_tqdm=False)
     ]
     assert_all_free(eager_llm)
+
+
+def test_ctrl_c_at_any_call_leaves_the_engine_to_other_threads(
+    make_llm: Callable[..., LLM],
+) -> None:
+    """Python raises KeyboardInterrupt at the beginning of a function: here of each one in turn that
+    hands the engine from thread to thread."""
+    llm = make_llm(num_kvcache_blocks=40)
+    prompts = random_prompts([5], seed=86)
+    expected = tokens(llm, prompts, greedy(3))
+    files = (sharing.__file__, threading.__file__)
+    num_interrupts = 0
+
+    def interrupted(nth: int) -> bool:
+        """Generate, with an interrupt at the nth call. False if there are fewer."""
+        num_calls = 0
+
+        def at_call(frame: Any, event: str, arg: object) -> None:
+            nonlocal num_calls
+            num_calls += frame.f_code.co_filename in files
+            if num_calls == nth:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+
+        sys.settrace(at_call)
+        try:
+            tokens(llm, prompts, greedy(3))
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.settrace(None)
+        return False
+
+    with ThreadPoolExecutor(1) as threads:
+        while interrupted(num_interrupts + 1):
+            num_interrupts += 1
+            assert llm.shared._user is None, f"call {num_interrupts} keeps the engine"
+            found = threads.submit(tokens, llm, prompts, greedy(3)).result(timeout=20)
+            assert found == expected
+    assert num_interrupts > 10
+    assert_all_free(llm)
+
+
+def test_a_call_inside_a_step_is_refused_and_the_step_goes_on(
+    eager_llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = random_prompts([5], seed=87)
+    expected = tokens(eager_llm, prompts, greedy(5))
+    launch, users = eager_llm.engine.runner.launch, []
+
+    def calling(plan: Any) -> Any:
+        with pytest.raises(RuntimeError, match="uses the engine already"):
+            eager_llm.reset_prefix_cache()
+        users.append(eager_llm.shared._user)
+        return launch(plan)
+
+    monkeypatch.setattr(eager_llm.engine.runner, "launch", calling)
+    assert tokens(eager_llm, prompts, greedy(5)) == expected
+    assert set(users) == {threading.get_ident()}
+
+
+def test_a_thread_that_steps_by_hand_leaves_outputs_to_others(make_llm: Callable[..., LLM]) -> None:
+    """The stepping thread calls `step` without a pause, and stops when the other has its answer."""
+    llm = make_llm()
+    prompts = random_prompts([5], seed=88)
+    expected = tokens(llm, prompts, greedy(9))
+    with ThreadPoolExecutor(1) as threads:
+        engine, number = llm.llm_engine, 0
+        engine.add_request("0", prompts[0], greedy(200))
+        answer = threads.submit(tokens, llm, prompts, greedy(9))
+        while not answer.done() and number < 5:
+            if not engine.has_unfinished_requests():
+                number += 1
+                engine.add_request(str(number), prompts[0], greedy(200))
+            engine.step()
+        assert answer.done()
+        engine.abort_request(str(number))
+    assert answer.result() == expected
+    assert_all_free(llm)
