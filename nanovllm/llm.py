@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
+from functools import cached_property
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +80,7 @@ class LLM(NanoMethods):
     def set_tokenizer(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
 
-    @property
+    @cached_property
     def llm_engine(self) -> LLMEngine:
         """The same engine with vLLM's interface, for requests that are stepped by hand."""
         from nanovllm.compat.llm_engine import LLMEngine
@@ -313,9 +314,12 @@ class LLM(NanoMethods):
 def _one_each(name: str, given: Sequence[Any] | None, num: int, default: Any) -> list[Any]:
     if given is None:
         return [default] * num
+    if not isinstance(given, Iterable):
+        raise ValueError(f"the {name} are {given!r}: give a list with one for each prompt")
+    given = list(given)
     if len(given) != num:
         raise ValueError(f"{len(given)} {name} for {num} prompts: give one, or one for each prompt")
-    return list(given)
+    return given
 
 
 def _refuse(name: str, value: object) -> None:

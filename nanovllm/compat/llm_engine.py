@@ -174,9 +174,11 @@ class LLMEngine:
             if not engine.has_outputs(self._owner):
                 engine.advance()
             found: dict[str, dict[int, Increment]] = {}
+            # several of one request if `LLM.generate` has stepped in the meantime
             for increment in engine.take(self._owner):
-                owner = self._owner[increment.request_id]
-                found.setdefault(owner.request_id, {})[increment.request_id] = increment
+                increments = found.setdefault(self._owner[increment.request_id].request_id, {})
+                before = increments.get(increment.request_id)
+                increments[increment.request_id] = before + increment if before else increment
             outputs = []
             for name, increments in found.items():
                 output = self._pending[name].output(increments)

@@ -93,8 +93,9 @@ def translated(options: Mapping[str, Any], known: Sequence[str]) -> dict[str, An
             raise ValueError(f"{name} is {value!r}: only {ONE_VALUE[name][0]!r} is supported")
     if "dtype" in found:
         found["dtype"] = _dtype(found["dtype"])
-    if found.get("kv_cache_dtype") in CACHE_DTYPES:
-        found["kv_cache_dtype"] = CACHE_DTYPES[found["kv_cache_dtype"]]
+    cache_dtype = found.get("kv_cache_dtype")
+    if isinstance(cache_dtype, str):
+        found["kv_cache_dtype"] = CACHE_DTYPES.get(cache_dtype, cache_dtype)
     return found
 
 

@@ -62,6 +62,17 @@ class Increment:
     def finished(self) -> bool:
         return self.completion is not None
 
+    def __add__(self, later: Increment) -> Increment:
+        """This increment and the next one of the same request as one."""
+        no_logprobs = self.logprobs is None and later.logprobs is None
+        return Increment(
+            self.request_id,
+            self.token_ids + later.token_ids,
+            self.text + later.text,
+            None if no_logprobs else (self.logprobs or []) + (later.logprobs or []),
+            later.completion,
+        )
+
 
 class TextStream:
     """The text of one request. Decodes it step by step if necessary, and finds stop strings.

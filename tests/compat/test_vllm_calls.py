@@ -171,6 +171,32 @@ def test_kinds_of_output(engine: LLMEngine, kind: RequestOutputKind) -> None:
             assert len(several[-1].token_ids) == len(several[-1].logprobs) == 6
 
 
+@pytest.mark.parametrize("kind", RequestOutputKind)
+def test_generate_between_steps_loses_no_output(llm: LLM, kind: RequestOutputKind) -> None:
+    """`generate` runs the requests of `llm_engine` along, several steps at once."""
+    params = SamplingParams(
+        temperature=0.0, max_tokens=9, ignore_eos=True, logprobs=1, output_kind=kind
+    )
+    expected = llm.generate("The word", params)[0].outputs[0]
+    llm.llm_engine.add_request("a", "The word", params)
+    llm.llm_engine.step()
+    llm.generate("Another", SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True))
+    text, token_ids = "", []
+    num_logprobs = 0
+    while llm.llm_engine.has_unfinished_requests():
+        for output in llm.llm_engine.step():
+            (answer,) = output.outputs
+            if kind is not RequestOutputKind.DELTA:
+                text, token_ids, num_logprobs = "", [], 0
+            text, token_ids = text + answer.text, token_ids + answer.token_ids
+            num_logprobs += len(answer.logprobs)
+            if kind is RequestOutputKind.CUMULATIVE:
+                assert token_ids == expected.token_ids[: len(token_ids)]
+    # the first step's output, if it had one, is not read here
+    assert expected.token_ids[-len(token_ids) :] == token_ids and expected.text.endswith(text)
+    assert len(token_ids) == num_logprobs >= 8
+
+
 def test_requests_are_aborted_and_refused_by_name(llm: LLM, engine: LLMEngine) -> None:
     params = SamplingParams(max_tokens=50)
     engine.add_request("a", "The", params)
@@ -252,6 +278,7 @@ def test_options_under_vllms_names(theirs: dict[str, Any], ours: dict[str, Any])
 @pytest.mark.parametrize(
     ("options", "match"),
     [
+        ({"kv_cache_dtype": ["fp8"]}, "kv_cache_dtype is .*: it must be one of"),
         ({"trust_remote_code": True}, "trust_remote_code is True: only False is supported"),
         ({"pipeline_parallel_size": 2}, "pipeline_parallel_size is 2: only 1 is supported"),
         ({"enable_chunked_prefill": False}, "enable_chunked_prefill is False: only True"),
