@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from nanovllm.prompts import Prompt
+from nanovllm.prompts import Prompt, checked_text
 from nanovllm.tokenizer import Tokenizer
 
 PROBE = "nanovllm-probe"  # a content that no template writes by itself
@@ -47,12 +47,17 @@ class ChatOptions:
         variables = given.get("chat_template_kwargs") or {}
         if not isinstance(variables, Mapping):
             raise ValueError(f"chat_template_kwargs is {variables!r}: it must be a dict")
-        return cls(**{**given, "chat_template_kwargs": {**others, **variables}})
+        variables = {**others, **variables}
+        # vLLM also takes options such as add_generation_prompt among the variables
+        given |= {name: variables.pop(name) for name in known & variables.keys()}
+        return cls(**{**given, "chat_template_kwargs": variables})
 
     def __post_init__(self) -> None:
         for name in ("add_generation_prompt", "continue_final_message"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}: it must be True or False")
+        if not isinstance(self.chat_template, (str, type(None))):
+            raise ValueError(f"chat_template is {self.chat_template!r}: it must be text")
         if self.chat_template_content_format not in CONTENT_FORMATS:
             raise ValueError(
                 f"chat_template_content_format is {self.chat_template_content_format!r}: it must "
@@ -69,11 +74,11 @@ def render(tokenizer: Tokenizer, messages: Any, options: ChatOptions) -> list[Pr
     """The prompts of one conversation, or of several. Raises ValueError for what is neither, and
     for what the template refuses."""
     full = tokenizer.for_reading
-    template = options.chat_template or full.chat_template
-    if not template:
+    if not (options.chat_template or full.chat_template):
         raise ValueError("the tokenizer has no chat template: use generate() with plain prompts")
-    if isinstance(template, str):
-        _check_variables(template, options)
+    # a tokenizer can have several templates, by name
+    template = str(full.get_chat_template(options.chat_template or None, options.tools))
+    _check_variables(template, options)
     several = _conversations(messages)
     as_parts = options.chat_template_content_format == "openai" or (
         options.chat_template_content_format == "auto" and not _writes_text(full, template)
@@ -81,7 +86,7 @@ def render(tokenizer: Tokenizer, messages: Any, options: ChatOptions) -> list[Pr
     prompts = []
     for conversation in several:
         normal = [_message(message, as_parts) for message in conversation]
-        text = _apply(full, template, normal, options)
+        text = checked_text("the conversation", _apply(full, template, normal, options))
         # the template writes the special tokens itself
         prompts.append(Prompt(text, tokenizer.encode(text, add_special_tokens=False)))
     return prompts
@@ -105,6 +110,8 @@ def _message(message: Mapping[str, Any], as_parts: bool) -> dict[str, Any]:
     content = message.get("content")
     if content is None or (isinstance(content, str) and not as_parts):
         return dict(message)
+    if not isinstance(content, (str, Sequence)):
+        raise ValueError(f"the content is {content!r}: it must be text or a list of parts")
     texts = [content] if isinstance(content, str) else [_part_text(part) for part in content]
     if as_parts:
         return {**message, "content": [{"type": "text", "text": text} for text in texts]}
@@ -120,14 +127,12 @@ def _part_text(part: Any) -> str:
     return str(part["text"])
 
 
-def _apply(full: Any, template: Any, messages: list[dict[str, Any]], options: ChatOptions) -> str:
-    from jinja2 import TemplateError
-
+def _apply(full: Any, template: str, messages: list[dict[str, Any]], options: ChatOptions) -> str:
     try:
         return str(
             full.apply_chat_template(
                 messages,
-                chat_template=template if isinstance(template, str) else None,
+                chat_template=template,
                 tokenize=False,
                 add_generation_prompt=options.add_generation_prompt,
                 continue_final_message=options.continue_final_message,
@@ -135,12 +140,12 @@ def _apply(full: Any, template: Any, messages: list[dict[str, Any]], options: Ch
                 **options.chat_template_kwargs,
             )
         )
-    except TemplateError as error:
+    except Exception as error:  # a template's code can raise any
         raise ValueError(f"the chat template refuses these messages: {error}") from error
 
 
 def _check_variables(template: str, options: ChatOptions) -> None:
-    read = _variables(template)
+    read = _variables(template) - {"messages"}
     names = [*options.chat_template_kwargs, *(["tools"] if options.tools else [])]
     for name in names:
         if name not in read:
@@ -152,8 +157,8 @@ def _check_variables(template: str, options: ChatOptions) -> None:
 
 @functools.lru_cache(maxsize=16)
 def _variables(template: str) -> frozenset[str]:
-    """The variables that a template reads."""
-    from jinja2 import Environment, meta, nodes
+    """The variables that a template reads. Raises ValueError if it is no template."""
+    from jinja2 import Environment, TemplateSyntaxError, meta, nodes
     from jinja2.ext import Extension
 
     class Generation(Extension):
@@ -167,16 +172,17 @@ def _variables(template: str) -> frozenset[str]:
             return nodes.Scope(body, lineno=line)
 
     environment = Environment(extensions=[Generation, "jinja2.ext.loopcontrols"])
-    return frozenset(meta.find_undeclared_variables(environment.parse(template)))
+    try:
+        return frozenset(meta.find_undeclared_variables(environment.parse(template)))
+    except TemplateSyntaxError as error:
+        raise ValueError(f"the chat template cannot be read: {error}") from error
 
 
-def _writes_text(full: Any, template: Any) -> bool:
+def _writes_text(full: Any, template: str) -> bool:
     """Whether the template writes a content that is a text. Some write lists of parts alone."""
     messages = [{"role": "user", "content": PROBE}]
     try:
-        written = full.apply_chat_template(
-            messages, chat_template=template if isinstance(template, str) else None, tokenize=False
-        )
+        written = full.apply_chat_template(messages, chat_template=template, tokenize=False)
     except Exception:  # a template may demand a system message: then its content is text, as usual
         return True
     return PROBE in written

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.checks import as_python
-from nanovllm.prompts import Prompt
+from nanovllm.prompts import Prompt, checked_text
 from nanovllm.sampling import SamplingParams
 from nanovllm.schedule.plan import LogitEdits
 from nanovllm.schedule.request import Content
@@ -96,6 +96,7 @@ class Intake:
         tokens after it.
         """
         assert self.tokenizer is not None
+        checked_text("bad_words", word)
         start, inside = (
             self.tokenizer.encode(space + word.lstrip(), add_special_tokens=False)
             for space in ("", " ")

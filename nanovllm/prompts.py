@@ -32,6 +32,8 @@ NOT_SUPPORTED = (
     "token_type_ids", "encoder_prompt", "decoder_prompt",
 )  # fmt: skip
 
+BYTES = (bytes, bytearray, memoryview)  # iterables of numbers that are no token ids
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -55,6 +57,8 @@ def prompt_list(prompts: Any, prompt_token_ids: Any = None) -> list[Prompt]:
     if prompt_token_ids is None:
         return _several(prompts)
     with_ids = _several(prompt_token_ids)
+    if any(one.token_ids is None for one in with_ids):
+        raise ValueError(f"prompt_token_ids is {prompt_token_ids!r}: it must be lists of token ids")
     texts = [None] * len(with_ids) if prompts is None else [one.text for one in _several(prompts)]
     if len(texts) != len(with_ids):
         raise ValueError(
@@ -69,7 +73,7 @@ def as_prompt(given: Any) -> Prompt:
     if isinstance(given, Prompt):
         return given
     if isinstance(given, str):
-        return Prompt(_checked_text(given), None)
+        return Prompt(checked_text("the prompt", given), None)
     if isinstance(given, Mapping):
         return _of_mapping(given)
     if hasattr(given, "tolist") and hasattr(given, "ndim"):
@@ -78,13 +82,13 @@ def as_prompt(given: Any) -> Prompt:
                 f"the prompt has shape {list(given.shape)}: token ids have one dimension"
             )
         return Prompt(None, given.tolist())
-    if isinstance(given, Iterable):
+    if isinstance(given, Iterable) and not isinstance(given, BYTES):
         return Prompt(None, list(given))
     raise ValueError(f"the prompt is {given!r}: it must be text or a list of token ids")
 
 
 def _several(prompts: Any) -> list[Prompt]:
-    if isinstance(prompts, (str, Mapping, Prompt)) or not isinstance(prompts, Iterable):
+    if isinstance(prompts, (str, Mapping, Prompt, *BYTES)) or not isinstance(prompts, Iterable):
         return [as_prompt(prompts)]
     if getattr(prompts, "ndim", 2) < 2:  # an array of token ids
         return [as_prompt(prompts)]
@@ -105,6 +109,8 @@ def _of_mapping(given: Mapping[Any, Any]) -> Prompt:
     text, token_ids, salt = (given.get(k) for k in ("prompt", "prompt_token_ids", "cache_salt"))
     if salt is not None and (not isinstance(salt, str) or not salt):
         raise ValueError(f"cache_salt is {salt!r}: it must be text")
+    if salt is not None:
+        checked_text("cache_salt", salt)
     if text is not None and not isinstance(text, str):
         raise ValueError(f"the prompt is {text!r}: the value of 'prompt' must be text")
     if token_ids is not None:
@@ -113,16 +119,17 @@ def _of_mapping(given: Mapping[Any, Any]) -> Prompt:
         return Prompt(text, as_prompt(token_ids).token_ids, salt)
     if text is None:
         raise ValueError(f"the prompt is {dict(given)!r}: it has no 'prompt' or 'prompt_token_ids'")
-    return Prompt(_checked_text(text), None, salt)
+    return Prompt(checked_text("the prompt", text), None, salt)
 
 
-def _checked_text(text: str) -> str:
+def checked_text(name: str, text: str) -> str:
+    """The same text. Raises ValueError if it is not Unicode."""
     if not text.isascii():
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(
-                f"the prompt has {text[error.start]!r} at position {error.start}: half of a "
+                f"{name} has {text[error.start]!r} at position {error.start}: half of a "
                 "surrogate pair is not a character"
             ) from None
     return text

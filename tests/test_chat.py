@@ -90,6 +90,13 @@ def test_parts_are_lines_of_a_text() -> None:
         (CONVERSATION, {"continue_final_message": True}, "needs add_generation_prompt=False"),
         (CONVERSATION, {"chat_template_content_format": "x"}, "must be one of auto, string"),
         (CONVERSATION, {"lora_request": 1}, "lora_request is not supported"),
+        (CONVERSATION, {"chat_template": 5}, "chat_template is 5: it must be text"),
+        (CONVERSATION, {"chat_template": "{% for %}"}, "the chat template cannot be read"),
+        (CONVERSATION, {"chat_template": "{{ 1 / 0 }}"}, "refuses these messages: division"),
+        (CONVERSATION, {"chat_template_kwargs": {"messages": []}}, "'messages' is neither"),
+        ([{"role": "user", "content": 5}], {}, "the content is 5: it must be text or a list"),
+        ([{"role": "user", "content": {"type": "text"}}], {}, "the content is {'type': 'text'}"),
+        ([{"role": "user", "content": "\ud83d"}], {}, "half of a surrogate pair"),
         ("hi", {}, "messages is 'hi': it must be a list of messages"),
         (["hi"], {}, "the conversation is 'hi'"),
         ([{"content": "hi"}], {}, "a dict with a 'role'"),
@@ -113,3 +120,18 @@ def test_what_a_template_refuses_is_a_value_error() -> None:
         written(CONVERSATION, None)
     with pytest.raises(ValueError, match="'tools' is neither"):
         written(CONVERSATION, PARTS_TEMPLATE, tools=[{"type": "function"}])
+
+
+def test_options_among_the_variables_are_options() -> None:
+    assert written(CONVERSATION, chat_template_kwargs={"add_generation_prompt": False}) == (
+        "[user]hi"
+    )
+
+
+def test_the_variables_of_named_templates_are_checked() -> None:
+    named: Any = {"default": TEXT_TEMPLATE, "tool_use": "{{ tools | length }} tools"}
+    assert written(CONVERSATION, named) == written(CONVERSATION)
+    assert written(CONVERSATION, named, tools=[{"type": "function"}]) == "1 tools"
+    assert written(CONVERSATION, named, chat_template="tool_use", tools=[{}, {}]) == "2 tools"
+    with pytest.raises(ValueError, match="'enable_thinkin' is neither"):
+        written(CONVERSATION, named, enable_thinkin=False)

@@ -77,6 +77,9 @@ def test_a_cache_salt_comes_along() -> None:
         ("half \ud83d", r"has '\\ud83d' at position 5"),
         ({"prompt": "\udc00"}, "at position 0: half of a surrogate pair"),
         (np.array(5), r"the prompt has shape \[\]: token ids have one dimension"),
+        (b"text", "the prompt is b'text': it must be text or a list of token ids"),
+        ([bytearray(b"text")], "the prompt is bytearray"),
+        ({"prompt": "a", "cache_salt": "\ud83d"}, r"cache_salt has '\\ud83d' at position 0"),
         ([np.ones((2, 2), int)], r"the prompt has shape \[2, 2\]"),
     ],
     ids=lambda value: ascii(value)[:30],
@@ -84,3 +87,11 @@ def test_a_cache_salt_comes_along() -> None:
 def test_other_things_are_refused_by_value(given: Any, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         prompt_list(given)
+
+
+@pytest.mark.parametrize("given", ["text", ["text"], [{"prompt": "text"}]])
+def test_texts_are_no_token_ids(given: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"prompt_token_ids is .*text.*: it must be lists of token"
+    ):
+        prompt_list(None, given)
