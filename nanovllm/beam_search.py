@@ -60,6 +60,7 @@ def search(
     )  # fmt: skip
     beams = [[BeamSearchSequence(llm.engine.token_ids(prompt), [])] for prompt in prompts]
     ended: list[list[BeamSearchSequence]] = [[] for _ in prompts]
+    max_len = llm.engine.max_model_len
 
     def ranked(sequences: list[BeamSearchSequence]) -> list[BeamSearchSequence]:
         return sorted(
@@ -68,15 +69,22 @@ def search(
 
     bar: Any = use_tqdm if callable(use_tqdm) else tqdm
     for _ in bar(range(params.max_tokens), desc="beam search", disable=not use_tqdm):
-        living = [(idx, beam) for idx, several in enumerate(beams) for beam in several]
-        if not living or len(living[0][1].tokens) == llm.engine.max_model_len:
+        # all beams of a prompt have the same length
+        growing = [several and len(several[0].tokens) < max_len for several in beams]
+        living = [
+            (idx, beam) for idx, several in enumerate(beams) if growing[idx] for beam in several
+        ]
+        if not living:
             break
         outputs = llm.generate([beam.tokens for _, beam in living], step, use_tqdm=False)
         grown: list[list[BeamSearchSequence]] = [[] for _ in prompts]
         for (idx, beam), output in zip(living, outputs):
             for sequence in _extended(beam, output["logprobs"][0], eos_ids):
                 (ended if sequence.finish_reason else grown)[idx].append(sequence)
-        beams = [ranked(several)[: params.beam_width] for several in grown]
+        beams = [
+            ranked(new)[: params.beam_width] if grows else old
+            for new, old, grows in zip(grown, beams, growing)
+        ]
     return [
         BeamSearchOutput(
             [

@@ -109,14 +109,13 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         self._check()
-        self.__dict__["_is_checked"] = True
 
     def __setattr__(self, name: str, value: object) -> None:
-        if "_is_checked" not in self.__dict__:
-            object.__setattr__(self, name, value)
-            return
         if name not in hints(SamplingParams):
             raise AttributeError(f"SamplingParams has no field {name!r}")
+        if name not in self.__dict__:  # in __init__, which checks all fields at its end
+            self.__dict__[name] = value
+            return
         before = dict(self.__dict__)
         try:
             self.__dict__[name] = value
@@ -126,8 +125,11 @@ class SamplingParams:
             raise
 
     def clone(self) -> SamplingParams:
-        """A copy. Later assignments to one of the two do not change the other."""
-        return copy.copy(self)
+        """A copy. Later changes of one of the two do not change the other."""
+        copied = copy.copy(self)
+        if self.logit_bias is not None:  # the one field that can be changed in place
+            copied.__dict__["logit_bias"] = dict(self.logit_bias)
+        return copied
 
     def of_answers(self) -> list[SamplingParams]:
         """The parameters of each of the n answers: n = 1, with the seed, seed + 1, …"""

@@ -228,3 +228,14 @@ def test_plain_is_what_the_sampler_in_the_graph_can_do() -> None:
     beyond += [{"logit_bias": {1: 1}}, {"allowed_token_ids": [1]}, {"bad_words": ["a"]}]
     assert all(SamplingParams(**fields).is_plain for fields in plain)
     assert not any(SamplingParams(**fields).is_plain for fields in beyond)
+
+
+def test_a_clone_has_a_bias_of_its_own() -> None:
+    params = SamplingParams(logit_bias={5: 1.0})
+    clone = params.clone()
+    assert clone.logit_bias == params.logit_bias and clone.logit_bias is not params.logit_bias
+
+
+def test_the_attributes_are_the_fields() -> None:
+    params = SamplingParams(temperature=0.5, stop="a")
+    assert SamplingParams(**vars(params)) == params

@@ -310,3 +310,24 @@ def test_one_beam_is_greedy_and_beams_end_at_eos(eager_llm: LLM, hf_generate: Ge
         BeamSearchParams(beam_width=51, max_tokens=1)
     with pytest.raises(ValueError, match="it must be BeamSearchParams"):
         eager_llm.beam_search(prompts, SamplingParams())  # type: ignore[arg-type]
+
+
+def test_beams_end_at_the_limit_of_their_own_prompt(make_llm: Callable[..., LLM]) -> None:
+    llm = make_llm(max_model_len=32)
+    prompts = random_prompts([20, 30], seed=93)
+    params = BeamSearchParams(beam_width=2, max_tokens=6, ignore_eos=True)
+    together = llm.beam_search(prompts, params)
+    assert [len(one.sequences[0].tokens) for one in together] == [26, 32]
+    for prompt, output in zip(prompts, together):
+        (alone,) = llm.beam_search([prompt], params)
+        assert [one.tokens for one in output.sequences] == [one.tokens for one in alone.sequences]
+
+
+def test_priorities_must_be_a_list(eager_llm: LLM) -> None:
+    with pytest.raises(ValueError, match="the priorities are 5: give a list"):
+        eager_llm.generate(["a"], priority=5)  # type: ignore[arg-type]
+
+
+def test_a_bad_word_must_be_unicode(eager_llm: LLM) -> None:
+    with pytest.raises(ValueError, match=r"bad_words has .* half of a surrogate pair"):
+        eager_llm.generate("a", SamplingParams(bad_words=["\ud83d"]), use_tqdm=False)
