@@ -55,6 +55,7 @@ ALLOWED: dict[str, Rule] = {
         lambda value: value >= 16 and value % 16 == 0,
     ),
     "kv_cache_dtype": _one_of("auto", "fp8"),
+    "seed": ("a whole number of 64 bits", lambda value: -(2**63) <= value < 2**63),
     "tensor_parallel_size": ("1: no other size is supported", lambda value: value == 1),
     "npu_graph_mode": _one_of("ascend_ir", "aclgraph", None),
     "npu_graph_options": ("a dict of options by path", lambda value: True),

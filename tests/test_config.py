@@ -42,6 +42,12 @@ def test_counts_are_whole_numbers_from_a_limit(name: str, low: int, value: Any) 
         make(**{name: value})
 
 
+def test_a_seed_has_64_bits() -> None:
+    assert make(seed=-(2**63)).seed == -(2**63)
+    with pytest.raises(ValueError, match=f"seed is {2**63}: it must be a whole number of 64 bits"):
+        make(seed=2**63)
+
+
 def test_a_model_length_of_one_token_is_refused() -> None:
     with pytest.raises(ValueError, match=r"max_model_len is 1: .* at least 2 .*one of the answer"):
         make(max_model_len=1)
