@@ -158,7 +158,8 @@ def ideal_seconds(
     head_weights = model.config.vocab_size * model.config.hidden_size
     seconds = 2 * (num_weights - head_weights) * sum(map(len, prompts)) / flops
     waiting = list(zip((len(prompt) for prompt in prompts), (n - 1 for n in output_lens)))[::-1]
-    context, left = np.zeros(0), np.zeros(0)
+    context: np.ndarray = np.zeros(0)
+    left: np.ndarray = np.zeros(0)
     while waiting or left.size:
         fresh = [waiting.pop() for _ in range(min(rows - left.size, len(waiting)))]
         context = np.append(context, [length for length, _ in fresh])

@@ -197,6 +197,10 @@ class EngineConfig:
         self._check_combinations()
 
     def _check_combinations(self) -> None:
+        if self.skip_tokenizer_init and self.tokenizer is not None:
+            raise ValueError(
+                f"skip_tokenizer_init=True does not go with tokenizer={str(self.tokenizer)!r}"
+            )
         if not self.pad_batches and not self.enforce_eager:
             raise ValueError("pad_batches=False needs enforce_eager=True: graphs have fixed sizes")
         if not self.fuse and self.enforce_eager:

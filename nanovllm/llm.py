@@ -72,6 +72,8 @@ class LLM(NanoMethods):
     def tokenizer(self, tokenizer: Any) -> None:
         if self.engine.tokenizer is None:
             raise ValueError(f"{self.engine.config.model!r} has no tokenizer to replace")
+        if not callable(getattr(tokenizer, "decode", None)) or isinstance(tokenizer, bytes):
+            raise ValueError(f"the tokenizer is {tokenizer!r}: it must have encode and decode")
         self.engine.tokenizer.full = tokenizer
 
     def get_tokenizer(self) -> Any | None:

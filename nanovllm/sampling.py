@@ -14,6 +14,7 @@ from nanovllm.checks import checked, hints
 MAX_LOGPROBS = 100
 ALL_LOGPROBS = -1
 MAX_BIAS = 100.0
+MAX_N = 16_384
 MIN_TEMPERATURE = 1e-6
 INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
 
@@ -168,7 +169,7 @@ class SamplingParams:
         _at_least("top_k", self.top_k, -1, INT32_MAX)
         _at_least("max_tokens", self.max_tokens, 1)
         _at_least("min_tokens", self.min_tokens, 0, self.max_tokens)
-        _at_least("n", self.n, 1)
+        _at_least("n", self.n, 1, MAX_N)
         _at_least("seed", self.seed, -INT64_MAX - 1, INT64_MAX)
         _at_least("logprobs", self.logprobs, ALL_LOGPROBS, MAX_LOGPROBS)
         _at_least("prompt_logprobs", self.prompt_logprobs, ALL_LOGPROBS, MAX_LOGPROBS)
@@ -247,7 +248,7 @@ class BeamSearchParams:
         # each step asks for twice as many log-probabilities
         _at_least("beam_width", self.beam_width, 1, MAX_LOGPROBS // 2)
         _at_least("max_tokens", self.max_tokens, 1)
-        _within("length_penalty", self.length_penalty, -math.inf, math.inf)
+        _within("length_penalty", self.length_penalty, -10.0, 10.0)
         if self.temperature not in (0.0, 1.0):
             raise ValueError(f"temperature is {self.temperature}: a beam search takes 0 or 1 only")
 

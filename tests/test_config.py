@@ -119,6 +119,10 @@ def test_gpu_memory_utilization_is_a_share(value: Any) -> None:
     ("options", "match"),
     [
         ({"dtype": "fp8"}, "dtype is 'fp8': it must be one of auto, float32, float16, bfloat16"),
+        (
+            {"skip_tokenizer_init": True, "tokenizer": "x"},
+            "skip_tokenizer_init=True does not go with tokenizer='x'",
+        ),
         ({"pad_batches": False}, "pad_batches=False needs enforce_eager=True"),
         ({"fuse": False, "enforce_eager": True}, "fuse=False needs enforce_eager=False"),
         ({"max_stall_ms": 0}, "max_stall_ms is 0: it must be a number above 0, or inf"),

@@ -122,6 +122,7 @@ def test_switches_must_be_true_or_false(name: str, value: Any) -> None:
         ({"bad_words": ["a", " "]}, "bad_words must hold words, not"),
         ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens is 0: it must be at least 1"),
         ({"stop": "x", "detokenize": False}, r"stop=\['x'\] needs detokenize=True"),
+        ({"n": 16_385}, "n is 16385: it must be at least 1, at most 16384"),
         ({"flat_logprobs": True}, "flat_logprobs is True: only False is supported"),
         ({"structured_outputs": {"regex": "a"}}, "structured_outputs is .*: only None"),
         ({"temperature": 10**400}, "temperature is .*: it must be a number within"),

@@ -89,7 +89,9 @@ def translated(options: Mapping[str, Any], known: Sequence[str]) -> dict[str, An
         found["random_weights"] = True
     for name in found.keys() & ONE_VALUE.keys() - set(known):
         value = found.pop(name)
-        if not any(value == one and type(value) is type(one) for one in ONE_VALUE[name]):
+        # True == 1, but they mean different things
+        kind = isinstance(value, bool)
+        if not any(value == one and kind == isinstance(one, bool) for one in ONE_VALUE[name]):
             raise ValueError(f"{name} is {value!r}: only {ONE_VALUE[name][0]!r} is supported")
     if "dtype" in found:
         found["dtype"] = _dtype(found["dtype"])

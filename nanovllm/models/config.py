@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+
+SIZES = (
+    "vocab_size", "hidden_size", "ffn_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,11 @@ class ModelConfig:
     dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
+        for name in SIZES:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if not 0 <= self.norm_eps < math.inf:
+            raise ValueError(f"rms_norm_eps is {self.norm_eps}: it must be a finite number, from 0")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_attention_heads {self.num_heads} is no multiple of num_key_value_heads "

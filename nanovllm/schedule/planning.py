@@ -74,7 +74,7 @@ def decode_plan(
     `num_computed` of each request already counts these tokens.
     """
     nums = [1] * len(requests)
-    token_T = NO_TOKENS
+    token_T: np.ndarray = NO_TOKENS
     if any(proposals):
         nums = [1 + len(proposed) for proposed in proposals]
         fed = [token_id for proposed in proposals for token_id in (NEWEST, *proposed)]

@@ -267,6 +267,7 @@ def test_an_engine_from_arguments(tmp_path: Path) -> None:
         ({"seed": None, "enforce_eager": None}, {}),
         ({"trust_remote_code": False, "enable_chunked_prefill": True, "swap_space": 4}, {}),
         ({"pipeline_parallel_size": 1, "task": "generate", "tokenizer_mode": "auto"}, {}),
+        ({"swap_space": 4.0, "cpu_offload_gb": 0.0}, {}),
         ({"max_num_seqs": np.int64(4)}, {"max_num_seqs": 4}),
     ],
     ids=str,

@@ -132,6 +132,10 @@ def test_the_tokenizer_is_transformers_own(make_llm: Callable[..., LLM]) -> None
     tokenizer.chat_template = "{{ messages[0].content }}?"
     (output,) = llm.chat([{"role": "user", "content": "the"}], greedy(2), use_tqdm=False)
     assert output.prompt == "the?"
+    for wrong in (None, "gpt2"):
+        with pytest.raises(ValueError, match=f"the tokenizer is {wrong!r}"):
+            llm.set_tokenizer(wrong)
+    assert llm.tokenizer is tokenizer
     other = type("Other", (), {"encode": lambda self, text, **_: [9, 9], "decode": str})()
     llm.set_tokenizer(other)
     assert llm.generate("x", greedy(1, detokenize=False))[0].prompt_token_ids == [9, 9]
@@ -308,6 +312,8 @@ def test_one_beam_is_greedy_and_beams_end_at_eos(eager_llm: LLM, hf_generate: Ge
     assert ended and not any(set(one.tokens[7:]) & set(EOS_IDS) for one in output.sequences)
     with pytest.raises(ValueError, match="beam_width is 51: it must be at least 1, at most 50"):
         BeamSearchParams(beam_width=51, max_tokens=1)
+    with pytest.raises(ValueError, match=r"length_penalty is -300.0: .* in \[-10, 10\]"):
+        BeamSearchParams(beam_width=1, max_tokens=1, length_penalty=-300)
     with pytest.raises(ValueError, match="it must be BeamSearchParams"):
         eager_llm.beam_search(prompts, SamplingParams())  # type: ignore[arg-type]
 

@@ -192,6 +192,8 @@ def test_llama_has_no_windows() -> None:
         ),
         ({"head_dim": 264}, "head_dim 264 is not supported: it must be a multiple of 8, up to 256"),
         ({"head_dim": 20}, "head_dim 20 is not supported"),
+        ({"vocab_size": -5}, "vocab_size is -5: it must be at least 1"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan: it must be a finite number"),
         (
             {"num_key_value_heads": 3},
             "num_attention_heads 14 is no multiple of num_key_value_heads 3",
