@@ -206,6 +206,9 @@ def test_ctrl_c_at_any_call_leaves_the_engine_to_other_threads(
     prompts = random_prompts([5], seed=86)
     expected = tokens(llm, prompts, greedy(3))
     files = (sharing.__file__, threading.__file__)
+    # There an error of a trace function ends a resumed generator without its `finally` blocks. A
+    # signal does not: it is raised inside them.
+    before_311 = sys.version_info < (3, 11)
     num_interrupts = 0
 
     def interrupted(nth: int) -> bool:
@@ -214,7 +217,9 @@ def test_ctrl_c_at_any_call_leaves_the_engine_to_other_threads(
 
         def at_call(frame: Any, event: str, arg: object) -> None:
             nonlocal num_calls
-            num_calls += frame.f_code.co_filename in files
+            if frame.f_code.co_filename not in files or (before_311 and frame.f_lasti >= 0):
+                return
+            num_calls += 1
             if num_calls == nth:
                 sys.settrace(None)
                 raise KeyboardInterrupt
