@@ -15,7 +15,7 @@ run: $(VENV)/.installed
 
 test: $(VENV)/.installed-test lint
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
-	@if [ "$$(uname -s)" = Linux ]; then $(MAKE) test-npu; else echo 'the tests of the NPU run on Linux only'; fi
+	@problem="$$($(BIN)/python tests/npu/run.py --problem)"; if [ -z "$$problem" ]; then $(MAKE) test-npu; else echo "$$problem"; fi
 
 # torch_npu without an NPU: the real package over libraries with the names of CANN's (tests/npu/run.py)
 test-npu: $(NPU)/.installed

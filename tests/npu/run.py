@@ -17,6 +17,20 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def problem() -> str:
+    """Why these tests cannot run here; "" if they can."""
+    if sys.platform != "linux":
+        return "the tests of the NPU are left out: they run on Linux only"
+    torch = importlib.util.find_spec("torch")
+    folder = Path("" if torch is None or torch.origin is None else torch.origin).parent
+    if (folder / "lib" / "libtorch_cuda.so").exists():
+        return (
+            "the tests of the NPU are left out: torch_npu needs torch's CPU build, since a CUDA "
+            "build registers the same allocator options"
+        )
+    return ""
+
+
 def environment(folder: Path) -> dict[str, str]:
     torch = importlib.util.find_spec("torch")
     if torch is None or torch.origin is None:
@@ -53,4 +67,7 @@ def main(folder: Path, arguments: list[str]) -> None:
 if __name__ == "__main__":
     if len(sys.argv) < 2:
         raise SystemExit(__doc__)
+    if sys.argv[1] == "--problem":
+        print(problem())
+        raise SystemExit
     main(Path(sys.argv[1]).resolve(), sys.argv[2:])
