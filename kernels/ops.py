@@ -113,6 +113,25 @@ fused_linear = _define(
         (*x.shape[:-1], weight.shape[0] // 2 if silu_mul else weight.shape[0])
     ),
 )
+route = _define(
+    "route(Tensor logits, int top_k, bool normalize) -> (Tensor, Tensor)",
+    reference.route,
+    lambda logits, top_k, normalize: (
+        logits.new_empty((logits.shape[0], top_k), dtype=torch.float32),
+        logits.new_empty((logits.shape[0], top_k), dtype=torch.int32),
+    ),
+)
+experts = _define(
+    "experts(Tensor x, Tensor weight, Tensor expert, Tensor gate_up, Tensor down, "
+    "Tensor? residual=None) -> Tensor",
+    reference.experts,
+    lambda x, *rest: torch.empty_like(x, memory_format=torch.contiguous_format),
+)
+expert_linear = _define(
+    "expert_linear(Tensor x, Tensor expert, Tensor weight) -> Tensor",
+    reference.expert_linear,
+    lambda x, expert, weight: x.new_empty((*expert.shape, weight.shape[1])),
+)
 sample = _define(
     "sample(Tensor logits, Tensor temperature, Tensor seed, Tensor pos) -> Tensor",
     reference.sample,
@@ -236,6 +255,8 @@ __all__ = [
     "add_rms_norm",
     "advance",
     "decode_inputs",
+    "expert_linear",
+    "experts",
     "fused_linear",
     "keep_likely",
     "kernel_of",
@@ -250,6 +271,7 @@ __all__ = [
     "register_kernels",
     "rms_norm",
     "rope",
+    "route",
     "sample",
     "sampling_inputs",
     "silu_mul",

@@ -6,6 +6,7 @@ Shapes: T tokens | R rows (requests) | P blocks per row | C blocks in the cache 
 D hidden | O outputs | N query heads | K key-value heads | H head size | E = (N + 2K)·H | F ffn size
 M positions in the rotary table | V vocabulary | F sampling fields (in the ops of a step)
 S rows of the device state, the last one for padding
+Mixture of experts: E experts | K experts per token | F expert width | G = 2F
 
 A cache in float8_e4m3fn holds x / scale. Each key-value head has one fp32 scale for keys and one
 for values.
@@ -341,6 +342,65 @@ def fused_linear(
     y_TO = linear(x_TD, weight_OD, bias_O)
     y_TO = _silu_mul(y_TO) if silu_mul else y_TO
     return y_TO if residual_TO is None else y_TO + residual_TO
+
+
+# Mixture of experts --------------------------------------------------------------------------------
+
+
+def route(logits_TE: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
+    """Choose the `top_k` likeliest experts of each token.
+
+    Returns (weight_TK fp32, expert_TK int32): probabilities in softmax(logits), and experts, the
+    likeliest first. Among equal probabilities the smaller id comes first. With `normalize` a
+    token's weights are divided by their sum. A row that holds NaN gets NaN weights and valid ids.
+    """
+    prob_TE = logits_TE.float().softmax(-1)
+    sorted_TE, order_TE = prob_TE.sort(dim=-1, descending=True, stable=True)
+    weight_TK, expert_TK = sorted_TE[:, :top_k], order_TE[:, :top_k]
+    if normalize:
+        weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True)
+    return weight_TK.contiguous(), expert_TK.int()
+
+
+def experts(
+    x_TD: Tensor,
+    weight_TK: Tensor,
+    expert_TK: Tensor,
+    gate_up_EGD: Tensor,
+    down_EDF: Tensor,
+    residual_TD: Tensor | None = None,
+) -> Tensor:
+    """Σ_k weight[t, k] · down_e(silu(gate_e(x_t)) · up_e(x_t)) with e = expert[t, k], + residual.
+
+    gate_up_EGD holds gate's rows of each expert, then up's. The sum over k is in fp32 and is
+    rounded to x's dtype once, before the residual is added. No token is dropped, and the weights of
+    experts that no token chooses are not read.
+    """
+    inner_TKF = silu_mul(expert_linear(x_TD, expert_TK, gate_up_EGD))
+    y_TKD = _expert_products(inner_TKF.flatten(0, 1), expert_TK.flatten(), down_EDF)
+    y_TKD = y_TKD.view(*expert_TK.shape, -1) * weight_TK.unsqueeze(-1)
+    y_TD = y_TKD.sum(1).to(x_TD.dtype)
+    return y_TD if residual_TD is None else y_TD + residual_TD
+
+
+def expert_linear(x: Tensor, expert_TK: Tensor, weight_EOD: Tensor) -> Tensor:
+    """x times the transposed matrix of each of its token's experts: [T, K, O].
+
+    x is [T, D], one row for each token, or [T, K, D], one for each of its experts.
+    """
+    num_chosen = expert_TK.shape[1]
+    x_PD = x.repeat_interleave(num_chosen, 0) if x.dim() == 2 else x.flatten(0, 1)
+    y_PO = _expert_products(x_PD, expert_TK.flatten(), weight_EOD)
+    return y_PO.to(x.dtype).view(*expert_TK.shape, -1)
+
+
+def _expert_products(x_PD: Tensor, expert_P: Tensor, weight_EOD: Tensor) -> Tensor:
+    """Row p of x times the transposed matrix of expert p, in fp32."""
+    y_PO = x_PD.new_empty((x_PD.shape[0], weight_EOD.shape[1]), dtype=torch.float32)
+    for expert in expert_P.unique().tolist():
+        p = (expert_P == expert).nonzero().squeeze(1)
+        y_PO[p] = x_PD[p].float() @ weight_EOD[expert].float().t()
+    return y_PO
 
 
 # Index arithmetic of a step -----------------------------------------------------------------------

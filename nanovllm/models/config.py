@@ -14,18 +14,50 @@ SIZES = (
 
 
 @dataclass(frozen=True)
+class MoeConfig:
+    """The experts of a sparse layer.
+
+    A token goes to `top_k` of `num_experts` experts of width `expert_size`. With `normalize` the
+    weights of its experts sum to 1. `shared_size` is the width of an expert that every token goes
+    to, 0 without one. Raises ValueError for sizes that do not fit together.
+    """
+
+    GRAPH_FIELDS: ClassVar[tuple[str, ...]] = ("top_k", "normalize")
+
+    num_experts: int
+    top_k: int
+    expert_size: int
+    normalize: bool
+    shared_size: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("num_experts", "top_k", "expert_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.shared_size < 0:
+            raise ValueError(f"shared_size is {self.shared_size}: it must be at least 0")
+        if self.top_k > self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok is {self.top_k}, but there are {self.num_experts} experts"
+            )
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Frozen description of one checkpoint's architecture.
 
     `max_position` is the longest sequence, prompt and answer together. `inv_freq` and `rope_scale`
     define the rotary table: angle(m, j) = m · inv_freq[j]; cos and sin are multiplied by
-    `rope_scale`. Raises ValueError for head sizes that the kernels do not take.
+    `rope_scale`. `ffn_size` is the width of dense layers, `moe` describes sparse ones. Raises
+    ValueError for head sizes that the kernels do not take.
 
     Regions may read GRAPH_FIELDS only. These and the shapes of all inputs are in the keys of
     compiled programs.
     """
 
-    GRAPH_FIELDS: ClassVar[tuple[str, ...]] = ("num_heads", "num_kv_heads", "head_dim", "norm_eps")
+    GRAPH_FIELDS: ClassVar[tuple[str, ...]] = (
+        "num_heads", "num_kv_heads", "head_dim", "norm_eps", "moe",
+    )  # fmt: skip
 
     architecture: str
     vocab_size: int
@@ -44,6 +76,7 @@ class ModelConfig:
     out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    moe: MoeConfig | None = None
     dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:

@@ -7,7 +7,7 @@ bucket fixes; `x_TD` is [T, D]. The dimensions of caches and batches are in `int
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +17,25 @@ from nanovllm.models import kv_scales as bounds
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.formats import Weight, linear
 from nanovllm.models.interface import Batch, LayerCache, LayerCall, LayerKind, Model, Param
+
+
+class AttentionWeights(Protocol):
+    """The weights that `attention` reads; every layer type has these fields."""
+
+    @property
+    def attn_norm_D(self) -> Tensor: ...
+    @property
+    def qkv_ED(self) -> Weight: ...
+    @property
+    def qkv_bias_E(self) -> Tensor | None: ...
+    @property
+    def q_norm_H(self) -> Tensor | None: ...
+    @property
+    def k_norm_H(self) -> Tensor | None: ...
+    @property
+    def out_DQ(self) -> Weight: ...
+    @property
+    def out_bias_D(self) -> Tensor | None: ...
 
 
 class Layer(NamedTuple):
@@ -47,7 +66,7 @@ def dense_model(cfg: ModelConfig, windows: tuple[int, ...] | None = None) -> Mod
         head=head,
         outer_params=outer_params,
         layer_params=layer_params,
-        layer_type=Layer,
+        layer_type=lambda kind: Layer,
         kv_scales=kv_scales,
     )
 
@@ -73,6 +92,19 @@ def layer(
 
     With `batch.keep_R` the result is [R, D], for the tokens at these indices alone.
     """
+    return mlp(cfg, w, attention(cfg, call, w, kv, cos_sin_MH, batch, h_TD))
+
+
+def attention(
+    cfg: ModelConfig,
+    call: LayerCall,
+    w: AttentionWeights,
+    kv: LayerCache,
+    cos_sin_MH: Tensor,
+    batch: Batch,
+    h_TD: Tensor,
+) -> Tensor:
+    """The first half of a layer: h + attention of the normalised h."""
     qkv_TE = linear(ops.rms_norm(h_TD, w.attn_norm_D, cfg.norm_eps), w.qkv_ED, w.qkv_bias_E)
     q_TNH, k_TKH, v_TKH = qkv_TE.view(qkv_TE.shape[0], -1, cfg.head_dim).split(
         [cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads], dim=1
@@ -91,7 +123,11 @@ def layer(
     if batch.keep_R is not None:
         # Tokens do not interact below, so rows that nobody reads are left out: T is R from here on.
         o_TQ, h_TD = (x.index_select(0, batch.keep_R) for x in (o_TQ, h_TD))
-    h_TD = linear(o_TQ, w.out_DQ, w.out_bias_D, h_TD)
+    return linear(o_TQ, w.out_DQ, w.out_bias_D, h_TD)
+
+
+def mlp(cfg: ModelConfig, w: Layer, h_TD: Tensor) -> Tensor:
+    """The second half of a dense layer: h + MLP of the normalised h."""
     x_TD = ops.rms_norm(h_TD, w.mlp_norm_D, cfg.norm_eps)
     gate_up_TG = linear(x_TD, w.gate_up_GD, w.gate_up_bias_G)
     return linear(ops.silu_mul(gate_up_TG), w.down_DF, w.down_bias_D, h_TD)
@@ -102,7 +138,7 @@ def head(cfg: ModelConfig, final_norm_D: Tensor, head_VD: Weight, h_RD: Tensor) 
     return linear(ops.rms_norm(h_RD, final_norm_D, cfg.norm_eps), head_VD, None)
 
 
-def kv_scales(cfg: ModelConfig, w: Layer) -> tuple[Tensor, Tensor]:
+def kv_scales(cfg: ModelConfig, w: AttentionWeights) -> tuple[Tensor, Tensor]:
     """The scales of one layer's fp8 cache: [K] fp32 for keys, and for values."""
     return bounds.kv_scales(cfg, w.attn_norm_D, w.qkv_ED, w.qkv_bias_E, w.k_norm_H)
 
@@ -124,35 +160,50 @@ def outer_params(cfg: ModelConfig) -> dict[str, Param]:
 
 def layer_params(cfg: ModelConfig, kind: LayerKind, layer_idx: int) -> dict[str, Param]:
     """Parameters of one decoder layer, by the fields of `Layer`."""
-    prefix = f"model.layers.{layer_idx}."
-    attn, mlp = prefix + "self_attn.", prefix + "mlp."
-    qkv, gate_up = tuple(attn + f"{c}_proj" for c in "qkv"), (mlp + "gate_proj", mlp + "up_proj")
-    hidden, ffn_size = cfg.hidden_size, cfg.ffn_size
+    return {**attention_params(cfg, layer_idx), **mlp_params(cfg, layer_idx)}
+
+
+def attention_params(cfg: ModelConfig, layer_idx: int) -> dict[str, Param]:
+    """Parameters of a layer's first half, and the norm of its second."""
+    prefix, hidden = f"model.layers.{layer_idx}.", cfg.hidden_size
+    attn = prefix + "self_attn."
+    qkv = tuple(attn + f"{c}_proj" for c in "qkv")
     q_size, kv_size = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
-    qkv_parts, gate_up_parts = (q_size, kv_size, kv_size), (ffn_size, ffn_size)
-
-    def weight(names: tuple[str, ...], parts: tuple[int, ...]) -> Param:
-        return Param.stack("linear", tuple(name + ".weight" for name in names), parts, hidden)
-
-    def bias(names: tuple[str, ...], parts: tuple[int, ...]) -> Param:
-        return Param.stack("bias", tuple(name + ".bias" for name in names), parts)
-
+    parts = (q_size, kv_size, kv_size)
     declared = {
         "attn_norm_D": Param.one("norm", prefix + "input_layernorm.weight", hidden),
-        "qkv_ED": weight(qkv, qkv_parts),
+        "qkv_ED": _weight(qkv, parts, hidden),
         "out_DQ": Param.one("linear", attn + "o_proj.weight", hidden, q_size, shard_axis=1),
         "mlp_norm_D": Param.one("norm", prefix + "post_attention_layernorm.weight", hidden),
-        "gate_up_GD": weight(gate_up, gate_up_parts),
-        "down_DF": Param.one("linear", mlp + "down_proj.weight", hidden, ffn_size, shard_axis=1),
     }
     if cfg.qkv_bias:
-        declared["qkv_bias_E"] = bias(qkv, qkv_parts)
+        declared["qkv_bias_E"] = _bias(qkv, parts)
     if cfg.out_bias:
         declared["out_bias_D"] = Param.one("bias", attn + "o_proj.bias", hidden)
     if cfg.qk_norm:
         declared["q_norm_H"] = Param.one("norm", attn + "q_norm.weight", cfg.head_dim)
         declared["k_norm_H"] = Param.one("norm", attn + "k_norm.weight", cfg.head_dim)
-    if cfg.mlp_bias:
-        declared["gate_up_bias_G"] = bias(gate_up, gate_up_parts)
-        declared["down_bias_D"] = Param.one("bias", mlp + "down_proj.bias", hidden)
     return declared
+
+
+def mlp_params(
+    cfg: ModelConfig, layer_idx: int, name: str = "mlp", ffn_size: int | None = None
+) -> dict[str, Param]:
+    """Parameters of an MLP; without `ffn_size` it has the width of dense layers."""
+    prefix, hidden = f"model.layers.{layer_idx}.{name}.", cfg.hidden_size
+    ffn_size = ffn_size or cfg.ffn_size
+    gate_up, parts = (prefix + "gate_proj", prefix + "up_proj"), (ffn_size, ffn_size)
+    down = Param.one("linear", prefix + "down_proj.weight", hidden, ffn_size, shard_axis=1)
+    declared = {"gate_up_GD": _weight(gate_up, parts, hidden), "down_DF": down}
+    if cfg.mlp_bias:
+        declared["gate_up_bias_G"] = _bias(gate_up, parts)
+        declared["down_bias_D"] = Param.one("bias", prefix + "down_proj.bias", hidden)
+    return declared
+
+
+def _weight(names: tuple[str, ...], parts: tuple[int, ...], depth: int) -> Param:
+    return Param.stack("linear", tuple(name + ".weight" for name in names), parts, depth)
+
+
+def _bias(names: tuple[str, ...], parts: tuple[int, ...]) -> Param:
+    return Param.stack("bias", tuple(name + ".bias" for name in names), parts)

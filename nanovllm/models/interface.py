@@ -16,16 +16,18 @@ from torch import Tensor
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.formats import FORMATS, PLAIN, Weight
 
-ParamKind = Literal["linear", "norm", "bias", "table"]
+ParamKind = Literal["linear", "norm", "bias", "table", "router", "experts"]
 
 
 class Param(NamedTuple):
     """One parameter: the checkpoint tensors `sources`, stacked along axis 0, have `shape`.
 
     `kind` says how it is stored and initialised: "linear" is the weight of a linear layer [O, D]
-    and is stored in the engine's weight format, "table" is an embedding table. `parts` are the row
-    counts of the sources. `shard_axis` is the axis that tensor parallelism splits (along axis 0
-    each source by itself), None for a replicated parameter.
+    and is stored in the engine's weight format, "table" is an embedding table, "router" the matrix
+    that scores experts, "experts" the matrices of a layer's experts [E, O, D], whose rows are
+    stacked expert by expert. `parts` are the row counts of the sources. `shard_axis` is the axis
+    that tensor parallelism splits (along axis 0 each source by itself), None for a replicated
+    parameter. A checkpoint may have one tensor of `shape` with the name `other_name` instead.
     """
 
     kind: ParamKind
@@ -33,6 +35,7 @@ class Param(NamedTuple):
     sources: tuple[str, ...]
     parts: tuple[int, ...]
     shard_axis: int | None
+    other_name: str | None = None
 
     @classmethod
     def one(cls, kind: ParamKind, source: str, *shape: int, shard_axis: int | None = None) -> Param:
@@ -89,11 +92,13 @@ class LayerKind:
     """What distinguishes the layers of one model: layers of one kind share their programs.
 
     Layers of one kind declare parameters of the same shapes. `window` is the number of newest
-    positions that a query sees, itself included; 0 means all positions.
+    positions that a query sees, itself included; 0 means all positions. A `sparse` layer has
+    experts.
     """
 
     name: str  # in the names of programs
     window: int = 0
+    sparse: bool = False
 
 
 class LayerCall(NamedTuple):
@@ -118,9 +123,11 @@ class Model:
     and name.
 
     `outer_params(config)` and `layer_params(config, kind, layer_idx)` declare the parameters by the
-    fields of `Params` and `layer_type`. A tied head is not declared. Fields of `layer_type` that a
-    layer does not declare are None. `kv_scales(config, weights)` gives the scales of one layer's
-    fp8 cache, fp32 [K] for keys and for values; it is None if their bounds are not known.
+    fields of `Params` and of `layer_type(kind)`, a named tuple. A tied head is not declared. Fields
+    that a layer does not declare are None. Parameters of kind "experts" are declared by the fields
+    of `experts.stacked.Stacked`; a layer has them, as they are stored, in its field `experts`.
+    `kv_scales(config, weights)` gives the scales of one layer's fp8 cache, fp32 [K] for keys and
+    for values; it is None if their bounds are not known.
 
     Regions may read GRAPH_FIELDS only: these are in the keys of compiled programs.
     """
@@ -134,7 +141,7 @@ class Model:
     head: Callable[..., Tensor]
     outer_params: Callable[[ModelConfig], dict[str, Param]]
     layer_params: Callable[[ModelConfig, LayerKind, int], dict[str, Param]]
-    layer_type: type[Any]
+    layer_type: Callable[[LayerKind], type[Any]]
     kv_scales: Callable[[ModelConfig, Any], tuple[Tensor, Tensor]] | None = None
 
     def __post_init__(self) -> None:

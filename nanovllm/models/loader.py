@@ -12,8 +12,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from nanovllm.models.experts.stacked import Stacked
 from nanovllm.models.formats import FORMATS, PLAIN, Weight
-from nanovllm.models.interface import Model, Param, Params
+from nanovllm.models.interface import LayerKind, Model, Param, Params
 
 # Checkpoint tensors that no forward pass reads.
 IGNORED = re.compile(r".*\.(rotary_emb\.inv_freq|masked_bias)$")
@@ -56,24 +57,24 @@ def load(
     files = _locate(folder)
     used: set[str] = set()
 
+    spellings: dict[bool, str] = {}  # of experts: one tensor for all, or one for each
+
     def read(param: Param) -> Tensor:
         out = torch.empty(param.shape, dtype=model.config.dtype, device=device)
-        for source, part in zip(param.sources, out.split(param.parts)):
-            if source not in files:
-                raise CheckpointError(f"{folder}: tensor {source} is missing")
-            tensor = _read(files[source], source)
-            if tensor.dtype not in DTYPES:
+        rows = out if out.dim() < 3 else out.flatten(0, -2)
+        sources, parts = param.sources, rows.split(param.parts)
+        is_other = param.other_name is not None and param.other_name in files
+        if param.other_name is not None and is_other:
+            sources, parts = (param.other_name,), (out,)
+        if param.kind == "experts":
+            spellings[is_other] = sources[0]
+            either = (source for source in param.sources if is_other and source in files)
+            if both := next(either, None) or (len(spellings) > 1 and spellings[not is_other]):
                 raise CheckpointError(
-                    f"{folder}: tensor {source} is stored as "
-                    f"{str(tensor.dtype).removeprefix('torch.')}: quantized checkpoints are not "
-                    "supported"
+                    f"{folder} mixes two spellings of experts: it has {sources[0]} and {both}"
                 )
-            if tensor.shape != part.shape:
-                raise CheckpointError(
-                    f"{folder}: tensor {source} has shape {list(tensor.shape)}, but the config "
-                    f"asks for {list(part.shape)}"
-                )
-            part.copy_(tensor)
+        for source, part in zip(sources, parts):
+            _copy(part, source, files, folder)
             used.add(source)
         return out
 
@@ -86,6 +87,24 @@ def load(
             f"e.g. {extra[0]}"
         )
     return params
+
+
+def _copy(out: Tensor, source: str, files: dict[str, Path], folder: Path) -> None:
+    """Copy the tensor `source` of a checkpoint to `out`, which has the shape that it must have."""
+    if source not in files:
+        raise CheckpointError(f"{folder}: tensor {source} is missing")
+    tensor = _read(files[source], source)
+    if tensor.dtype not in DTYPES:
+        raise CheckpointError(
+            f"{folder}: tensor {source} is stored as {str(tensor.dtype).removeprefix('torch.')}: "
+            "quantized checkpoints are not supported"
+        )
+    if tensor.shape != out.shape:
+        raise CheckpointError(
+            f"{folder}: tensor {source} has shape {list(tensor.shape)}, but the config asks for "
+            f"{list(out.shape)}"
+        )
+    out.copy_(tensor)
 
 
 def has_own_head(folder: Path, dtype: torch.dtype) -> bool:
@@ -153,20 +172,27 @@ def build(
         return place(weight) if isinstance(weight, Tensor) else type(weight)(*map(place, weight))
 
     def made(declared: dict[str, Param]) -> dict[str, Any]:
-        return {
-            name: placed(stored(param, make(param)) if param.kind == "linear" else make(param))
-            for name, param in declared.items()
-        }
+        values: dict[str, Any] = {}
+        for name, param in declared.items():
+            weight = make(param)
+            values[name] = placed(stored(param, weight) if param.kind == "linear" else weight)
+        return values
+
+    def made_layer(declared: dict[str, Param], kind: LayerKind) -> Any:
+        layer_type = model.layer_type(kind)
+        values = dict.fromkeys(layer_type._fields) | made(declared)
+        if kind.sparse:
+            values["experts"] = Stacked(*(values.pop(name) for name in Stacked._fields))
+        return layer_type(**values)
 
     outer_params, *layer_params = model.declared
     outer = made(outer_params)
     if model.config.tied_embeddings:
         head = stored(outer_params["embed_VD"], outer["embed_VD"])
         outer["head_VD"] = head if head is outer["embed_VD"] else placed(head)
-    absent = dict.fromkeys(model.layer_type._fields)
     layers = []
-    for declared in layer_params:
-        layers.append(model.layer_type(**{**absent, **made(declared)}))
+    for declared, kind in zip(layer_params, model.layer_kinds):
+        layers.append(made_layer(declared, kind))
         progress(1)
     return Params(layers=tuple(layers), **outer)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from nanovllm.models import llama, mistral, qwen2, qwen3
+from nanovllm.models import llama, mistral, mixtral, qwen2, qwen2_moe, qwen3, qwen3_moe
 from nanovllm.models.interface import Model
 
 # (transformers' config, dtype=…, max_model_len=…) -> Model
@@ -13,8 +13,11 @@ Architecture = Callable[..., Model]
 ARCHITECTURES: dict[str, Architecture] = {
     "LlamaForCausalLM": llama.model,
     "MistralForCausalLM": mistral.model,
+    "MixtralForCausalLM": mixtral.model,
     "Qwen2ForCausalLM": qwen2.model,
+    "Qwen2MoeForCausalLM": qwen2_moe.model,
     "Qwen3ForCausalLM": qwen3.model,
+    "Qwen3MoeForCausalLM": qwen3_moe.model,
 }
 
 

@@ -25,11 +25,14 @@ from nanovllm.platforms.regions import Region
 
 # Ops of a step with kernels of ours on CPU and CUDA.
 STEP_OPS = frozenset({
-    "accept", "add_rms_norm", "advance", "decode_inputs", "paged_attention", "qk_norm_rope_store",
-    "rms_norm", "sample", "sampling_inputs", "silu_mul", "span_inputs",
+    "accept", "add_rms_norm", "advance", "decode_inputs", "expert_linear", "experts",
+    "paged_attention", "qk_norm_rope_store", "rms_norm", "route", "sample", "sampling_inputs",
+    "silu_mul", "span_inputs",
 })  # fmt: skip
 # The passes of fuse=False: only ops that no lowering can generate stay kernels of ours.
-UNFUSED_OPS = frozenset({"paged_attention", "store_kv", "sample"})
+UNFUSED_OPS = frozenset({
+    "paged_attention", "store_kv", "sample", "route", "experts", "expert_linear",
+})  # fmt: skip
 UNFUSED_PASSES: tuple[tuple[str, Pass], ...] = (
     ("replace_ops", partial(replace_ops, keep=lambda name, node: name in UNFUSED_OPS)),
 )

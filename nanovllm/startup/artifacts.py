@@ -88,11 +88,13 @@ def use_private_cache(
 def common_ingredients(platform: Platform, passes: Sequence[str], model: Model) -> dict[str, str]:
     """All that can change a program of a model on this platform: sources, versions, device, passes.
 
-    The sources of a model are the modules of its regions, what models have in common, and formats.
+    The sources of a model are the modules of its regions, what models have in common, formats, and
+    forms of experts.
     """
     models, engine = Path(interface.__file__).parent, Path(steps.__file__).parent
     chosen_by = Path(sys.modules[type(platform).__module__].__file__ or "")
-    shared = [models / "config.py", models / "interface.py", *(models / "formats").glob("*.py")]
+    stored = [path for folder in ("formats", "experts") for path in (models / folder).glob("*.py")]
+    shared = [models / "config.py", models / "interface.py", *stored]
     regions = sorted({region.__module__ for region in (model.embed, model.layer, model.head)})
     files = {name: Path(sys.modules[name].__file__ or "") for name in regions}
     return {

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 CONFIG, TOKENIZER = "config", "tokenizer"
 UNREAD = ("id2label", "label2id", "ignore_keys_at_rope_validation")  # no model reads them
-FORMAT = 3  # in every key: count up when the content changes
+FORMAT = 4  # in every key: count up when the content changes
 # A tokenizer is kept only if it treats these texts as transformers does.
 PROBES = (
     "", " ", "Hello, world!", "  two  spaces\n\n\tand a tab ", "it's don't I'll",
@@ -72,6 +72,8 @@ def _written(hf: Any) -> bytes | None:
         return None
     kept = {name: value for name, value in vars(hf).items() if not name.startswith("_")}
     kept = {name: value for name, value in kept.items() if name not in UNREAD}
+    aliases: dict[str, str] = type(hf).attribute_map
+    kept |= {alias: getattr(hf, name) for alias, name in aliases.items() if name in kept}
     kept["model_type"] = hf.model_type
     kept["dtype"] = str(hf.dtype).removeprefix("torch.") if hf.dtype is not None else None
     return json.dumps(kept).encode() if all(map(_is_plain, kept.values())) else None

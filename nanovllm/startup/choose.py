@@ -138,6 +138,11 @@ def choose_model(
         hf.tie_word_embeddings = False
     architecture = registry.architecture(hf.architectures)
     model = architecture(hf, dtype=dtype, max_model_len=config.max_model_len)
+    if model.config.moe is not None and config.quantization is not None:
+        raise ValueError(
+            f"quantization {config.quantization!r} is not supported for a model with experts "
+            f"({model.config.architecture})"
+        )
     config = within_limit(config, model, hf)
     spec = make_spec(config, model, platform)
     return Choice(config, platform, store, folder, hf, model, spec, eos_token_ids(folder, hf))

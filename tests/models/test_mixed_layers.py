@@ -94,7 +94,7 @@ def mixed(hf: Any, *, dtype: torch.dtype, max_model_len: int | None = None) -> M
         layer_kinds=KINDS,
         layer=layer,
         layer_params=layer_params,
-        layer_type=Layer,
+        layer_type=lambda kind: Layer,
         kv_scales=None,
     )
 

@@ -1,0 +1,40 @@
+"""How the matrices of a layer's experts are stored: one file per form, and their common interface.
+
+To add a form, write a file that provides `Form` and enter it in `FORMS`.
+T tokens | K experts per token | E experts | D hidden | F expert width | G = 2F.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from nanovllm.models.experts import stacked
+
+# A layer's experts as stored: a named tuple of tensors that only its form understands.
+Experts = tuple[Any, ...]
+
+
+class Form(Protocol):
+    """What the file of a form provides."""
+
+    @property
+    def Stored(self) -> type:
+        """The named tuple of a layer's stored experts, which no other form uses."""
+
+    def apply(
+        self, x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, stored: Any, residual_TD: Tensor
+    ) -> Tensor:
+        """The experts' weighted sum for each token, plus the residual: see `reference.experts`."""
+
+
+FORMS: tuple[Form, ...] = (stacked,)
+
+
+def apply(
+    x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, stored: Experts, residual_TD: Tensor
+) -> Tensor:
+    """The experts' weighted sum for each token, plus the residual, for experts in any form."""
+    form = next(one for one in FORMS if isinstance(stored, one.Stored))
+    return form.apply(x_TD, weight_TK, expert_TK, stored, residual_TD)

@@ -1,0 +1,178 @@
+"""The decoder with experts: Mixtral, Qwen2-MoE and Qwen3-MoE are this mathematics.
+
+Attention is that of `dense`. A sparse layer has experts in the place of the MLP: each token goes to
+K of E experts, and perhaps to one more that all tokens share. Dense and sparse layers may mix.
+
+T tokens | K experts per token | E experts | D hidden | F expert width | G = 2F. Other letters are
+those of `dense`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nanovllm.kernels import ops
+from nanovllm.models import dense, experts
+from nanovllm.models.config import ModelConfig
+from nanovllm.models.dense import attention, attention_params, embed, head, kv_scales, mlp_params
+from nanovllm.models.experts import Experts
+from nanovllm.models.formats import Weight, linear
+from nanovllm.models.interface import Batch, LayerCache, LayerCall, LayerKind, Model, Param
+
+
+class SparseLayer(NamedTuple):
+    """Weights of one decoder layer with experts. The MLP's fields are those of a shared expert."""
+
+    attn_norm_D: Tensor
+    qkv_ED: Weight
+    qkv_bias_E: Tensor | None
+    q_norm_H: Tensor | None
+    k_norm_H: Tensor | None
+    out_DQ: Weight
+    out_bias_D: Tensor | None
+    mlp_norm_D: Tensor
+    router_ED: Tensor
+    experts: Experts
+    shared_gate_1D: Tensor | None
+    gate_up_GD: Weight | None
+    down_DF: Weight | None
+
+
+class ExpertNames(NamedTuple):
+    """The names of a checkpoint's tensors, after the layer's prefix.
+
+    `one` names a matrix of one expert: `gate`, `up` or `down` in the place of {matrix}, the
+    expert's number in that of {expert}. `stacked` are the two tensors of all experts as
+    transformers 5 has them: gate and up together, and down.
+    """
+
+    router: str
+    one: str
+    gate: str
+    up: str
+    down: str
+    other_router: str | None = None
+    stacked: tuple[str, str] = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+
+
+# Qwen2-MoE and Qwen3-MoE
+QWEN_NAMES = ExpertNames(
+    router="mlp.gate.weight",
+    one="mlp.experts.{expert}.{matrix}.weight",
+    gate="gate_proj",
+    up="up_proj",
+    down="down_proj",
+)
+
+
+def moe_model(
+    cfg: ModelConfig,
+    names: ExpertNames,
+    is_sparse: Sequence[bool],
+    windows: Sequence[int] | None = None,
+) -> Model:
+    """The model of a config with `moe`; `is_sparse` and `windows` have an entry for each layer."""
+
+    def layer_params(cfg: ModelConfig, kind: LayerKind, layer_idx: int) -> dict[str, Param]:
+        if not kind.sparse:
+            return dense.layer_params(cfg, kind, layer_idx)
+        return sparse_params(cfg, names, layer_idx)
+
+    kinds = [
+        LayerKind(f"{'sparse' if sparse else 'dense'}_window{window}", window, sparse)
+        for sparse, window in zip(is_sparse, windows or (0,) * cfg.num_layers, strict=True)
+    ]
+    return Model(
+        config=cfg,
+        layer_kinds=tuple(kinds),
+        embed=embed,
+        layer=layer,
+        head=head,
+        outer_params=dense.outer_params,
+        layer_params=layer_params,
+        layer_type=lambda kind: SparseLayer if kind.sparse else dense.Layer,
+        kv_scales=kv_scales,
+    )
+
+
+def sparse_layers(hf: Any) -> tuple[bool, ...]:
+    """For each layer, whether it has experts, by `mlp_only_layers` and `decoder_sparse_step`."""
+    step, without = hf.decoder_sparse_step, set(hf.mlp_only_layers or ())
+    if step < 1:
+        raise ValueError(f"decoder_sparse_step is {step}: it must be at least 1")
+    if unknown := sorted(idx for idx in without if not 0 <= idx < hf.num_hidden_layers):
+        raise ValueError(
+            f"mlp_only_layers names layer {unknown[0]}, but there are {hf.num_hidden_layers} layers"
+        )
+    return tuple(
+        layer_idx not in without and (layer_idx + 1) % step == 0
+        for layer_idx in range(hf.num_hidden_layers)
+    )
+
+
+# regions -----------------------------------------------------------------------------------------
+
+
+def layer(
+    cfg: ModelConfig,
+    call: LayerCall,
+    w: dense.Layer | SparseLayer,
+    kv: LayerCache,
+    cos_sin_MH: Tensor,
+    batch: Batch,
+    h_TD: Tensor,
+) -> Tensor:
+    """One decoder layer, dense or sparse: see `dense.layer`."""
+    h_TD = attention(cfg, call, w, kv, cos_sin_MH, batch, h_TD)
+    return dense.mlp(cfg, w, h_TD) if isinstance(w, dense.Layer) else sparse_mlp(cfg, w, h_TD)
+
+
+def sparse_mlp(cfg: ModelConfig, w: SparseLayer, h_TD: Tensor) -> Tensor:
+    """The second half of a sparse layer: h + experts of the normalised h."""
+    assert cfg.moe is not None
+    x_TD = ops.rms_norm(h_TD, w.mlp_norm_D, cfg.norm_eps)
+    logits_TE = ops.linear(x_TD, w.router_ED, None)
+    weight_TK, expert_TK = ops.route(logits_TE, cfg.moe.top_k, cfg.moe.normalize)
+    if w.shared_gate_1D is not None and w.gate_up_GD is not None and w.down_DF is not None:
+        gate_T1 = torch.sigmoid(ops.linear(x_TD, w.shared_gate_1D, None))
+        inner_TF = ops.silu_mul(linear(x_TD, w.gate_up_GD, None))
+        h_TD = h_TD + gate_T1 * linear(inner_TF, w.down_DF, None)
+    return experts.apply(x_TD, weight_TK, expert_TK, w.experts, h_TD)
+
+
+# parameters --------------------------------------------------------------------------------------
+
+
+def sparse_params(cfg: ModelConfig, names: ExpertNames, layer_idx: int) -> dict[str, Param]:
+    """Parameters of a sparse layer, by the fields of `SparseLayer` and `experts.Stacked`."""
+    assert cfg.moe is not None
+    moe, hidden, prefix = cfg.moe, cfg.hidden_size, f"model.layers.{layer_idx}."
+    num, size = moe.num_experts, moe.expert_size
+
+    def one(matrix: str, expert: int) -> str:
+        return prefix + names.one.format(matrix=matrix, expert=expert)
+
+    gate_up = tuple(one(m, expert) for expert in range(num) for m in (names.gate, names.up))
+    down = tuple(one(names.down, expert) for expert in range(num))
+    stacked_gate_up, stacked_down = (prefix + name for name in names.stacked)
+    router = Param.one("router", prefix + names.router, num, hidden)
+    other_router = names.other_router and prefix + names.other_router
+    declared = {
+        **attention_params(cfg, layer_idx),
+        "router_ED": router._replace(other_name=other_router),
+        "gate_up_EGD": Param(
+            "experts", (num, 2 * size, hidden), gate_up, (size,) * (2 * num), 0, stacked_gate_up
+        ),
+        "down_EDF": Param(
+            "experts", (num, hidden, size), down, (hidden,) * num, 1, stacked_down
+        ),
+    }  # fmt: skip
+    if moe.shared_size:
+        gate = prefix + "mlp.shared_expert_gate.weight"
+        declared["shared_gate_1D"] = Param.one("router", gate, 1, hidden)
+        declared |= mlp_params(cfg, layer_idx, "mlp.shared_expert", moe.shared_size)
+    return declared
