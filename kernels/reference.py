@@ -344,7 +344,7 @@ def fused_linear(
     return y_TO if residual_TO is None else y_TO + residual_TO
 
 
-# Mixture of experts --------------------------------------------------------------------------------
+# Mixture of experts -------------------------------------------------------------------------------
 
 
 def route(logits_TE: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,354 @@
+"""Experts of many tokens in Triton: pairs sorted by expert, then products of groups of rows.
+
+Sorting is one launch with a program for each expert: it counts the pairs of smaller experts and
+writes its own behind them. A product's launch has a fixed number of programs, enough for any
+routing. Each finds its expert and rows from the sorted lists; programs without rows end at once.
+Nothing of the routing is read by the host, and no token is dropped.
+
+The weights are the left operand of the matrix units, which take it in pieces of 64; a group's rows
+are the right operand, which may have as few as 8. In the product with gate and up a tile of weights
+alternates between 8 outputs of gate and the same 8 of up, so that a thread holds both factors of
+SiLU·up (as in linear_gated.py). The product with down writes the weighted output of each pair; the
+last launch adds them for each token, always in the same order.
+
+Shapes: T tokens | K experts per token | P = T·K pairs | E experts | D hidden | F expert width | O
+weight rows of a tile | C columns of a chunk; "p" after a letter: padded to a power of two
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nanovllm.kernels.triton.common import (
+    dot,
+    finish,
+    launch_options,
+    shared_memory_bytes,
+    wait_for_earlier_kernels,
+)
+
+# How a product's rows are found, and where its results go.
+BY_TOKEN, BY_PAIR, BY_PLACE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+class GroupTile(NamedTuple):
+    """The sizes of a launch: rows and weight rows of one program, columns of a chunk, chunks in
+    flight, warps."""
+
+    rows: int
+    lines: int
+    columns: int
+    num_stages: int
+    num_warps: int
+
+
+class Groups(NamedTuple):
+    """Pairs sorted by expert: expert e has pair_P[start_E1[e]] … pair_P[start_E1[e + 1] − 1]."""
+
+    pair_P: Tensor
+    start_E1: Tensor
+
+
+@triton.jit(do_not_specialize=["num_pairs"])
+def sort_kernel(
+    expert_ptr,  # [P]
+    pair_ptr,  # [P] int32, written
+    start_ptr,  # [E + 1] int32, written
+    num_pairs,
+    NUM_EXPERTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    wait_for_earlier_kernels(PDL)
+    expert = tl.program_id(0)
+    i_B = tl.arange(0, BLOCK)
+    start = tl.sum(tl.zeros((BLOCK,), tl.int32))
+    for first in tl.range(0, num_pairs, BLOCK):
+        other_B = tl.load(expert_ptr + first + i_B, mask=first + i_B < num_pairs, other=NUM_EXPERTS)
+        start += tl.sum((other_B < expert).to(tl.int32))
+    tl.store(start_ptr + expert, start)
+    if expert == NUM_EXPERTS - 1:
+        tl.store(start_ptr + NUM_EXPERTS, num_pairs)
+    for first in tl.range(0, num_pairs, BLOCK):
+        other_B = tl.load(expert_ptr + first + i_B, mask=first + i_B < num_pairs, other=NUM_EXPERTS)
+        is_mine_B = other_B == expert
+        upto_B = tl.cumsum(is_mine_B.to(tl.int32), 0)
+        tl.store(pair_ptr + start + upto_B - 1, first + i_B, mask=is_mine_B)
+        start += tl.sum(is_mine_B.to(tl.int32))
+
+
+@triton.jit
+def _group_of(start_ptr, tile, NUM_EXPERTS: tl.constexpr, EXPERTS_P: tl.constexpr,
+              ROWS: tl.constexpr):  # fmt: skip
+    """(expert, its first tile) of a tile of rows; expert NUM_EXPERTS or more for tiles without."""
+    e_Ep = tl.arange(0, EXPERTS_P)
+    real_Ep = e_Ep < NUM_EXPERTS
+    start_Ep = tl.load(start_ptr + e_Ep, mask=real_Ep, other=0)
+    end_Ep = tl.load(start_ptr + e_Ep + 1, mask=real_Ep, other=0)
+    tiles_Ep = (end_Ep - start_Ep + ROWS - 1) // ROWS
+    is_before_Ep = tl.cumsum(tiles_Ep, 0) <= tile
+    return tl.sum(is_before_Ep.to(tl.int32)), tl.sum(tl.where(is_before_Ep, tiles_Ep, 0))
+
+
+@triton.jit
+def _load(at, chunk, d_C, real_L, DEPTH: tl.constexpr, COLUMNS: tl.constexpr, ALL: tl.constexpr):
+    """Columns of one chunk of lines that begin at `at`; zeros past the depth and for unreal lines.
+
+    With ALL every line is real.
+    """
+    if DEPTH % COLUMNS == 0 and ALL:
+        return tl.load(at + chunk * COLUMNS)
+    elif DEPTH % COLUMNS == 0:
+        return tl.load(at + chunk * COLUMNS, mask=real_L[:, None], other=0.0)
+    else:
+        mask_LC = real_L[:, None] & (chunk * COLUMNS + d_C < DEPTH)[None, :]
+        return tl.load(at + chunk * COLUMNS, mask=mask_LC, other=0.0)
+
+
+@triton.jit
+def group_linear_kernel(
+    x_ptr,  # [T, D], [P, D] or, by place, [P, D] in the order of the sorted pairs
+    weight_ptr,  # [E, NUM_OUTS, D], or [E, 2 · NUM_OUTS, D] if GATED
+    pair_ptr,  # [P]
+    start_ptr,  # [E + 1]
+    scale_ptr,  # [P] fp32, read if HAS_SCALE
+    out_ptr,  # [P, NUM_OUTS], written
+    x_stride,
+    NUM_EXPERTS: tl.constexpr,
+    EXPERTS_P: tl.constexpr,
+    TOP_K: tl.constexpr,
+    NUM_OUTS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    LINES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
+    X_BY: tl.constexpr,
+    OUT_BY: tl.constexpr,
+    GATED: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    wait_for_earlier_kernels(PDL)
+    OUTS: tl.constexpr = LINES // 2 if GATED else LINES
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    tile = tl.program_id(1)
+    expert, earlier = _group_of(start_ptr, tile, NUM_EXPERTS, EXPERTS_P, ROWS)
+    if expert >= NUM_EXPERTS:
+        return
+    end = tl.load(start_ptr + expert + 1)
+    place_T = tl.load(start_ptr + expert) + (tile - earlier) * ROWS + tl.arange(0, ROWS)
+    real_T = place_T < end
+    pair_T = tl.load(pair_ptr + place_T, mask=real_T, other=0)
+    row_T = pair_T // TOP_K if X_BY == BY_TOKEN else pair_T if X_BY == BY_PAIR else place_T
+    out_T = place_T if OUT_BY == BY_PLACE else pair_T
+
+    d_C = tl.arange(0, COLUMNS)
+    out = tl.program_id(0) * OUTS
+    i_O = tl.arange(0, LINES)
+    if GATED:  # 8 rows of gate, the same 8 of up, and on
+        line_O = tl.minimum(out + i_O // 16 * 8 + i_O % 8, NUM_OUTS - 1) + i_O // 8 % 2 * NUM_OUTS
+        weight_at = weight_ptr + expert.to(tl.int64) * (2 * NUM_OUTS * DEPTH)
+    else:
+        line_O = tl.minimum(out + i_O, NUM_OUTS - 1)
+        weight_at = weight_ptr + expert.to(tl.int64) * (NUM_OUTS * DEPTH)
+    w_at = weight_at + line_O[:, None] * DEPTH + d_C[None, :]
+    x_at = x_ptr + row_T.to(tl.int64)[:, None] * x_stride + d_C[None, :]
+    acc_OT = tl.zeros((LINES, ROWS), tl.float32)
+    for chunk in tl.range(0, (DEPTH + COLUMNS - 1) // COLUMNS, num_stages=STAGES):
+        x_TC = _load(x_at, chunk, d_C, real_T, DEPTH, COLUMNS, False)
+        w_OC = _load(w_at, chunk, d_C, line_O >= 0, DEPTH, COLUMNS, True)
+        acc_OT = dot(w_OC, tl.trans(x_TC), acc_OT, UPCAST)
+    if GATED:
+        pairs = tl.permute(tl.reshape(acc_OT, (LINES // 16, 2, 8, ROWS)), (0, 2, 3, 1))
+        gate, up = tl.split(pairs)
+        y_OT = tl.reshape(finish(gate, up, dtype, True), (OUTS, ROWS))
+    else:
+        if HAS_SCALE:
+            acc_OT *= tl.load(scale_ptr + pair_T, mask=real_T, other=0.0)[None, :]
+        y_OT = acc_OT.to(dtype)
+    o_O = out + tl.arange(0, OUTS)
+    tl.store(
+        out_ptr + out_T.to(tl.int64)[:, None] * NUM_OUTS + o_O[None, :],
+        tl.trans(y_OT),
+        mask=real_T[:, None] & (o_O < NUM_OUTS)[None, :],
+    )
+
+
+@triton.jit
+def combine_kernel(
+    y_ptr,  # [P, D]
+    residual_ptr,  # [T, D], read if HAS_RESIDUAL
+    out_ptr,  # [T, D], written
+    TOP_K: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    wait_for_earlier_kernels(PDL)
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    token = tl.program_id(1).to(tl.int64)
+    d_B = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask_B = d_B < DIM
+    sum_B = tl.zeros((BLOCK,), tl.float32)
+    for k in tl.static_range(TOP_K):
+        y_B = tl.load(y_ptr + (token * TOP_K + k) * DIM + d_B, mask=mask_B, other=0.0)
+        sum_B += y_B.to(tl.float32)
+    sum_B = sum_B.to(dtype)
+    if HAS_RESIDUAL:
+        residual_B = tl.load(residual_ptr + token * DIM + d_B, mask=mask_B, other=0.0)
+        sum_B = (sum_B.to(tl.float32) + residual_B.to(tl.float32)).to(dtype)
+    tl.store(out_ptr + token * DIM + d_B, sum_B, mask=mask_B)
+
+
+def sort_pairs(expert_TK: Tensor, num_experts: int) -> Groups:
+    """The pairs of [T, K] int32 experts, sorted by expert and then by number."""
+    num_pairs, device = expert_TK.numel(), expert_TK.device
+    pair_P = torch.empty(num_pairs, dtype=torch.int32, device=device)
+    start_E1 = torch.empty(num_experts + 1, dtype=torch.int32, device=device)
+    block = min(4096, max(128, triton.next_power_of_2(num_pairs)))
+    sort_kernel[(num_experts,)](
+        expert_TK,
+        pair_P,
+        start_E1,
+        num_pairs,
+        NUM_EXPERTS=num_experts,
+        BLOCK=block,
+        num_warps=4 if block <= 2048 else 8,
+        **launch_options(device),
+    )
+    return Groups(pair_P, start_E1)
+
+
+def group_tile(
+    num_pairs: int, num_experts: int, gated: bool, bytes_each: int, shared: int
+) -> GroupTile:
+    """The tile for so many pairs, spread evenly over the experts.
+
+    With less `shared` memory it has fewer stages.
+    """
+    mean = num_pairs / num_experts
+    if mean <= 8:
+        tile = GroupTile(16, 128, 128, 4, 4)
+    elif mean <= 24:
+        tile = GroupTile(32, 128, 128, 4, 4)
+    elif mean <= 96:
+        tile = GroupTile(64, 128, 64, 4, 4)
+    else:
+        tile = GroupTile(128, 128, 64, 4, 8)
+    if bytes_each == 4:
+        tile = tile._replace(rows=min(tile.rows, 32), lines=64, columns=32)
+    stage_bytes = (tile.rows + tile.lines) * tile.columns * bytes_each
+    return tile._replace(num_stages=max(2, min(tile.num_stages, (shared - 2048) // stage_bytes)))
+
+
+def group_linear(
+    x: Tensor,
+    weight_EOD: Tensor,
+    groups: Groups,
+    top_k: int,
+    scale_TK: Tensor | None = None,
+    *,
+    x_by: int,
+    out_by: int,
+    gated: bool = False,
+    tile: GroupTile | None = None,
+) -> Tensor:
+    """x · weightᵀ for the rows of every expert: [P, outputs]; silu(gate) · up if `gated`.
+
+    `x_by` and `out_by` say which row of x and of the result belongs to a sorted pair: that of its
+    token, of its pair, or of its place. `scale_TK` multiplies the rows of pairs. `tile` overrides
+    the measured one.
+    """
+    num_experts, num_lines, depth = weight_EOD.shape
+    num_pairs, device = groups.pair_P.shape[0], x.device
+    num_outs = num_lines // 2 if gated else num_lines
+    tile = tile or group_tile(
+        num_pairs, num_experts, gated, x.element_size(), shared_memory_bytes(device)
+    )
+    out_PO = torch.empty((num_pairs, num_outs), dtype=x.dtype, device=device)
+    # a group of n pairs has at most (n + rows − 1) / rows tiles
+    num_tiles = min(num_pairs, num_pairs // tile.rows + num_experts)
+    constants: dict[str, Any] = {
+        "NUM_EXPERTS": num_experts,
+        "EXPERTS_P": triton.next_power_of_2(num_experts),
+        "TOP_K": top_k,
+        "NUM_OUTS": num_outs,
+        "DEPTH": depth,
+        "ROWS": tile.rows,
+        "LINES": tile.lines,
+        "COLUMNS": tile.columns,
+        "STAGES": tile.num_stages,
+        "X_BY": x_by,
+        "OUT_BY": out_by,
+        "GATED": gated,
+        "HAS_SCALE": scale_TK is not None,
+        "UPCAST": device.type != "cuda",
+    }
+    grid = (triton.cdiv(num_outs, tile.lines // 2 if gated else tile.lines), num_tiles)
+    group_linear_kernel[grid](
+        x,
+        weight_EOD,
+        groups.pair_P,
+        groups.start_E1,
+        x if scale_TK is None else scale_TK,
+        out_PO,
+        x.stride(0),
+        **constants,
+        num_warps=tile.num_warps,
+        **launch_options(device),
+    )
+    return out_PO
+
+
+def combine(y_PD: Tensor, residual_TD: Tensor | None, num_tokens: int) -> Tensor:
+    """The sum of each token's rows of y, in their order, plus the residual: [T, D]."""
+    num_pairs, dim = y_PD.shape
+    out_TD = torch.empty((num_tokens, dim), dtype=y_PD.dtype, device=y_PD.device)
+    block = min(1024, triton.next_power_of_2(dim))
+    combine_kernel[(triton.cdiv(dim, block), num_tokens)](
+        y_PD,
+        y_PD if residual_TD is None else residual_TD,
+        out_TD,
+        TOP_K=num_pairs // num_tokens,
+        DIM=dim,
+        BLOCK=block,
+        HAS_RESIDUAL=residual_TD is not None,
+        num_warps=4,
+        **launch_options(y_PD.device),
+    )
+    return out_TD
+
+
+def many_experts(
+    x_TD: Tensor,
+    weight_TK: Tensor,
+    expert_TK: Tensor,
+    gate_up_EGD: Tensor,
+    down_EDF: Tensor,
+    residual_TD: Tensor | None,
+    tiles: tuple[GroupTile | None, GroupTile | None] = (None, None),
+) -> Tensor:
+    """`reference.experts`; all tensors are contiguous but x, whose last stride is 1.
+
+    The weighted output of each expert is rounded to x's dtype before the sum. `tiles` overrides the
+    tiles of the two products, for measurements.
+    """
+    num_tokens, top_k = expert_TK.shape
+    groups = sort_pairs(expert_TK, gate_up_EGD.shape[0])
+    inner_PF = group_linear(
+        x_TD, gate_up_EGD, groups, top_k, x_by=BY_TOKEN.value, out_by=BY_PLACE.value, gated=True,
+        tile=tiles[0],
+    )  # fmt: skip
+    y_PD = group_linear(
+        inner_PF, down_EDF, groups, top_k, weight_TK, x_by=BY_PLACE.value, out_by=BY_PAIR.value,
+        tile=tiles[1],
+    )  # fmt: skip
+    return combine(y_PD, residual_TD, num_tokens)
