@@ -174,7 +174,7 @@ def pair_down_kernel(
     tl.store(out_ptr + token * NUM_OUTS + o_AW, y_AW, mask=o_AW < NUM_OUTS)
 
 
-def chunks_ahead(depth: int, most: int = 8) -> int:
+def chunks_ahead(depth: int, most: int) -> int:
     """The most chunks that may be loaded together and divide the row."""
     chunks = triton.cdiv(depth, COLUMNS)
     return next(ahead for ahead in range(min(chunks, most), 0, -1) if chunks % ahead == 0)
@@ -195,8 +195,8 @@ def few_experts(
     """
     (num_tokens, top_k), device, dtype = expert_TK.shape, x_TD.device, x_TD.dtype
     (_, depth, size), options = down_EDF.shape, launch_options(x_TD.device)
-    first = PairTile(4, 4, chunks_ahead(depth))
-    second = PairTile(4, 4, chunks_ahead(size))
+    first = PairTile(4, 4, chunks_ahead(depth, 4))
+    second = PairTile(4, 4, chunks_ahead(size, 1))
     first, second = tiles or (first, second)
     inner_PF = torch.empty((num_tokens * top_k, size), dtype=dtype, device=device)
     out_TD = torch.empty((num_tokens, depth), dtype=dtype, device=device)

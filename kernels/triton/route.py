@@ -29,6 +29,7 @@ def choose_experts(logits_AEp, real_Ep, TOP_K: tl.constexpr, TOP_Kp: tl.constexp
     id_1Ep = tl.arange(0, logits_AEp.shape[1])[None, :]
     k_1Kp = tl.arange(0, TOP_Kp)[None, :]
     rows: tl.constexpr = logits_AEp.shape[0]
+    none: tl.constexpr = logits_AEp.shape[1]
     is_nan_A1 = (tl.max((logits_AEp != logits_AEp).to(tl.int32), 1) > 0)[:, None]
     score_AEp = tl.where(is_nan_A1, -id_1Ep.to(tl.float32), logits_AEp)
     score_AEp = tl.where(real_Ep[None, :], score_AEp, -INFINITY)
@@ -43,7 +44,6 @@ def choose_experts(logits_AEp, real_Ep, TOP_K: tl.constexpr, TOP_Kp: tl.constexp
     expert_AKp = tl.zeros((rows, TOP_Kp), tl.int32)
     for k in tl.static_range(TOP_K):
         largest_A1 = tl.max(left_AEp, 1)[:, None]
-        none: tl.constexpr = logits_AEp.shape[1]
         chosen_A1 = tl.min(tl.where(left_AEp == largest_A1, id_1Ep, none), 1)[:, None]
         weight_AKp = tl.where(k_1Kp == k, largest_A1, weight_AKp)
         expert_AKp = tl.where(k_1Kp == k, chosen_A1, expert_AKp)
