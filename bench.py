@@ -29,15 +29,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 from torch.profiler import ProfilerActivity
 
 from nanovllm import SamplingParams, platforms
-from nanovllm.models.formats import PLAIN
-from nanovllm.models.interface import Model
 from nanovllm.platforms.base import Platform
-from nanovllm.runner.spec import EngineSpec
 from nanovllm.startup.choose import choose_dtype
 from nanovllm.tools import command_line
 from nanovllm.tools.device_limits import Limits, measure_limits
@@ -45,6 +41,7 @@ from nanovllm.tools.kernel_table import as_text
 from nanovllm.tools.profile import profile_decode
 from nanovllm.tools.shapes import CONFIGS
 from scripts.bench.engines import load
+from scripts.bench.ideal import ideal_seconds
 from scripts.bench.stall import measure_stall
 from scripts.bench.workload import Workload, make_workload, varied
 
@@ -95,6 +92,8 @@ def arguments() -> argparse.Namespace:
         parser.error("--layers goes with --random-weights: a checkpoint keeps all its layers")
     if args.min_len < 1 or args.max_len < args.min_len or args.num_seqs < 1:
         parser.error("--num-seqs and --min-len must be at least 1, --max-len at least --min-len")
+    if args.first is not None and not 1 <= args.first <= args.num_seqs:
+        parser.error(f"--first is {args.first}: it must be 1 to --num-seqs ({args.num_seqs})")
     return args
 
 
@@ -102,6 +101,7 @@ def _add_workload(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--bs", type=int, nargs="+", default=[256], help="largest decode batch, or several")
     add("--num-seqs", type=int, default=256, help="requests in the workload")
+    add("--first", type=int, metavar="N", help="only the first N requests of the workload")
     add("--min-len", type=int, default=100, help="shortest prompt and answer")
     add("--max-len", type=int, default=1024, help="longest prompt and answer")
     add("--top-k", type=int, default=0, help="sample from the k likeliest tokens; 0: from all")
@@ -138,41 +138,6 @@ def limits_of(platform: Platform, args: argparse.Namespace, config: dict[str, An
     return found
 
 
-def ideal_seconds(
-    model: Model,
-    spec: EngineSpec,
-    prompts: list[list[int]],
-    output_lens: list[int],
-    rows: int,
-    bandwidth: float,
-    flops: float,
-) -> float:
-    """The shortest time in which the device's limits allow the workload.
-
-    Prompts go through the layers once, at the full matrix rate. A decode step takes the larger of
-    reading the weights and multiplying by them, plus reading the keys and values of every row.
-    """
-    weight_bytes = model.weight_bytes(spec.weight_format)
-    kv_bytes = model.kv_bytes_per_token(spec.cache_dtype)
-    num_weights = model.weight_bytes(PLAIN) / model.config.dtype.itemsize
-    head_weights = model.config.vocab_size * model.config.hidden_size
-    seconds = 2 * (num_weights - head_weights) * sum(map(len, prompts)) / flops
-    waiting = list(zip((len(prompt) for prompt in prompts), (n - 1 for n in output_lens)))[::-1]
-    context: np.ndarray = np.zeros(0)
-    left: np.ndarray = np.zeros(0)
-    while waiting or left.size:
-        fresh = [waiting.pop() for _ in range(min(rows - left.size, len(waiting)))]
-        context = np.append(context, [length for length, _ in fresh])
-        left = np.append(left, [num for _, num in fresh])
-        steps = max(1, int(left.min())) if not waiting else 1
-        weights = max(weight_bytes / bandwidth, 2 * num_weights * left.size / flops)
-        cached = steps * context.sum() + left.size * steps * (steps + 1) / 2
-        seconds += steps * weights + cached * kv_bytes / bandwidth
-        context, left = context + steps, left - steps
-        context, left = context[left > 0], left[left > 0]
-    return seconds
-
-
 def measure(
     args: argparse.Namespace, work: Workload, batch_size: int, limits: Limits
 ) -> dict[str, Any]:
@@ -184,7 +149,6 @@ def measure(
     llm, about = load(args, work.model, rows, work.max_model_len)
     runner = llm.engine.runner
     cfg, platform = runner.cfg, runner.platform
-    bandwidth, flops = limits.bandwidth, limits.flops
     llm.generate([prompts[0][:16]], SamplingParams(max_tokens=8, ignore_eos=True), use_tqdm=False)
     seconds = []
     for run_idx in range(args.runs):
@@ -194,7 +158,7 @@ def measure(
         seconds.append(time.perf_counter() - begun)
     num_tokens = sum(len(output["token_ids"]) for output in outputs)
     median = sorted(seconds)[len(seconds) // 2]
-    ideal = ideal_seconds(runner.model, runner.spec, prompts, output_lens, rows, bandwidth, flops)
+    ideal = ideal_seconds(runner.model, runner.spec, prompts, output_lens, rows, limits)
     result = {
         **about,
         "workload": "latency" if args.latency else "throughput",
@@ -206,8 +170,8 @@ def measure(
         "spread": round((max(seconds) - min(seconds)) / median, 4),
         "tokens_per_second": round(num_tokens / median, 1),
         "peak_gib": round(platform.peak_bytes() / 2**30, 2),
-        "copy_bandwidth_tb_s": round(bandwidth / 1e12, 3),
-        "matmul_tflop_s": round(flops / 1e12, 2),
+        "copy_bandwidth_tb_s": round(limits.bandwidth / 1e12, 3),
+        "matmul_tflop_s": round(limits.flops / 1e12, 2),
         "limit_tokens_per_second": round(num_tokens / ideal, 1),
         "share_of_limit": round(ideal / median, 4),
     }
@@ -220,7 +184,7 @@ def measure(
             params,
             folder,
             activities=[ProfilerActivity.CUDA],
-            bandwidth=bandwidth,
+            bandwidth=limits.bandwidth,
             num_steps=args.profile_steps,
         )
         print("\n\n".join(map(as_text, reports)))

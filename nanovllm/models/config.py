@@ -41,6 +41,14 @@ class MoeConfig:
                 f"num_experts_per_tok is {self.top_k}, but there are {self.num_experts} experts"
             )
 
+    def distinct_experts(self, num_tokens: float) -> float:
+        """The experts of a layer that so many tokens choose together, in the mean.
+
+        Routing is taken to be spread evenly: a token has each expert with probability K / E, and
+        tokens choose independently.
+        """
+        return self.num_experts * (1 - (1 - self.top_k / self.num_experts) ** num_tokens)
+
 
 @dataclass(frozen=True)
 class ModelConfig:

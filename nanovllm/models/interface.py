@@ -191,13 +191,14 @@ class Model:
         return (self.outer_params(self.config), *layers)
 
     def weight_bytes(self, weight_format: str) -> int:
-        """Bytes that a decode step reads: each weight once, the table only if it is the head."""
-        outer, *layers = self.declared
-        table = outer.pop("embed_VD")
-        if self.config.tied_embeddings:
-            outer["head_VD"] = table._replace(kind="linear")
-        params = (param for group in (outer, *layers) for param in group.values())
-        return sum(self._num_bytes(param, weight_format) for param in params)
+        """Bytes of all weights that a step can read: the table only if it is the head."""
+        return sum(self._num_bytes(param, weight_format) for param in self._read_params)
+
+    @property
+    def expert_bytes(self) -> int:
+        """The part of `weight_bytes` that experts take."""
+        params = (param for param in self._read_params if param.kind == "experts")
+        return sum(self._num_bytes(param, PLAIN) for param in params)
 
     def param_bytes(self, weight_format: str) -> int:
         """Bytes that all weights take on the device."""
@@ -210,6 +211,15 @@ class Model:
         """Bytes that one token takes in the caches of all layers."""
         cfg = self.config
         return 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim * cache_dtype.itemsize
+
+    @property
+    def _read_params(self) -> list[Param]:
+        """All parameters without the table, or with the table as the head that it is."""
+        outer, *layers = self.declared
+        table = outer.pop("embed_VD")
+        if self.config.tied_embeddings:
+            outer["head_VD"] = table._replace(kind="linear")
+        return [param for group in (outer, *layers) for param in group.values()]
 
     def _num_bytes(self, param: Param, weight_format: str) -> int:
         stored = FORMATS[weight_format if param.kind == "linear" else PLAIN]

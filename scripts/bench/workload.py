@@ -74,7 +74,10 @@ def _random_config(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _requests(args: argparse.Namespace, vocab_size: int) -> tuple[list[list[int]], list[int]]:
-    """(prompts, output lengths), drawn as nano-vllm does: all prompts first, then all lengths."""
+    """(prompts, output lengths), drawn as nano-vllm does: all prompts first, then all lengths.
+
+    So `--first N` gives other answers than `--num-seqs N`.
+    """
     random.seed(0)
     top = min(10000, vocab_size - 1)
     if args.latency:
@@ -84,7 +87,8 @@ def _requests(args: argparse.Namespace, vocab_size: int) -> tuple[list[list[int]
         [random.randint(0, top) for _ in range(random.randint(low, high))]
         for _ in range(args.num_seqs)
     ]
-    return prompts, [random.randint(low, high) for _ in range(args.num_seqs)]
+    output_lens = [random.randint(low, high) for _ in range(args.num_seqs)]
+    return prompts[: args.first], output_lens[: args.first]
 
 
 def _max_model_len(args: argparse.Namespace, needed: int, positions: int) -> int:

@@ -1,0 +1,64 @@
+"""The shortest time in which the limits of a device allow a workload of bench.py."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from nanovllm.models.formats import PLAIN
+from nanovllm.models.interface import Model
+from nanovllm.runner.spec import EngineSpec
+from nanovllm.tools.device_limits import Limits
+
+
+class _Weights:
+    """The weights of a model, as a step reads them and multiplies by them."""
+
+    def __init__(self, model: Model, weight_format: str) -> None:
+        cfg, self._moe = model.config, model.config.moe
+        self._bytes, self._expert_bytes = model.weight_bytes(weight_format), model.expert_bytes
+        self.per_token = model.weight_bytes(PLAIN) / cfg.dtype.itemsize
+        if self._moe is not None:
+            unused = 1 - self._moe.top_k / self._moe.num_experts
+            self.per_token -= unused * self._expert_bytes / cfg.dtype.itemsize
+        self.of_layers_per_token = self.per_token - cfg.vocab_size * cfg.hidden_size
+
+    def num_bytes(self, num_rows: int) -> float:
+        """Bytes of weights that a step reads, if routing is spread evenly."""
+        if self._moe is None:
+            return self._bytes
+        unread = 1 - self._moe.distinct_experts(num_rows) / self._moe.num_experts
+        return self._bytes - unread * self._expert_bytes
+
+
+def ideal_seconds(
+    model: Model,
+    spec: EngineSpec,
+    prompts: list[list[int]],
+    output_lens: list[int],
+    rows: int,
+    limits: Limits,
+) -> float:
+    """The seconds of prompts and answers, with up to `rows` requests at a time.
+
+    Prompts go through the layers once, at the full matrix rate. A decode step takes the larger of
+    reading the weights and multiplying by them, plus reading the keys and values of every row. Of
+    experts it reads those that its rows choose if routing is spread evenly, and a token is
+    multiplied by its own experts alone.
+    """
+    weights = _Weights(model, spec.weight_format)
+    kv_bytes = model.kv_bytes_per_token(spec.cache_dtype)
+    seconds = 2 * weights.of_layers_per_token * sum(map(len, prompts)) / limits.flops
+    waiting = list(zip((len(prompt) for prompt in prompts), (n - 1 for n in output_lens)))[::-1]
+    context: np.ndarray = np.zeros(0)
+    left: np.ndarray = np.zeros(0)
+    while waiting or left.size:
+        fresh = [waiting.pop() for _ in range(min(rows - left.size, len(waiting)))]
+        context = np.append(context, [length for length, _ in fresh])
+        left = np.append(left, [num for _, num in fresh])
+        steps = max(1, int(left.min())) if not waiting else 1
+        each = limits.seconds(weights.num_bytes(left.size), 2 * weights.per_token * left.size)
+        cached = steps * context.sum() + left.size * steps * (steps + 1) / 2
+        seconds += steps * each + cached * kv_bytes / limits.bandwidth
+        context, left = context + steps, left - steps
+        context, left = context[left > 0], left[left > 0]
+    return seconds
