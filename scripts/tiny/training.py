@@ -95,11 +95,11 @@ class Trainer:
             fused=model.device.type == "cuda",
         )
 
-    def step(self, batch: Batch, learning_rate: float) -> Tensor:
+    def step(self, batch: Batch, lr: float) -> Tensor:
         """One update; the cross-entropy on the tokens of answers, without the balance loss."""
         model = self.model
         for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = lr
         with torch.autocast(model.device.type, dtype=torch.bfloat16):
             output = forward(model, batch.input_BS)
             logits_NV = model.lm_head(output.hidden_BSD[batch.is_answer_BS])
@@ -123,10 +123,11 @@ def steps_within(seconds: float, model: TinyModel, batches: Batches) -> int:
     step_seconds = 0.0
     for row_len, share in ROW_LEN_SHARES.items():
         for idx in range(NUM_UNTIMED + NUM_TIMED):
-            if idx == NUM_UNTIMED:
+            loss = trainer.step(batches.draw(row_len, generator), FINAL_LEARNING_RATE)
+            if idx == NUM_UNTIMED - 1:
+                loss.item()  # waits for the device
                 begin = time.perf_counter()
-            # reading the loss waits for the device
-            trainer.step(batches.draw(row_len, generator), FINAL_LEARNING_RATE).item()
+        loss.item()
         step_seconds += share * (time.perf_counter() - begin) / NUM_TIMED
     logger.info(
         "%.0f tokens/s, a step takes %.4f s", batches.batch_tokens / step_seconds, step_seconds
