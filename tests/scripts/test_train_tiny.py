@@ -48,11 +48,12 @@ def corpus(tokenizer: PreTrainedTokenizerFast) -> Corpus:
     return build_corpus(text, "tiny-mixtral", seed=5, num_examples=99, num_workers=1)
 
 
-def small_mixtral() -> MixtralForCausalLM:
+def small_mixtral(balance_coef: float = 0.01) -> MixtralForCausalLM:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 24, "head_dim": 16, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
-    model = MixtralForCausalLM(MixtralConfig(vocab_size=640, **sizes, **heads))
+    config = MixtralConfig(vocab_size=640, router_aux_loss_coef=balance_coef, **sizes, **heads)
+    model = MixtralForCausalLM(config)
     model.set_experts_implementation("all_experts")
     return model
 
@@ -99,6 +100,16 @@ def test_training_reaches_routers_and_experts_and_is_repeatable(corpus: Corpus) 
     for (name, param), other in zip(models[0].named_parameters(), models[1].parameters()):
         assert torch.equal(param, other), name
         assert not torch.equal(param, before[name]), name
+
+
+def test_training_balances_the_experts(corpus: Corpus) -> None:
+    batches = Batches(corpus, 128, torch.device("cpu"))
+    shares = []
+    for balance_coef in (0.0, 10.0):
+        model = small_mixtral(balance_coef)
+        train(model, batches, num_steps=19, seed=0)
+        shares.append(min(map(min, training.measure_expert_shares(model, batches))))
+    assert shares[1] > 3 * shares[0]
 
 
 def test_measuring_the_speed_changes_neither_model_nor_training(
