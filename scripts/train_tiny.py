@@ -23,9 +23,10 @@ from tiny.architectures import MODEL_NAMES, TinyModel, build_model
 from tiny.card import Run, card
 from tiny.chat_tokenizer import build_tokenizer
 from tiny.checkpoint import MAX_FOLDER_BYTES, evaluate, save
-from tiny.corpus import build_corpus, conversation, render
+from tiny.corpus import Corpus, build_corpus, conversation, render
 from tiny.tasks import held_out, training_examples
 from tiny.training import Batches, measure_expert_shares, steps_within, train
+from transformers import PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without installation
 
@@ -65,6 +66,7 @@ def parse_args() -> argparse.Namespace:
 def num_steps_of(
     args: argparse.Namespace, model: TinyModel, batches: Batches, started: float
 ) -> int:
+    """--steps, or fewer if --minutes after `started` (of time.perf_counter) come first."""
     if args.minutes is None:
         return args.steps
     seconds = 60 * args.minutes - (time.perf_counter() - started)
@@ -91,25 +93,38 @@ def score(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, flo
     return accuracies, total
 
 
-def main() -> int:
-    args = parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-
-    started = time.perf_counter()
-    torch.manual_seed(args.seed)
+def make_corpus(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> Corpus:
+    """The training conversations, after a check that they are what the chat template writes."""
     model_name = MODEL_NAMES[args.arch]
-    tokenizer = build_tokenizer(args.seed)
     for task in islice(training_examples(args.seed), 100):
         messages = conversation(task, model_name)
         assert render(messages) == tokenizer.apply_chat_template(messages, tokenize=False)
-    # before the GPU is touched: a forked process cannot use it, and must not inherit it
-    corpus = build_corpus(
+    return build_corpus(
         tokenizer.backend_tokenizer.to_str(),
         model_name,
         seed=args.seed,
         num_examples=args.examples,
         num_workers=args.workers,
     )
+
+
+def log_expert_shares(shares_LE: list[list[float]]) -> tuple[float, float] | None:
+    """The least and the greatest share of all layers; None for a dense model."""
+    for layer_idx, shares_E in enumerate(shares_LE):
+        listed = " ".join(f"{share:5.1%}" for share in shares_E)
+        logger.info("experts of layer %d: %s", layer_idx, listed)
+    return (min(map(min, shares_LE)), max(map(max, shares_LE))) if shares_LE else None
+
+
+def main() -> int:
+    args = parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+
+    started = time.perf_counter()
+    torch.manual_seed(args.seed)
+    tokenizer = build_tokenizer(args.seed)
+    # before the GPU is touched: a forked process cannot use it, and must not inherit it
+    corpus = make_corpus(args, tokenizer)
     logger.info("%d tokens, %.0f s", len(corpus.tokens_T), time.perf_counter() - started)
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -123,10 +138,7 @@ def main() -> int:
     loss = train(model, batches, num_steps=num_steps, seed=args.seed)
     seconds = time.perf_counter() - started
     logger.info("loss %.4f, %.0f s", loss, seconds)
-    shares_LE = measure_expert_shares(model, batches)
-    for layer_idx, shares_E in enumerate(shares_LE):
-        listed = " ".join(f"{share:5.1%}" for share in shares_E)
-        logger.info("experts of layer %d: %s", layer_idx, listed)
+    expert_shares = log_expert_shares(measure_expert_shares(model, batches))
     save(model, tokenizer, args.out)
 
     accuracies, total = score(args, device)
@@ -141,12 +153,16 @@ def main() -> int:
         num_eval=args.num_eval,
         accuracies=accuracies,
         total=total,
-        expert_shares=(min(map(min, shares_LE)), max(map(max, shares_LE))) if shares_LE else None,
+        expert_shares=expert_shares,
     )
     (args.out / "README.md").write_text(card(args.out, run))
+    return check_size(args.out)
 
-    num_bytes = sum(path.stat().st_size for path in args.out.iterdir())
-    logger.info("%d bytes in %s", num_bytes, args.out)
+
+def check_size(folder: Path) -> int:
+    """The exit status: 1 if the folder is too large to be embedded."""
+    num_bytes = sum(path.stat().st_size for path in folder.iterdir())
+    logger.info("%d bytes in %s", num_bytes, folder)
     if num_bytes > MAX_FOLDER_BYTES:
         logger.error("the folder exceeds %d bytes", MAX_FOLDER_BYTES)
         return 1
