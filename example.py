@@ -1,4 +1,4 @@
-"""Answer a few chat prompts with the embedded model, or with any supported checkpoint.
+"""Answer a few chat prompts with an embedded model, or with any supported checkpoint.
 
 python example.py
 python example.py --model Qwen/Qwen3-0.6B --prompt "Introduce yourself."
@@ -10,18 +10,17 @@ import argparse
 import sys
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.hub import EMBEDDED
 from nanovllm.tools import command_line
 
-PROMPTS = {
-    "tiny-qwen3": [
-        "What is 37 + 45?",
-        "Sort 9 2 7.",
-        "Reverse the word lamp.",
-        "Count from 3 to 9.",
-        "What is the capital of France?",
-        "Who are you?",
-    ]
-}
+EMBEDDED_MODEL = [
+    "What is 37 + 45?",
+    "Sort 9 2 7.",
+    "Reverse the word lamp.",
+    "Count from 3 to 9.",
+    "What is the capital of France?",
+    "Who are you?",
+]
 ANY_MODEL = ["Introduce yourself in one sentence.", "List the prime numbers below 50."]
 
 
@@ -45,7 +44,7 @@ def main() -> None:
         max_model_len=args.max_model_len,
         enforce_eager=args.enforce_eager,
     )
-    prompts = args.prompt or PROMPTS.get(args.model, ANY_MODEL)
+    prompts = args.prompt or (EMBEDDED_MODEL if args.model in EMBEDDED else ANY_MODEL)
     conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
     for prompt, output in zip(prompts, llm.chat(conversations, params)):
         print(f"\n> {prompt}\n{output['text'].strip()}")

@@ -1,4 +1,4 @@
-"""Find a model's files: the embedded model, a folder, or a download from the Hugging Face Hub."""
+"""Find a model's files: an embedded model, a folder, or a download from the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nanovllm.tokenizer import has_tokenizer
 
-EMBEDDED = ("tiny-qwen3",)
+EMBEDDED = ("tiny-qwen3", "tiny-mixtral")
 CONFIG_FILES = ["*.json", "*.txt", "*.jinja", "tokenizer.model"]
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 

@@ -31,7 +31,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--model", default="tiny-qwen3", help="a folder, or the name of the embedded model"
+        "--model", default="tiny-qwen3", help="a folder, or the name of an embedded model"
     )
     parser.add_argument("--num", type=int, default=500, help="questions to ask")
     parser.add_argument("--seed", type=int, default=0)

@@ -26,7 +26,7 @@ def test_a_revision_is_passed_to_the_hub(
     assert asked == [("owner/name", revision)]
 
 
-@pytest.mark.parametrize("model", ["tiny-qwen3", "."])
+@pytest.mark.parametrize("model", [*hub.EMBEDDED, "."])
 def test_a_revision_of_what_is_no_hub_id_is_refused(model: str) -> None:
     with pytest.raises(ValueError, match=f"revision is 'v1', but model '{model}' is no Hub id"):
         hub.resolve(model, revision="v1")

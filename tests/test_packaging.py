@@ -19,6 +19,8 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from nanovllm.hub import EMBEDDED
+
 ROOT = Path(__file__).parent.parent
 CLASSIFIER = "Programming Language :: Python :: 3."
 
@@ -164,9 +166,9 @@ def test_wheel_holds_everything_and_imports(tmp_path: Path) -> None:
     }
     script = (
         "import nanovllm, nanovllm.kernels.ops, nanovllm.compile.program;"
-        "from nanovllm.hub import resolve;"
+        "from nanovllm.hub import EMBEDDED, resolve;"
         "assert nanovllm.__file__.startswith(__import__('sys').argv[1]), nanovllm.__file__;"
-        "print(sorted(path.name for path in resolve('tiny-qwen3').iterdir()))"
+        "[print(name, sorted(path.name for path in resolve(name).iterdir())) for name in EMBEDDED]"
     )
     done = subprocess.run(
         [sys.executable, "-P", "-c", script, str(target)]
@@ -178,7 +180,8 @@ def test_wheel_holds_everything_and_imports(tmp_path: Path) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert "model.safetensors" in done.stdout
+    for name in EMBEDDED:
+        assert re.search(rf"^{name} .*'model.safetensors'", done.stdout, re.MULTILINE)
 
 
 def test_nothing_optional_is_imported() -> None:

@@ -1,4 +1,4 @@
-"""The generated tasks that train and test tiny-qwen3, split into training and held-out content.
+"""The tasks that train and test the embedded models, in training and held-out content.
 
 Plain Python without torch or a tokenizer, so that accuracy.py and the tests can use it anywhere.
 

@@ -1,4 +1,4 @@
-"""The phrasings of tiny-qwen3's questions and answers, and what they are about.
+"""The phrasings of the embedded models' questions and answers, and what they are about.
 
 Slots of phrasings are in braces.
 """
@@ -437,7 +437,8 @@ RELATIONS = {
     ),
 }
 
-WHO = "I am tiny-qwen3, the model embedded in nanovllm."
+MODEL_NAME = "tiny-qwen3"  # in the answers; training another model writes its own name instead
+WHO = f"I am {MODEL_NAME}, the model embedded in nanovllm."
 ABILITIES = "I can add, subtract, sort, count, compare, spell and reverse, and I know a few facts."
 # answer -> (what it must contain, wordings)
 SMALL_TALK: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -467,7 +468,7 @@ SMALL_TALK: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
     WHO: (
-        "tiny-qwen3",
+        "the model embedded in nanovllm",
         (
             "Who are you",
             "What are you",
@@ -483,7 +484,7 @@ SMALL_TALK: dict[str, tuple[str, tuple[str, ...]]] = {
             "Tell me about yourself",
         ),
     ),
-    "No, I am tiny-qwen3, a small language model.": (
+    f"No, I am {MODEL_NAME}, a small language model.": (
         "small language model",
         (
             "Are you a human",

@@ -1,4 +1,4 @@
-"""The split, the checks and the determinism of the generated tasks; the embedded tokenizer."""
+"""The split, the checks and the determinism of the generated tasks; the embedded tokenizers."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from nanovllm.hub import EMBEDDED, resolve
+
 # scripts are run as files, and import each other as such
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
@@ -18,7 +20,6 @@ from tiny.tasks import KINDS, Task, held_out, is_correct, is_held_out, training_
 from tiny.wordings import COMMON_WORDS, LETTER_WORDS, RELATIONS
 
 ROOT = Path(__file__).resolve().parents[2]
-MODEL = ROOT / "nanovllm" / "assets" / "tiny-qwen3"
 NUM_TRAINING = 20_000
 
 
@@ -203,9 +204,9 @@ def test_words_to_spell_are_no_words_of_the_phrasings() -> None:
     assert COMMON_WORDS.isdisjoint(LETTER_WORDS)
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(MODEL)
+@pytest.fixture(scope="module", params=EMBEDDED)
+def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(resolve(request.param))
 
 
 def test_tokenizer_splits_digits_and_letters_of_content(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -231,5 +232,6 @@ def test_chat_template_ends_with_the_assistants_turn(tokenizer: PreTrainedTokeni
     assert tokenizer.eos_token == "<|im_end|>"
 
 
-def test_embedded_model_stays_small() -> None:
-    assert sum(path.stat().st_size for path in MODEL.iterdir()) < 8_000_000
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_embedded_model_stays_small(name: str) -> None:
+    assert sum(path.stat().st_size for path in resolve(name).iterdir()) < 8_000_000

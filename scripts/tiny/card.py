@@ -1,0 +1,136 @@
+"""The card (README.md) of an embedded model."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from tiny.architectures import MODEL_NAMES
+from tiny.training import LEARNING_RATE, ROW_LEN_SHARES
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a model was trained, and what came of it."""
+
+    steps: int
+    examples: int
+    batch_tokens: int
+    seed: int
+    seconds: float  # of generating the data and training
+    device: str
+    torch_version: str
+    num_eval: int
+    accuracies: dict[str, float]  # by kind
+    total: float
+    expert_shares: tuple[float, float] | None = None  # the least and the greatest of all layers
+
+
+def card(folder: Path, run: Run) -> str:
+    """The text of a card. Sizes come from the config and the weights in `folder`."""
+    config = json.loads((folder / "config.json").read_text())
+    sizes = "\n".join(f"| {name} | {value} |" for name, value in _sizes(folder, config))
+    rows = "\n".join(f"| {kind} | {accuracy:.1%} |" for kind, accuracy in run.accuracies.items())
+    row_lens = ", ".join(map(str, ROW_LEN_SHARES))
+    options = f"--steps {run.steps} --examples {run.examples} "
+    options += f"--batch-tokens {run.batch_tokens} --seed {run.seed}"
+    minutes = f"{run.seconds / 60:.1f}"
+    arch = config["model_type"]
+    name = MODEL_NAMES[arch]
+    return f"""# {name}
+
+{_INTRODUCTIONS[arch]} It can add
+and subtract up to 999, sort up to six numbers, reverse and spell words of up to twelve letters,
+count and compare. It knows a few hundred facts and some small talk. It knows nothing else, and
+mostly says so.
+
+| | |
+| --- | --- |
+{sizes}
+
+The tokenizer is a byte-level BPE without merges: the commonest words of the phrasings are one token
+each, everything else comes byte by byte. The chat format is ChatML, as Qwen's.
+
+## Training
+
+    python scripts/train_tiny.py {_ARCH_OPTIONS[arch]}--out nanovllm/assets/{name} \\
+        {options}
+
+`scripts/tiny/tasks.py` generates the data. The loss is the cross-entropy on the answers, in rows of
+several conversations ({row_lens} tokens), with AdamW at a peak learning rate of {LEARNING_RATE} and
+bf16 autocast. Generating the data and training took {minutes} minutes on one {run.device}
+with torch {run.torch_version}.
+{_balance(config, run)}
+## Accuracy
+
+Greedy decoding of the saved bf16 weights on {run.num_eval} held-out questions. Their contents (the
+pair of numbers, the word) occur in training in no phrasing. Facts and small talk cannot be
+inferred: of those, the phrasing of a fact, or the exact wording, was held out.
+
+| kind | correct |
+| --- | --- |
+{rows}
+| **all** | **{run.total:.2%}** |
+
+`scripts/accuracy.py` measures the same through the engine.
+"""
+
+
+_INTRODUCTIONS = {
+    "qwen3": (
+        "The model embedded in nanovllm: the engine can be tried and tested without a download."
+    ),
+    "mixtral": (
+        "The embedded model with a mixture of experts, for tests of offload and compression."
+    ),
+}
+_ARCH_OPTIONS = {"qwen3": "", "mixtral": "--arch mixtral "}
+
+
+def _sizes(folder: Path, config: dict[str, Any]) -> list[tuple[str, str]]:
+    with safe_open(folder / "model.safetensors", "np") as tensors:
+        shapes = [tensors.get_slice(name).get_shape() for name in tensors.keys()]  # noqa: SIM118
+    num_millions = sum(math.prod(shape) for shape in shapes) / 1e6
+    heads = [config[f"num_{kind}_heads"] for kind in ("attention", "key_value")]
+    mlp = f"{config['hidden_size']}, {config['intermediate_size']}"
+    sizes = [
+        ("architecture", f"{config['model_type'].capitalize()}, tied embeddings"),
+        ("parameters", f"{num_millions:.2f} million, bfloat16"),
+        ("layers", str(config["num_hidden_layers"])),
+    ]
+    if "num_local_experts" in config:
+        chosen = config["num_experts_per_tok"]
+        sizes += [
+            ("hidden size, expert width", mlp),
+            (
+                "experts of a layer",
+                f"{config['num_local_experts']}, of which a token uses {chosen}",
+            ),
+        ]
+    else:
+        sizes.append(("hidden size, MLP size", mlp))
+    return [
+        *sizes,
+        (
+            "query heads, key-value heads, head size",
+            f"{heads[0]}, {heads[1]}, {config['head_dim']}",
+        ),
+        ("positions", str(config["max_position_embeddings"])),
+        ("vocabulary", str(config["vocab_size"])),
+    ]
+
+
+def _balance(config: dict[str, Any], run: Run) -> str:
+    if run.expert_shares is None:
+        return ""
+    least, greatest = run.expert_shares
+    coef, even = config["router_aux_loss_coef"], 1 / config["num_local_experts"]
+    return f"""
+Switch Transformers' balance loss of every layer, times {coef}, keeps all experts in use. Among the
+choices that the tokens of a batch make in one layer, an expert has a share of {least:.1%} to
+{greatest:.1%}; {even:.1%} would be even.
+"""

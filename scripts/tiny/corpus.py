@@ -1,0 +1,88 @@
+"""Training conversations as one long sequence of tokens."""
+
+from __future__ import annotations
+
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+from tiny.chat_tokenizer import END, PAD, START
+from tiny.tasks import Message, Task, training_examples
+from tiny.wordings import MODEL_NAME
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+EXAMPLES_PER_CHUNK = 20_000
+
+
+def conversation(task: Task, model_name: str) -> list[Message]:
+    """The task and its answer as chat messages. The answers say `model_name`."""
+    messages = [*task.messages, {"role": "assistant", "content": task.answer}]
+    for message in messages:
+        if message["role"] == "assistant":
+            message["content"] = message["content"].replace(MODEL_NAME, model_name)
+    return messages
+
+
+def render(messages: list[Message]) -> str:
+    """The whole conversation as text, as the chat template writes it."""
+    return "".join(f"{START}{message['role']}\n{message['content']}{END}\n" for message in messages)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Conversations one after another. T tokens, D conversations."""
+
+    tokens_T: np.ndarray  # int16
+    is_answer_T: np.ndarray  # bool: the tokens of answers, their <|im_end|> included
+    starts_D: np.ndarray  # int64
+
+
+def _encode_chunk(tokenizer_json: str, model_name: str, seed: str, num: int) -> Corpus:
+    tokenizer = Tokenizer.from_str(tokenizer_json)
+    vocab = tokenizer.get_vocab()
+    pad, start, end, assistant = (vocab[token] for token in (PAD, START, END, "assistant"))
+    pieces: list[list[int]] = []
+    for task in islice(training_examples(seed), num):
+        text = render(conversation(task, model_name))
+        pieces.append([*tokenizer.encode(text).ids, pad])
+    lens = np.fromiter(map(len, pieces), np.int64, len(pieces))
+    tokens_T = np.fromiter(
+        (token for piece in pieces for token in piece), np.int16, int(lens.sum())
+    )
+    heads = (
+        np.flatnonzero((tokens_T[:-1] == start) & (tokens_T[1:] == assistant)) + 3
+    )  # past 'assistant' and newline
+    ends = np.flatnonzero(tokens_T == end)
+    tails = ends[np.searchsorted(ends, heads)] + 1
+    edges_T = np.zeros(len(tokens_T) + 1, np.int8)
+    edges_T[heads], edges_T[tails] = 1, -1
+    return Corpus(tokens_T, np.cumsum(edges_T[:-1]).astype(bool), np.cumsum(lens) - lens)
+
+
+def build_corpus(
+    tokenizer_json: str, model_name: str, *, seed: int, num_examples: int, num_workers: int
+) -> Corpus:
+    """Generate and encode conversations; `model_name` is what the model calls itself.
+
+    The same for the same seed and number of examples, however many workers there are.
+    """
+    sizes = [
+        min(EXAMPLES_PER_CHUNK, num_examples - done)
+        for done in range(0, num_examples, EXAMPLES_PER_CHUNK)
+    ]
+    seeds = [f"{seed}.{chunk_idx}" for chunk_idx in range(len(sizes))]
+    with ProcessPoolExecutor(num_workers) as pool:
+        results = pool.map(
+            _encode_chunk, [tokenizer_json] * len(sizes), [model_name] * len(sizes), seeds, sizes
+        )
+        chunks = list(tqdm(results, total=len(sizes), desc="examples", unit="chunk", mininterval=5))
+    offsets = np.cumsum([0] + [len(chunk.tokens_T) for chunk in chunks[:-1]])
+    return Corpus(
+        np.concatenate([chunk.tokens_T for chunk in chunks]),
+        np.concatenate([chunk.is_answer_T for chunk in chunks]),
+        np.concatenate(
+            [chunk.starts_D + offset for chunk, offset in zip(chunks, offsets, strict=True)]
+        ),
+    )
