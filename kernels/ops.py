@@ -113,12 +113,25 @@ fused_linear = _define(
         (*x.shape[:-1], weight.shape[0] // 2 if silu_mul else weight.shape[0])
     ),
 )
+
+
+def _route_fake(logits: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
+    shape = (logits.shape[0], top_k)
+    return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int32)
+
+
 route = _define(
     "route(Tensor logits, int top_k, bool normalize) -> (Tensor, Tensor)",
     reference.route,
-    lambda logits, top_k, normalize: (
-        logits.new_empty((logits.shape[0], top_k), dtype=torch.float32),
-        logits.new_empty((logits.shape[0], top_k), dtype=torch.int32),
+    _route_fake,
+)
+norm_route = _define(
+    "norm_route(Tensor x, Tensor norm_weight, Tensor router, float eps, int top_k, bool normalize) "
+    "-> (Tensor, Tensor, Tensor)",
+    reference.norm_route,
+    lambda x, norm_weight, router, eps, top_k, normalize: (
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        *_route_fake(x, top_k, normalize),
     ),
 )
 experts = _define(
@@ -263,6 +276,7 @@ __all__ = [
     "linear",
     "linear_",
     "linear_int8",
+    "norm_route",
     "op_name",
     "paged_attention",
     "paged_attention_flash",

@@ -362,6 +362,15 @@ def route(logits_TE: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tenso
     return weight_TK.contiguous(), expert_TK.int()
 
 
+def norm_route(
+    x_TD: Tensor, norm_D: Tensor, router_ED: Tensor, eps: float, top_k: int, normalize: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y = rms_norm(x); returns (y, weight_TK, expert_TK) with the experts that `route` chooses for
+    the logits y · routerᵀ."""
+    normed_TD = rms_norm(x_TD, norm_D, eps)
+    return normed_TD, *route(linear(normed_TD, router_ED, None), top_k, normalize)
+
+
 def experts(
     x_TD: Tensor,
     weight_TK: Tensor,

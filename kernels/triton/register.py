@@ -14,7 +14,7 @@ from nanovllm.kernels.triton.filter import keep_likely
 from nanovllm.kernels.triton.linear import fused_linear, linear_
 from nanovllm.kernels.triton.norm_act import add_rms_norm, rms_norm, silu_mul
 from nanovllm.kernels.triton.rope_store import qk_norm_rope_store, rope, store_kv
-from nanovllm.kernels.triton.route import route
+from nanovllm.kernels.triton.route import norm_route, route
 from nanovllm.kernels.triton.sample import sample
 
 
@@ -80,6 +80,7 @@ def register() -> None:
                 "sample": sample,
                 "keep_likely": keep_likely,
                 "route": route,
+                "norm_route": norm_route,
                 "experts": experts,
                 "expert_linear": expert_linear,
             },

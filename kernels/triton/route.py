@@ -1,9 +1,11 @@
 """Choice of experts in Triton: softmax, the K largest, their weights. One launch for all tokens.
 
 A program takes some whole rows and finds the K experts of each by K searches for the largest
-probability. With 128 experts and 8 of them active this is a few hundred comparisons a row.
+probability. For a single token, the norm before and the product with the router are in the same
+launch: one expert per warp, and the last program chooses.
 
-Shapes: T tokens | K experts per token | E experts | A rows of one program; "p" after a letter:
+Shapes: T tokens | K experts per token | E experts | D hidden | A rows of one program | W
+warps | C columns of a chunk; "p" after a letter:
 padded to a power of two
 """
 
@@ -14,7 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanovllm.kernels.triton.common import launch_options, wait_for_earlier_kernels
+from nanovllm.kernels import reference
+from nanovllm.kernels.triton.common import (
+    arrival_counters,
+    launch_options,
+    wait_for_earlier_kernels,
+)
 
 INFINITY = tl.constexpr(float("inf"))
 
@@ -119,3 +126,128 @@ def route(logits_TE: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tenso
         **launch_options(device),
     )
     return weight_TK, expert_TK
+
+
+@triton.jit
+def norm_route_kernel(
+    x_ptr,  # [D]
+    norm_ptr,  # [D]
+    router_ptr,  # [E, D]
+    normed_ptr,  # [D], written
+    logits_ptr,  # [E] fp32, written
+    weight_ptr,  # [K] fp32, written
+    expert_ptr,  # [K] int32, written
+    arrived_ptr,  # int32: zero before and after each launch
+    eps,
+    NUM_EXPERTS: tl.constexpr,
+    EXPERTS_P: tl.constexpr,
+    DEPTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WARPS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    TOP_KP: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Each warp scores one expert; the program that arrives last chooses among all of them."""
+    dtype: tl.constexpr = normed_ptr.dtype.element_ty
+    CHUNKS: tl.constexpr = (DEPTH + COLUMNS - 1) // COLUMNS
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    expert_W = tl.program_id(0) * WARPS + tl.arange(0, WARPS)
+    is_expert_W = expert_W < NUM_EXPERTS
+    d_1C = tl.arange(0, COLUMNS)[None, :]
+    d_WC = d_1C + tl.zeros((WARPS, 1), tl.int32)  # every warp has a copy of x
+    router_at = router_ptr + expert_W[:, None] * DEPTH + d_1C
+    router, norm, x = (), (), ()
+    for chunk in tl.static_range(CHUNKS):
+        is_column_WC = chunk * COLUMNS + d_WC < DEPTH
+        mask_WC = is_column_WC & is_expert_W[:, None]
+        router += (tl.load(router_at + chunk * COLUMNS, mask=mask_WC, other=0.0),)
+        norm += (tl.load(norm_ptr + chunk * COLUMNS + d_WC, mask=is_column_WC, other=0.0),)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    for chunk in tl.static_range(CHUNKS):
+        is_column_WC = chunk * COLUMNS + d_WC < DEPTH
+        x += (tl.load(x_ptr + chunk * COLUMNS + d_WC, mask=is_column_WC, other=0.0),)
+    square_WC = tl.zeros((WARPS, COLUMNS), tl.float32)
+    for chunk in tl.static_range(CHUNKS):
+        square_WC += x[chunk].to(tl.float32) * x[chunk].to(tl.float32)
+    factor_W1 = tl.rsqrt(tl.sum(square_WC, 1) / DEPTH + eps)[:, None]
+    acc_WC = tl.zeros((WARPS, COLUMNS), tl.float32)
+    for chunk in tl.static_range(CHUNKS):
+        y_WC = (x[chunk].to(tl.float32) * factor_W1).to(dtype).to(tl.float32)
+        y_WC = (y_WC * norm[chunk].to(tl.float32)).to(dtype)
+        acc_WC += router[chunk].to(tl.float32) * y_WC.to(tl.float32)
+        # the programs divide the columns between them; their warps store the same values
+        is_mine = chunk % tl.num_programs(0) == tl.program_id(0)
+        at_WC = chunk * COLUMNS + d_WC
+        tl.store(normed_ptr + at_WC, y_WC, mask=is_mine & (at_WC < DEPTH))
+    logits_W = tl.sum(acc_WC, 1).to(dtype).to(tl.float32)
+    tl.store(logits_ptr + expert_W, logits_W, mask=is_expert_W)
+    # all threads store before the one thread's release; its acquire comes before all loads
+    tl.debug_barrier()
+    if tl.atomic_add(arrived_ptr, 1, sem="acq_rel", scope="gpu") != tl.num_programs(0) - 1:
+        return
+    tl.store(arrived_ptr, 0)
+    id_Ep = tl.arange(0, EXPERTS_P)
+    real_Ep = id_Ep < NUM_EXPERTS
+    # other multiprocessors wrote these, so .cg bypasses L1
+    logits_Ep = tl.load(logits_ptr + id_Ep, mask=real_Ep, other=0.0, cache_modifier=".cg")
+    weight_AKp, expert_AKp = choose_experts(logits_Ep[None, :], real_Ep, TOP_K, TOP_KP)
+    row_A = tl.zeros((1,), tl.int32)
+    store_choice(
+        weight_AKp, expert_AKp, row_A, row_A == 0, weight_ptr, expert_ptr, TOP_K, NORMALIZE
+    )
+
+
+MAX_DEPTH = 4096  # a warp holds a row of the router, the norm's weight and x in registers
+
+
+def takes(x_TD: Tensor, router_ED: Tensor) -> bool:
+    """True if `norm_route` is one launch for these."""
+    return x_TD.shape[0] == 1 and router_ED.shape[1] <= MAX_DEPTH
+
+
+def norm_route(
+    x_TD: Tensor, norm_D: Tensor, router_ED: Tensor, eps: float, top_k: int, normalize: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`reference.norm_route` for inputs that `takes` accepts. The logits are rounded as there.
+
+    The weights may be read before earlier kernels end, so no running kernel may write them.
+    """
+    (num_experts, depth), device = router_ED.shape, x_TD.device
+    if (
+        not takes(x_TD, router_ED)
+        or not x_TD.dtype == norm_D.dtype == router_ED.dtype
+        or x_TD.stride(1) != 1
+        or not router_ED.is_contiguous()
+    ):
+        return reference.norm_route(x_TD, norm_D, router_ED, eps, top_k, normalize)
+    normed_TD = torch.empty_like(x_TD)
+    logits_E = torch.empty(num_experts, dtype=torch.float32, device=device)
+    weight_TK = torch.empty((1, top_k), dtype=torch.float32, device=device)
+    expert_TK = torch.empty((1, top_k), dtype=torch.int32, device=device)
+    num_warps = 4
+    norm_route_kernel[(triton.cdiv(num_experts, num_warps),)](
+        x_TD,
+        norm_D,
+        router_ED,
+        normed_TD,
+        logits_E,
+        weight_TK,
+        expert_TK,
+        arrival_counters(device, 1),
+        eps,
+        NUM_EXPERTS=num_experts,
+        EXPERTS_P=triton.next_power_of_2(num_experts),
+        DEPTH=depth,
+        COLUMNS=256,
+        WARPS=num_warps,
+        TOP_K=top_k,
+        TOP_KP=triton.next_power_of_2(top_k),
+        NORMALIZE=normalize,
+        num_warps=num_warps,
+        **launch_options(device),
+    )
+    return normed_TD, weight_TK, expert_TK

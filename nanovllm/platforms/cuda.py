@@ -18,6 +18,7 @@ from nanovllm.compile.passes.add_in_place import add_in_place
 from nanovllm.compile.passes.fuse_add_norm import fuse_add_norm
 from nanovllm.compile.passes.fuse_linear import fuse_linear
 from nanovllm.compile.passes.fuse_rope_store import fuse_rope_store
+from nanovllm.compile.passes.fuse_route import fuse_route
 from nanovllm.compile.passes.replace_ops import replace_ops
 from nanovllm.compile.program import Lowering, Pass
 from nanovllm.kernels import flash_attention
@@ -30,7 +31,7 @@ from nanovllm.platforms.regions import Region
 
 # Ops with Triton kernels of ours. Inductor could fuse norms and activations too, but it has no
 # programmatic dependent launch and compiles for seconds per bucket.
-KERNEL_OPS = STEP_OPS | {"fused_linear", "linear_"}
+KERNEL_OPS = STEP_OPS | {"fused_linear", "linear_", "norm_route"}
 
 
 # Traits of GPUs of compute capability 7.5; `CudaPlatform` adds what newer GPUs support.
@@ -106,11 +107,13 @@ class CudaPlatform(Accelerator):
             return UNFUSED_PASSES
         from nanovllm.kernels.triton import common as triton_common
         from nanovllm.kernels.triton import linear as triton_linear
+        from nanovllm.kernels.triton import route as triton_route
 
         has_matrix_units = triton_common.has_matrix_units(self.device)
         takes = triton_linear.takes if has_matrix_units else _takes_one_row
         return (
             ("fuse_rope_store", fuse_rope_store),
+            ("fuse_route", partial(fuse_route, takes=triton_route.takes)),
             ("fuse_linear", partial(fuse_linear, takes=takes)),
             ("fuse_add_norm", fuse_add_norm),
             ("add_in_place", add_in_place),

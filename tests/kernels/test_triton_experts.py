@@ -152,3 +152,25 @@ def test_a_bad_row_gets_nan_and_valid_experts_and_harms_no_other(bad: float) -> 
     assert expert_TK[1].tolist() == wanted_expert_TK[1].tolist() == [0, 1, 2]
     torch.testing.assert_close(weight_TK, wanted_TK, equal_nan=True)
     assert torch.equal(expert_TK, wanted_expert_TK)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("num_experts", "hidden", "top_k"), [(128, 264, 8), (1, 40, 1), (60, 19, 4), (7, 512, 7)]
+)
+def test_norm_route(num_experts: int, hidden: int, top_k: int, dtype: torch.dtype) -> None:
+    x_TD = (3 * torch.randn(1, hidden, device=device)).to(dtype)
+    norm_D = (torch.rand(hidden, device=device) + 0.5).to(dtype)
+    router = (torch.randn(num_experts, hidden, device=device) / hidden**0.5).to(dtype)
+    for _ in range(2):  # the second finds the counter that the first has left
+        normed_TD, weight_TK, expert_TK = route.norm_route(x_TD, norm_D, router, 1e-6, top_k, True)
+    wanted = reference.norm_route(x_TD, norm_D, router, 1e-6, top_k, True)
+    unit = torch.finfo(dtype).eps
+    torch.testing.assert_close(normed_TD, wanted[0], rtol=2 * unit, atol=2 * unit)
+    # logits that round differently may change places, but not by more than their rounding
+    logits_TE = wanted[0].double() @ router.double().t()
+    chosen = logits_TE.gather(1, expert_TK.long())
+    assert (chosen - logits_TE.sort(descending=True).values[:, :top_k]).abs().max() < 8 * unit
+    assert len(set(expert_TK.flatten().tolist())) == top_k
+    exact = chosen.softmax(-1)
+    torch.testing.assert_close(weight_TK.double(), exact, rtol=16 * unit, atol=1e-6)
