@@ -1,12 +1,11 @@
 """Choice of experts in Triton: softmax, the K largest, their weights. One launch for all tokens.
 
-A program takes some whole rows and finds the K experts of each by K searches for the largest
-probability. For a single token, the norm before and the product with the router are in the same
-launch: one expert per warp, and the last program chooses.
+A program takes some whole rows and compares every expert of a row with every other. For a single
+token, the norm before and the product with the router are in the same launch: one expert per warp,
+and the last program chooses.
 
-Shapes: T tokens | K experts per token | E experts | D hidden | A rows of one program | W
-warps | C columns of a chunk; "p" after a letter:
-padded to a power of two
+Shapes: T tokens | K experts per token | E experts | D hidden | A rows of one program | W warps | C
+columns of a chunk; "p" after a letter: padded to a power of two
 """
 
 from __future__ import annotations
@@ -27,50 +26,38 @@ INFINITY = tl.constexpr(float("inf"))
 
 
 @triton.jit
-def choose_experts(logits_AEp, real_Ep, TOP_K: tl.constexpr, TOP_Kp: tl.constexpr):
-    """(probability_AKp, expert_AKp), the likeliest first: see `reference.route`.
+def choose_experts(logits_AEp, real_Ep, row_A, is_row_A, weight_ptr, expert_ptr,
+                   TOP_K: tl.constexpr, NORMALIZE: tl.constexpr):  # fmt: skip
+    """Choose the experts of some rows and store them to [T, K]: see `reference.route`.
 
-    Scores of experts that do not exist are ignored. Weights are not yet normalised. Rows without a
-    finite maximum get NaN and the first experts.
+    An expert's place is the number of experts before it: those with a larger probability, and those
+    with the same and a smaller id. `real_Ep` is false for experts that do not exist.
     """
-    id_1Ep = tl.arange(0, logits_AEp.shape[1])[None, :]
-    k_1Kp = tl.arange(0, TOP_Kp)[None, :]
-    rows: tl.constexpr = logits_AEp.shape[0]
-    none: tl.constexpr = logits_AEp.shape[1]
-    is_nan_A1 = (tl.max((logits_AEp != logits_AEp).to(tl.int32), 1) > 0)[:, None]
-    score_AEp = tl.where(is_nan_A1, -id_1Ep.to(tl.float32), logits_AEp)
-    score_AEp = tl.where(real_Ep[None, :], score_AEp, -INFINITY)
-    max_A1 = tl.max(score_AEp, 1)[:, None]
-    exp_AEp = tl.where(real_Ep[None, :], tl.exp(score_AEp - max_A1), 0.0)
+    experts: tl.constexpr = logits_AEp.shape[1]
+    id_Ep = tl.arange(0, experts)
+    logits_AEp = tl.where(real_Ep[None, :], logits_AEp, -INFINITY)
+    max_A = tl.max(logits_AEp, 1)
+    # the maximum of a row with NaN need not be NaN
+    is_bad_A = tl.sum((logits_AEp != logits_AEp).to(tl.int32), 1) > 0
+    is_bad_A = is_bad_A | (max_A == INFINITY) | (max_A == -INFINITY)
+    exp_AEp = tl.exp(logits_AEp - max_A[:, None])
     prob_AEp = exp_AEp / tl.sum(exp_AEp, 1)[:, None]
-    # infinite logits give NaN, too
-    is_nan_A1 = is_nan_A1 | (max_A1 == INFINITY) | (max_A1 == -INFINITY)
-    left_AEp = tl.where(is_nan_A1, -id_1Ep.to(tl.float32), prob_AEp)
-    left_AEp = tl.where(real_Ep[None, :], left_AEp, -INFINITY)
-    weight_AKp = tl.zeros((rows, TOP_Kp), tl.float32)
-    expert_AKp = tl.zeros((rows, TOP_Kp), tl.int32)
-    for k in tl.static_range(TOP_K):
-        largest_A1 = tl.max(left_AEp, 1)[:, None]
-        chosen_A1 = tl.min(tl.where(left_AEp == largest_A1, id_1Ep, none), 1)[:, None]
-        weight_AKp = tl.where(k_1Kp == k, largest_A1, weight_AKp)
-        expert_AKp = tl.where(k_1Kp == k, chosen_A1, expert_AKp)
-        left_AEp = tl.where(id_1Ep == chosen_A1, -INFINITY, left_AEp)
-    return tl.where(is_nan_A1, float("nan"), weight_AKp), expert_AKp
-
-
-@triton.jit
-def store_choice(
-    weight_AKp, expert_AKp, row_A, is_row_A, weight_ptr, expert_ptr, TOP_K: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-):  # fmt: skip
-    """Store what `choose_experts` has found for some rows of [T, K]."""
-    k_Kp = tl.arange(0, weight_AKp.shape[1])
-    real_AKp = is_row_A[:, None] & (k_Kp < TOP_K)[None, :]
+    # a bad row gets the first experts, and NaN
+    score_AEp = tl.where(is_bad_A[:, None], -id_Ep[None, :].to(tl.float32), prob_AEp)
+    score_AEp = tl.where(real_Ep[None, :], score_AEp, -INFINITY)
+    one, other = score_AEp[:, :, None], score_AEp[:, None, :]
+    is_before = (other > one) | ((other == one) & (id_Ep[None, :] < id_Ep[:, None])[None, :, :])
+    place_AEp = tl.sum(is_before.to(tl.int32), 2)
+    is_chosen_AEp = place_AEp < TOP_K
+    weight_AEp = tl.where(is_bad_A[:, None], float("nan"), prob_AEp)
     if NORMALIZE:
-        weight_AKp /= tl.sum(tl.where((k_Kp < TOP_K)[None, :], weight_AKp, 0.0), 1)[:, None]
-    at_AKp = row_A[:, None] * TOP_K + k_Kp[None, :]
-    tl.store(weight_ptr + at_AKp, weight_AKp, mask=real_AKp)
-    tl.store(expert_ptr + at_AKp, expert_AKp, mask=real_AKp)
+        weight_AEp /= tl.sum(tl.where(is_chosen_AEp, weight_AEp, 0.0), 1)[:, None]
+    at_AEp = row_A[:, None] * TOP_K + place_AEp
+    mask_AEp = is_chosen_AEp & is_row_A[:, None] & real_Ep[None, :]
+    tl.store(weight_ptr + at_AEp, weight_AEp, mask=mask_AEp)
+    tl.store(
+        expert_ptr + at_AEp, id_Ep[None, :].to(tl.int32) + tl.zeros_like(place_AEp), mask=mask_AEp
+    )
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -83,7 +70,6 @@ def route_kernel(
     NUM_EXPERTS: tl.constexpr,
     EXPERTS_P: tl.constexpr,
     TOP_K: tl.constexpr,
-    TOP_KP: tl.constexpr,
     ROWS: tl.constexpr,
     NORMALIZE: tl.constexpr,
     PDL: tl.constexpr,
@@ -98,8 +84,7 @@ def route_kernel(
         mask=is_row_A[:, None] & real_Ep[None, :],
         other=0.0,
     ).to(tl.float32)
-    weight_AKp, expert_AKp = choose_experts(logits_AEp, real_Ep, TOP_K, TOP_KP)
-    store_choice(weight_AKp, expert_AKp, row_A, is_row_A, weight_ptr, expert_ptr, TOP_K, NORMALIZE)
+    choose_experts(logits_AEp, real_Ep, row_A, is_row_A, weight_ptr, expert_ptr, TOP_K, NORMALIZE)
 
 
 def route(logits_TE: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
@@ -109,7 +94,7 @@ def route(logits_TE: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tenso
     weight_TK = torch.empty((num_rows, top_k), dtype=torch.float32, device=device)
     expert_TK = torch.empty((num_rows, top_k), dtype=torch.int32, device=device)
     experts_p = triton.next_power_of_2(num_experts)
-    rows = max(1, min(8, 512 // experts_p))
+    rows = max(1, min(4, 256 // experts_p))
     route_kernel[(triton.cdiv(num_rows, rows),)](
         logits_TE,
         weight_TK,
@@ -119,7 +104,6 @@ def route(logits_TE: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tenso
         NUM_EXPERTS=num_experts,
         EXPERTS_P=experts_p,
         TOP_K=top_k,
-        TOP_KP=triton.next_power_of_2(top_k),
         ROWS=rows,
         NORMALIZE=normalize,
         num_warps=4,
@@ -145,7 +129,6 @@ def norm_route_kernel(
     COLUMNS: tl.constexpr,
     WARPS: tl.constexpr,
     TOP_K: tl.constexpr,
-    TOP_KP: tl.constexpr,
     NORMALIZE: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -194,10 +177,9 @@ def norm_route_kernel(
     real_Ep = id_Ep < NUM_EXPERTS
     # other multiprocessors wrote these, so .cg bypasses L1
     logits_Ep = tl.load(logits_ptr + id_Ep, mask=real_Ep, other=0.0, cache_modifier=".cg")
-    weight_AKp, expert_AKp = choose_experts(logits_Ep[None, :], real_Ep, TOP_K, TOP_KP)
     row_A = tl.zeros((1,), tl.int32)
-    store_choice(
-        weight_AKp, expert_AKp, row_A, row_A == 0, weight_ptr, expert_ptr, TOP_K, NORMALIZE
+    choose_experts(
+        logits_Ep[None, :], real_Ep, row_A, row_A == 0, weight_ptr, expert_ptr, TOP_K, NORMALIZE
     )
 
 
@@ -245,7 +227,6 @@ def norm_route(
         COLUMNS=256,
         WARPS=num_warps,
         TOP_K=top_k,
-        TOP_KP=triton.next_power_of_2(top_k),
         NORMALIZE=normalize,
         num_warps=num_warps,
         **launch_options(device),
