@@ -1,8 +1,8 @@
 """Choice of experts in Triton: softmax, the K largest, their weights. One launch for all tokens.
 
-A program takes some whole rows and compares every expert of a row with every other. For a single
-token, the norm before and the product with the router are in the same launch: one expert per warp,
-and the last program chooses.
+A program is one warp, which takes some whole rows and searches K times for the likeliest expert of
+each. For a single token, the norm before and the product with the router are in the same launch:
+one expert per warp, and the last program chooses.
 
 Shapes: T tokens | K experts per token | E experts | D hidden | A rows of one program | W warps | C
 columns of a chunk; "p" after a letter: padded to a power of two
@@ -30,34 +30,34 @@ def choose_experts(logits_AEp, real_Ep, row_A, is_row_A, weight_ptr, expert_ptr,
                    TOP_K: tl.constexpr, NORMALIZE: tl.constexpr):  # fmt: skip
     """Choose the experts of some rows and store them to [T, K]: see `reference.route`.
 
-    An expert's place is the number of experts before it: those with a larger probability, and those
-    with the same and a smaller id. `real_Ep` is false for experts that do not exist.
+    `real_Ep` is false for experts that do not exist.
     """
-    experts: tl.constexpr = logits_AEp.shape[1]
-    id_Ep = tl.arange(0, experts)
+    last: tl.constexpr = logits_AEp.shape[1] - 1
+    id_1Ep = tl.arange(0, last + 1)[None, :]
     logits_AEp = tl.where(real_Ep[None, :], logits_AEp, -INFINITY)
     max_A = tl.max(logits_AEp, 1)
     # the maximum of a row with NaN need not be NaN
     is_bad_A = tl.sum((logits_AEp != logits_AEp).to(tl.int32), 1) > 0
     is_bad_A = is_bad_A | (max_A == INFINITY) | (max_A == -INFINITY)
     exp_AEp = tl.exp(logits_AEp - max_A[:, None])
-    prob_AEp = exp_AEp / tl.sum(exp_AEp, 1)[:, None]
-    # a bad row gets the first experts, and NaN
-    score_AEp = tl.where(is_bad_A[:, None], -id_Ep[None, :].to(tl.float32), prob_AEp)
-    score_AEp = tl.where(real_Ep[None, :], score_AEp, -INFINITY)
-    one, other = score_AEp[:, :, None], score_AEp[:, None, :]
-    is_before = (other > one) | ((other == one) & (id_Ep[None, :] < id_Ep[:, None])[None, :, :])
-    place_AEp = tl.sum(is_before.to(tl.int32), 2)
-    is_chosen_AEp = place_AEp < TOP_K
-    weight_AEp = tl.where(is_bad_A[:, None], float("nan"), prob_AEp)
-    if NORMALIZE:
-        weight_AEp /= tl.sum(tl.where(is_chosen_AEp, weight_AEp, 0.0), 1)[:, None]
-    at_AEp = row_A[:, None] * TOP_K + place_AEp
-    mask_AEp = is_chosen_AEp & is_row_A[:, None] & real_Ep[None, :]
-    tl.store(weight_ptr + at_AEp, weight_AEp, mask=mask_AEp)
-    tl.store(
-        expert_ptr + at_AEp, id_Ep[None, :].to(tl.int32) + tl.zeros_like(place_AEp), mask=mask_AEp
-    )
+    prob_AEp = tl.where(is_bad_A[:, None], 0.0, exp_AEp / tl.sum(exp_AEp, 1)[:, None])
+    # One number orders by probability, whose bits as an integer have its order, then by id.
+    key_AEp = (prob_AEp.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (last - id_1Ep)
+    key_AEp = tl.where(real_Ep[None, :], key_AEp, -1)
+    weights = ()
+    total_A = tl.zeros_like(max_A)
+    for k in tl.static_range(TOP_K):
+        largest_A = tl.max(key_AEp, 1)
+        key_AEp = tl.where(key_AEp == largest_A[:, None], -1, key_AEp)
+        expert_A = last - (largest_A & 0x7FFFFFFF).to(tl.int32)
+        tl.store(expert_ptr + row_A * TOP_K + k, expert_A, mask=is_row_A)
+        weight_A = (largest_A >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+        weights += (weight_A,)
+        total_A += weight_A
+    for k in tl.static_range(TOP_K):
+        weight_A = weights[k] / total_A if NORMALIZE else weights[k]
+        weight_A = tl.where(is_bad_A, float("nan"), weight_A)
+        tl.store(weight_ptr + row_A * TOP_K + k, weight_A, mask=is_row_A)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -94,7 +94,7 @@ def route(logits_TE: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tenso
     weight_TK = torch.empty((num_rows, top_k), dtype=torch.float32, device=device)
     expert_TK = torch.empty((num_rows, top_k), dtype=torch.int32, device=device)
     experts_p = triton.next_power_of_2(num_experts)
-    rows = max(1, min(4, 256 // experts_p))
+    rows = max(1, min(8, 128 // experts_p))
     route_kernel[(triton.cdiv(num_rows, rows),)](
         logits_TE,
         weight_TK,
@@ -106,7 +106,7 @@ def route(logits_TE: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tenso
         TOP_K=top_k,
         ROWS=rows,
         NORMALIZE=normalize,
-        num_warps=4,
+        num_warps=1,
         **launch_options(device),
     )
     return weight_TK, expert_TK
