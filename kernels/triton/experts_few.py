@@ -195,8 +195,8 @@ def few_experts(
     """
     (num_tokens, top_k), device, dtype = expert_TK.shape, x_TD.device, x_TD.dtype
     (_, depth, size), options = down_EDF.shape, launch_options(x_TD.device)
-    first = PairTile(4, 4, chunks_ahead(depth, 4))
-    second = PairTile(4, 4, chunks_ahead(size, 1))
+    first = PairTile(8, 8, chunks_ahead(depth, 4))
+    second = PairTile(16, 16, chunks_ahead(size, 1))
     first, second = tiles or (first, second)
     inner_PF = torch.empty((num_tokens * top_k, size), dtype=dtype, device=device)
     out_TD = torch.empty((num_tokens, depth), dtype=dtype, device=device)

@@ -342,6 +342,22 @@ TILES: dict[tuple[int, int, bool], tuple[LinearTile, LinearTile, LinearTile]] = 
         LinearTile(16, 4, 256, 1, 4),
         LinearTile(16, 4, 256, 1, 4),
     ),
+    # Qwen3-30B-A3B: qkv, out, head
+    (5120, 2048, False): (
+        LinearTile(8, 1, 256, 4, 4),
+        LinearTile(16, 4, 256, 1, 4),
+        LinearTile(16, 4, 256, 1, 4),
+    ),
+    (2048, 4096, False): (
+        LinearTile(8, 1, 256, 16, 8),
+        LinearTile(16, 4, 256, 1, 4),
+        LinearTile(16, 4, 256, 1, 4),
+    ),
+    (151936, 2048, False): (
+        LinearTile(8, 1, 256, 8, 4),
+        LinearTile(16, 4, 256, 1, 4),
+        LinearTile(16, 4, 256, 1, 4),
+    ),
     # Qwen3-8B: qkv, out, gate_up, down, head
     (6144, 4096, False): (
         LinearTile(8, 1, 256, 4, 4),
