@@ -123,7 +123,8 @@ def _read_weights(choice: Choice, progress: loader.Progress, place: Place) -> Pa
     if choice.config.random_weights:
         seed = choice.config.seed
         return loader.random(model, device, seed, progress, weight_format, place)
-    return loader.load(model, choice.folder, device, progress, weight_format, place)
+    buffer = choice.platform.host_buffer
+    return loader.load(model, choice.folder, device, progress, weight_format, place, buffer)
 
 
 def _tokenizer(choice: Choice) -> Tokenizer | None:
