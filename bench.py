@@ -42,6 +42,7 @@ from nanovllm.tools.profile import profile_decode
 from nanovllm.tools.shapes import CONFIGS
 from scripts.bench.engines import load
 from scripts.bench.ideal import ideal_seconds
+from scripts.bench.routing import experts_per_step
 from scripts.bench.stall import measure_stall
 from scripts.bench.workload import Workload, make_workload, varied
 
@@ -175,6 +176,9 @@ def measure(
         "limit_tokens_per_second": round(num_tokens / ideal, 1),
         "share_of_limit": round(ideal / median, 4),
     }
+    if runner.cfg.moe is not None:
+        run_prompts = varied(prompts, args.runs, cfg.vocab_size)
+        result["experts_per_step"] = experts_per_step(llm.engine, run_prompts, rows)
     if args.profile:
         run_prompts = varied(prompts, args.runs, cfg.vocab_size)
         folder = args.profile if len(args.bs) == 1 else args.profile / f"max_num_seqs_{rows}"

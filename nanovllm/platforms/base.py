@@ -201,6 +201,10 @@ class Platform(ABC):
         """Start a copy of `tensor` to the host."""
         return tensor.to("cpu", copy=True)
 
+    def host_buffer(self, num_bytes: int) -> Tensor:
+        """Bytes on the host that are copied to the device many times."""
+        return torch.empty(num_bytes, dtype=torch.uint8)
+
     def synchronize(self) -> None:
         """Wait for all work on the device."""
 

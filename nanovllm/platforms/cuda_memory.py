@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanovllm.platforms.accelerator import pinned_if_possible
 from nanovllm.platforms.regions import TensorRegion
 
 LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
@@ -176,12 +177,7 @@ class Driver:
         torch._C._host_emptyCache()
 
     def host_bytes(self, num_bytes: int) -> Tensor:
-        """Memory of the host, pinned if the system allows it: copies are then several times as
-        fast."""
-        try:
-            return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
-        except RuntimeError:
-            return torch.empty(num_bytes, dtype=torch.uint8)
+        return pinned_if_possible(num_bytes)
 
 
 class MappedRegion(TensorRegion):

@@ -171,11 +171,17 @@ class Runner:
                     self.sampler.warm_up()
         self.platform.synchronize()
 
-    def decode_uncaptured(self, num_rows: int, watch: AbstractContextManager[object]) -> None:
-        """Launch a bucket's decode step op by op under `watch`, on padding alone. For profiling."""
+    def decode_uncaptured(
+        self, num_rows: int, watch: AbstractContextManager[object], rows: Sequence[int] = ()
+    ) -> None:
+        """Launch a bucket's decode step of rows op by op under `watch`. For profiling.
+
+        Requests go on as if it had not run: it writes the keys and values that their next step
+        writes too, and the state is restored.
+        """
         step = self._decode_step(num_rows)
-        step.fill([])
-        with torch.no_grad(), watch:
+        step.fill(list(rows))
+        with torch.no_grad(), self.steps.restoring_state(), watch:
             step.launch()
 
     def close(self) -> None:

@@ -15,6 +15,7 @@ from nanovllm.compile.program import CompileRequired
 from nanovllm.compile.store import Store
 from nanovllm.config import EngineConfig
 from nanovllm.models import registry
+from nanovllm.models.config import ModelConfig
 from nanovllm.models.formats import PLAIN
 from nanovllm.models.interface import Model
 from nanovllm.models.loader import has_own_head
@@ -106,13 +107,22 @@ def choose(config: EngineConfig, farm: CompileFarm, laps: Laps) -> Choice:
 def _num_workers(choice: Choice) -> int:
     """0 if compiling is fast on this device, or if an earlier start has compiled everything."""
     cfg, spec, model = choice.model.config, choice.spec, choice.model
-    token_size = 4 * cfg.ffn_size + 8 * cfg.hidden_size + 3 * cfg.qkv_size
+    token_size = _mlp_size(cfg) + 8 * cfg.hidden_size + 3 * cfg.qkv_size
     scratch_bytes = spec.layout.prefill_tokens[-1] * token_size * cfg.dtype.itemsize
     params_bytes = model.reduced().param_bytes(spec.weight_format)
     worker_bytes = params_bytes + scratch_bytes + (1 << 30)  # for the device's context
     own_bytes = model.param_bytes(spec.weight_format)
     count = choice.platform.compile_workers(worker_bytes, own_bytes)
     return 0 if count < 2 or is_ready(choice) else count
+
+
+def _mlp_size(cfg: ModelConfig) -> int:
+    """Numbers that a token takes in the MLP of a layer: several values of its inner width, and the
+    result of each of its experts."""
+    if cfg.moe is None:
+        return 4 * cfg.ffn_size
+    of_experts = cfg.moe.top_k * (4 * cfg.moe.expert_size + cfg.hidden_size)
+    return max(4 * cfg.ffn_size, of_experts + 4 * cfg.moe.shared_size)
 
 
 def choose_model(

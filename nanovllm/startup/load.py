@@ -54,7 +54,7 @@ class Loaded:
 
 
 def load(config: EngineConfig, farm: CompileFarm | None = None) -> Loaded:
-    """Turn options into the parts of a warm engine; shows a progress bar over layers and buckets.
+    """Turn options into the parts of a warm engine; shows a progress bar over layers, then buckets.
 
     `farm` was started for the same options, and the caller closes it. Raises ValueError for options
     that the device or checkpoint does not support, CheckpointError, and CompileRequired.
@@ -68,18 +68,23 @@ def load(config: EngineConfig, farm: CompileFarm | None = None) -> Loaded:
             farm.build(choice.spec.layout.buckets, choice.num_workers, rehearse=True)
         else:
             farm.close()
-        num_buckets = len(choice.spec.layout.buckets) if choice.spec.layout.pad else 0
-        total = choice.model.config.num_layers + num_buckets
-        bar = tqdm(total=total, desc="loading weights", dynamic_ncols=True, leave=False)
+        bar = tqdm(
+            total=choice.model.config.num_layers, desc="loading weights", unit=" layers",
+            dynamic_ncols=True, leave=False,
+        )  # fmt: skip
         stack.enter_context(bar)
         weights = choice.platform.region()
         params, tokenizer = _load_weights(choice, weights, farm, bar, laps)
+        bar.unit = " buckets"
+        bar.reset(len(choice.spec.layout.buckets) if choice.spec.layout.pad else 0)
         built = build(choice, params, bar, laps)
     cfg, runner, seconds = choice.model.config, built.runner, sum(laps.seconds.values())
     logger.info(
-        "%s on %s in %s: %d layers, %d cache blocks of %d tokens, %s, ready in %.1f s",
+        "%s on %s in %s: %d layers, %d cache blocks of %d tokens, %s, ready in %.1f s (weights "
+        "%.1f s, %.1f GB/s)",
         cfg.architecture, choice.platform.device, str(cfg.dtype).removeprefix("torch."),
         cfg.num_layers, built.num_blocks, runner.layout.block_size, _programs(runner), seconds,
+        laps.seconds["weights"], built.memory.weights_bytes / 1e9 / laps.seconds["weights"],
     )  # fmt: skip
     generation = generation_config(choice.folder)
     eos_ids = choice.eos_ids
@@ -123,7 +128,8 @@ def _read_weights(choice: Choice, progress: loader.Progress, place: Place) -> Pa
     if choice.config.random_weights:
         seed = choice.config.seed
         return loader.random(model, device, seed, progress, weight_format, place)
-    return loader.load(model, choice.folder, device, progress, weight_format, place)
+    buffer = choice.platform.host_buffer
+    return loader.load(model, choice.folder, device, progress, weight_format, place, buffer)
 
 
 def _tokenizer(choice: Choice) -> Tokenizer | None:

@@ -15,6 +15,9 @@ _PICKING = {
     "decode_inputs", "span_inputs", "sampling_inputs",
 }  # fmt: skip
 
+# Arguments that hold the matrices of all experts
+_STACKS = {"gate_up", "down", "weight"}
+
 
 def cost(
     op: Any,
@@ -25,7 +28,8 @@ def cost(
 ) -> tuple[int, int]:
     """(bytes, flops) of one call of an operator with these arguments. Views are free.
 
-    Of caches and rotation tables, only the entries of the call's rows count. `seq_lens` replaces
+    Of caches and rotation tables, only the entries of the call's rows count; of experts, those that
+    its tokens choose. `seq_lens` replaces
     the lengths of rows that attention is called with.
     """
     if op is operator.getitem or op.is_view:
@@ -51,6 +55,8 @@ def cost(
         return 5 * named["row_idx"].nbytes, 0
     if name in _PICKING:
         return 2 * out_bytes, 0
+    if "expert" in named:
+        return _experts(named, out_bytes)
     arguments = _tensors([list(args), list(kwargs.values())])
     read = {tensor.data_ptr(): tensor.nbytes for tensor in arguments}
     return sum(read.values()) + _written_over(op, named) + out_bytes, _product_flops(named)
@@ -65,10 +71,23 @@ def _written_over(op: Any, named: dict[str, Any]) -> int:
 def _product_flops(named: dict[str, Any]) -> int:
     """2 · rows · weight, for nanovllm's linear ops and torch's matrix products; else 0."""
     left: Any = named.get("x", named.get("mat1", named.get("self")))
-    weight: Any = named.get("weight", named.get("mat2"))
+    weight: Any = named.get("weight", named.get("mat2", named.get("router")))
     if all(isinstance(factor, Tensor) and factor.dim() == 2 for factor in (left, weight)):
         return 2 * int(left.shape[0]) * int(weight.numel())
     return 0
+
+
+def _experts(named: dict[str, Any], out_bytes: int) -> tuple[int, int]:
+    """Of stacked matrices [E, O, D], the bytes of those that the call's tokens choose, each once,
+    and two flops for each number of a token's own."""
+    expert_TK = named["expert"]
+    given = [one for one in named.values() if isinstance(one, Tensor)]
+    stacks = [one for name, one in named.items() if name in _STACKS and one.dim() == 3]
+    numbers = sum(stack[0].numel() for stack in stacks)
+    matrices_bytes = sum(stack[0].nbytes for stack in stacks)
+    others_bytes = sum(one.nbytes for one in given) - sum(one.nbytes for one in stacks)
+    num_bytes = others_bytes + len(expert_TK.unique()) * matrices_bytes + out_bytes
+    return num_bytes, 2 * expert_TK.numel() * numbers
 
 
 def _attention(

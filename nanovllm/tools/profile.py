@@ -116,7 +116,7 @@ class _Profiler(NamedTuple):
         lengths = [request.num_computed + 1 + num_steps // 2 for request in rows]
         trace, mode = self.folder / f"trace_bs{num_rows}.json.gz", OpBytes(lengths)
         with profile(activities={ProfilerActivity.CPU, *self.activities}) as by_op:
-            runner.decode_uncaptured(bucket, mode)
+            runner.decode_uncaptured(bucket, mode, [request.row for request in rows])
             runner.platform.synchronize()
         by_op.export_chrome_trace(str(trace))
         launches = read_launches(_events(trace), mode.ops)

@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -120,35 +119,6 @@ def start(
     return result
 
 
-def write_checkpoint(folder: Path, config: dict[str, Any], seed: int) -> Path:
-    """Random weights, a file per layer, and the tokenizer of the embedded model."""
-    import torch
-    from safetensors.torch import save_file
-    from transformers import AutoConfig
-
-    from nanovllm.models import registry
-
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(EMBEDDED / name, folder)
-    hf = AutoConfig.from_pretrained(folder)
-    dtype = getattr(torch, str(config.get("dtype") or config["torch_dtype"]).removeprefix("torch."))
-    model = registry.architecture(hf.architectures)(hf, dtype=dtype)
-    generator = torch.Generator().manual_seed(seed)
-    pool = torch.empty(1 << 24).normal_(0.0, 0.02, generator=generator).to(dtype)
-    for group_idx, group in enumerate(model.declared):
-        tensors = {}
-        for param in group.values():
-            for source, rows in zip(param.sources, param.parts):
-                shape = (rows, *param.shape[1:])
-                size = int(torch.Size(shape).numel())
-                repeats = -(-size // pool.numel())
-                tensors[source] = pool.roll(len(tensors)).repeat(repeats)[:size].view(shape).clone()
-        save_file(tensors, folder / f"part_{group_idx:03}.safetensors")
-    return folder
-
-
 def show(name: str, result: dict[str, Any]) -> None:
     parts = ", ".join(
         f"{part} {value:.2f}" for part, value in result["seconds"].items() if value >= 0.005
@@ -181,7 +151,9 @@ def checkpoints(args: argparse.Namespace, scratch: Path) -> tuple[Path, Path | N
     """The model and another checkpoint of its shape, if any. Writes them for --shape."""
     if args.shape is None:
         return args.model, args.other
-    from nanovllm.tools.shapes import CONFIGS  # not at the top: a start times its imports
+    # not at the top: a start times its imports
+    from nanovllm.tools.shapes import CONFIGS
+    from scripts.bench.random_checkpoint import write_checkpoint
 
     shapes = {"tiny": json.loads((EMBEDDED / "config.json").read_text()), **CONFIGS}
     if args.shape not in shapes:

@@ -192,6 +192,18 @@ def test_an_fp8_cache_is_recorded_and_its_limit_is_that_of_its_bytes(
     assert fp8["limit_tokens_per_second"] > plain["limit_tokens_per_second"]
 
 
+def test_the_experts_of_a_step_are_recorded_for_models_that_have_some(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, (dense,) = run("--bs", "2")
+    assert "experts_per_step" not in dense
+    monkeypatch.setattr(f"{__name__}.COMMON", [word.replace("qwen3", "mixtral") for word in COMMON])
+    _, (sparse,) = run("--bs", "3", "--first", "2")
+    found = sparse["experts_per_step"]
+    assert found["rows"] == sparse["num_seqs"] == 2 and found["expected"] == 3.5
+    assert 2 <= found["measured"] <= 4
+
+
 def test_gaps_between_tokens_while_a_long_prompt_arrives(run: Any) -> None:
     options = "--stall-rows 3 --max-model-len 512 --max-num-batched-tokens 128 --max-stall-ms 0.001"
     _, (found,) = run("--stall", "300", *options.split())
@@ -211,6 +223,7 @@ def test_gaps_between_tokens_while_a_long_prompt_arrives(run: Any) -> None:
         (["--runs", "0"], "must be at least 1"),
         (["--max-len", "3"], "--max-len at least --min-len"),
         (["--layers", "2"], "--layers goes with --random-weights"),
+        (["--first", "4"], r"--first is 4: it must be 1 to --num-seqs (3)"),
     ],
 )
 def test_what_cannot_be_done_is_refused(

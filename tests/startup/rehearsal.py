@@ -1,8 +1,8 @@
 """Rehearse buckets of a small model for an H200 without a GPU, and compile the kernels found.
 
-`python rehearsal.py FOLDER` prints JSON. It runs in its own process: the other tests use Triton's
-interpreter, which replaces the compiler, and this file replaces the device queries of torch and
-Triton.
+`python rehearsal.py FOLDER ARCHITECTURE` prints JSON. It runs in its own process: the other tests
+use Triton's interpreter, which replaces the compiler, and this file replaces the device queries of
+torch and Triton.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def real(value: Any) -> Any:
     return whole.as_strided(value.shape, value.stride(), value.storage_offset())
 
 
-def main(folder: Path) -> dict[str, Any]:
+def main(folder: Path, architecture: str) -> dict[str, Any]:
     make_up_device()
     triton_build.watch()
     triton_kernels.register()
@@ -115,7 +115,7 @@ def main(folder: Path) -> dict[str, Any]:
         return found
 
     triton_rehearsal._request = seen
-    model = save_tiny(folder / "model", dtype="bfloat16", head_dim=64)
+    model = save_tiny(folder / "model", architecture, dtype="bfloat16", head_dim=64)
     config = EngineConfig(
         str(model), dtype="bfloat16", max_model_len=512, max_num_batched_tokens=256,
         max_num_seqs=48, graph_batch_sizes=[1, 3, 4, 48], compile_cache=folder / "store",
@@ -152,4 +152,4 @@ def main(folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(Path(sys.argv[1]))))
+    print(json.dumps(main(Path(sys.argv[1]), sys.argv[2])))

@@ -162,7 +162,14 @@ def test_without_rehearsing_buckets_are_run(caplog: pytest.LogCaptureFixture) ->
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="as Triton")
-def test_rehearsed_launches_ask_for_the_kernels_that_real_ones_need(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("architecture", "own_kernels"),
+    [("qwen3", set()),
+     ("mixtral", {"norm_route_kernel", "route_kernel", "sort_kernel", "group_linear_kernel"})],
+)  # fmt: skip
+def test_rehearsed_launches_ask_for_the_kernels_that_real_ones_need(
+    architecture: str, own_kernels: set[str], tmp_path: Path
+) -> None:
     names = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
     environment = {name: value for name, value in os.environ.items() if name not in names}
     environment |= {
@@ -170,9 +177,15 @@ def test_rehearsed_launches_ask_for_the_kernels_that_real_ones_need(tmp_path: Pa
         "PYTHONPATH": str(ROOT),
         "NANOVLLM_CACHE": str(tmp_path / "other"),
     }
-    command = [sys.executable, str(Path(__file__).with_name("rehearsal.py")), str(tmp_path)]
+    script = Path(__file__).with_name("rehearsal.py")
     done = subprocess.run(
-        command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
+        [sys.executable, script, tmp_path, architecture],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
@@ -183,6 +196,7 @@ def test_rehearsed_launches_ask_for_the_kernels_that_real_ones_need(tmp_path: Pa
     assert set(found["names"]) >= {
         "decode_kernel", "prefill_kernel", "few_rows_linear_kernel", "many_rows_linear_kernel",
         "advance_kernel", "best_of_span_kernel", "qk_norm_rope_store_kernel", "keep_likely_kernel",
+        *own_kernels,
     }  # fmt: skip
     assert found["longest"] == "keep_likely_kernel", (
         "the kernel is short, but the functions that it inlines are long"

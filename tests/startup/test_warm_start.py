@@ -238,17 +238,12 @@ def test_a_store_that_others_can_write_is_refused(store: Path, tiny_qwen3: Path)
 # Filling a store in advance -----------------------------------------------------------------------
 
 
-def test_precompile_reads_no_weights_and_leaves_nothing_to_compile(
-    filled: tuple[Path, dict[str, Any]], tiny_qwen3: Path, tmp_path: Path
-) -> None:
-    bare = tmp_path / "bare"
-    bare.mkdir()
-    shutil.copy(tiny_qwen3 / "config.json", bare)
-    folder = tmp_path / "ahead"
-    shutil.copytree(filled[0] / "cpp", folder / "cpp")
-    folder.chmod(0o700)
+def precompile(model: Path, folder: Path, bare: Path, batch_sizes: str) -> Any:
+    """Fill the store `folder` with `bare` as the model: a copy of the model without weights."""
+    bare.mkdir(exist_ok=True)
+    shutil.copy(model / "config.json", bare)
     command = [
-        sys.executable, "scripts/precompile.py", "--model", str(bare), "--bs", "1", "4",
+        sys.executable, "scripts/precompile.py", "--model", str(bare), "--bs", *batch_sizes.split(),
         "--out", str(folder), "--jobs", "2", "--device", "cpu", "--max-model-len", "64",
         "--max-num-seqs", "4", "--max-num-batched-tokens", "64",
     ]  # fmt: skip
@@ -258,14 +253,42 @@ def test_precompile_reads_no_weights_and_leaves_nothing_to_compile(
         if not name.startswith(("TORCHINDUCTOR", "TRITON"))
     }
     environment = {**variables, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture
+def libraries(filled: tuple[Path, dict[str, Any]], tmp_path: Path) -> Path:
+    """A store with nothing but the C++ libraries."""
+    folder = tmp_path / "ahead"
+    shutil.copytree(filled[0] / "cpp", folder / "cpp")
+    folder.chmod(0o700)
+    return folder
+
+
+def test_precompile_reads_no_weights_and_leaves_nothing_to_compile(
+    filled: tuple[Path, dict[str, Any]], libraries: Path, tiny_qwen3: Path, tmp_path: Path
+) -> None:
+    done = precompile(tiny_qwen3, libraries, tmp_path / "bare", "1 4")
     assert done.returncode == 0, done.stderr
     assert "3 buckets, " in done.stdout
-    warm, _ = start(tiny_qwen3, folder, compile_cache_mode="require")
+    warm, _ = start(tiny_qwen3, libraries, compile_cache_mode="require")
     assert_warm(warm, filled[1])
-    command[command.index("--bs") + 1] = "0"
-    refused = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    refused = precompile(tiny_qwen3, libraries, tmp_path / "bare", "0 4")
     assert refused.returncode == 2 and "graph_batch_sizes is [0, 4]" in refused.stderr
+
+
+def test_a_model_with_sparse_and_dense_layers_starts_warm(libraries: Path, tmp_path: Path) -> None:
+    sizes = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    model = save_tiny(
+        tmp_path / "moe", "qwen3_moe", num_hidden_layers=4, mlp_only_layers=[1], **sizes
+    )
+    done = precompile(model, libraries, tmp_path / "bare", "1 4")
+    assert done.returncode == 0, done.stderr
+    # each bucket has programs for layers of both kinds
+    warm, _ = start(model, libraries, compile_cache_mode="require")
+    assert warm["compiled"] == 0 and warm["loaded"] > 0 and warm["modules"] == []
+    eager, _ = start(model, libraries, enforce_eager=True)
+    assert warm["tokens"] == eager["tokens"] and eager["loaded"] == 0
 
 
 def test_a_worker_that_fails_is_reported_with_what_it_said(

@@ -292,7 +292,10 @@ def test_windows_at_several_batch_sizes(
     assert llm.generate(prompts[-1], params[-1], use_tqdm=False)[0]["token_ids"] == plain
 
 
-def test_the_step_op_by_op_touches_no_request(make_llm: Callable[..., LLM]) -> None:
+@pytest.mark.parametrize("takes_rows", [False, True])
+def test_the_step_op_by_op_touches_no_request(
+    takes_rows: bool, make_llm: Callable[..., LLM]
+) -> None:
     llm = make_llm()
     (prompt,) = random_prompts([21], seed=121)
     params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -301,6 +304,7 @@ def test_the_step_op_by_op_touches_no_request(make_llm: Callable[..., LLM]) -> N
     for piece in llm.stream(prompt, params):
         found += piece["token_ids"]
         mode = OpBytes([len(found)])
-        llm.engine.runner.decode_uncaptured(1, mode)
+        rows = [request.row for request in llm.engine.scheduler.running if takes_rows]
+        llm.engine.runner.decode_uncaptured(1, mode, rows)
         assert any(name == "paged_attention" for name, _ in mode.ops)
     assert found == expected

@@ -38,6 +38,34 @@ def test_costs_are_bytes_that_must_move_and_flops_of_products() -> None:
     assert cost(embedding, [torch.ones(1000, 8), torch.zeros(3).long()], {}, x_TD) == (2 * 96, 0)
 
 
+@pytest.mark.parametrize("chosen", [[[0, 1]], [[4, 2], [2, 4], [4, 2]], [[0, 1], [1, 2], [3, 4]]])
+def test_experts_cost_those_that_the_call_s_tokens_choose(chosen: list[list[int]]) -> None:
+    expert_TK = torch.tensor(chosen, dtype=torch.int32)
+    num_tokens, num_distinct = len(chosen), len({one for token in chosen for one in token})
+    x_TD, weight_TK = torch.ones(num_tokens, 8), torch.ones(expert_TK.shape)
+    gate_up_EGD, down_EDF = torch.ones(5, 6, 8), torch.ones(5, 8, 3)
+    flops = 2 * 2 * num_tokens * (6 * 8 + 8 * 3)
+    num_bytes = 4 * (2 * 8 * num_tokens + 4 * num_tokens + num_distinct * (6 * 8 + 8 * 3))
+    args = [x_TD, weight_TK, expert_TK, gate_up_EGD, down_EDF]
+    assert cost(ops.experts, args, {}, x_TD.clone()) == (num_bytes, flops)
+    with_residual = num_bytes + x_TD.nbytes
+    assert cost(ops.experts, [*args, x_TD.clone()], {}, x_TD.clone()) == (with_residual, flops)
+    y_TKO = torch.ones(num_tokens, 2, 6)
+    for x in (x_TD, torch.ones(num_tokens, 2, 8)):
+        num_bytes = x.nbytes + expert_TK.nbytes + 4 * num_distinct * 6 * 8 + y_TKO.nbytes
+        found = cost(ops.expert_linear, [x, expert_TK, gate_up_EGD], {}, y_TKO)
+        assert found == (num_bytes, 2 * 2 * num_tokens * 6 * 8)
+
+
+def test_routing_costs_the_scores_and_the_router_s_product() -> None:
+    logits_TE, x_TD, router_ED = torch.ones(3, 5), torch.ones(3, 8), torch.ones(5, 8)
+    chosen = ops.route(logits_TE, 2, True)
+    assert cost(ops.route, [logits_TE, 2, True], {}, chosen) == (4 * (15 + 6 + 6), 0)
+    norm_D = torch.ones(8)
+    found = cost(ops.norm_route, [x_TD, norm_D, router_ED, 1e-6, 2, True], {}, (x_TD, *chosen))
+    assert found == (4 * (2 * 24 + 8 + 40 + 6 + 6), 2 * 3 * 40)
+
+
 @pytest.mark.parametrize(
     "seq_lens, q_start, max_q_len, window, keys, pairs",
     [

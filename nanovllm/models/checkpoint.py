@@ -1,0 +1,276 @@
+"""The tensors of a checkpoint's safetensors files: which file has each, and reading them fast.
+
+safetensors checks each file when it is opened. The tensors' bytes are then read without it, by
+several threads: a thread that maps a file waits at every page, and a file that shrinks meanwhile
+would end the process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+# Other dtypes, integers and fp8, are parts of a number whose scale is a tensor of its own.
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+READERS = 8  # threads: one reads 3 to 8 GB/s from the page cache
+PIECE_BYTES = 1 << 24  # that a thread reads at a time
+
+Buffer = Callable[[int], Tensor]  # bytes on the host, which a device copies from
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is damaged or does not fit its config."""
+
+
+class _Stored(NamedTuple):
+    """A tensor in a file: its data begins at byte `begin` of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+
+
+class _Piece(NamedTuple):
+    """Numbers to read from `file`, from byte `begin` on, to `out`, which has one dimension."""
+
+    file: _File
+    begin: int
+    dtype: torch.dtype
+    out: Tensor
+
+    @property
+    def num_bytes(self) -> int:
+        return self.out.numel() * self.dtype.itemsize
+
+
+def plain_buffer(num_bytes: int) -> Tensor:
+    return torch.empty(num_bytes, dtype=torch.uint8)
+
+
+class Checkpoint:
+    """The tensors in a folder's safetensors files. Files are opened on first use, and closed at the
+    end of a `with` block.
+
+    `buffer` makes the memory through which tensors go to a device. Raises CheckpointError that
+    names the file that is missing or damaged.
+    """
+
+    def __init__(self, folder: Path, buffer: Buffer = plain_buffer) -> None:
+        self.folder, self._buffer = folder, buffer
+        self._files: dict[Path, _File] = {}
+        self._buffers: queue.SimpleQueue[Tensor] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(READERS, "read-weights")
+        try:
+            self._paths = self._locate()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._paths
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of all tensors."""
+        return iter(self._paths)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._find(name)[1].shape
+
+    def read(self, wanted: Iterable[tuple[str, Tensor]]) -> None:
+        """Copy tensors, by name, to contiguous ones of the same shapes, any dtype and any device.
+
+        Reads in the order of the files. Raises CheckpointError for a tensor that is missing,
+        quantized or of another shape.
+        """
+        pieces = [piece for name, out in wanted for piece in self._pieces(name, out)]
+        pieces.sort(key=lambda piece: (piece.file.path, piece.begin))
+        if any(_staged(piece) for piece in pieces) and self._buffers.empty():
+            for _ in range(READERS):  # not in a thread: its current device may be another one
+                self._buffers.put(self._buffer(PIECE_BYTES))
+        batches = _batches(pieces)
+        if len(batches) == 1:
+            self._fill(batches[0])
+        else:
+            list(self._pool.map(self._fill, batches))
+
+    def rows(self, name: str, rows: slice) -> Tensor:
+        """Some rows of a tensor, as stored."""
+        file, stored = self._find(name)
+        dtype, size = self._dtype(name), torch.Size(stored.shape[1:]).numel()
+        out = torch.empty((rows.stop - rows.start, *stored.shape[1:]), dtype=dtype)
+        begin = stored.begin + rows.start * size * dtype.itemsize
+        self._fill([_Piece(file, begin, dtype, out.view(-1))])
+        return out
+
+    def _pieces(self, name: str, out: Tensor) -> list[_Piece]:
+        file, stored = self._find(name)
+        dtype = self._dtype(name)
+        if stored.shape != out.shape:
+            raise CheckpointError(
+                f"{self.folder}: tensor {name} has shape {list(stored.shape)}, but the config asks "
+                f"for {list(out.shape)}"
+            )
+        size = PIECE_BYTES // dtype.itemsize
+        return [
+            _Piece(file, stored.begin + i * PIECE_BYTES, dtype, part)
+            for i, part in enumerate(out.view(-1).split(size))
+        ]
+
+    def _fill(self, pieces: Sequence[_Piece]) -> None:
+        for piece in pieces:
+            if not _staged(piece):
+                piece.file.fill(piece.out.view(torch.uint8), piece.begin)
+                continue
+            buffer = self._buffers.get()
+            try:
+                staged = buffer[: piece.num_bytes]
+                piece.file.fill(staged, piece.begin)
+                with self._lock:  # a copy is shorter than a read, and some devices take one a time
+                    piece.out.copy_(staged.view(piece.dtype))
+            finally:
+                self._buffers.put(buffer)
+
+    def _find(self, name: str) -> tuple[_File, _Stored]:
+        if name not in self._paths:
+            raise CheckpointError(f"{self.folder}: tensor {name} is missing")
+        file = self._file(self._paths[name])
+        if name not in file.tensors:
+            raise CheckpointError(
+                f"{file.path}: tensor {name} cannot be read: the index names this file, which does "
+                "not have it"
+            )
+        return file, file.tensors[name]
+
+    def _file(self, path: Path) -> _File:
+        if path not in self._files:
+            self._files[path] = _File(path)
+        return self._files[path]
+
+    def _dtype(self, name: str) -> torch.dtype:
+        file, stored = self._find(name)
+        if stored.dtype not in DTYPES:
+            with safe_open(file.path, framework="pt") as opened:
+                dtype = str(opened.get_tensor(name).dtype).removeprefix("torch.")
+            raise CheckpointError(
+                f"{self.folder}: tensor {name} is stored as {dtype}: quantized checkpoints are not "
+                "supported"
+            )
+        return DTYPES[stored.dtype]
+
+    def _locate(self) -> dict[str, Path]:
+        """The file of each tensor: model.safetensors, else by the index, else all files."""
+        folder = self.folder
+        single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+        if index.is_file() and not single.is_file():
+            return _indexed(index)
+        # Files beside model.safetensors hold the same weights under other names, or adapters.
+        paths = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+        if not paths:
+            raise CheckpointError(
+                f"{folder}: no .safetensors file; other formats are not read, since they can run "
+                "code"
+            )
+        return {name: path for path in paths for name in self._file(path).tensors}
+
+
+class _File:
+    """An open safetensors file and what its header says of its tensors."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._lock = path, threading.Lock()
+        try:
+            with safe_open(path, framework="pt"):  # checks the header, and the file's size
+                self._file = path.open("rb", buffering=0)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path}: damaged or not a safetensors file: {error}") from error
+        header_len = int.from_bytes(self._file.read(8), "little")
+        header = json.loads(self._file.read(header_len))
+        self.tensors = {
+            name: _Stored(
+                one["dtype"], tuple(one["shape"]), 8 + header_len + one["data_offsets"][0]
+            )
+            for name, one in header.items()
+            if name != "__metadata__"
+        }
+
+    def close(self) -> None:
+        self._file.close()
+
+    def fill(self, out: Tensor, begin: int) -> None:
+        """Read the file from byte `begin` on to `out`, which holds bytes on the host.
+
+        Raises CheckpointError if the file ends too early.
+        """
+        # an array of numpy's would make the tensor's storage one that cannot be freed (sleep)
+        left = memoryview((ctypes.c_char * out.nbytes).from_address(out.data_ptr())).cast("B")
+        while left:
+            count = self._read(left, begin)
+            if not count:
+                raise CheckpointError(f"{self.path}: the file has become shorter")
+            left, begin = left[count:], begin + count
+
+    def _read(self, out: memoryview, begin: int) -> int:
+        try:
+            if hasattr(os, "preadv"):
+                return os.preadv(self._file.fileno(), [out], begin)
+            with self._lock:  # on Windows a file has one position for all threads
+                self._file.seek(begin)
+                return self._file.readinto(out) or 0
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: cannot be read: {error}") from error
+
+
+def _staged(piece: _Piece) -> bool:
+    """True if a piece cannot be read to its place at once."""
+    return piece.out.device.type != "cpu" or piece.out.dtype is not piece.dtype
+
+
+def _batches(pieces: Sequence[_Piece]) -> list[list[_Piece]]:
+    """Neighbours together, up to the size of one piece: small ones are not worth a task each."""
+    batches: list[list[_Piece]] = [[]]
+    num_bytes = 0
+    for piece in pieces:
+        num_bytes += piece.num_bytes
+        if num_bytes > PIECE_BYTES and batches[-1]:
+            batches.append([])
+            num_bytes = piece.num_bytes
+        batches[-1].append(piece)
+    return batches
+
+
+def _indexed(index: Path) -> dict[str, Path]:
+    """The file of each tensor as an index has it."""
+    folder = index.parent
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+        located = {tensor: folder / name for tensor, name in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index}: not a readable index: {error}") from error
+    missing = sorted({path.name for path in located.values() if not path.is_file()})
+    if missing:
+        raise CheckpointError(f"{folder}: the index names {missing[0]}, which is not there")
+    return located

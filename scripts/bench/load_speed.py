@@ -1,0 +1,131 @@
+"""Measures how fast a checkpoint is read to the device, in GB/s.
+
+# the shape of Qwen3-30B-A3B with 20 of its layers, a tensor for each expert
+python scripts/bench/load_speed.py --shape Qwen3-30B-A3B --layers 20
+# as transformers 5 writes it: two tensors for all experts of a layer
+python scripts/bench/load_speed.py --shape Qwen3-30B-A3B --layers 20 --stacked-experts
+# an existing checkpoint
+python scripts/bench/load_speed.py --model DIR
+
+A checkpoint of random weights, in files of 5 GB, is written to a temporary folder. It is in the
+page cache then, if the memory suffices. Prints one line of JSON per run; GB are those of the files.
+"host_copy_gb_s" is the rate at which one thread copies the host's memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from nanovllm.config import EngineConfig
+from nanovllm.models import loader
+from nanovllm.startup.choose import Choice, choose_without_weights
+from nanovllm.tools import command_line
+from nanovllm.tools.shapes import CONFIGS
+from scripts.bench.random_checkpoint import SHARD_BYTES, write_checkpoint
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--shape", choices=sorted(CONFIGS), help="random weights of this shape")
+    source.add_argument("--model", type=Path, help="a folder with a checkpoint")
+    add = parser.add_argument
+    add("--layers", type=int, help="use this many layers only (with --shape)")
+    add("--stacked-experts", action="store_true", help="two tensors for all experts of a layer")
+    add("--shard-gb", type=float, default=SHARD_BYTES / 1e9, help="size of a file")
+    add("--folder", type=Path, help="where the temporary folder is made")
+    add("--device", default="auto")
+    add("--dtype", default="auto", choices=("auto", "float32", "float16", "bfloat16"))
+    add("--runs", type=int, default=3)
+    args = parser.parse_args()
+    if args.model and (args.layers or args.stacked_experts):
+        parser.error("--layers and --stacked-experts go with --shape")
+    if args.runs < 1 or (args.layers is not None and args.layers < 1) or args.shard_gb <= 0:
+        parser.error("--runs and --layers must be at least 1, and --shard-gb above 0")
+    return args
+
+
+def write(args: argparse.Namespace, folder: Path) -> Path:
+    config: dict[str, Any] = dict(CONFIGS[args.shape])
+    if args.layers:
+        config["num_hidden_layers"] = args.layers
+    shard_bytes = int(args.shard_gb * 1e9)
+    started = time.perf_counter()
+    write_checkpoint(folder, config, 0, shard_bytes, stacks_experts=args.stacked_experts)
+    print(f"written in {time.perf_counter() - started:.1f} s", file=sys.stderr)
+    return folder
+
+
+def read(choice: Choice) -> float:
+    """Seconds of reading all weights to the device, as a start does."""
+    platform, region = choice.platform, choice.platform.region()
+    with tqdm(total=choice.model.config.num_layers, desc="loading weights", unit="layer") as bar:
+        platform.synchronize()
+        started = time.perf_counter()
+        params = loader.load(
+            choice.model, choice.folder, platform.device, bar.update, choice.spec.weight_format,
+            region.place, platform.host_buffer,
+        )  # fmt: skip
+        platform.synchronize()
+        seconds = time.perf_counter() - started
+    del params
+    region.close()
+    platform.release()
+    return seconds
+
+
+def copy_rate() -> float:
+    """Bytes per second that one thread copies from one place of the host's memory to another."""
+    threads, source = torch.get_num_threads(), torch.ones(1 << 28, dtype=torch.uint8)
+    target = torch.ones_like(source)
+    torch.set_num_threads(1)
+    started = time.perf_counter()
+    target.copy_(source)
+    seconds = time.perf_counter() - started
+    torch.set_num_threads(threads)
+    return source.nbytes / seconds
+
+
+def main(args: argparse.Namespace) -> None:
+    with ExitStack() as stack:
+        folder = args.model
+        if folder is None:
+            place = TemporaryDirectory(prefix="load-speed-", dir=args.folder)
+            folder = write(args, Path(stack.enter_context(place)) / "checkpoint")
+        choice = choose_without_weights(
+            EngineConfig(str(folder), device=args.device, dtype=args.dtype)
+        )
+        paths = list(folder.glob("*.safetensors"))
+        about = {
+            "model": args.shape or str(folder),
+            "layers": choice.model.config.num_layers,
+            "device": choice.platform.describe(),
+            "dtype": str(choice.model.config.dtype).removeprefix("torch."),
+            "files": len(paths),
+            "stacked_experts": args.stacked_experts,
+            "gb": round(sum(path.stat().st_size for path in paths) / 1e9, 3),
+            "host_copy_gb_s": round(copy_rate() / 1e9, 2),
+        }
+        for _ in range(args.runs):
+            seconds = read(choice)
+            rate = round(about["gb"] / seconds, 2)
+            print(json.dumps({**about, "seconds": round(seconds, 3), "gb_per_second": rate}))
+
+
+if __name__ == "__main__":
+    sys.exit(command_line.run(partial(main, arguments())))

@@ -1,0 +1,62 @@
+"""The experts of a decode step, as bench.py counts them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from nanovllm import LLM
+from scripts.bench.routing import experts_per_step
+from tests.engines import assert_all_free, random_prompts
+
+PROMPTS = random_prompts([5, 19, 7], seed=31)
+
+
+@pytest.fixture
+def load() -> Iterator[Callable[..., LLM]]:
+    made: list[LLM] = []
+
+    def load(**options: Any) -> LLM:
+        options = {"enforce_eager": True, "max_model_len": 64, "num_kvcache_blocks": 32, **options}
+        made.append(LLM("tiny-mixtral", device="cpu", random_weights=True, **options))
+        return made[-1]
+
+    yield load
+    for llm in made:
+        llm.close()
+
+
+def measured(llm: LLM, num_rows: int) -> float:
+    found = experts_per_step(llm.engine, PROMPTS, num_rows)
+    assert_all_free(llm)
+    assert found["rows"] == num_rows and found["measured"] is not None
+    return found["measured"]
+
+
+def test_one_row_chooses_as_many_experts_as_a_token_has(load: Callable[..., LLM]) -> None:
+    assert measured(load(), 1) == 2
+    every = load(hf_overrides={"num_experts_per_tok": 8})
+    assert measured(every, 1) == measured(every, 3) == 8
+
+
+def test_padding_is_not_counted_and_graphs_are_seen(load: Callable[..., LLM]) -> None:
+    counts = [
+        measured(load(max_num_seqs=8, **options), 3)
+        for options in (
+            {"pad_batches": False},
+            {"graph_batch_sizes": (8,)},
+            {"graph_batch_sizes": (8,), "enforce_eager": False},
+        )
+    ]
+    assert 2 < counts[0] < 6 and counts == counts[:1] * 3
+
+
+def test_requests_that_end_with_their_prompt_leave_nothing_to_count(
+    load: Callable[..., LLM],
+) -> None:
+    llm = load(max_model_len=6)
+    found = experts_per_step(llm.engine, PROMPTS[:1], 1)
+    assert found == {"rows": 0, "expected": 0.0, "measured": None}
+    assert_all_free(llm)
