@@ -107,6 +107,14 @@ class Request:
         """True if the token being sampled (it counts as in flight) must not end the request."""
         return self.num_scheduled_outputs <= self.params.min_tokens
 
+    @property
+    def without_token(self) -> str:
+        """What to say if no token could be chosen after the known ones."""
+        error = f"no token can follow its {self.num_known} tokens: all logits are NaN or −inf"
+        if self.edits is None and len(self.output_ids) >= self.params.min_tokens:
+            return error
+        return f"{error}, perhaps since bias, allowed tokens, bad words and min_tokens forbid all"
+
     def content(self, start: int, end: int) -> bytes:
         """Digests and offsets of the embeddings given for positions `start` … `end − 1`."""
         return b"".join(
