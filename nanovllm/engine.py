@@ -317,14 +317,24 @@ class Engine:
         self, request: Request, stream: TextStream, num_fed: int, token_ids: list[int]
     ) -> list[Increment]:
         """The outputs for the new tokens of a step that fed `num_fed` tokens of a request."""
-        is_cut = token_ids[-1] == NO_TOKEN
-        known = token_ids[:-1] if is_cut else token_ids
+        if request.is_failing:
+            self.scheduler.tokens_known(request, num_fed, [])
+            self.scheduler.retry(request)
+            return []
+        has_all = token_ids[-1] != NO_TOKEN
+        known = token_ids if has_all else token_ids[:-1]
         self.scheduler.tokens_known(request, num_fed, known)
         output = self._output(request, stream, known) if known else None
         outputs = [] if output is None else [output]
-        if is_cut and request.request_id in self._requests:
-            outputs.append(self._failed(request, stream))
-        return outputs
+        if has_all or request.request_id not in self._requests:
+            return outputs
+        # The NaN may come from other tokens than its own: attention multiplies the values of later
+        # tokens by 0, and 0 · NaN is NaN. So wrong proposals reach the tokens before them, and
+        # shared blocks may hold NaN from the request that computed them.
+        if not request.is_alone and (request.num_shared or num_fed > len(token_ids)):
+            self.scheduler.retry(request)
+            return outputs
+        return [*outputs, self._failed(request, stream)]
 
     def _failed(self, request: Request, stream: TextStream) -> Increment:
         """End a request for which no token could be chosen.
