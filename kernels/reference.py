@@ -17,6 +17,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# What `sample` gives for a row in which no token can be chosen. The newest token of the row's state
+# is 0 then, so that no op looks up an id that is none.
+NO_TOKEN = -1
 # The largest finite float8_e4m3fn (Micikevicius et al. 2022, https://arxiv.org/abs/2209.05433).
 # The format has no infinity.
 FP8_MAX = 448.0
@@ -286,13 +289,19 @@ def sample(logits_RV: Tensor, temperature_R: Tensor, seed_R: Tensor, pos_R: Tens
 
     Temperature 0 gives argmax(logits). The noise is a hash of (seed, position, token id), so a
     request's tokens do not depend on other requests, buckets or earlier draws. The smallest id wins
-    among equal scores, as in torch.argmax on a CPU.
+    among equal scores, as in torch.argmax on a CPU. NaN counts as −inf: it never wins. A row
+    without a score above −inf gives NO_TOKEN.
     """
+    minus_inf = float("-inf")
     logits_RV = logits_RV.float()
     is_greedy_R1 = (temperature_R == 0).unsqueeze(1)
     scaled_RV = logits_RV / torch.where(temperature_R == 0, 1.0, temperature_R).unsqueeze(1)
     noise_RV = gumbel_noise(seed_R, pos_R, logits_RV.shape[1])
-    return torch.where(is_greedy_R1, logits_RV, scaled_RV + noise_RV).argmax(-1)
+    score_RV = torch.where(is_greedy_R1, logits_RV, scaled_RV + noise_RV)
+    score_RV = torch.where(score_RV > minus_inf, score_RV, minus_inf)  # no NaN is left
+    token_R = score_RV.argmax(-1)
+    best_R = score_RV.gather(1, token_R.unsqueeze(1)).squeeze(1)
+    return torch.where(best_R > minus_inf, token_R, NO_TOKEN)
 
 
 def keep_likely(
@@ -302,9 +311,10 @@ def keep_likely(
 
     top_k 0, top_p 1 and min_p 0 turn a filter off. Probabilities are softmax(logits / temperature);
     temperature 0 counts as 1. The likeliest token always stays. Among equal logits the smaller id
-    counts as likelier.
+    counts as likelier. NaN counts as −inf; where it stays, it is NaN.
     """
     scaled_RV = logits_RV.float() / torch.where(temperature_R == 0, 1.0, temperature_R).unsqueeze(1)
+    scaled_RV = scaled_RV.masked_fill(scaled_RV.isnan(), float("-inf"))
     sorted_RV, order_RV = scaled_RV.sort(dim=-1, descending=True, stable=True)
     rank_V = torch.arange(scaled_RV.shape[1], device=scaled_RV.device)
     # log 0 = −inf: no score is below it
@@ -508,7 +518,8 @@ def accept(
     chosen_T[t] is the model's choice after token_T[t]. A chosen token is accepted if every earlier
     choice of its row equals the token that the row fed next. Returns (token_RK, a row's chosen
     tokens, K = `num`; count_R, the number of accepted ones: at least 1, at most the row's number of
-    tokens). For rows without tokens, token_RK is undefined and count_R is 1.
+    tokens). For rows without tokens, token_RK is undefined and count_R is 1. No row feeds NO_TOKEN,
+    so only a row's last accepted token can be that.
 
     Source: greedy verification of Leviathan et al. 2023, https://arxiv.org/abs/2211.17192. Noise is
     a function of seed and position, so sampled tokens are verified in the same way as greedy ones.
@@ -526,12 +537,13 @@ def accept(
 def advance(
     token_S: Tensor, pos_S: Tensor, row_idx_R: Tensor, token_R: Tensor, num_R: Tensor | None = None
 ) -> None:
-    """token_S[row] = token_R and pos_S[row] += num_R (1 without num_R), in place.
+    """token_S[row] = token_R, or 0 for NO_TOKEN, and pos_S[row] += num_R (1 without num_R), in
+    place.
 
     Only padding uses the last row of the state, any number of times in one step: it stays at token
     0, position 0. Every other row occurs at most once.
     """
     is_real_R = row_idx_R != token_S.shape[0] - 1
     num = 1 if num_R is None else num_R
-    token_S.index_copy_(0, row_idx_R, torch.where(is_real_R, token_R, 0))
+    token_S.index_copy_(0, row_idx_R, torch.where(is_real_R, token_R, 0).clamp(min=0))
     pos_S.index_copy_(0, row_idx_R, torch.where(is_real_R, pos_S[row_idx_R] + num, 0))

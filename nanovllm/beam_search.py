@@ -17,6 +17,7 @@ from nanovllm.schedule.logprobs import Logprob
 
 if TYPE_CHECKING:
     from nanovllm.llm import LLM, UseTqdm
+    from nanovllm.outputs import RequestOutput
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class BeamSearchSequence:
     logprobs: list[dict[int, Logprob]]
     cum_logprob: float = 0.0
     text: str | None = None
-    finish_reason: str | None = None  # "stop" | "length"
+    finish_reason: str | None = None  # "stop" | "length" | "error"
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def search(
         outputs = llm.generate([beam.tokens for _, beam in living], step, use_tqdm=False)
         grown: list[list[BeamSearchSequence]] = [[] for _ in prompts]
         for (idx, beam), output in zip(living, outputs):
-            for sequence in _extended(beam, output["logprobs"][0], eos_ids):
+            for sequence in _extended(beam, output, eos_ids):
                 (ended if sequence.finish_reason else grown)[idx].append(sequence)
         beams = [
             ranked(new)[: params.beam_width] if grows else old
@@ -97,8 +98,12 @@ def search(
 
 
 def _extended(
-    beam: BeamSearchSequence, found: dict[int, Logprob], eos_ids: frozenset[int]
+    beam: BeamSearchSequence, output: RequestOutput, eos_ids: frozenset[int]
 ) -> list[BeamSearchSequence]:
+    """The beam with each likely next token; with an error it ends as it is."""
+    if output["finish_reason"] == "error":
+        return [replace(beam, finish_reason="error")]
+    found = output["logprobs"][0]
     return [
         BeamSearchSequence(
             [*beam.tokens, token_id],

@@ -21,7 +21,7 @@ from nanovllm.sampling import SamplingParams
 from nanovllm.schedule.blocks import BlockPool
 from nanovllm.schedule.logprobs import Logprob, of_row
 from nanovllm.schedule.outputs import Completion, Increment, TextStream
-from nanovllm.schedule.plan import StepPlan, StepResult
+from nanovllm.schedule.plan import NO_TOKEN, StepPlan, StepResult
 from nanovllm.schedule.request import Request
 from nanovllm.schedule.scheduler import Proposer, Scheduler
 from nanovllm.startup.load import Loaded, load
@@ -291,7 +291,10 @@ class Engine:
             raise RuntimeError("this engine is closed: load the model again")
 
     def _collect(self, plan: StepPlan, result: StepResult) -> None:
-        """Give a step's tokens to their requests. Tokens after a stop or an abort are dropped."""
+        """Give a step's tokens to their requests. Tokens after a stop or an abort are dropped.
+
+        A request for which no token could be chosen ends with an error; the others go on.
+        """
         for wanted, values in zip(plan.prompt_logprobs, result.prompt_logprobs):
             if wanted.request_id in self._requests:
                 request, _ = self._requests[wanted.request_id]
@@ -303,15 +306,45 @@ class Engine:
             if not token_ids or request_id not in self._requests:
                 continue
             request, stream = self._requests[request_id]
-            if request.params.logprobs is not None and result.logprobs is not None:
-                num_top = request.params.logprobs
+            num_top = request.params.logprobs
+            if num_top is not None and result.logprobs is not None and token_ids[0] != NO_TOKEN:
                 found = of_row(token_ids[0], result.logprobs, row, num_top, self.tokenizer)
                 request.logprobs.append(found)
             num_fed = 1 if plan.is_prefill else plan.num_tokens[row]
-            self.scheduler.tokens_known(request, num_fed, token_ids)
-            output = self._output(request, stream, token_ids)
-            if output is not None:
-                self._outputs.append(output)
+            self._outputs += self._grown(request, stream, num_fed, token_ids)
+
+    def _grown(
+        self, request: Request, stream: TextStream, num_fed: int, token_ids: list[int]
+    ) -> list[Increment]:
+        """The outputs for the new tokens of a step that fed `num_fed` tokens of a request."""
+        if request.is_failing:
+            self.scheduler.tokens_known(request, num_fed, [])
+            self.scheduler.retry(request)
+            return []
+        has_all = token_ids[-1] != NO_TOKEN
+        known = token_ids if has_all else token_ids[:-1]
+        self.scheduler.tokens_known(request, num_fed, known)
+        output = self._output(request, stream, known) if known else None
+        outputs = [] if output is None else [output]
+        if has_all or request.request_id not in self._requests:
+            return outputs
+        # The NaN may come from other tokens than its own: attention multiplies the values of later
+        # tokens by 0, and 0 · NaN is NaN. So wrong proposals reach the tokens before them, and
+        # shared blocks may hold NaN from the request that computed them.
+        if not request.is_alone and (request.num_shared or num_fed > len(token_ids)):
+            self.scheduler.retry(request)
+            return outputs
+        return [*outputs, self._failed(request, stream)]
+
+    def _failed(self, request: Request, stream: TextStream) -> Increment:
+        """End a request for which no token could be chosen.
+
+        Later requests do not share its blocks: they may hold NaN.
+        """
+        error = request.without_token
+        logger.error("request %d: %s", request.request_id, error)
+        self.scheduler.pool.forget(request.blocks)
+        return self._end(request, stream, "error", [], error)
 
     def _output(
         self, request: Request, stream: TextStream, token_ids: list[int]
@@ -333,7 +366,12 @@ class Engine:
         return Increment(request.request_id, token_ids, stream.take(last=False), logprobs)
 
     def _end(
-        self, request: Request, stream: TextStream, reason: str, token_ids: list[int]
+        self,
+        request: Request,
+        stream: TextStream,
+        reason: str,
+        token_ids: list[int],
+        error: str | None = None,
     ) -> Increment:
         self.scheduler.finish(request, reason)
         if stream.stop_string is None:
@@ -344,7 +382,7 @@ class Engine:
             self._runner.drop_embeddings({one.key for one in request.contents} - in_use)
         self.metrics.finished(request, reason)
         stop_reason = stream.stop_string or _stop_token(request, reason)
-        completion = Completion.of(request, stream.text, reason, stop_reason)
+        completion = Completion.of(request, stream.text, reason, stop_reason, error)
         logprobs = _newest_logprobs(request, len(token_ids))
         piece = stream.take(last=True)
         return Increment(request.request_id, token_ids, piece, logprobs, completion)

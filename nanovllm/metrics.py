@@ -14,6 +14,7 @@ logger = logging.getLogger(__name__)
 
 PREFIX = "nanovllm:"
 LOG_EVERY_S = 10.0
+FINISH_REASONS = ("stop", "length", "abort", "error")
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class EngineMetrics:
         self.num_generated_tokens = 0
         self.num_cached_tokens = 0
         self.num_steps = 0
-        self._num_finished: Count[str] = Count({"stop": 0, "length": 0, "abort": 0})
+        self._num_finished: Count[str] = Count(dict.fromkeys(FINISH_REASONS, 0))
 
     def finished(self, request: Request, reason: str) -> None:
         """Count a request that ends."""

@@ -28,19 +28,21 @@ class CompletionOutput(_Record):
 
     logprobs: for each token, the `Logprob` of the likeliest tokens and of itself, by token id.
     cumulative_logprob: the sum over the tokens. Both are None unless asked for.
+    error: what went wrong, for finish_reason "error". The tokens before the error are kept.
     """
 
-    ABSENT_AS_NONE = ("logprobs", "prompt_logprobs", "lora_request")
+    ABSENT_AS_NONE = ("logprobs", "prompt_logprobs", "lora_request", "error")
 
     index: int
     text: str
     token_ids: list[int]
-    finish_reason: str | None  # "stop" | "length" | "abort"; None while it grows
+    finish_reason: str | None  # "stop" | "length" | "abort" | "error"; None while it grows
     stop_reason: int | str | None
     cumulative_logprob: float | None
     logprobs: list[TopLogprobs] | None
     num_prompt_tokens: int
     num_cached_tokens: int
+    error: str | None
 
     def finished(self) -> bool:
         return self.finish_reason is not None
@@ -49,7 +51,7 @@ class CompletionOutput(_Record):
 class RequestOutput(_Record):
     """A prompt with its answers. Keys of an answer read the first one's: `output["text"]`."""
 
-    ABSENT_AS_NONE = ("logprobs", "prompt_logprobs", "lora_request", "encoder_prompt")
+    ABSENT_AS_NONE = ("logprobs", "prompt_logprobs", "lora_request", "encoder_prompt", "error")
 
     request_id: str
     prompt: str | None  # None if it was given as token ids
@@ -59,16 +61,18 @@ class RequestOutput(_Record):
     prompt_logprobs: list[TopLogprobs | None] | None
     num_prompt_tokens: int
     num_cached_tokens: int
+    error: str | None  # of the first answer
 
 
 class StreamOutput(_Record):
     """A piece of an answer.
 
     index: the number of the prompt. output_index: of the answer to it, 0 … n − 1.
-    text, token_ids, logprobs: the new ones. finish_reason: None until the last piece.
+    text, token_ids, logprobs: the new ones. finish_reason: None until the last piece. error: that
+    of `CompletionOutput`.
     """
 
-    ABSENT_AS_NONE = ("logprobs",)
+    ABSENT_AS_NONE = ("logprobs", "error")
 
     index: int
     output_index: int
@@ -77,6 +81,7 @@ class StreamOutput(_Record):
     finish_reason: str | None
     stop_reason: int | str | None
     logprobs: list[TopLogprobs] | None
+    error: str | None
 
 
 def stream_output(index: int, output_index: int, increment: Increment) -> StreamOutput:
@@ -91,6 +96,8 @@ def stream_output(index: int, output_index: int, increment: Increment) -> Stream
     )
     if increment.logprobs is not None:
         piece["logprobs"] = increment.logprobs
+    if done is not None and done.error is not None:
+        piece["error"] = done.error
     return piece
 
 
@@ -107,6 +114,8 @@ def completion_output(index: int, done: Completion) -> CompletionOutput:
     )
     if done.logprobs is not None:
         answer["logprobs"] = done.logprobs
+    if done.error is not None:
+        answer["error"] = done.error
     return answer
 
 
@@ -137,6 +146,8 @@ def request_output(
         output[name] = first[name]
     if first.logprobs is not None:
         output["logprobs"] = first.logprobs
+    if first.error is not None:
+        output["error"] = first.error
     if prompt_logprobs is not None:
         output["prompt_logprobs"] = prompt_logprobs
     return output

@@ -1288,7 +1288,7 @@ struct Sample {
 
 struct Best {
   float score = -INFINITY;
-  int64_t token = 0;
+  int64_t token = -1;  // NO_TOKEN of reference.py: no score above -inf, as in a row of NaN
 };
 
 // The smallest of equally likely tokens wins, so chunks are searched and merged in ascending order

@@ -1,6 +1,7 @@
 // The ops of a step's index arithmetic, compiled at first use by step.py. State and indices are
 // int64, tables int32, all contiguous. The meaning of each op stands in reference.py.
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
@@ -103,7 +104,7 @@ void nanovllm_advance(const void* bytes) {
   for (int64_t row = 0; row < a.num_rows; ++row) {
     const int64_t state_row = a.row_idx[row];
     const bool is_real = state_row != a.pad_row;
-    a.token[state_row] = is_real ? a.new_token[row] : 0;
+    a.token[state_row] = is_real ? std::max<int64_t>(a.new_token[row], 0) : 0;  // -1: NO_TOKEN
     a.pos[state_row] = is_real ? a.pos[state_row] + (a.num ? a.num[row] : 1) : 0;
   }
 }

@@ -5,7 +5,7 @@ second the best of a row's spans. The hash of the noise equals the reference's b
 arithmetic. Logarithms are the hardware's, with a series where these are inaccurate, and the
 division by the temperature is a multiplication. Scores differ from the reference's by less than
 1e-5, so tokens differ only if the two best scores are as close. Greedy rows skip the noise. A NaN
-never wins.
+never wins; a row of NaN is found by the search for its best token, at no cost.
 
 At batch 1 the time is launch latency. In large batches greedy rows are limited by memory and drawn
 rows by integer arithmetic. docs/log.md has the measurements.
@@ -22,6 +22,7 @@ from torch import Tensor
 from triton.language import target_info
 from triton.language.extra import libdevice
 
+from nanovllm.kernels import reference
 from nanovllm.kernels.triton.common import exp2, launch_options, num_multiprocessors
 
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -29,7 +30,8 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 SLACK = tl.constexpr(0.001)  # in log2; much larger than the error of scores
 # 2 − 2⁻²³: minus 1 + n · 2⁻²³ it is exact and slightly less than 1 − u
 ALMOST_TWO = tl.constexpr(1.99999988079071044921875)
-NO_TOKEN = tl.constexpr(2147483647)
+LAST = tl.constexpr(2147483647)  # larger than any token: there is none yet
+NO_TOKEN = tl.constexpr(reference.NO_TOKEN)
 
 TILE = 1024  # tokens a program scores at a time
 PROGRAMS_PER_MULTIPROCESSOR = 8
@@ -95,7 +97,7 @@ def best_of_span_kernel(
     temperature = tl.load(temperature_ptr + row_idx).to(tl.float32)
     lane_V = tl.arange(0, TILE)
     best_V = tl.full((TILE,), float("-inf"), tl.float32)
-    best_token_V = tl.full((TILE,), NO_TOKEN, tl.int32)
+    best_token_V = tl.full((TILE,), LAST, tl.int32)
     first = span_idx * tiles_per_program
     num_tiles = tl.minimum(tiles_per_program, tl.cdiv(vocab_size, TILE) - first)
     logits_at = logits_ptr + row_idx * logits_stride
@@ -138,7 +140,7 @@ def best_of_span_kernel(
                 best_token_V = tl.where(is_better_V, token_V, best_token_V)
                 bound_log2 = SLACK - tl.max(best_V, 0) * LOG2_E
     best = tl.max(best_V, 0)
-    best_token = tl.min(tl.where(best_V == best, best_token_V, NO_TOKEN), 0)
+    best_token = tl.min(tl.where(best_V == best, best_token_V, LAST), 0)
     out = row_idx * tl.num_programs(1) + span_idx
     tl.store(best_ptr + out, best)
     tl.store(best_token_ptr + out, best_token)
@@ -160,10 +162,10 @@ def best_of_row_kernel(
     span_P = tl.arange(0, SPANS_P)
     at_P = row_idx * num_spans + span_P
     best_P = tl.load(best_ptr + at_P, mask=span_P < num_spans, other=float("-inf"))
-    token_P = tl.load(best_token_ptr + at_P, mask=span_P < num_spans, other=NO_TOKEN)
-    token = tl.min(tl.where(best_P == tl.max(best_P, 0), token_P, NO_TOKEN), 0)
-    # a row without a score above −inf has no best token: return the first, as argmax does
-    tl.store(out_ptr + row_idx, tl.where(token == NO_TOKEN, 0, token).to(tl.int64))
+    token_P = tl.load(best_token_ptr + at_P, mask=span_P < num_spans, other=LAST)
+    token = tl.min(tl.where(best_P == tl.max(best_P, 0), token_P, LAST), 0)
+    # a row without a score above −inf has no best token
+    tl.store(out_ptr + row_idx, tl.where(token == LAST, NO_TOKEN, token).to(tl.int64))
 
 
 def spans(num_rows: int, vocab_size: int, multiprocessors: int) -> tuple[int, int]:

@@ -301,6 +301,7 @@ def advance_kernel(
     is_real_R = is_row_R & (state_row_R != pad_row)
     # several padding rows store the same zeros
     token_R = tl.load(new_token_ptr + row_R, mask=is_real_R, other=0)
+    token_R = tl.maximum(token_R, 0)  # NO_TOKEN
     tl.store(token_ptr + state_row_R, token_R, mask=is_row_R)
     pos_R = tl.load(pos_ptr + state_row_R, mask=is_real_R, other=0)
     num_R = tl.load(num_ptr + row_R, mask=is_real_R, other=0) if HAS_NUM else is_real_R.to(tl.int64)

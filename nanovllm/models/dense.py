@@ -66,7 +66,7 @@ def dense_model(cfg: ModelConfig, windows: tuple[int, ...] | None = None) -> Mod
         head=head,
         outer_params=outer_params,
         layer_params=layer_params,
-        layer_type=lambda kind: Layer,
+        layer_type=layer_type,
         kv_scales=kv_scales,
     )
 
@@ -144,6 +144,10 @@ def kv_scales(cfg: ModelConfig, w: AttentionWeights) -> tuple[Tensor, Tensor]:
 
 
 # parameters --------------------------------------------------------------------------------------
+
+
+def layer_type(kind: LayerKind) -> type[Layer]:
+    return Layer
 
 
 def outer_params(cfg: ModelConfig) -> dict[str, Param]:

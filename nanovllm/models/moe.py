@@ -58,6 +58,12 @@ class ExpertNames(NamedTuple):
     other_router: str | None = None
     stacked: tuple[str, str] = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 
+    def layer_params(self, cfg: ModelConfig, kind: LayerKind, layer_idx: int) -> dict[str, Param]:
+        """Parameters of one decoder layer, by the fields of `layer_type(kind)`."""
+        if kind.sparse:
+            return sparse_params(cfg, self, layer_idx)
+        return dense.layer_params(cfg, kind, layer_idx)
+
 
 # Qwen2-MoE and Qwen3-MoE
 QWEN_NAMES = ExpertNames(
@@ -76,12 +82,6 @@ def moe_model(
     windows: Sequence[int] | None = None,
 ) -> Model:
     """The model of a config with `moe`; `is_sparse` and `windows` have an entry for each layer."""
-
-    def layer_params(cfg: ModelConfig, kind: LayerKind, layer_idx: int) -> dict[str, Param]:
-        if not kind.sparse:
-            return dense.layer_params(cfg, kind, layer_idx)
-        return sparse_params(cfg, names, layer_idx)
-
     kinds = [
         LayerKind(f"{'sparse' if sparse else 'dense'}_window{window}", window, sparse)
         for sparse, window in zip(is_sparse, windows or (0,) * cfg.num_layers, strict=True)
@@ -93,8 +93,8 @@ def moe_model(
         layer=layer,
         head=head,
         outer_params=dense.outer_params,
-        layer_params=layer_params,
-        layer_type=lambda kind: SparseLayer if kind.sparse else dense.Layer,
+        layer_params=names.layer_params,
+        layer_type=layer_type,
         kv_scales=kv_scales,
     )
 
@@ -145,6 +145,10 @@ def sparse_mlp(cfg: ModelConfig, w: SparseLayer, h_TD: Tensor) -> Tensor:
 
 
 # parameters --------------------------------------------------------------------------------------
+
+
+def layer_type(kind: LayerKind) -> type[SparseLayer] | type[dense.Layer]:
+    return SparseLayer if kind.sparse else dense.Layer
 
 
 def sparse_params(cfg: ModelConfig, names: ExpertNames, layer_idx: int) -> dict[str, Param]:

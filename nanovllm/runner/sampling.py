@@ -74,12 +74,12 @@ def logprobs(
     logits_RV: Tensor, token_R: Tensor, num_top: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The fields of `Logprobs`, from the log-softmax of the model's own logits at token_R and at
-    the `num_top` likeliest tokens (ALL_TOKENS: all)."""
+    the `num_top` likeliest tokens (ALL_TOKENS: all). NO_TOKEN is looked up as token 0."""
     vocab_size = logits_RV.shape[1]
     num_top = vocab_size if num_top == ALL_TOKENS else min(num_top, vocab_size)
     logprob_RV = logits_RV.float().log_softmax(-1)
     top_RL, top_token_RL = logprob_RV.topk(num_top, dim=-1)
-    chosen_R1 = logprob_RV.gather(1, token_R.unsqueeze(1))
+    chosen_R1 = logprob_RV.gather(1, token_R.clamp(min=0).unsqueeze(1))
     rank_R = (logprob_RV > chosen_R1).sum(-1) + 1
     return chosen_R1.squeeze(1), top_RL, top_token_RL, rank_R
 
@@ -234,7 +234,7 @@ class Sampler:
     def _count(self, row_idx_R: Tensor, token_R: Tensor) -> None:
         counts_SV, _ = self._tables()
         one_R = torch.ones_like(token_R, dtype=counts_SV.dtype)
-        place_R = row_idx_R * self.vocab_size + token_R
+        place_R = row_idx_R * self.vocab_size + token_R.clamp(min=0)  # NO_TOKEN ends a request
         counts_SV.view(-1).scatter_add_(0, place_R, one_R)
 
     def _tables(self) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 
 def chain_digest(previous: bytes, token_ids: Sequence[int], content: bytes = b"") -> bytes:
@@ -114,10 +114,15 @@ class BlockPool:
         self._by_digest.clear()
         self._digest_of.clear()
 
-    def forget(self) -> None:
-        """Let no request find cached content any more. Blocks stay with their owners."""
-        self._by_digest.clear()
-        self._digest_of.clear()
+    def forget(self, blocks: Iterable[int] | None = None) -> None:
+        """Let no request find the content of these blocks, or of any, any more.
+
+        Blocks stay with their owners.
+        """
+        for block in list(self._digest_of) if blocks is None else blocks:
+            digest = self._digest_of.pop(block, None)
+            if digest is not None:
+                del self._by_digest[digest]
 
     def release(self, blocks: Sequence[int]) -> None:
         """Drop one reference to each block. The last blocks of a chain are reused first: more

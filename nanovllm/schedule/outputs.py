@@ -19,20 +19,27 @@ class Completion:
     stop_reason: the stop string, or the one of `stop_token_ids`, that ended the text.
     num_cached_tokens: prompt tokens found in the prefix cache.
     logprobs: per generated token. prompt_logprobs: per prompt token, None for the first.
+    error: what went wrong, for finish_reason "error".
     """
 
     text: str
     token_ids: list[int]
-    finish_reason: str  # "stop" | "length" | "abort"
+    finish_reason: str  # "stop" | "length" | "abort" | "error"
     stop_reason: str | int | None
     prompt_ids: list[int]
     num_cached_tokens: int
     logprobs: list[dict[int, Logprob]] | None
     prompt_logprobs: list[dict[int, Logprob] | None] | None
+    error: str | None = None
 
     @classmethod
     def of(
-        cls, request: Request, text: str, finish_reason: str, stop_reason: str | int | None
+        cls,
+        request: Request,
+        text: str,
+        finish_reason: str,
+        stop_reason: str | int | None,
+        error: str | None = None,
     ) -> Completion:
         params = request.params
         return cls(
@@ -44,6 +51,7 @@ class Completion:
             num_cached_tokens=request.num_cached or 0,
             logprobs=request.logprobs if params.logprobs is not None else None,
             prompt_logprobs=request.prompt_logprobs if params.prompt_logprobs is not None else None,
+            error=error,
         )
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 PAD_BLOCK = 0  # belongs to padding, never to a request
+NO_TOKEN = -1  # in `StepResult.tokens`: no token could be chosen (`reference.sample`)
 ALL_TOKENS = -1  # as a number of likeliest tokens: the whole vocabulary
 NEWEST = -1  # in `StepPlan.token_T`: the row's newest token, which may be only on the device
 # Columns of the device's table of sampling settings. The plain sampler reads only the first one.
@@ -224,6 +225,7 @@ class StepResult:
     """The result of a step.
 
     tokens: [R] lists of each row's new tokens: 1 … K of them, none for rows that do not sample.
+        The last one is NO_TOKEN if all logits after the token before it are NaN or −inf.
     logprobs: those of each row's new token, if the plan asks for them.
     prompt_logprobs: one entry for each entry of `StepPlan.prompt_logprobs`.
     """

@@ -58,6 +58,8 @@ class Request:
     block_digests: list[bytes] = field(default_factory=list)  # of the full blocks, chained
     is_decoding: bool = False  # its last prefill chunk has been launched
     is_verifying: bool = False  # a step with proposals is in flight
+    is_failing: bool = False  # its tokens in flight are dropped, then it restarts
+    is_alone: bool = False  # it shares no cached blocks and has no proposals
     num_shared: int = 0  # tokens whose blocks were found in the cache at this admission
     num_computed: int = 0
     num_in_flight: int = 0
@@ -69,8 +71,9 @@ class Request:
         """Return to waiting without cached tokens: the next prefill feeds all known tokens."""
         self.status = Status.WAITING
         self.row, self.blocks, self.block_digests = -1, [], []
-        self.is_decoding = self.is_verifying = False
+        self.is_decoding = self.is_verifying = self.is_failing = False
         self.num_computed = self.num_in_flight = 0
+        del self.logprobs[len(self.output_ids) :]  # of dropped tokens
 
     @cached_property
     def needs_temperature_alone(self) -> bool:
@@ -94,6 +97,7 @@ class Request:
         return (
             self.is_decoding
             and not self.is_verifying
+            and not self.is_failing
             and self.num_scheduled_outputs < self.max_output
         )
 
@@ -106,6 +110,14 @@ class Request:
     def min_tokens_hold(self) -> bool:
         """True if the token being sampled (it counts as in flight) must not end the request."""
         return self.num_scheduled_outputs <= self.params.min_tokens
+
+    @property
+    def without_token(self) -> str:
+        """What to say if no token could be chosen after the known ones."""
+        error = f"no token can follow its {self.num_known} tokens: all logits are NaN or −inf"
+        if self.edits is None and len(self.output_ids) >= self.params.min_tokens:
+            return error
+        return f"{error}, perhaps since bias, allowed tokens, bad words and min_tokens forbid all"
 
     def content(self, start: int, end: int) -> bytes:
         """Digests and offsets of the embeddings given for positions `start` … `end − 1`."""

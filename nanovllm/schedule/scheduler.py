@@ -85,6 +85,16 @@ class Scheduler:
         for request in self.waiting:
             request.restart()
 
+    def retry(self, request: Request) -> None:
+        """Compute a request again from its known tokens, without shared blocks and proposals.
+
+        Its blocks are no longer shared. It waits until none of its tokens is in flight.
+        """
+        request.is_failing = request.is_alone = True
+        self.pool.forget(request.blocks)
+        if not request.num_in_flight:
+            self._send_back(request)
+
     def schedule(self, *, may_preempt: bool) -> StepPlan | None:
         """The next step, or None if no request can run before the tokens in flight are known.
 
@@ -171,7 +181,7 @@ class Scheduler:
         # the last token always runs, even if its block is cached: the step needs its logits
         usable = (
             []
-            if request.needs_prompt_logits
+            if request.needs_prompt_logits or request.is_alone
             else digests[: (len(known_ids) - 1) // self.pool.block_size]
         )
         shared = self.pool.cached_prefix(usable)
@@ -230,7 +240,7 @@ class Scheduler:
 
         They count as computed and in flight until `tokens_known` is told the accepted ones.
         """
-        if request.num_in_flight > 1:
+        if request.num_in_flight > 1 or request.is_alone:
             return ()
         assert self.propose is not None
         num_left = request.max_output - request.num_scheduled_outputs
@@ -258,12 +268,15 @@ class Scheduler:
         """Preempt requests until a block is free or `request` itself is preempted: those of the
         highest priority number, and of these the newest."""
         while not self.pool.num_free and request.status is Status.RUNNING:
-            victim = max(reversed(self.running), key=lambda other: other.priority)
-            self._vacate(victim)
-            victim.restart()
-            num_before = sum(other.priority < victim.priority for other in self.waiting)
-            self.waiting.insert(num_before, victim)
+            self._send_back(max(reversed(self.running), key=lambda other: other.priority))
             self.num_preemptions += 1
+
+    def _send_back(self, request: Request) -> None:
+        """Let a running request wait again, before the others of its priority."""
+        self._vacate(request)
+        request.restart()
+        num_before = sum(other.priority < request.priority for other in self.waiting)
+        self.waiting.insert(num_before, request)
 
     def _vacate(self, request: Request) -> None:
         self.running.remove(request)

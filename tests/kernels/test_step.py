@@ -47,12 +47,16 @@ def assert_equal(found: Any, expected: Any) -> None:
         assert torch.equal(ours.nan_to_num(-1.0), theirs.nan_to_num(-1.0))
 
 
-def assert_advances(kernels: ModuleType, s: dict[str, Tensor], *inputs: Tensor) -> None:
+def assert_advances(
+    kernels: ModuleType, s: dict[str, Tensor], row_idx_R: Tensor, token_R: Tensor, *num_R: Tensor
+) -> None:
+    token_R[::3] = reference.NO_TOKEN
     ours, theirs = (s["token"].clone(), s["pos"].clone()), (s["token"].clone(), s["pos"].clone())
-    kernels.advance(*ours, *inputs)
-    reference.advance(*theirs, *inputs)
+    kernels.advance(*ours, row_idx_R, token_R, *num_R)
+    reference.advance(*theirs, row_idx_R, token_R, *num_R)
     assert_equal(ours, theirs)
     assert ours[0][-1] == 0 and ours[1][-1] == 0
+    assert (ours[0][row_idx_R[::3]] == 0).all()
 
 
 CASES = [(1, 1, 1), (3, 3, 5), (19, 16, 99), (256, 1, 640), (99, 256, 2500)]

@@ -99,9 +99,11 @@ def test_forbidden_tokens_stay_out(num_left: int) -> None:
         assert finite[0] == finite[1], filters
 
 
-def test_the_search_ends_without_any_token() -> None:
-    logits_RV = torch.full((len(FILTERS), 5000), float("-inf"), device=device)
-    assert triton_filter.keep_likely(logits_RV, *columns(FILTERS)).isneginf().all()
+@pytest.mark.parametrize("value", [float("-inf"), float("nan")])
+def test_the_search_ends_without_any_token(value: float) -> None:
+    logits_RV = torch.full((len(FILTERS), 5000), value, device=device)
+    kept_RV = triton_filter.keep_likely(logits_RV, *columns(FILTERS))
+    assert (kept_RV.isneginf() | kept_RV.isnan()).all()
 
 
 @pytest.mark.parametrize("value", [float("inf"), 3.0e38, -3.0e38])

@@ -87,8 +87,9 @@ def test_forbidden_tokens_and_padding_never_win(temperature: float) -> None:
     storage[0, 2049] = -3.0e38 if temperature else -1.0e30
     storage[1, :2500] = float("-inf")
     token_R = triton_sample.sample(storage[:, :2500], *inputs(4, 1, torch.float32, temperature)[1:])
-    # rows of −inf and of NaN have no best token: they give the first
-    assert token_R.tolist() == [2049, 0, 0, 0]
+    assert token_R.tolist() == [2049, *[reference.NO_TOKEN] * 3]
+    expected_R = reference.sample(storage[:, :2500], *inputs(4, 1, torch.float32, temperature)[1:])
+    assert torch.equal(token_R, expected_R)
 
 
 def test_nothing_is_launched_for_no_rows() -> None:

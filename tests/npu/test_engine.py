@@ -11,7 +11,7 @@ import torch
 from nanovllm import LLM, SamplingParams, platforms
 from nanovllm.schedule.plan import LogitEdits
 from nanovllm.schedule.request import Request
-from tests.npu.conftest import SIZES, answers
+from tests.npu.conftest import QUESTIONS, SIZES, answers
 from tests.npu.ge import Ge
 from tests.npu.host import Host, host_view
 
@@ -165,6 +165,25 @@ def test_nan_in_the_padding_block_reaches_no_row(
         for tensor in (cache.k_CBKH, cache.v_CBKH):
             host_view(tensor)[0].fill_(float("nan"))
     assert answers(npu_llm) == cpu_answers()
+
+
+def test_requests_with_nan_fail_alone(npu_llm: LLM, cpu_answers: Callable[..., Any]) -> None:
+    expected = cpu_answers()
+    prompts = npu_llm.chat_prompts([[{"role": "user", "content": one}] for one in QUESTIONS])
+    used = {token_id for ids in (*prompts, *expected) for token_id in ids}
+    bad_id = next(i for i in range(npu_llm.engine.model_config.vocab_size) if i not in used)
+    bad_D = host_view(npu_llm.engine.runner.params.embed_VD)[bad_id]
+    kept_D = bad_D.clone()
+    bad_D.fill_(torch.nan)
+    mixed = [[bad_id], *prompts, [*prompts[0], bad_id, 9]]
+    params = SamplingParams(temperature=0.0, max_tokens=40)
+    try:
+        first, *others, last = npu_llm.generate(mixed, params, use_tqdm=False)
+    finally:
+        bad_D.copy_(kept_D)
+    assert first["finish_reason"] == last["finish_reason"] == "error"
+    assert [output["token_ids"] for output in others] == expected
+    assert answers(npu_llm) == expected
 
 
 def test_auto_takes_the_npu_that_is_there() -> None:

@@ -125,7 +125,11 @@ def asks(shared_llm: LLM) -> list[Ask]:
         (prompts[7], replace(drawn, top_p=0.6), edits(bias=dict.fromkeys(some, 6.0), bad=bad)),
         (prompts[8], greedy(repetition_penalty=1.7), edits(bias={plain[8][1]: 5.0}, bad=bad)),
         (prompts[9], greedy(presence_penalty=1.5, frequency_penalty=0.7), None),
-        (prompts[10], greedy(), edits(bias={7: 3.0, 8: MINUS_INF}, allowed=[7, 8], bad=[[7, 7]])),
+        (
+            prompts[10],
+            greedy(),
+            edits(bias={7: 3.0, 8: MINUS_INF}, allowed=[7, 8, 9], bad=[[7, 7]]),
+        ),
     ]
 
 

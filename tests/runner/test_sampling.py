@@ -17,7 +17,7 @@ from nanovllm.kernels.cpu import kernels as cpu_kernels
 from nanovllm.runner import sampling as sampler
 from nanovllm.schedule.plan import ALL_TOKENS, SAMPLING_FIELDS
 
-INF = float("inf")
+INF, NAN = float("inf"), float("nan")
 Sample = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -149,6 +149,32 @@ def test_half_precision_logits_are_sampled_in_fp32(sample: Sample, dtype: torch.
     logits_RV = random_logits(99, 97).to(dtype)
     args = (rows(0.7, 99), torch.arange(99), torch.arange(99))
     assert torch.equal(sample(logits_RV, *args), sample(logits_RV.float(), *args))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("vocab_size", [1, 19, 20_000])
+def test_rows_of_nan_have_no_token_and_change_no_other_row(
+    sample: Sample, vocab_size: int, dtype: torch.dtype
+) -> None:
+    logits_RV = random_logits(9, vocab_size).to(dtype)
+    args = (torch.tensor([0.0, 0.8, 1.5] * 3), torch.arange(9), torch.arange(9))
+    alone_R = sample(logits_RV, *args)
+    logits_RV[3:6], logits_RV[6:, : vocab_size // 2], logits_RV[6:, vocab_size // 2 :] = (
+        NAN,
+        NAN,
+        -INF,
+    )
+    token_R = sample(logits_RV, *args)
+    assert torch.equal(token_R[:3], alone_R[:3])
+    assert token_R[3:].tolist() == [reference.NO_TOKEN] * 6
+
+
+def test_a_nan_never_wins(sample: Sample) -> None:
+    logits_RV = random_logits(99, 989)
+    forbidden_RV = logits_RV.clone()
+    logits_RV[:, 1::3], forbidden_RV[:, 1::3] = NAN, -INF
+    args = (torch.where(torch.arange(99) % 2 == 0, 0.0, 1.3), torch.arange(99), torch.arange(99))
+    assert torch.equal(sample(logits_RV, *args), sample(forbidden_RV, *args))
 
 
 # filters ------------------------------------------------------------------------------------------
@@ -355,6 +381,14 @@ def test_all_tokens_may_be_wanted(num_top: int) -> None:
     assert torch.equal(top_token_RL, order_RV[:, :num])
 
 
+def test_a_row_without_a_token_leaves_the_logprobs_of_others() -> None:
+    logits_RV, token_R = random_logits(3, 19), torch.tensor([4, 0, 7])
+    alone = sampler.logprobs(logits_RV, token_R, 5)
+    logits_RV[1], token_R[1] = NAN, reference.NO_TOKEN
+    for found, expected in zip(sampler.logprobs(logits_RV, token_R, 5), alone):
+        assert torch.equal(found[::2], expected[::2])
+
+
 def test_tokens_of_equal_probability_have_the_same_rank() -> None:
     logits_RV = torch.tensor([[1.0, 3.0, 2.0, 2.0, 0.0]]).expand(5, -1)
     rank_R = sampler.logprobs(logits_RV, torch.arange(5), 0)[3]
@@ -370,15 +404,18 @@ def test_masks_leave_the_tokens_whose_bits_are_set(vocab_size: int) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
-def test_a_row_without_any_token_gets_one_of_the_vocabulary(temperature: float) -> None:
-    logits_RV = torch.full((len(FILTERS), 99), -INF)
-    for row, (top_k, top_p, min_p) in enumerate(FILTERS):
-        token_R = filtered(
-            logits_RV[row][None],
-            temperature,
-            top_k,
-            top_p,
-            min_p,
-            torch.zeros(1, dtype=torch.int64),
-        )
-        assert 0 <= int(token_R) < 99
+@pytest.mark.parametrize("value", [-INF, NAN])
+def test_no_filter_finds_a_token_where_there_is_none(value: float, temperature: float) -> None:
+    logits_1V = torch.full((1, 99), value)
+    for top_k, top_p, min_p in FILTERS:
+        token_R = filtered(logits_1V, temperature, top_k, top_p, min_p, torch.zeros(1).long())
+        assert int(token_R) == reference.NO_TOKEN
+
+
+def test_filters_leave_nan_out() -> None:
+    logits_RV = random_logits(19, 99)
+    forbidden_RV = logits_RV.clone()
+    logits_RV[:, ::7], forbidden_RV[:, ::7] = NAN, -INF
+    for top_k, top_p, min_p in FILTERS:
+        given = 0.7, top_k, top_p, min_p, torch.arange(19)
+        assert torch.equal(filtered(logits_RV, *given), filtered(forbidden_RV, *given))

@@ -337,6 +337,31 @@ def test_a_lone_victim_leaves_the_step_to_those_before_it() -> None:
     assert s.num_preemptions > 0
 
 
+def test_a_retried_request_drops_its_tokens_in_flight_and_shares_no_blocks() -> None:
+    s = scheduler()
+    first, second = request(0, 9, token=5), request(1, 9, token=5)
+    s.add(first)
+    answer(s, planned(s))
+    s.add(second)
+    assert planned(s).request_ids == [1] and second.num_shared == 2 * BLOCK
+    s.tokens_known(second, 1, [7])
+    second.logprobs += [{}, {}]  # one for a token that is dropped
+    later = planned(s)
+    assert later.request_ids == [0, 1]
+    s.retry(second)
+    assert second.status is Status.RUNNING and not second.may_decode
+    s.tokens_known(first, 1, [7])
+    s.tokens_known(second, 1, [])
+    s.retry(second)
+    assert second.status is Status.WAITING and second.logprobs == [{}]
+    plan = planned(s)
+    check(s, plan)
+    assert plan.request_ids == [1] and chunks(plan) == [(0, 10)]
+    # blocks are shared again once they are new
+    s.add(request(2, 9, token=5))
+    assert chunks(planned(s)) == [(2 * BLOCK, 1)]
+
+
 def test_no_preemption_while_tokens_are_in_flight() -> None:
     s = scheduler(num_blocks=1 + 4, enable_prefix_caching=False)
     for i in range(2):

@@ -14,7 +14,16 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from nanovllm.compile.store import Store
 from nanovllm.models import qwen3, registry
@@ -24,6 +33,9 @@ from nanovllm.startup.choose import eos_token_ids
 from nanovllm.tokenizer import Decoding, Tokenizer
 
 EMBEDDED = Path(readings.__file__).parents[1] / "assets" / "tiny-qwen3"
+EXPERTS: dict[str, Any] = {
+    "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": 3,
+}  # fmt: skip
 CONFIGS: list[PretrainedConfig] = [
     LlamaConfig(
         hidden_size=64,
@@ -49,6 +61,9 @@ CONFIGS: list[PretrainedConfig] = [
         tie_word_embeddings=True,
         eos_token_id=[3, 4],
     ),
+    MixtralConfig(**EXPERTS, num_local_experts=4, sliding_window=7),
+    Qwen2MoeConfig(**EXPERTS, num_experts=5, norm_topk_prob=True, decoder_sparse_step=2),
+    Qwen3MoeConfig(**EXPERTS, num_experts=6, mlp_only_layers=[1, 3]),
 ]
 
 
