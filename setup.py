@@ -52,7 +52,7 @@ setup(
     ],
     package_data={
         "nanovllm": ["assets/*/*", "py.typed"],
-        "nanovllm.kernels": ["cpu/*.cpp"],
+        "nanovllm.kernels": ["cpu/*.cpp", "cpu/*.h"],
         "nanovllm.tools": ["*.css", "*.js"],
     },
     install_requires=[

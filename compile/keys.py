@@ -141,9 +141,10 @@ def own_sources() -> dict[str, str]:
 
     making = [path for pattern in MAKING for path in ROOT.glob(pattern)]
     kernels = Path(ops.__file__).resolve().parent
+    running = [path for kind in ("py", "cpp", "h") for path in kernels.rglob(f"*.{kind}")]
     return {
         "source compile": source_digest(making, ROOT),
-        "source kernels": source_digest([*kernels.rglob("*.py"), *kernels.rglob("*.cpp")], kernels),
+        "source kernels": source_digest(running, kernels),
     }
 
 

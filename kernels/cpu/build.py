@@ -11,6 +11,7 @@ import ctypes
 import functools
 import logging
 import platform
+import re
 import shlex
 import shutil
 import struct
@@ -159,8 +160,7 @@ def load(source: Path, structs: Sequence[Arguments] = ()) -> ctypes.CDLL:
     folder = settings.folder or Path.home() / ".cache" / "nanovllm" / "cpp"
     text = "\n".join(
         [
-            f'#line 1 "{source.name}"',
-            source.read_text(),
+            _with_headers(source),
             "#include <cstddef>\n#include <type_traits>",
             *(arguments.checks() for arguments in structs),
         ]
@@ -188,6 +188,23 @@ def load(source: Path, structs: Sequence[Arguments] = ()) -> ctypes.CDLL:
         write_whole(recorded, digest(content).encode())
         _State.compiled.append(source.stem)
     return ctypes.CDLL(str(library))
+
+
+def _with_headers(source: Path) -> str:
+    """The text of a C++ file, with our headers in place of the lines that include them.
+
+    The compiler reads this text from its standard input. The library's key covers all of it.
+    """
+    lines = [f'#line 1 "{source.name}"']
+    for number, line in enumerate(source.read_text().splitlines(), 1):
+        included = re.fullmatch(r'#include "([^"]+)"', line)
+        if included is None:
+            lines.append(line)
+            continue
+        header = source.with_name(included[1])
+        lines += [f'#line 1 "{header.name}"', header.read_text()]
+        lines.append(f'#line {number + 1} "{source.name}"')
+    return "\n".join(lines)
 
 
 def _is_whole(library: Path, recorded: Path) -> bool:
