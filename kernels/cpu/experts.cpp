@@ -130,7 +130,7 @@ void for_blocks(int64_t num_rows, int64_t pairs_per_row, int64_t floats_per_pair
 template <typename Step>
 void copy_pairs(typename Step::X* to, const Groups& groups, const typename Step::Io* x,
                 int64_t repeats, int64_t depth, int64_t num_threads) {
-  const int64_t num_pairs = (int64_t)groups.pair.size(), stride = padded<Step>(depth);
+  const int64_t num_pairs = (int64_t)groups.pair.size(), stride = row_stride<Step>(depth);
   parallel_for(num_pairs, num_pairs * depth < kMinParallel ? 1 : num_threads, [&](int64_t place) {
     copy_row<Step>(to + place * stride, x + groups.pair[place] / repeats * depth, depth);
   });
@@ -192,7 +192,7 @@ void multiply_gate_up(const Experts& at, const Groups& groups, const typename St
                       typename Step::X* inner, int64_t num_threads) {
   typedef typename Step::Weight Weight;
   const int64_t D = at.size, F = at.inner_size;
-  const int64_t x_stride = padded<Step>(D), stride = padded<Step>(F);
+  const int64_t x_stride = row_stride<Step>(D), stride = row_stride<Step>(F);
   const int64_t chunk = chunk_outputs(2 * D * (int64_t)sizeof(Weight));  // of gate, and of up
   const int64_t row_size = (chunk + kLanes - 1) / kLanes * kLanes;
   for_parts(groups, F, chunk, num_threads, [&](const Part& part) {
@@ -201,7 +201,7 @@ void multiply_gate_up(const Experts& at, const Groups& groups, const typename St
     const typename Step::X* rows = x + part.group->first * x_stride;
     const Product<Step> gates{rows, x_stride, weight, D, D, weight + (F + part.first) * D};
     const Product<Step> ups{rows, x_stride, weight + F * D, D, D, weight + part.end * D};
-    for_passes(part.group->num, [&](int64_t token, int64_t num) {
+    for_passes<Step>(part.group->num, [&](int64_t token, int64_t num) {
       product(gates, token, num, part.first, part.end, PutSums{gate, row_size, token, part.first});
       product(ups, token, num, part.first, part.end, PutSums{up, row_size, token, part.first});
       typename Step::X* to = inner + (part.group->first + token) * stride;
@@ -241,7 +241,7 @@ template <typename Step>
 void multiply_down(const Experts& at, const Groups& groups, const typename Step::X* inner,
                    int64_t first_token, int64_t num_threads) {
   typedef typename Step::Weight Weight;
-  const int64_t D = at.size, F = at.inner_size, stride = padded<Step>(F);
+  const int64_t D = at.size, F = at.inner_size, stride = row_stride<Step>(F);
   const int64_t columns = D / kColumns < 8 * num_threads ? kFewColumns : kColumns;
   parallel_for((D + columns - 1) / columns, num_threads, [&](int64_t item) {
     const int64_t first = item * columns, end = std::min(first + columns, D);
@@ -254,7 +254,7 @@ void multiply_down(const Experts& at, const Groups& groups, const typename Step:
       const Groups::Group& group = groups.groups[g];
       const Weight* next = g + 1 < num_groups ? weights(groups.groups[g + 1]) + first * F : nullptr;
       const Product<Step> down{inner + group.first * stride, stride, weights(group), F, F, next};
-      for_passes(group.num, [&](int64_t token, int64_t num) {
+      for_passes<Step>(group.num, [&](int64_t token, int64_t num) {
         product(down, token, num, first, end, PutSums{y + group.first * columns, columns, 0, first});
       });
     }
@@ -270,7 +270,7 @@ void experts(const Experts& at) {
   for_blocks(at.num_tokens, K, D + F, [&](int64_t first, int64_t num) {
     const Groups groups(at.expert + first * K, num * K, at.num_experts);
     const int64_t num_threads = num * K * D * F < kMinParallel ? 1 : at.num_threads;
-    const int64_t x_size = num * K * padded<Step>(D), inner_size = num * K * padded<Step>(F);
+    const int64_t x_size = num * K * row_stride<Step>(D), inner_size = num * K * row_stride<Step>(F);
     X* x = (X*)scratch<kShared>((size_t)(x_size + inner_size) * sizeof(X) / sizeof(float));
     copy_pairs<Step>(x, groups, (const Io*)at.x + first * D, K, D, num_threads);
     multiply_gate_up<Step>(at, groups, x, x + x_size, num_threads);
@@ -283,7 +283,7 @@ void expert_linear(const ExpertLinear& at) {
   typedef typename Step::X X;
   typedef typename Step::Io Io;
   typedef typename Step::Weight Weight;
-  const int64_t D = at.depth, O = at.num_outputs, repeats = at.x_repeats, stride = padded<Step>(D);
+  const int64_t D = at.depth, O = at.num_outputs, repeats = at.x_repeats, stride = row_stride<Step>(D);
   const int64_t chunk = chunk_outputs(D * (int64_t)sizeof(Weight));
   for_blocks(at.num_pairs / repeats, repeats, D, [&](int64_t first, int64_t num) {
     const int64_t first_pair = first * repeats, num_pairs = num * repeats;
@@ -301,7 +301,7 @@ void expert_linear(const ExpertLinear& at) {
         }
       };
       const Product<Step> rows{x + group.first * stride, stride, weight, D, D};
-      for_passes(group.num, [&](int64_t token, int64_t num_tokens) {
+      for_passes<Step>(group.num, [&](int64_t token, int64_t num_tokens) {
         product(rows, token, num_tokens, part.first, part.end, finish);
       });
     });

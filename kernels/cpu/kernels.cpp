@@ -478,6 +478,7 @@ struct Int8Step {
   typedef T Io;
   static constexpr bool kPairs = false;
   static constexpr int kDepth = kLanes;
+  static constexpr int kPassTokens = 8;
   struct Value {
     Vec v;
   };
@@ -494,6 +495,7 @@ struct Int8Step<Bf16> {
   typedef Bf16 Io;
   static constexpr bool kPairs = false;
   static constexpr int kDepth = 32;
+  static constexpr int kPassTokens = 8;
   typedef Bf16Step::Value Value;
   static INLINE Value load_weight(const int8_t* p) {
     return {_mm512_cvtne2ps_pbh((__m512)load(p + kLanes), (__m512)load(p))};
@@ -507,7 +509,7 @@ void linear(const Linear& at) {
   typedef typename Step::X X;
   typedef typename Step::Io Io;
   typedef typename Step::Weight Weight;
-  const int64_t x_stride = padded<Step>(at.depth);
+  const int64_t x_stride = row_stride<Step>(at.depth);
   X* x = (X*)scratch<kShared>((size_t)at.num_tokens * x_stride * sizeof(X) / 4);
   for (int64_t t = 0; t < at.num_tokens; ++t)
     copy_row<Step>(x + t * x_stride, (const Io*)at.x + t * at.x_stride, at.depth);
@@ -524,7 +526,7 @@ void linear(const Linear& at) {
   const int64_t chunk = chunk_outputs(at.depth * (int64_t)sizeof(Weight));
   parallel_for((at.num_outputs + chunk - 1) / chunk, at.num_threads, [&](int64_t item) {
     const int64_t first = item * chunk, end = std::min(first + chunk, at.num_outputs);
-    for_passes(at.num_tokens, [&](int64_t token, int64_t num_tokens) {
+    for_passes<Step>(at.num_tokens, [&](int64_t token, int64_t num_tokens) {
       product(weights, token, num_tokens, first, end, finish);
     });
   });

@@ -21,6 +21,7 @@ from nanovllm.compile.passes.fuse_rope_store import fuse_rope_store
 from nanovllm.compile.passes.replace_ops import replace_ops
 from nanovllm.compile.program import Lowering, Pass
 from nanovllm.kernels.cpu import build as cpp_build
+from nanovllm.kernels.cpu import experts as cpu_experts
 from nanovllm.kernels.cpu import kernels as cpu_kernels
 from nanovllm.kernels.cpu import step as cpu_step
 from nanovllm.platforms.base import STEP_OPS, UNFUSED_PASSES, MemoryBudget, Platform, Traits
@@ -77,6 +78,7 @@ class CpuPlatform(Platform):
                 inductor.use_compiler(cpp_build.script_of_compiler())
             cpu_kernels.register()
             cpu_step.register()
+            cpu_experts.register()
 
     def enter_thread(self) -> None:
         torch.set_num_threads(self._num_threads)  # OpenMP counts threads for each caller
