@@ -225,7 +225,8 @@ void add_chosen(const Experts& at, const Groups& groups, const float* y, int64_t
     const int64_t row = (first_token + t) * at.size;
     for (int64_t d = first; d < end; d += kLanes) {
       Vec sum{};
-      for (int64_t k = 0; k < K; ++k) sum += weight[k] * load(y + place[k] * y_stride + d - first);
+      for (int64_t k = 0; k < K; ++k)
+        sum = multiply_add(splat(weight[k]), load(y + place[k] * y_stride + d - first), sum);
       if (at.residual)
         sum = rounded_to<T>(sum) + load_first((const T*)at.residual + row + d, end - d);
       store_first((T*)at.out + row + d, sum, end - d);
@@ -254,8 +255,9 @@ void multiply_down(const Experts& at, const Groups& groups, const typename Step:
       const Groups::Group& group = groups.groups[g];
       const Weight* next = g + 1 < num_groups ? weights(groups.groups[g + 1]) + first * F : nullptr;
       const Product<Step> down{inner + group.first * stride, stride, weights(group), F, F, next};
+      const PutSums put_sums{y + group.first * columns, columns, 0, first};
       for_passes<Step>(group.num, [&](int64_t token, int64_t num) {
-        product(down, token, num, first, end, PutSums{y + group.first * columns, columns, 0, first});
+        product(down, token, num, first, end, put_sums);
       });
     }
     add_chosen<typename Step::Io>(at, groups, y, columns, first_token, first, end);
@@ -270,7 +272,8 @@ void experts(const Experts& at) {
   for_blocks(at.num_tokens, K, D + F, [&](int64_t first, int64_t num) {
     const Groups groups(at.expert + first * K, num * K, at.num_experts);
     const int64_t num_threads = num * K * D * F < kMinParallel ? 1 : at.num_threads;
-    const int64_t x_size = num * K * row_stride<Step>(D), inner_size = num * K * row_stride<Step>(F);
+    const int64_t x_size = num * K * row_stride<Step>(D),
+                  inner_size = num * K * row_stride<Step>(F);
     X* x = (X*)scratch<kShared>((size_t)(x_size + inner_size) * sizeof(X) / sizeof(float));
     copy_pairs<Step>(x, groups, (const Io*)at.x + first * D, K, D, num_threads);
     multiply_gate_up<Step>(at, groups, x, x + x_size, num_threads);
@@ -283,7 +286,8 @@ void expert_linear(const ExpertLinear& at) {
   typedef typename Step::X X;
   typedef typename Step::Io Io;
   typedef typename Step::Weight Weight;
-  const int64_t D = at.depth, O = at.num_outputs, repeats = at.x_repeats, stride = row_stride<Step>(D);
+  const int64_t D = at.depth, O = at.num_outputs, repeats = at.x_repeats;
+  const int64_t stride = row_stride<Step>(D);
   const int64_t chunk = chunk_outputs(D * (int64_t)sizeof(Weight));
   for_blocks(at.num_pairs / repeats, repeats, D, [&](int64_t first, int64_t num) {
     const int64_t first_pair = first * repeats, num_pairs = num * repeats;
@@ -312,8 +316,8 @@ void expert_linear(const ExpertLinear& at) {
 
 extern "C" void nanovllm_route(const Route* args) {
   with_dtype(args->dtype, [&](auto zero) {
-    const int64_t size = args->num_tokens * args->num_experts;
-    parallel_for(args->num_tokens, size < kMinParallel ? 1 : args->num_threads,
+    const int64_t num_logits = args->num_tokens * args->num_experts;
+    parallel_for(args->num_tokens, num_logits < kMinParallel ? 1 : args->num_threads,
                  [&](int64_t token) { route_token<decltype(zero)>(*args, token); });
   });
 }

@@ -483,7 +483,9 @@ struct Int8Step {
     Vec v;
   };
   static INLINE Value load_weight(const int8_t* p) { return {load(p)}; }
-  static INLINE Vec fma(Vec acc, const float* x, Value w) { return acc + load(x) * w.v; }
+  static INLINE Vec fma(Vec acc, const float* x, Value w) {
+    return multiply_add(load(x), w.v, acc);
+  }
 };
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)

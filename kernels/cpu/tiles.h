@@ -1,13 +1,13 @@
-// Products of few rows of x with a matrix: out[t, o] = sum over d of x[t, d] weight[o, d]. They read
-// every weight once, at the speed of memory. A result depends on its row of x and its row of weights
-// alone, not on the number of rows. Needs vectors.h.
+// Products of few rows of x with a matrix: out[t, o] = sum over d of x[t, d] weight[o, d]. They
+// read every weight once, at the speed of memory. A result depends on its row of x and its row of
+// weights alone, not on the number of rows. Needs vectors.h.
 
 namespace {
 
 // A step is the part of the depth that a tile multiplies at once. It defines how weights are loaded
 // and multiplied by x. `Io` is the type of x, bias and out in memory, `X` the type that x is copied
-// to; with kPairs the even elements of the copy come before the odd ones. One pass over the
-// weights takes up to kMaxTokens tokens; if more passes are needed, each takes up to kPassTokens.
+// to; with kPairs the even elements of the copy come before the odd ones. One pass over the weights
+// takes up to kMaxTokens tokens; if more passes are needed, each takes up to kPassTokens.
 
 constexpr int kMaxTokens = 8;
 
@@ -23,7 +23,9 @@ struct Fp32Step {
     Vec v;
   };
   static INLINE Value load_weight(const float* p) { return {load(p)}; }
-  static INLINE Vec fma(Vec acc, const float* x, Value w) { return acc + load(x) * w.v; }
+  static INLINE Vec fma(Vec acc, const float* x, Value w) {
+    return multiply_add(load(x), w.v, acc);
+  }
 };
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)
@@ -61,7 +63,7 @@ struct Bf16Step {
     return {(Vec)(pairs << 16), (Vec)(pairs & 0xffff0000u)};
   }
   static INLINE Vec fma(Vec acc, const float* x, Value w) {
-    return acc + load(x) * w.even + load(x + kLanes) * w.odd;
+    return multiply_add(load(x + kLanes), w.odd, multiply_add(load(x), w.even, acc));
   }
 };
 #endif
@@ -107,8 +109,8 @@ constexpr int tile_outputs(int num_tokens) {
   return kTileRows == 8 ? std::min(24 / num_tokens, 8) : std::clamp(12 / num_tokens, 1, 4);
 }
 
-// Rows of x, as steps read them, and rows of weights. `next` is what is read after these weights, if
-// it is not what follows them in memory.
+// Rows of x, as steps read them, and rows of weights. `next` is what is read after these weights,
+// if it is not what follows them in memory.
 template <typename Step>
 struct Product {
   const typename Step::X* x;
@@ -147,8 +149,8 @@ void copy_row(typename Step::X* to, const typename Step::Io* from, int64_t depth
   }
 }
 
-// Tokens token .. token + TB - 1 times outputs first .. end - 1. Calls finish(sums, token, TB, o, num)
-// for each tile: sums[t * num + i] is the product of token + t and o + i.
+// Tokens token .. token + TB - 1 times outputs first .. end - 1. For each tile calls
+// finish(sums, token, TB, o, num): sums[t * num + i] is the product of token + t and o + i.
 template <typename Step, int TB, typename Finish>
 void product_tiles(const Product<Step>& at, int64_t token, int64_t first, int64_t end,
                    const Finish& finish) {
@@ -180,8 +182,8 @@ void product(const Product<Step>& at, int64_t token, int64_t num_tokens, int64_t
     product<Step, Finish, TB - 1>(at, token, num_tokens, first, end, finish);
 }
 
-// calls pass(token, number) for equal parts of num_tokens tokens; a second pass finds the weights in
-// the cache
+// calls pass(token, number) for equal parts of num_tokens tokens; a second pass finds the weights
+// in the cache
 template <typename Step, typename Pass>
 INLINE void for_passes(int64_t num_tokens, const Pass& pass) {
   const int64_t pass_tokens = num_tokens <= kMaxTokens ? kMaxTokens : Step::kPassTokens;

@@ -17,6 +17,8 @@
 #endif
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #define INLINE inline __attribute__((always_inline))
@@ -60,6 +62,20 @@ INLINE Vec splat(float x) { return x - Vec{}; }
 INLINE Vec load(const float* p) { return *(const VecAt*)p; }
 INLINE void store(float* p, Vec v) { *(VecAt*)p = v; }
 INLINE Vec vmax(Vec a, Vec b) { return a > b ? a : b; }
+
+// a * b + c, rounded once where the machine can. Compilers choose that for some copies of a loop
+// and not for others (GCC for Zen: not for a single sum), and then the bits of a sum would differ.
+INLINE Vec multiply_add(Vec a, Vec b, Vec c) {
+#if LANES == 16
+  return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif LANES == 8 && defined(__FMA__)
+  return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (Vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
+}
 
 // g++ converts between vectors of different widths one element at a time; with 512 bits there are
 // instructions
