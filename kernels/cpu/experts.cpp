@@ -50,16 +50,9 @@ void route_token(const Route& at, int64_t token) {
   float* weight = at.weight + token * K;
   int32_t* expert = at.expert + token * K;
   float largest = -INFINITY;
-  bool is_number = true;
-  for (int64_t e = 0; e < E; ++e) {
-    const float logit = to_float(logits[e]);
-    is_number &= logit == logit;
-    largest = std::max(largest, logit);
-  }
-  if (!is_number || std::isinf(largest)) {  // the softmax is NaN
-    for (int64_t k = 0; k < K; ++k) weight[k] = NAN, expert[k] = (int32_t)k;
-    return;
-  }
+  for (int64_t e = 0; e < E; ++e) largest = std::max(largest, to_float(logits[e]));
+  // If a logit is NaN or the largest is infinite, all probabilities are NaN. None is larger than
+  // another then, so the first K experts are chosen.
   float* prob = scratch((size_t)E);
   float total = 0.0f;
   for (int64_t e = 0; e < E; ++e) total += prob[e] = std::exp(to_float(logits[e]) - largest);
@@ -199,8 +192,8 @@ void multiply_gate_up(const Experts& at, const Groups& groups, const typename St
     float *gate = scratch((size_t)(2 * kMaxTokens * row_size)), *up = gate + kMaxTokens * row_size;
     const Weight* weight = (const Weight*)at.gate_up + part.group->expert * 2 * F * D;
     const typename Step::X* rows = x + part.group->first * x_stride;
-    const Product<Step> gates{rows, x_stride, weight, D, D, weight + (F + part.first) * D};
-    const Product<Step> ups{rows, x_stride, weight + F * D, D, D, weight + part.end * D};
+    const Product<Step> gates{rows, x_stride, weight, D, D};
+    const Product<Step> ups{rows, x_stride, weight + F * D, D, D};
     for_passes<Step>(part.group->num, [&](int64_t token, int64_t num) {
       product(gates, token, num, part.first, part.end, PutSums{gate, row_size, token, part.first});
       product(ups, token, num, part.first, part.end, PutSums{up, row_size, token, part.first});
@@ -247,14 +240,9 @@ void multiply_down(const Experts& at, const Groups& groups, const typename Step:
   parallel_for((D + columns - 1) / columns, num_threads, [&](int64_t item) {
     const int64_t first = item * columns, end = std::min(first + columns, D);
     float* y = scratch(groups.pair.size() * columns);
-    const auto weights = [&](const Groups::Group& group) {
-      return (const Weight*)at.down + group.expert * D * F;
-    };
-    const size_t num_groups = groups.groups.size();
-    for (size_t g = 0; g < num_groups; ++g) {
-      const Groups::Group& group = groups.groups[g];
-      const Weight* next = g + 1 < num_groups ? weights(groups.groups[g + 1]) + first * F : nullptr;
-      const Product<Step> down{inner + group.first * stride, stride, weights(group), F, F, next};
+    for (const Groups::Group& group : groups.groups) {
+      const Weight* weight = (const Weight*)at.down + group.expert * D * F;
+      const Product<Step> down{inner + group.first * stride, stride, weight, F, F};
       const PutSums put_sums{y + group.first * columns, columns, 0, first};
       for_passes<Step>(group.num, [&](int64_t token, int64_t num) {
         product(down, token, num, first, end, put_sums);

@@ -109,15 +109,13 @@ constexpr int tile_outputs(int num_tokens) {
   return kTileRows == 8 ? std::min(24 / num_tokens, 8) : std::clamp(12 / num_tokens, 1, 4);
 }
 
-// Rows of x, as steps read them, and rows of weights. `next` is what is read after these weights,
-// if it is not what follows them in memory.
+// Rows of x, as steps read them, and rows of weights.
 template <typename Step>
 struct Product {
   const typename Step::X* x;
   int64_t x_stride;
   const typename Step::Weight* weight;
   int64_t weight_stride, depth;
-  const typename Step::Weight* next = nullptr;
 };
 
 // x_stride of rows with this depth: whole steps, and some more where the rows of a tile would else
@@ -156,13 +154,11 @@ void product_tiles(const Product<Step>& at, int64_t token, int64_t first, int64_
                    const Finish& finish) {
   constexpr int OB = tile_outputs(TB);
   const typename Step::X* x = at.x + token * at.x_stride;
+  const int64_t prefetch = OB * at.weight_stride * (int64_t)sizeof(*at.weight);
   float sums[TB * OB];
   int64_t o = first;
   for (; o + OB <= end; o += OB) {
     const typename Step::Weight* weight = at.weight + o * at.weight_stride;
-    const bool is_last = at.next && o + 2 * OB > end;
-    const int64_t prefetch = is_last ? (const char*)at.next - (const char*)weight
-                                     : OB * at.weight_stride * (int64_t)sizeof(*weight);
     linear_tile<Step, TB, OB>(sums, x, at.x_stride, weight, at.weight_stride, at.depth, prefetch);
     finish(sums, token, TB, o, OB);
   }

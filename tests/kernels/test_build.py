@@ -51,6 +51,21 @@ def test_options_of_the_compiler_are_used_and_are_part_of_the_key(
     assert answer(source, folder, "g++ -DANSWER=42", may_compile=False) == 42
 
 
+def test_headers_beside_a_source_are_part_of_it_and_of_its_key(source: Path, folder: Path) -> None:
+    header = source.with_name("number.h")
+    source.write_text('#include "number.h"\nextern "C" int answer() { return NUMBER; }')
+    header.write_text("#define NUMBER 3\n")
+    assert answer(source, folder, None) == 3
+    header.write_text("#define NUMBER 4\n")
+    assert answer(source, folder, None) == 4
+    header.write_text("#define NUMBER 4\n#error wrong\n")
+    with pytest.raises(RuntimeError, match=r"number\.h:2:2: error: #error wrong"):
+        answer(source, folder, None)
+    header.write_text("#define NUMBER unknown\n")
+    with pytest.raises(RuntimeError, match=r"answer\.cpp:2"):
+        answer(source, folder, None)
+
+
 def test_a_compiler_may_run_through_another_program_or_have_spaces_in_its_path(
     source: Path, folder: Path, tmp_path: Path
 ) -> None:

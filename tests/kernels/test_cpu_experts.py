@@ -123,6 +123,17 @@ def test_nan_in_a_token_or_in_its_weights_stays_in_its_row(dtype: torch.dtype) -
     assert torch.equal(out_TD[others], expected[others])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_of_an_earlier_call_is_not_read_from_buffers(dtype: torch.dtype) -> None:
+    x_TD, *others = layer((4, 2, 256, 128), 64, dtype)
+    assert cpu_experts.experts(torch.full_like(x_TD, NAN), *others).isnan().all()
+    for sizes in SIZES:
+        args = layer(sizes, 5, dtype)
+        assert cpu_experts.experts(*args).isfinite().all()
+        assert cpu_experts.expert_linear(args[0], *args[2:4]).isfinite().all()
+        assert cpu_experts.experts(torch.full_like(x_TD, NAN), *others).isnan().all()
+
+
 @pytest.mark.parametrize("wrong", [-1, 4])
 def test_an_expert_that_is_not_there_is_refused(wrong: int) -> None:
     x_TD, weight_TK, expert_TK, gate_up_EGD, down_EDF = layer((4, 2, 16, 8), 3, torch.float32)
