@@ -142,8 +142,10 @@ class Host(TorchDispatchMode):
         with _disable_current_modes():
             results = function(*host_args, **host_kwargs)
             written: list[tuple[Tensor, int]] = []
-            if may_alias and (func._schema.is_mutable or results is host_args[0]):
-                out = args[0] if "out" not in kwargs else kwargs["out"]
+            if "out" in kwargs:  # a schema of torch_npu does not say that it returns these
+                out = kwargs["out"]
+            elif may_alias and (func._schema.is_mutable or results is host_args[0]):
+                out = args[0]
             else:
                 flat = results if isinstance(results, (tuple, list)) else (results,)
                 made = [

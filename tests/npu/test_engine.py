@@ -18,6 +18,7 @@ from tests.npu.host import Host, host_view
 MODES: dict[str, dict[str, Any]] = {
     "captured": {"npu_graph_mode": "aclgraph"},
     "captured-unfused": {"npu_graph_mode": "aclgraph", "fuse": False},
+    "npugraph_ex": {"npu_graph_mode": "npugraph_ex"},
     "eager": {"enforce_eager": True},
     "eager-unpadded": {"enforce_eager": True, "pad_batches": False},
 }
