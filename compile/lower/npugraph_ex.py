@@ -7,8 +7,10 @@ npugraph_ex replaces them in the captured attention ops.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -81,8 +83,10 @@ def lower(
     symbols = lengths_as_inputs(graph, fakes)
     options: dict[str, object] = {**FIXED, **settings.options}
     options |= {POOL: pool()} if symbols else {UNCAPTURED: True}
-    run = _compiled(graph, [*fakes, *symbols], options)
-    num = len(symbols)
+    module = ModuleType("nanovllm_captured_graph")
+    code = _generate(graph, [*fakes, *symbols], options)
+    exec(compile(code, "<captured graph>", "exec"), module.__dict__)
+    run, num = module.kernel, len(symbols)
     return (lambda *inputs: run(*inputs, *lengths(num))) if num else run
 
 
@@ -120,14 +124,19 @@ def _symbol(shape_env: Any, name: str, hint: int) -> SymInt:
     return shape_env.create_symintnode(symbol, hint=hint, source=source)
 
 
-def _compiled(
-    graph: GraphModule, examples: Sequence[Any], options: dict[str, object]
-) -> Callable[..., Sequence[Tensor]]:
+def _generate(graph: GraphModule, examples: Sequence[Any], options: dict[str, object]) -> str:
+    """Python source with a function `kernel` that captures and replays the graph."""
     npu: Any = torch  # importing torch_npu adds torch.npu
 
-    def convert(merged: GraphModule, inputs: list[Any]) -> Any:
-        return npu.npu.npugraph_ex.compile_fx(merged, inputs, options)
+    def convert(merged: GraphModule, inputs: list[Any]) -> str:
+        code = npu.npu.npugraph_ex.compile_fx(merged, inputs, options).get_code({})
+        if not isinstance(code, str):
+            raise RuntimeError("npugraph_ex generated no code for this graph under these options")
+        return code
 
-    # Decompositions and patches of npugraph_ex concern collectives and gradients. They are left
-    # out: torchair's cannot be registered after them, and an engine in another mode needs torchair.
-    return functional(graph, examples, {}, convert)
+    with warnings.catch_warnings():
+        # it says twice per graph that frozen weights must not move
+        warnings.filterwarnings("ignore", message="When enable frozen_parameter")
+        # Decompositions and patches of npugraph_ex concern collectives and gradients. They are left
+        # out: torchair's cannot be registered after them, and another engine may need torchair.
+        return functional(graph, examples, {}, convert)
