@@ -179,6 +179,7 @@ class NpuPlatform(Accelerator):
             "device": str(_torch.npu.get_device_name(self.device)),
             "cann": torchair.cann_version(),
             "torch_npu": importlib.import_module("torch_npu").__version__,
+            "graph mode": self.graph_mode,
             "graph options": str(sorted(self.ex_settings.options.items())),
         }
 

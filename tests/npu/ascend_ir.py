@@ -261,6 +261,7 @@ OPS: dict[str, Callable[..., Any]] = {
         _same(then, other),
         torch.where(condition, then, other),
     )[1],
+    "Sigmoid": lambda a, x: torch.sigmoid(x.float()).to(x.dtype),
     "Shape": lambda a, x: torch.tensor(x.shape, dtype=GE_DTYPES[a["dtype"]]),
     "SplitV": _split,
     "Squeeze": lambda a, x: x.squeeze(a["axis"]) if a["axis"] else x.squeeze(),
