@@ -84,7 +84,7 @@ def lower(
     options: dict[str, object] = {**FIXED, **settings.options}
     options |= {POOL: pool()} if symbols else {UNCAPTURED: True}
     module = ModuleType("nanovllm_captured_graph")
-    code = _generate(graph, [*fakes, *symbols], options)
+    code = generate(graph, [*fakes, *symbols], options)
     exec(compile(code, "<captured graph>", "exec"), module.__dict__)
     run, num = module.kernel, len(symbols)
     return (lambda *inputs: run(*inputs, *lengths(num))) if num else run
@@ -124,7 +124,7 @@ def _symbol(shape_env: Any, name: str, hint: int) -> SymInt:
     return shape_env.create_symintnode(symbol, hint=hint, source=source)
 
 
-def _generate(graph: GraphModule, examples: Sequence[Any], options: dict[str, object]) -> str:
+def generate(graph: GraphModule, examples: Sequence[Any], options: dict[str, object]) -> str:
     """Python source with a function `kernel` that captures and replays the graph."""
     npu: Any = torch  # importing torch_npu adds torch.npu
 

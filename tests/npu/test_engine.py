@@ -91,7 +91,7 @@ def test_other_modes_give_the_same_tokens(
     )
 
 
-@pytest.mark.parametrize("mode", ["ge", "captured", "eager"])
+@pytest.mark.parametrize("mode", ["ge", "captured", "npugraph_ex", "eager"])
 def test_steps_of_several_tokens_give_the_tokens_of_single_steps(
     mode: str, cpu_answers: Callable[..., Any]
 ) -> None:
@@ -121,11 +121,12 @@ def test_steps_of_several_tokens_give_the_tokens_of_single_steps(
     llm.close()
 
 
+@pytest.mark.parametrize("mode", ["captured", "npugraph_ex"])
 def test_a_captured_step_takes_its_lengths_from_the_host(
-    monkeypatch: pytest.MonkeyPatch, cpu_answers: Callable[..., Any]
+    mode: str, monkeypatch: pytest.MonkeyPatch, cpu_answers: Callable[..., Any]
 ) -> None:
     """Without lengths every row sees one token, and the answers differ: replays use the lengths."""
-    llm = LLM("tiny-qwen3", device="npu", **SIZES, npu_graph_mode="aclgraph")
+    llm = LLM("tiny-qwen3", device="npu", **SIZES, **MODES[mode])
     announced: list[list[int]] = []
     original = llm.engine.runner.platform.announce
 
