@@ -57,7 +57,7 @@ ALLOWED: dict[str, Rule] = {
     "kv_cache_dtype": _one_of("auto", "fp8"),
     "seed": ("a whole number of 64 bits", lambda value: -(2**63) <= value < 2**63),
     "tensor_parallel_size": ("1: no other size is supported", lambda value: value == 1),
-    "npu_graph_mode": _one_of("ascend_ir", "aclgraph", None),
+    "npu_graph_mode": _one_of("ascend_ir", "aclgraph", "npugraph_ex", None),
     "npu_graph_options": ("a dict of options by path", lambda value: True),
     "quantization": _one_of("int8", None),
     "hf_overrides": ("a dict of fields of config.json, with JSON values", _is_json_object),
@@ -108,10 +108,12 @@ class EngineConfig:
     enable_prefix_caching: requests that begin with the same tokens share cache blocks.
     seed: the seed from which requests without a seed draw theirs.
     tensor_parallel_size: 1.
-    npu_graph_mode: on an NPU, "ascend_ir" (the default: GE compiles whole steps) or "aclgraph"
-        (steps are captured).
-    npu_graph_options: on an NPU, values for fields of torchair's CompilerConfig, by path, such as
-        {"experimental_config.tiling_schedule_optimize": True}.
+    npu_graph_mode: on an NPU, "ascend_ir" (the default: GE compiles whole steps), "aclgraph" (the
+        engine captures decode steps) or "npugraph_ex" (torch_npu's compiler of that name rewrites
+        and captures them).
+    npu_graph_options: on an NPU, values for fields of the compiler's CompilerConfig: torchair's by
+        path, such as {"experimental_config.tiling_schedule_optimize": True}, or npugraph_ex's by
+        name, such as {"static_kernel_compile": True}.
     random_weights: draw weights from a seeded normal distribution. Only config.json is needed.
     quantization: "int8", on a CPU, stores the weights of linear layers as int8 with a factor per
         output. None: weights keep their dtype.
@@ -211,9 +213,10 @@ class EngineConfig:
             raise ValueError(
                 "compile_cache_mode='require' needs enforce_eager=False: eager mode has no programs"
             )
-        if self.npu_graph_mode == "aclgraph" and (self.run_ahead or not self.capture):
+        captures = self.npu_graph_mode in ("aclgraph", "npugraph_ex")
+        if captures and (self.run_ahead or not self.capture):
             raise ValueError(
-                f"npu_graph_mode='aclgraph' does not go with run_ahead={self.run_ahead}, "
-                f"capture={self.capture}: it captures steps, and each waits for the tokens of the "
-                "step before"
+                f"npu_graph_mode={self.npu_graph_mode!r} does not go with run_ahead="
+                f"{self.run_ahead}, capture={self.capture}: it captures steps, and each waits for "
+                "the tokens of the step before"
             )

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from nanovllm.compile.lower.aot import functional
+
 KIND = "torchair"
 GE_CACHE = "ge.graph_compiler_cache_dir"  # GE's option: the folder for a compiled graph
 UNKNOWN_FOLDER = "<folder>"  # a placeholder: the folder's name depends on the generated code
@@ -108,43 +110,21 @@ def generate(graph: GraphModule, fakes: Sequence[Tensor], settings: Settings) ->
 
     Placeholders with `node.meta["frozen"]` are weights, whose memory never moves.
     """
-    from torch._functorch.aot_autograd import aot_module_simplified
-    from torch._functorch.compile_utils import fx_graph_cse
     from torchair import get_compiler
     from torchair._utils import add_npu_patch, get_npu_default_decompositions
 
     config = compiler_config(settings)
     decompositions = {**get_npu_default_decompositions(), **DECOMPOSITIONS}
     add_npu_patch(decompositions, config)
-    placeholders = graph.graph.find_nodes(op="placeholder")
-    frozen = [node.meta.get("frozen", False) for node in placeholders]
-    generated: list[str] = []
+    extra = {GE_CACHE: UNKNOWN_FOLDER} if settings.ge_cache is not None else {}
 
-    def convert(gm: GraphModule, example_inputs: Sequence[Any]) -> Any:
-        for tensor, is_frozen in zip(example_inputs, frozen):
-            if is_frozen:
-                tensor._torchair_is_parameter = True
-        # merge indices and rotary rows, which every layer computes again
-        merged = GraphModule(gm, fx_graph_cse(gm.graph))
-        extra = {GE_CACHE: UNKNOWN_FOLDER} if settings.ge_cache is not None else {}
-        code = get_compiler(config)(merged, list(example_inputs)).get_code(extra)
+    def convert(merged: GraphModule, inputs: list[Any]) -> str:
+        code = get_compiler(config)(merged, inputs).get_code(extra)
         if not isinstance(code, str):
             raise RuntimeError("torchair generated no code for this graph under these options")
-        generated.append(code)
-        return gm
+        return code
 
-    with torch.no_grad():
-        aot_module_simplified(
-            graph,
-            list(fakes),
-            fw_compiler=convert,
-            bw_compiler=None,
-            inference_compiler=convert,
-            decompositions=decompositions,
-            keep_inference_input_mutations=True,
-        )
-    (code,) = generated
-    return code
+    return functional(graph, fakes, decompositions, convert)
 
 
 def cann_version() -> str:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels import ops
+from nanovllm.kernels.npu.experts import expert_linear, experts, route
 
 # fused_infer_attention_score reads a causal mask of this size for any lengths (its sparse mode 3).
 # It takes block sizes of the paged cache that are multiples of 128 if a row has several query
@@ -282,6 +283,9 @@ EAGER: dict[str, Callable[..., Any]] = {
     "rope": rope,
     "store_kv": store_kv,
     "linear": linear,
+    "route": route,
+    "experts": experts,
+    "expert_linear": expert_linear,
     "paged_attention": paged_attention_eager,
 }
 # our op → the function in a graph for GE
@@ -289,4 +293,6 @@ IN_GRAPH: dict[str, Callable[..., Any]] = {**EAGER, "paged_attention": paged_att
 # our op → the function in a graph whose decode steps are captured
 IN_CAPTURE: dict[str, Callable[..., Any]] = {**EAGER, "paged_attention": paged_attention_captured}
 # ops that use Ascend's kernels even if nothing is fused
-NEVER_PLAIN = frozenset({"paged_attention", "store_kv", "linear"})
+NEVER_PLAIN = frozenset({
+    "paged_attention", "store_kv", "linear", "route", "experts", "expert_linear",
+})  # fmt: skip

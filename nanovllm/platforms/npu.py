@@ -1,5 +1,5 @@
 """Ascend NPU through torch_npu. A whole step is one graph, which GE compiles from Ascend IR (by
-torchair), or which is captured.
+torchair), or which is captured, by the engine or by npugraph_ex.
 """
 
 from __future__ import annotations
@@ -8,7 +8,10 @@ import ctypes
 import importlib
 import importlib.util
 import math
-from collections.abc import Callable, Mapping, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +19,7 @@ from typing import Any
 
 import torch
 
-from nanovllm.compile.lower import eager, torchair
+from nanovllm.compile.lower import eager, npugraph_ex, torchair
 from nanovllm.compile.passes.fuse_add_norm import fuse_add_norm
 from nanovllm.compile.passes.merge_equal import merge_equal
 from nanovllm.compile.passes.replace_ops import replace_ops
@@ -34,6 +37,8 @@ CANN_LIBRARIES = (
     "libacl_tdt_channel.so", "libfmk_parser.so", "libascend_protobuf.so",
 )  # fmt: skip
 
+# Modes in which the attention of a decode step takes lengths from the host.
+CAPTURED_MODES = ("aclgraph", "npugraph_ex")
 # torchair's own limit. Every captured graph holds some of about 2000 streams; the limit of a
 # real device has not been measured.
 MAX_CAPTURED_SIZES = 64
@@ -82,9 +87,10 @@ def load_torch_npu() -> None:
             "(docs/npu.md)"
         )
     try:
-        importlib.import_module("torch_npu")
-        importlib.import_module("torch_npu.dynamo.torchair")  # makes `import torchair` work
-        importlib.import_module("torchair")
+        with _keeping_signal_handlers():
+            importlib.import_module("torch_npu")
+            importlib.import_module("torch_npu.dynamo.torchair")  # makes `import torchair` work
+            importlib.import_module("torchair")
     except (ImportError, OSError, RuntimeError) as error:
         missing = missing_libraries()
         if not missing:
@@ -94,6 +100,25 @@ def load_torch_npu() -> None:
             "toolkit and the kernels for this chip, and run "
             "`source /usr/local/Ascend/ascend-toolkit/set_env.sh` before Python (docs/npu.md)"
         ) from error
+
+
+@contextmanager
+def _keeping_signal_handlers() -> Iterator[None]:
+    """Keeps the handlers of Ctrl-C and termination that Python or the program has set.
+
+    torchair and npugraph_ex replace them when they are imported: Ctrl-C would then end the process
+    instead of raising KeyboardInterrupt.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # nothing can replace them here
+        return
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            if callable(handler):
+                signal.signal(number, handler)
 
 
 def missing_libraries() -> list[str]:
@@ -119,14 +144,20 @@ class NpuPlatform(Accelerator):
     ) -> None:
         """Call `load_torch_npu` first. Raises ValueError for options the mode does not take."""
         check_buckets(graph_mode, graph_batch_sizes or ())
-        self.captures = graph_mode == "aclgraph"
-        if self.captures and graph_options:
+        options = dict(graph_options or {})
+        if graph_mode == "aclgraph" and options:
             raise ValueError(
-                f"npu_graph_options is {dict(graph_options)!r}: these are options of "
-                "npu_graph_mode='ascend_ir', and the mode is 'aclgraph'"
+                f"npu_graph_options is {options!r}: these are options of npu_graph_mode="
+                "'ascend_ir' and 'npugraph_ex', and the mode is 'aclgraph'"
             )
-        self.settings = torchair.Settings(dict(graph_options or {}))
-        torchair.compiler_config(self.settings)
+        self.graph_mode, self.captures = graph_mode, graph_mode in CAPTURED_MODES
+        self.settings = torchair.Settings({} if self.captures else options)
+        self.ex_settings = npugraph_ex.Settings(options)
+        if graph_mode == "ascend_ir":
+            torchair.compiler_config(self.settings)
+        elif graph_mode == "npugraph_ex":
+            with _keeping_signal_handlers():
+                npugraph_ex.check(self.ex_settings)
         # A captured step's lengths are replaced in place, so the step before must have ended.
         run_ahead = 0 if self.captures else 1
         traits = replace(TRAITS, run_ahead=run_ahead, wants_lengths=self.captures)
@@ -148,11 +179,22 @@ class NpuPlatform(Accelerator):
             "device": str(_torch.npu.get_device_name(self.device)),
             "cann": torchair.cann_version(),
             "torch_npu": importlib.import_module("torch_npu").__version__,
-            "graph options": str(sorted(self.settings.options.items())),
+            "graph mode": self.graph_mode,
+            "graph options": str(sorted(self.ex_settings.options.items())),
         }
 
     def lowering(self) -> tuple[Lowering | None, str]:
-        return eager.lower if self.captures else partial(torchair.lower, settings=self.settings), ""
+        if self.graph_mode == "aclgraph":
+            return eager.lower, ""
+        if self.graph_mode == "ascend_ir":
+            return partial(torchair.lower, settings=self.settings), ""
+        lower = partial(
+            npugraph_ex.lower,
+            settings=self.ex_settings,
+            pool=self._graph_pool,
+            lengths=self._announced,
+        )
+        return lower, ""
 
     def passes(self, fuse: bool) -> tuple[tuple[str, Pass], ...]:
         table = npu_kernels.IN_CAPTURE if self.captures else npu_kernels.IN_GRAPH
@@ -160,23 +202,32 @@ class NpuPlatform(Accelerator):
         if not fuse:
             table = {name: table[name] for name in table if name in npu_kernels.NEVER_PLAIN}
         passes.append(("replace_ops", partial(replace_ops, table=table)))
-        if self.captures:
-            # for GE, compile/lower/torchair.py merges later: a functional graph has more equal ops
+        if self.graph_mode == "aclgraph":
+            # compile/lower/aot.py merges later: a functional graph has more equal ops
             passes.append(("merge_equal", merge_equal))
         return tuple(passes)
 
     def announce(self, seq_lens: list[int]) -> None:
         self._seq_lens = seq_lens
 
-    def capture(self, step: Callable[[], None]) -> Replay:
-        if not self.captures:
-            return step
-        _torch.npu.synchronize(self.device)
+    def _announced(self, num_rows: int) -> list[int]:
+        """The lengths for a step of npugraph_ex; without `announce` all rows are padding."""
+        seq_lens, self._seq_lens = self._seq_lens or [1] * num_rows, []
+        assert len(seq_lens) == num_rows, (seq_lens, num_rows)
+        return seq_lens
+
+    def _graph_pool(self) -> Any:
         if self._pool is None:
             self._pool = _torch.npu.graph_pool_handle()
+        return self._pool
+
+    def capture(self, step: Callable[[], None]) -> Replay:
+        if self.graph_mode != "aclgraph":  # programs of npugraph_ex capture themselves
+            return step
+        _torch.npu.synchronize(self.device)
         graph = _torch.npu.NPUGraph()
         options = {"auto_dispatch_capture": True, "capture_error_mode": "thread_local"}
-        with _torch.npu.graph(graph, pool=self._pool, **options):
+        with _torch.npu.graph(graph, pool=self._graph_pool(), **options):
             step()
 
         def replay() -> None:
@@ -197,8 +248,8 @@ def check_buckets(graph_mode: str, sizes: Sequence[int]) -> None:
             f"graph_batch_sizes holds {max(sizes)}: attention on an NPU takes at most {MAX_ROWS} "
             "rows in one step"
         )
-    if graph_mode == "aclgraph" and len(set(sizes)) > MAX_CAPTURED_SIZES:
+    if graph_mode in CAPTURED_MODES and len(set(sizes)) > MAX_CAPTURED_SIZES:
         raise ValueError(
-            f"graph_batch_sizes holds {len(set(sizes))} sizes: npu_graph_mode='aclgraph' captures "
-            f"at most {MAX_CAPTURED_SIZES} graphs"
+            f"graph_batch_sizes holds {len(set(sizes))} sizes: npu_graph_mode={graph_mode!r} "
+            f"captures at most {MAX_CAPTURED_SIZES} graphs"
         )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.npu import semantics
+from tests.npu import expert_semantics, semantics
 
 # Numbers of DataType in ge_ir.proto (tensors) and of ge::DataType (attributes), as CANN publishes.
 PROTO_DTYPES = {
@@ -22,7 +22,8 @@ PROTO_DTYPES = {
 }  # fmt: skip
 GE_DTYPES = {
     0: torch.float32, 1: torch.float16, 2: torch.int8, 3: torch.int32, 4: torch.uint8,
-    6: torch.int16, 9: torch.int64, 11: torch.float64, 12: torch.bool, 27: torch.bfloat16,
+    6: torch.int16, 9: torch.int64, 10: torch.uint64, 11: torch.float64, 12: torch.bool,
+    27: torch.bfloat16,
 }  # fmt: skip
 
 
@@ -150,6 +151,30 @@ def _attention(a: Attributes, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
     return out, torch.empty(0)
 
 
+def _grouped_matmul(a: Attributes, *inputs: Tensor | None) -> Tensor:
+    x, weight, *unused, group_list, per_token_scale = inputs
+    assert x is not None and weight is not None and group_list is not None
+    assert per_token_scale is None and not any(
+        tensor.numel() for tensor in unused if tensor is not None
+    ), "only products without bias and quantisation"
+    assert not (a["transpose_weight"] or a["transpose_x"] or a["act_type"]) and a["dtype"] == -1
+    settings = {name: a[name] for name in ("split_item", "group_type", "group_list_type")}
+    (y,) = expert_semantics.grouped_matmul([x], [weight], group_list=group_list, **settings)
+    return y
+
+
+def _finalize_routing(a: Attributes, *inputs: Tensor | None) -> Tensor:
+    rows, index, skip1, skip2, bias, scales, expert = inputs
+    assert rows is not None and index is not None
+    return expert_semantics.moe_finalize_routing(
+        rows, skip1, skip2, bias, scales, index, expert, a["drop_pad_mode"], a["k"]
+    )
+
+
+INIT_ROUTING_SETTINGS = (
+    "active_num", "expert_capacity", "expert_num", "drop_pad_mode", "expert_tokens_num_type",
+    "expert_tokens_num_flag", "quant_mode", "active_expert_range", "row_idx_type",
+)  # fmt: skip
 ATTENTION_SETTINGS = (
     "num_heads",
     "num_key_value_heads",
@@ -193,11 +218,26 @@ OPS: dict[str, Callable[..., Any]] = {
     "GatherV2": _gather,
     "Greater": _binary(torch.gt),
     "GreaterEqual": _binary(torch.ge),
+    "GroupedMatmul": _grouped_matmul,
     "Less": _binary(torch.lt),
     "Log": _log,
+    "LogicalNot": lambda a, x: torch.logical_not(x),
     "LogicalOr": _binary(torch.logical_or),
     "MatMul": _matmul,
     "MatMulV2": _matmul_v2,
+    "MoeFinalizeRoutingV2": _finalize_routing,
+    "MoeGatingTopKSoftmax": lambda a, x, finished: expert_semantics.moe_gating_top_k_softmax(
+        x, finished, a["k"]
+    ),
+    "MoeInitRoutingV3": lambda a, x, expert_idx, scale, offset: (
+        expert_semantics.moe_init_routing_v2(
+            x,
+            expert_idx,
+            scale=scale,
+            offset=offset,
+            **{name: a[name] for name in INIT_ROUTING_SETTINGS},
+        )
+    ),
     "Mul": _binary(torch.mul),
     "Neg": lambda a, x: -x,
     "NotEqual": _binary(torch.ne),
@@ -206,6 +246,7 @@ OPS: dict[str, Callable[..., Any]] = {
         start.item(), limit.item(), delta.item(), dtype=limit.dtype
     ),
     "RealDiv": _binary(torch.true_divide),
+    "ReduceAny": lambda a, x, axes: x.any(int(axes), keepdim=a["keep_dims"]),
     "ReduceSum": lambda a, x, axes: x.sum(
         axes.reshape(-1).tolist(), keepdim=a["keep_dims"], dtype=x.dtype
     ),
@@ -220,6 +261,7 @@ OPS: dict[str, Callable[..., Any]] = {
         _same(then, other),
         torch.where(condition, then, other),
     )[1],
+    "Sigmoid": lambda a, x: torch.sigmoid(x.float()).to(x.dtype),
     "Shape": lambda a, x: torch.tensor(x.shape, dtype=GE_DTYPES[a["dtype"]]),
     "SplitV": _split,
     "Squeeze": lambda a, x: x.squeeze(a["axis"]) if a["axis"] else x.squeeze(),

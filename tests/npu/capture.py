@@ -1,12 +1,16 @@
 """Captured graphs without a device: records the ops between capture begin and end for replays.
 
-torch_npu's own `NPUGraph` and its replacement of lengths before a replay run unmodified; this file
-implements only the runtime functions that they call. On a device, ops do not run while they are
-captured. Here they do, which changes only padding.
+torch_npu's own `NPUGraph`, npugraph_ex, and the replacement of lengths of both run unmodified; this
+file implements only the runtime functions that they call. On a device, ops do not run while they
+are captured. Here they do, which changes only padding.
+
+A captured attention op waits for an event, which is recorded when its lengths have been replaced:
+before the replay, or while it waits. A replay that waits for ever reaches no later op.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +25,48 @@ class Group:
     index: int
 
 
+@dataclass
+class Runtime:
+    """The streams' state: events that are recorded, and the replay that waits for one."""
+
+    recorded: set[int]
+    replay: Iterator[None] | None = None
+
+    def start(self, tape: list[list[Step]]) -> None:
+        assert self.replay is None, "the replay before waits for lengths"
+        self.replay = self._run(tape)
+        self.proceed()
+
+    def proceed(self) -> None:
+        if self.replay is not None and next(self.replay, "done") == "done":
+            self.replay = None
+
+    def _run(self, tape: list[list[Step]]) -> Iterator[None]:
+        for group in list(range(len(tape))):  # groups are replaced during the run
+            for step in tape[group]:
+                if isinstance(step, Wait):
+                    while id(step.event) not in self.recorded:
+                        yield
+                else:
+                    step()
+
+
+@dataclass
+class Wait:
+    """The step of a tape that waits for an event."""
+
+    event: Any
+
+    def __call__(self) -> None:
+        raise AssertionError("the runtime handles it")
+
+
 def install(host: Host, monkeypatch: Any) -> None:
-    from torch_npu.npu import graphs
+    from torch_npu import npu
+    from torch_npu.npu import graphs, streams
 
     original_begin, original_end = graphs.NPUGraph.capture_begin, graphs.NPUGraph.capture_end
+    runtime = Runtime(set())
 
     def capture_begin(graph: Any, *args: Any, **kwargs: Any) -> None:
         original_begin(graph, *args, **kwargs)
@@ -35,9 +77,7 @@ def install(host: Host, monkeypatch: Any) -> None:
         original_end(graph)
 
     def replay(graph: Any) -> None:
-        for group in graph._tape:
-            for step in group:
-                step()
+        runtime.start(graph._tape)
 
     def group_begin(stream: Any) -> None:
         assert host.recording is not None, "a task group outside a capture"
@@ -56,13 +96,33 @@ def install(host: Host, monkeypatch: Any) -> None:
     def update_end(stream: Any) -> None:
         host.recording = host.replacing = None
 
-    for name, function in (
-        ("capture_begin", capture_begin),
-        ("capture_end", capture_end),
-        ("replay", replay),
+    def event_wait(event: Any, stream: Any = None) -> None:
+        assert host.recording is not None, "an external event outside a capture"
+        host.recording[-1].append(Wait(event))
+
+    def event_reset(event: Any, stream: Any = None) -> None:
+        assert host.recording is not None, "an external event outside a capture"
+        host.recording[-1].append(lambda: runtime.recorded.discard(id(event)))
+
+    def event_record(event: Any, stream: Any = None) -> None:
+        runtime.recorded.add(id(event))
+        runtime.proceed()
+
+    for owner, functions in (
+        (
+            graphs.NPUGraph,
+            {"capture_begin": capture_begin, "capture_end": capture_end, "replay": replay},
+        ),
+        (streams.ExternalEvent, {"wait": event_wait, "reset": event_reset, "record": event_record}),
     ):
-        monkeypatch.setattr(graphs.NPUGraph, name, function)
-    monkeypatch.setattr(graphs, "graph_task_group_begin", group_begin)
-    monkeypatch.setattr(graphs, "graph_task_group_end", group_end)
-    monkeypatch.setattr(graphs, "graph_task_update_begin", update_begin)
-    monkeypatch.setattr(graphs, "graph_task_update_end", update_end)
+        for name, function in functions.items():
+            monkeypatch.setattr(owner, name, function)
+    task_functions = {
+        "graph_task_group_begin": group_begin,
+        "graph_task_group_end": group_end,
+        "graph_task_update_begin": update_begin,
+        "graph_task_update_end": update_end,
+    }
+    for name, function in task_functions.items():
+        monkeypatch.setattr(graphs, name, function)
+        monkeypatch.setattr(npu, name, function)

@@ -13,12 +13,13 @@ import torch
 if "NANOVLLM_CANN_STUB" in os.environ:
     from nanovllm import LLM, SamplingParams
     from nanovllm.kernels.cpu import kernels as cpu_kernels
-    from nanovllm.platforms.npu import load_torch_npu
+    from nanovllm.platforms.npu import NpuPlatform, load_torch_npu
     from nanovllm.schedule.plan import LogitEdits
     from nanovllm.schedule.request import Request
     from tests.npu import capture
     from tests.npu.ge import Ge
     from tests.npu.host import Host
+    from tests.npu.op_runs import eagerly, in_graph
 else:
     collect_ignore_glob = ["*"]
 
@@ -82,6 +83,13 @@ def answers(llm: LLM, edits: LogitEdits | None = None, **params: Any) -> list[li
         patch.setattr(scheduler, "add", add_edited)
         outputs = llm.chat(conversations, settings, use_tqdm=False)
     return [output["token_ids"] for output in outputs]
+
+
+@pytest.fixture(params=["graph", "eager"])
+def run(request: pytest.FixtureRequest, ge: Ge, host: Host) -> Callable[..., Any]:
+    """Runs a function of npu tensors as a graph of GE or op by op."""
+    NpuPlatform().prepare()
+    return in_graph if request.param == "graph" else eagerly
 
 
 @pytest.fixture(scope="session")

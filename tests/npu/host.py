@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_any, tree_map
 
 from nanovllm.kernels import ops
-from tests.npu import semantics
+from tests.npu import expert_semantics, semantics
 
 Step = Callable[[], None]
 
@@ -58,6 +58,10 @@ NPU_OPS: dict[str, Callable[..., Any]] = {
     "npu::npu_swiglu": semantics.swiglu,
     "npu::npu_scatter_nd_update_": semantics.scatter_nd_update,
     "npu::npu_fused_infer_attention_score": _attention,
+    "npu::npu_moe_gating_top_k_softmax": expert_semantics.moe_gating_top_k_softmax,
+    "npu::npu_moe_init_routing_v2": expert_semantics.moe_init_routing_v2,
+    "npu::npu_grouped_matmul": expert_semantics.grouped_matmul,
+    "npu::npu_moe_finalize_routing": expert_semantics.moe_finalize_routing,
 }
 # the schema says view, but these return a view only if there is nothing to do
 COPIES_OR_VIEWS = ("aten::to", "aten::contiguous")
@@ -142,8 +146,10 @@ class Host(TorchDispatchMode):
         with _disable_current_modes():
             results = function(*host_args, **host_kwargs)
             written: list[tuple[Tensor, int]] = []
-            if may_alias and (func._schema.is_mutable or results is host_args[0]):
-                out = args[0] if "out" not in kwargs else kwargs["out"]
+            if "out" in kwargs:  # a schema of torch_npu does not say that it returns these
+                out = kwargs["out"]
+            elif may_alias and (func._schema.is_mutable or results is host_args[0]):
+                out = args[0]
             else:
                 flat = results if isinstance(results, (tuple, list)) else (results,)
                 made = [

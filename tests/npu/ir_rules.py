@@ -12,7 +12,8 @@ NAMES = {
     "DT_FLOAT": torch.float32, "DT_FLOAT32": torch.float32, "DT_FLOAT16": torch.float16,
     "DT_BF16": torch.bfloat16, "DT_BFLOAT16": torch.bfloat16, "DT_DOUBLE": torch.float64,
     "DT_INT8": torch.int8, "DT_INT16": torch.int16, "DT_INT32": torch.int32,
-    "DT_INT64": torch.int64, "DT_UINT8": torch.uint8, "DT_BOOL": torch.bool,
+    "DT_INT64": torch.int64, "DT_UINT8": torch.uint8, "DT_UINT64": torch.uint64,
+    "DT_BOOL": torch.bool,
 }  # fmt: skip
 INTEGERS = {torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8}
 # groups of types in declarations; other groups (BasicType, NumberType) contain all dtypes used here

@@ -44,8 +44,12 @@ from nanovllm.platforms.npu import CANN_LIBRARIES
             "npu_graph_mode='aclgraph' captures at most 64 graphs",
         ),
         (
+            {"graph_batch_sizes": range(1, 67), "npu_graph_mode": "npugraph_ex"},
+            "npu_graph_mode='npugraph_ex' captures at most 64 graphs",
+        ),
+        (
             {"npu_graph_mode": "cuda"},
-            "npu_graph_mode is 'cuda': it must be one of ascend_ir, aclgraph",
+            "npu_graph_mode is 'cuda': it must be one of ascend_ir, aclgraph, npugraph_ex",
         ),
         (
             {"device": "cpu", "npu_graph_mode": "aclgraph"},
@@ -59,6 +63,10 @@ from nanovllm.platforms.npu import CANN_LIBRARIES
             {"npu_graph_mode": "aclgraph", "capture": False},
             "does not go with run_ahead=None, capture=False",
         ),
+        (
+            {"npu_graph_mode": "npugraph_ex", "run_ahead": 1},
+            "npu_graph_mode='npugraph_ex' does not go with run_ahead=1",
+        ),
         ({"npu_graph_options": "fast"}, "npu_graph_options is 'fast': it must be a dict"),
         (
             {"npu_graph_options": {"ge_config.speed": 1}},
@@ -71,7 +79,20 @@ from nanovllm.platforms.npu import CANN_LIBRARIES
         ),
         (
             {"npu_graph_options": {"ge_config.oo_level": "O1"}, "npu_graph_mode": "aclgraph"},
-            "these are options of npu_graph_mode='ascend_ir', and the mode is 'aclgraph'",
+            "these are options of npu_graph_mode='ascend_ir' and 'npugraph_ex', and the mode is "
+            "'aclgraph'",
+        ),
+        (
+            {"npu_graph_options": {"ge_config.oo_level": "O1"}, "npu_graph_mode": "npugraph_ex"},
+            "npu_graph_options names 'ge_config.oo_level', which npugraph_ex's CompilerConfig",
+        ),
+        (
+            {"npu_graph_options": {"clone_input": True}, "npu_graph_mode": "npugraph_ex"},
+            "npu_graph_options names 'clone_input', which the engine sets",
+        ),
+        (
+            {"npu_graph_options": {"static_kernel_compile": 3}, "npu_graph_mode": "npugraph_ex"},
+            r"npu_graph_options\['static_kernel_compile'\] is 3",
         ),
     ],
     ids=str,

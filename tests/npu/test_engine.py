@@ -18,6 +18,7 @@ from tests.npu.host import Host, host_view
 MODES: dict[str, dict[str, Any]] = {
     "captured": {"npu_graph_mode": "aclgraph"},
     "captured-unfused": {"npu_graph_mode": "aclgraph", "fuse": False},
+    "npugraph_ex": {"npu_graph_mode": "npugraph_ex"},
     "eager": {"enforce_eager": True},
     "eager-unpadded": {"enforce_eager": True, "pad_batches": False},
 }
@@ -90,7 +91,7 @@ def test_other_modes_give_the_same_tokens(
     )
 
 
-@pytest.mark.parametrize("mode", ["ge", "captured", "eager"])
+@pytest.mark.parametrize("mode", ["ge", "captured", "npugraph_ex", "eager"])
 def test_steps_of_several_tokens_give_the_tokens_of_single_steps(
     mode: str, cpu_answers: Callable[..., Any]
 ) -> None:
@@ -120,11 +121,12 @@ def test_steps_of_several_tokens_give_the_tokens_of_single_steps(
     llm.close()
 
 
+@pytest.mark.parametrize("mode", ["captured", "npugraph_ex"])
 def test_a_captured_step_takes_its_lengths_from_the_host(
-    monkeypatch: pytest.MonkeyPatch, cpu_answers: Callable[..., Any]
+    mode: str, monkeypatch: pytest.MonkeyPatch, cpu_answers: Callable[..., Any]
 ) -> None:
     """Without lengths every row sees one token, and the answers differ: replays use the lengths."""
-    llm = LLM("tiny-qwen3", device="npu", **SIZES, npu_graph_mode="aclgraph")
+    llm = LLM("tiny-qwen3", device="npu", **SIZES, **MODES[mode])
     announced: list[list[int]] = []
     original = llm.engine.runner.platform.announce
 

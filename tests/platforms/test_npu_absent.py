@@ -42,7 +42,7 @@ def test_options_of_an_npu_are_refused_elsewhere(options: dict[str, Any]) -> Non
     [
         (
             {"npu_graph_mode": "torchair"},
-            "npu_graph_mode is 'torchair': it must be one of ascend_ir, aclgraph",
+            "npu_graph_mode is 'torchair': it must be one of ascend_ir, aclgraph, npugraph_ex",
         ),
         ({"npu_graph_options": ["O1"]}, r"npu_graph_options is \['O1'\]: it must be a dict"),
         (
