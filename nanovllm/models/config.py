@@ -13,6 +13,21 @@ SIZES = (
 )  # fmt: skip
 
 
+# Fields of configs whose router is another one, and the values with which it is the softmax of all
+# scores. No region computes anything else.
+ROUTER_FIELDS: dict[str, tuple[object, ...]] = {
+    **dict.fromkeys(("scoring_func", "score_func", "score_function"), ("softmax",)),
+    "moe_router_activation_func": ("softmax",),
+    "topk_method": ("greedy",),
+    **dict.fromkeys(("n_group", "n_groups", "topk_group", "num_expert_group"), (1, 0)),
+    **dict.fromkeys(("routed_scaling_factor", "route_scale", "router_scaling_factor"), (1,)),
+    **dict.fromkeys(("use_expert_bias", "use_routing_bias", "router_bias"), (False,)),
+    "moe_router_enable_expert_bias": (False,),
+    "moe_router_logit_softcapping": (0,),
+    "moe_apply_router_weight_on_input": (False,),
+}
+
+
 @dataclass(frozen=True)
 class MoeConfig:
     """The experts of a sparse layer.
@@ -31,9 +46,14 @@ class MoeConfig:
     shared_size: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("num_experts", "top_k", "expert_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        sizes = {
+            "num_experts": self.num_experts,
+            "num_experts_per_tok": self.top_k,
+            "the experts' intermediate size": self.expert_size,
+        }
+        for name, value in sizes.items():
+            if value < 1:
+                raise ValueError(f"{name} is {value}: it must be at least 1")
         if self.shared_size < 0:
             raise ValueError(f"shared_size is {self.shared_size}: it must be at least 0")
         if self.top_k > self.num_experts:
@@ -120,6 +140,8 @@ def dense_config(
     from nanovllm.models.rope import rotary_frequencies, sequence_length
 
     _refuse(hf, architecture)
+    if differences.get("moe") is not None:
+        _refuse_routers(hf, architecture)
     head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
     max_position = sequence_length(hf, max_model_len)
     inv_freq, rope_scale = rotary_frequencies(hf, head_dim, max_position)
@@ -160,6 +182,17 @@ def _refuse(hf: Any, architecture: str) -> None:
         )
     if not getattr(hf, "is_causal", True):
         raise ValueError(f"is_causal {hf.is_causal} is not supported: only causal attention is")
+
+
+def _refuse_routers(hf: Any, architecture: str) -> None:
+    """Raise ValueError for a router that is not the softmax of all scores."""
+    for name, allowed in ROUTER_FIELDS.items():
+        value = getattr(hf, name, None)
+        if value is not None and value not in allowed:
+            raise ValueError(
+                f"{name} {value!r} is not supported by {architecture}: only {allowed[0]!r} is, "
+                "since experts are chosen by the softmax of all their scores"
+            )
 
 
 def require_type(hf: Any, architecture: str, *model_types: str) -> None:

@@ -21,6 +21,9 @@ from nanovllm.runner.runner import Runner
 from nanovllm.runner.state import Span
 from nanovllm.startup import load as startup
 
+# Smaller weights than elsewhere; with those, transformers' bf16 logits differ by 0.3 from fp32.
+BF16 = {"dtype": "bfloat16", "initializer_range": 0.1}
+
 
 class Known(NamedTuple):
     """Known tokens: the first `num_prompt` are a prompt, the others are inputs of decode steps."""
@@ -73,14 +76,16 @@ def transformers_logits(
     folder: Path, known: Sequence[Known], device: str, dtype: torch.dtype = torch.float32
 ) -> list[Tensor]:
     """The same logits from transformers: one forward pass over each whole sequence."""
+    model = transformers_model(folder, device, dtype)
+    return [model(torch.tensor([ids], device=device)).logits[0].float().cpu() for ids, _ in known]
+
+
+def transformers_model(folder: Path, device: str, dtype: torch.dtype = torch.float32) -> Any:
+    """transformers' model in plain torch."""
     from transformers import AutoModelForCausalLM
 
-    model = (
-        AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
-        .to(device)
-        .eval()
-    )
-    return [model(torch.tensor([ids], device=device)).logits[0].float().cpu() for ids, _ in known]
+    plain = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **plain).to(device).eval()
 
 
 def max_difference(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
@@ -88,6 +93,24 @@ def max_difference(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
     return max(
         (a - b).abs().nan_to_num(torch.inf).max().item() for a, b in zip(left, right, strict=True)
     )
+
+
+def check_bf16(folder: Path, device: str, known: list[Known], **options: Any) -> None:
+    """`assert_bf16` for an engine's logits."""
+    runner = load(folder, device, dtype="bfloat16", **options)
+    assert runner.params.embed_VD.dtype == torch.bfloat16
+    ours = torch.cat(engine_logits(runner, known))
+    theirs = torch.cat(transformers_logits(folder, known, device, torch.bfloat16))
+    assert_bf16(ours, theirs, torch.cat(transformers_logits(folder, known, device)))
+
+
+def assert_bf16(ours: Tensor, theirs: Tensor, exact: Tensor) -> None:
+    """Logits [T, V] in bf16: close to transformers', and as close as these to the fp32 logits."""
+    greedy = ours.argmax(-1, keepdim=True)
+    assert (theirs.topk(2).indices == greedy).any(-1).all()
+    difference = ours.log_softmax(-1).gather(-1, greedy) - theirs.log_softmax(-1).gather(-1, greedy)
+    assert difference.abs().max() <= 0.1
+    assert (ours - exact).abs().mean() <= 1.2 * (theirs - exact).abs().mean()
 
 
 def _poison(runner: Runner) -> None:

@@ -20,9 +20,12 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     PretrainedConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from nanovllm.models import rope
@@ -37,8 +40,23 @@ FAMILIES: dict[str, type[PretrainedConfig]] = {
     "mistral": MistralConfig,
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
+    "mixtral": MixtralConfig,
+    "qwen2_moe": Qwen2MoeConfig,
+    "qwen3_moe": Qwen3MoeConfig,
 }
 QWEN = ("qwen2", "qwen3")
+QWEN_MOE = ("qwen2_moe", "qwen3_moe")
+MOE = ("mixtral", *QWEN_MOE)
+NOT_MIXTRAL = tuple(family for family in FAMILIES if family != "mixtral")
+# The fields of a family's checkpoint. The second layer of the last two is dense.
+SMALL = {"vocab_size": VOCAB_SIZE, "num_experts_per_tok": 2}
+EXPERTS = {**SMALL, "num_experts": 4, "moe_intermediate_size": 24, "mlp_only_layers": [1]}
+PLAIN: dict[str, dict[str, Any]] = {
+    **{family: {"vocab_size": VOCAB_SIZE} for family in FAMILIES},
+    "mixtral": {**SMALL, "num_local_experts": 4},
+    "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 40},
+    "qwen3_moe": EXPERTS,
+}
 HONOURED, UNREAD = "honoured", "unread"
 
 
@@ -63,12 +81,18 @@ class Case:
         return f"{self.field}={str(self.value)[:40]}"
 
 
-def rope_case(outcome: str, rope_type: str, name: str = "rope_parameters", **more: Any) -> Case:
+def rope_case(
+    outcome: str,
+    rope_type: str,
+    name: str = "rope_parameters",
+    families: tuple[str, ...] = tuple(FAMILIES),
+    **more: Any,
+) -> Case:
     """A case of a rope type. The types that extend a context extend 32 positions."""
     positions = 32 if rope_type in ("linear", "dynamic", "yarn") else 128
     value = {"rope_theta": 10000.0, "rope_type": rope_type, **more}
     beside = {"max_position_embeddings": positions, "rope_parameters": None}
-    return Case(name, value, outcome, beside=beside)
+    return Case(name, value, outcome, families, beside)
 
 
 SWAP: dict[str, Any] = {"rope_parameters": None}  # transformers wrote it, in its default form
@@ -87,6 +111,7 @@ SIZES = (
     Case("vocab_size", 77, HONOURED, draws=True),
     Case("hidden_size", 40, HONOURED, draws=True),
     Case("intermediate_size", 56, HONOURED, draws=True),
+    Case("intermediate_size", 0, "intermediate size is 0", ("mixtral",)),
     Case("num_hidden_layers", 3, HONOURED, draws=True),
     Case("num_attention_heads", 8, HONOURED, draws=True),
     Case("num_key_value_heads", 1, HONOURED, draws=True),
@@ -98,16 +123,63 @@ LAYERS = (
     Case("hidden_act", "gelu", "hidden_act 'gelu' is not supported"),
     Case("rms_norm_eps", 0.5, HONOURED),
     Case("tie_word_embeddings", False, HONOURED, draws=True),
-    Case("attention_bias", True, HONOURED, ("llama", "qwen3"), draws=True),
-    Case("attention_bias", True, UNREAD, ("mistral", "qwen2")),
+    Case("attention_bias", True, HONOURED, ("llama", "qwen3", "qwen3_moe"), draws=True),
+    Case("attention_bias", True, UNREAD, ("mistral", "qwen2", "mixtral", "qwen2_moe")),
     Case("mlp_bias", True, HONOURED, ("llama",), draws=True),
-    Case("mlp_bias", True, UNREAD, ("mistral", *QWEN)),
+    Case("mlp_bias", True, UNREAD, ("mistral", *QWEN, *MOE)),
+    Case("qkv_bias", False, HONOURED, ("qwen2_moe",), draws=True),
+    Case("qkv_bias", True, UNREAD, ("mixtral", "qwen3_moe")),
     Case("is_causal", False, "is_causal False is not supported"),
     Case("per_layer_config", {"0": {"rms_norm_eps": 0.5}}, "per_layer_config"),
     Case("quantization_config", {"quant_method": "awq"}, "quantization_config"),
 )
+SPARSE = (
+    Case("num_experts", 5, HONOURED, QWEN_MOE, draws=True),
+    Case("num_local_experts", 5, HONOURED, ("mixtral",), draws=True),
+    Case("num_experts", 0, "num_experts is 0: it must be at least 1", ("qwen2_moe",)),
+    Case("num_local_experts", 0, "num_experts is 0", ("mixtral", "qwen3_moe")),
+    Case("num_experts_per_tok", 1, HONOURED, MOE),
+    Case("num_experts_per_tok", 0, "num_experts_per_tok is 0: it must be at least 1", MOE),
+    Case("num_experts_per_tok", 5, "num_experts_per_tok is 5, but there are 4 experts", MOE),
+    Case("moe_intermediate_size", 40, HONOURED, QWEN_MOE, draws=True),
+    Case("moe_intermediate_size", 0, "the experts' intermediate size is 0", QWEN_MOE),
+    Case("shared_expert_intermediate_size", 24, HONOURED, ("qwen2_moe",), draws=True),
+    Case("shared_expert_intermediate_size", 0, "does not have, e.g. .*shared_", ("qwen2_moe",)),
+    Case("norm_topk_prob", True, HONOURED, QWEN_MOE),
+    Case("norm_topk_prob", False, UNREAD, ("mixtral",)),
+    Case("mlp_only_layers", [0], HONOURED, QWEN_MOE, draws=True),
+    Case("mlp_only_layers", [0, 1], HONOURED, QWEN_MOE, draws=True),
+    Case("mlp_only_layers", [2], "mlp_only_layers names layer 2", QWEN_MOE),
+    Case("decoder_sparse_step", 2, HONOURED, QWEN_MOE, {"mlp_only_layers": []}, draws=True),
+    Case("decoder_sparse_step", 0, "decoder_sparse_step is 0: it must be at least 1", QWEN_MOE),
+    # Fields of training.
+    Case("output_router_logits", True, UNREAD, MOE),
+    Case("router_aux_loss_coef", 0.5, UNREAD, MOE),
+    Case("router_jitter_noise", 0.5, UNREAD, MOE),
+    # Fields of other families' routers.
+    Case("scoring_func", "sigmoid", "scoring_func 'sigmoid' is not supported", MOE),
+    Case("scoring_func", "softmax", UNREAD, MOE),
+    Case("score_function", "sigmoid", "score_function 'sigmoid' is not supported", MOE),
+    Case("topk_method", "noaux_tc", "topk_method 'noaux_tc' is not supported", MOE),
+    Case("n_group", 8, "n_group 8 is not supported", MOE),
+    Case("n_group", 1, UNREAD, MOE),
+    Case("topk_group", 4, "topk_group 4 is not supported", MOE),
+    Case("routed_scaling_factor", 2.5, "routed_scaling_factor 2.5 is not supported", MOE),
+    Case("routed_scaling_factor", 1.0, UNREAD, MOE),
+    Case("use_routing_bias", True, "use_routing_bias True is not supported", MOE),
+)
 ATTENTION = (
-    Case("sliding_window", 9, HONOURED, ("mistral",)),
+    Case("sliding_window", 9, HONOURED, ("mistral", "mixtral")),
+    Case("sliding_window", 9, HONOURED, ("qwen3_moe",), {"use_sliding_window": True}),
+    Case("sliding_window", 9, UNREAD, QWEN_MOE),
+    Case("sliding_window", 9, HONOURED, ("qwen2_moe",), {**WINDOWS, "max_window_layers": 1}),
+    Case("use_sliding_window", True, HONOURED, ("qwen2_moe",), {**WINDOW, "max_window_layers": 1}),
+    Case("use_sliding_window", True, HONOURED, ("qwen3_moe",), {"sliding_window": 16}),
+    Case("max_window_layers", 0, HONOURED, ("qwen2_moe",), WINDOWS),
+    Case("max_window_layers", 1, UNREAD, ("qwen3_moe",), WINDOWS),
+    Case("layer_types", LAYER_TYPES, HONOURED, ("qwen2_moe",), {**WINDOWS, "max_window_layers": 0}),
+    Case("layer_types", LAYER_TYPES, UNREAD, ("mixtral", "qwen3_moe"), WINDOWS),
+    Case("layer_types", ["chunked_attention"] * 2, "chunked_attention", ("qwen2_moe",)),
     Case("sliding_window", 9, HONOURED, QWEN, {**WINDOWS, "max_window_layers": 1}),
     Case("sliding_window", 9, UNREAD, QWEN, {"layer_types": None, "max_window_layers": 1}),
     Case("sliding_window", 9, UNREAD, ("llama",)),
@@ -129,7 +201,10 @@ ROPE = (
     rope_case(HONOURED, "yarn", **YARN, beta_fast=16.0, beta_slow=2.0, truncate=False),
     rope_case(HONOURED, "yarn", **YARN, mscale=0.7, mscale_all_dim=0.4),
     rope_case(HONOURED, "llama3", **LLAMA3),
-    rope_case(UNREAD, "default", mrope_section=[4, 6, 6]),
+    rope_case(UNREAD, "default", families=NOT_MIXTRAL, mrope_section=[4, 6, 6]),
+    rope_case(
+        UNREAD, "default", families=("mixtral",), mrope_section=[4, 6, 6], rope_theta=1_000_000.0
+    ),
     rope_case("rope_theta None", "default", rope_theta=None),
     rope_case("factor 0", "linear", factor=0),
     rope_case("rope type 'proportional' is not supported", "proportional"),
@@ -193,7 +268,7 @@ OTHERS = (
     Case("final_logit_softcapping", 1.0, UNREAD),
     Case("embedding_multiplier", 3.0, UNREAD),
 )
-CASES = (*SIZES, *LAYERS, *ATTENTION, *ROPE, *OTHERS)
+CASES = (*SIZES, *LAYERS, *SPARSE, *ATTENTION, *ROPE, *OTHERS)
 PAIRS = [
     pytest.param(family, case, id=f"{family}-{case}") for case in CASES for family in case.families
 ]
@@ -215,15 +290,13 @@ def test_every_key_of_rope_parameters_is_known() -> None:
 def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A checkpoint of each family."""
     folder = tmp_path_factory.mktemp("plain")
-    return {
-        family: save_tiny(folder / family, family, vocab_size=VOCAB_SIZE) for family in FAMILIES
-    }
+    return {family: save_tiny(folder / family, family, **PLAIN[family]) for family in FAMILIES}
 
 
 def changed(plain: Path, family: str, case: Case, folder: Path) -> Path:
     """The checkpoint of a case."""
     if case.draws:
-        return save_tiny(folder, family, **{"vocab_size": VOCAB_SIZE, case.field: case.value})
+        return save_tiny(folder, family, **{**PLAIN[family], **case.beside, case.field: case.value})
     return edited(plain, folder, {**case.beside, case.field: case.value})
 
 

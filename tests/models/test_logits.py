@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from nanovllm.models.dense import Layer
 from nanovllm.models.interface import LayerKind
 from tests.conftest import save_tiny
 from tests.models.harness import (
+    BF16,
     Known,
+    check_bf16,
     engine_logits,
     load,
     max_difference,
@@ -311,24 +312,6 @@ def test_a_tied_config_with_another_head_is_untied_with_a_warning(
 
 
 # bf16 ---------------------------------------------------------------------------------------------
-
-
-def check_bf16(folder: Path, device: str, known: list[Known], **options: Any) -> None:
-    """Close to transformers in bf16, and as close as transformers to the fp32 logits."""
-    runner = load(folder, device, dtype="bfloat16", **options)
-    assert runner.params.embed_VD.dtype == torch.bfloat16
-    ours = torch.cat(engine_logits(runner, known))
-    theirs = torch.cat(transformers_logits(folder, known, device, torch.bfloat16))
-    exact = torch.cat(transformers_logits(folder, known, device))
-    greedy = ours.argmax(-1, keepdim=True)
-    assert (theirs.topk(2).indices == greedy).any(-1).all()
-    difference = ours.log_softmax(-1).gather(-1, greedy) - theirs.log_softmax(-1).gather(-1, greedy)
-    assert difference.abs().max() <= 0.1
-    assert (ours - exact).abs().mean() <= 1.2 * (theirs - exact).abs().mean()
-
-
-# Smaller weights than elsewhere; with those, transformers' bf16 logits differ by 0.3 from fp32.
-BF16 = {"dtype": "bfloat16", "initializer_range": 0.1}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
