@@ -27,13 +27,13 @@ def functional(
     frozen = [node.meta.get("frozen", False) for node in placeholders]
     compiled: list[Any] = []
 
-    def convert(gm: GraphModule, inputs: Sequence[Any]) -> GraphModule:
-        for tensor, is_frozen in zip(inputs, frozen, strict=True):
+    def convert(gm: GraphModule, example_inputs: Sequence[Any]) -> Any:
+        for tensor, is_frozen in zip(example_inputs, frozen, strict=True):
             if is_frozen:
                 tensor._torchair_is_parameter = True
         # merge indices and rotary rows, which every layer computes again
         merged = GraphModule(gm, fx_graph_cse(gm.graph))
-        compiled.append(compiler(merged, list(inputs)))
+        compiled.append(compiler(merged, list(example_inputs)))
         return gm
 
     with torch.no_grad():
@@ -43,7 +43,7 @@ def functional(
             fw_compiler=convert,
             bw_compiler=None,
             inference_compiler=convert,
-            decompositions=decompositions,
+            decompositions=dict(decompositions),
             keep_inference_input_mutations=True,
         )
     (result,) = compiled

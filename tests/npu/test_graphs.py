@@ -200,22 +200,3 @@ def test_the_dtype_rules_find_a_wrong_dtype() -> None:
     assert len(ir_rules.violations("FusedInferAttentionScore", wrong)) == 2
     assert ir_rules.violations("GatherV2", {"indices": torch.float32})
     assert ir_rules.violations("SwiGlu", {"y": torch.bfloat16}) == ["SwiGlu has no input y"]
-
-
-def test_the_next_ops_have_converters() -> None:
-    """Ops of mixtures of experts have converters; the lookup finds none for an op without one."""
-    import torch
-    from torchair._ge_concrete_graph.fx2ge_converter import _get_converter
-
-    def converter(name: str) -> object:
-        overload = getattr(torch.ops.npu, f"npu_{name}").default
-        return getattr(overload, "_ge_converter", None) or _get_converter(overload)
-
-    for name in (
-        "moe_gating_top_k_softmax",
-        "moe_init_routing_v2",
-        "grouped_matmul",
-        "moe_finalize_routing",
-    ):
-        assert converter(name) is not None, name
-    assert converter("mrope") is None
