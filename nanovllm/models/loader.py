@@ -124,6 +124,7 @@ def random(
 ) -> Params:
     """Seeded weights: normal with standard deviation 0.02, norms at one, biases at zero.
 
+    Routers need no more: tokens of such weights go to experts as if each chose at random.
     `place` is that of `load`.
     """
     generator = torch.Generator(device).manual_seed(seed)

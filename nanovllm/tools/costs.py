@@ -35,7 +35,7 @@ def cost(
     if op is operator.getitem or op.is_view:
         return 0, 0
     name = op._schema.name.partition("::")[2]
-    named = {argument.name: value for argument, value in zip(op._schema.arguments, args)} | kwargs
+    named = _named(op, args, kwargs)
     out_bytes = sum(tensor.nbytes for tensor in _tensors(result))
     if name == "paged_attention":
         return _attention(named, out_bytes, seq_lens)
@@ -62,6 +62,10 @@ def cost(
     return sum(read.values()) + _written_over(op, named) + out_bytes, _product_flops(named)
 
 
+def _named(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {argument.name: value for argument, value in zip(op._schema.arguments, args)} | kwargs
+
+
 def _written_over(op: Any, named: dict[str, Any]) -> int:
     """Bytes of the arguments that the call changes in place."""
     changed = [a.name for a in op._schema.arguments if a.alias_info and a.alias_info.is_write]
@@ -77,12 +81,25 @@ def _product_flops(named: dict[str, Any]) -> int:
     return 0
 
 
+def tokens_per_expert(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[int, ...]:
+    """How many tokens go to each expert in a call that multiplies by experts; else nothing."""
+    named = _named(op, args, kwargs)
+    if "expert" not in named:
+        return ()
+    num_experts = max((len(stack) for stack in _stacks(named)), default=0)
+    return tuple(named["expert"].flatten().bincount(minlength=num_experts).tolist())
+
+
+def _stacks(named: dict[str, Any]) -> list[Tensor]:
+    """The arguments that hold matrices of all experts, [E, O, D]."""
+    return [one for name, one in named.items() if name in _STACKS and one.dim() == 3]
+
+
 def _experts(named: dict[str, Any], out_bytes: int) -> tuple[int, int]:
-    """Of stacked matrices [E, O, D], the bytes of those that the call's tokens choose, each once,
-    and two flops for each number of a token's own."""
-    expert_TK = named["expert"]
+    """Of stacked matrices, the bytes of those that the call's tokens choose, each once, and two
+    flops for each number of a token's own."""
+    expert_TK, stacks = named["expert"], _stacks(named)
     given = [one for one in named.values() if isinstance(one, Tensor)]
-    stacks = [one for name, one in named.items() if name in _STACKS and one.dim() == 3]
     numbers = sum(stack[0].numel() for stack in stacks)
     matrices_bytes = sum(stack[0].nbytes for stack in stacks)
     others_bytes = sum(one.nbytes for one in given) - sum(one.nbytes for one in stacks)

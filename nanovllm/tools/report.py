@@ -131,10 +131,13 @@ def _decode(runner: Runner, num_rows: int, context: int, blocks_each: int) -> No
     state.pos_S[:num_rows] = context - 1
     state.seed_S[:num_rows] = row_R
     state.sampling_SF[:num_rows, 0] = 0.6
+    # rows with the same token would all go to the same experts
+    token_R = row_R % runner.cfg.vocab_size
+    state.token_S[:num_rows] = token_R
     blocks = 1 + torch.randperm(num_rows * blocks_each).view(num_rows, blocks_each)
     state.block_table_SP[:num_rows, :blocks_each] = blocks.to(device, torch.int32)
     runner.steps.decode(row_R)
-    state.pos_S[:num_rows] = context - 1
+    state.pos_S[:num_rows], state.token_S[:num_rows] = context - 1, token_R
 
 
 def _prefill(runner: Runner, num_tokens: int) -> None:

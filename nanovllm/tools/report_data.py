@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nanovllm.compile.buckets import smallest_fit
 from nanovllm.compile.lower.calls import CallList
-from nanovllm.tools.costs import cost
+from nanovllm.tools.costs import cost, tokens_per_expert
 from nanovllm.tools.device_limits import Limits, Work, best_seconds
 
 if TYPE_CHECKING:
@@ -52,13 +52,17 @@ class Stage:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a program as measured: its seconds, the bytes it moves and its flops."""
+    """One call of a program as measured: its seconds, the bytes it moves and its flops.
+
+    `tokens_per_expert` has an entry for each expert of a call that multiplies by experts.
+    """
 
     op: str
     shapes: str
     seconds: float
     num_bytes: int
     flops: int
+    tokens_per_expert: tuple[int, ...] = ()
 
     def limit(self, limits: Limits) -> float:
         """The seconds that the device needs at least."""
@@ -139,7 +143,8 @@ def measure(listed: CallList, inputs: Sequence[Tensor], seconds: Timer) -> list[
         if op is not operator.getitem and not op.is_view:
             num_bytes, flops = cost(op, args, kwargs, result)
             taken = seconds(lambda: op(*args, **kwargs))
-            calls.append(Call(_label(op), _shapes(result), taken, num_bytes, flops))
+            per_expert = tokens_per_expert(op, args, kwargs)
+            calls.append(Call(_label(op), _shapes(result), taken, num_bytes, flops, per_expert))
         return result
 
     listed.step_through(inputs, visit)

@@ -7,6 +7,8 @@ import html
 # (a part of the op's name, kind, colour)
 KINDS = (
     ("attention", "attention", "#7c5cd6"),
+    ("expert", "experts", "#b5452c"),
+    ("route", "routing", "#8c8a14"),
     ("linear", "products", "#2f6fde"),
     ("mm", "products", "#2f6fde"),
     ("rope", "rotation, cache write", "#c7791c"),

@@ -8,6 +8,7 @@ from pathlib import Path
 from nanovllm.tools import report_format as fmt
 from nanovllm.tools.device_limits import Limits
 from nanovllm.tools.report_data import Padding, Region, Report
+from nanovllm.tools.report_experts import experts
 from nanovllm.tools.report_format import kind, text
 from nanovllm.tools.report_graphs import graphs
 
@@ -39,6 +40,7 @@ def page(report: Report) -> str:
             "must at least read and write. Click on a column to sort.",
             _kernels(report.regions, report.limits),
         ),
+        *_experts(report),
         _section(
             "Graphs, before and after each pass",
             "Boxes are calls. Beside them, in grey, are the weights, state and constants that they "
@@ -60,6 +62,16 @@ def page(report: Report) -> str:
 
 def _section(title: str, explanation: str, content: str) -> str:
     return f'<h2>{title}</h2>\n<p>{explanation}</p>\n<div class="panel">{content}</div>'
+
+
+def _experts(report: Report) -> list[str]:
+    """The section on experts, for models that have some."""
+    drawn = experts(report.regions, report.limits)
+    explanation = (
+        "How many of the step's tokens go to each expert of a layer. A call reads the experts that "
+        "its tokens choose. The weights of this report are random, and so is the choice."
+    )
+    return [_section("Experts", explanation, drawn)] if drawn else []
 
 
 def _cards(report: Report) -> str:

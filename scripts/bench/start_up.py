@@ -4,6 +4,8 @@
 python scripts/bench/start_up.py --shape Qwen3-0.6B
 # the embedded model's shape
 python scripts/bench/start_up.py --shape tiny --device cpu --max-model-len 2048
+# large models: one checkpoint, on a disk that has room for it
+TMPDIR=DIR python scripts/bench/start_up.py --shape Qwen3-30B-A3B --one
 # existing checkpoints
 python scripts/bench/start_up.py --model DIR [--other DIR]
 
@@ -135,6 +137,8 @@ def arguments() -> argparse.Namespace:
     add("--shape", help="tiny or a name in nanovllm/tools/shapes.py")
     add("--model", type=Path, help="a folder with a checkpoint, instead of --shape")
     add("--other", type=Path, help="with --model: another checkpoint of the same shape")
+    add("--layers", type=int, help="use this many layers only (with --shape)")
+    add("--one", action="store_true", help="with --shape: write no second checkpoint of it")
     add("--device", default="auto")
     add("--max-model-len", type=int, default=4096)
     log = "a file for the starts' logs; NANOVLLM_LOG_LEVEL=DEBUG adds those of the workers"
@@ -144,6 +148,8 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.child is None and (args.shape is None) == (args.model is None):
         parser.error("give --shape or --model")
+    if args.model and (args.layers or args.one):
+        parser.error("--layers and --one go with --shape")
     return args
 
 
@@ -159,8 +165,11 @@ def checkpoints(args: argparse.Namespace, scratch: Path) -> tuple[Path, Path | N
     if args.shape not in shapes:
         raise ValueError(f"--shape {args.shape} is unknown: use one of {', '.join(shapes)}")
     one, other = scratch / "one", scratch / "other"
-    config = shapes[args.shape]
-    return write_checkpoint(one, config, 0), write_checkpoint(other, config, 1)
+    config = dict(shapes[args.shape])
+    if args.layers:
+        config["num_hidden_layers"] = args.layers
+    write_checkpoint(one, config, 0)
+    return one, None if args.one else write_checkpoint(other, config, 1)
 
 
 def all_starts(

@@ -53,6 +53,18 @@ def test_padding_is_not_counted_and_graphs_are_seen(load: Callable[..., LLM]) ->
     assert 2 < counts[0] < 6 and counts == counts[:1] * 3
 
 
+@pytest.mark.parametrize("num_layers", [1, 12])
+def test_random_weights_spread_tokens_over_experts_in_any_layer(
+    num_layers: int, load: Callable[..., LLM]
+) -> None:
+    """As the limit of bench.py takes it to be."""
+    changes = {"num_local_experts": 32, "num_experts_per_tok": 4, "num_hidden_layers": num_layers}
+    llm = load(hf_overrides=changes, max_num_seqs=16, max_model_len=99, num_kvcache_blocks=65)
+    found = experts_per_step(llm.engine, random_prompts([80] * 16, seed=32), 16)
+    assert found["rows"] == 16
+    assert found["measured"] == pytest.approx(found["expected"], rel=0.12)
+
+
 def test_requests_that_end_with_their_prompt_leave_nothing_to_count(
     load: Callable[..., LLM],
 ) -> None:

@@ -17,6 +17,7 @@ from nanovllm.tools import device_limits, report, report_data, report_page
 from nanovllm.tools.costs import cost
 from nanovllm.tools.device_limits import Limits
 from nanovllm.tools.report_data import Call, Padding, Region, Report
+from nanovllm.tools.report_experts import experts
 from tests.conftest import save_tiny
 
 
@@ -198,6 +199,45 @@ def test_the_page_shows_graphs_kernels_and_padding(
     ):
         assert word in text, word
     assert f"{num_regions} regions" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("bucket, num_tokens", [(["--bs", "19"], 19), (["--tokens", "64"], 64)])
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe"])
+def test_layers_with_experts_show_the_tokens_of_each(
+    architecture: str, bucket: list[str], num_tokens: int, small_limits: None, tmp_path: Path
+) -> None:
+    sizes = {"num_experts": 8, "num_local_experts": 8, "moe_intermediate_size": 48}
+    changes = {"mlp_only_layers": [0], "num_experts_per_tok": 3, **sizes}
+    model, out = save_tiny(tmp_path / "model", architecture, **changes), tmp_path / "report.html"
+    options = "--context 19 --device cpu --max-model-len 64 --max-num-batched-tokens 64"
+    options += " --max-num-seqs 32"
+    report.main(["--model", str(model), *bucket, "-o", str(out), *options.split()])
+    text = out.read_text(encoding="utf-8")
+    assert_stands_alone(text)
+    drawn = re.findall(r"<h3>(\w+), (\d+) in a step</h3>(.*?)</svg>", text, re.DOTALL)
+    # in prefill, a last layer goes on with one token of each row
+    names = [name.partition("_")[0] for name, *_ in drawn]
+    sparse = ["layer"] if bucket[0] == "--bs" else ["layer", "last"]
+    assert names == (sparse if architecture == "mixtral" else sparse[-1:])
+    for name, _, drawing in drawn:
+        per_expert = [int(num) for num in re.findall(r"expert \d+: (\d+) tokens", drawing)]
+        num_rows = 32 if name.startswith("last") else num_tokens
+        assert len(per_expert) == 8 and sum(per_expert) == 3 * num_rows
+        chosen = sum(num > 0 for num in per_expert)
+        assert f"{chosen} of 8 experts</b> are chosen, by {max(per_expert)} tokens" in drawing
+        assert chosen > 3 or name.startswith("last"), "different tokens choose different experts"
+
+
+def test_experts_are_drawn_as_high_as_their_tokens() -> None:
+    call = Call("experts", "f32[9, 8]", 2e-3, 10**6, 0, (3, 0, 6))
+    other = Call("linear", "", 1.0, 10, 10)
+    regions = [Region("layer", 5, [], [other, call]), Region("head", 1, [], [other])]
+    drawn = experts(regions, Limits(1e9, 1e12))
+    assert re.findall(r'<rect [^>]* height="([\d.]+)"', drawn) == ["60.0", "0.0", "120.0"]
+    assert "<h3>layer, 5 in a step" in drawn and "head" not in drawn
+    assert "2 of 3 experts</b> are chosen, by 6 tokens at most" in drawn
+    assert "1 MB</b> in 2.00 ms: <b>50% of the device" in drawn
+    assert experts(regions[1:], Limits(1e9, 1e12)) == ""
 
 
 @pytest.mark.parametrize(
