@@ -77,19 +77,23 @@ def _sources(param: Param, checkpoint: Checkpoint, spellings: dict[bool, str]) -
     """The names of the tensors of a parameter, in one of two spellings.
 
     `spellings` collects an example of each spelling of experts: whether it is the other one, and a
-    name. Raises CheckpointError if a checkpoint mixes them.
+    name. Raises CheckpointError if a checkpoint mixes them, or has neither for a layer.
     """
+    other: tuple[str, ...] = (param.other_name,) if param.other_name is not None else ()
     is_other = param.other_name in checkpoint
-    sources = (param.other_name,) if param.other_name and is_other else param.sources
     if param.kind == "experts":
-        spellings[is_other] = sources[0]
-        either = (source for source in param.sources if is_other and source in checkpoint)
-        if both := next(either, None) or (len(spellings) > 1 and spellings[not is_other]):
+        present = [name for name in (*other, *param.sources) if name in checkpoint]
+        if not present:
+            names = " nor ".join((param.sources[0], *other))
+            raise CheckpointError(f"{checkpoint.folder}: it has neither {names}")
+        spellings[is_other] = present[0]
+        both = present[1] if is_other and present[1:] else spellings.get(not is_other)
+        if both is not None:
             raise CheckpointError(
-                f"{checkpoint.folder} mixes two spellings of experts: it has {sources[0]} and "
+                f"{checkpoint.folder} mixes two spellings of experts: it has {present[0]} and "
                 f"{both}"
             )
-    return sources
+    return other if is_other else param.sources
 
 
 def has_own_head(folder: Path, dtype: torch.dtype) -> bool:

@@ -11,7 +11,17 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nanovllm.compile.trace import tensors
-from nanovllm.models import dense, llama, mistral, qwen2, qwen3, registry
+from nanovllm.models import (
+    dense,
+    llama,
+    mistral,
+    mixtral,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+    registry,
+)
 from nanovllm.models import loader as weights
 from nanovllm.models.formats import FORMATS
 from nanovllm.models.interface import Model
@@ -21,6 +31,9 @@ BY_TYPE = {
     "mistral": mistral.model,
     "qwen2": qwen2.model,
     "qwen3": qwen3.model,
+    "mixtral": mixtral.model,
+    "qwen2_moe": qwen2_moe.model,
+    "qwen3_moe": qwen3_moe.model,
 }
 SIZES = {
     "vocab_size": 99,
@@ -32,19 +45,38 @@ SIZES = {
     "head_dim": 24,
     "max_position_embeddings": 128,
 }
+# the second of the three layers is dense
+EXPERTS = {
+    "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "mlp_only_layers": [1],
+}  # fmt: skip
+OWN_SIZES: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2},
+    "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 32},
+    "qwen3_moe": EXPERTS,
+}
+# The fields that give a model biases; those of Mistral, Qwen2 and Mixtral do not depend on any.
+BIASES = {
+    "llama": ("attention_bias", "mlp_bias"),
+    "qwen3": ("attention_bias", "mlp_bias"),
+    "qwen2_moe": ("qkv_bias",),
+    "qwen3_moe": ("attention_bias",),
+}
+
+
+def config_of(model_type: str, **changes: Any) -> Any:
+    fields = {**SIZES, **OWN_SIZES.get(model_type, {}), **changes}
+    return AutoConfig.for_model(model_type, **fields)
 
 
 def described(model_type: str, **changes: Any) -> Model:
-    return BY_TYPE[model_type](
-        AutoConfig.for_model(model_type, **{**SIZES, **changes}), dtype=torch.bfloat16
-    )
+    return BY_TYPE[model_type](config_of(model_type, **changes), dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize(("name", "architecture"), registry.ARCHITECTURES.items())
 def test_names_are_those_of_transformers(name: str, architecture: registry.Architecture) -> None:
     model_type = next(kind for kind, known in BY_TYPE.items() if known is architecture)
     with torch.device("meta"):
-        reference = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **SIZES))
+        reference = AutoModelForCausalLM.from_config(config_of(model_type))
     assert type(reference).__name__ == name
     assert described(model_type).config.architecture == name
     assert registry.architecture([name]) is architecture
@@ -58,7 +90,8 @@ def test_the_first_known_name_counts() -> None:
 @pytest.mark.parametrize("names", [None, [], ["BertModel"], ["qwen3forcausallm"]])
 def test_unknown_architectures_are_refused_with_the_known_ones(names: list[str] | None) -> None:
     with pytest.raises(
-        ValueError, match="is not supported: use one of LlamaForCausalLM, MistralForCausalLM, Qwen2"
+        ValueError,
+        match="is not supported: use one of LlamaForCausalLM, MistralForCausalLM, Mixtral",
     ) as caught:
         registry.architecture(names)
     assert str(names) in str(caught.value)
@@ -82,18 +115,17 @@ def test_model_files_have_one_form(model_type: str) -> None:
 def test_declared_parameters_are_those_of_transformers(
     model_type: str, tied: bool, biased: bool
 ) -> None:
-    changes = {"tie_word_embeddings": tied, "attention_bias": biased, "mlp_bias": biased}
-    if model_type in ("mistral", "qwen2"):
-        changes = {"tie_word_embeddings": tied}  # their biases do not depend on the config
+    changes = {"tie_word_embeddings": tied, **dict.fromkeys(BIASES.get(model_type, ()), biased)}
     model = described(model_type, **changes)
     with torch.device("meta"):
-        reference = AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(model_type, **{**SIZES, **changes})
-        )
+        reference = AutoModelForCausalLM.from_config(config_of(model_type, **changes))
     expected = {name: tuple(parameter.shape) for name, parameter in reference.named_parameters()}
     declared: dict[str, tuple[int, ...]] = {}
     for params in model.declared:
         for param in params.values():
+            if param.other_name is not None:  # transformers' own
+                declared[param.other_name] = param.shape
+                continue
             assert sum(param.parts) == param.shape[0]
             for source, part in zip(param.sources, param.parts, strict=True):
                 declared[source] = (part, *param.shape[1:])
@@ -137,13 +169,15 @@ def test_missing_head_sizes_follow_from_the_hidden_size() -> None:
 
 
 def test_configs_are_frozen_and_comparable() -> None:
-    for part in (lambda model: model, lambda model: model.config):
-        found = part(described("qwen3"))
-        assert found == part(described("qwen3"))
-        assert hash(found) == hash(part(described("qwen3")))
-        assert found != part(described("qwen3", rms_norm_eps=1e-4))
-        with pytest.raises(FrozenInstanceError):
-            found.vocab_size = 3
+    cases = {"qwen3": {"rms_norm_eps": 1e-4}, "qwen3_moe": {"norm_topk_prob": True}}
+    for model_type, changes in cases.items():
+        for part in (lambda model: model, lambda model: model.config):
+            found = part(described(model_type))
+            assert found == part(described(model_type))
+            assert hash(found) == hash(part(described(model_type)))
+            assert found != part(described(model_type, **changes))
+            with pytest.raises(FrozenInstanceError):
+                found.vocab_size = 3
 
 
 # Windows ------------------------------------------------------------------------------------------
@@ -153,9 +187,24 @@ def layer_windows(model_type: str, **changes: Any) -> tuple[int, ...]:
     return tuple(kind.window for kind in described(model_type, **changes).layer_kinds)
 
 
-def test_mistral_windows_every_layer() -> None:
-    assert layer_windows("mistral", sliding_window=16) == (16, 16, 16)
-    assert layer_windows("mistral", sliding_window=None) == (0, 0, 0)
+@pytest.mark.parametrize("model_type", ["mistral", "mixtral", "qwen3_moe"])
+def test_mistral_mixtral_and_qwen3_moe_window_every_layer(model_type: str) -> None:
+    used = {"use_sliding_window": True} if model_type == "qwen3_moe" else {}
+    assert layer_windows(model_type, sliding_window=16, **used) == (16, 16, 16)
+    assert layer_windows(model_type, sliding_window=None, **used) == (0, 0, 0)
+    if used:
+        assert layer_windows(model_type, sliding_window=16) == (0, 0, 0)  # not enabled
+
+
+def test_qwen2_moe_windows_every_other_layer_up_to_a_limit() -> None:
+    def windows(**changes: Any) -> tuple[int, ...]:
+        return layer_windows("qwen2_moe", sliding_window=16, **changes)
+
+    assert windows() == (0, 0, 0)  # not enabled
+    assert windows(use_sliding_window=True, max_window_layers=2) == (16, 0, 0)
+    assert windows(use_sliding_window=True, max_window_layers=3) == (16, 0, 16)
+    kinds = ["full_attention", "sliding_attention", "sliding_attention"]
+    assert windows(use_sliding_window=True, layer_types=kinds) == (0, 16, 16)
 
 
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
