@@ -13,6 +13,7 @@ from tqdm import tqdm
 from nanovllm import hub
 from nanovllm.config import EngineConfig
 from nanovllm.models import loader
+from nanovllm.models.experts.offloaded import Offloader
 from nanovllm.models.interface import Model, Params
 from nanovllm.platforms.regions import Place, Region
 from nanovllm.runner.runner import Runner
@@ -73,8 +74,8 @@ def load(config: EngineConfig, farm: CompileFarm | None = None) -> Loaded:
             dynamic_ncols=True, leave=False,
         )  # fmt: skip
         stack.enter_context(bar)
-        weights = choice.platform.region()
-        params, tokenizer = _load_weights(choice, weights, farm, bar, laps)
+        weights, place = _memory(choice)
+        params, tokenizer = _load_weights(choice, place, farm, bar, laps)
         bar.unit = " buckets"
         bar.reset(len(choice.spec.layout.buckets) if choice.spec.layout.pad else 0)
         built = build(choice, params, bar, laps)
@@ -100,16 +101,26 @@ def load(config: EngineConfig, farm: CompileFarm | None = None) -> Loaded:
     )  # fmt: skip
 
 
+def _memory(choice: Choice) -> tuple[Region, Place]:
+    """A region for weights, and what moves them there."""
+    platform, offload = choice.platform, choice.spec.offload
+    if offload is None:
+        region = platform.region()
+        return region, region.place
+    split = platform.split_region()
+    return split, Offloader(offload, split, platform.device)
+
+
 def _load_weights(
-    choice: Choice, region: Region, farm: CompileFarm, bar: tqdm, laps: Laps
+    choice: Choice, place: Place, farm: CompileFarm, bar: tqdm, laps: Laps
 ) -> tuple[Params, Tokenizer | None]:
-    """Weights in a region, and the tokenizer; waits for workers, if any."""
+    """Placed weights and the tokenizer; waits for workers, if any."""
     with ThreadPoolExecutor(1) as reader:
         read = partial(reader.submit, partial(_tokenizer, choice))
         # Imports hold Python's lock, and reading weights does not. So the tokenizer is read beside
         # the weights, unless threads hand out tasks at the same time.
         tokenizer = None if choice.num_workers else read()
-        params = _read_weights(choice, bar.update, region.place)
+        params = _read_weights(choice, bar.update, place)
         choice.platform.synchronize()
         laps.end("weights")
         tokenizer = tokenizer or read()
