@@ -16,6 +16,7 @@ from nanovllm.models import loader
 from nanovllm.models.experts.offloaded import Offloader
 from nanovllm.models.interface import Model, Params
 from nanovllm.platforms.regions import Place, Region
+from nanovllm.runner.expert_stats import ExpertStats
 from nanovllm.runner.runner import Runner
 from nanovllm.runner.sleep import Sleeper
 from nanovllm.runner.spec import EngineSpec
@@ -51,6 +52,7 @@ class Loaded:
     num_blocks: int
     memory: MemoryReport
     stall: StallBound | None
+    expert_stats: ExpertStats | None
     seconds: dict[str, float]
 
 
@@ -97,7 +99,7 @@ def load(config: EngineConfig, farm: CompileFarm | None = None) -> Loaded:
     return Loaded(
         choice.config, runner.model, runner.spec, runner, sleeper, tokenizer, eos_ids,
         default_params(generation if config.generation_config == "auto" else {}),
-        built.num_blocks, built.memory, built.stall, laps.seconds,
+        built.num_blocks, built.memory, built.stall, built.expert_stats, laps.seconds,
     )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels import ops
-from nanovllm.kernels.reference_offload import COUNTERS
+from nanovllm.kernels.reference_offload import COUNTERS as COUNTERS
 
 # Layers are streamed in steps with so many (token, expert) pairs for each expert. If pairs are
 # spread evenly, 98 % of the experts are chosen then.
