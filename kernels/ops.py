@@ -164,9 +164,9 @@ stream_experts = _define(
     lambda *args: None,
 )
 offloaded_experts = _define(
-    "offloaded_experts(Tensor x, Tensor weight, Tensor expert, Tensor first, Tensor slot, "
-    "Tensor slots_gate_up, Tensor slots_down, Tensor others_gate_up, Tensor others_down, "
-    "Tensor? residual=None) -> Tensor",
+    "offloaded_experts(Tensor x, Tensor weight, Tensor expert, int num_experts, Tensor first, "
+    "Tensor slot, Tensor slots_gate_up, Tensor slots_down, Tensor others_gate_up, "
+    "Tensor others_down, Tensor? residual=None) -> Tensor",
     reference_offload.offloaded_experts,
     lambda x, *rest: torch.empty_like(x, memory_format=torch.contiguous_format),
 )

@@ -112,6 +112,7 @@ def offloaded_experts(
     x_TD: Tensor,
     weight_TK: Tensor,
     expert_TK: Tensor,
+    num_experts: int,
     first_1: Tensor,
     slot_I: Tensor,
     slots_gate_up_SGD: Tensor,
@@ -120,9 +121,9 @@ def offloaded_experts(
     others_down: Tensor,
     residual_TD: Tensor | None = None,
 ) -> Tensor:
-    """`reference.experts` with the matrices of expert e in slot s = slot_I[first + e].
+    """`reference.experts` for E = `num_experts`, with expert e in slot s = slot_I[first + e].
 
-    If s is negative they are entry −1 − s of the other tensors: the host's, or a buffer's.
+    If s is negative, its matrices are entry −1 − s of the other tensors: the host's, or a buffer's.
     """
     chosen_N, index_P = expert_TK.unique(return_inverse=True)
     slots = slot_I[int(first_1) + chosen_N.long()].tolist()

@@ -143,7 +143,7 @@ def test_products_are_those_of_experts_that_are_all_together(
             for host in hosts:
                 host[state.owner_S.long()] = torch.nan
         found = reference_offload.offloaded_experts(
-            x_TD, weight_TK, expert_TK, state.first_1, slot_I,
+            x_TD, weight_TK, expert_TK, 8, state.first_1, slot_I,
             state.slots_gate_up_SGD, state.slots_down_SDF, *hosts, residual_TD,
         )  # fmt: skip
         both = (state.host_gate_up_EGD, state.host_down_EDF)

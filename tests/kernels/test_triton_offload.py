@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nanovllm.kernels import reference_offload as reference
-from nanovllm.kernels.triton import offload
+from nanovllm.kernels.triton import experts, offload
 from tests.kernels.offload_cases import Tables, routing, tables
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -93,3 +93,38 @@ def test_a_copy_of_many_blocks_equals_its_source() -> None:
     assert state.owner_S.tolist() == [3, 4]
     assert torch.equal(state.slots_gate_up_SGD, state.host_gate_up_EGD[3:])
     assert torch.equal(state.slots_down_SDF, state.host_down_EDF[3:])
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 19])
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_are_those_of_experts_that_are_all_together(
+    num_tokens: int, streamed: bool, dtype: torch.dtype
+) -> None:
+    """The second of three layers that share slots. What must not be read is NaN."""
+    one = tables(8, 5, 40, 24, num_layers=3, dtype=dtype, device=device)
+    both = [torch.randn_like(tensor) for tensor in one.arguments[2:4]]
+    state = one.layer(1, *both)
+    fetched = torch.full((1,), PAD, device=device)
+    for expert in (6, 1):  # the other three slots hold weights of layer 0
+        expert_TK = torch.tensor([[expert]], dtype=torch.int32, device=device)
+        reference.fetch_experts(expert_TK, fetched, PAD, *state.arguments)
+    resident = torch.tensor([1, 6], device=device)
+    slots_gate_up, slots_down, slot_I, owner_S = state.arguments[4:8]
+    for slots in (slots_gate_up, slots_down):
+        slots[owner_S < 8] = torch.nan
+    others = [tensor.clone() for tensor in both]
+    if streamed:
+        others = [torch.full_like(tensor[:6], torch.nan) for tensor in both]
+        into = torch.zeros_like(slot_I)
+        reference.stream_experts(state.first_1, slot_I, state.counters_C, *both, into, *others)
+        slot_I = into
+    else:
+        for host in others:
+            host[resident] = torch.nan
+    expert_TK, weight_TK = routing(num_tokens, 2, 8, device), torch.rand(num_tokens, 2)
+    x_TD, residual_TD = torch.randn(2, num_tokens, 40).to(device, dtype)
+    rest = (state.first_1, slot_I, slots_gate_up, slots_down, *others, residual_TD)
+    args = (x_TD, weight_TK.to(device), expert_TK)
+    found = experts.offloaded_experts(*args, 8, *rest)
+    assert torch.equal(found, experts.experts(*args, *both, residual_TD))

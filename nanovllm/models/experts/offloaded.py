@@ -127,7 +127,15 @@ def apply(
     if stored.buffer is not None and is_streamed(stored, expert_TK.numel()):
         slot_I, others = stored.buffer.slot_I, stored.buffer[1:]
     return ops.offloaded_experts(
-        x_TD, weight_TK, expert_TK, stored.first_1, slot_I, *slots, *others, residual_TD
+        x_TD,
+        weight_TK,
+        expert_TK,
+        stored.num_experts,
+        stored.first_1,
+        slot_I,
+        *slots,
+        *others,
+        residual_TD,
     )
 
 
