@@ -214,9 +214,9 @@ class Offloader:
         residents = self._shared or self._new_residents(both)
         if self.plan.is_shared:
             self._shared = residents
-        for slots, weights in zip(residents[:2], both):
-            filled = slots[first : first + num_experts]
-            filled.copy_(weights[: len(filled)])
+            for slots, weights in zip(residents[:2], both):
+                filled = slots[first : first + num_experts]
+                filled.copy_(weights[: len(filled)])
         return Offloaded(
             self._host.seen(gate_up_EGD),
             self._host.seen(down_EDF),
@@ -227,14 +227,20 @@ class Offloader:
         )
 
     def _new_residents(self, both: tuple[Tensor, Tensor]) -> Residents:
-        """Slots in which the first ids live."""
+        """Slots in which the first ids live. Those of shared slots are still to be copied there."""
         plan, num_experts, device = self.plan, both[0].shape[0], self._device
+        if plan.is_shared:
+            slots = _entries(plan.num_slots, both, device)
+        else:
+            gate_up, down = (one.narrow(0, 0, plan.num_slots) for one in both)
+            slots = gate_up.to(device, copy=True), down.to(device, copy=True)
         num_ids = num_experts * (plan.num_layers if plan.is_shared else 1)
-        id_I = torch.arange(num_ids, dtype=torch.int32, device=device)
+        id_I = torch.arange(num_ids, dtype=torch.int32)
+        owner_S = torch.arange(plan.num_slots, dtype=torch.int32)
         return Residents(
-            *_entries(plan.num_slots, both, device),
-            torch.where(id_I < plan.num_slots, id_I, -1 - id_I % num_experts),
-            id_I[: plan.num_slots].clone(),
+            *slots,
+            torch.where(id_I < plan.num_slots, id_I, -1 - id_I % num_experts).to(device),
+            owner_S.to(device),
             torch.zeros(plan.num_slots, dtype=torch.int64, device=device),
             torch.zeros(1, dtype=torch.int64, device=device),
         )
