@@ -81,13 +81,16 @@ def load(config: EngineConfig, farm: CompileFarm | None = None) -> Loaded:
         bar.unit = " buckets"
         bar.reset(len(choice.spec.layout.buckets) if choice.spec.layout.pad else 0)
         built = build(choice, params, bar, laps)
+    if choice.spec.offload is not None:
+        logger.info("experts: %s", choice.spec.offload)
+    num_bytes = choice.model.param_bytes(choice.spec.weight_format)
     cfg, runner, seconds = choice.model.config, built.runner, sum(laps.seconds.values())
     logger.info(
         "%s on %s in %s: %d layers, %d cache blocks of %d tokens, %s, ready in %.1f s (weights "
         "%.1f s, %.1f GB/s)",
         cfg.architecture, choice.platform.device, str(cfg.dtype).removeprefix("torch."),
         cfg.num_layers, built.num_blocks, runner.layout.block_size, _programs(runner), seconds,
-        laps.seconds["weights"], built.memory.weights_bytes / 1e9 / laps.seconds["weights"],
+        laps.seconds["weights"], num_bytes / 1e9 / laps.seconds["weights"],
     )  # fmt: skip
     generation = generation_config(choice.folder)
     eos_ids = choice.eos_ids

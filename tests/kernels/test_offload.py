@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nanovllm.kernels import reference, reference_offload
+from nanovllm.kernels import ops, reference_offload
 from nanovllm.kernels.reference_offload import COUNTERS
 from tests.kernels.offload_cases import Tables, routing, tables
 
@@ -147,7 +147,7 @@ def test_products_are_those_of_experts_that_are_all_together(
             state.slots_gate_up_SGD, state.slots_down_SDF, *hosts, residual_TD,
         )  # fmt: skip
         both = (state.host_gate_up_EGD, state.host_down_EDF)
-        expected = reference.experts(x_TD, weight_TK, expert_TK, *both, residual_TD)
+        expected = ops.experts(x_TD, weight_TK, expert_TK, *both, residual_TD)
         assert torch.equal(found, expected)
 
 

@@ -1,9 +1,10 @@
 """Rehearse buckets of a small model for an H200 without a GPU, and compile the kernels found.
 
-`python rehearsal.py FOLDER ARCHITECTURE` prints JSON. `python rehearsal.py FOLDER ARCHITECTURE
-EXPERTS` does so for fewer buckets of a model with so many resident experts in each layer. It runs in its own process: the other tests
-use Triton's interpreter, which replaces the compiler, and this file replaces the device queries of
-torch and Triton.
+`python rehearsal.py FOLDER ARCHITECTURE` prints JSON. With a third argument, fewer buckets are
+rehearsed, and each layer has so many resident experts.
+
+It runs in its own process: the other tests use Triton's interpreter, which replaces the compiler,
+and this file replaces the device queries of torch and Triton.
 """
 
 from __future__ import annotations

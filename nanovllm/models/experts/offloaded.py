@@ -85,6 +85,13 @@ class OffloadPlan:
     is_shared: bool = False
     num_buffers: int = 0
 
+    def __str__(self) -> str:
+        where = "of all layers together" if self.is_shared else "of each layer"
+        return (
+            f"{self.num_slots} {where} are resident, all are on the host; "
+            f"{self.num_buffers} buffer(s) for layers that are streamed"
+        )
+
     @property
     def num_resident(self) -> int:
         """Slots of all sets."""
