@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanovllm.kernels import flash_attention, reference
+from nanovllm.kernels import flash_attention, reference, reference_offload
 from nanovllm.kernels import sdpa as sdpa_attention
 
 _library = torch.library.Library("nanovllm", "DEF")
@@ -145,6 +145,31 @@ expert_linear = _define(
     reference.expert_linear,
     lambda x, expert, weight: x.new_empty((*expert.shape, weight.shape[1])),
 )
+# These three are never replaced by their meaning: it reads the routing on the host.
+fetch_experts = _define(
+    "fetch_experts(Tensor expert, Tensor kv_slot, int num_pad_slots, Tensor first, "
+    "Tensor(a!) counters, Tensor host_gate_up, Tensor host_down, Tensor(b!) slots_gate_up, "
+    "Tensor(c!) slots_down, Tensor(d!) slot, Tensor(e!) owner, Tensor(f!) stamp, Tensor(g!) clock, "
+    "bool ahead=False) -> Tensor",
+    reference_offload.fetch_experts,
+    lambda expert, *rest, **options: torch.empty_like(
+        expert, memory_format=torch.contiguous_format
+    ),
+)
+stream_experts = _define(
+    "stream_experts(Tensor first, Tensor slot, Tensor(a!) counters, Tensor host_gate_up, "
+    "Tensor host_down, Tensor(b!) buffer_slot, Tensor(c!) buffer_gate_up, Tensor(d!) buffer_down) "
+    "-> ()",
+    reference_offload.stream_experts,
+    lambda *args: None,
+)
+offloaded_experts = _define(
+    "offloaded_experts(Tensor x, Tensor weight, Tensor expert, int num_experts, Tensor first, "
+    "Tensor slot, Tensor slots_gate_up, Tensor slots_down, Tensor others_gate_up, "
+    "Tensor others_down, Tensor? residual=None) -> Tensor",
+    reference_offload.offloaded_experts,
+    lambda x, *rest: torch.empty_like(x, memory_format=torch.contiguous_format),
+)
 sample = _define(
     "sample(Tensor logits, Tensor temperature, Tensor seed, Tensor pos) -> Tensor",
     reference.sample,
@@ -270,6 +295,7 @@ __all__ = [
     "decode_inputs",
     "expert_linear",
     "experts",
+    "fetch_experts",
     "fused_linear",
     "keep_likely",
     "kernel_of",
@@ -277,6 +303,7 @@ __all__ = [
     "linear_",
     "linear_int8",
     "norm_route",
+    "offloaded_experts",
     "op_name",
     "paged_attention",
     "paged_attention_flash",
@@ -291,4 +318,5 @@ __all__ = [
     "silu_mul",
     "span_inputs",
     "store_kv",
+    "stream_experts",
 ]

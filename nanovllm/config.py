@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from os import PathLike
@@ -23,6 +24,31 @@ def _is_json_object(value: Any) -> bool:
     try:
         return isinstance(value, Mapping) and isinstance(json.loads(json.dumps(value)), dict)
     except (TypeError, ValueError):
+        return False
+
+
+_UNITS = {"B": 1} | {
+    prefix + unit: base ** (power + 1)
+    for unit, base in (("B", 1000), ("iB", 1024))
+    for power, prefix in enumerate("KMGT")
+}
+
+
+def num_bytes(text: str) -> int:
+    """The bytes of a text such as "8GiB" or "500 MB". Raises ValueError for any other text."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(\w+)", text.strip(), re.ASCII)
+    unit = _UNITS.get(match[2].replace("k", "K")) if match else None
+    if match is None or unit is None:
+        raise ValueError(f"{text!r} is not a number of bytes, such as '8GiB' or '500MB'")
+    return int(float(match[1]) * unit)
+
+
+def _is_experts_or_bytes(value: int | str) -> bool:
+    if isinstance(value, int):
+        return value >= 1
+    try:
+        return num_bytes(value) >= 1
+    except ValueError:
         return False
 
 
@@ -59,6 +85,10 @@ ALLOWED: dict[str, Rule] = {
     "tensor_parallel_size": ("1: no other size is supported", lambda value: value == 1),
     "npu_graph_mode": _one_of("ascend_ir", "aclgraph", "npugraph_ex", None),
     "npu_graph_options": ("a dict of options by path", lambda value: True),
+    "expert_offload": (
+        "a number of experts per layer, at least 1, or bytes with a unit, such as '8GiB'",
+        _is_experts_or_bytes,
+    ),
     "quantization": _one_of("int8", None),
     "hf_overrides": ("a dict of fields of config.json, with JSON values", _is_json_object),
     "compile_cache": ("a folder's path", lambda value: str(value) != ""),
@@ -117,6 +147,9 @@ class EngineConfig:
     random_weights: draw weights from a seeded normal distribution. Only config.json is needed.
     quantization: "int8", on a CPU, stores the weights of linear layers as int8 with a factor per
         output. None: weights keep their dtype.
+    expert_offload: keep all experts in the host's memory, and so many of them on the device as
+        well. A number counts experts per layer. Text is bytes for the experts of all layers, such
+        as "8GiB" or "500MB". See docs/experts.md.
     hf_overrides: fields of config.json and the values that replace them; dicts are merged. For
         example, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0,
         "original_max_position_embeddings": 32768}} extends Qwen3 to 131,072 positions.
@@ -160,6 +193,7 @@ class EngineConfig:
     npu_graph_options: Mapping[str, object] | None = None
     random_weights: bool = False
     quantization: str | None = None
+    expert_offload: int | str | None = None
     hf_overrides: Mapping[str, object] | None = None
     compile_cache: str | PathLike[str] | None = None
     compile_cache_mode: str = "auto"
@@ -212,6 +246,10 @@ class EngineConfig:
         if self.compile_cache_mode == "require" and self.enforce_eager:
             raise ValueError(
                 "compile_cache_mode='require' needs enforce_eager=False: eager mode has no programs"
+            )
+        if self.expert_offload is not None and self.enable_sleep_mode:
+            raise ValueError(
+                f"expert_offload={self.expert_offload!r} does not go with enable_sleep_mode=True"
             )
         captures = self.npu_graph_mode in ("aclgraph", "npugraph_ex")
         if captures and (self.run_ahead or not self.capture):

@@ -75,7 +75,7 @@ class Engine:
         self._in_flight: deque[Launched] = deque()
         self._requests: dict[int, tuple[Request, TextStream]] = {}
         self._outputs: list[Increment] = []  # not yet taken
-        self.metrics = EngineMetrics(self.scheduler)
+        self.metrics = EngineMetrics(self.scheduler, loaded.expert_stats)
         self._stats_log = (
             None if config.disable_log_stats else StatsLog(self.metrics, self.scheduler)
         )
@@ -280,6 +280,8 @@ class Engine:
             self.metrics.num_steps += plan is not None
             if self._stats_log is not None:
                 self._stats_log.after_step()
+            if self.metrics.experts is not None and not self._requests:
+                self.metrics.experts.after_batch()
             return plan
         except BaseException:
             self._in_flight.clear()

@@ -7,6 +7,8 @@ import time
 from collections import Counter as Count
 from dataclasses import dataclass, field
 
+from nanovllm.models.experts.offloaded import COUNTERS
+from nanovllm.runner.expert_stats import ExpertStats
 from nanovllm.schedule.request import Request
 from nanovllm.schedule.scheduler import Scheduler
 
@@ -35,10 +37,13 @@ class Counter(Metric):
 
 
 class EngineMetrics:
-    """What an engine has done, and what it does now."""
+    """What an engine has done, and what it does now.
 
-    def __init__(self, scheduler: Scheduler) -> None:
-        self._scheduler = scheduler
+    `experts` is None unless experts are in the host's memory.
+    """
+
+    def __init__(self, scheduler: Scheduler, experts: ExpertStats | None = None) -> None:
+        self._scheduler, self.experts = scheduler, experts
         self.num_prompt_tokens = 0
         self.num_generated_tokens = 0
         self.num_cached_tokens = 0
@@ -58,20 +63,27 @@ class EngineMetrics:
         return 1 - pool.num_free / (pool.num_blocks - 1)
 
     def read(self) -> list[Metric]:
-        """All metrics. Generated and cached tokens are counted when their request ends."""
+        """All metrics. Generated and cached tokens are counted when their request ends, experts
+        when no request is left."""
         scheduler = self._scheduler
-        gauges = {
+        gauges: dict[str, float] = {
             "num_requests_running": len(scheduler.running),
             "num_requests_waiting": len(scheduler.waiting),
             "kv_cache_usage_perc": self.cache_usage,
         }
-        counters = {
+        counters: dict[str, float] = {
             "prompt_tokens": self.num_prompt_tokens,
             "generation_tokens": self.num_generated_tokens,
             "prefix_cache_hit_tokens": self.num_cached_tokens,
             "num_preemptions": scheduler.num_preemptions,
             "num_steps": self.num_steps,
         }
+        if self.experts is not None:
+            gauges["expert_hit_rate"] = self.experts.batch.hit_rate
+            total = self.experts.total
+            counters |= {f"experts_{name}": getattr(total, name) for name in COUNTERS}
+            counters["experts_moved_bytes"] = total.moved_bytes
+            counters["experts_bus_seconds"] = total.bus_seconds
         found: list[Metric] = [Gauge(PREFIX + name, value) for name, value in gauges.items()]
         found += [Counter(PREFIX + name, value) for name, value in counters.items()]
         return found + [

@@ -6,7 +6,7 @@ launch; only `launch_options` sets it.
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -164,6 +164,30 @@ def finish(y, up, dtype: tl.constexpr, SILU_MUL: tl.constexpr):
         y = y.to(dtype).to(tl.float32)
         y = (y / (1.0 + tl.exp(-y))).to(dtype).to(tl.float32) * up.to(dtype).to(tl.float32)
     return y.to(dtype)
+
+
+class Places(NamedTuple):
+    """Where the matrices of offloaded experts are: see `reference_offload.offloaded_experts`."""
+
+    num_experts: int
+    first_1: Tensor
+    slot_I: Tensor
+    others_gate_up: Tensor
+    others_down: Tensor
+
+
+@triton.jit
+def expert_at(weight_ptr, others_ptr, first_ptr, slot_ptr, expert, SIZE: tl.constexpr,
+              OFFLOADED: tl.constexpr):  # fmt: skip
+    """Where the matrix of an expert begins, of SIZE elements.
+
+    It is a matrix of the weights or, if OFFLOADED, in a slot or of the others (see `Places`).
+    """
+    if OFFLOADED:
+        slot = tl.load(slot_ptr + tl.load(first_ptr) + expert).to(tl.int64)
+        return tl.where(slot >= 0, weight_ptr + slot * SIZE, others_ptr + (-1 - slot) * SIZE)
+    else:
+        return weight_ptr + expert.to(tl.int64) * SIZE
 
 
 @triton.jit

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nanovllm.kernels import reference
+from nanovllm.kernels import reference, reference_offload
 from nanovllm.kernels.triton import experts_few as few
 from nanovllm.kernels.triton import experts_many as many
+from nanovllm.kernels.triton import offload
+from nanovllm.kernels.triton.common import Places
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Pairs are sorted where more than a quarter as many pairs as experts make sharing likely.
@@ -23,20 +25,62 @@ def experts(
     residual_TD: Tensor | None = None,
 ) -> Tensor:
     """See `reference.experts`."""
-    tensors = (weight_TK, expert_TK, gate_up_EGD, down_EDF)
-    if (
-        x_TD.dtype not in DTYPES
-        or not x_TD.dtype == gate_up_EGD.dtype == down_EDF.dtype
-        or not all(tensor.is_contiguous() for tensor in tensors)
-        or x_TD.shape[0] == 0
-    ):
+    if not _takes(x_TD, weight_TK, expert_TK, gate_up_EGD, down_EDF):
         return reference.experts(x_TD, weight_TK, expert_TK, gate_up_EGD, down_EDF, residual_TD)
+    return _run(x_TD, weight_TK, expert_TK, gate_up_EGD, down_EDF, residual_TD)
+
+
+def offloaded_experts(
+    x_TD: Tensor,
+    weight_TK: Tensor,
+    expert_TK: Tensor,
+    num_experts: int,
+    first_1: Tensor,
+    slot_I: Tensor,
+    slots_gate_up_SGD: Tensor,
+    slots_down_SDF: Tensor,
+    others_gate_up: Tensor,
+    others_down: Tensor,
+    residual_TD: Tensor | None = None,
+) -> Tensor:
+    """See `reference_offload.offloaded_experts`: the same launches as those of `experts`."""
+    offload.wait_for_copies(others_gate_up)
+    places = Places(num_experts, first_1, slot_I, others_gate_up, others_down)
+    slots = (slots_gate_up_SGD, slots_down_SDF)
+    if not _takes(x_TD, weight_TK, expert_TK, *slots):
+        return reference_offload.offloaded_experts(
+            x_TD, weight_TK, expert_TK, num_experts, *places[1:3], *slots, *places[3:], residual_TD
+        )
+    return _run(x_TD, weight_TK, expert_TK, *slots, residual_TD, places)
+
+
+def _takes(
+    x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor
+) -> bool:
+    tensors = (weight_TK, expert_TK, gate_up_EGD, down_EDF)
+    return (
+        x_TD.dtype in DTYPES
+        and x_TD.dtype == gate_up_EGD.dtype == down_EDF.dtype
+        and all(tensor.is_contiguous() for tensor in tensors)
+        and x_TD.shape[0] > 0
+    )
+
+
+def _run(
+    x_TD: Tensor,
+    weight_TK: Tensor,
+    expert_TK: Tensor,
+    gate_up_EGD: Tensor,
+    down_EDF: Tensor,
+    residual_TD: Tensor | None,
+    places: Places | None = None,
+) -> Tensor:
     x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
     residual_TD = None if residual_TD is None else residual_TD.contiguous()
-    num_tokens = x_TD.shape[0]
-    is_few = num_tokens == 1 or expert_TK.numel() <= PAIRS_PER_EXPERT * gate_up_EGD.shape[0]
+    num_experts = gate_up_EGD.shape[0] if places is None else places.num_experts
+    is_few = x_TD.shape[0] == 1 or expert_TK.numel() <= PAIRS_PER_EXPERT * num_experts
     run = few.few_experts if is_few else many.many_experts
-    return run(x_TD, weight_TK, expert_TK, gate_up_EGD, down_EDF, residual_TD)
+    return run(x_TD, weight_TK, expert_TK, gate_up_EGD, down_EDF, residual_TD, places=places)
 
 
 def expert_linear(x: Tensor, expert_TK: Tensor, weight_EOD: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanovllm.kernels.triton.common import finish, launch_options
+from nanovllm.kernels.triton.common import Places, expert_at, finish, launch_options
 
 COLUMNS = 256  # as wide as one load of a warp: 32 threads, 8 elements of 16 bits
 
@@ -69,6 +69,9 @@ def pair_gate_up_kernel(
     x_ptr,  # [T, D]
     expert_ptr,  # [P]
     weight_ptr,  # [E, 2 · NUM_OUTS, D], gate's rows first
+    others_ptr,  # the next three are read if OFFLOADED: see `common.Places`
+    first_ptr,
+    slot_ptr,
     out_ptr,  # [P, NUM_OUTS], written
     x_stride,
     TOP_K: tl.constexpr,
@@ -78,6 +81,7 @@ def pair_gate_up_kernel(
     WARPS: tl.constexpr,
     COLUMNS: tl.constexpr,
     AHEAD: tl.constexpr,
+    OFFLOADED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     dtype: tl.constexpr = out_ptr.dtype.element_ty
@@ -94,11 +98,13 @@ def pair_gate_up_kernel(
     row_AW = tl.minimum(o_AW, NUM_OUTS - 1)
     d_11C = tl.arange(0, COLUMNS)[None, None, :]
     d_1WC = d_11C + tl.zeros((1, WARPS, 1), tl.int32)
-    row_at = weight_ptr + (row_AW * DEPTH)[:, :, None] + d_11C
+    at_AWC = (row_AW * DEPTH)[:, :, None] + d_11C
     if PDL:
         tl.extra.cuda.gdc_wait()
-    expert = tl.load(expert_ptr + pair).to(tl.int64)
-    w_at = row_at + expert * (2 * NUM_OUTS * DEPTH)
+    expert = tl.load(expert_ptr + pair)
+    w_at = at_AWC + expert_at(
+        weight_ptr, others_ptr, first_ptr, slot_ptr, expert, 2 * NUM_OUTS * DEPTH, OFFLOADED
+    )
     up_at = w_at + NUM_OUTS * DEPTH
     x_at = x_ptr + (pair // TOP_K) * x_stride + d_1WC
     acc_AWC = tl.zeros((EACH, WARPS, COLUMNS), tl.float32)
@@ -122,6 +128,9 @@ def pair_down_kernel(
     scale_ptr,  # [P] fp32
     expert_ptr,  # [P]
     weight_ptr,  # [E, NUM_OUTS, DEPTH]
+    others_ptr,  # the next three are read if OFFLOADED: see `common.Places`
+    first_ptr,
+    slot_ptr,
     residual_ptr,  # [T, NUM_OUTS], read if HAS_RESIDUAL
     out_ptr,  # [T, NUM_OUTS], written
     TOP_K: tl.constexpr,
@@ -132,6 +141,7 @@ def pair_down_kernel(
     COLUMNS: tl.constexpr,
     AHEAD: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    OFFLOADED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     dtype: tl.constexpr = out_ptr.dtype.element_ty
@@ -147,7 +157,7 @@ def pair_down_kernel(
     row_AW = tl.minimum(o_AW, NUM_OUTS - 1)
     d_11C = tl.arange(0, COLUMNS)[None, None, :]
     d_1WC = d_11C + tl.zeros((1, WARPS, 1), tl.int32)
-    row_at = weight_ptr + (row_AW * DEPTH)[:, :, None] + d_11C
+    at_AWC = (row_AW * DEPTH)[:, :, None] + d_11C
     if PDL:
         tl.extra.cuda.gdc_wait()
     if HAS_RESIDUAL:  # loaded early, so that the end of the program does not wait for it
@@ -155,8 +165,10 @@ def pair_down_kernel(
     acc_AWC = tl.zeros((EACH, WARPS, COLUMNS), tl.float32)
     for k in tl.static_range(TOP_K):
         pair = token * TOP_K + k
-        expert, scale = tl.load(expert_ptr + pair).to(tl.int64), tl.load(scale_ptr + pair)
-        w_at = row_at + expert * (NUM_OUTS * DEPTH)
+        expert, scale = tl.load(expert_ptr + pair), tl.load(scale_ptr + pair)
+        w_at = at_AWC + expert_at(
+            weight_ptr, others_ptr, first_ptr, slot_ptr, expert, NUM_OUTS * DEPTH, OFFLOADED
+        )
         x_at = x_ptr + pair * DEPTH + d_1WC
         if DEPTH <= BLOCK:
             acc_AWC, _ = _dots(
@@ -188,22 +200,27 @@ def few_experts(
     down_EDF: Tensor,
     residual_TD: Tensor | None,
     tiles: tuple[PairTile, PairTile] | None = None,
+    places: Places | None = None,
 ) -> Tensor:
     """`reference.experts`; all tensors are contiguous but x, whose last stride is 1.
 
-    `tiles` overrides the tiles of the two launches, for measurements.
+    `tiles` overrides the tiles of the two launches, for measurements. With `places` the weights are
+    those of slots.
     """
     (num_tokens, top_k), device, dtype = expert_TK.shape, x_TD.device, x_TD.dtype
     (_, depth, size), options = down_EDF.shape, launch_options(x_TD.device)
     first = PairTile(8, 8, chunks_ahead(depth, 4))
     second = PairTile(16, 16, chunks_ahead(size, 1))
     first, second = tiles or (first, second)
+    tables = (expert_TK, expert_TK) if places is None else (places.first_1, places.slot_I)
     inner_PF = torch.empty((num_tokens * top_k, size), dtype=dtype, device=device)
     out_TD = torch.empty((num_tokens, depth), dtype=dtype, device=device)
     pair_gate_up_kernel[(triton.cdiv(size, first.outs), num_tokens * top_k)](
         x_TD,
         expert_TK,
         gate_up_EGD,
+        gate_up_EGD if places is None else places.others_gate_up,
+        *tables,
         inner_PF,
         x_TD.stride(0),
         TOP_K=top_k,
@@ -213,6 +230,7 @@ def few_experts(
         WARPS=first.num_warps,
         COLUMNS=COLUMNS,
         AHEAD=first.ahead,
+        OFFLOADED=places is not None,
         num_warps=first.num_warps,
         **options,
     )
@@ -221,6 +239,8 @@ def few_experts(
         weight_TK,
         expert_TK,
         down_EDF,
+        down_EDF if places is None else places.others_down,
+        *tables,
         x_TD if residual_TD is None else residual_TD,
         out_TD,
         TOP_K=top_k,
@@ -231,6 +251,7 @@ def few_experts(
         COLUMNS=COLUMNS,
         AHEAD=second.ahead,
         HAS_RESIDUAL=residual_TD is not None,
+        OFFLOADED=places is not None,
         num_warps=second.num_warps,
         **options,
     )

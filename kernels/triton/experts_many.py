@@ -25,7 +25,9 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm.kernels.triton.common import (
+    Places,
     dot,
+    expert_at,
     finish,
     launch_options,
     shared_memory_bytes,
@@ -114,6 +116,9 @@ def _load(at, chunk, d_C, real_L, DEPTH: tl.constexpr, COLUMNS: tl.constexpr, AL
 def group_linear_kernel(
     x_ptr,  # [T, D], [P, D] or, by place, [P, D] in the order of the sorted pairs
     weight_ptr,  # [E, NUM_OUTS, D], or [E, 2 · NUM_OUTS, D] if GATED
+    others_ptr,  # the next three are read if OFFLOADED: see `common.Places`
+    first_ptr,
+    slot_ptr,
     pair_ptr,  # [P]
     start_ptr,  # [E + 1]
     scale_ptr,  # [P] fp32, read if HAS_SCALE
@@ -132,6 +137,7 @@ def group_linear_kernel(
     OUT_BY: tl.constexpr,
     GATED: tl.constexpr,
     HAS_SCALE: tl.constexpr,
+    OFFLOADED: tl.constexpr,
     UPCAST: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -154,10 +160,10 @@ def group_linear_kernel(
     i_O = tl.arange(0, LINES)
     if GATED:  # 8 rows of gate, the same 8 of up, and on
         line_O = tl.minimum(out + i_O // 16 * 8 + i_O % 8, NUM_OUTS - 1) + i_O // 8 % 2 * NUM_OUTS
-        weight_at = weight_ptr + expert.to(tl.int64) * (2 * NUM_OUTS * DEPTH)
     else:
         line_O = tl.minimum(out + i_O, NUM_OUTS - 1)
-        weight_at = weight_ptr + expert.to(tl.int64) * (NUM_OUTS * DEPTH)
+    SIZE: tl.constexpr = (2 if GATED else 1) * NUM_OUTS * DEPTH
+    weight_at = expert_at(weight_ptr, others_ptr, first_ptr, slot_ptr, expert, SIZE, OFFLOADED)
     w_at = weight_at + line_O[:, None] * DEPTH + d_C[None, :]
     x_at = x_ptr + row_T.to(tl.int64)[:, None] * x_stride + d_C[None, :]
     acc_OT = tl.zeros((LINES, ROWS), tl.float32)
@@ -262,14 +268,19 @@ def group_linear(
     out_by: int,
     gated: bool = False,
     tile: GroupTile | None = None,
+    places: Places | None = None,
 ) -> Tensor:
     """x · weightᵀ for the rows of every expert: [P, outputs]; silu(gate) · up if `gated`.
 
     `x_by` and `out_by` say which row of x and of the result belongs to a sorted pair: that of its
     token, of its pair, or of its place. `scale_TK` multiplies the rows of pairs. `tile` overrides
-    the measured one.
+    the measured one. With `places` the weights are those of slots.
     """
     num_experts, num_lines, depth = weight_EOD.shape
+    others, tables = weight_EOD, (groups.start_E1, groups.start_E1)
+    if places is not None:
+        num_experts, *tables = places[:3]
+        others = places.others_gate_up if gated else places.others_down
     num_pairs, device = groups.pair_P.shape[0], x.device
     num_outs = num_lines // 2 if gated else num_lines
     shared_bytes = shared_memory_bytes(device)
@@ -291,12 +302,15 @@ def group_linear(
         "OUT_BY": out_by,
         "GATED": gated,
         "HAS_SCALE": scale_TK is not None,
+        "OFFLOADED": places is not None,
         "UPCAST": device.type != "cuda",
     }
     grid = (triton.cdiv(num_outs, tile.lines // 2 if gated else tile.lines), num_tiles)
     group_linear_kernel[grid](
         x,
         weight_EOD,
+        others,
+        *tables,
         groups.pair_P,
         groups.start_E1,
         x if scale_TK is None else scale_TK,
@@ -336,20 +350,22 @@ def many_experts(
     down_EDF: Tensor,
     residual_TD: Tensor | None,
     tiles: tuple[GroupTile | None, GroupTile | None] = (None, None),
+    places: Places | None = None,
 ) -> Tensor:
     """`reference.experts`; all tensors are contiguous but x, whose last stride is 1.
 
     The weighted output of each expert is rounded to x's dtype before the sum. `tiles` overrides the
-    tiles of the two products, for measurements.
+    tiles of the two products, for measurements. With `places` the weights are those of slots.
     """
     num_tokens, top_k = expert_TK.shape
-    groups = sort_pairs(expert_TK, gate_up_EGD.shape[0])
+    num_experts = gate_up_EGD.shape[0] if places is None else places.num_experts
+    groups = sort_pairs(expert_TK, num_experts)
     inner_PF = group_linear(
         x_TD, gate_up_EGD, groups, top_k, x_by=BY_TOKEN.value, out_by=BY_PLACE.value, gated=True,
-        tile=tiles[0],
+        tile=tiles[0], places=places,
     )  # fmt: skip
     y_PD = group_linear(
         inner_PF, down_EDF, groups, top_k, weight_TK, x_by=BY_PLACE.value, out_by=BY_PAIR.value,
-        tile=tiles[1],
+        tile=tiles[1], places=places,
     )  # fmt: skip
     return combine(y_PD, residual_TD, num_tokens)

@@ -9,10 +9,11 @@ from torch import Tensor
 from nanovllm.kernels import ops
 from nanovllm.kernels.triton.attention_decode import paged_attention_decode
 from nanovllm.kernels.triton.attention_prefill import paged_attention_prefill
-from nanovllm.kernels.triton.experts import expert_linear, experts
+from nanovllm.kernels.triton.experts import expert_linear, experts, offloaded_experts
 from nanovllm.kernels.triton.filter import keep_likely
 from nanovllm.kernels.triton.linear import fused_linear, linear_
 from nanovllm.kernels.triton.norm_act import add_rms_norm, rms_norm, silu_mul
+from nanovllm.kernels.triton.offload import fetch_experts, stream_experts
 from nanovllm.kernels.triton.rope_store import qk_norm_rope_store, rope, store_kv
 from nanovllm.kernels.triton.route import norm_route, route
 from nanovllm.kernels.triton.sample import sample
@@ -83,6 +84,9 @@ def register() -> None:
                 "norm_route": norm_route,
                 "experts": experts,
                 "expert_linear": expert_linear,
+                "fetch_experts": fetch_experts,
+                "stream_experts": stream_experts,
+                "offloaded_experts": offloaded_experts,
             },
         )
         _registered = True

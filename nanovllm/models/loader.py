@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.models.checkpoint import Buffer, Checkpoint, CheckpointError, plain_buffer
+from nanovllm.models.experts.offloaded import Offloader
 from nanovllm.models.experts.stacked import Stacked
 from nanovllm.models.formats import FORMATS, PLAIN, Weight
 from nanovllm.models.interface import LayerKind, Model, Param, Params
@@ -43,7 +44,8 @@ def load(
     The weights of linear layers are converted to `weight_format` as they are read. A tied embedding
     table stays plain, since its rows are looked up; the head is a converted copy of it. Calls
     `progress(n)` after every n layers. `place` takes each tensor once, in an order that depends on
-    the model and the format alone, and returns the one to use. `buffer` is that of `Checkpoint`.
+    the model and the format alone, and returns the one to use. If it is an `Offloader`, experts are
+    read to the host's memory. `buffer` is that of `Checkpoint`.
 
     Raises CheckpointError naming the tensor that is missing, left over, misshapen or quantized, or
     the file that is damaged.
@@ -53,7 +55,7 @@ def load(
         spellings: dict[bool, str] = {}
 
         def read(param: Param) -> Tensor:
-            out = torch.empty(param.shape, dtype=model.config.dtype, device=device)
+            out = _empty(param, model.config.dtype, device, place)
             sources = _sources(param, checkpoint, spellings)
             rows = out if out.dim() < 3 else out.flatten(0, -2)
             parts = rows.split(param.parts) if sources == param.sources else (out,)
@@ -71,6 +73,13 @@ def load(
             f"e.g. {extra[0]}"
         )
     return params
+
+
+def _empty(param: Param, dtype: torch.dtype, device: torch.device, place: Place) -> Tensor:
+    """Memory for a parameter."""
+    if isinstance(place, Offloader) and param.kind == "experts":
+        return place.empty(param.shape, dtype)
+    return torch.empty(param.shape, dtype=dtype, device=device)
 
 
 def _sources(param: Param, checkpoint: Checkpoint, spellings: dict[bool, str]) -> tuple[str, ...]:
@@ -137,7 +146,10 @@ def random(
         weight = torch.empty(param.shape, dtype=model.config.dtype, device=device)
         if param.kind in ("norm", "bias"):
             return weight.fill_(float(param.kind == "norm"))
-        return weight.normal_(0.0, RANDOM_STD, generator=generator)
+        weight.normal_(0.0, RANDOM_STD, generator=generator)
+        if isinstance(place, Offloader) and param.kind == "experts":
+            return place.empty(param.shape, weight.dtype).copy_(weight)
+        return weight
 
     return build(model, draw, progress, weight_format, place)
 
@@ -168,7 +180,9 @@ def build(
         layer_type = model.layer_type(kind)
         values = dict.fromkeys(layer_type._fields) | made(declared)
         if kind.sparse:
-            values["experts"] = Stacked(*(values.pop(name) for name in Stacked._fields))
+            both = [values.pop(name) for name in Stacked._fields]
+            form = place.stored if isinstance(place, Offloader) else Stacked
+            values["experts"] = form(*both)
         return layer_type(**values)
 
     outer_params, *layer_params = model.declared

@@ -128,15 +128,27 @@ def layer(
 ) -> Tensor:
     """One decoder layer, dense or sparse: see `dense.layer`."""
     h_TD = attention(cfg, call, w, kv, cos_sin_MH, batch, h_TD)
-    return dense.mlp(cfg, w, h_TD) if isinstance(w, dense.Layer) else sparse_mlp(cfg, w, h_TD)
+    if isinstance(w, dense.Layer):
+        return dense.mlp(cfg, w, h_TD)
+    kv_slot_T = batch.slot_T
+    if batch.keep_R is not None:
+        kv_slot_T = kv_slot_T.index_select(0, batch.keep_R)
+    # padding writes to block 0
+    return sparse_mlp(cfg, w, h_TD, kv_slot_T, num_pad_slots=kv.k_CBKH.shape[1])
 
 
-def sparse_mlp(cfg: ModelConfig, w: SparseLayer, h_TD: Tensor) -> Tensor:
-    """The second half of a sparse layer: h + experts of the normalised h."""
+def sparse_mlp(
+    cfg: ModelConfig, w: SparseLayer, h_TD: Tensor, kv_slot_T: Tensor, num_pad_slots: int
+) -> Tensor:
+    """The second half of a sparse layer: h + experts of the normalised h.
+
+    Tokens whose cache slot is below `num_pad_slots` are padding.
+    """
     assert cfg.moe is not None
     x_TD = ops.rms_norm(h_TD, w.mlp_norm_D, cfg.norm_eps)
     logits_TE = ops.linear(x_TD, w.router_ED, None)
     weight_TK, expert_TK = ops.route(logits_TE, cfg.moe.top_k, cfg.moe.normalize)
+    expert_TK = experts.prepare(expert_TK, w.experts, kv_slot_T, num_pad_slots)
     if w.shared_gate_1D is not None and w.gate_up_GD is not None and w.down_DF is not None:
         gate_T1 = torch.sigmoid(ops.linear(x_TD, w.shared_gate_1D, None))
         inner_TF = ops.silu_mul(linear(x_TD, w.gate_up_GD, None))

@@ -21,17 +21,19 @@ from torch import Tensor
 from nanovllm.compile.passes.replace_ops import replace_ops
 from nanovllm.compile.program import Lowering, Pass
 from nanovllm.kernels.flash_attention import Flash, Missing
-from nanovllm.platforms.regions import Region
+from nanovllm.platforms.regions import Region, SplitRegion
 
+# Ops whose meaning in plain torch reads the routing on the host, so that it cannot be traced.
+OFFLOAD_OPS = ("fetch_experts", "stream_experts", "offloaded_experts")
 # Ops of a step with kernels of ours on CPU and CUDA.
 STEP_OPS = frozenset({
     "accept", "add_rms_norm", "advance", "decode_inputs", "expert_linear", "experts",
     "paged_attention", "qk_norm_rope_store", "rms_norm", "route", "sample", "sampling_inputs",
-    "silu_mul", "span_inputs",
+    "silu_mul", "span_inputs", *OFFLOAD_OPS,
 })  # fmt: skip
 # The passes of fuse=False: only ops that no lowering can generate stay kernels of ours.
 UNFUSED_OPS = frozenset({
-    "paged_attention", "store_kv", "sample", "route", "experts", "expert_linear",
+    "paged_attention", "store_kv", "sample", "route", "experts", "expert_linear", *OFFLOAD_OPS,
 })  # fmt: skip
 UNFUSED_PASSES: tuple[tuple[str, Pass], ...] = (
     ("replace_ops", partial(replace_ops, keep=lambda name, node: name in UNFUSED_OPS)),
@@ -47,6 +49,7 @@ class Traits:
     auto_dtype: the dtype of dtype="auto"; None means the checkpoint's.
     quantizations: supported weight formats besides the plain one.
     supports_fp8_cache: True if kernels read and write a float8_e4m3fn cache.
+    supports_offload: True if kernels read experts in the host's memory.
     attention_backends: supported values of the option `attention_backend` besides "auto".
     block_size: default tokens per cache block.
     cache_blocks: default number of cache blocks; None means as many as `memory_budget` allows.
@@ -65,6 +68,7 @@ class Traits:
     auto_dtype: torch.dtype | None = None
     quantizations: tuple[str, ...] = ()
     supports_fp8_cache: bool = False
+    supports_offload: bool = False
     attention_backends: tuple[str, ...] = ()
     block_size: int
     cache_blocks: int | None = None
@@ -218,6 +222,10 @@ class Platform(ABC):
     def cache_limit_bytes(self) -> int:
         """The largest KV cache that a user may request."""
 
+    def total_bytes(self) -> int:
+        """The device's memory; 0 if it is not known."""
+        return 0
+
     def used_bytes(self) -> int:
         """Device memory in use by all processes; 0 if the device does not count it."""
         return 0
@@ -242,6 +250,10 @@ class Platform(ABC):
         """A new, empty region of device memory."""
         name = self.traits.name
         return Region(self.device, f"sleep is not supported on a {name} device")
+
+    def split_region(self) -> SplitRegion:
+        """A new region for weights of which a part lies in the host's memory."""
+        return SplitRegion(self.device)
 
     # Information ---------------------------------------------------------------------------
 

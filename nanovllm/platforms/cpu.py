@@ -43,6 +43,7 @@ TRAITS = Traits(
     auto_dtype=torch.float32,
     quantizations=("int8",),
     supports_fp8_cache=True,
+    supports_offload=True,
     attention_backends=("sdpa",),
     block_size=32,
     batched_tokens=512,
@@ -111,6 +112,9 @@ class CpuPlatform(Platform):
     def cache_limit_bytes(self) -> int:
         return _available_bytes()
 
+    def total_bytes(self) -> int:
+        return _physical_bytes()
+
     def enable_sleep(self) -> None:
         """Nothing to prepare: every region of the host can be given back."""
 
@@ -151,4 +155,8 @@ def _available_bytes() -> int:
                     return int(line.split()[1]) * 1024
     except OSError:
         pass
+    return _physical_bytes()
+
+
+def _physical_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -26,8 +26,8 @@ from nanovllm.kernels.flash_attention import Flash, Missing
 from nanovllm.platforms import cuda_memory, preload
 from nanovllm.platforms.accelerator import Accelerator
 from nanovllm.platforms.base import STEP_OPS, UNFUSED_PASSES, Rehearsal, Replay, Traits
-from nanovllm.platforms.cuda_memory import Driver, MappedRegion
-from nanovllm.platforms.regions import Region
+from nanovllm.platforms.cuda_memory import Driver, MappedRegion, PinnedRegion
+from nanovllm.platforms.regions import Region, SplitRegion
 
 # Ops with Triton kernels of ours. Inductor could fuse norms and activations too, but it has no
 # programmatic dependent launch and compiles for seconds per bucket.
@@ -72,6 +72,7 @@ class CudaPlatform(Accelerator):
             TRAITS,
             supported_dtypes=TRAITS.supported_dtypes + bfloat16,
             supports_fp8_cache=capability >= (8, 9),  # Triton converts float8_e4m3fn from 8.9 on
+            supports_offload=torch.version.hip is None,
         )
         super().__init__(device, traits)
         self._pool: Any = None
@@ -182,6 +183,12 @@ class CudaPlatform(Accelerator):
         region = MappedRegion(self._driver)
         self._regions.append(region)
         return region
+
+    def split_region(self) -> SplitRegion:
+        return PinnedRegion(Driver(self.device))
+
+    def total_bytes(self) -> int:
+        return int(torch.cuda.get_device_properties(self.device).total_memory)
 
     def peak_bytes(self) -> int:
         # torch's statistics leave out mapped memory

@@ -1,8 +1,12 @@
-"""Device memory behind fixed addresses: it can be unmapped, and mapped again in the same place.
+"""Memory through CUDA's driver API, which is called through ctypes.
 
-Captured graphs keep the addresses of weights and cache. So a sleeping engine must give back the
-memory and keep the addresses. CUDA's driver API has both as objects of their own ("virtual memory
-management" in the CUDA driver API reference). It is called through ctypes.
+Device memory behind fixed addresses can be unmapped, and mapped again in the same place. Captured
+graphs keep the addresses of weights and cache. So a sleeping engine must give back the memory and
+keep the addresses. The driver has both as objects of their own ("virtual memory management" in the
+CUDA driver API reference).
+
+Pinned memory of the host has the same address for the device, which reads it over the bus ("unified
+addressing").
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.platforms.accelerator import pinned_if_possible
-from nanovllm.platforms.regions import TensorRegion
+from nanovllm.platforms.regions import SplitRegion, TensorRegion
 
 LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 ALIGNMENT = 512  # bytes, as in torch's allocator: kernels choose their loads by it
@@ -29,6 +33,7 @@ PINNED = 1  # CU_MEM_ALLOCATION_TYPE_PINNED
 ON_DEVICE = 1  # CU_MEM_LOCATION_TYPE_DEVICE
 READ_WRITE = 3  # CU_MEM_ACCESS_FLAGS_PROT_READWRITE
 MINIMUM = 0  # CU_MEM_ALLOC_GRANULARITY_MINIMUM
+FOR_ALL_CONTEXTS, MAPPED = 1, 2  # CU_MEMHOSTALLOC_PORTABLE, CU_MEMHOSTALLOC_DEVICEMAP
 OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
 
 
@@ -71,6 +76,8 @@ _SIGNATURES: dict[str, list[Any]] = {
     "cuMemMap": [_ADDRESS, _SIZE, _SIZE, _HANDLE, _FLAGS],
     "cuMemUnmap": [_ADDRESS, _SIZE],
     "cuMemSetAccess": [_ADDRESS, _SIZE, _ACCESS, _SIZE],
+    "cuMemHostAlloc": [ctypes.POINTER(ctypes.c_void_p), _SIZE, ctypes.c_uint],
+    "cuMemFreeHost": [ctypes.c_void_p],
 }
 
 
@@ -131,6 +138,27 @@ class Driver:
     def unmap(self, address: int, num_bytes: int) -> None:
         """Free the memory behind addresses, a range that one call of `map` was given."""
         self._call("cuMemUnmap", address, num_bytes)
+
+    def pin(self, num_bytes: int) -> int:
+        """New memory of the host that the device can read; returns its address for both.
+
+        Raises torch.OutOfMemoryError.
+        """
+        found = ctypes.c_void_p()
+        try:
+            flags = FOR_ALL_CONTEXTS | MAPPED
+            self._call("cuMemHostAlloc", ctypes.byref(found), num_bytes, flags)
+        except DriverError as error:
+            if error.code != OUT_OF_MEMORY:
+                raise
+            message = f"the host has no {num_bytes / 2**20:.0f} MiB left that can be pinned"
+            raise torch.OutOfMemoryError(message) from error
+        assert found.value is not None
+        return found.value
+
+    def unpin(self, address: int) -> None:
+        """Free the memory at an address of `pin`."""
+        self._call("cuMemFreeHost", address)
 
     def _create(self, num_bytes: int) -> int:
         try:
@@ -289,6 +317,35 @@ class MappedRegion(TensorRegion):
     def _unmap(self, chunks: Sequence[tuple[int, int]]) -> None:
         for address, size in chunks:
             self._driver.unmap(address, size)
+
+
+class PinnedRegion(SplitRegion):
+    """The host's part is pinned memory, which the device reads over the bus at its own address."""
+
+    def __init__(self, driver: Driver) -> None:
+        super().__init__(driver.device)
+        self._driver = driver
+        self._addresses: list[int] = []
+
+    def __del__(self) -> None:
+        if hasattr(self, "_addresses") and not sys.is_finalizing():
+            self.close()
+
+    def host_empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        num_bytes = math.prod(shape) * dtype.itemsize
+        self._addresses.append(self._driver.pin(num_bytes))
+        memory = (ctypes.c_byte * num_bytes).from_address(self._addresses[-1])
+        return torch.frombuffer(memory, dtype=dtype).view(tuple(shape))
+
+    def seen(self, tensor: Tensor) -> Tensor:
+        return _tensor_at(tensor.data_ptr(), tensor.shape, tensor.dtype, self.device)
+
+    def close(self) -> None:
+        addresses, self._addresses = self._addresses, []
+        if addresses:
+            self._driver.synchronize()
+        for address in addresses:
+            self._driver.unpin(address)
 
 
 def _round_up(value: int, multiple: int) -> int:

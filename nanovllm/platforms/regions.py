@@ -51,6 +51,27 @@ class Region:
         """Free the memory for good. Nothing may use its tensors after that."""
 
 
+class SplitRegion(Region):
+    """A region for weights of which a part lies in the host's memory and is read there.
+
+    This one is for devices that compute in the host's memory.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device, "sleep is not supported with expert_offload")
+
+    def host_empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A new tensor in the host's memory, for the processor. It lives as long as the region.
+
+        Raises torch.OutOfMemoryError.
+        """
+        return torch.empty(tuple(shape), dtype=dtype, device=self.device)
+
+    def seen(self, tensor: Tensor) -> Tensor:
+        """The memory of a tensor of `host_empty` as a tensor of the device."""
+        return tensor
+
+
 class TensorRegion(Region):
     """A region that knows its tensors, in the order in which they were made."""
 

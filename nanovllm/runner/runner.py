@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nanovllm.compile.program import Compiler
 from nanovllm.compile.trace import tensors
+from nanovllm.models.experts.offloaded import Offloaded
 from nanovllm.models.interface import LayerCache, Model, Params
 from nanovllm.models.rope import rotary_table
 from nanovllm.platforms import attention
@@ -115,9 +116,26 @@ class Runner:
 
     @property
     def weights_bytes(self) -> int:
+        """Bytes of weights on the device, with buffers for experts."""
         # the head may be the embedding table
         unique = {tensor.data_ptr(): tensor.nbytes for tensor in tensors(self.params)}
-        return sum(unique.values())
+        return sum(unique.values()) - self.host_bytes
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of experts in the host's memory."""
+        return sum(one.num_experts * one.expert_bytes for one in self.offloaded)
+
+    @property
+    def offloaded(self) -> list[Offloaded]:
+        """The experts of layers whose experts are in the host's memory."""
+        stored = (getattr(layer, "experts", None) for layer in self.params.layers)
+        return [one for one in stored if isinstance(one, Offloaded)]
+
+    def expert_counts(self) -> list[int]:
+        """The counters of all layers together, in the order of `COUNTERS`. Waits for the device."""
+        counters = torch.stack([one.counters_C for one in self.offloaded])
+        return self.platform.read_back(counters.sum(0)).tolist()
 
     def measure_budget(self, utilization: float) -> MemoryBudget:
         """Run the largest prefill step once; returns the memory that it and the weights leave."""

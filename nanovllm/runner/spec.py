@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from nanovllm.compile import buckets
+from nanovllm.models.experts.offloaded import OffloadPlan
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,12 @@ class EngineSpec:
     """The choices of one engine.
 
     `attention` is a key of `ops.ATTENTION`, "" for the device's own kernels. `cache_dtype` is the
-    dtype of keys and values, `weight_format` a key of `formats.FORMATS`.
+    dtype of keys and values, `weight_format` a key of `formats.FORMATS`. `offload` says which
+    experts are on the device, None for all.
     """
 
     layout: Layout
     attention: str
     cache_dtype: torch.dtype
     weight_format: str
+    offload: OffloadPlan | None = None

@@ -18,6 +18,8 @@ from torch import Tensor
 from nanovllm.compile.program import Compiler
 from nanovllm.compile.trace import tensors
 from nanovllm.models.config import ModelConfig
+from nanovllm.models.experts import offloaded
+from nanovllm.models.experts.offloaded import Offloaded
 from nanovllm.models.interface import Batch, LayerCache, LayerCall, Model, Params
 from nanovllm.runner.state import (
     DeviceState,
@@ -227,7 +229,12 @@ class Steps:
     ) -> Tensor:
         sizes = (batch.slot_T.shape[0], batch.seq_len_R.shape[0])
         programs = self.model.layer_programs(keeps_last=last_R is not None)
-        for (name, kind), weights, cache in zip(programs, self.params.layers, self.caches):
+        streamed = self._streamed(len(h_TD), last_R)
+        for (name, kind), weights, cache, upcoming in zip(
+            programs, self.params.layers, self.caches, streamed
+        ):
+            for stored in upcoming:
+                self._run("stream", (), offloaded.stream, stored=stored)
             call = LayerCall(self.attention, kind, max_q_len)
             h_TD = self._run(
                 name,
@@ -240,6 +247,17 @@ class Steps:
                 h_TD=h_TD,
             )
         return h_TD
+
+    def _streamed(self, num_tokens: int, last_R: Tensor | None) -> list[list[Offloaded]]:
+        """For each layer, the experts whose way to the device begins before it."""
+        layers, moe = self.params.layers, self.model.config.moe
+        if moe is None:
+            return [[] for _ in layers]
+        num_pairs = [num_tokens * moe.top_k] * len(layers)
+        if last_R is not None:
+            num_pairs[-1] = len(last_R) * moe.top_k
+        stored = [getattr(layer, "experts", None) for layer in layers]
+        return offloaded.streamed_before(stored, num_pairs)
 
     def _head(self, h_RD: Tensor) -> Tensor:
         return self._run(

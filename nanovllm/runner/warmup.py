@@ -9,6 +9,7 @@ import time
 import numpy as np
 import torch
 
+from nanovllm.models.experts.offloaded import prepare
 from nanovllm.platforms.base import Rehearsal
 from nanovllm.runner.captured import PrefillStep, VerifyStep
 from nanovllm.runner.runner import Runner
@@ -21,6 +22,7 @@ STALL_CONTEXT_TOKENS = 16_384
 # A step is timed twice, or once if it takes so many milliseconds: a disturbance is then a small
 # share of it.
 STALL_REPEATS, STALL_LONG_MS = 2, 20.0
+BUS_REPEATS = 3
 
 
 def rehearse_bucket(runner: Runner, kind: str, size: int, rehearsal: Rehearsal) -> None:
@@ -66,6 +68,33 @@ def measure_stall(runner: Runner, max_ms: float) -> StallBound:
     bound = StallBound(max_ms, tuple(step_ms), attention_ms)
     logger.debug("prefill steps: %s", bound)
     return bound
+
+
+def measure_bus(runner: Runner) -> float | None:
+    """Bytes per second at which a decode step of one row fetches experts; None if all have slots.
+
+    Call it after warm-up. Other experts are resident afterwards.
+    """
+    stored, moe = runner.offloaded[0], runner.cfg.moe
+    assert moe is not None
+    first, num_experts = int(stored.first_1), stored.num_experts
+    kv_slot_T = torch.zeros(1, dtype=torch.int64, device=runner.platform.device)
+    best = None
+    for _ in range(BUS_REPEATS):
+        slots = stored.residents.slot_I[first : first + num_experts].tolist()
+        absent = [expert for expert, slot in enumerate(slots) if slot < 0][: moe.top_k]
+        if not absent:
+            return None
+        chosen = absent + absent[:1] * (moe.top_k - len(absent))
+        expert_TK = runner.platform.upload([chosen], torch.int32)
+        runner.platform.synchronize()
+        started = time.perf_counter()
+        prepare(expert_TK, stored, kv_slot_T, num_pad_slots=0)
+        runner.platform.synchronize()
+        seconds = time.perf_counter() - started
+        num_moved = min(len(absent), len(stored.residents.owner_S))
+        best = max(best or 0.0, num_moved * stored.expert_bytes / seconds)
+    return best
 
 
 def _prefill_ms(runner: Runner, num_tokens: int, context: int = 0) -> float:

@@ -15,8 +15,9 @@ from nanovllm.compile.program import Compiler
 from nanovllm.models.interface import VARYING, Params
 from nanovllm.platforms.base import MemoryBudget
 from nanovllm.runner import steps
+from nanovllm.runner.expert_stats import ExpertStats
 from nanovllm.runner.runner import Runner
-from nanovllm.runner.warmup import measure_stall
+from nanovllm.runner.warmup import measure_bus, measure_stall
 from nanovllm.schedule.stall import StallBound
 from nanovllm.startup.artifacts import common_ingredients, finish
 from nanovllm.startup.choose import Choice
@@ -32,6 +33,7 @@ class Built:
     num_blocks: int
     memory: MemoryReport
     stall: StallBound | None
+    expert_stats: ExpertStats | None
 
 
 def build(choice: Choice, params: Params, bar: tqdm, laps: Laps) -> Built:
@@ -61,6 +63,7 @@ def build(choice: Choice, params: Params, bar: tqdm, laps: Laps) -> Built:
     max_stall_ms = config.max_stall_ms or platform.traits.max_stall_ms
     stall = measure_stall(runner, max_stall_ms) if math.isfinite(max_stall_ms) else None
     laps.end("stall")
+    expert_stats = _expert_stats(runner)
     if not config.enforce_eager:
         finish(choice, platform.kernels_compiled()[num_kernels:])
         laps.end("seal")
@@ -69,11 +72,20 @@ def build(choice: Choice, params: Params, bar: tqdm, laps: Laps) -> Built:
         cache_bytes=num_blocks * runner.block_bytes,
         cache_tokens=(num_blocks - 1) * choice.spec.layout.block_size,
         graphs_bytes=runner.graphs_bytes,
+        host_bytes=runner.host_bytes,
         budget=budget,
         limited=budget is not None and num_blocks < budget.cache_bytes // runner.block_bytes,
     )
     logger.info("%s", memory)
-    return Built(runner, num_blocks, memory, stall)
+    return Built(runner, num_blocks, memory, stall, expert_stats)
+
+
+def _expert_stats(runner: Runner) -> ExpertStats | None:
+    """Counts from now on, if experts are in the host's memory."""
+    if not runner.offloaded:
+        return None
+    rate, expert_bytes = measure_bus(runner), runner.offloaded[0].expert_bytes
+    return ExpertStats(runner.expert_counts, expert_bytes, rate)
 
 
 def make_compiler(choice: Choice) -> Compiler:

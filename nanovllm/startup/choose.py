@@ -27,6 +27,7 @@ from nanovllm.startup.checkpoint_cache import read_config
 from nanovllm.startup.compile_farm.farm import CompileFarm
 from nanovllm.startup.generation_config import generation_config
 from nanovllm.startup.laps import Laps
+from nanovllm.startup.offload import choose_offload, device_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +112,7 @@ def _num_workers(choice: Choice) -> int:
     scratch_bytes = spec.layout.prefill_tokens[-1] * token_size * cfg.dtype.itemsize
     params_bytes = model.reduced().param_bytes(spec.weight_format)
     worker_bytes = params_bytes + scratch_bytes + (1 << 30)  # for the device's context
-    own_bytes = model.param_bytes(spec.weight_format)
+    own_bytes = device_bytes(model, spec.weight_format, spec.offload)
     count = choice.platform.compile_workers(worker_bytes, own_bytes)
     return 0 if count < 2 or is_ready(choice) else count
 
@@ -216,7 +217,9 @@ def make_spec(config: EngineConfig, model: Model, platform: Platform) -> EngineS
         backend, platform, cache_dtype
     )
     layout = make_layout(config, cfg.max_position, platform, block_size)
-    return EngineSpec(layout, backend, cache_dtype, config.quantization or PLAIN)
+    weight_format = config.quantization or PLAIN
+    offload = choose_offload(config, model, platform, weight_format)
+    return EngineSpec(layout, backend, cache_dtype, weight_format, offload)
 
 
 def choose_dtype(name: str, hf: Any, platform: Platform) -> torch.dtype:

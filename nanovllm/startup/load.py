@@ -13,8 +13,10 @@ from tqdm import tqdm
 from nanovllm import hub
 from nanovllm.config import EngineConfig
 from nanovllm.models import loader
+from nanovllm.models.experts.offloaded import Offloader
 from nanovllm.models.interface import Model, Params
 from nanovllm.platforms.regions import Place, Region
+from nanovllm.runner.expert_stats import ExpertStats
 from nanovllm.runner.runner import Runner
 from nanovllm.runner.sleep import Sleeper
 from nanovllm.runner.spec import EngineSpec
@@ -50,6 +52,7 @@ class Loaded:
     num_blocks: int
     memory: MemoryReport
     stall: StallBound | None
+    expert_stats: ExpertStats | None
     seconds: dict[str, float]
 
 
@@ -73,18 +76,21 @@ def load(config: EngineConfig, farm: CompileFarm | None = None) -> Loaded:
             dynamic_ncols=True, leave=False,
         )  # fmt: skip
         stack.enter_context(bar)
-        weights = choice.platform.region()
-        params, tokenizer = _load_weights(choice, weights, farm, bar, laps)
+        weights, place = _memory(choice)
+        params, tokenizer = _load_weights(choice, place, farm, bar, laps)
         bar.unit = " buckets"
         bar.reset(len(choice.spec.layout.buckets) if choice.spec.layout.pad else 0)
         built = build(choice, params, bar, laps)
+    if choice.spec.offload is not None:
+        logger.info("experts: %s", choice.spec.offload)
+    num_bytes = choice.model.param_bytes(choice.spec.weight_format)
     cfg, runner, seconds = choice.model.config, built.runner, sum(laps.seconds.values())
     logger.info(
         "%s on %s in %s: %d layers, %d cache blocks of %d tokens, %s, ready in %.1f s (weights "
         "%.1f s, %.1f GB/s)",
         cfg.architecture, choice.platform.device, str(cfg.dtype).removeprefix("torch."),
         cfg.num_layers, built.num_blocks, runner.layout.block_size, _programs(runner), seconds,
-        laps.seconds["weights"], built.memory.weights_bytes / 1e9 / laps.seconds["weights"],
+        laps.seconds["weights"], num_bytes / 1e9 / laps.seconds["weights"],
     )  # fmt: skip
     generation = generation_config(choice.folder)
     eos_ids = choice.eos_ids
@@ -96,20 +102,30 @@ def load(config: EngineConfig, farm: CompileFarm | None = None) -> Loaded:
     return Loaded(
         choice.config, runner.model, runner.spec, runner, sleeper, tokenizer, eos_ids,
         default_params(generation if config.generation_config == "auto" else {}),
-        built.num_blocks, built.memory, built.stall, laps.seconds,
+        built.num_blocks, built.memory, built.stall, built.expert_stats, laps.seconds,
     )  # fmt: skip
 
 
+def _memory(choice: Choice) -> tuple[Region, Place]:
+    """A region for weights, and what moves them there."""
+    platform, offload = choice.platform, choice.spec.offload
+    if offload is None:
+        region = platform.region()
+        return region, region.place
+    split = platform.split_region()
+    return split, Offloader(offload, split, platform.device)
+
+
 def _load_weights(
-    choice: Choice, region: Region, farm: CompileFarm, bar: tqdm, laps: Laps
+    choice: Choice, place: Place, farm: CompileFarm, bar: tqdm, laps: Laps
 ) -> tuple[Params, Tokenizer | None]:
-    """Weights in a region, and the tokenizer; waits for workers, if any."""
+    """Placed weights and the tokenizer; waits for workers, if any."""
     with ThreadPoolExecutor(1) as reader:
         read = partial(reader.submit, partial(_tokenizer, choice))
         # Imports hold Python's lock, and reading weights does not. So the tokenizer is read beside
         # the weights, unless threads hand out tasks at the same time.
         tokenizer = None if choice.num_workers else read()
-        params = _read_weights(choice, bar.update, region.place)
+        params = _read_weights(choice, bar.update, place)
         choice.platform.synchronize()
         laps.end("weights")
         tokenizer = tokenizer or read()

@@ -16,6 +16,7 @@ class MemoryReport:
     graphs_bytes: taken by captured steps; 0 if none are captured or the device does not count.
     budget: the measurement that the cache's size follows from; None if the size was given.
     limited: True if the cache holds all that its requests can use and memory is left over.
+    host_bytes: experts in the host's memory; those of them on the device count as weights too.
     """
 
     weights_bytes: int
@@ -24,6 +25,7 @@ class MemoryReport:
     graphs_bytes: int
     budget: MemoryBudget | None
     limited: bool
+    host_bytes: int = 0
 
     @property
     def cache_share(self) -> float | None:
@@ -37,8 +39,9 @@ class MemoryReport:
             if self.limited:
                 share += ", all that max_num_seqs requests of max_model_len can use"
             share += f"; scratch {_gib(self.budget.scratch_bytes)}"
+        host = f", experts on the host {_gib(self.host_bytes)}" if self.host_bytes else ""
         return (
-            f"weights {_gib(self.weights_bytes)}, KV cache {_gib(self.cache_bytes)} for "
+            f"weights {_gib(self.weights_bytes)}{host}, KV cache {_gib(self.cache_bytes)} for "
             f"{self.cache_tokens} tokens ({share}), graphs {_gib(self.graphs_bytes)}"
         )
 
@@ -48,6 +51,7 @@ class MemoryReport:
         room = budget.cache_bytes / budget.allowance_bytes if budget else None
         return {
             "weights_gib": round(self.weights_bytes / GIB, 3),
+            "host_gib": round(self.host_bytes / GIB, 3),
             "kv_cache_gib": round(self.cache_bytes / GIB, 3),
             "kv_cache_tokens": self.cache_tokens,
             "kv_allowance_gib": round(budget.allowance_bytes / GIB, 3) if budget else None,

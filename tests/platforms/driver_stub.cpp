@@ -1,4 +1,4 @@
-// CUDA's virtual memory calls over host memory, with the declarations of the real header. Memory
+// CUDA's calls for virtual and pinned memory, over host memory, with the declarations of the real header. Memory
 // that is not mapped cannot be touched, new memory is full of garbage, and every argument that the
 // driver would refuse is refused.
 #include <cuda.h>
@@ -23,6 +23,7 @@ struct Mapping {
 std::map<CUmemGenericAllocationHandle, Memory> memories;
 std::map<CUdeviceptr, Mapping> mappings;
 std::map<CUdeviceptr, size_t> ranges;
+std::map<void*, size_t> pinned;
 CUmemGenericAllocationHandle newest = 100;
 size_t capacity = SIZE_MAX;
 
@@ -62,6 +63,11 @@ bool is_reserved(CUdeviceptr address, size_t size) {
 
 extern "C" {
 size_t stub_used_bytes() { return used(); }
+size_t stub_pinned_bytes() {
+  size_t sum = 0;
+  for (const auto& [address, size] : pinned) sum += size;
+  return sum;
+}
 size_t stub_reserved_ranges() { return ranges.size(); }
 void stub_set_capacity(size_t bytes) { capacity = bytes; }
 size_t stub_properties_bytes() { return sizeof(CUmemAllocationProp); }
@@ -125,6 +131,23 @@ CUresult cuMemSetAccess(CUdeviceptr address, size_t size, const CUmemAccessDesc*
   void* start = reinterpret_cast<void*>(address);
   REQUIRE(!mprotect(start, size, PROT_READ | PROT_WRITE));
   memset(start, 0xFF, size);
+  return CUDA_SUCCESS;
+}
+
+CUresult cuMemHostAlloc(void** found, size_t size, unsigned int flags) {
+  REQUIRE(size && flags == (CU_MEMHOSTALLOC_PORTABLE | CU_MEMHOSTALLOC_DEVICEMAP));
+  if (stub_pinned_bytes() + size > capacity) return CUDA_ERROR_OUT_OF_MEMORY;
+  *found = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  REQUIRE(*found != MAP_FAILED);
+  memset(*found, 0xFF, size);
+  pinned[*found] = size;
+  return CUDA_SUCCESS;
+}
+
+CUresult cuMemFreeHost(void* address) {
+  REQUIRE(pinned.count(address));
+  munmap(address, pinned[address]);
+  pinned.erase(address);
   return CUDA_SUCCESS;
 }
 

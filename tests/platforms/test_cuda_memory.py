@@ -20,7 +20,7 @@ from nanovllm.compile.trace import tensors
 from nanovllm.kernels.cpu import build
 from nanovllm.platforms import cuda_memory
 from nanovllm.platforms.cpu import CpuPlatform
-from nanovllm.platforms.cuda_memory import Driver, DriverError, MappedRegion
+from nanovllm.platforms.cuda_memory import Driver, DriverError, MappedRegion, PinnedRegion
 from tests.engines import greedy, random_prompts, tokens
 
 MIB = 1 << 20
@@ -36,7 +36,7 @@ class StubDriver(Driver):
         super().__init__(torch.device("cuda", 3), str(library))
         self.device = torch.device("cpu")
         self.stub = ctypes.CDLL(str(library))
-        self.stub.stub_used_bytes.restype = ctypes.c_size_t
+        self.stub.stub_used_bytes.restype = self.stub.stub_pinned_bytes.restype = ctypes.c_size_t
         self.stub.stub_set_capacity.argtypes = [ctypes.c_size_t]
         self.set_capacity(1 << 40)
 
@@ -82,6 +82,7 @@ def driver(library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StubDrive
     yield driver
     gc.collect()
     assert driver.used_bytes() == 0 and driver.stub.stub_reserved_ranges() == 0
+    assert driver.stub.stub_pinned_bytes() == 0
 
 
 def test_structs_have_the_headers_sizes(driver: StubDriver) -> None:
@@ -190,6 +191,45 @@ def test_nothing_is_left_of_a_closed_region(driver: StubDriver, how: str, asleep
     assert driver.stub.stub_reserved_ranges() == 1
     assert kept.float().isfinite().all()
     other.close()
+
+
+def test_the_device_sees_what_the_processor_writes_to_pinned_memory(driver: StubDriver) -> None:
+    region, originals = PinnedRegion(driver), weights()
+    written = [region.host_empty(one.shape, one.dtype).copy_(one) for one in originals]
+    seen = [region.seen(tensor) for tensor in written]
+    for tensor, host, original in zip(seen, written, originals):
+        assert tensor.data_ptr() == host.data_ptr() and torch.equal(tensor, original)
+        assert tensor.dtype == original.dtype and tensor.is_contiguous()
+    written[0].fill_(19)
+    assert torch.equal(seen[0], written[0])
+    assert driver.used_bytes() == 0, "the device's memory is not touched"
+    assert driver.stub.stub_pinned_bytes() == sum(one.nbytes for one in originals)
+    # tensors of the device stay where they are, and nothing can be given back
+    assert region.place(originals[0]) is originals[0]
+    with pytest.raises(ValueError, match="sleep is not supported with expert_offload"):
+        region.drop(keep=True)
+
+
+@pytest.mark.parametrize("how", ["close", "del"])
+def test_pinned_memory_is_freed_with_its_region(driver: StubDriver, how: str) -> None:
+    region, other = PinnedRegion(driver), PinnedRegion(driver)
+    kept = other.host_empty((99,), torch.float32).fill_(1)
+    region.host_empty((5, 1000), torch.bfloat16)
+    if how == "close":
+        region.close()
+        region.close()
+    else:
+        del region
+    assert driver.stub.stub_pinned_bytes() == kept.nbytes and kept.sum() == 99
+    other.close()
+
+
+def test_a_host_without_memory_is_named(driver: StubDriver) -> None:
+    region = PinnedRegion(driver)
+    driver.set_capacity(4 * MIB)
+    with pytest.raises(torch.OutOfMemoryError, match=r"the host has no 5 MiB left that can be pin"):
+        region.host_empty((5 * MIB,), torch.uint8)
+    assert region.host_empty((4 * MIB,), torch.uint8).numel() == 4 * MIB
 
 
 def test_a_failed_call_is_named(driver: StubDriver) -> None:

@@ -1,8 +1,10 @@
 """Rehearse buckets of a small model for an H200 without a GPU, and compile the kernels found.
 
-`python rehearsal.py FOLDER ARCHITECTURE` prints JSON. It runs in its own process: the other tests
-use Triton's interpreter, which replaces the compiler, and this file replaces the device queries of
-torch and Triton.
+`python rehearsal.py FOLDER ARCHITECTURE` prints JSON. With a third argument, fewer buckets are
+rehearsed, and each layer has so many resident experts.
+
+It runs in its own process: the other tests use Triton's interpreter, which replaces the compiler,
+and this file replaces the device queries of torch and Triton.
 """
 
 from __future__ import annotations
@@ -61,7 +63,12 @@ class Driver(AbsentDevice):
 class Platform(CudaPlatform):
     def __init__(self) -> None:
         self.device = DEVICE
-        self.traits = replace(TRAITS, supported_dtypes=(torch.bfloat16,), supports_fp8_cache=True)
+        self.traits = replace(
+            TRAITS,
+            supported_dtypes=(torch.bfloat16,),
+            supports_fp8_cache=True,
+            supports_offload=True,
+        )
 
     def prepare(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -73,7 +80,9 @@ class Platform(CudaPlatform):
 def make_up_device() -> None:
     target = TARGETS["h200"]
     properties = SimpleNamespace(
-        multi_processor_count=132, shared_memory_per_block_optin=target.shared_bytes
+        multi_processor_count=132,
+        shared_memory_per_block_optin=target.shared_bytes,
+        total_memory=1 << 30,
     )
     driver.set_active(Driver(target))  # type: ignore[arg-type]
     torch.cuda.get_device_properties = lambda device=None: properties  # type: ignore[assignment]
@@ -81,13 +90,13 @@ def make_up_device() -> None:
     choose.select_platform = lambda config: Platform()
 
     def empty(
-        model: Any, device: torch.device, seed: int, progress: Any, weight_format: str
+        model: Any, device: torch.device, seed: int, progress: Any, *how: Any, **memory: Any
     ) -> Any:
         # without a generator, which would need the device
         def make(param: Any) -> Tensor:
             return torch.empty(param.shape, dtype=model.config.dtype, device=device)
 
-        return weights.build(model, make, progress, weight_format)
+        return weights.build(model, make, progress, *how, **memory)
 
     weights.random = empty  # type: ignore[assignment]
 
@@ -101,7 +110,7 @@ def real(value: Any) -> Any:
     return whole.as_strided(value.shape, value.stride(), value.storage_offset())
 
 
-def main(folder: Path, architecture: str) -> dict[str, Any]:
+def main(folder: Path, architecture: str, num_resident: int | None = None) -> dict[str, Any]:
     make_up_device()
     triton_build.watch()
     triton_kernels.register()
@@ -119,9 +128,12 @@ def main(folder: Path, architecture: str) -> dict[str, Any]:
     config = EngineConfig(
         str(model), dtype="bfloat16", max_model_len=512, max_num_batched_tokens=256,
         max_num_seqs=48, graph_batch_sizes=[1, 3, 4, 48], compile_cache=folder / "store",
+        expert_offload=num_resident,
     )  # fmt: skip
     builder = Builder(config, Platform())
-    answers = [builder.do("rehearse", bucket) for bucket in BUCKETS]
+    # of experts, prefill streams and the smaller decode buckets fetch
+    buckets = BUCKETS if num_resident is None else (BUCKETS[1], *BUCKETS[-2:])
+    answers = [builder.do("rehearse", bucket) for bucket in buckets]
     lengths = {name: length for answer in answers for name, length in answer["kernels"].items()}
     requests = sorted(lengths)
     compiled_before = len(triton_build.compiled())
@@ -138,6 +150,7 @@ def main(folder: Path, architecture: str) -> dict[str, Any]:
         )
     return {
         "numbers": [answer["numbers"][:3] for answer in answers],
+        "problems": [answer["problem"] for answer in answers],
         "programs": len(list((folder / "store" / "entries").iterdir())),
         "requests": len(requests),
         "longest": json.loads(max(lengths, key=lengths.__getitem__))["name"],
@@ -152,4 +165,4 @@ def main(folder: Path, architecture: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(Path(sys.argv[1]), sys.argv[2])))
+    print(json.dumps(main(Path(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:]))))

@@ -161,6 +161,30 @@ def test_without_rehearsing_buckets_are_run(caplog: pytest.LogCaptureFixture) ->
     assert asked(caplog.text)[0] == ["run", ["decode", 4]]
 
 
+def rehearsed(folder: Path, *arguments: str) -> dict[str, Any]:
+    """What rehearsal.py prints."""
+    names = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    environment |= {
+        "TRITON_INTERPRET": "0",
+        "PYTHONPATH": str(ROOT),
+        "NANOVLLM_CACHE": str(folder / "other"),
+    }
+    script = Path(__file__).with_name("rehearsal.py")
+    done = subprocess.run(
+        [sys.executable, script, folder, *arguments],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="as Triton")
 @pytest.mark.parametrize(
     ("architecture", "own_kernels"),
@@ -170,25 +194,7 @@ def test_without_rehearsing_buckets_are_run(caplog: pytest.LogCaptureFixture) ->
 def test_rehearsed_launches_ask_for_the_kernels_that_real_ones_need(
     architecture: str, own_kernels: set[str], tmp_path: Path
 ) -> None:
-    names = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
-    environment = {name: value for name, value in os.environ.items() if name not in names}
-    environment |= {
-        "TRITON_INTERPRET": "0",
-        "PYTHONPATH": str(ROOT),
-        "NANOVLLM_CACHE": str(tmp_path / "other"),
-    }
-    script = Path(__file__).with_name("rehearsal.py")
-    done = subprocess.run(
-        [sys.executable, script, tmp_path, architecture],
-        env=environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout)
+    found = rehearsed(tmp_path, architecture)
     # five programs for each prefill bucket, four for each decode bucket. The first three share the
     # head for 48 rows, the first two the sampler of rows that have fed several tokens.
     assert [programs for programs, *_ in found["numbers"]] == [5, 3, 3, 4, 4, 4]
@@ -209,3 +215,14 @@ def test_rehearsed_launches_ask_for_the_kernels_that_real_ones_need(
     assert found["compiled_after_launches"] == found["compiled"] < found["launches"], (
         "launches find their kernels"
     )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="as Triton")
+def test_launches_of_offloaded_experts_are_rehearsed(tmp_path: Path) -> None:
+    found = rehearsed(tmp_path, "mixtral", "2")
+    assert found["problems"] == [None, None, None]
+    assert set(found["names"]) >= {
+        "fetch_plan_kernel", "stream_plan_kernel", "copy_kernel", "group_linear_kernel",
+        "pair_gate_up_kernel", "pair_down_kernel",
+    }  # fmt: skip
+    assert found["compiled_after_launches"] == found["compiled"] == found["requests"]

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from nanovllm.models.experts import stacked
+from nanovllm.models.experts import offloaded, stacked
+from nanovllm.models.experts.offloaded import Offloaded
 
 # A layer's experts as stored: a named tuple of tensors that only its form understands.
 Experts = tuple[Any, ...]
@@ -29,7 +30,18 @@ class Form(Protocol):
         """The experts' weighted sum for each token, plus the residual: see `reference.experts`."""
 
 
-FORMS: tuple[Form, ...] = (stacked,)
+FORMS: tuple[Form, ...] = (stacked, offloaded)
+
+
+def prepare(expert_TK: Tensor, stored: Experts, kv_slot_T: Tensor, num_pad_slots: int) -> Tensor:
+    """Bring chosen experts to where `apply` reads them; returns the experts to give to `apply`.
+
+    Tokens whose cache slot is below `num_pad_slots` are padding: nothing is brought for them, and
+    their experts may change.
+    """
+    if isinstance(stored, Offloaded):
+        return offloaded.prepare(expert_TK, stored, kv_slot_T, num_pad_slots)
+    return expert_TK
 
 
 def apply(

@@ -20,7 +20,9 @@ from nanovllm.compile.program import Compiler, CompileRequired, Program
 from nanovllm.compile.trace import rebuild, tensors
 from nanovllm.config import EngineConfig
 from nanovllm.models import loader
+from nanovllm.models.experts.offloaded import Offloader
 from nanovllm.platforms.base import Platform
+from nanovllm.platforms.regions import SplitRegion
 from nanovllm.runner.runner import Runner
 from nanovllm.runner.warmup import rehearse_bucket
 from nanovllm.startup.build import make_compiler, with_cache
@@ -48,7 +50,13 @@ def small_runner(
     for name, value in (compiler_options or {}).items():
         setattr(compiler, name, value)
     with mode or nullcontext():
-        params = loader.random(model, platform.device, 0, lambda _: None, spec.weight_format)
+        options = {}
+        if spec.offload is not None:  # the host's part is on the device as well: it is small
+            host = SplitRegion(platform.device)
+            options["place"] = Offloader(spec.offload, host, platform.device)
+        params = loader.random(
+            model, platform.device, 0, lambda _: None, spec.weight_format, **options
+        )
         runner = Runner(model, params, spec, platform, compiler)
     return with_cache(choice, lambda _: runner)[0] if platform.traits.whole_steps else runner
 

@@ -1,0 +1,105 @@
+"""Chooses which experts are resident on the device if not all are (`expert_offload`)."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+from nanovllm.config import EngineConfig, num_bytes
+from nanovllm.models.experts.offloaded import OffloadPlan
+from nanovllm.models.interface import Model
+from nanovllm.platforms.base import Platform
+
+logger = logging.getLogger(__name__)
+
+# Buffers for streamed layers get at most this share of the memory that weights leave.
+BUFFERS_SHARE, MAX_BUFFERS = 0.5, 2
+MIB = 1 << 20
+
+
+def choose_offload(
+    config: EngineConfig, model: Model, platform: Platform, weight_format: str
+) -> OffloadPlan | None:
+    """The plan for the option `expert_offload`; None without it.
+
+    Raises ValueError if the device, the model or the sizes do not go with it.
+    """
+    asked = config.expert_offload
+    if asked is None:
+        return None
+    if not platform.traits.supports_offload:
+        raise ValueError(
+            f"expert_offload is {asked!r}, which is not supported on this {platform.traits.name} "
+            "device: it needs a CPU or an NVIDIA GPU"
+        )
+    if model.config.moe is None:
+        raise ValueError(
+            f"expert_offload is {asked!r}, but {model.config.architecture} has no experts"
+        )
+    plan = _in_experts(asked, model) if isinstance(asked, int) else _in_bytes(asked, model)
+    allowed_bytes = config.gpu_memory_utilization * platform.total_bytes()
+    rest_bytes = allowed_bytes - device_bytes(model, weight_format, plan)
+    buffer_bytes = plan.num_entries(model.config.moe.num_experts) * _expert_bytes(model)
+    fitting = int(BUFFERS_SHARE * rest_bytes // max(1, buffer_bytes))
+    return replace(plan, num_buffers=max(0, min(MAX_BUFFERS, fitting)))
+
+
+def device_bytes(model: Model, weight_format: str, plan: OffloadPlan | None) -> int:
+    """Bytes that weights take on the device, with all experts or those of a plan."""
+    total = model.param_bytes(weight_format)
+    if plan is None or model.config.moe is None:
+        return total
+    num_experts = model.config.moe.num_experts
+    num_here = plan.num_resident + plan.num_buffers * plan.num_entries(num_experts)
+    return total + (num_here - plan.num_layers * num_experts) * _expert_bytes(model)
+
+
+def _in_experts(num: int, model: Model) -> OffloadPlan:
+    """So many resident experts in each layer."""
+    moe = model.config.moe
+    assert moe is not None
+    if not moe.top_k <= num <= moe.num_experts:
+        raise ValueError(
+            f"expert_offload is {num}: it must be at least {moe.top_k}, the active experts of a "
+            f"token, and at most {moe.num_experts}, the experts of a layer. Bytes have a unit, as "
+            "in '8GiB'"
+        )
+    return OffloadPlan(num, _num_layers(model))
+
+
+def _in_bytes(budget: str, model: Model) -> OffloadPlan:
+    """As many resident experts as so many bytes hold, in all layers together."""
+    moe, num_layers, expert_bytes = model.config.moe, _num_layers(model), _expert_bytes(model)
+    assert moe is not None
+    num = num_bytes(budget) // expert_bytes
+    if num < moe.top_k:
+        least_mib = moe.top_k * expert_bytes / MIB
+        raise ValueError(
+            f"expert_offload is {budget!r}, which holds {num} expert(s) of "
+            f"{expert_bytes / MIB:.4g} MiB: it must hold the {moe.top_k} active experts of a "
+            f"layer, {least_mib:.4g} MiB"
+        )
+    if num >= num_layers * moe.num_experts:
+        raise ValueError(
+            f"expert_offload is {budget!r}, which holds all {num_layers * moe.num_experts} experts "
+            f"({num_layers * moe.num_experts * expert_bytes / MIB:.4g} MiB): leave it out"
+        )
+    if num >= num_layers * moe.top_k:
+        return OffloadPlan(num // num_layers, num_layers)
+    logger.warning(
+        "expert_offload is %r, which holds %d experts: fewer than the %d active ones of %d layers. "
+        "The layers share them, so hardly an expert is still there for the next token",
+        budget, num, num_layers * moe.top_k, num_layers,
+    )  # fmt: skip
+    return OffloadPlan(num, num_layers, is_shared=True)
+
+
+def _num_layers(model: Model) -> int:
+    return sum(kind.sparse for kind in model.layer_kinds)
+
+
+def _expert_bytes(model: Model) -> int:
+    """Bytes of one expert: gate, up and down."""
+    cfg = model.config
+    assert cfg.moe is not None
+    return 3 * cfg.hidden_size * cfg.moe.expert_size * cfg.dtype.itemsize
