@@ -226,6 +226,19 @@ def test_proposals_are_verified_with_offloaded_experts(
     llm.close()
 
 
+@pytest.mark.parametrize("enforce_eager", [True, False], ids=["eager", "graph"])
+def test_predicted_experts_change_no_token(
+    make: Make, expected: list[list[int]], enforce_eager: bool
+) -> None:
+    llm = make(expert_offload=3, expert_prefetch=True, enforce_eager=enforce_eager)
+    assert llm.engine.metrics.experts is not None
+    assert tokens(llm, PROMPTS, greedy()) == expected
+    batch = llm.engine.metrics.experts.batch
+    assert batch.ahead > 0 and batch.needed == batch.resident + batch.fetched + batch.in_place
+    check_tables(llm)
+    llm.close()
+
+
 def test_random_weights_are_those_of_a_fully_resident_model(make: Make) -> None:
     options = {"random_weights": True, "seed": 7}
     plain, llm = make(**options), make(**options, expert_offload=3)
