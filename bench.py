@@ -10,6 +10,8 @@ python bench.py --model Qwen/Qwen3-0.6B --bs 16 64 256
 python bench.py --random-weights Qwen3-0.6B --latency
 # also the time of each kernel in a decode step
 python bench.py --random-weights Qwen3-0.6B --profile out
+# two resident experts in each layer, the others in the host's memory
+python bench.py --random-weights Mixtral-8x7B --latency --expert-offload 2
 # gaps between tokens while a long prompt arrives
 python bench.py --random-weights Qwen3-0.6B --stall
 
@@ -40,7 +42,7 @@ from nanovllm.tools.device_limits import Limits, measure_limits
 from nanovllm.tools.kernel_table import as_text
 from nanovllm.tools.profile import profile_decode
 from nanovllm.tools.shapes import CONFIGS
-from scripts.bench.engines import load
+from scripts.bench.engines import expert_traffic, load
 from scripts.bench.ideal import ideal_seconds
 from scripts.bench.routing import experts_per_step
 from scripts.bench.stall import measure_stall
@@ -74,6 +76,11 @@ def arguments() -> argparse.Namespace:
     add("--dtype", default="auto", choices=("auto", "float32", "float16", "bfloat16"))
     add("--attention-backend", default="auto", help="auto, triton, flash_attn or sdpa")
     add("--kv-cache-dtype", default="auto", help="auto or fp8")
+    offload = "resident experts per layer, or their bytes, such as 8GiB; all are on the host"
+    add("--expert-offload", type=_experts_or_bytes, metavar="N", help=offload)
+    add(
+        "--expert-prefetch", action="store_true", help="fetch experts that a layer's input predicts"
+    )
     add("--max-model-len", type=int, help="default: 4096, within what model and workload need")
     add("--max-num-batched-tokens", type=int)
     add("--block-size", type=int)
@@ -96,6 +103,10 @@ def arguments() -> argparse.Namespace:
     if args.first is not None and not 1 <= args.first <= args.num_seqs:
         parser.error(f"--first is {args.first}: it must be 1 to --num-seqs ({args.num_seqs})")
     return args
+
+
+def _experts_or_bytes(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
 
 
 def _add_workload(parser: argparse.ArgumentParser) -> None:
@@ -175,6 +186,7 @@ def measure(
         "matmul_tflop_s": round(limits.flops / 1e12, 2),
         "limit_tokens_per_second": round(num_tokens / ideal, 1),
         "share_of_limit": round(ideal / median, 4),
+        "experts": expert_traffic(llm, num_tokens),
     }
     if runner.cfg.moe is not None:
         run_prompts = varied(prompts, args.runs, cfg.vocab_size)
@@ -221,11 +233,18 @@ def sentence(result: dict[str, Any]) -> str:
     if result["workload"] == "stall":
         streams = f"{result['model']}, {result['rows']} streams"
         return f"{streams}: {result['worst_ms']} ms between two tokens at most"
+    experts, moved = result["experts"], ""
+    if experts is not None:
+        moved = (
+            f"; {experts['hit_rate']:.1%} of experts were resident, "
+            f"{experts['moved_bytes_per_token'] / 1e9:.3f} GB per token over the bus, which moves "
+            f"{experts['bus_gb_s']} GB/s and allows {experts['bus_limit_tokens_per_second']} tok/s"
+        )
     return (
         f"{result['model']} bs {result['max_num_seqs']}: {result['output_tokens']} tokens in "
         f"{', '.join(map(str, result['seconds']))} s = {result['tokens_per_second']} tok/s, "
         f"{result['share_of_limit']:.1%} of the limit; loaded in {result['load_seconds']} s, "
-        f"peak {result['peak_gib']} GiB"
+        f"peak {result['peak_gib']} GiB{moved}"
     )
 
 

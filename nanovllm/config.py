@@ -150,6 +150,8 @@ class EngineConfig:
     expert_offload: keep all experts in the host's memory, and so many of them on the device as
         well. A number counts experts per layer. Text is bytes for the experts of all layers, such
         as "8GiB" or "500MB". See docs/experts.md.
+    expert_prefetch: with expert_offload, fetch the experts that a layer's input would choose while
+        its attention runs. It gains little where the bus is the limit, and wrong guesses cost.
     hf_overrides: fields of config.json and the values that replace them; dicts are merged. For
         example, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0,
         "original_max_position_embeddings": 32768}} extends Qwen3 to 131,072 positions.
@@ -194,6 +196,7 @@ class EngineConfig:
     random_weights: bool = False
     quantization: str | None = None
     expert_offload: int | str | None = None
+    expert_prefetch: bool = False
     hf_overrides: Mapping[str, object] | None = None
     compile_cache: str | PathLike[str] | None = None
     compile_cache_mode: str = "auto"
@@ -247,6 +250,8 @@ class EngineConfig:
             raise ValueError(
                 "compile_cache_mode='require' needs enforce_eager=False: eager mode has no programs"
             )
+        if self.expert_prefetch and self.expert_offload is None:
+            raise ValueError("expert_prefetch=True needs expert_offload: all experts are there")
         if self.expert_offload is not None and self.enable_sleep_mode:
             raise ValueError(
                 f"expert_offload={self.expert_offload!r} does not go with enable_sleep_mode=True"

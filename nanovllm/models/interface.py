@@ -104,12 +104,15 @@ class LayerKind:
 class LayerCall(NamedTuple):
     """The static arguments of a layer's program.
 
-    `attention` is a key of `ops.ATTENTION`, `max_q_len` the most tokens of one row.
+    `attention` is a key of `ops.ATTENTION`, `max_q_len` the most tokens of one row. With `predicts`
+    a layer whose experts are in the host's memory fetches before attention those that its input
+    would choose.
     """
 
     attention: str
     kind: LayerKind
     max_q_len: int
+    predicts: bool = False
 
 
 @dataclass(frozen=True)

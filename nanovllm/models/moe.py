@@ -127,14 +127,17 @@ def layer(
     h_TD: Tensor,
 ) -> Tensor:
     """One decoder layer, dense or sparse: see `dense.layer`."""
+    num_pad_slots = kv.k_CBKH.shape[1]  # padding writes to block 0
+    if call.predicts and batch.keep_R is None and isinstance(w, SparseLayer):
+        _, _, expert_TK = routed(cfg, w, h_TD)
+        experts.prepare(expert_TK, w.experts, batch.slot_T, num_pad_slots, ahead=True)
     h_TD = attention(cfg, call, w, kv, cos_sin_MH, batch, h_TD)
     if isinstance(w, dense.Layer):
         return dense.mlp(cfg, w, h_TD)
     kv_slot_T = batch.slot_T
     if batch.keep_R is not None:
         kv_slot_T = kv_slot_T.index_select(0, batch.keep_R)
-    # padding writes to block 0
-    return sparse_mlp(cfg, w, h_TD, kv_slot_T, num_pad_slots=kv.k_CBKH.shape[1])
+    return sparse_mlp(cfg, w, h_TD, kv_slot_T, num_pad_slots)
 
 
 def sparse_mlp(
@@ -144,16 +147,21 @@ def sparse_mlp(
 
     Tokens whose cache slot is below `num_pad_slots` are padding.
     """
-    assert cfg.moe is not None
-    x_TD = ops.rms_norm(h_TD, w.mlp_norm_D, cfg.norm_eps)
-    logits_TE = ops.linear(x_TD, w.router_ED, None)
-    weight_TK, expert_TK = ops.route(logits_TE, cfg.moe.top_k, cfg.moe.normalize)
+    x_TD, weight_TK, expert_TK = routed(cfg, w, h_TD)
     expert_TK = experts.prepare(expert_TK, w.experts, kv_slot_T, num_pad_slots)
     if w.shared_gate_1D is not None and w.gate_up_GD is not None and w.down_DF is not None:
         gate_T1 = torch.sigmoid(ops.linear(x_TD, w.shared_gate_1D, None))
         inner_TF = ops.silu_mul(linear(x_TD, w.gate_up_GD, None))
         h_TD = h_TD + gate_T1 * linear(inner_TF, w.down_DF, None)
     return experts.apply(x_TD, weight_TK, expert_TK, w.experts, h_TD)
+
+
+def routed(cfg: ModelConfig, w: SparseLayer, h_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The normalised h, and its experts: their weights and numbers."""
+    assert cfg.moe is not None
+    x_TD = ops.rms_norm(h_TD, w.mlp_norm_D, cfg.norm_eps)
+    logits_TE = ops.linear(x_TD, w.router_ED, None)
+    return x_TD, *ops.route(logits_TE, cfg.moe.top_k, cfg.moe.normalize)
 
 
 # parameters --------------------------------------------------------------------------------------

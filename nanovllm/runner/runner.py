@@ -237,6 +237,7 @@ class Runner:
             state=self.state,
             compiler=compiler,
             whole=whole,
+            predicts=self.spec.offload is not None and self.spec.offload.predicts,
         )
 
     # steps ------------------------------------------------------------------------------------

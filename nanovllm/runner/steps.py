@@ -96,6 +96,7 @@ class Steps:
     state: DeviceState
     compiler: Compiler
     whole: bool = False
+    predicts: bool = False  # see `LayerCall`
 
     @property
     def block_size(self) -> int:
@@ -235,7 +236,7 @@ class Steps:
         ):
             for stored in upcoming:
                 self._run("stream", (), offloaded.stream, stored=stored)
-            call = LayerCall(self.attention, kind, max_q_len)
+            call = LayerCall(self.attention, kind, max_q_len, self.predicts)
             h_TD = self._run(
                 name,
                 (phase, *sizes, kind.name),

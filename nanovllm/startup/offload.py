@@ -41,7 +41,8 @@ def choose_offload(
     rest_bytes = allowed_bytes - device_bytes(model, weight_format, plan)
     buffer_bytes = plan.num_entries(model.config.moe.num_experts) * _expert_bytes(model)
     fitting = int(BUFFERS_SHARE * rest_bytes // max(1, buffer_bytes))
-    return replace(plan, num_buffers=max(0, min(MAX_BUFFERS, fitting)))
+    num_buffers = max(0, min(MAX_BUFFERS, fitting))
+    return replace(plan, num_buffers=num_buffers, predicts=config.expert_prefetch)
 
 
 def device_bytes(model: Model, weight_format: str, plan: OffloadPlan | None) -> int:

@@ -40,6 +40,8 @@ def load(
         max_stall_ms=args.max_stall_ms,
         kvcache_block_size=args.block_size,
         random_weights=args.random_weights is not None,
+        expert_offload=args.expert_offload,
+        expert_prefetch=args.expert_prefetch,
     )
     load_seconds = time.perf_counter() - started
     runner = llm.engine.runner
@@ -61,6 +63,23 @@ def load(
         "memory": llm.engine.memory.as_dict(),
         "versions": _versions(),
         "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+
+
+def expert_traffic(llm: LLM, num_tokens: int) -> dict[str, float | None] | None:
+    """How experts moved over the bus in the newest batch, which gave `num_tokens`, and the tokens
+    per second that the bus alone allows. None if all experts are on the device."""
+    stats = llm.engine.metrics.experts
+    if stats is None:
+        return None
+    batch = stats.batch
+    return {
+        **batch.as_dict(),
+        "moved_bytes_per_token": round(batch.moved_bytes / num_tokens),
+        "bus_gb_s": batch.bus_rate and round(batch.bus_rate / 1e9, 2),
+        "bus_limit_tokens_per_second": round(num_tokens / batch.bus_seconds, 2)
+        if batch.bus_seconds
+        else None,
     }
 
 

@@ -122,7 +122,8 @@ def test_what_has_no_stable_description_is_refused() -> None:
         describe(partial(region, CFG, object()))
     bound = describe(partial(dense.layer, CFG, LayerCall("sdpa", LayerKind("window9", 9), 1)))
     assert bound[0] == "nanovllm.models.dense:layer"
-    assert bound[2:] == [["sdpa", {"name": "window9", "window": 9, "sparse": False}, 1]]
+    kind = {"name": "window9", "window": 9, "sparse": False}
+    assert bound[2:] == [["sdpa", kind, 1, False]]
 
 
 def test_a_model_counts_by_its_regions_its_kinds_and_what_regions_read_of_its_config() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from nanovllm import LLM
+from nanovllm import LLM, SamplingParams
 from nanovllm.models.experts.offloaded import Offloaded
 from nanovllm.startup import offload
 from tests.conftest import save_tiny
@@ -101,6 +101,24 @@ def test_tokens_are_those_of_a_fully_resident_model(
     check_tables(llm)
     assert_all_free(llm)
     llm.close()
+
+
+@pytest.mark.parametrize("enforce_eager", [True, False], ids=["eager", "graph"])
+def test_the_trained_model_answers_as_if_all_experts_were_there(
+    device: str, enforce_eager: bool
+) -> None:
+    prompts = ["7 + 5 =", "12 - 3 =", "sort: 3 1 2 ->", "reverse: abc ->"]
+    answers = []
+    for options in ({}, {"expert_offload": 2}):
+        llm = LLM(
+            "tiny-mixtral", device=device, enforce_eager=enforce_eager, max_num_seqs=4,
+            max_num_batched_tokens=64, graph_batch_sizes=(1, 4), **options,
+        )  # fmt: skip
+        params = SamplingParams(temperature=0, max_tokens=12)
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        answers.append([(output["text"], output["token_ids"]) for output in outputs])
+        llm.close()
+    assert answers[0] == answers[1]
 
 
 @pytest.mark.parametrize("num_buffers", [0, 1, 2])
@@ -222,6 +240,19 @@ def test_proposals_are_verified_with_offloaded_experts(
     llm = make(expert_offload=2, draft_lengths=(3,))
     llm.engine.propose = lambda request: (request.prompt_ids + request.output_ids)[:3]
     assert tokens(llm, PROMPTS, greedy()) == expected
+    check_tables(llm)
+    llm.close()
+
+
+@pytest.mark.parametrize("enforce_eager", [True, False], ids=["eager", "graph"])
+def test_predicted_experts_change_no_token(
+    make: Make, expected: list[list[int]], enforce_eager: bool
+) -> None:
+    llm = make(expert_offload=3, expert_prefetch=True, enforce_eager=enforce_eager)
+    assert llm.engine.metrics.experts is not None
+    assert tokens(llm, PROMPTS, greedy()) == expected
+    batch = llm.engine.metrics.experts.batch
+    assert batch.ahead > 0 and batch.needed == batch.resident + batch.fetched + batch.in_place
     check_tables(llm)
     llm.close()
 

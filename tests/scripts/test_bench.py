@@ -204,6 +204,25 @@ def test_the_experts_of_a_step_are_recorded_for_models_that_have_some(
     assert 2 <= found["measured"] <= 4
 
 
+def test_traffic_of_offloaded_experts_is_recorded_with_the_limit_of_the_bus(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"{__name__}.COMMON", [word.replace("qwen3", "mixtral") for word in COMMON])
+    _, (plain,) = run("--bs", "3")
+    out, (found,) = run("--bs", "3", "--expert-offload", "3", "--expert-prefetch")
+    experts = found["experts"]
+    assert plain["experts"] is None
+    assert experts["needed"] == experts["resident"] + experts["fetched"] + experts["in_place"]
+    moved = sum(experts[name] for name in ("fetched", "in_place", "streamed", "ahead"))
+    assert moved > 0 and experts["moved_bytes"] % moved == 0
+    limit = found["output_tokens"] / experts["bus_seconds"]
+    assert experts["bus_limit_tokens_per_second"] == pytest.approx(limit, rel=0.01)
+    assert f"{experts['hit_rate']:.1%} of experts were resident" in out
+    assert found["memory"]["host_gib"] > 0
+    with pytest.raises(ValueError, match="expert_offload is '3GB', which holds all"):
+        run("--bs", "3", "--expert-offload", "3GB")
+
+
 def test_gaps_between_tokens_while_a_long_prompt_arrives(run: Any) -> None:
     options = "--stall-rows 3 --max-model-len 512 --max-num-batched-tokens 128 --max-stall-ms 0.001"
     _, (found,) = run("--stall", "300", *options.split())

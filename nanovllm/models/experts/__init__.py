@@ -33,14 +33,21 @@ class Form(Protocol):
 FORMS: tuple[Form, ...] = (stacked, offloaded)
 
 
-def prepare(expert_TK: Tensor, stored: Experts, kv_slot_T: Tensor, num_pad_slots: int) -> Tensor:
+def prepare(
+    expert_TK: Tensor,
+    stored: Experts,
+    kv_slot_T: Tensor,
+    num_pad_slots: int,
+    *,
+    ahead: bool = False,
+) -> Tensor:
     """Bring chosen experts to where `apply` reads them; returns the experts to give to `apply`.
 
     Tokens whose cache slot is below `num_pad_slots` are padding: nothing is brought for them, and
-    their experts may change.
+    their experts may change. With `ahead` the experts are a prediction.
     """
     if isinstance(stored, Offloaded):
-        return offloaded.prepare(expert_TK, stored, kv_slot_T, num_pad_slots)
+        return offloaded.prepare(expert_TK, stored, kv_slot_T, num_pad_slots, ahead=ahead)
     return expert_TK
 
 

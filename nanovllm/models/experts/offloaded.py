@@ -78,18 +78,21 @@ class OffloadPlan:
 
     num_slots: slots of one set. num_layers: sparse layers. is_shared: all layers share one set,
     because there is not a slot for each active expert of each layer. num_buffers: 0, 1 or 2.
+    predicts: see `LayerCall`.
     """
 
     num_slots: int
     num_layers: int
     is_shared: bool = False
     num_buffers: int = 0
+    predicts: bool = False
 
     def __str__(self) -> str:
         where = "of all layers together" if self.is_shared else "of each layer"
         return (
             f"{self.num_slots} {where} are resident, all are on the host; "
             f"{self.num_buffers} buffer(s) for layers that are streamed"
+            f"{'; experts are predicted' if self.predicts else ''}"
         )
 
     @property
@@ -105,11 +108,19 @@ class OffloadPlan:
 # in a layer's region ------------------------------------------------------------------------------
 
 
-def prepare(expert_TK: Tensor, stored: Offloaded, kv_slot_T: Tensor, num_pad_slots: int) -> Tensor:
+def prepare(
+    expert_TK: Tensor,
+    stored: Offloaded,
+    kv_slot_T: Tensor,
+    num_pad_slots: int,
+    *,
+    ahead: bool = False,
+) -> Tensor:
     """Give chosen experts their slots, unless the layer is streamed.
 
     Returns the experts for `apply`, in which padding has those of the first token. A token whose
-    cache slot is below `num_pad_slots` is padding.
+    cache slot is below `num_pad_slots` is padding. `ahead` marks a prediction: its experts are
+    fetched beside the launches that follow.
     """
     if is_streamed(stored, expert_TK.numel()):
         return expert_TK
@@ -122,6 +133,7 @@ def prepare(expert_TK: Tensor, stored: Offloaded, kv_slot_T: Tensor, num_pad_slo
         stored.host_gate_up_EGD,
         stored.host_down_EDF,
         *stored.residents,
+        ahead,
     )
 
 
