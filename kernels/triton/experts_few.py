@@ -192,6 +192,11 @@ def chunks_ahead(depth: int, most: int) -> int:
     return next(ahead for ahead in range(min(chunks, most), 0, -1) if chunks % ahead == 0)
 
 
+def pair_tiles(hidden: int, size: int) -> tuple[PairTile, PairTile]:
+    """Tiles of the products with gate and up, and with down; measured on an H200 (docs/log.md)."""
+    return PairTile(8, 8, chunks_ahead(hidden, 4)), PairTile(16, 16, chunks_ahead(size, 1))
+
+
 def few_experts(
     x_TD: Tensor,
     weight_TK: Tensor,
@@ -209,9 +214,7 @@ def few_experts(
     """
     (num_tokens, top_k), device, dtype = expert_TK.shape, x_TD.device, x_TD.dtype
     (_, depth, size), options = down_EDF.shape, launch_options(x_TD.device)
-    first = PairTile(8, 8, chunks_ahead(depth, 4))
-    second = PairTile(16, 16, chunks_ahead(size, 1))
-    first, second = tiles or (first, second)
+    first, second = tiles or pair_tiles(depth, size)
     tables = (expert_TK, expert_TK) if places is None else (places.first_1, places.slot_I)
     inner_PF = torch.empty((num_tokens * top_k, size), dtype=dtype, device=device)
     out_TD = torch.empty((num_tokens, depth), dtype=dtype, device=device)

@@ -126,6 +126,7 @@ class Build(NamedTuple):
     dtype: str = "bf16"
     out: str = ""  # type of out_ptr if it is not the dtype's
     has_fp8_cache: bool = False
+    types: dict[str, str] | None = None  # of pointers that are not in POINTERS
 
 
 def attention(
@@ -306,6 +307,21 @@ def steps() -> Iterator[Build]:
         yield Build(f"advance {label}", triton_step.advance_kernel, rows, 4)
 
 
+def mixtures(target: Target, whole: bool) -> Iterator[Build]:
+    """The kernels of experts: of every model, or of one, and once in fp32."""
+    from tests.kernels.expert_builds import launches
+
+    cases = (("qwen3-30b-a3b", "bf16"), ("mixtral-8x7b", "bf16"), ("odd", "fp32"))
+    for model, dtype in cases if whole else cases[:1]:
+        for label, kernel, constants, num_warps, num_stages, types in launches(
+            model, target.shared_bytes, dtype
+        ):
+            yield Build(
+                f"experts {model} {dtype}: {label}", kernel, constants, num_warps, num_stages,
+                dtype, types=types,
+            )  # fmt: skip
+
+
 def all_builds(name: str) -> Iterator[Build]:
     target, whole = TARGETS[name], name == WHOLE
     for model_name, model in MODELS.items():
@@ -322,6 +338,7 @@ def all_builds(name: str) -> Iterator[Build]:
             yield from products(case, product, target)
     if target.has_matrix_units:
         yield from gated_products(target, whole)
+    yield from mixtures(target, whole)
     yield from steps()
 
 
@@ -339,6 +356,8 @@ def compile_build(build: Build, target: Target) -> Any:
     signature = {}
     for name in arguments:
         special = next((kind for kind, names in POINTERS.items() if name in names), f"*{dtype}")
+        if build.types is not None:
+            special = build.types.get(name, f"*{dtype}").replace("bf16", dtype)
         signature[name] = (
             "constexpr" if name in constants
             else build.out if build.out and name == "out_ptr"

@@ -1,0 +1,139 @@
+"""The kernels of experts with their production constants, for `builds.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import triton
+
+
+class Mixture(NamedTuple):
+    hidden: int
+    size: int
+    num_experts: int
+    top_k: int
+
+
+MIXTURES = {
+    "qwen3-30b-a3b": Mixture(2048, 768, 128, 8),
+    "mixtral-8x7b": Mixture(4096, 14336, 8, 2),
+    "odd": Mixture(200, 72, 60, 4),
+}
+# Types of pointers that are not those of the model's dtype.
+TYPES = {
+    "scale_ptr": "*fp32", "logits_ptr": "*fp32", "arrived_ptr": "*i32", "expert_ptr": "*i32",
+    "pair_ptr": "*i32", "start_ptr": "*i32", "first_ptr": "*i32", "slot_ptr": "*i32",
+    "owner_ptr": "*i32", "copies_ptr": "*i32", "buffer_slot_ptr": "*i32", "kv_slot_ptr": "*i64",
+    "counters_ptr": "*i64", "stamp_ptr": "*i64", "clock_ptr": "*i64",
+}  # fmt: skip
+# In these kernels weight_ptr and out_ptr are results of the choice of experts.
+CHOICE = {"weight_ptr": "*fp32"}
+
+# name, kernel, constants, warps, stages, types of pointers
+Launch = tuple[str, Any, dict[str, Any], int, int, dict[str, str]]
+
+
+def launches(name: str, shared_bytes: int, dtype: str) -> Iterator[Launch]:
+    """All launches of a sparse layer: for one token, for many, and with experts on the host."""
+    mixture = MIXTURES[name]
+    yield from _choices(mixture)
+    for offloaded in (False, True):
+        yield from _few(mixture, offloaded)
+        yield from _many(mixture, offloaded, shared_bytes, dtype)
+    yield from _copies(mixture)
+
+
+def _choices(mixture: Mixture) -> Iterator[Launch]:
+    from nanovllm.kernels.triton import experts_many as many
+    from nanovllm.kernels.triton import route
+
+    hidden, _, num_experts, top_k = mixture
+    shape = {
+        "NUM_EXPERTS": num_experts,
+        "EXPERTS_P": triton.next_power_of_2(num_experts),
+        "TOP_K": top_k,
+        "NORMALIZE": True,
+    }
+    score = shape | {"DEPTH": hidden, "COLUMNS": 256, "WARPS": 4}
+    logits = {"logits_ptr": "*bf16"}
+    yield "route", route.route_kernel, shape | {"ROWS": 1}, 1, 3, TYPES | CHOICE | logits
+    yield "norm_route", route.norm_route_kernel, score, 4, 3, TYPES | CHOICE
+    sort = {"NUM_EXPERTS": num_experts, "BLOCK": 2048}
+    yield "sort", many.sort_kernel, sort, 4, 3, TYPES
+    combine = {"TOP_K": top_k, "DIM": hidden, "BLOCK": 1024, "HAS_RESIDUAL": True}
+    yield "combine", many.combine_kernel, combine, 4, 3, TYPES
+
+
+def _few(mixture: Mixture, offloaded: bool) -> Iterator[Launch]:
+    from nanovllm.kernels.triton import experts_few as few
+
+    hidden, size, _, top_k = mixture
+    where = " offloaded" if offloaded else ""
+    common = {"TOP_K": top_k, "COLUMNS": few.COLUMNS, "OFFLOADED": offloaded}
+    first, second = few.pair_tiles(hidden, size)
+    for label, kernel, tile, outs, depth in (
+        ("gate_up", few.pair_gate_up_kernel, first, size, hidden),
+        ("down", few.pair_down_kernel, second, hidden, size),
+    ):
+        constants = common | {
+            "NUM_OUTS": outs,
+            "DEPTH": depth,
+            "OUTS": tile.outs,
+            "WARPS": tile.num_warps,
+            "AHEAD": tile.ahead,
+            "HAS_RESIDUAL": True,
+        }
+        yield f"pair {label}{where}", kernel, constants, tile.num_warps, 3, TYPES
+
+
+def _many(mixture: Mixture, offloaded: bool, shared_bytes: int, dtype: str) -> Iterator[Launch]:
+    from nanovllm.kernels.triton import experts_many as many
+
+    hidden, size, num_experts, top_k = mixture
+    where = " offloaded" if offloaded else ""
+    for pairs_each in (1.0, 24.0, 1000.0)[: 1 if offloaded else 3]:
+        for gated in (False, True):
+            tile = many.group_tile(pairs_each, gated, 4 if dtype == "fp32" else 2, shared_bytes)
+            constants = {
+                "NUM_EXPERTS": num_experts,
+                "EXPERTS_P": triton.next_power_of_2(num_experts),
+                "TOP_K": top_k,
+                "NUM_OUTS": size if gated else hidden,
+                "DEPTH": hidden if gated else size,
+                "ROWS": tile.rows,
+                "LINES": tile.lines,
+                "COLUMNS": tile.columns,
+                "STAGES": tile.num_stages,
+                "X_BY": (many.BY_TOKEN if gated else many.BY_PLACE).value,
+                "OUT_BY": (many.BY_PLACE if gated else many.BY_PAIR).value,
+                "GATED": gated,
+                "HAS_SCALE": not gated,
+                "OFFLOADED": offloaded,
+                "UPCAST": False,
+            }
+            label = f"group {'gate_up' if gated else 'down'} {pairs_each:g}{where}"
+            yield label, many.group_linear_kernel, constants, tile.num_warps, 3, TYPES
+
+
+def _copies(mixture: Mixture) -> Iterator[Launch]:
+    from nanovllm.kernels.triton import offload
+
+    _, _, num_experts, top_k = mixture
+    hidden, size = mixture.hidden, mixture.size
+    experts_p, slots = triton.next_power_of_2(num_experts), max(2, num_experts // 4)
+    shape = {"NUM_EXPERTS": num_experts, "EXPERTS_P": experts_p}
+    plan = shape | {
+        "TOP_K": top_k,
+        "NUM_SLOTS": slots,
+        "SLOTS_P": triton.next_power_of_2(slots),
+        "BLOCK": max(1, offload.COMPARED // experts_p),
+        "IS_AHEAD": False,
+    }
+    sizes = {"GATE_UP": 2 * size * hidden, "DOWN": hidden * size}
+    tile = offload.CopyTile()
+    copy = sizes | {"BLOCK": tile.num_bytes // 2}
+    out = {"out_ptr": "*i32"}
+    yield "fetch_plan", offload.fetch_plan_kernel, plan, 4, 3, TYPES | out
+    yield "stream_plan", offload.stream_plan_kernel, shape, 4, 3, TYPES
+    yield "copy", offload.copy_kernel, copy, tile.num_warps, 3, TYPES
