@@ -74,6 +74,8 @@ def arguments() -> argparse.Namespace:
     add("--dtype", default="auto", choices=("auto", "float32", "float16", "bfloat16"))
     add("--attention-backend", default="auto", help="auto, triton, flash_attn or sdpa")
     add("--kv-cache-dtype", default="auto", help="auto or fp8")
+    offload = "experts of each layer on the device, or bytes such as 8GiB; others on the host"
+    add("--expert-offload", metavar="N", help=offload)
     add("--max-model-len", type=int, help="default: 4096, within what model and workload need")
     add("--max-num-batched-tokens", type=int)
     add("--block-size", type=int)
@@ -176,6 +178,8 @@ def measure(
         "limit_tokens_per_second": round(num_tokens / ideal, 1),
         "share_of_limit": round(ideal / median, 4),
     }
+    if llm.engine.metrics.experts is not None:
+        result["expert_traffic"] = llm.engine.metrics.experts.batch.as_dict()  # of the last run
     if runner.cfg.moe is not None:
         run_prompts = varied(prompts, args.runs, cfg.vocab_size)
         result["experts_per_step"] = experts_per_step(llm.engine, run_prompts, rows)

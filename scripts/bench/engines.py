@@ -40,6 +40,7 @@ def load(
         max_stall_ms=args.max_stall_ms,
         kvcache_block_size=args.block_size,
         random_weights=args.random_weights is not None,
+        expert_offload=_number_or_text(args.expert_offload),
     )
     load_seconds = time.perf_counter() - started
     runner = llm.engine.runner
@@ -52,6 +53,7 @@ def load(
         "dtype": str(runner.cfg.dtype).removeprefix("torch."),
         "attention_backend": args.attention_backend,
         "kv_cache_dtype": str(runner.spec.cache_dtype).removeprefix("torch."),
+        "expert_offload": args.expert_offload,
         "mode": "graph" if is_graph else "eager",
         "capture": is_graph and not args.no_graph,
         "fuse": is_graph and not args.no_fusion,
@@ -62,6 +64,10 @@ def load(
         "versions": _versions(),
         "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
+
+
+def _number_or_text(value: str | None) -> int | str | None:
+    return int(value) if value is not None and value.isdigit() else value
 
 
 def _versions() -> dict[str, str]:

@@ -202,6 +202,18 @@ def test_the_experts_of_a_step_are_recorded_for_models_that_have_some(
     found = sparse["experts_per_step"]
     assert found["rows"] == sparse["num_seqs"] == 2 and found["expected"] == 3.5
     assert 2 <= found["measured"] <= 4
+    assert "expert_traffic" not in sparse and sparse["expert_offload"] is None
+
+
+def test_experts_on_the_host_are_recorded_with_their_traffic(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"{__name__}.COMMON", [word.replace("qwen3", "mixtral") for word in COMMON])
+    _, (found,) = run("--bs", "3", "--expert-offload", "3")
+    assert found["expert_offload"] == "3" and 0 < found["expert_traffic"]["hit_rate"] < 1
+    assert found["experts_per_step"]["measured"] is not None
+    with pytest.raises(ValueError, match="expert_offload is '3 slots'"):
+        run("--bs", "3", "--expert-offload", "3 slots")
 
 
 def test_gaps_between_tokens_while_a_long_prompt_arrives(run: Any) -> None:
