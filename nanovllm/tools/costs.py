@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Calls that gather: they read as many bytes as they write, not their whole table.
+# Calls that gather: they read as many bytes as they write, not their whole table. (The experts that
+# the last two copy over the bus are counted by the engine: see `ExpertTraffic`.)
 _PICKING = {
     "embedding", "index", "index_select", "gather",
-    "decode_inputs", "span_inputs", "sampling_inputs",
+    "decode_inputs", "span_inputs", "sampling_inputs", "fetch_experts", "stream_experts",
 }  # fmt: skip
 
-# Arguments that hold the matrices of all experts
-_STACKS = {"gate_up", "down", "weight"}
+# Arguments that hold the matrices of experts, and those that hold the ones that are not there
+_STACKS = {"gate_up", "down", "weight", "slots_gate_up", "slots_down"}
+_ELSEWHERE = {"others_gate_up", "others_down"}
 
 
 def cost(
@@ -86,23 +88,23 @@ def tokens_per_expert(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> t
     named = _named(op, args, kwargs)
     if "expert" not in named:
         return ()
-    num_experts = max((len(stack) for stack in _stacks(named)), default=0)
+    num_experts = named.get("num_experts") or len(next(iter(_stacks(named).values()), ()))
     return tuple(named["expert"].flatten().bincount(minlength=num_experts).tolist())
 
 
-def _stacks(named: dict[str, Any]) -> list[Tensor]:
-    """The arguments that hold matrices of all experts, [E, O, D]."""
-    return [one for name, one in named.items() if name in _STACKS and one.dim() == 3]
+def _stacks(named: dict[str, Any]) -> dict[str, Tensor]:
+    """The arguments that hold matrices of experts, [E, O, D]."""
+    return {name: one for name, one in named.items() if name in _STACKS and one.dim() == 3}
 
 
 def _experts(named: dict[str, Any], out_bytes: int) -> tuple[int, int]:
     """Of stacked matrices, the bytes of those that the call's tokens choose, each once, and two
     flops for each number of a token's own."""
     expert_TK, stacks = named["expert"], _stacks(named)
-    given = [one for one in named.values() if isinstance(one, Tensor)]
-    numbers = sum(stack[0].numel() for stack in stacks)
-    matrices_bytes = sum(stack[0].nbytes for stack in stacks)
-    others_bytes = sum(one.nbytes for one in given) - sum(one.nbytes for one in stacks)
+    rest = [one for name, one in named.items() if name not in {*stacks, *_ELSEWHERE}]
+    numbers = sum(stack[0].numel() for stack in stacks.values())
+    matrices_bytes = sum(stack[0].nbytes for stack in stacks.values())
+    others_bytes = sum(tensor.nbytes for tensor in _tensors(rest))
     num_bytes = others_bytes + len(expert_TK.unique()) * matrices_bytes + out_bytes
     return num_bytes, 2 * expert_TK.numel() * numbers
 

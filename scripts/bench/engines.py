@@ -54,6 +54,7 @@ def load(
         "dtype": str(runner.cfg.dtype).removeprefix("torch."),
         "attention_backend": args.attention_backend,
         "kv_cache_dtype": str(runner.spec.cache_dtype).removeprefix("torch."),
+        "expert_offload": args.expert_offload,
         "mode": "graph" if is_graph else "eager",
         "capture": is_graph and not args.no_graph,
         "fuse": is_graph and not args.no_fusion,

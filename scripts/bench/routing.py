@@ -17,16 +17,20 @@ MOST_TOKENS = 10  # of an answer: the step is one of its last
 
 
 class _Chosen(TorchDispatchMode):
-    """Records the experts of each call that multiplies by experts, [rows, experts per token]."""
+    """Records the experts of each call that multiplies by experts, [rows, experts per token].
+
+    Calls that move experts change their arguments.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.expert_RK: list[Tensor] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for argument, value in zip(func._schema.arguments, args):
-            if argument.name == "expert" and func.namespace == "nanovllm":
-                self.expert_RK.append(value.clone())
+        if func.namespace == "nanovllm" and not func._schema.is_mutable:
+            for argument, value in zip(func._schema.arguments, args):
+                if argument.name == "expert":
+                    self.expert_RK.append(value.clone())
         return func(*args, **(kwargs or {}))
 
 

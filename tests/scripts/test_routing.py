@@ -48,9 +48,10 @@ def test_padding_is_not_counted_and_graphs_are_seen(load: Callable[..., LLM]) ->
             {"pad_batches": False},
             {"graph_batch_sizes": (8,)},
             {"graph_batch_sizes": (8,), "enforce_eager": False},
+            {"graph_batch_sizes": (8,), "expert_offload": 3},
         )
     ]
-    assert 2 < counts[0] < 6 and counts == counts[:1] * 3
+    assert 2 < counts[0] < 6 and counts == counts[:1] * 4
 
 
 @pytest.mark.parametrize("num_layers", [1, 12])

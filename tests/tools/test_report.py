@@ -14,7 +14,7 @@ from nanovllm.compile.lower import calls
 from nanovllm.compile.trace import trace
 from nanovllm.kernels import ops
 from nanovllm.tools import device_limits, report, report_data, report_page
-from nanovllm.tools.costs import cost
+from nanovllm.tools.costs import cost, tokens_per_expert
 from nanovllm.tools.device_limits import Limits
 from nanovllm.tools.report_data import Call, Padding, Region, Report
 from nanovllm.tools.report_experts import experts
@@ -56,6 +56,22 @@ def test_experts_cost_those_that_the_call_s_tokens_choose(chosen: list[list[int]
         num_bytes = x.nbytes + expert_TK.nbytes + 4 * num_distinct * 6 * 8 + y_TKO.nbytes
         found = cost(ops.expert_linear, [x, expert_TK, gate_up_EGD], {}, y_TKO)
         assert found == (num_bytes, 2 * 2 * num_tokens * 6 * 8)
+
+
+def test_experts_on_the_host_cost_the_same_where_they_are_multiplied_by() -> None:
+    x_TD, weight_TK = torch.ones(3, 8), torch.ones(3, 2)
+    expert_TK = torch.tensor([[4, 2], [2, 4], [4, 2]], dtype=torch.int32)
+    slot_I, first_1 = torch.tensor([-1, -2, 0, -4, 1]), torch.zeros(1, dtype=torch.int64)
+    slots = [torch.ones(3, 6, 8), torch.ones(3, 8, 3)]
+    others = [torch.ones(5, 6, 8), torch.ones(5, 8, 3)]
+    args = [x_TD, weight_TK, expert_TK, 5, first_1, slot_I, *slots, *others]
+    stacked = cost(ops.experts, [*args[:3], *others], {}, x_TD)
+    table_bytes = first_1.nbytes + slot_I.nbytes
+    expected = (stacked[0] + table_bytes, stacked[1])
+    assert cost(ops.offloaded_experts, args, {}, x_TD) == expected
+    assert tokens_per_expert(ops.offloaded_experts, args, {}) == (0, 0, 3, 0, 3)
+    moved = cost(ops.fetch_experts, [expert_TK, *[first_1] * 4, *others, *slots], {}, expert_TK)
+    assert moved == (2 * expert_TK.nbytes, 0)
 
 
 def test_routing_costs_the_scores_and_the_router_s_product() -> None:
