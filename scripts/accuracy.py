@@ -39,6 +39,7 @@ def main() -> int:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--quantization", choices=("int8",), help="format of the stored weights")
     parser.add_argument("--kv-cache-dtype", default="auto", help="auto or fp8")
+    parser.add_argument("--expert-offload", type=int, help="resident experts of each layer")
     parser.add_argument(
         "--enforce-eager", action="store_true", help="run without compiled programs"
     )
@@ -54,6 +55,7 @@ def main() -> int:
         dtype=args.dtype,
         quantization=args.quantization,
         kv_cache_dtype=args.kv_cache_dtype,
+        expert_offload=args.expert_offload,
         enforce_eager=args.enforce_eager,
     )
     started = time.perf_counter()
@@ -85,6 +87,7 @@ def main() -> int:
         "dtype": args.dtype,
         "quantization": args.quantization,
         "kv_cache_dtype": args.kv_cache_dtype,
+        "expert_offload": args.expert_offload,
         "enforce_eager": args.enforce_eager,
         "num": len(tasks),
         "accuracy": round(accuracy, 4),

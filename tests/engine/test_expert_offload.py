@@ -107,15 +107,16 @@ def test_tokens_are_those_of_a_fully_resident_model(
 def test_the_trained_model_answers_as_if_all_experts_were_there(
     device: str, enforce_eager: bool
 ) -> None:
-    prompts = ["7 + 5 =", "12 - 3 =", "sort: 3 1 2 ->", "reverse: abc ->"]
+    questions = ["What is 7 plus 5?", "Reverse the word: planet", "Sort: 31, 4, 15", "Who are you?"]
+    chats = [[{"role": "user", "content": question}] for question in questions]
     answers = []
     for options in ({}, {"expert_offload": 2}):
         llm = LLM(
             "tiny-mixtral", device=device, enforce_eager=enforce_eager, max_num_seqs=4,
             max_num_batched_tokens=64, graph_batch_sizes=(1, 4), **options,
         )  # fmt: skip
-        params = SamplingParams(temperature=0, max_tokens=12)
-        outputs = llm.generate(prompts, params, use_tqdm=False)
+        params = SamplingParams(temperature=0, max_tokens=32)
+        outputs = llm.chat(chats, params, use_tqdm=False)
         answers.append([(output["text"], output["token_ids"]) for output in outputs])
         llm.close()
     assert answers[0] == answers[1]
