@@ -3,8 +3,9 @@
 One program updates the table and lists the experts to copy. Then a few programs copy them with wide
 loads, so that other kernels can run beside them. Nothing is read by the host.
 
-Copies to a buffer run on a side stream. They begin when the launches before them have ended; the
-op that reads the buffer waits for them.
+Copies to a buffer, and those for a prediction, run on a side stream. They begin when the launches
+before them have ended. The op that reads what they write waits for them. Tables are updated on the
+main stream, in the order of the calls.
 
 Shapes: T tokens | K experts per token | P = T·K pairs | E experts | I ids | S slots | "p" after a
 letter: padded to a power of two. Other letters and all tables are those of `reference_offload`.
@@ -27,7 +28,6 @@ from nanovllm.kernels.triton.common import launch_options, wait_for_earlier_kern
 
 COMPARED = 4096  # (expert, pair) combinations that are compared at a time
 NEVER = tl.constexpr(2**62)  # later than any stamp
-ALONE = {"PDL": False}  # options of launches on the side stream, which wait for other streams
 NEEDED, RESIDENT, FETCHED, IN_PLACE, STREAMED, AHEAD = map(
     tl.constexpr, range(len(reference.COUNTERS))
 )
@@ -185,10 +185,15 @@ def copy_listed(
     to: tuple[Tensor, Tensor],
     copies: Tensor,
     tile: CopyTile,
-    options: dict[str, bool],
+    on_side: bool,
 ) -> None:
-    """Copy the matrices of listed experts, gate and up and those of down, to listed entries."""
+    """Copy the matrices of listed experts, gate and up and those of down, to listed entries.
+
+    `on_side` is for copies on the side stream.
+    """
     gate_up_EGD, down_EDF = both
+    # a launch that depends on another stream is no dependent launch
+    options = {"PDL": False} if on_side else launch_options(copies.device)
     copy_kernel[(tile.programs,)](
         gate_up_EGD,
         down_EDF,
@@ -221,41 +226,40 @@ def fetch_experts(
 ) -> Tensor:
     """See `reference_offload.fetch_experts`. `tile` overrides that of the copy, for measurements.
 
-    With `ahead` it runs on the side stream, and the next call with these slots waits for it.
+    With `ahead` the copies run on the side stream, and the next call with these slots waits.
     """
     num_experts, num_slots, device = host_down_EDF.shape[0], owner_S.shape[0], expert_TK.device
     experts_p = triton.next_power_of_2(num_experts)
     expert_TK = expert_TK.contiguous()
-    options = ALONE if ahead else launch_options(device)
     wait_for_copies(slots_gate_up_SGD)
-    with copying(slots_gate_up_SGD) if ahead else contextlib.nullcontext():
-        out_TK = torch.empty_like(expert_TK)
-        copies = out_TK.new_empty(1 + 2 * min(num_experts, num_slots))
-        fetch_plan_kernel[(1,)](
-            expert_TK,
-            kv_slot_T,
-            first_1,
-            counters_C,
-            slot_I,
-            owner_S,
-            stamp_S,
-            clock_1,
-            out_TK,
-            copies,
-            expert_TK.numel(),
-            num_pad_slots,
-            TOP_K=expert_TK.shape[1],
-            NUM_EXPERTS=num_experts,
-            EXPERTS_P=experts_p,
-            NUM_SLOTS=num_slots,
-            SLOTS_P=triton.next_power_of_2(num_slots),
-            BLOCK=max(1, COMPARED // experts_p),
-            IS_AHEAD=ahead,
-            num_warps=4,
-            **options,
-        )
-        both, slots = (host_gate_up_EGD, host_down_EDF), (slots_gate_up_SGD, slots_down_SDF)
-        copy_listed(both, slots, copies, tile or CopyTile(), options)
+    out_TK = torch.empty_like(expert_TK)
+    copies = out_TK.new_empty(1 + 2 * min(num_experts, num_slots))
+    fetch_plan_kernel[(1,)](
+        expert_TK,
+        kv_slot_T,
+        first_1,
+        counters_C,
+        slot_I,
+        owner_S,
+        stamp_S,
+        clock_1,
+        out_TK,
+        copies,
+        expert_TK.numel(),
+        num_pad_slots,
+        TOP_K=expert_TK.shape[1],
+        NUM_EXPERTS=num_experts,
+        EXPERTS_P=experts_p,
+        NUM_SLOTS=num_slots,
+        SLOTS_P=triton.next_power_of_2(num_slots),
+        BLOCK=max(1, COMPARED // experts_p),
+        IS_AHEAD=ahead,
+        num_warps=4,
+        **launch_options(device),
+    )
+    both, slots = (host_gate_up_EGD, host_down_EDF), (slots_gate_up_SGD, slots_down_SDF)
+    with beside(slots_gate_up_SGD, copies) if ahead else contextlib.nullcontext():
+        copy_listed(both, slots, copies, tile or CopyTile(), ahead)
     return out_TK
 
 
@@ -269,34 +273,35 @@ def stream_experts(
     buffer_gate_up_BGD: Tensor,
     buffer_down_BDF: Tensor,
 ) -> None:
-    """See `reference_offload.stream_experts`. It runs on the side stream."""
+    """See `reference_offload.stream_experts`. The copies run on the side stream."""
     num_experts, num_entries = host_down_EDF.shape[0], buffer_down_BDF.shape[0]
-    with copying(buffer_gate_up_BGD):
-        copies = slot_I.new_empty(1 + 2 * num_entries)
-        stream_plan_kernel[(1,)](
-            first_1,
-            slot_I,
-            counters_C,
-            buffer_slot_I,
-            copies,
-            NUM_EXPERTS=num_experts,
-            EXPERTS_P=triton.next_power_of_2(num_experts),
-            num_warps=4,
-            **ALONE,
-        )
-        both, buffers = (host_gate_up_EGD, host_down_EDF), (buffer_gate_up_BGD, buffer_down_BDF)
-        copy_listed(both, buffers, copies, CopyTile(), ALONE)
+    copies = slot_I.new_empty(1 + 2 * num_entries)
+    stream_plan_kernel[(1,)](
+        first_1,
+        slot_I,
+        counters_C,
+        buffer_slot_I,
+        copies,
+        NUM_EXPERTS=num_experts,
+        EXPERTS_P=triton.next_power_of_2(num_experts),
+        num_warps=4,
+        **launch_options(slot_I.device),
+    )
+    both, buffers = (host_gate_up_EGD, host_down_EDF), (buffer_gate_up_BGD, buffer_down_BDF)
+    with beside(buffer_gate_up_BGD, copies):
+        copy_listed(both, buffers, copies, CopyTile(), True)
 
 
-# The side stream of each device, and by the address of what they write, the ends of copies that no
-# launch has waited for yet.
+# The side stream of each device. By the address of what they write, the ends of copies that no
+# launch has waited for yet, and the list that such a copy reads: its memory must not be used again
+# before.
 _side: dict[torch.device, torch.cuda.Stream] = {}
-_ends: dict[int, torch.cuda.Event] = {}
+_ends: dict[int, tuple[torch.cuda.Event, Tensor]] = {}
 
 
 @contextlib.contextmanager
-def copying(target: Tensor) -> Iterator[None]:
-    """Launches in this block, which write `target`, run beside the launches that follow it."""
+def beside(target: Tensor, copies: Tensor) -> Iterator[None]:
+    """A copy in this block, to `target`, runs beside the launches that follow the block."""
     if target.device.type != "cuda" or common.counters_are_fake:
         yield
         return
@@ -308,12 +313,12 @@ def copying(target: Tensor) -> Iterator[None]:
         yield
         end = torch.cuda.Event()
         end.record(side)
-    _ends[target.data_ptr()] = end
+    _ends[target.data_ptr()] = end, copies
 
 
 def wait_for_copies(target: Tensor) -> None:
     """Let later launches wait for copies to `target` that run beside them."""
     if target.device.type == "cuda" and not common.counters_are_fake:
-        end = _ends.pop(target.data_ptr(), None)
+        end, _ = _ends.pop(target.data_ptr(), (None, None))
         if end is not None:
             torch.cuda.current_stream(target.device).wait_event(end)
