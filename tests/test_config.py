@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from nanovllm import EngineConfig
+from nanovllm.config import num_bytes
 
 
 def make(**options: Any) -> EngineConfig:
@@ -156,3 +157,26 @@ def test_options_are_frozen_and_hashable() -> None:
 
 def vars_of(config: EngineConfig) -> dict[str, Any]:
     return {name: value for name, value in vars(config).items() if name != "model"}
+
+
+@pytest.mark.parametrize("value", [0, -2, 2.5, True, "4", "", "8 G", "GiB", "-1GB", "1e3MB", "0B"])
+def test_offloaded_experts_are_counted_or_given_in_bytes_with_a_unit(value: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"expert_offload is .*: it must be a number of experts per"
+    ):
+        make(expert_offload=value)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("1B", 1), ("500MB", 500 * 10**6), ("8GiB", 8 << 30), ("1.5 kB", 1500), ("2KiB", 2048)],
+)
+def test_bytes_have_decimal_and_binary_units(text: str, expected: int) -> None:
+    assert num_bytes(text) == expected
+    assert make(expert_offload=text).expert_offload == text
+
+
+def test_prefetching_experts_needs_offload() -> None:
+    with pytest.raises(ValueError, match="expert_prefetch=True needs expert_offload"):
+        make(expert_prefetch=True)
+    assert make(expert_prefetch=True, expert_offload=2).expert_prefetch
