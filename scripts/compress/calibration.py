@@ -4,7 +4,7 @@ A safetensors file. For expert j of layer i it has `layer_i_expert_j_x`, inputs 
 model's dtype, and `layer_i_expert_j_weight`, the router's weights of these inputs, fp32 [N]. An
 expert that nothing was routed to has none. The header says which checkpoint they are of.
 
-T tokens | K experts per token | P pairs of a token and an expert | N inputs of one expert | D hidden
+T tokens | K experts per token | P pairs of token and expert | N inputs of an expert | D hidden
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from nanovllm.kernels import ops
 from nanovllm.models.interface import Params
 
 HEADER = "calibration"
+MIN_INPUTS = 64  # an expert with fewer ones gets as many of others'
 
 
 class Inputs(NamedTuple):
@@ -145,13 +146,33 @@ class Calibration:
                 raise ValueError(
                     f"{path}: {name} is {header.get(name)!r}, but the checkpoint has {value!r}"
                 )
-        self._names = set(self._file.keys())
+        self._path, self._names = path, set(self._file.keys())
+        self._num_experts, self._hidden_size = source.moe.num_experts, cfg.hidden_size
 
-    def inputs(self, layer_idx: int, expert: int) -> Inputs | None:
-        """The inputs of an expert; None if nothing was routed to it."""
+    def layer_inputs(self, layer_idx: int) -> list[Inputs]:
+        """The inputs of each expert of a layer.
+
+        An expert with few inputs gets some of the other experts' too. Raises ValueError for a layer
+        without inputs.
+        """
+        own = [self._inputs(layer_idx, expert) for expert in range(self._num_experts)]
+        pooled = Inputs(*(torch.cat(parts) for parts in zip(*own)))
+        if not len(pooled.weight_N):
+            raise ValueError(
+                f"{self._path} has no inputs of layer {layer_idx}: collect them with more prompts"
+            )
+        stride = -(-len(pooled.weight_N) // MIN_INPUTS)
+        some = Inputs(*(part[::stride] for part in pooled))
+        return [
+            inputs if len(inputs.weight_N) >= MIN_INPUTS
+            else Inputs(*(torch.cat(parts) for parts in zip(inputs, some)))
+            for inputs in own
+        ]  # fmt: skip
+
+    def _inputs(self, layer_idx: int, expert: int) -> Inputs:
         name = _name(layer_idx, expert)
         if f"{name}_x" not in self._names:
-            return None
+            return Inputs(torch.empty(0, self._hidden_size), torch.empty(0))
         return Inputs(*(self._file.get_tensor(f"{name}_{part}") for part in ("x", "weight")))
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nanovllm.models import svd_experts
-from nanovllm.models.loader import CheckpointError
+from nanovllm.models.checkpoint import CheckpointError
 from nanovllm.models.svd_experts import BASES, METADATA, Metadata, basis_name, expert_name
 
 PROGRESS, FINISHED = "progress.json", "U_finished"

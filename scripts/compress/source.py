@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,9 +15,11 @@ from torch import Tensor
 
 from nanovllm import hub
 from nanovllm.models import registry, svd_experts
+from nanovllm.models.checkpoint import Checkpoint
 from nanovllm.models.config import MoeConfig
+from nanovllm.models.experts.stacked import Stacked
 from nanovllm.models.interface import Model
-from nanovllm.models.loader import Checkpoint
+from nanovllm.models.loader import Reader
 from nanovllm.startup.config_file import transformers_config
 
 
@@ -58,17 +59,14 @@ class Source:
         """The experts of a sparse layer, in the checkpoint's dtype. Raises CheckpointError."""
         cfg, kind = self.model.config, self.model.layer_kinds[layer_idx]
         declared = self.model.layer_params(cfg, kind, layer_idx)
-        gate_up_EGD = self._checkpoint.read(declared["gate_up_EGD"], device)
-        gate_EFD, up_EFD = gate_up_EGD.chunk(2, dim=1)
-        return LayerExperts(gate_EFD, up_EFD, self._checkpoint.read(declared["down_EDF"], device))
+        with Checkpoint(self.folder) as checkpoint:
+            reader = Reader(cfg, checkpoint, device)
+            gate_up_EGD, down_EDF = (reader.read(declared[name]) for name in Stacked._fields)
+        return LayerExperts(*gate_up_EGD.chunk(2, dim=1), down_EDF)
 
     def fingerprint(self) -> str:
         """A short digest of the names, sizes and times of the checkpoint's files."""
         return fingerprint(*self.folder.glob("*.safetensors"), self.folder / "config.json")
-
-    @cached_property
-    def _checkpoint(self) -> Checkpoint:
-        return Checkpoint(self.folder, self.model.config)
 
 
 def open_source(name: str) -> Source:

@@ -22,9 +22,9 @@ import decompose_experts
 from compress.source import open_source
 
 from nanovllm.config import EngineConfig
+from nanovllm.models.checkpoint import CheckpointError
 from nanovllm.models.experts.compressed import Compressed
 from nanovllm.models.experts.stacked import Stacked
-from nanovllm.models.loader import CheckpointError
 from nanovllm.startup import load as startup
 from tests.conftest import save_tiny
 from tests.models.harness import engine_logits, load, max_difference, sequences, transformers_logits
