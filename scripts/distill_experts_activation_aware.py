@@ -60,7 +60,7 @@ def run(
     print(arguments.summary(source, folder, settings.rank))
 
 
-def main() -> None:
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -89,6 +89,11 @@ def main() -> None:
         parser.error(f"--ridge is {args.ridge}: it must be a positive number")
     if args.pca_oversample < 0:
         parser.error(f"--pca-oversample is {args.pca_oversample}: it must be at least 0")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
     device = choose_device(args.device)
     source = open_source(args.model_path)
     check_rank(source, args.rank)

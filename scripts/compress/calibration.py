@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from compress.output import save_file
 from compress.source import Source
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanovllm.kernels import ops
+from nanovllm.models.experts.offloaded import Offloaded
+from nanovllm.models.experts.stacked import Stacked
 from nanovllm.models.interface import Params
 
 HEADER = "calibration"
@@ -75,15 +77,16 @@ class Recorder(TorchDispatchMode):
         self._cap = cap
         self._generator = torch.Generator().manual_seed(seed)
         self._layer_of = {
-            layer.experts.gate_up_EGD.data_ptr(): layer_idx
+            _mark(layer.experts).data_ptr(): layer_idx
             for layer_idx, layer in enumerate(params.layers)
             if hasattr(layer, "experts")
         }
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is ops.experts:
-            x_TD, weight_TK, expert_TK, gate_up_EGD = args[:4]
-            self._add(self._layer_of[gate_up_EGD.data_ptr()], x_TD, weight_TK, expert_TK)
+        if func in (ops.experts, ops.offloaded_experts):
+            pointers = (arg.data_ptr() for arg in args if isinstance(arg, Tensor))
+            (layer_idx,) = {self._layer_of[one] for one in pointers if one in self._layer_of}
+            self._add(layer_idx, *args[:3])
         return func(*args, **(kwargs or {}))
 
     def _add(self, layer_idx: int, x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor) -> None:
@@ -116,7 +119,6 @@ def save(
         "num_experts": source.moe.num_experts,
         **details,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path, {HEADER: json.dumps(header)})
 
 
@@ -174,6 +176,11 @@ class Calibration:
         if f"{name}_x" not in self._names:
             return Inputs(torch.empty(0, self._hidden_size), torch.empty(0))
         return Inputs(*(self._file.get_tensor(f"{name}_{part}") for part in ("x", "weight")))
+
+
+def _mark(stored: Stacked | Offloaded) -> Tensor:
+    """A tensor that only the experts of this layer have, and that every call with them gets."""
+    return stored.gate_up_EGD if isinstance(stored, Stacked) else stored.first_1
 
 
 def _name(layer_idx: int, expert: int) -> str:

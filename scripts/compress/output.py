@@ -8,13 +8,15 @@ last: without it, no engine uses the folder. Files of a run with other settings 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save_file as save_privately
 from torch import Tensor
 
 from nanovllm.models import svd_experts
@@ -22,6 +24,14 @@ from nanovllm.models.checkpoint import CheckpointError
 from nanovllm.models.svd_experts import BASES, METADATA, Metadata, basis_name, expert_name
 
 PROGRESS, FINISHED = "progress.json", "U_finished"
+
+
+def save_file(tensors: dict[str, Tensor], path: Path, header: dict[str, str] | None = None) -> None:
+    """Write a safetensors file that others may read, as far as the process's umask lets them."""
+    save_privately(tensors, path, header)
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
 
 
 class Output:

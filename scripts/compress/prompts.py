@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +32,3 @@ def conversations(model: str, given: str | None, num: int) -> list[Conversation]
         raise ValueError(f"{path} has no prompt: it must have one in each line")
     chosen = itertools.islice(itertools.cycle(prompts), num)
     return [[{"role": "user", "content": prompt}] for prompt in chosen]
-
-
-def last_contents(found: Sequence[Conversation]) -> list[str]:
-    """The last message of each conversation, for models without a chat template."""
-    return [conversation[-1]["content"] for conversation in found]
