@@ -15,14 +15,15 @@ LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 @dataclass(frozen=True)
 class Environment:
     """NANOVLLM_LOG_LEVEL, NANOVLLM_DUMP_GRAPHS (a folder for graphs), NANOVLLM_STRICT (1: a compile
-    after warm-up is an error), NANOVLLM_CACHE (a folder) and CXX (a C++ compiler, perhaps with
-    options). None: not set."""
+    after warm-up is an error), NANOVLLM_CACHE (a folder), NANOVLLM_DISABLE_SVD (1: compressed
+    experts are not used) and CXX (a C++ compiler, perhaps with options). None: not set."""
 
     log_level: str
     dump_graphs: Path | None
     strict: bool
     cache: Path | None
     cxx: str | None = None
+    disable_svd: bool = False
 
     def store_folder(self, given: str | os.PathLike[str] | None) -> Path:
         """The folder for compiled code: `given` by an option, or NANOVLLM_CACHE, or the default.
@@ -41,9 +42,7 @@ def read() -> Environment:
     level = os.environ.get("NANOVLLM_LOG_LEVEL", "INFO").upper()
     if level not in LOG_LEVELS:
         raise ValueError(f"NANOVLLM_LOG_LEVEL is {level!r}: use one of {', '.join(LOG_LEVELS)}")
-    strict = os.environ.get("NANOVLLM_STRICT", "0")
-    if strict not in ("0", "1"):
-        raise ValueError(f"NANOVLLM_STRICT is {strict!r}: use 0 or 1")
+    strict, disable_svd = _switch("NANOVLLM_STRICT"), _switch("NANOVLLM_DISABLE_SVD")
     folders = {
         name: _absolute(name, os.environ[name]) if os.environ.get(name) else None
         for name in ("NANOVLLM_DUMP_GRAPHS", "NANOVLLM_CACHE")
@@ -54,8 +53,15 @@ def read() -> Environment:
     except ValueError as error:
         raise ValueError(f"CXX is {cxx!r}, which is no command: {error}") from error
     return Environment(
-        level, folders["NANOVLLM_DUMP_GRAPHS"], strict == "1", folders["NANOVLLM_CACHE"], cxx
+        level, folders["NANOVLLM_DUMP_GRAPHS"], strict, folders["NANOVLLM_CACHE"], cxx, disable_svd
     )
+
+
+def _switch(name: str) -> bool:
+    value = os.environ.get(name, "0")
+    if value not in ("0", "1"):
+        raise ValueError(f"{name} is {value!r}: use 0 or 1")
+    return value == "1"
 
 
 def home_cache() -> Path | None:

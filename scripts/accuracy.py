@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from tiny.tasks import KINDS, held_out, is_correct
+from tiny.tasks import KINDS, Task, held_out, is_correct
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without installation
 
@@ -24,6 +24,24 @@ from nanovllm.tools import command_line
 
 MAX_TOKENS = 64  # the longest reference answer takes 55
 NUM_SHOWN = 10
+
+
+def ask(llm: LLM, tasks: list[Task]) -> tuple[dict[str, float], float, list[str]]:
+    """Greedy answers to tasks: accuracy by kind, accuracy of all, and a line for each mistake."""
+    outputs = llm.chat(
+        [task.messages for task in tasks],
+        SamplingParams(temperature=0, max_tokens=MAX_TOKENS),
+        use_tqdm=sys.stderr.isatty(),
+    )
+    num_asked, num_right = Counter(task.kind for task in tasks), Counter[str]()
+    wrong: list[str] = []
+    for task, output in zip(tasks, outputs, strict=True):
+        if is_correct(task, output["text"]):
+            num_right[task.kind] += 1
+        else:
+            wrong.append(f"{task.question!r} -> {output['text']!r}, not {task.answer!r}")
+    by_kind = {kind: num_right[kind] / num_asked[kind] for kind in KINDS if num_asked[kind]}
+    return by_kind, num_right.total() / len(tasks), wrong
 
 
 def main() -> int:
@@ -59,28 +77,16 @@ def main() -> int:
         enforce_eager=args.enforce_eager,
     )
     started = time.perf_counter()
-    outputs = llm.chat(
-        [task.messages for task in tasks],
-        SamplingParams(temperature=0, max_tokens=MAX_TOKENS),
-        use_tqdm=sys.stderr.isatty(),
-    )
+    by_kind, accuracy, wrong = ask(llm, tasks)
     seconds = time.perf_counter() - started
 
-    num_asked, num_right = Counter(task.kind for task in tasks), Counter[str]()
-    wrong: list[str] = []
-    for task, output in zip(tasks, outputs, strict=True):
-        if is_correct(task, output["text"]):
-            num_right[task.kind] += 1
-        else:
-            wrong.append(f"{task.question!r} -> {output['text']!r}, not {task.answer!r}")
     for line in wrong[:NUM_SHOWN]:
         print(f"wrong: {line}")
     if len(wrong) > NUM_SHOWN:
         print(f"wrong: {len(wrong) - NUM_SHOWN} more")
-    by_kind = {kind: num_right[kind] / num_asked[kind] for kind in KINDS if num_asked[kind]}
-    for kind, accuracy in by_kind.items():
-        print(f"{kind:10} {accuracy:7.1%}  of {num_asked[kind]}")
-    accuracy = num_right.total() / len(tasks)
+    num_asked = Counter(task.kind for task in tasks)
+    for kind, value in by_kind.items():
+        print(f"{kind:10} {value:7.1%}  of {num_asked[kind]}")
     summary = {
         "model": args.model,
         "device": args.device,

@@ -29,12 +29,21 @@ ROUTER_FIELDS: dict[str, tuple[object, ...]] = {
 
 
 @dataclass(frozen=True)
+class Compression:
+    """Experts are stored as products with shared bases of `rank` columns, in `dtype`."""
+
+    rank: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
 class MoeConfig:
     """The experts of a sparse layer.
 
     A token goes to `top_k` of `num_experts` experts of width `expert_size`. With `normalize` the
     weights of its experts sum to 1. `shared_size` is the width of an expert that every token goes
-    to, 0 without one. Raises ValueError for sizes that do not fit together.
+    to, 0 without one. `compression` is None for experts that are stored as they are. Raises
+    ValueError for sizes that do not fit together.
     """
 
     GRAPH_FIELDS: ClassVar[tuple[str, ...]] = ("top_k", "normalize")
@@ -44,6 +53,7 @@ class MoeConfig:
     expert_size: int
     normalize: bool
     shared_size: int = 0
+    compression: Compression | None = None
 
     def __post_init__(self) -> None:
         sizes = {

@@ -16,7 +16,7 @@ from torch import Tensor
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.formats import FORMATS, PLAIN, Weight
 
-ParamKind = Literal["linear", "norm", "bias", "table", "router", "experts"]
+ParamKind = Literal["linear", "norm", "bias", "table", "router", "experts", "basis"]
 
 
 class Param(NamedTuple):
@@ -25,9 +25,13 @@ class Param(NamedTuple):
     `kind` says how it is stored and initialised: "linear" is the weight of a linear layer [O, D]
     and is stored in the engine's weight format, "table" is an embedding table, "router" the matrix
     that scores experts, "experts" the matrices of a layer's experts [E, O, D], whose rows are
-    stacked expert by expert. `parts` are the row counts of the sources. `shard_axis` is the axis
-    that tensor parallelism splits (along axis 0 each source by itself), None for a replicated
-    parameter. A checkpoint may have one tensor of `shape` with the name `other_name` instead.
+    stacked expert by expert, "basis" a matrix that compressed experts share. `parts` are the row
+    counts of the sources. `shard_axis` is the axis that tensor parallelism splits (along axis 0
+    each source by itself), None for a replicated parameter. A checkpoint may have one tensor of
+    `shape` with the name `other_name` instead.
+
+    A `compressed` parameter is read from `svd_experts`, which knows its sources. The checkpoint's
+    tensors that `replaces` names are not read.
     """
 
     kind: ParamKind
@@ -36,6 +40,8 @@ class Param(NamedTuple):
     parts: tuple[int, ...]
     shard_axis: int | None
     other_name: str | None = None
+    compressed: bool = False
+    replaces: tuple[str, ...] = ()
 
     @classmethod
     def one(cls, kind: ParamKind, source: str, *shape: int, shard_axis: int | None = None) -> Param:
@@ -127,8 +133,8 @@ class Model:
 
     `outer_params(config)` and `layer_params(config, kind, layer_idx)` declare the parameters by the
     fields of `Params` and of `layer_type(kind)`, a named tuple. A tied head is not declared. Fields
-    that a layer does not declare are None. Parameters of kind "experts" are declared by the fields
-    of `experts.stacked.Stacked`; a layer has them, as they are stored, in its field `experts`.
+    that a layer does not declare are None. The experts of a sparse layer are declared by the fields
+    of one form of `experts.FORMS`; a layer has them, as they are stored, in its field `experts`.
     `kv_scales(config, weights)` gives the scales of one layer's fp8 cache, fp32 [K] for keys and
     for values; it is None if their bounds are not known.
 

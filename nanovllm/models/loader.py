@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanovllm.models import experts, svd_experts
 from nanovllm.models.checkpoint import Buffer, Checkpoint, CheckpointError, plain_buffer
+from nanovllm.models.config import ModelConfig
 from nanovllm.models.experts.offloaded import Offloader
 from nanovllm.models.experts.stacked import Stacked
 from nanovllm.models.formats import FORMATS, PLAIN, Weight
@@ -47,26 +49,16 @@ def load(
     the model and the format alone, and returns the one to use. If it is an `Offloader`, experts are
     read to the host's memory. `buffer` is that of `Checkpoint`.
 
-    Raises CheckpointError naming the tensor that is missing, left over, misshapen or quantized, or
-    the file that is damaged.
+    Experts that the config calls compressed are read from their own folder, and the checkpoint's
+    experts are not read.
+
+    Raises CheckpointError naming the tensor that is missing, left over, misshapen, quantized or of
+    another dtype than described, or the file that is missing or damaged.
     """
     with Checkpoint(folder, buffer) as checkpoint:
-        used: set[str] = set()
-        spellings: dict[bool, str] = {}
-
-        def read(param: Param) -> Tensor:
-            out = _empty(param, model.config.dtype, device, place)
-            sources = _sources(param, checkpoint, spellings)
-            rows = out if out.dim() < 3 else out.flatten(0, -2)
-            parts = rows.split(param.parts) if sources == param.sources else (out,)
-            checkpoint.read(zip(sources, parts))
-            used.update(sources)
-            return out
-
-        params = build(model, read, progress, weight_format, place)
-        ignored = {HEAD} if model.config.tied_embeddings else set()
-        left = set(checkpoint) - used - ignored
-    extra = sorted(name for name in left if not IGNORED.fullmatch(name))
+        reader = Reader(model.config, checkpoint, device, place)
+        params = build(model, reader.read, progress, weight_format, place)
+        extra = reader.left_over()
     if extra:
         raise CheckpointError(
             f"{folder}: {len(extra)} tensor(s) that {model.config.architecture} does not have, "
@@ -75,34 +67,71 @@ def load(
     return params
 
 
-def _empty(param: Param, dtype: torch.dtype, device: torch.device, place: Place) -> Tensor:
-    """Memory for a parameter."""
-    if isinstance(place, Offloader) and param.kind == "experts":
-        return place.empty(param.shape, dtype)
-    return torch.empty(param.shape, dtype=dtype, device=device)
+class Reader:
+    """Reads the parameters of a model from a checkpoint, and knows what it has not read."""
 
+    def __init__(
+        self,
+        config: ModelConfig,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        place: Place = _in_place,
+    ) -> None:
+        self._config, self._checkpoint, self._device = config, checkpoint, device
+        self._place = place
+        self._used: set[str] = set()
+        # an example of each spelling of experts: whether it is the other one, and a tensor's name
+        self._spellings: dict[bool, str] = {}
 
-def _sources(param: Param, checkpoint: Checkpoint, spellings: dict[bool, str]) -> tuple[str, ...]:
-    """The names of the tensors of a parameter, in one of two spellings.
+    def read(self, param: Param) -> Tensor:
+        """A parameter in the model's dtype on the device. Raises CheckpointError: see `load`."""
+        out = self._empty(param)
+        rows = out if out.dim() < 3 else out.flatten(0, -2)
+        if param.compressed:
+            assert self._config.moe is not None and self._config.moe.compression is not None
+            compression, parts = self._config.moe.compression, rows.split(param.parts)
+            svd_experts.read(self._checkpoint.folder, compression, zip(param.sources, parts))
+            self._used.update(param.replaces)
+            return out
+        sources = self._sources(param)
+        parts = rows.split(param.parts) if sources == param.sources else (out,)
+        self._checkpoint.read(zip(sources, parts))
+        self._used.update(sources)
+        return out
 
-    `spellings` collects an example of each spelling of experts: whether it is the other one, and a
-    name. Raises CheckpointError if a checkpoint mixes them, or has neither for a layer.
-    """
-    other: tuple[str, ...] = (param.other_name,) if param.other_name is not None else ()
-    is_other = param.other_name in checkpoint
-    if param.kind == "experts":
-        present = [name for name in (*other, *param.sources) if name in checkpoint]
-        if not present:
-            names = " nor ".join((param.sources[0], *other))
-            raise CheckpointError(f"{checkpoint.folder}: it has neither {names}")
-        spellings[is_other] = present[0]
-        both = present[1] if is_other and present[1:] else spellings.get(not is_other)
-        if both is not None:
-            raise CheckpointError(
-                f"{checkpoint.folder} mixes two spellings of experts: it has {present[0]} and "
-                f"{both}"
-            )
-    return other if is_other else param.sources
+    def left_over(self) -> list[str]:
+        """The tensors of the checkpoint that were not read and that a forward pass would read."""
+        ignored = {HEAD} if self._config.tied_embeddings else set()
+        left = set(self._checkpoint) - self._used - ignored
+        return sorted(name for name in left if not IGNORED.fullmatch(name))
+
+    def _empty(self, param: Param) -> Tensor:
+        """Memory for a parameter."""
+        if isinstance(self._place, Offloader) and param.kind == "experts":
+            return self._place.empty(param.shape, self._config.dtype)
+        return torch.empty(param.shape, dtype=self._config.dtype, device=self._device)
+
+    def _sources(self, param: Param) -> tuple[str, ...]:
+        """The names of the tensors of a parameter, in one of two spellings.
+
+        Raises CheckpointError if a checkpoint mixes those of experts, or has neither for a layer.
+        """
+        checkpoint, spellings = self._checkpoint, self._spellings
+        other: tuple[str, ...] = (param.other_name,) if param.other_name is not None else ()
+        is_other = param.other_name in checkpoint
+        if param.kind == "experts":
+            present = [name for name in (*other, *param.sources) if name in checkpoint]
+            if not present:
+                names = " nor ".join((param.sources[0], *other))
+                raise CheckpointError(f"{checkpoint.folder}: it has neither {names}")
+            spellings[is_other] = present[0]
+            both = present[1] if is_other and present[1:] else spellings.get(not is_other)
+            if both is not None:
+                raise CheckpointError(
+                    f"{checkpoint.folder} mixes two spellings of experts: it has {present[0]} and "
+                    f"{both}"
+                )
+        return other if is_other else param.sources
 
 
 def has_own_head(folder: Path, dtype: torch.dtype) -> bool:
@@ -180,9 +209,11 @@ def build(
         layer_type = model.layer_type(kind)
         values = dict.fromkeys(layer_type._fields) | made(declared)
         if kind.sparse:
-            both = [values.pop(name) for name in Stacked._fields]
-            form = place.stored if isinstance(place, Offloader) else Stacked
-            values["experts"] = form(*both)
+            gathered = experts.gather(values)
+            if isinstance(place, Offloader):
+                assert isinstance(gathered, Stacked)
+                gathered = place.stored(*gathered)
+            values["experts"] = gathered
         return layer_type(**values)
 
     outer_params, *layer_params = model.declared

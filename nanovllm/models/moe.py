@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels import ops
-from nanovllm.models import dense, experts
+from nanovllm.models import dense, experts, svd_experts
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.dense import attention, attention_params, embed, head, kv_scales, mlp_params
 from nanovllm.models.experts import Experts
@@ -172,10 +172,29 @@ def layer_type(kind: LayerKind) -> type[SparseLayer] | type[dense.Layer]:
 
 
 def sparse_params(cfg: ModelConfig, names: ExpertNames, layer_idx: int) -> dict[str, Param]:
-    """Parameters of a sparse layer, by the fields of `SparseLayer` and `experts.Stacked`."""
+    """Parameters of a sparse layer, by the fields of `SparseLayer` and of a form of experts."""
     assert cfg.moe is not None
     moe, hidden, prefix = cfg.moe, cfg.hidden_size, f"model.layers.{layer_idx}."
-    num, size = moe.num_experts, moe.expert_size
+    router = Param.one("router", prefix + names.router, moe.num_experts, hidden)
+    other_router = names.other_router and prefix + names.other_router
+    whole = stacked_params(cfg, names, layer_idx)
+    declared = {
+        **attention_params(cfg, layer_idx),
+        "router_ED": router._replace(other_name=other_router),
+        **(whole if moe.compression is None else compressed_params(cfg, whole, layer_idx)),
+    }
+    if moe.shared_size:
+        gate = prefix + "mlp.shared_expert_gate.weight"
+        declared["shared_gate_1D"] = Param.one("router", gate, 1, hidden)
+        declared |= mlp_params(cfg, layer_idx, "mlp.shared_expert", moe.shared_size)
+    return declared
+
+
+def stacked_params(cfg: ModelConfig, names: ExpertNames, layer_idx: int) -> dict[str, Param]:
+    """A layer's experts as the checkpoint has them, by the fields of `experts.stacked.Stacked`."""
+    assert cfg.moe is not None
+    num, size, hidden = cfg.moe.num_experts, cfg.moe.expert_size, cfg.hidden_size
+    prefix = f"model.layers.{layer_idx}."
 
     def one(matrix: str, expert: int) -> str:
         return prefix + names.one.format(matrix=matrix, expert=expert)
@@ -183,11 +202,7 @@ def sparse_params(cfg: ModelConfig, names: ExpertNames, layer_idx: int) -> dict[
     gate_up = tuple(one(m, expert) for expert in range(num) for m in (names.gate, names.up))
     down = tuple(one(names.down, expert) for expert in range(num))
     stacked_gate_up, stacked_down = (prefix + name for name in names.stacked)
-    router = Param.one("router", prefix + names.router, num, hidden)
-    other_router = names.other_router and prefix + names.other_router
-    declared = {
-        **attention_params(cfg, layer_idx),
-        "router_ED": router._replace(other_name=other_router),
+    return {
         "gate_up_EGD": Param(
             "experts", (num, 2 * size, hidden), gate_up, (size,) * (2 * num), 0, stacked_gate_up
         ),
@@ -195,8 +210,36 @@ def sparse_params(cfg: ModelConfig, names: ExpertNames, layer_idx: int) -> dict[
             "experts", (num, hidden, size), down, (hidden,) * num, 1, stacked_down
         ),
     }  # fmt: skip
-    if moe.shared_size:
-        gate = prefix + "mlp.shared_expert_gate.weight"
-        declared["shared_gate_1D"] = Param.one("router", gate, 1, hidden)
-        declared |= mlp_params(cfg, layer_idx, "mlp.shared_expert", moe.shared_size)
-    return declared
+
+
+def compressed_params(
+    cfg: ModelConfig, whole: dict[str, Param], layer_idx: int
+) -> dict[str, Param]:
+    """The same experts compressed, by the fields of `experts.compressed.Compressed`."""
+    assert cfg.moe is not None and cfg.moe.compression is not None
+    num, size, hidden = cfg.moe.num_experts, cfg.moe.expert_size, cfg.hidden_size
+    rank = cfg.moe.compression.rank
+
+    def basis(kind: str, num_inputs: int) -> Param:
+        source = svd_experts.basis_source(layer_idx, kind)
+        return Param.one("basis", source, rank, num_inputs)._replace(compressed=True)
+
+    def own(kind: str, num_outputs: int) -> Param:
+        sources = tuple(svd_experts.expert_source(layer_idx, e, kind) for e in range(num))
+        parts = (num_outputs,) * num
+        return Param("experts", (num, num_outputs, rank), sources, parts, None, compressed=True)
+
+    replaces = tuple(
+        name
+        for param in whole.values()
+        for name in (*param.sources, param.other_name)
+        if name is not None
+    )
+    return {
+        "u_gate_LD": basis(svd_experts.GATE, hidden),
+        "u_up_LD": basis(svd_experts.UP, hidden),
+        "u_down_LF": basis(svd_experts.DOWN, size)._replace(replaces=replaces),
+        "v_gate_EFL": own(svd_experts.GATE, size),
+        "v_up_EFL": own(svd_experts.UP, size),
+        "v_down_EDL": own(svd_experts.DOWN, hidden),
+    }

@@ -14,7 +14,7 @@ from nanovllm.compile import buckets
 from nanovllm.compile.program import CompileRequired
 from nanovllm.compile.store import Store
 from nanovllm.config import EngineConfig
-from nanovllm.models import registry
+from nanovllm.models import registry, svd_experts
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.formats import PLAIN
 from nanovllm.models.interface import Model
@@ -52,10 +52,10 @@ class Choice:
 
     def shortened(self, max_model_len: int) -> Choice:
         """The same for shorter requests: other sizes, and perhaps another rotary table."""
-        config = replace(self.config, max_model_len=max_model_len)
+        config, cfg = replace(self.config, max_model_len=max_model_len), self.model.config
         architecture = registry.architecture(self.hf.architectures)
-        dtype = self.model.config.dtype
-        model = architecture(self.hf, dtype=dtype, max_model_len=max_model_len)
+        model = architecture(self.hf, dtype=cfg.dtype, max_model_len=max_model_len)
+        model = replace(model, config=replace(model.config, moe=cfg.moe))
         spec = make_spec(config, model, self.platform)
         return replace(self, config=config, model=model, spec=spec)
 
@@ -154,6 +154,8 @@ def choose_model(
             f"quantization {config.quantization!r} is not supported for a model with experts "
             f"({model.config.architecture})"
         )
+    if not config.random_weights and not env.read().disable_svd:
+        model = svd_experts.applied(model, folder)
     config = within_limit(config, model, hf)
     spec = make_spec(config, model, platform)
     return Choice(config, platform, store, folder, hf, model, spec, eos_token_ids(folder, hf))

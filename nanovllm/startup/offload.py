@@ -36,6 +36,11 @@ def choose_offload(
         raise ValueError(
             f"expert_offload is {asked!r}, but {model.config.architecture} has no experts"
         )
+    if model.config.moe.compression is not None:
+        raise ValueError(
+            f"expert_offload is {asked!r}, but the experts beside the checkpoint are compressed, "
+            "and those are not offloaded: leave it out, or set NANOVLLM_DISABLE_SVD=1"
+        )
     plan = _in_experts(asked, model) if isinstance(asked, int) else _in_bytes(asked, model)
     allowed_bytes = config.gpu_memory_utilization * platform.total_bytes()
     rest_bytes = allowed_bytes - device_bytes(model, weight_format, plan)

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from nanovllm.models.experts import offloaded, stacked
+from nanovllm.models.experts import compressed, offloaded, stacked
 from nanovllm.models.experts.offloaded import Offloaded
 
 # A layer's experts as stored: a named tuple of tensors that only its form understands.
@@ -21,8 +21,11 @@ class Form(Protocol):
     """What the file of a form provides."""
 
     @property
-    def Stored(self) -> type:
-        """The named tuple of a layer's stored experts, which no other form uses."""
+    def Stored(self) -> type[Any]:
+        """The named tuple of a layer's stored experts, which no other form uses.
+
+        Its fields are the names by which a model declares them.
+        """
 
     def apply(
         self, x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, stored: Any, residual_TD: Tensor
@@ -30,7 +33,7 @@ class Form(Protocol):
         """The experts' weighted sum for each token, plus the residual: see `reference.experts`."""
 
 
-FORMS: tuple[Form, ...] = (stacked, offloaded)
+FORMS: tuple[Form, ...] = (stacked, compressed, offloaded)
 
 
 def prepare(
@@ -57,3 +60,10 @@ def apply(
     """The experts' weighted sum for each token, plus the residual, for experts in any form."""
     form = next(one for one in FORMS if isinstance(stored, one.Stored))
     return form.apply(x_TD, weight_TK, expert_TK, stored, residual_TD)
+
+
+def gather(values: dict[str, Any]) -> Experts:
+    """Take a layer's stored experts out of its parameters by name, in the form that they have."""
+    form = next(one for one in FORMS if set(one.Stored._fields) <= set(values))
+    stored: Experts = form.Stored(*(values.pop(name) for name in form.Stored._fields))
+    return stored

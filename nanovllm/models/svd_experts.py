@@ -1,0 +1,180 @@
+"""Compressed experts beside a checkpoint: the names of their files, and what describes them.
+
+    svd_experts/U_matrices.safetensors                       the bases that a layer's experts share
+    svd_experts/V_experts/layer_0_expert_0.safetensors       what each expert has of its own
+    svd_experts/metadata.json                                written last: without it nothing counts
+
+A matrix [O, I] of expert e, which maps x [I] to x · Wᵀ, is stored as Wᵀ ≈ U · V_e. U [I, L] is the
+basis of the layer and the kind of matrix, V_e is [L, O].
+
+O outputs | I inputs | L rank of the bases
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from nanovllm.models.checkpoint import CheckpointError
+from nanovllm.models.config import Compression, ModelConfig
+from nanovllm.models.interface import Model
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "svd_experts"
+BASES, METADATA = "U_matrices.safetensors", "metadata.json"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+GATE, UP, DOWN = KINDS = ("w1", "w3", "w2")  # the kinds of matrices, in Mixtral's names
+READERS = 8  # threads
+
+
+def basis_name(layer_idx: int, kind: str) -> str:
+    """The name of a basis in the file BASES."""
+    return f"layer_{layer_idx}_{kind}_U"
+
+
+def expert_file(layer_idx: int, expert: int) -> str:
+    """The file of one expert, relative to FOLDER."""
+    return f"V_experts/layer_{layer_idx}_expert_{expert}.safetensors"
+
+
+def expert_name(kind: str) -> str:
+    """The name of a matrix in the file of an expert."""
+    return f"{kind}_V"
+
+
+def basis_source(layer_idx: int, kind: str) -> str:
+    """A basis as `Param.sources` names it."""
+    return f"{FOLDER}/{BASES}:{basis_name(layer_idx, kind)}"
+
+
+def expert_source(layer_idx: int, expert: int, kind: str) -> str:
+    """A matrix of an expert as `Param.sources` names it."""
+    return f"{FOLDER}/{expert_file(layer_idx, expert)}:{expert_name(kind)}"
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What metadata.json says. `method` is "pca" or "distilled"; `made_from` is for people."""
+
+    method: str
+    rank: int
+    dtype: str  # a key of DTYPES
+    architecture: str
+    num_layers: int
+    num_experts: int
+    hidden_size: int
+    expert_size: int
+    made_from: dict[str, object]
+
+    @classmethod
+    def of(
+        cls, cfg: ModelConfig, method: str, rank: int, dtype: str, made_from: dict[str, object]
+    ) -> Metadata:
+        """The description of compressed experts of a model."""
+        assert cfg.moe is not None
+        return cls(
+            method, rank, dtype, cfg.architecture, cfg.num_layers, cfg.moe.num_experts,
+            cfg.hidden_size, cfg.moe.expert_size, made_from,
+        )  # fmt: skip
+
+    def write(self, folder: Path) -> None:
+        """Write metadata.json in `folder`, whole or not at all."""
+        part = folder / f"{METADATA}.part"
+        part.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        part.replace(folder / METADATA)
+
+
+def read_metadata(path: Path) -> Metadata:
+    """The content of a metadata.json. Raises CheckpointError that names it if it is damaged."""
+    try:
+        found = json.loads(path.read_text())
+        metadata = Metadata(**{field.name: found[field.name] for field in fields(Metadata)})
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{path} is missing: the compressed experts of this folder are not complete. Run the "
+            f"script that makes them again, delete {path.parent}, or set NANOVLLM_DISABLE_SVD=1"
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: not readable: {type(error).__name__} {error}") from error
+    if metadata.dtype not in DTYPES:
+        raise CheckpointError(
+            f"{path}: dtype is {metadata.dtype!r}: it must be one of {', '.join(DTYPES)}"
+        )
+    if not isinstance(metadata.rank, int) or isinstance(metadata.rank, bool) or metadata.rank < 1:
+        raise CheckpointError(f"{path}: rank is {metadata.rank!r}: it must be a positive integer")
+    return metadata
+
+
+def find(folder: Path, cfg: ModelConfig) -> Compression | None:
+    """How the experts beside the checkpoint in `folder` are compressed; None if there are none.
+
+    Raises CheckpointError that names the file if they are not complete or of another model.
+    """
+    path = folder / FOLDER / METADATA
+    if cfg.moe is None or not path.parent.is_dir():
+        return None
+    found = read_metadata(path)
+    wanted = Metadata.of(cfg, found.method, found.rank, found.dtype, found.made_from)
+    for name, value in asdict(wanted).items():
+        if getattr(found, name) != value:
+            raise CheckpointError(
+                f"{path}: {name} is {getattr(found, name)!r}, but the checkpoint has {value!r}: "
+                f"the compressed experts are of another model. Delete {path.parent}, or set "
+                "NANOVLLM_DISABLE_SVD=1"
+            )
+    return Compression(found.rank, DTYPES[found.dtype])
+
+
+def applied(model: Model, folder: Path) -> Model:
+    """The model with the compressed experts beside its checkpoint, if there are any: see `find`."""
+    cfg = model.config
+    compression = find(folder, cfg)
+    if cfg.moe is None or compression is None:
+        return model
+    message = "compressed experts of rank %d are used from %s (NANOVLLM_DISABLE_SVD=1: not used)"
+    logger.info(message, compression.rank, folder / FOLDER)
+    return replace(model, config=replace(cfg, moe=replace(cfg.moe, compression=compression)))
+
+
+def read(folder: Path, compression: Compression, wanted: Iterable[tuple[str, Tensor]]) -> None:
+    """Copy the transpose of each source, "file:tensor" in the checkpoint's folder, to a tensor.
+
+    Raises CheckpointError that names a file that is missing, damaged, or of another rank or dtype.
+    """
+    with ThreadPoolExecutor(READERS, "read-experts") as pool:
+        list(pool.map(lambda one: _copy(folder, compression, *one), wanted))
+
+
+def _copy(folder: Path, compression: Compression, source: str, out_OI: Tensor) -> None:
+    path, name = folder / source.rpartition(":")[0], source.rpartition(":")[2]
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing: the compressed experts are not complete")
+    try:
+        with safe_open(path, framework="pt") as file:
+            found_IO = file.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: tensor {name} cannot be read: {error}") from error
+    if found_IO.dtype is not compression.dtype:
+        raise CheckpointError(
+            f"{path}: tensor {name} is {_short(found_IO.dtype)}, but the metadata has dtype "
+            f"{_short(compression.dtype)}"
+        )
+    if found_IO.shape != out_OI.t().shape:
+        raise CheckpointError(
+            f"{path}: tensor {name} has shape {list(found_IO.shape)}, but rank {compression.rank} "
+            f"and the config ask for {list(out_OI.t().shape)}"
+        )
+    out_OI.copy_(found_IO.to(out_OI.device).t())
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
