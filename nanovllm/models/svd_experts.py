@@ -150,30 +150,36 @@ def read(folder: Path, compression: Compression, wanted: Iterable[tuple[str, Ten
 
     Raises CheckpointError that names a file that is missing, damaged, or of another rank or dtype.
     """
+    sources, outs = zip(*wanted)
+    shapes = (out_OI.shape for out_OI in outs)
     with ThreadPoolExecutor(READERS, "read-experts") as pool:
-        list(pool.map(lambda one: _copy(folder, compression, *one), wanted))
+        found = pool.map(lambda *one: _transposed(folder, compression, *one), sources, shapes)
+        for out_OI, matrix_OI in zip(outs, found):
+            out_OI.copy_(matrix_OI)  # not in a thread: its current device may be another one
 
 
-def _copy(folder: Path, compression: Compression, source: str, out_OI: Tensor) -> None:
-    path, name = folder / source.rpartition(":")[0], source.rpartition(":")[2]
+def _transposed(folder: Path, compression: Compression, source: str, shape: torch.Size) -> Tensor:
+    """The transpose of a source, which must have `shape`, in memory of its own."""
+    file_name, _, name = source.rpartition(":")
+    path = folder / file_name
     if not path.is_file():
         raise CheckpointError(f"{path} is missing: the compressed experts are not complete")
     try:
         with safe_open(path, framework="pt") as file:
-            found_IO = file.get_tensor(name)
+            stored_IO: Tensor = file.get_tensor(name)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: tensor {name} cannot be read: {error}") from error
-    if found_IO.dtype is not compression.dtype:
+    if stored_IO.dtype is not compression.dtype:
         raise CheckpointError(
-            f"{path}: tensor {name} is {_short(found_IO.dtype)}, but the metadata has dtype "
+            f"{path}: tensor {name} is {_short(stored_IO.dtype)}, but the metadata has dtype "
             f"{_short(compression.dtype)}"
         )
-    if found_IO.shape != out_OI.t().shape:
+    if stored_IO.t().shape != shape:
         raise CheckpointError(
-            f"{path}: tensor {name} has shape {list(found_IO.shape)}, but rank {compression.rank} "
-            f"and the config ask for {list(out_OI.t().shape)}"
+            f"{path}: tensor {name} has shape {list(stored_IO.shape)}, but rank {compression.rank} "
+            f"and the config ask for {list(shape[::-1])}"
         )
-    out_OI.copy_(found_IO.to(out_OI.device).t())
+    return stored_IO.t().clone(memory_format=torch.contiguous_format)
 
 
 def _short(dtype: torch.dtype) -> str:

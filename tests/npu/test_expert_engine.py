@@ -6,17 +6,26 @@ bf16 changes near-ties of their experts and tokens. The trained model has wide m
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+# scripts are run as files, and import each other as such
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+
+import decompose_experts
+from compress.source import open_source
+
 from nanovllm import LLM, SamplingParams
 from nanovllm.kernels.cpu import kernels as cpu_kernels
+from nanovllm.models.experts.compressed import Compressed
 from nanovllm.platforms import npu
 from tests.conftest import save_tiny
 from tests.npu import ascend_ir, conftest, ir_rules
@@ -125,6 +134,22 @@ def test_greedy_tokens_are_the_cpus(
     # in graphs of GE these are Ascend IR, which the tests below check
     assert (host.seen >= FUSED) == (mode != "ge")
     assert (len(ge.graphs) > num_graphs) == (mode == "ge")
+
+
+@pytest.mark.usefixtures("_fp32")
+@pytest.mark.parametrize("mode", ["ge", "captured", "eager"])
+def test_compressed_experts_give_the_tokens_of_the_cpu(mode: str, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path, "mixtral", **EXPERTS["mixtral"])
+    source = open_source(str(folder))
+    decompose_experts.run(source, folder / "svd_experts", 19, "float32", torch.device("cpu"))
+    options = {"dtype": "float32", **SIZES}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_kernels, "available", lambda *args, **kwargs: (False, "plain torch"))
+        expected = LLM(str(folder), device="cpu", enforce_eager=True, **options)
+    llm = LLM(str(folder), device="npu", **options, **MODES[mode])
+    assert isinstance(llm.engine.runner.params.layers[1].experts, Compressed)
+    assert tokens(llm) == tokens(expected)
+    llm.close()
 
 
 @pytest.fixture(scope="module")
