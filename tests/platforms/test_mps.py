@@ -34,9 +34,9 @@ SUPPORTED = frozenset(
     bitwise_and_.Tensor bitwise_not bitwise_or.Tensor bitwise_xor.Scalar bitwise_xor.Tensor bmm cat
     clone copy_ cos cumsum detach div.Tensor embedding empty.memory_format eq.Scalar expand
     fill_.Tensor floor_divide full gather ge.Scalar ge.Tensor gt.Scalar index.Tensor index_copy
-    index_copy_ index_add_ index_put index_put_ index_select isnan le.Tensor lift_fresh log lt.Tensor
-    masked_fill.Scalar masked_fill_.Scalar mean.dim mm mul.Tensor nan_to_num nan_to_num.out
-    ne.Scalar neg ones_like permute pow.Scalar pow.Tensor_Scalar reciprocal remainder.Scalar
+    index_copy_ index_add_ index_put index_put_ index_select isnan le.Tensor lift_fresh log
+    lt.Tensor masked_fill.Scalar masked_fill_.Scalar mean.dim mm mul.Tensor nan_to_num
+    nan_to_num.out ne.Scalar neg ones_like permute pow.Scalar pow.Tensor_Scalar reciprocal remainder.Scalar
     remainder.Tensor rsqrt scalar_tensor scatter_.src select.int set_.source_Storage silu sin
     slice.Tensor sort.stable split.Tensor split_with_sizes squeeze.dim sub.Tensor t topk
     transpose.int unbind.int unsqueeze view view.dtype where.self zeros zeros_like fill_.Scalar
