@@ -36,11 +36,11 @@ SUPPORTED = frozenset(
     fill_.Tensor floor_divide full gather ge.Scalar ge.Tensor gt.Scalar index.Tensor index_copy
     index_copy_ index_add_ index_put index_put_ index_select isnan le.Tensor lift_fresh log
     lt.Tensor masked_fill.Scalar masked_fill_.Scalar mean.dim mm mul.Tensor nan_to_num
-    nan_to_num.out ne.Scalar neg ones_like permute pow.Scalar pow.Tensor_Scalar reciprocal remainder.Scalar
-    remainder.Tensor rsqrt scalar_tensor scatter_.src select.int set_.source_Storage silu sin
-    slice.Tensor sort.stable split.Tensor split_with_sizes squeeze.dim sub.Tensor t topk
-    transpose.int unbind.int unsqueeze view view.dtype where.self zeros zeros_like fill_.Scalar
-    lt.Scalar sum.dim_IntList gt.Tensor new_full scatter_add_
+    nan_to_num.out ne.Scalar neg ones_like permute pow.Scalar pow.Tensor_Scalar reciprocal
+    remainder.Scalar remainder.Tensor rsqrt scalar_tensor scatter_.src select.int
+    set_.source_Storage silu sin slice.Tensor sort.stable split.Tensor split_with_sizes squeeze.dim
+    sub.Tensor t topk transpose.int unbind.int unsqueeze view view.dtype where.self zeros zeros_like
+    fill_.Scalar lt.Scalar sum.dim_IntList gt.Tensor new_full scatter_add_
 """.split()  # noqa: SIM905
 )
 # Calls of a composite kernel below the level at which operators are recorded.
