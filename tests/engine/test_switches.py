@@ -32,7 +32,8 @@ def test_without_fusion_only_attention_cache_write_and_sampler_are_ours(
     assert (
         tokens(make_llm(**SIZES, compile_cache=tmp_path, fuse=False), PROMPTS, GREEDY) == expected
     )
-    assert lowered_ops == UNFUSED_OPS
+    # a model without experts has no others
+    assert lowered_ops == {"paged_attention", "store_kv", "sample"} <= UNFUSED_OPS
 
 
 def test_without_fusion_compiled(make_llm: Callable[..., LLM], expected: list[list[int]]) -> None:
