@@ -67,8 +67,9 @@ def test_streamed_experts_equal_the_reference(num_slots: int, dtype: torch.dtype
     """Matrices are of odd sizes, smaller and larger than what a program copies at a time."""
     for hidden, size in ((5, 3), (48, 20)):
         state = tables(19, num_slots, hidden, size, dtype=dtype, device=device)
-        state.slot_I[:] = -1 - torch.arange(19)
-        state.slot_I[torch.randperm(19)[:num_slots]] = torch.arange(num_slots, dtype=torch.int32)
+        slot_I = -1 - torch.arange(19, dtype=torch.int32)
+        slot_I[torch.randperm(19)[:num_slots]] = torch.arange(num_slots, dtype=torch.int32)
+        state.slot_I.copy_(slot_I)
         results = []
         for stream in (offload.stream_experts, reference.stream_experts):
             counters_C, slot_I = (
