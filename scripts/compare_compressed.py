@@ -102,10 +102,10 @@ def table(found: list[dict[str, Any]]) -> str:
     """Accuracy by rank in Markdown, with one column for each method."""
     whole = found[0]["accuracy"]
     lines = ["| bytes of experts | rank | PCA | distilled |", "| --- | --- | --- | --- |"]
-    lines.append(f"| 100% | not compressed | {whole:.1%} | {whole:.1%} |")
+    lines.append(f"| 100% | not compressed | {whole:.2%} | {whole:.2%} |")
     for rank in dict.fromkeys(one["rank"] for one in found[1:]):
         both = {one["method"]: one for one in found if one["rank"] == rank}
-        cells = " | ".join(f"{both[method]['accuracy']:.1%}" for method in METHODS)
+        cells = " | ".join(f"{both[method]['accuracy']:.2%}" for method in METHODS)
         lines.append(f"| {both['pca']['share']:.0%} | {rank} | {cells} |")
     return "\n".join(lines)
 

@@ -74,8 +74,10 @@ def _improved(
     squares_ELL = [v_LO @ v_LO.t() for v_LO in v_ELO]
 
     def product(x_IL: Tensor) -> Tensor:
-        pairs = zip(moments_EII, squares_ELL)
-        return torch.stack([c_II @ (x_IL @ s_LL) for c_II, s_LL in pairs]).sum(0)
+        total_IL = torch.zeros_like(x_IL)
+        for moment_II, square_LL in zip(moments_EII, squares_ELL):
+            total_IL.addmm_(moment_II, x_IL @ square_LL)
+        return total_IL
 
     wanted_IL = torch.zeros_like(u_IL)
     for moment_II, target_IO, v_LO in zip(moments_EII, targets_EIO, v_ELO):

@@ -21,12 +21,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 import decompose_experts
 from compress.source import open_source
 
+from nanovllm import LLM
 from nanovllm.config import EngineConfig
 from nanovllm.models.checkpoint import CheckpointError
 from nanovllm.models.experts.compressed import Compressed
 from nanovllm.models.experts.stacked import Stacked
 from nanovllm.startup import load as startup
 from tests.conftest import save_tiny
+from tests.engines import greedy, tokens
 from tests.models.harness import engine_logits, load, max_difference, sequences, transformers_logits
 
 TOLERANCE, VOCAB_SIZE, RANK = 1e-4, 128, 19
@@ -110,6 +112,17 @@ def compressed(architecture: str, tmp_path_factory: pytest.TempPathFactory) -> P
     return compress(save(tmp_path_factory.mktemp(architecture) / "model", architecture))
 
 
+@pytest.fixture(scope="module")
+def _mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compress(save(tmp_path_factory.mktemp("mixtral") / "model"))
+
+
+@pytest.fixture
+def folder(_mixtral: Path, tmp_path: Path) -> Path:
+    """A compressed Mixtral for one test to change."""
+    return Path(shutil.copytree(_mixtral, tmp_path / "model"))
+
+
 @pytest.fixture(params=["eager", "graph"])
 def is_eager(request: pytest.FixtureRequest) -> bool:
     return bool(request.param == "eager")
@@ -144,9 +157,8 @@ def test_with_all_principal_components_nothing_is_lost(tmp_path: Path, device: s
     assert max_difference(engine_logits(runner, known), expected) < TOLERANCE
 
 
-def test_the_experts_of_the_checkpoint_are_not_needed(tmp_path: Path, device: str) -> None:
+def test_the_experts_of_the_checkpoint_are_not_needed(folder: Path, device: str) -> None:
     known = sequences(VOCAB_SIZE, *LENGTHS)
-    folder = compress(save(tmp_path))
     before = engine_logits(load(folder, device, enforce_eager=True), known)
 
     def remove(tensors: dict[str, Tensor]) -> None:
@@ -158,8 +170,7 @@ def test_the_experts_of_the_checkpoint_are_not_needed(tmp_path: Path, device: st
     assert max_difference(before, after) == 0
 
 
-def test_other_tensors_that_are_left_over_are_still_refused(tmp_path: Path) -> None:
-    folder = compress(save(tmp_path))
+def test_other_tensors_that_are_left_over_are_still_refused(folder: Path) -> None:
     extra = "model.layers.0.block_sparse_moe.experts.5.w1.weight"
     change(folder / "model.safetensors", lambda tensors: tensors.update({extra: torch.ones(2)}))
     with pytest.raises(CheckpointError, match=f"does not have, e.g. {extra}"):
@@ -185,8 +196,7 @@ def test_the_log_names_the_folder_and_a_variable_turns_it_off(
     assert max_difference(engine_logits(runner, known), expected) == 0
 
 
-def test_random_weights_are_whole(tmp_path: Path, device: str) -> None:
-    folder = compress(save(tmp_path))
+def test_random_weights_are_whole(folder: Path, device: str) -> None:
     runner = load(folder, device, enforce_eager=True, random_weights=True)
     assert isinstance(runner.params.layers[0].experts, Stacked)
 
@@ -200,13 +210,29 @@ def test_less_memory_is_used_and_reported(compressed: Path, device: str) -> None
     assert loaded.memory.weights_bytes == loaded.model.param_bytes("plain") < whole
 
 
-def test_shorter_requests_keep_the_compressed_experts(tmp_path: Path, device: str) -> None:
+def test_shorter_requests_keep_the_compressed_experts(folder: Path, device: str) -> None:
     """A cache smaller than the longest request makes another model, for another rotary table."""
-    folder = compress(save(tmp_path))
     options = {"max_model_len": None, "num_kvcache_blocks": 4, "enforce_eager": True}
     runner = load(folder, device, **options)
     assert runner.layout.max_model_len == 48
     assert runner.model.config.moe is not None and runner.model.config.moe.compression is not None
+
+
+def test_they_are_not_offloaded(folder: Path, device: str) -> None:
+    with pytest.raises(ValueError, match="expert_offload is 2, but the experts beside"):
+        load(folder, device, enforce_eager=True, expert_offload=2)
+
+
+def test_they_come_back_after_sleep(folder: Path, device: str) -> None:
+    llm = LLM(
+        str(folder), device=device, dtype="float32", enforce_eager=True, enable_sleep_mode=True,
+        max_num_seqs=2, num_kvcache_blocks=9, max_model_len=64, skip_tokenizer_init=True,
+    )  # fmt: skip
+    before = tokens(llm, [[5, 7, 99]], greedy())
+    llm.sleep(level=2)
+    llm.wake_up()
+    assert tokens(llm, [[5, 7, 99]], greedy()) == before
+    llm.close()
 
 
 EXPERT = "V_experts/layer_2_expert_3.safetensors"
@@ -267,9 +293,8 @@ def update(folder: Path, name: str, **values: object) -> None:
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_by_name(
-    harm: Callable[[Path], object], message: str, tmp_path: Path
+    harm: Callable[[Path], object], message: str, folder: Path
 ) -> None:
-    folder = compress(save(tmp_path))
     harm(folder)
     with pytest.raises(CheckpointError, match=message) as raised:
         load(folder, "cpu", enforce_eager=True)
