@@ -236,6 +236,7 @@ def sort_pairs(expert_TK: Tensor, num_experts: int) -> Groups:
 # Pairs per expert → tiles for the product with gate and up, and for the others. Measured on an H200
 # with the experts of Qwen3-30B-A3B (docs/log.md).
 TILES = {
+    1: (GroupTile(16, 64, 128, 5, 4), GroupTile(8, 64, 128, 4, 4)),
     8: (GroupTile(16, 64, 128, 4, 4), GroupTile(16, 128, 64, 6, 4)),
     24: (GroupTile(32, 64, 128, 4, 4), GroupTile(32, 128, 64, 5, 4)),
     96: (GroupTile(64, 128, 64, 4, 4), GroupTile(64, 128, 64, 4, 4)),

@@ -313,9 +313,9 @@ def few_rows_linear_kernel(
     tl.store(out_ptr + at_TO, y_TO, mask=mask_TO)
 
 
-# (outputs, depth, silu·up): tiles for 1, for up to 8 and for up to 16 rows. Measured on an H200 by
-# scripts/bench/bench_linear.py.
-TILES: dict[tuple[int, int, bool], tuple[LinearTile, LinearTile, LinearTile]] = {
+# (outputs, depth, silu·up): tiles for 1, for up to 8 and for up to 16 rows; None where
+# linear_many.py is faster. Measured on an H200 by scripts/bench/bench_linear.py.
+TILES: dict[tuple[int, int, bool], tuple[LinearTile, LinearTile, LinearTile | None]] = {
     # Qwen3-0.6B: qkv, out, gate_up, down, head
     (4096, 1024, False): (
         LinearTile(8, 1, 256, 2, 4),
@@ -343,16 +343,8 @@ TILES: dict[tuple[int, int, bool], tuple[LinearTile, LinearTile, LinearTile]] = 
         LinearTile(16, 4, 256, 1, 4),
     ),
     # Qwen3-30B-A3B: qkv, out, head
-    (5120, 2048, False): (
-        LinearTile(8, 1, 256, 4, 4),
-        LinearTile(16, 4, 256, 1, 4),
-        LinearTile(16, 4, 256, 1, 4),
-    ),
-    (2048, 4096, False): (
-        LinearTile(8, 1, 256, 16, 8),
-        LinearTile(16, 4, 256, 1, 4),
-        LinearTile(16, 4, 256, 1, 4),
-    ),
+    (5120, 2048, False): (LinearTile(8, 1, 256, 4, 4), LinearTile(16, 4, 256, 2, 4), None),
+    (2048, 4096, False): (LinearTile(8, 1, 256, 16, 8), LinearTile(16, 8, 256, 2, 8), None),
     (151936, 2048, False): (
         LinearTile(8, 1, 256, 8, 4),
         LinearTile(16, 4, 256, 1, 4),
@@ -390,8 +382,9 @@ TILES: dict[tuple[int, int, bool], tuple[LinearTile, LinearTile, LinearTile]] = 
 def linear_tile(num_rows: int, num_outs: int, depth: int, silu_mul: bool) -> LinearTile:
     """The measured tile; for other shapes the tile that was fast for most of these."""
     known = TILES.get((num_outs, depth, silu_mul))
-    if known:
-        return known[0 if num_rows == 1 else 1 if num_rows <= 8 else 2]
+    tile = known and known[0 if num_rows == 1 else 1 if num_rows <= 8 else 2]
+    if tile:
+        return tile
     if num_rows == 1:
         if num_outs <= 2048:
             return LinearTile(8, 1, 256, 8, 8)
@@ -412,6 +405,9 @@ def max_rows(num_outs: int, depth: int, has_norm: bool) -> int:
     """
     if has_norm and depth > 2048:
         return 1
+    known = TILES.get((num_outs, depth, False))
+    if known and known[2] is None and not has_norm:
+        return 8
     if num_outs * depth <= 6144 * 1024:
         return MAX_ROWS
     if num_outs <= 4096:

@@ -200,6 +200,9 @@ TILES: dict[tuple[int, int, bool], tuple[GemmTile, ...]] = {
         GemmTile(64, 32, 128, 2, 6, 4, True),
         GemmTile(64, 32, 128, 1, 6, 4),
     ),
+    # Qwen3-30B-A3B: qkv, out
+    (5120, 2048, False): (GemmTile(32, 64, 128, 1, 6, 4), GemmTile(64, 64, 128, 1, 6, 4)),
+    (2048, 4096, False): (GemmTile(32, 64, 128, 4, 6, 4), GemmTile(64, 32, 128, 2, 6, 4)),
     # Qwen3-8B: qkv, out, down
     (6144, 4096, False): (GemmTile(32, 64, 128, 1, 6, 4), GemmTile(64, 64, 128, 1, 6, 4)),
     (4096, 4096, False): (GemmTile(32, 64, 128, 2, 6, 4), GemmTile(64, 32, 128, 1, 6, 4)),
