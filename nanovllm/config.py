@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -38,7 +39,7 @@ def num_bytes(text: str) -> int:
     """The bytes of a text such as "8GiB" or "500 MB". Raises ValueError for any other text."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(\w+)", text.strip(), re.ASCII)
     unit = _UNITS.get(match[2].replace("k", "K")) if match else None
-    if match is None or unit is None:
+    if match is None or unit is None or math.isinf(float(match[1]) * unit):
         raise ValueError(f"{text!r} is not a number of bytes, such as '8GiB' or '500MB'")
     return int(float(match[1]) * unit)
 

@@ -280,11 +280,14 @@ class Engine:
             self.metrics.num_steps += plan is not None
             if self._stats_log is not None:
                 self._stats_log.after_step()
-            if self.metrics.experts is not None and not self._requests:
-                self.metrics.experts.after_batch()
+            if self.metrics.experts is not None:
+                self.metrics.experts.after_step(
+                    has_run=plan is not None, is_idle=not self._requests
+                )
             return plan
         except BaseException:
             self._in_flight.clear()
+            self._runner.residents_are_known = False
             self.scheduler.restart(request for request, _ in self._requests.values())
             raise
 

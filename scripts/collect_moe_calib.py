@@ -20,7 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without installation
 
-from compress import calibration
+from compress import arguments, calibration
 from compress.calibration import Recorder
 from compress.prompts import Conversation, conversations
 from compress.source import open_source
@@ -85,11 +85,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--expert-offload", type=int, help="resident experts of each layer")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    for name in ("cap_per_group", "num_prompts", "max_new_tokens"):
-        if getattr(args, name) < 1:
-            parser.error(
-                f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be at least 1"
-            )
+    arguments.check_positive(parser, args, "cap_per_group", "num_prompts", "max_new_tokens")
     return args
 
 
@@ -97,6 +93,7 @@ def main() -> None:
     args = parse_args()
     os.environ["NANOVLLM_DISABLE_SVD"] = "1"
     source = open_source(args.model_path)
+    calibration.check_target(args.out)  # before the hours that collecting can take
     groups = collect(
         args.model_path,
         conversations(args.model_path, args.prompts, args.num_prompts),
@@ -107,7 +104,6 @@ def main() -> None:
         dtype=args.dtype,
         expert_offload=args.expert_offload,
     ).groups
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     calibration.save(
         args.out, source, groups, num_prompts=args.num_prompts, temperature=args.temperature,
         seed=args.seed,

@@ -25,12 +25,12 @@ import distill_experts_activation_aware as distill_experts
 import torch
 from accuracy import ask
 from collect_moe_calib import collect
-from compress import calibration
+from compress import arguments, calibration
 from compress.arguments import num_weights
 from compress.bases import OVERSAMPLE
 from compress.distill import Settings
 from compress.prompts import TASKS, conversations
-from compress.source import Source, choose_device, open_source
+from compress.source import Source, check_rank, choose_device, open_source
 from tiny.tasks import held_out
 
 from nanovllm import LLM, SamplingParams
@@ -44,6 +44,9 @@ METHODS = ("pca", "distilled")
 def ranks(source: Source, shares: list[float]) -> list[int]:
     """For each share of the bytes of all experts, the largest rank that takes no more."""
     per_rank = num_weights(source, 1) / num_weights(source, None)
+    for share in shares:
+        if not 0 < share <= 1:
+            raise ValueError(f"a share is {share}: it must be above 0, and at most 1")
     return [max(1, int(share / per_rank)) for share in shares]
 
 
@@ -66,7 +69,9 @@ def accuracy(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
 
 def results(args: argparse.Namespace, source: Source, folder: Path) -> Iterator[dict[str, Any]]:
     """What is measured, in the order of the table: first the model as it is."""
-    device = choose_device(args.device)
+    device, chosen = choose_device(args.device), args.ranks or ranks(source, args.shares)
+    for rank in chosen:
+        check_rank(source, rank)
     yield {"method": "whole", "rank": None, "share": 1.0} | accuracy(
         linked(source, folder / "whole"), args
     )
@@ -82,7 +87,7 @@ def results(args: argparse.Namespace, source: Source, folder: Path) -> Iterator[
     )
     calibration.save(calib_path, source, recorder.groups)
     dtype = str(source.model.config.dtype).removeprefix("torch.")
-    for rank in args.ranks or ranks(source, args.shares):
+    for rank in chosen:
         for method in METHODS:
             target = linked(source, folder / f"{method}_{rank}")
             output, started = target / svd_experts.FOLDER, time.perf_counter()
@@ -128,6 +133,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     args = parser.parse_args()
+    arguments.check_positive(parser, args, "num", "num_prompts", "cap_per_group")
     source = open_source(args.model)
     found = []
     with tempfile.TemporaryDirectory() as folder:

@@ -46,7 +46,8 @@ def decompose(
 def run(source: Source, folder: Path, rank: int, dtype: str, device: torch.device) -> None:
     """Compress all layers to `folder`; shows a progress bar."""
     made_from: dict[str, object] = {"checkpoint": source.fingerprint()}
-    output = Output(folder, Metadata.of(source.model.config, "pca", rank, dtype, made_from))
+    metadata = Metadata.of(source.model.config, "pca", rank, dtype, made_from)
+    output = Output(folder, metadata, source.sparse_layers)
     if output.is_complete:
         print(f"{folder} is complete already")
         return

@@ -47,7 +47,8 @@ def run(
         **asdict(settings),
     }
     cfg = source.model.config
-    output = Output(folder, Metadata.of(cfg, "distilled", settings.rank, dtype, made_from))
+    metadata = Metadata.of(cfg, "distilled", settings.rank, dtype, made_from)
+    output = Output(folder, metadata, source.sparse_layers)
     if output.is_complete:
         print(f"{folder} is complete already")
         return
@@ -80,11 +81,7 @@ def parse_args() -> argparse.Namespace:
         help="more columns in the random search for a basis: slower, and a little better",
     )
     args = parser.parse_args()
-    for name in ("chunk", "chunk_w2"):
-        if getattr(args, name) < 1:
-            parser.error(
-                f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be at least 1"
-            )
+    arguments.check_positive(parser, args, "chunk", "chunk_w2")
     if not 0 < args.ridge < float("inf"):
         parser.error(f"--ridge is {args.ridge}: it must be a positive number")
     if args.pca_oversample < 0:

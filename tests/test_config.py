@@ -159,7 +159,9 @@ def vars_of(config: EngineConfig) -> dict[str, Any]:
     return {name: value for name, value in vars(config).items() if name != "model"}
 
 
-@pytest.mark.parametrize("value", [0, -2, 2.5, True, "4", "", "8 G", "GiB", "-1GB", "1e3MB", "0B"])
+@pytest.mark.parametrize(
+    "value", [0, -2, 2.5, True, "4", "", "8 G", "GiB", "-1GB", "1e3MB", "0B", "9" * 400 + "B"]
+)
 def test_offloaded_experts_are_counted_or_given_in_bytes_with_a_unit(value: Any) -> None:
     with pytest.raises(
         ValueError, match=r"expert_offload is .*: it must be a number of experts per"

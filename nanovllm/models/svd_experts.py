@@ -103,9 +103,9 @@ def read_metadata(path: Path) -> Metadata:
             f"{path} is missing: the compressed experts of this folder are not complete. Run the "
             f"script that makes them again, delete {path.parent}, or set NANOVLLM_DISABLE_SVD=1"
         ) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable: {type(error).__name__} {error}") from error
-    if metadata.dtype not in DTYPES:
+    if metadata.dtype not in tuple(DTYPES):  # it may be a list, which is in no dict
         raise CheckpointError(
             f"{path}: dtype is {metadata.dtype!r}: it must be one of {', '.join(DTYPES)}"
         )
@@ -120,18 +120,38 @@ def find(folder: Path, cfg: ModelConfig) -> Compression | None:
     Raises CheckpointError that names the file if they are not complete or of another model.
     """
     path = folder / FOLDER / METADATA
-    if cfg.moe is None or not path.parent.is_dir():
+    if not path.parent.is_dir():
         return None
+    if cfg.moe is None:
+        raise CheckpointError(
+            f"{path.parent} holds compressed experts, but {cfg.architecture} has no experts. "
+            f"{_way_out(path.parent)}"
+        )
     found = read_metadata(path)
     wanted = Metadata.of(cfg, found.method, found.rank, found.dtype, found.made_from)
     for name, value in asdict(wanted).items():
         if getattr(found, name) != value:
             raise CheckpointError(
                 f"{path}: {name} is {getattr(found, name)!r}, but the checkpoint has {value!r}: "
-                f"the compressed experts are of another model. Delete {path.parent}, or set "
-                "NANOVLLM_DISABLE_SVD=1"
+                f"the compressed experts are of another model. {_way_out(path.parent)}"
             )
+    largest = max_rank(cfg)
+    if found.rank > largest:
+        raise CheckpointError(
+            f"{path}: rank is {found.rank}: it must be at most {largest}, the number of inputs of "
+            f"the narrowest matrix of an expert. {_way_out(path.parent)}"
+        )
     return Compression(found.rank, DTYPES[found.dtype])
+
+
+def max_rank(cfg: ModelConfig) -> int:
+    """The largest rank of bases: no more columns than the narrowest matrix has inputs."""
+    assert cfg.moe is not None
+    return min(cfg.hidden_size, cfg.moe.expert_size)
+
+
+def _way_out(folder: Path) -> str:
+    return f"Delete {folder} and make it again, or set NANOVLLM_DISABLE_SVD=1"
 
 
 def applied(model: Model, folder: Path) -> Model:
@@ -163,12 +183,17 @@ def _transposed(folder: Path, compression: Compression, source: str, shape: torc
     file_name, _, name = source.rpartition(":")
     path = folder / file_name
     if not path.is_file():
-        raise CheckpointError(f"{path} is missing: the compressed experts are not complete")
+        raise CheckpointError(
+            f"{path} is missing: the compressed experts are not complete. "
+            f"{_way_out(folder / FOLDER)}"
+        )
     try:
         with safe_open(path, framework="pt") as file:
             stored_IO: Tensor = file.get_tensor(name)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: tensor {name} cannot be read: {error}") from error
+        raise CheckpointError(
+            f"{path}: tensor {name} cannot be read: {error}. {_way_out(folder / FOLDER)}"
+        ) from error
     if stored_IO.dtype is not compression.dtype:
         raise CheckpointError(
             f"{path}: tensor {name} is {_short(stored_IO.dtype)}, but the metadata has dtype "

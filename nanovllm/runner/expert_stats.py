@@ -75,9 +75,17 @@ class ExpertStats:
     ) -> None:
         self._read, self._expert_bytes, self._bus_rate = read, expert_bytes, bus_rate
         self._first = self._newest = list(read())
+        self._is_open = False  # a step has run since the last batch
         self.batch = self.total = self._since(self._first)
 
-    def after_batch(self) -> None:
+    def after_step(self, *, has_run: bool, is_idle: bool) -> None:
+        """Note a call of the engine, which perhaps has run a step, and perhaps is idle now."""
+        self._is_open |= has_run
+        if self._is_open and is_idle:
+            self._is_open = False
+            self._end_batch()
+
+    def _end_batch(self) -> None:
         """Read the counters, which waits for the device, and log the batch."""
         before, self._newest = self._newest, list(self._read())
         self.batch, self.total = self._since(before), self._since(self._first)

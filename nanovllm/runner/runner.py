@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nanovllm.compile.program import Compiler
 from nanovllm.compile.trace import tensors
+from nanovllm.models.experts import offloaded
 from nanovllm.models.experts.offloaded import Offloaded
 from nanovllm.models.interface import LayerCache, Model, Params
 from nanovllm.models.rope import rotary_table
@@ -101,6 +102,9 @@ class Runner:
         if spec.cache_dtype is torch.float8_e4m3fn:
             assert model.kv_scales is not None
             self._scales = [model.kv_scales(cfg, layer) for layer in params.layers]
+        # False: a step that was interrupted has perhaps changed the tables of resident experts and
+        # not their weights
+        self.residents_are_known = True
         self.graphs_bytes = 0  # device memory that capturing steps took
         self._decode_steps: dict[int, DecodeStep] = {}
         self._prefill_steps: dict[int, PrefillStep] = {}
@@ -248,10 +252,18 @@ class Runner:
         Raises ValueError for an adapter, since none can be loaded.
         """
         with torch.no_grad():
+            if not self.residents_are_known:
+                self._reset_residents()
             self._write(plan)
             if plan.is_prefill:
                 return self._prefill(plan)
             return self._verify(plan) if len(plan.token_T) else self._decode(plan)
+
+    def _reset_residents(self) -> None:
+        self.platform.synchronize()
+        for one in self.offloaded:
+            offloaded.reset(one)
+        self.residents_are_known = True
 
     def prepare(self, edits: LogitEdits | None = None, *, has_penalties: bool = False) -> None:
         """Allocate what a request with these edits or with penalties needs on the device.

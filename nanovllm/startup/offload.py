@@ -32,9 +32,10 @@ def choose_offload(
             f"expert_offload is {asked!r}, which is not supported on this {platform.traits.name} "
             "device: it needs a CPU or an NVIDIA GPU"
         )
-    if model.config.moe is None:
+    if model.config.moe is None or not _num_layers(model):
         raise ValueError(
             f"expert_offload is {asked!r}, but {model.config.architecture} has no experts"
+            f"{'' if model.config.moe is None else ' in any layer'}"
         )
     if model.config.moe.compression is not None:
         raise ValueError(

@@ -24,6 +24,15 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def check_positive(parser: argparse.ArgumentParser, args: argparse.Namespace, *names: str) -> None:
+    """End with an error unless these numbers are at least 1."""
+    for name in names:
+        if getattr(args, name) < 1:
+            parser.error(
+                f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be at least 1"
+            )
+
+
 def output_folder(args: argparse.Namespace, source: Source) -> Path:
     folder: Path | None = args.output_dir
     return source.folder / svd_experts.FOLDER if folder is None else folder
@@ -32,6 +41,10 @@ def output_folder(args: argparse.Namespace, source: Source) -> Path:
 def dtype_name(args: argparse.Namespace, source: Source) -> str:
     stored = str(source.model.config.dtype).removeprefix("torch.")
     name: str = args.dtype or stored
+    if name not in svd_experts.DTYPES:
+        raise ValueError(
+            f"the checkpoint's dtype is {name}: choose {', '.join(svd_experts.DTYPES)} with --dtype"
+        )
     return name
 
 

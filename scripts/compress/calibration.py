@@ -2,7 +2,7 @@
 
 A safetensors file. For expert j of layer i it has `layer_i_expert_j_x`, inputs [N, D] in the
 model's dtype, and `layer_i_expert_j_weight`, the router's weights of these inputs, fp32 [N]. An
-expert that nothing was routed to has none. The header says which checkpoint they are of.
+expert that nothing was routed to has none. The header has the architecture and sizes of the model.
 
 T tokens | K experts per token | P pairs of token and expert | N inputs of an expert | D hidden
 """
@@ -10,6 +10,7 @@ T tokens | K experts per token | P pairs of token and expert | N inputs of an ex
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -106,7 +107,7 @@ class Recorder(TorchDispatchMode):
 def save(
     path: Path, source: Source, groups: Mapping[tuple[int, int], Group], **details: object
 ) -> None:
-    """Write the file. `details` go to its header beside the checkpoint's fingerprint."""
+    """Write the file. `details` go to its header beside the model's architecture and sizes."""
     tensors: dict[str, Tensor] = {}
     for (layer_idx, expert), group in groups.items():
         inputs, name = group.inputs(), _name(layer_idx, expert)
@@ -122,6 +123,32 @@ def save(
     save_file(tensors, path, {HEADER: json.dumps(header)})
 
 
+def check_target(path: Path) -> None:
+    """Raise ValueError unless calibration data can be written to `path` without a loss."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name the file to write")
+    if path.exists():
+        try:
+            _header(path)
+        except ValueError as error:
+            raise ValueError(f"{error}. It would be overwritten: name another file") from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"{path} cannot be written")
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """What the file says of itself. Raises ValueError that names a file that is something else."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {})[HEADER])
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise ValueError(f"{path}: damaged or not calibration data: {error}") from error
+    if not isinstance(header, dict):
+        raise ValueError(f"{path}: damaged or not calibration data: the header is {header!r}")
+    return header
+
+
 class Calibration:
     """Calibration data in a file, read expert by expert."""
 
@@ -131,11 +158,8 @@ class Calibration:
             raise ValueError(
                 f"{path}: no calibration data: scripts/collect_moe_calib.py collects them"
             )
-        try:
-            self._file = safe_open(path, framework="pt")
-            header = json.loads((self._file.metadata() or {})[HEADER])
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
-            raise ValueError(f"{path}: damaged or not calibration data: {error}") from error
+        header = _header(path)
+        self._file = safe_open(path, framework="pt")
         cfg = source.model.config
         wanted = {
             "architecture": cfg.architecture,
@@ -175,7 +199,18 @@ class Calibration:
         name = _name(layer_idx, expert)
         if f"{name}_x" not in self._names:
             return Inputs(torch.empty(0, self._hidden_size), torch.empty(0))
-        return Inputs(*(self._file.get_tensor(f"{name}_{part}") for part in ("x", "weight")))
+        try:
+            x_ND, weight_N = (self._file.get_tensor(f"{name}_{part}") for part in ("x", "weight"))
+        except SafetensorError as error:
+            raise ValueError(f"{self._path}: inputs of {name} cannot be read: {error}") from error
+        if x_ND.shape != (*weight_N.shape, self._hidden_size) or weight_N.dim() != 1:
+            raise ValueError(
+                f"{self._path}: inputs of {name} have the shapes {list(x_ND.shape)} and "
+                f"{list(weight_N.shape)}: they must be [N, {self._hidden_size}] and [N]"
+            )
+        if not (x_ND.isfinite().all() and weight_N.isfinite().all()):
+            raise ValueError(f"{self._path}: inputs of {name} are NaN or infinite")
+        return Inputs(x_ND, weight_N)
 
 
 def _mark(stored: Stacked | Offloaded) -> Tensor:

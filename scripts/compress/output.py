@@ -35,12 +35,17 @@ def save_file(tensors: dict[str, Tensor], path: Path, header: dict[str, str] | N
 
 
 class Output:
-    def __init__(self, folder: Path, metadata: Metadata) -> None:
-        """Keeps what a run with the same metadata has written to `folder`, and nothing else."""
+    def __init__(self, folder: Path, metadata: Metadata, sparse_layers: Sequence[int]) -> None:
+        """Keeps what a run with the same metadata has written to `folder`, and nothing else.
+
+        Raises ValueError for a folder with files that such runs do not write.
+        """
         self.folder, self.metadata = folder, metadata
+        self._sparse_layers = sparse_layers
         self._dtype = svd_experts.DTYPES[metadata.dtype]
         if self.is_complete or self._is_resumed():
             return
+        self._check_owned()
         self._clear()
         (folder / "V_experts").mkdir(parents=True, exist_ok=True)
         (folder / FINISHED).mkdir()
@@ -48,11 +53,18 @@ class Output:
 
     @property
     def is_complete(self) -> bool:
-        """True if a run with the same metadata has written everything."""
+        """True if a run with the same metadata has written everything, and all is still there."""
         try:
-            return svd_experts.read_metadata(self.folder / METADATA) == self.metadata
+            if svd_experts.read_metadata(self.folder / METADATA) != self.metadata:
+                return False
         except CheckpointError:
             return False
+        names = [
+            svd_experts.expert_file(layer_idx, expert)
+            for layer_idx in self._sparse_layers
+            for expert in range(self.metadata.num_experts)
+        ]
+        return all((self.folder / name).is_file() for name in (BASES, *names))
 
     def has_layer(self, layer_idx: int) -> bool:
         return self._bases(layer_idx).is_file()
@@ -93,6 +105,16 @@ class Output:
             return bool(json.loads((self.folder / PROGRESS).read_text()) == asdict(self.metadata))
         except (OSError, ValueError):
             return False
+
+    def _check_owned(self) -> None:
+        """Raise ValueError if the folder has files of others, which `_clear` could delete."""
+        ours = {METADATA, f"{METADATA}.part", PROGRESS, BASES, FINISHED, "V_experts"}
+        found = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
+        if others := sorted(name for name in found - ours if not name.startswith(".")):
+            raise ValueError(
+                f"{self.folder} has {others[0]}, which is no file of compressed experts: name a "
+                "folder for them alone with --output-dir"
+            )
 
     def _clear(self) -> None:
         """Delete what an earlier run has written, the metadata first."""

@@ -56,12 +56,19 @@ class Source:
         return self.moe.expert_size if kind == svd_experts.DOWN else self.model.config.hidden_size
 
     def read(self, layer_idx: int, device: torch.device) -> LayerExperts:
-        """The experts of a sparse layer, in the checkpoint's dtype. Raises CheckpointError."""
+        """The experts of a sparse layer, in the checkpoint's dtype.
+
+        Raises CheckpointError, and ValueError for weights that are not finite.
+        """
         cfg, kind = self.model.config, self.model.layer_kinds[layer_idx]
         declared = self.model.layer_params(cfg, kind, layer_idx)
         with Checkpoint(self.folder) as checkpoint:
             reader = Reader(cfg, checkpoint, device)
             gate_up_EGD, down_EDF = (reader.read(declared[name]) for name in Stacked._fields)
+        if not (gate_up_EGD.isfinite().all() and down_EDF.isfinite().all()):
+            raise ValueError(
+                f"{self.folder}: experts of layer {layer_idx} have weights that are NaN or infinite"
+            )
         return LayerExperts(*gate_up_EGD.chunk(2, dim=1), down_EDF)
 
     def fingerprint(self) -> str:
@@ -94,7 +101,7 @@ def fingerprint(*paths: Path) -> str:
 
 def check_rank(source: Source, rank: int) -> None:
     """Raises ValueError for a rank that no basis of the checkpoint can have."""
-    largest = min(source.num_inputs(kind) for kind in svd_experts.KINDS)
+    largest = svd_experts.max_rank(source.model.config)
     if not 1 <= rank <= largest:
         raise ValueError(
             f"rank is {rank}: it must be from 1 to {largest}, the number of inputs of the "

@@ -10,8 +10,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.models.experts import offloaded
 from nanovllm.models.experts.offloaded import Offloaded
 from nanovllm.models.formats import PLAIN
 from nanovllm.startup import offload
@@ -191,6 +193,65 @@ def test_each_batch_of_requests_is_logged(quarter: LLM, caplog: pytest.LogCaptur
     assert f"{stats.batch.hit_rate:.1%} of {stats.batch.needed} experts" in lines[1]
 
 
+def test_an_idle_step_is_no_batch(quarter: LLM, caplog: pytest.LogCaptureFixture) -> None:
+    tokens(quarter, PROMPTS[:1], greedy())
+    stats = quarter.engine.metrics.experts
+    assert stats is not None
+    batch = stats.batch
+    with caplog.at_level(logging.INFO, logger="nanovllm"):
+        quarter.engine.step()
+    assert stats.batch is batch and batch.needed and "experts: " not in caplog.text
+
+
+def test_an_aborted_request_ends_its_batch(quarter: LLM) -> None:
+    stats = quarter.engine.metrics.experts
+    assert stats is not None
+    request_id = quarter.engine.add_request(PROMPTS[0], greedy())
+    for _ in range(4):
+        quarter.engine.step()
+    before = stats.batch
+    quarter.engine.abort(request_id)
+    while quarter.engine.has_unfinished:
+        quarter.engine.step()
+    assert stats.batch is not before and stats.batch.needed > 0
+
+
+@pytest.mark.parametrize("share", [2, "three experts for all layers"])
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_after_an_interrupted_fetch_every_slot_has_the_weights_of_its_owner(
+    make: Make,
+    expected: list[list[int]],
+    share: Any,
+    prefetch: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ctrl-C when the tables have changed and weights are still to be copied."""
+    if isinstance(share, str):
+        probe = make(expert_offload=2)
+        share = f"{3 * layers(probe)[0].expert_bytes}B"
+        probe.close()
+    llm = make(expert_offload=share, expert_prefetch=prefetch)
+    original, count = offloaded.prepare, 0
+
+    def prepare(*args: Any, **more: Any) -> Any:
+        nonlocal count
+        count += 1
+        found = original(*args, **more)
+        if count == 20:
+            for stored in layers(llm):
+                stored.residents.slots_gate_up_SGD.fill_(torch.nan)
+            raise KeyboardInterrupt
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(offloaded, "prepare", prepare)
+        with pytest.raises(KeyboardInterrupt):
+            tokens(llm, PROMPTS, greedy())
+    assert tokens(llm, PROMPTS, greedy()) == expected
+    check_tables(llm)
+    llm.close()
+
+
 def test_metrics_show_experts_if_they_are_offloaded(quarter: LLM, shared_llm: LLM) -> None:
     tokens(quarter, PROMPTS[:2], greedy())
     found = {one.name.removeprefix("nanovllm:"): one.value for one in quarter.get_metrics()}
@@ -294,6 +355,14 @@ def test_a_model_without_experts_is_refused(make_llm: Callable[..., LLM]) -> Non
     message = "expert_offload is 2, but Qwen3ForCausalLM has no experts"
     with pytest.raises(ValueError, match=message):
         make_llm(expert_offload=2)
+
+
+def test_a_model_without_a_sparse_layer_is_refused(tmp_path: Path, device: str) -> None:
+    folder = save_tiny(tmp_path, "qwen3_moe", num_experts=8, mlp_only_layers=[0, 1])
+    message = "expert_offload is 8, but Qwen3MoeForCausalLM has no experts in any layer"
+    with pytest.raises(ValueError, match=message):
+        LLM(str(folder), device=device, expert_offload=8, skip_tokenizer_init=True,
+            enforce_eager=True)  # fmt: skip
 
 
 def test_sleep_is_refused(make: Make, quarter: LLM) -> None:

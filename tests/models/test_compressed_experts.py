@@ -235,6 +235,18 @@ def test_they_come_back_after_sleep(folder: Path, device: str) -> None:
     llm.close()
 
 
+def test_a_model_without_experts_does_not_ignore_them(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = save_tiny(tmp_path / "dense", "qwen3")
+    shutil.copytree(folder / "svd_experts", dense / "svd_experts")
+    message = f"{dense / 'svd_experts'} holds compressed experts, but Qwen3ForCausalLM has no"
+    with pytest.raises(CheckpointError, match=message):
+        load(dense, "cpu", enforce_eager=True)
+    monkeypatch.setenv("NANOVLLM_DISABLE_SVD", "1")
+    load(dense, "cpu", enforce_eager=True)
+
+
 EXPERT = "V_experts/layer_2_expert_3.safetensors"
 
 
@@ -271,6 +283,13 @@ def update(folder: Path, name: str, **values: object) -> None:
             lambda f: update(f, "metadata.json", dtype="bfloat16"),
             "tensor layer_0_w1_U is float32, but the metadata has dtype bfloat16",
         ),
+        (lambda f: update(f, "metadata.json", rank=10**15), "rank is 1.*: it must be at most 40"),
+        (lambda f: update(f, "metadata.json", dtype=["float32"]), "dtype is .'float32'.: it must"),
+        (
+            lambda f: (f / "svd_experts/metadata.json").write_text("[" * 10**6),
+            "not readable: RecursionError",
+        ),
+        (lambda f: (f / "svd_experts/metadata.json").write_text("[]"), "not readable: TypeError"),
         (lambda f: update(f, "metadata.json", dtype="int8"), "dtype is 'int8': it must be one of"),
         (
             lambda f: update(f, EXPERT, w3_V=torch.zeros(RANK, 40, dtype=torch.float16)),

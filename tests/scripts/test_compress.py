@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 # scripts are run as files, and import each other as such
@@ -244,6 +245,44 @@ def test_calibration_data_of_another_model_are_refused(
         Calibration(calibration, open_source(str(other)))
 
 
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        ({"weight": None}, "inputs of layer_0_expert_1 cannot be read"),
+        ({"x": torch.ones(2, 9)}, r"have the shapes \[2, 9\] and \[2\]: they must be \[N, 48\]"),
+        ({"weight": torch.ones(3)}, r"have the shapes \[2, 48\] and \[3\]"),
+        ({"x": torch.full((2, HIDDEN), torch.nan)}, "layer_0_expert_1 are NaN or infinite"),
+        ({"weight": torch.full((2,), torch.inf)}, "layer_0_expert_1 are NaN or infinite"),
+    ],
+)
+def test_damaged_inputs_are_named(
+    model: Path, tmp_path: Path, harm: dict[str, Tensor | None], message: str
+) -> None:
+    source, path = open_source(str(model)), tmp_path / "calib.safetensors"
+    groups = {(0, expert): Group(9) for expert in range(2)}
+    for group in groups.values():
+        group.add(Inputs(torch.ones(2, HIDDEN), torch.ones(2)), torch.rand(2))
+    save_calibration(path, source, groups)
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata()
+    changed = load_file(path) | {f"layer_0_expert_1_{name}": x for name, x in harm.items()}
+    save_file({name: x for name, x in changed.items() if x is not None}, path, header)
+    with pytest.raises(ValueError, match=message):
+        Calibration(path, source).layer_inputs(0)
+
+
+def test_calibration_data_replace_nothing_else(model: Path, run: Callable[..., None]) -> None:
+    """The script says so before it collects anything."""
+    before = (model / "model.safetensors").read_bytes()
+    for path, message in (
+        (model / "model.safetensors", "not calibration data: .* would be overwritten"),
+        (model, "is a folder: name the file to write"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(collect_moe_calib.main, "--model-path", model, "--out", path, "--device", "none")
+    assert (model / "model.safetensors").read_bytes() == before
+
+
 def test_a_layer_without_inputs_is_refused(model: Path, tmp_path: Path) -> None:
     source = open_source(str(model))
     group = Group(9)
@@ -427,6 +466,50 @@ def test_files_of_other_settings_are_replaced(
             one.items()} == {7}  # fmt: skip
 
 
+def test_a_folder_whose_files_are_missing_is_made_again(
+    model: Path, run: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def compress() -> None:
+        run(decompose_experts.main, "--model-path", model, "--rank", 9, "--device", "cpu")
+
+    compress()
+    for name in ("V_experts/layer_1_expert_3.safetensors", "U_matrices.safetensors"):
+        (model / "svd_experts" / name).unlink()
+        with pytest.raises(CheckpointError, match=f"{name} is missing: .* make it again"):
+            load(model, "cpu", enforce_eager=True)
+        compress()
+        assert "complete already" not in capsys.readouterr().out
+        load(model, "cpu", enforce_eager=True)
+    compress()
+    assert "complete already" in capsys.readouterr().out
+
+
+def test_files_of_others_are_not_deleted(model: Path, run: Callable[..., None]) -> None:
+    (model / "metadata.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"config\.json, which is no file of compressed experts"):
+        run(
+            decompose_experts.main, "--model-path", model, "--rank", 9, "--device", "cpu",
+            "--output-dir", model,
+        )  # fmt: skip
+    assert (model / "metadata.json").is_file() and not (model / "V_experts").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ranks", 72, 9999], "rank is 9999: it must be from 1 to"),
+        (["--shares", "nan"], "a share is nan: it must be above 0, and at most 1"),
+        (["--shares", 0.5, "inf"], "a share is inf: it must be above 0"),
+    ],
+)
+def test_a_comparison_refuses_ranks_before_it_measures(
+    arguments: list[object], message: str, run: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare_compressed, "accuracy", lambda *_: pytest.fail("it measures"))
+    with pytest.raises(ValueError, match=message):
+        run(compare_compressed.main, "--device", "cpu", *arguments)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -451,8 +534,6 @@ def test_a_model_without_experts_is_refused(run: Callable[..., None]) -> None:
 def test_a_number_beyond_the_range_of_float16_is_refused(
     model: Path, run: Callable[..., None]
 ) -> None:
-    from safetensors.torch import save_file
-
     tensors = load_file(model / "model.safetensors")
     tensors["model.layers.1.block_sparse_moe.experts.3.w2.weight"] *= 1e6
     save_file(tensors, model / "model.safetensors")
@@ -461,6 +542,21 @@ def test_a_number_beyond_the_range_of_float16_is_refused(
             decompose_experts.main, "--model-path", model, "--rank", 3, "--dtype", "float16",
             "--device", "cpu",
         )  # fmt: skip
+
+
+def test_weights_that_are_not_finite_are_refused(model: Path, run: Callable[..., None]) -> None:
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.block_sparse_moe.experts.3.w2.weight"][0, 0] = torch.nan
+    save_file(tensors, model / "model.safetensors")
+    with pytest.raises(ValueError, match="experts of layer 1 have weights that are NaN"):
+        run(decompose_experts.main, "--model-path", model, "--rank", 3, "--device", "cpu")
+
+
+def test_a_dtype_that_files_cannot_have_is_refused(model: Path, run: Callable[..., None]) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "dtype": "float64"}))
+    with pytest.raises(ValueError, match=r"dtype is float64: choose float32, .* with --dtype"):
+        run(decompose_experts.main, "--model-path", model, "--rank", 3, "--device", "cpu")
 
 
 def test_ranks_follow_from_shares_of_bytes() -> None:

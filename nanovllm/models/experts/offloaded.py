@@ -233,9 +233,7 @@ class Offloader:
         residents = self._shared or self._new_residents(both)
         if self.plan.is_shared:
             self._shared = residents
-            for slots, weights in zip(residents[:2], both):
-                filled = slots[first : first + num_experts]
-                filled.copy_(weights[: len(filled)])
+        _fill(residents, first, both)
         return Offloaded(
             self._host.seen(gate_up_EGD),
             self._host.seen(down_EDF),
@@ -246,19 +244,13 @@ class Offloader:
         )
 
     def _new_residents(self, both: tuple[Tensor, Tensor]) -> Residents:
-        """Slots in which the first ids live. Those of shared slots are still to be copied there."""
+        """Slots in which the first ids live, which are still to be copied there."""
         plan, num_experts, device = self.plan, both[0].shape[0], self._device
-        if plan.is_shared:
-            slots = _entries(plan.num_slots, both, device)
-        else:
-            gate_up, down = (one.narrow(0, 0, plan.num_slots) for one in both)
-            slots = gate_up.to(device, copy=True), down.to(device, copy=True)
         num_ids = num_experts * (plan.num_layers if plan.is_shared else 1)
-        id_I = torch.arange(num_ids, dtype=torch.int32)
-        owner_S = torch.arange(plan.num_slots, dtype=torch.int32)
+        slot_I, owner_S = _first_tables(num_ids, num_experts, plan.num_slots)
         return Residents(
-            *slots,
-            torch.where(id_I < plan.num_slots, id_I, -1 - id_I % num_experts).to(device),
+            *_entries(plan.num_slots, both, device),
+            slot_I.to(device),
             owner_S.to(device),
             torch.zeros(plan.num_slots, dtype=torch.int64, device=device),
             torch.zeros(1, dtype=torch.int64, device=device),
@@ -275,6 +267,31 @@ class Offloader:
             slot_I = torch.zeros(num_ids, dtype=torch.int32, device=self._device)
             self._buffers.append(Buffer(slot_I, *_entries(num_entries, both, self._device)))
         return self._buffers[layer_idx % plan.num_buffers]
+
+
+def reset(stored: Offloaded) -> None:
+    """Make the first experts resident again, whatever tables and slots hold. The device must be
+    idle. Layers that share slots must all be reset."""
+    residents = stored.residents
+    slot_I, owner_S = residents.slot_I, residents.owner_S
+    for table, first in zip(
+        (slot_I, owner_S), _first_tables(len(slot_I), stored.num_experts, len(owner_S))
+    ):
+        table.copy_(first)
+    _fill(residents, int(stored.first_1), stored[:2])
+
+
+def _first_tables(num_ids: int, num_experts: int, num_slots: int) -> tuple[Tensor, Tensor]:
+    """slot_I and owner_S of slots in which the first ids live."""
+    id_I = torch.arange(num_ids, dtype=torch.int32)
+    return torch.where(id_I < num_slots, id_I, -1 - id_I % num_experts), id_I[:num_slots].clone()
+
+
+def _fill(residents: Residents, first: int, both: tuple[Tensor, Tensor]) -> None:
+    """Copy the experts of a layer, whose first id is `first`, to the slots of the first ids."""
+    for slots, weights in zip(residents[:2], both):
+        filled = slots[first : first + len(weights)]
+        filled.copy_(weights[: len(filled)])
 
 
 def _entries(num: int, both: tuple[Tensor, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
