@@ -516,6 +516,7 @@ def test_a_comparison_refuses_ranks_before_it_measures(
         (["--rank", 41], "rank is 41: it must be from 1 to 40"),
         (["--rank", 0], "rank is 0: it must be from 1 to 40"),
         (["--rank", 3, "--device", "nonsense"], "device 'nonsense' is not available"),
+        (["--rank", 3, "--device", "meta"], "device 'meta' is not available"),
     ],
 )
 def test_what_cannot_be_computed_is_refused(
