@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanovllm.kernels import flash_attention, reference, reference_offload
+from nanovllm.kernels import collectives, flash_attention, reference, reference_offload
 from nanovllm.kernels import sdpa as sdpa_attention
 
 _library = torch.library.Library("nanovllm", "DEF")
@@ -104,6 +104,21 @@ linear_ = _define(
     "linear_(Tensor(a!) residual, Tensor x, Tensor weight, Tensor? bias) -> ()",
     reference.linear_,
     lambda residual, x, weight, bias: None,
+)
+all_reduce = _define(
+    "all_reduce(Tensor x) -> Tensor",
+    collectives.all_reduce,
+    lambda x: torch.empty_like(x, memory_format=torch.contiguous_format),
+)
+gather_columns = _define(
+    "gather_columns(Tensor x, int num_columns) -> Tensor",
+    collectives.gather_columns,
+    lambda x, num_columns: x.new_empty((x.shape[0], num_columns)),
+)
+shard_embedding = _define(
+    "shard_embedding(Tensor token, Tensor table) -> Tensor",
+    collectives.shard_embedding,
+    lambda token, table: table.new_empty((*token.shape, table.shape[1])),
 )
 fused_linear = _define(
     "fused_linear(Tensor x, Tensor? norm_weight, Tensor weight, Tensor? bias, Tensor? residual, "
@@ -292,11 +307,13 @@ __all__ = [
     "accept",
     "add_rms_norm",
     "advance",
+    "all_reduce",
     "decode_inputs",
     "expert_linear",
     "experts",
     "fetch_experts",
     "fused_linear",
+    "gather_columns",
     "keep_likely",
     "kernel_of",
     "linear",
@@ -315,6 +332,7 @@ __all__ = [
     "route",
     "sample",
     "sampling_inputs",
+    "shard_embedding",
     "silu_mul",
     "span_inputs",
     "store_kv",

@@ -83,7 +83,7 @@ ALLOWED: dict[str, Rule] = {
     ),
     "kv_cache_dtype": _one_of("auto", "fp8"),
     "seed": ("a whole number of 64 bits", lambda value: -(2**63) <= value < 2**63),
-    "tensor_parallel_size": ("1: no other size is supported", lambda value: value == 1),
+    "tensor_parallel_size": ("at least 1", lambda value: value >= 1),
     "npu_graph_mode": _one_of("ascend_ir", "aclgraph", "npugraph_ex", None),
     "npu_graph_options": ("a dict of options by path", lambda value: True),
     "expert_offload": (
@@ -138,7 +138,8 @@ class EngineConfig:
         are computed from the weights: half the bytes of bf16. It changes results.
     enable_prefix_caching: requests that begin with the same tokens share cache blocks.
     seed: the seed from which requests without a seed draw theirs.
-    tensor_parallel_size: 1.
+    tensor_parallel_size: the number of devices that share the model, each with a part of every
+        weight. It must divide the attention heads.
     npu_graph_mode: on an NPU, "ascend_ir" (the default: GE compiles whole steps), "aclgraph" (the
         engine captures decode steps) or "npugraph_ex" (torch_npu's compiler of that name rewrites
         and captures them).

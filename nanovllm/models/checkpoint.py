@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import os
 import queue
 import threading
@@ -41,17 +42,60 @@ class _Stored(NamedTuple):
     begin: int
 
 
+class Cut(NamedTuple):
+    """A part of a tensor of `shape`: from `start` to `stop` along `axis`, where it is `seen` so."""
+
+    shape: tuple[int, ...]
+    seen: tuple[int, ...]
+    axis: int
+    start: int
+    stop: int
+
+    @classmethod
+    def whole(cls, shape: tuple[int, ...]) -> Cut:
+        return cls(shape, (math.prod(shape),), 0, 0, math.prod(shape))
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """This part of a tensor that is there."""
+        return tensor.view(self.seen).narrow(self.axis, self.start, self.stop - self.start)
+
+    @property
+    def num_runs(self) -> int:
+        """The number of runs: parts without gaps."""
+        return math.prod(self.seen[: self.axis])
+
+    @property
+    def step(self) -> int:
+        """The numbers from the beginning of one run to that of the next."""
+        return math.prod(self.seen[self.axis :])
+
+    @property
+    def unit(self) -> int:
+        """The numbers in a row or column of a run."""
+        return math.prod(self.seen[self.axis + 1 :])
+
+
 class _Piece(NamedTuple):
-    """Numbers to read from `file`, from byte `begin` on, to `out`, which has one dimension."""
+    """Numbers to read from `file`, from byte `begin` on, to `out`, which has one dimension.
+
+    They are in runs of `run_bytes`, each of which begins `step_bytes` after the one before it.
+    """
 
     file: _File
     begin: int
     dtype: torch.dtype
     out: Tensor
+    run_bytes: int
+    step_bytes: int
 
     @property
     def num_bytes(self) -> int:
         return self.out.numel() * self.dtype.itemsize
+
+    def fill(self, out: Tensor) -> None:
+        """Read to `out`, bytes on the host."""
+        for i, run in enumerate(out.split(self.run_bytes)):
+            self.file.fill(run, self.begin + i * self.step_bytes)
 
 
 def plain_buffer(num_bytes: int) -> Tensor:
@@ -101,12 +145,16 @@ class Checkpoint:
         return self._find(name)[1].shape
 
     def read(self, wanted: Iterable[tuple[str, Tensor]]) -> None:
-        """Copy tensors, by name, to contiguous ones of the same shapes, any dtype and any device.
+        """Copy tensors, by name, to contiguous ones of the same shapes: see `read_parts`."""
+        self.read_parts((name, out, Cut.whole(tuple(out.shape))) for name, out in wanted)
 
-        Reads in the order of the files. Raises CheckpointError for a tensor that is missing,
-        quantized or of another shape.
+    def read_parts(self, wanted: Iterable[tuple[str, Tensor, Cut]]) -> None:
+        """Copy parts of tensors, by name, to contiguous tensors of any dtype on any device.
+
+        Reads these parts alone, in the order of the files. Raises CheckpointError for a tensor that
+        is missing, quantized or of another shape.
         """
-        pieces = [piece for name, out in wanted for piece in self._pieces(name, out)]
+        pieces = [piece for name, out, cut in wanted for piece in self._pieces(name, out, cut)]
         pieces.sort(key=lambda piece: (piece.file.path, piece.begin))
         if any(_staged(piece) for piece in pieces) and self._buffers.empty():
             for _ in range(READERS):  # not in a thread: its current device may be another one
@@ -123,32 +171,44 @@ class Checkpoint:
         dtype, size = self._dtype(name), torch.Size(stored.shape[1:]).numel()
         out = torch.empty((rows.stop - rows.start, *stored.shape[1:]), dtype=dtype)
         begin = stored.begin + rows.start * size * dtype.itemsize
-        self._fill([_Piece(file, begin, dtype, out.view(-1))])
+        self._fill([_Piece(file, begin, dtype, out.view(-1), out.nbytes, 0)])
         return out
 
-    def _pieces(self, name: str, out: Tensor) -> list[_Piece]:
+    def _pieces(self, name: str, out: Tensor, cut: Cut) -> list[_Piece]:
         file, stored = self._find(name)
         dtype = self._dtype(name)
-        if stored.shape != out.shape:
+        if stored.shape != cut.shape:
             raise CheckpointError(
                 f"{self.folder}: tensor {name} has shape {list(stored.shape)}, but the config asks "
-                f"for {list(out.shape)}"
+                f"for {list(cut.shape)}"
             )
-        size = PIECE_BYTES // dtype.itemsize
+        size, run_len = PIECE_BYTES // dtype.itemsize, (cut.stop - cut.start) * cut.unit
+        if not run_len:
+            return []
+        run_bytes, step_bytes = run_len * dtype.itemsize, cut.step * dtype.itemsize
+        begin = stored.begin + cut.start * cut.unit * dtype.itemsize
+        runs = out.view(cut.num_runs, run_len)
+        if run_len <= size:  # several runs in a piece
+            num = size // run_len
+            return [
+                _Piece(file, begin + i * num * step_bytes, dtype, part, run_bytes, step_bytes)
+                for i, part in enumerate(map(torch.flatten, runs.split(num)))
+            ]
         return [
-            _Piece(file, stored.begin + i * PIECE_BYTES, dtype, part)
-            for i, part in enumerate(out.view(-1).split(size))
+            _Piece(file, begin + r * step_bytes + i * PIECE_BYTES, dtype, part, PIECE_BYTES, 0)
+            for r, run in enumerate(runs)
+            for i, part in enumerate(run.split(size))
         ]
 
     def _fill(self, pieces: Sequence[_Piece]) -> None:
         for piece in pieces:
             if not _staged(piece):
-                piece.file.fill(piece.out.view(torch.uint8), piece.begin)
+                piece.fill(piece.out.view(torch.uint8))
                 continue
             buffer = self._buffers.get()
             try:
                 staged = buffer[: piece.num_bytes]
-                piece.file.fill(staged, piece.begin)
+                piece.fill(staged)
                 with self._lock:  # a copy is shorter than a read, and some devices take one a time
                     piece.out.copy_(staged.view(piece.dtype))
             finally:

@@ -86,15 +86,16 @@ class ModelConfig:
 
     `max_position` is the longest sequence, prompt and answer together. `inv_freq` and `rope_scale`
     define the rotary table: angle(m, j) = m · inv_freq[j]; cos and sin are multiplied by
-    `rope_scale`. `ffn_size` is the width of dense layers, `moe` describes sparse ones. Raises
-    ValueError for head sizes that the kernels do not take.
+    `rope_scale`. `ffn_size` is the width of dense layers, `moe` describes sparse ones. On one of
+    `num_ranks` ranks, the numbers of heads are this rank's, and all other sizes are the model's
+    (`Model.on_ranks`). Raises ValueError for head sizes that the kernels do not take.
 
     Regions may read GRAPH_FIELDS only. These and the shapes of all inputs are in the keys of
     compiled programs.
     """
 
     GRAPH_FIELDS: ClassVar[tuple[str, ...]] = (
-        "num_heads", "num_kv_heads", "head_dim", "norm_eps", "moe",
+        "vocab_size", "num_heads", "num_kv_heads", "head_dim", "norm_eps", "moe", "num_ranks",
     )  # fmt: skip
 
     architecture: str
@@ -116,6 +117,7 @@ class ModelConfig:
     qk_norm: bool = False
     moe: MoeConfig | None = None
     dtype: torch.dtype = torch.float32
+    num_ranks: int = 1
 
     def __post_init__(self) -> None:
         for name in SIZES:

@@ -76,6 +76,8 @@ def dense_model(cfg: ModelConfig, windows: tuple[int, ...] | None = None) -> Mod
 
 def embed(cfg: ModelConfig, embed_VD: Tensor, token_T: Tensor) -> Tensor:
     """Token ids to the hidden state [T, D]."""
+    if cfg.num_ranks > 1:
+        return ops.all_reduce(ops.shard_embedding(token_T, embed_VD))
     return torch.nn.functional.embedding(token_T, embed_VD)
 
 
@@ -123,19 +125,29 @@ def attention(
     if batch.keep_R is not None:
         # Tokens do not interact below, so rows that nobody reads are left out: T is R from here on.
         o_TQ, h_TD = (x.index_select(0, batch.keep_R) for x in (o_TQ, h_TD))
-    return linear(o_TQ, w.out_DQ, w.out_bias_D, h_TD)
+    return summed_linear(cfg, o_TQ, w.out_DQ, w.out_bias_D, h_TD)
 
 
 def mlp(cfg: ModelConfig, w: Layer, h_TD: Tensor) -> Tensor:
     """The second half of a dense layer: h + MLP of the normalised h."""
     x_TD = ops.rms_norm(h_TD, w.mlp_norm_D, cfg.norm_eps)
     gate_up_TG = linear(x_TD, w.gate_up_GD, w.gate_up_bias_G)
-    return linear(ops.silu_mul(gate_up_TG), w.down_DF, w.down_bias_D, h_TD)
+    return summed_linear(cfg, ops.silu_mul(gate_up_TG), w.down_DF, w.down_bias_D, h_TD)
+
+
+def summed_linear(
+    cfg: ModelConfig, x_TI: Tensor, weight: Weight, bias_D: Tensor | None, h_TD: Tensor
+) -> Tensor:
+    """h + x · weightᵀ + bias, where each rank has a part of x and of the weight's columns."""
+    if cfg.num_ranks == 1:
+        return linear(x_TI, weight, bias_D, h_TD)
+    return h_TD + ops.all_reduce(linear(x_TI, weight, bias_D))
 
 
 def head(cfg: ModelConfig, final_norm_D: Tensor, head_VD: Weight, h_RD: Tensor) -> Tensor:
     """Final norm and projection to the vocabulary: logits [R, V] in the model's dtype."""
-    return linear(ops.rms_norm(h_RD, final_norm_D, cfg.norm_eps), head_VD, None)
+    logits_RV = linear(ops.rms_norm(h_RD, final_norm_D, cfg.norm_eps), head_VD, None)
+    return logits_RV if cfg.num_ranks == 1 else ops.gather_columns(logits_RV, cfg.vocab_size)
 
 
 def kv_scales(cfg: ModelConfig, w: AttentionWeights) -> tuple[Tensor, Tensor]:
@@ -154,11 +166,11 @@ def outer_params(cfg: ModelConfig) -> dict[str, Param]:
     """Parameters outside the layers, by the fields of `Params`; a tied head is not declared."""
     vocab, hidden = cfg.vocab_size, cfg.hidden_size
     declared = {
-        "embed_VD": Param.one("table", "model.embed_tokens.weight", vocab, hidden, shard_axis=0),
+        "embed_VD": Param.vocab("table", "model.embed_tokens.weight", vocab, hidden),
         "final_norm_D": Param.one("norm", "model.norm.weight", hidden),
     }
     if not cfg.tied_embeddings:
-        declared["head_VD"] = Param.one("linear", "lm_head.weight", vocab, hidden, shard_axis=0)
+        declared["head_VD"] = Param.vocab("linear", "lm_head.weight", vocab, hidden)
     return declared
 
 
@@ -174,16 +186,17 @@ def attention_params(cfg: ModelConfig, layer_idx: int) -> dict[str, Param]:
     qkv = tuple(attn + f"{c}_proj" for c in "qkv")
     q_size, kv_size = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
     parts = (q_size, kv_size, kv_size)
+    heads = (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads)
     declared = {
         "attn_norm_D": Param.one("norm", prefix + "input_layernorm.weight", hidden),
-        "qkv_ED": _weight(qkv, parts, hidden),
+        "qkv_ED": _weight(qkv, parts, hidden)._replace(units=heads),
         "out_DQ": Param.one("linear", attn + "o_proj.weight", hidden, q_size, shard_axis=1),
         "mlp_norm_D": Param.one("norm", prefix + "post_attention_layernorm.weight", hidden),
     }
     if cfg.qkv_bias:
-        declared["qkv_bias_E"] = _bias(qkv, parts)
+        declared["qkv_bias_E"] = _bias(qkv, parts)._replace(units=heads)
     if cfg.out_bias:
-        declared["out_bias_D"] = Param.one("bias", attn + "o_proj.bias", hidden)
+        declared["out_bias_D"] = _summed_bias(attn + "o_proj.bias", hidden)
     if cfg.qk_norm:
         declared["q_norm_H"] = Param.one("norm", attn + "q_norm.weight", cfg.head_dim)
         declared["k_norm_H"] = Param.one("norm", attn + "k_norm.weight", cfg.head_dim)
@@ -201,12 +214,17 @@ def mlp_params(
     declared = {"gate_up_GD": _weight(gate_up, parts, hidden), "down_DF": down}
     if cfg.mlp_bias:
         declared["gate_up_bias_G"] = _bias(gate_up, parts)
-        declared["down_bias_D"] = Param.one("bias", prefix + "down_proj.bias", hidden)
+        declared["down_bias_D"] = _summed_bias(prefix + "down_proj.bias", hidden)
     return declared
 
 
 def _weight(names: tuple[str, ...], parts: tuple[int, ...], depth: int) -> Param:
     return Param.stack("linear", tuple(name + ".weight" for name in names), parts, depth)
+
+
+def _summed_bias(source: str, size: int) -> Param:
+    """A bias of a product that is summed over the ranks."""
+    return Param.one("bias", source, size)._replace(is_first_only=True)
 
 
 def _bias(names: tuple[str, ...], parts: tuple[int, ...]) -> Param:

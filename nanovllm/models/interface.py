@@ -6,6 +6,7 @@ D hidden | K kv heads | H head size | V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -26,9 +27,14 @@ class Param(NamedTuple):
     and is stored in the engine's weight format, "table" is an embedding table, "router" the matrix
     that scores experts, "experts" the matrices of a layer's experts [E, O, D], whose rows are
     stacked expert by expert, "basis" a matrix that compressed experts share. `parts` are the row
-    counts of the sources. `shard_axis` is the axis that tensor parallelism splits (along axis 0
-    each source by itself), None for a replicated parameter. A checkpoint may have one tensor of
-    `shape` with the name `other_name` instead.
+    counts of the sources. A checkpoint may have one tensor of `shape` with the name `other_name`
+    instead.
+
+    `shard_axis` is the axis of the sources that tensor parallelism splits, each source by itself;
+    None for a parameter that every rank has (`shards`). `units` are the numbers of heads in the
+    sources, which are not split; empty if every row or column may go to another rank. An `is_vocab`
+    parameter has a row for each token id: its last part is padded. An `is_first_only` parameter is
+    zero on all ranks but the first, since the sum over the ranks must have it once.
 
     A `compressed` parameter is read from `svd_experts`, which knows its sources. The checkpoint's
     tensors that `replaces` names are not read.
@@ -42,6 +48,9 @@ class Param(NamedTuple):
     other_name: str | None = None
     compressed: bool = False
     replaces: tuple[str, ...] = ()
+    units: tuple[int, ...] = ()
+    is_vocab: bool = False
+    is_first_only: bool = False
 
     @classmethod
     def one(cls, kind: ParamKind, source: str, *shape: int, shard_axis: int | None = None) -> Param:
@@ -49,11 +58,48 @@ class Param(NamedTuple):
         return cls(kind, shape, (source,), (shape[0],), shard_axis)
 
     @classmethod
+    def vocab(cls, kind: ParamKind, source: str, *shape: int) -> Param:
+        """A tensor of the checkpoint with a row for each token id."""
+        return cls(kind, shape, (source,), (shape[0],), 0, is_vocab=True)
+
+    @classmethod
     def stack(
         cls, kind: ParamKind, sources: tuple[str, ...], parts: tuple[int, ...], *rest: int
     ) -> Param:
         """Several tensors with the same shape `rest` beyond axis 0, split along axis 0."""
         return cls(kind, (sum(parts), *rest), sources, parts, 0)
+
+    def share(self, source_idx: int, length: int, num_ranks: int) -> int:
+        """How many of `length` rows or columns of a source each of `num_ranks` ranks has.
+
+        Raises ValueError if they cannot be shared evenly.
+        """
+        units = self.units[source_idx] if self.units else length
+        if units % num_ranks == 0:
+            return length // num_ranks
+        if self.is_vocab:
+            return -(-length // num_ranks)
+        if self.units and num_ranks % units == 0:
+            return length // units
+        what = "heads" if self.units else "rows" if self.shard_axis == 0 else "columns"
+        raise ValueError(
+            f"{num_ranks} ranks cannot share the {units} {what} of {self.sources[source_idx]} "
+            "evenly: choose another tensor_parallel_size"
+        )
+
+    def local(self, num_ranks: int) -> Param:
+        """The parameter with the sizes that it has on each of `num_ranks` ranks."""
+        axis = self.shard_axis
+        if axis is None or num_ranks == 1:
+            return self
+        shape, parts = list(self.shape), self.parts
+        if axis:
+            shape[-1] = self.share(0, shape[-1], num_ranks)
+        else:
+            parts = tuple(self.share(i, rows, num_ranks) for i, rows in enumerate(parts))
+            rows_axis = 1 if self.kind == "experts" else 0
+            shape[rows_axis] = sum(parts) // math.prod(shape[:rows_axis])
+        return self._replace(shape=tuple(shape), parts=parts)
 
 
 class Params(NamedTuple):
@@ -138,6 +184,9 @@ class Model:
     `kv_scales(config, weights)` gives the scales of one layer's fp8 cache, fp32 [K] for keys and
     for values; it is None if their bounds are not known.
 
+    On one of several ranks (tensor parallelism) `config` is this rank's, and `whole` that of all;
+    parameters are declared by `whole`.
+
     Regions may read GRAPH_FIELDS only: these are in the keys of compiled programs.
     """
 
@@ -152,6 +201,7 @@ class Model:
     layer_params: Callable[[ModelConfig, LayerKind, int], dict[str, Param]]
     layer_type: Callable[[LayerKind], type[Any]]
     kv_scales: Callable[[ModelConfig, Any], tuple[Tensor, Tensor]] | None = None
+    whole: ModelConfig | None = None
 
     def __post_init__(self) -> None:
         num_kinds, num_layers = len(self.layer_kinds), self.config.num_layers
@@ -190,14 +240,36 @@ class Model:
         config = replace(self.config, num_layers=len(kinds))
         return replace(self, config=config, layer_kinds=kinds)
 
+    def on_ranks(self, num_ranks: int) -> Model:
+        """The model as each of `num_ranks` ranks has it. Raises ValueError if its heads, or the
+        rows or columns of its parameters, cannot be shared evenly."""
+        if num_ranks == 1:
+            return self
+        cfg, num_kv = self.config, self.config.num_kv_heads
+        if cfg.num_heads % num_ranks or (num_kv % num_ranks and num_ranks % num_kv):
+            raise ValueError(
+                f"tensor_parallel_size is {num_ranks}: it must divide the {cfg.num_heads} "
+                f"attention heads, and the {num_kv} key-value heads or be a multiple of them"
+            )
+        config = replace(
+            cfg,
+            num_heads=cfg.num_heads // num_ranks,
+            num_kv_heads=-(-num_kv // num_ranks),
+            num_ranks=num_ranks,
+        )
+        model = replace(self, config=config, whole=cfg)
+        for param in (param for group in model.declared for param in group.values()):
+            param.local(num_ranks)
+        return model
+
     # sizes ---------------------------------------------------------------------------------------
 
     @property
     def declared(self) -> tuple[dict[str, Param], ...]:
         """The parameters outside the layers, then those of each layer."""
-        numbered = enumerate(self.layer_kinds)
-        layers = (self.layer_params(self.config, kind, layer_idx) for layer_idx, kind in numbered)
-        return (self.outer_params(self.config), *layers)
+        cfg, numbered = self.whole or self.config, enumerate(self.layer_kinds)
+        layers = (self.layer_params(cfg, kind, layer_idx) for layer_idx, kind in numbered)
+        return (self.outer_params(cfg), *layers)
 
     def weight_bytes(self, weight_format: str) -> int:
         """Bytes of all weights that a step can read: the table only if it is the head."""
@@ -211,7 +283,7 @@ class Model:
 
     def param_bytes(self, weight_format: str) -> int:
         """Bytes that all weights take on the device."""
-        table = self.outer_params(self.config)["embed_VD"]
+        table = self.declared[0]["embed_VD"]
         is_head = self.config.tied_embeddings and weight_format == PLAIN
         table_bytes = 0 if is_head else self._num_bytes(table, weight_format)
         return self.weight_bytes(weight_format) + table_bytes
@@ -232,4 +304,4 @@ class Model:
 
     def _num_bytes(self, param: Param, weight_format: str) -> int:
         stored = FORMATS[weight_format if param.kind == "linear" else PLAIN]
-        return stored.num_bytes(param.shape, self.config.dtype)
+        return stored.num_bytes(param.local(self.config.num_ranks).shape, self.config.dtype)

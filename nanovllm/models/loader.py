@@ -5,18 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from nanovllm.models import experts, svd_experts
-from nanovllm.models.checkpoint import Buffer, Checkpoint, CheckpointError, plain_buffer
+from nanovllm.models.checkpoint import Buffer, Checkpoint, CheckpointError, Cut, plain_buffer
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.experts.offloaded import Offloader
 from nanovllm.models.experts.stacked import Stacked
 from nanovllm.models.formats import FORMATS, PLAIN, Weight
 from nanovllm.models.interface import LayerKind, Model, Param, Params
+from nanovllm.models.shards import ALL, Shard, taken
 
 # Checkpoint tensors that no forward pass reads.
 IGNORED = re.compile(r".*\.(rotary_emb\.inv_freq|masked_bias)$")
@@ -32,22 +33,28 @@ def _in_place(tensor: Tensor) -> Tensor:
     return tensor
 
 
+class Target(NamedTuple):
+    """Where parameters go.
+
+    `place` takes each tensor once, in an order that depends on the model and the format alone, and
+    returns the one to use. If it is an `Offloader`, experts are read to the host's memory. `buffer`
+    is that of `Checkpoint`. `shard` says which part of each parameter is wanted.
+    """
+
+    device: torch.device
+    place: Place = _in_place
+    buffer: Buffer = plain_buffer
+    shard: Shard = ALL
+
+
 def load(
-    model: Model,
-    folder: Path,
-    device: torch.device,
-    progress: Progress,
-    weight_format: str = PLAIN,
-    place: Place = _in_place,
-    buffer: Buffer = plain_buffer,
+    model: Model, folder: Path, target: Target, progress: Progress, weight_format: str = PLAIN
 ) -> Params:
-    """Read a checkpoint in transformers' layout, in the model's dtype, to `device`.
+    """Read a checkpoint in transformers' layout, in the model's dtype.
 
     The weights of linear layers are converted to `weight_format` as they are read. A tied embedding
     table stays plain, since its rows are looked up; the head is a converted copy of it. Calls
-    `progress(n)` after every n layers. `place` takes each tensor once, in an order that depends on
-    the model and the format alone, and returns the one to use. If it is an `Offloader`, experts are
-    read to the host's memory. `buffer` is that of `Checkpoint`.
+    `progress(n)` after every n layers.
 
     Experts that the config calls compressed are read from their own folder, and the checkpoint's
     experts are not read.
@@ -55,9 +62,9 @@ def load(
     Raises CheckpointError naming the tensor that is missing, left over, misshapen, quantized or of
     another dtype than described, or the file that is missing or damaged.
     """
-    with Checkpoint(folder, buffer) as checkpoint:
-        reader = Reader(model.config, checkpoint, device, place)
-        params = build(model, reader.read, progress, weight_format, place)
+    with Checkpoint(folder, target.buffer) as checkpoint:
+        reader = Reader(model.config, checkpoint, target)
+        params = build(model, reader.read, progress, weight_format, target.place)
         extra = reader.left_over()
     if extra:
         raise CheckpointError(
@@ -70,22 +77,17 @@ def load(
 class Reader:
     """Reads the parameters of a model from a checkpoint, and knows what it has not read."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        checkpoint: Checkpoint,
-        device: torch.device,
-        place: Place = _in_place,
-    ) -> None:
-        self._config, self._checkpoint, self._device = config, checkpoint, device
-        self._place = place
+    def __init__(self, config: ModelConfig, checkpoint: Checkpoint, target: Target) -> None:
+        self._config, self._checkpoint, self._target = config, checkpoint, target
         self._used: set[str] = set()
         # an example of each spelling of experts: whether it is the other one, and a tensor's name
         self._spellings: dict[bool, str] = {}
 
     def read(self, param: Param) -> Tensor:
         """A parameter in the model's dtype on the device. Raises CheckpointError: see `load`."""
-        out = self._empty(param)
+        shard = self._target.shard
+        small = param.local(shard.size)
+        out = self._empty(small)
         rows = out if out.dim() < 3 else out.flatten(0, -2)
         if param.compressed:
             assert self._config.moe is not None and self._config.moe.compression is not None
@@ -94,8 +96,15 @@ class Reader:
             self._used.update(param.replaces)
             return out
         sources = self._sources(param)
-        parts = rows.split(param.parts) if sources == param.sources else (out,)
-        self._checkpoint.read(zip(sources, parts))
+        if sources == param.sources:
+            parts = rows.split(small.parts)
+            cuts = [shard.cut(param, i) for i in range(len(sources))]
+        else:
+            parts, cuts = (out,), [shard.cut_other(param)]
+        if param.is_first_only and shard.rank:
+            out.zero_()
+        else:
+            self._checkpoint.read_parts(map(_padded, sources, parts, cuts))
         self._used.update(sources)
         return out
 
@@ -107,9 +116,10 @@ class Reader:
 
     def _empty(self, param: Param) -> Tensor:
         """Memory for a parameter."""
-        if isinstance(self._place, Offloader) and param.kind == "experts":
-            return self._place.empty(param.shape, self._config.dtype)
-        return torch.empty(param.shape, dtype=self._config.dtype, device=self._device)
+        place = self._target.place
+        if isinstance(place, Offloader) and param.kind == "experts":
+            return place.empty(param.shape, self._config.dtype)
+        return torch.empty(param.shape, dtype=self._config.dtype, device=self._target.device)
 
     def _sources(self, param: Param) -> tuple[str, ...]:
         """The names of the tensors of a parameter, in one of two spellings.
@@ -132,6 +142,14 @@ class Reader:
                     f"{both}"
                 )
         return other if is_other else param.sources
+
+
+def _padded(source: str, part: Tensor, cut: Cut) -> tuple[str, Tensor, Cut]:
+    """What to read; the rows of `part` for which there is nothing are zeroed."""
+    num = (cut.stop - cut.start) * cut.unit * cut.num_runs
+    flat = part.view(-1)
+    flat[num:].zero_()
+    return source, flat[:num], cut
 
 
 def has_own_head(folder: Path, dtype: torch.dtype) -> bool:
@@ -157,28 +175,24 @@ def has_own_head(folder: Path, dtype: torch.dtype) -> bool:
 
 
 def random(
-    model: Model,
-    device: torch.device,
-    seed: int,
-    progress: Progress,
-    weight_format: str = PLAIN,
-    place: Place = _in_place,
+    model: Model, target: Target, seed: int, progress: Progress, weight_format: str = PLAIN
 ) -> Params:
     """Seeded weights: normal with standard deviation 0.02, norms at one, biases at zero.
 
     Routers need no more: tokens of such weights go to experts as if each chose at random.
-    `place` is that of `load`.
+    The parts of all ranks are those of one model.
     """
+    device, place, _, shard = target
     generator = torch.Generator(device).manual_seed(seed)
 
     def draw(param: Param) -> Tensor:
         weight = torch.empty(param.shape, dtype=model.config.dtype, device=device)
         if param.kind in ("norm", "bias"):
-            return weight.fill_(float(param.kind == "norm"))
+            return taken(shard, param, weight.fill_(float(param.kind == "norm")))
         weight.normal_(0.0, RANDOM_STD, generator=generator)
         if isinstance(place, Offloader) and param.kind == "experts":
             return place.empty(param.shape, weight.dtype).copy_(weight)
-        return weight
+        return taken(shard, param, weight)
 
     return build(model, draw, progress, weight_format, place)
 

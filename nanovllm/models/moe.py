@@ -149,11 +149,15 @@ def sparse_mlp(
     """
     x_TD, weight_TK, expert_TK = routed(cfg, w, h_TD)
     expert_TK = experts.prepare(expert_TK, w.experts, kv_slot_T, num_pad_slots)
+    # on several ranks, parts of all products are summed before h is added
+    sum_TD = h_TD if cfg.num_ranks == 1 else None
     if w.shared_gate_1D is not None and w.gate_up_GD is not None and w.down_DF is not None:
         gate_T1 = torch.sigmoid(ops.linear(x_TD, w.shared_gate_1D, None))
         inner_TF = ops.silu_mul(linear(x_TD, w.gate_up_GD, None))
-        h_TD = h_TD + gate_T1 * linear(inner_TF, w.down_DF, None)
-    return experts.apply(x_TD, weight_TK, expert_TK, w.experts, h_TD)
+        shared_TD = gate_T1 * linear(inner_TF, w.down_DF, None)
+        sum_TD = shared_TD if sum_TD is None else sum_TD + shared_TD
+    sum_TD = experts.apply(x_TD, weight_TK, expert_TK, w.experts, sum_TD)
+    return sum_TD if cfg.num_ranks == 1 else h_TD + ops.all_reduce(sum_TD)
 
 
 def routed(cfg: ModelConfig, w: SparseLayer, h_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:

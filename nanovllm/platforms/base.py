@@ -25,15 +25,18 @@ from nanovllm.platforms.regions import Region, SplitRegion
 
 # Ops whose meaning in plain torch reads the routing on the host, so that it cannot be traced.
 OFFLOAD_OPS = ("fetch_experts", "stream_experts", "offloaded_experts")
+# Ops that communicate, which no graph can contain in parts.
+COLLECTIVES = ("all_reduce", "gather_columns", "shard_embedding")
 # Ops of a step with kernels of ours on CPU and CUDA.
 STEP_OPS = frozenset({
     "accept", "add_rms_norm", "advance", "decode_inputs", "expert_linear", "experts",
     "paged_attention", "qk_norm_rope_store", "rms_norm", "route", "sample", "sampling_inputs",
-    "silu_mul", "span_inputs", *OFFLOAD_OPS,
+    "silu_mul", "span_inputs", *OFFLOAD_OPS, *COLLECTIVES,
 })  # fmt: skip
 # The passes of fuse=False: only ops that no lowering can generate stay kernels of ours.
 UNFUSED_OPS = frozenset({
     "paged_attention", "store_kv", "sample", "route", "experts", "expert_linear", *OFFLOAD_OPS,
+    *COLLECTIVES,
 })  # fmt: skip
 UNFUSED_PASSES: tuple[tuple[str, Pass], ...] = (
     ("replace_ops", partial(replace_ops, keep=lambda name, node: name in UNFUSED_OPS)),
@@ -61,6 +64,7 @@ class Traits:
     prefill_growth: ratio of adjacent prefill buckets above 512 tokens.
     whole_steps: True if a step compiles as one graph with static shapes, not region by region.
     wants_lengths: True if the runner must call `announce` before every decode step.
+    max_ranks: the most ranks of one engine; None means no limit.
     """
 
     name: str
@@ -80,6 +84,7 @@ class Traits:
     prefill_growth: int = 2
     whole_steps: bool = False
     wants_lengths: bool = False
+    max_ranks: int | None = 1
 
 
 @dataclass(frozen=True)

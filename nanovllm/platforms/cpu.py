@@ -48,6 +48,7 @@ TRAITS = Traits(
     block_size=32,
     batched_tokens=512,
     num_seqs=32,
+    max_ranks=None,
 )
 
 

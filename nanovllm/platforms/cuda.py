@@ -73,6 +73,7 @@ class CudaPlatform(Accelerator):
             supported_dtypes=TRAITS.supported_dtypes + bfloat16,
             supports_fp8_cache=capability >= (8, 9),  # Triton converts float8_e4m3fn from 8.9 on
             supports_offload=torch.version.hip is None,
+            max_ranks=torch.cuda.device_count(),
         )
         super().__init__(device, traits)
         self._pool: Any = None

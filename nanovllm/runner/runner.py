@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +17,8 @@ from torch import Tensor
 
 from nanovllm.compile.program import Compiler
 from nanovllm.compile.trace import tensors
+from nanovllm.kernels import collectives
+from nanovllm.kernels.collectives import Communicator
 from nanovllm.models.experts import offloaded
 from nanovllm.models.experts.offloaded import Offloaded
 from nanovllm.models.interface import LayerCache, Model, Params
@@ -71,7 +75,28 @@ def _as_it_is(step: Callable[[], None]) -> Replay:
     return step
 
 
+Args = ParamSpec("Args")
+Result = TypeVar("Result")
+
+
+def _in_group(
+    method: Callable[Concatenate[Runner, Args], Result],
+) -> Callable[Concatenate[Runner, Args], Result]:
+    """A method whose steps communicate with the other ranks, if there are any."""
+
+    @wraps(method)
+    def run(self: Runner, *args: Args.args, **kwargs: Args.kwargs) -> Result:
+        if self.group is None:
+            return method(self, *args, **kwargs)
+        with collectives.using(self.group):
+            return method(self, *args, **kwargs)
+
+    return run
+
+
 class Runner:
+    """One rank's part of the device's work. On several ranks all must call the same methods."""
+
     def __init__(
         self,
         model: Model,
@@ -81,8 +106,9 @@ class Runner:
         compiler: Compiler,
         *,
         capture: bool = True,
+        group: Communicator | None = None,
     ) -> None:
-        self.model, self.params, self.spec = model, params, spec
+        self.model, self.params, self.spec, self.group = model, params, spec, group
         self.cfg, self.layout = cfg, layout = model.config, spec.layout
         self.platform, self.compiler = platform, compiler
         # eager mode shows each op where it runs, so nothing is captured there
@@ -141,6 +167,7 @@ class Runner:
         counters = torch.stack([one.counters_C for one in self.offloaded])
         return self.platform.read_back(counters.sum(0)).tolist()
 
+    @_in_group
     def measure_budget(self, utilization: float) -> MemoryBudget:
         """Run the largest prefill step once; returns the memory that it and the weights leave."""
         self.platform.reset_peak()
@@ -152,6 +179,11 @@ class Runner:
         self.cache_region = self.platform.region()
         self.steps = self._make_steps(num_blocks, self.compiler)
 
+    def smallest(self, value: int) -> int:
+        """The smallest of the ranks' numbers."""
+        return value if self.group is None else self.group.min_int(value)
+
+    @_in_group
     def warm_up(self, progress: Callable[[str], object]) -> None:
         """Build, run and capture the steps of every bucket, and seal the compiler."""
         if not self.layout.pad:
@@ -173,6 +205,7 @@ class Runner:
         self.graphs_bytes = self.platform.used_bytes() - used_bytes
         self.compiler.seal()
 
+    @_in_group
     def run_bucket(self, kind: str, size: int) -> None:
         """Build and run the programs of one bucket on padding, and capture nothing.
 
@@ -193,6 +226,7 @@ class Runner:
                     self.sampler.warm_up()
         self.platform.synchronize()
 
+    @_in_group
     def decode_uncaptured(
         self, num_rows: int, watch: AbstractContextManager[object], rows: Sequence[int] = ()
     ) -> None:
@@ -246,6 +280,7 @@ class Runner:
 
     # steps ------------------------------------------------------------------------------------
 
+    @_in_group
     def launch(self, plan: StepPlan) -> Launched:
         """Start a step; returns at once on devices that work asynchronously.
 

@@ -36,8 +36,12 @@ class Built:
     expert_stats: ExpertStats | None
 
 
-def build(choice: Choice, params: Params, bar: tqdm, laps: Laps) -> Built:
+def build(
+    choice: Choice, params: Params, bar: tqdm, laps: Laps, make: Callable[..., Runner] = Runner
+) -> Built:
     """Size the cache, run every bucket, time prefill, and note that the store has everything.
+
+    `make` makes the runner. All ranks build at the same time.
 
     Raises ValueError for a cache that does not fit, and CompileRequired.
     """
@@ -48,7 +52,7 @@ def build(choice: Choice, params: Params, bar: tqdm, laps: Laps) -> Built:
     def new_runner(chosen: Choice) -> Runner:
         compiler = make_compiler(chosen)
         capture = config.capture
-        return Runner(chosen.model, params, chosen.spec, platform, compiler, capture=capture)
+        return make(chosen.model, params, chosen.spec, platform, compiler, capture=capture)
 
     def building(what: str) -> None:
         nonlocal stage
@@ -64,7 +68,7 @@ def build(choice: Choice, params: Params, bar: tqdm, laps: Laps) -> Built:
     stall = measure_stall(runner, max_stall_ms) if math.isfinite(max_stall_ms) else None
     laps.end("stall")
     expert_stats = _expert_stats(runner)
-    if not config.enforce_eager:
+    if not config.enforce_eager and choice.shard.rank == 0:
         finish(choice, platform.kernels_compiled()[num_kernels:])
         laps.end("seal")
     memory = MemoryReport(
@@ -118,6 +122,7 @@ def with_cache(
     config, layout = choice.config, choice.spec.layout
     runner = new_runner(choice)
     num_blocks, budget = _num_blocks(choice, runner)
+    num_blocks = runner.smallest(num_blocks)
     if num_blocks < 2:
         raise ValueError(
             f"there is memory for {num_blocks} cache block(s) of {layout.block_size} tokens "

@@ -19,6 +19,7 @@ from nanovllm.models.config import ModelConfig
 from nanovllm.models.formats import PLAIN
 from nanovllm.models.interface import Model
 from nanovllm.models.loader import has_own_head
+from nanovllm.models.shards import ALL, Shard
 from nanovllm.platforms import attention
 from nanovllm.platforms.base import Platform
 from nanovllm.runner.spec import EngineSpec, Layout
@@ -37,7 +38,8 @@ class Choice:
     """What the later steps of a start need to know.
 
     `folder` is the checkpoint's, `hf` transformers' config of it or the store's copy of that.
-    `eos_ids` end an answer. `num_workers` processes compile while this one reads weights.
+    `eos_ids` end an answer. `num_workers` processes compile while this one reads weights. `shard`
+    is this process's part of the weights.
     """
 
     config: EngineConfig
@@ -49,6 +51,7 @@ class Choice:
     spec: EngineSpec
     eos_ids: frozenset[int]
     num_workers: int = 0
+    shard: Shard = ALL
 
     def shortened(self, max_model_len: int) -> Choice:
         """The same for shorter requests: other sizes, and perhaps another rotary table."""
@@ -56,6 +59,7 @@ class Choice:
         architecture = registry.architecture(self.hf.architectures)
         model = architecture(self.hf, dtype=cfg.dtype, max_model_len=max_model_len)
         model = replace(model, config=replace(model.config, moe=cfg.moe))
+        model = model.on_ranks(config.tensor_parallel_size)
         spec = make_spec(config, model, self.platform)
         return replace(self, config=config, model=model, spec=spec)
 
@@ -157,8 +161,34 @@ def choose_model(
     if not config.random_weights and not env.read().disable_svd:
         model = svd_experts.applied(model, folder)
     config = within_limit(config, model, hf)
+    if config.tensor_parallel_size > 1:
+        model = on_ranks(config, model, platform)
     spec = make_spec(config, model, platform)
-    return Choice(config, platform, store, folder, hf, model, spec, eos_token_ids(folder, hf))
+    shard = Shard(0, config.tensor_parallel_size)
+    eos_ids = eos_token_ids(folder, hf)
+    return Choice(config, platform, store, folder, hf, model, spec, eos_ids, shard=shard)
+
+
+def on_ranks(config: EngineConfig, model: Model, platform: Platform) -> Model:
+    """The model as each rank has it. Raises ValueError for options that need one rank, or if the
+    model or the machine cannot be divided."""
+    size, traits = config.tensor_parallel_size, platform.traits
+    asked = f"tensor_parallel_size is {size}"
+    if traits.max_ranks is not None and size > traits.max_ranks:
+        raise ValueError(
+            f"{asked}, but this machine has {traits.max_ranks} {traits.name} device(s)"
+        )
+    moe = model.config.moe
+    alone = {
+        f"quantization={config.quantization!r}": config.quantization is not None,
+        f"expert_offload={config.expert_offload!r}": config.expert_offload is not None,
+        "enable_sleep_mode=True": config.enable_sleep_mode,
+        f"device={config.device!r}": ":" in config.device,
+        "compressed experts": moe is not None and moe.compression is not None,
+    }
+    if unsupported := next((what for what, is_used in alone.items() if is_used), None):
+        raise ValueError(f"{asked}, which does not go with {unsupported}")
+    return model.on_ranks(size)
 
 
 def within_limit(config: EngineConfig, model: Model, hf: Any) -> EngineConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -66,6 +67,15 @@ def load(config: EngineConfig, farm: CompileFarm | None = None) -> Loaded:
     with ExitStack() as stack:
         farm = farm or stack.enter_context(closing(CompileFarm(config)))
         choice = choose(config, farm, laps)
+        return load_chosen(choice, farm, laps)
+
+
+def load_chosen(
+    choice: Choice, farm: CompileFarm, laps: Laps, make: Callable[..., Runner] = Runner
+) -> Loaded:
+    """The rest of `load`. `make` makes the runner."""
+    config = choice.config
+    with ExitStack() as stack:
         if choice.num_workers:
             # this process runs every bucket itself, so workers need not run them
             farm.build(choice.spec.layout.buckets, choice.num_workers, rehearse=True)
@@ -80,7 +90,7 @@ def load(config: EngineConfig, farm: CompileFarm | None = None) -> Loaded:
         params, tokenizer = _load_weights(choice, place, farm, bar, laps)
         bar.unit = " buckets"
         bar.reset(len(choice.spec.layout.buckets) if choice.spec.layout.pad else 0)
-        built = build(choice, params, bar, laps)
+        built = build(choice, params, bar, laps, make)
     if choice.spec.offload is not None:
         logger.info("experts: %s", choice.spec.offload)
     num_bytes = choice.model.param_bytes(choice.spec.weight_format)
@@ -140,12 +150,11 @@ def _load_weights(
 
 def _read_weights(choice: Choice, progress: loader.Progress, place: Place) -> Params:
     """The checkpoint's weights or random ones: the same at every call."""
-    model, device, weight_format = choice.model, choice.platform.device, choice.spec.weight_format
+    platform, model, weight_format = choice.platform, choice.model, choice.spec.weight_format
+    target = loader.Target(platform.device, place, platform.host_buffer, choice.shard)
     if choice.config.random_weights:
-        seed = choice.config.seed
-        return loader.random(model, device, seed, progress, weight_format, place)
-    buffer = choice.platform.host_buffer
-    return loader.load(model, choice.folder, device, progress, weight_format, place, buffer)
+        return loader.random(model, target, choice.config.seed, progress, weight_format)
+    return loader.load(model, choice.folder, target, progress, weight_format)
 
 
 def _tokenizer(choice: Choice) -> Tokenizer | None:

@@ -77,10 +77,9 @@ def read(choice: Choice) -> float:
     with tqdm(total=choice.model.config.num_layers, desc="loading weights", unit="layer") as bar:
         platform.synchronize()
         started = time.perf_counter()
-        params = loader.load(
-            choice.model, choice.folder, platform.device, bar.update, choice.spec.weight_format,
-            region.place, platform.host_buffer,
-        )  # fmt: skip
+        target = loader.Target(platform.device, region.place, platform.host_buffer)
+        weight_format = choice.spec.weight_format
+        params = loader.load(choice.model, choice.folder, target, bar.update, weight_format)
         platform.synchronize()
         seconds = time.perf_counter() - started
     del params

@@ -35,7 +35,7 @@ def test_a_random_checkpoint_has_every_tensor_and_no_other(
     assert len(list(folder.glob("*.safetensors"))) > 2
     hf = AutoConfig.from_pretrained(folder)
     model = registry.architecture(hf.architectures)(hf, dtype=torch.bfloat16)
-    params = loader.load(model, folder, torch.device("cpu"), int)
+    params = loader.load(model, folder, loader.Target(torch.device("cpu")), int)
     for layer, kind in zip(params.layers, model.layer_kinds):
         drawn = layer.experts.gate_up_EGD.flatten(0, 1) if kind.sparse else layer.gate_up_GD
         assert drawn.float().std().item() == pytest.approx(0.02, rel=0.1)

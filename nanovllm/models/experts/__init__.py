@@ -28,7 +28,12 @@ class Form(Protocol):
         """
 
     def apply(
-        self, x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, stored: Any, residual_TD: Tensor
+        self,
+        x_TD: Tensor,
+        weight_TK: Tensor,
+        expert_TK: Tensor,
+        stored: Any,
+        residual_TD: Tensor | None,
     ) -> Tensor:
         """The experts' weighted sum for each token, plus the residual: see `reference.experts`."""
 
@@ -55,7 +60,7 @@ def prepare(
 
 
 def apply(
-    x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, stored: Experts, residual_TD: Tensor
+    x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, stored: Experts, residual_TD: Tensor | None
 ) -> Tensor:
     """The experts' weighted sum for each token, plus the residual, for experts in any form."""
     form = next(one for one in FORMS if isinstance(stored, one.Stored))

@@ -31,7 +31,11 @@ Stored = Compressed
 
 
 def apply(
-    x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, stored: Compressed, residual_TD: Tensor
+    x_TD: Tensor,
+    weight_TK: Tensor,
+    expert_TK: Tensor,
+    stored: Compressed,
+    residual_TD: Tensor | None,
 ) -> Tensor:
     """The sum over experts is in fp32 and is rounded once, as in `reference.experts`."""
     gate_TL, up_TL = (ops.linear(x_TD, u, None) for u in (stored.u_gate_LD, stored.u_up_LD))
@@ -41,4 +45,4 @@ def apply(
     down_TKL = ops.linear(inner_PF, stored.u_down_LF, None).view(*expert_TK.shape, -1)
     y_TKD = ops.expert_linear(down_TKL, expert_TK, stored.v_down_EDL)
     y_TD = (y_TKD.float() * weight_TK.unsqueeze(-1)).sum(1).to(x_TD.dtype)
-    return residual_TD + y_TD
+    return y_TD if residual_TD is None else residual_TD + y_TD

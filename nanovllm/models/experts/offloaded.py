@@ -138,7 +138,11 @@ def prepare(
 
 
 def apply(
-    x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, stored: Offloaded, residual_TD: Tensor
+    x_TD: Tensor,
+    weight_TK: Tensor,
+    expert_TK: Tensor,
+    stored: Offloaded,
+    residual_TD: Tensor | None,
 ) -> Tensor:
     """See `experts.apply`."""
     slots, slot_I = stored.residents[:2], stored.residents.slot_I

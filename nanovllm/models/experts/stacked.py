@@ -20,6 +20,6 @@ Stored = Stacked
 
 
 def apply(
-    x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, stored: Stacked, residual_TD: Tensor
+    x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, stored: Stacked, residual_TD: Tensor | None
 ) -> Tensor:
     return ops.experts(x_TD, weight_TK, expert_TK, stored.gate_up_EGD, stored.down_EDF, residual_TD)

@@ -21,6 +21,8 @@ from nanovllm.compile.trace import rebuild, tensors
 from nanovllm.config import EngineConfig
 from nanovllm.models import loader
 from nanovllm.models.experts.offloaded import Offloader
+from nanovllm.models.loader import Target
+from nanovllm.models.shards import Shard
 from nanovllm.platforms.base import Platform
 from nanovllm.platforms.regions import SplitRegion
 from nanovllm.runner.runner import Runner
@@ -50,13 +52,11 @@ def small_runner(
     for name, value in (compiler_options or {}).items():
         setattr(compiler, name, value)
     with mode or nullcontext():
-        options = {}
+        target = Target(platform.device, shard=Shard(0, model.config.num_ranks))
         if spec.offload is not None:  # the host's part is on the device as well: it is small
             host = SplitRegion(platform.device)
-            options["place"] = Offloader(spec.offload, host, platform.device)
-        params = loader.random(
-            model, platform.device, 0, lambda _: None, spec.weight_format, **options
-        )
+            target = target._replace(place=Offloader(spec.offload, host, platform.device))
+        params = loader.random(model, target, 0, lambda _: None, spec.weight_format)
         runner = Runner(model, params, spec, platform, compiler)
     return with_cache(choice, lambda _: runner)[0] if platform.traits.whole_steps else runner
 

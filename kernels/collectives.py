@@ -1,0 +1,80 @@
+"""Sums and gathers over the ranks of a tensor-parallel engine.
+
+Graphs name neither a group nor a rank: an op takes the group that is in use in the calling thread.
+So ranks share compiled programs. A captured step keeps the group that was in use at its capture.
+
+R rows | D hidden | V vocabulary | W vocabulary rows of one rank | T tokens
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Communicator(Protocol):
+    """The ranks of one engine, and this process's place among them."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum over the ranks: the same bits on every rank. May be computed in place."""
+        ...
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """[size, *x.shape]: the tensors of all ranks."""
+        ...
+
+    def min_int(self, value: int) -> int:
+        """The smallest of the ranks' numbers. Waits for all of them."""
+        ...
+
+
+_in_use = threading.local()
+
+
+@contextmanager
+def using(group: Communicator | None) -> Iterator[None]:
+    """Ops in this block, in this thread, communicate in `group`."""
+    before = getattr(_in_use, "group", None)
+    _in_use.group = group
+    try:
+        yield
+    finally:
+        _in_use.group = before
+
+
+def current() -> Communicator:
+    group: Communicator | None = getattr(_in_use, "group", None)
+    assert group is not None, "a collective runs outside `using`"
+    return group
+
+
+def all_reduce(x: Tensor) -> Tensor:
+    """The sum of x over the ranks."""
+    return current().all_reduce(x.clone(memory_format=torch.contiguous_format))
+
+
+def gather_columns(x_RW: Tensor, num_columns: int) -> Tensor:
+    """The columns of all ranks side by side: the first `num_columns` of them, [R, num_columns]."""
+    ranks_NRW = current().all_gather(x_RW.contiguous())
+    return ranks_NRW.transpose(0, 1).flatten(1)[:, :num_columns].contiguous()
+
+
+def shard_embedding(token_T: Tensor, table_WD: Tensor) -> Tensor:
+    """The rows of tokens that are in this rank's part of the table, and zeros for others: [T, D].
+
+    Rank r has the rows of tokens r · W … (r + 1) · W − 1.
+    """
+    index_T = token_T - current().rank * table_WD.shape[0]
+    is_mine_T = (index_T >= 0) & (index_T < table_WD.shape[0])
+    row_TD = torch.nn.functional.embedding(index_T.where(is_mine_T, 0), table_WD)
+    return row_TD * is_mine_T.unsqueeze(1)

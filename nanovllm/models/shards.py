@@ -1,0 +1,74 @@
+"""Which part of each parameter belongs to one rank of several (tensor parallelism).
+
+A parameter is split along its `shard_axis`, each source by itself. The pieces are `units`: a head
+of attention is one, and elsewhere each row or column. If there are fewer units than ranks, as with
+keys and values of a model with few of them, neighbours have the same unit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nanovllm.models.checkpoint import Cut
+from nanovllm.models.interface import Param
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Rank number `rank` of `size`."""
+
+    rank: int = 0
+    size: int = 1
+
+    def cut(self, param: Param, source_idx: int) -> Cut:
+        """The part of a source that this rank has."""
+        # a source of experts is a matrix of one of them
+        rest = param.shape[2:] if param.kind == "experts" else param.shape[1:]
+        shape, axis = (param.parts[source_idx], *rest), param.shard_axis
+        if axis is None or self.size == 1:
+            return Cut.whole(shape)
+        return Cut(shape, shape, axis, *self._range(param, source_idx, shape[axis]))
+
+    def cut_other(self, param: Param) -> Cut:
+        """The part of the one tensor named `other_name`, which has all sources in it."""
+        shape, axis = param.shape, param.shard_axis
+        if axis is None or self.size == 1:
+            return Cut.whole(shape)
+        if axis == 1:
+            return Cut(shape, shape, 2, *self._range(param, 0, shape[2]))
+        # gate's rows of an expert, then up's
+        rows = param.parts[0]
+        seen = (shape[0] * shape[1] // rows, rows, shape[2])
+        return Cut(shape, seen, 1, *self._range(param, 0, rows))
+
+    def _range(self, param: Param, source_idx: int, length: int) -> tuple[int, int]:
+        """Where this rank's part of `length` rows or columns begins and ends: the last rank's part
+        of a vocabulary may be shorter than its share."""
+        num = param.share(source_idx, length, self.size)
+        units = param.units[source_idx] if param.units else length
+        start = (self.rank * units // self.size if self.size > units else self.rank) * num
+        return min(start, length), min(start + num, length)
+
+
+ALL = Shard()
+
+
+def taken(shard: Shard, param: Param, whole: Tensor) -> Tensor:
+    """A rank's part of a parameter that is there as a whole: [..], padded with zeros."""
+    if shard.size == 1:
+        return whole
+    if param.is_first_only and shard.rank:
+        return torch.zeros_like(whole)
+    if param.shard_axis is None:
+        return whole
+    small = param.local(shard.size)
+    out = whole.new_zeros(small.shape)
+    rows = out if out.dim() < 3 else out.flatten(0, -2)
+    sources = (whole if whole.dim() < 3 else whole.flatten(0, -2)).split(param.parts)
+    for source_idx, (source, target) in enumerate(zip(sources, rows.split(small.parts))):
+        cut = shard.cut(param, source_idx)
+        target.narrow(cut.axis, 0, cut.stop - cut.start).copy_(cut.of(source))
+    return out
