@@ -10,6 +10,8 @@ python bench.py --model Qwen/Qwen3-0.6B --bs 16 64 256
 python bench.py --random-weights Qwen3-0.6B --latency
 # also the time of each kernel in a decode step
 python bench.py --random-weights Qwen3-0.6B --profile out
+# the same on two GPUs
+python bench.py --random-weights Qwen3-8B --latency --tensor-parallel-size 2
 # two resident experts in each layer, the others in the host's memory
 python bench.py --random-weights Mixtral-8x7B --latency --expert-offload 2
 # gaps between tokens while a long prompt arrives
@@ -72,6 +74,7 @@ def arguments() -> argparse.Namespace:
     add("--run-ahead", type=int, choices=(0, 1), help="steps launched before tokens are read")
     padding = argparse.BooleanOptionalAction
     add("--padding", action=padding, default=True, help="pad eager batches too")
+    add("--tensor-parallel-size", type=int, default=1, metavar="N", help="GPUs that share the model")
     add("--device", default="auto")
     add("--dtype", default="auto", choices=("auto", "float32", "float16", "bfloat16"))
     add("--attention-backend", default="auto", help="auto, triton, flash_attn or sdpa")

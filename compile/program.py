@@ -72,6 +72,9 @@ class Compiler:
     require: compile nothing. Regions without an artifact run as Python until `seal()` lists them.
     watch: called as `watch(program's name, stage, graph)` after every stage.
     instead: called as `instead(program, *inputs)` in place of every program.
+    agree: the smallest of a number over all ranks, which need the same programs in the same order:
+        one of them compiles, and the others load what it stored.
+    is_first: True on the rank that compiles.
     """
 
     lowering: Lowering | None
@@ -85,6 +88,8 @@ class Compiler:
     require: bool = False
     watch: Watcher | None = None
     instead: Callable[..., Any] | None = None
+    agree: Callable[[int], int] | None = None
+    is_first: bool = True
     num_compiled: int = 0
     num_loaded: int = 0
     sealed: bool = False
@@ -130,12 +135,18 @@ class Compiler:
                 leaves = [f"{leaf} {_described(tensor)}" for leaf, tensor in input_leaves(inputs)]
                 logger.debug("%s runs eagerly: %s", name, ", ".join(leaves))
             return function
-        key = None
+        key, found = None, None
         if self.store is not None:
             key = program_key(function, inputs, varying=self.varying, common=self.ingredients)
             # only tracing makes the graphs that a dump or a watcher shows
-            if self.dump_dir is None and self.watch is None and (found := self._stored(name, key)):
-                return found
+            if self.dump_dir is None and self.watch is None:
+                found = self._stored(name, key)
+            if self.agree is not None and not self.agree(found is not None):
+                found = (
+                    None if self.is_first or self.require else self._compiled_by_first(name, key)
+                )
+        if found is not None:
+            return found
         if self.require:
             why = self.store.why_missing(name, key) if self.store and key else "there is no store"
             self.missing.append(f"{name}: {why}")
@@ -146,7 +157,15 @@ class Compiler:
             kind, content = stored()
             result, ingredients = nesting(program.result), dict(key.ingredients)
             self.store.save(key, Artifact(name, kind, content, result, ingredients))
+        if self.store is not None and self.agree is not None and self.is_first:
+            self.agree(True)
         return program
+
+    def _compiled_by_first(self, name: str, key: Key) -> Program | None:
+        """Wait until the first rank has compiled a program; None if it could not be stored."""
+        assert self.agree is not None
+        self.agree(True)
+        return self._stored(name, key)
 
     def _stored(self, name: str, key: Key) -> Program | None:
         """The program of an artifact, or None. An artifact that cannot be read causes a warning."""

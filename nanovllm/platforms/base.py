@@ -191,6 +191,9 @@ class Platform(ABC):
     def enter_thread(self) -> None:
         """Prepare the calling thread to run steps. The thread that made the platform is ready."""
 
+    def share_cores(self, num_processes: int) -> None:
+        """Use one of `num_processes` equal shares of the machine's cores. Call `prepare` first."""
+
     def capture(self, step: Callable[[], None]) -> Replay:
         """Capture `step`, whose programs have all run before, or return it unchanged."""
         return step

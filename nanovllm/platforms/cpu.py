@@ -82,6 +82,10 @@ class CpuPlatform(Platform):
             cpu_step.register()
             cpu_experts.register()
 
+    def share_cores(self, num_processes: int) -> None:
+        self._num_threads = max(1, self._num_threads // num_processes)
+        self.enter_thread()
+
     def enter_thread(self) -> None:
         torch.set_num_threads(self._num_threads)  # OpenMP counts threads for each caller
 

@@ -51,10 +51,12 @@ class Launched:
     counts: HostCopy | None
     logprobs: LogprobCopies | None
     prompt_logprobs: list[list[LogprobCopies]]  # parts of each of the plan's
+    check: Callable[[], None] = lambda: None  # raises if the result is not one
 
     def wait(self) -> StepResult:
         """Wait for the device and return what the step brought."""
         found = self.tokens.tolist()
+        self.check()
         if self.counts is None:
             tokens = [[one] if wanted else [] for one, wanted in zip(found, self.plan.is_sampled)]
         else:
@@ -85,7 +87,7 @@ def _in_group(
     """A method whose steps communicate with the other ranks, if there are any."""
 
     @wraps(method)
-    def run(self: Runner, *args: Args.args, **kwargs: Args.kwargs) -> Result:
+    def run(self: Runner, /, *args: Args.args, **kwargs: Args.kwargs) -> Result:
         if self.group is None:
             return method(self, *args, **kwargs)
         with collectives.using(self.group):

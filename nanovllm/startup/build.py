@@ -12,6 +12,7 @@ from tqdm import tqdm
 from nanovllm import env
 from nanovllm.compile import buckets
 from nanovllm.compile.program import Compiler
+from nanovllm.kernels.collectives import Communicator
 from nanovllm.models.interface import VARYING, Params
 from nanovllm.platforms.base import MemoryBudget
 from nanovllm.runner import steps
@@ -37,11 +38,16 @@ class Built:
 
 
 def build(
-    choice: Choice, params: Params, bar: tqdm, laps: Laps, make: Callable[..., Runner] = Runner
+    choice: Choice,
+    params: Params,
+    bar: tqdm,
+    laps: Laps,
+    group: Communicator | None = None,
+    make: Callable[..., Runner] = Runner,
 ) -> Built:
     """Size the cache, run every bucket, time prefill, and note that the store has everything.
 
-    `make` makes the runner. All ranks build at the same time.
+    All ranks of `group` build at the same time. `make` makes the runner.
 
     Raises ValueError for a cache that does not fit, and CompileRequired.
     """
@@ -50,9 +56,9 @@ def build(
     bar.set_description("sizing the cache")
 
     def new_runner(chosen: Choice) -> Runner:
-        compiler = make_compiler(chosen)
-        capture = config.capture
-        return make(chosen.model, params, chosen.spec, platform, compiler, capture=capture)
+        compiler, capture = make_compiler(chosen, group), config.capture
+        parts = (chosen.model, params, chosen.spec, platform, compiler)
+        return make(*parts, capture=capture, group=group)
 
     def building(what: str) -> None:
         nonlocal stage
@@ -61,6 +67,8 @@ def build(
         bar.set_description(f"building {what}")
         bar.update()
 
+    if group is not None:
+        group.min_int(0)  # the first rank's workers have compiled all kernels
     runner, num_blocks, budget = with_cache(choice, new_runner)
     runner.warm_up(building)
     laps.end(stage)
@@ -92,8 +100,11 @@ def _expert_stats(runner: Runner) -> ExpertStats | None:
     return ExpertStats(runner.expert_counts, expert_bytes, rate)
 
 
-def make_compiler(choice: Choice) -> Compiler:
-    """A new compiler. In eager mode, or if graphs are impossible, it runs regions as Python."""
+def make_compiler(choice: Choice, group: Communicator | None = None) -> Compiler:
+    """A new compiler, for one rank of `group`.
+
+    In eager mode, or if graphs are impossible, it runs regions as Python.
+    """
     config, platform, environment = choice.config, choice.platform, env.read()
     lowering = None if config.enforce_eager else platform.lowering()[0]
     passes = platform.passes(config.fuse) if lowering is not None else ()
@@ -108,6 +119,8 @@ def make_compiler(choice: Choice) -> Compiler:
         store=choice.store,
         ingredients=common_ingredients(platform, names, choice.model),
         require=config.compile_cache_mode == "require",
+        agree=None if group is None else group.min_int,
+        is_first=choice.shard.rank == 0,
     )
 
 

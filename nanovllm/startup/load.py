@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from nanovllm import hub
 from nanovllm.config import EngineConfig
+from nanovllm.kernels.collectives import Communicator
 from nanovllm.models import loader
 from nanovllm.models.experts.offloaded import Offloader
 from nanovllm.models.interface import Model, Params
@@ -23,6 +24,7 @@ from nanovllm.runner.sleep import Sleeper
 from nanovllm.runner.spec import EngineSpec
 from nanovllm.sampling import SamplingParams
 from nanovllm.schedule.stall import StallBound
+from nanovllm.startup import ranks
 from nanovllm.startup.build import build
 from nanovllm.startup.checkpoint_cache import read_tokenizer
 from nanovllm.startup.choose import Choice, choose
@@ -67,13 +69,24 @@ def load(config: EngineConfig, farm: CompileFarm | None = None) -> Loaded:
     with ExitStack() as stack:
         farm = farm or stack.enter_context(closing(CompileFarm(config)))
         choice = choose(config, farm, laps)
-        return load_chosen(choice, farm, laps)
+        if choice.shard.size == 1:
+            return load_chosen(choice, farm, laps)
+        team = ranks.start(choice)
+        try:
+            return load_chosen(choice, farm, laps, team.group, team.make_runner)
+        except BaseException:
+            team.close()
+            raise
 
 
 def load_chosen(
-    choice: Choice, farm: CompileFarm, laps: Laps, make: Callable[..., Runner] = Runner
+    choice: Choice,
+    farm: CompileFarm,
+    laps: Laps,
+    group: Communicator | None = None,
+    make: Callable[..., Runner] = Runner,
 ) -> Loaded:
-    """The rest of `load`. `make` makes the runner."""
+    """The rest of `load`, for one rank of `group`. `make` makes the runner."""
     config = choice.config
     with ExitStack() as stack:
         if choice.num_workers:
@@ -83,14 +96,14 @@ def load_chosen(
             farm.close()
         bar = tqdm(
             total=choice.model.config.num_layers, desc="loading weights", unit=" layers",
-            dynamic_ncols=True, leave=False,
+            dynamic_ncols=True, leave=False, disable=choice.shard.rank > 0,
         )  # fmt: skip
         stack.enter_context(bar)
         weights, place = _memory(choice)
         params, tokenizer = _load_weights(choice, place, farm, bar, laps)
         bar.unit = " buckets"
         bar.reset(len(choice.spec.layout.buckets) if choice.spec.layout.pad else 0)
-        built = build(choice, params, bar, laps, make)
+        built = build(choice, params, bar, laps, group, make)
     if choice.spec.offload is not None:
         logger.info("experts: %s", choice.spec.offload)
     num_bytes = choice.model.param_bytes(choice.spec.weight_format)

@@ -40,6 +40,7 @@ def load(
         max_stall_ms=args.max_stall_ms,
         kvcache_block_size=args.block_size,
         random_weights=args.random_weights is not None,
+        tensor_parallel_size=args.tensor_parallel_size,
         expert_offload=args.expert_offload,
         expert_prefetch=args.expert_prefetch,
     )
@@ -55,6 +56,7 @@ def load(
         "attention_backend": args.attention_backend,
         "kv_cache_dtype": str(runner.spec.cache_dtype).removeprefix("torch."),
         "expert_offload": args.expert_offload,
+        "tensor_parallel_size": args.tensor_parallel_size,
         "mode": "graph" if is_graph else "eager",
         "capture": is_graph and not args.no_graph,
         "fuse": is_graph and not args.no_fusion,

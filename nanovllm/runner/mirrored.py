@@ -1,0 +1,106 @@
+"""The runner of the first of several ranks: it tells the other ranks what it does.
+
+Every rank launches every step, each on its own device. What a step needs of the host is in its
+plan, so the others never answer, except to say that memory was allocated.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any, Protocol
+
+from safetensors import torch as safe
+from torch import Tensor
+
+from nanovllm.parallel.ranks import Ranks, deferred_interrupts
+from nanovllm.runner.runner import Launched, Runner
+from nanovllm.schedule.plan import LogitEdits, StepPlan
+
+
+class Followers(Protocol):
+    """The other ranks, and what is closed with them."""
+
+    @property
+    def ranks(self) -> Ranks: ...
+    def close(self) -> None: ...
+
+
+class MirroredRunner(Runner):
+    """The first rank's runner."""
+
+    def __init__(self, *args: Any, followers: Followers, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._followers, self._ranks = followers, followers.ranks
+
+    def launch(self, plan: StepPlan) -> Launched:
+        """See `Runner.launch`. An error leaves the ranks with different states and ends them."""
+        with deferred_interrupts():
+            self._ranks.tell("launch", plan.to_bytes())
+            try:
+                launched = super().launch(plan)
+            except Exception as error:
+                self._ranks.fail(error)
+                raise
+        return replace(launched, check=self._ranks.check)
+
+    def prepare(self, edits: LogitEdits | None = None, *, has_penalties: bool = False) -> None:
+        super().prepare(edits, has_penalties=has_penalties)
+        if edits is not None or has_penalties:
+            content = [None if edits is None else edits._asdict(), has_penalties]
+            self._ranks.ask("prepare", json.dumps(content).encode())
+
+    def add_embeddings(self, key: str, embeds: Tensor) -> None:
+        super().add_embeddings(key, embeds)
+        self._ranks.ask("add_embeddings", safe.save({key: embeds.cpu().contiguous()}))
+
+    def drop_embeddings(self, keys: Iterable[str]) -> None:
+        dropped = list(keys)
+        super().drop_embeddings(dropped)
+        if dropped:
+            self._ranks.tell("drop_embeddings", json.dumps(dropped).encode())
+
+    def decode_uncaptured(
+        self, num_rows: int, watch: AbstractContextManager[object], rows: Sequence[int] = ()
+    ) -> None:
+        self._ranks.tell("decode_uncaptured", json.dumps([num_rows, list(rows)]).encode())
+        super().decode_uncaptured(num_rows, watch, rows)
+
+    def close(self) -> None:
+        self._followers.close()
+        super().close()
+
+
+def handlers(runner: Runner) -> dict[str, Callable[[bytes], bytes | None]]:
+    """What another rank does with each message of the first one."""
+
+    def launch(payload: bytes) -> None:
+        runner.launch(StepPlan.from_bytes(payload))
+
+    def prepare(payload: bytes) -> None:
+        edits, has_penalties = json.loads(payload)
+        if edits is not None:
+            edits["bias"] = {int(token_id): value for token_id, value in edits["bias"].items()}
+            edits = LogitEdits(**edits)
+        runner.prepare(edits, has_penalties=has_penalties)
+
+    def add_embeddings(payload: bytes) -> None:
+        for key, embeds in safe.load(payload).items():
+            runner.add_embeddings(key, embeds)
+
+    def drop_embeddings(payload: bytes) -> None:
+        runner.drop_embeddings(json.loads(payload))
+
+    def decode_uncaptured(payload: bytes) -> None:
+        num_rows, rows = json.loads(payload)
+        runner.decode_uncaptured(num_rows, nullcontext(), rows)
+
+    return {
+        "launch": launch,
+        "prepare": prepare,
+        "add_embeddings": add_embeddings,
+        "drop_embeddings": drop_embeddings,
+        "decode_uncaptured": decode_uncaptured,
+    }

@@ -1,0 +1,129 @@
+"""Starts the other ranks of an engine, and is the program of each of them (`python -m`)."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from dataclasses import asdict, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from nanovllm import env, hub, log
+from nanovllm.parallel.serve import Connection, connect, serve
+
+if TYPE_CHECKING:
+    from nanovllm.parallel.group import Group
+    from nanovllm.parallel.ranks import Ranks
+    from nanovllm.runner.runner import Runner
+    from nanovllm.startup.choose import Choice
+
+logger = logging.getLogger(__name__)
+
+
+class Team(NamedTuple):
+    """What the first rank of several has besides its own part of the model."""
+
+    group: Group
+    ranks: Ranks
+
+    def make_runner(self, *args: Any, **kwargs: Any) -> Runner:
+        from nanovllm.runner.mirrored import MirroredRunner
+
+        return MirroredRunner(*args, followers=self, **kwargs)
+
+    def close(self) -> None:
+        """End the other ranks. Nothing of them is left."""
+        self.ranks.close()
+        self.group.close()
+
+
+def start(choice: Choice) -> Team:
+    """Start the other ranks, which read their parts of the weights meanwhile.
+
+    Raises RankFailed, and ValueError if a rank sees another checkpoint.
+    """
+    from nanovllm.parallel.group import Group
+    from nanovllm.parallel.ranks import Ranks
+
+    config, size = choice.config, choice.shard.size
+    store = config.compile_cache and str(config.compile_cache)
+    setup = {
+        "options": {**asdict(config), "compile_cache": store},
+        "checkpoint": checkpoint_digest(choice.folder),
+        "devices": visible_devices(choice, size),
+    }
+    choice.platform.share_cores(size)
+    ranks = Ranks.start(setup, size, __name__)
+    try:
+        group = Group(0, size, choice.platform.device, ranks.folder, ranks.check)
+        ranks.call_on_failure(lambda error: group.abort())
+    except BaseException:
+        ranks.close()
+        raise
+    return Team(group, ranks)
+
+
+def visible_devices(choice: Choice, size: int) -> list[str] | None:
+    """The device that each rank sees, by CUDA's names. None where ranks share the device."""
+    if choice.platform.device.type != "cuda":
+        return None
+    return env.cuda_devices(range(size))
+
+
+def checkpoint_digest(folder: Path) -> str:
+    """A digest of config.json, and of the names and sizes of the files with weights."""
+    total = sha256((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        total.update(f"{path.name}\0{path.stat().st_size}\n".encode())
+    return total.hexdigest()
+
+
+def main() -> None:
+    """A rank's process."""
+    connection = connect(sys.argv[1:])
+    setup = connection.setup
+    if setup["devices"] is not None:
+        env.show_cuda_device(setup["devices"][connection.rank])
+    log.configure()
+    logging.getLogger("nanovllm").setLevel(logging.WARNING)  # the first rank says the same
+    runner = load_rank(connection, setup)
+    from nanovllm.runner.mirrored import handlers
+
+    serve(connection.channel, handlers(runner))
+    sys.stderr.flush()
+    os._exit(0)  # an orderly end of torch and the device's libraries would take a second
+
+
+def load_rank(connection: Connection, setup: dict[str, Any]) -> Runner:
+    """This rank's part of the model, warm. Raises ValueError for another checkpoint."""
+    from contextlib import closing
+
+    from nanovllm.config import EngineConfig
+    from nanovllm.models.shards import Shard
+    from nanovllm.parallel.group import Group
+    from nanovllm.startup.artifacts import open_store
+    from nanovllm.startup.choose import choose_model, select_platform
+    from nanovllm.startup.compile_farm.farm import CompileFarm
+    from nanovllm.startup.laps import Laps
+    from nanovllm.startup.load import load_chosen
+
+    config = EngineConfig(**setup["options"])
+    rank, size = connection.rank, connection.size
+    has_weights = not config.random_weights
+    folder = hub.resolve(config.model, weights=has_weights, revision=config.revision)
+    if checkpoint_digest(folder) != setup["checkpoint"]:
+        raise ValueError(f"rank {rank} sees another checkpoint than rank 0 in {folder}")
+    platform, store = select_platform(config), open_store(config)
+    choice = choose_model(config, platform, store, folder, weights=has_weights)
+    choice = replace(choice, shard=Shard(rank, size))
+    choice.prepare_kernels()
+    platform.share_cores(size)
+    group = Group(rank, size, platform.device, connection.folder)
+    with closing(CompileFarm(config)) as farm:
+        return load_chosen(choice, farm, Laps(), group).runner
+
+
+if __name__ == "__main__":
+    main()
