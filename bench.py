@@ -74,7 +74,9 @@ def arguments() -> argparse.Namespace:
     add("--run-ahead", type=int, choices=(0, 1), help="steps launched before tokens are read")
     padding = argparse.BooleanOptionalAction
     add("--padding", action=padding, default=True, help="pad eager batches too")
-    add("--tensor-parallel-size", type=int, default=1, metavar="N", help="GPUs that share the model")
+    add(
+        "--tensor-parallel-size", type=int, default=1, metavar="N", help="GPUs that share the model"
+    )
     add("--device", default="auto")
     add("--dtype", default="auto", choices=("auto", "float32", "float16", "bfloat16"))
     add("--attention-backend", default="auto", help="auto, triton, flash_attn or sdpa")

@@ -25,8 +25,8 @@ class Communicator(Protocol):
     @property
     def size(self) -> int: ...
 
-    def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum over the ranks: the same bits on every rank. May be computed in place."""
+    def all_reduce(self, x: Tensor) -> object:
+        """Replace x by its sum over the ranks: the same bits on every rank."""
         ...
 
     def all_gather(self, x: Tensor) -> Tensor:
@@ -58,9 +58,18 @@ def current() -> Communicator:
     return group
 
 
-def all_reduce(x: Tensor) -> Tensor:
-    """The sum of x over the ranks."""
-    return current().all_reduce(x.clone(memory_format=torch.contiguous_format))
+def all_reduce(x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """The sum of x over the ranks, plus the residual, which is the same on all of them."""
+    out = x.clone(memory_format=torch.contiguous_format)
+    all_reduce_(out, residual)
+    return out
+
+
+def all_reduce_(x: Tensor, residual: Tensor | None = None) -> None:
+    """`all_reduce` in place; x is contiguous."""
+    current().all_reduce(x)
+    if residual is not None:
+        x += residual
 
 
 def gather_columns(x_RW: Tensor, num_columns: int) -> Tensor:

@@ -106,9 +106,14 @@ linear_ = _define(
     lambda residual, x, weight, bias: None,
 )
 all_reduce = _define(
-    "all_reduce(Tensor x) -> Tensor",
+    "all_reduce(Tensor x, Tensor? residual=None) -> Tensor",
     collectives.all_reduce,
-    lambda x: torch.empty_like(x, memory_format=torch.contiguous_format),
+    lambda x, residual=None: torch.empty_like(x, memory_format=torch.contiguous_format),
+)
+all_reduce_ = _define(
+    "all_reduce_(Tensor(a!) x, Tensor? residual=None) -> ()",
+    collectives.all_reduce_,
+    lambda x, residual=None: None,
 )
 gather_columns = _define(
     "gather_columns(Tensor x, int num_columns) -> Tensor",
@@ -308,6 +313,7 @@ __all__ = [
     "add_rms_norm",
     "advance",
     "all_reduce",
+    "all_reduce_",
     "decode_inputs",
     "expert_linear",
     "experts",

@@ -18,10 +18,10 @@ def add_in_place(graph: GraphModule, fakes: Sequence[Tensor]) -> GraphModule:
     """
     for linear in [node for node in graph.graph.nodes if node.target is ops.linear]:
         x, weight, bias, residual = (*linear.args, None)[:4]
-        if residual is None or residual.op == "placeholder" or _is_view(residual):
+        if residual is None or residual.op == "placeholder" or is_view(residual):
             continue
         others = [user for user in residual.users if user is not linear]
-        if x is not residual and all(user < linear and not _is_view(user) for user in others):
+        if x is not residual and all(user < linear and not is_view(user) for user in others):
             with graph.graph.inserting_before(linear):
                 graph.graph.call_function(ops.linear_, (residual, x, weight, bias))
             linear.replace_all_uses_with(residual)
@@ -30,5 +30,5 @@ def add_in_place(graph: GraphModule, fakes: Sequence[Tensor]) -> GraphModule:
     return graph
 
 
-def _is_view(node: Any) -> bool:
+def is_view(node: Any) -> bool:
     return bool(getattr(node.target, "is_view", False))

@@ -1,4 +1,4 @@
-"""linear + residual → RMS norm becomes linear → add + RMS norm: one pass over memory less."""
+"""product + residual → RMS norm becomes product → add + RMS norm: one pass over memory less."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from torch.fx import GraphModule, Node
 
 from nanovllm.kernels import ops
 
-# Products that can add a residual, and the residual's index among their arguments: the last one.
-RESIDUAL_IDX = {ops.linear: 3, ops.linear_int8: 4}
+# Products, and their sums over ranks, that can add a residual, and its index among their arguments:
+# the last one.
+RESIDUAL_IDX = {ops.linear: 3, ops.linear_int8: 4, ops.all_reduce: 1}
 
 
 def fuse_add_norm(graph: GraphModule, fakes: Sequence[Tensor]) -> GraphModule:

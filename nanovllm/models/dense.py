@@ -141,7 +141,7 @@ def summed_linear(
     """h + x · weightᵀ + bias, where each rank has a part of x and of the weight's columns."""
     if cfg.num_ranks == 1:
         return linear(x_TI, weight, bias_D, h_TD)
-    return h_TD + ops.all_reduce(linear(x_TI, weight, bias_D))
+    return ops.all_reduce(linear(x_TI, weight, bias_D), h_TD)
 
 
 def head(cfg: ModelConfig, final_norm_D: Tensor, head_VD: Weight, h_RD: Tensor) -> Tensor:

@@ -157,7 +157,7 @@ def sparse_mlp(
         shared_TD = gate_T1 * linear(inner_TF, w.down_DF, None)
         sum_TD = shared_TD if sum_TD is None else sum_TD + shared_TD
     sum_TD = experts.apply(x_TD, weight_TK, expert_TK, w.experts, sum_TD)
-    return sum_TD if cfg.num_ranks == 1 else h_TD + ops.all_reduce(sum_TD)
+    return sum_TD if cfg.num_ranks == 1 else ops.all_reduce(sum_TD, h_TD)
 
 
 def routed(cfg: ModelConfig, w: SparseLayer, h_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:

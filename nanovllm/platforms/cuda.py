@@ -19,6 +19,7 @@ from nanovllm.compile.passes.fuse_add_norm import fuse_add_norm
 from nanovllm.compile.passes.fuse_linear import fuse_linear
 from nanovllm.compile.passes.fuse_rope_store import fuse_rope_store
 from nanovllm.compile.passes.fuse_route import fuse_route
+from nanovllm.compile.passes.reduce_in_place import reduce_in_place
 from nanovllm.compile.passes.replace_ops import replace_ops
 from nanovllm.compile.program import Lowering, Pass
 from nanovllm.kernels import flash_attention
@@ -119,6 +120,7 @@ class CudaPlatform(Accelerator):
             ("fuse_linear", partial(fuse_linear, takes=takes)),
             ("fuse_add_norm", fuse_add_norm),
             ("add_in_place", add_in_place),
+            ("reduce_in_place", reduce_in_place),
             ("replace_ops", partial(replace_ops, keep=lambda name, node: name in KERNEL_OPS)),
         )
 

@@ -69,8 +69,10 @@ class MirroredRunner(Runner):
         super().decode_uncaptured(num_rows, watch, rows)
 
     def close(self) -> None:
-        self._followers.close()
-        super().close()
+        try:
+            super().close()  # before the group: NCCL waits for captured graphs
+        finally:
+            self._followers.close()
 
 
 def handlers(runner: Runner) -> dict[str, Callable[[bytes], bytes | None]]:

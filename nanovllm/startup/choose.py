@@ -162,23 +162,18 @@ def choose_model(
         model = svd_experts.applied(model, folder)
     config = within_limit(config, model, hf)
     if config.tensor_parallel_size > 1:
-        model = on_ranks(config, model, platform)
+        model = on_ranks(config, model)
     spec = make_spec(config, model, platform)
     shard = Shard(0, config.tensor_parallel_size)
     eos_ids = eos_token_ids(folder, hf)
     return Choice(config, platform, store, folder, hf, model, spec, eos_ids, shard=shard)
 
 
-def on_ranks(config: EngineConfig, model: Model, platform: Platform) -> Model:
+def on_ranks(config: EngineConfig, model: Model) -> Model:
     """The model as each rank has it. Raises ValueError for options that need one rank, or if the
-    model or the machine cannot be divided."""
-    size, traits = config.tensor_parallel_size, platform.traits
+    model cannot be divided."""
+    size, moe = config.tensor_parallel_size, model.config.moe
     asked = f"tensor_parallel_size is {size}"
-    if traits.max_ranks is not None and size > traits.max_ranks:
-        raise ValueError(
-            f"{asked}, but this machine has {traits.max_ranks} {traits.name} device(s)"
-        )
-    moe = model.config.moe
     alone = {
         f"quantization={config.quantization!r}": config.quantization is not None,
         f"expert_offload={config.expert_offload!r}": config.expert_offload is not None,

@@ -42,12 +42,18 @@ class Team(NamedTuple):
 def start(choice: Choice) -> Team:
     """Start the other ranks, which read their parts of the weights meanwhile.
 
-    Raises RankFailed, and ValueError if a rank sees another checkpoint.
+    Raises RankFailed, and ValueError for more ranks than devices, or if a rank sees another
+    checkpoint.
     """
     from nanovllm.parallel.group import Group
     from nanovllm.parallel.ranks import Ranks
 
-    config, size = choice.config, choice.shard.size
+    config, size, traits = choice.config, choice.shard.size, choice.platform.traits
+    if traits.max_ranks is not None and size > traits.max_ranks:
+        raise ValueError(
+            f"tensor_parallel_size is {size}, but this machine has {traits.max_ranks} "
+            f"{traits.name} device(s) for it"
+        )
     store = config.compile_cache and str(config.compile_cache)
     setup = {
         "options": {**asdict(config), "compile_cache": store},

@@ -35,6 +35,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_attention_heads": 32,
         "tie_word_embeddings": False,
     },
+    "Qwen3-32B": {
+        **_QWEN3,
+        "hidden_size": 5120,
+        "intermediate_size": 25600,
+        "num_hidden_layers": 64,
+        "num_attention_heads": 64,
+        "tie_word_embeddings": False,
+    },
     "Qwen3-30B-A3B": {
         **_QWEN3,
         "architectures": ["Qwen3MoeForCausalLM"],

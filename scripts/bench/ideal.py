@@ -20,7 +20,7 @@ class _Weights:
         if self._moe is not None:
             unused = 1 - self._moe.top_k / self._moe.num_experts
             self.per_token -= unused * self._expert_bytes / cfg.dtype.itemsize
-        self.of_layers_per_token = self.per_token - cfg.vocab_size * cfg.hidden_size
+        self.of_layers_per_token = self.per_token - cfg.vocab_size * cfg.hidden_size / cfg.num_ranks
 
     def num_bytes(self, num_rows: int) -> float:
         """Bytes of weights that a step reads, if routing is spread evenly."""

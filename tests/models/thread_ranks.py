@@ -46,8 +46,8 @@ class ThreadGroup:
     def size(self) -> int:
         return self.meeting.size
 
-    def all_reduce(self, x: Tensor) -> Tensor:
-        return torch.stack(self.meeting.exchange(self.rank, x)).sum(0)
+    def all_reduce(self, x: Tensor) -> None:
+        x.copy_(torch.stack(self.meeting.exchange(self.rank, x.clone())).sum(0))
 
     def all_gather(self, x: Tensor) -> Tensor:
         return torch.stack(self.meeting.exchange(self.rank, x))
