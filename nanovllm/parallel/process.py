@@ -14,11 +14,12 @@ from typing import Any
 
 from nanovllm import env
 from nanovllm.parallel.channel import ChannelClosed, channel_pair
-from nanovllm.parallel.serve import SETUP
+from nanovllm.parallel.serve import BEAT_SECONDS, SETUP
 
 # A rank hangs if it is silent, and uses no processor, for so many seconds; before it has connected
 # it may wait for files that it imports.
 SILENT_SECONDS, SILENT_SECONDS_AT_START = 6.0, 60.0
+_LATE_SECONDS = 1.5 * BEAT_SECONDS  # a heartbeat is missing
 _LAST_LINES = 12
 _PIECE_BYTES = 1 << 16
 
@@ -100,16 +101,14 @@ class RankProcess:
         It hangs if it sends no heartbeat and uses no processor. Without a heartbeat it may still
         compute: code that keeps Python's lock keeps the thread that sends them from running.
         """
-        if self._silent_seconds == 0.0:
-            self._cpu_seconds = self._used_cpu_seconds()
         self._silent_seconds += seconds
+        if self._silent_seconds < _LATE_SECONDS:
+            return False
+        used = self._used_cpu_seconds()
+        if used > self._cpu_seconds + 0.02:  # twice the unit in which Linux counts
+            self._silent_seconds, self._cpu_seconds = _LATE_SECONDS, used
         limit = SILENT_SECONDS if self.is_connected else SILENT_SECONDS_AT_START
-        if self._silent_seconds < limit:
-            return False
-        if self._used_cpu_seconds() > self._cpu_seconds + 0.05:
-            self._silent_seconds = 0.0
-            return False
-        return True
+        return self._silent_seconds >= limit
 
     def forward_output(self) -> bool:
         """Write the lines that have come to stderr, with the rank. False at the end of output."""

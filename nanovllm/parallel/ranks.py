@@ -110,9 +110,9 @@ class Ranks:
         try:
             result = own()
         except Exception as error:
-            question.note_refusal()
-            self._wait(question)
             mine = Refusal(type(error).__name__, str(error), isinstance(error, ValueError))
+            question.refuse(0, mine)
+            self._wait(question)
             if question.is_refused_by_all and mine == question.refusals[1]:
                 raise
             self._watch.fail(mine.error(0))
@@ -161,7 +161,7 @@ class Ranks:
         """Raise the failure, which is noticed within a second after a channel has closed."""
         watch = self._watch
         with watch.changed:
-            watch.changed.wait_for(lambda: watch.failure is not None, timeout=2.0)
+            watch.changed.wait_for(lambda: watch.failure or watch.is_ending, timeout=2.0)
         failure = watch.failure or RankFailed("the ranks are closed")
         # a copy: the traceback of an exception that is raised again grows
         raise type(failure)(*failure.args) from cause

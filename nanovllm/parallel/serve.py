@@ -65,12 +65,12 @@ def connect(argv: Sequence[str]) -> Connection:
     channel = Channel(socket.socket(fileno=given.channel))
     try:
         name, payload = channel.receive()
+        channel.send(CONNECTED)
     except ChannelClosed:
         os._exit(1)  # rank 0 has ended
     assert name == SETUP, name
     start = json.loads(payload)
     threading.Thread(target=_beat, args=(given.beats,), name="heartbeat", daemon=True).start()
-    channel.send(CONNECTED)
     return Connection(given.rank, given.size, start["setup"], channel, Path(start["folder"]))
 
 

@@ -53,7 +53,8 @@ class Question:
         self.number, self.num_ranks = number, num_ranks
         self.answers: dict[int, bytes] = {}
         self.refusals: dict[int, Refusal] = {}
-        self.refused_at: float | None = None  # when the first rank refused
+        # who refused first, with what, and when; rank 0 does not count as one of the others
+        self.first_refusal: tuple[int, Refusal, float] | None = None
 
     @property
     def is_complete(self) -> bool:
@@ -64,9 +65,11 @@ class Question:
         """Whether every rank raised the same error."""
         return len(self.refusals) == self.num_ranks and len(set(self.refusals.values())) == 1
 
-    def note_refusal(self) -> None:
-        if self.refused_at is None:
-            self.refused_at = time.monotonic()
+    def refuse(self, rank: int, refusal: Refusal) -> None:
+        if self.first_refusal is None:
+            self.first_refusal = rank, refusal, time.monotonic()
+        if rank > 0:
+            self.refusals[rank] = refusal
 
 
 class Watch(threading.Thread):
@@ -87,7 +90,7 @@ class Watch(threading.Thread):
         self.has_started = threading.Event()
         self._callbacks: list[Callable[[Exception], None]] = []
         self._wake, self._woken = socket.socketpair()
-        self._is_ending = False
+        self.is_ending = False
         self._pid = os.getpid()
         self._selector = selectors.DefaultSelector()
 
@@ -96,7 +99,7 @@ class Watch(threading.Thread):
             self._start_ranks()
             self.has_started.set()
             last = time.monotonic()
-            while not self._is_ending and self.failure is None:
+            while not self.is_ending and self.failure is None:
                 for key, _ in self._selector.select(TICK_SECONDS):
                     key.data()
                 now = time.monotonic()
@@ -113,8 +116,8 @@ class Watch(threading.Thread):
         """End all ranks and wait until nothing is left."""
         if os.getpid() != self._pid:
             return  # a fork of the process that started the ranks
-        self._is_ending = True
-        if self.is_alive():
+        self.is_ending = True
+        if self.is_alive() and threading.current_thread() is not self:
             with contextlib.suppress(OSError):  # the thread is at its end
                 self._wake.send(b".")
             self.join()
@@ -122,7 +125,7 @@ class Watch(threading.Thread):
     def fail(self, error: Exception) -> None:
         """Make `error` the failure, unless there is one: kill all ranks, then tell who listens."""
         with self.changed:
-            if self.failure is not None or self._is_ending:
+            if self.failure is not None or self.is_ending:
                 return
             self.failure = error
             callbacks = tuple(self._callbacks)
@@ -145,7 +148,7 @@ class Watch(threading.Thread):
         self.folder = Path(tempfile.mkdtemp(prefix="nanovllm-", dir=self._parent))  # mode 0700
         self._selector.register(self._woken, selectors.EVENT_READ, lambda: None)
         for rank in range(1, self._size):
-            if self._is_ending:
+            if self.is_ending:
                 return
             process = RankProcess(self._module, rank, self._size)
             self.processes.append(process)
@@ -180,8 +183,7 @@ class Watch(threading.Thread):
             question = self.question
             if question is not None and number == str(question.number):
                 if name.startswith(ERROR):
-                    question.refusals[process.rank] = Refusal(*json.loads(payload))
-                    question.note_refusal()
+                    question.refuse(process.rank, Refusal(*json.loads(payload)))
                 else:
                     question.answers[process.rank] = payload
                 self.changed.notify_all()
@@ -207,13 +209,10 @@ class Watch(threading.Thread):
             if process.has_ended() or process.is_hung(seconds):
                 self.fail(RankFailed(process.ending()))
         question = self.question
-        if question is None or question.refused_at is None:
-            return
-        if time.monotonic() > question.refused_at + GRACE_SECONDS:
-            if question.refusals:
-                self._fail_by(*next(iter(question.refusals.items())))
-            else:
-                self.fail(RankFailed("rank 0 has raised an error that the other ranks have not"))
+        if question is not None and question.first_refusal is not None:
+            rank, refusal, refused_at = question.first_refusal
+            if time.monotonic() > refused_at + GRACE_SECONDS:
+                self._fail_by(rank, refusal)
 
     def _clean_up(self) -> None:
         """End all ranks: those that have not failed have some seconds to end by themselves."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import sys
@@ -39,6 +40,12 @@ class Rank:
         least = self.group.min_int(100 - self.rank)
         return json.dumps([self.group.all_reduce(x).tolist(), gathered.tolist(), least]).encode()
 
+    def gather_like(self, payload: bytes) -> None:
+        """Gather ones of so many elements."""
+        import torch
+
+        self.group.all_gather(torch.ones(int(payload)))
+
     def note(self, payload: bytes) -> None:
         self.told.append(payload.decode())
 
@@ -57,6 +64,18 @@ class Rank:
         if self.rank in ranks:
             raise {"ValueError": ValueError, "RuntimeError": RuntimeError}[kind](text)
 
+    def refuse_or_wait(self, payload: bytes) -> None:
+        """`refuse`, or enter a collective."""
+        self.refuse(payload)
+        self.group.barrier()
+
+    def say(self, payload: bytes) -> None:
+        sys.stdout.buffer.write(payload)
+        sys.stdout.flush()
+
+    def sleep(self, payload: bytes) -> None:
+        time.sleep(float(payload))
+
     def wait_for_ranks(self, payload: bytes) -> None:
         """Enter a collective, except on the rank that the payload names."""
         if self.rank != int(payload):
@@ -64,13 +83,14 @@ class Rank:
 
     def compute(self, payload: bytes) -> bytes:
         """Compute without giving up Python's lock for about so many seconds."""
-        digits, started = 100_000, time.monotonic()
-        while time.monotonic() - started < float(payload):
-            started_once = time.monotonic()
-            pow(3, digits, 1 << (2 * digits))
-            if time.monotonic() - started_once < float(payload) / 2:
-                digits *= 2
+        started, num = time.monotonic(), 10_000_000
+        sum(range(num))
+        sum(range(int(num * float(payload) / (time.monotonic() - started))))
         return b"done"
+
+    def block(self, payload: bytes) -> None:
+        """Wait so many seconds without giving up Python's lock."""
+        ctypes.PyDLL(None).sleep(int(payload))
 
     def handlers(self) -> dict[str, Any]:
         return {
