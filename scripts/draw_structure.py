@@ -22,6 +22,7 @@ ROLES = {
     "models": "architectures, weights",
     "schedule": "which tokens run next",
     "platforms": "CUDA, CPU, NPU, MPS",
+    "parallel": "ranks, collectives",
     "compile": "graphs to programs",
     "kernels": "ops and their meaning",
 }

@@ -19,13 +19,14 @@ SETTINGS = tuple(
 )
 BELOW_STARTUP = tuple(
     f"nanovllm.{name}"
-    for name in ("kernels", "compile", "models", "platforms", "schedule", "runner")
+    for name in ("kernels", "compile", "models", "platforms", "parallel", "schedule", "runner")
 )
 ALLOWED = {
     "kernels": ("nanovllm.kernels",),
     "compile": ("nanovllm.compile", "nanovllm.kernels"),
     "models": ("nanovllm.models", "nanovllm.kernels"),
     "platforms": ("nanovllm.platforms", "nanovllm.compile", "nanovllm.kernels"),
+    "parallel": ("nanovllm.parallel", "nanovllm.env"),
     "schedule": ("nanovllm.schedule", "nanovllm.sampling", "nanovllm.tokenizer"),
     "runner": (
         "nanovllm.runner",
@@ -166,7 +167,7 @@ def code_strings(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 
 def test_only_platforms_kernels_and_lowerings_know_devices() -> None:
-    for layer in ("compile", "models", "schedule", "runner", "startup", ""):
+    for layer in ("compile", "models", "parallel", "schedule", "runner", "startup", ""):
         for path in files(layer):
             if path.is_relative_to(ROOT / "compile" / "lower"):
                 continue

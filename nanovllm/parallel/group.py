@@ -1,0 +1,186 @@
+"""The collective operations of one engine's ranks, over gloo on the CPU and NCCL on a GPU.
+
+Each engine has process groups of its own, so it neither uses nor disturbs torch.distributed's
+global one. Ranks meet through a file in a private folder. gloo listens on 127.0.0.1 and NCCL on
+the loopback interface, unless NCCL_SOCKET_IFNAME is set.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+from torch._C import _distributed_c10d
+
+from nanovllm import env
+
+c10d: Any = _distributed_c10d  # its stub lacks names, and some builds lack NCCL
+
+# How long the ranks may take to connect, once all of them are there.
+CONNECT_TIMEOUT = timedelta(seconds=15)
+# Collectives have no limit of their own: a rank may compile or load while the others wait for it.
+# Whoever watches the processes calls `abort`.
+_NO_TIMEOUT = timedelta(days=30)
+# NCCL's settings, unless the user has set them.
+_NCCL_ENVIRONMENT = {
+    "NCCL_SOCKET_IFNAME": "lo",
+    "NCCL_RAS_ENABLE": "0",  # it would listen on a fixed port
+    # torch would end the whole process when another rank fails, or write traces to /tmp
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+}
+
+
+class Group:
+    """The ranks of one engine. Every rank makes one, and calls the same methods in the same order.
+
+    On a GPU `all_reduce` and `all_gather` run on the current stream, do not wait for the device,
+    and can be captured in a CUDA graph. Destroy such graphs before `close`: NCCL waits for them.
+
+    A failed rank: on the CPU the others get an error as soon as its process has ended. On a GPU
+    they wait until `abort`, and what they have read from the device since is meaningless: call
+    `check` before it is used.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        device: torch.device,
+        folder: Path,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Waits for all ranks. `folder` is private and the same for all; use it for one group.
+
+        `check` raises an error if a rank has failed (`Ranks.check`). It is called while this waits
+        for the other ranks, and to explain an error of a collective. Raises ValueError for a
+        device without collectives, and RuntimeError if the ranks cannot connect.
+        """
+        backend = distributed.Backend.default_device_backend_map.get(device.type, "none")
+        if backend not in _BACKENDS:
+            raise ValueError(f"several ranks do not work on {device.type}: use a CPU or a GPU")
+        self.rank, self.size, self.device, self._check = rank, size, device, check
+        self._all_reduce, self._min_reduce = _reduction(), _reduction(c10d.ReduceOp.MIN)
+        self._all_gather = c10d.AllgatherOptions()
+        self._all_gather.timeout, self._all_gather.asyncOp = _NO_TIMEOUT, False
+        _meet(folder, rank, size, check)
+        store = c10d.FileStore(str(folder / "store"), size)
+        store.set_timeout(CONNECT_TIMEOUT)
+        with self._explained():
+            self._backend: Any = _BACKENDS[backend](store, rank, size)
+            self.barrier()  # connects: that is not possible while a graph is captured
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Replace x, which is contiguous, by its sum over the ranks; returns x.
+
+        Every rank gets the same bits.
+        """
+        return self._reduced(x, self._all_reduce)
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """x of every rank, [size, *x.shape]; x has the same shape on all of them."""
+        out = x.new_empty(self.size, *x.shape)
+        with self._explained():
+            flat = x.contiguous().view(-1)
+            _wait(self._backend._allgather_base(out.view(-1), flat, self._all_gather))
+        return out
+
+    def min_int(self, value: int) -> int:
+        """The smallest value of all ranks. Waits for all of them and for the device."""
+        number = torch.tensor([value], dtype=torch.int64, device=self.device)
+        return int(self._reduced(number, self._min_reduce).item())
+
+    def barrier(self) -> None:
+        """Wait until all ranks are here and their devices have done what came before."""
+        self.min_int(0)
+
+    def abort(self) -> None:
+        """Have this rank no longer wait for the others. Any thread may call it.
+
+        On a GPU it ends the running collective. On the CPU the others' end does that: there is
+        nothing to do. It waits at most a second: NCCL cannot finish while a captured graph lives.
+        """
+        self._abort(seconds=1.0)
+
+    def close(self) -> None:
+        """Give up the connections and NCCL's memory. Waits for no other rank."""
+        self._abort(seconds=5.0)
+        self._backend = None
+
+    def _abort(self, seconds: float) -> None:
+        if self._backend is None:
+            return
+        thread = threading.Thread(target=self._backend.abort, name="abort", daemon=True)
+        thread.start()
+        thread.join(seconds)
+
+    def _reduced(self, x: Tensor, options: Any) -> Tensor:
+        assert x.is_contiguous()
+        with self._explained():
+            _wait(self._backend.allreduce([x], options))
+        return x
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Within it an error that a failed rank has caused becomes the error of `check`."""
+        try:
+            yield
+        except RuntimeError:
+            # the connection closes shortly before it is known that the process has ended
+            for _ in range(100):
+                self._check()
+                time.sleep(0.02)
+            raise
+
+
+def _meet(folder: Path, rank: int, size: int, check: Callable[[], None]) -> None:
+    """Wait until all ranks are here, for as long as `check` raises nothing.
+
+    Waiting for the others in torch could not be interrupted when one of them ends.
+    """
+    (folder / f"rank-{rank}").touch()
+    missing = {folder / f"rank-{other}" for other in range(size)}
+    while missing := {path for path in missing if not path.exists()}:
+        check()
+        time.sleep(0.005)
+
+
+def _reduction(op: Any = c10d.ReduceOp.SUM) -> Any:
+    options = c10d.AllreduceOptions()
+    # without asyncOp the current stream runs it, and the host does not wait
+    options.reduceOp, options.timeout, options.asyncOp = op, _NO_TIMEOUT, False
+    return options
+
+
+def _wait(work: Any) -> None:
+    """Wait for gloo's work; NCCL has none, since its work is on the current stream."""
+    if work is not None:
+        work.wait()
+
+
+def _gloo(store: Any, rank: int, size: int) -> Any:
+    group = c10d.ProcessGroupGloo
+    options = group._Options()
+    options._devices = [group.create_device(hostname="127.0.0.1", lazy_init=False)]
+    options._timeout = CONNECT_TIMEOUT
+    return group(store, rank, size, options)
+
+
+def _nccl(store: Any, rank: int, size: int) -> Any:
+    for name, value in _NCCL_ENVIRONMENT.items():
+        env.set_default(name, value)
+    group = c10d.ProcessGroupNCCL
+    options = group.Options()
+    options._timeout = _NO_TIMEOUT
+    return group(store, rank, size, options)
+
+
+_BACKENDS: dict[str, Callable[[Any, int, int], Any]] = {"gloo": _gloo, "nccl": _nccl}

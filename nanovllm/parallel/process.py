@@ -1,0 +1,156 @@
+"""A rank's process as rank 0's process sees it: start, output, signs of life, end."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from nanovllm import env
+from nanovllm.parallel.channel import ChannelClosed, channel_pair
+from nanovllm.parallel.serve import BEAT_SECONDS, SETUP
+
+# A rank hangs if it is silent, and uses no processor, for so many seconds; before it has connected
+# it may wait for files that it imports.
+SILENT_SECONDS, SILENT_SECONDS_AT_START = 6.0, 60.0
+_LATE_SECONDS = 1.5 * BEAT_SECONDS  # a heartbeat is missing
+_LAST_LINES = 12
+_PIECE_BYTES = 1 << 16
+
+
+class RankProcess:
+    """The process of rank `rank`, its channel, and two pipes from it: heartbeats and output.
+
+    Linux kills the process when the thread that made this ends, so that thread must stay.
+    """
+
+    def __init__(self, module: str, rank: int, size: int) -> None:
+        self.rank = rank
+        self.is_connected = False
+        self.channel, sock = channel_pair()
+        self.beats, beats = os.pipe()
+        self.output, output = os.pipe()
+        os.set_blocking(self.beats, False)
+        os.set_blocking(self.output, False)
+        options = {"rank": rank, "size": size, "channel": sock.fileno(), "beats": beats}
+        arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", module, *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                pass_fds=(sock.fileno(), beats),
+                env=env.for_children(),
+                start_new_session=True,  # Ctrl-C in a terminal reaches rank 0 alone
+            )
+        except BaseException:
+            self._close()
+            raise
+        finally:
+            sock.close()
+            os.close(beats)
+            os.close(output)
+        self._silent_seconds, self._cpu_seconds = 0.0, 0.0
+        self._line = b""
+        self._last_lines: deque[str] = deque(maxlen=_LAST_LINES)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def send_setup(self, setup: dict[str, Any], folder: Path) -> None:
+        # if it has ended, its exit code says more than an error here
+        with contextlib.suppress(ChannelClosed):
+            content = {"setup": setup, "folder": str(folder)}
+            self.channel.send(SETUP, json.dumps(content).encode())
+
+    def has_ended(self, seconds: float = 0.0) -> bool:
+        """Whether the process ends within so many seconds."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(seconds)
+        return self._process.returncode is not None
+
+    def kill(self) -> None:
+        """Kill the process and those that it started, unless it has ended."""
+        if self._process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
+
+    def close(self) -> None:
+        """Write the rest of the output and close the pipes, after the process has ended."""
+        self.forward_output()
+        self._forward(self._line)
+        self._close()
+
+    def note_beats(self) -> None:
+        """Read the heartbeats that have come."""
+        with contextlib.suppress(BlockingIOError):
+            if os.read(self.beats, _PIECE_BYTES):
+                self._silent_seconds = 0.0
+
+    def is_hung(self, seconds: float) -> bool:
+        """Whether the process has stopped, when `seconds` more have passed.
+
+        It hangs if it sends no heartbeat and uses no processor. Without a heartbeat it may still
+        compute: code that keeps Python's lock keeps the thread that sends them from running.
+        """
+        self._silent_seconds += seconds
+        if self._silent_seconds < _LATE_SECONDS:
+            return False
+        used = self._used_cpu_seconds()
+        if used > self._cpu_seconds + 0.02:  # twice the unit in which Linux counts
+            self._silent_seconds, self._cpu_seconds = _LATE_SECONDS, used
+        limit = SILENT_SECONDS if self.is_connected else SILENT_SECONDS_AT_START
+        return self._silent_seconds >= limit
+
+    def forward_output(self) -> bool:
+        """Write the lines that have come to stderr, with the rank. False at the end of output."""
+        try:
+            while piece := os.read(self.output, _PIECE_BYTES):
+                *lines, self._line = (self._line + piece).split(b"\n")
+                for line in lines:
+                    self._forward(line)
+        except BlockingIOError:
+            return True
+        return False
+
+    def ending(self) -> str:
+        """How the process has ended, and the last lines of its output."""
+        self.forward_output()
+        code = self._process.returncode
+        if code is None:
+            how = "stopped answering"
+        elif code < 0:
+            names = {one.value: one.name for one in signal.Signals}
+            how = f"was ended by {names.get(-code, f'signal {-code}')}"
+        else:
+            how = f"ended with exit code {code}"
+        lines = "".join(f"\n  {line}" for line in self._last_lines)
+        return f"rank {self.rank} {how}" + (f"; its last lines:{lines}" if lines else "")
+
+    def _forward(self, line: bytes) -> None:
+        text = line.decode(errors="replace").rstrip()
+        if text:
+            self._last_lines.append(text)
+            with contextlib.suppress(OSError, ValueError):  # stderr may be closed
+                sys.stderr.write(f"rank {self.rank}: {text}\n")
+
+    def _used_cpu_seconds(self) -> float:
+        """Seconds of processor time that all its threads have used; 0 where /proc is missing."""
+        try:
+            fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return 0.0
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def _close(self) -> None:
+        self.channel.close()
+        os.close(self.beats)
+        os.close(self.output)

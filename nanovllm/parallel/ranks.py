@@ -1,0 +1,184 @@
+"""Rank 0's side of the processes of one engine: it starts the others, tells them what to do and
+learns of their failures."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from nanovllm.parallel.channel import ChannelClosed
+from nanovllm.parallel.serve import ASKS
+from nanovllm.parallel.watch import Question, RankFailed, Refusal, Watch
+
+Result = TypeVar("Result")
+
+
+class Ranks:
+    """Ranks 1 … size - 1, each a process. Make it with `start`; use it from one thread at a time.
+
+    What is noticed, and how soon: a rank that has ended, within a second; an error of a handler, at
+    once; a rank that is stopped (SIGSTOP) or stuck outside Python, so that for 6 seconds it neither
+    sends a heartbeat nor uses a processor, within 8 seconds (60 before it has connected). Not
+    noticed: a rank whose Python waits for ever, since its heartbeats go on, and one that computes
+    for ever. Compiling, loading and long computations are not taken for a hang.
+
+    After a failure all ranks are killed, and every call here raises the failure.
+    """
+
+    def __init__(self, watch: Watch) -> None:
+        self._watch = watch
+        self._num_asked = 0
+        # also runs at the interpreter's exit
+        self._finalizer = weakref.finalize(self, watch.end)
+
+    @classmethod
+    def start(
+        cls, setup: dict[str, Any], size: int, module: str, folder: Path | None = None
+    ) -> Ranks:
+        """Start `python -m module` for ranks 1 … size - 1, without waiting for what they import.
+
+        The module calls `serve.connect` with its arguments, then `serve.serve`. `setup` is JSON and
+        the first thing that a rank gets. Ranks have the environment of this process. Their output
+        appears on stderr, each line with its rank. `folder` is where the private folder of the
+        ranks is made (None: among the temporary files). Raises OSError.
+        """
+        watch = Watch(setup, size, module, folder)
+        ranks = cls(watch)
+        try:
+            watch.start()
+            watch.has_started.wait()
+            if watch.failure is not None and not watch.processes:
+                raise watch.failure
+        except BaseException:
+            ranks.close()
+            raise
+        return ranks
+
+    @property
+    def folder(self) -> Path:
+        """The private folder of all ranks (mode 0700), removed with them."""
+        return self._watch.folder
+
+    @property
+    def pids(self) -> list[int]:
+        """The process ids of ranks 1 … size - 1."""
+        return [process.pid for process in self._watch.processes]
+
+    def tell(self, name: str, payload: bytes = b"") -> None:
+        """Have every rank call its handler `name`, and wait for none. Raises the failure.
+
+        An error of the handler is a failure: it is raised by a later call.
+        """
+        with deferred_interrupts():
+            self.check()
+            try:
+                for process in self._watch.processes:
+                    process.channel.send(name, payload)
+            except ChannelClosed as error:
+                self._raise_failure(error)
+
+    def ask(self, name: str, payload: bytes = b"") -> list[bytes]:
+        """Have every rank call its handler `name`; returns their results, rank 1's first.
+
+        If every rank raises the same error, it is raised here, and the ranks stay usable: a
+        ValueError as it is, any other as RankFailed. Otherwise an error is a failure.
+        """
+        question = self._put(name, payload)
+        self._wait(question)
+        if question.is_refused_by_all:
+            refusal = question.refusals[1]
+            if refusal.is_mistake:
+                raise ValueError(refusal.text)
+            ranks = f"ranks 1 … {question.num_ranks}" if question.num_ranks > 1 else "rank 1"
+            raise RankFailed(f"{ranks}: {refusal.kind}: {refusal.text}")
+        return self._answers(question)
+
+    def together(
+        self, name: str, payload: bytes, own: Callable[[], Result]
+    ) -> tuple[Result, list[bytes]]:
+        """`ask` while this process does the same with `own()`; returns both results.
+
+        Use it if the ranks need one another meanwhile. If `own` and every rank raise the same
+        error, it is raised and the ranks stay usable. If only some do, that is a failure.
+        """
+        question = self._put(name, payload)
+        try:
+            result = own()
+        except Exception as error:
+            mine = Refusal(type(error).__name__, str(error), isinstance(error, ValueError))
+            question.refuse(0, mine)
+            self._wait(question)
+            if question.is_refused_by_all and mine == question.refusals[1]:
+                raise
+            self._watch.fail(mine.error(0))
+            self._raise_failure(error)
+        self._wait(question)
+        return result, self._answers(question)
+
+    def check(self) -> None:
+        """Raise the failure, if the ranks have failed. It costs nothing."""
+        if self._watch.failure is not None:
+            self._raise_failure()
+
+    def call_on_failure(self, callback: Callable[[Exception], None]) -> None:
+        """Call it with the failure, in another thread, when the ranks fail; at once if they have.
+
+        By then the ranks have been killed. `Group.abort` belongs here.
+        """
+        self._watch.call_on_failure(callback)
+
+    def close(self) -> None:
+        """End all ranks: they have 3 seconds to end by themselves. Nothing of them is left."""
+        self._finalizer()
+
+    def _put(self, name: str, payload: bytes) -> Question:
+        self._num_asked += 1
+        question = Question(self._num_asked, len(self._watch.processes))
+        self._watch.question = question
+        self.tell(f"{name}{ASKS}{question.number}", payload)
+        return question
+
+    def _wait(self, question: Question) -> None:
+        """Wait until every rank has answered or refused. Raises the failure."""
+        watch = self._watch
+        with watch.changed:
+            watch.changed.wait_for(lambda: question.is_complete or watch.failure is not None)
+            watch.question = None
+        self.check()
+
+    def _answers(self, question: Question) -> list[bytes]:
+        for rank, refusal in question.refusals.items():
+            self._watch.fail(refusal.error(rank))
+        self.check()
+        return [answer for _, answer in sorted(question.answers.items())]
+
+    def _raise_failure(self, cause: Exception | None = None) -> NoReturn:
+        """Raise the failure, which is noticed within a second after a channel has closed."""
+        watch = self._watch
+        with watch.changed:
+            watch.changed.wait_for(lambda: watch.failure or watch.is_ending, timeout=2.0)
+        failure = watch.failure or RankFailed("the ranks are closed")
+        # a copy: the traceback of an exception that is raised again grows
+        raise type(failure)(*failure.args) from cause
+
+
+@contextmanager
+def deferred_interrupts() -> Iterator[None]:
+    """Within it Ctrl-C waits until the end: otherwise only some ranks would take a step."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    frames: list[Any] = []
+    signal.signal(signal.SIGINT, lambda _, frame: frames.append(frame))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if frames:
+            handler(signal.SIGINT, frames[-1])

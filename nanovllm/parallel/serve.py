@@ -1,0 +1,123 @@
+"""A rank's side: it connects to rank 0 and answers until rank 0 closes the channel.
+
+Does not import torch, so a rank can connect before it imports what takes seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from nanovllm.parallel.channel import Channel, ChannelClosed
+
+BEAT_SECONDS = 1.0
+
+# A message of rank 0 is named after a handler; NAME?NUMBER wants an answer. The first one is SETUP.
+# A rank sends CONNECTED once, then ANSWER and ERROR with the number, or none, after them.
+ASKS = "?"
+SETUP, CONNECTED, ANSWER, ERROR = "setup", "connected", "answer", "error"
+
+_PR_SET_PDEATHSIG = 1  # from Linux's prctl.h
+
+Handler = Callable[[bytes], "bytes | None"]
+
+
+class Connection(NamedTuple):
+    """What a rank knows at its start.
+
+    setup: what rank 0 passed to `Ranks.start`.
+    folder: a private folder of all ranks, which rank 0 removes at the end.
+    """
+
+    rank: int
+    size: int
+    setup: dict[str, Any]
+    channel: Channel
+    folder: Path
+
+
+def connect(argv: Sequence[str]) -> Connection:
+    """Connect to rank 0; `argv` are the arguments of the process, as `Ranks.start` passes them.
+
+    From now on a thread sends a heartbeat, and the process ends when rank 0's process ends. It
+    ignores SIGINT: rank 0 ends it after Ctrl-C.
+    """
+    parser = argparse.ArgumentParser()
+    for name in ("rank", "size", "channel", "beats"):
+        parser.add_argument(f"--{name}", type=int, required=True)
+    given = parser.parse_args(argv)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _end_with_parent()
+    for fd in (given.channel, given.beats):
+        os.set_inheritable(fd, False)
+    channel = Channel(socket.socket(fileno=given.channel))
+    try:
+        name, payload = channel.receive()
+        channel.send(CONNECTED)
+    except ChannelClosed:
+        os._exit(1)  # rank 0 has ended
+    assert name == SETUP, name
+    start = json.loads(payload)
+    threading.Thread(target=_beat, args=(given.beats,), name="heartbeat", daemon=True).start()
+    return Connection(given.rank, given.size, start["setup"], channel, Path(start["folder"]))
+
+
+def serve(channel: Channel, handlers: Mapping[str, Handler]) -> None:
+    """Call the handler that each message names, in their order, until rank 0 closes the channel.
+
+    The result of a handler that `Ranks.ask` called is its answer. An error of a handler goes to
+    rank 0. Its traceback goes to stderr unless it is a ValueError, which is a user's mistake.
+    """
+    with contextlib.suppress(ChannelClosed):
+        while True:
+            name, payload = channel.receive()
+            name, _, number = name.partition(ASKS)
+            try:
+                answer = handlers[name](payload)
+            except Exception as error:
+                if not isinstance(error, ValueError):
+                    traceback.print_exc()
+                channel.send(ERROR + number, _error_bytes(error))
+            else:
+                if number:
+                    channel.send(ANSWER + number, answer or b"")
+
+
+def _error_bytes(error: Exception) -> bytes:
+    is_mistake = isinstance(error, ValueError)
+    return json.dumps([type(error).__name__, str(error), is_mistake]).encode()
+
+
+def _beat(fd: int) -> None:
+    """Write a byte to the pipe `fd` every second; end the process once nobody can read it.
+
+    Writing needs no answer, so a parent that is stopped or slow does no harm.
+    """
+    os.set_blocking(fd, False)
+    poll = select.poll()
+    poll.register(fd, 0)  # only errors: the other end is closed
+    while not poll.poll(1000 * BEAT_SECONDS):
+        with contextlib.suppress(OSError):  # a full pipe; a closed one ends the loop
+            os.write(fd, b".")
+    os._exit(1)
+
+
+def _end_with_parent() -> None:
+    """Ask Linux to kill this process when its parent ends, even if it is stopped then.
+
+    Elsewhere, or if the parent has ended before this call, the heartbeat notices it.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,0 +1,247 @@
+"""The thread of rank 0's process that starts the other ranks, watches them and ends them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import selectors
+import shutil
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from nanovllm.parallel.channel import ChannelClosed
+from nanovllm.parallel.process import RankProcess
+from nanovllm.parallel.serve import ANSWER, CONNECTED, ERROR
+
+logger = logging.getLogger(__name__)
+
+TICK_SECONDS = 0.25
+# After one rank has refused, the others get so long to refuse as well or to answer.
+GRACE_SECONDS = 3.0
+CLOSE_SECONDS = 3.0  # for ranks to end by themselves
+
+
+class RankFailed(RuntimeError):
+    """A rank has ended, hangs, or has raised an error that the others have not."""
+
+
+class Refusal(NamedTuple):
+    """The error of a handler: its type, its text, and whether it is a user's mistake."""
+
+    kind: str
+    text: str
+    is_mistake: bool
+
+    def error(self, rank: int) -> Exception:
+        """The error for rank 0 to raise: a user's mistake stays a ValueError."""
+        if self.is_mistake:
+            return ValueError(f"rank {rank}: {self.text}")
+        return RankFailed(f"rank {rank}: {self.kind}: {self.text}")
+
+
+class Question:
+    """The answers, by rank, to a message that was sent to all ranks."""
+
+    def __init__(self, number: int, num_ranks: int) -> None:
+        self.number, self.num_ranks = number, num_ranks
+        self.answers: dict[int, bytes] = {}
+        self.refusals: dict[int, Refusal] = {}
+        # who refused first, with what, and when; rank 0 does not count as one of the others
+        self.first_refusal: tuple[int, Refusal, float] | None = None
+
+    @property
+    def is_complete(self) -> bool:
+        return len(self.answers) + len(self.refusals) == self.num_ranks
+
+    @property
+    def is_refused_by_all(self) -> bool:
+        """Whether every rank raised the same error."""
+        return len(self.refusals) == self.num_ranks and len(set(self.refusals.values())) == 1
+
+    def refuse(self, rank: int, refusal: Refusal) -> None:
+        if self.first_refusal is None:
+            self.first_refusal = rank, refusal, time.monotonic()
+        if rank > 0:
+            self.refusals[rank] = refusal
+
+
+class Watch(threading.Thread):
+    """Starts ranks 1 … size - 1, and owns their processes and the folder until `end`.
+
+    Everything that must be undone is made and undone in this thread, where Ctrl-C never arrives.
+    After a failure it kills all ranks. `changed` is notified of answers and of a failure.
+    """
+
+    def __init__(self, setup: dict[str, Any], size: int, module: str, parent: Path | None) -> None:
+        super().__init__(name="ranks", daemon=True)
+        self._setup, self._size, self._module, self._parent = setup, size, module, parent
+        self.folder = Path()
+        self.processes: list[RankProcess] = []
+        self.failure: Exception | None = None
+        self.changed = threading.Condition()
+        self.question: Question | None = None
+        self.has_started = threading.Event()
+        self._callbacks: list[Callable[[Exception], None]] = []
+        self._wake, self._woken = socket.socketpair()
+        self.is_ending = False
+        self._pid = os.getpid()
+        self._selector = selectors.DefaultSelector()
+
+    def run(self) -> None:
+        try:
+            self._start_ranks()
+            self.has_started.set()
+            last = time.monotonic()
+            while not self.is_ending and self.failure is None:
+                for key, _ in self._selector.select(TICK_SECONDS):
+                    key.data()
+                now = time.monotonic()
+                # not the whole time: this process may have been stopped, and the ranks with it
+                self._tick(min(now - last, 2 * TICK_SECONDS))
+                last = now
+        except BaseException as error:
+            self.fail(error if isinstance(error, Exception) else RankFailed(repr(error)))
+        finally:
+            self._clean_up()
+            self.has_started.set()
+
+    def end(self) -> None:
+        """End all ranks and wait until nothing is left."""
+        if os.getpid() != self._pid:
+            return  # a fork of the process that started the ranks
+        self.is_ending = True
+        if self.is_alive() and threading.current_thread() is not self:
+            with contextlib.suppress(OSError):  # the thread is at its end
+                self._wake.send(b".")
+            self.join()
+
+    def fail(self, error: Exception) -> None:
+        """Make `error` the failure, unless there is one: kill all ranks, then tell who listens."""
+        with self.changed:
+            if self.failure is not None or self.is_ending:
+                return
+            self.failure = error
+            callbacks = tuple(self._callbacks)
+            self.changed.notify_all()
+        for process in self.processes:
+            process.kill()
+            process.channel.shut_down()  # a thread that waits to send goes on
+        for callback in callbacks:
+            _call(callback, error)
+
+    def call_on_failure(self, callback: Callable[[Exception], None]) -> None:
+        """Call it in this thread when the ranks fail; at once if they have failed."""
+        with self.changed:
+            self._callbacks.append(callback)
+            failure = self.failure
+        if failure is not None:
+            _call(callback, failure)
+
+    def _start_ranks(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="nanovllm-", dir=self._parent))  # mode 0700
+        self._selector.register(self._woken, selectors.EVENT_READ, lambda: None)
+        for rank in range(1, self._size):
+            if self.is_ending:
+                return
+            process = RankProcess(self._module, rank, self._size)
+            self.processes.append(process)
+            for source, action in (
+                (process.channel, self._receive),
+                (process.beats, RankProcess.note_beats),
+                (process.output, self._forward),
+            ):
+                call = _bound(action, process)
+                self._selector.register(source, selectors.EVENT_READ, call)
+            process.send_setup(self._setup, self.folder)
+
+    def _forward(self, process: RankProcess) -> None:
+        if not process.forward_output():
+            self._selector.unregister(process.output)
+
+    def _receive(self, process: RankProcess) -> None:
+        try:
+            for name, payload in process.channel.receive_available():
+                self._take(process, name, payload)
+        except (ChannelClosed, ValueError):
+            process.has_ended(seconds=1.0)
+            self.fail(RankFailed(process.ending()))
+
+    def _take(self, process: RankProcess, name: str, payload: bytes) -> None:
+        """Take a message of a rank."""
+        if name == CONNECTED:
+            process.is_connected = True
+            return
+        number = name.removeprefix(ANSWER).removeprefix(ERROR)
+        with self.changed:
+            question = self.question
+            if question is not None and number == str(question.number):
+                if name.startswith(ERROR):
+                    question.refuse(process.rank, Refusal(*json.loads(payload)))
+                else:
+                    question.answers[process.rank] = payload
+                self.changed.notify_all()
+                return
+        if name.startswith(ERROR):
+            self._fail_by(process.rank, Refusal(*json.loads(payload)))
+
+    def _fail_by(self, rank: int, refusal: Refusal) -> None:
+        """Fail with a rank's error, unless it has followed from the end of another rank."""
+        for _ in range(20):
+            for process in self.processes:
+                if process.has_ended():
+                    self.fail(RankFailed(process.ending()))
+                    return
+            if refusal.is_mistake:
+                break
+            time.sleep(0.01)
+        self.fail(refusal.error(rank))
+
+    def _tick(self, seconds: float) -> None:
+        """Look for ranks that have ended or hang, and for a question that will have no answer."""
+        for process in self.processes:
+            if process.has_ended() or process.is_hung(seconds):
+                self.fail(RankFailed(process.ending()))
+        question = self.question
+        if question is not None and question.first_refusal is not None:
+            rank, refusal, refused_at = question.first_refusal
+            if time.monotonic() > refused_at + GRACE_SECONDS:
+                self._fail_by(rank, refusal)
+
+    def _clean_up(self) -> None:
+        """End all ranks: those that have not failed have some seconds to end by themselves."""
+        for process in self.processes:
+            process.channel.shut_down()
+        deadline = time.monotonic() + (CLOSE_SECONDS if self.failure is None else 0.0)
+        while time.monotonic() < deadline and not all(one.has_ended() for one in self.processes):
+            for process in self.processes:
+                process.forward_output()  # nobody waits until a full pipe is read
+            time.sleep(0.01)
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            if not process.has_ended(seconds=5.0):
+                logger.warning("rank %d (process %d) cannot be killed", process.rank, process.pid)
+            process.close()
+        self._selector.close()
+        self._wake.close()
+        self._woken.close()
+        if self.folder != Path():
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _bound(action: Callable[[RankProcess], None], process: RankProcess) -> Callable[[], None]:
+    return lambda: action(process)
+
+
+def _call(callback: Callable[[Exception], None], error: Exception) -> None:
+    try:
+        callback(error)
+    except Exception:
+        logger.exception("a callback of failed ranks has failed")

@@ -1,0 +1,252 @@
+"""Ranks that die, stop or raise end the engine with an error that names them. Nothing is left."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from nanovllm import env
+from nanovllm.parallel.ranks import RankFailed, Ranks, deferred_interrupts
+from tests.parallel.started import MODULE, joined, started, wait_until_gone
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    before = time.monotonic()
+    yield
+    assert time.monotonic() - before < seconds
+
+
+def failed(ranks: Ranks) -> threading.Event:
+    """An event that is set when the ranks fail."""
+    event = threading.Event()
+    ranks.call_on_failure(lambda _: event.set())
+    return event
+
+
+def test_a_killed_rank_is_named_within_a_second(tmp_path: Path) -> None:
+    with started(4, tmp_path) as ranks:
+        ranks.ask("echo")
+        event = failed(ranks)
+        os.kill(ranks.pids[1], signal.SIGKILL)
+        with within(1):
+            assert event.wait(5)
+        for call in (ranks.check, lambda: ranks.tell("note"), lambda: ranks.ask("echo")):
+            with pytest.raises(RankFailed, match="rank 2 was ended by SIGKILL"):
+                call()
+        with within(3):
+            wait_until_gone(ranks.pids, 3)
+
+
+def test_rank_0_does_not_wait_in_a_collective_for_a_killed_rank(tmp_path: Path) -> None:
+    with started(3, tmp_path) as ranks:
+        group = joined(ranks)
+        threading.Timer(0.5, os.kill, (ranks.pids[0], signal.SIGKILL)).start()
+        with within(4), pytest.raises(RankFailed, match="rank 1 was ended by SIGKILL"):
+            ranks.together("wait_for_ranks", b"1", group.barrier)
+
+
+def test_a_stopped_rank_is_noticed_within_10_seconds(tmp_path: Path) -> None:
+    with started(3, tmp_path) as ranks:
+        group = joined(ranks)
+        os.kill(ranks.pids[1], signal.SIGSTOP)
+        with within(10), pytest.raises(RankFailed, match="rank 2 stopped answering"):
+            ranks.together("wait_for_ranks", b"0", group.barrier)
+
+
+def test_sending_to_a_rank_that_is_stuck_outside_python_does_not_last_for_ever(
+    tmp_path: Path,
+) -> None:
+    with started(2, tmp_path) as ranks:
+        ranks.ask("echo")
+        ranks.tell("block", b"100")
+        with within(10), pytest.raises(RankFailed, match="rank 1 stopped answering"):
+            for _ in range(100):
+                ranks.tell("note", bytes(1_000_000))
+
+
+def test_a_computation_that_keeps_pythons_lock_is_no_hang(tmp_path: Path) -> None:
+    with started(2, tmp_path) as ranks:
+        assert ranks.ask("compute", b"8") == [b"done"]
+
+
+def test_a_rank_that_waits_is_no_hang(tmp_path: Path) -> None:
+    with started(2, tmp_path) as ranks:
+        assert ranks.ask("sleep", b"8") == [b""]
+
+
+@pytest.mark.parametrize("kind, error", [("ValueError", ValueError), ("RuntimeError", RankFailed)])
+def test_an_error_of_one_rank_alone_ends_all(
+    kind: str, error: type[Exception], tmp_path: Path
+) -> None:
+    with started(3, tmp_path) as ranks:
+        payload = json.dumps([[2], kind, "another checkpoint"]).encode()
+        with within(5), pytest.raises(error, match=r"rank 2: .*another checkpoint"):
+            ranks.ask("refuse", payload)
+        with pytest.raises(error, match="another checkpoint"):
+            ranks.check()
+        wait_until_gone(ranks.pids, 3)
+
+
+def test_an_error_of_a_rank_for_which_the_others_wait_ends_all(tmp_path: Path) -> None:
+    with started(3, tmp_path) as ranks:
+        group = joined(ranks)
+        payload = json.dumps([[2], "ValueError", "another checkpoint"]).encode()
+        with within(6), pytest.raises(ValueError, match="rank 2: another checkpoint"):
+            ranks.together("refuse_or_wait", payload, group.barrier)
+
+
+def test_an_error_of_rank_0_alone_ends_all(tmp_path: Path) -> None:
+    def own() -> None:
+        raise ValueError("out of memory")
+
+    with started(3, tmp_path) as ranks:
+        joined(ranks)
+        with within(6), pytest.raises(ValueError, match="rank 0: out of memory"):
+            ranks.together("wait_for_ranks", b"0", own)
+        wait_until_gone(ranks.pids, 3)
+
+
+def test_an_error_after_tell_is_raised_by_a_later_call(tmp_path: Path) -> None:
+    with started(3, tmp_path) as ranks:
+        event = failed(ranks)
+        ranks.tell("refuse", json.dumps([[1, 2], "RuntimeError", "no memory"]).encode())
+        assert event.wait(5)
+        with pytest.raises(RankFailed, match=r"rank [12]: RuntimeError: no memory"):
+            ranks.tell("note")
+
+
+def test_a_rank_that_dies_during_start_is_named_with_its_last_lines(tmp_path: Path) -> None:
+    with started(3, tmp_path, dies=2) as ranks:
+        expected = r"rank 2 ended with exit code 3; its last lines:\n  the checkpoint is torn"
+        with within(10), pytest.raises(RankFailed, match=expected):
+            joined(ranks)
+
+
+def test_a_module_that_does_not_exist_is_an_error(tmp_path: Path) -> None:
+    ranks = Ranks.start({}, 2, "tests.parallel.nothing", tmp_path)
+    with (
+        within(10),
+        pytest.raises(RankFailed, match=r"rank 1 ended with exit code 1; (.|\n)*named"),
+    ):
+        ranks.ask("echo")
+    ranks.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_does_not_exist_is_an_error_and_starts_nothing(tmp_path: Path) -> None:
+    num_threads = threading.active_count()
+    with pytest.raises(OSError, match="nowhere"):
+        Ranks.start({}, 2, MODULE, tmp_path / "nowhere")
+    assert threading.active_count() == num_threads
+
+
+def test_a_rank_that_does_not_end_is_killed_on_close(tmp_path: Path) -> None:
+    with started(2, tmp_path) as ranks:
+        ranks.ask("echo")
+        ranks.tell("sleep", b"100")
+
+
+def test_interrupts_wait_until_all_ranks_have_been_told() -> None:
+    steps = []
+    with pytest.raises(KeyboardInterrupt), deferred_interrupts():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+        steps.append("all told")
+    assert steps == ["all told"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+# A program that starts ranks, prints their ids and then does the statement that follows.
+PROGRAM = """
+import sys, time
+from pathlib import Path
+from nanovllm.parallel.ranks import Ranks
+ranks = Ranks.start({{}}, 3, "tests.parallel.child", Path(sys.argv[1]))
+{ask}
+print(*ranks.pids, flush=True)
+{then}
+"""
+ASK = "ranks.ask('echo')"
+
+
+def run_program(folder: Path, ask: str, then: str) -> tuple[subprocess.Popen[str], list[int]]:
+    """Start PROGRAM in a session of its own; returns it and the ids of its ranks."""
+    program = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM.format(ask=ask, then=then), str(folder)],
+        env=env.for_children(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert program.stdout is not None
+    return program, [int(pid) for pid in program.stdout.readline().split()]
+
+
+def finish(program: subprocess.Popen[str], pids: list[int], seconds: float) -> str:
+    """Wait for the end of the program and of its ranks; returns its stderr."""
+    assert len(pids) == 2
+    _, error = program.communicate(timeout=seconds)
+    wait_until_gone(pids, seconds)
+    return error
+
+
+@pytest.mark.parametrize("ask", ["", ASK], ids=["during start", "when it waits"])
+def test_ctrl_c_leaves_nothing(ask: str, tmp_path: Path) -> None:
+    program, pids = run_program(tmp_path, ask, "ranks.ask('sleep', b'100')")
+    os.killpg(program.pid, signal.SIGINT)
+    error = finish(program, pids, 8)
+    assert "KeyboardInterrupt" in error and "rank " not in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interpreter_that_exits_ends_its_ranks(tmp_path: Path) -> None:
+    program, pids = run_program(tmp_path, ASK, "sys.exit(0)")
+    assert finish(program, pids, 8) == ""
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("prepare", ["", "ranks.tell('sleep', b'100')"], ids=["idle", "busy"])
+def test_ranks_end_when_rank_0_is_killed(prepare: str, tmp_path: Path) -> None:
+    program, pids = run_program(tmp_path, ASK + "\n" + prepare, "time.sleep(100)")
+    program.kill()
+    finish(program, pids, 3)
+
+
+def test_stopped_ranks_end_when_rank_0_is_killed(tmp_path: Path) -> None:
+    program, pids = run_program(tmp_path, ASK, "time.sleep(100)")
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    program.kill()
+    finish(program, pids, 3)
+
+
+def test_a_stopped_rank_0_does_not_take_its_ranks_for_hung(tmp_path: Path) -> None:
+    program, pids = run_program(tmp_path, ASK, "time.sleep(9); ranks.check(); print('well')")
+    for pid in (program.pid, *pids):
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(8)
+    for pid in (program.pid, *pids):
+        os.kill(pid, signal.SIGCONT)
+    assert finish(program, pids, 12) == ""
+
+
+def test_a_thread_that_started_ranks_may_end(tmp_path: Path) -> None:
+    made: list[Ranks] = []
+    start: Callable[[], None] = lambda: made.append(Ranks.start({}, 2, MODULE, tmp_path))  # noqa: E731
+    thread = threading.Thread(target=start)
+    thread.start()
+    thread.join()
+    assert made[0].ask("echo", b"x") == [b"x"]
+    made[0].close()
