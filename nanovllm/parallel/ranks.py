@@ -125,6 +125,10 @@ class Ranks:
         if self._watch.failure is not None:
             self._raise_failure()
 
+    def fail(self, error: Exception) -> None:
+        """Kill all ranks: this process has failed in the middle of what all do together."""
+        self._watch.fail(RankFailed(f"rank 0: {type(error).__name__}: {error}"))
+
     def call_on_failure(self, callback: Callable[[Exception], None]) -> None:
         """Call it with the failure, in another thread, when the ranks fail; at once if they have.
 

@@ -33,39 +33,39 @@ class MirroredRunner(Runner):
 
     def __init__(self, *args: Any, followers: Followers, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._followers, self._ranks = followers, followers.ranks
+        self._followers, self.ranks = followers, followers.ranks
 
     def launch(self, plan: StepPlan) -> Launched:
         """See `Runner.launch`. An error leaves the ranks with different states and ends them."""
         with deferred_interrupts():
-            self._ranks.tell("launch", plan.to_bytes())
+            self.ranks.tell("launch", plan.to_bytes())
             try:
                 launched = super().launch(plan)
             except Exception as error:
-                self._ranks.fail(error)
+                self.ranks.fail(error)
                 raise
-        return replace(launched, check=self._ranks.check)
+        return replace(launched, check=self.ranks.check)
 
     def prepare(self, edits: LogitEdits | None = None, *, has_penalties: bool = False) -> None:
         super().prepare(edits, has_penalties=has_penalties)
         if edits is not None or has_penalties:
             content = [None if edits is None else edits._asdict(), has_penalties]
-            self._ranks.ask("prepare", json.dumps(content).encode())
+            self.ranks.ask("prepare", json.dumps(content).encode())
 
     def add_embeddings(self, key: str, embeds: Tensor) -> None:
         super().add_embeddings(key, embeds)
-        self._ranks.ask("add_embeddings", safe.save({key: embeds.cpu().contiguous()}))
+        self.ranks.ask("add_embeddings", safe.save({key: embeds.cpu().contiguous()}))
 
     def drop_embeddings(self, keys: Iterable[str]) -> None:
         dropped = list(keys)
         super().drop_embeddings(dropped)
         if dropped:
-            self._ranks.tell("drop_embeddings", json.dumps(dropped).encode())
+            self.ranks.tell("drop_embeddings", json.dumps(dropped).encode())
 
     def decode_uncaptured(
         self, num_rows: int, watch: AbstractContextManager[object], rows: Sequence[int] = ()
     ) -> None:
-        self._ranks.tell("decode_uncaptured", json.dumps([num_rows, list(rows)]).encode())
+        self.ranks.tell("decode_uncaptured", json.dumps([num_rows, list(rows)]).encode())
         super().decode_uncaptured(num_rows, watch, rows)
 
     def close(self) -> None:

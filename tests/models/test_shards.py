@@ -80,6 +80,26 @@ def test_models_with_experts(case: Any, tmp_path: Path) -> None:
     check(case.save(tmp_path / "m"), 2, 96)
 
 
+def test_one_rank_compiles_for_all(tmp_path: Path) -> None:
+    folder, known = save_tiny(tmp_path / "m", vocab_size=99), sequences(99, *LENGTHS)
+    alone = engine_logits(harness.load(folder, "cpu", enforce_eager=True), known)
+    graphs = {
+        "enforce_eager": False,
+        "graph_batch_sizes": [4],
+        "compile_cache": str(tmp_path / "c"),
+    }
+    config = EngineConfig.from_options(str(folder), options(2, **graphs))
+
+    def work(group: ThreadGroup) -> tuple[int, int, list[torch.Tensor]]:
+        runner = load_rank(config, group)
+        counts = runner.compiler.num_compiled, runner.compiler.num_loaded
+        return *counts, engine_logits(runner, known)
+
+    (num_first, _, logits), (num_other, num_loaded, _) = on_ranks(2, work)
+    assert num_first > 0 and num_other == 0 and num_loaded >= num_first
+    assert max_difference(logits, alone) < TOLERANCE
+
+
 def test_parts_of_random_weights_are_those_of_one_model(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "m", vocab_size=99)
     choices = [
