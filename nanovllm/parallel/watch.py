@@ -132,7 +132,8 @@ class Watch(threading.Thread):
             self.changed.notify_all()
         for process in self.processes:
             process.kill()
-            process.channel.shut_down()  # a thread that waits to send goes on
+            # a thread that waits to send goes on, even if the process cannot be killed at once
+            process.channel.shut_down()
         for callback in callbacks:
             _call(callback, error)
 

@@ -217,9 +217,11 @@ def test_an_interpreter_that_exits_ends_its_ranks(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("prepare", ["", "ranks.tell('sleep', b'100')"], ids=["idle", "busy"])
-def test_ranks_end_when_rank_0_is_killed(prepare: str, tmp_path: Path) -> None:
-    program, pids = run_program(tmp_path, ASK + "\n" + prepare, "time.sleep(100)")
+@pytest.mark.parametrize("what", ["echo", "sleep", "block"])
+def test_ranks_end_when_rank_0_is_killed(what: str, tmp_path: Path) -> None:
+    then = f"ranks.tell({what!r}, b'100'); print(flush=True); time.sleep(100)"
+    program, pids = run_program(tmp_path, ASK, then)
+    assert program.stdout is not None and program.stdout.readline() == "\n"
     program.kill()
     finish(program, pids, 3)
 
@@ -233,12 +235,14 @@ def test_stopped_ranks_end_when_rank_0_is_killed(tmp_path: Path) -> None:
 
 
 def test_a_stopped_rank_0_does_not_take_its_ranks_for_hung(tmp_path: Path) -> None:
-    program, pids = run_program(tmp_path, ASK, "time.sleep(9); ranks.check(); print('well')")
-    for pid in (program.pid, *pids):
-        os.kill(pid, signal.SIGSTOP)
-    time.sleep(8)
-    for pid in (program.pid, *pids):
-        os.kill(pid, signal.SIGCONT)
+    program, pids = run_program(tmp_path, ASK, "time.sleep(10); ranks.check()")
+    for seconds in (2, 7):
+        for pid in (program.pid, *pids):
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(seconds)
+        for pid in (program.pid, *pids):
+            os.kill(pid, signal.SIGCONT)
+        time.sleep(0.5)
     assert finish(program, pids, 12) == ""
 
 
