@@ -6,7 +6,7 @@ import getpass
 import os
 import shlex
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,16 +107,9 @@ def set_default(name: str, value: str, *, also_over: str | None = None) -> None:
         os.environ[name] = _given[name] = value
 
 
-def cuda_devices(numbers: Iterable[int]) -> list[str]:
-    """CUDA's names of the devices that this process sees under these numbers."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = None if visible is None else [name.strip() for name in visible.split(",")]
-    return [str(number) if names is None else names[number] for number in numbers]
-
-
-def show_cuda_device(name: str) -> None:
-    """Let this process see one device alone. Call it before CUDA is used."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = name
+def replace(variables: Mapping[str, str]) -> None:
+    """Set libraries' variables in this process, which has not used these libraries yet."""
+    os.environ.update(variables)
 
 
 def for_children() -> dict[str, str]:

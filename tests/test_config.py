@@ -135,10 +135,7 @@ def test_gpu_memory_utilization_is_a_share(value: Any) -> None:
         ({"run_ahead": 2}, "run_ahead is 2: it must be 0 or 1"),
         ({"run_ahead": -1}, "run_ahead is -1: it must be 0 or 1"),
         ({"run_ahead": True}, "run_ahead is True: it must be 0 or 1"),
-        (
-            {"tensor_parallel_size": 2},
-            "tensor_parallel_size is 2: it must be 1: no other size is supported",
-        ),
+        ({"tensor_parallel_size": 0}, "tensor_parallel_size is 0: it must be at least 1"),
     ],
 )
 def test_what_is_not_supported_says_what_is(options: dict[str, Any], match: str) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 import platform as machine
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -190,6 +190,11 @@ class Platform(ABC):
 
     def enter_thread(self) -> None:
         """Prepare the calling thread to run steps. The thread that made the platform is ready."""
+
+    def rank_environment(self, rank: int, own: Mapping[str, str]) -> dict[str, str]:
+        """Variables that let a process with an environment like our own see the device of one rank
+        alone."""
+        return {}
 
     def share_cores(self, num_processes: int) -> None:
         """Use one of `num_processes` equal shares of the machine's cores. Call `prepare` first."""

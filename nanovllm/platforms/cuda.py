@@ -35,6 +35,8 @@ from nanovllm.platforms.regions import Region, SplitRegion
 KERNEL_OPS = STEP_OPS | {"fused_linear", "linear_", "norm_route"}
 
 
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+
 # Traits of GPUs of compute capability 7.5; `CudaPlatform` adds what newer GPUs support.
 TRAITS = Traits(
     name="cuda",
@@ -101,6 +103,10 @@ class CudaPlatform(Accelerator):
         triton_build.watch()
         triton_kernels.register()
         triton_step.register()
+
+    def rank_environment(self, rank: int, own: Mapping[str, str]) -> dict[str, str]:
+        visible = own.get(VISIBLE)
+        return {VISIBLE: str(rank) if visible is None else visible.split(",")[rank].strip()}
 
     def lowering(self) -> tuple[Lowering | None, str]:
         return inductor.lower_if_worth_it, ""

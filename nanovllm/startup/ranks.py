@@ -58,7 +58,9 @@ def start(choice: Choice) -> Team:
     setup = {
         "options": {**asdict(config), "compile_cache": store},
         "checkpoint": checkpoint_digest(choice.folder),
-        "devices": visible_devices(choice, size),
+        "environments": [
+            choice.platform.rank_environment(rank, env.for_children()) for rank in range(size)
+        ],
     }
     choice.platform.share_cores(size)
     ranks = Ranks.start(setup, size, __name__)
@@ -69,13 +71,6 @@ def start(choice: Choice) -> Team:
         ranks.close()
         raise
     return Team(group, ranks)
-
-
-def visible_devices(choice: Choice, size: int) -> list[str] | None:
-    """The device that each rank sees, by CUDA's names. None where ranks share the device."""
-    if choice.platform.device.type != "cuda":
-        return None
-    return env.cuda_devices(range(size))
 
 
 def checkpoint_digest(folder: Path) -> str:
@@ -90,8 +85,7 @@ def main() -> None:
     """A rank's process."""
     connection = connect(sys.argv[1:])
     setup = connection.setup
-    if setup["devices"] is not None:
-        env.show_cuda_device(setup["devices"][connection.rank])
+    env.replace(setup["environments"][connection.rank])
     log.configure()
     logging.getLogger("nanovllm").setLevel(logging.WARNING)  # the first rank says the same
     runner = load_rank(connection, setup)

@@ -77,7 +77,7 @@ def test_a_changed_ingredient_is_another_key(change: dict[str, Any]) -> None:
 IRRELEVANT = {
     "architecture": "LlamaForCausalLM", "num_layers": 1, "inv_freq": (2.0,) * 16, "rope_scale": 2.0,
     "max_position": 9, "tied_embeddings": False, "qk_norm": True, "qkv_bias": True,
-    "out_bias": True, "mlp_bias": True, "vocab_size": 9, "hidden_size": 9, "ffn_size": 9,
+    "out_bias": True, "mlp_bias": True, "hidden_size": 9, "ffn_size": 9,
     "dtype": torch.bfloat16,
 }  # fmt: skip
 

@@ -80,7 +80,7 @@ def layer_region(cfg: ModelConfig, window: int = 0) -> tuple[Callable[..., Any],
     torch.manual_seed(0)
     shape = (BLOCKS, BLOCK_SIZE, KV_HEADS, HEAD_DIM)
     model = dense_model(cfg, (window,))
-    drawn = weights.random(model, torch.device("cpu"), 0, int).layers[0]
+    drawn = weights.random(model, weights.Target(torch.device("cpu")), 0, int).layers[0]
     layer = type(drawn)(
         *(weight if weight is None else torch.randn(weight.shape) * 0.3 for weight in drawn)
     )

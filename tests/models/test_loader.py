@@ -34,7 +34,9 @@ def load(
     device: str = "cpu",
     progress: Callable[[int], object] = int,
 ) -> Params:
-    return weights.load(described(folder, dtype), folder, torch.device(device), progress)
+    return weights.load(
+        described(folder, dtype), folder, weights.Target(torch.device(device)), progress
+    )
 
 
 def change(folder: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
@@ -344,7 +346,7 @@ def test_an_unreadable_index_is_named(text: str, indexed: tuple[Path, dict[str, 
 def test_random_weights_depend_on_the_seed_alone(tiny: Path, device: str) -> None:
     model = described(tiny)
     first, again, other = (
-        weights.random(model, torch.device(device), seed, int) for seed in (0, 0, 1)
+        weights.random(model, weights.Target(torch.device(device)), seed, int) for seed in (0, 0, 1)
     )
     assert same(first, again)
     assert not same(first, other)
@@ -355,7 +357,7 @@ def test_random_weights_have_the_shapes_of_a_checkpoint(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path, "llama", attention_bias=True)
     model = described(folder, torch.bfloat16)
     drawn, loaded = (
-        weights.random(model, torch.device("cpu"), 0, int),
+        weights.random(model, weights.Target(torch.device("cpu")), 0, int),
         load(folder, torch.bfloat16),
     )
     assert drawn.head_VD is drawn.embed_VD

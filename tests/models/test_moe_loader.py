@@ -28,7 +28,7 @@ LAYER = "model.layers.1."
 def load(folder: Path) -> Params:
     hf = AutoConfig.from_pretrained(folder)
     model = registry.architecture(hf.architectures)(hf, dtype=torch.float32)
-    return weights.load(model, folder, torch.device("cpu"), int)
+    return weights.load(model, folder, weights.Target(torch.device("cpu")), int)
 
 
 @pytest.fixture(params=ARCHITECTURES)

@@ -154,7 +154,7 @@ def test_bytes_are_those_of_the_loaded_weights(
     """A decode step reads every weight, and the embedding table only if it is the head."""
     changes = {"mlp_bias": True, "attention_bias": True} if model_type == "llama" else {}
     model = described(model_type, tie_word_embeddings=tied, **changes)
-    params = weights.random(model, torch.device("cpu"), 0, int, weight_format)
+    params = weights.random(model, weights.Target(torch.device("cpu")), 0, int, weight_format)
     unique = {tensor.data_ptr(): tensor.nbytes for tensor in tensors(params)}
     assert model.param_bytes(weight_format) == sum(unique.values())
     is_head = params.head_VD is params.embed_VD
