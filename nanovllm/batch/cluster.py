@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+import signal
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nanovllm import env
 from nanovllm.config import EngineConfig
 
+# for the chunks on their way to replicas; Ray's own choice is a third of the machine's memory
+OBJECT_STORE_BYTES = 1 << 30
 MISSING = (
     "several replicas need Ray, which is not installed: pip install 'nanovllm[ray]', or use "
     "--no-ray for one engine"
@@ -30,15 +34,30 @@ def connect(address: str | None) -> Any:
         import ray
     except ImportError:
         raise ValueError(MISSING) from None
+    # Ray's own way to end on this signal would skip the job's
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        _init(ray, address)
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
+    return ray
+
+
+def _init(ray: Any, address: str | None) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     if address is None:
-        ray.init(address="local", include_dashboard=False, **quiet)
-        return ray
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            **quiet,
+        )
+        return
     try:
         ray.init(address=address, **quiet)
     except (ConnectionError, RuntimeError) as error:
         raise ValueError(f"no Ray cluster at {address!r}: {error}") from error
-    return ray
 
 
 def share(config: EngineConfig, num: int, nodes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
