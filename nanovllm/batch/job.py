@@ -121,6 +121,7 @@ class Job:
                     bar.set_postfix_str(f"{speed:.0f} tok/s, {summary.num_errors} errors")
             if self._source_state() != self._state:
                 raise ValueError(f"{self._source} has changed during the job")
+            assert not summary.num_left, f"{summary.num_left} rows have no result"
         finally:
             worker.close()
 
@@ -145,7 +146,7 @@ def _answers(lines: Iterator[Line], worker: Worker) -> Iterator[list[Result]]:
                 break
             order.expect(line)
             worker.submit(line)
-        if order.is_empty:
+        if order.is_empty and not more:
             return
         ready = order.put(worker.wait())
         if ready:

@@ -56,7 +56,10 @@ class Shuffling:
 
 @pytest.mark.parametrize("num", [0, 1, 19, 99, 989])
 @pytest.mark.parametrize("room", [1, 5, 1000])
-def test_results_are_in_the_order_of_the_lines(num: int, room: int) -> None:
+def test_results_are_in_the_order_of_the_lines(
+    num: int, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(output_module, "MAX_WAITING_BYTES", 37)
     lines = [Line(3 * i, b"x", 1) for i in range(num)]
     found = [one.row for some in job_module._answers(iter(lines), Shuffling(room)) for one in some]
     assert found == [line.row for line in lines]
