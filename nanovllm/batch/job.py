@@ -101,14 +101,8 @@ class Job:
             return
         worker = make_worker(summary.num_left)
         started = time.perf_counter()
-        bar = tqdm(
-            total=summary.num_rows,
-            initial=summary.num_before,
-            desc="rows",
-            unit="row",
-            disable=not show_progress,
-            dynamic_ncols=True,
-        )
+        counts: dict[str, Any] = {"total": summary.num_rows, "initial": summary.num_before}
+        bar = tqdm(unit="row", desc="rows", disable=not show_progress, dynamic_ncols=True, **counts)
         try:
             with bar, open(self._source, "rb") as file:
                 file.seek(self._scan.next_offset)

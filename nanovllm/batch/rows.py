@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 MAX_LINE_BYTES = 64 << 20
 BLOCK_BYTES = 1 << 20
@@ -62,7 +62,13 @@ class Scan:
     next_offset: int
 
 
-def read_lines(file: BinaryIO, row: int = 0) -> Iterator[Line]:
+class Readable(Protocol):
+    """What `read_lines` needs of a file."""
+
+    def readline(self, limit: int, /) -> bytes: ...
+
+
+def read_lines(file: Readable, row: int = 0) -> Iterator[Line]:
     """The lines from the file's position on, which is the beginning of line `row`.
 
     Blank lines are left out. At most MAX_LINE_BYTES of a line are in memory.
@@ -92,7 +98,7 @@ def scan(path: Path, last_row: int = -1) -> Scan:
     digest, position, num_rows, num_before, next_offset = hashlib.sha256(), 0, 0, 0, 0
     with open(path, "rb") as file:
         hashed = _Hashed(file, digest)
-        for line in read_lines(hashed):  # type: ignore[arg-type]
+        for line in read_lines(hashed):
             num_rows += 1
             if line.row <= last_row:
                 num_before += 1
