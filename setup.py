@@ -33,6 +33,7 @@ setup(
     ],
     packages=[
         "nanovllm",
+        "nanovllm.batch",
         "nanovllm.compat",
         "nanovllm.compile",
         "nanovllm.compile.lower",
@@ -66,12 +67,14 @@ setup(
     ],
     extras_require={
         "flash-attn": ["flash-attn>=2.5"],  # needs --no-build-isolation
+        "ray": ["ray>=2.50"],
         "triton": ["triton>=3.6; platform_system == 'Linux'"],
         "test": [
             "triton>=3.6; platform_system == 'Linux'",
             "pytest>=8",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
+            "ray>=2.50",
             "ruff>=0.9",
             "mypy>=1.14",
             "types-tqdm",

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PICTURE = ROOT / "docs" / "structure.svg"
 ROLES = {
     "llm": "prompts in, texts out",
+    "batch": "a file of prompts",
     "compat": "names of vLLM, nano-vllm",
     "engine": "requests, step by step",
     "tools": "report, profile, cache",

@@ -42,6 +42,20 @@ ALLOWED = {
     ),
     "startup": ("nanovllm.startup", *BELOW_STARTUP, *SETTINGS, "nanovllm.tokenizer"),
     "tools": ("nanovllm.tools", *BELOW_STARTUP, "nanovllm.startup", "nanovllm.engine", *SETTINGS),
+    "batch": (
+        "nanovllm.batch",
+        "nanovllm.engine",
+        "nanovllm.sharing",
+        "nanovllm.intake",
+        "nanovllm.prompts",
+        "nanovllm.chat",
+        "nanovllm.schedule",
+        "nanovllm.startup",
+        "nanovllm.platforms.preload",
+        "nanovllm.compat.engine_args",
+        "nanovllm.tools.command_line",
+        *SETTINGS,
+    ),
     "compat": ("nanovllm",),
     "": ("nanovllm",),  # files at the top of the package
 }

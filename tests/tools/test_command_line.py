@@ -54,7 +54,9 @@ def test_the_status_of_main_is_returned_and_faults_pass_through() -> None:
 
 
 def tools() -> list[Path]:
-    places = (ROOT, ROOT / "scripts", ROOT / "scripts" / "bench", ROOT / "nanovllm" / "tools")
+    package = ROOT / "nanovllm"
+    scripts = (ROOT, ROOT / "scripts", ROOT / "scripts" / "bench")
+    places = (*scripts, package / "tools", package / "batch")
     files = [path for place in places for path in sorted(place.glob("*.py"))]
     return [
         path

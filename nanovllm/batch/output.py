@@ -1,0 +1,161 @@
+"""The output of a batch job, and how a job that was stopped goes on.
+
+Rows are written in the order of the input, so the last whole line tells where to go on. Beside the
+output lies OUT.job, which says what the output belongs to.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from nanovllm.batch.results import Result
+from nanovllm.batch.rows import Line
+
+VERSION = 1
+BLOCK_BYTES = 1 << 20
+# One long answer holds back the rows after it. So many of them may finish in the meantime.
+MAX_WAITING, MAX_WAITING_BYTES = 8192, 256 << 20
+
+
+@dataclass(frozen=True)
+class Found:
+    """What an output holds. num_rows: its whole lines. last_row: the row of the last one, -1
+    without any. num_bytes: their length; what follows is the beginning of a row, which is cut."""
+
+    num_rows: int
+    last_row: int
+    num_bytes: int
+
+
+class Output:
+    """The output file, which one job at a time may write."""
+
+    def __init__(self, path: Path) -> None:
+        """Open or create the file. Raises OSError, and ValueError if another job writes to it."""
+        self.path, self.sidecar = path, Path(f"{path}.job")
+        self._file: BinaryIO = open(path, "a+b", buffering=0)  # noqa: SIM115 (closed by `close`)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise ValueError(f"another job writes to {path}") from None
+
+    def close(self) -> None:
+        """Write everything to the disk, and let other jobs use the file."""
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def find(self) -> Found:
+        """Read what is there. Raises ValueError if it is not the output of a batch job."""
+        self._file.seek(0)
+        num_rows, position, num_bytes, tail, last = 0, 0, 0, b"", b""
+        while block := self._file.read(BLOCK_BYTES):
+            tail += block
+            position += len(block)
+            whole, end, rest = tail.rpartition(b"\n")
+            if end:
+                num_rows += whole.count(b"\n") + 1
+                last, tail = whole.rpartition(b"\n")[2], rest
+                num_bytes = position - len(rest)
+        return Found(num_rows, self._row_of(last) if num_rows else -1, num_bytes)
+
+    def _row_of(self, line: bytes) -> int:
+        try:
+            row = json.loads(line)["row"]
+        except (ValueError, KeyError, TypeError):
+            row = None
+        if type(row) is not int or row < 0:
+            raise ValueError(
+                f"{self.path} is not the output of a batch job: its last line has no 'row'; "
+                "--overwrite replaces it"
+            )
+        return row
+
+    def check(self, job: Mapping[str, Any]) -> None:
+        """Raise ValueError if the rows in the output belong to another job."""
+        try:
+            before = json.loads(self.sidecar.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            before = None
+        except ValueError:
+            raise ValueError(f"{self.sidecar} is damaged; --overwrite starts anew") from None
+        if not isinstance(before, dict):
+            raise ValueError(f"{self.path} exists, but {self.sidecar} does not; use --overwrite")
+        now = _as_stored(job)
+        for name in (*now, *before):
+            if before.get(name) != now.get(name):
+                raise ValueError(
+                    f"{self.path} was written with another {name}: {_shown(before.get(name))}, not "
+                    f"{_shown(now.get(name))}; --overwrite starts anew"
+                )
+
+    def start(self, job: Mapping[str, Any]) -> None:
+        """Empty the output, and store what it will belong to."""
+        self._file.truncate(0)
+        os.fsync(self._file.fileno())
+        temporary = Path(f"{self.sidecar}.{os.getpid()}")
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(_as_stored(job), file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.sidecar)
+
+    def cut(self, num_bytes: int) -> None:
+        """Keep only the first `num_bytes`."""
+        self._file.truncate(num_bytes)
+
+    def append(self, lines: Iterable[bytes]) -> None:
+        """Add whole lines. When this returns, a kill of the process loses none of them."""
+        left = memoryview(b"".join(lines))
+        while left:
+            left = left[self._file.write(left) :]
+
+
+class InOrder:
+    """Brings results into the order in which their rows were read. It holds a limited number of
+    rows: those that were read, and are unfinished or finished before their turn."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[tuple[int, int]] = deque()  # (row, bytes of its line), in order
+        self._num_bytes = 0
+        self._done: dict[int, Result] = {}
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._waiting
+
+    def has_room(self) -> bool:
+        return len(self._waiting) < MAX_WAITING and self._num_bytes < MAX_WAITING_BYTES
+
+    def expect(self, line: Line) -> None:
+        self._waiting.append((line.row, line.num_bytes))
+        self._num_bytes += line.num_bytes
+
+    def put(self, results: Iterable[Result]) -> list[Result]:
+        """Take results in any order; returns those whose turn it is. A row has one result."""
+        for result in results:
+            assert result.row not in self._done, f"row {result.row} was answered twice"
+            self._done[result.row] = result
+        ready = []
+        while self._waiting and self._waiting[0][0] in self._done:
+            row, num_bytes = self._waiting.popleft()
+            self._num_bytes -= num_bytes
+            ready.append(self._done.pop(row))
+        return ready
+
+
+def _as_stored(job: Mapping[str, Any]) -> dict[str, Any]:
+    """The job as JSON gives it back."""
+    return json.loads(json.dumps({"version": VERSION, **job}, default=str))
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"

@@ -1,0 +1,167 @@
+"""The input of a batch job: a file with one JSON object per line.
+
+A line that is no valid row gives a `Refused`, never an error of the job.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+MAX_LINE_BYTES = 64 << 20
+BLOCK_BYTES = 1 << 20
+KEYS = ("prompt", "messages", "id", "params")
+BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line that is not blank.
+
+    row: its number in the file, from 0; blank lines count. num_bytes: its length, with the end of
+    line. text: None if it is longer than MAX_LINE_BYTES.
+    """
+
+    row: int
+    text: bytes | None
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """A valid row: either a prompt (text or token ids) or the messages of one conversation."""
+
+    id: Any
+    prompt: str | list[Any] | None
+    messages: list[Mapping[str, Any]] | None
+    params: Mapping[str, Any]
+
+
+class Refused(ValueError):
+    """A row that cannot be answered. `id` is the row's own, None if it is not known."""
+
+    def __init__(self, reason: str, row_id: Any = None) -> None:
+        super().__init__(reason)
+        self.id = row_id
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What one reading of the whole input tells. sha256: of all bytes. num_rows: lines that are not
+    blank. num_before: those up to and with the row asked for. next_offset: where the line after it
+    begins, in bytes."""
+
+    sha256: str
+    num_bytes: int
+    num_rows: int
+    num_before: int
+    next_offset: int
+
+
+class Readable(Protocol):
+    """What `read_lines` needs of a file."""
+
+    def readline(self, limit: int, /) -> bytes: ...
+
+
+def read_lines(file: Readable, row: int = 0) -> Iterator[Line]:
+    """The lines from the file's position on, which is the beginning of line `row`.
+
+    Blank lines are left out. At most MAX_LINE_BYTES of a line are in memory.
+    """
+    while text := file.readline(MAX_LINE_BYTES + 1):
+        num_bytes, whole = len(text), True
+        while not text.endswith(b"\n") and num_bytes > MAX_LINE_BYTES:
+            whole = False
+            text = file.readline(BLOCK_BYTES)
+            num_bytes += len(text)
+            if not text:
+                break
+        if row == 0 and whole:
+            text = text.removeprefix(BOM)
+        if not whole:
+            yield Line(row, None, num_bytes)
+        elif not text.isspace() and text:
+            yield Line(row, text, num_bytes)
+        row += 1
+
+
+def scan(path: Path, last_row: int = -1) -> Scan:
+    """Read the whole file once. `last_row`: the row to report the place after; -1: the beginning.
+
+    Raises OSError.
+    """
+    digest, position, num_rows, num_before, next_offset = hashlib.sha256(), 0, 0, 0, 0
+    with open(path, "rb") as file:
+        hashed = _Hashed(file, digest)
+        for line in read_lines(hashed):
+            num_rows += 1
+            if line.row <= last_row:
+                num_before += 1
+                next_offset = hashed.position
+        position = hashed.position
+    return Scan(digest.hexdigest(), position, num_rows, num_before, next_offset)
+
+
+class _Hashed:
+    """A file whose lines go through a digest as they are read. position: bytes read so far."""
+
+    def __init__(self, file: BinaryIO, digest: Any) -> None:
+        self._file, self._digest, self.position = file, digest, 0
+
+    def readline(self, limit: int) -> bytes:
+        text = self._file.readline(limit)
+        self._digest.update(text)
+        self.position += len(text)
+        return text
+
+
+def parse(line: Line) -> Row:
+    """The row of a line. Raises Refused for what is no row."""
+    if line.text is None:
+        raise Refused(f"the line has {line.num_bytes} bytes: at most {MAX_LINE_BYTES} are read")
+    try:
+        found = json.loads(line.text.decode("utf-8"), parse_constant=_refuse_constant)
+    except RecursionError:
+        raise Refused("the line is no valid JSON: it is nested too deeply") from None
+    except ValueError as error:
+        raise Refused(f"the line is no valid JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise Refused(f"the line is {_shown(found)}: it must be a JSON object")
+    row_id = found.get("id")
+    unknown = [key for key in found if key not in KEYS]
+    if unknown:
+        raise Refused(f"the row has the key {unknown[0]!r}: use {', '.join(KEYS)}", row_id)
+    try:
+        return _checked(row_id, found)
+    except Refused as error:
+        raise Refused(str(error), row_id) from None
+
+
+def _checked(row_id: Any, found: Mapping[str, Any]) -> Row:
+    given = [key for key in ("prompt", "messages") if found.get(key) is not None]
+    if len(given) != 1:
+        raise Refused(f"the row has {' and '.join(given) or 'no prompt'}: give prompt or messages")
+    prompt, messages, params = (found.get(key) for key in ("prompt", "messages", "params"))
+    if prompt is not None and not isinstance(prompt, (str, list)):
+        raise Refused(f"prompt is {_shown(prompt)}: it must be text or a list of token ids")
+    if messages is not None:
+        are_messages = isinstance(messages, list) and all(isinstance(m, dict) for m in messages)
+        if not are_messages or not messages:
+            raise Refused(f"messages is {_shown(messages)}: it must be a list of messages")
+    if params is not None and not isinstance(params, dict):
+        raise Refused(f"params is {_shown(params)}: it must be an object of sampling parameters")
+    return Row(row_id, prompt, messages, params or {})
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 100 else f"{text[:100]}…"
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON value")

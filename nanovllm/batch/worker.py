@@ -1,0 +1,159 @@
+"""Answers rows with one engine."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from nanovllm.batch import results
+from nanovllm.batch.results import Result
+from nanovllm.batch.rows import Line, Refused, Row, parse
+from nanovllm.chat import ChatOptions, render
+from nanovllm.config import EngineConfig
+from nanovllm.platforms import preload
+from nanovllm.prompts import Prompt, as_prompt
+from nanovllm.sampling import SamplingParams
+from nanovllm.startup.compile_farm.farm import CompileFarm
+
+if TYPE_CHECKING:
+    from nanovllm.sharing import SharedEngine
+
+ROWS_PER_SEQUENCE = 2  # rows in the engine for each sequence that runs
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What holds for all rows.
+
+    params: fields of SamplingParams, in place of the checkpoint's defaults; a row's own fields come
+    before them. chat: options of `LLM.chat`, for rows with messages.
+    """
+
+    params: Mapping[str, Any] = field(default_factory=dict)
+    chat: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for unknown names and for values that are not allowed."""
+        _known(self.params)
+        _one_answer(SamplingParams(**self.params))
+        ChatOptions.from_options(self.chat)
+
+
+class Worker(Protocol):
+    """Takes lines and gives results, in any order."""
+
+    def has_room(self) -> bool:
+        """Whether it wants another line now."""
+
+    def submit(self, line: Line) -> None: ...
+
+    def wait(self) -> list[Result]:
+        """Wait until lines are finished; returns their results. All must be submitted before."""
+
+    def close(self) -> None:
+        """Drop everything that is unfinished."""
+
+
+def load_engine(config: EngineConfig) -> SharedEngine:
+    """Load a model and warm up. Raises what `load` raises."""
+    with closing(CompileFarm.start(config)) as farm:
+        wait = preload.begin(config.device)
+        # This import takes long, because it imports torch: the farm starts in the meantime.
+        from nanovllm.engine import Engine
+        from nanovllm.sharing import SharedEngine
+        from nanovllm.startup.load import load
+
+        wait()
+        return SharedEngine(Engine(load(config, farm)))
+
+
+class EngineWorker:
+    """One engine. Several threads may each have an EngineWorker on the same engine."""
+
+    def __init__(self, shared: SharedEngine, settings: Settings) -> None:
+        self._shared, self._settings = shared, settings
+        self._owners: dict[int, tuple[int, Any]] = {}  # request id: (row, the row's own id)
+        self._refused: list[Result] = []
+        self._room = ROWS_PER_SEQUENCE * shared.engine.scheduler.max_num_seqs
+
+    def has_room(self) -> bool:
+        return len(self._owners) < self._room
+
+    def submit(self, line: Line) -> None:
+        try:
+            row = parse(line)
+        except Refused as error:
+            self._refused.append(results.failure(line.row, error.id, str(error)))
+            return
+        try:
+            prompt, params = self._prompt(row), self._params(row, line.row)
+            prompt = self._shared.engine.encoded(prompt)
+            with self._shared.exclusive() as engine:
+                request_id = engine.add_request(prompt, params, incremental=False)
+        except (ValueError, OverflowError, RecursionError) as error:
+            self._refused.append(results.failure(line.row, row.id, str(error)))
+            return
+        self._owners[request_id] = line.row, row.id
+
+    def wait(self) -> list[Result]:
+        finished, self._refused = self._refused, []
+        if finished or not self._owners:
+            return finished
+        for increment in self._shared.outputs(self._owners):
+            if increment.completion is not None:
+                row, row_id = self._owners.pop(increment.request_id)
+                finished.append(results.answer(row, row_id, increment.completion))
+        return finished
+
+    def close(self) -> None:
+        self._shared.drop(self._owners)
+        self._owners = {}
+
+    def answer(self, lines: list[Line]) -> list[Result]:
+        """The results of these lines, all of them."""
+        finished: list[Result] = []
+        for line in lines:
+            self.submit(line)
+        while len(finished) < len(lines):
+            finished += self.wait()
+        return finished
+
+    def _prompt(self, row: Row) -> Prompt:
+        if row.messages is None:
+            return as_prompt(row.prompt)
+        engine = self._shared.engine
+        if engine.tokenizer is None:
+            raise ValueError(f"{engine.config.model!r} has no chat template: give prompts")
+        options = ChatOptions.from_options(self._settings.chat)
+        return render(engine.tokenizer, row.messages, options)[0]
+
+    def _params(self, row: Row, number: int) -> SamplingParams:
+        """The row's parameters over those of the settings over the checkpoint's.
+
+        A seed that is drawn depends on the row alone, not on the other rows or the replica.
+        """
+        from nanovllm.intake import drawn_seed
+
+        engine = self._shared.engine
+        given = {**self._settings.params, **_known(row.params)}
+        params = _one_answer(dataclasses.replace(engine.default_params, **given))
+        if params.seed is None:
+            params.seed = drawn_seed(engine.config.seed, number)
+        return params
+
+
+def _known(params: Mapping[str, Any]) -> Mapping[str, Any]:
+    known = {one.name for one in dataclasses.fields(SamplingParams)}
+    for name in params:
+        if name not in known:
+            raise ValueError(f"params has {name!r}, which is no sampling parameter")
+    return params
+
+
+def _one_answer(params: SamplingParams) -> SamplingParams:
+    if params.n != 1:
+        raise ValueError(f"n is {params.n}: a row has one answer, so only 1 is supported")
+    return params

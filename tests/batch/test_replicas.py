@@ -1,0 +1,173 @@
+"""Replicas on a Ray cluster of two nodes on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nanovllm.batch import cluster, job, replicas, results
+from nanovllm.batch.replicas import Replicas
+from nanovllm.batch.rows import Line
+from nanovllm.batch.worker import Settings
+from nanovllm.config import EngineConfig
+
+ROOT = Path(__file__).parents[2]
+LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+NUM_ROWS = 2000
+
+
+@pytest.fixture(scope="module")
+def two_nodes() -> Iterator[Any]:
+    """A cluster of two nodes with one CPU each, on the loopback interface."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in LOOPBACK.items():  # read when Ray is imported
+            patch.setenv(name, value)
+        from ray.cluster_utils import Cluster
+
+        node = {
+            "num_cpus": 1, "object_store_memory": 100 << 20, "node_ip_address": "127.0.0.1",
+            "include_dashboard": False,
+        }  # fmt: skip
+        made = Cluster(initialize_head=True, head_node_args=node)
+        try:
+            made.second = made.add_node(**node)
+            yield made
+        finally:
+            made.shutdown()
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replicas without an engine. They die of the text "poison", and fail on the text "fault"."""
+
+    class Fake:  # pickled by value, since it is local
+        def place(self) -> None: ...
+
+        def load(self, config: Any, settings: Any) -> None:
+            if config.model == "none":
+                raise ValueError("there is no such model")
+
+        def answer(self, lines: list[Line]) -> list[Any]:
+            for line in lines:
+                if b"poison" in line.text:
+                    os._exit(1)
+                if b"fault" in line.text:
+                    raise RuntimeError("out of memory")
+            return [results.failure(line.row, None, str(os.getpid())) for line in lines]
+
+    monkeypatch.setattr(replicas, "Replica", Fake)
+
+
+def answers(made: Replicas, texts: list[bytes]) -> list[dict[str, Any]]:
+    lines = [Line(row, text, len(text)) for row, text in enumerate(texts)]
+    try:
+        found = [one for some in job._answers(iter(lines), made) for one in some]
+    finally:
+        made.close()
+    return [json.loads(result.line) for result in found]
+
+
+def make(address: str, num: int, num_rows: int, **options: Any) -> Replicas:
+    config = EngineConfig(options.pop("model", "tiny-qwen3"), device="cpu", **options)
+    return Replicas(config, Settings(), num, num_rows, address=address)
+
+
+@pytest.mark.parametrize("bad", ["poison", "fault"])
+def test_a_row_that_kills_its_replica_is_an_error_and_no_other_is(
+    bad: str, two_nodes: Any, fake: None
+) -> None:
+    texts = [b"good"] * 99
+    texts[37] = bad.encode()
+    found = answers(make(two_nodes.address, 2, 99), texts)
+    assert [one["row"] for one in found] == list(range(99))
+    lost = [one["row"] for one in found if "replicas were lost" in one["error"]]
+    assert lost == [37]
+
+
+def test_rows_go_to_all_replicas_in_order(two_nodes: Any, fake: None) -> None:
+    found = answers(make(two_nodes.address, 2, 989), [b"good"] * 989)
+    assert [one["row"] for one in found] == list(range(989))
+    assert len({one["error"] for one in found}) == 2
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_job(two_nodes: Any, fake: None) -> None:
+    with pytest.raises(ValueError, match="cannot load the model: there is no such model"):
+        answers(make(two_nodes.address, 1, 1, model="none"), [b"good"])
+
+
+def test_a_cluster_without_a_place_ends_the_job(
+    two_nodes: Any, fake: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replicas, "PLACE_S", 1.0)
+    monkeypatch.setattr(replicas, "POLL_S", 0.2)
+    # others take the CPUs between the check and the start
+    monkeypatch.setattr(cluster, "share", lambda *_: {"num_cpus": 3})
+    with pytest.raises(RuntimeError, match="has had no place for a replica for 1 s"):
+        answers(make(two_nodes.address, 1, 1), [b"good"])
+
+
+def test_a_cluster_that_is_too_small_is_an_error_at_once(two_nodes: Any, fake: None) -> None:
+    started = time.monotonic()
+    with pytest.raises(ValueError, match=r"3 replicas need 1 CPU each: the nodes .* have 1, 1"):
+        make(two_nodes.address, 3, 1)
+    assert time.monotonic() - started < 30
+
+
+def test_2000_rows_survive_the_loss_of_a_node(two_nodes: Any, tmp_path: Path) -> None:
+    """The last test of this cluster: it ends a node."""
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    rows = [{"id": f"id {i}", "prompt": f"{i} + {i % 7} ="} for i in range(NUM_ROWS)]
+    rows[19] = {"id": "id 19", "prompt": ""}
+    source.write_text("\n".join(map(json.dumps, rows)))
+    words = ["--params", '{"max_tokens": 1, "temperature": 0}', "--enforce-eager", "--no-progress"]
+    words += ["--device", "cpu", "--replicas", "2", "--ray-address", two_nodes.address]
+    line = [sys.executable, "-m", "nanovllm.batch", str(source), "-o", str(target), *words]
+    job = subprocess.Popen(
+        line, cwd=ROOT, env={**os.environ, **LOOPBACK}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not (target.exists() and target.read_bytes().count(b"\n") >= NUM_ROWS // 2):
+        assert job.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    num_before = target.read_bytes().count(b"\n")
+    two_nodes.remove_node(two_nodes.second, allow_graceful=False)
+    stdout, stderr = job.communicate(timeout=120)
+    assert job.returncode == 0, stderr
+    assert num_before < NUM_ROWS * 3 // 4 and "is lost, its rows are answered again" in stderr
+    found = [json.loads(one) for one in target.read_text().splitlines()]
+    assert [row["row"] for row in found] == list(range(NUM_ROWS))
+    assert [row["id"] for row in found] == [row["id"] for row in rows]
+    assert [row["row"] for row in found if "error" in row] == [19]
+    assert f"{NUM_ROWS:,} of {NUM_ROWS:,} rows written, 0 left; 1 errors" in stdout
+
+
+@pytest.mark.parametrize(
+    ("num", "cpus", "wanted"),
+    [(1, [16], 16), (2, [16], 8), (3, [16], 5), (2, [4, 2], 2), (2, [3, 3], 3), (6, [4, 2], 1)],
+)
+def test_replicas_on_cpus_get_equal_shares(num: int, cpus: list[int], wanted: int) -> None:
+    nodes = [{"CPU": float(one)} for one in cpus]
+    assert cluster.share(EngineConfig("m"), num, nodes) == {"num_cpus": wanted}
+
+
+def test_replicas_get_whole_gpus_where_there_are_some() -> None:
+    nodes = [{"CPU": 8.0, "GPU": 2.0}, {"CPU": 8.0, "GPU": 1.0}, {"CPU": 64.0}]
+    for device in ("auto", "cuda"):
+        found = cluster.share(EngineConfig("m", device=device), 3, nodes)
+        assert found == {"num_cpus": 0, "num_gpus": 1}
+    assert cluster.share(EngineConfig("m", device="cpu"), 4, nodes) == {"num_cpus": 16}
+    with pytest.raises(ValueError, match=r"4 replicas need 1 GPU\(s\) each, .* have 2, 1, 0"):
+        cluster.share(EngineConfig("m"), 4, nodes)
+    with pytest.raises(ValueError, match="have 0"):
+        cluster.share(EngineConfig("m", device="cuda"), 1, [{"CPU": 8.0}])
+    with pytest.raises(ValueError, match="device is 'cuda:1': Ray gives each replica its device"):
+        cluster.share(EngineConfig("m", device="cuda:1"), 1, nodes)
