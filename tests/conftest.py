@@ -21,9 +21,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect tests marked `gpu` if there is no GPU. A skip would mean that something is wrong."""
-    if not torch.cuda.is_available():
-        left_out = [item for item in items if item.get_closest_marker("gpu")]
+    """Deselect tests that need more GPUs than there are. A skip means that something is wrong."""
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    missing = [name for name, needed in (("gpu", 1), ("gpus", 2)) if num_gpus < needed]
+    left_out = [item for item in items if any(map(item.get_closest_marker, missing))]
+    if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
 

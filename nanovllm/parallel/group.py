@@ -96,7 +96,11 @@ class Group:
     def min_int(self, value: int) -> int:
         """The smallest value of all ranks. Waits for all of them and for the device."""
         number = torch.tensor([value], dtype=torch.int64, device=self.device)
-        return int(self._reduced(number, self._min_reduce).item())
+        self._reduced(number, self._min_reduce)
+        with self._explained():
+            least = int(number.item())
+        self._check()  # after `abort` the device has gone on with any number
+        return least
 
     def barrier(self) -> None:
         """Wait until all ranks are here and their devices have done what came before."""

@@ -20,6 +20,9 @@ from nanovllm.parallel.serve import BEAT_SECONDS, SETUP
 # it may wait for files that it imports.
 SILENT_SECONDS, SILENT_SECONDS_AT_START = 6.0, 60.0
 _LATE_SECONDS = 1.5 * BEAT_SECONDS  # a heartbeat is missing
+# So much processor time is a computation. Threads that wait for Python's lock look for it 200 times
+# a second, which adds up to 0.02 s in some seconds.
+_BUSY_SECONDS = 0.1
 _LAST_LINES = 12
 _PIECE_BYTES = 1 << 16
 
@@ -105,7 +108,7 @@ class RankProcess:
         if self._silent_seconds < _LATE_SECONDS:
             return False
         used = self._used_cpu_seconds()
-        if used > self._cpu_seconds + 0.02:  # twice the unit in which Linux counts
+        if used > self._cpu_seconds + _BUSY_SECONDS:
             self._silent_seconds, self._cpu_seconds = _LATE_SECONDS, used
         limit = SILENT_SECONDS if self.is_connected else SILENT_SECONDS_AT_START
         return self._silent_seconds >= limit

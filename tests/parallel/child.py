@@ -23,12 +23,20 @@ class Rank:
         self.group: Any = None
         self.told: list[str] = []
 
-    def join(self, _: bytes) -> None:
+    def join(self, kind: bytes) -> None:
+        """Make the group, on the CPU or on the device of this rank."""
         import torch
 
         from nanovllm.parallel.group import Group
 
-        self.group = Group(self.rank, self.size, torch.device("cpu"), self.folder)
+        device = torch.device(kind.decode(), self.rank) if kind != b"cpu" else torch.device("cpu")
+        self.group = Group(self.rank, self.size, device, self.folder)
+
+    def captured(self, payload: bytes) -> bytes:
+        """`captured_sums` of this rank as JSON."""
+        from tests.parallel.captured import captured_sums
+
+        return json.dumps(captured_sums(self.group, int(payload))).encode()
 
     def sums(self, payload: bytes) -> bytes:
         """Sum and gather a tensor of this rank; the results' numbers as JSON."""

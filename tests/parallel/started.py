@@ -32,11 +32,11 @@ def started(size: int, folder: Path, **setup: Any) -> Iterator[Ranks]:
         assert not list(folder.iterdir())
 
 
-def joined(ranks: Ranks) -> Group:
+def joined(ranks: Ranks, kind: str = "cpu") -> Group:
     """Rank 0's group, after all ranks have made theirs; a failure aborts it."""
-    device, size = torch.device("cpu"), len(ranks.pids) + 1
+    device, size = torch.device(kind, 0), len(ranks.pids) + 1
     group, _ = ranks.together(
-        "join", b"", lambda: Group(0, size, device, ranks.folder, ranks.check)
+        "join", kind.encode(), lambda: Group(0, size, device, ranks.folder, ranks.check)
     )
     ranks.call_on_failure(lambda _: group.abort())
     return group
