@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +19,7 @@ from nanovllm.parallel.watch import RankFailed
 from tests.conftest import save_tiny
 from tests.engines import greedy, random_prompts, tokens
 
+ROOT = Path(__file__).parents[2]
 PROMPTS = random_prompts([1, 19, 70, 33])
 SIZES = {
     "device": "cpu",
@@ -218,3 +221,30 @@ def test_too_many_ranks_for_the_heads(folder: Path) -> None:
 def test_sleep_is_refused(two: LLM) -> None:
     with pytest.raises(ValueError, match="sleep is not supported with tensor_parallel_size=2"):
         two.sleep()
+
+
+def test_ctrl_c_ends_a_call_and_leaves_no_rank(folder: Path) -> None:
+    """In a process of its own: one interrupt in the middle of an answer, then the end."""
+    program = f"""
+import signal, sys, threading, os
+from pathlib import Path
+from tests.engine.test_tensor_parallel import make, pids, prompts, tokens
+from tests.engines import greedy
+
+def main():
+    llm = make(Path({str(folder)!r}), 2)
+    expected = tokens(llm, prompts(), greedy(4))
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    try:
+        while True:
+            tokens(llm, prompts(), greedy(50))
+    except KeyboardInterrupt:
+        print("interrupted", tokens(llm, prompts(), greedy(4)) == expected, *pids(llm), flush=True)
+
+main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, cwd=ROOT
+    )
+    assert done.stdout.startswith("interrupted True "), done.stdout + done.stderr
+    assert not any(is_alive(int(pid)) for pid in done.stdout.split()[2:])
