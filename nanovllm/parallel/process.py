@@ -18,7 +18,7 @@ from nanovllm.parallel.serve import BEAT_SECONDS, SETUP
 
 # A rank hangs if it is silent, and uses no processor, for so many seconds; before it has connected
 # it may wait for files that it imports.
-SILENT_SECONDS, SILENT_SECONDS_AT_START = 6.0, 60.0
+SILENT_SECONDS, SILENT_SECONDS_AT_START = 5.0, 60.0
 _LATE_SECONDS = 1.5 * BEAT_SECONDS  # a heartbeat is missing
 # So much processor time is a computation. Threads that wait for Python's lock look for it 200 times
 # a second, which adds up to 0.02 s in some seconds.

@@ -22,7 +22,7 @@ class Ranks:
     """Ranks 1 … size - 1, each a process. Make it with `start`; use it from one thread at a time.
 
     What is noticed, and how soon: a rank that has ended, within a second; an error of a handler, at
-    once; a rank that is stopped (SIGSTOP) or stuck outside Python, so that for 6 seconds it neither
+    once; a rank that is stopped (SIGSTOP) or stuck outside Python, so that for 5 seconds it neither
     sends a heartbeat nor uses a processor, within 8 seconds (62 before it has connected). Not
     noticed: a rank whose Python waits for ever, since its heartbeats go on, and one that computes
     for ever. Compiling, loading and long computations are not taken for a hang.
