@@ -6,10 +6,13 @@ plan, so the others never answer, except to say that memory was allocated.
 
 from __future__ import annotations
 
+import atexit
 import json
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 from safetensors import torch as safe
@@ -34,6 +37,9 @@ class MirroredRunner(Runner):
     def __init__(self, *args: Any, followers: Followers, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._followers, self.ranks = followers, followers.ranks
+        # at the interpreter's exit captured graphs must end before the group that is in them
+        self._at_exit = partial(_close, weakref.ref(self))
+        atexit.register(self._at_exit)
 
     def launch(self, plan: StepPlan) -> Launched:
         """See `Runner.launch`. An error leaves the ranks with different states and ends them."""
@@ -69,10 +75,17 @@ class MirroredRunner(Runner):
         super().decode_uncaptured(num_rows, watch, rows)
 
     def close(self) -> None:
+        atexit.unregister(self._at_exit)
         try:
             super().close()  # before the group: NCCL waits for captured graphs
         finally:
             self._followers.close()
+
+
+def _close(found: weakref.ref[MirroredRunner]) -> None:
+    runner = found()
+    if runner is not None:
+        runner.close()
 
 
 def handlers(runner: Runner) -> dict[str, Callable[[bytes], bytes | None]]:
