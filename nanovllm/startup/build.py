@@ -67,8 +67,6 @@ def build(
         bar.set_description(f"building {what}")
         bar.update()
 
-    if group is not None:
-        group.min_int(0)  # the first rank's workers have compiled all kernels
     runner, num_blocks, budget = with_cache(choice, new_runner)
     runner.warm_up(building)
     laps.end(stage)

@@ -73,7 +73,7 @@ def load(config: EngineConfig, farm: CompileFarm | None = None) -> Loaded:
             return load_chosen(choice, farm, laps)
         team = ranks.start(choice)
         try:
-            return load_chosen(choice, farm, laps, team.group, team.make_runner)
+            return load_chosen(choice, farm, laps, team.connect, team.make_runner)
         except BaseException:
             team.close()
             raise
@@ -83,10 +83,11 @@ def load_chosen(
     choice: Choice,
     farm: CompileFarm,
     laps: Laps,
-    group: Communicator | None = None,
+    connect: Callable[[], Communicator | None] = lambda: None,
     make: Callable[..., Runner] = Runner,
 ) -> Loaded:
-    """The rest of `load`, for one rank of `group`. `make` makes the runner."""
+    """The rest of `load`, for one rank: `connect` waits for the others and returns their group,
+    None on one rank. `make` makes the runner."""
     config = choice.config
     with ExitStack() as stack:
         if choice.num_workers:
@@ -103,7 +104,7 @@ def load_chosen(
         params, tokenizer = _load_weights(choice, place, farm, bar, laps)
         bar.unit = " buckets"
         bar.reset(len(choice.spec.layout.buckets) if choice.spec.layout.pad else 0)
-        built = build(choice, params, bar, laps, group, make)
+        built = build(choice, params, bar, laps, connect(), make)
     if choice.spec.offload is not None:
         logger.info("experts: %s", choice.spec.offload)
     num_bytes = choice.model.param_bytes(choice.spec.weight_format)

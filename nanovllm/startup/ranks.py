@@ -6,9 +6,10 @@ import logging
 import os
 import sys
 from dataclasses import asdict, replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from nanovllm import env, hub, log
 from nanovllm.parallel.serve import Connection, connect, serve
@@ -22,11 +23,23 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class Team(NamedTuple):
-    """What the first rank of several has besides its own part of the model."""
+class Team:
+    """The other ranks, as the first one sees them. Make it with `start`."""
 
-    group: Group
-    ranks: Ranks
+    def __init__(self, choice: Choice, ranks: Ranks) -> None:
+        self._size, self._device = choice.shard.size, choice.platform.device
+        self.ranks = ranks
+        self._group: Group | None = None
+
+    def connect(self) -> Group:
+        """The group of all ranks, once all of them have read their weights."""
+        from nanovllm.parallel.group import Group
+
+        ranks = self.ranks
+        group = Group(0, self._size, self._device, ranks.folder, ranks.check)
+        self._group = group
+        ranks.call_on_failure(lambda error: group.abort())
+        return group
 
     def make_runner(self, *args: Any, **kwargs: Any) -> Runner:
         from nanovllm.runner.mirrored import MirroredRunner
@@ -36,16 +49,16 @@ class Team(NamedTuple):
     def close(self) -> None:
         """End the other ranks. Nothing of them is left."""
         self.ranks.close()
-        self.group.close()
+        if self._group is not None:
+            self._group.close()
 
 
 def start(choice: Choice) -> Team:
     """Start the other ranks, which read their parts of the weights meanwhile.
 
-    Raises RankFailed, and ValueError for more ranks than devices, or if a rank sees another
-    checkpoint.
+    Raises ValueError for more ranks than devices. `Team.connect` raises RankFailed, also for a rank
+    that sees another checkpoint.
     """
-    from nanovllm.parallel.group import Group
     from nanovllm.parallel.ranks import Ranks
 
     config, size, traits = choice.config, choice.shard.size, choice.platform.traits
@@ -63,14 +76,7 @@ def start(choice: Choice) -> Team:
         ],
     }
     choice.platform.share_cores(size)
-    ranks = Ranks.start(setup, size, __name__)
-    try:
-        group = Group(0, size, choice.platform.device, ranks.folder, ranks.check)
-        ranks.call_on_failure(lambda error: group.abort())
-    except BaseException:
-        ranks.close()
-        raise
-    return Team(group, ranks)
+    return Team(choice, Ranks.start(setup, size, __name__))
 
 
 def checkpoint_digest(folder: Path) -> str:
@@ -120,9 +126,9 @@ def load_rank(connection: Connection, setup: dict[str, Any]) -> Runner:
     choice = replace(choice, shard=Shard(rank, size))
     choice.prepare_kernels()
     platform.share_cores(size)
-    group = Group(rank, size, platform.device, connection.folder)
+    connect = partial(Group, rank, size, platform.device, connection.folder)
     with closing(CompileFarm(config)) as farm:
-        return load_chosen(choice, farm, Laps(), group).runner
+        return load_chosen(choice, farm, Laps(), connect).runner
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import torch
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.parallel.watch import RankFailed
+from nanovllm.startup import ranks
 from tests.conftest import save_tiny
 from tests.engines import greedy, random_prompts, tokens
 
@@ -248,3 +249,11 @@ main()
     )
     assert done.stdout.startswith("interrupted True "), done.stdout + done.stderr
     assert not any(is_alive(int(pid)) for pid in done.stdout.split()[2:])
+
+
+def test_a_rank_that_sees_another_checkpoint_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranks, "checkpoint_digest", lambda folder: "of another checkpoint")
+    with pytest.raises(RankFailed, match=r"rank 1 sees another checkpoint than rank 0 in .*model"):
+        make(folder, 2)

@@ -48,7 +48,7 @@ def load_rank(config: EngineConfig, group: ThreadGroup) -> Runner:
     choice = choose_without_weights(config)
     choice = replace(choice, shard=Shard(group.rank, group.size))
     farm = CompileFarm(config)
-    return load_chosen(choice, farm, Laps(), group).runner
+    return load_chosen(choice, farm, Laps(), lambda: group).runner
 
 
 def check(folder: Path, size: int, vocab_size: int, **changes: Any) -> None:
