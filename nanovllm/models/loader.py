@@ -148,7 +148,8 @@ def _padded(source: str, part: Tensor, cut: Cut) -> tuple[str, Tensor, Cut]:
     """What to read; the rows of `part` for which there is nothing are zeroed."""
     num = (cut.stop - cut.start) * cut.unit * cut.num_runs
     flat = part.view(-1)
-    flat[num:].zero_()
+    if num < len(flat):
+        flat[num:].zero_()
     return source, flat[:num], cut
 
 

@@ -46,7 +46,8 @@ def two_nodes() -> Iterator[Any]:
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replicas without an engine. They die of the text "poison", and fail on the text "fault"."""
+    """Replicas without an engine. They die of the text "poison", and fail on the text "fault". With
+    "meet FOLDER" they wait for a second replica with such a row."""
 
     class Fake:  # pickled by value, since it is local
         def place(self) -> None: ...
@@ -61,6 +62,11 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> None:
                     os._exit(1)
                 if b"fault" in line.text:
                     raise RuntimeError("out of memory")
+                if line.text.startswith(b"meet "):
+                    folder = Path(line.text[5:].decode())
+                    (folder / str(os.getpid())).touch()
+                    while len(list(folder.iterdir())) < 2:
+                        time.sleep(0.01)
             return [results.failure(line.row, None, str(os.getpid())) for line in lines]
 
     monkeypatch.setattr(replicas, "Replica", Fake)
@@ -92,8 +98,8 @@ def test_a_row_that_kills_its_replica_is_an_error_and_no_other_is(
     assert lost == [37]
 
 
-def test_rows_go_to_all_replicas_in_order(two_nodes: Any, fake: None) -> None:
-    found = answers(make(two_nodes.address, 2, 989), [b"good"] * 989)
+def test_rows_go_to_all_replicas_in_order(two_nodes: Any, fake: None, tmp_path: Path) -> None:
+    found = answers(make(two_nodes.address, 2, 989), [f"meet {tmp_path}".encode()] * 989)
     assert [one["row"] for one in found] == list(range(989))
     assert len({one["error"] for one in found}) == 2
 

@@ -69,9 +69,10 @@ def test_linear_weights_take_a_quarter_and_all_else_stays(tmp_path: Path, tied: 
     folder = save_tiny(tmp_path, tie_word_embeddings=tied)
     model = described(folder)
     plain, stored = (
-        weights.load(model, folder, torch.device("cpu"), int, how) for how in ("plain", "int8")
+        weights.load(model, folder, weights.Target(torch.device("cpu")), int, how)
+        for how in ("plain", "int8")
     )
-    as_random = weights.random(model, torch.device("cpu"), 0, int, "int8")
+    as_random = weights.random(model, weights.Target(torch.device("cpu")), 0, int, "int8")
     declared = model.declared[1]
     linear = [name for name, param in declared.items() if param.kind == "linear"]
     assert sorted(linear) == ["down_DF", "gate_up_GD", "out_DQ", "qkv_ED"]

@@ -41,7 +41,7 @@ def layer_config(*, biased: bool, qk_norm: bool) -> ModelConfig:
 def last_layer(cfg: ModelConfig) -> tuple[Any, dict[str, object]]:
     """The region and its inputs: prompts of LENGTHS tokens in own blocks, padding on block 0."""
     model = dense_model(cfg)
-    drawn = weights.random(model, torch.device("cpu"), 0, int).layers[0]
+    drawn = weights.random(model, weights.Target(torch.device("cpu")), 0, int).layers[0]
     layer = type(drawn)(
         *(weight if weight is None else torch.randn(weight.shape) * 0.3 for weight in drawn)
     )

@@ -89,14 +89,12 @@ def make_up_device() -> None:
     torch.cuda.get_device_capability = lambda device=None: (9, 0)  # type: ignore[assignment]
     choose.select_platform = lambda config: Platform()
 
-    def empty(
-        model: Any, device: torch.device, seed: int, progress: Any, *how: Any, **memory: Any
-    ) -> Any:
+    def empty(model: Any, target: weights.Target, seed: int, progress: Any, how: str) -> Any:
         # without a generator, which would need the device
         def make(param: Any) -> Tensor:
-            return torch.empty(param.shape, dtype=model.config.dtype, device=device)
+            return torch.empty(param.shape, dtype=model.config.dtype, device=target.device)
 
-        return weights.build(model, make, progress, *how, **memory)
+        return weights.build(model, make, progress, how, target.place)
 
     weights.random = empty  # type: ignore[assignment]
 

@@ -237,7 +237,7 @@ class Offloader:
         residents = self._shared or self._new_residents(both)
         if self.plan.is_shared:
             self._shared = residents
-        _fill(residents, first, both)
+            _fill(residents, first, both)
         return Offloaded(
             self._host.seen(gate_up_EGD),
             self._host.seen(down_EDF),
@@ -248,12 +248,17 @@ class Offloader:
         )
 
     def _new_residents(self, both: tuple[Tensor, Tensor]) -> Residents:
-        """Slots in which the first ids live, which are still to be copied there."""
+        """Slots in which the first ids live. Those of shared slots are still to be copied there."""
         plan, num_experts, device = self.plan, both[0].shape[0], self._device
+        if plan.is_shared:
+            slots = _entries(plan.num_slots, both, device)
+        else:
+            gate_up, down = (one.narrow(0, 0, plan.num_slots) for one in both)
+            slots = gate_up.to(device, copy=True), down.to(device, copy=True)
         num_ids = num_experts * (plan.num_layers if plan.is_shared else 1)
         slot_I, owner_S = _first_tables(num_ids, num_experts, plan.num_slots)
         return Residents(
-            *_entries(plan.num_slots, both, device),
+            *slots,
             slot_I.to(device),
             owner_S.to(device),
             torch.zeros(plan.num_slots, dtype=torch.int64, device=device),
