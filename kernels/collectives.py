@@ -16,6 +16,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from nanovllm.kernels import reference
+from nanovllm.kernels.peers import Peers
+
 
 class Communicator(Protocol):
     """The ranks of one engine, and this process's place among them."""
@@ -24,6 +27,10 @@ class Communicator(Protocol):
     def rank(self) -> int: ...
     @property
     def size(self) -> int: ...
+    @property
+    def peers(self) -> Peers | None:
+        """Memory of all ranks that kernels can read; None if there is none."""
+        ...
 
     def all_reduce(self, x: Tensor) -> object:
         """Replace x by its sum over the ranks: the same bits on every rank."""
@@ -70,6 +77,13 @@ def all_reduce_(x: Tensor, residual: Tensor | None = None) -> None:
     current().all_reduce(x)
     if residual is not None:
         x += residual
+
+
+def all_reduce_norm(
+    x: Tensor, residual: Tensor, weight_D: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """(rms_norm(sum), sum) of the sum over the ranks plus the residual."""
+    return reference.add_rms_norm(all_reduce(x), residual, weight_D, eps)
 
 
 def gather_columns(x_RW: Tensor, num_columns: int) -> Tensor:

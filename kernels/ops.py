@@ -115,6 +115,14 @@ all_reduce_ = _define(
     collectives.all_reduce_,
     lambda x, residual=None: None,
 )
+all_reduce_norm = _define(
+    "all_reduce_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)",
+    collectives.all_reduce_norm,
+    lambda x, residual, weight, eps: (
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+    ),
+)
 gather_columns = _define(
     "gather_columns(Tensor x, int num_columns) -> Tensor",
     collectives.gather_columns,
@@ -314,6 +322,7 @@ __all__ = [
     "advance",
     "all_reduce",
     "all_reduce_",
+    "all_reduce_norm",
     "decode_inputs",
     "expert_linear",
     "experts",

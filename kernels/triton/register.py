@@ -7,6 +7,12 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels import ops
+from nanovllm.kernels.triton.all_reduce import (
+    all_reduce,
+    all_reduce_,
+    all_reduce_norm,
+    gather_columns,
+)
 from nanovllm.kernels.triton.attention_decode import paged_attention_decode
 from nanovllm.kernels.triton.attention_prefill import paged_attention_prefill
 from nanovllm.kernels.triton.experts import expert_linear, experts, offloaded_experts
@@ -69,6 +75,10 @@ def register() -> None:
         ops.register_kernels(
             "CUDA",
             {
+                "all_reduce": all_reduce,
+                "all_reduce_": all_reduce_,
+                "all_reduce_norm": all_reduce_norm,
+                "gather_columns": gather_columns,
                 "rms_norm": rms_norm,
                 "add_rms_norm": add_rms_norm,
                 "silu_mul": silu_mul,

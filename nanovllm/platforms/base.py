@@ -26,7 +26,9 @@ from nanovllm.platforms.regions import Region, SplitRegion
 # Ops whose meaning in plain torch reads the routing on the host, so that it cannot be traced.
 OFFLOAD_OPS = ("fetch_experts", "stream_experts", "offloaded_experts")
 # Ops that communicate, which no graph can contain in parts.
-COLLECTIVES = ("all_reduce", "all_reduce_", "gather_columns", "shard_embedding")
+COLLECTIVES = (
+    "all_reduce", "all_reduce_", "all_reduce_norm", "gather_columns", "shard_embedding",
+)  # fmt: skip
 # Ops of a step with kernels of ours on CPU and CUDA.
 STEP_OPS = frozenset({
     "accept", "add_rms_norm", "advance", "decode_inputs", "expert_linear", "experts",

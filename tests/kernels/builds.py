@@ -322,6 +322,16 @@ def mixtures(target: Target, whole: bool) -> Iterator[Build]:
             )  # fmt: skip
 
 
+def sums(target: Target, whole: bool) -> Iterator[Build]:
+    """The kernels of small sums over ranks, on NVIDIA GPUs alone."""
+    from tests.kernels.reduce_builds import launches
+
+    if target.backend == "cuda":
+        for dtype in ("bf16", "fp32") if whole else ("bf16",):
+            for name, kernel, constants, num_warps, types in launches(dtype):
+                yield Build(name, kernel, constants, num_warps, dtype=dtype, types=types)
+
+
 def all_builds(name: str) -> Iterator[Build]:
     target, whole = TARGETS[name], name == WHOLE
     for model_name, model in MODELS.items():
@@ -339,6 +349,7 @@ def all_builds(name: str) -> Iterator[Build]:
     if target.has_matrix_units:
         yield from gated_products(target, whole)
     yield from mixtures(target, whole)
+    yield from sums(target, whole)
     yield from steps()
 
 
@@ -370,7 +381,7 @@ def compile_build(build: Build, target: Target) -> Any:
         (i,): [["tt.divisibility", 16]]
         for i, (name, param) in enumerate(zip(arguments, kernel.params, strict=True))
         if not (param.do_not_specialize or param.do_not_specialize_on_alignment)
-        and (name.endswith("_ptr") or "_stride" in name or name == "vocab_size")
+        and (name.endswith("_ptr") or "_stride" in name or name in ("vocab_size", "num_elements"))
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     options: dict[str, Any] = {"num_warps": build.num_warps, "num_stages": build.num_stages}

@@ -1,0 +1,479 @@
+"""Sums and gathers of small tensors over the GPUs of one host, through memory that all can read.
+
+For decode steps NCCL's latency is most of the time of a sum. Here a rank writes its tensor to its
+own region (`peers.py`), tells the others by flags, waits for theirs, and reads their tensors:
+
+- one-shot: every rank reads and adds all tensors. The least latency.
+- two-shot: every rank adds one part of all tensors, then reads the others' sums. Less to read from
+  four ranks on.
+
+Sums are in fp32, in the order of ranks, and rounded once, so all ranks get the same bits.
+
+Why one wait per launch is enough: a program writes to a half of its slab that it used two launches
+ago. Others may have read it then. They raise their flags of the next launch after that, and this
+program has waited for these flags. Each program waits for programs with its own index alone; those
+need nothing of this rank but flags, which it raises before it waits. So no rank waits forever
+unless another one has failed: then `stop` of `Peers.table` ends the waits.
+
+Launches of one rank must not run at the same time, so all are on one stream. All ranks launch the
+same kernels in the same order.
+
+N ranks | I elements of a program's tile | P elements of a part | R rows | D hidden
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nanovllm.kernels import collectives, peers
+from nanovllm.kernels.peers import Peers
+from nanovllm.kernels.triton.common import INTERPRETED, launch_options, wait_for_earlier_kernels
+from nanovllm.kernels.triton.norm_act import add_rms_norm
+
+# The largest tensors, in bytes, that are added in one shot and in two, by the number of ranks; NCCL
+# adds larger ones. With two ranks both forms read the same number of bytes. Larger ones do not fit
+# MAX_PROGRAMS · SLAB_BYTES (8 MiB).
+ONE_SHOT_BYTES = {2: 4 << 20, 4: 512 << 10, 8: 256 << 10}
+TWO_SHOT_BYTES = {2: 0, 4: 8 << 20, 8: 8 << 20}
+# The largest part of one rank that is gathered.
+GATHER_BYTES = 4 << 20
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+_VECTOR_BYTES = 16  # that a thread loads at once
+_LEAST_BYTES = 4096  # of a tile: 8 warps with one load per thread and rank
+_LEAST_PART_BYTES = 2048
+
+MAX_PROGRAMS = tl.constexpr(peers.MAX_PROGRAMS)
+MAX_RANKS = tl.constexpr(peers.MAX_RANKS)
+SLAB_BYTES = tl.constexpr(peers.SLAB_BYTES)
+COUNTERS_AT = tl.constexpr(peers.COUNTERS_AT)
+DATA_AT = tl.constexpr(peers.DATA_AT)
+# A look at the host's memory takes a microsecond or two, so a waiting program looks rarely.
+SPINS = tl.constexpr(1024)
+
+
+@triton.jit
+def load_table(table_ptr, NUM_RANKS: tl.constexpr):
+    """The regions' addresses, one by one and as a tensor, and this rank, its region and `stop`.
+
+    No kernel writes the table, so it is read before the results of earlier kernels are there.
+    """
+    regions = ()
+    for rank in tl.static_range(NUM_RANKS):
+        regions += (tl.load(table_ptr + rank),)
+    region_N = tl.load(table_ptr + tl.arange(0, NUM_RANKS))
+    rank = tl.load(table_ptr + NUM_RANKS)
+    own = tl.load(table_ptr + NUM_RANKS + 1)
+    stop_ptr = tl.load(table_ptr + NUM_RANKS + 2).to(tl.pointer_type(tl.int32))
+    return regions, region_N, rank, own, stop_ptr
+
+
+@triton.jit
+def pointer(address, dtype: tl.constexpr):
+    """A pointer to an address that is a multiple of 16."""
+    return tl.multiple_of(address.to(tl.pointer_type(dtype)), 16)
+
+
+@triton.jit
+def counter_at(own, program):
+    """A pointer to a program's counter in this rank's region."""
+    return (own + COUNTERS_AT + program * 4).to(tl.pointer_type(tl.int32))
+
+
+@triton.jit
+def slab_offset(program, counter):
+    """Where the data of a program's launch begin in each region, in bytes."""
+    half = ((counter >> 1) & 1).to(tl.int64)
+    return DATA_AT + (half * MAX_PROGRAMS + program) * SLAB_BYTES
+
+
+@triton.jit
+def raise_flags(region_N, rank, program, value):
+    """Sets this rank's flag in all regions, after all that the program has written before."""
+    flag_N = region_N + (program * MAX_RANKS + rank) * 4
+    value_N = (flag_N * 0).to(tl.int32) + value
+    tl.debug_barrier()
+    if INTERPRETED:
+        tl.store(flag_N.to(tl.pointer_type(tl.int32)), value_N)
+    else:
+        # One warp is enough: the barrier and the release order what all threads have written.
+        tl.inline_asm_elementwise(
+            "{ .reg .pred first; .reg .b32 thread; mov.u32 thread, %tid.x;"
+            " setp.lt.u32 first, thread, 32; @first st.release.sys.global.b32 [$1], $2;"
+            " mov.b32 $0, 0; }",
+            "=r,l,r", [flag_N, value_N], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def load_flags(flag_N):
+    """Flags at addresses; what their ranks wrote before them is visible afterwards."""
+    if INTERPRETED:
+        return tl.load(flag_N.to(tl.pointer_type(tl.int32)))
+    else:
+        return tl.inline_asm_elementwise(
+            "ld.acquire.sys.global.b32 $0, [$1];", "=r,l", [flag_N], dtype=tl.int32,
+            is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def wait_for_flags(own, stop_ptr, program, value, NUM_RANKS: tl.constexpr):
+    """Waits until all ranks have raised their flags for this program to `value` or beyond."""
+    flag_N = own + (program * MAX_RANKS + tl.arange(0, NUM_RANKS)) * 4
+    # differences, because counters wrap around
+    ahead = tl.min(load_flags(flag_N) - value, 0)
+    num_spins = 0
+    while ahead < 0:
+        ahead = tl.min(load_flags(flag_N) - value, 0)
+        num_spins += 1
+        if num_spins % SPINS == 0:
+            ahead = tl.where(tl.load(stop_ptr, volatile=True) != 0, 0, ahead)
+    tl.debug_barrier()
+
+
+@triton.jit
+def sum_over_ranks(regions, offset, i_I, NUM_RANKS: tl.constexpr, dtype: tl.constexpr):
+    """The sum, in fp32, of elements i_I of all ranks' data at `offset`, rounded to dtype."""
+    # not from the first cache, which other GPUs' writes do not reach
+    total_I = tl.load(pointer(regions[0] + offset, dtype) + i_I, cache_modifier=".cg").to(
+        tl.float32
+    )
+    for rank in tl.static_range(1, NUM_RANKS):
+        total_I += tl.load(pointer(regions[rank] + offset, dtype) + i_I, cache_modifier=".cg")
+    return total_I.to(dtype)
+
+
+@triton.jit
+def plus(y_I, residual_I, HAS_RESIDUAL: tl.constexpr):
+    """y + residual in fp32, rounded to y's dtype."""
+    if HAS_RESIDUAL:
+        return (y_I.to(tl.float32) + residual_I.to(tl.float32)).to(y_I.dtype)
+    else:
+        return y_I
+
+
+@triton.jit
+def one_shot_kernel(
+    x_ptr,  # [num_elements]
+    residual_ptr,  # [num_elements], read if HAS_RESIDUAL
+    out_ptr,  # [num_elements], written; may be x
+    peers_ptr,  # see `Peers.table`
+    num_elements,
+    NUM_RANKS: tl.constexpr,
+    TILE: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    regions, region_N, rank, own, stop_ptr = load_table(peers_ptr, NUM_RANKS)
+    wait_for_earlier_kernels(PDL)
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    program = tl.program_id(0)
+    i_I = tl.arange(0, TILE)
+    at_I = program * TILE + i_I
+    mask_I = at_I < num_elements
+    counter_ptr = counter_at(own, program)
+    counter = tl.load(counter_ptr)
+    offset = slab_offset(program, counter)
+    x_I = tl.load(x_ptr + at_I, mask=mask_I, other=0.0)
+    tl.store(pointer(own + offset, dtype) + i_I, x_I)
+    raise_flags(region_N, rank, program, counter + 2)
+    residual_I = x_I
+    if HAS_RESIDUAL:
+        residual_I = tl.load(residual_ptr + at_I, mask=mask_I, other=0.0)
+    wait_for_flags(own, stop_ptr, program, counter + 2, NUM_RANKS)
+    y_I = sum_over_ranks(regions, offset, i_I, NUM_RANKS, dtype)
+    tl.store(out_ptr + at_I, plus(y_I, residual_I, HAS_RESIDUAL), mask=mask_I)
+    tl.store(counter_ptr, counter + 2)
+
+
+@triton.jit
+def two_shot_kernel(
+    x_ptr,  # [num_elements]
+    residual_ptr,  # [num_elements], read if HAS_RESIDUAL
+    out_ptr,  # [num_elements], written; may be x
+    peers_ptr,  # see `Peers.table`
+    num_elements,
+    NUM_RANKS: tl.constexpr,
+    PART: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    regions, region_N, rank, own, stop_ptr = load_table(peers_ptr, NUM_RANKS)
+    wait_for_earlier_kernels(PDL)
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    part_bytes: tl.constexpr = PART * (dtype.primitive_bitwidth // 8)
+    program = tl.program_id(0)
+    i_P = tl.arange(0, PART)
+    at_P = program * (NUM_RANKS * PART) + i_P
+    counter_ptr = counter_at(own, program)
+    counter = tl.load(counter_ptr)
+    offset = slab_offset(program, counter)
+    for part in tl.static_range(NUM_RANKS):
+        x_P = tl.load(x_ptr + at_P + part * PART, mask=at_P + part * PART < num_elements, other=0.0)
+        tl.store(pointer(own + offset + part * part_bytes, dtype) + i_P, x_P)
+    raise_flags(region_N, rank, program, counter + 1)
+    wait_for_flags(own, stop_ptr, program, counter + 1, NUM_RANKS)
+    # The sum takes the place of this rank's own numbers, which no other rank reads.
+    own_part = offset + rank * part_bytes
+    sum_P = sum_over_ranks(regions, own_part, i_P, NUM_RANKS, dtype)
+    tl.store(pointer(own + own_part, dtype) + i_P, sum_P)
+    raise_flags(region_N, rank, program, counter + 2)
+    wait_for_flags(own, stop_ptr, program, counter + 2, NUM_RANKS)
+    for part in tl.static_range(NUM_RANKS):
+        mask_P = at_P + part * PART < num_elements
+        y_P = tl.load(
+            pointer(regions[part] + offset + part * part_bytes, dtype) + i_P, cache_modifier=".cg"
+        )
+        residual_P = y_P
+        if HAS_RESIDUAL:
+            residual_P = tl.load(residual_ptr + at_P + part * PART, mask=mask_P, other=0.0)
+        tl.store(out_ptr + at_P + part * PART, plus(y_P, residual_P, HAS_RESIDUAL), mask=mask_P)
+    tl.store(counter_ptr, counter + 2)
+
+
+@triton.jit
+def reduce_norm_kernel(
+    x_ptr,  # [R, D]
+    residual_ptr,  # [R, D]
+    weight_ptr,  # [D]
+    out_ptr,  # [R, D], written: the norm
+    sum_ptr,  # [R, D], written: the sum over ranks + residual
+    peers_ptr,  # see `Peers.table`
+    eps,
+    NUM_RANKS: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_P: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """A program takes one row, and rounds where `one_shot_kernel` and `rms_norm_kernel` round."""
+    regions, region_N, rank, own, stop_ptr = load_table(peers_ptr, NUM_RANKS)
+    wait_for_earlier_kernels(PDL)
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    row = tl.program_id(0)
+    d_D = tl.arange(0, DIM_P)
+    at_D = row * DIM + d_D
+    mask_D = d_D < DIM
+    counter_ptr = counter_at(own, row)
+    counter = tl.load(counter_ptr)
+    offset = slab_offset(row, counter)
+    x_D = tl.load(x_ptr + at_D, mask=mask_D, other=0.0)
+    tl.store(pointer(own + offset, dtype) + d_D, x_D)
+    raise_flags(region_N, rank, row, counter + 2)
+    residual_D = tl.load(residual_ptr + at_D, mask=mask_D, other=0.0)
+    weight_D = tl.load(weight_ptr + d_D, mask=mask_D, other=0.0).to(tl.float32)
+    wait_for_flags(own, stop_ptr, row, counter + 2, NUM_RANKS)
+    y_D = plus(sum_over_ranks(regions, offset, d_D, NUM_RANKS, dtype), residual_D, True)
+    tl.store(sum_ptr + at_D, y_D, mask=mask_D)
+    y_D = y_D.to(tl.float32)
+    factor = tl.rsqrt(tl.sum(y_D * y_D, 0) / DIM + eps)
+    out_D = (y_D * factor).to(dtype).to(tl.float32) * weight_D
+    tl.store(out_ptr + at_D, out_D.to(dtype), mask=mask_D)
+    tl.store(counter_ptr, counter + 2)
+
+
+@triton.jit
+def gather_columns_kernel(
+    x_ptr,  # [R, WIDTH]
+    out_ptr,  # [R, NUM_COLUMNS], written
+    peers_ptr,  # see `Peers.table`
+    NUM_RANKS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    NUM_COLUMNS: tl.constexpr,
+    TILE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """A program takes a piece of a row of every rank."""
+    regions, region_N, rank, own, stop_ptr = load_table(peers_ptr, NUM_RANKS)
+    wait_for_earlier_kernels(PDL)
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    row = tl.program_id(1).to(tl.int64)
+    program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    i_I = tl.arange(0, TILE)
+    column_I = tl.program_id(0) * TILE + i_I
+    counter_ptr = counter_at(own, program)
+    counter = tl.load(counter_ptr)
+    offset = slab_offset(program, counter)
+    x_I = tl.load(x_ptr + row * WIDTH + column_I, mask=column_I < WIDTH, other=0.0)
+    tl.store(pointer(own + offset, dtype) + i_I, x_I)
+    raise_flags(region_N, rank, program, counter + 2)
+    wait_for_flags(own, stop_ptr, program, counter + 2, NUM_RANKS)
+    for other in tl.static_range(NUM_RANKS):
+        y_I = tl.load(pointer(regions[other] + offset, dtype) + i_I, cache_modifier=".cg")
+        out_column_I = other * WIDTH + column_I
+        mask_I = (column_I < WIDTH) & (out_column_I < NUM_COLUMNS)
+        tl.store(out_ptr + row * NUM_COLUMNS + out_column_I, y_I, mask=mask_I)
+    tl.store(counter_ptr, counter + 2)
+
+
+class Tile(NamedTuple):
+    """How a tensor is divided: elements of a program (of its part if in two shots), and warps."""
+
+    two_shot: bool
+    size: int
+    num_warps: int
+
+
+def warps_for(num_bytes: int) -> int:
+    """Warps whose threads load so many bytes, one vector each, within bounds."""
+    return max(4, min(16, num_bytes // (_VECTOR_BYTES * 32)))
+
+
+def one_shot_tile(num_bytes: int, element_size: int) -> Tile | None:
+    """None if the tensor is too large."""
+    each = max(_LEAST_BYTES, triton.next_power_of_2(triton.cdiv(num_bytes, peers.MAX_PROGRAMS)))
+    if each > peers.SLAB_BYTES:
+        return None
+    return Tile(False, each // element_size, warps_for(each))
+
+
+def two_shot_tile(num_bytes: int, element_size: int, num_ranks: int) -> Tile | None:
+    """None if the tensor is too large."""
+    share = triton.cdiv(num_bytes, peers.MAX_PROGRAMS * num_ranks)
+    part = max(_LEAST_PART_BYTES, triton.next_power_of_2(share))
+    if part * num_ranks > peers.SLAB_BYTES:
+        return None
+    return Tile(True, part // element_size, warps_for(part))
+
+
+def tile_for(num_bytes: int, element_size: int, num_ranks: int) -> Tile | None:
+    """The fastest form for a sum of tensors of so many bytes; None if NCCL is faster."""
+    if num_bytes <= ONE_SHOT_BYTES[num_ranks]:
+        return one_shot_tile(num_bytes, element_size)
+    if num_bytes <= TWO_SHOT_BYTES[num_ranks]:
+        return two_shot_tile(num_bytes, element_size, num_ranks)
+    return None
+
+
+def gather_tile(num_rows: int, width: int, element_size: int) -> int | None:
+    """Columns of a program that gathers `width` columns of each rank; None if NCCL should."""
+    if num_rows > peers.MAX_PROGRAMS or num_rows * width * element_size > GATHER_BYTES:
+        return None
+    least = triton.cdiv(width, peers.MAX_PROGRAMS // num_rows)
+    tile = max(_LEAST_BYTES // element_size, triton.next_power_of_2(least))
+    return tile if tile * element_size <= peers.SLAB_BYTES else None
+
+
+def reduce_by(
+    tile: Tile, x: Tensor, residual: Tensor | None, out: Tensor, regions: Peers
+) -> Tensor:
+    """out = the sum of x over the ranks, plus the residual; all are contiguous. `out` may be x."""
+    kernel = two_shot_kernel if tile.two_shot else one_shot_kernel
+    whole = tile.size * regions.num_ranks if tile.two_shot else tile.size
+    size = {"PART" if tile.two_shot else "TILE": tile.size}
+    kernel[(triton.cdiv(x.numel(), whole),)](
+        x,
+        x if residual is None else residual,
+        out,
+        regions.table,
+        x.numel(),
+        NUM_RANKS=regions.num_ranks,
+        HAS_RESIDUAL=residual is not None,
+        num_warps=tile.num_warps,
+        **size,
+        **launch_options(x.device),
+    )
+    return out
+
+
+def norm_by(
+    x_RD: Tensor, residual_RD: Tensor, weight_D: Tensor, eps: float, regions: Peers
+) -> tuple[Tensor, Tensor]:
+    """(norm, sum): `collectives.all_reduce_norm` in one launch; all are contiguous."""
+    out, total = torch.empty_like(x_RD), torch.empty_like(x_RD)
+    dim = x_RD.shape[-1]
+    dim_p = triton.next_power_of_2(dim)
+    reduce_norm_kernel[(x_RD.numel() // dim,)](
+        x_RD,
+        residual_RD,
+        weight_D,
+        out,
+        total,
+        regions.table,
+        eps,
+        NUM_RANKS=regions.num_ranks,
+        DIM=dim,
+        DIM_P=dim_p,
+        num_warps=warps_for(dim_p * x_RD.element_size()),
+        **launch_options(x_RD.device),
+    )
+    return out, total
+
+
+def _regions_for(x: Tensor) -> Peers | None:
+    """The regions of the group in use, if it has some and the kernels take x's dtype."""
+    return collectives.current().peers if x.dtype in DTYPES and x.numel() > 0 else None
+
+
+def _tile_of(x: Tensor, regions: Peers) -> Tile | None:
+    return tile_for(x.nbytes, x.element_size(), regions.num_ranks)
+
+
+def all_reduce(x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """`collectives.all_reduce`: small tensors through the regions, others by the group."""
+    regions = _regions_for(x)
+    tile = None if regions is None else _tile_of(x, regions)
+    if regions is None or tile is None:
+        return collectives.all_reduce(x, residual)
+    x = x.contiguous()
+    added = None if residual is None else residual.contiguous()
+    return reduce_by(tile, x, added, torch.empty_like(x), regions)
+
+
+def all_reduce_(x: Tensor, residual: Tensor | None = None) -> None:
+    """`collectives.all_reduce_`: small tensors through the regions, others by the group."""
+    regions = _regions_for(x)
+    tile = None if regions is None else _tile_of(x, regions)
+    if regions is None or tile is None:
+        collectives.all_reduce_(x, residual)
+    else:
+        reduce_by(tile, x, None if residual is None else residual.contiguous(), x, regions)
+
+
+def takes_norm(num_rows: int, dim: int, element_size: int, num_ranks: int) -> bool:
+    """Whether one launch should do `all_reduce_norm`."""
+    row_bytes = triton.next_power_of_2(dim) * element_size
+    return (
+        num_rows <= peers.MAX_PROGRAMS
+        and row_bytes <= peers.SLAB_BYTES
+        and num_rows * dim * element_size <= ONE_SHOT_BYTES[num_ranks]
+    )
+
+
+def all_reduce_norm(
+    x: Tensor, residual: Tensor, weight_D: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """`collectives.all_reduce_norm`: one launch for few rows, else a sum and then a norm."""
+    regions, dim = _regions_for(x), x.shape[-1]
+    if regions is not None and takes_norm(
+        x.numel() // dim, dim, x.element_size(), regions.num_ranks
+    ):
+        return norm_by(x.contiguous(), residual.contiguous(), weight_D, eps, regions)
+    return add_rms_norm(all_reduce(x), residual, weight_D, eps)
+
+
+def gather_columns(x_RW: Tensor, num_columns: int) -> Tensor:
+    """`collectives.gather_columns`: small tensors through the regions, others by the group."""
+    regions = _regions_for(x_RW)
+    num_rows, width = x_RW.shape
+    tile = None if regions is None else gather_tile(num_rows, width, x_RW.element_size())
+    if regions is None or tile is None:
+        return collectives.gather_columns(x_RW, num_columns)
+    out = x_RW.new_empty(num_rows, num_columns)
+    gather_columns_kernel[(triton.cdiv(width, tile), num_rows)](
+        x_RW.contiguous(),
+        out,
+        regions.table,
+        NUM_RANKS=regions.num_ranks,
+        WIDTH=width,
+        NUM_COLUMNS=num_columns,
+        TILE=tile,
+        num_warps=warps_for(tile * x_RW.element_size()),
+        **launch_options(x_RW.device),
+    )
+    return out
