@@ -19,6 +19,11 @@ from torch import Tensor
 from nanovllm.kernels import reference
 from nanovllm.kernels.peers import Peers
 
+# Names of the ops that communicate, which no graph can contain in parts.
+COLLECTIVES = (
+    "all_reduce", "all_reduce_", "all_reduce_norm", "gather_columns", "shard_embedding",
+)  # fmt: skip
+
 
 class Communicator(Protocol):
     """The ranks of one engine, and this process's place among them."""

@@ -15,6 +15,7 @@ differences stay right.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
@@ -40,3 +41,21 @@ class Peers(Protocol):
         this rank, the address of its region, and that of `stop`, an int32. While `stop` is not 0,
         kernels do not wait for other ranks, and their results mean nothing."""
         ...
+
+
+class OwnedPeers(Peers, Protocol):
+    """Regions that somebody gives back."""
+
+    def stop(self) -> None:
+        """Have kernels no longer wait for other ranks, from now on. Any thread may call it."""
+        ...
+
+    def close(self) -> None:
+        """Give the memory back, once the device has done what was launched."""
+        ...
+
+
+Gather = Callable[[Tensor], Tensor]  # a tensor of each rank to those of all, [num_ranks, …]
+Agree = Callable[[bool], bool]  # whether all ranks say yes
+# (rank, number of ranks, gather, agree) to the regions, or to None on all ranks
+Connect = Callable[[int, int, Gather, Agree], OwnedPeers | None]

@@ -17,7 +17,8 @@ LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 class Environment:
     """NANOVLLM_LOG_LEVEL, NANOVLLM_DUMP_GRAPHS (a folder for graphs), NANOVLLM_STRICT (1: a compile
     after warm-up is an error), NANOVLLM_CACHE (a folder), NANOVLLM_DISABLE_SVD (1: compressed
-    experts are not used) and CXX (a C++ compiler, perhaps with options). None: not set."""
+    experts are not used), NANOVLLM_DISABLE_PEER_MEMORY (1: NCCL does all sums over ranks) and CXX
+    (a C++ compiler, perhaps with options). None: not set."""
 
     log_level: str
     dump_graphs: Path | None
@@ -25,6 +26,7 @@ class Environment:
     cache: Path | None
     cxx: str | None = None
     disable_svd: bool = False
+    disable_peer_memory: bool = False
 
     def store_folder(self, given: str | os.PathLike[str] | None) -> Path:
         """The folder for compiled code: `given` by an option, or NANOVLLM_CACHE, or the default.
@@ -54,8 +56,9 @@ def read() -> Environment:
     except ValueError as error:
         raise ValueError(f"CXX is {cxx!r}, which is no command: {error}") from error
     return Environment(
-        level, folders["NANOVLLM_DUMP_GRAPHS"], strict, folders["NANOVLLM_CACHE"], cxx, disable_svd
-    )
+        level, folders["NANOVLLM_DUMP_GRAPHS"], strict, folders["NANOVLLM_CACHE"], cxx, disable_svd,
+        _switch("NANOVLLM_DISABLE_PEER_MEMORY"),
+    )  # fmt: skip
 
 
 def _switch(name: str) -> bool:

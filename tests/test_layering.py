@@ -26,7 +26,7 @@ ALLOWED = {
     "compile": ("nanovllm.compile", "nanovllm.kernels"),
     "models": ("nanovllm.models", "nanovllm.kernels"),
     "platforms": ("nanovllm.platforms", "nanovllm.compile", "nanovllm.kernels"),
-    "parallel": ("nanovllm.parallel", "nanovllm.env"),
+    "parallel": ("nanovllm.parallel", "nanovllm.env", "nanovllm.kernels.peers"),
     "schedule": ("nanovllm.schedule", "nanovllm.sampling", "nanovllm.tokenizer"),
     "runner": (
         "nanovllm.runner",

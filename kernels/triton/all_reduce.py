@@ -435,6 +435,11 @@ def all_reduce_(x: Tensor, residual: Tensor | None = None) -> None:
         reduce_by(tile, x, None if residual is None else residual.contiguous(), x, regions)
 
 
+def has_few_rows(x: Tensor) -> bool:
+    """Whether `all_reduce_norm` may be one launch for some number of ranks."""
+    return takes_norm(x.numel() // x.shape[-1], x.shape[-1], x.element_size(), 2)
+
+
 def takes_norm(num_rows: int, dim: int, element_size: int, num_ranks: int) -> bool:
     """Whether one launch should do `all_reduce_norm`."""
     row_bytes = triton.next_power_of_2(dim) * element_size

@@ -23,6 +23,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from nanovllm.kernels import ops
+from nanovllm.kernels.collectives import COLLECTIVES
 from nanovllm.kernels.triton import common as triton_common
 
 
@@ -44,9 +45,10 @@ class Rehearsal:
     def visit(self, op: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
         """The result of a call of a step, on fake tensors.
 
-        An op of ours runs as on the device, except for its launches.
+        An op of ours runs as on the device, except for its launches and for sums over ranks, which
+        a rehearsal has not.
         """
-        kernel = ops.kernel_of(op, "CUDA") or op
+        kernel = (None if ops.op_name(op) in COLLECTIVES else ops.kernel_of(op, "CUDA")) or op
         with self.mode, self._keeping_launches():
             return kernel(*args, **kwargs)
 

@@ -3,6 +3,9 @@
 Each engine has process groups of its own, so it neither uses nor disturbs torch.distributed's
 global one. Ranks meet through a file in a private folder. gloo listens on 127.0.0.1 and NCCL on
 the loopback interface, unless NCCL_SOCKET_IFNAME is set.
+
+On GPUs that can read each other's memory, `Group.peers` is such memory. Kernels add small tensors
+through it.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from torch import Tensor, distributed
 from torch._C import _distributed_c10d
 
 from nanovllm import env
+from nanovllm.kernels.peers import Connect, OwnedPeers
 
 c10d: Any = _distributed_c10d  # its stub lacks names, and some builds lack NCCL
 
@@ -57,12 +61,14 @@ class Group:
         device: torch.device,
         folder: Path,
         check: Callable[[], None] = lambda: None,
+        connect_peers: Connect | None = None,
     ) -> None:
         """Waits for all ranks. `folder` is private and the same for all; use it for one group.
 
         `check` raises an error if a rank has failed (`Ranks.check`). It is called while this waits
-        for the other ranks, and to explain an error of a collective. Raises ValueError for a
-        device without collectives, and RuntimeError if the ranks cannot connect.
+        for the other ranks, and to explain an error of a collective. `connect_peers` makes memory
+        that all ranks can read, for small tensors (`Platform.connect_peers`). Raises ValueError for
+        a device without collectives, and RuntimeError if the ranks cannot connect.
         """
         backend = distributed.Backend.default_device_backend_map.get(device.type, "none")
         if backend not in _BACKENDS:
@@ -77,6 +83,9 @@ class Group:
         with self._explained():
             self._backend: Any = _BACKENDS[backend](store, rank, size)
             self.barrier()  # connects: that is not possible while a graph is captured
+        self.peers: OwnedPeers | None = None
+        if connect_peers is not None and not env.read().disable_peer_memory:
+            self.peers = connect_peers(rank, size, self.all_gather, self._agree)
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Replace x, which is contiguous, by its sum over the ranks; returns x.
@@ -118,13 +127,24 @@ class Group:
         """Give up the connections and NCCL's memory. Waits for no other rank."""
         self._abort(seconds=5.0)
         self._backend = None
+        if self.peers is not None:
+            memory, self.peers = self.peers, None
+            # a device that never finishes must not hold up the end of the process
+            thread = threading.Thread(target=memory.close, name="close", daemon=True)
+            thread.start()
+            thread.join(5.0)
 
     def _abort(self, seconds: float) -> None:
         if self._backend is None:
             return
+        if self.peers is not None:
+            self.peers.stop()
         thread = threading.Thread(target=self._backend.abort, name="abort", daemon=True)
         thread.start()
         thread.join(seconds)
+
+    def _agree(self, says_yes: bool) -> bool:
+        return self.min_int(int(says_yes)) == 1
 
     def _reduced(self, x: Tensor, options: Any) -> Tensor:
         assert x.is_contiguous()

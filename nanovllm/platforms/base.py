@@ -20,15 +20,13 @@ from torch import Tensor
 
 from nanovllm.compile.passes.replace_ops import replace_ops
 from nanovllm.compile.program import Lowering, Pass
+from nanovllm.kernels.collectives import COLLECTIVES
 from nanovllm.kernels.flash_attention import Flash, Missing
+from nanovllm.kernels.peers import Agree, Gather, OwnedPeers
 from nanovllm.platforms.regions import Region, SplitRegion
 
 # Ops whose meaning in plain torch reads the routing on the host, so that it cannot be traced.
 OFFLOAD_OPS = ("fetch_experts", "stream_experts", "offloaded_experts")
-# Ops that communicate, which no graph can contain in parts.
-COLLECTIVES = (
-    "all_reduce", "all_reduce_", "all_reduce_norm", "gather_columns", "shard_embedding",
-)  # fmt: skip
 # Ops of a step with kernels of ours on CPU and CUDA.
 STEP_OPS = frozenset({
     "accept", "add_rms_norm", "advance", "decode_inputs", "expert_linear", "experts",
@@ -192,6 +190,15 @@ class Platform(ABC):
 
     def enter_thread(self) -> None:
         """Prepare the calling thread to run steps. The thread that made the platform is ready."""
+
+    def connect_peers(
+        self, rank: int, num_ranks: int, gather: Gather, agree: Agree
+    ) -> OwnedPeers | None:
+        """Memory that the devices of all ranks can read; None where kernels have no use for it.
+
+        All ranks call it at the same time, and all get memory or all get None.
+        """
+        return None
 
     def rank_environment(self, rank: int, own: Mapping[str, str]) -> dict[str, str]:
         """Variables that let a process with an environment like our own see the device of one rank

@@ -17,6 +17,7 @@ from nanovllm.compile.lower import inductor
 from nanovllm.compile.passes.add_in_place import add_in_place
 from nanovllm.compile.passes.fuse_add_norm import fuse_add_norm
 from nanovllm.compile.passes.fuse_linear import fuse_linear
+from nanovllm.compile.passes.fuse_reduce_norm import fuse_reduce_norm
 from nanovllm.compile.passes.fuse_rope_store import fuse_rope_store
 from nanovllm.compile.passes.fuse_route import fuse_route
 from nanovllm.compile.passes.reduce_in_place import reduce_in_place
@@ -24,7 +25,8 @@ from nanovllm.compile.passes.replace_ops import replace_ops
 from nanovllm.compile.program import Lowering, Pass
 from nanovllm.kernels import flash_attention
 from nanovllm.kernels.flash_attention import Flash, Missing
-from nanovllm.platforms import cuda_memory, preload
+from nanovllm.kernels.peers import Agree, Gather, OwnedPeers
+from nanovllm.platforms import cuda_memory, cuda_peers, preload
 from nanovllm.platforms.accelerator import Accelerator
 from nanovllm.platforms.base import STEP_OPS, UNFUSED_PASSES, Rehearsal, Replay, Traits
 from nanovllm.platforms.cuda_memory import Driver, MappedRegion, PinnedRegion
@@ -108,12 +110,18 @@ class CudaPlatform(Accelerator):
         visible = own.get(VISIBLE)
         return {VISIBLE: str(rank) if visible is None else visible.split(",")[rank].strip()}
 
+    def connect_peers(
+        self, rank: int, num_ranks: int, gather: Gather, agree: Agree
+    ) -> OwnedPeers | None:
+        return cuda_peers.connect(rank, num_ranks, self.device, gather, agree)
+
     def lowering(self) -> tuple[Lowering | None, str]:
         return inductor.lower_if_worth_it, ""
 
     def passes(self, fuse: bool) -> tuple[tuple[str, Pass], ...]:
         if not fuse:
             return UNFUSED_PASSES
+        from nanovllm.kernels.triton import all_reduce as triton_all_reduce
         from nanovllm.kernels.triton import common as triton_common
         from nanovllm.kernels.triton import linear as triton_linear
         from nanovllm.kernels.triton import route as triton_route
@@ -125,6 +133,7 @@ class CudaPlatform(Accelerator):
             ("fuse_route", partial(fuse_route, takes=triton_route.takes)),
             ("fuse_linear", partial(fuse_linear, takes=takes)),
             ("fuse_add_norm", fuse_add_norm),
+            ("fuse_reduce_norm", partial(fuse_reduce_norm, takes=triton_all_reduce.has_few_rows)),
             ("add_in_place", add_in_place),
             ("reduce_in_place", reduce_in_place),
             ("replace_ops", partial(replace_ops, keep=lambda name, node: name in KERNEL_OPS)),

@@ -27,7 +27,7 @@ class Team:
     """The other ranks, as the first one sees them. Make it with `start`."""
 
     def __init__(self, choice: Choice, ranks: Ranks) -> None:
-        self._size, self._device = choice.shard.size, choice.platform.device
+        self._size, self._platform = choice.shard.size, choice.platform
         self.ranks = ranks
         self._group: Group | None = None
 
@@ -36,7 +36,14 @@ class Team:
         from nanovllm.parallel.group import Group
 
         ranks = self.ranks
-        group = Group(0, self._size, self._device, ranks.folder, ranks.check)
+        group = Group(
+            0,
+            self._size,
+            self._platform.device,
+            ranks.folder,
+            ranks.check,
+            self._platform.connect_peers,
+        )
         self._group = group
         ranks.call_on_failure(lambda error: group.abort())
         return group
@@ -126,7 +133,9 @@ def load_rank(connection: Connection, setup: dict[str, Any]) -> Runner:
     choice = replace(choice, shard=Shard(rank, size))
     choice.prepare_kernels()
     platform.share_cores(size)
-    connect = partial(Group, rank, size, platform.device, connection.folder)
+    connect = partial(
+        Group, rank, size, platform.device, connection.folder, connect_peers=platform.connect_peers
+    )
     with closing(CompileFarm(config)) as farm:
         return load_chosen(choice, farm, Laps(), connect).runner
 

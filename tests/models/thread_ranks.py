@@ -43,6 +43,10 @@ class ThreadGroup:
     rank: int
 
     @property
+    def peers(self) -> None:
+        return None
+
+    @property
     def size(self) -> int:
         return self.meeting.size
 
