@@ -46,6 +46,7 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--ranks", type=int, default=2, choices=(2, 4, 8))
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="of summed tensors")
     parser.add_argument("--hidden", type=int, default=5120)
     parser.add_argument("--vocab", type=int, default=151936)
     parser.add_argument("--link", type=float, default=450.0, help="GB/s that a GPU can receive")
@@ -102,7 +103,7 @@ class Bench:
 
     def run(self) -> None:
         with collectives.using(self.group), torch.no_grad():
-            for num_rows in ROWS:
+            for num_rows in self.args.rows:
                 self._sums(num_rows)
             for num_rows in GATHER_ROWS:
                 self._gathers(num_rows)
