@@ -69,8 +69,8 @@ def load_table(table_ptr, NUM_RANKS: tl.constexpr):
     region_N = tl.load(table_ptr + tl.arange(0, NUM_RANKS))
     rank = tl.load(table_ptr + NUM_RANKS)
     own = tl.load(table_ptr + NUM_RANKS + 1)
-    stop_ptr = tl.load(table_ptr + NUM_RANKS + 2).to(tl.pointer_type(tl.int32))
-    return regions, region_N, rank, own, stop_ptr
+    stop_address = tl.load(table_ptr + NUM_RANKS + 2)
+    return regions, region_N, rank, own, stop_address
 
 
 @triton.jit
@@ -111,29 +111,38 @@ def raise_flags(region_N, rank, program, value):
 
 
 @triton.jit
-def load_flags(flag_N):
-    """Flags at addresses; what their ranks wrote before them is visible afterwards."""
+def behind(number_N, value):
+    """Below 0 if a number at the addresses has not reached `value`, else 0 or more.
+
+    What was written before a number is visible once it is read. Numbers wrap around, so differences
+    are compared.
+    """
     if INTERPRETED:
-        return tl.load(flag_N.to(tl.pointer_type(tl.int32)))
+        return tl.min(tl.load(number_N.to(tl.pointer_type(tl.int32))) - value, 0)
     else:
-        return tl.inline_asm_elementwise(
-            "ld.acquire.sys.global.b32 $0, [$1];", "=r,l", [flag_N], dtype=tl.int32,
+        # The vote gives all threads of a warp the same answer, so they leave a loop together.
+        found_N = tl.inline_asm_elementwise(
+            "{ .reg .pred reached, all; .reg .b32 number; ld.acquire.sys.global.b32 number, [$1];"
+            " sub.s32 number, number, $2; setp.ge.s32 reached, number, 0;"
+            " vote.sync.all.pred all, reached, 0xffffffff; selp.b32 $0, 0, -1, all; }",
+            "=r,l,r", [number_N, (number_N * 0).to(tl.int32) + value], dtype=tl.int32,
             is_pure=False, pack=1,
         )  # fmt: skip
+        return tl.min(found_N, 0)
 
 
 @triton.jit
-def wait_for_flags(own, stop_ptr, program, value, NUM_RANKS: tl.constexpr):
+def wait_for_flags(own, stop_address, program, value, NUM_RANKS: tl.constexpr):
     """Waits until all ranks have raised their flags for this program to `value` or beyond."""
-    flag_N = own + (program * MAX_RANKS + tl.arange(0, NUM_RANKS)) * 4
-    # differences, because counters wrap around
-    ahead = tl.min(load_flags(flag_N) - value, 0)
+    n_N = tl.arange(0, NUM_RANKS)
+    flag_N = own + (program * MAX_RANKS + n_N) * 4
+    ahead = behind(flag_N, value)
     num_spins = 0
     while ahead < 0:
-        ahead = tl.min(load_flags(flag_N) - value, 0)
+        ahead = behind(flag_N, value)
         num_spins += 1
-        if num_spins % SPINS == 0:
-            ahead = tl.where(tl.load(stop_ptr, volatile=True) != 0, 0, ahead)
+        if num_spins % SPINS == 0 and ahead < 0:
+            ahead = behind(stop_address + n_N * 0, 1)
     tl.debug_barrier()
 
 
@@ -170,7 +179,7 @@ def one_shot_kernel(
     HAS_RESIDUAL: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    regions, region_N, rank, own, stop_ptr = load_table(peers_ptr, NUM_RANKS)
+    regions, region_N, rank, own, stop_address = load_table(peers_ptr, NUM_RANKS)
     wait_for_earlier_kernels(PDL)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     program = tl.program_id(0)
@@ -186,7 +195,7 @@ def one_shot_kernel(
     residual_I = x_I
     if HAS_RESIDUAL:
         residual_I = tl.load(residual_ptr + at_I, mask=mask_I, other=0.0)
-    wait_for_flags(own, stop_ptr, program, counter + 2, NUM_RANKS)
+    wait_for_flags(own, stop_address, program, counter + 2, NUM_RANKS)
     y_I = sum_over_ranks(regions, offset, i_I, NUM_RANKS, dtype)
     tl.store(out_ptr + at_I, plus(y_I, residual_I, HAS_RESIDUAL), mask=mask_I)
     tl.store(counter_ptr, counter + 2)
@@ -204,7 +213,7 @@ def two_shot_kernel(
     HAS_RESIDUAL: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    regions, region_N, rank, own, stop_ptr = load_table(peers_ptr, NUM_RANKS)
+    regions, region_N, rank, own, stop_address = load_table(peers_ptr, NUM_RANKS)
     wait_for_earlier_kernels(PDL)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     part_bytes: tl.constexpr = PART * (dtype.primitive_bitwidth // 8)
@@ -218,13 +227,13 @@ def two_shot_kernel(
         x_P = tl.load(x_ptr + at_P + part * PART, mask=at_P + part * PART < num_elements, other=0.0)
         tl.store(pointer(own + offset + part * part_bytes, dtype) + i_P, x_P)
     raise_flags(region_N, rank, program, counter + 1)
-    wait_for_flags(own, stop_ptr, program, counter + 1, NUM_RANKS)
+    wait_for_flags(own, stop_address, program, counter + 1, NUM_RANKS)
     # The sum takes the place of this rank's own numbers, which no other rank reads.
     own_part = offset + rank * part_bytes
     sum_P = sum_over_ranks(regions, own_part, i_P, NUM_RANKS, dtype)
     tl.store(pointer(own + own_part, dtype) + i_P, sum_P)
     raise_flags(region_N, rank, program, counter + 2)
-    wait_for_flags(own, stop_ptr, program, counter + 2, NUM_RANKS)
+    wait_for_flags(own, stop_address, program, counter + 2, NUM_RANKS)
     for part in tl.static_range(NUM_RANKS):
         mask_P = at_P + part * PART < num_elements
         y_P = tl.load(
@@ -252,7 +261,7 @@ def reduce_norm_kernel(
     PDL: tl.constexpr,
 ):
     """A program takes one row, and rounds where `one_shot_kernel` and `rms_norm_kernel` round."""
-    regions, region_N, rank, own, stop_ptr = load_table(peers_ptr, NUM_RANKS)
+    regions, region_N, rank, own, stop_address = load_table(peers_ptr, NUM_RANKS)
     wait_for_earlier_kernels(PDL)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     row = tl.program_id(0)
@@ -267,7 +276,7 @@ def reduce_norm_kernel(
     raise_flags(region_N, rank, row, counter + 2)
     residual_D = tl.load(residual_ptr + at_D, mask=mask_D, other=0.0)
     weight_D = tl.load(weight_ptr + d_D, mask=mask_D, other=0.0).to(tl.float32)
-    wait_for_flags(own, stop_ptr, row, counter + 2, NUM_RANKS)
+    wait_for_flags(own, stop_address, row, counter + 2, NUM_RANKS)
     y_D = plus(sum_over_ranks(regions, offset, d_D, NUM_RANKS, dtype), residual_D, True)
     tl.store(sum_ptr + at_D, y_D, mask=mask_D)
     y_D = y_D.to(tl.float32)
@@ -289,7 +298,7 @@ def gather_columns_kernel(
     PDL: tl.constexpr,
 ):
     """A program takes a piece of a row of every rank."""
-    regions, region_N, rank, own, stop_ptr = load_table(peers_ptr, NUM_RANKS)
+    regions, region_N, rank, own, stop_address = load_table(peers_ptr, NUM_RANKS)
     wait_for_earlier_kernels(PDL)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     row = tl.program_id(1).to(tl.int64)
@@ -302,7 +311,7 @@ def gather_columns_kernel(
     x_I = tl.load(x_ptr + row * WIDTH + column_I, mask=column_I < WIDTH, other=0.0)
     tl.store(pointer(own + offset, dtype) + i_I, x_I)
     raise_flags(region_N, rank, program, counter + 2)
-    wait_for_flags(own, stop_ptr, program, counter + 2, NUM_RANKS)
+    wait_for_flags(own, stop_address, program, counter + 2, NUM_RANKS)
     for other in tl.static_range(NUM_RANKS):
         y_I = tl.load(pointer(regions[other] + offset, dtype) + i_I, cache_modifier=".cg")
         out_column_I = other * WIDTH + column_I
