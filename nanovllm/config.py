@@ -84,6 +84,7 @@ ALLOWED: dict[str, Rule] = {
     "kv_cache_dtype": _one_of("auto", "fp8"),
     "seed": ("a whole number of 64 bits", lambda value: -(2**63) <= value < 2**63),
     "tensor_parallel_size": ("at least 1", lambda value: value >= 1),
+    "data_parallel_size": ("at least 1", lambda value: value >= 1),
     "npu_graph_mode": _one_of("ascend_ir", "aclgraph", "npugraph_ex", None),
     "npu_graph_options": ("a dict of options by path", lambda value: True),
     "expert_offload": (
@@ -140,6 +141,8 @@ class EngineConfig:
     seed: the seed from which requests without a seed draw theirs.
     tensor_parallel_size: the number of devices that share the model, each with a part of every
         weight. It must divide the attention heads.
+    data_parallel_size: the number of engines, each a process with all weights on its own devices,
+        as many as `tensor_parallel_size` says, that share the requests.
     npu_graph_mode: on an NPU, "ascend_ir" (the default: GE compiles whole steps), "aclgraph" (the
         engine captures decode steps) or "npugraph_ex" (torch_npu's compiler of that name rewrites
         and captures them).
@@ -193,6 +196,7 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     seed: int = 0
     tensor_parallel_size: int = 1
+    data_parallel_size: int = 1
     npu_graph_mode: str | None = None
     npu_graph_options: Mapping[str, object] | None = None
     random_weights: bool = False
@@ -252,6 +256,7 @@ class EngineConfig:
             raise ValueError(
                 "compile_cache_mode='require' needs enforce_eager=False: eager mode has no programs"
             )
+        self._check_replicas()
         if self.expert_prefetch and self.expert_offload is None:
             raise ValueError("expert_prefetch=True needs expert_offload: all experts are there")
         if self.expert_offload is not None and self.enable_sleep_mode:
@@ -265,3 +270,15 @@ class EngineConfig:
                 f"{self.run_ahead}, capture={self.capture}: it captures steps, and each waits for "
                 "the tokens of the step before"
             )
+
+    def _check_replicas(self) -> None:
+        unsupported = {
+            "enable_sleep_mode=True": self.enable_sleep_mode,
+            f"draft_lengths={list(self.draft_lengths)}": bool(self.draft_lengths),
+            f"device={self.device!r}": ":" in self.device,
+        }
+        for option, is_used in unsupported.items():
+            if self.data_parallel_size > 1 and is_used:
+                raise ValueError(
+                    f"data_parallel_size={self.data_parallel_size} does not go with {option}"
+                )

@@ -20,7 +20,7 @@ from nanovllm.runner.runner import Launched, Runner
 from nanovllm.sampling import SamplingParams
 from nanovllm.schedule.blocks import BlockPool
 from nanovllm.schedule.logprobs import Logprob, of_row
-from nanovllm.schedule.outputs import Completion, Increment, TextStream
+from nanovllm.schedule.outputs import Completion, Increment, Outbox, TextStream
 from nanovllm.schedule.plan import NO_TOKEN, StepPlan, StepResult
 from nanovllm.schedule.request import Request
 from nanovllm.schedule.scheduler import Proposer, Scheduler
@@ -74,7 +74,7 @@ class Engine:
         )
         self._in_flight: deque[Launched] = deque()
         self._requests: dict[int, tuple[Request, TextStream]] = {}
-        self._outputs: list[Increment] = []  # not yet taken
+        self._outbox = Outbox()
         self.metrics = EngineMetrics(self.scheduler, loaded.expert_stats)
         self._stats_log = (
             None if config.disable_log_stats else StatsLog(self.metrics, self.scheduler)
@@ -225,24 +225,28 @@ class Engine:
         self.metrics.num_prompt_tokens += len(prompt_ids)
         return request_id
 
+    def forget_prefixes(self) -> None:
+        """Let no later request find cached tokens of earlier ones."""
+        self.scheduler.pool.forget()
+
     def abort(self, request_id: int) -> None:
         """End a request now. Unknown ids are ignored.
 
         The next step returns the request's last output, with finish_reason "abort".
         """
         if request_id in self._requests:
-            self._outputs.append(self._end(*self._requests[request_id], "abort", []))
+            self._outbox.outputs.append(self._end(*self._requests[request_id], "abort", []))
 
     def abort_all(self, request_ids: Iterable[int]) -> None:
         """End requests and drop their last outputs, for a caller that no longer listens."""
         dropped = set(request_ids)
         for request_id in dropped:
             self.abort(request_id)
-        self._outputs = [output for output in self._outputs if output.request_id not in dropped]
+        self._outbox.take(dropped)
 
     @property
     def has_unfinished(self) -> bool:
-        return bool(self._requests or self._outputs)
+        return bool(self._requests or self._outbox.outputs)
 
     def step(self) -> list[Increment]:
         """`advance`, then `take` all outputs. The list can be empty while steps are in flight."""
@@ -251,20 +255,11 @@ class Engine:
 
     def take(self, request_ids: Container[int] | None = None) -> list[Increment]:
         """Remove and return the waiting outputs of these requests, or of all requests."""
-        if request_ids is None:
-            taken, self._outputs = self._outputs, []
-            return taken
-        taken = [output for output in self._outputs if output.request_id in request_ids]
-        if taken:
-            left = [output for output in self._outputs if output.request_id not in request_ids]
-            self._outputs = left
-        return taken
+        return self._outbox.take(request_ids)
 
     def has_outputs(self, request_ids: Container[int] | None = None) -> bool:
         """Whether outputs of these requests, or of any, wait for `take`."""
-        if request_ids is None:
-            return bool(self._outputs)
-        return any(output.request_id in request_ids for output in self._outputs)
+        return self._outbox.has(request_ids)
 
     def advance(self) -> StepPlan | None:
         """Launch the next step, whose plan is returned, and collect the results of an earlier one.
@@ -321,7 +316,7 @@ class Engine:
                 found = of_row(token_ids[0], result.logprobs, row, num_top, self.tokenizer)
                 request.logprobs.append(found)
             num_fed = 1 if plan.is_prefill else plan.num_tokens[row]
-            self._outputs += self._grown(request, stream, num_fed, token_ids)
+            self._outbox.outputs += self._grown(request, stream, num_fed, token_ids)
 
     def _grown(
         self, request: Request, stream: TextStream, num_fed: int, token_ids: list[int]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
 from functools import cached_property
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -14,17 +13,16 @@ from tqdm import tqdm
 from nanovllm import log
 from nanovllm.compat.nano_vllm import NanoMethods
 from nanovllm.config import EngineConfig
-from nanovllm.platforms import preload
 from nanovllm.prompts import AnyPrompts, Prompt, prompt_list
+from nanovllm.replicas.opening import open_engine
 from nanovllm.sampling import BeamSearchParams, SamplingParams
-from nanovllm.startup.compile_farm.farm import CompileFarm
 
 if TYPE_CHECKING:
     from nanovllm.beam_search import BeamSearchOutput
     from nanovllm.compat.llm_engine import LLMEngine
-    from nanovllm.engine import Engine
     from nanovllm.metrics import Metric
     from nanovllm.outputs import RequestOutput, StreamOutput
+    from nanovllm.replicas.interface import AnyEngine
     from nanovllm.schedule.outputs import Completion
 
 logger = logging.getLogger(__name__)
@@ -44,16 +42,9 @@ class LLM(NanoMethods):
     def __init__(self, model: str | PathLike[str], **options: Any) -> None:
         log.configure()
         config = EngineConfig.from_options(model, options)
-        with closing(CompileFarm.start(config)) as farm:
-            wait = preload.begin(config.device)
-            # This import takes long, because it imports torch: the farm and the device start
-            # in the meantime.
-            from nanovllm.engine import Engine
-            from nanovllm.sharing import SharedEngine
-            from nanovllm.startup.load import load
+        self.engine: AnyEngine = open_engine(config)
+        from nanovllm.sharing import SharedEngine  # imports torch
 
-            wait()
-            self.engine: Engine = Engine(load(config, farm))
         self.shared = SharedEngine(self.engine)
         self._has_logged_defaults = False
 
@@ -74,6 +65,11 @@ class LLM(NanoMethods):
             raise ValueError(f"{self.engine.config.model!r} has no tokenizer to replace")
         if not callable(getattr(tokenizer, "decode", None)) or isinstance(tokenizer, bytes):
             raise ValueError(f"the tokenizer is {tokenizer!r}: it must have encode and decode")
+        if (size := self.engine.config.data_parallel_size) > 1:
+            raise ValueError(
+                f"the tokenizer cannot be replaced with data_parallel_size={size}, only with 1: "
+                "each replica has its own"
+            )
         self.engine.tokenizer.full = tokenizer
 
     def get_tokenizer(self) -> Any | None:
@@ -191,7 +187,7 @@ class LLM(NanoMethods):
     def reset_prefix_cache(self) -> bool:
         """Let no prompt find cached tokens of earlier ones. Returns True."""
         with self.shared.exclusive() as engine:
-            engine.scheduler.pool.forget()
+            engine.forget_prefixes()
         return True
 
     def sleep(self, level: int = 1) -> None:

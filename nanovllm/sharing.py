@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
-from nanovllm.engine import Engine
+from nanovllm.replicas.interface import AnyEngine
 from nanovllm.schedule.outputs import Increment
 
 WAIT_S = 1.0  # a sleeping thread looks again after this time: an interrupt can lose a notification
@@ -25,7 +25,7 @@ class SharedEngine:
     leaving a `Condition` is a Python function.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: AnyEngine) -> None:
         self.engine = engine
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
@@ -37,7 +37,7 @@ class SharedEngine:
         self._known_threads.entered = True  # this thread has loaded the engine
 
     @contextmanager
-    def exclusive(self) -> Iterator[Engine]:
+    def exclusive(self) -> Iterator[AnyEngine]:
         """Use the engine alone, between two steps of other threads."""
         me = threading.get_ident()
         self._refuse_reentry(me)

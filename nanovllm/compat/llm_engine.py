@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nanovllm.config import EngineConfig
-from nanovllm.engine import Engine
 from nanovllm.metrics import Metric
 from nanovllm.outputs import (
     CompletionOutput,
@@ -18,10 +17,10 @@ from nanovllm.outputs import (
     request_output,
 )
 from nanovllm.prompts import AnyPrompt, as_prompt
+from nanovllm.replicas.opening import open_engine
 from nanovllm.sampling import RequestOutputKind, SamplingParams
 from nanovllm.schedule.outputs import Completion, Increment
 from nanovllm.sharing import SharedEngine
-from nanovllm.startup.load import load
 
 Kind = RequestOutputKind
 
@@ -106,7 +105,7 @@ class LLMEngine:
     @classmethod
     def from_engine_args(cls, engine_args: EngineConfig, **_: None) -> LLMEngine:
         """Load a model and warm up."""
-        return cls(SharedEngine(Engine(load(engine_args))))
+        return cls(SharedEngine(open_engine(engine_args)))
 
     @classmethod
     def from_options(cls, model: str, **options: Any) -> LLMEngine:

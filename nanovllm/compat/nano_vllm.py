@@ -10,14 +10,14 @@ from nanovllm import sampling
 from nanovllm.sampling import SamplingParams
 
 if TYPE_CHECKING:
-    from nanovllm.engine import Engine
+    from nanovllm.replicas.interface import AnyEngine
     from nanovllm.sharing import SharedEngine
 
 
 class NanoMethods:
     """The methods of nano-vllm's LLM that step requests by hand."""
 
-    engine: Engine
+    engine: AnyEngine
     shared: SharedEngine
 
     def add_request(self, prompt: Any, sampling_params: SamplingParams) -> None:
@@ -28,7 +28,8 @@ class NanoMethods:
 
     def step(self) -> tuple[list[tuple[int, list[int]]], int]:
         """Run one step. Returns ([(request's number, token ids)] of requests that ended, and the
-        number of prompt tokens of the step or, negative, of its decode rows)."""
+        number of prompt tokens of the step or, negative, of its decode rows; 0 with several
+        replicas)."""
         with self.shared.exclusive() as engine:
             plan = engine.advance()
             increments = engine.take(self._stepped())

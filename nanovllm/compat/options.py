@@ -36,7 +36,6 @@ ONE_VALUE: dict[str, tuple[Any, ...]] = {
     "tokenizer_revision": (None,),
     "served_model_name": (None,),
     "pipeline_parallel_size": (1,),
-    "data_parallel_size": (1,),
     "enable_expert_parallel": (False,),
     "distributed_executor_backend": (None, "uni"),
     "max_parallel_loading_workers": (None,),

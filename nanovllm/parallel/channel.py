@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import select
 import socket
 import struct
 import threading
@@ -69,6 +70,19 @@ class Channel:
         self._read()
         while (message := self._next()) is not None:
             yield message
+
+    def pending(self, *, wait: bool) -> list[Message]:
+        """The messages that are complete now; with `wait`, at least one. Raises as `receive` does.
+
+        Unlike `receive_available` it may follow `receive`.
+        """
+        found = list(iter(self._next, None))
+        poll = select.poll()
+        poll.register(self._sock, select.POLLIN)
+        while (wait and not found) or poll.poll(0):
+            self._read()
+            found += iter(self._next, None)
+        return found
 
     def shut_down(self) -> None:
         """End the connection: whoever waits to send or receive here gets ChannelClosed."""

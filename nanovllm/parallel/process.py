@@ -1,4 +1,4 @@
-"""A rank's process as rank 0's process sees it: start, output, signs of life, end."""
+"""A rank's process as the process that starts it sees it: start, output, signs of life, end."""
 
 from __future__ import annotations
 
@@ -30,11 +30,13 @@ _PIECE_BYTES = 1 << 16
 class RankProcess:
     """The process of rank `rank`, its channel, and two pipes from it: heartbeats and output.
 
+    Messages and the lines of its output begin with `name`.
+
     Linux kills the process when the thread that made this ends, so that thread must stay.
     """
 
-    def __init__(self, module: str, rank: int, size: int) -> None:
-        self.rank = rank
+    def __init__(self, module: str, rank: int, size: int, name: str) -> None:
+        self.rank, self.name = rank, name
         self.is_connected = False
         self.channel, sock = channel_pair()
         self.beats, beats = os.pipe()
@@ -136,14 +138,14 @@ class RankProcess:
         else:
             how = f"ended with exit code {code}"
         lines = "".join(f"\n  {line}" for line in self._last_lines)
-        return f"rank {self.rank} {how}" + (f"; its last lines:{lines}" if lines else "")
+        return f"{self.name} {how}" + (f"; its last lines:{lines}" if lines else "")
 
     def _forward(self, line: bytes) -> None:
         text = line.decode(errors="replace").rstrip()
         if text:
             self._last_lines.append(text)
             with contextlib.suppress(OSError, ValueError):  # stderr may be closed
-                sys.stderr.write(f"rank {self.rank}: {text}\n")
+                sys.stderr.write(f"{self.name}: {text}\n")
 
     def _used_cpu_seconds(self) -> float:
         """Seconds of processor time that all its threads have used; 0 where /proc is missing."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 import signal
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -38,16 +38,25 @@ class Ranks:
 
     @classmethod
     def start(
-        cls, setup: dict[str, Any], size: int, module: str, folder: Path | None = None
+        cls,
+        setup: dict[str, Any],
+        size: int,
+        module: str,
+        folder: Path | None = None,
+        *,
+        names: Sequence[str] | None = None,
+        received: Callable[[str, bytes], None] | None = None,
     ) -> Ranks:
         """Start `python -m module` for ranks 1 … size - 1, without waiting for what they import.
 
         The module calls `serve.connect` with its arguments, then `serve.serve`. `setup` is JSON and
         the first thing that a rank gets. Ranks have the environment of this process. Their output
         appears on stderr, each line with its rank. `folder` is where the private folder of the
-        ranks is made (None: among the temporary files). Raises OSError.
+        ranks is made (None: among the temporary files). `names` are those of all ranks in errors
+        and output (None: "rank 0", …). Messages of a rank that answer no question go to
+        `received(name, payload)`, in another thread. Raises OSError.
         """
-        watch = Watch(setup, size, module, folder)
+        watch = Watch(setup, names or [f"rank {i}" for i in range(size)], module, folder, received)
         ranks = cls(watch)
         try:
             watch.start()
@@ -115,7 +124,7 @@ class Ranks:
             self._wait(question)
             if question.is_refused_by_all and mine == question.refusals[1]:
                 raise
-            self._watch.fail(mine.error(0))
+            self._watch.fail(mine.error(self._watch.names[0]))
             self._raise_failure(error)
         self._wait(question)
         return result, self._answers(question)
@@ -135,6 +144,10 @@ class Ranks:
         By then the ranks have been killed. `Group.abort` belongs here.
         """
         self._watch.call_on_failure(callback)
+
+    def begin_close(self) -> None:
+        """Begin what `close` does, for a caller that closes several."""
+        self._watch.begin_end()
 
     def close(self) -> None:
         """End all ranks: they have 3 seconds to end by themselves. Nothing of them is left."""
@@ -157,7 +170,7 @@ class Ranks:
 
     def _answers(self, question: Question) -> list[bytes]:
         for rank, refusal in question.refusals.items():
-            self._watch.fail(refusal.error(rank))
+            self._watch.fail(refusal.error(self._watch.names[rank]))
         self.check()
         return [answer for _, answer in sorted(question.answers.items())]
 

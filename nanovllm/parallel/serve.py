@@ -89,13 +89,14 @@ def serve(channel: Channel, handlers: Mapping[str, Handler]) -> None:
             except Exception as error:
                 if not isinstance(error, ValueError):
                     traceback.print_exc()
-                channel.send(ERROR + number, _error_bytes(error))
+                channel.send(ERROR + number, error_bytes(error))
             else:
                 if number:
                     channel.send(ANSWER + number, answer or b"")
 
 
-def _error_bytes(error: Exception) -> bytes:
+def error_bytes(error: Exception) -> bytes:
+    """The payload of an ERROR."""
     is_mistake = isinstance(error, ValueError)
     return json.dumps([type(error).__name__, str(error), is_mistake]).encode()
 

@@ -12,7 +12,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,11 +39,12 @@ class Refusal(NamedTuple):
     text: str
     is_mistake: bool
 
-    def error(self, rank: int) -> Exception:
-        """The error for rank 0 to raise: a user's mistake stays a ValueError."""
+    def error(self, name: str) -> Exception:
+        """The error for rank 0 to raise, with the rank's name: a user's mistake stays a
+        ValueError."""
         if self.is_mistake:
-            return ValueError(f"rank {rank}: {self.text}")
-        return RankFailed(f"rank {rank}: {self.kind}: {self.text}")
+            return ValueError(f"{name}: {self.text}")
+        return RankFailed(f"{name}: {self.kind}: {self.text}")
 
 
 class Question:
@@ -76,12 +77,21 @@ class Watch(threading.Thread):
     """Starts ranks 1 … size - 1, and owns their processes and the folder until `end`.
 
     Everything that must be undone is made and undone in this thread, where Ctrl-C never arrives.
-    After a failure it kills all ranks. `changed` is notified of answers and of a failure.
+    After a failure it kills all ranks. `changed` is notified of answers and of a failure. `names`
+    are those of all ranks. `received` is called with all other messages.
     """
 
-    def __init__(self, setup: dict[str, Any], size: int, module: str, parent: Path | None) -> None:
+    def __init__(
+        self,
+        setup: dict[str, Any],
+        names: Sequence[str],
+        module: str,
+        parent: Path | None,
+        received: Callable[[str, bytes], None] | None,
+    ) -> None:
         super().__init__(name="ranks", daemon=True)
-        self._setup, self._size, self._module, self._parent = setup, size, module, parent
+        self.names, self._received = names, received
+        self._setup, self._size, self._module, self._parent = setup, len(names), module, parent
         self.folder = Path()
         self.processes: list[RankProcess] = []
         self.failure: Exception | None = None
@@ -114,13 +124,18 @@ class Watch(threading.Thread):
 
     def end(self) -> None:
         """End all ranks and wait until nothing is left."""
+        self.begin_end()
+        if os.getpid() == self._pid and threading.current_thread() is not self and self.is_alive():
+            self.join()
+
+    def begin_end(self) -> None:
+        """The same without waiting."""
         if os.getpid() != self._pid:
             return  # a fork of the process that started the ranks
         self.is_ending = True
         if self.is_alive() and threading.current_thread() is not self:
             with contextlib.suppress(OSError):  # the thread is at its end
                 self._wake.send(b".")
-            self.join()
 
     def fail(self, error: Exception) -> None:
         """Make `error` the failure, unless there is one: kill all ranks, then tell who listens."""
@@ -151,7 +166,7 @@ class Watch(threading.Thread):
         for rank in range(1, self._size):
             if self.is_ending:
                 return
-            process = RankProcess(self._module, rank, self._size)
+            process = RankProcess(self._module, rank, self._size, self.names[rank])
             self.processes.append(process)
             for source, action in (
                 (process.channel, self._receive),
@@ -191,6 +206,8 @@ class Watch(threading.Thread):
                 return
         if name.startswith(ERROR):
             self._fail_by(process.rank, Refusal(*json.loads(payload)))
+        elif self._received is not None and not name.startswith(ANSWER):
+            self._received(name, payload)
 
     def _fail_by(self, rank: int, refusal: Refusal) -> None:
         """Fail with a rank's error, unless it has followed from the end of another rank."""
@@ -202,7 +219,7 @@ class Watch(threading.Thread):
             if refusal.is_mistake:
                 break
             time.sleep(0.01)
-        self.fail(refusal.error(rank))
+        self.fail(refusal.error(self.names[rank]))
 
     def _tick(self, seconds: float) -> None:
         """Look for ranks that have ended or hang, and for a question that will have no answer."""
@@ -228,7 +245,7 @@ class Watch(threading.Thread):
             process.kill()
         for process in self.processes:
             if not process.has_ended(seconds=5.0):
-                logger.warning("rank %d (process %d) cannot be killed", process.rank, process.pid)
+                logger.warning("%s (process %d) cannot be killed", process.name, process.pid)
             process.close()
         self._selector.close()
         self._wake.close()

@@ -205,6 +205,13 @@ class Platform(ABC):
         alone."""
         return {}
 
+    def part_environment(
+        self, part: int, num_parts: int, num_devices: int, own: Mapping[str, str]
+    ) -> dict[str, str]:
+        """Variables that give a process with an environment like our own one of `num_parts` parts
+        of the machine: `num_devices` devices, or an equal share of the cores."""
+        return {}
+
     def share_cores(self, num_processes: int) -> None:
         """Use one of `num_processes` equal shares of the machine's cores. Call `prepare` first."""
 

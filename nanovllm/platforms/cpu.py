@@ -82,6 +82,12 @@ class CpuPlatform(Platform):
             cpu_step.register()
             cpu_experts.register()
 
+    def part_environment(
+        self, part: int, num_parts: int, num_devices: int, own: Mapping[str, str]
+    ) -> dict[str, str]:
+        cores = min(usable_cores(), torch.get_num_threads())
+        return {"OMP_NUM_THREADS": str(max(1, cores // num_parts))}
+
     def share_cores(self, num_processes: int) -> None:
         self._num_threads = max(1, self._num_threads // num_processes)
         self.enter_thread()

@@ -107,8 +107,14 @@ class CudaPlatform(Accelerator):
         triton_step.register()
 
     def rank_environment(self, rank: int, own: Mapping[str, str]) -> dict[str, str]:
-        visible = own.get(VISIBLE)
-        return {VISIBLE: str(rank) if visible is None else visible.split(",")[rank].strip()}
+        return self.part_environment(rank, 0, 1, own)
+
+    def part_environment(
+        self, part: int, num_parts: int, num_devices: int, own: Mapping[str, str]
+    ) -> dict[str, str]:
+        first, given = part * num_devices, own.get(VISIBLE)
+        visible = range(first + num_devices) if given is None else given.split(",")
+        return {VISIBLE: ",".join(str(one).strip() for one in visible[first : first + num_devices])}
 
     def connect_peers(
         self, rank: int, num_ranks: int, gather: Gather, agree: Agree

@@ -14,6 +14,27 @@ def chain_digest(previous: bytes, token_ids: Sequence[int], content: bytes = b""
     return hashlib.sha256(previous + array("q", token_ids).tobytes() + content).digest()
 
 
+def chained_digests(
+    token_ids: Sequence[int],
+    block_size: int,
+    known: Sequence[bytes] = (),
+    *,
+    root: bytes = b"",
+    content: Callable[[int, int], bytes] = lambda start, end: b"",
+) -> list[bytes]:
+    """Chained digests of all full blocks of `token_ids`; `known` are the first of them.
+
+    `root` begins the chain. The digest of the block at positions start … end − 1 includes
+    `content(start, end)`.
+    """
+    digests = list(known)
+    for start in range(len(digests) * block_size, len(token_ids) - block_size + 1, block_size):
+        previous = digests[-1] if digests else root
+        end = start + block_size
+        digests.append(chain_digest(previous, token_ids[start:end], content(start, end)))
+    return digests
+
+
 class BlockPool:
     """Reference-counted blocks 1 … n − 1. Block 0 belongs to padding and is never allocated.
 
@@ -54,17 +75,8 @@ class BlockPool:
         root: bytes = b"",
         content: Callable[[int, int], bytes] = lambda start, end: b"",
     ) -> list[bytes]:
-        """Chained digests of all full blocks of `token_ids`; `known` are the first of them.
-
-        `root` begins the chain. The digest of the block at positions start … end − 1 includes
-        `content(start, end)`.
-        """
-        digests, size = list(known), self.block_size
-        for start in range(len(digests) * size, len(token_ids) - size + 1, size):
-            previous = digests[-1] if digests else root
-            end = start + size
-            digests.append(chain_digest(previous, token_ids[start:end], content(start, end)))
-        return digests
+        """`chained_digests` for blocks of this pool."""
+        return chained_digests(token_ids, self.block_size, known, root=root, content=content)
 
     def cached_prefix(self, digests: Sequence[bytes]) -> list[int]:
         """The blocks of a chain's longest cached prefix. `share` them before use."""

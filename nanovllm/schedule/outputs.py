@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, field
 
 from nanovllm.sampling import SamplingParams
 from nanovllm.schedule.logprobs import Logprob
@@ -80,6 +80,30 @@ class Increment:
             None if no_logprobs else (self.logprobs or []) + (later.logprobs or []),
             later.completion,
         )
+
+
+@dataclass
+class Outbox:
+    """Outputs of requests until somebody takes them."""
+
+    outputs: list[Increment] = field(default_factory=list)
+
+    def has(self, request_ids: Container[int] | None = None) -> bool:
+        """Whether outputs of these requests, or of any, are there."""
+        if request_ids is None:
+            return bool(self.outputs)
+        return any(output.request_id in request_ids for output in self.outputs)
+
+    def take(self, request_ids: Container[int] | None = None) -> list[Increment]:
+        """Remove and return the outputs of these requests, or of all."""
+        if request_ids is None:
+            taken, self.outputs = self.outputs, []
+            return taken
+        taken = [output for output in self.outputs if output.request_id in request_ids]
+        if taken:
+            left = [output for output in self.outputs if output.request_id not in request_ids]
+            self.outputs = left
+        return taken
 
 
 class TextStream:

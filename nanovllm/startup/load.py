@@ -8,10 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from tqdm import tqdm
 
 from nanovllm import hub
+from nanovllm.compile.store import Store
 from nanovllm.config import EngineConfig
 from nanovllm.kernels.collectives import Communicator
 from nanovllm.models import loader
@@ -59,21 +61,28 @@ class Loaded:
     seconds: dict[str, float]
 
 
-def load(config: EngineConfig, farm: CompileFarm | None = None) -> Loaded:
+def load(
+    config: EngineConfig, farm: CompileFarm | None = None, *, show_progress: bool = True
+) -> Loaded:
     """Turn options into the parts of a warm engine; shows a progress bar over layers, then buckets.
 
     `farm` was started for the same options, and the caller closes it. Raises ValueError for options
     that the device or checkpoint does not support, CheckpointError, and CompileRequired.
     """
+    if config.data_parallel_size > 1:
+        size = config.data_parallel_size
+        raise ValueError(f"data_parallel_size is {size}: LLM and LLMEngine run several engines")
     laps = Laps()
     with ExitStack() as stack:
         farm = farm or stack.enter_context(closing(CompileFarm(config)))
         choice = choose(config, farm, laps)
         if choice.shard.size == 1:
-            return load_chosen(choice, farm, laps)
+            return load_chosen(choice, farm, laps, show_progress=show_progress)
         team = ranks.start(choice)
         try:
-            return load_chosen(choice, farm, laps, team.connect, team.make_runner)
+            return load_chosen(
+                choice, farm, laps, team.connect, team.make_runner, show_progress=show_progress
+            )
         except BaseException:
             team.close()
             raise
@@ -85,6 +94,8 @@ def load_chosen(
     laps: Laps,
     connect: Callable[[], Communicator | None] = lambda: None,
     make: Callable[..., Runner] = Runner,
+    *,
+    show_progress: bool = True,
 ) -> Loaded:
     """The rest of `load`, for one rank: `connect` waits for the others and returns their group,
     None on one rank. `make` makes the runner."""
@@ -97,7 +108,7 @@ def load_chosen(
             farm.close()
         bar = tqdm(
             total=choice.model.config.num_layers, desc="loading weights", unit=" layers",
-            dynamic_ncols=True, leave=False, disable=choice.shard.rank > 0,
+            dynamic_ncols=True, leave=False, disable=not show_progress,
         )  # fmt: skip
         stack.enter_context(bar)
         weights, place = _memory(choice)
@@ -144,8 +155,9 @@ def _load_weights(
     choice: Choice, place: Place, farm: CompileFarm, bar: tqdm, laps: Laps
 ) -> tuple[Params, Tokenizer | None]:
     """Placed weights and the tokenizer; waits for workers, if any."""
+    tokenizer_of = partial(read_tokenizer_of, choice.config, choice.folder, choice.store)
     with ThreadPoolExecutor(1) as reader:
-        read = partial(reader.submit, partial(_tokenizer, choice))
+        read = partial(reader.submit, tokenizer_of)
         # Imports hold Python's lock, and reading weights does not. So the tokenizer is read beside
         # the weights, unless threads hand out tasks at the same time.
         tokenizer = None if choice.num_workers else read()
@@ -171,14 +183,14 @@ def _read_weights(choice: Choice, progress: loader.Progress, place: Place) -> Pa
     return loader.load(model, choice.folder, target, progress, weight_format)
 
 
-def _tokenizer(choice: Choice) -> Tokenizer | None:
-    config = choice.config
+def read_tokenizer_of(config: EngineConfig, folder: Path, store: Store) -> Tokenizer | None:
+    """The tokenizer that the options ask for; `folder` is the checkpoint's. None if there is
+    none."""
     if config.skip_tokenizer_init:
         return None
     if config.tokenizer is None:
-        return read_tokenizer(choice.folder, choice.store)
-    folder = hub.resolve_tokenizer(str(config.tokenizer))
-    return read_tokenizer(folder, choice.store)
+        return read_tokenizer(folder, store)
+    return read_tokenizer(hub.resolve_tokenizer(str(config.tokenizer)), store)
 
 
 def _wait(farm: CompileFarm) -> None:

@@ -137,7 +137,7 @@ def load_rank(connection: Connection, setup: dict[str, Any]) -> Runner:
         Group, rank, size, platform.device, connection.folder, connect_peers=platform.connect_peers
     )
     with closing(CompileFarm(config)) as farm:
-        return load_chosen(choice, farm, Laps(), connect).runner
+        return load_chosen(choice, farm, Laps(), connect, show_progress=False).runner
 
 
 if __name__ == "__main__":

@@ -1,0 +1,362 @@
+"""Several replicas of an engine, each a process, with the interface of one."""
+
+from __future__ import annotations
+
+import json
+import logging
+import queue
+from collections.abc import Collection, Container, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from hashlib import sha256
+from typing import Any
+
+from tqdm import tqdm
+
+from nanovllm import env, hub
+from nanovllm.config import EngineConfig
+from nanovllm.intake import Embeddings, Intake, checked_priority, drawn_seed
+from nanovllm.metrics import Metric
+from nanovllm.parallel.ranks import deferred_interrupts
+from nanovllm.prompts import AnyPrompt, Prompt, as_prompt
+from nanovllm.replicas import messages
+from nanovllm.replicas.messages import Addition, Facts
+from nanovllm.replicas.placing import Place, choose
+from nanovllm.replicas.replica import Event, Replica, ReplicaFailed
+from nanovllm.replicas.totals import totals
+from nanovllm.runner import logit_edits
+from nanovllm.sampling import SamplingParams
+from nanovllm.schedule.blocks import chained_digests
+from nanovllm.schedule.logprobs import Logprob
+from nanovllm.schedule.outputs import Completion, Increment, Outbox
+from nanovllm.startup.artifacts import open_store
+from nanovllm.startup.choose import select_platform
+from nanovllm.startup.load import read_tokenizer_of
+from nanovllm.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+# A thread that waits for outputs lets others in after this time.
+WAIT_S = 0.005
+
+
+@dataclass
+class _Pending:
+    """An unfinished request, and what is known of its answer."""
+
+    replica: Replica
+    prompt_ids: list[int]
+    cost: int
+    logprobs: list[dict[int, Logprob]] | None
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+
+    def add(self, one: Increment) -> None:
+        self.token_ids += one.token_ids
+        self.text += one.text
+        if self.logprobs is not None:
+            self.logprobs += one.logprobs or []
+
+    def ended(self, request_id: int, reason: str, error: str | None = None) -> Increment:
+        """The last output of a request that its replica does not finish."""
+        done = Completion(
+            self.text, self.token_ids, reason, None, self.prompt_ids, 0, self.logprobs, None, error
+        )
+        return Increment(request_id, [], "", None if self.logprobs is None else [], done)
+
+
+class _Metrics:
+    """The metrics of all replicas together."""
+
+    def __init__(self, replicas: Sequence[Replica]) -> None:
+        self._replicas = replicas
+
+    def read(self) -> list[Metric]:
+        return totals([replica.read_metrics() for replica in self._replicas])
+
+
+class Replicas:
+    """`data_parallel_size` engines behind the interface of one (`AnyEngine`).
+
+    Use it from one thread at a time (`SharedEngine`). A request runs on one replica from its
+    beginning to its end. A replica that fails ends its requests with an error; the others go on.
+    Requests get the ids, and so the seeds, that one engine would give them.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        """Start all replicas and wait until they are warm. Errors are those of `load`, and
+        ReplicaFailed."""
+        self.config = config
+        self.replicas: list[Replica] = []
+        self._inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._outbox = Outbox()
+        self._pending: dict[int, _Pending] = {}
+        self._num_added = 0
+        self._is_closed = False
+        setups = _setups(config)
+        try:
+            for index, setup in enumerate(setups):
+                self.replicas.append(Replica(index, setup, self._inbox))
+            self.tokenizer: Tokenizer | None = _tokenizer(setups[0]["options"])
+            facts = self._wait_until_ready()
+        except BaseException:
+            self.close()
+            raise
+        first = facts[0]
+        self.max_model_len = first.max_model_len
+        self.default_params = SamplingParams(**first.default_params)
+        self.eos_ids = frozenset(first.eos_ids)
+        self.metrics = _Metrics(self.replicas)
+        self._block_size = first.block_size
+        self._places = [Place(one.num_blocks) for one in facts]
+        self._intake = Intake(
+            config.model, self.tokenizer, first.vocab_size, first.hidden_size, first.max_model_len
+        )
+
+    def close(self) -> None:
+        """End all replicas. Nothing of them is left."""
+        self._is_closed = True
+        self._pending.clear()
+        for replica in self.replicas:
+            replica.begin_close()
+        for replica in self.replicas:
+            replica.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_is_closed"):
+            self.close()
+
+    def sleep(self, level: int = 1) -> None:
+        """Raises ValueError."""
+        self._refuse("sleep")
+
+    def wake_up(self, tags: Iterable[str] | None = None) -> None:
+        """Raises ValueError."""
+        self._refuse("wake_up")
+
+    @property
+    def is_sleeping(self) -> bool:
+        return False
+
+    def enter_thread(self) -> None:
+        """Threads need no preparation: steps run in other processes."""
+
+    def prompt_ids(self, request_id: int) -> list[int]:
+        """The prompt of an unfinished request."""
+        return self._pending[request_id].prompt_ids
+
+    def token_ids(self, prompt: Prompt) -> list[int]:
+        """The ids of a prompt, checked as `add_request` does. Raises ValueError."""
+        return self._intake.prompt_ids(prompt, SamplingParams())
+
+    def encoded(self, prompt: Prompt) -> Prompt:
+        """The prompt with token ids."""
+        if prompt.token_ids is not None or self.tokenizer is None or prompt.text is None:
+            return prompt
+        return replace(prompt, token_ids=self.tokenizer.encode(prompt.text))
+
+    def forget_prefixes(self) -> None:
+        """Let no later request find cached tokens of earlier ones."""
+        with deferred_interrupts():
+            for replica, place in zip(self.replicas, self._places):
+                replica.tell(messages.FORGET)
+                place.forget()
+
+    def add_request(
+        self,
+        prompt: AnyPrompt | Prompt,
+        params: SamplingParams | None = None,
+        *,
+        incremental: bool = True,
+        embeddings: Embeddings = (),
+        priority: int = 0,
+    ) -> int:
+        """Queue a prompt at a replica; returns the request's id. Arguments are those of `Engine`.
+
+        Raises ValueError as `Engine` does, and for embeddings, which do not cross processes.
+        Raises ReplicaFailed if no replica is left.
+        """
+        self._check_open()
+        if embeddings:
+            self._refuse("embeddings")
+        params = params or SamplingParams()
+        self._intake.check(params)
+        given = as_prompt(prompt)
+        prompt_ids = self._intake.prompt_ids(given, params)
+        priority, edits = checked_priority(priority), self._intake.edits(params)
+        if edits is not None:
+            logit_edits.check(edits, self._intake.vocab_size)
+        request_id = self._num_added
+        fields = messages.params_fields(params)
+        if params.seed is None:
+            fields["seed"] = drawn_seed(self.config.seed, request_id)
+        addition = Addition(request_id, prompt_ids, fields, incremental, priority, given.cache_salt)
+        cost = len(prompt_ids) + self._intake.max_output(params, len(prompt_ids))
+        with deferred_interrupts():
+            chosen = self._send(addition, cost)
+            self._num_added += 1
+            logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
+            self._pending[request_id] = _Pending(chosen, prompt_ids, cost, logprobs)
+        return request_id
+
+    def abort(self, request_id: int) -> None:
+        """End a request now, with a last output. Unknown ids are ignored."""
+        if pending := self._drop([request_id]).get(request_id):
+            self._outbox.outputs.append(pending.ended(request_id, "abort"))
+
+    def abort_all(self, request_ids: Iterable[int]) -> None:
+        """End requests and drop their last outputs, for a caller that no longer listens."""
+        dropped = set(request_ids)
+        self._drop(dropped)
+        self._outbox.take(dropped)
+
+    def advance(self) -> None:
+        """Take what the replicas have sent; if there is nothing, wait for some milliseconds."""
+        self._check_open()
+        with deferred_interrupts():
+            timeout = WAIT_S if self._pending else 0.0
+            try:
+                self._take(self._inbox.get(timeout=timeout))
+                while True:
+                    self._take(self._inbox.get_nowait())
+            except queue.Empty:
+                pass
+
+    def take(self, request_ids: Container[int] | None = None) -> list[Increment]:
+        """Remove and return the waiting outputs of these requests, or of all requests."""
+        return self._outbox.take(request_ids)
+
+    def has_outputs(self, request_ids: Container[int] | None = None) -> bool:
+        """Whether outputs of these requests, or of any, wait for `take`."""
+        return self._outbox.has(request_ids)
+
+    def _wait_until_ready(self) -> list[Facts]:
+        """The facts of all replicas, once they are warm. Raises the first failure.
+
+        The others of a cold start wait for what the first one compiles.
+        """
+        facts: dict[int, Facts] = {}
+        with tqdm(
+            total=len(self.replicas), desc="starting replicas", unit=" replicas",
+            dynamic_ncols=True, leave=False,
+        ) as bar:  # fmt: skip
+            while len(facts) < len(self.replicas):
+                event = self._inbox.get()
+                if event.failure is not None:
+                    raise _raisable(event.failure)
+                facts[event.replica.index] = Facts(**json.loads(event.payload))
+                bar.update()
+                if event.replica.index == 0:
+                    for other in self.replicas[1:]:
+                        other.tell(messages.GO)
+        found = [facts[index] for index in sorted(facts)]
+        lengths = [one.max_model_len for one in found]
+        if len(set(lengths)) > 1:
+            raise ValueError(
+                f"the caches of the replicas hold requests of {lengths} tokens, by the memory that "
+                f"is free on their devices: set max_model_len to {min(lengths)} or less"
+            )
+        logger.info("%d replicas are ready", len(found))
+        return found
+
+    def _send(self, addition: Addition, cost: int) -> Replica:
+        """Give a request to the replica that suits it best, or to another if that has failed."""
+        digests: list[bytes] = []
+        if self.config.enable_prefix_caching:
+            salt = addition.cache_salt
+            root = sha256(salt.encode()).digest() if salt else b""
+            digests = chained_digests(addition.prompt_ids, self._block_size, root=root)
+        payload = messages.dump(addition)
+        living = {replica.index for replica in self.replicas if replica.failure is None}
+        while living:
+            index = choose(self._places, living, digests, cost)
+            if self.replicas[index].tell(messages.ADD, payload):
+                self._places[index].add(digests, cost)
+                return self.replicas[index]
+            living.remove(index)
+        while any(replica.failure is None for replica in self.replicas):
+            self._take(self._inbox.get())  # the failures, which the refused messages announce
+        causes = "; ".join(str(replica.failure) for replica in self.replicas)
+        raise ReplicaFailed(f"no replica is left: {causes}")
+
+    def _drop(self, request_ids: Collection[int]) -> dict[int, _Pending]:
+        """Forget unfinished requests here and at their replicas; returns them."""
+        with deferred_interrupts():
+            dropped = {one: self._finish(one) for one in request_ids if one in self._pending}
+            for replica in self.replicas:
+                ids = [one for one, pending in dropped.items() if pending.replica is replica]
+                if ids:
+                    replica.tell(messages.ABORT, json.dumps(ids).encode())
+        return dropped
+
+    def _finish(self, request_id: int) -> _Pending:
+        pending = self._pending.pop(request_id)
+        self._places[pending.replica.index].load -= pending.cost
+        return pending
+
+    def _take(self, event: Event) -> None:
+        """Turn a message or a failure of a replica into outputs."""
+        if event.failure is not None:
+            self._end_requests(event.replica, _raisable(event.failure))
+            return
+        for found in messages.outputs(event.payload):
+            request_id = found["request_id"]
+            pending = self._pending.get(request_id)
+            if pending is None:
+                continue  # it has been aborted in the meantime
+            one = messages.increment(found, pending.prompt_ids, self.tokenizer)
+            pending.add(one)
+            if one.finished:
+                self._finish(request_id)
+            self._outbox.outputs.append(one)
+
+    def _end_requests(self, replica: Replica, failure: Exception) -> None:
+        replica.failure = failure
+        own = [one for one, pending in self._pending.items() if pending.replica is replica]
+        logger.error("%d request(s) end with an error: %s", len(own), failure)
+        for request_id in own:
+            ended = self._finish(request_id).ended(request_id, "error", str(failure))
+            self._outbox.outputs.append(ended)
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise RuntimeError("this engine is closed: load the model again")
+
+    def _refuse(self, what: str) -> None:
+        size = self.config.data_parallel_size
+        raise ValueError(f"{what} is not supported with data_parallel_size={size}, only with 1")
+
+
+def _raisable(failure: Exception) -> Exception:
+    """The error for a caller: a user's mistake stays a ValueError."""
+    return failure if isinstance(failure, ValueError) else ReplicaFailed(str(failure))
+
+
+def _setups(config: EngineConfig) -> list[dict[str, Any]]:
+    """What each replica's process is told. Raises ValueError for more replicas than devices."""
+    num, num_ranks = config.data_parallel_size, config.tensor_parallel_size
+    platform = select_platform(config)
+    limit = platform.traits.max_ranks
+    if limit is not None and num * num_ranks > limit:
+        raise ValueError(
+            f"data_parallel_size is {num} and tensor_parallel_size {num_ranks}, but this machine "
+            f"has {limit} {platform.traits.name} device(s) for them"
+        )
+    options = asdict(config)
+    for name in ("compile_cache", "tokenizer"):
+        options[name] = options[name] and str(options[name])
+    options |= {"data_parallel_size": 1, "compile_cache": str(open_store(config).folder)}
+    own = env.for_children()
+    return [
+        {
+            "options": options,
+            "is_first": index == 0,
+            "environment": platform.part_environment(index, num, num_ranks, own),
+        }
+        for index in range(num)
+    ]
+
+
+def _tokenizer(options: dict[str, Any]) -> Tokenizer | None:
+    config = EngineConfig(**options)
+    folder = hub.resolve(config.model, weights=not config.random_weights, revision=config.revision)
+    return read_tokenizer_of(config, folder, open_store(config))

@@ -1,0 +1,74 @@
+"""What `LLM`, `LLMEngine` and `SharedEngine` use of an engine: one, or several behind a front."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from nanovllm.config import EngineConfig
+    from nanovllm.intake import Embeddings
+    from nanovllm.metrics import Metric
+    from nanovllm.prompts import AnyPrompt, Prompt
+    from nanovllm.sampling import SamplingParams
+    from nanovllm.schedule.outputs import Increment
+    from nanovllm.schedule.plan import StepPlan
+    from nanovllm.tokenizer import Tokenizer
+
+
+class Metrics(Protocol):
+    def read(self) -> list[Metric]: ...
+
+
+class AnyEngine(Protocol):
+    """`Engine` describes the methods. `Replicas` is the other class that has them."""
+
+    config: EngineConfig
+    max_model_len: int
+    default_params: SamplingParams
+    tokenizer: Tokenizer | None
+
+    @property
+    def metrics(self) -> Metrics: ...
+
+    @property
+    def eos_ids(self) -> frozenset[int]: ...
+
+    @property
+    def is_sleeping(self) -> bool: ...
+
+    def close(self) -> None: ...
+
+    def sleep(self, level: int = 1) -> None: ...
+
+    def wake_up(self, tags: Iterable[str] | None = None) -> None: ...
+
+    def enter_thread(self) -> None: ...
+
+    def prompt_ids(self, request_id: int) -> list[int]: ...
+
+    def token_ids(self, prompt: Prompt) -> list[int]: ...
+
+    def encoded(self, prompt: Prompt) -> Prompt: ...
+
+    def forget_prefixes(self) -> None: ...
+
+    def add_request(
+        self,
+        prompt: AnyPrompt | Prompt,
+        params: SamplingParams | None = None,
+        *,
+        incremental: bool = True,
+        embeddings: Embeddings = (),
+        priority: int = 0,
+    ) -> int: ...
+
+    def abort(self, request_id: int) -> None: ...
+
+    def abort_all(self, request_ids: Iterable[int]) -> None: ...
+
+    def advance(self) -> StepPlan | None: ...
+
+    def take(self, request_ids: Container[int] | None = None) -> list[Increment]: ...
+
+    def has_outputs(self, request_ids: Container[int] | None = None) -> bool: ...

@@ -1,0 +1,36 @@
+"""Makes the engine that options ask for. Does not import torch before it must."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+from nanovllm.config import EngineConfig
+from nanovllm.platforms import preload
+from nanovllm.startup.compile_farm.farm import CompileFarm
+
+if TYPE_CHECKING:
+    from nanovllm.engine import Engine
+    from nanovllm.replicas.interface import AnyEngine
+
+
+def open_engine(config: EngineConfig) -> AnyEngine:
+    """A warm engine, or several replicas of one behind a front. Errors are those of `load`."""
+    if config.data_parallel_size == 1:
+        return one_engine(config)
+    from nanovllm.replicas.front import Replicas
+
+    return Replicas(config)
+
+
+def one_engine(config: EngineConfig, *, show_progress: bool = True) -> Engine:
+    """A warm engine in this process."""
+    with closing(CompileFarm.start(config)) as farm:
+        wait = preload.begin(config.device)
+        # This import takes long, because it imports torch: the farm and the device start in the
+        # meantime.
+        from nanovllm.engine import Engine
+        from nanovllm.startup.load import load
+
+        wait()
+        return Engine(load(config, farm, show_progress=show_progress))

@@ -1,0 +1,375 @@
+"""Several engines behind one `LLM`, each a process: answers, placing, failures, the end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nanovllm import LLM, SamplingParams
+from nanovllm.replicas.replica import ReplicaFailed
+from tests.conftest import save_tiny
+from tests.engines import greedy, random_prompts, save_tokenizer, tokens
+
+SIZES = {
+    "device": "cpu",
+    "dtype": "float32",
+    "enforce_eager": True,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 64,
+    "max_model_len": 512,
+    "kvcache_block_size": 16,
+    "num_kvcache_blocks": 129,
+}
+PROMPTS = random_prompts([1, 19, 70, 33, 7, 48])
+
+
+def make(folder: Path, size: int, **options: Any) -> LLM:
+    return LLM(str(folder), data_parallel_size=size, **{**SIZES, **options})
+
+
+def pids(llm: LLM) -> list[int]:
+    engine: Any = llm.engine
+    return [replica.pid for replica in engine.replicas]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def count(llm: LLM, name: str) -> float:
+    return next(one.value for one in llm.get_metrics() if one.name == f"nanovllm:{name}")
+
+
+def counts(llm: LLM, name: str) -> list[float]:
+    """The same for each replica."""
+    engine: Any = llm.engine
+    found = [replica.read_metrics() for replica in engine.replicas]
+    return [next(m.value for m in metrics if m.name == f"nanovllm:{name}") for metrics in found]
+
+
+def wait_until_gone(gone: list[int]) -> None:
+    deadline = time.monotonic() + 10
+    while any(map(is_alive, gone)):
+        assert time.monotonic() < deadline, f"of {gone} some run"
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = save_tiny(tmp_path_factory.mktemp("model"))
+    save_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> Iterator[LLM]:
+    llm = make(folder, 1)
+    yield llm
+    llm.close()
+
+
+@pytest.fixture(scope="module")
+def two(folder: Path) -> Iterator[LLM]:
+    llm = make(folder, 2)
+    yield llm
+    llm.close()
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "seeded": {"temperature": 0.8, "seed": 5, "n": 2},
+    "penalties": {"repetition_penalty": 1.3, "frequency_penalty": 0.4},
+    "edits": {"logit_bias": {7: 4.0}, "bad_words": ["the"], "allowed_token_ids": range(5, 90)},
+    "stops": {"stop": ["<filler"], "include_stop_str_in_output": True, "ignore_eos": False},
+    "truncated": {"truncate_prompt_tokens": 5},
+    "no text": {"detokenize": False, "min_tokens": 3, "stop_token_ids": [7, 9]},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_answers_are_those_of_one_engine(name: str, alone: LLM, two: LLM) -> None:
+    params = greedy(12, **VARIANTS[name])
+    found, expected = (llm.generate(PROMPTS, params, use_tqdm=False) for llm in (two, alone))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.prompt_token_ids == theirs.prompt_token_ids
+        for one, other in zip(ours.outputs, theirs.outputs, strict=True):
+            assert {**one, "num_cached_tokens": 0} == {**other, "num_cached_tokens": 0}
+
+
+def test_drawn_seeds_do_not_depend_on_the_replica(folder: Path) -> None:
+    params = SamplingParams(temperature=1.0, max_tokens=8, ignore_eos=True)
+    found = []
+    for size in (1, 2):
+        llm = make(folder, size, seed=3)
+        found.append(tokens(llm, PROMPTS, params))
+        llm.close()
+    assert found[0] == found[1]
+
+
+def test_log_probabilities_are_those_of_one_engine(alone: LLM, two: LLM) -> None:
+    params = greedy(4, logprobs=3, prompt_logprobs=2)
+    found, expected = (llm.generate(PROMPTS[:3], params, use_tqdm=False) for llm in (two, alone))
+    for ours, theirs in zip(found, expected, strict=True):
+        positions = [*ours.prompt_logprobs[1:], *ours.outputs[0].logprobs]
+        others = [*theirs.prompt_logprobs[1:], *theirs.outputs[0].logprobs]
+        assert ours.prompt_logprobs[0] is None
+        for one, other in zip(positions, others, strict=True):
+            assert list(one) == list(other)
+            for token in one:
+                assert abs(one[token].logprob - other[token].logprob) < 1e-4
+                assert one[token].rank == other[token].rank
+                assert one[token].decoded_token == other[token].decoded_token
+
+
+def test_requests_are_spread_by_load(two: LLM) -> None:
+    before = counts(two, "prompt_tokens")
+    prompts = random_prompts([40] * 8, seed=1)
+    tokens(two, prompts, greedy(6))
+    added = [now - then for now, then in zip(counts(two, "prompt_tokens"), before)]
+    assert added == [160, 160]
+
+
+def test_prompts_with_a_common_beginning_go_to_the_same_replica(two: LLM) -> None:
+    beginnings = random_prompts([64] * 6, seed=2)
+    tokens(two, beginnings, greedy(2))
+    hits = count(two, "prefix_cache_hit_tokens")
+    for tail in ([5, 6, 7], [8, 9]):  # in another order than before
+        found = two.generate([one + tail for one in beginnings[::-1]], greedy(2), use_tqdm=False)
+        assert [output.num_cached_tokens for output in found] == [64] * 6
+    assert count(two, "prefix_cache_hit_tokens") - hits == 2 * 6 * 64
+
+
+def test_reset_prefix_cache_reaches_every_replica(two: LLM) -> None:
+    prompts = random_prompts([64] * 4, seed=3)
+    tokens(two, prompts, greedy(2))
+    two.reset_prefix_cache()
+    found = two.generate(prompts, greedy(2), use_tqdm=False)
+    assert [output.num_cached_tokens for output in found] == [0] * 4
+
+
+def test_salted_prompts_share_no_blocks(two: LLM) -> None:
+    (prompt,) = random_prompts([64], seed=4)
+    for salt, cached in (("a", 0), ("b", 0), ("a", 48)):
+        given = {"prompt_token_ids": prompt, "cache_salt": salt}
+        (output,) = two.generate(given, greedy(2), use_tqdm=False)
+        assert output.num_cached_tokens == cached
+
+
+def test_stream_gives_the_pieces_of_all_answers(alone: LLM, two: LLM) -> None:
+    expected = [output.text for output in alone.generate(PROMPTS, greedy(), use_tqdm=False)]
+    texts, num_pieces = [""] * len(PROMPTS), 0
+    for piece in two.stream(PROMPTS, greedy()):
+        texts[piece.index] += piece.text
+        num_pieces += 1
+    assert texts == expected
+    assert num_pieces > 2 * len(PROMPTS)
+
+
+def test_a_stream_that_is_left_aborts_its_requests(two: LLM) -> None:
+    params = greedy(400)
+    steps = count(two, "num_steps")
+    for _ in two.stream(PROMPTS, params):
+        break
+    tokens(two, PROMPTS[:2], greedy(2))
+    assert count(two, "num_requests_running") == 0
+    assert count(two, "num_steps") - steps < 200
+    assert not two.engine._pending  # type: ignore[attr-defined]
+
+
+def test_an_aborted_request_ends_with_what_it_has(two: LLM) -> None:
+    engine = two.engine
+    request_id = engine.add_request(PROMPTS[1], greedy(400))
+    while not engine.has_outputs([request_id]):
+        engine.advance()
+    before = [token for one in engine.take([request_id]) for token in one.token_ids]
+    engine.abort(request_id)
+    (last,) = engine.take([request_id])
+    assert last.completion is not None and last.completion.finish_reason == "abort"
+    assert last.completion.token_ids == before
+
+
+def test_engine_stepped_by_hand(alone: LLM, two: LLM) -> None:
+    found = []
+    for llm in (alone, two):
+        engine, texts = llm.llm_engine, {}
+        for index, prompt in enumerate(PROMPTS):
+            engine.add_request(str(index), {"prompt_token_ids": prompt}, greedy(5))
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                texts[output.request_id] = output.outputs[0].text
+        found.append(texts)
+    assert found[0] == found[1] and len(found[0]) == len(PROMPTS)
+
+
+def test_threads_share_the_replicas(alone: LLM, two: LLM) -> None:
+    expected = tokens(alone, PROMPTS, greedy())
+    found: dict[int, list[list[int]]] = {}
+
+    def call(number: int) -> None:
+        found[number] = tokens(two, PROMPTS, greedy())
+
+    threads = [threading.Thread(target=call, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == dict.fromkeys(range(3), expected)
+
+
+def test_chat_and_beam_search(alone: LLM, two: LLM) -> None:
+    from nanovllm import BeamSearchParams
+
+    params = BeamSearchParams(beam_width=2, max_tokens=4)
+    found, expected = (llm.beam_search(PROMPTS[:2], params) for llm in (two, alone))
+    assert [[s.tokens for s in one.sequences] for one in found] == [
+        [s.tokens for s in one.sequences] for one in expected
+    ]
+
+
+def test_bad_requests_are_refused_and_queue_nothing(two: LLM) -> None:
+    before = count(two, "prompt_tokens")
+    cases: list[tuple[Any, dict[str, Any], str]] = [
+        ([[5], []], {}, "the prompt is empty"),
+        ([[5], [512]], {}, "token id 512 is outside the vocabulary"),
+        ([[5], [5] * 512], {}, "the prompt has 512 tokens"),
+        ([[5]], {"logit_bias": {600: 1.0}}, "logit_bias holds token id 600"),
+    ]
+    for prompts, changes, match in cases:
+        with pytest.raises(ValueError, match=match):
+            two.generate(prompts, greedy(2, **changes), use_tqdm=False)
+    with pytest.raises(ValueError, match="embeddings is not supported with data_parallel_size=2"):
+        two.engine.add_request([5, 6], greedy(2), embeddings=[(0, torch.ones(1, 64))])
+    with pytest.raises(ValueError, match="sleep is not supported with data_parallel_size=2"):
+        two.sleep()
+    with pytest.raises(ValueError, match="cannot be replaced with data_parallel_size=2"):
+        two.set_tokenizer(two.get_tokenizer())
+    tokens(two, [[5]], greedy(1))
+    assert count(two, "prompt_tokens") == before + 2  # of the first prompts, which were dropped
+
+
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_lost_replica_ends_its_own_requests_only(
+    kind: signal.Signals, folder: Path, alone: LLM
+) -> None:
+    llm = make(folder, 2)
+    try:
+        gone = pids(llm)
+        prompts = random_prompts([30] * 8, seed=6)
+        expected = tokens(alone, prompts, greedy(40))
+        pieces = llm.stream(prompts, greedy(40))
+        first = next(pieces)
+        os.kill(gone[0], kind)
+        started = time.monotonic()
+        ids: list[list[int]] = [[] for _ in prompts]
+        reasons: list[Any] = [None] * len(prompts)
+        for piece in (first, *pieces):
+            assert reasons[piece.index] is None, "nothing follows the last piece"
+            ids[piece.index] += piece.token_ids
+            reasons[piece.index] = piece.finish_reason
+            if piece.finish_reason == "error":
+                assert "replica 0" in piece.error
+        assert time.monotonic() - started < 12
+        assert reasons.count("error") in range(1, 5) and reasons.count("length") >= 4
+        for found, wanted, reason in zip(ids, expected, reasons, strict=True):
+            assert found == (wanted if reason == "length" else wanted[: len(found)])
+        assert tokens(llm, prompts, greedy(5)) == [one[:5] for one in expected]
+        os.kill(gone[1], signal.SIGKILL)
+        with pytest.raises(ReplicaFailed, match="no replica is left: replica 0 .*replica 1"):
+            for _ in range(100):
+                llm.generate(prompts, greedy(5), use_tqdm=False)
+    finally:
+        llm.close()
+    wait_until_gone(gone)
+
+
+def test_two_at_once_and_nothing_is_left(
+    folder: Path, two: LLM, alone: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    expected = tokens(alone, PROMPTS, greedy(5))
+    other = make(folder, 2, compile_cache=str(tmp_path / "store"))
+    gone, threads = pids(other), threading.active_count()
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("nanovllm-")]
+    assert tokens(other, PROMPTS, greedy(5)) == expected
+    assert tokens(two, PROMPTS, greedy(5)) == expected
+    other.close()
+    assert not any(map(is_alive, gone))
+    assert threading.active_count() == threads - 2
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith("nanovllm-")]
+    with pytest.raises(RuntimeError, match="this engine is closed"):
+        other.generate(PROMPTS, greedy(5), use_tqdm=False)
+    assert tokens(two, PROMPTS, greedy(5)) == expected
+
+
+def test_replicas_of_several_ranks(folder: Path, alone: LLM) -> None:
+    llm = make(folder, 2, tensor_parallel_size=2)
+    try:
+        assert tokens(llm, PROMPTS, greedy(6)) == tokens(alone, PROMPTS, greedy(6))
+        assert min(counts(llm, "prompt_tokens")) > 0
+        parents = set(pids(llm))
+        ranks = [
+            int(path.name)
+            for path in Path("/proc").glob("[0-9]*")
+            if is_alive(int(path.name)) and _parent(path) in parents
+        ]
+        assert len(ranks) >= 2
+    finally:
+        llm.close()
+    wait_until_gone(ranks)
+
+
+def _parent(process: Path) -> int:
+    try:
+        return int((process / "stat").read_text().rsplit(")", 1)[1].split()[1])
+    except OSError:
+        return 0
+
+
+def test_interrupt_ends_the_answers_and_leaves_the_replicas(two: LLM, alone: LLM) -> None:
+    timer = threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        for _ in range(1000):
+            two.generate(PROMPTS * 4, greedy(400), use_tqdm=False)
+    assert tokens(two, PROMPTS, greedy(5)) == tokens(alone, PROMPTS, greedy(5))
+    assert count(two, "num_requests_running") == 0
+
+
+def test_a_replica_that_cannot_start_is_an_error(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    (tmp_path / "model.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(Exception, match="replica [01]: .*model.safetensors"):
+        make(tmp_path, 2, skip_tokenizer_init=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"data_parallel_size": 0}, "data_parallel_size is 0: it must be at least 1"),
+        ({"enable_sleep_mode": True}, "data_parallel_size=2 does not go with enable_sleep_mode"),
+        ({"draft_lengths": (2,)}, r"data_parallel_size=2 does not go with draft_lengths=\[2\]"),
+        ({"device": "cuda:1"}, "data_parallel_size=2 does not go with device='cuda:1'"),
+    ],
+)
+def test_options_that_do_not_go_with_replicas(options: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        LLM("tiny-qwen3", **{"data_parallel_size": 2, **options})
+
+
+def test_an_engine_alone_refuses_replicas(folder: Path) -> None:
+    from nanovllm.engine import Engine
+
+    with pytest.raises(ValueError, match="data_parallel_size is 2"):
+        Engine.from_options(str(folder), data_parallel_size=2, **SIZES)
