@@ -37,6 +37,7 @@ import torch
 from torch.profiler import ProfilerActivity
 
 from nanovllm import SamplingParams, platforms
+from nanovllm.engine import Engine
 from nanovllm.platforms.base import Platform
 from nanovllm.startup.choose import choose_dtype
 from nanovllm.tools import command_line
@@ -164,7 +165,9 @@ def measure(
     sampling = {"temperature": 0.6, "top_k": args.top_k, "top_p": args.top_p}
     params = [SamplingParams(**sampling, ignore_eos=True, max_tokens=num) for num in output_lens]
     llm, about = load(args, work.model, rows, work.max_model_len)
-    runner = llm.engine.runner
+    engine = llm.engine
+    assert isinstance(engine, Engine)
+    runner = engine.runner
     cfg, platform = runner.cfg, runner.platform
     llm.generate([prompts[0][:16]], SamplingParams(max_tokens=8, ignore_eos=True), use_tqdm=False)
     seconds = []
@@ -195,12 +198,12 @@ def measure(
     }
     if runner.cfg.moe is not None:
         run_prompts = varied(prompts, args.runs, cfg.vocab_size)
-        result["experts_per_step"] = experts_per_step(llm.engine, run_prompts, rows)
+        result["experts_per_step"] = experts_per_step(engine, run_prompts, rows)
     if args.profile:
         run_prompts = varied(prompts, args.runs, cfg.vocab_size)
         folder = args.profile if len(args.bs) == 1 else args.profile / f"max_num_seqs_{rows}"
         reports = profile_decode(
-            llm.engine,
+            engine,
             run_prompts,
             params,
             folder,

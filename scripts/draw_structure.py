@@ -16,6 +16,7 @@ ROLES = {
     "llm": "prompts in, texts out",
     "batch": "a file of prompts",
     "compat": "names of vLLM, nano-vllm",
+    "replicas": "several engines as one",
     "engine": "requests, step by step",
     "tools": "report, profile, cache",
     "startup": "choose, load, build",

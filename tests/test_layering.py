@@ -56,6 +56,17 @@ ALLOWED = {
         "nanovllm.tools.command_line",
         *SETTINGS,
     ),
+    "replicas": (
+        "nanovllm.replicas",
+        *BELOW_STARTUP,
+        "nanovllm.startup",
+        "nanovllm.engine",
+        "nanovllm.intake",
+        "nanovllm.metrics",
+        "nanovllm.prompts",
+        "nanovllm.tokenizer",
+        *SETTINGS,
+    ),
     "compat": ("nanovllm",),
     "": ("nanovllm",),  # files at the top of the package
 }
@@ -67,6 +78,10 @@ MODULES = {
     for path in folder.rglob("*.py")
 }
 DEVICE = re.compile(r"(?<![a-z])(cuda|npu|mps)(?![a-z])", re.IGNORECASE)
+# layers whose code names no device
+DEVICELESS = (
+    "compile", "models", "parallel", "replicas", "schedule", "runner", "startup", "",
+)  # fmt: skip
 # options of `LLM` that are named after their device
 OPTIONS = ("npu_graph_mode", "npu_graph_options")
 # modules that import nothing of ours except each other
@@ -183,7 +198,7 @@ def code_strings(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 
 def test_only_platforms_kernels_and_lowerings_know_devices() -> None:
-    for layer in ("compile", "models", "parallel", "schedule", "runner", "startup", ""):
+    for layer in DEVICELESS:
         for path in files(layer):
             if path.is_relative_to(ROOT / "compile" / "lower"):
                 continue

@@ -23,7 +23,7 @@ GO, ADD, ABORT, FORGET, METRICS = "go", "add", "abort", "forget", "metrics"
 # `LLMEngine` reads output_kind; the front has truncated the prompt already.
 _OF_FRONT = ("output_kind", "truncate_prompt_tokens")
 
-_Top = list[tuple[int, float, int]]  # token id, log-probability, rank
+_Top = list[tuple[int, float, int]]  # the token's id, its log-probability, its rank
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,8 @@ def _logprobs(positions: list[_Top | None] | None, tokenizer: Tokenizer | None) 
     if positions is None:
         return None
     return [
-        None if top is None else {token: Logprob(*rest, token, tokenizer) for token, *rest in top}
+        None
+        if top is None
+        else {token: Logprob(one, rank, token, tokenizer) for token, one, rank in top}
         for top in positions
     ]

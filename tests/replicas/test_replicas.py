@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -255,8 +258,8 @@ def test_bad_requests_are_refused_and_queue_nothing(two: LLM) -> None:
         two.sleep()
     with pytest.raises(ValueError, match="cannot be replaced with data_parallel_size=2"):
         two.set_tokenizer(two.get_tokenizer())
-    tokens(two, [[5]], greedy(1))
-    assert count(two, "prompt_tokens") == before + 2  # of the first prompts, which were dropped
+    assert count(two, "num_requests_running") + count(two, "num_requests_waiting") == 0
+    assert count(two, "prompt_tokens") - before == 3  # valid ones before them, which were dropped
 
 
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGSTOP])
@@ -286,7 +289,7 @@ def test_a_lost_replica_ends_its_own_requests_only(
             assert found == (wanted if reason == "length" else wanted[: len(found)])
         assert tokens(llm, prompts, greedy(5)) == [one[:5] for one in expected]
         os.kill(gone[1], signal.SIGKILL)
-        with pytest.raises(ReplicaFailed, match="no replica is left: replica 0 .*replica 1"):
+        with pytest.raises(ReplicaFailed, match=r"(?s)is left: replica 0 .*replica 1"):
             for _ in range(100):
                 llm.generate(prompts, greedy(5), use_tqdm=False)
     finally:
@@ -347,10 +350,56 @@ def test_interrupt_ends_the_answers_and_leaves_the_replicas(two: LLM, alone: LLM
     assert count(two, "num_requests_running") == 0
 
 
+def test_the_first_replica_compiles_and_the_others_load(
+    folder: Path, alone: LLM, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = {"enforce_eager": False, "graph_batch_sizes": [4], "compile_cache": str(tmp_path)}
+    expected = tokens(alone, PROMPTS, greedy(5))
+    for is_cold in (True, False):
+        capfd.readouterr()
+        llm = make(folder, 2, **options)
+        try:
+            assert tokens(llm, PROMPTS, greedy(5)) == expected
+        finally:
+            llm.close()
+        found = re.findall(r"replica (\d): .* programs \((\d+) compiled\)", capfd.readouterr().err)
+        compiled = {int(index): int(num) for index, num in found}
+        assert (compiled[0] > 0) == is_cold and compiled[1] == 0
+
+
+def test_a_script_that_ends_leaves_no_process(folder: Path, tmp_path: Path) -> None:
+    script = (
+        "import sys; from nanovllm import LLM; from nanovllm.sampling import SamplingParams\n"
+        f"llm = LLM({str(folder)!r}, data_parallel_size=2, **{SIZES!r})\n"
+        "print(*(replica.pid for replica in llm.engine.replicas))\n"
+        "llm.generate([[5, 6]], SamplingParams(max_tokens=2), use_tqdm=False)\n"
+    )
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+    )
+    gone = [int(pid) for pid in done.stdout.split()]
+    assert len(gone) == 2 and not any(map(is_alive, gone))
+    assert not list(tmp_path.glob("nanovllm-*"))
+    assert "Traceback" not in done.stderr
+
+
+def test_interrupt_while_replicas_start_leaves_nothing(folder: Path, tmp_path: Path) -> None:
+    timer = threading.Timer(1.0, lambda: os.kill(os.getpid(), signal.SIGINT))
+    threads = threading.active_count()
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        make(folder, 2)
+    assert threading.active_count() <= threads
+    own = [path for path in Path("/proc").glob("[0-9]*") if _parent(path) == os.getpid()]
+    programs = [(path / "cmdline").read_bytes() for path in own if is_alive(int(path.name))]
+    assert not [one for one in programs if b"--rank" in one]
+
+
 def test_a_replica_that_cannot_start_is_an_error(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     (tmp_path / "model.safetensors").write_bytes(b"no tensors")
-    with pytest.raises(Exception, match="replica [01]: .*model.safetensors"):
+    with pytest.raises(Exception, match=r"replica [01]: .*model\.safetensors"):
         make(tmp_path, 2, skip_tokenizer_init=True)
 
 
