@@ -96,3 +96,21 @@ def test_a_header_with_a_size_above_the_limit_is_refused_before_its_payload_is_r
     raw.sendall(HEADER.pack(1, (1 << 30) + 1))
     with pytest.raises(ValueError, match="payload of 1073741825 bytes is above"):
         Channel(other).receive()
+
+
+def test_pending_messages_include_those_that_an_earlier_call_has_read() -> None:
+    ours, theirs = channel_pair()
+    other = Channel(theirs)
+    assert ours.pending(wait=False) == []
+    for name in ("a", "b", "c"):
+        other.send(name, b"x")
+    assert ours.receive() == ("a", b"x")
+    assert ours.pending(wait=True) == [("b", b"x"), ("c", b"x")]
+    assert ours.pending(wait=False) == []
+    timer = threading.Timer(0.1, other.send, ("d",))
+    timer.start()
+    assert ours.pending(wait=True) == [("d", b"")]
+    other.close()
+    with pytest.raises(ChannelClosed):
+        ours.pending(wait=False)
+    ours.close()
