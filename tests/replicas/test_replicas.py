@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,10 @@ import pytest
 import torch
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.parallel.channel import Channel, ChannelClosed, channel_pair
+from nanovllm.replicas import messages
+from nanovllm.replicas.loop import Loop
+from nanovllm.replicas.messages import Addition
 from nanovllm.replicas.replica import ReplicaFailed
 from tests.conftest import save_tiny
 from tests.engines import greedy, random_prompts, save_tokenizer, tokens
@@ -49,6 +54,17 @@ def is_alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def children(parent: int | None = None) -> set[int]:
+    """The processes that this one, or another, has started and that still run."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, started_by = path.read_text().rsplit(")", 1)[1].split()[:2]
+            if int(started_by) == (parent or os.getpid()) and state != "Z":
+                found.add(int(path.parent.name))
+    return found
 
 
 def count(llm: LLM, name: str) -> float:
@@ -321,23 +337,11 @@ def test_replicas_of_several_ranks(folder: Path, alone: LLM) -> None:
     try:
         assert tokens(llm, PROMPTS, greedy(6)) == tokens(alone, PROMPTS, greedy(6))
         assert min(counts(llm, "prompt_tokens")) > 0
-        parents = set(pids(llm))
-        ranks = [
-            int(path.name)
-            for path in Path("/proc").glob("[0-9]*")
-            if is_alive(int(path.name)) and _parent(path) in parents
-        ]
+        ranks = [pid for parent in pids(llm) for pid in children(parent)]
         assert len(ranks) >= 2
     finally:
         llm.close()
     wait_until_gone(ranks)
-
-
-def _parent(process: Path) -> int:
-    try:
-        return int((process / "stat").read_text().rsplit(")", 1)[1].split()[1])
-    except OSError:
-        return 0
 
 
 def test_interrupt_ends_the_answers_and_leaves_the_replicas(two: LLM, alone: LLM) -> None:
@@ -384,16 +388,14 @@ def test_a_script_that_ends_leaves_no_process(folder: Path, tmp_path: Path) -> N
     assert "Traceback" not in done.stderr
 
 
-def test_interrupt_while_replicas_start_leaves_nothing(folder: Path, tmp_path: Path) -> None:
+def test_interrupt_while_replicas_start_leaves_nothing(folder: Path) -> None:
+    threads, processes = threading.active_count(), children()
     timer = threading.Timer(1.0, lambda: os.kill(os.getpid(), signal.SIGINT))
-    threads = threading.active_count()
     timer.start()
     with pytest.raises(KeyboardInterrupt):
         make(folder, 2)
     assert threading.active_count() <= threads
-    own = [path for path in Path("/proc").glob("[0-9]*") if _parent(path) == os.getpid()]
-    programs = [(path / "cmdline").read_bytes() for path in own if is_alive(int(path.name))]
-    assert not [one for one in programs if b"--rank" in one]
+    assert children() <= processes
 
 
 def test_a_replica_that_cannot_start_is_an_error(folder: Path, tmp_path: Path) -> None:
@@ -415,6 +417,36 @@ def test_a_replica_that_cannot_start_is_an_error(folder: Path, tmp_path: Path) -
 def test_options_that_do_not_go_with_replicas(options: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         LLM("tiny-qwen3", **{"data_parallel_size": 2, **options})
+
+
+def test_a_request_that_an_engine_refuses_ends_alone(alone: LLM) -> None:
+    engine: Any = alone.engine
+    ours, theirs = channel_pair()
+    loop = threading.Thread(target=run, args=(engine, Channel(theirs)))
+    loop.start()
+    assert ours.receive()[0] == messages.READY
+    for request_id, prompt in enumerate(([5, 6], [5] * 600, [7])):
+        addition = Addition(request_id, prompt, {"max_tokens": 2}, False, 0, None)
+        ours.send(messages.ADD, messages.dump(addition))
+    done: dict[int, Any] = {}
+    while len(done) < 3:
+        found = messages.outputs(ours.receive()[1])
+        done.update({one["request_id"]: one["completion"] for one in found})
+    ours.close()
+    loop.join()
+    assert done[1]["finish_reason"] == "error"
+    assert done[1]["error"].startswith("ValueError: the prompt has 600 tokens")
+    assert done[0]["finish_reason"] == done[2]["finish_reason"] == "length"
+
+
+def run(engine: Any, channel: Channel) -> None:
+    with suppress(ChannelClosed):
+        Loop(engine, channel).run()
+
+
+def test_the_program_of_a_replica_sets_its_environment_before_torch_reads_it() -> None:
+    code = "import sys, nanovllm.replicas.server; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_an_engine_alone_refuses_replicas(folder: Path) -> None:

@@ -1,0 +1,98 @@
+"""The work of a replica: its engine takes requests from a channel and sends outputs to it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NoReturn
+
+from nanovllm.engine import Engine
+from nanovllm.parallel.channel import Channel, Message
+from nanovllm.parallel.serve import ANSWER, ASKS
+from nanovllm.prompts import Prompt
+from nanovllm.replicas import messages
+from nanovllm.replicas.messages import Addition, Facts
+from nanovllm.sampling import SamplingParams
+from nanovllm.schedule.outputs import Completion, Increment
+
+
+class Loop:
+    """Steps an engine while it has requests, and reads messages between two steps."""
+
+    def __init__(self, engine: Engine, channel: Channel) -> None:
+        self._engine, self._channel = engine, channel
+        # ids of unfinished requests, from the front's to the engine's and back
+        self._ids: dict[int, int] = {}
+        self._front_ids: dict[int, int] = {}
+        self._handlers: dict[str, Callable[[bytes], bytes | None]] = {
+            messages.GO: lambda payload: None,
+            messages.ADD: self._add,
+            messages.ABORT: self._abort,
+            messages.FORGET: lambda payload: engine.forget_prefixes(),
+            messages.METRICS: lambda payload: messages.dump_metrics(engine.metrics.read()),
+        }
+
+    def run(self) -> NoReturn:
+        """Raises ChannelClosed once the front closes, and the errors of a step."""
+        engine = self._engine
+        self._channel.send(messages.READY, messages.dump(self._facts()))
+        while True:
+            for message in self._channel.pending(wait=not engine.has_unfinished):
+                self._handle(message)
+            if engine.has_unfinished:
+                self._step()
+
+    def _step(self) -> None:
+        found = [
+            replace(one, request_id=self._front_ids[one.request_id]) for one in self._engine.step()
+        ]
+        for one in found:
+            if one.finished:
+                del self._front_ids[self._ids.pop(one.request_id)]
+        if found:
+            self._channel.send(messages.OUTPUTS, messages.dump_outputs(found))
+
+    def _handle(self, message: Message) -> None:
+        name, _, number = message[0].partition(ASKS)
+        answer = self._handlers[name](message[1])
+        if number:
+            self._channel.send(ANSWER + number, answer or b"")
+
+    def _add(self, payload: bytes) -> None:
+        """Queue a request. What the front cannot know, such as full memory, ends it alone."""
+        given = Addition(**json.loads(payload))
+        try:
+            of_engine = self._engine.add_request(
+                Prompt(None, given.prompt_ids, given.cache_salt),
+                SamplingParams(**given.params),
+                incremental=given.incremental,
+                priority=given.priority,
+            )
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}"
+            done = Completion("", [], "error", None, given.prompt_ids, 0, None, None, text)
+            last = Increment(given.request_id, [], "", None, done)
+            self._channel.send(messages.OUTPUTS, messages.dump_outputs([last]))
+            return
+        self._ids[given.request_id] = of_engine
+        self._front_ids[of_engine] = given.request_id
+
+    def _abort(self, payload: bytes) -> None:
+        """Drop requests. Some may have ended while the message was on its way."""
+        of_engine = [self._ids.pop(one) for one in json.loads(payload) if one in self._ids]
+        self._engine.abort_all(of_engine)
+        for one in of_engine:
+            del self._front_ids[one]
+
+    def _facts(self) -> Facts:
+        engine, pool = self._engine, self._engine.scheduler.pool
+        return Facts(
+            max_model_len=engine.max_model_len,
+            vocab_size=engine.model_config.vocab_size,
+            hidden_size=engine.model_config.hidden_size,
+            block_size=pool.block_size,
+            num_blocks=pool.num_blocks,
+            eos_ids=sorted(engine.eos_ids),
+            default_params=messages.params_fields(engine.default_params),
+        )
