@@ -76,7 +76,7 @@ SAME_NAME = {
     "hf_overrides": "tests/startup/test_config_file.py", "generation_config": METHODS,
     "disable_log_stats": METHODS, "enable_sleep_mode": SLEEP,
     "quantization": "tests/models/test_int8.py",
-    "data_parallel_size": "tests/replicas/test_replicas.py",
+    "data_parallel_size": "tests/replicas/test_data_parallel.py",
 }  # fmt: skip
 # vLLM's methods of LLM and LLMEngine
 LLM_METHODS = {
