@@ -141,6 +141,11 @@ class Engine:
         """The ids that end an answer, unless its parameters say otherwise."""
         return self._eos_ids
 
+    @property
+    def max_num_seqs(self) -> int:
+        """The most requests that run at the same time."""
+        return self.scheduler.max_num_seqs
+
     def prompt_ids(self, request_id: int) -> list[int]:
         """The prompt of an unfinished request."""
         return self._requests[request_id][0].prompt_ids

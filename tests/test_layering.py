@@ -51,7 +51,7 @@ ALLOWED = {
         "nanovllm.chat",
         "nanovllm.schedule",
         "nanovllm.startup",
-        "nanovllm.platforms.preload",
+        "nanovllm.replicas.opening",
         "nanovllm.compat.engine_args",
         "nanovllm.tools.command_line",
         *SETTINGS,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -13,10 +12,9 @@ from nanovllm.batch.results import Result
 from nanovllm.batch.rows import Line, Refused, Row, parse
 from nanovllm.chat import ChatOptions, render
 from nanovllm.config import EngineConfig
-from nanovllm.platforms import preload
 from nanovllm.prompts import Prompt, as_prompt
+from nanovllm.replicas.opening import one_engine
 from nanovllm.sampling import SamplingParams
-from nanovllm.startup.compile_farm.farm import CompileFarm
 
 if TYPE_CHECKING:
     from nanovllm.sharing import SharedEngine
@@ -59,15 +57,10 @@ class Worker(Protocol):
 
 def load_engine(config: EngineConfig) -> SharedEngine:
     """Load a model and warm up. Raises what `load` raises."""
-    with closing(CompileFarm.start(config)) as farm:
-        wait = preload.begin(config.device)
-        # This import takes long, because it imports torch: the farm starts in the meantime.
-        from nanovllm.engine import Engine
-        from nanovllm.sharing import SharedEngine
-        from nanovllm.startup.load import load
+    engine = one_engine(config)
+    from nanovllm.sharing import SharedEngine  # imports torch
 
-        wait()
-        return SharedEngine(Engine(load(config, farm)))
+    return SharedEngine(engine)
 
 
 class EngineWorker:
@@ -77,7 +70,7 @@ class EngineWorker:
         self._shared, self._settings = shared, settings
         self._owners: dict[int, tuple[int, Any]] = {}  # request id: (row, the row's own id)
         self._refused: list[Result] = []
-        self._room = ROWS_PER_SEQUENCE * shared.engine.scheduler.max_num_seqs
+        self._room = ROWS_PER_SEQUENCE * shared.engine.max_num_seqs
 
     def has_room(self) -> bool:
         return len(self._owners) < self._room

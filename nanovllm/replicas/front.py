@@ -103,6 +103,7 @@ class Replicas:
             raise
         first = facts[0]
         self.max_model_len = first.max_model_len
+        self.max_num_seqs = sum(one.max_num_seqs for one in facts)
         self.default_params = SamplingParams(**first.default_params)
         self.eos_ids = frozenset(first.eos_ids)
         self.metrics = _Metrics(self.replicas)

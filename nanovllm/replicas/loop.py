@@ -89,6 +89,7 @@ class Loop:
         engine, pool = self._engine, self._engine.scheduler.pool
         return Facts(
             max_model_len=engine.max_model_len,
+            max_num_seqs=engine.max_num_seqs,
             vocab_size=engine.model_config.vocab_size,
             hidden_size=engine.model_config.hidden_size,
             block_size=pool.block_size,

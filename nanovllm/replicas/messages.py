@@ -31,6 +31,7 @@ class Facts:
     """What the front must know of an engine. `num_blocks` counts blocks of its cache."""
 
     max_model_len: int
+    max_num_seqs: int
     vocab_size: int
     hidden_size: int
     block_size: int
