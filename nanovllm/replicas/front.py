@@ -6,13 +6,11 @@ import json
 import logging
 import queue
 from collections.abc import Collection, Container, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
-from typing import Any
 
 from tqdm import tqdm
 
-from nanovllm import env, hub
 from nanovllm.config import EngineConfig
 from nanovllm.intake import Embeddings, Intake, checked_priority, drawn_seed
 from nanovllm.metrics import Metric
@@ -22,15 +20,13 @@ from nanovllm.replicas import messages
 from nanovllm.replicas.messages import Addition, Facts
 from nanovllm.replicas.placing import Place, choose
 from nanovllm.replicas.replica import Event, Replica, ReplicaFailed
+from nanovllm.replicas.setups import setups, tokenizer
 from nanovllm.replicas.totals import totals
 from nanovllm.runner import logit_edits
 from nanovllm.sampling import SamplingParams
 from nanovllm.schedule.blocks import chained_digests
 from nanovllm.schedule.logprobs import Logprob
 from nanovllm.schedule.outputs import Completion, Increment, Outbox
-from nanovllm.startup.artifacts import open_store
-from nanovllm.startup.choose import select_platform
-from nanovllm.startup.load import read_tokenizer_of
 from nanovllm.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -92,11 +88,11 @@ class Replicas:
         self._pending: dict[int, _Pending] = {}
         self._num_added = 0
         self._is_closed = False
-        setups = _setups(config)
+        told = setups(config)
         try:
-            for index, setup in enumerate(setups):
+            for index, setup in enumerate(told):
                 self.replicas.append(Replica(index, setup, self._inbox))
-            self.tokenizer: Tokenizer | None = _tokenizer(setups[0]["options"])
+            self.tokenizer: Tokenizer | None = tokenizer(told[0]["options"])
             facts = self._wait_until_ready()
         except BaseException:
             self.close()
@@ -330,34 +326,3 @@ class Replicas:
 def _raisable(failure: Exception) -> Exception:
     """The error for a caller: a user's mistake stays a ValueError."""
     return failure if isinstance(failure, ValueError) else ReplicaFailed(str(failure))
-
-
-def _setups(config: EngineConfig) -> list[dict[str, Any]]:
-    """What each replica's process is told. Raises ValueError for more replicas than devices."""
-    num, num_ranks = config.data_parallel_size, config.tensor_parallel_size
-    platform = select_platform(config)
-    limit = platform.traits.max_ranks
-    if limit is not None and num * num_ranks > limit:
-        raise ValueError(
-            f"data_parallel_size is {num} and tensor_parallel_size {num_ranks}, but this machine "
-            f"has {limit} {platform.traits.name} device(s) for them"
-        )
-    options = asdict(config)
-    for name in ("compile_cache", "tokenizer"):
-        options[name] = options[name] and str(options[name])
-    options |= {"data_parallel_size": 1, "compile_cache": str(open_store(config).folder)}
-    own = env.for_children()
-    return [
-        {
-            "options": options,
-            "is_first": index == 0,
-            "environment": platform.part_environment(index, num, num_ranks, own),
-        }
-        for index in range(num)
-    ]
-
-
-def _tokenizer(options: dict[str, Any]) -> Tokenizer | None:
-    config = EngineConfig(**options)
-    folder = hub.resolve(config.model, weights=not config.random_weights, revision=config.revision)
-    return read_tokenizer_of(config, folder, open_store(config))
