@@ -37,7 +37,6 @@ import torch
 from torch.profiler import ProfilerActivity
 
 from nanovllm import SamplingParams, platforms
-from nanovllm.engine import Engine
 from nanovllm.platforms.base import Platform
 from nanovllm.startup.choose import choose_dtype
 from nanovllm.tools import command_line
@@ -45,7 +44,7 @@ from nanovllm.tools.device_limits import Limits, measure_limits
 from nanovllm.tools.kernel_table import as_text
 from nanovllm.tools.profile import profile_decode
 from nanovllm.tools.shapes import CONFIGS
-from scripts.bench.engines import expert_traffic, load
+from scripts.bench.engines import engine_of, expert_traffic, load
 from scripts.bench.ideal import ideal_seconds
 from scripts.bench.routing import experts_per_step
 from scripts.bench.stall import measure_stall
@@ -165,8 +164,7 @@ def measure(
     sampling = {"temperature": 0.6, "top_k": args.top_k, "top_p": args.top_p}
     params = [SamplingParams(**sampling, ignore_eos=True, max_tokens=num) for num in output_lens]
     llm, about = load(args, work.model, rows, work.max_model_len)
-    engine = llm.engine
-    assert isinstance(engine, Engine)
+    engine = engine_of(llm)
     runner = engine.runner
     cfg, platform = runner.cfg, runner.platform
     llm.generate([prompts[0][:16]], SamplingParams(max_tokens=8, ignore_eos=True), use_tqdm=False)

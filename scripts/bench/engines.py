@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from nanovllm import LLM
+from nanovllm.engine import Engine
 
 
 def load(
@@ -45,7 +46,8 @@ def load(
         expert_prefetch=args.expert_prefetch,
     )
     load_seconds = time.perf_counter() - started
-    runner = llm.engine.runner
+    engine = engine_of(llm)
+    runner = engine.runner
     device, is_graph = runner.platform.device, runner.compiler.lowering is not None
     return llm, {
         "model": args.random_weights or args.model,
@@ -60,19 +62,25 @@ def load(
         "mode": "graph" if is_graph else "eager",
         "capture": is_graph and not args.no_graph,
         "fuse": is_graph and not args.no_fusion,
-        "run_ahead": llm.engine.run_ahead,
+        "run_ahead": engine.run_ahead,
         "max_num_seqs": max_num_seqs,
         "load_seconds": round(load_seconds, 2),
-        "memory": llm.engine.memory.as_dict(),
-        "versions": _versions(),
+        "memory": engine.memory.as_dict(),
+        "versions": versions(),
         "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
+
+
+def engine_of(llm: LLM) -> Engine:
+    """The engine of an `LLM` without replicas."""
+    assert isinstance(llm.engine, Engine)
+    return llm.engine
 
 
 def expert_traffic(llm: LLM, num_tokens: int) -> dict[str, float | None] | None:
     """How experts moved over the bus in the newest batch, which gave `num_tokens`, and the tokens
     per second that the bus alone allows. None if all experts are on the device."""
-    stats = llm.engine.metrics.experts
+    stats = engine_of(llm).metrics.experts
     if stats is None:
         return None
     batch = stats.batch
@@ -86,7 +94,7 @@ def expert_traffic(llm: LLM, num_tokens: int) -> dict[str, float | None] | None:
     }
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     """Versions of what is installed of Python, torch, Triton, transformers, CUDA and its driver."""
     found = {"torch": torch.__version__, "python": platform.python_version()}
     for package in ("triton", "transformers"):

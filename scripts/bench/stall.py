@@ -11,7 +11,7 @@ from typing import Any
 
 from nanovllm import SamplingParams
 from nanovllm.engine import Engine
-from scripts.bench.engines import load
+from scripts.bench.engines import engine_of, load
 
 NUM_STEPS = 100  # in each phase
 
@@ -20,9 +20,10 @@ def measure_stall(args: argparse.Namespace, model: str, max_model_len: int) -> d
     """Milliseconds between two tokens of a stream, as its reader sees them, in three phases:
     before a long prompt arrives, from then until its first token, and afterwards."""
     llm, about = load(args, model, args.stall_rows + 1, max_model_len)
-    stall, rng = llm.engine.scheduler.stall, random.Random(0)
+    engine, rng = engine_of(llm), random.Random(0)
+    stall = engine.scheduler.stall
     runs = [
-        _Run(llm.engine, rng, max_model_len).measure(args.stall_rows, args.stall)
+        _Run(engine, rng, max_model_len).measure(args.stall_rows, args.stall)
         for _ in range(args.runs)
     ]
     llm.close()
