@@ -133,7 +133,12 @@ def test_2000_rows_survive_the_loss_of_a_node(two_nodes: Any, tmp_path: Path) ->
     rows = [{"id": f"id {i}", "prompt": f"{i} + {i % 7} ="} for i in range(NUM_ROWS)]
     rows[19] = {"id": "id 19", "prompt": ""}
     source.write_text("\n".join(map(json.dumps, rows)))
-    words = ["--params", '{"max_tokens": 8, "temperature": 0, "ignore_eos": true}', "--enforce-eager", "--no-progress"]
+    words = [
+        "--params",
+        '{"max_tokens": 8, "temperature": 0, "ignore_eos": true}',
+        "--enforce-eager",
+        "--no-progress",
+    ]
     words += ["--device", "cpu", "--replicas", "2", "--ray-address", two_nodes.address]
     line = [sys.executable, "-m", "nanovllm.batch", str(source), "-o", str(target), *words]
     job = subprocess.Popen(
