@@ -3,7 +3,9 @@
 For decode steps NCCL's latency is most of the time of a sum. Here a rank writes its tensor to its
 own region (`peers.py`), tells the others by flags, waits for theirs, and reads their tensors:
 
-- one-shot: every rank reads and adds all tensors. The least latency.
+- words (`all_reduce_words.py`): every rank writes its tensor to all others. The least latency, and
+  twice the bytes.
+- one-shot: every rank reads and adds all tensors.
 - two-shot: every rank adds one part of all tensors, then reads the others' sums. Less to read from
   four ranks on.
 
@@ -23,7 +25,7 @@ N ranks | I elements of a program's tile | P elements of a part | R rows | D hid
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import triton
@@ -32,12 +34,24 @@ from torch import Tensor
 
 from nanovllm.kernels import collectives, peers
 from nanovllm.kernels.peers import Peers
-from nanovllm.kernels.triton.common import INTERPRETED, launch_options, wait_for_earlier_kernels
+from nanovllm.kernels.triton.all_reduce_words import words_kernel
+from nanovllm.kernels.triton.common import launch_options, wait_for_earlier_kernels
 from nanovllm.kernels.triton.norm_act import add_rms_norm
+from nanovllm.kernels.triton.peer_access import (
+    counter_at,
+    load_table,
+    plus,
+    pointer,
+    raise_flags,
+    slab_offset,
+    wait_for_flags,
+)
 
-# The largest tensors, in bytes, that are added in one shot and in two, by the number of ranks; NCCL
-# adds larger ones. With two ranks both forms read the same number of bytes. Larger ones do not fit
-# MAX_PROGRAMS · SLAB_BYTES (8 MiB). Measured on two H200s; for four and eight they are estimates.
+# The largest tensors, in bytes, that are added as words, in one shot and in two, by the number of
+# ranks; NCCL adds larger ones. Tensors of more than MAX_PROGRAMS · SLAB_BYTES (8 MiB) do not fit.
+# With two ranks one shot and two read the same number of bytes. The numbers for two ranks are
+# measured on H200s; those for four and eight are estimates.
+WORDS_BYTES = {2: 128 << 10, 4: 64 << 10, 8: 32 << 10}
 ONE_SHOT_BYTES = {2: 8 << 20, 4: 512 << 10, 8: 256 << 10}
 TWO_SHOT_BYTES = {2: 0, 4: 8 << 20, 8: 8 << 20}
 # With more rows the sum and the norm are faster apart.
@@ -49,111 +63,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _VECTOR_BYTES = 16  # that a thread loads at once
 _LEAST_BYTES = 4096  # of a tile: 8 warps with one load per thread and rank
 _LEAST_PART_BYTES = 2048
-
-MAX_PROGRAMS = tl.constexpr(peers.MAX_PROGRAMS)
-MAX_RANKS = tl.constexpr(peers.MAX_RANKS)
-SLAB_BYTES = tl.constexpr(peers.SLAB_BYTES)
-COUNTERS_AT = tl.constexpr(peers.COUNTERS_AT)
-DATA_AT = tl.constexpr(peers.DATA_AT)
-
-
-@triton.jit
-def load_table(table_ptr, NUM_RANKS: tl.constexpr):
-    """The regions' addresses, one by one and as a tensor, and this rank, its region and `stop`.
-
-    No kernel writes the table, so it is read before the results of earlier kernels are there.
-    """
-    regions = ()
-    for rank in tl.static_range(NUM_RANKS):
-        regions += (tl.load(table_ptr + rank),)
-    region_N = tl.load(table_ptr + tl.arange(0, NUM_RANKS))
-    rank = tl.load(table_ptr + NUM_RANKS)
-    own = tl.load(table_ptr + NUM_RANKS + 1)
-    stop_address = tl.load(table_ptr + NUM_RANKS + 2)
-    return regions, region_N, rank, own, stop_address
-
-
-@triton.jit
-def pointer(address, dtype: tl.constexpr):
-    """A pointer to an address that is a multiple of 16."""
-    return tl.multiple_of(address.to(tl.pointer_type(dtype)), 16)
-
-
-@triton.jit
-def counter_at(own, program):
-    """A pointer to a program's counter in this rank's region."""
-    return (own + COUNTERS_AT + program * 4).to(tl.pointer_type(tl.int32))
-
-
-@triton.jit
-def slab_offset(program, counter):
-    """Where the data of a program's launch begin in each region, in bytes."""
-    half = ((counter >> 1) & 1).to(tl.int64)
-    return DATA_AT + (half * MAX_PROGRAMS + program) * SLAB_BYTES
-
-
-@triton.jit
-def raise_flags(region_N, rank, program, value):
-    """Sets this rank's flag in all regions, after all that the program has written before."""
-    flag_N = region_N + (program * MAX_RANKS + rank) * 4
-    value_N = (flag_N * 0).to(tl.int32) + value
-    tl.debug_barrier()
-    if INTERPRETED:
-        tl.store(flag_N.to(tl.pointer_type(tl.int32)), value_N)
-    else:
-        # One warp is enough: the barrier and the release order what all threads have written.
-        tl.inline_asm_elementwise(
-            "{ .reg .pred first; .reg .b32 thread; mov.u32 thread, %tid.x;"
-            " setp.lt.u32 first, thread, 32; @first st.release.sys.global.b32 [$1], $2;"
-            " mov.b32 $0, 0; }",
-            "=r,l,r", [flag_N, value_N], dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-
-
-@triton.jit
-def wait_for_flags(own, stop_address, program, value, NUM_RANKS: tl.constexpr):
-    """Waits until all ranks have raised their flags for this program to `value` or beyond.
-
-    What was written before a flag is visible afterwards. Numbers wrap around, so differences are
-    compared. One warp looks and the others wait at the barrier: warps that look without a pause can
-    hold up the release of the flags of their own program.
-    """
-    flag_N = own + (program * MAX_RANKS + tl.arange(0, NUM_RANKS)) * 4
-    if INTERPRETED:
-        flag_ptr = flag_N.to(tl.pointer_type(tl.int32))
-        stop_ptr = stop_address.to(tl.pointer_type(tl.int32))
-        while tl.min(tl.load(flag_ptr) - value, 0) < 0 and tl.load(stop_ptr) == 0:
-            pass
-    else:
-        tl.inline_asm_elementwise(
-            """{
-            .reg .pred other, reached, again;
-            .reg .b32 thread, number, spins;
-            mov.u32 thread, %tid.x;
-            mov.b32 spins, 0;
-            mov.b32 $0, 0;
-            setp.ge.u32 other, thread, 32;
-            @other bra done;
-            look:  // at the flags; once in 1024 times at the host's memory, which takes longer
-            ld.acquire.sys.global.b32 number, [$1];
-            sub.s32 number, number, $2;
-            setp.ge.s32 reached, number, 0;
-            @reached bra done;
-            add.u32 spins, spins, 1;
-            and.b32 number, spins, 1023;
-            setp.ne.u32 again, number, 0;
-            @again bra look;
-            ld.acquire.sys.global.b32 number, [$3];
-            setp.eq.s32 again, number, 0;
-            @again bra look;
-            done:
-            bar.warp.sync 0xffffffff;
-            }""",
-            "=r,l,r,l",
-            [flag_N, (flag_N * 0).to(tl.int32) + value, flag_N * 0 + stop_address],
-            dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-    tl.debug_barrier()
+_WORDS_WARPS = peers.PROGRAM_WORDS // 64  # two words of a thread
 
 
 @triton.jit
@@ -166,15 +76,6 @@ def sum_over_ranks(regions, offset, i_I, NUM_RANKS: tl.constexpr, dtype: tl.cons
     for rank in tl.static_range(1, NUM_RANKS):
         total_I += tl.load(pointer(regions[rank] + offset, dtype) + i_I, cache_modifier=".cg")
     return total_I.to(dtype)
-
-
-@triton.jit
-def plus(y_I, residual_I, HAS_RESIDUAL: tl.constexpr):
-    """y + residual in fp32, rounded to y's dtype."""
-    if HAS_RESIDUAL:
-        return (y_I.to(tl.float32) + residual_I.to(tl.float32)).to(y_I.dtype)
-    else:
-        return y_I
 
 
 @triton.jit
@@ -330,10 +231,13 @@ def gather_columns_kernel(
     tl.store(counter_ptr, counter + 2)
 
 
+KERNELS = {"words": words_kernel, "one-shot": one_shot_kernel, "two-shot": two_shot_kernel}
+
+
 class Tile(NamedTuple):
     """How a tensor is divided: elements of a program (of its part if in two shots), and warps."""
 
-    two_shot: bool
+    form: Literal["words", "one-shot", "two-shot"]
     size: int
     num_warps: int
 
@@ -343,12 +247,20 @@ def warps_for(num_bytes: int) -> int:
     return max(4, min(16, num_bytes // (_VECTOR_BYTES * 32)))
 
 
+def words_tile(num_bytes: int, element_size: int) -> Tile | None:
+    """None if the tensor is too large, or does not consist of words."""
+    each = 4 * peers.PROGRAM_WORDS
+    if num_bytes % 4 or num_bytes > each * peers.MAX_PROGRAMS:
+        return None
+    return Tile("words", each // element_size, _WORDS_WARPS)
+
+
 def one_shot_tile(num_bytes: int, element_size: int) -> Tile | None:
     """None if the tensor is too large."""
     each = max(_LEAST_BYTES, triton.next_power_of_2(triton.cdiv(num_bytes, peers.MAX_PROGRAMS)))
     if each > peers.SLAB_BYTES:
         return None
-    return Tile(False, each // element_size, warps_for(each))
+    return Tile("one-shot", each // element_size, warps_for(each))
 
 
 def two_shot_tile(num_bytes: int, element_size: int, num_ranks: int) -> Tile | None:
@@ -357,11 +269,13 @@ def two_shot_tile(num_bytes: int, element_size: int, num_ranks: int) -> Tile | N
     part = max(_LEAST_PART_BYTES, triton.next_power_of_2(share))
     if part * num_ranks > peers.SLAB_BYTES:
         return None
-    return Tile(True, part // element_size, warps_for(part))
+    return Tile("two-shot", part // element_size, warps_for(part))
 
 
 def tile_for(num_bytes: int, element_size: int, num_ranks: int) -> Tile | None:
     """The fastest form for a sum of tensors of so many bytes; None if NCCL is faster."""
+    if num_bytes <= WORDS_BYTES[num_ranks] and (tile := words_tile(num_bytes, element_size)):
+        return tile
     if num_bytes <= ONE_SHOT_BYTES[num_ranks]:
         return one_shot_tile(num_bytes, element_size)
     if num_bytes <= TWO_SHOT_BYTES[num_ranks]:
@@ -382,10 +296,10 @@ def reduce_by(
     tile: Tile, x: Tensor, residual: Tensor | None, out: Tensor, regions: Peers
 ) -> Tensor:
     """out = the sum of x over the ranks, plus the residual; all are contiguous. `out` may be x."""
-    kernel = two_shot_kernel if tile.two_shot else one_shot_kernel
-    whole = tile.size * regions.num_ranks if tile.two_shot else tile.size
-    size = {"PART" if tile.two_shot else "TILE": tile.size}
-    kernel[(triton.cdiv(x.numel(), whole),)](
+    is_two_shot = tile.form == "two-shot"
+    whole = tile.size * regions.num_ranks if is_two_shot else tile.size
+    size = {"PART" if is_two_shot else "TILE": tile.size}
+    KERNELS[tile.form][(triton.cdiv(x.numel(), whole),)](
         x,
         x if residual is None else residual,
         out,

@@ -10,7 +10,15 @@ Launch = tuple[str, Any, dict[str, Any], int, dict[str, str]]
 
 TYPES = {"peers_ptr": "*i64"}
 # rows, hidden size, number of ranks
-CASES = ((1, 4096, 2), (8, 5120, 2), (128, 5120, 2), (1, 2880, 4), (64, 5120, 4), (200, 5120, 8))
+CASES = (
+    (1, 4096, 2),
+    (8, 5120, 2),
+    (64, 5120, 2),
+    (128, 5120, 2),
+    (1, 2880, 4),
+    (64, 5120, 4),
+    (200, 5120, 8),
+)
 
 
 def launches(dtype: str) -> Iterator[Launch]:
@@ -24,10 +32,9 @@ def launches(dtype: str) -> Iterator[Launch]:
         shared: dict[str, Any] = {"NUM_RANKS": num_ranks}
         tile = all_reduce.tile_for(num_rows * dim * element_size, element_size, num_ranks)
         assert tile is not None
-        kernel = all_reduce.two_shot_kernel if tile.two_shot else all_reduce.one_shot_kernel
-        size = {"PART" if tile.two_shot else "TILE": tile.size, "HAS_RESIDUAL": True}
-        label = "two-shot" if tile.two_shot else "one-shot"
-        yield f"{label} {case}", kernel, shared | size, tile.num_warps, TYPES
+        size = {"PART" if tile.form == "two-shot" else "TILE": tile.size, "HAS_RESIDUAL": True}
+        kernel = all_reduce.KERNELS[tile.form]
+        yield f"{tile.form} {case}", kernel, shared | size, tile.num_warps, TYPES
         if all_reduce.takes_norm(num_rows, dim, element_size, num_ranks):
             dim_p = triton.next_power_of_2(dim)
             sizes = shared | {"DIM": dim, "DIM_P": dim_p}
