@@ -3,9 +3,7 @@
 For decode steps NCCL's latency is most of the time of a sum. Here a rank writes its tensor to its
 own region (`peers.py`), tells the others by flags, waits for theirs, and reads their tensors:
 
-- words (`all_reduce_words.py`): every rank writes its tensor to all others. The least latency, and
-  twice the bytes.
-- one-shot: every rank reads and adds all tensors.
+- one-shot: every rank reads and adds all tensors. The least latency.
 - two-shot: every rank adds one part of all tensors, then reads the others' sums. Less to read from
   four ranks on.
 
@@ -34,7 +32,6 @@ from torch import Tensor
 
 from nanovllm.kernels import collectives, peers
 from nanovllm.kernels.peers import Peers
-from nanovllm.kernels.triton.all_reduce_words import words_kernel
 from nanovllm.kernels.triton.common import launch_options, wait_for_earlier_kernels
 from nanovllm.kernels.triton.norm_act import add_rms_norm
 from nanovllm.kernels.triton.peer_access import (
@@ -47,11 +44,10 @@ from nanovllm.kernels.triton.peer_access import (
     wait_for_flags,
 )
 
-# The largest tensors, in bytes, that are added as words, in one shot and in two, by the number of
-# ranks; NCCL adds larger ones. Tensors of more than MAX_PROGRAMS · SLAB_BYTES (8 MiB) do not fit.
+# The largest tensors, in bytes, that are added in one shot and in two, by the number of ranks; NCCL
+# adds larger ones. Tensors of more than MAX_PROGRAMS · SLAB_BYTES / 2 (8 MiB) do not fit.
 # With two ranks one shot and two read the same number of bytes. The numbers for two ranks are
 # measured on H200s; those for four and eight are estimates.
-WORDS_BYTES = {2: 128 << 10, 4: 64 << 10, 8: 32 << 10}
 ONE_SHOT_BYTES = {2: 8 << 20, 4: 512 << 10, 8: 256 << 10}
 TWO_SHOT_BYTES = {2: 0, 4: 8 << 20, 8: 8 << 20}
 # With more rows the sum and the norm are faster apart.
@@ -63,7 +59,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _VECTOR_BYTES = 16  # that a thread loads at once
 _LEAST_BYTES = 4096  # of a tile: 8 warps with one load per thread and rank
 _LEAST_PART_BYTES = 2048
-_WORDS_WARPS = peers.PROGRAM_WORDS // 64  # two words of a thread
+_LARGE_BYTES = 16 << 10
 
 
 @triton.jit
@@ -231,13 +227,13 @@ def gather_columns_kernel(
     tl.store(counter_ptr, counter + 2)
 
 
-KERNELS = {"words": words_kernel, "one-shot": one_shot_kernel, "two-shot": two_shot_kernel}
+KERNELS = {"one-shot": one_shot_kernel, "two-shot": two_shot_kernel}
 
 
 class Tile(NamedTuple):
     """How a tensor is divided: elements of a program (of its part if in two shots), and warps."""
 
-    form: Literal["words", "one-shot", "two-shot"]
+    form: Literal["one-shot", "two-shot"]
     size: int
     num_warps: int
 
@@ -247,17 +243,17 @@ def warps_for(num_bytes: int) -> int:
     return max(4, min(16, num_bytes // (_VECTOR_BYTES * 32)))
 
 
-def words_tile(num_bytes: int, element_size: int) -> Tile | None:
-    """None if the tensor is too large, or does not consist of words."""
-    each = 4 * peers.PROGRAM_WORDS
-    if num_bytes % 4 or num_bytes > each * peers.MAX_PROGRAMS:
-        return None
-    return Tile("words", each // element_size, _WORDS_WARPS)
+def _bytes_of_program(num_bytes: int, least: int) -> int:
+    """Bytes that each program takes of a tensor. Of large programs a multiprocessor runs one."""
+    each = triton.next_power_of_2(triton.cdiv(num_bytes, peers.MAX_PROGRAMS))
+    if each > _LARGE_BYTES:
+        each = triton.next_power_of_2(triton.cdiv(num_bytes, peers.MAX_PROGRAMS // 2))
+    return max(least, each)
 
 
 def one_shot_tile(num_bytes: int, element_size: int) -> Tile | None:
     """None if the tensor is too large."""
-    each = max(_LEAST_BYTES, triton.next_power_of_2(triton.cdiv(num_bytes, peers.MAX_PROGRAMS)))
+    each = _bytes_of_program(num_bytes, _LEAST_BYTES)
     if each > peers.SLAB_BYTES:
         return None
     return Tile("one-shot", each // element_size, warps_for(each))
@@ -265,8 +261,7 @@ def one_shot_tile(num_bytes: int, element_size: int) -> Tile | None:
 
 def two_shot_tile(num_bytes: int, element_size: int, num_ranks: int) -> Tile | None:
     """None if the tensor is too large."""
-    share = triton.cdiv(num_bytes, peers.MAX_PROGRAMS * num_ranks)
-    part = max(_LEAST_PART_BYTES, triton.next_power_of_2(share))
+    part = _bytes_of_program(triton.cdiv(num_bytes, num_ranks), _LEAST_PART_BYTES)
     if part * num_ranks > peers.SLAB_BYTES:
         return None
     return Tile("two-shot", part // element_size, warps_for(part))
@@ -274,8 +269,6 @@ def two_shot_tile(num_bytes: int, element_size: int, num_ranks: int) -> Tile | N
 
 def tile_for(num_bytes: int, element_size: int, num_ranks: int) -> Tile | None:
     """The fastest form for a sum of tensors of so many bytes; None if NCCL is faster."""
-    if num_bytes <= WORDS_BYTES[num_ranks] and (tile := words_tile(num_bytes, element_size)):
-        return tile
     if num_bytes <= ONE_SHOT_BYTES[num_ranks]:
         return one_shot_tile(num_bytes, element_size)
     if num_bytes <= TWO_SHOT_BYTES[num_ranks]:

@@ -342,6 +342,17 @@ TILES: dict[tuple[int, int, bool], tuple[LinearTile, LinearTile, LinearTile | No
         LinearTile(16, 4, 256, 1, 4),
         LinearTile(16, 4, 256, 1, 4),
     ),
+    # Qwen3-8B over two GPUs: out, gate_up; one row measured in a chain with sums over ranks
+    (4096, 2048, False): (
+        LinearTile(4, 1, 256, 8, 2),
+        LinearTile(16, 4, 256, 1, 4),
+        LinearTile(16, 4, 256, 1, 4),
+    ),
+    (6144, 4096, True): (
+        LinearTile(4, 1, 256, 8, 4),
+        LinearTile(16, 4, 256, 1, 4),
+        LinearTile(16, 4, 256, 1, 4),
+    ),
     # Qwen3-30B-A3B: qkv, out, head
     (5120, 2048, False): (LinearTile(8, 1, 256, 4, 4), LinearTile(16, 4, 256, 2, 4), None),
     (2048, 4096, False): (LinearTile(8, 1, 256, 16, 8), LinearTile(16, 8, 256, 2, 8), None),

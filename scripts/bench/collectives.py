@@ -122,11 +122,8 @@ class Bench:
             self._report(name, num_rows, x.nbytes, share, call)
 
     def _tiles(self, x: Tensor) -> Iterator[tuple[str, kernels.Tile]]:
-        words = kernels.words_tile(x.nbytes, x.element_size())
         one = kernels.one_shot_tile(x.nbytes, x.element_size())
         two = kernels.two_shot_tile(x.nbytes, x.element_size(), self.args.ranks)
-        if words is not None:
-            yield "words", words
         if one is not None:
             yield "one-shot", one
         if two is not None:

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from nanovllm.kernels import collectives, peers, reference
 from nanovllm.kernels.triton import all_reduce as kernels
-from nanovllm.kernels.triton import all_reduce_words
 from nanovllm.kernels.triton.all_reduce import Tile
 from nanovllm.kernels.triton.common import INTERPRETED
 from tests.kernels.peer_ranks import Regions
@@ -55,12 +54,10 @@ def check_bits(results: list[Tensor], expected: Tensor) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize(
-    "tile", [Tile("words", 64, 4), Tile("one-shot", 64, 4), Tile("two-shot", 16, 4)], ids=str
-)
+@pytest.mark.parametrize("tile", [Tile("one-shot", 64, 4), Tile("two-shot", 16, 4)], ids=str)
 @pytest.mark.parametrize(
     ("num_ranks", "num", "dtype"),
-    [(2, 198, torch.bfloat16), (4, 38, torch.float16), (8, 1, torch.float32)],
+    [(2, 99, torch.bfloat16), (4, 19, torch.float16), (8, 1, torch.float32)],
 )
 def test_all_ranks_get_the_same_bits(
     num_ranks: int, num: int, tile: Tile, dtype: torch.dtype
@@ -79,28 +76,17 @@ def test_all_ranks_get_the_same_bits(
 @interpreted
 def test_calls_of_changing_sizes_and_forms_follow_each_other_while_counters_wrap_around() -> None:
     regions = Regions(2, counter=2**31 - 8)
-    cases = [
-        (19, "one-shot"),
-        (150, "two-shot"),
-        (150, "words"),
-        (150, "one-shot"),
-        (1, "two-shot"),
-    ]
-    cases += [(98, "words"), (98, "one-shot"), (64, "words"), (32, "words")]
-    add, plus = kernels.sum_over_ranks, all_reduce_words.plus
+    cases = [(19, "one-shot"), (150, "two-shot"), (150, "one-shot"), (1, "two-shot")]
+    cases += [(99, "one-shot"), (64, "one-shot")]
+    add = kernels.sum_over_ranks
 
     def add_late(*args: object) -> object:
         time.sleep(0.03)  # the other rank begins its next call before this one has read
         return add(*args)
 
-    def plus_late(*args: object) -> object:
-        time.sleep(0.03)
-        return plus(*args)
-
     def work(rank: int) -> Tensor:
         if rank == 1:
             kernels.sum_over_ranks = add_late  # in this fork alone
-            all_reduce_words.plus = plus_late
         sums = []
         for call, (num, form) in enumerate(cases * 2):
             x = share(rank, (num,), torch.bfloat16, call)
@@ -208,9 +194,7 @@ def test_gpus_agree_with_nccl_in_captured_graphs(num_ranks: int) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert {"words", "one-shot", "two-shot", "fused", "gather, chosen"} <= {
-        line["form"] for line in lines
-    }
+    assert {"one-shot", "two-shot", "fused", "gather, chosen"} <= {line["form"] for line in lines}
 
 
 class Plain:
