@@ -22,7 +22,7 @@ from torch import Tensor
 
 MAX_RANKS = 8
 NUM_RANKS = (2, 4, 8)  # numbers of ranks that the kernels are made for
-MAX_PROGRAMS = 256  # an H100 or H200 runs two on each multiprocessor, so that all run at once
+MAX_PROGRAMS = 128  # fewer than an H100 or H200 has multiprocessors, so that all run at once
 SLAB_BYTES = 64 << 10
 COUNTERS_AT = MAX_PROGRAMS * MAX_RANKS * 4
 DATA_AT = COUNTERS_AT + 4096  # counters fill a part of it; data begin at a page

@@ -45,7 +45,7 @@ from nanovllm.kernels.triton.peer_access import (
 )
 
 # The largest tensors, in bytes, that are added in one shot and in two, by the number of ranks; NCCL
-# adds larger ones. Tensors of more than MAX_PROGRAMS · SLAB_BYTES / 2 (8 MiB) do not fit.
+# adds larger ones. Tensors of more than MAX_PROGRAMS · SLAB_BYTES (8 MiB) do not fit.
 # With two ranks one shot and two read the same number of bytes. The numbers for two ranks are
 # measured on H200s; those for four and eight are estimates.
 ONE_SHOT_BYTES = {2: 8 << 20, 4: 512 << 10, 8: 256 << 10}
@@ -59,7 +59,6 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _VECTOR_BYTES = 16  # that a thread loads at once
 _LEAST_BYTES = 4096  # of a tile: 8 warps with one load per thread and rank
 _LEAST_PART_BYTES = 2048
-_LARGE_BYTES = 16 << 10
 
 
 @triton.jit
@@ -243,17 +242,9 @@ def warps_for(num_bytes: int) -> int:
     return max(4, min(16, num_bytes // (_VECTOR_BYTES * 32)))
 
 
-def _bytes_of_program(num_bytes: int, least: int) -> int:
-    """Bytes that each program takes of a tensor. Of large programs a multiprocessor runs one."""
-    each = triton.next_power_of_2(triton.cdiv(num_bytes, peers.MAX_PROGRAMS))
-    if each > _LARGE_BYTES:
-        each = triton.next_power_of_2(triton.cdiv(num_bytes, peers.MAX_PROGRAMS // 2))
-    return max(least, each)
-
-
 def one_shot_tile(num_bytes: int, element_size: int) -> Tile | None:
     """None if the tensor is too large."""
-    each = _bytes_of_program(num_bytes, _LEAST_BYTES)
+    each = max(_LEAST_BYTES, triton.next_power_of_2(triton.cdiv(num_bytes, peers.MAX_PROGRAMS)))
     if each > peers.SLAB_BYTES:
         return None
     return Tile("one-shot", each // element_size, warps_for(each))
@@ -261,7 +252,8 @@ def one_shot_tile(num_bytes: int, element_size: int) -> Tile | None:
 
 def two_shot_tile(num_bytes: int, element_size: int, num_ranks: int) -> Tile | None:
     """None if the tensor is too large."""
-    part = _bytes_of_program(triton.cdiv(num_bytes, num_ranks), _LEAST_PART_BYTES)
+    share = triton.cdiv(num_bytes, peers.MAX_PROGRAMS * num_ranks)
+    part = max(_LEAST_PART_BYTES, triton.next_power_of_2(share))
     if part * num_ranks > peers.SLAB_BYTES:
         return None
     return Tile("two-shot", part // element_size, warps_for(part))
