@@ -4,33 +4,42 @@
 python scripts/bench/load_speed.py --shape Qwen3-30B-A3B --layers 20
 # as transformers 5 writes it: two tensors for all experts of a layer
 python scripts/bench/load_speed.py --shape Qwen3-30B-A3B --layers 20 --stacked-experts
+# two processes at the same time, each with its part of every weight on its own device
+python scripts/bench/load_speed.py --shape Qwen3-8B --ranks 2
 # an existing checkpoint
 python scripts/bench/load_speed.py --model DIR
 
 A checkpoint of random weights, in files of 5 GB, is written to a temporary folder. It is in the
-page cache then, if the memory suffices. Prints one line of JSON per run; GB are those of the files.
-"host_copy_gb_s" is the rate at which one thread copies the host's memory.
+page cache then, if the memory suffices. Prints one line of JSON per run; GB are those of the
+weights on the device, which in the checkpoint's dtype are those of the files. "host_copy_gb_s" is
+the rate at which one thread copies the host's memory.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
 import sys
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from nanovllm import platforms
 from nanovllm.config import EngineConfig
 from nanovllm.models import loader
+from nanovllm.models.shards import Shard
 from nanovllm.startup.choose import Choice, choose_without_weights
 from nanovllm.tools import command_line
 from nanovllm.tools.shapes import CONFIGS
@@ -52,11 +61,18 @@ def arguments() -> argparse.Namespace:
     add("--device", default="auto")
     add("--dtype", default="auto", choices=("auto", "float32", "float16", "bfloat16"))
     add("--runs", type=int, default=3)
+    add("--ranks", type=int, default=1, metavar="N", help="devices that share the weights")
+    add("--rank", type=int, help="set for the processes that this starts")
     args = parser.parse_args()
     if args.model and (args.layers or args.stacked_experts):
         parser.error("--layers and --stacked-experts go with --shape")
-    if args.runs < 1 or (args.layers is not None and args.layers < 1) or args.shard_gb <= 0:
-        parser.error("--runs and --layers must be at least 1, and --shard-gb above 0")
+    if (
+        args.runs < 1
+        or args.ranks < 1
+        or (args.layers is not None and args.layers < 1)
+        or args.shard_gb <= 0
+    ):
+        parser.error("--runs, --ranks and --layers must be at least 1, and --shard-gb above 0")
     return args
 
 
@@ -71,21 +87,23 @@ def write(args: argparse.Namespace, folder: Path) -> Path:
     return folder
 
 
-def read(choice: Choice) -> float:
-    """Seconds of reading all weights to the device, as a start does."""
+def read(choice: Choice) -> tuple[float, int]:
+    """Seconds of reading this rank's weights to the device, as a start does, and their bytes."""
     platform, region = choice.platform, choice.platform.region()
     with tqdm(total=choice.model.config.num_layers, desc="loading weights", unit="layer") as bar:
         platform.synchronize()
         started = time.perf_counter()
-        target = loader.Target(platform.device, region.place, platform.host_buffer)
+        target = loader.Target(platform.device, region.place, platform.host_buffer, choice.shard)
         weight_format = choice.spec.weight_format
         params = loader.load(choice.model, choice.folder, target, bar.update, weight_format)
         platform.synchronize()
         seconds = time.perf_counter() - started
-    del params
+    tensors = {id(one): one for one in pytree.tree_leaves(params) if one is not None}
+    num_bytes = sum(one.nbytes for one in tensors.values())
+    del params, tensors
     region.close()
     platform.release()
-    return seconds
+    return seconds, num_bytes
 
 
 def copy_rate() -> float:
@@ -100,30 +118,58 @@ def copy_rate() -> float:
     return source.nbytes / seconds
 
 
+def measure(args: argparse.Namespace, folder: Path) -> None:
+    """The measurements of one process."""
+    config = EngineConfig(
+        str(folder), device=args.device, dtype=args.dtype, tensor_parallel_size=args.ranks
+    )
+    choice = choose_without_weights(config)
+    choice = replace(choice, shard=Shard(args.rank or 0, args.ranks))
+    about = {
+        "model": args.shape or str(folder),
+        "layers": choice.model.config.num_layers,
+        "device": choice.platform.describe(),
+        "dtype": str(choice.model.config.dtype).removeprefix("torch."),
+        "files": len(list(folder.glob("*.safetensors"))),
+        "stacked_experts": args.stacked_experts,
+        "rank": args.rank or 0,
+        "ranks": args.ranks,
+        "host_copy_gb_s": round(copy_rate() / 1e9, 2),
+    }
+    for _ in range(args.runs):
+        seconds, num_bytes = read(choice)
+        gb = num_bytes / 1e9
+        about |= {"gb": round(gb, 3), "seconds": round(seconds, 3)}
+        print(json.dumps({**about, "gb_per_second": round(gb / seconds, 2)}), flush=True)
+
+
+def start_ranks(args: argparse.Namespace, folder: Path) -> None:
+    """Run a process for each rank, all at the same time. Raises RuntimeError if one fails."""
+    platform = platforms.select(args.device)
+    words = ["--model", str(folder), "--ranks", str(args.ranks), "--runs", str(args.runs)]
+    words += ["--device", args.device, "--dtype", args.dtype]
+    started = [
+        subprocess.Popen(
+            [sys.executable, __file__, *words, "--rank", str(rank)],
+            env={**os.environ, **platform.rank_environment(rank, os.environ)},
+        )
+        for rank in range(args.ranks)
+    ]
+    codes = [process.wait() for process in started]
+    if any(codes):
+        raise RuntimeError(f"the processes of the ranks ended with {codes}")
+
+
 def main(args: argparse.Namespace) -> None:
     with ExitStack() as stack:
         folder = args.model
         if folder is None:
             place = TemporaryDirectory(prefix="load-speed-", dir=args.folder)
             folder = write(args, Path(stack.enter_context(place)) / "checkpoint")
-        choice = choose_without_weights(
-            EngineConfig(str(folder), device=args.device, dtype=args.dtype)
-        )
-        paths = list(folder.glob("*.safetensors"))
-        about = {
-            "model": args.shape or str(folder),
-            "layers": choice.model.config.num_layers,
-            "device": choice.platform.describe(),
-            "dtype": str(choice.model.config.dtype).removeprefix("torch."),
-            "files": len(paths),
-            "stacked_experts": args.stacked_experts,
-            "gb": round(sum(path.stat().st_size for path in paths) / 1e9, 3),
-            "host_copy_gb_s": round(copy_rate() / 1e9, 2),
-        }
-        for _ in range(args.runs):
-            seconds = read(choice)
-            rate = round(about["gb"] / seconds, 2)
-            print(json.dumps({**about, "seconds": round(seconds, 3), "gb_per_second": rate}))
+        if args.ranks > 1 and args.rank is None:
+            start_ranks(args, folder)
+        else:
+            measure(args, folder)
 
 
 if __name__ == "__main__":

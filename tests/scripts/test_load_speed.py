@@ -53,3 +53,13 @@ def test_each_run_is_a_line_with_its_rate(
     assert len(lines) == 2 and all(line["seconds"] > 0 for line in lines)
     assert lines[0]["layers"] == 2 and lines[0]["files"] > 1
     assert not list(tmp_path.iterdir()), "nothing is left behind"
+
+
+def test_each_rank_reads_its_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                  capfd: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    monkeypatch.setitem(CONFIGS, "Qwen3-0.6B", {**CONFIGS["Qwen3-0.6B"], **SMALL})
+    options = f"--shape Qwen3-0.6B --ranks 2 --runs 1 --device cpu --folder {tmp_path}"
+    monkeypatch.setattr(sys, "argv", ["load_speed.py", *options.split()])
+    load_speed.main(load_speed.arguments())
+    lines = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert sorted(line["rank"] for line in lines) == [0, 1]
