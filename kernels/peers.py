@@ -1,13 +1,16 @@
 """The memory through which the GPUs of one host add and gather small tensors, and its layout.
 
 Every rank has a region of REGION_BYTES. Every other rank of the host can read and write it. It
-begins as zeros. A launch of a kernel uses at most MAX_PROGRAMS programs; program b of a rank works
-with program b of each other rank alone, in these places of a region:
+begins as zeros, except the words. A launch of a kernel uses at most MAX_PROGRAMS programs; program
+b of a rank works with program b of each other rank alone, in these places of a region:
 
 - int32 [MAX_PROGRAMS, MAX_RANKS] from byte 0: flags. Rank r writes column r.
 - int32 [MAX_PROGRAMS] from COUNTERS_AT: twice the number of launches so far. Only its rank uses it.
 - bytes [2, MAX_PROGRAMS, SLAB_BYTES] from DATA_AT: data that the other ranks read. Launches take
   turns with the two halves.
+- int64 [2, MAX_PROGRAMS, MAX_RANKS, PROGRAM_WORDS] from WORDS_AT: words (`triton/peer_words.py`).
+  Rank r writes [:, :, r]. Launches take turns with the two halves. They begin as −1, which is no
+  launch's number.
 
 A counter only grows, so a captured graph can be replayed. It wraps around after 2³¹ launches, and
 differences stay right.
@@ -26,7 +29,9 @@ MAX_PROGRAMS = 128  # fewer than an H100 or H200 has multiprocessors, so that al
 SLAB_BYTES = 64 << 10
 COUNTERS_AT = MAX_PROGRAMS * MAX_RANKS * 4
 DATA_AT = COUNTERS_AT + 4096  # counters fill a part of it; data begin at a page
-REGION_BYTES = DATA_AT + 2 * MAX_PROGRAMS * SLAB_BYTES
+WORDS_AT = DATA_AT + 2 * MAX_PROGRAMS * SLAB_BYTES
+PROGRAM_WORDS = 512
+REGION_BYTES = WORDS_AT + 2 * MAX_PROGRAMS * MAX_RANKS * PROGRAM_WORDS * 8
 
 
 class Peers(Protocol):

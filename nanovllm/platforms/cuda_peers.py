@@ -82,7 +82,10 @@ class PeerMemory:
         try:
             self._driver("cuMemAlloc_v2", ctypes.byref(address), peers.REGION_BYTES)
             self._own = address.value
-            self._driver("cuMemsetD8_v2", self._own, 0, peers.REGION_BYTES)
+            num_zeros = peers.WORDS_AT
+            self._driver("cuMemsetD8_v2", self._own, 0, num_zeros)
+            num_words_bytes = peers.REGION_BYTES - num_zeros
+            self._driver("cuMemsetD8_v2", self._own + num_zeros, 0xFF, num_words_bytes)
             flags = _FOR_ALL_CONTEXTS | _MAPPED
             self._driver("cuMemHostAlloc", ctypes.byref(host), _STOP_BYTES, flags)
             assert host.value is not None

@@ -93,7 +93,9 @@ def test_all_ranks_get_the_regions_of_all_in_the_order_of_ranks(
         assert tables[rank][: num_ranks + 1] == [*tables[0][:num_ranks], rank]
         assert tables[rank][num_ranks + 1] == tables[rank][rank]
         region = (ctypes.c_byte * peers.REGION_BYTES).from_address(tables[rank][rank])
-        assert not torch.frombuffer(region, dtype=torch.int8).any(), "zeros at the start"
+        content = torch.frombuffer(region, dtype=torch.int8)
+        assert not content[: peers.WORDS_AT].any(), "zeros at the start"
+        assert (content[peers.WORDS_AT :] == -1).all(), "no launch's number"
         stop = ctypes.c_int32.from_address(tables[rank][num_ranks + 2])
         assert stop.value == 0
         memory.stop()
