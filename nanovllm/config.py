@@ -85,6 +85,7 @@ ALLOWED: dict[str, Rule] = {
     "seed": ("a whole number of 64 bits", lambda value: -(2**63) <= value < 2**63),
     "tensor_parallel_size": ("at least 1", lambda value: value >= 1),
     "data_parallel_size": ("at least 1", lambda value: value >= 1),
+    "distributed_executor_backend": _one_of("mp", "ray"),
     "npu_graph_mode": _one_of("ascend_ir", "aclgraph", "npugraph_ex", None),
     "npu_graph_options": ("a dict of options by path", lambda value: True),
     "expert_offload": (
@@ -143,6 +144,8 @@ class EngineConfig:
         weight. It must divide the attention heads.
     data_parallel_size: the number of engines, each a process with all weights on its own devices,
         as many as `tensor_parallel_size` says, that share the requests.
+    distributed_executor_backend: "mp" runs these engines as processes of this machine. "ray" runs
+        them on the nodes of a Ray cluster, also a single one. See docs/parallel.md.
     npu_graph_mode: on an NPU, "ascend_ir" (the default: GE compiles whole steps), "aclgraph" (the
         engine captures decode steps) or "npugraph_ex" (torch_npu's compiler of that name rewrites
         and captures them).
@@ -197,6 +200,7 @@ class EngineConfig:
     seed: int = 0
     tensor_parallel_size: int = 1
     data_parallel_size: int = 1
+    distributed_executor_backend: str = "mp"
     npu_graph_mode: str | None = None
     npu_graph_options: Mapping[str, object] | None = None
     random_weights: bool = False
@@ -241,6 +245,15 @@ class EngineConfig:
             object.__setattr__(self, option.name, value)
         self._check_combinations()
 
+    @property
+    def replicas_option(self) -> str:
+        """The option that moves engines out of this process, as users write it; "" if none does."""
+        if self.data_parallel_size > 1:
+            return f"data_parallel_size={self.data_parallel_size}"
+        if self.distributed_executor_backend != "mp":
+            return f"distributed_executor_backend={self.distributed_executor_backend!r}"
+        return ""
+
     def _check_combinations(self) -> None:
         if self.skip_tokenizer_init and self.tokenizer is not None:
             raise ValueError(
@@ -278,7 +291,5 @@ class EngineConfig:
             f"device={self.device!r}": ":" in self.device,
         }
         for option, is_used in unsupported.items():
-            if self.data_parallel_size > 1 and is_used:
-                raise ValueError(
-                    f"data_parallel_size={self.data_parallel_size} does not go with {option}"
-                )
+            if self.replicas_option and is_used:
+                raise ValueError(f"{self.replicas_option} does not go with {option}")

@@ -65,10 +65,9 @@ class LLM(NanoMethods):
             raise ValueError(f"{self.engine.config.model!r} has no tokenizer to replace")
         if not callable(getattr(tokenizer, "decode", None)) or isinstance(tokenizer, bytes):
             raise ValueError(f"the tokenizer is {tokenizer!r}: it must have encode and decode")
-        if (size := self.engine.config.data_parallel_size) > 1:
+        if option := self.engine.config.replicas_option:
             raise ValueError(
-                f"the tokenizer cannot be replaced with data_parallel_size={size}, only with 1: "
-                "each replica has its own"
+                f"the tokenizer cannot be replaced with {option}: each replica has its own"
             )
         self.engine.tokenizer.full = tokenizer
 

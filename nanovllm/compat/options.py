@@ -16,7 +16,9 @@ SAME_MEANING = {
     "cudagraph_capture_sizes": "graph_batch_sizes",
 }
 # vLLM's None, for options whose default here is a value
-NONE_IS_DEFAULT = ("seed", "enforce_eager", "enable_prefix_caching")
+NONE_IS_DEFAULT = (
+    "seed", "enforce_eager", "enable_prefix_caching", "distributed_executor_backend"
+)  # fmt: skip
 DTYPES = {"half": "float16", "float": "float32"}
 CACHE_DTYPES = {"fp8_e4m3": "fp8"}
 LOAD_FORMATS = {"auto": False, "safetensors": False, "dummy": True}
@@ -37,7 +39,6 @@ ONE_VALUE: dict[str, tuple[Any, ...]] = {
     "served_model_name": (None,),
     "pipeline_parallel_size": (1,),
     "enable_expert_parallel": (False,),
-    "distributed_executor_backend": (None, "uni"),
     "max_parallel_loading_workers": (None,),
     "disable_sliding_window": (False,),
     "disable_cascade_attn": (False,),
@@ -92,12 +93,18 @@ def translated(options: Mapping[str, Any], known: Sequence[str]) -> dict[str, An
         kind = isinstance(value, bool)
         if not any(value == one and kind == isinstance(one, bool) for one in ONE_VALUE[name]):
             raise ValueError(f"{name} is {value!r}: only {ONE_VALUE[name][0]!r} is supported")
+    if found.get("distributed_executor_backend") == "uni" and _has_one_rank(found):
+        del found["distributed_executor_backend"]  # one process, as here without several ranks
     if "dtype" in found:
         found["dtype"] = _dtype(found["dtype"])
     cache_dtype = found.get("kv_cache_dtype")
     if isinstance(cache_dtype, str):
         found["kv_cache_dtype"] = CACHE_DTYPES.get(cache_dtype, cache_dtype)
     return found
+
+
+def _has_one_rank(options: Mapping[str, Any]) -> bool:
+    return all(options.get(f"{kind}_parallel_size", 1) == 1 for kind in ("tensor", "data"))
 
 
 def _allowed_format(given: object) -> str:

@@ -22,6 +22,27 @@ class ChannelClosed(ConnectionError):
     """The process at the other end has ended or has closed its end."""
 
 
+def pack(name: str, payload: bytes = b"") -> bytes:
+    """A message as bytes. Raises ValueError for a name above 1 KiB or a payload above 1 GiB."""
+    return _head(name, payload) + payload
+
+
+def unpack(received: bytearray) -> Message | None:
+    """Take the first message out of bytes; None if it is not complete."""
+    if len(received) < HEADER.size:
+        return None
+    num_name, num_payload = HEADER.unpack_from(received)
+    _check_sizes(num_name, num_payload)
+    start = HEADER.size + num_name
+    end = start + num_payload
+    if len(received) < end:
+        return None
+    with memoryview(received) as view:
+        message = str(view[HEADER.size : start], "utf-8"), bytes(view[start:end])
+    del received[:end]
+    return message
+
+
 class Channel:
     """One end of a pair of connected sockets (AF_UNIX), which sends and receives messages.
 
@@ -42,11 +63,9 @@ class Channel:
     def send(self, name: str, payload: bytes = b"") -> None:
         """Send a message. It waits only if the other end has not read the messages before it.
 
-        Raises ValueError for a name above 1 KiB or a payload above 1 GiB, and ChannelClosed.
+        Raises ValueError as `pack` does, and ChannelClosed.
         """
-        name_bytes = name.encode()
-        _check_sizes(len(name_bytes), len(payload))
-        head = HEADER.pack(len(name_bytes), len(payload)) + name_bytes
+        head = _head(name, payload)
         try:
             with self._sending:
                 if len(payload) <= _PIECE_BYTES:
@@ -60,7 +79,7 @@ class Channel:
     def receive(self) -> Message:
         """Wait for the next message. Raises ChannelClosed, or ValueError for one that is no message
         or is too large."""
-        while (message := self._next()) is None:
+        while (message := unpack(self._received)) is None:
             self._read()
         return message
 
@@ -68,20 +87,19 @@ class Channel:
         """The messages that are complete once what is there now has been read, which must be
         something. It never waits for the rest of a message. Raises as `receive` does."""
         self._read()
-        while (message := self._next()) is not None:
-            yield message
+        yield from self._complete()
 
     def pending(self, *, wait: bool) -> list[Message]:
         """The messages that are complete now; with `wait`, at least one. Raises as `receive` does.
 
         Unlike `receive_available` it may follow `receive`.
         """
-        found = list(iter(self._next, None))
+        found = list(self._complete())
         poll = select.poll()
         poll.register(self._sock, select.POLLIN)
         while (wait and not found) or poll.poll(0):
             self._read()
-            found += iter(self._next, None)
+            found += self._complete()
         return found
 
     def shut_down(self) -> None:
@@ -102,27 +120,22 @@ class Channel:
             raise ChannelClosed("the other end is closed")
         self._received += piece
 
-    def _next(self) -> Message | None:
-        """Take a message out of what has been received; None if it is not complete."""
-        received = self._received
-        if len(received) < HEADER.size:
-            return None
-        num_name, num_payload = HEADER.unpack_from(received)
-        _check_sizes(num_name, num_payload)
-        start = HEADER.size + num_name
-        end = start + num_payload
-        if len(received) < end:
-            return None
-        with memoryview(received) as view:
-            message = str(view[HEADER.size : start], "utf-8"), bytes(view[start:end])
-        del received[:end]
-        return message
+    def _complete(self) -> Iterator[Message]:
+        """Take the complete messages out of what has been received."""
+        return iter(lambda: unpack(self._received), None)
 
 
 def channel_pair() -> tuple[Channel, socket.socket]:
     """A channel, and the socket of its other end, for a process that inherits it."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     return Channel(ours), theirs
+
+
+def _head(name: str, payload: bytes) -> bytes:
+    """What precedes the payload."""
+    name_bytes = name.encode()
+    _check_sizes(len(name_bytes), len(payload))
+    return HEADER.pack(len(name_bytes), len(payload)) + name_bytes
 
 
 def _check_sizes(num_name: int, num_payload: int) -> None:

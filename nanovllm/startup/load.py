@@ -69,9 +69,8 @@ def load(
     `farm` was started for the same options, and the caller closes it. Raises ValueError for options
     that the device or checkpoint does not support, CheckpointError, and CompileRequired.
     """
-    if config.data_parallel_size > 1:
-        size = config.data_parallel_size
-        raise ValueError(f"data_parallel_size is {size}: LLM and LLMEngine run several engines")
+    if option := config.replicas_option:
+        raise ValueError(f"{option} is for LLM and LLMEngine, which run engines elsewhere")
     laps = Laps()
     with ExitStack() as stack:
         farm = farm or stack.enter_context(closing(CompileFarm(config)))

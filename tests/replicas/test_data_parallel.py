@@ -452,5 +452,5 @@ def test_the_program_of_a_replica_sets_its_environment_before_torch_reads_it() -
 def test_an_engine_alone_refuses_replicas(folder: Path) -> None:
     from nanovllm.engine import Engine
 
-    with pytest.raises(ValueError, match="data_parallel_size is 2"):
+    with pytest.raises(ValueError, match="data_parallel_size=2 is for LLM"):
         Engine.from_options(str(folder), data_parallel_size=2, **SIZES)
