@@ -1,4 +1,4 @@
-"""Several replicas of an engine, each a process, with the interface of one."""
+"""Replicas of an engine, which run in other processes, with the interface of one engine."""
 
 from __future__ import annotations
 
@@ -9,18 +9,16 @@ from collections.abc import Collection, Container, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 
-from tqdm import tqdm
-
 from nanovllm.config import EngineConfig
 from nanovllm.intake import Embeddings, Intake, checked_priority, drawn_seed
 from nanovllm.metrics import Metric
 from nanovllm.parallel.ranks import deferred_interrupts
 from nanovllm.prompts import AnyPrompt, Prompt, as_prompt
 from nanovllm.replicas import messages
-from nanovllm.replicas.messages import Addition, Facts
+from nanovllm.replicas.messages import Addition
 from nanovllm.replicas.placing import Place, choose
-from nanovllm.replicas.replica import Event, Replica, ReplicaFailed
-from nanovllm.replicas.setups import setups, tokenizer
+from nanovllm.replicas.ready import facts_of, raisable
+from nanovllm.replicas.replica import Event, Inbox, Replica, ReplicaFailed, Starter
 from nanovllm.replicas.totals import totals
 from nanovllm.runner import logit_edits
 from nanovllm.sampling import SamplingParams
@@ -71,29 +69,29 @@ class _Metrics:
 
 
 class Replicas:
-    """`data_parallel_size` engines behind the interface of one (`AnyEngine`).
+    """`data_parallel_size` engines in other processes, with the interface of one (`AnyEngine`).
 
     Use it from one thread at a time (`SharedEngine`). A request runs on one replica from its
     beginning to its end. A replica that fails ends its requests with an error; the others go on.
     Requests get the ids, and so the seeds, that one engine would give them.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, starter: Starter) -> None:
         """Start all replicas and wait until they are warm. Errors are those of `load`, and
         ReplicaFailed."""
         self.config = config
         self.replicas: list[Replica] = []
-        self._inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._starter = starter
+        self._inbox: Inbox = queue.SimpleQueue()
         self._outbox = Outbox()
         self._pending: dict[int, _Pending] = {}
         self._num_added = 0
         self._is_closed = False
-        told = setups(config)
         try:
-            for index, setup in enumerate(told):
-                self.replicas.append(Replica(index, setup, self._inbox))
-            self.tokenizer: Tokenizer | None = tokenizer(told[0]["options"])
-            facts = self._wait_until_ready()
+            for index in range(config.data_parallel_size):
+                self.replicas.append(starter.start(index, self._inbox))
+            self.tokenizer: Tokenizer | None = starter.tokenizer()
+            facts = facts_of(self.replicas, self._inbox)
         except BaseException:
             self.close()
             raise
@@ -117,6 +115,7 @@ class Replicas:
             replica.begin_close()
         for replica in self.replicas:
             replica.close()
+        self._starter.close()
 
     def __del__(self) -> None:
         if hasattr(self, "_is_closed"):
@@ -226,35 +225,6 @@ class Replicas:
         """Whether outputs of these requests, or of any, wait for `take`."""
         return self._outbox.has(request_ids)
 
-    def _wait_until_ready(self) -> list[Facts]:
-        """The facts of all replicas, once they are warm. Raises the first failure.
-
-        The others of a cold start wait for what the first one compiles.
-        """
-        facts: dict[int, Facts] = {}
-        with tqdm(
-            total=len(self.replicas), desc="starting replicas", unit=" replicas",
-            dynamic_ncols=True, leave=False,
-        ) as bar:  # fmt: skip
-            while len(facts) < len(self.replicas):
-                event = self._inbox.get()
-                if event.failure is not None:
-                    raise _raisable(event.failure)
-                facts[event.replica.index] = Facts(**json.loads(event.payload))
-                bar.update()
-                if event.replica.index == 0:
-                    for other in self.replicas[1:]:
-                        other.tell(messages.GO)
-        found = [facts[index] for index in sorted(facts)]
-        lengths = [one.max_model_len for one in found]
-        if len(set(lengths)) > 1:
-            raise ValueError(
-                f"the caches of the replicas hold requests of {lengths} tokens, by the memory that "
-                f"is free on their devices: set max_model_len to {min(lengths)} or less"
-            )
-        logger.info("%d replicas are ready", len(found))
-        return found
-
     def _send(self, addition: Addition, cost: int) -> Replica:
         """Give a request to the replica that suits it best, or to another if that has failed."""
         digests: list[bytes] = []
@@ -293,7 +263,7 @@ class Replicas:
     def _take(self, event: Event) -> None:
         """Turn a message or a failure of a replica into outputs."""
         if event.failure is not None:
-            self._end_requests(event.replica, _raisable(event.failure))
+            self._end_requests(event.replica, raisable(event.failure))
             return
         for found in messages.outputs(event.payload):
             request_id = found["request_id"]
@@ -319,10 +289,4 @@ class Replicas:
             raise RuntimeError("this engine is closed: load the model again")
 
     def _refuse(self, what: str) -> None:
-        size = self.config.data_parallel_size
-        raise ValueError(f"{what} is not supported with data_parallel_size={size}, only with 1")
-
-
-def _raisable(failure: Exception) -> Exception:
-    """The error for a caller: a user's mistake stays a ValueError."""
-    return failure if isinstance(failure, ValueError) else ReplicaFailed(str(failure))
+        raise ValueError(f"{what} is not supported with {self.config.replicas_option}")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import NoReturn
 
+from nanovllm import hub
 from nanovllm.engine import Engine
 from nanovllm.parallel.channel import Channel, Message
 from nanovllm.parallel.serve import ANSWER, ASKS
@@ -15,6 +16,7 @@ from nanovllm.replicas import messages
 from nanovllm.replicas.messages import Addition, Facts
 from nanovllm.sampling import SamplingParams
 from nanovllm.schedule.outputs import Completion, Increment
+from nanovllm.startup.ranks import checkpoint_digest
 
 
 class Loop:
@@ -87,7 +89,11 @@ class Loop:
 
     def _facts(self) -> Facts:
         engine, pool = self._engine, self._engine.scheduler.pool
+        config = engine.config
+        weights = not config.random_weights
+        folder = hub.resolve(config.model, weights=weights, revision=config.revision)
         return Facts(
+            checkpoint=checkpoint_digest(folder),
             max_model_len=engine.max_model_len,
             max_num_seqs=engine.max_num_seqs,
             vocab_size=engine.model_config.vocab_size,

@@ -28,8 +28,10 @@ _Top = list[tuple[int, float, int]]  # the token's id, its log-probability, its 
 
 @dataclass(frozen=True)
 class Facts:
-    """What the front must know of an engine. `num_blocks` counts blocks of its cache."""
+    """What the front must know of an engine. `num_blocks` counts blocks of its cache, `checkpoint`
+    is a digest."""
 
+    checkpoint: str
     max_model_len: int
     max_num_seqs: int
     vocab_size: int

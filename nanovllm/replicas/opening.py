@@ -12,15 +12,27 @@ from nanovllm.startup.compile_farm.farm import CompileFarm
 if TYPE_CHECKING:
     from nanovllm.engine import Engine
     from nanovllm.replicas.interface import AnyEngine
+    from nanovllm.replicas.replica import Starter
 
 
 def open_engine(config: EngineConfig) -> AnyEngine:
     """A warm engine, or several replicas of one behind a front. Errors are those of `load`."""
-    if config.data_parallel_size == 1:
+    if not config.replicas_option:
         return one_engine(config)
     from nanovllm.replicas.front import Replicas
 
-    return Replicas(config)
+    return Replicas(config, _starter(config))
+
+
+def _starter(config: EngineConfig) -> Starter:
+    """What starts the replicas where `distributed_executor_backend` says."""
+    if config.distributed_executor_backend == "ray":
+        from nanovllm.replicas.ray_replica import RayStarter
+
+        return RayStarter(config)
+    from nanovllm.replicas.machine import ProcessStarter
+
+    return ProcessStarter(config)
 
 
 def one_engine(config: EngineConfig, *, show_progress: bool = True) -> Engine:

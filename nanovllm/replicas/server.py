@@ -40,7 +40,7 @@ def serve(setup: dict[str, Any], channel: Channel) -> None:
     """
     try:
         config = EngineConfig(**setup["options"])
-        if not setup["is_first"]:
+        if setup["waits_for"] is not None:
             wait_for_programs(config, channel)
         engine = one_engine(config, show_progress=False)
         from nanovllm.replicas.loop import Loop  # imports torch
@@ -61,7 +61,7 @@ def serve(setup: dict[str, Any], channel: Channel) -> None:
 
 
 def wait_for_programs(config: EngineConfig, channel: Channel) -> None:
-    """If the store lacks programs, wait until the first replica has compiled them."""
+    """If the store lacks programs, wait until another replica has compiled them."""
     if config.enforce_eager or config.compile_cache_mode == "require":
         return
     from nanovllm.replicas.messages import GO

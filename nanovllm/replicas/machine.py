@@ -1,0 +1,47 @@
+"""This machine as the place of several replicas."""
+
+from __future__ import annotations
+
+from nanovllm import env
+from nanovllm.config import EngineConfig
+from nanovllm.replicas import setups
+from nanovllm.replicas.process_replica import ProcessReplica
+from nanovllm.replicas.replica import Inbox
+from nanovllm.startup.artifacts import open_store
+from nanovllm.startup.choose import select_platform
+from nanovllm.tokenizer import Tokenizer
+
+
+class ProcessStarter:
+    """Starts each replica as a process with its part of this machine's devices or cores."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        """Raises ValueError for more replicas than devices."""
+        num, num_ranks = config.data_parallel_size, config.tensor_parallel_size
+        platform = select_platform(config)
+        limit = platform.traits.max_ranks
+        if limit is not None and num * num_ranks > limit:
+            raise ValueError(
+                f"data_parallel_size is {num} and tensor_parallel_size {num_ranks}, but this "
+                f"machine has {limit} {platform.traits.name} device(s) for them"
+            )
+        own, store = env.for_children(), open_store(config).folder
+        self._setups = [
+            setups.setup(
+                config,
+                f"replica {index}",
+                compile_cache=store,
+                waits_for=0 if index > 0 else None,
+                environment=platform.part_environment(index, num, num_ranks, own),
+            )
+            for index in range(num)
+        ]
+
+    def start(self, index: int, inbox: Inbox) -> ProcessReplica:
+        return ProcessReplica(index, self._setups[index], inbox)
+
+    def tokenizer(self) -> Tokenizer | None:
+        return setups.tokenizer(self._setups[0]["options"])
+
+    def close(self) -> None:
+        """The replicas had nothing together."""

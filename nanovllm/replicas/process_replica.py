@@ -1,0 +1,53 @@
+"""A replica as a process of this machine. Importing this module does not import torch."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+from nanovllm.parallel.ranks import Ranks
+from nanovllm.parallel.watch import RankFailed
+from nanovllm.replicas import messages
+from nanovllm.replicas.replica import Event, Inbox, Replica, ReplicaFailed
+
+PROGRAM = "nanovllm.replicas.server"
+
+
+class ProcessReplica(Replica):
+    """An engine in a child process."""
+
+    def __init__(self, index: int, setup: dict[str, Any], inbox: Inbox) -> None:
+        """Start the process, without waiting for it. Raises OSError."""
+        super().__init__(index, setup)
+        self._ranks = Ranks.start(
+            setup,
+            2,  # this process and the replica's
+            PROGRAM,
+            names=("the process of LLM", self.name),
+            received=lambda name, payload: inbox.put(Event(self, name, payload)),
+        )
+        self._ranks.call_on_failure(lambda error: inbox.put(Event(self, "", b"", error)))
+
+    @property
+    def pid(self) -> int:
+        return self._ranks.pids[0]
+
+    def tell(self, name: str, payload: bytes = b"") -> bool:
+        try:
+            self._ranks.tell(name, payload)
+        except (RankFailed, ValueError):
+            return False
+        return True
+
+    def ask_metrics(self) -> bytes:
+        try:
+            return self._ranks.ask(messages.METRICS)[0]
+        except (RankFailed, ValueError) as error:
+            raise ReplicaFailed(str(error)) from error
+
+    def begin_close(self) -> None:
+        self._ranks.begin_close()
+
+    def close(self) -> None:
+        with suppress(RankFailed):
+            self._ranks.close()
