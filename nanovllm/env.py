@@ -98,6 +98,23 @@ def _absolute(name: str, text: str) -> Path:
     return Path(path).absolute()
 
 
+def ray_address() -> str | None:
+    """The Ray cluster to use: RAY_ADDRESS, or the one that `ray start` has noted on this machine.
+    None: there is none, or RAY_ADDRESS is "local"."""
+    if given := os.environ.get("RAY_ADDRESS"):
+        return None if given == "local" else given
+    temporary = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"  # as Ray does
+    try:
+        return Path(temporary, "ray", "ray_current_cluster").read_text().strip() or None
+    except OSError:
+        return None
+
+
+def settings() -> dict[str, str]:
+    """The variables of this package that are set, for processes on other machines."""
+    return {name: text for name, text in os.environ.items() if name.startswith("NANOVLLM_")}
+
+
 _given: dict[str, str] = {}
 
 

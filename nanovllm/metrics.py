@@ -6,11 +6,13 @@ import logging
 import time
 from collections import Counter as Count
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from nanovllm.models.experts.offloaded import COUNTERS
-from nanovllm.runner.expert_stats import ExpertStats
 from nanovllm.schedule.request import Request
 from nanovllm.schedule.scheduler import Scheduler
+
+if TYPE_CHECKING:
+    from nanovllm.runner.expert_stats import ExpertStats
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +81,8 @@ class EngineMetrics:
             "num_steps": self.num_steps,
         }
         if self.experts is not None:
+            from nanovllm.models.experts.offloaded import COUNTERS  # imports torch
+
             gauges["expert_hit_rate"] = self.experts.batch.hit_rate
             total = self.experts.total
             counters |= {f"experts_{name}": getattr(total, name) for name in COUNTERS}

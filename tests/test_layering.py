@@ -51,6 +51,7 @@ ALLOWED = {
         "nanovllm.chat",
         "nanovllm.schedule",
         "nanovllm.startup",
+        "nanovllm.replicas.cluster",
         "nanovllm.replicas.opening",
         "nanovllm.compat.engine_args",
         "nanovllm.tools.command_line",

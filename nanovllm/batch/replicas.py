@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nanovllm import log
-from nanovllm.batch import cluster
 from nanovllm.batch.chunks import Chunk, Chunks
 from nanovllm.batch.results import Result
 from nanovllm.batch.rows import Line
 from nanovllm.batch.worker import EngineWorker, Settings, load_engine
 from nanovllm.config import EngineConfig
+from nanovllm.replicas import cluster
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class Replicas:
         Raises ValueError if Ray is missing or the cluster is too small.
         """
         self._config, self._settings = config, settings
-        self._ray = ray = cluster.connect(address)
+        self._ray = ray = cluster.connect(address, "--replicas (without --no-ray)")
         try:
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
             options = cluster.share(config, num, nodes)

@@ -93,18 +93,20 @@ def translated(options: Mapping[str, Any], known: Sequence[str]) -> dict[str, An
         kind = isinstance(value, bool)
         if not any(value == one and kind == isinstance(one, bool) for one in ONE_VALUE[name]):
             raise ValueError(f"{name} is {value!r}: only {ONE_VALUE[name][0]!r} is supported")
-    if found.get("distributed_executor_backend") == "uni" and _has_one_rank(found):
-        del found["distributed_executor_backend"]  # one process, as here without several ranks
-    if "dtype" in found:
-        found["dtype"] = _dtype(found["dtype"])
-    cache_dtype = found.get("kv_cache_dtype")
-    if isinstance(cache_dtype, str):
-        found["kv_cache_dtype"] = CACHE_DTYPES.get(cache_dtype, cache_dtype)
+    _translate_values(found)
     return found
 
 
-def _has_one_rank(options: Mapping[str, Any]) -> bool:
-    return all(options.get(f"{kind}_parallel_size", 1) == 1 for kind in ("tensor", "data"))
+def _translate_values(options: dict[str, Any]) -> None:
+    """Replace vLLM's words for values that have another word here."""
+    if "dtype" in options:
+        options["dtype"] = _dtype(options["dtype"])
+    cache_dtype = options.get("kv_cache_dtype")
+    if isinstance(cache_dtype, str):
+        options["kv_cache_dtype"] = CACHE_DTYPES.get(cache_dtype, cache_dtype)
+    has_one_rank = all(options.get(f"{kind}_parallel_size", 1) == 1 for kind in ("tensor", "data"))
+    if options.get("distributed_executor_backend") == "uni" and has_one_rank:
+        options["distributed_executor_backend"] = "mp"  # one process, too
 
 
 def _allowed_format(given: object) -> str:

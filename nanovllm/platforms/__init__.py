@@ -24,18 +24,20 @@ class Entry(NamedTuple):
 
     indexed: True if "name:N" names device number N.
     options: options of `LLM` that only this device has.
+    ray_resource: what Ray calls devices of this kind; None: it does not share them out for us.
     """
 
     indexed: bool = False
     options: tuple[str, ...] = ()
+    ray_resource: str | None = None
 
 
 # device="auto" takes the first that can be used
 DEVICES = {
-    "cuda": Entry(indexed=True),
+    "cuda": Entry(indexed=True, ray_resource="GPU"),
     "npu": Entry(indexed=True, options=("npu_graph_mode", "npu_graph_options")),
     "mps": Entry(),
-    "cpu": Entry(),
+    "cpu": Entry(ray_resource="CPU"),
 }
 
 

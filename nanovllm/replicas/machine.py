@@ -25,6 +25,7 @@ class ProcessStarter:
                 f"data_parallel_size is {num} and tensor_parallel_size {num_ranks}, but this "
                 f"machine has {limit} {platform.traits.name} device(s) for them"
             )
+        self._config = config
         own, store = env.for_children(), open_store(config).folder
         self._setups = [
             setups.setup(
@@ -41,7 +42,7 @@ class ProcessStarter:
         return ProcessReplica(index, self._setups[index], inbox)
 
     def tokenizer(self) -> Tokenizer | None:
-        return setups.tokenizer(self._setups[0]["options"])
+        return setups.tokenizer(self._config)
 
     def close(self) -> None:
         """The replicas had nothing together."""

@@ -43,19 +43,13 @@ def setup(
 
 def with_full_paths(config: EngineConfig) -> EngineConfig:
     """The same for a process in another folder: folders that exist here have their full paths."""
-    found = {
-        name: _full_path(given)
-        for name in ("model", "tokenizer")
-        if (given := getattr(config, name)) is not None
-    }
-    if config.compile_cache is not None:
-        found["compile_cache"] = str(env.read().store_folder(config.compile_cache))
-    return replace(config, **found)
+    store = config.compile_cache and env.read().store_folder(config.compile_cache)
+    tokenizer = config.tokenizer and _full_path(config.tokenizer)
+    return replace(config, model=_full_path(config.model), tokenizer=tokenizer, compile_cache=store)
 
 
-def tokenizer(options: Mapping[str, Any]) -> Tokenizer | None:
-    """The tokenizer that a replica with these options has."""
-    config = EngineConfig(**options)
+def tokenizer(config: EngineConfig) -> Tokenizer | None:
+    """The tokenizer that the replicas have. Only the small files of a checkpoint are needed."""
     folder = hub.resolve(config.model, weights=False, revision=config.revision)
     return read_tokenizer_of(config, folder, open_store(config))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.ray_nodes import family, listening, loopback
+
 ROOT = Path(__file__).parents[2]
 NUM_ROWS = 1500
-LISTENING = "0A"  # the state in /proc/net/tcp
 
 
 @pytest.fixture
@@ -39,20 +39,6 @@ def session() -> Iterator[Callable[[list[str]], subprocess.Popen[str]]]:
             os.kill(pid, signal.SIGKILL)
 
 
-def family(pid: int) -> list[int]:
-    """The living processes of this session."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                fields = (folder / "stat").read_text().rpartition(")")[2].split()
-            except OSError:  # it has ended
-                continue
-            if int(fields[3]) == pid and fields[0] != "Z":
-                found.append(int(folder.name))
-    return found
-
-
 def engines(pid: int) -> list[int]:
     """The processes of this session without two agents of Ray."""
     agents = (b"ray::DashboardAgent", b"ray::RuntimeEnvAgent")
@@ -64,36 +50,6 @@ def engines(pid: int) -> list[int]:
         except OSError:  # it has ended
             continue
     return found
-
-
-def listening(pids: list[int]) -> list[str]:
-    """The addresses on which these processes listen, as hexadecimal text."""
-    inodes = set()
-    for pid in pids:
-        for link in Path(f"/proc/{pid}/fd").glob("*"):
-            try:
-                inodes.add(os.readlink(link))
-            except OSError:
-                continue
-    return [
-        fields[1].partition(":")[0]
-        for name in ("tcp", "tcp6")
-        for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]
-        if (fields := line.split())[3] == LISTENING and f"socket:[{fields[9]}]" in inodes
-    ]
-
-
-def loopback() -> set[str]:
-    """127.0.0.1 and ::1 as /proc/net writes them, and the former as an address of IPv6."""
-    words = [socket.inet_pton(socket.AF_INET, "127.0.0.1")]
-    for text in ("::1", "::ffff:127.0.0.1"):
-        packed = socket.inet_pton(socket.AF_INET6, text)
-        words.append(packed)
-    order = -1 if sys.byteorder == "little" else 1
-    return {
-        "".join(word[i : i + 4][::order].hex() for i in range(0, len(word), 4)).upper()
-        for word in words
-    }
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

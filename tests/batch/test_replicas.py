@@ -13,35 +13,23 @@ from typing import Any
 
 import pytest
 
-from nanovllm.batch import cluster, job, replicas, results
+from nanovllm.batch import job, replicas, results
 from nanovllm.batch.replicas import Replicas
 from nanovllm.batch.rows import Line
 from nanovllm.batch.worker import Settings
 from nanovllm.config import EngineConfig
+from nanovllm.replicas import cluster
+from tests.ray_nodes import LOOPBACK, two_nodes_of
 
 ROOT = Path(__file__).parents[2]
-LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 NUM_ROWS = 2000
 
 
 @pytest.fixture(scope="module")
 def two_nodes() -> Iterator[Any]:
     """A cluster of two nodes with one CPU each, on the loopback interface."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in LOOPBACK.items():  # read when Ray is imported
-            patch.setenv(name, value)
-        from ray.cluster_utils import Cluster
-
-        node = {
-            "num_cpus": 1, "object_store_memory": 100 << 20, "node_ip_address": "127.0.0.1",
-            "include_dashboard": False,
-        }  # fmt: skip
-        made = Cluster(initialize_head=True, head_node_args=node)
-        try:
-            made.second = made.add_node(**node)
-            yield made
-        finally:
-            made.shutdown()
+    with two_nodes_of(1) as made:
+        yield made
 
 
 @pytest.fixture
@@ -122,7 +110,7 @@ def test_a_cluster_without_a_place_ends_the_job(
 
 def test_a_cluster_that_is_too_small_is_an_error_at_once(two_nodes: Any, fake: None) -> None:
     started = time.monotonic()
-    with pytest.raises(ValueError, match=r"3 replicas need 1 CPU each: the nodes .* have 1, 1"):
+    with pytest.raises(ValueError, match=r"3 replicas need 1 CPU\(s\) each, .* have 1, 1"):
         make(two_nodes.address, 3, 1)
     assert time.monotonic() - started < 30
 

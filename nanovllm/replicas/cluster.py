@@ -1,0 +1,135 @@
+"""A Ray cluster: one of this machine's own, or a running one, and what a replica gets of it.
+
+Does not import torch.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nanovllm import env
+from nanovllm.config import EngineConfig
+from nanovllm.platforms import DEVICES
+
+# for the chunks on their way to replicas; Ray's own choice is a third of the machine's memory
+OBJECT_STORE_BYTES = 1 << 30
+
+
+def connect(address: str | None, user: str) -> Any:
+    """Ray's module, connected to the cluster at `address`; None starts one on this machine.
+
+    The processes of the latter listen on the loopback interface alone. `user` is the option that
+    needs Ray. Raises ValueError if Ray is not installed, or nothing answers at the address.
+    """
+    if address is not None and address.startswith("ray://"):
+        raise ValueError(
+            f"the address of the Ray cluster is {address!r}: Ray's client is not supported, use "
+            "HOST:PORT on a machine of the cluster"
+        )
+    env.set_default("RAY_USAGE_STATS_ENABLED", "0")
+    if address is None:
+        # Ray replaces a given 127.0.0.1 by the machine's address, and listens on all interfaces,
+        # unless it is told that there is one machine only. It reads this when it is imported.
+        env.set_default("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    try:
+        import ray
+        from ray._private import ray_constants
+    except ImportError:
+        raise ValueError(
+            f"{user} needs Ray, which is not installed: pip install 'nanovllm[ray]'"
+        ) from None
+    if address is None and ray_constants.ENABLE_RAY_CLUSTER:
+        raise ValueError(
+            f"{user} would start Ray on all network interfaces, because Ray was imported before: "
+            "call ray.init() first, or set RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 for Ray on this "
+            "machine alone"
+        )
+    # Ray's own way to end on this signal would skip the job's
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        _init(ray, address)
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
+    return ray
+
+
+def _init(ray: Any, address: str | None) -> None:
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
+    if address is None:
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            **quiet,
+        )
+        return
+    try:
+        ray.init(address=address, **quiet)
+    except (ConnectionError, RuntimeError) as error:
+        raise ValueError(f"no Ray cluster at {address!r}: {error}") from error
+
+
+class Shared:
+    """One connection of this process for several engines."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num_users, self._is_own = 0, False
+
+    def open(self, user: str) -> Any:
+        """Ray's module, connected: to what this process is connected to already, else to the
+        cluster that `env.ray_address` names, else to one of this machine's own. Raises ValueError
+        as `connect` does."""
+        with self._lock:
+            ray = sys.modules.get("ray")
+            if ray is None or not ray.is_initialized():
+                ray = connect(env.ray_address(), user)
+                self._num_users, self._is_own = 0, True
+            self._num_users += 1
+            return ray
+
+    def close(self) -> None:
+        """Disconnect after the last user, unless the caller of the first one had connected."""
+        with self._lock:
+            self._num_users -= 1
+            if self._num_users == 0 and self._is_own:
+                self._is_own = False
+                sys.modules["ray"].shutdown()
+
+
+SHARED = Shared()
+
+
+def share(config: EngineConfig, num: int, nodes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The resources of each of `num` replicas, as Ray's options of an actor.
+
+    nodes: the resources of each node. A replica gets a whole GPU for each of its ranks, or an equal
+    share of the CPUs. Raises ValueError if the nodes have less, and for a device that Ray does not
+    share out.
+    """
+    kinds = {name: entry.ray_resource for name, entry in DEVICES.items() if entry.ray_resource}
+    if config.device not in ("auto", *kinds):
+        *names, last = ("auto", *kinds)
+        raise ValueError(
+            f"device is {config.device!r}: Ray gives each replica its device, so it must be "
+            f"{', '.join(names)} or {last}"
+        )
+    wanted = list(kinds.values()) if config.device == "auto" else [kinds[config.device]]
+    kind = next((one for one in wanted if any(node.get(one, 0) for node in nodes)), wanted[-1])
+    counts = [int(node.get(kind, 0)) for node in nodes]
+    least = config.tensor_parallel_size
+    most = least if kind != "CPU" else max(counts, default=0)
+    for size in range(most, least - 1, -1):
+        if sum(one // size for one in counts) >= num:
+            return {"num_cpus": size} if kind == "CPU" else {"num_cpus": 0, "num_gpus": size}
+    replicas = "1 replica needs" if num == 1 else f"{num} replicas need"
+    raise ValueError(
+        f"{replicas} {least} {kind}(s){' each' if num > 1 else ''}, on one node: the nodes of the "
+        f"Ray cluster have {', '.join(map(str, counts)) or 'none'}"
+    )

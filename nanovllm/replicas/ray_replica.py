@@ -1,0 +1,217 @@
+"""Replicas as Ray actors: a placement group with a bundle for each of them."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import logging
+import threading
+from contextlib import suppress
+from typing import Any
+
+from nanovllm import env
+from nanovllm.config import EngineConfig
+from nanovllm.parallel.channel import unpack
+from nanovllm.parallel.serve import ERROR
+from nanovllm.replicas import cluster, setups
+from nanovllm.replicas.relay import NUM_THREADS, Relay
+from nanovllm.replicas.replica import Event, Inbox, Replica, ReplicaFailed
+from nanovllm.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+USER = "distributed_executor_backend='ray'"
+PLACE_S = 60.0  # for the placement group, if others use what it needs
+# An actor that answers no call for so long is lost; Ray starts its process before the first call.
+SILENT_S, SILENT_AT_START_S = 8, 120
+CLOSE_S = 10.0  # for a replica to end by itself
+# Replicas do not talk to each other, so nothing is gained by putting them on one node. On several
+# nodes a lost node costs the fewest of them, and each has more of the host's memory bandwidth.
+STRATEGY = "SPREAD"
+
+
+class RayReplica(Replica):
+    """An engine on a node of a Ray cluster, behind an actor (`Relay`)."""
+
+    def __init__(self, index: int, setup: dict[str, Any], inbox: Inbox, ray: Any, actor: Any):
+        """actor: the actor's class with its options, which are its place in the cluster."""
+        super().__init__(index, setup)
+        self._ray, self._inbox = ray, inbox
+        self._num_told = 0
+        self._has_failed = self._is_closing = self._is_closed = False
+        self._closing: Any = None  # the call of the actor's `close`
+        self._actor = actor.remote(index, json.dumps(setup).encode())
+        self._thread = threading.Thread(target=self._receive, name=self.name, daemon=True)
+        self._thread.start()
+
+    def tell(self, name: str, payload: bytes = b"") -> bool:
+        if self._has_failed or self._is_closing:
+            return False
+        self._actor.tell.remote(self._num_told, name, payload)
+        self._num_told += 1
+        return True
+
+    def ask_metrics(self) -> bytes:
+        if self._is_closing:  # Ray would connect anew
+            raise ReplicaFailed(f"{self.name} is closed")
+        try:
+            found: bytes = self._ray.get(self._actor.metrics.remote())
+        except self._ray.exceptions.RayError as error:
+            raise ReplicaFailed(f"{self.name}: {_line(error)}") from error
+        if not found:
+            raise ReplicaFailed(f"{self.name} has failed")
+        return found
+
+    def begin_close(self) -> None:
+        if not self._is_closing:
+            self._is_closing = True
+            with suppress(Exception):  # Ray raises many types for an actor that is dead
+                self._closing = None if self._has_failed else self._actor.close.remote()
+
+    def close(self) -> None:
+        self.begin_close()
+        if self._is_closed:
+            return
+        self._is_closed = True
+        with suppress(Exception):
+            if self._closing is not None:
+                self._ray.wait([self._closing], timeout=CLOSE_S)
+        self._kill()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _receive(self) -> None:
+        """Turn what the actor passes on into events, until its end."""
+        limit = SILENT_AT_START_S
+        try:
+            while not self._is_closing:
+                call = self._actor.receive.remote()
+                self._wait(call, limit)
+                limit = SILENT_S
+                received = bytearray(self._ray.get(call))
+                while (message := unpack(received)) is not None:
+                    self._take(*message)
+        except ReplicaFailed as error:
+            self._fail(error)
+        except Exception as error:
+            self._fail(ReplicaFailed(f"{self.name} is lost: {_line(error)}"))
+
+    def _wait(self, call: Any, seconds: int) -> None:
+        """Raises ReplicaFailed if the call has no result in time."""
+        for _ in range(seconds):  # one by one: this process may be stopped in the meantime
+            if self._ray.wait([call], timeout=1.0)[0] or self._is_closing:
+                return
+        raise ReplicaFailed(f"{self.name} has not answered for {seconds} s")
+
+    def _take(self, name: str, payload: bytes) -> None:
+        if name != ERROR:
+            self._inbox.put(Event(self, name, payload))
+            return
+        _, text, is_mistake = json.loads(payload)
+        self._fail(ValueError(text) if is_mistake else ReplicaFailed(text))
+
+    def _fail(self, failure: Exception) -> None:
+        """Report the first failure, unless it is the end that the front wants."""
+        if not self._has_failed and not self._is_closing:
+            self._has_failed = True
+            self._inbox.put(Event(self, "", b"", failure))
+
+    def _kill(self) -> None:
+        with suppress(Exception):
+            self._ray.kill(self._actor)
+
+
+class RayStarter:
+    """Gives each replica its place in a cluster, on one node each."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        """Connect to a cluster (`cluster.Shared.open`) and wait for the places.
+
+        Raises ValueError if Ray is missing or the cluster is too small, and RuntimeError if others
+        use it.
+        """
+        self._config = setups.with_full_paths(config)
+        self._replicas: list[RayReplica] = []
+        self._group: Any = None
+        self._is_closed = False
+        self._ray = cluster.SHARED.open(USER)
+        atexit.register(self.close)  # before Ray's own end, which comes later in the list
+        try:
+            self._place()
+        except BaseException:
+            self.close()
+            raise
+
+    def start(self, index: int, inbox: Inbox) -> RayReplica:
+        node = self._node_ids[index]
+        first = self._node_ids.index(node)
+        setup = setups.setup(
+            self._config,
+            f"replica {index} on node {self._addresses[node]}",
+            compile_cache=self._config.compile_cache,
+            waits_for=first if first != index else None,  # a node has its own store
+            environment=env.settings(),
+        )
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index)
+        actor = self._ray.remote(Relay).options(
+            scheduling_strategy=strategy,
+            max_concurrency=NUM_THREADS,
+            max_restarts=0,
+            max_task_retries=0,
+            **self._resources,
+        )
+        replica = RayReplica(index, setup, inbox, self._ray, actor)
+        self._replicas.append(replica)
+        return replica
+
+    def tokenizer(self) -> Tokenizer | None:
+        return setups.tokenizer(self._config)
+
+    def close(self) -> None:
+        """End the replicas, and give their places back."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        atexit.unregister(self.close)
+        for replica in self._replicas:
+            replica.begin_close()
+        for replica in self._replicas:
+            replica.close()
+        if self._group is not None:
+            with suppress(Exception):  # the cluster is gone
+                self._ray.util.remove_placement_group(self._group)
+        cluster.SHARED.close()
+
+    def _place(self) -> None:
+        """Reserve the resources of all replicas, or raise."""
+        ray, config = self._ray, self._config
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        num = config.data_parallel_size
+        self._resources = cluster.share(config, num, [node["Resources"] for node in nodes])
+        kinds = {"CPU": "num_cpus", "GPU": "num_gpus"}
+        bundle = {
+            kind: self._resources[name] for kind, name in kinds.items() if self._resources.get(name)
+        }
+        # a bundle is on one node, and so are the ranks of its replica
+        self._group = ray.util.placement_group([bundle] * num, strategy=STRATEGY)
+        ready, _ = ray.wait([self._group.ready()], timeout=PLACE_S)
+        if not ready:
+            free = {kind: ray.available_resources().get(kind, 0) for kind in bundle}
+            raise RuntimeError(
+                f"the Ray cluster has had no place for {num} × {_counts(bundle)} for "
+                f"{PLACE_S:.0f} s: others use it, and {_counts(free)} of all nodes are free"
+            )
+        table = ray.util.placement_group_table(self._group)
+        self._node_ids = [table["bundles_to_node_id"][index] for index in range(num)]
+        self._addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in nodes}
+
+
+def _counts(resources: dict[str, float]) -> str:
+    return ", ".join(f"{num:g} {kind}(s)" for kind, num in resources.items())
+
+
+def _line(error: Exception) -> str:
+    """The text of one of Ray's errors, which has many lines."""
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,72 @@
+"""The Ray actor of a replica: it runs the replica's process on its node and passes messages on.
+
+Its arguments and results are numbers, names and bytes: no object of ours is pickled. The engine has
+a process of its own, as on one machine: the actor then sees one that dies or hangs, has its last
+lines of output, and answers the front meanwhile. Importing this module does not import torch or
+Ray.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+from contextlib import suppress
+
+from nanovllm import log
+from nanovllm.parallel.channel import Message, pack
+from nanovllm.parallel.serve import ERROR, error_bytes
+from nanovllm.replicas.process_replica import ProcessReplica
+from nanovllm.replicas.replica import Event, Inbox, ReplicaFailed
+
+POLL_S = 1.0  # `receive` returns after this time, which shows that the actor lives
+NUM_THREADS = 8  # calls that run at the same time; few of them wait
+
+
+class Relay:
+    """The actor. Ray calls it from several threads."""
+
+    def __init__(self, index: int, setup: bytes) -> None:
+        """Start the replica's process. `setup` is `setups.setup` as JSON."""
+        log.configure()
+        self._inbox: Inbox = queue.SimpleQueue()
+        self._replica = ProcessReplica(index, json.loads(setup), self._inbox)
+        self._order = threading.Lock()
+        self._early: dict[int, Message] = {}  # messages that have come before earlier ones
+        self._num_told = 0
+
+    def tell(self, number: int, name: str, payload: bytes) -> None:
+        """Pass on a message. Ray may run calls in another order than they were made, so messages
+        have numbers, from 0."""
+        with self._order:
+            self._early[number] = name, payload
+            while (message := self._early.pop(self._num_told, None)) is not None:
+                self._num_told += 1
+                self._replica.tell(*message)  # if it has failed, an event says so
+
+    def receive(self) -> bytes:
+        """Packed messages of the replica, one after another; none after POLL_S without any. Its
+        failure is an ERROR."""
+        found = bytearray()
+        with suppress(queue.Empty):
+            found += _packed(self._inbox.get(timeout=POLL_S))
+            while True:
+                found += _packed(self._inbox.get_nowait())
+        return bytes(found)
+
+    def metrics(self) -> bytes:
+        """The engine's metrics; b"" if it has failed."""
+        try:
+            return self._replica.ask_metrics()
+        except ReplicaFailed:
+            return b""
+
+    def close(self) -> None:
+        """End the replica's process. Nothing of it is left."""
+        self._replica.close()
+
+
+def _packed(event: Event) -> bytes:
+    if event.failure is not None:
+        return pack(ERROR, error_bytes(event.failure))
+    return pack(event.name, event.payload)
