@@ -57,7 +57,7 @@ class RayReplica(Replica):
         try:
             found: bytes = self._ray.get(self._actor.metrics.remote())
         except self._ray.exceptions.RayError as error:
-            raise ReplicaFailed(f"{self.name}: {_line(error)}") from error
+            raise self._lost(error) from error
         if not found:
             raise ReplicaFailed(f"{self.name} has failed")
         return found
@@ -91,10 +91,11 @@ class RayReplica(Replica):
                 received = bytearray(self._ray.get(call))
                 while (message := unpack(received)) is not None:
                     self._take(*message)
-        except ReplicaFailed as error:
-            self._fail(error)
         except Exception as error:
-            self._fail(ReplicaFailed(f"{self.name} is lost: {_line(error)}"))
+            # an engine that nobody hears must not go on
+            self._kill()
+            is_silent = isinstance(error, ReplicaFailed)
+            self._fail(error if is_silent else self._lost(error))
 
     def _wait(self, call: Any, seconds: int) -> None:
         """Raises ReplicaFailed if the call has no result in time."""
@@ -115,6 +116,9 @@ class RayReplica(Replica):
         if not self._has_failed and not self._is_closing:
             self._has_failed = True
             self._inbox.put(Event(self, "", b"", failure))
+
+    def _lost(self, error: Exception) -> ReplicaFailed:
+        return ReplicaFailed(f"{self.name} is lost: {_line(error)}")
 
     def _kill(self) -> None:
         with suppress(Exception):

@@ -77,6 +77,8 @@ SAME_NAME = {
     "disable_log_stats": METHODS, "enable_sleep_mode": SLEEP,
     "quantization": "tests/models/test_int8.py",
     "data_parallel_size": "tests/replicas/test_data_parallel.py",
+    "tensor_parallel_size": "tests/engine/test_tensor_parallel.py",
+    "distributed_executor_backend": "tests/replicas/test_ray_replicas.py",
 }  # fmt: skip
 # vLLM's methods of LLM and LLMEngine
 LLM_METHODS = {
@@ -162,8 +164,6 @@ def option_rows() -> list[str]:
         error = refusal(make(**{name: object()}), name)
         assert error, name
         rows.append(row(f"`{name}`", "only " + ", ".join(f"`{one!r}`" for one in values), error))
-    error = refusal(make(tensor_parallel_size=2), "tensor_parallel_size")
-    rows.append(row("`tensor_parallel_size`", "only `1`", error))
     error = refusal(make(an_option_of_tomorrow=1), "an_option_of_tomorrow")
     return [*rows, row("any other", "refused by name", error)]
 

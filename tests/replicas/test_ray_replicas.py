@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -75,12 +76,12 @@ def make(folder: Path, **options: Any) -> LLM:
 
 
 def relays() -> set[int]:
-    """The processes of all actors of replicas on this machine."""
+    """The processes of all actors of replicas on nodes that this process has started."""
     found = set()
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
+    for pid in children(children({os.getpid()})):
         with suppress(OSError):
-            if path.read_bytes().startswith(b"ray::Relay"):
-                found.add(int(path.parent.name))
+            if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::Relay"):
+                found.add(pid)
     return found
 
 
@@ -95,7 +96,7 @@ def children(parents: set[int]) -> set[int]:
 
 
 def wait_until(is_true: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while not is_true():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -147,6 +148,21 @@ def test_a_replica_that_cannot_start_is_an_error(
     (tmp_path / "model.safetensors").write_bytes(b"no tensors")
     with pytest.raises(Exception, match=r"replica 0 on node 127\.0\.0\.1: .*model\.safetensors"):
         make(tmp_path, skip_tokenizer_init=True)
+    wait_until(lambda: not relays() and not groups_in_use())
+
+
+def test_an_interrupt_while_replicas_start_leaves_nothing(folder: Path, two_nodes: Any) -> None:
+    def interrupt() -> None:
+        wait_until(lambda: children(relays()))
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    num_threads = threading.active_count()
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        make(folder, data_parallel_size=2)
+    thread.join()
+    assert threading.active_count() <= num_threads
     wait_until(lambda: not relays() and not groups_in_use())
 
 
@@ -257,6 +273,40 @@ def test_the_address_of_a_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         cluster.connect(env.ray_address(), "x")
 
 
+def test_engines_share_a_connection_until_the_last_one_closes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[str] = []
+
+    class Fake:
+        @staticmethod
+        def is_initialized() -> bool:
+            return calls.count("connect") > calls.count("shutdown")
+
+        @staticmethod
+        def shutdown() -> None:
+            calls.append("shutdown")
+
+    def connect(address: str | None, user: str) -> type[Fake]:
+        calls.append("connect")
+        return Fake
+
+    monkeypatch.setitem(sys.modules, "ray", Fake)
+    monkeypatch.setattr(cluster, "connect", connect)
+    shared = cluster.Shared()
+    for _ in range(2):
+        shared.open("x")
+        shared.open("x")
+        shared.close()
+        assert Fake.is_initialized()
+        shared.close()
+        assert not Fake.is_initialized()
+    calls.append("connect")  # by the user
+    shared.open("x")
+    shared.close()
+    assert Fake.is_initialized()
+
+
 def test_replicas_must_see_one_checkpoint() -> None:
     fact = Facts("a", 64, 4, 512, 64, 16, 9, [], {})
     ready.check_agreement([fact, fact], ["replica 0", "replica 1"])
@@ -301,6 +351,7 @@ def test_the_loss_of_a_node_and_of_an_actor_end_their_own_requests_only(
         assert found == (wanted if reason == "length" else wanted[: len(found)])
     assert tokens(two, prompts, greedy(5)) == [one[:5] for one in expected]
     (actor,) = relays()
+    (engine,) = children({actor})
     os.kill(actor, signal.SIGSTOP)
     started = time.monotonic()
     with pytest.raises(ReplicaFailed, match=r"is left: replica 0 .*; replica 1 "):
@@ -309,8 +360,9 @@ def test_the_loss_of_a_node_and_of_an_actor_end_their_own_requests_only(
                 assert f"replica {1 - lost} on node" in output.outputs[0].error
                 assert "has not answered for 8 s" in output.outputs[0].error
                 assert time.monotonic() - started < 10
+    wait_until(lambda: not relays() and not Path(f"/proc/{engine}").exists())
     two.close()
-    wait_until(lambda: not relays() and not groups_in_use())
+    wait_until(lambda: not groups_in_use())
 
 
 SCRIPT = """
