@@ -90,7 +90,7 @@ class Shared:
             ray = sys.modules.get("ray")
             if ray is None or not ray.is_initialized():
                 ray = connect(env.ray_address(), user)
-                self._num_users, self._is_own = 0, True
+                self._is_own = True
             self._num_users += 1
             return ray
 

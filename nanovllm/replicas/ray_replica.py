@@ -45,15 +45,18 @@ class RayReplica(Replica):
         self._thread.start()
 
     def tell(self, name: str, payload: bytes = b"") -> bool:
-        if self._has_failed or self._is_closing:
+        if self._has_failed:
+            return False
+        try:
+            self._check()
+        except ReplicaFailed:
             return False
         self._actor.tell.remote(self._num_told, name, payload)
         self._num_told += 1
         return True
 
     def ask_metrics(self) -> bytes:
-        if self._is_closing:  # Ray would connect anew
-            raise ReplicaFailed(f"{self.name} is closed")
+        self._check()
         try:
             found: bytes = self._ray.get(self._actor.metrics.remote())
         except self._ray.exceptions.RayError as error:
@@ -66,7 +69,8 @@ class RayReplica(Replica):
         if not self._is_closing:
             self._is_closing = True
             with suppress(Exception):  # Ray raises many types for an actor that is dead
-                self._closing = None if self._has_failed else self._actor.close.remote()
+                if self._ray.is_initialized() and not self._has_failed:
+                    self._closing = self._actor.close.remote()
 
     def close(self) -> None:
         self.begin_close()
@@ -85,6 +89,7 @@ class RayReplica(Replica):
         limit = SILENT_AT_START_S
         try:
             while not self._is_closing:
+                self._check()
                 call = self._actor.receive.remote()
                 self._wait(call, limit)
                 limit = SILENT_S
@@ -92,17 +97,24 @@ class RayReplica(Replica):
                 while (message := unpack(received)) is not None:
                     self._take(*message)
         except Exception as error:
-            # an engine that nobody hears must not go on
-            self._kill()
-            is_silent = isinstance(error, ReplicaFailed)
-            self._fail(error if is_silent else self._lost(error))
+            if not self._is_closing:
+                self._kill()  # an engine that nobody hears must not go on
+            self._fail(error if isinstance(error, ReplicaFailed) else self._lost(error))
 
     def _wait(self, call: Any, seconds: int) -> None:
         """Raises ReplicaFailed if the call has no result in time."""
         for _ in range(seconds):  # one by one: this process may be stopped in the meantime
-            if self._ray.wait([call], timeout=1.0)[0] or self._is_closing:
+            if self._ray.wait([call], timeout=1.0)[0]:
                 return
+            self._check()
         raise ReplicaFailed(f"{self.name} has not answered for {seconds} s")
+
+    def _check(self) -> None:
+        """Raises ReplicaFailed after the end: Ray would connect anew, perhaps elsewhere."""
+        if self._is_closing:
+            raise ReplicaFailed(f"{self.name} is closed")
+        if not self._ray.is_initialized():
+            raise ReplicaFailed(f"{self.name} is lost: Ray has been shut down in this process")
 
     def _take(self, name: str, payload: bytes) -> None:
         if name != ERROR:
@@ -122,7 +134,8 @@ class RayReplica(Replica):
 
     def _kill(self) -> None:
         with suppress(Exception):
-            self._ray.kill(self._actor)
+            if self._ray.is_initialized():
+                self._ray.kill(self._actor)
 
 
 class RayStarter:
@@ -184,8 +197,9 @@ class RayStarter:
         for replica in self._replicas:
             replica.close()
         if self._group is not None:
-            with suppress(Exception):  # the cluster is gone
-                self._ray.util.remove_placement_group(self._group)
+            with suppress(Exception):  # the cluster may be gone
+                if self._ray.is_initialized():
+                    self._ray.util.remove_placement_group(self._group)
         cluster.SHARED.close()
 
     def _place(self) -> None:
