@@ -96,7 +96,7 @@ class RayReplica(Replica):
                 received = bytearray(self._ray.get(call))
                 while (message := unpack(received)) is not None:
                     self._take(*message)
-        except Exception as error:
+        except BaseException as error:  # SystemExit if Ray has been shut down
             if not self._is_closing:
                 self._kill()  # an engine that nobody hears must not go on
             self._fail(error if isinstance(error, ReplicaFailed) else self._lost(error))
@@ -129,7 +129,7 @@ class RayReplica(Replica):
             self._has_failed = True
             self._inbox.put(Event(self, "", b"", failure))
 
-    def _lost(self, error: Exception) -> ReplicaFailed:
+    def _lost(self, error: BaseException) -> ReplicaFailed:
         return ReplicaFailed(f"{self.name} is lost: {_line(error)}")
 
     def _kill(self) -> None:
@@ -230,6 +230,6 @@ def _counts(resources: dict[str, float]) -> str:
     return ", ".join(f"{num:g} {kind}(s)" for kind, num in resources.items())
 
 
-def _line(error: Exception) -> str:
+def _line(error: BaseException) -> str:
     """The text of one of Ray's errors, which has many lines."""
     return " ".join(str(error).split())[:300]

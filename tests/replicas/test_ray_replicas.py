@@ -329,7 +329,7 @@ def test_folders_of_this_process_have_full_paths_elsewhere(
 def test_the_loss_of_a_node_and_of_an_actor_end_their_own_requests_only(
     alone: LLM, two: LLM, two_nodes: Any
 ) -> None:
-    """The last test of this cluster: it ends a node, then stops the actor on the other one."""
+    """It ends a node for good, then stops the actor on the other one."""
     prompts = random_prompts([30] * 8, seed=6)
     expected = tokens(alone, prompts, greedy(150))
     lost = node_ids().index(two_nodes.second.node_id)
@@ -363,6 +363,20 @@ def test_the_loss_of_a_node_and_of_an_actor_end_their_own_requests_only(
     wait_until(lambda: not relays() and not Path(f"/proc/{engine}").exists())
     two.close()
     wait_until(lambda: not groups_in_use())
+
+
+def test_a_user_who_ends_ray_ends_the_replicas(folder: Path, two_nodes: Any) -> None:
+    """The last test of this cluster: it ends the connection."""
+    import ray
+
+    llm = make(folder)
+    ray.shutdown()
+    with pytest.raises(ReplicaFailed, match=r"no replica is left: replica 0 on node .* is lost"):
+        for _ in range(2):
+            llm.generate(PROMPTS, greedy(2), use_tqdm=False)
+    wait_until(lambda: not relays())
+    llm.close()
+    assert not ray.is_initialized()
 
 
 SCRIPT = """
