@@ -33,6 +33,11 @@ class Communicator(Protocol):
     @property
     def size(self) -> int: ...
     @property
+    def name(self) -> str:
+        """What a device's library calls the group: the same on every rank."""
+        ...
+
+    @property
     def peers(self) -> Peers | None:
         """Memory of all ranks that kernels can read; None if there is none."""
         ...
@@ -102,7 +107,27 @@ def shard_embedding(token_T: Tensor, table_WD: Tensor) -> Tensor:
 
     Rank r has the rows of tokens r · W … (r + 1) · W − 1.
     """
-    index_T = token_T - current().rank * table_WD.shape[0]
+    return rows_of_rank(token_T, table_WD, current().rank)
+
+
+def rows_of_rank(token_T: Tensor, table_WD: Tensor, rank: int | Tensor) -> Tensor:
+    """`shard_embedding` for a rank that is a number or a tensor [1]."""
+    index_T = token_T - rank * table_WD.shape[0]
     is_mine_T = (index_T >= 0) & (index_T < table_WD.shape[0])
     row_TD = torch.nn.functional.embedding(index_T.where(is_mine_T, 0), table_WD)
     return row_TD * is_mine_T.unsqueeze(1)
+
+
+# For graphs whose compiler must see what the ops above are made of ---------------------------------
+
+
+def all_gather(x: Tensor, num_ranks: int) -> Tensor:
+    """The tensors of all ranks, one after the other: [num_ranks, *x.shape]."""
+    group = current()
+    assert group.size == num_ranks, (group.size, num_ranks)
+    return group.all_gather(x)
+
+
+def own_rank(like: Tensor) -> Tensor:
+    """This process's rank, [1] int64, on the device of `like`."""
+    return torch.tensor([current().rank], device=like.device)

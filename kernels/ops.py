@@ -133,6 +133,17 @@ shard_embedding = _define(
     collectives.shard_embedding,
     lambda token, table: table.new_empty((*token.shape, table.shape[1])),
 )
+# Of these two the ops above are made where a compiler must see their parts.
+all_gather = _define(
+    "all_gather(Tensor x, int num_ranks) -> Tensor",
+    collectives.all_gather,
+    lambda x, num_ranks: x.new_empty((num_ranks, *x.shape)),
+)
+own_rank = _define(
+    "own_rank(Tensor like) -> Tensor",
+    collectives.own_rank,
+    lambda like: like.new_empty(1, dtype=torch.int64),
+)
 fused_linear = _define(
     "fused_linear(Tensor x, Tensor? norm_weight, Tensor weight, Tensor? bias, Tensor? residual, "
     "float eps, bool silu_mul) -> Tensor",
@@ -320,6 +331,7 @@ __all__ = [
     "accept",
     "add_rms_norm",
     "advance",
+    "all_gather",
     "all_reduce",
     "all_reduce_",
     "all_reduce_norm",
@@ -337,6 +349,7 @@ __all__ = [
     "norm_route",
     "offloaded_experts",
     "op_name",
+    "own_rank",
     "paged_attention",
     "paged_attention_flash",
     "paged_attention_sdpa",

@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from nanovllm.compile.lower import hcom
 from nanovllm.compile.lower.aot import functional
+from nanovllm.kernels import collectives
 
 KIND = "torchair"
 GE_CACHE = "ge.graph_compiler_cache_dir"  # GE's option: the folder for a compiled graph
@@ -72,13 +74,21 @@ class AscendProgram:
         self._code = code
         module = ModuleType("nanovllm_ascend_graph")
         exec(compile(code, "<ascend graph>", "exec"), module.__dict__)
-        folder = module.local_compile_options.get(GE_CACHE)
-        if folder is not None:
-            Path(folder).mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._kernel = module.kernel
+        self._module: Any = module
+        self._rank: tuple[Tensor, ...] | None = None  # what follows the inputs, from the first call
 
     def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
-        return self._kernel(*inputs)
+        if self._rank is None:
+            self._rank = self._start(inputs[0])
+        return self._module.kernel(*inputs, *self._rank)
+
+    def _start(self, like: Tensor) -> tuple[Tensor, ...]:
+        """Prepare for GE; returns this process's rank if the graph takes it."""
+        hcom.join(self._module, GE_CACHE)
+        folder = self._module.local_compile_options.get(GE_CACHE)
+        if folder is not None:
+            Path(folder).mkdir(parents=True, exist_ok=True, mode=0o700)
+        return (collectives.own_rank(like),) if self._module.takes_rank else ()
 
     def stored(self) -> tuple[str, bytes]:
         """(kind of artifact, its bytes), from which `load` makes an equal program."""
@@ -108,12 +118,16 @@ def lower(graph: GraphModule, fakes: Sequence[Tensor], *, settings: Settings) ->
 def generate(graph: GraphModule, fakes: Sequence[Tensor], settings: Settings) -> str:
     """Python source that holds the Ascend graph and runs it. Needs no device, only converters.
 
+    The graph takes the placeholders in order, and this process's rank after them if `takes_rank`.
+
     Placeholders with `node.meta["frozen"]` are weights, whose memory never moves.
     """
     from torchair import get_compiler
     from torchair._utils import add_npu_patch, get_npu_default_decompositions
 
     config = compiler_config(settings)
+    hcom.register()
+    rank = hcom.rank_as_input(graph, fakes)
     decompositions = {**get_npu_default_decompositions(), **DECOMPOSITIONS}
     add_npu_patch(decompositions, config)
     extra = {GE_CACHE: UNKNOWN_FOLDER} if settings.ge_cache is not None else {}
@@ -124,7 +138,8 @@ def generate(graph: GraphModule, fakes: Sequence[Tensor], settings: Settings) ->
             raise RuntimeError("torchair generated no code for this graph under these options")
         return code
 
-    return functional(graph, fakes, decompositions, convert)
+    code: str = functional(graph, [*fakes, *rank], decompositions, convert)
+    return f"{code}\ntakes_rank = {bool(rank)}\n"
 
 
 def cann_version() -> str:

@@ -4,7 +4,8 @@ The functions call `torch.ops.npu`, which exists once torch_npu is imported; imp
 does not import it. They run op by op on a device, and a graph pass puts them into traced graphs.
 
 Shapes: T tokens | R rows | P blocks per row | C blocks in the cache | B block size | D hidden | N
-query heads | K kv heads | H head size | F ffn size | M positions in the rotary table
+query heads | K kv heads | H head size | F ffn size | M positions in the rotary table | N ranks | W
+vocabulary rows of one rank | A = N·W
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanovllm.kernels import ops
+from nanovllm.kernels import collectives, ops
 from nanovllm.kernels.npu.experts import expert_linear, experts, route
 
 # fused_infer_attention_score reads a causal mask of this size for any lengths (its sparse mode 3).
@@ -274,6 +275,30 @@ def _decode_attention(
     return out.view(num_rows, num_heads, head_dim)
 
 
+# Sums and gathers over ranks. Outside GE they stay our ops, which the group in use carries out.
+
+
+def all_reduce_in_graph(x: Tensor, residual: Tensor | None = None) -> Tensor:
+    total = ops.all_reduce(x)
+    return total if residual is None else total + residual
+
+
+def gather_columns_in_graph(x_RW: Tensor, num_columns: int) -> Tensor:
+    ranks_NRW = ops.all_gather(x_RW, collectives.current().size)
+    x_RA = ranks_NRW.transpose(0, 1).flatten(1)
+    return x_RA if x_RA.shape[1] == num_columns else x_RA.narrow(1, 0, num_columns).contiguous()
+
+
+def shard_embedding_in_graph(token_T: Tensor, table_WD: Tensor) -> Tensor:
+    return collectives.rows_of_rank(token_T, table_WD, ops.own_rank(token_T))
+
+
+COMMUNICATE: dict[str, Callable[..., Any]] = {
+    "all_reduce": ops.all_reduce,
+    "gather_columns": ops.gather_columns,
+    "shard_embedding": ops.shard_embedding,
+}
+
 # our op → the function that runs outside a graph. Ops that are not here, such as `sample`, run as
 # plain torch.
 EAGER: dict[str, Callable[..., Any]] = {
@@ -289,10 +314,20 @@ EAGER: dict[str, Callable[..., Any]] = {
     "paged_attention": paged_attention_eager,
 }
 # our op → the function in a graph for GE
-IN_GRAPH: dict[str, Callable[..., Any]] = {**EAGER, "paged_attention": paged_attention_in_graph}
+IN_GRAPH: dict[str, Callable[..., Any]] = {
+    **EAGER,
+    "paged_attention": paged_attention_in_graph,
+    "all_reduce": all_reduce_in_graph,
+    "gather_columns": gather_columns_in_graph,
+    "shard_embedding": shard_embedding_in_graph,
+}
 # our op → the function in a graph whose decode steps are captured
-IN_CAPTURE: dict[str, Callable[..., Any]] = {**EAGER, "paged_attention": paged_attention_captured}
+IN_CAPTURE: dict[str, Callable[..., Any]] = {
+    **EAGER,
+    **COMMUNICATE,
+    "paged_attention": paged_attention_captured,
+}
 # ops that use Ascend's kernels even if nothing is fused
 NEVER_PLAIN = frozenset({
-    "paged_attention", "store_kv", "linear", "route", "experts", "expert_linear",
+    "paged_attention", "store_kv", "linear", "route", "experts", "expert_linear", *COMMUNICATE,
 })  # fmt: skip

@@ -1,4 +1,4 @@
-"""The collective operations of one engine's ranks, over gloo on the CPU and NCCL on a GPU.
+"""The collective operations of one engine's ranks: gloo on the CPU, NCCL on a GPU, HCCL on an NPU.
 
 Each engine has process groups of its own, so it neither uses nor disturbs torch.distributed's
 global one. Ranks meet through a file in a private folder. gloo listens on 127.0.0.1 and NCCL on
@@ -10,6 +10,7 @@ through it.
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from torch._C import _distributed_c10d
 
 from nanovllm import env
 from nanovllm.kernels.peers import Connect, OwnedPeers
+from nanovllm.parallel import hccl
 
 c10d: Any = _distributed_c10d  # its stub lacks names, and some builds lack NCCL
 
@@ -32,6 +34,8 @@ CONNECT_TIMEOUT = timedelta(seconds=15)
 # Collectives have no limit of their own: a rank may compile or load while the others wait for it.
 # Whoever watches the processes calls `abort`.
 _NO_TIMEOUT = timedelta(days=30)
+# Groups are numbered, since a library may confuse two of one name in a process.
+_number = itertools.count()
 # NCCL's settings, unless the user has set them.
 _NCCL_ENVIRONMENT = {
     "NCCL_SOCKET_IFNAME": "lo",
@@ -46,8 +50,8 @@ _NCCL_ENVIRONMENT = {
 class Group:
     """The ranks of one engine. Every rank makes one, and calls the same methods in the same order.
 
-    On a GPU `all_reduce` and `all_gather` run on the current stream, do not wait for the device,
-    and can be captured in a CUDA graph. Destroy such graphs before `close`: NCCL waits for them.
+    On a GPU or NPU `all_reduce` and `all_gather` are in the order of the current stream and do not
+    wait for the device. On a GPU they can be captured in a CUDA graph. Destroy such graphs before `close`: NCCL waits for them.
 
     A failed rank: on the CPU the others get an error as soon as its process has ended. On a GPU
     they wait until `abort`, and what they have read from the device since is meaningless: call
@@ -72,7 +76,7 @@ class Group:
         """
         backend = distributed.Backend.default_device_backend_map.get(device.type, "none")
         if backend not in _BACKENDS:
-            raise ValueError(f"several ranks do not work on {device.type}: use a CPU or a GPU")
+            raise ValueError(f"several ranks do not work on {device.type}: use a CPU, GPU or NPU")
         self.rank, self.size, self.device, self._check = rank, size, device, check
         self._all_reduce, self._min_reduce = _reduction(), _reduction(c10d.ReduceOp.MIN)
         self._all_gather = c10d.AllgatherOptions()
@@ -80,8 +84,11 @@ class Group:
         _meet(folder, rank, size, check)
         store = c10d.FileStore(str(folder / "store"), size)
         store.set_timeout(CONNECT_TIMEOUT)
+        if rank == 0:
+            store.set("name", f"nanovllm-{next(_number)}")
+        self.name: str = store.get("name").decode()
         with self._explained():
-            self._backend: Any = _BACKENDS[backend](store, rank, size)
+            self._backend: Any = _BACKENDS[backend](store, rank, size, self.name)
             self.barrier()  # connects: that is not possible while a graph is captured
         self.peers: OwnedPeers | None = None
         if connect_peers is not None and not env.read().disable_peer_memory:
@@ -185,12 +192,13 @@ def _reduction(op: Any = c10d.ReduceOp.SUM) -> Any:
 
 
 def _wait(work: Any) -> None:
-    """Wait for gloo's work; NCCL has none, since its work is on the current stream."""
+    """Wait for gloo's work, and let the current stream wait for HCCL's. NCCL has none, since its
+    work is on the current stream."""
     if work is not None:
         work.wait()
 
 
-def _gloo(store: Any, rank: int, size: int) -> Any:
+def _gloo(store: Any, rank: int, size: int, name: str) -> Any:
     group = c10d.ProcessGroupGloo
     options = group._Options()
     options._devices = [group.create_device(hostname="127.0.0.1", lazy_init=False)]
@@ -198,7 +206,7 @@ def _gloo(store: Any, rank: int, size: int) -> Any:
     return group(store, rank, size, options)
 
 
-def _nccl(store: Any, rank: int, size: int) -> Any:
+def _nccl(store: Any, rank: int, size: int, name: str) -> Any:
     for name, value in _NCCL_ENVIRONMENT.items():
         env.set_default(name, value)
     group = c10d.ProcessGroupNCCL
@@ -207,4 +215,12 @@ def _nccl(store: Any, rank: int, size: int) -> Any:
     return group(store, rank, size, options)
 
 
-_BACKENDS: dict[str, Callable[[Any, int, int], Any]] = {"gloo": _gloo, "nccl": _nccl}
+def _hccl(store: Any, rank: int, size: int, name: str) -> Any:
+    return hccl.connect(store, rank, size, name, _NO_TIMEOUT)
+
+
+_BACKENDS: dict[str, Callable[[Any, int, int, str], Any]] = {
+    "gloo": _gloo,
+    "nccl": _nccl,
+    "hccl": _hccl,
+}

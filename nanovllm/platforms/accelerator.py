@@ -71,6 +71,15 @@ class Accelerator(Platform):
             self.runtime.empty_cache()
 
 
+def visible_devices(first: int, num_devices: int, visible: str | None) -> str:
+    """The value of the driver's variable that leaves a process `num_devices` devices.
+
+    They are the ones from number `first` on, among those that `visible`, our own value, names.
+    """
+    names = [str(i) for i in range(first + num_devices)] if visible is None else visible.split(",")
+    return ",".join(name.strip() for name in names[first : first + num_devices])
+
+
 def pinned_if_possible(num_bytes: int) -> Tensor:
     """Memory of the host, pinned if the system allows it: copies are then several times as fast."""
     try:

@@ -27,7 +27,7 @@ from nanovllm.kernels import flash_attention
 from nanovllm.kernels.flash_attention import Flash, Missing
 from nanovllm.kernels.peers import Agree, Gather, OwnedPeers
 from nanovllm.platforms import cuda_memory, cuda_peers, preload
-from nanovllm.platforms.accelerator import Accelerator
+from nanovllm.platforms.accelerator import Accelerator, visible_devices
 from nanovllm.platforms.base import STEP_OPS, UNFUSED_PASSES, Rehearsal, Replay, Traits
 from nanovllm.platforms.cuda_memory import Driver, MappedRegion, PinnedRegion
 from nanovllm.platforms.regions import Region, SplitRegion
@@ -112,9 +112,7 @@ class CudaPlatform(Accelerator):
     def part_environment(
         self, part: int, num_parts: int, num_devices: int, own: Mapping[str, str]
     ) -> dict[str, str]:
-        first, given = part * num_devices, own.get(VISIBLE)
-        visible = range(first + num_devices) if given is None else given.split(",")
-        return {VISIBLE: ",".join(str(one).strip() for one in visible[first : first + num_devices])}
+        return {VISIBLE: visible_devices(part * num_devices, num_devices, own.get(VISIBLE))}
 
     def connect_peers(
         self, rank: int, num_ranks: int, gather: Gather, agree: Agree

@@ -26,7 +26,7 @@ from nanovllm.compile.passes.replace_ops import replace_ops
 from nanovllm.compile.program import Lowering, Pass
 from nanovllm.kernels import ops
 from nanovllm.kernels.npu import kernels as npu_kernels
-from nanovllm.platforms.accelerator import Accelerator
+from nanovllm.platforms.accelerator import Accelerator, visible_devices
 from nanovllm.platforms.base import Replay, Traits
 
 _torch: Any = torch  # importing torch_npu adds torch.npu
@@ -43,6 +43,7 @@ CAPTURED_MODES = ("aclgraph", "npugraph_ex")
 # real device has not been measured.
 MAX_CAPTURED_SIZES = 64
 MAX_ROWS = 65536  # the batch axis of fused_infer_attention_score
+VISIBLE = "ASCEND_RT_VISIBLE_DEVICES"
 
 
 TRAITS = Traits(
@@ -160,7 +161,12 @@ class NpuPlatform(Accelerator):
                 npugraph_ex.check(self.ex_settings)
         # A captured step's lengths are replaced in place, so the step before must have ended.
         run_ahead = 0 if self.captures else 1
-        traits = replace(TRAITS, run_ahead=run_ahead, wants_lengths=self.captures)
+        traits = replace(
+            TRAITS,
+            run_ahead=run_ahead,
+            wants_lengths=self.captures,
+            max_ranks=_torch.npu.device_count(),
+        )
         super().__init__(torch.device("npu", index), traits)
         self.runtime = _torch.npu
         self._seq_lens: list[int] = []
@@ -173,6 +179,14 @@ class NpuPlatform(Accelerator):
             self.settings = replace(self.settings, ge_cache=libraries.parent / "ge")
         _torch.npu.set_device(self.device)
         ops.register_kernels("PrivateUse1", npu_kernels.EAGER)
+
+    def rank_environment(self, rank: int, own: Mapping[str, str]) -> dict[str, str]:
+        return self.part_environment(rank, 0, 1, own)
+
+    def part_environment(
+        self, part: int, num_parts: int, num_devices: int, own: Mapping[str, str]
+    ) -> dict[str, str]:
+        return {VISIBLE: visible_devices(part * num_devices, num_devices, own.get(VISIBLE))}
 
     def fingerprint(self) -> dict[str, str]:
         return {

@@ -24,7 +24,7 @@ Result = tuple[Tensor, ...]
 class Tripled:
     """A group of three ranks with equal tensors."""
 
-    rank, size, peers = 0, 3, None
+    rank, size, peers, name = 0, 3, None, ""
 
     def all_reduce(self, x: Tensor) -> None:
         x *= 3

@@ -37,6 +37,7 @@ class ForkedGroup:
     rank: int
     size: int
     peers: ForkedPeers
+    name: str = ""
 
     def all_reduce(self, x: Tensor) -> None:
         raise AssertionError("too large for the regions")

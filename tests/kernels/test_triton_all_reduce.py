@@ -200,7 +200,7 @@ def test_gpus_agree_with_nccl_in_captured_graphs(num_ranks: int) -> None:
 class Plain:
     """A group without regions."""
 
-    rank, size, peers = 0, 1, None
+    rank, size, peers, name = 0, 1, None, ""
 
     def all_reduce(self, x: Tensor) -> None:
         x *= 3

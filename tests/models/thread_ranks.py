@@ -43,6 +43,10 @@ class ThreadGroup:
     rank: int
 
     @property
+    def name(self) -> str:
+        return ""
+
+    @property
     def peers(self) -> None:
         return None
 

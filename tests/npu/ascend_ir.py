@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.npu import expert_semantics, semantics
+from tests.npu import expert_semantics, hccl, semantics
 
 # Numbers of DataType in ge_ir.proto (tensors) and of ge::DataType (attributes), as CANN publishes.
 PROTO_DTYPES = {
@@ -163,6 +163,11 @@ def _grouped_matmul(a: Attributes, *inputs: Tensor | None) -> Tensor:
     return y
 
 
+def _hcom_all_reduce(a: Attributes, x: Tensor) -> Tensor:
+    assert a["reduction"] == "sum" and a["fusion"] == 0
+    return hccl.all_reduce(a["group"], x)
+
+
 def _finalize_routing(a: Attributes, *inputs: Tensor | None) -> Tensor:
     rows, index, skip1, skip2, bias, scales, expert = inputs
     assert rows is not None and index is not None
@@ -219,8 +224,12 @@ OPS: dict[str, Callable[..., Any]] = {
     "Greater": _binary(torch.gt),
     "GreaterEqual": _binary(torch.ge),
     "GroupedMatmul": _grouped_matmul,
+    "HcomAllGather": lambda a, x: hccl.all_gather(a["group"], x, a["rank_size"]),
+    "HcomAllReduce": _hcom_all_reduce,
+    "Identity": lambda a, x: x.clone(),
     "Less": _binary(torch.lt),
     "Log": _log,
+    "LogicalAnd": _binary(torch.logical_and),
     "LogicalNot": lambda a, x: torch.logical_not(x),
     "LogicalOr": _binary(torch.logical_or),
     "MatMul": _matmul,

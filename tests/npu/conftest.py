@@ -16,7 +16,7 @@ if "NANOVLLM_CANN_STUB" in os.environ:
     from nanovllm.platforms.npu import NpuPlatform, load_torch_npu
     from nanovllm.schedule.plan import LogitEdits
     from nanovllm.schedule.request import Request
-    from tests.npu import capture
+    from tests.npu import capture, hccl
     from tests.npu.ge import Ge
     from tests.npu.host import Host
     from tests.npu.op_runs import eagerly, in_graph
@@ -48,6 +48,7 @@ def host(ge: Ge) -> Iterator[Host]:
     mode = Host()
     mode.install(patch)
     capture.install(mode, patch)
+    hccl.install(mode, patch)
     with mode:
         yield mode
     patch.undo()

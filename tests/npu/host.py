@@ -18,7 +18,7 @@ from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_any, tree_map
 
-from nanovllm.kernels import ops
+from nanovllm.kernels import collectives, ops
 from tests.npu import expert_semantics, semantics
 
 Step = Callable[[], None]
@@ -65,6 +65,8 @@ NPU_OPS: dict[str, Callable[..., Any]] = {
 }
 # the schema says view, but these return a view only if there is nothing to do
 COPIES_OR_VIEWS = ("aten::to", "aten::contiguous")
+# Within a kernel they reach this mode whole, and copy if the result cannot be a view.
+MADE_OF_OTHERS = ("aten::flatten", "aten::reshape")
 TRACING = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
 # ops that torch_npu computes: memory, and sizes of results
 NATIVE = (
@@ -128,10 +130,16 @@ class Host(TorchDispatchMode):
         makes_npu = asked is not None and torch.device(asked).type == "npu"
         may_alias = any(result.alias_info for result in func._schema.returns)
         is_view = may_alias and not func._schema.is_mutable and name not in COPIES_OR_VIEWS
+        if name in MADE_OF_OTHERS and on_npu and not is_fake:
+            with self:
+                return func.decompose(*args, **kwargs)
         if is_fake or not (on_npu or makes_npu) or is_view or name in NATIVE:
             return func(*args, **kwargs)
         if name in self._kernels:
             return func(*args, **kwargs)
+        if (op := ops.op_name(func)) in collectives.COLLECTIVES:
+            with self:
+                return getattr(collectives, op)(*args, **kwargs)
         self.seen.add(name)
         device = torch.device(asked if asked is not None else "npu")
         if device.type == "npu" and device.index is None:
@@ -156,10 +164,13 @@ class Host(TorchDispatchMode):
                     self._to_device(value, device, written, idx) for idx, value in enumerate(flat)
                 ]
                 out = type(results)(made) if isinstance(results, (tuple, list)) else made[0]
-        if self.recording is not None:
-            group = self.recording[-1 if self.replacing is None else self.replacing]
-            group.append(lambda: _again(function, host_args, host_kwargs, written))
+        self.record(lambda: _again(function, host_args, host_kwargs, written))
         return out
+
+    def record(self, step: Step) -> None:
+        """Keep a step for replays if a graph is being captured."""
+        if self.recording is not None:
+            self.recording[-1 if self.replacing is None else self.replacing].append(step)
 
     def _to_host(self, value: Any) -> Any:
         if isinstance(value, torch.Generator):

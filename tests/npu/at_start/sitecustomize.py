@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 
 from nanovllm.platforms.npu import load_torch_npu
-from tests.npu import capture
+from tests.npu import capture, hccl
 from tests.npu.ge import Ge
 from tests.npu.host import Host
 
@@ -18,4 +18,5 @@ ge, host = Ge(), Host()
 ge.install(pytest.MonkeyPatch())
 host.install(pytest.MonkeyPatch())
 capture.install(host, pytest.MonkeyPatch())
+hccl.install(host, pytest.MonkeyPatch())
 host.__enter__()

@@ -1,0 +1,80 @@
+"""Sums and gathers over ranks in Ascend IR: the ops HcomAllReduce and HcomAllGather.
+
+torchair's own converters take torch.distributed's global groups, and the graph has the name of one.
+Ours write a name that stands for any group: a program replaces it by that of the group in use when
+it first runs. A rank is an input of the graph. So all ranks share one stored graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from nanovllm.kernels import collectives, ops
+
+ANY_GROUP = "<group>"
+RANK = "own_rank"  # the placeholder's name
+NO_FUSION = 0  # GE could join several sums into one
+
+
+@cache
+def register() -> None:
+    """Teach torchair to convert our ops, once in a process."""
+    from torchair import register_fx_node_ge_converter
+    from torchair._ge_concrete_graph import ge_apis
+
+    ge: Any = ge_apis
+
+    @register_fx_node_ge_converter(ops.all_reduce)
+    def convert_all_reduce(x: Any, residual: Any = None, meta_outputs: Any = None) -> Any:
+        assert residual is None, "the residual is an op of its own"
+        return ge.HcomAllReduce(x, reduction="sum", group=ANY_GROUP, fusion=NO_FUSION)
+
+    @register_fx_node_ge_converter(ops.all_gather)
+    def convert_all_gather(x: Any, num_ranks: int, meta_outputs: Any = None) -> Any:
+        rows = ge.HcomAllGather(x, rank_size=num_ranks, group=ANY_GROUP, fusion=NO_FUSION)
+        return ge.Reshape(rows, list(meta_outputs.size))
+
+
+def rank_as_input(graph: GraphModule, fakes: Sequence[Tensor]) -> list[Tensor]:
+    """Replace the ops `own_rank` by one new placeholder after all others; returns its fake, or
+    none if the graph needs no rank."""
+    found = [node for node in graph.graph.nodes if node.target is ops.own_rank]
+    if not found:
+        return []
+    *_, last = graph.graph.find_nodes(op="placeholder")
+    with graph.graph.inserting_after(last):
+        rank = graph.graph.placeholder(RANK)
+    rank.meta = dict(found[0].meta)
+    for node in found:
+        node.replace_all_uses_with(rank)
+        graph.graph.erase_node(node)
+    graph.recompile()
+    with fakes[0].fake_mode:  # type: ignore[attr-defined]
+        return [torch.empty(1, dtype=torch.int64, device=fakes[0].device)]
+
+
+def join(module: ModuleType, folder_option: str) -> None:
+    """Have a generated graph, which GE has not compiled yet, communicate in the group in use.
+
+    GE keeps the compiled graph in a folder of its own for each name and rank, since ranks compile
+    at the same time.
+    """
+    members = [op for op in module.ge_graph.op if op.type.startswith("Hcom")]
+    if not members:
+        return
+    group = collectives.current()
+    for op in members:
+        assert op.attr["group"].s == ANY_GROUP.encode(), op.name
+        op.attr["group"].s = group.name.encode()
+    folder = module.local_compile_options.get(folder_option)
+    if folder is not None:
+        own = Path(folder) / f"{group.name}-{group.rank}"
+        module.local_compile_options[folder_option] = str(own)
