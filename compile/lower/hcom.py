@@ -28,19 +28,23 @@ NO_FUSION = 0  # GE could join several sums into one
 def register() -> None:
     """Teach torchair to convert our ops, once in a process."""
     from torchair import register_fx_node_ge_converter
+
+    register_fx_node_ge_converter(ops.all_reduce)(_all_reduce)
+    register_fx_node_ge_converter(ops.all_gather)(_all_gather)
+
+
+def _all_reduce(x: Any, residual: Any = None, meta_outputs: Any = None) -> Any:
     from torchair._ge_concrete_graph import ge_apis
 
-    ge: Any = ge_apis
+    assert residual is None, "the residual is an op of its own"
+    return ge_apis.HcomAllReduce(x, reduction="sum", group=ANY_GROUP, fusion=NO_FUSION)
 
-    @register_fx_node_ge_converter(ops.all_reduce)
-    def convert_all_reduce(x: Any, residual: Any = None, meta_outputs: Any = None) -> Any:
-        assert residual is None, "the residual is an op of its own"
-        return ge.HcomAllReduce(x, reduction="sum", group=ANY_GROUP, fusion=NO_FUSION)
 
-    @register_fx_node_ge_converter(ops.all_gather)
-    def convert_all_gather(x: Any, num_ranks: int, meta_outputs: Any = None) -> Any:
-        rows = ge.HcomAllGather(x, rank_size=num_ranks, group=ANY_GROUP, fusion=NO_FUSION)
-        return ge.Reshape(rows, list(meta_outputs.size))
+def _all_gather(x: Any, num_ranks: int, meta_outputs: Any = None) -> Any:
+    from torchair._ge_concrete_graph import ge_apis
+
+    rows = ge_apis.HcomAllGather(x, rank_size=num_ranks, group=ANY_GROUP, fusion=NO_FUSION)
+    return ge_apis.Reshape(rows, list(meta_outputs.size))
 
 
 def rank_as_input(graph: GraphModule, fakes: Sequence[Tensor]) -> list[Tensor]:
@@ -64,13 +68,14 @@ def rank_as_input(graph: GraphModule, fakes: Sequence[Tensor]) -> list[Tensor]:
 def join(module: ModuleType, folder_option: str) -> None:
     """Have a generated graph, which GE has not compiled yet, communicate in the group in use.
 
-    GE keeps the compiled graph in a folder of its own for each name and rank, since ranks compile
-    at the same time.
+    GE keeps the compiled graph in a folder of its own for each group and rank: ranks compile at
+    the same time.
     """
+    group = collectives.in_use()
     members = [op for op in module.ge_graph.op if op.type.startswith("Hcom")]
-    if not members:
+    if group is None:
+        assert not members, "a graph with collectives runs outside `using`"
         return
-    group = collectives.current()
     for op in members:
         assert op.attr["group"].s == ANY_GROUP.encode(), op.name
         op.attr["group"].s = group.name.encode()

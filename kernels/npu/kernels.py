@@ -4,8 +4,8 @@ The functions call `torch.ops.npu`, which exists once torch_npu is imported; imp
 does not import it. They run op by op on a device, and a graph pass puts them into traced graphs.
 
 Shapes: T tokens | R rows | P blocks per row | C blocks in the cache | B block size | D hidden | N
-query heads | K kv heads | H head size | F ffn size | M positions in the rotary table | N ranks | W
-vocabulary rows of one rank | A = N·W
+query heads | K kv heads | H head size | F ffn size | M positions in the rotary table | W vocabulary
+rows of one rank
 """
 
 from __future__ import annotations
@@ -284,9 +284,12 @@ def all_reduce_in_graph(x: Tensor, residual: Tensor | None = None) -> Tensor:
 
 
 def gather_columns_in_graph(x_RW: Tensor, num_columns: int) -> Tensor:
-    ranks_NRW = ops.all_gather(x_RW, collectives.current().size)
-    x_RA = ranks_NRW.transpose(0, 1).flatten(1)
-    return x_RA if x_RA.shape[1] == num_columns else x_RA.narrow(1, 0, num_columns).contiguous()
+    """A split and a concatenation: a transposition would be followed by a copy."""
+    num_ranks, (num_rows, width) = collectives.current().size, x_RW.shape
+    rows_of_rank = ops.all_gather(x_RW, num_ranks).flatten(0, 1).split(num_rows)
+    taken = [min(width, num_columns - rank * width) for rank in range(num_ranks)]
+    parts = [rows.narrow(1, 0, n) for rows, n in zip(rows_of_rank, taken, strict=True) if n > 0]
+    return torch.cat(parts, dim=1)
 
 
 def shard_embedding_in_graph(token_T: Tensor, table_WD: Tensor) -> Tensor:

@@ -51,7 +51,8 @@ class Group:
     """The ranks of one engine. Every rank makes one, and calls the same methods in the same order.
 
     On a GPU or NPU `all_reduce` and `all_gather` are in the order of the current stream and do not
-    wait for the device. On a GPU they can be captured in a CUDA graph. Destroy such graphs before `close`: NCCL waits for them.
+    wait for the device. On a GPU they can be captured in a CUDA graph. Destroy such graphs before
+    `close`: NCCL waits for them.
 
     A failed rank: on the CPU the others get an error as soon as its process has ended. On a GPU
     they wait until `abort`, and what they have read from the device since is meaningless: call

@@ -7,7 +7,7 @@ its variables are set.
 
 from __future__ import annotations
 
-import sys
+import importlib
 from datetime import timedelta
 from typing import Any
 
@@ -28,21 +28,22 @@ _ENVIRONMENT = {
 
 
 def connect(store: Any, rank: int, size: int, name: str, timeout: timedelta) -> Any:
-    """A process group whose communicator has this name. torch_npu has been imported.
+    """A process group whose communicator has this name. Waits for all ranks.
 
-    Raises ValueError if this CANN gives communicators no names.
+    Raises ValueError if this CANN gives the communicator another name.
     """
     assert len(name) <= MAX_NAME_LENGTH, name
-    torch_npu: Any = sys.modules["torch_npu"]
-    if not torch_npu.distributed._is_support_hccl_comm_name():
-        raise ValueError(
-            f"tensor_parallel_size is {size}, but this version of CANN gives HCCL's communicators "
-            "no names, which graphs need: install a later one"
-        )
     for variable, value in _ENVIRONMENT.items():
         env.set_default(variable, value)
-    group = torch_npu._C._distributed_c10d.ProcessGroupHCCL
-    options = group.Options()
+    backend: Any = importlib.import_module("torch_npu._C._distributed_c10d")
+    options = backend.ProcessGroupHCCL.Options()
     options._timeout = timeout
     options.hccl_config = {"group_name": name}
-    return group(store, rank, size, options)
+    group = backend.ProcessGroupHCCL(store, rank, size, options)
+    found = group.get_hccl_comm_name(rank)
+    if found != name:
+        raise ValueError(
+            f"tensor_parallel_size is {size}: HCCL calls its communicator {found!r} instead of "
+            f"{name!r}, which graphs need. Install a CANN that can give communicators names"
+        )
+    return group

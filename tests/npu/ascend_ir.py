@@ -226,7 +226,6 @@ OPS: dict[str, Callable[..., Any]] = {
     "GroupedMatmul": _grouped_matmul,
     "HcomAllGather": lambda a, x: hccl.all_gather(a["group"], x, a["rank_size"]),
     "HcomAllReduce": _hcom_all_reduce,
-    "Identity": lambda a, x: x.clone(),
     "Less": _binary(torch.lt),
     "Log": _log,
     "LogicalAnd": _binary(torch.logical_and),

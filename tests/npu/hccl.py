@@ -19,6 +19,7 @@ from tests.npu.host import Host, host_view
 c10d: Any = _distributed_c10d
 
 NUM_DEVICES = 2
+connect_hccl = hccl.connect  # the real one
 groups: dict[str, Any] = {}  # those of this process by name, as gloo's process groups
 
 
