@@ -18,7 +18,6 @@ from tests.npu.host import Host, host_view
 
 c10d: Any = _distributed_c10d
 
-NUM_DEVICES = 2
 connect_hccl = hccl.connect  # the real one
 groups: dict[str, Any] = {}  # those of this process by name, as gloo's process groups
 
@@ -63,8 +62,6 @@ def install(host: Host, monkeypatch: Any) -> None:
         return Backend(groups[name], host)
 
     monkeypatch.setattr(hccl, "connect", connect)
-    npu: Any = torch
-    monkeypatch.setattr(npu.npu, "device_count", lambda: NUM_DEVICES)
 
 
 def all_reduce(group: str, x: Tensor) -> Tensor:

@@ -23,9 +23,12 @@ VISIBLE = "ASCEND_RT_VISIBLE_DEVICES"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _patched_processes() -> Iterator[None]:
-    """Other ranks and replicas have the patches of this process."""
+def _two_devices() -> Iterator[None]:
+    """The stub has one device, which all processes use. Ranks and replicas have the patches of this
+    process."""
     with pytest.MonkeyPatch.context() as patch:
+        npu: Any = torch
+        patch.setattr(npu.npu, "device_count", lambda: 2)
         paths = [str(Path(__file__).parent / "at_start"), os.environ["PYTHONPATH"]]
         patch.setenv("PYTHONPATH", os.pathsep.join(paths))
         yield
