@@ -75,6 +75,7 @@ class AscendProgram:
         module = ModuleType("nanovllm_ascend_graph")
         exec(compile(code, "<ascend graph>", "exec"), module.__dict__)
         self._module: Any = module
+        self._takes_rank: bool = module.takes_rank
         self._rank: tuple[Tensor, ...] | None = None  # what follows the inputs, from the first call
 
     def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
@@ -88,7 +89,7 @@ class AscendProgram:
         folder = self._module.local_compile_options.get(GE_CACHE)
         if folder is not None:
             Path(folder).mkdir(parents=True, exist_ok=True, mode=0o700)
-        return (collectives.own_rank(like),) if self._module.takes_rank else ()
+        return (collectives.own_rank(like),) if self._takes_rank else ()
 
     def stored(self) -> tuple[str, bytes]:
         """(kind of artifact, its bytes), from which `load` makes an equal program."""

@@ -208,8 +208,8 @@ def _gloo(store: Any, rank: int, size: int, name: str) -> Any:
 
 
 def _nccl(store: Any, rank: int, size: int, name: str) -> Any:
-    for name, value in _NCCL_ENVIRONMENT.items():
-        env.set_default(name, value)
+    for variable, value in _NCCL_ENVIRONMENT.items():
+        env.set_default(variable, value)
     group = c10d.ProcessGroupNCCL
     options = group.Options()
     options._timeout = _NO_TIMEOUT
