@@ -175,7 +175,7 @@ norm_route = _define(
 )
 experts = _define(
     "experts(Tensor x, Tensor weight, Tensor expert, Tensor gate_up, Tensor down, "
-    "Tensor? residual=None) -> Tensor",
+    "Tensor? residual=None, Tensor? local=None) -> Tensor",
     reference.experts,
     lambda x, *rest: torch.empty_like(x, memory_format=torch.contiguous_format),
 )

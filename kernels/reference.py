@@ -6,7 +6,8 @@ Shapes: T tokens | R rows (requests) | P blocks per row | C blocks in the cache 
 D hidden | O outputs | N query heads | K key-value heads | H head size | E = (N + 2K)·H | F ffn size
 M positions in the rotary table | V vocabulary | F sampling fields (in the ops of a step)
 S rows of the device state, the last one for padding
-Mixture of experts: E experts | K experts per token | F expert width | G = 2F
+Mixture of experts: E experts | X experts, with those elsewhere | K experts per token
+F expert width | G = 2F
 
 A cache in float8_e4m3fn holds x / scale. Each key-value head has one fp32 scale for keys and one
 for values.
@@ -388,16 +389,24 @@ def experts(
     gate_up_EGD: Tensor,
     down_EDF: Tensor,
     residual_TD: Tensor | None = None,
+    local_X: Tensor | None = None,
 ) -> Tensor:
     """Σ_k weight[t, k] · down_e(silu(gate_e(x_t)) · up_e(x_t)) with e = expert[t, k], + residual.
 
     gate_up_EGD holds gate's rows of each expert, then up's. The sum over k is in fp32 and is
     rounded to x's dtype once, before the residual is added. No token is dropped, and the weights of
     experts that no token chooses are not read.
+
+    With local_X, int32, the E matrices are those of some of X experts: expert e has the matrices
+    local_X[e], and is left out of the sum where that is negative, whatever its weight is.
     """
+    if local_X is not None:
+        expert_TK = local_X[expert_TK.long()]
     inner_TKF = silu_mul(expert_linear(x_TD, expert_TK, gate_up_EGD))
     y_TKD = _expert_products(inner_TKF.flatten(0, 1), expert_TK.flatten(), down_EDF)
     y_TKD = y_TKD.view(*expert_TK.shape, -1) * weight_TK.unsqueeze(-1)
+    if local_X is not None:
+        y_TKD = y_TKD.masked_fill((expert_TK < 0).unsqueeze(-1), 0.0)
     y_TD = y_TKD.sum(1).to(x_TD.dtype)
     return y_TD if residual_TD is None else y_TD + residual_TD
 
@@ -414,9 +423,9 @@ def expert_linear(x: Tensor, expert_TK: Tensor, weight_EOD: Tensor) -> Tensor:
 
 
 def _expert_products(x_PD: Tensor, expert_P: Tensor, weight_EOD: Tensor) -> Tensor:
-    """Row p of x times the transposed matrix of expert p, in fp32."""
-    y_PO = x_PD.new_empty((x_PD.shape[0], weight_EOD.shape[1]), dtype=torch.float32)
-    for expert in expert_P.unique().tolist():
+    """Row p of x times the transposed matrix of expert p, in fp32; zeros for negative experts."""
+    y_PO = x_PD.new_zeros((x_PD.shape[0], weight_EOD.shape[1]), dtype=torch.float32)
+    for expert in expert_P[expert_P >= 0].unique().tolist():
         p = (expert_P == expert).nonzero().squeeze(1)
         y_PO[p] = x_PD[p].float() @ weight_EOD[expert].float().t()
     return y_PO

@@ -84,6 +84,10 @@ ALLOWED: dict[str, Rule] = {
     "kv_cache_dtype": _one_of("auto", "fp8"),
     "seed": ("a whole number of 64 bits", lambda value: -(2**63) <= value < 2**63),
     "tensor_parallel_size": ("at least 1", lambda value: value >= 1),
+    "expert_parallel": (
+        "True, False or 'auto'",
+        lambda value: isinstance(value, bool) or value == "auto",
+    ),
     "data_parallel_size": ("at least 1", lambda value: value >= 1),
     "distributed_executor_backend": _one_of("mp", "ray"),
     "npu_graph_mode": _one_of("ascend_ir", "aclgraph", "npugraph_ex", None),
@@ -142,6 +146,9 @@ class EngineConfig:
     seed: the seed from which requests without a seed draw theirs.
     tensor_parallel_size: the number of devices that share the model, each with a part of every
         weight. It must divide the attention heads.
+    expert_parallel: how devices that share a model with experts divide these. True: each has an
+        equal number of whole experts. False: each has a part of every expert. "auto" chooses by
+        the experts' width: see docs/parallel.md.
     data_parallel_size: the number of engines, each a process with all weights on its own devices,
         as many as `tensor_parallel_size` says, that share the requests.
     distributed_executor_backend: "mp" runs these engines as processes of this machine. "ray" runs
@@ -199,6 +206,7 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     seed: int = 0
     tensor_parallel_size: int = 1
+    expert_parallel: bool | str = "auto"
     data_parallel_size: int = 1
     distributed_executor_backend: str = "mp"
     npu_graph_mode: str | None = None
@@ -270,6 +278,10 @@ class EngineConfig:
                 "compile_cache_mode='require' needs enforce_eager=False: eager mode has no programs"
             )
         self._check_replicas()
+        if self.expert_parallel is True and self.tensor_parallel_size == 1:
+            raise ValueError(
+                "expert_parallel=True needs tensor_parallel_size above 1: there is one device"
+            )
         if self.expert_prefetch and self.expert_offload is None:
             raise ValueError("expert_prefetch=True needs expert_offload: all experts are there")
         if self.expert_offload is not None and self.enable_sleep_mode:

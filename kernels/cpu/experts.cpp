@@ -24,11 +24,11 @@ struct Experts {
   char* out;              // [T, D]
   const char* x;          // [T, D]
   const float* weight;    // [T, K]
-  const int32_t* expert;  // [T, K]
+  const int32_t* expert;  // [T, K]; negative for experts that are elsewhere, if any may be
   const char* gate_up;    // [E, 2F, D]
   const char* down;       // [E, D, F]
   const char* residual;   // [T, D] or null
-  int64_t num_tokens, num_chosen, num_experts, size, inner_size;
+  int64_t num_tokens, num_chosen, num_experts, size, inner_size, are_spread;
   int64_t dtype, num_threads;
 };
 
@@ -76,33 +76,37 @@ void route_token(const Route& at, int64_t token) {
 // The most pairs, and floats for their rows, that are in work at the same time.
 constexpr int64_t kMaxPairs = 8192, kMaxRowFloats = 32 << 20;
 
-// The pairs of a range of tokens, sorted by expert; pairs of one expert keep their order.
+// The pairs of a range of tokens, sorted by expert; pairs of one expert keep their order. Pairs whose
+// expert is negative have no place.
 struct Groups {
   struct Group {
     int64_t expert, first, num;  // the group's pairs are at first .. first + num - 1
   };
   std::vector<Group> groups;       // of the experts that have pairs
-  std::vector<int32_t> pair;       // [P]: the pair at each place
-  std::vector<int32_t> place_of;   // [P]: the place of each pair
+  std::vector<int32_t> pair;       // the pair at each place
+  std::vector<int32_t> place_of;   // [P]: the place of each pair, or -1
 
   Groups(const int32_t* expert, int64_t num_pairs, int64_t num_experts)
-      : pair(num_pairs), place_of(num_pairs) {
+      : place_of(num_pairs, -1) {
     std::vector<int32_t> next(num_experts + 1);
-    for (int64_t p = 0; p < num_pairs; ++p) ++next[expert[p] + 1];
+    for (int64_t p = 0; p < num_pairs; ++p)
+      if (expert[p] >= 0) ++next[expert[p] + 1];
     for (int64_t e = 0; e < num_experts; ++e) {
       if (next[e + 1]) groups.push_back({e, next[e], next[e + 1]});
       next[e + 1] += next[e];
     }
+    pair.resize(next[num_experts]);
     for (int64_t p = 0; p < num_pairs; ++p) {
+      if (expert[p] < 0) continue;
       place_of[p] = next[expert[p]]++;
       pair[place_of[p]] = (int32_t)p;
     }
   }
 };
 
-bool are_valid(const int32_t* expert, int64_t num_pairs, int64_t num_experts) {
+bool are_valid(const int32_t* expert, int64_t num_pairs, int64_t lowest, int64_t num_experts) {
   for (int64_t p = 0; p < num_pairs; ++p)
-    if (expert[p] < 0 || expert[p] >= num_experts) return false;
+    if (expert[p] < lowest || expert[p] >= num_experts) return false;
   return true;
 }
 
@@ -211,7 +215,7 @@ void multiply_gate_up(const Experts& at, const Groups& groups, const typename St
 template <typename T>
 void add_chosen(const Experts& at, const Groups& groups, const float* y, int64_t y_stride,
                 int64_t first_token, int64_t first, int64_t end) {
-  const int64_t K = at.num_chosen, num_tokens = (int64_t)groups.pair.size() / K;
+  const int64_t K = at.num_chosen, num_tokens = (int64_t)groups.place_of.size() / K;
   for (int64_t t = 0; t < num_tokens; ++t) {
     const float* weight = at.weight + (first_token + t) * K;
     const int32_t* place = groups.place_of.data() + t * K;
@@ -219,7 +223,8 @@ void add_chosen(const Experts& at, const Groups& groups, const float* y, int64_t
     for (int64_t d = first; d < end; d += kLanes) {
       Vec sum{};
       for (int64_t k = 0; k < K; ++k)
-        sum = multiply_add(splat(weight[k]), load(y + place[k] * y_stride + d - first), sum);
+        if (place[k] >= 0)
+          sum = multiply_add(splat(weight[k]), load(y + place[k] * y_stride + d - first), sum);
       if (at.residual)
         sum = rounded_to<T>(sum) + load_first((const T*)at.residual + row + d, end - d);
       store_first((T*)at.out + row + d, sum, end - d);
@@ -312,14 +317,15 @@ extern "C" void nanovllm_route(const Route* args) {
 
 // The next two return 0, and do nothing, if an expert's id is not below num_experts.
 extern "C" int64_t nanovllm_experts(const Experts* args) {
-  if (!are_valid(args->expert, args->num_tokens * args->num_chosen, args->num_experts)) return 0;
+  const int64_t num_pairs = args->num_tokens * args->num_chosen;
+  if (!are_valid(args->expert, num_pairs, args->are_spread ? -1 : 0, args->num_experts)) return 0;
   if (args->dtype == kFp32) experts<Fp32Step>(*args);
   else experts<Bf16Step>(*args);
   return 1;
 }
 
 extern "C" int64_t nanovllm_expert_linear(const ExpertLinear* args) {
-  if (!are_valid(args->expert, args->num_pairs, args->num_experts)) return 0;
+  if (!are_valid(args->expert, args->num_pairs, 0, args->num_experts)) return 0;
   if (args->dtype == kFp32) expert_linear<Fp32Step>(*args);
   else expert_linear<Bf16Step>(*args);
   return 1;

@@ -25,7 +25,7 @@ _ROUTE = build.Arguments(
 _EXPERTS = build.Arguments(
     "Experts",
     pointers="out x weight expert gate_up down residual",
-    integers="num_tokens num_chosen num_experts size inner_size dtype num_threads",
+    integers="num_tokens num_chosen num_experts size inner_size are_spread dtype num_threads",
 )
 _EXPERT_LINEAR = build.Arguments(
     "ExpertLinear",
@@ -84,6 +84,7 @@ def experts(
     gate_up_EGD: Tensor,
     down_EDF: Tensor,
     residual_TD: Tensor | None = None,
+    local_X: Tensor | None = None,
 ) -> Tensor:
     """`reference.experts` for fp32 and bf16; each chosen expert's weights are read once.
 
@@ -96,7 +97,11 @@ def experts(
         and _is_dense(down_EDF, dtype)
         and _is_dense(residual_TD, dtype)
     ):
-        return reference.experts(x_TD, weight_TK, expert_TK, gate_up_EGD, down_EDF, residual_TD)
+        return reference.experts(
+            x_TD, weight_TK, expert_TK, gate_up_EGD, down_EDF, residual_TD, local_X
+        )
+    if local_X is not None:
+        expert_TK = local_X[expert_TK.long()]
     x_TD, weight_TK, expert_TK = x_TD.contiguous(), weight_TK.float().contiguous(), _ids(expert_TK)
     out_TD = torch.empty_like(x_TD)
     num_experts, size, inner_size = down_EDF.shape
@@ -113,6 +118,7 @@ def experts(
             num_experts,
             size,
             inner_size,
+            local_X is not None,
             code,
             torch.get_num_threads(),
         )

@@ -177,6 +177,18 @@ class Places(NamedTuple):
 
 
 @triton.jit
+def local_expert(expert_ptr, local_ptr, pair, mask, SPREAD: tl.constexpr):
+    """The experts of pairs or, if SPREAD, their places among the matrices that are here.
+
+    Negative if an expert is elsewhere, or where the mask is false.
+    """
+    expert = tl.load(expert_ptr + pair, mask=mask, other=-1)
+    if SPREAD:
+        expert = tl.load(local_ptr + expert, mask=mask, other=-1)
+    return expert
+
+
+@triton.jit
 def expert_at(weight_ptr, others_ptr, first_ptr, slot_ptr, expert, SIZE: tl.constexpr,
               OFFLOADED: tl.constexpr):  # fmt: skip
     """Where the matrix of an expert begins, of SIZE elements.

@@ -23,11 +23,14 @@ def experts(
     gate_up_EGD: Tensor,
     down_EDF: Tensor,
     residual_TD: Tensor | None = None,
+    local_X: Tensor | None = None,
 ) -> Tensor:
     """See `reference.experts`."""
     if not _takes(x_TD, weight_TK, expert_TK, gate_up_EGD, down_EDF):
-        return reference.experts(x_TD, weight_TK, expert_TK, gate_up_EGD, down_EDF, residual_TD)
-    return _run(x_TD, weight_TK, expert_TK, gate_up_EGD, down_EDF, residual_TD)
+        return reference.experts(
+            x_TD, weight_TK, expert_TK, gate_up_EGD, down_EDF, residual_TD, local_X
+        )
+    return _run(x_TD, weight_TK, expert_TK, gate_up_EGD, down_EDF, residual_TD, local_X=local_X)
 
 
 def offloaded_experts(
@@ -74,13 +77,16 @@ def _run(
     down_EDF: Tensor,
     residual_TD: Tensor | None,
     places: Places | None = None,
+    local_X: Tensor | None = None,
 ) -> Tensor:
     x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
     residual_TD = None if residual_TD is None else residual_TD.contiguous()
     num_experts = gate_up_EGD.shape[0] if places is None else places.num_experts
+    # the share of pairs that stay here is that of experts, if tokens are spread evenly
+    num_experts = num_experts if local_X is None else len(local_X)
     is_few = x_TD.shape[0] == 1 or expert_TK.numel() <= PAIRS_PER_EXPERT * num_experts
     run = few.few_experts if is_few else many.many_experts
-    return run(x_TD, weight_TK, expert_TK, gate_up_EGD, down_EDF, residual_TD, places=places)
+    return run(x_TD, weight_TK, expert_TK, gate_up_EGD, down_EDF, residual_TD, local_X, places=places)
 
 
 def expert_linear(x: Tensor, expert_TK: Tensor, weight_EOD: Tensor) -> Tensor:

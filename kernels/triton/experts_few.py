@@ -3,10 +3,10 @@
 With few tokens hardly two of them share an expert, and the products stream weights. gate and up of
 a pair are one launch with SiLU at its end. The products with down are a second launch, in which a
 program adds the weighted outputs of all of a token's experts, and the residual. One output per
-warp, so warps do not synchronise.
+warp, so warps do not synchronise. For a pair whose expert is elsewhere no weights are read.
 
-Shapes: T tokens | K experts per token | P = T·K pairs | E experts | D hidden | F expert width | W
-warps | A outputs of a warp | C columns of a chunk
+Shapes: T tokens | K experts per token | P = T·K pairs | E experts | X experts, with those elsewhere
+| D hidden | F expert width | W warps | A outputs of a warp | C columns of a chunk
 """
 
 from __future__ import annotations
@@ -18,7 +18,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanovllm.kernels.triton.common import Places, expert_at, finish, launch_options
+from nanovllm.kernels.triton.common import (
+    Places,
+    expert_at,
+    finish,
+    launch_options,
+    local_expert,
+)
 
 COLUMNS = 256  # as wide as one load of a warp: 32 threads, 8 elements of 16 bits
 
@@ -68,6 +74,7 @@ def _dots(acc_AWC, up_AWC, w_at, up_at, x_at, scale, first, DEPTH: tl.constexpr,
 def pair_gate_up_kernel(
     x_ptr,  # [T, D]
     expert_ptr,  # [P]
+    local_ptr,  # [X], read if SPREAD
     weight_ptr,  # [E, 2 · NUM_OUTS, D], gate's rows first
     others_ptr,  # the next three are read if OFFLOADED: see `common.Places`
     first_ptr,
@@ -82,6 +89,7 @@ def pair_gate_up_kernel(
     COLUMNS: tl.constexpr,
     AHEAD: tl.constexpr,
     OFFLOADED: tl.constexpr,
+    SPREAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
     dtype: tl.constexpr = out_ptr.dtype.element_ty
@@ -101,7 +109,10 @@ def pair_gate_up_kernel(
     at_AWC = (row_AW * DEPTH)[:, :, None] + d_11C
     if PDL:
         tl.extra.cuda.gdc_wait()
-    expert = tl.load(expert_ptr + pair)
+    expert = local_expert(expert_ptr, local_ptr, pair, None, SPREAD)
+    if SPREAD:
+        if expert < 0:
+            return
     w_at = at_AWC + expert_at(
         weight_ptr, others_ptr, first_ptr, slot_ptr, expert, 2 * NUM_OUTS * DEPTH, OFFLOADED
     )
@@ -127,6 +138,7 @@ def pair_down_kernel(
     x_ptr,  # [P, DEPTH]
     scale_ptr,  # [P] fp32
     expert_ptr,  # [P]
+    local_ptr,  # [X], read if SPREAD
     weight_ptr,  # [E, NUM_OUTS, DEPTH]
     others_ptr,  # the next three are read if OFFLOADED: see `common.Places`
     first_ptr,
@@ -142,6 +154,7 @@ def pair_down_kernel(
     AHEAD: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     OFFLOADED: tl.constexpr,
+    SPREAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
     dtype: tl.constexpr = out_ptr.dtype.element_ty
@@ -165,17 +178,22 @@ def pair_down_kernel(
     acc_AWC = tl.zeros((EACH, WARPS, COLUMNS), tl.float32)
     for k in tl.static_range(TOP_K):
         pair = token * TOP_K + k
-        expert, scale = tl.load(expert_ptr + pair), tl.load(scale_ptr + pair)
+        expert = local_expert(expert_ptr, local_ptr, pair, None, SPREAD)
+        scale = tl.load(scale_ptr + pair)
+        end = DEPTH
+        if SPREAD:
+            end = tl.where(expert < 0, 0, DEPTH)
+            expert = tl.maximum(expert, 0)
         w_at = at_AWC + expert_at(
             weight_ptr, others_ptr, first_ptr, slot_ptr, expert, NUM_OUTS * DEPTH, OFFLOADED
         )
         x_at = x_ptr + pair * DEPTH + d_1WC
-        if DEPTH <= BLOCK:
+        if DEPTH <= BLOCK and not SPREAD:
             acc_AWC, _ = _dots(
                 acc_AWC, acc_AWC, w_at, w_at, x_at, scale, 0, DEPTH, COLUMNS, AHEAD, EXACT, False
             )
         else:
-            for first in tl.range(0, DEPTH, BLOCK):
+            for first in tl.range(0, end, BLOCK):
                 acc_AWC, _ = _dots(
                     acc_AWC, acc_AWC, w_at, w_at, x_at, scale, first, DEPTH, COLUMNS, AHEAD, EXACT,
                     False,
@@ -204,6 +222,7 @@ def few_experts(
     gate_up_EGD: Tensor,
     down_EDF: Tensor,
     residual_TD: Tensor | None,
+    local_X: Tensor | None = None,
     tiles: tuple[PairTile, PairTile] | None = None,
     places: Places | None = None,
 ) -> Tensor:
@@ -215,12 +234,14 @@ def few_experts(
     (num_tokens, top_k), device, dtype = expert_TK.shape, x_TD.device, x_TD.dtype
     (_, depth, size), options = down_EDF.shape, launch_options(x_TD.device)
     first, second = tiles or pair_tiles(depth, size)
+    local = expert_TK if local_X is None else local_X
     tables = (expert_TK, expert_TK) if places is None else (places.first_1, places.slot_I)
     inner_PF = torch.empty((num_tokens * top_k, size), dtype=dtype, device=device)
     out_TD = torch.empty((num_tokens, depth), dtype=dtype, device=device)
     pair_gate_up_kernel[(triton.cdiv(size, first.outs), num_tokens * top_k)](
         x_TD,
         expert_TK,
+        local,
         gate_up_EGD,
         gate_up_EGD if places is None else places.others_gate_up,
         *tables,
@@ -234,6 +255,7 @@ def few_experts(
         COLUMNS=COLUMNS,
         AHEAD=first.ahead,
         OFFLOADED=places is not None,
+        SPREAD=local_X is not None,
         num_warps=first.num_warps,
         **options,
     )
@@ -241,6 +263,7 @@ def few_experts(
         inner_PF,
         weight_TK,
         expert_TK,
+        local,
         down_EDF,
         down_EDF if places is None else places.others_down,
         *tables,
@@ -255,6 +278,7 @@ def few_experts(
         AHEAD=second.ahead,
         HAS_RESIDUAL=residual_TD is not None,
         OFFLOADED=places is not None,
+        SPREAD=local_X is not None,
         num_warps=second.num_warps,
         **options,
     )

@@ -11,8 +11,8 @@ alternates between 8 outputs of gate and the same 8 of up, so that a thread hold
 SiLU·up (as in linear_gated.py). The product with down writes the weighted output of each pair; the
 last launch adds them for each token, always in the same order.
 
-Shapes: T tokens | K experts per token | P = T·K pairs | E experts | D hidden | F expert width | O
-weight rows of a tile | C columns of a chunk; "p" after a letter: padded to a power of two
+Shapes: T tokens | K experts per token | P = T·K pairs | E experts | X experts, with those elsewhere
+| D hidden | F expert width | O weight rows of a tile | C columns of a chunk; "p" after a letter: padded to a power of two
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from nanovllm.kernels.triton.common import (
     expert_at,
     finish,
     launch_options,
+    local_expert,
     shared_memory_bytes,
     wait_for_earlier_kernels,
 )
@@ -50,20 +51,27 @@ class GroupTile(NamedTuple):
 
 
 class Groups(NamedTuple):
-    """Pairs sorted by expert: expert e has pair_P[start_E1[e]] … pair_P[start_E1[e + 1] − 1]."""
+    """Pairs sorted by expert: expert e has pair_P[start_E1[e]] … pair_P[start_E1[e + 1] − 1].
+
+    Pairs whose expert is elsewhere are not among them, and the rest of pair_P is undefined.
+    `pairs_each` is the mean number of pairs of an expert.
+    """
 
     pair_P: Tensor
     start_E1: Tensor
+    pairs_each: float
 
 
 @triton.jit(do_not_specialize=["num_pairs"])
 def sort_kernel(
     expert_ptr,  # [P]
+    local_ptr,  # [X], read if SPREAD
     pair_ptr,  # [P] int32, written
     start_ptr,  # [E + 1] int32, written
     num_pairs,
     NUM_EXPERTS: tl.constexpr,
     BLOCK: tl.constexpr,
+    SPREAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_earlier_kernels(PDL)
@@ -71,17 +79,19 @@ def sort_kernel(
     i_B = tl.arange(0, BLOCK)
     start = tl.sum(tl.zeros((BLOCK,), tl.int32))
     for first in tl.range(0, num_pairs, BLOCK):
-        other_B = tl.load(expert_ptr + first + i_B, mask=first + i_B < num_pairs, other=NUM_EXPERTS)
-        start += tl.sum((other_B < expert).to(tl.int32))
+        pair_B = first + i_B
+        other_B = local_expert(expert_ptr, local_ptr, pair_B, pair_B < num_pairs, SPREAD)
+        start += tl.sum(((other_B >= 0) & (other_B < expert)).to(tl.int32))
     tl.store(start_ptr + expert, start)
-    if expert == NUM_EXPERTS - 1:
-        tl.store(start_ptr + NUM_EXPERTS, num_pairs)
     for first in tl.range(0, num_pairs, BLOCK):
-        other_B = tl.load(expert_ptr + first + i_B, mask=first + i_B < num_pairs, other=NUM_EXPERTS)
+        pair_B = first + i_B
+        other_B = local_expert(expert_ptr, local_ptr, pair_B, pair_B < num_pairs, SPREAD)
         is_mine_B = other_B == expert
         upto_B = tl.cumsum(is_mine_B.to(tl.int32), 0)
-        tl.store(pair_ptr + start + upto_B - 1, first + i_B, mask=is_mine_B)
+        tl.store(pair_ptr + start + upto_B - 1, pair_B, mask=is_mine_B)
         start += tl.sum(is_mine_B.to(tl.int32))
+    if expert == NUM_EXPERTS - 1:
+        tl.store(start_ptr + NUM_EXPERTS, start)
 
 
 @triton.jit
@@ -190,12 +200,15 @@ def group_linear_kernel(
 @triton.jit
 def combine_kernel(
     y_ptr,  # [P, D]
+    expert_ptr,  # [P], read if SPREAD
+    local_ptr,  # [X], read if SPREAD
     residual_ptr,  # [T, D], read if HAS_RESIDUAL
     out_ptr,  # [T, D], written
     TOP_K: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    SPREAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait_for_earlier_kernels(PDL)
@@ -205,7 +218,11 @@ def combine_kernel(
     mask_B = d_B < DIM
     sum_B = tl.zeros((BLOCK,), tl.float32)
     for k in tl.static_range(TOP_K):
-        y_B = tl.load(y_ptr + (token * TOP_K + k) * DIM + d_B, mask=mask_B, other=0.0)
+        pair = token * TOP_K + k
+        real_B = mask_B
+        if SPREAD:  # rows of other pairs were not written
+            real_B = mask_B & (local_expert(expert_ptr, local_ptr, pair, None, SPREAD) >= 0)
+        y_B = tl.load(y_ptr + pair * DIM + d_B, mask=real_B, other=0.0)
         sum_B += y_B.to(tl.float32)
     sum_B = sum_B.to(dtype)
     if HAS_RESIDUAL:
@@ -214,23 +231,29 @@ def combine_kernel(
     tl.store(out_ptr + token * DIM + d_B, sum_B, mask=mask_B)
 
 
-def sort_pairs(expert_TK: Tensor, num_experts: int) -> Groups:
-    """The pairs of [T, K] int32 experts, sorted by expert and then by number."""
+def sort_pairs(expert_TK: Tensor, num_experts: int, local_X: Tensor | None = None) -> Groups:
+    """The pairs of [T, K] int32 experts, sorted by expert and then by number.
+
+    With `local_X` they are sorted by the places of experts, of which `num_experts` are here.
+    """
     num_pairs, device = expert_TK.numel(), expert_TK.device
     pair_P = torch.empty(num_pairs, dtype=torch.int32, device=device)
     start_E1 = torch.empty(num_experts + 1, dtype=torch.int32, device=device)
     block = min(4096, max(128, triton.next_power_of_2(num_pairs)))
     sort_kernel[(num_experts,)](
         expert_TK,
+        expert_TK if local_X is None else local_X,
         pair_P,
         start_E1,
         num_pairs,
         NUM_EXPERTS=num_experts,
         BLOCK=block,
+        SPREAD=local_X is not None,
         num_warps=4 if block <= 2048 else 8,
         **launch_options(device),
     )
-    return Groups(pair_P, start_E1)
+    num_all = num_experts if local_X is None else len(local_X)
+    return Groups(pair_P, start_E1, num_pairs / num_all)
 
 
 # Pairs per expert → tiles for the product with gate and up, and for the others. Measured on an H200
@@ -285,7 +308,7 @@ def group_linear(
     num_pairs, device = groups.pair_P.shape[0], x.device
     num_outs = num_lines // 2 if gated else num_lines
     shared_bytes = shared_memory_bytes(device)
-    tile = tile or group_tile(num_pairs / num_experts, gated, x.element_size(), shared_bytes)
+    tile = tile or group_tile(groups.pairs_each, gated, x.element_size(), shared_bytes)
     out_PO = torch.empty((num_pairs, num_outs), dtype=x.dtype, device=device)
     # a group of n pairs has at most (n + rows − 1) / rows tiles
     num_tiles = min(num_pairs, num_pairs // tile.rows + num_experts)
@@ -324,19 +347,27 @@ def group_linear(
     return out_PO
 
 
-def combine(y_PD: Tensor, residual_TD: Tensor | None, num_tokens: int) -> Tensor:
-    """The sum of each token's rows of y, in their order, plus the residual: [T, D]."""
-    num_pairs, dim = y_PD.shape
+def combine(
+    y_PD: Tensor, expert_TK: Tensor, residual_TD: Tensor | None, local_X: Tensor | None = None
+) -> Tensor:
+    """The sum of each token's rows of y, in their order, plus the residual: [T, D].
+
+    With `local_X` rows of experts that are elsewhere are not read.
+    """
+    (num_tokens, top_k), dim = expert_TK.shape, y_PD.shape[1]
     out_TD = torch.empty((num_tokens, dim), dtype=y_PD.dtype, device=y_PD.device)
     block = min(1024, triton.next_power_of_2(dim))
     combine_kernel[(triton.cdiv(dim, block), num_tokens)](
         y_PD,
+        expert_TK,
+        expert_TK if local_X is None else local_X,
         y_PD if residual_TD is None else residual_TD,
         out_TD,
-        TOP_K=num_pairs // num_tokens,
+        TOP_K=top_k,
         DIM=dim,
         BLOCK=block,
         HAS_RESIDUAL=residual_TD is not None,
+        SPREAD=local_X is not None,
         num_warps=4,
         **launch_options(y_PD.device),
     )
@@ -350,6 +381,7 @@ def many_experts(
     gate_up_EGD: Tensor,
     down_EDF: Tensor,
     residual_TD: Tensor | None,
+    local_X: Tensor | None = None,
     tiles: tuple[GroupTile | None, GroupTile | None] = (None, None),
     places: Places | None = None,
 ) -> Tensor:
@@ -358,9 +390,9 @@ def many_experts(
     The weighted output of each expert is rounded to x's dtype before the sum. `tiles` overrides the
     tiles of the two products, for measurements. With `places` the weights are those of slots.
     """
-    num_tokens, top_k = expert_TK.shape
+    top_k = expert_TK.shape[1]
     num_experts = gate_up_EGD.shape[0] if places is None else places.num_experts
-    groups = sort_pairs(expert_TK, num_experts)
+    groups = sort_pairs(expert_TK, num_experts, local_X)
     inner_PF = group_linear(
         x_TD, gate_up_EGD, groups, top_k, x_by=BY_TOKEN.value, out_by=BY_PLACE.value, gated=True,
         tile=tiles[0], places=places,
@@ -369,4 +401,4 @@ def many_experts(
         inner_PF, down_EDF, groups, top_k, weight_TK, x_by=BY_PLACE.value, out_by=BY_PAIR.value,
         tile=tiles[1], places=places,
     )  # fmt: skip
-    return combine(y_PD, residual_TD, num_tokens)
+    return combine(y_PD, expert_TK, residual_TD, local_X)

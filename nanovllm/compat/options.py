@@ -14,6 +14,7 @@ SAME_MEANING = {
     "block_size": "kvcache_block_size",
     "num_gpu_blocks_override": "num_kvcache_blocks",
     "cudagraph_capture_sizes": "graph_batch_sizes",
+    "enable_expert_parallel": "expert_parallel",
 }
 # vLLM's None, for options whose default here is a value
 NONE_IS_DEFAULT = (
@@ -38,7 +39,6 @@ ONE_VALUE: dict[str, tuple[Any, ...]] = {
     "tokenizer_revision": (None,),
     "served_model_name": (None,),
     "pipeline_parallel_size": (1,),
-    "enable_expert_parallel": (False,),
     "max_parallel_loading_workers": (None,),
     "disable_sliding_window": (False,),
     "disable_cascade_attn": (False,),

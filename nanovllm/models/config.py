@@ -42,8 +42,9 @@ class MoeConfig:
 
     A token goes to `top_k` of `num_experts` experts of width `expert_size`. With `normalize` the
     weights of its experts sum to 1. `shared_size` is the width of an expert that every token goes
-    to, 0 without one. `compression` is None for experts that are stored as they are. Raises
-    ValueError for sizes that do not fit together.
+    to, 0 without one. `compression` is None for experts that are stored as they are. With
+    `is_spread` each of several ranks has whole experts, and otherwise a part of every expert.
+    Raises ValueError for sizes that do not fit together.
     """
 
     GRAPH_FIELDS: ClassVar[tuple[str, ...]] = ("top_k", "normalize")
@@ -54,6 +55,7 @@ class MoeConfig:
     normalize: bool
     shared_size: int = 0
     compression: Compression | None = None
+    is_spread: bool = False
 
     def __post_init__(self) -> None:
         sizes = {

@@ -17,7 +17,7 @@ from torch import Tensor
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.formats import FORMATS, PLAIN, Weight
 
-ParamKind = Literal["linear", "norm", "bias", "table", "router", "experts", "basis"]
+ParamKind = Literal["linear", "norm", "bias", "table", "router", "experts", "basis", "places"]
 
 
 class Param(NamedTuple):
@@ -26,7 +26,8 @@ class Param(NamedTuple):
     `kind` says how it is stored and initialised: "linear" is the weight of a linear layer [O, D]
     and is stored in the engine's weight format, "table" is an embedding table, "router" the matrix
     that scores experts, "experts" the matrices of a layer's experts [E, O, D], whose rows are
-    stacked expert by expert, "basis" a matrix that compressed experts share. `parts` are the row
+    stacked expert by expert, "basis" a matrix that compressed experts share, "places" where a
+    rank's experts are in its stack (`Shard.places`), which no checkpoint has. `parts` are the row
     counts of the sources. A checkpoint may have one tensor of `shape` with the name `other_name`
     instead.
 
@@ -34,7 +35,8 @@ class Param(NamedTuple):
     None for a parameter that every rank has (`shards`). `units` are the numbers of heads in the
     sources, which are not split; empty if every row or column may go to another rank. An `is_vocab`
     parameter has a row for each token id: its last part is padded. An `is_first_only` parameter is
-    zero on all ranks but the first, since the sum over the ranks must have it once.
+    zero on all ranks but the first, since the sum over the ranks must have it once. The experts of
+    an `is_spread` parameter are not split: each rank has an equal share of them.
 
     A `compressed` parameter is read from `svd_experts`, which knows its sources. The checkpoint's
     tensors that `replaces` names are not read.
@@ -51,6 +53,7 @@ class Param(NamedTuple):
     units: tuple[int, ...] = ()
     is_vocab: bool = False
     is_first_only: bool = False
+    is_spread: bool = False
 
     @classmethod
     def one(cls, kind: ParamKind, source: str, *shape: int, shard_axis: int | None = None) -> Param:
@@ -90,6 +93,10 @@ class Param(NamedTuple):
     def local(self, num_ranks: int) -> Param:
         """The parameter with the sizes that it has on each of `num_ranks` ranks."""
         axis = self.shard_axis
+        if self.is_spread:
+            num = self.shape[0] // num_ranks
+            parts = self.parts[: len(self.parts) // num_ranks]
+            return self._replace(shape=(num, *self.shape[1:]), parts=parts)
         if axis is None or num_ranks == 1:
             return self
         shape, parts = list(self.shape), self.parts

@@ -86,6 +86,8 @@ class Reader:
     def read(self, param: Param) -> Tensor:
         """A parameter in the model's dtype on the device. Raises CheckpointError: see `load`."""
         shard = self._target.shard
+        if param.kind == "places":
+            return shard.places(*param.shape).to(self._target.device)
         small = param.local(shard.size)
         out = self._empty(small)
         rows = out if out.dim() < 3 else out.flatten(0, -2)
@@ -97,14 +99,15 @@ class Reader:
             return out
         sources = self._sources(param)
         if sources == param.sources:
-            parts = rows.split(small.parts)
-            cuts = [shard.cut(param, i) for i in range(len(sources))]
+            own = shard.sources(param)
+            parts, cuts = rows.split(small.parts), [shard.cut(param, i) for i in own]
+            names = [sources[i] for i in own]
         else:
-            parts, cuts = (out,), [shard.cut_other(param)]
+            parts, cuts, names = (out,), [shard.cut_other(param)], list(sources)
         if param.is_first_only and shard.rank:
             out.zero_()
         else:
-            self._checkpoint.read_parts(map(_padded, sources, parts, cuts))
+            self._checkpoint.read_parts(map(_padded, names, parts, cuts))
         self._used.update(sources)
         return out
 
@@ -187,6 +190,8 @@ def random(
     generator = torch.Generator(device).manual_seed(seed)
 
     def draw(param: Param) -> Tensor:
+        if param.kind == "places":
+            return shard.places(*param.shape).to(device)
         weight = torch.empty(param.shape, dtype=model.config.dtype, device=device)
         if param.kind in ("norm", "bias"):
             return taken(shard, param, weight.fill_(float(param.kind == "norm")))

@@ -195,7 +195,8 @@ def sparse_params(cfg: ModelConfig, names: ExpertNames, layer_idx: int) -> dict[
 
 
 def stacked_params(cfg: ModelConfig, names: ExpertNames, layer_idx: int) -> dict[str, Param]:
-    """A layer's experts as the checkpoint has them, by the fields of `experts.stacked.Stacked`."""
+    """A layer's experts as the checkpoint has them, by the fields of `experts.stacked.Stacked` or,
+    if each rank has some of them, of `experts.spread.Spread`."""
     assert cfg.moe is not None
     num, size, hidden = cfg.moe.num_experts, cfg.moe.expert_size, cfg.hidden_size
     prefix = f"model.layers.{layer_idx}."
@@ -206,7 +207,7 @@ def stacked_params(cfg: ModelConfig, names: ExpertNames, layer_idx: int) -> dict
     gate_up = tuple(one(m, expert) for expert in range(num) for m in (names.gate, names.up))
     down = tuple(one(names.down, expert) for expert in range(num))
     stacked_gate_up, stacked_down = (prefix + name for name in names.stacked)
-    return {
+    declared = {
         "gate_up_EGD": Param(
             "experts", (num, 2 * size, hidden), gate_up, (size,) * (2 * num), 0, stacked_gate_up
         ),
@@ -214,6 +215,12 @@ def stacked_params(cfg: ModelConfig, names: ExpertNames, layer_idx: int) -> dict
             "experts", (num, hidden, size), down, (hidden,) * num, 1, stacked_down
         ),
     }  # fmt: skip
+    if not cfg.moe.is_spread:
+        return declared
+    places = {"local_X": Param("places", (num,), (), (), None)}
+    return places | {
+        name: param._replace(shard_axis=None, is_spread=True) for name, param in declared.items()
+    }
 
 
 def compressed_params(

@@ -1,6 +1,7 @@
 """Which part of each parameter belongs to one rank of several (tensor parallelism).
 
-A parameter is split along its `shard_axis`, each source by itself. The pieces are `units`: a head
+A parameter is split along its `shard_axis`, each source by itself. Of an `is_spread` parameter a
+rank has whole experts: an equal number, in the order of ranks. The pieces are `units`: a head
 of attention is one, and elsewhere each row or column. If there are fewer units than ranks, as with
 keys and values of a model with few of them, neighbours have the same unit.
 """
@@ -23,6 +24,23 @@ class Shard:
     rank: int = 0
     size: int = 1
 
+    def experts(self, num_experts: int) -> range:
+        """The experts that this rank has, if each rank has whole ones."""
+        each = num_experts // self.size
+        return range(self.rank * each, (self.rank + 1) * each)
+
+    def places(self, num_experts: int) -> Tensor:
+        """For each expert its place among those that this rank has, or −1: int32."""
+        places_X = torch.full((num_experts,), -1, dtype=torch.int32)
+        own = self.experts(num_experts)
+        places_X[own.start : own.stop] = torch.arange(len(own), dtype=torch.int32)
+        return places_X
+
+    def sources(self, param: Param) -> range:
+        """The indices of the sources of which this rank has a part."""
+        num = len(param.sources)
+        return self.experts(num) if param.is_spread else range(num)
+
     def cut(self, param: Param, source_idx: int) -> Cut:
         """The part of a source that this rank has."""
         # a source of experts is a matrix of one of them
@@ -35,6 +53,9 @@ class Shard:
     def cut_other(self, param: Param) -> Cut:
         """The part of the one tensor named `other_name`, which has all sources in it."""
         shape, axis = param.shape, param.shard_axis
+        if param.is_spread:
+            own = self.experts(shape[0])
+            return Cut(shape, shape, 0, own.start, own.stop)
         if axis is None or self.size == 1:
             return Cut.whole(shape)
         if axis == 1:
@@ -62,6 +83,9 @@ def taken(shard: Shard, param: Param, whole: Tensor) -> Tensor:
         return whole
     if param.is_first_only and shard.rank:
         return torch.zeros_like(whole)
+    if param.is_spread:
+        own = shard.experts(len(whole))
+        return whole[own.start : own.stop].clone()
     if param.shard_axis is None:
         return whole
     small = param.local(shard.size)

@@ -26,6 +26,7 @@ from nanovllm.runner.spec import EngineSpec, Layout
 from nanovllm.startup.artifacts import is_ready, open_store
 from nanovllm.startup.checkpoint_cache import read_config
 from nanovllm.startup.compile_farm.farm import CompileFarm
+from nanovllm.startup.expert_parallel import with_experts_on_ranks
 from nanovllm.startup.generation_config import generation_config
 from nanovllm.startup.laps import Laps
 from nanovllm.startup.offload import choose_offload, device_bytes
@@ -183,7 +184,7 @@ def on_ranks(config: EngineConfig, model: Model) -> Model:
     }
     if unsupported := next((what for what, is_used in alone.items() if is_used), None):
         raise ValueError(f"{asked}, which does not go with {unsupported}")
-    return model.on_ranks(size)
+    return with_experts_on_ranks(config.expert_parallel, model, size).on_ranks(size)
 
 
 def within_limit(config: EngineConfig, model: Model, hf: Any) -> EngineConfig:

@@ -31,8 +31,8 @@ def cost(
     """(bytes, flops) of one call of an operator with these arguments. Views are free.
 
     Of caches and rotation tables, only the entries of the call's rows count; of experts, those that
-    its tokens choose. `seq_lens` replaces
-    the lengths of rows that attention is called with.
+    its tokens choose and that this rank has. `seq_lens` replaces the lengths of rows that attention
+    is called with.
     """
     if op is operator.getitem or op.is_view:
         return 0, 0
@@ -84,11 +84,17 @@ def _product_flops(named: dict[str, Any]) -> int:
 
 
 def tokens_per_expert(op: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[int, ...]:
-    """How many tokens go to each expert in a call that multiplies by experts; else nothing."""
+    """How many tokens go to each expert in a call that multiplies by experts; else nothing.
+
+    Experts of other ranks count as well: all ranks choose the same.
+    """
     named = _named(op, args, kwargs)
     if "expert" not in named:
         return ()
-    num_experts = named.get("num_experts") or len(next(iter(_stacks(named).values()), ()))
+    all_X = named.get("local")
+    if all_X is None:
+        all_X = next(iter(_stacks(named).values()), ())
+    num_experts = named.get("num_experts") or len(all_X)
     return tuple(named["expert"].flatten().bincount(minlength=num_experts).tolist())
 
 
@@ -99,14 +105,17 @@ def _stacks(named: dict[str, Any]) -> dict[str, Tensor]:
 
 def _experts(named: dict[str, Any], out_bytes: int) -> tuple[int, int]:
     """Of stacked matrices, the bytes of those that the call's tokens choose, each once, and two
-    flops for each number of a token's own."""
-    expert_TK, stacks = named["expert"], _stacks(named)
+    flops for each number of a token's own. Experts of other ranks cost nothing."""
+    expert_P, stacks = named["expert"].flatten(), _stacks(named)
+    if named.get("local") is not None:
+        local_P = named["local"][expert_P.long()]
+        expert_P = local_P[local_P >= 0]
     rest = [one for name, one in named.items() if name not in {*stacks, *_ELSEWHERE}]
     numbers = sum(stack[0].numel() for stack in stacks.values())
     matrices_bytes = sum(stack[0].nbytes for stack in stacks.values())
     others_bytes = sum(tensor.nbytes for tensor in _tensors(rest))
-    num_bytes = others_bytes + len(expert_TK.unique()) * matrices_bytes + out_bytes
-    return num_bytes, 2 * expert_TK.numel() * numbers
+    num_bytes = others_bytes + len(expert_P.unique()) * matrices_bytes + out_bytes
+    return num_bytes, 2 * expert_P.numel() * numbers
 
 
 def _attention(

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from nanovllm.models.experts import compressed, offloaded, stacked
+from nanovllm.models.experts import compressed, offloaded, spread, stacked
 from nanovllm.models.experts.offloaded import Offloaded
 
 # A layer's experts as stored: a named tuple of tensors that only its form understands.
@@ -38,7 +38,8 @@ class Form(Protocol):
         """The experts' weighted sum for each token, plus the residual: see `reference.experts`."""
 
 
-FORMS: tuple[Form, ...] = (stacked, compressed, offloaded)
+# A form comes before those whose fields are some of its own.
+FORMS: tuple[Form, ...] = (spread, stacked, compressed, offloaded)
 
 
 def prepare(

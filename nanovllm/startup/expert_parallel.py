@@ -1,0 +1,53 @@
+"""Chooses whether several ranks have whole experts each, or a part of every expert."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+from nanovllm.models.config import MoeConfig
+from nanovllm.models.interface import Model
+
+logger = logging.getLogger(__name__)
+
+# What the kernels of experts need of an expert's width on a rank. A warp reads a row of a down
+# matrix, which is that long, 256 numbers at a time: half of its threads have work at 128. Loads
+# have 16 bytes: 8 numbers of 16 bits.
+MIN_WIDTH, WIDTH_STEP = 128, 8
+
+
+def places_whole_experts(moe: MoeConfig, num_ranks: int) -> bool:
+    """The rule of expert_parallel="auto". See docs/parallel.md.
+
+    Parts of every expert give all ranks the same work for any routing. So whole experts are placed
+    only where a part would be too narrow, and the ranks can share the experts evenly.
+    """
+    width, rest = divmod(moe.expert_size, num_ranks)
+    is_wide = not rest and width >= MIN_WIDTH and width % WIDTH_STEP == 0
+    return not is_wide and moe.num_experts % num_ranks == 0
+
+
+def with_experts_on_ranks(asked: bool | str, model: Model, num_ranks: int) -> Model:
+    """The model with `is_spread` of its experts chosen, for several ranks.
+
+    `asked` is the option expert_parallel. Raises ValueError if it does not go with the model.
+    """
+    cfg, moe = model.config, model.config.moe
+    if moe is None:
+        if asked is True:
+            raise ValueError(f"expert_parallel is True, but {cfg.architecture} has no experts")
+        return model
+    if asked is True and moe.num_experts % num_ranks:
+        raise ValueError(
+            f"expert_parallel is True and tensor_parallel_size {num_ranks}, which must divide the "
+            f"{moe.num_experts} experts of a layer"
+        )
+    is_spread = places_whole_experts(moe, num_ranks) if isinstance(asked, str) else asked
+    logger.info(
+        "each of %d ranks has %s",
+        num_ranks,
+        f"{moe.num_experts // num_ranks} whole experts of a layer"
+        if is_spread
+        else f"1/{num_ranks} of every expert",
+    )
+    return replace(model, config=replace(cfg, moe=replace(moe, is_spread=is_spread)))
