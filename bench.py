@@ -12,6 +12,8 @@ python bench.py --random-weights Qwen3-0.6B --latency
 python bench.py --random-weights Qwen3-0.6B --profile out
 # the same on two GPUs
 python bench.py --random-weights Qwen3-8B --latency --tensor-parallel-size 2
+# on two GPUs with whole experts on each of them
+python bench.py --random-weights Qwen3-30B-A3B --tensor-parallel-size 2 --expert-parallel on
 # two resident experts in each layer, the others in the host's memory
 python bench.py --random-weights Mixtral-8x7B --latency --expert-offload 2
 # gaps between tokens while a long prompt arrives
@@ -77,6 +79,8 @@ def arguments() -> argparse.Namespace:
     add(
         "--tensor-parallel-size", type=int, default=1, metavar="N", help="GPUs that share the model"
     )
+    whole = "whether each of these GPUs has whole experts (on), or a part of every expert (off)"
+    add("--expert-parallel", choices=("auto", "on", "off"), default="auto", help=whole)
     add("--device", default="auto")
     add("--dtype", default="auto", choices=("auto", "float32", "float16", "bfloat16"))
     add("--attention-backend", default="auto", help="auto, triton, flash_attn or sdpa")

@@ -136,6 +136,10 @@ def test_gpu_memory_utilization_is_a_share(value: Any) -> None:
         ({"run_ahead": -1}, "run_ahead is -1: it must be 0 or 1"),
         ({"run_ahead": True}, "run_ahead is True: it must be 0 or 1"),
         ({"tensor_parallel_size": 0}, "tensor_parallel_size is 0: it must be at least 1"),
+        ({"expert_parallel": "yes"}, "expert_parallel is 'yes': it must be True, False or 'auto'"),
+        ({"expert_parallel": 1}, "expert_parallel is 1: it must be True, False or 'auto'"),
+        ({"expert_parallel": None}, "expert_parallel is None: it must be True, False or 'auto'"),
+        ({"expert_parallel": True}, "expert_parallel=True needs tensor_parallel_size above 1"),
     ],
 )
 def test_what_is_not_supported_says_what_is(options: dict[str, Any], match: str) -> None:

@@ -177,14 +177,13 @@ class Places(NamedTuple):
 
 
 @triton.jit
-def local_expert(expert_ptr, local_ptr, pair, mask, SPREAD: tl.constexpr):
-    """The experts of pairs or, if SPREAD, their places among the matrices that are here.
+def local_expert(local_ptr, expert, SPREAD: tl.constexpr):
+    """The places of experts among the matrices that are here; negative for those elsewhere.
 
-    Negative if an expert is elsewhere, or where the mask is false.
+    Unless SPREAD all are here, in their order. A negative number stays negative.
     """
-    expert = tl.load(expert_ptr + pair, mask=mask, other=-1)
     if SPREAD:
-        expert = tl.load(local_ptr + expert, mask=mask, other=-1)
+        expert = tl.load(local_ptr + expert, mask=expert >= 0, other=-1)
     return expert
 
 

@@ -109,7 +109,7 @@ def pair_gate_up_kernel(
     at_AWC = (row_AW * DEPTH)[:, :, None] + d_11C
     if PDL:
         tl.extra.cuda.gdc_wait()
-    expert = local_expert(expert_ptr, local_ptr, pair, None, SPREAD)
+    expert = local_expert(local_ptr, tl.load(expert_ptr + pair), SPREAD)
     if SPREAD:
         if expert < 0:
             return
@@ -178,7 +178,7 @@ def pair_down_kernel(
     acc_AWC = tl.zeros((EACH, WARPS, COLUMNS), tl.float32)
     for k in tl.static_range(TOP_K):
         pair = token * TOP_K + k
-        expert = local_expert(expert_ptr, local_ptr, pair, None, SPREAD)
+        expert = local_expert(local_ptr, tl.load(expert_ptr + pair), SPREAD)
         scale = tl.load(scale_ptr + pair)
         end = DEPTH
         if SPREAD:

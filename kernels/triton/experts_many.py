@@ -80,12 +80,14 @@ def sort_kernel(
     start = tl.sum(tl.zeros((BLOCK,), tl.int32))
     for first in tl.range(0, num_pairs, BLOCK):
         pair_B = first + i_B
-        other_B = local_expert(expert_ptr, local_ptr, pair_B, pair_B < num_pairs, SPREAD)
+        other_B = tl.load(expert_ptr + pair_B, mask=pair_B < num_pairs, other=-1)
+        other_B = local_expert(local_ptr, other_B, SPREAD)
         start += tl.sum(((other_B >= 0) & (other_B < expert)).to(tl.int32))
     tl.store(start_ptr + expert, start)
     for first in tl.range(0, num_pairs, BLOCK):
         pair_B = first + i_B
-        other_B = local_expert(expert_ptr, local_ptr, pair_B, pair_B < num_pairs, SPREAD)
+        other_B = tl.load(expert_ptr + pair_B, mask=pair_B < num_pairs, other=-1)
+        other_B = local_expert(local_ptr, other_B, SPREAD)
         is_mine_B = other_B == expert
         upto_B = tl.cumsum(is_mine_B.to(tl.int32), 0)
         tl.store(pair_ptr + start + upto_B - 1, pair_B, mask=is_mine_B)
@@ -221,7 +223,7 @@ def combine_kernel(
         pair = token * TOP_K + k
         real_B = mask_B
         if SPREAD:  # rows of other pairs were not written
-            real_B = mask_B & (local_expert(expert_ptr, local_ptr, pair, None, SPREAD) >= 0)
+            real_B = mask_B & (local_expert(local_ptr, tl.load(expert_ptr + pair), SPREAD) >= 0)
         y_B = tl.load(y_ptr + pair * DIM + d_B, mask=real_B, other=0.0)
         sum_B += y_B.to(tl.float32)
     sum_B = sum_B.to(dtype)

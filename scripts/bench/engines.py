@@ -42,6 +42,7 @@ def load(
         kvcache_block_size=args.block_size,
         random_weights=args.random_weights is not None,
         tensor_parallel_size=args.tensor_parallel_size,
+        expert_parallel={"on": True, "off": False}.get(args.expert_parallel, args.expert_parallel),
         expert_offload=args.expert_offload,
         expert_prefetch=args.expert_prefetch,
     )
@@ -59,6 +60,7 @@ def load(
         "kv_cache_dtype": str(runner.spec.cache_dtype).removeprefix("torch."),
         "expert_offload": args.expert_offload,
         "tensor_parallel_size": args.tensor_parallel_size,
+        "expert_parallel": runner.cfg.moe.is_spread if runner.cfg.moe is not None else None,
         "mode": "graph" if is_graph else "eager",
         "capture": is_graph and not args.no_graph,
         "fuse": is_graph and not args.no_fusion,

@@ -258,6 +258,11 @@ def test_an_engine_from_arguments(tmp_path: Path) -> None:
         ({"block_size": 32}, {"kvcache_block_size": 32}),
         ({"num_gpu_blocks_override": 9}, {"num_kvcache_blocks": 9}),
         ({"cudagraph_capture_sizes": [1, 2]}, {"graph_batch_sizes": (1, 2)}),
+        (
+            {"enable_expert_parallel": True, "tensor_parallel_size": 2},
+            {"expert_parallel": True, "tensor_parallel_size": 2},
+        ),
+        ({"enable_expert_parallel": False}, {"expert_parallel": False}),
         ({"load_format": "dummy"}, {"random_weights": True}),
         ({"load_format": "safetensors"}, {}),
         ({"dtype": "half"}, {"dtype": "float16"}),

@@ -169,10 +169,11 @@ def test_two_engines_at_once(folder: Path, two: LLM, alone: LLM) -> None:
 def test_every_architecture(
     architecture: str, changes: dict[str, Any], size: int, tmp_path: Path
 ) -> None:
+    """Of every expert, each rank has a part: `test_expert_parallel.py` has whole ones."""
     folder = save_tiny(tmp_path / "model", architecture, vocab_size=101, **changes)
     found = []
     for num_ranks in (1, size):
-        llm = make(folder, num_ranks)
+        llm = make(folder, num_ranks, expert_parallel="auto" if num_ranks == 1 else False)
         found.append(tokens(llm, prompts(101), greedy(8)))
         llm.close()
     assert found[0] == found[1]

@@ -74,6 +74,19 @@ def test_experts_on_the_host_cost_the_same_where_they_are_multiplied_by() -> Non
     assert moved == (2 * expert_TK.nbytes, 0)
 
 
+def test_experts_of_other_ranks_cost_nothing() -> None:
+    """Tokens choose experts 4 and 2, or 2 and 0; of these 2 is here. All choices are shown."""
+    x_TD, weight_TK = torch.ones(3, 8), torch.ones(3, 2)
+    expert_TK = torch.tensor([[4, 2], [2, 0], [0, 4]], dtype=torch.int32)
+    local_X = torch.tensor([-1, -1, 0, 1, -1], dtype=torch.int32)
+    stacks = [torch.ones(2, 6, 8), torch.ones(2, 8, 3)]
+    args = [x_TD, weight_TK, expert_TK, *stacks, None, local_X]
+    rows = 2 * x_TD.nbytes + weight_TK.nbytes + expert_TK.nbytes + local_X.nbytes
+    matrices = 6 * 8 + 8 * 3
+    assert cost(ops.experts, args, {}, x_TD.clone()) == (rows + 4 * matrices, 2 * 2 * matrices)
+    assert tokens_per_expert(ops.experts, args, {}) == (2, 0, 2, 0, 2)
+
+
 def test_routing_costs_the_scores_and_the_router_s_product() -> None:
     logits_TE, x_TD, router_ED = torch.ones(3, 5), torch.ones(3, 8), torch.ones(5, 8)
     chosen = ops.route(logits_TE, 2, True)
