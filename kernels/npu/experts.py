@@ -3,8 +3,8 @@
 All shapes are static and nothing is read by the host, so the same functions run op by op, captured
 and in graphs of GE. Every token reaches its K experts: there is no capacity and no padding.
 
-Shapes: T tokens | K experts per token | P = T·K pairs of a token and an expert | E experts | D
-hidden | F expert width | G = 2F | N, O columns of a matrix
+Shapes: T tokens | K experts per token | P = T·K pairs of a token and an expert | E experts | X
+experts, with those elsewhere | D hidden | F expert width | G = 2F | N, O columns of a matrix
 """
 
 from __future__ import annotations
@@ -67,23 +67,38 @@ def experts(
     gate_up_EGD: Tensor,
     down_EDF: Tensor,
     residual_TD: Tensor | None = None,
+    local_X: Tensor | None = None,
 ) -> Tensor:
     """`reference.experts`, but the products with down are rounded to x's dtype before they are
     weighted, and so are the weights: moe_finalize_routing takes both in one dtype.
 
     The residual is added apart: by its documentation the op adds two tensors or none.
+    Pairs whose expert is elsewhere are sorted behind the others, as those of one more expert. By
+    its documentation grouped_matmul does not write rows that no group has.
     """
     num_experts, double_width, hidden = gate_up_EGD.shape
-    check_experts(num_experts, expert_TK.shape[1], double_width, hidden)
+    num_all = num_experts if local_X is None else len(local_X)
+    check_experts(num_all, expert_TK.shape[1], double_width, hidden)
+    check_experts(num_experts, 1)
     assert weight_TK.shape == expert_TK.shape, (weight_TK.shape, expert_TK.shape)
     assert down_EDF.dtype == gate_up_EGD.dtype, (down_EDF.dtype, gate_up_EGD.dtype)
     assert down_EDF.shape == (num_experts, hidden, double_width // 2), (
         gate_up_EGD.shape,
         down_EDF.shape,
     )
-    sorted_PD, place_P, count_E = _sort(x_TD, expert_TK, gate_up_EGD)
+    if local_X is not None:
+        local_TK = local_X.index_select(0, expert_TK.flatten()).view_as(expert_TK)
+        is_here_TK = local_TK >= 0
+        expert_TK = torch.where(is_here_TK, local_TK, num_experts)
+        weight_TK = torch.where(is_here_TK, weight_TK, 0.0)
+    num_sorted = num_experts + (local_X is not None)
+    sorted_PD, place_P, count_E = _sort(x_TD, expert_TK, gate_up_EGD, num_sorted)
+    count_E = count_E[:num_experts]
     inner_PF = torch.ops.npu.npu_swiglu(_products(sorted_PD, gate_up_EGD, count_E), -1)
     y_PD = _products(inner_PF, down_EDF, count_E)
+    if local_X is not None:
+        row_P1 = torch.arange(len(y_PD), device=y_PD.device).unsqueeze(1)
+        y_PD = torch.where(row_P1 < count_E.sum(), y_PD, 0.0)
     y_TD = torch.ops.npu.npu_moe_finalize_routing(
         y_PD, None, None, None, weight_TK.to(x_TD.dtype), place_P, None, TOKEN_MAJOR
     )
@@ -96,17 +111,19 @@ def expert_linear(x: Tensor, expert_TK: Tensor, weight_EOD: Tensor) -> Tensor:
     check_experts(weight_EOD.shape[0], expert_TK.shape[1], num_columns, size)
     # rows of x that belong to one pair alone are tokens with one expert
     owner_TK = expert_TK if x.dim() == 2 else expert_TK.reshape(-1, 1)
-    sorted_PD, place_P, count_E = _sort(x.reshape(-1, size), owner_TK, weight_EOD)
+    num_experts = len(weight_EOD)
+    sorted_PD, place_P, count_E = _sort(x.reshape(-1, size), owner_TK, weight_EOD, num_experts)
     y_PO = _products(sorted_PD, weight_EOD, count_E)
     return y_PO.index_select(0, place_P).view(*expert_TK.shape, num_columns)
 
 
-def _sort(x_TD: Tensor, expert_TK: Tensor, weight_EOD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _sort(
+    x_TD: Tensor, expert_TK: Tensor, weight_EOD: Tensor, num_experts: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """The rows of all pairs by expert, the place of each pair among them, and pairs per expert.
 
     Asserts shapes and dtypes: torchair accepts any, and the op would then read wrong memory.
     """
-    num_experts = weight_EOD.shape[0]
     assert expert_TK.dtype == torch.int32, expert_TK.dtype
     assert x_TD.dtype == weight_EOD.dtype, (x_TD.dtype, weight_EOD.dtype)
     assert x_TD.shape == (expert_TK.shape[0], weight_EOD.shape[2]), (

@@ -76,7 +76,6 @@ SAME_NAME = {
     "hf_overrides": "tests/startup/test_config_file.py", "generation_config": METHODS,
     "disable_log_stats": METHODS, "enable_sleep_mode": SLEEP,
     "quantization": "tests/models/test_int8.py",
-    "tensor_parallel_size": "tests/engine/test_tensor_parallel.py",
     "data_parallel_size": "tests/replicas/test_data_parallel.py",
     "tensor_parallel_size": "tests/engine/test_tensor_parallel.py",
     "distributed_executor_backend": "tests/replicas/test_ray_replicas.py",

@@ -24,6 +24,7 @@ MIXTURES = {
 TYPES = {
     "scale_ptr": "*fp32", "logits_ptr": "*fp32", "arrived_ptr": "*i32", "expert_ptr": "*i32",
     "pair_ptr": "*i32", "start_ptr": "*i32", "first_ptr": "*i32", "slot_ptr": "*i32",
+    "local_ptr": "*i32",
     "owner_ptr": "*i32", "copies_ptr": "*i32", "buffer_slot_ptr": "*i32", "kv_slot_ptr": "*i64",
     "counters_ptr": "*i64", "stamp_ptr": "*i64", "clock_ptr": "*i64",
 }  # fmt: skip
@@ -35,11 +36,13 @@ Launch = tuple[str, Any, dict[str, Any], int, int, dict[str, str]]
 
 
 def launches(name: str, shared_bytes: int, dtype: str) -> Iterator[Launch]:
-    """All launches of a sparse layer: for one token, for many, and with experts on the host."""
+    """All launches of a sparse layer: for one token, for many, with experts on the host, and with
+    experts on other ranks."""
     mixture = MIXTURES[name]
     yield from _choices(mixture)
+    for where in ("", " offloaded", " spread"):
+        yield from _few(mixture, where)
     for offloaded in (False, True):
-        yield from _few(mixture, offloaded)
         yield from _many(mixture, offloaded, shared_bytes, dtype)
     yield from _copies(mixture)
 
@@ -59,18 +62,24 @@ def _choices(mixture: Mixture) -> Iterator[Launch]:
     logits = {"logits_ptr": "*bf16"}
     yield "route", route.route_kernel, shape | {"ROWS": 1}, 1, 3, TYPES | CHOICE | logits
     yield "norm_route", route.norm_route_kernel, score, 4, 3, TYPES | CHOICE
-    sort = {"NUM_EXPERTS": num_experts, "BLOCK": 2048}
-    yield "sort", many.sort_kernel, sort, 4, 3, TYPES
-    combine = {"TOP_K": top_k, "DIM": hidden, "BLOCK": 1024, "HAS_RESIDUAL": True}
-    yield "combine", many.combine_kernel, combine, 4, 3, TYPES
+    for where in ("", " spread"):
+        spread = {"SPREAD": bool(where)}
+        sort = {"NUM_EXPERTS": num_experts, "BLOCK": 2048} | spread
+        yield f"sort{where}", many.sort_kernel, sort, 4, 3, TYPES
+        combine = {"TOP_K": top_k, "DIM": hidden, "BLOCK": 1024, "HAS_RESIDUAL": True} | spread
+        yield f"combine{where}", many.combine_kernel, combine, 4, 3, TYPES
 
 
-def _few(mixture: Mixture, offloaded: bool) -> Iterator[Launch]:
+def _few(mixture: Mixture, where: str) -> Iterator[Launch]:
     from nanovllm.kernels.triton import experts_few as few
 
     hidden, size, _, top_k = mixture
-    where = " offloaded" if offloaded else ""
-    common = {"TOP_K": top_k, "COLUMNS": few.COLUMNS, "OFFLOADED": offloaded}
+    common = {
+        "TOP_K": top_k,
+        "COLUMNS": few.COLUMNS,
+        "OFFLOADED": where == " offloaded",
+        "SPREAD": where == " spread",
+    }
     first, second = few.pair_tiles(hidden, size)
     for label, kernel, tile, outs, depth in (
         ("gate_up", few.pair_gate_up_kernel, first, size, hidden),

@@ -96,8 +96,8 @@ def grouped_matmul(
 ) -> list[Tensor]:
     """GroupedMatmul of one x [P, A], one weight [E, A, B] and one result, grouped by rows of x.
 
-    group_list_type 0: running ends of the groups; 1: their sizes. They cover all rows. The product
-    is summed in fp32 and rounded to x's dtype.
+    group_list_type 0: running ends of the groups; 1: their sizes. Rows behind the last group are
+    not written: here NaN. The product is summed in fp32 and rounded to x's dtype.
     """
     assert not any(other.values()), f"not modelled: {other}"
     ((rows,), (matrices,)) = x, weight
@@ -108,11 +108,13 @@ def grouped_matmul(
     assert max(inner) < 65536 and 1 < len(matrices) <= 1024, matrices.shape
     assert group_list.dtype == torch.int64 and group_list.shape == (len(matrices),)
     sizes = group_list if group_list_type == 1 else group_list.diff(prepend=torch.tensor([0]))
-    assert int(sizes.min()) >= 0 and int(sizes.sum()) == len(rows), f"groups {sizes.tolist()}"
+    num_rest = len(rows) - int(sizes.sum())
+    assert int(sizes.min()) >= 0 and num_rest >= 0, f"groups {sizes.tolist()}"
     parts = [
         part.float() @ matrix.float() if len(part) else part.new_empty(0, matrices.shape[2]).float()
-        for part, matrix in zip(rows.split(sizes.tolist()), matrices, strict=True)
+        for part, matrix in zip(rows.split([*sizes.tolist(), num_rest])[:-1], matrices, strict=True)
     ]
+    parts.append(torch.full((num_rest, matrices.shape[2]), float("nan")))
     return [torch.cat(parts).to(rows.dtype)]
 
 

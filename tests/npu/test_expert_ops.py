@@ -102,6 +102,35 @@ def test_experts(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("own", [[0, 1], [4, 2, 0], [1, 2, 3, 4]], ids=str)
+@pytest.mark.parametrize("num_tokens", [1, 19])
+def test_experts_that_are_elsewhere_are_left_out(
+    run: Callable[..., Any], num_tokens: int, own: list[int], dtype: torch.dtype
+) -> None:
+    """Their weights are NaN, and so are the matrices of expert 2, which no token chooses."""
+    tensors = layer(num_tokens, 5, 3)
+    tensors["expert"][tensors["expert"] == 2] = 3
+    for name in ("gate_up", "down"):
+        tensors[name][2] = float("nan")
+        tensors[name] = tensors[name][own]
+    local = torch.full((5,), -1, dtype=torch.int32)
+    local[own] = torch.arange(len(own), dtype=torch.int32)
+    is_here = local[tensors["expert"].long()] >= 0
+    tensors["weight"] = tensors["weight"].where(is_here, float("nan"))
+    residual = {**tensors, "residual": torch.randn(num_tokens, D), "local": local}
+    compare(run, ops.experts, reference.experts, residual, dtype=dtype, kept=("weight",))
+
+
+def test_a_token_whose_experts_are_all_elsewhere_gets_zeros(run: Callable[..., Any]) -> None:
+    tensors = {name: one.npu() for name, one in layer(3, 4, 2).items()}
+    local = torch.tensor([0, 1, 2, 3, -1, -1], dtype=torch.int32).npu()
+    tensors["expert"] = torch.tensor([[4, 5], [5, 4], [4, 5]], dtype=torch.int32).npu()
+    inputs = {**tensors, "local": local}
+    (found,) = run(lambda *args: ops.experts(*args[:5], None, args[5]), inputs)
+    assert torch.equal(found.cpu(), torch.zeros(3, D))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("num_tokens", "num_experts", "top_k"), SHAPES)
 def test_expert_linear(
     run: Callable[..., Any], num_tokens: int, num_experts: int, top_k: int, dtype: torch.dtype

@@ -70,12 +70,17 @@ def test_grouped_products_are_products(sizes: list[int]) -> None:
     assert torch.equal(same, y)
 
 
-def test_groups_must_cover_all_rows() -> None:
-    with pytest.raises(AssertionError, match="groups"):
-        semantics.grouped_matmul(
-            [torch.zeros(5, 4)], [torch.zeros(2, 4, 3)], group_list=torch.tensor([2, 2]),
+def test_rows_that_no_group_has_are_not_written() -> None:
+    def products(*sizes: int) -> torch.Tensor:
+        (y,) = semantics.grouped_matmul(
+            [torch.zeros(5, 4)], [torch.zeros(2, 4, 3)], group_list=torch.tensor(sizes),
             group_type=0, split_item=2, group_list_type=1,
         )  # fmt: skip
+        return y
+
+    assert products(2, 2).isnan().any(-1).tolist() == [False] * 4 + [True]
+    with pytest.raises(AssertionError, match="groups"):
+        products(2, 4)
 
 
 def test_an_expert_that_is_not_there_is_found() -> None:
