@@ -86,7 +86,9 @@ def _run(
     num_experts = num_experts if local_X is None else len(local_X)
     is_few = x_TD.shape[0] == 1 or expert_TK.numel() <= PAIRS_PER_EXPERT * num_experts
     run = few.few_experts if is_few else many.many_experts
-    return run(x_TD, weight_TK, expert_TK, gate_up_EGD, down_EDF, residual_TD, local_X, places=places)
+    return run(
+        x_TD, weight_TK, expert_TK, gate_up_EGD, down_EDF, residual_TD, local_X, places=places
+    )
 
 
 def expert_linear(x: Tensor, expert_TK: Tensor, weight_EOD: Tensor) -> Tensor:

@@ -18,14 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanovllm.kernels.triton.common import (
-    Places,
-    expert_at,
-    finish,
-    launch_options,
-    local_expert,
-)
+from nanovllm.kernels.triton.common import Places, expert_at, finish, launch_options, local_expert
 
+# Loops of up to so many steps, with a fixed number of them, are unrolled by the compiler.
+UNROLLED = tl.constexpr(8)
 COLUMNS = 256  # as wide as one load of a warp: 32 threads, 8 elements of 16 bits
 
 
@@ -38,28 +34,37 @@ class PairTile(NamedTuple):
 
 
 @triton.jit
-def _chunk(at, first, DEPTH: tl.constexpr, COLUMNS: tl.constexpr, EXACT: tl.constexpr,
-           POLICY: tl.constexpr):  # fmt: skip
-    """Columns from `first` on of rows that begin at `at`, which includes the columns' offsets."""
-    if EXACT:
+def _chunk(at, first, end, DEPTH: tl.constexpr, COLUMNS: tl.constexpr, EXACT: tl.constexpr,
+           MASKED: tl.constexpr, POLICY: tl.constexpr):  # fmt: skip
+    """Columns from `first` on of rows that begin at `at`, which includes the columns' offsets.
+
+    If MASKED nothing is read where `end` is 0.
+    """
+    if EXACT and not MASKED:
         return tl.load(at + first, eviction_policy=POLICY)
+    elif EXACT:
+        return tl.load(at + first, mask=end > 0, other=0.0, eviction_policy=POLICY)
     else:
         mask_C = first + tl.arange(0, COLUMNS) < DEPTH
+        if MASKED:
+            mask_C = mask_C & (end > 0)
         return tl.load(at + first, mask=mask_C[None, None, :], other=0.0, eviction_policy=POLICY)
 
 
 @triton.jit
-def _dots(acc_AWC, up_AWC, w_at, up_at, x_at, scale, first, DEPTH: tl.constexpr,
-          COLUMNS: tl.constexpr, AHEAD: tl.constexpr, EXACT: tl.constexpr,
+def _dots(acc_AWC, up_AWC, w_at, up_at, x_at, scale, first, end, DEPTH: tl.constexpr,
+          COLUMNS: tl.constexpr, AHEAD: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr,
           GATED: tl.constexpr):  # fmt: skip
     """Add AHEAD chunks of x · wᵀ · scale (and x · upᵀ). All loads come first."""
     w, up, x = (), (), ()
     for j in tl.static_range(AHEAD):
-        w += (_chunk(w_at, first + j * COLUMNS, DEPTH, COLUMNS, EXACT, "evict_first"),)
+        at = first + j * COLUMNS
+        w += (_chunk(w_at, at, end, DEPTH, COLUMNS, EXACT, MASKED, "evict_first"),)
         if GATED:
-            up += (_chunk(up_at, first + j * COLUMNS, DEPTH, COLUMNS, EXACT, "evict_first"),)
+            up += (_chunk(up_at, at, end, DEPTH, COLUMNS, EXACT, MASKED, "evict_first"),)
     for j in tl.static_range(AHEAD):
-        x += (_chunk(x_at, first + j * COLUMNS, DEPTH, COLUMNS, EXACT, "evict_last"),)
+        at = first + j * COLUMNS
+        x += (_chunk(x_at, at, end, DEPTH, COLUMNS, EXACT, MASKED, "evict_last"),)
     for j in tl.static_range(AHEAD):
         x_1WC = x[j].to(tl.float32)
         if not GATED:
@@ -110,7 +115,7 @@ def pair_gate_up_kernel(
     if PDL:
         tl.extra.cuda.gdc_wait()
     expert = local_expert(local_ptr, tl.load(expert_ptr + pair), SPREAD)
-    if SPREAD:
+    if SPREAD:  # noqa: SIM102  (Triton has no `and` of a constant and a value)
         if expert < 0:
             return
     w_at = at_AWC + expert_at(
@@ -122,13 +127,15 @@ def pair_gate_up_kernel(
     up_AWC = tl.zeros((EACH, WARPS, COLUMNS), tl.float32)
     if DEPTH <= BLOCK:
         acc_AWC, up_AWC = _dots(
-            acc_AWC, up_AWC, w_at, up_at, x_at, 1.0, 0, DEPTH, COLUMNS, AHEAD, EXACT, True
-        )
+            acc_AWC, up_AWC, w_at, up_at, x_at, 1.0, 0, DEPTH, DEPTH, COLUMNS, AHEAD, EXACT, False,
+            True,
+        )  # fmt: skip
     else:
         for first in tl.range(0, DEPTH, BLOCK):
             acc_AWC, up_AWC = _dots(
-                acc_AWC, up_AWC, w_at, up_at, x_at, 1.0, first, DEPTH, COLUMNS, AHEAD, EXACT, True
-            )
+                acc_AWC, up_AWC, w_at, up_at, x_at, 1.0, first, DEPTH, DEPTH, COLUMNS, AHEAD, EXACT,
+                False, True,
+            )  # fmt: skip
     y_AW = finish(tl.sum(acc_AWC, 2), tl.sum(up_AWC, 2), dtype, True)
     tl.store(out_ptr + pair * NUM_OUTS + o_AW, y_AW, mask=o_AW < NUM_OUTS)
 
@@ -161,6 +168,8 @@ def pair_down_kernel(
     EACH: tl.constexpr = OUTS // WARPS
     BLOCK: tl.constexpr = AHEAD * COLUMNS
     EXACT: tl.constexpr = DEPTH % BLOCK == 0
+    # Short loops are unrolled, and the loads of all pairs come first. A branch would stop that.
+    MASKED: tl.constexpr = SPREAD and DEPTH <= UNROLLED * BLOCK
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     token = tl.program_id(1)
@@ -179,24 +188,24 @@ def pair_down_kernel(
     for k in tl.static_range(TOP_K):
         pair = token * TOP_K + k
         expert = local_expert(local_ptr, tl.load(expert_ptr + pair), SPREAD)
-        scale = tl.load(scale_ptr + pair)
-        end = DEPTH
+        scale, end = tl.load(scale_ptr + pair), DEPTH
         if SPREAD:
-            end = tl.where(expert < 0, 0, DEPTH)
+            scale, end = tl.where(expert < 0, 0.0, scale), tl.where(expert < 0, 0, DEPTH)
             expert = tl.maximum(expert, 0)
         w_at = at_AWC + expert_at(
             weight_ptr, others_ptr, first_ptr, slot_ptr, expert, NUM_OUTS * DEPTH, OFFLOADED
         )
         x_at = x_ptr + pair * DEPTH + d_1WC
-        if DEPTH <= BLOCK and not SPREAD:
+        if DEPTH <= BLOCK:
             acc_AWC, _ = _dots(
-                acc_AWC, acc_AWC, w_at, w_at, x_at, scale, 0, DEPTH, COLUMNS, AHEAD, EXACT, False
-            )
+                acc_AWC, acc_AWC, w_at, w_at, x_at, scale, 0, end, DEPTH, COLUMNS, AHEAD, EXACT,
+                MASKED, False,
+            )  # fmt: skip
         else:
-            for first in tl.range(0, end, BLOCK):
+            for first in tl.range(0, DEPTH if MASKED else end, BLOCK):
                 acc_AWC, _ = _dots(
-                    acc_AWC, acc_AWC, w_at, w_at, x_at, scale, first, DEPTH, COLUMNS, AHEAD, EXACT,
-                    False,
+                    acc_AWC, acc_AWC, w_at, w_at, x_at, scale, first, end, DEPTH, COLUMNS, AHEAD,
+                    EXACT, MASKED, False,
                 )  # fmt: skip
     y_AW = tl.sum(acc_AWC, 2).to(dtype)
     if HAS_RESIDUAL:

@@ -12,7 +12,8 @@ SiLU·up (as in linear_gated.py). The product with down writes the weighted outp
 last launch adds them for each token, always in the same order.
 
 Shapes: T tokens | K experts per token | P = T·K pairs | E experts | X experts, with those elsewhere
-| D hidden | F expert width | O weight rows of a tile | C columns of a chunk; "p" after a letter: padded to a power of two
+| D hidden | F expert width | O weight rows of a tile | C columns of a chunk; "p" after a letter:
+padded to a power of two
 """
 
 from __future__ import annotations

@@ -58,8 +58,6 @@ def test_graphs_of_a_cold_and_a_warm_start(tmp_path: Path) -> None:
 
 
 def test_experts_that_ranks_cannot_share_leave_nothing_behind(tmp_path: Path) -> None:
-    folder = save_tiny(
-        tmp_path / "model", "mixtral", num_local_experts=5, num_experts_per_tok=2
-    )
+    folder = save_tiny(tmp_path / "model", "mixtral", num_local_experts=5, num_experts_per_tok=2)
     with pytest.raises(ValueError, match="tensor_parallel_size 2, which must divide the 5 experts"):
         make(folder, 2, expert_parallel=True)

@@ -27,6 +27,7 @@ KERNELS: dict[str, tuple[Run, str]] = {
 SIZES = [
     (1, 2, 8, 264, 24),
     (1, 4, 4, 19, 300),
+    (2, 3, 8, 16, 2305),  # a row of down has too many chunks for a loop without branches
     (3, 8, 60, 99, 12),
     (16, 8, 16, 64, 48),
     (33, 6, 12, 72, 17),
@@ -79,9 +80,10 @@ def exact(layer: Layer) -> Tensor:
     """The sum over the experts that are here, by the formula in fp64."""
     rows = torch.zeros_like(layer.x_TD, dtype=torch.float64)
     for t, places in enumerate(layer.local_X[layer.expert_TK.long()].tolist()):
+        x_D = layer.x_TD[t].double()
         for k, place in enumerate(places):
             if place >= 0:
-                inner = reference.silu_mul(layer.gate_up_EGD[place].double() @ layer.x_TD[t].double())
+                inner = reference.silu_mul(layer.gate_up_EGD[place].double() @ x_D)
                 rows[t] += layer.weight_TK[t, k].double() * (layer.down_EDF[place].double() @ inner)
     return rows
 
@@ -159,7 +161,7 @@ def test_only_pairs_with_experts_that_are_here_are_sorted(num_tokens: int) -> No
     expected = [(place_P == place).nonzero().flatten().tolist() for place in range(3)]
     ends = torch.tensor([0, *map(len, expected)]).cumsum(0).tolist()
     assert groups.start_E1.tolist() == ends
-    assert groups.pair_P.tolist()[: ends[-1]] == sum(expected, [])
+    assert groups.pair_P.tolist()[: ends[-1]] == [pair for one in expected for pair in one]
     assert groups.pairs_each == 2 * num_tokens / 6
 
 
