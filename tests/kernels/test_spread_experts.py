@@ -146,6 +146,25 @@ def test_a_token_whose_experts_are_all_elsewhere_gets_its_residual_alone(
     assert torch.equal(layer.run(run, residual_TD), residual_TD)
 
 
+def test_programs_of_pairs_whose_expert_is_elsewhere_end_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They write no inner values, which is seen before the product with down."""
+    inner: list[Tensor] = []
+
+    class Down:
+        def __getitem__(self, grid: Any) -> Callable[..., None]:
+            return lambda *args, **constants: inner.append(args[0])
+
+    monkeypatch.setattr(experts_few, "pair_down_kernel", Down())
+    layer = part(whole((3, 4, 9, 40, 24), GPU), [2, 3, 7])
+    layer.run(experts_few.few_experts)
+    is_here_P = layer.local_X[layer.expert_TK.flatten().long()] >= 0
+    assert 0 < is_here_P.sum() < len(is_here_P)
+    assert torch.equal(inner[0].isfinite().all(1), is_here_P)
+    assert inner[0][~is_here_P].isnan().all()
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_nan_in_a_token_or_in_a_weight_that_counts_stays_in_its_row(kernel: str) -> None:
     run, device = KERNELS[kernel]
