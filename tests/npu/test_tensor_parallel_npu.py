@@ -127,9 +127,11 @@ def test_stored_graphs_serve_all_ranks_of_another_group(cold: Run) -> None:
     assert len(names) == 2  # the second engine's group has another name
 
 
-def test_experts_are_split() -> None:
+@pytest.mark.parametrize("whole", [False, True])
+def test_experts_are_shared(whole: bool) -> None:
     alone = answers_of("tiny-mixtral", enforce_eager=True)
-    assert answers_of("tiny-mixtral", tensor_parallel_size=2) == alone
+    shared = answers_of("tiny-mixtral", tensor_parallel_size=2, expert_parallel=whole)
+    assert shared == alone
 
 
 def test_replicas_answer_as_one_engine(cpu_answers: Callable[..., list[list[int]]]) -> None:
