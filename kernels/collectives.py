@@ -3,7 +3,8 @@
 Graphs name neither a group nor a rank: an op takes the group that is in use in the calling thread.
 So ranks share compiled programs. A captured step keeps the group that was in use at its capture.
 
-R rows | D hidden | V vocabulary | W vocabulary rows of one rank | T tokens
+R rows | D hidden | V vocabulary | W vocabulary rows of one rank, the last of which may be padding
+T tokens
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from nanovllm.kernels.peers import Peers
 
 # Names of the ops that communicate, which no graph can contain in parts.
 COLLECTIVES = (
-    "all_reduce", "all_reduce_", "all_reduce_norm", "gather_columns", "shard_embedding",
+    "all_reduce", "all_reduce_", "all_reduce_norm", "gather_columns", "sample_columns",
+    "shard_embedding",
 )  # fmt: skip
+LAST = 2**31 - 1  # no token has a larger id
 
 
 class Communicator(Protocol):
@@ -106,6 +109,42 @@ def gather_columns(x_RW: Tensor, num_columns: int) -> Tensor:
     """The columns of all ranks side by side: the first `num_columns` of them, [R, num_columns]."""
     ranks_NRW = current().all_gather(x_RW.contiguous())
     return ranks_NRW.transpose(0, 1).flatten(1)[:, :num_columns].contiguous()
+
+
+def sample_columns(
+    logits_RW: Tensor, temperature_R: Tensor, seed_R: Tensor, pos_R: Tensor, num_columns: int
+) -> Tensor:
+    """`reference.sample` of `gather_columns`: the same tokens [R], without the gather.
+
+    Each rank finds the best of its own columns, and one number of each rank and row is gathered.
+    """
+    first, num = own_columns(logits_RW.shape[1], num_columns)
+    is_padding_W = torch.arange(logits_RW.shape[1], device=logits_RW.device) >= num
+    mine_RW = logits_RW.masked_fill(is_padding_W, float("-inf"))
+    best_R, token_R = reference.best_column(mine_RW, temperature_R, seed_R, pos_R, first)
+    return best_of_ranks(ordered(best_R, token_R))
+
+
+def own_columns(width: int, num_columns: int) -> tuple[int, int]:
+    """The token of this rank's first column, and how many of its `width` columns have tokens.
+
+    `num_columns` is the number of tokens.
+    """
+    first = current().rank * width
+    return first, min(max(num_columns - first, 0), width)
+
+
+def ordered(best: Tensor, token: Tensor) -> Tensor:
+    """(fp32 score, id) as int64: it grows with the score, and falls with the id where scores are
+    equal. The bits of a float from its second on grow with its magnitude. −0 equals 0."""
+    bits = best.view(torch.int32)
+    score = torch.where(bits < 0, -(bits & LAST), bits)
+    return (score.long() << 32) + (LAST - token.long())
+
+
+def best_of_ranks(ordered_R: Tensor) -> Tensor:
+    """The token of the largest of all ranks' numbers, which `ordered` made: int64 [R]."""
+    return LAST - (current().all_gather(ordered_R).amax(0) & 0xFFFFFFFF)
 
 
 def shard_embedding(token_T: Tensor, table_WD: Tensor) -> Tensor:

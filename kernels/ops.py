@@ -128,6 +128,14 @@ gather_columns = _define(
     collectives.gather_columns,
     lambda x, num_columns: x.new_empty((x.shape[0], num_columns)),
 )
+sample_columns = _define(
+    "sample_columns(Tensor logits, Tensor temperature, Tensor seed, Tensor pos, int num_columns) "
+    "-> Tensor",
+    collectives.sample_columns,
+    lambda logits, temperature, seed, pos, num_columns: logits.new_empty(
+        logits.shape[0], dtype=torch.int64
+    ),
+)
 shard_embedding = _define(
     "shard_embedding(Tensor token, Tensor table) -> Tensor",
     collectives.shard_embedding,
@@ -359,6 +367,7 @@ __all__ = [
     "rope",
     "route",
     "sample",
+    "sample_columns",
     "sampling_inputs",
     "shard_embedding",
     "silu_mul",

@@ -271,8 +271,8 @@ def keyed_hash32(x: Tensor, key: Tensor) -> Tensor:
     return x ^ (x >> 15)
 
 
-def gumbel_noise(seed_R: Tensor, pos_R: Tensor, vocab_size: int) -> Tensor:
-    """Standard Gumbel noise [R, V] in fp32.
+def gumbel_noise(seed_R: Tensor, pos_R: Tensor, vocab_size: int, first_token: int = 0) -> Tensor:
+    """Standard Gumbel noise [R, V] in fp32, of the tokens from `first_token` on.
 
     Uniforms are odd multiples of 2⁻²⁴: they are exact in fp32 and never 0 or 1.
     """
@@ -280,6 +280,8 @@ def gumbel_noise(seed_R: Tensor, pos_R: Tensor, vocab_size: int) -> Tensor:
     key_R = hash32(low ^ hash32(high ^ hash32(pos_R & MASK_32)))
     second_R = hash32(key_R ^ 0x5BD1E995)
     token_V = torch.arange(vocab_size, device=seed_R.device)
+    if first_token:
+        token_V = token_V + first_token
     bits_RV = keyed_hash32(token_V.unsqueeze(0) ^ key_R.unsqueeze(1), second_R.unsqueeze(1))
     uniform_RV = ((bits_RV >> 9).float() + 0.5) * 2.0**-23
     return -torch.log(-torch.log(uniform_RV))
@@ -293,16 +295,28 @@ def sample(logits_RV: Tensor, temperature_R: Tensor, seed_R: Tensor, pos_R: Tens
     among equal scores, as in torch.argmax on a CPU. NaN counts as −inf: it never wins. A row
     without a score above −inf gives NO_TOKEN.
     """
+    return best_column(logits_RV, temperature_R, seed_R, pos_R)[1]
+
+
+def best_column(
+    logits_RV: Tensor, temperature_R: Tensor, seed_R: Tensor, pos_R: Tensor, first_token: int = 0
+) -> tuple[Tensor, Tensor]:
+    """The best score of `sample` [R] in fp32, and its token [R].
+
+    The columns are those of the tokens from `first_token` on.
+    """
     minus_inf = float("-inf")
     logits_RV = logits_RV.float()
     is_greedy_R1 = (temperature_R == 0).unsqueeze(1)
     scaled_RV = logits_RV / torch.where(temperature_R == 0, 1.0, temperature_R).unsqueeze(1)
-    noise_RV = gumbel_noise(seed_R, pos_R, logits_RV.shape[1])
+    noise_RV = gumbel_noise(seed_R, pos_R, logits_RV.shape[1], first_token)
     score_RV = torch.where(is_greedy_R1, logits_RV, scaled_RV + noise_RV)
     score_RV = torch.where(score_RV > minus_inf, score_RV, minus_inf)  # no NaN is left
     token_R = score_RV.argmax(-1)
     best_R = score_RV.gather(1, token_R.unsqueeze(1)).squeeze(1)
-    return torch.where(best_R > minus_inf, token_R, NO_TOKEN)
+    if first_token:
+        token_R = token_R + first_token
+    return best_R, torch.where(best_R > minus_inf, token_R, NO_TOKEN)
 
 
 def keep_likely(

@@ -875,7 +875,8 @@ struct Sample {
   const float* temperature;
   const int64_t *seed, *pos;
   int64_t* token;
-  int64_t num_rows, vocab_size, row_stride, dtype, num_threads;
+  float* best;  // written unless it is null
+  int64_t num_rows, vocab_size, row_stride, first_token, dtype, num_threads;
 };
 
 struct Best {
@@ -884,10 +885,10 @@ struct Best {
 };
 
 // The smallest of equally likely tokens wins, so chunks are searched and merged in ascending order
-// with >.
+// with >. Column v is that of token first + v.
 template <typename T>
-Best best_of(const T* logits, int64_t begin, int64_t end, float temperature, uint32_t key,
-             uint32_t second) {
+Best best_of(const T* logits, int64_t begin, int64_t end, int64_t first, float temperature,
+             uint32_t key, uint32_t second) {
   Best best;
   const bool greedy = temperature == 0.0f;
   for (int64_t v = begin; v < end; v += kLanes) {
@@ -897,7 +898,7 @@ Best best_of(const T* logits, int64_t begin, int64_t end, float temperature, uin
     if (!greedy) {
       scaled = scaled / temperature;
       UVec token;
-      for (int lane = 0; lane < kLanes; ++lane) token[lane] = (uint32_t)(v + lane);
+      for (int lane = 0; lane < kLanes; ++lane) token[lane] = (uint32_t)(first + v + lane);
       UVec mantissa = keyed_hash32(token ^ key, second) >> 9;
       // Noise above d needs 1 - u < exp(-d) <= 2^-floor(d / ln 2). This integer test avoids nearly
       // all logarithms.
@@ -915,7 +916,7 @@ Best best_of(const T* logits, int64_t begin, int64_t end, float temperature, uin
     for (int64_t lane = 0; lane < std::min<int64_t>(kLanes, end - v); ++lane) {
       float noisy = score[lane];
       if (!greedy) noisy -= std::log(-std::log(((float)bits[lane] + 0.5f) * 0x1p-23f));
-      if (noisy > best.score) best = {noisy, v + lane};
+      if (noisy > best.score) best = {noisy, first + v + lane};
     }
   }
   return best;
@@ -926,7 +927,8 @@ Best best_of(const T* logits, int64_t begin, int64_t end, float temperature, uin
 extern "C" void nanovllm_sample(const Sample* args) {
   const Sample& at = *args;
   constexpr int64_t kChunk = 8192;
-  const int64_t num_chunks = (at.vocab_size + kChunk - 1) / kChunk,
+  // a rank without tokens has one empty chunk
+  const int64_t num_chunks = std::max<int64_t>(1, (at.vocab_size + kChunk - 1) / kChunk),
                 num_tasks = at.num_rows * num_chunks;
   std::vector<Best> best(num_tasks);
   with_dtype(at.dtype, [&](auto zero) {
@@ -939,7 +941,7 @@ extern "C" void nanovllm_sample(const Sample* args) {
                                   high = hash32((uint32_t)(seed >> 32));
                    const uint32_t key = hash32(low ^ hash32(high ^ hash32((uint32_t)at.pos[row])));
                    best[task] = best_of((const T*)at.logits + row * at.row_stride, begin,
-                                        std::min(begin + kChunk, at.vocab_size),
+                                        std::min(begin + kChunk, at.vocab_size), at.first_token,
                                         at.temperature[row], key, hash32(key ^ 0x5BD1E995u));
                  });
   });
@@ -949,5 +951,6 @@ extern "C" void nanovllm_sample(const Sample* args) {
       if (best[row * num_chunks + chunk].score > winner.score)
         winner = best[row * num_chunks + chunk];
     at.token[row] = winner.token;
+    if (at.best) at.best[row] = winner.score;
   }
 }

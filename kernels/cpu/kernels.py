@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nanovllm.kernels import ops, reference
+from nanovllm.kernels import collectives, ops, reference
 from nanovllm.kernels.cpu import build as cpp_build
 
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -54,8 +54,8 @@ _QK_NORM_ROPE_STORE = cpp_build.Arguments(
 )
 _SAMPLE = cpp_build.Arguments(
     "Sample",
-    pointers="logits temperature seed pos token",
-    integers="num_rows vocab_size row_stride dtype num_threads",
+    pointers="logits temperature seed pos token best",
+    integers="num_rows vocab_size row_stride first_token dtype num_threads",
 )
 _STRUCTS = (_ATTENTION, _LINEAR, _WIDEN, _RMS_NORM, _SILU_MUL, _QK_NORM_ROPE_STORE, _SAMPLE)
 
@@ -491,9 +491,34 @@ def qk_norm_rope_store(
 
 def sample(logits_RV: Tensor, temperature_R: Tensor, seed_R: Tensor, pos_R: Tensor) -> Tensor:
     """`reference.sample` in one pass over the logits; an integer test avoids most logarithms."""
-    code = _DTYPE_CODES.get(logits_RV.dtype)
-    if code is None:
+    if logits_RV.dtype not in _DTYPE_CODES:
         return reference.sample(logits_RV, temperature_R, seed_R, pos_R)
+    return _sample(logits_RV, temperature_R, seed_R, pos_R, 0, None)
+
+
+def sample_columns(
+    logits_RW: Tensor, temperature_R: Tensor, seed_R: Tensor, pos_R: Tensor, num_columns: int
+) -> Tensor:
+    """`collectives.sample_columns`; each rank does with its columns what `sample` does."""
+    inputs = temperature_R, seed_R, pos_R
+    if logits_RW.dtype not in _DTYPE_CODES:
+        return collectives.sample_columns(logits_RW, *inputs, num_columns)
+    first, num = collectives.own_columns(logits_RW.shape[1], num_columns)
+    best_R = torch.empty(logits_RW.shape[0])
+    token_R = _sample(logits_RW[:, :num], *inputs, first, best_R)
+    return collectives.best_of_ranks(collectives.ordered(best_R, token_R))
+
+
+def _sample(
+    logits_RV: Tensor,
+    temperature_R: Tensor,
+    seed_R: Tensor,
+    pos_R: Tensor,
+    first_token: int,
+    best_R: Tensor | None,
+) -> Tensor:
+    """The best tokens of the columns of `first_token` and following ones. best_R gets their scores
+    in fp32."""
     if logits_RV.stride(1) != 1:
         logits_RV = logits_RV.contiguous()
     temperature_R, seed_R, pos_R = (
@@ -509,9 +534,11 @@ def sample(logits_RV: Tensor, temperature_R: Tensor, seed_R: Tensor, pos_R: Tens
             seed_R.data_ptr(),
             pos_R.data_ptr(),
             token_R.data_ptr(),
+            0 if best_R is None else best_R.data_ptr(),
             *logits_RV.shape,
             logits_RV.stride(0),
-            code,
+            first_token,
+            _DTYPE_CODES[logits_RV.dtype],
             torch.get_num_threads(),
         )
     )
@@ -526,5 +553,6 @@ _KERNELS: dict[str, Callable[..., object]] = {
     "linear": linear,
     "linear_int8": linear_int8,
     "sample": sample,
+    "sample_columns": sample_columns,
     "silu_mul": silu_mul,
 }

@@ -23,6 +23,7 @@ from nanovllm.kernels.triton.offload import fetch_experts, stream_experts
 from nanovllm.kernels.triton.rope_store import qk_norm_rope_store, rope, store_kv
 from nanovllm.kernels.triton.route import norm_route, route
 from nanovllm.kernels.triton.sample import sample
+from nanovllm.kernels.triton.sample_columns import sample_columns
 
 
 def paged_attention(
@@ -89,6 +90,7 @@ def register() -> None:
                 "fused_linear": fused_linear,
                 "linear_": linear_,
                 "sample": sample,
+                "sample_columns": sample_columns,
                 "keep_likely": keep_likely,
                 "route": route,
                 "norm_route": norm_route,

@@ -7,6 +7,8 @@ division by the temperature is a multiplication. Scores differ from the referenc
 1e-5, so tokens differ only if the two best scores are as close. Greedy rows skip the noise. A NaN
 never wins; a row of NaN is found by the search for its best token, at no cost.
 
+On several ranks each one scores its own columns; `sample_columns.py` goes on from there.
+
 At batch 1 the time is launch latency. In large batches greedy rows are limited by memory and drawn
 rows by integer arithmetic. docs/log.md has the measurements.
 
@@ -75,7 +77,7 @@ def _gumbel(one_plus_V, HARDWARE: tl.constexpr):
     return -LN_2 * _log2(exponential_V, HARDWARE)
 
 
-@triton.jit(do_not_specialize=["vocab_size", "tiles_per_program"])
+@triton.jit(do_not_specialize=["vocab_size", "first_token", "tiles_per_program"])
 def best_of_span_kernel(
     logits_ptr,  # [R, V]
     temperature_ptr,  # [R]
@@ -85,8 +87,10 @@ def best_of_span_kernel(
     best_token_ptr,  # [R, P] int32, written
     logits_stride,
     vocab_size,
+    first_token,  # of the first column, read if IS_PART
     tiles_per_program,
     TILE: tl.constexpr,
+    IS_PART: tl.constexpr,
     HARDWARE: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -126,7 +130,8 @@ def best_of_span_kernel(
             logit_V = tl.load(
                 logits_at + token_V, mask=token_V < vocab_size, other=float("-inf")
             ).to(tl.float32)
-            one_plus_V = _one_plus_bits(token_V.to(tl.uint32), key, second)
+            id_V = token_V + first_token if IS_PART else token_V
+            one_plus_V = _one_plus_bits(id_V.to(tl.uint32), key, second)
             # Noise is at most −log(1 − u), so only a token with 1 − u < exp(logit / temperature −
             # best) can win; the slack exceeds all rounding. The first tiles of a span find its best
             # score, and most other tiles stop here.
@@ -141,6 +146,8 @@ def best_of_span_kernel(
                 bound_log2 = SLACK - tl.max(best_V, 0) * LOG2_E
     best = tl.max(best_V, 0)
     best_token = tl.min(tl.where(best_V == best, best_token_V, LAST), 0)
+    if IS_PART:
+        best_token = tl.where(best_token == LAST, LAST, best_token + first_token)
     out = row_idx * tl.num_programs(1) + span_idx
     tl.store(best_ptr + out, best)
     tl.store(best_token_ptr + out, best_token)
@@ -176,18 +183,26 @@ def spans(num_rows: int, vocab_size: int, multiprocessors: int) -> tuple[int, in
     return triton.cdiv(num_tiles, tiles_per_span), tiles_per_span
 
 
-def sample(logits_RV: Tensor, temperature_R: Tensor, seed_R: Tensor, pos_R: Tensor) -> Tensor:
-    """`reference.sample`; of equal scores the smallest id wins."""
-    num_rows, vocab_size = logits_RV.shape
+def best_of_spans(
+    logits_RV: Tensor,
+    temperature_R: Tensor,
+    seed_R: Tensor,
+    pos_R: Tensor,
+    part: tuple[int, int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The best score of each span, fp32 [R, P], and its token, int32; LAST if all are −inf.
+
+    The columns are a `part` of the vocabulary if they begin with another token than 0, or if only
+    some of them have tokens: (token of the first column, number of columns with tokens). There is
+    at least one row.
+    """
+    num_rows, width = logits_RV.shape
     device = logits_RV.device
-    token_R = torch.empty(num_rows, dtype=torch.int64, device=device)
-    if num_rows == 0:
-        return token_R
     logits_RV = logits_RV if logits_RV.stride(1) == 1 else logits_RV.contiguous()
-    num_spans, tiles_per_span = spans(num_rows, vocab_size, num_multiprocessors(device))
+    first_token, num_tokens = part or (0, width)
+    num_spans, tiles_per_span = spans(num_rows, width, num_multiprocessors(device))
     best_RP = torch.empty((num_rows, num_spans), dtype=torch.float32, device=device)
     best_token_RP = torch.empty((num_rows, num_spans), dtype=torch.int32, device=device)
-    options = launch_options(device)
     best_of_span_kernel[(num_rows, num_spans)](
         logits_RV,
         temperature_R.contiguous(),
@@ -196,13 +211,26 @@ def sample(logits_RV: Tensor, temperature_R: Tensor, seed_R: Tensor, pos_R: Tens
         best_RP,
         best_token_RP,
         logits_RV.stride(0),
-        vocab_size,
+        num_tokens,
+        first_token,
         tiles_per_span,
         TILE=TILE,
+        IS_PART=part is not None,
         HARDWARE=device.type == "cuda",
         num_warps=4,
-        **options,
+        **launch_options(device),
     )
+    return best_RP, best_token_RP
+
+
+def sample(logits_RV: Tensor, temperature_R: Tensor, seed_R: Tensor, pos_R: Tensor) -> Tensor:
+    """`reference.sample`; of equal scores the smallest id wins."""
+    num_rows, device = logits_RV.shape[0], logits_RV.device
+    token_R = torch.empty(num_rows, dtype=torch.int64, device=device)
+    if num_rows == 0:
+        return token_R
+    best_RP, best_token_RP = best_of_spans(logits_RV, temperature_R, seed_R, pos_R)
+    num_spans = best_RP.shape[1]
     best_of_row_kernel[(num_rows,)](
         best_RP,
         best_token_RP,
@@ -210,6 +238,6 @@ def sample(logits_RV: Tensor, temperature_R: Tensor, seed_R: Tensor, pos_R: Tens
         num_spans,
         SPANS_P=triton.next_power_of_2(num_spans),
         num_warps=1 if num_spans <= 32 else 4,
-        **options,
+        **launch_options(device),
     )
     return token_R

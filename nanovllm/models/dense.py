@@ -145,9 +145,9 @@ def summed_linear(
 
 
 def head(cfg: ModelConfig, final_norm_D: Tensor, head_VD: Weight, h_RD: Tensor) -> Tensor:
-    """Final norm and projection to the vocabulary: logits [R, V] in the model's dtype."""
-    logits_RV = linear(ops.rms_norm(h_RD, final_norm_D, cfg.norm_eps), head_VD, None)
-    return logits_RV if cfg.num_ranks == 1 else ops.gather_columns(logits_RV, cfg.vocab_size)
+    """Final norm and projection to the vocabulary, or this rank's part of it: logits [R, V] in the
+    model's dtype."""
+    return linear(ops.rms_norm(h_RD, final_norm_D, cfg.norm_eps), head_VD, None)
 
 
 def kv_scales(cfg: ModelConfig, w: AttentionWeights) -> tuple[Tensor, Tensor]:

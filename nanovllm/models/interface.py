@@ -180,9 +180,9 @@ class Model:
 
     `embed(config, embed_VD, token_T)` gives the hidden state [T, D];
     `layer(config, call, w, kv, cos_sin_MH, batch, h_TD)` gives the next one, [R, D] if the batch
-    has `keep_R`; `head(config, final_norm_D, head_VD, h_RD)` gives the logits [R, V]. `call` is a
-    `LayerCall`. All are pure functions at the top of a module: keys of programs name them by module
-    and name.
+    has `keep_R`; `head(config, final_norm_D, head_VD, h_RD)` gives the logits [R, V], on several
+    ranks the columns of this rank's `head_VD`. `call` is a `LayerCall`. All are pure functions at
+    the top of a module: keys of programs name them by module and name.
 
     `outer_params(config)` and `layer_params(config, kind, layer_idx)` declare the parameters by the
     fields of `Params` and of `layer_type(kind)`, a named tuple. A tied head is not declared. Fields

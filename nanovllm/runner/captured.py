@@ -3,7 +3,7 @@
 A step reads and writes the same memory each time, so it can be captured. A captured step launches
 its kernels without the host: launches are most of the time of a decode step or a short prompt.
 
-R rows | T tokens | K tokens a row | D hidden | V vocabulary.
+R rows | T tokens | K tokens a row | D hidden | V vocabulary | W columns of this rank's logits
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class DecodeStep:
         self.token_R = torch.zeros(num_rows, dtype=torch.int64, device=device)
         self.rows: list[int] = []  # the content of row_idx_R
         self._steps, self._platform, self._capture = steps, platform, capture
-        self._logits_RV: Tensor | None = None
+        self._logits_RW: Tensor | None = None
         self._logits: Replay | None = None
         self._variants: dict[tuple[bool, ...], tuple[int, Replay]] = {}  # by kind: version, step
         # The first run is not captured: Triton loads or compiles kernels, and cuBLAS allocates its
@@ -65,8 +65,8 @@ class DecodeStep:
             if self._logits is None:
                 self._logits = self._capture(self._without_sampler)
             self._logits()
-        assert self._logits_RV is not None
-        return self._logits_RV
+        assert self._logits_RW is not None
+        return self._steps.gathered(self._logits_RW)
 
     def replay_with(self, variant: Variant) -> None:
         """The whole step with another sampler."""
@@ -85,17 +85,17 @@ class DecodeStep:
         self._launch(self._steps)
 
     def _launch(self, steps: Steps) -> None:
-        token_R, logits_RV = steps.decode(self.row_idx_R)
+        token_R, logits_RW = steps.decode(self.row_idx_R)
         self.token_R.copy_(token_R)
         if steps.whole:
-            self._logits_RV = logits_RV
+            self._logits_RW = logits_RW
 
     def _launch_with(self, variant: Variant, steps: Steps) -> None:
-        logits_RV = steps.decode_logits(self.row_idx_R)
+        logits_RV = steps.gathered(steps.decode_logits(self.row_idx_R))
         self.token_R.copy_(variant.choose(self.row_idx_R, logits_RV))
 
     def _without_sampler(self) -> None:
-        self._logits_RV = self._steps.decode_logits(self.row_idx_R)
+        self._logits_RW = self._steps.decode_logits(self.row_idx_R)
 
 
 class SpanStep(ABC):
@@ -138,14 +138,14 @@ class PrefillStep(SpanStep):
     def _launch(self, steps: Steps) -> None:
         self.token_R.copy_(self.sample(steps.prefill_logits(self.span), steps))
 
-    def sample(self, logits_RV: Tensor, steps: Steps | None = None) -> Tensor:
+    def sample(self, logits_RW: Tensor, steps: Steps | None = None) -> Tensor:
         """Run the plain sampler; returns token_R."""
         steps = steps or self._steps
-        return steps.sample(self.span.row_idx_R, logits_RV, self.span.num_tokens_R)
+        return steps.sample(self.span.row_idx_R, logits_RW, self.span.num_tokens_R)
 
     def logits(self) -> Tensor:
         """The step without the sampler, op by op: the logits [R, V] after each row's last token."""
-        return self._steps.prefill_logits(self.span)
+        return self._steps.gathered(self._steps.prefill_logits(self.span))
 
     def hidden(self, given: Given = ()) -> tuple[Tensor, Tensor]:
         """The step without head and sampler, op by op: see `Steps.hidden`."""
@@ -168,10 +168,10 @@ class VerifyStep(SpanStep):
         self._logits: tuple[Tensor, SpanTokens] | None = None
 
     def _launch(self, steps: Steps) -> None:
-        token_RK, count_R, logits_TV, tokens = steps.verify(self.span, self.num)
+        token_RK, count_R, logits_TW, tokens = steps.verify(self.span, self.num)
         self.set(token_RK, count_R)
         if steps.whole:
-            self._logits = logits_TV, tokens
+            self._logits = logits_TW, tokens
 
     def set(self, token_RK: Tensor, count_R: Tensor) -> None:
         self.token_RK.copy_(token_RK)
@@ -179,9 +179,11 @@ class VerifyStep(SpanStep):
 
     def logits(self) -> tuple[Tensor, SpanTokens]:
         """The step without the sampler, op by op if possible: the logits [T, V] of its tokens."""
-        if not self._steps.whole:
-            return self._steps.verify_logits(self.span, self.num)
-        with self._steps.restoring_state():
-            self.replay()
-        assert self._logits is not None
-        return self._logits
+        if self._steps.whole:
+            with self._steps.restoring_state():
+                self.replay()
+            assert self._logits is not None
+            logits_TW, tokens = self._logits
+        else:
+            logits_TW, tokens = self._steps.verify_logits(self.span, self.num)
+        return self._steps.gathered(logits_TW), tokens

@@ -26,6 +26,7 @@ from nanovllm.models.rope import rotary_table
 from nanovllm.platforms import attention
 from nanovllm.platforms.base import HostCopy, MemoryBudget, Platform, Replay
 from nanovllm.platforms.regions import Region
+from nanovllm.runner import columns
 from nanovllm.runner.captured import DecodeStep, PrefillStep, VerifyStep
 from nanovllm.runner.inputs import SpanArrays, span_arrays
 from nanovllm.runner.sampling import LogprobCopies, Sampler, copy_logprobs
@@ -202,6 +203,7 @@ class Runner:
             for num in self.layout.verify_tokens:
                 self._verify_step(num_rows, num)
         with torch.no_grad():
+            columns.warm_up(self.cfg, self.layout.logits_rows, self.platform.device)
             self.sampler.warm_up()
         self.platform.synchronize()
         self.graphs_bytes = self.platform.used_bytes() - used_bytes
@@ -218,6 +220,7 @@ class Runner:
                 step = PrefillStep(self.steps, self.platform, *self.layout.prefill_bucket(size, 1))
                 step.launch()
                 step.build_hidden()
+                columns.warm_up(self.cfg, [len(step.token_R)], self.platform.device)
             else:
                 self.steps.decode(
                     torch.full((size,), self.state.pad_row, device=self.platform.device)
@@ -442,14 +445,14 @@ class Runner:
             prompt_logprobs = [
                 self._prompt_logprobs(one, h_TD, bucket[1]) for one in plan.prompt_logprobs
             ]
-            logits_RV = self.steps.logits_at(h_TD, last_R)
+            logits_RW = self.steps.logits_at(h_TD, last_R)
+            if plan.choice.is_plain:
+                return self._launched(plan, step.sample(logits_RW), None, prompt_logprobs)
+            logits_RV = self.steps.gathered(logits_RW)
         else:
             logits_RV = step.logits()
-        if plan.choice.is_plain:
-            token_R = step.sample(logits_RV)
-        else:
-            rows = step.span.row_idx_R, logits_RV, step.span.num_tokens_R
-            token_R = self.sampler.sample(plan.choice, *rows)
+        rows = step.span.row_idx_R, logits_RV, step.span.num_tokens_R
+        token_R = self.sampler.sample(plan.choice, *rows)
         return self._launched(plan, token_R, logits_RV, prompt_logprobs)
 
     def _prompt_logprobs(
@@ -461,7 +464,8 @@ class Runner:
             token_ids = wanted.token_ids[first : first + group]
             index = [wanted.start + first + min(i, len(token_ids) - 1) for i in range(group)]
             following = token_ids + [0] * (group - len(token_ids))
-            logits_RV = self.steps.logits_at(h_TD, self.platform.upload(index, torch.int64))
+            index_R = self.platform.upload(index, torch.int64)
+            logits_RV = self.steps.gathered(self.steps.logits_at(h_TD, index_R))
             token_R = self.platform.upload(following, torch.int64)
             found.append(
                 copy_logprobs(self.platform, logits_RV, token_R, wanted.num_top, len(token_ids))

@@ -33,6 +33,13 @@ class Layout:
         prefill = [("prefill", num_tokens) for num_tokens in reversed(self.prefill_tokens)]
         return prefill + [("decode", num_rows) for num_rows in reversed(self.decode_rows)]
 
+    @property
+    def logits_rows(self) -> list[int]:
+        """How many rows of logits the steps of the buckets compute, in ascending order."""
+        verified = (rows * num for rows in self.decode_rows for num in self.verify_tokens)
+        prompts = (self.prefill_bucket(num, 1)[1] for num in self.prefill_tokens)
+        return sorted({*self.decode_rows, *verified, *prompts})
+
     def decode_bucket(self, num_rows: int) -> int:
         return buckets.smallest_fit(self.decode_rows, num_rows) if self.pad else num_rows
 

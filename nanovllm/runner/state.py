@@ -7,6 +7,7 @@ V vocabulary | F sampling fields.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,9 @@ from torch import Tensor
 from nanovllm.kernels import ops
 from nanovllm.models.interface import Batch
 from nanovllm.schedule.plan import PAD_BLOCK, SAMPLING_FIELDS
+
+# Logits, temperatures, seeds and positions to tokens: `ops.sample`, or that of several ranks
+Draw = Callable[..., Tensor]
 
 
 class DeviceState(NamedTuple):
@@ -79,11 +83,15 @@ def span_batch(block_size: int, state: DeviceState, span: Span) -> tuple[SpanTok
 
 
 def choose(
-    state: DeviceState, row_idx_R: Tensor, logits_RV: Tensor, num_R: Tensor | None = None
+    state: DeviceState,
+    row_idx_R: Tensor,
+    logits_RV: Tensor,
+    num_R: Tensor | None = None,
+    draw: Draw = ops.sample,
 ) -> Tensor:
     """Choose token_R, at positions pos + num_R (+ 1 without num_R), by temperature and noise."""
     inputs = ops.sampling_inputs(state.pos_S, state.sampling_SF, state.seed_S, row_idx_R, num_R)
-    return ops.sample(logits_RV, *inputs)
+    return draw(logits_RV, *inputs)
 
 
 def advance(
@@ -94,10 +102,14 @@ def advance(
 
 
 def choose_and_advance(
-    state: DeviceState, row_idx_R: Tensor, logits_RV: Tensor, num_R: Tensor | None = None
+    state: DeviceState,
+    row_idx_R: Tensor,
+    logits_RV: Tensor,
+    num_R: Tensor | None = None,
+    draw: Draw = ops.sample,
 ) -> Tensor:
     """Choose token_R by temperature alone and write it to the state."""
-    token_R = choose(state, row_idx_R, logits_RV, num_R)
+    token_R = choose(state, row_idx_R, logits_RV, num_R, draw)
     advance(state, row_idx_R, token_R, num_R)
     return token_R
 
@@ -114,8 +126,13 @@ def accept_and_advance(
 
 
 def choose_and_accept(
-    num: int, state: DeviceState, span: Span, tokens: SpanTokens, logits_TV: Tensor
+    num: int,
+    state: DeviceState,
+    span: Span,
+    tokens: SpanTokens,
+    logits_TV: Tensor,
+    draw: Draw = ops.sample,
 ) -> tuple[Tensor, Tensor]:
     """`accept_and_advance` with tokens that are chosen by temperature alone."""
-    chosen_T = choose(state, tokens.row_T, logits_TV, tokens.num_T)
+    chosen_T = choose(state, tokens.row_T, logits_TV, tokens.num_T, draw)
     return accept_and_advance(num, state, span, tokens, chosen_T)

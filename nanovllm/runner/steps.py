@@ -2,7 +2,8 @@
 
 Each region is traced and compiled separately, once per bucket. A platform captures the whole step.
 
-R rows | T tokens | K tokens a row | D hidden | V vocabulary.
+R rows | T tokens | K tokens a row | D hidden | V vocabulary
+W columns of this rank's logits: V, or its part on several ranks (`columns.py`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from nanovllm.models.config import ModelConfig
 from nanovllm.models.experts import offloaded
 from nanovllm.models.experts.offloaded import Offloaded
 from nanovllm.models.interface import Batch, LayerCache, LayerCall, Model, Params
+from nanovllm.runner.columns import drawing, gathered
 from nanovllm.runner.state import (
     DeviceState,
     Span,
@@ -126,7 +128,7 @@ class Steps:
     # one token for each row -------------------------------------------------------------------
 
     def decode_logits(self, row_idx_R: Tensor) -> Tensor:
-        """Feed each row's newest token; returns the logits [R, V] of the token that follows it."""
+        """Feed each row's newest token; returns the logits [R, W] of the token that follows it."""
         h_RD, batch = self._run(
             "begin",
             (row_idx_R.shape[0],),
@@ -138,19 +140,19 @@ class Steps:
         return self._head(self._layers("decode", h_RD, batch, max_q_len=1))
 
     def decode(self, row_idx_R: Tensor) -> tuple[Tensor, Tensor]:
-        """A decode step with the plain sampler; returns token_R and the logits [R, V].
+        """A decode step with the plain sampler; returns token_R and the logits [R, W].
 
         Also writes the tokens to the state.
         """
         if self.whole:
             return self._run_whole("decode", Steps.decode, row_idx_R=row_idx_R)
-        logits_RV = self.decode_logits(row_idx_R)
-        return self.sample(row_idx_R, logits_RV), logits_RV
+        logits_RW = self.decode_logits(row_idx_R)
+        return self.sample(row_idx_R, logits_RW), logits_RW
 
     # several tokens for each row --------------------------------------------------------------
 
     def prefill_logits(self, span: Span) -> Tensor:
-        """Write keys and values of a span; returns logits [R, V] after each row's last token."""
+        """Write keys and values of a span; returns logits [R, W] after each row's last token."""
         if self.whole:
             return self.logits_at(*self.hidden(span))
         h_TD, tokens, batch = self._begin_span(span)
@@ -171,11 +173,11 @@ class Steps:
         return self._layers("prefill", h_TD, batch, len(span.token_T)), tokens.last_R
 
     def logits_at(self, h_TD: Tensor, index_R: Tensor) -> Tensor:
-        """Logits [R, V] after the tokens at `index_R` of a span's hidden states."""
+        """Logits [R, W] after the tokens at `index_R` of a span's hidden states."""
         return self._head(h_TD.index_select(0, index_R))
 
     def verify_logits(self, span: Span, num: int) -> tuple[Tensor, SpanTokens]:
-        """Feed up to K = `num` tokens a row, T = R · K; returns the logits [T, V] after each token,
+        """Feed up to K = `num` tokens a row, T = R · K; returns the logits [T, W] after each token,
         and the tokens."""
         h_TD, tokens, batch = self._begin_span(span)
         return self._head(self._layers("verify", h_TD, batch, num)), tokens
@@ -188,30 +190,34 @@ class Steps:
         """
         if self.whole:
             return self._run_whole("verify", partial(Steps.verify, num=num), span=span)
-        logits_TV, tokens = self.verify_logits(span, num)
+        logits_TW, tokens = self.verify_logits(span, num)
         token_RK, count_R = self._run(
             "accept",
             (span.row_idx_R.shape[0], num),
-            partial(choose_and_accept, num),
+            drawing(self.model.config, partial(choose_and_accept, num)),
             state=self.state,
             span=span,
             tokens=tokens,
-            logits_TV=logits_TV,
+            logits_TV=logits_TW,
         )
-        return token_RK, count_R, logits_TV, tokens
+        return token_RK, count_R, logits_TW, tokens
 
-    def sample(self, row_idx_R: Tensor, logits_RV: Tensor, num_R: Tensor | None = None) -> Tensor:
+    def sample(self, row_idx_R: Tensor, logits_RW: Tensor, num_R: Tensor | None = None) -> Tensor:
         """The plain sampler: choose token_R by temperature and make them the newest tokens of rows
         that have fed num_R tokens (1 without num_R)."""
         return self._run(
             "sample",
             (row_idx_R.shape[0], "one" if num_R is None else "several"),
-            choose_and_advance,
+            drawing(self.model.config, choose_and_advance),
             state=self.state,
             row_idx_R=row_idx_R,
-            logits_RV=logits_RV,
+            logits_RV=logits_RW,
             num_R=num_R,
         )
+
+    def gathered(self, logits_RW: Tensor) -> Tensor:
+        """The whole logits [R, V]. It runs op by op, and can be captured."""
+        return gathered(self.model.config, logits_RW)
 
     # regions ----------------------------------------------------------------------------------
 

@@ -37,7 +37,7 @@ def rehearse_bucket(runner: Runner, kind: str, size: int, rehearsal: Rehearsal) 
         if kind == "prefill":
             with mode:
                 step = PrefillStep(steps, platform, *layout.prefill_bucket(size, 1))
-            step.sample(step.logits())
+            step.sample(steps.prefill_logits(step.span))
             step.build_hidden()
             return
         with mode:

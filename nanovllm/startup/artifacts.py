@@ -21,7 +21,7 @@ from nanovllm.kernels.code_files import Shared, temporary_folder
 from nanovllm.models import interface
 from nanovllm.models.interface import Model
 from nanovllm.platforms.base import Platform
-from nanovllm.runner import state, steps
+from nanovllm.runner import columns, state, steps
 
 if TYPE_CHECKING:
     from nanovllm.startup.choose import Choice
@@ -101,7 +101,9 @@ def common_ingredients(platform: Platform, passes: Sequence[str], model: Model) 
         **keys.own_sources(),
         "source models": keys.source_digest(shared, models),
         **{f"source {name}": keys.source_digest([at], at.parent) for name, at in files.items()},
-        "source steps": keys.source_digest([Path(steps.__file__), Path(state.__file__)], engine),
+        "source steps": keys.source_digest(
+            [Path(module.__file__ or "") for module in (columns, state, steps)], engine
+        ),
         "source platform": keys.source_digest([chosen_by], chosen_by.parent),
         "passes": " ".join(passes),
         "torch": torch.__version__,

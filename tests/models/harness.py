@@ -173,11 +173,12 @@ def _prefill(
     for start in range(0, len(where), num_rows):
         group = where[start : start + num_rows]
         index = [start + min(i, len(group) - 1) for i in range(num_rows)]
-        logits_RV = runner.steps.logits_at(hidden, upload(index, torch.int64)).float().cpu()
+        logits_RW = runner.steps.logits_at(hidden, upload(index, torch.int64))
+        logits_RV = runner.steps.gathered(logits_RW).float().cpu()
         for (row, pos), logits_V in zip(group, logits_RV):
             logits[row][pos] = logits_V
     # the last tokens' logits, as in a step without prompt logprobs; it writes the same cache again
-    last_RV = runner.steps.prefill_logits(span).float().cpu()
+    last_RV = runner.steps.gathered(runner.steps.prefill_logits(span)).float().cpu()
     for chunk, logits_V in zip(chunks, last_RV):
         logits[chunk.row][chunk.start + chunk.num_tokens - 1] = logits_V
 
@@ -191,6 +192,7 @@ def _decode(
     state.token_S[row_idx_R] = upload([known[row].token_ids[pos] for row in rows], torch.int64)
     state.pos_S[row_idx_R] = pos
     padding = [state.pad_row] * (runner.layout.decode_bucket(len(rows)) - len(rows))
-    logits_RV = runner.steps.decode_logits(upload(rows + padding, torch.int64)).float().cpu()
+    logits_RW = runner.steps.decode_logits(upload(rows + padding, torch.int64))
+    logits_RV = runner.steps.gathered(logits_RW).float().cpu()
     for row, logits_V in zip(rows, logits_RV):
         logits[row][pos] = logits_V
