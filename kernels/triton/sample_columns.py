@@ -33,7 +33,7 @@ def _ordered(best_R, token_R):
     """`collectives.ordered`."""
     bits_R = best_R.to(tl.int32, bitcast=True)
     score_R = tl.where(bits_R < 0, -(bits_R & LAST), bits_R)
-    return (score_R.to(tl.int64) << 32) + (LAST - token_R.to(tl.int64))
+    return (score_R.to(tl.int64) << 32) - token_R.to(tl.int64) + LAST
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_spans"])
@@ -74,7 +74,8 @@ def best_of_ranks_kernel(
         # not from the first cache, which other GPUs' writes do not reach
         theirs_R = tl.load(pointer(regions[other] + offset, tl.int64) + i_R, cache_modifier=".cg")
         ordered_R = tl.maximum(ordered_R, theirs_R)
-    tl.store(out_ptr + row_R, LAST - (ordered_R & 0xFFFFFFFF), mask=row_R < num_rows)
+    token_R = -(ordered_R & 0xFFFFFFFF) + LAST
+    tl.store(out_ptr + row_R, token_R, mask=row_R < num_rows)
     tl.store(counter_ptr, counter + 2)
 
 

@@ -104,7 +104,7 @@ class Regions:
             os._exit(code)
 
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int64]
 
 
 def _wait_for(pids: list[int]) -> None:
