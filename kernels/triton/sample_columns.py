@@ -1,8 +1,8 @@
 """The plain sampler of several ranks: each one has some columns of the logits.
 
-A rank finds the best score of its own columns as `sample.py` does. Then a number for each row,
-which stands for a score and its token, goes to all ranks through the memory that all can read
-(`all_reduce.py`), and each rank takes the largest. Without such memory the group gathers them.
+A rank finds the best score of its own columns as `sample.py` does. Then the score and its token go
+to all ranks as two words of the memory that all can read (`peer_words.py`), and each rank
+takes the best. Without such memory the group gathers one number for each row.
 
 N ranks | R rows | W columns of a rank | P spans of a row
 """
@@ -16,24 +16,10 @@ from torch import Tensor
 
 from nanovllm.kernels import collectives, peers
 from nanovllm.kernels.peers import Peers
-from nanovllm.kernels.triton.all_reduce import (
-    counter_at,
-    load_table,
-    pointer,
-    raise_flags,
-    slab_offset,
-    wait_for_flags,
-)
 from nanovllm.kernels.triton.common import launch_options, wait_for_earlier_kernels
+from nanovllm.kernels.triton.peer_access import counter_at, load_table
+from nanovllm.kernels.triton.peer_words import receive, send, words_offset
 from nanovllm.kernels.triton.sample import LAST, NO_TOKEN, best_of_spans
-
-
-@triton.jit
-def _ordered(best_R, token_R):
-    """`collectives.ordered`."""
-    bits_R = best_R.to(tl.int32, bitcast=True)
-    score_R = tl.where(bits_R < 0, -(bits_R & LAST), bits_R)
-    return (score_R.to(tl.int64) << 32) - token_R.to(tl.int64) + LAST
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_spans"])
@@ -49,8 +35,8 @@ def best_of_ranks_kernel(
     SPANS_P: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """A program takes the same rows of all ranks."""
-    regions, region_N, rank, own, stop_address = load_table(peers_ptr, NUM_RANKS)
+    """A program takes the same rows of all ranks. It sends their scores, then their tokens."""
+    regions, _, rank, own, stop_address = load_table(peers_ptr, NUM_RANKS)
     wait_for_earlier_kernels(PDL)
     program = tl.program_id(0)
     i_R = tl.arange(0, ROWS)
@@ -62,27 +48,31 @@ def best_of_ranks_kernel(
     token_RP = tl.load(best_token_ptr + at_RP, mask=mask_RP, other=LAST)
     best_R = tl.max(best_RP, 1)
     token_R = tl.min(tl.where(best_RP == best_R[:, None], token_RP, LAST), 1)
-    # a row without a score above −inf has no best token
-    ordered_R = _ordered(best_R, tl.where(token_R == LAST, NO_TOKEN, token_R))
     counter_ptr = counter_at(own, program)
     counter = tl.load(counter_ptr)
-    offset = slab_offset(program, counter)
-    tl.store(pointer(own + offset, tl.int64) + i_R, ordered_R)
-    raise_flags(region_N, rank, program, counter + 2)
-    wait_for_flags(own, stop_address, program, counter + 2, NUM_RANKS)
+    number_R = i_R * 0 + counter + 2
+    sent_R = words_offset(program, counter, rank) + i_R * 8
     for other in tl.static_range(NUM_RANKS):
-        # not from the first cache, which other GPUs' writes do not reach
-        theirs_R = tl.load(pointer(regions[other] + offset, tl.int64) + i_R, cache_modifier=".cg")
-        ordered_R = tl.maximum(ordered_R, theirs_R)
-    token_R = -(ordered_R & 0xFFFFFFFF) + LAST
+        send(regions[other] + sent_R, best_R.to(tl.int32, bitcast=True), number_R)
+        send(regions[other] + sent_R + ROWS * 8, token_R, number_R)
+    for other in tl.static_range(NUM_RANKS):
+        at_R = own + words_offset(program, counter, other) + i_R * 8
+        theirs_R = receive(at_R, number_R, stop_address).to(tl.float32, bitcast=True)
+        their_token_R = receive(at_R + ROWS * 8, number_R, stop_address)
+        is_better_R = (theirs_R > best_R) | ((theirs_R == best_R) & (their_token_R < token_R))
+        best_R = tl.where(is_better_R, theirs_R, best_R)
+        token_R = tl.where(is_better_R, their_token_R, token_R)
+    # a row without a score above −inf has no best token
+    token_R = tl.where(token_R == LAST, NO_TOKEN, token_R).to(tl.int64)
     tl.store(out_ptr + row_R, token_R, mask=row_R < num_rows)
+    tl.debug_barrier()  # all threads have read the counter
     tl.store(counter_ptr, counter + 2)
 
 
 def rows_of_program(num_rows: int) -> int:
     """How many rows a program takes: few, so that many programs work at the same time."""
     rows = triton.next_power_of_2(triton.cdiv(num_rows, peers.MAX_PROGRAMS))
-    assert rows * torch.int64.itemsize <= peers.SLAB_BYTES, num_rows
+    assert 2 * rows <= peers.PROGRAM_WORDS, num_rows
     return rows
 
 
@@ -101,7 +91,7 @@ def best_through(best_RP: Tensor, best_token_RP: Tensor, regions: Peers) -> Tens
         NUM_RANKS=regions.num_ranks,
         ROWS=rows,
         SPANS_P=triton.next_power_of_2(num_spans),
-        num_warps=4,
+        num_warps=1 if rows * num_spans <= 32 else 4,
         **launch_options(best_RP.device),
     )
     return token_R

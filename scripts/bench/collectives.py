@@ -1,4 +1,5 @@
-"""Times sums and gathers over the GPUs of one host, in captured graphs, against the link's limit.
+"""Times sums, gathers and sampling over the GPUs of one host, in captured graphs, against the link's
+limit.
 
 python scripts/bench/collectives.py --ranks 2
 
@@ -30,6 +31,8 @@ from nanovllm.kernels import collectives, reference
 from nanovllm.kernels import peers as layout
 from nanovllm.kernels.triton import all_reduce as kernels
 from nanovllm.kernels.triton.norm_act import add_rms_norm
+from nanovllm.kernels.triton.sample import sample
+from nanovllm.kernels.triton.sample_columns import sample_columns
 from nanovllm.parallel.group import Group
 from nanovllm.platforms.cuda import CudaPlatform
 
@@ -184,6 +187,22 @@ class Bench:
             ("gather, chosen", kernels.gather_columns),
         ):
             self._report(name, num_rows, x.nbytes, share, partial(function, x, vocab))
+        self._samples(x)
+
+    def _samples(self, x: Tensor) -> None:
+        """Greedy rows and drawn ones in turn, from whole logits and from each rank's columns."""
+        num_rows, vocab = len(x), self.args.vocab
+        row_R = torch.arange(num_rows, device=self.device)
+        given = (row_R % 2).float(), row_R + 7, row_R
+        whole = sample(kernels.gather_columns(x, vocab), *given)
+        for _ in range(5):  # both halves of the words, several times
+            self._expect("sample", sample_columns(x, *given, vocab), whole)
+        forms: tuple[Form, ...] = (
+            ("sample, gathered", lambda: sample(kernels.gather_columns(x, vocab), *given)),
+            ("sample, columns", lambda: sample_columns(x, *given, vocab)),
+        )
+        for name, call in forms:
+            self._report(name, num_rows, 8 * num_rows, float(self.args.ranks - 1), call)
 
     def _report(
         self, name: str, num_rows: int, num_bytes: int, share: float, call: Callable[[], object]

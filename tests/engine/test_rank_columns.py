@@ -54,6 +54,11 @@ def gathered(several: LLM, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, .
     return shapes
 
 
+def graphs(store: Path) -> dict[str, Any]:
+    """Graph mode with an empty store: programs of earlier runs would not reach the lowering."""
+    return {"enforce_eager": False, "graph_batch_sizes": [4], "compile_cache": str(store)}
+
+
 def test_draws_of_any_seed_are_those_of_one_rank(alone: LLM, several: LLM) -> None:
     """Greedy rows and drawn ones share their steps."""
     params = [
@@ -100,10 +105,11 @@ def test_other_choices_gather_whole_logits(
     assert gathered and all(shape[1:] == (width,) for shape in gathered)
 
 
-def test_programs_gather_no_logits(folder: Path, alone: LLM, lowered_ops: set[str]) -> None:
+def test_programs_gather_no_logits(
+    folder: Path, alone: LLM, lowered_ops: set[str], tmp_path: Path
+) -> None:
     """In graph mode; steps that need whole logits compile nothing after warm-up."""
-    graphs = {"enforce_eager": False, "graph_batch_sizes": [4], "draft_lengths": (2,)}
-    llm = make(folder, 2, **graphs)
+    llm = make(folder, 2, **graphs(tmp_path), draft_lengths=(2,))
     try:
         assert "sample_columns" in lowered_ops
         assert not lowered_ops & {"sample", "gather_columns"}
@@ -114,7 +120,8 @@ def test_programs_gather_no_logits(folder: Path, alone: LLM, lowered_ops: set[st
         llm.close()
 
 
-def test_one_rank_samples_from_whole_logits(folder: Path, lowered_ops: set[str]) -> None:
-    llm = make(folder, 1, enforce_eager=False, graph_batch_sizes=[4])
-    llm.close()
+def test_one_rank_samples_from_whole_logits(
+    folder: Path, lowered_ops: set[str], tmp_path: Path
+) -> None:
+    make(folder, 1, **graphs(tmp_path)).close()
     assert "sample" in lowered_ops and not lowered_ops & {"sample_columns", "gather_columns"}

@@ -283,8 +283,9 @@ def steps() -> Iterator[Build]:
     from nanovllm.kernels.triton import sample as triton_sample
     from nanovllm.kernels.triton import step as triton_step
 
-    span = {"TILE": triton_sample.TILE, "HARDWARE": True}
-    yield Build("best_of_span", triton_sample.best_of_span_kernel, span, 4)
+    for label, is_part in (("best_of_span", False), ("best_of_span of a rank", True)):
+        span = {"TILE": triton_sample.TILE, "IS_PART": is_part, "HARDWARE": True}
+        yield Build(label, triton_sample.best_of_span_kernel, span, 4)
     yield Build("best_of_row", triton_sample.best_of_row_kernel, {"SPANS_P": 256}, 4, out="*i64")
     for dtype in ("fp32", "bf16"):
         tile = {"TILE": triton_filter.TILE}

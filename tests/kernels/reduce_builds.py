@@ -1,4 +1,4 @@
-"""The kernels of small sums over ranks, with the constants that launches choose."""
+"""The kernels of small sums and choices over ranks, with the constants that launches choose."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CASES = (
 def launches(dtype: str) -> Iterator[Launch]:
     import triton
 
-    from nanovllm.kernels.triton import all_reduce
+    from nanovllm.kernels.triton import all_reduce, sample_columns
 
     element_size = 4 if dtype == "fp32" else 2
     for num_rows, dim, num_ranks in CASES:
@@ -46,3 +46,10 @@ def launches(dtype: str) -> Iterator[Launch]:
     sizes = {"NUM_RANKS": 2, "WIDTH": width, "NUM_COLUMNS": 151936, "TILE": columns}
     warps = all_reduce.warps_for(columns * element_size)
     yield f"gather_columns {dtype}", all_reduce.gather_columns_kernel, sizes, warps, TYPES
+    best = TYPES | {"best_ptr": "*fp32", "best_token_ptr": "*i32", "out_ptr": "*i64"}
+    for num_rows, num_spans, num_ranks in ((1, 75, 2), (64, 19, 4), (989, 1, 8)):
+        rows, spans = sample_columns.rows_of_program(num_rows), triton.next_power_of_2(num_spans)
+        sizes = {"NUM_RANKS": num_ranks, "ROWS": rows, "SPANS_P": spans}
+        warps = 1 if rows * num_spans <= 32 else 4
+        label = f"best_of_ranks {num_rows} rows, {num_ranks} ranks, {dtype}"
+        yield label, sample_columns.best_of_ranks_kernel, sizes, warps, best

@@ -184,10 +184,11 @@ def test_ranks_with_shared_memory_choose_the_same_tokens(
     num_ranks: int, rows: int, rows_each: int, vocab_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Their group cannot gather: everything goes through the memory. Two calls use both halves of
-    a slab, and a third comes back to the first."""
+    the words, and a third comes back to the first."""
     monkeypatch.setattr(triton_columns, "rows_of_program", lambda num_rows: rows_each)
     calls = [given(rows, vocab_size, torch.bfloat16) for _ in range(3)]
     calls[1][0][0] = NAN
+    calls[2][0][0] = 1.5  # a tie of all ranks
 
     def work(rank: int) -> Tensor:
         return torch.stack([
@@ -200,11 +201,11 @@ def test_ranks_with_shared_memory_choose_the_same_tokens(
         assert torch.equal(tokens, expected)
 
 
-def test_programs_are_few_enough_and_their_rows_fit_the_slabs() -> None:
+def test_programs_are_few_enough_and_their_rows_fit_the_words() -> None:
     for num_rows in (1, 2, 128, 129, 256, 989, 8192):
         rows = triton_columns.rows_of_program(num_rows)
         assert rows & (rows - 1) == 0 and -(-num_rows // rows) <= peers.MAX_PROGRAMS
-        assert rows * 8 <= peers.SLAB_BYTES
+        assert 2 * rows <= peers.PROGRAM_WORDS
 
 
 def test_a_graph_names_no_rank() -> None:

@@ -194,7 +194,9 @@ def test_gpus_agree_with_nccl_in_captured_graphs(num_ranks: int) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert {"one-shot", "two-shot", "fused", "gather, chosen"} <= {line["form"] for line in lines}
+    assert {"one-shot", "two-shot", "fused", "gather, chosen", "sample, columns"} <= {
+        line["form"] for line in lines
+    }
 
 
 class Plain:
