@@ -1,5 +1,6 @@
-"""Times sums, gathers and sampling over the GPUs of one host, in captured graphs, against the link's
-limit.
+"""Times sums, gathers and sampling over the GPUs of one host, in captured graphs.
+
+The times are compared with the link's limit.
 
 python scripts/bench/collectives.py --ranks 2
 
