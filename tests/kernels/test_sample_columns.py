@@ -1,6 +1,6 @@
 """Ranks that sample from their own columns choose the tokens that one rank chooses from all.
 
-Padding after the last token's column is NaN: reading it would leave a trace.
+Padding after the last token's column is infinite: if it were read, it would win. NaN never wins.
 """
 
 from __future__ import annotations
@@ -69,10 +69,10 @@ def greedy(rows: list[list[float]], dtype: torch.dtype = torch.float32) -> Given
 
 
 def columns(logits_RV: Tensor, rank: int, size: int) -> Tensor:
-    """A rank's columns, with NaN where it has no more tokens."""
+    """A rank's columns, with infinity where it has no more tokens."""
     width = -(-logits_RV.shape[1] // size)
     padded_RV = torch.nn.functional.pad(
-        logits_RV, (0, width * size - logits_RV.shape[1]), value=NAN
+        logits_RV, (0, width * size - logits_RV.shape[1]), value=INF
     )
     return padded_RV[:, rank * width : (rank + 1) * width].contiguous()
 
