@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels import collectives, ops, peers, reference
+from nanovllm.kernels.cpu import kernels as cpu_kernels
 from nanovllm.kernels.triton import sample as triton_sample
 from nanovllm.kernels.triton import sample_columns as triton_columns
 from nanovllm.kernels.triton.common import INTERPRETED
@@ -29,7 +30,7 @@ Sampler = Callable[..., Tensor]
 # the sampler of one rank, and that of several
 SAMPLERS = {
     "formula": (reference.sample, collectives.sample_columns),
-    "kernel": (ops.sample, ops.sample_columns),
+    "C++": (cpu_kernels.sample, cpu_kernels.sample_columns),
     "triton": (triton_sample.sample, triton_columns.sample_columns),
 }
 forked = pytest.mark.skipif(
@@ -100,7 +101,7 @@ def test_tokens_are_those_of_one_rank(
 
 
 @pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("name", ["formula", "kernel"])
+@pytest.mark.parametrize("name", ["formula", "C++"])
 def test_many_seeds_and_positions(name: str, size: int) -> None:
     alone, together = SAMPLERS[name]
     logits_RV, _, seed_R, pos_R = given(989, 101, torch.bfloat16)
