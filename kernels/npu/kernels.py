@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanovllm.kernels import collectives, ops
+from nanovllm.kernels import collectives, ops, reference
 from nanovllm.kernels.npu.experts import expert_linear, experts, route
 
 # fused_infer_attention_score reads a causal mask of this size for any lengths (its sparse mode 3).
@@ -292,6 +292,14 @@ def gather_columns_in_graph(x_RW: Tensor, num_columns: int) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
+def sample_columns_in_graph(
+    logits_RW: Tensor, temperature_R: Tensor, seed_R: Tensor, pos_R: Tensor, num_columns: int
+) -> Tensor:
+    """It gathers the logits: a choice from a rank's own columns has not been written for GE."""
+    logits_RV = gather_columns_in_graph(logits_RW, num_columns)
+    return reference.sample(logits_RV, temperature_R, seed_R, pos_R)
+
+
 def shard_embedding_in_graph(token_T: Tensor, table_WD: Tensor) -> Tensor:
     return collectives.rows_of_rank(token_T, table_WD, ops.own_rank(token_T))
 
@@ -299,6 +307,7 @@ def shard_embedding_in_graph(token_T: Tensor, table_WD: Tensor) -> Tensor:
 COMMUNICATE: dict[str, Callable[..., Any]] = {
     "all_reduce": ops.all_reduce,
     "gather_columns": ops.gather_columns,
+    "sample_columns": ops.sample_columns,
     "shard_embedding": ops.shard_embedding,
 }
 
@@ -322,6 +331,7 @@ IN_GRAPH: dict[str, Callable[..., Any]] = {
     "paged_attention": paged_attention_in_graph,
     "all_reduce": all_reduce_in_graph,
     "gather_columns": gather_columns_in_graph,
+    "sample_columns": sample_columns_in_graph,
     "shard_embedding": shard_embedding_in_graph,
 }
 # our op → the function in a graph whose decode steps are captured
