@@ -36,6 +36,7 @@ from nanovllm.kernels.triton.sample import sample
 from nanovllm.kernels.triton.sample_columns import sample_columns
 from nanovllm.parallel.group import Group
 from nanovllm.platforms.cuda import CudaPlatform
+from nanovllm.tools import command_line
 
 CALLS, REPLAYS = 50, 20
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 8192)
@@ -245,8 +246,13 @@ class Bench:
         return -self.group.min_int(-taken_ns) / 1e3
 
 
+def main() -> int:
+    args = arguments()
+    if args.rank is None:
+        return start(args)
+    Bench(args).run()
+    return 0
+
+
 if __name__ == "__main__":
-    given = arguments()
-    if given.rank is None:
-        sys.exit(start(given))
-    Bench(given).run()
+    sys.exit(command_line.run(main))
