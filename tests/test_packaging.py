@@ -194,3 +194,15 @@ def test_nothing_optional_is_imported() -> None:
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_all_folders_with_code_are_packages() -> None:
+    found = {
+        path.relative_to(ROOT).parent.parts
+        for folder in ("nanovllm", "compile", "kernels")
+        for path in (ROOT / folder).rglob("*.py")
+    }
+    names = {
+        ".".join(("nanovllm", *(one for one in parts if one != "nanovllm"))) for parts in found
+    }
+    assert set(OPTIONS["packages"]) == names
