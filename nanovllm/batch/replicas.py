@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -177,7 +176,7 @@ class Replicas:
         self._handles[self._handles.index(handle)] = self._start(handle.number)
 
     def _kill(self, handle: _Handle) -> None:
-        with suppress(Exception):  # Ray raises many types for an actor that is dead
+        with cluster.closing():
             self._ray.kill(handle.actor)
 
     def _check_places(self) -> None:

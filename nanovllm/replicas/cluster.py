@@ -9,12 +9,15 @@ import logging
 import signal
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from nanovllm import env
 from nanovllm.config import EngineConfig
 from nanovllm.platforms import DEVICES
+
+logger = logging.getLogger(__name__)
 
 # for the chunks on their way to replicas; Ray's own choice is a third of the machine's memory
 OBJECT_STORE_BYTES = 1 << 30
@@ -73,6 +76,16 @@ def _init(ray: Any, address: str | None) -> None:
         ray.init(address=address, **quiet)
     except (ConnectionError, RuntimeError) as error:
         raise ValueError(f"no Ray cluster at {address!r}: {error}") from error
+
+
+@contextmanager
+def closing() -> Iterator[None]:
+    """Errors of Ray while something closes go to the log at DEBUG: an actor, a node or the cluster
+    may be gone, for which Ray has many types of errors."""
+    try:
+        yield
+    except Exception:
+        logger.debug("Ray failed while something was closed", exc_info=True)
 
 
 class Shared:

@@ -6,7 +6,6 @@ import atexit
 import json
 import logging
 import threading
-from contextlib import suppress
 from typing import Any
 
 from nanovllm import env
@@ -68,7 +67,7 @@ class RayReplica(Replica):
     def begin_close(self) -> None:
         if not self._is_closing:
             self._is_closing = True
-            with suppress(Exception):  # Ray raises many types for an actor that is dead
+            with cluster.closing():
                 if self._ray.is_initialized() and not self._has_failed:
                     self._closing = self._actor.close.remote()
 
@@ -77,7 +76,7 @@ class RayReplica(Replica):
         if self._is_closed:
             return
         self._is_closed = True
-        with suppress(Exception):
+        with cluster.closing():
             if self._closing is not None:
                 self._ray.wait([self._closing], timeout=CLOSE_S)
         self._kill()
@@ -133,7 +132,7 @@ class RayReplica(Replica):
         return ReplicaFailed(f"{self.name} is lost: {_line(error)}")
 
     def _kill(self) -> None:
-        with suppress(Exception):
+        with cluster.closing():
             if self._ray.is_initialized():
                 self._ray.kill(self._actor)
 
@@ -197,7 +196,7 @@ class RayStarter:
         for replica in self._replicas:
             replica.close()
         if self._group is not None:
-            with suppress(Exception):  # the cluster may be gone
+            with cluster.closing():
                 if self._ray.is_initialized():
                     self._ray.util.remove_placement_group(self._group)
         cluster.SHARED.close()
