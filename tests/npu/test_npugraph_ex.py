@@ -98,6 +98,17 @@ def test_decode_programs_write_in_place_and_take_lengths(codes: list[str]) -> No
             assert 'compile_configs["force_eager"] = True' in code
 
 
+def test_a_graph_may_be_freed_while_another_is_captured(host: Host) -> None:
+    """Garbage collection frees the graphs of a closed engine at any time."""
+    from torch_npu import npu
+
+    earlier, later = npu.NPUGraph(), npu.NPUGraph()
+    with npu.graph(earlier):
+        pass
+    with npu.graph(later):
+        earlier.reset()
+
+
 def test_options_reach_npugraph_ex(codes: list[str]) -> None:
     options = {"remove_noop_ops": False}
     LLM("tiny-qwen3", device="npu", **SIZES, npu_graph_options=options).close()

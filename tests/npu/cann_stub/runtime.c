@@ -12,7 +12,8 @@
 #define NUM_CORES 24
 
 static __thread int32_t current_device = 0;
-static int context, is_capturing;
+static int context;
+static uint32_t num_models, *captured_model;
 
 /* devices */
 int aclrtGetDeviceCount(uint32_t *count) { *count = 1; return 0; }
@@ -54,11 +55,17 @@ int aclrtCreateEvent(void **out) { return handle(out); }
 int aclrtCreateEventWithFlag(void **out, uint32_t flags) { return handle(out); }
 int aclrtCreateEventExWithFlag(void **out, uint32_t flags) { return handle(out); }
 int aclrtEventElapsedTime(float *milliseconds, void *a, void *b) { *milliseconds = 0; return 0; }
-int aclmdlRICaptureBegin(void *stream, int mode) { is_capturing = 1; return 0; }
-int aclmdlRICaptureEnd(void *stream, void **model) { is_capturing = 0; *model = &is_capturing; return 0; }
+/* a captured model holds its number; torch_npu finds captures by it */
+int aclmdlRICaptureBegin(void *stream, int mode) {
+  handle((void **)&captured_model);
+  *captured_model = ++num_models;
+  return 0;
+}
+int aclmdlRIGetId(void *model, uint32_t *id) { *id = *(uint32_t *)model; return 0; }
+int aclmdlRICaptureEnd(void *stream, void **model) { *model = captured_model; captured_model = NULL; return 0; }
 int aclmdlRICaptureGetInfo(void *stream, int *status, void **model) {
-  *status = is_capturing;
-  *model = is_capturing ? (void *)&is_capturing : NULL;
+  *status = captured_model != NULL;
+  *model = captured_model;
   return 0;
 }
 
