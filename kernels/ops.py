@@ -87,6 +87,13 @@ paged_attention_flash = _define_attention(
 ATTENTION = {"": paged_attention, "sdpa": paged_attention_sdpa, "flash_attn": paged_attention_flash}
 ASKED_FOR = frozenset({"paged_attention_sdpa", "paged_attention_flash"})
 
+segment_attention = _define(
+    "segment_attention(Tensor q, Tensor k, Tensor v, Tensor start, int max_len, float scale) "
+    "-> Tensor",
+    reference.segment_attention,
+    lambda q, *rest: torch.empty_like(q, memory_format=torch.contiguous_format),
+)
+
 linear = _define(
     "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual=None) -> Tensor",
     reference.linear,
@@ -369,6 +376,7 @@ __all__ = [
     "sample",
     "sample_columns",
     "sampling_inputs",
+    "segment_attention",
     "shard_embedding",
     "silu_mul",
     "span_inputs",

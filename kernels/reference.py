@@ -187,6 +187,23 @@ def paged_attention(
     return out_TNH
 
 
+def segment_attention(
+    q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, start_S: Tensor, max_len: int, scale: float
+) -> Tensor:
+    """Attention in both directions within segments: softmax(q · kᵀ · scale) · v, without a cache.
+
+    Segment s owns tokens start_S[s] .. start_S[s + 1] − 1, at most `max_len` of them. `start_S` is
+    int32 and ascends; segments may be empty. Each query sees all keys of its segment. Tokens
+    outside start_S[0] .. start_S[−1] − 1 belong to no segment: they never affect others, even if
+    they are NaN, and kernels may leave their output unwritten. Here it is zero.
+    """
+    token_T = torch.arange(q_TNH.shape[0], device=q_TNH.device)
+    segment_T = (token_T.unsqueeze(1) >= start_S).sum(1)
+    owned_T = (segment_T > 0) & (segment_T < start_S.shape[0])
+    seen_TT = (segment_T.unsqueeze(1) == segment_T) & owned_T
+    return _attend(q_TNH[None], k_TNH[None], v_TNH[None], seen_TT[None], scale)[0].contiguous()
+
+
 def linear(
     x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None, residual_TO: Tensor | None = None
 ) -> Tensor:

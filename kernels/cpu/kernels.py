@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nanovllm.kernels import collectives, ops, reference
 from nanovllm.kernels.cpu import build as cpp_build
+from nanovllm.kernels.segments import segment_attention_cpu
 
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -554,5 +555,6 @@ _KERNELS: dict[str, Callable[..., object]] = {
     "linear_int8": linear_int8,
     "sample": sample,
     "sample_columns": sample_columns,
+    "segment_attention": segment_attention_cpu,
     "silu_mul": silu_mul,
 }

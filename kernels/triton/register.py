@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels import ops
+from nanovllm.kernels.segments import segment_attention_cuda
 from nanovllm.kernels.triton.all_reduce import (
     all_reduce,
     all_reduce_,
@@ -87,6 +88,7 @@ def register() -> None:
                 "store_kv": store_kv,
                 "qk_norm_rope_store": qk_norm_rope_store,
                 "paged_attention": paged_attention,
+                "segment_attention": segment_attention_cuda,
                 "fused_linear": fused_linear,
                 "linear_": linear_,
                 "sample": sample,

@@ -31,12 +31,12 @@ OFFLOAD_OPS = ("fetch_experts", "stream_experts", "offloaded_experts")
 STEP_OPS = frozenset({
     "accept", "add_rms_norm", "advance", "decode_inputs", "expert_linear", "experts",
     "paged_attention", "qk_norm_rope_store", "rms_norm", "route", "sample", "sampling_inputs",
-    "silu_mul", "span_inputs", *OFFLOAD_OPS, *COLLECTIVES,
+    "segment_attention", "silu_mul", "span_inputs", *OFFLOAD_OPS, *COLLECTIVES,
 })  # fmt: skip
 # The passes of fuse=False: only ops that no lowering can generate stay kernels of ours.
 UNFUSED_OPS = frozenset({
-    "paged_attention", "store_kv", "sample", "route", "experts", "expert_linear", *OFFLOAD_OPS,
-    *COLLECTIVES,
+    "paged_attention", "segment_attention", "store_kv", "sample", "route", "experts",
+    "expert_linear", *OFFLOAD_OPS, *COLLECTIVES,
 })  # fmt: skip
 UNFUSED_PASSES: tuple[tuple[str, Pass], ...] = (
     ("replace_ops", partial(replace_ops, keep=lambda name, node: name in UNFUSED_OPS)),
