@@ -45,6 +45,7 @@ setup(
         "nanovllm.models",
         "nanovllm.models.experts",
         "nanovllm.models.formats",
+        "nanovllm.models.vision",
         "nanovllm.parallel",
         "nanovllm.platforms",
         "nanovllm.replicas",
@@ -74,6 +75,7 @@ setup(
         "triton": ["triton>=3.6; platform_system == 'Linux'"],
         "test": [
             "triton>=3.6; platform_system == 'Linux'",
+            "pillow>=11",
             "pytest>=8",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",

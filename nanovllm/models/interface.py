@@ -17,19 +17,21 @@ from torch import Tensor
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.formats import FORMATS, PLAIN, Weight
 
-ParamKind = Literal["linear", "norm", "bias", "table", "router", "experts", "basis", "places"]
+ParamKind = Literal[
+    "linear", "norm", "bias", "table", "router", "experts", "basis", "places", "conv"
+]  # fmt: skip
 
 
 class Param(NamedTuple):
     """One parameter: the checkpoint tensors `sources`, stacked along axis 0, have `shape`.
 
     `kind` says how it is stored and initialised: "linear" is the weight of a linear layer [O, D]
-    and is stored in the engine's weight format, "table" is an embedding table, "router" the matrix
-    that scores experts, "experts" the matrices of a layer's experts [E, O, D], whose rows are
-    stacked expert by expert, "basis" a matrix that compressed experts share, "places" where a
-    rank's experts are in its stack (`Shard.places`), which no checkpoint has. `parts` are the row
-    counts of the sources. A checkpoint may have one tensor of `shape` with the name `other_name`
-    instead.
+    and is stored in the engine's weight format, "table" is an embedding table, "conv" the kernel of
+    a convolution, "router" the matrix that scores experts, "experts" the matrices of a layer's
+    experts [E, O, D], whose rows are stacked expert by expert, "basis" a matrix that compressed
+    experts share, "places" where a rank's experts are in its stack (`Shard.places`), which no
+    checkpoint has. `parts` are the row counts of the sources. A checkpoint may have one tensor of
+    `shape` with the name `other_name` instead.
 
     `shard_axis` is the axis of the sources that tensor parallelism splits, each source by itself;
     None for a parameter that every rank has (`shards`). `units` are the numbers of heads in the

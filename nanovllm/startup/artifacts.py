@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 READY = "ready"  # the kind of the note that a store has every bucket of a model and layout
+# The folders of models whose modules regions of several architectures may use.
+SHARED_FOLDERS = ("formats", "experts", "vision")
 
 
 def open_store(config: EngineConfig, *, must_keep: bool = False) -> Store:
@@ -88,12 +90,12 @@ def use_private_cache(
 def common_ingredients(platform: Platform, passes: Sequence[str], model: Model) -> dict[str, str]:
     """All that can change a program of a model on this platform: sources, versions, device, passes.
 
-    The sources of a model are the modules of its regions, what models have in common, formats, and
-    forms of experts.
+    The sources of a model are the modules of its regions, what models have in common, formats,
+    forms of experts, and towers.
     """
     models, engine = Path(interface.__file__).parent, Path(steps.__file__).parent
     chosen_by = Path(sys.modules[type(platform).__module__].__file__ or "")
-    stored = [path for folder in ("formats", "experts") for path in (models / folder).glob("*.py")]
+    stored = [path for folder in SHARED_FOLDERS for path in (models / folder).glob("*.py")]
     shared = [models / "config.py", models / "interface.py", *stored]
     regions = sorted({region.__module__ for region in (model.embed, model.layer, model.head)})
     files = {name: Path(sys.modules[name].__file__ or "") for name in regions}

@@ -1,0 +1,27 @@
+"""The towers that the engine knows, by the `model_type` of transformers' vision configs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from nanovllm.models.vision import qwen2_5_vl, qwen3_vl
+from nanovllm.models.vision.interface import Tower
+
+TOWERS: dict[str, Callable[[Any, torch.dtype], Tower]] = {
+    "qwen2_5_vl_vision": qwen2_5_vl.tower,
+    "qwen3_vl_vision": qwen3_vl.tower,
+    "qwen3_vl_moe_vision": qwen3_vl.tower,
+}
+
+
+def tower(vision: Any, dtype: torch.dtype) -> Tower:
+    """The tower of a vision config. Raises ValueError for types and settings that no tower has."""
+    make = TOWERS.get(vision.model_type)
+    if make is None:
+        raise ValueError(
+            f"the vision tower {vision.model_type!r} is not supported: only {', '.join(TOWERS)} are"
+        )
+    return make(vision, dtype)

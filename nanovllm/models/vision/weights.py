@@ -1,0 +1,65 @@
+"""Reads a tower's weights from a checkpoint, or draws them at random."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nanovllm.models.checkpoint import Checkpoint, CheckpointError
+from nanovllm.models.interface import Param
+from nanovllm.models.loader import RANDOM_STD, Target
+from nanovllm.models.vision.interface import Tower, TowerWeights
+
+# What tensors of a tower are named after: in checkpoints of transformers 5, and of Qwen2.5-VL's
+# own release.
+PREFIXES = ("model.visual.", "visual.")
+
+
+def load(tower: Tower, folder: Path, target: Target) -> TowerWeights:
+    """Read a tower in its dtype; every rank has all of it, so `target.shard` is not used.
+
+    Raises CheckpointError naming the tensor that is missing, left over, misshapen or quantized, or
+    the file that is missing or damaged.
+    """
+    with Checkpoint(folder, target.buffer) as checkpoint:
+        prefix = _prefix(checkpoint)
+        left = {name for name in checkpoint if name.startswith(prefix)}
+
+        def read(param: Param) -> Tensor:
+            out = torch.empty(param.shape, dtype=tower.config.dtype, device=target.device)
+            names = [prefix + source for source in param.sources]
+            checkpoint.read(zip(names, out.split(param.parts)))
+            left.difference_update(names)
+            return target.place(out)
+
+        weights = tower.build(read)
+    if left:
+        raise CheckpointError(
+            f"{folder}: {len(left)} tensor(s) that the vision tower of "
+            f"{tower.config.architecture} does not have, e.g. {min(left)}"
+        )
+    return weights
+
+
+def random(tower: Tower, target: Target, seed: int) -> TowerWeights:
+    """Seeded weights: normal with standard deviation 0.02, norms at one, biases at zero."""
+    generator = torch.Generator(target.device).manual_seed(seed)
+
+    def draw(param: Param) -> Tensor:
+        weight = torch.empty(param.shape, dtype=tower.config.dtype, device=target.device)
+        if param.kind in ("norm", "bias"):
+            return target.place(weight.fill_(float(param.kind == "norm")))
+        return target.place(weight.normal_(0.0, RANDOM_STD, generator=generator))
+
+    return tower.build(draw)
+
+
+def _prefix(checkpoint: Checkpoint) -> str:
+    """Raises CheckpointError if a checkpoint has no tower, or mixes two spellings of one."""
+    found = [prefix for prefix in PREFIXES if any(name.startswith(prefix) for name in checkpoint)]
+    if len(found) != 1:
+        what = "mixes two spellings of" if found else "has no tensors of"
+        raise CheckpointError(f"{checkpoint.folder} {what} a vision tower ({', '.join(PREFIXES)})")
+    return found[0]

@@ -1,0 +1,150 @@
+"""Runs a vision tower: images and video frames are packed into calls of static sizes.
+
+T patches of a call's budget | C numbers in a patch | G tokens | O text model's hidden size
+L levels of features. The other letters are in `models/vision/interface`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanovllm.compile.program import Compiler
+from nanovllm.models.vision import layout as layouts
+from nanovllm.models.vision.interface import Layout, Taps, Tower, TowerWeights, Windows
+from nanovllm.models.vision.layout import Call, Grid
+from nanovllm.platforms.base import Platform
+
+BUDGETS = (256, 1024, 4096)  # patches; see `TowerSteps`
+
+
+@dataclass(frozen=True, eq=False)
+class TowerSteps:
+    """The calls of one tower. Programs are built on first use; `warm_up` uses every budget.
+
+    `budgets` are the sizes T that programs are compiled for, ascending. A frame with more patches
+    than the largest runs op by op, in a call of its own size. Raises ValueError for budgets that
+    are no multiples of the tower's patches per token.
+    """
+
+    tower: Tower
+    weights: TowerWeights
+    platform: Platform
+    compiler: Compiler
+    budgets: tuple[int, ...] = BUDGETS
+
+    def __post_init__(self) -> None:
+        unit = self.tower.config.patches_per_group
+        wrong = [size for size in self.budgets if size < unit or size % unit]
+        if wrong or not self.budgets or list(self.budgets) != sorted(set(self.budgets)):
+            raise ValueError(
+                f"budgets of the vision tower are {list(self.budgets)}: they must ascend and be "
+                f"multiples of {unit} patches"
+            )
+
+    def features(self, pixels: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """The tokens of images or videos, in order: [L, G, O] on the device, in the tower's dtype.
+
+        Level 0 takes the place of the placeholders' embeddings. Level l, if there are more, is
+        added to the hidden states of these tokens after layer l − 1 of the text model.
+
+        pixels: the patches [patches, C] of all grids, as the checkpoint's processor gives them, on
+        the host and of any float dtype. Raises ValueError for other shapes.
+        """
+        cfg = self.tower.config
+        frames_F2 = layouts.frames_of(grids, cfg.merge_size)
+        num_patches = int(frames_F2.prod(axis=1).sum())
+        if tuple(pixels.shape) != (num_patches, cfg.patch_size):
+            raise ValueError(
+                f"the patches of {len(grids)} images or videos have shape {list(pixels.shape)}, "
+                f"but their grids ask for {[num_patches, cfg.patch_size]}"
+            )
+        num_groups = num_patches // cfg.patches_per_group
+        shape = (cfg.num_levels, num_groups, cfg.out_size)
+        out_LGO = torch.empty(shape, dtype=cfg.dtype, device=self.platform.device)
+        done = 0
+        for call, patches in self._calls(pixels, frames_F2):
+            pixel_TC, layout = self.inputs(call, patches)
+            compiler = self.compiler if call.budget is not None else Compiler(lowering=None)
+            tokens_LGO = self.run(pixel_TC, layout, compiler)
+            end = done + call.num_patches // cfg.patches_per_group
+            out_LGO[:, done:end] = tokens_LGO[:, : end - done]
+            done = end
+        return out_LGO
+
+    def inputs(self, call: Call, patches: Tensor) -> tuple[Tensor, Layout]:
+        """A call's inputs on the device, padded to its budget: pixel_TC and the layout."""
+        cfg = self.tower.config
+        budget = call.num_patches if call.budget is None else call.budget
+        padded_TC = torch.zeros((budget, cfg.patch_size), dtype=cfg.dtype)
+        padded_TC[: call.num_patches] = patches
+        arrays = layouts.layout(cfg, call.frames_F2, budget)
+        return self.platform.upload(padded_TC, cfg.dtype), _uploaded(self.platform, arrays)
+
+    def run(self, pixel_TC: Tensor, layout: Layout, compiler: Compiler) -> Tensor:
+        """One call: tokens [L, T / m², O], those of padding included. Reads nothing on the host."""
+        tower, weights, num_patches = self.tower, self.weights, len(pixel_TC)
+        cfg, windows = tower.config, layout.windows
+        place_G = None if windows is None else windows.place_G
+
+        def program(name: str, kind: str, function: Callable[..., Any], **inputs: object) -> Any:
+            made = compiler.program(f"tower_{name}", (num_patches, kind), function, inputs)
+            return made(*inputs.values())
+
+        def merged(level: int, h_TD: Tensor) -> Tensor:
+            w, kind = weights.mergers[level], "level" if level else "embedding"
+            return program(
+                "merge", kind, partial(tower.merge, cfg), w=w, place_G=place_G, h_TD=h_TD
+            )
+
+        h_TD, rope_TH = program(
+            "embed", "all", partial(tower.embed, cfg),
+            w=weights.outer, layout=layout, pixel_TC=pixel_TC,
+        )  # fmt: skip
+        levels: list[Tensor] = []
+        for block_idx, w in enumerate(weights.blocks):
+            kind, max_len, start_S = "frames", num_patches, layout.frame_start_S
+            if windows is not None and block_idx not in cfg.full_blocks:
+                kind, max_len, start_S = "windows", cfg.max_window_patches, windows.start_S
+            h_TD = program(
+                "block", kind, partial(tower.block, cfg, max_len),
+                w=w, rope_TH=rope_TH, start_S=start_S, h_TD=h_TD,
+            )  # fmt: skip
+            if block_idx in cfg.deepstack_blocks:
+                levels.append(merged(1 + len(levels), h_TD))
+        return torch.stack((merged(0, h_TD), *levels))
+
+    def warm_up(self) -> None:
+        """Build the programs of every budget."""
+        cfg = self.tower.config
+        for budget in self.budgets:
+            frames_F2 = np.array([[cfg.merge_size, budget // cfg.merge_size]])
+            call = Call(frames_F2, budget, budget)
+            self.run(*self.inputs(call, torch.zeros(budget, cfg.patch_size)), self.compiler)
+
+    def _calls(self, pixels: Tensor, frames_F2: np.ndarray) -> Iterator[tuple[Call, Tensor]]:
+        done = 0
+        for call in layouts.calls(frames_F2, self.budgets):
+            yield call, pixels[done : done + call.num_patches]
+            done += call.num_patches
+
+
+def _uploaded(platform: Platform, layout: Layout) -> Layout:
+    """A layout's arrays on the device."""
+
+    def up(array: np.ndarray) -> Tensor:
+        return platform.upload(array, getattr(torch, str(array.dtype)))
+
+    windows, taps = layout.windows, layout.taps
+    return Layout(
+        up(layout.row_col_T2),
+        up(layout.frame_start_S),
+        None if windows is None else Windows(*map(up, windows)),
+        None if taps is None else Taps(*map(up, taps)),
+    )
