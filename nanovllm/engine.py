@@ -12,6 +12,8 @@ from dataclasses import replace
 from hashlib import sha256
 from typing import Any
 
+import numpy as np
+
 from nanovllm.config import EngineConfig
 from nanovllm.intake import Embeddings, Intake, checked_priority, drawn_seed
 from nanovllm.metrics import EngineMetrics, StatsLog
@@ -55,6 +57,8 @@ class Engine:
             self.model_config.vocab_size,
             self.model_config.hidden_size,
             self.max_model_len,
+            num_added=self.model_config.num_added,
+            has_axes=bool(self.model_config.rope_axes),
         )
         self.scheduler = Scheduler(
             BlockPool(
@@ -182,13 +186,17 @@ class Engine:
         *,
         incremental: bool = True,
         embeddings: Embeddings = (),
+        positions: np.ndarray | None = None,
         priority: int = 0,
     ) -> int:
         """Queue a prompt (see `nanovllm/prompts.py`); returns the request's id.
 
         With `incremental` False the request has one output, at its end. `embeddings` are (position,
         [n, D]) pairs: they replace the embeddings of n prompt tokens from this position on; the ids
-        of these tokens are not read. Requests with a lower `priority` number run first.
+        of these tokens are not read. In [n, K · D] the columns behind the first D are added to the
+        hidden states after the first layers, D after each. `positions` are those of the prompt's
+        tokens in time, height and width, int64 [3, T], for models that have three. Requests with a
+        lower `priority` number run first.
 
         Raises ValueError, and queues nothing, if the prompt is empty, too long or has ids outside
         the vocabulary, or if embeddings do not fit the prompt or the model.
@@ -200,6 +208,7 @@ class Engine:
         given = as_prompt(prompt)
         prompt_ids = self._intake.prompt_ids(given, params)
         contents = self._intake.contents(embeddings, len(prompt_ids))
+        self._intake.check_positions(positions, len(prompt_ids))
         priority, edits = checked_priority(priority), self._intake.edits(params)
         self._runner.prepare(edits, has_penalties=params.has_penalties)
         for content, (_, embeds) in zip(contents, embeddings):
@@ -218,6 +227,7 @@ class Engine:
             stop_ids=frozenset(i for i in stop_ids if i < self.model_config.vocab_size),
             incremental=incremental,
             contents=contents,
+            prompt_position_3P=positions,
             priority=priority,
             edits=edits,
             cache_root=sha256(given.cache_salt.encode()).digest() if given.cache_salt else b"",

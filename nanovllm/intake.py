@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,6 +31,8 @@ class Intake:
     vocab_size: int
     hidden_size: int
     max_model_len: int
+    num_added: int = 0
+    has_axes: bool = False
 
     def prompt_ids(self, prompt: Prompt, params: SamplingParams) -> list[int]:
         """The prompt's token ids, truncated as `params` ask for, all within the limits."""
@@ -105,14 +108,32 @@ class Intake:
             raise ValueError(f"bad_words has {word!r}, which this tokenizer gives no tokens for")
         return [start, inside] if inside[0] != start[0] and len(inside) == len(start) else [start]
 
+    def check_positions(self, positions: np.ndarray | None, prompt_len: int) -> None:
+        """Refuse positions in time, height and width that do not fit the prompt or the model."""
+        if positions is None:
+            return
+        if not self.has_axes:
+            raise ValueError(f"positions are given, but {self.model!r} has one for each token")
+        if positions.shape != (3, prompt_len) or positions.dtype != np.int64:
+            raise ValueError(
+                f"positions have shape {list(positions.shape)} and dtype {positions.dtype}: they "
+                f"must be [3, {prompt_len}] and int64"
+            )
+        low, high = int(positions.min()), int(positions.max())
+        if low < 0 or high >= self.max_model_len:
+            raise ValueError(
+                f"positions are {low} … {high}: they must be 0 … {self.max_model_len - 1}"
+            )
+
     def contents(self, embeddings: Embeddings, prompt_len: int) -> tuple[Content, ...]:
         """The position, length and digest of each of the given embeddings."""
         contents: list[Content] = []
         for start, embeds in embeddings:
             shape = list(embeds.shape)
-            if len(shape) != 2 or shape[1] != self.hidden_size or not shape[0]:
+            widths = [self.hidden_size * (1 + num) for num in range(self.num_added + 1)]
+            if len(shape) != 2 or shape[1] not in widths or not shape[0]:
                 raise ValueError(
-                    f"embeddings have shape {shape}: it must be [n, {self.hidden_size}]"
+                    f"embeddings have shape {shape}: it must be [n, D] with D one of {widths}"
                 )
             if start < 0 or start + shape[0] > prompt_len:
                 raise ValueError(

@@ -88,9 +88,12 @@ class ModelConfig:
 
     `max_position` is the longest sequence, prompt and answer together. `inv_freq` and `rope_scale`
     define the rotary table: angle(m, j) = m · inv_freq[j]; cos and sin are multiplied by
-    `rope_scale`. `ffn_size` is the width of dense layers, `moe` describes sparse ones. On one of
-    `num_ranks` ranks, the numbers of heads are this rank's, and all other sizes are the model's
-    (`Model.on_ranks`). Raises ValueError for head sizes that the kernels do not take.
+    `rope_scale`. With `rope_axes` a token has three positions, in time, height and width, and
+    frequency j turns by number rope_axes[j] of them. Given embeddings may bring numbers that are
+    added to hidden states after each of the first `num_added` layers. `ffn_size` is the width of
+    dense layers, `moe` describes sparse ones. On one of `num_ranks` ranks, the numbers of heads are
+    this rank's, and all other sizes are the model's (`Model.on_ranks`). Raises ValueError for head
+    sizes that the kernels do not take.
 
     Regions may read GRAPH_FIELDS only. These and the shapes of all inputs are in the keys of
     compiled programs.
@@ -118,6 +121,8 @@ class ModelConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     moe: MoeConfig | None = None
+    rope_axes: tuple[int, ...] = ()
+    num_added: int = 0
     dtype: torch.dtype = torch.float32
     num_ranks: int = 1
 

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from nanovllm.models import llama, mistral, mixtral, qwen2, qwen2_moe, qwen3, qwen3_moe
+from nanovllm.models import (
+    llama,
+    mistral,
+    mixtral,
+    qwen2,
+    qwen2_5_vl,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+    qwen3_vl,
+)
 from nanovllm.models.interface import Model
 
 # (transformers' config, dtype=…, max_model_len=…) -> Model
@@ -15,9 +25,11 @@ ARCHITECTURES: dict[str, Architecture] = {
     "MistralForCausalLM": mistral.model,
     "MixtralForCausalLM": mixtral.model,
     "Qwen2ForCausalLM": qwen2.model,
+    "Qwen2_5_VLForConditionalGeneration": qwen2_5_vl.model,
     "Qwen2MoeForCausalLM": qwen2_moe.model,
     "Qwen3ForCausalLM": qwen3.model,
     "Qwen3MoeForCausalLM": qwen3_moe.model,
+    "Qwen3VLForConditionalGeneration": qwen3_vl.model,
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -135,6 +136,33 @@ def _check_attn_factor(parameters: dict[str, Any]) -> None:
             f"rope_parameters has both attn_factor {parameters['attn_factor']} and "
             f"attention_factor {parameters['attention_factor']}: only one of them is supported"
         )
+
+
+def axes_in_sections(sections: Sequence[int], *, interleaved: bool) -> tuple[int, ...]:
+    """Which of a token's positions (0 time, 1 height, 2 width) turns each of H/2 frequencies.
+
+    `sections` says how many frequencies each has: one after another (Qwen2.5-VL), or in turns until
+    height and width have theirs, time having what is left (Qwen3-VL). Raises ValueError unless
+    there are three.
+    """
+    if len(sections) != 3 or min(sections) < 0:
+        raise ValueError(f"mrope_section is {list(sections)}: it must be three numbers, from 0")
+    if not interleaved:
+        return tuple(axis for axis, num in enumerate(sections) for _ in range(num))
+    axes = [0] * sum(sections)
+    for axis in (1, 2):
+        places = range(axis, 3 * sections[axis], 3)
+        if places and places[-1] >= len(axes):
+            raise ValueError(f"mrope_section {list(sections)} cannot be interleaved")
+        for place in places:
+            axes[place] = axis
+    return tuple(axes)
+
+
+def rows_of_axes(cos_sin_MH: Tensor, axes: tuple[int, ...], position_3T: Tensor) -> Tensor:
+    """The rotation [T, H] of tokens with three positions each, from the rows of the table."""
+    axis_H = torch.tensor(axes * 2, device=position_3T.device)
+    return cos_sin_MH.gather(0, position_3T.index_select(0, axis_H).t())
 
 
 def rotary_table(

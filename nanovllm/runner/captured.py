@@ -19,7 +19,7 @@ from nanovllm.platforms.base import Platform, Replay
 from nanovllm.runner.inputs import SpanArrays
 from nanovllm.runner.sampling import Variant
 from nanovllm.runner.state import Span, SpanTokens
-from nanovllm.runner.steps import Given, Steps
+from nanovllm.runner.steps import NOTHING_GIVEN, Given, Steps
 
 Capture = Callable[[Callable[[], None]], Replay]
 
@@ -147,7 +147,7 @@ class PrefillStep(SpanStep):
         """The step without the sampler, op by op: the logits [R, V] after each row's last token."""
         return self._steps.gathered(self._steps.prefill_logits(self.span))
 
-    def hidden(self, given: Given = ()) -> tuple[Tensor, Tensor]:
+    def hidden(self, given: Given = NOTHING_GIVEN) -> tuple[Tensor, Tensor]:
         """The step without head and sampler, op by op: see `Steps.hidden`."""
         return self._steps.hidden(self.span, given)
 

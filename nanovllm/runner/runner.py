@@ -32,7 +32,7 @@ from nanovllm.runner.inputs import SpanArrays, span_arrays
 from nanovllm.runner.sampling import LogprobCopies, Sampler, copy_logprobs
 from nanovllm.runner.spec import EngineSpec
 from nanovllm.runner.state import accept_and_advance, new_state
-from nanovllm.runner.steps import Steps
+from nanovllm.runner.steps import Given, Steps
 from nanovllm.schedule.plan import (
     PAD_BLOCK,
     LogitEdits,
@@ -121,9 +121,9 @@ class Runner:
         # the host announces lengths for decode steps only
         self._capture_spans = record if spans and not platform.traits.wants_lengths else _as_it_is
         self.state = new_state(layout.max_num_seqs, layout.blocks_per_row, platform.device)
-        self.cos_sin_MH = rotary_table(
-            cfg.inv_freq, cfg.rope_scale, layout.max_model_len, platform.device
-        )
+        # with several positions per token, rows behind the positions are those of a step's tokens
+        num_rows = layout.max_model_len + (layout.prefill_tokens[-1] if cfg.rope_axes else 0)
+        self.cos_sin_MH = rotary_table(cfg.inv_freq, cfg.rope_scale, num_rows, platform.device)
         self.sampler = Sampler(platform, self.state, cfg.vocab_size, cfg.dtype)
         self.model_dtype = cfg.dtype
         self._embeddings: dict[str, Tensor] = {}
@@ -432,16 +432,13 @@ class Runner:
         bucket = self.layout.prefill_bucket(len(plan.token_T), len(plan.rows))
         step = self.prefill_step(*bucket)
         step.fill(self.span_arrays(plan.rows, plan.num_tokens, plan.token_T, *bucket))
-        if plan.choice.is_plain and not plan.prompt_logprobs and not plan.embeddings:
+        has_given = bool(plan.embeddings) or plan.position_3T is not None
+        if plan.choice.is_plain and not plan.prompt_logprobs and not has_given:
             step.replay()
             return self._launched(plan, step.token_R)
         prompt_logprobs: list[list[LogprobCopies]] = []
-        if plan.prompt_logprobs or plan.embeddings:
-            given = [
-                (one.start, self._embeddings[one.key][one.source : one.source + one.num])
-                for one in plan.embeddings
-            ]
-            h_TD, last_R = step.hidden(given)
+        if plan.prompt_logprobs or has_given:
+            h_TD, last_R = step.hidden(self._given(plan))
             prompt_logprobs = [
                 self._prompt_logprobs(one, h_TD, bucket[1]) for one in plan.prompt_logprobs
             ]
@@ -454,6 +451,16 @@ class Runner:
         rows = step.span.row_idx_R, logits_RV, step.span.num_tokens_R
         token_R = self.sampler.sample(plan.choice, *rows)
         return self._launched(plan, token_R, logits_RV, prompt_logprobs)
+
+    def _given(self, plan: StepPlan) -> Given:
+        """The embeddings and positions that a plan gives."""
+        embeds = [
+            (one.start, self._embeddings[one.key][one.source : one.source + one.num])
+            for one in plan.embeddings
+        ]
+        if plan.position_3T is None:
+            return Given(embeds)
+        return Given(embeds, self.platform.upload(plan.position_3T, torch.int64))
 
     def _prompt_logprobs(
         self, wanted: PromptLogprobs, h_TD: Tensor, group: int

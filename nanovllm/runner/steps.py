@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from nanovllm.compile.program import Compiler
@@ -22,6 +23,7 @@ from nanovllm.models.config import ModelConfig
 from nanovllm.models.experts import offloaded
 from nanovllm.models.experts.offloaded import Offloaded
 from nanovllm.models.interface import Batch, LayerCache, LayerCall, Model, Params
+from nanovllm.models.rope import rows_of_axes
 from nanovllm.runner.columns import drawing, gathered
 from nanovllm.runner.state import (
     DeviceState,
@@ -33,8 +35,24 @@ from nanovllm.runner.state import (
     span_batch,
 )
 
-# (first token, embeddings [n, D]) of tokens with given embeddings
-Given = Sequence[tuple[int, Tensor]]
+
+class Given(NamedTuple):
+    """What replaces embeddings and positions of a span's tokens.
+
+    embeds: (first token, [n, K · D]) pairs. The first D numbers are the embeddings of n tokens; the
+        next D are added to their hidden states after the first layer, and so on.
+    position_3T: the positions of the first tokens in time, height and width. The others are
+        padding.
+    """
+
+    embeds: Sequence[tuple[int, Tensor]] = ()
+    position_3T: Tensor | None = None
+
+
+NOTHING_GIVEN = Given()
+
+# (first token, [n, D] for each of the first layers) pairs, to be added to hidden states
+Added = Sequence[tuple[int, Sequence[Tensor]]]
 
 # Inputs of the regions below that are weights or tables (see `Compiler.frozen`).
 FROZEN = ("params", "w", "embed_VD", "final_norm_D", "head_VD", "cos_sin_MH")
@@ -158,19 +176,31 @@ class Steps:
         h_TD, tokens, batch = self._begin_span(span)
         return self._head(self._layers("prefill", h_TD, batch, len(span.token_T), tokens.last_R))
 
-    def hidden(self, span: Span, given: Given = ()) -> tuple[Tensor, Tensor]:
+    def hidden(self, span: Span, given: Given = NOTHING_GIVEN) -> tuple[Tensor, Tensor]:
         """Write keys and values of a span; returns all hidden states [T, D] after the last layer,
-        and the index of each row's last token.
-
-        The embeddings of `given` replace those of the table.
-        """
+        and the index of each row's last token."""
         if self.whole:
-            assert not given
+            assert not given.embeds and given.position_3T is None
             return self._run_whole("prefill", Steps.hidden, span=span)
         h_TD, tokens, batch = self._begin_span(span)
-        for start, embeds in given:
-            h_TD[start : start + len(embeds)] = embeds
-        return self._layers("prefill", h_TD, batch, len(span.token_T)), tokens.last_R
+        if given.position_3T is not None:
+            batch = batch._replace(rope_pos_T=self._turned(batch.rope_pos_T, given.position_3T))
+        size, added = h_TD.shape[1], []
+        for start, embeds in given.embeds:
+            first, *others = embeds.split(size, dim=1)
+            h_TD[start : start + len(first)] = first
+            added.append((start, others))
+        return self._layers("prefill", h_TD, batch, len(span.token_T), added=added), tokens.last_R
+
+    def _turned(self, rope_pos_T: Tensor, position_3T: Tensor) -> Tensor:
+        """The rows of the rotary table for tokens with three positions: its last rows, to which
+        this step's rotations are written."""
+        num, axes = position_3T.shape[1], self.model.config.rope_axes
+        first = len(self.cos_sin_MH) - len(rope_pos_T)
+        rows_TH = rows_of_axes(self.cos_sin_MH, axes, position_3T)
+        self.cos_sin_MH[first : first + num] = rows_TH
+        row_T = torch.arange(first, first + len(rope_pos_T), device=rope_pos_T.device)
+        return row_T.to(rope_pos_T.dtype)
 
     def logits_at(self, h_TD: Tensor, index_R: Tensor) -> Tensor:
         """Logits [R, W] after the tokens at `index_R` of a span's hidden states."""
@@ -232,14 +262,19 @@ class Steps:
         )
 
     def _layers(
-        self, phase: str, h_TD: Tensor, batch: Batch, max_q_len: int, last_R: Tensor | None = None
+        self,
+        phase: str,
+        h_TD: Tensor,
+        batch: Batch,
+        max_q_len: int,
+        last_R: Tensor | None = None,
+        added: Added = (),
     ) -> Tensor:
         sizes = (batch.slot_T.shape[0], batch.seq_len_R.shape[0])
         programs = self.model.layer_programs(keeps_last=last_R is not None)
         streamed = self._streamed(len(h_TD), last_R)
-        for (name, kind), weights, cache, upcoming in zip(
-            programs, self.params.layers, self.caches, streamed
-        ):
+        per_layer = zip(programs, self.params.layers, self.caches, streamed)
+        for layer_idx, ((name, kind), weights, cache, upcoming) in enumerate(per_layer):
             for stored in upcoming:
                 self._run("stream", (), offloaded.stream, stored=stored)
             call = LayerCall(self.attention, kind, max_q_len, self.predicts)
@@ -253,6 +288,9 @@ class Steps:
                 batch=batch._replace(keep_R=last_R) if name == "last_layer" else batch,
                 h_TD=h_TD,
             )
+            for start, features in added:
+                if layer_idx < len(features):
+                    h_TD[start : start + len(features[layer_idx])] += features[layer_idx]
         return h_TD
 
     def _streamed(self, num_tokens: int, last_R: Tensor | None) -> list[list[Offloaded]]:

@@ -157,6 +157,8 @@ class StepPlan:
     token_T: int64 [T] the tokens, row after row; NEWEST for a row's newest token. Empty in a decode
         step in which every row feeds only its newest token.
     is_sampled: [R] whether the step samples the row's next token.
+    position_3T: int64 [3, T] the positions of the tokens in time, height and width. None: each has
+        one position, its own in the sequence.
     """
 
     is_prefill: bool
@@ -173,6 +175,7 @@ class StepPlan:
     choice: Choice = PLAIN
     prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
     embeddings: list[EmbeddingSpan] = field(default_factory=list)
+    position_3T: np.ndarray | None = None
 
     @property
     def tokens_per_row(self) -> int:

@@ -134,7 +134,16 @@ def prefill_plan(chunks: Sequence[Chunk]) -> StepPlan:
         choice=_choice_of_chunks(chunks),
         prompt_logprobs=prompt_logprobs,
         embeddings=embeddings,
+        position_3T=_positions(chunks),
     )
+
+
+def _positions(chunks: Sequence[Chunk]) -> np.ndarray | None:
+    """`StepPlan.position_3T`; None if no prompt has positions of its own."""
+    if all(chunk.request.prompt_position_3P is None for chunk in chunks):
+        return None
+    spans = [(one.request, one.start, one.start + one.num_tokens) for one in chunks]
+    return np.concatenate([request.position_3T(*span) for request, *span in spans], axis=1)
 
 
 def _choice_of_chunks(chunks: Sequence[Chunk]) -> Choice:
@@ -160,4 +169,5 @@ def _settings(chunk: Chunk) -> RowSettings:
         seed=request.seed,
         sampling=[float(getattr(request.params, name)) for name in SAMPLING_FIELDS],
         blocks=request.blocks[:],
+        rope_offset=request.rope_offset,
     )

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
+
 from nanovllm.sampling import SamplingParams
 from nanovllm.schedule.logprobs import Logprob
 from nanovllm.schedule.plan import LogitEdits
@@ -47,6 +49,7 @@ class Request:
     stop_ids: frozenset[int]  # within the vocabulary
     incremental: bool = False  # somebody reads its tokens as they come
     contents: tuple[Content, ...] = ()
+    prompt_position_3P: np.ndarray | None = None  # of the prompt's tokens, in time, height, width
     priority: int = 0  # requests with lower numbers go first
     edits: LogitEdits | None = None
     cache_root: bytes = b""  # start of the digest chain: data that all keys and values depend on
@@ -79,6 +82,22 @@ class Request:
     def needs_temperature_alone(self) -> bool:
         """True if the sampler in the step's graph is enough for all tokens of the request."""
         return self.params.is_plain and self.edits is None and not self.params.min_tokens
+
+    @cached_property
+    def rope_offset(self) -> int:
+        """What is added to the position in the sequence of a token of the answer."""
+        if self.prompt_position_3P is None:
+            return 0
+        return int(self.prompt_position_3P.max()) + 1 - len(self.prompt_ids)
+
+    def position_3T(self, start: int, end: int) -> np.ndarray:
+        """The positions of known tokens `start` … `end − 1`: int64 [3, T]."""
+        own_T = np.arange(start, end)
+        found_3T = np.broadcast_to(own_T + self.rope_offset, (3, end - start)).copy()
+        if self.prompt_position_3P is not None:
+            given = self.prompt_position_3P[:, start:end]
+            found_3T[:, : given.shape[1]] = given
+        return found_3T
 
     @property
     def known_ids(self) -> list[int]:
@@ -120,9 +139,15 @@ class Request:
         return f"{error}, perhaps since bias, allowed tokens, bad words and min_tokens forbid all"
 
     def content(self, start: int, end: int) -> bytes:
-        """Digests and offsets of the embeddings given for positions `start` … `end − 1`."""
-        return b"".join(
+        """Digests and offsets of the embeddings given for tokens `start` … `end − 1`, and the
+        positions of these tokens if they are others than their own in the sequence."""
+        found = [
             one.digest + (one.start - start).to_bytes(8, "little", signed=True)
             for one in self.contents
             if one.start < end and one.start + one.num > start
-        )
+        ]
+        if self.prompt_position_3P is not None:
+            position_3T = self.position_3T(start, end)
+            if (position_3T != np.arange(start, end)).any():
+                found.append(position_3T.tobytes())
+        return b"".join(found)

@@ -1,0 +1,29 @@
+"""Qwen2.5-VL: the text model is Qwen2 with three positions for each token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from nanovllm.models.config import dense_config, require_type, windows_by_layer_type
+from nanovllm.models.dense import dense_model
+from nanovllm.models.interface import Model
+from nanovllm.models.rope import axes_in_sections
+
+NAME = "Qwen2_5_VLForConditionalGeneration"
+
+
+def model(hf: Any, *, dtype: torch.dtype, max_model_len: int | None = None) -> Model:
+    """The text model of transformers' `Qwen2_5_VLTextConfig`."""
+    require_type(hf, NAME, "qwen2_5_vl_text")
+    sections = hf.rope_parameters["mrope_section"]
+    config = dense_config(
+        hf,
+        architecture=NAME,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        qkv_bias=True,
+        rope_axes=axes_in_sections(sections, interleaved=False),
+    )
+    return dense_model(config, windows_by_layer_type(hf))

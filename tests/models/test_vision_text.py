@@ -1,0 +1,193 @@
+"""Text models of vision checkpoints: embeddings and positions of images are given, by transformers.
+
+Logits and greedy tokens are compared with those of transformers' whole model.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
+
+from nanovllm import LLM, SamplingParams
+
+IMAGE, VIDEO, START = 90, 91, 92
+TEXT: dict[str, Any] = {
+    "vocab_size": 99, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 5,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-6,
+}  # fmt: skip
+TOKENS = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START}
+NUM_TOKENS = 9
+# images of a prompt as (height, width) in patches; 0 stands for a piece of text
+PROMPTS: dict[str, list[Any]] = {
+    "first": [(8, 12), 0],
+    "middle": [0, (8, 4), 0],
+    "last": [0, (2, 14)],
+    "adjacent": [0, (4, 4), (6, 2), 0, (2, 2)],
+    "text": [0],
+}
+
+
+def qwen2_5() -> Any:
+    text = TEXT | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
+                                       "mrope_section": [2, 3, 3]}}  # fmt: skip
+    vision = {
+        "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4,
+        "out_hidden_size": 64, "fullatt_block_indexes": [1], "window_size": 16,
+    }  # fmt: skip
+    return Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(text_config=text, vision_config=vision, **TOKENS)
+    )
+
+
+def qwen3() -> Any:
+    text = TEXT | {
+        "head_dim": 16,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]},
+    }
+    vision = {
+        "depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4,
+        "out_hidden_size": 64, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1, 2],
+    }  # fmt: skip
+    return Qwen3VLForConditionalGeneration(
+        Qwen3VLConfig(text_config=text, vision_config=vision, **TOKENS)
+    )
+
+
+MODELS = {"qwen2_5": qwen2_5, "qwen3": qwen3}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """transformers' model, and the folder of its text model."""
+    torch.manual_seed(0)
+    hf = MODELS[request.param]().eval()
+    for param in hf.parameters():
+        if param.dim() > 1:
+            torch.nn.init.normal_(param, std=0.3)
+    # of equal tokens the first is chosen, so no answer has an image's token
+    hf.lm_head.weight.data[80:] = hf.lm_head.weight.data[0]
+    folder = tmp_path_factory.mktemp(request.param)
+    tensors = {
+        name.replace("model.language_model.", "model."): tensor.clone()
+        for name, tensor in hf.state_dict().items()
+        if "visual" not in name
+    }
+    save_file(tensors, folder / "model.safetensors")
+    config = hf.config.text_config.to_dict()
+    config |= {
+        "architectures": [type(hf).__name__],
+        "tie_word_embeddings": False,
+        "eos_token_id": 98,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return hf, folder
+
+
+class Given:
+    """A prompt with images, and what transformers makes of it."""
+
+    def __init__(self, hf: Any, parts: list[Any], seed: int) -> None:
+        draw = torch.Generator().manual_seed(seed)
+        ids: list[int] = []
+        grids, self.starts = [], []
+        for part in parts:
+            if part == 0:
+                ids += torch.randint(0, 80, (7,), generator=draw).tolist()
+                continue
+            ids.append(START)
+            self.starts.append(len(ids))
+            ids += [IMAGE] * (part[0] * part[1] // 4)
+            grids.append([1, *part])
+        self.ids, self.inputs = ids, {"input_ids": torch.tensor([ids])}
+        self.embeddings: list[tuple[int, torch.Tensor]] = []
+        self.positions = None
+        if not grids:
+            return
+        grid = torch.tensor(grids)
+        width = hf.model.visual.patch_embed.proj.weight[0].numel()
+        pixels = torch.randn(int(grid.prod(1).sum()), width, generator=draw)
+        kinds = (self.inputs["input_ids"] == IMAGE).int()
+        self.inputs |= {"pixel_values": pixels, "image_grid_thw": grid, "mm_token_type_ids": kinds}
+        with torch.no_grad():
+            found = hf.model.get_image_features(pixels, grid, return_dict=True)
+        sizes = (grid.prod(1) // 4).tolist()
+        features = [torch.cat(list(found.pooler_output))]
+        features += [
+            torch.cat(list(one)) for one in getattr(found, "deepstack_features", None) or ()
+        ]
+        embeds = torch.cat(features, dim=1).split(sizes)
+        self.embeddings = list(zip(self.starts, embeds))
+        rope = hf.model.get_rope_index(
+            self.inputs["input_ids"], mm_token_type_ids=kinds, image_grid_thw=grid
+        )[0]
+        self.positions = rope[:, 0].numpy().astype(np.int64)
+
+    def expected(self, hf: Any) -> tuple[list[int], list[torch.Tensor]]:
+        """Greedy tokens, and the log-probabilities of each of them.
+
+        The whole sequence is fed each time: `generate` keeps positions of earlier prompts.
+        """
+        inputs, tokens, logprobs = dict(self.inputs), [], []
+        for _ in range(NUM_TOKENS):
+            hf.model.rope_deltas = None
+            with torch.no_grad():
+                logits = hf(**inputs, use_cache=False).logits[0, -1]
+            tokens.append(int(logits.argmax()))
+            logprobs.append(logits.log_softmax(-1))
+            added = torch.tensor([tokens[-1:]])
+            inputs["input_ids"] = torch.cat([inputs["input_ids"], added], dim=1)
+            if "mm_token_type_ids" in inputs:
+                kinds = inputs["mm_token_type_ids"]
+                inputs["mm_token_type_ids"] = torch.cat([kinds, torch.zeros_like(added).int()], 1)
+        return tokens, logprobs
+
+
+def answers(llm: LLM, prompts: list[Given]) -> list[Any]:
+    params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=99)
+    ids = [
+        llm.engine.add_request(  # type: ignore[call-arg]
+            one.ids, params, incremental=False, embeddings=one.embeddings, positions=one.positions
+        )
+        for one in prompts
+    ]
+    found: dict[int, Any] = {}
+    while len(found) < len(ids):
+        llm.engine.advance()
+        for output in llm.engine.take():
+            found[output.request_id] = output.completion
+    return [found[one] for one in ids]
+
+
+@pytest.mark.parametrize("enforce_eager", [True, False])
+@pytest.mark.parametrize("chunk", [512, 16])
+def test_logits_and_tokens_are_those_of_transformers(
+    both: Any, enforce_eager: bool, chunk: int
+) -> None:
+    hf, folder = both
+    llm = LLM(
+        str(folder), device="cpu", dtype="float32", enforce_eager=enforce_eager, max_num_seqs=8,
+        graph_batch_sizes=[8], max_num_batched_tokens=chunk, max_model_len=128,
+        kvcache_block_size=16, skip_tokenizer_init=True,
+    )  # fmt: skip
+    prompts = [Given(hf, parts, seed) for seed, parts in enumerate(PROMPTS.values())]
+    try:
+        for prompt, done in zip(prompts, answers(llm, prompts)):
+            tokens, logprobs = prompt.expected(hf)
+            assert done.token_ids == tokens
+            for wanted, got in zip(logprobs, done.logprobs):
+                actual = torch.tensor([got[i].logprob for i in range(99)])
+                torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-4)
+    finally:
+        llm.close()
