@@ -27,6 +27,9 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 READERS = 8  # threads: one reads 3 to 8 GB/s from the page cache
 PIECE_BYTES = 1 << 24  # that a thread reads at a time
 
+# Before the names of a text model's tensors in checkpoints with towers, in place of "model.".
+TEXT_PREFIXES = ("model.language_model.", "language_model.model.")
+
 Buffer = Callable[[int], Tensor]  # bytes on the host, which a device copies from
 
 
@@ -108,6 +111,8 @@ class Checkpoint:
 
     `buffer` makes the memory through which tensors go to a device. Raises CheckpointError that
     names the file that is missing or damaged.
+
+    The tensors of a text model have the names of a checkpoint of this model alone.
     """
 
     def __init__(self, folder: Path, buffer: Buffer = plain_buffer) -> None:
@@ -117,10 +122,12 @@ class Checkpoint:
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(READERS, "read-weights")
         try:
-            self._paths = self._locate()
+            located = self._locate()
         except BaseException:
             self.close()
             raise
+        self._stored = {_plain_name(name): name for name in located}
+        self._paths = {name: located[stored] for name, stored in self._stored.items()}
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -217,7 +224,7 @@ class Checkpoint:
     def _find(self, name: str) -> tuple[_File, _Stored]:
         if name not in self._paths:
             raise CheckpointError(f"{self.folder}: tensor {name} is missing")
-        file = self._file(self._paths[name])
+        file, name = self._file(self._paths[name]), self._stored[name]
         if name not in file.tensors:
             raise CheckpointError(
                 f"{file.path}: tensor {name} cannot be read: the index names this file, which does "
@@ -234,7 +241,7 @@ class Checkpoint:
         file, stored = self._find(name)
         if stored.dtype not in DTYPES:
             with safe_open(file.path, framework="pt") as opened:
-                dtype = str(opened.get_tensor(name).dtype).removeprefix("torch.")
+                dtype = str(opened.get_tensor(self._stored[name]).dtype).removeprefix("torch.")
             raise CheckpointError(
                 f"{self.folder}: tensor {name} is stored as {dtype}: quantized checkpoints are not "
                 "supported"
@@ -302,6 +309,12 @@ class _File:
                 return self._file.readinto(out) or 0
         except OSError as error:
             raise CheckpointError(f"{self.path}: cannot be read: {error}") from error
+
+
+def _plain_name(name: str) -> str:
+    """The name that a tensor has in a checkpoint without towers."""
+    prefix = next((one for one in TEXT_PREFIXES if name.startswith(one)), None)
+    return name if prefix is None else "model." + name.removeprefix(prefix)
 
 
 def _staged(piece: _Piece) -> bool:

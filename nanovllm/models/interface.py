@@ -193,6 +193,8 @@ class Model:
     `kv_scales(config, weights)` gives the scales of one layer's fp8 cache, fp32 [K] for keys and
     for values; it is None if their bounds are not known.
 
+    Tensors whose names begin with one of `read_elsewhere` are not of the text model.
+
     On one of several ranks (tensor parallelism) `config` is this rank's, and `whole` that of all;
     parameters are declared by `whole`.
 
@@ -210,6 +212,7 @@ class Model:
     layer_params: Callable[[ModelConfig, LayerKind, int], dict[str, Param]]
     layer_type: Callable[[LayerKind], type[Any]]
     kv_scales: Callable[[ModelConfig, Any], tuple[Tensor, Tensor]] | None = None
+    read_elsewhere: tuple[str, ...] = ()
     whole: ModelConfig | None = None
 
     def __post_init__(self) -> None:

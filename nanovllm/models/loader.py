@@ -65,7 +65,7 @@ def load(
     with Checkpoint(folder, target.buffer) as checkpoint:
         reader = Reader(model.config, checkpoint, target)
         params = build(model, reader.read, progress, weight_format, target.place)
-        extra = reader.left_over()
+        extra = [name for name in reader.left_over() if not name.startswith(model.read_elsewhere)]
     if extra:
         raise CheckpointError(
             f"{folder}: {len(extra)} tensor(s) that {model.config.architecture} does not have, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from nanovllm.models.dense import dense_model
 from nanovllm.models.interface import Model
 from nanovllm.models.rope import axes_in_sections
 
+TOWER = ("model.visual.", "visual.")  # before the names of its tensors
 NAME = "Qwen2_5_VLForConditionalGeneration"
 
 
@@ -26,4 +28,4 @@ def model(hf: Any, *, dtype: torch.dtype, max_model_len: int | None = None) -> M
         qkv_bias=True,
         rope_axes=axes_in_sections(sections, interleaved=False),
     )
-    return dense_model(config, windows_by_layer_type(hf))
+    return replace(dense_model(config, windows_by_layer_type(hf)), read_elsewhere=TOWER)

@@ -3,6 +3,7 @@ images that are added after its first layers."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from nanovllm.models.dense import dense_model
 from nanovllm.models.interface import Model
 from nanovllm.models.rope import axes_in_sections
 
+TOWER = ("model.visual.", "visual.")  # before the names of its tensors
 NAME = "Qwen3VLForConditionalGeneration"
 NUM_ADDED = 3  # the tower's deepstack features
 
@@ -31,4 +33,4 @@ def model(hf: Any, *, dtype: torch.dtype, max_model_len: int | None = None) -> M
         rope_axes=axes_in_sections(sections, interleaved=True),
         num_added=NUM_ADDED,
     )
-    return dense_model(config)
+    return replace(dense_model(config), read_elsewhere=TOWER)

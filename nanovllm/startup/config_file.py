@@ -19,6 +19,11 @@ OTHER_NAMES = frozenset(
     {"head_dim", "is_causal", "original_max_position_embeddings", "partial_rotary_factor",
      "quantization_config", "rope_scaling", "rope_theta", "torch_dtype"}
 )  # fmt: skip
+# What the config of a whole model says for its text model too.
+OF_ALL = (
+    "architectures", "tie_word_embeddings", "dtype", "quantization_config", "image_token_id",
+    "video_token_id", "vision_start_token_id", "vision_end_token_id",
+)  # fmt: skip
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -67,7 +72,20 @@ def transformers_config(path: Path, overrides: Mapping[str, object]) -> Any:
             f"hf_overrides has {unknown[0]!r}, which is no field of {type(hf).__name__}: "
             f"use one of {', '.join(sorted(known))}"
         )
-    return hf
+    return _of_text(hf) if hasattr(hf, "text_config") else hf
+
+
+def _of_text(whole: Any) -> Any:
+    """The config of the text model of a checkpoint that has towers as well. It gets what the whole
+    model's config says of all, and the tower's fields as `vision_config`."""
+    text, own = whole.text_config, {name: getattr(whole, name, None) for name in OF_ALL}
+    for name, value in own.items():
+        if value is not None:
+            setattr(text, name, value)
+    for name in ("eos_token_id", "bos_token_id"):
+        setattr(text, name, getattr(whole, name, None) or getattr(text, name, None))
+    text.vision_config = whole.vision_config.to_dict()
+    return text
 
 
 def overridden(fields: Mapping[str, Any], overrides: Mapping[str, object]) -> dict[str, Any]:
