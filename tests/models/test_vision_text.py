@@ -5,6 +5,7 @@ Logits and greedy tokens are compared with those of transformers' whole model.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -140,8 +141,8 @@ class Given:
         return tokens, logprobs
 
 
-def answers(llm: LLM, prompts: list[Given]) -> list[Any]:
-    params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=99)
+def answers(llm: LLM, prompts: list[Given], num_tokens: int = NUM_TOKENS) -> list[Any]:
+    params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, logprobs=99)
     ids = [
         llm.engine.add_request(  # type: ignore[call-arg]
             one.ids, params, incremental=False, embeddings=one.embeddings, positions=one.positions
@@ -156,17 +157,59 @@ def answers(llm: LLM, prompts: list[Given]) -> list[Any]:
     return [found[one] for one in ids]
 
 
+def engine(folder: Path, **options: Any) -> LLM:
+    sizes = {"max_num_seqs": 8, "max_num_batched_tokens": 512, "max_model_len": 128}
+    return LLM(
+        str(folder), device="cpu", dtype="float32", graph_batch_sizes=[8], kvcache_block_size=16,
+        skip_tokenizer_init=True, **{**sizes, **options},
+    )  # fmt: skip
+
+
+def test_prompts_share_blocks_where_images_and_positions_are_the_same(both: Any) -> None:
+    hf, folder = both
+    parts = [0, (8, 12), 0, (6, 6), 0]
+    prompt, other = Given(hf, parts, 3), Given(hf, parts, 3)
+    start, embeds = other.embeddings[1]
+    other.embeddings[1] = start, embeds + 0.5
+    turned = Given(hf, parts, 3)
+    assert turned.positions is not None
+    turned.positions[:, 40:] += 2
+    llm = engine(folder, enforce_eager=True)
+    try:
+        first, again, changed, moved = (
+            answers(llm, [one])[0] for one in (prompt, prompt, other, turned)
+        )
+    finally:
+        llm.close()
+    assert again.token_ids == first.token_ids
+    assert again.num_cached_tokens == len(prompt.ids) // 16 * 16
+    # the second image begins at token 40, in the third block
+    assert changed.num_cached_tokens == moved.num_cached_tokens == 32
+    assert changed.logprobs[0] != first.logprobs[0] != moved.logprobs[0]
+
+
+def test_a_preempted_prompt_with_images_goes_on_as_before(both: Any) -> None:
+    hf, folder = both
+    prompts = [Given(hf, [0, (8, 12), 0], seed) for seed in range(4)]
+    large, small = engine(folder), engine(folder, num_kvcache_blocks=12)
+    try:
+        expected = [one.token_ids for one in answers(large, prompts, 40)]
+        found = [one.token_ids for one in answers(small, prompts, 40)]
+        preempted = [one for one in small.get_metrics() if "preempt" in one.name]
+    finally:
+        large.close()
+        small.close()
+    assert found == expected
+    assert preempted[0].value > 0
+
+
 @pytest.mark.parametrize("enforce_eager", [True, False])
 @pytest.mark.parametrize("chunk", [512, 16])
 def test_logits_and_tokens_are_those_of_transformers(
     both: Any, enforce_eager: bool, chunk: int
 ) -> None:
     hf, folder = both
-    llm = LLM(
-        str(folder), device="cpu", dtype="float32", enforce_eager=enforce_eager, max_num_seqs=8,
-        graph_batch_sizes=[8], max_num_batched_tokens=chunk, max_model_len=128,
-        kvcache_block_size=16, skip_tokenizer_init=True,
-    )  # fmt: skip
+    llm = engine(folder, enforce_eager=enforce_eager, max_num_batched_tokens=chunk)
     prompts = [Given(hf, parts, seed) for seed, parts in enumerate(PROMPTS.values())]
     try:
         for prompt, done in zip(prompts, answers(llm, prompts)):
