@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from typing import Any
@@ -18,13 +18,13 @@ from nanovllm.config import EngineConfig
 from nanovllm.intake import Embeddings, Intake, checked_priority, drawn_seed
 from nanovllm.metrics import EngineMetrics, StatsLog
 from nanovllm.prompts import AnyPrompt, Prompt, as_prompt
-from nanovllm.runner.runner import Launched, Runner
+from nanovllm.runner.runner import Encodable, Launched, Runner
 from nanovllm.sampling import SamplingParams
 from nanovllm.schedule.blocks import BlockPool
 from nanovllm.schedule.logprobs import Logprob, of_row
 from nanovllm.schedule.outputs import Completion, Increment, Outbox, TextStream
 from nanovllm.schedule.plan import NO_TOKEN, StepPlan, StepResult
-from nanovllm.schedule.request import Request
+from nanovllm.schedule.request import Content, Request
 from nanovllm.schedule.scheduler import Proposer, Scheduler
 from nanovllm.startup.load import Loaded, load
 
@@ -79,6 +79,7 @@ class Engine:
         self._in_flight: deque[Launched] = deque()
         self._requests: dict[int, tuple[Request, TextStream]] = {}
         self._outbox = Outbox()
+        self._images: dict[str, Encodable] = {}  # of unfinished requests, by the keys of contents
         self.metrics = EngineMetrics(self.scheduler, loaded.expert_stats)
         self._stats_log = (
             None if config.disable_log_stats else StatsLog(self.metrics, self.scheduler)
@@ -187,6 +188,7 @@ class Engine:
         incremental: bool = True,
         embeddings: Embeddings = (),
         positions: np.ndarray | None = None,
+        images: Sequence[tuple[Content, Encodable]] = (),
         priority: int = 0,
     ) -> int:
         """Queue a prompt (see `nanovllm/prompts.py`); returns the request's id.
@@ -195,7 +197,8 @@ class Engine:
         [n, D]) pairs: they replace the embeddings of n prompt tokens from this position on; the ids
         of these tokens are not read. In [n, K · D] the columns behind the first D are added to the
         hidden states after the first layers, D after each. `positions` are those of the prompt's
-        tokens in time, height and width, int64 [3, T], for models that have three. Requests with a
+        tokens in time, height and width, int64 [3, T], for models that have three. `images` are
+        encoded before the first step that needs them. Requests with a
         lower `priority` number run first.
 
         Raises ValueError, and queues nothing, if the prompt is empty, too long or has ids outside
@@ -208,11 +211,13 @@ class Engine:
         given = as_prompt(prompt)
         prompt_ids = self._intake.prompt_ids(given, params)
         contents = self._intake.contents(embeddings, len(prompt_ids))
+        contents += tuple(content for content, _ in images)
         self._intake.check_positions(positions, len(prompt_ids))
         priority, edits = checked_priority(priority), self._intake.edits(params)
         self._runner.prepare(edits, has_penalties=params.has_penalties)
         for content, (_, embeds) in zip(contents, embeddings):
             self._runner.add_embeddings(content.key, embeds)
+        self._images.update((content.key, image) for content, image in images)
         request_id = self._num_added
         self._num_added += 1
         eos_ids = () if params.ignore_eos else self._eos_ids
@@ -286,6 +291,7 @@ class Engine:
         try:
             plan = self.scheduler.schedule(may_preempt=not self._in_flight)
             if plan is not None:
+                self._encode(plan)
                 self._in_flight.append(self._runner.launch(plan))
             if self._in_flight and (plan is None or len(self._in_flight) > self.run_ahead):
                 launched = self._in_flight.popleft()
@@ -305,6 +311,13 @@ class Engine:
             self._runner.residents_are_known = False
             self.scheduler.restart(request for request, _ in self._requests.values())
             raise
+
+    def _encode(self, plan: StepPlan) -> None:
+        """Encode the images that a plan needs and that have no embeddings yet."""
+        keys = dict.fromkeys(one.key for one in plan.embeddings)
+        missing = [key for key in keys if not self._runner.has_embeddings(key)]
+        if missing:
+            self._runner.encode({key: self._images[key] for key in missing})
 
     def _check_open(self) -> None:
         if self._is_closed:
@@ -399,7 +412,10 @@ class Engine:
         del self._requests[request.request_id]
         if request.contents:
             in_use = {one.key for other, _ in self._requests.values() for one in other.contents}
-            self._runner.drop_embeddings({one.key for one in request.contents} - in_use)
+            ended = {one.key for one in request.contents} - in_use
+            self._runner.drop_embeddings(ended)
+            for key in ended:
+                self._images.pop(key, None)
         self.metrics.finished(request, reason)
         stop_reason = stream.stop_string or _stop_token(request, reason)
         completion = Completion.of(request, stream.text, reason, stop_reason, error)

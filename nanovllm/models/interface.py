@@ -121,6 +121,7 @@ class Params(NamedTuple):
     layers: tuple[Any, ...]
     final_norm_D: Tensor
     head_VD: Weight
+    tower: Any = None  # `vision.interface.TowerWeights` of a model that sees
 
 
 class LayerCache(NamedTuple):
@@ -193,7 +194,8 @@ class Model:
     `kv_scales(config, weights)` gives the scales of one layer's fp8 cache, fp32 [K] for keys and
     for values; it is None if their bounds are not known.
 
-    Tensors whose names begin with one of `read_elsewhere` are not of the text model.
+    Tensors whose names begin with one of `read_elsewhere` are not of the text model. `tower` is the
+    `vision.interface.Tower` of a model that sees.
 
     On one of several ranks (tensor parallelism) `config` is this rank's, and `whole` that of all;
     parameters are declared by `whole`.
@@ -213,6 +215,7 @@ class Model:
     layer_type: Callable[[LayerKind], type[Any]]
     kv_scales: Callable[[ModelConfig, Any], tuple[Tensor, Tensor]] | None = None
     read_elsewhere: tuple[str, ...] = ()
+    tower: Any = None
     whole: ModelConfig | None = None
 
     def __post_init__(self) -> None:

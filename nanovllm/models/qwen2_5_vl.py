@@ -11,8 +11,9 @@ from nanovllm.models.config import dense_config, require_type, windows_by_layer_
 from nanovllm.models.dense import dense_model
 from nanovllm.models.interface import Model
 from nanovllm.models.rope import axes_in_sections
+from nanovllm.models.vision.registry import tower_of
+from nanovllm.models.vision.weights import PREFIXES
 
-TOWER = ("model.visual.", "visual.")  # before the names of its tensors
 NAME = "Qwen2_5_VLForConditionalGeneration"
 
 
@@ -28,4 +29,5 @@ def model(hf: Any, *, dtype: torch.dtype, max_model_len: int | None = None) -> M
         qkv_bias=True,
         rope_axes=axes_in_sections(sections, interleaved=False),
     )
-    return replace(dense_model(config, windows_by_layer_type(hf)), read_elsewhere=TOWER)
+    text = dense_model(config, windows_by_layer_type(hf))
+    return replace(text, read_elsewhere=PREFIXES, tower=tower_of(hf, dtype))

@@ -12,8 +12,9 @@ from nanovllm.models.config import dense_config, require_type
 from nanovllm.models.dense import dense_model
 from nanovllm.models.interface import Model
 from nanovllm.models.rope import axes_in_sections
+from nanovllm.models.vision.registry import tower_of
+from nanovllm.models.vision.weights import PREFIXES
 
-TOWER = ("model.visual.", "visual.")  # before the names of its tensors
 NAME = "Qwen3VLForConditionalGeneration"
 NUM_ADDED = 3  # the tower's deepstack features
 
@@ -33,4 +34,4 @@ def model(hf: Any, *, dtype: torch.dtype, max_model_len: int | None = None) -> M
         rope_axes=axes_in_sections(sections, interleaved=True),
         num_added=NUM_ADDED,
     )
-    return replace(dense_model(config), read_elsewhere=TOWER)
+    return replace(dense_model(config), read_elsewhere=PREFIXES, tower=tower_of(hf, dtype))

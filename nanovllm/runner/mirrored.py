@@ -9,17 +9,18 @@ from __future__ import annotations
 import atexit
 import json
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
+import torch
 from safetensors import torch as safe
 from torch import Tensor
 
 from nanovllm.parallel.ranks import Ranks, deferred_interrupts
-from nanovllm.runner.runner import Launched, Runner
+from nanovllm.runner.runner import Encodable, Launched, Runner
 from nanovllm.schedule.plan import LogitEdits, StepPlan
 
 
@@ -61,6 +62,13 @@ class MirroredRunner(Runner):
     def add_embeddings(self, key: str, embeds: Tensor) -> None:
         super().add_embeddings(key, embeds)
         self.ranks.ask("add_embeddings", safe.save({key: embeds.cpu().contiguous()}))
+
+    def encode(self, images: Mapping[str, Encodable]) -> None:
+        content: dict[str, Tensor] = {}
+        for key, one in images.items():
+            content |= {f"{key} pixels": one.pixels, f"{key} grid": torch.tensor(one.grid)}
+        self.ranks.tell("encode", json.dumps(list(images)).encode() + b"\0" + safe.save(content))
+        super().encode(images)
 
     def drop_embeddings(self, keys: Iterable[str]) -> None:
         dropped = list(keys)
@@ -105,6 +113,15 @@ def handlers(runner: Runner) -> dict[str, Callable[[bytes], bytes | None]]:
         for key, embeds in safe.load(payload).items():
             runner.add_embeddings(key, embeds)
 
+    def encode(payload: bytes) -> None:
+        names, _, content = payload.partition(b"\0")
+        found = safe.load(content)
+        images = {
+            key: Encodable(found[f"{key} pixels"], tuple(found[f"{key} grid"].tolist()))
+            for key in json.loads(names)
+        }
+        runner.encode(images)
+
     def drop_embeddings(payload: bytes) -> None:
         runner.drop_embeddings(json.loads(payload))
 
@@ -116,6 +133,7 @@ def handlers(runner: Runner) -> dict[str, Callable[[bytes], bytes | None]]:
         "launch": launch,
         "prepare": prepare,
         "add_embeddings": add_embeddings,
+        "encode": encode,
         "drop_embeddings": drop_embeddings,
         "decode_uncaptured": decode_uncaptured,
     }

@@ -5,11 +5,12 @@ It launches the steps that plans describe and does not wait for them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import wraps
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ from nanovllm.runner.sampling import LogprobCopies, Sampler, copy_logprobs
 from nanovllm.runner.spec import EngineSpec
 from nanovllm.runner.state import accept_and_advance, new_state
 from nanovllm.runner.steps import Given, Steps
+from nanovllm.runner.tower import TowerSteps
 from nanovllm.schedule.plan import (
     PAD_BLOCK,
     LogitEdits,
@@ -97,6 +99,13 @@ def _in_group(
     return run
 
 
+class Encodable(NamedTuple):
+    """The patches of an image or video, as the checkpoint's processor gives them, and its grid."""
+
+    pixels: Tensor
+    grid: tuple[int, int, int]
+
+
 class Runner:
     """One rank's part of the device's work. On several ranks all must call the same methods."""
 
@@ -127,6 +136,9 @@ class Runner:
         self.sampler = Sampler(platform, self.state, cfg.vocab_size, cfg.dtype)
         self.model_dtype = cfg.dtype
         self._embeddings: dict[str, Tensor] = {}
+        self.tower = None
+        if model.tower is not None:
+            self.tower = TowerSteps(model.tower, params.tower, platform, compiler)
         self._scales: list[tuple[Tensor, ...]] = [() for _ in params.layers]
         if spec.cache_dtype is torch.float8_e4m3fn:
             assert model.kv_scales is not None
@@ -203,6 +215,9 @@ class Runner:
             for num in self.layout.verify_tokens:
                 self._verify_step(num_rows, num)
         with torch.no_grad():
+            if self.tower is not None:
+                progress("vision")
+                self.tower.warm_up()
             columns.warm_up(self.cfg, self.layout.logits_rows, self.platform.device)
             self.sampler.warm_up()
         self.platform.synchronize()
@@ -319,6 +334,22 @@ class Runner:
         if self.steps.whole:
             raise ValueError("given embeddings are not supported where a step is one program")
         self._embeddings[key] = embeds.to(self.platform.device, self.model_dtype)
+
+    def encode(self, images: Mapping[str, Encodable]) -> None:
+        """Compute the embeddings of images or videos, and keep them under these keys until they are
+        dropped. Does not wait for the device."""
+        assert self.tower is not None
+        merged = self.tower.tower.config.patches_per_group
+        pixels = torch.cat([one.pixels for one in images.values()])
+        grids = [one.grid for one in images.values()]
+        with torch.no_grad():
+            features_LGO = self.tower.features(pixels, grids)
+        sizes = [math.prod(grid) // merged for grid in grids]
+        for key, part_LGO in zip(images, features_LGO.split(sizes, dim=1)):
+            self._embeddings[key] = part_LGO.transpose(0, 1).flatten(1).to(self.model_dtype)
+
+    def has_embeddings(self, key: str) -> bool:
+        return key in self._embeddings
 
     def drop_embeddings(self, keys: Iterable[str]) -> None:
         for key in keys:

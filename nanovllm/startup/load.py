@@ -19,6 +19,7 @@ from nanovllm.kernels.collectives import Communicator
 from nanovllm.models import loader
 from nanovllm.models.experts.offloaded import Offloader
 from nanovllm.models.interface import Model, Params
+from nanovllm.models.vision import weights
 from nanovllm.platforms.regions import Place, Region
 from nanovllm.runner.expert_stats import ExpertStats
 from nanovllm.runner.runner import Runner
@@ -177,9 +178,16 @@ def _read_weights(choice: Choice, progress: loader.Progress, place: Place) -> Pa
     """The checkpoint's weights or random ones: the same at every call."""
     platform, model, weight_format = choice.platform, choice.model, choice.spec.weight_format
     target = loader.Target(platform.device, place, platform.host_buffer, choice.shard)
+    seed = choice.config.seed
     if choice.config.random_weights:
-        return loader.random(model, target, choice.config.seed, progress, weight_format)
-    return loader.load(model, choice.folder, target, progress, weight_format)
+        params = loader.random(model, target, seed, progress, weight_format)
+    else:
+        params = loader.load(model, choice.folder, target, progress, weight_format)
+    if model.tower is None:
+        return params
+    if choice.config.random_weights:
+        return params._replace(tower=weights.random(model.tower, target, seed))
+    return params._replace(tower=weights.load(model.tower, choice.folder, target))
 
 
 def read_tokenizer_of(config: EngineConfig, folder: Path, store: Store) -> Tokenizer | None:

@@ -5,6 +5,7 @@ Logits and greedy tokens are compared with those of transformers' whole model.
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from transformers import (
 )
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.runner.runner import Encodable
+from nanovllm.schedule.request import Content
 
 IMAGE, VIDEO, START = 90, 91, 92
 TEXT: dict[str, Any] = {
@@ -72,9 +75,9 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     """transformers' model, and its folder."""
     torch.manual_seed(0)
     hf = MODELS[request.param]().eval()
-    for param in hf.parameters():
+    for name, param in hf.named_parameters():
         if param.dim() > 1:
-            torch.nn.init.normal_(param, std=0.3)
+            torch.nn.init.normal_(param, std=0.1 if "visual" in name else 0.2)
     # of equal tokens the first is chosen, so no answer has an image's token
     hf.lm_head.weight.data[80:] = hf.lm_head.weight.data[0]
     folder = tmp_path_factory.mktemp(request.param)
@@ -99,6 +102,7 @@ class Given:
             grids.append([1, *part])
         self.ids, self.inputs = ids, {"input_ids": torch.tensor([ids])}
         self.embeddings: list[tuple[int, torch.Tensor]] = []
+        self.images: list[tuple[Content, Encodable]] = []
         self.positions = None
         if not grids:
             return
@@ -116,6 +120,11 @@ class Given:
         ]
         embeds = torch.cat(features, dim=1).split(sizes)
         self.embeddings = list(zip(self.starts, embeds))
+        patches = pixels.split(grid.prod(1).tolist())
+        for start, size, one, shape in zip(self.starts, sizes, patches, grids):
+            digest = hashlib.sha256(one.numpy().tobytes() + str(shape).encode()).digest()
+            image = Encodable(one, (shape[0], shape[1], shape[2]))
+            self.images.append((Content(start, size, digest), image))
         rope = hf.model.get_rope_index(
             self.inputs["input_ids"], mm_token_type_ids=kinds, image_grid_thw=grid
         )[0]
@@ -141,12 +150,19 @@ class Given:
         return tokens, logprobs
 
 
-def answers(llm: LLM, prompts: list[Given], num_tokens: int = NUM_TOKENS) -> list[Any]:
+def answers(
+    llm: LLM, prompts: list[Given], num_tokens: int = NUM_TOKENS, *, encodes: bool = False
+) -> list[Any]:
+    """The completions. `encodes`: the engine computes the embeddings of images from patches."""
     params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, logprobs=99)
     ids = [
         llm.engine.add_request(  # type: ignore[call-arg]
-            one.ids, params, incremental=False, embeddings=one.embeddings, positions=one.positions
-        )
+            one.ids,
+            params,
+            incremental=False,
+            positions=one.positions,
+            **({"images": one.images} if encodes else {"embeddings": one.embeddings}),
+        )  # fmt: skip
         for one in prompts
     ]
     found: dict[int, Any] = {}
@@ -218,5 +234,22 @@ def test_logits_and_tokens_are_those_of_transformers(
             for wanted, got in zip(logprobs, done.logprobs):
                 actual = torch.tensor([got[i].logprob for i in range(99)])
                 torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-4)
+    finally:
+        llm.close()
+
+
+@pytest.mark.parametrize("enforce_eager", [True, False])
+def test_the_engine_encodes_images(both: Any, enforce_eager: bool) -> None:
+    hf, folder = both
+    prompts = [Given(hf, parts, seed) for seed, parts in enumerate(PROMPTS.values())]
+    llm = engine(folder, enforce_eager=enforce_eager, max_num_batched_tokens=16)
+    try:
+        for prompt, done in zip(prompts, answers(llm, prompts, encodes=True)):
+            tokens, logprobs = prompt.expected(hf)
+            assert done.token_ids == tokens
+            for wanted, got in zip(logprobs, done.logprobs):
+                actual = torch.tensor([got[i].logprob for i in range(99)])
+                torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-4)
+        assert not llm.engine._images  # type: ignore[union-attr]
     finally:
         llm.close()

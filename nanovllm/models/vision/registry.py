@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,6 +16,11 @@ TOWERS: dict[str, Callable[[Any, torch.dtype], Tower]] = {
     "qwen3_vl_vision": qwen3_vl.tower,
     "qwen3_vl_moe_vision": qwen3_vl.tower,
 }
+
+
+def tower_of(hf: Any, dtype: torch.dtype) -> Tower:
+    """The tower of a text model's config, which has the tower's fields as `vision_config`."""
+    return tower(SimpleNamespace(**hf.vision_config), dtype)
 
 
 def tower(vision: Any, dtype: torch.dtype) -> Tower:
