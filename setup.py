@@ -42,6 +42,7 @@ setup(
         "nanovllm.kernels.cpu",
         "nanovllm.kernels.npu",
         "nanovllm.kernels.triton",
+        "nanovllm.media",
         "nanovllm.models",
         "nanovllm.models.experts",
         "nanovllm.models.formats",
@@ -73,8 +74,11 @@ setup(
         "flash-attn": ["flash-attn>=2.5"],  # needs --no-build-isolation
         "ray": ["ray>=2.50"],
         "triton": ["triton>=3.6; platform_system == 'Linux'"],
+        "video": ["av>=14", "pillow>=11"],
+        "vision": ["pillow>=11"],
         "test": [
             "triton>=3.6; platform_system == 'Linux'",
+            "av>=14",
             "pillow>=11",
             "pytest>=8",
             "pytest-timeout>=2.3",

@@ -79,7 +79,8 @@ def test_pins_are_what_the_package_requires(python: str) -> None:
 @pytest.mark.parametrize("python", VERSIONS)
 def test_pinned_packages_allow_the_version_of_python(python: str) -> None:
     """Checked for the packages that are installed here in their pinned versions. The other lines
-    are numpy 2.2.6 and transformers 5.20.2, which PyPI offers for Python 3.10 and later."""
+    are av 17.1.0, numpy 2.2.6, pillow 12.3.0 and transformers 5.20.2, which PyPI offers for
+    Python 3.10 and later."""
     for pin in pins(python):
         try:
             found = importlib.metadata.distribution(pin.name)
@@ -187,7 +188,7 @@ def test_wheel_holds_everything_and_imports(tmp_path: Path) -> None:
 def test_nothing_optional_is_imported() -> None:
     script = (
         "import sys, nanovllm;"
-        "absent = ('triton', 'flash_attn', 'torch_npu', 'ray', 'fastapi')\n"
+        "absent = ('triton', 'flash_attn', 'torch_npu', 'ray', 'fastapi', 'PIL', 'av')\n"
         "print([name for name in absent if name in sys.modules])"
     )
     done = subprocess.run(

@@ -1,0 +1,190 @@
+"""Videos as frames: lists of pictures, arrays, and files through PyAV.
+
+Which frames count is up to the checkpoint's video processor: `sampled`.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from nanovllm.media import pictures
+from nanovllm.media.pictures import Pixels
+from nanovllm.media.settings import VideoSettings
+
+DEFAULT_FPS = 24  # of frames that come without it, as in transformers
+# The container by its first bytes. FFmpeg's own guess would also read playlists, whose entries
+# name other files and addresses.
+CONTAINERS = ((4, b"ftyp", "mp4"), (0, b"\x1a\x45\xdf\xa3", "matroska"), (8, b"AVI ", "avi"))
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A video whose frames have not been read.
+
+    num_frames, fps: of the whole video; fps is None if nobody said it.
+    pick: gives the frames with these indices, which rise.
+    indices: the frames that were chosen elsewhere, of `total_frames`; None if none were.
+    """
+
+    num_frames: int
+    fps: float | None
+    pick: Callable[[Sequence[int]], Iterator[Pixels]]
+    indices: Sequence[int] | None = None
+    total_frames: int | None = None
+    sample: bool | None = None
+
+
+def of_frames(
+    frames: Sequence[Any], read: Callable[[Any], Pixels], metadata: dict[str, Any]
+) -> Clip:
+    """A clip of single pictures, which `read` turns into bytes. See METADATA in given.py."""
+    indices = metadata.get("frames_indices")
+    total = metadata.get("total_num_frames")
+    if indices is not None:
+        indices = [int(one) for one in indices]
+        if len(indices) != len(frames):
+            raise ValueError(f"{len(indices)} frames_indices do not fit {len(frames)} frames")
+    if (total is not None or metadata.get("do_sample_frames") is False) and indices is None:
+        indices = range(len(frames))
+    if total is not None and (type(total) is not int or total <= max(indices or [0])):
+        raise ValueError(f"total_num_frames is {total!r}: it must be above all frames_indices")
+    sample = metadata.get("do_sample_frames")
+    if sample and indices is not None:
+        raise ValueError("do_sample_frames=True does not go with frames that were sampled already")
+
+    def pick(chosen: Sequence[int]) -> Iterator[Pixels]:
+        for i in chosen:
+            yield read(frames[i])
+
+    return Clip(len(frames), metadata.get("fps"), pick, indices, total, sample)
+
+
+def of_file(data: bytes, max_pixels: int) -> Clip:
+    """A clip of an encoded file: MP4, WebM, Matroska or AVI."""
+    kinds = [kind for at, magic, kind in CONTAINERS if data[at : at + len(magic)] == magic]
+    if not kinds:
+        raise ValueError("the data are no video, or not in MP4, WebM, Matroska or AVI")
+    av = _av()
+    with _broken_as_value_error(av), _opened(av, data, kinds[0]) as container:
+        stream = _video_stream(container)
+        pictures.check_pixels(stream.width, stream.height, max_pixels)
+        rate, num_frames = stream.average_rate, stream.frames
+        if not num_frames:  # Matroska does not say it
+            num_frames = sum(packet.size > 0 for packet in container.demux(stream))
+
+    def pick(chosen: Sequence[int]) -> Iterator[Pixels]:
+        with _broken_as_value_error(av), _opened(av, data, kinds[0]) as container:
+            yield from _frames(container, set(chosen), max_pixels)
+
+    if num_frames < 1:
+        raise ValueError("the video has no frames")
+    return Clip(num_frames, float(rate) if rate else None, pick)
+
+
+def _frames(container: Any, chosen: set[int], max_pixels: int) -> Iterator[Pixels]:
+    last, found = max(chosen), 0
+    for i, frame in enumerate(container.decode(_video_stream(container))):
+        if i in chosen:
+            pictures.check_pixels(frame.width, frame.height, max_pixels)
+            found += 1
+            yield np.ascontiguousarray(frame.to_ndarray(format="rgb24"))
+        if i >= last:
+            break
+    if found < len(chosen):
+        raise ValueError("the video has fewer frames than it says: it is corrupt or truncated")
+
+
+def _opened(av: Any, data: bytes, kind: str) -> Any:
+    # no protocol: a file inside the file is not opened
+    return av.open(io.BytesIO(data), format=kind, options={"protocol_whitelist": "none"})
+
+
+def _video_stream(container: Any) -> Any:
+    if not container.streams.video:
+        raise ValueError("the file has no video in it")
+    return container.streams.video[0]
+
+
+class _broken_as_value_error:
+    """PyAV's errors, which have names of files in them, as a ValueError."""
+
+    def __init__(self, av: Any) -> None:
+        self._errors = av.FFmpegError
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        # PyAV's errors can be ValueErrors as well
+        if isinstance(error, self._errors):
+            raise ValueError("the video cannot be decoded: it is corrupt or truncated") from None
+
+
+def _av() -> Any:
+    try:
+        import av
+    except ImportError:
+        raise ValueError("video files need PyAV: pip install 'nanovllm[video]'") from None
+    return av
+
+
+def sampled(clip: Clip, settings: VideoSettings) -> Sequence[int]:
+    """The indices of the frames that count, as the checkpoint's video processor chooses them."""
+    if clip.indices is not None:
+        return range(clip.num_frames)  # all that were given
+    if not (settings.do_sample_frames if clip.sample is None else clip.sample):
+        return range(clip.num_frames)
+    if settings.over_time:
+        return _evenly(clip, settings)
+    return _by_steps(clip, settings)
+
+
+def _evenly(clip: Clip, settings: VideoSettings) -> Sequence[int]:
+    """`sample_frames` of transformers' Qwen3VLVideoProcessor: from the first to the last frame."""
+    total, num = clip.num_frames, settings.num_frames
+    if num is None:
+        num = int(total / (clip.fps or DEFAULT_FPS) * (settings.fps or 2))
+        num = min(max(num, settings.min_frames), settings.max_frames, total)
+    chosen = np.linspace(0, total - 1, num).round().astype(int)
+    return [int(one) for one in chosen]
+
+
+def _by_steps(clip: Clip, settings: VideoSettings) -> Sequence[int]:
+    """`sample_frames` of transformers' Qwen2VLVideoProcessor: whole patches over time."""
+    total, over, num = clip.num_frames, settings.temporal_patch_size, settings.num_frames
+    if num is not None:
+        num = round(num / over) * over
+    elif settings.fps is not None:
+        if clip.fps is None:
+            raise ValueError("the frames come without fps, which this model's sampling needs")
+        most = min(settings.max_frames, total) // over * over
+        wanted = total / clip.fps * settings.fps
+        num = int(min(max(wanted, settings.min_frames), most, total) // over * over)
+    else:
+        return range(total)
+    if not 0 < num <= total:
+        raise ValueError(
+            f"the video has {total} frames: this model's sampling needs {max(num, over)}"
+        )
+    # transformers counts in float32 here
+    steps = np.arange(num, dtype=np.float64) * (total / num)
+    return [int(one) for one in steps.astype(np.float32)]
+
+
+def times(clip: Clip, chosen: Sequence[int]) -> list[float]:
+    """The seconds at which the chosen frames lie."""
+    numbers = chosen if clip.indices is None else [clip.indices[i] for i in chosen]
+    return [one / (clip.fps or DEFAULT_FPS) for one in numbers]
+
+
+def sampled_fps(clip: Clip, chosen: Sequence[int]) -> float:
+    """Frames per second among the chosen ones."""
+    total = clip.total_frames or (clip.num_frames if clip.indices is None else None)
+    if total is None or clip.fps is None:
+        return clip.fps or DEFAULT_FPS
+    return len(chosen) / total * clip.fps

@@ -1,0 +1,193 @@
+"""The forms in which users give images and videos, and what they come down to: a list of `Given`.
+
+`from_data` reads vLLM's `multi_modal_data`, `from_messages` OpenAI's parts of contents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from nanovllm.media.options import MediaOptions
+
+IMAGE, VIDEO = "image", "video"
+KINDS = (IMAGE, VIDEO)
+# facts about a video that come with frames which were read elsewhere, with vLLM's names
+METADATA = ("fps", "total_num_frames", "frames_indices", "do_sample_frames")
+# facts that follow from the others, or that nothing here depends on
+UNUSED_METADATA = ("duration", "width", "height", "video_backend")
+# keys of parts: OpenAI's and vLLM's of references, and those of pictures in memory
+REFERENCES = {"image_url": IMAGE, "video_url": VIDEO}
+VALUES = {"image": IMAGE, "image_pil": IMAGE, "video": VIDEO}
+
+
+@dataclass(frozen=True)
+class Given:
+    """An image or a video as given.
+
+    kind: "image" or "video". name: what errors call it, such as "image 2".
+    value: a reference (text), a picture, or for a video a list of these or an array of frames.
+    metadata: facts about a video's frames, by the names in METADATA.
+    """
+
+    kind: str
+    name: str
+    value: Any
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+def from_data(data: Any) -> list[Given]:
+    """The media of a prompt's `multi_modal_data`: {"image": …, "video": …}, one each or lists."""
+    if not isinstance(data, Mapping):
+        raise ValueError("multi_modal_data must be a dict with the keys 'image' and 'video'")
+    unknown = [key for key in data if key not in KINDS]
+    if unknown:
+        raise ValueError(f"multi_modal_data has the key {unknown[0]!r}: use 'image' or 'video'")
+    given: list[Given] = []
+    for kind in KINDS:
+        value = data.get(kind)
+        values = [] if value is None else _values(kind, value)
+        given += [_given(kind, i, one) for i, one in enumerate(values, 1)]
+    return given
+
+
+def _values(kind: str, value: Any) -> list[Any]:
+    """The single images or videos of a value of `multi_modal_data`."""
+    one_dims = 3 if kind == IMAGE else 4
+    if kind == VIDEO and _is_with_metadata(value):
+        return [value]
+    if isinstance(value, (list, tuple)):
+        is_one_video = kind == VIDEO and len(value) > 0 and is_picture(value[0])
+        return [value] if is_one_video else list(value)
+    if getattr(value, "ndim", 0) > one_dims:
+        return list(value)
+    return [value]
+
+
+def _given(kind: str, number: int, value: Any, metadata: Any = None) -> Given:
+    name = f"{kind} {number}"
+    if kind == VIDEO and _is_with_metadata(value):
+        value, metadata = value
+    if kind == IMAGE and not (isinstance(value, str) or is_picture(value)):
+        raise ValueError(
+            f"{name} is of type {type(value).__name__}: it must be a PIL image, an array or a "
+            "reference"
+        )
+    if kind == VIDEO:
+        _check_video(name, value)
+    return Given(kind, name, value, _checked_metadata(name, value, metadata or {}))
+
+
+def _is_with_metadata(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], Mapping)
+
+
+def _check_video(name: str, value: Any) -> None:
+    if isinstance(value, (list, tuple)):
+        if not value:
+            raise ValueError(f"{name} has no frames")
+        wrong = [one for one in value if not (isinstance(one, str) or is_picture(one))]
+        if wrong:
+            raise ValueError(
+                f"{name} has a frame of type {type(wrong[0]).__name__}: frames are PIL images, "
+                "arrays or references"
+            )
+    elif not (isinstance(value, str) or getattr(value, "ndim", 0) == 4):
+        raise ValueError(
+            f"{name} is of type {type(value).__name__}: it must be a list of frames, an array of "
+            "four dimensions or a reference"
+        )
+
+
+def _checked_metadata(name: str, given: Any, metadata: Any) -> dict[str, Any]:
+    if not isinstance(metadata, Mapping):
+        raise ValueError(f"{name} has metadata of type {type(metadata).__name__}: give a dict")
+    for key in metadata:
+        if key not in METADATA + UNUSED_METADATA:
+            raise ValueError(f"{name} has metadata {key!r}: use {', '.join(METADATA)}")
+    fps = metadata.get("fps")
+    if fps is not None and not (isinstance(fps, (int, float)) and 0 < fps < float("inf")):
+        raise ValueError(f"{name} has fps {fps!r}: it must be a number above 0")
+    found = {key: metadata[key] for key in METADATA if metadata.get(key) is not None}
+    if found and isinstance(given, str):
+        raise ValueError(f"{name} is a file, which has its own metadata: give none")
+    return found
+
+
+def is_picture(value: Any) -> bool:
+    """Whether a value is a PIL image or an array of one picture."""
+    if hasattr(value, "getbands") and hasattr(value, "convert"):
+        return True
+    return getattr(value, "ndim", 0) in (2, 3) and hasattr(value, "dtype")
+
+
+def from_messages(
+    messages: Sequence[Mapping[str, Any]],
+) -> tuple[list[dict[str, Any]], list[Given]]:
+    """The messages of one conversation with bare parts, such as {"type": "image"}, in the place of
+    media, which is what chat templates read; and the media in the order of the parts."""
+    bare: list[dict[str, Any]] = []
+    given: list[Given] = []
+    counts = dict.fromkeys(KINDS, 0)
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, str) or not isinstance(content, Sequence):
+            bare.append(dict(message))
+            continue
+        parts: list[Any] = []
+        for part in content:
+            one = _of_part(part, counts)
+            if one is not None:
+                given.append(one)
+            parts.append(part if one is None else {"type": one.kind})
+        bare.append({**message, "content": parts})
+    return bare, given
+
+
+def _of_part(part: Any, counts: dict[str, int]) -> Given | None:
+    """The image or video of a part; None for other parts. Counts it."""
+    key = part.get("type") if isinstance(part, Mapping) else None
+    kind = REFERENCES.get(str(key)) or VALUES.get(str(key))
+    if kind is None:
+        return None
+    counts[kind] += 1
+    name = f"{kind} {counts[kind]}"
+    others = {k: v for k, v in part.items() if k not in ("type", key) and v is not None}
+    metadata = others.pop("video_metadata", None) if kind == VIDEO else None
+    if others:
+        raise ValueError(f"{name} has the option {next(iter(others))!r}, which is not supported")
+    value = part.get(key)
+    if value is None:
+        raise ValueError(f"{name} is empty: its part has no {key!r}")
+    if key in REFERENCES:
+        value = _url(name, value)
+    return _given(kind, counts[kind], value, metadata)
+
+
+def _url(name: str, value: Any) -> str:
+    """The reference in the value of image_url: a text, or {"url": text, "detail": "auto"}."""
+    if isinstance(value, Mapping):
+        unknown = [key for key in value if key not in ("url", "detail")]
+        if unknown:
+            raise ValueError(f"{name} has the option {unknown[0]!r}, which is not supported")
+        if value.get("detail", "auto") not in ("auto", None):
+            raise ValueError(f"{name} has detail {value['detail']!r}: only 'auto' is supported")
+        value = value.get("url")
+    if not isinstance(value, str):
+        raise ValueError(f"{name} has a URL of type {type(value).__name__}: it must be text")
+    return value
+
+
+def check_counts(given: Sequence[Given], options: MediaOptions) -> None:
+    """Raises ValueError for more images or videos than a prompt may have."""
+    for kind, most in ((IMAGE, options.max_images), (VIDEO, options.max_videos)):
+        num = sum(one.kind == kind for one in given)
+        if num > most:
+            raise ValueError(f"the prompt has {num} {kind}s: at most {most} are allowed")
+
+
+def refuse(model: str, given: Sequence[Given]) -> None:
+    """Raises ValueError if a prompt of a model without vision has images or videos."""
+    if given:
+        raise ValueError(f"the prompt has {given[0].name}, but {model!r} reads text only")

@@ -1,0 +1,131 @@
+"""Pictures as RGB bytes [H, W, 3], from encoded files, PIL images and arrays.
+
+The conversions are those of transformers' processors: transparent pixels lie over white, all other
+modes are Pillow's `convert("RGB")`. The rotation in EXIF is applied. Of an animation the first
+frame counts, as in Pillow and transformers: phones write pictures as files of several frames.
+16-bit grey keeps its high byte, as Pillow does for 16-bit colour; transformers would clip it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import threading
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Pixels = npt.NDArray[np.uint8]
+
+# No SVG, no format that is a program (EPS), none with many codecs inside (TIFF)
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+GREY_16 = ("I;16", "I;16L", "I;16B", "I;16N")
+WITHOUT_RANGE = ("I", "F")
+PREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}  # Pillow converts them to these alone
+CHANNELS = (1, 3, 4)
+# Pillow reads a file into an image on first use, and one image can be in several prompts.
+_loading = threading.Lock()
+
+
+def pillow() -> Any:
+    """The module PIL.Image. Raises ValueError if Pillow is not installed."""
+    try:
+        from PIL import Image
+    except ImportError:
+        raise ValueError("pictures need Pillow: pip install 'nanovllm[vision]'") from None
+    return Image
+
+
+def decode(data: bytes, max_pixels: int) -> Pixels:
+    """An encoded picture as RGB. Raises ValueError for other formats, for corrupt or truncated
+    data, and before decoding for more than `max_pixels`."""
+    image_module = pillow()
+    try:
+        image = image_module.open(io.BytesIO(data), formats=FORMATS)
+    except image_module.DecompressionBombError:
+        raise ValueError(f"the picture has more than {max_pixels} pixels") from None
+    except Exception:  # readers raise many kinds of errors, with addresses of objects in them
+        raise ValueError(
+            f"the data are no picture, or not in one of the formats {', '.join(FORMATS)}"
+        ) from None
+    return _checked_rgb(image, max_pixels, contextlib.nullcontext())
+
+
+def of_image(image: Any, max_pixels: int) -> Pixels:
+    """A PIL image as RGB, rotated as its EXIF data say."""
+    return _checked_rgb(image, max_pixels, _loading)
+
+
+def of_array(given: Any, max_pixels: int) -> Pixels:
+    """An array of bytes [H, W], [H, W, C] or [C, H, W] as RGB; C is 1, 3 or 4.
+
+    If both the first and the last size can be C, the first is, as for transformers.
+    """
+    array = as_array(given)
+    if array.dtype != np.uint8:
+        raise ValueError(f"the picture has dtype {array.dtype}: it must be uint8, 0 … 255")
+    if array.ndim == 2:
+        array = array[None]
+    if array.ndim != 3 or not {array.shape[0], array.shape[2]} & set(CHANNELS):
+        raise ValueError(
+            f"the picture has shape {list(array.shape)}: it must be [H, W], [H, W, C] or "
+            f"[C, H, W] with C one of {', '.join(map(str, CHANNELS))}"
+        )
+    if array.shape[0] in CHANNELS:
+        array = np.moveaxis(array, 0, 2)
+    check_pixels(array.shape[1], array.shape[0], max_pixels)
+    if array.shape[2] == 4:
+        alpha = array[..., 3:] / 255
+        array = np.round(alpha * array[..., :3] + (1 - alpha) * 255).astype(np.uint8)
+    if array.shape[2] == 1:
+        array = np.repeat(array, 3, axis=2)
+    return np.ascontiguousarray(array)
+
+
+def as_array(given: Any) -> npt.NDArray[Any]:
+    """A NumPy array of an array or tensor on any device."""
+    if hasattr(given, "detach"):
+        given = given.detach().cpu()
+    return np.asarray(given)
+
+
+def check_pixels(width: int, height: int, max_pixels: int) -> None:
+    if width < 1 or height < 1:
+        raise ValueError(f"the picture is {width} × {height} pixels: it must have at least one")
+    if width * height > max_pixels:
+        raise ValueError(
+            f"the picture is {width} × {height} pixels: at most {max_pixels} are allowed"
+        )
+
+
+def _checked_rgb(image: Any, max_pixels: int, lock: AbstractContextManager[Any]) -> Pixels:
+    width, height = image.size
+    check_pixels(width, height, max_pixels)
+    if image.mode in WITHOUT_RANGE:
+        raise ValueError(
+            f"the picture has mode {image.mode!r}, which has no fixed range: convert it to 'RGB'"
+        )
+    try:
+        with lock:
+            image.load()
+        return _rgb(image)
+    except Exception:  # see `decode`
+        raise ValueError("the picture cannot be decoded: it is corrupt or truncated") from None
+
+
+def _rgb(image: Any) -> Pixels:
+    from PIL import ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    image = image.convert(PREMULTIPLIED[image.mode]) if image.mode in PREMULTIPLIED else image
+    if image.mode in GREY_16:
+        high = (np.asarray(image) >> 8).astype(np.uint8)
+        return np.ascontiguousarray(np.repeat(high[..., None], 3, axis=2))
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        white = pillow().new("RGBA", image.size, (255, 255, 255, 255))
+        image = pillow().alpha_composite(white, image)
+    # PIL's images can share memory with their arrays, which must not change afterwards
+    return np.array(image.convert("RGB"))

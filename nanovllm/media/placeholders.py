@@ -1,0 +1,132 @@
+"""Prompts with placeholders: one for each image and video as given, one for each token after."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from nanovllm.media.given import IMAGE, VIDEO
+from nanovllm.media.prepare import Prepared
+
+Span = tuple[int, int]  # (first token, number of tokens)
+
+
+class TextEncoder(Protocol):
+    """What is needed of a tokenizer."""
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]: ...
+
+
+@dataclass(frozen=True)
+class Expanded:
+    """A prompt with all placeholder tokens.
+
+    spans: for each item, in the order of the items, its runs of placeholder tokens. An image has
+    one run; a video has one, or one for each patch over time where text stands between them.
+    """
+
+    token_ids: list[int]
+    spans: list[tuple[Span, ...]]
+
+
+@dataclass(frozen=True)
+class Placeholders:
+    """The special tokens of a checkpoint. The names are those of Qwen's vision models.
+
+    with_times: the prompt has the time before each patch of a video, and the two border tokens
+    around it (Qwen3-VL).
+    """
+
+    tokenizer: TextEncoder
+    with_times: bool
+    image_token: str = "<|image_pad|>"
+    video_token: str = "<|video_pad|>"
+    start_token: str = "<|vision_start|>"
+    end_token: str = "<|vision_end|>"
+
+    def __post_init__(self) -> None:
+        self._id_of(self.image_token)
+        self._id_of(self.video_token)
+
+    def of_text(
+        self, text: str, items: Sequence[Prepared], *, add_special_tokens: bool = True
+    ) -> Expanded:
+        """The tokens of a text with one placeholder for each item. Raises ValueError if there are
+        more or fewer placeholders than items of a kind.
+
+        Each patch of a video over time keeps one placeholder in the text, which becomes its tokens
+        afterwards: the tokenizer reads no long runs.
+        """
+        pattern = "|".join(map(re.escape, (self.image_token, self.video_token)))
+        kind_of = {self.image_token: IMAGE, self.video_token: VIDEO}
+        order = _order([kind_of[one] for one in re.findall(pattern, text)], items)
+        waiting = iter(order)
+        short = re.sub(pattern, lambda found: self._short(found[0], items[next(waiting)]), text)
+        ids = self.tokenizer.encode(short, add_special_tokens=add_special_tokens)
+        return self._expanded(ids, order, items)
+
+    def of_ids(self, token_ids: Sequence[int], items: Sequence[Prepared]) -> Expanded:
+        """The same for a prompt that is given as token ids."""
+        kind_of = {self._id_of(self.image_token): IMAGE, self._id_of(self.video_token): VIDEO}
+        order = _order([kind_of[one] for one in token_ids if one in kind_of], items)
+        waiting = iter(order)
+        ids: list[int] = []
+        for one in token_ids:
+            if one not in kind_of:
+                ids.append(one)
+                continue
+            token = self.image_token if kind_of[one] == IMAGE else self.video_token
+            short = self._short(token, items[next(waiting)])
+            ids += self.tokenizer.encode(short, add_special_tokens=False)
+        return self._expanded(ids, order, items)
+
+    def _short(self, token: str, item: Prepared) -> str:
+        """The text of an item with one placeholder for each run of tokens."""
+        if item.kind == IMAGE or not self.with_times:
+            return token
+        one = self.start_token + token + self.end_token
+        return "".join(f"<{time:.1f} seconds>{one}" for time in item.times)
+
+    def _expanded(
+        self, ids: Sequence[int], order: Sequence[int], items: Sequence[Prepared]
+    ) -> Expanded:
+        """Replaces each placeholder by the tokens of its run."""
+        runs = iter([(i, num) for i in order for num in self._runs(items[i])])
+        placeholders = (self._id_of(self.image_token), self._id_of(self.video_token))
+        out: list[int] = []
+        spans: list[list[Span]] = [[] for _ in items]
+        for one in ids:
+            if one not in placeholders:
+                out.append(one)
+                continue
+            i, num = next(runs)
+            spans[i].append((len(out), num))
+            out += [one] * num
+        return Expanded(out, list(map(tuple, spans)))
+
+    def _runs(self, item: Prepared) -> list[int]:
+        num_runs = len(item.times) if item.kind == VIDEO and self.with_times else 1
+        return [item.num_tokens // num_runs] * num_runs
+
+    def _id_of(self, token: str) -> int:
+        ids = self.tokenizer.encode(token, add_special_tokens=False)
+        if len(ids) != 1:
+            raise ValueError(f"the tokenizer has no token {token!r}: it does not fit the processor")
+        return ids[0]
+
+
+def _order(kinds: Sequence[str], items: Sequence[Prepared]) -> list[int]:
+    """The indices of the items that placeholders of these kinds stand for."""
+    waiting: dict[str, Iterator[int]] = {}
+    for kind in (IMAGE, VIDEO):
+        indices = [i for i, one in enumerate(items) if one.kind == kind]
+        num = kinds.count(kind)
+        if num != len(indices):
+            raise ValueError(
+                f"the prompt has {num} placeholders for {kind}s, but {len(indices)} {kind}s "
+                "were given"
+            )
+        waiting[kind] = iter(indices)
+    return [next(waiting[kind]) for kind in kinds]

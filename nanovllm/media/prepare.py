@@ -1,0 +1,244 @@
+"""Images and videos to patches, in threads, several at a time, with a cache by content.
+
+Threads and not processes: Pillow, NumPy, zlib and hashlib let other threads run during their work,
+and a process would have to send megabytes of patches. docs/media.md has the figures.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Sequence
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanovllm.media import clips, patches, pictures, sources
+from nanovllm.media.cache import ByteCache
+from nanovllm.media.given import IMAGE, Given, check_counts
+from nanovllm.media.options import MediaOptions
+from nanovllm.media.patches import Grid
+from nanovllm.media.pictures import Pixels
+from nanovllm.media.settings import PatchSettings, VisionSettings
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An image or video as the model's tower and the prompt need it.
+
+    pixel_values_PD: the patches, float32. Prompts share it: nobody may write to it.
+    grid: patches over time, height and width; its product is P.
+    num_tokens: placeholder tokens in the prompt.
+    digest: SHA-256 of the decoded pixels, the times of frames and the processor's settings. Equal
+        digests mean equal patches and positions.
+    times: of a video, the seconds of each patch over time. seconds_per_grid: between two of them.
+    """
+
+    kind: str
+    pixel_values_PD: Tensor
+    grid: Grid
+    num_tokens: int
+    digest: bytes
+    times: tuple[float, ...] = ()
+    seconds_per_grid: float = 0.0
+
+    @property
+    def num_bytes(self) -> int:
+        return self.pixel_values_PD.nbytes
+
+
+class _Budget:
+    """The encoded bytes that a prompt may still read, and whether it was cancelled."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes, self._num_bytes = max_bytes, 0
+        self._lock = threading.Lock()
+        self.cancelled = threading.Event()
+
+    def take(self, num_bytes: int) -> None:
+        with self._lock:
+            self._num_bytes += num_bytes
+            if self._num_bytes > self._max_bytes:
+                raise ValueError(f"the prompt's media have more than {self._max_bytes} bytes")
+
+    def check(self) -> None:
+        if self.cancelled.is_set():
+            raise CancelledError
+
+
+class Preparation:
+    """The media of one prompt, which threads prepare."""
+
+    def __init__(self, budget: _Budget, futures: Sequence[Future[Prepared]]) -> None:
+        self._budget, self._futures = budget, futures
+
+    def done(self) -> bool:
+        """Whether `result` returns or raises at once."""
+        return all(one.done() for one in self._futures)
+
+    def result(self, timeout_s: float | None = None) -> list[Prepared]:
+        """All items in the order in which they were given. Raises the first item's ValueError,
+        CancelledError after `cancel`, or TimeoutError."""
+        wait(self._futures, timeout_s, FIRST_EXCEPTION)
+        try:
+            for one in self._futures:
+                if one.done():
+                    one.result()
+        except BaseException:
+            self.cancel()  # the other items are of no use
+            raise
+        if not self.done():
+            raise TimeoutError(f"the media were not ready after {timeout_s} s")
+        return [one.result() for one in self._futures]
+
+    def cancel(self) -> None:
+        """Ends the work on all items as soon as possible."""
+        self._budget.cancelled.set()
+        for one in self._futures:
+            one.cancel()
+
+
+class Preparer:
+    """Prepares the images and videos of prompts for one checkpoint. Several threads can use it."""
+
+    def __init__(self, settings: VisionSettings, options: MediaOptions) -> None:
+        self.settings, self.options = settings, options
+        self.cache: ByteCache[Prepared] = ByteCache(options.media_cache_bytes)
+        # digests of encoded pictures, so that one that was seen before is not even decoded
+        self._seen: ByteCache[bytes] = ByteCache(1 << 20)
+        self._pool = ThreadPoolExecutor(options.num_media_workers, thread_name_prefix="media")
+
+    def submit(self, given: Sequence[Given]) -> Preparation:
+        """Starts the work. Nothing is read or decoded in the calling thread.
+
+        Pictures in memory must not change until the result is there. Raises ValueError for more
+        items than a prompt may have.
+        """
+        check_counts(given, self.options)
+        budget = _Budget(self.options.max_prompt_bytes)
+        return Preparation(budget, [self._pool.submit(self._one, one, budget) for one in given])
+
+    def close(self) -> None:
+        """Ends the threads. Waiting work is cancelled."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def _one(self, given: Given, budget: _Budget) -> Prepared:
+        budget.check()
+        try:
+            return self._image(given, budget) if given.kind == IMAGE else self._video(given, budget)
+        except ValueError as error:
+            raise ValueError(f"{given.name}: {error}") from None
+        except MemoryError:
+            raise ValueError(f"{given.name}: there is not enough memory for it") from None
+
+    def _image(self, given: Given, budget: _Budget) -> Prepared:
+        settings, encoded = self.settings.image, b""
+        if isinstance(given.value, str):
+            data = self._read(given.value, IMAGE, budget)
+            encoded = hashlib.sha256(data).digest()
+            known = self._known(encoded)
+            if known is not None:
+                return known
+            pixels = pictures.decode(data, self.options.max_image_pixels)
+        else:
+            pixels = self._picture(given.value)
+        budget.check()
+        height, width = pixels.shape[:2]
+        size = patches.image_size(height, width, settings)
+        grid = self._grid(1, size, settings)
+        digest = hashlib.sha256(b"image" + settings.digest + repr(pixels.shape).encode())
+        digest.update(pixels.data)
+        found = self.cache.get(digest.digest())
+        if found is None:
+            resized = patches.resized(pixels, *size, settings.resample)
+            values = torch.from_numpy(patches.image_patches(resized, settings))
+            num_tokens = patches.num_tokens(grid, settings)
+            found = Prepared(IMAGE, values, grid, num_tokens, digest.digest())
+            self.cache.put(found.digest, found, found.num_bytes)
+        if encoded:
+            self._seen.put(encoded, found.digest, len(encoded) + len(found.digest))
+        return found
+
+    def _known(self, encoded: bytes) -> Prepared | None:
+        digest = self._seen.get(encoded)
+        return None if digest is None else self.cache.get(digest)
+
+    def _video(self, given: Given, budget: _Budget) -> Prepared:
+        settings = self.settings.video
+        clip = self._clip(given, budget)
+        chosen = clips.sampled(clip, settings)
+        if len(chosen) > self.options.max_video_frames:
+            raise ValueError(
+                f"it has {len(chosen)} frames: at most {self.options.max_video_frames} are allowed"
+            )
+        seconds, fps = clips.times(clip, chosen), clips.sampled_fps(clip, chosen)
+        facts = (len(chosen), seconds, fps)
+        digest = hashlib.sha256(b"video" + settings.digest + repr(facts).encode())
+        frames: list[Pixels] = []
+        shape, size, grid = None, (0, 0), (0, 0, 0)
+        for pixels in clip.pick(chosen):
+            budget.check()
+            if shape is None:
+                shape = pixels.shape
+                size = patches.video_size(len(chosen), shape[0], shape[1], settings)
+                grid = self._grid(len(chosen), size, settings)
+                digest.update(repr(shape).encode())
+            if pixels.shape != shape:
+                raise ValueError("its frames differ in size")
+            digest.update(pixels.data)
+            frames.append(patches.resized(pixels, *size, settings.resample))
+        found = self.cache.get(digest.digest())
+        if found is None:
+            over = settings.temporal_patch_size
+            found = Prepared(
+                given.kind, torch.from_numpy(patches.video_patches(frames, settings)), grid,
+                patches.num_tokens(grid, settings), digest.digest(),
+                _patch_times(seconds, over), over / fps,
+            )  # fmt: skip
+            self.cache.put(found.digest, found, found.num_bytes)
+        return found
+
+    def _clip(self, given: Given, budget: _Budget) -> clips.Clip:
+        if isinstance(given.value, str):
+            data = self._read(given.value, given.kind, budget)
+            return clips.of_file(data, self.options.max_image_pixels)
+
+        def read(frame: Any) -> Pixels:
+            if isinstance(frame, str):
+                data = self._read(frame, IMAGE, budget)
+                return pictures.decode(data, self.options.max_image_pixels)
+            return self._picture(frame)
+
+        return clips.of_frames(given.value, read, dict(given.metadata))
+
+    def _read(self, reference: str, kind: str, budget: _Budget) -> bytes:
+        data = sources.read(reference, kind, self.options)
+        budget.take(len(data))
+        budget.check()
+        return data
+
+    def _picture(self, value: Any) -> Pixels:
+        most = self.options.max_image_pixels
+        if hasattr(value, "getbands"):
+            return pictures.of_image(value, most)
+        return pictures.of_array(value, most)
+
+    def _grid(self, num_frames: int, size: tuple[int, int], settings: PatchSettings) -> Grid:
+        """The grid of resized frames, if its patches are small enough."""
+        grid = patches.grid_of(num_frames, *size, settings)
+        values = grid[0] * settings.temporal_patch_size * size[0] * size[1] * 3
+        if values * 4 > self.options.max_patches_bytes:
+            raise ValueError(
+                f"its patches have {values * 4} bytes: at most {self.options.max_patches_bytes} "
+                "are allowed"
+            )
+        return grid
+
+
+def _patch_times(seconds: Sequence[float], over: int) -> tuple[float, ...]:
+    """The middle of each patch over time, as `_calculate_timestamps` of transformers' Qwen3-VL."""
+    whole = [*seconds, *[seconds[-1]] * (-len(seconds) % over)]
+    return tuple((whole[i] + whole[i + over - 1]) / 2 for i in range(0, len(whole), over))

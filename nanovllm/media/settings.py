@@ -1,0 +1,183 @@
+"""The settings of a checkpoint's image and video processors, from its JSON files.
+
+These are the files and defaults of transformers' `Qwen2VLImageProcessor`, `Qwen2VLVideoProcessor`
+and `Qwen3VLVideoProcessor`. The work is done here: transformers' own video processors need
+torchvision, whose builds fit only some builds of torch, and the results would depend on it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+HALF = (0.5, 0.5, 0.5)
+BICUBIC = 3
+IMAGE_TYPES = ("Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast", "Qwen2VLImageProcessorPil")
+VIDEO_TYPES = {"Qwen2VLVideoProcessor": False, "Qwen3VLVideoProcessor": True}
+# transformers' classes of whole processors, and whether frames have times in the prompt
+PROCESSORS = {"Qwen2VLProcessor": False, "Qwen2_5_VLProcessor": False, "Qwen3VLProcessor": True}
+# of the files that transformers reads, those with settings
+FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+
+
+@dataclass(frozen=True)
+class PatchSettings:
+    """How a picture becomes patches.
+
+    patch_size: pixels of a patch's side. merge_size: patches of a merged patch's side; a merged
+    patch is one token. temporal_patch_size: frames of a patch.
+    min_pixels, max_pixels: the range of pixels after resizing.
+    """
+
+    patch_size: int
+    min_pixels: int
+    max_pixels: int
+    temporal_patch_size: int = 2
+    merge_size: int = 2
+    resample: int = BICUBIC
+    do_rescale: bool = True
+    rescale_factor: float = 1 / 255
+    do_normalize: bool = True
+    image_mean: tuple[float, ...] = CLIP_MEAN
+    image_std: tuple[float, ...] = CLIP_STD
+
+    def __post_init__(self) -> None:
+        for name in ("patch_size", "temporal_patch_size", "merge_size", "min_pixels", "max_pixels"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"the processor's {name} is {value!r}: it must be at least 1")
+        if len(self.image_mean) != 3 or len(self.image_std) != 3:
+            raise ValueError("the processor's image_mean and image_std must have 3 numbers each")
+
+    @property
+    def factor(self) -> int:
+        """Pixels of a token's side."""
+        return self.patch_size * self.merge_size
+
+    @cached_property
+    def digest(self) -> bytes:
+        return hashlib.sha256(repr(self).encode()).digest()
+
+
+@dataclass(frozen=True)
+class VideoSettings(PatchSettings):
+    """How frames become patches.
+
+    over_time: the range of pixels is for all frames together (Qwen3), not for each.
+    The others are fields of transformers' video processors.
+    """
+
+    over_time: bool = False
+    do_sample_frames: bool = False
+    fps: float | None = None
+    num_frames: int | None = None
+    min_frames: int = 4
+    max_frames: int = 768
+    cap_pixels_per_frame: bool = False
+    max_video_tokens: int = 128000
+
+
+@dataclass(frozen=True)
+class VisionSettings:
+    """What a checkpoint says about pictures. `with_times`: its prompts have the times of frames."""
+
+    image: PatchSettings
+    video: VideoSettings
+    with_times: bool
+
+
+def load(folder: Path) -> VisionSettings | None:
+    """The settings of a checkpoint; None if it has no image processor. Raises ValueError for a
+    processor that is not supported."""
+    whole, image_file, video_file = (_json(folder / name) for name in FILES)
+    image = whole.get("image_processor") or image_file
+    if not image:
+        return None
+    video = whole.get("video_processor") or video_file or image
+    name = whole.get("processor_class") or image.get("processor_class")
+    _check("processor_class", name, tuple(PROCESSORS))
+    _check("image_processor_type", image.get("image_processor_type", IMAGE_TYPES[0]), IMAGE_TYPES)
+    with_times = PROCESSORS[str(name)]
+    default = "Qwen3VLVideoProcessor" if with_times else "Qwen2VLVideoProcessor"
+    video_type = video.get("video_processor_type", default)
+    _check("video_processor_type", video_type, tuple(VIDEO_TYPES))
+    return VisionSettings(
+        image_settings(image), video_settings(video, over_time=VIDEO_TYPES[video_type]), with_times
+    )
+
+
+def image_settings(given: Mapping[str, Any]) -> PatchSettings:
+    """The settings in the fields of an image processor, with the defaults of Qwen2-VL's."""
+    low, high = _pixel_range(given, 56 * 56, 28 * 28 * 1280)
+    _check_steps(given)
+    return PatchSettings(**{"patch_size": 14, **_fields(PatchSettings, given, low, high)})
+
+
+def video_settings(given: Mapping[str, Any], *, over_time: bool) -> VideoSettings:
+    """The settings in the fields of a video processor, with the defaults of Qwen2-VL's or, with
+    `over_time`, of Qwen3-VL's."""
+    side = 32 if over_time else 28
+    # Qwen3-VL's does not know the old names
+    named = {"size": given.get("size")} if over_time else given
+    low, high = _pixel_range(named, 128 * side * side, 768 * side * side)
+    defaults: dict[str, Any] = {"patch_size": 14}
+    if over_time:
+        defaults = {
+            "patch_size": 16, "image_mean": HALF, "image_std": HALF, "do_sample_frames": True,
+            "fps": 2, "max_video_tokens": 768,
+        }  # fmt: skip
+    _check_steps(given)
+    found = _fields(VideoSettings, given, low, high)
+    return VideoSettings(**{**defaults, **found, "over_time": over_time})
+
+
+def _pixel_range(given: Mapping[str, Any], low: int, high: int) -> tuple[int, int]:
+    """(min_pixels, max_pixels). Old files give these names, newer ones `size`; the old names win,
+    as in transformers."""
+    size = {"shortest_edge": low, "longest_edge": high, **(given.get("size") or {})}
+    names = (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge"))
+    low, high = (size[new] if given.get(old) is None else given[old] for old, new in names)
+    return low, high
+
+
+def _fields(kind: type, given: Mapping[str, Any], low: int, high: int) -> dict[str, Any]:
+    known = {one.name for one in fields(kind)}
+    found = {name: given[name] for name in known & given.keys() if given[name] is not None}
+    for name in ("image_mean", "image_std"):
+        if name in found:
+            value = found[name]
+            found[name] = tuple(value) if isinstance(value, (list, tuple)) else (value,) * 3
+    return {**found, "min_pixels": low, "max_pixels": high}
+
+
+def _check_steps(given: Mapping[str, Any]) -> None:
+    for name in ("do_resize", "do_convert_rgb"):
+        if given.get(name) is False:
+            raise ValueError(f"the processor has {name}=False, which is not supported")
+    if given.get("do_center_crop") or given.get("do_pad"):
+        raise ValueError("the processor crops or pads pictures, which is not supported")
+
+
+def _check(name: str, value: Any, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(
+            f"the checkpoint's {name} is {value!r}, which is not supported: use one of "
+            f"{', '.join(known)}"
+        )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path.name} cannot be read: {error}") from None
+    return found if isinstance(found, dict) else {}
