@@ -21,6 +21,7 @@ ROLES = {
     "tools": "report, profile, cache",
     "startup": "choose, load, build",
     "runner": "owns the device",
+    "media": "images, videos",
     "models": "architectures, weights",
     "schedule": "which tokens run next",
     "platforms": "CUDA, CPU, NPU, MPS",

@@ -26,6 +26,7 @@ ALLOWED = {
     "compile": ("nanovllm.compile", "nanovllm.kernels"),
     "models": ("nanovllm.models", "nanovllm.kernels"),
     "platforms": ("nanovllm.platforms", "nanovllm.compile", "nanovllm.kernels"),
+    "media": ("nanovllm.media",),
     "parallel": ("nanovllm.parallel", "nanovllm.env", "nanovllm.kernels.peers"),
     "schedule": ("nanovllm.schedule", "nanovllm.sampling", "nanovllm.tokenizer"),
     "runner": (
@@ -81,7 +82,7 @@ MODULES = {
 DEVICE = re.compile(r"(?<![a-z])(cuda|npu|mps)(?![a-z])", re.IGNORECASE)
 # layers whose code names no device
 DEVICELESS = (
-    "compile", "models", "parallel", "replicas", "schedule", "runner", "startup", "",
+    "compile", "media", "models", "parallel", "replicas", "schedule", "runner", "startup", "",
 )  # fmt: skip
 # options of `LLM` that are named after their device
 OPTIONS = ("npu_graph_mode", "npu_graph_options")
