@@ -194,12 +194,12 @@ class Engine:
         """Queue a prompt (see `nanovllm/prompts.py`); returns the request's id.
 
         With `incremental` False the request has one output, at its end. `embeddings` are (position,
-        [n, D]) pairs: they replace the embeddings of n prompt tokens from this position on; the ids
-        of these tokens are not read. In [n, K · D] the columns behind the first D are added to the
-        hidden states after the first layers, D after each. `positions` are those of the prompt's
-        tokens in time, height and width, int64 [3, T], for models that have three. `images` are
-        encoded before the first step that needs them. Requests with a
-        lower `priority` number run first.
+        [n, D]) pairs: they replace the embeddings of n prompt tokens from this position on, as the
+        checkpoint's table has them; the ids of these tokens are not read. In [n, K · D] the columns
+        behind the first D are added to the hidden states after the first layers, D after each.
+        `positions` are those of the prompt's tokens in time, height and width, int64 [3, T], for
+        models that have three. `images` are encoded before the first step that needs them. Requests
+        with a lower `priority` number run first.
 
         Raises ValueError, and queues nothing, if the prompt is empty, too long or has ids outside
         the vocabulary, or if embeddings do not fit the prompt or the model.

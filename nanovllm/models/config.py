@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -82,14 +82,24 @@ class MoeConfig:
         return self.num_experts * (1 - (1 - self.top_k / self.num_experts) ** num_tokens)
 
 
+class Rope(NamedTuple):
+    """A rotary table: angle(m, j) = m · inv_freq[j]; cos and sin are multiplied by `scale`.
+
+    Elements of a head that are beyond the frequencies are not rotated.
+    """
+
+    inv_freq: tuple[float, ...]
+    scale: float = 1.0
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Frozen description of one checkpoint's architecture.
 
     `max_position` is the longest sequence, prompt and answer together. `inv_freq` and `rope_scale`
-    define the rotary table: angle(m, j) = m · inv_freq[j]; cos and sin are multiplied by
-    `rope_scale`. With `rope_axes` a token has three positions, in time, height and width, and
-    frequency j turns by number rope_axes[j] of them. Given embeddings may bring numbers that are
+    are the fields of the first `Rope`, `other_ropes` those that some layers have instead
+    (`Model.layer_ropes`). With `rope_axes` a token has three positions, in time, height and width,
+    and frequency j turns by number rope_axes[j] of them. Given embeddings may bring numbers that are
     added to hidden states after each of the first `num_added` layers. `ffn_size` is the width of
     dense layers, `moe` describes sparse ones. On one of `num_ranks` ranks, the numbers of heads are
     this rank's, and all other sizes are the model's (`Model.on_ranks`). Raises ValueError for head
@@ -125,6 +135,7 @@ class ModelConfig:
     num_added: int = 0
     dtype: torch.dtype = torch.float32
     num_ranks: int = 1
+    other_ropes: tuple[Rope, ...] = ()
 
     def __post_init__(self) -> None:
         for name in SIZES:
@@ -146,13 +157,43 @@ class ModelConfig:
     def qkv_size(self) -> int:
         return (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
 
+    @property
+    def ropes(self) -> tuple[Rope, ...]:
+        return (Rope(self.inv_freq, self.rope_scale), *self.other_ropes)
+
+    @property
+    def largest_rope_scale(self) -> float:
+        """The most by which a table multiplies a key's length."""
+        half = self.head_dim // 2
+        partial = any(len(rope.inv_freq) < half for rope in self.ropes)
+        return max(*(rope.scale for rope in self.ropes), 1.0 if partial else 0.0)
+
+    def with_attention_scale(self, scale: float) -> ModelConfig:
+        """The config of a model that multiplies products of queries and keys by `scale`.
+
+        Attention multiplies them by 1 / √H. The tables of rotation take the rest: queries and keys
+        are both multiplied by the root of it.
+        """
+        half = self.head_dim // 2
+        assert all(len(rope.inv_freq) == half for rope in self.ropes)
+        factor = math.sqrt(scale * math.sqrt(self.head_dim))
+        first, *others = (Rope(rope.inv_freq, rope.scale * factor) for rope in self.ropes)
+        return replace(self, rope_scale=first.scale, other_ropes=tuple(others))
+
 
 def dense_config(
-    hf: Any, *, architecture: str, dtype: torch.dtype, max_model_len: int | None, **differences: Any
+    hf: Any,
+    *,
+    architecture: str,
+    dtype: torch.dtype,
+    max_model_len: int | None,
+    partial_rotary: bool = False,
+    **differences: Any,
 ) -> ModelConfig:
     """The config of a dense architecture, from transformers' config.
 
-    `differences` are the fields in which the architecture departs from a plain Llama. A
+    `differences` are the fields in which the architecture departs from a plain Llama. With
+    `partial_rotary` it may rotate a part of each head, whose frequencies `inv_freq` has. A
     `max_model_len` above what the checkpoint allows is lowered (`rope.sequence_length`). Raises
     ValueError for settings that this engine does not support.
     """
@@ -163,7 +204,7 @@ def dense_config(
         _refuse_routers(hf, architecture)
     head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
     max_position = sequence_length(hf, max_model_len)
-    inv_freq, rope_scale = rotary_frequencies(hf, head_dim, max_position)
+    inv_freq, rope_scale = rotary_frequencies(hf, head_dim, max_position, partial=partial_rotary)
     fields: dict[str, Any] = {
         "num_kv_heads": getattr(hf, "num_key_value_heads", None) or hf.num_attention_heads,
         **differences,

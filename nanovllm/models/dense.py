@@ -55,8 +55,13 @@ class Layer(NamedTuple):
     down_bias_D: Tensor | None
 
 
-def dense_model(cfg: ModelConfig, windows: tuple[int, ...] | None = None) -> Model:
-    """The model of a dense config. `windows` are the layers' `LayerKind.window`, None for all 0."""
+def dense_model(
+    cfg: ModelConfig, windows: tuple[int, ...] | None = None, layer_ropes: tuple[int, ...] = ()
+) -> Model:
+    """The model of a dense config. `windows` are the layers' `LayerKind.window`, None for all 0.
+
+    `layer_ropes` are those of `Model`.
+    """
     kinds = {window: LayerKind(f"window{window}", window) for window in (windows or (0,))}
     return Model(
         config=cfg,
@@ -68,6 +73,7 @@ def dense_model(cfg: ModelConfig, windows: tuple[int, ...] | None = None) -> Mod
         layer_params=layer_params,
         layer_type=layer_type,
         kv_scales=kv_scales,
+        layer_ropes=layer_ropes,
     )
 
 
@@ -107,13 +113,34 @@ def attention(
     h_TD: Tensor,
 ) -> Tensor:
     """The first half of a layer: h + attention of the normalised h."""
-    qkv_TE = linear(ops.rms_norm(h_TD, w.attn_norm_D, cfg.norm_eps), w.qkv_ED, w.qkv_bias_E)
-    q_TNH, k_TKH, v_TKH = qkv_TE.view(qkv_TE.shape[0], -1, cfg.head_dim).split(
-        [cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads], dim=1
-    )
+    x_TD = ops.rms_norm(h_TD, w.attn_norm_D, cfg.norm_eps)
+    q_TNH, k_TKH, v_TKH = heads(cfg, linear(x_TD, w.qkv_ED, w.qkv_bias_E))
     if w.q_norm_H is not None and w.k_norm_H is not None:
         q_TNH = ops.rms_norm(q_TNH, w.q_norm_H, cfg.norm_eps)
         k_TKH = ops.rms_norm(k_TKH, w.k_norm_H, cfg.norm_eps)
+    o_TQ = attend(cfg, call, kv, cos_sin_MH, batch, (q_TNH, k_TKH, v_TKH))
+    o_TQ, h_TD = kept(batch, o_TQ, h_TD)
+    return summed_linear(cfg, o_TQ, w.out_DQ, w.out_bias_D, h_TD)
+
+
+def heads(cfg: ModelConfig, qkv_TE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries [T, N, H], keys [T, K, H] and values of the packed projection."""
+    q_TNH, k_TKH, v_TKH = qkv_TE.view(qkv_TE.shape[0], -1, cfg.head_dim).split(
+        [cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads], dim=1
+    )
+    return q_TNH, k_TKH, v_TKH
+
+
+def attend(
+    cfg: ModelConfig,
+    call: LayerCall,
+    kv: LayerCache,
+    cos_sin_MH: Tensor,
+    batch: Batch,
+    qkv: tuple[Tensor, Tensor, Tensor],
+) -> Tensor:
+    """Rotate queries and keys, store keys and values, and attend: [T, Q]. `qkv` is of `heads`."""
+    q_TNH, k_TKH, v_TKH = qkv
     q_TNH = ops.rope(q_TNH, cos_sin_MH, batch.rope_pos_T)
     k_TKH = ops.rope(k_TKH, cos_sin_MH, batch.rope_pos_T)
     ops.store_kv(k_TKH, v_TKH, kv.k_CBKH, kv.v_CBKH, batch.slot_T, kv.k_scale_K, kv.v_scale_K)
@@ -121,11 +148,17 @@ def attention(
         q_TNH, kv.k_CBKH, kv.v_CBKH, batch.block_table_RP, batch.seq_len_R, batch.q_start_S,
         call.max_q_len, cfg.head_dim**-0.5, call.kind.window, kv.k_scale_K, kv.v_scale_K,
     )  # fmt: skip
-    o_TQ = o_TNH.flatten(1)
-    if batch.keep_R is not None:
-        # Tokens do not interact below, so rows that nobody reads are left out: T is R from here on.
-        o_TQ, h_TD = (x.index_select(0, batch.keep_R) for x in (o_TQ, h_TD))
-    return summed_linear(cfg, o_TQ, w.out_DQ, w.out_bias_D, h_TD)
+    return o_TNH.flatten(1)
+
+
+def kept(batch: Batch, o_TQ: Tensor, h_TD: Tensor) -> tuple[Tensor, Tensor]:
+    """The tokens that a layer goes on with after attention.
+
+    Tokens do not interact any more, so rows that nobody reads are left out: T is R from here on.
+    """
+    if batch.keep_R is None:
+        return o_TQ, h_TD
+    return o_TQ.index_select(0, batch.keep_R), h_TD.index_select(0, batch.keep_R)
 
 
 def mlp(cfg: ModelConfig, w: Layer, h_TD: Tensor) -> Tensor:
@@ -136,9 +169,10 @@ def mlp(cfg: ModelConfig, w: Layer, h_TD: Tensor) -> Tensor:
 
 
 def summed_linear(
-    cfg: ModelConfig, x_TI: Tensor, weight: Weight, bias_D: Tensor | None, h_TD: Tensor
+    cfg: ModelConfig, x_TI: Tensor, weight: Weight, bias_D: Tensor | None, h_TD: Tensor | None
 ) -> Tensor:
-    """h + x · weightᵀ + bias, where each rank has a part of x and of the weight's columns."""
+    """h + x · weightᵀ + bias, where each rank has a part of x and of the weight's columns; without
+    h if it is None."""
     if cfg.num_ranks == 1:
         return linear(x_TI, weight, bias_D, h_TD)
     return ops.all_reduce(linear(x_TI, weight, bias_D), h_TD)

@@ -20,6 +20,8 @@ from nanovllm.models.formats import FORMATS, PLAIN, Weight
 ParamKind = Literal[
     "linear", "norm", "bias", "table", "router", "experts", "basis", "places", "conv"
 ]  # fmt: skip
+# (tensor, rows of each source in it), see `Param`
+Adapt = Callable[[Tensor, tuple[int, ...]], object]
 
 
 class Param(NamedTuple):
@@ -40,6 +42,10 @@ class Param(NamedTuple):
     zero on all ranks but the first, since the sum over the ranks must have it once. The experts of
     an `is_spread` parameter are not split: each rank has an equal share of them.
 
+    `adapt` changes a tensor in place after it was read: it folds what a family does to a weight's
+    result, or to its rows' order, into the weight. It gets this rank's part, with the row count of
+    each source in it.
+
     A `compressed` parameter is read from `svd_experts`, which knows its sources. The checkpoint's
     tensors that `replaces` names are not read.
     """
@@ -56,6 +62,7 @@ class Param(NamedTuple):
     is_vocab: bool = False
     is_first_only: bool = False
     is_spread: bool = False
+    adapt: Adapt | None = None
 
     @classmethod
     def one(cls, kind: ParamKind, source: str, *shape: int, shard_axis: int | None = None) -> Param:
@@ -196,6 +203,9 @@ class Model:
 
     Tensors whose names begin with one of `read_elsewhere` are not of the text model. `tower` is the
     `vision.interface.Tower` of a model that sees.
+    `layer_ropes` are the numbers of the layers' rotary tables in `ModelConfig.ropes`; without them
+    all layers have the first. Embeddings that a request gives are multiplied by `embed_factor`, as
+    the checkpoint's table is when it is read.
 
     On one of several ranks (tensor parallelism) `config` is this rank's, and `whole` that of all;
     parameters are declared by `whole`.
@@ -203,7 +213,9 @@ class Model:
     Regions may read GRAPH_FIELDS only: these are in the keys of compiled programs.
     """
 
-    GRAPH_FIELDS: ClassVar[tuple[str, ...]] = ("config", "layer_kinds", "embed", "layer", "head")
+    GRAPH_FIELDS: ClassVar[tuple[str, ...]] = (
+        "config", "layer_kinds", "embed", "layer", "head", "layer_ropes",
+    )  # fmt: skip
 
     config: ModelConfig
     layer_kinds: tuple[LayerKind, ...]
@@ -217,11 +229,14 @@ class Model:
     read_elsewhere: tuple[str, ...] = ()
     tower: Any = None
     whole: ModelConfig | None = None
+    layer_ropes: tuple[int, ...] = ()
+    embed_factor: float = 1.0
 
     def __post_init__(self) -> None:
         num_kinds, num_layers = len(self.layer_kinds), self.config.num_layers
         if num_kinds != num_layers:
             raise ValueError(f"{num_kinds} layer kinds for {num_layers} layers")
+        assert len(self.layer_ropes) in (0, num_layers)
         kinds = set(self.layer_kinds)
         if len({kind.name for kind in kinds}) < len(kinds):
             raise ValueError(f"two layer kinds have the same name: {sorted(kinds, key=str)}")
@@ -251,9 +266,11 @@ class Model:
 
     def reduced(self) -> Model:
         """The model with `distinct_layers` alone: it has the same programs."""
-        kinds = tuple(self.layer_kinds[layer_idx] for layer_idx in self.distinct_layers)
+        chosen = self.distinct_layers
+        kinds = tuple(self.layer_kinds[layer_idx] for layer_idx in chosen)
+        ropes = tuple(self.layer_ropes[layer_idx] for layer_idx in chosen if self.layer_ropes)
         config = replace(self.config, num_layers=len(kinds))
-        return replace(self, config=config, layer_kinds=kinds)
+        return replace(self, config=config, layer_kinds=kinds, layer_ropes=ropes)
 
     def on_ranks(self, num_ranks: int) -> Model:
         """The model as each of `num_ranks` ranks has it. Raises ValueError if its heads, or the

@@ -51,7 +51,7 @@ def kv_scales(
     k_bound_K = pair_K2h.norm(dim=1).amax(1)
     if k_norm_H is not None:
         k_bound_K = (math.sqrt(cfg.head_dim) * k_norm_H.float().abs().amax()).expand(num_kv)
-    return _scale(k_bound_K * cfg.rope_scale), _scale(v_bound_KH.amax(1))
+    return _scale(k_bound_K * cfg.largest_rope_scale), _scale(v_bound_KH.amax(1))
 
 
 def _scale(bound_K: Tensor) -> Tensor:

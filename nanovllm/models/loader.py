@@ -103,12 +103,16 @@ class Reader:
             parts, cuts = rows.split(small.parts), [shard.cut(param, i) for i in own]
             names = [sources[i] for i in own]
         else:
-            parts, cuts, names = (out,), [shard.cut_other(param)], list(sources)
+            cuts = shard.cuts_other(param)
+            parts = rows.split(small.parts) if len(cuts) > 1 else (out,)
+            names = list(sources) * len(cuts)
         if param.is_first_only and shard.rank:
             out.zero_()
         else:
             self._checkpoint.read_parts(map(_padded, names, parts, cuts))
         self._used.update(sources)
+        if param.adapt is not None:
+            param.adapt(out, small.parts)
         return out
 
     def left_over(self) -> list[str]:

@@ -24,9 +24,12 @@ KEYS = frozenset(
 
 
 def rotary_frequencies(
-    hf: Any, head_dim: int, max_model_len: int
+    hf: Any, head_dim: int, max_model_len: int, *, partial: bool = False
 ) -> tuple[tuple[float, ...], float]:
     """Inverse frequencies (H/2 of them), and the factor on cos and sin, for transformers' config.
+
+    With `partial` a partial_rotary_factor is allowed, and there are frequencies for this part of
+    the head alone.
 
     The engine has one table for all lengths. For rope types whose frequencies depend on the
     sequence length (dynamic, longrope) transformers changes them in mid-sequence, and older keys no
@@ -39,6 +42,7 @@ def rotary_frequencies(
     """
     parameters = rope_parameters(hf)
     rope_type = parameters["rope_type"]
+    head_dim = _rotated_size(parameters, head_dim, partial)
     if rope_type == "default":
         exponent = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
         return tuple((1.0 / parameters["rope_theta"] ** exponent).tolist()), 1.0
@@ -54,10 +58,28 @@ def rotary_frequencies(
         ) from error
     if inv_freq.shape != (head_dim // 2,):
         raise ValueError(
-            f"rope_parameters {parameters} give {inv_freq.numel()} frequencies, but head_dim "
-            f"{head_dim} needs {head_dim // 2}"
+            f"rope_parameters {parameters} give {inv_freq.numel()} frequencies, but {head_dim} "
+            f"rotated elements of a head need {head_dim // 2}"
         )
     return tuple(inv_freq.float().tolist()), float(scale) * (parameters.get("attn_factor") or 1.0)
+
+
+def _rotated_size(parameters: dict[str, Any], head_dim: int, partial: bool) -> int:
+    """How many elements of a head are rotated, as transformers computes it."""
+    factor = parameters.get("partial_rotary_factor")
+    if factor in (None, 1.0):
+        return head_dim
+    if not partial:
+        raise ValueError(f"partial_rotary_factor {factor} is not supported: only 1.0 is")
+    if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 < factor <= 1:
+        raise ValueError(f"partial_rotary_factor is {factor!r}: it must be a number in (0, 1]")
+    size = int(head_dim * factor)
+    if size < 2 or size % 2:
+        raise ValueError(
+            f"partial_rotary_factor {factor} rotates {size} of {head_dim} elements of a head: it "
+            "must be an even number of them"
+        )
+    return size
 
 
 def sequence_length(hf: Any, max_model_len: int | None) -> int:
@@ -102,9 +124,6 @@ def rope_parameters(hf: Any) -> dict[str, Any]:
     for key, value in parameters.items():
         if value is not None and key not in KEYS:
             raise ValueError(f"rope_parameters has {key} {value!r}, which is not supported")
-    rotated = parameters.get("partial_rotary_factor")
-    if rotated not in (None, 1.0):
-        raise ValueError(f"partial_rotary_factor {rotated} is not supported: only 1.0 is")
     optional = [key for key in ("factor", "attn_factor") if parameters.get(key) is not None]
     for key in ("rope_theta", *optional):
         value = parameters.get(key)
@@ -166,9 +185,33 @@ def rows_of_axes(cos_sin_MH: Tensor, axes: tuple[int, ...], position_3T: Tensor)
 
 
 def rotary_table(
-    inv_freq: tuple[float, ...], scale: float, num_positions: int, device: torch.device
+    inv_freq: tuple[float, ...],
+    scale: float,
+    num_positions: int,
+    device: torch.device,
+    head_dim: int | None = None,
 ) -> Tensor:
-    """[M, H] fp32: row m is [cos(m · f) | sin(m · f)] · scale for the H/2 frequencies f."""
+    """[M, H] fp32: row m is [cos(m · f) | sin(m · f)] · scale for the H/2 frequencies f.
+
+    If a head has more than two elements for each frequency, the others stay as they are: cos 1 and
+    sin 0.
+    """
     positions = torch.arange(num_positions, dtype=torch.float32)
     angle = torch.outer(positions, torch.tensor(inv_freq, dtype=torch.float32))
-    return (torch.cat((angle.cos(), angle.sin()), dim=-1) * scale).to(device)
+    cos, sin = angle.cos() * scale, angle.sin() * scale
+    if head_dim is not None:
+        rest = (0, head_dim // 2 - len(inv_freq))
+        cos = torch.nn.functional.pad(cos, rest, value=1.0)
+        sin = torch.nn.functional.pad(sin, rest)
+    return torch.cat((cos, sin), dim=-1).to(device)
+
+
+def grouped_rows(head_dim: int, rotated: int) -> list[int]:
+    """The order of a head's rows in which the ops rotate the first `rotated` elements.
+
+    A checkpoint rotates element i with i + rotated/2, and the ops with i + H/2. Products of queries
+    and keys do not depend on the order.
+    """
+    half, rest = rotated // 2, list(range(rotated, head_dim))
+    middle = len(rest) // 2
+    return [*range(half), *rest[:middle], *range(half, rotated), *rest[middle:]]

@@ -50,8 +50,19 @@ class Shard:
             return Cut.whole(shape)
         return Cut(shape, shape, axis, *self._range(param, source_idx, shape[axis]))
 
-    def cut_other(self, param: Param) -> Cut:
-        """The part of the one tensor named `other_name`, which has all sources in it."""
+    def cuts_other(self, param: Param) -> list[Cut]:
+        """The parts of the one tensor named `other_name`, which has all sources in it: of experts
+        one part, and otherwise one of each source."""
+        if param.kind == "experts" or param.shard_axis is None:
+            return [self._cut_stacked(param)]
+        shape, cuts, first = param.shape, [], 0
+        for source_idx, rows in enumerate(param.parts):
+            start, stop = self._range(param, source_idx, rows) if self.size > 1 else (0, rows)
+            cuts.append(Cut(shape, shape, 0, first + start, first + stop))
+            first += rows
+        return cuts
+
+    def _cut_stacked(self, param: Param) -> Cut:
         shape, axis = param.shape, param.shard_axis
         if param.is_spread:
             own = self.experts(shape[0])

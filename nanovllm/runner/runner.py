@@ -33,7 +33,7 @@ from nanovllm.runner.inputs import SpanArrays, span_arrays
 from nanovllm.runner.sampling import LogprobCopies, Sampler, copy_logprobs
 from nanovllm.runner.spec import EngineSpec
 from nanovllm.runner.state import accept_and_advance, new_state
-from nanovllm.runner.steps import Given, Steps
+from nanovllm.runner.steps import Given, Steps, Table
 from nanovllm.runner.tower import TowerSteps
 from nanovllm.schedule.plan import (
     PAD_BLOCK,
@@ -132,7 +132,10 @@ class Runner:
         self.state = new_state(layout.max_num_seqs, layout.blocks_per_row, platform.device)
         # with several positions per token, rows behind the positions are those of a step's tokens
         num_rows = layout.max_model_len + (layout.prefill_tokens[-1] if cfg.rope_axes else 0)
-        self.cos_sin_MH = rotary_table(cfg.inv_freq, cfg.rope_scale, num_rows, platform.device)
+        self.cos_sin_MH, *others = (
+            rotary_table(*rope, num_rows, platform.device, cfg.head_dim) for rope in cfg.ropes
+        )
+        self.other_tables = tuple(map(Table, others))
         self.sampler = Sampler(platform, self.state, cfg.vocab_size, cfg.dtype)
         self.model_dtype = cfg.dtype
         self._embeddings: dict[str, Tensor] = {}
@@ -271,7 +274,8 @@ class Runner:
                 step.__dict__.clear()
             steps.clear()
         self._embeddings.clear()
-        for name in ("steps", "params", "state", "sampler", "cos_sin_MH", "compiler"):
+        tables = ("cos_sin_MH", "other_tables")
+        for name in ("steps", "params", "state", "sampler", "compiler", *tables):
             self.__dict__.pop(name, None)
         self.cache_region.close()
         self.platform.release()
@@ -292,6 +296,7 @@ class Runner:
             params=self.params,
             caches=caches,
             cos_sin_MH=self.cos_sin_MH,
+            other_tables=self.other_tables,
             state=self.state,
             compiler=compiler,
             whole=whole,

@@ -55,7 +55,14 @@ NOTHING_GIVEN = Given()
 Added = Sequence[tuple[int, Sequence[Tensor]]]
 
 # Inputs of the regions below that are weights or tables (see `Compiler.frozen`).
-FROZEN = ("params", "w", "embed_VD", "final_norm_D", "head_VD", "cos_sin_MH")
+FROZEN = ("params", "w", "embed_VD", "final_norm_D", "head_VD", "cos_sin_MH", "tables")
+
+
+class Table(NamedTuple):
+    """A rotary table. Its name among a program's inputs ends like that of the first one."""
+
+    cos_sin_MH: Tensor
+
 
 # Regions are functions: in eager mode the compiler keeps them, and methods would keep the weights.
 
@@ -91,13 +98,15 @@ def _inlined(
     state: DeviceState,
     params: Params,
     caches: tuple[LayerCache, ...],
-    cos_sin_MH: Tensor,
+    tables: tuple[Table, ...],
     *inputs: object,
 ) -> Any:
     """A step as one region: runs a method of `Steps` with a compiler that compiles nothing."""
     if params.head_VD is None:
         params = params._replace(head_VD=params.embed_VD)
-    steps = Steps(model, attention, params, caches, cos_sin_MH, state, Compiler(None))
+    first, *others = (table.cos_sin_MH for table in tables)
+    steps = Steps(model, attention, params, caches, first, state, Compiler(None))
+    steps = replace(steps, other_tables=tuple(map(Table, others)))
     return method(steps, *inputs)
 
 
@@ -105,7 +114,8 @@ def _inlined(
 class Steps:
     """The steps of one model. Programs are built on first use; `Runner.warm_up` uses every bucket.
 
-    With `whole` the regions of a step are inlined into one program: some compilers need this.
+    `other_tables` are the rotary tables of `ModelConfig.other_ropes`. With `whole` the regions of a
+    step are inlined into one program: some compilers need this.
     """
 
     model: Model
@@ -117,6 +127,7 @@ class Steps:
     compiler: Compiler
     whole: bool = False
     predicts: bool = False  # see `LayerCall`
+    other_tables: tuple[Table, ...] = ()
 
     @property
     def block_size(self) -> int:
@@ -188,7 +199,7 @@ class Steps:
         size, added = h_TD.shape[1], []
         for start, embeds in given.embeds:
             first, *others = embeds.split(size, dim=1)
-            h_TD[start : start + len(first)] = first
+            h_TD[start : start + len(first)] = first * self.model.embed_factor
             added.append((start, others))
         return self._layers("prefill", h_TD, batch, len(span.token_T), added=added), tokens.last_R
 
@@ -273,8 +284,10 @@ class Steps:
         sizes = (batch.slot_T.shape[0], batch.seq_len_R.shape[0])
         programs = self.model.layer_programs(keeps_last=last_R is not None)
         streamed = self._streamed(len(h_TD), last_R)
-        per_layer = zip(programs, self.params.layers, self.caches, streamed)
-        for layer_idx, ((name, kind), weights, cache, upcoming) in enumerate(per_layer):
+        per_layer = zip(
+            programs, self.params.layers, self.caches, streamed, self._layer_tables()
+        )
+        for layer_idx, ((name, kind), weights, cache, upcoming, table_MH) in enumerate(per_layer):
             for stored in upcoming:
                 self._run("stream", (), offloaded.stream, stored=stored)
             call = LayerCall(self.attention, kind, max_q_len, self.predicts)
@@ -284,7 +297,7 @@ class Steps:
                 partial(self.model.layer, self.model.config, call),
                 w=weights,
                 kv=cache,
-                cos_sin_MH=self.cos_sin_MH,
+                cos_sin_MH=table_MH,
                 batch=batch._replace(keep_R=last_R) if name == "last_layer" else batch,
                 h_TD=h_TD,
             )
@@ -292,6 +305,12 @@ class Steps:
                 if layer_idx < len(features):
                     h_TD[start : start + len(features[layer_idx])] += features[layer_idx]
         return h_TD
+
+    def _layer_tables(self) -> list[Tensor]:
+        """The rotary table of each layer."""
+        tables = [self.cos_sin_MH, *(table.cos_sin_MH for table in self.other_tables)]
+        layer_ropes = self.model.layer_ropes or (0,) * len(self.params.layers)
+        return [tables[rope] for rope in layer_ropes]
 
     def _streamed(self, num_tokens: int, last_R: Tensor | None) -> list[list[Offloaded]]:
         """For each layer, the experts whose way to the device begins before it."""
@@ -328,7 +347,7 @@ class Steps:
             state=self.state,
             params=params,
             caches=self.caches,
-            cos_sin_MH=self.cos_sin_MH,
+            tables=(Table(self.cos_sin_MH), *self.other_tables),
             **inputs,
         )
 

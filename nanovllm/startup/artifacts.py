@@ -96,7 +96,7 @@ def common_ingredients(platform: Platform, passes: Sequence[str], model: Model) 
     models, engine = Path(interface.__file__).parent, Path(steps.__file__).parent
     chosen_by = Path(sys.modules[type(platform).__module__].__file__ or "")
     stored = [path for folder in SHARED_FOLDERS for path in (models / folder).glob("*.py")]
-    shared = [models / "config.py", models / "interface.py", *stored]
+    shared = [*(models / f"{name}.py" for name in ("config", "interface", "dense")), *stored]
     regions = sorted({region.__module__ for region in (model.embed, model.layer, model.head)})
     files = {name: Path(sys.modules[name].__file__ or "") for name in regions}
     return {
