@@ -71,7 +71,9 @@ def save_tiny(
             # transformers initializes biases to zero, which would hide mistakes in them
             torch.nn.init.normal_(parameter, std=0.1)
         elif "norm" in name:
-            torch.nn.init.normal_(parameter, mean=1.0, std=0.1)
+            # Gemma's norms multiply by 1 + weight
+            mean = 0.0 if architecture.startswith("gemma") else 1.0
+            torch.nn.init.normal_(parameter, mean=mean, std=0.1)
     model.save_pretrained(folder)
     return folder
 

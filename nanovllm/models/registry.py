@@ -5,15 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from nanovllm.models import (
+    gemma3,
+    granite,
     llama,
+    minicpm,
     mistral,
     mixtral,
+    olmo2,
+    phi3,
     qwen2,
     qwen2_5_vl,
     qwen2_moe,
     qwen3,
     qwen3_moe,
     qwen3_vl,
+    smollm3,
 )
 from nanovllm.models.interface import Model
 
@@ -30,6 +36,20 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Qwen3ForCausalLM": qwen3.model,
     "Qwen3MoeForCausalLM": qwen3_moe.model,
     "Qwen3VLForConditionalGeneration": qwen3_vl.model,
+    "Gemma3ForCausalLM": gemma3.model,
+    "GraniteForCausalLM": granite.model,
+    "MiniCPMForCausalLM": minicpm.model,
+    "Olmo2ForCausalLM": olmo2.model,
+    "Phi3ForCausalLM": phi3.model,
+    "SmolLM3ForCausalLM": smollm3.model,
+}
+
+# Architectures with rope parameters for each layer type.
+ROPES_PER_LAYER_TYPE = frozenset({"Gemma3ForCausalLM"})
+# Model types that transformers has no config class for: the type whose class reads them, and fields
+# with another default value.
+READ_AS: dict[str, tuple[str, dict[str, object]]] = {
+    "minicpm": ("llama", {"tie_word_embeddings": True})
 }
 
 

@@ -68,7 +68,9 @@ def _written(hf: Any) -> bytes | None:
     if getattr(hf, "is_heterogeneous", False):
         return None
     hf.standardize_rope_params()
-    if hf.rope_parameters.get("rope_type", "default") != "default":
+    nested = [value for value in hf.rope_parameters.values() if isinstance(value, dict)]
+    ropes = nested or [hf.rope_parameters]
+    if any(rope.get("rope_type", "default") != "default" for rope in ropes):
         return None
     kept = {name: value for name, value in vars(hf).items() if not name.startswith("_")}
     kept = {name: value for name, value in kept.items() if name not in UNREAD}

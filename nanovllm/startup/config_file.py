@@ -51,13 +51,15 @@ def transformers_config(path: Path, overrides: Mapping[str, object]) -> Any:
         raise ValueError(f"{path}: architectures is {names!r}: it must be a list of names")
     try:
         registry.architecture(names)
-        for name in ("rope_parameters", "rope_scaling"):
-            if isinstance(fields.get(name), dict):
-                refuse_nested(fields[name])  # some versions of transformers fail on them
+        if not registry.ROPES_PER_LAYER_TYPE.intersection(names):
+            _refuse_nested_ropes(fields)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     from transformers import CONFIG_MAPPING
 
+    if isinstance(model_type, str) and model_type in registry.READ_AS:
+        model_type, defaults = registry.READ_AS[model_type]
+        fields = {**defaults, **fields, "model_type": model_type}
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise ValueError(f"{path}: model_type is {model_type!r}, which transformers does not know")
     try:
@@ -86,6 +88,14 @@ def _of_text(whole: Any) -> Any:
         setattr(text, name, getattr(whole, name, None) or getattr(text, name, None))
     text.vision_config = whole.vision_config.to_dict()
     return text
+
+
+def _refuse_nested_ropes(fields: Mapping[str, Any]) -> None:
+    """Raise ValueError for rope parameters per layer type: some versions of transformers fail on
+    them, where the architecture has none."""
+    for name in ("rope_parameters", "rope_scaling"):
+        if isinstance(fields.get(name), dict):
+            refuse_nested(fields[name])
 
 
 def overridden(fields: Mapping[str, Any], overrides: Mapping[str, object]) -> dict[str, Any]:
