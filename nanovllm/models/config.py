@@ -99,9 +99,9 @@ class ModelConfig:
     `max_position` is the longest sequence, prompt and answer together. `inv_freq` and `rope_scale`
     are the fields of the first `Rope`, `other_ropes` those that some layers have instead
     (`Model.layer_ropes`). With `rope_axes` a token has three positions, in time, height and width,
-    and frequency j turns by number rope_axes[j] of them. Given embeddings may bring numbers that are
-    added to hidden states after each of the first `num_added` layers. `ffn_size` is the width of
-    dense layers, `moe` describes sparse ones. On one of `num_ranks` ranks, the numbers of heads are
+    and frequency j turns by number rope_axes[j] of them. Given embeddings may bring numbers that
+    are added to hidden states after each of the first `num_added` layers. `ffn_size` is the width
+    of dense layers, `moe` describes sparse ones. On one of `num_ranks` ranks, the numbers of heads are
     this rank's, and all other sizes are the model's (`Model.on_ranks`). Raises ValueError for head
     sizes that the kernels do not take.
 

@@ -155,16 +155,11 @@ def answers(
 ) -> list[Any]:
     """The completions. `encodes`: the engine computes the embeddings of images from patches."""
     params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, logprobs=99)
-    ids = [
-        llm.engine.add_request(  # type: ignore[call-arg]
-            one.ids,
-            params,
-            incremental=False,
-            positions=one.positions,
-            **({"images": one.images} if encodes else {"embeddings": one.embeddings}),
-        )  # fmt: skip
-        for one in prompts
-    ]
+    ids = []
+    for one in prompts:
+        given = {"images": one.images} if encodes else {"embeddings": one.embeddings}
+        add: Any = llm.engine.add_request
+        ids.append(add(one.ids, params, incremental=False, positions=one.positions, **given))
     found: dict[int, Any] = {}
     while len(found) < len(ids):
         llm.engine.advance()
