@@ -284,9 +284,7 @@ class Steps:
         sizes = (batch.slot_T.shape[0], batch.seq_len_R.shape[0])
         programs = self.model.layer_programs(keeps_last=last_R is not None)
         streamed = self._streamed(len(h_TD), last_R)
-        per_layer = zip(
-            programs, self.params.layers, self.caches, streamed, self._layer_tables()
-        )
+        per_layer = zip(programs, self.params.layers, self.caches, streamed, self._layer_tables())
         for layer_idx, ((name, kind), weights, cache, upcoming, table_MH) in enumerate(per_layer):
             for stored in upcoming:
                 self._run("stream", (), offloaded.stream, stored=stored)
