@@ -101,9 +101,9 @@ class ModelConfig:
     (`Model.layer_ropes`). With `rope_axes` a token has three positions, in time, height and width,
     and frequency j turns by number rope_axes[j] of them. Given embeddings may bring numbers that
     are added to hidden states after each of the first `num_added` layers. `ffn_size` is the width
-    of dense layers, `moe` describes sparse ones. On one of `num_ranks` ranks, the numbers of heads are
-    this rank's, and all other sizes are the model's (`Model.on_ranks`). Raises ValueError for head
-    sizes that the kernels do not take.
+    of dense layers, `moe` describes sparse ones. On one of `num_ranks` ranks, the numbers of heads
+    are this rank's, and all other sizes are the model's (`Model.on_ranks`). Raises ValueError for
+    head sizes that the kernels do not take.
 
     Regions may read GRAPH_FIELDS only. These and the shapes of all inputs are in the keys of
     compiled programs.
