@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from nanovllm.media import given as media_given
 from nanovllm.prompts import Prompt, checked_text
 from nanovllm.tokenizer import Tokenizer
 
@@ -85,10 +86,17 @@ def render(tokenizer: Tokenizer, messages: Any, options: ChatOptions) -> list[Pr
     )
     prompts = []
     for conversation in several:
-        normal = [_message(message, as_parts) for message in conversation]
+        bare, media = media_given.from_messages(conversation)
+        if media and options.chat_template_content_format == "string":
+            raise ValueError(
+                f"the conversation has {media[0].name}: chat_template_content_format='string' has "
+                "no place for it"
+            )
+        normal = [_message(message, as_parts or bool(media)) for message in bare]
         text = checked_text("the conversation", _apply(full, template, normal, options))
         # the template writes the special tokens itself
-        prompts.append(Prompt(text, tokenizer.encode(text, add_special_tokens=False)))
+        token_ids = None if media else tokenizer.encode(text, add_special_tokens=False)
+        prompts.append(Prompt(text, token_ids, media=tuple(media), has_special_tokens=True))
     return prompts
 
 
@@ -112,19 +120,25 @@ def _message(message: Mapping[str, Any], as_parts: bool) -> dict[str, Any]:
         return dict(message)
     if not isinstance(content, (str, Sequence)):
         raise ValueError(f"the content is {content!r}: it must be text or a list of parts")
-    texts = [content] if isinstance(content, str) else [_part_text(part) for part in content]
+    parts = [content] if isinstance(content, str) else content
     if as_parts:
-        return {**message, "content": [{"type": "text", "text": text} for text in texts]}
-    return {**message, "content": "\n".join(texts)}
+        return {**message, "content": [_part(part) for part in parts]}
+    return {**message, "content": "\n".join(_part(part)["text"] for part in parts)}
 
 
-def _part_text(part: Any) -> str:
+def _part(part: Any) -> dict[str, str]:
+    """A part as templates read it: a text, or the place of an image or video."""
     if isinstance(part, str):
-        return part
+        return {"type": "text", "text": part}
     kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind in media_given.KINDS:
+        return {"type": str(kind)}
     if kind != "text" or not isinstance(part.get("text"), str):
-        raise ValueError(f"the content has a part {part!r}: only the type 'text' is supported")
-    return str(part["text"])
+        raise ValueError(
+            f"the content has a part of the type {kind!r}: it must be text or have one of the "
+            f"types 'text', {', '.join(map(repr, media_given.TYPES))}"
+        )
+    return {"type": "text", "text": str(part["text"])}
 
 
 def _apply(full: Any, template: str, messages: list[dict[str, Any]], options: ChatOptions) -> str:

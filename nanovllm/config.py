@@ -6,19 +6,25 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from os import PathLike
 from typing import Any
 
 from nanovllm.checks import WrongType, checked, hints
 from nanovllm.compat.options import translated
+from nanovllm.media.options import LIMITS, MediaOptions
 
 Rule = tuple[str, Callable[[Any], bool]]  # what a value must be, in words and as a test
 
 
 def _are_sizes(value: Sequence[int]) -> bool:
     return all(size >= 1 for size in value)
+
+
+def _are_counts(values: Iterable[object]) -> bool:
+    return all(type(one) is int and one >= 0 for one in values)
 
 
 def _is_json_object(value: Any) -> bool:
@@ -101,6 +107,14 @@ ALLOWED: dict[str, Rule] = {
     "compile_cache": ("a folder's path", lambda value: str(value) != ""),
     "compile_cache_mode": _one_of("auto", "require"),
     "generation_config": _one_of("auto", "vllm"),
+    "limit_mm_per_prompt": (
+        "a dict with whole numbers of at least 0 for 'image' and 'video'",
+        lambda value: value.keys() <= {"image", "video"} and _are_counts(value.values()),
+    ),
+    "media_limits": (
+        f"a dict of numbers above 0 for {', '.join(LIMITS)}",
+        lambda value: value.keys() <= set(LIMITS),
+    ),
 }
 
 
@@ -179,6 +193,10 @@ class EngineConfig:
         for requests that come without any. "vllm" takes the defaults of `SamplingParams`.
     enable_sleep_mode: place weights and cache so that `LLM.sleep` can free them and captured graphs
         stay valid. Only `LLM.sleep` needs it.
+    allowed_media_domains: hosts whose pictures and videos prompts may name by https URLs.
+    allowed_local_media_path: the folder below which prompts may name files of pictures and videos.
+    limit_mm_per_prompt: the most images and videos of one prompt, such as {"image": 4, "video": 0}.
+    media_limits: further limits of images and videos, by their names in `MediaOptions`.
     disable_log_stats: False logs throughput, requests and cache use every ten seconds of work.
     compile_cache_mode: "auto" loads artifacts and adds the missing ones. "require" compiles nothing
         and raises an error that lists what is missing, and why.
@@ -223,6 +241,10 @@ class EngineConfig:
     revision: str | None = None
     generation_config: str = "auto"
     enable_sleep_mode: bool = False
+    allowed_media_domains: Sequence[str] = ()
+    allowed_local_media_path: str | PathLike[str] | None = None
+    limit_mm_per_prompt: Mapping[str, int] | None = None
+    media_limits: Mapping[str, int | float] | None = None
     disable_log_stats: bool = True
 
     @classmethod
@@ -252,6 +274,16 @@ class EngineConfig:
                 raise ValueError(f"{option.name} is {given!r}: it must be {rule}")
             object.__setattr__(self, option.name, value)
         self._check_combinations()
+        assert self.media
+
+    @cached_property
+    def media(self) -> MediaOptions:
+        """What media prompts may have. Raises ValueError for what is not allowed."""
+        limits: dict[str, Any] = dict(self.media_limits or {})
+        limits |= {f"max_{kind}s": num for kind, num in (self.limit_mm_per_prompt or {}).items()}
+        return MediaOptions(
+            tuple(self.allowed_media_domains), self.allowed_local_media_path or None, **limits
+        )
 
     @property
     def replicas_option(self) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable
 from dataclasses import replace
 from hashlib import sha256
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 
 from nanovllm.config import EngineConfig
 from nanovllm.intake import Embeddings, Intake, checked_priority, drawn_seed
+from nanovllm.media_intake import MediaIntake, MediaPrompt
 from nanovllm.metrics import EngineMetrics, StatsLog
 from nanovllm.prompts import AnyPrompt, Prompt, as_prompt
 from nanovllm.runner.runner import Encodable, Launched, Runner
@@ -24,11 +25,13 @@ from nanovllm.schedule.blocks import BlockPool
 from nanovllm.schedule.logprobs import Logprob, of_row
 from nanovllm.schedule.outputs import Completion, Increment, Outbox, TextStream
 from nanovllm.schedule.plan import NO_TOKEN, StepPlan, StepResult
-from nanovllm.schedule.request import Content, Request
+from nanovllm.schedule.request import Request, Status
 from nanovllm.schedule.scheduler import Proposer, Scheduler
 from nanovllm.startup.load import Loaded, load
 
 logger = logging.getLogger(__name__)
+
+MEDIA_WAIT_S = 0.02  # of a thread that uses the engine: others may want it meanwhile
 
 
 class Engine:
@@ -79,6 +82,10 @@ class Engine:
         self._in_flight: deque[Launched] = deque()
         self._requests: dict[int, tuple[Request, TextStream]] = {}
         self._outbox = Outbox()
+        tower = self._runner.model.tower
+        self._media = MediaIntake(
+            config.model, self.tokenizer, tower and tower.config, loaded.vision, config.media
+        )
         self._images: dict[str, Encodable] = {}  # of unfinished requests, by the keys of contents
         self.metrics = EngineMetrics(self.scheduler, loaded.expert_stats)
         self._stats_log = (
@@ -92,6 +99,7 @@ class Engine:
         self._is_closed = True
         self._in_flight.clear()
         self._requests.clear()
+        self._media.close()
         self._runner.close()
         self._sleeper.close()
 
@@ -156,13 +164,16 @@ class Engine:
         return self._requests[request_id][0].prompt_ids
 
     def token_ids(self, prompt: Prompt) -> list[int]:
-        """The ids of a prompt, checked as `add_request` does. Raises ValueError."""
+        """The ids of a prompt, checked as `add_request` does. Raises ValueError, also for media."""
+        if prompt.media:
+            raise ValueError(f"the prompt has {prompt.media[0].name}: only text is supported here")
         return self._intake.prompt_ids(prompt, SamplingParams())
 
     def encoded(self, prompt: Prompt) -> Prompt:
-        """The prompt with token ids. Needs no lock, unlike `add_request`."""
-        if prompt.token_ids is not None or self.tokenizer is None or prompt.text is None:
+        """The prompt with token ids, unless it has media. Needs no lock, unlike `add_request`."""
+        if prompt.token_ids is not None or prompt.media or self.tokenizer is None:
             return prompt
+        assert prompt.text is not None
         return replace(prompt, token_ids=self.tokenizer.encode(prompt.text))
 
     @property
@@ -182,42 +193,42 @@ class Engine:
 
     def add_request(
         self,
-        prompt: AnyPrompt | Prompt,
+        prompt: AnyPrompt | Prompt | MediaPrompt,
         params: SamplingParams | None = None,
         *,
         incremental: bool = True,
         embeddings: Embeddings = (),
         positions: np.ndarray | None = None,
-        images: Sequence[tuple[Content, Encodable]] = (),
         priority: int = 0,
     ) -> int:
-        """Queue a prompt (see `nanovllm/prompts.py`); returns the request's id.
+        """Queue a prompt (see `nanovllm/prompts.py`, or a prepared one); returns the request's id.
 
         With `incremental` False the request has one output, at its end. `embeddings` are (position,
         [n, D]) pairs: they replace the embeddings of n prompt tokens from this position on, as the
         checkpoint's table has them; the ids of these tokens are not read. In [n, K · D] the columns
         behind the first D are added to the hidden states after the first layers, D after each.
         `positions` are those of the prompt's tokens in time, height and width, int64 [3, T], for
-        models that have three. `images` are encoded before the first step that needs them. Requests
-        with a lower `priority` number run first.
+        models that have three. Requests with a lower `priority` number run first.
 
         Raises ValueError, and queues nothing, if the prompt is empty, too long or has ids outside
-        the vocabulary, or if embeddings do not fit the prompt or the model.
+        the vocabulary, or if embeddings do not fit the prompt or the model. Images and videos are
+        prepared in threads: if one cannot be read, the request ends with an error.
         """
         self._check_open()
         self._sleeper.check_awake()
         params = (params or SamplingParams()).clone()
         self._intake.check(params)
-        given = as_prompt(prompt)
+        prepared = prompt if isinstance(prompt, MediaPrompt) else None
+        given = as_prompt(prompt) if prepared is None else Prompt(None, prepared.token_ids)
+        if given.media:
+            self._check_media(given, params, embeddings, positions)
         prompt_ids = self._intake.prompt_ids(given, params)
         contents = self._intake.contents(embeddings, len(prompt_ids))
-        contents += tuple(content for content, _ in images)
         self._intake.check_positions(positions, len(prompt_ids))
         priority, edits = checked_priority(priority), self._intake.edits(params)
         self._runner.prepare(edits, has_penalties=params.has_penalties)
         for content, (_, embeds) in zip(contents, embeddings):
             self._runner.add_embeddings(content.key, embeds)
-        self._images.update((content.key, image) for content, image in images)
         request_id = self._num_added
         self._num_added += 1
         eos_ids = () if params.ignore_eos else self._eos_ids
@@ -240,10 +251,68 @@ class Engine:
         if params.prompt_logprobs is not None:
             request.prompt_logprobs = [None] * len(prompt_ids)
         stream = TextStream(self.tokenizer, params, incremental=incremental)
+        if prepared is not None:
+            self._expand(request, prepared)
         self._requests[request_id] = (request, stream)
-        self.scheduler.add(request)
-        self.metrics.num_prompt_tokens += len(prompt_ids)
+        if given.media:
+            request.status = Status.PREPARING
+            self._media.add(request_id, given)
+        else:
+            self._queue(request)
         return request_id
+
+    def _check_media(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        embeddings: Embeddings,
+        positions: np.ndarray | None,
+    ) -> None:
+        """Refuse a prompt with media that nothing can come of, or with options they exclude."""
+        if embeddings or positions is not None:
+            raise ValueError(
+                f"the prompt has {prompt.media[0].name}: embeddings and positions follow from it, "
+                "so none can be given"
+            )
+        if params.truncate_prompt_tokens is not None:
+            raise ValueError(
+                f"truncate_prompt_tokens is {params.truncate_prompt_tokens}: a prompt with "
+                f"{prompt.media[0].name} cannot be truncated"
+            )
+        self._media.check(prompt)
+
+    def _queue(self, request: Request) -> None:
+        self.scheduler.add(request)
+        self.metrics.num_prompt_tokens += len(request.prompt_ids)
+
+    def _queue_prepared(self) -> None:
+        """Queue requests whose media are ready, and end those whose media cannot be read.
+
+        If there is nothing else to do, wait for one.
+        """
+        is_idle = not self._in_flight and not self.scheduler.has_work
+        with self.metrics.waiting_for_media(is_idle):
+            for request_id, found in self._media.take(MEDIA_WAIT_S if is_idle else 0.0):
+                request, stream = self._requests[request_id]
+                try:
+                    if isinstance(found, str):
+                        raise ValueError(found)
+                    self._expand(request, found)
+                except ValueError as error:
+                    logger.error("request %d: %s", request_id, error)
+                    self._outbox.outputs.append(self._end(request, stream, "error", [], str(error)))
+                else:
+                    self._queue(request)
+
+    def _expand(self, request: Request, found: MediaPrompt) -> None:
+        """Give a request its whole prompt. Raises ValueError if this is too long."""
+        prompt = Prompt(None, found.token_ids)
+        prompt_ids = self._intake.prompt_ids(prompt, request.params)
+        self._intake.check_positions(found.position_3T, len(prompt_ids))
+        request.max_output = self._intake.max_output(request.params, len(prompt_ids))
+        self._images.update((content.key, image) for content, image in found.images)
+        contents = tuple(content for content, _ in found.images)
+        request.expand(prompt_ids, contents, found.position_3T)
 
     def forget_prefixes(self) -> None:
         """Let no later request find cached tokens of earlier ones."""
@@ -289,6 +358,8 @@ class Engine:
         """
         self._check_open()
         try:
+            if self._media:
+                self._queue_prepared()
             plan = self.scheduler.schedule(may_preempt=not self._in_flight)
             if plan is not None:
                 self._encode(plan)
@@ -309,13 +380,14 @@ class Engine:
         except BaseException:
             self._in_flight.clear()
             self._runner.residents_are_known = False
-            self.scheduler.restart(request for request, _ in self._requests.values())
+            requests = (request for request, _ in self._requests.values())
+            self.scheduler.restart(one for one in requests if one.request_id not in self._media)
             raise
 
     def _encode(self, plan: StepPlan) -> None:
         """Encode the images that a plan needs and that have no embeddings yet."""
         keys = dict.fromkeys(one.key for one in plan.embeddings)
-        missing = [key for key in keys if not self._runner.has_embeddings(key)]
+        missing = [key for key in keys if key not in self._runner.embeddings]
         if missing:
             self._runner.encode({key: self._images[key] for key in missing})
 
@@ -410,6 +482,7 @@ class Engine:
         if stream.stop_string is None:
             stream.finish(request, may_stop=len(request.output_ids) >= request.params.min_tokens)
         del self._requests[request.request_id]
+        self._media.drop(request.request_id)
         if request.contents:
             in_use = {one.key for other, _ in self._requests.values() for one in other.contents}
             ended = {one.key for one in request.contents} - in_use

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter as Count
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -50,7 +52,16 @@ class EngineMetrics:
         self.num_generated_tokens = 0
         self.num_cached_tokens = 0
         self.num_steps = 0
+        self.media_wait_seconds = 0.0
         self._num_finished: Count[str] = Count(dict.fromkeys(FINISH_REASONS, 0))
+
+    @contextmanager
+    def waiting_for_media(self, is_idle: bool) -> Iterator[None]:
+        """Measures a wait for images or videos while there was no other work."""
+        start = time.perf_counter()
+        yield
+        if is_idle:
+            self.media_wait_seconds += time.perf_counter() - start
 
     def finished(self, request: Request, reason: str) -> None:
         """Count a request that ends."""
@@ -79,6 +90,7 @@ class EngineMetrics:
             "prefix_cache_hit_tokens": self.num_cached_tokens,
             "num_preemptions": scheduler.num_preemptions,
             "num_steps": self.num_steps,
+            "media_wait_seconds": self.media_wait_seconds,
         }
         if self.experts is not None:
             from nanovllm.models.experts.offloaded import COUNTERS  # imports torch

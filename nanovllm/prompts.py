@@ -1,21 +1,28 @@
-"""The forms in which users give prompts, and what they come down to: a text or token ids."""
+"""The forms in which users give prompts, and what they become: text or token ids, and media."""
 
 from __future__ import annotations
 
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypedDict
 
 from nanovllm.checks import as_python
+from nanovllm.media import given as media_given
+from nanovllm.media.given import Given
 
 
 class _Optional(TypedDict, total=False):
     cache_salt: str
+    multi_modal_data: Mapping[str, Any]
 
 
 class TextPrompt(_Optional):
-    """A prompt as text. Prompts share cache blocks only with prompts of the same `cache_salt`."""
+    """A prompt as text. Prompts share cache blocks only with prompts of the same `cache_salt`.
+
+    `multi_modal_data` has its images and videos: {"image": one or a list, "video": one or a list}.
+    The prompt has a placeholder for each, as the model writes it. See docs/media.md.
+    """
 
     prompt: str
 
@@ -28,20 +35,27 @@ class TokensPrompt(_Optional):
 
 # keys of vLLM's prompts that only None is accepted for
 NOT_SUPPORTED = (
-    "multi_modal_data", "multi_modal_uuids", "mm_processor_kwargs", "prompt_embeds",
-    "token_type_ids", "encoder_prompt", "decoder_prompt",
+    "multi_modal_uuids", "mm_processor_kwargs", "prompt_embeds", "token_type_ids",
+    "encoder_prompt", "decoder_prompt",
 )  # fmt: skip
+KEYS = ("prompt", "prompt_token_ids", "multi_modal_data", "cache_salt")
 
 BYTES = (bytes, bytearray, memoryview)  # iterables of numbers that are no token ids
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt. `token_ids` is None if `text` must be encoded first."""
+    """A prompt. `token_ids` is None if `text` must be encoded first.
+
+    `media` has the images and videos of its placeholders, those of a kind in their order. With
+    `has_special_tokens` the text has all special tokens already.
+    """
 
     text: str | None
     token_ids: list[Any] | None
     cache_salt: str | None = None
+    media: tuple[Given, ...] = ()
+    has_special_tokens: bool = False
 
 
 # a text, token ids, or one of the dicts above
@@ -65,7 +79,7 @@ def prompt_list(prompts: Any, prompt_token_ids: Any = None) -> list[Prompt]:
             f"{len(texts)} prompts and {len(with_ids)} prompt_token_ids: give one list of token "
             "ids for each prompt"
         )
-    return [Prompt(text, one.token_ids, one.cache_salt) for text, one in zip(texts, with_ids)]
+    return [replace(one, text=text) for text, one in zip(texts, with_ids)]
 
 
 def as_prompt(given: Any) -> Prompt:
@@ -99,27 +113,29 @@ def _several(prompts: Any) -> list[Prompt]:
 
 
 def _of_mapping(given: Mapping[Any, Any]) -> Prompt:
-    unknown = [key for key in given if key not in ("prompt", "prompt_token_ids", "cache_salt")]
+    unknown = [key for key in given if key not in KEYS]
     refused = [key for key in unknown if key not in NOT_SUPPORTED or given[key] is not None]
     if refused:
         raise ValueError(
             f"the prompt has the key {refused[0]!r}, which is not supported: use 'prompt' or "
-            "'prompt_token_ids', and 'cache_salt'"
+            "'prompt_token_ids', 'multi_modal_data' and 'cache_salt'"
         )
     text, token_ids, salt = (given.get(k) for k in ("prompt", "prompt_token_ids", "cache_salt"))
     if salt is not None and (not isinstance(salt, str) or not salt):
         raise ValueError(f"cache_salt is {salt!r}: it must be text")
     if salt is not None:
         checked_text("cache_salt", salt)
+    data = given.get("multi_modal_data")
+    media = () if data is None else tuple(media_given.from_data(data))
     if text is not None and not isinstance(text, str):
         raise ValueError(f"the prompt is {text!r}: the value of 'prompt' must be text")
     if token_ids is not None:
         if isinstance(token_ids, (str, Mapping)):
             raise ValueError(f"prompt_token_ids is {token_ids!r}: it must be a list of token ids")
-        return Prompt(text, as_prompt(token_ids).token_ids, salt)
+        return Prompt(text, as_prompt(token_ids).token_ids, salt, media)
     if text is None:
         raise ValueError(f"the prompt is {dict(given)!r}: it has no 'prompt' or 'prompt_token_ids'")
-    return Prompt(checked_text("the prompt", text), None, salt)
+    return Prompt(checked_text("the prompt", text), None, salt, media)
 
 
 def checked_text(name: str, text: str) -> str:

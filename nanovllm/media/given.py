@@ -20,6 +20,7 @@ UNUSED_METADATA = ("duration", "width", "height", "video_backend")
 # keys of parts: OpenAI's and vLLM's of references, and those of pictures in memory
 REFERENCES = {"image_url": IMAGE, "video_url": VIDEO}
 VALUES = {"image": IMAGE, "image_pil": IMAGE, "video": VIDEO}
+TYPES = (*REFERENCES, *VALUES)
 
 
 @dataclass(frozen=True)

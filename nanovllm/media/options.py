@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
+from os import PathLike
 from pathlib import Path
 
 MIB = 1 << 20
+MAY_BE_ZERO = ("max_images", "max_videos", "media_cache_bytes", "embedding_cache_bytes")
 
 
 @dataclass(frozen=True)
 class MediaOptions:
-    """Limits and permissions. All limits are at least 1.
+    """Limits and permissions. Counts and caches can be 0, all other limits are at least 1.
 
     allowed_media_domains: hosts that remote URLs may name, as "host" (port 443) or "host:port".
         https only, without redirects. Empty: remote URLs are refused.
@@ -26,10 +28,13 @@ class MediaOptions:
     media_timeout_s: seconds for one remote download, in all.
     num_media_workers: threads that decode, resize and patch.
     media_cache_bytes: bytes of prepared images and videos that are kept for later prompts.
+    embedding_cache_bytes: bytes of embeddings on the device that are kept for later prompts.
+    max_held_bytes: bytes of patches of unfinished requests beyond which no further prompt is
+        prepared.
     """
 
     allowed_media_domains: tuple[str, ...] = ()
-    allowed_local_media_path: Path | None = None
+    allowed_local_media_path: str | PathLike[str] | None = None
     max_images: int = 32
     max_videos: int = 2
     max_video_frames: int = 768
@@ -40,25 +45,40 @@ class MediaOptions:
     media_timeout_s: float = 10.0
     num_media_workers: int = 8
     media_cache_bytes: int = 256 * MIB
+    embedding_cache_bytes: int = 512 * MIB
+    max_held_bytes: int = 4096 * MIB
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            least = 0 if name == "media_cache_bytes" else 1
-            if name == "media_timeout_s":
-                if not value > 0:
-                    raise ValueError(f"{name} is {value!r}: it must be a number above 0")
-            elif isinstance(value, int) and value < least:
-                raise ValueError(f"{name} is {value!r}: it must be at least {least}")
+        for one in fields(self):
+            name, value = one.name, getattr(self, one.name)
+            least = 0 if name in MAY_BE_ZERO else 1
+            if type(one.default) is float and not 0 < value < float("inf"):
+                raise ValueError(f"{name} is {value!r}: it must be a number above 0")
+            if type(one.default) is int and not (type(value) is int and value >= least):
+                raise ValueError(
+                    f"{name} is {value!r}: it must be a whole number, at least {least}"
+                )
         for domain in self.allowed_media_domains:
             if not domain or any(sign in domain for sign in "/@* \\"):
                 raise ValueError(
                     f"allowed_media_domains has {domain!r}: it must be 'host' or 'host:port'"
                 )
-        if self.allowed_local_media_path is not None:
-            folder = Path(os.path.expanduser(self.allowed_local_media_path)).resolve()
-            if not folder.is_dir():
-                raise ValueError(
-                    f"allowed_local_media_path is {str(self.allowed_local_media_path)!r}: "
-                    "it must be a folder"
-                )
-            object.__setattr__(self, "allowed_local_media_path", folder)
+        if self.allowed_local_media_path is not None and not self.local_folder.is_dir():
+            raise ValueError(
+                f"allowed_local_media_path is {str(self.allowed_local_media_path)!r}: "
+                "it must be a folder"
+            )
+
+    @cached_property
+    def local_folder(self) -> Path:
+        """`allowed_local_media_path` without symlinks, which must be set."""
+        assert self.allowed_local_media_path is not None
+        return Path(self.allowed_local_media_path).expanduser().resolve()
+
+
+# the fields that `EngineConfig.media_limits` may name
+LIMITS = tuple(
+    one.name
+    for one in fields(MediaOptions)
+    if not one.name.startswith("allowed_") and one.name not in ("max_images", "max_videos")
+)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 from nanovllm.media.given import IMAGE, VIDEO
@@ -47,8 +48,29 @@ class Placeholders:
     end_token: str = "<|vision_end|>"
 
     def __post_init__(self) -> None:
-        self._id_of(self.image_token)
-        self._id_of(self.video_token)
+        assert self._kind_of_id
+
+    @cached_property
+    def _kind_of(self) -> dict[str, str]:
+        return {self.image_token: IMAGE, self.video_token: VIDEO}
+
+    @cached_property
+    def _kind_of_id(self) -> dict[int, str]:
+        return {self._id_of(token): kind for token, kind in self._kind_of.items()}
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        return re.compile("|".join(map(re.escape, self._kind_of)))
+
+    def check(
+        self, text: str | None, token_ids: Sequence[int] | None, kinds: Sequence[str]
+    ) -> None:
+        """Raises ValueError for a prompt with more or fewer placeholders than items of a kind."""
+        if token_ids is None:
+            found = [self._kind_of[one] for one in self._pattern.findall(text or "")]
+        else:
+            found = [self._kind_of_id[one] for one in token_ids if one in self._kind_of_id]
+        _order(found, kinds)
 
     def of_text(
         self, text: str, items: Sequence[Prepared], *, add_special_tokens: bool = True
@@ -59,18 +81,18 @@ class Placeholders:
         Each patch of a video over time keeps one placeholder in the text, which becomes its tokens
         afterwards: the tokenizer reads no long runs.
         """
-        pattern = "|".join(map(re.escape, (self.image_token, self.video_token)))
-        kind_of = {self.image_token: IMAGE, self.video_token: VIDEO}
-        order = _order([kind_of[one] for one in re.findall(pattern, text)], items)
+        kinds = [self._kind_of[one] for one in self._pattern.findall(text)]
+        order = _order(kinds, [one.kind for one in items])
         waiting = iter(order)
-        short = re.sub(pattern, lambda found: self._short(found[0], items[next(waiting)]), text)
+        short = self._pattern.sub(lambda one: self._short(one[0], items[next(waiting)]), text)
         ids = self.tokenizer.encode(short, add_special_tokens=add_special_tokens)
         return self._expanded(ids, order, items)
 
     def of_ids(self, token_ids: Sequence[int], items: Sequence[Prepared]) -> Expanded:
         """The same for a prompt that is given as token ids."""
-        kind_of = {self._id_of(self.image_token): IMAGE, self._id_of(self.video_token): VIDEO}
-        order = _order([kind_of[one] for one in token_ids if one in kind_of], items)
+        kind_of = self._kind_of_id
+        kinds = [kind_of[one] for one in token_ids if one in kind_of]
+        order = _order(kinds, [one.kind for one in items])
         waiting = iter(order)
         ids: list[int] = []
         for one in token_ids:
@@ -94,11 +116,10 @@ class Placeholders:
     ) -> Expanded:
         """Replaces each placeholder by the tokens of its run."""
         runs = iter([(i, num) for i in order for num in self._runs(items[i])])
-        placeholders = (self._id_of(self.image_token), self._id_of(self.video_token))
         out: list[int] = []
         spans: list[list[Span]] = [[] for _ in items]
         for one in ids:
-            if one not in placeholders:
+            if one not in self._kind_of_id:
                 out.append(one)
                 continue
             i, num = next(runs)
@@ -117,11 +138,12 @@ class Placeholders:
         return ids[0]
 
 
-def _order(kinds: Sequence[str], items: Sequence[Prepared]) -> list[int]:
-    """The indices of the items that placeholders of these kinds stand for."""
+def _order(kinds: Sequence[str], of_items: Sequence[str]) -> list[int]:
+    """The indices of the items that placeholders of these kinds stand for. Raises ValueError if
+    there are more or fewer."""
     waiting: dict[str, Iterator[int]] = {}
     for kind in (IMAGE, VIDEO):
-        indices = [i for i, one in enumerate(items) if one.kind == kind]
+        indices = [i for i, one in enumerate(of_items) if one == kind]
         num = kinds.count(kind)
         if num != len(indices):
             raise ValueError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
@@ -93,6 +93,11 @@ class Preparation:
         if not self.done():
             raise TimeoutError(f"the media were not ready after {timeout_s} s")
         return [one.result() for one in self._futures]
+
+    def when_changed(self, call: Callable[[], object]) -> None:
+        """Call this in another thread, or at once, each time that an item is ready."""
+        for one in self._futures:
+            one.add_done_callback(lambda _: call())
 
     def cancel(self) -> None:
         """Ends the work on all items as soon as possible."""

@@ -63,15 +63,14 @@ def _file_path(url: str) -> str:
 
 def _local(path: str, options: MediaOptions) -> bytes:
     """The file at a path, which must lie below the allowed folder after symlinks."""
-    folder = options.allowed_local_media_path
-    if folder is None:
+    if options.allowed_local_media_path is None:
         raise ValueError("local paths are refused: allowed_local_media_path is not set")
     try:
-        inside = Path(path).resolve().relative_to(folder)
+        inside = Path(path).resolve().relative_to(options.local_folder)
     except (ValueError, OSError, RuntimeError):  # no path; outside; a loop of links
         raise ValueError("the path is not below allowed_local_media_path") from None
     try:
-        return _read_below(folder, inside, options.max_item_bytes)
+        return _read_below(options.local_folder, inside, options.max_item_bytes)
     except OSError:
         raise ValueError("the local file cannot be read") from None
 

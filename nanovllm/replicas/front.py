@@ -141,13 +141,15 @@ class Replicas:
         return self._pending[request_id].prompt_ids
 
     def token_ids(self, prompt: Prompt) -> list[int]:
-        """The ids of a prompt, checked as `add_request` does. Raises ValueError."""
+        """The ids of a prompt, checked as `add_request` does. Raises ValueError, also for media."""
+        self._refuse_media(prompt)
         return self._intake.prompt_ids(prompt, SamplingParams())
 
     def encoded(self, prompt: Prompt) -> Prompt:
-        """The prompt with token ids."""
-        if prompt.token_ids is not None or self.tokenizer is None or prompt.text is None:
+        """The prompt with token ids, unless it has media."""
+        if prompt.token_ids is not None or prompt.media or self.tokenizer is None:
             return prompt
+        assert prompt.text is not None
         return replace(prompt, token_ids=self.tokenizer.encode(prompt.text))
 
     def forget_prefixes(self) -> None:
@@ -177,6 +179,7 @@ class Replicas:
         params = params or SamplingParams()
         self._intake.check(params)
         given = as_prompt(prompt)
+        self._refuse_media(given)
         prompt_ids = self._intake.prompt_ids(given, params)
         priority, edits = checked_priority(priority), self._intake.edits(params)
         if edits is not None:
@@ -287,6 +290,10 @@ class Replicas:
     def _check_open(self) -> None:
         if self._is_closed:
             raise RuntimeError("this engine is closed: load the model again")
+
+    def _refuse_media(self, prompt: Prompt) -> None:
+        if prompt.media:
+            self._refuse(prompt.media[0].kind)
 
     def _refuse(self, what: str) -> None:
         raise ValueError(f"{what} is not supported with {self.config.replicas_option}")

@@ -29,6 +29,7 @@ from nanovllm.platforms.base import HostCopy, MemoryBudget, Platform, Replay
 from nanovllm.platforms.regions import Region
 from nanovllm.runner import columns
 from nanovllm.runner.captured import DecodeStep, PrefillStep, VerifyStep
+from nanovllm.runner.embeddings import Embeddings
 from nanovllm.runner.inputs import SpanArrays, span_arrays
 from nanovllm.runner.sampling import LogprobCopies, Sampler, copy_logprobs
 from nanovllm.runner.spec import EngineSpec
@@ -138,7 +139,7 @@ class Runner:
         self.other_tables = tuple(map(Table, others))
         self.sampler = Sampler(platform, self.state, cfg.vocab_size, cfg.dtype)
         self.model_dtype = cfg.dtype
-        self._embeddings: dict[str, Tensor] = {}
+        self.embeddings = Embeddings(spec.embedding_cache_bytes)
         self.tower = None
         if model.tower is not None:
             self.tower = TowerSteps(model.tower, params.tower, platform, compiler)
@@ -273,7 +274,7 @@ class Runner:
             for step in steps.values():
                 step.__dict__.clear()
             steps.clear()
-        self._embeddings.clear()
+        self.embeddings.clear()
         tables = ("cos_sin_MH", "other_tables")
         for name in ("steps", "params", "state", "sampler", "compiler", *tables):
             self.__dict__.pop(name, None)
@@ -316,7 +317,9 @@ class Runner:
                 self._reset_residents()
             self._write(plan)
             if plan.is_prefill:
-                return self._prefill(plan)
+                launched = self._prefill(plan)
+                self.embeddings.trim()
+                return launched
             return self._verify(plan) if len(plan.token_T) else self._decode(plan)
 
     def _reset_residents(self) -> None:
@@ -338,11 +341,11 @@ class Runner:
         """Keep embeddings [n, D] on the device for plans that name them, until they are dropped."""
         if self.steps.whole:
             raise ValueError("given embeddings are not supported where a step is one program")
-        self._embeddings[key] = embeds.to(self.platform.device, self.model_dtype)
+        self.embeddings.give(key, embeds.to(self.platform.device, self.model_dtype))
 
     def encode(self, images: Mapping[str, Encodable]) -> None:
-        """Compute the embeddings of images or videos, and keep them under these keys until they are
-        dropped. Does not wait for the device."""
+        """Compute the embeddings of images or videos, and keep them under these keys for the next
+        step at least. Does not wait for the device."""
         assert self.tower is not None
         merged = self.tower.tower.config.patches_per_group
         pixels = torch.cat([one.pixels for one in images.values()])
@@ -351,14 +354,12 @@ class Runner:
             features_LGO = self.tower.features(pixels, grids)
         sizes = [math.prod(grid) // merged for grid in grids]
         for key, part_LGO in zip(images, features_LGO.split(sizes, dim=1)):
-            self._embeddings[key] = part_LGO.transpose(0, 1).flatten(1).to(self.model_dtype)
-
-    def has_embeddings(self, key: str) -> bool:
-        return key in self._embeddings
+            embeds = part_LGO.transpose(0, 1).flatten(1).to(self.model_dtype)
+            self.embeddings.keep(key, embeds)
 
     def drop_embeddings(self, keys: Iterable[str]) -> None:
-        for key in keys:
-            self._embeddings.pop(key, None)
+        """Forget those that `add_embeddings` has added."""
+        self.embeddings.drop(keys)
 
     def _write(self, plan: StepPlan) -> None:
         """Write what a step does not derive from the state: rows of new requests, new blocks."""
@@ -491,7 +492,7 @@ class Runner:
     def _given(self, plan: StepPlan) -> Given:
         """The embeddings and positions that a plan gives."""
         embeds = [
-            (one.start, self._embeddings[one.key][one.source : one.source + one.num])
+            (one.start, self.embeddings[one.key][one.source : one.source + one.num])
             for one in plan.embeddings
         ]
         if plan.position_3T is None:

@@ -63,7 +63,8 @@ class EngineSpec:
 
     `attention` is a key of `ops.ATTENTION`, "" for the device's own kernels. `cache_dtype` is the
     dtype of keys and values, `weight_format` a key of `formats.FORMATS`. `offload` says which
-    experts are on the device, None for all.
+    experts are on the device, None for all. Embeddings of images take `embedding_cache_bytes` of
+    the device at most between steps.
     """
 
     layout: Layout
@@ -71,3 +72,4 @@ class EngineSpec:
     cache_dtype: torch.dtype
     weight_format: str
     offload: OffloadPlan | None = None
+    embedding_cache_bytes: int = 0

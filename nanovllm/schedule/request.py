@@ -15,6 +15,7 @@ from nanovllm.schedule.plan import LogitEdits
 
 
 class Status(enum.Enum):
+    PREPARING = "preparing"  # its media are; the scheduler does not know it yet
     WAITING = "waiting"
     RUNNING = "running"
     FINISHED = "finished"
@@ -69,6 +70,15 @@ class Request:
     num_cached: int | None = None  # prompt tokens found in the prefix cache at first admission
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
     prompt_logprobs: list[dict[int, Logprob] | None] = field(default_factory=list)
+
+    def expand(
+        self, prompt_ids: list[int], contents: tuple[Content, ...], positions: np.ndarray | None
+    ) -> None:
+        """Replace the prompt by the one with all tokens of its media."""
+        self.prompt_ids, self.contents, self.prompt_position_3P = prompt_ids, contents, positions
+        if self.params.prompt_logprobs is not None:
+            self.prompt_logprobs = [None] * len(prompt_ids)
+        self.status = Status.WAITING
 
     def restart(self) -> None:
         """Return to waiting without cached tokens: the next prefill feeds all known tokens."""

@@ -247,7 +247,8 @@ def make_spec(config: EngineConfig, model: Model, platform: Platform) -> EngineS
     layout = make_layout(config, cfg.max_position, platform, block_size)
     weight_format = config.quantization or PLAIN
     offload = choose_offload(config, model, platform, weight_format)
-    return EngineSpec(layout, backend, cache_dtype, weight_format, offload)
+    embedding_bytes = 0 if model.tower is None else config.media.embedding_cache_bytes
+    return EngineSpec(layout, backend, cache_dtype, weight_format, offload, embedding_bytes)
 
 
 def choose_dtype(name: str, hf: Any, platform: Platform) -> torch.dtype:

@@ -16,6 +16,8 @@ from nanovllm import hub
 from nanovllm.compile.store import Store
 from nanovllm.config import EngineConfig
 from nanovllm.kernels.collectives import Communicator
+from nanovllm.media import settings
+from nanovllm.media.settings import VisionSettings
 from nanovllm.models import loader
 from nanovllm.models.experts.offloaded import Offloader
 from nanovllm.models.interface import Model, Params
@@ -45,7 +47,8 @@ PATIENCE_S = 600.0
 
 @dataclass(frozen=True)
 class Loaded:
-    """The parts of a warm engine. `tokenizer` is None if the checkpoint has none; see `Laps`."""
+    """The parts of a warm engine. `tokenizer` and `vision` are None if the checkpoint has none; see
+    `Laps`."""
 
     config: EngineConfig
     model: Model
@@ -53,6 +56,7 @@ class Loaded:
     runner: Runner
     sleeper: Sleeper
     tokenizer: Tokenizer | None
+    vision: VisionSettings | None
     eos_ids: frozenset[int]
     default_params: SamplingParams
     num_blocks: int
@@ -131,11 +135,12 @@ def load_chosen(
     eos_ids = choice.eos_ids
     if tokenizer is not None and tokenizer.eos_id is not None and not generation:
         eos_ids |= {tokenizer.eos_id}
+    vision = None if runner.model.tower is None else settings.load(choice.folder)
     sleeper = Sleeper(
         weights, runner.cache_region, partial(_read_weights, choice, lambda num_layers: None)
     )
     return Loaded(
-        choice.config, runner.model, runner.spec, runner, sleeper, tokenizer, eos_ids,
+        choice.config, runner.model, runner.spec, runner, sleeper, tokenizer, vision, eos_ids,
         default_params(generation if config.generation_config == "auto" else {}),
         built.num_blocks, built.memory, built.stall, built.expert_stats, laps.seconds,
     )  # fmt: skip

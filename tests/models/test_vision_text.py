@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.media_intake import MediaPrompt
 from nanovllm.runner.runner import Encodable
 from nanovllm.schedule.request import Content
 
@@ -157,9 +158,13 @@ def answers(
     params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, logprobs=99)
     ids = []
     for one in prompts:
-        given = {"images": one.images} if encodes else {"embeddings": one.embeddings}
         add: Any = llm.engine.add_request
-        ids.append(add(one.ids, params, incremental=False, positions=one.positions, **given))
+        if encodes:
+            given = MediaPrompt(one.ids, one.positions, one.images)
+            ids.append(add(given, params, incremental=False))
+            continue
+        given = {"embeddings": one.embeddings, "positions": one.positions}
+        ids.append(add(one.ids, params, incremental=False, **given))
     found: dict[int, Any] = {}
     while len(found) < len(ids):
         llm.engine.advance()

@@ -43,7 +43,8 @@ class TowerConfig:
     `full_blocks` attend within a frame, the others within windows of `window_groups`² tokens.
     After each block of `deepstack_blocks` the tower makes one more level of features. Positions are
     rotary with base `rope_theta` and, if `table_side` is not 0, a learned table of so many rows and
-    columns is added.
+    columns is added. Frames of a video are `tokens_per_second` positions in time apart for each
+    second between them.
     """
 
     GRAPH_FIELDS: ClassVar[tuple[str, ...]] = (
@@ -64,6 +65,7 @@ class TowerConfig:
     table_side: int = 0
     rope_theta: float = 10000.0
     norm_eps: float = 1e-6
+    tokens_per_second: float = 1.0
     dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:

@@ -1,0 +1,182 @@
+"""Turns prompts with images and videos into token ids, positions and patches, beside the engine."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from nanovllm.media import given
+from nanovllm.media.options import MediaOptions
+from nanovllm.media.placeholders import Expanded, Placeholders, Span
+from nanovllm.media.prepare import Preparation, Prepared, Preparer
+from nanovllm.media.settings import VisionSettings
+from nanovllm.models.vision import positions
+from nanovllm.models.vision.interface import TowerConfig
+from nanovllm.prompts import Prompt
+from nanovllm.runner.runner import Encodable
+from nanovllm.schedule.request import Content
+from nanovllm.tokenizer import Tokenizer
+
+
+class MediaPrompt(NamedTuple):
+    """A prompt with all placeholder tokens, its positions [3, T], and the images that the tokens
+    stand for. Without positions each token has its index three times."""
+
+    token_ids: list[int]
+    position_3T: np.ndarray | None
+    images: list[tuple[Content, Encodable]]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(image.pixels.nbytes for _, image in self.images)
+
+
+class MediaIntake:
+    """Prepares the prompts of requests in worker threads. One thread at a time may use it.
+
+    A few prompts are in preparation at the same time, and none is begun while the patches of
+    unfinished requests take `max_held_bytes`.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        tokenizer: Tokenizer | None,
+        tower: TowerConfig | None,
+        settings: VisionSettings | None,
+        options: MediaOptions,
+    ) -> None:
+        self._model, self._tower, self._options = model, tower, options
+        self._preparer: Preparer | None = None
+        self._placeholders: Placeholders | None = None
+        if tokenizer is not None and settings is not None:
+            self._preparer = Preparer(settings, options)
+            self._placeholders = Placeholders(tokenizer, settings.with_times)
+        self._waiting: dict[int, Prompt] = {}
+        self._running: dict[int, tuple[Prompt, Preparation]] = {}
+        self._held: dict[int, int] = {}  # bytes of patches of unfinished requests
+        self._changed = threading.Event()
+
+    def check(self, prompt: Prompt) -> None:
+        """Raises ValueError for media that no preparation is needed to refuse: those of a text
+        model, too many, or more or fewer than the prompt's placeholders."""
+        if self._tower is None:
+            given.refuse(self._model, prompt.media)
+        if self._preparer is None or self._placeholders is None:
+            raise ValueError(
+                f"the prompt has {prompt.media[0].name}, but {self._model!r} has no tokenizer or "
+                "no preprocessor_config.json"
+            )
+        given.check_counts(prompt.media, self._options)
+        self._placeholders.check(prompt.text, prompt.token_ids, [one.kind for one in prompt.media])
+
+    def add(self, request_id: int, prompt: Prompt) -> None:
+        """Prepare the prompt of a request, which `check` has let through."""
+        self._waiting[request_id] = prompt
+        self._begin()
+
+    def take(self, wait_s: float = 0.0) -> Iterator[tuple[int, MediaPrompt | str]]:
+        """Requests that are ready, with their prompts or with what is wrong with their media.
+
+        If none is, wait for one, but not longer than `wait_s`.
+        """
+        if wait_s and not any(work.done() for _, work in self._running.values()):
+            self._changed.wait(wait_s)
+        self._changed.clear()
+        for request_id, (prompt, work) in list(self._running.items()):
+            if not work.done():
+                continue
+            del self._running[request_id]
+            try:
+                found = self._prompt(prompt, work.result())
+            except ValueError as error:
+                yield request_id, str(error)
+                continue
+            self._held[request_id] = found.num_bytes
+            yield request_id, found
+        self._begin()
+
+    def drop(self, request_id: int) -> None:
+        """Forget a request that has ended, and end the work on it."""
+        self._waiting.pop(request_id, None)
+        self._held.pop(request_id, None)
+        _, work = self._running.pop(request_id, (None, None))
+        if work is not None and all(work is not other for _, other in self._running.values()):
+            work.cancel()
+        self._begin()
+
+    def __contains__(self, request_id: int) -> bool:
+        """Whether a request is in preparation."""
+        return request_id in self._waiting or request_id in self._running
+
+    def __len__(self) -> int:
+        """The number of requests in preparation."""
+        return len(self._waiting) + len(self._running)
+
+    def close(self) -> None:
+        for request_id in [*self._waiting, *self._running]:
+            self.drop(request_id)
+        if self._preparer is not None:
+            self._preparer.close()
+
+    def _begin(self) -> None:
+        """Begin with waiting prompts as far as the bounds allow."""
+        while self._waiting and len(self._running) < 2 * self._options.num_media_workers:
+            if sum(self._held.values()) >= self._options.max_held_bytes:
+                return
+            request_id = next(iter(self._waiting))
+            prompt = self._waiting.pop(request_id)
+            self._running[request_id] = prompt, self._work(prompt)
+
+    def _work(self, prompt: Prompt) -> Preparation:
+        """The preparation of a prompt; several answers to one prompt share it."""
+        for other, work in self._running.values():
+            if other.media is prompt.media:
+                return work
+        assert self._preparer is not None
+        work = self._preparer.submit(prompt.media)
+        work.when_changed(self._changed.set)
+        return work
+
+    def _prompt(self, prompt: Prompt, items: list[Prepared]) -> MediaPrompt:
+        assert self._placeholders is not None
+        if prompt.token_ids is None:
+            assert prompt.text is not None
+            expanded = self._placeholders.of_text(
+                prompt.text, items, add_special_tokens=not prompt.has_special_tokens
+            )
+        else:
+            expanded = self._placeholders.of_ids(prompt.token_ids, items)
+        num_tokens = len(expanded.token_ids)
+        position_3T, _ = positions.mrope_positions(num_tokens, self._items(items, expanded))
+        pairs = zip(items, expanded.spans)
+        images = [one for item, spans in pairs for one in self._images(item, spans)]
+        return MediaPrompt(expanded.token_ids, position_3T, images)
+
+    def _items(self, items: Sequence[Prepared], expanded: Expanded) -> list[positions.Item]:
+        """The items of a prompt in its order. A frame with tokens of its own is one item."""
+        assert self._tower is not None
+        merge, per_second = self._tower.merge_size, self._tower.tokens_per_second
+        found: list[positions.Item] = []
+        for item, spans in zip(items, expanded.spans):
+            frames, rows, columns = item.grid
+            size = frames // len(spans), rows // merge, columns // merge
+            interval = item.seconds_per_grid * per_second if item.kind == given.VIDEO else 1.0
+            found += [positions.Item(start, *size, interval) for start, _ in spans]
+        return sorted(found)
+
+    def _images(self, item: Prepared, spans: Sequence[Span]) -> Iterator[tuple[Content, Encodable]]:
+        """The frames of an item, each with its place in the prompt and a digest of its own."""
+        frames, rows, columns = item.grid
+        num_tokens, num_patches = item.num_tokens // frames, rows * columns
+        starts = [start for first, num in spans for start in range(first, first + num, num_tokens)]
+        for index, start in enumerate(starts):
+            digest = item.digest
+            if frames > 1:
+                digest = hashlib.sha256(digest + index.to_bytes(4, "little")).digest()
+            pixels = item.pixel_values_PD[index * num_patches : (index + 1) * num_patches]
+            yield Content(start, num_tokens, digest), Encodable(pixels, (1, rows, columns))
