@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from nanovllm.media import given as media_given
+from nanovllm.media.given import Given
 from nanovllm.prompts import Prompt, checked_text
 from nanovllm.tokenizer import Tokenizer
 
@@ -71,9 +72,14 @@ class ChatOptions:
                 raise ValueError(f"{name} is not supported: only None is")
 
 
-def render(tokenizer: Tokenizer, messages: Any, options: ChatOptions) -> list[Prompt]:
-    """The prompts of one conversation, or of several. Raises ValueError for what is neither, and
-    for what the template refuses."""
+def render(
+    tokenizer: Tokenizer,
+    messages: Any,
+    options: ChatOptions,
+    check: Callable[[Sequence[Given]], object] = tuple,
+) -> list[Prompt]:
+    """The prompts of one conversation, or of several. Raises ValueError for what is neither, for
+    what the template refuses, and for images and videos that `check` refuses."""
     full = tokenizer.for_reading
     if not (options.chat_template or full.chat_template):
         raise ValueError("the tokenizer has no chat template: use generate() with plain prompts")
@@ -87,6 +93,7 @@ def render(tokenizer: Tokenizer, messages: Any, options: ChatOptions) -> list[Pr
     prompts = []
     for conversation in several:
         bare, media = media_given.from_messages(conversation)
+        check(media)
         if media and options.chat_template_content_format == "string":
             raise ValueError(
                 f"the conversation has {media[0].name}: chat_template_content_format='string' has "

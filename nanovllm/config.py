@@ -8,7 +8,6 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property
 from os import PathLike
 from typing import Any
 
@@ -276,7 +275,7 @@ class EngineConfig:
         self._check_combinations()
         assert self.media
 
-    @cached_property
+    @property
     def media(self) -> MediaOptions:
         """What media prompts may have. Raises ValueError for what is not allowed."""
         limits: dict[str, Any] = dict(self.media_limits or {})

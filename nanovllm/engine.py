@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 
 from nanovllm.config import EngineConfig
 from nanovllm.intake import Embeddings, Intake, checked_priority, drawn_seed
+from nanovllm.media.given import Given
 from nanovllm.media_intake import MediaIntake, MediaPrompt
 from nanovllm.metrics import EngineMetrics, StatsLog
 from nanovllm.prompts import AnyPrompt, Prompt, as_prompt
@@ -175,6 +176,10 @@ class Engine:
             return prompt
         assert prompt.text is not None
         return replace(prompt, token_ids=self.tokenizer.encode(prompt.text))
+
+    def check_media(self, media: Sequence[Given]) -> None:
+        """Raises ValueError for images or videos that no prompt of this model can have."""
+        self._media.check_media(media)
 
     @property
     def propose(self) -> Proposer | None:

@@ -167,6 +167,12 @@ class LLM(NanoMethods):
     ) -> list[list[int]]:
         """Token ids of conversations in the checkpoint's chat template, up to the answer."""
         prompts = self._chat_prompts(messages, options)
+        for prompt in prompts:
+            if prompt.media:
+                raise ValueError(
+                    f"the conversation has {prompt.media[0].name}, which is no token ids yet: "
+                    "use chat()"
+                )
         return [list(prompt.token_ids or ()) for prompt in prompts]
 
     def beam_search(
@@ -227,7 +233,8 @@ class LLM(NanoMethods):
                 f"{self.engine.config.model!r} has no chat template: "
                 "use generate() with plain prompts"
             )
-        return render(template_source, messages, ChatOptions.from_options(options))
+        chat_options = ChatOptions.from_options(options)
+        return render(template_source, messages, chat_options, self.engine.check_media)
 
     def _wait(self, owners: Mapping[int, object], use_tqdm: UseTqdm) -> dict[int, Completion]:
         """The completions of requests, with a progress bar."""

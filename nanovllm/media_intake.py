@@ -61,17 +61,21 @@ class MediaIntake:
         self._held: dict[int, int] = {}  # bytes of patches of unfinished requests
         self._changed = threading.Event()
 
-    def check(self, prompt: Prompt) -> None:
-        """Raises ValueError for media that no preparation is needed to refuse: those of a text
-        model, too many, or more or fewer than the prompt's placeholders."""
-        if self._tower is None:
-            given.refuse(self._model, prompt.media)
-        if self._preparer is None or self._placeholders is None:
+    def check_media(self, media: Sequence[given.Given]) -> None:
+        """Raises ValueError for media of a text model, and for too many."""
+        if media and self._tower is None:
+            given.refuse(self._model, media)
+        if media and self._preparer is None:
             raise ValueError(
-                f"the prompt has {prompt.media[0].name}, but {self._model!r} has no tokenizer or "
-                "no preprocessor_config.json"
+                f"the prompt has {media[0].name}, but {self._model!r} has no tokenizer or no "
+                "preprocessor_config.json"
             )
-        given.check_counts(prompt.media, self._options)
+        given.check_counts(media, self._options)
+
+    def check(self, prompt: Prompt) -> None:
+        """`check_media`, and raises ValueError for more or fewer media than placeholders."""
+        self.check_media(prompt.media)
+        assert self._placeholders is not None
         self._placeholders.check(prompt.text, prompt.token_ids, [one.kind for one in prompt.media])
 
     def add(self, request_id: int, prompt: Prompt) -> None:

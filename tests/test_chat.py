@@ -43,7 +43,8 @@ def written(messages: Any, template: str | None = TEXT_TEMPLATE, **options: Any)
 def test_the_prompt_is_text_and_ids() -> None:
     one = tokenizer(TEXT_TEMPLATE)
     (prompt,) = render(one, CONVERSATION, ChatOptions())
-    assert prompt == Prompt("[user]hi[assistant]", one.encode("[user]hi[assistant]"))
+    text = "[user]hi[assistant]"
+    assert prompt == Prompt(text, one.encode(text), has_special_tokens=True)
     assert len(render(one, [CONVERSATION, CONVERSATION], ChatOptions())) == 2
 
 
@@ -101,9 +102,9 @@ def test_parts_are_lines_of_a_text() -> None:
         (["hi"], {}, "the conversation is 'hi'"),
         ([{"content": "hi"}], {}, "a dict with a 'role'"),
         (
-            [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}],
+            [{"role": "user", "content": [{"type": "sound", "sound": "x"}]}],
             {},
-            "a part .*image_url.*: only the type 'text' is supported",
+            "a part of the type 'sound': .* 'text', 'image_url'",
         ),
     ],
 )

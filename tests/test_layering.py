@@ -41,7 +41,13 @@ ALLOWED = {
         "nanovllm.kernels.ops",
         "nanovllm.kernels.reference",
     ),
-    "startup": ("nanovllm.startup", *BELOW_STARTUP, *SETTINGS, "nanovllm.tokenizer"),
+    "startup": (
+        "nanovllm.startup",
+        *BELOW_STARTUP,
+        "nanovllm.media.settings",
+        *SETTINGS,
+        "nanovllm.tokenizer",
+    ),
     "tools": ("nanovllm.tools", *BELOW_STARTUP, "nanovllm.startup", "nanovllm.engine", *SETTINGS),
     "batch": (
         "nanovllm.batch",
@@ -64,6 +70,7 @@ ALLOWED = {
         "nanovllm.startup",
         "nanovllm.engine",
         "nanovllm.intake",
+        "nanovllm.media.given",
         "nanovllm.metrics",
         "nanovllm.prompts",
         "nanovllm.tokenizer",
@@ -87,7 +94,7 @@ DEVICELESS = (
 # options of `LLM` that are named after their device
 OPTIONS = ("npu_graph_mode", "npu_graph_options")
 # modules that import nothing of ours except each other
-LIGHT = ("checks", "config", "compat/options", "env", "sampling", "log")
+LIGHT = ("checks", "config", "compat/options", "env", "sampling", "log", "media/options")
 
 
 def files(layer: str) -> list[Path]:

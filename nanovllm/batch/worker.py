@@ -121,7 +121,7 @@ class EngineWorker:
         if engine.tokenizer is None:
             raise ValueError(f"{engine.config.model!r} has no chat template: give prompts")
         options = ChatOptions.from_options(self._settings.chat)
-        return render(engine.tokenizer, row.messages, options)[0]
+        return render(engine.tokenizer, row.messages, options, engine.check_media)[0]
 
     def _params(self, row: Row, number: int) -> SamplingParams:
         """The row's parameters over those of the settings over the checkpoint's.

@@ -92,9 +92,9 @@ class _Pending:
             shown = [answer.output() for answer in self.answers.values()]
         first = next((done for done in dones if done is not None), None)
         prompt_logprobs = first.prompt_logprobs if first is not None else None
-        output = request_output(
-            self.request_id, self.prompt, self.prompt_ids, shown, prompt_logprobs
-        )
+        # that of a finished answer has all tokens of images, too
+        prompt_ids = first.prompt_ids if first is not None else self.prompt_ids
+        output = request_output(self.request_id, self.prompt, prompt_ids, shown, prompt_logprobs)
         output["finished"] = None not in dones
         return output
 

@@ -11,6 +11,7 @@ from hashlib import sha256
 
 from nanovllm.config import EngineConfig
 from nanovllm.intake import Embeddings, Intake, checked_priority, drawn_seed
+from nanovllm.media.given import Given
 from nanovllm.metrics import Metric
 from nanovllm.parallel.ranks import deferred_interrupts
 from nanovllm.prompts import AnyPrompt, Prompt, as_prompt
@@ -142,7 +143,7 @@ class Replicas:
 
     def token_ids(self, prompt: Prompt) -> list[int]:
         """The ids of a prompt, checked as `add_request` does. Raises ValueError, also for media."""
-        self._refuse_media(prompt)
+        self.check_media(prompt.media)
         return self._intake.prompt_ids(prompt, SamplingParams())
 
     def encoded(self, prompt: Prompt) -> Prompt:
@@ -151,6 +152,11 @@ class Replicas:
             return prompt
         assert prompt.text is not None
         return replace(prompt, token_ids=self.tokenizer.encode(prompt.text))
+
+    def check_media(self, media: Sequence[Given]) -> None:
+        """Raises ValueError for images and videos, which do not cross processes."""
+        if media:
+            self._refuse(media[0].name)
 
     def forget_prefixes(self) -> None:
         """Let no later request find cached tokens of earlier ones."""
@@ -179,7 +185,7 @@ class Replicas:
         params = params or SamplingParams()
         self._intake.check(params)
         given = as_prompt(prompt)
-        self._refuse_media(given)
+        self.check_media(given.media)
         prompt_ids = self._intake.prompt_ids(given, params)
         priority, edits = checked_priority(priority), self._intake.edits(params)
         if edits is not None:
@@ -290,10 +296,6 @@ class Replicas:
     def _check_open(self) -> None:
         if self._is_closed:
             raise RuntimeError("this engine is closed: load the model again")
-
-    def _refuse_media(self, prompt: Prompt) -> None:
-        if prompt.media:
-            self._refuse(prompt.media[0].kind)
 
     def _refuse(self, what: str) -> None:
         raise ValueError(f"{what} is not supported with {self.config.replicas_option}")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from nanovllm.config import EngineConfig
     from nanovllm.intake import Embeddings
+    from nanovllm.media.given import Given
     from nanovllm.metrics import Metric
     from nanovllm.prompts import AnyPrompt, Prompt
     from nanovllm.sampling import SamplingParams
@@ -53,6 +54,8 @@ class AnyEngine(Protocol):
     def token_ids(self, prompt: Prompt) -> list[int]: ...
 
     def encoded(self, prompt: Prompt) -> Prompt: ...
+
+    def check_media(self, media: Sequence[Given]) -> None: ...
 
     def forget_prefixes(self) -> None: ...
 

@@ -153,14 +153,14 @@ def test_remote_urls_are_refused_by_default() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_images": 0}, "max_images is 0: it must be at least 1"),
+        ({"max_image_pixels": 0}, "max_image_pixels is 0: it must be a whole number, at least 1"),
         ({"media_timeout_s": 0}, "media_timeout_s is 0"),
-        ({"media_cache_bytes": -1}, "media_cache_bytes is -1: it must be at least 0"),
+        ({"media_cache_bytes": -1}, "media_cache_bytes is -1: .* at least 0"),
         ({"allowed_media_domains": ("https://a",)}, "allowed_media_domains has 'https://a'"),
         ({"allowed_media_domains": ("*.example.com",)}, "allowed_media_domains has"),
         ({"allowed_local_media_path": Path("/absent/folder")}, "it must be a folder"),
     ],
 )  # fmt: skip
 def test_wrong_options_are_refused(options: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message.replace("*", r"\*")):
+    with pytest.raises(ValueError, match=message):
         MediaOptions(**options)  # type: ignore[arg-type]
