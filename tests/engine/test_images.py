@@ -228,3 +228,22 @@ def test_streams_and_engines_stepped_by_hand_take_images(seeing: Seeing, llm: LL
         outputs += llm.llm_engine.step()
     assert outputs[-1].prompt_token_ids == prompt_ids
     assert ids(outputs[-1]) == expected
+
+
+def test_verified_proposals_do_not_change_answers_to_images(seeing: Seeing) -> None:
+    image, text = picture(60, 85), f"see {PICTURE}"
+    _, expected = seeing.expected(text, images=[image])
+    llm = seeing.llm(enforce_eager=True, draft_lengths=[2])
+    proposed: list[list[int]] = []
+
+    def propose(request: Any) -> list[int]:
+        proposed.append(expected[len(request.output_ids) :][:1])
+        return proposed[-1]
+
+    llm.engine.propose = propose  # type: ignore[attr-defined]
+    try:
+        (output,) = llm.generate([asked(text, image=image)], GREEDY, use_tqdm=False)
+    finally:
+        llm.close()
+    assert any(proposed)
+    assert ids(output) == expected
