@@ -64,8 +64,12 @@ def of_frames(
     return Clip(len(frames), metadata.get("fps"), pick, indices, total, sample)
 
 
-def of_file(data: bytes, max_pixels: int) -> Clip:
-    """A clip of an encoded file: MP4, WebM, Matroska or AVI."""
+def of_file(data: bytes, max_pixels: int, max_video_pixels: int) -> Clip:
+    """A clip of an encoded file: MP4, WebM, Matroska or AVI.
+
+    Frames between the chosen ones must be decoded too. So `max_video_pixels` limits the pixels of
+    all frames: a small file can have very many.
+    """
     kinds = [kind for at, magic, kind in CONTAINERS if data[at : at + len(magic)] == magic]
     if not kinds:
         raise ValueError("the data are no video, or not in MP4, WebM, Matroska or AVI")
@@ -74,23 +78,30 @@ def of_file(data: bytes, max_pixels: int) -> Clip:
         stream = _video_stream(container)
         pictures.check_pixels(stream.width, stream.height, max_pixels)
         rate, num_frames = stream.average_rate, stream.frames
+        stream_pixels = stream.width * stream.height
         if not num_frames:  # Matroska does not say it
             num_frames = sum(packet.size > 0 for packet in container.demux(stream))
 
     def pick(chosen: Sequence[int]) -> Iterator[Pixels]:
         with _broken_as_value_error(av), _opened(av, data, kinds[0]) as container:
-            yield from _frames(container, set(chosen), max_pixels)
+            yield from _frames(container, set(chosen), stream_pixels)
 
     if num_frames < 1:
         raise ValueError("the video has no frames")
+    if num_frames * stream_pixels > max_video_pixels:
+        raise ValueError(
+            f"the video has {num_frames} frames of {stream_pixels} pixels: at most "
+            f"{max_video_pixels} pixels in all are allowed"
+        )
     return Clip(num_frames, float(rate) if rate else None, pick)
 
 
-def _frames(container: Any, chosen: set[int], max_pixels: int) -> Iterator[Pixels]:
+def _frames(container: Any, chosen: set[int], num_pixels: int) -> Iterator[Pixels]:
     last, found = max(chosen), 0
     for i, frame in enumerate(container.decode(_video_stream(container))):
+        if frame.width * frame.height > num_pixels:
+            raise ValueError("the video has frames that are larger than it says")
         if i in chosen:
-            pictures.check_pixels(frame.width, frame.height, max_pixels)
             found += 1
             yield np.ascontiguousarray(frame.to_ndarray(format="rgb24"))
         if i >= last:

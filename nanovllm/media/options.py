@@ -22,6 +22,7 @@ class MediaOptions:
     max_images, max_videos: images and videos of one prompt.
     max_video_frames: frames of one video, after sampling.
     max_image_pixels: pixels of one image or frame, checked before it is decoded.
+    max_video_pixels: pixels of all frames of one video file, checked before it is decoded.
     max_item_bytes: bytes of one encoded image or video file.
     max_prompt_bytes: bytes of all encoded images and video files of one prompt.
     max_patches_bytes: bytes of the patches of one image or video.
@@ -39,6 +40,7 @@ class MediaOptions:
     max_videos: int = 2
     max_video_frames: int = 768
     max_image_pixels: int = 64 * MIB
+    max_video_pixels: int = 65536 * MIB
     max_item_bytes: int = 64 * MIB
     max_prompt_bytes: int = 256 * MIB
     max_patches_bytes: int = 1024 * MIB

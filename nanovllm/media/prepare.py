@@ -209,7 +209,8 @@ class Preparer:
     def _clip(self, given: Given, budget: _Budget) -> clips.Clip:
         if isinstance(given.value, str):
             data = self._read(given.value, given.kind, budget)
-            return clips.of_file(data, self.options.max_image_pixels)
+            options = self.options
+            return clips.of_file(data, options.max_image_pixels, options.max_video_pixels)
 
         def read(frame: Any) -> Pixels:
             if isinstance(frame, str):

@@ -41,7 +41,7 @@ def decoded(data: bytes) -> list[Any]:
 @pytest.mark.parametrize("num_frames", [2, 19])
 def test_frames_of_a_file_are_those_of_the_decoder(kind: str, num_frames: int) -> None:
     data = video_file(kind, num_frames)
-    clip = clips.of_file(data, MOST)
+    clip = clips.of_file(data, MOST, MOST)
     assert clip.num_frames == num_frames and clip.fps == pytest.approx(10, rel=0.02)
     expected = decoded(data)
     chosen = sorted({0, num_frames // 2, num_frames - 1})
@@ -72,7 +72,7 @@ PLAYLIST = b"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\nfile:///etc/passwd\
 @pytest.mark.parametrize("data", [b"", bytes(100), PLAYLIST, b"ffconcat version 1.0\nfile a.mp4"])
 def test_what_is_no_video_is_refused(data: bytes) -> None:
     with pytest.raises(ValueError, match="no video, or not in MP4, WebM, Matroska or AVI"):
-        clips.of_file(data, MOST)
+        clips.of_file(data, MOST, MOST)
 
 
 @pytest.mark.parametrize("kind", ["mp4", "matroska"])
@@ -81,7 +81,7 @@ def test_truncated_files_are_refused(kind: str, share: float) -> None:
     data = video_file(kind, 19)
     with pytest.raises(ValueError, match=r"corrupt or truncated|no video") as caught:
         # the number of frames of Matroska is that of the frames which are there
-        clip = clips.of_file(data[: int(len(data) * share)], MOST)
+        clip = clips.of_file(data[: int(len(data) * share)], MOST, MOST)
         if kind == "matroska":
             assert clip.num_frames < 19
             raise ValueError("corrupt or truncated")
@@ -92,7 +92,15 @@ def test_truncated_files_are_refused(kind: str, share: float) -> None:
 def test_the_pixel_limit_holds_before_decoding() -> None:
     data = video_file("mp4", 2)
     with pytest.raises(ValueError, match="64 × 48 pixels: at most 3071 are allowed"):
-        clips.of_file(data, 64 * 48 - 1)
+        clips.of_file(data, 64 * 48 - 1, MOST)
+
+
+@pytest.mark.parametrize("kind", ["mp4", "matroska"])
+def test_files_with_more_pixels_in_all_frames_are_refused_before_decoding(kind: str) -> None:
+    data = video_file(kind, 7)
+    assert clips.of_file(data, MOST, 7 * 64 * 48).num_frames == 7
+    with pytest.raises(ValueError, match="7 frames of 3072 pixels: at most 21503 pixels in all"):
+        clips.of_file(data, MOST, 7 * 64 * 48 - 1)
 
 
 def test_a_file_without_video_is_refused() -> None:
@@ -104,4 +112,4 @@ def test_a_file_without_video_is_refused() -> None:
         container.mux(stream.encode(frame))
         container.mux(stream.encode())
     with pytest.raises(ValueError, match="no video in it"):
-        clips.of_file(file.getvalue(), MOST)
+        clips.of_file(file.getvalue(), MOST, MOST)
