@@ -29,6 +29,8 @@ PIECE_BYTES = 1 << 24  # that a thread reads at a time
 
 # Before the names of a text model's tensors in checkpoints with towers, in place of "model.".
 TEXT_PREFIXES = ("model.language_model.", "language_model.model.")
+# Before the names of all tensors of the part that reads and writes text, in checkpoints with parts.
+PART_PREFIX = "thinker."
 
 Buffer = Callable[[int], Tensor]  # bytes on the host, which a device copies from
 
@@ -312,7 +314,8 @@ class _File:
 
 
 def _plain_name(name: str) -> str:
-    """The name that a tensor has in a checkpoint without towers."""
+    """The name that a tensor has in a checkpoint without other parts or towers."""
+    name = name.removeprefix(PART_PREFIX)
     prefix = next((one for one in TEXT_PREFIXES if name.startswith(one)), None)
     return name if prefix is None else "model." + name.removeprefix(prefix)
 

@@ -129,6 +129,7 @@ class Params(NamedTuple):
     final_norm_D: Tensor
     head_VD: Weight
     tower: Any = None  # `vision.interface.TowerWeights` of a model that sees
+    audio_tower: Any = None  # `audio.interface.AudioWeights` of a model that hears
 
 
 class LayerCache(NamedTuple):
@@ -202,7 +203,8 @@ class Model:
     for values; it is None if their bounds are not known.
 
     Tensors whose names begin with one of `read_elsewhere` are not of the text model. `tower` is the
-    `vision.interface.Tower` of a model that sees.
+    `vision.interface.Tower` of a model that sees, `audio_tower` the `audio.interface.AudioTower` of
+    one that hears.
     `layer_ropes` are the numbers of the layers' rotary tables in `ModelConfig.ropes`; without them
     all layers have the first. Embeddings that a request gives are multiplied by `embed_factor`, as
     the checkpoint's table is when it is read.
@@ -228,6 +230,7 @@ class Model:
     kv_scales: Callable[[ModelConfig, Any], tuple[Tensor, Tensor]] | None = None
     read_elsewhere: tuple[str, ...] = ()
     tower: Any = None
+    audio_tower: Any = None
     whole: ModelConfig | None = None
     layer_ropes: tuple[int, ...] = ()
     embed_factor: float = 1.0

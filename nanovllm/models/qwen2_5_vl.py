@@ -11,8 +11,8 @@ from nanovllm.models.config import dense_config, require_type, windows_by_layer_
 from nanovllm.models.dense import dense_model
 from nanovllm.models.interface import Model
 from nanovllm.models.rope import axes_in_sections
+from nanovllm.models.vision.interface import PREFIXES
 from nanovllm.models.vision.registry import tower_of
-from nanovllm.models.vision.weights import PREFIXES
 
 NAME = "Qwen2_5_VLForConditionalGeneration"
 
@@ -20,14 +20,19 @@ NAME = "Qwen2_5_VLForConditionalGeneration"
 def model(hf: Any, *, dtype: torch.dtype, max_model_len: int | None = None) -> Model:
     """The text model of transformers' `Qwen2_5_VLTextConfig`."""
     require_type(hf, NAME, "qwen2_5_vl_text")
+    text = text_model(hf, NAME, dtype, max_model_len)
+    return replace(text, read_elsewhere=PREFIXES, tower=tower_of(hf, dtype))
+
+
+def text_model(hf: Any, architecture: str, dtype: torch.dtype, max_model_len: int | None) -> Model:
+    """Qwen2 with three positions for each token, without towers."""
     sections = hf.rope_parameters["mrope_section"]
     config = dense_config(
         hf,
-        architecture=NAME,
+        architecture=architecture,
         dtype=dtype,
         max_model_len=max_model_len,
         qkv_bias=True,
         rope_axes=axes_in_sections(sections, interleaved=False),
     )
-    text = dense_model(config, windows_by_layer_type(hf))
-    return replace(text, read_elsewhere=PREFIXES, tower=tower_of(hf, dtype))
+    return dense_model(config, windows_by_layer_type(hf))

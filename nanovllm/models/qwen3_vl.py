@@ -12,8 +12,8 @@ from nanovllm.models.config import dense_config, require_type
 from nanovllm.models.dense import dense_model
 from nanovllm.models.interface import Model
 from nanovllm.models.rope import axes_in_sections
+from nanovllm.models.vision.interface import PREFIXES
 from nanovllm.models.vision.registry import tower_of
-from nanovllm.models.vision.weights import PREFIXES
 
 NAME = "Qwen3VLForConditionalGeneration"
 NUM_ADDED = 3  # the tower's deepstack features

@@ -15,7 +15,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
-import torch
 from safetensors import torch as safe
 from torch import Tensor
 
@@ -63,12 +62,11 @@ class MirroredRunner(Runner):
         super().add_embeddings(key, embeds)
         self.ranks.ask("add_embeddings", safe.save({key: embeds.cpu().contiguous()}))
 
-    def encode(self, images: Mapping[str, Encodable]) -> None:
-        content: dict[str, Tensor] = {}
-        for key, one in images.items():
-            content |= {f"{key} pixels": one.pixels, f"{key} grid": torch.tensor(one.grid)}
-        self.ranks.tell("encode", json.dumps(list(images)).encode() + b"\0" + safe.save(content))
-        super().encode(images)
+    def encode(self, media: Mapping[str, Encodable]) -> None:
+        facts = {key: [one.grid, one.tower] for key, one in media.items()}
+        content = safe.save({key: one.values for key, one in media.items()})
+        self.ranks.tell("encode", json.dumps(facts).encode() + b"\0" + content)
+        super().encode(media)
 
     def drop_embeddings(self, keys: Iterable[str]) -> None:
         dropped = list(keys)
@@ -114,13 +112,13 @@ def handlers(runner: Runner) -> dict[str, Callable[[bytes], bytes | None]]:
             runner.add_embeddings(key, embeds)
 
     def encode(payload: bytes) -> None:
-        names, _, content = payload.partition(b"\0")
-        found = safe.load(content)
-        images = {
-            key: Encodable(found[f"{key} pixels"], tuple(found[f"{key} grid"].tolist()))
-            for key in json.loads(names)
+        facts, _, content = payload.partition(b"\0")
+        values = safe.load(content)
+        media = {
+            key: Encodable(values[key], tuple(grid), tower)
+            for key, (grid, tower) in json.loads(facts).items()
         }
-        runner.encode(images)
+        runner.encode(media)
 
     def drop_embeddings(payload: bytes) -> None:
         runner.drop_embeddings(json.loads(payload))

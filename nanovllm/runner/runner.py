@@ -5,7 +5,6 @@ It launches the steps that plans describe and does not wait for them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from nanovllm.platforms import attention
 from nanovllm.platforms.base import HostCopy, MemoryBudget, Platform, Replay
 from nanovllm.platforms.regions import Region
 from nanovllm.runner import columns
+from nanovllm.runner.audio_tower import AudioSteps
 from nanovllm.runner.captured import DecodeStep, PrefillStep, VerifyStep
 from nanovllm.runner.embeddings import Embeddings
 from nanovllm.runner.inputs import SpanArrays, span_arrays
@@ -101,10 +101,13 @@ def _in_group(
 
 
 class Encodable(NamedTuple):
-    """The patches of an image or video, as the checkpoint's processor gives them, and its grid."""
+    """What a tower makes embeddings of: an image, a video or a clip of sound, as the checkpoint's
+    processor gives it. `values` are patches and `grid` their (frames, rows, columns), or mel
+    features and their (frames,). `tower` is a key of `Runner.towers`."""
 
-    pixels: Tensor
-    grid: tuple[int, int, int]
+    values: Tensor
+    grid: tuple[int, ...]
+    tower: str = "vision"
 
 
 class Runner:
@@ -140,9 +143,12 @@ class Runner:
         self.sampler = Sampler(platform, self.state, cfg.vocab_size, cfg.dtype)
         self.model_dtype = cfg.dtype
         self.embeddings = Embeddings(spec.embedding_cache_bytes)
-        self.tower = None
+        self.towers: dict[str, TowerSteps | AudioSteps] = {}
         if model.tower is not None:
-            self.tower = TowerSteps(model.tower, params.tower, platform, compiler)
+            self.towers["vision"] = TowerSteps(model.tower, params.tower, platform, compiler)
+        if model.audio_tower is not None:
+            audio = AudioSteps(model.audio_tower, params.audio_tower, platform, compiler)
+            self.towers["audio"] = audio
         self._scales: list[tuple[Tensor, ...]] = [() for _ in params.layers]
         if spec.cache_dtype is torch.float8_e4m3fn:
             assert model.kv_scales is not None
@@ -219,9 +225,9 @@ class Runner:
             for num in self.layout.verify_tokens:
                 self._verify_step(num_rows, num)
         with torch.no_grad():
-            if self.tower is not None:
-                progress("vision")
-                self.tower.warm_up()
+            for name, tower in self.towers.items():
+                progress(name)
+                tower.warm_up()
             columns.warm_up(self.cfg, self.layout.logits_rows, self.platform.device)
             self.sampler.warm_up()
         self.platform.synchronize()
@@ -343,19 +349,21 @@ class Runner:
             raise ValueError("given embeddings are not supported where a step is one program")
         self.embeddings.give(key, embeds.to(self.platform.device, self.model_dtype))
 
-    def encode(self, images: Mapping[str, Encodable]) -> None:
-        """Compute the embeddings of images or videos, and keep them under these keys for the next
-        step at least. Does not wait for the device."""
-        assert self.tower is not None
-        merged = self.tower.tower.config.patches_per_group
-        pixels = torch.cat([one.pixels for one in images.values()])
-        grids = [one.grid for one in images.values()]
-        with torch.no_grad():
-            features_LGO = self.tower.features(pixels, grids)
-        sizes = [math.prod(grid) // merged for grid in grids]
-        for key, part_LGO in zip(images, features_LGO.split(sizes, dim=1)):
-            embeds = part_LGO.transpose(0, 1).flatten(1).to(self.model_dtype)
-            self.embeddings.keep(key, embeds)
+    def encode(self, media: Mapping[str, Encodable]) -> None:
+        """Compute the embeddings of images, videos or clips, and keep them under these keys for the
+        next step at least. Does not wait for the device."""
+        for name, tower in self.towers.items():
+            own = {key: one for key, one in media.items() if one.tower == name}
+            if not own:
+                continue
+            values = torch.cat([one.values for one in own.values()])
+            grids = [one.grid for one in own.values()]
+            with torch.no_grad():
+                features_LGO = tower.features(values, grids)
+            sizes = [tower.num_tokens(grid) for grid in grids]
+            for key, part_LGO in zip(own, features_LGO.split(sizes, dim=1)):
+                embeds = part_LGO.transpose(0, 1).flatten(1).to(self.model_dtype)
+                self.embeddings.keep(key, embeds)
 
     def drop_embeddings(self, keys: Iterable[str]) -> None:
         """Forget those that `add_embeddings` has added."""

@@ -6,6 +6,7 @@ L levels of features. The other letters are in `models/vision/interface`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -47,6 +48,10 @@ class TowerSteps:
                 f"budgets of the vision tower are {list(self.budgets)}: they must ascend and be "
                 f"multiples of {unit} patches"
             )
+
+    def num_tokens(self, grid: Grid) -> int:
+        """The tokens of an image or video of (frames, rows, columns) patches."""
+        return math.prod(grid) // self.tower.config.patches_per_group
 
     def features(self, pixels: Tensor, grids: Sequence[Grid]) -> Tensor:
         """The tokens of images or videos, in order: [L, G, O] on the device, in the tower's dtype.

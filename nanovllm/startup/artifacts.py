@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 READY = "ready"  # the kind of the note that a store has every bucket of a model and layout
 # The folders of models whose modules regions of several architectures may use.
-SHARED_FOLDERS = ("formats", "experts", "vision")
+SHARED_FOLDERS = ("audio", "formats", "experts", "vision")
 
 
 def open_store(config: EngineConfig, *, must_keep: bool = False) -> Store:

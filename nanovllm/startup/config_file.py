@@ -22,7 +22,8 @@ OTHER_NAMES = frozenset(
 # What the config of a whole model says for its text model too.
 OF_ALL = (
     "architectures", "tie_word_embeddings", "dtype", "quantization_config", "image_token_id",
-    "video_token_id", "vision_start_token_id", "vision_end_token_id",
+    "video_token_id", "vision_start_token_id", "vision_end_token_id", "audio_token_id",
+    "position_id_per_seconds",
 )  # fmt: skip
 
 
@@ -74,19 +75,31 @@ def transformers_config(path: Path, overrides: Mapping[str, object]) -> Any:
             f"hf_overrides has {unknown[0]!r}, which is no field of {type(hf).__name__}: "
             f"use one of {', '.join(sorted(known))}"
         )
-    return _of_text(hf) if hasattr(hf, "text_config") else hf
+    # a checkpoint that also speaks has the part that reads and writes text as `thinker_config`
+    part = getattr(hf, "thinker_config", hf)
+    return _of_text(hf, part) if hasattr(part, "text_config") else hf
 
 
-def _of_text(whole: Any) -> Any:
-    """The config of the text model of a checkpoint that has towers as well. It gets what the whole
-    model's config says of all, and the tower's fields as `vision_config`."""
-    text, own = whole.text_config, {name: getattr(whole, name, None) for name in OF_ALL}
-    for name, value in own.items():
+def _of_text(whole: Any, part: Any) -> Any:
+    """The config of the text model of a checkpoint that has towers as well. It gets what the config
+    of the whole model, or of the part with the towers, says of all, and the towers' fields as
+    `vision_config` and `audio_config`."""
+
+    def first(name: str, *configs: Any) -> Any:
+        found = (getattr(config, name, None) for config in configs)
+        return next((value for value in found if value is not None), None)
+
+    text = part.text_config
+    for name in OF_ALL:
+        value = first(name, whole, part)
         if value is not None:
             setattr(text, name, value)
     for name in ("eos_token_id", "bos_token_id"):
-        setattr(text, name, getattr(whole, name, None) or getattr(text, name, None))
-    text.vision_config = whole.vision_config.to_dict()
+        setattr(text, name, first(name, whole, part, text))
+    for name in ("vision_config", "audio_config"):
+        tower = getattr(part, name, None)
+        if tower is not None:
+            setattr(text, name, tower.to_dict())
     return text
 
 

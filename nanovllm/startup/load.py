@@ -188,11 +188,15 @@ def _read_weights(choice: Choice, progress: loader.Progress, place: Place) -> Pa
         params = loader.random(model, target, seed, progress, weight_format)
     else:
         params = loader.load(model, choice.folder, target, progress, weight_format)
-    if model.tower is None:
-        return params
-    if choice.config.random_weights:
-        return params._replace(tower=weights.random(model.tower, target, seed))
-    return params._replace(tower=weights.load(model.tower, choice.folder, target))
+    for name, tower in (("tower", model.tower), ("audio_tower", model.audio_tower)):
+        if tower is None:
+            continue
+        if choice.config.random_weights:
+            read = weights.random(tower, target, seed)
+        else:
+            read = weights.load(tower, choice.folder, target)
+        params = params._replace(**{name: read})
+    return params
 
 
 def read_tokenizer_of(config: EngineConfig, folder: Path, store: Store) -> Tokenizer | None:

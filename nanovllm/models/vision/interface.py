@@ -32,6 +32,8 @@ from torch import Tensor
 from nanovllm.models.interface import Param
 
 MAX_FRAMES = 16  # in one call: see above
+# What tensors of a tower are named after: in checkpoints of transformers 5, and of releases.
+PREFIXES = ("model.visual.", "visual.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +188,8 @@ class Tower:
 
     `outer_params(config)`, `block_params(config, block_idx)` and `merger_params(config, level)`
     declare parameters by the fields of `Outer`, `block_type` and `Merger`. Fields that are not
-    declared are None. Sources are named without the prefix of the tower's tensors (`weights`).
+    declared are None. Sources are named without one of `prefixes`. `unused` are tensors of the
+    tower that no region reads.
     """
 
     GRAPH_FIELDS: ClassVar[tuple[str, ...]] = ("config", "embed", "block", "merge")
@@ -199,6 +202,8 @@ class Tower:
     block_params: Callable[[TowerConfig, int], dict[str, Param]]
     merger_params: Callable[[TowerConfig, int], dict[str, Param]]
     block_type: type[Any]
+    unused: tuple[str, ...] = ()
+    prefixes: tuple[str, ...] = PREFIXES
 
     def build(self, make: Callable[[Param], Tensor]) -> TowerWeights:
         """The weights that `make` gives for all parameters, in the order of computation."""

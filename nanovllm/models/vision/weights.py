@@ -1,8 +1,10 @@
-"""Reads a tower's weights from a checkpoint, or draws them at random."""
+"""Reads the weights of a tower, of vision or audio, from a checkpoint, or draws them at random."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,22 +12,32 @@ from torch import Tensor
 from nanovllm.models.checkpoint import Checkpoint, CheckpointError
 from nanovllm.models.interface import Param
 from nanovllm.models.loader import RANDOM_STD, Target
-from nanovllm.models.vision.interface import Tower, TowerWeights
 
-# What tensors of a tower are named after: in checkpoints of transformers 5, and of Qwen2.5-VL's
-# own release.
-PREFIXES = ("model.visual.", "visual.")
+Weights = TypeVar("Weights", covariant=True)
 
 
-def load(tower: Tower, folder: Path, target: Target) -> TowerWeights:
+class AnyTower(Protocol[Weights]):
+    """What the towers of vision and audio have in common."""
+
+    @property
+    def config(self) -> Any: ...
+    @property
+    def prefixes(self) -> tuple[str, ...]: ...
+    @property
+    def unused(self) -> tuple[str, ...]: ...
+    def build(self, make: Callable[[Param], Tensor]) -> Weights: ...
+
+
+def load(tower: AnyTower[Weights], folder: Path, target: Target) -> Weights:
     """Read a tower in its dtype; every rank has all of it, so `target.shard` is not used.
 
     Raises CheckpointError naming the tensor that is missing, left over, misshapen or quantized, or
     the file that is missing or damaged.
     """
     with Checkpoint(folder, target.buffer) as checkpoint:
-        prefix = _prefix(checkpoint)
+        prefix = _prefix(checkpoint, tower.prefixes)
         left = {name for name in checkpoint if name.startswith(prefix)}
+        left -= {prefix + name for name in tower.unused}
 
         def read(param: Param) -> Tensor:
             out = torch.empty(param.shape, dtype=tower.config.dtype, device=target.device)
@@ -37,13 +49,13 @@ def load(tower: Tower, folder: Path, target: Target) -> TowerWeights:
         weights = tower.build(read)
     if left:
         raise CheckpointError(
-            f"{folder}: {len(left)} tensor(s) that the vision tower of "
-            f"{tower.config.architecture} does not have, e.g. {min(left)}"
+            f"{folder}: {len(left)} tensor(s) that the tower of {tower.config.architecture} "
+            f"does not have, e.g. {min(left)}"
         )
     return weights
 
 
-def random(tower: Tower, target: Target, seed: int) -> TowerWeights:
+def random(tower: AnyTower[Weights], target: Target, seed: int) -> Weights:
     """Seeded weights: normal with standard deviation 0.02, norms at one, biases at zero."""
     generator = torch.Generator(target.device).manual_seed(seed)
 
@@ -56,10 +68,10 @@ def random(tower: Tower, target: Target, seed: int) -> TowerWeights:
     return tower.build(draw)
 
 
-def _prefix(checkpoint: Checkpoint) -> str:
+def _prefix(checkpoint: Checkpoint, prefixes: tuple[str, ...]) -> str:
     """Raises CheckpointError if a checkpoint has no tower, or mixes two spellings of one."""
-    found = [prefix for prefix in PREFIXES if any(name.startswith(prefix) for name in checkpoint)]
+    found = [prefix for prefix in prefixes if any(name.startswith(prefix) for name in checkpoint)]
     if len(found) != 1:
         what = "mixes two spellings of" if found else "has no tensors of"
-        raise CheckpointError(f"{checkpoint.folder} {what} a vision tower ({', '.join(PREFIXES)})")
+        raise CheckpointError(f"{checkpoint.folder} {what} a tower ({', '.join(prefixes)})")
     return found[0]

@@ -1,0 +1,34 @@
+"""Qwen2.5-Omni's thinker: the text model of Qwen2.5-VL, its vision tower, and an audio tower.
+
+The parts that make speech, talker and token2wav, are not read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from nanovllm.models import qwen2_5_vl
+from nanovllm.models.audio import interface as audio
+from nanovllm.models.audio.qwen2_5_omni import NAME
+from nanovllm.models.audio.qwen2_5_omni import tower as audio_tower
+from nanovllm.models.config import require_type
+from nanovllm.models.interface import Model
+from nanovllm.models.vision import interface as vision
+from nanovllm.models.vision.registry import tower_of
+
+SPEAKING = ("talker.", "token2wav.")
+
+
+def model(hf: Any, *, dtype: torch.dtype, max_model_len: int | None = None) -> Model:
+    """The text model of transformers' `Qwen2_5OmniTextConfig`."""
+    require_type(hf, NAME, "qwen2_5_omni_text")
+    return replace(
+        qwen2_5_vl.text_model(hf, NAME, dtype, max_model_len),
+        read_elsewhere=(*vision.PREFIXES, *audio.PREFIXES, *SPEAKING),
+        tower=tower_of(hf, dtype),
+        audio_tower=audio_tower(SimpleNamespace(**hf.audio_config), dtype),
+    )
