@@ -5,6 +5,8 @@ token has three equal ones. The tokens of an image have those of its first token
 in time, row and column; the text goes on after the larger of the rows and columns. In decoding a
 token's three positions are its index plus the prompt's `delta`.
 
+Sound has the positions of text, one for each token, so clips are no items here.
+
 All is computed as transformers does it (`get_rope_index`). T tokens | G tokens of an item.
 """
 
@@ -23,7 +25,8 @@ class Item(NamedTuple):
     """An image, a video, or one frame of a video: one run of placeholder tokens.
 
     `start` is the index of its first token in the prompt. `frames`, `rows` and `columns` count
-    tokens. Between two frames lie `interval` positions in time.
+    tokens. Between two frames lie `interval` · `per_unit` positions in time. With `spans_time` the
+    text goes on after its last position in time too, if that is the largest.
     """
 
     start: int
@@ -31,6 +34,8 @@ class Item(NamedTuple):
     rows: int
     columns: int
     interval: float = 1.0
+    per_unit: float = 1.0
+    spans_time: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -42,7 +47,8 @@ class Media(NamedTuple):
 
     `token_id` is that of a placeholder. `grids` are in the order of the prompt. `intervals` are the
     positions in time between frames of each video, empty for 1: in Qwen2.5-VL `tokens_per_second`
-    times the processor's `second_per_grid_ts`. With `splits_frames` each frame has placeholders of
+    times the processor's `second_per_grid_ts`. `per_unit` and `spans_time` are those of its items:
+    in Qwen2.5-Omni intervals are seconds, of 25 positions each. With `splits_frames` each frame has placeholders of
     its own, with its time as text between them, as in videos of Qwen3-VL.
     """
 
@@ -51,6 +57,8 @@ class Media(NamedTuple):
     grids: Sequence[Grid]
     intervals: Sequence[float] = ()
     splits_frames: bool = False
+    per_unit: float = 1.0
+    spans_time: bool = False
 
     def items(self, merge_size: int) -> list[Item]:
         """What has placeholders in the prompt; all starts are 0."""
@@ -63,7 +71,8 @@ class Media(NamedTuple):
             if self.splits_frames:
                 found += [Item(0, 1, *sides)] * int(frames)
             else:
-                found.append(Item(0, int(frames), *sides, float(interval)))
+                facts = float(interval), self.per_unit, self.spans_time
+                found.append(Item(0, int(frames), *sides, *facts))
         return found
 
 
@@ -110,14 +119,17 @@ def mrope_positions(num_tokens: int, items: Sequence[Item]) -> tuple[np.ndarray,
         pos_3T[:, next_index : item.start] = np.arange(next_pos, next_pos + text_len)
         next_pos += text_len
         next_index = item.start + item.num_tokens
-        pos_3T[:, item.start : next_index] = next_pos + _places(item)
-        next_pos += max(item.rows, item.columns)
+        place_3G = _places(item)
+        pos_3T[:, item.start : next_index] = next_pos + place_3G
+        last_time = place_3G[0, -1] + 1 if item.spans_time else 0
+        next_pos += max(item.rows, item.columns, int(last_time))
     pos_3T[:, next_index:] = np.arange(next_pos, next_pos + num_tokens - next_index)
     return pos_3T, int(pos_3T.max(initial=-1)) + 1 - num_tokens
 
 
 def _places(item: Item) -> np.ndarray:
     """The place of each token of an item, [3, G]; times are fp32 numbers, rounded down."""
-    time = (np.arange(item.frames, dtype=np.float32) * np.float32(item.interval)).astype(np.int64)
+    seconds = np.arange(item.frames, dtype=np.float32) * np.float32(item.interval)
+    time = (seconds * np.float32(item.per_unit)).astype(np.int64)
     axes = (time, np.arange(item.rows), np.arange(item.columns))
     return np.stack([axis.ravel() for axis in np.meshgrid(*axes, indexing="ij")])
