@@ -107,8 +107,8 @@ ALLOWED: dict[str, Rule] = {
     "compile_cache_mode": _one_of("auto", "require"),
     "generation_config": _one_of("auto", "vllm"),
     "limit_mm_per_prompt": (
-        "a dict with whole numbers of at least 0 for 'image' and 'video'",
-        lambda value: value.keys() <= {"image", "video"} and _are_counts(value.values()),
+        "a dict with whole numbers of at least 0 for 'image', 'video' and 'audio'",
+        lambda value: value.keys() <= {"image", "video", "audio"} and _are_counts(value.values()),
     ),
     "media_limits": (
         f"a dict of numbers above 0 for {', '.join(LIMITS)}",
@@ -194,8 +194,9 @@ class EngineConfig:
         stay valid. Only `LLM.sleep` needs it.
     allowed_media_domains: hosts whose pictures and videos prompts may name by https URLs.
     allowed_local_media_path: the folder below which prompts may name files of pictures and videos.
-    limit_mm_per_prompt: the most images and videos of one prompt, such as {"image": 4, "video": 0}.
-    media_limits: further limits of images and videos, by their names in `MediaOptions`.
+    limit_mm_per_prompt: the most images, videos and clips of sound of one prompt, such as
+        {"image": 4, "video": 0}.
+    media_limits: further limits of images, videos and sound, by their names in `MediaOptions`.
     disable_log_stats: False logs throughput, requests and cache use every ten seconds of work.
     compile_cache_mode: "auto" loads artifacts and adds the missing ones. "require" compiles nothing
         and raises an error that lists what is missing, and why.

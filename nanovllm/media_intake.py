@@ -1,4 +1,5 @@
-"""Turns prompts with images and videos into token ids, positions and patches, beside the engine."""
+"""Turns prompts with images, videos and sound into token ids, positions and patches, beside the
+engine."""
 
 from __future__ import annotations
 
@@ -23,8 +24,8 @@ from nanovllm.tokenizer import Tokenizer
 
 
 class MediaPrompt(NamedTuple):
-    """A prompt with all placeholder tokens, its positions [3, T], and the images that the tokens
-    stand for. Without positions each token has its index three times."""
+    """A prompt with all placeholder tokens, its positions [3, T], and the images and clips that the
+    tokens stand for. Without positions each token has its index three times."""
 
     token_ids: list[int]
     position_3T: np.ndarray | None
@@ -32,7 +33,7 @@ class MediaPrompt(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        return sum(image.pixels.nbytes for _, image in self.images)
+        return sum(image.values.nbytes for _, image in self.images)
 
 
 class MediaIntake:
@@ -55,7 +56,7 @@ class MediaIntake:
         self._placeholders: Placeholders | None = None
         if tokenizer is not None and settings is not None:
             self._preparer = Preparer(settings, options)
-            self._placeholders = Placeholders(tokenizer, settings.with_times)
+            self._placeholders = Placeholders(tokenizer, settings.with_times, **settings.tokens)
         self._waiting: dict[int, Prompt] = {}
         self._running: dict[int, tuple[Prompt, Preparation]] = {}
         self._held: dict[int, int] = {}  # bytes of patches of unfinished requests
@@ -71,6 +72,9 @@ class MediaIntake:
                 "preprocessor_config.json"
             )
         given.check_counts(media, self._options)
+        if self._preparer is not None and not self._preparer.settings.audio:
+            sounds = [one for one in media if one.kind == given.AUDIO]
+            given.refuse(self._model, sounds, "does not hear")
 
     def check(self, prompt: Prompt) -> None:
         """`check_media`, and raises ValueError for more or fewer media than placeholders."""
@@ -162,19 +166,33 @@ class MediaIntake:
         return MediaPrompt(expanded.token_ids, position_3T, images)
 
     def _items(self, items: Sequence[Prepared], expanded: Expanded) -> list[positions.Item]:
-        """The items of a prompt in its order. A frame with tokens of its own is one item."""
+        """The images and videos of a prompt in its order. A frame with tokens of its own is one
+        item."""
         assert self._tower is not None
         merge, per_second = self._tower.merge_size, self._tower.tokens_per_second
+        spans_time = self._tower.videos_span_time
         found: list[positions.Item] = []
         for item, spans in zip(items, expanded.spans):
+            if item.kind == given.AUDIO:
+                continue
             frames, rows, columns = item.grid
             size = frames // len(spans), rows // merge, columns // merge
-            interval = item.seconds_per_grid * per_second if item.kind == given.VIDEO else 1.0
-            found += [positions.Item(start, *size, interval) for start, _ in spans]
+            interval, per_unit = item.seconds_per_grid * per_second, 1.0
+            if spans_time:  # the model's own code rounds after each product
+                interval, per_unit = item.seconds_per_grid, per_second
+            found += [
+                positions.Item(start, *size, interval, per_unit, spans_time) for start, _ in spans
+            ]
         return sorted(found)
 
     def _images(self, item: Prepared, spans: Sequence[Span]) -> Iterator[tuple[Content, Encodable]]:
-        """The frames of an item, each with its place in the prompt and a digest of its own."""
+        """The frames of an item, each with its place in the prompt and a digest of its own; a clip
+        is whole."""
+        if item.kind == given.AUDIO:
+            ((start, num_tokens),) = spans
+            content = Content(start, num_tokens, item.digest)
+            yield content, Encodable(item.values, item.grid, "audio")
+            return
         frames, rows, columns = item.grid
         num_tokens, num_patches = item.num_tokens // frames, rows * columns
         starts = [start for first, num in spans for start in range(first, first + num, num_tokens)]
@@ -182,5 +200,5 @@ class MediaIntake:
             digest = item.digest
             if frames > 1:
                 digest = hashlib.sha256(digest + index.to_bytes(4, "little")).digest()
-            pixels = item.pixel_values_PD[index * num_patches : (index + 1) * num_patches]
+            pixels = item.values[index * num_patches : (index + 1) * num_patches]
             yield Content(start, num_tokens, digest), Encodable(pixels, (1, rows, columns))

@@ -16,7 +16,6 @@ from nanovllm.media import pictures
 from nanovllm.media.pictures import Pixels
 from nanovllm.media.settings import VideoSettings
 
-DEFAULT_FPS = 24  # of frames that come without it, as in transformers
 # The container by its first bytes. FFmpeg's own guess would also read playlists, whose entries
 # name other files and addresses.
 CONTAINERS = ((4, b"ftyp", "mp4"), (0, b"\x1a\x45\xdf\xa3", "matroska"), (8, b"AVI ", "avi"))
@@ -159,7 +158,7 @@ def _evenly(clip: Clip, settings: VideoSettings) -> Sequence[int]:
     """`sample_frames` of transformers' Qwen3VLVideoProcessor: from the first to the last frame."""
     total, num = clip.num_frames, settings.num_frames
     if num is None:
-        num = int(total / (clip.fps or DEFAULT_FPS) * (settings.fps or 2))
+        num = int(total / (clip.fps or settings.default_fps) * (settings.fps or 2))
         num = min(max(num, settings.min_frames), settings.max_frames, total)
     chosen = np.linspace(0, total - 1, num).round().astype(int)
     return [int(one) for one in chosen]
@@ -187,15 +186,15 @@ def _by_steps(clip: Clip, settings: VideoSettings) -> Sequence[int]:
     return [int(one) for one in steps.astype(np.float32)]
 
 
-def times(clip: Clip, chosen: Sequence[int]) -> list[float]:
+def times(clip: Clip, chosen: Sequence[int], settings: VideoSettings) -> list[float]:
     """The seconds at which the chosen frames lie."""
     numbers = chosen if clip.indices is None else [clip.indices[i] for i in chosen]
-    return [one / (clip.fps or DEFAULT_FPS) for one in numbers]
+    return [one / (clip.fps or settings.default_fps) for one in numbers]
 
 
-def sampled_fps(clip: Clip, chosen: Sequence[int]) -> float:
+def sampled_fps(clip: Clip, chosen: Sequence[int], settings: VideoSettings) -> float:
     """Frames per second among the chosen ones."""
     total = clip.total_frames or (clip.num_frames if clip.indices is None else None)
     if total is None or clip.fps is None:
-        return clip.fps or DEFAULT_FPS
+        return clip.fps or settings.default_fps
     return len(chosen) / total * clip.fps

@@ -1,4 +1,4 @@
-"""The forms in which users give images and videos, and what they come down to: a list of `Given`.
+"""The forms in which users give images, videos and clips of sound: all become a list of `Given`.
 
 `from_data` reads vLLM's `multi_modal_data`, `from_messages` OpenAI's parts of contents.
 """
@@ -11,24 +11,26 @@ from typing import Any
 
 from nanovllm.media.options import MediaOptions
 
-IMAGE, VIDEO = "image", "video"
-KINDS = (IMAGE, VIDEO)
+IMAGE, VIDEO, AUDIO = "image", "video", "audio"
+KINDS = (IMAGE, VIDEO, AUDIO)
 # facts about a video that come with frames which were read elsewhere, with vLLM's names
 METADATA = ("fps", "total_num_frames", "frames_indices", "do_sample_frames")
 # facts that follow from the others, or that nothing here depends on
 UNUSED_METADATA = ("duration", "width", "height", "video_backend")
 # keys of parts: OpenAI's and vLLM's of references, and those of pictures in memory
-REFERENCES = {"image_url": IMAGE, "video_url": VIDEO}
-VALUES = {"image": IMAGE, "image_pil": IMAGE, "video": VIDEO}
-TYPES = (*REFERENCES, *VALUES)
+REFERENCES = {"image_url": IMAGE, "video_url": VIDEO, "audio_url": AUDIO}
+VALUES = {"image": IMAGE, "image_pil": IMAGE, "video": VIDEO, "audio": AUDIO}
+ENCODED = {"input_audio": AUDIO}  # base64 and its format
+TYPES = (*REFERENCES, *VALUES, *ENCODED)
 
 
 @dataclass(frozen=True)
 class Given:
-    """An image or a video as given.
+    """An image, a video or a clip of sound as given.
 
-    kind: "image" or "video". name: what errors call it, such as "image 2".
-    value: a reference (text), a picture, or for a video a list of these or an array of frames.
+    kind: "image", "video" or "audio". name: what errors call it, such as "image 2".
+    value: a reference (text), a picture, for a video a list of these or an array of frames, for
+        sound a pair of an array of samples and their rate.
     metadata: facts about a video's frames, by the names in METADATA.
     """
 
@@ -39,12 +41,14 @@ class Given:
 
 
 def from_data(data: Any) -> list[Given]:
-    """The media of a prompt's `multi_modal_data`: {"image": …, "video": …}, one each or lists."""
+    """The media of a prompt's `multi_modal_data`: {"image": …, "video": …, "audio": …}, one each
+    or lists."""
+    names = ", ".join(map(repr, KINDS))
     if not isinstance(data, Mapping):
-        raise ValueError("multi_modal_data must be a dict with the keys 'image' and 'video'")
+        raise ValueError(f"multi_modal_data must be a dict with keys of {names}")
     unknown = [key for key in data if key not in KINDS]
     if unknown:
-        raise ValueError(f"multi_modal_data has the key {unknown[0]!r}: use 'image' or 'video'")
+        raise ValueError(f"multi_modal_data has the key {unknown[0]!r}: use one of {names}")
     given: list[Given] = []
     for kind in KINDS:
         value = data.get(kind)
@@ -54,7 +58,9 @@ def from_data(data: Any) -> list[Given]:
 
 
 def _values(kind: str, value: Any) -> list[Any]:
-    """The single images or videos of a value of `multi_modal_data`."""
+    """The single items of a value of `multi_modal_data`."""
+    if kind == AUDIO:
+        return value if isinstance(value, list) else [value]
     one_dims = 3 if kind == IMAGE else 4
     if kind == VIDEO and _is_with_metadata(value):
         return [value]
@@ -77,11 +83,23 @@ def _given(kind: str, number: int, value: Any, metadata: Any = None) -> Given:
         )
     if kind == VIDEO:
         _check_video(name, value)
+    if kind == AUDIO:
+        _check_audio(name, value)
     return Given(kind, name, value, _checked_metadata(name, value, metadata or {}))
 
 
 def _is_with_metadata(value: Any) -> bool:
     return isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], Mapping)
+
+
+def _check_audio(name: str, value: Any) -> None:
+    if isinstance(value, str):
+        return
+    if not (isinstance(value, tuple) and len(value) == 2 and hasattr(value[0], "dtype")):
+        raise ValueError(
+            f"{name} is of type {type(value).__name__}: it must be a pair (array of samples, "
+            "sampling rate) or a reference"
+        )
 
 
 def _check_video(name: str, value: Any) -> None:
@@ -147,9 +165,9 @@ def from_messages(
 
 
 def _of_part(part: Any, counts: dict[str, int]) -> Given | None:
-    """The image or video of a part; None for other parts. Counts it."""
+    """The image, video or clip of a part; None for other parts. Counts it."""
     key = part.get("type") if isinstance(part, Mapping) else None
-    kind = REFERENCES.get(str(key)) or VALUES.get(str(key))
+    kind = REFERENCES.get(str(key)) or VALUES.get(str(key)) or ENCODED.get(str(key))
     if kind is None:
         return None
     counts[kind] += 1
@@ -163,6 +181,8 @@ def _of_part(part: Any, counts: dict[str, int]) -> Given | None:
         raise ValueError(f"{name} is empty: its part has no {key!r}")
     if key in REFERENCES:
         value = _url(name, value)
+    if key in ENCODED:
+        value = _data_url(name, value)
     return _given(kind, counts[kind], value, metadata)
 
 
@@ -180,15 +200,29 @@ def _url(name: str, value: Any) -> str:
     return value
 
 
+def _data_url(name: str, value: Any) -> str:
+    """The data URL of the value of input_audio: {"data": base64, "format": "wav"}."""
+    if not isinstance(value, Mapping) or value.keys() != {"data", "format"}:
+        raise ValueError(f"{name} must have the keys 'data' and 'format'")
+    if value["format"] != "wav":
+        raise ValueError(f"{name} has the format {value['format']!r}: only 'wav' is supported")
+    if not isinstance(value["data"], str):
+        raise ValueError(f"{name} has data of type {type(value['data']).__name__}: give base64")
+    return f"data:audio/wav;base64,{value['data']}"
+
+
 def check_counts(given: Sequence[Given], options: MediaOptions) -> None:
-    """Raises ValueError for more images or videos than a prompt may have."""
-    for kind, most in ((IMAGE, options.max_images), (VIDEO, options.max_videos)):
+    """Raises ValueError for more images, videos or clips than a prompt may have."""
+    limits = {
+        IMAGE: options.max_images, VIDEO: options.max_videos, AUDIO: options.max_audios
+    }  # fmt: skip
+    for kind, most in limits.items():
         num = sum(one.kind == kind for one in given)
         if num > most:
             raise ValueError(f"the prompt has {num} {kind}s: at most {most} are allowed")
 
 
-def refuse(model: str, given: Sequence[Given]) -> None:
-    """Raises ValueError if a prompt of a model without vision has images or videos."""
+def refuse(model: str, given: Sequence[Given], why: str = "reads text only") -> None:
+    """Raises ValueError if a prompt has media that a model cannot take."""
     if given:
-        raise ValueError(f"the prompt has {given[0].name}, but {model!r} reads text only")
+        raise ValueError(f"the prompt has {given[0].name}, but {model!r} {why}")

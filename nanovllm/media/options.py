@@ -8,7 +8,8 @@ from os import PathLike
 from pathlib import Path
 
 MIB = 1 << 20
-MAY_BE_ZERO = ("max_images", "max_videos", "media_cache_bytes", "embedding_cache_bytes")
+PER_PROMPT = ("max_images", "max_videos", "max_audios")
+MAY_BE_ZERO = (*PER_PROMPT, "media_cache_bytes", "embedding_cache_bytes")
 
 
 @dataclass(frozen=True)
@@ -21,10 +22,12 @@ class MediaOptions:
         refused.
     max_images, max_videos: images and videos of one prompt.
     max_video_frames: frames of one video, after sampling.
+    max_audios: clips of sound of one prompt.
+    max_audio_s: seconds of one clip.
     max_image_pixels: pixels of one image or frame, checked before it is decoded.
     max_video_pixels: pixels of all frames of one video file, checked before it is decoded.
-    max_item_bytes: bytes of one encoded image or video file.
-    max_prompt_bytes: bytes of all encoded images and video files of one prompt.
+    max_item_bytes: bytes of one encoded image, video or audio file.
+    max_prompt_bytes: bytes of all encoded images, videos and clips of one prompt.
     max_patches_bytes: bytes of the patches of one image or video.
     media_timeout_s: seconds for one remote download, in all.
     num_media_workers: threads that decode, resize and patch.
@@ -39,6 +42,8 @@ class MediaOptions:
     max_images: int = 32
     max_videos: int = 2
     max_video_frames: int = 768
+    max_audios: int = 8
+    max_audio_s: float = 300.0
     max_image_pixels: int = 64 * MIB
     max_video_pixels: int = 65536 * MIB
     max_item_bytes: int = 64 * MIB
@@ -82,5 +87,5 @@ class MediaOptions:
 LIMITS = tuple(
     one.name
     for one in fields(MediaOptions)
-    if not one.name.startswith("allowed_") and one.name not in ("max_images", "max_videos")
+    if not one.name.startswith("allowed_") and one.name not in PER_PROMPT
 )

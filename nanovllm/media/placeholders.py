@@ -1,4 +1,5 @@
-"""Prompts with placeholders: one for each image and video as given, one for each token after."""
+"""Prompts with placeholders: one for each image, video and clip as given, one for each token
+after."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
-from nanovllm.media.given import IMAGE, VIDEO
+from nanovllm.media.given import AUDIO, IMAGE, KINDS, VIDEO
 from nanovllm.media.prepare import Prepared
 
 Span = tuple[int, int]  # (first token, number of tokens)
@@ -24,8 +25,9 @@ class TextEncoder(Protocol):
 class Expanded:
     """A prompt with all placeholder tokens.
 
-    spans: for each item, in the order of the items, its runs of placeholder tokens. An image has
-    one run; a video has one, or one for each patch over time where text stands between them.
+    spans: for each item, in the order of the items, its runs of placeholder tokens. An image or
+    clip has one run; a video has one, or one for each patch over time where text stands between
+    them.
     """
 
     token_ids: list[int]
@@ -37,7 +39,7 @@ class Placeholders:
     """The special tokens of a checkpoint. The names are those of Qwen's vision models.
 
     with_times: the prompt has the time before each patch of a video, and the two border tokens
-    around it (Qwen3-VL).
+    around it (Qwen3-VL). audio_token: empty for a model that does not hear.
     """
 
     tokenizer: TextEncoder
@@ -46,13 +48,15 @@ class Placeholders:
     video_token: str = "<|video_pad|>"
     start_token: str = "<|vision_start|>"
     end_token: str = "<|vision_end|>"
+    audio_token: str = ""
 
     def __post_init__(self) -> None:
         assert self._kind_of_id
 
     @cached_property
     def _kind_of(self) -> dict[str, str]:
-        return {self.image_token: IMAGE, self.video_token: VIDEO}
+        kinds = {self.image_token: IMAGE, self.video_token: VIDEO, self.audio_token: AUDIO}
+        return {token: kind for token, kind in kinds.items() if token}
 
     @cached_property
     def _kind_of_id(self) -> dict[int, str]:
@@ -99,14 +103,14 @@ class Placeholders:
             if one not in kind_of:
                 ids.append(one)
                 continue
-            token = self.image_token if kind_of[one] == IMAGE else self.video_token
+            token = next(name for name, kind in self._kind_of.items() if kind == kind_of[one])
             short = self._short(token, items[next(waiting)])
             ids += self.tokenizer.encode(short, add_special_tokens=False)
         return self._expanded(ids, order, items)
 
     def _short(self, token: str, item: Prepared) -> str:
         """The text of an item with one placeholder for each run of tokens."""
-        if item.kind == IMAGE or not self.with_times:
+        if item.kind != VIDEO or not self.with_times:
             return token
         one = self.start_token + token + self.end_token
         return "".join(f"<{time:.1f} seconds>{one}" for time in item.times)
@@ -142,7 +146,7 @@ def _order(kinds: Sequence[str], of_items: Sequence[str]) -> list[int]:
     """The indices of the items that placeholders of these kinds stand for. Raises ValueError if
     there are more or fewer."""
     waiting: dict[str, Iterator[int]] = {}
-    for kind in (IMAGE, VIDEO):
+    for kind in KINDS:
         indices = [i for i, one in enumerate(of_items) if one == kind]
         num = kinds.count(kind)
         if num != len(indices):

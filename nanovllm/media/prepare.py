@@ -1,4 +1,5 @@
-"""Images and videos to patches, in threads, several at a time, with a cache by content.
+"""Images and videos to patches, clips of sound to mel features: in threads, several at a time, with
+a cache by content.
 
 Threads and not processes: Pillow, NumPy, zlib and hashlib let other threads run during their work,
 and a process would have to send megabytes of patches. docs/media.md has the figures.
@@ -16,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanovllm.media import clips, patches, pictures, sources
+from nanovllm.media import clips, mels, patches, pictures, sounds, sources
 from nanovllm.media.cache import ByteCache
-from nanovllm.media.given import IMAGE, Given, check_counts
+from nanovllm.media.given import AUDIO, IMAGE, VIDEO, Given, check_counts
 from nanovllm.media.options import MediaOptions
 from nanovllm.media.patches import Grid
 from nanovllm.media.pictures import Pixels
@@ -27,19 +28,20 @@ from nanovllm.media.settings import PatchSettings, VisionSettings
 
 @dataclass(frozen=True)
 class Prepared:
-    """An image or video as the model's tower and the prompt need it.
+    """An image, video or clip as the model's tower and the prompt need it.
 
-    pixel_values_PD: the patches, float32. Prompts share it: nobody may write to it.
-    grid: patches over time, height and width; its product is P.
+    values: the patches [P, C] or the mel features [frames, mel bins], float32. Prompts share it:
+        nobody may write to it.
+    grid: patches over time, height and width, whose product is P; of a clip (frames,).
     num_tokens: placeholder tokens in the prompt.
-    digest: SHA-256 of the decoded pixels, the times of frames and the processor's settings. Equal
-        digests mean equal patches and positions.
+    digest: SHA-256 of the decoded pixels or samples, the times of frames and the processor's
+        settings. Equal digests mean equal values and positions.
     times: of a video, the seconds of each patch over time. seconds_per_grid: between two of them.
     """
 
     kind: str
-    pixel_values_PD: Tensor
-    grid: Grid
+    values: Tensor
+    grid: tuple[int, ...]
     num_tokens: int
     digest: bytes
     times: tuple[float, ...] = ()
@@ -47,7 +49,7 @@ class Prepared:
 
     @property
     def num_bytes(self) -> int:
-        return self.pixel_values_PD.nbytes
+        return self.values.nbytes
 
 
 class _Budget:
@@ -107,13 +109,14 @@ class Preparation:
 
 
 class Preparer:
-    """Prepares the images and videos of prompts for one checkpoint. Several threads can use it."""
+    """Prepares the media of prompts for one checkpoint. Several threads can use it."""
 
     def __init__(self, settings: VisionSettings, options: MediaOptions) -> None:
         self.settings, self.options = settings, options
         self.cache: ByteCache[Prepared] = ByteCache(options.media_cache_bytes)
-        # digests of encoded pictures, so that one that was seen before is not even decoded
+        # digests of encoded pictures and clips: one that was seen before is not even decoded
         self._seen: ByteCache[bytes] = ByteCache(1 << 20)
+        self._of_kind = {IMAGE: self._image, VIDEO: self._video, AUDIO: self._audio}
         self._pool = ThreadPoolExecutor(options.num_media_workers, thread_name_prefix="media")
 
     def submit(self, given: Sequence[Given]) -> Preparation:
@@ -133,7 +136,7 @@ class Preparer:
     def _one(self, given: Given, budget: _Budget) -> Prepared:
         budget.check()
         try:
-            return self._image(given, budget) if given.kind == IMAGE else self._video(given, budget)
+            return self._of_kind[given.kind](given, budget)
         except ValueError as error:
             raise ValueError(f"{given.name}: {error}") from None
         except MemoryError:
@@ -163,6 +166,35 @@ class Preparer:
             num_tokens = patches.num_tokens(grid, settings)
             found = Prepared(IMAGE, values, grid, num_tokens, digest.digest())
             self.cache.put(found.digest, found, found.num_bytes)
+        return self._remembered(encoded, found)
+
+    def _audio(self, given: Given, budget: _Budget) -> Prepared:
+        settings, encoded = self.settings.audio, b""
+        if settings is None:
+            raise ValueError("this model does not hear")
+        rate, longest = settings.sampling_rate, min(self.options.max_audio_s, settings.chunk_length)
+        if isinstance(given.value, str):
+            data = self._read(given.value, AUDIO, budget)
+            encoded = hashlib.sha256(b"audio" + data).digest()
+            known = self._known(encoded)
+            if known is not None:
+                return known
+            samples = sounds.of_wav(data, rate, longest)
+        else:
+            values, given_rate = given.value
+            samples = sounds.of_array(values, given_rate, rate, longest)
+        budget.check()
+        digest = hashlib.sha256(b"audio" + settings.digest + samples.tobytes()).digest()
+        found = self.cache.get(digest)
+        if found is None:
+            mel_FM = torch.from_numpy(mels.features(samples, settings))
+            num_frames = len(mel_FM)
+            num_tokens = mels.num_tokens(num_frames)
+            found = Prepared(AUDIO, mel_FM, (num_frames,), num_tokens, digest)
+            self.cache.put(digest, found, found.num_bytes)
+        return self._remembered(encoded, found)
+
+    def _remembered(self, encoded: bytes, found: Prepared) -> Prepared:
         if encoded:
             self._seen.put(encoded, found.digest, len(encoded) + len(found.digest))
         return found
@@ -179,7 +211,8 @@ class Preparer:
             raise ValueError(
                 f"it has {len(chosen)} frames: at most {self.options.max_video_frames} are allowed"
             )
-        seconds, fps = clips.times(clip, chosen), clips.sampled_fps(clip, chosen)
+        facts_of = clip, chosen, settings
+        seconds, fps = clips.times(*facts_of), clips.sampled_fps(*facts_of)
         facts = (len(chosen), seconds, fps)
         digest = hashlib.sha256(b"video" + settings.digest + repr(facts).encode())
         frames: list[Pixels] = []

@@ -1,4 +1,4 @@
-"""The settings of a checkpoint's image and video processors, from its JSON files.
+"""The settings of a checkpoint's image, video and audio processors, from its JSON files.
 
 These are the files and defaults of transformers' `Qwen2VLImageProcessor`, `Qwen2VLVideoProcessor`
 and `Qwen3VLVideoProcessor`. The work is done here: transformers' own video processors need
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,18 @@ BICUBIC = 3
 IMAGE_TYPES = ("Qwen2VLImageProcessor", "Qwen2VLImageProcessorFast", "Qwen2VLImageProcessorPil")
 VIDEO_TYPES = {"Qwen2VLVideoProcessor": False, "Qwen3VLVideoProcessor": True}
 # transformers' classes of whole processors, and whether frames have times in the prompt
-PROCESSORS = {"Qwen2VLProcessor": False, "Qwen2_5_VLProcessor": False, "Qwen3VLProcessor": True}
+OMNI = "Qwen2_5OmniProcessor"
+PROCESSORS = {
+    "Qwen2VLProcessor": False, "Qwen2_5_VLProcessor": False, "Qwen3VLProcessor": True, OMNI: False,
+}  # fmt: skip
+# special tokens by the fields of `Placeholders`, where they are not those of its defaults
+TOKENS: dict[str, dict[str, str]] = {
+    OMNI: {
+        "image_token": "<|IMAGE|>", "video_token": "<|VIDEO|>", "audio_token": "<|AUDIO|>",
+        "start_token": "<|vision_bos|>", "end_token": "<|vision_eos|>",
+    }
+}  # fmt: skip
+AUDIO_TYPE = "WhisperFeatureExtractor"
 # of the files that transformers reads, those with settings
 FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 
@@ -71,10 +82,12 @@ class VideoSettings(PatchSettings):
     """How frames become patches.
 
     over_time: the range of pixels is for all frames together (Qwen3), not for each.
-    The others are fields of transformers' video processors.
+    default_fps: frames a second of videos that come without it. The others are fields of
+    transformers' video processors.
     """
 
     over_time: bool = False
+    default_fps: float = 24.0
     do_sample_frames: bool = False
     fps: float | None = None
     num_frames: int | None = None
@@ -85,12 +98,49 @@ class VideoSettings(PatchSettings):
 
 
 @dataclass(frozen=True)
+class AudioSettings:
+    """How samples become mel features: fields of transformers' feature extractor of Whisper.
+
+    feature_size: mel bins. hop_length: samples between two frames. n_fft: samples of a window.
+    chunk_length: seconds of the longest clip.
+    """
+
+    sampling_rate: int = 16000
+    feature_size: int = 80
+    hop_length: int = 160
+    n_fft: int = 400
+    chunk_length: int = 30
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if type(value) is not int or value < 1:
+                raise ValueError(
+                    f"the feature extractor's {one.name} is {value!r}: it must be at least 1"
+                )
+
+    @property
+    def max_samples(self) -> int:
+        return self.chunk_length * self.sampling_rate
+
+    @cached_property
+    def digest(self) -> bytes:
+        return hashlib.sha256(repr(self).encode()).digest()
+
+
+@dataclass(frozen=True)
 class VisionSettings:
-    """What a checkpoint says about pictures. `with_times`: its prompts have the times of frames."""
+    """What a checkpoint says about pictures, and about sound if it hears.
+
+    with_times: its prompts have the times of frames. tokens: its special tokens, by the fields of
+    `Placeholders`, where they are not the defaults.
+    """
 
     image: PatchSettings
     video: VideoSettings
     with_times: bool
+    audio: AudioSettings | None = None
+    tokens: Mapping[str, str] = field(default_factory=dict)
 
 
 def load(folder: Path) -> VisionSettings | None:
@@ -108,8 +158,16 @@ def load(folder: Path) -> VisionSettings | None:
     default = "Qwen3VLVideoProcessor" if with_times else "Qwen2VLVideoProcessor"
     video_type = video.get("video_processor_type", default)
     _check("video_processor_type", video_type, tuple(VIDEO_TYPES))
+    tokens = TOKENS.get(str(name), {})
+    audio = None
+    if "audio_token" in tokens:
+        audio = audio_settings(whole.get("feature_extractor") or image_file)
+        # transformers' processor has a size and a rate of its own for videos
+        others = {key: value for key, value in video.items() if not key.endswith("_pixels")}
+        video = {**others, "size": None, "default_fps": 2.0}
+    over_time = VIDEO_TYPES[video_type]
     return VisionSettings(
-        image_settings(image), video_settings(video, over_time=VIDEO_TYPES[video_type]), with_times
+        image_settings(image), video_settings(video, over_time=over_time), with_times, audio, tokens
     )
 
 
@@ -136,6 +194,19 @@ def video_settings(given: Mapping[str, Any], *, over_time: bool) -> VideoSetting
     _check_steps(given)
     found = _fields(VideoSettings, given, low, high)
     return VideoSettings(**{**defaults, **found, "over_time": over_time})
+
+
+def audio_settings(given: Mapping[str, Any]) -> AudioSettings:
+    """The settings in the fields of a feature extractor. Raises ValueError for another extractor,
+    and for steps that are not taken here."""
+    _check("feature_extractor_type", given.get("feature_extractor_type", AUDIO_TYPE), (AUDIO_TYPE,))
+    for name, expected in (("padding_side", "right"), ("padding_value", 0.0), ("dither", 0.0)):
+        if given.get(name, expected) != expected:
+            raise ValueError(
+                f"the feature extractor has {name}={given[name]!r}: only {expected!r} is supported"
+            )
+    known = {one.name for one in fields(AudioSettings)}
+    return AudioSettings(**{key: value for key, value in given.items() if key in known})
 
 
 def _pixel_range(given: Mapping[str, Any], low: int, high: int) -> tuple[int, int]:

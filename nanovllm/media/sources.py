@@ -18,7 +18,7 @@ FOLDER_FLAGS = FILE_FLAGS | os.O_DIRECTORY
 
 
 def read(reference: str, kind: str, options: MediaOptions) -> bytes:
-    """The encoded bytes of an "image" or "video". Raises ValueError without the reference in it."""
+    """The encoded bytes of an "image", "video" or "audio". Errors do not have the reference."""
     scheme = reference[:8].lower()
     if scheme.startswith("data:"):
         return _data_url(reference, kind, options.max_item_bytes)

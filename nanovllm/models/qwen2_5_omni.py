@@ -26,9 +26,12 @@ SPEAKING = ("talker.", "token2wav.")
 def model(hf: Any, *, dtype: torch.dtype, max_model_len: int | None = None) -> Model:
     """The text model of transformers' `Qwen2_5OmniTextConfig`."""
     require_type(hf, NAME, "qwen2_5_omni_text")
+    tower = tower_of(hf, dtype)
+    per_second = float(hf.position_id_per_seconds)
+    timed = replace(tower.config, tokens_per_second=per_second, videos_span_time=True)
     return replace(
         qwen2_5_vl.text_model(hf, NAME, dtype, max_model_len),
         read_elsewhere=(*vision.PREFIXES, *audio.PREFIXES, *SPEAKING),
-        tower=tower_of(hf, dtype),
+        tower=replace(tower, config=timed),
         audio_tower=audio_tower(SimpleNamespace(**hf.audio_config), dtype),
     )

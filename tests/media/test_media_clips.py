@@ -61,7 +61,7 @@ def test_a_file_gives_the_patches_of_its_frames(case: Case, tmp_path: Path) -> N
     frames = (decoded(data), {"fps": 10.0})
     (frames_found,) = preparer.submit(given.from_data({"video": frames})).result(60)
     for one in files:
-        assert torch.equal(one.pixel_values_PD, frames_found.pixel_values_PD)
+        assert torch.equal(one.values, frames_found.values)
         assert one.times == frames_found.times and one.grid == frames_found.grid
     preparer.close()
 

@@ -34,15 +34,15 @@ def test_patches_of_an_image_equal_transformers(case: Case, size: tuple[int, int
     expected = case.theirs.image_processor([image], return_tensors="pt")
     (ours,) = prepared(case, image=image)
     assert ours.grid == tuple(expected["image_grid_thw"][0].tolist())
-    assert torch.equal(ours.pixel_values_PD, expected["pixel_values"])
-    assert ours.pixel_values_PD.dtype == torch.float32
+    assert torch.equal(ours.values, expected["pixel_values"])
+    assert ours.values.dtype == torch.float32
 
 
 def test_patches_of_several_images_are_in_order(case: Case) -> None:
     images = [picture(40 + 30 * i, 90, seed=i) for i in range(5)]
     expected = case.theirs.image_processor(images, return_tensors="pt")
     ours = prepared(case, image=images)
-    assert torch.equal(torch.cat([one.pixel_values_PD for one in ours]), expected["pixel_values"])
+    assert torch.equal(torch.cat([one.values for one in ours]), expected["pixel_values"])
     assert [list(one.grid) for one in ours] == expected["image_grid_thw"].tolist()
 
 
@@ -57,14 +57,14 @@ def test_modes_are_converted_as_in_transformers(qwen3: Case, mode: str) -> None:
         base = base.convert("LA")
     image = base.convert(mode)
     expected = qwen3.theirs.image_processor([image], return_tensors="pt")["pixel_values"]
-    assert torch.equal(prepared(qwen3, image=image)[0].pixel_values_PD, expected)
+    assert torch.equal(prepared(qwen3, image=image)[0].values, expected)
 
 
 def test_a_transparent_colour_of_a_palette_lies_over_white(qwen3: Case) -> None:
     image = picture(70, 50).convert("P")
     image.info["transparency"] = image.getpixel((0, 0))
     expected = qwen3.theirs.image_processor([image], return_tensors="pt")["pixel_values"]
-    assert torch.equal(prepared(qwen3, image=image)[0].pixel_values_PD, expected)
+    assert torch.equal(prepared(qwen3, image=image)[0].values, expected)
 
 
 @pytest.mark.parametrize("shape", [(50, 70, 1), (50, 70, 3), (50, 70, 4), (3, 50, 70), (4, 50, 70)])
@@ -73,7 +73,7 @@ def test_arrays_are_read_as_in_transformers(qwen3: Case, shape: tuple[int, ...],
     array = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     image = torch.from_numpy(array) if kind == "torch" else array
     expected = qwen3.theirs.image_processor([image], return_tensors="pt")["pixel_values"]
-    assert torch.equal(prepared(qwen3, image=image)[0].pixel_values_PD, expected)
+    assert torch.equal(prepared(qwen3, image=image)[0].values, expected)
 
 
 @pytest.mark.parametrize("num_frames", [2, 3, 5, 16])
@@ -84,7 +84,7 @@ def test_patches_of_a_video_equal_transformers(
     expected = case.theirs.video_processor([frames], return_tensors="pt", return_metadata=True)
     (ours,) = prepared(case, video=frames)
     assert ours.grid == tuple(expected["video_grid_thw"][0].tolist())
-    assert torch.equal(ours.pixel_values_PD, expected["pixel_values_videos"])
+    assert torch.equal(ours.values, expected["pixel_values_videos"])
 
 
 @pytest.mark.parametrize("given_fps", [None, 8.0])

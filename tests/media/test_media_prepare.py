@@ -44,7 +44,7 @@ def test_all_forms_of_one_image_have_one_digest(preparer: Preparer) -> None:
              data_url(image, "BMP"), image.convert("RGBA")]  # fmt: skip
     found = run(preparer, image=forms)
     assert len({one.digest for one in found}) == 1
-    assert all(torch.equal(one.pixel_values_PD, found[0].pixel_values_PD) for one in found)
+    assert all(torch.equal(one.values, found[0].values) for one in found)
 
 
 def test_other_content_has_another_digest(qwen3: Case, preparer: Preparer) -> None:
@@ -91,7 +91,7 @@ def test_a_cache_of_nothing_keeps_nothing(qwen3: Case) -> None:
     preparer = qwen3.preparer(media_cache_bytes=0)
     first, second = (run(preparer, image=picture(60, 40))[0] for _ in range(2))
     assert first is not second and len(preparer.cache) == 0
-    assert torch.equal(first.pixel_values_PD, second.pixel_values_PD)
+    assert torch.equal(first.values, second.values)
     preparer.close()
 
 
@@ -109,7 +109,7 @@ def test_images_are_prepared_side_by_side(qwen3: Case, monkeypatch: pytest.Monke
     alone = [qwen3.theirs.image_processor([picture(60 + 20 * i, 40, seed=i)], return_tensors="pt")
              for i in range(3)]  # fmt: skip
     for one, expected in zip(found, alone):
-        assert torch.equal(one.pixel_values_PD, expected["pixel_values"])
+        assert torch.equal(one.values, expected["pixel_values"])
     preparer.close()
 
 

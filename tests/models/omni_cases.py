@@ -20,8 +20,8 @@ VISION = {
 # a chunk has 12 frames, and 3 tokens
 NUM_MELS, CHUNK_FRAMES = 10, 12
 AUDIO = {
-    "num_mel_bins": NUM_MELS, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 48,
-    "d_model": 32, "n_window": CHUNK_FRAMES // 2, "output_dim": 64, "max_source_positions": 20,
+    "num_mel_bins": NUM_MELS, "encoder_layers": 2, "encoder_attention_heads": 2,
+    "encoder_ffn_dim": 48, "d_model": 32, "n_window": CHUNK_FRAMES // 2, "output_dim": 64, "max_source_positions": 20,
 }  # fmt: skip
 TOKENS = {
     "audio_token_index": 88, "image_token_index": 90, "video_token_index": 91,

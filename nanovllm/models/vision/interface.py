@@ -46,7 +46,7 @@ class TowerConfig:
     After each block of `deepstack_blocks` the tower makes one more level of features. Positions are
     rotary with base `rope_theta` and, if `table_side` is not 0, a learned table of so many rows and
     columns is added. Frames of a video are `tokens_per_second` positions in time apart for each
-    second between them.
+    second between them; with `videos_span_time` the text goes on after the last of them.
     """
 
     GRAPH_FIELDS: ClassVar[tuple[str, ...]] = (
@@ -68,6 +68,7 @@ class TowerConfig:
     rope_theta: float = 10000.0
     norm_eps: float = 1e-6
     tokens_per_second: float = 1.0
+    videos_span_time: bool = False
     dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:

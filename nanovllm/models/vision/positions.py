@@ -47,9 +47,9 @@ class Media(NamedTuple):
 
     `token_id` is that of a placeholder. `grids` are in the order of the prompt. `intervals` are the
     positions in time between frames of each video, empty for 1: in Qwen2.5-VL `tokens_per_second`
-    times the processor's `second_per_grid_ts`. `per_unit` and `spans_time` are those of its items:
-    in Qwen2.5-Omni intervals are seconds, of 25 positions each. With `splits_frames` each frame has placeholders of
-    its own, with its time as text between them, as in videos of Qwen3-VL.
+    times the processor's `second_per_grid_ts`. With `splits_frames` each frame has placeholders of
+    its own, with its time as text between them, as in videos of Qwen3-VL. `per_unit` and
+    `spans_time` are those of its items: in Qwen2.5-Omni intervals are seconds, of 25 positions.
     """
 
     kind: str  # IMAGE or VIDEO
@@ -71,8 +71,8 @@ class Media(NamedTuple):
             if self.splits_frames:
                 found += [Item(0, 1, *sides)] * int(frames)
             else:
-                facts = float(interval), self.per_unit, self.spans_time
-                found.append(Item(0, int(frames), *sides, *facts))
+                time = float(interval), self.per_unit
+                found.append(Item(0, int(frames), *sides, *time, spans_time=self.spans_time))
         return found
 
 

@@ -40,7 +40,7 @@ def tower(vision: Any, dtype: torch.dtype) -> Tower:
         **fields,
         full_blocks=tuple(sorted(set(vision.fullatt_block_indexes))),
         window_groups=vision.window_size // token_side,
-        tokens_per_second=vision.tokens_per_second,
+        tokens_per_second=getattr(vision, "tokens_per_second", 1.0),
         dtype=dtype,
     )
     return Tower(
