@@ -12,9 +12,9 @@ from nanovllm.models.vision.positions import IMAGE, VIDEO, Media, locate, mrope_
 from tests.models import omni_cases
 
 AUDIO = "audio"
-IDS = {AUDIO: 88, IMAGE: 90, VIDEO: 91}
-BEGIN = {AUDIO: 94, IMAGE: 92, VIDEO: 92}
-END = {AUDIO: 95, IMAGE: 93, VIDEO: 93}
+IDS = {kind: omni_cases.IDS[f"<|{kind.upper()}|>"] for kind in (AUDIO, IMAGE, VIDEO)}
+VISION_MARKS = tuple(omni_cases.IDS[f"<|vision_{one}|>"] for one in ("bos", "eos"))
+AUDIO_MARKS = tuple(omni_cases.IDS[f"<|audio_{one}|>"] for one in ("bos", "eos"))
 MERGE, PER_SECOND = 2, 25
 # numbers of text tokens, and (kind, grid) of media; the grid of a clip is (frames,)
 Piece = int | tuple[str, tuple[int, ...]]
@@ -41,7 +41,8 @@ def prompt(pieces: list[Piece]) -> tuple[list[int], dict[str, list[tuple[int, ..
         kind, grid = piece
         grids[kind].append(grid)
         num = (grid[0] + 1) // 4 if kind == AUDIO else int(np.prod(grid)) // MERGE**2
-        ids += [BEGIN[kind], *[IDS[kind]] * num, END[kind]]
+        begin, end = AUDIO_MARKS if kind == AUDIO else VISION_MARKS
+        ids += [begin, *[IDS[kind]] * num, end]
     return ids, grids
 
 
