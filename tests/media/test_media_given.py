@@ -48,7 +48,7 @@ def test_data_are_lists_or_single_items(data: Any, expected: list[str]) -> None:
     ("data", "message"),
     [
         ([PICTURE], "multi_modal_data must be a dict"),
-        ({"audio": 1}, "multi_modal_data has the key 'audio'"),
+        ({"sound": 1}, "multi_modal_data has the key 'sound'"),
         ({"image": [3]}, "image 1 is of type int"),
         ({"image": [PICTURE, b"abc"]}, "image 2 is of type bytes"),
         ({"video": 3}, "video 1 is of type int"),

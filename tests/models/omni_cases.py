@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import wave
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -31,12 +33,12 @@ FILM = "<|vision_bos|><|VIDEO|><|vision_eos|>"
 TEXT = {
     "vocab_size": VOCAB_SIZE + len(NAMES), "hidden_size": 64, "intermediate_size": 96,
     "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
+    "max_position_embeddings": 1024,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
 }  # fmt: skip
 VISION = {
-    "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4,
-    "out_hidden_size": 64, "fullatt_block_indexes": [1], "window_size": 16,
+    "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 14,
+    "out_hidden_size": 64, "fullatt_block_indexes": [1], "window_size": 56,
 }  # fmt: skip
 # a chunk has 3 tokens
 NUM_MELS, CHUNK_FRAMES = 10, 12
@@ -48,8 +50,8 @@ AUDIO = {
 RATE = 16000
 PROCESSOR = {
     "processor_class": "Qwen2_5OmniProcessor",
-    "image_processor_type": "Qwen2VLImageProcessor", "patch_size": 4, "merge_size": 2,
-    "temporal_patch_size": 2, "min_pixels": 64, "max_pixels": 1024, **CLIP,
+    "image_processor_type": "Qwen2VLImageProcessor", "patch_size": 14, "merge_size": 2,
+    "temporal_patch_size": 2, "min_pixels": 3136, "max_pixels": 20000, **CLIP,
     "feature_extractor_type": "WhisperFeatureExtractor", "chunk_length": 2, "dither": 0.0,
     "feature_size": NUM_MELS, "hop_length": 160, "n_fft": 400, "n_samples": 32000,
     "nb_max_frames": 200, "padding_side": "right", "padding_value": 0.0,
@@ -134,6 +136,21 @@ def clip(num_samples: int, seed: int = 0) -> np.ndarray:
     time = np.arange(num_samples) / RATE
     tones = sum(np.sin(2 * np.pi * hz * time) for hz in draw.uniform(100, 4000, 4))
     return (0.1 * tones + 0.01 * draw.standard_normal(num_samples)).astype(np.float32)
+
+
+def as_16_bits(samples: np.ndarray) -> np.ndarray:
+    return np.round(samples * 32767).astype(np.int16)
+
+
+def wav(samples: np.ndarray, rate: int = RATE, channels: int = 1) -> bytes:
+    """A WAV file of 16 bits, by the standard library."""
+    file = io.BytesIO()
+    with wave.open(file, "wb") as out:
+        out.setnchannels(channels)
+        out.setsampwidth(2)
+        out.setframerate(rate)
+        out.writeframes(as_16_bits(samples).tobytes())
+    return file.getvalue()
 
 
 def mels(clips: list[int], seed: int = 0) -> Tensor:

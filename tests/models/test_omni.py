@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
+import base64
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from nanovllm import LLM, SamplingParams
 from tests.media.vision_cases import picture, without_torchvision
 from tests.models import omni_cases
-from tests.models.omni_cases import FILM, PICTURE, RATE, SOUND, clip
+from tests.models.omni_cases import FILM, PICTURE, RATE, SOUND, as_16_bits, clip, wav
 
 __all__ = ["without_torchvision"]
 
 NUM_TOKENS = 5
+GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
 VOCAB = omni_cases.TEXT["vocab_size"]
 # samples of each clip, and sizes of each picture, in the order of the text
 PROMPTS: dict[str, tuple[str, list[int], list[tuple[int, int]]]] = {
     "clip": (f"what is {SOUND}?", [5003], []),
     "one token": (f"{SOUND} is a tone", [321], []),
     "clips": (f"{SOUND}{SOUND} or{SOUND}", [1999, 160 * 24, 7777], []),
-    "clip and image": (f"a {SOUND} with {PICTURE} is", [4100], [(19, 27)]),
-    "image and clips": (f"{PICTURE}{SOUND}then {SOUND}{PICTURE}", [640, 3301], [(40, 8), (9, 30)]),
-    "image": (f"the {PICTURE} of", [], [(33, 21)]),
+    "clip and image": (f"a {SOUND} with {PICTURE} is", [4100], [(90, 70)]),
+    "image and clips": (
+        f"{PICTURE}{SOUND}then {SOUND}{PICTURE}",
+        [640, 3301],
+        [(200, 40), (60, 130)],
+    ),
+    "image": (f"the {PICTURE} of", [], [(99, 101)]),
     "text": ("the end", [], []),
 }
 
@@ -48,7 +57,7 @@ def llm(request: pytest.FixtureRequest, thinker: Any) -> Any:
 def engine(folder: Path, **options: Any) -> LLM:
     return LLM(
         str(folder), device="cpu", dtype="float32", max_num_seqs=4, graph_batch_sizes=[4],
-        max_num_batched_tokens=16, max_model_len=256, kvcache_block_size=16,
+        max_num_batched_tokens=16, max_model_len=600, kvcache_block_size=16,
         **options,
     )  # fmt: skip
 
@@ -85,3 +94,106 @@ def test_logits_and_tokens_are_those_of_transformers(thinker: Any, llm: LLM) -> 
         for wanted, got in zip(logprobs, done.logprobs):
             actual = torch.tensor([got[i].logprob for i in range(VOCAB)])
             torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("num_frames", [2, 5])
+def test_videos_beside_sound_are_answered_as_by_transformers(
+    thinker: Any, llm: LLM, without_torchvision: None, num_frames: int
+) -> None:
+    frames = [picture(240, 170, seed=i) for i in range(num_frames)]
+    text, sound = f"{FILM}and {SOUND}:", clip(2345)
+    given = dict(thinker[2](text=[text], videos=[frames], audio=[sound], return_tensors="pt"))
+    tokens, _ = omni_cases.answer(thinker[1], given, NUM_TOKENS)
+    data = {"video": [frames], "audio": (sound, RATE)}
+    (output,) = llm.generate({"prompt": text, "multi_modal_data": data}, GREEDY, use_tqdm=False)
+    assert output.prompt_token_ids == given["input_ids"][0].tolist()
+    assert list(output.outputs[0].token_ids) == tokens
+
+
+def test_chats_take_parts_of_sound_in_all_forms(thinker: Any, llm: LLM) -> None:
+    sound = clip(3210)
+    encoded = base64.b64encode(wav(sound)).decode()
+    forms: list[dict[str, Any]] = [
+        {"type": "audio", "audio": (as_16_bits(sound), RATE)},
+        {"type": "input_audio", "input_audio": {"data": encoded, "format": "wav"}},
+        {"type": "audio_url", "audio_url": {"url": f"data:audio/wav;base64,{encoded}"}},
+    ]
+    question = {"type": "text", "text": "what is it?"}
+    found = [
+        llm.chat([{"role": "user", "content": [form, question]}], GREEDY, use_tqdm=False)[0]
+        for form in forms
+    ]
+    text = f"user: {SOUND}what is it?; assistant: "
+    given = dict(thinker[2](text=[text], audio=[as_16_bits(sound) / 32768], return_tensors="pt"))
+    tokens, _ = omni_cases.answer(thinker[1], given, NUM_TOKENS)
+    for output in found:
+        assert output.prompt_token_ids == given["input_ids"][0].tolist()
+        assert list(output.outputs[0].token_ids) == tokens
+
+
+def test_bad_sound_ends_its_own_request_only(thinker: Any, llm: LLM) -> None:
+    good = prompt("clip")
+    bad = {"prompt": SOUND, "multi_modal_data": {"audio": (clip(5003), 8000)}}
+    expected = [list(one.outputs[0].token_ids) for one in llm.generate([good], GREEDY)]
+    first, failed, last = llm.generate([good, bad, good], GREEDY, use_tqdm=False)
+    assert [list(one.outputs[0].token_ids) for one in (first, last)] == expected * 2
+    assert failed.outputs[0].finish_reason == "error"
+    assert "audio 1: its sampling rate is 8000 Hz, but the model hears 16000 Hz" in str(
+        failed.outputs[0].error
+    )
+
+
+@pytest.mark.parametrize(
+    "text, sounds, message",
+    [
+        (f"{SOUND}{SOUND}", 1, "2 placeholders for audios, but 1 audios were given"),
+        ("none", 1, "0 placeholders for audios, but 1 audios were given"),
+        (SOUND * 9, 9, "the prompt has 9 audios: at most 8 are allowed"),
+    ],
+)
+def test_sound_that_does_not_fit_the_prompt_is_refused(
+    llm: LLM, text: str, sounds: int, message: str
+) -> None:
+    data = {"audio": [(clip(400), RATE)] * sounds}
+    with pytest.raises(ValueError, match=message):
+        llm.generate({"prompt": text, "multi_modal_data": data}, GREEDY, use_tqdm=False)
+
+
+def test_the_same_sound_shares_blocks_and_other_sound_does_not(llm: LLM) -> None:
+    llm.engine.forget_prefixes()
+    text = f"listen: {SOUND} what is it?"
+    given = [{"prompt": text, "multi_modal_data": {"audio": (clip(9000, seed=i), RATE)}}
+             for i in (1, 1, 2)]  # fmt: skip
+    found = [llm.generate(one, GREEDY, use_tqdm=False)[0] for one in given]
+    num_prompt = len(found[0].prompt_token_ids)
+    counts = [one.num_cached_tokens for one in found]
+    assert counts == [0, (num_prompt - 1) // 16 * 16, 0]
+    assert found[0].outputs[0].token_ids == found[1].outputs[0].token_ids
+
+
+def test_the_names_of_the_release_are_read_and_speech_is_left_out(
+    thinker: Any, llm: LLM, tmp_path: Path
+) -> None:
+    folder = tmp_path / "release"
+    shutil.copytree(thinker[0], folder)
+    stored = load_file(folder / "model.safetensors")
+    renamed = {f"thinker.{name}": tensor for name, tensor in stored.items()}
+    speech = {"talker.codec_head.weight": torch.ones(3), "token2wav.dit.x": torch.ones(2)}
+    save_file(renamed | speech, folder / "model.safetensors")
+    part = json.loads((folder / "config.json").read_text())
+    whole = {
+        "architectures": ["Qwen2_5OmniForConditionalGeneration"], "model_type": "qwen2_5_omni",
+        "dtype": "float32",
+        "thinker_config": {**part, "architectures": ["Qwen2OmniNaViTThinker"]},
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(whole))
+    release = engine(folder, enforce_eager=True)
+    try:
+        asked = prompt("clip and image")
+        found, expected = (
+            one.generate(asked, GREEDY, use_tqdm=False)[0].outputs[0].token_ids
+            for one in (release, llm)
+        )
+    finally:
+        release.close()
+    assert found == expected
