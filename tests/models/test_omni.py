@@ -46,12 +46,24 @@ def thinker(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return folder, omni_cases.save(folder), omni_cases.save_processor(folder)
 
 
-@pytest.fixture(scope="module", params=["eager", "graph"])
-def llm(request: pytest.FixtureRequest, thinker: Any) -> Any:
-    """Chunks of 16 tokens, so that some end inside a clip or an image."""
-    made = engine(thinker[0], enforce_eager=request.param == "eager")
+@pytest.fixture(scope="module")
+def eager(thinker: Any) -> Any:
+    made = engine(thinker[0], enforce_eager=True)
     yield made
     made.close()
+
+
+@pytest.fixture(scope="module")
+def graph(thinker: Any) -> Any:
+    made = engine(thinker[0])
+    yield made
+    made.close()
+
+
+@pytest.fixture(params=["eager", "graph"])
+def llm(request: pytest.FixtureRequest) -> Any:
+    """Chunks of 16 tokens, so that some end inside a clip or an image."""
+    return request.getfixturevalue(request.param)
 
 
 def engine(folder: Path, **options: Any) -> LLM:
@@ -110,7 +122,7 @@ def test_videos_beside_sound_are_answered_as_by_transformers(
     assert list(output.outputs[0].token_ids) == tokens
 
 
-def test_chats_take_parts_of_sound_in_all_forms(thinker: Any, llm: LLM) -> None:
+def test_chats_take_parts_of_sound_in_all_forms(thinker: Any, eager: LLM) -> None:
     sound = clip(3210)
     encoded = base64.b64encode(wav(sound)).decode()
     forms: list[dict[str, Any]] = [
@@ -120,7 +132,7 @@ def test_chats_take_parts_of_sound_in_all_forms(thinker: Any, llm: LLM) -> None:
     ]
     question = {"type": "text", "text": "what is it?"}
     found = [
-        llm.chat([{"role": "user", "content": [form, question]}], GREEDY, use_tqdm=False)[0]
+        eager.chat([{"role": "user", "content": [form, question]}], GREEDY, use_tqdm=False)[0]
         for form in forms
     ]
     text = f"user: {SOUND}what is it?; assistant: "
@@ -131,11 +143,11 @@ def test_chats_take_parts_of_sound_in_all_forms(thinker: Any, llm: LLM) -> None:
         assert list(output.outputs[0].token_ids) == tokens
 
 
-def test_bad_sound_ends_its_own_request_only(thinker: Any, llm: LLM) -> None:
+def test_bad_sound_ends_its_own_request_only(thinker: Any, eager: LLM) -> None:
     good = prompt("clip")
     bad = {"prompt": SOUND, "multi_modal_data": {"audio": (clip(5003), 8000)}}
-    expected = [list(one.outputs[0].token_ids) for one in llm.generate([good], GREEDY)]
-    first, failed, last = llm.generate([good, bad, good], GREEDY, use_tqdm=False)
+    expected = [list(one.outputs[0].token_ids) for one in eager.generate([good], GREEDY)]
+    first, failed, last = eager.generate([good, bad, good], GREEDY, use_tqdm=False)
     assert [list(one.outputs[0].token_ids) for one in (first, last)] == expected * 2
     assert failed.outputs[0].finish_reason == "error"
     assert "audio 1: its sampling rate is 8000 Hz, but the model hears 16000 Hz" in str(
@@ -152,19 +164,19 @@ def test_bad_sound_ends_its_own_request_only(thinker: Any, llm: LLM) -> None:
     ],
 )
 def test_sound_that_does_not_fit_the_prompt_is_refused(
-    llm: LLM, text: str, sounds: int, message: str
+    eager: LLM, text: str, sounds: int, message: str
 ) -> None:
     data = {"audio": [(clip(400), RATE)] * sounds}
     with pytest.raises(ValueError, match=message):
-        llm.generate({"prompt": text, "multi_modal_data": data}, GREEDY, use_tqdm=False)
+        eager.generate({"prompt": text, "multi_modal_data": data}, GREEDY, use_tqdm=False)
 
 
-def test_the_same_sound_shares_blocks_and_other_sound_does_not(llm: LLM) -> None:
-    llm.engine.forget_prefixes()
+def test_the_same_sound_shares_blocks_and_other_sound_does_not(eager: LLM) -> None:
+    eager.engine.forget_prefixes()
     text = f"listen: {SOUND} what is it?"
     given = [{"prompt": text, "multi_modal_data": {"audio": (clip(9000, seed=i), RATE)}}
              for i in (1, 1, 2)]  # fmt: skip
-    found = [llm.generate(one, GREEDY, use_tqdm=False)[0] for one in given]
+    found = [eager.generate(one, GREEDY, use_tqdm=False)[0] for one in given]
     num_prompt = len(found[0].prompt_token_ids)
     counts = [one.num_cached_tokens for one in found]
     assert counts == [0, (num_prompt - 1) // 16 * 16, 0]
@@ -172,7 +184,7 @@ def test_the_same_sound_shares_blocks_and_other_sound_does_not(llm: LLM) -> None
 
 
 def test_the_names_of_the_release_are_read_and_speech_is_left_out(
-    thinker: Any, llm: LLM, tmp_path: Path
+    thinker: Any, eager: LLM, tmp_path: Path
 ) -> None:
     folder = tmp_path / "release"
     shutil.copytree(thinker[0], folder)
@@ -181,6 +193,7 @@ def test_the_names_of_the_release_are_read_and_speech_is_left_out(
     speech = {"talker.codec_head.weight": torch.ones(3), "token2wav.dit.x": torch.ones(2)}
     save_file(renamed | speech, folder / "model.safetensors")
     part = json.loads((folder / "config.json").read_text())
+    assert part["architectures"] == ["Qwen2_5OmniThinkerForConditionalGeneration"]
     whole = {
         "architectures": ["Qwen2_5OmniForConditionalGeneration"], "model_type": "qwen2_5_omni",
         "dtype": "float32",
@@ -192,8 +205,21 @@ def test_the_names_of_the_release_are_read_and_speech_is_left_out(
         asked = prompt("clip and image")
         found, expected = (
             one.generate(asked, GREEDY, use_tqdm=False)[0].outputs[0].token_ids
-            for one in (release, llm)
+            for one in (release, eager)
         )
     finally:
         release.close()
+    assert found == expected
+
+
+def test_both_of_two_ranks_hear_and_see(thinker: Any, eager: LLM) -> None:
+    two = engine(thinker[0], enforce_eager=True, tensor_parallel_size=2)
+    try:
+        asked = [prompt("image and clips"), prompt("text")]
+        found, expected = (
+            [list(one.outputs[0].token_ids) for one in each.generate(asked, GREEDY)]
+            for each in (two, eager)
+        )
+    finally:
+        two.close()
     assert found == expected
