@@ -66,7 +66,7 @@ def transformers_positions(
 
 
 @pytest.mark.parametrize("name", PROMPTS)
-@pytest.mark.parametrize("seconds", [1.0, 0.2, 2 / 30, 1.37])
+@pytest.mark.parametrize("seconds", [1.0, 0.2, 2 / 30, 1.56])
 def test_positions_are_those_of_transformers(name: str, seconds: float) -> None:
     ids, grids = prompt(PROMPTS[name])
     each = [seconds * (i + 1) for i in range(len(grids[VIDEO]))]
