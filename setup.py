@@ -44,6 +44,7 @@ setup(
         "nanovllm.kernels.triton",
         "nanovllm.media",
         "nanovllm.models",
+        "nanovllm.models.audio",
         "nanovllm.models.experts",
         "nanovllm.models.formats",
         "nanovllm.models.vision",

@@ -14,6 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.compile.program import Compiler
+from nanovllm.models.loader import Target
+from nanovllm.models.vision import weights
+from nanovllm.models.vision.registry import tower
+from nanovllm.platforms import cpu
+from nanovllm.runner.tower import TowerSteps
 from tests.media.vision_cases import picture, without_torchvision
 from tests.models import omni_cases
 from tests.models.omni_cases import FILM, PICTURE, RATE, SOUND, as_16_bits, clip, wav
@@ -69,8 +75,7 @@ def llm(request: pytest.FixtureRequest) -> Any:
 def engine(folder: Path, **options: Any) -> LLM:
     return LLM(
         str(folder), device="cpu", dtype="float32", max_num_seqs=4, graph_batch_sizes=[4],
-        max_num_batched_tokens=16, max_model_len=600, kvcache_block_size=16,
-        **options,
+        max_num_batched_tokens=16, kvcache_block_size=16, **{"max_model_len": 600, **options},
     )  # fmt: skip
 
 
@@ -223,3 +228,35 @@ def test_both_of_two_ranks_hear_and_see(thinker: Any, eager: LLM) -> None:
     finally:
         two.close()
     assert found == expected
+
+
+def test_a_preempted_prompt_with_sound_goes_on_as_before(thinker: Any, eager: LLM) -> None:
+    small = engine(thinker[0], enforce_eager=True, num_kvcache_blocks=12, max_model_len=99)
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    asked = [{"prompt": f"{SOUND}what", "multi_modal_data": {"audio": (clip(9000, seed=i), RATE)}}
+             for i in range(4)]  # fmt: skip
+    try:
+        found, expected = (
+            [list(one.outputs[0].token_ids) for one in each.generate(asked, params)]
+            for each in (small, eager)
+        )
+        preempted = [one for one in small.get_metrics() if "preempt" in one.name]
+    finally:
+        small.close()
+    assert found == expected
+    assert preempted[0].value > 0
+
+
+@pytest.mark.parametrize("grids", [[(1, 2, 2)], [(1, 6, 10), (3, 4, 2), (1, 10, 4)]])
+def test_the_features_of_the_vision_tower_are_those_of_transformers(
+    thinker: Any, grids: list[tuple[int, int, int]]
+) -> None:
+    folder, hf, _ = thinker
+    device = cpu.create(0, {})
+    made = tower(hf.config.vision_config, torch.float32)
+    loaded = weights.load(made, folder, Target(device.device))
+    steps = TowerSteps(made, loaded, device, Compiler(lowering=None))
+    pixels = torch.randn(sum(int(np.prod(one)) for one in grids), 3 * 2 * 14 * 14)
+    with torch.no_grad():
+        wanted = hf.model.visual(pixels, grid_thw=torch.tensor(grids)).pooler_output
+    torch.testing.assert_close(steps.features(pixels, grids)[0], wanted, rtol=0, atol=1e-4)
