@@ -216,8 +216,8 @@ class Engine:
         models that have three. Requests with a lower `priority` number run first.
 
         Raises ValueError, and queues nothing, if the prompt is empty, too long or has ids outside
-        the vocabulary, or if embeddings do not fit the prompt or the model. Images and videos are
-        prepared in threads: if one cannot be read, the request ends with an error.
+        the vocabulary, or if embeddings do not fit the prompt or the model. Media are prepared
+        in threads: if one cannot be read, the request ends with an error.
         """
         self._check_open()
         self._sleeper.check_awake()

@@ -20,7 +20,8 @@ class _Optional(TypedDict, total=False):
 class TextPrompt(_Optional):
     """A prompt as text. Prompts share cache blocks only with prompts of the same `cache_salt`.
 
-    `multi_modal_data` has its images and videos: {"image": one or a list, "video": one or a list}.
+    `multi_modal_data` has its images, videos and sound: {"image": one or a list, "video": one or a
+    list, "audio": one or a list}.
     The prompt has a placeholder for each, as the model writes it. See docs/media.md.
     """
 
@@ -47,7 +48,7 @@ BYTES = (bytes, bytearray, memoryview)  # iterables of numbers that are no token
 class Prompt:
     """A prompt. `token_ids` is None if `text` must be encoded first.
 
-    `media` has the images and videos of its placeholders, those of a kind in their order. With
+    `media` has the images, videos and sound of its placeholders, those of a kind in order. With
     `has_special_tokens` the text has all special tokens already.
     """
 

@@ -31,7 +31,7 @@ class MediaOptions:
     max_patches_bytes: bytes of the patches of one image or video.
     media_timeout_s: seconds for one remote download, in all.
     num_media_workers: threads that decode, resize and patch.
-    media_cache_bytes: bytes of prepared images and videos that are kept for later prompts.
+    media_cache_bytes: bytes of prepared images, videos and clips that are kept for later prompts.
     embedding_cache_bytes: bytes of embeddings on the device that are kept for later prompts.
     max_held_bytes: bytes of patches of unfinished requests beyond which no further prompt is
         prepared.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -62,12 +62,33 @@ def of_wav(data: bytes, wanted_rate: int, max_seconds: float) -> Samples:
     parts = dict(_parts(data))
     if b"fmt " not in parts or b"data" not in parts:
         raise ValueError("the WAV file has no header or no samples: it is corrupt or truncated")
-    begin, end = parts[b"fmt "]
-    if end - begin < 16:
+    header = _header(data[slice(*parts[b"fmt "])])
+    begin, end = parts[b"data"]
+    num = (end - begin) // header.step
+    _check(header.rate, num, wanted_rate, max_seconds)
+    dtype = DTYPES[header.tag, header.bits]
+    raw = np.frombuffer(data[begin : begin + num * header.step], dtype)
+    if header.bits == 24:
+        raw = _of_24_bits(raw)
+    return _mono(_floats(raw.reshape(num, header.channels).T))
+
+
+class _Header(NamedTuple):
+    """`step` is the bytes of one sample of all channels."""
+
+    tag: int
+    channels: int
+    rate: int
+    step: int
+    bits: int
+
+
+def _header(part: bytes) -> _Header:
+    if len(part) < 16:
         raise ValueError("the WAV file has no whole header: it is corrupt or truncated")
-    tag, channels, rate, _, step, bits = struct.unpack("<HHIIHH", data[begin : begin + 16])
-    if tag == EXTENSIBLE and end - begin >= 26:
-        (tag,) = struct.unpack("<H", data[begin + 24 : begin + 26])
+    tag, channels, rate, _, step, bits = struct.unpack("<HHIIHH", part[:16])
+    if tag == EXTENSIBLE and len(part) >= 26:
+        (tag,) = struct.unpack("<H", part[24:26])
     if (tag, bits) not in DTYPES:
         raise ValueError(
             f"the WAV file has format {tag} with {bits} bits: integers of 8, 16, 24 or 32 bits and "
@@ -78,13 +99,7 @@ def of_wav(data: bytes, wanted_rate: int, max_seconds: float) -> Samples:
             f"the WAV file has {channels} channels in {step} bytes: at most {MAX_CHANNELS} "
             "channels are read"
         )
-    begin, end = parts[b"data"]
-    num = (end - begin) // step
-    _check(rate, num, wanted_rate, max_seconds)
-    raw = np.frombuffer(data[begin : begin + num * step], DTYPES[tag, bits])
-    if bits == 24:
-        raw = _of_24_bits(raw)
-    return _mono(_floats(raw.reshape(num, channels).T))
+    return _Header(tag, channels, rate, step, bits)
 
 
 def _parts(data: bytes) -> Iterator[tuple[bytes, tuple[int, int]]]:

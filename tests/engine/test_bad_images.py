@@ -87,7 +87,8 @@ def test_a_bad_image_ends_its_own_prompt(llm: LLM, name: str) -> None:
         (asked(FILM, image=picture(9, 9)), "placeholders for"),
         (asked(PICTURE * 4, image=[picture(9, 9)] * 4), "4 images: at most 3 are allowed"),
         (asked(FILM * 2, video=[[picture(9, 9)] * 2] * 2), "2 videos: at most 1 are allowed"),
-        (asked(TEXT, audio="x"), "multi_modal_data has the key 'audio'"),
+        (asked(TEXT, sound="x"), "multi_modal_data has the key 'sound'"),
+        (asked(TEXT, audio="x"), "the prompt has audio 1, but .* does not hear"),
         (asked(TEXT, image=7), "image 1 is of type int"),
     ],
 )
@@ -135,7 +136,7 @@ def test_a_text_model_refuses_images() -> None:
     [
         ({"allowed_local_media_path": "/nowhere/at/all"}, "it must be a folder"),
         ({"allowed_media_domains": ["https://a.b/"]}, "it must be 'host' or 'host:port'"),
-        ({"limit_mm_per_prompt": {"audio": 1}}, "limit_mm_per_prompt is .*'image' and 'video'"),
+        ({"limit_mm_per_prompt": {"sound": 1}}, "limit_mm_per_prompt is .*, 'video' and 'audio'"),
         ({"limit_mm_per_prompt": {"image": -1}}, "limit_mm_per_prompt is"),
         ({"media_limits": {"max_pixels": 1}}, "media_limits is .*max_image_pixels"),
         ({"media_limits": {"max_image_pixels": 0}}, "max_image_pixels is 0: .* at least 1"),
