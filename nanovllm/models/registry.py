@@ -33,6 +33,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "MixtralForCausalLM": mixtral.model,
     "Qwen2ForCausalLM": qwen2.model,
     "Qwen2_5_VLForConditionalGeneration": qwen2_5_vl.model,
+    "Qwen2_5OmniModel": qwen2_5_omni.model,  # the name in the files of the release
     "Qwen2_5OmniForConditionalGeneration": qwen2_5_omni.model,
     "Qwen2_5OmniThinkerForConditionalGeneration": qwen2_5_omni.model,
     "Qwen2MoeForCausalLM": qwen2_moe.model,

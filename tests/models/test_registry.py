@@ -50,6 +50,7 @@ BY_TYPE = {
 TESTED_ELSEWHERE = {
     "MiniCPMForCausalLM": "test_minicpm.py",
     "Qwen2_5_VLForConditionalGeneration": "test_vision_text.py",
+    "Qwen2_5OmniModel": "test_omni.py",
     "Qwen2_5OmniForConditionalGeneration": "test_omni.py",
     "Qwen2_5OmniThinkerForConditionalGeneration": "test_omni.py",
     "Qwen3VLForConditionalGeneration": "test_vision_text.py",
