@@ -33,7 +33,7 @@ def answers(
     ]
     done = drain(llm)
     assert_all_free(llm)
-    assert not llm.engine.runner._embeddings, "nothing is kept of finished requests"
+    assert not llm.engine.runner.embeddings._given, "nothing is kept of finished requests"
     return [(done[i].token_ids, done[i].num_cached_tokens) for i in ids]
 
 
