@@ -225,7 +225,7 @@ def segment_tile(head_dim: int, element_size: int, max_len: int, shared_bytes: i
     # fp32 has no matrix units, and Triton uses those of Turing neither: small tiles stay within the
     # registers. AMD has 64 KB, too.
     if element_size == 4 or shared_bytes <= 64 * 1024:
-        return SegmentTile(32 if head_dim <= 80 else 16, 32, 4, 2)
+        return SegmentTile(32, 32, 4, 2) if head_dim <= 80 else SegmentTile(16, 16, 4, 2)
     if max_len <= 64 or shared_bytes < 160 * 1024:
         return SegmentTile(64, 64, 4, 2)
     return SegmentTile(128, 64, 8, 3 if head_dim <= 64 else 2)
