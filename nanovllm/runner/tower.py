@@ -7,7 +7,7 @@ L levels of features. The other letters are in `models/vision/interface`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from nanovllm.compile.program import Compiler
+from nanovllm.compile.trace import tensors
 from nanovllm.models.vision import layout as layouts
 from nanovllm.models.vision.interface import Layout, Taps, Tower, TowerWeights, Windows
 from nanovllm.models.vision.layout import Call, Grid
 from nanovllm.platforms.base import Platform
+from nanovllm.runner.captured import Capture
 
 BUDGETS = (256, 1024, 4096)  # patches; see `TowerSteps`
 
@@ -38,6 +40,7 @@ class TowerSteps:
     platform: Platform
     compiler: Compiler
     budgets: tuple[int, ...] = BUDGETS
+    _captured: dict[int, CapturedCall] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         unit = self.tower.config.patches_per_group
@@ -71,8 +74,12 @@ class TowerSteps:
         done = 0
         for call, patches in self._calls(pixels, frames_F2):
             pixel_TC, layout = self.inputs(call, patches)
-            compiler = self.compiler if call.budget is not None else Compiler(lowering=None)
-            tokens_LGO = self.run(pixel_TC, layout, compiler)
+            captured = self._captured.get(call.budget) if call.budget is not None else None
+            if captured is not None:
+                tokens_LGO = captured(pixel_TC, layout)
+            else:
+                compiler = self.compiler if call.budget is not None else Compiler(lowering=None)
+                tokens_LGO = self.run(pixel_TC, layout, compiler)
             end = done + call.num_patches // cfg.patches_per_group
             out_LGO[:, done:end] = tokens_LGO[:, : end - done]
             done = end
@@ -128,11 +135,50 @@ class TowerSteps:
             call = Call(frames_F2, budget, budget)
             self.run(*self.inputs(call, torch.zeros(budget, cfg.patch_size)), self.compiler)
 
+    def capture(self, capture: Capture) -> None:
+        """Capture a call of every budget: `features` replays them. Needs the memory of one call."""
+        cfg = self.tower.config
+        # the largest first: captured calls share one memory pool, and the first one sizes it
+        for budget in reversed(self.budgets):
+            frames_F2 = np.array([[cfg.merge_size, budget // cfg.merge_size]])
+            call = Call(frames_F2, budget, budget)
+            inputs = self.inputs(call, torch.zeros(budget, cfg.patch_size))
+            self.run(*inputs, self.compiler)  # not captured: it loads or compiles kernels
+            run = partial(self.run, compiler=self.compiler)
+            self._captured[budget] = CapturedCall(run, *inputs, capture)
+
     def _calls(self, pixels: Tensor, frames_F2: np.ndarray) -> Iterator[tuple[Call, Tensor]]:
         done = 0
         for call in layouts.calls(frames_F2, self.budgets):
             yield call, pixels[done : done + call.num_patches]
             done += call.num_patches
+
+
+class CapturedCall:
+    """The call `run` of one budget with static inputs, captured: its launches need no host."""
+
+    def __init__(
+        self,
+        run: Callable[[Tensor, Layout], Tensor],
+        pixel_TC: Tensor,
+        layout: Layout,
+        capture: Capture,
+    ) -> None:
+        self._run, self._pixel_TC, self._layout = run, pixel_TC, layout
+        self._tokens_LGO: Tensor | None = None
+        self._replay = capture(self._launch)
+
+    def __call__(self, pixel_TC: Tensor, layout: Layout) -> Tensor:
+        """The tokens of other inputs of the same shapes; the next captured step overwrites them."""
+        targets = (self._pixel_TC, *tensors(self._layout))
+        for target, source in zip(targets, (pixel_TC, *tensors(layout)), strict=True):
+            target.copy_(source)
+        self._replay()
+        assert self._tokens_LGO is not None
+        return self._tokens_LGO
+
+    def _launch(self) -> None:
+        self._tokens_LGO = self._run(self._pixel_TC, self._layout)
 
 
 def _uploaded(platform: Platform, layout: Layout) -> Layout:
