@@ -218,9 +218,9 @@ def segment_tile(head_dim: int, element_size: int, max_len: int, shared_bytes: i
     """The launch for segments of up to `max_len` tokens.
 
     Shared memory holds the queries and some tiles of keys and of values. No size is measured. Those
-    for 227 KB follow from the code for sm_90: with 128 registers a thread, two programs of 8 warps
-    share a multiprocessor, so that one multiplies while the other takes exponentials. 128 keys a
-    tile, or a third stage for heads above 64, would leave room for one.
+    for 227 KB follow from the code for sm_90: with 128 registers a thread (heads of 64 and 80), two
+    programs of 8 warps share a multiprocessor, so that one multiplies while the other takes
+    exponentials. 128 keys a tile, or a third stage for heads above 64, would leave room for one.
     """
     # fp32 has no matrix units, and Triton uses those of Turing neither: small tiles stay within the
     # registers. AMD has 64 KB, too.
