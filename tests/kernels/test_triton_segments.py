@@ -45,16 +45,16 @@ def test_tokens_see_their_segment_alone(starts: list[int], padding: int) -> None
 @pytest.mark.parametrize("head_dim", [8, 16, 40, 64, 72, 80, 96, 104, 128])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_heads_of_any_size_are_attended_whole(head_dim: int, dtype: torch.dtype) -> None:
-    check([0, 19, 99, 230], dtype=dtype, head_dim=head_dim)
-    check([0, 64, 128], dtype=dtype, head_dim=head_dim, max_len=64)
+    check([0, 19, 83], dtype=dtype, num_heads=1, head_dim=head_dim)
+    check([0, 64, 128], dtype=dtype, num_heads=1, head_dim=head_dim, max_len=64)
 
 
 @pytest.mark.parametrize(
     "tile", [SegmentTile(16, 32, 4, 2), SegmentTile(128, 64, 8, 3), SegmentTile(64, 128, 4, 2)]
 )
 def test_every_tile_gives_the_same(tile: SegmentTile) -> None:
-    for starts in (*STARTS, *MORE):
-        check(starts, tile=tile, head_dim=80)
+    for starts in (STARTS[3], *MORE[:2]):
+        check(starts, tile=tile, num_heads=1, head_dim=80)
 
 
 @pytest.mark.parametrize("num_heads", [1, 3, 16])
