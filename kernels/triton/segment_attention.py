@@ -218,9 +218,9 @@ def segment_tile(head_dim: int, element_size: int, max_len: int, shared_bytes: i
     """The launch for segments of up to `max_len` tokens.
 
     Shared memory holds the queries and some tiles of keys and of values. No size is measured. Those
-    for 227 KB follow from the code for sm_90: with 128 registers a thread (heads of 64 and 80), two
-    programs of 8 warps share a multiprocessor, so that one multiplies while the other takes
-    exponentials. 128 keys a tile, or a third stage for heads above 64, would leave room for one.
+    for 227 KB follow from the code for sm_90 (Triton 3.6 and 3.7): with at most 128 registers a
+    thread, for heads of 64 and 80, two programs of 8 warps share a multiprocessor, so that one
+    multiplies while the other takes exponentials. 128 keys or a third stage take more registers.
     """
     # fp32 has no matrix units, and Triton uses those of Turing neither: small tiles stay within the
     # registers. AMD has 64 KB, too.
@@ -228,7 +228,7 @@ def segment_tile(head_dim: int, element_size: int, max_len: int, shared_bytes: i
         return SegmentTile(32, 32, 4, 2) if head_dim <= 80 else SegmentTile(16, 16, 4, 2)
     if max_len <= 64 or shared_bytes < 160 * 1024:
         return SegmentTile(64, 64, 4, 2)
-    return SegmentTile(128, 64, 8, 3 if head_dim <= 64 else 2)
+    return SegmentTile(128, 64, 8, 2)
 
 
 def head_parts(head_dim: int) -> tuple[int, int]:
