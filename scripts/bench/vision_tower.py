@@ -1,7 +1,7 @@
 """Times vision towers in the shapes of published models, with random weights.
 
     python scripts/bench/vision_tower.py --out tower.json [--only attention towers] [--tiles]
-        [--models Qwen3-VL-2B Qwen2.5-VL-3B] [--side 1024] [--budgets 1024 4096 5476 16384]
+        [--models Qwen3-VL-2B Qwen2.5-VL-3B] [--side 1024] [--budgets 256 4096 6144 16384]
 
 attention: `segment_attention` in the calls of a tower: our kernel, torch's for packed segments, and
 scaled_dot_product_attention segment by segment. Each is compared with the last before it is timed.
@@ -85,7 +85,7 @@ def arguments() -> argparse.Namespace:
     add("--only", nargs="+", choices=PARTS, default=list(PARTS))
     add("--models", nargs="+", choices=names, default=names)
     add("--side", type=int, default=1024, help="pixels of a picture's side")
-    add("--budgets", type=int, nargs="+", default=[1024, 4096, 5476, 16384])
+    add("--budgets", type=int, nargs="+", default=[256, 4096, 6144, 16384])
     add("--depth", type=int, help="blocks of a tower, fewer than the model has")
     add("--tiles", action="store_true", help="time our attention in other tiles, too")
     return parser.parse_args()
