@@ -136,15 +136,14 @@ class TowerSteps:
             self.run(*self.inputs(call, torch.zeros(budget, cfg.patch_size)), self.compiler)
 
     def capture(self, capture: Capture) -> None:
-        """Capture a call of every budget: `features` replays them. Needs the memory of one call."""
+        """Capture a call of every budget, whose programs have all run: `features` replays them."""
         cfg = self.tower.config
+        run = partial(self.run, compiler=self.compiler)
         # the largest first: captured calls share one memory pool, and the first one sizes it
         for budget in reversed(self.budgets):
             frames_F2 = np.array([[cfg.merge_size, budget // cfg.merge_size]])
             call = Call(frames_F2, budget, budget)
             inputs = self.inputs(call, torch.zeros(budget, cfg.patch_size))
-            self.run(*inputs, self.compiler)  # not captured: it loads or compiles kernels
-            run = partial(self.run, compiler=self.compiler)
             self._captured[budget] = CapturedCall(run, *inputs, capture)
 
     def _calls(self, pixels: Tensor, frames_F2: np.ndarray) -> Iterator[tuple[Call, Tensor]]:

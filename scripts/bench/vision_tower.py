@@ -193,6 +193,10 @@ def make_steps(
     compiler = Compiler(lowering, platform.passes(fuse=True), frozen=FROZEN)
     made = weights.random(tower, Target(platform.device), 0)
     steps = TowerSteps(tower, made, platform, compiler, budgets)
+    for budget in budgets:  # builds the programs and loads their kernels
+        call = vision_shapes.full_call(tower.config, budget, 1)
+        patches = torch.zeros(call.num_patches, tower.config.patch_size)
+        steps.run(*steps.inputs(call, patches), compiler)
     steps.capture(platform.capture)
     return steps
 
