@@ -3,9 +3,10 @@
 On a CPU each segment is one call of scaled_dot_product_attention, so windows cost what they need.
 The lengths are read on the host, where they are anyway.
 
-On CUDA one kernel takes all segments and reads their starts on the device, so the call can be
-captured. It launches max_len / 128 blocks of queries for each segment and head, and those beyond a
-segment's end stop at once: many segments with a large `max_len` cost launches that do nothing.
+On CUDA the engine uses `triton.segment_attention`. torch's kernels are here to be compared with it
+(`scripts/bench/vision_tower.py`): which are faster has not been measured. One of them takes all
+segments and reads their starts on the device, so the call can be captured. It launches max_len /
+128 blocks of queries for each segment and head, and those beyond a segment's end stop at once.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def segment_attention_cpu(
     return out_TNH
 
 
-def segment_attention_cuda(
+def segment_attention_torch(
     q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, start_S: Tensor, max_len: int, scale: float
 ) -> Tensor:
     """`reference.segment_attention` by torch's copy of FlashAttention-2 (bf16, fp16), or by its

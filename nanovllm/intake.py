@@ -132,9 +132,8 @@ class Intake:
             shape = list(embeds.shape)
             widths = [self.hidden_size * (1 + num) for num in range(self.num_added + 1)]
             if len(shape) != 2 or shape[1] not in widths or not shape[0]:
-                raise ValueError(
-                    f"embeddings have shape {shape}: it must be [n, D] with D one of {widths}"
-                )
+                allowed = " or ".join(f"[n, {width}]" for width in widths)
+                raise ValueError(f"embeddings have shape {shape}: it must be {allowed}")
             if start < 0 or start + shape[0] > prompt_len:
                 raise ValueError(
                     f"{shape[0]} embeddings from position {start} on do not fit a prompt of "

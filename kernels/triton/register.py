@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels import ops
-from nanovllm.kernels.segments import segment_attention_cuda
 from nanovllm.kernels.triton.all_reduce import (
     all_reduce,
     all_reduce_,
@@ -25,6 +24,7 @@ from nanovllm.kernels.triton.rope_store import qk_norm_rope_store, rope, store_k
 from nanovllm.kernels.triton.route import norm_route, route
 from nanovllm.kernels.triton.sample import sample
 from nanovllm.kernels.triton.sample_columns import sample_columns
+from nanovllm.kernels.triton.segment_attention import segment_attention
 
 
 def paged_attention(
@@ -88,7 +88,7 @@ def register() -> None:
                 "store_kv": store_kv,
                 "qk_norm_rope_store": qk_norm_rope_store,
                 "paged_attention": paged_attention,
-                "segment_attention": segment_attention_cuda,
+                "segment_attention": segment_attention,
                 "fused_linear": fused_linear,
                 "linear_": linear_,
                 "sample": sample,

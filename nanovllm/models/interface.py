@@ -46,6 +46,9 @@ class Param(NamedTuple):
     result, or to its rows' order, into the weight. It gets this rank's part, with the row count of
     each source in it.
 
+    If `source_shape` is given, each source has this shape and fills the first rows and columns of
+    its part; the rest is zero. Only towers have such parameters (`vision.weights`).
+
     A `compressed` parameter is read from `svd_experts`, which knows its sources. The checkpoint's
     tensors that `replaces` names are not read.
     """
@@ -63,6 +66,7 @@ class Param(NamedTuple):
     is_first_only: bool = False
     is_spread: bool = False
     adapt: Adapt | None = None
+    source_shape: tuple[int, ...] | None = None
 
     @classmethod
     def one(cls, kind: ParamKind, source: str, *shape: int, shard_axis: int | None = None) -> Param:

@@ -132,7 +132,8 @@ class Runner:
         decode, spans = attention.recordable(spec.attention, platform)
         self._capture = record if decode else _as_it_is
         # the host announces lengths for decode steps only
-        self._capture_spans = record if spans and not platform.traits.wants_lengths else _as_it_is
+        self._capture_tower = _as_it_is if platform.traits.wants_lengths else record
+        self._capture_spans = self._capture_tower if spans else _as_it_is
         self.state = new_state(layout.max_num_seqs, layout.blocks_per_row, platform.device)
         # with several positions per token, rows behind the positions are those of a step's tokens
         num_rows = layout.max_model_len + (layout.prefill_tokens[-1] if cfg.rope_axes else 0)
@@ -228,6 +229,8 @@ class Runner:
             for name, tower in self.towers.items():
                 progress(name)
                 tower.warm_up()
+                if isinstance(tower, TowerSteps) and self._capture_tower is not _as_it_is:
+                    tower.capture(self._capture_tower)
             columns.warm_up(self.cfg, self.layout.logits_rows, self.platform.device)
             self.sampler.warm_up()
         self.platform.synchronize()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,8 @@ from nanovllm.models.vision import layout as layouts
 from nanovllm.models.vision.interface import Layout, Taps, Tower, TowerWeights, Windows
 from nanovllm.models.vision.layout import Call, Grid
 from nanovllm.platforms.base import Platform
+from nanovllm.runner.captured import Capture
+from nanovllm.runner.tower_capture import CapturedCall
 
 BUDGETS = (256, 1024, 4096)  # patches; see `TowerSteps`
 
@@ -39,6 +41,7 @@ class TowerSteps:
     platform: Platform
     compiler: Compiler
     budgets: tuple[int, ...] = BUDGETS
+    _captured: dict[int, CapturedCall] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         unit = self.tower.config.patches_per_group
@@ -76,8 +79,12 @@ class TowerSteps:
         done = 0
         for call, patches in self._calls(pixels, frames_F2):
             pixel_TC, layout = self.inputs(call, patches)
-            compiler = self.compiler if call.budget is not None else Compiler(lowering=None)
-            tokens_LGO = self.run(pixel_TC, layout, compiler)
+            captured = self._captured.get(call.budget) if call.budget is not None else None
+            if captured is not None:
+                tokens_LGO = captured(pixel_TC, layout)
+            else:
+                compiler = self.compiler if call.budget is not None else Compiler(lowering=None)
+                tokens_LGO = self.run(pixel_TC, layout, compiler)
             end = done + call.num_patches // cfg.patches_per_group
             out_LGO[:, done:end] = tokens_LGO[:, : end - done]
             done = end
@@ -132,6 +139,17 @@ class TowerSteps:
             frames_F2 = np.array([[cfg.merge_size, budget // cfg.merge_size]])
             call = Call(frames_F2, budget, budget)
             self.run(*self.inputs(call, torch.zeros(budget, cfg.patch_size)), self.compiler)
+
+    def capture(self, capture: Capture) -> None:
+        """Capture a call of every budget, whose programs have all run: `features` replays them."""
+        cfg = self.tower.config
+        run = partial(self.run, compiler=self.compiler)
+        # the largest first: captured calls share one memory pool, and the first one sizes it
+        for budget in reversed(self.budgets):
+            frames_F2 = np.array([[cfg.merge_size, budget // cfg.merge_size]])
+            call = Call(frames_F2, budget, budget)
+            inputs = self.inputs(call, torch.zeros(budget, cfg.patch_size))
+            self._captured[budget] = CapturedCall(run, *inputs, capture)
 
     def _calls(self, pixels: Tensor, frames_F2: np.ndarray) -> Iterator[tuple[Call, Tensor]]:
         done = 0

@@ -106,6 +106,7 @@ POINTERS = {
     },
     "*i32": {
         "table_ptr", "seq_len_ptr", "q_start_ptr", "arrived_ptr", "best_token_ptr",
+        "segment_start_ptr",
         "out_table_ptr", "out_seq_len_ptr", "out_q_start_ptr", "few_token_ptr",
     },
     "*i64": {
@@ -323,6 +324,32 @@ def mixtures(target: Target, whole: bool) -> Iterator[Build]:
             )  # fmt: skip
 
 
+def segments(target: Target, whole: bool) -> Iterator[Build]:
+    """Attention of vision towers: of Qwen3-VL-2B, or of heads of other sizes and in fp32, too."""
+    from nanovllm.kernels.triton import segment_attention as segment
+
+    cases = ((16, 64, "bf16"), (16, 80, "bf16"), (16, 72, "bf16"), (8, 128, "bf16"))
+    for num_heads, head_dim, dtype in (*cases, (8, 128, "fp32")) if whole else cases[:1]:
+        for max_len in (4096, 64):
+            tile = segment.segment_tile(
+                head_dim, 4 if dtype == "fp32" else 2, max_len, target.shared_bytes
+            )
+            constants = segment.segment_constants(num_heads, head_dim, 17, tile)
+            for name in "QKV":
+                constants |= {
+                    f"{name}_STRIDE_TOKEN": (3 if name == "V" else 1) * num_heads * head_dim
+                }
+                constants |= {f"{name}_STRIDE_HEAD": head_dim, "UPCAST": False}
+            yield Build(
+                f"segments of {max_len} head {head_dim} {dtype}", segment.segment_attention_kernel,
+                constants, tile.num_warps, tile.num_stages, dtype,
+            )  # fmt: skip
+
+
+def is_of_segments(name: str) -> bool:
+    return name.startswith("segments ")
+
+
 def sums(target: Target, whole: bool) -> Iterator[Build]:
     """The kernels of small sums over ranks, on NVIDIA GPUs alone."""
     from tests.kernels.reduce_builds import launches
@@ -349,6 +376,7 @@ def all_builds(name: str) -> Iterator[Build]:
             yield from products(case, product, target)
     if target.has_matrix_units:
         yield from gated_products(target, whole)
+    yield from segments(target, whole)
     yield from mixtures(target, whole)
     yield from sums(target, whole)
     yield from steps()
@@ -422,8 +450,8 @@ def instructions(cubin: bytes) -> Counter[str]:
 def compile_all(name: str) -> dict[str, dict[str, Any]]:
     """Properties of each kernel: its shared memory in bytes, and the NVIDIA instructions it has.
 
-    With an fp8 cache also the numbers of spills, of loads of single bytes, and of conversions of
-    two fp8 values at once.
+    With an fp8 cache and for segments also the numbers of spills, of loads of single bytes, and of
+    conversions of two fp8 values at once.
     """
     from triton.runtime import driver
 
@@ -438,7 +466,7 @@ def compile_all(name: str) -> dict[str, dict[str, Any]]:
             "shared": compiled.metadata.shared,
             "marks": [mark for mark in marks if mark in text],
         }
-        if build.has_fp8_cache:
+        if target.backend == "cuda" and (build.has_fp8_cache or is_of_segments(build.name)):
             code = instructions(compiled.asm["cubin"])
             one |= {
                 "spills": sum(num for name, num in code.items() if name.startswith(("STL", "LDL"))),

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.kernels.builds import FP8_MODELS, FP8_TARGETS, TARGETS
+from tests.kernels.builds import FP8_MODELS, FP8_TARGETS, TARGETS, is_of_segments
 
 REPOSITORY = Path(__file__).parents[2]
 NAMES = list(TARGETS)
@@ -73,10 +73,13 @@ def test_kernels_compile_and_fit_shared_memory(name: str, builds: Builds) -> Non
     assert not too_large, f"more than {target.shared_bytes} bytes of shared memory: {too_large}"
     for kernel, it in found.items():
         marks = set(it["marks"])
-        is_attention = ": decode" in kernel or ": prefill" in kernel
+        of_segments = is_of_segments(kernel)
+        is_attention = ": decode" in kernel or ": prefill" in kernel or of_segments
         if (is_attention or ": group" in kernel) and "fp32" not in kernel:
             # a product that silently runs on the ordinary cores takes ten times as long
             assert bool(marks & {"mma.", "wgmma.", "mfma"}) == target.has_matrix_units, kernel
+        assert not of_segments or not it.get("spills"), kernel
+        assert ("wgmma." in marks) == (target.arch == 90) or not of_segments or "fp32" in kernel
         assert ("ex2.approx.ftz" in marks) == (
             target.backend == "cuda" and (is_attention or kernel.startswith("best_of_span"))
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -101,6 +103,19 @@ def test_no_call_has_more_frames_than_there_are_segments(num: int) -> None:
     counts = [len(call.frames_F2) for call in found]
     assert sum(counts) == num and max(counts) <= MAX_FRAMES
     assert len(counts) == -(-num // MAX_FRAMES)
+
+
+@pytest.mark.parametrize("side", [1, 2, 3, 4, 7])
+def test_no_call_has_more_windows_than_there_are_segments(side: int) -> None:
+    lengths = range(1, 2 * side + 3)
+    fullest = 0.0
+    for rows, columns in itertools.product(lengths, lengths):
+        windows = -(-rows // side) * -(-columns // side)
+        for num in (1, MAX_FRAMES):
+            most = layouts.max_windows(num * rows * columns, side)
+            assert num * windows <= most
+            fullest = max(fullest, num * windows / most)
+    assert fullest == 1  # no smaller number would do
 
 
 @pytest.mark.parametrize("grid", [(1, 3, 2), (1, 2, 0), (0, 2, 2), (1, 2, -2)])

@@ -205,6 +205,17 @@ def test_both_spellings_of_checkpoints_give_the_same_weights(
     assert difference(*features) == 0
 
 
+def test_mlps_of_odd_widths_are_padded(tmp_path: Path, platform: Platform) -> None:
+    model = tower_cases.save(tmp_path, "qwen2_5_vl", intermediate_size=51)
+    made = steps(tmp_path, model, platform, Compiler(lowering=None))
+    block = made.weights.blocks[0]
+    assert block.down_DF.shape == (48, 56) and block.gate_up_VD.shape == (112, 48)
+    grids: Grids = [(1, 6, 10)]
+    pixels = tower_cases.patches(grids)
+    expected = tower_cases.expected(model, pixels, grids)
+    assert difference(made.features(pixels, grids), expected) <= TOLERANCE
+
+
 def test_the_meaning_of_attention_can_be_part_of_a_graph(saved: Any, platform: Platform) -> None:
     """As on devices without a kernel for it."""
     plain = (("replace_ops", partial(replace_ops)),)

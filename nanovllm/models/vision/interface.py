@@ -14,9 +14,8 @@ Cost. Attention takes 4·T·D floating-point operations a token and layer where 
 products take 24·D² (Qwen3-VL) and 8·D² + 6·D·F (Qwen2.5-VL). At 4,096 patches and D = 1,024
 attention is 40 % of the work of Qwen3-VL-2B. `ops.segment_attention` computes each segment by
 itself: windows of 64 patches cost next to nothing. A boolean mask over all T patches would cost
-4·T·D for every layer, and the kernels that take masks are slower. What it does not avoid: kernels
-launch for MAX_FRAMES · T / 128 blocks of queries, most of them empty if one frame fills T. A list
-of (segment, block) made on the host would avoid these.
+4·T·D for every layer, and the kernels that take masks are slower. On CUDA it launches T / 128 + S
+tiles of queries for each head: one frame that fills T leaves MAX_FRAMES of them empty.
 """
 
 from __future__ import annotations

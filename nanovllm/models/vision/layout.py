@@ -132,7 +132,17 @@ def _windows(cfg: TowerConfig, frames_F2: np.ndarray, order: _Order, budget: int
     key_g2 = np.stack((frame_g, window_g), axis=1)[order_g]
     last_g = np.append((key_g2[1:] != key_g2[:-1]).any(axis=1), True)
     ends = (np.flatnonzero(last_g) + 1) * per_group
-    return Windows(order_G, place_G, _starts(ends, num_groups + 1))
+    return Windows(order_G, place_G, _starts(ends, max_windows(num_groups, side) + 1))
+
+
+def max_windows(num_groups: int, side: int) -> int:
+    """The most windows of `side`² groups in a call. Kernels launch programs for each of them.
+
+    A frame of R rows and C columns has ⌈R / side⌉ · ⌈C / side⌉ ≤ R · C / side + 1 windows. If R ≤
+    side, that is ⌈C / side⌉. If both are larger, ⌈R / side⌉ ≤ 2R / (side + 1), and (side + 1)² is
+    at least 4 · side.
+    """
+    return min(num_groups, num_groups // side + MAX_FRAMES)
 
 
 def _regrouped(x_T2: np.ndarray, order_G: np.ndarray) -> np.ndarray:

@@ -42,7 +42,13 @@ def load(tower: AnyTower[Weights], folder: Path, target: Target) -> Weights:
         def read(param: Param) -> Tensor:
             out = torch.empty(param.shape, dtype=tower.config.dtype, device=target.device)
             names = [prefix + source for source in param.sources]
-            checkpoint.read(zip(names, out.split(param.parts)))
+            if param.source_shape is None:
+                checkpoint.read(zip(names, out.split(param.parts)))
+            else:
+                sources = [out.new_empty(param.source_shape) for _ in names]
+                checkpoint.read(zip(names, sources))
+                for part, source in zip(out.zero_().split(param.parts), sources):
+                    part[tuple(map(slice, source.shape))] = source
             left.difference_update(names)
             return target.place(out)
 
