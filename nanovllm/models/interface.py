@@ -33,7 +33,8 @@ class Param(NamedTuple):
     experts [E, O, D], whose rows are stacked expert by expert, "basis" a matrix that compressed
     experts share, "places" where a rank's experts are in its stack (`Shard.places`), which no
     checkpoint has. `parts` are the row counts of the sources. A checkpoint may have one tensor of
-    `shape` with the name `other_name` instead.
+    `shape` with the name `other_name` instead. If it `may_be_transposed`, its last two axes may be
+    exchanged there.
 
     `shard_axis` is the axis of the sources that tensor parallelism splits, each source by itself;
     None for a parameter that every rank has (`shards`). `units` are the numbers of heads in the
@@ -65,6 +66,7 @@ class Param(NamedTuple):
     is_vocab: bool = False
     is_first_only: bool = False
     is_spread: bool = False
+    may_be_transposed: bool = False
     adapt: Adapt | None = None
     source_shape: tuple[int, ...] | None = None
 

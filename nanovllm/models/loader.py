@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nanovllm.models import experts, svd_experts
+from nanovllm.models import experts, svd_experts, transposed
 from nanovllm.models.checkpoint import Buffer, Checkpoint, CheckpointError, Cut, plain_buffer
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.experts.offloaded import Offloader
@@ -82,6 +82,7 @@ class Reader:
         self._used: set[str] = set()
         # an example of each spelling of experts: whether it is the other one, and a tensor's name
         self._spellings: dict[bool, str] = {}
+        self._orientations = transposed.Orientations()
 
     def read(self, param: Param) -> Tensor:
         """A parameter in the model's dtype on the device. Raises CheckpointError: see `load`."""
@@ -98,6 +99,10 @@ class Reader:
             self._used.update(param.replaces)
             return out
         sources = self._sources(param)
+        self._used.update(sources)
+        if self._is_transposed(param, sources):
+            transposed.read(self._checkpoint, shard, param, out)
+            return out
         if sources == param.sources:
             own = shard.sources(param)
             parts, cuts = rows.split(small.parts), [shard.cut(param, i) for i in own]
@@ -110,7 +115,6 @@ class Reader:
             out.zero_()
         else:
             self._checkpoint.read_parts(map(_padded, names, parts, cuts))
-        self._used.update(sources)
         if param.adapt is not None:
             param.adapt(out, small.parts)
         return out
@@ -127,6 +131,12 @@ class Reader:
         if isinstance(place, Offloader) and param.kind == "experts":
             return place.empty(param.shape, self._config.dtype)
         return torch.empty(param.shape, dtype=self._config.dtype, device=self._target.device)
+
+    def _is_transposed(self, param: Param, sources: tuple[str, ...]) -> bool:
+        """Whether the one tensor of all sources is transposed. Raises CheckpointError."""
+        if not param.may_be_transposed or sources == param.sources:
+            return False
+        return self._orientations.is_transposed(self._checkpoint, sources[0], param)
 
     def _sources(self, param: Param) -> tuple[str, ...]:
         """The names of the tensors of a parameter, in one of two spellings.

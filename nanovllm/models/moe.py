@@ -47,7 +47,7 @@ class ExpertNames(NamedTuple):
 
     `one` names a matrix of one expert: `gate`, `up` or `down` in the place of {matrix}, the
     expert's number in that of {expert}. `stacked` are the two tensors of all experts as
-    transformers 5 has them: gate and up together, and down.
+    transformers 5 has them: gate and up together, and down. See `Param` for `may_be_transposed`.
     """
 
     router: str
@@ -57,6 +57,7 @@ class ExpertNames(NamedTuple):
     down: str
     other_router: str | None = None
     stacked: tuple[str, str] = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+    may_be_transposed: bool = False
 
     def layer_params(self, cfg: ModelConfig, kind: LayerKind, layer_idx: int) -> dict[str, Param]:
         """Parameters of one decoder layer, by the fields of `layer_type(kind)`."""
@@ -215,6 +216,8 @@ def stacked_params(cfg: ModelConfig, names: ExpertNames, layer_idx: int) -> dict
             "experts", (num, hidden, size), down, (hidden,) * num, 1, stacked_down
         ),
     }  # fmt: skip
+    for name, param in declared.items():
+        declared[name] = param._replace(may_be_transposed=names.may_be_transposed)
     if not cfg.moe.is_spread:
         return declared
     places = {"local_X": Param("places", (num,), (), (), None)}

@@ -20,6 +20,7 @@ from nanovllm.models import (
     qwen3,
     qwen3_moe,
     qwen3_vl,
+    qwen3_vl_moe,
     smollm3,
 )
 from nanovllm.models.interface import Model
@@ -40,6 +41,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Qwen3ForCausalLM": qwen3.model,
     "Qwen3MoeForCausalLM": qwen3_moe.model,
     "Qwen3VLForConditionalGeneration": qwen3_vl.model,
+    "Qwen3VLMoeForConditionalGeneration": qwen3_vl_moe.model,
     "Gemma3ForCausalLM": gemma3.model,
     "GraniteForCausalLM": granite.model,
     "MiniCPMForCausalLM": minicpm.model,

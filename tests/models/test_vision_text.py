@@ -17,6 +17,8 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
 )
 
 from nanovllm import LLM, SamplingParams
@@ -54,21 +56,34 @@ def qwen2_5() -> Any:
     )
 
 
+QWEN3_TEXT = TEXT | {
+    "head_dim": 16,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]},
+}
+QWEN3_VISION = {
+    "depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4,
+    "out_hidden_size": 64, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1, 2],
+}  # fmt: skip
+
+
 def qwen3() -> Any:
-    text = TEXT | {
-        "head_dim": 16,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]},
-    }
-    vision = {
-        "depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 4,
-        "out_hidden_size": 64, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1, 2],
-    }  # fmt: skip
     return Qwen3VLForConditionalGeneration(
-        Qwen3VLConfig(text_config=text, vision_config=vision, **TOKENS)
+        Qwen3VLConfig(text_config=QWEN3_TEXT, vision_config=QWEN3_VISION, **TOKENS)
     )
 
 
-MODELS = {"qwen2_5": qwen2_5, "qwen3": qwen3}
+def qwen3_moe() -> Any:
+    """The second layer is dense; features are added after sparse layers and after this one."""
+    text = QWEN3_TEXT | {
+        "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+        "mlp_only_layers": [1],
+    }  # fmt: skip
+    return Qwen3VLMoeForConditionalGeneration(
+        Qwen3VLMoeConfig(text_config=text, vision_config=QWEN3_VISION, **TOKENS)
+    )
+
+
+MODELS = {"qwen2_5": qwen2_5, "qwen3": qwen3, "qwen3_moe": qwen3_moe}
 
 
 @pytest.fixture(scope="module", params=MODELS)
