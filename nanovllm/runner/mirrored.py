@@ -9,7 +9,7 @@ from __future__ import annotations
 import atexit
 import json
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -21,6 +21,8 @@ from torch import Tensor
 from nanovllm.parallel.ranks import Ranks, deferred_interrupts
 from nanovllm.runner.runner import Encodable, Launched, Runner
 from nanovllm.schedule.plan import LogitEdits, StepPlan
+
+GROUP_BYTES = 1 << 27  # of patches, or of features of sound, in one message
 
 
 class Followers(Protocol):
@@ -63,10 +65,13 @@ class MirroredRunner(Runner):
         self.ranks.ask("add_embeddings", safe.save({key: embeds.cpu().contiguous()}))
 
     def encode(self, media: Mapping[str, Encodable]) -> None:
-        facts = {key: [one.grid, one.tower] for key, one in media.items()}
-        content = safe.save({key: one.values for key, one in media.items()})
-        self.ranks.tell("encode", json.dumps(facts).encode() + b"\0" + content)
-        super().encode(media)
+        """See `Runner.encode`. Every rank encodes the same media together, since the embeddings
+        must be equal to the last bit."""
+        for group in _groups(media):
+            facts = {key: [one.grid, one.tower] for key, one in group.items()}
+            content = safe.save({key: one.values for key, one in group.items()})
+            self.ranks.tell("encode", json.dumps(facts).encode() + b"\0" + content)
+            super().encode(group)
 
     def drop_embeddings(self, keys: Iterable[str]) -> None:
         dropped = list(keys)
@@ -86,6 +91,20 @@ class MirroredRunner(Runner):
             super().close()  # before the group: NCCL waits for captured graphs
         finally:
             self._followers.close()
+
+
+def _groups(media: Mapping[str, Encodable]) -> Iterator[dict[str, Encodable]]:
+    """What goes in one message: up to GROUP_BYTES, unless a single item has more."""
+    group: dict[str, Encodable] = {}
+    num_bytes = 0
+    for key, one in media.items():
+        if group and num_bytes + one.values.nbytes > GROUP_BYTES:
+            yield group
+            group, num_bytes = {}, 0
+        group[key] = one
+        num_bytes += one.values.nbytes
+    if group:
+        yield group
 
 
 def _close(found: weakref.ref[MirroredRunner]) -> None:

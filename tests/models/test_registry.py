@@ -54,6 +54,7 @@ TESTED_ELSEWHERE = {
     "Qwen2_5OmniForConditionalGeneration": "test_omni.py",
     "Qwen2_5OmniThinkerForConditionalGeneration": "test_omni.py",
     "Qwen3VLForConditionalGeneration": "test_vision_text.py",
+    "Qwen3VLMoeForConditionalGeneration": "test_vision_text.py",
 }
 SIZES = {
     "vocab_size": 99,

@@ -89,16 +89,21 @@ MODELS = {"qwen2_5": qwen2_5, "qwen3": qwen3, "qwen3_moe": qwen3_moe}
 @pytest.fixture(scope="module", params=MODELS)
 def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """transformers' model, and its folder."""
+    folder = tmp_path_factory.mktemp(request.param)
+    return saved(request.param, folder), folder
+
+
+def saved(name: str, folder: Path) -> Any:
+    """transformers' model with random weights, saved in a folder."""
     torch.manual_seed(0)
-    hf = MODELS[request.param]().eval()
-    for name, param in hf.named_parameters():
+    hf = MODELS[name]().eval()
+    for parameter_name, param in hf.named_parameters():
         if param.dim() > 1:
-            torch.nn.init.normal_(param, std=0.1 if "visual" in name else 0.2)
+            torch.nn.init.normal_(param, std=0.1 if "visual" in parameter_name else 0.2)
     # of equal tokens the first is chosen, so no answer has an image's token
     hf.lm_head.weight.data[80:] = hf.lm_head.weight.data[0]
-    folder = tmp_path_factory.mktemp(request.param)
     hf.save_pretrained(folder)
-    return hf, folder
+    return hf
 
 
 class Given:
