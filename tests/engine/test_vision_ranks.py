@@ -64,5 +64,5 @@ def test_four_ranks_get_each_image_in_a_message(
 
 
 def test_graphs_of_two_ranks_give_the_tokens_of_one(tmp_path: Path) -> None:
-    few = {"graph_batch_sizes": [4], "max_num_seqs": 4, "max_num_batched_tokens": 64}
-    check(saved("qwen3", tmp_path), tmp_path, 2, enforce_eager=False, **few)
+    hf = saved("qwen3", tmp_path)
+    check(hf, tmp_path, 2, enforce_eager=False, max_num_batched_tokens=64)
