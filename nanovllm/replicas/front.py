@@ -9,13 +9,17 @@ from collections.abc import Collection, Container, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 
+import numpy as np
+
 from nanovllm.config import EngineConfig
 from nanovllm.intake import Embeddings, Intake, checked_priority, drawn_seed
 from nanovllm.media.given import Given
 from nanovllm.metrics import Metric
+from nanovllm.parallel.channel import MAX_PAYLOAD_BYTES
 from nanovllm.parallel.ranks import deferred_interrupts
 from nanovllm.prompts import AnyPrompt, Prompt, as_prompt
-from nanovllm.replicas import messages
+from nanovllm.replicas import attached, messages
+from nanovllm.replicas.attached import Attached, Images
 from nanovllm.replicas.messages import Addition
 from nanovllm.replicas.placing import Place, choose
 from nanovllm.replicas.ready import facts_of, raisable
@@ -26,12 +30,14 @@ from nanovllm.sampling import SamplingParams
 from nanovllm.schedule.blocks import chained_digests
 from nanovllm.schedule.logprobs import Logprob
 from nanovllm.schedule.outputs import Completion, Increment, Outbox
+from nanovllm.schedule.request import Content, Request
 from nanovllm.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
 # A thread that waits for outputs lets others in after this time.
 WAIT_S = 0.005
+MAX_ATTACHED_BYTES = MAX_PAYLOAD_BYTES // 2
 
 
 @dataclass
@@ -105,8 +111,15 @@ class Replicas:
         self._block_size = first.block_size
         self._places = [Place(one.num_blocks) for one in facts]
         self._intake = Intake(
-            config.model, self.tokenizer, first.vocab_size, first.hidden_size, first.max_model_len
+            config.model,
+            self.tokenizer,
+            first.vocab_size,
+            first.hidden_size,
+            first.max_model_len,
+            num_added=first.num_added,
+            has_axes=first.has_axes,
         )
+        self._sees = first.sees
 
     def close(self) -> None:
         """End all replicas. Nothing of them is left."""
@@ -172,21 +185,23 @@ class Replicas:
         *,
         incremental: bool = True,
         embeddings: Embeddings = (),
+        positions: np.ndarray | None = None,
+        images: Images = (),
         priority: int = 0,
     ) -> int:
         """Queue a prompt at a replica; returns the request's id. Arguments are those of `Engine`.
 
-        Raises ValueError as `Engine` does, and for embeddings, which do not cross processes.
+        Raises ValueError as `Engine` does, and for more images and embeddings than a message takes.
         Raises ReplicaFailed if no replica is left.
         """
         self._check_open()
-        if embeddings:
-            self._refuse("embeddings")
         params = params or SamplingParams()
         self._intake.check(params)
         given = as_prompt(prompt)
         self.check_media(given.media)
         prompt_ids = self._intake.prompt_ids(given, params)
+        beside = Attached(embeddings, positions, images)
+        contents = self._checked_contents(beside, len(prompt_ids))
         priority, edits = checked_priority(priority), self._intake.edits(params)
         if edits is not None:
             logit_edits.check(edits, self._intake.vocab_size)
@@ -197,7 +212,9 @@ class Replicas:
         addition = Addition(request_id, prompt_ids, fields, incremental, priority, given.cache_salt)
         cost = len(prompt_ids) + self._intake.max_output(params, len(prompt_ids))
         with deferred_interrupts():
-            chosen = self._send(addition, cost)
+            digests = self._digests(addition, contents, positions)
+            payload = attached.dump(messages.dump(addition), beside)
+            chosen = self._send(payload, digests, cost)
             self._num_added += 1
             logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
             self._pending[request_id] = _Pending(chosen, prompt_ids, cost, logprobs)
@@ -234,14 +251,22 @@ class Replicas:
         """Whether outputs of these requests, or of any, wait for `take`."""
         return self._outbox.has(request_ids)
 
-    def _send(self, addition: Addition, cost: int) -> Replica:
+    def _digests(
+        self, addition: Addition, contents: tuple[Content, ...], positions: np.ndarray | None
+    ) -> list[bytes]:
+        """The digests of the prompt's blocks, as the replicas' caches have them."""
+        if not self.config.enable_prefix_caching:
+            return []
+        ids, salt = addition.prompt_ids, addition.cache_salt
+        known = Request(
+            addition.request_id, ids, SamplingParams(), 0, 1, frozenset(),
+            contents=contents, prompt_position_3P=positions,
+        )  # fmt: skip
+        root = sha256(salt.encode()).digest() if salt else b""
+        return chained_digests(ids, self._block_size, root=root, content=known.content)
+
+    def _send(self, payload: bytes, digests: list[bytes], cost: int) -> Replica:
         """Give a request to the replica that suits it best, or to another if that has failed."""
-        digests: list[bytes] = []
-        if self.config.enable_prefix_caching:
-            salt = addition.cache_salt
-            root = sha256(salt.encode()).digest() if salt else b""
-            digests = chained_digests(addition.prompt_ids, self._block_size, root=root)
-        payload = messages.dump(addition)
         living = {replica.index for replica in self.replicas if replica.failure is None}
         while living:
             index = choose(self._places, living, digests, cost)
@@ -253,6 +278,19 @@ class Replicas:
             self._take(self._inbox.get())  # the failures, which the refused messages announce
         causes = "; ".join(str(replica.failure) for replica in self.replicas)
         raise ReplicaFailed(f"no replica is left: {causes}")
+
+    def _checked_contents(self, beside: Attached, prompt_len: int) -> tuple[Content, ...]:
+        """The contents of a request. Raises ValueError."""
+        contents = self._intake.contents(beside.embeddings, prompt_len)
+        self._intake.check_positions(beside.positions, prompt_len)
+        if beside.images and not self._sees:
+            raise ValueError(f"the prompt has images, but {self.config.model!r} sees none")
+        if beside.num_bytes > MAX_ATTACHED_BYTES:
+            raise ValueError(
+                f"the prompt's images and embeddings have {beside.num_bytes} bytes: with "
+                f"{self.config.replicas_option} at most {MAX_ATTACHED_BYTES} are supported"
+            )
+        return contents + tuple(content for content, _ in beside.images)
 
     def _drop(self, request_ids: Collection[int]) -> dict[int, _Pending]:
         """Forget unfinished requests here and at their replicas; returns them."""

@@ -6,14 +6,18 @@ from collections.abc import Container, Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from nanovllm.config import EngineConfig
     from nanovllm.intake import Embeddings
     from nanovllm.media.given import Given
     from nanovllm.metrics import Metric
     from nanovllm.prompts import AnyPrompt, Prompt
+    from nanovllm.runner.runner import Encodable
     from nanovllm.sampling import SamplingParams
     from nanovllm.schedule.outputs import Increment
     from nanovllm.schedule.plan import StepPlan
+    from nanovllm.schedule.request import Content
     from nanovllm.tokenizer import Tokenizer
 
 
@@ -66,6 +70,8 @@ class AnyEngine(Protocol):
         *,
         incremental: bool = True,
         embeddings: Embeddings = (),
+        positions: np.ndarray | None = None,
+        images: Sequence[tuple[Content, Encodable]] = (),
         priority: int = 0,
     ) -> int: ...
 

@@ -12,7 +12,7 @@ from nanovllm.engine import Engine
 from nanovllm.parallel.channel import Channel, Message
 from nanovllm.parallel.serve import ANSWER, ASKS
 from nanovllm.prompts import Prompt
-from nanovllm.replicas import messages
+from nanovllm.replicas import attached, messages
 from nanovllm.replicas.messages import Addition, Facts
 from nanovllm.sampling import SamplingParams
 from nanovllm.schedule.outputs import Completion, Increment
@@ -63,13 +63,15 @@ class Loop:
 
     def _add(self, payload: bytes) -> None:
         """Queue a request. What the front cannot know, such as full memory, ends it alone."""
-        given = Addition(**json.loads(payload))
+        message, given_beside = attached.load(payload)
+        given = Addition(**json.loads(message))
         try:
             of_engine = self._engine.add_request(
                 Prompt(None, given.prompt_ids, given.cache_salt),
                 SamplingParams(**given.params),
                 incremental=given.incremental,
                 priority=given.priority,
+                **given_beside._asdict(),
             )
         except Exception as error:
             text = f"{type(error).__name__}: {error}"
@@ -98,6 +100,9 @@ class Loop:
             max_num_seqs=engine.max_num_seqs,
             vocab_size=engine.model_config.vocab_size,
             hidden_size=engine.model_config.hidden_size,
+            num_added=engine.model_config.num_added,
+            has_axes=bool(engine.model_config.rope_axes),
+            sees=engine.runner.tower is not None,
             block_size=pool.block_size,
             num_blocks=pool.num_blocks,
             eos_ids=sorted(engine.eos_ids),

@@ -29,7 +29,7 @@ _Top = list[tuple[int, float, int]]  # the token's id, its log-probability, its 
 @dataclass(frozen=True)
 class Facts:
     """What the front must know of an engine. `num_blocks` counts blocks of its cache, `checkpoint`
-    is a digest."""
+    is a digest. `sees` says that the model has a tower; the fields before it are of `Intake`."""
 
     checkpoint: str
     max_model_len: int
@@ -40,6 +40,9 @@ class Facts:
     num_blocks: int
     eos_ids: list[int]
     default_params: dict[str, Any]
+    num_added: int = 0
+    has_axes: bool = False
+    sees: bool = False
 
 
 @dataclass(frozen=True)

@@ -268,8 +268,8 @@ def test_bad_requests_are_refused_and_queue_nothing(two: LLM) -> None:
     for prompts, changes, match in cases:
         with pytest.raises(ValueError, match=match):
             two.generate(prompts, greedy(2, **changes), use_tqdm=False)
-    with pytest.raises(ValueError, match="embeddings is not supported with data_parallel_size=2"):
-        two.engine.add_request([5, 6], greedy(2), embeddings=[(0, torch.ones(1, 64))])
+    with pytest.raises(ValueError, match=r"embeddings have shape \[1, 63\]"):
+        two.engine.add_request([5, 6], greedy(2), embeddings=[(0, torch.ones(1, 63))])
     with pytest.raises(ValueError, match="sleep is not supported with data_parallel_size=2"):
         two.sleep()
     with pytest.raises(ValueError, match="cannot be replaced with data_parallel_size=2"):

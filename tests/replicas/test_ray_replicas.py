@@ -189,8 +189,25 @@ def test_what_does_not_cross_is_refused(two: LLM) -> None:
     match = "is not supported with data_parallel_size=2"
     with pytest.raises(ValueError, match=f"sleep {match}"):
         two.sleep()
-    with pytest.raises(ValueError, match=f"embeddings {match}"):
-        two.engine.add_request([5, 6], greedy(2), embeddings=[(0, torch.ones(1, 64))])
+
+
+def test_given_embeddings_reach_another_node(alone: LLM, two: LLM) -> None:
+    found = []
+    for llm in (alone, two):
+        engine: Any = llm.engine
+        ids = {
+            engine.add_request(
+                PROMPTS[1], greedy(5), embeddings=[(3, float(i + 1) * torch.ones(2, 64))]
+            ): i
+            for i in range(2)
+        }
+        done: dict[int, list[int]] = {}
+        while len(done) < 2:
+            engine.advance()
+            done |= {ids[one.request_id]: one.completion.token_ids
+                     for one in engine.take(ids) if one.completion is not None}  # fmt: skip
+        found.append(done)
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,98 @@
+"""Images, embeddings and positions of requests reach the replicas, as bytes without pickle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from nanovllm import LLM
+from nanovllm.replicas import attached, front
+from nanovllm.replicas.attached import Attached
+from nanovllm.runner.runner import Encodable
+from nanovllm.schedule.request import Content
+from tests.engines import greedy
+from tests.models.test_vision_text import Given, answers, engine, saved
+
+PARTS: list[list[Any]] = [[0, (8, 12), 0], [(4, 4), (6, 2), 0], [0, (2, 14)], [0]]
+
+
+def test_what_is_attached_comes_back() -> None:
+    given = Attached(
+        [(3, torch.randn(2, 5).bfloat16()), (9, torch.randn(4, 5).t()[:1])],
+        np.arange(12).reshape(4, 3).T,
+        [(Content(i, 7, bytes([i, 0, 255])), Encodable(torch.randn(8, i), (2, 2, 2)))
+         for i in (1, 3)],
+    )  # fmt: skip
+    message, found = attached.load(attached.dump(b'{"a": "b"}', given))
+    assert message == b'{"a": "b"}'
+    for (start, embeds), (other, expected) in zip(found.embeddings, given.embeddings, strict=True):
+        assert start == other and torch.equal(embeds, expected) and embeds.dtype is expected.dtype
+    assert found.positions is not None and given.positions is not None
+    assert np.array_equal(found.positions, given.positions)
+    for (content, image), (other_content, other_image) in zip(
+        found.images, given.images, strict=True
+    ):
+        assert content == other_content and image.grid == other_image.grid
+        assert torch.equal(image.pixels, other_image.pixels)
+
+
+def test_a_message_with_nothing_attached_is_plain_json() -> None:
+    assert attached.dump(b"{}", Attached()) == b"{}"
+    assert attached.load(b"{}") == (b"{}", Attached())
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    folder = tmp_path_factory.mktemp("model")
+    return saved("qwen3", folder), folder
+
+
+@pytest.fixture(scope="module")
+def two(hf: tuple[Any, Path]) -> Iterator[LLM]:
+    llm = engine(hf[1], enforce_eager=True, data_parallel_size=2)
+    yield llm
+    llm.close()
+
+
+@pytest.mark.parametrize("encodes", [False, True])
+def test_images_give_the_answers_of_one_engine(
+    encodes: bool, hf: tuple[Any, Path], two: LLM
+) -> None:
+    prompts = [Given(hf[0], parts, seed) for seed, parts in enumerate(PARTS)]
+    alone = engine(hf[1], enforce_eager=True)
+    try:
+        expected = answers(alone, prompts, encodes=encodes)
+    finally:
+        alone.close()
+    found = answers(two, prompts, encodes=encodes)
+    assert [one.token_ids for one in found] == [one.token_ids for one in expected]
+
+
+def test_a_prompt_goes_to_the_replica_that_has_its_images(hf: tuple[Any, Path], two: LLM) -> None:
+    parts = [0, (8, 12), 0]
+    prompts = [Given(hf[0], parts, seed) for seed in (11, 12)]
+    for prompt in prompts:
+        prompt.ids = prompts[0].ids  # the same text, another image
+    for prompt in (*prompts, *reversed(prompts)):
+        last = answers(two, [prompt], encodes=True)[0]
+    assert last.num_cached_tokens == len(prompts[0].ids) // 16 * 16
+
+
+def test_too_many_bytes_and_wrong_shapes_are_refused(
+    hf: tuple[Any, Path], two: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt, add = Given(hf[0], [0, (4, 4)], 0), two.engine.add_request
+    with pytest.raises(ValueError, match="embeddings have shape"):
+        add(prompt.ids, greedy(2), embeddings=[(0, torch.ones(1, 63))])
+    with pytest.raises(ValueError, match=r"positions have shape \[3, 1\]"):
+        add(prompt.ids, greedy(2), positions=np.zeros((3, 1), np.int64))
+    monkeypatch.setattr(front, "MAX_ATTACHED_BYTES", 100)
+    with pytest.raises(ValueError, match=r"with data_parallel_size=2 at most 100 are supported"):
+        add(prompt.ids, greedy(2), images=prompt.images)
+    engine_of: Any = two.engine
+    assert not engine_of._pending
