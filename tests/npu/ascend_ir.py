@@ -221,6 +221,7 @@ OPS: dict[str, Callable[..., Any]] = {
     "FusedInferAttentionScore": _attention,
     "GatherElements": lambda a, x, index: torch.gather(x, a["dim"], index),
     "GatherV2": _gather,
+    "Gelu": lambda a, x: semantics.gelu(x),
     "Greater": _binary(torch.gt),
     "GreaterEqual": _binary(torch.ge),
     "GroupedMatmul": _grouped_matmul,

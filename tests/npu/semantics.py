@@ -10,6 +10,7 @@ D head size | H = N·D
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -57,6 +58,16 @@ def swiglu(x: Tensor, dim: int = -1) -> Tensor:
     """SwiGlu: Swish(A) · B of the halves A and B of `dim`, with Swish(a) = a / (1 + exp(−a))."""
     a, b = x.float().tensor_split(2, dim=dim)
     return (a / (1 + torch.exp(-a)) * b).to(x.dtype)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """Gelu: 0.5 · x · (1 + tanh(√(2 / π) · (x + 0.044715 · x³))).
+
+    The op has no other form, and torchair maps torch's exact one to it as well.
+    """
+    x32 = x.float()
+    inner = math.sqrt(2 / math.pi) * (x32 + 0.044715 * x32.pow(3))
+    return (0.5 * x32 * (1 + torch.tanh(inner))).to(x.dtype)
 
 
 def scatter_nd_update(var: Tensor, indices: Tensor, updates: Tensor) -> Tensor:

@@ -26,6 +26,13 @@ def test_swiglu_is_silu_of_the_first_half_times_the_second() -> None:
     torch.testing.assert_close(semantics.swiglu(x), F.silu(x[:, :19]) * x[:, 19:])
 
 
+def test_gelu_is_the_form_with_tanh() -> None:
+    x = 3 * torch.randn(5, 38)
+    found = semantics.gelu(x)
+    torch.testing.assert_close(found, F.gelu(x, approximate="tanh"))
+    assert (found - F.gelu(x)).abs().max() > 1e-5
+
+
 def test_rotary_mul_is_a_complex_rotation() -> None:
     x, angle = torch.randn(5, 1, 3, 16), torch.randn(5, 1, 1, 8)
     full = torch.cat((angle, angle), dim=-1)
