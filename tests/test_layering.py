@@ -71,6 +71,7 @@ ALLOWED = {
         "nanovllm.engine",
         "nanovllm.intake",
         "nanovllm.media.given",
+        "nanovllm.media_intake",
         "nanovllm.metrics",
         "nanovllm.prompts",
         "nanovllm.tokenizer",

@@ -148,6 +148,11 @@ class ModelConfig:
                 f"num_attention_heads {self.num_heads} is no multiple of num_key_value_heads "
                 f"{self.num_kv_heads}"
             )
+        if self.rope_axes and len(self.rope_axes) != len(self.inv_freq):
+            raise ValueError(
+                f"mrope_section has {len(self.rope_axes)} frequencies, but a head has "
+                f"{len(self.inv_freq)}"
+            )
         if self.head_dim > 256 or self.head_dim % 8:
             raise ValueError(
                 f"head_dim {self.head_dim} is not supported: it must be a multiple of 8, up to 256"

@@ -26,7 +26,7 @@ def model(hf: Any, *, dtype: torch.dtype, max_model_len: int | None = None) -> M
 
 def text_model(hf: Any, architecture: str, dtype: torch.dtype, max_model_len: int | None) -> Model:
     """Qwen2 with three positions for each token, without towers."""
-    sections = hf.rope_parameters["mrope_section"]
+    sections = hf.rope_parameters.get("mrope_section")
     config = dense_config(
         hf,
         architecture=architecture,

@@ -27,7 +27,9 @@ def model(hf: Any, *, dtype: torch.dtype, max_model_len: int | None = None) -> M
 
 def text_config(hf: Any, **fields: Any) -> ModelConfig:
     """The config of a text model, dense or with experts. `fields` are those of `dense_config`."""
-    sections = hf.rope_parameters["mrope_section"]
+    if not hf.rope_parameters.get("mrope_interleaved", True):
+        raise ValueError("mrope_interleaved False is not supported by Qwen3-VL: only True is")
+    sections = hf.rope_parameters.get("mrope_section")
     return dense_config(
         hf,
         qkv_bias=hf.attention_bias,

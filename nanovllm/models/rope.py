@@ -18,7 +18,8 @@ KEYS = frozenset(
         "rope_type", "type", "rope_theta", "partial_rotary_factor", "factor",
         "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow",
         "short_factor", "long_factor", "low_freq_factor", "high_freq_factor", "mscale",
-        "mscale_all_dim", "truncate", "mrope_section", "finetuned", "attn_factor",
+        "mscale_all_dim", "truncate", "mrope_section", "mrope_interleaved", "finetuned",
+        "attn_factor",
     }
 )  # fmt: skip
 
@@ -157,15 +158,15 @@ def _check_attn_factor(parameters: dict[str, Any]) -> None:
         )
 
 
-def axes_in_sections(sections: Sequence[int], *, interleaved: bool) -> tuple[int, ...]:
+def axes_in_sections(sections: Sequence[int] | None, *, interleaved: bool) -> tuple[int, ...]:
     """Which of a token's positions (0 time, 1 height, 2 width) turns each of H/2 frequencies.
 
     `sections` says how many frequencies each has: one after another (Qwen2.5-VL), or in turns until
     height and width have theirs, time having what is left (Qwen3-VL). Raises ValueError unless
     there are three.
     """
-    if len(sections) != 3 or min(sections) < 0:
-        raise ValueError(f"mrope_section is {list(sections)}: it must be three numbers, from 0")
+    if sections is None or len(sections) != 3 or min(sections) < 0:
+        raise ValueError(f"mrope_section is {sections}: it must be three numbers, from 0")
     if not interleaved:
         return tuple(axis for axis, num in enumerate(sections) for _ in range(num))
     axes = [0] * sum(sections)

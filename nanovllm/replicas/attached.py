@@ -1,10 +1,12 @@
 """What a request has beside its prompt's tokens, as bytes: images, embeddings, positions.
 
-A message to a replica is JSON, then a zero byte and a safetensors file if anything is attached.
+A message to a replica is JSON. If anything is attached, a zero byte follows, then JSON that
+describes it, another zero byte, and a safetensors file.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -21,63 +23,57 @@ Images = Sequence[tuple[Content, Encodable]]
 
 
 class Attached(NamedTuple):
-    """Arguments of `Engine.add_request`."""
+    """Arguments of `Engine.add_request`; `images` are those of a `MediaPrompt`."""
 
     embeddings: Embeddings = ()
     positions: np.ndarray | None = None
     images: Images = ()
 
     @property
-    def num_bytes(self) -> int:
-        """Bytes of the tensors."""
-        tensors = [x for _, x in self.embeddings] + [one.pixels for _, one in self.images]
-        positions = 0 if self.positions is None else self.positions.nbytes
-        return positions + sum(tensor.nbytes for tensor in tensors)
+    def tensors(self) -> dict[str, Tensor]:
+        found = {f"embeds {i}": embeds for i, (_, embeds) in enumerate(self.embeddings)}
+        if self.positions is not None:
+            found["positions"] = torch.from_numpy(np.ascontiguousarray(self.positions))
+        for i, (_, image) in enumerate(self.images):
+            values = image._asdict().items()
+            found |= {f"{name} {i}": value for name, value in values if isinstance(value, Tensor)}
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
 
 
 def dump(message: bytes, attached: Attached) -> bytes:
     """A JSON message with what is attached to it."""
-    tensors: dict[str, Tensor] = {}
-    for i, (start, embeds) in enumerate(attached.embeddings):
-        tensors |= {f"embeds {i}": _plain(embeds), f"start {i}": torch.tensor(int(start))}
-    if attached.positions is not None:
-        tensors["positions"] = torch.from_numpy(np.ascontiguousarray(attached.positions))
-    for i, (content, image) in enumerate(attached.images):
-        numbers = [content.start, content.num, *image.grid]
-        digest = torch.frombuffer(bytearray(content.digest), dtype=torch.uint8)
-        tensors |= {
-            f"pixels {i}": _plain(image.pixels),
-            f"image {i}": torch.tensor(numbers),
-            f"digest {i}": digest,
-        }
-    return message + b"\0" + safe.save(tensors) if tensors else message
+    tensors = attached.tensors
+    if not tensors:
+        return message
+    starts = [int(start) for start, _ in attached.embeddings]
+    images = []
+    for content, image in attached.images:
+        values = image._asdict().items()
+        rest = {name: value for name, value in values if not isinstance(value, Tensor)}
+        images.append([content.start, content.num, content.digest.hex(), rest])
+    return b"\0".join((message, json.dumps([starts, images]).encode(), safe.save(tensors)))
 
 
 def load(payload: bytes) -> tuple[bytes, Attached]:
     """The JSON message, and what is attached to it."""
-    message, has_more, content = payload.partition(b"\0")
+    message, has_more, rest = payload.partition(b"\0")
     if not has_more:
         return message, Attached()
+    described, _, content = rest.partition(b"\0")
     tensors = safe.load(content)
-
-    def of_kind(name: str) -> list[Tensor]:
-        num = sum(key.startswith(f"{name} ") for key in tensors)
-        return [tensors[f"{name} {i}"] for i in range(num)]
-
-    starts = [int(start) for start in of_kind("start")]
+    starts, found = json.loads(described)
     images = []
-    for pixels, numbers, digest in zip(of_kind("pixels"), of_kind("image"), of_kind("digest")):
-        start, num, *grid = numbers.tolist()
-        shape: Any = tuple(grid)
-        content_of = Content(start, num, digest.numpy().tobytes())
-        images.append((content_of, Encodable(pixels, shape)))
+    for i, (start, num, digest, values) in enumerate(found):
+        fields: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in values.items()
+        }
+        names = (name for name in Encodable._fields if f"{name} {i}" in tensors)
+        fields |= {name: tensors[f"{name} {i}"] for name in names}
+        images.append((Content(start, num, bytes.fromhex(digest)), Encodable(**fields)))
     positions = tensors.get("positions")
     return message, Attached(
-        list(zip(starts, of_kind("embeds"))),
+        [(start, tensors[f"embeds {i}"]) for i, start in enumerate(starts)],
         None if positions is None else positions.numpy(),
         images,
     )
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().contiguous()

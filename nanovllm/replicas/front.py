@@ -14,12 +14,13 @@ import numpy as np
 from nanovllm.config import EngineConfig
 from nanovllm.intake import Embeddings, Intake, checked_priority, drawn_seed
 from nanovllm.media.given import Given
+from nanovllm.media_intake import MediaPrompt
 from nanovllm.metrics import Metric
 from nanovllm.parallel.channel import MAX_PAYLOAD_BYTES
 from nanovllm.parallel.ranks import deferred_interrupts
 from nanovllm.prompts import AnyPrompt, Prompt, as_prompt
 from nanovllm.replicas import attached, messages
-from nanovllm.replicas.attached import Attached, Images
+from nanovllm.replicas.attached import Attached
 from nanovllm.replicas.messages import Addition
 from nanovllm.replicas.placing import Place, choose
 from nanovllm.replicas.ready import facts_of, raisable
@@ -167,7 +168,7 @@ class Replicas:
         return replace(prompt, token_ids=self.tokenizer.encode(prompt.text))
 
     def check_media(self, media: Sequence[Given]) -> None:
-        """Raises ValueError for images and videos, which do not cross processes."""
+        """Raises ValueError for images and videos: only prepared ones cross processes."""
         if media:
             self._refuse(media[0].name)
 
@@ -180,27 +181,29 @@ class Replicas:
 
     def add_request(
         self,
-        prompt: AnyPrompt | Prompt,
+        prompt: AnyPrompt | Prompt | MediaPrompt,
         params: SamplingParams | None = None,
         *,
         incremental: bool = True,
         embeddings: Embeddings = (),
         positions: np.ndarray | None = None,
-        images: Images = (),
         priority: int = 0,
     ) -> int:
         """Queue a prompt at a replica; returns the request's id. Arguments are those of `Engine`.
 
-        Raises ValueError as `Engine` does, and for more images and embeddings than a message takes.
-        Raises ReplicaFailed if no replica is left.
+        Raises ValueError as `Engine` does, for images and videos that are not prepared, and for
+        more embeddings or patches than a message takes. Raises ReplicaFailed if no replica is left.
         """
         self._check_open()
         params = params or SamplingParams()
         self._intake.check(params)
+        beside = Attached(embeddings, positions)
+        if isinstance(prompt, MediaPrompt):
+            beside = Attached(embeddings, prompt.position_3T, prompt.images)
+            prompt = Prompt(None, prompt.token_ids)
         given = as_prompt(prompt)
         self.check_media(given.media)
         prompt_ids = self._intake.prompt_ids(given, params)
-        beside = Attached(embeddings, positions, images)
         contents = self._checked_contents(beside, len(prompt_ids))
         priority, edits = checked_priority(priority), self._intake.edits(params)
         if edits is not None:
@@ -212,7 +215,7 @@ class Replicas:
         addition = Addition(request_id, prompt_ids, fields, incremental, priority, given.cache_salt)
         cost = len(prompt_ids) + self._intake.max_output(params, len(prompt_ids))
         with deferred_interrupts():
-            digests = self._digests(addition, contents, positions)
+            digests = self._digests(addition, contents, beside.positions)
             payload = attached.dump(messages.dump(addition), beside)
             chosen = self._send(payload, digests, cost)
             self._num_added += 1
@@ -285,9 +288,10 @@ class Replicas:
         self._intake.check_positions(beside.positions, prompt_len)
         if beside.images and not self._sees:
             raise ValueError(f"the prompt has images, but {self.config.model!r} sees none")
-        if beside.num_bytes > MAX_ATTACHED_BYTES:
+        num_bytes = sum(tensor.nbytes for tensor in beside.tensors.values())
+        if num_bytes > MAX_ATTACHED_BYTES:
             raise ValueError(
-                f"the prompt's images and embeddings have {beside.num_bytes} bytes: with "
+                f"the prompt's images and embeddings have {num_bytes} bytes: with "
                 f"{self.config.replicas_option} at most {MAX_ATTACHED_BYTES} are supported"
             )
         return contents + tuple(content for content, _ in beside.images)

@@ -11,13 +11,12 @@ if TYPE_CHECKING:
     from nanovllm.config import EngineConfig
     from nanovllm.intake import Embeddings
     from nanovllm.media.given import Given
+    from nanovllm.media_intake import MediaPrompt
     from nanovllm.metrics import Metric
     from nanovllm.prompts import AnyPrompt, Prompt
-    from nanovllm.runner.runner import Encodable
     from nanovllm.sampling import SamplingParams
     from nanovllm.schedule.outputs import Increment
     from nanovllm.schedule.plan import StepPlan
-    from nanovllm.schedule.request import Content
     from nanovllm.tokenizer import Tokenizer
 
 
@@ -65,13 +64,12 @@ class AnyEngine(Protocol):
 
     def add_request(
         self,
-        prompt: AnyPrompt | Prompt,
+        prompt: AnyPrompt | Prompt | MediaPrompt,
         params: SamplingParams | None = None,
         *,
         incremental: bool = True,
         embeddings: Embeddings = (),
         positions: np.ndarray | None = None,
-        images: Sequence[tuple[Content, Encodable]] = (),
         priority: int = 0,
     ) -> int: ...
 

@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from nanovllm import hub
 from nanovllm.engine import Engine
+from nanovllm.media_intake import MediaPrompt
 from nanovllm.parallel.channel import Channel, Message
 from nanovllm.parallel.serve import ANSWER, ASKS
 from nanovllm.prompts import Prompt
@@ -63,15 +64,21 @@ class Loop:
 
     def _add(self, payload: bytes) -> None:
         """Queue a request. What the front cannot know, such as full memory, ends it alone."""
-        message, given_beside = attached.load(payload)
+        message, beside = attached.load(payload)
         given = Addition(**json.loads(message))
+        prompt: Prompt | MediaPrompt = Prompt(None, given.prompt_ids, given.cache_salt)
+        positions = beside.positions
+        if beside.images:
+            prompt = MediaPrompt(given.prompt_ids, positions, list(beside.images))
+            positions = None
         try:
             of_engine = self._engine.add_request(
-                Prompt(None, given.prompt_ids, given.cache_salt),
+                prompt,
                 SamplingParams(**given.params),
                 incremental=given.incremental,
+                embeddings=beside.embeddings,
+                positions=positions,
                 priority=given.priority,
-                **given_beside._asdict(),
             )
         except Exception as error:
             text = f"{type(error).__name__}: {error}"

@@ -252,6 +252,7 @@ def gpu_bytes() -> int:
     return total_bytes - free_bytes
 
 
+@pytest.mark.shows("GPU", architectures=["Qwen3ForCausalLM"])
 @pytest.mark.gpu
 @pytest.mark.parametrize("level", [1, 2])
 @pytest.mark.parametrize("enforce_eager", [True, False], ids=["eager", "graph"])

@@ -9,7 +9,7 @@ import pytest
 
 from nanovllm.parallel.ranks import Ranks
 from nanovllm.runner import mirrored
-from tests.models.test_vision_text import MODELS, Given, answers, engine, saved
+from tests.models.test_vision_text import MODELS, NAMES, Given, answers, engine, saved
 
 # more patches than a socket takes at once, images beside each other, text alone
 PARTS: list[list[Any]] = [[0, (64, 60), 0], [(4, 4), (6, 2), 0], [0, (2, 14)], [0]]
@@ -42,6 +42,7 @@ def check(hf: Any, folder: Path, size: int, **options: Any) -> None:
             assert all(abs(ours[i].logprob - theirs[i].logprob) < 1e-4 for i in theirs)
 
 
+@pytest.mark.shows("ranks", architectures=NAMES)
 def test_two_ranks_give_the_tokens_of_one(both: Any) -> None:
     check(*both, 2)
 

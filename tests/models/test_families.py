@@ -15,6 +15,7 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.models import registry
 from nanovllm.models.formats import int8 as int8_format
 from nanovllm.models.formats import rows
+from tests.architectures import of_types
 from tests.models import test_shards
 from tests.models.families import FAMILIES, VOCAB_SIZE, Family
 from tests.models.harness import (
@@ -29,6 +30,7 @@ from tests.models.harness import (
 )
 
 TOLERANCE = 1e-4
+NAMES = of_types(*(family.model_type for family in FAMILIES))
 GRAPH_SIZES: dict[str, Any] = {
     "max_num_seqs": 2,
     "graph_batch_sizes": [2],
@@ -49,6 +51,7 @@ def difference(family: Family, folder: Path, device: str, **options: Any) -> flo
     return worst
 
 
+@pytest.mark.shows("eager", "graph", architectures=NAMES)
 @pytest.mark.parametrize("mode", ["eager", "graph"])
 @pytest.mark.parametrize("family", FAMILIES, ids=str)
 def test_logits_are_those_of_transformers(
@@ -151,6 +154,7 @@ def test_an_fp8_cache_holds_every_key_and_value_within_its_scale(
             assert stored.float().nan_to_num(0.0).abs().max() < 448
 
 
+@pytest.mark.shows("ranks", architectures=NAMES)
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("family", FAMILIES, ids=str)
 def test_ranks_give_the_logits_of_one(family: Family, size: int, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from nanovllm.models.dense import Layer
 from nanovllm.models.interface import LayerKind
+from tests.architectures import of_types
 from tests.conftest import save_tiny
 from tests.models.harness import (
     BF16,
@@ -191,6 +192,7 @@ def test_cases_cover_every_pair_that_matters() -> None:
     }
 
 
+@pytest.mark.shows("eager", architectures=of_types(*ARCHITECTURES))
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_eager_logits_are_those_of_transformers(case: Case, device: str, tmp_path: Path) -> None:
     folder, known = case.save(tmp_path), case.sequences()
@@ -237,6 +239,7 @@ GRAPH_SIZES: dict[str, Any] = {
 }
 
 
+@pytest.mark.shows("graph", architectures=of_types(*(case.architecture for case in GRAPH_CASES)))
 @pytest.mark.parametrize("case", GRAPH_CASES, ids=str)
 def test_graph_logits_are_those_of_transformers(case: Case, device: str, tmp_path: Path) -> None:
     folder = case.save(tmp_path)

@@ -94,6 +94,7 @@ def expected_logits(folder: Path, token_ids: list[int], max_len: int) -> Tensor:
     return linear(x, stored.get("lm_head.weight", table))
 
 
+@pytest.mark.shows("eager", "graph", architectures=["MiniCPMForCausalLM"])
 @pytest.mark.parametrize("mode", ["eager", "graph"])
 @pytest.mark.parametrize(
     ("tied", "max_len", "lengths"),
@@ -112,6 +113,7 @@ def test_logits_are_those_of_the_formulas(
     assert max_difference(engine_logits(runner, known), wrong) > 1e-4
 
 
+@pytest.mark.shows("ranks", architectures=["MiniCPMForCausalLM"])
 def test_ranks_give_the_logits_of_one(tmp_path: Path) -> None:
     test_shards.check(save(tmp_path / "m"), 2, VOCAB_SIZE)
 

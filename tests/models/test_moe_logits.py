@@ -15,6 +15,7 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.compile.trace import tensors
 from nanovllm.runner.runner import Runner
 from nanovllm.schedule.request import Request
+from tests.architectures import of_types
 from tests.models.harness import (
     BF16,
     Known,
@@ -56,6 +57,7 @@ def test_cases_cover_every_pair_that_matters() -> None:
                 assert {name in case.changes for case in own} == {False, True}
 
 
+@pytest.mark.shows("eager", architectures=of_types(*ARCHITECTURES))
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_eager_logits_and_routes_are_those_of_transformers(
     case: Case, device: str, tmp_path: Path
@@ -93,6 +95,7 @@ def graphs(
     return folder, runner
 
 
+@pytest.mark.shows("graph", architectures=of_types(*ARCHITECTURES))
 def test_graph_logits_are_those_of_transformers(graphs: tuple[Path, Runner], device: str) -> None:
     folder, runner = graphs
     known = sequences(VOCAB_SIZE, *LENGTHS)

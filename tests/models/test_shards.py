@@ -17,6 +17,7 @@ from nanovllm.startup.choose import choose_without_weights
 from nanovllm.startup.compile_farm.farm import CompileFarm
 from nanovllm.startup.laps import Laps
 from nanovllm.startup.load import load_chosen
+from tests.architectures import of_types
 from tests.conftest import save_tiny
 from tests.models import harness
 from tests.models.harness import engine_logits, max_difference, sequences
@@ -25,6 +26,8 @@ from tests.models.thread_ranks import ThreadGroup, on_ranks
 
 LENGTHS = ((1, 5), (19, 22), (70, 72))
 TOLERANCE = 1e-4
+DENSE = ("llama", "mistral", "qwen2", "qwen3")
+WITH_EXPERTS = [MOE_CASES[i] for i in (1, 4, 5, 9)]
 EIGHT_HEADS = {"num_attention_heads": 8, "hidden_size": 64, "head_dim": 16}
 
 
@@ -62,8 +65,9 @@ def check(folder: Path, size: int, vocab_size: int, **changes: Any) -> None:
         assert all(map(torch.equal, logits, found[0]))
 
 
+@pytest.mark.shows("ranks", architectures=of_types(*DENSE))
 @pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("architecture", DENSE)
 def test_dense_models(architecture: str, size: int, tmp_path: Path) -> None:
     """Two key-value heads, so that four ranks have them twice; an odd vocabulary; biases."""
     biases = {"attention_bias": True, "mlp_bias": True} if architecture == "llama" else {}
@@ -75,7 +79,8 @@ def test_eight_ranks(tmp_path: Path) -> None:
     check(save_tiny(tmp_path / "m", vocab_size=101, **EIGHT_HEADS), 8, 101)
 
 
-@pytest.mark.parametrize("case", [MOE_CASES[i] for i in (1, 4, 5, 9)], ids=str)
+@pytest.mark.shows("ranks", architectures=of_types(*(case.architecture for case in WITH_EXPERTS)))
+@pytest.mark.parametrize("case", WITH_EXPERTS, ids=str)
 def test_models_with_a_part_of_every_expert(case: Any, tmp_path: Path) -> None:
     check(case.save(tmp_path / "m"), 2, 96, expert_parallel=False)
 

@@ -35,8 +35,7 @@ GRIDS = [(1, 12, 10), (2, 4, 6)]
 NOT_READ: dict[str, Any] = {
     case.field: case.value for case in OTHERS if case.outcome == UNREAD and not case.beside
 }
-# The engine's `dtype` decides; transformers makes a whole model of one dtype alone.
-NOT_READ = {name: value for name, value in NOT_READ.items() if name != "return_dict"}
+NOT_READ.pop("return_dict")  # transformers' own classes cannot read each other's results then
 IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
 
@@ -57,7 +56,7 @@ class Case:
 
 
 def rope(**changes: Any) -> dict[str, Any]:
-    base = {"rope_type": "default", "rope_theta": 500.0, "mrope_section": [2, 3, 3]}
+    base = {"rope_type": "default", "rope_theta": 500.0, "mrope_section": [4, 2, 2]}
     return {"rope_parameters": {**base, **changes}}
 
 
@@ -69,7 +68,7 @@ TEXT_SIZES = {
 }  # fmt: skip
 SPARSE = {"num_experts": 3, "moe_intermediate_size": 16, "mlp_only_layers": [0, 3]}
 VISION_SIZES = {
-    "depth": 2, "hidden_size": 48, "intermediate_size": 40, "in_channels": 1, "patch_size": 6,
+    "depth": 4, "hidden_size": 48, "intermediate_size": 40, "in_channels": 1, "patch_size": 6,
     "temporal_patch_size": 3, "out_hidden_size": 64,
 }  # fmt: skip
 AXIAL = {"rope_type": "axial", "rope_theta": 100.0}
@@ -77,12 +76,14 @@ CASES = (
     Case(TEXT, {"rms_norm_eps": 0.5}, HONOURED),
     Case(TEXT, {"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
     Case(TEXT, rope(), HONOURED),
-    Case(TEXT, rope(**YARN), HONOURED),
-    Case(TEXT, rope(mrope_interleaved=True), HONOURED, (QWEN3, MOE)),
+    Case(TEXT, rope(**YARN), HONOURED, TOWERS),
+    Case(TEXT, rope(mrope_interleaved=True), HONOURED, (QWEN3,)),
     Case(TEXT, rope(mrope_interleaved=False), "mrope_interleaved False", (QWEN3, MOE)),
-    Case(TEXT, rope(mrope_interleaved=True), "mrope_interleaved True", (QWEN2_5,)),
+    Case(TEXT, rope(mrope_interleaved=True), HONOURED, (QWEN2_5,)),  # the theta
     Case(TEXT, rope(mrope_section=[2, 3]), r"mrope_section is \[2, 3\]: it must be three"),
-    Case(TEXT, rope(mrope_section=[2, 3, 4]), r"mrope_section \[2, 3, 4\] has 9 frequencies"),
+    Case(TEXT, rope(mrope_section=[2, 3, 4]), "mrope_section has 9 freq", (QWEN2_5,)),
+    Case(TEXT, rope(mrope_section=[6, 2, 2]), "mrope_section has 10 freq", (QWEN3, MOE)),
+    Case(TEXT, rope(mrope_section=[2, 3, 3]), "cannot be interleaved", (QWEN3, MOE)),
     Case(TEXT, rope(mrope_section=None), "mrope_section is None"),
     Case(TEXT, {"attention_bias": True}, HONOURED, (QWEN3, MOE), draws=True),
     Case(TEXT, {"attention_bias": True}, UNREAD, (QWEN2_5,)),
@@ -104,8 +105,8 @@ CASES = (
     Case(TEXT, {"decoder_sparse_step": 2, "mlp_only_layers": []}, HONOURED, (MOE,), draws=True),
     Case(TEXT, {"norm_topk_prob": False}, UNREAD, (MOE,)),
     Case(TEXT, {"output_router_logits": True, "router_aux_loss_coef": 0.5}, UNREAD, (MOE,)),
-    Case(TEXT, {"max_position_embeddings": 77}, UNREAD),
-    Case(TEXT, NOT_READ, UNREAD),
+    Case(TEXT, {"tie_word_embeddings": False}, UNREAD, (MOE,)),  # the whole config's counts
+    Case(TEXT, {**NOT_READ, "max_position_embeddings": 77}, UNREAD),
     Case(VISION, VISION_SIZES, HONOURED, TOWERS, draws=True),
     Case(VISION, {"num_heads": 4}, HONOURED, TOWERS),
     Case(VISION, {"num_heads": 3}, "hidden_size 32 must be its 3 heads", TOWERS),
@@ -113,7 +114,8 @@ CASES = (
     Case(VISION, {"spatial_merge_size": 1}, HONOURED, TOWERS, draws=True),
     Case(VISION, {"rope_parameters": AXIAL}, HONOURED, TOWERS),
     Case(VISION, {"rope_theta": 100.0}, HONOURED, TOWERS, {"rope_parameters": None}),
-    Case(VISION, {"rope_parameters": {**AXIAL, "rope_type": "linear", "factor": 2.0}}, "rope_type", TOWERS),
+    Case(VISION, {"rope_parameters": {**AXIAL, "rope_type": "linear", "factor": 2.0}},
+         "rope_type 'linear'", TOWERS),
     Case(VISION, {"patch_size": [4, 4]}, r"patch_size of the vision tower is \[4, 4\]", TOWERS),
     Case(VISION, {"fullatt_block_indexes": [0]}, HONOURED, (QWEN2_5,)),
     Case(VISION, {"fullatt_block_indexes": [7]}, "block 7 of the vision tower", (QWEN2_5,)),
@@ -124,9 +126,8 @@ CASES = (
     Case(VISION, {"deepstack_visual_indexes": [1]}, HONOURED, DEEP, draws=True),
     Case(VISION, NOT_READ, UNREAD, TOWERS),
     Case(WHOLE, {"tie_word_embeddings": True}, HONOURED, draws=True),
-    # which tokens stand for images: see `nanovllm/media`
-    Case(WHOLE, dict(zip(IDS, (80, 81, 82, 83))), UNREAD),
-    Case(WHOLE, {name: v for name, v in NOT_READ.items() if name != "dtype"}, UNREAD),
+    # `nanovllm/media` reads which tokens stand for images; the engine's `dtype` counts
+    Case(WHOLE, {**NOT_READ, **dict(zip(IDS, (80, 81, 82, 83))), "dtype": "float32"}, UNREAD),
 )  # fmt: skip
 PAIRS = [pytest.param(name, case, id=f"{name}-{case}") for case in CASES for name in case.families]
 
@@ -144,7 +145,7 @@ def test_every_field_of_configs_with_towers_has_a_case(family: str) -> None:
             if case.part == part and family in case.families
             for name in case.values
         }
-        known = {"text_config", "vision_config", "architectures", "return_dict"} | decided
+        known = {"text_config", "vision_config", "architectures", "return_dict", *decided}
         assert {field.name for field in fields(config)} - known == set(), part
 
 

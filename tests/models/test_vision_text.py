@@ -83,6 +83,11 @@ def qwen3_moe() -> Any:
     )
 
 
+NAMES = (
+    "Qwen2_5_VLForConditionalGeneration",
+    "Qwen3VLForConditionalGeneration",
+    "Qwen3VLMoeForConditionalGeneration",
+)
 MODELS = {"qwen2_5": qwen2_5, "qwen3": qwen3, "qwen3_moe": qwen3_moe}
 
 
@@ -239,6 +244,7 @@ def test_a_preempted_prompt_with_images_goes_on_as_before(both: Any) -> None:
     assert preempted[0].value > 0
 
 
+@pytest.mark.shows("eager", "graph", architectures=NAMES)
 @pytest.mark.parametrize("enforce_eager", [True, False])
 @pytest.mark.parametrize("chunk", [512, 16])
 def test_logits_and_tokens_are_those_of_transformers(
@@ -258,6 +264,7 @@ def test_logits_and_tokens_are_those_of_transformers(
         llm.close()
 
 
+@pytest.mark.shows("images", architectures=NAMES)
 @pytest.mark.parametrize("enforce_eager", [True, False])
 def test_the_engine_encodes_images(both: Any, enforce_eager: bool) -> None:
     hf, folder = both

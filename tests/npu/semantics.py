@@ -60,16 +60,6 @@ def swiglu(x: Tensor, dim: int = -1) -> Tensor:
     return (a / (1 + torch.exp(-a)) * b).to(x.dtype)
 
 
-def gelu(x: Tensor) -> Tensor:
-    """Gelu: 0.5 · x · (1 + tanh(√(2 / π) · (x + 0.044715 · x³))).
-
-    The op has no other form, and torchair maps torch's exact one to it as well.
-    """
-    x32 = x.float()
-    inner = math.sqrt(2 / math.pi) * (x32 + 0.044715 * x32.pow(3))
-    return (0.5 * x32 * (1 + torch.tanh(inner))).to(x.dtype)
-
-
 def scatter_nd_update(var: Tensor, indices: Tensor, updates: Tensor) -> Tensor:
     """ScatterNdUpdate: var[indices[i]] = updates[i] in place; an index may be partial."""
     depth = indices.shape[-1]
@@ -167,3 +157,10 @@ def fused_infer_attention_score(
         )
         start = end
     return out.reshape(query.shape)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """Gelu: x / (1 + exp(−√(8/π) · (x + 0.044715 · x³)))."""
+    x32 = x.float()
+    inner = math.sqrt(8 / math.pi) * (x32 + 0.044715 * x32**3)
+    return (x32 / (1 + torch.exp(-inner))).to(x.dtype)

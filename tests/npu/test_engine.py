@@ -69,6 +69,7 @@ def test_edits_run_between_graphs(
     assert answers(npu_llm, edits, **FILTERED) == cpu_answers(edits, **FILTERED)
 
 
+@pytest.mark.shows("NPU", architectures=["Qwen3ForCausalLM"])
 @pytest.mark.parametrize("mode", MODES)
 def test_other_modes_give_the_same_tokens(
     mode: str, edits: LogitEdits, cpu_answers: Callable[..., Any], ge: Ge, host: Host

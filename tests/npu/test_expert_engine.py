@@ -27,6 +27,7 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.kernels.cpu import kernels as cpu_kernels
 from nanovllm.models.experts.compressed import Compressed
 from nanovllm.platforms import npu
+from tests.architectures import of_types
 from tests.conftest import save_tiny
 from tests.npu import ascend_ir, conftest, ir_rules
 from tests.npu.conftest import answers
@@ -111,6 +112,7 @@ def _fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(npu, "TRAITS", replace(npu.TRAITS, supported_dtypes=dtypes))
 
 
+@pytest.mark.shows("NPU", architectures=of_types(*EXPERTS))
 @pytest.mark.usefixtures("_fp32")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", EXPERTS)

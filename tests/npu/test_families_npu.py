@@ -60,6 +60,7 @@ def family(
     return folder, expected
 
 
+@pytest.mark.shows("NPU", architectures=["SmolLM3ForCausalLM", "Gemma3ForCausalLM"])
 @pytest.mark.parametrize("mode", MODES)
 def test_greedy_tokens_are_the_cpus(
     mode: str,

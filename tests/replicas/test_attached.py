@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from nanovllm import LLM
+from nanovllm.media_intake import MediaPrompt
 from nanovllm.replicas import attached, front
 from nanovllm.replicas.attached import Attached
 from nanovllm.runner.runner import Encodable
@@ -37,8 +39,11 @@ def test_what_is_attached_comes_back() -> None:
     for (content, image), (other_content, other_image) in zip(
         found.images, given.images, strict=True
     ):
-        assert content == other_content and image.grid == other_image.grid
-        assert torch.equal(image.pixels, other_image.pixels)
+        assert content == other_content
+        for value, other_value in zip(image, other_image, strict=True):
+            assert type(value) is type(other_value)
+            is_tensor = isinstance(value, torch.Tensor)
+            assert torch.equal(value, other_value) if is_tensor else value == other_value
 
 
 def test_a_message_with_nothing_attached_is_plain_json() -> None:
@@ -93,6 +98,8 @@ def test_too_many_bytes_and_wrong_shapes_are_refused(
         add(prompt.ids, greedy(2), positions=np.zeros((3, 1), np.int64))
     monkeypatch.setattr(front, "MAX_ATTACHED_BYTES", 100)
     with pytest.raises(ValueError, match=r"with data_parallel_size=2 at most 100 are supported"):
-        add(prompt.ids, greedy(2), images=prompt.images)
+        add(MediaPrompt(prompt.ids, prompt.positions, prompt.images), greedy(2))
+    with pytest.raises(ValueError, match="image 1 is not supported with data_parallel_size=2"):
+        two.generate({"prompt": "a", "multi_modal_data": {"image": Image.new("RGB", (9, 9))}})
     engine_of: Any = two.engine
     assert not engine_of._pending

@@ -1,0 +1,157 @@
+"""What tests show of each architecture: the content of docs/architectures.md.
+
+    python -m tests.architectures        # writes the file
+
+A test declares what it shows: `@pytest.mark.shows("eager", architectures=of_types("qwen3"))`, with
+keys of CLAIMS and names of ARCHITECTURES. A new architecture is a line of ARCHITECTURES.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections import defaultdict
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from types import FunctionType
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "architectures.md"
+
+CLAIMS = {
+    "eager": "logits or tokens in eager mode are those of transformers, or of the published "
+    "formulas, with random weights in fp32 on a CPU",
+    "graph": "the same in graph mode",
+    "images": "the same for prompts with images that the engine encodes",
+    "sound": "the same for prompts with sound that the engine encodes",
+    "ranks": "two or four ranks (`tensor_parallel_size`) give the logits or tokens of one",
+    "NPU": 'device "npu" gives the tokens of the CPU; Ascend\'s graphs and ops run in an '
+    "interpreter on the host, and not on an NPU (see [npu.md](npu.md))",
+    "GPU": "a test that needs a GPU runs such a model; measurements on GPUs are in "
+    "[gpus.md](gpus.md)",
+}
+TEXT, EXPERTS, VISION, AUDIO = "Text", "Text, with experts", "Images and text", "Sound and text"
+
+
+class Entry(NamedTuple):
+    """A row of a table: what users know the architecture by."""
+
+    group: str
+    models: str
+    remarks: str = ""
+
+
+ARCHITECTURES: dict[str, Entry] = {
+    "Gemma3ForCausalLM": Entry(
+        TEXT, "Gemma-3, text only (1B, 270M)",
+        "a cap on attention scores and attention in both directions are refused; on an NPU, "
+        "windows are",
+    ),
+    "GraniteForCausalLM": Entry(TEXT, "Granite 3"),
+    "LlamaForCausalLM": Entry(TEXT, "Llama 1 to 3.x"),
+    "MiniCPMForCausalLM": Entry(
+        TEXT, "MiniCPM, MiniCPM4",
+        "dense attention alone: with a `sparse_config`, `max_model_len` must be below its "
+        "`dense_len`",
+    ),
+    "MistralForCausalLM": Entry(TEXT, "Mistral, Mistral-Small 24B (2501)"),
+    "Olmo2ForCausalLM": Entry(
+        TEXT, "OLMo-2", '`kv_cache_dtype="fp8"` is refused: values have no bound'
+    ),
+    "Phi3ForCausalLM": Entry(TEXT, "Phi-3, Phi-3.5-mini, Phi-4, Phi-4-mini"),
+    "Qwen2ForCausalLM": Entry(TEXT, "Qwen2, Qwen2.5"),
+    "Qwen3ForCausalLM": Entry(TEXT, "Qwen3"),
+    "SmolLM3ForCausalLM": Entry(TEXT, "SmolLM3"),
+    "MixtralForCausalLM": Entry(EXPERTS, "Mixtral"),
+    "Qwen2MoeForCausalLM": Entry(EXPERTS, "Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B", "a shared expert"),
+    "Qwen3MoeForCausalLM": Entry(EXPERTS, "Qwen3-30B-A3B, Qwen3-235B-A22B"),
+    "Qwen2_5_VLForConditionalGeneration": Entry(VISION, "Qwen2.5-VL"),
+    "Qwen3VLForConditionalGeneration": Entry(VISION, "Qwen3-VL (2B to 32B)"),
+    "Qwen3VLMoeForConditionalGeneration": Entry(
+        VISION, "Qwen3-VL-30B-A3B, Qwen3-VL-235B-A22B", "with experts"
+    ),
+}  # fmt: skip
+
+
+def of_types(*model_types: str) -> tuple[str, ...]:
+    """The architectures for text of transformers' model types."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
+
+    return tuple(dict.fromkeys(str(NAMES[model_type]) for model_type in model_types))
+
+
+@cache
+def declared() -> dict[tuple[str, str], list[str]]:
+    """The files that show each claim of an architecture. Raises ValueError for unknown names, and
+    for a claim about a GPU by a test that needs none."""
+    found: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        if "mark.shows(" not in path.read_text(encoding="utf-8"):
+            continue
+        name = path.relative_to(ROOT).as_posix()
+        module = importlib.import_module(name.removesuffix(".py").replace("/", "."))
+        for key in _marked(module):
+            found[key].add(name)
+    return {key: sorted(names) for key, names in found.items()}
+
+
+def _marked(module: object) -> Iterator[tuple[str, str]]:
+    """The claims of a module's tests."""
+    for name, test in inspect.getmembers(module, inspect.isfunction):
+        if not name.startswith("test_"):
+            continue
+        for architecture, claim in _claims_of(test):
+            if architecture not in ARCHITECTURES or claim not in CLAIMS:
+                raise ValueError(f"{name} shows {claim!r} of {architecture!r}: one is not known")
+            yield architecture, claim
+
+
+def _claims_of(test: FunctionType) -> Iterator[tuple[str, str]]:
+    marks = list(getattr(test, "pytestmark", ()))
+    for mark in marks:
+        if mark.name != "shows":
+            continue
+        if "GPU" in mark.args and not {"gpu", "gpus"} & {one.name for one in marks}:
+            raise ValueError(f"{test.__name__} shows what a GPU does, but needs none")
+        for claim in mark.args:
+            yield from ((architecture, claim) for architecture in mark.kwargs["architectures"])
+
+
+def page() -> str:
+    """The content of docs/architectures.md."""
+    found = declared()
+    lines = [
+        "# Architectures",
+        "",
+        "`python -m tests.architectures` writes this page from what the tests declare. The file",
+        "config.json of a checkpoint names its architecture. Any other one is refused with the",
+        "list of these, and so is a field of a config that would change results in a way that is",
+        "not built. The columns, and the tests behind them, are explained",
+        "[below](#what-is-shown).",
+    ]
+    for group in (TEXT, EXPERTS, VISION, AUDIO):
+        entries = {name: entry for name, entry in ARCHITECTURES.items() if entry.group == group}
+        if not entries:
+            continue
+        claims = [claim for claim in CLAIMS if any((name, claim) in found for name in entries)]
+        lines += ["", f"## {group}", "", _row("architecture", "models", *claims, "remarks")]
+        lines.append("|---" * (3 + len(claims)) + "|")
+        for name, entry in sorted(entries.items()):
+            marks = ["yes" if (name, claim) in found else "" for claim in claims]
+            lines.append(_row(f"`{name}`", entry.models, *marks, entry.remarks))
+    lines += ["", "## What is shown", "", _row("mark", "meaning", "tests"), "|---|---|---|"]
+    for claim, meaning in CLAIMS.items():
+        files = {file for (_, one), names in found.items() if one == claim for file in names}
+        if files:
+            lines.append(_row(claim, meaning, ", ".join(f"`{file}`" for file in sorted(files))))
+    return "\n".join(lines) + "\n"
+
+
+def _row(*cells: str) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
