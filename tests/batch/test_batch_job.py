@@ -88,6 +88,20 @@ def test_messages_go_through_the_template(run: Any, eager_llm: LLM) -> None:
     assert found["token_ids"] == wanted.token_ids
 
 
+def test_a_row_with_an_image_is_an_error_for_a_text_model(run: Any) -> None:
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    rows = [
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, image]}]},
+        {"prompt": {"prompt": "a", "multi_modal_data": {"image": "x.png"}}},
+        {"messages": [{"role": "user", "content": "the end"}]},
+    ]
+    options = {"chat_template": TEMPLATE}
+    first, second, answered = run(rows, "--chat-options", json.dumps(options))
+    assert "has image 1, but" in first["error"] and "reads text only" in first["error"]
+    assert "it must be text or a list of token ids" in second["error"]
+    assert len(answered["token_ids"]) == 4
+
+
 def test_a_bad_row_is_an_error_in_its_place(run: Any) -> None:
     bad = {
         "{bad": "no valid JSON",

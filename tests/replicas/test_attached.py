@@ -19,6 +19,7 @@ from nanovllm.runner.runner import Encodable
 from nanovllm.schedule.request import Content
 from tests.engines import greedy
 from tests.models.test_vision_text import Given, answers, engine, saved
+from tests.replicas.test_data_parallel import counts
 
 PARTS: list[list[Any]] = [[0, (8, 12), 0], [(4, 4), (6, 2), 0], [0, (2, 14)], [0]]
 
@@ -79,13 +80,16 @@ def test_images_give_the_answers_of_one_engine(
 
 
 def test_a_prompt_goes_to_the_replica_that_has_its_images(hf: tuple[Any, Path], two: LLM) -> None:
-    parts = [0, (8, 12), 0]
-    prompts = [Given(hf[0], parts, seed) for seed in (11, 12)]
-    for prompt in prompts:
-        prompt.ids = prompts[0].ids  # the same text, another image
-    for prompt in (*prompts, *reversed(prompts)):
-        last = answers(two, [prompt], encodes=True)[0]
-    assert last.num_cached_tokens == len(prompts[0].ids) // 16 * 16
+    """Two prompts with the same text and other images have no blocks in common."""
+    prompts = [Given(hf[0], [0, (8, 12), 0], seed) for seed in (11, 12)]
+    prompts[1].ids = prompts[0].ids
+    before = counts(two, "prompt_tokens")
+    answers(two, prompts, encodes=True)
+    num = len(prompts[0].ids)
+    assert [after - old for after, old in zip(counts(two, "prompt_tokens"), before)] == [num, num]
+    for prompt in reversed(prompts):
+        (again,) = answers(two, [prompt], encodes=True)
+        assert again.num_cached_tokens == num // 16 * 16
 
 
 def test_too_many_bytes_and_wrong_shapes_are_refused(
