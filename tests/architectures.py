@@ -32,7 +32,8 @@ CLAIMS = {
     "GPU": "a test that needs a GPU runs such a model; measurements on GPUs are in "
     "[gpus.md](gpus.md)",
 }
-TEXT, EXPERTS, VISION, AUDIO = "Text", "Text, with experts", "Images and text", "Sound and text"
+TEXT, EXPERTS, VISION = "Text", "Text, with experts", "Images and text"
+AUDIO = "Sound, images and text"
 
 
 class Entry(NamedTuple):
@@ -67,6 +68,14 @@ ARCHITECTURES: dict[str, Entry] = {
     "MixtralForCausalLM": Entry(EXPERTS, "Mixtral"),
     "Qwen2MoeForCausalLM": Entry(EXPERTS, "Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B", "a shared expert"),
     "Qwen3MoeForCausalLM": Entry(EXPERTS, "Qwen3-30B-A3B, Qwen3-235B-A22B"),
+    **dict.fromkeys(
+        (
+            "Qwen2_5OmniForConditionalGeneration",
+            "Qwen2_5OmniModel",
+            "Qwen2_5OmniThinkerForConditionalGeneration",
+        ),
+        Entry(AUDIO, "Qwen2.5-Omni", "the thinker, which writes text"),
+    ),
     "Qwen2_5_VLForConditionalGeneration": Entry(VISION, "Qwen2.5-VL"),
     "Qwen3VLForConditionalGeneration": Entry(VISION, "Qwen3-VL (2B to 32B)"),
     "Qwen3VLMoeForConditionalGeneration": Entry(

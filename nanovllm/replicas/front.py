@@ -120,7 +120,7 @@ class Replicas:
             num_added=first.num_added,
             has_axes=first.has_axes,
         )
-        self._sees = first.sees
+        self._has_towers = first.has_towers
 
     def close(self) -> None:
         """End all replicas. Nothing of them is left."""
@@ -286,8 +286,8 @@ class Replicas:
         """The contents of a request. Raises ValueError."""
         contents = self._intake.contents(beside.embeddings, prompt_len)
         self._intake.check_positions(beside.positions, prompt_len)
-        if beside.images and not self._sees:
-            raise ValueError(f"the prompt has images, but {self.config.model!r} sees none")
+        if beside.images and not self._has_towers:
+            raise ValueError(f"the prompt has images, but {self.config.model!r} reads text only")
         num_bytes = sum(tensor.nbytes for tensor in beside.tensors.values())
         if num_bytes > MAX_ATTACHED_BYTES:
             raise ValueError(

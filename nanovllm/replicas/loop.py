@@ -109,7 +109,7 @@ class Loop:
             hidden_size=engine.model_config.hidden_size,
             num_added=engine.model_config.num_added,
             has_axes=bool(engine.model_config.rope_axes),
-            sees=engine.runner.tower is not None,
+            has_towers=bool(engine.runner.towers),
             block_size=pool.block_size,
             num_blocks=pool.num_blocks,
             eos_ids=sorted(engine.eos_ids),

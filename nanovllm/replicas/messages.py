@@ -29,7 +29,7 @@ _Top = list[tuple[int, float, int]]  # the token's id, its log-probability, its 
 @dataclass(frozen=True)
 class Facts:
     """What the front must know of an engine. `num_blocks` counts blocks of its cache, `checkpoint`
-    is a digest. `sees` says that the model has a tower; the fields before it are of `Intake`."""
+    is a digest. `num_added` and `has_axes` are of `Intake`."""
 
     checkpoint: str
     max_model_len: int
@@ -42,7 +42,7 @@ class Facts:
     default_params: dict[str, Any]
     num_added: int = 0
     has_axes: bool = False
-    sees: bool = False
+    has_towers: bool = False
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,8 @@ __all__ = ["without_torchvision"]
 NUM_TOKENS = 5
 GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
 VOCAB = omni_cases.TEXT["vocab_size"]
+THINKER = "Qwen2_5OmniThinkerForConditionalGeneration"
+WHOLE = ("Qwen2_5OmniModel", "Qwen2_5OmniForConditionalGeneration")
 # samples of each clip, and sizes of each picture, in the order of the text
 PROMPTS: dict[str, tuple[str, list[int], list[tuple[int, int]]]] = {
     "clip": (f"what is {SOUND}?", [5003], []),
@@ -97,6 +99,7 @@ def inputs(thinker: Any, name: str) -> dict[str, Any]:
     return dict(thinker[2](text=[text], return_tensors="pt", **given))
 
 
+@pytest.mark.shows("eager", "graph", "images", "sound", architectures=[THINKER])
 def test_logits_and_tokens_are_those_of_transformers(thinker: Any, llm: LLM) -> None:
     params = SamplingParams(
         temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=-1
@@ -188,9 +191,8 @@ def test_the_same_sound_shares_blocks_and_other_sound_does_not(eager: LLM) -> No
     assert found[0].outputs[0].token_ids == found[1].outputs[0].token_ids
 
 
-@pytest.mark.parametrize(
-    "architecture", ["Qwen2_5OmniModel", "Qwen2_5OmniForConditionalGeneration"]
-)
+@pytest.mark.shows("eager", "images", "sound", architectures=WHOLE)
+@pytest.mark.parametrize("architecture", WHOLE)
 def test_the_names_of_the_release_are_read_and_speech_is_left_out(
     thinker: Any, eager: LLM, tmp_path: Path, architecture: str
 ) -> None:
@@ -201,7 +203,7 @@ def test_the_names_of_the_release_are_read_and_speech_is_left_out(
     speech = {"talker.codec_head.weight": torch.ones(3), "token2wav.dit.x": torch.ones(2)}
     save_file(renamed | speech, folder / "model.safetensors")
     part = json.loads((folder / "config.json").read_text())
-    assert part["architectures"] == ["Qwen2_5OmniThinkerForConditionalGeneration"]
+    assert part["architectures"] == [THINKER]
     whole = {
         "architectures": [architecture], "model_type": "qwen2_5_omni",
         "dtype": "float32",
@@ -220,6 +222,7 @@ def test_the_names_of_the_release_are_read_and_speech_is_left_out(
     assert found == expected
 
 
+@pytest.mark.shows("ranks", architectures=[THINKER])
 def test_both_of_two_ranks_hear_and_see(thinker: Any, eager: LLM) -> None:
     two = engine(thinker[0], enforce_eager=True, tensor_parallel_size=2)
     try:

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
 from nanovllm.runner.runner import Runner
+from nanovllm.runner.tower import TowerSteps
 from tests.models import test_vision_text, tower_cases
 from tests.models.harness import engine_logits, load, max_difference, sequences
 from tests.models.test_config_fields import HONOURED, LENGTH, OTHERS, TOLERANCE, UNREAD
@@ -198,10 +199,11 @@ def pixels(vision: Any) -> Tensor:
 
 
 def found(runner: Runner) -> list[Tensor]:
-    assert runner.tower is not None
-    shape = runner.tower.tower.config.patch_size
+    steps = runner.towers["vision"]
+    assert isinstance(steps, TowerSteps)
+    shape = steps.tower.config.patch_size
     with torch.no_grad():
-        features = runner.tower.features(tower_cases.patches(GRIDS, shape), GRIDS)
+        features = steps.features(tower_cases.patches(GRIDS, shape), GRIDS)
     return [*engine_logits(runner, KNOWN), features]
 
 

@@ -19,11 +19,14 @@ import pytest
 import torch
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.media_intake import MediaPrompt
 from nanovllm.parallel.channel import Channel, ChannelClosed, channel_pair
 from nanovllm.replicas import messages
 from nanovllm.replicas.loop import Loop
 from nanovllm.replicas.messages import Addition
 from nanovllm.replicas.replica import ReplicaFailed
+from nanovllm.runner.runner import Encodable
+from nanovllm.schedule.request import Content
 from tests.conftest import save_tiny
 from tests.engines import greedy, random_prompts, save_tokenizer, tokens
 
@@ -270,6 +273,9 @@ def test_bad_requests_are_refused_and_queue_nothing(two: LLM) -> None:
             two.generate(prompts, greedy(2, **changes), use_tqdm=False)
     with pytest.raises(ValueError, match=r"embeddings have shape \[1, 63\]"):
         two.engine.add_request([5, 6], greedy(2), embeddings=[(0, torch.ones(1, 63))])
+    image = Content(0, 1, b"digest"), Encodable(torch.ones(4, 8), (1, 2, 2))
+    with pytest.raises(ValueError, match=r"the prompt has images, but .* reads text only"):
+        two.engine.add_request(MediaPrompt([5, 6], None, [image]), greedy(2))
     with pytest.raises(ValueError, match="sleep is not supported with data_parallel_size=2"):
         two.sleep()
     with pytest.raises(ValueError, match="cannot be replaced with data_parallel_size=2"):
