@@ -76,6 +76,10 @@ ALLOWED: dict[str, Rule] = {
         lambda value: _are_sizes(value) and len(value) > 0,
     ),
     "draft_lengths": ("a list of whole numbers of at least 1", _are_sizes),
+    "vision_patch_budgets": (
+        "a list of whole numbers of at least 1",
+        lambda value: _are_sizes(value) and len(value) > 0,
+    ),
     "max_num_seqs": _whole(1),
     "max_num_batched_tokens": _whole(16),
     "max_stall_ms": ("a number above 0, or inf", lambda value: value > 0),
@@ -141,6 +145,9 @@ class EngineConfig:
     pad_batches: False, in eager mode only, runs batches without padding.
     draft_lengths: the numbers of proposed tokens that a decode step can verify per row, as
         `Engine.propose` takes them. A graph is built for each length and batch size.
+    vision_patch_budgets: the numbers of patches that programs of a model's vision tower are
+        compiled for, multiples of the patches of one token. Images are packed into calls of these
+        sizes; one that is larger than all of them runs op by op. See docs/structure.md.
     max_num_seqs: the most requests that run at the same time.
     max_num_batched_tokens: prompt tokens per prefill step. Longer prompts are split.
     max_stall_ms: the longest prefill step in milliseconds, by an estimate, while another request
@@ -213,6 +220,7 @@ class EngineConfig:
     graph_batch_sizes: Sequence[int] | None = None
     pad_batches: bool = True
     draft_lengths: Sequence[int] = ()
+    vision_patch_budgets: Sequence[int] | None = None
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     max_stall_ms: float | None = None

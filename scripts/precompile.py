@@ -39,6 +39,7 @@ NAMED = (
     "quantization",
     "gpu_memory_utilization",
     "npu_graph_options",
+    "vision_patch_budgets",
 )
 SHAPING = (
     "max_model_len",
@@ -78,6 +79,7 @@ def main() -> int:
         metavar="JSON",
         help="an object: option path -> value",
     )
+    parser.add_argument("--vision-patch-budgets", type=int, nargs="+", metavar="PATCHES")
     for name in SHAPING:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int)
     args = parser.parse_args()

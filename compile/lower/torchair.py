@@ -9,6 +9,7 @@ source; GE keeps its compiled graph in a folder of its own.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -177,6 +178,14 @@ def _index_copy(a: Tensor, dim: int, index: Tensor, source: Tensor) -> Tensor:
     return a.scatter(dim, index.view(shape).expand_as(source), source)
 
 
+def _gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
+    """torchair converts both forms to GE's Gelu, which is the one with tanh."""
+    if approximate == "tanh":
+        return NotImplemented
+    wide = x.float()
+    return (wide * 0.5 * (1 + torch.erf(wide * math.sqrt(0.5)))).to(x.dtype)
+
+
 aten = torch.ops.aten
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     aten.bitwise_and.Scalar: _and,
@@ -185,4 +194,5 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     aten.__rshift__.Scalar: _shift_right,
     aten.index.Tensor: _index,
     aten.index_copy.default: _index_copy,
+    aten.gelu.default: _gelu,
 }

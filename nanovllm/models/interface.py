@@ -222,7 +222,7 @@ class Model:
     """
 
     GRAPH_FIELDS: ClassVar[tuple[str, ...]] = (
-        "config", "layer_kinds", "embed", "layer", "head", "layer_ropes",
+        "config", "layer_kinds", "embed", "layer", "head", "layer_ropes", "embed_factor",
     )  # fmt: skip
 
     config: ModelConfig
@@ -249,6 +249,16 @@ class Model:
         kinds = set(self.layer_kinds)
         if len({kind.name for kind in kinds}) < len(kinds):
             raise ValueError(f"two layer kinds have the same name: {sorted(kinds, key=str)}")
+
+    @property
+    def takes_embeddings(self) -> bool:
+        """True if prompts often bring embeddings: there are programs that take them."""
+        return self.tower is not None or self.audio_tower is not None
+
+    @property
+    def adds_to_last(self) -> bool:
+        """True if given features are added to all tokens after the last layer too."""
+        return self.config.num_added >= self.config.num_layers
 
     # which programs exist ------------------------------------------------------------------------
 
@@ -278,7 +288,9 @@ class Model:
         chosen = self.distinct_layers
         kinds = tuple(self.layer_kinds[layer_idx] for layer_idx in chosen)
         ropes = tuple(self.layer_ropes[layer_idx] for layer_idx in chosen if self.layer_ropes)
-        config = replace(self.config, num_layers=len(kinds))
+        num_added = self.config.num_added if self.adds_to_last else len(kinds) - 1
+        num_added = min(self.config.num_added, num_added)
+        config = replace(self.config, num_layers=len(kinds), num_added=num_added)
         return replace(self, config=config, layer_kinds=kinds, layer_ropes=ropes)
 
     def on_ranks(self, num_ranks: int) -> Model:
@@ -323,11 +335,12 @@ class Model:
         return sum(self._num_bytes(param, PLAIN) for param in params)
 
     def param_bytes(self, weight_format: str) -> int:
-        """Bytes that all weights take on the device."""
+        """Bytes that all weights take on the device, those of a tower included."""
         table = self.declared[0]["embed_VD"]
         is_head = self.config.tied_embeddings and weight_format == PLAIN
         table_bytes = 0 if is_head else self._num_bytes(table, weight_format)
-        return self.weight_bytes(weight_format) + table_bytes
+        tower_bytes = 0 if self.tower is None else self.tower.num_bytes
+        return self.weight_bytes(weight_format) + table_bytes + tower_bytes
 
     def kv_bytes_per_token(self, cache_dtype: torch.dtype) -> int:
         """Bytes that one token takes in the caches of all layers."""

@@ -179,12 +179,6 @@ def axes_in_sections(sections: Sequence[int] | None, *, interleaved: bool) -> tu
     return tuple(axes)
 
 
-def rows_of_axes(cos_sin_MH: Tensor, axes: tuple[int, ...], position_3T: Tensor) -> Tensor:
-    """The rotation [T, H] of tokens with three positions each, from the rows of the table."""
-    axis_H = torch.tensor(axes * 2, device=position_3T.device)
-    return cos_sin_MH.gather(0, position_3T.index_select(0, axis_H).t())
-
-
 def rotary_table(
     inv_freq: tuple[float, ...],
     scale: float,

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from nanovllm.platforms.base import Platform, Replay
+from nanovllm.runner.given import Given
 from nanovllm.runner.inputs import SpanArrays
 from nanovllm.runner.sampling import Variant
 from nanovllm.runner.state import Span, SpanTokens
-from nanovllm.runner.steps import NOTHING_GIVEN, Given, Steps
+from nanovllm.runner.steps import Steps
 
 Capture = Callable[[Callable[[], None]], Replay]
 
@@ -129,14 +130,25 @@ class SpanStep(ABC):
 
 
 class PrefillStep(SpanStep):
-    """Writes keys and values of prompts and chooses the next token of each row."""
+    """Writes keys and values of prompts and chooses the next token of each row.
 
-    def __init__(self, steps: Steps, platform: Platform, num_tokens: int, num_rows: int) -> None:
+    `given` are static inputs as well; None for steps that are given nothing but tokens.
+    """
+
+    def __init__(
+        self,
+        steps: Steps,
+        platform: Platform,
+        num_tokens: int,
+        num_rows: int,
+        given: Given | None = None,
+    ) -> None:
         super().__init__(steps, platform, num_tokens, num_rows)
+        self.given = given
         self.token_R = torch.zeros_like(self.span.row_idx_R)
 
     def _launch(self, steps: Steps) -> None:
-        self.token_R.copy_(self.sample(steps.prefill_logits(self.span), steps))
+        self.token_R.copy_(self.sample(steps.prefill_logits(self.span, self.given), steps))
 
     def sample(self, logits_RW: Tensor, steps: Steps | None = None) -> Tensor:
         """Run the plain sampler; returns token_R."""
@@ -145,11 +157,11 @@ class PrefillStep(SpanStep):
 
     def logits(self) -> Tensor:
         """The step without the sampler, op by op: the logits [R, V] after each row's last token."""
-        return self._steps.gathered(self._steps.prefill_logits(self.span))
+        return self._steps.gathered(self._steps.prefill_logits(self.span, self.given))
 
-    def hidden(self, given: Given = NOTHING_GIVEN) -> tuple[Tensor, Tensor]:
+    def hidden(self) -> tuple[Tensor, Tensor]:
         """The step without head and sampler, op by op: see `Steps.hidden`."""
-        return self._steps.hidden(self.span, given)
+        return self._steps.hidden(self.span, self.given)
 
     def build_hidden(self) -> None:
         """Run `hidden` if it needs programs that `launch` does not use: warm-up must build them."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from typing import Concatenate, NamedTuple, ParamSpec, TypeVar
 
@@ -30,11 +30,12 @@ from nanovllm.runner import columns
 from nanovllm.runner.audio_tower import AudioSteps
 from nanovllm.runner.captured import DecodeStep, PrefillStep, VerifyStep
 from nanovllm.runner.embeddings import Embeddings
+from nanovllm.runner.given import GivenInputs, fill
 from nanovllm.runner.inputs import SpanArrays, span_arrays
 from nanovllm.runner.sampling import LogprobCopies, Sampler, copy_logprobs
 from nanovllm.runner.spec import EngineSpec
 from nanovllm.runner.state import accept_and_advance, new_state
-from nanovllm.runner.steps import Given, Steps, Table
+from nanovllm.runner.steps import Steps, Table
 from nanovllm.runner.tower import TowerSteps
 from nanovllm.schedule.plan import (
     PAD_BLOCK,
@@ -135,21 +136,28 @@ class Runner:
         self._capture_tower = _as_it_is if platform.traits.wants_lengths else record
         self._capture_spans = self._capture_tower if spans else _as_it_is
         self.state = new_state(layout.max_num_seqs, layout.blocks_per_row, platform.device)
-        # with several positions per token, rows behind the positions are those of a step's tokens
-        num_rows = layout.max_model_len + (layout.prefill_tokens[-1] if cfg.rope_axes else 0)
         self.cos_sin_MH, *others = (
-            rotary_table(*rope, num_rows, platform.device, cfg.head_dim) for rope in cfg.ropes
+            rotary_table(*rope, layout.max_model_len, platform.device, cfg.head_dim)
+            for rope in cfg.ropes
         )
         self.other_tables = tuple(map(Table, others))
         self.sampler = Sampler(platform, self.state, cfg.vocab_size, cfg.dtype)
         self.model_dtype = cfg.dtype
         self.embeddings = Embeddings(spec.embedding_cache_bytes)
+        # Without programs that take embeddings, the rare steps that have some get new memory.
+        self._given: GivenInputs | None = None
+        if model.takes_embeddings:
+            self._given = GivenInputs(cfg, platform, layout.prefill_tokens[-1])
         self.towers: dict[str, TowerSteps | AudioSteps] = {}
+        whole = platform.traits.whole_steps
         if model.tower is not None:
-            self.towers["vision"] = TowerSteps(model.tower, params.tower, platform, compiler)
+            self.towers["vision"] = TowerSteps(
+                model.tower, params.tower, platform, compiler, layout.vision_patches, whole
+            )
         if model.audio_tower is not None:
-            audio = AudioSteps(model.audio_tower, params.audio_tower, platform, compiler)
-            self.towers["audio"] = audio
+            # its regions are programs of their own, which such platforms cannot have
+            own = Compiler(None) if whole else compiler
+            self.towers["audio"] = AudioSteps(model.audio_tower, params.audio_tower, platform, own)
         self._scales: list[tuple[Tensor, ...]] = [() for _ in params.layers]
         if spec.cache_dtype is torch.float8_e4m3fn:
             assert model.kv_scales is not None
@@ -159,7 +167,8 @@ class Runner:
         self.residents_are_known = True
         self.graphs_bytes = 0  # device memory that capturing steps took
         self._decode_steps: dict[int, DecodeStep] = {}
-        self._prefill_steps: dict[int, PrefillStep] = {}
+        # by tokens, and whether embeddings are given
+        self._prefill_steps: dict[tuple[int, bool], PrefillStep] = {}
         self._verify_steps: dict[tuple[int, int], VerifyStep] = {}
         self.cache_region = Region(platform.device)
         # A small cache until its size is known. If programs contain it, none are built.
@@ -195,10 +204,20 @@ class Runner:
 
     @_in_group
     def measure_budget(self, utilization: float) -> MemoryBudget:
-        """Run the largest prefill step once; returns the memory that it and the weights leave."""
+        """Run the largest prefill step and call of the tower once; returns the memory that they,
+        weights and the cache of embeddings leave."""
         self.platform.reset_peak()
         self.run_bucket("prefill", self.layout.prefill_tokens[-1])
-        return self.platform.memory_budget(utilization)
+        with torch.no_grad():
+            for tower in self.towers.values():
+                if isinstance(tower, AudioSteps):
+                    tower.warm_up()
+                else:
+                    tower.run_budget(tower.budgets[-1])
+        self.platform.synchronize()
+        budget = self.platform.memory_budget(utilization)
+        kept_bytes = self.spec.embedding_cache_bytes
+        return replace(budget, allowance_bytes=budget.allowance_bytes - kept_bytes)
 
     def allocate_cache(self, num_blocks: int) -> None:
         """Zeroed cache blocks; the state's block tables refer to them by number."""
@@ -219,17 +238,22 @@ class Runner:
         # from the largest down: captured steps share one memory pool, and the first one sizes it
         for num_tokens in reversed(self.layout.prefill_tokens):
             progress(f"prefill {num_tokens}")
-            self.prefill_step(*self.layout.prefill_bucket(num_tokens, 1))
+            for has_given in self._variants:
+                self.prefill_step(*self.layout.prefill_bucket(num_tokens, 1), has_given)
         for num_rows in reversed(self.layout.decode_rows):
             progress(f"decode {num_rows}")
             self._decode_step(num_rows)
             for num in self.layout.verify_tokens:
                 self._verify_step(num_rows, num)
         with torch.no_grad():
+            for num_patches in reversed(self.layout.vision_patches):
+                progress(f"vision {num_patches}")
+                self._run_tower(num_patches)
             for name, tower in self.towers.items():
-                progress(name)
-                tower.warm_up()
-                if isinstance(tower, TowerSteps) and self._capture_tower is not _as_it_is:
+                if isinstance(tower, AudioSteps):
+                    progress(name)
+                    tower.warm_up()
+                elif self._capture_tower is not _as_it_is:
                     tower.capture(self._capture_tower)
             columns.warm_up(self.cfg, self.layout.logits_rows, self.platform.device)
             self.sampler.warm_up()
@@ -241,14 +265,17 @@ class Runner:
     def run_bucket(self, kind: str, size: int) -> None:
         """Build and run the programs of one bucket on padding, and capture nothing.
 
-        `kind` is "prefill" with a size in tokens, or "decode" with one in rows.
+        `kind` is "prefill" with a size in tokens, "vision" with one in patches, or "decode" with
+        one in rows.
         """
         with torch.no_grad():
             if kind == "prefill":
-                step = PrefillStep(self.steps, self.platform, *self.layout.prefill_bucket(size, 1))
-                step.launch()
-                step.build_hidden()
-                columns.warm_up(self.cfg, [len(step.token_R)], self.platform.device)
+                for step in self.padding_steps(size):
+                    step.launch()
+                    step.build_hidden()
+                    columns.warm_up(self.cfg, [len(step.token_R)], self.platform.device)
+            elif kind == "vision":
+                self._run_tower(size)
             else:
                 self.steps.decode(
                     torch.full((size,), self.state.pad_row, device=self.platform.device)
@@ -258,6 +285,11 @@ class Runner:
                 if size == self.layout.decode_rows[0]:  # once: its kernels are the same for all
                     self.sampler.warm_up()
         self.platform.synchronize()
+
+    def _run_tower(self, num_patches: int) -> None:
+        tower = self.towers["vision"]
+        assert isinstance(tower, TowerSteps)
+        tower.run_budget(num_patches, few=True)
 
     @_in_group
     def decode_uncaptured(
@@ -285,6 +317,8 @@ class Runner:
             steps.clear()
         self.embeddings.clear()
         tables = ("cos_sin_MH", "other_tables")
+        self._given = None
+        self.towers.clear()
         for name in ("steps", "params", "state", "sampler", "compiler", *tables):
             self.__dict__.pop(name, None)
         self.cache_region.close()
@@ -348,8 +382,11 @@ class Runner:
 
     def add_embeddings(self, key: str, embeds: Tensor) -> None:
         """Keep embeddings [n, D] on the device for plans that name them, until they are dropped."""
-        if self.steps.whole:
-            raise ValueError("given embeddings are not supported where a step is one program")
+        if self.steps.whole and not self.model.takes_embeddings:
+            raise ValueError(
+                "embeddings are given, but where a step is one program only models with "
+                "towers have programs that take them: use enforce_eager=True"
+            )
         self.embeddings.give(key, embeds.to(self.platform.device, self.model_dtype))
 
     def encode(self, media: Mapping[str, Encodable]) -> None:
@@ -465,28 +502,50 @@ class Runner:
             step.set(*accept_and_advance(num, self.state, step.span, tokens, chosen_T))
         return self._launched(plan, step.token_RK, counts=step.count_R)
 
-    def prefill_step(self, num_tokens: int, num_rows: int) -> PrefillStep:
-        step = self._prefill_steps.get(num_tokens)
+    def prefill_step(self, num_tokens: int, num_rows: int, has_given: bool = False) -> PrefillStep:
+        """The step of a bucket; without padding, a new one. With `has_given` embeddings and
+        positions are among its inputs."""
+        step = self._prefill_steps.get((num_tokens, has_given))
         if step is None:
-            step = PrefillStep(self.steps, self.platform, num_tokens, num_rows)
-            if self.layout.pad:  # else every step has a size of its own
+            step = self._new_prefill_step(num_tokens, num_rows, has_given)
+            # without padding every step has a size of its own
+            if self.layout.pad and has_given in self._variants:
                 with torch.no_grad():
                     step.build_hidden()
                     step.capture(self._capture_spans)
-                self._prefill_steps[num_tokens] = step
+                self._prefill_steps[num_tokens, has_given] = step
         return step
+
+    def padding_steps(self, num_tokens: int) -> list[PrefillStep]:
+        """New steps of a bucket that hold only padding: one for each of its programs."""
+        bucket = self.layout.prefill_bucket(num_tokens, 1)
+        return [self._new_prefill_step(*bucket, has_given) for has_given in self._variants]
+
+    @property
+    def _variants(self) -> tuple[bool, ...]:
+        """Whether embeddings are given, for each kind of prefill step that has programs."""
+        return (False, True) if self.model.takes_embeddings else (False,)
+
+    def _new_prefill_step(self, num_tokens: int, num_rows: int, has_given: bool) -> PrefillStep:
+        given = self._given_inputs(num_tokens).of(num_tokens) if has_given else None
+        return PrefillStep(self.steps, self.platform, num_tokens, num_rows, given)
+
+    def _given_inputs(self, num_tokens: int) -> GivenInputs:
+        """Those that the engine has, or new ones for steps of up to so many tokens."""
+        return self._given or GivenInputs(self.cfg, self.platform, num_tokens)
 
     def _prefill(self, plan: StepPlan) -> Launched:
         bucket = self.layout.prefill_bucket(len(plan.token_T), len(plan.rows))
-        step = self.prefill_step(*bucket)
+        step = self.prefill_step(*bucket, plan.has_given)
         step.fill(self.span_arrays(plan.rows, plan.num_tokens, plan.token_T, *bucket))
-        has_given = bool(plan.embeddings) or plan.position_3T is not None
-        if plan.choice.is_plain and not plan.prompt_logprobs and not has_given:
+        if step.given is not None:
+            fill(step.given, plan, self.embeddings, self.platform)
+        if plan.choice.is_plain and not plan.prompt_logprobs:
             step.replay()
             return self._launched(plan, step.token_R)
         prompt_logprobs: list[list[LogprobCopies]] = []
-        if plan.prompt_logprobs or has_given:
-            h_TD, last_R = step.hidden(self._given(plan))
+        if plan.prompt_logprobs:
+            h_TD, last_R = step.hidden()
             prompt_logprobs = [
                 self._prompt_logprobs(one, h_TD, bucket[1]) for one in plan.prompt_logprobs
             ]
@@ -499,16 +558,6 @@ class Runner:
         rows = step.span.row_idx_R, logits_RV, step.span.num_tokens_R
         token_R = self.sampler.sample(plan.choice, *rows)
         return self._launched(plan, token_R, logits_RV, prompt_logprobs)
-
-    def _given(self, plan: StepPlan) -> Given:
-        """The embeddings and positions that a plan gives."""
-        embeds = [
-            (one.start, self.embeddings[one.key][one.source : one.source + one.num])
-            for one in plan.embeddings
-        ]
-        if plan.position_3T is None:
-            return Given(embeds)
-        return Given(embeds, self.platform.upload(plan.position_3T, torch.int64))
 
     def _prompt_logprobs(
         self, wanted: PromptLogprobs, h_TD: Tensor, group: int

@@ -22,6 +22,7 @@ class Layout:
     max_prefill_rows: int
     pad: bool = True
     verify_tokens: tuple[int, ...] = ()  # K of decode steps that feed several tokens a row
+    vision_patches: tuple[int, ...] = ()  # T of calls of a vision tower
 
     @property
     def blocks_per_row(self) -> int:
@@ -29,9 +30,14 @@ class Layout:
 
     @property
     def buckets(self) -> list[tuple[str, int]]:
-        """("prefill", tokens) and ("decode", rows), the ones that take longest to build first."""
-        prefill = [("prefill", num_tokens) for num_tokens in reversed(self.prefill_tokens)]
-        return prefill + [("decode", num_rows) for num_rows in reversed(self.decode_rows)]
+        """("prefill", tokens), ("vision", patches) and ("decode", rows), the ones that take longest
+        to build first."""
+        sizes = {
+            "prefill": self.prefill_tokens,
+            "vision": self.vision_patches,
+            "decode": self.decode_rows,
+        }
+        return [(kind, size) for kind, ascending in sizes.items() for size in reversed(ascending)]
 
     @property
     def logits_rows(self) -> list[int]:

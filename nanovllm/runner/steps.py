@@ -2,19 +2,18 @@
 
 Each region is traced and compiled separately, once per bucket. A platform captures the whole step.
 
-R rows | T tokens | K tokens a row | D hidden | V vocabulary
+R rows | T tokens | K tokens a row | D hidden | V vocabulary | M positions | H head size
 W columns of this rank's logits: V, or its part on several ranks (`columns.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from nanovllm.compile.program import Compiler
@@ -23,8 +22,8 @@ from nanovllm.models.config import ModelConfig
 from nanovllm.models.experts import offloaded
 from nanovllm.models.experts.offloaded import Offloaded
 from nanovllm.models.interface import Batch, LayerCache, LayerCall, Model, Params
-from nanovllm.models.rope import rows_of_axes
 from nanovllm.runner.columns import drawing, gathered
+from nanovllm.runner.given import Given, add_features, with_given
 from nanovllm.runner.state import (
     DeviceState,
     Span,
@@ -35,27 +34,10 @@ from nanovllm.runner.state import (
     span_batch,
 )
 
-
-class Given(NamedTuple):
-    """What replaces embeddings and positions of a span's tokens.
-
-    embeds: (first token, [n, K · D]) pairs. The first D numbers are the embeddings of n tokens; the
-        next D are added to their hidden states after the first layer, and so on.
-    position_3T: the positions of the first tokens in time, height and width. The others are
-        padding.
-    """
-
-    embeds: Sequence[tuple[int, Tensor]] = ()
-    position_3T: Tensor | None = None
-
-
-NOTHING_GIVEN = Given()
-
-# (first token, [n, D] for each of the first layers) pairs, to be added to hidden states
-Added = Sequence[tuple[int, Sequence[Tensor]]]
-
 # Inputs of the regions below that are weights or tables (see `Compiler.frozen`).
-FROZEN = ("params", "w", "embed_VD", "final_norm_D", "head_VD", "cos_sin_MH", "tables")
+FROZEN = (
+    "params", "w", "tower_weights", "embed_VD", "final_norm_D", "head_VD", "cos_sin_MH", "tables",
+)  # fmt: skip
 
 
 class Table(NamedTuple):
@@ -180,38 +162,53 @@ class Steps:
 
     # several tokens for each row --------------------------------------------------------------
 
-    def prefill_logits(self, span: Span) -> Tensor:
+    def prefill_logits(self, span: Span, given: Given | None = None) -> Tensor:
         """Write keys and values of a span; returns logits [R, W] after each row's last token."""
-        if self.whole:
-            return self.logits_at(*self.hidden(span))
-        h_TD, tokens, batch = self._begin_span(span)
-        return self._head(self._layers("prefill", h_TD, batch, len(span.token_T), tokens.last_R))
+        if self.whole or (given is not None and self.model.adds_to_last):
+            return self.logits_at(*self.hidden(span, given))
+        h_RD, _ = self._prefill(span, given, keeps_last=True)
+        return self._head(h_RD)
 
-    def hidden(self, span: Span, given: Given = NOTHING_GIVEN) -> tuple[Tensor, Tensor]:
+    def hidden(self, span: Span, given: Given | None = None) -> tuple[Tensor, Tensor]:
         """Write keys and values of a span; returns all hidden states [T, D] after the last layer,
         and the index of each row's last token."""
         if self.whole:
-            assert not given.embeds and given.position_3T is None
-            return self._run_whole("prefill", Steps.hidden, span=span)
-        h_TD, tokens, batch = self._begin_span(span)
-        if given.position_3T is not None:
-            batch = batch._replace(rope_pos_T=self._turned(batch.rope_pos_T, given.position_3T))
-        size, added = h_TD.shape[1], []
-        for start, embeds in given.embeds:
-            first, *others = embeds.split(size, dim=1)
-            h_TD[start : start + len(first)] = first * self.model.embed_factor
-            added.append((start, others))
-        return self._layers("prefill", h_TD, batch, len(span.token_T), added=added), tokens.last_R
+            return self._run_whole("prefill", Steps.hidden, span=span, given=given)
+        return self._prefill(span, given, keeps_last=False)
 
-    def _turned(self, rope_pos_T: Tensor, position_3T: Tensor) -> Tensor:
-        """The rows of the rotary table for tokens with three positions: its last rows, to which
-        this step's rotations are written."""
-        num, axes = position_3T.shape[1], self.model.config.rope_axes
-        first = len(self.cos_sin_MH) - len(rope_pos_T)
-        rows_TH = rows_of_axes(self.cos_sin_MH, axes, position_3T)
-        self.cos_sin_MH[first : first + num] = rows_TH
-        row_T = torch.arange(first, first + len(rope_pos_T), device=rope_pos_T.device)
-        return row_T.to(rope_pos_T.dtype)
+    def _prefill(
+        self, span: Span, given: Given | None, *, keeps_last: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The hidden states after the last layer, [R, D] with `keeps_last`, and the index of each
+        row's last token."""
+        h_TD, tokens, batch = self._begin_span(span)
+        last_R = tokens.last_R if keeps_last else None
+        if given is None:
+            return self._layers("prefill", h_TD, batch, len(h_TD), last_R), tokens.last_R
+        h_TD, rows_TH = self._of_given(
+            "with_given",
+            partial(with_given, self.model.embed_factor),
+            h_TD,
+            given=given._replace(embeds_LTD=given.embeds_LTD.narrow(0, 0, 1)),
+            cos_sin_MH=self.cos_sin_MH,
+        )
+        steps = self
+        if rows_TH is not None:  # the rotations of this step are a table with a row for each token
+            assert not self.other_tables and given.row_T is not None
+            batch = batch._replace(rope_pos_T=given.row_T)
+            steps = replace(self, cos_sin_MH=rows_TH)
+        h_TD = steps._layers("prefill", h_TD, batch, len(span.token_T), last_R, given)
+        return h_TD, tokens.last_R
+
+    def _of_given(
+        self, name: str, function: Callable[..., Any], h_TD: Tensor, **inputs: object
+    ) -> Any:
+        """Run a region of steps with given embeddings: as a program for models that see, and else
+        op by op, since a program that few need is not built."""
+        inputs["h_TD"] = h_TD
+        if self.compiler.lowering is None or not self.model.takes_embeddings:
+            return function(*inputs.values())
+        return self._run(name, (len(h_TD),), function, **inputs)
 
     def logits_at(self, h_TD: Tensor, index_R: Tensor) -> Tensor:
         """Logits [R, W] after the tokens at `index_R` of a span's hidden states."""
@@ -279,7 +276,7 @@ class Steps:
         batch: Batch,
         max_q_len: int,
         last_R: Tensor | None = None,
-        added: Added = (),
+        given: Given | None = None,
     ) -> Tensor:
         sizes = (batch.slot_T.shape[0], batch.seq_len_R.shape[0])
         programs = self.model.layer_programs(keeps_last=last_R is not None)
@@ -299,9 +296,17 @@ class Steps:
                 batch=batch._replace(keep_R=last_R) if name == "last_layer" else batch,
                 h_TD=h_TD,
             )
-            for start, features in added:
-                if layer_idx < len(features):
-                    h_TD[start : start + len(features[layer_idx])] += features[layer_idx]
+            # the last layer of a reduced model may be one after which the whole one adds features
+            adds = given is not None and layer_idx + 1 < len(given.embeds_LTD)
+            if adds and name != "last_layer":
+                assert given is not None
+                h_TD = self._of_given(
+                    "add_features",
+                    add_features,
+                    h_TD,
+                    is_given_T=given.is_given_T,
+                    features_TD=given.embeds_LTD.select(0, layer_idx + 1),
+                )
         return h_TD
 
     def _layer_tables(self) -> list[Tensor]:
@@ -334,7 +339,7 @@ class Steps:
     def _run_whole(self, name: str, method: Callable[..., Any], **inputs: object) -> Any:
         """Run a step as one program. All its shapes are static, including the cache's."""
         shapes = [tensor.shape[0] for tensor in tensors(tuple(inputs.values()))]
-        params: Any = self.params
+        params: Any = self.params._replace(tower=None)
         if params.head_VD is params.embed_VD:
             # a tensor that is passed twice would be two weights to the compiler
             params = params._replace(head_VD=None)

@@ -18,39 +18,29 @@ from torch import Tensor
 
 from nanovllm.compile.program import Compiler
 from nanovllm.models.vision import layout as layouts
-from nanovllm.models.vision.interface import Layout, Taps, Tower, TowerWeights, Windows
+from nanovllm.models.vision.interface import BlockCall, Layout, Taps, Tower, TowerWeights, Windows
 from nanovllm.models.vision.layout import Call, Grid
 from nanovllm.platforms.base import Platform
 from nanovllm.runner.captured import Capture
 from nanovllm.runner.tower_capture import CapturedCall
 
-BUDGETS = (256, 1024, 4096)  # patches; see `TowerSteps`
-
 
 @dataclass(frozen=True, eq=False)
 class TowerSteps:
-    """The calls of one tower. Programs are built on first use; `warm_up` uses every budget.
+    """The calls of one tower. Programs are built on first use; warm-up uses every budget.
 
-    `budgets` are the sizes T that programs are compiled for, ascending. A frame with more patches
-    than the largest runs op by op, in a call of its own size. Raises ValueError for budgets that
-    are no multiples of the tower's patches per token.
+    `budgets` are the sizes T that programs are compiled for, ascending and multiples of the tower's
+    patches per token (`vision.budgets`). A frame with more patches than the largest runs op by op,
+    in a call of its own size. With `whole` a call is one program: some compilers need this.
     """
 
     tower: Tower
     weights: TowerWeights
     platform: Platform
     compiler: Compiler
-    budgets: tuple[int, ...] = BUDGETS
+    budgets: tuple[int, ...]
+    whole: bool = False
     _captured: dict[int, CapturedCall] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        unit = self.tower.config.patches_per_group
-        wrong = [size for size in self.budgets if size < unit or size % unit]
-        if wrong or not self.budgets or list(self.budgets) != sorted(set(self.budgets)):
-            raise ValueError(
-                f"budgets of the vision tower are {list(self.budgets)}: they must ascend and be "
-                f"multiples of {unit} patches"
-            )
 
     def num_tokens(self, grid: Grid) -> int:
         """The tokens of an image or video of (frames, rows, columns) patches."""
@@ -99,63 +89,102 @@ class TowerSteps:
         arrays = layouts.layout(cfg, call.frames_F2, budget)
         return self.platform.upload(padded_TC, cfg.dtype), _uploaded(self.platform, arrays)
 
-    def run(self, pixel_TC: Tensor, layout: Layout, compiler: Compiler) -> Tensor:
-        """One call: tokens [L, T / m², O], those of padding included. Reads nothing on the host."""
-        tower, weights, num_patches = self.tower, self.weights, len(pixel_TC)
-        cfg, windows = tower.config, layout.windows
-        place_G = None if windows is None else windows.place_G
+    def run(
+        self, pixel_TC: Tensor, layout: Layout, compiler: Compiler, *, few: bool = False
+    ) -> Tensor:
+        """One call: tokens [L, T / m², O], those of padding included. Reads nothing on the host.
 
-        def program(name: str, kind: str, function: Callable[..., Any], **inputs: object) -> Any:
-            made = compiler.program(f"tower_{name}", (num_patches, kind), function, inputs)
-            return made(*inputs.values())
+        With `few` it runs as few blocks as use every program; the result means nothing.
+        """
+        calls, weights = self.tower.config.calls, self.weights
+        if self.whole and compiler.lowering is not None:
+            function = partial(_inlined, self.tower, calls)
+            inputs: dict[str, object] = {
+                "tower_weights": weights,
+                "layout": layout,
+                "pixel_TC": pixel_TC,
+            }
+            program = compiler.program("tower", (len(pixel_TC),), function, inputs)
+            return program(*inputs.values())
+        if few:
+            chosen = sorted({calls.index(call) for call in set(calls)})
+            calls = tuple(calls[block_idx] for block_idx in chosen)
+            weights = weights._replace(blocks=tuple(weights.blocks[i] for i in chosen))
+        return run_call(self.tower, calls, weights, layout, pixel_TC, compiler)
 
-        def merged(level: int, h_TD: Tensor) -> Tensor:
-            w, kind = weights.mergers[level], "level" if level else "embedding"
-            return program(
-                "merge", kind, partial(tower.merge, cfg), w=w, place_G=place_G, h_TD=h_TD
-            )
-
-        h_TD, rope_TH = program(
-            "embed", "all", partial(tower.embed, cfg),
-            w=weights.outer, layout=layout, pixel_TC=pixel_TC,
-        )  # fmt: skip
-        levels: list[Tensor] = []
-        for block_idx, w in enumerate(weights.blocks):
-            kind, max_len, start_S = "frames", num_patches, layout.frame_start_S
-            if windows is not None and block_idx not in cfg.full_blocks:
-                kind, max_len, start_S = "windows", cfg.max_window_patches, windows.start_S
-            h_TD = program(
-                "block", kind, partial(tower.block, cfg, max_len),
-                w=w, rope_TH=rope_TH, start_S=start_S, h_TD=h_TD,
-            )  # fmt: skip
-            if block_idx in cfg.deepstack_blocks:
-                levels.append(merged(1 + len(levels), h_TD))
-        return torch.stack((merged(0, h_TD), *levels))
-
-    def warm_up(self) -> None:
-        """Build the programs of every budget."""
-        cfg = self.tower.config
-        for budget in self.budgets:
-            frames_F2 = np.array([[cfg.merge_size, budget // cfg.merge_size]])
-            call = Call(frames_F2, budget, budget)
-            self.run(*self.inputs(call, torch.zeros(budget, cfg.patch_size)), self.compiler)
+    def run_budget(self, budget: int, *, few: bool = False) -> None:
+        """Run a call whose patches are one frame of zeros. `few` is that of `run`."""
+        self.run(*self._one_frame(budget), self.compiler, few=few)
 
     def capture(self, capture: Capture) -> None:
         """Capture a call of every budget, whose programs have all run: `features` replays them."""
-        cfg = self.tower.config
         run = partial(self.run, compiler=self.compiler)
         # the largest first: captured calls share one memory pool, and the first one sizes it
         for budget in reversed(self.budgets):
-            frames_F2 = np.array([[cfg.merge_size, budget // cfg.merge_size]])
-            call = Call(frames_F2, budget, budget)
-            inputs = self.inputs(call, torch.zeros(budget, cfg.patch_size))
-            self._captured[budget] = CapturedCall(run, *inputs, capture)
+            self._captured[budget] = CapturedCall(run, *self._one_frame(budget), capture)
+
+    def _one_frame(self, budget: int) -> tuple[Tensor, Layout]:
+        """The inputs of a call whose patches are one frame of zeros."""
+        cfg = self.tower.config
+        frames_F2 = np.array([[cfg.merge_size, budget // cfg.merge_size]])
+        patches = torch.zeros(budget, cfg.patch_size)
+        return self.inputs(Call(frames_F2, budget, budget), patches)
 
     def _calls(self, pixels: Tensor, frames_F2: np.ndarray) -> Iterator[tuple[Call, Tensor]]:
         done = 0
         for call in layouts.calls(frames_F2, self.budgets):
             yield call, pixels[done : done + call.num_patches]
             done += call.num_patches
+
+
+def _inlined(
+    tower: Tower,
+    calls: Sequence[BlockCall],
+    weights: TowerWeights,
+    layout: Layout,
+    pixel_TC: Tensor,
+) -> Tensor:
+    """A call as one region."""
+    return run_call(tower, calls, weights, layout, pixel_TC, Compiler(None))
+
+
+def run_call(
+    tower: Tower,
+    calls: Sequence[BlockCall],
+    weights: TowerWeights,
+    layout: Layout,
+    pixel_TC: Tensor,
+    compiler: Compiler,
+) -> Tensor:
+    """See `TowerSteps.run`: a call by the programs of its regions, for these blocks."""
+    cfg, windows, num_patches = tower.config, layout.windows, len(pixel_TC)
+    place_G = None if windows is None else windows.place_G
+
+    def program(name: str, kind: str, function: Callable[..., Any], **inputs: object) -> Any:
+        made = compiler.program(f"tower_{name}", (num_patches, kind), function, inputs)
+        return made(*inputs.values())
+
+    def merged(level: int, h_TD: Tensor) -> Tensor:
+        w, kind = weights.mergers[level], "level" if level else "embedding"
+        return program("merge", kind, partial(tower.merge, cfg), w=w, place_G=place_G, h_TD=h_TD)
+
+    h_TD, rope_TH = program(
+        "embed", "all", partial(tower.embed, cfg),
+        w=weights.outer, layout=layout, pixel_TC=pixel_TC,
+    )  # fmt: skip
+    levels: list[Tensor] = []
+    for w, call in zip(weights.blocks, calls, strict=True):
+        kind, max_len, start_S = "frames", num_patches, layout.frame_start_S
+        if call.window_patches:
+            assert windows is not None
+            kind, max_len, start_S = "windows", call.window_patches, windows.start_S
+        h_TD = program(
+            "block", kind, partial(tower.block, cfg, max_len),
+            w=w, rope_TH=rope_TH, start_S=start_S, h_TD=h_TD,
+        )  # fmt: skip
+        if call.makes_level:
+            levels.append(merged(1 + len(levels), h_TD))
+    return torch.stack((merged(0, h_TD), *levels))
 
 
 def _uploaded(platform: Platform, layout: Layout) -> Layout:

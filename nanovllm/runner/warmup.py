@@ -12,7 +12,7 @@ import torch
 from nanovllm.kernels import collectives
 from nanovllm.models.experts.offloaded import prepare
 from nanovllm.platforms.base import Rehearsal
-from nanovllm.runner.captured import PrefillStep, VerifyStep
+from nanovllm.runner.captured import VerifyStep
 from nanovllm.runner.runner import Runner
 from nanovllm.schedule.stall import StallBound
 
@@ -36,9 +36,10 @@ def rehearse_bucket(runner: Runner, kind: str, size: int, rehearsal: Rehearsal) 
     with torch.no_grad():
         if kind == "prefill":
             with mode:
-                step = PrefillStep(steps, platform, *layout.prefill_bucket(size, 1))
-            step.sample(steps.prefill_logits(step.span))
-            step.build_hidden()
+                prefill = runner.padding_steps(size)
+            for step in prefill:
+                step.sample(steps.prefill_logits(step.span, step.given))
+                step.build_hidden()
             return
         with mode:
             row_idx_R = torch.zeros(size, dtype=torch.int64, device=platform.device)

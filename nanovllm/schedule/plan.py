@@ -158,7 +158,7 @@ class StepPlan:
         step in which every row feeds only its newest token.
     is_sampled: [R] whether the step samples the row's next token.
     position_3T: int64 [3, T] the positions of the tokens in time, height and width. None: each has
-        one position, its own in the sequence.
+        one position, which the device derives from the state.
     """
 
     is_prefill: bool
@@ -181,6 +181,11 @@ class StepPlan:
     def tokens_per_row(self) -> int:
         """K of a decode step: the largest number of tokens that a row feeds."""
         return max(self.num_tokens)
+
+    @property
+    def has_given(self) -> bool:
+        """True if the step needs more of its tokens than their ids."""
+        return bool(self.embeddings) or self.position_3T is not None
 
     def to_bytes(self) -> bytes:
         """The plan as bytes, for `from_bytes`."""

@@ -134,16 +134,21 @@ def prefill_plan(chunks: Sequence[Chunk]) -> StepPlan:
         choice=_choice_of_chunks(chunks),
         prompt_logprobs=prompt_logprobs,
         embeddings=embeddings,
-        position_3T=_positions(chunks),
+        position_3T=_positions(chunks, bool(embeddings)),
     )
 
 
-def _positions(chunks: Sequence[Chunk]) -> np.ndarray | None:
-    """`StepPlan.position_3T`; None if no prompt has positions of its own."""
+def _positions(chunks: Sequence[Chunk], has_embeddings: bool) -> np.ndarray | None:
+    """`StepPlan.position_3T`; None if no prompt has positions of its own, or if all are those that
+    the device derives from the state and the step needs nothing else."""
     if all(chunk.request.prompt_position_3P is None for chunk in chunks):
         return None
     spans = [(one.request, one.start, one.start + one.num_tokens) for one in chunks]
-    return np.concatenate([request.position_3T(*span) for request, *span in spans], axis=1)
+    found = [request.position_3T(*span) for request, *span in spans]
+    derived = [np.arange(start, end) + request.rope_offset for request, start, end in spans]
+    if not has_embeddings and all((one == own).all() for one, own in zip(found, derived)):
+        return None
+    return np.concatenate(found, axis=1)
 
 
 def _choice_of_chunks(chunks: Sequence[Chunk]) -> Choice:

@@ -21,7 +21,7 @@ from nanovllm.kernels.code_files import Shared, temporary_folder
 from nanovllm.models import interface
 from nanovllm.models.interface import Model
 from nanovllm.platforms.base import Platform
-from nanovllm.runner import columns, state, steps
+from nanovllm.runner import columns, given, state, steps, tower
 
 if TYPE_CHECKING:
     from nanovllm.startup.choose import Choice
@@ -104,7 +104,8 @@ def common_ingredients(platform: Platform, passes: Sequence[str], model: Model) 
         "source models": keys.source_digest(shared, models),
         **{f"source {name}": keys.source_digest([at], at.parent) for name, at in files.items()},
         "source steps": keys.source_digest(
-            [Path(module.__file__ or "") for module in (columns, state, steps)], engine
+            [Path(module.__file__ or "") for module in (columns, given, state, steps, tower)],
+            engine,
         ),
         "source platform": keys.source_digest([chosen_by], chosen_by.parent),
         "passes": " ".join(passes),
@@ -122,7 +123,11 @@ def _ready_key(choice: Choice) -> Key:
     shapes = [{name: param.shape for name, param in group.items()} for group in reduced.declared]
     described = json.dumps([keys.describe(reduced), shapes, str(model.config.dtype)])
     common = common_ingredients(platform, passes, model)
-    return Key({**common, "model": described, "spec": str(choice.spec)})
+    seen_by = "nothing"
+    if model.tower is not None:
+        calls = model.tower.config.calls
+        seen_by = json.dumps([keys.describe(model.tower), calls, model.tower.shapes])
+    return Key({**common, "model": described, "tower": seen_by, "spec": str(choice.spec)})
 
 
 def mark_ready(choice: Choice) -> None:

@@ -20,6 +20,7 @@ from nanovllm.models.formats import PLAIN
 from nanovllm.models.interface import Model
 from nanovllm.models.loader import has_own_head
 from nanovllm.models.shards import ALL, Shard
+from nanovllm.models.vision.budgets import budgets
 from nanovllm.platforms import attention
 from nanovllm.platforms.base import Platform
 from nanovllm.runner.spec import EngineSpec, Layout
@@ -245,10 +246,25 @@ def make_spec(config: EngineConfig, model: Model, platform: Platform) -> EngineS
         backend, platform, cache_dtype
     )
     layout = make_layout(config, cfg.max_position, platform, block_size)
+    layout = replace(layout, vision_patches=vision_patches(config, model))
     weight_format = config.quantization or PLAIN
     offload = choose_offload(config, model, platform, weight_format)
     embedding_bytes = 0 if model.tower is None else config.media.embedding_cache_bytes
     return EngineSpec(layout, backend, cache_dtype, weight_format, offload, embedding_bytes)
+
+
+def vision_patches(config: EngineConfig, model: Model) -> tuple[int, ...]:
+    """The budgets of the model's tower, none without one. Raises ValueError for an option that does
+    not go with the model."""
+    asked = config.vision_patch_budgets
+    if model.tower is not None:
+        return budgets(model.tower.config, asked)
+    if asked is not None:
+        raise ValueError(
+            f"vision_patch_budgets is {list(asked)}, but {model.config.architecture} has no vision "
+            "tower: leave it out"
+        )
+    return ()
 
 
 def choose_dtype(name: str, hf: Any, platform: Platform) -> torch.dtype:

@@ -20,7 +20,7 @@ from nanovllm.compile import keys
 from nanovllm.compile.keys import Key, describe, narrowed, program_key, source_digest
 from nanovllm.models import dense, interface
 from nanovllm.models.config import ModelConfig
-from nanovllm.models.interface import LayerCall, LayerKind
+from nanovllm.models.interface import LayerCall, LayerKind, Model
 from nanovllm.startup import artifacts
 
 CFG = ModelConfig(
@@ -78,7 +78,7 @@ IRRELEVANT = {
     "architecture": "LlamaForCausalLM", "num_layers": 1, "inv_freq": (2.0,) * 16, "rope_scale": 2.0,
     "max_position": 9, "tied_embeddings": False, "qk_norm": True, "qkv_bias": True,
     "out_bias": True, "mlp_bias": True, "hidden_size": 9, "ffn_size": 9,
-    "dtype": torch.bfloat16,
+    "dtype": torch.bfloat16, "rope_axes": (0, 1, 2), "num_added": 3, "other_ropes": ((2.0,) * 16,),
 }  # fmt: skip
 
 
@@ -129,13 +129,15 @@ def test_what_has_no_stable_description_is_refused() -> None:
 def test_a_model_counts_by_its_regions_its_kinds_and_what_regions_read_of_its_config() -> None:
     model = dense.dense_model(CFG, (0, 9))
     described = describe(model)
-    assert set(described) == {"config", "layer_kinds", "embed", "layer", "head"}
+    assert set(described) == set(Model.GRAPH_FIELDS)
     assert set(described["config"]) == set(ModelConfig.GRAPH_FIELDS)
     for same in (replace(model, kv_scales=None), replace(model, config=replace(CFG, dtype=None))):
         assert describe(same) == described
     for other in (
         replace(model, layer_kinds=model.layer_kinds[::-1]),
         replace(model, head=other_region),
+        replace(model, layer_ropes=(1, 0)),
+        replace(model, embed_factor=2.0),
         replace(model, config=replace(CFG, norm_eps=1e-5)),
     ):
         assert describe(other) != described

@@ -202,7 +202,7 @@ def engine(folder: Path, **options: Any) -> LLM:
     sizes = {"max_num_seqs": 8, "max_num_batched_tokens": 512, "max_model_len": 128}
     return LLM(
         str(folder), device="cpu", dtype="float32", graph_batch_sizes=[8], kvcache_block_size=16,
-        skip_tokenizer_init=True, **{**sizes, **options},
+        skip_tokenizer_init=True, vision_patch_budgets=[32, 128], **{**sizes, **options},
     )  # fmt: skip
 
 

@@ -213,8 +213,10 @@ OPS: dict[str, Callable[..., Any]] = {
         _same(*inputs[:-1]),
         torch.cat(inputs[:-1], dim=int(inputs[-1])),
     )[1],
+    "Cos": lambda a, x: torch.cos(x),
     "Cumsum": _cumsum,
     "Equal": _binary(torch.eq),
+    "Erf": lambda a, x: torch.erf(x.float()).to(x.dtype),
     "Fill": lambda a, dims, value: value.expand(dims.tolist()).clone(),
     "FloorDiv": _binary(torch.floor_divide),
     "FloorMod": _binary(lambda x1, x2: x1 - torch.floor_divide(x1, x2) * x2),
@@ -227,6 +229,10 @@ OPS: dict[str, Callable[..., Any]] = {
     "GroupedMatmul": _grouped_matmul,
     "HcomAllGather": lambda a, x: hccl.all_gather(a["group"], x, a["rank_size"]),
     "HcomAllReduce": _hcom_all_reduce,
+    "Identity": lambda a, x: x.clone(),
+    "LayerNormV4": lambda a, x, shape, gamma, beta: semantics.layer_norm(
+        x, shape.tolist(), gamma, beta, a["epsilon"]
+    ),
     "Less": _binary(torch.lt),
     "Log": _log,
     "LogicalAnd": _binary(torch.logical_and),
@@ -254,7 +260,9 @@ OPS: dict[str, Callable[..., Any]] = {
     "Range": lambda a, start, limit, delta: torch.arange(
         start.item(), limit.item(), delta.item(), dtype=limit.dtype
     ),
+    "Pow": _binary(torch.pow),
     "RealDiv": _binary(torch.true_divide),
+    "Reciprocal": lambda a, x: torch.reciprocal(x),
     "ReduceAny": lambda a, x, axes: x.any(int(axes), keepdim=a["keep_dims"]),
     "ReduceSum": lambda a, x, axes: x.sum(
         axes.reshape(-1).tolist(), keepdim=a["keep_dims"], dtype=x.dtype
@@ -270,6 +278,7 @@ OPS: dict[str, Callable[..., Any]] = {
         _same(then, other),
         torch.where(condition, then, other),
     )[1],
+    "Sin": lambda a, x: torch.sin(x),
     "Sigmoid": lambda a, x: torch.sigmoid(x.float()).to(x.dtype),
     "Shape": lambda a, x: torch.tensor(x.shape, dtype=GE_DTYPES[a["dtype"]]),
     "SplitV": _split,
@@ -278,6 +287,9 @@ OPS: dict[str, Callable[..., Any]] = {
     "Sub": _binary(torch.sub),
     "SwiGlu": lambda a, x: semantics.swiglu(x, a["dim"]),
     "Transpose": lambda a, x, perm: x.permute(perm.tolist()),
+    "Unpack": lambda a, x: (
+        x.unbind(a["axis"]) if a["num"] == x.shape[a["axis"]] else _unsupported("another number")
+    ),
     "Unsqueeze": lambda a, x: (
         x.unsqueeze(a["axes"][0]) if len(a["axes"]) == 1 else _unsupported("Unsqueeze of two axes")
     ),
@@ -309,6 +321,8 @@ def run(graph: Any, inputs: Sequence[Tensor], observe: Observer | None = None) -
     that computes.
     """
     values: dict[str, Tensor] = {}
+    missing = {op.type for op in graph.op} - {*OPS, *STRUCTURE}
+    assert not missing, f"ops without a meaning: {missing}"
     for op in graph.op:
         # :-1 marks an edge of order, not of data
         names = [name for name in op.input if not name.endswith(":-1")]

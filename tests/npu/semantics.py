@@ -88,7 +88,7 @@ def fused_infer_attention_score(
     atten_mask: Tensor | None = None,
     actual_seq_lengths: Sequence[int] | None = None,
     actual_seq_lengths_kv: Sequence[int],
-    block_table: Tensor,
+    block_table: Tensor | None = None,
     num_heads: int = 1,
     num_key_value_heads: int = 0,
     scale: float = 1.0,
@@ -96,7 +96,8 @@ def fused_infer_attention_score(
     sparse_mode: int = 0,
     block_size: int = 0,
 ) -> Tensor:
-    """FusedInferAttentionScore on a paged cache [blocks, block_size, K·D] in two layouts.
+    """FusedInferAttentionScore on a paged cache [blocks, block_size, K·D] in two layouts; without a
+    block_table see `packed_attention`.
 
     BSH, query [B, S, N·D] with S = 1: each row sees its first actual_seq_lengths_kv keys.
     TND, query [T, N, D]: actual_seq_lengths are cumulative token counts that end in T. sparse_mode
@@ -104,6 +105,11 @@ def fused_infer_attention_score(
     s keys, token i sees keys j <= i + s − q. A token that sees no key gives 0.
     """
     num_key_value_heads = num_key_value_heads or num_heads
+    if block_table is None:
+        assert (input_layout, sparse_mode, block_size, atten_mask) == ("TND", 0, 0, None)
+        assert num_heads == num_key_value_heads == query.shape[1] and actual_seq_lengths is not None
+        lengths = actual_seq_lengths, actual_seq_lengths_kv
+        return packed_attention(query, key, value, *lengths, scale)
     assert key.dim() == 3 and key.shape == value.shape and key.shape[1] == block_size, (
         key.shape,
         block_size,
@@ -157,6 +163,46 @@ def fused_infer_attention_score(
         )
         start = end
     return out.reshape(query.shape)
+
+
+def packed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    actual_seq_lengths: Sequence[int],
+    actual_seq_lengths_kv: Sequence[int],
+    scale: float,
+) -> Tensor:
+    """FusedInferAttentionScore without pages in layout TND, sparse_mode 0 and no mask: q, k and v
+    are [T, N, D], both lengths are running counts that do not fall, at most 4,096 of them. Each
+    query sees all keys of its row.
+    """
+    assert query.dim() == 3 and query.shape == key.shape == value.shape, (query.shape, key.shape)
+    assert query.dtype == key.dtype == value.dtype and all(x.is_contiguous() for x in (query, key))
+    ends = list(actual_seq_lengths)
+    assert ends == list(actual_seq_lengths_kv) == sorted(ends) and 1 <= len(ends) <= 4096
+    assert ends[0] >= 0 and ends[-1] == query.shape[0], f"counts {ends[-9:]} do not end in T"
+    assert query.shape[2] % 64 == 0, f"head size {query.shape[2]}"
+    out, start = torch.zeros_like(query), 0
+    for end in ends:
+        q, k, v = (x[start:end].float().transpose(0, 1) for x in (query, key, value))
+        weight = torch.softmax(q @ k.transpose(1, 2) * scale, dim=-1)
+        out[start:end] = (weight @ v).transpose(0, 1).to(out.dtype)
+        start = end
+    return out
+
+
+def layer_norm(
+    x: Tensor, normalized_shape: Sequence[int], gamma: Tensor, beta: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """LayerNormV4: y = (x − E(x)) · rstd · gamma + beta with rstd = (Var(x) + epsilon)^(−1/2) over
+    the last dims; (y, mean, rstd)."""
+    dims = tuple(range(x.dim() - len(normalized_shape), x.dim()))
+    assert list(x.shape[dims[0] :]) == list(normalized_shape) == list(gamma.shape)
+    x32 = x.float()
+    mean = x32.mean(dims, keepdim=True)
+    rstd = (((x32 - mean) ** 2).mean(dims, keepdim=True) + epsilon).pow(-0.5)
+    return ((x32 - mean) * rstd * gamma.float() + beta.float()).to(x.dtype), mean, rstd
 
 
 def gelu(x: Tensor) -> Tensor:

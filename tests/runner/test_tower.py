@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -18,6 +20,8 @@ from nanovllm.models.checkpoint import CheckpointError
 from nanovllm.models.loader import Target
 from nanovllm.models.vision import layout as layouts
 from nanovllm.models.vision import weights
+from nanovllm.models.vision.budgets import BUDGETS as BUDGETS_OF_ENGINES
+from nanovllm.models.vision.budgets import budgets
 from nanovllm.models.vision.registry import tower
 from nanovllm.platforms import cpu
 from nanovllm.platforms.base import Platform
@@ -81,7 +85,8 @@ def compiler(platform: Platform, store: Store) -> Compiler:
 
 
 def warm(made: TowerSteps) -> TowerSteps:
-    made.warm_up()
+    for budget in made.budgets:
+        made.run_budget(budget, few=True)
     made.compiler.seal()
     return made
 
@@ -236,12 +241,28 @@ def test_patches_that_do_not_fit_the_grids_are_refused(eager: TowerSteps) -> Non
         eager.features(torch.zeros(20, 96), [(1, 6, 4)])
 
 
-@pytest.mark.parametrize("budgets", [(), (6,), (256, 64), (64, 64), (0, 64)])
+@pytest.mark.parametrize("asked", [(), (6,), (64, 2), (0, 64)])
 def test_budgets_that_no_tower_can_have_are_refused(
-    budgets: tuple[int, ...], eager: TowerSteps
+    asked: tuple[int, ...], eager: TowerSteps
 ) -> None:
-    with pytest.raises(ValueError, match="multiples of 4 patches"):
-        TowerSteps(eager.tower, eager.weights, eager.platform, eager.compiler, budgets)
+    with pytest.raises(
+        ValueError, match=r"vision_patch_budgets is \[.*multiples of 4, the patches"
+    ):
+        budgets(eager.tower.config, asked)
+
+
+def test_budgets_ascend_and_are_whole_tokens(eager: TowerSteps) -> None:
+    cfg = eager.tower.config
+    assert budgets(cfg, [256, 64, 64]) == (64, 256)
+    of_nine = budgets(dataclasses.replace(cfg, merge_size=3), None)
+    assert of_nine[:2] == (261, 513) and not any(size % 9 for size in of_nine)
+
+
+def test_a_picture_wastes_less_than_half_of_its_call() -> None:
+    for side in range(16, 80, 2):
+        (call,) = layouts.calls(np.array([[side, side]]), BUDGETS_OF_ENGINES)
+        assert call.budget is None or side**2 <= call.budget < max(257, 2 * side**2)
+        assert (call.budget is None) == (side**2 > 6144)
 
 
 def test_a_checkpoint_without_a_tower_is_refused(

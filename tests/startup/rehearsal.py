@@ -26,13 +26,16 @@ from nanovllm.kernels.triton import register as triton_kernels
 from nanovllm.kernels.triton import rehearsal as triton_rehearsal
 from nanovllm.kernels.triton import step as triton_step
 from nanovllm.models import loader as weights
+from nanovllm.models.vision import weights as tower_weights
 from nanovllm.platforms.cuda import TRAITS, CudaPlatform
 from nanovllm.startup import choose
 from nanovllm.startup.compile_farm.builder import Builder
 from tests.conftest import save_tiny
 from tests.kernels.builds import TARGETS, AbsentDevice, Target
+from tests.models import tower_cases
 
 DEVICE = torch.device("cuda", 0)
+NAMES = {"qwen3_vl": "Qwen3VLForConditionalGeneration"}
 BUCKETS = (
     ("prefill", 256),
     ("prefill", 64),
@@ -96,7 +99,12 @@ def make_up_device() -> None:
 
         return weights.build(model, make, progress, how, target.place)
 
+    def empty_tower(tower: Any, target: weights.Target, seed: int) -> Any:
+        dtype, device = tower.config.dtype, target.device
+        return tower.build(lambda param: torch.empty(param.shape, dtype=dtype, device=device))
+
     weights.random = empty  # type: ignore[assignment]
+    tower_weights.random = empty_tower
 
 
 def real(value: Any) -> Any:
@@ -106,6 +114,19 @@ def real(value: Any) -> Any:
     size = value.untyped_storage().nbytes() // value.element_size()
     whole = torch.empty(size, dtype=value.dtype)
     return whole.as_strided(value.shape, value.stride(), value.storage_offset())
+
+
+def save_seeing(folder: Path, name: str) -> Path:
+    """The config of a model with a vision tower; no weights are read here."""
+    config = tower_cases.config(name)
+    config.architectures = [NAMES[name]]
+    text = config.text_config
+    text.head_dim, text.hidden_size, text.num_hidden_layers = 64, 256, 5
+    text.dtype = torch.bfloat16
+    text.rope_parameters["mrope_section"] = [16, 8, 8]
+    config.vision_config.out_hidden_size = text.hidden_size
+    config.save_pretrained(folder)
+    return folder
 
 
 def main(folder: Path, architecture: str, num_resident: int | None = None) -> dict[str, Any]:
@@ -122,7 +143,10 @@ def main(folder: Path, architecture: str, num_resident: int | None = None) -> di
         return found
 
     triton_rehearsal._request = seen
-    model = save_tiny(folder / "model", architecture, dtype="bfloat16", head_dim=64)
+    if architecture in tower_cases.TOWERS:
+        model = save_seeing(folder / "model", architecture)
+    else:
+        model = save_tiny(folder / "model", architecture, dtype="bfloat16", head_dim=64)
     config = EngineConfig(
         str(model), dtype="bfloat16", max_model_len=512, max_num_batched_tokens=256,
         max_num_seqs=48, graph_batch_sizes=[1, 3, 4, 48], compile_cache=folder / "store",

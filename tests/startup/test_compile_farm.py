@@ -226,3 +226,12 @@ def test_launches_of_offloaded_experts_are_rehearsed(tmp_path: Path) -> None:
         "pair_gate_up_kernel", "pair_down_kernel",
     }  # fmt: skip
     assert found["compiled_after_launches"] == found["compiled"] == found["requests"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="as Triton")
+def test_prefill_steps_with_images_are_rehearsed(tmp_path: Path) -> None:
+    """They have two programs more: one for embeddings and positions, and one that adds features."""
+    found = rehearsed(tmp_path, "qwen3_vl")
+    assert found["problems"] == [None] * 6
+    assert [programs for programs, *_ in found["numbers"]] == [7, 5, 3, 4, 4, 4]
+    assert found["compiled_after_launches"] == found["compiled"] == found["requests"]

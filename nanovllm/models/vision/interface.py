@@ -35,6 +35,14 @@ MAX_FRAMES = 16  # in one call: see above
 PREFIXES = ("model.visual.", "visual.")
 
 
+class BlockCall(NamedTuple):
+    """How a block is called: the most patches of one of its windows, 0 if it attends within frames,
+    and whether a level of features follows it."""
+
+    window_patches: int
+    makes_level: bool
+
+
 @dataclass(frozen=True, kw_only=True)
 class TowerConfig:
     """Frozen description of one checkpoint's tower. Raises ValueError for sizes that do not fit.
@@ -107,6 +115,17 @@ class TowerConfig:
     def patch_size(self) -> int:
         """C: the numbers in a patch."""
         return math.prod(self.patch_shape)
+
+    @property
+    def calls(self) -> tuple[BlockCall, ...]:
+        """How each block is called."""
+        return tuple(
+            BlockCall(
+                0 if block_idx in self.full_blocks else self.max_window_patches,
+                block_idx in self.deepstack_blocks,
+            )
+            for block_idx in range(self.depth)
+        )
 
     @property
     def num_levels(self) -> int:
@@ -204,6 +223,22 @@ class Tower:
     block_type: type[Any]
     unused: tuple[str, ...] = ()
     prefixes: tuple[str, ...] = PREFIXES
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """The shapes of all parameters, in the order of computation."""
+        found: list[tuple[int, ...]] = []
+
+        def note(param: Param) -> Any:
+            found.append(param.shape)
+
+        self.build(note)
+        return found
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all weights."""
+        return sum(map(math.prod, self.shapes)) * self.config.dtype.itemsize
 
     def build(self, make: Callable[[Param], Tensor]) -> TowerWeights:
         """The weights that `make` gives for all parameters, in the order of computation."""

@@ -23,6 +23,7 @@ from nanovllm.models import loader
 from nanovllm.models.experts.offloaded import Offloader
 from nanovllm.models.loader import Target
 from nanovllm.models.shards import Shard
+from nanovllm.models.vision import weights
 from nanovllm.platforms.base import Platform
 from nanovllm.platforms.regions import SplitRegion
 from nanovllm.runner.runner import Runner
@@ -57,6 +58,8 @@ def small_runner(
             host = SplitRegion(platform.device)
             target = target._replace(place=Offloader(spec.offload, host, platform.device))
         params = loader.random(model, target, 0, lambda _: None, spec.weight_format)
+        if model.tower is not None:
+            params = params._replace(tower=weights.random(model.tower, target, 0))
         runner = Runner(model, params, spec, platform, compiler)
     return with_cache(choice, lambda _: runner)[0] if platform.traits.whole_steps else runner
 
@@ -88,9 +91,10 @@ class Builder:
         return answer
 
     def _rehearse(self, kind: str, size: int) -> dict[str, Any]:
-        """Without a rehearsal, or if it fails, the bucket is run."""
+        """Without a rehearsal, or if it fails, the bucket is run. So are calls of a vision tower:
+        Inductor makes their programs, and only running them finds the kernels."""
         rehearsal = self._rehearsal
-        if rehearsal is None:
+        if rehearsal is None or kind == "vision":
             return self._run(kind, size)
         rehearsal.kernels.clear()
         try:
