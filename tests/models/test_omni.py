@@ -261,7 +261,7 @@ def test_the_features_of_the_vision_tower_are_those_of_transformers(
     device = cpu.create(0, {})
     made = tower(hf.config.vision_config, torch.float32)
     loaded = weights.load(made, folder, Target(device.device))
-    steps = TowerSteps(made, loaded, device, Compiler(lowering=None))
+    steps = TowerSteps(made, loaded, device, Compiler(lowering=None), (256, 1024))
     pixels = torch.randn(sum(int(np.prod(one)) for one in grids), 3 * 2 * 14 * 14)
     with torch.no_grad():
         wanted = hf.model.visual(pixels, grid_thw=torch.tensor(grids)).pooler_output
