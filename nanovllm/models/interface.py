@@ -251,9 +251,15 @@ class Model:
             raise ValueError(f"two layer kinds have the same name: {sorted(kinds, key=str)}")
 
     @property
+    def towers(self) -> dict[str, Any]:
+        """The towers that the model has, by the names of their fields here and in `Params`."""
+        both = {"tower": self.tower, "audio_tower": self.audio_tower}
+        return {name: tower for name, tower in both.items() if tower is not None}
+
+    @property
     def takes_embeddings(self) -> bool:
         """True if prompts often bring embeddings: there are programs that take them."""
-        return self.tower is not None or self.audio_tower is not None
+        return bool(self.towers)
 
     @property
     def adds_to_last(self) -> bool:
@@ -339,7 +345,11 @@ class Model:
         table = self.declared[0]["embed_VD"]
         is_head = self.config.tied_embeddings and weight_format == PLAIN
         table_bytes = 0 if is_head else self._num_bytes(table, weight_format)
-        tower_bytes = 0 if self.tower is None else self.tower.num_bytes
+        tower_bytes = sum(
+            math.prod(shape) * tower.config.dtype.itemsize
+            for tower in self.towers.values()
+            for shape in tower_shapes(tower)
+        )
         return self.weight_bytes(weight_format) + table_bytes + tower_bytes
 
     def kv_bytes_per_token(self, cache_dtype: torch.dtype) -> int:
@@ -359,3 +369,14 @@ class Model:
     def _num_bytes(self, param: Param, weight_format: str) -> int:
         stored = FORMATS[weight_format if param.kind == "linear" else PLAIN]
         return stored.num_bytes(param.local(self.config.num_ranks).shape, self.config.dtype)
+
+
+def tower_shapes(tower: Any) -> list[tuple[int, ...]]:
+    """The shapes of all parameters of a tower, in the order of computation."""
+    found: list[tuple[int, ...]] = []
+
+    def note(param: Param) -> Any:
+        found.append(param.shape)
+
+    tower.build(note)
+    return found

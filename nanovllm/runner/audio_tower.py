@@ -34,7 +34,7 @@ class Inputs(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class AudioSteps:
-    """The calls of one tower. Programs are built on first use; `warm_up` uses every budget.
+    """The calls of one tower. Programs are built on first use; warm-up uses every budget.
 
     `budgets` are the numbers K of chunks that programs are compiled for, ascending. A clip may be
     cut at the end of any chunk, so every clip fits. Raises ValueError for budgets below 1.
@@ -44,7 +44,7 @@ class AudioSteps:
     weights: AudioWeights
     platform: Platform
     compiler: Compiler
-    budgets: tuple[int, ...] = BUDGETS
+    budgets: tuple[int, ...]
 
     def __post_init__(self) -> None:
         budgets = list(self.budgets)
@@ -94,8 +94,9 @@ class AudioSteps:
             token_g=upload(layouts.tokens(chunks.frames, positions), torch.int64),
         )
 
-    def run(self, inputs: Inputs, compiler: Compiler) -> Tensor:
-        """One call: the tokens [G, O] of all K chunks. Reads nothing on the host."""
+    def run(self, inputs: Inputs, compiler: Compiler, *, few: bool = False) -> Tensor:
+        """One call: the tokens [G, O] of all K chunks. Reads nothing on the host. With `few` it
+        runs one block, and the result means nothing."""
         tower, weights, budget = self.tower, self.weights, len(inputs.frames_K)
         cfg = tower.config
 
@@ -107,19 +108,19 @@ class AudioSteps:
             "embed", partial(tower.embed, cfg),
             w=weights.outer, frames_K=inputs.frames_K, mel_KFM=inputs.mel_KFM,
         )  # fmt: skip
-        for w in weights.blocks:
+        for w in weights.blocks[:1] if few else weights.blocks:
             h_TD = program(
                 "block", partial(tower.block, cfg), w=w, start_S=inputs.start_S, h_TD=h_TD
             )
         return program("merge", partial(tower.merge, cfg), w=weights.merger, h_TD=h_TD)
 
-    def warm_up(self) -> None:
-        """Build the programs of every budget."""
+    def run_budget(self, budget: int, *, few: bool = False) -> None:
+        """Run a call with one chunk of silence. With `few` it has one block, which is enough to
+        build its programs."""
         cfg = self.tower.config
-        for budget in self.budgets:
-            chunks = layouts.chunks([cfg.chunk_frames], cfg.chunk_frames)
-            mels = torch.zeros((cfg.chunk_frames, cfg.num_mels))
-            self.run(self.inputs(mels, chunks, budget), self.compiler)
+        chunks = layouts.chunks([cfg.chunk_frames], cfg.chunk_frames)
+        mels = torch.zeros((cfg.chunk_frames, cfg.num_mels))
+        self.run(self.inputs(mels, chunks, budget), self.compiler, few=few)
 
     def _calls(self, mels: Tensor, chunks: layouts.Chunks) -> Iterator[Inputs]:
         """Chunks in order, each call with the smallest budget that takes what is left."""

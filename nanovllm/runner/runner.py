@@ -157,7 +157,9 @@ class Runner:
         if model.audio_tower is not None:
             # its regions are programs of their own, which such platforms cannot have
             own = Compiler(None) if whole else compiler
-            self.towers["audio"] = AudioSteps(model.audio_tower, params.audio_tower, platform, own)
+            self.towers["audio"] = AudioSteps(
+                model.audio_tower, params.audio_tower, platform, own, layout.audio_chunks
+            )
         self._scales: list[tuple[Tensor, ...]] = [() for _ in params.layers]
         if spec.cache_dtype is torch.float8_e4m3fn:
             assert model.kv_scales is not None
@@ -210,10 +212,7 @@ class Runner:
         self.run_bucket("prefill", self.layout.prefill_tokens[-1])
         with torch.no_grad():
             for tower in self.towers.values():
-                if isinstance(tower, AudioSteps):
-                    tower.warm_up()
-                else:
-                    tower.run_budget(tower.budgets[-1])
+                tower.run_budget(tower.budgets[-1])
         self.platform.synchronize()
         budget = self.platform.memory_budget(utilization)
         kept_bytes = self.spec.embedding_cache_bytes
@@ -246,14 +245,11 @@ class Runner:
             for num in self.layout.verify_tokens:
                 self._verify_step(num_rows, num)
         with torch.no_grad():
-            for num_patches in reversed(self.layout.vision_patches):
-                progress(f"vision {num_patches}")
-                self._run_tower(num_patches)
             for name, tower in self.towers.items():
-                if isinstance(tower, AudioSteps):
-                    progress(name)
-                    tower.warm_up()
-                elif self._capture_tower is not _as_it_is:
+                for budget in reversed(tower.budgets):
+                    progress(f"{name} {budget}")
+                    tower.run_budget(budget, few=True)
+                if isinstance(tower, TowerSteps) and self._capture_tower is not _as_it_is:
                     tower.capture(self._capture_tower)
             columns.warm_up(self.cfg, self.layout.logits_rows, self.platform.device)
             self.sampler.warm_up()
@@ -265,8 +261,8 @@ class Runner:
     def run_bucket(self, kind: str, size: int) -> None:
         """Build and run the programs of one bucket on padding, and capture nothing.
 
-        `kind` is "prefill" with a size in tokens, "vision" with one in patches, or "decode" with
-        one in rows.
+        `kind` is "prefill" with a size in tokens, "vision" with one in patches, "audio" with one in
+        chunks, or "decode" with one in rows.
         """
         with torch.no_grad():
             if kind == "prefill":
@@ -274,8 +270,8 @@ class Runner:
                     step.launch()
                     step.build_hidden()
                     columns.warm_up(self.cfg, [len(step.token_R)], self.platform.device)
-            elif kind == "vision":
-                self._run_tower(size)
+            elif kind in self.towers:
+                self.towers[kind].run_budget(size, few=True)
             else:
                 self.steps.decode(
                     torch.full((size,), self.state.pad_row, device=self.platform.device)
@@ -285,11 +281,6 @@ class Runner:
                 if size == self.layout.decode_rows[0]:  # once: its kernels are the same for all
                     self.sampler.warm_up()
         self.platform.synchronize()
-
-    def _run_tower(self, num_patches: int) -> None:
-        tower = self.towers["vision"]
-        assert isinstance(tower, TowerSteps)
-        tower.run_budget(num_patches, few=True)
 
     @_in_group
     def decode_uncaptured(

@@ -23,6 +23,7 @@ class Layout:
     pad: bool = True
     verify_tokens: tuple[int, ...] = ()  # K of decode steps that feed several tokens a row
     vision_patches: tuple[int, ...] = ()  # T of calls of a vision tower
+    audio_chunks: tuple[int, ...] = ()  # K of calls of an audio tower
 
     @property
     def blocks_per_row(self) -> int:
@@ -30,11 +31,12 @@ class Layout:
 
     @property
     def buckets(self) -> list[tuple[str, int]]:
-        """("prefill", tokens), ("vision", patches) and ("decode", rows), the ones that take longest
-        to build first."""
+        """("prefill", tokens), ("vision", patches), ("audio", chunks) and ("decode", rows), the
+        ones that take longest to build first."""
         sizes = {
             "prefill": self.prefill_tokens,
             "vision": self.vision_patches,
+            "audio": self.audio_chunks,
             "decode": self.decode_rows,
         }
         return [(kind, size) for kind, ascending in sizes.items() for size in reversed(ascending)]

@@ -123,11 +123,11 @@ def _ready_key(choice: Choice) -> Key:
     shapes = [{name: param.shape for name, param in group.items()} for group in reduced.declared]
     described = json.dumps([keys.describe(reduced), shapes, str(model.config.dtype)])
     common = common_ingredients(platform, passes, model)
-    seen_by = "nothing"
-    if model.tower is not None:
-        calls = model.tower.config.calls
-        seen_by = json.dumps([keys.describe(model.tower), calls, model.tower.shapes])
-    return Key({**common, "model": described, "tower": seen_by, "spec": str(choice.spec)})
+    towers = {
+        name: json.dumps([keys.describe(tower), str(tower.config), interface.tower_shapes(tower)])
+        for name, tower in model.towers.items()
+    }
+    return Key({**common, "model": described, **towers, "spec": str(choice.spec)})
 
 
 def mark_ready(choice: Choice) -> None:

@@ -23,6 +23,7 @@ from nanovllm.models.shards import ALL, Shard
 from nanovllm.models.vision.budgets import budgets
 from nanovllm.platforms import attention
 from nanovllm.platforms.base import Platform
+from nanovllm.runner.audio_tower import BUDGETS as AUDIO_BUDGETS
 from nanovllm.runner.spec import EngineSpec, Layout
 from nanovllm.startup.artifacts import is_ready, open_store
 from nanovllm.startup.checkpoint_cache import read_config
@@ -246,10 +247,14 @@ def make_spec(config: EngineConfig, model: Model, platform: Platform) -> EngineS
         backend, platform, cache_dtype
     )
     layout = make_layout(config, cfg.max_position, platform, block_size)
-    layout = replace(layout, vision_patches=vision_patches(config, model))
+    layout = replace(
+        layout,
+        vision_patches=vision_patches(config, model),
+        audio_chunks=() if model.audio_tower is None else AUDIO_BUDGETS,
+    )
     weight_format = config.quantization or PLAIN
     offload = choose_offload(config, model, platform, weight_format)
-    embedding_bytes = 0 if model.tower is None else config.media.embedding_cache_bytes
+    embedding_bytes = config.media.embedding_cache_bytes if model.takes_embeddings else 0
     return EngineSpec(layout, backend, cache_dtype, weight_format, offload, embedding_bytes)
 
 

@@ -188,15 +188,11 @@ def _read_weights(choice: Choice, progress: loader.Progress, place: Place) -> Pa
         params = loader.random(model, target, seed, progress, weight_format)
     else:
         params = loader.load(model, choice.folder, target, progress, weight_format)
-    for name, tower in (("tower", model.tower), ("audio_tower", model.audio_tower)):
-        if tower is None:
-            continue
-        if choice.config.random_weights:
-            read = weights.random(tower, target, seed)
-        else:
-            read = weights.load(tower, choice.folder, target)
-        params = params._replace(**{name: read})
-    return params
+    if choice.config.random_weights:
+        make = partial(weights.random, target=target, seed=seed)
+    else:
+        make = partial(weights.load, folder=choice.folder, target=target)
+    return weights.with_towers(params, model, make)
 
 
 def read_tokenizer_of(config: EngineConfig, folder: Path, store: Store) -> Tokenizer | None:

@@ -222,7 +222,6 @@ def test_the_tower_counts_before_the_cache_is_sized(
     runner, order = llm.engine.runner, []
     tower = sum(param.numel() for name, param in hf.named_parameters() if "visual" in name)
     text = sum(param.numel() for name, param in hf.named_parameters() if "visual" not in name)
-    assert llm.engine.runner.model.tower.num_bytes == 4 * tower
     assert runner.model.param_bytes("plain") == runner.weights_bytes == 4 * (tower + text)
     tower_steps = type(runner.towers["vision"])
     run = tower_steps.run

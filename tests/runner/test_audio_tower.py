@@ -70,7 +70,7 @@ def compiled(
         store=Store(tmp_path_factory.mktemp("store")),
     )  # fmt: skip
     made = replace(steps(*saved, platform, compiler), budgets=(3,))
-    made.warm_up()
+    made.run_budget(3)
     compiler.seal()
     return made
 

@@ -224,22 +224,6 @@ class Tower:
     unused: tuple[str, ...] = ()
     prefixes: tuple[str, ...] = PREFIXES
 
-    @property
-    def shapes(self) -> list[tuple[int, ...]]:
-        """The shapes of all parameters, in the order of computation."""
-        found: list[tuple[int, ...]] = []
-
-        def note(param: Param) -> Any:
-            found.append(param.shape)
-
-        self.build(note)
-        return found
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all weights."""
-        return sum(map(math.prod, self.shapes)) * self.config.dtype.itemsize
-
     def build(self, make: Callable[[Param], Tensor]) -> TowerWeights:
         """The weights that `make` gives for all parameters, in the order of computation."""
         cfg = self.config

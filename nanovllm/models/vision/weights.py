@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from nanovllm.models.checkpoint import Checkpoint, CheckpointError
-from nanovllm.models.interface import Param
+from nanovllm.models.interface import Model, Param, Params
 from nanovllm.models.loader import RANDOM_STD, Target
 
 Weights = TypeVar("Weights", covariant=True)
 
 
 class AnyTower(Protocol[Weights]):
-    """What the towers of vision and audio have in common."""
+    """What the towers of vision and audio have in common (`Model.towers`)."""
 
     @property
     def config(self) -> Any: ...
@@ -72,6 +72,11 @@ def random(tower: AnyTower[Weights], target: Target, seed: int) -> Weights:
         return target.place(weight.normal_(0.0, RANDOM_STD, generator=generator))
 
     return tower.build(draw)
+
+
+def with_towers(params: Params, model: Model, make: Callable[[AnyTower[Any]], Any]) -> Params:
+    """The parameters of a model with those that `make` gives for its towers."""
+    return params._replace(**{name: make(tower) for name, tower in model.towers.items()})
 
 
 def _prefix(checkpoint: Checkpoint, prefixes: tuple[str, ...]) -> str:

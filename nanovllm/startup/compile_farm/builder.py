@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from nanovllm.compile.lower.calls import CallList
@@ -58,8 +58,7 @@ def small_runner(
             host = SplitRegion(platform.device)
             target = target._replace(place=Offloader(spec.offload, host, platform.device))
         params = loader.random(model, target, 0, lambda _: None, spec.weight_format)
-        if model.tower is not None:
-            params = params._replace(tower=weights.random(model.tower, target, 0))
+        params = weights.with_towers(params, model, partial(weights.random, target=target, seed=0))
         runner = Runner(model, params, spec, platform, compiler)
     return with_cache(choice, lambda _: runner)[0] if platform.traits.whole_steps else runner
 
@@ -91,10 +90,10 @@ class Builder:
         return answer
 
     def _rehearse(self, kind: str, size: int) -> dict[str, Any]:
-        """Without a rehearsal, or if it fails, the bucket is run. So are calls of a vision tower:
+        """Without a rehearsal, or if it fails, the bucket is run. So are calls of towers:
         Inductor makes their programs, and only running them finds the kernels."""
         rehearsal = self._rehearsal
-        if rehearsal is None or kind == "vision":
+        if rehearsal is None or kind in ("vision", "audio"):
             return self._run(kind, size)
         rehearsal.kernels.clear()
         try:
