@@ -194,10 +194,9 @@ def rotary_table(
     positions = torch.arange(num_positions, dtype=torch.float32)
     angle = torch.outer(positions, torch.tensor(inv_freq, dtype=torch.float32))
     cos, sin = angle.cos() * scale, angle.sin() * scale
-    if head_dim is not None:
-        rest = (0, head_dim // 2 - len(inv_freq))
-        cos = torch.nn.functional.pad(cos, rest, value=1.0)
-        sin = torch.nn.functional.pad(sin, rest)
+    if head_dim is not None and head_dim > 2 * len(inv_freq):
+        rest = torch.ones(num_positions, head_dim // 2 - len(inv_freq))
+        cos, sin = torch.cat((cos, rest), dim=-1), torch.cat((sin, 0 * rest), dim=-1)
     return torch.cat((cos, sin), dim=-1).to(device)
 
 

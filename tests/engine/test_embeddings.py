@@ -88,7 +88,7 @@ def test_a_seeing_request_may_ask_for_logprobs_and_samples(seeing: LLM) -> None:
 @pytest.mark.parametrize(
     ("start", "shape", "message"),
     [
-        (0, (3, 65), r"shape \[3, 65\]: it must be \[n, D\] with D one of \[64\]"),
+        (0, (3, 65), r"shape \[3, 65\]: it must be \[n, 64\]"),
         (0, (64,), r"shape \[64\]"),
         (0, (0, 64), r"shape \[0, 64\]"),
         (9, (2, 64), "2 embeddings from position 9 on do not fit a prompt of 10 tokens"),
