@@ -137,11 +137,10 @@ def test_an_image_is_encoded_once(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> 
     llm.generate([asked(f"now {PICTURE} and {PICTURE}", image=[image] * 2)], GREEDY, use_tqdm=False)
     assert sum(encoded) == 1
     monkeypatch.setattr(runner.embeddings, "max_bytes", 0)
-    llm.reset_prefix_cache()
-    llm.generate([prompts[0], prompts[0]], GREEDY, use_tqdm=False)
-    llm.reset_prefix_cache()
-    llm.generate([prompts[0]], GREEDY, use_tqdm=False)
-    assert sum(encoded) == 2
+    for expected in (1, 2):  # the first step still finds them, and drops them
+        llm.reset_prefix_cache()
+        llm.generate([prompts[0]], GREEDY, use_tqdm=False)
+        assert sum(encoded) == expected
     assert not runner.embeddings._computed
 
 
