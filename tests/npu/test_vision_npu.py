@@ -47,7 +47,7 @@ class Case:
         for key, param in hf.named_parameters():
             if param.dim() > 1:
                 torch.nn.init.normal_(param, std=0.1 if "visual" in key else 0.2)
-        hf.lm_head.weight.data[80:] = hf.lm_head.weight.data[0]
+        hf.lm_head.weight.data[80:] = 0  # no answer has a token of images
         hf.save_pretrained(folder)
         self.folder = str(folder)
         self.prompts = [Given(hf, parts, seed) for seed, parts in enumerate(PROMPTS.values())]
