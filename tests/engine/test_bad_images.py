@@ -235,7 +235,8 @@ def test_an_interrupted_step_loses_no_request_in_preparation(
             patch.setattr(type(engine), method, _interrupt)
             if method == "_queue":
                 slow.set()
-                time.sleep(0.5)
+                ((_, work),) = engine._media._running.values()
+                work.result(60)
             with pytest.raises(KeyboardInterrupt):
                 engine.advance()
     found = run(llm, lambda found: sum(one.finished for one in found) == 2)
@@ -254,6 +255,6 @@ def test_waiting_for_images_is_measured(llm: LLM, slow: threading.Event) -> None
         return next(one.value for one in llm.get_metrics() if one.name == name)
 
     before = waited()
-    threading.Timer(0.3, slow.set).start()
+    threading.Timer(1.0, slow.set).start()
     llm.generate([asked(TEXT, image=picture(61, 80))], GREEDY, use_tqdm=False)
     assert 0.2 < waited() - before < 30
