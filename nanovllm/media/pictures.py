@@ -46,6 +46,8 @@ def decode(data: bytes, max_pixels: int) -> Pixels:
         image = image_module.open(io.BytesIO(data), formats=FORMATS)
     except image_module.DecompressionBombError:
         raise ValueError(f"the picture has more than {max_pixels} pixels") from None
+    except MemoryError:  # says nothing of the data
+        raise
     except Exception:  # readers raise many kinds of errors, with addresses of objects in them
         raise ValueError(
             f"the data are no picture, or not in one of the formats {', '.join(FORMATS)}"
@@ -111,6 +113,8 @@ def _checked_rgb(image: Any, max_pixels: int, lock: AbstractContextManager[Any])
         with lock:
             image.load()
         return _rgb(image)
+    except MemoryError:
+        raise
     except Exception:  # see `decode`
         raise ValueError("the picture cannot be decoded: it is corrupt or truncated") from None
 

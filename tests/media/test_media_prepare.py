@@ -281,3 +281,19 @@ def test_the_cache_holds_its_bytes_with_many_threads() -> None:
         one.join()
     assert cache.num_bytes <= 100
     assert cache.num_bytes == sum(size for _, size in cache._entries.values())
+
+
+def test_a_lack_of_memory_is_not_called_damage(
+    qwen3: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: Any) -> None:
+        raise MemoryError
+
+    image = picture(70, 50)
+    monkeypatch.setattr(type(image), "load", load)
+    preparer = qwen3.preparer()
+    try:
+        with pytest.raises(ValueError, match="image 1: there is not enough memory for it"):
+            preparer.submit(given.from_data({"image": image})).result(60)
+    finally:
+        preparer.close()
