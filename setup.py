@@ -53,6 +53,7 @@ setup(
         "nanovllm.replicas",
         "nanovllm.runner",
         "nanovllm.schedule",
+        "nanovllm.serving",
         "nanovllm.startup",
         "nanovllm.startup.compile_farm",
         "nanovllm.tools",

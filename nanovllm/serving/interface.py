@@ -1,0 +1,96 @@
+"""What servers use of an engine: requests from many tasks of one event loop, answers in pieces."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from nanovllm.config import EngineConfig
+    from nanovllm.media.given import Given
+    from nanovllm.metrics import Metric
+    from nanovllm.outputs import TopLogprobs
+    from nanovllm.prompts import AnyPrompt, Prompt
+    from nanovllm.sampling import SamplingParams
+    from nanovllm.tokenizer import Tokenizer
+
+
+class QueueFull(Exception):
+    """As many requests wait as may. The message names the limit."""
+
+
+class Draining(Exception):
+    """The engine finishes what runs and takes no new requests."""
+
+
+class EngineDead(Exception):
+    """The engine's process has ended. The message says why, without paths or prompts."""
+
+
+@dataclass(slots=True)
+class Delta:
+    """The new part of one answer: everything since the part before it.
+
+    output_index: of the answer, 0 … n − 1. The last part of an answer has a finish_reason, and the
+    fields after it.
+    """
+
+    output_index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[TopLogprobs] | None = None
+    finish_reason: str | None = None  # "stop" | "length" | "abort" | "error"
+    stop_reason: int | str | None = None
+    error: str | None = None
+    num_cached_tokens: int = 0
+    prompt_logprobs: list[TopLogprobs | None] | None = None
+
+
+class Stream(Protocol):
+    """The answers to one prompt. A reader that falls behind gets larger parts, not more of them."""
+
+    request_id: str
+    prompt_token_ids: list[int]  # with the tokens of images, once the first part is there
+
+    def __aiter__(self) -> AsyncIterator[Delta]:
+        """Yields until the last of the n answers has ended. Raises EngineDead."""
+        ...
+
+    def abort(self) -> None:
+        """End what has not ended. May be called at any time, and twice."""
+        ...
+
+
+class AsyncEngine(Protocol):
+    config: EngineConfig
+    tokenizer: Tokenizer | None
+    max_model_len: int
+    max_num_seqs: int
+    default_params: SamplingParams
+    eos_ids: frozenset[int]
+
+    @property
+    def is_draining(self) -> bool: ...
+
+    @property
+    def failure(self) -> EngineDead | None: ...
+
+    def check_media(self, media: Sequence[Given]) -> None:
+        """Raises ValueError for images and sound that the model or the options do not allow."""
+        ...
+
+    async def open(
+        self,
+        prompt: AnyPrompt | Prompt,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+    ) -> Stream:
+        """Queue a prompt. Raises ValueError for an invalid one, QueueFull, Draining, EngineDead."""
+        ...
+
+    def abort(self, request_id: str) -> None: ...
+
+    async def metrics(self) -> list[Metric]: ...
