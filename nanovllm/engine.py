@@ -323,13 +323,14 @@ class Engine:
         """Let no later request find cached tokens of earlier ones."""
         self.scheduler.pool.forget()
 
-    def abort(self, request_id: int) -> None:
+    def abort(self, request_id: int, reason: str = "abort") -> None:
         """End a request now. Unknown ids are ignored.
 
-        The next step returns the request's last output, with finish_reason "abort".
+        The next step returns the request's last output, with this finish_reason: "stop" if the
+        caller has found a stop string.
         """
         if request_id in self._requests:
-            self._outbox.outputs.append(self._end(*self._requests[request_id], "abort", []))
+            self._outbox.outputs.append(self._end(*self._requests[request_id], reason, []))
 
     def abort_all(self, request_ids: Iterable[int]) -> None:
         """End requests and drop their last outputs, for a caller that no longer listens."""
@@ -485,7 +486,8 @@ class Engine:
     ) -> Increment:
         self.scheduler.finish(request, reason)
         if stream.stop_string is None:
-            stream.finish(request, may_stop=len(request.output_ids) >= request.params.min_tokens)
+            may_stop = len(request.output_ids) >= request.params.min_tokens
+            stream.finish(request.output_ids, may_stop=may_stop)
         del self._requests[request.request_id]
         self._media.drop(request.request_id)
         if request.contents:

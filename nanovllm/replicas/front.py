@@ -104,8 +104,9 @@ class Replicas:
             self.close()
             raise
         first = facts[0]
+        self.facts = replace(first, max_num_seqs=sum(one.max_num_seqs for one in facts))
         self.max_model_len = first.max_model_len
-        self.max_num_seqs = sum(one.max_num_seqs for one in facts)
+        self.max_num_seqs = self.facts.max_num_seqs
         self.default_params = SamplingParams(**first.default_params)
         self.eos_ids = frozenset(first.eos_ids)
         self.metrics = _Metrics(self.replicas)
@@ -223,10 +224,10 @@ class Replicas:
             self._pending[request_id] = _Pending(chosen, prompt_ids, cost, logprobs)
         return request_id
 
-    def abort(self, request_id: int) -> None:
+    def abort(self, request_id: int, reason: str = "abort") -> None:
         """End a request now, with a last output. Unknown ids are ignored."""
-        if pending := self._drop([request_id]).get(request_id):
-            self._outbox.outputs.append(pending.ended(request_id, "abort"))
+        if pending := self._drop([request_id], reason).get(request_id):
+            self._outbox.outputs.append(pending.ended(request_id, reason))
 
     def abort_all(self, request_ids: Iterable[int]) -> None:
         """End requests and drop their last outputs, for a caller that no longer listens."""
@@ -296,14 +297,14 @@ class Replicas:
             )
         return contents + tuple(content for content, _ in beside.images)
 
-    def _drop(self, request_ids: Collection[int]) -> dict[int, _Pending]:
+    def _drop(self, request_ids: Collection[int], reason: str = "abort") -> dict[int, _Pending]:
         """Forget unfinished requests here and at their replicas; returns them."""
         with deferred_interrupts():
             dropped = {one: self._finish(one) for one in request_ids if one in self._pending}
             for replica in self.replicas:
                 ids = [one for one, pending in dropped.items() if pending.replica is replica]
                 if ids:
-                    replica.tell(messages.ABORT, json.dumps(ids).encode())
+                    replica.tell(messages.ABORT, json.dumps([ids, reason]).encode())
         return dropped
 
     def _finish(self, request_id: int) -> _Pending:

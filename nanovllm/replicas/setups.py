@@ -29,15 +29,22 @@ def setup(
     compiles for this one, if the store lacks programs; None: it compiles itself. environment:
     variables that it sets before it imports torch.
     """
-    options = asdict(config) | {"compile_cache": compile_cache}
-    for option in ("compile_cache", "tokenizer"):
-        options[option] = options[option] and str(options[option])
-    options |= {"data_parallel_size": 1, "distributed_executor_backend": "mp"}
+    alone = replace(
+        config, compile_cache=compile_cache, data_parallel_size=1, distributed_executor_backend="mp"
+    )
     return {
-        "options": options,
+        "options": options(alone),
         "name": name,
         "waits_for": waits_for,
         "environment": dict(environment),
+    }
+
+
+def options(config: EngineConfig) -> dict[str, Any]:
+    """The fields of a config, as JSON has them."""
+    return {
+        name: str(value) if isinstance(value, os.PathLike) else value
+        for name, value in asdict(config).items()
     }
 
 
