@@ -1,0 +1,127 @@
+"""Requests and answers on plain ASGI: reading a body within limits, sending JSON and events."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from nanovllm.api.errors import ApiError
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+JSON = (b"content-type", b"application/json")
+EVENTS = (b"content-type", b"text/event-stream; charset=utf-8")
+NO_STORE = (b"cache-control", b"no-store")
+DONE = b"data: [DONE]\n\n"
+
+
+class ClientGone(Exception):
+    """The client has closed its connection before the body was there."""
+
+
+@dataclass
+class Record:
+    """What the access log tells of a request. times in seconds, since it came."""
+
+    request_id: str
+    start: float = field(default_factory=time.perf_counter)
+    status: int = 0
+    user: str | None = None
+    prompt: str | None = None
+    num_prompt_tokens: int = 0
+    num_tokens: int = 0
+    first_token: float | None = None
+
+    def has_token(self) -> None:
+        if self.first_token is None:
+            self.first_token = time.perf_counter() - self.start
+
+
+class Exchange:
+    """One request and its answer."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, record: Record) -> None:
+        self.scope, self.record = scope, record
+        self._receive, self._send = receive, send
+        self.has_started = False
+
+    def header(self, name: bytes) -> str:
+        """The value of a header, in lower case its name; "" if it is not there."""
+        for key, value in self.scope["headers"]:
+            if key == name:
+                return bytes(value).decode("latin-1")
+        return ""
+
+    async def body(self, max_bytes: int, timeout: float) -> bytes:
+        """The whole body of a JSON request. Raises ApiError: 408, 413 or 415; ClientGone."""
+        kind = self.header(b"content-type").partition(";")[0].strip().lower()
+        if kind != "application/json" and not kind.endswith("+json"):
+            # a web page can send other types to any server without being asked for permission
+            raise ApiError(415, "the content type must be application/json", code="content_type")
+        length = self.header(b"content-length")
+        if length.isdecimal() and int(length[:20]) > max_bytes:
+            raise ApiError(413, f"the body has {length[:20]} bytes: at most {max_bytes} are read")
+        try:
+            return await asyncio.wait_for(self._read(max_bytes), timeout)
+        except asyncio.TimeoutError:
+            raise ApiError(408, f"the body has not come within {timeout:g} s") from None
+
+    async def _read(self, max_bytes: int) -> bytes:
+        parts, num_bytes = [], 0
+        while True:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGone
+            part = message.get("body", b"")
+            num_bytes += len(part)
+            if num_bytes > max_bytes:
+                raise ApiError(413, f"the body has more than {max_bytes} bytes")
+            parts.append(part)
+            if not message.get("more_body"):
+                return b"".join(parts) if len(parts) > 1 else part
+
+    async def gone(self) -> None:
+        """Wait until the client has closed its connection."""
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+
+    async def start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+        self.has_started, self.record.status = True, status
+        headers.append((b"x-request-id", self.record.request_id.encode()))
+        message = {"type": "http.response.start", "status": status, "headers": headers}
+        await self._send(message)
+
+    async def send(self, body: bytes, *, more: bool = False) -> None:
+        await self._send({"type": "http.response.body", "body": body, "more_body": more})
+
+    async def answer(
+        self,
+        status: int,
+        body: bytes,
+        kind: tuple[bytes, bytes] = JSON,
+        headers: list[tuple[bytes, bytes]] | None = None,
+    ) -> None:
+        """A whole answer."""
+        length = (b"content-length", b"%d" % len(body))
+        await self.start(status, [kind, length, NO_STORE, *(headers or ())])
+        await self.send(body)
+
+    async def json(self, content: Any) -> None:
+        await self.answer(200, msgspec.json.encode(content))
+
+    async def refuse(self, error: ApiError) -> None:
+        """An error as the answer or, in an answer that has begun, as its last event."""
+        if self.has_started:
+            await self.send(b"data: " + error.body() + b"\n\n" + DONE)
+        else:
+            # what is left of a body that was refused must not be read as the next request
+            close = [(b"connection", b"close")] if error.status in (408, 413, 415) else []
+            await self.answer(error.status, error.body(), headers=[*error.headers, *close])
