@@ -74,9 +74,11 @@ class ServerConfig:
         Empty: the Hub id, or the last part of the folder's path.
     allowed_origins: origins of web pages whose scripts may read answers (CORS). "*" is all.
     tool_call_parser: how the model writes calls of tools, by the name of a parser, such as
-        "hermes". Requests with tool_choice "auto" need one.
+        "hermes". "auto" is the one for its chat template. "none": requests with tools are refused
+        unless they have tool_choice "none" or demand a call.
     reasoning_parser: how the model marks its reasoning, by the name of a parser. Answers then have
-        it as reasoning_content. None: it is part of the content.
+        it as reasoning_content. "auto" is the one for its chat template. "none": it is part of the
+        content.
     drain_timeout: after SIGTERM, the seconds that running requests have to finish.
     api_processes: processes that speak HTTP.
     access_log: log every request: its id, status, tokens and times.
@@ -108,8 +110,8 @@ class ServerConfig:
     ssl_keyfile: str | PathLike[str] | None = None
     served_model_name: Sequence[str] = ()
     allowed_origins: Sequence[str] = ()
-    tool_call_parser: str | None = None
-    reasoning_parser: str | None = None
+    tool_call_parser: str = "auto"
+    reasoning_parser: str = "auto"
     drain_timeout: float = 30.0
     api_processes: int = 1
     access_log: bool = True

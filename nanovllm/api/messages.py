@@ -43,11 +43,7 @@ def _message(place: str, message: Mapping[str, Any]) -> dict[str, Any]:
         words = f"{place}.role is {_short(role)}: it must be one of {', '.join(ROLES)}"
         raise invalid(f"{place}.role", words)
     for key, value in clean.items():
-        if key not in KEYS:
-            words = f"{place} has the field {_short(key)}, which is not supported"
-            raise invalid(f"{place}.{key[:64]}", words, "unsupported_parameter")
-        if key in TEXTS and not isinstance(value, str):
-            raise invalid(f"{place}.{key}", f"{place}.{key} must be text")
+        _check_field(place, key, value)
     if "content" not in clean:
         if role != "assistant" or "tool_calls" not in clean:
             raise invalid(f"{place}.content", f"{place}.content is missing")
@@ -61,6 +57,14 @@ def _message(place: str, message: Mapping[str, Any]) -> dict[str, Any]:
     if "tool_calls" in clean:
         clean["tool_calls"] = _tool_calls(f"{place}.tool_calls", clean["tool_calls"])
     return clean
+
+
+def _check_field(place: str, key: str, value: Any) -> None:
+    if key not in KEYS:
+        words = f"{place} has the field {_short(key)}, which is not supported"
+        raise invalid(f"{place}.{key[:64]}", words, "unsupported_parameter")
+    if key in TEXTS and not isinstance(value, str):
+        raise invalid(f"{place}.{key}", f"{place}.{key} must be text")
 
 
 def _tool_calls(place: str, calls: Any) -> list[dict[str, Any]]:

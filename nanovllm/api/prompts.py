@@ -13,6 +13,7 @@ from nanovllm.api.errors import ApiError, invalid
 from nanovllm.api.messages import checked_messages
 from nanovllm.chat import ChatOptions, render
 from nanovllm.prompts import Prompt, checked_text
+from nanovllm.schedule.logprobs import SHOW_SPECIAL
 from nanovllm.serving.interface import AsyncEngine
 
 CHARS_PER_TOKEN = 64
@@ -49,6 +50,12 @@ class PromptMaker:
         if self._engine.tokenizer is None:
             raise invalid("echo", "the model has no tokenizer: echo needs one")
         return self._engine.tokenizer.decode(token_ids)
+
+    def token_text(self, token_id: int) -> str:
+        tokenizer = self._engine.tokenizer
+        if tokenizer is None:
+            return f"token_id:{token_id}"
+        return tokenizer.decode([token_id], SHOW_SPECIAL)
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         tokenizer = self._engine.tokenizer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nanovllm.api.bodies import ChatBody, ResponsesBody, Sampling
+from nanovllm.api.bodies import ResponsesBody, Sampling
 from nanovllm.api.errors import invalid
 
 KINDS = ("json", "regex", "choice", "grammar", "json_object")
@@ -29,6 +29,11 @@ def structured_outputs(body: Sampling | ResponsesBody) -> dict[str, Any] | None:
     return next(iter(found.values()), None)
 
 
+def of_schema(schema: dict[str, Any]) -> dict[str, Any]:
+    """The form of answers that match a schema."""
+    return {"json": schema}
+
+
 def _of_sampling(body: Sampling) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     wanted = body.response_format
@@ -41,8 +46,6 @@ def _of_sampling(body: Sampling) -> dict[str, dict[str, Any]]:
     for name in GUIDED:
         if (value := getattr(body, name)) is not None:
             found[name] = {name.removeprefix("guided_"): value}
-    if isinstance(body, ChatBody) and found and isinstance(body.tool_choice, dict):
-        found["tool_choice"] = {}
     return found
 
 
