@@ -91,7 +91,8 @@ MODULES = {
 DEVICE = re.compile(r"(?<![a-z])(cuda|npu|mps)(?![a-z])", re.IGNORECASE)
 # layers whose code names no device
 DEVICELESS = (
-    "compile", "media", "models", "parallel", "parsers", "replicas", "schedule", "runner", "startup", "",
+    "compile", "media", "models", "parallel", "parsers", "replicas", "schedule", "runner",
+    "startup", "",
 )  # fmt: skip
 # options of `LLM` that are named after their device
 OPTIONS = ("npu_graph_mode", "npu_graph_options")
