@@ -49,6 +49,7 @@ setup(
         "nanovllm.models.formats",
         "nanovllm.models.vision",
         "nanovllm.parallel",
+        "nanovllm.parsers",
         "nanovllm.platforms",
         "nanovllm.replicas",
         "nanovllm.runner",

@@ -27,6 +27,7 @@ ALLOWED = {
     "models": ("nanovllm.models", "nanovllm.kernels"),
     "platforms": ("nanovllm.platforms", "nanovllm.compile", "nanovllm.kernels"),
     "media": ("nanovllm.media",),
+    "parsers": ("nanovllm.parsers",),
     "parallel": ("nanovllm.parallel", "nanovllm.env", "nanovllm.kernels.peers"),
     "schedule": ("nanovllm.schedule", "nanovllm.sampling", "nanovllm.tokenizer"),
     "runner": (
@@ -90,7 +91,8 @@ MODULES = {
 DEVICE = re.compile(r"(?<![a-z])(cuda|npu|mps)(?![a-z])", re.IGNORECASE)
 # layers whose code names no device
 DEVICELESS = (
-    "compile", "media", "models", "parallel", "replicas", "schedule", "runner", "startup", "",
+    "compile", "media", "models", "parallel", "parsers", "replicas", "schedule", "runner",
+    "startup", "",
 )  # fmt: skip
 # options of `LLM` that are named after their device
 OPTIONS = ("npu_graph_mode", "npu_graph_options")
