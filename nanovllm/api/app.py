@@ -13,14 +13,13 @@ import msgspec
 from nanovllm.api import others
 from nanovllm.api.chat import chat
 from nanovllm.api.completions import completions
-from nanovllm.api.config import ALWAYS_OPEN, ServerConfig
+from nanovllm.api.config import ALWAYS_OPEN
 from nanovllm.api.errors import ApiError, from_exception
 from nanovllm.api.fields import REFUSED
 from nanovllm.api.http import ClientGone, Exchange, Receive, Record, Scope, Send
 from nanovllm.api.openapi import description
 from nanovllm.api.responses import responses
 from nanovllm.api.service import MAX_ID_CHARS, Service
-from nanovllm.serving.interface import AsyncEngine
 
 logger = logging.getLogger(__name__)
 access = logging.getLogger("nanovllm.api.access")
@@ -58,8 +57,8 @@ NAMES = frozenset(name for kind in REFUSED for name in kind.__struct_fields__)
 class App:
     """Answers HTTP requests with an engine."""
 
-    def __init__(self, engine: AsyncEngine, config: ServerConfig) -> None:
-        self.service, self.config = Service(engine, config), config
+    def __init__(self, service: Service) -> None:
+        self.service, self.config = service, service.config
         self.routes = dict(ROUTES)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -69,8 +68,8 @@ class App:
         exchange.record.request_id = _request_id(exchange)
         try:
             await self._answer(exchange)
-        except ClientGone:
-            pass
+        except (ClientGone, asyncio.CancelledError):
+            pass  # the client has left, or the server ends
         except Exception as error:
             await self._refuse(exchange, error)
         finally:
@@ -164,9 +163,3 @@ def with_cors(app: App) -> Any:
         allow_methods=["GET", "POST"],
         allow_headers=["authorization", "content-type"],
     )
-
-
-async def watch(engine: AsyncEngine, every_s: float = 0.25) -> None:
-    """Wait until the engine has failed."""
-    while engine.failure is None:
-        await asyncio.sleep(every_s)

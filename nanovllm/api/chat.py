@@ -36,10 +36,7 @@ async def chat(service: Service, exchange: Exchange) -> None:
     if reading.needs_special_tokens:
         params = replace(params, skip_special_tokens=False)
     prompt = await service.prompts.of_chat(body)
-    service.check_num_answers(1, params.n)
-    if service.config.log_prompts:
-        exchange.record.prompt = prompt.text
-    generation = await Generation.open(service.engine, [prompt], params, body.priority)
+    generation = await Generation.open(service, exchange, [prompt], params, body.priority)
     meta = {
         "id": answer_id, "object": "chat.completion", "created": int(time.time()),
         "model": body.model or service.model,

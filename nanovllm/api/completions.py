@@ -24,12 +24,9 @@ async def completions(service: Service, exchange: Exchange) -> None:
     params = service.params.of_completion(body)
     answer_id = response_id("cmpl-", body.request_id)
     prompts = service.prompts.of_completion(body)
-    service.check_num_answers(len(prompts), params.n)
-    if service.config.log_prompts:
-        exchange.record.prompt = str(body.prompt)
     echoed = [_text(service, prompt) for prompt in prompts] if body.echo else None
     text_of = service.prompts.token_text
-    generation = await Generation.open(service.engine, prompts, params, body.priority)
+    generation = await Generation.open(service, exchange, prompts, params, body.priority)
     meta = {
         "id": answer_id, "object": "text_completion", "created": int(time.time()),
         "model": body.model or service.model,

@@ -11,10 +11,12 @@ import msgspec
 
 from nanovllm.api.errors import ApiError
 from nanovllm.api.http import DONE, EVENTS, NO_STORE, Exchange
+from nanovllm.api.prometheus import Timer
+from nanovllm.api.service import Service
 from nanovllm.outputs import TopLogprobs
 from nanovllm.prompts import Prompt
 from nanovllm.sampling import SamplingParams
-from nanovllm.serving.interface import AsyncEngine, Delta, Stream
+from nanovllm.serving.interface import Delta, Stream
 
 NO_BUFFER = (b"x-accel-buffering", b"no")  # a proxy must not hold events back
 
@@ -61,16 +63,26 @@ class Writer(Protocol):
 class Generation:
     """The streams of a request's prompts, with n answers each."""
 
-    def __init__(self, streams: Sequence[Stream], num_answers: int) -> None:
-        self.streams, self._num_answers = streams, num_answers
+    def __init__(
+        self, streams: Sequence[Stream], num_answers: int, timers: Sequence[Timer]
+    ) -> None:
+        self.streams, self._num_answers, self._timers = streams, num_answers, timers
         self.num_tokens = self.num_cached = 0
 
     @classmethod
     async def open(
-        cls, engine: AsyncEngine, prompts: Sequence[Prompt], params: SamplingParams, priority: int
+        cls,
+        service: Service,
+        exchange: Exchange,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        priority: int = 0,
     ) -> Generation:
         """Queue all prompts, or none. Raises what `AsyncEngine.open` does."""
-        streams: list[Stream] = []
+        service.check_num_answers(len(prompts), params.n)
+        engine, streams = service.engine, list[Stream]()
+        if service.config.log_prompts:
+            exchange.record.prompt = "; ".join(str(one.text or one.token_ids) for one in prompts)
         try:
             for prompt in prompts:
                 streams.append(await engine.open(prompt, params, priority=priority))
@@ -78,7 +90,9 @@ class Generation:
             for stream in streams:
                 stream.abort()
             raise
-        return cls(streams, params.n)
+        latencies, start = service.own_latencies, exchange.record.start
+        timers = [latencies.timer(start) for _ in range(len(prompts) * params.n)]
+        return cls(streams, params.n, timers)
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -105,8 +119,11 @@ class Generation:
         """The parts of all answers, each with the number of its answer. Raises ApiError if one
         fails."""
         async for number, delta in self._merged():
-            self.num_tokens += len(delta.token_ids)
+            num_tokens = len(delta.token_ids)
+            self.num_tokens += num_tokens
+            self._timers[number].tokens(num_tokens)
             if delta.finish_reason is not None:
+                self._timers[number].end()
                 if delta.output_index == 0:
                     self.num_cached += delta.num_cached_tokens
                 _check_end(delta)

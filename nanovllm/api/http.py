@@ -20,6 +20,7 @@ Send = Callable[[Message], Awaitable[None]]
 JSON = (b"content-type", b"application/json")
 EVENTS = (b"content-type", b"text/event-stream; charset=utf-8")
 NO_STORE = (b"cache-control", b"no-store")
+MAX_DROPPED = 4  # a body may be so many times too long, and is read to its end nevertheless
 DONE = b"data: [DONE]\n\n"
 
 
@@ -45,6 +46,10 @@ class Record:
             self.first_token = time.perf_counter() - self.start
 
 
+def too_long(max_bytes: int) -> ApiError:
+    return ApiError(413, f"the body is longer than {max_bytes} bytes", code="body_too_long")
+
+
 class Exchange:
     """One request and its answer."""
 
@@ -66,9 +71,10 @@ class Exchange:
         if kind != "application/json" and not kind.endswith("+json"):
             # a web page can send other types to any server without being asked for permission
             raise ApiError(415, "the content type must be application/json", code="content_type")
-        length = self.header(b"content-length")
-        if length.isdecimal() and int(length[:20]) > max_bytes:
-            raise ApiError(413, f"the body has {length[:20]} bytes: at most {max_bytes} are read")
+        length = self.header(b"content-length")[:20]
+        is_long = length.isdecimal() and int(length) > max_bytes
+        if is_long and (self.header(b"expect") or int(length) > MAX_DROPPED * max_bytes):
+            raise too_long(max_bytes)
         try:
             return await asyncio.wait_for(self._read(max_bytes), timeout)
         except asyncio.TimeoutError:
@@ -82,10 +88,15 @@ class Exchange:
                 raise ClientGone
             part = message.get("body", b"")
             num_bytes += len(part)
-            if num_bytes > max_bytes:
-                raise ApiError(413, f"the body has more than {max_bytes} bytes")
-            parts.append(part)
-            if not message.get("more_body"):
+            is_last = not message.get("more_body")
+            if num_bytes <= max_bytes:
+                parts.append(part)
+            elif is_last or num_bytes > MAX_DROPPED * max_bytes:
+                # not before: a client that still sends would not read the error
+                raise too_long(max_bytes)
+            else:
+                parts.clear()
+            if is_last:
                 return b"".join(parts) if len(parts) > 1 else part
 
     async def gone(self) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from nanovllm.api import prometheus
 from nanovllm.api.bodies import DetokenizeBody, EmbeddingBody, TokenizeBody
 from nanovllm.api.errors import ApiError, invalid
-from nanovllm.api.http import JSON, Exchange
+from nanovllm.api.http import Exchange
 from nanovllm.api.service import Service
 from nanovllm.sampling import INT32_MAX
 from nanovllm.schedule.logprobs import SHOW_SPECIAL
@@ -78,17 +78,16 @@ async def health(service: Service, exchange: Exchange) -> None:
     """GET /health: whether the engine lives."""
     if service.engine.failure is not None:
         raise ApiError(503, "the engine has failed", code="engine_dead")
-    await exchange.answer(200, b"{}", JSON)
+    await exchange.answer(200, b"{}")
 
 
 async def ready(service: Service, exchange: Exchange) -> None:
     """GET /ready: whether the server takes requests."""
-    await_reason = "shuts down" if service.engine.is_draining else None
     if service.engine.failure is not None:
-        await_reason = "has failed"
-    if await_reason is not None:
-        raise ApiError(503, f"the server {await_reason}", code="not_ready")
-    await exchange.answer(200, b"{}", JSON)
+        raise ApiError(503, "the engine has failed", code="engine_dead")
+    if service.engine.is_draining:
+        raise ApiError(503, "the server shuts down", code="draining")
+    await exchange.answer(200, b"{}")
 
 
 async def version(service: Service, exchange: Exchange) -> None:
@@ -100,5 +99,6 @@ async def version(service: Service, exchange: Exchange) -> None:
 
 async def metrics(service: Service, exchange: Exchange) -> None:
     """GET /metrics."""
-    body = prometheus.render(await service.engine.metrics())
-    await exchange.answer(200, body, prometheus.CONTENT_TYPE)
+    found = await service.engine.metrics()
+    body = prometheus.render(found, service.latencies, {"model_name": service.model})
+    await exchange.answer(200, body, (b"content-type", prometheus.CONTENT_TYPE.encode()))

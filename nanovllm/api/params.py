@@ -10,7 +10,7 @@ from nanovllm.api.bodies import ChatBody, CompletionBody, ResponsesBody, Samplin
 from nanovllm.api.config import ServerConfig
 from nanovllm.api.errors import invalid, refused
 from nanovllm.api.structured import structured_outputs
-from nanovllm.sampling import INT32_MAX, SamplingParams
+from nanovllm.sampling import INT32_MAX, RequestOutputKind, SamplingParams
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
 # fields that go to SamplingParams as they are
@@ -43,7 +43,7 @@ class ParamsMaker:
         if body.stream and (body.prompt_logprobs is not None or "prompt_logprobs" in given):
             name = "echo" if body.prompt_logprobs is None else "prompt_logprobs"
             raise refused(name, f"{name} with log-probabilities of the prompt needs stream=false")
-        return replace(self._default, **given)
+        return self._made(given, is_stream=bool(body.stream))
 
     def of_chat(self, body: ChatBody) -> SamplingParams:
         self._check(body)
@@ -56,7 +56,7 @@ class ParamsMaker:
             given["logprobs"] = self._num_logprobs("top_logprobs", body.top_logprobs or 0)
         if body.stream and body.prompt_logprobs is not None:
             raise refused("prompt_logprobs", "prompt_logprobs needs stream=false")
-        return replace(self._default, **given)
+        return self._made(given, is_stream=bool(body.stream))
 
     def of_response(self, body: ResponsesBody) -> SamplingParams:
         given: dict[str, Any] = {"max_tokens": self._tokens(body.max_output_tokens)}
@@ -66,7 +66,11 @@ class ParamsMaker:
         outputs = structured_outputs(body)
         if outputs is not None:
             given["structured_outputs"] = outputs
-        return replace(self._default, **given)
+        return self._made(given, is_stream=bool(body.stream))
+
+    def _made(self, given: dict[str, Any], *, is_stream: bool) -> SamplingParams:
+        kind = RequestOutputKind.DELTA if is_stream else RequestOutputKind.FINAL_ONLY
+        return replace(self._default, output_kind=kind, **given)
 
     def _given(self, body: Sampling) -> dict[str, Any]:
         given = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -77,6 +78,11 @@ class PromptMaker:
             f"{name} has {num_chars} characters: at most {self.max_chars} are read",
             "context_length_exceeded",
         )
+
+    async def warm(self) -> None:
+        """Load what the first conversation needs, in another thread."""
+        with contextlib.suppress(ValueError):
+            await self.conversation([{"role": "user", "content": "hello"}], None, None, None, {})
 
     async def of_chat(self, body: ChatBody) -> Prompt:
         """The conversation in the model's template."""

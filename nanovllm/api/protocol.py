@@ -28,7 +28,7 @@ BAD = _canned("400 Bad Request", ApiError(400, "this is not an HTTP request", co
 
 
 class LimitedProtocol(HttpToolsProtocol):
-    """One connection. uvicorn itself knows none of these self.limits."""
+    """One connection. uvicorn itself knows none of these limits."""
 
     limits: ServerConfig
 
@@ -117,7 +117,8 @@ class LimitedProtocol(HttpToolsProtocol):
 def protocol_options(limits: ServerConfig) -> dict[str, Any]:
     """uvicorn's options for these limits."""
     return {
-        "http": type("Protocol", (LimitedProtocol,), {"limits": limits}), "timeout_keep_alive": limits.keep_alive_timeout,
+        "http": type("Protocol", (LimitedProtocol,), {"limits": limits}),
+        "timeout_keep_alive": limits.keep_alive_timeout,
         "ws": "none", "lifespan": "off", "access_log": False, "log_config": None,
         "server_header": False, "date_header": True, "proxy_headers": False, "loop": "uvloop",
         "backlog": 2048,

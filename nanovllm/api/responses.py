@@ -33,9 +33,7 @@ async def responses(service: Service, exchange: Exchange) -> None:
         params.skip_special_tokens = False
     messages = _messages(body)
     prompt = await service.prompts.conversation(messages, None, None, None, {})
-    if service.config.log_prompts:
-        exchange.record.prompt = prompt.text
-    generation = await Generation.open(service.engine, [prompt], params, 0)
+    generation = await Generation.open(service, exchange, [prompt], params)
     about = _about(body, params, body.model or service.model)
     writer = ResponseWriter(about, reading, prompt.text or "", generation)
     await respond(exchange, generation, writer, is_stream=bool(body.stream))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Sequence
 from typing import TypeVar
 
 import msgspec
@@ -14,6 +15,7 @@ from nanovllm.api.errors import ApiError, invalid
 from nanovllm.api.fields import decoded
 from nanovllm.api.http import Exchange
 from nanovllm.api.params import ParamsMaker
+from nanovllm.api.prometheus import Latencies
 from nanovllm.api.prompts import PromptMaker
 from nanovllm.api.tools import Readings
 from nanovllm.serving.interface import AsyncEngine
@@ -25,7 +27,16 @@ MAX_ID_CHARS = 64
 class Service:
     """An engine behind HTTP, with its options and the names of its model."""
 
-    def __init__(self, engine: AsyncEngine, config: ServerConfig) -> None:
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        config: ServerConfig,
+        latencies: Sequence[Latencies] = (),
+        index: int = 0,
+    ) -> None:
+        """latencies: of all API processes. index: of this one."""
+        self.latencies = latencies or [Latencies()]
+        self.own_latencies = self.latencies[index]
         self.engine, self.config = engine, config
         self.model_names = config.model_names(engine.config.model)
         self.model = self.model_names[0]
