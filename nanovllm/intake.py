@@ -1,4 +1,7 @@
-"""Turns prompts and sampling parameters into requests. A refused prompt leaves nothing behind."""
+"""Turns prompts and sampling parameters into requests. A refused prompt leaves nothing behind.
+
+Importing this module does not import torch.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,9 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from nanovllm.checks import as_python
 from nanovllm.prompts import Prompt, checked_text
@@ -19,7 +20,10 @@ from nanovllm.schedule.plan import LogitEdits
 from nanovllm.schedule.request import Content
 from nanovllm.tokenizer import Tokenizer
 
-Embeddings = Sequence[tuple[int, Tensor]]  # (position, [n, D]) pairs
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Embeddings = Sequence[tuple[int, "Tensor"]]  # (position, [n, D]) pairs
 
 
 @dataclass(frozen=True)
@@ -128,6 +132,8 @@ class Intake:
     def contents(self, embeddings: Embeddings, prompt_len: int) -> tuple[Content, ...]:
         """The position, length and digest of each of the given embeddings."""
         contents: list[Content] = []
+        if embeddings:
+            from torch import uint8
         for start, embeds in embeddings:
             shape = list(embeds.shape)
             widths = [self.hidden_size * (1 + num) for num in range(self.num_added + 1)]
@@ -139,7 +145,7 @@ class Intake:
                     f"{shape[0]} embeddings from position {start} on do not fit a prompt of "
                     f"{prompt_len} tokens"
                 )
-            values = embeds.detach().cpu().contiguous().view(torch.uint8).numpy()
+            values = embeds.detach().cpu().contiguous().view(uint8).numpy()
             digest = hashlib.sha256(f"{embeds.dtype} {shape}".encode() + values.tobytes()).digest()
             contents.append(Content(start, shape[0], digest))
         ends = sorted((one.start, one.start + one.num) for one in contents)

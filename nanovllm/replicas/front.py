@@ -26,8 +26,8 @@ from nanovllm.replicas.placing import Place, choose
 from nanovllm.replicas.ready import facts_of, raisable
 from nanovllm.replicas.replica import Event, Inbox, Replica, ReplicaFailed, Starter
 from nanovllm.replicas.totals import totals
-from nanovllm.runner import logit_edits
 from nanovllm.sampling import SamplingParams
+from nanovllm.schedule import edit_limits
 from nanovllm.schedule.blocks import chained_digests
 from nanovllm.schedule.logprobs import Logprob
 from nanovllm.schedule.outputs import Completion, Increment, Outbox
@@ -208,7 +208,7 @@ class Replicas:
         contents = self._checked_contents(beside, len(prompt_ids))
         priority, edits = checked_priority(priority), self._intake.edits(params)
         if edits is not None:
-            logit_edits.check(edits, self._intake.vocab_size)
+            edit_limits.check(edits, self._intake.vocab_size)
         request_id = self._num_added
         fields = messages.params_fields(params)
         if params.seed is None:

@@ -1,4 +1,5 @@
-"""What the programs of replicas are told at their start."""
+"""What the programs of replicas are told at their start. Importing this module does not import
+torch."""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ from typing import Any
 
 from nanovllm import env, hub
 from nanovllm.config import EngineConfig
-from nanovllm.startup.artifacts import open_store
-from nanovllm.startup.load import read_tokenizer_of
+from nanovllm.startup.checkpoint_cache import read_tokenizer_of
+from nanovllm.startup.store_folder import open_store
 from nanovllm.tokenizer import Tokenizer
 
 

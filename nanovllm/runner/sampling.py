@@ -20,8 +20,9 @@ from torch import Tensor
 
 from nanovllm.kernels import ops
 from nanovllm.platforms.base import HostCopy, Platform, Rehearsal
-from nanovllm.runner.logit_edits import EditTables, check
+from nanovllm.runner.logit_edits import EditTables
 from nanovllm.runner.state import DeviceState, advance
+from nanovllm.schedule.edit_limits import check
 from nanovllm.schedule.plan import (
     ALL_TOKENS,
     SAMPLING_FIELDS,

@@ -14,7 +14,7 @@ from nanovllm.parallel.watch import RankFailed
 from nanovllm.serving.client import MAX_QUEUED, Client
 from nanovllm.serving.engine_process import EngineProcess
 from nanovllm.serving.interface import EngineDead
-from nanovllm.serving.quota import counts
+from nanovllm.serving.quota import own_counts
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class AsyncLLM(Client):
         config = EngineConfig.from_options(model, options)
         self._cause: Exception | None = None
         self._process = EngineProcess(config, 1)
-        super().__init__(config, self._process.clients[0], counts(1), max_queued=max_queued)
+        super().__init__(config, self._process.clients[0], own_counts(), max_queued=max_queued)
         self._process.call_on_failure(self._note_cause)
 
     @classmethod

@@ -20,8 +20,8 @@ from nanovllm.prompts import AnyPrompt, Prompt, as_prompt
 from nanovllm.replicas import setups
 from nanovllm.replicas.messages import Facts, params_fields
 from nanovllm.replicas.messages import metrics as load_metrics
-from nanovllm.runner import logit_edits
 from nanovllm.sampling import RequestOutputKind, SamplingParams
+from nanovllm.schedule import edit_limits
 from nanovllm.serving import messages
 from nanovllm.serving.answer import Answer
 from nanovllm.serving.connection import Connection
@@ -266,7 +266,7 @@ class Client:
         self._intake.check(params)
         edits = self._intake.edits(params)
         if edits is not None:
-            logit_edits.check(edits, self._intake.vocab_size)
+            edit_limits.check(edits, self._intake.vocab_size)
         return params
 
     async def _prompt_ids(self, prompt: Prompt, params: SamplingParams) -> list[int]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import mmap
 import struct
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from nanovllm.serving.interface import QueueFull
 
@@ -45,9 +48,22 @@ class Quota:
         _NUMBER.pack_into(self._memory, self._index * _NUMBER.size, number)
 
 
-def counts(num_clients: int) -> Counts:
-    """New memory for the clients of this process, or of those that it starts."""
-    return mmap.mmap(-1, num_clients * _NUMBER.size)
+def own_counts() -> Counts:
+    """The memory of an engine's only client."""
+    return mmap.mmap(-1, _NUMBER.size)
+
+
+@contextmanager
+def new_file(num_clients: int) -> Iterator[int]:
+    """The descriptor of such memory, for processes that are started within. It has no name."""
+    with tempfile.TemporaryFile() as file:
+        file.truncate(num_clients * _NUMBER.size)
+        yield file.fileno()
+
+
+def inherited_counts(descriptor: int) -> Counts:
+    """The memory in a file that this process has inherited."""
+    return mmap.mmap(descriptor, 0)
 
 
 def num_clients_of(counts: Counts) -> int:
