@@ -62,6 +62,7 @@ setup(
     package_data={
         "nanovllm": ["assets/*/*", "py.typed"],
         "nanovllm.kernels": ["cpu/*.cpp", "cpu/*.h"],
+        "nanovllm.api.page": ["*.css", "*.html", "*.js", "*.svg"],
         "nanovllm.tools": ["*.css", "*.js"],
     },
     install_requires=[
