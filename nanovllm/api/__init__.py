@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from nanovllm.api.config import ServerConfig
@@ -13,15 +12,13 @@ if TYPE_CHECKING:
 __all__ = ["ServerConfig", "serve"]
 
 
-def serve(
-    engine: EngineConfig, server: ServerConfig, on_ready: Callable[[str], object] | None = None
-) -> int:
+def serve(engine: EngineConfig, server: ServerConfig) -> int:
     """Serve a model over HTTP until SIGTERM or SIGINT. Returns the exit code.
 
-    0: it has ended in order. 1: the engine or an API process has failed. `on_ready` gets the URL
-    once requests are answered. Call it in the main thread. Raises ValueError for options that the
-    engine refuses, and OSError for an address that cannot be used.
+    0: it has ended in order. 1: the engine or an API process has failed. 130: SIGINT came twice.
+    Call it in the main thread. The log has the URL once requests are answered. Raises ValueError
+    for options that the engine refuses, and OSError for an address that cannot be used.
     """
     from nanovllm.api import start  # imports uvicorn
 
-    return start.serve(engine, server, on_ready)
+    return start.serve(engine, server)

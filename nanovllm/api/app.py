@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from nanovllm.api import others
+from nanovllm.api import others, page
 from nanovllm.api.chat import chat
 from nanovllm.api.completions import completions
 from nanovllm.api.config import ALWAYS_OPEN
@@ -24,6 +24,7 @@ from nanovllm.api.service import MAX_ID_CHARS, Service
 logger = logging.getLogger(__name__)
 access = logging.getLogger("nanovllm.api.access")
 MAX_LOGGED_CHARS = 1000
+PAGE = "/page/"
 
 
 class Route(NamedTuple):
@@ -60,6 +61,7 @@ class App:
     def __init__(self, service: Service) -> None:
         self.service, self.config = service, service.config
         self.routes = dict(ROUTES)
+        self._page = page.files()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -80,6 +82,9 @@ class App:
         path = exchange.scope["path"]
         if self.config.api_key and not self._is_open(path):
             self._check_key(exchange)
+        if path in self._page:
+            await self._send_page(exchange, path)
+            return
         route = self.routes.get(path)
         if route is None and path.startswith(others.MODELS):
             route = Route("GET", others.model)
@@ -87,13 +92,20 @@ class App:
             raise ApiError(404, "there is no such path", code="unknown_path")
         method = exchange.scope["method"]
         if method != route.method and (method, route.method) != ("HEAD", "GET"):
-            error = ApiError(405, f"use {route.method}", code="method_not_allowed")
-            error.headers.append((b"allow", route.method.encode()))
-            raise error
+            raise _wrong_method(route.method)
         await route.endpoint(self.service, exchange)
 
     def _is_open(self, path: str) -> bool:
+        if path.startswith(PAGE):
+            path = "/"  # the page is open as a whole
         return path in ALWAYS_OPEN or path in self.config.open_paths
+
+    async def _send_page(self, exchange: Exchange, path: str) -> None:
+        if exchange.scope["method"] not in ("GET", "HEAD"):
+            raise _wrong_method("GET")
+        file = self._page[path]
+        kind = (b"content-type", file.content_type.encode())
+        await exchange.answer(200, file.body, [kind, *page.HEADERS])
 
     def _check_key(self, exchange: Exchange) -> None:
         kind, _, key = exchange.header(b"authorization").partition(" ")
@@ -109,6 +121,12 @@ class App:
                 "request %s: %s", exchange.record.request_id, _place_of(error), stacklevel=1
             )
         await exchange.refuse(told)
+
+
+def _wrong_method(method: str) -> ApiError:
+    error = ApiError(405, f"use {method}", code="method_not_allowed")
+    error.headers.append((b"allow", method.encode()))
+    return error
 
 
 def _place_of(error: BaseException) -> str:

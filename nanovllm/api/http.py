@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from nanovllm.api.errors import ApiError
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
+Header = tuple[bytes, bytes]
 Send = Callable[[Message], Awaitable[None]]
 
 JSON = (b"content-type", b"application/json")
@@ -113,20 +114,13 @@ class Exchange:
     async def send(self, body: bytes, *, more: bool = False) -> None:
         await self._send({"type": "http.response.body", "body": body, "more_body": more})
 
-    async def answer(
-        self,
-        status: int,
-        body: bytes,
-        kind: tuple[bytes, bytes] = JSON,
-        headers: list[tuple[bytes, bytes]] | None = None,
-    ) -> None:
+    async def answer(self, status: int, body: bytes, headers: Sequence[Header]) -> None:
         """A whole answer."""
-        length = (b"content-length", b"%d" % len(body))
-        await self.start(status, [kind, length, NO_STORE, *(headers or ())])
+        await self.start(status, [*headers, (b"content-length", b"%d" % len(body))])
         await self.send(body)
 
     async def json(self, content: Any) -> None:
-        await self.answer(200, msgspec.json.encode(content))
+        await self.answer(200, msgspec.json.encode(content), (JSON, NO_STORE))
 
     async def refuse(self, error: ApiError) -> None:
         """An error as the answer or, in an answer that has begun, as its last event."""
@@ -135,4 +129,5 @@ class Exchange:
         else:
             # what is left of a body that was refused must not be read as the next request
             close = [(b"connection", b"close")] if error.status in (408, 413, 415) else []
-            await self.answer(error.status, error.body(), headers=[*error.headers, *close])
+            headers = [JSON, NO_STORE, *error.headers, *close]
+            await self.answer(error.status, error.body(), headers)

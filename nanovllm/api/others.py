@@ -34,6 +34,7 @@ def _card(service: Service, name: str) -> dict[str, Any]:
     return {
         "id": name, "object": "model", "created": service.created, "owned_by": "nanovllm",
         "root": service.model, "parent": None, "max_model_len": service.engine.max_model_len,
+        "input_modalities": service.modalities,
     }  # fmt: skip
 
 
@@ -78,7 +79,7 @@ async def health(service: Service, exchange: Exchange) -> None:
     """GET /health: whether the engine lives."""
     if service.engine.failure is not None:
         raise ApiError(503, "the engine has failed", code="engine_dead")
-    await exchange.answer(200, b"{}")
+    await exchange.json({})
 
 
 async def ready(service: Service, exchange: Exchange) -> None:
@@ -87,7 +88,7 @@ async def ready(service: Service, exchange: Exchange) -> None:
         raise ApiError(503, "the engine has failed", code="engine_dead")
     if service.engine.is_draining:
         raise ApiError(503, "the server shuts down", code="draining")
-    await exchange.answer(200, b"{}")
+    await exchange.json({})
 
 
 async def version(service: Service, exchange: Exchange) -> None:
@@ -101,4 +102,4 @@ async def metrics(service: Service, exchange: Exchange) -> None:
     """GET /metrics."""
     found = await service.engine.metrics()
     body = prometheus.render(found, service.latencies, {"model_name": service.model})
-    await exchange.answer(200, body, (b"content-type", prometheus.CONTENT_TYPE.encode()))
+    await exchange.answer(200, body, [(b"content-type", prometheus.CONTENT_TYPE.encode())])

@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import signal
 import socket
-from collections.abc import Callable, Iterator
-from typing import Protocol
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from typing import Any, Protocol
 
 import uvicorn
 
@@ -32,27 +31,23 @@ class Drainable(AsyncEngine, Protocol):
 
 
 class Stop:
-    """The wish to end: at first in order, at the second SIGINT at once."""
+    """The wish to end, which comes once `wish` is done."""
 
-    def __init__(self) -> None:
-        self._orderly, self._now = asyncio.Event(), asyncio.Event()
-
-    def ask(self, *, at_once: bool = False) -> None:
-        if at_once or self._orderly.is_set():
-            self._now.set()
-        self._orderly.set()
-
-    def on_signals(self) -> None:
-        """SIGTERM and SIGINT ask to end. Call it in the main thread."""
-        loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGINT, self.ask)
-        loop.add_signal_handler(signal.SIGTERM, self._orderly.set)
+    def __init__(self, wish: Awaitable[object]) -> None:
+        self._wish = asyncio.ensure_future(wish)
 
     async def wait(self) -> None:
-        await self._orderly.wait()
+        await asyncio.shield(self._wish)
 
-    async def wait_now(self) -> None:
-        await self._now.wait()
+    async def before(self, work: Coroutine[Any, Any, object]) -> bool:
+        """Whether work ends before somebody wishes to stop, which cancels it. Raises its error."""
+        task = asyncio.create_task(work)
+        await asyncio.wait((task, self._wish), return_when=asyncio.FIRST_COMPLETED)
+        is_done = task.done()
+        if is_done:
+            task.result()
+        task.cancel()
+        return is_done
 
 
 class _Server(uvicorn.Server):
@@ -79,7 +74,6 @@ def bind(config: ServerConfig) -> socket.socket:
     except BaseException:
         sock.close()
         raise
-    sock.setblocking(False)
     return sock
 
 
@@ -123,10 +117,9 @@ async def run(
         on_ready()
         await asyncio.wait((serving, failing, stopping), return_when=asyncio.FIRST_COMPLETED)
         if failing.done():
-            logger.error("the server ends: the engine has failed")
             await asyncio.sleep(LAST_WORDS_S)
         else:
-            await _drain(engine, config.drain_timeout, stop)
+            await engine.drain(config.drain_timeout)
         server.should_exit = True
         await serving
     finally:
@@ -139,14 +132,3 @@ async def _failure(engine: AsyncEngine) -> None:
     """Wait until the engine has failed."""
     while engine.failure is None:
         await asyncio.sleep(CHECK_S)
-
-
-async def _drain(engine: Drainable, timeout: float, stop: Stop) -> None:
-    logger.info("the server ends: running requests have %g s", timeout)
-    draining = asyncio.create_task(engine.drain(timeout))  # type: ignore[arg-type]
-    hurry = asyncio.create_task(stop.wait_now())
-    await asyncio.wait((draining, hurry), return_when=asyncio.FIRST_COMPLETED)
-    hurry.cancel()
-    if not draining.done():
-        draining.cancel()
-        await engine.drain(0)

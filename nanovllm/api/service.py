@@ -18,6 +18,7 @@ from nanovllm.api.params import ParamsMaker
 from nanovllm.api.prometheus import Latencies
 from nanovllm.api.prompts import PromptMaker
 from nanovllm.api.tools import Readings
+from nanovllm.media.given import KINDS, Given
 from nanovllm.serving.interface import AsyncEngine
 
 Body = TypeVar("Body", bound=msgspec.Struct)
@@ -41,9 +42,17 @@ class Service:
         self.model_names = config.model_names(engine.config.model)
         self.model = self.model_names[0]
         self.created = int(time.time())
+        self.modalities = ["text", *(kind for kind in KINDS if self._takes(kind))]
         self.params = ParamsMaker(config, engine.default_params, engine.max_model_len)
         self.prompts = PromptMaker(engine, config)
         self.readings = Readings(engine, config)
+
+    def _takes(self, kind: str) -> bool:
+        try:
+            self.engine.check_media([Given(kind, kind, None)])
+        except ValueError:
+            return False
+        return True
 
     async def body(self, exchange: Exchange, kind: type[Body]) -> Body:
         """The body of a request, whose model must be ours. Raises ApiError."""

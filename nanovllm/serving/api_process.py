@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import mmap
 import os
 import socket
 import threading
@@ -36,7 +37,8 @@ class ApiProcess:
     """What an API process is given.
 
     options: what the supervisor was given for it, JSON. index: of this process among `num`.
-    listener: a listening socket. drain_timeout: the seconds that requests have once draining has
+    listener: a listening socket. memory: what all API processes share, `shared_bytes` of the
+    supervisor's `Service`. drain_timeout: the seconds that requests have once draining has
     begun.
     """
 
@@ -51,6 +53,9 @@ class ApiProcess:
         self.listener = socket.socket(fileno=setup["inherited"]["listener"])
         self._socket = socket.socket(fileno=setup["inherited"]["client"])
         self._counts = quota.inherited_counts(setup["inherited"]["counts"])
+        memory = setup["inherited"]["memory"]
+        shared = mmap.mmap(memory, 0) if os.fstat(memory).st_size else b""
+        self.memory = memoryview(shared)
         self._max_queued: int = setup["max_queued"]
         self._draining: Future[None] = Future()
 

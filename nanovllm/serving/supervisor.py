@@ -11,6 +11,7 @@ import logging
 import queue
 import signal
 import socket
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -44,6 +45,7 @@ class Service:
     target: "package.module:function", which API processes run (see `api_process`). options: what
     they are given, JSON. listener: a listening socket for all of them. drain_timeout: seconds that
     running requests have after SIGTERM. max_queued: that of `Client`.
+    shared_bytes: of memory that all API processes share, zeros at first.
     """
 
     config: EngineConfig
@@ -53,6 +55,7 @@ class Service:
     num_api_processes: int = 1
     drain_timeout: float = 30.0
     max_queued: int = MAX_QUEUED
+    shared_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -91,12 +94,14 @@ class Supervisor:
         service, num = self._service, self._service.num_api_processes
         self._engine = EngineProcess(service.config, num)
         self._engine.call_on_failure(self._note_failure)
-        with quota.new_file(num) as counts:
+        with quota.new_file(num) as counts, tempfile.TemporaryFile() as memory:
+            memory.truncate(service.shared_bytes)
             for index, client in enumerate(self._engine.clients):
                 descriptors = {
                     "listener": service.listener.fileno(),
                     "client": client.fileno(),
                     "counts": counts,
+                    "memory": memory.fileno(),
                 }
                 self._processes.append(self._start_api_process(index, descriptors))
                 client.close()
