@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 from dataclasses import asdict
@@ -48,6 +49,7 @@ def serve_clients(process: ApiProcess) -> None:
 async def _serve_clients(process: ApiProcess) -> None:
     server, engine = ServerConfig(**process.options), process.client()
     stop = Stop(process.drain_begins())
+    importing = asyncio.create_task(asyncio.to_thread(_import_templates))
     try:
         if not await stop.before(engine.ready()):
             return
@@ -66,6 +68,14 @@ async def _serve_clients(process: ApiProcess) -> None:
         await process.drain_begins()  # the supervisor knows why, and ends all processes
     finally:
         await engine.close()
+        await importing
+
+
+def _import_templates() -> None:
+    """Import what the first conversation needs, while the engine loads: it takes seconds."""
+    from transformers import AutoTokenizer
+
+    assert AutoTokenizer
 
 
 def _as_json(server: ServerConfig) -> dict[str, Any]:
