@@ -110,8 +110,9 @@ class Choice:
     forbidden: (row of the step, token id) pairs that must not be chosen.
     num_logprobs: the number of likeliest tokens to report for each row; ALL_TOKENS: all of them;
         None: no log-probabilities.
-    allowed_RW: bit masks of the tokens that may be chosen, uint8 [R, ceil(V / 8)], token v at bit
-        v % 8 of byte v // 8; None: all.
+    masked: the rows of the step that may choose only some tokens.
+    allowed_MW: int32 [M, ceil(V / 32)], for each of these rows a mask of the tokens that it may
+        choose: token v is bit v % 32 of word v // 32.
     """
 
     has_filters: bool = False
@@ -119,16 +120,21 @@ class Choice:
     has_edits: bool = False
     forbidden: list[tuple[int, int]] = field(default_factory=list)
     num_logprobs: int | None = None
-    allowed_RW: np.ndarray | None = None
+    masked: list[int] = field(default_factory=list)
+    allowed_MW: np.ndarray | None = None
+
+    @property
+    def has_masks(self) -> bool:
+        return bool(self.masked)
 
     @property
     def needs_host(self) -> bool:
         """True if the choice needs data of this step from the host, or returns some to it.
 
-        Filters, penalties and edits need only tables on the device, so a step can be captured with
-        them.
+        Filters, penalties, edits and masks need only tables on the device, so a step can be
+        captured with them.
         """
-        return bool(self.forbidden or self.num_logprobs is not None or self.allowed_RW is not None)
+        return bool(self.forbidden or self.num_logprobs is not None)
 
     @property
     def state_suffices(self) -> bool:
@@ -136,7 +142,7 @@ class Choice:
 
         Only then can a step choose several tokens of a row at once, to verify proposals.
         """
-        return not (self.has_penalties or self.has_edits or self.needs_host)
+        return not (self.has_penalties or self.has_edits or self.has_masks or self.needs_host)
 
     @property
     def is_plain(self) -> bool:
