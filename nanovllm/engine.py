@@ -428,8 +428,7 @@ class Engine:
             request, _ = self._requests[plan.request_ids[row]]
             assert isinstance(request.constraint, Matcher)
             matchers.append(request.constraint)
-        allowed_MW = self._grammars.masks(matchers)
-        return replace(plan, choice=replace(plan.choice, allowed_MW=allowed_MW))
+        return replace(plan, allowed_MW=self._grammars.masks(matchers))
 
     def _encode(self, plan: StepPlan) -> None:
         """Encode the images that a plan needs and that have no embeddings yet."""

@@ -30,6 +30,8 @@ class MaskTable:
         self._shape = num_rows, -(-vocab_size // WORD_TOKENS)
         self._allowed_SW: Tensor | None = None
         self._masked: set[int] = set()  # rows whose masks may forbid something
+        self._newest: list[int] = []  # the content of _newest_M
+        self._newest_M: Tensor | None = None
 
     def reserve(self) -> None:
         """Allocate the table. Nothing has changed if memory runs out."""
@@ -37,7 +39,7 @@ class MaskTable:
             device = self._platform.device
             self._allowed_SW = torch.full(self._shape, ALL, dtype=torch.int32, device=device)
 
-    def write(self, rows: Sequence[int], masked: Sequence[int], allowed_MW: np.ndarray) -> None:
+    def write(self, rows: Sequence[int], masked: list[int], allowed_MW: np.ndarray) -> None:
         """Set the masks for a step of these rows of the state; those not in `masked` allow all."""
         self.reserve()
         assert self._allowed_SW is not None
@@ -45,8 +47,9 @@ class MaskTable:
         stale = self._masked.intersection(rows).difference(masked)
         if stale:
             self._allowed_SW.index_fill_(0, upload(sorted(stale), torch.int64), ALL)
-        row_M = upload(list(masked), torch.int64)
-        self._allowed_SW.index_copy_(0, row_M, upload(allowed_MW, torch.int32))
+        if self._newest_M is None or self._newest != masked:
+            self._newest, self._newest_M = list(masked), upload(list(masked), torch.int64)
+        self._allowed_SW.index_copy_(0, self._newest_M, upload(allowed_MW, torch.int32))
         self._masked = (self._masked - stale).union(masked)
 
     def keep_allowed(self, row_idx_R: Tensor, logits_RV: Tensor) -> Tensor:

@@ -429,9 +429,9 @@ class Runner:
             state.block_table_SP.index_put_((row_N, index_N), block_N.int())
         self.sampler.remember(plan.histories)
         self.sampler.edits.write(plan.edits)
-        if plan.choice.allowed_MW is not None:
+        if plan.allowed_MW is not None:
             masked = [plan.rows[row] for row in plan.choice.masked]
-            self.sampler.masks.write(plan.rows, masked, plan.choice.allowed_MW)
+            self.sampler.masks.write(plan.rows, masked, plan.allowed_MW)
 
     def _launched(
         self,

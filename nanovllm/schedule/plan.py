@@ -110,9 +110,7 @@ class Choice:
     forbidden: (row of the step, token id) pairs that must not be chosen.
     num_logprobs: the number of likeliest tokens to report for each row; ALL_TOKENS: all of them;
         None: no log-probabilities.
-    masked: the rows of the step that may choose only some tokens.
-    allowed_MW: int32 [M, ceil(V / 32)], for each of these rows a mask of the tokens that it may
-        choose: token v is bit v % 32 of word v // 32.
+    masked: the rows of the step that may choose only some tokens (`StepPlan.allowed_MW`).
     """
 
     has_filters: bool = False
@@ -121,7 +119,6 @@ class Choice:
     forbidden: list[tuple[int, int]] = field(default_factory=list)
     num_logprobs: int | None = None
     masked: list[int] = field(default_factory=list)
-    allowed_MW: np.ndarray | None = None
 
     @property
     def has_masks(self) -> bool:
@@ -165,6 +162,8 @@ class StepPlan:
     is_sampled: [R] whether the step samples the row's next token.
     position_3T: int64 [3, T] the positions of the tokens in time, height and width. None: each has
         one position, which the device derives from the state.
+    allowed_MW: int32 [M, ceil(V / 32)], for each of `Choice.masked` a mask of the tokens that it
+        may choose: token v is bit v % 32 of word v // 32.
     """
 
     is_prefill: bool
@@ -182,6 +181,7 @@ class StepPlan:
     prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
     embeddings: list[EmbeddingSpan] = field(default_factory=list)
     position_3T: np.ndarray | None = None
+    allowed_MW: np.ndarray | None = None
 
     @property
     def tokens_per_row(self) -> int:

@@ -5,6 +5,7 @@ M masked rows | W words of 32 tokens.
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -56,12 +57,12 @@ class Masks:
         for token_id in eos_ids:
             self._eos_W[token_id // WORD_TOKENS] |= np.uint32(1 << token_id % WORD_TOKENS)
         self._executor: Any = None
+        self._filling: Any = importlib.import_module("llguidance.numpy")
 
     def of(self, matchers: Sequence[Matcher]) -> np.ndarray:
         """int32 [M, W]: token v may come next in row m if bit v % 32 of word v // 32 is 1. All bits
         are 0 for an answer with an error."""
-        from llguidance import numpy as filling
-
+        filling = self._filling
         allowed_MW = np.zeros((len(matchers), self._own_words), np.int32)
         executor = self._threads() if len(matchers) >= _MIN_PARALLEL else None
         numbered = [(one.of_library, index) for index, one in enumerate(matchers)]
