@@ -18,6 +18,8 @@ from nanovllm.prompts import Prompt, checked_text
 from nanovllm.sampling import SamplingParams
 from nanovllm.schedule.plan import LogitEdits
 from nanovllm.schedule.request import Content
+from nanovllm.structured import library
+from nanovllm.structured.library import Source
 from nanovllm.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ class Intake:
     max_model_len: int
     num_added: int = 0
     has_axes: bool = False
+    max_grammar_bytes: int = 0
 
     def prompt_ids(self, prompt: Prompt, params: SamplingParams) -> list[int]:
         """The prompt's token ids, truncated as `params` ask for, all within the limits."""
@@ -88,6 +91,17 @@ class Intake:
                     raise ValueError(
                         f"{name}={list(given)} needs a tokenizer: {self.model!r} does not have one"
                     )
+
+    def source(self, params: SamplingParams) -> Source | None:
+        """The grammar that `params` ask for, before it is compiled."""
+        if params.structured_outputs is None:
+            return None
+        if self.tokenizer is None:
+            raise ValueError(
+                f"structured_outputs needs a tokenizer: {self.model!r} does not have one"
+            )
+        library.check_installed()
+        return library.source(params.structured_outputs, self.max_grammar_bytes)
 
     def edits(self, params: SamplingParams) -> LogitEdits | None:
         """Changes to logits that `params` ask for."""

@@ -120,6 +120,7 @@ class Replicas:
             first.max_model_len,
             num_added=first.num_added,
             has_axes=first.has_axes,
+            max_grammar_bytes=config.max_grammar_bytes,
         )
         self._has_towers = first.has_towers
 
@@ -198,6 +199,7 @@ class Replicas:
         self._check_open()
         params = params or SamplingParams()
         self._intake.check(params)
+        self._intake.source(params)
         beside = Attached(embeddings, positions)
         if isinstance(prompt, MediaPrompt):
             beside = Attached(embeddings, prompt.position_3T, prompt.images)
