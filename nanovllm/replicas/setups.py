@@ -59,7 +59,7 @@ def with_full_paths(config: EngineConfig) -> EngineConfig:
 def tokenizer(config: EngineConfig) -> Tokenizer | None:
     """The tokenizer that the replicas have. Only the small files of a checkpoint are needed."""
     folder = hub.resolve(config.model, weights=False, revision=config.revision)
-    return read_tokenizer_of(config, folder, open_store(config))
+    return read_tokenizer_of(config, folder, open_store(config, has_kernels=False))
 
 
 def _full_path(given: str | os.PathLike[str]) -> str:

@@ -14,12 +14,12 @@ from nanovllm.kernels.code_files import Shared, temporary_folder
 logger = logging.getLogger(__name__)
 
 
-def open_store(config: EngineConfig, *, must_keep: bool = False) -> Store:
+def open_store(config: EngineConfig, *, must_keep: bool = False, has_kernels: bool = True) -> Store:
     """The store of `config`, with Triton's and Inductor's folders in it.
 
-    If it cannot be made, a temporary store serves, or with `must_keep` OSError is raised. Raises
-    ValueError for a folder that others own or may write to, and in "require" mode for one that is
-    no store.
+    If it cannot be made, a temporary store serves, or with `must_keep` OSError is raised. Without
+    `has_kernels` its kernels are not checked: this process runs none. Raises ValueError for a
+    folder that others own or may write to, and in "require" mode for one that is no store.
     """
     environment = env.read()
     folder = environment.store_folder(config.compile_cache)
@@ -35,11 +35,13 @@ def open_store(config: EngineConfig, *, must_keep: bool = False) -> Store:
             "written (compile_cache or NANOVLLM_CACHE names another folder)"
         )
         logger.warning(message, folder, env.home_cache() or "the home folder")
-    return use_private_cache(folder, must_keep=must_keep, may_be_taken=is_fallback)
+    return use_private_cache(
+        folder, must_keep=must_keep, may_be_taken=is_fallback, has_kernels=has_kernels
+    )
 
 
 def use_private_cache(
-    folder: Path, *, must_keep: bool = False, may_be_taken: bool = False
+    folder: Path, *, must_keep: bool = False, may_be_taken: bool = False, has_kernels: bool = True
 ) -> Store:
     """A store in a folder that only its owner can write, since its code is executed.
 
@@ -64,5 +66,6 @@ def use_private_cache(
     env.set_default("TRITON_CACHE_DIR", str(store.folder / "triton"))
     # four files for a kernel, not eight: every start reads all of them
     env.set_default("TRITON_STORE_BINARY_ONLY", "1")
-    drop_damaged_kernels(store.folder)
+    if has_kernels:
+        drop_damaged_kernels(store.folder)
     return store
