@@ -101,7 +101,7 @@ class PageServer:
         metrics: list[Metric] = [
             Gauge("nanovllm:num_requests_running", self.num_running),
             Gauge("nanovllm:num_requests_waiting", 0),
-            Gauge("nanovllm:kv_cache_usage_perc", min(1, 0.01 + self.num_running * 0.2)),
+            Gauge("nanovllm:kv_cache_usage_perc", min(1, 0.01 + self.num_running * 0.08)),
             Counter("nanovllm:prompt_tokens", 19 * len(self.bodies)),
             Counter("nanovllm:generation_tokens", self.num_tokens),
         ]

@@ -235,7 +235,7 @@ def test_charts_move(open_page: Open) -> None:
     line = tokens.locator("path.line.series-0")
     before = line.get_attribute("d")
     for key, said in (
-        ("requests", "running 1"), ("cache", "21 %"), ("first", r"p50 [\d.]+ ms"),
+        ("requests", "running 1"), ("cache", "9.0 %"), ("first", r"p50 [\d.]+ ms"),
         ("between", r"p50 [\d.]+ ms"),
     ):  # fmt: skip
         words = page.locator(f"[data-chart={key}] .value").first

@@ -125,6 +125,11 @@ BROKEN: list[tuple[str, str, Parsed]] = [
     ),
     (
         "hermes",
+        '<tool_call>{"name": "f", "arguments": {"a": ]}}</tool_call>!',
+        Parsed("!", [call('{"a": ]}}', "f")]),
+    ),
+    (
+        "hermes",
         '<tool_call>{"name": "f", "arguments": {"a": 1}\n</tool_call>',
         Parsed("", [call('{"a": 1}', "f")]),
     ),
@@ -147,6 +152,17 @@ BROKEN: list[tuple[str, str, Parsed]] = [
 ]
 
 
+MARKERS = [
+    "<tool_call>", "</tool_call>", "<|python_tag|>", "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]",
+    "<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>",
+    "<｜tool▁calls▁end｜>", "```json", "```", "<think>", "</think>",
+]  # fmt: skip
+PIECES = [
+    *MARKERS, '"name"', '"f"', ": ", '"arguments"', "{", "}", "[", "]", '"', "\\", ",", "null", " ",
+    "\n", "x", "<", "function",
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("name, text, parsed", GOOD + BROKEN)
 def test_calls_and_content_are_found(name: str, text: str, parsed: Parsed) -> None:
     assert tool_parser(name).parse(text) == parsed
@@ -167,43 +183,10 @@ def test_the_result_does_not_depend_on_where_the_text_is_cut(
 
 @pytest.mark.parametrize("name", PARSERS)
 def test_text_of_markers_and_brackets_never_raises_and_is_the_same_however_cut(name: str) -> None:
-    marks = ["<tool_call>", "</tool_call>", "<|python_tag|>", "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"]
-    marks += [
-        "<｜tool▁calls▁begin｜>",
-        "<｜tool▁call▁begin｜>",
-        "<｜tool▁sep｜>",
-        "<｜tool▁call▁end｜>",
-    ]
-    marks += [
-        "<｜tool▁calls▁end｜>",
-        "```json\n",
-        "```",
-        "<think>",
-        "</think>",
-        '"name"',
-        '"f"',
-        ": ",
-    ]
-    marks += [
-        '"arguments"',
-        "{",
-        "}",
-        "[",
-        "]",
-        '"',
-        "\\",
-        ",",
-        "null",
-        " ",
-        "\n",
-        "x",
-        "<",
-        "function",
-    ]
     draw = random.Random(name)
     parser = AnswerParser(tool_parser(name), reasoning_parser("think"), ("<|end|>",))
     for _ in range(400):
-        text = "".join(draw.choices(marks, k=draw.randrange(1, 40)))
+        text = "".join(draw.choices(PIECES, k=draw.randrange(1, 40)))
         whole = parser.parse(text)
         stream, parts, at = parser.stream(), [], 0
         while at < len(text):
@@ -228,11 +211,25 @@ def test_arguments_are_given_before_they_are_complete() -> None:
     "unit",
     ["<tool_call", "<tool_call>{", "[TOOL_CALLS][", '{"name": "', "<｜tool▁call▁begin｜>", " "],
 )
-def test_the_time_grows_with_the_length_and_not_with_its_square(name: str, unit: str) -> None:
+def test_every_character_is_read_once(name: str, unit: str) -> None:
+    """What is left unread, and looked at again, is shorter than a marker. What is given back to be
+    read is not repeated."""
+    stream = tool_parser(name).stream()
+    text, given = unit * 400, 0
+    for at in range(0, len(text), 7):
+        given += sum(len(getattr(part, "text", "")) for part in stream.push(text[at : at + 7]))
+        unread = len(stream._reader._text) - stream._reader._at
+        assert unread < max(map(len, MARKERS)) and len(stream._reader._text) <= unread + 7 + 22
+    given += sum(len(getattr(part, "text", "")) for part in stream.finish())
+    assert given <= len(text)
+
+
+@pytest.mark.parametrize("name", PARSERS)
+def test_the_time_grows_with_the_length_and_not_with_its_square(name: str) -> None:
     """Ten times the text may take thirty times as long, not a hundred times."""
 
     def seconds(num_chars: int) -> float:
-        text, best = unit * (num_chars // len(unit)), float("inf")
+        text, best = "<tool_call>{[TOOL_CALLS][" * (num_chars // 25), float("inf")
         for _ in range(3):
             stream = AnswerParser(tool_parser(name), reasoning_parser("think")).stream()
             start = time.process_time()

@@ -9,6 +9,7 @@ const NUM_POINTS = 120;
 const WIDTH = 300;
 const HEIGHT = 72;
 const PAD = 3;
+const ROOM = 17; // for the label of the top line
 
 const short = new Intl.NumberFormat("en", { maximumSignificantDigits: 3, notation: "compact" });
 const whole = (value) => short.format(Math.round(value * 10) / 10);
@@ -40,8 +41,8 @@ class Chart {
     this.area = svg("path", { class: "area" });
     this.cursor = svg("line", { class: "cursor", y1: 0, y2: HEIGHT, visibility: "hidden" });
     this.picture = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none", role: "img" },
-      svg("line", { class: "grid", x1: 0, x2: WIDTH, y1: HEIGHT / 2, y2: HEIGHT / 2 }),
-      svg("line", { class: "grid", x1: 0, x2: WIDTH, y1: HEIGHT - PAD, y2: HEIGHT - PAD }),
+      [ROOM, (ROOM + HEIGHT - PAD) / 2, HEIGHT - PAD].map(
+        (y) => svg("line", { class: "grid", x1: 0, x2: WIDTH, y1: y, y2: y })),
       this.area, ...this.lines.toReversed(), this.cursor);
     this.top = element("span", { class: "top" });
     this.when = element("span", { class: "when" });
@@ -78,7 +79,7 @@ class Chart {
     for (const [n, values] of this.points.entries()) {
       if (values[i] === null || Number.isNaN(values[i])) { pen = false; continue; }
       const x = ((first + n) / (NUM_POINTS - 1)) * WIDTH;
-      const y = HEIGHT - PAD - (Math.min(values[i], top) / top) * (HEIGHT - 2 * PAD);
+      const y = HEIGHT - PAD - (Math.min(values[i], top) / top) * (HEIGHT - PAD - ROOM);
       path += `${pen ? "L" : "M"}${x.toFixed(1)} ${y.toFixed(1)}`;
       // a point alone is a short line
       if (!pen && (this.points[n + 1]?.[i] ?? null) === null) path += "h1.5";
