@@ -77,6 +77,10 @@ class App:
         finally:
             if self.config.access_log:
                 _log(exchange)
+            traces = self.service.traces
+            if traces is not None and scope["method"] == "POST":
+                headers = {"traceparent": exchange.header(b"traceparent")}
+                traces.add(exchange.record, scope["path"][:MAX_LOGGED_CHARS], headers)
 
     async def _answer(self, exchange: Exchange) -> None:
         path = exchange.scope["path"]

@@ -64,7 +64,6 @@ class Sampling(msgspec.Struct, kw_only=True):
     prompt_logprobs: int | None = None
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
-    add_special_tokens: bool | None = None
     priority: int = 0
     request_id: str | None = None
     cache_salt: str | None = None
@@ -72,10 +71,11 @@ class Sampling(msgspec.Struct, kw_only=True):
     return_tokens_as_token_ids: bool | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: Json | None = None
-    guided_json: str | Json | bool | None = None
+    guided_json: str | Json | None = None
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
+    guided_whitespace_pattern: str | None = None
 
 
 class CompletionBody(Sampling, kw_only=True):
@@ -83,6 +83,7 @@ class CompletionBody(Sampling, kw_only=True):
 
     prompt: str | list[str | int | list[int]]
     echo: bool | None = None
+    add_special_tokens: bool | None = None
     logprobs: int | None = None
 
 

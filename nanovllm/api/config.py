@@ -83,6 +83,8 @@ class ServerConfig:
     api_processes: processes that speak HTTP.
     access_log: log every request: its id, status, tokens and times.
     log_prompts: the access log has prompts, too.
+    otlp_traces_endpoint: the URL of a collector that gets a span of each request by OTLP over HTTP,
+        such as "http://127.0.0.1:4318/v1/traces".
     max_body_bytes: the longest body of a request.
     max_header_bytes: the longest request line and headers together.
     max_connections: connections at the same time, for each process. More are refused with 503.
@@ -116,6 +118,7 @@ class ServerConfig:
     api_processes: int = 1
     access_log: bool = True
     log_prompts: bool = False
+    otlp_traces_endpoint: str | None = None
     max_body_bytes: int = 32 << 20
     max_header_bytes: int = 32 << 10
     max_connections: int = 4096

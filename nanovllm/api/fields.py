@@ -35,12 +35,12 @@ REFUSED_SAMPLING: dict[str, Refusal] = {
     "kv_transfer_params": Refusal(NOT_BUILT),
     "vllm_xargs": Refusal(NOT_BUILT),
     "guided_decoding_backend": Refusal("there is one backend"),
-    "guided_whitespace_pattern": Refusal(NOT_BUILT),
     "structural_tag": Refusal(NOT_BUILT),
     "thinking_token_budget": Refusal(NOT_BUILT),
     "metadata": Refusal(STATEFUL, ({},)),
 }
 REFUSED_CHAT: dict[str, Refusal] = {
+    "add_special_tokens": Refusal("the chat template writes them", (False,)),
     "audio": Refusal("answers are text"),
     "modalities": Refusal("answers are text", (["text"],)),
     "function_call": Refusal("use tool_choice"),

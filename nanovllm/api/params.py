@@ -49,6 +49,9 @@ class ParamsMaker:
         self._check(body)
         given = self._given(body)
         wanted = body.max_completion_tokens
+        if wanted is not None and body.max_tokens not in (None, wanted):
+            words = "max_tokens and max_completion_tokens differ: give one of them"
+            raise invalid("max_tokens", words)
         given["max_tokens"] = self._tokens(body.max_tokens if wanted is None else wanted)
         if body.top_logprobs is not None and not body.logprobs:
             raise invalid("top_logprobs", "top_logprobs needs logprobs=true")

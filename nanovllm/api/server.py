@@ -125,6 +125,8 @@ async def run(
     finally:
         for task in tasks:
             task.cancel()
+        if service.traces is not None:
+            await asyncio.to_thread(service.traces.close)
     return 1 if engine.failure is not None else 0
 
 

@@ -18,6 +18,7 @@ from nanovllm.api.params import ParamsMaker
 from nanovllm.api.prometheus import Latencies
 from nanovllm.api.prompts import PromptMaker
 from nanovllm.api.tools import Readings
+from nanovllm.api.traces import Traces
 from nanovllm.media.given import KINDS, Given
 from nanovllm.serving.interface import AsyncEngine
 
@@ -42,6 +43,8 @@ class Service:
         self.model_names = config.model_names(engine.config.model)
         self.model = self.model_names[0]
         self.created = int(time.time())
+        endpoint = config.otlp_traces_endpoint
+        self.traces = None if endpoint is None else Traces(endpoint, self.model)
         self.modalities = ["text", *(kind for kind in KINDS if self._takes(kind))]
         self.params = ParamsMaker(config, engine.default_params, engine.max_model_len)
         self.prompts = PromptMaker(engine, config)

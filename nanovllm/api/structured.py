@@ -6,35 +6,40 @@ from typing import Any
 
 from nanovllm.api.bodies import ResponsesBody, Sampling
 from nanovllm.api.errors import invalid
+from nanovllm.structured.params import StructuredOutputsParams
 
-KINDS = ("json", "regex", "choice", "grammar", "json_object")
 GUIDED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
+WHITESPACE = "guided_whitespace_pattern"
 
 
-def structured_outputs(body: Sampling | ResponsesBody) -> dict[str, Any] | None:
-    """The form as {kind: value}, with a kind of KINDS; None if any text will do.
+def structured_outputs(body: Sampling | ResponsesBody) -> StructuredOutputsParams | None:
+    """The form of the answer; None if any text will do.
 
-    Raises ApiError if a request gives two, or a response_format without its schema.
+    Raises ApiError, which names the field, if a request gives two forms or a wrong one.
     """
-    found: dict[str, dict[str, Any]] = {}
     if isinstance(body, ResponsesBody):
         given = body.text.format if body.text is not None else None
-        if given is not None and (form := _form("text", given.type, given.schema)):
-            found["text"] = form
+        form = None if given is None else _form("text", given.type, given.schema)
+        found = {} if form is None else {"text": form}
     else:
         found = _of_sampling(body)
     if len(found) > 1:
-        names = " and ".join(found)
-        raise invalid(list(found)[-1], f"{names} are given: one of them may be")
-    return next(iter(found.values()), None)
+        raise invalid(list(found)[-1], f"{' and '.join(found)} are given: one of them may be")
+    for name, form in found.items():
+        try:
+            return StructuredOutputsParams.of(form)
+        except ValueError as error:
+            raise invalid(name, f"{name}: {error}") from None
+    return None
 
 
-def of_schema(schema: dict[str, Any]) -> dict[str, Any]:
+def of_schema(schema: dict[str, Any]) -> StructuredOutputsParams:
     """The form of answers that match a schema."""
-    return {"json": schema}
+    return StructuredOutputsParams(json=schema)
 
 
 def _of_sampling(body: Sampling) -> dict[str, dict[str, Any]]:
+    """The forms that a request gives, by the name of the field."""
     found: dict[str, dict[str, Any]] = {}
     wanted = body.response_format
     if wanted is not None:
@@ -42,10 +47,14 @@ def _of_sampling(body: Sampling) -> dict[str, dict[str, Any]]:
         if form := _form("response_format", wanted.type, schema):
             found["response_format"] = form
     if body.structured_outputs is not None:
-        found["structured_outputs"] = _checked(body.structured_outputs)
+        found["structured_outputs"] = body.structured_outputs
     for name in GUIDED:
         if (value := getattr(body, name)) is not None:
             found[name] = {name.removeprefix("guided_"): value}
+    if body.guided_whitespace_pattern is not None:
+        if body.guided_json is None:
+            raise invalid(WHITESPACE, f"{WHITESPACE} needs guided_json")
+        found["guided_json"]["whitespace_pattern"] = body.guided_whitespace_pattern
     return found
 
 
@@ -57,15 +66,3 @@ def _form(name: str, kind: str, schema: dict[str, Any] | None) -> dict[str, Any]
     if schema is None:
         raise invalid(name, f"{name} has no schema")
     return {"json": schema}
-
-
-def _checked(given: dict[str, Any]) -> dict[str, Any]:
-    form = {kind: value for kind, value in given.items() if value is not None}
-    unknown = [kind for kind in form if kind not in KINDS]
-    if unknown:
-        name = f"structured_outputs.{unknown[0][:64]}"
-        raise invalid(name, f"{name} is not supported: use one of {', '.join(KINDS)}")
-    if len(form) != 1:
-        words = f"structured_outputs has {len(form)} forms: one of {', '.join(KINDS)} is needed"
-        raise invalid("structured_outputs", words)
-    return form

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
+import httpx
 import openai
 import uvloop
 
@@ -23,19 +24,34 @@ from nanovllm.tokenizer import Tokenizer
 MODEL = "tiny-qwen3"
 
 
+# a template that has what requests may ask for, and marks by which parsers are found
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}{% if tools %}<tool_call>{{ tools | tojson }}{% endif %}"
+    "{% if reasoning_effort %}{{ reasoning_effort }}{% endif %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% if enable_thinking is false %}<think></think>{% endif %}"
+)
+
+
 @cache
-def tokenizer() -> Tokenizer:
+def tokenizer(template: str | None = None) -> Tokenizer:
+    """That of the model, perhaps with another chat template."""
     found = setups.tokenizer(EngineConfig(MODEL))
     assert found is not None
+    if template is not None:
+        found.full.chat_template = template
     return found
 
 
 class MadeUpServer:
-    """url: where it is. engine: what it answers with; its attributes may be read and set."""
+    """url: where it is. http: a client that sends no key. engine: what it answers with."""
 
-    def __init__(self, made_up: MadeUpOptions | None = None, **options: Any) -> None:
+    def __init__(
+        self, made_up: MadeUpOptions | None = None, template: str | None = None, **options: Any
+    ) -> None:
         self.config = ServerConfig(port=0, **options)
-        self.engine = MadeUpEngine(EngineConfig(MODEL), tokenizer(), made_up)
+        self.engine = MadeUpEngine(EngineConfig(MODEL), tokenizer(template), made_up)
         self._sock = bind(self.config)
         self.url = url_of(self.config, self._sock)
         self.host, port = self._sock.getsockname()[:2]
@@ -51,6 +67,7 @@ class MadeUpServer:
         self.code = await run(service, self.engine, self._sock, stop, self._has_started.set)
 
     def start(self) -> None:
+        self.http = httpx.Client(base_url=self.url, timeout=20)
         self._thread.start()
         assert self._has_started.wait(30)
 
@@ -64,6 +81,7 @@ class MadeUpServer:
         self._thread.join(20)
         assert not self._thread.is_alive()
         self._sock.close()
+        self.http.close()
         return self.code
 
     def client(self, **options: Any) -> openai.OpenAI:
@@ -72,9 +90,11 @@ class MadeUpServer:
 
 
 @contextmanager
-def served(made_up: MadeUpOptions | None = None, **options: Any) -> Iterator[MadeUpServer]:
+def served(
+    made_up: MadeUpOptions | None = None, template: str | None = None, **options: Any
+) -> Iterator[MadeUpServer]:
     """A server within the block, which must end in order."""
-    server = MadeUpServer(made_up, **options)
+    server = MadeUpServer(made_up, template, **options)
     server.start()
     try:
         yield server

@@ -190,7 +190,8 @@ def test_a_response_is_the_same_whole_and_streamed(client: openai.OpenAI) -> Non
     whole = client.responses.create(model=MODEL, input="Hi", max_output_tokens=7)
     assert whole.status == "incomplete" and whole.usage is not None
     assert whole.usage.output_tokens == 7 and whole.output_text
-    events = list(client.responses.create(model=MODEL, input="Hi", max_output_tokens=7, stream=True))
+    asked: Any = {"model": MODEL, "input": "Hi", "max_output_tokens": 7, "stream": True}
+    events = list(client.responses.create(**asked))
     last = events[-1]
     assert last.type == "response.incomplete"
     deltas = [one.delta for one in events if one.type == "response.output_text.delta"]
