@@ -52,7 +52,7 @@ class EngineProcess:
 
     def kill(self) -> None:
         """End the process at once, without `close`."""
-        self._ranks.fail(RuntimeError("is ended"))
+        self._ranks.fail(InterruptedError("it is no longer wanted"))
 
     def close(self) -> None:
         """End the process. Nothing of it is left."""

@@ -1,7 +1,7 @@
 """The work of the engine's process: it takes requests from clients and sends them tokens.
 
 It neither encodes nor decodes text. Per step it sends one message to each client with new tokens,
-and waits for no client.
+and waits for no client. Importing this module does not import torch.
 """
 
 from __future__ import annotations
@@ -10,19 +10,20 @@ import logging
 import selectors
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import NamedTuple, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
-from nanovllm.media_intake import MediaPrompt
 from nanovllm.parallel.channel import Channel, ChannelClosed
 from nanovllm.prompts import Prompt
-from nanovllm.replicas import attached
-from nanovllm.replicas.interface import AnyEngine
 from nanovllm.replicas.messages import Facts, dump, dump_metrics
 from nanovllm.sampling import SamplingParams
 from nanovllm.schedule.outputs import Increment
 from nanovllm.serving import messages
 from nanovllm.serving.messages import Add
 from nanovllm.serving.port import Port
+
+if TYPE_CHECKING:
+    from nanovllm.media_intake import MediaPrompt
+    from nanovllm.replicas.interface import AnyEngine
 
 logger = logging.getLogger(__name__)
 
@@ -127,6 +128,9 @@ class Loop:
     def _queue(self, given: Add, seed: int) -> int:
         prompt: Prompt | MediaPrompt = Prompt(None, given.prompt_ids, given.cache_salt)
         if given.beside:
+            from nanovllm.media_intake import MediaPrompt  # these import torch
+            from nanovllm.replicas import attached
+
             _, beside = attached.load(given.beside)
             prompt = MediaPrompt(given.prompt_ids, beside.positions, list(beside.images))
         return self._engine.add_request(

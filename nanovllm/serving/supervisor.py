@@ -8,6 +8,7 @@ whoever has started the server can start it again.
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import signal
 import socket
@@ -33,6 +34,7 @@ DRAIN, DONE = "drain", "done"  # those of the program, whose import takes long
 INTERRUPTED = 128 + signal.SIGINT
 # After the time for requests, API processes have so long to close their connections; after the
 # engine's end, to tell their clients.
+TICK_SECONDS = 0.25
 GRACE_SECONDS = 3.0
 FAREWELL_SECONDS = 1.0
 MAX_QUEUED = 4096
@@ -132,7 +134,8 @@ class Supervisor:
 
     def _watch(self) -> int:
         """Wait for the first event, and end the server as it demands."""
-        event = self._events.get()
+        event = self._next(math.inf)
+        assert event is not None
         if event.done is not None:
             logger.error("API process %d has ended by itself", event.done)
             return 1
@@ -152,23 +155,35 @@ class Supervisor:
 
     def _drain(self, seconds: float) -> int:
         """Have API processes finish what runs, and wait until they have; returns the exit code."""
+        self._service.listener.close()  # once API processes have closed it, it exists no more
         for process in self._processes:
             with suppress(RankFailed):
                 process.tell(DRAIN)
         waiting, deadline = set(range(len(self._processes))), time.monotonic() + seconds
         while waiting:
-            try:
-                event = self._events.get(timeout=max(0.0, deadline - time.monotonic()))
-            except queue.Empty:
+            event = self._next(deadline)
+            if event is None:
                 logger.warning("%d API processes have not ended in time", len(waiting))
                 return 0
             if event.failure is not None:
                 logger.error("the server ends: %s", event.failure)
                 return 1
             if event.signal == signal.SIGINT:
+                self._kill()
                 return INTERRUPTED
             waiting.discard(-1 if event.done is None else event.done)
         return 0
+
+    def _next(self, deadline: float) -> _Event | None:
+        """Wait for the next event; None at the deadline.
+
+        Python calls a signal's handler in this thread. If another thread got the signal, nothing
+        wakes this one up, so it wakes up by itself.
+        """
+        while (seconds := deadline - time.monotonic()) > 0:
+            with suppress(queue.Empty):
+                return self._events.get(timeout=min(seconds, TICK_SECONDS))
+        return None
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -187,8 +202,14 @@ class Supervisor:
     def _note_failure(self, failure: Exception) -> None:
         self._events.put(_Event(failure=failure))
 
+    def _kill(self) -> None:
+        assert self._engine is not None
+        self._engine.kill()
+        for process in self._processes:
+            process.fail(InterruptedError("the server is interrupted"))
+
     def _close(self) -> None:
-        """End all processes."""
+        """End all processes: those that have not failed have some seconds to end by themselves."""
         for process in self._processes:
             process.begin_close()
         if self._engine is not None:
