@@ -56,6 +56,7 @@ setup(
         "nanovllm.serving",
         "nanovllm.startup",
         "nanovllm.startup.compile_farm",
+        "nanovllm.structured",
         "nanovllm.tools",
     ],
     package_data={
@@ -75,6 +76,7 @@ setup(
     extras_require={
         "flash-attn": ["flash-attn>=2.5"],  # needs --no-build-isolation
         "ray": ["ray>=2.50"],
+        "structured": ["llguidance>=1.9"],
         "triton": ["triton>=3.6; platform_system == 'Linux'"],
         "video": ["av>=14", "pillow>=11"],
         "vision": ["pillow>=11"],
@@ -82,6 +84,8 @@ setup(
             "triton>=3.6; platform_system == 'Linux'",
             "av>=14",
             "pillow>=11",
+            "jsonschema>=4.20",
+            "llguidance>=1.9",
             "pytest>=8",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",

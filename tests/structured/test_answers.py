@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -95,7 +96,7 @@ def test_the_end_of_the_sequence_is_allowed_only_after_a_whole_match(llm: LLM) -
 
 
 def test_ignore_eos_goes_on_while_anything_else_may_follow(llm: LLM) -> None:
-    wish = {one: 100.0 for one in llm.engine.eos_ids}
+    wish = dict.fromkeys(llm.engine.eos_ids, 100.0)
     (output,) = llm.generate(
         PROMPT, params(regex=OPEN, logit_bias=wish, ignore_eos=True, max_tokens=9), use_tqdm=False
     )
@@ -105,7 +106,7 @@ def test_ignore_eos_goes_on_while_anything_else_may_follow(llm: LLM) -> None:
 
 
 def test_min_tokens_prolong_an_answer_only_as_far_as_its_grammar_goes(llm: LLM) -> None:
-    wish = {one: 100.0 for one in llm.engine.eos_ids}
+    wish = dict.fromkeys(llm.engine.eos_ids, 100.0)
     (output,) = llm.generate(
         PROMPT, params(regex=OPEN, logit_bias=wish, min_tokens=10), use_tqdm=False
     )
@@ -156,9 +157,7 @@ def test_log_probabilities_are_those_of_the_model_without_the_mask(llm: LLM) -> 
     assert all(ours[token].logprob == theirs[token].logprob for token in same)
 
 
-def test_bias_and_allowed_tokens_that_leave_nothing_end_the_request_with_an_error(
-    llm: LLM,
-) -> None:
+def test_bias_and_allowed_tokens_that_leave_nothing_end_the_request_with_an_error(llm: LLM) -> None:
     forbidden = {llm.tokenizer.encode(digit)[0]: -100.0 for digit in "0123456789"}
     (biased,) = llm.generate(PROMPT, params(logit_bias=forbidden), use_tqdm=False)
     assert re.fullmatch(CODE, biased["text"]), "a bias makes no token impossible"
@@ -210,7 +209,7 @@ def test_only_constrained_rows_wait_for_their_tokens(
     decode = [(len(plan.rows), plan.choice.masked) for plan in plans if not plan.is_prefill]
     both = [rows for rows, masked in decode if masked]
     assert both.count(2) == 7 and len(decode) <= 22
-    assert all(one != other for one, other in zip(decode[:12], decode[1:13]))
+    assert all(one != other for one, other in pairwise(decode[:13]))
 
 
 def test_masks_that_take_long_keep_no_other_row_waiting(
