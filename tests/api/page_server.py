@@ -35,7 +35,8 @@ print(merge([1], [19]))
 |---|---|
 | compare | `O(1)` |
 
-See [the docs](https://example.org/x) or [this](javascript://x/%0Aalert%601%60), <img src=x onerror=alert(2)>.
+See [the docs](https://example.org/x) or
+[this](javascript://x/%0Aalert%601%60), <img src=x onerror=alert(2)>.
 """
 THOUGHT = "The user wants a short answer.\nI give one."
 
