@@ -15,6 +15,8 @@ PICTURE = ROOT / "docs" / "structure.svg"
 ROLES = {
     "llm": "prompts in, texts out",
     "batch": "a file of prompts",
+    "api": "HTTP, OpenAI's API",
+    "serving": "an engine for tasks",
     "compat": "names of vLLM, nano-vllm",
     "replicas": "several engines as one",
     "engine": "requests, step by step",
