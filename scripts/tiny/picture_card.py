@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors import safe_open
@@ -12,15 +13,19 @@ from tiny.picture_batches import Plan
 from tiny.picture_wordings import MODEL_NAME
 
 
-def card(folder: Path, run: Run, plan: Plan, loss: float) -> str:
-    """The text of the card. Sizes come from the config and the weights in `folder`."""
+def card(folder: Path, run: Run, plan: Plan, loss: float, planned: Sequence[int]) -> str:
+    """The text of the card. Sizes come from the config and the weights in `folder`. `planned`: the
+    steps of all plans of the run, of which `plan` is the last."""
     sizes = "\n".join(f"| {name} | {value} |" for name, value in _sizes(folder))
     rows = "\n".join(f"| {kind} | {accuracy:.1%} |" for kind, accuracy in run.accuracies.items())
     options = f"--steps {plan.steps} --batch {plan.batch} --seed {plan.seed}"
-    unfinished = ""
+    remarks = ""
+    if len(planned) > 1:
+        listed = ", ".join(f"{one:,}" for one in planned)
+        remarks += f"\n\nThe run was interrupted and went on with other plans. Steps: {listed}."
     if run.steps < plan.steps:
         options += f" --stop {run.steps}"
-        unfinished = f"\n\n**The training is not finished**: {plan.steps:,} steps were planned."
+        remarks += f"\n\n**The training is not finished**: {plan.steps:,} steps were planned."
     return f"""# {MODEL_NAME}
 
 The embedded model that sees, for tests of images and for trying them out. It knows five shapes and
@@ -48,7 +53,7 @@ The model is transformers' `Qwen3VLForConditionalGeneration`. The loss is the cr
 answers, with Muon for the products and AdamW for the rest at a peak learning rate of
 {plan.learning_rate}, in {run.steps:,} steps of {plan.batch} pictures with {plan.turns} questions
 each; the first steps ask for descriptions alone. It ended at {loss:.4f}. Training took
-{run.seconds / 60:.0f} minutes on one {run.device} with torch {run.torch_version}.{unfinished}
+{run.seconds / 60:.0f} minutes on one {run.device} with torch {run.torch_version}.{remarks}
 
 ## Accuracy
 

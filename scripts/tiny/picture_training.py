@@ -60,6 +60,7 @@ class Trainer:
         self.model, self.plan, self.step, self._amp = model.train(), plan, 0, amp
         self.seconds = 0.0  # of training, those before a resumption included
         self.loss = math.nan  # the mean of the last steps
+        self.planned = [plan.steps]  # also those of plans before a resumption
         equal_sizes(model)
         self._optimizers = _optimizers(model, plan.learning_rate)
 
@@ -98,6 +99,7 @@ class Trainer:
             "step": self.step,
             "seconds": self.seconds,
             "loss": self.loss,
+            "planned": self.planned,
             "model": self.model.state_dict(),
             "optimizers": [one.state_dict() for one in self._optimizers],
         }
@@ -121,6 +123,8 @@ class Trainer:
         for optimizer, values in zip(self._optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(values)
         self.step, self.seconds, self.loss = state["step"], state["seconds"], state["loss"]
+        before = state["planned"]
+        self.planned = before + [plan.steps] * (before[-1] != plan.steps)
 
 
 def train(

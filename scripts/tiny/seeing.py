@@ -60,5 +60,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
         accuracies=accuracies,
         total=total,
     )
-    (args.out / "README.md").write_text(card(args.out, finished, plan, trainer.loss))
+    (args.out / "README.md").write_text(
+        card(args.out, finished, plan, trainer.loss, trainer.planned)
+    )
     logger.info("%.0f s in all", time.perf_counter() - started)

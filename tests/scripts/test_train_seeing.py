@@ -276,7 +276,13 @@ def test_the_shipped_card_is_what_the_script_writes() -> None:
         },
         total=float(find(r"\*\*all\*\* \| \*\*([\d.]+)%")) / 100,
     )
-    assert card(folder, run, plan, float(find(r"ended at ([\d.]+)\."))) == text
+    plans = re.search(r"other plans\. Steps: ([\d, ]+)\.", text)
+    planned = (
+        [plan.steps]
+        if plans is None
+        else [int(one.replace(",", "")) for one in plans[1].split(", ")]
+    )
+    assert card(folder, run, plan, float(find(r"ended at ([\d.]+)\.")), planned) == text
 
 
 @pytest.mark.parametrize(
