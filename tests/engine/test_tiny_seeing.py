@@ -25,10 +25,19 @@ FOLDER = resolve(SEEING)
 NUM_TOKENS = 24
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["eager", "graph"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(("cpu", True), id="eager"),
+        pytest.param(("cpu", False), id="graph"),
+        pytest.param(("cuda", True), id="cuda-eager", marks=pytest.mark.gpu),
+        pytest.param(("cuda", False), id="cuda-graph", marks=pytest.mark.gpu),
+    ],
+)
 def llm(request: pytest.FixtureRequest) -> Iterator[LLM]:
+    device, is_eager = request.param
     llm = LLM(
-        SEEING, device="cpu", dtype="float32", enforce_eager=request.param, max_num_seqs=32,
+        SEEING, device=device, dtype="float32", enforce_eager=is_eager, max_num_seqs=32,
         max_model_len=256, max_num_batched_tokens=256, graph_batch_sizes=[32],
     )  # fmt: skip
     yield llm
