@@ -70,8 +70,10 @@ def arguments() -> argparse.Namespace:
     add("--shape", choices=tuple(VISION_CONFIGS), default="Qwen3-VL-2B")
     add("--num-seqs", type=int, default=64, help="requests, with one picture each")
     add("--size", type=int, default=1024, help="pixels of a picture's side")
+    add("--prompt-len", type=int, help="tokens of a prompt without a picture")
     add("--output-len", type=int, default=128, help="tokens of an answer")
-    add("--text-only", action="store_true", help="as many prompt tokens, but no pictures")
+    add("--text-only", action="store_true", help="prompts without pictures")
+    add("--text-model", action="store_true", help="the same without a tower, as a text model")
     add("--runs", type=int, default=2, help="measurements with one loaded model")
     add("--media-workers", type=int, help="threads that prepare pictures")
     add("--max-model-len", type=int, default=4096)
@@ -80,9 +82,12 @@ def arguments() -> argparse.Namespace:
     add("--tiny", action="store_true", help="small layers")
     add("--out", type=Path, metavar="FILE", help="append the line of JSON to this file")
     args = parser.parse_args()
-    for name in ("num_seqs", "size", "output_len", "runs"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}: at least 1")
+    for name in ("num_seqs", "size", "prompt_len", "output_len", "runs"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} is {value}: at least 1")
+    args.text_only |= args.text_model
+    if args.text_only != (args.prompt_len is not None):
+        parser.error("--text-only and --text-model need --prompt-len, which is for them alone")
     return args
 
 
@@ -100,6 +105,17 @@ def write_checkpoint(folder: Path, shape: str, tiny: bool) -> None:
     (folder / "preprocessor_config.json").write_text(settings)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(source / name, folder)
+
+
+def write_text_checkpoint(folder: Path, shape: str, tiny: bool) -> None:
+    """The config.json of the text model that a shape has, and the embedded model's tokenizer."""
+    config = copy.deepcopy(VISION_CONFIGS[shape])["text_config"] | (TINY_TEXT if tiny else {})
+    del config["rope_scaling"]  # names the axes of images
+    config["model_type"] = config["model_type"].removesuffix("_vl_text").replace("2_5", "2")
+    config["architectures"] = [f"{config['model_type'].capitalize()}ForCausalLM"]
+    (folder / "config.json").write_text(json.dumps(config))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(resolve(SEEING) / name, folder)
 
 
 def jpeg_urls(num: int, size: int, seed: int) -> list[str]:
@@ -173,7 +189,8 @@ def main() -> None:
     if args.media_workers is not None:
         options["media_limits"] = {"num_media_workers": args.media_workers}
     with TemporaryDirectory() as folder:
-        write_checkpoint(Path(folder), args.shape, args.tiny)
+        write = write_text_checkpoint if args.text_model else write_checkpoint
+        write(Path(folder), args.shape, args.tiny)
         begun = time.perf_counter()
         llm = LLM(
             folder,
@@ -186,7 +203,7 @@ def main() -> None:
             **options,
         )
         load_seconds = time.perf_counter() - begun
-        num_tokens = num_prompt_tokens(llm, args.size)
+        num_tokens = args.prompt_len or num_prompt_tokens(llm, args.size)
         runs = [
             measure(llm, prompts_of(llm, args, seed, num_tokens), args.output_len)
             for seed in range(args.runs)
@@ -199,6 +216,7 @@ def main() -> None:
             "num_seqs": args.num_seqs,
             "size": args.size,
             "pictures": not args.text_only,
+            "text_model": args.text_model,
             "prompt_tokens": num_tokens * args.num_seqs,
             "load_seconds": round(load_seconds, 2),
             "runs": runs,

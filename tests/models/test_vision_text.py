@@ -141,9 +141,9 @@ class Given:
             found = hf.model.get_image_features(pixels, grid, return_dict=True)
         sizes = (grid.prod(1) // 4).tolist()
         features = [torch.cat(list(found.pooler_output))]
-        features += [
-            torch.cat(list(one)) for one in getattr(found, "deepstack_features", None) or ()
-        ]
+        for one in getattr(found, "deepstack_features", None) or ():
+            # of all images in transformers 5.17, and one for each image later
+            features.append(one if isinstance(one, torch.Tensor) else torch.cat(list(one)))
         embeds = torch.cat(features, dim=1).split(sizes)
         self.embeddings = list(zip(self.starts, embeds))
         patches = pixels.split(grid.prod(1).tolist())
