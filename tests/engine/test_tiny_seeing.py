@@ -15,6 +15,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 # scripts are run as files, and import each other as such
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
+from accuracy import ask, questions
 from tiny.picture_batches import IGNORED, Encoder, Turn, encode
 from tiny.picture_tasks import KINDS, PictureTask, held_out
 
@@ -86,8 +87,8 @@ def test_an_answer_does_not_depend_on_the_other_pictures_of_a_batch(llm: LLM) ->
 
 
 @pytest.fixture(scope="module")
-def chosen(hf: Any) -> Any:
-    """A function to the likeliest tokens of answers about pictures of one size."""
+def answer_logits(hf: Any) -> Any:
+    """A function to the logits of answers about pictures of one size."""
     encoder = Encoder(AutoTokenizer.from_pretrained(FOLDER))
     pairs = [(one.task, one.picture) for one in held_out(300, 5) if one.picture is not None]
     rows = [
@@ -106,21 +107,32 @@ def chosen(hf: Any) -> Any:
                 input_ids=batch.input_BS, position_ids=position_3BS, use_cache=False,
                 pixel_values=batch.patch_PD, image_grid_thw=batch.grid_B3,
             ).logits  # fmt: skip
-        return logits_BSV[:, :-1].argmax(-1)[batch.label_BS[:, 1:] != IGNORED]
+        return logits_BSV[:, :-1][batch.label_BS[:, 1:] != IGNORED]
 
     return run
 
 
+def mean_change(one_TV: torch.Tensor, other_TV: torch.Tensor) -> float:
+    """Of the log-probabilities of tokens, in nats, weighted with the probabilities in `one_TV`."""
+    one, other = one_TV.log_softmax(-1), other_TV.log_softmax(-1)
+    return float((one.exp() * (one - other).abs()).sum(-1).mean())
+
+
 @pytest.mark.parametrize("level", [0, 1, 2])
 def test_every_level_of_deepstack_changes_answers(
-    hf: Any, chosen: Any, level: int, monkeypatch: pytest.MonkeyPatch
+    hf: Any, answer_logits: Any, level: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = chosen()
+    whole_TV = answer_logits()
     merger = hf.model.visual.deepstack_merger_list[level]
     forward = merger.forward
     monkeypatch.setattr(merger, "forward", lambda *args: torch.zeros_like(forward(*args)))
-    assert (chosen() != whole).float().mean() > 0.01
+    assert mean_change(whole_TV, answer_logits()) > 0.01
 
 
-def test_rows_and_columns_of_m_rope_change_answers(chosen: Any) -> None:
-    assert (chosen(flat=True) != chosen()).float().mean() > 0.05
+def test_rows_and_columns_of_m_rope_change_answers(answer_logits: Any) -> None:
+    assert mean_change(answer_logits(), answer_logits(flat=True)) > 0.05
+
+
+def test_held_out_questions_are_answered(llm: LLM) -> None:
+    by_kind, total, wrong = ask(llm, questions(SEEING, 20 * len(KINDS), 0))
+    assert total >= 0.95, (by_kind, wrong[:10])
