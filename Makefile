@@ -8,7 +8,7 @@ SOURCES := setup.py constraints.txt
 NPU := $(VENV)/npu
 NPU_SOURCES := $(addprefix tests/npu/,requirements.txt cann_stub/build.py cann_stub/runtime.c)
 
-.PHONY: run test test-npu lint clean
+.PHONY: run test test-npu lint browser clean
 
 run: $(VENV)/.installed
 	$(BIN)/python example.py $(ARGS)
@@ -20,6 +20,10 @@ test: $(VENV)/.installed-test lint
 # torch_npu without an NPU: the real package over libraries with the names of CANN's (tests/npu/run.py)
 test-npu: $(NPU)/.installed
 	$(BIN)/python tests/npu/run.py $(NPU) $(ARGS)
+
+# what the tests of the page drive, on Debian; without it they are left out, except where CI is set
+browser:
+	apt-get install --yes --no-install-recommends chromium
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

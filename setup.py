@@ -33,6 +33,8 @@ setup(
     ],
     packages=[
         "nanovllm",
+        "nanovllm.api",
+        "nanovllm.api.page",
         "nanovllm.batch",
         "nanovllm.compat",
         "nanovllm.compile",
@@ -49,6 +51,7 @@ setup(
         "nanovllm.models.formats",
         "nanovllm.models.vision",
         "nanovllm.parallel",
+        "nanovllm.parsers",
         "nanovllm.platforms",
         "nanovllm.replicas",
         "nanovllm.runner",
@@ -61,6 +64,7 @@ setup(
     package_data={
         "nanovllm": ["assets/*/*", "py.typed"],
         "nanovllm.kernels": ["cpu/*.cpp", "cpu/*.h"],
+        "nanovllm.api.page": ["*.css", "*.html", "*.js", "*.svg"],
         "nanovllm.tools": ["*.css", "*.js"],
     },
     install_requires=[
@@ -75,6 +79,7 @@ setup(
     extras_require={
         "flash-attn": ["flash-attn>=2.5"],  # needs --no-build-isolation
         "ray": ["ray>=2.50"],
+        "traces": ["opentelemetry-sdk>=1.30", "opentelemetry-exporter-otlp-proto-http>=1.30"],
         "triton": ["triton>=3.6; platform_system == 'Linux'"],
         "video": ["av>=14", "pillow>=11"],
         "vision": ["pillow>=11"],
@@ -82,6 +87,10 @@ setup(
             "triton>=3.6; platform_system == 'Linux'",
             "av>=14",
             "pillow>=11",
+            "jsonschema>=4.20",
+            "opentelemetry-exporter-otlp-proto-http>=1.30",
+            "opentelemetry-sdk>=1.30",
+            "playwright>=1.50",
             "pytest>=8",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",

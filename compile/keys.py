@@ -11,8 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
-from functools import cached_property, partial
+from dataclasses import fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from types import FunctionType, MethodType
 from typing import Any
@@ -20,30 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanovllm.compile.key import Key
 from nanovllm.compile.trace import input_leaves
 
 ROOT = Path(__file__).resolve().parent
 # The files of compile/ that make programs. The others choose buckets, name programs and store them.
 MAKING = ("trace.py", "program.py", "passes/*.py", "lower/*.py")
-
-
-@dataclass(frozen=True)
-class Key:
-    """Named ingredients. Keys with equal ingredients, in any order, are equal."""
-
-    ingredients: Mapping[str, str]
-
-    @cached_property
-    def digest(self) -> str:
-        text = json.dumps(dict(self.ingredients), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
-
-    def differences(self, other: Mapping[str, str]) -> list[str]:
-        """One line per ingredient that differs in `other`; the shapes of inputs come last."""
-        mine, theirs = self.ingredients.get, other.get
-        names = sorted({*self.ingredients, *other}, key=lambda n: (n.startswith("input "), n))
-        changed = [name for name in names if mine(name) != theirs(name)]
-        return [f"{n}: {_short(mine(n))} is wanted, {_short(theirs(n))} is there" for n in changed]
 
 
 def program_key(
@@ -152,7 +134,3 @@ def _tensor(tensor: Tensor, varies: bool) -> str:
     sizes = ["*" if varies and i == 0 else str(size) for i, size in enumerate(tensor.shape)]
     dtype = str(tensor.dtype).removeprefix("torch.")
     return f"{dtype}[{', '.join(sizes)}] strides {list(tensor.stride())} {tensor.device}"
-
-
-def _short(value: str | None) -> str:
-    return "nothing" if value is None else value if len(value) <= 120 else value[:117] + "..."

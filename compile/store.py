@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanovllm.compile.keys import Key
+from nanovllm.compile.key import Key
 from nanovllm.kernels.code_files import (
     BUILDING,
     WRITING,

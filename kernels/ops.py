@@ -236,6 +236,11 @@ keep_likely = _define(
     reference.keep_likely,
     lambda logits, temperature, top_k, top_p, min_p: torch.empty_like(logits),
 )
+keep_allowed = _define(
+    "keep_allowed(Tensor logits, Tensor allowed, Tensor row) -> Tensor",
+    reference.keep_allowed,
+    lambda logits, allowed, row: torch.empty_like(logits, memory_format=torch.contiguous_format),
+)
 
 
 def _decode_inputs_fake(
@@ -356,6 +361,7 @@ __all__ = [
     "fetch_experts",
     "fused_linear",
     "gather_columns",
+    "keep_allowed",
     "keep_likely",
     "kernel_of",
     "linear",

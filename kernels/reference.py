@@ -362,6 +362,18 @@ def keep_likely(
     )
 
 
+def keep_allowed(logits_RV: Tensor, allowed_SW: Tensor, row_R: Tensor) -> Tensor:
+    """Logits in which the tokens that the rows' masks leave out are −inf.
+
+    allowed_SW: int32 [S, ceil(V / 32)]. Token v of row r stays if bit v % 32 of
+    allowed_SW[row_R[r], v // 32] is 1.
+    """
+    bit_32 = torch.arange(32, dtype=torch.int32, device=logits_RV.device)
+    word_RW1 = allowed_SW.index_select(0, row_R).unsqueeze(-1)
+    is_allowed_RV = ((word_RW1 >> bit_32) & 1).flatten(1)[:, : logits_RV.shape[1]]
+    return logits_RV.masked_fill(is_allowed_RV == 0, float("-inf"))
+
+
 _silu_mul = silu_mul  # `fused_linear` has an argument with this name
 
 

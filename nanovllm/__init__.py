@@ -22,11 +22,13 @@ from nanovllm.sampling import BeamSearchParams, RequestOutputKind, SamplingParam
 if TYPE_CHECKING:
     from nanovllm.compat.llm_engine import LLMEngine
     from nanovllm.outputs import CompletionOutput, RequestOutput
+    from nanovllm.serving.async_llm import AsyncLLM
 
 __version__ = "0.1.0"
 
-# names whose modules import torch, by their module
+# names whose modules import torch, by their module; that of AsyncLLM needs msgspec
 _LATE = {
+    "AsyncLLM": "nanovllm.serving.async_llm",
     "LLMEngine": "nanovllm.compat.llm_engine",
     "CompletionOutput": "nanovllm.outputs",
     "RequestOutput": "nanovllm.outputs",
@@ -57,6 +59,7 @@ def print_attention_backend_info(device: str = "auto") -> None:
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "BeamSearchParams",
     "CompletionOutput",
     "EngineArgs",

@@ -110,6 +110,9 @@ ALLOWED: dict[str, Rule] = {
     "compile_cache": ("a folder's path", lambda value: str(value) != ""),
     "compile_cache_mode": _one_of("auto", "require"),
     "generation_config": _one_of("auto", "vllm"),
+    "max_grammar_bytes": _whole(1),
+    "grammar_timeout_s": ("a number above 0", lambda value: 0 < value < math.inf),
+    "max_cached_grammars": _whole(0),
     "limit_mm_per_prompt": (
         "a dict with whole numbers of at least 0 for 'image', 'video' and 'audio'",
         lambda value: value.keys() <= {"image", "video", "audio"} and _are_counts(value.values()),
@@ -204,6 +207,9 @@ class EngineConfig:
     limit_mm_per_prompt: the most images, videos and clips of sound of one prompt, such as
         {"image": 4, "video": 0}.
     media_limits: further limits of images, videos and sound, by their names in `MediaOptions`.
+    max_grammar_bytes: bytes of a JSON schema, regular expression or grammar of one request.
+    grammar_timeout_s: seconds after which a grammar that is not compiled is refused.
+    max_cached_grammars: compiled grammars that are kept for later requests.
     disable_log_stats: False logs throughput, requests and cache use every ten seconds of work.
     compile_cache_mode: "auto" loads artifacts and adds the missing ones. "require" compiles nothing
         and raises an error that lists what is missing, and why.
@@ -253,6 +259,9 @@ class EngineConfig:
     allowed_local_media_path: str | PathLike[str] | None = None
     limit_mm_per_prompt: Mapping[str, int] | None = None
     media_limits: Mapping[str, int | float] | None = None
+    max_grammar_bytes: int = 1 << 18
+    grammar_timeout_s: float = 10.0
+    max_cached_grammars: int = 128
     disable_log_stats: bool = True
 
     @classmethod

@@ -29,10 +29,12 @@ from nanovllm.schedule.plan import NO_TOKEN, StepPlan, StepResult
 from nanovllm.schedule.request import Request, Status
 from nanovllm.schedule.scheduler import Proposer, Scheduler
 from nanovllm.startup.load import Loaded, load
+from nanovllm.structured.grammars import Compiler, Grammars, Limits
+from nanovllm.structured.matcher import Matcher
 
 logger = logging.getLogger(__name__)
 
-MEDIA_WAIT_S = 0.02  # of a thread that uses the engine: others may want it meanwhile
+PREPARING_WAIT_S = 0.02  # of a thread that uses the engine: others may want it meanwhile
 
 
 class Engine:
@@ -63,6 +65,7 @@ class Engine:
             self.max_model_len,
             num_added=self.model_config.num_added,
             has_axes=bool(self.model_config.rope_axes),
+            max_grammar_bytes=config.max_grammar_bytes,
         )
         self.scheduler = Scheduler(
             BlockPool(
@@ -87,6 +90,7 @@ class Engine:
         self._media = MediaIntake(
             config.model, self.tokenizer, tower and tower.config, loaded.vision, config.media
         )
+        self._grammars = self._new_grammars()
         self._images: dict[str, Encodable] = {}  # of unfinished requests, by the keys of contents
         self.metrics = EngineMetrics(self.scheduler, loaded.expert_stats)
         self._stats_log = (
@@ -95,12 +99,21 @@ class Engine:
         self._num_added = 0
         self._is_closed = False
 
+    def _new_grammars(self) -> Grammars:
+        limits = Limits(self.config.grammar_timeout_s, self.config.max_cached_grammars)
+        if self.tokenizer is None:
+            return Grammars(None, limits)
+        vocab_size = self.model_config.vocab_size
+        eos_ids = [token_id for token_id in self._eos_ids if token_id < vocab_size]
+        return Grammars(Compiler(self.tokenizer, vocab_size, eos_ids, limits), limits)
+
     def close(self) -> None:
         """Free the memory of weights, cache and graphs."""
         self._is_closed = True
         self._in_flight.clear()
         self._requests.clear()
         self._media.close()
+        self._grammars.close()
         self._runner.close()
         self._sleeper.close()
 
@@ -231,7 +244,9 @@ class Engine:
         contents = self._intake.contents(embeddings, len(prompt_ids))
         self._intake.check_positions(positions, len(prompt_ids))
         priority, edits = checked_priority(priority), self._intake.edits(params)
-        self._runner.prepare(edits, has_penalties=params.has_penalties)
+        source = self._intake.source(params)
+        has_masks = source is not None
+        self._runner.prepare(edits, has_penalties=params.has_penalties, has_masks=has_masks)
         for content, (_, embeds) in zip(contents, embeddings):
             self._runner.add_embeddings(content.key, embeds)
         request_id = self._num_added
@@ -260,10 +275,10 @@ class Engine:
             self._expand(request, prepared)
         self._requests[request_id] = (request, stream)
         if given.media:
-            request.status = Status.PREPARING
             self._media.add(request_id, given)
-        else:
-            self._queue(request)
+        if source is not None:
+            self._grammars.add(request_id, source, params)
+        self._queue_unless_preparing(request)
         return request_id
 
     def _check_media(
@@ -286,28 +301,42 @@ class Engine:
             )
         self._media.check(prompt)
 
-    def _queue(self, request: Request) -> None:
+    def _queue_unless_preparing(self, request: Request) -> None:
+        if request.request_id in self._media or request.request_id in self._grammars:
+            request.status = Status.PREPARING
+            return
+        request.status = Status.WAITING
         self.scheduler.add(request)
         self.metrics.num_prompt_tokens += len(request.prompt_ids)
 
     def _queue_prepared(self) -> None:
-        """Queue requests whose media are ready, and end those whose media cannot be read.
+        """Queue requests whose media and grammars are ready, and end those whose media cannot be
+        read or whose grammars are refused.
 
         If there is nothing else to do, wait for one.
         """
         is_idle = not self._in_flight and not self.scheduler.has_work
-        with self.metrics.waiting_for_media(is_idle):
-            for request_id, found in self._media.take(MEDIA_WAIT_S if is_idle else 0.0):
-                request, stream = self._requests[request_id]
-                try:
-                    if isinstance(found, str):
-                        raise ValueError(found)
-                    self._expand(request, found)
-                except ValueError as error:
-                    logger.error("request %d: %s", request_id, error)
-                    self._outbox.outputs.append(self._end(request, stream, "error", [], str(error)))
-                else:
-                    self._queue(request)
+        wait_s = PREPARING_WAIT_S if is_idle else 0.0
+        with self.metrics.waiting_for_media(is_idle and bool(self._media)):
+            for request_id, prompt in self._media.take(wait_s if self._media else 0.0):
+                self._prepared(request_id, prompt)
+        for request_id, matcher in self._grammars.take(0.0 if self._media else wait_s):
+            self._prepared(request_id, matcher)
+
+    def _prepared(self, request_id: int, found: MediaPrompt | Matcher | str) -> None:
+        request, stream = self._requests[request_id]
+        try:
+            if isinstance(found, str):
+                raise ValueError(found)
+            if isinstance(found, Matcher):
+                request.constraint = found
+            else:
+                self._expand(request, found)
+        except ValueError as error:
+            logger.error("request %d: %s", request_id, error)
+            self._outbox.outputs.append(self._end(request, stream, "error", [], str(error)))
+        else:
+            self._queue_unless_preparing(request)
 
     def _expand(self, request: Request, found: MediaPrompt) -> None:
         """Give a request its whole prompt. Raises ValueError if this is too long."""
@@ -323,13 +352,14 @@ class Engine:
         """Let no later request find cached tokens of earlier ones."""
         self.scheduler.pool.forget()
 
-    def abort(self, request_id: int) -> None:
+    def abort(self, request_id: int, reason: str = "abort") -> None:
         """End a request now. Unknown ids are ignored.
 
-        The next step returns the request's last output, with finish_reason "abort".
+        The next step returns the request's last output, with this finish_reason: "stop" if the
+        caller has found a stop string.
         """
         if request_id in self._requests:
-            self._outbox.outputs.append(self._end(*self._requests[request_id], "abort", []))
+            self._outbox.outputs.append(self._end(*self._requests[request_id], reason, []))
 
     def abort_all(self, request_ids: Iterable[int]) -> None:
         """End requests and drop their last outputs, for a caller that no longer listens."""
@@ -363,10 +393,11 @@ class Engine:
         """
         self._check_open()
         try:
-            if self._media:
+            if self._media or self._grammars:
                 self._queue_prepared()
             plan = self.scheduler.schedule(may_preempt=not self._in_flight)
             if plan is not None:
+                plan = self._with_masks(plan)
                 self._encode(plan)
                 self._in_flight.append(self._runner.launch(plan))
             if self._in_flight and (plan is None or len(self._in_flight) > self.run_ahead):
@@ -386,8 +417,19 @@ class Engine:
             self._in_flight.clear()
             self._runner.residents_are_known = False
             requests = (request for request, _ in self._requests.values())
-            self.scheduler.restart(one for one in requests if one.request_id not in self._media)
+            self.scheduler.restart(one for one in requests if one.status is not Status.PREPARING)
             raise
+
+    def _with_masks(self, plan: StepPlan) -> StepPlan:
+        """The plan with the masks of its constrained rows."""
+        if not plan.choice.masked:
+            return plan
+        matchers = []
+        for row in plan.choice.masked:
+            request, _ = self._requests[plan.request_ids[row]]
+            assert isinstance(request.constraint, Matcher)
+            matchers.append(request.constraint)
+        return replace(plan, allowed_MW=self._grammars.masks(matchers))
 
     def _encode(self, plan: StepPlan) -> None:
         """Encode the images that a plan needs and that have no embeddings yet."""
@@ -441,7 +483,9 @@ class Engine:
         # The NaN may come from other tokens than its own: attention multiplies the values of later
         # tokens by 0, and 0 · NaN is NaN. So wrong proposals reach the tokens before them, and
         # shared blocks may hold NaN from the request that computed them.
-        if not request.is_alone and (request.num_shared or num_fed > len(token_ids)):
+        is_shared = request.num_shared or num_fed > len(token_ids)
+        has_error = request.constraint is not None and request.constraint.error is not None
+        if not request.is_alone and is_shared and not has_error:
             self.scheduler.retry(request)
             return outputs
         return [*outputs, self._failed(request, stream)]
@@ -466,6 +510,9 @@ class Engine:
             may_stop = num_outputs >= request.params.min_tokens
             hit_stop_string = stream.grows and stream.push([token_id], may_stop=may_stop)
             stops = hit_stop_string or (may_stop and token_id in request.stop_ids)
+            if request.constraint is not None and not stops:
+                request.constraint.push(token_id)
+                stops = request.constraint.is_ended
             if stops or num_outputs >= request.max_output:
                 del request.output_ids[num_outputs:]
                 reason = "stop" if stops else "length"
@@ -485,9 +532,11 @@ class Engine:
     ) -> Increment:
         self.scheduler.finish(request, reason)
         if stream.stop_string is None:
-            stream.finish(request, may_stop=len(request.output_ids) >= request.params.min_tokens)
+            may_stop = len(request.output_ids) >= request.params.min_tokens
+            stream.finish(request.output_ids, may_stop=may_stop)
         del self._requests[request.request_id]
         self._media.drop(request.request_id)
+        self._grammars.drop(request.request_id)
         if request.contents:
             in_use = {one.key for other, _ in self._requests.values() for one in other.contents}
             ended = {one.key for one in request.contents} - in_use

@@ -1,4 +1,7 @@
-"""Turns prompts and sampling parameters into requests. A refused prompt leaves nothing behind."""
+"""Turns prompts and sampling parameters into requests. A refused prompt leaves nothing behind.
+
+Importing this module does not import torch.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +9,23 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from nanovllm.checks import as_python
 from nanovllm.prompts import Prompt, checked_text
 from nanovllm.sampling import SamplingParams
 from nanovllm.schedule.plan import LogitEdits
 from nanovllm.schedule.request import Content
+from nanovllm.structured import library
+from nanovllm.structured.library import Source
 from nanovllm.tokenizer import Tokenizer
 
-Embeddings = Sequence[tuple[int, Tensor]]  # (position, [n, D]) pairs
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Embeddings = Sequence[tuple[int, "Tensor"]]  # (position, [n, D]) pairs
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,7 @@ class Intake:
     max_model_len: int
     num_added: int = 0
     has_axes: bool = False
+    max_grammar_bytes: int = 0
 
     def prompt_ids(self, prompt: Prompt, params: SamplingParams) -> list[int]:
         """The prompt's token ids, truncated as `params` ask for, all within the limits."""
@@ -85,6 +92,17 @@ class Intake:
                         f"{name}={list(given)} needs a tokenizer: {self.model!r} does not have one"
                     )
 
+    def source(self, params: SamplingParams) -> Source | None:
+        """The grammar that `params` ask for, before it is compiled."""
+        if params.structured_outputs is None:
+            return None
+        if self.tokenizer is None:
+            raise ValueError(
+                f"structured_outputs needs a tokenizer: {self.model!r} does not have one"
+            )
+        library.check_installed()
+        return library.source(params.structured_outputs, self.max_grammar_bytes)
+
     def edits(self, params: SamplingParams) -> LogitEdits | None:
         """Changes to logits that `params` ask for."""
         if not params.has_edits:
@@ -128,6 +146,8 @@ class Intake:
     def contents(self, embeddings: Embeddings, prompt_len: int) -> tuple[Content, ...]:
         """The position, length and digest of each of the given embeddings."""
         contents: list[Content] = []
+        if embeddings:
+            from torch import uint8
         for start, embeds in embeddings:
             shape = list(embeds.shape)
             widths = [self.hidden_size * (1 + num) for num in range(self.num_added + 1)]
@@ -139,7 +159,7 @@ class Intake:
                     f"{shape[0]} embeddings from position {start} on do not fit a prompt of "
                     f"{prompt_len} tokens"
                 )
-            values = embeds.detach().cpu().contiguous().view(torch.uint8).numpy()
+            values = embeds.detach().cpu().contiguous().view(uint8).numpy()
             digest = hashlib.sha256(f"{embeds.dtype} {shape}".encode() + values.tobytes()).digest()
             contents.append(Content(start, shape[0], digest))
         ends = sorted((one.start, one.start + one.num) for one in contents)

@@ -49,8 +49,9 @@ class EngineMetrics:
     def __init__(self, scheduler: Scheduler, experts: ExpertStats | None = None) -> None:
         self._scheduler, self.experts = scheduler, experts
         self.num_prompt_tokens = 0
-        self.num_generated_tokens = 0
+        self.num_generated_tokens = 0  # of requests that have ended, as the next two
         self.num_cached_tokens = 0
+        self.num_looked_up_tokens = 0
         self.num_steps = 0
         self.media_wait_seconds = 0.0
         self._num_finished: Count[str] = Count(dict.fromkeys(FINISH_REASONS, 0))
@@ -67,7 +68,9 @@ class EngineMetrics:
         """Count a request that ends."""
         self._num_finished[reason] += 1
         self.num_generated_tokens += len(request.output_ids)
-        self.num_cached_tokens += request.num_cached or 0
+        if request.num_cached is not None:
+            self.num_cached_tokens += request.num_cached
+            self.num_looked_up_tokens += len(request.prompt_ids)
 
     @property
     def cache_usage(self) -> float:
@@ -76,9 +79,10 @@ class EngineMetrics:
         return 1 - pool.num_free / (pool.num_blocks - 1)
 
     def read(self) -> list[Metric]:
-        """All metrics. Generated and cached tokens are counted when their request ends, experts
-        when no request is left."""
+        """All metrics. Those of experts are counted when no request is left."""
         scheduler = self._scheduler
+        active = [*scheduler.running, *scheduler.waiting]
+        admitted = [request for request in active if request.num_cached is not None]
         gauges: dict[str, float] = {
             "num_requests_running": len(scheduler.running),
             "num_requests_waiting": len(scheduler.waiting),
@@ -86,8 +90,12 @@ class EngineMetrics:
         }
         counters: dict[str, float] = {
             "prompt_tokens": self.num_prompt_tokens,
-            "generation_tokens": self.num_generated_tokens,
-            "prefix_cache_hit_tokens": self.num_cached_tokens,
+            "generation_tokens": self.num_generated_tokens
+            + sum(len(request.output_ids) for request in active),
+            "prefix_cache_query_tokens": self.num_looked_up_tokens
+            + sum(len(request.prompt_ids) for request in admitted),
+            "prefix_cache_hit_tokens": self.num_cached_tokens
+            + sum(request.num_cached or 0 for request in admitted),
             "num_preemptions": scheduler.num_preemptions,
             "num_steps": self.num_steps,
             "media_wait_seconds": self.media_wait_seconds,

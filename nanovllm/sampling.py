@@ -10,6 +10,7 @@ from dataclasses import Field, dataclass, fields, replace
 from typing import Any
 
 from nanovllm.checks import checked, hints
+from nanovllm.structured.params import StructuredOutputsParams
 
 MAX_LOGPROBS = 100
 ALL_LOGPROBS = -1
@@ -64,6 +65,7 @@ class SamplingParams:
     truncate_prompt_tokens: keep only the last tokens of a prompt, this many. -1: as many as
         max_model_len allows.
     output_kind: see `RequestOutputKind`.
+    structured_outputs: what the answer must look like. A dict of the fields will do.
 
     The other fields are those of vLLM's class of which only the default is supported.
     """
@@ -93,9 +95,9 @@ class SamplingParams:
     detokenize: bool = True
     truncate_prompt_tokens: int | None = None
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+    structured_outputs: StructuredOutputsParams | None = None
 
     best_of: object = None
-    structured_outputs: object = None
     guided_decoding: object = None
     logits_processors: object = None
     extra_args: object = None
@@ -148,6 +150,8 @@ class SamplingParams:
             hint = hints(SamplingParams)[field.name]
             if hint is object:
                 _only_default(field, value)
+            elif field.name == "structured_outputs" and isinstance(value, Mapping):
+                self.__dict__[field.name] = StructuredOutputsParams.of(value)
             elif field.name == "logit_bias" and isinstance(value, Mapping):
                 self.__dict__[field.name] = checked(field.name, _numbered(value), hint)
             else:
@@ -218,6 +222,10 @@ class SamplingParams:
         filtered = self.temperature > 0 and (self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0)
         edited = self.has_penalties or self.has_edits
         return not (filtered or edited or self.logprobs is not None)
+
+    @property
+    def is_structured(self) -> bool:
+        return self.structured_outputs is not None
 
 
 @dataclass

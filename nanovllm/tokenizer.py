@@ -94,6 +94,28 @@ class Tokenizer:
             for is_special, group in groups
         )
 
+    def as_json(self) -> str:
+        """The tokenizer in the form of tokenizer.json. Raises ValueError for one without it."""
+        return str(self._backend().to_str())
+
+    def num_tokens(self) -> int:
+        """One more than the largest id. Raises ValueError as `as_json` does."""
+        return max(self._backend().get_vocab(with_added_tokens=True).values()) + 1
+
+    def special_tokens(self) -> dict[int, str]:
+        """The texts of special tokens by their ids. Raises ValueError as `as_json` does."""
+        added = self._backend().get_added_tokens_decoder()
+        return {token_id: token.content for token_id, token in added.items() if token.special}
+
+    def _backend(self) -> Any:
+        """The `tokenizers.Tokenizer` that does the work."""
+        quick = self._quick
+        found = quick if quick is not None else self.for_reading
+        found = getattr(found, "backend_tokenizer", found)
+        if not hasattr(found, "to_str"):
+            raise ValueError("the tokenizer has no tokenizer.json, so its tokens are not known")
+        return found
+
     def _once(self, name: str, derive: Callable[[], Any]) -> Any:
         """What `derive` says of the tokenizer, asked once."""
         if name not in self._derived:

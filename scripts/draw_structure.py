@@ -26,6 +26,7 @@ ROLES = {
     "schedule": "which tokens run next",
     "platforms": "CUDA, CPU, NPU, MPS",
     "parallel": "ranks, collectives",
+    "parsers": "tool calls, reasoning",
     "compile": "graphs to programs",
     "kernels": "ops and their meaning",
 }

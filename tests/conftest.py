@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,23 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect tests that need more GPUs than there are. A skip means that something is wrong."""
+    """Deselect tests that need more GPUs than there are, or a browser that is not there. A skip
+    means that something is wrong. Where CI is set, the tests of the page need the browser."""
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     missing = [name for name, needed in (("gpu", 1), ("gpus", 2)) if num_gpus < needed]
+    if not shutil.which("chromium") and not os.environ.get("CI"):
+        missing.append("browser")
     left_out = [item for item in items if any(map(item.get_closest_marker, missing))]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if not shutil.which("chromium"):
+        terminalreporter.write_line(
+            "The tests of the page need Chromium (apt-get install chromium): they were left out."
+        )
 
 
 @pytest.fixture(autouse=True)

@@ -27,10 +27,12 @@ ALLOWED = {
     "models": ("nanovllm.models", "nanovllm.kernels"),
     "platforms": ("nanovllm.platforms", "nanovllm.compile", "nanovllm.kernels"),
     "media": ("nanovllm.media",),
+    "parsers": ("nanovllm.parsers",),
     "parallel": ("nanovllm.parallel", "nanovllm.env", "nanovllm.kernels.peers"),
     "schedule": ("nanovllm.schedule", "nanovllm.sampling", "nanovllm.tokenizer"),
     "runner": (
         "nanovllm.runner",
+        "nanovllm.schedule.edit_limits",
         "nanovllm.schedule.plan",
         "nanovllm.schedule.stall",
         "nanovllm.models",
@@ -77,6 +79,22 @@ ALLOWED = {
         "nanovllm.tokenizer",
         *SETTINGS,
     ),
+    "serving": (
+        "nanovllm.serving",
+        "nanovllm.replicas",
+        "nanovllm.parallel",
+        "nanovllm.schedule",
+        "nanovllm.engine",
+        "nanovllm.growing",
+        "nanovllm.intake",
+        "nanovllm.media",
+        "nanovllm.media_intake",
+        "nanovllm.metrics",
+        "nanovllm.outputs",
+        "nanovllm.prompts",
+        "nanovllm.tokenizer",
+        *SETTINGS,
+    ),
     "compat": ("nanovllm",),
     "": ("nanovllm",),  # files at the top of the package
 }
@@ -90,7 +108,8 @@ MODULES = {
 DEVICE = re.compile(r"(?<![a-z])(cuda|npu|mps)(?![a-z])", re.IGNORECASE)
 # layers whose code names no device
 DEVICELESS = (
-    "compile", "media", "models", "parallel", "replicas", "schedule", "runner", "startup", "",
+    "compile", "media", "models", "parallel", "parsers", "replicas", "schedule", "serving",
+    "runner", "startup", "",
 )  # fmt: skip
 # options of `LLM` that are named after their device
 OPTIONS = ("npu_graph_mode", "npu_graph_options")

@@ -856,6 +856,53 @@ extern "C" void nanovllm_qk_norm_rope_store(const QkNormRopeStore* args) {
   });
 }
 
+// ------------------------------------------------------------------------------------------- masks
+
+namespace {
+
+struct KeepAllowed {
+  void* out;
+  const void* logits;
+  const int32_t* allowed;
+  const int64_t* row;
+  int64_t num_rows, vocab_size, row_stride, num_words, dtype, num_threads;
+};
+
+// Most rows of a batch allow every token and most words of a mask forbid all or allow all, so words
+// and not tokens are the unit of work.
+template <typename T>
+void keep_row(T* out, const T* logits, const int32_t* allowed, int64_t vocab_size, T minus_inf) {
+  for (int64_t first = 0; first < vocab_size; first += 32) {
+    const uint32_t word = (uint32_t)allowed[first / 32];
+    const int64_t num = std::min<int64_t>(32, vocab_size - first);
+    if (word == 0xFFFFFFFFu) {
+      std::memcpy(out + first, logits + first, num * sizeof(T));
+    } else if (word == 0) {
+      std::fill_n(out + first, num, minus_inf);
+    } else {
+      for (int64_t bit = 0; bit < num; ++bit)
+        out[first + bit] = word >> bit & 1 ? logits[first + bit] : minus_inf;
+    }
+  }
+}
+
+}  // namespace
+
+extern "C" void nanovllm_keep_allowed(const KeepAllowed* args) {
+  const KeepAllowed& at = *args;
+  const int64_t V = at.vocab_size;
+  parallel_for(at.num_rows, at.num_rows * V < kMinParallel ? 1 : at.num_threads, [&](int64_t r) {
+    const int32_t* allowed = at.allowed + at.row[r] * at.num_words;
+    if (at.dtype == 0) {
+      keep_row<float>((float*)at.out + r * V, (const float*)at.logits + r * at.row_stride, allowed,
+                      V, -INFINITY);
+    } else {  // bit patterns of -inf in bf16 and in fp16
+      keep_row<uint16_t>((uint16_t*)at.out + r * V, (const uint16_t*)at.logits + r * at.row_stride,
+                         allowed, V, at.dtype == 1 ? 0xFF80 : 0xFC00);
+    }
+  });
+}
+
 // ------------------------------------------------------------------------------------------ sample
 
 // The hash of reference.py in 32-bit arithmetic, which wraps where the reference masks bits.

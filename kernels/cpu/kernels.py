@@ -58,13 +58,21 @@ _SAMPLE = cpp_build.Arguments(
     pointers="logits temperature seed pos token best",
     integers="num_rows vocab_size row_stride first_token dtype num_threads",
 )
-_STRUCTS = (_ATTENTION, _LINEAR, _WIDEN, _RMS_NORM, _SILU_MUL, _QK_NORM_ROPE_STORE, _SAMPLE)
+_KEEP_ALLOWED = cpp_build.Arguments(
+    "KeepAllowed",
+    pointers="out logits allowed row",
+    integers="num_rows vocab_size row_stride num_words dtype num_threads",
+)
+_STRUCTS = (
+    _ATTENTION, _LINEAR, _WIDEN, _RMS_NORM, _SILU_MUL, _QK_NORM_ROPE_STORE, _SAMPLE, _KEEP_ALLOWED,
+)  # fmt: skip
 
 # bf16 times int8: from _WIDEN_TOKENS tokens on, weights are widened to bf16 for torch's own
 # product, _WIDEN_BYTES at a time so that they stay in a cache.
 _WIDEN_TOKENS, _WIDEN_BYTES = 33, 4 << 20
 
 _FUNCTIONS = (
+    "nanovllm_keep_allowed",
     "nanovllm_linear_int8",
     "nanovllm_paged_attention",
     "nanovllm_qk_norm_rope_store",
@@ -546,8 +554,33 @@ def _sample(
     return token_R
 
 
+def keep_allowed(logits_RV: Tensor, allowed_SW: Tensor, row_R: Tensor) -> Tensor:
+    """`reference.keep_allowed`."""
+    if logits_RV.dtype not in _DTYPE_CODES or allowed_SW.dtype is not torch.int32:
+        return reference.keep_allowed(logits_RV, allowed_SW, row_R)
+    if logits_RV.stride(1) != 1:
+        logits_RV = logits_RV.contiguous()
+    allowed_SW, row_R = allowed_SW.contiguous(), row_R.long().contiguous()
+    out_RV = torch.empty(logits_RV.shape, dtype=logits_RV.dtype)
+    _load().nanovllm_keep_allowed(
+        _KEEP_ALLOWED.pack(
+            out_RV.data_ptr(),
+            logits_RV.data_ptr(),
+            allowed_SW.data_ptr(),
+            row_R.data_ptr(),
+            *logits_RV.shape,
+            logits_RV.stride(0),
+            allowed_SW.shape[1],
+            _DTYPE_CODES[logits_RV.dtype],
+            torch.get_num_threads(),
+        )
+    )
+    return out_RV
+
+
 _KERNELS: dict[str, Callable[..., object]] = {
     "add_rms_norm": add_rms_norm,
+    "keep_allowed": keep_allowed,
     "paged_attention": paged_attention,
     "qk_norm_rope_store": qk_norm_rope_store,
     "rms_norm": rms_norm,

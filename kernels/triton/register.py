@@ -18,6 +18,7 @@ from nanovllm.kernels.triton.attention_prefill import paged_attention_prefill
 from nanovllm.kernels.triton.experts import expert_linear, experts, offloaded_experts
 from nanovllm.kernels.triton.filter import keep_likely
 from nanovllm.kernels.triton.linear import fused_linear, linear_
+from nanovllm.kernels.triton.mask import keep_allowed
 from nanovllm.kernels.triton.norm_act import add_rms_norm, rms_norm, silu_mul
 from nanovllm.kernels.triton.offload import fetch_experts, stream_experts
 from nanovllm.kernels.triton.rope_store import qk_norm_rope_store, rope, store_kv
@@ -94,6 +95,7 @@ def register() -> None:
                 "sample": sample,
                 "sample_columns": sample_columns,
                 "keep_likely": keep_likely,
+                "keep_allowed": keep_allowed,
                 "route": route,
                 "norm_route": norm_route,
                 "experts": experts,

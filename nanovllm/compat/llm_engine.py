@@ -3,100 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
 from nanovllm.config import EngineConfig
+from nanovllm.growing import GrowingAnswer, GrowingOutput, Kind
 from nanovllm.metrics import Metric
-from nanovllm.outputs import (
-    CompletionOutput,
-    RequestOutput,
-    TopLogprobs,
-    completion_output,
-    cumulative,
-    request_output,
-)
+from nanovllm.outputs import RequestOutput
 from nanovllm.prompts import AnyPrompt, as_prompt
 from nanovllm.replicas.opening import open_engine
-from nanovllm.sampling import RequestOutputKind, SamplingParams
-from nanovllm.schedule.outputs import Completion, Increment
+from nanovllm.sampling import SamplingParams
+from nanovllm.schedule.outputs import Increment
 from nanovllm.sharing import SharedEngine
-
-Kind = RequestOutputKind
-
-
-@dataclass
-class _Answer:
-    """The text, tokens and log-probabilities so far of one answer."""
-
-    index: int
-    prompt_len: int
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TopLogprobs] = field(default_factory=list)
-    done: Completion | None = None
-
-    def add(self, increment: Increment) -> None:
-        self.text += increment.text
-        self.token_ids += increment.token_ids
-        self.logprobs += increment.logprobs or []
-        self.done = increment.completion
-
-    def output(self) -> CompletionOutput:
-        if self.done is not None:
-            return completion_output(self.index, self.done)
-        logprobs = self.logprobs or None
-        output = CompletionOutput(
-            index=self.index,
-            text=self.text,
-            token_ids=self.token_ids[:],
-            finish_reason=None,
-            stop_reason=None,
-            cumulative_logprob=cumulative(self.token_ids, logprobs),
-            num_prompt_tokens=self.prompt_len,
-            num_cached_tokens=0,
-        )
-        if logprobs:
-            output["logprobs"] = logprobs[:]
-        return output
-
-    def delta(self, increment: Increment) -> CompletionOutput:
-        """The same with the new text, tokens and log-probabilities alone."""
-        output = self.output()
-        output.update(text=increment.text, token_ids=increment.token_ids)
-        if increment.logprobs is not None:
-            output["logprobs"] = increment.logprobs
-        return output
-
-
-@dataclass
-class _Pending:
-    """A request with its n answers, by the ids of the engine's requests."""
-
-    request_id: str
-    prompt: str | None
-    prompt_ids: list[int]
-    kind: RequestOutputKind
-    answers: dict[int, _Answer] = field(default_factory=dict)
-
-    def output(self, increments: dict[int, Increment]) -> RequestOutput | None:
-        """The output after these new increments; None if there is nothing to show."""
-        for engine_id, increment in increments.items():
-            self.answers[engine_id].add(increment)
-        dones = [answer.done for answer in self.answers.values()]
-        if self.kind is Kind.FINAL_ONLY and None in dones:
-            return None
-        if self.kind is Kind.DELTA:
-            shown = [self.answers[key].delta(increment) for key, increment in increments.items()]
-        else:
-            shown = [answer.output() for answer in self.answers.values()]
-        first = next((done for done in dones if done is not None), None)
-        prompt_logprobs = first.prompt_logprobs if first is not None else None
-        # that of a finished answer has all tokens of images, too
-        prompt_ids = first.prompt_ids if first is not None else self.prompt_ids
-        output = request_output(self.request_id, self.prompt, prompt_ids, shown, prompt_logprobs)
-        output["finished"] = None not in dones
-        return output
 
 
 class LLMEngine:
@@ -114,8 +31,8 @@ class LLMEngine:
 
     def __init__(self, shared: SharedEngine) -> None:
         self.shared, self.engine = shared, shared.engine
-        self._pending: dict[str, _Pending] = {}
-        self._owner: dict[int, _Pending] = {}  # by the ids of the engine's requests
+        self._pending: dict[str, GrowingOutput] = {}
+        self._owner: dict[int, GrowingOutput] = {}  # by the ids of the engine's requests
 
     def add_request(
         self,
@@ -150,9 +67,9 @@ class LLMEngine:
                 engine.abort_all(engine_ids)
                 raise
             prompt_ids = engine.prompt_ids(engine_ids[0])
-            pending = _Pending(request_id, given.text, prompt_ids, params.output_kind)
+            pending = GrowingOutput(request_id, given.text, prompt_ids, params.output_kind)
             for index, engine_id in enumerate(engine_ids):
-                pending.answers[engine_id] = _Answer(index, len(prompt_ids))
+                pending.answers[engine_id] = GrowingAnswer(index, len(prompt_ids))
                 self._owner[engine_id] = pending
             self._pending[request_id] = pending
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,13 @@ class RankProcess:
 
     Messages and the lines of its output begin with `name`.
 
-    Linux kills the process when the thread that made this ends, so that thread must stay.
+    Linux kills the process when the thread that made this ends, so that thread must stay. The
+    process has the file descriptors `inherited`, too, under their numbers.
     """
 
-    def __init__(self, module: str, rank: int, size: int, name: str) -> None:
+    def __init__(
+        self, module: str, rank: int, size: int, name: str, inherited: Sequence[int] = ()
+    ) -> None:
         self.rank, self.name = rank, name
         self.is_connected = False
         self.channel, sock = channel_pair()
@@ -51,7 +55,7 @@ class RankProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                pass_fds=(sock.fileno(), beats),
+                pass_fds=(sock.fileno(), beats, *inherited),
                 env=env.for_children(),
                 start_new_session=True,  # Ctrl-C in a terminal reaches rank 0 alone
             )
@@ -126,7 +130,7 @@ class RankProcess:
             return True
         return False
 
-    def ending(self) -> str:
+    def ending(self) -> tuple[str, str]:
         """How the process has ended, and the last lines of its output."""
         self.forward_output()
         code = self._process.returncode
@@ -138,7 +142,7 @@ class RankProcess:
         else:
             how = f"ended with exit code {code}"
         lines = "".join(f"\n  {line}" for line in self._last_lines)
-        return f"{self.name} {how}" + (f"; its last lines:{lines}" if lines else "")
+        return f"{self.name} {how}", f"; its last lines:{lines}" if lines else ""
 
     def _forward(self, line: bytes) -> None:
         text = line.decode(errors="replace").rstrip()

@@ -46,6 +46,7 @@ class Ranks:
         *,
         names: Sequence[str] | None = None,
         received: Callable[[str, bytes], None] | None = None,
+        inherited: Sequence[int] = (),
     ) -> Ranks:
         """Start `python -m module` for ranks 1 … size - 1, without waiting for what they import.
 
@@ -54,9 +55,11 @@ class Ranks:
         appears on stderr, each line with its rank. `folder` is where the private folder of the
         ranks is made (None: among the temporary files). `names` are those of all ranks in errors
         and output (None: "rank 0", …). Messages of a rank that answer no question go to
-        `received(name, payload)`, in another thread. Raises OSError.
+        `received(name, payload)`, in another thread. Ranks have the file descriptors `inherited`,
+        too, under their numbers. Raises OSError.
         """
-        watch = Watch(setup, names or [f"rank {i}" for i in range(size)], module, folder, received)
+        names = names or [f"rank {i}" for i in range(size)]
+        watch = Watch(setup, names, module, folder, received, inherited)
         ranks = cls(watch)
         try:
             watch.start()

@@ -29,7 +29,18 @@ CLOSE_SECONDS = 3.0  # for ranks to end by themselves
 
 
 class RankFailed(RuntimeError):
-    """A rank has ended, hangs, or has raised an error that the others have not."""
+    """A rank has ended, hangs, or has raised an error that the others have not.
+
+    what: the rank's name and how it has failed. details: texts of errors and output, which may
+    hold paths and prompts.
+    """
+
+    def __init__(self, what: str, details: str = "") -> None:
+        super().__init__(what, details)
+        self.what, self.details = what, details
+
+    def __str__(self) -> str:
+        return self.what + self.details
 
 
 class Refusal(NamedTuple):
@@ -44,7 +55,7 @@ class Refusal(NamedTuple):
         ValueError."""
         if self.is_mistake:
             return ValueError(f"{name}: {self.text}")
-        return RankFailed(f"{name}: {self.kind}: {self.text}")
+        return RankFailed(f"{name}: {self.kind}", f": {self.text}")
 
 
 class Question:
@@ -78,7 +89,8 @@ class Watch(threading.Thread):
 
     Everything that must be undone is made and undone in this thread, where Ctrl-C never arrives.
     After a failure it kills all ranks. `changed` is notified of answers and of a failure. `names`
-    are those of all ranks. `received` is called with all other messages.
+    are those of all ranks. `received` is called with all other messages. The processes have the
+    file descriptors `inherited`, which must stay open here until `has_started`.
     """
 
     def __init__(
@@ -88,9 +100,10 @@ class Watch(threading.Thread):
         module: str,
         parent: Path | None,
         received: Callable[[str, bytes], None] | None,
+        inherited: Sequence[int] = (),
     ) -> None:
         super().__init__(name="ranks", daemon=True)
-        self.names, self._received = names, received
+        self.names, self._received, self._inherited = names, received, inherited
         self._setup, self._size, self._module, self._parent = setup, len(names), module, parent
         self.folder = Path()
         self.processes: list[RankProcess] = []
@@ -166,7 +179,7 @@ class Watch(threading.Thread):
         for rank in range(1, self._size):
             if self.is_ending:
                 return
-            process = RankProcess(self._module, rank, self._size, self.names[rank])
+            process = RankProcess(self._module, rank, self._size, self.names[rank], self._inherited)
             self.processes.append(process)
             for source, action in (
                 (process.channel, self._receive),
@@ -187,7 +200,7 @@ class Watch(threading.Thread):
                 self._take(process, name, payload)
         except (ChannelClosed, ValueError):
             process.has_ended(seconds=1.0)
-            self.fail(RankFailed(process.ending()))
+            self.fail(RankFailed(*process.ending()))
 
     def _take(self, process: RankProcess, name: str, payload: bytes) -> None:
         """Take a message of a rank."""
@@ -214,7 +227,7 @@ class Watch(threading.Thread):
         for _ in range(20):
             for process in self.processes:
                 if process.has_ended():
-                    self.fail(RankFailed(process.ending()))
+                    self.fail(RankFailed(*process.ending()))
                     return
             if refusal.is_mistake:
                 break
@@ -225,7 +238,7 @@ class Watch(threading.Thread):
         """Look for ranks that have ended or hang, and for a question that will have no answer."""
         for process in self.processes:
             if process.has_ended() or process.is_hung(seconds):
-                self.fail(RankFailed(process.ending()))
+                self.fail(RankFailed(*process.ending()))
         question = self.question
         if question is not None and question.first_refusal is not None:
             rank, refusal, refused_at = question.first_refusal

@@ -26,8 +26,8 @@ from nanovllm.replicas.placing import Place, choose
 from nanovllm.replicas.ready import facts_of, raisable
 from nanovllm.replicas.replica import Event, Inbox, Replica, ReplicaFailed, Starter
 from nanovllm.replicas.totals import totals
-from nanovllm.runner import logit_edits
 from nanovllm.sampling import SamplingParams
+from nanovllm.schedule import edit_limits
 from nanovllm.schedule.blocks import chained_digests
 from nanovllm.schedule.logprobs import Logprob
 from nanovllm.schedule.outputs import Completion, Increment, Outbox
@@ -104,8 +104,9 @@ class Replicas:
             self.close()
             raise
         first = facts[0]
+        self.facts = replace(first, max_num_seqs=sum(one.max_num_seqs for one in facts))
         self.max_model_len = first.max_model_len
-        self.max_num_seqs = sum(one.max_num_seqs for one in facts)
+        self.max_num_seqs = self.facts.max_num_seqs
         self.default_params = SamplingParams(**first.default_params)
         self.eos_ids = frozenset(first.eos_ids)
         self.metrics = _Metrics(self.replicas)
@@ -119,6 +120,7 @@ class Replicas:
             first.max_model_len,
             num_added=first.num_added,
             has_axes=first.has_axes,
+            max_grammar_bytes=config.max_grammar_bytes,
         )
         self._has_towers = first.has_towers
 
@@ -197,6 +199,7 @@ class Replicas:
         self._check_open()
         params = params or SamplingParams()
         self._intake.check(params)
+        self._intake.source(params)
         beside = Attached(embeddings, positions)
         if isinstance(prompt, MediaPrompt):
             beside = Attached(embeddings, prompt.position_3T, prompt.images)
@@ -207,7 +210,7 @@ class Replicas:
         contents = self._checked_contents(beside, len(prompt_ids))
         priority, edits = checked_priority(priority), self._intake.edits(params)
         if edits is not None:
-            logit_edits.check(edits, self._intake.vocab_size)
+            edit_limits.check(edits, self._intake.vocab_size)
         request_id = self._num_added
         fields = messages.params_fields(params)
         if params.seed is None:
@@ -223,10 +226,10 @@ class Replicas:
             self._pending[request_id] = _Pending(chosen, prompt_ids, cost, logprobs)
         return request_id
 
-    def abort(self, request_id: int) -> None:
+    def abort(self, request_id: int, reason: str = "abort") -> None:
         """End a request now, with a last output. Unknown ids are ignored."""
-        if pending := self._drop([request_id]).get(request_id):
-            self._outbox.outputs.append(pending.ended(request_id, "abort"))
+        if pending := self._drop([request_id], reason).get(request_id):
+            self._outbox.outputs.append(pending.ended(request_id, reason))
 
     def abort_all(self, request_ids: Iterable[int]) -> None:
         """End requests and drop their last outputs, for a caller that no longer listens."""
@@ -296,14 +299,14 @@ class Replicas:
             )
         return contents + tuple(content for content, _ in beside.images)
 
-    def _drop(self, request_ids: Collection[int]) -> dict[int, _Pending]:
+    def _drop(self, request_ids: Collection[int], reason: str = "abort") -> dict[int, _Pending]:
         """Forget unfinished requests here and at their replicas; returns them."""
         with deferred_interrupts():
             dropped = {one: self._finish(one) for one in request_ids if one in self._pending}
             for replica in self.replicas:
                 ids = [one for one, pending in dropped.items() if pending.replica is replica]
                 if ids:
-                    replica.tell(messages.ABORT, json.dumps(ids).encode())
+                    replica.tell(messages.ABORT, json.dumps([ids, reason]).encode())
         return dropped
 
     def _finish(self, request_id: int) -> _Pending:

@@ -20,6 +20,27 @@ from nanovllm.schedule.outputs import Completion, Increment
 from nanovllm.startup.ranks import checkpoint_digest
 
 
+def facts_of(engine: Engine) -> Facts:
+    """What others must know of an engine."""
+    pool, config = engine.scheduler.pool, engine.config
+    weights = not config.random_weights
+    folder = hub.resolve(config.model, weights=weights, revision=config.revision)
+    return Facts(
+        checkpoint=checkpoint_digest(folder),
+        max_model_len=engine.max_model_len,
+        max_num_seqs=engine.max_num_seqs,
+        vocab_size=engine.model_config.vocab_size,
+        hidden_size=engine.model_config.hidden_size,
+        num_added=engine.model_config.num_added,
+        has_axes=bool(engine.model_config.rope_axes),
+        has_towers=bool(engine.runner.towers),
+        block_size=pool.block_size,
+        num_blocks=pool.num_blocks,
+        eos_ids=sorted(engine.eos_ids),
+        default_params=messages.params_fields(engine.default_params),
+    )
+
+
 class Loop:
     """Steps an engine while it has requests, and reads messages between two steps."""
 
@@ -39,7 +60,7 @@ class Loop:
     def run(self) -> NoReturn:
         """Raises ChannelClosed once the front closes, and the errors of a step."""
         engine = self._engine
-        self._channel.send(messages.READY, messages.dump(self._facts()))
+        self._channel.send(messages.READY, messages.dump(facts_of(engine)))
         while True:
             for message in self._channel.pending(wait=not engine.has_unfinished):
                 self._handle(message)
@@ -91,27 +112,10 @@ class Loop:
 
     def _abort(self, payload: bytes) -> None:
         """Drop requests. Some may have ended while the message was on its way."""
-        of_engine = [self._ids.pop(one) for one in json.loads(payload) if one in self._ids]
-        self._engine.abort_all(of_engine)
+        ids, reason = json.loads(payload)
+        of_engine = [self._ids.pop(one) for one in ids if one in self._ids]
+        for one in of_engine:
+            self._engine.abort(one, reason)
+        self._engine.take(of_engine)  # the front does not listen
         for one in of_engine:
             del self._front_ids[one]
-
-    def _facts(self) -> Facts:
-        engine, pool = self._engine, self._engine.scheduler.pool
-        config = engine.config
-        weights = not config.random_weights
-        folder = hub.resolve(config.model, weights=weights, revision=config.revision)
-        return Facts(
-            checkpoint=checkpoint_digest(folder),
-            max_model_len=engine.max_model_len,
-            max_num_seqs=engine.max_num_seqs,
-            vocab_size=engine.model_config.vocab_size,
-            hidden_size=engine.model_config.hidden_size,
-            num_added=engine.model_config.num_added,
-            has_axes=bool(engine.model_config.rope_axes),
-            has_towers=bool(engine.runner.towers),
-            block_size=pool.block_size,
-            num_blocks=pool.num_blocks,
-            eos_ids=sorted(engine.eos_ids),
-            default_params=messages.params_fields(engine.default_params),
-        )

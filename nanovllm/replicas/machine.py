@@ -7,8 +7,8 @@ from nanovllm.config import EngineConfig
 from nanovllm.replicas import setups
 from nanovllm.replicas.process_replica import ProcessReplica
 from nanovllm.replicas.replica import Inbox
-from nanovllm.startup.artifacts import open_store
 from nanovllm.startup.choose import select_platform
+from nanovllm.startup.store_folder import open_store
 from nanovllm.tokenizer import Tokenizer
 
 

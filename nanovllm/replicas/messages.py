@@ -90,15 +90,15 @@ def increment(
         found["request_id"],
         found["token_ids"],
         found["text"],
-        _logprobs(found["logprobs"], tokenizer),
+        logprobs(found["logprobs"], tokenizer),
         None
         if done is None
         else Completion(
             **{
                 **done,
                 "prompt_ids": prompt_ids,
-                "logprobs": _logprobs(done["logprobs"], tokenizer),
-                "prompt_logprobs": _logprobs(done["prompt_logprobs"], tokenizer),
+                "logprobs": logprobs(done["logprobs"], tokenizer),
+                "prompt_logprobs": logprobs(done["prompt_logprobs"], tokenizer),
             }
         ),
     )
@@ -119,19 +119,19 @@ def _fields(one: Increment) -> dict[str, Any]:
         "request_id": one.request_id,
         "token_ids": one.token_ids,
         "text": one.text,
-        "logprobs": _numbers(one.logprobs),
+        "logprobs": numbers(one.logprobs),
         "completion": None
         if done is None
         else {
             **{field.name: getattr(done, field.name) for field in fields(done)},
             "prompt_ids": None,
-            "logprobs": _numbers(done.logprobs),
-            "prompt_logprobs": _numbers(done.prompt_logprobs),
+            "logprobs": numbers(done.logprobs),
+            "prompt_logprobs": numbers(done.prompt_logprobs),
         },
     }
 
 
-def _numbers(positions: Any) -> list[_Top | None] | None:
+def numbers(positions: Any) -> list[_Top | None] | None:
     """Log-probabilities of positions without their texts, in their order."""
     if positions is None:
         return None
@@ -141,7 +141,8 @@ def _numbers(positions: Any) -> list[_Top | None] | None:
     ]
 
 
-def _logprobs(positions: list[_Top | None] | None, tokenizer: Tokenizer | None) -> Any:
+def logprobs(positions: list[_Top | None] | None, tokenizer: Tokenizer | None) -> Any:
+    """What `numbers` has been given."""
     if positions is None:
         return None
     return [

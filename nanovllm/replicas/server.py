@@ -8,6 +8,7 @@ import os
 import sys
 import tempfile
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -23,41 +24,48 @@ def main() -> None:
 
     What the engine leaves among the temporary files goes with the replica's folder.
     """
+    run(serve)
+
+
+def run(work: Callable[[dict[str, Any], Channel], None]) -> None:
+    """Connect, do the work of this process, and end it once the other side closes the channel.
+
+    `work` gets the setup and the channel, and raises ChannelClosed. Any other error goes to the
+    other side, which ends this process.
+    """
     connection = connect(sys.argv[1:])
     env.replace(connection.setup["environment"])
     tempfile.tempdir = str(connection.folder)
     log.configure()
+    channel = connection.channel
     with suppress(ChannelClosed):
-        serve(connection.setup, connection.channel)
+        try:
+            work(connection.setup, channel)
+        except ChannelClosed:
+            raise
+        except Exception as error:
+            if not isinstance(error, ValueError):
+                traceback.print_exc()
+            channel.send(ERROR, error_bytes(error))
+            while True:
+                channel.receive()
     sys.stderr.flush()
     os._exit(0)  # an orderly end of torch and the device's libraries would take a second
 
 
 def serve(setup: dict[str, Any], channel: Channel) -> None:
-    """Load an engine and let the front use it. Raises ChannelClosed once the front closes.
+    """Load an engine and let the front use it. Raises ChannelClosed once the front closes."""
+    config = EngineConfig(**setup["options"])
+    if setup["waits_for"] is not None:
+        wait_for_programs(config, channel)
+    engine = one_engine(config, show_progress=False)
+    from nanovllm.replicas.loop import Loop  # imports torch
 
-    Any other error goes to the front, which ends this process.
-    """
+    gc.freeze()  # a collection among so many objects would delay steps by 0.1 s
     try:
-        config = EngineConfig(**setup["options"])
-        if setup["waits_for"] is not None:
-            wait_for_programs(config, channel)
-        engine = one_engine(config, show_progress=False)
-        from nanovllm.replicas.loop import Loop  # imports torch
-
-        gc.freeze()  # a collection among so many objects would delay steps by 0.1 s
-        try:
-            Loop(engine, channel).run()
-        finally:
-            engine.close()
-    except ChannelClosed:
-        raise
-    except Exception as error:
-        if not isinstance(error, ValueError):
-            traceback.print_exc()
-        channel.send(ERROR, error_bytes(error))
-        while True:
-            channel.receive()
+        Loop(engine, channel).run()
+    finally:
+        engine.close()
 
 
 def wait_for_programs(config: EngineConfig, channel: Channel) -> None:

@@ -1,4 +1,5 @@
-"""What the programs of replicas are told at their start."""
+"""What the programs of replicas are told at their start. Importing this module does not import
+torch."""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ from typing import Any
 
 from nanovllm import env, hub
 from nanovllm.config import EngineConfig
-from nanovllm.startup.artifacts import open_store
-from nanovllm.startup.load import read_tokenizer_of
+from nanovllm.startup.checkpoint_cache import read_tokenizer_of
+from nanovllm.startup.store_folder import open_store
 from nanovllm.tokenizer import Tokenizer
 
 
@@ -29,15 +30,22 @@ def setup(
     compiles for this one, if the store lacks programs; None: it compiles itself. environment:
     variables that it sets before it imports torch.
     """
-    options = asdict(config) | {"compile_cache": compile_cache}
-    for option in ("compile_cache", "tokenizer"):
-        options[option] = options[option] and str(options[option])
-    options |= {"data_parallel_size": 1, "distributed_executor_backend": "mp"}
+    alone = replace(
+        config, compile_cache=compile_cache, data_parallel_size=1, distributed_executor_backend="mp"
+    )
     return {
-        "options": options,
+        "options": options(alone),
         "name": name,
         "waits_for": waits_for,
         "environment": dict(environment),
+    }
+
+
+def options(config: EngineConfig) -> dict[str, Any]:
+    """The fields of a config, as JSON has them."""
+    return {
+        name: str(value) if isinstance(value, os.PathLike) else value
+        for name, value in asdict(config).items()
     }
 
 
@@ -51,7 +59,7 @@ def with_full_paths(config: EngineConfig) -> EngineConfig:
 def tokenizer(config: EngineConfig) -> Tokenizer | None:
     """The tokenizer that the replicas have. Only the small files of a checkpoint are needed."""
     folder = hub.resolve(config.model, weights=False, revision=config.revision)
-    return read_tokenizer_of(config, folder, open_store(config))
+    return read_tokenizer_of(config, folder, open_store(config, has_kernels=False))
 
 
 def _full_path(given: str | os.PathLike[str]) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 from nanovllm.platforms.base import Platform, Replay
 from nanovllm.runner.given import Given
 from nanovllm.runner.inputs import SpanArrays
-from nanovllm.runner.sampling import Variant
+from nanovllm.runner.sampling import Kind, Variant
 from nanovllm.runner.state import Span, SpanTokens
 from nanovllm.runner.steps import Steps
 
@@ -40,7 +40,7 @@ class DecodeStep:
         self._steps, self._platform, self._capture = steps, platform, capture
         self._logits_RW: Tensor | None = None
         self._logits: Replay | None = None
-        self._variants: dict[tuple[bool, ...], tuple[int, Replay]] = {}  # by kind: version, step
+        self._variants: dict[Kind, tuple[int, Replay]] = {}  # by kind: version, step
         # The first run is not captured: Triton loads or compiles kernels, and cuBLAS allocates its
         # workspace.
         self._launch(steps.of_each_program())

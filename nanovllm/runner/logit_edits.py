@@ -11,7 +11,7 @@ P tokens of a bad word before its last one, and newest output tokens.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,12 +19,10 @@ import torch
 from torch import Tensor
 
 from nanovllm.platforms.base import Platform
+from nanovllm.schedule.edit_limits import long_words
 from nanovllm.schedule.plan import LogitEdits, RowEdits
 
 MINUS_INF = float("-inf")
-LARGEST_BIAS = 1e30  # far from fp32's largest number: sums with logits stay finite
-# Limits on bad words of several tokens, which bound the tables' size.
-MAX_BAD_WORDS, MAX_BAD_TOKENS = 4096, 64
 # Token ids are not negative. In `BadWords.prefix_SNP`, ANY equals every token and NEVER none. NONE
 # stands for a token before the first one of the output.
 ANY, NEVER, NONE = -1, -2, -3
@@ -38,43 +36,6 @@ class BadWords(NamedTuple):
     prefix_SNP: Tensor  # int32: the tokens before the last one, right-aligned, with ANY on the left
     last_SN: Tensor  # int64: the last token
     newest_SP: Tensor  # int32: the newest tokens of the row's output
-
-
-def check(edits: LogitEdits, vocab_size: int) -> None:
-    """Raise ValueError for edits that do not fit the vocabulary or the tables."""
-    _check_ids("logit_bias", edits.bias, vocab_size)
-    _check_ids("allowed_token_ids", edits.allowed or (), vocab_size)
-    for token_id, value in edits.bias.items():
-        if not (value == MINUS_INF or abs(value) <= LARGEST_BIAS):
-            raise ValueError(
-                f"logit_bias of token {token_id} is {value}: it must be −inf, or a number between "
-                f"−{LARGEST_BIAS:g} and {LARGEST_BIAS:g}"
-            )
-    for word in edits.bad:
-        _check_ids("bad_words", word, vocab_size)
-        if not 1 <= len(word) <= MAX_BAD_TOKENS:
-            raise ValueError(
-                f"a bad word has {len(word)} tokens: it must have at least 1 and at most "
-                f"{MAX_BAD_TOKENS}"
-            )
-    num_words = len(_long(edits))
-    if num_words > MAX_BAD_WORDS:
-        raise ValueError(
-            f"bad_words has {num_words} words of several tokens: at most {MAX_BAD_WORDS} are "
-            "supported"
-        )
-
-
-def _check_ids(name: str, token_ids: Collection[int], vocab_size: int) -> None:
-    for token_id in (min(token_ids), max(token_ids)) if token_ids else ():
-        if not 0 <= token_id < vocab_size:
-            raise ValueError(
-                f"{name} holds token id {token_id}: ids of this model are 0 … {vocab_size - 1}"
-            )
-
-
-def _long(edits: LogitEdits) -> list[list[int]]:
-    return [word for word in edits.bad if len(word) > 1]
 
 
 class EditTables:
@@ -97,7 +58,7 @@ class EditTables:
         if addend_SV is None:
             shape = self._num_rows, self._vocab_size
             addend_SV = torch.zeros(shape, dtype=torch.float32, device=self._platform.device)
-        num_words = max((len(_long(one)) for one in edits), default=0)
+        num_words = max((len(long_words(one)) for one in edits), default=0)
         context = max((one.context_tokens for one in edits), default=0)
         old_shape = (0, 0) if bad is None else (bad.last_SN.shape[1], bad.newest_SP.shape[1])
         if num_words > old_shape[0] or context > old_shape[1]:
@@ -208,7 +169,7 @@ def _bad_arrays(
     last_RN = np.zeros((len(rows), num_words), np.int64)
     newest_RP = np.full((len(rows), context), NONE, np.int32)
     for prefix_NP, last_N, newest_P, one in zip(prefix_RNP, last_RN, newest_RP, rows):
-        for word_idx, word in enumerate(_long(one.edits)):
+        for word_idx, word in enumerate(long_words(one.edits)):
             first = context - (len(word) - 1)
             prefix_NP[word_idx, :first] = ANY
             prefix_NP[word_idx, first:] = word[:-1]

@@ -54,10 +54,16 @@ class MirroredRunner(Runner):
                 raise
         return replace(launched, check=self.ranks.check)
 
-    def prepare(self, edits: LogitEdits | None = None, *, has_penalties: bool = False) -> None:
-        super().prepare(edits, has_penalties=has_penalties)
-        if edits is not None or has_penalties:
-            content = [None if edits is None else edits._asdict(), has_penalties]
+    def prepare(
+        self,
+        edits: LogitEdits | None = None,
+        *,
+        has_penalties: bool = False,
+        has_masks: bool = False,
+    ) -> None:
+        super().prepare(edits, has_penalties=has_penalties, has_masks=has_masks)
+        if edits is not None or has_penalties or has_masks:
+            content = [None if edits is None else edits._asdict(), has_penalties, has_masks]
             self.ranks.ask("prepare", json.dumps(content).encode())
 
     def add_embeddings(self, key: str, embeds: Tensor) -> None:
@@ -120,11 +126,11 @@ def handlers(runner: Runner) -> dict[str, Callable[[bytes], bytes | None]]:
         runner.launch(StepPlan.from_bytes(payload))
 
     def prepare(payload: bytes) -> None:
-        edits, has_penalties = json.loads(payload)
+        edits, has_penalties, has_masks = json.loads(payload)
         if edits is not None:
             edits["bias"] = {int(token_id): value for token_id, value in edits["bias"].items()}
             edits = LogitEdits(**edits)
-        runner.prepare(edits, has_penalties=has_penalties)
+        runner.prepare(edits, has_penalties=has_penalties, has_masks=has_masks)
 
     def add_embeddings(payload: bytes) -> None:
         for key, embeds in safe.load(payload).items():

@@ -362,14 +362,20 @@ class Runner:
             offloaded.reset(one)
         self.residents_are_known = True
 
-    def prepare(self, edits: LogitEdits | None = None, *, has_penalties: bool = False) -> None:
-        """Allocate what a request with these edits or with penalties needs on the device.
+    def prepare(
+        self,
+        edits: LogitEdits | None = None,
+        *,
+        has_penalties: bool = False,
+        has_masks: bool = False,
+    ) -> None:
+        """Allocate what a request with these edits, with penalties or with masks needs.
 
         Call it before the request is queued, so that no step must allocate. Raises ValueError for
         edits that do not fit, and torch.OutOfMemoryError. Nothing has changed then.
         """
         with torch.no_grad():
-            self.sampler.prepare(edits, has_penalties)
+            self.sampler.prepare(edits, has_penalties, has_masks)
 
     def add_embeddings(self, key: str, embeds: Tensor) -> None:
         """Keep embeddings [n, D] on the device for plans that name them, until they are dropped."""
@@ -423,6 +429,9 @@ class Runner:
             state.block_table_SP.index_put_((row_N, index_N), block_N.int())
         self.sampler.remember(plan.histories)
         self.sampler.edits.write(plan.edits)
+        if plan.allowed_MW is not None:
+            masked = [plan.rows[row] for row in plan.choice.masked]
+            self.sampler.masks.write(plan.rows, masked, plan.allowed_MW)
 
     def _launched(
         self,

@@ -1,9 +1,9 @@
-"""The sampler for filters, edits, penalties, forbidden tokens, masks and log-probabilities.
+"""The sampler for filters, edits, masks, penalties, forbidden tokens and log-probabilities.
 
 The plain sampler needs only a temperature and is a part of the step (`state.choose_and_advance`).
-Filters, edits and penalties need only tables on the device, so decode steps are captured with them.
-All other choices run op by op between captured parts. Both slow down plain requests only in the
-same batch.
+Filters, edits, masks and penalties need only tables on the device, so decode steps are captured
+with them. All other choices run op by op between captured parts. Both slow down plain requests only
+in the same batch.
 
 R rows | N tokens to choose | S rows of the state | V vocabulary.
 """
@@ -14,14 +14,15 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from nanovllm.kernels import ops
 from nanovllm.platforms.base import HostCopy, Platform, Rehearsal
-from nanovllm.runner.logit_edits import EditTables, check
-from nanovllm.runner.state import DeviceState, advance
+from nanovllm.runner.logit_edits import EditTables
+from nanovllm.runner.masks import WORD_TOKENS, MaskTable
+from nanovllm.runner.state import DeviceState, advance, choose_and_advance
+from nanovllm.schedule.edit_limits import check
 from nanovllm.schedule.plan import (
     ALL_TOKENS,
     SAMPLING_FIELDS,
@@ -70,6 +71,13 @@ def rehearse_filtered(visit: Callable[..., object], logits_RV: Tensor, one_R: Te
     visit(ops.sample, [logits_RV, one_R, one_R.long(), one_R.long()], {})
 
 
+def rehearse_masked(visit: Callable[..., object], logits_RV: Tensor, row_R: Tensor) -> None:
+    """Call `visit(op, args, kwargs)` for the op of `MaskTable`."""
+    num_words = -(-logits_RV.shape[1] // WORD_TOKENS)
+    allowed_RW = row_R.new_zeros((len(row_R), num_words), dtype=torch.int32)
+    visit(ops.keep_allowed, [logits_RV, allowed_RW, row_R], {})
+
+
 def logprobs(
     logits_RV: Tensor, token_R: Tensor, num_top: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -82,13 +90,6 @@ def logprobs(
     chosen_R1 = logprob_RV.gather(1, token_R.clamp(min=0).unsqueeze(1))
     rank_R = (logprob_RV > chosen_R1).sum(-1) + 1
     return chosen_R1.squeeze(1), top_RL, top_token_RL, rank_R
-
-
-def forbid(logits_RV: Tensor, allowed_RW: Tensor) -> Tensor:
-    """Logits with −inf for tokens without a set bit in `allowed_RW` (see `Choice.allowed_RW`)."""
-    bits = torch.arange(8, dtype=torch.uint8, device=logits_RV.device)
-    allowed_RV = (allowed_RW.unsqueeze(-1) >> bits & 1).flatten(1)[:, : logits_RV.shape[1]]
-    return logits_RV.masked_fill(allowed_RV == 0, float("-inf"))
 
 
 class LogprobCopies(NamedTuple):
@@ -108,6 +109,19 @@ def copy_logprobs(
     return LogprobCopies(num, [platform.read_back(value) for value in values])
 
 
+class Kind(NamedTuple):
+    """What a sampler does beside the temperature, with tables on the device alone."""
+
+    has_filters: bool
+    has_penalties: bool
+    has_edits: bool
+    has_masks: bool
+
+
+def kind_of(choice: Choice) -> Kind:
+    return Kind(choice.has_filters, choice.has_penalties, choice.has_edits, choice.has_masks)
+
+
 class Variant(NamedTuple):
     """A sampler that reads only the device's memory: a decode step can be captured with it.
 
@@ -115,7 +129,7 @@ class Variant(NamedTuple):
     with another `version` of the same `kind` must be captured again.
     """
 
-    kind: tuple[bool, ...]
+    kind: Kind
     version: int
     choose: Callable[[Tensor, Tensor], Tensor]
 
@@ -132,15 +146,17 @@ class Sampler:
         """`dtype` is the dtype of the model's logits. Logits after penalties are in fp32."""
         self.platform, self.state, self.vocab_size = platform, state, vocab_size
         self.edits = EditTables(platform, state.token_S.shape[0], vocab_size)
+        self.masks = MaskTable(platform, state.token_S.shape[0], vocab_size)
         self._dtypes = dict.fromkeys((dtype, torch.float32))
         self._output_count_SV: Tensor | None = None
         self._in_prompt_SV: Tensor | None = None
 
     def warm_up(self) -> None:
-        """Load the filters' kernels: the first request with filters must not wait for them."""
+        """Load the kernels of filters and masks: the first request with some must not wait."""
         pad_row_1 = torch.full((1,), self.state.pad_row, device=self.platform.device)
         for dtype in self._dtypes:
             logits_1V = torch.zeros(1, self.vocab_size, dtype=dtype, device=self.platform.device)
+            self.masks.warm_up(logits_1V)
             self.choose_and_advance(pad_row_1, logits_1V)
 
     def rehearse(self, rehearsal: Rehearsal) -> None:
@@ -149,10 +165,12 @@ class Sampler:
             with rehearsal.mode:
                 one_1 = torch.ones(1, device=self.platform.device)
                 logits_1V = torch.ones(1, self.vocab_size, dtype=dtype, device=self.platform.device)
+                row_1 = one_1.long()
             rehearse_filtered(rehearsal.visit, logits_1V, one_1)
+            rehearse_masked(rehearsal.visit, logits_1V, row_1)
 
-    def prepare(self, edits: LogitEdits | None, has_penalties: bool) -> None:
-        """Allocate what a request with these edits or with penalties needs.
+    def prepare(self, edits: LogitEdits | None, has_penalties: bool, has_masks: bool) -> None:
+        """Allocate what a request with these edits, with penalties or with masks needs.
 
         Raises ValueError for edits that do not fit, and torch.OutOfMemoryError. Nothing has changed
         then.
@@ -162,13 +180,14 @@ class Sampler:
             self.edits.reserve([edits])
         if has_penalties:
             self._tables()
+        if has_masks:
+            self.masks.reserve()
 
     def variant(self, choice: Choice) -> Variant:
         """The sampler for a choice that does not need the host."""
-        kind = choice.has_edits, choice.has_penalties
-        version = self.edits.version if choice.has_edits else 0
-        reduced = Choice(has_filters=True, has_edits=kind[0], has_penalties=kind[1])
-        return Variant(kind, version, partial(self.sample, reduced))
+        kind = kind_of(choice)
+        version = self.edits.version if kind.has_edits else 0
+        return Variant(kind, version, partial(self._sample, kind))
 
     def remember(self, histories: Sequence[TokenHistory]) -> None:
         """Set the counts of rows that now belong to requests with penalties."""
@@ -203,24 +222,36 @@ class Sampler:
     ) -> Tensor:
         """Choose token_R as `choice` describes, advance the state and record the tokens.
 
-        The order is that of vLLM: edits and forbidden tokens, penalties, temperature and filters.
+        The order is that of vLLM: forbidden tokens, edits and masks, penalties, temperature and
+        filters.
         """
-        if choice.has_edits:
-            logits_RV = self.edits.edit(row_idx_R, logits_RV)
         if choice.forbidden:
             forbidden = self.platform.upload(choice.forbidden, torch.int64).unbind(1)
             minus_inf = logits_RV.new_full((), float("-inf"))
             logits_RV = logits_RV.index_put(forbidden, minus_inf)
-        if choice.allowed_RW is not None:
-            padded = np.full((len(row_idx_R), choice.allowed_RW.shape[1]), 255, np.uint8)
-            padded[: len(choice.allowed_RW)] = choice.allowed_RW
-            logits_RV = forbid(logits_RV, self.platform.upload(padded, torch.uint8))
-        if choice.has_penalties:
+        return self._sample(kind_of(choice), row_idx_R, logits_RV, num_R)
+
+    def _sample(
+        self,
+        kind: Kind,
+        row_idx_R: Tensor,
+        logits_RV: Tensor,
+        num_R: Tensor | None = None,
+    ) -> Tensor:
+        """`sample` without what needs the host."""
+        if kind.has_edits:
+            logits_RV = self.edits.edit(row_idx_R, logits_RV)
+        if kind.has_masks:
+            logits_RV = self.masks.keep_allowed(row_idx_R, logits_RV)
+        if kind.has_penalties:
             logits_RV = self._penalize(row_idx_R, logits_RV)
-        token_R = self.choose_and_advance(row_idx_R, logits_RV, num_R)
-        if choice.has_edits:
+        if kind.has_filters:
+            token_R = self.choose_and_advance(row_idx_R, logits_RV, num_R)
+        else:
+            token_R = choose_and_advance(self.state, row_idx_R, logits_RV, num_R)
+        if kind.has_edits:
             self.edits.append(row_idx_R, token_R)
-        if choice.has_penalties:
+        if kind.has_penalties:
             self._count(row_idx_R, token_R)
         return token_R
 

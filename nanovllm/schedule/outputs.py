@@ -138,12 +138,12 @@ class TextStream:
             return False
         return self._add(self._growing.append(token_ids), may_stop)
 
-    def finish(self, request: Request, *, may_stop: bool) -> None:
-        """End the text: add unfinished characters, or decode all tokens now."""
+    def finish(self, token_ids: Sequence[int], *, may_stop: bool) -> None:
+        """End the text of all these tokens: add unfinished characters, or decode them now."""
         if self._growing is not None:
             self._add(self._growing.flush(), may_stop)
         elif self._tokenizer is not None:
-            self.text = self._tokenizer.decode(request.output_ids, self._how)
+            self.text = self._tokenizer.decode(token_ids, self._how)
 
     def take(self, *, last: bool) -> str:
         """The new text, without the end that is held back; all new text if `last`."""

@@ -110,8 +110,7 @@ class Choice:
     forbidden: (row of the step, token id) pairs that must not be chosen.
     num_logprobs: the number of likeliest tokens to report for each row; ALL_TOKENS: all of them;
         None: no log-probabilities.
-    allowed_RW: bit masks of the tokens that may be chosen, uint8 [R, ceil(V / 8)], token v at bit
-        v % 8 of byte v // 8; None: all.
+    masked: the rows of the step that may choose only some tokens (`StepPlan.allowed_MW`).
     """
 
     has_filters: bool = False
@@ -119,16 +118,20 @@ class Choice:
     has_edits: bool = False
     forbidden: list[tuple[int, int]] = field(default_factory=list)
     num_logprobs: int | None = None
-    allowed_RW: np.ndarray | None = None
+    masked: list[int] = field(default_factory=list)
+
+    @property
+    def has_masks(self) -> bool:
+        return bool(self.masked)
 
     @property
     def needs_host(self) -> bool:
         """True if the choice needs data of this step from the host, or returns some to it.
 
-        Filters, penalties and edits need only tables on the device, so a step can be captured with
-        them.
+        Filters, penalties, edits and masks need only tables on the device, so a step can be
+        captured with them.
         """
-        return bool(self.forbidden or self.num_logprobs is not None or self.allowed_RW is not None)
+        return bool(self.forbidden or self.num_logprobs is not None)
 
     @property
     def state_suffices(self) -> bool:
@@ -136,7 +139,7 @@ class Choice:
 
         Only then can a step choose several tokens of a row at once, to verify proposals.
         """
-        return not (self.has_penalties or self.has_edits or self.needs_host)
+        return not (self.has_penalties or self.has_edits or self.has_masks or self.needs_host)
 
     @property
     def is_plain(self) -> bool:
@@ -159,6 +162,8 @@ class StepPlan:
     is_sampled: [R] whether the step samples the row's next token.
     position_3T: int64 [3, T] the positions of the tokens in time, height and width. None: each has
         one position, which the device derives from the state.
+    allowed_MW: int32 [M, ceil(V / 32)], for each of `Choice.masked` a mask of the tokens that it
+        may choose: token v is bit v % 32 of word v // 32.
     """
 
     is_prefill: bool
@@ -176,6 +181,7 @@ class StepPlan:
     prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
     embeddings: list[EmbeddingSpan] = field(default_factory=list)
     position_3T: np.ndarray | None = None
+    allowed_MW: np.ndarray | None = None
 
     @property
     def tokens_per_row(self) -> int:

@@ -40,8 +40,10 @@ class Chunk:
 
 
 def choice_of(requests: Sequence[Request]) -> Choice:
-    """The `Choice` of a step in which `requests` are the rows, in this order."""
+    """The `Choice` of a step in which `requests` are the rows, in this order; without masks, which
+    `Engine` adds."""
     has_filters, has_penalties, has_edits = False, False, False
+    masked: list[int] = []
     forbidden: list[tuple[int, int]] = []
     wanted: list[int] = []
     for row, request in enumerate(requests):
@@ -51,16 +53,18 @@ def choice_of(requests: Sequence[Request]) -> Choice:
         if params.min_tokens and request.min_tokens_hold:
             forbidden += [(row, token_id) for token_id in request.stop_ids]
         has_edits = has_edits or request.edits is not None
+        if request.constraint is not None:
+            masked.append(row)
         if params.is_plain:
             continue
         has_filters = True  # filters that are off keep every token
         has_penalties = has_penalties or params.has_penalties
         if params.logprobs is not None:
             wanted.append(params.logprobs)
-    if not (has_filters or has_edits or forbidden):
+    if not (has_filters or has_edits or masked or forbidden):
         return PLAIN
     num_logprobs = ALL_TOKENS if ALL_TOKENS in wanted else max(wanted, default=None)
-    return Choice(has_filters, has_penalties, has_edits, forbidden, num_logprobs)
+    return Choice(has_filters, has_penalties, has_edits, forbidden, num_logprobs, masked)
 
 
 def decode_plan(
@@ -158,7 +162,8 @@ def _choice_of_chunks(chunks: Sequence[Chunk]) -> Choice:
     choice = choice_of([chunk.request for chunk in chunks if chunk.is_last])
     row_of = [row for row, chunk in enumerate(chunks) if chunk.is_last]
     forbidden = [(row_of[row], token_id) for row, token_id in choice.forbidden]
-    return replace(choice, forbidden=forbidden)
+    masked = [row_of[row] for row in choice.masked]
+    return replace(choice, forbidden=forbidden, masked=masked)
 
 
 def _newest(request: Request, num: int) -> list[int]:

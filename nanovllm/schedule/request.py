@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -15,7 +15,8 @@ from nanovllm.schedule.plan import LogitEdits
 
 
 class Status(enum.Enum):
-    PREPARING = "preparing"  # its media are; the scheduler does not know it yet
+    # its media or its grammar are being prepared; the scheduler does not know it yet
+    PREPARING = "preparing"
     WAITING = "waiting"
     RUNNING = "running"
     FINISHED = "finished"
@@ -31,6 +32,21 @@ class Content(NamedTuple):
     @property
     def key(self) -> str:
         return self.digest.hex()
+
+
+class Constraint(Protocol):
+    """What an answer must look like, and the answer so far.
+
+    is_ended: no token but the end of the sequence may follow.
+    error: what is wrong, once nothing can follow; None otherwise.
+    """
+
+    is_ended: bool
+    error: str | None
+
+    def push(self, token_id: int) -> None:
+        """Add a token to the answer."""
+        ...
 
 
 @dataclass(eq=False)
@@ -53,6 +69,7 @@ class Request:
     prompt_position_3P: np.ndarray | None = None  # of the prompt's tokens, in time, height, width
     priority: int = 0  # requests with lower numbers go first
     edits: LogitEdits | None = None
+    constraint: Constraint | None = None  # has seen exactly output_ids
     cache_root: bytes = b""  # start of the digest chain: data that all keys and values depend on
     output_ids: list[int] = field(default_factory=list)
     status: Status = Status.WAITING
@@ -78,7 +95,6 @@ class Request:
         self.prompt_ids, self.contents, self.prompt_position_3P = prompt_ids, contents, positions
         if self.params.prompt_logprobs is not None:
             self.prompt_logprobs = [None] * len(prompt_ids)
-        self.status = Status.WAITING
 
     def restart(self) -> None:
         """Return to waiting without cached tokens: the next prefill feeds all known tokens."""
@@ -91,7 +107,8 @@ class Request:
     @cached_property
     def needs_temperature_alone(self) -> bool:
         """True if the sampler in the step's graph is enough for all tokens of the request."""
-        return self.params.is_plain and self.edits is None and not self.params.min_tokens
+        has_others = self.edits is not None or self.constraint is not None
+        return self.params.is_plain and not has_others and not self.params.min_tokens
 
     @cached_property
     def rope_offset(self) -> int:
@@ -127,8 +144,14 @@ class Request:
             self.is_decoding
             and not self.is_verifying
             and not self.is_failing
+            and not self.waits_for_token
             and self.num_scheduled_outputs < self.max_output
         )
+
+    @property
+    def waits_for_token(self) -> bool:
+        """True if the token in flight decides which tokens may follow it."""
+        return self.constraint is not None and self.num_in_flight > 0
 
     @property
     def needs_prompt_logits(self) -> bool:
@@ -143,7 +166,14 @@ class Request:
     @property
     def without_token(self) -> str:
         """What to say if no token could be chosen after the known ones."""
+        if self.constraint is not None and self.constraint.error is not None:
+            return self.constraint.error
         error = f"no token can follow its {self.num_known} tokens: all logits are NaN or −inf"
+        if self.constraint is not None:
+            return (
+                f"{error}, perhaps since bias, allowed tokens, bad words and min_tokens forbid "
+                "what structured_outputs allows"
+            )
         if self.edits is None and len(self.output_ids) >= self.params.min_tokens:
             return error
         return f"{error}, perhaps since bias, allowed tokens, bad words and min_tokens forbid all"

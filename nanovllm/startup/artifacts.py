@@ -1,4 +1,4 @@
-"""The folder for compiled code, ingredients that all keys share, and the note of a full store."""
+"""Ingredients that all keys share, and the note of a full store."""
 
 from __future__ import annotations
 
@@ -11,13 +11,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from nanovllm import env
 from nanovllm.compile import keys
-from nanovllm.compile.keys import Key
+from nanovllm.compile.key import Key
 from nanovllm.compile.program import CompileRequired
-from nanovllm.compile.store import Artifact, Store, drop_damaged_kernels, num_kernels, seal_kernels
-from nanovllm.config import EngineConfig
-from nanovllm.kernels.code_files import Shared, temporary_folder
+from nanovllm.compile.store import Artifact, num_kernels, seal_kernels
 from nanovllm.models import interface
 from nanovllm.models.interface import Model
 from nanovllm.platforms.base import Platform
@@ -31,60 +28,6 @@ logger = logging.getLogger(__name__)
 READY = "ready"  # the kind of the note that a store has every bucket of a model and layout
 # The folders of models whose modules regions of several architectures may use.
 SHARED_FOLDERS = ("audio", "formats", "experts", "vision")
-
-
-def open_store(config: EngineConfig, *, must_keep: bool = False) -> Store:
-    """The store of `config`, with Triton's and Inductor's folders in it.
-
-    If it cannot be made, a temporary store serves, or with `must_keep` OSError is raised. Raises
-    ValueError for a folder that others own or may write to, and in "require" mode for one that is
-    no store.
-    """
-    environment = env.read()
-    folder = environment.store_folder(config.compile_cache)
-    if config.compile_cache_mode == "require" and not (folder / "entries").is_dir():
-        raise ValueError(
-            f"compile_cache_mode is 'require', but {folder} is no store of compiled programs"
-        )
-    is_default = not config.compile_cache and environment.cache is None
-    is_fallback = is_default and folder != env.home_cache()
-    if is_fallback:
-        message = (
-            "compiled code is kept in %s, which the system may delete, because %s cannot be "
-            "written (compile_cache or NANOVLLM_CACHE names another folder)"
-        )
-        logger.warning(message, folder, env.home_cache() or "the home folder")
-    return use_private_cache(folder, must_keep=must_keep, may_be_taken=is_fallback)
-
-
-def use_private_cache(
-    folder: Path, *, must_keep: bool = False, may_be_taken: bool = False
-) -> Store:
-    """A store in a folder that only its owner can write, since its code is executed.
-
-    Errors are those of `open_store`. With `may_be_taken`, a temporary store also serves if another
-    user has made a folder of this name.
-    """
-    try:
-        store = Store(folder)
-    except (OSError, Shared) as error:
-        if must_keep or (isinstance(error, Shared) and not may_be_taken):
-            raise
-        message = (
-            "compiled code is not kept, and the next start compiles again: %s "
-            "(compile_cache or NANOVLLM_CACHE names a folder that can be written)"
-        )
-        logger.warning(message, error)
-        store = Store(temporary_folder())
-    # Dynamo, when imported, writes torch's default, a folder in /tmp, into the environment
-    torch_choice = sys.modules.get("torch._inductor.runtime.cache_dir_utils")
-    default = torch_choice.default_cache_dir() if torch_choice else None
-    env.set_default("TORCHINDUCTOR_CACHE_DIR", str(store.folder / "inductor"), also_over=default)
-    env.set_default("TRITON_CACHE_DIR", str(store.folder / "triton"))
-    # four files for a kernel, not eight: every start reads all of them
-    env.set_default("TRITON_STORE_BINARY_ONLY", "1")
-    drop_damaged_kernels(store.folder)
-    return store
 
 
 def common_ingredients(platform: Platform, passes: Sequence[str], model: Model) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 A config is kept as its attributes, a tokenizer as the description of its `tokenizers` object, each
 only if that loses nothing. Their keys are digests of the files and versions of the libraries.
+Importing this module does not import torch.
 """
 
 from __future__ import annotations
@@ -15,12 +16,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch
-
-from nanovllm.compile.keys import Key
+from nanovllm import hub
+from nanovllm.compile.key import Key
 from nanovllm.compile.store import Artifact, Store
+from nanovllm.config import EngineConfig
 from nanovllm.kernels.code_files import digest
-from nanovllm.startup.config_file import transformers_config
 from nanovllm.tokenizer import TOKENIZER_FILES, Tokenizer, has_tokenizer, load_full
 
 logger = logging.getLogger(__name__)
@@ -55,8 +55,12 @@ def read_config(
     key = _key(CONFIG, [path], "transformers", overrides=changes)
     if store is not None and (found := store.find(key)):
         attributes = json.loads(found.content)
+        import torch
+
         attributes["dtype"] = attributes["dtype"] and getattr(torch, attributes["dtype"])
         return StoredConfig(**attributes)
+    from nanovllm.startup.config_file import transformers_config  # imports torch
+
     hf = transformers_config(path, overrides or {})
     if store is not None and (content := _written(hf)) is not None:
         store.save(key, Artifact(CONFIG, CONFIG, content, None, {}))
@@ -87,6 +91,16 @@ def _is_plain(value: Any) -> bool:
         return bool(json.loads(json.dumps(value)) == value)
     except (TypeError, ValueError):
         return False
+
+
+def read_tokenizer_of(config: EngineConfig, folder: Path, store: Store) -> Tokenizer | None:
+    """The tokenizer that the options ask for; `folder` is the checkpoint's. None if there is
+    none."""
+    if config.skip_tokenizer_init:
+        return None
+    if config.tokenizer is None:
+        return read_tokenizer(folder, store)
+    return read_tokenizer(hub.resolve_tokenizer(str(config.tokenizer)), store)
 
 
 def read_tokenizer(folder: Path, store: Store) -> Tokenizer | None:

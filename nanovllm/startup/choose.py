@@ -25,13 +25,14 @@ from nanovllm.platforms import attention
 from nanovllm.platforms.base import Platform
 from nanovllm.runner.audio_tower import BUDGETS as AUDIO_BUDGETS
 from nanovllm.runner.spec import EngineSpec, Layout
-from nanovllm.startup.artifacts import is_ready, open_store
+from nanovllm.startup.artifacts import is_ready
 from nanovllm.startup.checkpoint_cache import read_config
 from nanovllm.startup.compile_farm.farm import CompileFarm
 from nanovllm.startup.expert_parallel import with_experts_on_ranks
 from nanovllm.startup.generation_config import generation_config
 from nanovllm.startup.laps import Laps
 from nanovllm.startup.offload import choose_offload, device_bytes
+from nanovllm.startup.store_folder import open_store
 
 logger = logging.getLogger(__name__)
 

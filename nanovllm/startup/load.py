@@ -8,12 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from tqdm import tqdm
 
-from nanovllm import hub
-from nanovllm.compile.store import Store
 from nanovllm.config import EngineConfig
 from nanovllm.kernels.collectives import Communicator
 from nanovllm.media import settings
@@ -31,7 +28,7 @@ from nanovllm.sampling import SamplingParams
 from nanovllm.schedule.stall import StallBound
 from nanovllm.startup import ranks
 from nanovllm.startup.build import build
-from nanovllm.startup.checkpoint_cache import read_tokenizer
+from nanovllm.startup.checkpoint_cache import read_tokenizer_of
 from nanovllm.startup.choose import Choice, choose
 from nanovllm.startup.compile_farm.farm import CompileFarm, WorkerFailed
 from nanovllm.startup.generation_config import default_params, generation_config
@@ -193,16 +190,6 @@ def _read_weights(choice: Choice, progress: loader.Progress, place: Place) -> Pa
     else:
         make = partial(weights.load, folder=choice.folder, target=target)
     return weights.with_towers(params, model, make)
-
-
-def read_tokenizer_of(config: EngineConfig, folder: Path, store: Store) -> Tokenizer | None:
-    """The tokenizer that the options ask for; `folder` is the checkpoint's. None if there is
-    none."""
-    if config.skip_tokenizer_init:
-        return None
-    if config.tokenizer is None:
-        return read_tokenizer(folder, store)
-    return read_tokenizer(hub.resolve_tokenizer(str(config.tokenizer)), store)
 
 
 def _wait(farm: CompileFarm) -> None:

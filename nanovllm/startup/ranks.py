@@ -118,11 +118,11 @@ def load_rank(connection: Connection, setup: dict[str, Any]) -> Runner:
     from nanovllm.config import EngineConfig
     from nanovllm.models.shards import Shard
     from nanovllm.parallel.group import Group
-    from nanovllm.startup.artifacts import open_store
     from nanovllm.startup.choose import choose_model, select_platform
     from nanovllm.startup.compile_farm.farm import CompileFarm
     from nanovllm.startup.laps import Laps
     from nanovllm.startup.load import load_chosen
+    from nanovllm.startup.store_folder import open_store
 
     config = EngineConfig(**setup["options"])
     rank, size = connection.rank, connection.size

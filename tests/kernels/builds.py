@@ -113,6 +113,7 @@ POINTERS = {
         "table_ptr", "seq_len_ptr", "q_start_ptr", "arrived_ptr", "best_token_ptr",
         "segment_start_ptr",
         "out_table_ptr", "out_seq_len_ptr", "out_q_start_ptr", "few_token_ptr",
+        "allowed_ptr",
     },
     "*i64": {
         "pos_ptr", "slot_ptr", "seed_ptr", "token_ptr", "row_idx_ptr", "new_token_ptr",
@@ -286,6 +287,7 @@ def gated_products(target: Target, whole: bool) -> Iterator[Build]:
 def steps() -> Iterator[Build]:
     """The sampler, and the kernels that compute the inputs of a decode step."""
     from nanovllm.kernels.triton import filter as triton_filter
+    from nanovllm.kernels.triton import mask as triton_mask
     from nanovllm.kernels.triton import sample as triton_sample
     from nanovllm.kernels.triton import step as triton_step
 
@@ -300,6 +302,14 @@ def steps() -> Iterator[Build]:
             triton_filter.keep_likely_kernel,
             tile,
             triton_filter.NUM_WARPS,
+            dtype=dtype,
+        )
+        mask = {"TILE": triton_mask.TILE}
+        yield Build(
+            f"keep_allowed {dtype}",
+            triton_mask.keep_allowed_kernel,
+            mask,
+            triton_mask.NUM_WARPS,
             dtype=dtype,
         )
     inputs = {"BLOCKS": 640, "BLOCK_SIZE": 64, "PIECE": 1024}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -152,8 +152,9 @@ def test_plans_survive_being_written_down() -> None:
         decode_plan([asked, request(1, 7)], [], [(0, 2, 9)], choice_of([asked])),
         decode_plan([request(0, 7), request(1, 7)], [[5, 6], []], [], PLAIN),
     ]
-    masked = Choice(allowed_RW=np.random.default_rng(0).integers(0, 256, (2, 64), np.uint8))
-    plans.append(decode_plan([request(0, 7), request(1, 7)], [], [], masked))
+    allowed = np.random.default_rng(0).integers(-(2**31), 2**31, (1, 16), np.int32)
+    masked = decode_plan([request(0, 7), request(1, 7)], [], [], Choice(masked=[1]))
+    plans.append(replace(masked, allowed_MW=allowed))
     for plan in plans:
         assert_same(StepPlan.from_bytes(plan.to_bytes()), plan)
     assert plans[2].token_T.tolist() == [NEWEST, 5, 6, NEWEST] and plans[2].tokens_per_row == 3

@@ -11,7 +11,7 @@ import pytest
 
 from nanovllm.config import EngineConfig
 from nanovllm.kernels import code_files
-from nanovllm.startup.artifacts import open_store, use_private_cache
+from nanovllm.startup.store_folder import open_store, use_private_cache
 
 
 @pytest.fixture(autouse=True)

@@ -28,6 +28,7 @@ from transformers import (
 from nanovllm.compile.store import Store
 from nanovllm.models import qwen3, registry
 from nanovllm.startup import checkpoint_cache as readings
+from nanovllm.startup import config_file
 from nanovllm.startup.checkpoint_cache import StoredConfig, read_config, read_tokenizer
 from nanovllm.startup.choose import eos_token_ids
 from nanovllm.tokenizer import Decoding, Tokenizer
@@ -83,7 +84,7 @@ def without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("transformers is asked")
 
-    monkeypatch.setattr(readings, "transformers_config", refuse)
+    monkeypatch.setattr(config_file, "transformers_config", refuse)
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", refuse)
 
 

@@ -17,10 +17,10 @@ from nanovllm import env, log
 from nanovllm.compile.trace import trace
 from nanovllm.config import EngineConfig
 from nanovllm.platforms import preload
-from nanovllm.startup.artifacts import open_store
 from nanovllm.startup.choose import select_platform
 from nanovllm.startup.compile_farm.builder import Builder
 from nanovllm.startup.compile_farm.process import ANSWER
+from nanovllm.startup.store_folder import open_store
 
 
 def main() -> None:

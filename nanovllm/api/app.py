@@ -1,0 +1,187 @@
+"""The ASGI application: which path is answered by which endpoint, keys, errors, the access log."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from typing import Any, NamedTuple
+
+import msgspec
+
+from nanovllm.api import others, page
+from nanovllm.api.chat import chat
+from nanovllm.api.completions import completions
+from nanovllm.api.config import ALWAYS_OPEN
+from nanovllm.api.errors import ApiError, from_exception
+from nanovllm.api.fields import REFUSED
+from nanovllm.api.http import ClientGone, Exchange, Receive, Record, Scope, Send
+from nanovllm.api.openapi import description
+from nanovllm.api.responses import responses
+from nanovllm.api.service import MAX_ID_CHARS, Service
+
+logger = logging.getLogger(__name__)
+access = logging.getLogger("nanovllm.api.access")
+MAX_LOGGED_CHARS = 1000
+PAGE = "/page/"
+
+
+class Route(NamedTuple):
+    method: str
+    endpoint: others.Endpoint
+
+
+async def openapi(service: Service, exchange: Exchange) -> None:
+    """GET /openapi.json."""
+    await exchange.json(description(service))
+
+
+ROUTES = {
+    "/v1/models": Route("GET", others.models),
+    "/v1/completions": Route("POST", completions),
+    "/v1/chat/completions": Route("POST", chat),
+    "/v1/responses": Route("POST", responses),
+    "/v1/embeddings": Route("POST", others.embeddings),
+    "/tokenize": Route("POST", others.tokenize),
+    "/detokenize": Route("POST", others.detokenize),
+    "/health": Route("GET", others.health),
+    "/ready": Route("GET", others.ready),
+    "/version": Route("GET", others.version),
+    "/metrics": Route("GET", others.metrics),
+    "/openapi.json": Route("GET", openapi),
+}
+# the first word of a message that names one of these is the error's `param`
+NAMES = frozenset(name for kind in REFUSED for name in kind.__struct_fields__)
+
+
+class App:
+    """Answers HTTP requests with an engine."""
+
+    def __init__(self, service: Service) -> None:
+        self.service, self.config = service, service.config
+        self.routes = dict(ROUTES)
+        self._page = page.files()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            raise ValueError(f"{scope['type']} is not served")
+        exchange = Exchange(scope, receive, send, Record(""))
+        exchange.record.request_id = _request_id(exchange)
+        try:
+            await self._answer(exchange)
+        except (ClientGone, asyncio.CancelledError):
+            pass  # the client has left, or the server ends
+        except Exception as error:
+            await self._refuse(exchange, error)
+        finally:
+            if self.config.access_log:
+                _log(exchange)
+            traces = self.service.traces
+            if traces is not None and scope["method"] == "POST":
+                headers = {"traceparent": exchange.header(b"traceparent")}
+                traces.add(exchange.record, scope["path"][:MAX_LOGGED_CHARS], headers)
+
+    async def _answer(self, exchange: Exchange) -> None:
+        path = exchange.scope["path"]
+        if self.config.api_key and not self._is_open(path):
+            self._check_key(exchange)
+        if path in self._page:
+            await self._send_page(exchange, path)
+            return
+        route = self.routes.get(path)
+        if route is None and path.startswith(others.MODELS):
+            route = Route("GET", others.model)
+        if route is None:
+            raise ApiError(404, "there is no such path", code="unknown_path")
+        method = exchange.scope["method"]
+        if method != route.method and (method, route.method) != ("HEAD", "GET"):
+            raise _wrong_method(route.method)
+        await route.endpoint(self.service, exchange)
+
+    def _is_open(self, path: str) -> bool:
+        if path.startswith(PAGE):
+            path = "/"  # the page is open as a whole
+        return path in ALWAYS_OPEN or path in self.config.open_paths
+
+    async def _send_page(self, exchange: Exchange, path: str) -> None:
+        if exchange.scope["method"] not in ("GET", "HEAD"):
+            raise _wrong_method("GET")
+        file = self._page[path]
+        kind = (b"content-type", file.content_type.encode())
+        await exchange.answer(200, file.body, [kind, *page.HEADERS])
+
+    def _check_key(self, exchange: Exchange) -> None:
+        kind, _, key = exchange.header(b"authorization").partition(" ")
+        if kind.lower() != "bearer" or not self.config.allows(key.strip()):
+            words = "the request needs a key of this server: Authorization: Bearer KEY"
+            raise ApiError(401, words, code="invalid_api_key")
+
+    async def _refuse(self, exchange: Exchange, error: Exception) -> None:
+        told = from_exception(error, NAMES, self.service.engine.config.model)
+        if told.code == "internal_error":
+            # neither the message nor the values of variables: they can have the prompt
+            logger.error(
+                "request %s: %s", exchange.record.request_id, _place_of(error), stacklevel=1
+            )
+        await exchange.refuse(told)
+
+
+def _wrong_method(method: str) -> ApiError:
+    error = ApiError(405, f"use {method}", code="method_not_allowed")
+    error.headers.append((b"allow", method.encode()))
+    return error
+
+
+def _place_of(error: BaseException) -> str:
+    """The type of an error, and the functions it has come through."""
+    places = []
+    traceback = error.__traceback__
+    while traceback is not None:
+        code = traceback.tb_frame.f_code
+        places.append(f"{code.co_name}:{traceback.tb_lineno}")
+        traceback = traceback.tb_next
+    return f"{type(error).__name__} in {' > '.join(places)}"
+
+
+def _request_id(exchange: Exchange) -> str:
+    """The id that the client gives to its request, if it is a plain one, or a random one."""
+    given = exchange.header(b"x-request-id")
+    if 0 < len(given) <= MAX_ID_CHARS and given.replace("-", "").replace("_", "").isalnum():
+        return given if given.isascii() else secrets.token_hex(8)
+    return secrets.token_hex(8)
+
+
+def _log(exchange: Exchange) -> None:
+    record, scope = exchange.record, exchange.scope
+    if scope["path"] in ALWAYS_OPEN or not access.isEnabledFor(logging.INFO):
+        return
+    fields: dict[str, Any] = {
+        "id": record.request_id, "method": scope["method"], "path": scope["path"][:256],
+        "status": record.status, "seconds": round(time.perf_counter() - record.start, 4),
+    }  # fmt: skip
+    if record.num_prompt_tokens:
+        fields |= {"prompt_tokens": record.num_prompt_tokens, "tokens": record.num_tokens}
+    if record.first_token is not None:
+        fields["first_token_seconds"] = round(record.first_token, 4)
+    for name in ("user", "prompt"):
+        if (value := getattr(record, name)) is not None:
+            fields[name] = value[:MAX_LOGGED_CHARS]
+    try:  # JSON, so that nothing of a request can look like a line of the log
+        access.info("%s", msgspec.json.encode(fields).decode())
+    except UnicodeEncodeError:
+        access.info("request %s: %d", record.request_id, record.status)
+
+
+def with_cors(app: App) -> Any:
+    """The application, for web pages of other origins if the options allow some."""
+    if not app.config.allowed_origins:
+        return app
+    from starlette.middleware.cors import CORSMiddleware
+
+    return CORSMiddleware(
+        app,  # type: ignore[arg-type]
+        allow_origins=list(app.config.allowed_origins),
+        allow_methods=["GET", "POST"],
+        allow_headers=["authorization", "content-type"],
+    )

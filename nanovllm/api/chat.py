@@ -1,0 +1,195 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import msgspec
+
+from nanovllm.api import logprobs
+from nanovllm.api.bodies import ChatBody
+from nanovllm.api.errors import invalid
+from nanovllm.api.generation import Answer, Chunks, Generation, respond
+from nanovllm.api.http import Exchange
+from nanovllm.api.service import Service, response_id, usage_options
+from nanovllm.api.structured import of_schema
+from nanovllm.api.tools import Reading
+from nanovllm.parsers import AnswerStream, CallStart, ContentPart, Part, ReasoningPart, joined
+from nanovllm.serving.interface import Delta
+
+
+async def chat(service: Service, exchange: Exchange) -> None:
+    body = await service.body(exchange, ChatBody)
+    params = service.params.of_chat(body)
+    answer_id = response_id("chatcmpl-", body.request_id)
+    reading = service.readings.of(body)
+    if reading.schema is not None:
+        if params.structured_outputs is not None:
+            raise invalid("tool_choice", "tool_choice demands a call: no other form can be asked")
+        params = replace(params, structured_outputs=of_schema(reading.schema))
+    if params.structured_outputs is not None and reading.schema is None:
+        reading = Reading()  # the whole answer has the form
+    if reading.needs_special_tokens:
+        params = replace(params, skip_special_tokens=False)
+    prompt = await service.prompts.of_chat(body)
+    generation = await Generation.open(service, exchange, [prompt], params, body.priority)
+    meta = {
+        "id": answer_id, "object": "chat.completion", "created": int(time.time()),
+        "model": body.model or service.model,
+    }  # fmt: skip
+    writer = ChatWriter(body, reading, prompt.text or "", generation, meta)
+    await respond(exchange, generation, writer, is_stream=bool(body.stream))
+
+
+@dataclass
+class _Growing:
+    """One answer that is streamed. has_begun: its first part is sent."""
+
+    stream: AnswerStream | None
+    has_begun: bool = False
+    has_calls: bool = False
+
+
+class ChatWriter:
+    """Writes answers with OpenAI's fields and vLLM's."""
+
+    def __init__(
+        self,
+        body: ChatBody,
+        reading: Reading,
+        prompt: str,
+        generation: Generation,
+        meta: dict[str, Any],
+    ) -> None:
+        self._body, self._reading, self._prompt = body, reading, prompt
+        self._generation, self._meta = generation, meta
+        self._has_usage, self._is_continuous = usage_options(body.stream_options)
+        chunk = {**meta, "object": "chat.completion.chunk"}
+        self._chunks = Chunks(chunk, has_usage=self._has_usage)
+        self._growing: dict[int, _Growing] = {}
+        self._is_plain = not (self._is_continuous or body.return_token_ids or body.logprobs)
+
+    def events(self, number: int, delta: Delta) -> bytes:
+        growing = self._growing.get(number)
+        if growing is None:
+            growing = self._growing[number] = _Growing(self._reading.stream(self._prompt))
+        if growing.stream is None:
+            return self._event(number, delta, growing, _content(delta.text))
+        parts = growing.stream.push(delta.text)
+        if delta.finish_reason is not None:
+            parts += growing.stream.finish()
+        fields = [self._fields(part, growing) for part in self._reading.kept(parts)]
+        if not fields:
+            fields = [b""]
+        first = b"".join(
+            self._chunks.plain(number, self._delta(one, growing)) for one in fields[:-1]
+        )
+        return first + self._event(number, delta, growing, fields[-1])
+
+    def _event(self, number: int, delta: Delta, growing: _Growing, fields: bytes) -> bytes:
+        """The event with the last fields of a part, and with what else the part has."""
+        if self._is_plain and delta.finish_reason is None:
+            if not fields and growing.has_begun:
+                return b""
+            return self._chunks.plain(number, self._delta(fields, growing))
+        is_first = not growing.has_begun
+        content = self._delta(fields, growing)
+        choice: dict[str, Any] = {"logprobs": self._logprobs(delta.token_ids, delta.logprobs)}
+        choice["finish_reason"] = _reason(delta, growing.has_calls)
+        if delta.finish_reason is not None:
+            choice["stop_reason"] = delta.stop_reason
+        if self._body.return_token_ids:
+            choice["token_ids"] = delta.token_ids
+            choice["prompt_token_ids"] = self._generation.prompt_ids(number) if is_first else None
+        usage = self._generation.usage() if self._is_continuous else None
+        return self._chunks.full(number, content, choice, usage)
+
+    def _delta(self, fields: bytes, growing: _Growing) -> bytes:
+        """The field of an event with what is new. An answer's first one has the role."""
+        if growing.has_begun:
+            return b'"delta":{%b}' % fields
+        growing.has_begun = True
+        return b'"delta":{"role":"assistant",%b}' % (fields or b'"content":""')
+
+    def _fields(self, part: Part, growing: _Growing) -> bytes:
+        if isinstance(part, ContentPart):
+            return _content(part.text)
+        if isinstance(part, ReasoningPart):
+            return b'"reasoning_content":' + msgspec.json.encode(part.text)
+        call: dict[str, Any] = {"index": part.index}
+        if isinstance(part, CallStart):
+            growing.has_calls = True
+            call |= {"id": part.id or _call_id(), "type": "function"}
+            call["function"] = {"name": part.name, "arguments": ""}
+        else:
+            call["function"] = {"arguments": part.text}
+        return b'"tool_calls":[%b]' % msgspec.json.encode(call)
+
+    def end(self) -> bytes:
+        return self._chunks.end(self._generation.usage() if self._has_usage else None)
+
+    def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        choices = [self._choice(number, answer) for number, answer in enumerate(answers)]
+        found = {**self._meta, "choices": choices, "usage": self._generation.usage()}
+        last = answers[0].last
+        if self._body.prompt_logprobs is not None and last is not None:
+            found["prompt_logprobs"] = logprobs.of_prompt(last.prompt_logprobs or [])
+        if self._body.return_token_ids:
+            found["prompt_token_ids"] = self._generation.prompt_ids(0)
+        return found
+
+    def _choice(self, number: int, answer: Answer) -> dict[str, Any]:
+        last = answer.last
+        assert last is not None
+        message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
+        stream = self._reading.stream(self._prompt)
+        if stream is not None:
+            message |= self._parsed(stream, answer.text)
+        choice = {
+            "index": number, "message": message,
+            "logprobs": self._logprobs(answer.token_ids, answer.logprobs),
+            "finish_reason": _reason(last, "tool_calls" in message),
+            "stop_reason": last.stop_reason,
+        }  # fmt: skip
+        if self._body.return_token_ids:
+            choice["token_ids"] = answer.token_ids
+        return choice
+
+    def _parsed(self, stream: AnswerStream, text: str) -> dict[str, Any]:
+        """The fields of a message, from its text."""
+        found = joined(self._reading.kept([*stream.push(text), *stream.finish()]))
+        fields: dict[str, Any] = {"content": found.content}
+        if found.reasoning:
+            fields["reasoning_content"] = found.reasoning
+        if found.calls:
+            fields["content"] = found.content or None
+            fields["tool_calls"] = [
+                {
+                    "id": call.id or _call_id(), "type": "function",
+                    "function": {"name": call.name, "arguments": call.arguments},
+                }
+                for call in found.calls
+            ]  # fmt: skip
+        return fields
+
+    def _logprobs(self, token_ids: Sequence[int], found: Any) -> dict[str, Any] | None:
+        if found is None:
+            return None
+        as_ids = bool(self._body.return_tokens_as_token_ids)
+        return logprobs.of_chat(token_ids, found, self._body.top_logprobs or 0, as_ids)
+
+
+def _content(text: str) -> bytes:
+    return b'"content":' + msgspec.json.encode(text) if text else b""
+
+
+def _reason(delta: Delta, has_calls: bool) -> str | None:
+    return "tool_calls" if has_calls and delta.finish_reason == "stop" else delta.finish_reason
+
+
+def _call_id() -> str:
+    return f"call_{secrets.token_hex(12)}"

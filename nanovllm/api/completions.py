@@ -1,0 +1,131 @@
+"""POST /v1/completions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+
+from nanovllm.api import logprobs
+from nanovllm.api.bodies import CompletionBody
+from nanovllm.api.generation import Answer, Chunks, Generation, respond
+from nanovllm.api.http import Exchange
+from nanovllm.api.service import Service, response_id, usage_options
+from nanovllm.outputs import TopLogprobs
+from nanovllm.prompts import Prompt
+from nanovllm.sampling import SamplingParams
+from nanovllm.serving.interface import Delta
+
+
+async def completions(service: Service, exchange: Exchange) -> None:
+    body = await service.body(exchange, CompletionBody)
+    params = service.params.of_completion(body)
+    answer_id = response_id("cmpl-", body.request_id)
+    prompts = service.prompts.of_completion(body)
+    echoed = [_text(service, prompt) for prompt in prompts] if body.echo else None
+    text_of = service.prompts.token_text
+    generation = await Generation.open(service, exchange, prompts, params, body.priority)
+    meta = {
+        "id": answer_id, "object": "text_completion", "created": int(time.time()),
+        "model": body.model or service.model,
+    }  # fmt: skip
+    writer = CompletionWriter(body, params, generation, meta, echoed, text_of)
+    await respond(exchange, generation, writer, is_stream=bool(body.stream))
+
+
+def _text(service: Service, prompt: Prompt) -> str:
+    if prompt.text is not None:
+        return prompt.text
+    return service.prompts.text(prompt.token_ids or [])
+
+
+class CompletionWriter:
+    """Writes answers with OpenAI's fields and vLLM's.
+
+    echoed: the texts of the prompts, to begin answers with. text_of: the text of one token.
+    """
+
+    def __init__(
+        self,
+        body: CompletionBody,
+        params: SamplingParams,
+        generation: Generation,
+        meta: dict[str, Any],
+        echoed: Sequence[str] | None,
+        text_of: Callable[[int], str],
+    ) -> None:
+        self._text_of = text_of
+        self._body, self._n, self._meta, self._echoed = body, params.n, meta, echoed
+        self._generation = generation
+        self._has_usage, self._is_continuous = usage_options(body.stream_options)
+        self._chunks = Chunks(meta, has_usage=self._has_usage)
+        self._lengths: dict[int, int] = {}  # characters sent, by the number of an answer
+        self._is_plain = not (
+            self._is_continuous or body.return_token_ids or body.logprobs is not None
+        )
+        self._drops_answer = body.max_tokens == 0  # with echo alone
+        self._as_ids = bool(body.return_tokens_as_token_ids)
+
+    def events(self, number: int, delta: Delta) -> bytes:
+        text = "" if self._drops_answer else delta.text
+        is_first = number not in self._lengths
+        if is_first and self._echoed is not None:
+            text = self._echoed[number // self._n] + text
+        offset = self._lengths.get(number, 0)
+        self._lengths[number] = offset + len(text)
+        content = b'"text":' + msgspec.json.encode(text)
+        if self._is_plain and delta.finish_reason is None:
+            return self._chunks.plain(number, content) if text or is_first else b""
+        choice: dict[str, Any] = {"logprobs": None}
+        if delta.logprobs is not None:
+            choice["logprobs"] = self._logprobs(delta.token_ids, delta.logprobs, offset)
+        choice |= {"finish_reason": delta.finish_reason, "stop_reason": delta.stop_reason}
+        if self._body.return_token_ids:
+            choice["token_ids"] = delta.token_ids
+            choice["prompt_token_ids"] = self._generation.prompt_ids(number) if is_first else None
+        usage = self._generation.usage() if self._is_continuous else None
+        return self._chunks.full(number, content, choice, usage)
+
+    def end(self) -> bytes:
+        return self._chunks.end(self._generation.usage() if self._has_usage else None)
+
+    def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        if self._drops_answer:
+            self._generation.num_tokens = 0
+        choices = [self._choice(number, answer) for number, answer in enumerate(answers)]
+        return {**self._meta, "choices": choices, "usage": self._generation.usage()}
+
+    def _choice(self, number: int, answer: Answer) -> dict[str, Any]:
+        last = answer.last
+        assert last is not None
+        text, token_ids, found = answer.text, answer.token_ids, answer.logprobs
+        prompt_ids = self._generation.prompt_ids(number)
+        if self._drops_answer:
+            text, token_ids, found = "", [], None if found is None else []
+        shown: dict[str, Any] | None = None
+        if self._echoed is not None:
+            text = self._echoed[number // self._n] + text
+        if found is not None and self._echoed is not None:
+            all_found = [*(last.prompt_logprobs or []), *found]
+            shown = self._logprobs([*prompt_ids, *token_ids], all_found, 0)
+        elif found is not None:
+            shown = self._logprobs(token_ids, found, 0)
+        choice = {
+            "index": number, "text": text, "logprobs": shown,
+            "finish_reason": "length" if self._drops_answer else last.finish_reason,
+            "stop_reason": last.stop_reason,
+        }  # fmt: skip
+        if self._body.prompt_logprobs is not None:
+            choice["prompt_logprobs"] = logprobs.of_prompt(last.prompt_logprobs or [])
+        if self._body.return_token_ids:
+            choice |= {"token_ids": token_ids, "prompt_token_ids": prompt_ids}
+        return choice
+
+    def _logprobs(
+        self, token_ids: Sequence[int], found: Sequence[TopLogprobs | None], offset: int
+    ) -> dict[str, Any]:
+        num_top = self._body.logprobs or 0
+        first = self._text_of(token_ids[0]) if found and found[0] is None else ""
+        return logprobs.of_completion(token_ids, found, num_top, self._as_ids, offset, first)

@@ -1,0 +1,179 @@
+"""The server's options, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import hmac
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+from nanovllm.checks import WrongType, checked, hints
+
+Rule = tuple[str, Callable[[Any], bool]]  # what a value must be, in words and as a test
+
+# paths that answer without a key: a load balancer has none
+ALWAYS_OPEN = ("/health", "/ready")
+
+
+def _whole(low: int) -> Rule:
+    return f"a whole number, at least {low}", lambda value: value >= low
+
+
+def _are_texts(values: Sequence[str]) -> bool:
+    return all(values)
+
+
+_SECONDS: Rule = ("a number of seconds above 0", lambda value: 0 < value < math.inf)
+
+# The allowed values of options, beyond their types. None is also allowed where it is the default.
+ALLOWED: dict[str, Rule] = {
+    "host": ("a name or an address", bool),
+    "port": ("a whole number, 0 … 65535", lambda value: 0 <= value <= 65535),
+    "api_key": (
+        "a list of keys of visible ASCII characters",
+        lambda keys: all(key and key.isascii() and key.isprintable() for key in keys),
+    ),
+    "open_paths": (
+        "a list of paths that begin with '/'",
+        lambda paths: all(path.startswith("/") for path in paths),
+    ),
+    "served_model_name": ("a list of names", _are_texts),
+    "allowed_origins": ("a list of origins, such as 'https://example.org'", _are_texts),
+    "drain_timeout": ("a number of seconds, at least 0", lambda value: 0 <= value < math.inf),
+    "header_timeout": _SECONDS,
+    "body_timeout": _SECONDS,
+    "send_timeout": _SECONDS,
+    "keep_alive_timeout": _SECONDS,
+} | {
+    name: _whole(1)
+    for name in (
+        "api_processes", "max_body_bytes", "max_header_bytes", "max_connections", "max_queue_len",
+        "max_prompts", "max_prompt_chars", "max_n", "max_messages",
+    )
+} | {
+    name: _whole(0)
+    for name in ("max_logprobs", "max_stop_strings", "max_stop_chars", "max_tools", "max_bias")
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """Options of `nanovllm serve`, beside those of the engine.
+
+    host, port: where the server listens. Port 0 is any free one.
+    api_key: keys that requests must have one of, as `Authorization: Bearer KEY`. None are needed if
+        the list is empty.
+    open_paths: paths that need no key, such as "/metrics" or "/" (the page). /health and /ready
+        never do.
+    ssl_certfile, ssl_keyfile: PEM files of a certificate and its key. With them the server speaks
+        TLS alone.
+    served_model_name: the names that requests may call the model by. The first one is in answers.
+        Empty: the Hub id, or the last part of the folder's path.
+    allowed_origins: origins of web pages whose scripts may read answers (CORS). "*" is all.
+    tool_call_parser: how the model writes calls of tools, by the name of a parser, such as
+        "hermes". "auto" is the one for its chat template. "none": requests with tools are refused
+        unless they have tool_choice "none" or demand a call.
+    reasoning_parser: how the model marks its reasoning, by the name of a parser. Answers then have
+        it as reasoning_content. "auto" is the one for its chat template. "none": it is part of the
+        content.
+    drain_timeout: after SIGTERM, the seconds that running requests have to finish.
+    api_processes: processes that speak HTTP.
+    access_log: log every request: its id, status, tokens and times.
+    log_prompts: the access log has prompts, too.
+    otlp_traces_endpoint: the URL of a collector that gets a span of each request by OTLP over HTTP,
+        such as "http://127.0.0.1:4318/v1/traces".
+    max_body_bytes: the longest body of a request.
+    max_header_bytes: the longest request line and headers together.
+    max_connections: connections at the same time, for each process. More are refused with 503.
+    max_queue_len: requests that wait for the engine. More are refused with 429.
+    max_prompts: the most prompts of one request.
+    max_prompt_chars: the longest prompt as text. None: 64 characters for each token of
+        `max_model_len`.
+    max_messages: the most messages of a conversation.
+    max_n: the most answers for a prompt.
+    max_logprobs: the most likeliest tokens to report per position.
+    max_stop_strings, max_stop_chars: the most stop strings, and the characters of all together.
+    max_bias: the most tokens of logit_bias, allowed_token_ids, stop_token_ids or bad_words.
+    max_tools: the most tools of a request.
+    header_timeout: the seconds until a connection must have sent the headers of a request.
+    body_timeout: the seconds in which the body must follow.
+    send_timeout: the seconds after which a client that reads nothing is disconnected.
+    keep_alive_timeout: the seconds that a connection stays open between requests.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: Sequence[str] = field(default=(), repr=False)
+    open_paths: Sequence[str] = ()
+    ssl_certfile: str | PathLike[str] | None = None
+    ssl_keyfile: str | PathLike[str] | None = None
+    served_model_name: Sequence[str] = ()
+    allowed_origins: Sequence[str] = ()
+    tool_call_parser: str = "auto"
+    reasoning_parser: str = "auto"
+    drain_timeout: float = 30.0
+    api_processes: int = 1
+    access_log: bool = True
+    log_prompts: bool = False
+    otlp_traces_endpoint: str | None = None
+    max_body_bytes: int = 32 << 20
+    max_header_bytes: int = 32 << 10
+    max_connections: int = 4096
+    max_queue_len: int = 4096
+    max_prompts: int = 256
+    max_prompt_chars: int | None = None
+    max_messages: int = 4096
+    max_n: int = 128
+    max_logprobs: int = 20
+    max_stop_strings: int = 16
+    max_stop_chars: int = 4096
+    max_bias: int = 1024
+    max_tools: int = 128
+    header_timeout: float = 10.0
+    body_timeout: float = 60.0
+    send_timeout: float = 60.0
+    keep_alive_timeout: float = 75.0
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> ServerConfig:
+        """The config for these options. Raises TypeError for an unknown one."""
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(options) - set(known))
+        if unknown:
+            raise TypeError(
+                f"unknown option {', '.join(unknown)}; the options are {', '.join(known)}"
+            )
+        return cls(**options)
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            given = getattr(self, option.name)
+            if given is option.default:
+                continue
+            rule, is_allowed = ALLOWED.get(option.name, ("", lambda value: True))
+            shown = "secret" if option.name == "api_key" else repr(given)
+            try:
+                value = checked(option.name, given, hints(ServerConfig)[option.name])
+            except WrongType as error:
+                words = rule or error.words
+                raise ValueError(f"{option.name} is {shown}: it must be {words}") from None
+            if value is not None and not is_allowed(value):
+                raise ValueError(f"{option.name} is {shown}: it must be {rule}")
+            object.__setattr__(self, option.name, value)
+        if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
+            raise ValueError("ssl_certfile and ssl_keyfile are given together or not at all")
+
+    def model_names(self, model: str) -> tuple[str, ...]:
+        """The names of the engine's model, without the path of its folder."""
+        if self.served_model_name:
+            return tuple(self.served_model_name)
+        return (Path(model).resolve().name if Path(model).is_dir() else fspath(model),)
+
+    def allows(self, key: str) -> bool:
+        """Whether a key is one of ours. Takes the same time for all wrong keys of a length."""
+        given = key.encode("utf-8", "surrogateescape")
+        found = [hmac.compare_digest(given, one.encode()) for one in self.api_key]
+        return any(found)

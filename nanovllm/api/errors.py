@@ -1,0 +1,85 @@
+"""Errors as OpenAI's API gives them, and which error becomes which."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Container
+from typing import Any
+
+import msgspec
+
+from nanovllm.serving.interface import Draining, EngineDead, QueueFull
+
+MAX_MESSAGE_CHARS = 500
+RETRY_AFTER_S = b"5"
+# the first word of a message of ours is the name of an option: "top_p is 3: it must be …"
+NAMED = re.compile(r"['\"]?([a-z_][a-z0-9_]*)\b")
+TYPES = {
+    401: "authentication_error", 403: "permission_error", 404: "not_found_error",
+    408: "timeout_error", 429: "rate_limit_error", 500: "server_error",
+    503: "service_unavailable_error",
+}  # fmt: skip
+
+
+class ApiError(Exception):
+    """An answer with an error's status. param: the field of the request that it is about."""
+
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.headers: list[tuple[bytes, bytes]] = []
+        if status in (429, 503):
+            self.headers.append((b"retry-after", RETRY_AFTER_S))
+        if status == 401:
+            self.headers.append((b"www-authenticate", b"Bearer"))
+
+    def content(self) -> dict[str, Any]:
+        """The JSON object that clients get."""
+        message = self.message
+        if len(message) > MAX_MESSAGE_CHARS:
+            message = f"{message[:MAX_MESSAGE_CHARS]}…"
+        kind = TYPES.get(self.status, "invalid_request_error")
+        fields = {"message": message, "type": kind, "param": self.param, "code": self.code}
+        return {"error": fields}
+
+    def body(self) -> bytes:
+        try:
+            return msgspec.json.encode(self.content())
+        except UnicodeEncodeError:  # half of a surrogate pair, from a URL or a header
+            self.message = self.message.encode("ascii", "replace").decode()
+            self.param = None
+            return msgspec.json.encode(self.content())
+
+
+def refused(name: str, reason: str) -> ApiError:
+    """The error for a field of a request that is not supported, or not allowed."""
+    return ApiError(400, reason, param=name, code="unsupported_parameter")
+
+
+def invalid(name: str, message: str, code: str = "invalid_value") -> ApiError:
+    """The error for a value of a field that is not allowed."""
+    return ApiError(400, message, param=name, code=code)
+
+
+def from_exception(error: Exception, fields: Container[str] = (), hidden: str = "") -> ApiError:
+    """What a client is told of an error. Messages of errors that are nobody's mistake stay here.
+
+    fields: names that a message may begin with and that then are the error's `param`. hidden: the
+    model's path, which messages may have.
+    """
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, QueueFull):
+        return ApiError(429, "the queue is full: try again later", code="rate_limit_exceeded")
+    if isinstance(error, Draining):
+        return ApiError(503, "the server shuts down and takes no new requests", code="draining")
+    if isinstance(error, EngineDead):
+        return ApiError(500, "the engine has failed", code="engine_dead")
+    if isinstance(error, ValueError):
+        message = str(error).replace(hidden, "the model") if hidden else str(error)
+        named = NAMED.match(message)
+        param = named[1] if named is not None and named[1] in fields else None
+        return ApiError(400, message, param=param, code="invalid_value")
+    return ApiError(500, "the server has made a mistake", code="internal_error")

@@ -1,0 +1,143 @@
+"""Every field of a request works, or is refused by name: which are refused, and why."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import msgspec
+
+from nanovllm.api import bodies
+from nanovllm.api.errors import ApiError, refused
+
+Body = TypeVar("Body", bound=msgspec.Struct)
+
+
+class Refusal(NamedTuple):
+    """allowed: values that ask for nothing and so are taken, beside null."""
+
+    reason: str
+    allowed: tuple[Any, ...] = ()
+
+
+NO_FILES = "requests cannot bring code, templates or adapters"
+NOT_BUILT = "it is not implemented"
+STATEFUL = "the server keeps nothing between requests"
+REFUSED_SAMPLING: dict[str, Refusal] = {
+    "best_of": Refusal("use n", (1,)),
+    "use_beam_search": Refusal("beam search is offline only", (False,)),
+    "length_penalty": Refusal("beam search is offline only", (1, 1.0)),
+    "early_stopping": Refusal("beam search is offline only", (False,)),
+    "logits_processors": Refusal(NO_FILES),
+    "mm_processor_kwargs": Refusal(NOT_BUILT),
+    "kv_transfer_params": Refusal(NOT_BUILT),
+    "vllm_xargs": Refusal(NOT_BUILT),
+    "guided_decoding_backend": Refusal("there is one backend"),
+    "structural_tag": Refusal(NOT_BUILT),
+    "thinking_token_budget": Refusal(NOT_BUILT),
+    "metadata": Refusal(STATEFUL, ({},)),
+}
+REFUSED_CHAT: dict[str, Refusal] = {
+    "add_special_tokens": Refusal("the chat template writes them", (False,)),
+    "audio": Refusal("answers are text"),
+    "modalities": Refusal("answers are text", (["text"],)),
+    "function_call": Refusal("use tool_choice"),
+    "functions": Refusal("use tools"),
+    "moderation": Refusal(NOT_BUILT),
+    "prediction": Refusal(NOT_BUILT),
+    "prompt_cache_options": Refusal("the cache has no options of requests"),
+    "prompt_cache_retention": Refusal("the cache is in memory", ("in_memory",)),
+    "service_tier": Refusal("there is one tier", ("auto", "default")),
+    "store": Refusal(STATEFUL, (False,)),
+    "verbosity": Refusal("models have no such setting", ("medium",)),
+    "web_search_options": Refusal("the server opens no connections"),
+    "chat_template": Refusal(NO_FILES),
+    "documents": Refusal("use chat_template_kwargs"),
+    "echo": Refusal("use /v1/completions", (False,)),
+}
+REFUSED_RESPONSES: dict[str, Refusal] = {
+    "access_programs": Refusal(NOT_BUILT),
+    "background": Refusal(STATEFUL, (False,)),
+    "background_options": Refusal(STATEFUL),
+    "context_management": Refusal(STATEFUL),
+    "conversation": Refusal(STATEFUL),
+    "include": Refusal(NOT_BUILT, ([],)),
+    "max_tool_calls": Refusal("the server runs no tools"),
+    "moderation": Refusal(NOT_BUILT),
+    "parallel_tool_calls": Refusal("use /v1/chat/completions for tools", (True, False)),
+    "previous_response_id": Refusal(STATEFUL),
+    "prompt": Refusal(STATEFUL),
+    "prompt_cache_options": Refusal("the cache has no options of requests"),
+    "prompt_cache_retention": Refusal("the cache is in memory", ("in_memory",)),
+    "reasoning": Refusal("use /v1/chat/completions", ({},)),
+    "service_tier": Refusal("there is one tier", ("auto", "default")),
+    "store": Refusal(STATEFUL, (False,)),
+    "stream_options": Refusal("usage is always in the last event", ({},)),
+    "tool_choice": Refusal("use /v1/chat/completions for tools", ("none", "auto")),
+    "tools": Refusal("use /v1/chat/completions for tools", ([],)),
+    "top_logprobs": Refusal("use /v1/chat/completions", (0,)),
+    "truncation": Refusal("inputs that are too long are refused", ("disabled",)),
+}
+REFUSED: dict[type[msgspec.Struct], Mapping[str, Refusal]] = {
+    bodies.CompletionBody: REFUSED_SAMPLING | {"suffix": Refusal(NOT_BUILT, ("",))},
+    bodies.ChatBody: REFUSED_SAMPLING | REFUSED_CHAT,
+    bodies.ResponsesBody: REFUSED_RESPONSES,
+    bodies.EmbeddingBody: {},
+    bodies.TokenizeBody: {"chat_template": Refusal(NO_FILES)},
+    bodies.DetokenizeBody: {},
+}
+# msgspec ends its messages with the place: "Expected `int`, got `str` - at `$.n`"
+PLACE = re.compile(r"(.*?)(?: - at `(?:key in )?\$\.?(.*)`)?", re.DOTALL)
+MISSING = re.compile(r"Object missing required field `(\w+)`")
+
+
+def decoded(data: bytes, kind: type[Body]) -> Body:
+    """The body of a request. Raises ApiError, which names the field, for what is not one."""
+    try:
+        found = msgspec.json.decode(data)
+    except RecursionError:
+        raise ApiError(400, "the body is nested too deeply", code="invalid_json") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ApiError(400, f"the body is not JSON: {error}", code="invalid_json") from None
+    if not isinstance(found, dict):
+        raise ApiError(400, "the body must be a JSON object", code="invalid_json")
+    check_names(found, kind)
+    try:
+        return msgspec.convert(found, kind)
+    except msgspec.ValidationError as error:
+        raise _misfit(str(error)) from None
+
+
+def check_names(found: Mapping[str, Any], kind: type[msgspec.Struct]) -> None:
+    """Raises ApiError for fields that are not supported, unless their value asks for nothing."""
+    works = kind.__struct_fields__
+    for name, value in found.items():
+        if name in works:
+            continue
+        refusal = REFUSED[kind].get(name)
+        if refusal is None:
+            near = difflib.get_close_matches(name[:64], [*works, *REFUSED[kind]], n=1)
+            hint = f": did you mean {near[0]}?" if near else ""
+            raise refused(name[:64], f"there is no field {name[:64]!r}{hint}")
+        if value is not None and not _is_in(value, refusal.allowed):
+            allowed = "".join(f" or {msgspec.json.encode(one).decode()}" for one in refusal.allowed)
+            raise refused(
+                name, f"{name} is not supported ({refusal.reason}): leave it out{allowed}"
+            )
+
+
+def _is_in(value: Any, allowed: tuple[Any, ...]) -> bool:
+    return any(type(value) is type(one) and value == one for one in allowed)
+
+
+def _misfit(text: str) -> ApiError:
+    """The error for a value of a wrong type, from msgspec's text."""
+    match = PLACE.fullmatch(text)
+    words, place = (match[1], match[2] or "") if match else (text, "")
+    missing = MISSING.match(words)
+    if missing:
+        place = f"{place}.{missing[1]}" if place else missing[1]
+        return ApiError(400, f"{place} is missing", param=place, code="missing_required_parameter")
+    return ApiError(400, f"{place or 'body'}: {words}", param=place or None, code="invalid_type")

@@ -1,0 +1,240 @@
+"""Answers of the engine to one HTTP request: to all its prompts, in one order of parts."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import msgspec
+
+from nanovllm.api.errors import ApiError
+from nanovllm.api.http import DONE, EVENTS, NO_STORE, Exchange
+from nanovllm.api.prometheus import Timer
+from nanovllm.api.service import Service
+from nanovllm.outputs import TopLogprobs
+from nanovllm.prompts import Prompt
+from nanovllm.sampling import SamplingParams
+from nanovllm.serving.interface import Delta, Stream
+
+NO_BUFFER = (b"x-accel-buffering", b"no")  # a proxy must not hold events back
+
+
+@dataclass
+class Answer:
+    """One whole answer."""
+
+    texts: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TopLogprobs] | None = None
+    last: Delta | None = None
+
+    def add(self, delta: Delta) -> None:
+        self.texts.append(delta.text)
+        self.token_ids += delta.token_ids
+        if delta.logprobs is not None:
+            self.logprobs = (self.logprobs or []) + delta.logprobs
+        if delta.finish_reason is not None:
+            self.last = delta
+
+    @property
+    def text(self) -> str:
+        return "".join(self.texts)
+
+
+class Writer(Protocol):
+    """How an endpoint writes answers. Answers of a request have numbers: those to the first prompt
+    come first."""
+
+    def events(self, number: int, delta: Delta) -> bytes:
+        """The events of a part of an answer."""
+        ...
+
+    def end(self) -> bytes:
+        """The events after all answers."""
+        ...
+
+    def whole(self, answers: Sequence[Answer]) -> Any:
+        """All answers as one JSON object."""
+        ...
+
+
+class Generation:
+    """The streams of a request's prompts, with n answers each."""
+
+    def __init__(
+        self, streams: Sequence[Stream], num_answers: int, timers: Sequence[Timer]
+    ) -> None:
+        self.streams, self._num_answers, self._timers = streams, num_answers, timers
+        self.num_tokens = self.num_cached = 0
+
+    @classmethod
+    async def open(
+        cls,
+        service: Service,
+        exchange: Exchange,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        priority: int = 0,
+    ) -> Generation:
+        """Queue all prompts, or none. Raises what `AsyncEngine.open` does."""
+        service.check_num_answers(len(prompts), params.n)
+        engine, streams = service.engine, list[Stream]()
+        if service.config.log_prompts:
+            exchange.record.prompt = "; ".join(str(one.text or one.token_ids) for one in prompts)
+        try:
+            for prompt in prompts:
+                streams.append(await engine.open(prompt, params, priority=priority))
+        except BaseException:
+            for stream in streams:
+                stream.abort()
+            raise
+        latencies, start = service.own_latencies, exchange.record.start
+        timers = [latencies.timer(start) for _ in range(len(prompts) * params.n)]
+        return cls(streams, params.n, timers)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return sum(len(stream.prompt_token_ids) for stream in self.streams)
+
+    def prompt_ids(self, number: int) -> list[int]:
+        """The prompt of the answer with this number."""
+        return self.streams[number // self._num_answers].prompt_token_ids
+
+    def usage(self) -> dict[str, Any]:
+        num_prompt, num = self.num_prompt_tokens, self.num_tokens
+        return {
+            "prompt_tokens": num_prompt,
+            "completion_tokens": num,
+            "total_tokens": num_prompt + num,
+            "prompt_tokens_details": {"cached_tokens": self.num_cached},
+        }
+
+    def abort(self) -> None:
+        for stream in self.streams:
+            stream.abort()
+
+    async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
+        """The parts of all answers, each with the number of its answer. Raises ApiError if one
+        fails."""
+        async for number, delta in self._merged():
+            num_tokens = len(delta.token_ids)
+            self.num_tokens += num_tokens
+            self._timers[number].tokens(num_tokens)
+            if delta.finish_reason is not None:
+                self._timers[number].end()
+                if delta.output_index == 0:
+                    self.num_cached += delta.num_cached_tokens
+                _check_end(delta)
+            yield number, delta
+
+    async def _merged(self) -> AsyncIterator[tuple[int, Delta]]:
+        if len(self.streams) == 1:
+            async for delta in self.streams[0]:
+                yield delta.output_index, delta
+            return
+        # one place: a reader that falls behind gets larger parts from every stream
+        found: asyncio.Queue[tuple[int, Delta] | BaseException | None] = asyncio.Queue(1)
+        tasks = [
+            asyncio.create_task(self._forward(index, stream, found))
+            for index, stream in enumerate(self.streams)
+        ]
+        try:
+            left = len(tasks)
+            while left:
+                one = await found.get()
+                if isinstance(one, BaseException):
+                    raise one
+                if one is None:
+                    left -= 1
+                else:
+                    yield one
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _forward(self, index: int, stream: Stream, found: asyncio.Queue[Any]) -> None:
+        try:
+            async for delta in stream:
+                await found.put((index * self._num_answers + delta.output_index, delta))
+            await found.put(None)
+        except Exception as error:
+            await found.put(error)
+
+    async def answers(self) -> list[Answer]:
+        """All answers, when all have ended."""
+        found = [Answer() for _ in range(self._num_answers * len(self.streams))]
+        async for number, delta in self.deltas():
+            found[number].add(delta)
+        return found
+
+
+def _check_end(delta: Delta) -> None:
+    if delta.finish_reason == "error":
+        raise ApiError(500, "the model could not go on with this answer", code="answer_failed")
+    if delta.finish_reason == "abort":
+        raise ApiError(503, "the answer was ended by the server", code="aborted")
+
+
+async def respond(
+    exchange: Exchange, generation: Generation, writer: Writer, *, is_stream: bool
+) -> None:
+    """Send the answers, as events or as a whole. A client that vanishes ends them."""
+    gone = asyncio.create_task(exchange.gone())
+    gone.add_done_callback(lambda task: generation.abort())
+    record = exchange.record
+    try:
+        if is_stream:
+            await _send_events(exchange, generation, writer)
+        else:
+            answers = await generation.answers()
+            record.has_token()
+            await exchange.json(writer.whole(answers))
+    finally:
+        gone.cancel()
+        generation.abort()
+        record.num_prompt_tokens = generation.num_prompt_tokens
+        record.num_tokens = generation.num_tokens
+
+
+async def _send_events(exchange: Exchange, generation: Generation, writer: Writer) -> None:
+    async for number, delta in generation.deltas():
+        if not exchange.has_started:  # before, an error can still have its own status
+            exchange.record.has_token()
+            await exchange.start(200, [EVENTS, NO_STORE, NO_BUFFER])
+        events = writer.events(number, delta)
+        if events:
+            await exchange.send(events, more=True)
+    await exchange.send(writer.end())
+
+
+class Chunks:
+    """The events of completions and chat, from parts that are encoded once."""
+
+    def __init__(self, meta: dict[str, Any], *, has_usage: bool) -> None:
+        self._meta = b"data: " + msgspec.json.encode(meta)[:-1]
+        self._head = self._meta + b',"choices":[{"index":'
+        self._usage = b'],"usage":null}\n\n' if has_usage else b"]}\n\n"
+        self._plain = b',"logprobs":null,"finish_reason":null}' + self._usage
+
+    def plain(self, number: int, content: bytes) -> bytes:
+        """The event of a part with its content alone, a field as JSON."""
+        return b"%b%d,%b%b" % (self._head, number, content, self._plain)
+
+    def full(
+        self, number: int, content: bytes, others: dict[str, Any], usage: dict[str, Any] | None
+    ) -> bytes:
+        """The event of a part with other fields of the choice, and perhaps the usage so far."""
+        fields = msgspec.json.encode(others)[1:]
+        if usage is None:
+            return b"%b%d,%b,%b%b" % (self._head, number, content, fields, self._usage)
+        counts = msgspec.json.encode(usage)
+        return b'%b%d,%b,%b],"usage":%b}\n\n' % (self._head, number, content, fields, counts)
+
+    def end(self, usage: dict[str, Any] | None) -> bytes:
+        """The last event, before it one with the usage."""
+        if usage is None:
+            return DONE
+        counts = msgspec.json.encode(usage)
+        return b'%b,"choices":[],"usage":%b}\n\n%b' % (self._meta, counts, DONE)

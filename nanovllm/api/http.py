@@ -1,0 +1,133 @@
+"""Requests and answers on plain ASGI: reading a body within limits, sending JSON and events."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from nanovllm.api.errors import ApiError
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Header = tuple[bytes, bytes]
+Send = Callable[[Message], Awaitable[None]]
+
+JSON = (b"content-type", b"application/json")
+EVENTS = (b"content-type", b"text/event-stream; charset=utf-8")
+NO_STORE = (b"cache-control", b"no-store")
+MAX_DROPPED = 4  # a body may be so many times too long, and is read to its end nevertheless
+DONE = b"data: [DONE]\n\n"
+
+
+class ClientGone(Exception):
+    """The client has closed its connection before the body was there."""
+
+
+@dataclass
+class Record:
+    """What the access log tells of a request. times in seconds, since it came."""
+
+    request_id: str
+    start: float = field(default_factory=time.perf_counter)
+    status: int = 0
+    user: str | None = None
+    prompt: str | None = None
+    num_prompt_tokens: int = 0
+    num_tokens: int = 0
+    first_token: float | None = None
+
+    def has_token(self) -> None:
+        if self.first_token is None:
+            self.first_token = time.perf_counter() - self.start
+
+
+def too_long(max_bytes: int) -> ApiError:
+    return ApiError(413, f"the body is longer than {max_bytes} bytes", code="body_too_long")
+
+
+class Exchange:
+    """One request and its answer."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, record: Record) -> None:
+        self.scope, self.record = scope, record
+        self._receive, self._send = receive, send
+        self.has_started = False
+
+    def header(self, name: bytes) -> str:
+        """The value of a header, in lower case its name; "" if it is not there."""
+        for key, value in self.scope["headers"]:
+            if key == name:
+                return bytes(value).decode("latin-1")
+        return ""
+
+    async def body(self, max_bytes: int, timeout: float) -> bytes:
+        """The whole body of a JSON request. Raises ApiError: 408, 413 or 415; ClientGone."""
+        kind = self.header(b"content-type").partition(";")[0].strip().lower()
+        if kind != "application/json" and not kind.endswith("+json"):
+            # a web page can send other types to any server without being asked for permission
+            raise ApiError(415, "the content type must be application/json", code="content_type")
+        length = self.header(b"content-length")[:20]
+        is_long = length.isdecimal() and int(length) > max_bytes
+        if is_long and (self.header(b"expect") or int(length) > MAX_DROPPED * max_bytes):
+            raise too_long(max_bytes)
+        try:
+            return await asyncio.wait_for(self._read(max_bytes), timeout)
+        except asyncio.TimeoutError:
+            raise ApiError(408, f"the body has not come within {timeout:g} s") from None
+
+    async def _read(self, max_bytes: int) -> bytes:
+        parts, num_bytes = [], 0
+        while True:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGone
+            part = message.get("body", b"")
+            num_bytes += len(part)
+            is_last = not message.get("more_body")
+            if num_bytes <= max_bytes:
+                parts.append(part)
+            elif is_last or num_bytes > MAX_DROPPED * max_bytes:
+                # not before: a client that still sends would not read the error
+                raise too_long(max_bytes)
+            else:
+                parts.clear()
+            if is_last:
+                return b"".join(parts) if len(parts) > 1 else part
+
+    async def gone(self) -> None:
+        """Wait until the client has closed its connection."""
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+
+    async def start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+        self.has_started, self.record.status = True, status
+        headers.append((b"x-request-id", self.record.request_id.encode()))
+        message = {"type": "http.response.start", "status": status, "headers": headers}
+        await self._send(message)
+
+    async def send(self, body: bytes, *, more: bool = False) -> None:
+        await self._send({"type": "http.response.body", "body": body, "more_body": more})
+
+    async def answer(self, status: int, body: bytes, headers: Sequence[Header]) -> None:
+        """A whole answer."""
+        await self.start(status, [*headers, (b"content-length", b"%d" % len(body))])
+        await self.send(body)
+
+    async def json(self, content: Any) -> None:
+        await self.answer(200, msgspec.json.encode(content), (JSON, NO_STORE))
+
+    async def refuse(self, error: ApiError) -> None:
+        """An error as the answer or, in an answer that has begun, as its last event."""
+        if self.has_started:
+            await self.send(b"data: " + error.body() + b"\n\n" + DONE)
+        else:
+            # what is left of a body that was refused must not be read as the next request
+            close = [(b"connection", b"close")] if error.status in (408, 413, 415) else []
+            headers = [JSON, NO_STORE, *error.headers, *close]
+            await self.answer(error.status, error.body(), headers)

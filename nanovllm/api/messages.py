@@ -1,0 +1,93 @@
+"""The messages of conversations, checked and as chat templates read them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from nanovllm.api.errors import invalid
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+TEXTS = ("name", "tool_call_id", "reasoning_content", "reasoning")
+KEYS = ("role", "content", "tool_calls", *TEXTS)
+
+
+def checked_messages(messages: list[dict[str, Any]], most: int) -> tuple[list[dict[str, Any]], int]:
+    """The messages for a template, and the characters of all together. Raises ApiError."""
+    if not 0 < len(messages) <= most:
+        raise invalid(
+            "messages",
+            f"messages has {len(messages)} messages: it must have at least 1, at most {most}",
+        )
+    clean = [_message(f"messages[{number}]", one) for number, one in enumerate(messages)]
+    return clean, sum(_num_chars(one["content"]) for one in clean)
+
+
+def _num_chars(content: Any) -> int:
+    """The characters of a message's text. Images and sound have limits of their own."""
+    if isinstance(content, str):
+        return len(content)
+    if not isinstance(content, list):
+        return 0
+    texts = (part.get("text") for part in content if isinstance(part, dict))
+    return sum(len(text) for text in texts if isinstance(text, str))
+
+
+def _message(place: str, message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message without fields that are null, and with the names that templates know."""
+    clean = {key: value for key, value in message.items() if value is not None}
+    role = clean.get("role")
+    if role not in ROLES:
+        words = f"{place}.role is {_short(role)}: it must be one of {', '.join(ROLES)}"
+        raise invalid(f"{place}.role", words)
+    for key, value in clean.items():
+        _check_field(place, key, value)
+    if "content" not in clean:
+        if role != "assistant" or "tool_calls" not in clean:
+            raise invalid(f"{place}.content", f"{place}.content is missing")
+        clean["content"] = ""
+    if not isinstance(clean["content"], (str, list)):
+        raise invalid(f"{place}.content", f"{place}.content must be text or a list of parts")
+    if role == "developer":  # templates know the older name
+        clean["role"] = "system"
+    if "reasoning" in clean:
+        clean["reasoning_content"] = clean.pop("reasoning")
+    if "tool_calls" in clean:
+        clean["tool_calls"] = _tool_calls(f"{place}.tool_calls", clean["tool_calls"])
+    return clean
+
+
+def _check_field(place: str, key: str, value: Any) -> None:
+    if key not in KEYS:
+        words = f"{place} has the field {_short(key)}, which is not supported"
+        raise invalid(f"{place}.{key[:64]}", words, "unsupported_parameter")
+    if key in TEXTS and not isinstance(value, str):
+        raise invalid(f"{place}.{key}", f"{place}.{key} must be text")
+
+
+def _tool_calls(place: str, calls: Any) -> list[dict[str, Any]]:
+    """Calls with their arguments as objects: OpenAI has them as JSON text, templates do not."""
+    if not isinstance(calls, list):
+        raise invalid(place, f"{place} must be a list")
+    return [_tool_call(f"{place}[{number}]", call) for number, call in enumerate(calls)]
+
+
+def _tool_call(place: str, call: Any) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise invalid(place, f"{place} must be the call of a function")
+    arguments = function.get("arguments") or {}
+    if isinstance(arguments, str):
+        try:
+            arguments = msgspec.json.decode(arguments)
+        except (msgspec.DecodeError, RecursionError):
+            words = f"{place}.function.arguments is not JSON"
+            raise invalid(f"{place}.function.arguments", words) from None
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:40]}…"

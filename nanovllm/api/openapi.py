@@ -1,0 +1,80 @@
+"""The description of the server in OpenAPI's form, from the types of the bodies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from nanovllm.api import bodies
+from nanovllm.api.service import Service
+
+POSTS: dict[str, type[msgspec.Struct]] = {
+    "/v1/completions": bodies.CompletionBody,
+    "/v1/chat/completions": bodies.ChatBody,
+    "/v1/responses": bodies.ResponsesBody,
+    "/v1/embeddings": bodies.EmbeddingBody,
+    "/tokenize": bodies.TokenizeBody,
+    "/detokenize": bodies.DetokenizeBody,
+}
+GETS = ("/v1/models", "/health", "/ready", "/version", "/metrics", "/openapi.json")
+STATUSES = ("400", "401", "404", "408", "413", "415", "429", "500", "503")
+ERROR = {
+    "type": "object",
+    "properties": {
+        "error": {
+            "type": "object",
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+            "required": ["message", "type", "param", "code"],
+        }
+    },
+    "required": ["error"],
+}
+
+
+def description(service: Service) -> dict[str, Any]:
+    """The OpenAPI document."""
+    from nanovllm import __version__
+
+    kinds = list(POSTS.values())
+    schemas, components = msgspec.json.schema_components(
+        kinds, ref_template="#/components/schemas/{name}"
+    )
+    for kind in kinds:
+        components[kind.__name__]["additionalProperties"] = False
+    paths: dict[str, Any] = {
+        path: {"post": _operation(kind.__doc__ or "", schema)}
+        for (path, kind), schema in zip(POSTS.items(), schemas)
+    }
+    paths |= {path: {"get": _operation(f"GET {path}.")} for path in GETS}
+    document: dict[str, Any] = {
+        "openapi": "3.1.0",
+        "info": {"title": f"nanovllm: {service.model}", "version": __version__},
+        "paths": paths,
+        "components": {"schemas": {**components, "Error": ERROR}},
+    }
+    if service.config.api_key:
+        key = {"type": "http", "scheme": "bearer"}
+        document["components"]["securitySchemes"] = {"key": key}
+        document["security"] = [{"key": []}]
+    return document
+
+
+def _operation(summary: str, schema: dict[str, Any] | None = None) -> dict[str, Any]:
+    error = {
+        "description": "an error",
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
+    }
+    operation: dict[str, Any] = {
+        "summary": summary,
+        "responses": {"200": {"description": "the answer"}, **dict.fromkeys(STATUSES, error)},
+    }
+    if schema is not None:
+        content = {"application/json": {"schema": schema}}
+        operation["requestBody"] = {"required": True, "content": content}
+    return operation

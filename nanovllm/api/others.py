@@ -1,0 +1,105 @@
+"""The endpoints that answer at once: models, tokens, health, version, metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from nanovllm.api import prometheus
+from nanovllm.api.bodies import DetokenizeBody, EmbeddingBody, TokenizeBody
+from nanovllm.api.errors import ApiError, invalid
+from nanovllm.api.http import Exchange
+from nanovllm.api.service import Service
+from nanovllm.sampling import INT32_MAX
+from nanovllm.schedule.logprobs import SHOW_SPECIAL
+
+Endpoint = Callable[[Service, Exchange], Awaitable[None]]
+MODELS = "/v1/models/"
+
+
+async def models(service: Service, exchange: Exchange) -> None:
+    """GET /v1/models."""
+    cards = [_card(service, name) for name in service.model_names]
+    await exchange.json({"object": "list", "data": cards})
+
+
+async def model(service: Service, exchange: Exchange) -> None:
+    """GET /v1/models/NAME."""
+    name = exchange.scope["path"].removeprefix(MODELS)
+    service.check_model(name)
+    await exchange.json(_card(service, name))
+
+
+def _card(service: Service, name: str) -> dict[str, Any]:
+    return {
+        "id": name, "object": "model", "created": service.created, "owned_by": "nanovllm",
+        "root": service.model, "parent": None, "max_model_len": service.engine.max_model_len,
+        "input_modalities": service.modalities,
+    }  # fmt: skip
+
+
+async def embeddings(service: Service, exchange: Exchange) -> None:
+    """POST /v1/embeddings."""
+    await service.body(exchange, EmbeddingBody)
+    words = f"{service.model!r} generates text and gives no embeddings"
+    raise ApiError(400, words, param="model", code="unsupported_model")
+
+
+async def tokenize(service: Service, exchange: Exchange) -> None:
+    """POST /tokenize."""
+    body = await service.body(exchange, TokenizeBody)
+    if (body.prompt is None) == (body.messages is None):
+        raise invalid("prompt", "give either prompt or messages")
+    token_ids = await service.prompts.of_tokenize(body)
+    found: dict[str, Any] = {
+        "count": len(token_ids), "max_model_len": service.engine.max_model_len,
+        "tokens": token_ids, "token_strs": None,
+    }  # fmt: skip
+    tokenizer = service.engine.tokenizer
+    if body.return_token_strs and tokenizer is not None:
+        found["token_strs"] = [tokenizer.decode([one], SHOW_SPECIAL) for one in token_ids]
+    await exchange.json(found)
+
+
+async def detokenize(service: Service, exchange: Exchange) -> None:
+    """POST /detokenize."""
+    body = await service.body(exchange, DetokenizeBody)
+    tokenizer, most = service.engine.tokenizer, service.prompts.max_chars
+    if tokenizer is None:
+        raise invalid("tokens", "the model has no tokenizer")
+    if len(body.tokens) > most:
+        raise invalid("tokens", f"tokens has {len(body.tokens)} ids: at most {most} are read")
+    for number, token_id in enumerate(body.tokens):
+        if not 0 <= token_id <= INT32_MAX:
+            raise invalid(f"tokens[{number}]", f"tokens[{number}] is no token id")
+    await exchange.json({"prompt": tokenizer.decode(body.tokens, SHOW_SPECIAL)})
+
+
+async def health(service: Service, exchange: Exchange) -> None:
+    """GET /health: whether the engine lives."""
+    if service.engine.failure is not None:
+        raise ApiError(503, "the engine has failed", code="engine_dead")
+    await exchange.json({})
+
+
+async def ready(service: Service, exchange: Exchange) -> None:
+    """GET /ready: whether the server takes requests."""
+    if service.engine.failure is not None:
+        raise ApiError(503, "the engine has failed", code="engine_dead")
+    if service.engine.is_draining:
+        raise ApiError(503, "the server shuts down", code="draining")
+    await exchange.json({})
+
+
+async def version(service: Service, exchange: Exchange) -> None:
+    """GET /version."""
+    from nanovllm import __version__
+
+    await exchange.json({"version": __version__})
+
+
+async def metrics(service: Service, exchange: Exchange) -> None:
+    """GET /metrics."""
+    found = await service.engine.metrics()
+    body = prometheus.render(found, service.latencies, {"model_name": service.model})
+    await exchange.answer(200, body, [(b"content-type", prometheus.CONTENT_TYPE.encode())])

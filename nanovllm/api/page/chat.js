@@ -1,0 +1,150 @@
+// The conversation: sending, streaming, stopping, editing.
+
+import { byId } from "./dom.js";
+import { complete } from "./server.js";
+import { AnswerTurn, UserTurn } from "./turns.js";
+
+const LIMITS = {
+  length: "The answer reached the limit of tokens.",
+  content_filter: "The answer was filtered.",
+  error: "The engine could not finish this answer.",
+  abort: "The server ended this answer.",
+};
+
+function content({ text, images }) {
+  if (!images?.length) return text;
+  return [...images.map((url) => ({ type: "image_url", image_url: { url } })), { type: "text", text }];
+}
+
+export class Chat {
+  // settings(): {system, options} of requests. changed(): the chat is busy or no more.
+  constructor({ settings, changed, failed }) {
+    this.settings = settings;
+    this.changed = changed;
+    this.failed = failed;
+    this.turns = [];
+    this.stopper = null;
+    this.list = byId("turns");
+    this.room = byId("messages");
+  }
+
+  get isBusy() {
+    return this.stopper !== null;
+  }
+
+  clear() {
+    this.stop();
+    this.#cut(0);
+  }
+
+  stop() {
+    this.stopper?.abort();
+  }
+
+  async send(text, images) {
+    this.#add(new UserTurn({ role: "user", text, images }, { edit: () => {} }));
+    const turn = this.turns.at(-1);
+    turn.edit = (changed) => this.#sendAgain(turn, changed);
+    await this.#answer();
+  }
+
+  async #sendAgain(turn, text) {
+    await this.#end();
+    this.#cut(this.turns.indexOf(turn));
+    await this.send(text, turn.message.images);
+  }
+
+  async #answerAgain(turn) {
+    await this.#end();
+    this.#cut(this.turns.indexOf(turn));
+    await this.#answer();
+  }
+
+  // Stop, and wait until the answer has ended.
+  async #end() {
+    this.stop();
+    await this.running;
+  }
+
+  #add(turn) {
+    this.turns.push(turn);
+    this.list.append(turn.node);
+    byId("welcome").hidden = true;
+    this.#follow(true);
+  }
+
+  #cut(from) {
+    for (const turn of this.turns.splice(from)) turn.node.remove();
+    byId("welcome").hidden = this.turns.length > 0;
+  }
+
+  #body() {
+    const { system, options } = this.settings();
+    const messages = this.turns.map(({ message }) => message)
+      .filter(({ role, text }) => role === "user" || text)
+      .map((message) => ({ role: message.role, content: content(message) }));
+    if (system) messages.unshift({ role: "system", content: system });
+    return { messages, stream: true, stream_options: { include_usage: true, continuous_usage_stats: true }, ...options };
+  }
+
+  async #answer() {
+    const body = this.#body();
+    const message = { role: "assistant", text: "", reasoning: "", calls: [], tokens: 0, done: false };
+    const turn = new AnswerTurn(message, { again: () => this.#answerAgain(turn) });
+    this.#add(turn);
+    this.stopper = new AbortController();
+    this.running = this.#stream(body, turn, this.stopper.signal);
+    this.changed();
+    byId("announcer").textContent = "The model answers.";
+    await this.running;
+  }
+
+  async #stream(body, turn, signal) {
+    const { message } = turn;
+    const start = performance.now();
+    try {
+      for await (const part of complete(body, signal)) {
+        this.#take(message, part, performance.now() - start);
+        turn.update();
+        this.#follow();
+      }
+    } catch (error) {
+      message.failed = error.name !== "AbortError";
+      message.note = message.failed ? error.message : "Stopped.";
+      if (message.failed) this.failed(error);
+    }
+    message.done = true;
+    turn.finish();
+    this.#follow();
+    this.stopper = null;
+    byId("announcer").textContent = message.note ?? `The answer is complete, with ${message.tokens} tokens.`;
+    this.changed();
+  }
+
+  #take(message, { choices, usage }, now) {
+    const { delta = {}, finish_reason: reason } = choices?.[0] ?? {};
+    const thought = delta.reasoning_content ?? delta.reasoning ?? "";
+    message.reasoning += thought;
+    message.text += delta.content ?? "";
+    for (const { index, function: { name, arguments: args } } of delta.tool_calls ?? []) {
+      message.calls[index] ??= { name: "", args: "" };
+      message.calls[index].name += name ?? "";
+      message.calls[index].args += args ?? "";
+    }
+    const isNew = thought || delta.content || delta.tool_calls;
+    if (isNew) message.firstMs ??= now;
+    if (message.reasoning && delta.content) message.thoughtMs ??= now;
+    message.tokens = usage?.completion_tokens ?? message.tokens + (isNew ? 1 : 0);
+    if (isNew && message.tokens > 1 && now > message.firstMs) {
+      message.rate = ((message.tokens - 1) * 1000) / (now - message.firstMs);
+    }
+    if (LIMITS[reason]) message.note = LIMITS[reason];
+  }
+
+  // Keep the end in sight, unless the reader has scrolled up.
+  #follow(always = false) {
+    const { room } = this;
+    const isNear = room.scrollHeight - room.scrollTop - room.clientHeight < 120;
+    if (always || isNear) requestAnimationFrame(() => { room.scrollTop = room.scrollHeight; });
+  }
+}

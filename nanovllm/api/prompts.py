@@ -1,0 +1,151 @@
+"""From the bodies of requests to prompts."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from nanovllm.api.bodies import ChatBody, CompletionBody, TokenizeBody
+from nanovllm.api.config import ServerConfig
+from nanovllm.api.errors import ApiError, invalid
+from nanovllm.api.messages import checked_messages
+from nanovllm.chat import ChatOptions, render
+from nanovllm.prompts import Prompt, checked_text
+from nanovllm.schedule.logprobs import SHOW_SPECIAL
+from nanovllm.serving.interface import AsyncEngine
+
+CHARS_PER_TOKEN = 64
+INLINE_CHARS = 4096  # shorter conversations are rendered faster than another thread is woken
+MAX_VARIABLES = 16
+
+
+class PromptMaker:
+    """Makes the prompts of requests. All methods raise ValueError, also as ApiError."""
+
+    def __init__(self, engine: AsyncEngine, config: ServerConfig) -> None:
+        self._engine, self._config = engine, config
+        self.max_chars = config.max_prompt_chars or CHARS_PER_TOKEN * engine.max_model_len
+        self._is_warm = False
+
+    def of_completion(self, body: CompletionBody) -> list[Prompt]:
+        """The prompts: one text, several, one list of token ids, or several."""
+        given = body.prompt
+        if isinstance(given, str) or (given and isinstance(given[0], int)):
+            given = [given]  # type: ignore[list-item]
+        if not given:
+            raise invalid("prompt", "prompt is empty")
+        kinds = {type(one) for one in given}
+        if len(kinds) > 1 or kinds == {int}:
+            raise invalid("prompt", "prompt mixes texts and token ids")
+        most = self._config.max_prompts
+        if len(given) > most:
+            raise invalid("prompt", f"prompt has {len(given)} prompts: at most {most} are allowed")
+        has_special = body.add_special_tokens is not False
+        return [self._prompt(one, has_special, body.cache_salt) for one in given]
+
+    def text(self, token_ids: Sequence[int]) -> str:
+        """The text of a prompt that was given as token ids."""
+        if self._engine.tokenizer is None:
+            raise invalid("echo", "the model has no tokenizer: echo needs one")
+        return self._engine.tokenizer.decode(token_ids)
+
+    def token_text(self, token_id: int) -> str:
+        tokenizer = self._engine.tokenizer
+        if tokenizer is None:
+            return f"token_id:{token_id}"
+        return tokenizer.decode([token_id], SHOW_SPECIAL)
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        tokenizer = self._engine.tokenizer
+        if tokenizer is None:
+            raise invalid("prompt", "the model has no tokenizer: give token ids")
+        self.check_length(text, "prompt")
+        return tokenizer.encode(
+            checked_text("prompt", text), add_special_tokens=add_special_tokens
+        )  # fmt: skip
+
+    def check_length(self, text: str, name: str) -> None:
+        """Refuse a text that cannot fit, before it is encoded."""
+        if len(text) > self.max_chars:
+            raise self._too_long(name, len(text))
+
+    def _too_long(self, name: str, num_chars: int) -> ApiError:
+        return invalid(
+            name,
+            f"{name} has {num_chars} characters: at most {self.max_chars} are read",
+            "context_length_exceeded",
+        )
+
+    async def warm(self) -> None:
+        """Load what the first conversation needs, in another thread."""
+        with contextlib.suppress(ValueError):
+            await self.conversation([{"role": "user", "content": "hello"}], None, None, None, {})
+
+    async def of_chat(self, body: ChatBody) -> Prompt:
+        """The conversation in the model's template."""
+        variables = dict(body.chat_template_kwargs or {})
+        if body.reasoning_effort is not None:
+            variables["reasoning_effort"] = body.reasoning_effort
+        tools = None if body.tool_choice == "none" else body.tools
+        prompt = await self.conversation(
+            body.messages, body.add_generation_prompt, body.continue_final_message, tools, variables
+        )
+        return replace(prompt, cache_salt=body.cache_salt)
+
+    async def of_tokenize(self, body: TokenizeBody) -> list[int]:
+        if body.messages is None:
+            has_special = body.add_special_tokens is not False
+            return self.encode(body.prompt or "", add_special_tokens=has_special)
+        prompt = await self.conversation(
+            body.messages, body.add_generation_prompt, body.continue_final_message, body.tools,
+            dict(body.chat_template_kwargs or {}),
+        )  # fmt: skip
+        if prompt.token_ids is None:
+            raise invalid("messages", "messages have images or sound, which are no tokens of text")
+        return prompt.token_ids
+
+    async def conversation(
+        self,
+        messages: list[dict[str, Any]],
+        add_generation_prompt: bool | None,
+        continue_final_message: bool | None,
+        tools: list[dict[str, Any]] | None,
+        variables: dict[str, Any],
+    ) -> Prompt:
+        """Messages in the model's template, encoded."""
+        tokenizer = self._engine.tokenizer
+        if tokenizer is None:
+            raise invalid("messages", "the model has no tokenizer, and so no chat")
+        clean, num_chars = checked_messages(messages, self._config.max_messages)
+        if num_chars > self.max_chars:
+            raise self._too_long("messages", num_chars)
+        if len(variables) > MAX_VARIABLES:
+            raise invalid(
+                "chat_template_kwargs",
+                f"chat_template_kwargs has {len(variables)} variables: at most {MAX_VARIABLES} "
+                "are allowed",
+            )
+        going_on = bool(continue_final_message)
+        begins = not going_on if add_generation_prompt is None else add_generation_prompt
+        options = ChatOptions(
+            add_generation_prompt=begins, continue_final_message=going_on, tools=tools or None,
+            chat_template_kwargs=variables,
+        )  # fmt: skip
+        args = (tokenizer, clean, options, self._engine.check_media)
+        if self._is_warm and num_chars <= INLINE_CHARS:
+            return render(*args)[0]
+        prompt = (await asyncio.to_thread(render, *args))[0]
+        self._is_warm = True
+        return prompt
+
+    def _prompt(self, given: Any, has_special: bool, salt: str | None) -> Prompt:
+        if not isinstance(given, str):
+            return Prompt(None, given, salt)
+        self.check_length(given, "prompt")
+        text = checked_text("prompt", given)
+        if has_special:
+            return Prompt(text, None, salt)
+        return Prompt(text, self.encode(text, add_special_tokens=False), salt)

@@ -1,0 +1,136 @@
+"""Runs the application in an event loop: sockets, TLS, signals, the end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from typing import Any, Protocol
+
+import uvicorn
+
+from nanovllm.api.app import App, with_cors
+from nanovllm.api.config import ServerConfig
+from nanovllm.api.protocol import protocol_options
+from nanovllm.api.service import Service
+from nanovllm.serving.interface import AsyncEngine
+
+logger = logging.getLogger(__name__)
+CHECK_S = 0.2
+LAST_WORDS_S = 0.5  # for errors to reach clients, after the engine has failed
+CLOSE_S = 3  # then connections are closed whose clients do not read
+KEEPALIVE = (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4))
+
+
+class Drainable(AsyncEngine, Protocol):
+    """An engine that can end in order."""
+
+    async def drain(self, timeout: float | None = None) -> object: ...
+
+
+class Stop:
+    """The wish to end, which comes once `wish` is done."""
+
+    def __init__(self, wish: Awaitable[object]) -> None:
+        self._wish = asyncio.ensure_future(wish)
+
+    async def wait(self) -> None:
+        await asyncio.shield(self._wish)
+
+    async def before(self, work: Coroutine[Any, Any, object]) -> bool:
+        """Whether work ends before somebody wishes to stop, which cancels it. Raises its error."""
+        task = asyncio.create_task(work)
+        await asyncio.wait((task, self._wish), return_when=asyncio.FIRST_COMPLETED)
+        is_done = task.done()
+        if is_done:
+            task.result()
+        task.cancel()
+        return is_done
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield  # signals are ours: see `Stop`
+
+
+def bind(config: ServerConfig) -> socket.socket:
+    """A socket at the server's address. It listens once the server runs. Raises OSError."""
+    found = socket.getaddrinfo(
+        config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )
+    family, kind, protocol, _, address = found[0]
+    sock = socket.socket(family, kind, protocol)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # connections inherit these: a peer that is gone without a word is noticed
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in KEEPALIVE:
+            if hasattr(socket, name):
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        sock.bind(address)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def url_of(config: ServerConfig, sock: socket.socket) -> str:
+    """Where clients find the server."""
+    host, port = sock.getsockname()[:2]
+    scheme = "http" if config.ssl_certfile is None else "https"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+async def run(
+    service: Service,
+    engine: Drainable,
+    sock: socket.socket,
+    stop: Stop,
+    on_ready: Callable[[], object] = lambda: None,
+) -> int:
+    """Serve until somebody asks to stop, or the engine fails. Returns the exit code.
+
+    At the wish to stop, running requests have `drain_timeout` seconds to finish; new ones are
+    refused meanwhile.
+    """
+    config = service.config
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+    options = uvicorn.Config(
+        with_cors(App(service)),
+        ssl_certfile=config.ssl_certfile,
+        ssl_keyfile=config.ssl_keyfile,
+        timeout_graceful_shutdown=CLOSE_S,
+        **protocol_options(config),
+    )
+    server = _Server(options)
+    tasks = [
+        asyncio.create_task(work)
+        for work in (server.serve([sock]), _failure(engine), stop.wait(), service.prompts.warm())
+    ]
+    serving, failing, stopping, _ = tasks
+    try:
+        while not server.started and not serving.done():
+            await asyncio.sleep(0.001)
+        on_ready()
+        await asyncio.wait((serving, failing, stopping), return_when=asyncio.FIRST_COMPLETED)
+        if failing.done():
+            await asyncio.sleep(LAST_WORDS_S)
+        else:
+            await engine.drain(config.drain_timeout)
+        server.should_exit = True
+        await serving
+    finally:
+        for task in tasks:
+            task.cancel()
+        if service.traces is not None:
+            await asyncio.to_thread(service.traces.close)
+    return 1 if engine.failure is not None else 0
+
+
+async def _failure(engine: AsyncEngine) -> None:
+    """Wait until the engine has failed."""
+    while engine.failure is None:
+        await asyncio.sleep(CHECK_S)

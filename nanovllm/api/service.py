@@ -1,0 +1,98 @@
+"""What all endpoints share."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Sequence
+from typing import TypeVar
+
+import msgspec
+
+from nanovllm.api.bodies import StreamOptions
+from nanovllm.api.config import ServerConfig
+from nanovllm.api.errors import ApiError, invalid
+from nanovllm.api.fields import decoded
+from nanovllm.api.http import Exchange
+from nanovllm.api.params import ParamsMaker
+from nanovllm.api.prometheus import Latencies
+from nanovllm.api.prompts import PromptMaker
+from nanovllm.api.tools import Readings
+from nanovllm.api.traces import Traces
+from nanovllm.media.given import KINDS, Given
+from nanovllm.serving.interface import AsyncEngine
+
+Body = TypeVar("Body", bound=msgspec.Struct)
+MAX_ID_CHARS = 64
+
+
+class Service:
+    """An engine behind HTTP, with its options and the names of its model."""
+
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        config: ServerConfig,
+        latencies: Sequence[Latencies] = (),
+        index: int = 0,
+    ) -> None:
+        """latencies: of all API processes. index: of this one."""
+        self.latencies = latencies or [Latencies()]
+        self.own_latencies = self.latencies[index]
+        self.engine, self.config = engine, config
+        self.model_names = config.model_names(engine.config.model)
+        self.model = self.model_names[0]
+        self.created = int(time.time())
+        endpoint = config.otlp_traces_endpoint
+        self.traces = None if endpoint is None else Traces(endpoint, self.model)
+        self.modalities = ["text", *(kind for kind in KINDS if self._takes(kind))]
+        self.params = ParamsMaker(config, engine.default_params, engine.max_model_len)
+        self.prompts = PromptMaker(engine, config)
+        self.readings = Readings(engine, config)
+
+    def _takes(self, kind: str) -> bool:
+        try:
+            self.engine.check_media([Given(kind, kind, None)])
+        except ValueError:
+            return False
+        return True
+
+    async def body(self, exchange: Exchange, kind: type[Body]) -> Body:
+        """The body of a request, whose model must be ours. Raises ApiError."""
+        data = await exchange.body(self.config.max_body_bytes, self.config.body_timeout)
+        body = decoded(data, kind)
+        self.check_model(getattr(body, "model", None))
+        exchange.record.user = getattr(body, "user", None) or getattr(
+            body, "safety_identifier", None
+        )
+        return body
+
+    def check_model(self, name: str | None) -> None:
+        if name is not None and name not in self.model_names:
+            shown = f"{name[:MAX_ID_CHARS]!r}"
+            raise ApiError(404, f"there is no model {shown}: this server has {self.model!r}",
+                           param="model", code="model_not_found")  # fmt: skip
+
+    def check_num_answers(self, num_prompts: int, n: int) -> None:
+        most = max(self.config.max_prompts, self.config.max_n)
+        if num_prompts * n > most:
+            words = f"{num_prompts} prompts with n={n} are {num_prompts * n} answers: at most "
+            raise invalid("n", f"{words}{most} are made for a request")
+
+
+def response_id(prefix: str, given: str | None) -> str:
+    """The id of an answer: the one that the request gives, or a random one."""
+    if given is None:
+        return f"{prefix}{secrets.token_hex(16)}"
+    if not 0 < len(given) <= MAX_ID_CHARS or not given.isascii() or not given.isprintable():
+        words = f"request_id must have 1 … {MAX_ID_CHARS} visible ASCII characters"
+        raise invalid("request_id", words)
+    return f"{prefix}{given}"
+
+
+def usage_options(options: StreamOptions | None) -> tuple[bool, bool]:
+    """Whether a stream ends with the usage, and whether every part has it."""
+    if options is None:
+        return False, False
+    is_continuous = bool(options.continuous_usage_stats)
+    return bool(options.include_usage) or is_continuous, is_continuous

@@ -1,0 +1,84 @@
+"""Starts a server: the engine's process and the processes that speak HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from dataclasses import asdict
+from typing import Any
+
+import uvloop
+
+from nanovllm import log
+from nanovllm.api.config import ServerConfig
+from nanovllm.api.prometheus import Latencies
+from nanovllm.api.server import Stop, bind, run, url_of
+from nanovllm.api.service import Service
+from nanovllm.config import EngineConfig
+from nanovllm.serving import supervisor
+from nanovllm.serving.api_process import ApiProcess
+from nanovllm.serving.interface import EngineDead
+
+logger = logging.getLogger(__name__)
+TARGET = "nanovllm.api.start:serve_clients"
+
+
+def serve(engine: EngineConfig, server: ServerConfig) -> int:
+    """See `nanovllm.api.serve`."""
+    log.configure()
+    with bind(server) as listener:
+        service = supervisor.Service(
+            config=engine,
+            target=TARGET,
+            listener=listener,
+            options=_as_json(server),
+            num_api_processes=server.api_processes,
+            drain_timeout=server.drain_timeout,
+            max_queued=server.max_queue_len,
+            shared_bytes=server.api_processes * Latencies.SIZE_BYTES,
+        )
+        return supervisor.Supervisor(service).run()
+
+
+def serve_clients(process: ApiProcess) -> None:
+    """What each API process does."""
+    uvloop.run(_serve_clients(process))
+
+
+async def _serve_clients(process: ApiProcess) -> None:
+    server, engine = ServerConfig(**process.options), process.client()
+    stop = Stop(process.drain_begins())
+    importing = asyncio.create_task(asyncio.to_thread(_import_templates))
+    try:
+        if not await stop.before(engine.ready()):
+            return
+        size = Latencies.SIZE_BYTES
+        starts = range(0, process.num * size, size)
+        latencies = [Latencies(process.memory[start : start + size]) for start in starts]
+        service = Service(engine, server, latencies, process.index)
+
+        def ready() -> None:
+            if process.index == 0:
+                url = url_of(server, process.listener)
+                logger.info("%s is served at %s", service.model, url)
+
+        await run(service, engine, process.listener, stop, ready)
+    except EngineDead:
+        await process.drain_begins()  # the supervisor knows why, and ends all processes
+    finally:
+        await engine.close()
+        await importing
+
+
+def _import_templates() -> None:
+    """Import what the first conversation needs, while the engine loads: it takes seconds."""
+    from transformers import AutoTokenizer  # noqa: F401
+
+
+def _as_json(server: ServerConfig) -> dict[str, Any]:
+    """The options as JSON has them, for `ServerConfig`."""
+    return {
+        name: os.fspath(one) if isinstance(one, os.PathLike) else one
+        for name, one in asdict(server).items()
+    }

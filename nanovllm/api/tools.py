@@ -1,0 +1,177 @@
+"""Tools and reasoning: what a request asks for, and how the text of its answers is read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nanovllm.api.bodies import ChatBody
+from nanovllm.api.config import ServerConfig
+from nanovllm.api.errors import invalid, refused
+from nanovllm.parsers import (
+    REQUIRED,
+    AnswerParser,
+    AnswerStream,
+    ArgumentsPart,
+    CallStart,
+    Part,
+    ReasoningParser,
+    ReasoningPart,
+    ToolParser,
+    reasoning_parser,
+    reasoning_parser_for,
+    required_schema,
+    tool_parser,
+    tool_parser_for,
+)
+from nanovllm.schedule.logprobs import SHOW_SPECIAL
+from nanovllm.serving.interface import AsyncEngine
+
+NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
+NONE = "none"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the answers to a request are read. parser: None if all text is content.
+
+    schema: answers must match it. at_most_one: calls after the first are dropped.
+    """
+
+    parser: AnswerParser | None = None
+    schema: dict[str, Any] | None = None
+    at_most_one: bool = False
+    has_reasoning: bool = True
+
+    @property
+    def needs_special_tokens(self) -> bool:
+        return self.parser is not None and self.parser.needs_special_tokens
+
+    def stream(self, prompt: str) -> AnswerStream | None:
+        """A reader of one answer; None if all its text is content."""
+        if self.parser is None:
+            return None
+        reasoning = self.parser.reasoning
+        return self.parser.stream(reasoning is not None and reasoning.begins_in(prompt))
+
+    def kept(self, parts: Sequence[Part]) -> Iterator[Part]:
+        """The parts that the request wants."""
+        for part in parts:
+            is_later = isinstance(part, (CallStart, ArgumentsPart)) and part.index > 0
+            if self.at_most_one and is_later:
+                continue
+            if not self.has_reasoning and isinstance(part, ReasoningPart):
+                continue
+            yield part
+
+
+class Readings:
+    """The parsers of a model. Raises ValueError for an unknown name of one.
+
+    They are looked up at the first conversation: the chat template is read late.
+    """
+
+    def __init__(self, engine: AsyncEngine, config: ServerConfig) -> None:
+        self._engine, self._config = engine, config
+        self._found: tuple[ToolParser | None, ReasoningParser | None, list[str]] | None = None
+        for name, look_up, other in (
+            (config.tool_call_parser, tool_parser, "tool_call_parser"),
+            (config.reasoning_parser, reasoning_parser, "reasoning_parser"),
+        ):
+            if name not in ("auto", NONE):
+                try:
+                    look_up(name)
+                except ValueError as error:
+                    raise ValueError(f"{other}: {error}, or auto or {NONE}") from None
+
+    def of(self, body: ChatBody) -> Reading:
+        """How to read the answers to a request. Raises ValueError for wrong tools, also as
+        ApiError."""
+        tools, reasoning, end_texts = self._parsers()
+        choice = body.tool_choice
+        _check_tools(body.tools or [], self._config.max_tools, is_forced=_is_forced(choice))
+        if choice is not None and choice != NONE and not body.tools:
+            raise invalid("tool_choice", "tool_choice needs tools")
+        has_reasoning = body.include_reasoning is not False
+        one = body.parallel_tool_calls is False
+        if _is_forced(choice):
+            name = _named(choice)
+            schema = required_schema(body.tools or [], name, parallel=not one)
+            return Reading(AnswerParser(tool_parser(REQUIRED)), schema, has_reasoning=has_reasoning)
+        is_free = not body.tools or choice == NONE
+        if not is_free and tools is None:
+            words = "the server has no tool_call_parser for this model: use tool_choice 'required'"
+            raise refused("tools", words)
+        tools = None if is_free else tools
+        if tools is None and reasoning is None:
+            return Reading(has_reasoning=has_reasoning)
+        parser = AnswerParser(tools, reasoning)
+        if parser.needs_special_tokens:
+            parser = AnswerParser(tools, reasoning, end_texts)
+        return Reading(parser, at_most_one=one, has_reasoning=has_reasoning)
+
+    def of_text(self) -> Reading:
+        """How to read answers without tools."""
+        _, reasoning, end_texts = self._parsers()
+        if reasoning is None:
+            return Reading()
+        ends = end_texts if reasoning.needs_special_tokens else ()
+        return Reading(AnswerParser(None, reasoning, ends))
+
+    def _parsers(self) -> tuple[ToolParser | None, ReasoningParser | None, list[str]]:
+        if self._found is None:
+            tokenizer = self._engine.tokenizer
+            template = None if tokenizer is None else tokenizer.for_reading.chat_template
+            if isinstance(template, dict):  # several, by name
+                template = template.get("tool_use", template.get("default"))
+            tools, reasoning = self._config.tool_call_parser, self._config.reasoning_parser
+            tool_name = tool_parser_for(template) if tools == "auto" else tools
+            reasoning_name = reasoning_parser_for(template) if reasoning == "auto" else reasoning
+            ends = [] if tokenizer is None else [
+                tokenizer.decode([one], SHOW_SPECIAL) for one in self._engine.eos_ids
+            ]  # fmt: skip
+            self._found = (
+                None if tool_name in (None, NONE) else tool_parser(str(tool_name)),
+                None if reasoning_name in (None, NONE) else reasoning_parser(str(reasoning_name)),
+                [text for text in ends if text],
+            )
+        return self._found
+
+
+def _is_forced(choice: Any) -> bool:
+    """Whether an answer must have a call."""
+    return choice == "required" or isinstance(choice, dict)
+
+
+def _named(choice: Any) -> str | None:
+    """The tool that must be called, if one is named."""
+    if not isinstance(choice, dict):
+        return None
+    function = choice.get("function")
+    if choice.keys() != {"type", "function"} or choice["type"] != "function":
+        raise invalid("tool_choice", 'tool_choice must be {"type": "function", "function": {…}}')
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise invalid("tool_choice", "tool_choice.function has no name")
+    return function["name"]
+
+
+def _check_tools(tools: Sequence[Any], most: int, *, is_forced: bool) -> None:
+    if len(tools) > most:
+        raise invalid("tools", f"tools has {len(tools)} tools: at most {most} are allowed")
+    for number, tool in enumerate(tools):
+        place = f"tools[{number}]"
+        function = tool.get("function")
+        if tool.get("type") != "function" or not isinstance(function, dict):
+            raise invalid(place, f"{place} must have the type 'function' and a function")
+        name, parameters = function.get("name"), function.get("parameters")
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            words = "must have 1 … 64 letters, digits, '_', '-' or '.'"
+            raise invalid(f"{place}.function.name", f"{place}.function.name {words}")
+        if parameters is not None and not isinstance(parameters, dict):
+            words = f"{place}.function.parameters must be an object"
+            raise invalid(f"{place}.function.parameters", words)
+        if function.get("strict") and not is_forced:
+            words = "strict needs tool_choice 'required' or a named one: else nothing enforces it"
+            raise refused(f"{place}.function.strict", words)

@@ -1,0 +1,96 @@
+"""Traces of requests for OpenTelemetry: a span for each, sent to a collector by OTLP over HTTP.
+
+The names of attributes are those of OpenTelemetry's conventions for generative AI and HTTP, and
+vLLM's for the time to the first token. Spans have counts and times, and no texts.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping
+from typing import Protocol
+from urllib.parse import urlsplit
+
+MAX_WAITING = 2048  # spans; more are dropped while the collector does not answer
+CLOSE_S = 3.0
+SERVER_ERROR = 500
+
+
+class Finished(Protocol):
+    """What a span tells of a request. start: by `time.perf_counter()`. first_token: seconds after
+    it."""
+
+    request_id: str
+    start: float
+    status: int
+    num_prompt_tokens: int
+    num_tokens: int
+    first_token: float | None
+
+
+class Traces:
+    """Makes spans of requests that have ended, and sends them from a thread of its own.
+
+    endpoint: the URL that takes traces, such as http://127.0.0.1:4318/v1/traces.
+    Raises ValueError for another kind of URL, and if the packages of the extra are missing.
+    """
+
+    def __init__(self, endpoint: str, model: str) -> None:
+        parts = urlsplit(endpoint)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(
+                f"otlp_traces_endpoint is {endpoint!r}: it must be a URL of http or https"
+            )
+        try:
+            from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+            from opentelemetry.sdk.resources import Resource
+            from opentelemetry.sdk.trace import TracerProvider
+            from opentelemetry.sdk.trace.export import BatchSpanProcessor
+        except ImportError as error:
+            raise ValueError("traces need pip install nanovllm[traces]") from error
+        # not the global provider: two servers in a process have their own
+        self._provider = TracerProvider(resource=Resource.create({"service.name": "nanovllm"}))
+        self._exporter = OTLPSpanExporter(endpoint=endpoint)
+        self._provider.add_span_processor(
+            BatchSpanProcessor(self._exporter, max_queue_size=MAX_WAITING)
+        )
+        self._tracer = self._provider.get_tracer("nanovllm")
+        self._model = model
+
+    def add(self, request: Finished, path: str, headers: Mapping[str, str]) -> None:
+        """A request has ended now. The header traceparent names the span that it belongs to."""
+        from opentelemetry.trace import SpanKind, Status, StatusCode
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+        end = time.time_ns()
+        start = end - round((time.perf_counter() - request.start) * 1e9)
+        span = self._tracer.start_span(
+            "llm_request",
+            TraceContextTextMapPropagator().extract(headers),
+            SpanKind.SERVER,
+            start_time=start,
+            attributes={
+                "gen_ai.request.id": request.request_id,
+                "gen_ai.request.model": self._model,
+                "gen_ai.usage.input_tokens": request.num_prompt_tokens,
+                "gen_ai.usage.output_tokens": request.num_tokens,
+                "http.route": path,
+                "http.response.status_code": request.status,
+            },
+        )
+        if request.first_token is not None:
+            span.set_attribute("gen_ai.latency.time_to_first_token", request.first_token)
+            span.add_event("first token", timestamp=start + round(request.first_token * 1e9))
+        if request.status >= SERVER_ERROR:
+            span.set_status(Status(StatusCode.ERROR))
+        span.end(end)
+
+    def close(self) -> None:
+        """Send what waits, for at most three seconds."""
+        # the library would try again for minutes, so it does this in a thread
+        flushing = threading.Thread(target=self._provider.force_flush, daemon=True)
+        flushing.start()
+        flushing.join(CLOSE_S)
+        self._exporter.shutdown()  # from now on, what is sent is dropped
+        self._provider.shutdown()

@@ -1,0 +1,92 @@
+"""Outputs of requests that grow, in vLLM's forms: the text so far, the new text, or the end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from nanovllm.outputs import (
+    CompletionOutput,
+    RequestOutput,
+    TopLogprobs,
+    completion_output,
+    cumulative,
+    request_output,
+)
+from nanovllm.sampling import RequestOutputKind
+from nanovllm.schedule.outputs import Completion, Increment
+
+Kind = RequestOutputKind
+
+
+@dataclass
+class GrowingAnswer:
+    """The text, tokens and log-probabilities so far of one answer."""
+
+    index: int
+    prompt_len: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TopLogprobs] = field(default_factory=list)
+    done: Completion | None = None
+
+    def add(self, increment: Increment) -> None:
+        self.text += increment.text
+        self.token_ids += increment.token_ids
+        self.logprobs += increment.logprobs or []
+        self.done = increment.completion
+
+    def output(self) -> CompletionOutput:
+        if self.done is not None:
+            return completion_output(self.index, self.done)
+        logprobs = self.logprobs or None
+        output = CompletionOutput(
+            index=self.index,
+            text=self.text,
+            token_ids=self.token_ids[:],
+            finish_reason=None,
+            stop_reason=None,
+            cumulative_logprob=cumulative(self.token_ids, logprobs),
+            num_prompt_tokens=self.prompt_len,
+            num_cached_tokens=0,
+        )
+        if logprobs:
+            output["logprobs"] = logprobs[:]
+        return output
+
+    def delta(self, increment: Increment) -> CompletionOutput:
+        """The same with the new text, tokens and log-probabilities alone."""
+        output = self.output()
+        output.update(text=increment.text, token_ids=increment.token_ids)
+        if increment.logprobs is not None:
+            output["logprobs"] = increment.logprobs
+        return output
+
+
+@dataclass
+class GrowingOutput:
+    """A prompt with its n answers, by keys of the caller's, and how its outputs show them."""
+
+    request_id: str
+    prompt: str | None
+    prompt_ids: list[int]
+    kind: RequestOutputKind
+    answers: dict[int, GrowingAnswer] = field(default_factory=dict)
+
+    def output(self, increments: dict[int, Increment]) -> RequestOutput | None:
+        """The output after these new increments; None if there is nothing to show."""
+        for key, increment in increments.items():
+            self.answers[key].add(increment)
+        dones = [answer.done for answer in self.answers.values()]
+        if self.kind is Kind.FINAL_ONLY and None in dones:
+            return None
+        if self.kind is Kind.DELTA:
+            shown = [self.answers[key].delta(increment) for key, increment in increments.items()]
+        else:
+            shown = [answer.output() for answer in self.answers.values()]
+        first = next((done for done in dones if done is not None), None)
+        prompt_logprobs = first.prompt_logprobs if first is not None else None
+        # that of a finished answer has all tokens of images, too
+        prompt_ids = first.prompt_ids if first is not None else self.prompt_ids
+        output = request_output(self.request_id, self.prompt, prompt_ids, shown, prompt_logprobs)
+        output["finished"] = None not in dones
+        return output

@@ -1,0 +1,81 @@
+"""Whole answers: reasoning, content and calls of tools."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nanovllm.parsers.parts import ContentPart, Parsed, Part, Sink, joined
+from nanovllm.parsers.reader import Reader, TextParser, Wait, ignore
+from nanovllm.parsers.reasoning import ReasoningParser
+from nanovllm.parsers.tools import ToolParser
+
+
+@dataclass(frozen=True)
+class AnswerParser:
+    """Reasoning first; what follows it is content and calls.
+
+    tools, reasoning: None for answers without them.
+    end_texts: special tokens that end an answer, such as "<|eot_id|>". They are in the text if it
+        is made with `skip_special_tokens=False`. The first of them, and what follows, is dropped.
+    """
+
+    tools: ToolParser | None = None
+    reasoning: ReasoningParser | None = None
+    end_texts: Sequence[str] = ()
+
+    @property
+    def needs_special_tokens(self) -> bool:
+        """Whether the text must be made with `skip_special_tokens=False`."""
+        parts = (self.tools, self.reasoning)
+        return any(one is not None and one.needs_special_tokens for one in parts)
+
+    def stream(self, inside_reasoning: bool = False) -> AnswerStream:
+        """A parser of one answer that comes in pieces.
+
+        inside_reasoning: `ReasoningParser.begins_in` of the prompt.
+        """
+        stages = [TextParser(self._until_end)] if self.end_texts else []
+        if self.reasoning is not None:
+            stages.append(self.reasoning.stream(inside_reasoning))
+        if self.tools is not None:
+            stages.append(self.tools.stream())
+        return AnswerStream(stages)
+
+    def parse(self, text: str, inside_reasoning: bool = False) -> Parsed:
+        """A whole answer."""
+        stream = self.stream(inside_reasoning)
+        return joined([*stream.push(text), *stream.finish()])
+
+    def _until_end(self, reader: Reader, sink: Sink) -> Wait[None]:
+        yield from reader.until(self.end_texts, sink.content)
+        yield from reader.rest(ignore)
+
+
+class AnswerStream:
+    """One answer that comes in pieces. Each stage parses what is content to the one before it."""
+
+    def __init__(self, stages: Sequence[TextParser]) -> None:
+        self._stages = stages
+
+    def push(self, text: str) -> list[Part]:
+        """Read more of the text. Returns what is known of the answer now."""
+        parts: list[Part] = [ContentPart(text)] if text else []
+        for stage in self._stages:
+            parts = _through(stage, parts)
+        return parts
+
+    def finish(self) -> list[Part]:
+        """End the text. Returns the rest of the answer, [] at a second call."""
+        parts: list[Part] = []
+        for stage in self._stages:
+            parts = [*_through(stage, parts), *stage.finish()]
+        return parts
+
+
+def _through(stage: TextParser, parts: Sequence[Part]) -> list[Part]:
+    """The parts with their content parsed."""
+    found: list[Part] = []
+    for part in parts:
+        found += stage.push(part.text) if isinstance(part, ContentPart) else [part]
+    return found

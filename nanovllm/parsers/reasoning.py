@@ -1,0 +1,78 @@
+"""The reasoning that models write before their answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nanovllm.parsers.parts import Parsed, Sink, joined
+from nanovllm.parsers.reader import Reader, TextParser, Wait
+
+
+@dataclass(frozen=True)
+class ReasoningParser:
+    """Splits an answer into reasoning and content.
+
+    opening, closing: the marks around the reasoning, which is at the beginning of an answer. White
+    space around it is dropped. Without the closing mark the whole answer is reasoning.
+    """
+
+    name: str
+    opening: str
+    closing: str
+    needs_special_tokens: bool = False
+
+    def begins_in(self, prompt: str) -> bool:
+        """Whether the prompt ends with the opening mark, so that the answer begins inside.
+
+        Some templates write the mark themselves (DeepSeek R1, Qwen 3 Thinking). Others let the
+        model do it (Qwen 3), or write both marks if there shall be no reasoning
+        (enable_thinking=False).
+        """
+        return prompt.rstrip().endswith(self.opening)
+
+    def stream(self, inside: bool = False) -> TextParser:
+        """A parser of one answer that comes in pieces. inside: the prompt has the opening mark."""
+
+        def work(reader: Reader, sink: Sink) -> Wait[None]:
+            reader.keep()
+            yield from reader.spaces()
+            has_opening = yield from reader.accept(self.opening)
+            before = reader.kept()
+            if inside or has_opening:
+                yield from reader.spaces()
+                yield from reader.until((self.closing,), sink.reasoning)
+                yield from reader.spaces()
+            else:
+                sink.content(before)
+            yield from reader.rest(sink.content)
+
+        return TextParser(work)
+
+    def parse(self, text: str, inside: bool = False) -> Parsed:
+        """The reasoning and the content of a whole answer."""
+        stream = self.stream(inside)
+        return joined([*stream.push(text), *stream.finish()])
+
+
+PARSERS = {
+    one.name: one
+    for one in (
+        ReasoningParser("think", "<think>", "</think>"),
+        ReasoningParser("mistral", "[THINK]", "[/THINK]", needs_special_tokens=True),
+    )
+}
+
+
+def reasoning_parser(name: str) -> ReasoningParser:
+    """Raises ValueError for an unknown name."""
+    if name not in PARSERS:
+        raise ValueError(
+            f"the reasoning parser is {name!r}: it must be one of {', '.join(PARSERS)}"
+        )
+    return PARSERS[name]
+
+
+def reasoning_parser_for(chat_template: str | None) -> str | None:
+    """The name of the parser for the marks that a chat template has, or None."""
+    template = chat_template or ""
+    return next((name for name, one in PARSERS.items() if one.closing in template), None)

@@ -1,0 +1,123 @@
+"""One answer as its client knows it: tokens come from the engine, text is made here."""
+
+from __future__ import annotations
+
+from nanovllm.outputs import TopLogprobs
+from nanovllm.replicas.messages import logprobs
+from nanovllm.sampling import SamplingParams
+from nanovllm.schedule.outputs import Completion, Increment, TextStream
+from nanovllm.serving.messages import Done, Row
+from nanovllm.tokenizer import Tokenizer
+
+
+class Answer:
+    """Decodes tokens and finds stop strings, as the engine does for `LLM`.
+
+    Tokens are decoded when somebody takes them, several at once if the reader is late. With stop
+    strings they are decoded as they come.
+
+    index: of the answer to its prompt. done: its end, once that is known.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        params: SamplingParams,
+        prompt_ids: list[int],
+        tokenizer: Tokenizer | None,
+        *,
+        incremental: bool,
+    ) -> None:
+        self.index, self._params, self._prompt_ids = index, params, prompt_ids
+        self._tokenizer, self.incremental = tokenizer, incremental
+        self._text = TextStream(tokenizer, params, incremental=incremental)
+        self._token_ids: list[int] = []
+        self._logprobs: list[TopLogprobs] | None = None if params.logprobs is None else []
+        self._num_decoded = self._num_taken = 0  # tokens
+        self._end: Done | None = None  # as the engine has sent it
+        self.done: Completion | None = None
+
+    def add_token(self, token_id: int) -> bool:
+        """Add the next token, which has nothing beside it; returns whether a stop string ends the
+        text there. The engine does not know of it."""
+        if self._has_stopped:
+            return False
+        self._token_ids.append(token_id)
+        if self._params.stop:
+            self._decode()
+        return self._has_stopped
+
+    def add(self, row: Row) -> bool:
+        """The same for any tokens, and for the end if it is there."""
+        self._end = row.done
+        if self._has_stopped:
+            return False
+        self._token_ids += row.token_ids
+        if self._logprobs is not None:
+            self._logprobs += logprobs(row.logprobs, self._tokenizer) or []
+        if self._params.stop:
+            self._decode()
+        return self._has_stopped
+
+    @property
+    def _has_stopped(self) -> bool:
+        return self._text.stop_string is not None
+
+    def take(self) -> Increment | None:
+        """What is new since the last call; None if nothing is."""
+        if self.done is not None:
+            return None
+        self._decode()
+        if self._end is not None:
+            self.done = self._completion(self._end)
+        elif self._num_taken == len(self._token_ids):
+            return None
+        first, self._num_taken = self._num_taken, len(self._token_ids)
+        return Increment(
+            self.index,
+            self._token_ids[first:],
+            self._text.take(last=self.done is not None),
+            None if self._logprobs is None else self._logprobs[first:],
+            self.done,
+        )
+
+    def abort(self) -> None:
+        """End the answer with the tokens that are there."""
+        if self._end is None:
+            self._end = Done("abort", None, 0, None, None)
+
+    def _decode(self) -> None:
+        """Decode the tokens that have come, up to a stop string."""
+        if not self._text.grows or self._has_stopped:
+            return
+        fresh = self._token_ids[self._num_decoded :]
+        self._num_decoded = len(self._token_ids)
+        if not self._params.stop:
+            if fresh:
+                self._text.push(fresh, may_stop=False)
+            return
+        num = len(self._token_ids) - len(fresh)
+        for token_id in fresh:
+            num += 1
+            if self._text.push([token_id], may_stop=num >= self._params.min_tokens):
+                del self._token_ids[num:]
+                if self._logprobs is not None:
+                    del self._logprobs[num:]
+                return
+
+    def _completion(self, end: Done) -> Completion:
+        text, reason = self._text, "stop" if self._has_stopped else end.finish_reason
+        if not self._has_stopped:
+            may_stop = len(self._token_ids) >= self._params.min_tokens
+            text.finish(self._token_ids, may_stop=may_stop)
+        return Completion(
+            text=text.text,
+            token_ids=self._token_ids,
+            finish_reason=reason,
+            stop_reason=text.stop_string or end.stop_reason,
+            prompt_ids=self._prompt_ids,
+            num_cached_tokens=end.num_cached_tokens,
+            logprobs=self._logprobs,
+            prompt_logprobs=logprobs(end.prompt_logprobs, self._tokenizer),
+            error=end.error,
+        )

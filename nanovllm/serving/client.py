@@ -1,0 +1,371 @@
+"""A client of the engine's process: checks and encodes prompts, decodes answers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from nanovllm.config import EngineConfig
+from nanovllm.growing import GrowingAnswer, GrowingOutput
+from nanovllm.intake import Intake, checked_priority, drawn_seed
+from nanovllm.media.given import Given
+from nanovllm.metrics import Metric
+from nanovllm.outputs import RequestOutput
+from nanovllm.prompts import AnyPrompt, Prompt, as_prompt
+from nanovllm.replicas import setups
+from nanovllm.replicas.messages import Facts, params_fields
+from nanovllm.replicas.messages import metrics as load_metrics
+from nanovllm.sampling import RequestOutputKind, SamplingParams
+from nanovllm.schedule import edit_limits
+from nanovllm.serving import messages
+from nanovllm.serving.answer import Answer
+from nanovllm.serving.connection import Connection
+from nanovllm.serving.interface import Draining, EngineDead
+from nanovllm.serving.messages import Add, End
+from nanovllm.serving.quota import Counts, Quota, num_clients_of
+from nanovllm.serving.stream import Feed, OpenStream
+from nanovllm.tokenizer import Tokenizer
+
+# Longer texts are encoded in a thread, so that other tasks go on meanwhile.
+LONG_TEXT_CHARACTERS = 4096
+MAX_QUEUED = 4096
+
+
+class Client:
+    """An `AsyncEngine` over a socket to the engine's process.
+
+    It belongs to the event loop in which it was first awaited: use it in tasks of that loop. What
+    the engine says of itself (`max_model_len`, `tokenizer`, …) is known once `ready` has returned.
+    """
+
+    tokenizer: Tokenizer | None
+    max_model_len: int
+    max_num_seqs: int
+    default_params: SamplingParams
+    eos_ids: frozenset[int]
+    # after the end of the connection, so long somebody else may say why
+    _patience_s = 0.0
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        sock: socket.socket,
+        counts: Counts,
+        *,
+        index: int = 0,
+        max_queued: int = MAX_QUEUED,
+    ) -> None:
+        """Takes over the socket. index: of this client. counts: the answers of all clients.
+
+        max_queued: how many answers of all clients may wait while as many run as can. More are
+        refused with QueueFull.
+        """
+        if max_queued < 0:
+            raise ValueError(f"max_queued is {max_queued}: it must be at least 0")
+        self.config = config
+        self._sock, self._counts, self._index, self._max_queued = sock, counts, index, max_queued
+        self._next_id = 0
+        self._feeds: dict[str, Feed] = {}  # unfinished
+        self._answers: dict[int, tuple[Feed, Answer]] = {}  # unfinished, by their ids
+        self._asked: list[asyncio.Future[list[Metric]]] = []
+        self._failure: EngineDead | None = None
+        self._is_draining = self._is_closed = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def __getattr__(self, name: str) -> Any:
+        if name in Client.__annotations__:
+            raise AttributeError(f"{name} is not known before `await ready()`")
+        raise AttributeError(f"{type(self).__name__} has no {name!r}")
+
+    # start and end ----------------------------------------------------------------------------
+
+    async def ready(self) -> None:
+        """Wait until the engine is warm. Raises ValueError for options that it refuses, and
+        EngineDead."""
+        loop = asyncio.get_running_loop()
+        if self._loop is None:
+            self._loop, self._facts = loop, loop.create_future()
+            self._starting = loop.create_task(self._start())
+        elif self._loop is not loop:
+            raise RuntimeError("this engine belongs to another event loop")
+        await asyncio.shield(self._starting)
+
+    async def _start(self) -> None:
+        self._connection = await Connection.open(self._sock, self._take, self._lost)
+        reading = asyncio.to_thread(setups.tokenizer, self.config)
+        facts, self.tokenizer = await asyncio.gather(self._facts, reading)
+        self.max_model_len, self.max_num_seqs = facts.max_model_len, facts.max_num_seqs
+        self.default_params = SamplingParams(**facts.default_params)
+        self.eos_ids = frozenset(facts.eos_ids)
+        self._intake = Intake(
+            self.config.model,
+            self.tokenizer,
+            facts.vocab_size,
+            facts.hidden_size,
+            facts.max_model_len,
+            num_added=facts.num_added,
+            has_axes=facts.has_axes,
+        )
+        self._quota = Quota(self._index, self._counts, self.max_num_seqs + self._max_queued)
+
+    async def close(self) -> None:
+        """End all requests, and the connection."""
+        self._is_closed = True
+        self.abort_all()
+        if self._loop is None:
+            self._sock.close()
+            return
+        if not self._starting.done():
+            self._starting.cancel()
+        if connection := self.__dict__.get("_connection"):
+            connection.close()
+
+    async def drain(self, timeout: float | None = None) -> bool:
+        """Refuse new requests with Draining, and wait for those that run or wait.
+
+        After `timeout` seconds what is left is aborted. Returns whether nothing was.
+        """
+        self._is_draining = True
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout)
+        except asyncio.TimeoutError:
+            self.abort_all()
+            return False
+        return True
+
+    @property
+    def is_draining(self) -> bool:
+        return self._is_draining
+
+    @property
+    def failure(self) -> EngineDead | None:
+        return self._failure
+
+    # requests ---------------------------------------------------------------------------------
+
+    def check_media(self, media: Sequence[Given]) -> None:
+        """Raises ValueError for images, videos and sound: they are not supported here."""
+        if media:
+            raise ValueError(f"{media[0].name} is not supported by AsyncLLM: use LLM")
+
+    async def open(
+        self,
+        prompt: AnyPrompt | Prompt,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+    ) -> OpenStream:
+        """Queue a prompt; its answers come through the stream.
+
+        With params.output_kind FINAL_ONLY an answer is one part. Without params those of the
+        checkpoint are used. Raises ValueError for an invalid prompt and for a request_id that is in
+        use, QueueFull, Draining, EngineDead.
+        """
+        await self.ready()
+        params = self._checked(self.default_params if params is None else params)
+        given, priority = as_prompt(prompt), checked_priority(priority)
+        prompt_ids = await self._prompt_ids(given, params)
+        self._check_open()
+        name = uuid.uuid4().hex if request_id is None else request_id
+        if not isinstance(name, str) or name in self._feeds:
+            raise ValueError(f"request_id is {name!r}: it must be text that is not in use")
+        self._quota.take(params.n)
+        incremental = bool(params.stop) or params.output_kind is not RequestOutputKind.FINAL_ONLY
+        seeds = self._seeds(params)
+        feed = self._new_feed(name, params, prompt_ids, incremental=incremental)
+        # the engine neither decodes nor finds stop strings
+        fields = params_fields(replace(params, n=1, seed=None, stop=None, detokenize=False))
+        add = Add(feed.first_id, prompt_ids, fields, seeds, incremental, priority, given.cache_salt)
+        self._connection.send(messages.ADD, messages.dump(add))
+        return OpenStream(self, prompt_ids, feed)
+
+    async def generate(
+        self,
+        prompt: AnyPrompt | Prompt,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+    ) -> AsyncIterator[RequestOutput]:
+        """Yield the answers as they grow, as sampling_params.output_kind says; see `open`.
+
+        Leaving the loop, and a cancelled task, abort the request.
+        """
+        await self.ready()
+        params = self.default_params if sampling_params is None else sampling_params
+        given = as_prompt(prompt)
+        stream = await self.open(given, params, request_id=request_id, priority=priority)
+        prompt_ids = stream.prompt_token_ids
+        growing = GrowingOutput(stream.request_id, given.text, prompt_ids, params.output_kind)
+        for index in range(params.n):
+            growing.answers[index] = GrowingAnswer(index, len(prompt_ids))
+        try:
+            while found := await stream.take():
+                output = growing.output({one.request_id: one for one in found})
+                if output is not None:
+                    yield output
+        finally:
+            stream.abort()
+
+    def abort(self, request_id: str) -> None:
+        """End a request: its readers get the end of its answers. Unknown ids are ignored."""
+        if request_id in self._feeds:
+            self.abort_feed(self._feeds[request_id])
+
+    def abort_all(self) -> None:
+        for feed in list(self._feeds.values()):
+            self.abort_feed(feed)
+
+    def abort_feed(self, feed: Feed) -> None:
+        """End the answers of a feed that have not ended."""
+        ids = [feed.first_id + answer.index for answer in feed.answers]
+        unfinished = [one for one in ids if one in self._answers]
+        for one in unfinished:
+            _, answer = self._answers[one]
+            answer.abort()
+            self._finish(one, feed, answer)
+        if unfinished:
+            end = End(unfinished, messages.ABORT)
+            self._connection.send(messages.END, messages.dump(end))
+
+    async def metrics(self) -> list[Metric]:
+        """The engine's metrics. Raises EngineDead."""
+        await self.ready()
+        self._check_alive()
+        self._asked.append(asyncio.get_running_loop().create_future())
+        if len(self._asked) == 1:
+            self._connection.send(messages.METRICS)
+        return await asyncio.shield(self._asked[-1])
+
+    # inside -----------------------------------------------------------------------------------
+
+    def _check_alive(self) -> None:
+        if self._failure is not None:
+            raise EngineDead(*self._failure.args)
+        if self._is_closed:
+            raise EngineDead("the engine is closed")
+
+    def _check_open(self) -> None:
+        self._check_alive()
+        if self._is_draining:
+            raise Draining("the engine finishes what runs and takes no new requests")
+
+    def _checked(self, params: SamplingParams) -> SamplingParams:
+        """A copy of valid parameters."""
+        if not isinstance(params, SamplingParams):
+            raise ValueError(f"the parameters are {params!r}: they must be SamplingParams")
+        params = params.clone()
+        self._intake.check(params)
+        edits = self._intake.edits(params)
+        if edits is not None:
+            edit_limits.check(edits, self._intake.vocab_size)
+        return params
+
+    async def _prompt_ids(self, prompt: Prompt, params: SamplingParams) -> list[int]:
+        self._check_open()
+        self.check_media(prompt.media)
+        text = prompt.text
+        is_encoded = prompt.token_ids is not None or self.tokenizer is None
+        if text is not None and not is_encoded and len(text) > LONG_TEXT_CHARACTERS:
+            assert self.tokenizer is not None
+            token_ids = await asyncio.to_thread(self.tokenizer.encode, text)
+            prompt = replace(prompt, token_ids=token_ids)
+        return self._intake.prompt_ids(prompt, params)
+
+    def _seeds(self, params: SamplingParams) -> list[int]:
+        """The seeds of the n answers. Clients draw different ones; a single one those of `LLM`."""
+        if params.seed is not None:
+            return [one.seed for one in params.of_answers() if one.seed is not None]
+        num_clients = num_clients_of(self._counts)
+        numbers = range(self._next_id, self._next_id + params.n)
+        return [drawn_seed(self.config.seed, i * num_clients + self._index) for i in numbers]
+
+    def _new_feed(
+        self, name: str, params: SamplingParams, prompt_ids: list[int], *, incremental: bool
+    ) -> Feed:
+        answers = [
+            Answer(index, params, prompt_ids, self.tokenizer, incremental=incremental)
+            for index in range(params.n)
+        ]
+        self._feeds[name] = feed = Feed(name, self._next_id, answers)
+        self._next_id += params.n
+        self._answers |= {feed.first_id + one.index: (feed, one) for one in answers}
+        self._idle.clear()
+        return feed
+
+    def _take(self, name: str, payload: bytes) -> None:
+        """Take a message of the engine."""
+        if name == messages.OUTPUTS:
+            self._take_outputs(payload)
+        elif name == messages.METRICS:
+            asked, self._asked = self._asked, []
+            found = load_metrics(payload)
+            for one in asked:
+                if not one.done():
+                    one.set_result(found)
+        else:
+            assert name == messages.READY, name
+            self._facts.set_result(Facts(**json.loads(payload)))
+
+    def _take_outputs(self, payload: bytes) -> None:
+        outputs, answers = messages.load_outputs(payload), self._answers
+        stopped: list[int] = []
+        for request_id, token_id in zip(outputs.ids, outputs.tokens):
+            if request_id in answers:  # else it has been aborted in the meantime
+                feed, answer = answers[request_id]
+                if answer.add_token(token_id):
+                    stopped.append(request_id)
+                feed.note(answer)
+        for row in outputs.rows:
+            if row.request_id in answers:
+                feed, answer = answers[row.request_id]
+                has_stopped = answer.add(row)
+                if row.done is not None:
+                    self._finish(row.request_id, feed, answer)
+                elif has_stopped:
+                    stopped.append(row.request_id)
+                feed.note(answer)
+        if stopped:
+            self._connection.send(messages.END, messages.dump(End(stopped, messages.STOP)))
+
+    def _finish(self, one: int, feed: Feed, answer: Answer) -> None:
+        """Forget an answer that has ended, and its feed with its last answer."""
+        del self._answers[one]
+        self._quota.give_back(1)
+        feed.num_unfinished -= 1
+        feed.note(answer)
+        if not feed.num_unfinished:
+            del self._feeds[feed.name]
+        if not self._answers:
+            self._idle.set()
+
+    def _lost(self) -> None:
+        """The connection has ended."""
+        if not self._is_closed:
+            assert self._loop is not None
+            error = EngineDead("the engine's process has ended")
+            self._loop.call_later(self._patience_s, self._fail, error)
+
+    def _fail(self, error: Exception) -> None:
+        """Tell all who wait. A ValueError is about the options."""
+        if self._failure is not None:
+            return
+        self._failure = error if isinstance(error, EngineDead) else EngineDead(str(error))
+        if not self._facts.done():
+            self._facts.set_exception(error)
+        for future in self._asked:
+            if not future.done():
+                future.set_exception(EngineDead(*self._failure.args))
+        for feed in self._feeds.values():
+            feed.fail(self._failure)
+        self._feeds.clear()
+        self._answers.clear()
+        self._idle.set()

@@ -1,0 +1,161 @@
+"""The work of the engine's process: it takes requests from clients and sends them tokens.
+
+It neither encodes nor decodes text. Per step it sends one message to each client with new tokens,
+and waits for no client. Importing this module does not import torch.
+"""
+
+from __future__ import annotations
+
+import logging
+import selectors
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
+
+from nanovllm.parallel.channel import Channel, ChannelClosed
+from nanovllm.prompts import Prompt
+from nanovllm.replicas.messages import Facts, dump, dump_metrics
+from nanovllm.sampling import SamplingParams
+from nanovllm.schedule.outputs import Increment
+from nanovllm.serving import messages
+from nanovllm.serving.messages import Add
+from nanovllm.serving.port import Port
+
+if TYPE_CHECKING:
+    from nanovllm.media_intake import MediaPrompt
+    from nanovllm.replicas.interface import AnyEngine
+
+logger = logging.getLogger(__name__)
+
+
+class Owner(NamedTuple):
+    """Who asked for an answer: a client, under an id of its own."""
+
+    port: Port
+    request_id: int
+    incremental: bool
+
+
+class Loop:
+    """Steps an engine while it has requests, and reads messages between two steps."""
+
+    def __init__(self, engine: AnyEngine, ports: Sequence[Port], control: Channel) -> None:
+        """control: the channel to the process that has started this one, and ends it by closing
+        the channel."""
+        self._engine, self._ports, self._control = engine, list(ports), control
+        self._owners: dict[int, Owner] = {}  # by the engine's ids
+        self._handlers: dict[str, Callable[[Port, bytes], None]] = {
+            messages.ADD: self._add,
+            messages.END: self._end,
+            messages.METRICS: self._metrics,
+        }
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(control, selectors.EVENT_READ)
+        for port in ports:
+            self._selector.register(port, selectors.EVENT_READ, port)
+
+    def run(self, facts: Facts) -> NoReturn:
+        """Raises ChannelClosed once the control channel closes, and the errors of a step."""
+        for port in list(self._ports):
+            self._guarded(port, partial(Port.send, name=messages.READY, payload=dump(facts)))
+        self._control.send(messages.READY)
+        while True:
+            # without requests there is nothing to do until a message comes
+            for key, _ in self._selector.select(0 if self._owners else None):
+                if key.data is None:
+                    self._control.pending(wait=False)
+                else:
+                    self._guarded(key.data, self._serve)
+            if self._owners:
+                self._engine.advance()
+                self._pass_on(self._engine.take())
+
+    def _serve(self, port: Port) -> None:
+        """Send what waits for a client, and handle what it has sent."""
+        port.send_more()
+        for name, payload in port.read():
+            self._handlers[name](port, payload)
+
+    def _guarded(self, port: Port, use: Callable[[Port], None]) -> None:
+        """Use a port; if its client is gone, end what it has asked for."""
+        try:
+            use(port)
+        except ChannelClosed as error:
+            if port.answers:
+                logger.warning("a client has left %d answers: %s", len(port.answers), error)
+            self._drop(port)
+            return
+        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if port.is_waiting else 0)
+        if self._selector.get_key(port).events != events:
+            self._selector.modify(port, events, port)
+
+    def _drop(self, port: Port) -> None:
+        self._selector.unregister(port)
+        self._ports.remove(port)
+        port.close()
+        self._forget(port, list(port.answers))
+
+    def _pass_on(self, increments: Iterable[Increment]) -> None:
+        """Send the new tokens of a step to the clients."""
+        owners = self._owners
+        for one in increments:
+            port, request_id, incremental = owners[one.request_id]
+            token_ids = one.token_ids
+            if one.completion is None and one.logprobs is None and len(token_ids) == 1:
+                port.add_token(request_id, token_ids[0])
+                continue
+            port.add_row(messages.row(request_id, one, incremental=incremental))
+            if one.completion is not None:
+                del owners[one.request_id], port.answers[request_id]
+        for port in list(self._ports):
+            self._guarded(port, Port.flush)
+
+    def _add(self, port: Port, payload: bytes) -> None:
+        """Queue the answers to a prompt. What the client cannot know, such as full memory, ends
+        them alone."""
+        given = messages.load_add(payload)
+        for request_id, seed in enumerate(given.seeds, start=given.first_id):
+            try:
+                of_engine = self._queue(given, seed)
+            except Exception as error:
+                logger.error("a request is refused: %s", error)
+                port.add_row(messages.failed(request_id, f"{type(error).__name__}: {error}"))
+                continue
+            port.answers[request_id] = of_engine
+            self._owners[of_engine] = Owner(port, request_id, given.incremental)
+        port.flush()
+
+    def _queue(self, given: Add, seed: int) -> int:
+        prompt: Prompt | MediaPrompt = Prompt(None, given.prompt_ids, given.cache_salt)
+        if given.beside:
+            from nanovllm.media_intake import MediaPrompt  # these import torch
+            from nanovllm.replicas import attached
+
+            _, beside = attached.load(given.beside)
+            prompt = MediaPrompt(given.prompt_ids, beside.positions, list(beside.images))
+        return self._engine.add_request(
+            prompt,
+            SamplingParams(**given.params, seed=seed),
+            incremental=given.incremental,
+            priority=given.priority,
+        )
+
+    def _end(self, port: Port, payload: bytes) -> None:
+        """End answers. Some may have ended while the message was on its way."""
+        given = messages.load_end(payload)
+        unfinished = [one for one in given.ids if one in port.answers]
+        if given.reason == messages.ABORT:
+            self._forget(port, unfinished)
+            return
+        for one in unfinished:
+            self._engine.abort(port.answers[one], given.reason)  # its last output is sent
+
+    def _forget(self, port: Port, request_ids: Iterable[int]) -> None:
+        """End answers for which nobody listens any more."""
+        of_engine = [port.answers.pop(one) for one in request_ids]
+        self._engine.abort_all(of_engine)
+        for one in of_engine:
+            del self._owners[one]
+
+    def _metrics(self, port: Port, payload: bytes) -> None:
+        port.send(messages.METRICS, dump_metrics(self._engine.metrics.read()))

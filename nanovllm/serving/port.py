@@ -1,0 +1,118 @@
+"""A client as the engine's process sees it: a socket that never makes the engine wait."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+
+from nanovllm.parallel.channel import ChannelClosed, Message, pack, unpack
+from nanovllm.serving import messages
+from nanovllm.serving.messages import Row
+
+PIECE_BYTES = 1 << 20  # at most so much is read at once
+# A client that has not read for so many numbers (tokens, log-probabilities) is given up. 256
+# answers of 32,768 tokens are half of it.
+MAX_HELD_NUMBERS = 1 << 24
+
+
+class Port:
+    """Collects the new tokens of a step, and sends them as one message.
+
+    If the client has not read the messages before, the tokens wait here, those of an answer as one
+    row. So a slow client gets fewer and larger messages, and the memory for it is bounded.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        """Takes over the socket."""
+        sock.setblocking(False)
+        self._sock = sock
+        self.answers: dict[int, int] = {}  # unfinished: the client's ids and the engine's
+        self._received = bytearray()
+        self._unsent = bytearray()
+        self._ids: list[int] = []
+        self._tokens: list[int] = []
+        self._rows: list[Row] = []
+        self._held: dict[int, Row] = {}
+        self._num_held = 0
+
+    def fileno(self) -> int:
+        """The socket's file descriptor, for selectors."""
+        return self._sock.fileno()
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether something waits until the client has read what is before it."""
+        return bool(self._unsent)
+
+    def add_token(self, request_id: int, token_id: int) -> None:
+        """Collect the only new token of an answer, which has nothing else that is new."""
+        self._ids.append(request_id)
+        self._tokens.append(token_id)
+
+    def add_row(self, row: Row) -> None:
+        self._rows.append(row)
+
+    def flush(self) -> None:
+        """Send what has been collected, or hold it. Raises ChannelClosed."""
+        if not self._ids and not self._rows:
+            return
+        if self._unsent:
+            self._hold()
+        else:
+            payload = messages.outputs(self._ids, self._tokens, self._rows)
+            self.send(messages.OUTPUTS, payload)
+        self._ids, self._tokens, self._rows = [], [], []
+
+    def send(self, name: str, payload: bytes) -> None:
+        """Send a message, or keep what the socket does not take now. Raises ChannelClosed."""
+        self._unsent += pack(name, payload)
+        self.send_more()
+
+    def send_more(self) -> None:
+        """Send what waits, as far as the client reads. Raises ChannelClosed."""
+        while self._unsent:
+            try:
+                num = self._sock.send(self._unsent)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                raise ChannelClosed(f"cannot send: {error}") from error
+            del self._unsent[:num]
+            if not self._unsent and self._held:
+                self._unsent += pack(
+                    messages.OUTPUTS, messages.outputs([], [], list(self._held.values()))
+                )
+                self._held, self._num_held = {}, 0
+
+    def read(self) -> list[Message]:
+        """The messages that are complete, once what is there has been read. Raises
+        ChannelClosed."""
+        try:
+            piece = self._sock.recv(PIECE_BYTES)
+        except BlockingIOError:
+            return []
+        except OSError as error:
+            raise ChannelClosed(f"cannot receive: {error}") from error
+        if not piece:
+            raise ChannelClosed("the client has closed its end")
+        self._received += piece
+        return list(iter(lambda: unpack(self._received), None))
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._sock.close()
+
+    def _hold(self) -> None:
+        """Join what has been collected with what waits. Raises ChannelClosed if that is too
+        much."""
+        rows = [Row(*one) for one in zip(self._ids, ([token] for token in self._tokens))]
+        for row in rows + self._rows:
+            self._num_held += len(row.token_ids) + sum(len(top or ()) for top in row.logprobs or ())
+            if row.request_id in self._held:
+                self._held[row.request_id].extend(row)
+            else:
+                # the engine goes on with its own list
+                row.token_ids = row.token_ids[:]
+                self._held[row.request_id] = row
+        if self._num_held > MAX_HELD_NUMBERS:
+            raise ChannelClosed(f"the client has not read {self._num_held} numbers")

@@ -1,0 +1,106 @@
+"""The answers to one prompt, between the client that gets tokens and the task that reads them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from typing import TYPE_CHECKING
+
+from nanovllm.schedule.outputs import Increment
+from nanovllm.serving.answer import Answer
+from nanovllm.serving.interface import Delta, EngineDead
+
+if TYPE_CHECKING:
+    from nanovllm.serving.client import Client
+
+
+class Feed:
+    """Which of the answers have something new. The client writes, one task reads."""
+
+    def __init__(self, name: str, first_id: int, answers: Sequence[Answer]) -> None:
+        """first_id: the id of the first answer; those of the others follow."""
+        self.name, self.first_id, self.answers = name, first_id, answers
+        self.num_unfinished = len(answers)
+        self._fresh: dict[int, None] = {}  # indices of answers, in the order of their news
+        self._waiter: asyncio.Future[None] | None = None
+        self._failure: EngineDead | None = None
+
+    def note(self, answer: Answer) -> None:
+        """Say that an answer has something new."""
+        self._fresh[answer.index] = None
+        self._wake()
+
+    def fail(self, failure: EngineDead) -> None:
+        self._failure = failure
+        self._wake()
+
+    async def take(self) -> list[Increment]:
+        """Wait for what is new; [] after the end of all answers. Raises EngineDead."""
+        while True:
+            fresh, self._fresh = self._fresh, {}
+            found = [one for index in fresh if (one := self.answers[index].take()) is not None]
+            if found or all(answer.done is not None for answer in self.answers):
+                return found
+            if self._failure is not None:
+                raise EngineDead(*self._failure.args)
+            if self._waiter is not None:
+                raise RuntimeError("another task reads these answers")
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+class OpenStream:
+    """See `Stream`. Leaving the loop over it ends what has not ended."""
+
+    def __init__(self, client: Client, prompt_token_ids: list[int], feed: Feed) -> None:
+        self.request_id, self.prompt_token_ids = feed.name, prompt_token_ids
+        self._client, self._feed = client, feed
+        self._loop = asyncio.get_running_loop()
+
+    async def __aiter__(self) -> AsyncIterator[Delta]:
+        try:
+            while found := await self.take():
+                for one in found:
+                    yield delta(one)
+        finally:
+            self.abort()
+
+    async def take(self) -> list[Increment]:
+        """Everything that is new, at most one increment of each answer, whose `request_id` is the
+        answer's index. Waits for it; [] after the end. Raises EngineDead."""
+        return await self._feed.take()
+
+    def abort(self) -> None:
+        self._client.abort_feed(self._feed)
+
+    def __del__(self) -> None:
+        if all(answer.done is not None for answer in self._feed.answers):
+            return
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and the client with it
+            self._loop.call_soon_threadsafe(self._client.abort_feed, self._feed)
+
+
+def delta(one: Increment) -> Delta:
+    """An increment, whose `request_id` is the index of its answer, as readers get it."""
+    done = one.completion
+    if done is None:
+        return Delta(one.request_id, one.text, one.token_ids, one.logprobs)
+    return Delta(
+        output_index=one.request_id,
+        text=one.text,
+        token_ids=one.token_ids,
+        logprobs=one.logprobs,
+        finish_reason=done.finish_reason,
+        stop_reason=done.stop_reason,
+        error=done.error,
+        num_cached_tokens=done.num_cached_tokens,
+        prompt_logprobs=done.prompt_logprobs,
+    )

@@ -1,0 +1,219 @@
+"""Starts the processes of a server, passes signals on, and ends everything together.
+
+The engine's process and the API processes are children of the supervisor, which has nothing to do
+with requests. A process that dies ends the server: its clients' requests are lost in any case, and
+whoever has started the server can start it again.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import queue
+import signal
+import socket
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+from nanovllm.config import EngineConfig
+from nanovllm.parallel.ranks import Ranks
+from nanovllm.parallel.watch import RankFailed
+from nanovllm.replicas import setups
+from nanovllm.serving import quota
+from nanovllm.serving.engine_process import EngineProcess
+
+logger = logging.getLogger(__name__)
+
+PROGRAM = "nanovllm.serving.api_process"
+DRAIN, DONE = "drain", "done"  # those of the program, whose import takes long
+INTERRUPTED = 128 + signal.SIGINT
+# After the time for requests, API processes have so long to close their connections; after the
+# engine's end, to tell their clients.
+TICK_SECONDS = 0.25
+GRACE_SECONDS = 3.0
+FAREWELL_SECONDS = 1.0
+MAX_QUEUED = 4096
+
+
+@dataclass(frozen=True)
+class Service:
+    """What a server consists of.
+
+    target: "package.module:function", which API processes run (see `api_process`). options: what
+    they are given, JSON. listener: a listening socket for all of them. drain_timeout: seconds that
+    running requests have after SIGTERM. max_queued: that of `Client`.
+    shared_bytes: of memory that all API processes share, zeros at first.
+    """
+
+    config: EngineConfig
+    target: str
+    listener: socket.socket
+    options: Mapping[str, Any] = field(default_factory=dict)
+    num_api_processes: int = 1
+    drain_timeout: float = 30.0
+    max_queued: int = MAX_QUEUED
+    shared_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class _Event:
+    """A signal, the failure of a process, or the end of the work of an API process."""
+
+    signal: int = 0
+    failure: Exception | None = None
+    done: int | None = None
+
+
+class Supervisor:
+    """Runs a service. Use it in the main thread, once."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
+        self._engine: EngineProcess | None = None
+        self._processes: list[Ranks] = []
+
+    def run(self) -> int:
+        """Start everything, and wait for the end; returns the exit code.
+
+        0: SIGTERM or SIGINT has ended the server, after what ran has finished or drain_timeout has
+        passed. 130: SIGINT came twice, which ends everything at once. 1: a process has failed, and
+        the log says how. Nothing is left in any case. Raises OSError, and ValueError for options
+        that a process refuses.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(self._signals())
+            stack.callback(self._close)
+            self._start()
+            return self._watch()
+
+    def _start(self) -> None:
+        service, num = self._service, self._service.num_api_processes
+        self._engine = EngineProcess(service.config, num)
+        self._engine.call_on_failure(self._note_failure)
+        with quota.new_file(num) as counts, tempfile.TemporaryFile() as memory:
+            memory.truncate(service.shared_bytes)
+            for index, client in enumerate(self._engine.clients):
+                descriptors = {
+                    "listener": service.listener.fileno(),
+                    "client": client.fileno(),
+                    "counts": counts,
+                    "memory": memory.fileno(),
+                }
+                self._processes.append(self._start_api_process(index, descriptors))
+                client.close()
+
+    def _start_api_process(self, index: int, descriptors: dict[str, int]) -> Ranks:
+        service = self._service
+        setup = {
+            "target": service.target,
+            "options": dict(service.options),
+            "engine": setups.options(service.config),
+            "index": index,
+            "num": service.num_api_processes,
+            "inherited": descriptors,
+            "drain_timeout": service.drain_timeout,
+            "max_queued": service.max_queued,
+            "environment": {},
+        }
+        process = Ranks.start(
+            setup,
+            2,  # this process and the new one
+            PROGRAM,
+            names=("the supervisor", f"API process {index}"),
+            received=lambda name, payload: self._events.put(_Event(done=index)),
+            inherited=list(descriptors.values()),
+        )
+        process.call_on_failure(self._note_failure)
+        return process
+
+    def _watch(self) -> int:
+        """Wait for the first event, and end the server as it demands."""
+        event = self._next(math.inf)
+        assert event is not None
+        if event.done is not None:
+            logger.error("API process %d has ended by itself", event.done)
+            return 1
+        if event.failure is not None:
+            self._fail(event.failure)
+            return 1
+        service = self._service
+        logger.info("the server ends: running requests have %g seconds", service.drain_timeout)
+        return self._drain(service.drain_timeout + GRACE_SECONDS)
+
+    def _fail(self, failure: Exception) -> None:
+        """Log why the server ends, and let API processes tell their clients."""
+        if isinstance(failure, ValueError):
+            raise failure
+        logger.error("the server ends: %s", failure)
+        self._drain(FAREWELL_SECONDS)
+
+    def _drain(self, seconds: float) -> int:
+        """Have API processes finish what runs, and wait until they have; returns the exit code."""
+        self._service.listener.close()  # once API processes have closed it, it exists no more
+        for process in self._processes:
+            with suppress(RankFailed):
+                process.tell(DRAIN)
+        waiting, deadline = set(range(len(self._processes))), time.monotonic() + seconds
+        while waiting:
+            event = self._next(deadline)
+            if event is None:
+                logger.warning("%d API processes have not ended in time", len(waiting))
+                return 0
+            if event.failure is not None:
+                logger.error("the server ends: %s", event.failure)
+                return 1
+            if event.signal == signal.SIGINT:
+                self._kill()
+                return INTERRUPTED
+            waiting.discard(-1 if event.done is None else event.done)
+        return 0
+
+    def _next(self, deadline: float) -> _Event | None:
+        """Wait for the next event; None at the deadline.
+
+        Python calls a signal's handler in this thread. If another thread got the signal, nothing
+        wakes this one up, so it wakes up by itself.
+        """
+        while (seconds := deadline - time.monotonic()) > 0:
+            with suppress(queue.Empty):
+                return self._events.get(timeout=min(seconds, TICK_SECONDS))
+        return None
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM and SIGINT become events."""
+
+        def note(number: int, frame: FrameType | None) -> None:
+            self._events.put(_Event(signal=number))
+
+        before = {one: signal.signal(one, note) for one in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _note_failure(self, failure: Exception) -> None:
+        self._events.put(_Event(failure=failure))
+
+    def _kill(self) -> None:
+        assert self._engine is not None
+        self._engine.kill()
+        for process in self._processes:
+            process.fail(InterruptedError("the server is interrupted"))
+
+    def _close(self) -> None:
+        """End all processes: those that have not failed have some seconds to end by themselves."""
+        for process in self._processes:
+            process.begin_close()
+        if self._engine is not None:
+            self._engine.close()
+        for process in self._processes:
+            with suppress(RankFailed):
+                process.close()

@@ -1,0 +1,176 @@
+"""Compiles what requests ask for in worker threads, beside the engine."""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from nanovllm.sampling import SamplingParams
+from nanovllm.structured import library
+from nanovllm.structured.library import Source
+from nanovllm.structured.matcher import Masks, Matcher
+from nanovllm.structured.trials import Trial
+from nanovllm.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import llguidance
+
+NUM_WORKERS = 4
+
+
+@dataclass(frozen=True)
+class Limits:
+    """timeout_s: to compile one grammar. max_cached: grammars that are kept for later requests."""
+
+    timeout_s: float
+    max_cached: int
+
+
+class Compiler:
+    """Grammars to matchers, for one tokenizer. Several threads can use it."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, vocab_size: int, eos_ids: Iterable[int], limits: Limits
+    ) -> None:
+        self._tokenizer, self._vocab_size, self._limits = tokenizer, vocab_size, limits
+        self._eos_ids = sorted(eos_ids) or [0]
+        self._of_library: llguidance.LLTokenizer | None = None
+        self._lock = threading.Lock()
+        self._trials = [Trial(tokenizer.special_tokens) for _ in range(NUM_WORKERS)]
+        self._idle: queue.LifoQueue[Trial] = queue.LifoQueue()  # the last one used has a process
+        for trial in self._trials:
+            self._idle.put(trial)
+        self.masks: Masks | None = None
+
+    def compile(self, found: Source) -> llguidance.LLMatcher:
+        """A matcher at the beginning of an answer. Raises ValueError with what is wrong."""
+        import llguidance
+
+        trial = self._idle.get()
+        try:
+            text = trial.run(found, self._limits.timeout_s)
+        finally:
+            self._idle.put(trial)
+        of_library = llguidance.LLMatcher(
+            self._library_tokenizer(), text, log_level=0, limits=library.limits()
+        )
+        if of_library.is_error():
+            raise ValueError(library.short(of_library.get_error()))
+        return of_library
+
+    def kill(self) -> None:
+        """Ends the processes: threads in `compile` raise."""
+        for trial in self._trials:
+            trial.kill()
+
+    def close(self) -> None:
+        """Ends the processes once no thread is in `compile`."""
+        for trial in self._trials:
+            trial.close()
+
+    def _library_tokenizer(self) -> llguidance.LLTokenizer:
+        import llguidance
+
+        with self._lock:
+            if self._of_library is None:
+                text = self._tokenizer.as_json()
+                num_tokens = max(self._vocab_size, self._tokenizer.num_tokens())
+                eos_ids = self._eos_ids
+                self._of_library = llguidance.LLTokenizer(text, num_tokens, eos_ids)
+                self.masks = Masks(self._vocab_size, num_tokens, eos_ids)
+            return self._of_library
+
+
+class Grammars:
+    """The grammars of an engine's requests. One thread at a time may use it."""
+
+    def __init__(self, compiler: Compiler | None, limits: Limits) -> None:
+        """`compiler` None: there is no tokenizer, and `Intake.check` refuses the requests."""
+        self._compiler, self._limits = compiler, limits
+        self._pool = ThreadPoolExecutor(NUM_WORKERS, thread_name_prefix="grammar")
+        self._cache: OrderedDict[bytes, Future[llguidance.LLMatcher]] = OrderedDict()
+        self._waiting: dict[int, tuple[bytes, SamplingParams]] = {}
+        self._changed = threading.Event()
+
+    def add(self, request_id: int, found: Source, params: SamplingParams) -> None:
+        """Begin to compile a request's grammar; requests with equal grammars share the work."""
+        assert self._compiler is not None
+        key = sha256(json.dumps(found).encode()).digest()
+        if key not in self._cache:
+            self._cache[key] = self._pool.submit(self._compiler.compile, found)
+            self._cache[key].add_done_callback(lambda _: self._changed.set())
+        self._cache.move_to_end(key)
+        self._waiting[request_id] = key, params
+
+    def take(self, wait_s: float = 0.0) -> Iterator[tuple[int, Matcher | str]]:
+        """Requests that are ready, with their matchers or with what is wrong with their grammars.
+
+        If none is, wait for one, but not longer than `wait_s`.
+        """
+        if wait_s and not any(self._cache[key].done() for key, _ in self._waiting.values()):
+            self._changed.wait(wait_s)
+        self._changed.clear()
+        for request_id, (key, params) in list(self._waiting.items()):
+            work = self._cache[key]
+            if work.done():
+                del self._waiting[request_id]
+                yield request_id, self._matcher(work, params)
+        self._trim()
+
+    def drop(self, request_id: int) -> None:
+        """Forget a request that has ended."""
+        key, _ = self._waiting.pop(request_id, (None, None))
+        if key is not None and not self._is_awaited(key) and self._cache[key].cancel():
+            del self._cache[key]
+
+    def masks(self, matchers: Sequence[Matcher]) -> np.ndarray:
+        """See `Masks.of`."""
+        assert self._compiler is not None and self._compiler.masks is not None
+        return self._compiler.masks.of(matchers)
+
+    def __contains__(self, request_id: int) -> bool:
+        """Whether the grammar of a request is being compiled."""
+        return request_id in self._waiting
+
+    def __len__(self) -> int:
+        """The number of requests whose grammars are being compiled."""
+        return len(self._waiting)
+
+    def close(self) -> None:
+        """Ends the threads and the processes. Waiting work is cancelled."""
+        self._waiting.clear()
+        if self._compiler is not None:
+            self._compiler.kill()
+        self._pool.shutdown(cancel_futures=True)
+        if self._compiler is not None:
+            self._compiler.close()
+
+    def _matcher(self, work: Future[llguidance.LLMatcher], params: SamplingParams) -> Matcher | str:
+        try:
+            compiled = work.result()
+        except ValueError as error:
+            assert params.structured_outputs is not None
+            return f"structured_outputs.{params.structured_outputs.form} is refused: {error}"
+        return Matcher(compiled.deep_copy(), ignores_eos=params.ignore_eos)
+
+    def _trim(self) -> None:
+        """Forget what failed, and the least recently used beyond the limit."""
+        idle = [key for key, work in self._cache.items() if work.done()]
+        idle = [key for key in idle if not self._is_awaited(key)]
+        failed = [key for key in idle if self._cache[key].exception() is not None]
+        num_spare = max(0, len(self._cache) - len(failed) - self._limits.max_cached)
+        kept = [key for key in idle if key not in failed]
+        for key in [*failed, *kept[:num_spare]]:
+            del self._cache[key]
+
+    def _is_awaited(self, key: bytes) -> bool:
+        return any(key == other for other, _ in self._waiting.values())

@@ -1,0 +1,117 @@
+"""llguidance, which is an extra: its limits, and how texts become its grammars."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from nanovllm.structured.keywords import checked_schema
+from nanovllm.structured.params import StructuredOutputsParams
+
+if TYPE_CHECKING:
+    import llguidance
+
+# Between the parts of JSON: a space, or a new line with its indentation. Without a bound a model may
+# write nothing else until its last token.
+WHITESPACE = r" |\n[ \t]{0,32}"
+MAX_ERROR_CHARS = 300
+
+# What one grammar may cost. The library counts work in its own units and stops at these limits.
+LIMITS: dict[str, Any] = {
+    "initial_lexer_fuel": 1_000_000,  # of the regular expressions of a grammar, 50,000 a ms
+    "step_lexer_fuel": 100_000,  # of the regular expressions in one mask, 14,000 a ms
+    "step_max_items": 50_000,  # of the parser in one mask, 20,000 a ms
+    "max_items_in_row": 2_000,
+    "max_lexer_states": 20_000,  # 1 to 2 kB each
+    "max_grammar_size": 100_000,
+    "verbose_errors": False,  # errors would quote the answer
+}
+
+
+class Source(NamedTuple):
+    """What is compiled. `kind` is "json" for a schema as JSON, "regex", "lark", or "grammar" for
+    Lark or GBNF."""
+
+    kind: str
+    text: str
+
+
+def check_installed() -> None:
+    """Raises ValueError if the library is missing."""
+    if importlib.util.find_spec("llguidance") is None:
+        raise ValueError(
+            "structured_outputs needs llguidance, which is not installed: "
+            "pip install 'nanovllm[structured]'"
+        )
+
+
+def source(params: StructuredOutputsParams, max_bytes: int) -> Source:
+    """The source of these parameters. Raises ValueError for more than `max_bytes`, and for schemas
+    that `checked_schema` refuses."""
+    form = params.form
+    if params.is_json:
+        schema = params.schema()
+        _check_size(form, _dumped(schema), max_bytes)
+        return Source("json", _dumped(_with_options(checked_schema(schema), params)))
+    if form == "choice":
+        assert params.choice is not None
+        text = "start: " + " | ".join(map(_literal, params.choice))
+    else:
+        text = getattr(params, form)
+    _check_size(form, text, max_bytes)
+    return Source("lark" if form == "choice" else form, text)
+
+
+def limits() -> llguidance.LLParserLimits:
+    import llguidance
+
+    return llguidance.LLParserLimits(**LIMITS)
+
+
+def grammar(found: Source) -> str:
+    """The library's form of a source. Raises ValueError for GBNF with errors in it."""
+    import llguidance
+
+    if found.kind == "json":
+        return json.dumps({"grammars": [{"json_schema": json.loads(found.text)}]})
+    return llguidance.grammar_from(found.kind, found.text)
+
+
+def short(error: str) -> str:
+    """An error of the library in one line."""
+    if "NoExtensionBias" in error:
+        return "no text matches it"
+    if error.startswith("panic"):  # with paths of the library's sources
+        return "the library failed on it"
+    text = " ".join(error.replace("<non-verbose/>", "").split())
+    return text if len(text) <= MAX_ERROR_CHARS else text[:MAX_ERROR_CHARS] + "…"
+
+
+def _with_options(schema: Any, params: StructuredOutputsParams) -> Any:
+    options: dict[str, Any] = {"whitespace_pattern": params.whitespace_pattern or WHITESPACE}
+    if params.disable_any_whitespace:
+        options = {"whitespace_flexible": False}
+    if isinstance(schema, bool):
+        schema = {} if schema else {"enum": []}
+    return {**schema, "x-guidance": options}
+
+
+def _literal(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _dumped(schema: Any) -> str:
+    try:
+        return json.dumps(schema, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"structured_outputs.json is no JSON: {error}") from None
+
+
+def _check_size(form: str, text: str, max_bytes: int) -> None:
+    num_bytes = len(text.encode("utf-8", "surrogatepass"))
+    if num_bytes > max_bytes:
+        raise ValueError(
+            f"structured_outputs.{form} has {num_bytes} bytes: at most {max_bytes} are allowed "
+            "(option max_grammar_bytes)"
+        )

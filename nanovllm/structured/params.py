@@ -1,0 +1,107 @@
+"""What users give as `SamplingParams(structured_outputs=…)`, with vLLM's names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from nanovllm.checks import checked, hints
+
+FORMS = ("json", "regex", "choice", "grammar", "json_object")
+OFF = (None, False, "")
+
+
+@dataclass(frozen=True)
+class StructuredOutputsParams:
+    """What the answer must look like: exactly one of the first five fields is set.
+
+    json: a JSON schema, as a dict or as text.
+    regex: a regular expression that the whole answer matches, in the syntax of Rust's regex crate:
+        no look-around, no back-references, no word boundaries.
+    choice: the possible answers.
+    grammar: a context-free grammar, in Lark's syntax or in the EBNF of GBNF.
+    json_object: True for any JSON object.
+    disable_any_whitespace: JSON without spaces and newlines between its parts.
+    whitespace_pattern: a regular expression of the whitespace between the parts of JSON.
+    disable_fallback: as vLLM has it; there is nothing to fall back to.
+
+    The other fields are those of vLLM's class of which only the default is supported.
+    """
+
+    json: str | Mapping[str, object] | None = None
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    disable_any_whitespace: bool = False
+    whitespace_pattern: str | None = None
+    disable_fallback: bool = False
+
+    disable_additional_properties: object = False
+    structural_tag: object = None
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is field.default:
+                continue
+            name, hint = f"structured_outputs.{field.name}", hints(StructuredOutputsParams)
+            if hint[field.name] is object and value != field.default:
+                raise ValueError(
+                    f"{name} is {value!r}: only {field.default!r} is supported, since "
+                    f"{field.name} is not implemented"
+                )
+            object.__setattr__(self, field.name, checked(name, value, hint[field.name]))
+        self._check()
+
+    @classmethod
+    def of(cls, value: Mapping[str, Any]) -> StructuredOutputsParams:
+        """The parameters of a dict. Raises ValueError for an unknown field."""
+        known = [field.name for field in fields(cls)]
+        if unknown := sorted(set(value) - set(known)):
+            raise ValueError(
+                f"structured_outputs has no field {unknown[0]!r}: the fields are {', '.join(known)}"
+            )
+        return cls(**value)
+
+    @property
+    def form(self) -> str:
+        """The one of FORMS that is set."""
+        return next(name for name in FORMS if getattr(self, name) not in OFF)
+
+    @property
+    def is_json(self) -> bool:
+        return self.form in ("json", "json_object")
+
+    def schema(self) -> Any:
+        """The JSON schema as Python values. Raises ValueError for text that is no JSON."""
+        if self.form == "json_object":
+            return {"type": "object"}
+        if not isinstance(self.json, str):
+            return self.json
+        try:
+            return json.loads(self.json)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"structured_outputs.json is no JSON: {error}") from None
+
+    def _check(self) -> None:
+        given = [name for name in FORMS if getattr(self, name) not in OFF]
+        if len(given) != 1:
+            raise ValueError(
+                f"structured_outputs has {', '.join(given) or 'nothing'}: exactly one of "
+                f"{', '.join(FORMS)} must be given"
+            )
+        if given == ["choice"] and not self.choice:
+            raise ValueError("structured_outputs.choice is empty: no answer is possible")
+        for name in ("disable_any_whitespace", "whitespace_pattern"):
+            if getattr(self, name) and not self.is_json:
+                raise ValueError(
+                    f"structured_outputs.{name} is given with {given[0]}: it is for JSON alone"
+                )
+        if self.disable_any_whitespace and self.whitespace_pattern is not None:
+            raise ValueError(
+                "structured_outputs has disable_any_whitespace and whitespace_pattern: only one of "
+                "them can be given"
+            )

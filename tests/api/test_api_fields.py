@@ -1,0 +1,107 @@
+"""Every field of OpenAI's completions and chat API works or is refused by its name."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.api.fields import CASES, ENDPOINTS, PAGE, Seen, names, page, refusals
+from tests.api.made_up_server import MODEL, TEMPLATE, MadeUpServer, served
+
+WORKING = [(endpoint, name) for endpoint, cases in CASES.items() for name in cases]
+REFUSED = [(endpoint, name) for endpoint in ENDPOINTS for name in refusals(endpoint)]
+VALUES: tuple[Any, ...] = ("something", 19, True, {"a": 1}, ["a"])
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[MadeUpServer]:
+    with served(template=TEMPLATE) as one:
+        yield one
+
+
+@pytest.fixture
+def opened(server: MadeUpServer, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any, int]]:
+    """The prompts, parameters and priorities that reach the engine."""
+    found: list[tuple[Any, Any, int]] = []
+    plain = server.engine.open
+
+    async def noting(prompt: Any, params: Any, **options: Any) -> Any:
+        found.append((prompt, params, options["priority"]))
+        return await plain(prompt, params, **options)
+
+    monkeypatch.setattr(server.engine, "open", noting)
+    return found
+
+
+def body_of(endpoint: str) -> dict[str, Any]:
+    if endpoint == "/v1/completions":
+        return {"model": MODEL, "prompt": "hello", "max_tokens": 3}
+    return {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}
+
+
+def read(response: httpx.Response) -> Any:
+    """The JSON of an answer, or of each of its events."""
+    if not response.headers["content-type"].startswith("text/event-stream"):
+        return response.json()
+    texts = [line.removeprefix("data: ") for line in response.text.splitlines() if line]
+    return [text if text == "[DONE]" else json.loads(text) for text in texts]
+
+
+@pytest.mark.parametrize(("endpoint", "name"), WORKING)
+def test_a_field_that_works_has_its_effect(
+    server: MadeUpServer, opened: list[Any], caplog: pytest.LogCaptureFixture, endpoint: str,
+    name: str,
+) -> None:  # fmt: skip
+    case = CASES[endpoint][name]
+    body = {**body_of(endpoint), **case.others, name: case.value}
+    if name == "max_completion_tokens":
+        del body["max_tokens"]
+    with caplog.at_level(logging.INFO, logger="nanovllm.api.access"):
+        response = server.http.post(endpoint, json=body)
+        assert response.status_code == 200, response.text
+    prompt, params, priority = opened[-1]
+    while not caplog.messages:  # the server logs after its answer
+        time.sleep(0.001)
+    log = json.loads(caplog.messages[-1])
+    assert case.shows(Seen(params, prompt, priority, read(response), log)), name
+
+
+@pytest.mark.parametrize(("endpoint", "name"), REFUSED)
+def test_a_field_that_is_refused_is_named(
+    server: MadeUpServer, opened: list[Any], endpoint: str, name: str
+) -> None:
+    allowed = refusals(endpoint)[name].allowed
+    for value in [one for one in VALUES if one not in allowed]:
+        response = server.http.post(endpoint, json={**body_of(endpoint), name: value})
+        assert response.status_code == 400, (name, value)
+        assert response.json()["error"]["param"] == name
+    assert not opened
+    for value in (*allowed, None):
+        response = server.http.post(endpoint, json={**body_of(endpoint), name: value})
+        assert response.status_code == 200, response.text
+
+
+@pytest.mark.parametrize("name", ["chat_template_kwargs", "reasoning_effort", "tools"])
+def test_a_template_that_does_not_read_a_variable_refuses_it_by_name(name: str) -> None:
+    case = CASES["/v1/chat/completions"][name]
+    with served() as plain:
+        body = {**body_of("/v1/chat/completions"), **case.others, name: case.value}
+        response = plain.http.post("/v1/chat/completions", json=body)
+    assert response.status_code == 400
+    variable = "enable_thinking" if name == "chat_template_kwargs" else name
+    assert variable in response.json()["error"]["message"]
+
+
+def test_every_field_of_the_client_s_types_and_of_ours_is_in_the_table() -> None:
+    for endpoint in ENDPOINTS:
+        assert set(names(endpoint)) == {*CASES[endpoint], *refusals(endpoint)}
+
+
+def test_the_page_is_that_of_the_tables() -> None:
+    assert PAGE.read_text(encoding="utf-8") == page(), "run python -m tests.api.fields"

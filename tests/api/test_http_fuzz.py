@@ -1,0 +1,225 @@
+"""Anything may come over the wire: no 5xx, no hang, bounded memory, and the server goes on."""
+
+from __future__ import annotations
+
+import json
+import random
+import resource
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+
+from nanovllm.api import openapi
+from nanovllm.api.service import Service
+from nanovllm.serving.made_up import MadeUpOptions
+from tests.api.made_up_server import TEMPLATE, MadeUpServer, served
+
+HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+LIMITS: dict[str, Any] = {
+    "max_body_bytes": 4 << 20, "max_header_bytes": 4096, "max_connections": 1100,
+    "header_timeout": 1.0, "body_timeout": 1.0, "send_timeout": 1.0, "access_log": False,
+}  # fmt: skip
+QUICK = settings(
+    max_examples=10, deadline=None, database=None, derandomize=True, phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[MadeUpServer]:
+    with served(MadeUpOptions(max_model_len=64), TEMPLATE, **LIMITS) as one:
+        yield one
+
+
+@pytest.fixture(autouse=True)
+def _goes_on(server: MadeUpServer) -> Iterator[None]:
+    """After each test nothing runs, and the server answers."""
+    yield
+    deadline = time.monotonic() + 10
+    while server.engine.streams and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not server.engine.streams, "requests of clients that are gone run"
+    answer = server.http.post("/v1/completions", json={"prompt": "hello", "max_tokens": 1})
+    assert answer.status_code == 200
+
+
+def connect(server: MadeUpServer) -> socket.socket:
+    return socket.create_connection((server.host, server.port), timeout=10)
+
+
+def request(body: Any) -> bytes:
+    content = json.dumps(body).encode()
+    return HEAD + b"content-length: %d\r\n\r\n%b" % (len(content), content)
+
+
+def all_of(sock: socket.socket) -> bytes:
+    """What comes until the other side closes."""
+    found = b""
+    try:
+        while piece := sock.recv(1 << 16):
+            found += piece
+    except ConnectionResetError:
+        pass
+    return found
+
+
+@pytest.mark.parametrize("mode", schemathesis.GenerationMode)
+def test_requests_made_from_the_description_give_no_server_error(
+    server: MadeUpServer, mode: schemathesis.GenerationMode
+) -> None:
+    document = openapi.description(Service(server.engine, server.config))
+    schema = schemathesis.openapi.from_dict(document)
+    num_calls = 0
+
+    def send(case: Any) -> None:
+        nonlocal num_calls
+        num_calls += 1
+        answer = case.call(base_url=server.url, timeout=20)
+        assert answer.status_code < 500 and answer.status_code != 422
+        if answer.status_code >= 400:
+            assert answer.json()["error"]["message"]
+
+    for found in schema.get_all_operations():
+        operation = found.ok()
+        if mode is schemathesis.GenerationMode.NEGATIVE and operation.method != "post":
+            continue
+        QUICK(given(case=operation.as_strategy(mode))(send))()
+    assert num_calls > 40
+
+
+def test_bytes_that_are_no_request_end_their_connection_alone(server: MadeUpServer) -> None:
+    rng = random.Random(19)
+    for num_bytes in (1, 19, 99, 989, 9999):
+        for head in (b"", HEAD, HEAD + b"content-length: 5\r\n\r\n"):
+            with connect(server) as sock:
+                sock.sendall(head + rng.randbytes(num_bytes))
+                sock.shutdown(socket.SHUT_WR)
+                answer = all_of(sock)
+                assert not answer or answer.split()[1][:1] == b"4"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"[" * 10**6, b'{"a":' * 10**5, b'{"prompt": "\xff\xfe"}', b'{"prompt": "\\ud800"}',
+     b'{"prompt": NaN}', b'{"prompt": 1' + b"0" * 10**5 + b"}", b'"' + b"x" * 10**6,
+     b'{"prompt": "a", "n": ' + b"9" * 400 + b"}", b"\x00" * 999],
+    ids=range(10),
+)  # fmt: skip
+def test_json_that_is_none_gets_400(server: MadeUpServer, body: bytes) -> None:
+    kind = {"content-type": "application/json"}
+    answer = server.http.post("/v1/completions", content=body, headers=kind)
+    assert answer.status_code == 400 and answer.json()["error"]["message"]
+
+
+def test_a_body_of_50_mb_is_not_kept(server: MadeUpServer) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    def pieces() -> Iterator[bytes]:
+        for _ in range(50):
+            yield b"x" * (1 << 20)
+
+    for content in (b"x" * (15 << 20), pieces()):
+        kind = {"content-type": "application/json"}
+        try:
+            answer = server.http.post("/v1/completions", content=content, headers=kind)
+            assert answer.status_code == 413
+        except httpx.TransportError:
+            pass  # far too long: the connection is closed, whoever still sends
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 48 << 10, f"{grown >> 10} MiB more"
+
+
+def test_a_million_stop_strings_are_refused(server: MadeUpServer) -> None:
+    start = time.monotonic()
+    answer = server.http.post(
+        "/v1/completions", json={"prompt": "a", "stop": ["x"] * 10**6}, timeout=20
+    )
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "stop"
+    for stop in (["x"] * 10**5, ["x" * 10**5]):
+        answer = server.http.post("/v1/completions", json={"prompt": "a", "stop": stop})
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == "stop"
+    assert time.monotonic() - start < 5
+
+
+def test_a_client_that_vanishes_ends_its_requests(server: MadeUpServer) -> None:
+    with served(MadeUpOptions(tokens_per_s=20)) as slow:
+        for body in ({"prompt": ["a", "b"], "n": 2, "stream": True}, {"prompt": "a"}):
+            num = slow.engine.num_aborted
+            with connect(slow) as sock:
+                sock.sendall(request({**body, "max_tokens": 999}))
+                while not slow.engine.streams:
+                    time.sleep(0.001)
+                num_streams = len(slow.engine.streams)
+            deadline = time.monotonic() + 5
+            while slow.engine.streams and time.monotonic() < deadline:
+                time.sleep(0.001)
+            assert not slow.engine.streams and slow.engine.num_aborted == num + num_streams
+
+
+@pytest.mark.parametrize(
+    "sent", [b"", b"GET / HT", HEAD, HEAD + b"content-length: 99\r\n\r\n{"], ids=range(4)
+)
+def test_a_half_open_connection_is_closed_in_time(server: MadeUpServer, sent: bytes) -> None:
+    with connect(server) as sock:
+        start = time.monotonic()
+        sock.sendall(sent)
+        all_of(sock)
+        assert 0.5 < time.monotonic() - start < 5
+
+
+def test_a_reader_that_stops_holds_no_request(server: MadeUpServer) -> None:
+    """Its answers go on to their end, in few large parts, or it is disconnected."""
+    made_up = MadeUpOptions(max_model_len=10**6)
+    with served(made_up, **{**LIMITS, "send_timeout": 0.5}) as fast, connect(fast) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.sendall(request({"prompt": "a", "max_tokens": 200_000, "stream": True}))
+        while not fast.engine.streams:
+            time.sleep(0.001)
+        deadline = time.monotonic() + 10
+        while fast.engine.streams and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not fast.engine.streams
+
+
+def test_a_thousand_connections_are_served_and_more_are_refused(server: MadeUpServer) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
+    socks = []
+    try:
+        body = request({"prompt": [5], "max_tokens": 1})
+        for _ in range(1000):
+            socks.append(connect(server))
+        for sock in socks:
+            sock.sendall(body)
+        assert all(b" 200 " in sock.recv(1 << 16).split(b"\r\n")[0] + b" " for sock in socks)
+        for _ in range(150):
+            socks.append(connect(server))
+        socks[-1].settimeout(10)
+        assert b" 503 " in all_of(socks[-1])
+    finally:
+        for sock in socks:
+            sock.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_headers_that_are_too_long_or_too_many_are_refused(server: MadeUpServer) -> None:
+    for line in (b"x: " + b"y" * 5000 + b"\r\n", b"x: y\r\n" * 200):
+        with connect(server) as sock:
+            sock.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n" + line + b"\r\n")
+            assert b" 431 " in all_of(sock)
+
+
+def test_pipelined_requests_are_answered_in_their_order(server: MadeUpServer) -> None:
+    with connect(server) as sock:
+        asked = [request({"prompt": "a", "max_tokens": num}) for num in (3, 1, 2)]
+        last = b"GET /version HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+        sock.sendall(b"".join(asked) + last)
+        answer = all_of(sock)
+    counts = [int(one.split(b",")[0]) for one in answer.split(b'"completion_tokens":')[1:]]
+    assert counts == [3, 1, 2] and b'"version"' in answer

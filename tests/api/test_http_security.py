@@ -1,0 +1,334 @@
+"""A test for each class of advisories that servers of language models have had."""
+
+from __future__ import annotations
+
+import ast
+import logging
+import pickle
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from nanovllm.api.app import ROUTES
+from nanovllm.api.config import ALWAYS_OPEN, ServerConfig
+from nanovllm.api.page import files
+from nanovllm.serving.made_up import MadeUpOptions
+from tests.api.made_up_server import MODEL, TEMPLATE, MadeUpServer, served
+
+ROOT = Path(__file__).parents[2]
+KEYS = ["first-key", "second-key"]
+USER: Any = [{"role": "user", "content": "Hi"}]
+UNPICKLING = ("pickle", "cloudpickle", "dill", "marshal", "shelve", "zmq")
+SECRET = "/home/somebody/secret-folder"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[MadeUpServer]:
+    with served(MadeUpOptions(max_model_len=256), TEMPLATE) as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def locked() -> Iterator[MadeUpServer]:
+    with served(api_key=KEYS) as one:
+        yield one
+
+
+def ask(server: MadeUpServer, path: str = "/v1/chat/completions", **body: Any) -> httpx.Response:
+    return server.http.post(path, json=body)
+
+
+# unpickling on sockets -----------------------------------------------------------------------
+
+
+def test_unpickling_on_sockets_nothing_of_the_server_can_unpickle() -> None:
+    for folder in ("api", "serving", "parsers"):
+        for path in (ROOT / "nanovllm" / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                names = [one.name for one in node.names] if isinstance(node, ast.Import) else []
+                if isinstance(node, ast.ImportFrom):
+                    names = [str(node.module)]
+                for name in names:
+                    top = name.split(".")[0]
+                    assert top not in (
+                        "pickle",
+                        "cloudpickle",
+                        "dill",
+                        "marshal",
+                        "shelve",
+                        "zmq",
+                    ), f"{path} imports {name}"
+
+
+def test_unpickling_on_sockets_a_pickle_as_a_body_is_not_run(
+    server: MadeUpServer, tmp_path: Path
+) -> None:
+    trace = tmp_path / "it-ran"
+
+    class Bomb:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (trace,)
+
+    for kind in ("application/json", "application/octet-stream", "application/x-pickle"):
+        answer = server.http.post(
+            "/v1/completions", content=pickle.dumps(Bomb()), headers={"content-type": kind}
+        )
+        assert answer.status_code in (400, 415)
+    assert not trace.exists()
+
+
+# templates and regular expressions -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["chat_template", "chat_template_kwargs"])
+def test_template_denial_of_service_no_template_comes_from_a_request(
+    server: MadeUpServer, name: str
+) -> None:
+    loop = "{% for i in range(10**12) %}{% endfor %}"
+    value = loop if name == "chat_template" else {"chat_template": loop}
+    start = time.monotonic()
+    for path in ("/v1/chat/completions", "/tokenize"):
+        assert ask(server, path, messages=USER, **{name: value}).status_code == 400
+    assert time.monotonic() - start < 2
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [{"tokenize": True}, {"messages": []}, {"add_generation_prompt": False}, {"tools": []},
+     {"return_tensors": "pt"}, {"self": 1}, {"conversation": 1}, {f"v{i}": i for i in range(99)}],
+    ids=str,
+)  # fmt: skip
+def test_template_denial_of_service_variables_replace_no_options(
+    server: MadeUpServer, variables: dict[str, Any]
+) -> None:
+    answer = ask(server, messages=USER, chat_template_kwargs=variables)
+    assert answer.status_code == 400, answer.text
+
+
+def test_template_denial_of_service_contents_are_not_templates(server: MadeUpServer) -> None:
+    given = "{{ ''.__class__.__mro__ }}{% for i in range(10**9) %}x{% endfor %}"
+    content = [{"role": "user", "content": given}]
+    found = ask(server, "/tokenize", messages=content).json()
+    assert given in ask(server, "/detokenize", tokens=found["tokens"]).json()["prompt"]
+
+
+@pytest.mark.parametrize("name", ["structured_outputs", "guided_grammar", "guided_regex"])
+def test_regex_denial_of_service_texts_of_requests_are_not_run_here(
+    server: MadeUpServer, name: str
+) -> None:
+    """The form goes to the engine, which compiles it with limits (tests/structured)."""
+    bomb = "(" * 2000 + "a+" + ")+" * 2000
+    value = {"regex": bomb} if name == "structured_outputs" else bomb
+    start = time.monotonic()
+    ask(server, messages=USER, max_tokens=1, **{name: value})
+    assert time.monotonic() - start < 2
+
+
+# unbounded fields ------------------------------------------------------------------------------
+
+
+HUGE: dict[str, Any] = {
+    "n": 10**9,
+    "top_logprobs": 10**6,
+    "prompt_logprobs": 10**6,
+    "stop": ["x"] * 10**4,
+    "logit_bias": {str(i): 1 for i in range(10**4)},
+    "stop_token_ids": list(range(10**4)),
+    "allowed_token_ids": [10**30],
+    "bad_words": ["x" * 10**5],
+    "tools": [{"type": "function", "function": {"name": "f"}}] * 1000,
+    "messages": USER * 10**4,
+    "priority": 10**30,
+    "seed": 10**30,
+    "top_k": 10**30,
+    "request_id": "x" * 10**5,
+    "model": "x" * 10**5,
+    "temperature": 1e308 * 10,
+}
+
+
+@pytest.mark.parametrize("name", HUGE)
+def test_unbounded_fields_are_bounded(server: MadeUpServer, name: str) -> None:
+    body: dict[str, Any] = {"messages": USER, "logprobs": True, name: HUGE[name]}
+    start = time.monotonic()
+    if name == "temperature":  # JSON has no infinity
+        kind = {"content-type": "application/json"}
+        raw = b'{"messages": [{"role": "user", "content": "Hi"}], "temperature": 1e400}'
+        answer = server.http.post("/v1/chat/completions", content=raw, headers=kind)
+    else:
+        answer = ask(server, **body)
+    assert answer.status_code in (400, 404), answer.text
+    assert len(answer.content) < 1000 and time.monotonic() - start < 2
+    assert not server.engine.streams
+
+
+def test_unbounded_fields_a_prompt_is_measured_before_it_is_encoded(
+    server: MadeUpServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def encode(*given: Any, **options: Any) -> list[int]:
+        raise AssertionError("it was encoded")
+
+    monkeypatch.setattr(server.engine.tokenizer, "encode", encode)
+    for path, body in (
+        ("/v1/completions", {"prompt": "x" * 10**6}),
+        ("/v1/completions", {"prompt": ["x"] * 10**4}),
+        ("/tokenize", {"prompt": "x" * 10**6}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x" * 10**6}]}),
+    ):
+        assert ask(server, path, **body).status_code == 400
+
+
+def test_unbounded_fields_a_large_max_tokens_is_what_the_model_allows(server: MadeUpServer) -> None:
+    answer = ask(server, messages=USER, max_tokens=10**30, min_tokens=10**29).json()
+    assert answer["usage"]["total_tokens"] == server.engine.max_model_len
+
+
+# fetching of URLs --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "scheme", ["http", "https", "file", "ftp", "", "data:image/png;base64,iVBORw0KGgo="]
+)
+def test_url_fetching_a_request_opens_no_connection_and_no_file(
+    server: MadeUpServer, scheme: str, tmp_path: Path
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(0.2)
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        url = scheme if "," in scheme else f"{scheme}://{address}/x"
+        if scheme in ("file", ""):
+            url = f"{scheme}{'://' if scheme else ''}{tmp_path}/x.png"
+        for kind in ("image_url", "video_url", "audio_url"):
+            part = {"type": kind, kind: {"url": url}}
+            content = [{"role": "user", "content": [part]}]
+            assert ask(server, messages=content).status_code == 400
+        with pytest.raises(TimeoutError):
+            listener.accept()
+
+
+# missing authentication ---------------------------------------------------------------------------
+
+PATHS = [*ROUTES, "/v1/models/x", "/v1/unknown", "/unknown", "/docs", *files()]
+
+
+@pytest.mark.parametrize(
+    "header", [None, "Bearer", "Bearer wrong", "Bearer first-ke", "Bearer first-keyy", "first-key",
+               "Basic Zmlyc3Q="],
+)  # fmt: skip
+def test_missing_auth_every_path_but_health_needs_a_key(
+    locked: MadeUpServer, header: str | None
+) -> None:
+    headers = {} if header is None else {"authorization": header}
+    for path in set(PATHS) - set(ALWAYS_OPEN):
+        for method in ("GET", "POST", "HEAD", "OPTIONS", "DELETE"):
+            answer = locked.http.request(method, path, headers=headers)
+            assert answer.status_code == 401, (method, path)
+
+
+SPELLINGS = (
+    "//v1/models", "/v1/../v1/models", "/V1/models", "/health/", "/health/../metrics",
+    "/%68ealth/../metrics", "/health%2f",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("path", SPELLINGS)
+def test_missing_auth_no_spelling_of_a_path_goes_around_the_key(
+    locked: MadeUpServer, path: str
+) -> None:
+    with socket.create_connection((locked.host, locked.port)) as sock:
+        sock.sendall(f"GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n".encode())
+        assert b" 401 " in sock.recv(1 << 16)
+
+
+def test_missing_auth_each_key_opens_and_health_needs_none(locked: MadeUpServer) -> None:
+    for key in KEYS:
+        headers = {"authorization": f"Bearer {key}"}
+        assert locked.http.get("/metrics", headers=headers).status_code == 200
+    for path in ALWAYS_OPEN:
+        assert locked.http.get(path).status_code == 200
+
+
+def test_missing_auth_keys_are_not_in_texts_of_the_options() -> None:
+    config = ServerConfig(api_key=KEYS)
+    assert not any(key in f"{config} {config!r}" for key in KEYS)
+    with pytest.raises(ValueError, match="secret") as caught:
+        ServerConfig(api_key="a single text\n")  # type: ignore[arg-type]
+    assert "single" not in str(caught.value)
+
+
+def test_missing_auth_pages_of_other_origins_read_nothing(server: MadeUpServer) -> None:
+    origin = {"origin": "https://evil.example", "access-control-request-method": "POST"}
+    for method in ("GET", "OPTIONS", "POST"):
+        answer = server.http.request(method, "/v1/models", headers=origin)
+        assert not any(name.startswith("access-control") for name in answer.headers)
+    # without a content type that a browser must ask about, a page could at least send
+    for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
+        answer = server.http.post(
+            "/v1/completions", content=b'{"prompt": "a"}', headers={"content-type": kind}
+        )
+        assert answer.status_code == 415
+
+
+def test_missing_auth_an_allowed_origin_alone_may_read() -> None:
+    with served(allowed_origins=["https://good.example"]) as open_one:
+        for origin, allowed in (("https://good.example", True), ("https://evil.example", False)):
+            answer = open_one.http.get("/v1/models", headers={"origin": origin})
+            assert ("access-control-allow-origin" in answer.headers) is allowed
+
+
+# messages that leak -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyError, OSError, MemoryError, RecursionError])
+def test_leaking_errors_a_mistake_of_ours_tells_neither_paths_nor_prompts(
+    server: MadeUpServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    error: type[Exception],
+) -> None:  # fmt: skip
+    async def fail(prompt: Any, *given: Any, **options: Any) -> Any:
+        raise error(f"{SECRET}: {prompt}")
+
+    monkeypatch.setattr(server.engine, "open", fail)
+    with caplog.at_level(logging.DEBUG):
+        answer = ask(server, "/v1/completions", prompt="my confession")
+    assert answer.status_code == 500
+    for text in (answer.text, caplog.text):
+        assert SECRET not in text and "confession" not in text and "/nanovllm/" not in text
+    assert error.__name__ in caplog.text, "the log says what has happened, and where"
+
+
+def test_leaking_errors_the_path_of_the_model_stays_here(
+    server: MadeUpServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(*given: Any, **options: Any) -> Any:
+        raise ValueError(f"{server.engine.config.model!r} has no tokenizer")
+
+    monkeypatch.setattr(server.engine, "open", fail)
+    answer = ask(server, "/v1/completions", prompt="a")
+    assert answer.status_code == 400 and MODEL not in answer.text
+
+
+def test_leaking_errors_a_folder_s_path_is_not_the_model_s_name(tmp_path: Path) -> None:
+    folder = tmp_path / "my-model"
+    folder.mkdir()
+    assert ServerConfig().model_names(str(folder)) == ("my-model",)
+
+
+def test_leaking_errors_prompts_are_logged_only_if_asked(caplog: pytest.LogCaptureFixture) -> None:
+    for asked in (False, True):
+        caplog.clear()
+        with caplog.at_level(logging.DEBUG), served(log_prompts=asked) as one:
+            ask(one, "/v1/completions", prompt="my confession\n{}", user="x\nstatus: 200")
+        assert ("confession" in caplog.text) is asked
+        lines = [text for text in caplog.messages if '"path"' in text]
+        assert len(lines) == 1 and "\n" not in lines[0]
+
+
+def test_leaking_errors_answers_say_nothing_of_the_software(server: MadeUpServer) -> None:
+    for path in ("/health", "/unknown"):
+        answer = server.http.get(path)
+        assert "server" not in answer.headers and "Traceback" not in answer.text

@@ -1,0 +1,363 @@
+"""The page in a browser, against a small server: chat, stop, edit, charts, states, keys, images."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from nanovllm.api.page import FOLDER, HEADERS, POLICY, files
+from tests.api.page_server import MARKDOWN, PageServer
+
+Open = Callable[..., Page]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    program = shutil.which("chromium")
+    assert program is not None, "Chromium is missing: apt-get install chromium"
+    flags = ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium's sandbox refuses root
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=flags)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def server() -> Iterator[PageServer]:
+    server = PageServer()
+    yield server
+    server.end()
+
+
+@pytest.fixture
+def open_page(browser: Browser, server: PageServer) -> Iterator[Open]:
+    """Opens the page. At the end, nothing in it may have failed or gone to another server."""
+    url = server.start()
+    problems: list[str] = []
+    contexts = []
+
+    def open_page(width: int = 1280, height: int = 800, **options: Any) -> Page:
+        context = browser.new_context(viewport={"width": width, "height": height}, **options)
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(10_000)
+        page.on("pageerror", lambda error: problems.append(f"error: {error}"))
+        page.on(
+            "request",
+            lambda one: one.url.startswith((url, "data:", "blob:")) or problems.append(one.url),
+        )
+        page.on(
+            "console", lambda said: "Security Policy" in said.text and problems.append(said.text)
+        )
+        page.goto(url)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert problems == []
+
+
+def ask(page: Page, text: str) -> None:
+    expect(page.locator("#status")).to_have_text("ready")
+    page.get_by_label("Message").fill(text)
+    page.keyboard.press("Enter")
+
+
+def png(width: int, height: int) -> bytes:
+    """A grey picture."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        check = struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + check
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    rows = b"".join(b"\x00" + bytes([128]) * width for _ in range(height))
+    body = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+@pytest.mark.browser
+def test_a_turn_streams_an_answer_and_shows_its_speed(open_page: Open, server: PageServer) -> None:
+    page = open_page()
+    expect(page.locator("#model")).to_have_text("tiny-qwen3")
+    ask(page, "Say hello")
+    answer = page.locator(".answer")
+    expect(answer.locator(".text")).to_have_text("Hello from the server.")
+    expect(answer.locator(".stats")).to_have_text(
+        re.compile(r"^4 tokens · [\d.,]+ tokens/s · first after \d+ ms$")
+    )
+    ask(page, "And again")
+    expect(page.locator(".answer .actions").nth(1)).to_be_visible()
+    assert [len(body["messages"]) for body in server.bodies] == [1, 3]
+    assert server.bodies[1]["messages"][1] == {
+        "role": "assistant",
+        "content": "Hello from the server.",
+    }
+
+
+@pytest.mark.browser
+def test_markup_of_an_answer_is_shown_and_nothing_of_it_runs(open_page: Open) -> None:
+    page = open_page()
+    page.on("dialog", lambda dialog: pytest.fail(dialog.message))
+    ask(page, "Write a list")
+    text = page.locator(".answer .text")
+    expect(page.locator(".answer .actions")).to_be_visible()
+    expect(text.locator("pre code")).to_contain_text("# <b>not bold</b>")
+    assert text.locator("ol > li > ul > li").count() == 1 and text.locator("td code").count() == 1
+    assert (
+        text.locator("strong").inner_text() == "merge" and text.locator("em").inner_text() == "one"
+    )
+    assert [link.get_attribute("href") for link in text.locator("a").all()] == [
+        "https://example.org/x"
+    ]
+    assert text.locator("img, script").count() == 0
+    expect(text).to_contain_text("<img src=x onerror=alert(2)>")
+
+
+@pytest.mark.browser
+def test_a_text_that_grows_looks_like_the_whole_text(open_page: Open) -> None:
+    page = open_page()
+    different = page.evaluate(
+        """async (text) => {
+          const { Growing, render } = await import("/page/markdown.js");
+          const node = document.createElement("div"), whole = document.createElement("div");
+          const growing = new Growing(node), found = [];
+          for (let at = 1; at <= text.length; at++) {
+            growing.show(text.slice(0, at));
+            whole.replaceChildren(...render(text.slice(0, at)));
+            if (node.innerHTML !== whole.innerHTML) found.push(at);
+          }
+          return found;
+        }""",
+        MARKDOWN + "\nAnd\n\n" + MARKDOWN,
+    )
+    assert different == []
+
+
+@pytest.mark.browser
+def test_escape_stops_an_answer_and_the_server_notices(open_page: Open, server: PageServer) -> None:
+    page = open_page()
+    ask(page, "Go on forever")
+    expect(page.locator(".answer .text")).to_contain_text("on on on")
+    expect(page.get_by_role("button", name="Stop")).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.locator(".answer .note")).to_have_text("Stopped.")
+    for _ in range(100):
+        if server.num_left == 1:
+            break
+        page.wait_for_timeout(20)
+    assert server.num_left == 1 and server.num_running == 0
+    ask(page, "Say hello")
+    expect(page.locator(".answer .text").nth(1)).to_have_text("Hello from the server.")
+
+
+@pytest.mark.browser
+def test_an_edited_message_replaces_what_followed_it(open_page: Open, server: PageServer) -> None:
+    page = open_page()
+    for text in ("First", "Second"):
+        ask(page, text)
+        expect(page.locator(".answer .actions").last).to_be_visible()
+    page.get_by_role("button", name="Edit").first.click()
+    page.get_by_label("Edit the message").fill("Other")
+    page.keyboard.press("Enter")
+    expect(page.locator(".turn")).to_have_count(2)
+    expect(page.locator(".user .plain")).to_have_text("Other")
+    expect(page.locator(".answer .actions")).to_be_visible()
+    assert server.bodies[-1]["messages"] == [{"role": "user", "content": "Other"}]
+    page.get_by_role("button", name="Answer again").click()
+    expect(page.locator(".answer .actions")).to_be_visible()
+    assert server.bodies[-1] == server.bodies[-2] and len(server.bodies) == 4
+
+
+@pytest.mark.browser
+def test_reasoning_is_folded(open_page: Open) -> None:
+    page = open_page()
+    ask(page, "Please think")
+    expect(page.locator(".answer .text")).to_have_text("Hello from the server.")
+    expect(page.locator("summary")).to_have_text(re.compile(r"Thought for \d+ ms"))
+    expect(page.locator(".thought")).not_to_be_visible()
+    page.locator("summary").focus()
+    page.keyboard.press("Enter")
+    expect(page.locator(".thought")).to_contain_text("The user wants a short answer.")
+
+
+@pytest.mark.browser
+def test_settings_are_sent_and_empty_ones_are_left_to_the_server(
+    open_page: Open, server: PageServer
+) -> None:
+    page = open_page()
+    ask(page, "One")
+    expect(page.locator(".answer .actions")).to_be_visible()
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_label("System prompt").fill("Be brief.")
+    page.get_by_label("Temperature").fill("0.5")
+    page.get_by_label("Most tokens").fill("99")
+    page.get_by_label("Reasoning").select_option("off")
+    page.get_by_role("button", name="Done").click()
+    page.get_by_role("button", name="New chat").click()
+    ask(page, "Two")
+    expect(page.locator(".answer .actions")).to_be_visible()
+    stream = {
+        "stream": True,
+        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+    }
+    assert server.bodies == [
+        {"messages": [{"role": "user", "content": "One"}], **stream},
+        {
+            "messages": [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": "Two"},
+            ],
+            "temperature": 0.5,
+            "max_completion_tokens": 99,
+            "chat_template_kwargs": {"enable_thinking": False},
+            **stream,
+        },
+    ]
+
+
+@pytest.mark.browser
+def test_charts_move(open_page: Open) -> None:
+    page = open_page()
+    ask(page, "Go on forever")
+    tokens = page.locator("[data-chart=tokens]")
+    expect(tokens.locator(".value").first).to_have_text(re.compile(r"^generated [1-9]"))
+    line = tokens.locator("path.line.series-0")
+    before = line.get_attribute("d")
+    for key, said in (
+        ("requests", "running 1"), ("cache", "9.0 %"), ("first", r"p50 [\d.]+ ms"),
+        ("between", r"p50 [\d.]+ ms"),
+    ):  # fmt: skip
+        words = page.locator(f"[data-chart={key}] .value").first
+        expect(words).to_have_text(re.compile(said))
+    expect(line).not_to_have_attribute("d", str(before))
+    assert re.match(
+        r"Tokens a second: generated [\d.]+", str(tokens.locator("svg").get_attribute("aria-label"))
+    )
+
+
+@pytest.mark.browser
+def test_a_broken_draining_or_missing_server_is_shown_as_such(
+    open_page: Open, server: PageServer
+) -> None:
+    page = open_page()
+    status, banner, send = (page.locator(name) for name in ("#status", "#banner", "#send"))
+    ask(page, "Go on forever")
+    expect(page.locator(".answer .text")).to_contain_text("on on")
+    for state, words in (("draining", "takes no new messages"), ("broken", "engine has failed")):
+        server.state = state
+        expect(status).to_have_text(state)
+        expect(banner).to_contain_text(words)
+        page.get_by_label("Message").fill("Hello?")
+        expect(send).to_be_disabled()
+    server.state = "ready"
+    expect(status).to_have_text("ready")
+    expect(banner).not_to_be_visible()
+    server.end()
+    expect(page.locator(".answer .note")).to_contain_text("The answer broke off")
+    expect(status).to_have_text("not reachable")
+    expect(page.locator("#charts-note")).to_have_text("The server does not answer.")
+
+
+@pytest.mark.browser
+def test_a_key_is_asked_for_and_kept_only_if_wanted(open_page: Open, server: PageServer) -> None:
+    server.key = "secret-19"
+    page = open_page()
+    expect(page.locator("#settings-note")).to_contain_text("wants an API key")
+    page.keyboard.type("secret-19")
+    page.keyboard.press("Enter")
+    expect(page.locator("#model")).to_have_text("tiny-qwen3")
+    ask(page, "Say hello")
+    expect(page.locator(".answer .text")).to_have_text("Hello from the server.")
+    kept = "JSON.stringify([sessionStorage, localStorage, document.cookie])"
+    assert "secret-19" not in page.evaluate(kept)
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_label("Remember the key").check()
+    page.get_by_role("button", name="Done").click()
+    page.reload()
+    expect(page.locator("#model")).to_have_text("tiny-qwen3")
+    assert "secret-19" in page.evaluate("JSON.stringify(sessionStorage)")
+
+
+@pytest.mark.browser
+def test_images_are_attached_only_if_the_model_sees(
+    open_page: Open, server: PageServer, tmp_path: Path
+) -> None:
+    page = open_page()
+    expect(page.locator("#model")).to_have_text("tiny-qwen3")
+    expect(page.get_by_role("button", name="Attach images")).not_to_be_visible()
+    server.sees = True
+    page.reload()
+    picture = tmp_path / "grey.png"
+    picture.write_bytes(png(19, 9))
+    with page.expect_file_chooser() as chooser:
+        page.get_by_role("button", name="Attach images").click()
+    chooser.value.set_files([picture, picture])
+    expect(page.locator(".attached img")).to_have_count(2)
+    page.get_by_role("button", name="Remove image 1").click()
+    ask(page, "What is this?")
+    expect(page.locator(".bubble img")).to_be_visible()
+    expect(page.locator(".answer .actions")).to_be_visible()
+    image, text = server.bodies[0]["messages"][0]["content"]
+    assert text == {"type": "text", "text": "What is this?"}
+    assert image["type"] == "image_url"
+    assert image["image_url"]["url"].startswith("data:image/png;base64,iVBOR")
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [320, 390])
+def test_the_page_fits_a_phone_and_needs_no_mouse(open_page: Open, width: int) -> None:
+    page = open_page(width, 700)
+    ask(page, "Write a list")
+    expect(page.locator(".answer .actions")).to_be_visible()
+    too_wide = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+    assert page.evaluate(too_wide) == 0
+    expect(page.locator("#charts")).not_to_be_visible()
+    page.locator("#show-charts").focus()
+    page.keyboard.press("Enter")
+    expect(page.locator("#charts")).to_be_visible()
+    assert page.evaluate(too_wide) == 0
+    page.get_by_role("button", name="Close").focus()
+    page.keyboard.press("Enter")
+    expect(page.locator("#show-charts")).to_be_focused()
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    expect(page.locator("#settings")).to_be_visible()
+    expect(page.get_by_label("System prompt")).to_be_focused()
+    page.keyboard.press("Escape")
+    expect(page.locator("#settings")).not_to_be_visible()
+
+
+def test_the_page_loads_nothing_from_elsewhere_and_has_no_code_inline() -> None:
+    found = files()
+    assert {"/", "/page/app.js", "/page/style.css", "/page/icon.svg"} <= found.keys()
+    html = found["/"].body.decode()
+    assert not re.search(r"\son\w+=|\sstyle=|<style|<script>|javascript:", html)
+    for path, file in found.items():
+        text = file.body.decode().replace("http://www.w3.org/2000/svg", "")
+        assert not re.search(
+            r"(?:src|href|url|import|fetch)[^\n]{0,9}[\"'(](?:https?:)?//", text
+        ), path
+        assert "innerHTML" not in text and "eval(" not in text, path
+    linked = set(re.findall(r'(?:src|href)="(page/[^"]+)"', html))
+    assert {f"/{path}" for path in linked} <= found.keys()
+    for name in re.findall(
+        r'from "\./([^"]+)"', "".join(p.read_text() for p in FOLDER.glob("*.js"))
+    ):
+        assert f"/page/{name}" in found
+
+
+def test_the_policy_allows_scripts_of_the_server_alone() -> None:
+    assert dict(HEADERS)[b"content-security-policy"].decode() == POLICY
+    assert "default-src 'none'" in POLICY and "unsafe" not in POLICY
+    assert not re.search(r"\*|https?:", POLICY)

@@ -1,0 +1,122 @@
+"""Spans of requests, as a collector receives them."""
+
+from __future__ import annotations
+
+import gzip
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import Any
+
+import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+from nanovllm.api.traces import Traces
+
+TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+
+
+@dataclass
+class Request:
+    request_id: str = "r-19"
+    start: float = 0.0
+    status: int = 200
+    num_prompt_tokens: int = 19
+    num_tokens: int = 99
+    first_token: float | None = 0.25
+
+
+class Collector:
+    """Keeps the spans that it gets."""
+
+    def __init__(self) -> None:
+        self.spans: list[Any] = []
+        collector = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["content-length"]))
+                if self.headers.get("content-encoding") == "gzip":
+                    body = gzip.decompress(body)
+                got = ExportTraceServiceRequest.FromString(body)
+                for resource in got.resource_spans:
+                    for scope in resource.scope_spans:
+                        collector.spans += scope.spans
+                self.send_response(200)
+                self.send_header("content-length", "0")
+                self.end_headers()
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.server = HTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1/traces"
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,))
+        self.thread.start()
+
+    def end(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+
+
+@pytest.fixture
+def collector() -> Iterator[Collector]:
+    collector = Collector()
+    yield collector
+    collector.end()
+
+
+def attributes(span: Any) -> dict[str, Any]:
+    return {one.key: getattr(one.value, one.value.WhichOneof("value")) for one in span.attributes}
+
+
+def test_a_span_has_the_counts_and_times_of_its_request(collector: Collector) -> None:
+    traces = Traces(collector.url, "tiny-qwen3")
+    start = time.perf_counter() - 2
+    headers = {"traceparent": f"00-{TRACE}-{PARENT}-01", "authorization": "Bearer secret"}
+    traces.add(Request(start=start), "/v1/completions", headers)
+    traces.close()
+    (span,) = collector.spans
+    assert span.name == "llm_request"
+    assert span.trace_id.hex() == TRACE and span.parent_span_id.hex() == PARENT
+    assert attributes(span) == {
+        "gen_ai.request.id": "r-19",
+        "gen_ai.request.model": "tiny-qwen3",
+        "gen_ai.usage.input_tokens": 19,
+        "gen_ai.usage.output_tokens": 99,
+        "gen_ai.latency.time_to_first_token": 0.25,
+        "http.route": "/v1/completions",
+        "http.response.status_code": 200,
+    }
+    assert 2 <= (span.end_time_unix_nano - span.start_time_unix_nano) / 1e9 < 12
+    (event,) = span.events
+    assert event.time_unix_nano - span.start_time_unix_nano == 250_000_000
+
+
+def test_errors_of_the_server_are_marked_and_others_are_not(collector: Collector) -> None:
+    traces = Traces(collector.url, "tiny-qwen3")
+    for status in (400, 503):
+        traces.add(Request(status=status, first_token=None), "/v1/completions", {})
+    traces.add(Request(), "/v1/completions", {"traceparent": "00-zz-\x00"})
+    traces.close()
+    assert [span.status.code for span in collector.spans] == [0, 2, 0]
+    assert not collector.spans[0].events and not collector.spans[2].parent_span_id
+    assert len({span.trace_id for span in collector.spans}) == 3
+
+
+def test_a_collector_that_is_gone_delays_the_end_by_seconds_at_most() -> None:
+    traces = Traces("http://127.0.0.1:9/v1/traces", "tiny-qwen3")
+    for _ in range(3000):
+        traces.add(Request(), "/v1/completions", {})
+    start = time.monotonic()
+    traces.close()
+    assert time.monotonic() - start < 10
+
+
+def test_an_endpoint_must_be_a_url() -> None:
+    for endpoint in ("127.0.0.1:4318", "file:///etc/passwd", "http://"):
+        with pytest.raises(ValueError, match="must be a URL of http or https"):
+            Traces(endpoint, "tiny-qwen3")

@@ -1,0 +1,83 @@
+"""An engine that makes tokens up, without torch, and the program of its process (`python -m`)."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Container, Iterable
+from typing import Any
+
+from nanovllm.metrics import Gauge, Metric
+from nanovllm.parallel.channel import Channel
+from nanovllm.replicas import server
+from nanovllm.replicas.messages import Facts
+from nanovllm.sampling import SamplingParams
+from nanovllm.schedule.outputs import Completion, Increment
+from nanovllm.serving.loop import Loop
+from nanovllm.serving.port import Port
+
+STEP_SECONDS = 0.01
+FACTS = Facts("", 512, 16, 512, 64, 16, 100, [3], {})
+
+
+class FakeEngine:
+    """Gives every request max_tokens tokens, one a step: 5, 6, 7, …"""
+
+    def __init__(self, step_seconds: float = STEP_SECONDS) -> None:
+        self.metrics = self
+        self.step_seconds = step_seconds
+        self._requests: dict[int, tuple[list[int], SamplingParams, list[int]]] = {}
+        self._num_added = 0
+        self._outputs: list[Increment] = []
+
+    def add_request(self, prompt: Any, params: SamplingParams, **_: Any) -> int:
+        self._num_added += 1
+        self._requests[self._num_added] = prompt.token_ids, params, []
+        return self._num_added
+
+    def advance(self) -> None:
+        time.sleep(self.step_seconds)
+        for request_id, (_, params, found) in list(self._requests.items()):
+            token_id = 5 + len(found) % 500
+            found.append(token_id)
+            if len(found) == params.max_tokens:
+                self._end(request_id, [token_id], "length")
+            else:
+                self._outputs.append(Increment(request_id, [token_id], ""))
+
+    def take(self, request_ids: Container[int] | None = None) -> list[Increment]:
+        taken, self._outputs = self._outputs, []
+        return taken
+
+    def abort(self, request_id: int, reason: str = "abort") -> None:
+        self._end(request_id, [], reason)
+
+    def abort_all(self, request_ids: Iterable[int]) -> None:
+        for request_id in request_ids:
+            del self._requests[request_id]
+
+    def read(self) -> list[Metric]:
+        return [Gauge("nanovllm:num_requests_running", len(self._requests))]
+
+    def close(self) -> None:
+        self._requests.clear()
+
+    def _end(self, request_id: int, token_ids: list[int], reason: str) -> None:
+        prompt_ids, _, found = self._requests.pop(request_id)
+        done = Completion("", found, reason, None, prompt_ids, 0, None, None)
+        self._outputs.append(Increment(request_id, token_ids, "", None, done))
+
+
+def serve(setup: dict[str, Any], channel: Channel) -> None:
+    if setup["options"]["seed"] == 13:
+        raise ValueError("seed is 13")
+    engine: Any = FakeEngine()
+    for descriptor in setup["ports"]:
+        os.set_inheritable(descriptor, False)
+    ports = [Port(socket.socket(fileno=descriptor)) for descriptor in setup["ports"]]
+    Loop(engine, ports, channel).run(FACTS)
+
+
+if __name__ == "__main__":
+    server.run(serve)

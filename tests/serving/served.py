@@ -1,0 +1,82 @@
+"""An engine of the test's process behind its loop, in a thread, with clients in an event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from typing import Any, TypeVar
+
+import uvloop
+
+from nanovllm.engine import Engine
+from nanovllm.parallel.channel import ChannelClosed, channel_pair
+from nanovllm.replicas.loop import facts_of
+from nanovllm.serving import quota
+from nanovllm.serving.client import Client
+from nanovllm.serving.loop import Loop
+from nanovllm.serving.port import Port
+
+Result = TypeVar("Result")
+LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
+    "asyncio": asyncio.new_event_loop,
+    "uvloop": uvloop.new_event_loop,
+}
+
+
+def run(work: Coroutine[Any, Any, Result], loop: str = "asyncio") -> Result:
+    """The result of a coroutine in a new event loop, which must end in time."""
+    events = LOOPS[loop]()
+    try:
+        return events.run_until_complete(asyncio.wait_for(work, 120))
+    finally:
+        events.run_until_complete(events.shutdown_asyncgens())
+        events.close()
+
+
+def serve(
+    engine: Engine,
+    work: Callable[..., Coroutine[Any, Any, Result]],
+    num_clients: int = 1,
+    *,
+    loop: str = "asyncio",
+    **options: Any,
+) -> Result:
+    """The result of `work(client, …)` with clients of an engine; `options` are those of `Client`.
+
+    Afterwards the engine has no requests.
+    """
+    with quota.new_file(num_clients) as descriptor:
+        counts = quota.inherited_counts(descriptor)
+    pairs = [socket.socketpair() for _ in range(num_clients)]
+    control, theirs = channel_pair()
+    thread = threading.Thread(target=_run_loop, args=(engine, [one for _, one in pairs], control))
+    thread.start()
+
+    async def work_and_close() -> Result:
+        clients = [
+            Client(engine.config, ours, counts, index=index, **options)
+            for index, (ours, _) in enumerate(pairs)
+        ]
+        try:
+            return await work(*clients)
+        finally:
+            for client in clients:
+                await client.close()
+
+    try:
+        return run(work_and_close(), loop)
+    finally:
+        theirs.close()
+        thread.join()
+        for request_id in list(engine._requests):
+            engine.abort(request_id)
+        engine.take()
+
+
+def _run_loop(engine: Engine, socks: list[socket.socket], control: Any) -> None:
+    engine.enter_thread()
+    with suppress(ChannelClosed):
+        Loop(engine, [Port(sock) for sock in socks], control).run(facts_of(engine))

@@ -1,0 +1,368 @@
+"""Clients of an engine: the answers of `LLM`, many tasks at once, aborts, limits, draining."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from typing import Any
+
+import pytest
+
+from nanovllm import LLM, SamplingParams
+from nanovllm.engine import Engine
+from nanovllm.outputs import RequestOutput
+from nanovllm.sampling import RequestOutputKind
+from nanovllm.serving.client import LONG_TEXT_CHARACTERS, Client
+from nanovllm.serving.interface import Delta, Draining, QueueFull
+from tests.conftest import save_tiny
+from tests.engines import greedy, random_prompts, save_tokenizer
+from tests.serving.served import LOOPS, serve
+
+Kind = RequestOutputKind
+PROMPTS: list[Any] = [*random_prompts([1, 19, 70, 33]), "the theory of ink", "an answer"]
+ENDLESS = greedy(400)
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
+    folder = save_tiny(tmp_path_factory.mktemp("model"))
+    save_tokenizer(folder)
+    made = LLM(
+        str(folder), device="cpu", dtype="float32", enforce_eager=True, max_num_seqs=4,
+        max_num_batched_tokens=64, max_model_len=512, kvcache_block_size=16,
+        num_kvcache_blocks=129,
+    )  # fmt: skip
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def engine(llm: LLM) -> Engine:
+    assert isinstance(llm.engine, Engine)
+    return llm.engine
+
+
+async def answers(
+    client: Client, prompts: list[Any], params: SamplingParams, priority: int = 0
+) -> list[list[RequestOutput]]:
+    """All outputs of each prompt. The prompts are queued in their order and run together."""
+
+    async def one(prompt: Any, name: str) -> list[RequestOutput]:
+        found = client.generate(prompt, params, name, priority=priority)
+        return [output async for output in found]
+
+    return await asyncio.gather(*(one(prompt, f"r{i}") for i, prompt in enumerate(prompts)))
+
+
+async def running(client: Client) -> float:
+    """The requests that run or wait in the engine."""
+    names = ("nanovllm:num_requests_running", "nanovllm:num_requests_waiting")
+    return sum(one.value for one in await client.metrics() if one.name in names)
+
+
+async def until_idle(client: Client) -> None:
+    while await running(client):
+        await asyncio.sleep(0.01)
+
+
+async def collected(stream: Any) -> list[Delta]:
+    return [part async for part in stream]
+
+
+def comparable(output: RequestOutput) -> dict[str, Any]:
+    """All but what depends on the order of requests."""
+    left_out = ("num_cached_tokens", "logprobs", "prompt_logprobs", "cumulative_logprob")
+    found = {**output, "request_id": "", **dict.fromkeys(left_out)}
+    found["outputs"] = [{**answer, **dict.fromkeys(left_out)} for answer in output.outputs]
+    return found
+
+
+def joined(lists: Iterable[Any]) -> list[Any]:
+    return list(chain.from_iterable(lists))
+
+
+def assert_close(positions: Any, others: Any) -> None:
+    """The same log-probabilities, but for the rounding of sums in batches of other sizes."""
+    assert (positions is None) == (others is None)
+    for one, other in zip(positions or [], others or [], strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or one == pytest.approx(other, abs=1e-4)
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "seeded": {"temperature": 0.8, "seed": 5, "n": 3},
+    "edits": {"logit_bias": {7: 4.0}, "bad_words": ["the"], "allowed_token_ids": range(5, 90)},
+    "stops": {"stop": ["<filler"], "include_stop_str_in_output": True, "ignore_eos": False},
+    "late stops": {"stop": ["r1", "er2"], "min_tokens": 4, "n": 2, "prompt_logprobs": 1},
+    "log-probabilities": {"logprobs": 3, "prompt_logprobs": 2, "stop": ["er3"]},
+    "truncated": {"truncate_prompt_tokens": 5},
+    "no text": {"detokenize": False, "min_tokens": 3, "stop_token_ids": [7, 9]},
+}
+
+
+CASES = [(name, Kind.DELTA) for name in VARIANTS]
+CASES += [(name, kind) for name in ("greedy", "late stops") for kind in Kind if kind != Kind.DELTA]
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_answers_are_those_of_llm(name: str, kind: Kind, llm: LLM, engine: Engine) -> None:
+    params = greedy(12, **VARIANTS[name], output_kind=kind)
+    expected = llm.generate(PROMPTS, params, use_tqdm=False)
+
+    async def work(client: Client) -> list[list[RequestOutput]]:
+        return await answers(client, PROMPTS, params)
+
+    for ours, theirs in zip(serve(engine, work), expected, strict=True):
+        assert [output.finished for output in ours] == [False] * (len(ours) - 1) + [True]
+        if kind is not Kind.DELTA:
+            assert comparable(ours[-1]) == comparable(theirs)
+            for one, other in zip(ours[-1].outputs, theirs.outputs, strict=True):
+                assert_close(one.logprobs, other.logprobs)
+                assert (one.cumulative_logprob is None) == (one.logprobs is None)
+            assert_close(ours[-1].prompt_logprobs, theirs.prompt_logprobs)
+            assert kind is Kind.CUMULATIVE or len(ours) == 1
+            continue
+        for index, answer in enumerate(theirs.outputs):
+            parts = [part for one in ours for part in one.outputs if part.index == index]
+            assert "".join(part.text for part in parts) == answer.text
+            assert joined(part.token_ids for part in parts) == answer.token_ids
+            if answer.logprobs is not None:
+                assert_close(joined(part.logprobs for part in parts), answer.logprobs)
+            assert parts[-1].finish_reason == answer.finish_reason
+            assert parts[-1].stop_reason == answer.stop_reason
+        assert_close(ours[-1].prompt_logprobs, theirs.prompt_logprobs)
+
+
+@pytest.mark.parametrize("include", [False, True])
+def test_stop_strings_across_tokens_end_answers_as_in_llm(
+    include: bool, llm: LLM, engine: Engine
+) -> None:
+    (whole,) = llm.generate(PROMPTS[3:4], greedy(12), use_tqdm=False)
+    first = whole.outputs[0].token_ids[:6]
+    assert engine.tokenizer is not None
+    border = len(engine.tokenizer.decode(first))
+    stop = whole.text[border - 3 : border + 3]
+    params = greedy(12, stop=[stop], include_stop_str_in_output=include)
+    (expected,) = llm.generate(PROMPTS[3:4], params, use_tqdm=False)
+    assert expected.outputs[0].stop_reason == stop
+
+    async def work(client: Client) -> list[list[RequestOutput]]:
+        found = await answers(client, PROMPTS[3:4], params)
+        await until_idle(client)
+        return found
+
+    ((*_, last),) = serve(engine, work)
+    assert comparable(last) == comparable(expected)
+
+
+def test_a_stop_string_counts_as_a_stop(engine: Engine) -> None:
+    def counts() -> dict[str, float]:
+        found = (one for one in engine.metrics.read() if one.name == "nanovllm:request_success")
+        return {one.labels["finished_reason"]: one.value for one in found}
+
+    async def work(client: Client) -> None:
+        await answers(client, PROMPTS[:1], greedy(400, stop=["<filler"]))
+
+    before = counts()
+    serve(engine, work)
+    assert counts() == {**before, "stop": before["stop"] + 1}
+
+
+def test_drawn_seeds_are_those_of_llm_and_differ_between_clients(llm: LLM, engine: Engine) -> None:
+    params = SamplingParams(temperature=1.0, max_tokens=8, ignore_eos=True, n=2)
+    start = engine._num_added
+    expected = llm.generate(PROMPTS, params, use_tqdm=False)
+
+    async def alone(client: Client) -> list[list[RequestOutput]]:
+        client._next_id = start
+        return await answers(client, PROMPTS, params)
+
+    found = serve(engine, alone)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert comparable(ours[-1]) == comparable(theirs)
+
+    async def two(one: Client, other: Client) -> list[Any]:
+        return await asyncio.gather(*(answers(each, PROMPTS[1:2], params) for each in (one, other)))
+
+    texts = [answer.text for ((*_, last),) in serve(engine, two, 2) for answer in last.outputs]
+    assert len(set(texts)) == 4
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_two_clients_get_their_own_answers(loop: str, llm: LLM, engine: Engine) -> None:
+    expected = [one.token_ids for one in llm.generate(PROMPTS, greedy(12), use_tqdm=False)]
+
+    async def work(*clients: Client) -> list[list[list[RequestOutput]]]:
+        return await asyncio.gather(*(answers(client, PROMPTS, greedy(12)) for client in clients))
+
+    for found in serve(engine, work, 2, loop=loop):
+        assert [ours[-1].token_ids for ours in found] == expected
+
+
+@pytest.mark.parametrize("how", ["cancel", "break", "abort", "forget", "close"])
+def test_who_no_longer_reads_aborts_the_request(how: str, engine: Engine) -> None:
+    async def read(client: Client) -> None:
+        async for _ in client.generate(PROMPTS[1], ENDLESS, "name"):
+            if how == "break":
+                break
+
+    async def work(client: Client, other: Client) -> None:
+        await other.ready()
+        if how == "forget":
+            await client.open(PROMPTS[1], ENDLESS)
+            gc.collect()
+        else:
+            task = asyncio.ensure_future(read(client))
+            while how != "break" and not await running(other):
+                await asyncio.sleep(0.01)
+            if how == "cancel":
+                task.cancel()
+            if how == "abort":
+                client.abort("name")
+                client.abort("another name")
+            if how == "close":
+                await client.close()
+            await asyncio.wait([task])
+        await until_idle(other)
+
+    serve(engine, work, 2)
+
+
+def test_an_aborted_request_has_an_end(engine: Engine) -> None:
+    async def work(client: Client) -> list[Delta]:
+        stream = await client.open(PROMPTS[1], greedy(400, n=2))
+        parts = []
+        async for part in stream:
+            parts.append(part)
+            stream.abort()
+        stream.abort()
+        return parts
+
+    parts = serve(engine, work)
+    assert {part.output_index for part in parts if part.finish_reason == "abort"} == {0, 1}
+
+
+def test_a_full_queue_refuses_requests_until_one_ends(engine: Engine) -> None:
+    async def work(one: Client, other: Client) -> None:
+        await asyncio.gather(one.ready(), other.ready())
+        streams = [await one.open(PROMPTS[1], ENDLESS) for _ in range(4)]
+        streams += [await other.open(PROMPTS[1], greedy(400, n=2))]
+        for client in (one, other):
+            with pytest.raises(QueueFull, match=r"6 answers are unfinished .* at most 6 may"):
+                await client.open(PROMPTS[1], ENDLESS)
+        streams[0].abort()
+        await (await other.open(PROMPTS[1], greedy(1))).take()
+
+    serve(engine, work, 2, max_queued=2)
+
+
+def test_a_slow_reader_gets_fewer_and_larger_parts(llm: LLM, engine: Engine) -> None:
+    (expected,) = llm.generate(PROMPTS[4:5], greedy(40, logprobs=1), use_tqdm=False)
+
+    async def work(client: Client) -> list[Delta]:
+        stream = await client.open(PROMPTS[4], greedy(40, logprobs=1))
+        parts = []
+        async for part in stream:
+            parts.append(part)
+            await until_idle(client)
+        return parts
+
+    parts = serve(engine, work)
+    assert len(parts) <= 3
+    assert "".join(part.text for part in parts) == expected.text
+    assert joined(part.token_ids for part in parts) == expected.token_ids
+    assert_close(joined(part.logprobs for part in parts), expected.outputs[0].logprobs)
+
+
+@pytest.mark.parametrize("timeout", [None, 0.05])
+def test_draining_refuses_requests_and_finishes_what_runs(
+    timeout: float | None, engine: Engine
+) -> None:
+    async def work(client: Client) -> list[Delta]:
+        stream = await client.open(PROMPTS[1], greedy(400 if timeout else 30))
+        draining = asyncio.ensure_future(client.drain(timeout))
+        await asyncio.sleep(0)
+        assert client.is_draining
+        with pytest.raises(Draining):
+            await client.open(PROMPTS[0], greedy(1))
+        assert await draining is (timeout is None)
+        return await collected(stream)
+
+    assert serve(engine, work)[-1].finish_reason == ("abort" if timeout else "length")
+
+
+INVALID: list[tuple[Any, Any, str]] = [
+    ([], greedy(1), "the prompt is empty"),
+    ([9999], greedy(1), "token id 9999 is outside the vocabulary"),
+    ([5] * 512, greedy(1), "at most 511 fit"),
+    ("é\ud800", greedy(1), "half of a surrogate pair"),
+    ("a", {"temperature": 0}, "they must be SamplingParams"),
+    ("a", greedy(1, logit_bias={512: 1.0}), "logit_bias holds token id 512"),
+    ({"prompt": "a", "multi_modal_data": {"image": "x"}}, greedy(1), "image 1"),
+]
+
+
+def test_errors_of_one_request_leave_others_unharmed(llm: LLM, engine: Engine) -> None:
+    (expected,) = llm.generate(PROMPTS[1:2], greedy(30), use_tqdm=False)
+
+    async def work(client: Client) -> list[Delta]:
+        stream = await client.open(PROMPTS[1], greedy(30), request_id="name")
+        for prompt, params, message in INVALID:
+            with pytest.raises(ValueError, match=message):
+                await client.open(prompt, params)
+        with pytest.raises(ValueError, match="request_id is 'name'"):
+            await client.open(PROMPTS[1], ENDLESS, request_id="name")
+        with pytest.raises(ValueError, match="priority is 'x'"):
+            await client.open(PROMPTS[1], ENDLESS, priority="x")  # type: ignore[arg-type]
+        return await collected(stream)
+
+    parts = serve(engine, work)
+    assert joined(part.token_ids for part in parts) == expected.token_ids
+
+
+def test_what_only_the_engine_refuses_ends_one_request(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add = engine.add_request
+
+    def refuse(prompt: Any, *args: Any, **options: Any) -> int:
+        if len(prompt.token_ids) == 19:
+            raise MemoryError("no memory")
+        return add(prompt, *args, **options)
+
+    async def work(client: Client) -> list[list[RequestOutput]]:
+        return await answers(client, PROMPTS[:3], greedy(3, n=2))
+
+    monkeypatch.setattr(engine, "add_request", refuse)
+    found = serve(engine, work)
+    assert [[one.finish_reason for one in ours[-1].outputs] for ours in found] == [
+        ["length"] * 2, ["error"] * 2, ["length"] * 2,
+    ]  # fmt: skip
+    assert found[1][-1].error == "MemoryError: no memory"
+
+
+def test_long_texts_are_encoded_as_in_llm(engine: Engine) -> None:
+    text = "the theory " * (LONG_TEXT_CHARACTERS // 8)
+    params = greedy(2, truncate_prompt_tokens=9)
+
+    async def work(client: Client) -> list[int]:
+        return (await client.open(text, params)).prompt_token_ids
+
+    assert engine.tokenizer is not None
+    assert serve(engine, work) == engine.tokenizer.encode(text)[-9:]
+
+
+def test_requests_without_parameters_get_the_checkpoints(engine: Engine) -> None:
+    async def work(client: Client) -> list[Delta]:
+        with pytest.raises(AttributeError, match="default_params is not known before"):
+            assert client.default_params
+        stream = await client.open(PROMPTS[0])
+        assert client.default_params == engine.default_params
+        assert client.eos_ids == engine.eos_ids
+        assert (client.max_model_len, client.max_num_seqs) == (512, 4)
+        return await collected(stream)
+
+    assert serve(engine, work)[-1].finish_reason in ("stop", "length")

@@ -1,0 +1,193 @@
+"""A server's processes: signals, processes that die, and what is left afterwards: nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import save_tiny
+from tests.engines import random_prompts, save_tokenizer
+from tests.replicas.test_data_parallel import children, wait_until_gone
+
+ROOT = Path(__file__).parents[2]
+ENGINE: dict[str, Any] = {"model": "tiny-qwen3", "skip_tokenizer_init": True}
+SHORT: dict[str, Any] = {"prompt": [5, 6], "max_tokens": 3, "temperature": 0}
+LONG: dict[str, Any] = {**SHORT, "max_tokens": 500}
+
+
+class Server:
+    """A server in a process with two API processes; `pids` are those of its children."""
+
+    def __init__(self, temporary: Path, **given: Any) -> None:
+        self.temporary = temporary
+        given = {"engine": ENGINE, "num_api_processes": 2, **given}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.serving.run_server", json.dumps(given)],
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(temporary)},
+        )  # fmt: skip
+        assert self.process.stdout is not None
+        self.port = int(self.process.stdout.readline())
+
+    def ask(self, asked: dict[str, Any]) -> Iterator[str]:
+        """The lines of an answer; the first one is the id of the API process."""
+        with socket.create_connection(("127.0.0.1", self.port), timeout=60) as connection:
+            connection.sendall(json.dumps(asked).encode() + b"\n")
+            with connection.makefile() as lines:
+                yield from lines
+
+    @property
+    def pids(self) -> dict[str, list[int]]:
+        """Children by the ends of their programs' names."""
+        found: dict[str, list[int]] = {"serving.api_process": [], "engine": []}
+        for pid in sorted(children(self.process.pid)):
+            command = Path(f"/proc/{pid}/cmdline").read_bytes().decode()
+            name = "serving.api_process" if "serving.api_process" in command else "engine"
+            found[name].append(pid)
+        return found
+
+    def end(self, seconds: float = 10.0) -> tuple[int, str]:
+        """The exit code and the errors; every process has ended, and no file is left."""
+        pids = list(chain.from_iterable(self.known.values()))
+        _, errors = self.process.communicate(timeout=seconds)
+        wait_until_gone(pids)
+        return self.process.returncode, errors
+
+    def start(self) -> Server:
+        """Wait until both API processes have answered."""
+        found: set[str] = set()
+        while len(found) < 2:
+            found.add(next(iter(self.ask(SHORT))))
+        self.known = self.pids
+        return self
+
+
+Make = Callable[..., Server]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Make]:
+    made: list[Server] = []
+
+    def start(**given: Any) -> Server:
+        made.append(Server(tmp_path, **given))
+        return made[-1]
+
+    yield start
+    for server in made:
+        server.process.kill()
+        server.process.communicate()
+
+
+def test_an_engine_answers_through_two_api_processes(make: Make, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    save_tiny(folder)
+    save_tokenizer(folder)
+    sizes = {
+        "device": "cpu", "dtype": "float32", "enforce_eager": True, "max_num_seqs": 4,
+        "max_model_len": 128,
+    }  # fmt: skip
+    server = make(engine={"model": str(folder), **sizes}, is_fake=False).start()
+    (prompt,) = random_prompts([19])
+    asked = {"prompt": prompt, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+    answers = {}
+    while len(answers) < 2:
+        pid, *lines = server.ask(asked)
+        answers[pid] = list(chain.from_iterable(json.loads(line)[0] for line in lines))
+    first, second = answers.values()
+    assert first == second and len(first) == 8
+    server.process.send_signal(signal.SIGTERM)
+    assert server.end()[0] == 0
+    assert list(server.temporary.glob("nanovllm-*")) == []
+
+
+def test_sigterm_lets_requests_finish_and_refuses_new_ones(make: Make) -> None:
+    server = make().start()
+    lines = server.ask({**LONG, "max_tokens": 100})
+    next(lines), next(lines)
+    server.process.send_signal(signal.SIGTERM)
+    refused = ""
+    while "Draining" not in refused:
+        refused = "".join(server.ask(SHORT))
+    assert json.loads(list(lines)[-1])[1] == "length"
+    assert server.end()[0] == 0
+    assert list(server.temporary.iterdir()) == []
+
+
+def test_what_has_not_finished_in_time_is_cut_off(make: Make) -> None:
+    server = make(drain_timeout=0.3).start()
+    lines = server.ask({**LONG, "max_tokens": 400})
+    next(lines), next(lines)
+    server.process.send_signal(signal.SIGTERM)
+    assert json.loads(list(lines)[-1])[1] == "abort"
+    assert server.end(5)[0] == 0
+
+
+def test_the_second_interrupt_ends_everything_at_once(make: Make) -> None:
+    server = make().start()
+    lines = server.ask(LONG)
+    next(lines), next(lines)
+    server.process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    assert server.process.poll() is None
+    server.process.send_signal(signal.SIGINT)
+    assert server.end(3)[0] == 130
+    assert list(server.temporary.iterdir()) == []
+
+
+@pytest.mark.parametrize("program", ["engine", "serving.api_process"])
+def test_a_killed_process_ends_the_server(program: str, make: Make) -> None:
+    server = make().start()
+    lines = server.ask(LONG)
+    of_api_process = int(next(lines))
+    killed = server.known[program][0] if program == "engine" else of_api_process
+    next(lines)
+    os.kill(killed, signal.SIGKILL)
+    try:
+        rest = list(lines)
+    except ConnectionError:
+        rest = []
+    if program == "engine":
+        assert rest[-1] == "EngineDead: the engine's process has ended\n"
+    code, errors = server.end()
+    assert code == 1
+    name = "the engine's process" if program == "engine" else r"API process"
+    assert f"the server ends: {name}" in errors and "was ended by SIGKILL" in errors
+    assert list(server.temporary.iterdir()) == []
+
+
+def test_nothing_runs_after_the_supervisor_is_killed(make: Make) -> None:
+    server = make().start()
+    lines = server.ask(LONG)
+    next(lines), next(lines)
+    server.process.kill()
+    server.end(5)
+
+
+@pytest.mark.parametrize(
+    ("given", "code", "message"),
+    [
+        ({"options": {"fails": 1}}, 2, "error: API process 1: an option is wrong"),
+        ({"options": {"returns": 0}}, 1, "API process 0 has ended by itself"),
+        ({"engine": {**ENGINE, "seed": 13}}, 2, "error: the engine's process: seed is 13"),
+    ],
+)
+def test_a_process_that_cannot_start_ends_the_server(
+    given: dict[str, Any], code: int, message: str, make: Make
+) -> None:
+    server = make(**given)
+    server.known = {}
+    found, errors = server.end(20)
+    assert found == code and message in errors
+    assert list(server.temporary.iterdir()) == []
