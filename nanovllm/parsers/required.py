@@ -8,6 +8,10 @@ from typing import Any
 MAX_DEPTH = 64
 # what a schema only mentions: no schemas are in there
 DATA = ("const", "enum", "default", "examples")
+# keywords with schemas by name
+NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+# of a document of its own, which the parameters are no more
+IDENTITY = ("$schema", "$id")
 
 
 def required_schema(
@@ -55,8 +59,11 @@ def _call_schema(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _moved(schema: Any, root: str, depth: int = 0) -> Any:
-    """The schema with references to its own root changed to references to `root`."""
+def _moved(schema: Any, root: str, depth: int = 0, *, has_names: bool = False) -> Any:
+    """The schema with references to its own root changed to references to `root`.
+
+    has_names: the keys are names of properties or definitions, not keywords.
+    """
     if depth > MAX_DEPTH:
         raise ValueError(f"the parameters of a tool are nested more than {MAX_DEPTH} deep")
     if isinstance(schema, list):
@@ -67,8 +74,12 @@ def _moved(schema: Any, root: str, depth: int = 0) -> Any:
         return schema
     moved = {}
     for key, value in schema.items():
-        if key == "$ref" and isinstance(value, str) and value.startswith("#"):
+        if has_names:
+            moved[key] = _moved(value, root, depth + 1)
+        elif key == "$ref" and isinstance(value, str) and value.startswith("#"):
             moved[key] = root + value[1:]
-        else:
-            moved[key] = value if key in DATA else _moved(value, root, depth + 1)
+        elif key in DATA:
+            moved[key] = value
+        elif depth > 0 or key not in IDENTITY:
+            moved[key] = _moved(value, root, depth + 1, has_names=key in NAMED)
     return moved

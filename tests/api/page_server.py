@@ -27,13 +27,16 @@ MARKDOWN = """A **merge** takes two sorted lists, and gives *one*:
 ```python
 def merge(a: list[int], b: list[int]) -> list[int]:
     return sorted(a + b)  # <b>not bold</b>
+
+print(merge([1], [19]))
 ```
 
 | step | cost |
 |---|---|
 | compare | `O(1)` |
 
-See [the docs](https://example.org/x) or [this](javascript:alert(1)), <img src=x onerror=alert(2)>.
+See [the docs](https://example.org/x) or
+[this](javascript://x/%0Aalert%601%60), <img src=x onerror=alert(2)>.
 """
 THOUGHT = "The user wants a short answer.\nI give one."
 

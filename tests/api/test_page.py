@@ -18,6 +18,8 @@ from nanovllm.api.page import FOLDER, HEADERS, POLICY, files
 from tests.api.page_server import MARKDOWN, PageServer
 
 Open = Callable[..., Page]
+WAIT_MS = 20_000  # for what takes milliseconds on a machine that is not busy
+expect.set_options(timeout=WAIT_MS)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,7 @@ def open_page(browser: Browser, server: PageServer) -> Iterator[Open]:
         context = browser.new_context(viewport={"width": width, "height": height}, **options)
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(10_000)
+        page.set_default_timeout(WAIT_MS)
         page.on("pageerror", lambda error: problems.append(f"error: {error}"))
         page.on(
             "request",
@@ -152,7 +154,7 @@ def test_escape_stops_an_answer_and_the_server_notices(open_page: Open, server: 
     expect(page.get_by_role("button", name="Stop")).to_be_visible()
     page.keyboard.press("Escape")
     expect(page.locator(".answer .note")).to_have_text("Stopped.")
-    for _ in range(100):
+    for _ in range(WAIT_MS // 20):
         if server.num_left == 1:
             break
         page.wait_for_timeout(20)

@@ -16,11 +16,14 @@ def tool(name: str, parameters: Any = None) -> dict[str, Any]:
 
 
 TREE = {
+    "$schema": "https://json-schema.org/draft/2020-12/schema",
+    "$id": "https://example.org/tree",
     "type": "object",
     "properties": {
         "value": {"$ref": "#/$defs/number"},
         "next": {"anyOf": [{"$ref": "#"}, {"type": "null"}]},
         "$ref": {"type": "string"},
+        "default": {"$ref": "#/$defs/number"},
         "word": {"enum": [{"$ref": "#"}, "a"]},
     },
     "required": ["value"],
@@ -50,7 +53,8 @@ def test_references_within_parameters_go_on_to_work() -> None:
 
     assert is_valid(arguments(next={"value": 1, "next": {"value": 2, "next": None}}))
     assert not is_valid(arguments(next={"value": 1, "next": {"value": "two"}}))
-    assert is_valid(arguments(**{"$ref": "text"}, word={"$ref": "#"}))
+    assert is_valid(arguments(**{"$ref": "text"}, word={"$ref": "#"}, default=19))
+    assert not is_valid(arguments(default="19"))
 
 
 def test_one_call_is_allowed_if_the_tool_is_named_or_calls_are_not_parallel() -> None:
