@@ -59,6 +59,7 @@ setup(
         "nanovllm.serving",
         "nanovllm.startup",
         "nanovllm.startup.compile_farm",
+        "nanovllm.structured",
         "nanovllm.tools",
     ],
     package_data={
@@ -80,6 +81,7 @@ setup(
         "flash-attn": ["flash-attn>=2.5"],  # needs --no-build-isolation
         "ray": ["ray>=2.50"],
         "traces": ["opentelemetry-sdk>=1.30", "opentelemetry-exporter-otlp-proto-http>=1.30"],
+        "structured": ["llguidance>=1.9"],
         "triton": ["triton>=3.6; platform_system == 'Linux'"],
         "video": ["av>=14", "pillow>=11"],
         "vision": ["pillow>=11"],
@@ -91,6 +93,7 @@ setup(
             "opentelemetry-exporter-otlp-proto-http>=1.30",
             "opentelemetry-sdk>=1.30",
             "playwright>=1.50",
+            "llguidance>=1.9",
             "pytest>=8",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",

@@ -403,7 +403,7 @@ class Engine:
             if self._in_flight and (plan is None or len(self._in_flight) > self.run_ahead):
                 launched = self._in_flight.popleft()
                 self._collect(launched.plan, launched.wait())
-            elif plan is None and self.scheduler.has_work:
+            elif plan is None and self.scheduler.has_work and not self._waited_for_mask():
                 raise AssertionError("there is work, but no step can run")
             self.metrics.num_steps += plan is not None
             if self._stats_log is not None:
@@ -419,6 +419,9 @@ class Engine:
             requests = (request for request, _ in self._requests.values())
             self.scheduler.restart(one for one in requests if one.status is not Status.PREPARING)
             raise
+
+    def _waited_for_mask(self) -> bool:
+        return self._grammars.wait_for_mask(PREPARING_WAIT_S)
 
     def _with_masks(self, plan: StepPlan) -> StepPlan:
         """The plan with the masks of its constrained rows."""

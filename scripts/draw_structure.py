@@ -22,6 +22,7 @@ ROLES = {
     "startup": "choose, load, build",
     "runner": "owns the device",
     "media": "images, videos",
+    "structured": "grammars, masks",
     "models": "architectures, weights",
     "schedule": "which tokens run next",
     "platforms": "CUDA, CPU, NPU, MPS",

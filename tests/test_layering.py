@@ -28,6 +28,13 @@ ALLOWED = {
     "platforms": ("nanovllm.platforms", "nanovllm.compile", "nanovllm.kernels"),
     "media": ("nanovllm.media",),
     "parsers": ("nanovllm.parsers",),
+    "structured": (
+        "nanovllm.structured",
+        "nanovllm.checks",
+        "nanovllm.env",
+        "nanovllm.sampling",
+        "nanovllm.tokenizer",
+    ),
     "parallel": ("nanovllm.parallel", "nanovllm.env", "nanovllm.kernels.peers"),
     "schedule": ("nanovllm.schedule", "nanovllm.sampling", "nanovllm.tokenizer"),
     "runner": (
@@ -114,7 +121,10 @@ DEVICELESS = (
 # options of `LLM` that are named after their device
 OPTIONS = ("npu_graph_mode", "npu_graph_options")
 # modules that import nothing of ours except each other
-LIGHT = ("checks", "config", "compat/options", "env", "sampling", "log", "media/options")
+LIGHT = (
+    "checks", "config", "compat/options", "env", "sampling", "log", "media/options",
+    "structured/params",
+)  # fmt: skip
 
 
 def files(layer: str) -> list[Path]:

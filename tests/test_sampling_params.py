@@ -124,7 +124,21 @@ def test_switches_must_be_true_or_false(name: str, value: Any) -> None:
         ({"stop": "x", "detokenize": False}, r"stop=\['x'\] needs detokenize=True"),
         ({"n": 16_385}, "n is 16385: it must be at least 1, at most 16384"),
         ({"flat_logprobs": True}, "flat_logprobs is True: only False is supported"),
-        ({"structured_outputs": {"regex": "a"}}, "structured_outputs is .*: only None"),
+        ({"structured_outputs": "a"}, "structured_outputs is 'a': it must be"),
+        ({"structured_outputs": {}}, "structured_outputs has nothing: exactly one of json"),
+        ({"structured_outputs": {"regex": "a", "json_object": True}}, "has regex, json_object: ex"),
+        ({"structured_outputs": {"regexp": "a"}}, "structured_outputs has no field 'regexp'"),
+        ({"structured_outputs": {"choice": "a"}}, "structured_outputs.choice is 'a': it must be"),
+        ({"structured_outputs": {"choice": []}}, "choice is empty: no answer is possible"),
+        (
+            {"structured_outputs": {"regex": "a", "whitespace_pattern": " "}},
+            "whitespace_pattern is given with regex: it is for JSON alone",
+        ),
+        (
+            {"structured_outputs": {"json": {}, "structural_tag": "{}"}},
+            "structured_outputs.structural_tag is '{}': only None is supported",
+        ),
+        ({"guided_decoding": {"regex": "a"}}, "guided_decoding is .*: only None"),
         ({"temperature": 10**400}, "temperature is .*: it must be a number within"),
     ],
 )

@@ -232,11 +232,7 @@ class Sampler:
         return self._sample(kind_of(choice), row_idx_R, logits_RV, num_R)
 
     def _sample(
-        self,
-        kind: Kind,
-        row_idx_R: Tensor,
-        logits_RV: Tensor,
-        num_R: Tensor | None = None,
+        self, kind: Kind, row_idx_R: Tensor, logits_RV: Tensor, num_R: Tensor | None = None
     ) -> Tensor:
         """`sample` without what needs the host."""
         if kind.has_edits:

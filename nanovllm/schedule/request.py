@@ -44,6 +44,11 @@ class Constraint(Protocol):
     is_ended: bool
     error: str | None
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether it is known which tokens may follow."""
+        ...
+
     def push(self, token_id: int) -> None:
         """Add a token to the answer."""
         ...
@@ -144,14 +149,17 @@ class Request:
             self.is_decoding
             and not self.is_verifying
             and not self.is_failing
-            and not self.waits_for_token
+            and not self.waits_for_mask
             and self.num_scheduled_outputs < self.max_output
         )
 
     @property
-    def waits_for_token(self) -> bool:
-        """True if the token in flight decides which tokens may follow it."""
-        return self.constraint is not None and self.num_in_flight > 0
+    def waits_for_mask(self) -> bool:
+        """True if it is not known which tokens may follow: the token in flight decides it, or a
+        thread computes it."""
+        if self.constraint is None:
+            return False
+        return self.num_in_flight > 0 or not self.constraint.is_ready
 
     @property
     def needs_prompt_logits(self) -> bool:

@@ -17,7 +17,7 @@ import numpy as np
 from nanovllm.sampling import SamplingParams
 from nanovllm.structured import library
 from nanovllm.structured.library import Source
-from nanovllm.structured.matcher import Masks, Matcher
+from nanovllm.structured.matcher import Compiled, Masks, Matcher
 from nanovllm.structured.trials import Trial
 from nanovllm.tokenizer import Tokenizer
 
@@ -51,8 +51,8 @@ class Compiler:
             self._idle.put(trial)
         self.masks: Masks | None = None
 
-    def compile(self, found: Source) -> llguidance.LLMatcher:
-        """A matcher at the beginning of an answer. Raises ValueError with what is wrong."""
+    def compile(self, found: Source) -> Compiled:
+        """A compiled grammar. Raises ValueError with what is wrong."""
         import llguidance
 
         trial = self._idle.get()
@@ -63,9 +63,11 @@ class Compiler:
         of_library = llguidance.LLMatcher(
             self._library_tokenizer(), text, log_level=0, limits=library.limits()
         )
+        assert self.masks is not None
+        compiled = self.masks.compiled(of_library)
         if of_library.is_error():
             raise ValueError(library.short(of_library.get_error()))
-        return of_library
+        return compiled
 
     def kill(self) -> None:
         """Ends the processes: threads in `compile` raise."""
@@ -76,6 +78,8 @@ class Compiler:
         """Ends the processes once no thread is in `compile`."""
         for trial in self._trials:
             trial.close()
+        if self.masks is not None:
+            self.masks.close()
 
     def _library_tokenizer(self) -> llguidance.LLTokenizer:
         import llguidance
@@ -97,7 +101,7 @@ class Grammars:
         """`compiler` None: there is no tokenizer, and `Intake.check` refuses the requests."""
         self._compiler, self._limits = compiler, limits
         self._pool = ThreadPoolExecutor(NUM_WORKERS, thread_name_prefix="grammar")
-        self._cache: OrderedDict[bytes, Future[llguidance.LLMatcher]] = OrderedDict()
+        self._cache: OrderedDict[bytes, Future[Compiled]] = OrderedDict()
         self._waiting: dict[int, tuple[bytes, SamplingParams]] = {}
         self._changed = threading.Event()
 
@@ -134,8 +138,12 @@ class Grammars:
 
     def masks(self, matchers: Sequence[Matcher]) -> np.ndarray:
         """See `Masks.of`."""
-        assert self._compiler is not None and self._compiler.masks is not None
-        return self._compiler.masks.of(matchers)
+        return self._masks.of(matchers)
+
+    def wait_for_mask(self, wait_s: float) -> bool:
+        """Wait until a request whose mask is being computed is ready; False if there is none."""
+        has_masks = self._compiler is not None and self._compiler.masks is not None
+        return has_masks and self._masks.wait(wait_s)
 
     def __contains__(self, request_id: int) -> bool:
         """Whether the grammar of a request is being compiled."""
@@ -154,13 +162,18 @@ class Grammars:
         if self._compiler is not None:
             self._compiler.close()
 
-    def _matcher(self, work: Future[llguidance.LLMatcher], params: SamplingParams) -> Matcher | str:
+    def _matcher(self, work: Future[Compiled], params: SamplingParams) -> Matcher | str:
         try:
             compiled = work.result()
         except ValueError as error:
             assert params.structured_outputs is not None
             return f"structured_outputs.{params.structured_outputs.form} is refused: {error}"
-        return Matcher(compiled.deep_copy(), ignores_eos=params.ignore_eos)
+        return Matcher(compiled, self._masks, ignores_eos=params.ignore_eos)
+
+    @property
+    def _masks(self) -> Masks:
+        assert self._compiler is not None and self._compiler.masks is not None
+        return self._compiler.masks
 
     def _trim(self) -> None:
         """Forget what failed, and the least recently used beyond the limit."""

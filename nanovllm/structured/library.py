@@ -12,8 +12,8 @@ from nanovllm.structured.params import StructuredOutputsParams
 if TYPE_CHECKING:
     import llguidance
 
-# Between the parts of JSON: a space, or a new line with its indentation. Without a bound a model may
-# write nothing else until its last token.
+# Between the parts of JSON: a space, or a new line with its indentation. Without a bound a model
+# may write nothing else until its last token.
 WHITESPACE = r" |\n[ \t]{0,32}"
 MAX_ERROR_CHARS = 300
 
@@ -75,7 +75,8 @@ def grammar(found: Source) -> str:
 
     if found.kind == "json":
         return json.dumps({"grammars": [{"json_schema": json.loads(found.text)}]})
-    return llguidance.grammar_from(found.kind, found.text)
+    kinds: dict[str, Any] = {"regex": "regex", "lark": "lark", "grammar": "grammar"}
+    return llguidance.grammar_from(kinds[found.kind], found.text)
 
 
 def short(error: str) -> str:

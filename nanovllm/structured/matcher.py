@@ -1,5 +1,8 @@
 """Follows answers and says which tokens may come next.
 
+A mask takes some microseconds, and the engine computes it between two steps. Few grammars need
+milliseconds: their masks are computed in threads, and their requests stay out of steps meanwhile.
+
 M masked rows | W words of 32 tokens.
 """
 
@@ -7,7 +10,10 @@ from __future__ import annotations
 
 import importlib
 import os
+import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,9 +24,20 @@ if TYPE_CHECKING:
     import llguidance
 
 WORD_TOKENS = 32
-MAX_THREADS = 8
-# With fewer masks the threads cost more than they save.
-_MIN_PARALLEL = 4
+SLOW_S = 1e-3  # a grammar with such a mask has its next mask computed in a thread
+NUM_THREADS = 4
+MAX_PARALLEL = 8
+# With fewer masks threads cost more than they save.
+MIN_PARALLEL = 4
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A grammar at the beginning of an answer: the library's matcher, and the first mask."""
+
+    of_library: llguidance.LLMatcher
+    allowed_W: np.ndarray
+    is_slow: bool
 
 
 class Matcher:
@@ -30,24 +47,41 @@ class Matcher:
     error: what is wrong, once nothing can follow; None otherwise.
     """
 
-    def __init__(self, of_library: llguidance.LLMatcher, *, ignores_eos: bool) -> None:
-        self.of_library, self.ignores_eos = of_library, ignores_eos
-        self.is_ended = of_library.is_stopped()
+    def __init__(self, compiled: Compiled, masks: Masks, *, ignores_eos: bool) -> None:
+        self.of_library = compiled.of_library.deep_copy()
+        self.ignores_eos, self.is_slow = ignores_eos, compiled.is_slow
+        self.is_ended = self.of_library.is_stopped()
         self.error: str | None = None
+        self.allowed_W: np.ndarray | None = compiled.allowed_W.copy()  # None: not computed yet
+        self._masks = masks
+        self._work: Future[np.ndarray] | None = None
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the next mask takes no time worth mentioning."""
+        return self._work is None or self._work.done()
 
     def push(self, token_id: int) -> None:
         """Add a token to the answer."""
         self.of_library.consume_token(token_id)
-        self._note_error()
+        self.allowed_W = self._work = None
+        self.note_error()
         self.is_ended = self.error is None and self.of_library.is_stopped()
+        if self.is_slow and self.error is None and not self.is_ended:
+            self._work = self._masks.begin(self)
 
-    def _note_error(self) -> None:
+    def take_work(self) -> None:
+        """Wait for a mask that a thread computes."""
+        if self._work is not None:
+            self.allowed_W, self._work = self._work.result(), None
+
+    def note_error(self) -> None:
         if self.error is None and self.of_library.is_error():
             self.error = f"structured_outputs: {library.short(self.of_library.get_error())}"
 
 
 class Masks:
-    """Computes masks for a model of V tokens, those of several requests in threads."""
+    """Computes masks for a model of V tokens."""
 
     def __init__(self, vocab_size: int, num_tokens: int, eos_ids: Iterable[int]) -> None:
         """`num_tokens`: of the library's tokenizer, V or more."""
@@ -56,33 +90,74 @@ class Masks:
         self._eos_W = np.zeros(self._own_words, np.uint32)
         for token_id in eos_ids:
             self._eos_W[token_id // WORD_TOKENS] |= np.uint32(1 << token_id % WORD_TOKENS)
-        self._executor: Any = None
+        self._not_eos_W = ~self._eos_W.view(np.int32)
+        self._library: Any = importlib.import_module("llguidance")
         self._filling: Any = importlib.import_module("llguidance.numpy")
+        num_parallel = min(MAX_PARALLEL, (os.cpu_count() or 1) // 2)
+        self._executor = self._library.LLExecutor(num_parallel) if num_parallel > 1 else None
+        self._pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="masks")
+        self._begun: set[Future[np.ndarray]] = set()
+
+    def compiled(self, of_library: llguidance.LLMatcher) -> Compiled:
+        """The first mask of a grammar, and how long it takes."""
+        allowed_1W = np.zeros((1, self._own_words), np.int32)
+        start = time.perf_counter()
+        self._filling.fill_next_token_bitmask(of_library, allowed_1W, 0)
+        return Compiled(of_library, allowed_1W[0], time.perf_counter() - start > SLOW_S)
+
+    def begin(self, one: Matcher) -> Future[np.ndarray]:
+        """Begin to compute the next mask of an answer in a thread."""
+        work = self._pool.submit(self._timed, one)
+        self._begun.add(work)
+        return work
+
+    def wait(self, wait_s: float) -> bool:
+        """Wait for a mask that a thread computes; False if none does."""
+        self._begun = {work for work in self._begun if not work.done()}
+        if not self._begun:
+            return False
+        wait(self._begun, wait_s, FIRST_COMPLETED)
+        return True
 
     def of(self, matchers: Sequence[Matcher]) -> np.ndarray:
         """int32 [M, W]: token v may come next in row m if bit v % 32 of word v // 32 is 1. All bits
         are 0 for an answer with an error."""
-        filling = self._filling
-        allowed_MW = np.zeros((len(matchers), self._own_words), np.int32)
-        executor = self._threads() if len(matchers) >= _MIN_PARALLEL else None
-        numbered = [(one.of_library, index) for index, one in enumerate(matchers)]
-        if executor is not None:
-            filling.fill_next_token_bitmask_par(executor, numbered, allowed_MW)
-        else:
-            for of_library, index in numbered:
-                filling.fill_next_token_bitmask(of_library, allowed_MW, index)
+        for one in matchers:
+            one.take_work()
+        self._compute([one for one in matchers if one.allowed_W is None])
+        allowed_MW = np.empty((len(matchers), self._num_words), np.int32)
         for one, allowed_W in zip(matchers, allowed_MW):
-            one._note_error()
+            one.note_error()
             if one.error is not None:
                 allowed_W[:] = 0  # the library's mask has the end of the sequence
-            elif one.ignores_eos:
-                allowed_W &= ~self._eos_W.view(np.int32)
-        return np.ascontiguousarray(allowed_MW[:, : self._num_words])
+                continue
+            assert one.allowed_W is not None
+            allowed_W[:] = one.allowed_W[: self._num_words]
+            if one.ignores_eos:
+                allowed_W &= self._not_eos_W[: self._num_words]
+        return allowed_MW
 
-    def _threads(self) -> Any:
-        if self._executor is None:
-            import llguidance
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
 
-            num_threads = min(MAX_THREADS, (os.cpu_count() or 1) // 2)
-            self._executor = llguidance.LLExecutor(num_threads) if num_threads > 1 else False
-        return self._executor or None
+    def _timed(self, one: Matcher) -> np.ndarray:
+        allowed_1W = np.zeros((1, self._own_words), np.int32)
+        start = time.perf_counter()
+        self._filling.fill_next_token_bitmask(one.of_library, allowed_1W, 0)
+        one.is_slow = time.perf_counter() - start > SLOW_S
+        return allowed_1W[0]
+
+    def _compute(self, matchers: Sequence[Matcher]) -> None:
+        """Compute masks now. If several together are slow, each is timed the next time."""
+        if self._executor is None or len(matchers) < MIN_PARALLEL:
+            for one in matchers:
+                one.allowed_W = self._timed(one)
+            return
+        allowed_MW = np.zeros((len(matchers), self._own_words), np.int32)
+        numbered = [(one.of_library, index) for index, one in enumerate(matchers)]
+        start = time.perf_counter()
+        self._filling.fill_next_token_bitmask_par(self._executor, numbered, allowed_MW)
+        rounds = -(-len(matchers) // MIN_PARALLEL)
+        is_slow = time.perf_counter() - start > rounds * SLOW_S
+        for one, allowed_W in zip(matchers, allowed_MW):
+            one.allowed_W, one.is_slow = allowed_W, is_slow

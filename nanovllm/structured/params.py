@@ -30,7 +30,7 @@ class StructuredOutputsParams:
     The other fields are those of vLLM's class of which only the default is supported.
     """
 
-    json: str | Mapping[str, object] | None = None
+    json: Mapping[str, object] | str | None = None
     regex: str | None = None
     choice: Sequence[str] | None = None
     grammar: str | None = None

@@ -73,9 +73,7 @@ def answer(tokenizer: llguidance.LLTokenizer, request: dict[str, Any]) -> dict[s
     """`tried` in a thread of its own. Ends the process if it takes longer than it may."""
     answers: list[dict[str, str]] = []
     found = Source(request["kind"], request["text"])
-    thread = threading.Thread(
-        target=lambda: answers.append(tried(tokenizer, found)), daemon=True
-    )
+    thread = threading.Thread(target=lambda: answers.append(tried(tokenizer, found)), daemon=True)
     thread.start()
     thread.join(request["timeout_s"])
     if thread.is_alive():

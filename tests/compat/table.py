@@ -51,7 +51,7 @@ SAMPLING: dict[str, tuple[Any, str]] = {
     "bad_words": (["x"], METHODS),
     "truncate_prompt_tokens": (7, METHODS),
     "best_of": (2, ""),
-    "structured_outputs": ({"regex": "x"}, ""),
+    "structured_outputs": ({"regex": "x"}, "tests/structured/test_answers.py"),
     "guided_decoding": ({"regex": "x"}, ""),
     "logits_processors": ([print], ""),
     "extra_args": ({"x": 1}, ""),

@@ -395,14 +395,6 @@ def test_tokens_of_equal_probability_have_the_same_rank() -> None:
     assert rank_R.tolist() == [4, 1, 2, 2, 5]
 
 
-@pytest.mark.parametrize("vocab_size", [1, 19, 99, 512])
-def test_masks_leave_the_tokens_whose_bits_are_set(vocab_size: int) -> None:
-    allowed_RV = np.random.default_rng(0).random((3, vocab_size)) < 0.3
-    bits_RW = np.packbits(allowed_RV, axis=1, bitorder="little")
-    kept_RV = sampler.forbid(random_logits(3, vocab_size), torch.from_numpy(bits_RW))
-    assert np.array_equal(torch.isfinite(kept_RV).numpy(), allowed_RV)
-
-
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
 @pytest.mark.parametrize("value", [-INF, NAN])
 def test_no_filter_finds_a_token_where_there_is_none(value: float, temperature: float) -> None:

@@ -64,7 +64,19 @@ def enum(rng: Rng) -> Schema:
 
 
 def const(rng: Rng) -> Schema:
-    values: list[Any] = ["fixed", "日本", 0, -3, 2.5, False, None, [], {}, [1, [2]], {"a": {"b": 1}}]
+    values: list[Any] = [
+        "fixed",
+        "日本",
+        0,
+        -3,
+        2.5,
+        False,
+        None,
+        [],
+        {},
+        [1, [2]],
+        {"a": {"b": 1}},
+    ]
     return {"const": rng.choice(values)}
 
 
@@ -185,13 +197,7 @@ def one_of(rng: Rng) -> Schema:
 
 def all_of(rng: Rng) -> Schema:
     low = rng.randint(-20, 20)
-    return {
-        "allOf": [
-            {"type": "integer"},
-            {"minimum": low},
-            {"maximum": low + rng.randint(5, 60)},
-        ]
-    }
+    return {"allOf": [{"type": "integer"}, {"minimum": low}, {"maximum": low + rng.randint(5, 60)}]}
 
 
 def merged_objects(rng: Rng) -> Schema:
