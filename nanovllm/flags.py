@@ -55,16 +55,18 @@ class Parser(argparse.ArgumentParser):
             if name.startswith("--") and " " not in name:
                 hyphened = name.replace("_", "-")
                 if hyphened not in known:
-                    self.error(f"unknown option {name}{nearest(hyphened, known, self.prog)}")
+                    self.error(
+                        f"unknown option {name}{nearest(hyphened, known, self.prog + ' --help')}"
+                    )
                 word = hyphened + mark + value
             found.append(word)
         return found + words[end:]
 
 
-def nearest(name: str, known: Iterable[str], program: str) -> str:
-    """The end of a message about an unknown name: what it may have meant."""
-    (*_, best) = ("", *difflib.get_close_matches(name, known, n=1))
-    return f": did you mean {best}?" if best else f": see {program} --help"
+def nearest(name: str, known: Iterable[str], help_command: str) -> str:
+    """The end of a message about an unknown name: what it may have meant, or where names are."""
+    found = difflib.get_close_matches(name, known, n=1)
+    return f": did you mean {found[0]}?" if found else f": see {help_command}"
 
 
 class Switch(argparse.Action):

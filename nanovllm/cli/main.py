@@ -64,7 +64,9 @@ def main(words: Sequence[str] | None = None) -> int | None:
         return 0
     known = [one.removeprefix(group).strip() for one in COMMANDS if one.startswith(group)]
     what = "option" if asked.startswith("-") else "command"
-    hint = nearest(asked, dict.fromkeys(word for one in known for word in one.split()), program)
+    hint = nearest(
+        asked, dict.fromkeys(word for one in known for word in one.split()), f"{program} --help"
+    )
     print(f"{program}: error: unknown {what} {asked}{hint}", file=sys.stderr)
     return command_line.STATUS
 

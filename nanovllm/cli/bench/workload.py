@@ -12,10 +12,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from nanovllm import hub
-from nanovllm.startup.config_file import read_object
 from nanovllm.tools.shapes import CONFIGS
 
 MAX_MODEL_LEN = 4096  # unless the model has fewer positions or a request needs more
+TOP_TOKEN = 10000  # the largest token id of prompts, unless the model has fewer
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def make_workload(args: argparse.Namespace, stack: ExitStack) -> Workload:
         model, config = stack.enter_context(TemporaryDirectory()), _random_config(args)
         (Path(model) / "config.json").write_text(json.dumps(config))
     else:
-        config = read_object(hub.resolve(model, weights=False) / "config.json")
+        config = _read(hub.resolve(model, weights=False) / "config.json")
     for name in ("vocab_size", "max_position_embeddings"):
         if type(config.get(name)) is not int:
             raise ValueError(f"config.json of {model} has {config.get(name)!r} for {name}")
@@ -67,10 +67,16 @@ def _random_config(args: argparse.Namespace) -> dict[str, Any]:
             f"--random-weights is {name!r}, which is no config.json: name one, or use one of "
             f"{', '.join(CONFIGS)}"
         )
-    config = dict(CONFIGS[name]) if name in CONFIGS else read_object(path)
+    config = dict(CONFIGS[name]) if name in CONFIGS else _read(path)
     if args.layers:
         config["num_hidden_layers"] = args.layers
     return config
+
+
+def _read(path: Path) -> dict[str, Any]:
+    from nanovllm.startup.config_file import read_object  # imports torch
+
+    return read_object(path)
 
 
 def _requests(args: argparse.Namespace, vocab_size: int) -> tuple[list[list[int]], list[int]]:
@@ -98,7 +104,7 @@ def draw_requests(
 
 def _top(vocab_size: int) -> int:
     """The largest token id of prompts."""
-    return min(10000, vocab_size - 1)
+    return min(TOP_TOKEN, vocab_size - 1)
 
 
 def _max_model_len(args: argparse.Namespace, needed: int, positions: int) -> int:
