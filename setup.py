@@ -34,6 +34,8 @@ setup(
     packages=[
         "nanovllm",
         "nanovllm.batch",
+        "nanovllm.cli",
+        "nanovllm.cli.bench",
         "nanovllm.compat",
         "nanovllm.compile",
         "nanovllm.compile.lower",
@@ -58,6 +60,7 @@ setup(
         "nanovllm.startup.compile_farm",
         "nanovllm.tools",
     ],
+    entry_points={"console_scripts": ["nanovllm = nanovllm.cli.main:entry"]},
     package_data={
         "nanovllm": ["assets/*/*", "py.typed"],
         "nanovllm.kernels": ["cpu/*.cpp", "cpu/*.h"],

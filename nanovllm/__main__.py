@@ -2,7 +2,8 @@
 
 import sys
 
-from nanovllm.cli.main import entry
+from nanovllm.cli.main import main
+from nanovllm.tools import command_line
 
 if __name__ == "__main__":
-    sys.exit(entry())
+    sys.exit(command_line.run(main))
