@@ -190,7 +190,9 @@ class _Connection(asyncio.Protocol):
                 raise ValueError("its head does not end")
             return
         first, *lines = head.decode("latin-1").split("\r\n")
-        self._status = int(first.split(" ", 2)[1])
+        if not first.startswith("HTTP/1."):
+            raise ValueError(f"it begins with {first[:20]!r}")
+        self._status = int(first[8:12])
         headers = {
             name.strip().lower(): value.strip()
             for name, _, value in (line.partition(":") for line in lines)

@@ -45,7 +45,7 @@ class Mock:
     async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.num_connections += 1
         self._writers.add(writer)
-        with suppress(OSError, asyncio.IncompleteReadError):
+        with suppress(OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode()
                 headers = dict(line.lower().split(": ", 1) for line in head.split("\r\n")[1:-2])
@@ -110,6 +110,8 @@ class Mock:
     async def _event(self, writer: asyncio.StreamWriter, event: dict[str, Any] | None) -> None:
         text = "[DONE]" if event is None else json.dumps(event, separators=(",", ":"))
         data = f"data: {text}\n\n".encode()
+        if writer.transport.is_closing():
+            raise ConnectionResetError
         await self._write(writer, b"%x\r\n%b\r\n" % (len(data), data))
 
     async def _write(self, writer: asyncio.StreamWriter, data: bytes) -> None:
