@@ -40,7 +40,7 @@ def engine_options(
     return word or args.model or DEFAULT_MODEL, options
 
 
-def engine_config(args: argparse.Namespace) -> EngineConfig:
-    """The checked options. Raises ValueError for a value that is not allowed."""
-    model, options = engine_options(args)
+def engine_config(args: argparse.Namespace, *, skip: Collection[str] = ()) -> EngineConfig:
+    """The checked options but those in `skip`. Raises ValueError for a wrong value."""
+    model, options = engine_options(args, skip=skip)
     return EngineConfig.from_options(model, options)

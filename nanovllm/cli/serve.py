@@ -7,7 +7,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-from nanovllm.cli.engine_options import add_engine_options, engine_options
+from nanovllm.cli.engine_options import add_engine_options, engine_config
 from nanovllm.flags import Parser, add_flags, given
 
 USAGE = "[MODEL] [options]"
@@ -30,10 +30,10 @@ def main(args: argparse.Namespace) -> int | None:
             f"nanovllm serve needs {', '.join(missing)}: pip install 'nanovllm[serve]'"
         )
     server = _server_config()
-    model, options = engine_options(args, skip=server.__dataclass_fields__)
+    engine = engine_config(args, skip=server.__dataclass_fields__)
     # by its name: the package imports what only the extra has
     api: Any = import_module("nanovllm.api")
-    return api.serve({"model": model, **options}, server(**given(args, server)))
+    return api.serve(engine, server(**given(args, server)))
 
 
 def _server_config() -> Any:

@@ -17,6 +17,7 @@ import pytest
 import nanovllm
 from nanovllm.cli import serve
 from nanovllm.cli.main import COMMANDS, main, run
+from nanovllm.config import EngineConfig
 
 ROOT = Path(__file__).parents[2]
 MOST_SECONDS = 0.3  # of the processor, for help
@@ -40,8 +41,8 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What `nanovllm.api.serve` was called with. It stands for the real one."""
     calls: list[Any] = []
 
-    def serve(options: dict[str, Any], server: ServerConfig) -> int:
-        calls.append((options, server))
+    def serve(engine: EngineConfig, server: ServerConfig) -> int:
+        calls.append((engine, server))
         return 3
 
     for name, content in (
@@ -138,8 +139,8 @@ def test_mistakes_are_one_line_of_the_process() -> None:
 def test_serve_gives_options_to_the_engine_and_to_the_server(served: list[Any]) -> None:
     words = "m/n --port 80 --served-model-name a b --max_model_len 64 --block-size 32"
     assert run("serve", words.split()) == 3
-    options = {"model": "m/n", "max_model_len": 64, "block_size": 32}
-    assert served == [(options, ServerConfig(port=80, served_model_name=["a", "b"]))]
+    engine = EngineConfig("m/n", max_model_len=64, kvcache_block_size=32)
+    assert served == [(engine, ServerConfig(port=80, served_model_name=["a", "b"]))]
 
 
 def test_serve_names_the_extra_that_is_missing(
