@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -18,7 +19,8 @@ class Mock:
     ttft, itl: seconds before the first event, and between two. tokens_per_event: of each event.
     error_every: every so-many-th request gets a 400, broken_every: loses its connection after
     three events. splits: bytes of a write, so that events come in parts. dies_after: the number of
-    events after which all connections end and no new ones are taken.
+    events after which all connections end and no new ones are taken. times: when each request came,
+    and when each piece of its answer was sent.
     """
 
     ttft: float = 0.0
@@ -32,6 +34,7 @@ class Mock:
     api_key: str = ""
     models: tuple[str, ...] = ("mock",)
     bodies: list[dict[str, Any]] = field(default_factory=list)
+    times: list[list[float]] = field(default_factory=list)
     num_connections: int = 0
     num_events: int = 0
     most_at_once: int = 0
@@ -84,6 +87,8 @@ class Mock:
             role = {"role": "assistant", "content": ""}
             await self._event(writer, {"choices": [{"index": 0, "delta": role}]})
         num_tokens = asked.get("max_tokens", 5)
+        times = [time.monotonic()]
+        self.times.append(times)
         await asyncio.sleep(self.ttft)
         for begin in range(0, num_tokens, self.tokens_per_event):
             if begin:
@@ -96,6 +101,7 @@ class Mock:
             if begin + self.tokens_per_event >= num_tokens:
                 choice["finish_reason"] = "length"
             await self._event(writer, {"id": "x", "choices": [choice], "usage": None})
+            times.append(time.monotonic())
             self.num_events += 1
             if self.dies_after and self.num_events >= self.dies_after:
                 self._die()

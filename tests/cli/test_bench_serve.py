@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from nanovllm.cli.bench import against_server, requests
@@ -39,15 +40,27 @@ def test_times_and_counts_are_those_of_the_server(bench: Any) -> None:
     assert status == 0
     assert (found["completed"], found["failed"], found["model_id"]) == (19, 0, "mock")
     assert found["total_input_tokens"] == 19 * 33 and found["total_output_tokens"] == 19 * 21
-    # 21 tokens are 11 events; sleeps end late, never early
-    for name, ms in (("ttft", 200), ("itl", 30), ("tpot", 300 / 20), ("e2el", 500)):
-        assert ms * 0.99 < found[f"median_{name}_ms"] < ms * 1.35, name
+    sent = [1e3 * np.array(times) for times in mock.times[1:]]  # without the warm-up
+    assert [len(times) for times in sent] == [1 + 11] * 19, "21 tokens are 11 events"
+    seen = {
+        "ttft": [times[1] - times[0] for times in sent],
+        "itl": np.concatenate([np.diff(times[1:]) for times in sent]),
+        "tpot": [(times[-1] - times[1]) / 20 for times in sent],
+        "e2el": [times[-1] - times[0] for times in sent],
+    }
+    for name, values in seen.items():
+        # of the client: later by what the connection and a busy machine take
+        slack = 3 if name in ("itl", "tpot") else 30
+        difference = found[f"median_{name}_ms"] - np.median(values)
+        assert -slack / 3 < difference < slack, name
         assert found[f"p50_{name}_ms"] == pytest.approx(found[f"median_{name}_ms"])
         assert found[f"median_{name}_ms"] <= found[f"p99.9_{name}_ms"]
-    assert 0.5 <= found["duration"] < 1.0
+    assert 0.5 <= found["duration"] < 2.0
     assert found["output_throughput"] == pytest.approx(19 * 21 / found["duration"])
     assert [len(gaps) for gaps in found["itls"]] == [10] * 19
     assert mock.most_at_once == 19, "an infinite rate sends all at once"
+    assert found["max_concurrent_requests"] == 19
+    assert found["max_output_tokens_per_s"] == pytest.approx(19 * 21), "all within a second"
     for line in (
         "============ Serving Benchmark Result ============",
         "Successful requests:                     19        ",
@@ -97,12 +110,16 @@ def test_a_rate_spreads_requests_and_a_limit_holds_them_back(bench: Any) -> None
     with serving(ttft=0.05) as mock:
         words = "--num-prompts 21 --random-input-len 3 --random-output-len 1 --request-rate 40"
         _, found, out, _ = bench(mock, words)
-        assert 0.5 <= found["duration"] < 0.9 and mock.most_at_once < 15
+        assert 0.5 <= found["duration"] < 2.0 and mock.most_at_once < 15
         assert "Request rate configured (RPS):           40.00" in out
         mock.most_at_once = 0
         words = "--num-prompts 9 --random-input-len 3 --random-output-len 1 --max-concurrency 3"
-        _, found, out, _ = bench(mock, f"{words} --num-clients 2")
-    assert mock.most_at_once == 3 and 0.15 <= found["duration"] < 0.5
+        _, found, out, _ = bench(mock, f"{words} --num-clients 2 --metadata a=b c=d=e")
+    assert (found["a"], found["c"]) == ("b", "d=e")
+    assert (
+        mock.most_at_once == found["max_concurrent_requests"] == 3
+        and 0.15 <= found["duration"] < 2.0
+    )
     assert "Maximum request concurrency:             3 " in out
 
 
@@ -187,6 +204,7 @@ def test_conversations_are_text_of_the_tokenizer(bench: Any) -> None:
         ("--percentile-metrics ttft,x", "--percentile-metrics has 'x': use ttft, tpot, itl, e2el"),
         ("--metric-percentiles 101", "--metric-percentiles has 101.0"),
         ("--random-range-ratio 1", "--random-range-ratio must be in"),
+        ("--metadata a", "--metadata has 'a': it must be KEY=VALUE"),
         ("--extra-body [1]", r"--extra-body is \[1\]: it must be a JSON object"),
         ("--min-len 5 --max-len 4", "--max-len is 4: it must be at least --min-len"),
     ],

@@ -57,7 +57,10 @@ def choose_model(args: argparse.Namespace, platform: Platform) -> None:
     else:
         args.random_weights = DEFAULT_SHAPE
         chosen = f"the shape of {DEFAULT_SHAPE} with random weights"
-    print(f"without --model or --random-weights, this measures {chosen}", file=sys.stderr)
+    print(
+        f"nanovllm bench: without --model or --random-weights, this measures {chosen}",
+        file=sys.stderr,
+    )
 
 
 def limits_of(platform: Platform, args: argparse.Namespace, config: dict[str, Any]) -> Limits:

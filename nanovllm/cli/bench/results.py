@@ -24,7 +24,8 @@ Records = Sequence[Mapping[str, Any]]
 
 
 def check(args: argparse.Namespace, metrics: Sequence[str]) -> None:
-    """Raises ValueError for metrics and percentiles that do not exist."""
+    """Raises ValueError for metrics and percentiles that do not exist, and for wrong metadata."""
+    _metadata(args)
     for name in _metrics(args):
         if name not in metrics:
             raise ValueError(f"--percentile-metrics has {name!r}: use {', '.join(metrics)}")
@@ -59,6 +60,9 @@ def summary(args: argparse.Namespace, model: str, records: Records) -> dict[str,
         "request_throughput": len(good) / duration,
         "output_throughput": num_output / duration,
         "total_token_throughput": (num_input + num_output) / duration,
+        "max_output_tokens_per_s": _peak_rate(good),
+        "max_concurrent_requests": _peak_requests(records),
+        **_metadata(args),
     }
     for name, values in _values(good).items():
         if name in _metrics(args):
@@ -82,7 +86,9 @@ def table(args: argparse.Namespace, found: Mapping[str, Any]) -> str:
         ("Total generated tokens:", found["total_output_tokens"]),
         ("Request throughput (req/s):", found["request_throughput"]),
         ("Output token throughput (tok/s):", found["output_throughput"]),
-        ("Total Token throughput (tok/s):", found["total_token_throughput"]),
+        ("Peak output token throughput (tok/s):", found["max_output_tokens_per_s"]),
+        ("Peak concurrent requests:", found["max_concurrent_requests"]),
+        ("Total token throughput (tok/s):", found["total_token_throughput"]),
     ]
     lines += _rows(rows)
     for name in _metrics(args):
@@ -119,6 +125,31 @@ def save(args: argparse.Namespace, found: Mapping[str, Any], records: Records) -
         }
     path.write_text(json.dumps(data), encoding="utf-8")
     return path
+
+
+def _metadata(args: argparse.Namespace) -> dict[str, str]:
+    """Raises ValueError for what is not KEY=VALUE."""
+    pairs = [text.partition("=") for text in args.metadata]
+    if wrong := [name for name, mark, _ in pairs if not (name and mark)]:
+        raise ValueError(f"--metadata has {wrong[0]!r}: it must be KEY=VALUE")
+    return {name: value for name, _, value in pairs}
+
+
+def _peak_rate(good: Records) -> float:
+    """Tokens in the best second. A piece counts as an equal part of its answer."""
+    if not good:
+        return 0.0
+    pieces = [np.array(one["times"]) + one["start"] for one in good]
+    weights = [np.full(len(one["times"]), one["num_output"] / len(one["times"])) for one in good]
+    times = np.concatenate(pieces)
+    seconds = (times - times.min()).astype(int)
+    return float(np.bincount(seconds, np.concatenate(weights)).max())
+
+
+def _peak_requests(records: Records) -> int:
+    """The most requests at the same time."""
+    changes = [(one["start"], 1) for one in records] + [(one["end"], -1) for one in records]
+    return int(np.cumsum([change for _, change in sorted(changes)]).max())
 
 
 def _values(good: Records) -> dict[str, list[float]]:

@@ -62,8 +62,8 @@ def _add_workload(group: argparse._ArgumentGroup) -> None:
     add("--dataset-name", choices=DATASETS, default="random", help=dataset)
     add("--num-prompts", type=int, metavar="N", help="default: 1000; of nanovllm: 256")
     shown = "default: %(default)s"
-    add("--random-input-len", type=int, default=1024, metavar="N", help=shown)
-    add("--random-output-len", type=int, default=128, metavar="N", help=shown)
+    add("--random-input-len", "--input-len", type=int, default=1024, metavar="N", help=shown)
+    add("--random-output-len", "--output-len", type=int, default=128, metavar="N", help=shown)
     ratio = "lengths are drawn from LEN · (1 − X) to LEN · (1 + X) (default: %(default)s)"
     add("--random-range-ratio", type=float, default=0.0, metavar="X", help=ratio)
     lengths = "prompts and answers of nanovllm (default: %(default)s)"
@@ -108,3 +108,4 @@ def _add_results(group: argparse._ArgumentGroup) -> None:
     add("--result-dir", metavar="DIR", help="where to write them; default: here")
     add("--result-filename", metavar="FILE", help="default: made of rate, model and time")
     add("--label", help="kept with the results")
+    add("--metadata", nargs="*", default=[], metavar="KEY=VALUE", help="kept with the results")
