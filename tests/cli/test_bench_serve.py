@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nanovllm.cli.bench import against_server, requests
+from nanovllm.cli.bench import against_server, requests, results, serve
 from nanovllm.cli.bench.client import Record
 from nanovllm.cli.bench.workload import draw_requests
 from nanovllm.cli.main import run
+from nanovllm.flags import Parser
 from tests.cli.mock_server import Mock, serving
 
 
@@ -76,6 +77,37 @@ def test_times_and_counts_are_those_of_the_server(bench: Any) -> None:
     for name in ("TTFT", "TPOT", "ITL", "E2EL"):
         for word in ("Mean", "Median", "P50", "P99.9"):
             assert re.search(rf"^{word} {name} \(ms\): +\d+\.\d\d +$", out, re.MULTILINE)
+
+
+def test_numbers_follow_from_the_records() -> None:
+    parser = Parser()
+    serve.add_arguments(parser)
+    args = parser.parse_args(["--metric-percentiles", "25,99.9"])
+    common = {"num_prompt": 7, "error": None}
+    records = [
+        {**common, "start": 10.0, "end": 12.5, "times": [0.5, 1.0, 2.0], "num_output": 6},
+        {**common, "start": 11.0, "end": 12.0, "times": [1.0], "num_output": 1},
+        {**common, "start": 10.5, "end": 14.0, "times": [0.1], "num_output": 0, "error": "x"},
+    ]
+    found = results.summary(args, "m", records)
+    assert (found["completed"], found["failed"], found["duration"]) == (2, 1, 4.0)
+    assert (found["total_input_tokens"], found["total_output_tokens"]) == (14, 7)
+    assert found["request_throughput"] == 0.5 and found["output_throughput"] == 7 / 4
+    assert found["total_token_throughput"] == 21 / 4
+    assert found["max_concurrent_requests"] == 3
+    # pieces at 10.5, 11.0, 12.0 with two tokens each, and at 12.0 with one
+    assert found["max_output_tokens_per_s"] == 4
+    for name, values in {
+        "ttft": [500, 1000],
+        "tpot": [300],
+        "itl": [500, 1000],
+        "e2el": [2000, 1000],
+    }.items():
+        assert found[f"mean_{name}_ms"] == pytest.approx(sum(values) / len(values))
+        assert found[f"std_{name}_ms"] == pytest.approx((max(values) - min(values)) / 2)
+        quarter = min(values) + (max(values) - min(values)) / 4
+        assert found[f"p25_{name}_ms"] == pytest.approx(quarter), name
+    assert results.errors(records) == ["1 requests: x"]
 
 
 def test_requests_are_what_was_asked_for(bench: Any) -> None:

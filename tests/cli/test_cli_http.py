@@ -105,13 +105,15 @@ def test_an_answer_that_is_cut_or_no_http_is_an_error(
         ask(url)
 
 
-def test_an_idle_connection_that_the_server_has_closed_is_replaced() -> None:
+@pytest.mark.parametrize("seconds", [0, 0.05])  # before and after the client has noticed
+def test_an_idle_connection_that_the_server_has_closed_is_replaced(seconds: float) -> None:
     answer = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
 
     async def twice(url: str) -> list[http.Answer]:
         client = Client(url)
         first = await client.send(client.request("/"))
-        return [first, await client.send(client.request("/"))]
+        await asyncio.sleep(seconds)
+        return [first, await asyncio.wait_for(client.send(client.request("/")), 10)]
 
     with answering(answer, times=2) as url:
         assert http.run(twice(url)) == [(200, b"{}")] * 2
