@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 USAGE = "[MODEL] [--json] [options]"
 OPTIONAL = (
-    "triton", "flash-attn", "ray", "pillow", "av", "fastapi", "uvicorn", "uvloop", "httptools",
+    "triton", "flash-attn", "ray", "pillow", "av", "starlette", "uvicorn", "uvloop", "httptools",
     "msgspec", "prometheus_client", "xgrammar", "llguidance",
 )  # fmt: skip
 GIVEN = "as given"

@@ -12,7 +12,7 @@ from nanovllm.flags import Parser, add_flags, given
 
 USAGE = "[MODEL] [options]"
 # the packages of the extra `serve` that the server cannot do without
-NEEDED = ("fastapi", "uvicorn", "httptools", "msgspec", "prometheus_client")
+NEEDED = ("starlette", "uvicorn", "uvloop", "httptools", "msgspec", "prometheus_client")
 
 
 def add_arguments(parser: Parser) -> None:

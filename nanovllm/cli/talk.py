@@ -181,12 +181,18 @@ async def first_model(client: http.Client) -> str:
 
 @contextmanager
 def _ctrl_c() -> Iterator[Callable[[], bool]]:
-    """A function that says whether Ctrl-C was pressed, which then interrupts no step."""
+    """A function that says whether Ctrl-C was pressed. It interrupts no step; twice it does."""
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
     pressed: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
+
+    def press(number: int, frame: object) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(number)
+
+    before = signal.signal(signal.SIGINT, press)
     try:
         yield lambda: bool(pressed)
     finally:
