@@ -13,6 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PICTURE = ROOT / "docs" / "structure.svg"
 ROLES = {
+    "cli": "the command nanovllm",
     "llm": "prompts in, texts out",
     "batch": "a file of prompts",
     "compat": "names of vLLM, nano-vllm",
