@@ -14,6 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PICTURE = ROOT / "docs" / "structure.svg"
 ROLES = {
     "cli": "the command nanovllm",
+    "api": "OpenAI's HTTP API",
+    "serving": "an engine for many tasks",
     "llm": "prompts in, texts out",
     "batch": "a file of prompts",
     "compat": "names of vLLM, nano-vllm",

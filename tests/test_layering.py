@@ -121,10 +121,9 @@ DEVICELESS = (
 OPTIONS = ("npu_graph_mode", "npu_graph_options")
 # modules that import nothing of ours except each other
 LIGHT = (
-    "checks", "config", "compat/options", "env", "sampling", "log", "media/options",
+    "checks", "config", "compat/options", "env", "flags", "sampling", "log", "media/options",
     "structured/params",
 )  # fmt: skip
-LIGHT = ("checks", "config", "compat/options", "env", "flags", "sampling", "log", "media/options")
 
 
 def files(layer: str) -> list[Path]:
