@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hmac
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
 from nanovllm.checks import WrongType, checked, hints
+from nanovllm.parsers import reasoning, tools
 
 Rule = tuple[str, Callable[[Any], bool]]  # what a value must be, in words and as a test
 
@@ -24,6 +25,10 @@ def _whole(low: int) -> Rule:
 
 def _are_texts(values: Sequence[str]) -> bool:
     return all(values)
+
+
+def _one_of(names: Iterable[str]) -> Rule:
+    return f"one of auto, none, {', '.join(names)}", {"auto", "none", *names}.__contains__
 
 
 _SECONDS: Rule = ("a number of seconds above 0", lambda value: 0 < value < math.inf)
@@ -41,6 +46,8 @@ ALLOWED: dict[str, Rule] = {
         lambda paths: all(path.startswith("/") for path in paths),
     ),
     "served_model_name": ("a list of names", _are_texts),
+    "tool_call_parser": _one_of(tools.PARSERS),
+    "reasoning_parser": _one_of(reasoning.PARSERS),
     "allowed_origins": ("a list of origins, such as 'https://example.org'", _are_texts),
     "drain_timeout": ("a number of seconds, at least 0", lambda value: 0 <= value < math.inf),
     "header_timeout": _SECONDS,

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from nanovllm.api.errors import ApiError
+from nanovllm.api.errors import ApiError, invalid
 from nanovllm.api.http import DONE, EVENTS, NO_STORE, Exchange
 from nanovllm.api.prometheus import Timer
 from nanovllm.api.service import Service
@@ -18,6 +18,7 @@ from nanovllm.prompts import Prompt
 from nanovllm.sampling import SamplingParams
 from nanovllm.serving.interface import Delta, Stream
 
+FORM = "structured_outputs"
 NO_BUFFER = (b"x-accel-buffering", b"no")  # a proxy must not hold events back
 
 
@@ -171,6 +172,9 @@ class Generation:
 
 
 def _check_end(delta: Delta) -> None:
+    if delta.finish_reason == "error" and (delta.error or "").startswith(FORM):
+        # the engine's process compiles the form, so it is refused late
+        raise invalid(FORM, str(delta.error))
     if delta.finish_reason == "error":
         raise ApiError(500, "the model could not go on with this answer", code="answer_failed")
     if delta.finish_reason == "abort":

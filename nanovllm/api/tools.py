@@ -68,23 +68,12 @@ class Reading:
 
 
 class Readings:
-    """The parsers of a model. Raises ValueError for an unknown name of one.
-
-    They are looked up at the first conversation: the chat template is read late.
-    """
+    """The parsers of a model. They are looked up at the first conversation: the chat template is
+    read late."""
 
     def __init__(self, engine: AsyncEngine, config: ServerConfig) -> None:
         self._engine, self._config = engine, config
         self._found: tuple[ToolParser | None, ReasoningParser | None, list[str]] | None = None
-        for name, look_up, other in (
-            (config.tool_call_parser, tool_parser, "tool_call_parser"),
-            (config.reasoning_parser, reasoning_parser, "reasoning_parser"),
-        ):
-            if name not in ("auto", NONE):
-                try:
-                    look_up(name)
-                except ValueError as error:
-                    raise ValueError(f"{other}: {error}, or auto or {NONE}") from None
 
     def of(self, body: ChatBody) -> Reading:
         """How to read the answers to a request. Raises ValueError for wrong tools, also as

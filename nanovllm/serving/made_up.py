@@ -29,13 +29,16 @@ CHECK_S = 0.005
 
 @dataclass(frozen=True)
 class MadeUpOptions:
-    """How fast tokens come, and how many prompts are taken.
+    """What is answered, how fast tokens come, and how many prompts are taken.
+
+    text: what every answer says, a token for each character. None: tokens that its seed chooses.
 
     tokens_per_s: of each answer; inf is as fast as they are read. tokens_per_delta: the tokens of a
         part, with inf.
     max_queue_len: waiting prompts.
     """
 
+    text: str | None = None
     tokens_per_s: float = math.inf
     tokens_per_delta: int = 1
     max_model_len: int = 4096
@@ -179,6 +182,8 @@ class MadeUpStream:
         self._seed = number if params.seed is None else params.seed
         self._is_aborted = False
         self._start = time.monotonic()
+        left = engine.max_model_len - len(prompt_ids)
+        self._num_tokens = left if params.max_tokens is None else min(left, params.max_tokens)
 
     def abort(self) -> None:
         if not self._is_aborted:
@@ -205,12 +210,13 @@ class MadeUpStream:
         self._engine.ended(self, sum(answer.num_given for answer in answers))
 
     def _answer(self, index: int) -> _Answer:
-        params = self._params
-        left = self._engine.max_model_len - len(self.prompt_token_ids)
-        num = left if params.max_tokens is None else min(left, params.max_tokens)
+        params, num = self._params, self._num_tokens
         first = self._seed + 31 * index
         token_ids = [(first + i) % VOCAB_SIZE for i in range(num)]
         texts = [self._engine.text_of(token_id) for token_id in token_ids]
+        if self._engine.options.text is not None:
+            texts = list(self._engine.options.text[:num])
+            token_ids = token_ids[: len(texts)]
         answer = _Answer(index, token_ids, texts if params.detokenize else [""] * num, None)
         if params.stop_strings:
             _cut(answer, params.stop_strings)
@@ -230,7 +236,8 @@ class MadeUpStream:
             delta.logprobs = [self._logprobs(one, params.logprobs) for one in token_ids]
         if self._is_aborted or end == len(answer.token_ids):
             answer.is_ended = True
-            delta.finish_reason = "stop" if answer.stop is not None else "length"
+            has_ended = answer.stop is not None or end < self._num_tokens
+            delta.finish_reason = "stop" if has_ended else "length"
             delta.stop_reason = answer.stop
             if self._is_aborted:
                 delta.finish_reason = "abort"

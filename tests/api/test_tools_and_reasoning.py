@@ -1,0 +1,150 @@
+"""Calls of tools and reasoning as the official client reads them, whole and streamed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import openai
+import pytest
+
+from nanovllm.serving.made_up import MadeUpOptions
+from tests.api.made_up_server import MODEL, TEMPLATE, served
+
+USER: Any = [{"role": "user", "content": "What is the weather in Oslo?"}]
+TOOLS: Any = [
+    {"type": "function", "function": {"name": name, "parameters": {"type": "object"}}}
+    for name in ("weather", "clock")
+]
+HERMES = (
+    '<think>\nTwo calls.\n</think>\n\nI look.\n<tool_call>\n{"name": "weather", "arguments": '
+    '{"city": "Oslo"}}\n</tool_call>\n<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>'
+)
+CALLS = [("weather", {"city": "Oslo"}), ("clock", {})]
+
+
+@contextmanager
+def answering(text: str, **options: Any) -> Iterator[openai.OpenAI]:
+    """A client of a server whose answers have this text."""
+    with served(MadeUpOptions(text=text), TEMPLATE, **options) as server, server.client() as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def hermes() -> Iterator[openai.OpenAI]:
+    with answering(HERMES) as client:
+        yield client
+
+
+def calls_of(message: Any) -> list[tuple[str, Any]]:
+    found = message.tool_calls or []
+    assert all(call.id and call.type == "function" for call in found)
+    return [(call.function.name, json.loads(call.function.arguments)) for call in found]
+
+
+def test_the_parsers_are_those_that_the_template_shows(hermes: openai.OpenAI) -> None:
+    done = hermes.chat.completions.create(model=MODEL, messages=USER, tools=TOOLS)
+    message = done.choices[0].message
+    assert calls_of(message) == CALLS and message.content == "I look.\n"
+    assert (message.model_extra or {})["reasoning_content"] == "Two calls."
+    assert done.choices[0].finish_reason == "tool_calls"
+
+
+def test_streamed_parts_add_up_to_the_whole_message(hermes: openai.OpenAI) -> None:
+    with hermes.chat.completions.stream(model=MODEL, messages=USER, tools=TOOLS) as stream:
+        chunks = [event.chunk for event in stream if event.type == "chunk"]
+        message = stream.get_final_completion().choices[0].message
+    assert calls_of(message) == CALLS and message.content == "I look.\n"
+    deltas = [chunk.choices[0].delta for chunk in chunks if chunk.choices]
+    reasoning = [(one.model_extra or {}).get("reasoning_content", "") for one in deltas]
+    assert "".join(reasoning) == "Two calls."
+    assert chunks[-1].choices[0].finish_reason == "tool_calls"
+    num_parts = sum(len(one.tool_calls or []) for one in deltas)
+    assert num_parts > 10, "the arguments come in pieces"
+
+
+def test_without_parallel_calls_only_the_first_is_given(hermes: openai.OpenAI) -> None:
+    asked: Any = {"model": MODEL, "messages": USER, "tools": TOOLS, "parallel_tool_calls": False}
+    done = hermes.chat.completions.create(**asked)
+    assert calls_of(done.choices[0].message) == CALLS[:1]
+
+
+def test_with_tool_choice_none_the_text_stays(hermes: openai.OpenAI) -> None:
+    asked: Any = {"model": MODEL, "messages": USER, "tools": TOOLS, "tool_choice": "none"}
+    message = hermes.chat.completions.create(**asked).choices[0].message
+    assert message.tool_calls is None and "<tool_call>" in (message.content or "")
+
+
+def test_reasoning_can_be_left_out(hermes: openai.OpenAI) -> None:
+    extra = {"include_reasoning": False}
+    done = hermes.chat.completions.create(model=MODEL, messages=USER, extra_body=extra)
+    message = done.choices[0].message
+    assert "reasoning_content" not in (message.model_extra or {})
+    assert (message.content or "").startswith("I look.")
+
+
+@pytest.mark.parametrize(
+    "choice", ["required", {"type": "function", "function": {"name": "clock"}}]
+)
+def test_a_demanded_call_is_read_from_json(choice: Any) -> None:
+    text = '[{"name": "clock", "arguments": {"zone": "CET"}}]'
+    with answering(text) as client:
+        done = client.chat.completions.create(
+            model=MODEL, messages=USER, tools=TOOLS, tool_choice=choice
+        )
+    message = done.choices[0].message
+    assert calls_of(message) == [("clock", {"zone": "CET"})] and not message.content
+    assert done.choices[0].finish_reason == "tool_calls"
+
+
+def test_a_response_has_the_reasoning_before_the_message() -> None:
+    with answering("<think>Hm.</think>Yes.") as client:
+        whole = client.responses.create(model=MODEL, input="Hi")
+        events = list(client.responses.create(model=MODEL, input="Hi", stream=True))
+    assert [item.type for item in whole.output] == ["reasoning", "message"]
+    assert whole.output_text == "Yes." and whole.status == "completed"
+    reasoning = [one.delta for one in events if one.type == "response.reasoning_text.delta"]
+    assert "".join(reasoning) == "Hm."
+    last = events[-1]
+    assert last.type == "response.completed" and last.response.output_text == "Yes."
+
+
+def test_without_parsers_the_text_is_the_content() -> None:
+    with answering(HERMES, tool_call_parser="none", reasoning_parser="none") as client:
+        done = client.chat.completions.create(model=MODEL, messages=USER)
+        assert done.choices[0].message.content == HERMES
+        with pytest.raises(openai.BadRequestError, match="tool_call_parser"):
+            client.chat.completions.create(model=MODEL, messages=USER, tools=TOOLS)
+
+
+def test_an_unknown_parser_is_refused_at_the_start() -> None:
+    for name in ("tool_call_parser", "reasoning_parser"):
+        with (
+            pytest.raises(ValueError, match=f"{name}.*hermes2"),
+            answering("", **{name: "hermes2"}),
+        ):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tools": [{"type": "web_search"}]}, "tools[0]"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": 3}}]},
+         "tools[0].function.parameters"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]},
+         "tools[0].function.strict"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "x"}}},
+         "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": "required", "response_format": {"type": "json_object"}},
+         "tool_choice"),
+    ],
+)  # fmt: skip
+def test_wrong_tools_are_named(hermes: openai.OpenAI, fields: dict[str, Any], param: str) -> None:
+    asked: Any = {"model": MODEL, "messages": USER, **fields}
+    with pytest.raises(openai.BadRequestError) as caught:
+        hermes.chat.completions.create(**asked)
+    assert caught.value.param == param
