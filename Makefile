@@ -32,7 +32,7 @@ lint: $(VENV)/.installed-test
 
 $(VENV)/.installed: $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[vision]'
 	touch $@
 
 $(VENV)/.installed-test: $(SOURCES)

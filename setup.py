@@ -36,6 +36,8 @@ setup(
         "nanovllm.api",
         "nanovllm.api.page",
         "nanovllm.batch",
+        "nanovllm.cli",
+        "nanovllm.cli.bench",
         "nanovllm.compat",
         "nanovllm.compile",
         "nanovllm.compile.lower",
@@ -62,6 +64,7 @@ setup(
         "nanovllm.structured",
         "nanovllm.tools",
     ],
+    entry_points={"console_scripts": ["nanovllm = nanovllm.cli.main:entry"]},
     package_data={
         "nanovllm": ["assets/*/*", "py.typed"],
         "nanovllm.kernels": ["cpu/*.cpp", "cpu/*.h"],

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from nanovllm.compile.keys import Key, narrowed, program_key
+from nanovllm.compile.key import Key
+from nanovllm.compile.keys import narrowed, program_key
 from nanovllm.compile.store import Artifact, Store
 from nanovllm.compile.trace import dump, input_leaves, nested_like, nesting, rebuild, tensors, trace
 

@@ -98,6 +98,11 @@ def _absolute(name: str, text: str) -> Path:
     return Path(path).absolute()
 
 
+def api_key() -> str | None:
+    """The key for servers that clients of ours ask: OPENAI_API_KEY, as for OpenAI's own client."""
+    return os.environ.get("OPENAI_API_KEY") or None
+
+
 def ray_address() -> str | None:
     """The Ray cluster to use: RAY_ADDRESS, or the one that `ray start` has noted on this machine.
     None: there is none, or RAY_ADDRESS is "local"."""

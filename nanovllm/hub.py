@@ -8,7 +8,8 @@ from pathlib import Path
 
 from nanovllm.tokenizer import has_tokenizer
 
-EMBEDDED = ("tiny-qwen3", "tiny-mixtral")
+SEEING = "tiny-qwen3-vl"
+EMBEDDED = ("tiny-qwen3", "tiny-mixtral", SEEING)
 CONFIG_FILES = ["*.json", "*.txt", "*.jinja", "tokenizer.model"]
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 

@@ -13,6 +13,7 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt",
     "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
 )  # fmt: skip
+_importing = threading.Lock()
 REPLACEMENT = "\ufffd"  # the decoder's output for the first bytes of an incomplete character
 
 
@@ -20,11 +21,17 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in TOKENIZER_FILES[:4])
 
 
+def import_library() -> Any:
+    """transformers' AutoTokenizer. The import takes seconds; two at once fail in transformers."""
+    with _importing:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer
+
+
 def load_full(folder: Path) -> Any:
     """transformers' tokenizer of a folder."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder)
+    return import_library().from_pretrained(folder)
 
 
 class Decoding(NamedTuple):

@@ -1,9 +1,10 @@
 """The accuracy gate: held-out questions of `tiny.tasks`, answered with greedy decoding.
 
     python scripts/accuracy.py --model tiny-qwen3
+    python scripts/accuracy.py --model tiny-qwen3-vl
 
-Prints the accuracy by kind and one line of JSON. Exits with 1 if the total is below
---min-accuracy.
+A model that sees is asked about pictures, the held-out ones of `tiny.picture_tasks`. Prints the
+accuracy by kind and one line of JSON. Exits with 1 if the total is below --min-accuracy.
 """
 
 from __future__ import annotations
@@ -13,35 +14,54 @@ import json
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from tiny.tasks import KINDS, Task, held_out, is_correct
+from tiny import tasks
+from tiny.tasks import Task, is_correct
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without installation
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.hub import resolve
+from nanovllm.media import settings
 from nanovllm.tools import command_line
 
 MAX_TOKENS = 64  # the longest reference answer takes 55
 NUM_SHOWN = 10
 
 
-def ask(llm: LLM, tasks: list[Task]) -> tuple[dict[str, float], float, list[str]]:
-    """Greedy answers to tasks: accuracy by kind, accuracy of all, and a line for each mistake."""
+class Question(NamedTuple):
+    task: Task
+    messages: list[dict[str, Any]]
+
+
+def questions(model: str, num: int, seed: int) -> list[Question]:
+    """`num` held-out questions of the kind that the model was trained on."""
+    if settings.load(resolve(model, weights=False)) is None:
+        return [Question(one, list(one.messages)) for one in tasks.held_out(num, seed)]
+    from tiny import picture_tasks  # needs Pillow
+
+    return [Question(one.task, one.messages) for one in picture_tasks.held_out(num, seed)]
+
+
+def ask(llm: LLM, asked: Sequence[Question]) -> tuple[dict[str, float], float, list[str]]:
+    """Greedy answers to questions: accuracy by kind, accuracy of all, and a line a mistake."""
     outputs = llm.chat(
-        [task.messages for task in tasks],
+        [one.messages for one in asked],
         SamplingParams(temperature=0, max_tokens=MAX_TOKENS),
         use_tqdm=sys.stderr.isatty(),
     )
-    num_asked, num_right = Counter(task.kind for task in tasks), Counter[str]()
+    num_asked, num_right = Counter(one.task.kind for one in asked), Counter[str]()
     wrong: list[str] = []
-    for task, output in zip(tasks, outputs, strict=True):
+    for (task, _), output in zip(asked, outputs, strict=True):
         if is_correct(task, output["text"]):
             num_right[task.kind] += 1
         else:
             wrong.append(f"{task.question!r} -> {output['text']!r}, not {task.answer!r}")
-    by_kind = {kind: num_right[kind] / num_asked[kind] for kind in KINDS if num_asked[kind]}
-    return by_kind, num_right.total() / len(tasks), wrong
+    by_kind = {kind: num_right[kind] / num for kind, num in num_asked.items()}
+    return by_kind, num_right.total() / len(asked), wrong
 
 
 def main() -> int:
@@ -66,7 +86,7 @@ def main() -> int:
     if args.num < 1:
         parser.error(f"--num is {args.num}: it must be at least 1")
 
-    tasks = held_out(args.num, args.seed)
+    asked = questions(args.model, args.num, args.seed)
     llm = LLM(
         args.model,
         device=args.device,
@@ -77,14 +97,14 @@ def main() -> int:
         enforce_eager=args.enforce_eager,
     )
     started = time.perf_counter()
-    by_kind, accuracy, wrong = ask(llm, tasks)
+    by_kind, accuracy, wrong = ask(llm, asked)
     seconds = time.perf_counter() - started
 
     for line in wrong[:NUM_SHOWN]:
         print(f"wrong: {line}")
     if len(wrong) > NUM_SHOWN:
         print(f"wrong: {len(wrong) - NUM_SHOWN} more")
-    num_asked = Counter(task.kind for task in tasks)
+    num_asked = Counter(one.task.kind for one in asked)
     for kind, value in by_kind.items():
         print(f"{kind:10} {value:7.1%}  of {num_asked[kind]}")
     summary = {
@@ -95,7 +115,7 @@ def main() -> int:
         "kv_cache_dtype": args.kv_cache_dtype,
         "expert_offload": args.expert_offload,
         "enforce_eager": args.enforce_eager,
-        "num": len(tasks),
+        "num": len(asked),
         "accuracy": round(accuracy, 4),
         "min_accuracy": args.min_accuracy,
         "by_kind": {kind: round(value, 4) for kind, value in by_kind.items()},

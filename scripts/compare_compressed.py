@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without ins
 import decompose_experts
 import distill_experts_activation_aware as distill_experts
 import torch
-from accuracy import ask
+from accuracy import ask, questions
 from collect_moe_calib import collect
 from compress import arguments, calibration
 from compress.arguments import num_weights
@@ -31,7 +31,6 @@ from compress.bases import OVERSAMPLE
 from compress.distill import Settings
 from compress.prompts import TASKS, conversations
 from compress.source import Source, check_rank, choose_device, open_source
-from tiny.tasks import held_out
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.models import svd_experts
@@ -62,7 +61,7 @@ def linked(source: Source, folder: Path) -> Path:
 def accuracy(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Accuracy of a folder's model, in all and by kind of question."""
     llm = LLM(str(folder), device=args.device, dtype=args.dtype)
-    by_kind, total, _ = ask(llm, held_out(args.num, args.seed))
+    by_kind, total, _ = ask(llm, questions(str(folder), args.num, args.seed))
     llm.close()
     return {"accuracy": round(total, 4), "by_kind": {k: round(v, 4) for k, v in by_kind.items()}}
 

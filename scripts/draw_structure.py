@@ -13,10 +13,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PICTURE = ROOT / "docs" / "structure.svg"
 ROLES = {
+    "cli": "the command nanovllm",
+    "api": "OpenAI's HTTP API",
+    "serving": "an engine for many tasks",
     "llm": "prompts in, texts out",
     "batch": "a file of prompts",
-    "api": "HTTP, OpenAI's API",
-    "serving": "an engine for tasks",
     "compat": "names of vLLM, nano-vllm",
     "replicas": "several engines as one",
     "engine": "requests, step by step",

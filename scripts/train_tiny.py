@@ -2,9 +2,13 @@
 
     python scripts/train_tiny.py --out nanovllm/assets/tiny-qwen3
     python scripts/train_tiny.py --arch mixtral --out nanovllm/assets/tiny-mixtral
+    python scripts/train_tiny.py --arch qwen3-vl --out nanovllm/assets/tiny-qwen3-vl
 
 Takes minutes on one GPU. To try everything out on a CPU, add
 `--steps 20 --examples 2000 --batch-tokens 2048 --num-eval 26`.
+
+qwen3-vl is trained on questions about pictures (`tiny.picture_tasks`), on one CPU core within an
+hour. It saves its state every two minutes; with `--resume` an interrupted run goes on from there.
 """
 
 from __future__ import annotations
@@ -33,6 +37,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without ins
 from nanovllm.tools import command_line
 
 logger = logging.getLogger("train_tiny")
+SEEING = "qwen3-vl"
+POSITIVE = (
+    *("steps", "threads", "minutes", "examples", "batch_tokens", "num_eval", "workers"),
+    *("batch", "stop"),
+)
 
 
 def parse_args() -> argparse.Namespace:
@@ -40,27 +49,72 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write the model to")
-    parser.add_argument("--arch", choices=tuple(MODEL_NAMES), default="qwen3")
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument(
+    parser.add_argument("--arch", choices=(*MODEL_NAMES, SEEING), default="qwen3")
+    parser.add_argument("--steps", type=int, help="6000; of qwen3-vl 2400")
+    parser.add_argument("--device", default="auto", help="cuda or cpu; auto: a GPU if there is one")
+    parser.add_argument("--threads", type=int, help="threads of torch on a CPU")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--num-eval", type=int, default=2600, help="held-out questions to score")
+    workers = "processes that generate examples: one for each core; qwen3-vl: 8 beside a GPU, or 1"
+    parser.add_argument("--workers", type=int, help=workers)
+    _add_text(parser.add_argument_group("qwen3 and mixtral"))
+    _add_seeing(parser.add_argument_group(SEEING))
+    args = parser.parse_args()
+    _fill_in(parser, args)
+    for name in (
+        "steps",
+        "minutes",
+        "examples",
+        "batch_tokens",
+        "num_eval",
+        "workers",
+        "batch",
+        "stop",
+    ):
+        value = getattr(args, name)
+        if value is not None and value <= 0:
+            parser.error(f"--{name.replace('_', '-')} is {value}: it must be positive")
+    return args
+
+
+def _add_text(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--minutes",
         type=float,
         help="take fewer steps, if needed to end the training this long after the start; "
         "the speed is measured first, and the evaluation comes on top",
     )
-    parser.add_argument("--examples", type=int, default=3_000_000, help="conversations to generate")
-    parser.add_argument("--batch-tokens", type=int, default=65_536)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num-eval", type=int, default=2600, help="held-out questions to score")
-    parser.add_argument(
-        "--workers", type=int, default=os.cpu_count(), help="processes that generate examples"
+    group.add_argument("--examples", type=int, help="conversations to generate: 3000000")
+    group.add_argument("--batch-tokens", type=int, help="65536")
+
+
+def _add_seeing(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--batch", type=int, help="pictures of a step: 16")
+    group.add_argument(
+        "--checkpoint", type=Path, help="file of the state of training: NAME.train.pt"
     )
-    args = parser.parse_args()
-    for name in ("steps", "minutes", "examples", "batch_tokens", "num_eval", "workers"):
-        value = getattr(args, name)
-        if value is not None and value <= 0:
-            parser.error(f"--{name.replace('_', '-')} is {value}: it must be positive")
-    return args
+    group.add_argument("--stop", type=int, help="end after this step, though more are planned")
+    group.add_argument("--resume", action="store_true", default=None, help="go on from it")
+
+
+def _fill_in(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Defaults of the architecture; options of the other kind of training are refused."""
+    text = {"minutes": None, "examples": 3_000_000, "batch_tokens": 65_536}
+    seeing = {
+        "batch": 16,
+        "checkpoint": Path(f"{args.out.name}.train.pt"),
+        "resume": False,
+        "stop": None,
+    }
+    own, others = (seeing, text) if args.arch == SEEING else (text, seeing)
+    for name in others:
+        if getattr(args, name) is not None:
+            parser.error(f"--{name.replace('_', '-')} is no option of {args.arch}")
+    own["steps"] = 2400 if args.arch == SEEING else 6000
+    own["workers"] = None if args.arch == SEEING else os.cpu_count()
+    for name, default in own.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
 
 
 def num_steps_of(
@@ -119,7 +173,25 @@ def log_expert_shares(shares_LE: list[list[float]]) -> tuple[float, float] | Non
 def main() -> int:
     args = parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    if args.arch == SEEING:
+        from tiny import seeing  # needs Pillow
 
+        seeing.run(args, choose_device(args.device))
+    else:
+        run(args)
+    return check_size(args.out)
+
+
+def choose_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train a text model, save it to `args.out`, score what was saved, and write the card."""
     started = time.perf_counter()
     torch.manual_seed(args.seed)
     tokenizer = build_tokenizer(args.seed)
@@ -127,7 +199,7 @@ def main() -> int:
     corpus = make_corpus(args, tokenizer)
     logger.info("%d tokens, %.0f s", len(corpus.tokens_T), time.perf_counter() - started)
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(args.device)
     model = build_model(args.arch, tokenizer)
     # transformers' decorator loses the signature of `to`
     model.to(device)  # type: ignore[arg-type]
@@ -142,7 +214,7 @@ def main() -> int:
     save(model, tokenizer, args.out)
 
     accuracies, total = score(args, device)
-    run = Run(
+    finished = Run(
         steps=num_steps,
         examples=args.examples,
         batch_tokens=args.batch_tokens,
@@ -155,8 +227,7 @@ def main() -> int:
         total=total,
         expert_shares=expert_shares,
     )
-    (args.out / "README.md").write_text(card(args.out, run))
-    return check_size(args.out)
+    (args.out / "README.md").write_text(card(args.out, finished))
 
 
 def check_size(folder: Path) -> int:

@@ -29,8 +29,8 @@ CLAIMS = {
     "ranks": "two or four ranks (`tensor_parallel_size`) give the logits or tokens of one",
     "NPU": 'device "npu" gives the tokens of the CPU; Ascend\'s graphs and ops run in an '
     "interpreter on the host, and not on an NPU (see [npu.md](npu.md))",
-    "GPU": "a test that needs a GPU runs such a model; measurements on GPUs are in "
-    "[gpus.md](gpus.md)",
+    "GPU": "the test runs on a GPU where there is one, as on an H200 before a release; "
+    "measurements are in [benchmarks.md](benchmarks.md)",
 }
 TEXT, EXPERTS, VISION = "Text", "Text, with experts", "Images and text"
 AUDIO = "Sound, images and text"
@@ -94,7 +94,7 @@ def of_types(*model_types: str) -> tuple[str, ...]:
 @cache
 def declared() -> dict[tuple[str, str], list[str]]:
     """The files that show each claim of an architecture. Raises ValueError for unknown names, and
-    for a claim about a GPU by a test that needs none."""
+    for a claim about a GPU by a test that uses none."""
     found: dict[tuple[str, str], set[str]] = defaultdict(set)
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
         if "mark.shows(" not in path.read_text(encoding="utf-8"):
@@ -122,10 +122,24 @@ def _claims_of(test: FunctionType) -> Iterator[tuple[str, str]]:
     for mark in marks:
         if mark.name != "shows":
             continue
-        if "GPU" in mark.args and not {"gpu", "gpus"} & {one.name for one in marks}:
-            raise ValueError(f"{test.__name__} shows what a GPU does, but needs none")
+        if "GPU" in mark.args and not _uses_gpu(test):
+            raise ValueError(f"{test.__name__} shows what a GPU does, but does not use one")
         for claim in mark.args:
             yield from ((architecture, claim) for architecture in mark.kwargs["architectures"])
+
+
+def _uses_gpu(test: FunctionType) -> bool:
+    """Whether a test needs a GPU, or has the fixture `device`, perhaps through other fixtures."""
+    marks = {mark.name for mark in getattr(test, "pytestmark", ())}
+    waiting, seen = [*inspect.signature(test).parameters], set[str]()
+    module = inspect.getmodule(test)
+    while waiting:
+        name = waiting.pop()
+        if name not in seen:
+            seen.add(name)
+            fixture = getattr(module, name, None)
+            waiting += inspect.signature(fixture).parameters if callable(fixture) else ()
+    return bool(marks & {"gpu", "gpus"}) or "device" in seen
 
 
 def page() -> str:

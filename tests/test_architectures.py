@@ -30,7 +30,7 @@ def test_every_architecture_has_a_test(claim: str) -> None:
     [
         (("eagre",), ("Qwen3ForCausalLM",), "shows 'eagre' of 'Qwen3ForCausalLM'"),
         (("eager",), ("Qwen9ForCausalLM",), "shows 'eager' of 'Qwen9ForCausalLM'"),
-        (("GPU",), ("Qwen3ForCausalLM",), "shows what a GPU does, but needs none"),
+        (("GPU",), ("Qwen3ForCausalLM",), "shows what a GPU does, but does not use one"),
     ],
 )
 def test_a_wrong_declaration_is_an_error(

@@ -3,7 +3,7 @@
 Flash attention (Dao 2023, https://arxiv.org/abs/2307.08691) over packed segments. A program takes
 the queries of one tile of one segment, for one head. The launch is static (it depends on T and on
 the number of starts only); a program finds its segment from the starts, and programs that find none
-stop at once. Compiled for sm_80 and sm_90, not measured: `scripts/bench/vision_tower.py` does.
+stop at once. `scripts/bench/vision_tower.py` measures it.
 
 A head is read as two parts, of which each is a power of two: 80 = 64 + 16. One part of 128 would
 cost 1.6 times the products.
@@ -217,18 +217,21 @@ class SegmentTile(NamedTuple):
 def segment_tile(head_dim: int, element_size: int, max_len: int, shared_bytes: int) -> SegmentTile:
     """The launch for segments of up to `max_len` tokens.
 
-    Shared memory holds the queries and some tiles of keys and of values. No size is measured. Those
-    for 227 KB follow from the code for sm_90 (Triton 3.6 and 3.7): with at most 128 registers a
-    thread, for heads of 64 and 80, two programs of 8 warps share a multiprocessor, so that one
-    multiplies while the other takes exponentials. 128 keys or a third stage take more registers.
+    Shared memory holds the queries and some tiles of keys and of values. The tiles of heads of 64
+    and 80 are the fastest of nine on an H200 (docs/log.md). Those of other heads and GPUs are not
+    measured.
     """
     # fp32 has no matrix units, and Triton uses those of Turing neither: small tiles stay within the
     # registers. AMD has 64 KB, too.
     if element_size == 4 or shared_bytes <= 64 * 1024:
         return SegmentTile(32, 32, 4, 2) if head_dim <= 80 else SegmentTile(16, 16, 4, 2)
-    if max_len <= 64 or shared_bytes < 160 * 1024:
+    if shared_bytes < 160 * 1024:
         return SegmentTile(64, 64, 4, 2)
-    return SegmentTile(128, 64, 8, 2)
+    if max_len <= 64:
+        return SegmentTile(64, 32, 4, 3)
+    if head_dim <= 64:
+        return SegmentTile(64, 64, 4, 2)
+    return SegmentTile(128, 64, 4, 3) if head_dim <= 80 else SegmentTile(128, 64, 8, 2)
 
 
 def head_parts(head_dim: int) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import uvloop
 
-from nanovllm import log
+from nanovllm import log, tokenizer
 from nanovllm.api.config import ServerConfig
 from nanovllm.api.prometheus import Latencies
 from nanovllm.api.server import Stop, bind, run, url_of
@@ -49,7 +49,8 @@ def serve_clients(process: ApiProcess) -> None:
 async def _serve_clients(process: ApiProcess) -> None:
     server, engine = ServerConfig(**process.options), process.client()
     stop = Stop(process.drain_begins())
-    importing = asyncio.create_task(asyncio.to_thread(_import_templates))
+    # the first conversation needs it
+    importing = asyncio.create_task(asyncio.to_thread(tokenizer.import_library))
     try:
         if not await stop.before(engine.ready()):
             return
@@ -69,11 +70,6 @@ async def _serve_clients(process: ApiProcess) -> None:
     finally:
         await engine.close()
         await importing
-
-
-def _import_templates() -> None:
-    """Import what the first conversation needs, while the engine loads: it takes seconds."""
-    from transformers import AutoTokenizer  # noqa: F401
 
 
 def _as_json(server: ServerConfig) -> dict[str, Any]:

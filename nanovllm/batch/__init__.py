@@ -1,4 +1,4 @@
-"""Offline inference over a file of prompts: `python -m nanovllm.batch prompts.jsonl -o out.jsonl`.
+"""Offline inference over a file of prompts: `nanovllm batch prompts.jsonl -o out.jsonl`.
 
 `job` reads rows, gives them to an engine (`worker`) or to several replicas (`replicas`), and writes
 the answers in the order of the input (`output`).

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from os import PathLike
-from typing import Any, get_args, get_origin
+from typing import Any
 
 from nanovllm.checks import hints
-from nanovllm.compat.options import LOAD_FORMATS, SAME_MEANING
+from nanovllm.compat.options import LOAD_FORMATS, ONE_VALUE, SAME_MEANING
 from nanovllm.config import EngineConfig
+from nanovllm.flags import Arguments, add_flag, add_flags
 
 DEFAULT_MODEL = "tiny-qwen3"
+OURS = tuple(option.name for option in fields(EngineConfig))
+THEIRS = (*SAME_MEANING, "load_format", *(name for name in ONE_VALUE if name not in OURS))
 
 
 @dataclass(frozen=True, init=False)
@@ -28,34 +31,43 @@ class EngineArgs(EngineConfig):
     @staticmethod
     def add_cli_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         """Add an argument for each option, under its own name and vLLM's."""
-        names = {option.name: option.name for option in fields(EngineConfig)} | SAME_MEANING
-        for name, ours in names.items():
-            hint = hints(EngineConfig)[ours]
-            default = DEFAULT_MODEL if ours == "model" else argparse.SUPPRESS
-            flag = f"--{name.replace('_', '-')}"
-            parser.add_argument(flag, dest=name, default=default, **_reading(hint))
-        parser.add_argument("--load-format", choices=LOAD_FORMATS, default=argparse.SUPPRESS)
+        parser.add_argument("--model", default=DEFAULT_MODEL, help="see `LLM`")
+        add_engine_flags(parser, skip=("model",))
         return parser
 
     @classmethod
     def from_cli_args(cls, args: argparse.Namespace) -> EngineArgs:
         """The options that were given on the command line. Other arguments are left alone."""
-        known = {option.name for option in fields(EngineConfig)} | set(SAME_MEANING)
-        known.add("load_format")
-        return cls(**{name: value for name, value in vars(args).items() if name in known})
+        return cls(**given_engine_options(args))
 
 
-def _reading(hint: Any) -> dict[str, Any]:
-    """How argparse reads values of an annotated type."""
-    choices = get_args(hint) or (hint,)
-    origins = {get_origin(choice) or choice for choice in (hint, *choices)}
-    if bool in origins:
-        return {"action": argparse.BooleanOptionalAction}
-    if Sequence in origins:
-        return {"type": int, "nargs": "*"}
-    if Mapping in origins:
-        return {"type": json.loads, "metavar": "JSON"}
-    for kind in (int, float):
-        if kind in origins:
-            return {"type": kind}
-    return {"type": str}
+def add_engine_flags(to: Arguments, *, skip: Collection[str] = ()) -> None:
+    """Add a flag for each option of an engine but those in `skip`, and for vLLM's names."""
+    add_flags(to, EngineConfig, skip=skip)
+    for theirs, ours in SAME_MEANING.items():
+        if theirs not in skip and ours not in skip:
+            text = f"the same as --{ours.replace('_', '-')}"
+            add_flag(to, theirs, hints(EngineConfig)[ours], text)
+    if "load_format" not in skip:
+        to.add_argument("--load-format", choices=LOAD_FORMATS, default=argparse.SUPPRESS,
+                        help="dummy: the same as --random-weights")  # fmt: skip
+    for name in set(THEIRS) & ONE_VALUE.keys() - set(skip):
+        is_switch = any(isinstance(value, bool) for value in ONE_VALUE[name])
+        reading = {"action": argparse.BooleanOptionalAction} if is_switch else {"type": _value}
+        # these are for command lines written for vLLM: the help lists what has a choice
+        flag = f"--{name.replace('_', '-')}"
+        to.add_argument(flag, default=argparse.SUPPRESS, help=argparse.SUPPRESS, **reading)
+
+
+def given_engine_options(args: argparse.Namespace, *, skip: Collection[str] = ()) -> dict[str, Any]:
+    """The options of an engine that were given, under our names or vLLM's."""
+    names = {*OURS, *THEIRS} - set(skip)
+    return {name: value for name, value in vars(args).items() if name in names}
+
+
+def _value(text: str) -> Any:
+    """A number, JSON, or a text that is neither."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None if text == "None" else text

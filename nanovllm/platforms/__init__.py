@@ -67,6 +67,11 @@ def select(
     )
 
 
+def unusable() -> dict[str, str | None]:
+    """Why the first device of each kind cannot be used here; None if it can."""
+    return {name: importlib.import_module(f"{__name__}.{name}").problem(0) for name in DEVICES}
+
+
 def _refuse_foreign(device: str, options: dict[str, Any]) -> None:
     """Raise ValueError for an option that is set and belongs to another device."""
     owners = {option: name for name, entry in DEVICES.items() for option in entry.options}
@@ -78,4 +83,4 @@ def _refuse_foreign(device: str, options: dict[str, Any]) -> None:
             )
 
 
-__all__ = ["DEVICES", "select"]
+__all__ = ["DEVICES", "select", "unusable"]

@@ -89,7 +89,12 @@ def recordable(backend: str, platform: Platform) -> tuple[bool, bool]:
 
 def attention_backend_info(device: str = "auto") -> str:
     """The text of `print_attention_backend_info`."""
-    platform = platforms.select(device)
+    rows = attention_facts(platforms.select(device))
+    return "\n".join(f"{row:<13}{text}" for row, text in rows.items())
+
+
+def attention_facts(platform: Platform) -> dict[str, str]:
+    """The device, what is installed, and why each attention_backend can or cannot run."""
     name, offered = platform.traits.name, platform.traits.attention_backends
     versions = [f"torch {torch.__version__}", *_versions("triton", "flash-attn", "flash-attn-3")]
     rows = {
@@ -104,7 +109,7 @@ def attention_backend_info(device: str = "auto") -> str:
         if "sdpa" in offered
         else f"not available: not for the device {name}"
     )
-    return "\n".join(f"{row:<13}{text}" for row, text in rows.items())
+    return rows
 
 
 def _flash_info(flash: Flash | Missing) -> str:

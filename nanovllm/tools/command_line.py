@@ -25,5 +25,11 @@ def run(main: Callable[[], int | None]) -> int:
     except MISTAKES as error:
         logger.debug("the error below was raised here", exc_info=True)
         reason = " ".join(str(error).split()) or type(error).__name__
-        print(f"{Path(sys.argv[0]).name}: error: {reason}", file=sys.stderr)
+        print(f"{_program()}: error: {reason}", file=sys.stderr)
         return STATUS
+
+
+def _program() -> str:
+    """The script that runs, or the package that `python -m` runs."""
+    path = Path(sys.argv[0])
+    return path.parent.name if path.name == "__main__.py" else path.name

@@ -1,17 +1,13 @@
-"""Writes a report on one bucket as a page of HTML: its graphs, its kernels, and the cost of each.
+"""The report on one bucket: its graphs, its kernels, and the cost of each.
 
 Builds one layer of each kind with random weights, runs the bucket on rows of a given length, and
 times every call with the arguments of the step. Reads no weights.
-
-    python -m nanovllm.tools.report --model tiny-qwen3 --bs 4 -o report.html
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform as host
-import sys
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -21,8 +17,6 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from nanovllm import log, platforms
-from nanovllm.compile import buckets
 from nanovllm.compile.lower.calls import CallList
 from nanovllm.compile.program import Program
 from nanovllm.compile.trace import tensors
@@ -32,7 +26,7 @@ from nanovllm.runner.runner import Runner
 from nanovllm.runner.state import Span
 from nanovllm.startup.choose import choose_without_weights
 from nanovllm.startup.compile_farm.builder import small_runner
-from nanovllm.tools import command_line, report_data, report_page
+from nanovllm.tools import report_data
 from nanovllm.tools.device_limits import Work, measure_limits
 from nanovllm.tools.report_data import Call, Padding, Region, Report, Timer
 
@@ -184,54 +178,3 @@ def read_trace(path: Path) -> list[int]:
         if type(size) is not int or size < 1:
             raise ValueError(f"{path} holds {size!r}, but batch sizes are at least 1")
     return list(sizes)
-
-
-# options that are integers, with the names of `LLM`'s options
-SIZES = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kvcache_block_size")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m nanovllm.tools.report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--model", required=True, help="embedded model, folder or Hub id; no weights are read")
-    bucket = parser.add_mutually_exclusive_group(required=True)
-    bucket.add_argument("--bs", type=int, help="a decode bucket of this many rows")
-    bucket.add_argument("--tokens", type=int, help="a prefill bucket of this many tokens")
-    add("-o", "--output", type=Path, default=Path("report.html"))
-    add("--context", type=int, default=512, help="tokens in each row of a decode step")
-    add("--trace", type=Path, help="a file of batch sizes, whose padding is reported")
-    add("--device", default="auto")
-    add("--dtype", default="auto")
-    for name in SIZES:
-        add(f"--{name.replace('_', '-')}", type=int)
-    return parser
-
-
-def _engine_config(args: argparse.Namespace) -> EngineConfig:
-    traits = platforms.select(args.device).traits
-    sizes: dict[str, Any] = {name: getattr(args, name) for name in SIZES}
-    sizes["max_num_seqs"] = args.max_num_seqs or max(args.bs or 1, traits.num_seqs)
-    if args.bs is not None:
-        ladder = buckets.decode_ladder(None, sizes["max_num_seqs"], traits.decode_rows)
-        sizes["graph_batch_sizes"] = sorted({*ladder, args.bs})
-    return EngineConfig(args.model, device=args.device, dtype=args.dtype, **sizes)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Write the page. Raises ValueError or OSError for a wrong option, trace or output file."""
-    args = _parser().parse_args(arguments)
-    log.configure()
-    kind, size = ("decode", args.bs) if args.bs is not None else ("prefill", args.tokens)
-    sizes = read_trace(args.trace) if args.trace else []
-    trace_name = args.trace.name if args.trace else "every size once"
-    made = draw(_engine_config(args), kind, size, args.context, sizes, trace_name)
-    args.output.write_text(report_page.page(made), encoding="utf-8")
-    print(f"{args.output}: {made.title}, {len(made.regions)} regions")
-
-
-if __name__ == "__main__":
-    sys.exit(command_line.run(main))

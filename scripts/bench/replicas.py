@@ -19,10 +19,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs without installation
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.cli.bench.engines import versions
+from nanovllm.cli.bench.workload import Workload, make_workload, varied
 from nanovllm.tools import command_line
 from nanovllm.tools.shapes import CONFIGS
-from scripts.bench.engines import versions
-from scripts.bench.workload import Workload, make_workload, varied
 
 
 def arguments() -> argparse.Namespace:

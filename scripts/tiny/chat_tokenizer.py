@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from itertools import islice
 
 from tiny.tasks import training_examples
@@ -33,12 +34,7 @@ def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     bytes. So the words that questions are about come letter by letter, as spelling tasks need, and
     any UTF-8 can be encoded.
     """
-    pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(WORD_PATTERN), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    pre_tokenizer = word_pre_tokenizer()
     counts: Counter[str] = Counter()
     for task in islice(training_examples(seed), 50_000):
         for message in [*task.messages, {"role": "assistant", "content": task.answer}]:
@@ -57,20 +53,37 @@ def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
             f"the phrasings yield {len(words)} words, "
             f"but a vocabulary of {VOCAB_SIZE} needs {num_words}"
         )
-    vocab = {piece: idx for idx, piece in enumerate(bytes_alphabet + words[:num_words])}
+    return byte_level(words[:num_words], (PAD, START, END), CHAT_TEMPLATE)
 
+
+def word_pre_tokenizer() -> pre_tokenizers.PreTokenizer:
+    """Cuts text into the pieces of WORD_PATTERN, and their bytes into letters of the vocabulary."""
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORD_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+def byte_level(
+    words: Sequence[str], special_tokens: Sequence[str], chat_template: str
+) -> PreTrainedTokenizerFast:
+    """A tokenizer of all bytes, then `words` (pieces of the pre-tokenizer), then special tokens."""
+    bytes_alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {piece: idx for idx, piece in enumerate([*bytes_alphabet, *words])}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))
-    backend.pre_tokenizer = pre_tokenizer
+    backend.pre_tokenizer = word_pre_tokenizer()
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in (PAD, START, END)]
+        [AddedToken(token, special=True, normalized=False) for token in special_tokens]
     )
-    assert backend.get_vocab_size() == VOCAB_SIZE
+    assert backend.get_vocab_size() == len(bytes_alphabet) + len(words) + len(special_tokens)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         eos_token=END,
         pad_token=PAD,
-        chat_template=CHAT_TEMPLATE,
+        chat_template=chat_template,
         model_max_length=MAX_POSITIONS,
         clean_up_tokenization_spaces=False,
     )

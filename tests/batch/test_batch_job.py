@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from nanovllm import LLM
-from nanovllm.batch import __main__ as command
+from nanovllm.batch import command, worker
 from nanovllm.batch import job as job_module
 from nanovllm.batch import output as output_module
-from nanovllm.batch import worker
+from nanovllm.cli.main import run as run_command
 from nanovllm.tools import command_line
 from tests.engines import greedy, random_prompts
 
@@ -37,7 +37,7 @@ def run(eager_llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         (tmp_path / "in.jsonl").write_text("\n".join(lines))
         target = tmp_path / "out.jsonl"
         given = [str(tmp_path / "in.jsonl"), "-o", str(target), "--no-progress"]
-        assert command.main([*given, "--params", json.dumps(params), *options]) == 0
+        assert run_command("batch", [*given, "--params", json.dumps(params), *options]) == 0
         return [json.loads(line) for line in target.read_text().splitlines()]
 
     return main
@@ -244,9 +244,9 @@ def test_the_input_is_not_overwritten(tmp_path: Path) -> None:
     path.write_text("{}\n")
     (tmp_path / "link").symlink_to(path)
     with pytest.raises(ValueError, match="is the input"):
-        command.main([str(path), "-o", str(tmp_path / "link"), "--overwrite"])
+        run_command("batch", [str(path), "-o", str(tmp_path / "link"), "--overwrite"])
     with pytest.raises(ValueError, match="is no file"):
-        command.main([str(tmp_path / "none"), "-o", str(tmp_path / "out")])
+        run_command("batch", [str(tmp_path / "none"), "-o", str(tmp_path / "out")])
     assert path.read_text() == "{}\n"
 
 
@@ -264,7 +264,7 @@ def test_a_killed_process_loses_and_doubles_nothing(tmp_path: Path) -> None:
     rows = [{"prompt": f"{i} + 1 =", "id": i} for i in range(500)]
     source.write_text("\n".join(map(json.dumps, rows)))
     words = ["--params", '{"max_tokens": 2, "temperature": 0}', "--enforce-eager", "--no-progress"]
-    line = [sys.executable, "-m", "nanovllm.batch", str(source), "-o", str(target), *words]
+    line = [sys.executable, "-m", "nanovllm", "batch", str(source), "-o", str(target), *words]
     line += ["--device", "cpu", "--max-num-seqs", "8"]
     job = subprocess.Popen(line, cwd=ROOT)
     deadline = time.monotonic() + 120

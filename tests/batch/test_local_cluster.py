@@ -61,7 +61,7 @@ def test_a_stopped_job_listens_on_loopback_leaves_nothing_and_goes_on(
     rows = [{"id": i, "prompt": f"{i} + {i % 7} ="} for i in range(NUM_ROWS)]
     source.write_text("\n".join(map(json.dumps, rows)))
     words = ["--params", '{"max_tokens": 2, "temperature": 0}', "--enforce-eager", "--no-progress"]
-    line = [sys.executable, "-m", "nanovllm.batch", str(source), "-o", str(target), *words]
+    line = [sys.executable, "-m", "nanovllm", "batch", str(source), "-o", str(target), *words]
     line += ["--device", "cpu", "--replicas", "2"]
     job = session(line)
     deadline = time.monotonic() + 120

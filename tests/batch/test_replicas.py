@@ -128,7 +128,7 @@ def test_2000_rows_survive_the_loss_of_a_node(two_nodes: Any, tmp_path: Path) ->
         "--no-progress",
     ]
     words += ["--device", "cpu", "--replicas", "2", "--ray-address", two_nodes.address]
-    line = [sys.executable, "-m", "nanovllm.batch", str(source), "-o", str(target), *words]
+    line = [sys.executable, "-m", "nanovllm", "batch", str(source), "-o", str(target), *words]
     job = subprocess.Popen(
         line, cwd=ROOT, env={**os.environ, **LOOPBACK}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,

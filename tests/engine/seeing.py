@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +81,12 @@ class Seeing:
     @property
     def folder(self) -> Path:
         return self.case.folder
+
+    @property
+    def truncates_seconds(self) -> bool:
+        """Whether positions in time are wrong, as in transformers 5.17 for Qwen2.5-VL."""
+        source = inspect.getsource(type(self.hf.model).get_rope_index)
+        return "int(next(second_per_grid_ts))" in source
 
     def llm(self, **options: Any) -> LLM:
         sizes = {"max_num_seqs": 8, "max_num_batched_tokens": 512, "max_model_len": 512}

@@ -90,6 +90,8 @@ def _theirs(images: list[Image.Image]) -> dict[str, Any]:
 def test_answers_to_videos_are_those_of_transformers(
     seeing: Seeing, llm: LLM, without_torchvision: None, num_frames: int
 ) -> None:
+    if num_frames > 5 and seeing.truncates_seconds:
+        pytest.skip("this version of transformers truncates the seconds between frames")
     frames = [picture(70, 50, seed=i) for i in range(num_frames)]
     image = picture(60, 80)
     text = f"see {FILM} and {PICTURE}?"

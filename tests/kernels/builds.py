@@ -64,15 +64,16 @@ TARGETS = {
     "t4": Target("cuda", 75, 32, 64 * KB, THREE),
     "a100": Target("cuda", 80, 32, 163 * KB, ("head-256",)),
     "rtx3090": Target("cuda", 86, 32, 99 * KB, ("head-256",)),
-    "rtx4090": Target("cuda", 89, 32, 99 * KB, THREE),
+    "rtx4090": Target("cuda", 89, 32, 99 * KB, ("qwen3-0.6b", "head-256")),
     "h200": Target("cuda", 90, 32, 227 * KB, tuple(MODELS)),
     "b200": Target("cuda", 100, 32, 227 * KB, ("qwen3-0.6b", "head-256")),
     "rtx5090": Target("cuda", 120, 32, 99 * KB, ("head-256",)),
     "mi300": Target("hip", "gfx942", 64, 64 * KB, THREE),
 }
 WHOLE = "h200"  # gets every case of the other kernels, too
-# Models with an fp8 cache, for GPUs that convert fp8 in hardware.
-FP8_TARGETS = ("rtx4090", "h200")
+WITH_RANKS = ("a100", WHOLE)  # get the kernels of sums over ranks
+# Models with an fp8 cache, for GPUs that convert fp8 in hardware; all of them for WHOLE alone.
+FP8_TARGETS = ("rtx4090", WHOLE)
 FP8_MODELS = {
     "qwen3-0.6b": Model(16, 8, 128, 128, "bf16"),
     "blocks-of-64": Model(32, 8, 128, 64, "bf16"),
@@ -80,6 +81,10 @@ FP8_MODELS = {
     "head-256": Model(16, 8, 256, 128, "bf16"),
     "fp32": Model(16, 8, 128, 128, "fp32"),
 }
+
+
+def fp8_models(target: str) -> dict[str, Model]:
+    return FP8_MODELS if target == WHOLE else dict(list(FP8_MODELS.items())[:1])
 
 
 class Product(NamedTuple):
@@ -360,14 +365,13 @@ def is_of_segments(name: str) -> bool:
     return name.startswith("segments ")
 
 
-def sums(target: Target, whole: bool) -> Iterator[Build]:
-    """The kernels of small sums over ranks, on NVIDIA GPUs alone."""
+def sums(whole: bool) -> Iterator[Build]:
+    """The kernels of small sums over ranks."""
     from tests.kernels.reduce_builds import launches
 
-    if target.backend == "cuda":
-        for dtype in ("bf16", "fp32") if whole else ("bf16",):
-            for name, kernel, constants, num_warps, types in launches(dtype):
-                yield Build(name, kernel, constants, num_warps, dtype=dtype, types=types)
+    for dtype in ("bf16", "fp32") if whole else ("bf16",):
+        for name, kernel, constants, num_warps, types in launches(dtype):
+            yield Build(name, kernel, constants, num_warps, dtype=dtype, types=types)
 
 
 def all_builds(name: str) -> Iterator[Build]:
@@ -378,7 +382,7 @@ def all_builds(name: str) -> Iterator[Build]:
         if model_name == "qwen3-0.6b" or (whole and model_name in ("head-80", "head-256-fp32")):
             yield from pointwise(model_name, model)
     if name in FP8_TARGETS:
-        for model_name, model in FP8_MODELS.items():
+        for model_name, model in fp8_models(name).items():
             yield from attention(f"fp8 {model_name}", model, target, has_fp8_cache=True)
         yield from stores("fp8 qwen3-0.6b", FP8_MODELS["qwen3-0.6b"], has_fp8_cache=True)
     for case, product in enumerate(PRODUCTS):
@@ -388,7 +392,8 @@ def all_builds(name: str) -> Iterator[Build]:
         yield from gated_products(target, whole)
     yield from segments(target, whole)
     yield from mixtures(target, whole)
-    yield from sums(target, whole)
+    if name in WITH_RANKS:
+        yield from sums(whole)
     yield from steps()
 
 

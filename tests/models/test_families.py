@@ -51,7 +51,7 @@ def difference(family: Family, folder: Path, device: str, **options: Any) -> flo
     return worst
 
 
-@pytest.mark.shows("eager", "graph", architectures=NAMES)
+@pytest.mark.shows("eager", "graph", "GPU", architectures=NAMES)
 @pytest.mark.parametrize("mode", ["eager", "graph"])
 @pytest.mark.parametrize("family", FAMILIES, ids=str)
 def test_logits_are_those_of_transformers(

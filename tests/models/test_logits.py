@@ -239,7 +239,9 @@ GRAPH_SIZES: dict[str, Any] = {
 }
 
 
-@pytest.mark.shows("graph", architectures=of_types(*(case.architecture for case in GRAPH_CASES)))
+@pytest.mark.shows(
+    "graph", "GPU", architectures=of_types(*(case.architecture for case in GRAPH_CASES))
+)
 @pytest.mark.parametrize("case", GRAPH_CASES, ids=str)
 def test_graph_logits_are_those_of_transformers(case: Case, device: str, tmp_path: Path) -> None:
     folder = case.save(tmp_path)

@@ -94,7 +94,7 @@ def expected_logits(folder: Path, token_ids: list[int], max_len: int) -> Tensor:
     return linear(x, stored.get("lm_head.weight", table))
 
 
-@pytest.mark.shows("eager", "graph", architectures=["MiniCPMForCausalLM"])
+@pytest.mark.shows("eager", "graph", "GPU", architectures=["MiniCPMForCausalLM"])
 @pytest.mark.parametrize("mode", ["eager", "graph"])
 @pytest.mark.parametrize(
     ("tied", "max_len", "lengths"),

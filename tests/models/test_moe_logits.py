@@ -95,7 +95,7 @@ def graphs(
     return folder, runner
 
 
-@pytest.mark.shows("graph", architectures=of_types(*ARCHITECTURES))
+@pytest.mark.shows("graph", "GPU", architectures=of_types(*ARCHITECTURES))
 def test_graph_logits_are_those_of_transformers(graphs: tuple[Path, Runner], device: str) -> None:
     folder, runner = graphs
     known = sequences(VOCAB_SIZE, *LENGTHS)

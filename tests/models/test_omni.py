@@ -61,23 +61,19 @@ def eager(thinker: Any) -> Any:
     made.close()
 
 
-@pytest.fixture(scope="module")
-def graph(thinker: Any) -> Any:
-    made = engine(thinker[0])
+@pytest.fixture(scope="module", params=["eager", "graph"])
+def llm(request: pytest.FixtureRequest, thinker: Any, device: str) -> Any:
+    """Chunks of 16 tokens, so that some end inside a clip or an image."""
+    made = engine(thinker[0], device=device, enforce_eager=request.param == "eager")
     yield made
     made.close()
 
 
-@pytest.fixture(params=["eager", "graph"])
-def llm(request: pytest.FixtureRequest) -> Any:
-    """Chunks of 16 tokens, so that some end inside a clip or an image."""
-    return request.getfixturevalue(request.param)
-
-
 def engine(folder: Path, **options: Any) -> LLM:
     return LLM(
-        str(folder), device="cpu", dtype="float32", max_num_seqs=4, graph_batch_sizes=[4],
-        max_num_batched_tokens=16, kvcache_block_size=16, **{"max_model_len": 600, **options},
+        str(folder), dtype="float32", max_num_seqs=4, graph_batch_sizes=[4],
+        max_num_batched_tokens=16, kvcache_block_size=16,
+        **{"device": "cpu", "max_model_len": 600, **options},
     )  # fmt: skip
 
 
@@ -99,7 +95,7 @@ def inputs(thinker: Any, name: str) -> dict[str, Any]:
     return dict(thinker[2](text=[text], return_tensors="pt", **given))
 
 
-@pytest.mark.shows("eager", "graph", "images", "sound", architectures=[THINKER])
+@pytest.mark.shows("eager", "graph", "images", "sound", "GPU", architectures=[THINKER])
 def test_logits_and_tokens_are_those_of_transformers(thinker: Any, llm: LLM) -> None:
     params = SamplingParams(
         temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=-1

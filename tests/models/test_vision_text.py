@@ -141,9 +141,9 @@ class Given:
             found = hf.model.get_image_features(pixels, grid, return_dict=True)
         sizes = (grid.prod(1) // 4).tolist()
         features = [torch.cat(list(found.pooler_output))]
-        features += [
-            torch.cat(list(one)) for one in getattr(found, "deepstack_features", None) or ()
-        ]
+        for one in getattr(found, "deepstack_features", None) or ():
+            # of all images in transformers 5.17, and one for each image later
+            features.append(one if isinstance(one, torch.Tensor) else torch.cat(list(one)))
         embeds = torch.cat(features, dim=1).split(sizes)
         self.embeddings = list(zip(self.starts, embeds))
         patches = pixels.split(grid.prod(1).tolist())
@@ -201,8 +201,9 @@ def answers(
 def engine(folder: Path, **options: Any) -> LLM:
     sizes = {"max_num_seqs": 8, "max_num_batched_tokens": 512, "max_model_len": 128}
     return LLM(
-        str(folder), device="cpu", dtype="float32", graph_batch_sizes=[8], kvcache_block_size=16,
-        skip_tokenizer_init=True, vision_patch_budgets=[32, 128], **{**sizes, **options},
+        str(folder), dtype="float32", graph_batch_sizes=[8], kvcache_block_size=16,
+        skip_tokenizer_init=True, vision_patch_budgets=[32, 128],
+        **{"device": "cpu", **sizes, **options},
     )  # fmt: skip
 
 
@@ -244,14 +245,15 @@ def test_a_preempted_prompt_with_images_goes_on_as_before(both: Any) -> None:
     assert preempted[0].value > 0
 
 
-@pytest.mark.shows("eager", "graph", architectures=NAMES)
+@pytest.mark.shows("eager", "graph", "GPU", architectures=NAMES)
 @pytest.mark.parametrize("enforce_eager", [True, False])
 @pytest.mark.parametrize("chunk", [512, 16])
 def test_logits_and_tokens_are_those_of_transformers(
-    both: Any, enforce_eager: bool, chunk: int
+    both: Any, device: str, enforce_eager: bool, chunk: int
 ) -> None:
     hf, folder = both
-    llm = engine(folder, enforce_eager=enforce_eager, max_num_batched_tokens=chunk)
+    options = {"device": device, "max_num_batched_tokens": chunk}
+    llm = engine(folder, enforce_eager=enforce_eager, **options)
     prompts = [Given(hf, parts, seed) for seed, parts in enumerate(PROMPTS.values())]
     try:
         for prompt, done in zip(prompts, answers(llm, prompts)):
@@ -264,12 +266,13 @@ def test_logits_and_tokens_are_those_of_transformers(
         llm.close()
 
 
-@pytest.mark.shows("images", architectures=NAMES)
+@pytest.mark.shows("images", "GPU", architectures=NAMES)
 @pytest.mark.parametrize("enforce_eager", [True, False])
-def test_the_engine_encodes_images(both: Any, enforce_eager: bool) -> None:
+def test_the_engine_encodes_images(both: Any, device: str, enforce_eager: bool) -> None:
     hf, folder = both
     prompts = [Given(hf, parts, seed) for seed, parts in enumerate(PROMPTS.values())]
-    llm = engine(folder, enforce_eager=enforce_eager, max_num_batched_tokens=16)
+    options = {"device": device, "max_num_batched_tokens": 16}
+    llm = engine(folder, enforce_eager=enforce_eager, **options)
     try:
         for prompt, done in zip(prompts, answers(llm, prompts, encodes=True)):
             tokens, logprobs = prompt.expected(hf)

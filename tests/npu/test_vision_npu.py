@@ -18,7 +18,7 @@ import torch
 from nanovllm import LLM
 from nanovllm.kernels.cpu import kernels as cpu_kernels
 from nanovllm.platforms import npu
-from tests.models.test_vision_text import MODELS, PROMPTS, Given, answers
+from tests.models.test_vision_text import MODELS, NAMES, PROMPTS, Given, answers
 from tests.npu import ascend_ir, ir_rules
 from tests.npu.ge import Ge, Graph
 from tests.npu.host import Host
@@ -87,6 +87,7 @@ def in_graphs(
     llm.close()
 
 
+@pytest.mark.shows("NPU", architectures=NAMES)
 def test_graphs_give_the_cpus_tokens(in_graphs: tuple[Case, LLM, list[Graph]], ge: Ge) -> None:
     one, llm, _ = in_graphs
     num_lowered = ge.num_lowered

@@ -40,7 +40,7 @@ SUPPORTED = frozenset(
     remainder.Scalar remainder.Tensor rsqrt scalar_tensor scatter_.src select.int
     set_.source_Storage silu sin slice.Tensor sort.stable split.Tensor split_with_sizes squeeze.dim
     sub.Tensor t topk transpose.int unbind.int unsqueeze view view.dtype where.self zeros zeros_like
-    fill_.Scalar lt.Scalar sum.dim_IntList gt.Tensor new_full scatter_add_
+    fill_.Scalar lt.Scalar sum.dim_IntList gt.Tensor new_full scatter_add_ __rshift__.Tensor alias
 """.split()  # noqa: SIM905
 )
 # Calls of a composite kernel below the level at which operators are recorded.
@@ -137,6 +137,21 @@ def test_the_policy_gives_the_cpus_tokens_with_supported_operators(
     assert mode.called - SUPPORTED == set()
     assert {"bmm", "_softmax", "index_copy_", "mm"} <= mode.called  # the recording is not empty
     assert mode.float64 == set()
+
+
+def test_masks_give_the_cpus_tokens_with_supported_operators(
+    request: pytest.FixtureRequest,
+) -> None:
+    given: Any = {"regex": "([0-9]-[a-f]+;){3}"}
+    asked = [SamplingParams(max_tokens=12, seed=1, structured_outputs=given), GREEDY]
+    prompts = [[65, 66, 67], [68, 69]]
+    cpu = LLM("tiny-qwen3", device="cpu", enforce_eager=True, **OPTIONS)
+    expected = [one["token_ids"] for one in cpu.generate(prompts, asked, use_tqdm=False)]
+    mode: PlainTorch = request.getfixturevalue("on_cpu_tensors")
+    llm = LLM("tiny-qwen3", device="mps", **OPTIONS)
+    found = llm.generate(prompts, asked, use_tqdm=False)
+    assert [one["token_ids"] for one in found] == expected
+    assert "keep_allowed" in mode.ours and mode.called - SUPPORTED == set()
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

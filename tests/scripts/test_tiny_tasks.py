@@ -16,6 +16,7 @@ from nanovllm.hub import EMBEDDED, resolve
 # scripts are run as files, and import each other as such
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
+from tiny.architectures import MODEL_NAMES
 from tiny.tasks import KINDS, Task, held_out, is_correct, is_held_out, training_examples
 from tiny.wordings import COMMON_WORDS, LETTER_WORDS, RELATIONS
 
@@ -209,7 +210,9 @@ def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(resolve(request.param))
 
 
-def test_tokenizer_splits_digits_and_letters_of_content(tokenizer: PreTrainedTokenizerBase) -> None:
+@pytest.mark.parametrize("name", MODEL_NAMES.values())
+def test_tokenizer_splits_digits_and_letters_of_content(name: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(resolve(name))
     for word in LETTER_WORDS:
         for text in (f" {word}", f'"{word}', f"'{word}", f" {word.capitalize()}"):
             assert len(tokenizer.encode(text)) == len(text)

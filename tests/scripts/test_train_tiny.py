@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts, load_balancing_loss_func
 
-from nanovllm.hub import EMBEDDED, resolve
+from nanovllm.hub import EMBEDDED, SEEING, resolve
 
 # scripts are run as files, and import each other as such
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
@@ -215,14 +215,14 @@ def read_card(text: str) -> Run:
     )
 
 
-@pytest.mark.parametrize("name", EMBEDDED)
+@pytest.mark.parametrize("name", MODEL_NAMES.values())
 def test_the_shipped_card_is_what_the_script_writes(name: str) -> None:
     text = (resolve(name) / "README.md").read_text()
     assert card(resolve(name), read_card(text)) == text
 
 
 def test_the_embedded_models_are_those_that_the_script_trains() -> None:
-    assert set(EMBEDDED) == set(MODEL_NAMES.values())
+    assert set(EMBEDDED) == {*MODEL_NAMES.values(), SEEING}
 
 
 def test_the_embedded_mixtral_is_in_the_hubs_layout() -> None:

@@ -73,6 +73,9 @@ def test_a_tokenizer_without_a_tokenizer_json_ends_the_request(tmp_path: Path) -
         def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
             return "a" * len(token_ids)
 
+        def convert_tokens_to_ids(self, token: str) -> None:
+            return None
+
     llm = LLM("tiny-qwen3", device="cpu", enforce_eager=True, max_num_seqs=2, max_model_len=64)
     llm.tokenizer = Slow()
     (output,) = llm.generate(

@@ -56,12 +56,12 @@ def test_the_status_of_main_is_returned_and_faults_pass_through() -> None:
 def tools() -> list[Path]:
     package = ROOT / "nanovllm"
     scripts = (ROOT, ROOT / "scripts", ROOT / "scripts" / "bench")
-    places = (*scripts, package / "tools", package / "batch")
+    places = (*scripts, package, package / "tools", package / "batch")
     files = [path for place in places for path in sorted(place.glob("*.py"))]
     return [
         path
         for path in files
-        if "__main__" in path.read_text() and str(path.relative_to(ROOT)) not in NOT_TOOLS
+        if '== "__main__"' in path.read_text() and str(path.relative_to(ROOT)) not in NOT_TOOLS
     ]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from nanovllm.cli.main import run
 from nanovllm.compile.lower import calls
 from nanovllm.compile.trace import trace
 from nanovllm.kernels import ops
@@ -215,7 +216,7 @@ def test_the_page_shows_graphs_kernels_and_padding(
     options = f"--context 19 --device {device} --max-model-len 64 --max-num-seqs 4"
     arguments = ["--model", str(model), *bucket, "-o", str(out), "--trace", str(trace_file)]
     arguments += [*options.split(), "--max-num-batched-tokens", "64"]
-    report.main(arguments)
+    run("report", arguments)
     text = out.read_text(encoding="utf-8")
     assert_stands_alone(text)
     for word in (
@@ -240,7 +241,7 @@ def test_layers_with_experts_show_the_tokens_of_each(
     model, out = save_tiny(tmp_path / "model", architecture, **changes), tmp_path / "report.html"
     options = "--context 19 --device cpu --max-model-len 64 --max-num-batched-tokens 64"
     options += " --max-num-seqs 32"
-    report.main(["--model", str(model), *bucket, "-o", str(out), *options.split()])
+    run("report", ["--model", str(model), *bucket, "-o", str(out), *options.split()])
     text = out.read_text(encoding="utf-8")
     assert_stands_alone(text)
     drawn = re.findall(r"<h3>(\w+), (\d+) in a step</h3>(.*?)</svg>", text, re.DOTALL)
@@ -285,7 +286,7 @@ def test_mistakes_are_named(
     arguments = ["--model", str(tiny_qwen3), "--bs", "2", "-o", str(tmp_path / "r.html")]
     arguments += [*options.split(), *change]
     with pytest.raises((ValueError, OSError), match=re.escape(message)):
-        report.main(arguments)
+        run("report", arguments)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The experts of a decode step, as bench.py counts them."""
+"""The experts of a decode step, as the benchmark counts them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from nanovllm import LLM
-from scripts.bench.routing import experts_per_step
+from nanovllm.cli.bench.routing import experts_per_step
 from tests.engines import assert_all_free, random_prompts
 
 PROMPTS = random_prompts([5, 19, 7], seed=31)
@@ -58,7 +58,7 @@ def test_padding_is_not_counted_and_graphs_are_seen(load: Callable[..., LLM]) ->
 def test_random_weights_spread_tokens_over_experts_in_any_layer(
     num_layers: int, load: Callable[..., LLM]
 ) -> None:
-    """As the limit of bench.py takes it to be."""
+    """As the limit of the benchmark takes it to be."""
     changes = {"num_local_experts": 32, "num_experts_per_tok": 4, "num_hidden_layers": num_layers}
     llm = load(hf_overrides=changes, max_num_seqs=16, max_model_len=99, num_kvcache_blocks=65)
     found = experts_per_step(llm.engine, random_prompts([80] * 16, seed=32), 16)

@@ -1,4 +1,4 @@
-"""The shortest time in which the limits of a device allow a workload of bench.py."""
+"""The shortest time in which the limits of a device allow a workload."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What bench.py runs: the model's shape, the prompts and answers, and the length they need."""
+"""What is measured: the model's shape, the prompts and answers, and the length they need."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from nanovllm import hub
-from nanovllm.startup.config_file import read_object
 from nanovllm.tools.shapes import CONFIGS
 
 MAX_MODEL_LEN = 4096  # unless the model has fewer positions or a request needs more
+TOP_TOKEN = 10000  # the largest token id of prompts, unless the model has fewer
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Workload:
 
 
 def make_workload(args: argparse.Namespace, stack: ExitStack) -> Workload:
-    """The workload of bench.py's arguments. Raises ValueError if the model has too few positions.
+    """The workload of a benchmark's arguments. Raises ValueError if it does not fit the model.
 
     For random weights, the model is a folder that lasts as long as `stack` and holds only a
     config.json.
@@ -43,7 +43,7 @@ def make_workload(args: argparse.Namespace, stack: ExitStack) -> Workload:
         model, config = stack.enter_context(TemporaryDirectory()), _random_config(args)
         (Path(model) / "config.json").write_text(json.dumps(config))
     else:
-        config = read_object(hub.resolve(model, weights=False) / "config.json")
+        config = _read(hub.resolve(model, weights=False) / "config.json")
     for name in ("vocab_size", "max_position_embeddings"):
         if type(config.get(name)) is not int:
             raise ValueError(f"config.json of {model} has {config.get(name)!r} for {name}")
@@ -67,28 +67,44 @@ def _random_config(args: argparse.Namespace) -> dict[str, Any]:
             f"--random-weights is {name!r}, which is no config.json: name one, or use one of "
             f"{', '.join(CONFIGS)}"
         )
-    config = dict(CONFIGS[name]) if name in CONFIGS else read_object(path)
+    config = dict(CONFIGS[name]) if name in CONFIGS else _read(path)
     if args.layers:
         config["num_hidden_layers"] = args.layers
     return config
 
 
+def _read(path: Path) -> dict[str, Any]:
+    from nanovllm.startup.config_file import read_object  # imports torch
+
+    return read_object(path)
+
+
 def _requests(args: argparse.Namespace, vocab_size: int) -> tuple[list[list[int]], list[int]]:
+    """(prompts, output lengths)."""
+    if args.latency:
+        rng = random.Random(0)
+        return [[rng.randint(0, _top(vocab_size)) for _ in range(128)]], [512]
+    lengths = args.min_len, args.max_len
+    prompts, output_lens = draw_requests(args.num_seqs, lengths, vocab_size)
+    return prompts[: args.first], output_lens[: args.first]
+
+
+def draw_requests(
+    num: int, lengths: tuple[int, int], vocab_size: int, seed: int = 0
+) -> tuple[list[list[int]], list[int]]:
     """(prompts, output lengths), drawn as nano-vllm does: all prompts first, then all lengths.
 
-    So `--first N` gives other answers than `--num-seqs N`.
+    `lengths` are the shortest and longest prompt and answer. The first N of many requests have
+    other answers than N requests.
     """
-    random.seed(0)
-    top = min(10000, vocab_size - 1)
-    if args.latency:
-        return [[random.randint(0, top) for _ in range(128)]], [512]
-    low, high = args.min_len, args.max_len
-    prompts = [
-        [random.randint(0, top) for _ in range(random.randint(low, high))]
-        for _ in range(args.num_seqs)
-    ]
-    output_lens = [random.randint(low, high) for _ in range(args.num_seqs)]
-    return prompts[: args.first], output_lens[: args.first]
+    rng, top = random.Random(seed), _top(vocab_size)
+    prompts = [[rng.randint(0, top) for _ in range(rng.randint(*lengths))] for _ in range(num)]
+    return prompts, [rng.randint(*lengths) for _ in range(num)]
+
+
+def _top(vocab_size: int) -> int:
+    """The largest token id of prompts."""
+    return min(TOP_TOKEN, vocab_size - 1)
 
 
 def _max_model_len(args: argparse.Namespace, needed: int, positions: int) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
+import argparse
 import json
+import re
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,17 +14,20 @@ import pytest
 import torch
 
 from nanovllm import platforms
+from nanovllm.cli.bench import offline, throughput
+from nanovllm.cli.main import run as run_command
+from nanovllm.flags import Parser
 from nanovllm.tools import device_limits
 from nanovllm.tools.device_limits import Limits
 
 OPTIONS = "--num-seqs 3 --min-len 4 --max-len 9 --max-model-len 64"
-# by its path: tests of scripts put scripts/ on the path, where bench/ is a package
-SPEC = importlib.util.spec_from_file_location("bench", Path(__file__).parents[2] / "bench.py")
-assert SPEC is not None and SPEC.loader is not None
-bench = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(bench)
-
 COMMON = f"--model tiny-qwen3 --device cpu --enforce-eager {OPTIONS}".split()
+
+
+def parsed(arguments: list[str]) -> argparse.Namespace:
+    parser = Parser()
+    throughput.add_arguments(parser)
+    return parser.parse_args(arguments)
 
 
 @pytest.fixture
@@ -34,7 +38,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
     def run(*arguments: str) -> tuple[str, list[dict[str, Any]]]:
         monkeypatch.setattr("sys.argv", ["bench.py", *COMMON, *arguments])
-        bench.main()
+        run_command("bench throughput")
         out = capsys.readouterr().out
         return out, [json.loads(line) for line in out.splitlines() if line.startswith("{")]
 
@@ -93,19 +97,16 @@ def test_the_model_it_takes_is_named_on_stderr(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("sys.argv", ["bench.py", *arguments])
-    args = bench.arguments()
-    bench.choose_model(args, platform or platforms.select("cpu"))
+    args = parsed(arguments)
+    offline.choose_model(args, platform or platforms.select("cpu"))
     assert (args.model, args.random_weights) == expected
     err = capsys.readouterr().err
     assert err == "" if "--model" in arguments else next(filter(None, expected)) in err
 
 
-def max_model_len(monkeypatch: pytest.MonkeyPatch, arguments: str) -> int:
-    monkeypatch.setattr("sys.argv", ["bench.py", *arguments.split()])
+def max_model_len(arguments: str) -> int:
     with ExitStack() as stack:
-        found: int = bench.make_workload(bench.arguments(), stack).max_model_len
-    return found
+        return offline.make_workload(parsed(arguments.split()), stack).max_model_len
 
 
 @pytest.mark.parametrize(
@@ -122,7 +123,7 @@ def max_model_len(monkeypatch: pytest.MonkeyPatch, arguments: str) -> int:
 def test_the_length_of_requests_follows_from_model_and_workload(
     monkeypatch: pytest.MonkeyPatch, arguments: str, expected: int
 ) -> None:
-    assert max_model_len(monkeypatch, arguments) == expected
+    assert max_model_len(arguments) == expected
 
 
 @pytest.mark.parametrize(
@@ -137,7 +138,7 @@ def test_a_workload_that_does_not_fit_is_refused_with_both_numbers(
     monkeypatch: pytest.MonkeyPatch, arguments: str, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        max_model_len(monkeypatch, f"--model tiny-qwen3 {arguments}")
+        max_model_len(f"--model tiny-qwen3 {arguments}")
 
 
 @pytest.mark.parametrize(
@@ -151,7 +152,7 @@ def test_a_config_that_cannot_be_used_is_named(
     if content is not None:
         (tmp_path / "shape.json").write_text(content)
     with pytest.raises(ValueError, match=message):
-        max_model_len(monkeypatch, f"--random-weights {tmp_path / 'shape.json'}")
+        max_model_len(f"--random-weights {tmp_path / 'shape.json'}")
 
 
 def test_limits_are_measured_before_the_model_takes_the_memory(
@@ -168,8 +169,8 @@ def test_limits_are_measured_before_the_model_takes_the_memory(
         events.append("load")
         raise ValueError("seen enough")
 
-    monkeypatch.setattr(bench, "measure_limits", measure_limits)
-    monkeypatch.setattr(bench, "load", load)
+    monkeypatch.setattr(offline, "measure_limits", measure_limits)
+    monkeypatch.setattr(offline, "load", load)
     with pytest.raises(ValueError, match="seen enough"):
         run("--dtype", "bfloat16")
     assert events == ["limits", "load"]
@@ -185,7 +186,7 @@ def test_filters_are_recorded_and_wrong_ones_refused(run: Any) -> None:
 def test_an_fp8_cache_is_recorded_and_its_limit_is_that_of_its_bytes(
     run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench, "measure_limits", lambda *_: Limits(1e9, 1e15))
+    monkeypatch.setattr(offline, "measure_limits", lambda *_: Limits(1e9, 1e15))
     _, (plain,) = run("--bs", "2")
     _, (fp8,) = run("--bs", "2", "--kv-cache-dtype", "fp8")
     assert (plain["kv_cache_dtype"], fp8["kv_cache_dtype"]) == ("float32", "float8_e4m3fn")
@@ -237,17 +238,15 @@ def test_gaps_between_tokens_while_a_long_prompt_arrives(run: Any) -> None:
     ("arguments", "message"),
     [
         (["--profile", "somewhere"], "--profile needs a CUDA device"),
-        (["--run-ahead", "2"], "invalid choice"),
+        (["--run-ahead", "2"], "run_ahead is 2: it must be 0 or 1"),
         (["--stall", "--latency"], "a measurement of its own"),
         (["--runs", "0"], "must be at least 1"),
         (["--max-len", "3"], "--max-len at least --min-len"),
+        (["--data-parallel-size", "2"], "data_parallel_size=2 is not measured"),
         (["--layers", "2"], "--layers goes with --random-weights"),
-        (["--first", "4"], r"--first is 4: it must be 1 to --num-seqs (3)"),
+        (["--first", "4"], "--first is 4: it must be 1 to --num-seqs (3)"),
     ],
 )
-def test_what_cannot_be_done_is_refused(
-    run: Any, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
-) -> None:
-    with pytest.raises(SystemExit):
+def test_what_cannot_be_done_is_refused(run: Any, arguments: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
         run(*arguments)
-    assert message in capsys.readouterr().err

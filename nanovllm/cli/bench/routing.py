@@ -1,4 +1,4 @@
-"""How many experts a decode step reads, for the line of bench.py: expected and measured."""
+"""How many experts a decode step reads, for the line of a benchmark: expected and measured."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanovllm import SamplingParams
 from nanovllm.engine import Engine
+from nanovllm.sampling import SamplingParams
 from nanovllm.schedule.request import Request
 from nanovllm.tools.profile import steady_rows
 

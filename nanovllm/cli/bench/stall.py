@@ -1,4 +1,4 @@
-"""Measures the gaps between the tokens of streams while a long prompt arrives: bench.py --stall."""
+"""Measures the gaps between the tokens of streams while a long prompt arrives: --stall."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from nanovllm import SamplingParams
+from nanovllm.cli.bench.engines import engine_of, load
 from nanovllm.engine import Engine
-from scripts.bench.engines import engine_of, load
+from nanovllm.sampling import SamplingParams
 
 NUM_STEPS = 100  # in each phase
 

@@ -1,4 +1,4 @@
-"""Loads the engine that bench.py measures, and describes it and the machine."""
+"""Loads the engine that is measured, and describes it and the machine."""
 
 from __future__ import annotations
 
@@ -15,8 +15,19 @@ from typing import Any
 
 import torch
 
-from nanovllm import LLM
+from nanovllm.cli.bench.throughput import OWN
+from nanovllm.compat.engine_args import given_engine_options
+from nanovllm.config import EngineConfig
 from nanovllm.engine import Engine
+from nanovllm.llm import LLM
+
+
+def check_options(args: argparse.Namespace, model: str) -> EngineConfig:
+    """The engine's options among the arguments. Raises ValueError for those that cannot be used."""
+    config = EngineConfig.from_options(model, given_engine_options(args, skip=OWN))
+    if config.replicas_option:
+        raise ValueError(f"{config.replicas_option} is not measured: this is about one engine")
+    return config
 
 
 def load(
@@ -24,30 +35,15 @@ def load(
 ) -> tuple[LLM, dict[str, Any]]:
     """The engine, and the fields of the JSON line that describe it and this machine."""
     started = time.perf_counter()
-    llm = LLM(
-        model,
-        device=args.device,
-        dtype=args.dtype,
-        attention_backend=args.attention_backend,
-        kv_cache_dtype=args.kv_cache_dtype,
-        enforce_eager=args.enforce_eager,
-        capture=not args.no_graph,
-        fuse=not args.no_fusion,
-        run_ahead=args.run_ahead,
-        pad_batches=args.padding,
-        max_num_seqs=max_num_seqs,
-        max_model_len=max_model_len,
-        max_num_batched_tokens=args.max_num_batched_tokens,
-        max_stall_ms=args.max_stall_ms,
-        kvcache_block_size=args.block_size,
-        random_weights=args.random_weights is not None,
-        tensor_parallel_size=args.tensor_parallel_size,
-        expert_parallel={"on": True, "off": False}.get(args.expert_parallel, args.expert_parallel),
-        expert_offload=args.expert_offload,
-        expert_prefetch=args.expert_prefetch,
-    )
+    options = {
+        **given_engine_options(args, skip=OWN),
+        "max_num_seqs": max_num_seqs,
+        "max_model_len": max_model_len,
+        "random_weights": args.random_weights is not None,
+    }
+    llm = LLM(model, **options)
     load_seconds = time.perf_counter() - started
-    engine = engine_of(llm)
+    engine, config = engine_of(llm), llm.engine.config
     runner = engine.runner
     device, is_graph = runner.platform.device, runner.compiler.lowering is not None
     return llm, {
@@ -56,21 +52,28 @@ def load(
         if device.type == "cuda"
         else platform.processor() or "cpu",
         "dtype": str(runner.cfg.dtype).removeprefix("torch."),
-        "attention_backend": args.attention_backend,
+        "attention_backend": config.attention_backend,
         "kv_cache_dtype": str(runner.spec.cache_dtype).removeprefix("torch."),
-        "expert_offload": args.expert_offload,
-        "tensor_parallel_size": args.tensor_parallel_size,
+        "expert_offload": config.expert_offload,
+        "tensor_parallel_size": config.tensor_parallel_size,
         "expert_parallel": runner.cfg.moe.is_spread if runner.cfg.moe is not None else None,
         "mode": "graph" if is_graph else "eager",
-        "capture": is_graph and not args.no_graph,
-        "fuse": is_graph and not args.no_fusion,
+        "capture": is_graph and config.capture,
+        "fuse": is_graph and config.fuse,
         "run_ahead": engine.run_ahead,
         "max_num_seqs": max_num_seqs,
         "load_seconds": round(load_seconds, 2),
         "memory": engine.memory.as_dict(),
         "versions": versions(),
-        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([*_program(), *sys.argv[1:]]),
     }
+
+
+def _program() -> list[str]:
+    script = Path(sys.argv[0]).name
+    return (
+        ["python", script] if script.endswith(".py") and script != "__main__.py" else ["nanovllm"]
+    )
 
 
 def engine_of(llm: LLM) -> Engine:

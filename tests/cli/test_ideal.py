@@ -1,4 +1,4 @@
-"""The limit that bench.py compares with: what a step must read and multiply, by hand."""
+"""The limit that the benchmark compares with: what a step must read and multiply, by hand."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from nanovllm.cli.bench.ideal import ideal_seconds
 from nanovllm.models import registry
 from nanovllm.models.interface import Model
 from nanovllm.tools.device_limits import Limits
 from nanovllm.tools.shapes import CONFIGS
-from scripts.bench.ideal import ideal_seconds
 
 SPEC: Any = SimpleNamespace(weight_format="plain", cache_dtype=torch.bfloat16)
 READING = Limits(bandwidth=1.0, flops=float("inf"))
@@ -23,7 +23,7 @@ MULTIPLYING = Limits(bandwidth=float("inf"), flops=1.0)
 
 
 def shape(folder: Path, name: str, **changes: object) -> Model:
-    """The model of a shape that bench.py knows."""
+    """The model of a shape that the benchmark knows."""
     (folder / "config.json").write_text(json.dumps({**CONFIGS[name], **changes}))
     hf = AutoConfig.from_pretrained(folder)
     return registry.architecture(hf.architectures)(hf, dtype=torch.bfloat16)

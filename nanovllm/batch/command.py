@@ -1,0 +1,96 @@
+"""A whole batch job: checks what was asked for, and answers a file with one engine or replicas."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from nanovllm.batch.job import Job
+from nanovllm.batch.worker import EngineWorker, Settings, Worker, load_engine
+from nanovllm.config import EngineConfig
+
+# options that do not change answers: a job may go on with other values
+FREE_OPTIONS = ("compile_cache", "compile_cache_mode", "disable_log_stats")
+INTERRUPTED = 130  # the exit status of a shell's command after Ctrl-C
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a job is to do.
+
+    params: sampling parameters of all rows. chat_options: options of `LLM.chat` for messages.
+    replicas: engines. uses_ray: False for one engine in this process; None: if there are several
+    replicas or an address of a cluster.
+    """
+
+    source: Path
+    target: Path
+    config: EngineConfig
+    params: Any = None
+    chat_options: Any = None
+    replicas: int = 1
+    uses_ray: bool | None = None
+    ray_address: str | None = None
+    overwrite: bool = False
+    show_progress: bool = True
+
+    @property
+    def is_on_ray(self) -> bool:
+        """Raises ValueError for options that exclude each other."""
+        if self.replicas < 1:
+            raise ValueError(f"--replicas is {self.replicas}: it must be at least 1")
+        if self.uses_ray is False and self.ray_address is not None:
+            raise ValueError("--no-ray does not go with --ray-address")
+        return self.uses_ray is None and (self.replicas > 1 or self.ray_address is not None)
+
+
+def answer_file(request: Request) -> int:
+    """Exit status 0: every row has its line in the output. INTERRUPTED: Ctrl-C has ended the job.
+
+    Raises ValueError, TypeError and OSError for mistakes of the user.
+    """
+    params, chat = request.params, request.chat_options
+    settings = Settings(_object("params", params), _object("chat_options", chat))
+    config, is_on_ray = request.config, request.is_on_ray
+
+    def make_worker(num_rows: int) -> Worker:
+        if not is_on_ray:
+            return EngineWorker(load_engine(config), settings)
+        from nanovllm.batch.replicas import Replicas
+
+        address = request.ray_address
+        return Replicas(config, settings, request.replicas, num_rows, address=address)
+
+    facts = {"params": settings.params, "chat_options": settings.chat, **_facts(config)}
+    job = Job(request.source, request.target, facts, overwrite=request.overwrite)
+    try:
+        job.run(make_worker, show_progress=request.show_progress)
+    except KeyboardInterrupt:
+        print(f"stopped: {job.summary}; the same command goes on", file=sys.stderr)
+        return INTERRUPTED
+    finally:
+        job.close()
+    print(f"{request.target}: {job.summary}")
+    return 0
+
+
+def _object(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, (dict, type(None))):
+        raise ValueError(f"{name} is {value!r}: it must be a JSON object")
+    return value or {}
+
+
+def _facts(config: EngineConfig) -> dict[str, Any]:
+    """The model, and the options that are not at their defaults."""
+    folder = os.path.expanduser(config.model)
+    model = os.path.realpath(folder) if os.path.isdir(folder) else config.model
+    options = {
+        option.name: getattr(config, option.name)
+        for option in fields(EngineConfig)
+        if option.name not in ("model", *FREE_OPTIONS)
+        and getattr(config, option.name) != option.default
+    }
+    return {"model": model, "options": options}

@@ -1,0 +1,1 @@
+"""The command `nanovllm`: one file for each of its commands."""

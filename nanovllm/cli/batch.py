@@ -1,0 +1,63 @@
+"""Answers a file of prompts with one engine or with several replicas.
+
+nanovllm batch prompts.jsonl -o out.jsonl [--model M] [--replicas N] [options of LLM]
+
+Each line of the input is a JSON object: "prompt" (text or token ids) or "messages", and optionally
+"id" and "params" (sampling parameters). The output has one line for each row, in the order of the
+input: an answer, or an "error". A job that was stopped goes on when it is started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from nanovllm import log
+from nanovllm.cli.engine_options import add_engine_options, engine_config
+from nanovllm.flags import Parser, json_value
+
+USAGE = "INPUT -o OUTPUT [options]"
+
+
+def add_arguments(parser: Parser) -> None:
+    add = parser.add_argument
+    add("input", metavar="INPUT", type=Path, help="a file with one JSON object per line")
+    add("-o", "--output", type=Path, required=True, metavar="FILE", help="the file to write")
+    add("--overwrite", action="store_true", help="start anew")
+    add("--replicas", type=int, default=1, metavar="N", help="engines; more than 1 need Ray")
+    add("--no-ray", action="store_true", help="one engine here, whatever --replicas says")
+    add("--ray-address", metavar="ADDRESS", help="a running cluster: HOST:PORT or auto")
+    params = "sampling parameters of all rows"
+    add("--params", type=json_value, metavar="JSON", help=params)
+    chat = "options of LLM.chat for messages"
+    add("--chat-options", type=json_value, metavar="JSON", help=chat)
+    progress = argparse.BooleanOptionalAction
+    add("--progress", action=progress, default=True, help="show a progress bar")
+    add_engine_options(parser)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Exit status 0: every row has its line in the output. 130: Ctrl-C has ended the job."""
+    from nanovllm.batch.command import Request, answer_file  # imports torch
+
+    log.configure()
+    request = Request(
+        args.input, args.output, engine_config(args), args.params, args.chat_options,
+        replicas=args.replicas, uses_ray=False if args.no_ray else None,
+        ray_address=args.ray_address, overwrite=args.overwrite, show_progress=args.progress,
+    )  # fmt: skip
+    with _sigterm_as_ctrl_c():
+        return answer_file(request)
+
+
+@contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """SIGTERM ends a job as cleanly as Ctrl-C."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,181 @@
+"""Sends a benchmark's requests from several processes, and puts their records together."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from nanovllm import env
+from nanovllm.cli import http
+from nanovllm.cli.bench import requests, results
+from nanovllm.cli.bench.serve import METRICS
+from nanovllm.cli.talk import first_model
+from nanovllm.platforms.cores import usable_cores
+
+MOST_CLIENTS = 6  # more gain nothing: one follows tens of thousands of tokens per second
+START_SECONDS = 0.1  # from the order to start until all clients have read it
+RETRY_SECONDS = 0.2
+LINE_BYTES = 1 << 31  # the longest line of a client: the records of all its requests
+
+
+class Server(NamedTuple):
+    """path: of the requests."""
+
+    url: str
+    path: str
+    api_key: str | None
+
+
+def measure(args: argparse.Namespace) -> int:
+    """Run the benchmark and print its results. Returns the exit status."""
+    _check(args)
+    url = args.base_url or f"http://{args.host}:{args.port}"
+    path = "/v1/chat/completions" if requests.is_chat(args) else "/v1/completions"
+    server = Server(url, args.endpoint or path, args.api_key or env.api_key())
+    model = http.run(_model(args, server))
+    bodies = requests.bodies(args, model)
+    rate, seed = args.request_rate, args.seed
+    times = requests.send_times(len(bodies), rate, args.burstiness, seed)
+    work = [{"at": at, "body": body} for at, body in zip(times, bodies)]
+    http.run(_warm_up(server, requests.warm_ups(args, model)))
+    num_clients = args.num_clients or min(MOST_CLIENTS, max(1, usable_cores() // 2))
+    num_clients = min(num_clients, len(work), args.max_concurrency or len(work))
+    records = asyncio.run(_send(server, work, num_clients, args))
+    found = results.summary(args, model, records)
+    print(results.table(args, found))
+    for line in results.errors(records):
+        print(line, file=sys.stderr)
+    if args.save_result or args.save_detailed:
+        print(f"written to {results.save(args, found, records)}")
+    return 1 if found["failed"] else 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Fill in what follows from other arguments. Raises ValueError for values out of range."""
+    if args.num_prompts is None:
+        args.num_prompts = requests.NUM_PROMPTS[args.dataset_name]
+    args.model = args.model or args.served_model_name
+    for name in ("num_prompts", "random_input_len", "random_output_len", "min_len", "vocab_size",
+                 "max_concurrency", "num_clients"):  # fmt: skip
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
+    if args.max_len < args.min_len:
+        raise ValueError(f"--max-len is {args.max_len}: it must be at least --min-len")
+    for name in ("request_rate", "burstiness"):
+        if not getattr(args, name) > 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be above 0")
+    if not 0 <= args.random_range_ratio < 1 or args.num_warmups < 0:
+        raise ValueError("--random-range-ratio must be in [0, 1), --num-warmups at least 0")
+    if not isinstance(args.extra_body, dict):
+        raise ValueError(f"--extra-body is {args.extra_body!r}: it must be a JSON object")
+    results.check(args, METRICS)
+
+
+async def _model(args: argparse.Namespace, server: Server) -> str:
+    """The name of the model, once the server answers."""
+    deadline = time.monotonic() + args.ready_check_timeout_sec
+    while True:
+        try:
+            found = await first_model(http.Client(server.url, server.api_key))
+            return str(args.model or found)
+        except (OSError, ValueError) as error:
+            if time.monotonic() >= deadline:
+                raise type(error)(f"no server at {server.url}: {error}") from error
+        await asyncio.sleep(RETRY_SECONDS)
+
+
+async def _warm_up(server: Server, bodies: Sequence[dict[str, Any]]) -> None:
+    """Raises ValueError with the server's message if it refuses these requests."""
+    client = http.Client(server.url, server.api_key)
+    sent = (client.send(client.request(server.path, body), lambda data: None) for body in bodies)
+    for answer in await asyncio.gather(*sent):
+        answer.checked()
+    client.close()
+
+
+async def _send(
+    server: Server, work: Sequence[dict[str, Any]], num_clients: int, args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """The records of all requests, in their order."""
+    shares = [work[i::num_clients] for i in range(num_clients)]
+    limits = _shares(args.max_concurrency, num_clients)
+    clients = [_Client(server, share, limit) for share, limit in zip(shares, limits)]
+    with tqdm(total=len(work), disable=args.disable_tqdm, unit="req", dynamic_ncols=True) as bar:
+        try:
+            await asyncio.gather(*(client.prepare() for client in clients))
+            start = time.monotonic() + START_SECONDS
+            found = await asyncio.gather(*(client.run(start, bar) for client in clients))
+        finally:
+            await asyncio.gather(*(client.end() for client in clients))
+    return [found[i % num_clients][i // num_clients] for i in range(len(work))]
+
+
+def _shares(total: int | None, num: int) -> list[int | None]:
+    """A number in nearly equal parts."""
+    if total is None:
+        return [None] * num
+    return [total // num + (i < total % num) for i in range(num)]
+
+
+class _Client:
+    """A process of `client.py`."""
+
+    def __init__(self, server: Server, work: Sequence[dict[str, Any]], limit: int | None) -> None:
+        self._work: dict[str, Any] = {
+            "url": server.url, "path": server.path, "api_key": server.api_key,
+            "limit": limit, "requests": work,
+        }  # fmt: skip
+        self._process: asyncio.subprocess.Process | None = None
+        self._has_sent_all = False
+
+    async def prepare(self) -> None:
+        """Start the process, and wait until it has made its requests."""
+        pipe = asyncio.subprocess.PIPE
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "nanovllm.cli.bench.client", stdin=pipe, stdout=pipe,
+            env=env.for_children(), limit=LINE_BYTES,
+        )  # fmt: skip
+        await self._write(json.dumps(self._work))
+        await self._line("ready")
+
+    async def run(self, start: float, bar: Any) -> list[dict[str, Any]]:
+        """Let it send at `start`, and return its records."""
+        await self._write(repr(start))
+        for _ in self._work["requests"]:
+            await self._line("done")
+            bar.update()
+        records = json.loads(await self._line(""))
+        self._has_sent_all = True
+        return records
+
+    async def end(self) -> None:
+        """End the process if it has not ended, and wait for that."""
+        if self._process is None:
+            return
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        if not self._has_sent_all:
+            with suppress(ProcessLookupError):
+                self._process.kill()
+        await self._process.wait()
+
+    async def _write(self, line: str) -> None:
+        assert self._process is not None and self._process.stdin is not None
+        self._process.stdin.write(line.encode() + b"\n")
+        await self._process.stdin.drain()
+
+    async def _line(self, expected: str) -> str:
+        assert self._process is not None and self._process.stdout is not None
+        line = (await self._process.stdout.readline()).decode().strip()
+        if not line or (expected and line != expected):
+            raise RuntimeError(f"a client process has ended or says {line[:99]!r}")
+        return line

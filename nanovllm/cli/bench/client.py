@@ -1,0 +1,133 @@
+"""A process that sends its part of a benchmark's requests, and notes when pieces of answers come.
+
+It reads the work as a line of JSON from stdin, writes "ready", reads the time at which to start,
+writes "done" for each answer, and at the end its records as a line of JSON. All times are of
+`time.monotonic`, which all processes of a machine share.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from time import monotonic
+from typing import Any
+
+from nanovllm.cli import http
+
+# what is in events that have more to tell than that a piece of text has come
+TELLING = tuple(
+    text.replace(b":", colon)
+    for text in (b'"choices":[]', b'"error"', b'"role":', b'"usage":{', b'"finish_reason":"')
+    for colon in (b":", b": ")
+)
+CONTENT = ("content", "reasoning_content", "tool_calls")
+
+
+class Record:
+    """One request. Times are in seconds; those of pieces are after `start`.
+
+    num_prompt, num_output: tokens, by the server's usage. error: None if all went well.
+    """
+
+    def __init__(self) -> None:
+        self.start = self.end = 0.0
+        self.times: list[float] = []
+        self.num_prompt = self.num_output = 0
+        self.error: str | None = None
+
+    def on_event(self, data: bytes) -> None:
+        """Note a piece of text. Most events say nothing else, and are not parsed."""
+        now = monotonic()
+        for text in TELLING:
+            if text in data:
+                self._read(json.loads(data), now)
+                return
+        self.times.append(now)
+
+    def _read(self, event: Mapping[str, Any], now: float) -> None:
+        if event.get("error"):
+            self.error = str(event["error"])
+        if usage := event.get("usage"):
+            self.num_prompt = usage.get("prompt_tokens", 0)
+            self.num_output = usage.get("completion_tokens", 0)
+        for choice in event.get("choices", ()):
+            if choice.get("finish_reason") in ("error", "abort"):
+                self.error = f"the answer ends with finish_reason {choice['finish_reason']!r}"
+            # conversations have events with the role alone, or with the reason of the end alone
+            if "delta" not in choice or any(choice["delta"].get(name) for name in CONTENT):
+                self.times.append(now)
+
+    async def send(self, client: http.Client, request: bytes) -> None:
+        self.start = monotonic()
+        try:
+            (await client.send(request, self.on_event)).checked()
+        except (OSError, ValueError) as error:
+            self.error = str(error) or type(error).__name__
+        self.end = monotonic()
+        if self.error is None and not (self.times and self.num_output):
+            self.error = "the server has sent no tokens" if not self.times else "no usage was sent"
+
+    def as_dict(self) -> dict[str, Any]:
+        times = [round(time - self.start, 6) for time in self.times]
+        return {
+            "start": self.start, "end": self.end, "times": times, "num_prompt": self.num_prompt,
+            "num_output": self.num_output, "error": self.error,
+        }  # fmt: skip
+
+
+async def send_all(
+    client: http.Client, requests: Sequence[tuple[float, bytes]], limit: int | None, start: float
+) -> list[Record]:
+    """Send requests, each so many seconds after `start`, and at most `limit` at the same time."""
+    slots = asyncio.Semaphore(limit or len(requests))
+
+    async def one(request: bytes) -> Record:
+        async with slots:
+            record = Record()
+            await record.send(client, request)
+        print("done", flush=True)
+        return record
+
+    tasks = []
+    for at, request in requests:
+        if (left := start + at - monotonic()) > 0:
+            await asyncio.sleep(left)
+        tasks.append(asyncio.create_task(one(request)))
+    return await asyncio.gather(*tasks)
+
+
+async def main() -> None:
+    work = json.loads(sys.stdin.readline())
+    client = http.Client(work["url"], work["api_key"])
+    requests = [(one["at"], client.request(work["path"], one["body"])) for one in work["requests"]]
+    _allow_connections(len(requests))
+    print("ready", flush=True)
+    start = float(sys.stdin.readline())
+    gc.freeze()
+    gc.disable()  # a collection would delay what is measured
+    records = await send_all(client, requests, work["limit"], start)
+    client.close()
+    print(json.dumps([record.as_dict() for record in records]), flush=True)
+
+
+def _allow_connections(num: int) -> None:
+    """Raise this process's limit on open files, as far as it may."""
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = num + 64
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
+
+
+if __name__ == "__main__":
+    try:
+        http.run(main())
+    except (KeyboardInterrupt, BrokenPipeError):
+        sys.exit(130)

@@ -1,0 +1,191 @@
+"""The results of `nanovllm bench serve`: numbers, a table and a file, with vLLM's names."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+WIDTH = 50  # of the table
+HEADS = {
+    "ttft": "Time to First Token",
+    "tpot": "Time per Output Token (excl. 1st token)",
+    "itl": "Inter-token Latency",
+    "e2el": "End-to-end Latency",
+}
+Records = Sequence[Mapping[str, Any]]
+
+
+def check(args: argparse.Namespace, metrics: Sequence[str]) -> None:
+    """Raises ValueError for metrics and percentiles that do not exist, and for wrong metadata."""
+    _metadata(args)
+    for name in _metrics(args):
+        if name not in metrics:
+            raise ValueError(f"--percentile-metrics has {name!r}: use {', '.join(metrics)}")
+    for number in _percentiles(args):
+        if not 0 <= number <= 100:
+            raise ValueError(f"--metric-percentiles has {number}: it must be in [0, 100]")
+
+
+def summary(args: argparse.Namespace, model: str, records: Records) -> dict[str, Any]:
+    """All numbers, in the order of vLLM's file of results."""
+    good = [one for one in records if one["error"] is None]
+    begin = min(one["start"] for one in records)
+    duration = max(one["end"] for one in records) - begin
+    num_input, num_output = (
+        sum(one[name] for one in good) for name in ("num_prompt", "num_output")
+    )
+    found: dict[str, Any] = {
+        "date": time.strftime("%Y%m%d-%H%M%S"),
+        "backend": args.backend,
+        "label": args.label,
+        "model_id": model,
+        "dataset_name": args.dataset_name,
+        "num_prompts": len(records),
+        "request_rate": args.request_rate if args.request_rate < math.inf else "inf",
+        "burstiness": args.burstiness,
+        "max_concurrency": args.max_concurrency,
+        "duration": duration,
+        "completed": len(good),
+        "failed": len(records) - len(good),
+        "total_input_tokens": num_input,
+        "total_output_tokens": num_output,
+        "request_throughput": len(good) / duration,
+        "output_throughput": num_output / duration,
+        "total_token_throughput": (num_input + num_output) / duration,
+        "max_output_tokens_per_s": _peak_rate(good),
+        "max_concurrent_requests": _peak_requests(records),
+        **_metadata(args),
+    }
+    for name, values in _values(good).items():
+        if name in _metrics(args):
+            found |= _statistics(name, values, _percentiles(args))
+    return found
+
+
+def table(args: argparse.Namespace, found: Mapping[str, Any]) -> str:
+    """The numbers as `vllm bench serve` prints them."""
+    lines = [f"{' Serving Benchmark Result ':=^{WIDTH}}"]
+    rows: list[tuple[str, Any]] = [
+        ("Successful requests:", found["completed"]), ("Failed requests:", found["failed"]),
+    ]  # fmt: skip
+    if found["max_concurrency"] is not None:
+        rows.append(("Maximum request concurrency:", found["max_concurrency"]))
+    if found["request_rate"] != "inf":
+        rows.append(("Request rate configured (RPS):", float(found["request_rate"])))
+    rows += [
+        ("Benchmark duration (s):", found["duration"]),
+        ("Total input tokens:", found["total_input_tokens"]),
+        ("Total generated tokens:", found["total_output_tokens"]),
+        ("Request throughput (req/s):", found["request_throughput"]),
+        ("Output token throughput (tok/s):", found["output_throughput"]),
+        ("Peak output token throughput (tok/s):", found["max_output_tokens_per_s"]),
+        ("Peak concurrent requests:", found["max_concurrent_requests"]),
+        ("Total token throughput (tok/s):", found["total_token_throughput"]),
+    ]
+    lines += _rows(rows)
+    for name in _metrics(args):
+        short = name.upper()
+        statistics = [("Mean", "mean"), ("Median", "median")]
+        statistics += [(f"P{one:g}", f"p{one:g}") for one in _percentiles(args)]
+        lines.append(f"{HEADS[name]:-^{WIDTH}}")
+        lines += _rows((f"{word} {short} (ms):", found[f"{key}_{name}_ms"])
+                       for word, key in statistics)  # fmt: skip
+    return "\n".join([*lines, "=" * WIDTH])
+
+
+def errors(records: Records) -> list[str]:
+    """A line for each kind of error, the most frequent first."""
+    counts = Counter(one["error"] for one in records if one["error"] is not None)
+    return [f"{count} requests: {error}" for error, count in counts.most_common()]
+
+
+def save(args: argparse.Namespace, found: Mapping[str, Any], records: Records) -> Path:
+    """Write the numbers as JSON; returns the path."""
+    limit = f"-concurrency{args.max_concurrency}" if args.max_concurrency else ""
+    name = f"{args.label or args.backend}-{args.request_rate}qps{limit}-"
+    name += f"{Path(found['model_id']).name}-{found['date']}.json"
+    path = Path(args.result_dir or ".", args.result_filename or name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data = dict(found)
+    if args.save_detailed:
+        data |= {
+            "input_lens": [one["num_prompt"] for one in records],
+            "output_lens": [one["num_output"] for one in records],
+            "ttfts": [one["times"][0] if one["times"] else 0.0 for one in records],
+            "itls": [_gaps(one) for one in records],
+            "errors": [one["error"] or "" for one in records],
+        }
+    path.write_text(json.dumps(data), encoding="utf-8")
+    return path
+
+
+def _metadata(args: argparse.Namespace) -> dict[str, str]:
+    """Raises ValueError for what is not KEY=VALUE."""
+    pairs = [text.partition("=") for text in args.metadata]
+    if wrong := [name for name, mark, _ in pairs if not (name and mark)]:
+        raise ValueError(f"--metadata has {wrong[0]!r}: it must be KEY=VALUE")
+    return {name: value for name, _, value in pairs}
+
+
+def _peak_rate(good: Records) -> float:
+    """Tokens in the best second. A piece counts as an equal part of its answer."""
+    if not good:
+        return 0.0
+    pieces = [np.array(one["times"]) + one["start"] for one in good]
+    weights = [np.full(len(one["times"]), one["num_output"] / len(one["times"])) for one in good]
+    times = np.concatenate(pieces)
+    seconds = (times - times.min()).astype(int)
+    return float(np.bincount(seconds, np.concatenate(weights)).max())
+
+
+def _peak_requests(records: Records) -> int:
+    """The most requests at the same time."""
+    changes = [(one["start"], 1) for one in records] + [(one["end"], -1) for one in records]
+    return int(np.cumsum([change for _, change in sorted(changes)]).max())
+
+
+def _values(good: Records) -> dict[str, list[float]]:
+    """The values of each metric in seconds."""
+    several = [one for one in good if one["num_output"] > 1]
+    return {
+        "ttft": [one["times"][0] for one in good],
+        "tpot": [(one["times"][-1] - one["times"][0]) / (one["num_output"] - 1) for one in several],
+        "itl": [gap for one in good for gap in _gaps(one)],
+        "e2el": [one["times"][-1] for one in good],
+    }
+
+
+def _gaps(one: Mapping[str, Any]) -> list[float]:
+    return [later - earlier for earlier, later in zip(one["times"], one["times"][1:])]
+
+
+def _statistics(name: str, values: list[float], percentiles: list[float]) -> dict[str, float]:
+    """In milliseconds; 0 without any value."""
+    ms = 1e3 * np.array(values or [0.0])
+    found = {"mean": ms.mean(), "median": np.median(ms), "std": ms.std()}
+    found |= {f"p{one:g}": np.percentile(ms, one) for one in percentiles}
+    return {f"{key}_{name}_ms": float(value) for key, value in found.items()}
+
+
+def _rows(rows: Any) -> Iterator[str]:
+    for head, value in rows:
+        yield (
+            f"{head:<40} {value:<10.2f}" if isinstance(value, float) else f"{head:<40} {value:<10}"
+        )
+
+
+def _metrics(args: argparse.Namespace) -> list[str]:
+    return [name for name in args.percentile_metrics.split(",") if name]
+
+
+def _percentiles(args: argparse.Namespace) -> list[float]:
+    """Raises ValueError for what is no number."""
+    return [float(number) for number in args.metric_percentiles.split(",") if number]

@@ -1,0 +1,156 @@
+"""Says what this machine has, and what an engine with these options would pick, and why.
+
+    nanovllm info
+    nanovllm info Qwen/Qwen3-0.6B --max-num-seqs 64 --json
+
+Reads the model's config.json, no weights. Kernels in C++ that the store lacks are compiled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import TYPE_CHECKING, Any
+
+from nanovllm.cli.engine_options import add_engine_options, engine_config
+from nanovllm.flags import Parser
+
+if TYPE_CHECKING:
+    from nanovllm.config import EngineConfig
+    from nanovllm.startup.choose import Choice
+
+USAGE = "[MODEL] [--json] [options]"
+OPTIONAL = (
+    "triton", "flash-attn", "ray", "pillow", "av", "starlette", "uvicorn", "uvloop", "httptools",
+    "msgspec", "prometheus_client", "xgrammar", "llguidance",
+)  # fmt: skip
+GIVEN = "as given"
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("--json", action="store_true", help="write an object of JSON")
+    add_engine_options(parser, positional=True)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Print it. Raises ValueError for options that device or model do not support."""
+    config = engine_config(args)
+    from nanovllm.startup.choose import choose_without_weights  # imports torch
+
+    choice = choose_without_weights(config)
+    found = {
+        "versions": _versions(),
+        "devices": _devices(),
+        "attention": _attention(choice),
+        "model": _model(choice),
+        "picked": _picked(choice, config),
+    }
+    if args.json:
+        print(json.dumps(found, indent=1))
+        return
+    for title, rows in found.items():
+        print(f"{title}:")
+        for name, value in rows.items():
+            if isinstance(value, dict):
+                value = f"{value['value']}  ({value['why']})"
+            print(f"  {name:<24}{value}")
+
+
+def _versions() -> dict[str, str]:
+    from importlib import metadata
+
+    from nanovllm import __version__
+    from nanovllm.cli.bench.engines import versions
+
+    found = {"nanovllm": __version__, **versions()}
+    for package in OPTIONAL:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found.setdefault(package, "not installed")
+    return found
+
+
+def _devices() -> dict[str, str]:
+    from nanovllm import platforms
+
+    return {
+        name: "can be used" if problem is None else f"cannot be used: {problem}"
+        for name, problem in platforms.unusable().items()
+    }
+
+
+def _attention(choice: Choice) -> dict[str, str]:
+    from nanovllm.platforms.attention import attention_facts
+
+    rows = attention_facts(choice.platform)
+    return {name: text for name, text in rows.items() if name not in ("device", "installed")}
+
+
+def _model(choice: Choice) -> dict[str, Any]:
+    cfg, spec = choice.model.config, choice.spec
+    return {
+        "name": choice.config.model,
+        "architecture": cfg.architecture,
+        "layers": cfg.num_layers,
+        "vocabulary": cfg.vocab_size,
+        "weights_gib": round(choice.model.param_bytes(spec.weight_format) / 2**30, 3),
+        "cache_bytes_per_token": choice.model.kv_bytes_per_token(spec.cache_dtype),
+        "longest_sequence": cfg.max_position,
+    }
+
+
+def _picked(choice: Choice, config: EngineConfig) -> dict[str, dict[str, Any]]:
+    """The options that are chosen when a model is loaded: {name: {"value": …, "why": …}}."""
+    platform, spec, layout = choice.platform, choice.spec, choice.spec.layout
+    traits = platform.traits
+    store = choice.store.folder
+    rows = {
+        "device": (f"{platform.device} ({platform.describe()})", _why_device()),
+        "dtype": (_name(choice.model.config.dtype), _why_dtype(choice)),
+        "mode": _mode(choice, config),
+        "attention_backend": (spec.attention or "the device's own kernels", "auto"),
+        "kv_cache_dtype": (_name(spec.cache_dtype), "the model's dtype"),
+        "max_model_len": (layout.max_model_len, "the model's longest sequence"),
+        "max_num_seqs": (layout.max_num_seqs, "the device's default"),
+        "max_num_batched_tokens": (layout.prefill_tokens[-1], "the device's default"),
+        "kvcache_block_size": (layout.block_size, "the default of the attention backend"),
+        "graph_batch_sizes": (list(layout.decode_rows), "the device's default"),
+        "run_ahead": (traits.run_ahead, "the device's default"),
+        "compile_cache": (str(store), "NANOVLLM_CACHE, or the folder of this user"),
+    }
+    picked = {}
+    for name, (value, why) in rows.items():
+        is_given = getattr(config, name, None) not in (None, "auto")
+        if name == "run_ahead" and config.run_ahead is not None:
+            value = config.run_ahead
+        picked[name] = {"value": value, "why": GIVEN if is_given else why}
+    return picked
+
+
+def _name(dtype: object) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _why_device() -> str:
+    from nanovllm import platforms
+
+    return f"the first of {', '.join(platforms.DEVICES)} that can be used"
+
+
+def _why_dtype(choice: Choice) -> str:
+    if choice.platform.traits.auto_dtype is choice.model.config.dtype:
+        return f"the default on a {choice.platform.traits.name}"
+    stored = getattr(choice.hf, "dtype", None)
+    if stored is choice.model.config.dtype:
+        return "the checkpoint's"
+    return f"the device does not have the checkpoint's {_name(stored)}"
+
+
+def _mode(choice: Choice, config: EngineConfig) -> tuple[str, str]:
+    if config.enforce_eager:
+        return "eager", "enforce_eager is given"
+    lowering, problem = choice.platform.lowering()
+    if lowering is None:
+        return "eager", problem
+    return "graph", "the device compiles whole regions"

@@ -1,0 +1,94 @@
+"""nanovllm: an inference engine for large language models."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any, NamedTuple
+
+from nanovllm.flags import Parser, nearest
+from nanovllm.tools import command_line
+
+INTERRUPTED = 130  # the exit status of a shell's command after Ctrl-C
+
+
+class Command(NamedTuple):
+    """A module with `USAGE`, `add_arguments(parser)` and `main(args)`, and what it does.
+
+    The modules import nothing heavy at their top, so that --help is fast.
+    """
+
+    module: str
+    summary: str
+
+
+COMMANDS = {
+    "serve": Command("nanovllm.cli.serve", "answer over HTTP, with OpenAI's API"),
+    "chat": Command("nanovllm.cli.chat", "talk to a model in the terminal"),
+    "run": Command("nanovllm.cli.run", "answer one prompt"),
+    "bench throughput": Command("nanovllm.cli.bench.throughput", "tokens per second of an engine"),
+    "bench latency": Command("nanovllm.cli.bench.latency", "the same for one request at a time"),
+    "bench serve": Command("nanovllm.cli.bench.serve", "speed and delays of a running server"),
+    "batch": Command("nanovllm.cli.batch", "answer a file of prompts"),
+    "precompile": Command("nanovllm.cli.precompile", "compile a model's programs ahead of time"),
+    "cache": Command("nanovllm.cli.cache", "list, verify or prune compiled programs"),
+    "report": Command("nanovllm.cli.report", "draw a step with the cost of each kernel"),
+    "info": Command("nanovllm.cli.info", "what this machine has, and what would be picked"),
+}
+
+
+def entry() -> int:
+    """The console script: the exit status of the command in `sys.argv`."""
+    return command_line.run(main)
+
+
+def main(words: Sequence[str] | None = None) -> int | None:
+    """Run the command that the words begin with."""
+    words = sys.argv[1:] if words is None else words
+    groups = {name.split()[0] for name in COMMANDS if " " in name}
+    num_words = 2 if words and words[0] in groups else 1
+    name = " ".join(words[:num_words])
+    if name in COMMANDS:
+        return run(name, words[num_words:])
+    group = words[0] if num_words == 2 else ""
+    program = f"nanovllm {group}".strip()
+    asked = words[num_words - 1] if len(words) >= num_words else "--help"
+    if asked in ("-h", "--help"):
+        print(_overview(program, group), end="")
+        return 0
+    if asked == "--version" and not group:
+        from nanovllm import __version__
+
+        print(f"nanovllm {__version__}")
+        return 0
+    known = [one.removeprefix(group).strip() for one in COMMANDS if one.startswith(group)]
+    what = "option" if asked.startswith("-") else "command"
+    hint = nearest(
+        asked, dict.fromkeys(word for one in known for word in one.split()), f"{program} --help"
+    )
+    print(f"{program}: error: unknown {what} {asked}{hint}", file=sys.stderr)
+    return command_line.STATUS
+
+
+def run(name: str, words: Sequence[str] | None = None, *, program: str = "") -> int | None:
+    """Run a command of `COMMANDS` with the words after its name; None: those of `sys.argv`.
+
+    `program` is the name of a script that stands for the command.
+    """
+    module: Any = import_module(COMMANDS[name].module)
+    program = program or f"nanovllm {name}"
+    parser = Parser(prog=program, usage=f"{program} {module.USAGE}", description=module.__doc__)
+    module.add_arguments(parser)
+    try:
+        return module.main(parser.parse_args(words))
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _overview(program: str, group: str) -> str:
+    names = [name for name in COMMANDS if name.startswith(group)]
+    lines = [f"  {name.removeprefix(group).strip():<18}{COMMANDS[name].summary}" for name in names]
+    head = [f"usage: {program} COMMAND [options]", "", str(__doc__), "", "commands:"]
+    return "\n".join([*head, *lines, "", f"{program} COMMAND --help lists its options.", ""])

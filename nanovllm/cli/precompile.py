@@ -1,0 +1,85 @@
+"""Compile a model's programs and kernels before its first start. Reads config.json, no weights.
+
+    nanovllm precompile --model Qwen/Qwen3-0.6B --bs 1 2 4 8 16 --out /var/cache/qwen3
+
+Then, in Python:
+
+    LLM("Qwen/Qwen3-0.6B", compile_cache="/var/cache/qwen3", compile_cache_mode="require",
+        graph_batch_sizes=[1, 2, 4, 8, 16])
+
+Options that shape programs must be the same for `LLM`. A store serves every checkpoint of the same
+shape.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nanovllm import env, log
+from nanovllm.cli.engine_options import add_engine_options, engine_config
+from nanovllm.flags import Parser
+
+if TYPE_CHECKING:
+    from nanovllm.config import EngineConfig
+    from nanovllm.startup.compile_farm.tasks import Outcome
+
+USAGE = "[MODEL] [--out DIR] [options]"
+
+
+def add_arguments(parser: Parser) -> None:
+    add = parser.add_argument
+    sizes = "the same as --graph-batch-sizes"
+    add("--bs", type=int, nargs="+", metavar="ROWS", dest="graph_batch_sizes", help=sizes,
+        default=argparse.SUPPRESS)  # fmt: skip
+    store = "the same as --compile-cache: created, for its owner only, if it does not exist"
+    add("--out", type=Path, metavar="DIR", dest="compile_cache", help=store,
+        default=argparse.SUPPRESS)  # fmt: skip
+    jobs = "processes; default: half the cores, at most 8; 1 on an NPU"
+    add("--jobs", type=int, metavar="N", help=jobs)
+    add_engine_options(parser, positional=True)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Exit status 1: a process that compiles has failed. Raises ValueError and OSError."""
+    if args.jobs is not None and args.jobs < 1:
+        raise ValueError(f"--jobs is {args.jobs}: it must be at least 1")
+    log.configure()
+    config = engine_config(args)
+    started = time.perf_counter()
+    outcomes = _filled(config, args.jobs)
+    if outcomes is None:
+        return 1
+    programs, found = sum(one.programs for one in outcomes), sum(one.found for one in outcomes)
+    kernels, seconds = sum(one.kernels for one in outcomes), time.perf_counter() - started
+    store = config.compile_cache or env.read().store_folder(None)
+    print(
+        f"{store}: {len(outcomes)} buckets, {programs} programs compiled, {found} were there, "
+        f"{kernels} kernels compiled, {seconds:.1f} s"
+    )
+    return 0
+
+
+def _filled(config: EngineConfig, jobs: int | None) -> list[Outcome] | None:
+    """What was compiled, bucket by bucket, with a progress bar. None if a process has failed."""
+    from tqdm import tqdm
+
+    from nanovllm.startup.compile_farm.farm import WorkerFailed
+    from nanovllm.startup.precompile import fill  # imports torch
+
+    with tqdm(desc="compiling", unit="bucket", dynamic_ncols=True) as bar:
+
+        def progress(outcome: Outcome, num_buckets: int) -> None:
+            bar.total = num_buckets
+            bar.set_postfix_str(f"{outcome.bucket[0]} {outcome.bucket[1]}")
+            bar.update()
+
+        try:
+            return fill(config, jobs, progress)
+        except WorkerFailed as error:
+            bar.close()
+            print(f"nanovllm precompile: {error}", file=sys.stderr)
+            return None

@@ -1,0 +1,199 @@
+"""Whom `chat` and `run` ask: a model in this process, or one behind a server."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
+
+from nanovllm import env
+from nanovllm.checks import hints
+from nanovllm.cli import http
+from nanovllm.cli.engine_options import add_engine_options, engine_options
+from nanovllm.flags import Parser, add_flag, documented, json_value
+from nanovllm.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from nanovllm.llm import LLM
+
+# The parameters that matter for one answer in a terminal. The seed is the engine's option.
+SAMPLING = (
+    "temperature", "top_p", "top_k", "min_p", "max_tokens", "min_tokens", "repetition_penalty",
+    "presence_penalty", "frequency_penalty", "stop", "ignore_eos",
+)  # fmt: skip
+Messages = Sequence[Mapping[str, str]]
+Write = Callable[[str], None]
+
+
+class Model(Protocol):
+    """Gives answers piece by piece."""
+
+    def answer(self, messages: Messages, write: Write, think: Write) -> None:
+        """Write the answer to a conversation, and what a server marks as reasoning to `think`.
+
+        Ctrl-C ends the answer and raises KeyboardInterrupt. Raises ValueError and OSError.
+        """
+        ...
+
+    def complete(self, prompt: str, write: Write) -> None:
+        """Write the text that continues a prompt."""
+        ...
+
+    @property
+    def has_template(self) -> bool: ...
+
+
+def add_arguments(parser: Parser, *, positional: bool) -> None:
+    """Add the options of both models. `positional`: the first word is the model."""
+    add = parser.add_argument
+    add("--url", help="ask the server at this URL, such as http://127.0.0.1:8000")
+    add("--api-key", metavar="KEY", help="of the server (default: the variable OPENAI_API_KEY)")
+    template = 'variables of the chat template, such as {"enable_thinking": false}'
+    add("--chat-template-kwargs", type=json_value, metavar="JSON", default={}, help=template)
+    sampling = parser.add_argument_group("sampling parameters", "Those of SamplingParams.")
+    texts, types = documented(SamplingParams), hints(SamplingParams)
+    for name in SAMPLING:
+        hint = Sequence[str] if name == "stop" else types[name]
+        add_flag(sampling, name, hint, texts[name])
+    add_engine_options(parser, positional=positional)
+
+
+def open_model(args: argparse.Namespace) -> Model:
+    """The model that the arguments name. Raises ValueError for options that do not go together."""
+    sampling = {name: value for name, value in vars(args).items() if name in SAMPLING}
+    variables = args.chat_template_kwargs
+    if not isinstance(variables, dict):
+        raise ValueError(f"chat_template_kwargs is {variables!r}: it must be a JSON object")
+    model, options = engine_options(args)
+    if args.url is None:
+        if args.api_key is not None:
+            raise ValueError("--api-key goes with --url")
+        from nanovllm.llm import LLM
+
+        return LocalModel(LLM(model, **options), sampling, variables)
+    if "seed" in options:
+        sampling["seed"] = options.pop("seed")
+    if options:
+        flag = f"--{next(iter(options)).replace('_', '-')}"
+        raise ValueError(f"{flag} is an option of an engine: it does not go with --url")
+    if variables:
+        sampling["chat_template_kwargs"] = variables
+    SamplingParams(**{name: sampling[name] for name in SAMPLING if name in sampling})  # checks them
+    name = args.model or getattr(args, "model_word", None)
+    return ServedModel(args.url, args.api_key or env.api_key(), name, sampling)
+
+
+class LocalModel:
+    """A model in this process."""
+
+    def __init__(self, llm: LLM, sampling: Mapping[str, Any], variables: Mapping[str, Any]) -> None:
+        self.llm, self.variables = llm, variables
+        self.params = llm.get_default_sampling_params()
+        for name, value in {"max_tokens": None, **sampling}.items():
+            setattr(self.params, name, value)
+
+    @property
+    def has_template(self) -> bool:
+        tokenizer = self.llm.engine.tokenizer
+        return tokenizer is not None and bool(tokenizer.for_reading.chat_template)
+
+    def answer(self, messages: Messages, write: Write, think: Write) -> None:
+        (ids,) = self.llm.chat_prompts(messages, chat_template_kwargs=self.variables)
+        self._stream({"prompt_token_ids": ids}, write)
+
+    def complete(self, prompt: str, write: Write) -> None:
+        self._stream(prompt, write)
+
+    def _stream(self, prompt: Any, write: Write) -> None:
+        with _ctrl_c() as stops, closing(self.llm.stream(prompt, self.params)) as pieces:  # type: ignore[type-var]
+            for piece in pieces:
+                write(piece.text)
+                if piece.error is not None:
+                    raise ValueError(piece.error)
+                if stops():
+                    raise KeyboardInterrupt
+
+
+class ServedModel:
+    """A model behind a server with OpenAI's API."""
+
+    has_template = True  # the server says so if not
+
+    def __init__(
+        self, url: str, api_key: str | None, model: str | None, params: Mapping[str, Any]
+    ) -> None:
+        """Asks the server for its model if none is named. Raises ValueError and OSError."""
+        self.client, self.params = http.Client(url, api_key), dict(params)
+        self.params["model"] = model or http.run(first_model(self.client))
+
+    def answer(self, messages: Messages, write: Write, think: Write) -> None:
+        def on_choice(choice: dict[str, Any]) -> None:
+            delta = choice.get("delta", {})
+            think(delta.get("reasoning_content") or "")
+            write(delta.get("content") or "")
+
+        self._stream("/v1/chat/completions", {"messages": list(messages)}, on_choice)
+
+    def complete(self, prompt: str, write: Write) -> None:
+        def on_choice(choice: dict[str, Any]) -> None:
+            write(choice.get("text") or "")
+
+        # without max_tokens, a completion has 16
+        self._stream("/v1/completions", {"max_tokens": 4096, "prompt": prompt}, on_choice)
+
+    def _stream(
+        self, path: str, body: dict[str, Any], on_choice: Callable[[dict[str, Any]], None]
+    ) -> None:
+        errors: list[str] = []
+
+        def on_event(data: bytes) -> None:
+            event = json.loads(data)
+            if "error" in event:
+                errors.append(http.error_text(data))
+            for choice in event.get("choices", ()):
+                on_choice(choice)
+
+        async def ask() -> None:
+            try:
+                request = self.client.request(path, {**body, **self.params, "stream": True})
+                (await self.client.send(request, on_event)).checked()
+            finally:
+                self.client.close()  # the next answer has an event loop of its own
+
+        http.run(ask())
+        if errors:
+            raise ValueError(f"the server ends the answer: {errors[0]}")
+
+
+async def first_model(client: http.Client) -> str:
+    """The name of the model that a server has, the first if there are several."""
+    try:
+        return str((await client.get("/v1/models"))["data"][0]["id"])
+    except (KeyError, IndexError, TypeError):
+        raise ValueError("the server names no model at /v1/models: use --model") from None
+    finally:
+        client.close()
+
+
+@contextmanager
+def _ctrl_c() -> Iterator[Callable[[], bool]]:
+    """A function that says whether Ctrl-C was pressed. It interrupts no step; twice it does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    pressed: list[int] = []
+
+    def press(number: int, frame: object) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(number)
+
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, before)

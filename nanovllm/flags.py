@@ -1,0 +1,183 @@
+"""Flags of a command line, made from a dataclass of options: its annotations and its docstring."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import re
+import sys
+import textwrap
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import MISSING, Field, fields
+from os import PathLike
+from typing import Any, NoReturn, Protocol, get_args, get_origin
+
+from nanovllm.checks import hints
+
+ENTRY = re.compile(r"(\w+(?:, \w+)*): ")  # names at the beginning of a docstring's paragraph
+SWITCHED = {"on": True, "true": True, "off": False, "false": False}
+
+
+class Arguments(Protocol):
+    """A parser or a group of its arguments."""
+
+    def add_argument(self, *names: str, **options: Any) -> argparse.Action: ...
+
+
+class Parser(argparse.ArgumentParser):
+    """Names the nearest option for an unknown one, and takes `--a_b` for `--a-b`.
+
+    Errors are one line: the usage of a command with 50 options would hide them.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(**options, allow_abbrev=False)
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        words = sys.argv[1:] if args is None else list(args)
+        return super().parse_known_args(self._named(words), namespace)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def _named(self, words: list[str]) -> list[str]:
+        """The words with hyphens in the names of options. Ends the program for unknown names."""
+        known = self._option_string_actions
+        end = words.index("--") if "--" in words else len(words)
+        found = []
+        for word in words[:end]:
+            name, mark, value = word.partition("=")
+            # as argparse does: what has a space is no option
+            if name.startswith("--") and " " not in name:
+                hyphened = name.replace("_", "-")
+                if hyphened not in known:
+                    self.error(
+                        f"unknown option {name}{nearest(hyphened, known, self.prog + ' --help')}"
+                    )
+                word = hyphened + mark + value
+            found.append(word)
+        return found + words[end:]
+
+
+def nearest(name: str, known: Iterable[str], help_command: str) -> str:
+    """The end of a message about an unknown name: what it may have meant, or where names are."""
+    found = difflib.get_close_matches(name, known, n=1)
+    return f": did you mean {found[0]}?" if found else f": see {help_command}"
+
+
+class Switch(argparse.Action):
+    """`--x` is True, `--no-x` False, and `--x TEXT` a text; "on" and "off" are True and False."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **options: Any) -> None:
+        self.negative = [f"--no-{name[2:]}" for name in option_strings]
+        names = [*option_strings, *self.negative]
+        super().__init__(names, dest, nargs="?", **options)
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        is_negative = option_string in self.negative
+        if is_negative and values is not None:
+            parser.error(f"{option_string} takes no value")
+        value = not is_negative if values is None else SWITCHED.get(values, values)
+        setattr(namespace, self.dest, value)
+
+
+def add_flags(to: Arguments, options: type, *, skip: Collection[str] = ()) -> None:
+    """Add a flag for each field of a dataclass but those in `skip`. A flag that is not given leaves
+    nothing in the namespace, so defaults stay with the class."""
+    texts = documented(options)
+    for field in fields(options):
+        if field.name not in skip:
+            text = texts.get(field.name, "") + _default_text(field)
+            add_flag(to, field.name, hints(options)[field.name], text)
+
+
+def add_flag(to: Arguments, name: str, hint: Any, text: str, *, dest: str | None = None) -> None:
+    """Add the flag of one option with an annotated type."""
+    help_text = text.replace("%", "%%")
+    reading = {"help": help_text, "default": argparse.SUPPRESS, **_reading(hint)}
+    to.add_argument(f"--{name.replace('_', '-')}", dest=dest or name, **reading)
+
+
+def given(args: argparse.Namespace, options: type) -> dict[str, Any]:
+    """The options of a dataclass that were given on the command line."""
+    names = {field.name for field in fields(options)}
+    return {name: value for name, value in vars(args).items() if name in names}
+
+
+def documented(options: type) -> dict[str, str]:
+    """What the docstring of a dataclass says about each option, as one line.
+
+    A paragraph about options begins with their names, "a: …" or "a, b: …"; its other lines are
+    indented further. A paragraph about two options is the text of both.
+    """
+    head, _, body = (options.__doc__ or "").partition("\n")
+    texts: dict[str, str] = {}
+    names: list[str] = []
+    for line in [head, *textwrap.dedent(body).splitlines()]:
+        if match := ENTRY.match(line):
+            names, line = match[1].split(", "), line[match.end() :]
+        elif not line.startswith(" "):
+            names = []
+        for name in names:
+            texts[name] = f"{texts.get(name, '')} {line.strip()}".strip()
+    return texts
+
+
+def _default_text(field: Field[Any]) -> str:
+    if field.default is MISSING or field.default in (None, "", ()) or field.default is False:
+        return ""
+    shown = "yes" if field.default is True else field.default
+    return f" (default: {shown})"
+
+
+def _reading(hint: Any) -> dict[str, Any]:
+    """How argparse reads values of an annotated type."""
+    several = next((one for one in _choices(hint) if _origin(one) is Sequence), None)
+    if several is not None:
+        inner = _reading(get_args(several)[0])
+        return {**inner, "nargs": "*"}
+    kinds = {_origin(one) for one in _choices(hint)} - {type(None)}
+    if kinds == {bool}:
+        return {"action": argparse.BooleanOptionalAction}
+    if bool in kinds:
+        return {"action": Switch, "metavar": "WHAT"}
+    if Mapping in kinds:
+        return {"type": json_value, "metavar": "JSON"}
+    if kinds == {int, str}:
+        return {"type": _number_or_text, "metavar": "N"}
+    for kind, metavar in ((float, "X"), (int, "N")):
+        if kind in kinds:
+            return {"type": kind, "metavar": metavar}
+    return {"type": str, "metavar": "PATH" if PathLike in kinds else "TEXT"}
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    """The types of a union; one type for any other annotation."""
+    return (
+        (hint,) if get_origin(hint) in (Sequence, Mapping, PathLike) else get_args(hint) or (hint,)
+    )
+
+
+def _origin(hint: Any) -> Any:
+    return get_origin(hint) or hint
+
+
+def _number_or_text(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
+
+
+def json_value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {error}") from error

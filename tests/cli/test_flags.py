@@ -1,0 +1,213 @@
+"""Flags are made from the fields, types and docstring of a class of options."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from importlib import import_module
+from importlib.util import find_spec
+from os import PathLike
+from typing import Any
+
+import pytest
+
+from nanovllm.cli.engine_options import add_engine_options, engine_config, engine_options
+from nanovllm.compat.options import ONE_VALUE, SAME_MEANING
+from nanovllm.config import EngineConfig
+from nanovllm.flags import Parser, add_flags, documented, given
+from nanovllm.sampling import SamplingParams
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of a test, 50 % of them numbers.
+
+    first: a text: with a colon,
+        and a second line of 100 %.
+    low, high: two numbers.
+
+    Not about an option: this.
+    switch: on or off.
+    """
+
+    first: str = "a"
+    low: int = 1
+    high: float | None = None
+    switch: bool = True
+    negative: bool = False
+    names: Sequence[str] = ()
+    sizes: Sequence[int] | None = None
+    table: Mapping[str, int] | None = None
+    both: int | str | None = None
+    three: bool | str = "auto"
+    folder: str | PathLike[str] | None = None
+
+
+def parser(options: type = Options) -> Parser:
+    made = Parser(prog="tool")
+    add_flags(made, options)
+    return made
+
+
+def read(*words: str) -> dict[str, Any]:
+    return given(parser().parse_args(list(words)), Options)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("", {}),
+        ("--first x=1", {"first": "x=1"}),
+        ("--low 3 --high inf", {"low": 3, "high": float("inf")}),
+        ("--no-switch --negative", {"switch": False, "negative": True}),
+        ("--names a b", {"names": ["a", "b"]}),
+        ("--sizes 1 19 --low=2", {"sizes": [1, 19], "low": 2}),
+        ("--sizes", {"sizes": []}),
+        ('--table {"a":1}', {"table": {"a": 1}}),
+        ("--both 5", {"both": 5}),
+        ("--both 5GiB", {"both": "5GiB"}),
+        ("--three", {"three": True}),
+        ("--no-three", {"three": False}),
+        ("--three auto", {"three": "auto"}),
+        ("--three off", {"three": False}),
+        ("--folder /x_y", {"folder": "/x_y"}),
+    ],
+)
+def test_a_flag_reads_a_value_of_its_annotated_type(words: str, expected: dict[str, Any]) -> None:
+    found = read(*words.split())
+    assert found == expected
+    assert list(map(type, found.values())) == list(map(type, expected.values()))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--lwo 3", "tool: error: unknown option --lwo: did you mean --low?"),
+        ("--no_swich", "unknown option --no_swich: did you mean --no-switch?"),
+        ("--zzz=3", "unknown option --zzz: see tool --help"),
+        ("--fir x", "unknown option --fir: did you mean --first?"),
+        ("--low x", "argument --low: invalid int value: 'x'"),
+        ("--table {", "argument --table: '{' is no JSON: Expecting property name"),
+        ("--no-three auto", "--no-three takes no value"),
+    ],
+)
+def test_a_mistake_is_one_line_with_the_nearest_name(
+    words: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        read(*words.split())
+    err = capsys.readouterr().err
+    assert ended.value.code == 2 and message in err and err.count("\n") == 1
+
+
+def test_underscores_are_hyphens_in_names_and_stay_in_values() -> None:
+    made = Parser()
+    made.add_argument("--long-name")
+    made.add_argument("rest", nargs="*")
+    for words in (["--long_name", "a_b"], ["--long_name=a_b"], ["--long-name", "a_b"]):
+        assert made.parse_args(words).long_name == "a_b"
+    assert made.parse_args(["--", "--long_name"]).rest == ["--long_name"]
+    assert made.parse_args(["--no such option"]).rest == ["--no such option"]
+
+
+def test_help_is_the_text_of_the_docstring() -> None:
+    texts = documented(Options)
+    assert texts == {
+        "first": "a text: with a colon, and a second line of 100 %.",
+        "low": "two numbers.",
+        "high": "two numbers.",
+        "switch": "on or off.",
+    }
+    shown = " ".join(parser().format_help().split())
+    assert "a second line of 100 %. (default: a)" in shown and "on or off. (default: yes)" in shown
+
+
+def classes() -> list[type]:
+    server = (
+        import_module("nanovllm.api.config").ServerConfig if find_spec("nanovllm.api") else None
+    )
+    return [EngineConfig, *([server] if server else [])]
+
+
+@pytest.mark.parametrize("options", classes(), ids=lambda one: one.__name__)
+def test_every_option_is_a_flag_with_help(options: type) -> None:
+    texts = documented(options)
+    made = Parser()
+    add_flags(made, options)
+    for field in fields(options):
+        assert texts.get(field.name), f"{options.__name__}'s docstring lacks {field.name}"
+        flag = f"--{field.name.replace('_', '-')}"
+        assert made._option_string_actions[flag].dest == field.name
+
+
+def test_sampling_parameters_of_a_terminal_are_documented() -> None:
+    from nanovllm.cli.talk import SAMPLING
+
+    assert set(SAMPLING) <= documented(SamplingParams).keys()
+
+
+# options of an engine -----------------------------------------------------------------------------
+
+
+def engine_args(*words: str) -> argparse.Namespace:
+    made = Parser(prog="tool")
+    add_engine_options(made, positional=True)
+    return made.parse_args(list(words))
+
+
+def test_the_model_is_the_first_word_or_an_option() -> None:
+    assert engine_options(engine_args()) == ("tiny-qwen3", {})
+    for words in (["a/b"], ["--model", "a/b"], ["a/b", "--model", "a/b"]):
+        assert engine_options(engine_args(*words)) == ("a/b", {})
+    with pytest.raises(ValueError, match="MODEL is 'a/b', but --model is 'c'"):
+        engine_options(engine_args("a/b", "--model", "c"))
+
+
+def test_flags_give_the_config_that_options_give() -> None:
+    words = """--max_model_len 64 --enforce-eager --graph-batch-sizes 1 19 --max-stall-ms inf
+        --hf-overrides {"a":{"b":1}} --expert-parallel off --allowed-media-domains a.b c.d
+        --no-enable-prefix-caching --compile-cache /x --limit-mm-per-prompt {"image":3}"""
+    assert engine_config(engine_args("m/n", *words.split())) == EngineConfig(
+        "m/n", max_model_len=64, enforce_eager=True, graph_batch_sizes=[1, 19],
+        max_stall_ms=float("inf"), hf_overrides={"a": {"b": 1}}, expert_parallel=False,
+        allowed_media_domains=["a.b", "c.d"], enable_prefix_caching=False, compile_cache="/x",
+        limit_mm_per_prompt={"image": 3},
+    )  # fmt: skip
+
+
+def test_values_are_checked_as_those_of_llm() -> None:
+    with pytest.raises(ValueError, match="max_model_len is 1: it must be a whole number"):
+        engine_config(engine_args("--max-model-len", "1"))
+
+
+def test_vllm_s_names_are_understood() -> None:
+    words = "--block-size 32 --num-gpu-blocks-override 9 --cudagraph-capture-sizes 1 2"
+    words += " --load-format dummy --dtype half --max-logprobs 20 --no-trust-remote-code"
+    words += " --swap-space 4 --served-model-name None --scheduling-policy priority"
+    found = engine_config(engine_args("m/n", *words.split()))
+    assert found == EngineConfig(
+        "m/n", kvcache_block_size=32, num_kvcache_blocks=9, graph_batch_sizes=[1, 2],
+        random_weights=True, dtype="float16",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--trust-remote-code", "trust_remote_code is True: only False is supported"),
+        ("--pipeline-parallel-size 2", "pipeline_parallel_size is 2: only 1 is supported"),
+        ("--swap-space 3", "swap_space is 3: only 4 is supported"),
+        ("--block-size 32 --kvcache-block-size 64", "are one option: give one of them"),
+    ],
+)
+def test_what_vllm_has_and_we_do_not_is_refused_by_name(words: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        engine_config(engine_args(*words.split()))
+
+
+def test_every_name_of_vllm_that_is_known_is_a_flag() -> None:
+    made = Parser()
+    add_engine_options(made)
+    for name in (*SAME_MEANING, *ONE_VALUE, "load_format"):
+        assert f"--{name.replace('_', '-')}" in made._option_string_actions
