@@ -18,7 +18,7 @@ from nanovllm import LLM, AsyncLLM
 from nanovllm.serving.interface import EngineDead
 from tests.engines import greedy
 from tests.replicas.test_data_parallel import children
-from tests.serving.served import LOOPS, run
+from tests.serving.served import run
 from tests.serving.test_clients import answers, collected, comparable, until_idle
 
 MODEL = "tiny-qwen3"
@@ -26,6 +26,7 @@ SIZES: dict[str, Any] = {
     "device": "cpu", "enforce_eager": True, "max_num_seqs": 4, "max_model_len": 128,
     "num_kvcache_blocks": 65,
 }  # fmt: skip
+PARAMS = greedy(12, n=2, stop=["\n"])
 PROMPTS: list[Any] = ["How are you?", "17 + 4 =", [5, 6, 7], "Name a colour."]
 
 
@@ -42,13 +43,12 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 @pytest.fixture(scope="module")
 def expected() -> list[Any]:
     llm = LLM(MODEL, **SIZES)
-    found = llm.generate(PROMPTS, greedy(12, n=2, stop=["\n"]), use_tqdm=False)
+    found = llm.generate(PROMPTS, PARAMS, use_tqdm=False)
     llm.close()
     return found
 
 
-@pytest.mark.parametrize("loop", LOOPS)
-def test_answers_are_those_of_llm_in_one_process(loop: str, expected: list[Any]) -> None:
+def test_answers_are_those_of_llm_under_uvloop(expected: list[Any]) -> None:
     assert nanovllm.AsyncLLM is AsyncLLM
     start = time.perf_counter()
     llm = AsyncLLM(MODEL, **SIZES)
@@ -66,17 +66,19 @@ def test_answers_are_those_of_llm_in_one_process(loop: str, expected: list[Any])
         async with llm:
             ticking.cancel()
             assert num_ticks > 10, "the loop goes on while the model loads"
-            return await answers(llm, PROMPTS, greedy(12, n=2, stop=["\n"]))
+            return await answers(llm, PROMPTS, PARAMS)
 
-    for ours, theirs in zip(run(work(), loop), expected, strict=True):
+    for ours, theirs in zip(run(work(), "uvloop"), expected, strict=True):
         assert comparable(ours[-1]) == comparable(theirs)
     with pytest.raises(RuntimeError, match="belongs to another event loop"):
         run(llm.ready())
 
 
-def test_a_killed_engine_fails_all_requests() -> None:
+def test_a_killed_engine_fails_all_requests(expected: list[Any]) -> None:
     async def work() -> None:
         async with AsyncLLM(MODEL, **SIZES) as llm:
+            for ours, theirs in zip(await answers(llm, PROMPTS, PARAMS), expected, strict=True):
+                assert comparable(ours[-1]) == comparable(theirs)
             streams = [await llm.open([5, 6], greedy(120)) for _ in range(6)]
             await streams[0].take()
             os.kill(llm._process.pid, signal.SIGKILL)
@@ -111,7 +113,7 @@ def test_replicas_give_the_same_answers(expected: list[Any]) -> None:
     async def work() -> list[Any]:
         async with AsyncLLM(MODEL, **SIZES, data_parallel_size=2) as llm:
             assert llm.max_num_seqs == 8
-            found = await answers(llm, PROMPTS, greedy(12, n=2, stop=["\n"]))
+            found = await answers(llm, PROMPTS, PARAMS)
             with pytest.raises(ValueError, match="does not go with stop and data_parallel_size=2"):
                 await llm.open("a", greedy(1, stop=["b"], prompt_logprobs=1))
             stream = await llm.open("a", greedy(100))
