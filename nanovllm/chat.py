@@ -88,7 +88,8 @@ def render(
     _check_variables(template, options)
     several = _conversations(messages)
     as_parts = options.chat_template_content_format == "openai" or (
-        options.chat_template_content_format == "auto" and not _writes_text(full, template)
+        options.chat_template_content_format == "auto"
+        and not tokenizer.once(f"writes text: {template}", lambda: _writes_text(full, template))
     )
     prompts = []
     for conversation in several:

@@ -92,7 +92,7 @@ class Tokenizer:
         incomplete character."""
         if how.skip_special_tokens or how.spaces_between_special_tokens:
             return self._decode(token_ids, how.skip_special_tokens)
-        special = self._once("special", self._special_ids)
+        special = self.once("special", self._special_ids)
         groups = groupby(token_ids, key=lambda token_id: token_id in special)
         return "".join(
             "".join(self._decode([one], False) for one in group)
@@ -123,7 +123,7 @@ class Tokenizer:
             raise ValueError("the tokenizer has no tokenizer.json, so its tokens are not known")
         return found
 
-    def _once(self, name: str, derive: Callable[[], Any]) -> Any:
+    def once(self, name: str, derive: Callable[[], Any]) -> Any:
         """What `derive` says of the tokenizer, asked once."""
         if name not in self._derived:
             self._derived[name] = derive()
@@ -148,7 +148,7 @@ class Tokenizer:
         A decoder with byte tokens ("<0xE4>") makes U+FFFD of every byte in a run of bytes if one of
         its characters is incomplete.
         """
-        byte_tokens = self._once("bytes", self._byte_tokens)
+        byte_tokens = self.once("bytes", self._byte_tokens)
         if byte_tokens is None or byte_tokens[0].keys().isdisjoint(token_ids):
             return token_ids
         byte_of, id_of = byte_tokens
