@@ -30,6 +30,7 @@ class Answer:
     ) -> None:
         self.index, self._params, self._prompt_ids = index, params, prompt_ids
         self._tokenizer, self.incremental = tokenizer, incremental
+        self._has_stops = bool(params.stop)
         self._text = TextStream(tokenizer, params, incremental=incremental)
         self._token_ids: list[int] = []
         self._logprobs: list[TopLogprobs] | None = None if params.logprobs is None else []
@@ -40,11 +41,13 @@ class Answer:
     def add_token(self, token_id: int) -> bool:
         """Add the next token, which has nothing beside it; returns whether a stop string ends the
         text there. The engine does not know of it."""
+        if not self._has_stops:
+            self._token_ids.append(token_id)
+            return False
         if self._has_stopped:
             return False
         self._token_ids.append(token_id)
-        if self._params.stop:
-            self._decode()
+        self._decode()
         return self._has_stopped
 
     def add(self, row: Row) -> bool:
@@ -55,7 +58,7 @@ class Answer:
         self._token_ids += row.token_ids
         if self._logprobs is not None:
             self._logprobs += logprobs(row.logprobs, self._tokenizer) or []
-        if self._params.stop:
+        if self._has_stops:
             self._decode()
         return self._has_stopped
 
@@ -92,7 +95,7 @@ class Answer:
             return
         fresh = self._token_ids[self._num_decoded :]
         self._num_decoded = len(self._token_ids)
-        if not self._params.stop:
+        if not self._has_stops:
             if fresh:
                 self._text.push(fresh, may_stop=False)
             return

@@ -29,8 +29,7 @@ from nanovllm.parallel.channel import Channel, ChannelClosed
 from nanovllm.replicas import server
 from nanovllm.serving import quota
 from nanovllm.serving.client import Client
-
-DRAIN, DONE = "drain", "done"
+from nanovllm.serving.supervisor import DONE, DRAIN
 
 
 class ApiProcess:

@@ -11,10 +11,10 @@ from typing import Any
 from nanovllm import log
 from nanovllm.config import EngineConfig
 from nanovllm.parallel.watch import RankFailed
-from nanovllm.serving.client import MAX_QUEUED, Client
+from nanovllm.serving import quota
+from nanovllm.serving.client import Client
 from nanovllm.serving.engine_process import EngineProcess
 from nanovllm.serving.interface import EngineDead
-from nanovllm.serving.quota import own_counts
 
 logger = logging.getLogger(__name__)
 
@@ -34,13 +34,16 @@ class AsyncLLM(Client):
     _patience_s = 3.0
 
     def __init__(
-        self, model: str | PathLike[str], *, max_queued: int = MAX_QUEUED, **options: Any
+        self, model: str | PathLike[str], *, max_queued: int = quota.MAX_QUEUED, **options: Any
     ) -> None:
         log.configure()
         config = EngineConfig.from_options(model, options)
+        quota.checked_limit(max_queued)
         self._cause: Exception | None = None
         self._process = EngineProcess(config, 1)
-        super().__init__(config, self._process.clients[0], own_counts(), max_queued=max_queued)
+        super().__init__(
+            config, self._process.clients[0], quota.own_counts(), max_queued=max_queued
+        )
         self._process.call_on_failure(self._note_cause)
 
     @classmethod

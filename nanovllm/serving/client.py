@@ -22,18 +22,17 @@ from nanovllm.replicas.messages import Facts, params_fields
 from nanovllm.replicas.messages import metrics as load_metrics
 from nanovllm.sampling import RequestOutputKind, SamplingParams
 from nanovllm.schedule import edit_limits
-from nanovllm.serving import messages
+from nanovllm.serving import messages, quota
 from nanovllm.serving.answer import Answer
 from nanovllm.serving.connection import Connection
 from nanovllm.serving.interface import Draining, EngineDead
 from nanovllm.serving.messages import Add, End
-from nanovllm.serving.quota import Counts, Quota, num_clients_of
+from nanovllm.serving.quota import MAX_QUEUED, Counts, Quota
 from nanovllm.serving.stream import Feed, OpenStream
 from nanovllm.tokenizer import Tokenizer
 
 # Longer texts are encoded in a thread, so that other tasks go on meanwhile.
 LONG_TEXT_CHARACTERS = 4096
-MAX_QUEUED = 4096
 
 
 class Client:
@@ -65,10 +64,9 @@ class Client:
         max_queued: how many answers of all clients may wait while as many run as can. More are
         refused with QueueFull.
         """
-        if max_queued < 0:
-            raise ValueError(f"max_queued is {max_queued}: it must be at least 0")
         self.config = config
-        self._sock, self._counts, self._index, self._max_queued = sock, counts, index, max_queued
+        self._sock, self._counts, self._index = sock, counts, index
+        self._max_queued = quota.checked_limit(max_queued)
         self._next_id = 0
         self._feeds: dict[str, Feed] = {}  # unfinished
         self._answers: dict[int, tuple[Feed, Answer]] = {}  # unfinished, by their ids
@@ -267,6 +265,10 @@ class Client:
         edits = self._intake.edits(params)
         if edits is not None:
             edit_limits.check(edits, self._intake.vocab_size)
+        option = self.config.replicas_option
+        if option and params.stop and params.prompt_logprobs is not None:
+            # a replica says no more of an answer that its front has ended
+            raise ValueError(f"prompt_logprobs does not go with stop and {option}")
         return params
 
     async def _prompt_ids(self, prompt: Prompt, params: SamplingParams) -> list[int]:
@@ -284,7 +286,7 @@ class Client:
         """The seeds of the n answers. Clients draw different ones; a single one those of `LLM`."""
         if params.seed is not None:
             return [one.seed for one in params.of_answers() if one.seed is not None]
-        num_clients = num_clients_of(self._counts)
+        num_clients = quota.num_clients_of(self._counts)
         numbers = range(self._next_id, self._next_id + params.n)
         return [drawn_seed(self.config.seed, i * num_clients + self._index) for i in numbers]
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from nanovllm.serving.interface import QueueFull
 
 Counts = mmap.mmap  # the number of unfinished answers of each client
+MAX_QUEUED = 4096  # the default of `Client`
 _NUMBER = struct.Struct("<q")
 
 
@@ -46,6 +47,13 @@ class Quota:
     def _set(self, number: int) -> None:
         self._num_own = number
         _NUMBER.pack_into(self._memory, self._index * _NUMBER.size, number)
+
+
+def checked_limit(max_queued: int) -> int:
+    """The same number. Raises ValueError if it is none of answers."""
+    if type(max_queued) is not int or max_queued < 0:
+        raise ValueError(f"max_queued is {max_queued!r}: it must be a whole number, at least 0")
+    return max_queued
 
 
 def own_counts() -> Counts:

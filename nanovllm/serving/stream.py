@@ -67,7 +67,7 @@ class OpenStream:
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
         try:
-            while found := await self.take():
+            while found := await self._feed.take():
                 for one in found:
                     yield delta(one)
         finally:

@@ -30,14 +30,13 @@ from nanovllm.serving.engine_process import EngineProcess
 logger = logging.getLogger(__name__)
 
 PROGRAM = "nanovllm.serving.api_process"
-DRAIN, DONE = "drain", "done"  # those of the program, whose import takes long
+DRAIN, DONE = "drain", "done"  # what the supervisor and API processes say to each other
 INTERRUPTED = 128 + signal.SIGINT
 # After the time for requests, API processes have so long to close their connections; after the
 # engine's end, to tell their clients.
 TICK_SECONDS = 0.25
 GRACE_SECONDS = 3.0
 FAREWELL_SECONDS = 1.0
-MAX_QUEUED = 4096
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class Service:
     options: Mapping[str, Any] = field(default_factory=dict)
     num_api_processes: int = 1
     drain_timeout: float = 30.0
-    max_queued: int = MAX_QUEUED
+    max_queued: int = quota.MAX_QUEUED
     shared_bytes: int = 0
 
 

@@ -16,8 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import save_tiny
-from tests.engines import random_prompts, save_tokenizer
+from tests.engines import random_prompts
 from tests.replicas.test_data_parallel import children, wait_until_gone
 
 ROOT = Path(__file__).parents[2]
@@ -90,15 +89,9 @@ def make(tmp_path: Path) -> Iterator[Make]:
         server.process.communicate()
 
 
-def test_an_engine_answers_through_two_api_processes(make: Make, tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    save_tiny(folder)
-    save_tokenizer(folder)
-    sizes = {
-        "device": "cpu", "dtype": "float32", "enforce_eager": True, "max_num_seqs": 4,
-        "max_model_len": 128,
-    }  # fmt: skip
-    server = make(engine={"model": str(folder), **sizes}, is_fake=False).start()
+def test_an_engine_answers_through_two_api_processes(make: Make) -> None:
+    sizes = {"device": "cpu", "enforce_eager": True, "max_num_seqs": 4, "max_model_len": 128}
+    server = make(engine={**ENGINE, **sizes}, is_fake=False).start()
     (prompt,) = random_prompts([19])
     asked = {"prompt": prompt, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
     answers = {}

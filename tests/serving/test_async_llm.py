@@ -1,0 +1,126 @@
+"""An engine in a process of its own: start, failure and end, under asyncio and uvloop."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import nanovllm
+from nanovllm import LLM, AsyncLLM
+from nanovllm.serving.interface import EngineDead
+from tests.engines import greedy
+from tests.replicas.test_data_parallel import children
+from tests.serving.served import run
+from tests.serving.test_clients import answers, collected, comparable, until_idle
+
+MODEL = "tiny-qwen3"
+SIZES: dict[str, Any] = {
+    "device": "cpu", "enforce_eager": True, "max_num_seqs": 4, "max_model_len": 128,
+    "num_kvcache_blocks": 65,
+}  # fmt: skip
+PARAMS = greedy(12, n=2, stop=["\n"])
+PROMPTS: list[Any] = ["How are you?", "17 + 4 =", [5, 6, 7], "Name a colour."]
+
+
+@pytest.fixture(autouse=True)
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty folder for temporary files. Afterwards nothing is in it, and no process is left."""
+    before = children()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    yield tmp_path
+    assert children() == before
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[Any]:
+    llm = LLM(MODEL, **SIZES)
+    found = llm.generate(PROMPTS, PARAMS, use_tqdm=False)
+    llm.close()
+    return found
+
+
+def test_answers_are_those_of_llm_under_uvloop(expected: list[Any]) -> None:
+    assert nanovllm.AsyncLLM is AsyncLLM
+    start = time.perf_counter()
+    llm = AsyncLLM(MODEL, **SIZES)
+    assert time.perf_counter() - start < 1.0, "the constructor waits for nothing"
+    num_ticks = 0
+
+    async def tick() -> None:
+        nonlocal num_ticks
+        while True:
+            await asyncio.sleep(0.01)
+            num_ticks += 1
+
+    async def work() -> list[Any]:
+        ticking = asyncio.ensure_future(tick())
+        async with llm:
+            ticking.cancel()
+            assert num_ticks > 10, "the loop goes on while the model loads"
+            return await answers(llm, PROMPTS, PARAMS)
+
+    for ours, theirs in zip(run(work(), "uvloop"), expected, strict=True):
+        assert comparable(ours[-1]) == comparable(theirs)
+    with pytest.raises(RuntimeError, match="belongs to another event loop"):
+        run(llm.ready())
+
+
+def test_a_killed_engine_fails_all_requests(expected: list[Any]) -> None:
+    async def work() -> None:
+        async with AsyncLLM(MODEL, **SIZES) as llm:
+            for ours, theirs in zip(await answers(llm, PROMPTS, PARAMS), expected, strict=True):
+                assert comparable(ours[-1]) == comparable(theirs)
+            streams = [await llm.open([5, 6], greedy(120)) for _ in range(6)]
+            await streams[0].take()
+            os.kill(llm._process.pid, signal.SIGKILL)
+            message = "^the engine's process was ended by SIGKILL$"
+            for stream in streams:
+                with pytest.raises(EngineDead, match=message):
+                    await asyncio.wait_for(collected(stream), 10)
+            with pytest.raises(EngineDead, match=message):
+                await llm.open([5], greedy(1))
+            with pytest.raises(EngineDead, match=message):
+                await llm.metrics()
+            assert isinstance(llm.failure, EngineDead)
+            assert await llm.drain()
+
+    run(work())
+
+
+def test_wrong_options_are_refused_and_leave_nothing() -> None:
+    with pytest.raises(TypeError, match="unknown option max_num_sequences"):
+        AsyncLLM(MODEL, max_num_sequences=3)
+    with pytest.raises(ValueError, match="max_queued is -1: it must be a whole number"):
+        AsyncLLM(MODEL, max_queued=-1)
+    with pytest.raises(ValueError, match="the engine's process: attention_backend"):
+        run(AsyncLLM.start(MODEL, **SIZES, attention_backend="triton"))
+
+
+def test_an_engine_that_is_never_awaited_can_be_closed() -> None:
+    run(AsyncLLM(MODEL, **SIZES).close())
+
+
+def test_replicas_give_the_same_answers(expected: list[Any]) -> None:
+    async def work() -> list[Any]:
+        async with AsyncLLM(MODEL, **SIZES, data_parallel_size=2) as llm:
+            assert llm.max_num_seqs == 8
+            found = await answers(llm, PROMPTS, PARAMS)
+            with pytest.raises(ValueError, match="does not go with stop and data_parallel_size=2"):
+                await llm.open("a", greedy(1, stop=["b"], prompt_logprobs=1))
+            stream = await llm.open("a", greedy(100))
+            await stream.take()
+            stream.abort()
+            await until_idle(llm)
+            return found
+
+    for ours, theirs in zip(run(work()), expected, strict=True):
+        assert comparable(ours[-1]) == comparable(theirs)

@@ -1,0 +1,116 @@
+"""Messages of a step: a client that does not read makes nobody wait, and gets all of it later."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from nanovllm.parallel.channel import Channel, ChannelClosed
+from nanovllm.schedule.logprobs import Logprob
+from nanovllm.schedule.outputs import Completion, Increment
+from nanovllm.serving import messages, port
+from nanovllm.serving.messages import Row
+from nanovllm.serving.port import Port
+
+Pair = tuple[Port, Channel]
+
+
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    ours, theirs = socket.socketpair()
+    for one in (ours, theirs):
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    made = Port(ours), Channel(theirs)
+    yield made
+    made[0].close()
+    made[1].close()
+
+
+def received(pair: Pair) -> dict[int, Row]:
+    """All that a client gets, joined per answer; the port sends what waits meanwhile."""
+    found: dict[int, Row] = {}
+    while pair[0].is_waiting or not found:
+        pair[0].send_more()
+        for name, payload in pair[1].pending(wait=False):
+            assert name == messages.OUTPUTS
+            outputs = messages.load_outputs(payload)
+            rows = [Row(one, [token]) for one, token in zip(outputs.ids, outputs.tokens)]
+            for row in rows + outputs.rows:
+                if row.request_id in found:
+                    found[row.request_id].extend(row)
+                else:
+                    found[row.request_id] = row
+    return found
+
+
+def test_a_client_that_does_not_read_gets_everything_in_few_messages(pair: Pair) -> None:
+    num_steps, num_answers = 999, 19
+    for step in range(num_steps):
+        for request_id in range(num_answers):
+            if request_id == 7 and step % 3 == 0:
+                pair[0].add_row(Row(7, [step, step], [[(step, -1.0, 1)], [(step, -2.0, 1)]]))
+            elif request_id != 7:
+                pair[0].add_token(request_id, step)
+        pair[0].flush()
+    done = messages.Done("length", None, 3, None, None)
+    pair[0].add_row(Row(2, [], None, done))
+    pair[0].flush()
+    assert pair[0].is_waiting
+    found = received(pair)
+    assert found.pop(7).token_ids == [step for step in range(0, num_steps, 3) for _ in range(2)]
+    assert {tuple(row.token_ids) for row in found.values()} == {tuple(range(num_steps))}
+    assert len(found) == num_answers - 1
+    assert found[2].done == done and found[3].done is None
+
+
+def test_what_waits_for_a_client_is_bounded(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(port, "MAX_HELD_NUMBERS", 5000)
+    with pytest.raises(ChannelClosed, match="has not read 500"):
+        for step in range(1 << 20):
+            pair[0].add_token(step % 5, step)
+            pair[0].flush()
+
+
+def test_a_client_that_leaves_is_noticed(pair: Pair) -> None:
+    pair[1].close()
+    with pytest.raises(ChannelClosed):
+        pair[0].read()
+    with pytest.raises(ChannelClosed):
+        for _ in range(99):
+            pair[0].send(messages.METRICS, b"0" * 999)
+
+
+def test_a_message_in_pieces_is_read_when_it_is_whole(pair: Pair) -> None:
+    from nanovllm.parallel.channel import pack
+
+    packed = pack("add", b"x" * 3000)
+    sock: Any = pair[1]._sock
+    sock.sendall(packed[:1000])
+    assert pair[0].read() == []
+    assert pair[0].read() == [], "nothing is there, and nobody waits"
+    sock.sendall(packed[1000:] + packed[:7])
+    assert pair[0].read() == [("add", b"x" * 3000)]
+
+
+def test_increments_come_back_as_rows() -> None:
+    def top(value: float) -> dict[int, Logprob]:
+        return {4: Logprob(value, 1, 4, None), 2: Logprob(-9.0, 9, 2, None)}
+
+    growing = Increment(5, [1, 2], "", [top(-0.1), top(-0.2)])
+    row = messages.row(8, growing, incremental=True)
+    assert (row.request_id, row.token_ids, row.done) == (8, [1, 2], None)
+    assert row.logprobs == [[(4, -0.1, 1), (2, -9.0, 9)], [(4, -0.2, 1), (2, -9.0, 9)]]
+    positions = [top(-0.3)] * 3
+    done = Completion("t", [1, 2, 3], "stop", 3, [8], 16, positions, [None, top(-2.0)], None)
+    last = Increment(5, [3], "", [top(-0.3)], done)
+    for incremental, token_ids in ((True, [3]), (False, [1, 2, 3])):
+        row = messages.row(8, last, incremental=incremental)
+        (found,) = messages.load_outputs(messages.outputs([], [], [row])).rows
+        assert found == row and found.token_ids == token_ids
+        assert found.logprobs is not None and len(found.logprobs) == len(token_ids)
+        assert found.done is not None and found.done.prompt_logprobs is not None
+        assert found.done.prompt_logprobs[1] == [(4, -2.0, 1), (2, -9.0, 9)]
+        assert (found.done.stop_reason, found.done.num_cached_tokens) == (3, 16)
