@@ -100,6 +100,21 @@ ALLOWED = {
         "nanovllm.tokenizer",
         *SETTINGS,
     ),
+    "api": (
+        "nanovllm.api",
+        "nanovllm.parsers",
+        "nanovllm.serving",
+        "nanovllm.structured.params",
+        "nanovllm.schedule.logprobs",
+        "nanovllm.media.given",
+        "nanovllm.chat",
+        "nanovllm.metrics",
+        "nanovllm.outputs",
+        "nanovllm.prompts",
+        "nanovllm.tokenizer",
+        "nanovllm.__version__",
+        *SETTINGS,
+    ),
     "compat": ("nanovllm",),
     "cli": ("nanovllm",),
     "": ("nanovllm",),  # files at the top of the package
@@ -114,7 +129,7 @@ MODULES = {
 DEVICE = re.compile(r"(?<![a-z])(cuda|npu|mps)(?![a-z])", re.IGNORECASE)
 # layers whose code names no device
 DEVICELESS = (
-    "compile", "media", "models", "parallel", "parsers", "replicas", "schedule", "serving",
+    "api", "compile", "media", "models", "parallel", "parsers", "replicas", "schedule", "serving",
     "runner", "startup", "",
 )  # fmt: skip
 # options of `LLM` that are named after their device

@@ -63,6 +63,7 @@ REFUSED_RESPONSES: dict[str, Refusal] = {
     "background_options": Refusal(STATEFUL),
     "context_management": Refusal(STATEFUL),
     "conversation": Refusal(STATEFUL),
+    "image": Refusal("answers are text"),
     "include": Refusal(NOT_BUILT, ([],)),
     "max_tool_calls": Refusal("the server runs no tools"),
     "moderation": Refusal(NOT_BUILT),

@@ -116,27 +116,27 @@ class Generation:
         for stream in self.streams:
             stream.abort()
 
-    async def deltas(self) -> AsyncIterator[tuple[int, Delta]]:
-        """The parts of all answers, each with the number of its answer. Raises ApiError if one
-        fails."""
-        async for number, delta in self._merged():
-            num_tokens = len(delta.token_ids)
-            self.num_tokens += num_tokens
-            self._timers[number].tokens(num_tokens)
-            if delta.finish_reason is not None:
-                self._timers[number].end()
-                if delta.output_index == 0:
-                    self.num_cached += delta.num_cached_tokens
-                _check_end(delta)
-            yield number, delta
+    def parts(self) -> AsyncIterator[Delta]:
+        """The parts of all answers, with the number of their answer as output_index. `note` each
+        of them."""
+        # no generator of ours in between: it would cost as much as writing an event
+        return self.streams[0].__aiter__() if len(self.streams) == 1 else self._merged()
 
-    async def _merged(self) -> AsyncIterator[tuple[int, Delta]]:
-        if len(self.streams) == 1:
-            async for delta in self.streams[0]:
-                yield delta.output_index, delta
-            return
+    def note(self, delta: Delta) -> None:
+        """Count a part. Raises ApiError if its answer has failed."""
+        number, num_tokens = delta.output_index, len(delta.token_ids)
+        self.num_tokens += num_tokens
+        timer = self._timers[number]
+        timer.tokens(num_tokens)
+        if delta.finish_reason is not None:
+            timer.end()
+            if number % self._num_answers == 0:
+                self.num_cached += delta.num_cached_tokens
+            _check_end(delta)
+
+    async def _merged(self) -> AsyncIterator[Delta]:
         # one place: a reader that falls behind gets larger parts from every stream
-        found: asyncio.Queue[tuple[int, Delta] | BaseException | None] = asyncio.Queue(1)
+        found: asyncio.Queue[Delta | Exception | None] = asyncio.Queue(1)
         tasks = [
             asyncio.create_task(self._forward(index, stream, found))
             for index, stream in enumerate(self.streams)
@@ -145,7 +145,7 @@ class Generation:
             left = len(tasks)
             while left:
                 one = await found.get()
-                if isinstance(one, BaseException):
+                if isinstance(one, Exception):
                     raise one
                 if one is None:
                     left -= 1
@@ -158,7 +158,8 @@ class Generation:
     async def _forward(self, index: int, stream: Stream, found: asyncio.Queue[Any]) -> None:
         try:
             async for delta in stream:
-                await found.put((index * self._num_answers + delta.output_index, delta))
+                delta.output_index += index * self._num_answers
+                await found.put(delta)
             await found.put(None)
         except Exception as error:
             await found.put(error)
@@ -166,8 +167,9 @@ class Generation:
     async def answers(self) -> list[Answer]:
         """All answers, when all have ended."""
         found = [Answer() for _ in range(self._num_answers * len(self.streams))]
-        async for number, delta in self.deltas():
-            found[number].add(delta)
+        async for delta in self.parts():
+            self.note(delta)
+            found[delta.output_index].add(delta)
         return found
 
 
@@ -203,11 +205,12 @@ async def respond(
 
 
 async def _send_events(exchange: Exchange, generation: Generation, writer: Writer) -> None:
-    async for number, delta in generation.deltas():
+    async for delta in generation.parts():
+        generation.note(delta)
         if not exchange.has_started:  # before, an error can still have its own status
             exchange.record.has_token()
             await exchange.start(200, [EVENTS, NO_STORE, NO_BUFFER])
-        events = writer.events(number, delta)
+        events = writer.events(delta.output_index, delta)
         if events:
             await exchange.send(events, more=True)
     await exchange.send(writer.end())

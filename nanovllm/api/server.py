@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import socket
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
@@ -108,7 +109,7 @@ async def run(
     server = _Server(options)
     tasks = [
         asyncio.create_task(work)
-        for work in (server.serve([sock]), _failure(engine), stop.wait(), service.prompts.warm())
+        for work in (server.serve([sock]), _failure(engine), stop.wait(), _warm(service))
     ]
     serving, failing, stopping, _ = tasks
     try:
@@ -128,6 +129,11 @@ async def run(
         if service.traces is not None:
             await asyncio.to_thread(service.traces.close)
     return 1 if engine.failure is not None else 0
+
+
+async def _warm(service: Service) -> None:
+    await service.prompts.warm()
+    gc.freeze()  # a collection among the objects of so many modules would delay all streams
 
 
 async def _failure(engine: AsyncEngine) -> None:

@@ -1,4 +1,4 @@
-"""Every field of OpenAI's completions and chat API, and vLLM's: the content of docs/api_fields.md.
+"""Every field of OpenAI's API and of vLLM's: the content of docs/api_fields.md.
 
     python -m tests.api.fields        # writes the file
 
@@ -14,17 +14,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_params
+from openai.types.responses import response_create_params
 
-from nanovllm.api.bodies import ChatBody, CompletionBody
+from nanovllm.api.bodies import ChatBody, CompletionBody, ResponsesBody
 from nanovllm.api.fields import REFUSED, Refusal
 from nanovllm.prompts import Prompt
 from nanovllm.sampling import SamplingParams
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "api_fields.md"
-ENDPOINTS = {"/v1/completions": CompletionBody, "/v1/chat/completions": ChatBody}
+ENDPOINTS: dict[str, type[msgspec.Struct]] = {
+    "/v1/completions": CompletionBody,
+    "/v1/chat/completions": ChatBody,
+    "/v1/responses": ResponsesBody,
+}
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 TOOLS = [{"type": "function", "function": {"name": "look_up", "parameters": SCHEMA}}]
 USER: Any = [{"role": "user", "content": "Hi"}]
@@ -175,10 +181,33 @@ CHAT |= {
         remark="where the chat template reads it",
     ),
 }  # fmt: skip
-CASES = {"/v1/completions": COMPLETIONS, "/v1/chat/completions": CHAT}
+RESPONSES: dict[str, Case] = {
+    "input": Case(
+        [{"role": "user", "content": [{"type": "input_text", "text": "Hi"}]}],
+        lambda seen: "Hi" in (seen.prompt.text or ""), remark="a text, or messages",
+    ),
+    "instructions": Case("Be brief.", lambda seen: "Be brief." in (seen.prompt.text or "")),
+    "max_output_tokens": _passed("max_tokens", 7),
+    "temperature": BOTH["temperature"],
+    "top_p": BOTH["top_p"],
+    "model": BOTH["model"],
+    "user": BOTH["user"],
+    "stream": Case(True, lambda seen: seen.answer[-1]["type"] == "response.incomplete"),
+    "text": Case(
+        {"format": {"type": "json_schema", "name": "a", "schema": SCHEMA}}, _form("json", SCHEMA)
+    ),
+    "metadata": Case({"a": "b"}, lambda seen: seen.answer["metadata"] == {"a": "b"},
+                     remark="is in the answer"),
+    "safety_identifier": CHAT["safety_identifier"],
+    "prompt_cache_key": CHAT["prompt_cache_key"],
+}  # fmt: skip
+CASES = {
+    "/v1/completions": COMPLETIONS, "/v1/chat/completions": CHAT, "/v1/responses": RESPONSES
+}  # fmt: skip
 OPENAI = {
     "/v1/completions": completion_create_params.CompletionCreateParamsBase.__annotations__,
     "/v1/chat/completions": chat_params.CompletionCreateParamsBase.__annotations__,
+    "/v1/responses": response_create_params.ResponseCreateParamsBase.__annotations__,
 }
 
 

@@ -1,4 +1,4 @@
-"""Every field of OpenAI's completions and chat API works or is refused by its name."""
+"""Every field of OpenAI's API works or is refused by its name."""
 
 from __future__ import annotations
 
@@ -42,6 +42,8 @@ def opened(server: MadeUpServer, monkeypatch: pytest.MonkeyPatch) -> list[tuple[
 def body_of(endpoint: str) -> dict[str, Any]:
     if endpoint == "/v1/completions":
         return {"model": MODEL, "prompt": "hello", "max_tokens": 3}
+    if endpoint == "/v1/responses":
+        return {"model": MODEL, "input": "Hi", "max_output_tokens": 3}
     return {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}
 
 
@@ -49,7 +51,8 @@ def read(response: httpx.Response) -> Any:
     """The JSON of an answer, or of each of its events."""
     if not response.headers["content-type"].startswith("text/event-stream"):
         return response.json()
-    texts = [line.removeprefix("data: ") for line in response.text.splitlines() if line]
+    lines = [line for line in response.text.splitlines() if line.startswith("data: ")]
+    texts = [line.removeprefix("data: ") for line in lines]
     return [text if text == "[DONE]" else json.loads(text) for text in texts]
 
 
