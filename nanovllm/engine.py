@@ -29,7 +29,7 @@ from nanovllm.schedule.plan import NO_TOKEN, StepPlan, StepResult
 from nanovllm.schedule.request import Request, Status
 from nanovllm.schedule.scheduler import Proposer, Scheduler
 from nanovllm.startup.load import Loaded, load
-from nanovllm.structured.grammars import Compiler, Grammars, Limits
+from nanovllm.structured.grammars import Compiler, Grammars, Limits, Refusal
 from nanovllm.structured.matcher import Matcher
 
 logger = logging.getLogger(__name__)
@@ -323,8 +323,13 @@ class Engine:
         for request_id, matcher in self._grammars.take(0.0 if self._media else wait_s):
             self._prepared(request_id, matcher)
 
-    def _prepared(self, request_id: int, found: MediaPrompt | Matcher | str) -> None:
+    def _prepared(self, request_id: int, found: MediaPrompt | Matcher | Refusal | str) -> None:
         request, stream = self._requests[request_id]
+        if isinstance(found, Refusal):
+            # without the reason: it may quote what the user has sent
+            logger.error("request %d: structured_outputs.%s is refused", request_id, found.form)
+            self._outbox.outputs.append(self._end(request, stream, "error", [], found.text))
+            return
         try:
             if isinstance(found, str):
                 raise ValueError(found)

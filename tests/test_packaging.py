@@ -19,6 +19,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from nanovllm.cli import serve
 from nanovllm.hub import EMBEDDED
 
 ROOT = Path(__file__).parent.parent
@@ -195,6 +196,11 @@ def test_nothing_optional_is_imported() -> None:
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"
+
+
+def test_serve_asks_for_the_packages_of_its_extra() -> None:
+    extra = [Requirement(line).name for line in OPTIONS["extras_require"]["serve"]]
+    assert sorted(extra) == sorted(serve.NEEDED)
 
 
 def test_all_folders_with_code_are_packages() -> None:

@@ -13,6 +13,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from nanovllm.cli.engine_options import add_engine_options, engine_config
+from nanovllm.cli.serve import NEEDED as SERVER
 from nanovllm.flags import Parser
 
 if TYPE_CHECKING:
@@ -21,8 +22,7 @@ if TYPE_CHECKING:
 
 USAGE = "[MODEL] [--json] [options]"
 OPTIONAL = (
-    "triton", "flash-attn", "ray", "pillow", "av", "starlette", "uvicorn", "uvloop", "httptools",
-    "msgspec", "prometheus_client", "xgrammar", "llguidance",
+    "triton", "flash-attn", "ray", "pillow", "av", *SERVER, "opentelemetry-sdk",
 )  # fmt: skip
 GIVEN = "as given"
 

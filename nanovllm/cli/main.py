@@ -62,11 +62,9 @@ def main(words: Sequence[str] | None = None) -> int | None:
 
         print(f"nanovllm {__version__}")
         return 0
-    known = [one.removeprefix(group).strip() for one in COMMANDS if one.startswith(group)]
+    known = {one.removeprefix(group).split()[0] for one in COMMANDS if one.startswith(group)}
     what = "option" if asked.startswith("-") else "command"
-    hint = nearest(
-        asked, dict.fromkeys(word for one in known for word in one.split()), f"{program} --help"
-    )
+    hint = nearest(asked, sorted(known), f"{program} --help")
     print(f"{program}: error: unknown {what} {asked}{hint}", file=sys.stderr)
     return command_line.STATUS
 

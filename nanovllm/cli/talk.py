@@ -68,6 +68,7 @@ def open_model(args: argparse.Namespace) -> Model:
     variables = args.chat_template_kwargs
     if not isinstance(variables, dict):
         raise ValueError(f"chat_template_kwargs is {variables!r}: it must be a JSON object")
+    SamplingParams(**sampling)  # checks them before anything is loaded
     model, options = engine_options(args)
     if args.url is None:
         if args.api_key is not None:
@@ -82,7 +83,6 @@ def open_model(args: argparse.Namespace) -> Model:
         raise ValueError(f"{flag} is an option of an engine: it does not go with --url")
     if variables:
         sampling["chat_template_kwargs"] = variables
-    SamplingParams(**{name: sampling[name] for name in SAMPLING if name in sampling})  # checks them
     name = args.model or getattr(args, "model_word", None)
     return ServedModel(args.url, args.api_key or env.api_key(), name, sampling)
 

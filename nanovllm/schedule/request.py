@@ -179,8 +179,8 @@ class Request:
         error = f"no token can follow its {self.num_known} tokens: all logits are NaN or −inf"
         if self.constraint is not None:
             return (
-                f"{error}, perhaps since bias, allowed tokens, bad words and min_tokens forbid "
-                "what structured_outputs allows"
+                f"structured_outputs: {error}, perhaps since bias, allowed tokens, bad words and "
+                "min_tokens forbid what the grammar allows"
             )
         if self.edits is None and len(self.output_ids) >= self.params.min_tokens:
             return error

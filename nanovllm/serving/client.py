@@ -110,6 +110,7 @@ class Client:
             facts.max_model_len,
             num_added=facts.num_added,
             has_axes=facts.has_axes,
+            max_grammar_bytes=self.config.max_grammar_bytes,
         )
         self._quota = Quota(self._index, self._counts, self.max_num_seqs + self._max_queued)
 
@@ -262,6 +263,7 @@ class Client:
             raise ValueError(f"the parameters are {params!r}: they must be SamplingParams")
         params = params.clone()
         self._intake.check(params)
+        self._intake.source(params)
         edits = self._intake.edits(params)
         if edits is not None:
             edit_limits.check(edits, self._intake.vocab_size)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -25,6 +25,17 @@ if TYPE_CHECKING:
     import llguidance
 
 NUM_WORKERS = 4
+
+
+class Refusal(NamedTuple):
+    """A grammar that cannot be compiled. The reason may quote it."""
+
+    form: str
+    reason: str
+
+    @property
+    def text(self) -> str:
+        return f"structured_outputs.{self.form} is refused: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -115,8 +126,8 @@ class Grammars:
         self._cache.move_to_end(key)
         self._waiting[request_id] = key, params
 
-    def take(self, wait_s: float = 0.0) -> Iterator[tuple[int, Matcher | str]]:
-        """Requests that are ready, with their matchers or with what is wrong with their grammars.
+    def take(self, wait_s: float = 0.0) -> Iterator[tuple[int, Matcher | Refusal]]:
+        """Requests that are ready, with their matchers or why there is none.
 
         If none is, wait for one, but not longer than `wait_s`.
         """
@@ -162,12 +173,12 @@ class Grammars:
         if self._compiler is not None:
             self._compiler.close()
 
-    def _matcher(self, work: Future[Compiled], params: SamplingParams) -> Matcher | str:
+    def _matcher(self, work: Future[Compiled], params: SamplingParams) -> Matcher | Refusal:
         try:
             compiled = work.result()
         except ValueError as error:
             assert params.structured_outputs is not None
-            return f"structured_outputs.{params.structured_outputs.form} is refused: {error}"
+            return Refusal(params.structured_outputs.form, str(error))
         return Matcher(compiled, self._masks, ignores_eos=params.ignore_eos)
 
     @property

@@ -53,7 +53,11 @@ def source(params: StructuredOutputsParams, max_bytes: int) -> Source:
     if params.is_json:
         schema = params.schema()
         _check_size(form, _dumped(schema), max_bytes)
-        return Source("json", _dumped(_with_options(checked_schema(schema), params)))
+        try:
+            checked = checked_schema(schema)
+        except ValueError as error:
+            raise ValueError(f"structured_outputs.{form}: {error}") from None
+        return Source("json", _dumped(_with_options(checked, params)))
     if form == "choice":
         assert params.choice is not None
         text = "start: " + " | ".join(map(_literal, params.choice))

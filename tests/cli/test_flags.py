@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from importlib import import_module
-from importlib.util import find_spec
 from os import PathLike
 from typing import Any
 
 import pytest
 
+from nanovllm.api.config import ServerConfig
 from nanovllm.cli.engine_options import add_engine_options, engine_config, engine_options
 from nanovllm.compat.options import ONE_VALUE, SAME_MEANING
 from nanovllm.config import EngineConfig
@@ -123,14 +122,7 @@ def test_help_is_the_text_of_the_docstring() -> None:
     assert "a second line of 100 %. (default: a)" in shown and "on or off. (default: yes)" in shown
 
 
-def classes() -> list[type]:
-    server = (
-        import_module("nanovllm.api.config").ServerConfig if find_spec("nanovllm.api") else None
-    )
-    return [EngineConfig, *([server] if server else [])]
-
-
-@pytest.mark.parametrize("options", classes(), ids=lambda one: one.__name__)
+@pytest.mark.parametrize("options", [EngineConfig, ServerConfig])
 def test_every_option_is_a_flag_with_help(options: type) -> None:
     texts = documented(options)
     made = Parser()

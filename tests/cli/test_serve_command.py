@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -41,23 +40,21 @@ def server() -> Iterator[tuple[str, subprocess.Popen[str]]]:
         process.communicate()
 
 
-if find_spec("nanovllm.api") is not None:
-
-    def test_commands_ask_the_server_until_sigterm_ends_it(
-        server: tuple[str, subprocess.Popen[str]], capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        url, process = server
-        question = ["What is 37 + 45?", "--temperature", "0", "--max-tokens", "16"]
-        assert not run("run", [*question, "--url", url])
-        answer = capsys.readouterr().out
-        words = ["--device", "cpu", "--enforce-eager", "--max-model-len", "256"]
-        assert not run("run", [*question, *words, "--max-num-seqs", "4"])
-        assert capsys.readouterr().out == answer, "the same model in this process"
-        sizes = "--num-prompts 7 --random-input-len 19 --random-output-len 5 --ignore-eos"
-        assert run("bench serve", ["--base-url", url, *sizes.split(), "--disable-tqdm"]) == 0
-        out = capsys.readouterr().out
-        assert re.search(r"^Total input tokens: +133 *$", out, re.MULTILINE)
-        assert re.search(r"^Total generated tokens: +35 *$", out, re.MULTILINE)
-        process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=60)
-        assert process.returncode == 0
+def test_commands_ask_the_server_until_sigterm_ends_it(
+    server: tuple[str, subprocess.Popen[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    url, process = server
+    question = ["What is 37 + 45?", "--temperature", "0", "--max-tokens", "16"]
+    assert not run("run", [*question, "--url", url])
+    answer = capsys.readouterr().out
+    words = ["--device", "cpu", "--enforce-eager", "--max-model-len", "256"]
+    assert not run("run", [*question, *words, "--max-num-seqs", "4"])
+    assert capsys.readouterr().out == answer, "the same model in this process"
+    sizes = "--num-prompts 7 --random-input-len 19 --random-output-len 5 --ignore-eos"
+    assert run("bench serve", ["--base-url", url, *sizes.split(), "--disable-tqdm"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^Total input tokens: +133 *$", out, re.MULTILINE)
+    assert re.search(r"^Total generated tokens: +35 *$", out, re.MULTILINE)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 0

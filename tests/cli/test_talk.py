@@ -197,6 +197,7 @@ def test_errors_of_a_server_are_shown_and_the_conversation_goes_on(say: Any) -> 
          "--max-model-len is an option of an engine: it does not go with --url"),
         (["run", "a", "--url", "ftp://a"], "is no URL"),
         (["run", "a", "--url", "http://127.0.0.1:9", "--top-p", "2"], "top_p is 2.0"),
+        (["run", "a", "--top-p", "2"], "top_p is 2.0"),
         (["run", "a", "--chat-template-kwargs", "[]"], "must be a JSON object"),
     ],
 )  # fmt: skip

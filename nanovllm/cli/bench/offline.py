@@ -20,6 +20,8 @@ from nanovllm.cli.bench.ideal import ideal_seconds
 from nanovllm.cli.bench.routing import experts_per_step
 from nanovllm.cli.bench.stall import measure_stall
 from nanovllm.cli.bench.workload import Workload, make_workload, varied
+from nanovllm.engine import Engine
+from nanovllm.llm import LLM
 from nanovllm.platforms.base import Platform
 from nanovllm.sampling import SamplingParams
 from nanovllm.startup.choose import choose_dtype
@@ -89,14 +91,7 @@ def measure(
     engine = engine_of(llm)
     runner = engine.runner
     cfg, platform = runner.cfg, runner.platform
-    llm.generate([prompts[0][:16]], SamplingParams(max_tokens=8, ignore_eos=True), use_tqdm=False)
-    seconds = []
-    for run_idx in range(args.runs):
-        run_prompts = varied(prompts, run_idx, cfg.vocab_size)
-        begun = time.perf_counter()
-        outputs = llm.generate(run_prompts, params, use_tqdm=False)
-        seconds.append(time.perf_counter() - begun)
-    num_tokens = sum(len(output["token_ids"]) for output in outputs)
+    seconds, num_tokens = _timed(llm, prompts, params, args.runs)
     median = sorted(seconds)[len(seconds) // 2]
     ideal = ideal_seconds(runner.model, runner.spec, prompts, output_lens, rows, limits)
     result = {
@@ -121,22 +116,47 @@ def measure(
         result["experts_per_step"] = experts_per_step(engine, run_prompts, rows)
     if args.profile:
         run_prompts = varied(prompts, args.runs, cfg.vocab_size)
-        folder = args.profile if len(args.bs) == 1 else args.profile / f"max_num_seqs_{rows}"
-        reports = profile_decode(
-            engine,
-            run_prompts,
-            params,
-            folder,
-            activities=[ProfilerActivity.CUDA],
-            bandwidth=limits.bandwidth,
-            num_steps=args.profile_steps,
-        )
-        print("\n\n".join(map(as_text, reports)))
-        result["profile"] = [
-            {k: v for k, v in report.items() if k != "kernels"} for report in reports
-        ]
+        result["profile"] = _profile(args, engine, run_prompts, params, limits.bandwidth)
     llm.close()
     return result
+
+
+def _timed(
+    llm: LLM, prompts: list[list[int]], params: list[SamplingParams], num_runs: int
+) -> tuple[list[float], int]:
+    """(seconds of each run, tokens of one)."""
+    vocab_size = engine_of(llm).model_config.vocab_size
+    llm.generate([prompts[0][:16]], SamplingParams(max_tokens=8, ignore_eos=True), use_tqdm=False)
+    seconds = []
+    for run_idx in range(num_runs):
+        run_prompts = varied(prompts, run_idx, vocab_size)
+        begun = time.perf_counter()
+        outputs = llm.generate(run_prompts, params, use_tqdm=False)
+        seconds.append(time.perf_counter() - begun)
+    return seconds, sum(len(output["token_ids"]) for output in outputs)
+
+
+def _profile(
+    args: argparse.Namespace,
+    engine: Engine,
+    prompts: list[list[int]],
+    params: list[SamplingParams],
+    bandwidth: float,
+) -> list[dict[str, Any]]:
+    """Print the time of each kernel in windows of decode steps; returns all but the kernels."""
+    rows = engine.scheduler.max_num_seqs
+    folder = args.profile if len(args.bs) == 1 else args.profile / f"max_num_seqs_{rows}"
+    reports = profile_decode(
+        engine,
+        prompts,
+        params,
+        folder,
+        activities=[ProfilerActivity.CUDA],
+        bandwidth=bandwidth,
+        num_steps=args.profile_steps,
+    )
+    print("\n\n".join(map(as_text, reports)))
+    return [{k: v for k, v in report.items() if k != "kernels"} for report in reports]
 
 
 def table(results: list[dict[str, Any]]) -> str:
