@@ -37,7 +37,8 @@ def test_without_fusion_only_attention_cache_write_and_sampler_are_ours(
 
 
 def test_without_fusion_compiled(make_llm: Callable[..., LLM], expected: list[list[int]]) -> None:
-    assert tokens(make_llm(**SIZES, fuse=False), PROMPTS, GREEDY) == expected
+    sizes = {**SIZES, "graph_batch_sizes": (4,), "max_num_batched_tokens": 32}
+    assert tokens(make_llm(**sizes, fuse=False), PROMPTS, GREEDY) == expected
 
 
 def test_without_capture_nothing_is_captured(

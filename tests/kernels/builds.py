@@ -63,15 +63,17 @@ THREE = ("qwen3-0.6b", "head-256", "head-256-fp32")
 TARGETS = {
     "t4": Target("cuda", 75, 32, 64 * KB, THREE),
     "a100": Target("cuda", 80, 32, 163 * KB, ("head-256",)),
-    "rtx3090": Target("cuda", 86, 32, 99 * KB, ("head-256",)),
+    "rtx3090": Target("cuda", 86, 32, 99 * KB, ("qwen3-0.6b", "head-256")),
     "rtx4090": Target("cuda", 89, 32, 99 * KB, ("qwen3-0.6b", "head-256")),
     "h200": Target("cuda", 90, 32, 227 * KB, tuple(MODELS)),
     "b200": Target("cuda", 100, 32, 227 * KB, ("qwen3-0.6b", "head-256")),
-    "rtx5090": Target("cuda", 120, 32, 99 * KB, ("head-256",)),
+    "rtx5090": Target("cuda", 120, 32, 99 * KB, ("qwen3-0.6b", "head-256")),
     "mi300": Target("hip", "gfx942", 64, 64 * KB, THREE),
 }
 WHOLE = "h200"  # gets every case of the other kernels, too
 WITH_RANKS = ("a100", WHOLE)  # get the kernels of sums over ranks
+# Between two GPUs of this table, with the shared memory of one of them: attention alone.
+BETWEEN = ("rtx3090", "rtx5090")
 # Models with an fp8 cache, for GPUs that convert fp8 in hardware; all of them for WHOLE alone.
 FP8_TARGETS = ("rtx4090", WHOLE)
 FP8_MODELS = {
@@ -381,6 +383,8 @@ def all_builds(name: str) -> Iterator[Build]:
             yield from attention(model_name, model, target)
         if model_name == "qwen3-0.6b" or (whole and model_name in ("head-80", "head-256-fp32")):
             yield from pointwise(model_name, model)
+    if name in BETWEEN:
+        return
     if name in FP8_TARGETS:
         for model_name, model in fp8_models(name).items():
             yield from attention(f"fp8 {model_name}", model, target, has_fp8_cache=True)

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.kernels.builds import FP8_TARGETS, TARGETS, fp8_models, is_of_segments
+from tests.kernels.builds import BETWEEN, FP8_TARGETS, TARGETS, fp8_models, is_of_segments
 
 REPOSITORY = Path(__file__).parents[2]
 NAMES = list(TARGETS)
@@ -66,7 +66,8 @@ def builds() -> Builds:
 @pytest.mark.parametrize("name", TARGETS)
 def test_kernels_compile_and_fit_shared_memory(name: str, builds: Builds) -> None:
     target, found = TARGETS[name], builds.of(name)
-    assert len([kernel for kernel in found if not kernel.startswith("fp8 ")]) >= 20
+    num_plain = len([kernel for kernel in found if not kernel.startswith("fp8 ")])
+    assert num_plain >= (10 if name in BETWEEN else 20)
     too_large = {
         kernel: it["shared"] for kernel, it in found.items() if it["shared"] > target.shared_bytes
     }
