@@ -22,7 +22,7 @@ from nanovllm.sampling import BeamSearchParams, RequestOutputKind, SamplingParam
 if TYPE_CHECKING:
     from nanovllm.compat.llm_engine import LLMEngine
     from nanovllm.outputs import CompletionOutput, RequestOutput
-    from nanovllm.serving.async_llm import AsyncLLM
+    from nanovllm.serving.async_llm import AsyncLLM as AsyncLLM
 
 __version__ = "0.1.0"
 
@@ -57,9 +57,9 @@ def print_attention_backend_info(device: str = "auto") -> None:
     print(attention_backend_info(device))
 
 
+# without AsyncLLM: `from nanovllm import *` works without msgspec
 __all__ = [
     "LLM",
-    "AsyncLLM",
     "BeamSearchParams",
     "CompletionOutput",
     "EngineArgs",

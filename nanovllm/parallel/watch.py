@@ -7,9 +7,7 @@ import json
 import logging
 import os
 import selectors
-import shutil
 import socket
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nanovllm.parallel.channel import ChannelClosed
+from nanovllm.parallel.folder import PrivateFolder
 from nanovllm.parallel.process import RankProcess
 from nanovllm.parallel.serve import ANSWER, CONNECTED, ERROR
 
@@ -105,7 +104,7 @@ class Watch(threading.Thread):
         super().__init__(name="ranks", daemon=True)
         self.names, self._received, self._inherited = names, received, inherited
         self._setup, self._size, self._module, self._parent = setup, len(names), module, parent
-        self.folder = Path()
+        self._folder: PrivateFolder | None = None
         self.processes: list[RankProcess] = []
         self.failure: Exception | None = None
         self.changed = threading.Condition()
@@ -134,6 +133,12 @@ class Watch(threading.Thread):
         finally:
             self._clean_up()
             self.has_started.set()
+
+    @property
+    def folder(self) -> Path:
+        """The folder of all ranks, once they have been started."""
+        assert self._folder is not None
+        return self._folder.path
 
     def end(self) -> None:
         """End all ranks and wait until nothing is left."""
@@ -174,7 +179,7 @@ class Watch(threading.Thread):
             _call(callback, failure)
 
     def _start_ranks(self) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="nanovllm-", dir=self._parent))  # mode 0700
+        self._folder = PrivateFolder(self._parent)
         self._selector.register(self._woken, selectors.EVENT_READ, lambda: None)
         for rank in range(1, self._size):
             if self.is_ending:
@@ -263,8 +268,8 @@ class Watch(threading.Thread):
         self._selector.close()
         self._wake.close()
         self._woken.close()
-        if self.folder != Path():
-            shutil.rmtree(self.folder, ignore_errors=True)
+        if self._folder is not None:
+            self._folder.remove()
 
 
 def _bound(action: Callable[[RankProcess], None], process: RankProcess) -> Callable[[], None]:

@@ -301,6 +301,7 @@ INVALID: list[tuple[Any, Any, str]] = [
     ("é\ud800", greedy(1), "half of a surrogate pair"),
     ("a", {"temperature": 0}, "they must be SamplingParams"),
     ("a", greedy(1, logit_bias={512: 1.0}), "logit_bias holds token id 512"),
+    ("a", greedy(1, structured_outputs={"choice": ["a" * 10**7]}), "choice has 1000"),
     ({"prompt": "a", "multi_modal_data": {"image": "x"}}, greedy(1), "image 1"),
 ]
 
@@ -353,6 +354,17 @@ def test_long_texts_are_encoded_as_in_llm(engine: Engine) -> None:
 
     assert engine.tokenizer is not None
     assert serve(engine, work) == engine.tokenizer.encode(text)[-9:]
+
+
+def test_structured_outputs_cross_processes(llm: LLM, engine: Engine) -> None:
+    params = greedy(20, structured_outputs={"choice": ["an apple", "the theory"]}, ignore_eos=False)
+    (expected,) = llm.generate(["the"], params, use_tqdm=False)
+
+    async def work(client: Client) -> list[list[RequestOutput]]:
+        return await answers(client, ["the"], params)
+
+    ((*_, last),) = serve(engine, work)
+    assert last.text == expected.text and last.text in ("an apple", "the theory")
 
 
 def test_requests_without_parameters_get_the_checkpoints(engine: Engine) -> None:

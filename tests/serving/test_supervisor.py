@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from nanovllm.parallel.folder import remove_left
 from tests.engines import random_prompts
 from tests.replicas.test_data_parallel import children, wait_until_gone
 
@@ -166,6 +167,8 @@ def test_nothing_runs_after_the_supervisor_is_killed(make: Make) -> None:
     next(lines), next(lines)
     server.process.kill()
     server.end(5)
+    remove_left(server.temporary)  # as the next start does
+    assert list(server.temporary.iterdir()) == []
 
 
 @pytest.mark.parametrize(
