@@ -19,6 +19,7 @@ from nanovllm.api.service import Service
 from nanovllm.config import EngineConfig
 from nanovllm.serving import supervisor
 from nanovllm.serving.api_process import ApiProcess
+from nanovllm.serving.client import Client
 from nanovllm.serving.interface import EngineDead
 
 logger = logging.getLogger(__name__)
@@ -52,10 +53,9 @@ def serve_clients(process: ApiProcess) -> None:
 async def _serve_clients(process: ApiProcess) -> None:
     server, engine = ServerConfig(**process.options), process.client()
     stop = Stop(process.drain_begins())
-    # the first conversation needs it
     importing = asyncio.create_task(asyncio.to_thread(tokenizer.import_library))
     try:
-        if not await stop.before(engine.ready()):
+        if not await stop.before(_ready(engine)):
             return
         size = Latencies.SIZE_BYTES
         starts = range(0, process.num * size, size)
@@ -73,6 +73,14 @@ async def _serve_clients(process: ApiProcess) -> None:
     finally:
         await engine.close()
         await importing
+
+
+async def _ready(engine: Client) -> None:
+    """Wait until the engine is warm, and until the tokenizer is loaded that conversations need: a
+    request must not wait for that."""
+    await engine.ready()
+    if engine.tokenizer is not None:
+        await asyncio.to_thread(getattr, engine.tokenizer, "for_reading")
 
 
 def _as_json(server: ServerConfig) -> dict[str, Any]:
