@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import sys
 from dataclasses import asdict
 from typing import Any
 
@@ -44,6 +45,8 @@ def serve(engine: EngineConfig, server: ServerConfig) -> int:
 
 def serve_clients(process: ApiProcess) -> None:
     """What each API process does."""
+    # Chat templates need transformers, which would import torch, for seconds. Nothing here uses it.
+    sys.modules["torch"] = None  # type: ignore[assignment]
     uvloop.run(_serve_clients(process))
 
 

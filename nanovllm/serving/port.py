@@ -59,8 +59,8 @@ class Port:
         if self._unsent:
             self._hold()
         else:
-            payload = messages.outputs(self._ids, self._tokens, self._rows)
-            self.send(messages.OUTPUTS, payload)
+            self._unsent += _packed(self._ids, self._tokens, self._rows)
+            self.send_more()
         self._ids, self._tokens, self._rows = [], [], []
 
     def send(self, name: str, payload: bytes) -> None:
@@ -79,9 +79,7 @@ class Port:
                 raise ChannelClosed(f"cannot send: {error}") from error
             del self._unsent[:num]
             if not self._unsent and self._held:
-                self._unsent += pack(
-                    messages.OUTPUTS, messages.outputs([], [], list(self._held.values()))
-                )
+                self._unsent += _packed([], [], list(self._held.values()))
                 self._held, self._num_held = {}, 0
 
     def read(self) -> list[Message]:
@@ -116,3 +114,16 @@ class Port:
                 self._held[row.request_id] = row
         if self._num_held > MAX_HELD_NUMBERS:
             raise ChannelClosed(f"the client has not read {self._num_held} numbers")
+
+
+def _packed(ids: list[int], tokens: list[int], rows: list[Row]) -> bytes:
+    """New tokens as a message. If it would be too large, rows are messages of their own, and one
+    that is too large itself ends its answer with an error."""
+    try:
+        return pack(messages.OUTPUTS, messages.outputs(ids, tokens, rows))
+    except ValueError as error:
+        if len(rows) > 1 or ids:
+            singles = [_packed([], [], [row]) for row in rows]
+            return b"".join([_packed(ids, tokens, []), *singles] if ids else singles)
+        text = f"the log-probabilities of a step are too many: {error}"
+        return _packed([], [], [messages.failed(rows[0].request_id, text)])

@@ -118,7 +118,7 @@ class Supervisor:
             "inherited": descriptors,
             "drain_timeout": service.drain_timeout,
             "max_queued": service.max_queued,
-            "environment": {},
+            "environment": {"TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"},  # torch is not needed
         }
         process = Ranks.start(
             setup,

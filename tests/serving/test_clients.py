@@ -67,6 +67,12 @@ async def until_idle(client: Client) -> None:
         await asyncio.sleep(0.01)
 
 
+def ends(engine: Engine) -> dict[str, float]:
+    """How many requests have ended, by their reasons."""
+    found = (one for one in engine.metrics.read() if one.name == "nanovllm:request_success")
+    return {one.labels["finished_reason"]: one.value for one in found}
+
+
 async def collected(stream: Any) -> list[Delta]:
     return [part async for part in stream]
 
@@ -159,16 +165,12 @@ def test_stop_strings_across_tokens_end_answers_as_in_llm(
 
 
 def test_a_stop_string_counts_as_a_stop(engine: Engine) -> None:
-    def counts() -> dict[str, float]:
-        found = (one for one in engine.metrics.read() if one.name == "nanovllm:request_success")
-        return {one.labels["finished_reason"]: one.value for one in found}
-
     async def work(client: Client) -> None:
         await answers(client, PROMPTS[:1], greedy(400, stop=["<filler"]))
 
-    before = counts()
+    before = ends(engine)
     serve(engine, work)
-    assert counts() == {**before, "stop": before["stop"] + 1}
+    assert ends(engine) == {**before, "stop": before["stop"] + 1}
 
 
 def test_drawn_seeds_are_those_of_llm_and_differ_between_clients(llm: LLM, engine: Engine) -> None:
@@ -228,7 +230,9 @@ def test_who_no_longer_reads_aborts_the_request(how: str, engine: Engine) -> Non
             await asyncio.wait([task])
         await until_idle(other)
 
+    before = ends(engine)
     serve(engine, work, 2)
+    assert ends(engine) == {**before, "abort": before["abort"] + 1}
 
 
 def test_an_aborted_request_has_an_end(engine: Engine) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from nanovllm.parallel import channel
 from nanovllm.parallel.channel import Channel, ChannelClosed
 from nanovllm.schedule.logprobs import Logprob
 from nanovllm.schedule.outputs import Completion, Increment
@@ -74,6 +75,20 @@ def test_what_waits_for_a_client_is_bounded(pair: Pair, monkeypatch: pytest.Monk
             pair[0].flush()
 
 
+def test_a_row_that_is_too_large_ends_its_answer_alone(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(channel, "MAX_PAYLOAD_BYTES", 1000)
+    pair[0].add_token(1, 7)
+    for request_id, num in ((2, 3), (3, 999), (4, 30)):
+        pair[0].add_row(Row(request_id, [8], [[(token, -1.0, token) for token in range(num)]]))
+    pair[0].flush()
+    found = received(pair)
+    assert [found[one].token_ids for one in (1, 2, 3, 4)] == [[7], [8], [], [8]]
+    error = found[3].done and found[3].done.error
+    assert error is not None and "log-probabilities of a step are too many: a payload" in error
+
+
 def test_a_client_that_leaves_is_noticed(pair: Pair) -> None:
     pair[1].close()
     with pytest.raises(ChannelClosed):
@@ -84,9 +99,7 @@ def test_a_client_that_leaves_is_noticed(pair: Pair) -> None:
 
 
 def test_a_message_in_pieces_is_read_when_it_is_whole(pair: Pair) -> None:
-    from nanovllm.parallel.channel import pack
-
-    packed = pack("add", b"x" * 3000)
+    packed = channel.pack("add", b"x" * 3000)
     sock: Any = pair[1]._sock
     sock.sendall(packed[:1000])
     assert pair[0].read() == []
