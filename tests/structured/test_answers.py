@@ -186,8 +186,9 @@ def test_other_rows_get_the_same_tokens_beside_constrained_ones(llm: LLM) -> Non
         {"enforce_eager": False, "graph_batch_sizes": (4, 12)},
         {"num_kvcache_blocks": 9, "run_ahead": 1},
         {"num_kvcache_blocks": 9, "enable_prefix_caching": False},
+        {"tensor_parallel_size": 2},
     ],
-    ids=["ahead", "graph", "preempted", "uncached"],
+    ids=["ahead", "graph", "preempted", "uncached", "ranks"],
 )
 def test_answers_depend_on_neither_graphs_nor_order(
     llm: LLM, make: Callable[..., LLM], options: dict[str, Any]
