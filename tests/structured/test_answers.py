@@ -245,14 +245,15 @@ def test_steps_with_constrained_rows_verify_no_proposals(
     make: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     llm = make(draft_lengths=(2,))
-    expected = answers(llm, mixed())
+    asked = [params(1), plain(2, max_tokens=60), params(3, LONG, max_tokens=40)]
+    expected = answers(llm, asked)
     llm.engine.propose = lambda request: request.prompt_ids[:2]
     plans = plans_of(llm, monkeypatch)
-    assert answers(llm, [*mixed(), plain(max_tokens=60)])[:-1] == expected
-    assert any(len(plan.token_T) and not plan.is_prefill for plan in plans), "proposals were made"
-    assert not any(
-        plan.choice.masked and len(plan.token_T) for plan in plans if not plan.is_prefill
-    )
+    assert answers(llm, asked) == expected
+    steps = [plan for plan in plans if not plan.is_prefill]
+    assert any(len(plan.token_T) for plan in steps), "proposals were made"
+    assert any(plan.choice.masked for plan in steps)
+    assert not any(plan.choice.masked and len(plan.token_T) for plan in steps)
 
 
 def test_an_error_in_a_step_leaves_answers_as_they_are(
