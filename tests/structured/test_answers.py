@@ -186,8 +186,9 @@ def test_other_rows_get_the_same_tokens_beside_constrained_ones(llm: LLM) -> Non
         {"enforce_eager": False, "graph_batch_sizes": (4, 12)},
         {"num_kvcache_blocks": 9, "run_ahead": 1},
         {"num_kvcache_blocks": 9, "enable_prefix_caching": False},
+        {"tensor_parallel_size": 2},
     ],
-    ids=["ahead", "graph", "preempted", "uncached"],
+    ids=["ahead", "graph", "preempted", "uncached", "ranks"],
 )
 def test_answers_depend_on_neither_graphs_nor_order(
     llm: LLM, make: Callable[..., LLM], options: dict[str, Any]
@@ -244,14 +245,15 @@ def test_steps_with_constrained_rows_verify_no_proposals(
     make: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     llm = make(draft_lengths=(2,))
-    expected = answers(llm, mixed())
+    asked = [params(1), plain(2, max_tokens=60), params(3, LONG, max_tokens=40)]
+    expected = answers(llm, asked)
     llm.engine.propose = lambda request: request.prompt_ids[:2]
     plans = plans_of(llm, monkeypatch)
-    assert answers(llm, [*mixed(), plain(max_tokens=60)])[:-1] == expected
-    assert any(len(plan.token_T) and not plan.is_prefill for plan in plans), "proposals were made"
-    assert not any(
-        plan.choice.masked and len(plan.token_T) for plan in plans if not plan.is_prefill
-    )
+    assert answers(llm, asked) == expected
+    steps = [plan for plan in plans if not plan.is_prefill]
+    assert any(len(plan.token_T) for plan in steps), "proposals were made"
+    assert any(plan.choice.masked for plan in steps)
+    assert not any(plan.choice.masked and len(plan.token_T) for plan in steps)
 
 
 def test_an_error_in_a_step_leaves_answers_as_they_are(
