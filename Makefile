@@ -21,9 +21,9 @@ test: $(VENV)/.installed-test lint
 test-npu: $(NPU)/.installed
 	$(BIN)/python tests/npu/run.py $(NPU) $(ARGS)
 
-# what the tests of the page drive, on Debian; without it they are left out, except where CI is set
+# what the tests of the page drive, on Debian as root; without it they are left out, and the summary says so
 browser:
-	apt-get install --yes --no-install-recommends chromium
+	command -v chromium || (apt-get update --quiet=2 && apt-get install --yes --quiet=2 --no-install-recommends chromium)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
