@@ -1,4 +1,4 @@
-# make run: install, then answer a few prompts with the embedded model.   make test: install, then lint, types and tests.
+# make run: install, then answer a few prompts with the embedded model.   make serve: the same as a server.   make test: install, then lint, types and tests.
 PYTHON ?= python3
 WORKERS ?= 2
 VENV ?= .venv
@@ -8,10 +8,13 @@ SOURCES := setup.py constraints.txt
 NPU := $(VENV)/npu
 NPU_SOURCES := $(addprefix tests/npu/,requirements.txt cann_stub/build.py cann_stub/runtime.c)
 
-.PHONY: run test test-npu lint browser clean
+.PHONY: run serve test test-npu lint browser clean
 
 run: $(VENV)/.installed
 	$(BIN)/python example.py $(ARGS)
+
+serve: $(VENV)/.installed-serve
+	$(BIN)/nanovllm serve $(ARGS)
 
 test: $(VENV)/.installed-test lint
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
@@ -35,10 +38,15 @@ $(VENV)/.installed: $(SOURCES)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[vision]'
 	touch $@
 
+$(VENV)/.installed-serve: $(SOURCES)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[serve,vision]'
+	touch $@ $(VENV)/.installed
+
 $(VENV)/.installed-test: $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
-	touch $@ $(VENV)/.installed
+	touch $@ $(VENV)/.installed $(VENV)/.installed-serve
 
 $(NPU)/.installed: $(VENV)/.installed-test $(NPU_SOURCES)
 	rm -rf $(NPU)
