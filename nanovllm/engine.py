@@ -17,7 +17,7 @@ import numpy as np
 from nanovllm.config import EngineConfig
 from nanovllm.intake import Embeddings, Intake, checked_priority, drawn_seed
 from nanovllm.media.given import Given
-from nanovllm.media_intake import MediaIntake, MediaPrompt
+from nanovllm.media_intake import MediaIntake, MediaPrompt, MediaPrompts, Scale
 from nanovllm.metrics import EngineMetrics, StatsLog
 from nanovllm.prompts import AnyPrompt, Prompt, as_prompt
 from nanovllm.runner.runner import Encodable, Launched, Runner
@@ -87,9 +87,11 @@ class Engine:
         self._requests: dict[int, tuple[Request, TextStream]] = {}
         self._outbox = Outbox()
         tower = self._runner.model.tower
-        self._media = MediaIntake(
-            config.model, self.tokenizer, tower and tower.config, loaded.vision, config.media
+        self.media_scale = None if tower is None else Scale.of(tower.config)
+        prompts = MediaPrompts(
+            config.model, self.tokenizer, self.media_scale, loaded.vision, config.media
         )
+        self._media = MediaIntake(prompts, config.media)
         self._grammars = self._new_grammars()
         self._images: dict[str, Encodable] = {}  # of unfinished requests, by the keys of contents
         self.metrics = EngineMetrics(self.scheduler, loaded.expert_stats)
@@ -237,7 +239,10 @@ class Engine:
         params = (params or SamplingParams()).clone()
         self._intake.check(params)
         prepared = prompt if isinstance(prompt, MediaPrompt) else None
-        given = as_prompt(prompt) if prepared is None else Prompt(None, prepared.token_ids)
+        if prepared is None:
+            given = as_prompt(prompt)
+        else:
+            given = Prompt(None, prepared.token_ids, prepared.cache_salt)
         if given.media:
             self._check_media(given, params, embeddings, positions)
         prompt_ids = self._intake.prompt_ids(given, params)
@@ -294,12 +299,7 @@ class Engine:
                 f"the prompt has {prompt.media[0].name}: embeddings and positions follow from it, "
                 "so none can be given"
             )
-        if params.truncate_prompt_tokens is not None:
-            raise ValueError(
-                f"truncate_prompt_tokens is {params.truncate_prompt_tokens}: a prompt with "
-                f"{prompt.media[0].name} cannot be truncated"
-            )
-        self._media.check(prompt)
+        self._media.check(prompt, params)
 
     def _queue_unless_preparing(self, request: Request) -> None:
         if request.request_id in self._media or request.request_id in self._grammars:

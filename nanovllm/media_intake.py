@@ -19,6 +19,7 @@ from nanovllm.models.vision import positions
 from nanovllm.models.vision.interface import TowerConfig
 from nanovllm.prompts import Prompt
 from nanovllm.runner.runner import Encodable
+from nanovllm.sampling import SamplingParams
 from nanovllm.schedule.request import Content
 from nanovllm.tokenizer import Tokenizer
 
@@ -30,41 +31,49 @@ class MediaPrompt(NamedTuple):
     token_ids: list[int]
     position_3T: np.ndarray | None
     images: list[tuple[Content, Encodable]]
+    cache_salt: str | None = None
 
     @property
     def num_bytes(self) -> int:
         return sum(image.values.nbytes for _, image in self.images)
 
 
-class MediaIntake:
-    """Prepares the prompts of requests in worker threads. One thread at a time may use it.
+class Scale(NamedTuple):
+    """What the positions of a prompt depend on; the fields are those of `TowerConfig`."""
 
-    A few prompts are in preparation at the same time, and none is begun while the patches of
-    unfinished requests take `max_held_bytes`.
+    merge_size: int
+    tokens_per_second: float
+    videos_span_time: bool
+
+    @classmethod
+    def of(cls, tower: TowerConfig) -> Scale:
+        return cls(tower.merge_size, tower.tokens_per_second, tower.videos_span_time)
+
+
+class MediaPrompts:
+    """Makes the prompts of one checkpoint. Several threads can use it.
+
+    scale: that of its tower, None for a text model.
     """
 
     def __init__(
         self,
         model: str,
         tokenizer: Tokenizer | None,
-        tower: TowerConfig | None,
+        scale: Scale | None,
         settings: VisionSettings | None,
         options: MediaOptions,
     ) -> None:
-        self._model, self._tower, self._options = model, tower, options
+        self._model, self._scale, self._options = model, scale, options
         self._preparer: Preparer | None = None
         self._placeholders: Placeholders | None = None
         if tokenizer is not None and settings is not None:
             self._preparer = Preparer(settings, options)
             self._placeholders = Placeholders(tokenizer, settings.with_times, **settings.tokens)
-        self._waiting: dict[int, Prompt] = {}
-        self._running: dict[int, tuple[Prompt, Preparation]] = {}
-        self._held: dict[int, int] = {}  # bytes of patches of unfinished requests
-        self._changed = threading.Event()
 
     def check_media(self, media: Sequence[given.Given]) -> None:
         """Raises ValueError for media of a text model, and for too many."""
-        if media and self._tower is None:
+        if media and self._scale is None:
             given.refuse(self._model, media)
         if media and self._preparer is None:
             raise ValueError(
@@ -76,81 +85,30 @@ class MediaIntake:
             sounds = [one for one in media if one.kind == given.AUDIO]
             given.refuse(self._model, sounds, "does not hear")
 
-    def check(self, prompt: Prompt) -> None:
-        """`check_media`, and raises ValueError for more or fewer media than placeholders."""
+    def check(self, prompt: Prompt, params: SamplingParams) -> None:
+        """`check_media`, and raises ValueError for more or fewer media than placeholders, and for
+        parameters that media exclude."""
+        if params.truncate_prompt_tokens is not None:
+            raise ValueError(
+                f"truncate_prompt_tokens is {params.truncate_prompt_tokens}: a prompt with "
+                f"{prompt.media[0].name} cannot be truncated"
+            )
         self.check_media(prompt.media)
         assert self._placeholders is not None
         self._placeholders.check(prompt.text, prompt.token_ids, [one.kind for one in prompt.media])
 
-    def add(self, request_id: int, prompt: Prompt) -> None:
-        """Prepare the prompt of a request, which `check` has let through."""
-        self._waiting[request_id] = prompt
-        self._begin()
-
-    def take(self, wait_s: float = 0.0) -> Iterator[tuple[int, MediaPrompt | str]]:
-        """Requests that are ready, with their prompts or with what is wrong with their media.
-
-        If none is, wait for one, but not longer than `wait_s`.
-        """
-        if wait_s and not any(work.done() for _, work in self._running.values()):
-            self._changed.wait(wait_s)
-        self._changed.clear()
-        for request_id, (prompt, work) in list(self._running.items()):
-            if not work.done():
-                continue
-            del self._running[request_id]
-            try:
-                found = self._prompt(prompt, work.result())
-            except ValueError as error:
-                yield request_id, str(error)
-                continue
-            self._held[request_id] = found.num_bytes
-            yield request_id, found
-        self._begin()
-
-    def drop(self, request_id: int) -> None:
-        """Forget a request that has ended, and end the work on it."""
-        self._waiting.pop(request_id, None)
-        self._held.pop(request_id, None)
-        _, work = self._running.pop(request_id, (None, None))
-        if work is not None and all(work is not other for _, other in self._running.values()):
-            work.cancel()
-        self._begin()
-
-    def __contains__(self, request_id: int) -> bool:
-        """Whether a request is in preparation."""
-        return request_id in self._waiting or request_id in self._running
-
-    def __len__(self) -> int:
-        """The number of requests in preparation."""
-        return len(self._waiting) + len(self._running)
+    def submit(self, prompt: Prompt) -> Preparation:
+        """Begin to prepare the media of a prompt, which `check` has let through."""
+        assert self._preparer is not None
+        return self._preparer.submit(prompt.media)
 
     def close(self) -> None:
-        for request_id in [*self._waiting, *self._running]:
-            self.drop(request_id)
+        """End the threads. Waiting work is cancelled, running work is waited for."""
         if self._preparer is not None:
             self._preparer.close()
 
-    def _begin(self) -> None:
-        """Begin with waiting prompts as far as the bounds allow."""
-        while self._waiting and len(self._running) < 2 * self._options.num_media_workers:
-            if sum(self._held.values()) >= self._options.max_held_bytes:
-                return
-            request_id = next(iter(self._waiting))
-            prompt = self._waiting.pop(request_id)
-            self._running[request_id] = prompt, self._work(prompt)
-
-    def _work(self, prompt: Prompt) -> Preparation:
-        """The preparation of a prompt; several answers to one prompt share it."""
-        for other, work in self._running.values():
-            if other.media is prompt.media:
-                return work
-        assert self._preparer is not None
-        work = self._preparer.submit(prompt.media)
-        work.when_changed(self._changed.set)
-        return work
-
-    def _prompt(self, prompt: Prompt, items: list[Prepared]) -> MediaPrompt:
+    def made(self, prompt: Prompt, items: list[Prepared]) -> MediaPrompt:
+        """The prompt, once its media are prepared. Raises ValueError if they do not fit it."""
         assert self._placeholders is not None
         if prompt.token_ids is None:
             assert prompt.text is not None
@@ -163,14 +121,13 @@ class MediaIntake:
         position_3T, _ = positions.mrope_positions(num_tokens, self._items(items, expanded))
         pairs = zip(items, expanded.spans)
         images = [one for item, spans in pairs for one in self._images(item, spans)]
-        return MediaPrompt(expanded.token_ids, position_3T, images)
+        return MediaPrompt(expanded.token_ids, position_3T, images, prompt.cache_salt)
 
     def _items(self, items: Sequence[Prepared], expanded: Expanded) -> list[positions.Item]:
         """The images and videos of a prompt in its order. A frame with tokens of its own is one
         item."""
-        assert self._tower is not None
-        merge, per_second = self._tower.merge_size, self._tower.tokens_per_second
-        spans_time = self._tower.videos_span_time
+        assert self._scale is not None
+        merge, per_second, spans_time = self._scale
         found: list[positions.Item] = []
         for item, spans in zip(items, expanded.spans):
             if item.kind == given.AUDIO:
@@ -202,3 +159,93 @@ class MediaIntake:
                 digest = hashlib.sha256(digest + index.to_bytes(4, "little")).digest()
             pixels = item.values[index * num_patches : (index + 1) * num_patches]
             yield Content(start, num_tokens, digest), Encodable(pixels, (1, rows, columns))
+
+
+class MediaIntake:
+    """Prepares the prompts of requests in worker threads. One thread at a time may use it.
+
+    A few prompts are in preparation at the same time, and none is begun while the patches of
+    unfinished requests take `max_held_bytes`.
+    """
+
+    def __init__(self, prompts: MediaPrompts, options: MediaOptions) -> None:
+        """Takes over `prompts`."""
+        self._prompts, self._options = prompts, options
+        self._waiting: dict[int, Prompt] = {}
+        self._running: dict[int, tuple[Prompt, Preparation]] = {}
+        self._held: dict[int, int] = {}  # bytes of patches of unfinished requests
+        self._changed = threading.Event()
+
+    def check_media(self, media: Sequence[given.Given]) -> None:
+        """See `MediaPrompts`."""
+        self._prompts.check_media(media)
+
+    def check(self, prompt: Prompt, params: SamplingParams) -> None:
+        """See `MediaPrompts`."""
+        self._prompts.check(prompt, params)
+
+    def add(self, request_id: int, prompt: Prompt) -> None:
+        """Prepare the prompt of a request, which `check` has let through."""
+        self._waiting[request_id] = prompt
+        self._begin()
+
+    def take(self, wait_s: float = 0.0) -> Iterator[tuple[int, MediaPrompt | str]]:
+        """Requests that are ready, with their prompts or with what is wrong with their media.
+
+        If none is, wait for one, but not longer than `wait_s`.
+        """
+        if wait_s and not any(work.done() for _, work in self._running.values()):
+            self._changed.wait(wait_s)
+        self._changed.clear()
+        for request_id, (prompt, work) in list(self._running.items()):
+            if not work.done():
+                continue
+            del self._running[request_id]
+            try:
+                found = self._prompts.made(prompt, work.result())
+            except ValueError as error:
+                yield request_id, str(error)
+                continue
+            self._held[request_id] = found.num_bytes
+            yield request_id, found
+        self._begin()
+
+    def drop(self, request_id: int) -> None:
+        """Forget a request that has ended, and end the work on it."""
+        self._waiting.pop(request_id, None)
+        self._held.pop(request_id, None)
+        _, work = self._running.pop(request_id, (None, None))
+        if work is not None and all(work is not other for _, other in self._running.values()):
+            work.cancel()
+        self._begin()
+
+    def __contains__(self, request_id: int) -> bool:
+        """Whether a request is in preparation."""
+        return request_id in self._waiting or request_id in self._running
+
+    def __len__(self) -> int:
+        """The number of requests in preparation."""
+        return len(self._waiting) + len(self._running)
+
+    def close(self) -> None:
+        for request_id in [*self._waiting, *self._running]:
+            self.drop(request_id)
+        self._prompts.close()
+
+    def _begin(self) -> None:
+        """Begin with waiting prompts as far as the bounds allow."""
+        while self._waiting and len(self._running) < 2 * self._options.num_media_workers:
+            if sum(self._held.values()) >= self._options.max_held_bytes:
+                return
+            request_id = next(iter(self._waiting))
+            prompt = self._waiting.pop(request_id)
+            self._running[request_id] = prompt, self._work(prompt)
+
+    def _work(self, prompt: Prompt) -> Preparation:
+        """The preparation of a prompt; several answers to one prompt share it."""
+        for other, work in self._running.values():
+            if other.media is prompt.media:
+                return work
+        work = self._prompts.submit(prompt)
+        work.when_changed(self._changed.set)
+        return work

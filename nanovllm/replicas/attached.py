@@ -56,11 +56,12 @@ def dump(message: bytes, attached: Attached) -> bytes:
 
 def load(payload: bytes) -> tuple[bytes, Attached]:
     """The JSON message, and what is attached to it."""
-    message, has_more, rest = payload.partition(b"\0")
-    if not has_more:
-        return message, Attached()
-    described, _, content = rest.partition(b"\0")
-    tensors = safe.load(content)
+    end = payload.find(b"\0")
+    if end < 0:
+        return payload, Attached()
+    message, start = payload[:end], payload.find(b"\0", end + 1) + 1
+    described = payload[end + 1 : start - 1]
+    tensors = safe.load(payload[start:])
     starts, found = json.loads(described)
     images = []
     for i, (start, num, digest, values) in enumerate(found):

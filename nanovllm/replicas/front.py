@@ -203,7 +203,7 @@ class Replicas:
         beside = Attached(embeddings, positions)
         if isinstance(prompt, MediaPrompt):
             beside = Attached(embeddings, prompt.position_3T, prompt.images)
-            prompt = Prompt(None, prompt.token_ids)
+            prompt = Prompt(None, prompt.token_ids, prompt.cache_salt)
         given = as_prompt(prompt)
         self.check_media(given.media)
         prompt_ids = self._intake.prompt_ids(given, params)

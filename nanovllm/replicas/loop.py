@@ -34,6 +34,7 @@ def facts_of(engine: Engine) -> Facts:
         num_added=engine.model_config.num_added,
         has_axes=bool(engine.model_config.rope_axes),
         has_towers=bool(engine.runner.towers),
+        media_scale=engine.media_scale,
         block_size=pool.block_size,
         num_blocks=pool.num_blocks,
         eos_ids=sorted(engine.eos_ids),
@@ -90,7 +91,8 @@ class Loop:
         prompt: Prompt | MediaPrompt = Prompt(None, given.prompt_ids, given.cache_salt)
         positions = beside.positions
         if beside.images:
-            prompt = MediaPrompt(given.prompt_ids, positions, list(beside.images))
+            images = list(beside.images)
+            prompt = MediaPrompt(given.prompt_ids, positions, images, given.cache_salt)
             positions = None
         try:
             of_engine = self._engine.add_request(

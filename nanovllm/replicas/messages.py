@@ -7,7 +7,7 @@ and asks METRICS.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -29,7 +29,8 @@ _Top = list[tuple[int, float, int]]  # the token's id, its log-probability, its 
 @dataclass(frozen=True)
 class Facts:
     """What the front must know of an engine. `num_blocks` counts blocks of its cache, `checkpoint`
-    is a digest. `num_added` and `has_axes` are of `Intake`."""
+    is a digest. `num_added` and `has_axes` are of `Intake`, `media_scale` has the fields of `Scale`
+    in `media_intake.py`."""
 
     checkpoint: str
     max_model_len: int
@@ -43,6 +44,7 @@ class Facts:
     num_added: int = 0
     has_axes: bool = False
     has_towers: bool = False
+    media_scale: Sequence[Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -25,14 +25,13 @@ from nanovllm.schedule import edit_limits
 from nanovllm.serving import messages, quota
 from nanovllm.serving.answer import Answer
 from nanovllm.serving.connection import Connection
+from nanovllm.serving.encoding import Encoder
 from nanovllm.serving.interface import Draining, EngineDead
 from nanovllm.serving.messages import Add, End
 from nanovllm.serving.quota import MAX_QUEUED, Counts, Quota
+from nanovllm.serving.seeing import Encoded
 from nanovllm.serving.stream import Feed, OpenStream
 from nanovllm.tokenizer import Tokenizer
-
-# Longer texts are encoded in a thread, so that other tasks go on meanwhile.
-LONG_TEXT_CHARACTERS = 4096
 
 
 class Client:
@@ -112,6 +111,8 @@ class Client:
             has_axes=facts.has_axes,
             max_grammar_bytes=self.config.max_grammar_bytes,
         )
+        num_clients = quota.num_clients_of(self._counts)
+        self._encoder = await Encoder.open(self.config, self._intake, facts, num_clients)
         self._quota = Quota(self._index, self._counts, self.max_num_seqs + self._max_queued)
 
     async def close(self) -> None:
@@ -125,6 +126,8 @@ class Client:
             self._starting.cancel()
         if connection := self.__dict__.get("_connection"):
             connection.close()
+        if encoder := self.__dict__.get("_encoder"):
+            await encoder.close()
 
     async def drain(self, timeout: float | None = None) -> bool:
         """Refuse new requests with Draining, and wait for those that run or wait.
@@ -150,9 +153,9 @@ class Client:
     # requests ---------------------------------------------------------------------------------
 
     def check_media(self, media: Sequence[Given]) -> None:
-        """Raises ValueError for images, videos and sound: they are not supported here."""
-        if media:
-            raise ValueError(f"{media[0].name} is not supported by AsyncLLM: use LLM")
+        """Raises ValueError for images, videos and sound that the model or the options do not
+        allow. Call it after `ready`."""
+        self._encoder.check_media(media)
 
     async def open(
         self,
@@ -165,24 +168,35 @@ class Client:
         """Queue a prompt; its answers come through the stream.
 
         With params.output_kind FINAL_ONLY an answer is one part. Without params those of the
-        checkpoint are used. Raises ValueError for an invalid prompt and for a request_id that is in
-        use, QueueFull, Draining, EngineDead.
+        checkpoint are used. Images are prepared first; cancelling the task ends that. Raises
+        ValueError for an invalid prompt, for images that cannot be read and for a request_id that
+        is in use, QueueFull, Draining, EngineDead.
         """
         await self.ready()
         params = self._checked(self.default_params if params is None else params)
         given, priority = as_prompt(prompt), checked_priority(priority)
-        prompt_ids = await self._prompt_ids(given, params)
         self._check_open()
-        name = uuid.uuid4().hex if request_id is None else request_id
-        if not isinstance(name, str) or name in self._feeds:
-            raise ValueError(f"request_id is {name!r}: it must be text that is not in use")
-        self._quota.take(params.n)
+        self._quota.take(params.n)  # a prompt whose images are being prepared waits, too
+        encoded = Encoded([])
+        try:
+            encoded = await self._encoder.encode(given, params)
+            self._check_open()
+            name = self._checked_name(request_id)
+        except BaseException:
+            self._quota.give_back(params.n)
+            self._encoder.release(encoded.num_bytes)
+            raise
+        prompt_ids = encoded.token_ids
         incremental = bool(params.stop) or params.output_kind is not RequestOutputKind.FINAL_ONLY
         seeds = self._seeds(params)
         feed = self._new_feed(name, params, prompt_ids, incremental=incremental)
+        feed.num_held_bytes = encoded.num_bytes
         # the engine neither decodes nor finds stop strings
         fields = params_fields(replace(params, n=1, seed=None, stop=None, detokenize=False))
-        add = Add(feed.first_id, prompt_ids, fields, seeds, incremental, priority, given.cache_salt)
+        salt, has_images = given.cache_salt, bool(encoded.beside)
+        add = Add(feed.first_id, prompt_ids, fields, seeds, incremental, priority, salt, has_images)
+        if has_images:
+            self._connection.send_packed(encoded.beside)
         self._connection.send(messages.ADD, messages.dump(add))
         return OpenStream(self, prompt_ids, feed)
 
@@ -273,16 +287,11 @@ class Client:
             raise ValueError(f"prompt_logprobs does not go with stop and {option}")
         return params
 
-    async def _prompt_ids(self, prompt: Prompt, params: SamplingParams) -> list[int]:
-        self._check_open()
-        self.check_media(prompt.media)
-        text = prompt.text
-        is_encoded = prompt.token_ids is not None or self.tokenizer is None
-        if text is not None and not is_encoded and len(text) > LONG_TEXT_CHARACTERS:
-            assert self.tokenizer is not None
-            token_ids = await asyncio.to_thread(self.tokenizer.encode, text)
-            prompt = replace(prompt, token_ids=token_ids)
-        return self._intake.prompt_ids(prompt, params)
+    def _checked_name(self, request_id: str | None) -> str:
+        name = uuid.uuid4().hex if request_id is None else request_id
+        if not isinstance(name, str) or name in self._feeds:
+            raise ValueError(f"request_id is {name!r}: it must be text that is not in use")
+        return name
 
     def _seeds(self, params: SamplingParams) -> list[int]:
         """The seeds of the n answers. Clients draw different ones; a single one those of `LLM`."""
@@ -348,6 +357,7 @@ class Client:
         feed.note(answer)
         if not feed.num_unfinished:
             del self._feeds[feed.name]
+            self._encoder.release(feed.num_held_bytes)
         if not self._answers:
             self._idle.set()
 

@@ -44,6 +44,11 @@ class Connection(asyncio.Protocol):
         if self._transport is not None and not self._transport.is_closing():
             self._transport.write(pack(name, payload))
 
+    def send_packed(self, message: bytes) -> None:
+        """The same for a message that `pack` has made: a long one, in a thread."""
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.write(message)
+
     def close(self) -> None:
         if self._transport is not None:
             self._transport.close()

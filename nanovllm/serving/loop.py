@@ -46,6 +46,7 @@ class Loop:
         self._owners: dict[int, Owner] = {}  # by the engine's ids
         self._handlers: dict[str, Callable[[Port, bytes], None]] = {
             messages.ADD: self._add,
+            messages.BESIDE: self._beside,
             messages.END: self._end,
             messages.METRICS: self._metrics,
         }
@@ -114,9 +115,10 @@ class Loop:
         """Queue the answers to a prompt. What the client cannot know, such as full memory, ends
         them alone."""
         given = messages.load_add(payload)
+        prompt = _prompt(given, port)
         for request_id, seed in enumerate(given.seeds, start=given.first_id):
             try:
-                of_engine = self._queue(given, seed)
+                of_engine = self._queue(given, prompt, seed)
             except Exception as error:
                 logger.error("a request is refused: %s", error)
                 port.add_row(messages.failed(request_id, f"{type(error).__name__}: {error}"))
@@ -125,14 +127,11 @@ class Loop:
             self._owners[of_engine] = Owner(port, request_id, given.incremental)
         port.flush()
 
-    def _queue(self, given: Add, seed: int) -> int:
-        prompt: Prompt | MediaPrompt = Prompt(None, given.prompt_ids, given.cache_salt)
-        if given.beside:
-            from nanovllm.media_intake import MediaPrompt  # these import torch
-            from nanovllm.replicas import attached
+    def _beside(self, port: Port, payload: bytes) -> None:
+        """Keep the images of the prompt that follows."""
+        port.beside = payload
 
-            _, beside = attached.load(given.beside)
-            prompt = MediaPrompt(given.prompt_ids, beside.positions, list(beside.images))
+    def _queue(self, given: Add, prompt: Prompt | MediaPrompt, seed: int) -> int:
         return self._engine.add_request(
             prompt,
             SamplingParams(**given.params, seed=seed),
@@ -159,3 +158,16 @@ class Loop:
 
     def _metrics(self, port: Port, payload: bytes) -> None:
         port.send(messages.METRICS, dump_metrics(self._engine.metrics.read()))
+
+
+def _prompt(given: Add, port: Port) -> Prompt | MediaPrompt:
+    """The prompt of a message, with its images."""
+    if not given.has_images:
+        return Prompt(None, given.prompt_ids, given.cache_salt)
+    from nanovllm.media_intake import MediaPrompt  # these import torch
+    from nanovllm.replicas import attached
+
+    _, beside = attached.load(port.beside)
+    port.beside = b""
+    images = list(beside.images)
+    return MediaPrompt(given.prompt_ids, beside.positions, images, given.cache_salt)

@@ -2,7 +2,8 @@
 `parallel/channel.py`.
 
 The engine's process sends READY once, with its `Facts` as JSON, then OUTPUTS after each step, and
-METRICS when a client has asked for them. Clients send ADD, END and METRICS.
+METRICS when a client has asked for them. Clients send ADD, END and METRICS, and before the ADD of a
+prompt with images BESIDE: what `attached.dump` makes of them.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from nanovllm.replicas.messages import numbers
 from nanovllm.schedule.outputs import Completion, Increment
 
 READY, OUTPUTS, METRICS = "ready", "outputs", "metrics"
-ADD, END = "add", "end"
+ADD, BESIDE, END = "add", "beside", "end"
 ABORT, STOP = "abort", "stop"
 
 Top = list[tuple[int, float, int]]  # the token's id, its log-probability, its rank
@@ -26,7 +27,7 @@ class Add(msgspec.Struct, array_like=True):
     """A prompt with the answers `first_id`, `first_id + 1`, …, one for each seed.
 
     params: the fields of `SamplingParams` that the engine needs. incremental: that of
-    `Engine.add_request`. beside: what `attached.dump` makes of images, or nothing.
+    `Engine.add_request`. has_images: those of the BESIDE before it.
     """
 
     first_id: int
@@ -36,7 +37,7 @@ class Add(msgspec.Struct, array_like=True):
     incremental: bool
     priority: int
     cache_salt: str | None
-    beside: bytes = b""
+    has_images: bool = False
 
 
 class End(msgspec.Struct, array_like=True):

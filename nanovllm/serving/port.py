@@ -9,7 +9,7 @@ from nanovllm.parallel.channel import ChannelClosed, Message, pack, unpack
 from nanovllm.serving import messages
 from nanovllm.serving.messages import Row
 
-PIECE_BYTES = 1 << 20  # at most so much is read at once
+PIECE_BYTES = 1 << 20  # once so much has been read, others are served first
 # A client that has not read for so many numbers (tokens, log-probabilities) is given up. 256
 # answers of 32,768 tokens are half of it.
 MAX_HELD_NUMBERS = 1 << 24
@@ -27,6 +27,7 @@ class Port:
         sock.setblocking(False)
         self._sock = sock
         self.answers: dict[int, int] = {}  # unfinished: the client's ids and the engine's
+        self.beside = b""  # the images of the next prompt
         self._received = bytearray()
         self._unsent = bytearray()
         self._ids: list[int] = []
@@ -85,15 +86,18 @@ class Port:
     def read(self) -> list[Message]:
         """The messages that are complete, once what is there has been read. Raises
         ChannelClosed."""
-        try:
-            piece = self._sock.recv(PIECE_BYTES)
-        except BlockingIOError:
-            return []
-        except OSError as error:
-            raise ChannelClosed(f"cannot receive: {error}") from error
-        if not piece:
-            raise ChannelClosed("the client has closed its end")
-        self._received += piece
+        num_bytes = 0
+        while num_bytes < PIECE_BYTES:
+            try:
+                piece = self._sock.recv(PIECE_BYTES)
+            except BlockingIOError:
+                break
+            except OSError as error:
+                raise ChannelClosed(f"cannot receive: {error}") from error
+            if not piece:
+                raise ChannelClosed("the client has closed its end")
+            self._received += piece
+            num_bytes += len(piece)
         return list(iter(lambda: unpack(self._received), None))
 
     def close(self) -> None:

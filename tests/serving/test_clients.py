@@ -14,7 +14,8 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.engine import Engine
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling import RequestOutputKind
-from nanovllm.serving.client import LONG_TEXT_CHARACTERS, Client
+from nanovllm.serving.client import Client
+from nanovllm.serving.encoding import LONG_TEXT_CHARACTERS
 from nanovllm.serving.interface import Delta, Draining, QueueFull
 from tests.conftest import save_tiny
 from tests.engines import greedy, random_prompts, save_tokenizer
