@@ -37,11 +37,12 @@ async def openapi(service: Service, exchange: Exchange) -> None:
     await exchange.json(description(service))
 
 
+RESPONSES = Route("POST", responses)
 ROUTES = {
     "/v1/models": Route("GET", others.models),
     "/v1/completions": Route("POST", completions),
     "/v1/chat/completions": Route("POST", chat),
-    "/v1/responses": Route("POST", responses),
+    "/v1/responses": RESPONSES,
     "/v1/embeddings": Route("POST", others.embeddings),
     "/tokenize": Route("POST", others.tokenize),
     "/detokenize": Route("POST", others.detokenize),
@@ -119,6 +120,8 @@ class App:
 
     async def _refuse(self, exchange: Exchange, error: Exception) -> None:
         told = from_exception(error, NAMES, self.service.engine.config.model)
+        if told.param == "messages" and self.routes.get(exchange.scope["path"]) == RESPONSES:
+            told.param = "input"  # what they are called there
         if told.code == "internal_error":
             # neither the message nor the values of variables: they can have the prompt
             logger.error(

@@ -14,6 +14,8 @@ MAX_MESSAGE_CHARS = 500
 RETRY_AFTER_S = b"5"
 # the first word of a message of ours is the name of an option: "top_p is 3: it must be …"
 NAMED = re.compile(r"['\"]?([a-z_][a-z0-9_]*)\b")
+# "image 2: …", "the prompt has 40 images: …"
+OF_MEDIA = re.compile(r"(the prompt has )?(\d+ )?(image|video|audio)")
 TYPES = {
     401: "authentication_error", 403: "permission_error", 404: "not_found_error",
     408: "timeout_error", 429: "rate_limit_error", 500: "server_error",
@@ -81,5 +83,7 @@ def from_exception(error: Exception, fields: Container[str] = (), hidden: str = 
         message = str(error).replace(hidden, "the model") if hidden else str(error)
         named = NAMED.match(message)
         param = named[1] if named is not None and named[1] in fields else None
+        if OF_MEDIA.match(message):
+            param = "messages"
         return ApiError(400, message, param=param, code="invalid_value")
     return ApiError(500, "the server has made a mistake", code="internal_error")

@@ -86,7 +86,9 @@ class Generation:
             exchange.record.prompt = "; ".join(str(one.text or one.token_ids) for one in prompts)
         try:
             for prompt in prompts:
-                streams.append(await engine.open(prompt, params, priority=priority))
+                opening = engine.open(prompt, params, priority=priority)
+                # images take a while
+                streams.append(await (exchange.unless_gone(opening) if prompt.media else opening))
         except BaseException:
             for stream in streams:
                 stream.abort()

@@ -1,0 +1,210 @@
+"""Images through the HTTP server: OpenAI's forms and the page's, errors, limits."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any, NamedTuple, TypeVar
+
+import httpx
+import openai
+import pytest
+
+from nanovllm import LLM
+from nanovllm.api.config import ServerConfig
+from nanovllm.api.server import Stop, bind, run, url_of
+from nanovllm.api.service import Service
+from nanovllm.engine import Engine
+from nanovllm.hub import SEEING
+from nanovllm.serving.client import Client
+from tests.engines import greedy
+from tests.serving.pictures import SECRET, Held, about, corrupt, data_url
+from tests.serving.served import serve
+
+Result = TypeVar("Result")
+MAX_BODY_BYTES = 1 << 16
+ASKED: dict[str, Any] = {"model": SEEING, "temperature": 0}
+CHAT, RESPONSES = "/v1/chat/completions", "/v1/responses"
+
+
+class Served(NamedTuple):
+    engine: Client
+    http: httpx.AsyncClient
+    openai: openai.AsyncOpenAI
+
+    async def text(self, messages: Any) -> str:
+        """The content of an answer."""
+        asked: Any = {**ASKED, "max_tokens": 8, "extra_body": {"ignore_eos": True}}
+        done = await self.openai.chat.completions.create(messages=messages, **asked)
+        return done.choices[0].message.content or ""
+
+    async def refusal(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        answer = await self.http.post(path, json={**ASKED, **body})
+        return answer.status_code, answer.json()["error"]
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    made = LLM(
+        SEEING, device="cpu", dtype="float32", enforce_eager=True, max_num_seqs=4,
+        max_num_batched_tokens=256, max_model_len=256, num_kvcache_blocks=65,
+        limit_mm_per_prompt={"image": 3}, vision_patch_budgets=[256],
+    )  # fmt: skip
+    yield made
+    made.close()
+
+
+def through_http(llm: LLM, work: Callable[[Served], Coroutine[Any, Any, Result]]) -> Result:
+    """The result of `work` with clients of a server on this model."""
+    config = ServerConfig(port=0, max_body_bytes=MAX_BODY_BYTES)
+
+    async def serve_and_work(client: Client) -> Result:
+        await client.ready()
+        wish, has_started = asyncio.Event(), asyncio.Event()
+        with bind(config) as sock:
+            stop, url = Stop(wish.wait()), url_of(config, sock)
+            service = Service(client, config)
+            serving = asyncio.create_task(run(service, client, sock, stop, has_started.set))
+            await has_started.wait()
+            try:
+                async with (
+                    httpx.AsyncClient(base_url=url, timeout=60) as http,
+                    openai.AsyncOpenAI(
+                        base_url=f"{url}/v1", api_key="any", max_retries=0
+                    ) as official,
+                ):
+                    return await work(Served(client, http, official))
+            finally:
+                wish.set()
+                assert await serving == 0
+
+    assert isinstance(llm.engine, Engine)
+    return serve(llm.engine, serve_and_work)
+
+
+def test_answers_about_pictures_are_those_of_llm(llm: LLM) -> None:
+    """Several at once, mixed with text; streamed, and as responses."""
+    conversations: list[Any] = [
+        about(data_url(1)),
+        about(data_url(2, 96), data_url(3), text="what is left ?"),
+        [{"role": "user", "content": "hello"}],
+    ]
+    expected = [one.text for one in llm.chat(conversations, greedy(8), use_tqdm=False)]
+
+    async def work(served: Served) -> None:
+        assert await asyncio.gather(*map(served.text, conversations)) == expected
+        streamed = await served.openai.chat.completions.create(
+            messages=conversations[0], stream=True, max_tokens=8,
+            extra_body={"ignore_eos": True}, **ASKED,
+        )  # fmt: skip
+        parts = [chunk.choices[0].delta.content or "" async for chunk in streamed if chunk.choices]
+        assert "".join(parts) == expected[0]
+        content = [
+            {"type": "input_image", "image_url": data_url(1), "detail": "auto"},
+            {"type": "input_text", "text": "what is this ?"},
+        ]
+        given: Any = [{"role": "user", "content": content}]
+        response = await served.openai.responses.create(input=given, max_output_tokens=64, **ASKED)
+        assert response.usage is not None
+        done = await served.openai.chat.completions.create(
+            messages=conversations[0], max_tokens=64, **ASKED
+        )
+        assert response.output_text == done.choices[0].message.content
+        assert done.usage is not None
+        assert response.usage.input_tokens == done.usage.prompt_tokens > 16
+
+    through_http(llm, work)
+
+
+BAD: dict[str, tuple[Any, str]] = {
+    "corrupt": (data_url(1)[:90], "image 1: "),
+    "no picture": ("data:image/png;base64,aGVsbG8=", "image 1: "),
+    "no base64": ("data:image/png;base64,%%", "image 1: "),
+    "cut": (corrupt(), "image 1: "),
+    "forbidden": (SECRET, "image 1: remote URLs are refused: allowed_media_domains is empty"),
+    "local": ("file:///etc/passwd", "image 1: "),
+}
+
+
+@pytest.mark.parametrize("path", [CHAT, RESPONSES])
+def test_bad_images_are_400_and_leave_others_unharmed(path: str, llm: LLM) -> None:
+    good = about(data_url(1))
+    (expected,) = llm.chat(good, greedy(8), use_tqdm=False)
+
+    def body(url: str) -> dict[str, Any]:
+        if path == CHAT:
+            return {"messages": about(url), "stream": True}
+        content = [{"type": "input_image", "image_url": url}]
+        return {"input": [{"role": "user", "content": content}], "stream": True}
+
+    async def work(served: Served) -> None:
+        asked = [served.refusal(path, body(url)) for url, _ in BAD.values()]
+        text, *errors = await asyncio.gather(served.text(good), *asked)
+        assert text == expected.text
+        for (_, words), (status, error) in zip(BAD.values(), errors, strict=True):
+            assert status == 400 and error["message"].startswith(words), error
+            assert error["param"] == ("messages" if path == CHAT else "input")
+            assert not any(one in error["message"] for one in ("secret", "example", "passwd"))
+
+    through_http(llm, work)
+
+
+def test_too_many_pictures_and_other_media_are_400(llm: LLM) -> None:
+    async def work(served: Served) -> None:
+        four = {"messages": about(*[data_url(1, 16)] * 4)}
+        status, error = await served.refusal(CHAT, four)
+        assert (status, error["param"]) == (400, "messages")
+        assert error["message"] == "the prompt has 4 images: at most 3 are allowed"
+        sound = {"type": "input_audio", "input_audio": {"data": "aaaa", "format": "wav"}}
+        messages = [{"role": "user", "content": [sound]}]
+        status, error = await served.refusal(CHAT, {"messages": messages})
+        assert (status, error["param"]) == (400, "messages")
+        assert "does not hear" in error["message"] and "/" not in error["message"]
+
+    through_http(llm, work)
+
+
+def test_a_body_above_the_limit_is_413(llm: LLM) -> None:
+    async def work(served: Served) -> None:
+        long = "data:image/png;base64," + "a" * MAX_BODY_BYTES
+        with pytest.raises(openai.APIStatusError) as found:
+            await served.text(about(long))
+        assert found.value.status_code == 413
+        assert f"longer than {MAX_BODY_BYTES} bytes" in found.value.message
+
+    through_http(llm, work)
+
+
+def test_the_page_learns_that_the_model_sees(llm: LLM) -> None:
+    """What the page's `model` reads; and a message as its `content` writes it, images first."""
+
+    async def work(served: Served) -> None:
+        (card,) = (await served.http.get("/v1/models")).json()["data"]
+        assert card["input_modalities"] == ["text", "image", "video"]
+        body = {"messages": about(data_url(1)), "stream": True, "max_tokens": 4}
+        answer = await served.http.post(
+            CHAT, json={**body, "stream_options": {"include_usage": True}}
+        )
+        assert answer.status_code == 200 and answer.text.endswith("data: [DONE]\n\n")
+
+    through_http(llm, work)
+
+
+def test_a_client_that_leaves_ends_the_preparation(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = Held(monkeypatch)
+
+    async def work(served: Served) -> None:
+        body = {"messages": about(data_url(7), data_url(8), data_url(9))}
+        asking = asyncio.create_task(served.http.post(CHAT, json={**ASKED, **body}))
+        await asyncio.to_thread(held.has_begun.wait, 30)
+        quota = served.engine._quota
+        assert quota.num_all == 1
+        asking.cancel()
+        while quota.num_all:
+            await asyncio.sleep(0.01)
+        held.may_go_on.set()
+        assert await served.text([{"role": "user", "content": "hello"}])
+
+    through_http(llm, work)
