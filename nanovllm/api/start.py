@@ -45,15 +45,12 @@ def serve(engine: EngineConfig, server: ServerConfig) -> int:
 
 def serve_clients(process: ApiProcess) -> None:
     """What each API process does."""
-    # Chat templates need transformers, which would import torch, for seconds. Nothing here uses it.
-    sys.modules["torch"] = None  # type: ignore[assignment]
     uvloop.run(_serve_clients(process))
 
 
 async def _serve_clients(process: ApiProcess) -> None:
     server, engine = ServerConfig(**process.options), process.client()
     stop = Stop(process.drain_begins())
-    importing = asyncio.create_task(asyncio.to_thread(tokenizer.import_library))
     try:
         if not await stop.before(_ready(engine)):
             return
@@ -72,15 +69,25 @@ async def _serve_clients(process: ApiProcess) -> None:
         await process.drain_begins()  # the supervisor knows why, and ends all processes
     finally:
         await engine.close()
-        await importing
 
 
 async def _ready(engine: Client) -> None:
-    """Wait until the engine is warm, and until the tokenizer is loaded that conversations need: a
-    request must not wait for that."""
+    """Wait until the engine is warm, and until what conversations need is loaded: a request must
+    not wait for that."""
+    await asyncio.to_thread(_import_transformers)
     await engine.ready()
     if engine.tokenizer is not None:
         await asyncio.to_thread(getattr, engine.tokenizer, "for_reading")
+
+
+def _import_transformers() -> None:
+    """Import what chat templates need, without torch, which transformers would import for
+    seconds. A client of a model that sees imports it afterwards."""
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        tokenizer.import_library()
+    finally:
+        del sys.modules["torch"]
 
 
 def _as_json(server: ServerConfig) -> dict[str, Any]:
