@@ -302,12 +302,15 @@ class Engine:
         self._media.check(prompt, params)
 
     def _queue_unless_preparing(self, request: Request) -> None:
-        if request.request_id in self._media or request.request_id in self._grammars:
+        if self._is_preparing(request):
             request.status = Status.PREPARING
             return
         request.status = Status.WAITING
         self.scheduler.add(request)
         self.metrics.num_prompt_tokens += len(request.prompt_ids)
+
+    def _is_preparing(self, request: Request) -> bool:
+        return request.request_id in self._media or request.request_id in self._grammars
 
     def _queue_prepared(self) -> None:
         """Queue requests whose media and grammars are ready, and end those whose media cannot be
@@ -422,7 +425,7 @@ class Engine:
             self._in_flight.clear()
             self._runner.residents_are_known = False
             requests = (request for request, _ in self._requests.values())
-            self.scheduler.restart(one for one in requests if one.status is not Status.PREPARING)
+            self.scheduler.restart(one for one in requests if not self._is_preparing(one))
             raise
 
     def _waited_for_mask(self) -> bool:

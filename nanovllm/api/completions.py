@@ -24,9 +24,13 @@ async def completions(service: Service, exchange: Exchange) -> None:
     params = service.params.of_completion(body)
     answer_id = response_id("cmpl-", body.request_id)
     prompts = service.prompts.of_completion(body)
-    echoed = [_text(service, prompt) for prompt in prompts] if body.echo else None
     text_of = service.prompts.token_text
     generation = await Generation.open(service, exchange, prompts, params, body.priority)
+    try:  # token ids can be decoded once the engine has accepted them
+        echoed = [_text(service, prompt) for prompt in prompts] if body.echo else None
+    except BaseException:
+        generation.abort()
+        raise
     meta = {
         "id": answer_id, "object": "text_completion", "created": int(time.time()),
         "model": body.model or service.model,

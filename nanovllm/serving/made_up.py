@@ -23,6 +23,7 @@ from nanovllm.schedule.logprobs import Logprob
 from nanovllm.serving.interface import Delta, Draining, EngineDead, QueueFull
 from nanovllm.tokenizer import Tokenizer
 
+MAX_PROMPT_ID = (1 << 31) - 1
 VOCAB_SIZE = 512
 CHECK_S = 0.005
 
@@ -144,7 +145,7 @@ class MadeUpEngine:
         if not token_ids:
             raise ValueError("the prompt is empty: it must have at least 1 token")
         for token_id in token_ids:
-            if type(token_id) is not int or token_id < 0:
+            if type(token_id) is not int or not 0 <= token_id <= MAX_PROMPT_ID:
                 raise ValueError(f"token id {token_id!r} is outside the vocabulary")
         if len(token_ids) >= self.max_model_len:
             raise ValueError(

@@ -230,10 +230,10 @@ def test_an_interrupted_step_loses_no_request_in_preparation(
     engine: Any = llm.engine
     seeing_id = engine.add_request(asked(TEXT, image=picture(60, 80)), GREEDY)
     text_id = engine.add_request("only text", GREEDY)
-    for method in ("_queue_prepared", "_queue"):
+    for method in ("_queue_prepared", "_queue_unless_preparing"):
         with monkeypatch.context() as patch:
             patch.setattr(type(engine), method, _interrupt)
-            if method == "_queue":
+            if method == "_queue_unless_preparing":
                 slow.set()
                 ((_, work),) = engine._media._running.values()
                 work.result(60)
