@@ -124,6 +124,11 @@ def test_a_prompt_of_token_ids_is_that_of_its_text(client: openai.OpenAI) -> Non
     assert extra["prompt_token_ids"] == ids and extra["token_ids"] == [5]
 
 
+def test_an_echoed_token_id_that_no_tokenizer_can_read_is_refused(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="outside the vocabulary"):
+        client.completions.create(model=MODEL, prompt=[10**11], echo=True, max_tokens=1)
+
+
 def test_echo_with_no_tokens_gives_the_prompt_and_its_logprobs(client: openai.OpenAI) -> None:
     done = client.completions.create(
         model=MODEL, prompt="hello there", echo=True, max_tokens=0, logprobs=2
