@@ -1,6 +1,7 @@
 """Checks options against the annotations of their dataclass, and converts numpy and torch scalars.
 
 `checked(name, value, hint)` is the one place that knows what a value of an annotated type is.
+`check_fields` applies it to all fields of a dataclass.
 """
 
 from __future__ import annotations
@@ -9,9 +10,12 @@ import functools
 import numbers
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import fields
 from os import PathLike
 from typing import Any, Union
+
+Rule = tuple[str, Callable[[Any], bool]]  # what a value must be, in words and as a test
 
 
 class WrongType(ValueError):
@@ -35,6 +39,35 @@ def as_python(value: Any) -> Any:
 def hints(cls: type) -> dict[str, Any]:
     """The annotations of a dataclass, as types."""
     return typing.get_type_hints(cls)
+
+
+def refuse_unknown(cls: Any, names: Iterable[str]) -> None:
+    """Raises TypeError for names that are no fields of a dataclass."""
+    known = [field.name for field in fields(cls)]
+    unknown = sorted(set(names) - set(known))
+    if unknown:
+        raise TypeError(f"unknown option {', '.join(unknown)}; the options are {', '.join(known)}")
+
+
+def check_fields(config: Any, rules: Mapping[str, Rule], secrets: Collection[str] = ()) -> None:
+    """Bring every field of a frozen dataclass to its annotated type. Raises ValueError for a value
+    of another type, or one that its rule does not allow; None is also allowed where it is the
+    default. Messages do not show the values of `secrets`."""
+    cls: type = type(config)
+    for option in fields(config):
+        given = getattr(config, option.name)
+        if given is option.default:
+            continue
+        rule, is_allowed = rules.get(option.name, ("", lambda value: True))
+        shown = "secret" if option.name in secrets else repr(given)
+        try:
+            value = checked(option.name, given, hints(cls)[option.name])
+        except WrongType as error:
+            words = rule or error.words
+            raise ValueError(f"{option.name} is {shown}: it must be {words}") from None
+        if value is not None and not is_allowed(value):
+            raise ValueError(f"{option.name} is {shown}: it must be {rule}")
+        object.__setattr__(config, option.name, value)
 
 
 def checked(name: str, value: Any, hint: Any) -> Any:

@@ -6,16 +6,14 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from os import PathLike
 from typing import Any
 
-from nanovllm.checks import WrongType, checked, hints
+from nanovllm.checks import Rule, check_fields, refuse_unknown
 from nanovllm.compat.options import translated
 from nanovllm.media.options import LIMITS, MediaOptions
-
-Rule = tuple[str, Callable[[Any], bool]]  # what a value must be, in words and as a test
 
 
 def _are_sizes(value: Sequence[int]) -> bool:
@@ -269,27 +267,11 @@ class EngineConfig:
         """The config for these options, which may have vLLM's names (see `options.translated`)."""
         known = [field.name for field in fields(cls)]
         options = translated(options, known)
-        unknown = sorted(set(options) - set(known))
-        if unknown:
-            raise TypeError(
-                f"unknown option {', '.join(unknown)}; the options are {', '.join(known)}"
-            )
+        refuse_unknown(cls, options)
         return cls(os.fspath(model) if isinstance(model, PathLike) else model, **options)
 
     def __post_init__(self) -> None:
-        for option in fields(self):
-            given = getattr(self, option.name)
-            if given is option.default:
-                continue
-            rule, is_allowed = ALLOWED.get(option.name, ("", lambda value: True))
-            try:
-                value = checked(option.name, given, hints(EngineConfig)[option.name])
-            except WrongType as error:
-                words = rule or error.words
-                raise ValueError(f"{option.name} is {given!r}: it must be {words}") from None
-            if value is not None and not is_allowed(value):
-                raise ValueError(f"{option.name} is {given!r}: it must be {rule}")
-            object.__setattr__(self, option.name, value)
+        check_fields(self, ALLOWED)
         self._check_combinations()
         assert self.media
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import hmac
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
-from nanovllm.checks import WrongType, checked, hints
+from nanovllm.checks import Rule, check_fields, refuse_unknown
 from nanovllm.parsers import reasoning, tools
-
-Rule = tuple[str, Callable[[Any], bool]]  # what a value must be, in words and as a test
 
 # paths that answer without a key: a load balancer has none
 ALWAYS_OPEN = ("/health", "/ready")
@@ -147,29 +145,11 @@ class ServerConfig:
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> ServerConfig:
         """The config for these options. Raises TypeError for an unknown one."""
-        known = [field.name for field in fields(cls)]
-        unknown = sorted(set(options) - set(known))
-        if unknown:
-            raise TypeError(
-                f"unknown option {', '.join(unknown)}; the options are {', '.join(known)}"
-            )
+        refuse_unknown(cls, options)
         return cls(**options)
 
     def __post_init__(self) -> None:
-        for option in fields(self):
-            given = getattr(self, option.name)
-            if given is option.default:
-                continue
-            rule, is_allowed = ALLOWED.get(option.name, ("", lambda value: True))
-            shown = "secret" if option.name == "api_key" else repr(given)
-            try:
-                value = checked(option.name, given, hints(ServerConfig)[option.name])
-            except WrongType as error:
-                words = rule or error.words
-                raise ValueError(f"{option.name} is {shown}: it must be {words}") from None
-            if value is not None and not is_allowed(value):
-                raise ValueError(f"{option.name} is {shown}: it must be {rule}")
-            object.__setattr__(self, option.name, value)
+        check_fields(self, ALLOWED, secrets=("api_key",))
         if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
             raise ValueError("ssl_certfile and ssl_keyfile are given together or not at all")
 
