@@ -17,8 +17,8 @@ from nanovllm import env
 from nanovllm.parallel.channel import ChannelClosed, channel_pair
 from nanovllm.parallel.serve import BEAT_SECONDS, SETUP
 
-# A rank hangs if it is silent, and uses no processor, for so many seconds; before it has connected
-# it may wait for files that it imports.
+# A rank hangs if it is silent, uses no processor and gets no page from a file for so many seconds;
+# before it has connected it may wait for files that it imports.
 SILENT_SECONDS, SILENT_SECONDS_AT_START = 5.0, 60.0
 _LATE_SECONDS = 1.5 * BEAT_SECONDS  # a heartbeat is missing
 # So much processor time is a computation. Threads that wait for Python's lock look for it 200 times
@@ -66,7 +66,7 @@ class RankProcess:
             sock.close()
             os.close(beats)
             os.close(output)
-        self._silent_seconds, self._cpu_seconds = 0.0, 0.0
+        self._silent_seconds, self._cpu_seconds, self._num_faults = 0.0, 0.0, 0
         self._line = b""
         self._last_lines: deque[str] = deque(maxlen=_LAST_LINES)
 
@@ -107,15 +107,17 @@ class RankProcess:
     def is_hung(self, seconds: float) -> bool:
         """Whether the process has stopped, when `seconds` more have passed.
 
-        It hangs if it sends no heartbeat and uses no processor. Without a heartbeat it may still
-        compute: code that keeps Python's lock keeps the thread that sends them from running.
+        It hangs if it sends no heartbeat, uses no processor and gets no page from a file. Without a
+        heartbeat it may still compute, or load a large library from a slow disk: code that keeps
+        Python's lock keeps the thread that sends them from running.
         """
         self._silent_seconds += seconds
         if self._silent_seconds < _LATE_SECONDS:
             return False
-        used = self._used_cpu_seconds()
-        if used > self._cpu_seconds + _BUSY_SECONDS:
+        used, num_faults = self._work_done()
+        if used > self._cpu_seconds + _BUSY_SECONDS or num_faults > self._num_faults:
             self._silent_seconds, self._cpu_seconds = _LATE_SECONDS, used
+            self._num_faults = num_faults
         limit = SILENT_SECONDS if self.is_connected else SILENT_SECONDS_AT_START
         return self._silent_seconds >= limit
 
@@ -151,13 +153,15 @@ class RankProcess:
             with contextlib.suppress(OSError, ValueError):  # stderr may be closed
                 sys.stderr.write(f"{self.name}: {text}\n")
 
-    def _used_cpu_seconds(self) -> float:
-        """Seconds of processor time that all its threads have used; 0 where /proc is missing."""
+    def _work_done(self) -> tuple[float, int]:
+        """Seconds of processor time that all its threads have used, and the pages that they have
+        waited for (major faults); zeros where /proc is missing."""
         try:
             fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
         except OSError:
-            return 0.0
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+            return 0.0, 0
+        cpu_seconds = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return cpu_seconds, int(fields[9])
 
     def _close(self) -> None:
         self.channel.close()
