@@ -3,6 +3,7 @@
     entries/<digest of the key>    one artifact's description: a line with its digest, then JSON
     objects/<digest of the bytes>  what lowering produced; equal bytes are stored once
     cpp/  triton/  inductor/       libraries and kernels of the C++ compiler, Triton and Inductor
+    bytecode/                      that of installed packages, in some containers (startup/bytecode)
 
 An artifact is code. The store refuses a folder that another user owns or can write to, and uses no
 such file. Call lists are JSON. Inductor's artifacts hold pickles; they are loaded only after their
@@ -288,7 +289,7 @@ def prune(folder: Path, max_bytes: int) -> int:
     units = [(entry.path.stat().st_mtime, [entry.path]) for entry in entries]
     for library in (folder / "cpp").glob("*.so"):
         units.append((library.stat().st_mtime, [library, library.with_suffix(".sha256")]))
-    for kernel in [*_kernel_folders(folder), folder / "inductor"]:
+    for kernel in [*_kernel_folders(folder), folder / "inductor", folder / "bytecode"]:
         files = [path for path in kernel.rglob("*") if path.is_file()]
         if files:
             units.append((max(path.stat().st_mtime for path in files), files))

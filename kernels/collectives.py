@@ -102,7 +102,7 @@ def all_reduce_norm(
     x: Tensor, residual: Tensor, weight_D: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """(rms_norm(sum), sum) of the sum over the ranks plus the residual."""
-    return reference.add_rms_norm(all_reduce(x), residual, weight_D, eps)
+    return reference.norm_act.add_rms_norm(all_reduce(x), residual, weight_D, eps)
 
 
 def gather_columns(x_RW: Tensor, num_columns: int) -> Tensor:
@@ -114,14 +114,14 @@ def gather_columns(x_RW: Tensor, num_columns: int) -> Tensor:
 def sample_columns(
     logits_RW: Tensor, temperature_R: Tensor, seed_R: Tensor, pos_R: Tensor, num_columns: int
 ) -> Tensor:
-    """`reference.sample` of `gather_columns`: the same tokens [R], without the gather.
+    """`reference.sample.sample` of `gather_columns`: the same tokens [R], without the gather.
 
     Each rank finds the best of its own columns, and one number of each rank and row is gathered.
     """
     first, num = own_columns(logits_RW.shape[1], num_columns)
     is_padding_W = torch.arange(logits_RW.shape[1], device=logits_RW.device) >= num
     mine_RW = logits_RW.masked_fill(is_padding_W, float("-inf"))
-    best_R, token_R = reference.best_column(mine_RW, temperature_R, seed_R, pos_R, first)
+    best_R, token_R = reference.sample.best_column(mine_RW, temperature_R, seed_R, pos_R, first)
     return best_of_ranks(ordered(best_R, token_R))
 
 

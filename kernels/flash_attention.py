@@ -11,9 +11,9 @@ Three interfaces, chosen by what is installed and what the GPU runs
   first query and the first key.
 
 Interfaces 2 and 3 align the causal mask to the last query and the last key, as
-`reference.paged_attention` does. They give a window as (keys to the left, keys to the right) of the
-query's own key. The adapter is written against the documented signatures and tested against plain
-torch that implements them. It has not run on a GPU.
+`reference.attention.paged_attention` does. They give a window as (keys to the left, keys to the
+right) of the query's own key. The adapter is written against the documented signatures and tested
+against plain torch that implements them. It has not run on a GPU.
 
 Shapes as in `reference`; U rows with keys and queries | G = N / K.
 """
@@ -155,7 +155,7 @@ def paged_attention_flash(
     k_scale_K: None = None,
     v_scale_K: None = None,
 ) -> Tensor:
-    """`reference.paged_attention` for fp16 and bf16. Check `unsupported` first."""
+    """`reference.attention.paged_attention` for fp16 and bf16. Check `unsupported` first."""
     flash = _for_device(q_TNH.device)
     q_TNH = q_TNH if q_TNH.stride(2) == 1 else q_TNH.contiguous()
     if flash.generation == 1:

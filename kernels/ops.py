@@ -1,6 +1,6 @@
 """Op schemas: the vocabulary that models, passes and lowerings share.
 
-Every op has a schema, a fake (shape) kernel and a plain-torch meaning in `reference.py`. The
+Every op has a schema, a fake (shape) kernel and a plain-torch meaning in `reference/`. The
 meaning runs on devices without a registered kernel. Platforms add kernels with `register_kernels`;
 models call the functions below.
 """
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanovllm.kernels import collectives, flash_attention, reference, reference_offload
+from nanovllm.kernels import collectives, flash_attention, reference
 from nanovllm.kernels import sdpa as sdpa_attention
 
 _library = torch.library.Library("nanovllm", "DEF")
@@ -30,35 +30,35 @@ def _define(schema: str, meaning: Callable[..., Any], fake: Callable[..., Any]) 
 
 rms_norm = _define(
     "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
-    reference.rms_norm,
+    reference.norm_act.rms_norm,
     lambda x, weight, eps: torch.empty_like(x, memory_format=torch.contiguous_format),
 )
 add_rms_norm = _define(
     "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)",
-    reference.add_rms_norm,
+    reference.norm_act.add_rms_norm,
     lambda x, residual, weight, eps: (torch.empty_like(x), torch.empty_like(x)),
 )
 silu_mul = _define(
     "silu_mul(Tensor gate_up) -> Tensor",
-    reference.silu_mul,
+    reference.norm_act.silu_mul,
     lambda gate_up: gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2)),
 )
 rope = _define(
     "rope(Tensor x, Tensor cos_sin, Tensor pos) -> Tensor",
-    reference.rope,
+    reference.rope_store.rope,
     lambda x, cos_sin, pos: torch.empty_like(x, memory_format=torch.contiguous_format),
 )
 store_kv = _define(
     "store_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot, "
     "Tensor? k_scale=None, Tensor? v_scale=None) -> ()",
-    reference.store_kv,
+    reference.rope_store.store_kv,
     lambda k, v, k_cache, v_cache, slot, k_scale=None, v_scale=None: None,
 )
 qk_norm_rope_store = _define(
     "qk_norm_rope_store(Tensor qkv, Tensor? q_norm, Tensor? k_norm, Tensor cos_sin, Tensor pos, "
     "Tensor slot, Tensor(a!) k_cache, Tensor(b!) v_cache, int num_heads, float eps, "
     "Tensor? k_scale=None, Tensor? v_scale=None) -> Tensor",
-    reference.qk_norm_rope_store,
+    reference.rope_store.qk_norm_rope_store,
     lambda qkv, q_norm, k_norm, cos_sin, pos, slot, k_cache, v_cache, num_heads, *rest: (
         qkv.new_empty((qkv.shape[0], num_heads, k_cache.shape[3]))
     ),
@@ -75,9 +75,9 @@ def _define_attention(name: str, meaning: Callable[..., Any]) -> Any:
     )
 
 
-paged_attention = _define_attention("paged_attention", reference.paged_attention)
-# The next two ops compute `reference.paged_attention` as well. The user asks for their code, so
-# each one runs that code on every device, and no pass replaces it.
+paged_attention = _define_attention("paged_attention", reference.attention.paged_attention)
+# The next two ops compute `reference.attention.paged_attention` as well. The user asks for their
+# code, so each one runs that code on every device, and no pass replaces it.
 paged_attention_sdpa = _define_attention(
     "paged_attention_sdpa", sdpa_attention.paged_attention_sdpa
 )
@@ -90,26 +90,26 @@ ASKED_FOR = frozenset({"paged_attention_sdpa", "paged_attention_flash"})
 segment_attention = _define(
     "segment_attention(Tensor q, Tensor k, Tensor v, Tensor start, int max_len, float scale) "
     "-> Tensor",
-    reference.segment_attention,
+    reference.attention.segment_attention,
     lambda q, *rest: torch.empty_like(q, memory_format=torch.contiguous_format),
 )
 
 linear = _define(
     "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? residual=None) -> Tensor",
-    reference.linear,
+    reference.linear.linear,
     lambda x, weight, bias, residual=None: x.new_empty((*x.shape[:-1], weight.shape[0])),
 )
 
 linear_int8 = _define(
     "linear_int8(Tensor x, Tensor weight, Tensor scale, Tensor? bias, Tensor? residual=None) "
     "-> Tensor",
-    reference.linear_int8,
+    reference.linear.linear_int8,
     lambda x, weight, scale, bias, residual=None: x.new_empty((*x.shape[:-1], weight.shape[0])),
 )
 
 linear_ = _define(
     "linear_(Tensor(a!) residual, Tensor x, Tensor weight, Tensor? bias) -> ()",
-    reference.linear_,
+    reference.linear.linear_,
     lambda residual, x, weight, bias: None,
 )
 all_reduce = _define(
@@ -162,7 +162,7 @@ own_rank = _define(
 fused_linear = _define(
     "fused_linear(Tensor x, Tensor? norm_weight, Tensor weight, Tensor? bias, Tensor? residual, "
     "float eps, bool silu_mul) -> Tensor",
-    reference.fused_linear,
+    reference.linear.fused_linear,
     lambda x, norm_weight, weight, bias, residual, eps, silu_mul: x.new_empty(
         (*x.shape[:-1], weight.shape[0] // 2 if silu_mul else weight.shape[0])
     ),
@@ -176,13 +176,13 @@ def _route_fake(logits: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Te
 
 route = _define(
     "route(Tensor logits, int top_k, bool normalize) -> (Tensor, Tensor)",
-    reference.route,
+    reference.experts.route,
     _route_fake,
 )
 norm_route = _define(
     "norm_route(Tensor x, Tensor norm_weight, Tensor router, float eps, int top_k, bool normalize) "
     "-> (Tensor, Tensor, Tensor)",
-    reference.norm_route,
+    reference.experts.norm_route,
     lambda x, norm_weight, router, eps, top_k, normalize: (
         torch.empty_like(x, memory_format=torch.contiguous_format),
         *_route_fake(x, top_k, normalize),
@@ -191,12 +191,12 @@ norm_route = _define(
 experts = _define(
     "experts(Tensor x, Tensor weight, Tensor expert, Tensor gate_up, Tensor down, "
     "Tensor? residual=None, Tensor? local=None) -> Tensor",
-    reference.experts,
+    reference.experts.experts,
     lambda x, *rest: torch.empty_like(x, memory_format=torch.contiguous_format),
 )
 expert_linear = _define(
     "expert_linear(Tensor x, Tensor expert, Tensor weight) -> Tensor",
-    reference.expert_linear,
+    reference.experts.expert_linear,
     lambda x, expert, weight: x.new_empty((*expert.shape, weight.shape[1])),
 )
 # These three are never replaced by their meaning: it reads the routing on the host.
@@ -205,7 +205,7 @@ fetch_experts = _define(
     "Tensor(a!) counters, Tensor host_gate_up, Tensor host_down, Tensor(b!) slots_gate_up, "
     "Tensor(c!) slots_down, Tensor(d!) slot, Tensor(e!) owner, Tensor(f!) stamp, Tensor(g!) clock, "
     "bool ahead=False) -> Tensor",
-    reference_offload.fetch_experts,
+    reference.offload.fetch_experts,
     lambda expert, *rest, **options: torch.empty_like(
         expert, memory_format=torch.contiguous_format
     ),
@@ -214,31 +214,31 @@ stream_experts = _define(
     "stream_experts(Tensor first, Tensor slot, Tensor(a!) counters, Tensor host_gate_up, "
     "Tensor host_down, Tensor(b!) buffer_slot, Tensor(c!) buffer_gate_up, Tensor(d!) buffer_down) "
     "-> ()",
-    reference_offload.stream_experts,
+    reference.offload.stream_experts,
     lambda *args: None,
 )
 offloaded_experts = _define(
     "offloaded_experts(Tensor x, Tensor weight, Tensor expert, int num_experts, Tensor first, "
     "Tensor slot, Tensor slots_gate_up, Tensor slots_down, Tensor others_gate_up, "
     "Tensor others_down, Tensor? residual=None) -> Tensor",
-    reference_offload.offloaded_experts,
+    reference.offload.offloaded_experts,
     lambda x, *rest: torch.empty_like(x, memory_format=torch.contiguous_format),
 )
 sample = _define(
     "sample(Tensor logits, Tensor temperature, Tensor seed, Tensor pos) -> Tensor",
-    reference.sample,
+    reference.sample.sample,
     lambda logits, temperature, seed, pos: logits.new_empty(logits.shape[0], dtype=torch.int64),
 )
 
 keep_likely = _define(
     "keep_likely(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p) "
     "-> Tensor",
-    reference.keep_likely,
+    reference.sample.keep_likely,
     lambda logits, temperature, top_k, top_p, min_p: torch.empty_like(logits),
 )
 keep_allowed = _define(
     "keep_allowed(Tensor logits, Tensor allowed, Tensor row) -> Tensor",
-    reference.keep_allowed,
+    reference.sample.keep_allowed,
     lambda logits, allowed, row: torch.empty_like(logits, memory_format=torch.contiguous_format),
 )
 
@@ -284,20 +284,20 @@ def _span_inputs_fake(
 decode_inputs = _define(
     "decode_inputs(Tensor token, Tensor pos, Tensor rope_offset, Tensor block_table, "
     "Tensor row_idx, int block_size) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    reference.decode_inputs,
+    reference.step.decode_inputs,
     _decode_inputs_fake,
 )
 span_inputs = _define(
     "span_inputs(Tensor token, Tensor pos, Tensor rope_offset, Tensor block_table, Tensor row_idx, "
     "Tensor num_tokens, Tensor given, int block_size) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    reference.span_inputs,
+    reference.step.span_inputs,
     _span_inputs_fake,
 )
 sampling_inputs = _define(
     "sampling_inputs(Tensor pos, Tensor sampling, Tensor seed, Tensor row_idx, Tensor? num=None) "
     "-> (Tensor, Tensor, Tensor)",
-    reference.sampling_inputs,
+    reference.step.sampling_inputs,
     lambda pos, sampling, seed, row_idx, num=None: (
         sampling.new_empty(row_idx.shape[0]),
         row_idx.new_empty(row_idx.shape[0]),
@@ -306,7 +306,7 @@ sampling_inputs = _define(
 )
 accept = _define(
     "accept(Tensor token, Tensor chosen, Tensor num_tokens, int num) -> (Tensor, Tensor)",
-    reference.accept,
+    reference.step.accept,
     lambda token, chosen, num_tokens, num: (
         token.new_empty((num_tokens.shape[0], num)),
         token.new_empty(num_tokens.shape[0]),
@@ -315,7 +315,7 @@ accept = _define(
 advance = _define(
     "advance(Tensor(a!) token, Tensor(b!) pos, Tensor row_idx, Tensor new_token, Tensor? num=None) "
     "-> ()",
-    reference.advance,
+    reference.step.advance,
     lambda token, pos, row_idx, new_token, num=None: None,
 )
 

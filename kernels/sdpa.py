@@ -31,7 +31,8 @@ def paged_attention_sdpa(
     k_scale_K: None = None,
     v_scale_K: None = None,
 ) -> Tensor:
-    """`reference.paged_attention`; torch's kernel for the device and dtype sets the precision."""
+    """`reference.attention.paged_attention`; torch's kernel for the device and dtype sets the
+    precision."""
     if max_q_len == 1:
         return _decode(q_TNH, k_cache_CBKH, v_cache_CBKH, block_table_RP, seq_len_R, scale, window)
     block_size = k_cache_CBKH.shape[1]

@@ -1,4 +1,4 @@
-"""`reference.segment_attention` by torch's own kernels.
+"""`reference.attention.segment_attention` by torch's own kernels.
 
 On a CPU each segment is one call of scaled_dot_product_attention, so windows cost what they need.
 The lengths are read on the host, where they are anyway.
@@ -22,7 +22,7 @@ NO_MASK = 0  # `custom_mask_type` of torch's memory-efficient kernel
 def segment_attention_cpu(
     q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, start_S: Tensor, max_len: int, scale: float
 ) -> Tensor:
-    """`reference.segment_attention`, segment by segment."""
+    """`reference.attention.segment_attention`, segment by segment."""
     out_TNH = torch.zeros(q_TNH.shape, dtype=q_TNH.dtype)
     for start, end in pairwise(start_S.tolist()):
         if start == end:
@@ -36,8 +36,8 @@ def segment_attention_cpu(
 def segment_attention_torch(
     q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, start_S: Tensor, max_len: int, scale: float
 ) -> Tensor:
-    """`reference.segment_attention` by torch's copy of FlashAttention-2 (bf16, fp16), or by its
-    memory-efficient kernel (fp32)."""
+    """`reference.attention.segment_attention` by torch's copy of FlashAttention-2 (bf16, fp16), or
+    by its memory-efficient kernel (fp32)."""
     if q_TNH.dtype is torch.float32:
         q, k, v = (x_TNH[None] for x_TNH in (q_TNH, k_TNH, v_TNH))
         found = torch.ops.aten._efficient_attention_forward(

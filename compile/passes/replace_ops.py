@@ -37,7 +37,7 @@ def replace_ops(
             if replacement is None:
                 if name in ops.ASKED_FOR or keep(name, node):
                     return super().run_node(node)
-                replacement = getattr(reference, name)
+                replacement = reference.meaning(name)
             args, kwargs = self.fetch_args_kwargs_from_env(node)
             return replacement(*args, **kwargs)
 

@@ -47,11 +47,11 @@ def _load() -> ctypes.CDLL:
 
 
 def route(logits_TE: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
-    """`reference.route` in one pass over the logits."""
+    """`reference.experts.route` in one pass over the logits."""
     code = _DTYPE_CODES.get(logits_TE.dtype)
     num_tokens, num_experts = logits_TE.shape
     if code is None or not 0 < top_k <= num_experts:
-        return reference.route(logits_TE, top_k, normalize)
+        return reference.experts.route(logits_TE, top_k, normalize)
     if logits_TE.stride(1) != 1:
         logits_TE = logits_TE.contiguous()
     weight_TK = torch.empty((num_tokens, top_k))
@@ -86,7 +86,7 @@ def experts(
     residual_TD: Tensor | None = None,
     local_X: Tensor | None = None,
 ) -> Tensor:
-    """`reference.experts` for fp32 and bf16; each chosen expert's weights are read once.
+    """`reference.experts.experts` for fp32 and bf16; each chosen expert's weights are read once.
 
     (Once for each 8,192 pairs of a token and an expert, or fewer if rows are large.)
     Raises IndexError for an expert that is not there.
@@ -97,7 +97,7 @@ def experts(
         and _is_dense(down_EDF, dtype)
         and _is_dense(residual_TD, dtype)
     ):
-        return reference.experts(
+        return reference.experts.experts(
             x_TD, weight_TK, expert_TK, gate_up_EGD, down_EDF, residual_TD, local_X
         )
     if local_X is not None:
@@ -127,10 +127,10 @@ def experts(
 
 
 def expert_linear(x: Tensor, expert_TK: Tensor, weight_EOD: Tensor) -> Tensor:
-    """`reference.expert_linear` for fp32 and bf16. Raises IndexError as `experts` does."""
+    """`reference.experts.expert_linear` for fp32 and bf16. Raises IndexError as `experts` does."""
     dtype, code = x.dtype, _DTYPE_CODES.get(x.dtype)
     if code is None or not _is_dense(weight_EOD, dtype):
-        return reference.expert_linear(x, expert_TK, weight_EOD)
+        return reference.experts.expert_linear(x, expert_TK, weight_EOD)
     x, expert_TK = x.contiguous(), _ids(expert_TK)
     num_experts, num_outputs, depth = weight_EOD.shape
     out_TKO = x.new_empty((*expert_TK.shape, num_outputs))

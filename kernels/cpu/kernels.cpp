@@ -3,7 +3,7 @@
 // Each exported function takes a pointer to a struct of arguments. kernels.py declares the fields
 // of these structs, too, and has the compiler check that both agree (see build.py).
 //
-// Shapes are those of reference.py. H head size, M query lanes (a lane: one head of a query token).
+// Shapes are those of reference/. H head size, M query lanes (a lane: one head of a query token).
 
 #include "vectors.h"
 #include "tiles.h"
@@ -712,7 +712,7 @@ extern "C" void nanovllm_widen_int8(const Widen* args) {
 
 // -------------------------------------------------------------------------------------------- rows
 
-// These kernels round where reference.py rounds.
+// These kernels round where reference/ rounds.
 namespace {
 
 template <typename T>
@@ -905,7 +905,7 @@ extern "C" void nanovllm_keep_allowed(const KeepAllowed* args) {
 
 // ------------------------------------------------------------------------------------------ sample
 
-// The hash of reference.py in 32-bit arithmetic, which wraps where the reference masks bits.
+// The hash of reference/ in 32-bit arithmetic, which wraps where the reference masks bits.
 namespace {
 
 template <typename U>
@@ -928,7 +928,7 @@ struct Sample {
 
 struct Best {
   float score = -INFINITY;
-  int64_t token = -1;  // NO_TOKEN of reference.py: no score above -inf, as in a row of NaN
+  int64_t token = -1;  // NO_TOKEN of reference/: no score above -inf, as in a row of NaN
 };
 
 // The smallest of equally likely tokens wins, so chunks are searched and merged in ascending order

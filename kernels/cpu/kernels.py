@@ -1,7 +1,7 @@
 """CPU kernels: `kernels.cpp`, compiled at first use (see `build.py`) and called through ctypes.
 
 There is no build step at installation. Dtypes and layouts that a kernel does not cover go to
-`reference.py`. A call packs its arguments into the bytes of one C struct (see `build.Arguments`).
+`reference/`. A call packs its arguments into the bytes of one C struct (see `build.Arguments`).
 """
 
 from __future__ import annotations
@@ -149,7 +149,8 @@ def paged_attention(
     k_scale_K: Tensor | None = None,
     v_scale_K: Tensor | None = None,
 ) -> Tensor:
-    """`reference.paged_attention`, which reads the pages in place, for fp32, bf16 and fp16.
+    """`reference.attention.paged_attention`, which reads the pages in place, for fp32, bf16 and
+    fp16.
 
     Queries and cache may differ in dtype. The blocks of an fp8 cache that the rows hold are first
     converted to fp32: this is correct, but no faster than a cache of a wider dtype.
@@ -169,7 +170,7 @@ def paged_attention(
         or k_strides[3] != 1
         or v_strides[3] != 1
     ):
-        return reference.paged_attention(
+        return reference.attention.paged_attention(
             q_TNH,
             k_cache_CBKH,
             v_cache_CBKH,
@@ -222,7 +223,7 @@ def paged_attention(
 def linear(
     x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None, residual_TO: Tensor | None = None
 ) -> Tensor:
-    """`reference.linear`; adds the residual in place."""
+    """`reference.linear.linear`; adds the residual in place."""
     y_TO = _product(x_TD, weight_OD, bias_O)
     return y_TO if residual_TO is None else y_TO.add_(residual_TO)
 
@@ -241,7 +242,7 @@ def _product(x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> Tensor:
         or (bias_O is not None and (bias_O.dtype is not dtype or not bias_O.is_contiguous()))
         or not x_TD.numel()
     ):
-        return reference.linear(x_TD, weight_OD, bias_O)
+        return reference.linear.linear(x_TD, weight_OD, bias_O)
     if x_TD.stride(1) != 1:
         x_TD = x_TD.contiguous()
     num_tokens, depth = x_TD.shape
@@ -273,7 +274,7 @@ def linear_int8(
     bias_O: Tensor | None,
     residual_TO: Tensor | None = None,
 ) -> Tensor:
-    """`reference.linear_int8`; adds the residual in place.
+    """`reference.linear.linear_int8`; adds the residual in place.
 
     With few tokens the kernel streams the int8 weights. With many tokens and bf16, blocks of
     weights are widened to bf16 for torch's product, which rounds once more, before the scale.
@@ -289,7 +290,7 @@ def linear_int8(
         or (bias_O is not None and (bias_O.dtype is not dtype or not bias_O.is_contiguous()))
         or not x_TD.numel()
     ):
-        return reference.linear_int8(x_TD, weight_OD, scale_O, bias_O, residual_TO)
+        return reference.linear.linear_int8(x_TD, weight_OD, scale_O, bias_O, residual_TO)
     if x_TD.stride(1) != 1:
         x_TD = x_TD.contiguous()
     num_tokens, depth = x_TD.shape
@@ -342,10 +343,10 @@ def _linear_widened(
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """`reference.rms_norm` in one pass over the memory."""
+    """`reference.norm_act.rms_norm` in one pass over the memory."""
     dtype = _DTYPE_CODES.get(x_TD.dtype)
     if dtype is None or weight_D.dtype is not x_TD.dtype:
-        return reference.rms_norm(x_TD, weight_D, eps)
+        return reference.norm_act.rms_norm(x_TD, weight_D, eps)
     x_TD, weight_D = x_TD.contiguous(), weight_D.contiguous()
     out_TD, size = torch.empty_like(x_TD), x_TD.shape[-1]
     _load().nanovllm_rms_norm(
@@ -368,7 +369,7 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 def add_rms_norm(
     x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """`reference.add_rms_norm` in one pass over the memory."""
+    """`reference.norm_act.add_rms_norm` in one pass over the memory."""
     dtype = _DTYPE_CODES.get(x_TD.dtype)
     if (
         dtype is None
@@ -376,7 +377,7 @@ def add_rms_norm(
         or weight_D.dtype is not x_TD.dtype
         or residual_TD.shape != x_TD.shape
     ):
-        return reference.add_rms_norm(x_TD, residual_TD, weight_D, eps)
+        return reference.norm_act.add_rms_norm(x_TD, residual_TD, weight_D, eps)
     x_TD, residual_TD, weight_D = x_TD.contiguous(), residual_TD.contiguous(), weight_D.contiguous()
     out_TD, sum_TD, size = torch.empty_like(x_TD), torch.empty_like(x_TD), x_TD.shape[-1]
     _load().nanovllm_rms_norm(
@@ -397,10 +398,10 @@ def add_rms_norm(
 
 
 def silu_mul(gate_up_TG: Tensor) -> Tensor:
-    """`reference.silu_mul` in one pass over the memory."""
+    """`reference.norm_act.silu_mul` in one pass over the memory."""
     dtype = _DTYPE_CODES.get(gate_up_TG.dtype)
     if dtype is None or gate_up_TG.shape[-1] % 2:
-        return reference.silu_mul(gate_up_TG)
+        return reference.norm_act.silu_mul(gate_up_TG)
     gate_up_TG = gate_up_TG.contiguous()
     size = gate_up_TG.shape[-1] // 2
     out_TF = gate_up_TG.new_empty((*gate_up_TG.shape[:-1], size))
@@ -431,7 +432,7 @@ def qk_norm_rope_store(
     k_scale_K: Tensor | None = None,
     v_scale_K: Tensor | None = None,
 ) -> Tensor:
-    """`reference.qk_norm_rope_store` in one pass over qkv."""
+    """`reference.rope_store.qk_norm_rope_store` in one pass over qkv."""
     dtype, code = qkv_TE.dtype, _DTYPE_CODES.get(qkv_TE.dtype)
     num_kv_heads, head_dim = k_cache_CBKH.shape[2:]
     k_strides, v_strides = k_cache_CBKH.stride(), v_cache_CBKH.stride()
@@ -447,7 +448,7 @@ def qk_norm_rope_store(
         or cos_sin_MH.shape[1] != head_dim
         or cos_sin_MH.stride(1) != 1
     ):
-        return reference.qk_norm_rope_store(
+        return reference.rope_store.qk_norm_rope_store(
             qkv_TE,
             q_norm_H,
             k_norm_H,
@@ -499,9 +500,10 @@ def qk_norm_rope_store(
 
 
 def sample(logits_RV: Tensor, temperature_R: Tensor, seed_R: Tensor, pos_R: Tensor) -> Tensor:
-    """`reference.sample` in one pass over the logits; an integer test avoids most logarithms."""
+    """`reference.sample.sample` in one pass over the logits; an integer test avoids most
+    logarithms."""
     if logits_RV.dtype not in _DTYPE_CODES:
-        return reference.sample(logits_RV, temperature_R, seed_R, pos_R)
+        return reference.sample.sample(logits_RV, temperature_R, seed_R, pos_R)
     return _sample(logits_RV, temperature_R, seed_R, pos_R, 0, None)
 
 
@@ -555,9 +557,9 @@ def _sample(
 
 
 def keep_allowed(logits_RV: Tensor, allowed_SW: Tensor, row_R: Tensor) -> Tensor:
-    """`reference.keep_allowed`."""
+    """`reference.sample.keep_allowed`."""
     if logits_RV.dtype not in _DTYPE_CODES or allowed_SW.dtype is not torch.int32:
-        return reference.keep_allowed(logits_RV, allowed_SW, row_R)
+        return reference.sample.keep_allowed(logits_RV, allowed_SW, row_R)
     if logits_RV.stride(1) != 1:
         logits_RV = logits_RV.contiguous()
     allowed_SW, row_R = allowed_SW.contiguous(), row_R.long().contiguous()

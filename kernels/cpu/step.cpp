@@ -1,5 +1,5 @@
 // The ops of a step's index arithmetic, compiled at first use by step.py. State and indices are
-// int64, tables int32, all contiguous. The meaning of each op stands in reference.py.
+// int64, tables int32, all contiguous. The meaning of each op stands in reference/.
 
 #include <algorithm>
 #include <cstdint>

@@ -62,7 +62,7 @@ def decode_inputs(
     row_idx_R: Tensor,
     block_size: int,
 ) -> tuple[Tensor, ...]:
-    """See `reference.decode_inputs`."""
+    """See `reference.step.decode_inputs`."""
     num_blocks = block_table_SP.shape[1]
     written = (*(torch.empty_like(row_idx_R) for _ in range(3)), *_per_row(row_idx_R, num_blocks))
     read = (token_S, pos_S, rope_offset_S, block_table_SP, row_idx_R)
@@ -82,7 +82,7 @@ def span_inputs(
     given_T: Tensor,
     block_size: int,
 ) -> tuple[Tensor, ...]:
-    """See `reference.span_inputs`."""
+    """See `reference.step.span_inputs`."""
     num_blocks = block_table_SP.shape[1]
     written = (
         *(torch.empty_like(given_T) for _ in range(3)),
@@ -104,7 +104,7 @@ def sampling_inputs(
     row_idx_R: Tensor,
     num_R: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `reference.sampling_inputs`."""
+    """See `reference.step.sampling_inputs`."""
     num_rows, num_fields = row_idx_R.shape[0], sampling_SF.shape[1]
     written = (torch.empty(num_rows), torch.empty_like(row_idx_R), torch.empty_like(row_idx_R))
     pointers = [tensor.data_ptr() for tensor in (*written, pos_S, sampling_SF, seed_S, row_idx_R)]
@@ -116,7 +116,7 @@ def sampling_inputs(
 def advance(
     token_S: Tensor, pos_S: Tensor, row_idx_R: Tensor, token_R: Tensor, num_R: Tensor | None = None
 ) -> None:
-    """See `reference.advance`."""
+    """See `reference.step.advance`."""
     pointers = [tensor.data_ptr() for tensor in (token_S, pos_S, row_idx_R, token_R)]
     pointers.append(0 if num_R is None else num_R.data_ptr())
     _load().nanovllm_advance(_ADVANCE.pack(*pointers, row_idx_R.shape[0], token_S.shape[0] - 1))

@@ -43,8 +43,8 @@ def check_experts(num_experts: int, top_k: int, *row_sizes: int) -> None:
 
 
 def route(logits_TE: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
-    """`reference.route`. Ascend's op returns weights in the dtype of its input, and does not
-    divide them by their sum.
+    """`reference.experts.route`. Ascend's op returns weights in the dtype of its input, and does
+    not divide them by their sum.
 
     Its documentation does not say what it does with NaN. A wrong expert would harm other tokens, so
     a row that holds NaN or infinity is routed as zeros, and its weights are NaN.
@@ -69,8 +69,8 @@ def experts(
     residual_TD: Tensor | None = None,
     local_X: Tensor | None = None,
 ) -> Tensor:
-    """`reference.experts`, but the products with down are rounded to x's dtype before they are
-    weighted, and so are the weights: moe_finalize_routing takes both in one dtype.
+    """`reference.experts.experts`, but the products with down are rounded to x's dtype before they
+    are weighted, and so are the weights: moe_finalize_routing takes both in one dtype.
 
     The residual is added apart: by its documentation the op adds two tensors or none.
     Pairs whose expert is elsewhere are sorted behind the others, as those of one more expert. By
@@ -106,7 +106,7 @@ def experts(
 
 
 def expert_linear(x: Tensor, expert_TK: Tensor, weight_EOD: Tensor) -> Tensor:
-    """`reference.expert_linear`: x is [T, D] or [T, K, D], the result [T, K, O]."""
+    """`reference.experts.expert_linear`: x is [T, D] or [T, K, D], the result [T, K, O]."""
     num_columns, size = weight_EOD.shape[1:]
     check_experts(weight_EOD.shape[0], expert_TK.shape[1], num_columns, size)
     # rows of x that belong to one pair alone are tokens with one expert

@@ -44,8 +44,8 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 def rope(x_TNH: Tensor, cos_sin_MH: Tensor, pos_T: Tensor) -> Tensor:
     """Half-split rotation. npu_rotary_mul takes cos and sin in x's dtype, each over the whole head.
 
-    In bf16 the table is therefore rounded before the product, as in transformers; `reference.rope`
-    rounds once, after it.
+    In bf16 the table is therefore rounded before the product, as in transformers;
+    `reference.rope_store.rope` rounds once, after it.
     """
     cos_Th, sin_Th = cos_sin_MH.index_select(0, pos_T).to(x_TNH.dtype).chunk(2, dim=-1)
     cos_T11H = torch.cat((cos_Th, cos_Th), dim=-1)[:, None, None]
@@ -120,7 +120,8 @@ def paged_attention_in_graph(
     scale: float,
     window: int,
 ) -> Tensor:
-    """`reference.paged_attention` with the lengths as tensors: one graph serves all lengths.
+    """`reference.attention.paged_attention` with the lengths as tensors: one graph serves all
+    lengths.
 
     It runs in graph mode of GE only.
 
@@ -298,7 +299,7 @@ def sample_columns_in_graph(
 ) -> Tensor:
     """It gathers the logits: a choice from a rank's own columns has not been written for GE."""
     logits_RV = gather_columns_in_graph(logits_RW, num_columns)
-    return reference.sample(logits_RV, temperature_R, seed_R, pos_R)
+    return reference.sample.sample(logits_RV, temperature_R, seed_R, pos_R)
 
 
 def shard_embedding_in_graph(token_T: Tensor, table_WD: Tensor) -> Tensor:

@@ -22,8 +22,8 @@ MAX_ROWS, HEAD_STEP = 4096, 64
 def segment_attention_in_graph(
     q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, start_S: Tensor, max_len: int, scale: float
 ) -> Tensor:
-    """`reference.segment_attention` with the counts as a tensor: one graph serves all sizes of
-    images. It runs in graph mode of GE only."""
+    """`reference.attention.segment_attention` with the counts as a tensor: one graph serves all
+    sizes of images. It runs in graph mode of GE only."""
     from torchair.ops import npu_fused_infer_attention_score as attend
 
     num_patches, num_heads, head_dim = q_TNH.shape

@@ -411,7 +411,8 @@ def paged_attention_decode(
     k_scale_K: Tensor | None = None,
     v_scale_K: Tensor | None = None,
 ) -> Tensor:
-    """softmax(q · kᵀ · scale) · v for the newest token of each row, as `reference.paged_attention`.
+    """softmax(q · kᵀ · scale) · v for the newest token of each row, as
+    `reference.attention.paged_attention`.
 
     The scale must be positive. `launch` overrides the tile sizes, for measurements.
     """

@@ -310,7 +310,8 @@ def paged_attention_prefill(
     k_scale_K: Tensor | None = None,
     v_scale_K: Tensor | None = None,
 ) -> Tensor:
-    """Causal softmax(q · kᵀ · scale) · v of the new tokens, as `reference.paged_attention`.
+    """Causal softmax(q · kᵀ · scale) · v of the new tokens, as
+    `reference.attention.paged_attention`.
 
     The scale must be positive. `launch` overrides the tile sizes, for measurements.
     """

@@ -19,7 +19,7 @@ from nanovllm.kernels import reference
 # A score that no key reaches. It is finite, because inf − inf is NaN.
 NO_SCORE = tl.constexpr(-1.0e30)
 LOG2_E = 1.4426950408889634
-FP8_MAX = tl.constexpr(reference.FP8_MAX)
+FP8_MAX = tl.constexpr(reference.rope_store.FP8_MAX)
 
 
 @triton.jit
@@ -167,7 +167,7 @@ def finish(y, up, dtype: tl.constexpr, SILU_MUL: tl.constexpr):
 
 
 class Places(NamedTuple):
-    """Where the matrices of offloaded experts are: see `reference_offload.offloaded_experts`."""
+    """Where the matrices of offloaded experts are: see `reference.offload.offloaded_experts`."""
 
     num_experts: int
     first_1: Tensor

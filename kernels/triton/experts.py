@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nanovllm.kernels import reference, reference_offload
+from nanovllm.kernels import reference
 from nanovllm.kernels.triton import experts_few as few
 from nanovllm.kernels.triton import experts_many as many
 from nanovllm.kernels.triton import offload
@@ -25,9 +25,9 @@ def experts(
     residual_TD: Tensor | None = None,
     local_X: Tensor | None = None,
 ) -> Tensor:
-    """See `reference.experts`."""
+    """See `reference.experts.experts`."""
     if not _takes(x_TD, weight_TK, expert_TK, gate_up_EGD, down_EDF):
-        return reference.experts(
+        return reference.experts.experts(
             x_TD, weight_TK, expert_TK, gate_up_EGD, down_EDF, residual_TD, local_X
         )
     return _run(x_TD, weight_TK, expert_TK, gate_up_EGD, down_EDF, residual_TD, local_X=local_X)
@@ -46,12 +46,12 @@ def offloaded_experts(
     others_down: Tensor,
     residual_TD: Tensor | None = None,
 ) -> Tensor:
-    """See `reference_offload.offloaded_experts`: the same launches as those of `experts`."""
+    """See `reference.offload.offloaded_experts`: the same launches as those of `experts`."""
     offload.wait_for_copies(others_gate_up)
     places = Places(num_experts, first_1, slot_I, others_gate_up, others_down)
     slots = (slots_gate_up_SGD, slots_down_SDF)
     if not _takes(x_TD, weight_TK, expert_TK, *slots):
-        return reference_offload.offloaded_experts(
+        return reference.offload.offloaded_experts(
             x_TD, weight_TK, expert_TK, num_experts, *places[1:3], *slots, *places[3:], residual_TD
         )
     return _run(x_TD, weight_TK, expert_TK, *slots, residual_TD, places)
@@ -92,14 +92,14 @@ def _run(
 
 
 def expert_linear(x: Tensor, expert_TK: Tensor, weight_EOD: Tensor) -> Tensor:
-    """See `reference.expert_linear`."""
+    """See `reference.experts.expert_linear`."""
     if (
         x.dtype not in DTYPES
         or x.dtype is not weight_EOD.dtype
         or not (expert_TK.is_contiguous() and weight_EOD.is_contiguous())
         or x.shape[0] == 0
     ):
-        return reference.expert_linear(x, expert_TK, weight_EOD)
+        return reference.experts.expert_linear(x, expert_TK, weight_EOD)
     x_by = many.BY_TOKEN.value if x.dim() == 2 else many.BY_PAIR.value
     x_PD = x.contiguous().flatten(0, -2)
     groups = many.sort_pairs(expert_TK, weight_EOD.shape[0])

@@ -235,7 +235,7 @@ def few_experts(
     tiles: tuple[PairTile, PairTile] | None = None,
     places: Places | None = None,
 ) -> Tensor:
-    """`reference.experts`; all tensors are contiguous but x, whose last stride is 1.
+    """`reference.experts.experts`; all tensors are contiguous but x, whose last stride is 1.
 
     `tiles` overrides the tiles of the two launches, for measurements. With `places` the weights are
     those of slots.

@@ -388,7 +388,7 @@ def many_experts(
     tiles: tuple[GroupTile | None, GroupTile | None] = (None, None),
     places: Places | None = None,
 ) -> Tensor:
-    """`reference.experts`; all tensors are contiguous but x, whose last stride is 1.
+    """`reference.experts.experts`; all tensors are contiguous but x, whose last stride is 1.
 
     The weighted output of each expert is rounded to x's dtype before the sum. `tiles` overrides the
     tiles of the two products, for measurements. With `places` the weights are those of slots.

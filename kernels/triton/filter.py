@@ -318,7 +318,7 @@ def keep_likely_kernel(
 def keep_likely(
     logits_RV: Tensor, temperature_R: Tensor, top_k_R: Tensor, top_p_R: Tensor, min_p_R: Tensor
 ) -> Tensor:
-    """`reference.keep_likely`.
+    """`reference.sample.keep_likely`.
 
     If a sum of probabilities is within rounding of top_p, one token more or less may stay.
     """

@@ -32,7 +32,8 @@ def fused_linear(
     eps: float,
     silu_mul: bool,
 ) -> Tensor:
-    """`reference.fused_linear` in one launch, for bf16 and fp16 and shapes that `takes` accepts.
+    """`reference.linear.fused_linear` in one launch, for bf16 and fp16 and shapes that `takes`
+    accepts.
 
     The weights (including the norm's weight and the bias) may be read before earlier kernels end,
     so no running kernel may write them.
@@ -45,7 +46,7 @@ def fused_linear(
         or num_rows == 0
         or not takes(x_TD, weight_OD, has_norm, silu_mul)
     ):
-        return reference.fused_linear(
+        return reference.linear.fused_linear(
             x_TD, norm_weight_D, weight_OD, bias_O, residual_TO, eps, silu_mul
         )
     x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
@@ -61,11 +62,12 @@ def fused_linear(
 
 
 def linear_(residual_TO: Tensor, x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> None:
-    """`reference.linear_` by cuBLAS, which adds the residual in its last step if there is no bias.
+    """`reference.linear.linear_` by cuBLAS, which adds the residual in its last step if there is no
+    bias.
 
     It works in place, because torch's out-of-place `addmm` first copies the residual.
     """
     if bias_O is not None or x_TD.dim() != 2:
-        reference.linear_(residual_TO, x_TD, weight_OD, bias_O)
+        reference.linear.linear_(residual_TO, x_TD, weight_OD, bias_O)
     else:
         residual_TO.addmm_(x_TD, weight_OD.t())

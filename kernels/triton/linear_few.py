@@ -473,7 +473,7 @@ def few_rows_linear(
     launch: LinearTile | None = None,
     pdl: bool | None = None,
 ) -> Tensor:
-    """`reference.fused_linear` for up to MAX_ROWS rows of bf16 or fp16, last strides 1.
+    """`reference.linear.fused_linear` for up to MAX_ROWS rows of bf16 or fp16, last strides 1.
 
     The weights (including the norm's weight and the bias) may be read before earlier kernels end,
     so no running kernel may write them. `launch` and `pdl` override the tile and programmatic

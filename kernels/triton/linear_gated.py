@@ -203,7 +203,7 @@ def gated_linear(
     launch: GatedTile | None = None,
     pdl: bool | None = None,
 ) -> Tensor:
-    """silu(gate) · up of x · weightᵀ + bias; see `reference.fused_linear`.
+    """silu(gate) · up of x · weightᵀ + bias; see `reference.linear.fused_linear`.
 
     gate is the first half of the outputs and up the second. bf16 or fp16, last strides 1. `launch`
     and `pdl` override the tile and programmatic dependent launch, for measurements.

@@ -292,7 +292,8 @@ def many_rows_linear(
     launch: GemmTile | None = None,
     pdl: bool | None = None,
 ) -> Tensor:
-    """x · weightᵀ + bias, then silu(gate) · up, then + residual; see `reference.fused_linear`.
+    """x · weightᵀ + bias, then silu(gate) · up, then + residual; see
+    `reference.linear.fused_linear`.
 
     bf16 or fp16, last strides 1. The weights may be prefetched before earlier kernels end. `launch`
     and `pdl` override the tile and programmatic dependent launch, for measurements.

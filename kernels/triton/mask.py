@@ -44,7 +44,7 @@ def keep_allowed_kernel(
 
 
 def keep_allowed(logits_RV: Tensor, allowed_SW: Tensor, row_R: Tensor) -> Tensor:
-    """`reference.keep_allowed`."""
+    """`reference.sample.keep_allowed`."""
     num_rows, vocab_size = logits_RV.shape
     out_RV = torch.empty((num_rows, vocab_size), dtype=logits_RV.dtype, device=logits_RV.device)
     if num_rows == 0:

@@ -103,14 +103,15 @@ def _norm(
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x²) + eps) · weight over the last dimension; see `reference.rms_norm`."""
+    """x / sqrt(mean(x²) + eps) · weight over the last dimension; see
+    `reference.norm_act.rms_norm`."""
     return _norm(x, None, weight_D, eps)[0]
 
 
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight_D: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """(rms_norm(x + residual), x + residual); see `reference.add_rms_norm`."""
+    """(rms_norm(x + residual), x + residual); see `reference.norm_act.add_rms_norm`."""
     out, total = _norm(x, residual, weight_D, eps)
     assert total is not None
     return out, total
@@ -137,7 +138,7 @@ def silu_mul_kernel(
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
-    """silu(gate) · up of [gate | up]; see `reference.silu_mul`."""
+    """silu(gate) · up of [gate | up]; see `reference.norm_act.silu_mul`."""
     gate_up_TG = _rows(gate_up)
     ffn = gate_up.shape[-1] // 2
     out = torch.empty((*gate_up.shape[:-1], ffn), dtype=gate_up.dtype, device=gate_up.device)

@@ -8,7 +8,7 @@ before them have ended. The op that reads what they write waits for them. Tables
 main stream, in the order of the calls.
 
 Shapes: T tokens | K experts per token | P = T·K pairs | E experts | I ids | S slots | "p" after a
-letter: padded to a power of two. Other letters and all tables are those of `reference_offload`.
+letter: padded to a power of two. Other letters and all tables are those of `reference.offload`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanovllm.kernels import reference_offload as reference
+from nanovllm.kernels.reference import offload as reference
 from nanovllm.kernels.triton import common
 from nanovllm.kernels.triton.common import launch_options, wait_for_earlier_kernels
 
@@ -224,7 +224,7 @@ def fetch_experts(
     ahead: bool = False,
     tile: CopyTile | None = None,
 ) -> Tensor:
-    """See `reference_offload.fetch_experts`. `tile` overrides that of the copy, for measurements.
+    """See `reference.offload.fetch_experts`. `tile` overrides that of the copy, for measurements.
 
     With `ahead` the copies run on the side stream, and the next call with these slots waits.
     """
@@ -273,7 +273,7 @@ def stream_experts(
     buffer_gate_up_BGD: Tensor,
     buffer_down_BDF: Tensor,
 ) -> None:
-    """See `reference_offload.stream_experts`. The copies run on the side stream."""
+    """See `reference.offload.stream_experts`. The copies run on the side stream."""
     num_experts, num_entries = host_down_EDF.shape[0], buffer_down_BDF.shape[0]
     copies = slot_I.new_empty(1 + 2 * num_entries)
     stream_plan_kernel[(1,)](

@@ -41,7 +41,8 @@ def paged_attention(
     k_scale_K: Tensor | None = None,
     v_scale_K: Tensor | None = None,
 ) -> Tensor:
-    """`reference.paged_attention`; decode (max_q_len 1) and prefill are different kernels."""
+    """`reference.attention.paged_attention`; decode (max_q_len 1) and prefill are different
+    kernels."""
     if max_q_len == 1:
         return paged_attention_decode(
             q_TNH,

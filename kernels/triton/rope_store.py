@@ -144,8 +144,8 @@ def qk_norm_rope_store(
 ) -> Tensor:
     """Returns rope(norm(q)) and writes rope(norm(k)) and v to their slots.
 
-    See `reference.qk_norm_rope_store`. `launch` overrides (heads of one program, warps), for
-    measurements.
+    See `reference.rope_store.qk_norm_rope_store`. `launch` overrides (heads of one program, warps),
+    for measurements.
     """
     block_size, num_kv_heads, head_dim = k_cache_CBKH.shape[1:]
     num_tokens = qkv_TE.shape[0]
@@ -237,7 +237,7 @@ def rope_kernel(
 
 
 def rope(x_TNH: Tensor, cos_sin_MH: Tensor, pos_T: Tensor) -> Tensor:
-    """[x1·cos − x2·sin | x2·cos + x1·sin]; see `reference.rope`."""
+    """[x1·cos − x2·sin | x2·cos + x1·sin]; see `reference.rope_store.rope`."""
     num_tokens, num_heads, head_dim = x_TNH.shape
     if x_TNH.stride(2) != 1:
         x_TNH = x_TNH.contiguous()
@@ -344,7 +344,7 @@ def store_kv(
 ) -> None:
     """Writes token t's key and value into slot slot_T[t] = block · B + offset, in place.
 
-    See `reference.store_kv`.
+    See `reference.rope_store.store_kv`.
     """
     num_tokens, num_kv_heads, head_dim = k_TKH.shape
     if num_tokens == 0:

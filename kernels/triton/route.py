@@ -28,7 +28,7 @@ INFINITY = tl.constexpr(float("inf"))
 @triton.jit
 def choose_experts(logits_AEp, real_Ep, row_A, is_row_A, weight_ptr, expert_ptr,
                    TOP_K: tl.constexpr, NORMALIZE: tl.constexpr):  # fmt: skip
-    """Choose the experts of some rows and store them to [T, K]: see `reference.route`.
+    """Choose the experts of some rows and store them to [T, K]: see `reference.experts.route`.
 
     `real_Ep` is false for experts that do not exist.
     """
@@ -88,7 +88,7 @@ def route_kernel(
 
 
 def route(logits_TE: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
-    """See `reference.route`; last stride 1."""
+    """See `reference.experts.route`; last stride 1."""
     logits_TE = logits_TE if logits_TE.stride(1) == 1 else logits_TE.contiguous()
     (num_rows, num_experts), device = logits_TE.shape, logits_TE.device
     weight_TK = torch.empty((num_rows, top_k), dtype=torch.float32, device=device)
@@ -194,7 +194,8 @@ def takes(x_TD: Tensor, router_ED: Tensor) -> bool:
 def norm_route(
     x_TD: Tensor, norm_D: Tensor, router_ED: Tensor, eps: float, top_k: int, normalize: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`reference.norm_route` for inputs that `takes` accepts. The logits are rounded as there.
+    """`reference.experts.norm_route` for inputs that `takes` accepts. The logits are rounded as
+    there.
 
     The weights may be read before earlier kernels end, so no running kernel may write them.
     """
@@ -205,7 +206,7 @@ def norm_route(
         or x_TD.stride(1) != 1
         or not router_ED.is_contiguous()
     ):
-        return reference.norm_route(x_TD, norm_D, router_ED, eps, top_k, normalize)
+        return reference.experts.norm_route(x_TD, norm_D, router_ED, eps, top_k, normalize)
     normed_TD = torch.empty_like(x_TD)
     logits_E = torch.empty(num_experts, dtype=torch.float32, device=device)
     weight_TK = torch.empty((1, top_k), dtype=torch.float32, device=device)

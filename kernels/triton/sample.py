@@ -33,7 +33,7 @@ SLACK = tl.constexpr(0.001)  # in log2; much larger than the error of scores
 # 2 − 2⁻²³: minus 1 + n · 2⁻²³ it is exact and slightly less than 1 − u
 ALMOST_TWO = tl.constexpr(1.99999988079071044921875)
 LAST = tl.constexpr(2147483647)  # larger than any token: there is none yet
-NO_TOKEN = tl.constexpr(reference.NO_TOKEN)
+NO_TOKEN = tl.constexpr(reference.sample.NO_TOKEN)
 
 TILE = 1024  # tokens a program scores at a time
 PROGRAMS_PER_MULTIPROCESSOR = 8
@@ -224,7 +224,7 @@ def best_of_spans(
 
 
 def sample(logits_RV: Tensor, temperature_R: Tensor, seed_R: Tensor, pos_R: Tensor) -> Tensor:
-    """`reference.sample`; of equal scores the smallest id wins."""
+    """`reference.sample.sample`; of equal scores the smallest id wins."""
     num_rows, device = logits_RV.shape[0], logits_RV.device
     token_R = torch.empty(num_rows, dtype=torch.int64, device=device)
     if num_rows == 0:

@@ -267,7 +267,7 @@ def segment_attention(
     scale: float,
     tile: SegmentTile | None = None,
 ) -> Tensor:
-    """`reference.segment_attention`; zeros for tokens after the last segment.
+    """`reference.attention.segment_attention`; zeros for tokens after the last segment.
 
     What is before the first segment stays unwritten. `tile` is for measurements. Raises ValueError
     for heads of more than 128 numbers, and for a scale that is not positive.

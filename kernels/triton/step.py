@@ -79,7 +79,7 @@ def decode_inputs(
     row_idx_R: Tensor,
     block_size: int,
 ) -> tuple[Tensor, ...]:
-    """See `reference.decode_inputs`."""
+    """See `reference.step.decode_inputs`."""
     num_rows, num_blocks, device = row_idx_R.shape[0], block_table_SP.shape[1], row_idx_R.device
     written = (*_per_token(row_idx_R, 3), *_per_row(row_idx_R, num_blocks))
     piece = _piece(num_blocks)
@@ -188,7 +188,7 @@ def span_inputs(
     given_T: Tensor,
     block_size: int,
 ) -> tuple[Tensor, ...]:
-    """See `reference.span_inputs`."""
+    """See `reference.step.span_inputs`."""
     num_rows, num_blocks, num_tokens = row_idx_R.shape[0], block_table_SP.shape[1], given_T.shape[0]
     written = (
         *_per_token(given_T, 3),
@@ -258,7 +258,7 @@ def sampling_inputs(
     row_idx_R: Tensor,
     num_R: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `reference.sampling_inputs`."""
+    """See `reference.step.sampling_inputs`."""
     num_rows = row_idx_R.shape[0]
     temperature_R = row_idx_R.new_empty(num_rows, dtype=torch.float32)
     seed_R, pos_R = _per_token(row_idx_R, 2)
@@ -311,7 +311,7 @@ def advance_kernel(
 def advance(
     token_S: Tensor, pos_S: Tensor, row_idx_R: Tensor, token_R: Tensor, num_R: Tensor | None = None
 ) -> None:
-    """See `reference.advance`."""
+    """See `reference.step.advance`."""
     num_rows = row_idx_R.shape[0]
     advance_kernel[(triton.cdiv(num_rows, ROWS),)](
         token_S,

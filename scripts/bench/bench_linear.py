@@ -119,14 +119,14 @@ def _compare(name: str, case: Case, rows: list[dict[str, Any]], bandwidth: float
 def bench_sample(rows: list[int], inductor_rows: list[int]) -> list[dict[str, float]]:
     """Time the sampler and the filter beside the reference, compiled by Inductor or sorting."""
     results = []
-    compiled = torch.compile(reference.sample, dynamic=False)
+    compiled = torch.compile(reference.sample.sample, dynamic=False)
     for num_rows in rows:
         logits = [(4 * torch.randn(num_rows, VOCAB, device="cuda")).to(DTYPE) for _ in range(4)]
         seed, pos = torch.randint(2**62, (2, num_rows), device="cuda")
         for temperature in (0.0, 0.8):
             given = (torch.full((num_rows,), temperature, device="cuda"), seed, pos)
             actual = triton_sample.sample(logits[0], *given)
-            expected = reference.sample(logits[0], *given)
+            expected = reference.sample.sample(logits[0], *given)
             wrong = int((actual != expected).sum())
             if temperature == 0:
                 top = logits[0].float()
@@ -143,12 +143,12 @@ def bench_sample(rows: list[int], inductor_rows: list[int]) -> list[dict[str, fl
                 flush=True,
             )
         given = [torch.full((num_rows,), value, device="cuda") for value in (0.6, 20.0, 0.95, 0.0)]
-        expected = reference.keep_likely(logits[0], *given)
+        expected = reference.sample.keep_likely(logits[0], *given)
         different = triton_filter.keep_likely(logits[0], *given) != expected
         row = {
             "rows": num_rows,
             "filter": time_launches(triton_filter.keep_likely, [(x, *given) for x in logits * 4]),
-            "sorting": time_launches(reference.keep_likely, [(x, *given) for x in logits]),
+            "sorting": time_launches(reference.sample.keep_likely, [(x, *given) for x in logits]),
         }
         results.append(row)
         print(

@@ -168,7 +168,7 @@ class Bench:
         if self._fits_norm(x):
             normed, added = kernels.norm_by(x, residual, weight, EPS, self.peers)
             self._expect("fused, sum", added, wanted + residual)
-            right, _ = reference.add_rms_norm(wanted, residual, weight, EPS)
+            right, _ = reference.norm_act.add_rms_norm(wanted, residual, weight, EPS)
             torch.testing.assert_close(normed, right, rtol=0.02, atol=0.02)
             self._expect("fused, norm", normed, normed)
 

@@ -56,7 +56,7 @@ def check_decode(
     q_start = torch.arange(rows + 1, dtype=torch.int32, device="cuda")
     cache32 = cache.float()
     expected = [
-        reference.paged_attention(
+        reference.attention.paged_attention(
             q[i : i + 32].float(),
             *cache32,
             table[i : i + 32],
@@ -95,7 +95,7 @@ def check_prefill(
         head_dim**-0.5,
         window,
     )
-    expected = reference.paged_attention(q.float(), *cache.float(), *arguments)
+    expected = reference.attention.paged_attention(q.float(), *cache.float(), *arguments)
     return relative_error(paged_attention_prefill(q, *cache, *arguments, launch), expected)
 
 
@@ -107,7 +107,7 @@ def check_rope(launch: tuple[int, int] | None, shape: str, num_tokens: int) -> f
     expected_cache, actual_cache = caches
     expected_cache.zero_()
     actual_cache.zero_()
-    expected = reference.qk_norm_rope_store(
+    expected = reference.rope_store.qk_norm_rope_store(
         qkv, q_norm, k_norm, table, pos, slot, *expected_cache, num_heads, 1e-6
     )
     actual = qk_norm_rope_store(
@@ -120,21 +120,23 @@ def check_pointwise() -> float:
     x, residual, weight = (torch.randn(n, 4096, dtype=DTYPE, device="cuda") for n in (989, 989, 1))
     gate_up = torch.randn(989, 6144, dtype=DTYPE, device="cuda")
     errors = [
-        relative_error(rms_norm(x, weight[0], 1e-6), reference.rms_norm(x, weight[0], 1e-6)),
+        relative_error(
+            rms_norm(x, weight[0], 1e-6), reference.norm_act.rms_norm(x, weight[0], 1e-6)
+        ),
         *map(
             relative_error,
             add_rms_norm(x, residual, weight[0], 1e-6),
-            reference.add_rms_norm(x, residual, weight[0], 1e-6),
+            reference.norm_act.add_rms_norm(x, residual, weight[0], 1e-6),
         ),
-        relative_error(silu_mul(gate_up), reference.silu_mul(gate_up)),
+        relative_error(silu_mul(gate_up), reference.norm_act.silu_mul(gate_up)),
     ]
     qkv, _, _, table, pos, slot, (a, b) = rope_inputs(989, 16, 8, 2)
     q, k, v = qkv.view(989, 32, HEAD).split([16, 8, 8], dim=1)
-    errors.append(relative_error(rope(q, table, pos), reference.rope(q, table, pos)))
+    errors.append(relative_error(rope(q, table, pos), reference.rope_store.rope(q, table, pos)))
     a.zero_()
     b.zero_()
     store_kv(k, v, *a, slot)
-    reference.store_kv(k, v, *b, slot)
+    reference.rope_store.store_kv(k, v, *b, slot)
     errors.append(relative_error(a, b))
     return max(errors)
 

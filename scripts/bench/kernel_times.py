@@ -126,7 +126,7 @@ def time_decode_fp8(table: Table, limits: Limits, variants: bool) -> None:
             if num_rows <= 64:
                 q_start = torch.arange(num_rows + 1, dtype=torch.int32, device="cuda")
                 arguments = (block_table, seq_len, q_start, 1, head_dim**-0.5, 0, scale, scale)
-                expected = reference.paged_attention(q.float(), *cache[0], *arguments)
+                expected = reference.attention.paged_attention(q.float(), *cache[0], *arguments)
                 error = relative_error(paged_attention_decode(q, *cache[0], *rest), expected)
                 if not error < 1e-2:
                     raise ValueError(

@@ -83,7 +83,7 @@ class Case:
         if self.norms:
             x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * self.norms[0].double()
         exact = x @ self.weights[0].double().T
-        exact = reference.silu_mul(exact) if self.silu else exact
+        exact = reference.norm_act.silu_mul(exact) if self.silu else exact
         return exact if self.residual is None else exact + self.residual.double()
 
     def error(self, y: Tensor) -> float:

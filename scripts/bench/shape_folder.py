@@ -15,6 +15,7 @@ import random
 import sys
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -48,6 +49,12 @@ def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS)
 
 
+def write_folder(out: Path, config: dict[str, Any]) -> None:
+    """Write a config.json and a tokenizer with as many tokens."""
+    (out / "config.json").write_text(json.dumps(config))
+    make_tokenizer(config["vocab_size"]).save_pretrained(out)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -58,10 +65,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     if any(args.out.iterdir()):
         parser.error(f"{args.out} is not empty")
-    config = CONFIGS[args.shape]
-    (args.out / "config.json").write_text(json.dumps(config))
-    tokenizer = make_tokenizer(config["vocab_size"])
-    tokenizer.save_pretrained(args.out)
+    write_folder(args.out, CONFIGS[args.shape])
 
 
 if __name__ == "__main__":

@@ -1,17 +1,20 @@
 """Compiles every Triton kernel with its production constants, for GPUs that need not be present.
 
-Triton brings the assemblers. `python builds.py TARGET` prints properties of each kernel as JSON. It
-runs in a process of its own, because the interpreter, which the other tests use, replaces the
-compiler.
+Triton brings the assemblers. `python builds.py TARGET …` prints a line of JSON for each target: its
+name, and properties of each kernel. It is a process of its own, because the interpreter, which the
+other tests use, replaces the compiler. Triton is imported once and asks for one GPU in a process:
+each target has a fork.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import re
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -20,17 +23,12 @@ KB = 1024
 
 
 class Target(NamedTuple):
-    """A GPU, by Triton's names, and the models whose attention is compiled for it.
-
-    A compile takes half a second, so most GPUs get few models. The largest heads need the most
-    shared memory.
-    """
+    """A GPU, by Triton's names. A compile takes one second, so most GPUs get few cases."""
 
     backend: str
     arch: int | str
     warp_size: int
     shared_bytes: int  # that one program may use
-    models: tuple[str, ...]
 
     @property
     def has_matrix_units(self) -> bool:
@@ -52,28 +50,32 @@ class Model(NamedTuple):
 
 MODELS = {
     "qwen3-0.6b": Model(16, 8, 128, 64, "bf16"),
-    "qwen3-8b": Model(32, 8, 128, 64, "bf16"),
     "qwen2-0.5b": Model(14, 2, 64, 16, "fp16"),
     "head-80": Model(32, 32, 80, 64, "fp16"),
     "head-96 group-16": Model(32, 2, 96, 64, "bf16"),
     "head-256": Model(16, 8, 256, 64, "bf16"),
     "head-256-fp32": Model(16, 8, 256, 48, "fp32"),
 }
-THREE = ("qwen3-0.6b", "head-256", "head-256-fp32")
 TARGETS = {
-    "t4": Target("cuda", 75, 32, 64 * KB, THREE),
-    "a100": Target("cuda", 80, 32, 163 * KB, ("head-256",)),
-    "rtx3090": Target("cuda", 86, 32, 99 * KB, ("qwen3-0.6b", "head-256")),
-    "rtx4090": Target("cuda", 89, 32, 99 * KB, ("qwen3-0.6b", "head-256")),
-    "h200": Target("cuda", 90, 32, 227 * KB, tuple(MODELS)),
-    "b200": Target("cuda", 100, 32, 227 * KB, ("qwen3-0.6b", "head-256")),
-    "rtx5090": Target("cuda", 120, 32, 99 * KB, ("qwen3-0.6b", "head-256")),
-    "mi300": Target("hip", "gfx942", 64, 64 * KB, THREE),
+    "t4": Target("cuda", 75, 32, 64 * KB),
+    "a100": Target("cuda", 80, 32, 163 * KB),
+    "rtx3090": Target("cuda", 86, 32, 99 * KB),
+    "rtx4090": Target("cuda", 89, 32, 99 * KB),
+    "h200": Target("cuda", 90, 32, 227 * KB),
+    "b200": Target("cuda", 100, 32, 227 * KB),
+    "rtx5090": Target("cuda", 120, 32, 99 * KB),
+    "mi300": Target("hip", "gfx942", 64, 64 * KB),
 }
-WHOLE = "h200"  # gets every case of the other kernels, too
+WHOLE = "h200"  # gets every case
+FAR = ("t4", "mi300")  # differ most from WHOLE: get attention in fp32, and all forms of experts
 WITH_RANKS = ("a100", WHOLE)  # get the kernels of sums over ranks
 # Between two GPUs of this table, with the shared memory of one of them: attention alone.
 BETWEEN = ("rtx3090", "rtx5090")
+# Rows of a decode step, or the most queries of a row of a prefill step, and the window.
+LARGE = {"decode": (256, 0), "prefill": (8192, 0)}
+SMALL = {"decode": (1, 4096), "prefill": (16, 4096)}
+# What GPUs other than WHOLE get. The largest heads and steps need the most shared memory.
+FEW_CASES = {"qwen3-0.6b": SMALL, "head-256": LARGE}
 # Models with an fp8 cache, for GPUs that convert fp8 in hardware; all of them for WHOLE alone.
 FP8_TARGETS = ("rtx4090", WHOLE)
 FP8_MODELS = {
@@ -88,22 +90,6 @@ FP8_MODELS = {
 def fp8_models(target: str) -> dict[str, Model]:
     return FP8_MODELS if target == WHOLE else dict(list(FP8_MODELS.items())[:1])
 
-
-class Product(NamedTuple):
-    num_outs: int
-    depth: int
-    norm: bool
-    silu_mul: bool
-    everywhere: bool = False
-
-
-PRODUCTS = (
-    Product(4096, 1024, True, False), Product(1024, 2048, False, False),
-    Product(3072, 1024, True, True, True), Product(1024, 3072, False, False),
-    Product(6144, 4096, True, False), Product(4096, 4096, False, False),
-    Product(12288, 4096, True, True), Product(4096, 12288, False, False, True),
-    Product(1152, 896, True, False),  # of no measured model
-)  # fmt: skip
 
 POINTERS = {
     "*fp32": {
@@ -138,10 +124,31 @@ class Build(NamedTuple):
     types: dict[str, str] | None = None  # of pointers that are not in POINTERS
 
 
+def attention_of_models(name: str) -> Iterator[Build]:
+    target = TARGETS[name]
+    for model_name, model in MODELS.items():
+        if name == WHOLE:
+            yield from attention(model_name, model, target, LARGE)
+            yield from attention(model_name, model, target, SMALL)
+        elif model_name in FEW_CASES:
+            yield from attention(model_name, model, target, FEW_CASES[model_name])
+        elif name in FAR and model.dtype == "fp32":
+            yield from attention(model_name, model, target, LARGE)
+    if name not in FP8_TARGETS:
+        return
+    for model_name, model in fp8_models(name).items():
+        for sizes in (LARGE, {"decode": SMALL["decode"]}):
+            yield from attention(f"fp8 {model_name}", model, target, sizes, has_fp8_cache=True)
+    yield from stores("fp8 qwen3-0.6b", FP8_MODELS["qwen3-0.6b"], has_fp8_cache=True)
+
+
 def attention(
-    name: str, model: Model, target: Target, has_fp8_cache: bool = False
+    name: str,
+    model: Model,
+    target: Target,
+    sizes: dict[str, tuple[int, int]],
+    has_fp8_cache: bool = False,
 ) -> Iterator[Build]:
-    """Decode and prefill, each with and without a window. With an fp8 cache prefill is once."""
     import triton
 
     from nanovllm.kernels.triton import attention_decode as decode
@@ -164,7 +171,8 @@ def attention(
         strides |= {f"{cache}_STRIDE_BLOCK": block_size * num_kv_heads * head_dim, "UPCAST": False}
     is_fp8 = has_fp8_cache and element_size == 2
     head_bytes = head_p * (1 if is_fp8 else element_size)
-    for num_rows, window in ((256, 0), (1, 4096)):
+    if "decode" in sizes:
+        num_rows, window = sizes["decode"]
         launch = decode.decode_tile(head_bytes, block_size, num_rows, target.shared_bytes, is_fp8)
         constants = decode.decode_constants(*heads, num_rows, window, launch) | strides
         yield Build(
@@ -176,7 +184,8 @@ def attention(
             dtype,
             has_fp8_cache=has_fp8_cache,
         )
-    for max_q_len, window in ((8192, 0), (16, 4096))[: 1 if has_fp8_cache else 2]:
+    if "prefill" in sizes:
+        max_q_len, window = sizes["prefill"]
         launch_p = prefill.prefill_tile(
             head_p, element_size, block_size, max_q_len, target.shared_bytes
         )
@@ -241,52 +250,16 @@ def pointwise(name: str, model: Model) -> Iterator[Build]:
     yield Build(f"{name}: silu_mul", norm_act.silu_mul_kernel, silu_mul, 4, dtype=dtype)
 
 
-def products(case: int, product: Product, target: Target) -> Iterator[Build]:
-    """For one row, a few and many rows: the kernel that `triton.linear` selects."""
-    from nanovllm.kernels.triton import linear_few as triton_linear_few
-    from nanovllm.kernels.triton import linear_many as triton_linear_many
+def products(target: Target, whole: bool) -> Iterator[Build]:
+    from tests.kernels.product_builds import launches
 
-    num_outs, depth, norm, silu, _ = product
-    for num_rows in (1, (2, 7, 16)[case % 3], (24, 64, 160)[case % 3]):
-        weight = (2 * num_outs if silu else num_outs, depth)
-        norm = norm and num_rows <= triton_linear_few.max_rows(*weight, True)
-        label = f"linear {num_rows}x{num_outs}x{depth}"
-        if num_rows > 1 and not target.has_matrix_units:
-            continue
-        if num_rows <= triton_linear_few.max_rows(*weight, norm):
-            kernel, constants, num_warps = triton_linear_few.build(
-                num_rows, num_outs, depth, norm, False, not silu, silu, False
-            )
-        elif num_rows <= triton_linear_many.max_rows(*weight):
-            tile = triton_linear_many.gemm_tile(
-                num_rows, num_outs, depth, silu, target.shared_bytes
-            )
-            kernel, num_warps = triton_linear_many.many_rows_linear_kernel, tile.num_warps
-            constants = triton_linear_many.gemm_constants(
-                num_rows, num_outs, depth, False, not silu, silu, tile
-            )
-            constants |= {"UPCAST": False}
-        else:
-            continue
+    for label, kernel, constants, num_warps in launches(
+        target.shared_bytes, target.has_matrix_units, whole
+    ):
         yield Build(label, kernel, constants, num_warps)
 
 
-def gated_products(target: Target, whole: bool) -> Iterator[Build]:
-    """gate_up of Qwen3-8B in every tile that fits the GPU, or in the first of them."""
-    from nanovllm.kernels.triton import linear_gated as gated
-
-    num_outs, depth = 12288, 4096
-    tiles = [(rows, tile) for rows, tiles in gated.TILES.items() for tile in tiles]
-    fitting = [pair for pair in tiles if gated.shared_bytes_of(pair[1]) <= target.shared_bytes]
-    for num_rows, tile in fitting if whole else fitting[:1]:
-        constants = gated.gated_constants(num_rows - 1, num_outs, depth, True, tile) | {
-            "UPCAST": False
-        }
-        label = f"gated {num_rows}x{num_outs}x{depth} {tuple(tile)}"
-        yield Build(label, gated.gated_linear_kernel, constants, tile.num_warps)
-
-
-def steps() -> Iterator[Build]:
+def steps(whole: bool) -> Iterator[Build]:
     """The sampler, and the kernels that compute the inputs of a decode step."""
     from nanovllm.kernels.triton import filter as triton_filter
     from nanovllm.kernels.triton import mask as triton_mask
@@ -297,7 +270,7 @@ def steps() -> Iterator[Build]:
         span = {"TILE": triton_sample.TILE, "IS_PART": is_part, "HARDWARE": True}
         yield Build(label, triton_sample.best_of_span_kernel, span, 4)
     yield Build("best_of_row", triton_sample.best_of_row_kernel, {"SPANS_P": 256}, 4, out="*i64")
-    for dtype in ("fp32", "bf16"):
+    for dtype in ("fp32", "bf16") if whole else ("fp32",):
         tile = {"TILE": triton_filter.TILE}
         yield Build(
             f"keep_likely {dtype}",
@@ -326,14 +299,14 @@ def steps() -> Iterator[Build]:
         yield Build(f"advance {label}", triton_step.advance_kernel, rows, 4)
 
 
-def mixtures(target: Target, whole: bool) -> Iterator[Build]:
-    """The kernels of experts: of every model, or of one, and once in fp32."""
+def mixtures(name: str) -> Iterator[Build]:
+    """The kernels of experts: of one model, and of odd sizes in fp32."""
     from tests.kernels.expert_builds import launches
 
-    cases = (("qwen3-30b-a3b", "bf16"), ("mixtral-8x7b", "bf16"), ("odd", "fp32"))
-    for model, dtype in cases if whole else cases[:1]:
+    cases, shared_bytes = (("qwen3-30b-a3b", "bf16"), ("odd", "fp32")), TARGETS[name].shared_bytes
+    for model, dtype in cases if name == WHOLE else cases[:1]:
         for label, kernel, constants, num_warps, num_stages, types in launches(
-            model, target.shared_bytes, dtype
+            model, shared_bytes, dtype, all_forms=name == WHOLE or name in FAR
         ):
             yield Build(
                 f"experts {model} {dtype}: {label}", kernel, constants, num_warps, num_stages,
@@ -342,12 +315,12 @@ def mixtures(target: Target, whole: bool) -> Iterator[Build]:
 
 
 def segments(target: Target, whole: bool) -> Iterator[Build]:
-    """Attention of vision towers: of Qwen3-VL-2B, or of heads of other sizes and in fp32, too."""
+    """Attention of vision towers: of long segments of Qwen3-VL-2B, or of other heads, too."""
     from nanovllm.kernels.triton import segment_attention as segment
 
-    cases = ((16, 64, "bf16"), (16, 80, "bf16"), (16, 72, "bf16"), (8, 128, "bf16"))
-    for num_heads, head_dim, dtype in (*cases, (8, 128, "fp32")) if whole else cases[:1]:
-        for max_len in (4096, 64):
+    cases = ((16, 64, "bf16"), (16, 72, "bf16"), (8, 128, "bf16"), (8, 128, "fp32"))
+    for num_heads, head_dim, dtype in cases if whole else cases[:1]:
+        for max_len in (4096, 64) if whole else (4096,):
             tile = segment.segment_tile(
                 head_dim, 4 if dtype == "fp32" else 2, max_len, target.shared_bytes
             )
@@ -367,6 +340,11 @@ def is_of_segments(name: str) -> bool:
     return name.startswith("segments ")
 
 
+def converts_fast(build: Build) -> bool:
+    """True for a kernel that is to convert fp8 values of the cache two at once, without spills."""
+    return build.has_fp8_cache and build.dtype != "fp32" and ": prefill" not in build.name
+
+
 def sums(whole: bool) -> Iterator[Build]:
     """The kernels of small sums over ranks."""
     from tests.kernels.reduce_builds import launches
@@ -378,27 +356,17 @@ def sums(whole: bool) -> Iterator[Build]:
 
 def all_builds(name: str) -> Iterator[Build]:
     target, whole = TARGETS[name], name == WHOLE
-    for model_name, model in MODELS.items():
-        if model_name in target.models:
-            yield from attention(model_name, model, target)
-        if model_name == "qwen3-0.6b" or (whole and model_name in ("head-80", "head-256-fp32")):
-            yield from pointwise(model_name, model)
+    yield from attention_of_models(name)
+    for model_name in ("qwen3-0.6b", "head-80", "head-256-fp32") if whole else ("qwen3-0.6b",):
+        yield from pointwise(model_name, MODELS[model_name])
     if name in BETWEEN:
         return
-    if name in FP8_TARGETS:
-        for model_name, model in fp8_models(name).items():
-            yield from attention(f"fp8 {model_name}", model, target, has_fp8_cache=True)
-        yield from stores("fp8 qwen3-0.6b", FP8_MODELS["qwen3-0.6b"], has_fp8_cache=True)
-    for case, product in enumerate(PRODUCTS):
-        if whole or product.everywhere:
-            yield from products(case, product, target)
-    if target.has_matrix_units:
-        yield from gated_products(target, whole)
+    yield from products(target, whole)
     yield from segments(target, whole)
-    yield from mixtures(target, whole)
+    yield from mixtures(name)
     if name in WITH_RANKS:
         yield from sums(whole)
-    yield from steps()
+    yield from steps(whole)
 
 
 def compile_build(build: Build, target: Target) -> Any:
@@ -469,8 +437,8 @@ def instructions(cubin: bytes) -> Counter[str]:
 def compile_all(name: str) -> dict[str, dict[str, Any]]:
     """Properties of each kernel: its shared memory in bytes, and the NVIDIA instructions it has.
 
-    With an fp8 cache and for segments also the numbers of spills, of loads of single bytes, and of
-    conversions of two fp8 values at once.
+    Where they matter, also the numbers of spills, of loads of single bytes, and of conversions of
+    two fp8 values at once.
     """
     from triton.runtime import driver
 
@@ -485,7 +453,7 @@ def compile_all(name: str) -> dict[str, dict[str, Any]]:
             "shared": compiled.metadata.shared,
             "marks": [mark for mark in marks if mark in text],
         }
-        if target.backend == "cuda" and (build.has_fp8_cache or is_of_segments(build.name)):
+        if target.backend == "cuda" and (converts_fast(build) or is_of_segments(build.name)):
             code = instructions(compiled.asm["cubin"])
             one |= {
                 "spills": sum(num for name, num in code.items() if name.startswith(("STL", "LDL"))),
@@ -496,5 +464,21 @@ def compile_all(name: str) -> dict[str, dict[str, Any]]:
     return found
 
 
+def compile_or_say_why_not(name: str) -> tuple[str, dict[str, dict[str, Any]] | str]:
+    try:
+        return name, compile_all(name)
+    except Exception:
+        return name, traceback.format_exc()
+
+
+def main(names: list[str]) -> None:
+    for name in names:
+        for build in all_builds(name):
+            assert build.kernel  # all are imported before the forks
+    with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:
+        for done in pool.imap(compile_or_say_why_not, names, chunksize=1):
+            print(json.dumps(done), flush=True)
+
+
 if __name__ == "__main__":
-    print(json.dumps(compile_all(sys.argv[1])))
+    main(sys.argv[1:])

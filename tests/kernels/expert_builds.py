@@ -15,11 +15,7 @@ class Mixture(NamedTuple):
     top_k: int
 
 
-MIXTURES = {
-    "qwen3-30b-a3b": Mixture(2048, 768, 128, 8),
-    "mixtral-8x7b": Mixture(4096, 14336, 8, 2),
-    "odd": Mixture(200, 72, 60, 4),
-}
+MIXTURES = {"qwen3-30b-a3b": Mixture(2048, 768, 128, 8), "odd": Mixture(200, 72, 60, 4)}
 # Types of pointers that are not those of the model's dtype.
 TYPES = {
     "scale_ptr": "*fp32", "logits_ptr": "*fp32", "arrived_ptr": "*i32", "expert_ptr": "*i32",
@@ -35,19 +31,19 @@ CHOICE = {"weight_ptr": "*fp32"}
 Launch = tuple[str, Any, dict[str, Any], int, int, dict[str, str]]
 
 
-def launches(name: str, shared_bytes: int, dtype: str) -> Iterator[Launch]:
-    """All launches of a sparse layer: for one token, for many, with experts on the host, and with
-    experts on other ranks."""
+def launches(name: str, shared_bytes: int, dtype: str, all_forms: bool) -> Iterator[Launch]:
+    """All launches of a sparse layer: for one token and for many; with all forms also those that
+    read experts on the host, and those with experts on other ranks."""
     mixture = MIXTURES[name]
-    yield from _choices(mixture)
-    for where in ("", " offloaded", " spread"):
+    yield from _choices(mixture, ("", " spread") if all_forms else ("",))
+    for where in ("", " offloaded", " spread") if all_forms else ("",):
         yield from _few(mixture, where)
-    for offloaded in (False, True):
+    for offloaded in (False, True) if all_forms else (False,):
         yield from _many(mixture, offloaded, shared_bytes, dtype)
     yield from _copies(mixture)
 
 
-def _choices(mixture: Mixture) -> Iterator[Launch]:
+def _choices(mixture: Mixture, forms: tuple[str, ...]) -> Iterator[Launch]:
     from nanovllm.kernels.triton import experts_many as many
     from nanovllm.kernels.triton import route
 
@@ -62,7 +58,7 @@ def _choices(mixture: Mixture) -> Iterator[Launch]:
     logits = {"logits_ptr": "*bf16"}
     yield "route", route.route_kernel, shape | {"ROWS": 1}, 1, 3, TYPES | CHOICE | logits
     yield "norm_route", route.norm_route_kernel, score, 4, 3, TYPES | CHOICE
-    for where in ("", " spread"):
+    for where in forms:
         spread = {"SPREAD": bool(where)}
         sort = {"NUM_EXPERTS": num_experts, "BLOCK": 2048} | spread
         yield f"sort{where}", many.sort_kernel, sort, 4, 3, TYPES

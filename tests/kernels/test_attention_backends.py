@@ -50,7 +50,9 @@ def run(
 
         yield triton_kernels.paged_attention
     else:
-        yield {"reference": reference.paged_attention, "sdpa": ops.paged_attention_sdpa}[name]
+        yield {"reference": reference.attention.paged_attention, "sdpa": ops.paged_attention_sdpa}[
+            name
+        ]
 
 
 def check(

@@ -1,4 +1,4 @@
-"""The CPU kernels of layers with experts agree with `reference.py` and read only what they need."""
+"""The CPU kernels of layers with experts agree with `reference/` and read only what they need."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ def layer(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The arguments of `experts`; experts without tokens hold NaN."""
     num_experts, top_k, hidden, width = sizes
-    weight_TK, expert_TK = reference.route(torch.randn(num_tokens, num_experts), top_k, True)
+    weight_TK, expert_TK = reference.experts.route(
+        torch.randn(num_tokens, num_experts), top_k, True
+    )
     unused = sorted(set(range(num_experts)) - set(expert_TK.flatten().tolist()))
     gate_up_EGD = torch.randn(num_experts, 2 * width, hidden) / hidden**0.5
     down_EDF = torch.randn(num_experts, hidden, width) / width**0.5
@@ -50,8 +52,10 @@ def test_experts_match_reference(
 ) -> None:
     args = layer(sizes, num_tokens, dtype)
     residual_TD = torch.randn_like(args[0])
-    assert_matches(cpu_experts.experts(*args), reference.experts(*args))
-    assert_matches(cpu_experts.experts(*args, residual_TD), reference.experts(*args, residual_TD))
+    assert_matches(cpu_experts.experts(*args), reference.experts.experts(*args))
+    assert_matches(
+        cpu_experts.experts(*args, residual_TD), reference.experts.experts(*args, residual_TD)
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -63,7 +67,7 @@ def test_expert_linear_matches_reference_for_rows_of_tokens_and_of_pairs(
     x_TD, _, expert_TK, gate_up_EGD, down_EDF = layer(sizes, num_tokens, dtype)
     inner_TKF = torch.randn(*expert_TK.shape, down_EDF.shape[2]).to(dtype)
     for args in ((x_TD, expert_TK, gate_up_EGD), (inner_TKF, expert_TK, down_EDF)):
-        assert_matches(cpu_experts.expert_linear(*args), reference.expert_linear(*args))
+        assert_matches(cpu_experts.expert_linear(*args), reference.experts.expert_linear(*args))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -76,7 +80,7 @@ def test_all_tokens_may_choose_one_expert(num_tokens: int, dtype: torch.dtype) -
         matrices.fill_(NAN)
         matrices[5] = used
     args = (x_TD, weight_TK, expert_TK, gate_up_EGD, down_EDF)
-    assert_matches(cpu_experts.experts(*args), reference.experts(*args))
+    assert_matches(cpu_experts.experts(*args), reference.experts.experts(*args))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -103,11 +107,11 @@ def test_a_token_s_result_depends_on_neither_the_batch_nor_the_threads(dtype: to
 @pytest.mark.parametrize("top_k", [1, 3])
 def test_more_pairs_than_are_in_work_at_a_time_match_reference(top_k: int) -> None:
     args = layer((4, top_k, 8, 5), 8197, torch.float32)
-    assert_matches(cpu_experts.experts(*args, args[0]), reference.experts(*args, args[0]))
+    assert_matches(cpu_experts.experts(*args, args[0]), reference.experts.experts(*args, args[0]))
     x_TD, _, expert_TK, gate_up_EGD, _ = args
     assert_matches(
         cpu_experts.expert_linear(x_TD, expert_TK, gate_up_EGD),
-        reference.expert_linear(x_TD, expert_TK, gate_up_EGD),
+        reference.experts.expert_linear(x_TD, expert_TK, gate_up_EGD),
     )
 
 
@@ -148,16 +152,16 @@ def test_an_expert_that_is_not_there_is_refused(wrong: int) -> None:
 
 def test_layouts_and_dtypes_that_no_kernel_takes_match_reference() -> None:
     x_TD, weight_TK, expert_TK, gate_up_EGD, down_EDF = layer((4, 2, 16, 8), 5, torch.float32)
-    expected = reference.experts(x_TD, weight_TK, expert_TK, gate_up_EGD, down_EDF)
+    expected = reference.experts.experts(x_TD, weight_TK, expert_TK, gate_up_EGD, down_EDF)
     strided_EDF = down_EDF.transpose(1, 2).contiguous().transpose(1, 2)
     wide_TD, wide_TK = torch.cat((x_TD, x_TD), 1)[:, :16], torch.cat((weight_TK, weight_TK), 1)
     rows = (wide_TD, wide_TK[:, :2], torch.cat((expert_TK, expert_TK), 1)[:, :2].long())
     assert_matches(cpu_experts.experts(*rows, gate_up_EGD, down_EDF), expected)
     assert_matches(cpu_experts.experts(*rows, gate_up_EGD, strided_EDF), expected)
     args = (x_TD.half(), weight_TK, expert_TK, gate_up_EGD.half(), down_EDF.half())
-    assert torch.equal(cpu_experts.experts(*args), reference.experts(*args))
+    assert torch.equal(cpu_experts.experts(*args), reference.experts.experts(*args))
     linear = (x_TD.double(), expert_TK, gate_up_EGD.double())
-    assert torch.equal(cpu_experts.expert_linear(*linear), reference.expert_linear(*linear))
+    assert torch.equal(cpu_experts.expert_linear(*linear), reference.experts.expert_linear(*linear))
 
 
 def test_no_tokens_give_no_rows() -> None:
@@ -182,7 +186,7 @@ def test_route_matches_reference(
     wide_TE[:, num_experts:] = NAN  # of no expert
     logits_TE = wide_TE[:, :num_experts]
     weight_TK, expert_TK = cpu_experts.route(logits_TE, top_k, normalize)
-    wanted_TK, wanted_expert_TK = reference.route(logits_TE, top_k, normalize)
+    wanted_TK, wanted_expert_TK = reference.experts.route(logits_TE, top_k, normalize)
     assert expert_TK.dtype == wanted_expert_TK.dtype and weight_TK.dtype == wanted_TK.dtype
     assert torch.equal(expert_TK, wanted_expert_TK)
     torch.testing.assert_close(weight_TK, wanted_TK, rtol=2e-6, atol=1e-8)
@@ -197,7 +201,7 @@ def test_among_equal_probabilities_the_smaller_id_comes_first(dtype: torch.dtype
     logits_TE[2, ::2], logits_TE[2, 1::2], logits_TE[2, 7] = -2000, -1000, 1000
     for top_k in (1, 2, 8, 60):
         weight_TK, expert_TK = cpu_experts.route(logits_TE, top_k, False)
-        wanted_TK, wanted_expert_TK = reference.route(logits_TE, top_k, False)
+        wanted_TK, wanted_expert_TK = reference.experts.route(logits_TE, top_k, False)
         assert torch.equal(expert_TK, wanted_expert_TK)
         torch.testing.assert_close(weight_TK, wanted_TK, rtol=2e-6, atol=1e-8)
 
@@ -208,7 +212,7 @@ def test_rows_whose_probabilities_are_nan_have_nan_weights_and_valid_ids(value: 
     logits_TE[4, 59], logits_TE[6] = value, -float("inf")
     for normalize in (False, True):
         weight_TK, expert_TK = cpu_experts.route(logits_TE, 8, normalize)
-        wanted_TK, wanted_expert_TK = reference.route(logits_TE, 8, normalize)
+        wanted_TK, wanted_expert_TK = reference.experts.route(logits_TE, 8, normalize)
         assert torch.equal(expert_TK, wanted_expert_TK)
         assert weight_TK[[4, 6]].isnan().all() and wanted_TK[[4, 6]].isnan().all()
         assert weight_TK.isnan().sum() == 16

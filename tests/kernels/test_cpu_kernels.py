@@ -1,4 +1,4 @@
-"""The CPU kernels agree with `reference.py` at odd sizes and read only memory that they own."""
+"""The CPU kernels agree with `reference/` at odd sizes and read only memory that they own."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_paged_attention_matches_reference_at_every_head_size(
     dtype: torch.dtype, head_dim: int, q_lens: list[int]
 ) -> None:
     case = attention_case(SEQ_LENS, q_lens, head_dim=head_dim, dtype=dtype)
-    assert_matches(cpu_kernels.paged_attention(*case), reference.paged_attention(*case))
+    assert_matches(cpu_kernels.paged_attention(*case), reference.attention.paged_attention(*case))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -118,7 +118,7 @@ def test_paged_attention_matches_reference_at_every_group_size(
     dtype: torch.dtype, heads: tuple[int, int], q_lens: list[int]
 ) -> None:
     case = attention_case(SEQ_LENS, q_lens, num_heads=heads[0], num_kv_heads=heads[1], dtype=dtype)
-    assert_matches(cpu_kernels.paged_attention(*case), reference.paged_attention(*case))
+    assert_matches(cpu_kernels.paged_attention(*case), reference.attention.paged_attention(*case))
 
 
 @pytest.mark.parametrize("window", [1, 19, 64, 99, 1000])
@@ -128,20 +128,24 @@ def test_paged_attention_sees_only_its_window(
     window: int, block_size: int, q_lens: list[int]
 ) -> None:
     case = attention_case(SEQ_LENS, q_lens, window=window, block_size=block_size)
-    assert_matches(cpu_kernels.paged_attention(*case), reference.paged_attention(*case))
+    assert_matches(cpu_kernels.paged_attention(*case), reference.attention.paged_attention(*case))
 
 
 @pytest.mark.parametrize("seq_len", [1, 19, 99, 127, 128, 129, 989])
 def test_a_long_prompt_and_its_decode_match_reference(seq_len: int) -> None:
     prompt = attention_case([seq_len], [seq_len], head_dim=32)
-    assert_matches(cpu_kernels.paged_attention(*prompt), reference.paged_attention(*prompt))
+    assert_matches(
+        cpu_kernels.paged_attention(*prompt), reference.attention.paged_attention(*prompt)
+    )
     decode = attention_case([seq_len], [1], head_dim=32)
-    assert_matches(cpu_kernels.paged_attention(*decode), reference.paged_attention(*decode))
+    assert_matches(
+        cpu_kernels.paged_attention(*decode), reference.attention.paged_attention(*decode)
+    )
 
 
 def test_rows_that_decode_and_rows_that_prefill_share_a_batch() -> None:
     case = attention_case([989, 19, 99, 1, 5], [1, 19, 1, 1, 2])
-    assert_matches(cpu_kernels.paged_attention(*case), reference.paged_attention(*case))
+    assert_matches(cpu_kernels.paged_attention(*case), reference.attention.paged_attention(*case))
 
 
 def test_tokens_of_no_row_give_zeros() -> None:
@@ -151,7 +155,7 @@ def test_tokens_of_no_row_give_zeros() -> None:
     q_start_S += 3  # tokens before the first row, of the empty row, and after the last one
     case = (q_TNH, k, v, block_table_RP, seq_len_R, q_start_S, max_q_len, scale, window)
     out_TNH = cpu_kernels.paged_attention(*case)
-    assert_matches(out_TNH, reference.paged_attention(*case))
+    assert_matches(out_TNH, reference.attention.paged_attention(*case))
     assert not out_TNH[:3].any() and not out_TNH[22:26].any() and not out_TNH[31:].any()
     assert out_TNH[3:22].any() and out_TNH[26:31].any()
 
@@ -179,7 +183,7 @@ def test_queries_and_cache_may_differ_in_dtype(
     dtype: torch.dtype, kv_dtype: torch.dtype, q_lens: list[int]
 ) -> None:
     case = attention_case(SEQ_LENS, q_lens, dtype=dtype, kv_dtype=kv_dtype)
-    assert_matches(cpu_kernels.paged_attention(*case), reference.paged_attention(*case))
+    assert_matches(cpu_kernels.paged_attention(*case), reference.attention.paged_attention(*case))
 
 
 @pytest.mark.parametrize("q_lens", [[1] * 6, PROMPTS], ids=["decode", "prefill"])
@@ -187,7 +191,7 @@ def test_views_of_larger_tensors_are_read_in_place(q_lens: list[int]) -> None:
     q_TNH, k_cache, v_cache, block_table_RP, seq_len_R, q_start_S, *rest = attention_case(
         SEQ_LENS, q_lens
     )
-    expected = reference.paged_attention(
+    expected = reference.attention.paged_attention(
         q_TNH, k_cache, v_cache, block_table_RP, seq_len_R, q_start_S, *rest
     )
     qkv_TXH = torch.cat((torch.full_like(q_TNH, float("nan")), q_TNH), dim=1)
@@ -234,13 +238,17 @@ def test_large_scores_do_not_overflow() -> None:
     for factor in (30.0, 1000.0):
         case = (q_TNH * factor, *rest)
         assert_matches(
-            cpu_kernels.paged_attention(*case), reference.paged_attention(*case), tolerance=1e-3
+            cpu_kernels.paged_attention(*case),
+            reference.attention.paged_attention(*case),
+            tolerance=1e-3,
         )
 
 
 def test_an_uncovered_dtype_goes_to_the_reference() -> None:
     case = attention_case([19], [1], dtype=torch.float64)
-    assert torch.equal(cpu_kernels.paged_attention(*case), reference.paged_attention(*case))
+    assert torch.equal(
+        cpu_kernels.paged_attention(*case), reference.attention.paged_attention(*case)
+    )
     x_TD, weight_OD = (
         torch.randn(3, 19, dtype=torch.float64),
         torch.randn(5, 19, dtype=torch.float64),
@@ -293,7 +301,7 @@ def test_linear_int8_matches_reference_at_every_number_of_tokens(
         residual_TO = torch.randn(num_tokens, num_outputs, generator=generator).to(dtype)
         expected = (x_TD.double() @ weight_OD.double().T) * scale_O
         expected = (expected if bias_O is None else expected + bias_O.double()).to(dtype)
-        assert_matches(reference.linear_int8(x_TD, weight_OD, scale_O, bias_O), expected)
+        assert_matches(reference.linear.linear_int8(x_TD, weight_OD, scale_O, bias_O), expected)
         out_TO = cpu_kernels.linear_int8(x_TD, weight_OD, scale_O, bias_O)
         assert_matches(out_TO, expected)
         total_TO = out_TO + residual_TO
@@ -315,7 +323,7 @@ def test_linear_int8_takes_views_and_is_the_same_on_any_number_of_threads() -> N
                 torch.randint(-127, 128, (992, 300)),
             )
             weight_OD, scale_O = weight_OD.to(torch.int8)[1:990, 5:282], torch.rand(989) / 100
-            expected = reference.linear_int8(x_TD, weight_OD, scale_O, None)
+            expected = reference.linear.linear_int8(x_TD, weight_OD, scale_O, None)
             results = []
             try:
                 for threads in (1, 2, 3):
@@ -333,7 +341,7 @@ def test_linear_int8_takes_views_and_is_the_same_on_any_number_of_threads() -> N
             )
     half = torch.randn(3, 277, dtype=torch.float16)
     out_TO = cpu_kernels.linear_int8(half, weight_OD, scale_O, None)
-    assert torch.equal(out_TO, reference.linear_int8(half, weight_OD, scale_O, None))
+    assert torch.equal(out_TO, reference.linear.linear_int8(half, weight_OD, scale_O, None))
 
 
 def test_linear_and_the_row_kernels_give_the_same_on_any_number_of_threads() -> None:
@@ -403,21 +411,26 @@ def test_norms_and_silu_match_reference(dtype: torch.dtype, shape: tuple[int, ..
     x_TD, residual_TD = (torch.randn(2, *shape, generator=generator) * 3).to(dtype)
     weight_D = torch.randn(shape[-1], generator=generator).to(dtype)
     assert_close_to_reference(
-        cpu_kernels.rms_norm(x_TD, weight_D, 1e-6), reference.rms_norm(x_TD, weight_D, 1e-6)
+        cpu_kernels.rms_norm(x_TD, weight_D, 1e-6),
+        reference.norm_act.rms_norm(x_TD, weight_D, 1e-6),
     )
     out, expected = (
-        m.add_rms_norm(x_TD, residual_TD, weight_D, 1e-6) for m in (cpu_kernels, reference)
+        m.add_rms_norm(x_TD, residual_TD, weight_D, 1e-6) for m in (cpu_kernels, reference.norm_act)
     )
     assert_close_to_reference(out[0], expected[0])
     assert torch.equal(out[1], expected[1])
     gate_up_TG = torch.cat((x_TD * 10, residual_TD), dim=-1)
-    assert_close_to_reference(cpu_kernels.silu_mul(gate_up_TG), reference.silu_mul(gate_up_TG))
+    assert_close_to_reference(
+        cpu_kernels.silu_mul(gate_up_TG), reference.norm_act.silu_mul(gate_up_TG)
+    )
     strided_TG = torch.cat((gate_up_TG, gate_up_TG), dim=-1)[..., : 2 * shape[-1]]
-    assert_close_to_reference(cpu_kernels.silu_mul(strided_TG), reference.silu_mul(gate_up_TG))
+    assert_close_to_reference(
+        cpu_kernels.silu_mul(strided_TG), reference.norm_act.silu_mul(gate_up_TG)
+    )
     transposed_TD = x_TD.transpose(0, -1).contiguous().transpose(0, -1)
     assert_close_to_reference(
         cpu_kernels.rms_norm(transposed_TD, weight_D, 1e-6),
-        reference.rms_norm(x_TD, weight_D, 1e-6),
+        reference.norm_act.rms_norm(x_TD, weight_D, 1e-6),
     )
 
 
@@ -426,7 +439,10 @@ def test_silu_of_extreme_values_is_finite(x: float) -> None:
     gate_up_TG = torch.full((1, 34), x)
     gate_up_TG[:, 17:] = 1.0
     torch.testing.assert_close(
-        cpu_kernels.silu_mul(gate_up_TG), reference.silu_mul(gate_up_TG), rtol=1e-5, atol=1e-8
+        cpu_kernels.silu_mul(gate_up_TG),
+        reference.norm_act.silu_mul(gate_up_TG),
+        rtol=1e-5,
+        atol=1e-8,
     )
 
 
@@ -456,7 +472,7 @@ def test_qk_norm_rope_store_matches_reference(
             index_dtype
         )
         results = []
-        for module in (cpu_kernels, reference):
+        for module in (cpu_kernels, reference.rope_store):
             k_cache, v_cache = torch.zeros(
                 2, num_blocks, block_size, num_kv_heads, head_dim, dtype=dtype
             )
@@ -487,7 +503,7 @@ def test_qk_norm_rope_store_writes_a_part_of_a_larger_cache() -> None:
     )
     args = (qkv_TE, None, None, cos_sin_MH, pos_T, slot_T)
     q_TNH = cpu_kernels.qk_norm_rope_store(*args, *together_CB2KH.unbind(2), 2, 1e-6)
-    assert_matches(q_TNH, reference.qk_norm_rope_store(*args, k_cache, v_cache, 2, 1e-6))
+    assert_matches(q_TNH, reference.rope_store.qk_norm_rope_store(*args, k_cache, v_cache, 2, 1e-6))
     assert_matches(together_CB2KH, torch.stack((k_cache, v_cache), dim=2))
 
 

@@ -56,7 +56,9 @@ def attention_case(
     scales = torch.tensor([[2.0**-4, 2.0**-6], [2.0**-12, 2.0**-10]])[
         :, torch.arange(num_kv_heads) % 2
     ]
-    caches = [reference.to_fp8(x, scale_K) for x, scale_K in zip(plain, scales, strict=True)]
+    caches = [
+        reference.rope_store.to_fp8(x, scale_K) for x, scale_K in zip(plain, scales, strict=True)
+    ]
     for cache in caches:
         held = cache.view(torch.uint8)
         held[cache.float().isnan()] = torch.tensor(NANS, dtype=torch.uint8)[
@@ -84,7 +86,7 @@ def check(
     max_q_len = 1 if decode else max(2, *(new for new, _ in rows))
     q_TNH, *others = arguments
     rest = (max_q_len, q_TNH.shape[2] ** -0.5, window)
-    expected = reference.paged_attention(q_TNH.float(), *others, *rest, *scales)
+    expected = reference.attention.paged_attention(q_TNH.float(), *others, *rest, *scales)
     actual = triton_kernels.paged_attention(q_TNH, *others, *rest, *scales)
     assert actual.dtype is q_TNH.dtype
     assert relative_error(actual, expected) < TOLERANCE[q_TNH.dtype]
@@ -93,7 +95,7 @@ def check(
             relative_error(cpu_kernels.paged_attention(q_TNH, *others, *rest, *scales), expected)
             < (TOLERANCE[q_TNH.dtype])
         )
-    unquantised = reference.paged_attention(q_TNH.float(), *plain, *others[2:], *rest)
+    unquantised = reference.attention.paged_attention(q_TNH.float(), *plain, *others[2:], *rest)
     assert relative_error(actual, unquantised) < UNQUANTISED_TOLERANCE
 
 
@@ -139,7 +141,7 @@ def test_an_empty_row_gives_zeros() -> None:
     (q_TNH, *others), scales, _ = attention_case([(1, 30), (1, 5)])
     others[3][1] = 0
     for paged_attention in (
-        reference.paged_attention,
+        reference.attention.paged_attention,
         triton_kernels.paged_attention,
         cpu_kernels.paged_attention,
     ):
@@ -148,7 +150,7 @@ def test_an_empty_row_gives_zeros() -> None:
             assert not out[1].any() and out[0].any()
 
 
-STORES = [reference.store_kv, triton_rope_store.store_kv]
+STORES = [reference.rope_store.store_kv, triton_rope_store.store_kv]
 
 
 @pytest.mark.parametrize("store_kv", STORES, ids=["reference", "triton"])
@@ -209,7 +211,9 @@ def test_the_fused_store_writes_the_same_as_the_reference(
         torch.zeros(2, 3, 16, num_kv_heads, head_dim, device=device).to(FP8) for _ in range(3)
     ]
     arguments = (qkv_TE, *norms, table, pos_T, slot_T)
-    expected = reference.qk_norm_rope_store(*arguments, *caches[0], num_heads, 1e-6, *scales)
+    expected = reference.rope_store.qk_norm_rope_store(
+        *arguments, *caches[0], num_heads, 1e-6, *scales
+    )
     functions = [triton_rope_store.qk_norm_rope_store] + [cpu_kernels.qk_norm_rope_store] * (
         device == "cpu"
     )

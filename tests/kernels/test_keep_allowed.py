@@ -20,7 +20,7 @@ Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def on_cpu(logits_RV: Tensor, allowed_SW: Tensor, row_R: Tensor) -> Tensor:
     if not cpu_kernels.available()[0]:
-        return reference.keep_allowed(logits_RV, allowed_SW, row_R)
+        return reference.sample.keep_allowed(logits_RV, allowed_SW, row_R)
     return cpu_kernels.keep_allowed(logits_RV, allowed_SW, row_R)
 
 
@@ -40,7 +40,7 @@ def masks(num_rows: int, vocab_size: int, rng: np.random.Generator) -> tuple[np.
     return allowed_SV, torch.from_numpy(words_SW)
 
 
-@pytest.mark.parametrize("kernel", [reference.keep_allowed, on_cpu, on_gpu])
+@pytest.mark.parametrize("kernel", [reference.sample.keep_allowed, on_cpu, on_gpu])
 @pytest.mark.parametrize("vocab_size", [1, 19, 32, 99, 640, 5001])
 def test_only_tokens_with_a_bit_stay(kernel: Kernel, vocab_size: int) -> None:
     rng = np.random.default_rng(vocab_size)
@@ -55,7 +55,7 @@ def test_only_tokens_with_a_bit_stay(kernel: Kernel, vocab_size: int) -> None:
         assert torch.equal(logits_RV, before_RV), "log-probabilities need the model's logits"
 
 
-@pytest.mark.parametrize("kernel", [reference.keep_allowed, on_cpu, on_gpu])
+@pytest.mark.parametrize("kernel", [reference.sample.keep_allowed, on_cpu, on_gpu])
 def test_what_a_mask_forbids_is_not_read(kernel: Kernel) -> None:
     """A NaN of a forbidden token does not stay; one of an allowed token does."""
     allowed_SV, words_SW = masks(3, 99, np.random.default_rng(0))
@@ -65,7 +65,7 @@ def test_what_a_mask_forbids_is_not_read(kernel: Kernel) -> None:
     assert (kept_V[torch.from_numpy(~allowed_SV[1])] == float("-inf")).all()
 
 
-@pytest.mark.parametrize("kernel", [reference.keep_allowed, on_cpu, on_gpu])
+@pytest.mark.parametrize("kernel", [reference.sample.keep_allowed, on_cpu, on_gpu])
 def test_there_may_be_no_rows(kernel: Kernel) -> None:
     none_R = torch.zeros(0, dtype=torch.int64)
     assert kernel(torch.zeros(0, 40), torch.zeros(2, 2, dtype=torch.int32), none_R).shape == (0, 40)

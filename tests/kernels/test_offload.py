@@ -6,8 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nanovllm.kernels import ops, reference_offload
-from nanovllm.kernels.reference_offload import COUNTERS
+from nanovllm.kernels import ops, reference
+from nanovllm.kernels.reference.offload import COUNTERS
 from tests.kernels.offload_cases import Tables, routing, tables
 
 PAD = 16  # cache slots of the padding block
@@ -67,7 +67,7 @@ def test_experts_are_replaced_by_least_recent_use(
     state, plain = tables(num_experts, num_slots), PlainLru(num_slots)
     for _ in range(30):
         expert_TK = routing(num_tokens, top_k, num_experts)
-        out_TK = reference_offload.fetch_experts(
+        out_TK = reference.offload.fetch_experts(
             expert_TK, kv_slots(num_tokens, 0), PAD, *state.arguments
         )
         plain.step(set(expert_TK.flatten().tolist()))
@@ -80,7 +80,7 @@ def test_experts_are_replaced_by_least_recent_use(
 def test_padding_fetches_and_counts_nothing_and_reads_what_the_first_token_reads() -> None:
     state = tables(8, 2)
     expert_TK = torch.tensor([[5, 0], [6, 7], [2, 3]], dtype=torch.int32)
-    out_TK = reference_offload.fetch_experts(expert_TK, kv_slots(1, 2), PAD, *state.arguments)
+    out_TK = reference.offload.fetch_experts(expert_TK, kv_slots(1, 2), PAD, *state.arguments)
     assert out_TK.tolist() == [[5, 0]] * 3
     assert sorted(state.owner_S.tolist()) == [0, 5] and state.counters_C.tolist()[:4] == [
         2,
@@ -89,7 +89,7 @@ def test_padding_fetches_and_counts_nothing_and_reads_what_the_first_token_reads
         0,
     ]
     before = state.clone()
-    reference_offload.fetch_experts(expert_TK, kv_slots(0, 3), PAD, *state.arguments)
+    reference.offload.fetch_experts(expert_TK, kv_slots(0, 3), PAD, *state.arguments)
     assert state.counters_C.tolist() == before.counters_C.tolist()
     assert state.owner_S.tolist() == before.owner_S.tolist()
 
@@ -97,11 +97,11 @@ def test_padding_fetches_and_counts_nothing_and_reads_what_the_first_token_reads
 def test_a_prediction_is_counted_as_one() -> None:
     state = tables(8, 2)
     expert_TK = torch.tensor([[1, 4]], dtype=torch.int32)
-    reference_offload.fetch_experts(expert_TK, kv_slots(1, 0), PAD, *state.arguments, ahead=True)
+    reference.offload.fetch_experts(expert_TK, kv_slots(1, 0), PAD, *state.arguments, ahead=True)
     assert dict(zip(COUNTERS, state.counters_C.tolist())) == dict.fromkeys(COUNTERS, 0) | {
         "ahead": 1
     }
-    reference_offload.fetch_experts(expert_TK, kv_slots(1, 0), PAD, *state.arguments)
+    reference.offload.fetch_experts(expert_TK, kv_slots(1, 0), PAD, *state.arguments)
     assert state.counters_C.tolist()[:4] == [2, 2, 0, 0]
 
 
@@ -112,7 +112,7 @@ def test_layers_that_share_slots_take_them_from_each_other() -> None:
     for step in range(24):
         layer, first = layers[step % 3], 8 * (step % 3)
         expert_TK = routing(2, 2, 8)
-        reference_offload.fetch_experts(expert_TK, kv_slots(2, 0), PAD, *layer.arguments)
+        reference.offload.fetch_experts(expert_TK, kv_slots(2, 0), PAD, *layer.arguments)
         plain.step({first + expert for expert in expert_TK.flatten().tolist()})
         assert one.owner_S.tolist() == [owner for _, owner in plain.slots]
         check_contents(layer)
@@ -132,17 +132,17 @@ def test_products_are_those_of_experts_that_are_all_together(
             slot_I = torch.full_like(slot_I, 99)
             others = [torch.full_like(one[num_slots:], torch.nan) for one in others]
             args = state.arguments
-            reference_offload.stream_experts(args[0], state.slot_I, *args[1:4], slot_I, *others)
+            reference.offload.stream_experts(args[0], state.slot_I, *args[1:4], slot_I, *others)
             assert not any(one.isnan().any() for one in others)
         else:
             fetched = kv_slots(num_tokens, 0)
-            reference_offload.fetch_experts(expert_TK, fetched, PAD, *state.arguments)
+            reference.offload.fetch_experts(expert_TK, fetched, PAD, *state.arguments)
         # what is read in its slot is not read elsewhere
         hosts = [one.clone() for one in others]
         if not streamed:
             for host in hosts:
                 host[state.owner_S.long()] = torch.nan
-        found = reference_offload.offloaded_experts(
+        found = reference.offload.offloaded_experts(
             x_TD, weight_TK, expert_TK, 8, state.first_1, slot_I,
             state.slots_gate_up_SGD, state.slots_down_SDF, *hosts, residual_TD,
         )  # fmt: skip
@@ -157,7 +157,7 @@ def test_streaming_leaves_the_table_and_counts_what_it_copies() -> None:
     buffer_slot_I = torch.zeros_like(state.slot_I)
     buffers = [torch.empty(5, *one.shape[1:]) for one in state.arguments[2:4]]
     args = state.arguments
-    reference_offload.stream_experts(args[0], state.slot_I, *args[1:4], buffer_slot_I, *buffers)
+    reference.offload.stream_experts(args[0], state.slot_I, *args[1:4], buffer_slot_I, *buffers)
     assert buffer_slot_I.tolist() == [0, 1, 2, -1, -2, -3, -4, -5]
     assert torch.equal(buffers[0], state.host_gate_up_EGD[3:])
     assert torch.equal(buffers[1], state.host_down_EDF[3:])

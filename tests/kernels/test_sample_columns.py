@@ -23,13 +23,13 @@ from tests.kernels.peer_ranks import Regions
 from tests.models.thread_ranks import on_ranks
 
 NAN, INF = float("nan"), float("inf")
-NO_TOKEN = reference.NO_TOKEN
+NO_TOKEN = reference.sample.NO_TOKEN
 Given = tuple[Tensor, Tensor, Tensor, Tensor]  # logits, temperatures, seeds, positions
 Sampler = Callable[..., Tensor]
 
 # the sampler of one rank, and that of several
 SAMPLERS = {
-    "formula": (reference.sample, collectives.sample_columns),
+    "formula": (reference.sample.sample, collectives.sample_columns),
     "C++": (cpu_kernels.sample, cpu_kernels.sample_columns),
     "triton": (triton_sample.sample, triton_columns.sample_columns),
 }

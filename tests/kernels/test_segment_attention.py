@@ -11,7 +11,7 @@ from nanovllm.kernels.segments import segment_attention_cpu, segment_attention_t
 from tests.kernels.paged import assert_close
 from tests.kernels.segment_cases import SCALE, STARTS, exact, inputs
 
-MEANINGS = {"reference": reference.segment_attention, "cpu": segment_attention_cpu}
+MEANINGS = {"reference": reference.attention.segment_attention, "cpu": segment_attention_cpu}
 
 
 @pytest.mark.parametrize("name", MEANINGS)

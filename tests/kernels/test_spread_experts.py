@@ -18,7 +18,7 @@ GPU = "cuda" if torch.cuda.is_available() else "cpu"
 Run = Callable[..., Tensor]
 # the op by each of its kernels, and the device that it runs on
 KERNELS: dict[str, tuple[Run, str]] = {
-    "reference": (reference.experts, "cpu"),
+    "reference": (reference.experts.experts, "cpu"),
     "cpu": (cpu_experts.experts, "cpu"),
     "few": (experts_few.few_experts, GPU),
     "many": (experts_many.many_experts, GPU),
@@ -58,7 +58,7 @@ def _memory_that_nobody_wrote_is_nan() -> Iterator[None]:
 def whole(sizes: tuple[int, ...], device: str) -> tuple[Tensor, ...]:
     num_tokens, top_k, num_experts, hidden, size = sizes
     logits_TE = torch.randn(num_tokens, num_experts, device=device)
-    weight_TK, expert_TK = reference.route(logits_TE, top_k, True)
+    weight_TK, expert_TK = reference.experts.route(logits_TE, top_k, True)
     gate_up = torch.randn(num_experts, 2 * size, hidden, device=device) / hidden**0.5
     down = torch.randn(num_experts, hidden, size, device=device) / size**0.5
     return torch.randn(num_tokens, hidden, device=device), weight_TK, expert_TK, gate_up, down
@@ -82,7 +82,7 @@ def exact(layer: Layer) -> Tensor:
         x_D = layer.x_TD[t].double()
         for k, place in enumerate(places):
             if place >= 0:
-                inner = reference.silu_mul(layer.gate_up_EGD[place].double() @ x_D)
+                inner = reference.norm_act.silu_mul(layer.gate_up_EGD[place].double() @ x_D)
                 rows[t] += layer.weight_TK[t, k].double() * (layer.down_EDF[place].double() @ inner)
     return rows
 
@@ -112,7 +112,7 @@ def test_every_rank_adds_its_own_experts(
         added_TD = 0 if residual_TD is None else residual_TD
         assert_close(found, exact(layer) + added_TD)
         sum_TD += found - added_TD
-    assert_close(sum_TD, reference.experts(*every).double())
+    assert_close(sum_TD, reference.experts.experts(*every).double())
 
 
 def test_rows_with_too_many_chunks_for_a_loop_without_branches() -> None:

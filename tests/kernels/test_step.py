@@ -50,10 +50,10 @@ def assert_equal(found: Any, expected: Any) -> None:
 def assert_advances(
     kernels: ModuleType, s: dict[str, Tensor], row_idx_R: Tensor, token_R: Tensor, *num_R: Tensor
 ) -> None:
-    token_R[::3] = reference.NO_TOKEN
+    token_R[::3] = reference.sample.NO_TOKEN
     ours, theirs = (s["token"].clone(), s["pos"].clone()), (s["token"].clone(), s["pos"].clone())
     kernels.advance(*ours, row_idx_R, token_R, *num_R)
-    reference.advance(*theirs, row_idx_R, token_R, *num_R)
+    reference.step.advance(*theirs, row_idx_R, token_R, *num_R)
     assert_equal(ours, theirs)
     assert ours[0][-1] == 0 and ours[1][-1] == 0
     assert (ours[0][row_idx_R[::3]] == 0).all()
@@ -73,9 +73,9 @@ def test_decode_kernels_equal_the_reference(
     real = min(num_state_rows, num_rows - num_rows // 3)
     row_idx_R[:real] = torch.randperm(num_state_rows)[:real].to(device)
     given = (*(s[name] for name in STATE), row_idx_R, BLOCK_SIZE)
-    assert_equal(kernels.decode_inputs(*given), reference.decode_inputs(*given))
+    assert_equal(kernels.decode_inputs(*given), reference.step.decode_inputs(*given))
     given = (s["pos"], s["sampling"], s["seed"], row_idx_R)
-    assert_equal(kernels.sampling_inputs(*given), reference.sampling_inputs(*given))
+    assert_equal(kernels.sampling_inputs(*given), reference.step.sampling_inputs(*given))
     assert_advances(kernels, s, row_idx_R, torch.randint(1, 10**6, (num_rows,), device=device))
 
 
@@ -103,11 +103,11 @@ def test_span_kernels_equal_the_reference(kernels: ModuleType, case: int) -> Non
     given_T = torch.randint(-1, 3, (num_tokens,), device=device)
     given_T[sum(nums) :] = 0
     given = (*(s[name] for name in STATE), row_idx_R, num_R, given_T, BLOCK_SIZE)
-    expected = reference.span_inputs(*given)
+    expected = reference.step.span_inputs(*given)
     assert_equal(kernels.span_inputs(*given), expected)
     row_T, num_T = expected[6:8]
     given = (s["pos"], s["sampling"], s["seed"], row_T, num_T)
-    assert_equal(kernels.sampling_inputs(*given), reference.sampling_inputs(*given))
+    assert_equal(kernels.sampling_inputs(*given), reference.step.sampling_inputs(*given))
     assert_advances(kernels, s, row_idx_R, torch.randint_like(row_idx_R, 1, 10**6), num_R)
 
 
@@ -119,7 +119,7 @@ def test_spans_are_packed_one_after_another() -> None:
     given_T = torch.tensor([-1, 50, 1, 2, 3, 4, 5, 6, 0, 0])
     token_T, pos_T, slot_T, table_RP, seq_len_R, q_start, row_T, num_T, last_R = (
         tensor.tolist()
-        for tensor in reference.span_inputs(
+        for tensor in reference.step.span_inputs(
             token_S, pos_S, rope_offset_S, table_SP, row_R, num_R, given_T, 4
         )
     )
@@ -137,7 +137,7 @@ def test_tokens_hold_up_to_the_first_that_was_not_chosen() -> None:
     # rows of three tokens: both proposals right; the second wrong; the first wrong. Then rows of
     # one token (the next row's first token is not a proposal) and a padding row.
     num_R = torch.tensor([3, 3, 3, 1, 1, 0])
-    token_RK, count_R = reference.accept(fed, chosen, num_R, 3)
+    token_RK, count_R = reference.step.accept(fed, chosen, num_R, 3)
     assert count_R.tolist() == [3, 2, 1, 1, 1, 1]
     kept = [row[:count] for row, count in zip(token_RK.tolist(), count_R.tolist())]
     assert kept[:5] == [[2, 3, 4], [2, 7], [8], [9], [6]]

@@ -26,7 +26,7 @@ def check_decode(
     k_cache, v_cache, block_table, seq_len = cache
     # the reference runs on the same rounded inputs, in fp32
     q_start = torch.arange(len(seq_lens) + 1, dtype=torch.int32, device=device)
-    expected = reference.paged_attention(
+    expected = reference.attention.paged_attention(
         q_RNH.float(),
         k_cache.float(),
         v_cache.float(),
@@ -123,7 +123,7 @@ def test_a_captured_decode_follows_the_lengths(warm: bool, monkeypatch: pytest.M
     ):
         seq_len.copy_(torch.tensor(lens))
         graph.replay()
-        expected = reference.paged_attention(
+        expected = reference.attention.paged_attention(
             q_RNH.float(),
             k_cache.float(),
             v_cache.float(),
@@ -167,7 +167,7 @@ def check_prefill(
     actual = paged_attention_prefill(
         q_TNH, k_cache, v_cache, block_table, seq_len, q_start, max_q_len, head_dim**-0.5, window
     )
-    expected = reference.paged_attention(
+    expected = reference.attention.paged_attention(
         q_TNH.float(),
         k_cache.float(),
         v_cache.float(),
@@ -247,7 +247,8 @@ def test_prefill_before_the_first_row_gives_zeros() -> None:
     q_TNH = torch.randn(79, 2, 32, device=device)
     arguments = (k_cache, v_cache, block_table, seq_len, q_start, 9, 1.0, 0)
     assert_close(
-        paged_attention_prefill(q_TNH, *arguments), reference.paged_attention(q_TNH, *arguments)
+        paged_attention_prefill(q_TNH, *arguments),
+        reference.attention.paged_attention(q_TNH, *arguments),
     )
 
 
@@ -258,5 +259,6 @@ def test_queries_may_be_a_strided_view(max_q_len: int) -> None:
     q_start = torch.arange(4, dtype=torch.int32, device=device)
     arguments = (k_cache, v_cache, block_table, seq_len, q_start, max_q_len, 0.2, 0)
     assert_close(
-        paged_attention(qkv[:, :4], *arguments), reference.paged_attention(qkv[:, :4], *arguments)
+        paged_attention(qkv[:, :4], *arguments),
+        reference.attention.paged_attention(qkv[:, :4], *arguments),
     )

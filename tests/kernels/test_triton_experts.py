@@ -27,7 +27,7 @@ def inputs(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     num_tokens, top_k, num_experts, hidden, size = sizes
     logits_TE = torch.randn(num_tokens, num_experts, device=device)
-    weight_TK, expert_TK = reference.route(logits_TE, top_k, True)
+    weight_TK, expert_TK = reference.experts.route(logits_TE, top_k, True)
     gate_up = torch.randn(num_experts, 2 * size, hidden, device=device) / hidden**0.5
     down = torch.randn(num_experts, hidden, size, device=device) / size**0.5
     unused = [e for e in range(num_experts) if not (expert_TK == e).any()]
@@ -41,7 +41,7 @@ def exact(
 ) -> Tensor:
     rows = []
     for x_D, weight_K, expert_K in zip(x_TD.double(), weight_TK.double(), expert_TK.tolist()):
-        inner = [reference.silu_mul(gate_up[e].double() @ x_D) for e in expert_K]
+        inner = [reference.norm_act.silu_mul(gate_up[e].double() @ x_D) for e in expert_K]
         rows.append(sum(w * (down[e].double() @ h) for w, e, h in zip(weight_K, expert_K, inner)))
     return torch.stack(rows)
 
@@ -90,7 +90,7 @@ def test_few_tokens_are_not_sorted(
     num_tokens: int, is_few: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     args = inputs((num_tokens, 2, 32, 16, 8), torch.float32)
-    wanted = reference.experts(*args)
+    wanted = reference.experts.experts(*args)
     other = (experts_many, "many_experts") if is_few else (experts_few, "few_experts")
     monkeypatch.setattr(*other, None)
     torch.testing.assert_close(triton_experts.experts(*args), wanted)
@@ -99,7 +99,7 @@ def test_few_tokens_are_not_sorted(
 def test_layouts_that_no_kernel_takes_go_to_the_reference() -> None:
     x_TD, weight_TK, expert_TK, gate_up, down = inputs((3, 2, 4, 16, 8), torch.float32)
     strided = down.transpose(1, 2).contiguous().transpose(1, 2)
-    wanted = reference.experts(x_TD, weight_TK, expert_TK, gate_up, down)
+    wanted = reference.experts.experts(x_TD, weight_TK, expert_TK, gate_up, down)
     actual = triton_experts.experts(x_TD, weight_TK, expert_TK, gate_up, strided)
     torch.testing.assert_close(actual, wanted)
 
@@ -109,7 +109,7 @@ def test_layouts_that_no_kernel_takes_go_to_the_reference() -> None:
 def test_expert_linear(num_tokens: int, by_pair: bool) -> None:
     x_TD, _, expert_TK, gate_up, _ = inputs((num_tokens, 3, 8, 40, 24), torch.float32)
     x = torch.randn(num_tokens, 3, 40, device=device) if by_pair else x_TD
-    wanted = reference.expert_linear(x, expert_TK, gate_up)
+    wanted = reference.experts.expert_linear(x, expert_TK, gate_up)
     torch.testing.assert_close(triton_experts.expert_linear(x, expert_TK, gate_up), wanted)
 
 
@@ -132,7 +132,7 @@ def test_route(
 ) -> None:
     logits_TE = torch.randn(num_tokens, num_experts, device=device).to(dtype)
     weight_TK, expert_TK = route.route(logits_TE, top_k, normalize)
-    wanted_TK, wanted_expert_TK = reference.route(logits_TE, top_k, normalize)
+    wanted_TK, wanted_expert_TK = reference.experts.route(logits_TE, top_k, normalize)
     assert torch.equal(expert_TK, wanted_expert_TK)
     torch.testing.assert_close(weight_TK, wanted_TK)
 
@@ -147,7 +147,7 @@ def test_a_bad_row_gets_nan_and_valid_experts_and_harms_no_other(bad: float) -> 
     logits_TE = torch.randn(3, 10, device=device)
     logits_TE[1, 4] = bad
     weight_TK, expert_TK = route.route(logits_TE, 3, False)
-    wanted_TK, wanted_expert_TK = reference.route(logits_TE, 3, False)
+    wanted_TK, wanted_expert_TK = reference.experts.route(logits_TE, 3, False)
     assert weight_TK[1].isnan().all()
     assert expert_TK[1].tolist() == wanted_expert_TK[1].tolist() == [0, 1, 2]
     torch.testing.assert_close(weight_TK, wanted_TK, equal_nan=True)
@@ -164,7 +164,7 @@ def test_norm_route(num_experts: int, hidden: int, top_k: int, dtype: torch.dtyp
     router = (torch.randn(num_experts, hidden, device=device) / hidden**0.5).to(dtype)
     for _ in range(2):  # the second finds the counter that the first has left
         normed_TD, weight_TK, expert_TK = route.norm_route(x_TD, norm_D, router, 1e-6, top_k, True)
-    wanted = reference.norm_route(x_TD, norm_D, router, 1e-6, top_k, True)
+    wanted = reference.experts.norm_route(x_TD, norm_D, router, 1e-6, top_k, True)
     unit = torch.finfo(dtype).eps
     torch.testing.assert_close(normed_TD, wanted[0], rtol=2 * unit, atol=2 * unit)
     # logits that round differently may change places, but not by more than their rounding

@@ -50,9 +50,11 @@ def check(
             exact_TD * torch.rsqrt(exact_TD.square().mean(-1, keepdim=True) + EPS) * norm_D.double()
         )
     exact_TO = exact_TD @ weight_OD.double().T + (0 if bias_O is None else bias_O.double())
-    exact_TO = reference.silu_mul(exact_TO) if silu else exact_TO
+    exact_TO = reference.norm_act.silu_mul(exact_TO) if silu else exact_TO
     exact_TO = exact_TO if residual_TO is None else exact_TO + residual_TO.double()
-    expected_TO = reference.fused_linear(x_TD, norm_D, weight_OD, bias_O, residual_TO, EPS, silu)
+    expected_TO = reference.linear.fused_linear(
+        x_TD, norm_D, weight_OD, bias_O, residual_TO, EPS, silu
+    )
     assert y_TO.dtype == dtype
     # A rounding is off by at most half a unit in the last place. The interpreter truncates bf16
     # instead, which is off by as much on average, but always to the same side: at the norm, the
@@ -235,8 +237,9 @@ def test_large_weights_use_our_kernels_up_to_a_number_of_rows(
 def test_splitting_the_depth_gives_the_same_bits_every_time(silu: bool) -> None:
     x_TD = torch.randn(130, 384, device=device).to(torch.bfloat16)
     weight_OD = torch.randn(256, 384, device=device).to(torch.bfloat16)
+    num_runs = 5 if device == "cuda" else 2  # the interpreter has no order of threads
     first, *others = (
-        with_tile("split")(x_TD, None, weight_OD, None, None, EPS, silu) for _ in range(5)
+        with_tile("split")(x_TD, None, weight_OD, None, None, EPS, silu) for _ in range(num_runs)
     )
     assert all(torch.equal(other, first) for other in others)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nanovllm.kernels import reference_offload as reference
+from nanovllm.kernels.reference import offload as reference
 from nanovllm.kernels.triton import experts, offload
 from tests.kernels.offload_cases import Tables, routing, tables
 

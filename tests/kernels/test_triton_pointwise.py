@@ -59,7 +59,7 @@ def check_fused(
     q_actual = qk_norm_rope_store(
         qkv_TE, q_norm_H, k_norm_H, table, pos_T, slot_T, *actual, num_heads, 1e-6
     )
-    q_expected = reference.qk_norm_rope_store(
+    q_expected = reference.rope_store.qk_norm_rope_store(
         qkv_TE, q_norm_H, k_norm_H, table, pos_T.long(), slot_T, *expected, num_heads, 1e-6
     )
     assert_close(q_actual, q_expected)
@@ -104,11 +104,13 @@ def test_rope_and_store_match_the_reference_on_strided_views(
 ) -> None:
     qkv = torch.randn(19, 7, head_dim, device=device).to(dtype)
     table, pos_T = rotary_table(989, head_dim), torch.randint(989, (19,), device=device)
-    assert_close(rope(qkv[:, :3], table, pos_T), reference.rope(qkv[:, :3], table, pos_T))
+    assert_close(
+        rope(qkv[:, :3], table, pos_T), reference.rope_store.rope(qkv[:, :3], table, pos_T)
+    )
     slot_T = torch.randperm(48, device=device)[:19].int()
     actual, expected = torch.zeros(2, 2, 3, 16, 2, head_dim, device=device, dtype=dtype)
     store_kv(qkv[:, 3:5], qkv[:, 5:], *actual, slot_T)
-    reference.store_kv(qkv[:, 3:5], qkv[:, 5:], *expected, slot_T)
+    reference.rope_store.store_kv(qkv[:, 3:5], qkv[:, 5:], *expected, slot_T)
     assert torch.equal(actual, expected)
 
 
@@ -117,8 +119,8 @@ def test_rope_and_store_match_the_reference_on_strided_views(
 def test_norms_match_the_reference(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     x, residual = torch.randn(2, *shape, device=device).to(dtype)
     weight_D = torch.rand(shape[-1], device=device).to(dtype) + 0.5
-    assert_close(rms_norm(x, weight_D, 1e-6), reference.rms_norm(x, weight_D, 1e-6))
-    expected = reference.add_rms_norm(x, residual, weight_D, 1e-6)
+    assert_close(rms_norm(x, weight_D, 1e-6), reference.norm_act.rms_norm(x, weight_D, 1e-6))
+    expected = reference.norm_act.add_rms_norm(x, residual, weight_D, 1e-6)
     for actual, wanted in zip(add_rms_norm(x, residual, weight_D, 1e-6), expected, strict=True):
         assert_close(actual, wanted)
 
@@ -127,15 +129,16 @@ def test_norms_match_the_reference(dtype: torch.dtype, shape: tuple[int, ...]) -
 @pytest.mark.parametrize("shape", [(1, 64), (19, 1978), (3, 5, 96), (2, 6144)])
 def test_silu_mul_matches_the_reference(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     gate_up = (4 * torch.randn(shape, device=device)).to(dtype)
-    assert_close(silu_mul(gate_up), reference.silu_mul(gate_up))
+    assert_close(silu_mul(gate_up), reference.norm_act.silu_mul(gate_up))
 
 
 def test_norm_of_a_strided_view_reads_the_view() -> None:
     x = torch.randn(5, 200, device=device)
     assert_close(
-        rms_norm(x[:, 30:94], x[0, :64], 1e-6), reference.rms_norm(x[:, 30:94], x[0, :64], 1e-6)
+        rms_norm(x[:, 30:94], x[0, :64], 1e-6),
+        reference.norm_act.rms_norm(x[:, 30:94], x[0, :64], 1e-6),
     )
-    assert_close(silu_mul(x[:, 30:94]), reference.silu_mul(x[:, 30:94]))
+    assert_close(silu_mul(x[:, 30:94]), reference.norm_act.silu_mul(x[:, 30:94]))
 
 
 def test_nothing_is_launched_for_no_tokens() -> None:

@@ -26,7 +26,7 @@ def inputs(
 def exact_scores(logits_RV: Tensor, temperature_R: Tensor, seed_R: Tensor, pos_R: Tensor) -> Tensor:
     """The reference's scores with logarithms in fp64."""
     uniform_RV = torch.exp(
-        -torch.exp(-reference.gumbel_noise(seed_R, pos_R, logits_RV.shape[1]).double())
+        -torch.exp(-reference.sample.gumbel_noise(seed_R, pos_R, logits_RV.shape[1]).double())
     )
     # the fp32 noise determines which odd multiple of 2⁻²⁴ the uniform number is
     uniform_RV = (((uniform_RV * 2**24 - 1) / 2).round() * 2 + 1) / 2**24
@@ -53,7 +53,7 @@ def test_draws_equal_those_of_the_reference(
     num_rows: int, vocab_size: int, temperature: float, dtype: torch.dtype
 ) -> None:
     given = inputs(num_rows, vocab_size, dtype, temperature)
-    actual_R, expected_R = triton_sample.sample(*given), reference.sample(*given)
+    actual_R, expected_R = triton_sample.sample(*given), reference.sample.sample(*given)
     score_RV = exact_scores(*given)
     lost_R1 = score_RV.max(-1, keepdim=True).values - score_RV.gather(1, actual_R.unsqueeze(1))
     assert float(lost_R1.max()) < 1e-4
@@ -87,8 +87,10 @@ def test_forbidden_tokens_and_padding_never_win(temperature: float) -> None:
     storage[0, 2049] = -3.0e38 if temperature else -1.0e30
     storage[1, :2500] = float("-inf")
     token_R = triton_sample.sample(storage[:, :2500], *inputs(4, 1, torch.float32, temperature)[1:])
-    assert token_R.tolist() == [2049, *[reference.NO_TOKEN] * 3]
-    expected_R = reference.sample(storage[:, :2500], *inputs(4, 1, torch.float32, temperature)[1:])
+    assert token_R.tolist() == [2049, *[reference.sample.NO_TOKEN] * 3]
+    expected_R = reference.sample.sample(
+        storage[:, :2500], *inputs(4, 1, torch.float32, temperature)[1:]
+    )
     assert torch.equal(token_R, expected_R)
 
 

@@ -1,0 +1,85 @@
+"""Mixture of experts: which experts a token goes to, and the sum of their results.
+
+Shapes: see the package.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nanovllm.kernels.reference.linear import linear
+from nanovllm.kernels.reference.norm_act import rms_norm, silu_mul
+
+
+def route(logits_TE: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
+    """Choose the `top_k` likeliest experts of each token.
+
+    Returns (weight_TK fp32, expert_TK int32): probabilities in softmax(logits), and experts, the
+    likeliest first. Among equal probabilities the smaller id comes first. With `normalize` a
+    token's weights are divided by their sum. A row that holds NaN gets NaN weights and valid ids.
+    """
+    prob_TE = logits_TE.float().softmax(-1)
+    sorted_TE, order_TE = prob_TE.sort(dim=-1, descending=True, stable=True)
+    weight_TK, expert_TK = sorted_TE[:, :top_k], order_TE[:, :top_k]
+    if normalize:
+        weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True)
+    return weight_TK.contiguous(), expert_TK.int()
+
+
+def norm_route(
+    x_TD: Tensor, norm_D: Tensor, router_ED: Tensor, eps: float, top_k: int, normalize: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y = rms_norm(x); returns (y, weight_TK, expert_TK) with the experts that `route` chooses for
+    the logits y · routerᵀ."""
+    normed_TD = rms_norm(x_TD, norm_D, eps)
+    return normed_TD, *route(linear(normed_TD, router_ED, None), top_k, normalize)
+
+
+def experts(
+    x_TD: Tensor,
+    weight_TK: Tensor,
+    expert_TK: Tensor,
+    gate_up_EGD: Tensor,
+    down_EDF: Tensor,
+    residual_TD: Tensor | None = None,
+    local_X: Tensor | None = None,
+) -> Tensor:
+    """Σ_k weight[t, k] · down_e(silu(gate_e(x_t)) · up_e(x_t)) with e = expert[t, k], + residual.
+
+    gate_up_EGD holds gate's rows of each expert, then up's. The sum over k is in fp32 and is
+    rounded to x's dtype once, before the residual is added. No token is dropped, and the weights of
+    experts that no token chooses are not read.
+
+    With local_X, int32, the E matrices are those of some of X experts: expert e has the matrices
+    local_X[e], and is left out of the sum where that is negative, whatever its weight is.
+    """
+    if local_X is not None:
+        expert_TK = local_X[expert_TK.long()]
+    inner_TKF = silu_mul(expert_linear(x_TD, expert_TK, gate_up_EGD))
+    y_TKD = _expert_products(inner_TKF.flatten(0, 1), expert_TK.flatten(), down_EDF)
+    y_TKD = y_TKD.view(*expert_TK.shape, -1) * weight_TK.unsqueeze(-1)
+    if local_X is not None:
+        y_TKD = y_TKD.masked_fill((expert_TK < 0).unsqueeze(-1), 0.0)
+    y_TD = y_TKD.sum(1).to(x_TD.dtype)
+    return y_TD if residual_TD is None else y_TD + residual_TD
+
+
+def expert_linear(x: Tensor, expert_TK: Tensor, weight_EOD: Tensor) -> Tensor:
+    """x times the transposed matrix of each of its token's experts: [T, K, O].
+
+    x is [T, D], one row for each token, or [T, K, D], one for each of its experts.
+    """
+    num_chosen = expert_TK.shape[1]
+    x_PD = x.repeat_interleave(num_chosen, 0) if x.dim() == 2 else x.flatten(0, 1)
+    y_PO = _expert_products(x_PD, expert_TK.flatten(), weight_EOD)
+    return y_PO.to(x.dtype).view(*expert_TK.shape, -1)
+
+
+def _expert_products(x_PD: Tensor, expert_P: Tensor, weight_EOD: Tensor) -> Tensor:
+    """Row p of x times the transposed matrix of expert p, in fp32; zeros for negative experts."""
+    y_PO = x_PD.new_zeros((x_PD.shape[0], weight_EOD.shape[1]), dtype=torch.float32)
+    for expert in expert_P[expert_P >= 0].unique().tolist():
+        p = (expert_P == expert).nonzero().squeeze(1)
+        y_PO[p] = x_PD[p].float() @ weight_EOD[expert].float().t()
+    return y_PO

@@ -1,0 +1,30 @@
+"""Norms and activations. Shapes: see the package."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x²) + eps) · weight over the last dimension.
+
+    The normalisation is in fp32 and is rounded to x's dtype before it is multiplied by the weight.
+    """
+    x32 = x_TD.float()
+    normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+    return normed.to(x_TD.dtype) * weight_D
+
+
+def add_rms_norm(
+    x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """residual' = x + residual; returns (rms_norm(residual'), residual')."""
+    residual_TD = x_TD + residual_TD
+    return rms_norm(residual_TD, weight_D, eps), residual_TD
+
+
+def silu_mul(gate_up_TG: Tensor) -> Tensor:
+    """silu(gate) · up of an input [gate | up] along the last dimension; [T, 2F] -> [T, F]."""
+    gate_TF, up_TF = gate_up_TG.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate_TF) * up_TF

@@ -1,0 +1,133 @@
+"""Index arithmetic of a step: its inputs, and what it changes in the state of rows.
+
+Shapes: see the package.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def decode_inputs(
+    token_S: Tensor,
+    pos_S: Tensor,
+    rope_offset_S: Tensor,
+    block_table_SP: Tensor,
+    row_idx_R: Tensor,
+    block_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The inputs of a step in which every row feeds its newest token, at position pos_S.
+
+    Returns (token_R, rope_pos_R, slot_R, block_table_RP, seq_len_R, q_start):
+    rope_pos = pos + rope_offset; slot = block_table[pos // B] · B + pos % B; seq_len = pos + 1;
+    q_start = 0 … R.
+    """
+    pos_R = pos_S[row_idx_R]
+    table_RP = block_table_SP[row_idx_R]
+    block_R = table_RP.gather(1, (pos_R // block_size).unsqueeze(1)).squeeze(1)
+    slot_R = block_R.long() * block_size + pos_R % block_size
+    q_start = torch.arange(row_idx_R.shape[0] + 1, dtype=torch.int32, device=row_idx_R.device)
+    rope_pos_R = pos_R + rope_offset_S[row_idx_R]
+    return token_S[row_idx_R], rope_pos_R, slot_R, table_RP, (pos_R + 1).int(), q_start
+
+
+def span_inputs(
+    token_S: Tensor,
+    pos_S: Tensor,
+    rope_offset_S: Tensor,
+    block_table_SP: Tensor,
+    row_idx_R: Tensor,
+    num_tokens_R: Tensor,
+    given_T: Tensor,
+    block_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The inputs of a step in which row r feeds num_tokens_R[r] tokens, from position pos_S on.
+
+    given_T holds the tokens, row after row; −1 stands for the row's newest token, token_S. Tokens
+    after those of the last row are padding: they belong to the last row of the state and write to
+    slots of block 0.
+
+    Returns (token_T, rope_pos_T, slot_T, block_table_RP, seq_len_R, q_start, row_T, num_T, last_R):
+    position, slot and rope_pos of each token as in `decode_inputs`; seq_len = pos + num_tokens, 0
+    for a row without tokens; row r owns tokens q_start[r] .. q_start[r + 1] − 1; row_T is each
+    token's row of the state, num_T its number within its row, from 1 on; last_R is the index of
+    each row's last token, 0 for padding rows at the front.
+    """
+    num_tokens, num_rows = given_T.shape[0], row_idx_R.shape[0]
+    end_R = num_tokens_R.cumsum(0)
+    token_idx_T = torch.arange(num_tokens, device=given_T.device)
+    is_real_T = token_idx_T < end_R[-1:]
+    r_T = (token_idx_T.unsqueeze(1) >= end_R).sum(1).clamp(max=num_rows - 1)
+    row_T = torch.where(is_real_T, row_idx_R[r_T], pos_S.shape[0] - 1)
+    index_T = torch.where(is_real_T, token_idx_T - (end_R - num_tokens_R)[r_T], 0)
+    pos_T = pos_S[row_T] + index_T
+    flat_T = row_T * block_table_SP.shape[1] + pos_T // block_size
+    slot_T = block_table_SP.flatten()[flat_T].long() * block_size + pos_T % block_size
+    slot_T = torch.where(is_real_T, slot_T, token_idx_T % block_size)
+    seq_len_R = torch.where(num_tokens_R > 0, pos_S[row_idx_R] + num_tokens_R, 0)
+    return (
+        torch.where(given_T < 0, token_S[row_T], given_T),
+        pos_T + rope_offset_S[row_T],
+        slot_T,
+        block_table_SP[row_idx_R],
+        seq_len_R.int(),
+        torch.cat((torch.zeros_like(end_R[:1]), end_R)).int(),
+        row_T,
+        index_T + 1,
+        (end_R - 1).clamp(min=0),
+    )
+
+
+def sampling_inputs(
+    pos_S: Tensor,
+    sampling_SF: Tensor,
+    seed_S: Tensor,
+    row_idx_R: Tensor,
+    num_R: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns (temperature_R, seed_R, position_R of the token to sample).
+
+    The position is pos_S + num_R, or pos_S + 1 without num_R. The temperature is sampling field 0.
+    """
+    num = 1 if num_R is None else num_R
+    return sampling_SF[row_idx_R, 0], seed_S[row_idx_R], pos_S[row_idx_R] + num
+
+
+def accept(
+    token_T: Tensor, chosen_T: Tensor, num_tokens_R: Tensor, num: int
+) -> tuple[Tensor, Tensor]:
+    """Verify the tokens of each row against the tokens that the model chose.
+
+    chosen_T[t] is the model's choice after token_T[t]. A chosen token is accepted if every earlier
+    choice of its row equals the token that the row fed next. Returns (token_RK, a row's chosen
+    tokens, K = `num`; count_R, the number of accepted ones: at least 1, at most the row's number of
+    tokens). For rows without tokens, token_RK is undefined and count_R is 1. No row feeds NO_TOKEN,
+    so only a row's last accepted token can be that.
+
+    Source: greedy verification of Leviathan et al. 2023, https://arxiv.org/abs/2211.17192. Noise is
+    a function of seed and position, so sampled tokens are verified in the same way as greedy ones.
+    """
+    end_R = num_tokens_R.cumsum(0)
+    step_K = torch.arange(num, device=token_T.device)
+    index_RK = ((end_R - num_tokens_R).unsqueeze(1) + step_K).clamp(max=token_T.shape[0] - 1)
+    token_RK, chosen_RK = (
+        x_T.index_select(0, index_RK.flatten()).view_as(index_RK) for x_T in (token_T, chosen_T)
+    )
+    is_wrong_RJ = (token_RK[:, 1:] != chosen_RK[:, :-1]) | (step_K[1:] >= num_tokens_R.unsqueeze(1))
+    return chosen_RK, (is_wrong_RJ.long().cumsum(1) == 0).sum(1) + 1
+
+
+def advance(
+    token_S: Tensor, pos_S: Tensor, row_idx_R: Tensor, token_R: Tensor, num_R: Tensor | None = None
+) -> None:
+    """token_S[row] = token_R, or 0 for NO_TOKEN, and pos_S[row] += num_R (1 without num_R), in
+    place.
+
+    Only padding uses the last row of the state, any number of times in one step: it stays at token
+    0, position 0. Every other row occurs at most once.
+    """
+    is_real_R = row_idx_R != token_S.shape[0] - 1
+    num = 1 if num_R is None else num_R
+    token_S.index_copy_(0, row_idx_R, torch.where(is_real_R, token_R, 0).clamp(min=0))
+    pos_S.index_copy_(0, row_idx_R, torch.where(is_real_R, pos_S[row_idx_R] + num, 0))

@@ -1,0 +1,78 @@
+"""The kernels of products with their production constants, for `builds.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+# name, kernel, constants, warps
+Launch = tuple[str, Any, dict[str, Any], int]
+
+
+class Product(NamedTuple):
+    num_outs: int
+    depth: int
+    norm: bool
+    silu_mul: bool
+    everywhere: bool = False
+
+
+PRODUCTS = (
+    Product(4096, 1024, True, False), Product(1024, 2048, False, False, True),
+    Product(3072, 1024, True, True, True), Product(1024, 3072, False, False),
+    Product(12288, 4096, True, True), Product(4096, 12288, False, False),
+    Product(1152, 896, True, False),  # of no measured model
+)  # fmt: skip
+
+
+def launches(shared_bytes: int, has_matrix_units: bool, whole: bool) -> Iterator[Launch]:
+    for case, product in enumerate(PRODUCTS):
+        if whole or product.everywhere:
+            yield from _products(case, product, shared_bytes, has_matrix_units)
+    if has_matrix_units:
+        yield from _gated(shared_bytes, whole)
+
+
+def _products(
+    case: int, product: Product, shared_bytes: int, has_matrix_units: bool
+) -> Iterator[Launch]:
+    """For one row, a few and many rows: the kernel that `triton.linear` selects."""
+    from nanovllm.kernels.triton import linear_few as triton_linear_few
+    from nanovllm.kernels.triton import linear_many as triton_linear_many
+
+    num_outs, depth, norm, silu, _ = product
+    for num_rows in (1, (2, 7, 16)[case % 3], (24, 64, 160)[case % 3]):
+        weight = (2 * num_outs if silu else num_outs, depth)
+        norm = norm and num_rows <= triton_linear_few.max_rows(*weight, True)
+        label = f"linear {num_rows}x{num_outs}x{depth}"
+        if num_rows > 1 and not has_matrix_units:
+            continue
+        if num_rows <= triton_linear_few.max_rows(*weight, norm):
+            kernel, constants, num_warps = triton_linear_few.build(
+                num_rows, num_outs, depth, norm, False, not silu, silu, False
+            )
+        elif num_rows <= triton_linear_many.max_rows(*weight):
+            tile = triton_linear_many.gemm_tile(num_rows, num_outs, depth, silu, shared_bytes)
+            kernel, num_warps = triton_linear_many.many_rows_linear_kernel, tile.num_warps
+            constants = triton_linear_many.gemm_constants(
+                num_rows, num_outs, depth, False, not silu, silu, tile
+            )
+            constants |= {"UPCAST": False}
+        else:
+            continue
+        yield label, kernel, constants, num_warps
+
+
+def _gated(shared_bytes: int, whole: bool) -> Iterator[Launch]:
+    """gate_up of Qwen3-8B in every tile that fits the GPU, or in the first of them."""
+    from nanovllm.kernels.triton import linear_gated as gated
+
+    num_outs, depth = 12288, 4096
+    tiles = [(rows, tile) for rows, tiles in gated.TILES.items() for tile in tiles]
+    fitting = [pair for pair in tiles if gated.shared_bytes_of(pair[1]) <= shared_bytes]
+    for num_rows, tile in fitting if whole else fitting[:1]:
+        constants = gated.gated_constants(num_rows - 1, num_outs, depth, True, tile) | {
+            "UPCAST": False
+        }
+        label = f"gated {num_rows}x{num_outs}x{depth} {tuple(tile)}"
+        yield label, gated.gated_linear_kernel, constants, tile.num_warps
