@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from nanovllm.prompts import Prompt
 from nanovllm.sampling import BeamSearchParams, SamplingParams
 from nanovllm.schedule.logprobs import Logprob
@@ -67,6 +65,8 @@ def search(
         return sorted(
             sequences, key=lambda one: score(one, params.length_penalty, eos_ids), reverse=True
         )
+
+    from tqdm import tqdm  # see LLM._wait
 
     bar: Any = use_tqdm if callable(use_tqdm) else tqdm
     for _ in bar(range(params.max_tokens), desc="beam search", disable=not use_tqdm):

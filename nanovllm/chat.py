@@ -16,6 +16,14 @@ PROBE = "nanovllm-probe"  # a content that no template writes by itself
 CONTENT_FORMATS = ("auto", "string", "openai")
 
 
+class UnknownVariable(ValueError):
+    """A variable that the chat template does not read. name: the variable."""
+
+    def __init__(self, name: str, message: str) -> None:
+        super().__init__(message)
+        self.name = name
+
+
 @dataclass(frozen=True)
 class ChatOptions:
     """Options of `LLM.chat`.
@@ -171,9 +179,10 @@ def _check_variables(template: str, options: ChatOptions) -> None:
     names = [*options.chat_template_kwargs, *(["tools"] if options.tools else [])]
     for name in names:
         if name not in read:
-            raise ValueError(
+            raise UnknownVariable(
+                name,
                 f"{name!r} is neither an option of chat nor a variable of this chat template, "
-                f"which reads {', '.join(sorted(read))}"
+                f"which reads {', '.join(sorted(read))}",
             )
 
 

@@ -152,7 +152,8 @@ class EngineConfig:
     max_num_seqs: the most requests that run at the same time.
     max_num_batched_tokens: prompt tokens per prefill step. Longer prompts are split.
     max_stall_ms: the longest prefill step in milliseconds, by an estimate, while another request
-        streams. Longer prompts are split further. inf: no limit.
+        streams. Longer prompts are split further. inf: no limit. None: twelve times the shortest
+        prefill step of the model, at most 60 on CUDA, and no limit on other devices.
     max_model_len: tokens per request, prompt and answer together. A number above the checkpoint's
         limit is lowered to it, with a warning. The limit is max_position_embeddings; rope types
         that extend it multiply (yarn: original_max_position_embeddings · factor; linear) or have

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import replace
@@ -14,25 +13,26 @@ from typing import Any
 
 import numpy as np
 
+from nanovllm.answers import Answers
 from nanovllm.config import EngineConfig
+from nanovllm.held_media import HeldMedia
 from nanovllm.intake import Embeddings, Intake, checked_priority, drawn_seed
 from nanovllm.media.given import Given
 from nanovllm.media_intake import MediaIntake, MediaPrompt, MediaPrompts, Scale
 from nanovllm.metrics import EngineMetrics, StatsLog
+from nanovllm.preparation import Preparation
 from nanovllm.prompts import AnyPrompt, Prompt, as_prompt
-from nanovllm.runner.runner import Encodable, Launched, Runner
+from nanovllm.runner.launched import Launched
+from nanovllm.runner.runner import Runner
 from nanovllm.sampling import SamplingParams
 from nanovllm.schedule.blocks import BlockPool
-from nanovllm.schedule.logprobs import Logprob, of_row
-from nanovllm.schedule.outputs import Completion, Increment, Outbox, TextStream
-from nanovllm.schedule.plan import NO_TOKEN, StepPlan, StepResult
+from nanovllm.schedule.outputs import Increment, TextStream
+from nanovllm.schedule.plan import StepPlan
 from nanovllm.schedule.request import Request, Status
 from nanovllm.schedule.scheduler import Proposer, Scheduler
 from nanovllm.startup.load import Loaded, load
-from nanovllm.structured.grammars import Compiler, Grammars, Limits, Refusal
+from nanovllm.structured.grammars import Compiler, Grammars, Limits
 from nanovllm.structured.matcher import Matcher
-
-logger = logging.getLogger(__name__)
 
 PREPARING_WAIT_S = 0.02  # of a thread that uses the engine: others may want it meanwhile
 
@@ -84,8 +84,7 @@ class Engine:
             self._runner.platform.traits.run_ahead if config.run_ahead is None else config.run_ahead
         )
         self._in_flight: deque[Launched] = deque()
-        self._requests: dict[int, tuple[Request, TextStream]] = {}
-        self._outbox = Outbox()
+        self.metrics = EngineMetrics(self.scheduler, loaded.expert_stats)
         tower = self._runner.model.tower
         self.media_scale = None if tower is None else Scale.of(tower.config)
         prompts = MediaPrompts(
@@ -93,8 +92,13 @@ class Engine:
         )
         self._media = MediaIntake(prompts, config.media)
         self._grammars = self._new_grammars()
-        self._images: dict[str, Encodable] = {}  # of unfinished requests, by the keys of contents
-        self.metrics = EngineMetrics(self.scheduler, loaded.expert_stats)
+        self._held = HeldMedia(self._runner)
+        self._preparation = Preparation(
+            self._intake, self._media, self._grammars, self._held, self.metrics
+        )
+        self._answers = Answers(
+            self.tokenizer, self.scheduler, self._preparation, self._held, self.metrics
+        )
         self._stats_log = (
             None if config.disable_log_stats else StatsLog(self.metrics, self.scheduler)
         )
@@ -113,9 +117,8 @@ class Engine:
         """Free the memory of weights, cache and graphs."""
         self._is_closed = True
         self._in_flight.clear()
-        self._requests.clear()
-        self._media.close()
-        self._grammars.close()
+        self._answers.requests.clear()
+        self._preparation.close()
         self._runner.close()
         self._sleeper.close()
 
@@ -131,9 +134,10 @@ class Engine:
             raise ValueError(
                 f"sleep is not supported with tensor_parallel_size={size}, only with 1"
             )
-        if self._requests:
+        num_unfinished = len(self._answers.requests)
+        if num_unfinished:
             raise ValueError(
-                f"{len(self._requests)} request(s) are unfinished and would lose their cache: "
+                f"{num_unfinished} request(s) are unfinished and would lose their cache: "
                 "finish or abort them before sleep()"
             )
         self._runner.platform.synchronize()
@@ -177,7 +181,7 @@ class Engine:
 
     def prompt_ids(self, request_id: int) -> list[int]:
         """The prompt of an unfinished request."""
-        return self._requests[request_id][0].prompt_ids
+        return self._answers.requests[request_id][0].prompt_ids
 
     def token_ids(self, prompt: Prompt) -> list[int]:
         """The ids of a prompt, checked as `add_request` does. Raises ValueError, also for media."""
@@ -272,19 +276,24 @@ class Engine:
             priority=priority,
             edits=edits,
             cache_root=sha256(given.cache_salt.encode()).digest() if given.cache_salt else b"",
+            status=Status.PREPARING,
         )
         if params.prompt_logprobs is not None:
             request.prompt_logprobs = [None] * len(prompt_ids)
         stream = TextStream(self.tokenizer, params, incremental=incremental)
         if prepared is not None:
-            self._expand(request, prepared)
-        self._requests[request_id] = (request, stream)
-        if given.media:
-            self._media.add(request_id, given)
-        if source is not None:
-            self._grammars.add(request_id, source, params)
-        self._queue_unless_preparing(request)
-        return request_id
+            self._preparation.expand(request, prepared)
+        try:
+            self._answers.requests[request_id] = request, stream
+            if given.media or has_masks:
+                self._preparation.add(request, given, source)
+            else:
+                self._queue(request)
+            return request_id
+        except BaseException:  # such as Ctrl-C
+            self._answers.forget(request)
+            self._restart()
+            raise
 
     def _check_media(
         self,
@@ -301,16 +310,12 @@ class Engine:
             )
         self._media.check(prompt, params)
 
-    def _queue_unless_preparing(self, request: Request) -> None:
-        if self._is_preparing(request):
-            request.status = Status.PREPARING
-            return
-        request.status = Status.WAITING
-        self.scheduler.add(request)
-        self.metrics.num_prompt_tokens += len(request.prompt_ids)
-
-    def _is_preparing(self, request: Request) -> bool:
-        return request.request_id in self._media or request.request_id in self._grammars
+    def _queue(self, request: Request) -> None:
+        """Queue a request that has all that it needs, unless an interrupted step has done it."""
+        if request.status is Status.PREPARING:
+            request.status = Status.WAITING
+            self.scheduler.add(request)
+            self.metrics.num_prompt_tokens += len(request.prompt_ids)
 
     def _queue_prepared(self) -> None:
         """Queue requests whose media and grammars are ready, and end those whose media cannot be
@@ -319,42 +324,19 @@ class Engine:
         If there is nothing else to do, wait for one.
         """
         is_idle = not self._in_flight and not self.scheduler.has_work
-        wait_s = PREPARING_WAIT_S if is_idle else 0.0
-        with self.metrics.waiting_for_media(is_idle and bool(self._media)):
-            for request_id, prompt in self._media.take(wait_s if self._media else 0.0):
-                self._prepared(request_id, prompt)
-        for request_id, matcher in self._grammars.take(0.0 if self._media else wait_s):
-            self._prepared(request_id, matcher)
-
-    def _prepared(self, request_id: int, found: MediaPrompt | Matcher | Refusal | str) -> None:
-        request, stream = self._requests[request_id]
-        if isinstance(found, Refusal):
-            # without the reason: it may quote what the user has sent
-            logger.error("request %d: structured_outputs.%s is refused", request_id, found.form)
-            self._outbox.outputs.append(self._end(request, stream, "error", [], found.text))
-            return
-        try:
-            if isinstance(found, str):
-                raise ValueError(found)
-            if isinstance(found, Matcher):
-                request.constraint = found
+        for request, error in self._preparation.ready(PREPARING_WAIT_S if is_idle else 0.0):
+            if error is None:
+                self._queue(request)
             else:
-                self._expand(request, found)
-        except ValueError as error:
-            logger.error("request %d: %s", request_id, error)
-            self._outbox.outputs.append(self._end(request, stream, "error", [], str(error)))
-        else:
-            self._queue_unless_preparing(request)
+                self._answers.end(request.request_id, "error", error)
 
-    def _expand(self, request: Request, found: MediaPrompt) -> None:
-        """Give a request its whole prompt. Raises ValueError if this is too long."""
-        prompt = Prompt(None, found.token_ids)
-        prompt_ids = self._intake.prompt_ids(prompt, request.params)
-        self._intake.check_positions(found.position_3T, len(prompt_ids))
-        request.max_output = self._intake.max_output(request.params, len(prompt_ids))
-        self._images.update((content.key, image) for content, image in found.images)
-        contents = tuple(content for content, _ in found.images)
-        request.expand(prompt_ids, contents, found.position_3T)
+    def prepare_grammars(self) -> None:
+        """Begin to make what constrained answers need, in a thread. Call it when no request waits:
+        no other thread can run meanwhile.
+
+        Without this call the first constrained request holds up all others.
+        """
+        self._grammars.prepare()
 
     def forget_prefixes(self) -> None:
         """Let no later request find cached tokens of earlier ones."""
@@ -366,19 +348,24 @@ class Engine:
         The next step returns the request's last output, with this finish_reason: "stop" if the
         caller has found a stop string.
         """
-        if request_id in self._requests:
-            self._outbox.outputs.append(self._end(*self._requests[request_id], reason, []))
+        if request_id not in self._answers.requests:
+            return
+        try:
+            self._answers.end(request_id, reason)
+        except BaseException:  # such as Ctrl-C
+            self._restart()
+            raise
 
     def abort_all(self, request_ids: Iterable[int]) -> None:
         """End requests and drop their last outputs, for a caller that no longer listens."""
         dropped = set(request_ids)
         for request_id in dropped:
             self.abort(request_id)
-        self._outbox.take(dropped)
+        self._answers.outbox.take(dropped)
 
     @property
     def has_unfinished(self) -> bool:
-        return bool(self._requests or self._outbox.outputs)
+        return bool(self._answers.requests or self._answers.outbox.outputs)
 
     def step(self) -> list[Increment]:
         """`advance`, then `take` all outputs. The list can be empty while steps are in flight."""
@@ -387,11 +374,11 @@ class Engine:
 
     def take(self, request_ids: Container[int] | None = None) -> list[Increment]:
         """Remove and return the waiting outputs of these requests, or of all requests."""
-        return self._outbox.take(request_ids)
+        return self._answers.outbox.take(request_ids)
 
     def has_outputs(self, request_ids: Container[int] | None = None) -> bool:
         """Whether outputs of these requests, or of any, wait for `take`."""
-        return self._outbox.has(request_ids)
+        return self._answers.outbox.has(request_ids)
 
     def advance(self) -> StepPlan | None:
         """Launch the next step, whose plan is returned, and collect the results of an earlier one.
@@ -401,16 +388,16 @@ class Engine:
         """
         self._check_open()
         try:
-            if self._media or self._grammars:
+            if self._preparation:
                 self._queue_prepared()
             plan = self.scheduler.schedule(may_preempt=not self._in_flight)
             if plan is not None:
                 plan = self._with_masks(plan)
-                self._encode(plan)
+                self._held.encode(plan)
                 self._in_flight.append(self._runner.launch(plan))
             if self._in_flight and (plan is None or len(self._in_flight) > self.run_ahead):
                 launched = self._in_flight.popleft()
-                self._collect(launched.plan, launched.wait())
+                self._answers.collect(launched.plan, launched.wait())
             elif plan is None and self.scheduler.has_work and not self._waited_for_mask():
                 raise AssertionError("there is work, but no step can run")
             self.metrics.num_steps += plan is not None
@@ -418,15 +405,20 @@ class Engine:
                 self._stats_log.after_step()
             if self.metrics.experts is not None:
                 self.metrics.experts.after_step(
-                    has_run=plan is not None, is_idle=not self._requests
+                    has_run=plan is not None, is_idle=not self._answers.requests
                 )
             return plan
         except BaseException:
-            self._in_flight.clear()
-            self._runner.residents_are_known = False
-            requests = (request for request, _ in self._requests.values())
-            self.scheduler.restart(one for one in requests if not self._is_preparing(one))
+            self._restart()
             raise
+
+    def _restart(self) -> None:
+        """After an error or Ctrl-C: unfinished requests start again from their known tokens."""
+        self._in_flight.clear()
+        self._runner.residents_are_known = False
+        self._answers.complete_ends()
+        requests = (request for request, _ in self._answers.requests.values())
+        self.scheduler.restart(one for one in requests if one.status is not Status.PREPARING)
 
     def _waited_for_mask(self) -> bool:
         return self._grammars.wait_for_mask(PREPARING_WAIT_S)
@@ -437,140 +429,11 @@ class Engine:
             return plan
         matchers = []
         for row in plan.choice.masked:
-            request, _ = self._requests[plan.request_ids[row]]
+            request, _ = self._answers.requests[plan.request_ids[row]]
             assert isinstance(request.constraint, Matcher)
             matchers.append(request.constraint)
         return replace(plan, allowed_MW=self._grammars.masks(matchers))
 
-    def _encode(self, plan: StepPlan) -> None:
-        """Encode the images that a plan needs and that have no embeddings yet."""
-        keys = dict.fromkeys(one.key for one in plan.embeddings)
-        missing = [key for key in keys if key not in self._runner.embeddings]
-        if missing:
-            self._runner.encode({key: self._images[key] for key in missing})
-
     def _check_open(self) -> None:
         if self._is_closed:
             raise RuntimeError("this engine is closed: load the model again")
-
-    def _collect(self, plan: StepPlan, result: StepResult) -> None:
-        """Give a step's tokens to their requests. Tokens after a stop or an abort are dropped.
-
-        A request for which no token could be chosen ends with an error; the others go on.
-        """
-        for wanted, values in zip(plan.prompt_logprobs, result.prompt_logprobs):
-            if wanted.request_id in self._requests:
-                request, _ = self._requests[wanted.request_id]
-                for offset, token_id in enumerate(wanted.token_ids):
-                    found = of_row(token_id, values, offset, wanted.num_top, self.tokenizer)
-                    request.prompt_logprobs[wanted.first + offset] = found
-        for row, request_id in enumerate(plan.request_ids):
-            token_ids = result.tokens[row]
-            if not token_ids or request_id not in self._requests:
-                continue
-            request, stream = self._requests[request_id]
-            num_top = request.params.logprobs
-            if num_top is not None and result.logprobs is not None and token_ids[0] != NO_TOKEN:
-                found = of_row(token_ids[0], result.logprobs, row, num_top, self.tokenizer)
-                request.logprobs.append(found)
-            num_fed = 1 if plan.is_prefill else plan.num_tokens[row]
-            self._outbox.outputs += self._grown(request, stream, num_fed, token_ids)
-
-    def _grown(
-        self, request: Request, stream: TextStream, num_fed: int, token_ids: list[int]
-    ) -> list[Increment]:
-        """The outputs for the new tokens of a step that fed `num_fed` tokens of a request."""
-        if request.is_failing:
-            self.scheduler.tokens_known(request, num_fed, [])
-            self.scheduler.retry(request)
-            return []
-        has_all = token_ids[-1] != NO_TOKEN
-        known = token_ids if has_all else token_ids[:-1]
-        self.scheduler.tokens_known(request, num_fed, known)
-        output = self._output(request, stream, known) if known else None
-        outputs = [] if output is None else [output]
-        if has_all or request.request_id not in self._requests:
-            return outputs
-        # The NaN may come from other tokens than its own: attention multiplies the values of later
-        # tokens by 0, and 0 · NaN is NaN. So wrong proposals reach the tokens before them, and
-        # shared blocks may hold NaN from the request that computed them.
-        is_shared = request.num_shared or num_fed > len(token_ids)
-        has_error = request.constraint is not None and request.constraint.error is not None
-        if not request.is_alone and is_shared and not has_error:
-            self.scheduler.retry(request)
-            return outputs
-        return [*outputs, self._failed(request, stream)]
-
-    def _failed(self, request: Request, stream: TextStream) -> Increment:
-        """End a request for which no token could be chosen.
-
-        Later requests do not share its blocks: they may hold NaN.
-        """
-        error = request.without_token
-        logger.error("request %d: %s", request.request_id, error)
-        self.scheduler.pool.forget(request.blocks)
-        return self._end(request, stream, "error", [], error)
-
-    def _output(
-        self, request: Request, stream: TextStream, token_ids: list[int]
-    ) -> Increment | None:
-        """The output for a request's new `token_ids`, cut after the token that ends the request."""
-        num_before = len(request.output_ids) - len(token_ids)
-        for num, token_id in enumerate(token_ids, start=1):
-            num_outputs = num_before + num
-            may_stop = num_outputs >= request.params.min_tokens
-            hit_stop_string = stream.grows and stream.push([token_id], may_stop=may_stop)
-            stops = hit_stop_string or (may_stop and token_id in request.stop_ids)
-            if request.constraint is not None and not stops:
-                request.constraint.push(token_id)
-                stops = request.constraint.is_ended
-            if stops or num_outputs >= request.max_output:
-                del request.output_ids[num_outputs:]
-                reason = "stop" if stops else "length"
-                return self._end(request, stream, reason, token_ids[:num])
-        if not stream.incremental:
-            return None
-        logprobs = _newest_logprobs(request, len(token_ids))
-        return Increment(request.request_id, token_ids, stream.take(last=False), logprobs)
-
-    def _end(
-        self,
-        request: Request,
-        stream: TextStream,
-        reason: str,
-        token_ids: list[int],
-        error: str | None = None,
-    ) -> Increment:
-        self.scheduler.finish(request, reason)
-        if stream.stop_string is None:
-            may_stop = len(request.output_ids) >= request.params.min_tokens
-            stream.finish(request.output_ids, may_stop=may_stop)
-        del self._requests[request.request_id]
-        self._media.drop(request.request_id)
-        self._grammars.drop(request.request_id)
-        if request.contents:
-            in_use = {one.key for other, _ in self._requests.values() for one in other.contents}
-            ended = {one.key for one in request.contents} - in_use
-            self._runner.drop_embeddings(ended)
-            for key in ended:
-                self._images.pop(key, None)
-        self.metrics.finished(request, reason)
-        stop_reason = stream.stop_string or _stop_token(request, reason)
-        completion = Completion.of(request, stream.text, reason, stop_reason, error)
-        logprobs = _newest_logprobs(request, len(token_ids))
-        piece = stream.take(last=True)
-        return Increment(request.request_id, token_ids, piece, logprobs, completion)
-
-
-def _newest_logprobs(request: Request, num: int) -> list[dict[int, Logprob]] | None:
-    if request.params.logprobs is None:
-        return None
-    return request.logprobs[-num:] if num else []
-
-
-def _stop_token(request: Request, reason: str) -> int | None:
-    """The token of `stop_token_ids` that ended the request."""
-    if reason != "stop" or not request.output_ids:
-        return None
-    newest = request.output_ids[-1]
-    return newest if newest in (request.params.stop_token_ids or ()) else None

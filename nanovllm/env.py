@@ -132,6 +132,12 @@ def set_default(name: str, value: str, *, also_over: str | None = None) -> None:
         os.environ[name] = _given[name] = value
 
 
+def keep_bytecode(folder: Path) -> None:
+    """Have Python processes that this one starts keep bytecode in a folder."""
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    os.environ["PYTHONPYCACHEPREFIX"] = str(folder)
+
+
 def replace(variables: Mapping[str, str]) -> None:
     """Set libraries' variables in this process, which has not used these libraries yet."""
     os.environ.update(variables)

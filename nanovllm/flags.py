@@ -145,7 +145,8 @@ def _reading(hint: Any) -> dict[str, Any]:
     several = next((one for one in _choices(hint) if _origin(one) is Sequence), None)
     if several is not None:
         inner = _reading(get_args(several)[0])
-        return {**inner, "nargs": "*"}
+        # no text at all is a mistake, such as an empty variable of a shell after --api-key
+        return {**inner, "nargs": "+" if inner["type"] is str else "*"}
     kinds = {_origin(one) for one in _choices(hint)} - {type(None)}
     if kinds == {bool}:
         return {"action": argparse.BooleanOptionalAction}

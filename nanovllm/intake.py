@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nanovllm.checks import as_python
-from nanovllm.prompts import Prompt, checked_text
+from nanovllm.prompts import Prompt, PromptRefused, PromptTooLong, checked_text
 from nanovllm.sampling import SamplingParams
 from nanovllm.schedule.plan import LogitEdits
 from nanovllm.schedule.request import Content
@@ -55,10 +55,10 @@ class Intake:
             num = params.truncate_prompt_tokens
             prompt_ids = prompt_ids[-min(num if num > 0 else longest, len(prompt_ids)) :]
         if not prompt_ids:
-            raise ValueError("the prompt is empty: it must have at least 1 token")
+            raise PromptRefused("the prompt is empty: it must have at least 1 token")
         prompt_ids = self._checked_ids(prompt_ids)
         if len(prompt_ids) > longest:
-            raise ValueError(
+            raise PromptTooLong(
                 f"the prompt has {len(prompt_ids)} tokens: with max_model_len {self.max_model_len} "
                 f"at most {longest} fit, since the answer needs at least one"
             )
@@ -72,7 +72,7 @@ class Intake:
         token_ids = list(map(as_python, token_ids))
         for token_id in token_ids:
             if type(token_id) is not int or not 0 <= token_id < self.vocab_size:
-                raise ValueError(
+                raise PromptRefused(
                     f"token id {token_id!r} is outside the vocabulary: ids are whole numbers, "
                     f"0 … {self.vocab_size - 1}"
                 )

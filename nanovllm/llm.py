@@ -8,8 +8,6 @@ from functools import cached_property
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from nanovllm import log
 from nanovllm.compat.nano_vllm import NanoMethods
 from nanovllm.config import EngineConfig
@@ -238,6 +236,8 @@ class LLM(NanoMethods):
 
     def _wait(self, owners: Mapping[int, object], use_tqdm: UseTqdm) -> dict[int, Completion]:
         """The completions of requests, with a progress bar."""
+        from tqdm import tqdm  # this takes as long as all other imports of the package
+
         make_bar = use_tqdm if callable(use_tqdm) else tqdm
         done: dict[int, Completion] = {}
         num_tokens = 0

@@ -18,7 +18,7 @@ from nanovllm.media.settings import VisionSettings
 from nanovllm.models.vision import positions
 from nanovllm.models.vision.interface import TowerConfig
 from nanovllm.prompts import Prompt
-from nanovllm.runner.runner import Encodable
+from nanovllm.runner.towers import Encodable
 from nanovllm.sampling import SamplingParams
 from nanovllm.schedule.request import Content
 from nanovllm.tokenizer import Tokenizer
@@ -192,7 +192,8 @@ class MediaIntake:
     def take(self, wait_s: float = 0.0) -> Iterator[tuple[int, MediaPrompt | str]]:
         """Requests that are ready, with their prompts or with what is wrong with their media.
 
-        If none is, wait for one, but not longer than `wait_s`.
+        If none is, wait for one, but not longer than `wait_s`. A request is forgotten when the
+        caller asks for the next one: if Ctrl-C comes before, the request is given again.
         """
         if wait_s and not any(work.done() for _, work in self._running.values()):
             self._changed.wait(wait_s)
@@ -200,14 +201,14 @@ class MediaIntake:
         for request_id, (prompt, work) in list(self._running.items()):
             if not work.done():
                 continue
-            del self._running[request_id]
             try:
                 found = self._prompts.made(prompt, work.result())
             except ValueError as error:
                 yield request_id, str(error)
-                continue
-            self._held[request_id] = found.num_bytes
-            yield request_id, found
+            else:
+                self._held[request_id] = found.num_bytes
+                yield request_id, found
+            self._running.pop(request_id, None)
         self._begin()
 
     def drop(self, request_id: int) -> None:

@@ -44,6 +44,14 @@ KEYS = ("prompt", "prompt_token_ids", "multi_modal_data", "cache_salt")
 BYTES = (bytes, bytearray, memoryview)  # iterables of numbers that are no token ids
 
 
+class PromptRefused(ValueError):
+    """A prompt that no model could answer: it is empty, or has ids outside the vocabulary."""
+
+
+class PromptTooLong(PromptRefused):
+    """A prompt that does not fit into max_model_len."""
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A prompt. `token_ids` is None if `text` must be encoded first.

@@ -101,6 +101,27 @@ class Tokenizer:
             for is_special, group in groups
         )
 
+    def bytes_of(self, token_id: int) -> bytes:
+        """The bytes of a token's text. A token of a vocabulary of bytes can have a part of a
+        character; `decode` has U+FFFD for it."""
+        text = self._decode([token_id], False)
+        byte_tokens = self.once("bytes", self._byte_tokens)
+        if byte_tokens is not None and token_id in byte_tokens[0]:
+            return bytes([byte_tokens[0][token_id]])
+        written = self._written(token_id)
+        table = self.once("alphabet", _bytes_of_characters)
+        if REPLACEMENT not in text or not all(one in table for one in written):
+            return text.encode()
+        found = bytes(table[one] for one in written)
+        return found if found.decode("utf-8", "replace") == text else text.encode()
+
+    def _written(self, token_id: int) -> str:
+        """A token as the vocabulary has it."""
+        quick = self._quick
+        if quick is not None:
+            return quick.id_to_token(token_id) or ""
+        return str(self.for_reading.convert_ids_to_tokens(token_id))
+
     def as_json(self) -> str:
         """The tokenizer in the form of tokenizer.json. Raises ValueError for one without it."""
         return str(self._backend().to_str())
@@ -172,6 +193,16 @@ class Tokenizer:
         if reader.decode([ids[0xC3], ids[0xA9]]).strip() != "\u00e9":
             return None
         return {token_id: byte for byte, token_id in enumerate(ids)}, ids
+
+
+def _bytes_of_characters() -> dict[str, int]:
+    """The byte that each character stands for in vocabularies of GPT-2's kind: itself where it can
+    be printed, and for the others the characters from U+0100 on, in their order."""
+    printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printed]
+    return {chr(byte): byte for byte in printed} | {
+        chr(0x100 + number): byte for number, byte in enumerate(others)
+    }
 
 
 class GrowingText:

@@ -6,6 +6,7 @@ Few engines use graph mode, because their programs must be compiled. All others 
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from nanovllm import LLM, SamplingParams, platforms
+from nanovllm import LLM, SamplingParams, env, platforms
 from nanovllm.compile.lower import eager, inductor
 from nanovllm.kernels import ops
+from nanovllm.kernels.cpu import build, experts, kernels, step
 from nanovllm.platforms import preload
 from nanovllm.schedule.outputs import Completion
 from tests.conftest import save_tiny
@@ -92,6 +94,29 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def cpu_kernels() -> Path:
+    """The folder of the built CPU kernels: building them takes half a minute of a processor."""
+    folder = env.read().store_folder(None) / "cpp"
+    before = build._State.settings
+    build.configure(folder, env.read().cxx, may_compile=True)
+    for part in (kernels, step, experts):
+        # not what this process has loaded, perhaps from a store of one test
+        part._load.__wrapped__()
+    build._State.settings = before
+    return folder
+
+
+@pytest.fixture
+def bare_store(cpu_kernels: Path, tmp_path: Path) -> Path:
+    """A store of one test, without programs. It has the CPU kernels: with a folder that is empty,
+    every process that a test starts would build them."""
+    folder = tmp_path / "store"
+    folder.mkdir(mode=0o700)
+    shutil.copytree(cpu_kernels, folder / "cpp")
+    return folder
 
 
 @pytest.fixture(scope="session")

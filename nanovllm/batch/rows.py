@@ -134,6 +134,9 @@ def parse(line: Line) -> Row:
         raise Refused(f"the line is {_shown(found)}: it must be a JSON object")
     row_id = found.get("id")
     unknown = [key for key in found if key not in KEYS]
+    if "custom_id" in unknown:
+        words = "the row is one of OpenAI's batch files: give what its body has as messages or "
+        raise Refused(f"{words}prompt, other fields as params, custom_id as id", found["custom_id"])
     if unknown:
         raise Refused(f"the row has the key {unknown[0]!r}: use {', '.join(KEYS)}", row_id)
     try:

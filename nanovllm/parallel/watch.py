@@ -42,6 +42,22 @@ class RankFailed(RuntimeError):
         return self.what + self.details
 
 
+class RankRefused(ValueError):
+    """A rank has refused what a user has given: its name and the text of its ValueError."""
+
+    def __init__(self, name: str, text: str) -> None:
+        super().__init__(name, text)
+        self.text = text
+
+    def __str__(self) -> str:
+        return ": ".join(self.args)
+
+
+def without_name(error: Exception) -> Exception:
+    """An error of a process that works alone: a user's mistake is told without its name."""
+    return ValueError(error.text) if isinstance(error, RankRefused) else error
+
+
 class Refusal(NamedTuple):
     """The error of a handler: its type, its text, and whether it is a user's mistake."""
 
@@ -53,7 +69,7 @@ class Refusal(NamedTuple):
         """The error for rank 0 to raise, with the rank's name: a user's mistake stays a
         ValueError."""
         if self.is_mistake:
-            return ValueError(f"{name}: {self.text}")
+            return RankRefused(name, self.text)
         return RankFailed(f"{name}: {self.kind}", f": {self.text}")
 
 

@@ -47,7 +47,7 @@ TRAITS = Traits(
     block_size=64,
     batched_tokens=8192,
     num_seqs=256,
-    max_stall_ms=30.0,
+    max_stall_ms=60.0,
     run_ahead=1,
     # Close together up to 32 rows, where a row of padding takes a share of a short step. Above 160
     # rows the buckets are sizes at which cuBLAS is fast on an H200 (docs/log.md).

@@ -1,4 +1,4 @@
-"""Apple GPUs through torch's MPS backend: eager, with the plain torch of `kernels/reference.py`.
+"""Apple GPUs through torch's MPS backend: eager, with the plain torch of `kernels/reference/`.
 
 There is no lowering and no capture. Attention is matmul and softmax, because on MPS
 scaled_dot_product_attention has given wrong results for one query and many keys, as in decode. MPS

@@ -36,7 +36,6 @@ def begin(device: str) -> Callable[[], None]:
     changing os.environ: the CUDA driver reads it while it initialises. Errors are ignored here,
     because the engine meets them again.
     """
-    _report_missing_bytecode()
     if not may_have_gpu(device):
         return lambda: None
     threading.Thread(target=_import_triton, daemon=True).start()
@@ -49,23 +48,6 @@ def begin(device: str) -> Callable[[], None]:
     opening = threading.Thread(target=_open_device, args=(index,), daemon=True)
     opening.start()
     return opening.join
-
-
-def _report_missing_bytecode() -> None:
-    """Log how to compile torch's Python files if they have no bytecode and Python can't write it.
-
-    This is so in many containers. Every start then compiles about a thousand files.
-    """
-    torch = None if "torch" in sys.modules else importlib.util.find_spec("torch")
-    origin = None if torch is None else torch.origin
-    if origin is None or os.path.exists(importlib.util.cache_from_source(origin)):
-        return
-    site = Path(origin).parents[1]
-    if sys.dont_write_bytecode or not (sys.pycache_prefix or os.access(site, os.W_OK)):
-        logger.info(
-            "torch has no bytecode, so every start takes some seconds to compile it; "
-            "to compile it once, run: %s -m compileall -q -j 0 %s", sys.executable, site,
-        )  # fmt: skip
 
 
 def _import_triton() -> None:

@@ -16,7 +16,7 @@ from safetensors import torch as safe
 from torch import Tensor
 
 from nanovllm.intake import Embeddings
-from nanovllm.runner.runner import Encodable
+from nanovllm.runner.towers import Encodable
 from nanovllm.schedule.request import Content
 
 Images = Sequence[tuple[Content, Encodable]]

@@ -181,6 +181,12 @@ class Replicas:
                 replica.tell(messages.FORGET)
                 place.forget()
 
+    def prepare_grammars(self) -> None:
+        """See `Engine.prepare_grammars`."""
+        with deferred_interrupts():
+            for replica in self.replicas:
+                replica.tell(messages.PREPARE_GRAMMARS)
+
     def add_request(
         self,
         prompt: AnyPrompt | Prompt | MediaPrompt,

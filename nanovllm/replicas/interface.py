@@ -62,6 +62,8 @@ class AnyEngine(Protocol):
 
     def forget_prefixes(self) -> None: ...
 
+    def prepare_grammars(self) -> None: ...
+
     def add_request(
         self,
         prompt: AnyPrompt | Prompt | MediaPrompt,

@@ -33,7 +33,7 @@ def facts_of(engine: Engine) -> Facts:
         hidden_size=engine.model_config.hidden_size,
         num_added=engine.model_config.num_added,
         has_axes=bool(engine.model_config.rope_axes),
-        has_towers=bool(engine.runner.towers),
+        has_towers=bool(engine.runner.towers.by_name),
         media_scale=engine.media_scale,
         block_size=pool.block_size,
         num_blocks=pool.num_blocks,
@@ -55,6 +55,7 @@ class Loop:
             messages.ADD: self._add,
             messages.ABORT: self._abort,
             messages.FORGET: lambda payload: engine.forget_prefixes(),
+            messages.PREPARE_GRAMMARS: lambda payload: engine.prepare_grammars(),
             messages.METRICS: lambda payload: messages.dump_metrics(engine.metrics.read()),
         }
 

@@ -19,6 +19,7 @@ from nanovllm.tokenizer import Tokenizer
 
 READY, OUTPUTS = "ready", "outputs"
 GO, ADD, ABORT, FORGET, METRICS = "go", "add", "abort", "forget", "metrics"
+PREPARE_GRAMMARS = "prepare_grammars"
 
 # `LLMEngine` reads output_kind; the front has truncated the prompt already.
 _OF_FRONT = ("output_kind", "truncate_prompt_tokens")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from nanovllm.config import EngineConfig
 from nanovllm.platforms import preload
+from nanovllm.startup import bytecode
 from nanovllm.startup.compile_farm.farm import CompileFarm
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def _starter(config: EngineConfig) -> Starter:
 
 def one_engine(config: EngineConfig, *, show_progress: bool = True) -> Engine:
     """A warm engine in this process."""
+    bytecode.report_missing()
     with closing(CompileFarm.start(config)) as farm:
         wait = preload.begin(config.device)
         # This import takes long, because it imports torch: the farm and the device start in the

@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ExpertTraffic:
-    """Experts of all layers and steps, counted as in `reference_offload.COUNTERS`.
+    """Experts of all layers and steps, counted as in `reference.offload.COUNTERS`.
 
     expert_bytes: bytes of one expert. bus_rate: measured bytes per second; None if every expert is
     on the device.

@@ -30,8 +30,7 @@ class MaskTable:
         self._shape = num_rows, -(-vocab_size // WORD_TOKENS)
         self._allowed_SW: Tensor | None = None
         self._masked: set[int] = set()  # rows whose masks may forbid something
-        self._newest: list[int] = []  # the content of _newest_M
-        self._newest_M: Tensor | None = None
+        self._newest: tuple[list[int], Tensor] | None = None  # masked rows, also on the device
 
     def reserve(self) -> None:
         """Allocate the table. Nothing has changed if memory runs out."""
@@ -44,13 +43,14 @@ class MaskTable:
         self.reserve()
         assert self._allowed_SW is not None
         upload = self._platform.upload
+        self._masked.update(masked)  # first: an interrupt must leave no mask that is not known
         stale = self._masked.intersection(rows).difference(masked)
         if stale:
             self._allowed_SW.index_fill_(0, upload(sorted(stale), torch.int64), ALL)
-        if self._newest_M is None or self._newest != masked:
-            self._newest, self._newest_M = list(masked), upload(list(masked), torch.int64)
-        self._allowed_SW.index_copy_(0, self._newest_M, upload(allowed_MW, torch.int32))
-        self._masked = (self._masked - stale).union(masked)
+            self._masked -= stale
+        if self._newest is None or self._newest[0] != masked:
+            self._newest = list(masked), upload(list(masked), torch.int64)
+        self._allowed_SW.index_copy_(0, self._newest[1], upload(allowed_MW, torch.int32))
 
     def keep_allowed(self, row_idx_R: Tensor, logits_RV: Tensor) -> Tensor:
         """Logits with −inf for the tokens that the rows' masks forbid."""

@@ -19,7 +19,9 @@ from safetensors import torch as safe
 from torch import Tensor
 
 from nanovllm.parallel.ranks import Ranks, deferred_interrupts
-from nanovllm.runner.runner import Encodable, Launched, Runner
+from nanovllm.runner.launched import Launched
+from nanovllm.runner.runner import Runner
+from nanovllm.runner.towers import Encodable
 from nanovllm.schedule.plan import LogitEdits, StepPlan
 
 GROUP_BYTES = 1 << 27  # of patches, or of features of sound, in one message

@@ -36,7 +36,7 @@ def rehearse_bucket(runner: Runner, kind: str, size: int, rehearsal: Rehearsal) 
     with torch.no_grad():
         if kind == "prefill":
             with mode:
-                prefill = runner.padding_steps(size)
+                prefill = runner.buckets.padding(size)
             for step in prefill:
                 step.sample(steps.prefill_logits(step.span, step.given))
                 step.build_hidden()
@@ -107,9 +107,9 @@ def _prefill_ms(runner: Runner, num_tokens: int, context: int = 0) -> float:
     """
     state, platform = runner.state, runner.platform
     bucket = runner.layout.prefill_bucket(num_tokens, 1)
-    step = runner.prefill_step(*bucket)
+    step = runner.buckets.prefill(*bucket)
     rows, nums = ([0], [num_tokens]) if context else ([], [])
-    step.fill(runner.span_arrays(rows, nums, np.zeros(sum(nums), np.int64), *bucket))
+    step.fill(runner.buckets.span_arrays(rows, nums, np.zeros(sum(nums), np.int64), *bucket))
     best_ms = math.inf
     for _ in range(STALL_REPEATS):
         state.pos_S[0] = max(0, context - num_tokens)

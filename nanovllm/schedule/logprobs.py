@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nanovllm.schedule.plan import Logprobs
-from nanovllm.tokenizer import Decoding, Tokenizer
+from nanovllm.tokenizer import REPLACEMENT, Decoding, Tokenizer
 
 SHOW_SPECIAL = Decoding(skip_special_tokens=False)
 
@@ -42,6 +42,14 @@ class Logprob(float):
         if self._text is None and self._tokenizer is not None:
             self._text = self._tokenizer.decode([self._token_id], SHOW_SPECIAL)
         return self._text
+
+    @property
+    def token_bytes(self) -> bytes:
+        """The bytes of the token's text, also if they are a part of a character."""
+        text = self.decoded_token or ""
+        if self._tokenizer is None or REPLACEMENT not in text:
+            return text.encode()
+        return self._tokenizer.bytes_of(self._token_id)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _restored, (float(self), self.rank, self._token_id, self.decoded_token)

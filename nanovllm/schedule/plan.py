@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 PAD_BLOCK = 0  # belongs to padding, never to a request
-NO_TOKEN = -1  # in `StepResult.tokens`: no token could be chosen (`reference.sample`)
+NO_TOKEN = -1  # in `StepResult.tokens`: no token could be chosen (`reference.sample.sample`)
 ALL_TOKENS = -1  # as a number of likeliest tokens: the whole vocabulary
 NEWEST = -1  # in `StepPlan.token_T`: the row's newest token, which may be only on the device
 # Columns of the device's table of sampling settings. The plain sampler reads only the first one.
@@ -274,7 +274,8 @@ def _unpack(data: bytes) -> dict[str, Any]:
             return value
         dtype, shape = np.dtype(value["dtype"]), tuple(value["shape"])
         count = int(np.prod(shape))
-        array = np.frombuffer(raw, dtype, count, offset).reshape(shape)
+        # a copy is aligned and writable, as torch wants it
+        array = np.frombuffer(raw, dtype, count, offset).reshape(shape).copy()
         offset += array.nbytes
         return array
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 
 from nanovllm.schedule.blocks import BlockPool
 from nanovllm.schedule.plan import StepPlan
@@ -140,24 +141,50 @@ class Scheduler:
         return self.stall.max_ms / -(-len(decodable) // self.max_decode_rows)
 
     def _plan_prefill(self, max_ms: float) -> StepPlan | None:
+        begun = [request for request in self.running if not request.is_decoding]
+        if not begun and not self.waiting:
+            return None
         budget = self.max_num_batched_tokens
+        num_left = self._num_prompt_tokens(begun) if max_ms < math.inf else 0
         chunks: list[Chunk] = []
-        for request in self.running:
-            if budget and not request.is_decoding and len(chunks) < self.max_prefill_rows:
-                budget -= self._add_chunk(chunks, request, budget, max_ms)
+        for request in begun:
+            if budget and len(chunks) < self.max_prefill_rows:
+                num_left -= request.num_known - request.num_computed
+                budget -= self._add_chunk(chunks, request, budget, max_ms, num_left)
         while self.waiting and budget and self._free_rows and len(chunks) < self.max_prefill_rows:
             if not self._admit(self.waiting[0]):
                 break
-            budget -= self._add_chunk(chunks, self.waiting.popleft(), budget, max_ms)
+            request = self.waiting.popleft()
+            num_left -= request.num_known
+            budget -= self._add_chunk(chunks, request, budget, max_ms, num_left)
         return prefill_plan(chunks) if chunks else None
 
-    def _add_chunk(self, chunks: list[Chunk], request: Request, budget: int, max_ms: float) -> int:
+    def _num_prompt_tokens(self, begun: list[Request]) -> int:
+        """About how many tokens wait for the next prefill step: what is left of the prompts in
+        `begun`, and the waiting prompts for which there are rows and blocks.
+
+        It counts tokens of waiting prompts even if they are in the cache: only admission finds out.
+        """
+        num_tokens = sum(request.num_known - request.num_computed for request in begun)
+        num_free = self.pool.num_free - len(self.running)
+        for request in islice(self.waiting, min(len(self._free_rows), self.max_prefill_rows)):
+            num_free -= self.pool.num_blocks_for(request.num_known)
+            if num_free < 0:
+                break
+            num_tokens += request.num_known
+        return num_tokens
+
+    def _add_chunk(
+        self, chunks: list[Chunk], request: Request, budget: int, max_ms: float, num_left: int
+    ) -> int:
         """Add a chunk of a request as large as fits; returns the number of tokens to take off the
-        budget: all of it if the step has no time left."""
+        budget: all of it if the step has no time left. About `num_left` tokens of other prompts may
+        follow in the step."""
         num_tokens = min(request.num_known - request.num_computed, budget)
         if self.stall is not None and max_ms < math.inf:
             before = [(chunk.num_tokens, chunk.start) for chunk in chunks]
-            num_tokens = self.stall.next_chunk(before, num_tokens, request.num_computed, max_ms)
+            chunk = num_tokens, request.num_computed
+            num_tokens = self.stall.next_chunk(before, chunk, max_ms, max(0, num_left))
             if not num_tokens:
                 return budget
         is_first = request.num_computed == request.num_shared

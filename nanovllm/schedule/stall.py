@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # Tokens. A chunk that does not fill its bucket has a multiple of this size: cache blocks end there.
 GRAIN = 64
+# Without `max_stall_ms` a prefill step takes at most so many times the shortest step. A decode step
+# follows each prefill step. With few rows it takes about as long as the shortest step, and yields
+# few tokens. So such steps take about a tenth of the time, whatever the size of the model.
+SHORTEST_STEPS = 12
 
 
 @dataclass(frozen=True)
@@ -33,16 +37,27 @@ class StallBound:
         )
         return step_ms + self._attention(chunks)
 
+    def in_proportion(self) -> StallBound:
+        """The same with the default bound: `SHORTEST_STEPS` shortest steps, at most `max_ms`."""
+        return replace(self, max_ms=min(self.max_ms, SHORTEST_STEPS * self.step_ms[0][1]))
+
     def next_chunk(
-        self, before: Sequence[tuple[int, int]], num_tokens: int, start: int, max_ms: float
+        self,
+        before: Sequence[tuple[int, int]],
+        chunk: tuple[int, int],
+        max_ms: float,
+        num_left: int = 0,
     ) -> int:
-        """The size of the chunk, at most `num_tokens` from position `start` on, to add to a step
-        with the chunks `before`.
+        """The size of the part of `chunk` to add to a step with the chunks `before`.
+
+        `num_left` tokens of other prompts wait to follow in the same step. So a prompt that is
+        shorter than a bucket does not keep the step to the small bucket that it fills.
 
         Returns the size with the least time per token among those within `max_ms`; 0 if the step is
         full. The first chunk of a step may exceed `max_ms`: it fills at least the smallest bucket,
         so every prompt makes progress.
         """
+        num_tokens, start = chunk
         num_before = sum(num for num, _ in before)
         # a decode step follows each prefill step: it takes about as long as the smallest bucket
         between_ms = self.step_ms[0][1]
@@ -54,12 +69,14 @@ class StallBound:
             left_ms = max_ms - step_ms - self._attention(before)
             if num <= 0 or left_ms < 0:
                 continue
+            total = min(bucket, num_before + num_tokens + num_left)
             if self._attention([(num, start)]) > left_ms:
                 # the positive root of attention_ms · (num · start + num² / 2) = left_ms
                 root = math.sqrt(start * start + 2 * left_ms / self.attention_ms) - start
                 num = min(num, int(root) // GRAIN * GRAIN)
-            if num and (step_ms + between_ms) / (num_before + num) < best_cost:
-                best, best_cost = num, (step_ms + between_ms) / (num_before + num)
+                total = num_before + num
+            if num and (step_ms + between_ms) / total < best_cost:
+                best, best_cost = num, (step_ms + between_ms) / total
         return best or (0 if num_before else min(num_tokens, self.step_ms[0][0]))
 
     def _attention(self, chunks: Sequence[tuple[int, int]]) -> float:

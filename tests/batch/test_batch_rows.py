@@ -76,6 +76,7 @@ def test_a_scan_finds_the_place_after_a_row(last_row: int, tmp_path: Path) -> No
         ('{"messages": []}', r"messages is \[\]: it must be a list of messages"),
         ('{"messages": [[{"role": "user"}]]}', "it must be a list of messages"),
         ('{"prompt": "a", "params": 3}', "params is 3: it must be an object"),
+        ('{"custom_id": "x", "method": "POST", "body": {}}', "the row is one of OpenAI's batch"),
     ],
 )
 def test_what_is_no_row_is_refused(text: str | bytes, reason: str) -> None:
@@ -84,7 +85,7 @@ def test_what_is_no_row_is_refused(text: str | bytes, reason: str) -> None:
 
 
 def test_a_refused_row_keeps_its_id() -> None:
-    for row in ({"id": "x"}, {"id": "x", "other": 1}, {"id": "x", "prompt": 3}):
+    for row in ({"id": "x"}, {"id": "x", "other": 1}, {"id": "x", "prompt": 3}, {"custom_id": "x"}):
         with pytest.raises(Refused) as caught:
             parse(line(json.dumps(row)))
         assert caught.value.id == "x"

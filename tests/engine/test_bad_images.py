@@ -8,6 +8,8 @@ import re
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import wait
+from itertools import count
 from typing import Any
 
 import pytest
@@ -15,6 +17,8 @@ from PIL import Image
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.media.prepare import Preparer
+from nanovllm.schedule.scheduler import Scheduler
+from tests.engine.interrupts import is_interrupted
 from tests.engine.seeing import FILM, GREEDY, PICTURE, Seeing, make
 from tests.engine.test_images import asked, data_url, ids
 from tests.media.vision_cases import picture
@@ -75,7 +79,7 @@ def test_a_bad_image_ends_its_own_prompt(llm: LLM, name: str) -> None:
     assert found.outputs[0].token_ids == []
     assert before.outputs[0].finish_reason == after.outputs[0].finish_reason == "length"
     assert not llm.engine.has_unfinished  # type: ignore[attr-defined]
-    assert not llm.engine._images  # type: ignore[attr-defined]
+    assert not llm.engine._held.items  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
@@ -221,31 +225,31 @@ def test_few_prompts_are_prepared_at_the_same_time(llm: LLM, slow: threading.Eve
     finally:
         object.__setattr__(options, "max_held_bytes", 4 << 30)
     assert most <= 4
-    assert not held and not engine._media and not engine._images
+    assert not held and not engine._media and not engine._held.items
 
 
-def test_an_interrupted_step_loses_no_request_in_preparation(
-    llm: LLM, slow: threading.Event, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("image", [picture(60, 80), "/etc/passwd"], ids=["good", "refused"])
+def test_an_interrupt_before_a_request_is_queued_changes_no_answer(llm: LLM, image: Any) -> None:
+    """At whichever line of a step it comes, after the image was prepared."""
     engine: Any = llm.engine
-    seeing_id = engine.add_request(asked(TEXT, image=picture(60, 80)), GREEDY)
-    text_id = engine.add_request("only text", GREEDY)
-    for method in ("_queue_prepared", "_queue_unless_preparing"):
-        with monkeypatch.context() as patch:
-            patch.setattr(type(engine), method, _interrupt)
-            if method == "_queue_unless_preparing":
-                slow.set()
-                ((_, work),) = engine._media._running.values()
-                work.result(60)
-            with pytest.raises(KeyboardInterrupt):
-                engine.advance()
-    found = run(llm, lambda found: sum(one.finished for one in found) == 2)
-    assert {one.request_id for one in found} == {seeing_id, text_id}
-    assert {one.completion.finish_reason for one in found if one.finished} == {"length"}
-
-
-def _interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
+    expected, num_interrupts = None, 0
+    for nth in count():  # 0: without an interrupt
+        ids = [engine.add_request(asked(TEXT, image=image), GREEDY)]
+        ids.append(engine.add_request("only text", GREEDY))
+        ((_, work),) = engine._media._running.values()
+        wait(work._futures, 60)
+        was_interrupted = is_interrupted(engine.advance, nth, end=Scheduler.schedule)
+        found = run(llm, lambda found: not engine.has_unfinished)
+        done = [(one.request_id, one.completion) for one in found if one.finished]
+        assert sorted(request_id for request_id, _ in done) == ids, f"line {nth}"
+        ends = [(one.token_ids, one.finish_reason) for _, one in sorted(done)]
+        expected = expected or ends
+        assert ends == expected, f"line {nth}"
+        assert not engine._media._held and not engine._held.items
+        if nth and not was_interrupted:
+            break
+        num_interrupts += was_interrupted
+    assert num_interrupts > 20
 
 
 def test_waiting_for_images_is_measured(llm: LLM, slow: threading.Event) -> None:

@@ -34,7 +34,7 @@ def test_answers_are_those_of_one_rank(architecture: str, size: int, tmp_path: P
     assert found[0] == found[1]
 
 
-def test_graphs_of_a_cold_and_a_warm_start(tmp_path: Path) -> None:
+def test_graphs_of_a_cold_and_a_warm_start(bare_store: Path) -> None:
     """The embedded model, whose experts are narrow: "auto" places whole ones."""
     sizes: dict[str, Any] = {**SIZES, "skip_tokenizer_init": False, "max_num_seqs": 2}
     question = ["What is 12 plus 30?", "What is the capital of France?"]
@@ -49,7 +49,7 @@ def test_graphs_of_a_cold_and_a_warm_start(tmp_path: Path) -> None:
         finally:
             llm.close()
 
-    graphs = {"graph_batch_sizes": [2], "compile_cache": str(tmp_path), "tensor_parallel_size": 2}
+    graphs = {"graph_batch_sizes": [2], "compile_cache": str(bare_store), "tensor_parallel_size": 2}
     _, is_spread, expected = answers(enforce_eager=True)
     assert not is_spread
     cold, warm = answers(**graphs), answers(**graphs)

@@ -55,7 +55,7 @@ def gathered(several: LLM, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, .
 
 
 def graphs(store: Path) -> dict[str, Any]:
-    """Graph mode with an empty store: programs of earlier runs would not reach the lowering."""
+    """Graph mode with a bare store: programs of earlier runs would not reach the lowering."""
     return {"enforce_eager": False, "graph_batch_sizes": [4], "compile_cache": str(store)}
 
 
@@ -106,10 +106,10 @@ def test_other_choices_gather_whole_logits(
 
 
 def test_programs_gather_no_logits(
-    folder: Path, alone: LLM, lowered_ops: set[str], tmp_path: Path
+    folder: Path, alone: LLM, lowered_ops: set[str], bare_store: Path
 ) -> None:
     """In graph mode; steps that need whole logits compile nothing after warm-up."""
-    llm = make(folder, 2, **graphs(tmp_path), draft_lengths=(2,))
+    llm = make(folder, 2, **graphs(bare_store), draft_lengths=(2,))
     try:
         assert "sample_columns" in lowered_ops
         assert not lowered_ops & {"sample", "gather_columns"}
@@ -121,7 +121,7 @@ def test_programs_gather_no_logits(
 
 
 def test_one_rank_samples_from_whole_logits(
-    folder: Path, lowered_ops: set[str], tmp_path: Path
+    folder: Path, lowered_ops: set[str], bare_store: Path
 ) -> None:
-    make(folder, 1, **graphs(tmp_path)).close()
+    make(folder, 1, **graphs(bare_store)).close()
     assert "sample" in lowered_ops and not lowered_ops & {"sample_columns", "gather_columns"}

@@ -179,8 +179,8 @@ def test_every_architecture(
     assert found[0] == found[1]
 
 
-def test_graphs_of_a_cold_and_a_warm_start(folder: Path, alone: LLM, tmp_path: Path) -> None:
-    options = {"enforce_eager": False, "graph_batch_sizes": [4], "compile_cache": str(tmp_path)}
+def test_graphs_of_a_cold_and_a_warm_start(folder: Path, alone: LLM, bare_store: Path) -> None:
+    options = {"enforce_eager": False, "graph_batch_sizes": [4], "compile_cache": str(bare_store)}
     expected = tokens(alone, prompts(), greedy(8))
     for is_cold in (True, False):
         llm = make(folder, 2, **options)

@@ -106,7 +106,7 @@ def test_a_step_reads_nothing_that_an_earlier_one_was_given(seeing: tuple[Any, L
     hf, llm = seeing
     prompts = [Given(hf, PARTS, 4), Given(hf, [0, (2, 2), 0], 5)]
     expected = [answers(llm, [one])[0].token_ids for one in prompts]
-    for step in llm.engine.runner._prefill_steps.values():
+    for step in llm.engine.runner.buckets.prefill_steps.values():
         if step.given is not None:
             step.given.embeds_LTD.fill_(torch.nan)
             step.given.is_given_T.fill_(True)
@@ -149,7 +149,7 @@ def test_a_captured_step_is_the_step_that_is_launched(
     hf, llm = seeing
     runner, made = llm.engine.runner, []
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "_prefill_steps", {})
+        patch.setattr(runner.buckets, "prefill_steps", {})
 
         def capture(step: Callable[[], None]) -> Callable[[], None]:
             owner: PrefillStep = step.__self__  # type: ignore[attr-defined]
@@ -160,17 +160,18 @@ def test_a_captured_step_is_the_step_that_is_launched(
                 assert not owner.given.position_3T.any()
             return step
 
-        patch.setattr(runner, "_capture_spans", capture)
+        captures = runner._captures._replace(spans=capture)
+        patch.setattr(runner.buckets, "_captures", captures)
         answers(llm, [Given(hf, PARTS, 7)], 1)
-        (step,) = runner._prefill_steps.values()
+        (step,) = runner.buckets.prefill_steps.values()
         assert step.given is not None
         assert made == [[tensor.data_ptr() for tensor in step.given if tensor is not None]]
 
 
 def test_steps_of_all_sizes_share_the_memory_of_embeddings(seeing: tuple[Any, LLM]) -> None:
     runner = seeing[1].engine.runner
-    kept = runner._prefill_steps[64, True].given
-    smaller = runner._given_inputs(16).of(16)
+    kept = runner.buckets.prefill_steps[64, True].given
+    smaller = runner.buckets.given_inputs(16).of(16)
     assert kept is not None and smaller.embeds_LTD.shape[1] == 16
     for one in (kept, smaller):
         assert one.embeds_LTD.is_contiguous()
@@ -223,7 +224,7 @@ def test_the_tower_counts_before_the_cache_is_sized(
     tower = sum(param.numel() for name, param in hf.named_parameters() if "visual" in name)
     text = sum(param.numel() for name, param in hf.named_parameters() if "visual" not in name)
     assert runner.model.param_bytes("plain") == runner.weights_bytes == 4 * (tower + text)
-    tower_steps = type(runner.towers["vision"])
+    tower_steps = type(runner.towers.by_name["vision"])
     run = tower_steps.run
 
     def watched(self: Any, pixel_TC: Any, layout: Any, compiler: Any, **options: Any) -> Any:
@@ -248,14 +249,14 @@ def test_the_tower_counts_before_the_cache_is_sized(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="workers are forked")
-def test_workers_build_the_programs_of_a_tower(tmp_path: Path) -> None:
+def test_workers_build_the_programs_of_a_tower(tmp_path: Path, bare_store: Path) -> None:
     """What they leave is all that a start needs."""
     torch.manual_seed(0)
     MODELS["qwen3"]().save_pretrained(tmp_path / "model")
     options: dict[str, Any] = {
         "device": "cpu", "dtype": "float32", "graph_batch_sizes": [2], "max_num_seqs": 2,
         "kvcache_block_size": 16, "max_num_batched_tokens": 16, "max_model_len": 64,
-        "vision_patch_budgets": [32], "compile_cache": str(tmp_path / "store"),
+        "vision_patch_budgets": [32], "compile_cache": str(bare_store),
     }  # fmt: skip
     model = str(tmp_path / "model")
     outcomes = precompile.fill(EngineConfig(model, **options), 1, lambda outcome, num: None)

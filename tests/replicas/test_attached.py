@@ -15,7 +15,7 @@ from nanovllm import LLM
 from nanovllm.media_intake import MediaPrompt
 from nanovllm.replicas import attached, front
 from nanovllm.replicas.attached import Attached
-from nanovllm.runner.runner import Encodable
+from nanovllm.runner.towers import Encodable
 from nanovllm.schedule.request import Content
 from tests.engines import greedy
 from tests.models.test_vision_text import Given, answers, engine, saved

@@ -25,7 +25,7 @@ from nanovllm.replicas import messages
 from nanovllm.replicas.loop import Loop
 from nanovllm.replicas.messages import Addition
 from nanovllm.replicas.replica import ReplicaFailed
-from nanovllm.runner.runner import Encodable
+from nanovllm.runner.towers import Encodable
 from nanovllm.schedule.request import Content
 from tests.conftest import save_tiny
 from tests.engines import greedy, random_prompts, save_tokenizer, tokens
@@ -320,11 +320,16 @@ def test_a_lost_replica_ends_its_own_requests_only(
 
 
 def test_two_at_once_and_nothing_is_left(
-    folder: Path, two: LLM, alone: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path,
+    two: LLM,
+    alone: LLM,
+    bare_store: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     expected = tokens(alone, PROMPTS, greedy(5))
-    other = make(folder, 2, compile_cache=str(tmp_path / "store"))
+    other = make(folder, 2, compile_cache=str(bare_store))
     gone, threads = pids(other), threading.active_count()
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("nanovllm-")]
     assert tokens(other, PROMPTS, greedy(5)) == expected
@@ -361,9 +366,9 @@ def test_interrupt_ends_the_answers_and_leaves_the_replicas(two: LLM, alone: LLM
 
 
 def test_the_first_replica_compiles_and_the_others_load(
-    folder: Path, alone: LLM, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    folder: Path, alone: LLM, bare_store: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    options = {"enforce_eager": False, "graph_batch_sizes": [4], "compile_cache": str(tmp_path)}
+    options = {"enforce_eager": False, "graph_batch_sizes": [4], "compile_cache": str(bare_store)}
     expected = tokens(alone, PROMPTS, greedy(5))
     for is_cold in (True, False):
         capfd.readouterr()
@@ -441,7 +446,7 @@ def test_a_request_that_an_engine_refuses_ends_alone(alone: LLM) -> None:
     ours.close()
     loop.join()
     assert done[1]["finish_reason"] == "error"
-    assert done[1]["error"].startswith("ValueError: the prompt has 600 tokens")
+    assert done[1]["error"].startswith("PromptTooLong: the prompt has 600 tokens")
     assert done[0]["finish_reason"] == done[2]["finish_reason"] == "length"
 
 

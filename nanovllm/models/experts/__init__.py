@@ -35,7 +35,8 @@ class Form(Protocol):
         stored: Any,
         residual_TD: Tensor | None,
     ) -> Tensor:
-        """The experts' weighted sum for each token, plus the residual: see `reference.experts`."""
+        """The experts' weighted sum for each token, plus the residual: see
+        `reference.experts.experts`."""
 
 
 # A form comes before those whose fields are some of its own.

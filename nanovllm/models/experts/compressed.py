@@ -37,7 +37,7 @@ def apply(
     stored: Compressed,
     residual_TD: Tensor | None,
 ) -> Tensor:
-    """The sum over experts is in fp32 and is rounded once, as in `reference.experts`."""
+    """The sum over experts is in fp32 and is rounded once, as in `reference.experts.experts`."""
     gate_TL, up_TL = (ops.linear(x_TD, u, None) for u in (stored.u_gate_LD, stored.u_up_LD))
     gate_TKF = ops.expert_linear(gate_TL, expert_TK, stored.v_gate_EFL)
     up_TKF = ops.expert_linear(up_TL, expert_TK, stored.v_up_EFL)

@@ -1,7 +1,7 @@
 """Experts in the host's memory, of which a set is resident in slots on the device.
 
 In steps with few tokens, each layer gives the experts that its tokens chose a slot (see
-`reference_offload.fetch_experts`) and reads those that got none in the host's memory. In steps with
+`reference.offload.fetch_experts`) and reads those that got none in the host's memory. In steps with
 many tokens nearly every expert is chosen. Then all experts of a layer without a slot are streamed
 to a buffer, and slots stay as they are. With two buffers, a layer's experts are on their way while
 the layer before it computes.
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels import ops
-from nanovllm.kernels.reference_offload import COUNTERS as COUNTERS
+from nanovllm.kernels.reference.offload import COUNTERS as COUNTERS
 
 # Layers are streamed in steps with so many (token, expert) pairs for each expert. If pairs are
 # spread evenly, 98 % of the experts are chosen then.
@@ -28,7 +28,7 @@ STREAMED_PAIRS_PER_EXPERT = 4
 
 
 class Buffer(NamedTuple):
-    """See `reference_offload.stream_experts`."""
+    """See `reference.offload.stream_experts`."""
 
     slot_I: Tensor
     gate_up_BGD: Tensor
@@ -36,7 +36,7 @@ class Buffer(NamedTuple):
 
 
 class Residents(NamedTuple):
-    """A set of slots and its table: see `reference_offload.fetch_experts`."""
+    """A set of slots and its table: see `reference.offload.fetch_experts`."""
 
     slots_gate_up_SGD: Tensor
     slots_down_SDF: Tensor

@@ -1,0 +1,40 @@
+"""The images, videos and clips of unfinished requests, from which the device makes embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from nanovllm.media_intake import MediaPrompt
+from nanovllm.runner.runner import Runner
+from nanovllm.runner.towers import Encodable
+from nanovllm.schedule.plan import StepPlan
+from nanovllm.schedule.request import Request
+
+
+class HeldMedia:
+    """Keeps media on the host by the keys of contents: requests with equal media share them."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self.items: dict[str, Encodable] = {}
+
+    def hold(self, prompt: MediaPrompt) -> None:
+        """Keep the media of a prompt."""
+        self.items.update((content.key, item) for content, item in prompt.images)
+
+    def encode(self, plan: StepPlan) -> None:
+        """Encode what a plan needs and what has no embeddings yet."""
+        keys = dict.fromkeys(one.key for one in plan.embeddings)
+        missing = [key for key in keys if key not in self._runner.embeddings]
+        if missing:
+            self._runner.encode({key: self.items[key] for key in missing})
+
+    def release(self, request: Request, others: Iterable[Request]) -> None:
+        """Drop the media and the given embeddings of a request that no other one has."""
+        if not request.contents:
+            return
+        in_use = {one.key for other in others for one in other.contents}
+        ended = {one.key for one in request.contents} - in_use
+        self._runner.drop_embeddings(ended)
+        for key in ended:
+            self.items.pop(key, None)

@@ -1,0 +1,109 @@
+"""What requests wait for before they can be queued: their media and their grammars, which threads
+prepare."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+from nanovllm.held_media import HeldMedia
+from nanovllm.intake import Intake
+from nanovllm.media_intake import MediaIntake, MediaPrompt
+from nanovllm.metrics import EngineMetrics
+from nanovllm.prompts import Prompt
+from nanovllm.schedule.request import Request
+from nanovllm.structured.grammars import Grammars, Refusal
+from nanovllm.structured.library import Source
+from nanovllm.structured.matcher import Matcher
+
+logger = logging.getLogger(__name__)
+
+
+class Preparation:
+    """Requests with media or grammars, until they are queued. One thread at a time may use it.
+
+    Ctrl-C can come between any two lines. So a request gets what a thread has made before this is
+    forgotten, and it is queued before it is forgotten. What was interrupted is done again.
+    """
+
+    def __init__(
+        self,
+        intake: Intake,
+        media: MediaIntake,
+        grammars: Grammars,
+        held: HeldMedia,
+        metrics: EngineMetrics,
+    ) -> None:
+        """Takes over `media` and `grammars`."""
+        self._intake, self._media, self._grammars = intake, media, grammars
+        self._held, self._metrics = held, metrics
+        self._requests: dict[int, Request] = {}
+
+    def __len__(self) -> int:
+        """The number of requests that are not queued yet."""
+        return len(self._requests)
+
+    def add(self, request: Request, prompt: Prompt, source: Source | None) -> None:
+        """Begin to prepare the media of a request's prompt, and its grammar."""
+        self._requests[request.request_id] = request
+        if prompt.media:
+            self._media.add(request.request_id, prompt)
+        if source is not None:
+            self._grammars.add(request.request_id, source, request.params)
+
+    def ready(self, wait_s: float) -> Iterator[tuple[Request, str | None]]:
+        """Requests that are ready, with None, or with what is wrong with their media or grammars.
+
+        If nothing is ready, wait for it, but not longer than `wait_s`. The caller queues or ends a
+        request before it asks for the next one.
+        """
+        with self._metrics.waiting_for_media(wait_s > 0 and bool(self._media)):
+            for request_id, prompt in self._media.take(wait_s if self._media else 0.0):
+                yield from self._failed(request_id, prompt)
+        for request_id, matcher in self._grammars.take(0.0 if self._media else wait_s):
+            yield from self._failed(request_id, matcher)
+        for request_id, request in list(self._requests.items()):
+            if request_id not in self._media and request_id not in self._grammars:
+                yield request, None
+                self._requests.pop(request_id, None)
+
+    def expand(self, request: Request, found: MediaPrompt) -> None:
+        """Give a request its whole prompt. Raises ValueError if this is too long."""
+        prompt_ids = self._intake.prompt_ids(Prompt(None, found.token_ids), request.params)
+        self._intake.check_positions(found.position_3T, len(prompt_ids))
+        request.max_output = self._intake.max_output(request.params, len(prompt_ids))
+        self._held.hold(found)
+        contents = tuple(content for content, _ in found.images)
+        request.expand(prompt_ids, contents, found.position_3T)
+
+    def drop(self, request_id: int) -> None:
+        """Forget a request that has ended, and end the work on it."""
+        self._media.drop(request_id)
+        self._grammars.drop(request_id)
+        self._requests.pop(request_id, None)
+
+    def close(self) -> None:
+        """End the threads and processes."""
+        self._requests.clear()
+        self._media.close()
+        self._grammars.close()
+
+    def _failed(
+        self, request_id: int, found: MediaPrompt | Matcher | Refusal | str
+    ) -> Iterator[tuple[Request, str]]:
+        """Give a request what was prepared for it; yields the request if that is not possible."""
+        request = self._requests[request_id]
+        if isinstance(found, Matcher):
+            request.constraint = found
+        elif isinstance(found, Refusal):
+            # without the reason: it may quote what the user has sent
+            logger.error("request %d: structured_outputs.%s is refused", request_id, found.form)
+            yield request, found.text
+        else:
+            try:
+                if isinstance(found, str):
+                    raise ValueError(found)
+                self.expand(request, found)
+            except ValueError as error:
+                logger.error("request %d: %s", request_id, error)
+                yield request, str(error)

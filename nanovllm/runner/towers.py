@@ -1,0 +1,96 @@
+"""The towers of a model: one that sees, one that hears. They make embeddings of media.
+
+L levels of features | G tokens | O their width
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nanovllm.compile.program import Compiler
+from nanovllm.models.interface import Model, Params
+from nanovllm.platforms.base import Platform
+from nanovllm.runner.audio_tower import AudioSteps
+from nanovllm.runner.captured import Capture
+from nanovllm.runner.embeddings import Embeddings
+from nanovllm.runner.spec import Layout
+from nanovllm.runner.tower import TowerSteps
+
+
+class Encodable(NamedTuple):
+    """What a tower makes embeddings of: an image, a video or a clip of sound, as the checkpoint's
+    processor gives it. `values` are patches and `grid` their (frames, rows, columns), or mel
+    features and their (frames,). `tower` is a key of `Towers.by_name`."""
+
+    values: Tensor
+    grid: tuple[int, ...]
+    tower: str = "vision"
+
+
+class Towers:
+    """The calls of a model's towers, "vision" and "audio". A text model has none."""
+
+    def __init__(
+        self,
+        model: Model,
+        params: Params,
+        platform: Platform,
+        compiler: Compiler,
+        layout: Layout,
+        embeddings: Embeddings,
+    ) -> None:
+        self.by_name: dict[str, TowerSteps | AudioSteps] = {}
+        self._embeddings, self._dtype = embeddings, model.config.dtype
+        whole = platform.traits.whole_steps
+        if model.tower is not None:
+            self.by_name["vision"] = TowerSteps(
+                model.tower, params.tower, platform, compiler, layout.vision_patches, whole
+            )
+        if model.audio_tower is not None:
+            # its regions are programs of their own, which such platforms cannot have
+            own = Compiler(None) if whole else compiler
+            self.by_name["audio"] = AudioSteps(
+                model.audio_tower, params.audio_tower, platform, own, layout.audio_chunks
+            )
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.by_name
+
+    def run_largest(self) -> None:
+        """Run the largest call of each tower."""
+        with torch.no_grad():
+            for tower in self.by_name.values():
+                tower.run_budget(tower.budgets[-1])
+
+    def run_bucket(self, name: str, size: int) -> None:
+        """Build and run the programs of a call of this size."""
+        self.by_name[name].run_budget(size, few=True)
+
+    def warm_up(self, capture: Capture | None, progress: Callable[[str], object]) -> None:
+        """Build and run the calls of all sizes, and capture those that `capture` is for."""
+        for name, tower in self.by_name.items():
+            for budget in reversed(tower.budgets):
+                progress(f"{name} {budget}")
+                tower.run_budget(budget, few=True)
+            if isinstance(tower, TowerSteps) and capture is not None:
+                tower.capture(capture)
+
+    def encode(self, media: Mapping[str, Encodable]) -> None:
+        """Compute the embeddings of images, videos or clips, and keep them under these keys for the
+        next step at least. Does not wait for the device."""
+        for name, tower in self.by_name.items():
+            own = {key: one for key, one in media.items() if one.tower == name}
+            if not own:
+                continue
+            values = torch.cat([one.values for one in own.values()])
+            grids = [one.grid for one in own.values()]
+            with torch.no_grad():
+                features_LGO = tower.features(values, grids)
+            sizes = [tower.num_tokens(grid) for grid in grids]
+            for key, part_LGO in zip(own, features_LGO.split(sizes, dim=1)):
+                embeds = part_LGO.transpose(0, 1).flatten(1).to(self._dtype)
+                self._embeddings.keep(key, embeds)

@@ -1,0 +1,46 @@
+"""Writes what a step does not derive from the state: rows of new requests, new blocks, and the
+sampler's tables.
+
+R rows | N new blocks | P blocks per row | F sampling fields | S rows of the state
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from nanovllm.platforms.base import Platform
+from nanovllm.runner.sampling import Sampler
+from nanovllm.runner.state import DeviceState
+from nanovllm.schedule.plan import PAD_BLOCK, StepPlan
+
+
+def write(plan: StepPlan, state: DeviceState, sampler: Sampler, platform: Platform) -> None:
+    """Write a plan's data to the device. Raises ValueError for an adapter: none can be loaded."""
+    if plan.settings:
+        _write_rows(plan, state, platform)
+        sampler.edits.clear(row.row for row in plan.settings)
+    if plan.new_blocks:
+        row_N, index_N, block_N = platform.upload(plan.new_blocks, torch.int64).unbind(1)
+        state.block_table_SP.index_put_((row_N, index_N), block_N.int())
+    sampler.remember(plan.histories)
+    sampler.edits.write(plan.edits)
+    if plan.allowed_MW is not None:
+        masked = [plan.rows[row] for row in plan.choice.masked]
+        sampler.masks.write(plan.rows, masked, plan.allowed_MW)
+
+
+def _write_rows(plan: StepPlan, state: DeviceState, platform: Platform) -> None:
+    rows, upload = plan.settings, platform.upload
+    if adapter := next((row.adapter for row in rows if row.adapter), 0):
+        raise ValueError(f"adapter {adapter} is not loaded: only 0, none, is")
+    tables = np.full((len(rows), state.block_table_SP.shape[1]), PAD_BLOCK, np.int32)
+    for table_P, row in zip(tables, rows):
+        table_P[: len(row.blocks)] = row.blocks
+    numbers = [(row.row, row.pos, row.rope_offset, row.seed) for row in rows]
+    row_R, *columns = upload(numbers, torch.int64).unbind(1)
+    for target, values in zip((state.pos_S, state.rope_offset_S, state.seed_S), columns):
+        target.index_copy_(0, row_R, values)
+    sampling_RF = upload([row.sampling for row in rows], torch.float32)
+    state.sampling_SF.index_copy_(0, row_R, sampling_RF)
+    state.block_table_SP.index_copy_(0, row_R, upload(tables, torch.int32))
