@@ -1,1 +1,1 @@
-"""Structured output: what an answer must look like, and which tokens may come next."""
+"""Structured output: grammars for answers, and masks of the allowed next tokens."""

@@ -1,4 +1,4 @@
-"""llguidance, which is an extra: its limits, and how texts become its grammars."""
+"""llguidance (an extra): its limits, and the conversion of sources to its grammars."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from nanovllm.structured.params import StructuredOutputsParams
 if TYPE_CHECKING:
     import llguidance
 
-# Between the parts of JSON: a space, or a new line with its indentation. Without a bound a model
-# may write nothing else until its last token.
+# Between the parts of JSON: a space, or a line break with its indentation. Without a bound a model
+# may write white space until its last token.
 WHITESPACE = r" |\n[ \t]{0,32}"
 MAX_ERROR_CHARS = 300
 
-# What one grammar may cost. The library counts work in its own units and stops at these limits.
+# Limits on the cost of a grammar. The library counts work in its own units and stops there.
 LIMITS: dict[str, Any] = {
     "initial_lexer_fuel": 1_000_000,  # of the regular expressions of a grammar, 50,000 a ms
     "step_lexer_fuel": 100_000,  # of the regular expressions in one mask, 14,000 a ms
@@ -30,8 +30,8 @@ LIMITS: dict[str, Any] = {
 
 
 class Source(NamedTuple):
-    """What is compiled. `kind` is "json" for a schema as JSON, "regex", "lark", or "grammar" for
-    Lark or GBNF."""
+    """The source of a grammar. `kind` is "json" for a schema as JSON, "regex", "lark", or
+    "grammar" for Lark or GBNF."""
 
     kind: str
     text: str
@@ -57,7 +57,7 @@ def source(params: StructuredOutputsParams, max_bytes: int) -> Source:
             checked = checked_schema(schema)
         except ValueError as error:
             raise ValueError(f"structured_outputs.{form}: {error}") from None
-        return Source("json", _dumped(_with_options(checked, params)))
+        return Source("json", _dumped(with_options(checked, params)))
     if form == "choice":
         assert params.choice is not None
         text = "start: " + " | ".join(map(_literal, params.choice))
@@ -93,7 +93,8 @@ def short(error: str) -> str:
     return text if len(text) <= MAX_ERROR_CHARS else text[:MAX_ERROR_CHARS] + "…"
 
 
-def _with_options(schema: Any, params: StructuredOutputsParams) -> Any:
+def with_options(schema: Any, params: StructuredOutputsParams) -> Any:
+    """A schema with the library's options for the white space that the parameters ask for."""
     options: dict[str, Any] = {"whitespace_pattern": params.whitespace_pattern or WHITESPACE}
     if params.disable_any_whitespace:
         options = {"whitespace_flexible": False}

@@ -1,4 +1,4 @@
-"""Follows answers and says which tokens may come next.
+"""Follows answers and computes the masks of allowed next tokens.
 
 A mask takes some microseconds, and the engine computes it between two steps. Few grammars need
 milliseconds: their masks are computed in threads, and their requests stay out of steps meanwhile.
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import llguidance
 
 WORD_TOKENS = 32
-SLOW_S = 1e-3  # a grammar with such a mask has its next mask computed in a thread
+SLOW_S = 1e-3  # if a mask takes longer, a thread computes the next mask of its grammar
 NUM_THREADS = 4
 MAX_PARALLEL = 8
 # With fewer masks threads cost more than they save.
@@ -58,7 +58,7 @@ class Matcher:
 
     @property
     def is_ready(self) -> bool:
-        """Whether the next mask takes no time worth mentioning."""
+        """Whether the next mask is ready, or fast to compute."""
         return self._work is None or self._work.done()
 
     def push(self, token_id: int) -> None:
@@ -99,7 +99,7 @@ class Masks:
         self._begun: set[Future[np.ndarray]] = set()
 
     def compiled(self, of_library: llguidance.LLMatcher) -> Compiled:
-        """The first mask of a grammar, and how long it takes."""
+        """Compile the first mask of a grammar, and note whether it is slow."""
         allowed_1W = np.zeros((1, self._own_words), np.int32)
         start = time.perf_counter()
         self._filling.fill_next_token_bitmask(of_library, allowed_1W, 0)

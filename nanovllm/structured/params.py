@@ -1,4 +1,4 @@
-"""What users give as `SamplingParams(structured_outputs=…)`, with vLLM's names."""
+"""The value of `SamplingParams(structured_outputs=…)`, with vLLM's names."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OFF = (None, False, "")
 
 @dataclass(frozen=True)
 class StructuredOutputsParams:
-    """What the answer must look like: exactly one of the first five fields is set.
+    """The form of the answer: exactly one of the first five fields is set.
 
     json: a JSON schema, as a dict or as text.
     regex: a regular expression that the whole answer matches, in the syntax of Rust's regex crate:
@@ -25,7 +25,7 @@ class StructuredOutputsParams:
     json_object: True for any JSON object.
     disable_any_whitespace: JSON without spaces and newlines between its parts.
     whitespace_pattern: a regular expression of the whitespace between the parts of JSON.
-    disable_fallback: as vLLM has it; there is nothing to fall back to.
+    disable_fallback: accepted as in vLLM, without effect: there is no fallback.
 
     The other fields are those of vLLM's class of which only the default is supported.
     """

@@ -1,4 +1,4 @@
-"""The program of a process that tries grammars before the engine's process compiles them.
+"""The program of a process that compiles grammars before the engine's process does.
 
 The library recurses into grammars. One that is nested too deeply overflows the stack, which ends
 the process: then it ends this one. Compiling cannot be interrupted either: then this process is
@@ -85,7 +85,7 @@ def main() -> None:
     if sys.platform == "linux":
         import resource
 
-        with contextlib.suppress(ValueError, OSError):  # a lower limit holds already
+        with contextlib.suppress(ValueError, OSError):  # a lower limit is already set
             resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     threading.stack_size(STACK_BYTES)
     special = json.loads(sys.stdin.readline())

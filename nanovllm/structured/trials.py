@@ -1,4 +1,4 @@
-"""The engine's side of the processes that try grammars."""
+"""The engine's side of the processes that try to compile grammars (`trial.py`)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Trial:
         self._is_closed = False
 
     def run(self, found: Source, timeout_s: float) -> str:
-        """The library's grammar of a source. Raises ValueError with what is wrong with it."""
+        """The library's grammar of a source. Raises ValueError with the cause if it is invalid."""
         is_new = self._process is None or self._process.poll() is not None
         if is_new:
             self._start()

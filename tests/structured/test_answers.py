@@ -1,4 +1,7 @@
-"""Constrained answers in a whole engine: where they end, and what else may go on beside them."""
+"""Constrained answers in a whole engine: where they end, and what else may go on beside them.
+
+All of it holds on the CPU and on a GPU, there eager and with captured steps.
+"""
 
 from __future__ import annotations
 
@@ -16,26 +19,42 @@ from nanovllm.structured import matcher
 from tests.engines import drain
 
 OPTIONS: dict[str, Any] = {
-    "device": "cpu", "dtype": "float32", "max_num_seqs": 12, "max_model_len": 128,
+    "dtype": "float32", "max_num_seqs": 12, "max_model_len": 128,
     "max_num_batched_tokens": 64, "kvcache_block_size": 16, "num_kvcache_blocks": 97,
 }  # fmt: skip
 PROMPT = "What is 2 + 3?"
 CODE = r"[0-9]{3}-[a-f]{2}"
 LONG = f"({CODE};){{7}}"
 OPEN = "(ab)+"  # may end, or go on
+GRAPH: dict[str, Any] = {"enforce_eager": False, "graph_batch_sizes": (4, 12)}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param({"device": "cpu", "enforce_eager": True}, id="cpu"),
+        pytest.param({"device": "cuda", "enforce_eager": True}, id="cuda", marks=pytest.mark.gpu),
+        pytest.param({"device": "cuda", **GRAPH}, id="cuda-graph", marks=pytest.mark.gpu),
+    ],
+)
+def place(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Options: the device, and whether steps are captured."""
+    return dict(request.param)
 
 
 @pytest.fixture(scope="module")
-def llm() -> Iterator[LLM]:
-    yield LLM("tiny-qwen3", enforce_eager=True, **OPTIONS)
+def llm(place: dict[str, Any]) -> Iterator[LLM]:
+    llm = LLM("tiny-qwen3", **OPTIONS, **place)
+    yield llm
+    llm.close()
 
 
 @pytest.fixture
-def make() -> Iterator[Callable[..., LLM]]:
+def make(place: dict[str, Any]) -> Iterator[Callable[..., LLM]]:
     made: list[LLM] = []
 
     def make(**options: Any) -> LLM:
-        made.append(LLM("tiny-qwen3", **{"enforce_eager": True, **OPTIONS, **options}))
+        made.append(LLM("tiny-qwen3", **{**OPTIONS, **place, **options}))
         return made[-1]
 
     yield make
@@ -183,12 +202,12 @@ def test_other_rows_get_the_same_tokens_beside_constrained_ones(llm: LLM) -> Non
     "options",
     [
         {"run_ahead": 1},
-        {"enforce_eager": False, "graph_batch_sizes": (4, 12)},
+        pytest.param({"run_ahead": 0}, marks=pytest.mark.gpu),  # on a CPU it is 0
+        GRAPH,
         {"num_kvcache_blocks": 9, "run_ahead": 1},
         {"num_kvcache_blocks": 9, "enable_prefix_caching": False},
-        {"tensor_parallel_size": 2},
     ],
-    ids=["ahead", "graph", "preempted", "uncached", "ranks"],
+    ids=["ahead", "behind", "graph", "preempted", "uncached"],
 )
 def test_answers_depend_on_neither_graphs_nor_order(
     llm: LLM, make: Callable[..., LLM], options: dict[str, Any]
@@ -198,6 +217,30 @@ def test_answers_depend_on_neither_graphs_nor_order(
     assert answers(other, mixed(LONG, 60)) == expected
     if options.get("num_kvcache_blocks"):
         assert other.engine.scheduler.num_preemptions > 0
+
+
+@pytest.mark.parametrize("device_name", ["cpu", pytest.param("cuda", marks=pytest.mark.gpus)])
+def test_two_ranks_give_the_answers_of_one(device_name: str) -> None:
+    found = []
+    for num_ranks in (1, 2):
+        llm = LLM(
+            "tiny-qwen3", device=device_name, tensor_parallel_size=num_ranks, enforce_eager=True,
+            **OPTIONS,
+        )  # fmt: skip
+        found.append(answers(llm, mixed(LONG, 60)))
+        llm.close()
+    assert found[0] == found[1]
+
+
+@pytest.mark.gpu
+def test_a_step_with_masks_is_captured_once(captured: list[object]) -> None:
+    llm = LLM("tiny-qwen3", device="cuda", **OPTIONS, **GRAPH)
+    num_warm, asked = len(captured), [params(1, LONG), plain(2), params(3, LONG)]
+    first = answers(llm, asked)
+    num_captured = len(captured)
+    assert num_captured > num_warm
+    assert answers(llm, asked) == first and len(captured) == num_captured
+    llm.close()
 
 
 def test_only_constrained_rows_wait_for_their_tokens(
@@ -244,7 +287,7 @@ def test_masks_that_take_long_keep_no_other_row_waiting(
 def test_steps_with_constrained_rows_verify_no_proposals(
     make: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    llm = make(draft_lengths=(2,))
+    llm = make(draft_lengths=(2,), run_ahead=0)  # proposals follow known tokens
     asked = [params(1), plain(2, max_tokens=60), params(3, LONG, max_tokens=40)]
     expected = answers(llm, asked)
     llm.engine.propose = lambda request: request.prompt_ids[:2]

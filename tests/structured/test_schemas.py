@@ -19,12 +19,20 @@ MAX_TOKENS = 96
 MAX_UNFINISHED = 30
 
 
-@pytest.fixture(scope="module")
-def llm() -> Iterator[LLM]:
-    yield LLM(
-        "tiny-qwen3", device="cpu", enforce_eager=True, max_num_seqs=100, max_model_len=256,
-        num_kvcache_blocks=1200, kvcache_block_size=16, max_cached_grammars=2,
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param({"device": "cpu", "enforce_eager": True}, id="cpu"),
+        pytest.param({"device": "cuda"}, id="cuda", marks=pytest.mark.gpu),
+    ],
+)
+def llm(request: pytest.FixtureRequest) -> Iterator[LLM]:
+    llm = LLM(
+        "tiny-qwen3", max_num_seqs=100, max_model_len=256, num_kvcache_blocks=1200,
+        kvcache_block_size=16, max_cached_grammars=2, **request.param,
     )  # fmt: skip
+    yield llm
+    llm.close()
 
 
 def params(schema: Any, seed: int, **changes: Any) -> SamplingParams:

@@ -33,9 +33,9 @@ def step_seconds(llm: LLM, given: dict[str, Any]) -> dict[bool, float]:
     constrained = engine.add_request(PROMPT, wanted, incremental=False)
     while engine._grammars:
         engine._queue_prepared()
-    pair = [engine._requests[ids[-1]][0], engine._requests[constrained][0]]
+    pair = [engine._answers.requests[ids[-1]][0], engine._answers.requests[constrained][0]]
     seconds: dict[bool, list[float]] = {False: [], True: []}
-    while constrained in engine._requests and ids[0] in engine._requests:
+    while constrained in engine._answers.requests and ids[0] in engine._answers.requests:
         turn = len(seconds[True]) >= len(seconds[False])
         pair[turn].is_verifying, pair[not turn].is_verifying = True, False  # one is left out
         start = time.process_time()
@@ -43,7 +43,7 @@ def step_seconds(llm: LLM, given: dict[str, Any]) -> dict[bool, float]:
         took = time.process_time() - start
         if plan is not None and not plan.is_prefill and len(plan.rows) == 33:
             seconds[plan.choice.has_masks].append(took)
-    engine.abort_all(list(engine._requests))
+    engine.abort_all(list(engine._answers.requests))
     engine.take()
     assert min(map(len, seconds.values())) > 8
     return {kind: statistics.median(found) for kind, found in seconds.items()}

@@ -6,34 +6,46 @@ import asyncio
 import os
 import re
 import signal
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nanovllm import SamplingParams
+from nanovllm import LLM, SamplingParams
+from nanovllm.engine import Engine
+from nanovllm.parallel.channel import Channel, channel_pair
+from nanovllm.replicas import messages
+from nanovllm.serving import loop
 from nanovllm.serving.async_llm import AsyncLLM
+from nanovllm.serving.client import Client
 from nanovllm.serving.interface import EngineDead
+from tests.engines import greedy
+from tests.replicas import test_data_parallel
+from tests.serving import served
+from tests.serving.test_clients import collected
 
 CODE = "[0-9]{3}-[a-f]{2}"
 
 
-def trials() -> set[str]:
-    """The ids of the processes that try grammars."""
+def trials(parent: int) -> set[Path]:
+    """The processes that try grammars for a process."""
     found = set()
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
+    for path in Path("/proc").glob("[0-9]*"):
         try:
-            if b"nanovllm.structured.trial" in path.read_bytes():
-                found.add(path.parent.name)
+            words, state = (path / "cmdline").read_bytes(), (path / "stat").read_text()
         except OSError:
-            pass  # it has ended
+            continue  # it has ended
+        if b"nanovllm.structured.trial" in words and state.rsplit(")")[1].split()[1] == str(parent):
+            found.add(path)
     return found
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="processes are looked up in /proc")
 def test_an_engine_that_is_killed_leaves_no_compiler_behind() -> None:
-    before = trials()
+    left: set[Path] = set()
 
     async def text(llm: AsyncLLM, given: dict[str, Any]) -> str:
         params = SamplingParams(max_tokens=12, seed=1, structured_outputs=given)  # type: ignore[arg-type]
@@ -50,13 +62,69 @@ def test_an_engine_that_is_killed_leaves_no_compiler_behind() -> None:
                 await text(llm, {"json": {"not": {}}})
             with pytest.raises(ValueError, match="at most 262144 are allowed"):
                 await text(llm, {"regex": "a" * 300_000})
-            assert trials() - before
+            left.update(trials(llm._process.pid))
+            assert left
             os.kill(llm._process.pid, signal.SIGKILL)
             with pytest.raises(EngineDead):
                 await text(llm, {"choice": ["a"]})
 
     asyncio.run(work())
     deadline = time.monotonic() + 20
-    while trials() - before and time.monotonic() < deadline:
+    while any(one.exists() for one in left) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not trials() - before
+    assert not [one for one in left if one.exists()]
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    llm = LLM("tiny-qwen3", device="cpu", enforce_eager=True, max_num_seqs=2, max_model_len=256)
+    yield llm.engine
+    llm.close()
+
+
+def is_prepared(engine: Engine) -> bool:
+    return engine._grammars._compiler._of_library is not None  # type: ignore[union-attr]
+
+
+def test_an_engine_prepares_for_grammars_as_soon_as_it_is_idle(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_running: list[int] = []
+    monkeypatch.setattr(loop, "IDLE_SECONDS", 1000.0)
+    prepare = engine.prepare_grammars
+
+    def noted() -> None:
+        num_running.append(len(engine._answers.requests))
+        prepare()
+
+    monkeypatch.setattr(engine, "prepare_grammars", noted)
+
+    async def work(client: Client) -> None:
+        for _ in range(2):
+            stream = await client.open([5, 6], greedy(200))
+            assert len(await collected(stream)) > 1
+            assert not num_running, "a request that comes before does not wait for it"
+        monkeypatch.setattr(loop, "IDLE_SECONDS", 0.05)
+        await collected(await client.open([5, 6], greedy(200)))
+        deadline = time.monotonic() + 20
+        while not is_prepared(engine) and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+        assert is_prepared(engine)
+        await collected(await client.open([5, 6], greedy(2)))
+
+    served.serve(engine, work)
+    assert num_running == [0]
+
+
+def test_replicas_prepare_for_grammars_when_they_are_told(engine: Engine) -> None:
+    ours, theirs = channel_pair()
+    thread = threading.Thread(target=test_data_parallel.run, args=(engine, Channel(theirs)))
+    thread.start()
+    assert ours.receive()[0] == messages.READY
+    ours.send(messages.PREPARE_GRAMMARS)
+    deadline = time.monotonic() + 20
+    while not is_prepared(engine) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    ours.close()
+    thread.join()
+    assert is_prepared(engine)
