@@ -1,4 +1,4 @@
-"""Calls of tools and reasoning in the text of answers, whole or as it comes.
+"""Parsers of tool calls and reasoning in the text of answers, whole or streamed.
 
 An `AnswerParser` has a parser for tools and one for reasoning, or one of them:
 
@@ -8,8 +8,8 @@ An `AnswerParser` has a parser for tools and one for reasoning, or one of them:
         parts = stream.push(text)
     parts = stream.finish()
 
-`parser.parse(text)` gives the same for a whole text, however a stream was cut. No text raises an
-error. Nothing here needs torch.
+`parser.parse(text)` parses a whole text. A stream gives the same result, wherever it is cut. No
+text raises an error. Nothing here needs torch.
 """
 
 from nanovllm.parsers.answers import AnswerParser, AnswerStream
@@ -25,7 +25,7 @@ from nanovllm.parsers.parts import (
 )
 from nanovllm.parsers.reader import TextParser
 from nanovllm.parsers.reasoning import ReasoningParser, reasoning_parser, reasoning_parser_for
-from nanovllm.parsers.required import required_schema
+from nanovllm.parsers.required import call_schema, required_schema
 from nanovllm.parsers.tools import REQUIRED, ToolParser, tool_parser, tool_parser_for
 
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
     "TextParser",
     "ToolCall",
     "ToolParser",
+    "call_schema",
     "joined",
     "reasoning_parser",
     "reasoning_parser_for",

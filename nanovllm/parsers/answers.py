@@ -1,4 +1,4 @@
-"""Whole answers: reasoning, content and calls of tools."""
+"""Parses answers into reasoning, content and tool calls."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from nanovllm.parsers.tools import ToolParser
 
 @dataclass(frozen=True)
 class AnswerParser:
-    """Reasoning first; what follows it is content and calls.
+    """Parses reasoning at the beginning, then content and calls.
 
     tools, reasoning: None for answers without them.
     end_texts: special tokens that end an answer, such as "<|eot_id|>". They are in the text if it
-        is made with `skip_special_tokens=False`. The first of them, and what follows, is dropped.
+        is decoded with `skip_special_tokens=False`. The first of them ends the answer.
     """
 
     tools: ToolParser | None = None
@@ -26,7 +26,7 @@ class AnswerParser:
 
     @property
     def needs_special_tokens(self) -> bool:
-        """Whether the text must be made with `skip_special_tokens=False`."""
+        """Whether the text must be decoded with `skip_special_tokens=False`."""
         parts = (self.tools, self.reasoning)
         return any(one is not None and one.needs_special_tokens for one in parts)
 
@@ -53,7 +53,7 @@ class AnswerParser:
 
 
 class AnswerStream:
-    """One answer that comes in pieces. Each stage parses what is content to the one before it."""
+    """A streamed answer. Each stage parses the content that the stage before it found."""
 
     def __init__(self, stages: Sequence[TextParser]) -> None:
         self._stages = stages
@@ -74,7 +74,7 @@ class AnswerStream:
 
 
 def _through(stage: TextParser, parts: Sequence[Part]) -> list[Part]:
-    """The parts with their content parsed."""
+    """The parts, with their content parsed by this stage."""
     found: list[Part] = []
     for part in parts:
         found += stage.push(part.text) if isinstance(part, ContentPart) else [part]

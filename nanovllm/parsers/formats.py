@@ -1,14 +1,14 @@
-"""The formats in which models write calls of tools, one function each.
+"""Formats of tool calls with JSON arguments, one function each. XML formats are in xml_calls.py.
 
-Written from the chat templates that the models are published with, since a template shows earlier
-calls to its model in the format that the model was trained to write. A text that begins like a
-call and is none stays content. Arguments that are not JSON are given as they are, up to the end of
-the call.
+They were written from the chat templates of the models: a template shows earlier calls in the
+format that the model was trained to write. Text that begins like a call but is not one stays
+content. Arguments that are not JSON are passed on as they are, up to the end of the call.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 
 from nanovllm.parsers.json_calls import Outcome, read_arguments, read_call, read_calls
 from nanovllm.parsers.parts import Sink
@@ -16,6 +16,7 @@ from nanovllm.parsers.reader import Reader, Wait, ignore
 
 TOOL_CALL, END_TOOL_CALL = "<tool_call>", "</tool_call>"
 PYTHON_TAG = "<|python_tag|>"
+GRANITE_CALL = "<|tool_call|>"
 TOOL_CALLS, CALL_ID, ARGS = "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"
 CALLS_BEGIN, CALLS_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 CALL_BEGIN, CALL_END, CALL_SEP = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>"
@@ -76,21 +77,40 @@ def mistral(reader: Reader, sink: Sink) -> Wait[None]:
 
     Templates of Mistral 7B v0.3, Nemo, Small, Devstral, Ministral 3.
     """
-    marker = yield from reader.until((TOOL_CALLS,), sink.content)
-    while marker:
-        reader.keep(TOOL_CALLS)
+    yield from _after_marks(reader, sink, (TOOL_CALLS,), _mistral_calls)
+
+
+def _mistral_calls(reader: Reader, sink: Sink) -> Wait[Outcome]:
+    is_list = (yield from reader.peek()) == "["
+    return (yield from (read_calls if is_list else _named_call)(reader, sink))
+
+
+def granite(reader: Reader, sink: Sink) -> Wait[None]:
+    """<|tool_call|>[{"name": …, "arguments": {…}}, …]. Some versions write <tool_call> as text.
+
+    Templates of Granite 3.0 to 3.3.
+    """
+    yield from _after_marks(reader, sink, (GRANITE_CALL, TOOL_CALL), read_calls)
+
+
+def _after_marks(
+    reader: Reader, sink: Sink, marks: Sequence[str], read: Callable[[Reader, Sink], Wait[Outcome]]
+) -> Wait[None]:
+    """Content, and after each mark the calls that `read` reads."""
+    mark = yield from reader.until(marks, sink.content)
+    while mark:
+        reader.keep(mark)
         yield from reader.spaces()
-        is_list = (yield from reader.peek()) == "["
-        outcome = yield from (read_calls if is_list else _named_call)(reader, sink)
+        outcome = yield from read(reader, sink)
         if outcome is Outcome.BROKEN:
-            marker = yield from reader.until((TOOL_CALLS,), sink.arguments)
+            mark = yield from reader.until(marks, sink.arguments)
             continue
         if outcome is Outcome.NO_CALL:
             sink.content(reader.kept())
         else:
             reader.kept()
             yield from reader.spaces()
-        marker = yield from reader.until((TOOL_CALLS,), sink.content)
+        mark = yield from reader.until(marks, sink.content)
 
 
 def _named_call(reader: Reader, sink: Sink) -> Wait[Outcome]:

@@ -1,4 +1,4 @@
-"""Calls of tools that are JSON objects with a name and arguments."""
+"""Reads tool calls that are JSON objects with a name and arguments."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Outcome(enum.Enum):
 
 
 def read_string(reader: Reader, emit: Emit) -> Wait[bool]:
-    """Read a JSON string and give it as it is. False if it does not end."""
+    """Read a JSON string and emit it unchanged. False if it does not end."""
     emit((yield from reader.next()))
     while True:
         yield from reader.run(IN_STRING, emit)
@@ -38,9 +38,9 @@ def read_string(reader: Reader, emit: Emit) -> Wait[bool]:
 
 
 def read_value(reader: Reader, emit: Emit) -> Wait[bool]:
-    """Read a JSON value and give it as it is. False where the text cannot be JSON any more.
+    """Read a JSON value and emit it unchanged. False as soon as the text cannot be JSON.
 
-    Checks strings and brackets. Other tokens are only looked at for the characters in them.
+    Checks strings and brackets. Of other tokens it checks only the characters.
     """
     open_brackets: list[str] = []
     while True:

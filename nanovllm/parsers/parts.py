@@ -1,4 +1,4 @@
-"""What answers consist of, and the collector that parsers write to."""
+"""The parts of answers, and the collector that parsers write to."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class ReasoningPart:
 
 @dataclass(frozen=True, slots=True)
 class CallStart:
-    """A call of a tool begins. index: 0, 1, … in one answer. id: if the model gave one."""
+    """The beginning of a tool call. index: 0, 1, … in one answer. id: if the model wrote one."""
 
     index: int
     name: str
@@ -28,7 +28,7 @@ class CallStart:
 
 @dataclass(frozen=True, slots=True)
 class ArgumentsPart:
-    """More text of the arguments of a call."""
+    """The next piece of the arguments of a call."""
 
     index: int
     text: str
@@ -39,7 +39,7 @@ Part: TypeAlias = ContentPart | ReasoningPart | CallStart | ArgumentsPart
 
 @dataclass(slots=True)
 class ToolCall:
-    """arguments: JSON, or what the model wrote in its place."""
+    """arguments: JSON, or the text that the model wrote instead."""
 
     name: str
     arguments: str = ""

@@ -1,9 +1,9 @@
-"""Reading a text that comes in pieces.
+"""Reads a text that arrives in pieces.
 
 The readers are generators: a bare `yield` waits for more text, and returns at once when there is
-more or the text has ended. What they give does not depend on where the text is cut.
+more or the text has ended. Their result does not depend on where the text is cut.
 
-Every character is looked at a bounded number of times: at most a beginning of a marker stays
+Each character is examined a bounded number of times: only the beginning of a marker can stay
 unread, and it is shorter than the marker.
 """
 
@@ -23,7 +23,7 @@ SPACES = re.compile(r"\s+")
 
 
 def ignore(text: str) -> None:
-    """An `Emit` for text that counts for nothing."""
+    """An `Emit` for text that is dropped."""
 
 
 class Reader:
@@ -36,11 +36,11 @@ class Reader:
         self._text, self._at = self._text[self._at :] + text, 0
 
     def keep(self, prefix: str = "") -> None:
-        """From here on, remember what is read, after `prefix`."""
+        """Remember all text that is read from here on, after `prefix`."""
         self._kept = [prefix]
 
     def kept(self) -> str:
-        """What was remembered. No more is."""
+        """Return the remembered text, and stop remembering."""
         kept, self._kept = self._kept or [], None
         return "".join(kept)
 
@@ -73,7 +73,7 @@ class Reader:
         yield from self.run(SPACES, ignore)
 
     def accept(self, marker: str) -> Wait[bool]:
-        """Read the marker if the text goes on with it."""
+        """Read the marker if it comes next. Returns whether it does."""
         while True:
             have = self._text[self._at : self._at + len(marker)]
             if have == marker:

@@ -1,4 +1,4 @@
-"""The reasoning that models write before their answer."""
+"""Parses the reasoning that models write before their answer."""
 
 from __future__ import annotations
 

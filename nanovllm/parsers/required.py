@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 MAX_DEPTH = 64
-# what a schema only mentions: no schemas are in there
+# keywords whose values are data, not schemas
 DATA = ("const", "enum", "default", "examples")
-# keywords with schemas by name
+# keywords whose values map names to schemas
 NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
-# of a document of its own, which the parameters are no more
+# keywords of a whole document; the parameters become a part of one
 IDENTITY = ("$schema", "$id")
 
 
@@ -23,7 +23,7 @@ def required_schema(
     name: the tool that must be called; None for any of them, at least one.
     parallel: several calls are allowed. A named tool is called once.
 
-    References within the parameters go on to work. Raises ValueError for no tools, an unknown
+    References within the parameters stay valid. Raises ValueError for no tools, an unknown
     name, and parameters that are no schema or are nested too deeply.
     """
     functions = {str(tool["function"]["name"]): tool["function"] for tool in tools}
@@ -32,22 +32,40 @@ def required_schema(
     if name is not None and name not in functions:
         raise ValueError(f"tool_choice names {name!r}: the tools are {', '.join(functions)}")
     allowed = functions if name is None else {name: functions[name]}
-    definitions: dict[str, Any] = {}
-    calls = []
-    for i, (one, function) in enumerate(allowed.items()):
-        parameters = function.get("parameters")
-        schema = {"type": "object"} if parameters is None else _moved(parameters, f"#/$defs/{i}")
-        definitions[str(i)] = schema
-        calls.append(_call_schema(one, {"$ref": f"#/$defs/{i}"}))
-    listed: dict[str, Any] = {
-        "type": "array",
-        "items": calls[0] if len(calls) == 1 else {"anyOf": calls},
-        "minItems": 1,
-        "$defs": definitions,
-    }
+    call, definitions = _any_call({
+        one: function.get("parameters") for one, function in allowed.items()
+    })  # fmt: skip
+    listed: dict[str, Any] = {"type": "array", "items": call, "minItems": 1, "$defs": definitions}
     if name is not None or not parallel:
         listed["maxItems"] = 1
     return listed
+
+
+def call_schema(tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The schema of {"name": …, "arguments": …}, a call of one of the tools. The arguments of a
+    tool that is not strict are any object.
+
+    Raises ValueError as `required_schema` does.
+    """
+    functions = [tool["function"] for tool in tools]
+    call, definitions = _any_call({
+        str(one["name"]): one.get("parameters") if one.get("strict") else None for one in functions
+    })  # fmt: skip
+    return {**call, "$defs": definitions}
+
+
+def _any_call(parameters: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The schema of a call, and the definitions at the root that it refers to.
+
+    parameters: schemas by the names of tools; None: any object.
+    """
+    definitions: dict[str, Any] = {}
+    calls = []
+    for i, (name, given) in enumerate(parameters.items()):
+        schema = {"type": "object"} if given is None else _moved(given, f"#/$defs/{i}")
+        definitions[str(i)] = schema
+        calls.append(_call_schema(name, {"$ref": f"#/$defs/{i}"}))
+    return calls[0] if len(calls) == 1 else {"anyOf": calls}, definitions
 
 
 def _call_schema(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:

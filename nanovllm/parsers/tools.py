@@ -1,11 +1,13 @@
-"""Parsers of tool calls, by name, and which one a chat template needs."""
+"""Parsers of tool calls by name, and the choice of one from a chat template."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from nanovllm.parsers import formats
+from nanovllm.parsers import formats, xml_calls
+from nanovllm.parsers.argument_types import ArgumentTypes
 from nanovllm.parsers.parts import Parsed, Sink, joined
 from nanovllm.parsers.reader import Reader, TextParser, Wait
 
@@ -14,15 +16,26 @@ REQUIRED = "json"  # the parser for answers that `required_schema` constrains
 
 @dataclass(frozen=True)
 class ToolParser:
-    """needs_special_tokens: the markers of calls are special tokens, so the text must show them."""
+    """needs_special_tokens: the marks of calls are special tokens, so the text must show them.
+
+    work: reads one answer, with the types of the arguments, which XML formats need.
+    marks: the texts before and after each call, if a call is the JSON of `call_schema` between two
+        texts and the first of them is nowhere else.
+    """
 
     name: str
     needs_special_tokens: bool
-    work: Callable[[Reader, Sink], Wait[None]]
+    work: Callable[[Reader, Sink, ArgumentTypes], Wait[None]]
+    marks: tuple[str, str] | None = None
+    types: ArgumentTypes = field(default_factory=ArgumentTypes)
+
+    def with_tools(self, tools: Sequence[Mapping[str, Any]]) -> ToolParser:
+        """The parser for requests with these tools. tools: as in OpenAI's API."""
+        return replace(self, types=ArgumentTypes(tools))
 
     def stream(self) -> TextParser:
         """A parser of one answer that comes in pieces."""
-        return TextParser(self.work)
+        return TextParser(lambda reader, sink: self.work(reader, sink, self.types))
 
     def parse(self, text: str) -> Parsed:
         """The content and the calls of a whole answer."""
@@ -30,23 +43,39 @@ class ToolParser:
         return joined([*stream.push(text), *stream.finish()])
 
 
+def _json(
+    work: Callable[[Reader, Sink], Wait[None]],
+) -> Callable[[Reader, Sink, ArgumentTypes], Wait[None]]:
+    """A format whose arguments are JSON already."""
+    return lambda reader, sink, _: work(reader, sink)
+
+
+HERMES_MARKS = formats.TOOL_CALL, formats.END_TOOL_CALL
 PARSERS = {
     one.name: one
     for one in (
-        ToolParser("hermes", False, formats.hermes),
-        ToolParser("llama3", True, formats.llama3),
-        ToolParser("mistral", True, formats.mistral),
-        ToolParser("deepseek", True, formats.deepseek),
-        ToolParser(REQUIRED, False, formats.json_list),
+        ToolParser("hermes", False, _json(formats.hermes), HERMES_MARKS),
+        ToolParser("llama3", True, _json(formats.llama3)),
+        ToolParser("mistral", True, _json(formats.mistral)),
+        ToolParser("deepseek", True, _json(formats.deepseek)),
+        ToolParser("granite", True, _json(formats.granite)),
+        ToolParser("qwen3_coder", False, xml_calls.qwen3_coder),
+        ToolParser("glm45", False, xml_calls.glm45),
+        ToolParser(REQUIRED, False, _json(formats.json_list)),
     )
 }
-# formats that look similar, and that no parser reads
-OTHERS = ("<function=", "<arg_key>", "<｜DSML｜")
+# marks in chat templates; the first one that a template has decides. None: a format without parser
 MARKS = {
-    "deepseek": formats.CALL_BEGIN,
-    "mistral": formats.TOOL_CALLS,
-    "hermes": formats.TOOL_CALL,
-    "llama3": '"parameters": dictionary of argument name',
+    "<seed:tool_call>": None,  # Seed-OSS
+    "<｜DSML｜": None,  # DeepSeek V3.2
+    xml_calls.PARAMETER: "qwen3_coder",
+    xml_calls.FUNCTION: None,  # Functionary
+    xml_calls.ARG_KEY: "glm45",
+    formats.GRANITE_CALL + " followed by": "granite",
+    formats.CALL_BEGIN: "deepseek",
+    formats.TOOL_CALLS: "mistral",
+    formats.TOOL_CALL: "hermes",
+    '"parameters": dictionary of argument name': "llama3",
 }
 
 
@@ -59,12 +88,10 @@ def tool_parser(name: str) -> ToolParser:
 
 def tool_parser_for(chat_template: str | None) -> str | None:
     """The name of the parser for the calls that a chat template shows. None if it shows none, or
-    calls in a format that no parser reads.
+    calls in a format without a parser.
 
-    The template tells more than the architecture: checkpoints of one architecture are trained on
+    The architecture does not tell the format: checkpoints of one architecture are trained on
     different formats.
     """
     template = chat_template or ""
-    if any(mark in template for mark in OTHERS):
-        return None
-    return next((name for name, mark in MARKS.items() if mark in template), None)
+    return next((name for mark, name in MARKS.items() if mark in template), None)

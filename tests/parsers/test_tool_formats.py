@@ -113,6 +113,13 @@ GOOD: list[tuple[str, str, Parsed]] = [
     ),
     ("deepseek", DEEP.format(""), Parsed()),
     ("deepseek", "<｜tool▁call▁begin｜>f", Parsed("<｜tool▁call▁begin｜>f")),
+    ("granite", f"<|tool_call|>[{CALL}, {CALL}]", Parsed("", [call(), call()])),
+    (
+        "granite",
+        'So: <tool_call>[{"arguments": {"a": 1}, "name": "f"}]\n',
+        Parsed("So: ", [call('{"a": 1}', "f")]),
+    ),
+    ("granite", f"<|tool_call|>{CALL}", Parsed(f"<|tool_call|>{CALL}")),
     ("json", f" [{CALL}, {CALL}] ", Parsed("", [call(), call()])),
     ("json", "[]", Parsed("[]")),
 ]
@@ -148,6 +155,11 @@ BROKEN: list[tuple[str, str, Parsed]] = [
         DEEP.format(V31.format("f", "{]") + V31.format("g", "{}")),
         Parsed("", [call("{]", "f"), call("{}", "g")]),
     ),
+    (
+        "granite",
+        '<|tool_call|>[{"name": "f", "arguments": {"a"?}}]<|tool_call|>[{"name": "g"}]',
+        Parsed("", [call('{"a"?}}]', "f"), call("{}", "g")]),
+    ),
     ("json", '[{"name": "f", "arguments": {"a": ', Parsed("", [call('{"a": ', "f")])),
 ]
 
@@ -156,10 +168,12 @@ MARKERS = [
     "<tool_call>", "</tool_call>", "<|python_tag|>", "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]",
     "<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>",
     "<｜tool▁calls▁end｜>", "```json", "```", "<think>", "</think>",
+    "<|tool_call|>", "<function=", "</function>", "<parameter=", "</parameter>", "<arg_key>",
+    "</arg_key>", "<arg_value>", "</arg_value>",
 ]  # fmt: skip
 PIECES = [
     *MARKERS, '"name"', '"f"', ": ", '"arguments"', "{", "}", "[", "]", '"', "\\", ",", "null", " ",
-    "\n", "x", "<", "function",
+    "\n", "x", "<", ">", "function",
 ]  # fmt: skip
 
 
@@ -254,7 +268,11 @@ def test_the_template_tells_the_parser() -> None:
     assert tool_parser_for("'<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>' …") == "deepseek"
     llama = '{"name": function name, "parameters": dictionary of argument name and its value}'
     assert tool_parser_for(llama) == "llama3"
-    assert tool_parser_for("<tool_call>\n<function=name>") is None, "Qwen3 Coder's XML"
+    assert tool_parser_for("<tool_call>\n<function=f>\n<parameter=key>") == "qwen3_coder"
+    assert tool_parser_for("<tool_call>{function-name}\n<arg_key>{arg-key-1}") == "glm45"
+    assert tool_parser_for("respond with <|tool_call|> followed by a JSON list") == "granite"
+    assert tool_parser_for("<function=name>{arguments}</function>") is None, "Functionary"
+    assert tool_parser_for("<seed:tool_call>\n<function=f>\n<parameter=key>") is None, "Seed-OSS"
     assert tool_parser_for("{{ messages }}") is None and tool_parser_for(None) is None
 
 
