@@ -45,6 +45,7 @@ setup(
         "nanovllm.kernels",
         "nanovllm.kernels.cpu",
         "nanovllm.kernels.npu",
+        "nanovllm.kernels.reference",
         "nanovllm.kernels.triton",
         "nanovllm.media",
         "nanovllm.models",

@@ -1,4 +1,4 @@
-"""HTTP: an OpenAI-compatible server on an `AsyncEngine`. It needs the extra `serve`."""
+"""An OpenAI-compatible HTTP server for an `AsyncEngine`. It needs the extra `serve`."""
 
 from __future__ import annotations
 
@@ -19,6 +19,6 @@ def serve(engine: EngineConfig, server: ServerConfig) -> int:
     Call it in the main thread. The log has the URL once requests are answered. Raises ValueError
     for options that the engine refuses, and OSError for an address that cannot be used.
     """
-    from nanovllm.api import start  # imports uvicorn
+    from nanovllm.api import start  # imports msgspec
 
     return start.serve(engine, server)

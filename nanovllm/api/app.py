@@ -1,8 +1,9 @@
-"""The ASGI application: which path is answered by which endpoint, keys, errors, the access log."""
+"""The ASGI application: routes, API keys, errors, the access log."""
 
 from __future__ import annotations
 
 import asyncio
+import difflib
 import logging
 import secrets
 import time
@@ -14,8 +15,9 @@ from nanovllm.api import others, page
 from nanovllm.api.chat import chat
 from nanovllm.api.completions import completions
 from nanovllm.api.config import ALWAYS_OPEN
-from nanovllm.api.errors import ApiError, from_exception
+from nanovllm.api.errors import PROMPT, ApiError, from_exception
 from nanovllm.api.fields import REFUSED
+from nanovllm.api.hosts import Hosts
 from nanovllm.api.http import ClientGone, Exchange, Receive, Record, Scope, Send
 from nanovllm.api.openapi import description
 from nanovllm.api.responses import responses
@@ -37,12 +39,11 @@ async def openapi(service: Service, exchange: Exchange) -> None:
     await exchange.json(description(service))
 
 
-RESPONSES = Route("POST", responses)
 ROUTES = {
     "/v1/models": Route("GET", others.models),
     "/v1/completions": Route("POST", completions),
     "/v1/chat/completions": Route("POST", chat),
-    "/v1/responses": RESPONSES,
+    "/v1/responses": Route("POST", responses),
     "/v1/embeddings": Route("POST", others.embeddings),
     "/tokenize": Route("POST", others.tokenize),
     "/detokenize": Route("POST", others.detokenize),
@@ -52,15 +53,18 @@ ROUTES = {
     "/metrics": Route("GET", others.metrics),
     "/openapi.json": Route("GET", openapi),
 }
-# the first word of a message that names one of these is the error's `param`
+# what the endpoints call a prompt
+PROMPT_FIELDS = {"/v1/chat/completions": "messages", "/v1/responses": "input"}
+# if a message begins with one of these names, it is the error's `param`
 NAMES = frozenset(name for kind in REFUSED for name in kind.__struct_fields__)
 
 
 class App:
     """Answers HTTP requests with an engine."""
 
-    def __init__(self, service: Service) -> None:
-        self.service, self.config = service, service.config
+    def __init__(self, service: Service, hosts: Hosts) -> None:
+        """hosts: by which clients may call it."""
+        self.service, self.config, self._hosts = service, service.config, hosts
         self.routes = dict(ROUTES)
         self._page = page.files()
 
@@ -85,16 +89,20 @@ class App:
 
     async def _answer(self, exchange: Exchange) -> None:
         path = exchange.scope["path"]
+        if path not in ALWAYS_OPEN:
+            self._hosts.check(exchange.headers(b"host"))
         if self.config.api_key and not self._is_open(path):
             self._check_key(exchange)
         if path in self._page:
             await self._send_page(exchange, path)
             return
         route = self.routes.get(path)
-        if route is None and path.startswith(others.MODELS):
+        if route is None and path.startswith(others.MODELS) and path != others.MODELS:
             route = Route("GET", others.model)
         if route is None:
-            raise ApiError(404, "there is no such path", code="unknown_path")
+            near = difflib.get_close_matches(path[:MAX_ID_CHARS], self.routes, n=1)
+            hint = f": did you mean {near[0]}?" if near else ""
+            raise ApiError(404, f"there is no such path{hint}", code="unknown_path")
         method = exchange.scope["method"]
         if method != route.method and (method, route.method) != ("HEAD", "GET"):
             raise _wrong_method(route.method)
@@ -120,10 +128,10 @@ class App:
 
     async def _refuse(self, exchange: Exchange, error: Exception) -> None:
         told = from_exception(error, NAMES, self.service.engine.config.model)
-        if told.param == "messages" and self.routes.get(exchange.scope["path"]) == RESPONSES:
-            told.param = "input"  # what they are called there
+        if told.param == PROMPT and told is not error:
+            told.param = PROMPT_FIELDS.get(exchange.scope["path"], PROMPT)
         if told.code == "internal_error":
-            # neither the message nor the values of variables: they can have the prompt
+            # neither the message nor the values of variables: they may contain the prompt
             logger.error(
                 "request %s: %s", exchange.record.request_id, _place_of(error), stacklevel=1
             )
@@ -137,7 +145,7 @@ def _wrong_method(method: str) -> ApiError:
 
 
 def _place_of(error: BaseException) -> str:
-    """The type of an error, and the functions it has come through."""
+    """The type of an error, and the functions in its traceback."""
     places = []
     traceback = error.__traceback__
     while traceback is not None:
@@ -170,14 +178,14 @@ def _log(exchange: Exchange) -> None:
     for name in ("user", "prompt"):
         if (value := getattr(record, name)) is not None:
             fields[name] = value[:MAX_LOGGED_CHARS]
-    try:  # JSON, so that nothing of a request can look like a line of the log
+    try:  # JSON, so that a request cannot forge a line of the log
         access.info("%s", msgspec.json.encode(fields).decode())
     except UnicodeEncodeError:
         access.info("request %s: %d", record.request_id, record.status)
 
 
 def with_cors(app: App) -> Any:
-    """The application, for web pages of other origins if the options allow some."""
+    """The application, with CORS if the options allow other origins."""
     if not app.config.allowed_origins:
         return app
     from starlette.middleware.cors import CORSMiddleware

@@ -13,7 +13,7 @@ Json = dict[str, Any]
 
 
 class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """include_usage: a last part has the counts of tokens. continuous_usage_stats: every part."""
+    """include_usage: the last chunk has the token counts. continuous_usage_stats: all chunks."""
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
@@ -35,7 +35,7 @@ class ResponseFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class Sampling(msgspec.Struct, kw_only=True):
-    """What completions and chat share."""
+    """Fields that completions and chat share."""
 
     model: str | None = None
     temperature: float | None = None
@@ -64,7 +64,7 @@ class Sampling(msgspec.Struct, kw_only=True):
     prompt_logprobs: int | None = None
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
-    priority: int = 0
+    priority: int | None = None
     request_id: str | None = None
     cache_salt: str | None = None
     return_token_ids: bool | None = None
@@ -120,6 +120,14 @@ class TextConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     verbosity: Literal["medium"] | None = None
 
 
+class Reasoning(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """effort: for chat templates that read it. Reasoning is given whole, without a summary."""
+
+    effort: str | None = None
+    summary: None = None
+    generate_summary: None = None
+
+
 class ResponsesBody(msgspec.Struct, kw_only=True):
     """POST /v1/responses."""
 
@@ -132,6 +140,10 @@ class ResponsesBody(msgspec.Struct, kw_only=True):
     stream: bool | None = None
     metadata: dict[str, str] | None = None
     text: TextConfig | None = None
+    reasoning: Reasoning | None = None
+    tools: list[Json] | None = None
+    tool_choice: Literal["none", "auto", "required"] | Json | None = None
+    parallel_tool_calls: bool | None = None
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None

@@ -12,11 +12,10 @@ import msgspec
 
 from nanovllm.api import logprobs
 from nanovllm.api.bodies import ChatBody
-from nanovllm.api.errors import invalid
 from nanovllm.api.generation import Answer, Chunks, Generation, respond
 from nanovllm.api.http import Exchange
 from nanovllm.api.service import Service, response_id, usage_options
-from nanovllm.api.structured import of_schema
+from nanovllm.api.structured import form_field
 from nanovllm.api.tools import Reading
 from nanovllm.parsers import AnswerStream, CallStart, ContentPart, Part, ReasoningPart, joined
 from nanovllm.serving.interface import Delta
@@ -26,17 +25,15 @@ async def chat(service: Service, exchange: Exchange) -> None:
     body = await service.body(exchange, ChatBody)
     params = service.params.of_chat(body)
     answer_id = response_id("chatcmpl-", body.request_id)
-    reading = service.readings.of(body)
-    if reading.schema is not None:
-        if params.structured_outputs is not None:
-            raise invalid("tool_choice", "tool_choice demands a call: no other form can be asked")
-        params = replace(params, structured_outputs=of_schema(reading.schema))
-    if params.structured_outputs is not None and reading.schema is None:
-        reading = Reading()  # the whole answer has the form
+    asked = params.structured_outputs
+    reading = service.readings.of(body, asked)
+    if reading.form is not asked:
+        params = replace(params, structured_outputs=reading.form)
     if reading.needs_special_tokens:
         params = replace(params, skip_special_tokens=False)
     prompt = await service.prompts.of_chat(body)
-    generation = await Generation.open(service, exchange, [prompt], params, body.priority)
+    form = "tools" if reading.form is not asked else form_field(body)
+    generation = await Generation.open(service, exchange, [prompt], params, body.priority, form)
     meta = {
         "id": answer_id, "object": "chat.completion", "created": int(time.time()),
         "model": body.model or service.model,
@@ -47,7 +44,7 @@ async def chat(service: Service, exchange: Exchange) -> None:
 
 @dataclass
 class _Growing:
-    """One answer that is streamed. has_begun: its first part is sent."""
+    """One streamed answer. has_begun: its first chunk is sent."""
 
     stream: AnswerStream | None
     has_begun: bool = False
@@ -102,14 +99,16 @@ class ChatWriter:
         choice["finish_reason"] = _reason(delta, growing.has_calls)
         if delta.finish_reason is not None:
             choice["stop_reason"] = delta.stop_reason
+        more = None
         if self._body.return_token_ids:
             choice["token_ids"] = delta.token_ids
-            choice["prompt_token_ids"] = self._generation.prompt_ids(number) if is_first else None
+            if is_first:
+                more = {"prompt_token_ids": self._generation.prompt_ids(number)}
         usage = self._generation.usage() if self._is_continuous else None
-        return self._chunks.full(number, content, choice, usage)
+        return self._chunks.full(number, content, choice, usage, more)
 
     def _delta(self, fields: bytes, growing: _Growing) -> bytes:
-        """The field of an event with what is new. An answer's first one has the role."""
+        """The field `delta` of an event. An answer's first one has the role."""
         if growing.has_begun:
             return b'"delta":{%b}' % fields
         growing.has_begun = True

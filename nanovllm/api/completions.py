@@ -13,6 +13,7 @@ from nanovllm.api.bodies import CompletionBody
 from nanovllm.api.generation import Answer, Chunks, Generation, respond
 from nanovllm.api.http import Exchange
 from nanovllm.api.service import Service, response_id, usage_options
+from nanovllm.api.structured import form_field
 from nanovllm.outputs import TopLogprobs
 from nanovllm.prompts import Prompt
 from nanovllm.sampling import SamplingParams
@@ -25,7 +26,8 @@ async def completions(service: Service, exchange: Exchange) -> None:
     answer_id = response_id("cmpl-", body.request_id)
     prompts = service.prompts.of_completion(body)
     text_of = service.prompts.token_text
-    generation = await Generation.open(service, exchange, prompts, params, body.priority)
+    form = form_field(body)
+    generation = await Generation.open(service, exchange, prompts, params, body.priority, form)
     try:  # token ids can be decoded once the engine has accepted them
         echoed = [_text(service, prompt) for prompt in prompts] if body.echo else None
     except BaseException:
@@ -48,7 +50,7 @@ def _text(service: Service, prompt: Prompt) -> str:
 class CompletionWriter:
     """Writes answers with OpenAI's fields and vLLM's.
 
-    echoed: the texts of the prompts, to begin answers with. text_of: the text of one token.
+    echoed: the texts of the prompts, to begin answers with. text_of: returns the text of one token.
     """
 
     def __init__(

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import hmac
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from ipaddress import IPv6Address
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from nanovllm.checks import Rule, check_fields, refuse_unknown
 from nanovllm.parsers import reasoning, tools
 
-# paths that answer without a key: a load balancer has none
+# paths that need no key: load balancers have none
 ALWAYS_OPEN = ("/health", "/ready")
+
+
+HOST_NAME = re.compile(r"\*|[A-Za-z0-9._-]+")
 
 
 def _whole(low: int) -> Rule:
@@ -25,13 +31,31 @@ def _are_texts(values: Sequence[str]) -> bool:
     return all(values)
 
 
+def _is_host(name: str) -> bool:
+    """Whether it is a name, an address (an IPv6 one perhaps in brackets) or "*", without a port."""
+    if HOST_NAME.fullmatch(name):
+        return True
+    try:
+        return bool(IPv6Address(name.removeprefix("[").removesuffix("]")))
+    except ValueError:
+        return False
+
+
+def _is_url(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+    except ValueError:
+        return False
+    return parts.scheme in ("http", "https") and bool(parts.hostname)
+
+
 def _one_of(names: Iterable[str]) -> Rule:
     return f"one of auto, none, {', '.join(names)}", {"auto", "none", *names}.__contains__
 
 
 _SECONDS: Rule = ("a number of seconds above 0", lambda value: 0 < value < math.inf)
 
-# The allowed values of options, beyond their types. None is also allowed where it is the default.
+# The allowed values of options, beyond their types. None is allowed too if it is the default.
 ALLOWED: dict[str, Rule] = {
     "host": ("a name or an address", bool),
     "port": ("a whole number, 0 … 65535", lambda value: 0 <= value <= 65535),
@@ -46,7 +70,12 @@ ALLOWED: dict[str, Rule] = {
     "served_model_name": ("a list of names", _are_texts),
     "tool_call_parser": _one_of(tools.PARSERS),
     "reasoning_parser": _one_of(reasoning.PARSERS),
+    "allowed_hosts": (
+        "a list of names or addresses without ports, or '*'",
+        lambda hosts: all(map(_is_host, hosts)),
+    ),
     "allowed_origins": ("a list of origins, such as 'https://example.org'", _are_texts),
+    "otlp_traces_endpoint": ("a URL of http or https", _is_url),
     "drain_timeout": ("a number of seconds, at least 0", lambda value: 0 <= value < math.inf),
     "header_timeout": _SECONDS,
     "body_timeout": _SECONDS,
@@ -69,42 +98,45 @@ class ServerConfig:
     """Options of `nanovllm serve`, beside those of the engine.
 
     host, port: where the server listens. Port 0 is any free one.
-    api_key: keys that requests must have one of, as `Authorization: Bearer KEY`. None are needed if
-        the list is empty.
+    api_key: the valid API keys. A request needs one of them in the header `Authorization: Bearer
+        KEY`. With an empty list requests need no key.
     open_paths: paths that need no key, such as "/metrics" or "/" (the page). /health and /ready
-        never do.
-    ssl_certfile, ssl_keyfile: PEM files of a certificate and its key. With them the server speaks
-        TLS alone.
-    served_model_name: the names that requests may call the model by. The first one is in answers.
-        Empty: the Hub id, or the last part of the folder's path.
-    allowed_origins: origins of web pages whose scripts may read answers (CORS). "*" is all.
-    tool_call_parser: how the model writes calls of tools, by the name of a parser, such as
-        "hermes". "auto" is the one for its chat template. "none": requests with tools are refused
-        unless they have tool_choice "none" or demand a call.
-    reasoning_parser: how the model marks its reasoning, by the name of a parser. Answers then have
-        it as reasoning_content. "auto" is the one for its chat template. "none": it is part of the
-        content.
-    drain_timeout: after SIGTERM, the seconds that running requests have to finish.
-    api_processes: processes that speak HTTP.
+        never need one.
+    ssl_certfile, ssl_keyfile: PEM files of a certificate and its key. With them the server
+        accepts only TLS.
+    served_model_name: the names of the model in requests. Answers have the first one. The default
+        is the Hub id, or the last part of the folder's path.
+    allowed_hosts: names and addresses, without ports, that the header Host of requests may have,
+        beside localhost, loopback addresses and `host`. Requests with others get 421, except those
+        for /health and /ready. "*" allows any. Empty: on loopback no others, elsewhere any.
+    allowed_origins: origins of web pages whose scripts may read answers (CORS). "*" allows all.
+    tool_call_parser: the parser of tool calls, such as "hermes". "auto" chooses the one for the
+        chat template. "none" refuses requests with tools, unless tool_choice is "none", "required"
+        or a named tool.
+    reasoning_parser: the parser of reasoning, which answers have as reasoning_content. "auto"
+        chooses the one for the chat template. With "none" the reasoning stays in the content.
+    drain_timeout: the seconds that running requests have to finish after SIGTERM.
+    api_processes: the number of processes that serve HTTP.
     access_log: log every request: its id, status, tokens and times.
-    log_prompts: the access log has prompts, too.
-    otlp_traces_endpoint: the URL of a collector that gets a span of each request by OTLP over HTTP,
-        such as "http://127.0.0.1:4318/v1/traces".
+    log_prompts: log prompts in the access log.
+    otlp_traces_endpoint: the URL of a collector that receives a span of each request, by OTLP over
+        HTTP, such as "http://127.0.0.1:4318/v1/traces".
     max_body_bytes: the longest body of a request.
-    max_header_bytes: the longest request line and headers together.
-    max_connections: connections at the same time, for each process. More are refused with 503.
+    max_header_bytes: the longest request line together with the headers.
+    max_connections: concurrent connections of each API process. More are refused with 503.
     max_queue_len: requests that wait for the engine. More are refused with 429.
-    max_prompts: the most prompts of one request.
+    max_prompts: the maximum number of prompts in a request.
     max_prompt_chars: the longest prompt as text. None: 64 characters for each token of
         `max_model_len`.
-    max_messages: the most messages of a conversation.
-    max_n: the most answers for a prompt.
-    max_logprobs: the most likeliest tokens to report per position.
-    max_stop_strings, max_stop_chars: the most stop strings, and the characters of all together.
-    max_bias: the most tokens of logit_bias, allowed_token_ids, stop_token_ids or bad_words.
-    max_tools: the most tools of a request.
-    header_timeout: the seconds until a connection must have sent the headers of a request.
-    body_timeout: the seconds in which the body must follow.
+    max_messages: the maximum number of messages in a conversation.
+    max_n: the maximum number of answers to a prompt.
+    max_logprobs: the maximum number of likeliest tokens that are reported per position.
+    max_stop_strings, max_stop_chars: the maximum number of stop strings, and of their characters.
+    max_bias: the maximum number of entries in logit_bias, allowed_token_ids, stop_token_ids or
+        bad_words.
+    max_tools: the maximum number of tools in a request.
+    header_timeout: the seconds in which a connection must send the headers of a request.
+    body_timeout: the seconds in which it must then send the body.
     send_timeout: the seconds after which a client that reads nothing is disconnected.
     keep_alive_timeout: the seconds that a connection stays open between requests.
     """
@@ -116,6 +148,7 @@ class ServerConfig:
     ssl_certfile: str | PathLike[str] | None = None
     ssl_keyfile: str | PathLike[str] | None = None
     served_model_name: Sequence[str] = ()
+    allowed_hosts: Sequence[str] = ()
     allowed_origins: Sequence[str] = ()
     tool_call_parser: str = "auto"
     reasoning_parser: str = "auto"
@@ -160,7 +193,7 @@ class ServerConfig:
         return (Path(model).resolve().name if Path(model).is_dir() else fspath(model),)
 
     def allows(self, key: str) -> bool:
-        """Whether a key is one of ours. Takes the same time for all wrong keys of a length."""
+        """Whether a key is valid. Takes the same time for all wrong keys of equal length."""
         given = key.encode("utf-8", "surrogateescape")
         found = [hmac.compare_digest(given, one.encode()) for one in self.api_key]
         return any(found)

@@ -1,4 +1,4 @@
-"""Errors as OpenAI's API gives them, and which error becomes which."""
+"""Errors in OpenAI's format, and the mapping from exceptions to them."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from typing import Any
 
 import msgspec
 
+from nanovllm.prompts import PromptRefused, PromptTooLong
 from nanovllm.serving.interface import Draining, EngineDead, QueueFull
 
 MAX_MESSAGE_CHARS = 500
+PROMPT = "prompt"  # whatever the endpoint calls it
+TOO_LONG = "context_length_exceeded"  # OpenAI's code, by which clients know it
 RETRY_AFTER_S = b"5"
 # the first word of a message of ours is the name of an option: "top_p is 3: it must be …"
 NAMED = re.compile(r"['\"]?([a-z_][a-z0-9_]*)\b")
-# "image 2: …", "the prompt has 40 images: …"
-OF_MEDIA = re.compile(r"(the prompt has )?(\d+ )?(image|video|audio)")
+# "image 2: …", "the prompt has 40 images: …", "the content has a part of the type …"
+OF_CONTENT = re.compile(r"the content (has|is) |(the prompt has )?(\d+ )?(image|video|audio)")
 TYPES = {
     401: "authentication_error", 403: "permission_error", 404: "not_found_error",
     408: "timeout_error", 429: "rate_limit_error", 500: "server_error",
@@ -66,7 +69,7 @@ def invalid(name: str, message: str, code: str = "invalid_value") -> ApiError:
 
 
 def from_exception(error: Exception, fields: Container[str] = (), hidden: str = "") -> ApiError:
-    """What a client is told of an error. Messages of errors that are nobody's mistake stay here.
+    """The error that a client gets for an exception. Messages of internal errors are not sent.
 
     fields: names that a message may begin with and that then are the error's `param`. hidden: the
     model's path, which messages may have.
@@ -83,7 +86,8 @@ def from_exception(error: Exception, fields: Container[str] = (), hidden: str = 
         message = str(error).replace(hidden, "the model") if hidden else str(error)
         named = NAMED.match(message)
         param = named[1] if named is not None and named[1] in fields else None
-        if OF_MEDIA.match(message):
-            param = "messages"
-        return ApiError(400, message, param=param, code="invalid_value")
+        if isinstance(error, PromptRefused) or OF_CONTENT.match(message):
+            param = PROMPT
+        code = TOO_LONG if isinstance(error, PromptTooLong) else "invalid_value"
+        return ApiError(400, message, param=param, code=code)
     return ApiError(500, "the server has made a mistake", code="internal_error")

@@ -1,11 +1,12 @@
-"""Every field of a request works, or is refused by name: which are refused, and why."""
+"""The fields of requests that are refused by name, with the reasons. All others work."""
 
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, get_args, get_type_hints
 
 import msgspec
 
@@ -16,7 +17,7 @@ Body = TypeVar("Body", bound=msgspec.Struct)
 
 
 class Refusal(NamedTuple):
-    """allowed: values that ask for nothing and so are taken, beside null."""
+    """allowed: values without effect, which are accepted like null."""
 
     reason: str
     allowed: tuple[Any, ...] = ()
@@ -67,17 +68,15 @@ REFUSED_RESPONSES: dict[str, Refusal] = {
     "include": Refusal(NOT_BUILT, ([],)),
     "max_tool_calls": Refusal("the server runs no tools"),
     "moderation": Refusal(NOT_BUILT),
-    "parallel_tool_calls": Refusal("use /v1/chat/completions for tools", (True, False)),
     "previous_response_id": Refusal(STATEFUL),
     "prompt": Refusal(STATEFUL),
     "prompt_cache_options": Refusal("the cache has no options of requests"),
     "prompt_cache_retention": Refusal("the cache is in memory", ("in_memory",)),
-    "reasoning": Refusal("use /v1/chat/completions", ({},)),
     "service_tier": Refusal("there is one tier", ("auto", "default")),
     "store": Refusal(STATEFUL, (False,)),
-    "stream_options": Refusal("usage is always in the last event", ({},)),
-    "tool_choice": Refusal("use /v1/chat/completions for tools", ("none", "auto")),
-    "tools": Refusal("use /v1/chat/completions for tools", ([],)),
+    "stream_options": Refusal(
+        "usage is always in the last event", ({}, {"include_obfuscation": False})
+    ),
     "top_logprobs": Refusal("use /v1/chat/completions", (0,)),
     "truncation": Refusal("inputs that are too long are refused", ("disabled",)),
 }
@@ -105,6 +104,7 @@ def decoded(data: bytes, kind: type[Body]) -> Body:
     if not isinstance(found, dict):
         raise ApiError(400, "the body must be a JSON object", code="invalid_json")
     check_names(found, kind)
+    _make_whole(found, kind)
     try:
         return msgspec.convert(found, kind)
     except msgspec.ValidationError as error:
@@ -112,7 +112,7 @@ def decoded(data: bytes, kind: type[Body]) -> Body:
 
 
 def check_names(found: Mapping[str, Any], kind: type[msgspec.Struct]) -> None:
-    """Raises ApiError for fields that are not supported, unless their value asks for nothing."""
+    """Raises ApiError for unsupported fields, unless their value has no effect."""
     works = kind.__struct_fields__
     for name, value in found.items():
         if name in works:
@@ -127,6 +127,22 @@ def check_names(found: Mapping[str, Any], kind: type[msgspec.Struct]) -> None:
             raise refused(
                 name, f"{name} is not supported ({refusal.reason}): leave it out{allowed}"
             )
+
+
+def _make_whole(found: dict[str, Any], kind: type[msgspec.Struct]) -> None:
+    """Turn 4.0 into 4 where a whole number belongs: in JSON both are the same number, and clients
+    in languages with one kind of number send either."""
+    for name in _whole_numbers(kind) & found.keys():
+        value = found[name]
+        if type(value) is float and value.is_integer():
+            found[name] = int(value)
+
+
+@functools.cache
+def _whole_numbers(kind: type[msgspec.Struct]) -> frozenset[str]:
+    """The fields of a body whose values are whole numbers."""
+    hints = get_type_hints(kind)
+    return frozenset(name for name, hint in hints.items() if int in (hint, *get_args(hint)))
 
 
 def _is_in(value: Any, allowed: tuple[Any, ...]) -> bool:

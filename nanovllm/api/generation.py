@@ -1,4 +1,4 @@
-"""Answers of the engine to one HTTP request: to all its prompts, in one order of parts."""
+"""The engine's answers to one HTTP request: the streams of all its prompts, merged."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any, Protocol
 
 import msgspec
 
-from nanovllm.api.errors import ApiError, invalid
+from nanovllm.api.errors import ApiError
 from nanovllm.api.http import DONE, EVENTS, NO_STORE, Exchange
-from nanovllm.api.prometheus import Timer
+from nanovllm.api.latencies import Timer
 from nanovllm.api.service import Service
+from nanovllm.api.structured import is_of_form, misfit
 from nanovllm.outputs import TopLogprobs
 from nanovllm.prompts import Prompt
 from nanovllm.sampling import SamplingParams
 from nanovllm.serving.interface import Delta, Stream
 
-FORM = "structured_outputs"
-NO_BUFFER = (b"x-accel-buffering", b"no")  # a proxy must not hold events back
+NO_BUFFER = (b"x-accel-buffering", b"no")  # a proxy must not buffer events
 
 
 @dataclass
@@ -65,9 +65,14 @@ class Generation:
     """The streams of a request's prompts, with n answers each."""
 
     def __init__(
-        self, streams: Sequence[Stream], num_answers: int, timers: Sequence[Timer]
+        self,
+        streams: Sequence[Stream],
+        num_answers: int,
+        timers: Sequence[Timer],
+        form: str | None = None,
     ) -> None:
         self.streams, self._num_answers, self._timers = streams, num_answers, timers
+        self._form = form
         self.num_tokens = self.num_cached = 0
 
     @classmethod
@@ -77,25 +82,31 @@ class Generation:
         exchange: Exchange,
         prompts: Sequence[Prompt],
         params: SamplingParams,
-        priority: int = 0,
+        priority: int | None = None,
+        form: str | None = None,
     ) -> Generation:
-        """Queue all prompts, or none. Raises what `AsyncEngine.open` does."""
+        """Queue all prompts, or none. Raises what `AsyncEngine.open` does.
+
+        form: the field of the request that says which form the answers have.
+        """
         service.check_num_answers(len(prompts), params.n)
         engine, streams = service.engine, list[Stream]()
         if service.config.log_prompts:
             exchange.record.prompt = "; ".join(str(one.text or one.token_ids) for one in prompts)
         try:
             for prompt in prompts:
-                opening = engine.open(prompt, params, priority=priority)
-                # images take a while
+                opening = engine.open(prompt, params, priority=priority or 0)
+                # preparing images takes time
                 streams.append(await (exchange.unless_gone(opening) if prompt.media else opening))
-        except BaseException:
+        except BaseException as error:
             for stream in streams:
                 stream.abort()
+            if form is not None and isinstance(error, ValueError) and is_of_form(str(error)):
+                raise misfit(form, str(error)) from None
             raise
         latencies, start = service.own_latencies, exchange.record.start
         timers = [latencies.timer(start) for _ in range(len(prompts) * params.n)]
-        return cls(streams, params.n, timers)
+        return cls(streams, params.n, timers, form)
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -121,7 +132,7 @@ class Generation:
     def parts(self) -> AsyncIterator[Delta]:
         """The parts of all answers, with the number of their answer as output_index. `note` each
         of them."""
-        # no generator of ours in between: it would cost as much as writing an event
+        # no generator in between: it would cost as much as writing an event
         return self.streams[0].__aiter__() if len(self.streams) == 1 else self._merged()
 
     def note(self, delta: Delta) -> None:
@@ -134,10 +145,19 @@ class Generation:
             timer.end()
             if number % self._num_answers == 0:
                 self.num_cached += delta.num_cached_tokens
-            _check_end(delta)
+            self._check_end(delta)
+
+    def _check_end(self, delta: Delta) -> None:
+        if delta.finish_reason == "error" and self._form and is_of_form(delta.error or ""):
+            # the engine's process compiles the form, so it is refused late
+            raise misfit(self._form, str(delta.error))
+        if delta.finish_reason == "error":
+            raise ApiError(500, "the model could not go on with this answer", code="answer_failed")
+        if delta.finish_reason == "abort":
+            raise ApiError(503, "the answer was ended by the server", code="aborted")
 
     async def _merged(self) -> AsyncIterator[Delta]:
-        # one place: a reader that falls behind gets larger parts from every stream
+        # back-pressure: with one place, a slow reader gets larger parts from every stream
         found: asyncio.Queue[Delta | Exception | None] = asyncio.Queue(1)
         tasks = [
             asyncio.create_task(self._forward(index, stream, found))
@@ -175,20 +195,10 @@ class Generation:
         return found
 
 
-def _check_end(delta: Delta) -> None:
-    if delta.finish_reason == "error" and (delta.error or "").startswith(FORM):
-        # the engine's process compiles the form, so it is refused late
-        raise invalid(FORM, str(delta.error))
-    if delta.finish_reason == "error":
-        raise ApiError(500, "the model could not go on with this answer", code="answer_failed")
-    if delta.finish_reason == "abort":
-        raise ApiError(503, "the answer was ended by the server", code="aborted")
-
-
 async def respond(
     exchange: Exchange, generation: Generation, writer: Writer, *, is_stream: bool
 ) -> None:
-    """Send the answers, as events or as a whole. A client that vanishes ends them."""
+    """Send the answers, as events or as a whole. They are aborted if the client disconnects."""
     gone = asyncio.create_task(exchange.gone())
     gone.add_done_callback(lambda task: generation.abort())
     record = exchange.record
@@ -209,7 +219,7 @@ async def respond(
 async def _send_events(exchange: Exchange, generation: Generation, writer: Writer) -> None:
     async for delta in generation.parts():
         generation.note(delta)
-        if not exchange.has_started:  # before, an error can still have its own status
+        if not exchange.has_started:  # until then an error can have its own status
             exchange.record.has_token()
             await exchange.start(200, [EVENTS, NO_STORE, NO_BUFFER])
         events = writer.events(delta.output_index, delta)
@@ -219,7 +229,7 @@ async def _send_events(exchange: Exchange, generation: Generation, writer: Write
 
 
 class Chunks:
-    """The events of completions and chat, from parts that are encoded once."""
+    """The events of completions and chat. Their constant parts are encoded once."""
 
     def __init__(self, meta: dict[str, Any], *, has_usage: bool) -> None:
         self._meta = b"data: " + msgspec.json.encode(meta)[:-1]
@@ -228,21 +238,31 @@ class Chunks:
         self._plain = b',"logprobs":null,"finish_reason":null}' + self._usage
 
     def plain(self, number: int, content: bytes) -> bytes:
-        """The event of a part with its content alone, a field as JSON."""
+        """The event of a part that has only content. content: a field as JSON."""
         return b"%b%d,%b%b" % (self._head, number, content, self._plain)
 
     def full(
-        self, number: int, content: bytes, others: dict[str, Any], usage: dict[str, Any] | None
+        self,
+        number: int,
+        content: bytes,
+        others: dict[str, Any],
+        usage: dict[str, Any] | None,
+        more: dict[str, Any] | None = None,
     ) -> bytes:
-        """The event of a part with other fields of the choice, and perhaps the usage so far."""
+        """The event of a part with other fields of the choice, and perhaps the usage so far.
+
+        more: fields beside the choices.
+        """
         fields = msgspec.json.encode(others)[1:]
-        if usage is None:
-            return b"%b%d,%b,%b%b" % (self._head, number, content, fields, self._usage)
-        counts = msgspec.json.encode(usage)
-        return b'%b%d,%b,%b],"usage":%b}\n\n' % (self._head, number, content, fields, counts)
+        end = self._usage
+        if usage is not None:
+            end = b'],"usage":%b}\n\n' % msgspec.json.encode(usage)
+        if more:
+            end = b"],%b%b" % (msgspec.json.encode(more)[1:-1], end[1:])
+        return b"%b%d,%b,%b%b" % (self._head, number, content, fields, end)
 
     def end(self, usage: dict[str, Any] | None) -> bytes:
-        """The last event, before it one with the usage."""
+        """The last event, after one with the usage if it is given."""
         if usage is None:
             return DONE
         counts = msgspec.json.encode(usage)

@@ -22,7 +22,7 @@ Send = Callable[[Message], Awaitable[None]]
 JSON = (b"content-type", b"application/json")
 EVENTS = (b"content-type", b"text/event-stream; charset=utf-8")
 NO_STORE = (b"cache-control", b"no-store")
-MAX_DROPPED = 4  # a body may be so many times too long, and is read to its end nevertheless
+MAX_DROPPED = 4  # a body up to this many times too long is still read to its end
 DONE = b"data: [DONE]\n\n"
 
 
@@ -32,7 +32,7 @@ class ClientGone(Exception):
 
 @dataclass
 class Record:
-    """What the access log tells of a request. times in seconds, since it came."""
+    """The facts of a request for the access log. Times are in seconds since its arrival."""
 
     request_id: str
     start: float = field(default_factory=time.perf_counter)
@@ -61,18 +61,25 @@ class Exchange:
         self.has_started = False
 
     def header(self, name: bytes) -> str:
-        """The value of a header, in lower case its name; "" if it is not there."""
-        for key, value in self.scope["headers"]:
-            if key == name:
-                return bytes(value).decode("latin-1")
-        return ""
+        """The value of a header; "" if it is missing. name: in lower case."""
+        found = self.headers(name)
+        return found[0] if found else ""
+
+    def headers(self, name: bytes) -> list[str]:
+        """The values of all headers of a name in lower case."""
+        given = self.scope["headers"]
+        return [bytes(value).decode("latin-1") for key, value in given if key == name]
 
     async def body(self, max_bytes: int, timeout: float) -> bytes:
         """The whole body of a JSON request. Raises ApiError: 408, 413 or 415; ClientGone."""
         kind = self.header(b"content-type").partition(";")[0].strip().lower()
         if kind != "application/json" and not kind.endswith("+json"):
-            # a web page can send other types to any server without being asked for permission
+            # a web page can send other types to any server without permission (CORS)
             raise ApiError(415, "the content type must be application/json", code="content_type")
+        encoding = self.header(b"content-encoding").strip().lower()
+        if encoding not in ("", "identity"):
+            words = f"the body has the content encoding {encoding[:20]!r}: send it as plain JSON"
+            raise ApiError(415, words, code="content_encoding")
         length = self.header(b"content-length")[:20]
         is_long = length.isdecimal() and int(length) > max_bytes
         if is_long and (self.header(b"expect") or int(length) > MAX_DROPPED * max_bytes):
@@ -94,7 +101,7 @@ class Exchange:
             if num_bytes <= max_bytes:
                 parts.append(part)
             elif is_last or num_bytes > MAX_DROPPED * max_bytes:
-                # not before: a client that still sends would not read the error
+                # not earlier: a client that is still sending would not read the error
                 raise too_long(max_bytes)
             else:
                 parts.clear()
@@ -141,7 +148,7 @@ class Exchange:
         if self.has_started:
             await self.send(b"data: " + error.body() + b"\n\n" + DONE)
         else:
-            # what is left of a body that was refused must not be read as the next request
+            # the rest of a refused body must not be read as the next request
             close = [(b"connection", b"close")] if error.status in (408, 413, 415) else []
             headers = [JSON, NO_STORE, *error.headers, *close]
             await self.answer(error.status, error.body(), headers)

@@ -8,7 +8,7 @@ from typing import Any
 from nanovllm.outputs import TopLogprobs
 from nanovllm.schedule.logprobs import Logprob
 
-LOWEST = -9999.0  # OpenAI's number for a token that cannot be: JSON has no infinity
+LOWEST = -9999.0  # OpenAI's number for an impossible token: JSON has no infinity
 
 
 def token_text(token_id: int, value: Logprob, as_id: bool) -> str:
@@ -83,7 +83,8 @@ def _likeliest(top: Mapping[int, Logprob], num: int) -> Iterator[int]:
 
 def _entry(token_id: int, value: Logprob, as_id: bool) -> dict[str, Any]:
     text = token_text(token_id, value, as_id)
-    return {"token": text, "logprob": _finite(value), "bytes": list(text.encode())}
+    raw = text.encode() if as_id else value.token_bytes
+    return {"token": text, "logprob": _finite(value), "bytes": list(raw)}
 
 
 def _finite(value: float) -> float:

@@ -1,13 +1,14 @@
-"""The messages of conversations, checked and as chat templates read them."""
+"""Checks the messages of conversations and converts them for chat templates."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import msgspec
 
 from nanovllm.api.errors import invalid
+from nanovllm.media import given as media_given
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 TEXTS = ("name", "tool_call_id", "reasoning_content", "reasoning")
@@ -37,20 +38,18 @@ def _num_chars(content: Any) -> int:
 
 def _message(place: str, message: Mapping[str, Any]) -> dict[str, Any]:
     """A message without fields that are null, and with the names that templates know."""
-    clean = {key: value for key, value in message.items() if value is not None}
+    clean = {key: value for key, value in message.items() if not _says_nothing(key, value)}
     role = clean.get("role")
     if role not in ROLES:
         words = f"{place}.role is {_short(role)}: it must be one of {', '.join(ROLES)}"
         raise invalid(f"{place}.role", words)
+    check_keys(place, clean, KEYS)
     for key, value in clean.items():
         _check_field(place, key, value)
-    if "content" not in clean:
-        if role != "assistant" or "tool_calls" not in clean:
-            raise invalid(f"{place}.content", f"{place}.content is missing")
+    if "content" not in clean and role == "assistant" and "tool_calls" in clean:
         clean["content"] = ""
-    if not isinstance(clean["content"], (str, list)):
-        raise invalid(f"{place}.content", f"{place}.content must be text or a list of parts")
-    if role == "developer":  # templates know the older name
+    _check_content(f"{place}.content", clean.get("content"))
+    if role == "developer":  # templates use the older name
         clean["role"] = "system"
     if "reasoning" in clean:
         clean["reasoning_content"] = clean.pop("reasoning")
@@ -59,10 +58,43 @@ def _message(place: str, message: Mapping[str, Any]) -> dict[str, Any]:
     return clean
 
 
+def _says_nothing(key: str, value: Any) -> bool:
+    """Whether a field may be left out. Clients send back the messages of answers as they are."""
+    return value is None or (key == "annotations" and value == [])
+
+
+def _check_content(place: str, content: Any) -> None:
+    if content is None:
+        raise invalid(place, f"{place} is missing")
+    if not isinstance(content, (str, list)):
+        raise invalid(place, f"{place} must be text or a list of parts")
+    if isinstance(content, list):
+        for number, part in enumerate(content):
+            _check_part(f"{place}[{number}]", part)
+
+
+def _check_part(place: str, part: Any) -> None:
+    """Images and sound are checked where they are read."""
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if isinstance(part, str) or kind in media_given.TYPES:
+        return
+    if kind != "text":
+        words = f"{place}.type is {_short(kind)}: it must be text, {', '.join(media_given.TYPES)}"
+        raise invalid(f"{place}.type", words)
+    if not isinstance(part.get("text"), str):
+        raise invalid(f"{place}.text", f"{place}.text must be text")
+    check_keys(place, part, ("type", "text"))
+
+
+def check_keys(place: str, given: Mapping[str, Any], known: Container[str]) -> None:
+    """Refuse fields that are not known, unless they are null."""
+    for key, value in given.items():
+        if key not in known and value is not None:
+            words = f"{place} has the field {_short(key)}, which is not supported"
+            raise invalid(f"{place}.{key[:64]}", words, "unsupported_parameter")
+
+
 def _check_field(place: str, key: str, value: Any) -> None:
-    if key not in KEYS:
-        words = f"{place} has the field {_short(key)}, which is not supported"
-        raise invalid(f"{place}.{key[:64]}", words, "unsupported_parameter")
     if key in TEXTS and not isinstance(value, str):
         raise invalid(f"{place}.{key}", f"{place}.{key} must be text")
 

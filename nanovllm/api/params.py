@@ -1,4 +1,4 @@
-"""From the fields of a request to `SamplingParams`, within the server's limits."""
+"""Makes `SamplingParams` of the fields of a request, within the server's limits."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class ParamsMaker:
         given = self._given(body)
         wanted = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
         if wanted == 0 and body.echo:
-            wanted = 1  # the prompt alone is asked for; the engine makes at least one token
+            wanted = 1  # only the prompt is requested; the engine generates at least one token
         given["max_tokens"] = self._tokens(wanted)
         if body.logprobs is not None:
             given["logprobs"] = self._num_logprobs("logprobs", body.logprobs)
@@ -53,7 +53,7 @@ class ParamsMaker:
             words = "max_tokens and max_completion_tokens differ: give one of them"
             raise invalid("max_tokens", words)
         given["max_tokens"] = self._tokens(body.max_tokens if wanted is None else wanted)
-        if body.top_logprobs is not None and not body.logprobs:
+        if body.top_logprobs and not body.logprobs:
             raise invalid("top_logprobs", "top_logprobs needs logprobs=true")
         if body.logprobs:
             given["logprobs"] = self._num_logprobs("top_logprobs", body.top_logprobs or 0)
@@ -95,13 +95,13 @@ class ParamsMaker:
         return _limited(name, value, 0, self._config.max_logprobs)
 
     def _check(self, body: Sampling) -> None:
-        """Refuse what one request may not ask for."""
+        """Refuse values beyond the limits of one request."""
         config = self._config
         if body.n is not None:
             _limited("n", body.n, 1, config.max_n)
         if body.prompt_logprobs is not None:
             self._num_logprobs("prompt_logprobs", body.prompt_logprobs)
-        _limited("priority", body.priority, -INT32_MAX, INT32_MAX)
+        _limited("priority", body.priority or 0, -INT32_MAX, INT32_MAX)
         if body.stream_options is not None and not body.stream:
             raise invalid("stream_options", "stream_options needs stream=true")
         if body.stop is not None:

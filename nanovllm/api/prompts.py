@@ -1,18 +1,18 @@
-"""From the bodies of requests to prompts."""
+"""Makes prompts of the bodies of requests."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from nanovllm.api.bodies import ChatBody, CompletionBody, TokenizeBody
 from nanovllm.api.config import ServerConfig
-from nanovllm.api.errors import ApiError, invalid
+from nanovllm.api.errors import TOO_LONG, ApiError, invalid
 from nanovllm.api.messages import checked_messages
-from nanovllm.chat import ChatOptions, render
+from nanovllm.chat import ChatOptions, UnknownVariable, render
 from nanovllm.prompts import Prompt, checked_text
 from nanovllm.schedule.logprobs import SHOW_SPECIAL
 from nanovllm.serving.interface import AsyncEngine
@@ -20,6 +20,14 @@ from nanovllm.serving.interface import AsyncEngine
 CHARS_PER_TOKEN = 64
 INLINE_CHARS = 4096  # shorter conversations are rendered faster than another thread is woken
 MAX_VARIABLES = 16
+VARIABLES = "chat_template_kwargs"
+# variables of templates that are fields of requests, too
+OWN_FIELDS = ("tools", "reasoning_effort")
+# names that templates get from elsewhere
+NO_VARIABLES = frozenset({"messages", *ChatOptions.__dataclass_fields__})
+
+# fields of /tokenize for conversations alone
+OF_MESSAGES = ("add_generation_prompt", "continue_final_message", "tools", VARIABLES)
 
 
 class PromptMaker:
@@ -74,9 +82,7 @@ class PromptMaker:
 
     def _too_long(self, name: str, num_chars: int) -> ApiError:
         return invalid(
-            name,
-            f"{name} has {num_chars} characters: at most {self.max_chars} are read",
-            "context_length_exceeded",
+            name, f"{name} has {num_chars} characters: at most {self.max_chars} are read", TOO_LONG
         )
 
     async def warm(self) -> None:
@@ -97,8 +103,14 @@ class PromptMaker:
 
     async def of_tokenize(self, body: TokenizeBody) -> list[int]:
         if body.messages is None:
+            for name in OF_MESSAGES:
+                if getattr(body, name) is not None:
+                    raise invalid(name, f"{name} goes with messages, not with prompt")
             has_special = body.add_special_tokens is not False
             return self.encode(body.prompt or "", add_special_tokens=has_special)
+        if body.add_special_tokens:
+            words = "add_special_tokens is true: the chat template writes them"
+            raise invalid("add_special_tokens", words)
         prompt = await self.conversation(
             body.messages, body.add_generation_prompt, body.continue_final_message, body.tools,
             dict(body.chat_template_kwargs or {}),
@@ -122,12 +134,7 @@ class PromptMaker:
         clean, num_chars = checked_messages(messages, self._config.max_messages)
         if num_chars > self.max_chars:
             raise self._too_long("messages", num_chars)
-        if len(variables) > MAX_VARIABLES:
-            raise invalid(
-                "chat_template_kwargs",
-                f"chat_template_kwargs has {len(variables)} variables: at most {MAX_VARIABLES} "
-                "are allowed",
-            )
+        _check_variables(variables)
         going_on = bool(continue_final_message)
         begins = not going_on if add_generation_prompt is None else add_generation_prompt
         options = ChatOptions(
@@ -135,9 +142,13 @@ class PromptMaker:
             chat_template_kwargs=variables,
         )  # fmt: skip
         args = (tokenizer, clean, options, self._engine.check_media)
-        if self._is_warm and num_chars <= INLINE_CHARS:
-            return render(*args)[0]
-        prompt = (await asyncio.to_thread(render, *args))[0]
+        try:
+            if self._is_warm and num_chars <= INLINE_CHARS:
+                return render(*args)[0]
+            prompt = (await asyncio.to_thread(render, *args))[0]
+        except UnknownVariable as error:
+            field = error.name if error.name in OWN_FIELDS else VARIABLES
+            raise invalid(field, str(error)) from None
         self._is_warm = True
         return prompt
 
@@ -149,3 +160,13 @@ class PromptMaker:
         if has_special:
             return Prompt(text, None, salt)
         return Prompt(text, self.encode(text, add_special_tokens=False), salt)
+
+
+def _check_variables(variables: Mapping[str, Any]) -> None:
+    if len(variables) > MAX_VARIABLES:
+        words = f"{VARIABLES} has {len(variables)} variables: at most {MAX_VARIABLES} are allowed"
+        raise invalid(VARIABLES, words)
+    for name in variables:
+        if name in NO_VARIABLES:
+            words = f"{VARIABLES} has {name!r}, which is no variable: give it as a field"
+            raise invalid(VARIABLES, words)

@@ -28,7 +28,7 @@ BAD = _canned("400 Bad Request", ApiError(400, "this is not an HTTP request", co
 
 
 class LimitedProtocol(HttpToolsProtocol):
-    """One connection. uvicorn itself knows none of these limits."""
+    """One connection. uvicorn itself has none of these limits."""
 
     limits: ServerConfig
 
@@ -98,7 +98,7 @@ class LimitedProtocol(HttpToolsProtocol):
         super().resume_writing()
 
     def _end(self, answer: bytes) -> None:
-        """Answer what cannot become a request, and close."""
+        """Answer a malformed request with an error, and close."""
         self._stop("headers")
         self.transport.write(answer)
         self.transport.close()

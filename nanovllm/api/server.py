@@ -1,4 +1,4 @@
-"""Runs the application in an event loop: sockets, TLS, signals, the end."""
+"""Runs the application in an event loop, with TLS, until it is told to stop."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from typing import Any, Protocol
 import uvicorn
 
 from nanovllm.api.app import App, with_cors
-from nanovllm.api.config import ServerConfig
+from nanovllm.api.hosts import Hosts
 from nanovllm.api.protocol import protocol_options
 from nanovllm.api.service import Service
 from nanovllm.serving.interface import AsyncEngine
 
 logger = logging.getLogger(__name__)
 CHECK_S = 0.2
-LAST_WORDS_S = 0.5  # for errors to reach clients, after the engine has failed
-CLOSE_S = 3  # then connections are closed whose clients do not read
-KEEPALIVE = (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4))
+LAST_WORDS_S = 0.5  # for errors to reach clients after the engine has failed
+CLOSE_S = 3  # afterwards connections of clients that do not read are closed
 
 
 class Drainable(AsyncEngine, Protocol):
@@ -57,34 +56,6 @@ class _Server(uvicorn.Server):
         yield  # signals are ours: see `Stop`
 
 
-def bind(config: ServerConfig) -> socket.socket:
-    """A socket at the server's address. It listens once the server runs. Raises OSError."""
-    found = socket.getaddrinfo(
-        config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )
-    family, kind, protocol, _, address = found[0]
-    sock = socket.socket(family, kind, protocol)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        # connections inherit these: a peer that is gone without a word is noticed
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in KEEPALIVE:
-            if hasattr(socket, name):
-                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-        sock.bind(address)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
-
-
-def url_of(config: ServerConfig, sock: socket.socket) -> str:
-    """Where clients find the server."""
-    host, port = sock.getsockname()[:2]
-    scheme = "http" if config.ssl_certfile is None else "https"
-    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
-
-
 async def run(
     service: Service,
     engine: Drainable,
@@ -100,7 +71,7 @@ async def run(
     config = service.config
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     options = uvicorn.Config(
-        with_cors(App(service)),
+        with_cors(App(service, Hosts(config, sock.getsockname()[0]))),
         ssl_certfile=config.ssl_certfile,
         ssl_keyfile=config.ssl_keyfile,
         timeout_graceful_shutdown=CLOSE_S,
@@ -133,7 +104,7 @@ async def run(
 
 async def _warm(service: Service) -> None:
     await service.prompts.warm()
-    gc.freeze()  # a collection among the objects of so many modules would delay all streams
+    gc.freeze()  # garbage collection of the objects of all modules would delay all streams
 
 
 async def _failure(engine: AsyncEngine) -> None:

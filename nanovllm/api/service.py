@@ -14,8 +14,8 @@ from nanovllm.api.config import ServerConfig
 from nanovllm.api.errors import ApiError, invalid
 from nanovllm.api.fields import decoded
 from nanovllm.api.http import Exchange
+from nanovllm.api.latencies import Latencies
 from nanovllm.api.params import ParamsMaker
-from nanovllm.api.prometheus import Latencies
 from nanovllm.api.prompts import PromptMaker
 from nanovllm.api.tools import Readings
 from nanovllm.api.traces import Traces

@@ -1,34 +1,30 @@
-"""Starts a server: the engine's process and the processes that speak HTTP."""
+"""Starts a server: the engine's process and the processes that speak HTTP.
+
+The supervisor runs this. It imports nothing that it does not use itself: an import here delays the
+start of the engine.
+"""
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import os
-import sys
 from dataclasses import asdict
 from typing import Any
 
-import uvloop
-
-from nanovllm import log, tokenizer
+from nanovllm import log
+from nanovllm.api import tls
+from nanovllm.api.address import bind
 from nanovllm.api.config import ServerConfig
-from nanovllm.api.prometheus import Latencies
-from nanovllm.api.server import Stop, bind, run, url_of
-from nanovllm.api.service import Service
+from nanovllm.api.latencies import Latencies
 from nanovllm.config import EngineConfig
 from nanovllm.serving import supervisor
-from nanovllm.serving.api_process import ApiProcess
-from nanovllm.serving.client import Client
-from nanovllm.serving.interface import EngineDead
 
-logger = logging.getLogger(__name__)
-TARGET = "nanovllm.api.start:serve_clients"
+TARGET = "nanovllm.api.process:serve_clients"
 
 
 def serve(engine: EngineConfig, server: ServerConfig) -> int:
     """See `nanovllm.api.serve`."""
     log.configure()
+    tls.check(server)
     with bind(server) as listener:
         service = supervisor.Service(
             config=engine,
@@ -41,53 +37,6 @@ def serve(engine: EngineConfig, server: ServerConfig) -> int:
             shared_bytes=server.api_processes * Latencies.SIZE_BYTES,
         )
         return supervisor.Supervisor(service).run()
-
-
-def serve_clients(process: ApiProcess) -> None:
-    """What each API process does."""
-    uvloop.run(_serve_clients(process))
-
-
-async def _serve_clients(process: ApiProcess) -> None:
-    server, engine = ServerConfig(**process.options), process.client()
-    stop = Stop(process.drain_begins())
-    try:
-        if not await stop.before(_ready(engine)):
-            return
-        size = Latencies.SIZE_BYTES
-        starts = range(0, process.num * size, size)
-        latencies = [Latencies(process.memory[start : start + size]) for start in starts]
-        service = Service(engine, server, latencies, process.index)
-
-        def ready() -> None:
-            if process.index == 0:
-                url = url_of(server, process.listener)
-                logger.info("%s is served at %s", service.model, url)
-
-        await run(service, engine, process.listener, stop, ready)
-    except EngineDead:
-        await process.drain_begins()  # the supervisor knows why, and ends all processes
-    finally:
-        await engine.close()
-
-
-async def _ready(engine: Client) -> None:
-    """Wait until the engine is warm, and until what conversations need is loaded: a request must
-    not wait for that."""
-    await asyncio.to_thread(_import_transformers)
-    await engine.ready()
-    if engine.tokenizer is not None:
-        await asyncio.to_thread(getattr, engine.tokenizer, "for_reading")
-
-
-def _import_transformers() -> None:
-    """Import what chat templates need, without torch, which transformers would import for
-    seconds. A client of a model that sees imports it afterwards."""
-    sys.modules["torch"] = None  # type: ignore[assignment]
-    try:
-        tokenizer.import_library()
-    finally:
-        del sys.modules["torch"]
 
 
 def _as_json(server: ServerConfig) -> dict[str, Any]:

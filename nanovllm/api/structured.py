@@ -1,13 +1,14 @@
-"""What a request says of the form of its answer, as `SamplingParams.structured_outputs` has it."""
+"""Makes `SamplingParams.structured_outputs` of the fields of a request."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from nanovllm.api.bodies import ResponsesBody, Sampling
-from nanovllm.api.errors import invalid
+from nanovllm.api.errors import ApiError, invalid
 from nanovllm.structured.params import StructuredOutputsParams
 
+FORM = "structured_outputs"  # the parameter, and the first word of errors about it
 GUIDED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
 WHITESPACE = "guided_whitespace_pattern"
 
@@ -17,29 +18,44 @@ def structured_outputs(body: Sampling | ResponsesBody) -> StructuredOutputsParam
 
     Raises ApiError, which names the field, if a request gives two forms or a wrong one.
     """
-    if isinstance(body, ResponsesBody):
-        given = body.text.format if body.text is not None else None
-        form = None if given is None else _form("text", given.type, given.schema)
-        found = {} if form is None else {"text": form}
-    else:
-        found = _of_sampling(body)
+    found = _given(body)
     if len(found) > 1:
         raise invalid(list(found)[-1], f"{' and '.join(found)} are given: one of them may be")
     for name, form in found.items():
         try:
             return StructuredOutputsParams.of(form)
         except ValueError as error:
-            raise invalid(name, f"{name}: {error}") from None
+            raise misfit(name, str(error)) from None
     return None
 
 
-def of_schema(schema: dict[str, Any]) -> StructuredOutputsParams:
-    """The form of answers that match a schema."""
-    return StructuredOutputsParams(json=schema)
+def form_field(body: Sampling | ResponsesBody) -> str | None:
+    """The field of a request that says which form its answer has."""
+    return next(iter(_given(body)), None)
+
+
+def is_of_form(message: str) -> bool:
+    """Whether the message of an error of the engine is about the form of answers."""
+    return message.startswith(FORM)
+
+
+def misfit(name: str, message: str) -> ApiError:
+    """The error for a form, by the field that the request gives it with."""
+    if name == FORM:
+        return invalid(name, message)
+    return invalid(name, f"{name}: {message.removeprefix(FORM).lstrip('.: ')}")
+
+
+def _given(body: Sampling | ResponsesBody) -> dict[str, dict[str, Any]]:
+    """The forms that a request gives, by the name of the field."""
+    if not isinstance(body, ResponsesBody):
+        return _of_sampling(body)
+    given = body.text.format if body.text is not None else None
+    form = None if given is None else _form("text", given.type, given.schema)
+    return {} if form is None else {"text": form}
 
 
 def _of_sampling(body: Sampling) -> dict[str, dict[str, Any]]:
-    """The forms that a request gives, by the name of the field."""
     found: dict[str, dict[str, Any]] = {}
     wanted = body.response_format
     if wanted is not None:
@@ -47,7 +63,7 @@ def _of_sampling(body: Sampling) -> dict[str, dict[str, Any]]:
         if form := _form("response_format", wanted.type, schema):
             found["response_format"] = form
     if body.structured_outputs is not None:
-        found["structured_outputs"] = body.structured_outputs
+        found[FORM] = body.structured_outputs
     for name in GUIDED:
         if (value := getattr(body, name)) is not None:
             found[name] = {name.removeprefix("guided_"): value}

@@ -1,4 +1,4 @@
-"""Tools and reasoning: what a request asks for, and how the text of its answers is read."""
+"""Tools and reasoning: the options of a request, and the parsers for its answers."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from nanovllm.parsers import (
     ReasoningParser,
     ReasoningPart,
     ToolParser,
+    call_schema,
     reasoning_parser,
     reasoning_parser_for,
     required_schema,
@@ -28,6 +29,8 @@ from nanovllm.parsers import (
 )
 from nanovllm.schedule.logprobs import SHOW_SPECIAL
 from nanovllm.serving.interface import AsyncEngine
+from nanovllm.structured.params import StructuredOutputsParams
+from nanovllm.structured.tagged import tagged
 
 NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
 NONE = "none"
@@ -35,13 +38,13 @@ NONE = "none"
 
 @dataclass(frozen=True)
 class Reading:
-    """How the answers to a request are read. parser: None if all text is content.
+    """How to parse the answers to a request. parser: None if all text is content.
 
-    schema: answers must match it. at_most_one: calls after the first are dropped.
+    form: what answers must look like. at_most_one: calls after the first are dropped.
     """
 
     parser: AnswerParser | None = None
-    schema: dict[str, Any] | None = None
+    form: StructuredOutputsParams | None = None
     at_most_one: bool = False
     has_reasoning: bool = True
 
@@ -50,7 +53,7 @@ class Reading:
         return self.parser is not None and self.parser.needs_special_tokens
 
     def stream(self, prompt: str) -> AnswerStream | None:
-        """A reader of one answer; None if all its text is content."""
+        """A parser of one answer; None if all its text is content."""
         if self.parser is None:
             return None
         reasoning = self.parser.reasoning
@@ -75,39 +78,40 @@ class Readings:
         self._engine, self._config = engine, config
         self._found: tuple[ToolParser | None, ReasoningParser | None, list[str]] | None = None
 
-    def of(self, body: ChatBody) -> Reading:
-        """How to read the answers to a request. Raises ValueError for wrong tools, also as
-        ApiError."""
+    def of(self, body: ChatBody, form: StructuredOutputsParams | None) -> Reading:
+        """How to parse the answers to a request with this form. Raises ValueError or ApiError for
+        wrong tools."""
         tools, reasoning, end_texts = self._parsers()
         choice = body.tool_choice
-        _check_tools(body.tools or [], self._config.max_tools, is_forced=_is_forced(choice))
+        _check_tools(body.tools or [], self._config.max_tools)
         if choice is not None and choice != NONE and not body.tools:
             raise invalid("tool_choice", "tool_choice needs tools")
         has_reasoning = body.include_reasoning is not False
         one = body.parallel_tool_calls is False
         if _is_forced(choice):
-            name = _named(choice)
-            schema = required_schema(body.tools or [], name, parallel=not one)
-            return Reading(AnswerParser(tool_parser(REQUIRED)), schema, has_reasoning=has_reasoning)
+            if form is not None:
+                words = "tool_choice demands a call: no other form can be asked"
+                raise invalid("tool_choice", words)
+            schema = required_schema(body.tools or [], _named(choice), parallel=not one)
+            demanded = StructuredOutputsParams(json=schema)
+            return Reading(AnswerParser(tool_parser(REQUIRED)), demanded)
         is_free = not body.tools or choice == NONE
         if not is_free and tools is None:
             words = "the server has no tool_call_parser for this model: use tool_choice 'required'"
             raise refused("tools", words)
-        tools = None if is_free else tools
+        tools = None if is_free or tools is None else tools.with_tools(body.tools or [])
+        if form is not None and tools is None:
+            return Reading(form=form)  # the whole answer has the form
+        if tools is not None and (form is not None or _strict(body.tools or []) is not None):
+            grammar = _grammar(tools, body.tools or [], form)
+            parser = AnswerParser(tools, reasoning if form is None else None)
+            return Reading(parser, grammar, at_most_one=one, has_reasoning=has_reasoning)
         if tools is None and reasoning is None:
             return Reading(has_reasoning=has_reasoning)
         parser = AnswerParser(tools, reasoning)
         if parser.needs_special_tokens:
             parser = AnswerParser(tools, reasoning, end_texts)
         return Reading(parser, at_most_one=one, has_reasoning=has_reasoning)
-
-    def of_text(self) -> Reading:
-        """How to read answers without tools."""
-        _, reasoning, end_texts = self._parsers()
-        if reasoning is None:
-            return Reading()
-        ends = end_texts if reasoning.needs_special_tokens else ()
-        return Reading(AnswerParser(None, reasoning, ends))
 
     def _parsers(self) -> tuple[ToolParser | None, ReasoningParser | None, list[str]]:
         if self._found is None:
@@ -146,7 +150,31 @@ def _named(choice: Any) -> str | None:
     return function["name"]
 
 
-def _check_tools(tools: Sequence[Any], most: int, *, is_forced: bool) -> None:
+def _strict(tools: Sequence[Any]) -> int | None:
+    """The number of the first strict tool."""
+    return next((i for i, tool in enumerate(tools) if tool["function"].get("strict")), None)
+
+
+def _grammar(
+    parser: ToolParser, tools: Sequence[Any], form: StructuredOutputsParams | None
+) -> StructuredOutputsParams:
+    """Answers with calls whose arguments match the schemas of strict tools, or with a form."""
+    if parser.marks is None:
+        words = f"with the tool_call_parser {parser.name!r} nothing holds calls within text to"
+        if form is None:
+            name = f"tools[{_strict(tools)}].function.strict"
+            raise refused(name, f"{words} a schema: use tool_choice 'required' or a named one")
+        raise refused("tools", f"{words} a form: use tool_choice 'none' or 'required'")
+    if form is not None and not form.is_json:
+        words = f"tools with an answer by {form.form}: use tool_choice 'none' or 'required'"
+        raise refused("tools", words)
+    try:
+        return StructuredOutputsParams(grammar=tagged(call_schema(tools), parser.marks, form))
+    except ValueError as error:
+        raise invalid("tools", f"tools: {error}") from None
+
+
+def _check_tools(tools: Sequence[Any], most: int) -> None:
     if len(tools) > most:
         raise invalid("tools", f"tools has {len(tools)} tools: at most {most} are allowed")
     for number, tool in enumerate(tools):
@@ -161,6 +189,3 @@ def _check_tools(tools: Sequence[Any], most: int, *, is_forced: bool) -> None:
         if parameters is not None and not isinstance(parameters, dict):
             words = f"{place}.function.parameters must be an object"
             raise invalid(f"{place}.function.parameters", words)
-        if function.get("strict") and not is_forced:
-            words = "strict needs tool_choice 'required' or a named one: else nothing enforces it"
-            raise refused(f"{place}.function.strict", words)

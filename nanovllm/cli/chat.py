@@ -49,7 +49,7 @@ class Chat:
         self._begin(system)
 
     def turn(self) -> bool:
-        """Read a line and do what it says. Returns False at the end."""
+        """Read a line and carry it out. Returns False at the end of the input."""
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()
         except EOFError:

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 T = TypeVar("T")
 OnEvent = Callable[[bytes], None]  # gets the data of an event
 MAX_HEAD_BYTES = 64 << 10
-SHOWN_CHARS = 300  # of an answer that is no JSON
+SHOWN_CHARS = 300  # of an answer that is not JSON
 
 
 class Answer(NamedTuple):
@@ -33,11 +33,12 @@ class Answer(NamedTuple):
 
 
 class Broken(OSError):
-    """The connection has ended before the answer has."""
+    """The connection ended before the answer."""
 
 
 class Address(NamedTuple):
-    """Where a server is. path: the beginning of all paths."""
+    """The address of a server. path: the prefix of all paths, without the /v1 at the end of a base
+    URL of OpenAI's clients."""
 
     host: str
     port: int
@@ -57,7 +58,9 @@ class Address(NamedTuple):
             raise ValueError(f"{url!r} is no URL of a server, such as http://127.0.0.1:8000")
         is_tls = parts.scheme == "https"
         default = 443 if is_tls else 80
-        return cls(parts.hostname, port or default, parts.path.rstrip("/"), is_tls)
+        return cls(
+            parts.hostname, port or default, parts.path.rstrip("/").removesuffix("/v1"), is_tls
+        )
 
 
 class Client:
@@ -98,10 +101,17 @@ class Client:
                 if connection.has_received:
                     raise
                 # the server has closed it while it was idle
+        return await self._send_on(await self._connect(), request, on_event)
+
+    async def _connect(self) -> _Connection:
+        host, port = self.address.host, self.address.port
         loop = asyncio.get_running_loop()
-        address = self.address.host, self.address.port
-        _, connection = await loop.create_connection(_Connection, *address, ssl=self._tls)
-        return await self._send_on(connection, request, on_event)
+        try:
+            _, connection = await loop.create_connection(_Connection, host, port, ssl=self._tls)
+        except OSError as error:
+            reason = error.strerror or error
+            raise OSError(f"no connection to host {host!r}, port {port}: {reason}") from error
+        return connection
 
     async def get(self, path: str) -> Any:
         """The JSON that the server has under a path. Raises ValueError and OSError."""
@@ -218,7 +228,7 @@ class _Connection(asyncio.Protocol):
                 self._finish()
 
     def _read_chunks(self, data: bytes) -> None:
-        """Take the whole chunks in `data`, and keep the rest."""
+        """Take the complete chunks in `data`, and keep the rest."""
         begin = 0
         while (line_end := data.find(b"\r\n", begin)) >= 0:
             size = int(data[begin:line_end].partition(b";")[0], 16)

@@ -1,4 +1,4 @@
-"""Says what this machine has, and what an engine with these options would pick, and why.
+"""Shows the devices of this machine, and the choices of an engine with these options.
 
     nanovllm info
     nanovllm info Qwen/Qwen3-0.6B --max-num-seqs 64 --json

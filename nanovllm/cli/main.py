@@ -7,34 +7,43 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, NamedTuple
 
+from nanovllm import env
 from nanovllm.flags import Parser, nearest
+from nanovllm.startup import bytecode
 from nanovllm.tools import command_line
 
-INTERRUPTED = 130  # the exit status of a shell's command after Ctrl-C
+INTERRUPTED = 130  # the exit status of a shell command after Ctrl-C
 
 
 class Command(NamedTuple):
     """A module with `USAGE`, `add_arguments(parser)` and `main(args)`, and what it does.
+
+    has_engine: an engine runs in this process or a child of it, so torch is imported.
 
     The modules import nothing heavy at their top, so that --help is fast.
     """
 
     module: str
     summary: str
+    has_engine: bool = True
 
 
 COMMANDS = {
-    "serve": Command("nanovllm.cli.serve", "answer over HTTP, with OpenAI's API"),
+    "serve": Command("nanovllm.cli.serve", "serve OpenAI's API over HTTP"),
     "chat": Command("nanovllm.cli.chat", "talk to a model in the terminal"),
     "run": Command("nanovllm.cli.run", "answer one prompt"),
     "bench throughput": Command("nanovllm.cli.bench.throughput", "tokens per second of an engine"),
     "bench latency": Command("nanovllm.cli.bench.latency", "the same for one request at a time"),
-    "bench serve": Command("nanovllm.cli.bench.serve", "speed and delays of a running server"),
+    "bench serve": Command(
+        "nanovllm.cli.bench.serve", "throughput and latency of a server", has_engine=False
+    ),
     "batch": Command("nanovllm.cli.batch", "answer a file of prompts"),
     "precompile": Command("nanovllm.cli.precompile", "compile a model's programs ahead of time"),
-    "cache": Command("nanovllm.cli.cache", "list, verify or prune compiled programs"),
+    "cache": Command(
+        "nanovllm.cli.cache", "list, verify or prune compiled programs", has_engine=False
+    ),
     "report": Command("nanovllm.cli.report", "draw a step with the cost of each kernel"),
-    "info": Command("nanovllm.cli.info", "what this machine has, and what would be picked"),
+    "info": Command("nanovllm.cli.info", "devices of this machine, and an engine's choices"),
 }
 
 
@@ -79,7 +88,11 @@ def run(name: str, words: Sequence[str] | None = None, *, program: str = "") -> 
     parser = Parser(prog=program, usage=f"{program} {module.USAGE}", description=module.__doc__)
     module.add_arguments(parser)
     try:
-        return module.main(parser.parse_args(words))
+        args = parser.parse_args(words)
+        if COMMANDS[name].has_engine:
+            folder = getattr(args, "compile_cache", None)
+            bytecode.keep(lambda: env.read().store_folder(folder))
+        return module.main(args)
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -2,7 +2,7 @@
 
     nanovllm run "What is 37 + 45?"
     nanovllm run --model Qwen/Qwen3-0.6B < question.txt
-    nanovllm run --raw "Once upon a time" --max-tokens 50
+    nanovllm run --raw "The capital of France is" --max-tokens 50
 
 The prompt goes through the model's chat template if it has one. --raw continues it as it is.
 """

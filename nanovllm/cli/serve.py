@@ -1,4 +1,4 @@
-"""Answers over HTTP, with OpenAI's API, until SIGTERM or Ctrl-C."""
+"""Serves OpenAI's API over HTTP, until SIGTERM or Ctrl-C."""
 
 from __future__ import annotations
 
@@ -17,7 +17,12 @@ NEEDED = (
 
 
 def add_arguments(parser: Parser) -> None:
-    add_flags(parser.add_argument_group("options of the server"), ServerConfig)
+    group = parser.add_argument_group("options of the server")
+    add_flags(group, ServerConfig)
+    auto = (
+        "vLLM needs it to read calls of tools; here they are read unless tool_call_parser is none"
+    )
+    group.add_argument("--enable-auto-tool-choice", action="store_true", help=auto)
     add_engine_options(parser, positional=True, skip=ServerConfig.__dataclass_fields__)
 
 
@@ -30,5 +35,8 @@ def main(args: argparse.Namespace) -> int:
         )
     from nanovllm import api
 
+    server = ServerConfig(**given(args, ServerConfig))
+    if args.enable_auto_tool_choice and server.tool_call_parser == "none":
+        raise ValueError("enable_auto_tool_choice needs a tool_call_parser other than 'none'")
     engine = engine_config(args, skip=ServerConfig.__dataclass_fields__)
-    return api.serve(engine, ServerConfig(**given(args, ServerConfig)))
+    return api.serve(engine, server)

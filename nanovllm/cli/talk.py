@@ -1,4 +1,4 @@
-"""Whom `chat` and `run` ask: a model in this process, or one behind a server."""
+"""The models of `chat` and `run`: one in this process, or one behind a server."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Model(Protocol):
     """Gives answers piece by piece."""
 
     def answer(self, messages: Messages, write: Write, think: Write) -> None:
-        """Write the answer to a conversation, and what a server marks as reasoning to `think`.
+        """Write the answer to a conversation, and a server's reasoning_content to `think`.
 
         Ctrl-C ends the answer and raises KeyboardInterrupt. Raises ValueError and OSError.
         """

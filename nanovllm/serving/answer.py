@@ -1,4 +1,4 @@
-"""One answer as its client knows it: tokens come from the engine, text is made here."""
+"""The client's side of one answer: it receives tokens from the engine and detokenizes them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Answer:
         self._token_ids: list[int] = []
         self._logprobs: list[TopLogprobs] | None = None if params.logprobs is None else []
         self._num_decoded = self._num_taken = 0  # tokens
-        self._end: Done | None = None  # as the engine has sent it
+        self._end: Done | None = None  # as the engine sent it
         self.done: Completion | None = None
 
     def add_token(self, token_id: int) -> bool:
@@ -85,12 +85,12 @@ class Answer:
         )
 
     def abort(self) -> None:
-        """End the answer with the tokens that are there."""
+        """End the answer with the tokens received so far."""
         if self._end is None:
             self._end = Done("abort", None, 0, None, None)
 
     def _decode(self) -> None:
-        """Decode the tokens that have come, up to a stop string."""
+        """Decode the tokens received so far, up to a stop string."""
         if not self._text.grows or self._has_stopped:
             return
         fresh = self._token_ids[self._num_decoded :]

@@ -74,7 +74,7 @@ class ApiProcess:
 
 
 def serve(setup: dict[str, Any], channel: Channel) -> None:
-    """Call the function. Raises its errors, and ChannelClosed."""
+    """Call the function. Raises its errors and ChannelClosed."""
     process = ApiProcess(setup)
     listening = threading.Thread(
         target=_listen, args=(channel, process), name="supervisor", daemon=True

@@ -1,4 +1,4 @@
-"""Online inference in a Python program: many tasks of one event loop use an engine."""
+"""Online inference in a Python program: the tasks of one event loop share an engine."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class AsyncLLM(Client):
 
     @classmethod
     async def start(cls, model: str | PathLike[str], **options: Any) -> AsyncLLM:
-        """A warm engine. Raises as the constructor and `ready` do, and leaves nothing then."""
+        """A warm engine. Raises the errors of the constructor and of `ready`, after cleaning up."""
         llm = cls(model, **options)
         try:
             await llm.ready()

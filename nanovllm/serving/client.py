@@ -46,7 +46,7 @@ class Client:
     max_num_seqs: int
     default_params: SamplingParams
     eos_ids: frozenset[int]
-    # after the end of the connection, so long somebody else may say why
+    # how long to wait for the reason after the end of the connection
     _patience_s = 0.0
 
     def __init__(
@@ -191,7 +191,7 @@ class Client:
         seeds = self._seeds(params)
         feed = self._new_feed(name, params, prompt_ids, incremental=incremental)
         feed.num_held_bytes = encoded.num_bytes
-        # the engine neither decodes nor finds stop strings
+        # the client detokenizes and finds stop strings, not the engine
         fields = params_fields(replace(params, n=1, seed=None, stop=None, detokenize=False))
         salt, has_images = given.cache_salt, bool(encoded.beside)
         add = Add(feed.first_id, prompt_ids, fields, seeds, incremental, priority, salt, has_images)
@@ -332,7 +332,7 @@ class Client:
         outputs, answers = messages.load_outputs(payload), self._answers
         stopped: list[int] = []
         for request_id, token_id in zip(outputs.ids, outputs.tokens):
-            if request_id in answers:  # else it has been aborted in the meantime
+            if request_id in answers:  # else the answer was aborted meanwhile
                 feed, answer = answers[request_id]
                 if answer.add_token(token_id):
                     stopped.append(request_id)
@@ -369,7 +369,7 @@ class Client:
             self._loop.call_later(self._patience_s, self._fail, error)
 
     def _fail(self, error: Exception) -> None:
-        """Tell all who wait. A ValueError is about the options."""
+        """Raise the error in all waiting tasks. A ValueError is about the options."""
         if self._failure is not None:
             return
         self._failure = error if isinstance(error, EngineDead) else EngineDead(str(error))

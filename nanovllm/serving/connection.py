@@ -45,7 +45,7 @@ class Connection(asyncio.Protocol):
             self._transport.write(pack(name, payload))
 
     def send_packed(self, message: bytes) -> None:
-        """The same for a message that `pack` has made: a long one, in a thread."""
+        """Send a message that was packed by `pack`; a thread can pack a long one."""
         if self._transport is not None and not self._transport.is_closing():
             self._transport.write(message)
 

@@ -1,4 +1,4 @@
-"""Turns the prompts of a client into what the engine gets, without holding its event loop up."""
+"""Encodes the prompts of a client for the engine, without blocking the event loop."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nanovllm.replicas.messages import Facts
 from nanovllm.sampling import SamplingParams
 from nanovllm.serving.seeing import Encoded, Seeing
 
-# Longer texts are encoded in a thread, so that other tasks go on meanwhile.
+# Longer texts are encoded in a thread, so that other tasks can run.
 LONG_TEXT_CHARACTERS = 4096
 
 
@@ -64,7 +64,7 @@ class Encoder:
         return Encoded(self._intake.prompt_ids(prompt, params))
 
     def release(self, num_bytes: int) -> None:
-        """Forget so many bytes of patches."""
+        """Subtract these bytes from those of held patches."""
         if num_bytes and self._seeing is not None:
             self._seeing.release(num_bytes)
 

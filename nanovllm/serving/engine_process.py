@@ -1,4 +1,4 @@
-"""The engine's process as the process that starts it sees it."""
+"""The parent's side of the engine's process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import suppress
 
 from nanovllm.config import EngineConfig
 from nanovllm.parallel.ranks import Ranks
-from nanovllm.parallel.watch import RankFailed
+from nanovllm.parallel.watch import RankFailed, without_name
 from nanovllm.replicas import setups
 
 PROGRAM = "nanovllm.serving.process"
@@ -48,7 +48,7 @@ class EngineProcess:
     def call_on_failure(self, callback: Callable[[Exception], None]) -> None:
         """Call it in another thread with the reason why the process has ended before `close`: a
         ValueError for options that cannot be, else RankFailed."""
-        self._ranks.call_on_failure(callback)
+        self._ranks.call_on_failure(lambda error: callback(without_name(error)))
 
     def kill(self) -> None:
         """End the process at once, without `close`."""

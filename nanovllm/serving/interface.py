@@ -1,4 +1,4 @@
-"""What servers use of an engine: requests from many tasks of one event loop, answers in pieces."""
+"""The interface of an engine to servers: requests from tasks of one event loop, and streams."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 class QueueFull(Exception):
-    """As many requests wait as may. The message names the limit."""
+    """The queue is full. The message names the limit."""
 
 
 class Draining(Exception):
-    """The engine finishes what runs and takes no new requests."""
+    """The engine finishes running requests and takes no new ones."""
 
 
 class EngineDead(Exception):
@@ -51,14 +51,14 @@ class Stream(Protocol):
     """The answers to one prompt. A reader that falls behind gets larger parts, not more of them."""
 
     request_id: str
-    prompt_token_ids: list[int]  # with the tokens of images, once the first part is there
+    prompt_token_ids: list[int]  # with the tokens of images, once the first part has arrived
 
     def __aiter__(self) -> AsyncIterator[Delta]:
         """Yields until the last of the n answers has ended. Raises EngineDead."""
         ...
 
     def abort(self) -> None:
-        """End what has not ended. May be called at any time, and twice."""
+        """Abort the unfinished answers. May be called at any time, also twice."""
         ...
 
 

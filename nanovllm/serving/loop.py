@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import selectors
+import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
@@ -26,10 +27,12 @@ if TYPE_CHECKING:
     from nanovllm.replicas.interface import AnyEngine
 
 logger = logging.getLogger(__name__)
+# Whoever has waited for the engine or the server sends the first request within this time.
+IDLE_SECONDS = 2.0
 
 
 class Owner(NamedTuple):
-    """Who asked for an answer: a client, under an id of its own."""
+    """The client that requested an answer, and the client's id for it."""
 
     port: Port
     request_id: int
@@ -44,6 +47,8 @@ class Loop:
         the channel."""
         self._engine, self._ports, self._control = engine, list(ports), control
         self._owners: dict[int, Owner] = {}  # by the engine's ids
+        self._idle_since: float | None = None
+        self._is_prepared = False  # for grammars
         self._handlers: dict[str, Callable[[Port, bytes], None]] = {
             messages.ADD: self._add,
             messages.BESIDE: self._beside,
@@ -61,8 +66,7 @@ class Loop:
             self._guarded(port, partial(Port.send, name=messages.READY, payload=dump(facts)))
         self._control.send(messages.READY)
         while True:
-            # without requests there is nothing to do until a message comes
-            for key, _ in self._selector.select(0 if self._owners else None):
+            for key, _ in self._ready():
                 if key.data is None:
                     self._control.pending(wait=False)
                 else:
@@ -71,14 +75,30 @@ class Loop:
                 self._engine.advance()
                 self._pass_on(self._engine.take())
 
+    def _ready(self) -> list[tuple[selectors.SelectorKey, int]]:
+        """The sockets that have something to do. Without requests, wait for one; if none comes for
+        a while, prepare for grammars."""
+        if self._owners:
+            self._idle_since = None
+            return self._selector.select(0)
+        if not self._is_prepared:
+            now = time.monotonic()
+            if self._idle_since is None:
+                self._idle_since = now
+            if (left := self._idle_since + IDLE_SECONDS - now) > 0:
+                return self._selector.select(left)
+            self._is_prepared = True
+            self._engine.prepare_grammars()
+        return self._selector.select()
+
     def _serve(self, port: Port) -> None:
-        """Send what waits for a client, and handle what it has sent."""
+        """Send a client its waiting messages, and handle those that it has sent."""
         port.send_more()
         for name, payload in port.read():
             self._handlers[name](port, payload)
 
     def _guarded(self, port: Port, use: Callable[[Port], None]) -> None:
-        """Use a port; if its client is gone, end what it has asked for."""
+        """Use a port. If its client is gone, abort its requests."""
         try:
             use(port)
         except ChannelClosed as error:
@@ -128,7 +148,7 @@ class Loop:
         port.flush()
 
     def _beside(self, port: Port, payload: bytes) -> None:
-        """Keep the images of the prompt that follows."""
+        """Keep the images of the next prompt."""
         port.beside = payload
 
     def _queue(self, given: Add, prompt: Prompt | MediaPrompt, seed: int) -> int:
@@ -150,7 +170,7 @@ class Loop:
             self._engine.abort(port.answers[one], given.reason)  # its last output is sent
 
     def _forget(self, port: Port, request_ids: Iterable[int]) -> None:
-        """End answers for which nobody listens any more."""
+        """Abort answers that nobody reads any more."""
         of_engine = [port.answers.pop(one) for one in request_ids]
         self._engine.abort_all(of_engine)
         for one in of_engine:

@@ -17,7 +17,7 @@ from nanovllm.media import given as media_given
 from nanovllm.media.given import Given
 from nanovllm.metrics import PREFIX, Counter, Gauge, Metric
 from nanovllm.outputs import TopLogprobs
-from nanovllm.prompts import AnyPrompt, Prompt, as_prompt
+from nanovllm.prompts import AnyPrompt, Prompt, PromptRefused, PromptTooLong, as_prompt
 from nanovllm.sampling import SamplingParams
 from nanovllm.schedule.logprobs import Logprob
 from nanovllm.serving.interface import Delta, Draining, EngineDead, QueueFull
@@ -122,7 +122,7 @@ class MadeUpEngine:
         await self.drain(0)
 
     def fail(self, message: str) -> None:
-        """End as an engine does whose process dies."""
+        """Fail like an engine whose process dies."""
         self.failure = EngineDead(message)
 
     def text_of(self, token_id: int) -> str:
@@ -143,12 +143,12 @@ class MadeUpEngine:
         else:
             token_ids = [len(word) for word in (prompt.text or "").split()]
         if not token_ids:
-            raise ValueError("the prompt is empty: it must have at least 1 token")
+            raise PromptRefused("the prompt is empty: it must have at least 1 token")
         for token_id in token_ids:
             if type(token_id) is not int or not 0 <= token_id <= MAX_PROMPT_ID:
-                raise ValueError(f"token id {token_id!r} is outside the vocabulary")
+                raise PromptRefused(f"token id {token_id!r} is outside the vocabulary")
         if len(token_ids) >= self.max_model_len:
-            raise ValueError(
+            raise PromptTooLong(
                 f"the prompt has {len(token_ids)} tokens: with max_model_len {self.max_model_len} "
                 f"at most {self.max_model_len - 1} fit, since the answer needs at least one"
             )
@@ -249,7 +249,7 @@ class MadeUpStream:
         yield delta
 
     def _logprobs(self, token_id: int, num_top: int) -> TopLogprobs:
-        """The token is always the likeliest."""
+        """The log-probabilities: the token is always the likeliest."""
         ids = [token_id, *((token_id + i) % VOCAB_SIZE for i in range(1, num_top))]
         tokenizer = self._engine.tokenizer
         return {one: Logprob(-0.5 * r, r, one, tokenizer) for r, one in enumerate(ids, 1)}

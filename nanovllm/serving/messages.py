@@ -41,7 +41,7 @@ class Add(msgspec.Struct, array_like=True):
 
 
 class End(msgspec.Struct, array_like=True):
-    """Answers of which their client wants no more tokens.
+    """Answers that their client ends.
 
     reason: ABORT, and nothing more is sent of them, or STOP, for stop strings: the last row is.
     """

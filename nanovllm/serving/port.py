@@ -1,4 +1,4 @@
-"""A client as the engine's process sees it: a socket that never makes the engine wait."""
+"""The engine's side of a client: a socket on which the engine never blocks."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from nanovllm.parallel.channel import ChannelClosed, Message, pack, unpack
 from nanovllm.serving import messages
 from nanovllm.serving.messages import Row
 
-PIECE_BYTES = 1 << 20  # once so much has been read, others are served first
-# A client that has not read for so many numbers (tokens, log-probabilities) is given up. 256
+PIECE_BYTES = 1 << 20  # after reading this much, other clients are served first
+# If more numbers (tokens, log-probabilities) wait for a client, its requests are aborted. 256
 # answers of 32,768 tokens are half of it.
 MAX_HELD_NUMBERS = 1 << 24
 
@@ -42,11 +42,11 @@ class Port:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether something waits until the client has read what is before it."""
+        """Whether messages wait until the client has read the ones before them."""
         return bool(self._unsent)
 
     def add_token(self, request_id: int, token_id: int) -> None:
-        """Collect the only new token of an answer, which has nothing else that is new."""
+        """Collect the only new token of an answer that has no other news."""
         self._ids.append(request_id)
         self._tokens.append(token_id)
 
@@ -54,7 +54,7 @@ class Port:
         self._rows.append(row)
 
     def flush(self) -> None:
-        """Send what has been collected, or hold it. Raises ChannelClosed."""
+        """Send the collected tokens, or hold them. Raises ChannelClosed."""
         if not self._ids and not self._rows:
             return
         if self._unsent:
@@ -70,7 +70,7 @@ class Port:
         self.send_more()
 
     def send_more(self) -> None:
-        """Send what waits, as far as the client reads. Raises ChannelClosed."""
+        """Send waiting messages, as far as the client reads. Raises ChannelClosed."""
         while self._unsent:
             try:
                 num = self._sock.send(self._unsent)
@@ -113,7 +113,7 @@ class Port:
             if row.request_id in self._held:
                 self._held[row.request_id].extend(row)
             else:
-                # the engine goes on with its own list
+                # the engine continues to change its own list
                 row.token_ids = row.token_ids[:]
                 self._held[row.request_id] = row
         if self._num_held > MAX_HELD_NUMBERS:

@@ -27,7 +27,7 @@ def serve(setup: dict[str, Any], channel: Channel) -> None:
     from nanovllm.serving.loop import Loop
     from nanovllm.serving.port import Port
 
-    gc.freeze()  # a collection among so many objects would delay steps by 0.1 s
+    gc.freeze()  # garbage collection of so many objects would delay steps by 0.1 s
     ports = [Port(socket.socket(fileno=descriptor)) for descriptor in setup["ports"]]
     if isinstance(engine, Replicas):
         facts = engine.facts

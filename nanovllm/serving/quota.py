@@ -1,4 +1,4 @@
-"""How many requests the clients of one engine have, all together."""
+"""The limit on waiting answers that all clients of one engine share."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Quota:
 
 
 def checked_limit(max_queued: int) -> int:
-    """The same number. Raises ValueError if it is none of answers."""
+    """Returns the limit. Raises ValueError if it is invalid."""
     if type(max_queued) is not int or max_queued < 0:
         raise ValueError(f"max_queued is {max_queued!r}: it must be a whole number, at least 0")
     return max_queued

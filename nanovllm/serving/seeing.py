@@ -108,7 +108,7 @@ class Seeing:
         try:
             found = await loop.run_in_executor(self._pool, self._encoded, prompt, work)
         except BaseException:
-            work.cancel()  # nobody wants it any more
+            work.cancel()  # the request was cancelled
             raise
         finally:
             self._running.discard(work)
@@ -131,7 +131,7 @@ class Seeing:
         return Encoded(found.token_ids, message, found.num_bytes)
 
     def release(self, num_bytes: int) -> None:
-        """Forget so many bytes of patches."""
+        """Subtract these bytes from those of held patches."""
         self._num_held -= num_bytes
         self._has_room.set()
 

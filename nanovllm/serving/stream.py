@@ -1,4 +1,4 @@
-"""The answers to one prompt, between the client that gets tokens and the task that reads them."""
+"""The answers to one prompt: the queue between the client and the task that reads them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Feed:
-    """Which of the answers have something new. The client writes, one task reads."""
+    """The answers with unread tokens. The client writes, one task reads."""
 
     def __init__(self, name: str, first_id: int, answers: Sequence[Answer]) -> None:
         """first_id: the id of the first answer; those of the others follow."""
@@ -28,7 +28,7 @@ class Feed:
         self._failure: EngineDead | None = None
 
     def note(self, answer: Answer) -> None:
-        """Say that an answer has something new."""
+        """Note that an answer has unread tokens."""
         self._fresh[answer.index] = None
         self._wake()
 
@@ -37,7 +37,7 @@ class Feed:
         self._wake()
 
     async def take(self) -> list[Increment]:
-        """Wait for what is new; [] after the end of all answers. Raises EngineDead."""
+        """Wait for unread tokens; [] after the end of all answers. Raises EngineDead."""
         while True:
             fresh, self._fresh = self._fresh, {}
             found = [one for index in fresh if (one := self.answers[index].take()) is not None]
@@ -59,7 +59,7 @@ class Feed:
 
 
 class OpenStream:
-    """See `Stream`. Leaving the loop over it ends what has not ended."""
+    """See `Stream`. Leaving the loop over it aborts unfinished answers."""
 
     def __init__(self, client: Client, prompt_token_ids: list[int], feed: Feed) -> None:
         self.request_id, self.prompt_token_ids = feed.name, prompt_token_ids

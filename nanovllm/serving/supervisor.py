@@ -1,4 +1,4 @@
-"""Starts the processes of a server, passes signals on, and ends everything together.
+"""Starts the processes of a server, passes signals on, and ends all processes together.
 
 The engine's process and the API processes are children of the supervisor, which has nothing to do
 with requests. A process that dies ends the server: its clients' requests are lost in any case, and
@@ -22,7 +22,7 @@ from typing import Any
 
 from nanovllm.config import EngineConfig
 from nanovllm.parallel.ranks import Ranks
-from nanovllm.parallel.watch import RankFailed
+from nanovllm.parallel.watch import RankFailed, without_name
 from nanovllm.replicas import setups
 from nanovllm.serving import quota
 from nanovllm.serving.engine_process import EngineProcess
@@ -30,7 +30,7 @@ from nanovllm.serving.engine_process import EngineProcess
 logger = logging.getLogger(__name__)
 
 PROGRAM = "nanovllm.serving.api_process"
-DRAIN, DONE = "drain", "done"  # what the supervisor and API processes say to each other
+DRAIN, DONE = "drain", "done"  # messages between the supervisor and API processes
 INTERRUPTED = 128 + signal.SIGINT
 # After the time for requests, API processes have so long to close their connections; after the
 # engine's end, to tell their clients.
@@ -128,7 +128,7 @@ class Supervisor:
             received=lambda name, payload: self._events.put(_Event(done=index)),
             inherited=list(descriptors.values()),
         )
-        process.call_on_failure(self._note_failure)
+        process.call_on_failure(lambda failure: self._note_failure(without_name(failure)))
         return process
 
     def _watch(self) -> int:
@@ -153,8 +153,8 @@ class Supervisor:
         self._drain(FAREWELL_SECONDS)
 
     def _drain(self, seconds: float) -> int:
-        """Have API processes finish what runs, and wait until they have; returns the exit code."""
-        self._service.listener.close()  # once API processes have closed it, it exists no more
+        """Let API processes finish running requests, and wait for them; returns the exit code."""
+        self._service.listener.close()  # it exists until the API processes close it
         for process in self._processes:
             with suppress(RankFailed):
                 process.tell(DRAIN)
@@ -208,7 +208,7 @@ class Supervisor:
             process.fail(InterruptedError("the server is interrupted"))
 
     def _close(self) -> None:
-        """End all processes: those that have not failed have some seconds to end by themselves."""
+        """End all processes. Those that have not failed get some seconds to end by themselves."""
         for process in self._processes:
             process.begin_close()
         if self._engine is not None:

@@ -70,8 +70,7 @@ def build(
     runner, num_blocks, budget = with_cache(choice, new_runner)
     runner.warm_up(building)
     laps.end(stage)
-    max_stall_ms = config.max_stall_ms or platform.traits.max_stall_ms
-    stall = measure_stall(runner, max_stall_ms) if math.isfinite(max_stall_ms) else None
+    stall = _stall_bound(choice, runner)
     laps.end("stall")
     expert_stats = _expert_stats(runner)
     if not config.enforce_eager and choice.shard.rank == 0:
@@ -88,6 +87,16 @@ def build(
     )
     logger.info("%s", memory)
     return Built(runner, num_blocks, memory, stall, expert_stats)
+
+
+def _stall_bound(choice: Choice, runner: Runner) -> StallBound | None:
+    """The bound that the options ask for, or the device's default; None if that is infinite."""
+    asked_ms = choice.config.max_stall_ms
+    max_ms = choice.platform.traits.max_stall_ms if asked_ms is None else asked_ms
+    if not math.isfinite(max_ms):
+        return None
+    bound = measure_stall(runner, max_ms)
+    return bound.in_proportion() if asked_ms is None else bound
 
 
 def _expert_stats(runner: Runner) -> ExpertStats | None:

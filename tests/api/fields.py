@@ -33,6 +33,7 @@ ENDPOINTS: dict[str, type[msgspec.Struct]] = {
 }
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 TOOLS = [{"type": "function", "function": {"name": "look_up", "parameters": SCHEMA}}]
+OWN_TOOLS = [{"type": "function", "name": "look_up", "parameters": SCHEMA}]  # of responses
 USER: Any = [{"role": "user", "content": "Hi"}]
 
 
@@ -184,7 +185,8 @@ CHAT |= {
 RESPONSES: dict[str, Case] = {
     "input": Case(
         [{"role": "user", "content": [{"type": "input_text", "text": "Hi"}]}],
-        lambda seen: "Hi" in (seen.prompt.text or ""), remark="a text, or messages",
+        lambda seen: "Hi" in (seen.prompt.text or ""),
+        remark="a text, or messages, reasoning, calls of functions and what they gave",
     ),
     "instructions": Case("Be brief.", lambda seen: "Be brief." in (seen.prompt.text or "")),
     "max_output_tokens": _passed("max_tokens", 7),
@@ -198,6 +200,23 @@ RESPONSES: dict[str, Case] = {
     ),
     "metadata": Case({"a": "b"}, lambda seen: seen.answer["metadata"] == {"a": "b"},
                      remark="is in the answer"),
+    "tools": Case(
+        OWN_TOOLS, lambda seen: "look_up" in str(seen.params.structured_outputs),
+        {"tool_choice": "required"}, "functions; see [tools.md](tools.md)",
+    ),
+    "tool_choice": Case(
+        {"type": "function", "name": "look_up"},
+        lambda seen: "look_up" in str(seen.params.structured_outputs), {"tools": OWN_TOOLS},
+        "`none`, `auto`, `required` or a named function",
+    ),
+    "parallel_tool_calls": Case(
+        False, lambda seen: "'maxItems': 1" in str(seen.params.structured_outputs),
+        {"tools": OWN_TOOLS, "tool_choice": "required"},
+    ),
+    "reasoning": Case(
+        {"effort": "low", "summary": None}, lambda seen: "low" in (seen.prompt.text or ""),
+        remark="`effort`, where the chat template reads it",
+    ),
     "safety_identifier": CHAT["safety_identifier"],
     "prompt_cache_key": CHAT["prompt_cache_key"],
 }  # fmt: skip

@@ -13,8 +13,9 @@ import httpx
 import openai
 import uvloop
 
+from nanovllm.api.address import bind, url_of
 from nanovllm.api.config import ServerConfig
-from nanovllm.api.server import Stop, bind, run, url_of
+from nanovllm.api.server import Stop, run
 from nanovllm.api.service import Service
 from nanovllm.config import EngineConfig
 from nanovllm.replicas import setups

@@ -14,8 +14,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from nanovllm.api.latencies import Latencies, Timer
 from nanovllm.api.page import HEADERS, files
-from nanovllm.api.prometheus import CONTENT_TYPE, Latencies, Timer, render
+from nanovllm.api.prometheus import CONTENT_TYPE, render
 from nanovllm.metrics import Counter, Gauge, Metric
 
 MARKDOWN = """A **merge** takes two sorted lists, and gives *one*:

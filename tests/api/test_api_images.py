@@ -3,44 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterator
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Iterator
+from typing import Any
 
-import httpx
 import openai
 import pytest
 
 from nanovllm import LLM
-from nanovllm.api.config import ServerConfig
-from nanovllm.api.server import Stop, bind, run, url_of
-from nanovllm.api.service import Service
-from nanovllm.engine import Engine
 from nanovllm.hub import SEEING
-from nanovllm.serving.client import Client
+from tests.api.engine_server import ASKED, CHAT, MAX_BODY_BYTES, RESPONSES, Served, through_http
 from tests.engines import greedy
 from tests.serving.pictures import SECRET, Held, about, corrupt, data_url
-from tests.serving.served import serve
-
-Result = TypeVar("Result")
-MAX_BODY_BYTES = 1 << 16
-ASKED: dict[str, Any] = {"model": SEEING, "temperature": 0}
-CHAT, RESPONSES = "/v1/chat/completions", "/v1/responses"
-
-
-class Served(NamedTuple):
-    engine: Client
-    http: httpx.AsyncClient
-    openai: openai.AsyncOpenAI
-
-    async def text(self, messages: Any) -> str:
-        """The content of an answer."""
-        asked: Any = {**ASKED, "max_tokens": 8, "extra_body": {"ignore_eos": True}}
-        done = await self.openai.chat.completions.create(messages=messages, **asked)
-        return done.choices[0].message.content or ""
-
-    async def refusal(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        answer = await self.http.post(path, json={**ASKED, **body})
-        return answer.status_code, answer.json()["error"]
 
 
 @pytest.fixture(scope="module")
@@ -52,34 +25,6 @@ def llm() -> Iterator[LLM]:
     )  # fmt: skip
     yield made
     made.close()
-
-
-def through_http(llm: LLM, work: Callable[[Served], Coroutine[Any, Any, Result]]) -> Result:
-    """The result of `work` with clients of a server on this model."""
-    config = ServerConfig(port=0, max_body_bytes=MAX_BODY_BYTES)
-
-    async def serve_and_work(client: Client) -> Result:
-        await client.ready()
-        wish, has_started = asyncio.Event(), asyncio.Event()
-        with bind(config) as sock:
-            stop, url = Stop(wish.wait()), url_of(config, sock)
-            service = Service(client, config)
-            serving = asyncio.create_task(run(service, client, sock, stop, has_started.set))
-            await has_started.wait()
-            try:
-                async with (
-                    httpx.AsyncClient(base_url=url, timeout=60) as http,
-                    openai.AsyncOpenAI(
-                        base_url=f"{url}/v1", api_key="any", max_retries=0
-                    ) as official,
-                ):
-                    return await work(Served(client, http, official))
-            finally:
-                wish.set()
-                assert await serving == 0
-
-    assert isinstance(llm.engine, Engine)
-    return serve(llm.engine, serve_and_work)
 
 
 def test_answers_about_pictures_are_those_of_llm(llm: LLM) -> None:

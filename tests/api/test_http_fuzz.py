@@ -20,7 +20,7 @@ from nanovllm.api.service import Service
 from nanovllm.serving.made_up import MadeUpOptions
 from tests.api.made_up_server import TEMPLATE, MadeUpServer, served
 
-HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
 LIMITS: dict[str, Any] = {
     "max_body_bytes": 4 << 20, "max_header_bytes": 4096, "max_connections": 1100,
     "header_timeout": 1.0, "body_timeout": 1.0, "send_timeout": 1.0, "access_log": False,
@@ -211,14 +211,14 @@ def test_a_thousand_connections_are_served_and_more_are_refused(server: MadeUpSe
 def test_headers_that_are_too_long_or_too_many_are_refused(server: MadeUpServer) -> None:
     for line in (b"x: " + b"y" * 5000 + b"\r\n", b"x: y\r\n" * 200):
         with connect(server) as sock:
-            sock.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n" + line + b"\r\n")
+            sock.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n" + line + b"\r\n")
             assert b" 431 " in all_of(sock)
 
 
 def test_pipelined_requests_are_answered_in_their_order(server: MadeUpServer) -> None:
     with connect(server) as sock:
         asked = [request({"prompt": "a", "max_tokens": num}) for num in (3, 1, 2)]
-        last = b"GET /version HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+        last = b"GET /version HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
         sock.sendall(b"".join(asked) + last)
         answer = all_of(sock)
     counts = [int(one.split(b",")[0]) for one in answer.split(b'"completion_tokens":')[1:]]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ast
+import json
 import logging
 import pickle
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -241,7 +242,9 @@ def test_missing_auth_no_spelling_of_a_path_goes_around_the_key(
     locked: MadeUpServer, path: str
 ) -> None:
     with socket.create_connection((locked.host, locked.port)) as sock:
-        sock.sendall(f"GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n".encode())
+        sock.sendall(
+            f"GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n".encode()
+        )
         assert b" 401 " in sock.recv(1 << 16)
 
 
@@ -279,6 +282,85 @@ def test_missing_auth_an_allowed_origin_alone_may_read() -> None:
         for origin, allowed in (("https://good.example", True), ("https://evil.example", False)):
             answer = open_one.http.get("/v1/models", headers={"origin": origin})
             assert ("access-control-allow-origin" in answer.headers) is allowed
+
+
+# DNS rebinding --------------------------------------------------------------------------------
+
+LOCAL = (
+    "localhost", "LocalHost:8000", "localhost.", "127.0.0.1", "127.9.9.9:1", "[::1]:8000",
+    "[::ffff:127.0.0.1]",
+)  # fmt: skip
+FOREIGN = (
+    "evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example",
+    "evil.example@localhost", "localhost:8000@evil.example", "localhost evil.example", "192.0.2.1",
+    "0.0.0.0", "[2001:db8::1]", "[::1", "::1", "", "*", "a" * 10_000,
+)  # fmt: skip
+
+
+def raw(server: MadeUpServer, path: str, hosts: Sequence[str]) -> tuple[int, bytes]:
+    """The status and the answer of a request with these headers Host."""
+    lines = [f"GET {path} HTTP/1.1", *(f"Host: {one}" for one in hosts), "Connection: close"]
+    with socket.create_connection((server.host, server.port), timeout=20) as sock:
+        sock.sendall("\r\n".join([*lines, "", ""]).encode("latin-1"))
+        with sock.makefile("rb") as file:
+            answer = file.read()
+    return int(answer.split()[1]), answer
+
+
+@pytest.mark.parametrize("path", sorted({*PATHS} - {*ALWAYS_OPEN}))
+def test_dns_rebinding_on_loopback_every_path_refuses_a_foreign_host(
+    server: MadeUpServer, path: str
+) -> None:
+    """The error is the server's usual one and names the option."""
+    status, answer = raw(server, path, ["evil.example:8000"])
+    error = json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
+    assert status == 421 and error["code"] == "unknown_host"
+    assert "'evil.example:8000'" in error["message"] and "allowed_hosts" in error["message"]
+
+
+def test_dns_rebinding_no_spelling_of_a_foreign_host_is_taken_for_a_local_one(
+    server: MadeUpServer,
+) -> None:
+    for host in FOREIGN:
+        assert raw(server, "/v1/models", [host])[0] == 421, host
+    for hosts in ([], ["localhost", "evil.example"], ["evil.example", "localhost"]):
+        assert raw(server, "/v1/models", hosts)[0] == 421, hosts
+
+
+def test_dns_rebinding_names_of_loopback_stay_allowed_with_any_port(server: MadeUpServer) -> None:
+    for host in LOCAL:
+        assert raw(server, "/v1/models", [host])[0] == 200, host
+
+
+def test_dns_rebinding_probes_of_health_may_use_any_address_or_none(server: MadeUpServer) -> None:
+    for path in ALWAYS_OPEN:
+        for hosts in (["10.1.2.3:8000"], ["evil.example"], []):
+            assert raw(server, path, hosts)[0] == 200, (path, hosts)
+
+
+@pytest.mark.parametrize(
+    ("options", "allowed", "refused"),
+    [
+        ({"allowed_hosts": ["Api.example.org", "[2001:db8::1]"]},
+         ["api.example.org", "API.example.org.:443", "[2001:DB8::1]:8000", "localhost"],
+         ["example.org", "x.api.example.org"]),
+        ({"allowed_hosts": ["*"]}, ["evil.example", ""], []),
+        ({"host": "0.0.0.0"}, ["evil.example", "192.0.2.1:8000"], []),
+        ({"host": "0.0.0.0", "allowed_hosts": ["api.example.org"]},
+         ["api.example.org", "0.0.0.0:8000", "127.0.0.1"], ["evil.example", "192.0.2.1"]),
+        ({"host": "127.0.0.2"}, ["127.0.0.2"], ["evil.example"]),
+        ({"host": "localhost"}, ["localhost"], ["evil.example"]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_dns_rebinding_hosts_are_those_of_the_option_and_of_the_address(
+    options: dict[str, Any], allowed: list[str], refused: list[str]
+) -> None:
+    with served(**options) as one:
+        for host in allowed:
+            assert raw(one, "/v1/models", [host])[0] == 200, host
+        for host in refused:
+            assert raw(one, "/v1/models", [host])[0] == 421, host
 
 
 # messages that leak -------------------------------------------------------------------------

@@ -1,4 +1,5 @@
-"""The page in a browser, against a small server: chat, stop, edit, charts, states, keys, images."""
+"""The page in a browser, against a small server: chat, stop, edit, charts, states, keys, images;
+and one picture through the command's server with the embedded model that sees."""
 
 from __future__ import annotations
 
@@ -8,13 +9,17 @@ import shutil
 import struct
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from example import draw_picture
 from nanovllm.api.page import FOLDER, HEADERS, POLICY, files
+from nanovllm.hub import SEEING
+from tests.api.command_server import command_server
 from tests.api.page_server import MARKDOWN, PageServer
 
 Open = Callable[..., Page]
@@ -42,8 +47,14 @@ def server() -> Iterator[PageServer]:
 
 @pytest.fixture
 def open_page(browser: Browser, server: PageServer) -> Iterator[Open]:
+    """Opens the page of the small server."""
+    with opening(browser, server.start()) as open_page:
+        yield open_page
+
+
+@contextmanager
+def opening(browser: Browser, url: str) -> Iterator[Open]:
     """Opens the page. At the end, nothing in it may have failed or gone to another server."""
-    url = server.start()
     problems: list[str] = []
     contexts = []
 
@@ -96,7 +107,7 @@ def test_a_turn_streams_an_answer_and_shows_its_speed(open_page: Open, server: P
     answer = page.locator(".answer")
     expect(answer.locator(".text")).to_have_text("Hello from the server.")
     expect(answer.locator(".stats")).to_have_text(
-        re.compile(r"^4 tokens · [\d.,]+ tokens/s · first after \d+ ms$")
+        re.compile(r"^4 tokens · [\d.,]+ tokens/s · first token after \d+ ms$")
     )
     ask(page, "And again")
     expect(page.locator(".answer .actions").nth(1)).to_be_visible()
@@ -203,7 +214,7 @@ def test_settings_are_sent_and_empty_ones_are_left_to_the_server(
     page.get_by_role("button", name="Settings").click()
     page.get_by_label("System prompt").fill("Be brief.")
     page.get_by_label("Temperature").fill("0.5")
-    page.get_by_label("Most tokens").fill("99")
+    page.get_by_label("Maximum tokens").fill("99")
     page.get_by_label("Reasoning").select_option("off")
     page.get_by_role("button", name="Done").click()
     page.get_by_role("button", name="New chat").click()
@@ -244,8 +255,25 @@ def test_charts_move(open_page: Open) -> None:
         expect(words).to_have_text(re.compile(said))
     expect(line).not_to_have_attribute("d", str(before))
     assert re.match(
-        r"Tokens a second: generated [\d.]+", str(tokens.locator("svg").get_attribute("aria-label"))
+        r"Tokens per second: generated [\d.]+",
+        str(tokens.locator("svg").get_attribute("aria-label")),
     )
+
+
+@pytest.mark.browser
+def test_arrow_keys_show_earlier_values_of_a_chart(open_page: Open) -> None:
+    page = open_page()
+    chart = page.locator("[data-chart=requests]")
+    expect(chart.locator(".value").first).to_have_text("running 0")
+    ask(page, "Go on forever")
+    expect(chart.locator(".value").first).to_have_text("running 1")
+    chart.locator("svg").focus()
+    for _ in range(120):
+        page.keyboard.press("ArrowLeft")
+    expect(chart.locator(".when")).to_have_text(re.compile(r"^\d+ s ago$"))
+    expect(chart.locator(".value").first).to_have_text("running 0")
+    page.keyboard.press("Tab")
+    expect(chart.locator(".value").first).to_have_text("running 1")
 
 
 @pytest.mark.browser
@@ -314,6 +342,31 @@ def test_images_are_attached_only_if_the_model_sees(
     assert text == {"type": "text", "text": "What is this?"}
     assert image["type"] == "image_url"
     assert image["image_url"]["url"].startswith("data:image/png;base64,iVBOR")
+
+
+@pytest.mark.browser
+def test_a_model_that_sees_answers_about_an_attached_picture(
+    browser: Browser, tmp_path: Path
+) -> None:
+    picture = tmp_path / "shapes.png"
+    draw_picture().save(picture)
+    words = (
+        SEEING, "--device", "cpu", "--enforce-eager", "--max-model-len", "256",
+        "--max-num-seqs", "1", "--vision-patch-budgets", "256",
+    )  # fmt: skip
+    with command_server(*words) as (url, _), opening(browser, url) as open_page:
+        page = open_page()
+        page.locator("#files").set_input_files(picture)
+        expect(page.locator(".attached img")).to_be_visible()
+        for number, (question, answer) in enumerate(
+            (("What is left of the square?", "A red circle."), ("What is 4 + 5?", "4 + 5 = 9."))
+        ):
+            ask(page, question)
+            expect(page.locator(".answer .text").nth(number)).to_have_text(answer)
+            expect(page.locator(".answer .actions").nth(number)).to_be_visible()
+        expect(page.locator("[data-chart=tokens] .value").first).to_have_text(
+            re.compile(r"^generated \d")
+        )
 
 
 @pytest.mark.browser

@@ -114,7 +114,15 @@ def test_a_form_that_cannot_be_is_refused_with_its_reason(client: openai.OpenAI)
         client.completions.create(
             model=MODEL, prompt=PROMPT, extra_body={"guided_regex": "(((a+)+)+)+$(?=x)"}
         )
-    assert caught.value.param == "structured_outputs"
+    assert caught.value.param == "guided_regex"
+
+
+def test_nothing_of_http_delays_the_start_of_the_engine() -> None:
+    """The supervisor starts the engine's process first, so its own imports are waited for."""
+    slow = {"uvicorn", "starlette", "prometheus_client", "numpy", "asyncio", "tqdm", "torch"}
+    code = f"import sys, nanovllm.api.start; print({slow!r} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
 
 
 def test_both_processes_answer_and_count_together(server: Server) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from nanovllm.api.address import bind
 from nanovllm.api.config import ServerConfig
 
 WRONG: list[tuple[dict[str, Any], str]] = [
@@ -24,6 +26,11 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"header_timeout": 0}, "header_timeout is 0"),
     ({"max_body_bytes": 1.5}, "max_body_bytes is 1.5"),
     ({"ssl_certfile": "cert.pem"}, "ssl_certfile and ssl_keyfile are given together"),
+    ({"allowed_hosts": ["example.org:8000"]}, "allowed_hosts is .*without ports"),
+    ({"allowed_hosts": ["127.0.0.1:8000"]}, "allowed_hosts is .*without ports"),
+    ({"allowed_hosts": ["https://example.org"]}, "allowed_hosts is .*without ports"),
+    ({"allowed_hosts": ["*.example.org"]}, "allowed_hosts is .*without ports"),
+    ({"allowed_hosts": [""]}, "allowed_hosts is .*names or addresses"),
     ({"access_log": "yes"}, "access_log is 'yes'"),
 ]
 
@@ -32,6 +39,23 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 def test_a_wrong_value_is_named_with_its_limit(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         ServerConfig.from_options(options)
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:4318", "file:///etc/passwd", "http://", "http://["])
+def test_an_endpoint_of_traces_must_be_a_url(url: str) -> None:
+    with pytest.raises(ValueError, match=r"otlp_traces_endpoint is .*: it must be a URL of http"):
+        ServerConfig(otlp_traces_endpoint=url)
+
+
+def test_an_address_that_cannot_be_had_is_named() -> None:
+    with bind(ServerConfig(port=0)) as sock:
+        sock.listen()
+        port = sock.getsockname()[1]
+        words = f"cannot listen at host '127.0.0.1', port {port}: Address already in use"
+        with pytest.raises(OSError, match=words):
+            bind(ServerConfig(port=port))
+    with pytest.raises(OSError, match=r"cannot listen at host '192.0.2.1', port 0: "):
+        bind(ServerConfig(host="192.0.2.1", port=0))
 
 
 def test_an_unknown_option_is_refused() -> None:
@@ -63,3 +87,11 @@ def test_keys_are_compared_as_wholes() -> None:
     assert config.allows("first") and config.allows("second")
     for wrong in ("", "firs", "firstt", "FIRST", "first,second", "\udcff", "é"):
         assert not config.allows(wrong)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "no.such.host.invalid"])
+def test_an_address_that_cannot_be_opened_is_named(host: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(OSError, match=f"host '{host}', port {port}: [A-Z]"):
+            bind(ServerConfig(host=host, port=port))

@@ -111,6 +111,16 @@ def test_a_response_has_the_reasoning_before_the_message() -> None:
     assert last.type == "response.completed" and last.response.output_text == "Yes."
 
 
+def test_the_types_of_xml_arguments_are_those_of_the_tools_in_the_request() -> None:
+    text = "<tool_call>f\n<arg_key>code</arg_key>\n<arg_value>19</arg_value>\n</tool_call>"
+    for type, value in (("string", "19"), ("integer", 19)):
+        parameters = {"type": "object", "properties": {"code": {"type": type}}}
+        tools: Any = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+        with answering(text, tool_call_parser="glm45") as client:
+            done = client.chat.completions.create(model=MODEL, messages=USER, tools=tools)
+        assert calls_of(done.choices[0].message) == [("f", {"code": value})]
+
+
 def test_without_parsers_the_text_is_the_content() -> None:
     with answering(HERMES, tool_call_parser="none", reasoning_parser="none") as client:
         done = client.chat.completions.create(model=MODEL, messages=USER)
@@ -135,8 +145,9 @@ def test_an_unknown_parser_is_refused_at_the_start() -> None:
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
         ({"tools": [{"type": "function", "function": {"name": "f", "parameters": 3}}]},
          "tools[0].function.parameters"),
-        ({"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]},
-         "tools[0].function.strict"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "strict": True,
+                     "parameters": {"type": "object", "not": {}}}}]}, "tools"),
+        ({"tools": TOOLS, "extra_body": {"guided_regex": "a+"}}, "tools"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "x"}}},
          "tool_choice"),
         ({"tools": TOOLS, "tool_choice": "required", "response_format": {"type": "json_object"}},
@@ -147,4 +158,61 @@ def test_wrong_tools_are_named(hermes: openai.OpenAI, fields: dict[str, Any], pa
     asked: Any = {"model": MODEL, "messages": USER, **fields}
     with pytest.raises(openai.BadRequestError) as caught:
         hermes.chat.completions.create(**asked)
+    assert caught.value.param == param
+
+
+STRICT: Any = [{"type": "function", "function": {**TOOLS[0]["function"], "strict": True}}]
+FORM: Any = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object"}}}
+
+
+@contextmanager
+def noting(text: str, **options: Any) -> Iterator[tuple[openai.OpenAI, list[Any]]]:
+    """A client, and the forms that the engine gets."""
+    forms: list[Any] = []
+    with served(MadeUpOptions(text=text), TEMPLATE, **options) as server, server.client() as client:
+        plain = server.engine.open
+
+        async def opened(prompt: Any, params: Any, **others: Any) -> Any:
+            forms.append(params.structured_outputs)
+            return await plain(prompt, params, **others)
+
+        server.engine.open = opened  # type: ignore[method-assign]
+        yield client, forms
+
+
+def test_calls_of_strict_tools_match_their_schema() -> None:
+    """tests/structured/test_tagged.py shows what the grammar allows."""
+    asked: Any = {"model": MODEL, "messages": USER, "tools": STRICT}
+    with noting(HERMES) as (client, forms):
+        message = client.chat.completions.parse(**asked).choices[0].message
+        assert calls_of(message) == CALLS and message.content == "I look.\n"
+        assert (message.model_extra or {})["reasoning_content"] == "Two calls."
+        client.chat.completions.create(**asked, tool_choice="none")
+    assert '"const": "weather"' in forms[0].grammar and forms[1] is None
+
+
+def test_tools_and_a_form_give_calls_or_the_form() -> None:
+    asked: Any = {"model": MODEL, "messages": USER, "tools": TOOLS, "response_format": FORM}
+    with noting(HERMES[HERMES.index("<tool_call>") :]) as (client, forms):
+        assert calls_of(client.chat.completions.create(**asked).choices[0].message) == CALLS
+        client.chat.completions.create(**asked, tool_choice="none")
+    assert "form: %json" in forms[0].grammar and forms[1].json == {"type": "object"}
+    with noting('{"a": 1}') as (client, _):
+        message = client.chat.completions.create(**asked).choices[0].message
+        assert message.content == '{"a": 1}' and message.tool_calls is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [({"tools": STRICT}, "tools[0].function.strict"),
+     ({"tools": TOOLS, "response_format": FORM}, "tools")],
+)  # fmt: skip
+def test_what_a_parser_s_calls_cannot_be_held_to_is_refused(
+    fields: dict[str, Any], param: str
+) -> None:
+    asked: Any = {"model": MODEL, "messages": USER, **fields}
+    with answering("x", tool_call_parser="mistral") as client:
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.chat.completions.create(**asked)
+        client.chat.completions.create(**asked, tool_choice="none")
     assert caught.value.param == param

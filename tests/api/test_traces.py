@@ -114,9 +114,3 @@ def test_a_collector_that_is_gone_delays_the_end_by_seconds_at_most() -> None:
     start = time.monotonic()
     traces.close()
     assert time.monotonic() - start < 10
-
-
-def test_an_endpoint_must_be_a_url() -> None:
-    for endpoint in ("127.0.0.1:4318", "file:///etc/passwd", "http://"):
-        with pytest.raises(ValueError, match="must be a URL of http or https"):
-            Traces(endpoint, "tiny-qwen3")

@@ -152,6 +152,7 @@ def test_keys_are_sent_and_checked() -> None:
         ("http://a/", Address("a", 80, "", False)),
         ("https://a.b/x/y/", Address("a.b", 443, "/x/y", True)),
         ("http://[::1]:9", Address("::1", 9, "", False)),
+        ("http://a/x/v1/", Address("a", 80, "/x", False)),
     ],
 )
 def test_urls_are_read(url: str, address: Address) -> None:
@@ -162,3 +163,11 @@ def test_urls_are_read(url: str, address: Address) -> None:
 def test_what_is_no_url_is_refused(url: str) -> None:
     with pytest.raises(ValueError, match="is no URL"):
         Address.of(url)
+
+
+def test_a_server_that_is_not_there_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    client = Client(f"http://127.0.0.1:{port}")
+    with pytest.raises(OSError, match=f"'127.0.0.1', port {port}: .*(refused|failed)"):
+        asyncio.run(client.get("/v1/models"))

@@ -16,6 +16,7 @@ from nanovllm.api import ServerConfig
 from nanovllm.cli import serve
 from nanovllm.cli.main import COMMANDS, main, run
 from nanovllm.config import EngineConfig
+from nanovllm.startup import bytecode
 
 ROOT = Path(__file__).parents[2]
 MOST_SECONDS = 0.3  # of the processor, for help
@@ -71,6 +72,19 @@ def test_ctrl_c_ends_a_command_with_its_status_and_one_line(
     monkeypatch.setattr("nanovllm.cli.cache.main", interrupted)
     assert run("cache", ["list"]) == 130
     assert capsys.readouterr().err == "nanovllm cache: interrupted\n"
+
+
+def test_commands_with_an_engine_keep_bytecode_in_its_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[Path] = []
+    monkeypatch.setenv("NANOVLLM_CACHE", str(tmp_path))
+    monkeypatch.setattr(bytecode, "keep", lambda folder: kept.append(folder()))
+    for command in ("info", "cache"):
+        monkeypatch.setattr(f"nanovllm.cli.{command}.main", lambda args: 0)
+    assert run("info", []) == run("info", ["--compile-cache", "/store"]) == 0
+    assert run("cache", ["list"]) == 0
+    assert kept == [tmp_path, Path("/store")]
 
 
 def test_help_of_no_command_imports_torch() -> None:

@@ -88,6 +88,7 @@ def test_a_flag_reads_a_value_of_its_annotated_type(words: str, expected: dict[s
         ("--fir x", "unknown option --fir: did you mean --first?"),
         ("--low x", "argument --low: invalid int value: 'x'"),
         ("--table {", "argument --table: '{' is no JSON: Expecting property name"),
+        ("--names", "argument --names: expected at least one argument"),
         ("--no-three auto", "--no-three takes no value"),
     ],
 )

@@ -5,39 +5,23 @@ from __future__ import annotations
 import re
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
+from nanovllm import api
+from nanovllm.api.config import ServerConfig
 from nanovllm.cli.main import run
+from tests.api.command_server import command_server
 
-ROOT = Path(__file__).parents[2]
-WORDS = (
-    "serve tiny-qwen3 --device cpu --enforce-eager --max-model-len 256 --max-num-seqs 4 --port 0"
-)
+WORDS = "tiny-qwen3 --device cpu --enforce-eager --max-model-len 256 --max-num-seqs 4"
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """The URL and the process of a server, which may have ended afterwards."""
-    command = [sys.executable, "-m", "nanovllm", *WORDS.split()]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    lines = []
-    for line in process.stderr:
-        lines.append(line)
-        if match := re.search(r"is served at (http://\S+)", line):
-            break
-    else:
-        pytest.fail("".join(lines))
-    try:
-        yield match[1], process
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
+    with command_server(*WORDS.split()) as one:
+        yield one
 
 
 def test_commands_ask_the_server_until_sigterm_ends_it(
@@ -58,3 +42,15 @@ def test_commands_ask_the_server_until_sigterm_ends_it(
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode == 0
+
+
+def test_a_command_line_for_vllm_that_reads_calls_of_tools_is_understood(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    served: list[ServerConfig] = []
+    monkeypatch.setattr(api, "serve", lambda engine, server: served.append(server))
+    words = ["tiny-qwen3", "--enable-auto-tool-choice", "--tool-call-parser"]
+    run("serve", [*words, "hermes"])
+    assert [server.tool_call_parser for server in served] == ["hermes"]
+    with pytest.raises(ValueError, match="enable_auto_tool_choice needs a tool_call_parser"):
+        run("serve", [*words, "none"])

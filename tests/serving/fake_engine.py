@@ -60,6 +60,9 @@ class FakeEngine:
     def read(self) -> list[Metric]:
         return [Gauge("nanovllm:num_requests_running", len(self._requests))]
 
+    def prepare_grammars(self) -> None:
+        pass
+
     def close(self) -> None:
         self._requests.clear()
 

@@ -71,7 +71,7 @@ def serve(
     finally:
         theirs.close()
         thread.join()
-        for request_id in list(engine._requests):
+        for request_id in list(engine._answers.requests):
             engine.abort(request_id)
         engine.take()
 

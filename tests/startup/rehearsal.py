@@ -1,7 +1,7 @@
 """Rehearse buckets of a small model for an H200 without a GPU, and compile the kernels found.
 
-`python rehearsal.py FOLDER ARCHITECTURE` prints JSON. With a third argument, fewer buckets are
-rehearsed, and each layer has so many resident experts.
+`python rehearsal.py FOLDER ARCHITECTURE` prints JSON. With a third argument, each layer has so many
+resident experts. Of a model with experts, half of the buckets are rehearsed.
 
 It runs in its own process: the other tests use Triton's interpreter, which replaces the compiler,
 and this file replaces the device queries of torch and Triton.
@@ -153,8 +153,8 @@ def main(folder: Path, architecture: str, num_resident: int | None = None) -> di
         expert_offload=num_resident,
     )  # fmt: skip
     builder = Builder(config, Platform())
-    # of experts, prefill streams and the smaller decode buckets fetch
-    buckets = BUCKETS if num_resident is None else (BUCKETS[1], *BUCKETS[-2:])
+    # of offloaded experts, prefill streams and the smaller decode buckets fetch
+    buckets = BUCKETS if architecture in tower_cases.TOWERS else (BUCKETS[1], *BUCKETS[-2:])
     answers = [builder.do("rehearse", bucket) for bucket in buckets]
     lengths = {name: length for answer in answers for name, length in answer["kernels"].items()}
     requests = sorted(lengths)

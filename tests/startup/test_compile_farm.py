@@ -187,17 +187,21 @@ def rehearsed(folder: Path, *arguments: str) -> dict[str, Any]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="as Triton")
 @pytest.mark.parametrize(
-    ("architecture", "own_kernels"),
-    [("qwen3", set()),
-     ("mixtral", {"norm_route_kernel", "route_kernel", "sort_kernel", "group_linear_kernel"})],
+    ("architecture", "num_programs", "own_kernels"),
+    [("qwen3_vl", [7, 5, 3, 4, 4, 4], set()),
+     ("mixtral", [5, 4, 4],
+      {"norm_route_kernel", "route_kernel", "sort_kernel", "group_linear_kernel"})],
 )  # fmt: skip
 def test_rehearsed_launches_ask_for_the_kernels_that_real_ones_need(
-    architecture: str, own_kernels: set[str], tmp_path: Path
+    architecture: str, num_programs: list[int], own_kernels: set[str], tmp_path: Path
 ) -> None:
+    """Prefill steps with images have two programs more: one for embeddings and positions, and one
+    that adds features."""
     found = rehearsed(tmp_path, architecture)
-    # five programs for each prefill bucket, four for each decode bucket. The first three share the
-    # head for 48 rows, the first two the sampler of rows that have fed several tokens.
-    assert [programs for programs, *_ in found["numbers"]] == [5, 3, 3, 4, 4, 4]
+    assert found["problems"] == [None] * len(num_programs)
+    # five programs for each prefill bucket, four for each decode bucket. The first three of six
+    # share the head for 48 rows, the first two the sampler of rows that have fed several tokens.
+    assert [programs for programs, *_ in found["numbers"]] == num_programs
     assert all(kernels == 0 for *_, kernels in found["numbers"]) and found["compiled_before"] == 0
     assert set(found["names"]) >= {
         "decode_kernel", "prefill_kernel", "few_rows_linear_kernel", "many_rows_linear_kernel",
@@ -225,13 +229,4 @@ def test_launches_of_offloaded_experts_are_rehearsed(tmp_path: Path) -> None:
         "fetch_plan_kernel", "stream_plan_kernel", "copy_kernel", "group_linear_kernel",
         "pair_gate_up_kernel", "pair_down_kernel",
     }  # fmt: skip
-    assert found["compiled_after_launches"] == found["compiled"] == found["requests"]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="as Triton")
-def test_prefill_steps_with_images_are_rehearsed(tmp_path: Path) -> None:
-    """They have two programs more: one for embeddings and positions, and one that adds features."""
-    found = rehearsed(tmp_path, "qwen3_vl")
-    assert found["problems"] == [None] * 6
-    assert [programs for programs, *_ in found["numbers"]] == [7, 5, 3, 4, 4, 4]
     assert found["compiled_after_launches"] == found["compiled"] == found["requests"]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from nanovllm import LLM, EngineConfig, env
+from nanovllm import LLM, EngineConfig
 from nanovllm.platforms import preload
 from nanovllm.platforms.cpu import CpuPlatform
 from nanovllm.startup import choose
@@ -64,34 +62,6 @@ def test_a_device_is_opened_beside_the_import_of_torch(
     assert opened == [0, 0, 3]
 
 
-def test_a_start_says_that_torch_has_no_bytecode(tmp_path: Path) -> None:
-    """As in a container where Python may not write bytecode: here its folder is empty."""
-    code = (
-        "from nanovllm import log; from nanovllm.platforms import preload\n"
-        "log.configure(); preload.begin('cpu')"
-    )
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-        "PYTHONPYCACHEPREFIX": str(tmp_path),
-    }
-
-    def said(**more: str) -> str:
-        command = [sys.executable, "-c", code]
-        return subprocess.run(
-            command, env=environment | more, capture_output=True, text=True, check=True
-        ).stderr
-
-    hint = said(PYTHONDONTWRITEBYTECODE="1")
-    assert "-m compileall -q -j 0 " in hint and "site-packages" in hint
-    assert said(PYTHONDONTWRITEBYTECODE="") == "", "the first import writes it"
-    torch_file = importlib.util.find_spec("torch").origin  # type: ignore[union-attr]
-    cached = tmp_path / torch_file.removeprefix("/")  # type: ignore[union-attr]
-    cached.parent.mkdir(parents=True)
-    cached.with_name(f"__init__.{sys.implementation.cache_tag}.pyc").touch()
-    assert said(PYTHONDONTWRITEBYTECODE="1") == ""
-
-
 def test_a_driver_that_is_not_there_is_no_error() -> None:
     preload._open_device(99)
 
@@ -113,24 +83,6 @@ def test_torch_writes_nothing_to_the_environment_while_a_device_is_opened() -> N
         capture_output=True,
     )
     assert done.returncode == 0, done.stderr
-
-
-@pytest.fixture(scope="module")
-def libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built CPU kernels; building them takes longer than all tests of this file."""
-    folder = tmp_path_factory.mktemp("libraries") / "cpp"
-    folder.mkdir(mode=0o700)
-    CpuPlatform().prepare(folder, env.read().cxx)
-    return folder
-
-
-@pytest.fixture
-def store(libraries: Path, tmp_path: Path) -> Path:
-    """A store with the CPU kernels and no program."""
-    folder = tmp_path / "store"
-    folder.mkdir(mode=0o700)
-    shutil.copytree(libraries, folder / "cpp")
-    return folder
 
 
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -162,8 +114,8 @@ def test_a_server_is_begun_for_a_gpu_and_an_empty_store_alone(
 
 
 @on_linux
-def test_a_server_forks_as_many_as_are_wanted_and_ends_with_them(store: Path) -> None:
-    config = EngineConfig("tiny-qwen3", **OPTIONS, compile_cache=store)
+def test_a_server_forks_as_many_as_are_wanted_and_ends_with_them(bare_store: Path) -> None:
+    config = EngineConfig("tiny-qwen3", **OPTIONS, compile_cache=bare_store)
     server = ForkServer(config, 3)
     forked = server.fork(2)
     assert len(forked) == 2 and all("imports" in worker.next_answer() for worker in forked)
@@ -204,7 +156,7 @@ def test_a_server_that_could_not_import_leaves_its_words(
 @on_linux
 @pytest.mark.parametrize("count", [2, 0])
 def test_a_start_uses_its_server_or_ends_it(
-    count: int, tiny_qwen3: Path, store: Path, driver: Path, monkeypatch: pytest.MonkeyPatch
+    count: int, tiny_qwen3: Path, bare_store: Path, driver: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU; 0 means that torch finds none."""
     begun: list[ForkServer] = []
@@ -227,7 +179,7 @@ def test_a_start_uses_its_server_or_ends_it(
     )
     monkeypatch.setattr(choose, "choose_model", choose_later)
     monkeypatch.setattr(CpuPlatform, "compile_workers", lambda *_: count)
-    llm = LLM(str(tiny_qwen3), **OPTIONS, compile_cache=store)
+    llm = LLM(str(tiny_qwen3), **OPTIONS, compile_cache=bare_store)
     compiler = llm.engine.runner.compiler
     assert (compiler.num_compiled == 0) == (count > 0)
     assert ended == [None if count else -signal.SIGKILL], "one that is not wanted does not stay"

@@ -256,46 +256,37 @@ def precompile(model: Path, folder: Path, bare: Path, batch_sizes: str) -> Any:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-@pytest.fixture
-def libraries(filled: tuple[Path, dict[str, Any]], tmp_path: Path) -> Path:
-    """A store with nothing but the C++ libraries."""
-    folder = tmp_path / "ahead"
-    shutil.copytree(filled[0] / "cpp", folder / "cpp")
-    folder.chmod(0o700)
-    return folder
-
-
 def test_precompile_reads_no_weights_and_leaves_nothing_to_compile(
-    filled: tuple[Path, dict[str, Any]], libraries: Path, tiny_qwen3: Path, tmp_path: Path
+    filled: tuple[Path, dict[str, Any]], bare_store: Path, tiny_qwen3: Path, tmp_path: Path
 ) -> None:
-    done = precompile(tiny_qwen3, libraries, tmp_path / "bare", "1 4")
+    done = precompile(tiny_qwen3, bare_store, tmp_path / "bare", "1 4")
     assert done.returncode == 0, done.stderr
     assert "3 buckets, " in done.stdout
-    warm, _ = start(tiny_qwen3, libraries, compile_cache_mode="require")
+    warm, _ = start(tiny_qwen3, bare_store, compile_cache_mode="require")
     assert_warm(warm, filled[1])
-    refused = precompile(tiny_qwen3, libraries, tmp_path / "bare", "0 4")
+    refused = precompile(tiny_qwen3, bare_store, tmp_path / "bare", "0 4")
     assert refused.returncode == 2 and "graph_batch_sizes is [0, 4]" in refused.stderr
 
 
-def test_a_model_with_sparse_and_dense_layers_starts_warm(libraries: Path, tmp_path: Path) -> None:
+def test_a_model_with_sparse_and_dense_layers_starts_warm(bare_store: Path, tmp_path: Path) -> None:
     sizes = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
     model = save_tiny(
         tmp_path / "moe", "qwen3_moe", num_hidden_layers=4, mlp_only_layers=[1], **sizes
     )
-    done = precompile(model, libraries, tmp_path / "bare", "1 4")
+    done = precompile(model, bare_store, tmp_path / "bare", "1 4")
     assert done.returncode == 0, done.stderr
     # each bucket has programs for layers of both kinds
-    warm, _ = start(model, libraries, compile_cache_mode="require")
+    warm, _ = start(model, bare_store, compile_cache_mode="require")
     assert (warm["compiled"], warm["kernels"], warm["modules"]) == (0, [], [])
     assert warm["loaded"] > 0
-    eager, _ = start(model, libraries, enforce_eager=True)
+    eager, _ = start(model, bare_store, enforce_eager=True)
     assert warm["tokens"] == eager["tokens"] and eager["loaded"] == 0
 
 
 def test_a_worker_that_fails_is_reported_with_what_it_said(
-    tmp_path: Path, tiny_qwen3: Path
+    bare_store: Path, tiny_qwen3: Path
 ) -> None:
-    config = EngineConfig(str(tiny_qwen3), **OPTIONS, compile_cache=tmp_path / "gone")
+    config = EngineConfig(str(tiny_qwen3), **OPTIONS, compile_cache=bare_store)
     farm = CompileFarm(config)
     farm.build([("decode", -1)], 1)
     with pytest.raises(WorkerFailed, match="Error"):
@@ -357,13 +348,10 @@ def test_the_log_says_what_workers_did_and_how_long_it_took(
 def test_a_cold_start_with_workers_builds_nothing_itself(
     filled: tuple[Path, dict[str, Any]],
     tiny_qwen3: Path,
-    tmp_path: Path,
+    bare_store: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Other processes fill the store while this one reads weights, as on a GPU."""
-    folder = tmp_path / "store"
-    folder.mkdir(mode=0o700)
-    shutil.copytree(filled[0] / "cpp", folder / "cpp")
     asked: list[tuple[int, int]] = []
 
     def two(self: Any, bytes_each: int, bytes_own: int) -> int:
@@ -372,7 +360,7 @@ def test_a_cold_start_with_workers_builds_nothing_itself(
 
     monkeypatch.setattr(CpuPlatform, "compile_workers", two)
     for num_starts in (1, 2):
-        llm = LLM(str(tiny_qwen3), **OPTIONS, compile_cache=folder)
+        llm = LLM(str(tiny_qwen3), **OPTIONS, compile_cache=bare_store)
         compiler = llm.engine.runner.compiler
         assert (compiler.num_compiled, compiler.num_loaded) == (0, filled[1]["compiled"])
         # with an empty store twice: before the model's size is known, and after
@@ -381,5 +369,5 @@ def test_a_cold_start_with_workers_builds_nothing_itself(
     # the second start finds everything and starts no process
     for name in ("ForkServer", "spawn"):
         monkeypatch.setattr(compile_farm, name, lambda *_: pytest.fail("a process was started"))
-    LLM(str(tiny_qwen3), **OPTIONS, compile_cache=folder)
+    LLM(str(tiny_qwen3), **OPTIONS, compile_cache=bare_store)
     assert len(asked) == 4

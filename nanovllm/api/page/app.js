@@ -59,6 +59,7 @@ function showImages() {
       type: "button", class: "icon", "aria-label": `Remove image ${i + 1}`,
       onclick: () => { images.splice(i, 1); showImages(); prompt.focus(); },
     }, "×"))));
+  chat.follow(); // the box has another height
 }
 
 async function attach(files) {

@@ -18,9 +18,9 @@ const digits = (value) => Number(value.toPrecision(3));
 const time = (seconds) => (seconds >= 1 ? `${digits(seconds)} s` : `${digits(seconds * 1000)} ms`);
 
 const CHARTS = [
-  { key: "tokens", title: "Tokens a second", names: ["generated", "prompts"], format: whole, least: 10 },
+  { key: "tokens", title: "Tokens per second", names: ["generated", "prompts"], format: whole, least: 10 },
   { key: "requests", title: "Requests", names: ["running", "waiting"], format: whole, least: 4 },
-  { key: "cache", title: "Cache in use", names: [""], format: share, least: 0.01 },
+  { key: "cache", title: "KV cache in use", names: [""], format: share, least: 0.01 },
   { key: "first", title: "Time to first token", names: ["p50", "p99"], format: time, least: 0.001 },
   { key: "between", title: "Time between tokens", names: ["p50", "p99"], format: time, least: 0.001 },
 ];
@@ -40,7 +40,7 @@ class Chart {
     this.lines = names.map((_, i) => svg("path", { class: `line series-${i}` }));
     this.area = svg("path", { class: "area" });
     this.cursor = svg("line", { class: "cursor", y1: 0, y2: HEIGHT, visibility: "hidden" });
-    this.picture = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none", role: "img" },
+    this.picture = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none", role: "img", tabindex: 0 },
       [ROOM, (ROOM + HEIGHT - PAD) / 2, HEIGHT - PAD].map(
         (y) => svg("line", { class: "grid", x1: 0, x2: WIDTH, y1: y, y2: y })),
       this.area, ...this.lines.toReversed(), this.cursor);
@@ -51,7 +51,10 @@ class Chart {
         element("span", { class: "values" }, this.values)),
       element("div", { class: "plot" }, this.picture, this.top));
     this.picture.addEventListener("pointermove", (event) => this.#hover(event));
-    this.picture.addEventListener("pointerleave", () => { this.hovered = null; this.draw(); });
+    for (const leaving of ["pointerleave", "blur"]) {
+      this.picture.addEventListener(leaving, () => { this.hovered = null; this.draw(); });
+    }
+    this.picture.addEventListener("keydown", (event) => this.#step(event));
   }
 
   add(values) {
@@ -62,6 +65,15 @@ class Chart {
 
   clear() {
     this.points = [];
+    this.draw();
+  }
+
+  // The arrow keys move the cursor by a second.
+  #step(event) {
+    const by = { ArrowLeft: 1, ArrowRight: -1 }[event.key];
+    if (!by) return;
+    event.preventDefault();
+    this.hovered = Math.max(0, Math.min((this.hovered ?? 0) + by, this.points.length - 1));
     this.draw();
   }
 

@@ -70,7 +70,7 @@ export class Chat {
     this.turns.push(turn);
     this.list.append(turn.node);
     byId("welcome").hidden = true;
-    this.#follow(true);
+    this.follow(true);
   }
 
   #cut(from) {
@@ -106,7 +106,7 @@ export class Chat {
       for await (const part of complete(body, signal)) {
         this.#take(message, part, performance.now() - start);
         turn.update();
-        this.#follow();
+        this.follow();
       }
     } catch (error) {
       message.failed = error.name !== "AbortError";
@@ -115,7 +115,7 @@ export class Chat {
     }
     message.done = true;
     turn.finish();
-    this.#follow();
+    this.follow();
     this.stopper = null;
     byId("announcer").textContent = message.note ?? `The answer is complete, with ${message.tokens} tokens.`;
     this.changed();
@@ -142,7 +142,7 @@ export class Chat {
   }
 
   // Keep the end in sight, unless the reader has scrolled up.
-  #follow(always = false) {
+  follow(always = false) {
     const { room } = this;
     const isNear = room.scrollHeight - room.scrollTop - room.clientHeight < 120;
     if (always || isNear) requestAnimationFrame(() => { room.scrollTop = room.scrollHeight; });

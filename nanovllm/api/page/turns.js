@@ -96,7 +96,7 @@ export class AnswerTurn {
     const words = [];
     if (tokens) words.push(`${number.format(tokens)} token${tokens === 1 ? "" : "s"}`);
     if (rate) words.push(`${rate < 100 ? rate.toFixed(1) : number.format(Math.round(rate))} tokens/s`);
-    if (firstMs !== undefined) words.push(`first after ${seconds(firstMs)}`);
+    if (firstMs !== undefined) words.push(`first token after ${seconds(firstMs)}`);
     this.stats.textContent = words.join(" · ");
     this.note.textContent = note ?? "";
     this.note.hidden = !note;

@@ -20,8 +20,8 @@ from nanovllm.cli.bench.serve import METRICS
 from nanovllm.cli.talk import first_model
 from nanovllm.platforms.cores import usable_cores
 
-MOST_CLIENTS = 6  # more gain nothing: one follows tens of thousands of tokens per second
-START_SECONDS = 0.1  # from the order to start until all clients have read it
+MOST_CLIENTS = 6  # more are useless: one reads tens of thousands of tokens per second
+START_SECONDS = 0.1  # from the command to start until all clients have read it
 RETRY_SECONDS = 0.2
 LINE_BYTES = 1 << 31  # the longest line of a client: the records of all its requests
 
@@ -48,7 +48,8 @@ def measure(args: argparse.Namespace) -> int:
     http.run(_warm_up(server, requests.warm_ups(args, model)))
     num_clients = args.num_clients or min(MOST_CLIENTS, max(1, usable_cores() // 2))
     num_clients = min(num_clients, len(work), args.max_concurrency or len(work))
-    records = asyncio.run(_send(server, work, num_clients, args))
+    has_bar = not args.disable_tqdm
+    records = asyncio.run(send(server, work, num_clients, args.max_concurrency, has_bar=has_bar))
     found = results.summary(args, model, records)
     print(results.table(args, found))
     for line in results.errors(records):
@@ -102,14 +103,22 @@ async def _warm_up(server: Server, bodies: Sequence[dict[str, Any]]) -> None:
     client.close()
 
 
-async def _send(
-    server: Server, work: Sequence[dict[str, Any]], num_clients: int, args: argparse.Namespace
+async def send(
+    server: Server,
+    work: Sequence[dict[str, Any]],
+    num_clients: int,
+    limit: int | None = None,
+    *,
+    has_bar: bool = True,
 ) -> list[dict[str, Any]]:
-    """The records of all requests, in their order."""
+    """The records of all requests, in their order.
+
+    work: the body of each and the second "at" which it is sent. limit: the most at the same time.
+    """
     shares = [work[i::num_clients] for i in range(num_clients)]
-    limits = _shares(args.max_concurrency, num_clients)
+    limits = _shares(limit, num_clients)
     clients = [_Client(server, share, limit) for share, limit in zip(shares, limits)]
-    with tqdm(total=len(work), disable=args.disable_tqdm, unit="req", dynamic_ncols=True) as bar:
+    with tqdm(total=len(work), disable=not has_bar, unit="req", dynamic_ncols=True) as bar:
         try:
             await asyncio.gather(*(client.prepare() for client in clients))
             start = time.monotonic() + START_SECONDS

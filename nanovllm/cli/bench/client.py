@@ -17,7 +17,7 @@ from typing import Any
 
 from nanovllm.cli import http
 
-# what is in events that have more to tell than that a piece of text has come
+# marks of events that have more than a piece of text
 TELLING = tuple(
     text.replace(b":", colon)
     for text in (b'"choices":[]', b'"error"', b'"role":', b'"usage":{', b'"finish_reason":"')
@@ -63,7 +63,9 @@ class Record:
     async def send(self, client: http.Client, request: bytes) -> None:
         self.start = monotonic()
         try:
-            (await client.send(request, self.on_event)).checked()
+            answer = (await client.send(request, self.on_event)).checked()
+            if answer.body:  # it is no stream
+                self._read(json.loads(answer.body), monotonic())
         except (OSError, ValueError) as error:
             self.error = str(error) or type(error).__name__
         self.end = monotonic()

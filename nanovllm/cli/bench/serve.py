@@ -1,4 +1,4 @@
-"""Measures a running server: requests and tokens per second, and the delays of tokens.
+"""Measures a running server: requests and tokens per second, and latencies.
 
     nanovllm bench serve --port 8000 --dataset-name nanovllm
     nanovllm bench serve --num-prompts 1000 --random-input-len 128 --random-output-len 128 \\

@@ -1,0 +1,68 @@
+"""What an API process does: it serves HTTP once the engine is warm."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+
+import uvloop
+
+from nanovllm import tokenizer
+from nanovllm.api.address import url_of
+from nanovllm.api.config import ServerConfig
+from nanovllm.api.latencies import Latencies
+from nanovllm.api.server import Stop, run
+from nanovllm.api.service import Service
+from nanovllm.serving.api_process import ApiProcess
+from nanovllm.serving.client import Client
+from nanovllm.serving.interface import EngineDead
+
+logger = logging.getLogger(__name__)
+
+
+def serve_clients(process: ApiProcess) -> None:
+    """Serve until the supervisor requests the end."""
+    uvloop.run(_serve_clients(process))
+
+
+async def _serve_clients(process: ApiProcess) -> None:
+    server, engine = ServerConfig(**process.options), process.client()
+    stop = Stop(process.drain_begins())
+    try:
+        if not await stop.before(_ready(engine)):
+            return
+        size = Latencies.SIZE_BYTES
+        starts = range(0, process.num * size, size)
+        latencies = [Latencies(process.memory[start : start + size]) for start in starts]
+        service = Service(engine, server, latencies, process.index)
+
+        def ready() -> None:
+            if process.index == 0:
+                url = url_of(server, process.listener)
+                logger.info("%s is served at %s", service.model, url)
+
+        await run(service, engine, process.listener, stop, ready)
+    except EngineDead:
+        await process.drain_begins()  # the supervisor knows why, and ends all processes
+    finally:
+        await engine.close()
+
+
+async def _ready(engine: Client) -> None:
+    """Wait until the engine is warm, and until what conversations need is loaded: a request must
+    not wait for that."""
+    await asyncio.to_thread(_import_transformers)
+    await engine.ready()
+    if engine.tokenizer is not None:
+        await asyncio.to_thread(getattr, engine.tokenizer, "for_reading")
+
+
+def _import_transformers() -> None:
+    """Import what chat templates need, without torch, which transformers would import for
+    seconds. A client of a model that sees imports it afterwards."""
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        tokenizer.import_library()
+    finally:
+        del sys.modules["torch"]

@@ -1,0 +1,143 @@
+"""The input of a response, as the messages and tools that chat has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nanovllm.api.bodies import ChatBody, ResponsesBody
+from nanovllm.api.errors import invalid
+from nanovllm.api.messages import ROLES, check_keys
+
+# parts of messages here, and in chat
+TEXTS = ("input_text", "output_text", "text")
+PART_KEYS = ("type", "text", "annotations", "logprobs")
+MESSAGE, REASONING = "message", "reasoning"
+CALL, OUTPUT = "function_call", "function_call_output"
+ITEM_KEYS = {
+    MESSAGE: ("type", "role", "content", "id", "status"),
+    REASONING: ("type", "summary", "content", "id", "status"),
+    CALL: ("type", "call_id", "name", "arguments", "id", "status"),
+    OUTPUT: ("type", "call_id", "output", "id", "status"),
+}
+TOOL_KEYS = ("type", "name", "description", "parameters", "strict")
+# fields of the messages of one answer that can come from several items
+REASONED, CALLS = "reasoning_content", "tool_calls"
+
+
+def messages_of(body: ResponsesBody) -> list[dict[str, Any]]:
+    """The conversation as chat has it. Raises ApiError."""
+    messages: list[dict[str, Any]] = []
+    if body.instructions is not None:
+        messages.append({"role": "system", "content": body.instructions})
+    if isinstance(body.input, str):
+        return [*messages, {"role": "user", "content": body.input}]
+    if not body.input:
+        raise invalid("input", "input is empty")
+    for number, item in enumerate(body.input):
+        message = _message_of(f"input[{number}]", item)
+        before = messages[-1] if messages else {}
+        if before.get("role") == message["role"] == "assistant" and _goes_on(before, message):
+            calls = [*before.get(CALLS, ()), *message.get(CALLS, ())]
+            messages[-1] = {**before, **message, **({CALLS: calls} if calls else {})}
+        else:
+            messages.append(message)
+    return [{"content": "", **message} for message in messages]
+
+
+def _goes_on(before: dict[str, Any], message: dict[str, Any]) -> bool:
+    """Whether an item belongs to the answer of the item before it: reasoning, text, then calls."""
+    if REASONED in message:
+        return False
+    return CALLS in message or not ("content" in before or CALLS in before)
+
+
+def _message_of(place: str, item: dict[str, Any]) -> dict[str, Any]:
+    kind = item.get("type") or MESSAGE
+    if not isinstance(kind, str) or kind not in ITEM_KEYS:
+        words = f"{place}.type is not supported: it must be one of {', '.join(ITEM_KEYS)}"
+        raise invalid(f"{place}.type", words, "unsupported_parameter")
+    check_keys(place, item, ITEM_KEYS[kind])
+    if kind == REASONING:
+        return _reasoning(place, item)
+    if kind == CALL:
+        return _call(place, item)
+    if kind == OUTPUT:
+        call_id = _text(place, item, "call_id")
+        return {"role": "tool", "tool_call_id": call_id, "content": _content(place, item, "output")}
+    role = item.get("role")
+    if role not in ROLES:
+        raise invalid(f"{place}.role", f"{place}.role must be one of {', '.join(ROLES)}")
+    return {"role": role, "content": _content(place, item, "content")}
+
+
+def _text(place: str, item: dict[str, Any], name: str) -> str:
+    value = item.get(name)
+    if not isinstance(value, str):
+        raise invalid(f"{place}.{name}", f"{place}.{name} must be text")
+    return value
+
+
+def _content(place: str, item: dict[str, Any], name: str) -> Any:
+    content = item.get(name)
+    if content is None:
+        raise invalid(f"{place}.{name}", f"{place}.{name} is missing")
+    if isinstance(content, list):
+        return [_part(f"{place}.{name}[{i}]", part) for i, part in enumerate(content)]
+    return _text(place, item, name)
+
+
+def _call(place: str, item: dict[str, Any]) -> dict[str, Any]:
+    """An earlier call of a tool, which the client sends back."""
+    name, arguments, call_id = (_text(place, item, key) for key in ("name", "arguments", "call_id"))
+    function = {"name": name, "arguments": arguments}
+    return {"role": "assistant", CALLS: [{"id": call_id, "type": "function", "function": function}]}
+
+
+def _reasoning(place: str, item: dict[str, Any]) -> dict[str, Any]:
+    """The reasoning of an earlier answer, which the client sends back."""
+    texts, content = [], item.get("content") or []
+    if not isinstance(content, list):
+        raise invalid(f"{place}.content", f"{place}.content must be a list of parts")
+    for number, part in enumerate(content):
+        if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+            where = f"{place}.content[{number}]"
+            raise invalid(where, f"{where} must be of the type reasoning_text")
+        texts.append(part["text"])
+    if item.get("summary"):
+        words = f"{place}.summary is not supported: leave it out or []"
+        raise invalid(f"{place}.summary", words, "unsupported_parameter")
+    return {"role": "assistant", REASONED: "".join(texts)}
+
+
+def _part(place: str, part: Any) -> dict[str, Any]:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind in TEXTS and isinstance(part.get("text"), str):
+        check_keys(place, part, PART_KEYS if kind == "output_text" else PART_KEYS[:2])
+        return {"type": "text", "text": part["text"]}
+    if kind == "input_image" and isinstance(part.get("image_url"), str):
+        check_keys(place, part, ("type", "image_url", "detail"))
+        url = {"url": part["image_url"], "detail": part.get("detail", "auto")}
+        return {"type": "image_url", "image_url": url}
+    words = f"{place} must be of the type input_text, output_text or input_image"
+    raise invalid(place, words, "unsupported_parameter")
+
+
+def as_chat(body: ResponsesBody) -> ChatBody:
+    """The tools of a request in the form that chat has. Raises ApiError."""
+    tools = []
+    for number, tool in enumerate(body.tools or ()):
+        place = f"tools[{number}]"
+        if tool.get("type") != "function":
+            words = f"{place}.type is not supported: the server runs no tools, use function"
+            raise invalid(f"{place}.type", words, "unsupported_parameter")
+        check_keys(place, tool, TOOL_KEYS)
+        function = {key: tool[key] for key in TOOL_KEYS[1:] if tool.get(key) is not None}
+        tools.append({"type": "function", "function": function})
+    choice = body.tool_choice if tools or body.tool_choice != "auto" else None
+    if isinstance(choice, dict):
+        if choice.keys() != {"type", "name"} or choice["type"] != "function":
+            raise invalid("tool_choice", 'tool_choice must be {"type": "function", "name": …}')
+        choice = {"type": "function", "function": {"name": choice["name"]}}
+    return ChatBody(
+        messages=[], tools=tools, tool_choice=choice, parallel_tool_calls=body.parallel_tool_calls
+    )

@@ -1,0 +1,35 @@
+"""The files of a certificate and its key, read once before anything is started."""
+
+from __future__ import annotations
+
+import os
+from typing import NoReturn
+
+from nanovllm.api.config import ServerConfig
+
+
+def check(config: ServerConfig) -> None:
+    """Raises ValueError for files that cannot be read, are no certificate and key of the same pair,
+    or need a passphrase, which nobody could type for every process."""
+    if config.ssl_certfile is None or config.ssl_keyfile is None:
+        return
+    import ssl  # few servers need it
+
+    certificate, key = os.fspath(config.ssl_certfile), os.fspath(config.ssl_keyfile)
+    for name, path in (("ssl_certfile", certificate), ("ssl_keyfile", key)):
+        try:
+            with open(path, "rb"):
+                pass
+        except OSError as error:
+            raise ValueError(f"{name} is {path!r}: {error.strerror}") from None
+
+    def refuse() -> NoReturn:
+        raise ValueError(f"ssl_keyfile is {key!r}: a key with a passphrase is not supported")
+
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, refuse)
+    except ssl.SSLError as error:
+        raise ValueError(
+            f"ssl_certfile {certificate!r} and ssl_keyfile {key!r} are not a certificate and its "
+            f"key in PEM form: {error.reason or error}"
+        ) from None

@@ -1,0 +1,32 @@
+"""`nanovllm serve` in a process of its own."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+@contextmanager
+def command_server(*words: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """The URL and the process of a server on any free port. It may end earlier than this."""
+    command = [sys.executable, "-m", "nanovllm", "serve", *words, "--port", "0"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    lines = []
+    try:
+        for line in process.stderr:
+            lines.append(line)
+            if match := re.search(r"is served at (http://\S+)", line):
+                yield match[1], process
+                return
+        raise AssertionError("".join(lines))
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()

@@ -1,0 +1,266 @@
+"""What clients of other people send: nulls, 4.0 for 4, answers as they came, wrong paths."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from nanovllm.serving.made_up import MadeUpOptions
+from tests.api.fields import ENDPOINTS
+from tests.api.made_up_server import MODEL, TEMPLATE, MadeUpServer, served, tokenizer
+
+USER: Any = [{"role": "user", "content": "Hi"}]
+NEEDED = {
+    "/v1/completions": {"prompt": "hello"},
+    "/v1/chat/completions": {"messages": USER},
+    "/v1/responses": {"input": "Hi"},
+}
+LIMITS = ("max_output_tokens", "max_tokens", "max_completion_tokens")
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[MadeUpServer]:
+    with served(template=TEMPLATE) as one:
+        yield one
+
+
+def post(server: MadeUpServer, path: str, **fields: Any) -> tuple[int, dict[str, Any]]:
+    response = server.http.post(path, json=fields)
+    return response.status_code, response.json()
+
+
+def refused(server: MadeUpServer, path: str, **fields: Any) -> dict[str, Any]:
+    """The error of a request, whose status must be 400."""
+    status, body = post(server, path, **{**NEEDED.get(path, {}), **fields})
+    assert status == 400, body
+    return dict(body["error"])
+
+
+@pytest.mark.parametrize("path", ENDPOINTS)
+def test_every_field_may_be_null(server: MadeUpServer, path: str) -> None:
+    needed = NEEDED[path]
+    nulls = dict.fromkeys(set(ENDPOINTS[path].__struct_fields__) - needed.keys() - {*LIMITS})
+    limit = LIMITS[0] if path == "/v1/responses" else LIMITS[1]
+    status, body = post(server, path, **{**nulls, **needed, limit: 2})
+    assert status == 200, body
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [(path, name) for path in NEEDED for name in LIMITS
+     if name in ENDPOINTS[path].__struct_fields__],
+)  # fmt: skip
+def test_a_whole_number_may_have_a_point(server: MadeUpServer, path: str, name: str) -> None:
+    status, body = post(server, path, **NEEDED[path], **{name: 4.0})
+    assert status == 200, body
+    counts = body["usage"]
+    assert counts.get("completion_tokens", counts.get("output_tokens")) == 4
+    assert refused(server, path, **{name: 4.5})["param"] == name
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "text"),
+    [("/v1/completions", "prompt", ""), ("/v1/completions", "prompt", [10**11]),
+     ("/v1/completions", "prompt", [5] * 10**4), ("/v1/completions", "prompt", "word " * 10**4),
+     ("/v1/chat/completions", "messages", [{"role": "user", "content": "word " * 10**4}]),
+     ("/v1/responses", "input", "word " * 10**4)],
+    ids=["empty", "no id", "ids", "text", "chat", "response"],
+)  # fmt: skip
+def test_a_prompt_that_cannot_be_answered_is_named(
+    server: MadeUpServer, path: str, name: str, text: Any
+) -> None:
+    error = refused(server, path, **{name: text})
+    assert error["param"] == name
+    is_long = len(text) > 1 or path != "/v1/completions"
+    assert error["code"] == ("context_length_exceeded" if is_long else "invalid_value")
+
+
+def test_no_likeliest_tokens_need_no_logprobs(server: MadeUpServer) -> None:
+    status, _ = post(server, "/v1/chat/completions", messages=USER, max_tokens=1, top_logprobs=0)
+    assert status == 200
+
+
+WRONG_FORM = {"type": "object", "not": {}}
+SCHEMA = {"name": "a", "schema": WRONG_FORM}
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+@pytest.mark.parametrize(
+    ("path", "name", "value"),
+    [("/v1/completions", "guided_json", WRONG_FORM),
+     ("/v1/chat/completions", "response_format", {"type": "json_schema", "json_schema": SCHEMA}),
+     ("/v1/chat/completions", "structured_outputs", {"json": WRONG_FORM}),
+     ("/v1/responses", "text", {"format": {"type": "json_schema", **SCHEMA}})],
+)  # fmt: skip
+def test_a_form_that_is_refused_has_the_name_of_its_field(
+    server: MadeUpServer, monkeypatch: pytest.MonkeyPatch, path: str, name: str, value: Any,
+    is_late: bool,
+) -> None:  # fmt: skip
+    """The engine says so at once, or when it has compiled the form."""
+    reason = "structured_outputs.json is refused: 'not' is not supported"
+    plain = server.engine.open
+
+    async def opened(*args: Any, **options: Any) -> Any:
+        if not is_late:
+            raise ValueError(reason)
+        return Refusing(await plain(*args, **options), reason)
+
+    monkeypatch.setattr(server.engine, "open", opened)
+    error = refused(server, path, **{name: value})
+    assert error["param"] == name and "json is refused: 'not' is" in error["message"]
+    assert ("structured_outputs" in error["message"]) == (name == "structured_outputs")
+
+
+class Refusing:
+    """A stream whose answer ends with an error at once."""
+
+    def __init__(self, stream: Any, reason: str) -> None:
+        self._stream, self._reason = stream, reason
+        self.prompt_token_ids = stream.prompt_token_ids
+
+    async def __aiter__(self) -> Any:
+        async for delta in self._stream:
+            delta.finish_reason, delta.error = "error", self._reason
+            yield delta
+
+    def abort(self) -> None:
+        self._stream.abort()
+
+
+@pytest.mark.parametrize("name", ["enable_thinkin", "messages", "tools", "add_generation_prompt"])
+def test_a_wrong_variable_of_a_template_is_named(server: MadeUpServer, name: str) -> None:
+    error = refused(server, "/v1/chat/completions", chat_template_kwargs={name: False})
+    assert error["param"] == "chat_template_kwargs" and name in error["message"]
+    assert "transformers" not in error["message"]
+
+
+PARTS: list[tuple[dict[str, Any], str]] = [
+    ({"type": "text"}, "text"),
+    ({"type": "input_text", "text": "Hi"}, "type"),
+    ({"type": "text", "text": "Hi", "cache_control": {"type": "ephemeral"}}, "cache_control"),
+]
+
+
+@pytest.mark.parametrize(("part", "name"), PARTS)
+def test_a_wrong_part_of_a_message_is_named(
+    server: MadeUpServer, part: dict[str, Any], name: str
+) -> None:
+    messages = [*USER, {"role": "user", "content": [{"type": "text", "text": "a"}, part]}]
+    error = refused(server, "/v1/chat/completions", messages=messages)
+    assert error["param"] == f"messages[1].content[1].{name}"
+
+
+def test_a_message_of_an_answer_can_be_sent_back(server: MadeUpServer) -> None:
+    with server.client() as client:
+        done = client.chat.completions.create(model=MODEL, messages=USER, max_tokens=3)
+        again = {**done.choices[0].message.model_dump(), "annotations": []}
+        messages: Any = [*USER, again, *USER]
+        client.chat.completions.create(model=MODEL, messages=messages, max_tokens=3)
+
+
+def test_a_response_can_be_sent_back_with_its_reasoning() -> None:
+    template = "{% for m in messages %}[{{ m.role }}|{{ m.reasoning_content }}|{{ m.content }}]" + (
+        "{% endfor %}{% if enable_thinking is false %}<think></think>{% endif %}"
+    )
+    text = "<think>\nWhy?\n</think>\n\nSo."
+    with served(MadeUpOptions(text=text), template) as server, server.client() as client:
+        first = client.responses.create(model=MODEL, input="Hi")
+        assert [item.type for item in first.output] == ["reasoning", "message"]
+        items: Any = [{"role": "user", "content": "Hi"}, *first.output]
+        second = client.responses.create(
+            model=MODEL, input=[*items, {"role": "user", "content": "?"}]
+        )
+        seen = server.http.post("/tokenize", json={"messages": [
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": "So.", "reasoning_content": "Why?"},
+            {"role": "user", "content": "?"},
+        ]}).json()["count"]  # fmt: skip
+    assert second.usage is not None and second.usage.input_tokens == seen
+
+
+@pytest.mark.parametrize(
+    ("item", "param"),
+    [({"role": "user", "content": None}, "content"), ({"role": "robot", "content": ""}, "role"),
+     ({"type": ["message"]}, "type"), ({"role": "user", "content": "", "name": "x"}, "name"),
+     ({"type": "reasoning", "content": 3}, "content"),
+     ({"type": "reasoning", "summary": [{"type": "summary_text", "text": ""}]}, "summary"),
+     ({"role": "user", "content": [{"type": "input_text", "text": "", "id": 1}]}, "content[0].id")],
+)  # fmt: skip
+def test_a_wrong_item_of_an_input_is_named(
+    server: MadeUpServer, item: dict[str, Any], param: str
+) -> None:
+    items = [{"role": "user", "content": "Hi", "phase": None}, item]
+    error = refused(server, "/v1/responses", input=items, instructions="Be brief.")
+    assert error["param"] == f"input[1].{param}"
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [({"prompt": "a", "add_generation_prompt": False}, "add_generation_prompt"),
+     ({"prompt": "a", "tools": []}, "tools"),
+     ({"messages": USER, "add_special_tokens": True}, "add_special_tokens")],
+)  # fmt: skip
+def test_tokenize_ignores_no_field(server: MadeUpServer, fields: dict[str, Any], name: str) -> None:
+    assert refused(server, "/tokenize", **fields)["param"] == name
+
+
+@pytest.mark.parametrize(
+    ("path", "meant"),
+    [("/chat/completions", "/v1/chat/completions"), ("/v1/completions/", "/v1/completions"),
+     ("/v1/v1/responses", "/v1/responses"), ("/models", "/v1/models"),
+     ("/v1/models/", "/v1/models"), ("/v1/tokenize", "/tokenize")],
+)  # fmt: skip
+def test_a_path_that_is_almost_right_is_told(server: MadeUpServer, path: str, meant: str) -> None:
+    response = server.http.post(path, json={})
+    assert response.status_code == 404
+    assert response.json()["error"]["message"].endswith(f"did you mean {meant}?")
+
+
+def test_a_compressed_body_is_refused_as_such(server: MadeUpServer) -> None:
+    headers = {"content-type": "application/json", "content-encoding": "gzip"}
+    body = gzip.compress(json.dumps({"prompt": "hello"}).encode())
+    response = server.http.post("/v1/completions", content=body, headers=headers)
+    assert response.status_code == 415 and "gzip" in response.json()["error"]["message"]
+
+
+def test_bytes_of_logprobs_add_up_to_characters(server: MadeUpServer) -> None:
+    found: list[int] = []
+    for byte in "é".encode():
+        one = next(i for i in range(256) if tokenizer().bytes_of(i) == bytes([byte]))
+        _, body = post(
+            server, "/v1/chat/completions", messages=USER, max_tokens=1, seed=one, logprobs=True
+        )
+        entry = body["choices"][0]["logprobs"]["content"][0]
+        assert entry["token"] == "\ufffd"
+        found += entry["bytes"]
+    assert bytes(found).decode() == "é"
+
+
+def test_too_many_messages_are_called_input_in_responses() -> None:
+    with served(max_messages=2) as few:
+        assert refused(few, "/v1/responses", input=USER * 3)["param"] == "input"
+        assert refused(few, "/v1/responses", messages=USER)["param"] == "messages"
+
+
+@pytest.mark.parametrize("has_usage", [False, True])
+def test_token_ids_of_a_chat_stream_are_where_vllm_has_them(
+    server: MadeUpServer, has_usage: bool
+) -> None:
+    """Those of the prompt beside the choices of the first event, the others in each choice."""
+    options: Any = {"continuous_usage_stats": True} if has_usage else None
+    asked: Any = {"model": MODEL, "messages": USER, "max_tokens": 3, "seed": 5}
+    extra: Any = {"return_token_ids": True}
+    with server.client() as client:
+        whole = client.chat.completions.create(**asked, extra_body=extra)
+        events = list(client.chat.completions.create(
+            **asked, extra_body=extra, stream=True, stream_options=options
+        ))  # fmt: skip
+    prompt_ids = (whole.model_extra or {})["prompt_token_ids"]
+    given = [(event.model_extra or {}).get("prompt_token_ids") for event in events]
+    assert given[0] == prompt_ids and not any(given[1:])
+    choices = [one.model_extra or {} for event in events for one in event.choices]
+    assert [token_id for one in choices for token_id in one["token_ids"]] == [5, 6, 7]
