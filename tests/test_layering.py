@@ -105,6 +105,7 @@ ALLOWED = {
         "nanovllm.parsers",
         "nanovllm.serving",
         "nanovllm.structured.params",
+        "nanovllm.structured.tagged",
         "nanovllm.schedule.logprobs",
         "nanovllm.media.given",
         "nanovllm.chat",

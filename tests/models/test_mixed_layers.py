@@ -147,7 +147,7 @@ def expected_logits(folder: Path, token_ids: list[int]) -> Tensor:
         assert (kind is WIDE) == (w["up"].shape[0] == 2 * 72) == (not bias.dim())
         x = norm(h, weight=w["norm"])
         q, k, v = ((x @ w[c].T).view(length, -1, 32) for c in "qkv")
-        q, k = reference.rope(q, table, pos), reference.rope(k, table, pos)
+        q, k = reference.rope_store.rope(q, table, pos), reference.rope_store.rope(k, table, pos)
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         distance = pos[:, None] - pos
         seen = (distance >= 0) & (distance < (kind.window or length))

@@ -199,7 +199,7 @@ def pixels(vision: Any) -> Tensor:
 
 
 def found(runner: Runner) -> list[Tensor]:
-    steps = runner.towers["vision"]
+    steps = runner.towers.by_name["vision"]
     assert isinstance(steps, TowerSteps)
     shape = steps.tower.config.patch_size
     with torch.no_grad():

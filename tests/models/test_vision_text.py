@@ -23,7 +23,7 @@ from transformers import (
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.media_intake import MediaPrompt
-from nanovllm.runner.runner import Encodable
+from nanovllm.runner.towers import Encodable
 from nanovllm.schedule.request import Content
 
 IMAGE, VIDEO, START = 90, 91, 92
@@ -280,6 +280,6 @@ def test_the_engine_encodes_images(both: Any, device: str, enforce_eager: bool) 
             for wanted, got in zip(logprobs, done.logprobs):
                 actual = torch.tensor([got[i].logprob for i in range(99)])
                 torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-4)
-        assert not llm.engine._images  # type: ignore[union-attr]
+        assert not llm.engine._held.items  # type: ignore[union-attr]
     finally:
         llm.close()

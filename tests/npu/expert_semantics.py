@@ -1,6 +1,6 @@
 """The meaning of Ascend's ops for mixtures of experts in plain torch, from their documentation.
 
-As in semantics.py, nothing here comes from `kernels/reference.py`. Sources: torch_npu's API pages
+As in semantics.py, nothing here comes from `kernels/reference/`. Sources: torch_npu's API pages
 of npu_moe_gating_top_k_softmax, npu_moe_init_routing_v2, npu_grouped_matmul and
 npu_moe_finalize_routing, and CANN's pages of the aclnn functions behind them. Asserts hold the
 limits of these pages. What the pages leave open is chosen so that code which relies on it fails,

@@ -1,6 +1,6 @@
 """The meaning of Ascend's fused ops in plain torch, from their documentation.
 
-Nothing here comes from `kernels/reference.py`. Sources: the operator pages of CANN ("AI framework
+Nothing here comes from `kernels/reference/`. Sources: the operator pages of CANN ("AI framework
 operator support", Ascend IR operator specifications) and torch_npu's API pages of the same names.
 Everything is computed in fp32 by the pages' formulas and rounded once at the end.
 

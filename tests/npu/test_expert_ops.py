@@ -23,7 +23,7 @@ def layer(
     logits = torch.randn(num_tokens, num_experts)
     if only is not None:
         logits[:, only] = 20.0
-    weight, expert = reference.route(logits, top_k, True)
+    weight, expert = reference.experts.route(logits, top_k, True)
     return {
         "x": torch.randn(num_tokens, D),
         "weight": weight,
@@ -50,7 +50,7 @@ def test_route(
     """Experts and their order are those of the meaning, and weights are fp32 in both dtypes."""
     logits = torch.randn(num_tokens, num_experts).to(dtype)
     weight, expert = run(lambda x: ops.route(x, top_k, normalize), {"x": logits.npu()})
-    expected = reference.route(logits, top_k, normalize)
+    expected = reference.experts.route(logits, top_k, normalize)
     assert torch.equal(expert.cpu(), expected[1]) and expert.dtype == torch.int32
     assert weight.dtype == torch.float32
     torch.testing.assert_close(weight.cpu(), expected[0], rtol=2e-6, atol=0)
@@ -73,7 +73,7 @@ def test_a_bad_row_gets_nan_weights_and_experts_that_are_there(
     weight, expert = (
         x.cpu() for x in run(lambda x: ops.route(x, 3, normalize), {"x": logits.npu()})
     )
-    expected = reference.route(logits, 3, normalize)
+    expected = reference.experts.route(logits, 3, normalize)
     assert weight[2].isnan().all() and expert[2].tolist() == [0, 1, 2]
     rest = [0, 1, 3]
     assert torch.equal(expert[rest], expected[1][rest])
@@ -98,7 +98,7 @@ def test_experts(
         tensors[name][unused] = float("nan")
     residual = {**tensors, "residual": torch.randn(num_tokens, D)}
     for inputs in (tensors, residual):
-        compare(run, ops.experts, reference.experts, inputs, dtype=dtype, kept=("weight",))
+        compare(run, ops.experts, reference.experts.experts, inputs, dtype=dtype, kept=("weight",))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -118,7 +118,7 @@ def test_experts_that_are_elsewhere_are_left_out(
     is_here = local[tensors["expert"].long()] >= 0
     tensors["weight"] = tensors["weight"].where(is_here, float("nan"))
     residual = {**tensors, "residual": torch.randn(num_tokens, D), "local": local}
-    compare(run, ops.experts, reference.experts, residual, dtype=dtype, kept=("weight",))
+    compare(run, ops.experts, reference.experts.experts, residual, dtype=dtype, kept=("weight",))
 
 
 def test_a_token_whose_experts_are_all_elsewhere_gets_zeros(run: Callable[..., Any]) -> None:
@@ -138,7 +138,7 @@ def test_expert_linear(
     tensors = layer(num_tokens, num_experts, top_k)
     for x in (tensors["x"], torch.randn(num_tokens, top_k, D)):
         inputs = {"x": x, "expert": tensors["expert"], "gate_up": tensors["gate_up"]}
-        compare(run, ops.expert_linear, reference.expert_linear, inputs, dtype=dtype)
+        compare(run, ops.expert_linear, reference.experts.expert_linear, inputs, dtype=dtype)
 
 
 @pytest.mark.parametrize(

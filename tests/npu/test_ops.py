@@ -26,13 +26,24 @@ def test_norms_activation_and_products(
     run: Callable[..., Any], num_tokens: int, dtype: torch.dtype
 ) -> None:
     x, weight = torch.randn(num_tokens, D), torch.randn(D)
-    compare(run, ops.rms_norm, reference.rms_norm, {"x": x, "weight": weight}, 1e-6, dtype=dtype)
+    compare(
+        run,
+        ops.rms_norm,
+        reference.norm_act.rms_norm,
+        {"x": x, "weight": weight},
+        1e-6,
+        dtype=dtype,
+    )
     tensors = {"x": x, "residual": torch.randn_like(x), "weight": weight}
-    compare(run, ops.add_rms_norm, reference.add_rms_norm, tensors, 1e-5, dtype=dtype)
-    compare(run, ops.silu_mul, reference.silu_mul, {"x": x}, dtype=dtype)
+    compare(run, ops.add_rms_norm, reference.norm_act.add_rms_norm, tensors, 1e-5, dtype=dtype)
+    compare(run, ops.silu_mul, reference.norm_act.silu_mul, {"x": x}, dtype=dtype)
     weight, bias = torch.randn(33, D), torch.randn(33)
     compare(
-        run, ops.linear, reference.linear, {"x": x, "weight": weight, "bias": bias}, dtype=dtype
+        run,
+        ops.linear,
+        reference.linear.linear,
+        {"x": x, "weight": weight, "bias": bias},
+        dtype=dtype,
     )
     compare(
         run,
@@ -49,14 +60,14 @@ def test_rope_and_cache_write(run: Callable[..., Any], num_tokens: int, dtype: t
     angle = torch.randn(99, H // 2)
     table, pos = torch.cat((angle.cos(), angle.sin()), dim=-1), torch.randint(0, 99, (num_tokens,))
     tensors = {"x": torch.randn(num_tokens, N, H), "cos_sin": table, "pos": pos}
-    compare(run, ops.rope, reference.rope, tensors, dtype=dtype, kept=("cos_sin",))
+    compare(run, ops.rope, reference.rope_store.rope, tensors, dtype=dtype, kept=("cos_sin",))
 
     def store(*args: Any) -> Tensor:
         ops.store_kv(*args)
         return args[4] + 1  # a graph must have a result
 
     def meaning(*args: Any) -> Tensor:
-        reference.store_kv(*args)
+        reference.rope_store.store_kv(*args)
         return args[4] + 1
 
     slot = torch.randperm(C * B)[:num_tokens]
@@ -116,7 +127,7 @@ def test_attention(
         return ops.paged_attention(*args)[:used] if used else ops.paged_attention(*args).new_ones(1)
 
     def meaning(*args: Any) -> Tensor:
-        return reference.paged_attention(*args)[:used] if used else torch.ones(1)
+        return reference.attention.paged_attention(*args)[:used] if used else torch.ones(1)
 
     compare(run, op, meaning, tensors, 1 if is_decode else num_tokens, 0.125, 0, dtype=dtype)
 
@@ -138,12 +149,12 @@ def test_drawing_is_exact(run: Callable[..., Any], vocab_size: int) -> None:
         "pos": pos.npu(),
     }
     (token,) = run(ops.sample, inputs)
-    expected = reference.sample(logits, temperature, seed, pos)
+    expected = reference.sample.sample(logits, temperature, seed, pos)
     assert torch.equal(token.cpu(), expected)
     assert torch.equal(token.cpu()[1:4], logits[1:4].argmax(-1)) and not torch.equal(
         expected, logits.argmax(-1)
     )
-    assert (token.cpu()[::9] == reference.NO_TOKEN).all() and (token.cpu()[10:18] >= 0).all()
+    assert (token.cpu()[::9] == reference.sample.NO_TOKEN).all() and (token.cpu()[10:18] >= 0).all()
 
 
 def test_attention_that_the_op_does_not_do_is_refused() -> None:

@@ -40,7 +40,7 @@ def test_segments_do_not_see_each_other(
     compare(
         run,
         partial(only_used, ops.segment_attention),
-        partial(only_used, reference.segment_attention),
+        partial(only_used, reference.attention.segment_attention),
         tensors,
         max(lengths),
         SCALE,
@@ -79,7 +79,7 @@ def test_the_meanings_are_those_of_torch() -> None:
     q, k, v = (torch.randn(9, N, 64) for _ in "qkv")
     start_S = torch.tensor([0, 2, 2, 9]).int()
     found = semantics.packed_attention(q, k, v, [2, 2, 9], [2, 2, 9], 0.3)
-    expected = reference.segment_attention(q, k, v, start_S, 7, 0.3)
+    expected = reference.attention.segment_attention(q, k, v, start_S, 7, 0.3)
     torch.testing.assert_close(found, expected)
     x = torch.linspace(-4, 4, 99)
     tanh = torch.nn.functional.gelu(x, approximate="tanh")

@@ -77,7 +77,7 @@ class PlainTorch(TorchDispatchMode):
         with self:
             if name := ops.op_name(func):
                 self.ours.add(name)
-                meaning: Any = getattr(reference, name)
+                meaning: Any = reference.meaning(name)
                 return meaning(*args, **kwargs)
             if (parts := func.decompose(*args, **kwargs)) is not NotImplemented:
                 return parts

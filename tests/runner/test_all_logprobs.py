@@ -29,7 +29,7 @@ def test_rank_and_all_logprobs_are_those_of_transformers(
 ) -> None:
     """One row asks for two tokens and the other for all: the step reports all for both."""
     engine = eager_llm.engine
-    launch, collect = engine.runner.launch, engine._collect
+    launch, collect = engine.runner.launch, engine._answers.collect
     results: list[tuple[StepPlan, StepResult]] = []
 
     def asking(plan: StepPlan) -> Any:
@@ -42,7 +42,7 @@ def test_rank_and_all_logprobs_are_those_of_transformers(
         collect(plan, result)
 
     monkeypatch.setattr(engine.runner, "launch", asking)
-    monkeypatch.setattr(engine, "_collect", keep)
+    monkeypatch.setattr(engine._answers, "collect", keep)
     (prompt,) = random_prompts([19], seed=31)
     params = greedy(5, logprobs=2, prompt_logprobs=1, temperature=1.5, seed=2)
     (output,) = eager_llm.generate([prompt], params, use_tqdm=False)

@@ -25,7 +25,7 @@ def slots(made: SpanArrays) -> tuple[list[int], list[int]]:
     table_SP = torch.full((PAD_ROW + 1, PER_ROW), 3, dtype=torch.int32)
     table_SP[PAD_ROW] = 0
     span = (torch.from_numpy(array) for array in made)
-    found = reference.span_inputs(zeros_S, zeros_S, zeros_S, table_SP, *span, BLOCK)
+    found = reference.step.span_inputs(zeros_S, zeros_S, zeros_S, table_SP, *span, BLOCK)
     return found[2].tolist(), found[6].tolist()
 
 

@@ -82,9 +82,9 @@ def choose(logits_1V: Tensor, params: SamplingParams, prompt: list[int], output:
         logits_1V = penalize(logits_1V, penalties)
     fields = params.temperature, params.top_k, params.top_p, params.min_p
     temperature_1, *filters = (column(value)[0] for value in fields)
-    kept_1V = reference.keep_likely(logits_1V, temperature_1, *filters)
+    kept_1V = reference.sample.keep_likely(logits_1V, temperature_1, *filters)
     seed_1, pos_1 = torch.tensor([params.seed or 0]), torch.tensor([len(prompt) + len(output)])
-    return int(reference.sample(kept_1V, temperature_1, seed_1, pos_1))
+    return int(reference.sample.sample(kept_1V, temperature_1, seed_1, pos_1))
 
 
 @pytest.fixture(scope="module")
@@ -302,7 +302,7 @@ def test_a_decode_step_with_edits_or_penalties_is_one_captured_step(
     prompts = random_prompts([5, 19, 7], seed=23)
     plain: list[Ask] = [(prompt, greedy(6), None) for prompt in prompts]
     wanted = edits(bias={5: 1.0}, allowed=list(range(60)), bad=[[7], [8, 9]])
-    (step,) = llm.engine.runner._decode_steps.values()
+    (step,) = llm.engine.runner.buckets.decode_steps.values()
     replay, steps = step.replay, decode_ops(llm, plain, outside)
     assert steps[1].count("replay") == 1, "the plain step"
     penalized = replace(greedy(6), presence_penalty=1.0, repetition_penalty=1.3)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import pytest
 import torch
 
 from nanovllm.platforms.cpu import CpuPlatform
@@ -30,3 +33,21 @@ def test_a_mask_holds_for_its_row_and_its_step_alone() -> None:
     assert allowed(table, [0, 1, 3], 70) == [[5], [69], everything]
     table.write([1, 3], [3], words(7)[None])
     assert allowed(table, [1, 3], 70) == [everything, [7]]
+
+
+def test_a_write_that_is_interrupted_leaves_no_mask_for_other_requests(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    table, everything = MaskTable(CpuPlatform(), 5, 70), list(range(70))
+    table.write([3], [3], words(1)[None])
+    copy = torch.Tensor.index_copy_
+
+    def interrupted(*args: Any) -> None:
+        copy(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(torch.Tensor, "index_copy_", interrupted)
+        table.write([1, 3], [1], words(2)[None])
+    table.write([1, 3, 0], [0], words(5)[None])  # rows 1 and 3 belong to free requests now
+    assert allowed(table, [0, 1, 3], 70) == [[5], everything, everything]

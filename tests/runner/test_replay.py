@@ -47,7 +47,7 @@ def test_written_plans_give_the_same_result_in_another_process(
 ) -> None:
     llm = LLM("tiny-qwen3", **OPTIONS)
     engine, results = llm.engine, []
-    collect, launch = engine._collect, engine.runner.launch
+    collect, launch = engine._answers.collect, engine.runner.launch
 
     def keep(plan: StepPlan, result: StepResult) -> None:
         results.append(plain(result))
@@ -62,7 +62,7 @@ def test_written_plans_give_the_same_result_in_another_process(
         (tmp_path / f"{number:04}.plan").write_bytes(plan.to_bytes())
         return launch(plan)
 
-    monkeypatch.setattr(engine, "_collect", keep)
+    monkeypatch.setattr(engine._answers, "collect", keep)
     monkeypatch.setattr(engine.runner, "launch", masking)
     engine.propose = lambda request: request.prompt_ids[:2]
     prompts = llm.chat_prompts(

@@ -51,18 +51,18 @@ def assert_drawn_from(token_N: Tensor, prob_V: Tensor) -> None:
 
 def test_hash_is_a_bijection_of_32_bits() -> None:
     x = torch.arange(0, 2**32, 65537, dtype=torch.int64)
-    y = reference.hash32(x)
+    y = reference.sample.hash32(x)
     assert y.unique().numel() == x.numel() and int(y.min()) >= 0 and int(y.max()) < 2**32
     # the published constants in Python's integers
     for value in (0, 1, 12345, 2**31, 2**32 - 1):
         expected = value
         expected = ((expected ^ (expected >> 16)) * 0x21F0AAAD) % 2**32
         expected = ((expected ^ (expected >> 15)) * 0x735A2D97) % 2**32
-        assert int(reference.hash32(torch.tensor(value))) == expected ^ (expected >> 15)
+        assert int(reference.sample.hash32(torch.tensor(value))) == expected ^ (expected >> 15)
 
 
 def test_noise_is_finite_and_gumbel() -> None:
-    noise = reference.gumbel_noise(torch.arange(200), torch.arange(200) * 7, 997).double()
+    noise = reference.sample.gumbel_noise(torch.arange(200), torch.arange(200) * 7, 997).double()
     assert torch.isfinite(noise).all()
     assert abs(noise.mean() - 0.5772157) < 0.01 and abs(noise.var() - math.pi**2 / 6) < 0.02
 
@@ -70,13 +70,13 @@ def test_noise_is_finite_and_gumbel() -> None:
 @pytest.mark.parametrize("change", ["seed", "high half of seed", "position", "token"])
 def test_noise_is_independent_across(change: str) -> None:
     base, num = torch.arange(5, 5 + 200), 200
-    first = reference.gumbel_noise(base, rows(9, num, torch.int64), 501)
+    first = reference.sample.gumbel_noise(base, rows(9, num, torch.int64), 501)
     if change == "seed":
-        second = reference.gumbel_noise(base + 1, rows(9, num, torch.int64), 501)
+        second = reference.sample.gumbel_noise(base + 1, rows(9, num, torch.int64), 501)
     elif change == "high half of seed":
-        second = reference.gumbel_noise(base + 2**32, rows(9, num, torch.int64), 501)
+        second = reference.sample.gumbel_noise(base + 2**32, rows(9, num, torch.int64), 501)
     elif change == "position":
-        second = reference.gumbel_noise(base, rows(10, num, torch.int64), 501)
+        second = reference.sample.gumbel_noise(base, rows(10, num, torch.int64), 501)
     else:
         first, second = first[:, 1:], first[:, :-1]
     correlation = torch.corrcoef(torch.stack([first.flatten(), second.flatten()]))[0, 1]
@@ -85,19 +85,19 @@ def test_noise_is_independent_across(change: str) -> None:
 
 def test_noise_depends_on_the_row_alone() -> None:
     seed_R, pos_R = torch.tensor([3, -(2**63), 2**63 - 1, 0]), torch.tensor([1, 0, 989, 40000])
-    together = reference.gumbel_noise(seed_R, pos_R, 97)
+    together = reference.sample.gumbel_noise(seed_R, pos_R, 97)
     for row in range(4):
         assert torch.equal(
             together[row : row + 1],
-            reference.gumbel_noise(seed_R[row : row + 1], pos_R[row : row + 1], 97),
+            reference.sample.gumbel_noise(seed_R[row : row + 1], pos_R[row : row + 1], 97),
         )
-    assert torch.equal(together[:, :19], reference.gumbel_noise(seed_R, pos_R, 19))
+    assert torch.equal(together[:, :19], reference.sample.gumbel_noise(seed_R, pos_R, 19))
 
 
 # the plain sampler --------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=[reference.sample, ops.sample], ids=["formula", "kernel"])
+@pytest.fixture(params=[reference.sample.sample, ops.sample], ids=["formula", "kernel"])
 def sample(request: pytest.FixtureRequest) -> Sample:
     """The plain-torch meaning, and the kernel for this machine's CPU."""
     if cpu_kernels.available()[0]:
@@ -166,7 +166,7 @@ def test_rows_of_nan_have_no_token_and_change_no_other_row(
     )
     token_R = sample(logits_RV, *args)
     assert torch.equal(token_R[:3], alone_R[:3])
-    assert token_R[3:].tolist() == [reference.NO_TOKEN] * 6
+    assert token_R[3:].tolist() == [reference.sample.NO_TOKEN] * 6
 
 
 def test_a_nan_never_wins(sample: Sample) -> None:
@@ -220,7 +220,9 @@ def test_filters_keep_what_the_plain_algorithm_keeps(vocab_size: int) -> None:
     top_k_R, top_p_R, min_p_R = (
         torch.tensor(column, dtype=torch.float32) for column in zip(*FILTERS)
     )
-    kept_RV = reference.keep_likely(logits_RV, torch.ones(len(FILTERS)), top_k_R, top_p_R, min_p_R)
+    kept_RV = reference.sample.keep_likely(
+        logits_RV, torch.ones(len(FILTERS)), top_k_R, top_p_R, min_p_R
+    )
     for row, (top_k, top_p, min_p) in enumerate(FILTERS):
         kept = set(torch.isfinite(kept_RV[row]).nonzero().flatten().tolist())
         assert kept == plain_filter(logits_RV[row].numpy(), top_k, top_p, min_p), FILTERS[row]
@@ -255,7 +257,7 @@ def test_a_filtered_choice_calls_the_ops_that_are_rehearsed() -> None:
 def test_of_equal_logits_the_smaller_ids_stay() -> None:
     logits_RV = torch.zeros(2, 19)
     filters = torch.ones(2), torch.tensor([5.0, 0.0]), torch.tensor([1.0, 0.5]), torch.zeros(2)
-    kept_RV = reference.keep_likely(logits_RV, *filters)
+    kept_RV = reference.sample.keep_likely(logits_RV, *filters)
     assert torch.isfinite(kept_RV[0]).nonzero().flatten().tolist() == list(range(5))
     assert torch.isfinite(kept_RV[1]).nonzero().flatten().tolist() == list(range(10))
 
@@ -264,7 +266,7 @@ def test_forbidden_tokens_do_not_come_back_through_a_filter() -> None:
     logits_RV = random_logits(1, 19)
     logits_RV[0, :16] = -INF
     filters = torch.ones(1), torch.tensor([8.0]), torch.tensor([0.999]), torch.tensor([0.0])
-    kept_RV = reference.keep_likely(logits_RV, *filters)
+    kept_RV = reference.sample.keep_likely(logits_RV, *filters)
     assert not torch.isfinite(kept_RV[0, :16]).any()
 
 
@@ -294,7 +296,7 @@ def test_filtered_samples_follow_the_renormalised_softmax(
 
 def test_filters_that_are_off_change_nothing() -> None:
     logits_RV, seed_R = random_logits(99, 989), torch.arange(99)
-    plain_R = reference.sample(logits_RV, rows(0.8, 99), seed_R, rows(3, 99, torch.int64))
+    plain_R = reference.sample.sample(logits_RV, rows(0.8, 99), seed_R, rows(3, 99, torch.int64))
     assert torch.equal(filtered(logits_RV, 0.8, 0, 1.0, 0.0, seed_R), plain_R)
 
 
@@ -384,7 +386,7 @@ def test_all_tokens_may_be_wanted(num_top: int) -> None:
 def test_a_row_without_a_token_leaves_the_logprobs_of_others() -> None:
     logits_RV, token_R = random_logits(3, 19), torch.tensor([4, 0, 7])
     alone = sampler.logprobs(logits_RV, token_R, 5)
-    logits_RV[1], token_R[1] = NAN, reference.NO_TOKEN
+    logits_RV[1], token_R[1] = NAN, reference.sample.NO_TOKEN
     for found, expected in zip(sampler.logprobs(logits_RV, token_R, 5), alone):
         assert torch.equal(found[::2], expected[::2])
 
@@ -401,7 +403,7 @@ def test_no_filter_finds_a_token_where_there_is_none(value: float, temperature: 
     logits_1V = torch.full((1, 99), value)
     for top_k, top_p, min_p in FILTERS:
         token_R = filtered(logits_1V, temperature, top_k, top_p, min_p, torch.zeros(1).long())
-        assert int(token_R) == reference.NO_TOKEN
+        assert int(token_R) == reference.sample.NO_TOKEN
 
 
 def test_filters_leave_nan_out() -> None:

@@ -144,5 +144,7 @@ def test_proposals_need_graphs_that_verify_them(make_llm: Callable[..., LLM]) ->
 @pytest.mark.parametrize("drafting", ["graph"], indirect=True)
 def test_each_rows_and_tokens_bucket_is_captured_once(drafting: LLM) -> None:
     runner = drafting.engine.runner
-    assert set(runner._verify_steps) == {(rows, 1 + num) for rows in (1, 5) for num in DRAFTS}
+    assert set(runner.buckets.verify_steps) == {
+        (rows, 1 + num) for rows in (1, 5) for num in DRAFTS
+    }
     assert runner.compiler.sealed and runner.compiler.strict, "a compile from here on is an error"

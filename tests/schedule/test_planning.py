@@ -157,4 +157,6 @@ def test_plans_survive_being_written_down() -> None:
     plans.append(replace(masked, allowed_MW=allowed))
     for plan in plans:
         assert_same(StepPlan.from_bytes(plan.to_bytes()), plan)
+    read_MW = StepPlan.from_bytes(plans[3].to_bytes()).allowed_MW
+    assert read_MW is not None and read_MW.flags.writeable and read_MW.flags.aligned
     assert plans[2].token_T.tolist() == [NEWEST, 5, 6, NEWEST] and plans[2].tokens_per_row == 3

@@ -233,6 +233,27 @@ def test_a_prompt_ends_whatever_the_bound() -> None:
     assert all(sum(plan.num_tokens) <= 32 for plan in plans if plan.is_prefill)
 
 
+def with_short_prompts(num_blocks: int) -> list[int]:
+    """The tokens of each prefill step for 30 prompts of 600 tokens that arrive while a request
+    streams."""
+    sizes = {"max_num_seqs": 64, "max_decode_rows": 64, "max_prefill_rows": 64}
+    s = scheduler(stall=STALL, num_blocks=num_blocks, max_num_batched_tokens=8192, **sizes)
+    s.add(request(0, 4, 100))
+    s.waiting[0].incremental = True
+    answer(s, planned(s))
+    for i in range(1, 31):
+        s.add(request(i, 600, 2))
+    return [sum(plan.num_tokens) for plan in run(s) if plan.is_prefill]
+
+
+def test_short_prompts_share_the_largest_bucket_within_the_bound() -> None:
+    assert with_short_prompts(num_blocks=6000) == [8192, 8192, 18_000 - 2 * 8192]
+
+
+def test_prompts_without_free_blocks_do_not_count_as_waiting() -> None:
+    assert with_short_prompts(num_blocks=200) == [512, 88] * 30
+
+
 def test_a_batch_that_nobody_watches_is_not_cut() -> None:
     _, plans, times = with_long_prompt(STALL, watched=False)
     sizes = [sum(plan.num_tokens) for plan in plans if plan.is_prefill]

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.platforms import cpu
 from nanovllm.runner import warmup
-from nanovllm.schedule.stall import GRAIN, StallBound
+from nanovllm.schedule.stall import GRAIN, SHORTEST_STEPS, StallBound
 from tests.engines import Generate, random_prompts
 
 STALL = StallBound(30.0, ((32, 1.0), (128, 1.0), (512, 2.0), (2048, 5.0), (8192, 18.0)), 1e-6)
@@ -28,11 +30,12 @@ def test_a_step_takes_its_bucket_and_its_attention() -> None:
 @pytest.mark.parametrize("start", [0, 989, 16_384, 100_000])
 @pytest.mark.parametrize("num_tokens", [1, 19, 100, 2049, 8192])
 @pytest.mark.parametrize("before", [[], [(40, 0)], [(99, 7), (1000, 8192)]], ids=str)
+@pytest.mark.parametrize("num_left", [0, 989, 100_000])
 def test_chunks_stay_within_the_bound_and_are_never_empty_at_first(
-    max_ms: float, start: int, num_tokens: int, before: list[tuple[int, int]]
+    max_ms: float, start: int, num_tokens: int, before: list[tuple[int, int]], num_left: int
 ) -> None:
     num_tokens = min(num_tokens, 8192 - sum(num for num, _ in before))
-    num = STALL.next_chunk(before, num_tokens, start, max_ms)
+    num = STALL.next_chunk(before, (num_tokens, start), max_ms, num_left)
     assert 0 <= num <= num_tokens
     if num and (before or num > 32):
         assert STALL.estimate([*before, (num, start)]) <= max_ms + 1e-9
@@ -43,16 +46,30 @@ def test_chunks_stay_within_the_bound_and_are_never_empty_at_first(
 
 
 def test_full_buckets_are_taken_rather_than_a_part_of_the_next() -> None:
-    assert STALL.next_chunk([], 2100, 0, math.inf) == 2048
-    assert STALL.next_chunk([], 8192, 0, math.inf) == 8192
-    assert STALL.next_chunk([], 8192, 6000, 30.0) == 2048, (
+    assert STALL.next_chunk([], (2100, 0), math.inf) == 2048
+    assert STALL.next_chunk([], (8192, 0), math.inf) == 8192
+    assert STALL.next_chunk([], (8192, 6000), 30.0) == 2048, (
         "1,700 tokens would fit the bound in the larger bucket"
     )
 
 
+def test_a_prompt_is_not_cut_at_a_bucket_if_others_fill_the_next() -> None:
+    assert STALL.next_chunk([(400, 0)], (300, 0), 30.0) == 512 - 400
+    assert STALL.next_chunk([(400, 0)], (300, 0), 30.0, num_left=900) == 300
+    assert STALL.next_chunk([(400, 0)], (300, 0), 4.0, num_left=900) == 512 - 400, "too long a step"
+
+
+@pytest.mark.parametrize("shortest_ms, max_ms", [(0.5, 6.0), (4.5, 54.0), (16.0, 60.0)])
+def test_the_default_bound_grows_with_the_model_up_to_the_device_s(
+    shortest_ms: float, max_ms: float
+) -> None:
+    step_ms = ((32, shortest_ms), (128, 20.0))
+    assert StallBound(60.0, step_ms, 1e-6).in_proportion() == StallBound(max_ms, step_ms, 1e-6)
+
+
 def test_without_attention_the_bucket_alone_counts() -> None:
     free = StallBound(4.0, STALL.step_ms, 0.0)
-    assert free.next_chunk([], 8192, 10**6, free.max_ms) == 512
+    assert free.next_chunk([], (8192, 10**6), free.max_ms) == 512
 
 
 def test_a_bound_is_measured_at_warm_up_and_the_answers_stay(
@@ -84,7 +101,7 @@ def test_long_steps_are_timed_once_and_no_step_twice_over(
     engine = make_llm(max_stall_ms=50, max_num_batched_tokens=128).engine
     monkeypatch.setattr(warmup, "STALL_LONG_MS", long_ms)
     timed: list[int] = []
-    prefill_step = engine.runner.prefill_step
+    prefill_step = engine.runner.buckets.prefill
 
     def counting(num_tokens: int, num_rows: int) -> Any:
         step = prefill_step(num_tokens, num_rows)
@@ -94,11 +111,24 @@ def test_long_steps_are_timed_once_and_no_step_twice_over(
 
         return SimpleNamespace(**vars(step) | {"replay": replay, "fill": step.fill})
 
-    monkeypatch.setattr(engine.runner, "prefill_step", counting)
+    monkeypatch.setattr(engine.runner.buckets, "prefill", counting)
     warmup.measure_stall(engine.runner, 50)
     assert timed == [32] * repeats + [128] * repeats + [128] * repeats, (
         "the last ones with a long context"
     )
+
+
+def test_a_bound_that_is_asked_for_is_not_lowered(
+    make_llm: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "TRAITS", replace(cpu.TRAITS, max_stall_ms=1e6))
+    options: list[dict[str, Any]] = [{"max_stall_ms": 1e6}, {}]
+    asked, default = (
+        make_llm(device="cpu", max_num_batched_tokens=128, **one).engine.scheduler.stall
+        for one in options
+    )
+    assert asked is not None and asked.max_ms == 1e6
+    assert default is not None and default.max_ms == SHORTEST_STEPS * default.step_ms[0][1]
 
 
 def test_no_bound_unless_the_device_has_one_or_it_is_asked_for(

@@ -1,0 +1,115 @@
+"""Tokens per second of free rows, alone and beside a constrained one, and of constrained rows.
+
+    python scripts/bench/structured_rows.py --model tiny-qwen3 --device cpu
+
+Prints a line of JSON: medians and all values of several runs. The answers are compiled grammars'
+whose masks are those of a text; grammars and captured steps are made before the clock starts. A run
+ends with the first batch's last token, so a slower row beside it does not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs without installation
+
+from nanovllm import LLM, SamplingParams
+from nanovllm.cli.bench.engines import engine_of
+from nanovllm.cli.engine_options import add_engine_options, engine_options
+from nanovllm.engine import Engine
+from nanovllm.flags import Parser
+from nanovllm.tools import command_line
+
+REGEX = "[a-zA-Z0-9 ,.]+"
+PROMPT_TOKENS = 16
+
+
+def arguments() -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--rows", type=int, default=32, help="free rows, and rows that are constrained alone")
+    add("--tokens", type=int, default=256, help="of each answer")
+    add("--runs", type=int, default=3)
+    add_engine_options(parser, skip=("max_num_seqs",))
+    return parser.parse_args()
+
+
+class Rows:
+    """Runs batches on an engine. Prompts are new each time, so none is in the prefix cache."""
+
+    def __init__(self, engine: Engine, num_tokens: int) -> None:
+        self._engine, self._num_tokens = engine, num_tokens
+        self._random = random.Random(0)
+
+    def rate(self, num: int, num_beside: int, *, is_constrained: bool) -> float:
+        """Tokens per second of `num` rows, beside others that are constrained."""
+        engine = self._engine
+        ids = {self._add(is_constrained) for _ in range(num)}
+        beside = [self._add(True) for _ in range(num_beside)]
+        begun = time.perf_counter()
+        num_tokens = 0
+        while ids:
+            for one in engine.step():
+                if one.request_id in ids and one.completion is not None:
+                    num_tokens += len(one.completion.token_ids)
+                    ids.remove(one.request_id)
+        seconds = time.perf_counter() - begun
+        engine.abort_all(beside)
+        if num_tokens != num * self._num_tokens:
+            raise RuntimeError(f"{num} answers have {num_tokens} tokens: some have ended early")
+        return num_tokens / seconds
+
+    def _add(self, is_constrained: bool) -> int:
+        top = self._engine.model_config.vocab_size - 1
+        params = SamplingParams(
+            temperature=0.6, max_tokens=self._num_tokens, ignore_eos=True,
+            structured_outputs={"regex": REGEX} if is_constrained else None,  # type: ignore[arg-type]
+        )  # fmt: skip
+        prompt = [self._random.randint(0, top) for _ in range(PROMPT_TOKENS)]
+        return self._engine.add_request(prompt, params, incremental=False)
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    model, options = engine_options(args, skip=("rows", "tokens", "runs", "max_num_seqs"))
+    llm = LLM(model, max_num_seqs=args.rows + 1, **options)
+    rows = Rows(engine_of(llm), args.tokens)
+    kinds: dict[str, dict[str, Any]] = {
+        "free": {"num_beside": 0, "is_constrained": False},
+        "free_beside_one": {"num_beside": 1, "is_constrained": False},
+        "constrained": {"num_beside": 0, "is_constrained": True},
+    }
+    found: dict[str, list[float]] = {name: [] for name in kinds}
+    for run in range(args.runs + 1):  # the kinds take turns; the first run warms up
+        for name, kind in kinds.items():
+            value = rows.rate(args.rows, **kind)
+            if run:
+                found[name].append(round(value, 1))
+    llm.close()
+    medians = {name: statistics.median(values) for name, values in found.items()}
+    return {
+        "rows": args.rows,
+        "tokens": args.tokens,
+        "tokens_per_second": medians,
+        "free_beside_one_share": round(medians["free_beside_one"] / medians["free"], 4),
+        "constrained_share": round(medians["constrained"] / medians["free"], 4),
+        "all": found,
+    }
+
+
+def main() -> None:
+    args = arguments()
+    for name in ("rows", "tokens", "runs"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} is {getattr(args, name)}: it must be at least 1")
+    print(json.dumps(measure(args)))
+
+
+if __name__ == "__main__":
+    sys.exit(command_line.run(main))
