@@ -2,19 +2,25 @@
 
     python scripts/accuracy.py --model tiny-qwen3
     python scripts/accuracy.py --model tiny-qwen3-vl
+    python scripts/accuracy.py --model tiny-qwen3-vl --base-url http://127.0.0.1:8000
 
-A model that sees is asked about pictures, the held-out ones of `tiny.picture_tasks`. Prints the
-accuracy by kind and one line of JSON. Exits with 1 if the total is below --min-accuracy.
+With --base-url a running server of the model is asked; options of the engine are refused. A model
+that sees is asked about pictures, the held-out ones of `tiny.picture_tasks`. Prints the accuracy by
+kind and one line of JSON. Exits with 1 if the total is below --min-accuracy.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
+import io
 import json
 import sys
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +36,8 @@ from nanovllm.tools import command_line
 
 MAX_TOKENS = 64  # the longest reference answer takes 55
 NUM_SHOWN = 10
+NUM_CLIENTS = 16  # requests to a server at once
+TIMEOUT_S = 60.0
 
 
 class Question(NamedTuple):
@@ -53,15 +61,71 @@ def ask(llm: LLM, asked: Sequence[Question]) -> tuple[dict[str, float], float, l
         SamplingParams(temperature=0, max_tokens=MAX_TOKENS),
         use_tqdm=sys.stderr.isatty(),
     )
+    return score(asked, [output["text"] for output in outputs])
+
+
+def ask_server(
+    url: str, model: str, asked: Sequence[Question]
+) -> tuple[dict[str, float], float, list[str]]:
+    """The same through chat completions of the server at `url`."""
+
+    def answer(question: Question) -> str:
+        body = {
+            "model": model, "messages": [_as_json(one) for one in question.messages],
+            "temperature": 0, "max_tokens": MAX_TOKENS,
+        }  # fmt: skip
+        request = urllib.request.Request(
+            f"{url.rstrip('/').removesuffix('/v1')}/v1/chat/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as given:
+            return str(json.load(given)["choices"][0]["message"]["content"])
+
+    with ThreadPoolExecutor(NUM_CLIENTS) as pool:
+        return score(asked, list(pool.map(answer, asked)))
+
+
+def _as_json(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose pictures are PNG in data URLs."""
+    if isinstance(message["content"], str):
+        return message
+    content = []
+    for part in message["content"]:
+        if part["type"] == "image":
+            file = io.BytesIO()
+            part["image"].save(file, "PNG")
+            data = base64.b64encode(file.getvalue()).decode()
+            part = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
+        content.append(part)
+    return {**message, "content": content}
+
+
+def score(
+    asked: Sequence[Question], texts: Sequence[str]
+) -> tuple[dict[str, float], float, list[str]]:
+    """Accuracy by kind, accuracy of all, and a line a mistake."""
     num_asked, num_right = Counter(one.task.kind for one in asked), Counter[str]()
     wrong: list[str] = []
-    for (task, _), output in zip(asked, outputs, strict=True):
-        if is_correct(task, output["text"]):
+    for (task, _), text in zip(asked, texts, strict=True):
+        if is_correct(task, text):
             num_right[task.kind] += 1
         else:
-            wrong.append(f"{task.question!r} -> {output['text']!r}, not {task.answer!r}")
+            wrong.append(f"{task.question!r} -> {text!r}, not {task.answer!r}")
     by_kind = {kind: num_right[kind] / num for kind, num in num_asked.items()}
     return by_kind, num_right.total() / len(asked), wrong
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """Options of the engine."""
+    return {
+        "device": args.device,
+        "dtype": args.dtype,
+        "quantization": args.quantization,
+        "kv_cache_dtype": args.kv_cache_dtype,
+        "expert_offload": args.expert_offload,
+        "enforce_eager": args.enforce_eager,
+    }
 
 
 def main() -> int:
@@ -71,6 +135,7 @@ def main() -> int:
     parser.add_argument(
         "--model", default="tiny-qwen3", help="a folder, or the name of an embedded model"
     )
+    parser.add_argument("--base-url", help="ask this server instead of an engine of ours")
     parser.add_argument("--num", type=int, default=500, help="questions to ask")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
@@ -85,19 +150,19 @@ def main() -> int:
     args = parser.parse_args()
     if args.num < 1:
         parser.error(f"--num is {args.num}: it must be at least 1")
+    if args.base_url:
+        for name, value in _options(args).items():
+            if value != parser.get_default(name):
+                option = name.replace("_", "-")
+                parser.error(f"--{option} is {value}: with --base-url the server decides on it")
 
     asked = questions(args.model, args.num, args.seed)
-    llm = LLM(
-        args.model,
-        device=args.device,
-        dtype=args.dtype,
-        quantization=args.quantization,
-        kv_cache_dtype=args.kv_cache_dtype,
-        expert_offload=args.expert_offload,
-        enforce_eager=args.enforce_eager,
-    )
+    llm = None if args.base_url else LLM(args.model, **_options(args))
     started = time.perf_counter()
-    by_kind, accuracy, wrong = ask(llm, asked)
+    if llm is None:
+        by_kind, accuracy, wrong = ask_server(args.base_url, args.model, asked)
+    else:
+        by_kind, accuracy, wrong = ask(llm, asked)
     seconds = time.perf_counter() - started
 
     for line in wrong[:NUM_SHOWN]:
@@ -109,12 +174,7 @@ def main() -> int:
         print(f"{kind:10} {value:7.1%}  of {num_asked[kind]}")
     summary = {
         "model": args.model,
-        "device": args.device,
-        "dtype": args.dtype,
-        "quantization": args.quantization,
-        "kv_cache_dtype": args.kv_cache_dtype,
-        "expert_offload": args.expert_offload,
-        "enforce_eager": args.enforce_eager,
+        **({"base_url": args.base_url} if llm is None else _options(args)),
         "num": len(asked),
         "accuracy": round(accuracy, 4),
         "min_accuracy": args.min_accuracy,

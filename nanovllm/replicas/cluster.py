@@ -89,11 +89,16 @@ def closing() -> Iterator[None]:
 
 
 class Shared:
-    """One connection of this process for several engines."""
+    """One connection of this process for several engines.
+
+    While there is an engine, Ray's functions do not connect by themselves. Otherwise a call of an
+    engine's thread that overlaps the user's `ray.shutdown()` could start another cluster.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._num_users, self._is_own = 0, False
+        self._connects_by_itself = True  # Ray's setting before the first engine
 
     def open(self, user: str) -> Any:
         """Ray's module, connected: to what this process is connected to already, else to the
@@ -104,6 +109,8 @@ class Shared:
             if ray is None or not ray.is_initialized():
                 ray = connect(env.ray_address(), user)
                 self._is_own = True
+            if self._num_users == 0:
+                self._connects_by_itself = _connect_by_itself(False)
             self._num_users += 1
             return ray
 
@@ -111,9 +118,23 @@ class Shared:
         """Disconnect after the last user, unless the caller of the first one had connected."""
         with self._lock:
             self._num_users -= 1
-            if self._num_users == 0 and self._is_own:
+            if self._num_users:
+                return
+            if self._is_own:
                 self._is_own = False
                 sys.modules["ray"].shutdown()
+            _connect_by_itself(self._connects_by_itself)
+
+
+def _connect_by_itself(allowed: bool) -> bool:
+    """Set whether Ray's functions connect when nothing is connected. Returns the setting before.
+
+    Ray has an environment variable for it, which it reads once, when it is imported.
+    """
+    from ray._private import auto_init_hook
+
+    before, auto_init_hook.enable_auto_connect = auto_init_hook.enable_auto_connect, allowed
+    return bool(before)
 
 
 SHARED = Shared()

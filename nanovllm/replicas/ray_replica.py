@@ -48,9 +48,9 @@ class RayReplica(Replica):
             return False
         try:
             self._check()
-        except ReplicaFailed:
+            self._actor.tell.remote(self._num_told, name, payload)
+        except (ReplicaFailed, self._ray.exceptions.RayError):  # the latter if Ray ends meanwhile
             return False
-        self._actor.tell.remote(self._num_told, name, payload)
         self._num_told += 1
         return True
 
@@ -109,7 +109,7 @@ class RayReplica(Replica):
         raise ReplicaFailed(f"{self.name} has not answered for {seconds} s")
 
     def _check(self) -> None:
-        """Raises ReplicaFailed after the end: Ray would connect anew, perhaps elsewhere."""
+        """Raises ReplicaFailed after the end."""
         if self._is_closing:
             raise ReplicaFailed(f"{self.name} is closed")
         if not self._ray.is_initialized():

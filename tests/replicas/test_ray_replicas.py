@@ -385,15 +385,19 @@ def test_the_loss_of_a_node_and_of_an_actor_end_their_own_requests_only(
 def test_a_user_who_ends_ray_ends_the_replicas(folder: Path, two_nodes: Any) -> None:
     """The last test of this cluster: it ends the connection."""
     import ray
+    from ray._private import auto_init_hook
 
     llm = make(folder)
     ray.shutdown()
+    with pytest.raises(ray.exceptions.RaySystemError, match="has not been started"):
+        ray.put(1)  # as a call of the engine that overlaps the end: it connects to nothing
     with pytest.raises(ReplicaFailed, match=r"no replica is left: replica 0 on node .* is lost"):
         for _ in range(2):
             llm.generate(PROMPTS, greedy(2), use_tqdm=False)
     wait_until(lambda: not relays())
     llm.close()
     assert not ray.is_initialized()
+    assert auto_init_hook.enable_auto_connect
 
 
 SCRIPT = """
