@@ -42,6 +42,7 @@ setup(
         "nanovllm.compile",
         "nanovllm.compile.lower",
         "nanovllm.compile.passes",
+        "nanovllm.engine",
         "nanovllm.kernels",
         "nanovllm.kernels.cpu",
         "nanovllm.kernels.npu",

@@ -18,9 +18,9 @@ from nanovllm.sampling import BeamSearchParams, SamplingParams
 if TYPE_CHECKING:
     from nanovllm.beam_search import BeamSearchOutput
     from nanovllm.compat.llm_engine import LLMEngine
-    from nanovllm.metrics import Metric
+    from nanovllm.engine.interface import AnyEngine
+    from nanovllm.engine.metrics import Metric
     from nanovllm.outputs import RequestOutput, StreamOutput
-    from nanovllm.replicas.interface import AnyEngine
     from nanovllm.schedule.outputs import Completion
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class LLM(NanoMethods):
         log.configure()
         config = EngineConfig.from_options(model, options)
         self.engine: AnyEngine = open_engine(config)
-        from nanovllm.sharing import SharedEngine  # imports torch
+        from nanovllm.engine.sharing import SharedEngine  # imports torch
 
         self.shared = SharedEngine(self.engine)
         self._has_logged_defaults = False

@@ -57,12 +57,23 @@ ALLOWED = {
         *SETTINGS,
         "nanovllm.tokenizer",
     ),
+    "engine": (
+        "nanovllm.engine",
+        "nanovllm.schedule",
+        "nanovllm.runner",
+        "nanovllm.models.experts.offloaded",
+        "nanovllm.models.vision",
+        "nanovllm.media",
+        "nanovllm.structured",
+        "nanovllm.startup.load",
+        "nanovllm.prompts",
+        "nanovllm.tokenizer",
+        *SETTINGS,
+    ),
     "tools": ("nanovllm.tools", *BELOW_STARTUP, "nanovllm.startup", "nanovllm.engine", *SETTINGS),
     "batch": (
         "nanovllm.batch",
         "nanovllm.engine",
-        "nanovllm.sharing",
-        "nanovllm.intake",
         "nanovllm.prompts",
         "nanovllm.chat",
         "nanovllm.schedule",
@@ -76,10 +87,7 @@ ALLOWED = {
         *BELOW_STARTUP,
         "nanovllm.startup",
         "nanovllm.engine",
-        "nanovllm.intake",
         "nanovllm.media.given",
-        "nanovllm.media_intake",
-        "nanovllm.metrics",
         "nanovllm.prompts",
         "nanovllm.tokenizer",
         *SETTINGS,
@@ -91,10 +99,7 @@ ALLOWED = {
         "nanovllm.schedule",
         "nanovllm.engine",
         "nanovllm.growing",
-        "nanovllm.intake",
         "nanovllm.media",
-        "nanovllm.media_intake",
-        "nanovllm.metrics",
         "nanovllm.outputs",
         "nanovllm.prompts",
         "nanovllm.tokenizer",
@@ -109,7 +114,7 @@ ALLOWED = {
         "nanovllm.schedule.logprobs",
         "nanovllm.media.given",
         "nanovllm.chat",
-        "nanovllm.metrics",
+        "nanovllm.engine.metrics",
         "nanovllm.outputs",
         "nanovllm.prompts",
         "nanovllm.tokenizer",
@@ -130,8 +135,8 @@ MODULES = {
 DEVICE = re.compile(r"(?<![a-z])(cuda|npu|mps)(?![a-z])", re.IGNORECASE)
 # layers whose code names no device
 DEVICELESS = (
-    "api", "compile", "media", "models", "parallel", "parsers", "replicas", "schedule", "serving",
-    "runner", "startup", "",
+    "api", "compile", "engine", "media", "models", "parallel", "parsers", "replicas", "schedule",
+    "serving", "runner", "startup", "",
 )  # fmt: skip
 # options of `LLM` that are named after their device
 OPTIONS = ("npu_graph_mode", "npu_graph_options")

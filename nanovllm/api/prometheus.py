@@ -16,7 +16,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_1_0_0 as CONTENT_TYP
 from prometheus_client.registry import Collector
 
 from nanovllm.api.latencies import OFFSETS, Histogram, Latencies
-from nanovllm.metrics import Counter, Metric
+from nanovllm.engine.metrics import Counter, Metric
 
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric as Family

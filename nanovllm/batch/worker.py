@@ -17,7 +17,7 @@ from nanovllm.replicas.opening import one_engine
 from nanovllm.sampling import SamplingParams
 
 if TYPE_CHECKING:
-    from nanovllm.sharing import SharedEngine
+    from nanovllm.engine.sharing import SharedEngine
 
 ROWS_PER_SEQUENCE = 2  # rows in the engine for each sequence that runs
 
@@ -58,7 +58,7 @@ class Worker(Protocol):
 def load_engine(config: EngineConfig) -> SharedEngine:
     """Load a model and warm up. Raises what `load` raises."""
     engine = one_engine(config)
-    from nanovllm.sharing import SharedEngine  # imports torch
+    from nanovllm.engine.sharing import SharedEngine  # imports torch
 
     return SharedEngine(engine)
 
@@ -128,7 +128,7 @@ class EngineWorker:
 
         A seed that is drawn depends on the row alone, not on the other rows or the replica.
         """
-        from nanovllm.intake import drawn_seed
+        from nanovllm.engine.intake import drawn_seed
 
         engine = self._shared.engine
         given = {**self._settings.params, **_known(row.params)}

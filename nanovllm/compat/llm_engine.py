@@ -6,14 +6,14 @@ from collections.abc import Iterable
 from typing import Any
 
 from nanovllm.config import EngineConfig
+from nanovllm.engine.metrics import Metric
+from nanovllm.engine.sharing import SharedEngine
 from nanovllm.growing import GrowingAnswer, GrowingOutput, Kind
-from nanovllm.metrics import Metric
 from nanovllm.outputs import RequestOutput
 from nanovllm.prompts import AnyPrompt, as_prompt
 from nanovllm.replicas.opening import open_engine
 from nanovllm.sampling import SamplingParams
 from nanovllm.schedule.outputs import Increment
-from nanovllm.sharing import SharedEngine
 
 
 class LLMEngine:

@@ -10,8 +10,8 @@ from nanovllm import sampling
 from nanovllm.sampling import SamplingParams
 
 if TYPE_CHECKING:
-    from nanovllm.replicas.interface import AnyEngine
-    from nanovllm.sharing import SharedEngine
+    from nanovllm.engine.interface import AnyEngine
+    from nanovllm.engine.sharing import SharedEngine
 
 
 class NanoMethods:

@@ -15,7 +15,7 @@ import torch
 from safetensors import torch as safe
 from torch import Tensor
 
-from nanovllm.intake import Embeddings
+from nanovllm.engine.intake import Embeddings
 from nanovllm.runner.towers import Encodable
 from nanovllm.schedule.request import Content
 

@@ -12,10 +12,10 @@ from hashlib import sha256
 import numpy as np
 
 from nanovllm.config import EngineConfig
-from nanovllm.intake import Embeddings, Intake, checked_priority, drawn_seed
+from nanovllm.engine.intake import Embeddings, Intake, checked_priority, drawn_seed
+from nanovllm.engine.media_intake import MediaPrompt
+from nanovllm.engine.metrics import Metric
 from nanovllm.media.given import Given
-from nanovllm.media_intake import MediaPrompt
-from nanovllm.metrics import Metric
 from nanovllm.parallel.channel import MAX_PAYLOAD_BYTES
 from nanovllm.parallel.ranks import deferred_interrupts
 from nanovllm.prompts import AnyPrompt, Prompt, as_prompt

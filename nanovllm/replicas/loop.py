@@ -8,8 +8,8 @@ from dataclasses import replace
 from typing import NoReturn
 
 from nanovllm import hub
-from nanovllm.engine import Engine
-from nanovllm.media_intake import MediaPrompt
+from nanovllm.engine.engine import Engine
+from nanovllm.engine.media_intake import MediaPrompt
 from nanovllm.parallel.channel import Channel, Message
 from nanovllm.parallel.serve import ANSWER, ASKS
 from nanovllm.prompts import Prompt

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from nanovllm.metrics import Counter, Gauge, Metric
+from nanovllm.engine.metrics import Counter, Gauge, Metric
 from nanovllm.sampling import SamplingParams
 from nanovllm.schedule.logprobs import Logprob
 from nanovllm.schedule.outputs import Completion, Increment
@@ -31,7 +31,7 @@ _Top = list[tuple[int, float, int]]  # the token's id, its log-probability, its 
 class Facts:
     """What the front must know of an engine. `num_blocks` counts blocks of its cache, `checkpoint`
     is a digest. `num_added` and `has_axes` are of `Intake`, `media_scale` has the fields of `Scale`
-    in `media_intake.py`."""
+    in `engine/media_intake.py`."""
 
     checkpoint: str
     max_model_len: int

@@ -11,8 +11,8 @@ from nanovllm.startup import bytecode
 from nanovllm.startup.compile_farm.farm import CompileFarm
 
 if TYPE_CHECKING:
-    from nanovllm.engine import Engine
-    from nanovllm.replicas.interface import AnyEngine
+    from nanovllm.engine.engine import Engine
+    from nanovllm.engine.interface import AnyEngine
     from nanovllm.replicas.replica import Starter
 
 
@@ -43,7 +43,7 @@ def one_engine(config: EngineConfig, *, show_progress: bool = True) -> Engine:
         wait = preload.begin(config.device)
         # This import takes long, because it imports torch: the farm and the device start in the
         # meantime.
-        from nanovllm.engine import Engine
+        from nanovllm.engine.engine import Engine
         from nanovllm.startup.load import load
 
         wait()

@@ -7,7 +7,7 @@ import threading
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from nanovllm.metrics import Gauge, Metric
+from nanovllm.engine.metrics import Gauge, Metric
 from nanovllm.replicas import messages
 
 if TYPE_CHECKING:

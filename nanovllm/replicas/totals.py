@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nanovllm.metrics import Metric
+from nanovllm.engine.metrics import Metric
 
 SHARES = ("kv_cache_usage_perc", "expert_hit_rate")  # their mean is meant, not their sum
 

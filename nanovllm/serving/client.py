@@ -11,10 +11,10 @@ from dataclasses import replace
 from typing import Any
 
 from nanovllm.config import EngineConfig
+from nanovllm.engine.intake import Intake, checked_priority, drawn_seed
+from nanovllm.engine.metrics import Metric
 from nanovllm.growing import GrowingAnswer, GrowingOutput
-from nanovllm.intake import Intake, checked_priority, drawn_seed
 from nanovllm.media.given import Given
-from nanovllm.metrics import Metric
 from nanovllm.outputs import RequestOutput
 from nanovllm.prompts import AnyPrompt, Prompt, as_prompt
 from nanovllm.replicas import setups

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from nanovllm.config import EngineConfig
-from nanovllm.intake import Intake
+from nanovllm.engine.intake import Intake
 from nanovllm.media import given as media_given
 from nanovllm.media.given import Given
 from nanovllm.prompts import Prompt

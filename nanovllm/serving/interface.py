@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from nanovllm.config import EngineConfig
+    from nanovllm.engine.metrics import Metric
     from nanovllm.media.given import Given
-    from nanovllm.metrics import Metric
     from nanovllm.outputs import TopLogprobs
     from nanovllm.prompts import AnyPrompt, Prompt
     from nanovllm.sampling import SamplingParams

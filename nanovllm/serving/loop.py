@@ -23,8 +23,8 @@ from nanovllm.serving.messages import Add
 from nanovllm.serving.port import Port
 
 if TYPE_CHECKING:
-    from nanovllm.media_intake import MediaPrompt
-    from nanovllm.replicas.interface import AnyEngine
+    from nanovllm.engine.interface import AnyEngine
+    from nanovllm.engine.media_intake import MediaPrompt
 
 logger = logging.getLogger(__name__)
 # Whoever has waited for the engine or the server sends the first request within this time.
@@ -184,7 +184,7 @@ def _prompt(given: Add, port: Port) -> Prompt | MediaPrompt:
     """The prompt of a message, with its images."""
     if not given.has_images:
         return Prompt(None, given.prompt_ids, given.cache_salt)
-    from nanovllm.media_intake import MediaPrompt  # these import torch
+    from nanovllm.engine.media_intake import MediaPrompt  # these import torch
     from nanovllm.replicas import attached
 
     _, beside = attached.load(port.beside)

@@ -13,9 +13,9 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from nanovllm.config import EngineConfig
+from nanovllm.engine.metrics import PREFIX, Counter, Gauge, Metric
 from nanovllm.media import given as media_given
 from nanovllm.media.given import Given
-from nanovllm.metrics import PREFIX, Counter, Gauge, Metric
 from nanovllm.outputs import TopLogprobs
 from nanovllm.prompts import AnyPrompt, Prompt, PromptRefused, PromptTooLong, as_prompt
 from nanovllm.sampling import SamplingParams

@@ -21,7 +21,7 @@ def serve(setup: dict[str, Any], channel: Channel) -> None:
     config = EngineConfig(**setup["options"])
     is_alone = not config.replicas_option
     engine = one_engine(config, show_progress=False) if is_alone else open_engine(config)
-    from nanovllm.engine import Engine  # these import torch
+    from nanovllm.engine.engine import Engine  # these import torch
     from nanovllm.replicas.front import Replicas
     from nanovllm.replicas.loop import facts_of
     from nanovllm.serving.loop import Loop

@@ -55,7 +55,7 @@ class Seeing:
     ) -> None:
         """scale: the fields of `Scale`. num_clients: who share the bounds in bytes. Raises
         ValueError for a checkpoint whose processor is not supported."""
-        from nanovllm.media_intake import MediaPrompts, Scale  # these import torch
+        from nanovllm.engine.media_intake import MediaPrompts, Scale  # these import torch
         from nanovllm.replicas import attached
 
         options = config.media

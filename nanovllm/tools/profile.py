@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanovllm.engine import Engine
+from nanovllm.engine.engine import Engine
 from nanovllm.sampling import SamplingParams
 from nanovllm.schedule.request import Request
 from nanovllm.schedule.scheduler import Scheduler

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs without ins
 from nanovllm import LLM, SamplingParams
 from nanovllm.cli.bench.engines import engine_of
 from nanovllm.cli.engine_options import add_engine_options, engine_options
-from nanovllm.engine import Engine
+from nanovllm.engine.engine import Engine
 from nanovllm.flags import Parser
 from nanovllm.tools import command_line
 

@@ -15,7 +15,7 @@ from nanovllm.api.address import bind, url_of
 from nanovllm.api.config import ServerConfig
 from nanovllm.api.server import Stop, run
 from nanovllm.api.service import Service
-from nanovllm.engine import Engine
+from nanovllm.engine.engine import Engine
 from nanovllm.serving.client import Client
 from tests.serving.served import serve
 

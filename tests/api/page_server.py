@@ -17,7 +17,7 @@ from starlette.routing import Route
 from nanovllm.api.latencies import Latencies, Timer
 from nanovllm.api.page import HEADERS, files
 from nanovllm.api.prometheus import CONTENT_TYPE, render
-from nanovllm.metrics import Counter, Gauge, Metric
+from nanovllm.engine.metrics import Counter, Gauge, Metric
 
 MARKDOWN = """A **merge** takes two sorted lists, and gives *one*:
 

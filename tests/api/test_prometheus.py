@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from nanovllm.api import prometheus
 from nanovllm.api.latencies import BETWEEN_TOKENS, FIRST_TOKEN, Latencies
 from nanovllm.api.prometheus import render
-from nanovllm.metrics import Counter, EngineMetrics, Gauge, Metric
+from nanovllm.engine.metrics import Counter, EngineMetrics, Gauge, Metric
 from nanovllm.schedule.blocks import BlockPool
 from nanovllm.schedule.scheduler import Scheduler
 

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from nanovllm import LLM, BeamSearchParams, SamplingParams, metrics
+from nanovllm import LLM, BeamSearchParams, SamplingParams
+from nanovllm.engine import metrics
 from nanovllm.hub import resolve
 from tests.engines import (
     EOS_IDS,
@@ -232,7 +233,7 @@ def test_statistics_are_logged_on_request(
 ) -> None:
     monkeypatch.setattr(metrics, "LOG_EVERY_S", 0.0)
     prompts = random_prompts([5] * 3, seed=111)
-    with caplog.at_level(logging.INFO, "nanovllm.metrics"):
+    with caplog.at_level(logging.INFO, "nanovllm.engine.metrics"):
         make_llm().generate(prompts, greedy(3), use_tqdm=False)
         assert "tokens/s" not in caplog.text
         make_llm(disable_log_stats=False).generate(prompts, greedy(3), use_tqdm=False)

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from nanovllm import LLM, SamplingParams, sharing
+from nanovllm import LLM, SamplingParams
+from nanovllm.engine import sharing
 from tests.engines import assert_all_free, greedy, random_prompts, tokens
 
 GREEDY = SamplingParams(temperature=0, max_tokens=10)

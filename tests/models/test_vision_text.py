@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.media_intake import MediaPrompt
+from nanovllm.engine.media_intake import MediaPrompt
 from nanovllm.runner.towers import Encodable
 from nanovllm.schedule.request import Content
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from nanovllm import LLM
-from nanovllm.media_intake import MediaPrompt
+from nanovllm.engine.media_intake import MediaPrompt
 from nanovllm.replicas import attached, front
 from nanovllm.replicas.attached import Attached
 from nanovllm.runner.towers import Encodable

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.media_intake import MediaPrompt
+from nanovllm.engine.media_intake import MediaPrompt
 from nanovllm.parallel.channel import Channel, ChannelClosed, channel_pair
 from nanovllm.replicas import messages
 from nanovllm.replicas.loop import Loop
@@ -461,7 +461,7 @@ def test_the_program_of_a_replica_sets_its_environment_before_torch_reads_it() -
 
 
 def test_an_engine_alone_refuses_replicas(folder: Path) -> None:
-    from nanovllm.engine import Engine
+    from nanovllm.engine.engine import Engine
 
     with pytest.raises(ValueError, match="data_parallel_size=2 is for LLM"):
         Engine.from_options(str(folder), data_parallel_size=2, **SIZES)

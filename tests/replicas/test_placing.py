@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nanovllm.metrics import Counter, Gauge
+from nanovllm.engine.metrics import Counter, Gauge
 from nanovllm.replicas.placing import Place, choose
 from nanovllm.replicas.totals import totals
 

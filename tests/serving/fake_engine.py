@@ -8,7 +8,7 @@ import time
 from collections.abc import Container, Iterable
 from typing import Any
 
-from nanovllm.metrics import Gauge, Metric
+from nanovllm.engine.metrics import Gauge, Metric
 from nanovllm.parallel.channel import Channel
 from nanovllm.replicas import server
 from nanovllm.replicas.messages import Facts

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import uvloop
 
-from nanovllm.engine import Engine
+from nanovllm.engine.engine import Engine
 from nanovllm.parallel.channel import ChannelClosed, channel_pair
 from nanovllm.replicas.loop import facts_of
 from nanovllm.serving import quota

@@ -10,7 +10,7 @@ import pytest
 
 from nanovllm import LLM
 from nanovllm.chat import ChatOptions, render
-from nanovllm.engine import Engine
+from nanovllm.engine.engine import Engine
 from nanovllm.hub import SEEING
 from nanovllm.outputs import RequestOutput
 from nanovllm.prompts import Prompt

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.engine import Engine
+from nanovllm.engine.engine import Engine
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling import RequestOutputKind
 from nanovllm.serving.client import Client

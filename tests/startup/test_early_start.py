@@ -72,7 +72,7 @@ def test_torch_writes_nothing_to_the_environment_while_a_device_is_opened() -> N
         "import sys, numpy; written = []\n"
         "writes = ('os.putenv', 'os.unsetenv')\n"
         "sys.addaudithook(lambda event, args: written.append(args) if event in writes else None)\n"
-        "import nanovllm.engine; sys.exit(str(written) if written else 0)"
+        "import nanovllm.engine.engine; sys.exit(str(written) if written else 0)"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(
@@ -196,7 +196,7 @@ def test_an_import_that_fails_leaves_no_server(
     ends = [end for three in server._unused for end in three]
     monkeypatch.setattr(compile_farm, "_is_likely_needed", lambda config: True)
     monkeypatch.setattr(compile_farm, "ForkServer", lambda config, most: server)
-    monkeypatch.setitem(sys.modules, "nanovllm.engine", None)
+    monkeypatch.setitem(sys.modules, "nanovllm.engine.engine", None)
     with pytest.raises(ImportError):
         LLM("tiny-qwen3", **OPTIONS, compile_cache=tmp_path / "store")
     assert server.process.returncode == -signal.SIGKILL

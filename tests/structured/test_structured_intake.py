@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.intake import Intake
+from nanovllm.engine.intake import Intake
 from nanovllm.replicas import messages
 from nanovllm.replicas.messages import Addition
 from nanovllm.sampling import BeamSearchParams

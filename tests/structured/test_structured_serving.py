@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.engine import Engine
+from nanovllm.engine.engine import Engine
 from nanovllm.parallel.channel import Channel, channel_pair
 from nanovllm.replicas import messages
 from nanovllm.serving import loop

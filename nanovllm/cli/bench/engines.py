@@ -18,7 +18,7 @@ import torch
 from nanovllm.cli.bench.throughput import OWN
 from nanovllm.compat.engine_args import given_engine_options
 from nanovllm.config import EngineConfig
-from nanovllm.engine import Engine
+from nanovllm.engine.engine import Engine
 from nanovllm.llm import LLM
 
 

@@ -20,7 +20,7 @@ from nanovllm.cli.bench.ideal import ideal_seconds
 from nanovllm.cli.bench.routing import experts_per_step
 from nanovllm.cli.bench.stall import measure_stall
 from nanovllm.cli.bench.workload import Workload, make_workload, varied
-from nanovllm.engine import Engine
+from nanovllm.engine.engine import Engine
 from nanovllm.llm import LLM
 from nanovllm.platforms.base import Platform
 from nanovllm.sampling import SamplingParams

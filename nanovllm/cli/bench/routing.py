@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanovllm.engine import Engine
+from nanovllm.engine.engine import Engine
 from nanovllm.sampling import SamplingParams
 from nanovllm.schedule.request import Request
 from nanovllm.tools.profile import steady_rows

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nanovllm.cli.bench.engines import engine_of, load
-from nanovllm.engine import Engine
+from nanovllm.engine.engine import Engine
 from nanovllm.sampling import SamplingParams
 
 NUM_STEPS = 100  # in each phase

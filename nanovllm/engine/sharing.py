@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
-from nanovllm.replicas.interface import AnyEngine
+from nanovllm.engine.interface import AnyEngine
 from nanovllm.schedule.outputs import Increment
 
 WAIT_S = 1.0  # a sleeping thread looks again after this time: an interrupt can lose a notification

@@ -6,10 +6,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 
-from nanovllm.held_media import HeldMedia
-from nanovllm.intake import Intake
-from nanovllm.media_intake import MediaIntake, MediaPrompt
-from nanovllm.metrics import EngineMetrics
+from nanovllm.engine.held_media import HeldMedia
+from nanovllm.engine.intake import Intake
+from nanovllm.engine.media_intake import MediaIntake, MediaPrompt
+from nanovllm.engine.metrics import EngineMetrics
 from nanovllm.prompts import Prompt
 from nanovllm.schedule.request import Request
 from nanovllm.structured.grammars import Grammars, Refusal

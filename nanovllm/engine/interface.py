@@ -9,10 +9,10 @@ if TYPE_CHECKING:
     import numpy as np
 
     from nanovllm.config import EngineConfig
-    from nanovllm.intake import Embeddings
+    from nanovllm.engine.intake import Embeddings
+    from nanovllm.engine.media_intake import MediaPrompt
+    from nanovllm.engine.metrics import Metric
     from nanovllm.media.given import Given
-    from nanovllm.media_intake import MediaPrompt
-    from nanovllm.metrics import Metric
     from nanovllm.prompts import AnyPrompt, Prompt
     from nanovllm.sampling import SamplingParams
     from nanovllm.schedule.outputs import Increment

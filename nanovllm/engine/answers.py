@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 
-from nanovllm.held_media import HeldMedia
-from nanovllm.metrics import EngineMetrics
-from nanovllm.preparation import Preparation
+from nanovllm.engine.held_media import HeldMedia
+from nanovllm.engine.metrics import EngineMetrics
+from nanovllm.engine.preparation import Preparation
 from nanovllm.schedule.logprobs import Logprob, of_row
 from nanovllm.schedule.outputs import Completion, Increment, Outbox, TextStream
 from nanovllm.schedule.plan import NO_TOKEN, StepPlan, StepResult

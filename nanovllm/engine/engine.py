@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from nanovllm.answers import Answers
 from nanovllm.config import EngineConfig
-from nanovllm.held_media import HeldMedia
-from nanovllm.intake import Embeddings, Intake, checked_priority, drawn_seed
+from nanovllm.engine.answers import Answers
+from nanovllm.engine.held_media import HeldMedia
+from nanovllm.engine.intake import Embeddings, Intake, checked_priority, drawn_seed
+from nanovllm.engine.media_intake import MediaIntake, MediaPrompt, MediaPrompts, Scale
+from nanovllm.engine.metrics import EngineMetrics, StatsLog
+from nanovllm.engine.preparation import Preparation
 from nanovllm.media.given import Given
-from nanovllm.media_intake import MediaIntake, MediaPrompt, MediaPrompts, Scale
-from nanovllm.metrics import EngineMetrics, StatsLog
-from nanovllm.preparation import Preparation
 from nanovllm.prompts import AnyPrompt, Prompt, as_prompt
 from nanovllm.runner.launched import Launched
 from nanovllm.runner.runner import Runner

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from nanovllm.media_intake import MediaPrompt
+from nanovllm.engine.media_intake import MediaPrompt
 from nanovllm.runner.runner import Runner
 from nanovllm.runner.towers import Encodable
 from nanovllm.schedule.plan import StepPlan
