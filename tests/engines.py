@@ -17,7 +17,7 @@ import torch
 from nanovllm import LLM, SamplingParams, env, platforms
 from nanovllm.compile.lower import eager, inductor
 from nanovllm.kernels import ops
-from nanovllm.kernels.cpu import build, experts, kernels, step
+from nanovllm.kernels.cpu import build, experts, library, step
 from nanovllm.platforms import preload
 from nanovllm.schedule.outputs import Completion
 from tests.conftest import save_tiny
@@ -102,9 +102,9 @@ def cpu_kernels() -> Path:
     folder = env.read().store_folder(None) / "cpp"
     before = build._State.settings
     build.configure(folder, env.read().cxx, may_compile=True)
-    for part in (kernels, step, experts):
+    for load in (library.load, step._load, experts._load):
         # not what this process has loaded, perhaps from a store of one test
-        part._load.__wrapped__()
+        load.__wrapped__()
     build._State.settings = before
     return folder
 

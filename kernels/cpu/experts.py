@@ -1,4 +1,4 @@
-"""Layers with experts on a CPU: `experts.cpp`, called through ctypes as in `kernels.py`.
+"""Layers with experts on a CPU: `experts.cpp`, called through ctypes as in `library.py`.
 
 The library is compiled or loaded at the first call, so models without experts never wait for it.
 """

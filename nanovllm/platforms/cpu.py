@@ -22,7 +22,9 @@ from nanovllm.compile.passes.replace_ops import replace_ops
 from nanovllm.compile.program import Lowering, Pass
 from nanovllm.kernels.cpu import build as cpp_build
 from nanovllm.kernels.cpu import experts as cpu_experts
-from nanovllm.kernels.cpu import kernels as cpu_kernels
+from nanovllm.kernels.cpu import library as cpu_library
+from nanovllm.kernels.cpu import linear as cpu_linear
+from nanovllm.kernels.cpu import register as cpu_register
 from nanovllm.kernels.cpu import step as cpu_step
 from nanovllm.platforms.base import STEP_OPS, UNFUSED_PASSES, MemoryBudget, Platform, Traits
 from nanovllm.platforms.cores import usable_cores
@@ -72,13 +74,13 @@ class CpuPlatform(Platform):
         _limit_threads()
         self._num_threads = torch.get_num_threads()
         cpp_build.configure(libraries, cxx, may_compile)
-        available, why = cpu_kernels.available()
+        available, why = cpu_library.available()
         self._compiler_problem = "" if available else why
         if available:
             # a store that cannot be written has what Inductor would compile, or torch reports it
             with contextlib.suppress(OSError):
                 inductor.use_compiler(cpp_build.script_of_compiler())
-            cpu_kernels.register()
+            cpu_register.register()
             cpu_step.register()
             cpu_experts.register()
 
@@ -153,7 +155,7 @@ def _keeps_op(name: str, node: Node) -> bool:
         # keep a product with its residual: Inductor would have to compile C++ for the addition
         x_TD = node.all_input_nodes[0].meta["val"]
         has_residual = len(node.args) > 3 and node.args[3] is not None
-        return has_residual or cpu_kernels.prefers_own_linear(x_TD.shape[0], x_TD.dtype)
+        return has_residual or cpu_linear.prefers_own_linear(x_TD.shape[0], x_TD.dtype)
     return name in KERNEL_OPS
 
 

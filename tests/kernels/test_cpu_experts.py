@@ -8,9 +8,9 @@ from torch import Tensor
 
 from nanovllm.kernels import ops, reference
 from nanovllm.kernels.cpu import experts as cpu_experts
-from nanovllm.kernels.cpu import kernels as cpu_kernels
+from nanovllm.kernels.cpu import library as cpu_library
 
-_is_available, _reason = cpu_kernels.available()
+_is_available, _reason = cpu_library.available()
 pytestmark = pytest.mark.skipif(not _is_available, reason=f"no C++ compiler: {_reason}")
 
 DTYPES = (torch.float32, torch.bfloat16)

@@ -12,10 +12,14 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels import ops, reference
+from nanovllm.kernels.cpu import attention as cpu_attention
 from nanovllm.kernels.cpu import build as cpp_build
-from nanovllm.kernels.cpu import kernels as cpu_kernels
+from nanovllm.kernels.cpu import library as cpu_library
+from nanovllm.kernels.cpu import linear as cpu_linear
+from nanovllm.kernels.cpu import norm_act as cpu_norm_act
+from nanovllm.kernels.cpu import register as cpu_register
 
-_is_available, _reason = cpu_kernels.available()
+_is_available, _reason = cpu_library.available()
 pytestmark = pytest.mark.skipif(not _is_available, reason=f"no C++ compiler: {_reason}")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -108,7 +112,7 @@ def test_paged_attention_matches_reference_at_every_head_size(
     dtype: torch.dtype, head_dim: int, q_lens: list[int]
 ) -> None:
     case = attention_case(SEQ_LENS, q_lens, head_dim=head_dim, dtype=dtype)
-    assert_matches(cpu_kernels.paged_attention(*case), reference.attention.paged_attention(*case))
+    assert_matches(cpu_attention.paged_attention(*case), reference.attention.paged_attention(*case))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -118,7 +122,7 @@ def test_paged_attention_matches_reference_at_every_group_size(
     dtype: torch.dtype, heads: tuple[int, int], q_lens: list[int]
 ) -> None:
     case = attention_case(SEQ_LENS, q_lens, num_heads=heads[0], num_kv_heads=heads[1], dtype=dtype)
-    assert_matches(cpu_kernels.paged_attention(*case), reference.attention.paged_attention(*case))
+    assert_matches(cpu_attention.paged_attention(*case), reference.attention.paged_attention(*case))
 
 
 @pytest.mark.parametrize("window", [1, 19, 64, 99, 1000])
@@ -128,24 +132,24 @@ def test_paged_attention_sees_only_its_window(
     window: int, block_size: int, q_lens: list[int]
 ) -> None:
     case = attention_case(SEQ_LENS, q_lens, window=window, block_size=block_size)
-    assert_matches(cpu_kernels.paged_attention(*case), reference.attention.paged_attention(*case))
+    assert_matches(cpu_attention.paged_attention(*case), reference.attention.paged_attention(*case))
 
 
 @pytest.mark.parametrize("seq_len", [1, 19, 99, 127, 128, 129, 989])
 def test_a_long_prompt_and_its_decode_match_reference(seq_len: int) -> None:
     prompt = attention_case([seq_len], [seq_len], head_dim=32)
     assert_matches(
-        cpu_kernels.paged_attention(*prompt), reference.attention.paged_attention(*prompt)
+        cpu_attention.paged_attention(*prompt), reference.attention.paged_attention(*prompt)
     )
     decode = attention_case([seq_len], [1], head_dim=32)
     assert_matches(
-        cpu_kernels.paged_attention(*decode), reference.attention.paged_attention(*decode)
+        cpu_attention.paged_attention(*decode), reference.attention.paged_attention(*decode)
     )
 
 
 def test_rows_that_decode_and_rows_that_prefill_share_a_batch() -> None:
     case = attention_case([989, 19, 99, 1, 5], [1, 19, 1, 1, 2])
-    assert_matches(cpu_kernels.paged_attention(*case), reference.attention.paged_attention(*case))
+    assert_matches(cpu_attention.paged_attention(*case), reference.attention.paged_attention(*case))
 
 
 def test_tokens_of_no_row_give_zeros() -> None:
@@ -154,7 +158,7 @@ def test_tokens_of_no_row_give_zeros() -> None:
     )
     q_start_S += 3  # tokens before the first row, of the empty row, and after the last one
     case = (q_TNH, k, v, block_table_RP, seq_len_R, q_start_S, max_q_len, scale, window)
-    out_TNH = cpu_kernels.paged_attention(*case)
+    out_TNH = cpu_attention.paged_attention(*case)
     assert_matches(out_TNH, reference.attention.paged_attention(*case))
     assert not out_TNH[:3].any() and not out_TNH[22:26].any() and not out_TNH[31:].any()
     assert out_TNH[3:22].any() and out_TNH[26:31].any()
@@ -165,14 +169,14 @@ def test_a_batch_of_padding_gives_zeros() -> None:
         case = attention_case(
             [0, 0], q_lens, max_q_len=max_q_len, num_extra_tokens=0 if max_q_len == 1 else 5
         )
-        assert not cpu_kernels.paged_attention(*case).any()
+        assert not cpu_attention.paged_attention(*case).any()
 
 
 def test_decode_does_not_read_q_start() -> None:
     case = list(attention_case([5, 19], [1, 1]))
-    expected = cpu_kernels.paged_attention(*case)
+    expected = cpu_attention.paged_attention(*case)
     case[5] = torch.full_like(case[5], 1 << 30)
-    assert torch.equal(cpu_kernels.paged_attention(*case), expected)
+    assert torch.equal(cpu_attention.paged_attention(*case), expected)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +187,7 @@ def test_queries_and_cache_may_differ_in_dtype(
     dtype: torch.dtype, kv_dtype: torch.dtype, q_lens: list[int]
 ) -> None:
     case = attention_case(SEQ_LENS, q_lens, dtype=dtype, kv_dtype=kv_dtype)
-    assert_matches(cpu_kernels.paged_attention(*case), reference.attention.paged_attention(*case))
+    assert_matches(cpu_attention.paged_attention(*case), reference.attention.paged_attention(*case))
 
 
 @pytest.mark.parametrize("q_lens", [[1] * 6, PROMPTS], ids=["decode", "prefill"])
@@ -197,7 +201,7 @@ def test_views_of_larger_tensors_are_read_in_place(q_lens: list[int]) -> None:
     qkv_TXH = torch.cat((torch.full_like(q_TNH, float("nan")), q_TNH), dim=1)
     kv_cache_2CBKH = torch.stack((k_cache, v_cache))
     table_and_more_RP = torch.cat((block_table_RP, block_table_RP), dim=1).long()
-    out_TNH = cpu_kernels.paged_attention(
+    out_TNH = cpu_attention.paged_attention(
         qkv_TXH[:, q_TNH.shape[1] :],
         *kv_cache_2CBKH.unbind(0),
         table_and_more_RP[:, : block_table_RP.shape[1]],
@@ -209,7 +213,7 @@ def test_views_of_larger_tensors_are_read_in_place(q_lens: list[int]) -> None:
     assert_matches(out_TNH, expected)
     transposed = q_TNH.permute(2, 1, 0).contiguous().permute(2, 1, 0)
     assert_matches(
-        cpu_kernels.paged_attention(
+        cpu_attention.paged_attention(
             transposed, k_cache, v_cache, block_table_RP, seq_len_R, q_start_S, *rest
         ),
         expected,
@@ -219,13 +223,13 @@ def test_views_of_larger_tensors_are_read_in_place(q_lens: list[int]) -> None:
 def test_a_result_depends_on_neither_the_batch_nor_the_threads() -> None:
     case = attention_case([989, 19, 300], [1, 1, 1])
     q_TNH, k, v, block_table_RP, seq_len_R, q_start_S, *rest = case
-    together = cpu_kernels.paged_attention(*case)
+    together = cpu_attention.paged_attention(*case)
     num_threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
         for row in range(3):
             one = slice(row, row + 1)
-            alone = cpu_kernels.paged_attention(
+            alone = cpu_attention.paged_attention(
                 q_TNH[one], k, v, block_table_RP[one], seq_len_R[one], q_start_S[:2], *rest
             )
             assert torch.equal(alone, together[one])
@@ -238,7 +242,7 @@ def test_large_scores_do_not_overflow() -> None:
     for factor in (30.0, 1000.0):
         case = (q_TNH * factor, *rest)
         assert_matches(
-            cpu_kernels.paged_attention(*case),
+            cpu_attention.paged_attention(*case),
             reference.attention.paged_attention(*case),
             tolerance=1e-3,
         )
@@ -247,13 +251,13 @@ def test_large_scores_do_not_overflow() -> None:
 def test_an_uncovered_dtype_goes_to_the_reference() -> None:
     case = attention_case([19], [1], dtype=torch.float64)
     assert torch.equal(
-        cpu_kernels.paged_attention(*case), reference.attention.paged_attention(*case)
+        cpu_attention.paged_attention(*case), reference.attention.paged_attention(*case)
     )
     x_TD, weight_OD = (
         torch.randn(3, 19, dtype=torch.float64),
         torch.randn(5, 19, dtype=torch.float64),
     )
-    assert torch.equal(cpu_kernels.linear(x_TD, weight_OD, None), x_TD @ weight_OD.T)
+    assert torch.equal(cpu_linear.linear(x_TD, weight_OD, None), x_TD @ weight_OD.T)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -271,7 +275,7 @@ def test_linear_matches_reference_at_every_number_of_tokens(
     bias_O = torch.randn(num_outputs, generator=generator).to(dtype) if has_bias else None
     for num_tokens in (*range(18), 31, 33, 48, 65, 131):
         x_TD = torch.randn(num_tokens, depth, generator=generator).to(dtype)
-        out_TO = cpu_kernels.linear(x_TD, weight_OD, bias_O)
+        out_TO = cpu_linear.linear(x_TD, weight_OD, bias_O)
         expected = torch.nn.functional.linear(
             x_TD.double(), weight_OD.double(), None if bias_O is None else bias_O.double()
         )
@@ -302,13 +306,13 @@ def test_linear_int8_matches_reference_at_every_number_of_tokens(
         expected = (x_TD.double() @ weight_OD.double().T) * scale_O
         expected = (expected if bias_O is None else expected + bias_O.double()).to(dtype)
         assert_matches(reference.linear.linear_int8(x_TD, weight_OD, scale_O, bias_O), expected)
-        out_TO = cpu_kernels.linear_int8(x_TD, weight_OD, scale_O, bias_O)
+        out_TO = cpu_linear.linear_int8(x_TD, weight_OD, scale_O, bias_O)
         assert_matches(out_TO, expected)
         total_TO = out_TO + residual_TO
         assert torch.equal(
-            cpu_kernels.linear_int8(x_TD, weight_OD, scale_O, bias_O, residual_TO), total_TO
+            cpu_linear.linear_int8(x_TD, weight_OD, scale_O, bias_O, residual_TO), total_TO
         )
-    empty = cpu_kernels.linear_int8(torch.empty(0, depth, dtype=dtype), weight_OD, scale_O, bias_O)
+    empty = cpu_linear.linear_int8(torch.empty(0, depth, dtype=dtype), weight_OD, scale_O, bias_O)
     assert empty.shape == (0, num_outputs) and empty.dtype is dtype
 
 
@@ -328,19 +332,19 @@ def test_linear_int8_takes_views_and_is_the_same_on_any_number_of_threads() -> N
             try:
                 for threads in (1, 2, 3):
                     torch.set_num_threads(threads)
-                    results.append(cpu_kernels.linear_int8(x_TD, weight_OD, scale_O, None))
+                    results.append(cpu_linear.linear_int8(x_TD, weight_OD, scale_O, None))
             finally:
                 torch.set_num_threads(num_threads)
             assert_matches(results[0], expected)
             assert all(torch.equal(results[0], other) for other in results[1:])
             transposed_DO = weight_OD.T.contiguous()
-            assert_matches(cpu_kernels.linear_int8(x_TD, transposed_DO.T, scale_O, None), expected)
+            assert_matches(cpu_linear.linear_int8(x_TD, transposed_DO.T, scale_O, None), expected)
             transposed_DT = x_TD.T.contiguous()
             assert_matches(
-                cpu_kernels.linear_int8(transposed_DT.T, weight_OD, scale_O, None), expected
+                cpu_linear.linear_int8(transposed_DT.T, weight_OD, scale_O, None), expected
             )
     half = torch.randn(3, 277, dtype=torch.float16)
-    out_TO = cpu_kernels.linear_int8(half, weight_OD, scale_O, None)
+    out_TO = cpu_linear.linear_int8(half, weight_OD, scale_O, None)
     assert torch.equal(out_TO, reference.linear.linear_int8(half, weight_OD, scale_O, None))
 
 
@@ -355,9 +359,9 @@ def test_linear_and_the_row_kernels_give_the_same_on_any_number_of_threads() -> 
                 x_TD = gate_up_TG[:num_tokens, :200]
                 results.append(
                     (
-                        cpu_kernels.linear(x_TD, weight_OD, None),
-                        cpu_kernels.silu_mul(gate_up_TG),
-                        cpu_kernels.rms_norm(gate_up_TG, weight_D, 1e-6),
+                        cpu_linear.linear(x_TD, weight_OD, None),
+                        cpu_norm_act.silu_mul(gate_up_TG),
+                        cpu_norm_act.rms_norm(gate_up_TG, weight_D, 1e-6),
                     )
                 )
         finally:
@@ -377,10 +381,10 @@ def test_linear_takes_views_and_never_reads_beyond_them() -> None:
             )
             x_TD, weight_OD = x_TD.to(dtype)[:num_tokens, :77], weight_OD.to(dtype)[1:20, :77]
             expected = torch.nn.functional.linear(x_TD.double(), weight_OD.double()).to(dtype)
-            assert_matches(cpu_kernels.linear(x_TD, weight_OD, None), expected)
+            assert_matches(cpu_linear.linear(x_TD, weight_OD, None), expected)
             transposed_DT = x_TD.T.contiguous()
-            assert_matches(cpu_kernels.linear(transposed_DT.T, weight_OD, None), expected)
-            assert_matches(cpu_kernels.linear(x_TD, weight_OD.T.contiguous().T, None), expected)
+            assert_matches(cpu_linear.linear(transposed_DT.T, weight_OD, None), expected)
+            assert_matches(cpu_linear.linear(x_TD, weight_OD.T.contiguous().T, None), expected)
 
 
 def test_nan_and_infinity_pass_through_linear() -> None:
@@ -388,7 +392,7 @@ def test_nan_and_infinity_pass_through_linear() -> None:
     weight_OD[2, 5], weight_OD[4, 32] = float("nan"), float("inf")
     for dtype in (torch.float32, torch.bfloat16):
         for num_tokens in (1, 5, 40):
-            out_TO = cpu_kernels.linear(
+            out_TO = cpu_linear.linear(
                 torch.ones(num_tokens, 33, dtype=dtype), weight_OD.to(dtype), None
             )
             assert out_TO[:, 2].isnan().all() and out_TO[:, 4].isposinf().all()
@@ -411,25 +415,26 @@ def test_norms_and_silu_match_reference(dtype: torch.dtype, shape: tuple[int, ..
     x_TD, residual_TD = (torch.randn(2, *shape, generator=generator) * 3).to(dtype)
     weight_D = torch.randn(shape[-1], generator=generator).to(dtype)
     assert_close_to_reference(
-        cpu_kernels.rms_norm(x_TD, weight_D, 1e-6),
+        cpu_norm_act.rms_norm(x_TD, weight_D, 1e-6),
         reference.norm_act.rms_norm(x_TD, weight_D, 1e-6),
     )
     out, expected = (
-        m.add_rms_norm(x_TD, residual_TD, weight_D, 1e-6) for m in (cpu_kernels, reference.norm_act)
+        m.add_rms_norm(x_TD, residual_TD, weight_D, 1e-6)
+        for m in (cpu_norm_act, reference.norm_act)
     )
     assert_close_to_reference(out[0], expected[0])
     assert torch.equal(out[1], expected[1])
     gate_up_TG = torch.cat((x_TD * 10, residual_TD), dim=-1)
     assert_close_to_reference(
-        cpu_kernels.silu_mul(gate_up_TG), reference.norm_act.silu_mul(gate_up_TG)
+        cpu_norm_act.silu_mul(gate_up_TG), reference.norm_act.silu_mul(gate_up_TG)
     )
     strided_TG = torch.cat((gate_up_TG, gate_up_TG), dim=-1)[..., : 2 * shape[-1]]
     assert_close_to_reference(
-        cpu_kernels.silu_mul(strided_TG), reference.norm_act.silu_mul(gate_up_TG)
+        cpu_norm_act.silu_mul(strided_TG), reference.norm_act.silu_mul(gate_up_TG)
     )
     transposed_TD = x_TD.transpose(0, -1).contiguous().transpose(0, -1)
     assert_close_to_reference(
-        cpu_kernels.rms_norm(transposed_TD, weight_D, 1e-6),
+        cpu_norm_act.rms_norm(transposed_TD, weight_D, 1e-6),
         reference.norm_act.rms_norm(x_TD, weight_D, 1e-6),
     )
 
@@ -439,7 +444,7 @@ def test_silu_of_extreme_values_is_finite(x: float) -> None:
     gate_up_TG = torch.full((1, 34), x)
     gate_up_TG[:, 17:] = 1.0
     torch.testing.assert_close(
-        cpu_kernels.silu_mul(gate_up_TG),
+        cpu_norm_act.silu_mul(gate_up_TG),
         reference.norm_act.silu_mul(gate_up_TG),
         rtol=1e-5,
         atol=1e-8,
@@ -472,7 +477,7 @@ def test_qk_norm_rope_store_matches_reference(
             index_dtype
         )
         results = []
-        for module in (cpu_kernels, reference.rope_store):
+        for module in (cpu_attention, reference.rope_store):
             k_cache, v_cache = torch.zeros(
                 2, num_blocks, block_size, num_kv_heads, head_dim, dtype=dtype
             )
@@ -502,7 +507,7 @@ def test_qk_norm_rope_store_writes_a_part_of_a_larger_cache() -> None:
         torch.zeros(3, 4, 1, 32),
     )
     args = (qkv_TE, None, None, cos_sin_MH, pos_T, slot_T)
-    q_TNH = cpu_kernels.qk_norm_rope_store(*args, *together_CB2KH.unbind(2), 2, 1e-6)
+    q_TNH = cpu_attention.qk_norm_rope_store(*args, *together_CB2KH.unbind(2), 2, 1e-6)
     assert_matches(q_TNH, reference.rope_store.qk_norm_rope_store(*args, k_cache, v_cache, 2, 1e-6))
     assert_matches(together_CB2KH, torch.stack((k_cache, v_cache), dim=2))
 
@@ -513,8 +518,8 @@ def test_without_a_compiler_available_gives_the_reason(
     monkeypatch.setattr(
         cpp_build._State, "settings", cpp_build.Settings(tmp_path, "no-such-compiler")
     )
-    monkeypatch.setattr(cpu_kernels, "_load", cpu_kernels._load.__wrapped__)
-    is_available, reason = cpu_kernels.available.__wrapped__()
+    monkeypatch.setattr(cpu_library, "load", cpu_library.load.__wrapped__)
+    is_available, reason = cpu_library.available.__wrapped__()
     assert not is_available
     assert reason == (
         "RuntimeError: kernels.cpp cannot be compiled: no C++ compiler is found (no-such-compiler)"
@@ -549,12 +554,12 @@ def test_a_library_loads_only_if_its_structs_have_the_fields_that_python_packs(
 
 
 def test_registering_makes_them_the_kernels_of_the_ops_and_may_be_repeated() -> None:
-    cpu_kernels.register()
-    cpu_kernels.register()
+    cpu_register.register()
+    cpu_register.register()
     case = attention_case([19, 99], [1, 1])
-    assert torch.equal(ops.paged_attention(*case), cpu_kernels.paged_attention(*case))
+    assert torch.equal(ops.paged_attention(*case), cpu_attention.paged_attention(*case))
     x_TD, weight_OD = torch.randn(3, 99), torch.randn(19, 99)
-    assert torch.equal(ops.linear(x_TD, weight_OD, None), cpu_kernels.linear(x_TD, weight_OD, None))
+    assert torch.equal(ops.linear(x_TD, weight_OD, None), cpu_linear.linear(x_TD, weight_OD, None))
 
 
 def test_linear_traces_with_its_shape() -> None:

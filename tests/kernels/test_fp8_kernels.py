@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels import reference
-from nanovllm.kernels.cpu import kernels as cpu_kernels
+from nanovllm.kernels.cpu import attention as cpu_attention
 from nanovllm.kernels.triton import register as triton_kernels
 from nanovllm.kernels.triton import rope_store as triton_rope_store
 
@@ -92,7 +92,7 @@ def check(
     assert relative_error(actual, expected) < TOLERANCE[q_TNH.dtype]
     if device == "cpu":
         assert (
-            relative_error(cpu_kernels.paged_attention(q_TNH, *others, *rest, *scales), expected)
+            relative_error(cpu_attention.paged_attention(q_TNH, *others, *rest, *scales), expected)
             < (TOLERANCE[q_TNH.dtype])
         )
     unquantised = reference.attention.paged_attention(q_TNH.float(), *plain, *others[2:], *rest)
@@ -143,9 +143,9 @@ def test_an_empty_row_gives_zeros() -> None:
     for paged_attention in (
         reference.attention.paged_attention,
         triton_kernels.paged_attention,
-        cpu_kernels.paged_attention,
+        cpu_attention.paged_attention,
     ):
-        if device == "cpu" or paged_attention is not cpu_kernels.paged_attention:
+        if device == "cpu" or paged_attention is not cpu_attention.paged_attention:
             out = paged_attention(q_TNH, *others, 1, 0.2, 0, *scales)
             assert not out[1].any() and out[0].any()
 
@@ -214,7 +214,7 @@ def test_the_fused_store_writes_the_same_as_the_reference(
     expected = reference.rope_store.qk_norm_rope_store(
         *arguments, *caches[0], num_heads, 1e-6, *scales
     )
-    functions = [triton_rope_store.qk_norm_rope_store] + [cpu_kernels.qk_norm_rope_store] * (
+    functions = [triton_rope_store.qk_norm_rope_store] + [cpu_attention.qk_norm_rope_store] * (
         device == "cpu"
     )
     for function, cache in zip(functions, caches[1:]):

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels import ops, reference
-from nanovllm.kernels.cpu import kernels as cpu_kernels
+from nanovllm.kernels.cpu import library as cpu_library
+from nanovllm.kernels.cpu import sample as cpu_sample
 from nanovllm.kernels.triton import mask as triton_mask
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -19,9 +20,9 @@ Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def on_cpu(logits_RV: Tensor, allowed_SW: Tensor, row_R: Tensor) -> Tensor:
-    if not cpu_kernels.available()[0]:
+    if not cpu_library.available()[0]:
         return reference.sample.keep_allowed(logits_RV, allowed_SW, row_R)
-    return cpu_kernels.keep_allowed(logits_RV, allowed_SW, row_R)
+    return cpu_sample.keep_allowed(logits_RV, allowed_SW, row_R)
 
 
 def on_gpu(logits_RV: Tensor, allowed_SW: Tensor, row_R: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels import collectives, ops, peers, reference
-from nanovllm.kernels.cpu import kernels as cpu_kernels
+from nanovllm.kernels.cpu import sample as cpu_sample
 from nanovllm.kernels.triton import sample as triton_sample
 from nanovllm.kernels.triton import sample_columns as triton_columns
 from nanovllm.kernels.triton.common import INTERPRETED
@@ -30,7 +30,7 @@ Sampler = Callable[..., Tensor]
 # the sampler of one rank, and that of several
 SAMPLERS = {
     "formula": (reference.sample.sample, collectives.sample_columns),
-    "C++": (cpu_kernels.sample, cpu_kernels.sample_columns),
+    "C++": (cpu_sample.sample, cpu_sample.sample_columns),
     "triton": (triton_sample.sample, triton_columns.sample_columns),
 }
 forked = pytest.mark.skipif(

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from nanovllm.compile.trace import trace
 from nanovllm.kernels import ops, reference
-from nanovllm.kernels.cpu import kernels as cpu_kernels
+from nanovllm.kernels.cpu import library as cpu_library
 from nanovllm.kernels.cpu import step as cpu_step
 from nanovllm.kernels.triton import step as triton_step
 
 BLOCK_SIZE = 16
-IMPLEMENTATIONS = [cpu_step, triton_step] if cpu_kernels.available()[0] else [triton_step]
+IMPLEMENTATIONS = [cpu_step, triton_step] if cpu_library.available()[0] else [triton_step]
 STATE = ("token", "pos", "rope_offset", "table")
 
 

@@ -12,7 +12,7 @@ import torch
 
 if "NANOVLLM_CANN_STUB" in os.environ:
     from nanovllm import LLM, SamplingParams
-    from nanovllm.kernels.cpu import kernels as cpu_kernels
+    from nanovllm.kernels.cpu import library as cpu_library
     from nanovllm.platforms.npu import NpuPlatform, load_torch_npu
     from nanovllm.schedule.plan import LogitEdits
     from nanovllm.schedule.request import Request
@@ -98,7 +98,7 @@ def cpu_answers() -> Callable[..., list[list[int]]]:
     """The CPU's answers in bf16, as on an NPU, by the plain meaning of our ops, not by kernels."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            cpu_kernels,
+            cpu_library,
             "available",
             lambda *args, **kwargs: (False, "the tests of the NPU compare with plain torch"),
         )

@@ -24,7 +24,7 @@ import decompose_experts
 from compress.source import open_source
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.kernels.cpu import kernels as cpu_kernels
+from nanovllm.kernels.cpu import library as cpu_library
 from nanovllm.models.experts.compressed import Compressed
 from nanovllm.platforms import npu
 from tests.architectures import of_types
@@ -100,7 +100,7 @@ def on_cpu(checkpoint: Callable[[str], str]) -> Callable[[str], LLM]:
     @cache
     def make(name: str) -> LLM:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(cpu_kernels, "available", lambda *args, **kwargs: (False, "plain torch"))
+            patch.setattr(cpu_library, "available", lambda *args, **kwargs: (False, "plain torch"))
             return LLM(checkpoint(name), device="cpu", enforce_eager=True, dtype="float32", **SIZES)
 
     return make
@@ -146,7 +146,7 @@ def test_compressed_experts_give_the_tokens_of_the_cpu(mode: str, tmp_path: Path
     decompose_experts.run(source, folder / "svd_experts", 19, "float32", torch.device("cpu"))
     options = {"dtype": "float32", **SIZES}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_kernels, "available", lambda *args, **kwargs: (False, "plain torch"))
+        patch.setattr(cpu_library, "available", lambda *args, **kwargs: (False, "plain torch"))
         expected = LLM(str(folder), device="cpu", enforce_eager=True, **options)
     llm = LLM(str(folder), device="npu", **options, **MODES[mode])
     assert isinstance(llm.engine.runner.params.layers[1].experts, Compressed)
@@ -157,7 +157,7 @@ def test_compressed_experts_give_the_tokens_of_the_cpu(mode: str, tmp_path: Path
 @pytest.fixture(scope="module")
 def trained_on_cpu() -> Iterator[LLM]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_kernels, "available", lambda *args, **kwargs: (False, "plain torch"))
+        patch.setattr(cpu_library, "available", lambda *args, **kwargs: (False, "plain torch"))
         llm = LLM("tiny-mixtral", device="cpu", dtype="bfloat16", enforce_eager=True, **TRAINED)
     yield llm
     llm.close()

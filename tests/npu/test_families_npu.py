@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.kernels.cpu import kernels as cpu_kernels
+from nanovllm.kernels.cpu import library as cpu_library
 from nanovllm.platforms import npu
 from tests.models.families import FAMILIES
 from tests.npu.ge import Ge
@@ -53,7 +53,7 @@ def family(
     case = next(one for one in FAMILIES if one.name == request.param)
     folder = str(case.save(tmp_path_factory.mktemp(case.name), **CHANGES[case.name]))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_kernels, "available", lambda *args, **kwargs: (False, "plain torch"))
+        patch.setattr(cpu_library, "available", lambda *args, **kwargs: (False, "plain torch"))
         llm = LLM(folder, device="cpu", enforce_eager=True, **SIZES)
         expected = tokens(llm)
         llm.close()

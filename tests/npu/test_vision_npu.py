@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from nanovllm import LLM
-from nanovllm.kernels.cpu import kernels as cpu_kernels
+from nanovllm.kernels.cpu import library as cpu_library
 from nanovllm.platforms import npu
 from tests.models.test_vision_text import MODELS, NAMES, PROMPTS, Given, answers
 from tests.npu import ascend_ir, ir_rules
@@ -52,7 +52,7 @@ class Case:
         self.folder = str(folder)
         self.prompts = [Given(hf, parts, seed) for seed, parts in enumerate(PROMPTS.values())]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(cpu_kernels, "available", lambda *args, **kwargs: (False, "plain torch"))
+            patch.setattr(cpu_library, "available", lambda *args, **kwargs: (False, "plain torch"))
             llm = LLM(self.folder, device="cpu", enforce_eager=True, **SIZES)
             self.expected = self.tokens(llm)
             self.of_given = self.tokens(llm, encodes=False)

@@ -38,7 +38,7 @@ print(json.dumps({{
     "tokens": [output["token_ids"] for output in outputs],
     "distributed": torch.distributed.is_available() and torch.distributed.is_initialized(),
     "eager": llm.engine.runner.compiler.lowering is None,
-    "kernels": "nanovllm.kernels.cpu.kernels" in sys.modules,
+    "kernels": "nanovllm.kernels.cpu.library" in sys.modules,
 }}))
 """
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanovllm.kernels import ops, reference
-from nanovllm.kernels.cpu import kernels as cpu_kernels
+from nanovllm.kernels.cpu import library as cpu_library
+from nanovllm.kernels.cpu import register as cpu_register
 from nanovllm.runner import sampling as sampler
 from nanovllm.schedule.plan import ALL_TOKENS, SAMPLING_FIELDS
 
@@ -100,8 +101,8 @@ def test_noise_depends_on_the_row_alone() -> None:
 @pytest.fixture(params=[reference.sample.sample, ops.sample], ids=["formula", "kernel"])
 def sample(request: pytest.FixtureRequest) -> Sample:
     """The plain-torch meaning, and the kernel for this machine's CPU."""
-    if cpu_kernels.available()[0]:
-        cpu_kernels.register()
+    if cpu_library.available()[0]:
+        cpu_register.register()
     return request.param
 
 

@@ -1,0 +1,184 @@
+"""Attention over the paged cache, and what writes to it: kernels of `kernels.cpp`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nanovllm.kernels import reference
+from nanovllm.kernels.cpu.library import ATTENTION, DTYPE_CODES, QK_NORM_ROPE_STORE, load
+
+
+def paged_attention(
+    q_TNH: Tensor,
+    k_cache_CBKH: Tensor,
+    v_cache_CBKH: Tensor,
+    block_table_RP: Tensor,
+    seq_len_R: Tensor,
+    q_start_S: Tensor,
+    max_q_len: int,
+    scale: float,
+    window: int,
+    k_scale_K: Tensor | None = None,
+    v_scale_K: Tensor | None = None,
+) -> Tensor:
+    """`reference.attention.paged_attention`, which reads the pages in place, for fp32, bf16 and
+    fp16.
+
+    Queries and cache may differ in dtype. The blocks of an fp8 cache that the rows hold are first
+    converted to fp32: this is correct, but no faster than a cache of a wider dtype.
+    """
+    if k_scale_K is not None and v_scale_K is not None:
+        num_columns = -(-int(seq_len_R.max()) // k_cache_CBKH.shape[1])
+        held, index = block_table_RP[:, :num_columns].long().unique(return_inverse=True)
+        k_cache_CBKH = k_cache_CBKH[held].float() * k_scale_K[:, None]
+        v_cache_CBKH = v_cache_CBKH[held].float() * v_scale_K[:, None]
+        block_table_RP = index.int()
+    q_dtype, kv_dtype = DTYPE_CODES.get(q_TNH.dtype), DTYPE_CODES.get(k_cache_CBKH.dtype)
+    k_strides, v_strides = k_cache_CBKH.stride(), v_cache_CBKH.stride()
+    if (
+        q_dtype is None
+        or kv_dtype is None
+        or v_cache_CBKH.dtype is not k_cache_CBKH.dtype
+        or k_strides[3] != 1
+        or v_strides[3] != 1
+    ):
+        return reference.attention.paged_attention(
+            q_TNH,
+            k_cache_CBKH,
+            v_cache_CBKH,
+            block_table_RP,
+            seq_len_R,
+            q_start_S,
+            max_q_len,
+            scale,
+            window,
+        )
+    if q_TNH.stride(2) != 1:
+        q_TNH = q_TNH.contiguous()
+    q_strides = q_TNH.stride()
+    if block_table_RP.dtype is not torch.int32 or block_table_RP.stride(1) != 1:
+        block_table_RP = _int32(block_table_RP)
+    seq_len_R, q_start_S = _int32(seq_len_R), _int32(q_start_S)
+    num_tokens, num_heads, head_dim = q_TNH.shape
+    out_TNH = q_TNH.new_empty((num_tokens, num_heads, head_dim))
+    load().nanovllm_paged_attention(
+        ATTENTION.pack(
+            out_TNH.data_ptr(),
+            q_TNH.data_ptr(),
+            k_cache_CBKH.data_ptr(),
+            v_cache_CBKH.data_ptr(),
+            block_table_RP.data_ptr(),
+            seq_len_R.data_ptr(),
+            q_start_S.data_ptr(),
+            q_strides[0],
+            q_strides[1],
+            *k_strides[:3],
+            *v_strides[:3],
+            block_table_RP.stride(0),
+            num_tokens,
+            block_table_RP.shape[0],
+            num_heads,
+            k_cache_CBKH.shape[2],
+            head_dim,
+            k_cache_CBKH.shape[1],
+            max_q_len,
+            window,
+            q_dtype,
+            kv_dtype,
+            torch.get_num_threads(),
+            scale,
+        )
+    )
+    return out_TNH
+
+
+def qk_norm_rope_store(
+    qkv_TE: Tensor,
+    q_norm_H: Tensor | None,
+    k_norm_H: Tensor | None,
+    cos_sin_MH: Tensor,
+    pos_T: Tensor,
+    slot_T: Tensor,
+    k_cache_CBKH: Tensor,
+    v_cache_CBKH: Tensor,
+    num_heads: int,
+    eps: float,
+    k_scale_K: Tensor | None = None,
+    v_scale_K: Tensor | None = None,
+) -> Tensor:
+    """`reference.rope_store.qk_norm_rope_store` in one pass over qkv."""
+    dtype, code = qkv_TE.dtype, DTYPE_CODES.get(qkv_TE.dtype)
+    num_kv_heads, head_dim = k_cache_CBKH.shape[2:]
+    k_strides, v_strides = k_cache_CBKH.stride(), v_cache_CBKH.stride()
+    if (
+        code is None
+        or k_cache_CBKH.dtype is not dtype
+        or v_cache_CBKH.dtype is not dtype
+        or k_strides[3] != 1
+        or v_strides[3] != 1
+        or (q_norm_H is not None and q_norm_H.dtype is not dtype)
+        or (k_norm_H is not None and k_norm_H.dtype is not dtype)
+        or cos_sin_MH.dtype is not torch.float32
+        or cos_sin_MH.shape[1] != head_dim
+        or cos_sin_MH.stride(1) != 1
+    ):
+        return reference.rope_store.qk_norm_rope_store(
+            qkv_TE,
+            q_norm_H,
+            k_norm_H,
+            cos_sin_MH,
+            pos_T,
+            slot_T,
+            k_cache_CBKH,
+            v_cache_CBKH,
+            num_heads,
+            eps,
+            k_scale_K,
+            v_scale_K,
+        )
+    if qkv_TE.stride(1) != 1:
+        qkv_TE = qkv_TE.contiguous()
+    pos_T, slot_T = _index(pos_T), _index(slot_T)
+    q_norm_H = None if q_norm_H is None else q_norm_H.contiguous()
+    k_norm_H = None if k_norm_H is None else k_norm_H.contiguous()
+    num_tokens = qkv_TE.shape[0]
+    q_TNH = qkv_TE.new_empty((num_tokens, num_heads, head_dim))
+    load().nanovllm_qk_norm_rope_store(
+        QK_NORM_ROPE_STORE.pack(
+            q_TNH.data_ptr(),
+            qkv_TE.data_ptr(),
+            0 if q_norm_H is None else q_norm_H.data_ptr(),
+            0 if k_norm_H is None else k_norm_H.data_ptr(),
+            cos_sin_MH.data_ptr(),
+            pos_T.data_ptr(),
+            slot_T.data_ptr(),
+            k_cache_CBKH.data_ptr(),
+            v_cache_CBKH.data_ptr(),
+            qkv_TE.stride(0),
+            cos_sin_MH.stride(0),
+            *k_strides[:3],
+            *v_strides[:3],
+            num_tokens,
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            k_cache_CBKH.shape[1],
+            pos_T.element_size(),
+            slot_T.element_size(),
+            code,
+            torch.get_num_threads(),
+            eps,
+        )
+    )
+    return q_TNH
+
+
+def _int32(x: Tensor) -> Tensor:
+    return x if x.dtype is torch.int32 and x.is_contiguous() else x.to(torch.int32).contiguous()
+
+
+def _index(x: Tensor) -> Tensor:
+    return (
+        x if x.dtype in (torch.int32, torch.int64) and x.is_contiguous() else x.long().contiguous()
+    )

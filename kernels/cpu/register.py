@@ -1,0 +1,33 @@
+"""Registers the kernels of `kernels.cpp` for torch's dispatch key CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from nanovllm.kernels import ops
+from nanovllm.kernels.cpu.attention import paged_attention, qk_norm_rope_store
+from nanovllm.kernels.cpu.library import load
+from nanovllm.kernels.cpu.linear import linear, linear_int8
+from nanovllm.kernels.cpu.norm_act import add_rms_norm, rms_norm, silu_mul
+from nanovllm.kernels.cpu.sample import keep_allowed, sample, sample_columns
+from nanovllm.kernels.segments import segment_attention_cpu
+
+_KERNELS: dict[str, Callable[..., object]] = {
+    "add_rms_norm": add_rms_norm,
+    "keep_allowed": keep_allowed,
+    "paged_attention": paged_attention,
+    "qk_norm_rope_store": qk_norm_rope_store,
+    "rms_norm": rms_norm,
+    "linear": linear,
+    "linear_int8": linear_int8,
+    "sample": sample,
+    "sample_columns": sample_columns,
+    "segment_attention": segment_attention_cpu,
+    "silu_mul": silu_mul,
+}
+
+
+def register() -> None:
+    """Compile or load the library and register its kernels. A second call changes nothing."""
+    load()
+    ops.register_kernels("CPU", _KERNELS)
