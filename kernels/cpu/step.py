@@ -1,4 +1,4 @@
-"""A step's index arithmetic on a CPU: `step.cpp`, called through ctypes as in `kernels.py`."""
+"""A step's index arithmetic on a CPU: `step.cpp`, called through ctypes as in `library.py`."""
 
 from __future__ import annotations
 
