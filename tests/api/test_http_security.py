@@ -211,6 +211,21 @@ def test_unbounded_fields_items_of_a_response_are_counted_before_they_are_joined
     assert time.monotonic() - start < 10
 
 
+@pytest.mark.parametrize("name", ["guided_choice", "structured_outputs"])
+def test_unbounded_fields_choices_are_counted_before_they_are_checked(
+    server: MadeUpServer, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def check(*given: Any) -> Any:
+        raise AssertionError("they were checked")
+
+    monkeypatch.setattr("nanovllm.structured.params.checked", check)
+    choices = ["x"] * (1 << 18)
+    value = choices if name == "guided_choice" else {"choice": choices}
+    error = ask(server, "/v1/completions", prompt="a", **{name: value}).json()["error"]
+    assert error["param"] == name
+    assert error["message"] == f"{name} has 262144 choices: at most 65536 are allowed"
+
+
 @pytest.mark.parametrize("field", ["content", "tool_calls"])
 def test_unbounded_fields_the_parts_and_calls_of_a_message_are_counted(
     server: MadeUpServer, field: str
