@@ -9,7 +9,7 @@ from typing import Any
 
 from nanovllm.media import given as media_given
 from nanovllm.media.given import Given
-from nanovllm.prompts import Prompt, checked_text
+from nanovllm.prompts import Prompt, PromptTooLong, checked_text
 from nanovllm.tokenizer import Tokenizer
 
 PROBE = "nanovllm-probe"  # a content that no template writes by itself
@@ -85,9 +85,13 @@ def render(
     messages: Any,
     options: ChatOptions,
     check: Callable[[Sequence[Given]], object] = tuple,
+    max_chars: int | None = None,
 ) -> list[Prompt]:
     """The prompts of one conversation, or of several. Raises ValueError for what is neither, for
-    what the template refuses, and for images and videos that `check` refuses."""
+    what the template refuses, and for images and videos that `check` refuses.
+
+    max_chars: of a conversation in its template. Longer ones are refused before they are encoded.
+    """
     full = tokenizer.for_reading
     if not (options.chat_template or full.chat_template):
         raise ValueError("the tokenizer has no chat template: use generate() with plain prompts")
@@ -110,6 +114,11 @@ def render(
             )
         normal = [_message(message, as_parts or bool(media)) for message in bare]
         text = checked_text("the conversation", _apply(full, template, normal, options))
+        if max_chars is not None and len(text) > max_chars:
+            raise PromptTooLong(
+                f"the conversation has {len(text)} characters in its template: at most {max_chars} "
+                "are read"
+            )
         # the template writes the special tokens itself
         token_ids = None if media else tokenizer.encode(text, add_special_tokens=False)
         prompts.append(Prompt(text, token_ids, media=tuple(media), has_special_tokens=True))

@@ -24,7 +24,7 @@ async def completions(service: Service, exchange: Exchange) -> None:
     body = await service.body(exchange, CompletionBody)
     params = service.params.of_completion(body)
     answer_id = response_id("cmpl-", body.request_id)
-    prompts = service.prompts.of_completion(body)
+    prompts = await service.prompts.of_completion(body)
     text_of = service.prompts.token_text
     form = form_field(body)
     generation = await Generation.open(service, exchange, prompts, params, body.priority, form)

@@ -126,9 +126,10 @@ class ServerConfig:
     max_connections: concurrent connections of each API process. More are refused with 503.
     max_queue_len: requests that wait for the engine. More are refused with 429.
     max_prompts: the maximum number of prompts in a request.
-    max_prompt_chars: the longest prompt as text. None: 64 characters for each token of
-        `max_model_len`.
-    max_messages: the maximum number of messages in a conversation.
+    max_prompt_chars: the longest prompt as text, with tools and variables of the chat template.
+        None: 64 characters for each token of `max_model_len`.
+    max_messages: the maximum number of messages in a conversation, of parts or calls in a message,
+        and of items in the input of a response.
     max_n: the maximum number of answers to a prompt.
     max_logprobs: the maximum number of likeliest tokens that are reported per position.
     max_stop_strings, max_stop_chars: the maximum number of stop strings, and of their characters.

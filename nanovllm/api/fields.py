@@ -23,6 +23,7 @@ class Refusal(NamedTuple):
     allowed: tuple[Any, ...] = ()
 
 
+MAX_DEPTH = 512  # of a body: what is read can also be written again, which needs as much stack
 NO_FILES = "requests cannot bring code, templates or adapters"
 NOT_BUILT = "it is not implemented"
 STATEFUL = "the server keeps nothing between requests"
@@ -98,17 +99,39 @@ def decoded(data: bytes, kind: type[Body]) -> Body:
     try:
         found = msgspec.json.decode(data)
     except RecursionError:
-        raise ApiError(400, "the body is nested too deeply", code="invalid_json") from None
+        raise _too_deep() from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ApiError(400, f"the body is not JSON: {error}", code="invalid_json") from None
     if not isinstance(found, dict):
         raise ApiError(400, "the body must be a JSON object", code="invalid_json")
+    if data.count(b"[") + data.count(b"{") > MAX_DEPTH and _is_deeper(found, MAX_DEPTH):
+        raise _too_deep()
     check_names(found, kind)
     _make_whole(found, kind)
     try:
         return msgspec.convert(found, kind)
     except msgspec.ValidationError as error:
         raise _misfit(str(error)) from None
+
+
+def _too_deep() -> ApiError:
+    words = f"the body is nested too deeply: at most {MAX_DEPTH} levels are read"
+    return ApiError(400, words, code="invalid_json")
+
+
+def _is_deeper(value: Any, most: int) -> bool:
+    """Whether a list or an object has more levels of others within it."""
+    level = [value]
+    for _ in range(most):
+        level = [
+            inner
+            for one in level
+            for inner in (one.values() if type(one) is dict else one)
+            if type(inner) is dict or type(inner) is list
+        ]
+        if not level:
+            return False
+    return True
 
 
 def check_names(found: Mapping[str, Any], kind: type[msgspec.Struct]) -> None:

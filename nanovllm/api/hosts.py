@@ -40,16 +40,21 @@ class Hosts:
         if self._has_any:
             return
         found = HOST.fullmatch(given[0].lower()) if len(given) == 1 else None
-        name = plain(found[1]) if found is not None else ""
-        if name not in self._names and not is_loopback(name):
+        name = "" if found is None else plain(found[1])
+        if not name or (name not in self._names and not is_loopback(name)):
             shown = " and ".join(given)[:MAX_SHOWN_CHARS]
             words = f"this server does not answer for the host {shown!r}: see allowed_hosts"
             raise ApiError(421, words, code="unknown_host")
 
 
 def plain(name: str) -> str:
-    """A name or an address as it is compared: in lower case, without brackets and a last dot."""
-    return name.lower().strip("[]").removesuffix(".")
+    """A name or an address as it is compared: in lower case, without brackets and a last dot, an
+    IPv6 address in its shortest form."""
+    bare = name.lower().strip("[]").removesuffix(".")
+    try:
+        return ip_address(bare).compressed
+    except ValueError:
+        return bare
 
 
 def is_loopback(name: str) -> bool:

@@ -16,27 +16,36 @@ KEYS = ("role", "content", "tool_calls", *TEXTS)
 
 
 def checked_messages(messages: list[dict[str, Any]], most: int) -> tuple[list[dict[str, Any]], int]:
-    """The messages for a template, and the characters of all together. Raises ApiError."""
+    """The messages for a template, and their characters. Raises ApiError.
+
+    most: messages, and parts or calls in one of them.
+    """
     if not 0 < len(messages) <= most:
         raise invalid(
             "messages",
             f"messages has {len(messages)} messages: it must have at least 1, at most {most}",
         )
-    clean = [_message(f"messages[{number}]", one) for number, one in enumerate(messages)]
-    return clean, sum(_num_chars(one["content"]) for one in clean)
+    clean = [_message(f"messages[{number}]", one, most) for number, one in enumerate(messages)]
+    return clean, sum(map(_num_chars, clean))
 
 
-def _num_chars(content: Any) -> int:
-    """The characters of a message's text. Images and sound have limits of their own."""
+def num_chars_of(value: Any) -> int:
+    """The characters of a value as JSON, which is how templates write it."""
+    return len(msgspec.json.encode(value).decode())
+
+
+def _num_chars(message: Mapping[str, Any]) -> int:
+    """The characters of a message. Images and sound have limits of their own."""
+    content = message["content"]
+    others = {key: value for key, value in message.items() if key not in ("role", "content")}
+    num = num_chars_of(others) if others else 0
     if isinstance(content, str):
-        return len(content)
-    if not isinstance(content, list):
-        return 0
-    texts = (part.get("text") for part in content if isinstance(part, dict))
-    return sum(len(text) for text in texts if isinstance(text, str))
+        return num + len(content)
+    texts = (part if isinstance(part, str) else part.get("text") for part in content)
+    return num + sum(len(text) for text in texts if isinstance(text, str))
 
 
-def _message(place: str, message: Mapping[str, Any]) -> dict[str, Any]:
+def _message(place: str, message: Mapping[str, Any], most: int) -> dict[str, Any]:
     """A message without fields that are null, and with the names that templates know."""
     clean = {key: value for key, value in message.items() if not _says_nothing(key, value)}
     role = clean.get("role")
@@ -48,6 +57,10 @@ def _message(place: str, message: Mapping[str, Any]) -> dict[str, Any]:
         _check_field(place, key, value)
     if "content" not in clean and role == "assistant" and "tool_calls" in clean:
         clean["content"] = ""
+    for key in ("content", "tool_calls"):
+        if isinstance(clean.get(key), list) and len(clean[key]) > most:
+            words = f"{place}.{key} has {len(clean[key])} entries: at most {most} are allowed"
+            raise invalid(f"{place}.{key}", words)
     _check_content(f"{place}.content", clean.get("content"))
     if role == "developer":  # templates use the older name
         clean["role"] = "system"

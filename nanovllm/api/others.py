@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 from nanovllm.api import prometheus
 from nanovllm.api.bodies import DetokenizeBody, EmbeddingBody, TokenizeBody
 from nanovllm.api.errors import ApiError, invalid
 from nanovllm.api.http import Exchange
+from nanovllm.api.prompts import beside
 from nanovllm.api.service import Service
 from nanovllm.sampling import INT32_MAX
 from nanovllm.schedule.logprobs import SHOW_SPECIAL
@@ -57,7 +59,10 @@ async def tokenize(service: Service, exchange: Exchange) -> None:
     }  # fmt: skip
     tokenizer = service.engine.tokenizer
     if body.return_token_strs and tokenizer is not None:
-        found["token_strs"] = [tokenizer.decode([one], SHOW_SPECIAL) for one in token_ids]
+        decode = tokenizer.decode
+        found["token_strs"] = await beside(
+            lambda: [decode([one], SHOW_SPECIAL) for one in token_ids], len(token_ids)
+        )
     await exchange.json(found)
 
 
@@ -72,7 +77,8 @@ async def detokenize(service: Service, exchange: Exchange) -> None:
     for number, token_id in enumerate(body.tokens):
         if not 0 <= token_id <= INT32_MAX:
             raise invalid(f"tokens[{number}]", f"tokens[{number}] is no token id")
-    await exchange.json({"prompt": tokenizer.decode(body.tokens, SHOW_SPECIAL)})
+    decode = partial(tokenizer.decode, body.tokens, SHOW_SPECIAL)
+    await exchange.json({"prompt": await beside(decode, len(body.tokens))})
 
 
 async def health(service: Service, exchange: Exchange) -> None:

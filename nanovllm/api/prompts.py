@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from nanovllm.api.bodies import ChatBody, CompletionBody, TokenizeBody
 from nanovllm.api.config import ServerConfig
 from nanovllm.api.errors import TOO_LONG, ApiError, invalid
-from nanovllm.api.messages import checked_messages
+from nanovllm.api.messages import checked_messages, num_chars_of
+from nanovllm.api.tools import check_tools
 from nanovllm.chat import ChatOptions, UnknownVariable, render
 from nanovllm.prompts import Prompt, checked_text
 from nanovllm.schedule.logprobs import SHOW_SPECIAL
 from nanovllm.serving.interface import AsyncEngine
 
+Result = TypeVar("Result")
+
 CHARS_PER_TOKEN = 64
-INLINE_CHARS = 4096  # shorter conversations are rendered faster than another thread is woken
+INLINE_CHARS = 4096  # shorter texts are worked on faster than another thread is woken
 MAX_VARIABLES = 16
 VARIABLES = "chat_template_kwargs"
 # variables of templates that are fields of requests, too
@@ -38,7 +42,7 @@ class PromptMaker:
         self.max_chars = config.max_prompt_chars or CHARS_PER_TOKEN * engine.max_model_len
         self._is_warm = False
 
-    def of_completion(self, body: CompletionBody) -> list[Prompt]:
+    async def of_completion(self, body: CompletionBody) -> list[Prompt]:
         """The prompts: one text, several, one list of token ids, or several."""
         given = body.prompt
         if isinstance(given, str) or (given and isinstance(given[0], int)):
@@ -52,7 +56,7 @@ class PromptMaker:
         if len(given) > most:
             raise invalid("prompt", f"prompt has {len(given)} prompts: at most {most} are allowed")
         has_special = body.add_special_tokens is not False
-        return [self._prompt(one, has_special, body.cache_salt) for one in given]
+        return [await self._prompt(one, has_special, body.cache_salt) for one in given]
 
     def text(self, token_ids: Sequence[int]) -> str:
         """The text of a prompt that was given as token ids."""
@@ -66,14 +70,15 @@ class PromptMaker:
             return f"token_id:{token_id}"
         return tokenizer.decode([token_id], SHOW_SPECIAL)
 
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+    async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         tokenizer = self._engine.tokenizer
         if tokenizer is None:
             raise invalid("prompt", "the model has no tokenizer: give token ids")
         self.check_length(text, "prompt")
-        return tokenizer.encode(
-            checked_text("prompt", text), add_special_tokens=add_special_tokens
-        )  # fmt: skip
+        encode = partial(
+            tokenizer.encode, checked_text("prompt", text), add_special_tokens=add_special_tokens
+        )
+        return await beside(encode, len(text))
 
     def check_length(self, text: str, name: str) -> None:
         """Refuse a text that cannot fit, before it is encoded."""
@@ -107,10 +112,11 @@ class PromptMaker:
                 if getattr(body, name) is not None:
                     raise invalid(name, f"{name} goes with messages, not with prompt")
             has_special = body.add_special_tokens is not False
-            return self.encode(body.prompt or "", add_special_tokens=has_special)
+            return await self.encode(body.prompt or "", add_special_tokens=has_special)
         if body.add_special_tokens:
             words = "add_special_tokens is true: the chat template writes them"
             raise invalid("add_special_tokens", words)
+        check_tools(body.tools or [], self._config.max_tools)
         prompt = await self.conversation(
             body.messages, body.add_generation_prompt, body.continue_final_message, body.tools,
             dict(body.chat_template_kwargs or {}),
@@ -135,31 +141,43 @@ class PromptMaker:
         if num_chars > self.max_chars:
             raise self._too_long("messages", num_chars)
         _check_variables(variables)
+        for name, value in (("tools", tools), (VARIABLES, variables)):
+            num = num_chars_of(value) if value else 0
+            if num > self.max_chars:
+                raise self._too_long(name, num)
+            num_chars += num
+        # a list of parts without text is work, too
+        num_chars += sum(len(one["content"]) for one in clean if isinstance(one["content"], list))
         going_on = bool(continue_final_message)
         begins = not going_on if add_generation_prompt is None else add_generation_prompt
         options = ChatOptions(
             add_generation_prompt=begins, continue_final_message=going_on, tools=tools or None,
             chat_template_kwargs=variables,
         )  # fmt: skip
-        args = (tokenizer, clean, options, self._engine.check_media)
+        args = (tokenizer, clean, options, self._engine.check_media, self.max_chars)
         try:
-            if self._is_warm and num_chars <= INLINE_CHARS:
-                return render(*args)[0]
-            prompt = (await asyncio.to_thread(render, *args))[0]
+            work = partial(render, *args)
+            prompt = (await beside(work, num_chars if self._is_warm else INLINE_CHARS + 1))[0]
         except UnknownVariable as error:
             field = error.name if error.name in OWN_FIELDS else VARIABLES
             raise invalid(field, str(error)) from None
         self._is_warm = True
         return prompt
 
-    def _prompt(self, given: Any, has_special: bool, salt: str | None) -> Prompt:
+    async def _prompt(self, given: Any, has_special: bool, salt: str | None) -> Prompt:
         if not isinstance(given, str):
             return Prompt(None, given, salt)
         self.check_length(given, "prompt")
         text = checked_text("prompt", given)
         if has_special:
             return Prompt(text, None, salt)
-        return Prompt(text, self.encode(text, add_special_tokens=False), salt)
+        return Prompt(text, await self.encode(text, add_special_tokens=False), salt)
+
+
+async def beside(work: Callable[[], Result], size: int) -> Result:
+    """The result of work on a text or list of this size, in a thread if that would block the event
+    loop for long."""
+    return work() if size <= INLINE_CHARS else await asyncio.to_thread(work)
 
 
 def _check_variables(variables: Mapping[str, Any]) -> None:

@@ -35,7 +35,7 @@ class LimitedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)  # type: ignore[arg-type]
         self._timers: dict[str, asyncio.TimerHandle] = {}
-        self._num_header_bytes = 0
+        self._num_header_bytes = 0  # received since the last complete headers or part of a body
         if len(self.connections) > self.limits.max_connections:
             self._end(FULL)
             return
@@ -51,21 +51,28 @@ class LimitedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
             return
-        if self.cycle is None or self.cycle.response_complete:
-            # bytes of a request whose headers are not complete
-            self._num_header_bytes += len(data)
-            if "headers" not in self._timers:
-                self._time("headers", self.limits.header_timeout)
+        # the parser keeps incomplete headers: also those of the next request while this one is
+        # answered, and those after a body
+        self._num_header_bytes += len(data)
+        if self._is_idle and "headers" not in self._timers:
+            self._time("headers", self.limits.header_timeout)
         super().data_received(data)
-        if "headers" in self._timers and self._num_header_bytes > self.limits.max_header_bytes:
+        if self._num_header_bytes > self.limits.max_header_bytes:
             self._end(TOO_LONG)
 
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._has_headers = False
+
     def on_header(self, name: bytes, value: bytes) -> None:
+        if self._has_headers:
+            return  # after a body: it is no header of the request
         super().on_header(name, value)
         if len(self.headers) > MAX_HEADERS and not self.transport.is_closing():
             self._end(TOO_LONG)
 
     def on_headers_complete(self) -> None:
+        self._has_headers = True
         self._stop("headers")
         if self.transport.is_closing():
             return
@@ -77,6 +84,7 @@ class LimitedProtocol(HttpToolsProtocol):
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
+        self._num_header_bytes = 0
         if not self.transport.is_closing():
             super().on_body(body)
 
@@ -85,9 +93,12 @@ class LimitedProtocol(HttpToolsProtocol):
             super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
-        if self.cycle is None or self.cycle.response_complete:
-            self.transport.write(BAD)
-        self.transport.close()
+        self._end(BAD)
+
+    @property
+    def _is_idle(self) -> bool:
+        """Whether no answer is being sent."""
+        return self.cycle is None or self.cycle.response_complete
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -98,9 +109,10 @@ class LimitedProtocol(HttpToolsProtocol):
         super().resume_writing()
 
     def _end(self, answer: bytes) -> None:
-        """Answer a malformed request with an error, and close."""
+        """Answer a malformed request with an error, unless another answer has begun, and close."""
         self._stop("headers")
-        self.transport.write(answer)
+        if self._is_idle:
+            self.transport.write(answer)
         self.transport.close()
 
     def _time(self, name: str, seconds: float) -> None:

@@ -24,15 +24,16 @@ TOOL_KEYS = ("type", "name", "description", "parameters", "strict")
 REASONED, CALLS = "reasoning_content", "tool_calls"
 
 
-def messages_of(body: ResponsesBody) -> list[dict[str, Any]]:
-    """The conversation as chat has it. Raises ApiError."""
+def messages_of(body: ResponsesBody, most: int) -> list[dict[str, Any]]:
+    """The conversation as chat has it. Raises ApiError, also for more items than `most`."""
     messages: list[dict[str, Any]] = []
     if body.instructions is not None:
         messages.append({"role": "system", "content": body.instructions})
     if isinstance(body.input, str):
         return [*messages, {"role": "user", "content": body.input}]
-    if not body.input:
-        raise invalid("input", "input is empty")
+    if not 0 < len(body.input) <= most:
+        words = f"input has {len(body.input)} items: it must have at least 1, at most {most}"
+        raise invalid("input", words)
     for number, item in enumerate(body.input):
         message = _message_of(f"input[{number}]", item)
         before = messages[-1] if messages else {}

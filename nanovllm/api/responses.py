@@ -31,7 +31,7 @@ async def responses(service: Service, exchange: Exchange) -> None:
     asked, as_in_chat = params.structured_outputs, as_chat(body)
     try:
         reading = service.readings.of(as_in_chat, asked)
-        messages = messages_of(body)
+        messages = messages_of(body, service.config.max_messages)
         tools = None if body.tool_choice == "none" else as_in_chat.tools
         effort = None if body.reasoning is None else body.reasoning.effort
         variables = {} if effort is None else {"reasoning_effort": effort}

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 from nanovllm import log
-from nanovllm.api import tls
+from nanovllm.api import tls, traces
 from nanovllm.api.address import bind
 from nanovllm.api.config import ServerConfig
 from nanovllm.api.latencies import Latencies
@@ -25,6 +25,8 @@ def serve(engine: EngineConfig, server: ServerConfig) -> int:
     """See `nanovllm.api.serve`."""
     log.configure()
     tls.check(server)
+    if server.otlp_traces_endpoint is not None:
+        traces.check_installed()
     with bind(server) as listener:
         service = supervisor.Service(
             config=engine,

@@ -10,6 +10,7 @@ from nanovllm.structured.params import StructuredOutputsParams
 
 FORM = "structured_outputs"  # the parameter, and the first word of errors about it
 GUIDED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
+MAX_CHOICES = 1 << 16  # max_grammar_bytes allows fewer by default, but is checked later
 WHITESPACE = "guided_whitespace_pattern"
 
 
@@ -22,6 +23,10 @@ def structured_outputs(body: Sampling | ResponsesBody) -> StructuredOutputsParam
     if len(found) > 1:
         raise invalid(list(found)[-1], f"{' and '.join(found)} are given: one of them may be")
     for name, form in found.items():
+        choices = form.get("choice")
+        if isinstance(choices, list) and len(choices) > MAX_CHOICES:
+            words = f"{name} has {len(choices)} choices: at most {MAX_CHOICES} are allowed"
+            raise invalid(name, words)
         try:
             return StructuredOutputsParams.of(form)
         except ValueError as error:

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from nanovllm.api.bodies import ChatBody
 from nanovllm.api.config import ServerConfig
 from nanovllm.api.errors import invalid, refused
@@ -83,7 +85,7 @@ class Readings:
         wrong tools."""
         tools, reasoning, end_texts = self._parsers()
         choice = body.tool_choice
-        _check_tools(body.tools or [], self._config.max_tools)
+        check_tools(body.tools or [], self._config.max_tools)
         if choice is not None and choice != NONE and not body.tools:
             raise invalid("tool_choice", "tool_choice needs tools")
         has_reasoning = body.include_reasoning is not False
@@ -92,7 +94,10 @@ class Readings:
             if form is not None:
                 words = "tool_choice demands a call: no other form can be asked"
                 raise invalid("tool_choice", words)
-            schema = required_schema(body.tools or [], _named(choice), parallel=not one)
+            name = _named(choice)
+            asked = [tool for tool in body.tools or [] if name in (None, tool["function"]["name"])]
+            self._check_size([tool["function"].get("parameters") for tool in asked])
+            schema = required_schema(body.tools or [], name, parallel=not one)
             demanded = StructuredOutputsParams(json=schema)
             return Reading(AnswerParser(tool_parser(REQUIRED)), demanded)
         is_free = not body.tools or choice == NONE
@@ -103,6 +108,9 @@ class Readings:
         if form is not None and tools is None:
             return Reading(form=form)  # the whole answer has the form
         if tools is not None and (form is not None or _strict(body.tools or []) is not None):
+            strict = [tool for tool in body.tools or [] if tool["function"].get("strict")]
+            parameters = [tool["function"].get("parameters") for tool in strict]
+            self._check_size([*parameters, None if form is None else form.json])
             grammar = _grammar(tools, body.tools or [], form)
             parser = AnswerParser(tools, reasoning if form is None else None)
             return Reading(parser, grammar, at_most_one=one, has_reasoning=has_reasoning)
@@ -112,6 +120,13 @@ class Readings:
         if parser.needs_special_tokens:
             parser = AnswerParser(tools, reasoning, end_texts)
         return Reading(parser, at_most_one=one, has_reasoning=has_reasoning)
+
+    def _check_size(self, schemas: Sequence[Any]) -> None:
+        """Refuse schemas that make a grammar larger than the engine allows, before it is built."""
+        num_bytes, most = len(msgspec.json.encode(schemas)), self._engine.config.max_grammar_bytes
+        if num_bytes > most:
+            words = f"the schemas of tools and of the answer have {num_bytes} bytes together"
+            raise invalid("tools", f"{words}: at most {most} are allowed")
 
     def _parsers(self) -> tuple[ToolParser | None, ReasoningParser | None, list[str]]:
         if self._found is None:
@@ -174,7 +189,8 @@ def _grammar(
         raise invalid("tools", f"tools: {error}") from None
 
 
-def _check_tools(tools: Sequence[Any], most: int) -> None:
+def check_tools(tools: Sequence[Any], most: int) -> None:
+    """Raises ApiError for more tools than `most`, and for what is no tool."""
     if len(tools) > most:
         raise invalid("tools", f"tools has {len(tools)} tools: at most {most} are allowed")
     for number, tool in enumerate(tools):

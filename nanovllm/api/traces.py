@@ -6,14 +6,30 @@ vLLM's for the time to the first token. Spans have counts and times, and no text
 
 from __future__ import annotations
 
+import importlib.util
 import threading
 import time
 from collections.abc import Mapping
 from typing import Protocol
 
+PACKAGES = ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http")
 MAX_WAITING = 2048  # spans; more are dropped while the collector does not answer
 CLOSE_S = 3.0
 SERVER_ERROR = 500
+
+
+def check_installed() -> None:
+    """Raises ValueError if a package of the extra is missing. Imports none of them."""
+    for name in PACKAGES:
+        try:
+            is_there = importlib.util.find_spec(name) is not None
+        except ModuleNotFoundError:  # not even the package above it
+            is_there = False
+        if not is_there:
+            raise ValueError(
+                f"otlp_traces_endpoint needs {name}, which is not installed: "
+                "pip install 'nanovllm[traces]'"
+            )
 
 
 class Finished(Protocol):
@@ -36,13 +52,12 @@ class Traces:
     """
 
     def __init__(self, endpoint: str, model: str) -> None:
-        try:
-            from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-            from opentelemetry.sdk.resources import Resource
-            from opentelemetry.sdk.trace import TracerProvider
-            from opentelemetry.sdk.trace.export import BatchSpanProcessor
-        except ImportError as error:
-            raise ValueError("traces need pip install nanovllm[traces]") from error
+        check_installed()
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
         # not the global provider: each server in a process has its own
         self._provider = TracerProvider(resource=Resource.create({"service.name": "nanovllm"}))
         self._exporter = OTLPSpanExporter(endpoint=endpoint)

@@ -23,11 +23,15 @@ class ArgumentTypes:
         """tools: as in OpenAI's API."""
         functions = [tool["function"] for tool in tools]
         self._parameters = {str(one["name"]): _mapping(one.get("parameters")) for one in functions}
+        self._found: dict[tuple[str, str], frozenset[str]] = {}  # a schema can have long lists
 
     def of(self, tool: str, parameter: str) -> frozenset[str]:
         """The JSON types that the schema allows; ANY if it does not say."""
-        root = self._parameters.get(tool, {})
-        return _types(_mapping(root.get("properties")).get(parameter), root)
+        if (tool, parameter) not in self._found:
+            root = self._parameters.get(tool, {})
+            schema = _mapping(root.get("properties")).get(parameter)
+            self._found[tool, parameter] = _types(schema, root)
+        return self._found[tool, parameter]
 
 
 def as_json(text: str, types: frozenset[str]) -> str:

@@ -76,10 +76,20 @@ def read_arguments(reader: Reader, emit: Emit) -> Wait[bool]:
 
 
 def _decoded(text: str) -> Any:
+    """The value of a JSON text; the text itself if it is not JSON, None if it is nested too deeply.
+
+    Half of a surrogate pair ("\\ud83d" alone) is JSON but no character, so no answer could be sent
+    with it. It becomes U+FFFD.
+    """
     try:
-        return json.loads(text, strict=False)
+        value = json.loads(text, strict=False)
+    except RecursionError:
+        return None
     except ValueError:
         return text
+    if isinstance(value, str):
+        return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return value
 
 
 class _Call:

@@ -182,23 +182,18 @@ class Client:
             encoded = await self._encoder.encode(given, params)
             self._check_open()
             name = self._checked_name(request_id)
+            add = self._addition(given, params, priority, encoded)
+            message = messages.dump(add)
         except BaseException:
             self._quota.give_back(params.n)
             self._encoder.release(encoded.num_bytes)
             raise
-        prompt_ids = encoded.token_ids
-        incremental = bool(params.stop) or params.output_kind is not RequestOutputKind.FINAL_ONLY
-        seeds = self._seeds(params)
-        feed = self._new_feed(name, params, prompt_ids, incremental=incremental)
+        feed = self._new_feed(name, params, add.prompt_ids, incremental=add.incremental)
         feed.num_held_bytes = encoded.num_bytes
-        # the client detokenizes and finds stop strings, not the engine
-        fields = params_fields(replace(params, n=1, seed=None, stop=None, detokenize=False))
-        salt, has_images = given.cache_salt, bool(encoded.beside)
-        add = Add(feed.first_id, prompt_ids, fields, seeds, incremental, priority, salt, has_images)
-        if has_images:
+        if encoded.beside:
             self._connection.send_packed(encoded.beside)
-        self._connection.send(messages.ADD, messages.dump(add))
-        return OpenStream(self, prompt_ids, feed)
+        self._connection.send(messages.ADD, message)
+        return OpenStream(self, add.prompt_ids, feed)
 
     async def generate(
         self,
@@ -292,6 +287,19 @@ class Client:
         if not isinstance(name, str) or name in self._feeds:
             raise ValueError(f"request_id is {name!r}: it must be text that is not in use")
         return name
+
+    def _addition(
+        self, given: Prompt, params: SamplingParams, priority: int, encoded: Encoded
+    ) -> Add:
+        """The message to the engine about a new prompt. Raises ValueError if the seeds of later
+        answers are too large."""
+        incremental = bool(params.stop) or params.output_kind is not RequestOutputKind.FINAL_ONLY
+        # the client detokenizes and finds stop strings, not the engine
+        fields = params_fields(replace(params, n=1, seed=None, stop=None, detokenize=False))
+        return Add(
+            self._next_id, encoded.token_ids, fields, self._seeds(params), incremental, priority,
+            given.cache_salt, bool(encoded.beside),
+        )  # fmt: skip
 
     def _seeds(self, params: SamplingParams) -> list[int]:
         """The seeds of the n answers. Clients draw different ones; a single one those of `LLM`."""

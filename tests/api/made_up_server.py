@@ -46,7 +46,8 @@ def tokenizer(template: str | None = None) -> Tokenizer:
 
 
 class MadeUpServer:
-    """url: where it is. http: a client that sends no key. engine: what it answers with."""
+    """url: where it is. http: a client that sends no key. engine: what it answers with. thread:
+    that of its event loop."""
 
     def __init__(
         self, made_up: MadeUpOptions | None = None, template: str | None = None, **options: Any
@@ -59,7 +60,7 @@ class MadeUpServer:
         self.port = int(port)
         self.code: int | None = None
         self._has_started = threading.Event()
-        self._thread = threading.Thread(target=lambda: uvloop.run(self._serve()), daemon=True)
+        self.thread = threading.Thread(target=lambda: uvloop.run(self._serve()), daemon=True)
 
     async def _serve(self) -> None:
         self._loop, self._stopping = asyncio.get_running_loop(), asyncio.Event()
@@ -69,7 +70,7 @@ class MadeUpServer:
 
     def start(self) -> None:
         self.http = httpx.Client(base_url=self.url, timeout=20)
-        self._thread.start()
+        self.thread.start()
         assert self._has_started.wait(30)
 
     def stop(self) -> None:
@@ -79,8 +80,8 @@ class MadeUpServer:
 
     def join(self) -> int | None:
         """Wait for its end; returns the exit code."""
-        self._thread.join(20)
-        assert not self._thread.is_alive()
+        self.thread.join(20)
+        assert not self.thread.is_alive()
         self._sock.close()
         self.http.close()
         return self.code

@@ -117,6 +117,56 @@ def test_json_that_is_none_gets_400(server: MadeUpServer, body: bytes) -> None:
     assert answer.status_code == 400 and answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    "body",
+    [b'{"messages": [{"role": %b, "content": "Hi"}]}',
+     b'{"messages": [{"role": "user", "content": "Hi"}], "structured_outputs": {"regex": %b}}',
+     b'{"messages": [{"role": "user", "content": "Hi"}], "chat_template_kwargs": {"a": %b}}'],
+    ids=range(3),
+)  # fmt: skip
+def test_a_wrong_value_of_any_depth_gets_400(server: MadeUpServer, body: bytes) -> None:
+    """From some depth on it could be read, and not be printed any more."""
+    kind = {"content-type": "application/json"}
+    for depth in (1, 19, 99, 505, *range(960, 1000)):
+        content = body % (b"[" * depth + b"]" * depth)
+        answer = server.http.post("/v1/chat/completions", content=content, headers=kind)
+        assert answer.status_code == 400, (depth, answer.text)
+        assert ("too deeply" in answer.text) == (depth > 512), depth
+
+
+CHUNKED = HEAD + b"transfer-encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize("place", ["next request", "after the body", "chunk"])
+def test_headers_are_bounded_wherever_they_come(server: MadeUpServer, place: str) -> None:
+    """Also before the answer to the request before them has ended, where no 431 can be sent."""
+    with served(MadeUpOptions(tokens_per_s=5), **LIMITS) as slow, connect(slow) as sock:
+        body = {"prompt": "a", "max_tokens": 999, "stream": True}
+        head = {
+            "next request": request(body) + b"GET / HTTP/1.1\r\nx: ",
+            "after the body": CHUNKED + b"0\r\nx: ",
+            "chunk": CHUNKED + b"1;",
+        }[place]
+        sock.sendall(head)
+        if place == "next request":
+            assert b" 200 " in sock.recv(1 << 16)
+        num_sent = 0
+        with pytest.raises(ConnectionError):
+            while num_sent < 16 << 20:
+                num_sent += sock.send(b"x" * 4096)
+        assert num_sent < 16 << 20
+
+
+def test_a_body_may_come_in_small_chunks_and_what_follows_is_no_header(
+    server: MadeUpServer,
+) -> None:
+    body = json.dumps({"prompt": "a", "max_tokens": 1, "user": "x" * 8192}).encode()
+    chunks = b"".join(b"1\r\n%c\r\n" % one for one in body)
+    with connect(server) as sock:
+        sock.sendall(CHUNKED + chunks + b"0\r\nhost: evil.example\r\n\r\n")
+        assert b" 200 " in sock.recv(1 << 16).split(b"\r\n")[0] + b" "
+
+
 def test_a_body_of_50_mb_is_not_kept(server: MadeUpServer) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 

@@ -7,6 +7,7 @@ import json
 import logging
 import pickle
 import socket
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,6 +24,13 @@ from tests.api.made_up_server import MODEL, TEMPLATE, MadeUpServer, served
 
 ROOT = Path(__file__).parents[2]
 KEYS = ["first-key", "second-key"]
+LONG_TOOL = {"type": "function", "function": {"name": "f", "description": "x" * 10**6}}
+LONG_CALL = {
+    "role": "assistant",
+    "tool_calls": [
+        {"type": "function", "function": {"name": "f", "arguments": {"a": "x" * 10**6}}}
+    ],
+}
 USER: Any = [{"role": "user", "content": "Hi"}]
 UNPICKLING = ("pickle", "cloudpickle", "dill", "marshal", "shelve", "zmq")
 SECRET = "/home/somebody/secret-folder"
@@ -180,8 +188,113 @@ def test_unbounded_fields_a_prompt_is_measured_before_it_is_encoded(
         ("/v1/completions", {"prompt": ["x"] * 10**4}),
         ("/tokenize", {"prompt": "x" * 10**6}),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x" * 10**6}]}),
-    ):
+        ("/v1/chat/completions", {"messages": USER, "tools": [LONG_TOOL]}),
+        ("/tokenize", {"messages": USER, "tools": [LONG_TOOL]}),
+        ("/v1/chat/completions", {"messages": [{**USER[0], "name": "x" * 10**6}]}),
+        ("/v1/chat/completions", {"messages": [*USER, LONG_CALL]}),
+        ("/v1/chat/completions",
+         {"messages": USER, "chat_template_kwargs": {"enable_thinking": "x" * 10**6}}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": ["x" * 99] * 999}]}),
+        # long because of the template: 99 characters for each message
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": ""}] * 4096}),
+    ):  # fmt: skip
         assert ask(server, path, **body).status_code == 400
+
+
+def test_unbounded_fields_items_of_a_response_are_counted_before_they_are_joined(
+    server: MadeUpServer,
+) -> None:
+    item = {"type": "function_call", "name": "f", "arguments": "{}", "call_id": "c"}
+    start = time.monotonic()
+    answer = ask(server, "/v1/responses", input=[item] * 10**5)
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "input"
+    assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize("name", ["guided_choice", "structured_outputs"])
+def test_unbounded_fields_choices_are_counted_before_they_are_checked(
+    server: MadeUpServer, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def check(*given: Any) -> Any:
+        raise AssertionError("they were checked")
+
+    monkeypatch.setattr("nanovllm.structured.params.checked", check)
+    choices = ["x"] * (1 << 18)
+    value = choices if name == "guided_choice" else {"choice": choices}
+    error = ask(server, "/v1/completions", prompt="a", **{name: value}).json()["error"]
+    assert error["param"] == name
+    assert error["message"] == f"{name} has 262144 choices: at most 65536 are allowed"
+
+
+@pytest.mark.parametrize("field", ["content", "tool_calls"])
+def test_unbounded_fields_the_parts_and_calls_of_a_message_are_counted(
+    server: MadeUpServer, field: str
+) -> None:
+    message = {"role": "assistant", "content": "a", field: [{}] * 10**5}
+    error = ask(server, messages=[message]).json()["error"]
+    assert error["param"] == f"messages[0].{field}"
+    assert error["message"] == f"messages[0].{field} has 100000 entries: at most 4096 are allowed"
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_unbounded_fields_schemas_of_tools_are_measured_before_a_grammar_is_built(
+    server: MadeUpServer, monkeypatch: pytest.MonkeyPatch, strict: bool
+) -> None:
+    def build(*given: Any, **options: Any) -> Any:
+        raise AssertionError("it was built")
+
+    for name in ("call_schema", "required_schema", "tagged"):
+        monkeypatch.setattr(f"nanovllm.api.tools.{name}", build)
+    names = {str(number): {"type": "string"} for number in range(10**5)}
+    function = {"name": "f", "strict": strict, "parameters": {"properties": names}}
+    for choice in (
+        ["auto"] if strict else ["required", {"type": "function", "function": {"name": "f"}}]
+    ):
+        body = {"tools": [{"type": "function", "function": function}], "tool_choice": choice}
+        error = ask(server, messages=USER, **body).json()["error"]
+        assert error["param"] == "tools" and "at most 262144 are allowed" in error["message"]
+
+
+def test_unbounded_fields_tokenize_checks_tools_as_chat_does(server: MadeUpServer) -> None:
+    for tools in ([{"type": "function", "function": {"name": "f"}}] * 129, [{"type": "function"}]):
+        for path in ("/tokenize", "/v1/chat/completions"):
+            answer = ask(server, path, messages=USER, tools=tools)
+            assert answer.status_code == 400 and answer.json()["error"]["param"][:5] == "tools"
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/tokenize", {"prompt": "a b " * 3000, "return_token_strs": True}),
+        ("/tokenize", {"messages": [{"role": "user", "content": [""] * 4096}] * 2}),
+        ("/detokenize", {"tokens": [5] * 9999}),
+        ("/v1/completions", {"prompt": "a b " * 3000, "add_special_tokens": False}),
+        ("/v1/chat/completions", {"messages": USER, "tools": [
+            {"type": "function", "function": {"name": "f", "description": "a b " * 3000}}
+        ]}),
+    ],
+    ids=range(5),
+)  # fmt: skip
+def test_unbounded_fields_long_texts_do_not_block_the_event_loop(
+    server: MadeUpServer, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any]
+) -> None:
+    tokenizer, threads = server.engine.tokenizer, set()
+    assert tokenizer is not None
+    assert ask(server, messages=USER, max_tokens=1).status_code == 200, "the template is read"
+
+    def noting(name: str) -> Any:
+        work = getattr(tokenizer, name)
+
+        def noted(*given: Any, **options: Any) -> Any:
+            threads.add(threading.current_thread())
+            return work(*given, **options)
+
+        return noted
+
+    for name in ("encode", "decode"):
+        monkeypatch.setattr(tokenizer, name, noting(name))
+    ask(server, path, **body)
+    assert threads and server.thread not in threads
 
 
 def test_unbounded_fields_a_large_max_tokens_is_what_the_model_allows(server: MadeUpServer) -> None:
@@ -344,6 +457,8 @@ def test_dns_rebinding_probes_of_health_may_use_any_address_or_none(server: Made
         ({"allowed_hosts": ["Api.example.org", "[2001:db8::1]"]},
          ["api.example.org", "API.example.org.:443", "[2001:DB8::1]:8000", "localhost"],
          ["example.org", "x.api.example.org"]),
+        ({"allowed_hosts": ["2001:db8:0:0::1"]}, ["[2001:db8::1]"], ["[2001:db8::2]"]),
+        ({"allowed_hosts": ["."]}, ["localhost"], ["", ".", "localhost evil.example"]),
         ({"allowed_hosts": ["*"]}, ["evil.example", ""], []),
         ({"host": "0.0.0.0"}, ["evil.example", "192.0.2.1:8000"], []),
         ({"host": "0.0.0.0", "allowed_hosts": ["api.example.org"]},

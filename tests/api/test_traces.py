@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,7 +14,11 @@ from typing import Any
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
+from nanovllm.api.config import ServerConfig
+from nanovllm.api.start import serve
 from nanovllm.api.traces import Traces
+from nanovllm.config import EngineConfig
+from nanovllm.serving import supervisor
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
@@ -94,6 +99,23 @@ def test_a_span_has_the_counts_and_times_of_its_request(collector: Collector) ->
     assert 2 <= (span.end_time_unix_nano - span.start_time_unix_nano) / 1e9 < 12
     (event,) = span.events
     assert event.time_unix_nano - span.start_time_unix_nano == 250_000_000
+
+
+@pytest.mark.parametrize("name", ["opentelemetry", "opentelemetry.sdk"])
+def test_missing_packages_are_told_before_an_engine_starts(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(service: Any) -> Any:
+        raise AssertionError("the engine starts")
+
+    monkeypatch.setattr(supervisor, "Supervisor", start)
+    for loaded in [one for one in sys.modules if one.startswith(f"{name}.")]:
+        monkeypatch.delitem(sys.modules, loaded)
+    monkeypatch.setitem(sys.modules, name, None)
+    config = ServerConfig(port=0, otlp_traces_endpoint="http://127.0.0.1:4318/v1/traces")
+    words = r"otlp_traces_endpoint needs opentelemetry.sdk, .*pip install 'nanovllm\[traces\]'"
+    with pytest.raises(ValueError, match=words):
+        serve(EngineConfig("tiny-qwen3"), config)
 
 
 def test_errors_of_the_server_are_marked_and_others_are_not(collector: Collector) -> None:

@@ -27,6 +27,10 @@ CALL = json.dumps({"name": "weather", "arguments": WEATHER})
 ASCII = json.dumps(WEATHER)
 V3 = "<｜tool▁call▁begin｜>function<｜tool▁sep｜>{}\n```json\n{}\n```<｜tool▁call▁end｜>"
 V31 = "<｜tool▁call▁begin｜>{}<｜tool▁sep｜>{}<｜tool▁call▁end｜>"
+AROUND = {
+    "hermes": "<tool_call>%s</tool_call>", "llama3": "%s", "mistral": "[TOOL_CALLS][%s]",
+    "granite": "<|tool_call|>[%s]", "json": "[%s]",
+}  # fmt: skip
 DEEP = "<｜tool▁calls▁begin｜>{}<｜tool▁calls▁end｜>"
 
 
@@ -260,6 +264,25 @@ def test_a_deeply_nested_value_needs_no_stack() -> None:
     arguments = '{"a": ' + "[" * 50_000 + "]" * 50_000 + "}"
     text = f'<tool_call>{{"name": "f", "arguments": {arguments}}}</tool_call>'
     assert tool_parser("hermes").parse(text) == Parsed("", [call(arguments, "f")])
+
+
+@pytest.mark.parametrize("name", ("hermes", "llama3", "mistral", "granite", "json"))
+@pytest.mark.parametrize("key", ("name", "id"))
+def test_a_name_that_is_a_deeply_nested_value_raises_nothing(name: str, key: str) -> None:
+    deep = "[" * 50_000 + "]" * 50_000
+    before = '"name": "f", ' if key == "id" else ""
+    text = f'{{{before}"{key}": {deep}, "arguments": {{}}}}'
+    found = tool_parser(name).parse(AROUND[name] % text)
+    assert found.calls == ([call("{}", "f")] if key == "id" else [])
+
+
+@pytest.mark.parametrize("name", ("hermes", "llama3", "mistral", "granite", "json"))
+def test_half_of_a_surrogate_pair_becomes_a_character_that_can_be_sent(name: str) -> None:
+    text = '{"name": "f\\ud83d", "id": "\\ude00i", "arguments": "{\\"a\\": \\"\\ud83d\\"}"}'
+    whole = '{"name": "\\ud83d\\ude00", "arguments": {}}'
+    found = tool_parser(name).parse(AROUND[name] % text)
+    assert found.calls == [call('{"a": "\ufffd"}', "f\ufffd", "\ufffdi")]
+    assert tool_parser(name).parse(AROUND[name] % whole).calls == [call("{}", "\U0001f600")]
 
 
 def test_the_template_tells_the_parser() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -174,6 +175,21 @@ def test_the_result_does_not_depend_on_where_the_text_is_cut(
 )
 def test_the_schema_gives_the_type_of_an_argument(parameter: str, text: str, meant: str) -> None:
     assert as_json(text, ArgumentTypes(TOOLS).of("edit", parameter)) == meant
+
+
+def test_the_schema_of_an_argument_is_read_once_however_often_it_is_written() -> None:
+    num_read = 0
+
+    class Values(list[int]):
+        def __iter__(self) -> Iterator[int]:
+            nonlocal num_read
+            num_read += 1
+            return super().__iter__()
+
+    parameters = {"properties": {"a": {"enum": Values([1, 2])}}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    found = tool_parser("glm45").with_tools([tool]).parse(glm("f", a="1") * 19)
+    assert found.calls == [call("f", {"a": 1})] * 19 and num_read == 1
 
 
 def test_a_schema_that_refers_to_too_many_others_has_no_known_type() -> None:

@@ -264,6 +264,19 @@ def test_a_full_queue_refuses_requests_until_one_ends(engine: Engine) -> None:
     serve(engine, work, 2, max_queued=2)
 
 
+def test_a_refused_request_takes_no_place_in_the_queue(engine: Engine) -> None:
+    """Also if it is refused last: the second of its answers would have too large a seed."""
+
+    async def work(client: Client) -> None:
+        for _ in range(4):
+            with pytest.raises(ValueError, match="seed is 9223372036854775808"):
+                await client.open(PROMPTS[1], greedy(1, n=2, seed=2**63 - 1))
+        for stream in [await client.open(PROMPTS[1], ENDLESS) for _ in range(6)]:
+            stream.abort()
+
+    serve(engine, work, max_queued=2)
+
+
 def test_a_slow_reader_gets_fewer_and_larger_parts(llm: LLM, engine: Engine) -> None:
     (expected,) = llm.generate(PROMPTS[4:5], greedy(40, logprobs=1), use_tqdm=False)
 
