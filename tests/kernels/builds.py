@@ -8,6 +8,7 @@ each target has a fork.
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import re
@@ -15,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ KB = 1024
 
 
 class Target(NamedTuple):
-    """A GPU, by Triton's names. A compile takes one second, so most GPUs get few cases."""
+    """A GPU, by Triton's names. A compile takes up to some seconds, so most GPUs get few cases."""
 
     backend: str
     arch: int | str
@@ -74,8 +74,22 @@ BETWEEN = ("rtx3090", "rtx5090")
 # Rows of a decode step, or the most queries of a row of a prefill step, and the window.
 LARGE = {"decode": (256, 0), "prefill": (8192, 0)}
 SMALL = {"decode": (1, 4096), "prefill": (16, 4096)}
+Sizes = dict[str, tuple[int, int]]
+ONE_ROW, ROWS = {"decode": SMALL["decode"]}, {"decode": LARGE["decode"]}
+FEW_TOKENS, TOKENS = {"prefill": SMALL["prefill"]}, {"prefill": LARGE["prefill"]}
 # What GPUs other than WHOLE get. The largest heads and steps need the most shared memory.
-FEW_CASES = {"qwen3-0.6b": SMALL, "head-256": LARGE}
+FEW_CASES: dict[str, tuple[Sizes, ...]] = {"qwen3-0.6b": (SMALL,), "head-256": (LARGE,)}
+# What WHOLE gets: every tile. That of a decode step has the most stages, thus the most shared
+# memory, for one row. That of a prefill step is another for few tokens if heads have up to 128
+# values of 2 bytes. The tiles of heads of 80 and 96 are those of 128: each gets half of the cases.
+WHOLE_CASES: dict[str, tuple[Sizes, ...]] = {
+    "qwen3-0.6b": (LARGE, SMALL),
+    "qwen2-0.5b": (SMALL, TOKENS),
+    "head-80": (ONE_ROW, TOKENS),
+    "head-96 group-16": (ROWS, FEW_TOKENS),
+    "head-256": (ONE_ROW, TOKENS),
+    "head-256-fp32": (SMALL,),
+}
 # Models with an fp8 cache, for GPUs that convert fp8 in hardware; all of them for WHOLE alone.
 FP8_TARGETS = ("rtx4090", WHOLE)
 FP8_MODELS = {
@@ -87,8 +101,19 @@ FP8_MODELS = {
 }
 
 
-def fp8_models(target: str) -> dict[str, Model]:
-    return FP8_MODELS if target == WHOLE else dict(list(FP8_MODELS.items())[:1])
+# The prefill tile of blocks of 64 is that of qwen3-0.6b. The largest tile and the largest heads,
+# which need the most registers, get both cases of decode.
+FP8_CASES: dict[str, tuple[Sizes, ...]] = {
+    "qwen3-0.6b": (LARGE, ONE_ROW),
+    "blocks-of-64": (ONE_ROW,),
+    "qwen2-0.5b": (LARGE,),
+    "head-256": (LARGE, ONE_ROW),
+    "fp32": (ONE_ROW, TOKENS),
+}
+
+
+def fp8_cases(target: str) -> dict[str, tuple[Sizes, ...]]:
+    return FP8_CASES if target == WHOLE else dict(list(FP8_CASES.items())[:1])
 
 
 POINTERS = {
@@ -125,29 +150,23 @@ class Build(NamedTuple):
 
 
 def attention_of_models(name: str) -> Iterator[Build]:
-    target = TARGETS[name]
-    for model_name, model in MODELS.items():
-        if name == WHOLE:
-            yield from attention(model_name, model, target, LARGE)
-            yield from attention(model_name, model, target, SMALL)
-        elif model_name in FEW_CASES:
-            yield from attention(model_name, model, target, FEW_CASES[model_name])
-        elif name in FAR and model.dtype == "fp32":
-            yield from attention(model_name, model, target, LARGE)
+    target, cases = TARGETS[name], WHOLE_CASES if name == WHOLE else FEW_CASES
+    if name in FAR:
+        cases = cases | {"head-256-fp32": (LARGE,)}
+    for model_name, several in cases.items():
+        for sizes in several:
+            yield from attention(model_name, MODELS[model_name], target, sizes)
     if name not in FP8_TARGETS:
         return
-    for model_name, model in fp8_models(name).items():
-        for sizes in (LARGE, {"decode": SMALL["decode"]}):
+    for model_name, several in fp8_cases(name).items():
+        for sizes in several:
+            model = FP8_MODELS[model_name]
             yield from attention(f"fp8 {model_name}", model, target, sizes, has_fp8_cache=True)
     yield from stores("fp8 qwen3-0.6b", FP8_MODELS["qwen3-0.6b"], has_fp8_cache=True)
 
 
 def attention(
-    name: str,
-    model: Model,
-    target: Target,
-    sizes: dict[str, tuple[int, int]],
-    has_fp8_cache: bool = False,
+    name: str, model: Model, target: Target, sizes: Sizes, has_fp8_cache: bool = False
 ) -> Iterator[Build]:
     import triton
 
@@ -259,14 +278,16 @@ def products(target: Target, whole: bool) -> Iterator[Build]:
         yield Build(label, kernel, constants, num_warps)
 
 
-def steps(whole: bool) -> Iterator[Build]:
+def steps(name: str) -> Iterator[Build]:
     """The sampler, and the kernels that compute the inputs of a decode step."""
     from nanovllm.kernels.triton import filter as triton_filter
     from nanovllm.kernels.triton import mask as triton_mask
     from nanovllm.kernels.triton import sample as triton_sample
     from nanovllm.kernels.triton import step as triton_step
 
-    for label, is_part in (("best_of_span", False), ("best_of_span of a rank", True)):
+    whole = name == WHOLE
+    forms = (("best_of_span", False), ("best_of_span of a rank", True))
+    for label, is_part in forms if name in WITH_RANKS else forms[:1]:
         span = {"TILE": triton_sample.TILE, "IS_PART": is_part, "HARDWARE": True}
         yield Build(label, triton_sample.best_of_span_kernel, span, 4)
     yield Build("best_of_row", triton_sample.best_of_row_kernel, {"SPANS_P": 256}, 4, out="*i64")
@@ -289,7 +310,8 @@ def steps(whole: bool) -> Iterator[Build]:
         )
     inputs = {"BLOCKS": 640, "BLOCK_SIZE": 64, "PIECE": 1024}
     yield Build("decode_inputs", triton_step.decode_inputs_kernel, inputs, 4)
-    span = inputs | {"ROWS": 256, "TOKENS": triton_step.SPAN_TOKENS}
+    # each token is compared with each row: 256 rows take the assembler some seconds
+    span = inputs | {"ROWS": 256 if whole else 16, "TOKENS": triton_step.SPAN_TOKENS}
     yield Build("span_inputs", triton_step.span_inputs_kernel, span, 4)
     for has_num in (False, True):
         rows = {"ROWS": triton_step.ROWS, "HAS_NUM": has_num}
@@ -300,16 +322,27 @@ def steps(whole: bool) -> Iterator[Build]:
 
 
 def mixtures(name: str) -> Iterator[Build]:
-    """The kernels of experts: of one model, and of odd sizes in fp32."""
-    from tests.kernels.expert_builds import launches
+    """The kernels of experts: of one model, and of odd sizes.
 
-    cases, shared_bytes = (("qwen3-30b-a3b", "bf16"), ("odd", "fp32")), TARGETS[name].shared_bytes
-    for model, dtype in cases if name == WHOLE else cases[:1]:
-        for label, kernel, constants, num_warps, num_stages, types in launches(
-            model, shared_bytes, dtype, all_forms=name == WHOLE or name in FAR
-        ):
+    The tiles of groups alone depend on the GPU, so most GPUs get the other kernels in odd sizes.
+    """
+    from tests.kernels.expert_builds import group_launches, other_launches
+
+    shared_bytes, all_forms = TARGETS[name].shared_bytes, name == WHOLE or name in FAR
+    model, odd = ("qwen3-30b-a3b", "bf16"), ("odd", "fp32" if name == WHOLE else "bf16")
+    cases = [
+        (model, group_launches(*model, shared_bytes, name == WHOLE, all_forms)),
+        (odd, other_launches(odd[0], all_forms and name != WHOLE)),
+    ]
+    if name == WHOLE:
+        cases += [
+            (model, other_launches(model[0], True)),
+            (odd, group_launches(*odd, shared_bytes, False, False)),
+        ]
+    for (model_name, dtype), launches in cases:
+        for label, kernel, constants, num_warps, num_stages, types in launches:
             yield Build(
-                f"experts {model} {dtype}: {label}", kernel, constants, num_warps, num_stages,
+                f"experts {model_name} {dtype}: {label}", kernel, constants, num_warps, num_stages,
                 dtype, types=types,
             )  # fmt: skip
 
@@ -320,7 +353,7 @@ def segments(target: Target, whole: bool) -> Iterator[Build]:
 
     cases = ((16, 64, "bf16"), (16, 72, "bf16"), (8, 128, "bf16"), (8, 128, "fp32"))
     for num_heads, head_dim, dtype in cases if whole else cases[:1]:
-        for max_len in (4096, 64) if whole else (4096,):
+        for max_len in (4096, 64) if whole and dtype != "fp32" else (4096,):
             tile = segment.segment_tile(
                 head_dim, 4 if dtype == "fp32" else 2, max_len, target.shared_bytes
             )
@@ -366,7 +399,7 @@ def all_builds(name: str) -> Iterator[Build]:
     yield from mixtures(name)
     if name in WITH_RANKS:
         yield from sums(whole)
-    yield from steps(whole)
+    yield from steps(name)
 
 
 def compile_build(build: Build, target: Target) -> Any:
@@ -420,32 +453,38 @@ class AbsentDevice:
         return self._target
 
 
-def instructions(cubin: bytes) -> Counter[str]:
-    """How often each instruction occurs in the machine code."""
+def stack_bytes(cubin: bytes) -> int:
+    """The local memory of a thread, where values are that do not fit the registers."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "-sass", file.name]
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return Counter(
-        re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@\S+ )?([A-Z][\w.]*)", text, re.MULTILINE)
-    )
+    (usage,) = re.findall(r"STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
+    return sum(map(int, usage))
 
 
 def compile_all(name: str) -> dict[str, dict[str, Any]]:
     """Properties of each kernel: its shared memory in bytes, and the NVIDIA instructions it has.
 
-    Where they matter, also the numbers of spills, of loads of single bytes, and of conversions of
-    two fp8 values at once.
+    Where they matter, also the bytes of its stack, and the numbers of loads of single bytes from
+    shared memory, and of conversions of two fp8 values at once.
     """
+    from triton import knobs
     from triton.runtime import driver
 
     target = TARGETS[name]
     driver.set_active(AbsentDevice(target))  # type: ignore[arg-type]
     found = {}
     for build in all_builds(name):
+        is_examined = target.backend == "cuda" and (
+            converts_fast(build) or is_of_segments(build.name)
+        )
+        # Line numbers take an eighth of the time of a compile. They may change the code a little,
+        # so kernels that are examined have them, as on a GPU.
+        knobs.compilation.disable_line_info = not is_examined
         compiled = compile_build(build, target)
         text = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
         marks = ("mma.", "wgmma.", "mfma", "ex2.approx.ftz", "cp.async", "bf16")
@@ -453,12 +492,11 @@ def compile_all(name: str) -> dict[str, dict[str, Any]]:
             "shared": compiled.metadata.shared,
             "marks": [mark for mark in marks if mark in text],
         }
-        if target.backend == "cuda" and (converts_fast(build) or is_of_segments(build.name)):
-            code = instructions(compiled.asm["cubin"])
+        if is_examined:
             one |= {
-                "spills": sum(num for name, num in code.items() if name.startswith(("STL", "LDL"))),
-                "byte loads": sum(num for name, num in code.items() if name.startswith("LDS.U8")),
-                "conversions": code["F2FP.F16.E4M3.UNPACK_B"],
+                "stack bytes": stack_bytes(compiled.asm["cubin"]),
+                "byte loads": len(re.findall(r"\bld\.shared\S*\.[bsu]8\b", text)),
+                "conversions": text.count("cvt.rn.f16x2.e4m3x2"),
             }
         found[build.name] = one
     return found
@@ -472,11 +510,19 @@ def compile_or_say_why_not(name: str) -> tuple[str, dict[str, dict[str, Any]] | 
 
 
 def main(names: list[str]) -> None:
+    from triton.runtime.cache import triton_key
+
     for name in names:
         for build in all_builds(name):
             assert build.kernel  # all are imported before the forks
+    triton_key()  # reads the whole compiler, once before the forks
+    # The collector would go through all of torch again and again, a twelfth of the time.
+    gc.freeze()
+    gc.disable()
+    # The GPU with the most cases comes first, so that the others fill the other process meanwhile.
+    names = sorted(names, key=lambda name: name != WHOLE)
     with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:
-        for done in pool.imap(compile_or_say_why_not, names, chunksize=1):
+        for done in pool.imap_unordered(compile_or_say_why_not, names, chunksize=1):
             print(json.dumps(done), flush=True)
 
 

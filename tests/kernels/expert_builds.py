@@ -31,16 +31,29 @@ CHOICE = {"weight_ptr": "*fp32"}
 Launch = tuple[str, Any, dict[str, Any], int, int, dict[str, str]]
 
 
-def launches(name: str, shared_bytes: int, dtype: str, all_forms: bool) -> Iterator[Launch]:
-    """All launches of a sparse layer: for one token and for many; with all forms also those that
-    read experts on the host, and those with experts on other ranks."""
+def other_launches(name: str, all_forms: bool) -> Iterator[Launch]:
+    """All launches of a sparse layer but those of groups; with all forms also those that read
+    experts on the host, and those with experts on other ranks."""
     mixture = MIXTURES[name]
     yield from _choices(mixture, ("", " spread") if all_forms else ("",))
     for where in ("", " offloaded", " spread") if all_forms else ("",):
         yield from _few(mixture, where)
-    for offloaded in (False, True) if all_forms else (False,):
-        yield from _many(mixture, offloaded, shared_bytes, dtype)
     yield from _copies(mixture)
+
+
+def group_launches(
+    name: str, dtype: str, shared_bytes: int, every: bool, offloaded: bool
+) -> Iterator[Launch]:
+    """Products for many tokens: both for groups of 1 and of 24. The largest groups have one tile,
+    which `every` compiles for both products. In fp32 that is the tile for 24, with fewer stages."""
+    cases = [(pairs_each, gated) for pairs_each in (1.0, 24.0) for gated in (False, True)]
+    if dtype != "fp32":
+        cases += [(1000.0, gated) for gated in ((False, True) if every else (True,))]
+    for pairs_each, gated in cases:
+        yield _group(MIXTURES[name], pairs_each, gated, False, shared_bytes, dtype)
+    if offloaded:
+        for gated in (False, True) if every else (True,):
+            yield _group(MIXTURES[name], 1.0, gated, True, shared_bytes, dtype)
 
 
 def _choices(mixture: Mixture, forms: tuple[str, ...]) -> Iterator[Launch]:
@@ -92,33 +105,33 @@ def _few(mixture: Mixture, where: str) -> Iterator[Launch]:
         yield f"pair {label}{where}", kernel, constants, tile.num_warps, 3, TYPES
 
 
-def _many(mixture: Mixture, offloaded: bool, shared_bytes: int, dtype: str) -> Iterator[Launch]:
+def _group(
+    mixture: Mixture, pairs_each: float, gated: bool, offloaded: bool, shared_bytes: int, dtype: str
+) -> Launch:
     from nanovllm.kernels.triton import experts_many as many
 
     hidden, size, num_experts, top_k = mixture
+    tile = many.group_tile(pairs_each, gated, 4 if dtype == "fp32" else 2, shared_bytes)
+    constants = {
+        "NUM_EXPERTS": num_experts,
+        "EXPERTS_P": triton.next_power_of_2(num_experts),
+        "TOP_K": top_k,
+        "NUM_OUTS": size if gated else hidden,
+        "DEPTH": hidden if gated else size,
+        "ROWS": tile.rows,
+        "LINES": tile.lines,
+        "COLUMNS": tile.columns,
+        "STAGES": tile.num_stages,
+        "X_BY": (many.BY_TOKEN if gated else many.BY_PLACE).value,
+        "OUT_BY": (many.BY_PLACE if gated else many.BY_PAIR).value,
+        "GATED": gated,
+        "HAS_SCALE": not gated,
+        "OFFLOADED": offloaded,
+        "UPCAST": False,
+    }
     where = " offloaded" if offloaded else ""
-    for pairs_each in (1.0, 24.0, 1000.0)[: 1 if offloaded else 3]:
-        for gated in (False, True):
-            tile = many.group_tile(pairs_each, gated, 4 if dtype == "fp32" else 2, shared_bytes)
-            constants = {
-                "NUM_EXPERTS": num_experts,
-                "EXPERTS_P": triton.next_power_of_2(num_experts),
-                "TOP_K": top_k,
-                "NUM_OUTS": size if gated else hidden,
-                "DEPTH": hidden if gated else size,
-                "ROWS": tile.rows,
-                "LINES": tile.lines,
-                "COLUMNS": tile.columns,
-                "STAGES": tile.num_stages,
-                "X_BY": (many.BY_TOKEN if gated else many.BY_PLACE).value,
-                "OUT_BY": (many.BY_PLACE if gated else many.BY_PAIR).value,
-                "GATED": gated,
-                "HAS_SCALE": not gated,
-                "OFFLOADED": offloaded,
-                "UPCAST": False,
-            }
-            label = f"group {'gate_up' if gated else 'down'} {pairs_each:g}{where}"
-            yield label, many.group_linear_kernel, constants, tile.num_warps, 3, TYPES
+    label = f"group {'gate_up' if gated else 'down'} {pairs_each:g}{where}"
+    return label, many.group_linear_kernel, constants, tile.num_warps, 3, TYPES
 
 
 def _copies(mixture: Mixture) -> Iterator[Launch]:
