@@ -50,13 +50,32 @@ def _seeded() -> None:
 def save_tiny(
     folder: Path, architecture: str = "qwen3", *, dtype: str = "float32", **changes: Any
 ) -> Path:
-    """Save a small random checkpoint made by transformers; returns its folder.
+    """Save a small random checkpoint made by transformers; returns its folder."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config(architecture, **changes)).to(
+        getattr(torch, dtype)
+    )
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            # transformers initializes biases to zero, which would hide mistakes in them
+            torch.nn.init.normal_(parameter, std=0.1)
+        elif "norm" in name:
+            # Gemma's norms multiply by 1 + weight
+            mean = 0.0 if architecture.startswith("gemma") else 1.0
+            torch.nn.init.normal_(parameter, mean=mean, std=0.1)
+    model.save_pretrained(folder)
+    return folder
+
+
+def tiny_config(architecture: str, **changes: Any) -> Any:
+    """The config of a small model, with `changes`.
 
     `initializer_range` is large, so that logits are far apart and rounding does not change greedy
     tokens.
     """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     fields: dict[str, Any] = {
         "vocab_size": 512,
@@ -73,20 +92,7 @@ def save_tiny(
         "eos_token_id": 3,
         **changes,
     }
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **fields)).to(
-        getattr(torch, dtype)
-    )
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            # transformers initializes biases to zero, which would hide mistakes in them
-            torch.nn.init.normal_(parameter, std=0.1)
-        elif "norm" in name:
-            # Gemma's norms multiply by 1 + weight
-            mean = 0.0 if architecture.startswith("gemma") else 1.0
-            torch.nn.init.normal_(parameter, mean=mean, std=0.1)
-    model.save_pretrained(folder)
-    return folder
+    return AutoConfig.for_model(architecture, **fields)
 
 
 @pytest.fixture(scope="session")

@@ -1,41 +1,57 @@
-"""Rehearse buckets of a small model for an H200 without a GPU, and compile the kernels found.
+"""Rehearse buckets of small models for an H200 without a GPU, and compile the kernels found.
 
-`python rehearsal.py FOLDER ARCHITECTURE` prints JSON. With a third argument, each layer has so many
-resident experts. Of a model with experts, half of the buckets are rehearsed.
+`python rehearsal.py FOLDER CASE …` prints a line of JSON for each case: its name and what was
+found, or why it failed. A case is an architecture. "mixtral:2" has two resident experts in each
+layer. Of a model with experts, half of the buckets are rehearsed.
 
 It runs in its own process: the other tests use Triton's interpreter, which replaces the compiler,
-and this file replaces the device queries of torch and Triton.
+and this file replaces the device queries of torch and Triton. Each case has a fork, so everything
+is imported once.
+
+Which kernel a launch asks for is known from its first form, before the passes of Triton, LLVM and
+the assembler. They take most of the time of a compile, and `tests/kernels/builds.py` runs them.
+Here they run for one short kernel, and for those that it has not. The others are stored in their
+first form.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import sys
+import traceback
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
+from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
 
 from nanovllm import EngineConfig
+from nanovllm.compile.trace import trace
 from nanovllm.kernels.triton import build as triton_build
 from nanovllm.kernels.triton import register as triton_kernels
 from nanovllm.kernels.triton import rehearsal as triton_rehearsal
 from nanovllm.kernels.triton import step as triton_step
 from nanovllm.models import loader as weights
 from nanovllm.models.vision import weights as tower_weights
+from nanovllm.platforms import preload
 from nanovllm.platforms.cuda import TRAITS, CudaPlatform
 from nanovllm.startup import choose
 from nanovllm.startup.compile_farm.builder import Builder
-from tests.conftest import save_tiny
-from tests.kernels.builds import TARGETS, AbsentDevice, Target
+from tests.conftest import tiny_config
+from tests.kernels.builds import TARGETS, WHOLE, AbsentDevice, Target, all_builds
 from tests.models import tower_cases
 
+Stage = Callable[[Any, dict[str, Any]], Any]  # of a compile: from module and metadata to a module
+SHORT = "advance_kernel"
 DEVICE = torch.device("cuda", 0)
-NAMES = {"qwen3_vl": "Qwen3VLForConditionalGeneration"}
+NAMES = {"qwen3_vl": "Qwen3VLForConditionalGeneration", "mixtral": "MixtralForCausalLM"}
 BUCKETS = (
     ("prefill", 256),
     ("prefill", 64),
@@ -81,7 +97,7 @@ class Platform(CudaPlatform):
 
 
 def make_up_device() -> None:
-    target = TARGETS["h200"]
+    target = TARGETS[WHOLE]
     properties = SimpleNamespace(
         multi_processor_count=132,
         shared_memory_per_block_optin=target.shared_bytes,
@@ -107,6 +123,32 @@ def make_up_device() -> None:
     tower_weights.random = empty_tower
 
 
+def shorten_compiles() -> None:
+    """Store the first form of kernels that the tests of kernels compile, except for SHORT."""
+    known = {build.kernel.__name__ for build in all_builds(WHOLE)} - {SHORT}
+    whole = CUDABackend.add_stages
+
+    def add_stages(self: Any, stages: dict[str, Stage], options: Any, language: Any) -> None:
+        whole(self, stages, options, language)
+        first = stages["ttir"]
+
+        def begin(source: Any, metadata: dict[str, Any]) -> Any:
+            module = first(source, metadata)
+            if (name := module.get_entry_func_name()) in known:
+                metadata |= {"name": name, "shared": 0}
+            return module
+
+        def unless_known(stage: str, make: Stage, module: Any, metadata: dict[str, Any]) -> Any:
+            if metadata.get("name") not in known:
+                return make(module, metadata)
+            return str(module).encode() if stage == "cubin" else module
+
+        for stage, make in list(stages.items()):
+            stages[stage] = begin if make is first else partial(unless_known, stage, make)
+
+    CUDABackend.add_stages = add_stages
+
+
 def real(value: Any) -> Any:
     """A tensor with memory and the layout of the fake tensor `value`; other values unchanged."""
     if not isinstance(value, Tensor):
@@ -116,21 +158,25 @@ def real(value: Any) -> Any:
     return whole.as_strided(value.shape, value.stride(), value.storage_offset())
 
 
-def save_seeing(folder: Path, name: str) -> Path:
-    """The config of a model with a vision tower; no weights are read here."""
-    config = tower_cases.config(name)
+def save_config(folder: Path, name: str) -> Path:
+    """A checkpoint without weights: none are read here."""
+    if name in tower_cases.TOWERS:
+        config = tower_cases.config(name)
+        text = config.text_config
+        text.head_dim, text.hidden_size, text.num_hidden_layers = 64, 256, 5
+        text.dtype = torch.bfloat16
+        text.rope_parameters["mrope_section"] = [16, 8, 8]
+        config.vision_config.out_hidden_size = text.hidden_size
+    else:
+        config = tiny_config(name, head_dim=64, dtype="bfloat16")
     config.architectures = [NAMES[name]]
-    text = config.text_config
-    text.head_dim, text.hidden_size, text.num_hidden_layers = 64, 256, 5
-    text.dtype = torch.bfloat16
-    text.rope_parameters["mrope_section"] = [16, 8, 8]
-    config.vision_config.out_hidden_size = text.hidden_size
     config.save_pretrained(folder)
     return folder
 
 
-def main(folder: Path, architecture: str, num_resident: int | None = None) -> dict[str, Any]:
+def rehearse(folder: Path, architecture: str, num_resident: int | None = None) -> dict[str, Any]:
     make_up_device()
+    shorten_compiles()
     triton_build.watch()
     triton_kernels.register()
     triton_step.register()
@@ -143,12 +189,8 @@ def main(folder: Path, architecture: str, num_resident: int | None = None) -> di
         return found
 
     triton_rehearsal._request = seen
-    if architecture in tower_cases.TOWERS:
-        model = save_seeing(folder / "model", architecture)
-    else:
-        model = save_tiny(folder / "model", architecture, dtype="bfloat16", head_dim=64)
     config = EngineConfig(
-        str(model), dtype="bfloat16", max_model_len=512, max_num_batched_tokens=256,
+        str(folder / "model"), dtype="bfloat16", max_model_len=512, max_num_batched_tokens=256,
         max_num_seqs=48, graph_batch_sizes=[1, 3, 4, 48], compile_cache=folder / "store",
         expert_offload=num_resident,
     )  # fmt: skip
@@ -170,6 +212,7 @@ def main(folder: Path, architecture: str, num_resident: int | None = None) -> di
         kernel.run(
             grid=(1,), warmup=True, **{name: real(value) for name, value in arguments.items()}
         )
+    binaries = (folder / "store" / "triton").glob("*/*.cubin")
     return {
         "numbers": [answer["numbers"][:3] for answer in answers],
         "problems": [answer["problem"] for answer in answers],
@@ -178,6 +221,7 @@ def main(folder: Path, architecture: str, num_resident: int | None = None) -> di
         "longest": json.loads(max(lengths, key=lengths.__getitem__))["name"],
         "names": sorted({json.loads(one)["name"] for one in requests}),
         "files": sorted({path.suffix for path in (folder / "store" / "triton").glob("*/*")}),
+        "assembled": sorted({path.stem for path in binaries if is_assembled(path)}),
         "launches": len(launches),
         "launchers": len(driver.active.launchers),
         "compiled_before": compiled_before,
@@ -186,5 +230,29 @@ def main(folder: Path, architecture: str, num_resident: int | None = None) -> di
     }
 
 
+def is_assembled(path: Path) -> bool:
+    return path.read_bytes().startswith(b"\x7fELF")
+
+
+def found_or_why_not(folder: Path, architecture: str, *options: int) -> dict[str, Any] | str:
+    try:
+        return rehearse(folder, architecture, *options)
+    except Exception:
+        return traceback.format_exc()
+
+
+def main(folder: Path, cases: list[str]) -> None:
+    preload.import_compilers()
+    trace(lambda x: x + 1, {"x": torch.zeros(2, 2)}, varying=("x",))
+    calls: list[tuple[Any, ...]] = []
+    for case in cases:
+        architecture, *num_resident = case.split(":")
+        calls.append((folder / case, architecture, *map(int, num_resident)))
+        save_config(folder / case / "model", architecture)
+    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
+        for case, call in zip(cases, calls):
+            print(json.dumps([case, pool.apply(found_or_why_not, call)]), flush=True)
+
+
 if __name__ == "__main__":
-    print(json.dumps(main(Path(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:]))))
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -8,12 +8,11 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -25,82 +24,95 @@ from nanovllm.startup.compile_farm import farm as compile_farm
 from nanovllm.startup.compile_farm.farm import CompileFarm, WorkerFailed
 from nanovllm.startup.compile_farm.tasks import Outcome
 from tests.conftest import save_tiny
+from tests.startup.starts import Ended, Starts, one_anew
 
 ROOT = Path(__file__).parents[2]
 OPTIONS: dict[str, Any] = {
     "device": "cpu", "max_model_len": 64, "max_num_seqs": 4, "graph_batch_sizes": [1, 4],
     "num_kvcache_blocks": 20, "max_num_batched_tokens": 64,
 }  # fmt: skip
-COMPILERS = ("torch._dynamo", "torch._inductor", "sympy", "triton", "transformers")
-
-SCRIPT = """
-import json, sys
-model, options = sys.argv[1], json.loads(sys.argv[2])
-from nanovllm import LLM, SamplingParams
-llm = LLM(model, **options)
-params = [
-    SamplingParams(temperature=0, max_tokens=9, ignore_eos=True),
-    SamplingParams(temperature=1, seed=3, max_tokens=9),
-]
-outputs = llm.generate([[5, 6, 7], [8] * 19], params, use_tqdm=False)
-compiler = llm.engine.runner.compiler
-counters = {}
-if "torch._dynamo" in sys.modules:
-    from torch._dynamo.utils import counters
-print(json.dumps({
-    "tokens": [output["token_ids"] for output in outputs],
-    "compiled": compiler.num_compiled, "loaded": compiler.num_loaded,
-    "kernels": llm.engine.runner.platform.kernels_compiled(),
-    "modules": [name for name in json.loads(sys.argv[3]) if name in sys.modules],
-    "counters": {name: dict(values) for name, values in counters.items() if values},
-}))
-"""
 
 
-def spawn(
-    model: Path, store: Path | None, environment: dict[str, str] | None = None, **options: Any
-) -> Any:
-    chosen = {**OPTIONS, **options, **({"compile_cache": str(store)} if store else {})}
-    variables = {
+class Filled(NamedTuple):
+    """A store after a cold start, and the result of that start."""
+
+    folder: Path
+    cold: dict[str, Any]
+
+
+def variables(compiler: Path) -> dict[str, str]:
+    kept = {
         name: value
         for name, value in os.environ.items()
         if not name.startswith(("TORCHINDUCTOR", "TRITON"))
     }
-    return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(model), json.dumps(chosen), json.dumps(COMPILERS)],
-        env={**variables, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(environment or {})},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def result(process: Any) -> tuple[dict[str, Any], str]:
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    return json.loads(out), err
-
-
-def start(*args: Any, **options: Any) -> tuple[dict[str, Any], str]:
-    return result(spawn(*args, **options))
+    return {**kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CXX": str(compiler)}
 
 
 @pytest.fixture(scope="module")
-def filled(
-    tmp_path_factory: pytest.TempPathFactory, tiny_qwen3: Path
-) -> tuple[Path, dict[str, Any]]:
-    """A store after a cold start, and the output of that start."""
+def compiler(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A C++ compiler that does not optimise: it takes a quarter of the time."""
+    script = tmp_path_factory.mktemp("compiler") / "c++"
+    script.write_text('#!/bin/sh\nexec g++ "$@" -O0\n')
+    script.chmod(0o700)
+    return script
+
+
+@pytest.fixture(scope="module")
+def starts(tmp_path_factory: pytest.TempPathFactory, compiler: Path) -> Iterator[Starts]:
+    starts = Starts(tmp_path_factory.mktemp("starts"), variables(compiler))
+    yield starts
+    starts.close()
+
+
+def arguments(model: Path, store: Path | None, **options: Any) -> list[str]:
+    chosen = {**OPTIONS, **options, **({"compile_cache": str(store)} if store else {})}
+    return [str(model), json.dumps(chosen)]
+
+
+def read(ended: Ended) -> tuple[dict[str, Any], str]:
+    assert ended.returncode == 0, ended.err
+    return json.loads(ended.out), ended.err
+
+
+def start(
+    starts: Starts,
+    model: Path,
+    store: Path | None,
+    environment: dict[str, str] | None = None,
+    *,
+    compiles: bool = False,
+    **options: Any,
+) -> tuple[dict[str, Any], str]:
+    """The result of a start, and what it said. With `compiles` the compilers are imported."""
+    chosen = arguments(model, store, **options)
+    return read(starts.wait(starts.begin(chosen, environment or {}, compiles=compiles)))
+
+
+def start_anew(
+    model: Path, store: Path, compiler: Path, environment: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """The result of a start in a process that has imported nothing."""
+    return read(one_anew(arguments(model, store), {**variables(compiler), **(environment or {})}))[
+        0
+    ]
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory, tiny_qwen3: Path, compiler: Path) -> Filled:
     folder = tmp_path_factory.mktemp("warm") / "store"
-    cold, _ = start(tiny_qwen3, folder)
+    cold = start_anew(tiny_qwen3, folder, compiler)
     assert cold["compiled"] > 0 and cold["loaded"] == 0 and cold["kernels"] == ["kernels", "step"]
-    return folder, cold
+    return Filled(folder, cold)
 
 
 @pytest.fixture
-def store(filled: tuple[Path, dict[str, Any]], tmp_path: Path) -> Path:
-    """A copy of the filled store for a test to damage."""
+def store(filled: Filled, cpu_kernels: Path, tmp_path: Path) -> Path:
+    """A copy of the filled store for a test to damage. It also has the kernels as the compiler of
+    this process makes them."""
     folder = tmp_path / "store"
-    shutil.copytree(filled[0], folder)
+    shutil.copytree(filled.folder, folder)
+    shutil.copytree(cpu_kernels, folder / "cpp", dirs_exist_ok=True)
     return folder
 
 
@@ -112,7 +124,7 @@ def assert_warm(warm: dict[str, Any], cold: dict[str, Any]) -> None:
 
 
 def test_a_warm_start_compiles_nothing_and_gives_the_same_tokens(
-    filled: tuple[Path, dict[str, Any]], tiny_qwen3: Path, tmp_path: Path
+    filled: Filled, tiny_qwen3: Path, tmp_path: Path, compiler: Path, starts: Starts
 ) -> None:
     folder, cold = filled
     # another home, another folder, other variables
@@ -122,21 +134,19 @@ def test_a_warm_start_compiles_nothing_and_gives_the_same_tokens(
         "NOISE": "1",
         "OMP_NUM_THREADS": "2",
     }
-    assert_warm(start(tiny_qwen3, folder, environment)[0], cold)
-    assert_warm(
-        start(tiny_qwen3, None, {"NANOVLLM_CACHE": str(folder)}, compile_cache_mode="require")[0],
-        cold,
-    )
+    assert_warm(start_anew(tiny_qwen3, folder, compiler, environment), cold)
+    environment = {"NANOVLLM_CACHE": str(folder)}
+    assert_warm(start(starts, tiny_qwen3, None, environment, compile_cache_mode="require")[0], cold)
 
 
 def test_another_checkpoint_of_the_same_shape_is_warm(
-    filled: tuple[Path, dict[str, Any]], tmp_path: Path
+    filled: Filled, tmp_path: Path, starts: Starts
 ) -> None:
     folder, cold = filled
     other = save_tiny(
         tmp_path / "other", num_hidden_layers=3, rope_theta=5000.0, max_position_embeddings=256
     )
-    warm, _ = start(other, folder, compile_cache_mode="require")
+    warm, _ = start(starts, other, folder, compile_cache_mode="require")
     assert (warm["compiled"], warm["kernels"]) == (0, []) and warm["tokens"] != cold["tokens"]
     assert warm["loaded"] == cold["compiled"]
 
@@ -149,31 +159,32 @@ def spoil(paths: Iterator[Path]) -> None:
 
 @pytest.mark.parametrize("part", ["entries", "objects", "cpp"])
 def test_with_a_truncated_store_tokens_are_right_and_it_is_mended(
-    store: Path, filled: tuple[Path, dict[str, Any]], tiny_qwen3: Path, part: str
+    store: Path, filled: Filled, tiny_qwen3: Path, part: str, starts: Starts
 ) -> None:
     spoil((store / part).iterdir())
-    again, err = start(tiny_qwen3, store)
-    assert again["tokens"] == filled[1]["tokens"]
+    again, err = start(starts, tiny_qwen3, store, compiles=part != "cpp")
+    assert again["tokens"] == filled.cold["tokens"]
     assert "again" in err and "Traceback" not in err
-    assert_warm(start(tiny_qwen3, store)[0], filled[1])
+    assert_warm(start(starts, tiny_qwen3, store)[0], filled.cold)
 
 
 def test_two_starts_may_fill_a_store_at_once(
-    store: Path, filled: tuple[Path, dict[str, Any]], tiny_qwen3: Path
+    store: Path, filled: Filled, tiny_qwen3: Path, starts: Starts
 ) -> None:
     for part in ("entries", "objects"):
         shutil.rmtree(store / part)
-    both = [spawn(tiny_qwen3, store) for _ in range(2)]
-    for process in both:
-        assert result(process)[0]["tokens"] == filled[1]["tokens"]
-    assert_warm(start(tiny_qwen3, store)[0], filled[1])
+    both = [starts.begin(arguments(tiny_qwen3, store), {}, compiles=True) for _ in range(2)]
+    for begun in both:
+        assert read(starts.wait(begun))[0]["tokens"] == filled.cold["tokens"]
+    assert_warm(start(starts, tiny_qwen3, store)[0], filled.cold)
 
 
 def test_where_nothing_can_be_written_the_engine_runs(
-    filled: tuple[Path, dict[str, Any]], tiny_qwen3: Path
+    filled: Filled, tiny_qwen3: Path, starts: Starts
 ) -> None:
-    cold, err = start(tiny_qwen3, Path("/proc/nowhere"), graph_batch_sizes=[4])
-    assert cold["tokens"] == filled[1]["tokens"]
+    nowhere = Path("/proc/nowhere")
+    cold, err = start(starts, tiny_qwen3, nowhere, compiles=True, graph_batch_sizes=[4])
+    assert cold["tokens"] == filled.cold["tokens"]
     assert err.count("compiled code is not kept") == 1 and "compile_cache" in err
 
 
@@ -221,12 +232,14 @@ def test_require_needs_a_store_and_graphs(tmp_path: Path, tiny_qwen3: Path, stor
         EngineConfig("tiny-qwen3", compile_cache=3)  # type: ignore[arg-type]
 
 
-def test_require_does_not_compile_libraries_either(store: Path, tiny_qwen3: Path) -> None:
+def test_require_does_not_compile_libraries_either(
+    store: Path, tiny_qwen3: Path, starts: Starts
+) -> None:
     shutil.rmtree(store / "cpp")
-    process = spawn(tiny_qwen3, store, compile_cache_mode="require")
-    _, err = process.communicate(timeout=120)
-    assert process.returncode and "CompileRequired" in err
-    assert "kernels.cpp has no usable library" in err and not list(store.glob("cpp/*"))
+    chosen = arguments(tiny_qwen3, store, compile_cache_mode="require")
+    ended = starts.wait(starts.begin(chosen, {}))
+    assert ended.returncode and "CompileRequired" in ended.err
+    assert "kernels.cpp has no usable library" in ended.err and not list(store.glob("cpp/*"))
 
 
 def test_a_store_that_others_can_write_is_refused(store: Path, tiny_qwen3: Path) -> None:
@@ -238,48 +251,48 @@ def test_a_store_that_others_can_write_is_refused(store: Path, tiny_qwen3: Path)
 # Filling a store in advance -----------------------------------------------------------------------
 
 
-def precompile(model: Path, folder: Path, bare: Path, batch_sizes: str) -> Any:
+# the compiler with which `bare_store` was made
+USUAL = {"CXX": os.environ.get("CXX", "")}
+
+
+def precompile(starts: Starts, model: Path, folder: Path, bare: Path, batch_sizes: str) -> Ended:
     """Fill the store `folder` with `bare` as the model: a copy of the model without weights."""
     bare.mkdir(exist_ok=True)
     shutil.copy(model / "config.json", bare)
     command = [
-        sys.executable, "scripts/precompile.py", "--model", str(bare), "--bs", *batch_sizes.split(),
+        "scripts/precompile.py", "--model", str(bare), "--bs", *batch_sizes.split(),
         "--out", str(folder), "--jobs", "2", "--device", "cpu", "--max-model-len", "64",
         "--max-num-seqs", "4", "--max-num-batched-tokens", "64",
     ]  # fmt: skip
-    variables = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("TORCHINDUCTOR", "TRITON"))
-    }
-    environment = {**variables, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    return starts.wait(starts.begin(command, USUAL))
 
 
 def test_precompile_reads_no_weights_and_leaves_nothing_to_compile(
-    filled: tuple[Path, dict[str, Any]], bare_store: Path, tiny_qwen3: Path, tmp_path: Path
+    filled: Filled, bare_store: Path, tiny_qwen3: Path, tmp_path: Path, starts: Starts
 ) -> None:
-    done = precompile(tiny_qwen3, bare_store, tmp_path / "bare", "1 4")
-    assert done.returncode == 0, done.stderr
-    assert "3 buckets, " in done.stdout
-    warm, _ = start(tiny_qwen3, bare_store, compile_cache_mode="require")
-    assert_warm(warm, filled[1])
-    refused = precompile(tiny_qwen3, bare_store, tmp_path / "bare", "0 4")
-    assert refused.returncode == 2 and "graph_batch_sizes is [0, 4]" in refused.stderr
+    done = precompile(starts, tiny_qwen3, bare_store, tmp_path / "bare", "1 4")
+    assert done.returncode == 0, done.err
+    assert "3 buckets, " in done.out
+    warm, _ = start(starts, tiny_qwen3, bare_store, USUAL, compile_cache_mode="require")
+    assert_warm(warm, filled.cold)
+    refused = precompile(starts, tiny_qwen3, bare_store, tmp_path / "bare", "0 4")
+    assert refused.returncode == 2 and "graph_batch_sizes is [0, 4]" in refused.err
 
 
-def test_a_model_with_sparse_and_dense_layers_starts_warm(bare_store: Path, tmp_path: Path) -> None:
+def test_a_model_with_sparse_and_dense_layers_starts_warm(
+    bare_store: Path, tmp_path: Path, starts: Starts
+) -> None:
     sizes = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
     model = save_tiny(
         tmp_path / "moe", "qwen3_moe", num_hidden_layers=4, mlp_only_layers=[1], **sizes
     )
-    done = precompile(model, bare_store, tmp_path / "bare", "1 4")
-    assert done.returncode == 0, done.stderr
+    done = precompile(starts, model, bare_store, tmp_path / "bare", "1 4")
+    assert done.returncode == 0, done.err
     # each bucket has programs for layers of both kinds
-    warm, _ = start(model, bare_store, compile_cache_mode="require")
+    warm, _ = start(starts, model, bare_store, USUAL, compile_cache_mode="require")
     assert (warm["compiled"], warm["kernels"], warm["modules"]) == (0, [], [])
     assert warm["loaded"] > 0
-    eager, _ = start(model, bare_store, enforce_eager=True)
+    eager, _ = start(starts, model, bare_store, USUAL, enforce_eager=True)
     assert warm["tokens"] == eager["tokens"] and eager["loaded"] == 0
 
 
@@ -346,10 +359,7 @@ def test_the_log_says_what_workers_did_and_how_long_it_took(
 
 
 def test_a_cold_start_with_workers_builds_nothing_itself(
-    filled: tuple[Path, dict[str, Any]],
-    tiny_qwen3: Path,
-    bare_store: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    filled: Filled, tiny_qwen3: Path, bare_store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Other processes fill the store while this one reads weights, as on a GPU."""
     asked: list[tuple[int, int]] = []
@@ -362,7 +372,7 @@ def test_a_cold_start_with_workers_builds_nothing_itself(
     for num_starts in (1, 2):
         llm = LLM(str(tiny_qwen3), **OPTIONS, compile_cache=bare_store)
         compiler = llm.engine.runner.compiler
-        assert (compiler.num_compiled, compiler.num_loaded) == (0, filled[1]["compiled"])
+        assert (compiler.num_compiled, compiler.num_loaded) == (0, filled.cold["compiled"])
         # with an empty store twice: before the model's size is known, and after
         assert len(asked) == num_starts + 1
     assert asked[0] == (0, 0) and asked[1][0] > 1 << 30
