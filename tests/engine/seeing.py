@@ -19,6 +19,7 @@ from transformers import (
 from nanovllm import LLM, SamplingParams
 from tests.engines import VOCAB_SIZE
 from tests.media.vision_cases import SPECIAL, Case, make_case
+from tests.models.tower_cases import BUDGETS
 
 NUM_TOKENS = 6
 PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -92,7 +93,7 @@ class Seeing:
         sizes = {"max_num_seqs": 8, "max_num_batched_tokens": 512, "max_model_len": 512}
         return LLM(
             str(self.folder), device="cpu", dtype="float32", graph_batch_sizes=[8],
-            kvcache_block_size=16, vision_patch_budgets=[64, 1024], **{**sizes, **options},
+            kvcache_block_size=16, vision_patch_budgets=BUDGETS, **{**sizes, **options},
         )  # fmt: skip
 
     def expected(self, text: str, **media: Any) -> tuple[list[int], list[int]]:

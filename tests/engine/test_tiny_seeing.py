@@ -24,6 +24,8 @@ from nanovllm.hub import SEEING, resolve
 
 FOLDER = resolve(SEEING)
 NUM_TOKENS = 24
+# the largest picture has 144 patches, and a step has several pictures
+BUDGETS = [144, 576]
 
 
 @pytest.fixture(
@@ -40,6 +42,7 @@ def llm(request: pytest.FixtureRequest) -> Iterator[LLM]:
     llm = LLM(
         SEEING, device=device, dtype="float32", enforce_eager=is_eager, max_num_seqs=32,
         max_model_len=256, max_num_batched_tokens=256, graph_batch_sizes=[32],
+        vision_patch_budgets=BUDGETS,
     )  # fmt: skip
     yield llm
     llm.close()

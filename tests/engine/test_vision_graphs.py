@@ -20,27 +20,22 @@ from nanovllm.startup import precompile
 from tests.conftest import save_tiny
 from tests.engines import drain
 from tests.models.test_vision_text import MODELS, Given, answers, engine
+from tests.models.tower_cases import BUDGETS
 
 PARTS = [0, (8, 4), 0, (2, 2), 0]
-BUDGETS = [32, 128]
 PLAIN = {"begin": 1, "layer": 4, "last_layer": 1, "head": 1}  # the programs of a step
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(tmp_path_factory.mktemp("store"))
 
 
 @pytest.fixture(scope="module", params=MODELS)
 def seeing(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, store: str
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Any, LLM]]:
     """transformers' model, and an engine with programs."""
     torch.manual_seed(0)
     hf = MODELS[request.param]().eval()
     folder = tmp_path_factory.mktemp(request.param)
     hf.save_pretrained(folder)
-    llm = engine(folder, max_num_batched_tokens=64, compile_cache=store)
+    llm = engine(folder, max_num_batched_tokens=64)
     yield hf, llm
     llm.close()
 
@@ -178,10 +173,10 @@ def test_steps_of_all_sizes_share_the_memory_of_embeddings(seeing: tuple[Any, LL
         assert one.embeds_LTD.data_ptr() == kept.embeds_LTD.data_ptr()
 
 
-def test_a_second_start_compiles_nothing(seeing: tuple[Any, LLM], store: str) -> None:
+def test_a_second_start_compiles_nothing(seeing: tuple[Any, LLM]) -> None:
     hf, llm = seeing
-    options = {"compile_cache": store, "compile_cache_mode": "require"}
-    again = engine(llm.engine.config.model, max_num_batched_tokens=64, **options)
+    options = {"max_num_batched_tokens": 64, "compile_cache_mode": "require"}
+    again = engine(llm.engine.config.model, **options)
     try:
         compiler, one = again.engine.runner.compiler, Given(hf, PARTS, 8)
         assert compiler.num_compiled == 0 and compiler.num_loaded > 0
@@ -243,7 +238,7 @@ def test_the_tower_counts_before_the_cache_is_sized(
 
     monkeypatch.setattr(CpuPlatform, "memory_budget", budget)
     found = runner.measure_budget(0.5)
-    assert order == ["reset", (128, {"few": False}), "measure"]
+    assert order == ["reset", (BUDGETS[-1], {"few": False}), "measure"]
     kept = runner.spec.embedding_cache_bytes
     assert kept > 0 and found.allowance_bytes == budgets[0].allowance_bytes - kept
 

@@ -66,4 +66,6 @@ def test_four_ranks_get_each_image_in_a_message(
 
 def test_graphs_of_two_ranks_give_the_tokens_of_one(tmp_path: Path) -> None:
     hf = saved("qwen3", tmp_path)
-    check(hf, tmp_path, 2, enforce_eager=False, max_num_batched_tokens=64)
+    # every image fits this budget, or is larger than any
+    options = {"max_num_batched_tokens": 64, "vision_patch_budgets": [64]}
+    check(hf, tmp_path, 2, enforce_eager=False, **options)

@@ -133,7 +133,7 @@ def test_logits_are_those_of_transformers_with_the_products(
 ) -> None:
     known = sequences(VOCAB_SIZE, *LENGTHS)
     expected = transformers_logits(reconstructed(compressed, tmp_path / "products"), known, device)
-    runner = load(compressed, device, enforce_eager=is_eager)
+    runner = load(compressed, device, enforce_eager=is_eager, graph_batch_sizes=[4])
     assert max_difference(engine_logits(runner, known), expected) < TOLERANCE
     forms = [type(layer.experts) for layer in runner.params.layers if hasattr(layer, "experts")]
     assert forms and set(forms) == {Compressed}

@@ -23,6 +23,7 @@ from nanovllm.runner.tower import TowerSteps
 from tests.media.vision_cases import picture, without_torchvision
 from tests.models import omni_cases
 from tests.models.omni_cases import FILM, PICTURE, RATE, SOUND, as_16_bits, clip, wav
+from tests.models.tower_cases import BUDGETS
 
 __all__ = ["without_torchvision"]
 
@@ -72,7 +73,7 @@ def llm(request: pytest.FixtureRequest, thinker: Any, device: str) -> Any:
 def engine(folder: Path, **options: Any) -> LLM:
     return LLM(
         str(folder), dtype="float32", max_num_seqs=4, graph_batch_sizes=[4],
-        max_num_batched_tokens=16, kvcache_block_size=16,
+        max_num_batched_tokens=16, kvcache_block_size=16, vision_patch_budgets=BUDGETS,
         **{"device": "cpu", "max_model_len": 600, **options},
     )  # fmt: skip
 

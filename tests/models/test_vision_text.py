@@ -25,6 +25,7 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.engine.media_intake import MediaPrompt
 from nanovllm.runner.towers import Encodable
 from nanovllm.schedule.request import Content
+from tests.models.tower_cases import BUDGETS
 
 IMAGE, VIDEO, START = 90, 91, 92
 TEXT: dict[str, Any] = {
@@ -202,8 +203,8 @@ def engine(folder: Path, **options: Any) -> LLM:
     sizes = {"max_num_seqs": 8, "max_num_batched_tokens": 512, "max_model_len": 128}
     return LLM(
         str(folder), dtype="float32", graph_batch_sizes=[8], kvcache_block_size=16,
-        skip_tokenizer_init=True, vision_patch_budgets=[32, 128],
-        **{"device": "cpu", **sizes, **options},
+        skip_tokenizer_init=True,
+        **{"device": "cpu", "vision_patch_budgets": BUDGETS, **sizes, **options},
     )  # fmt: skip
 
 

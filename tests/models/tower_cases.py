@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Patches that programs of tiny towers are compiled for. Tests share them, because towers with equal
+# blocks then share programs.
+BUDGETS = (64, 256)
 TEXT = {
     "vocab_size": 160,
     "hidden_size": 32,

@@ -28,9 +28,9 @@ from nanovllm.platforms.base import Platform
 from nanovllm.runner.steps import FROZEN
 from nanovllm.runner.tower import TowerSteps
 from tests.models import tower_cases
+from tests.models.tower_cases import BUDGETS
 
 TOLERANCE = 1e-4
-BUDGETS = (64, 256)
 NAMES = tuple(tower_cases.TOWERS)
 Grids = list[tuple[int, int, int]]
 CASES: dict[str, Grids] = {
