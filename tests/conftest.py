@@ -19,6 +19,9 @@ if not torch.cuda.is_available():
 # Compiling after warm-up is an error in all tests.
 os.environ["NANOVLLM_STRICT"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Processes that tests start use one thread, as `one_thread` does here. On a busy machine a tiny
+# model takes ten times the processor time with two: OpenMP's threads wait for each other busily.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

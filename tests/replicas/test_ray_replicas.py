@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -35,6 +36,7 @@ SIZES = {
 }  # fmt: skip
 PROMPTS = random_prompts([1, 19, 70, 33, 7, 48])
 NUM_CPUS = 4  # of each node
+WAIT_S = 30  # for what takes up to some seconds on a machine that is not busy
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +98,7 @@ def children(parents: set[int]) -> set[int]:
 
 
 def wait_until(is_true: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + WAIT_S
     while not is_true():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -294,6 +296,7 @@ def test_engines_share_a_connection_until_the_last_one_closes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     calls: list[str] = []
+    settings = [True]  # of whether Ray connects by itself
 
     class Fake:
         @staticmethod
@@ -308,16 +311,21 @@ def test_engines_share_a_connection_until_the_last_one_closes(
         calls.append("connect")
         return Fake
 
+    def connect_by_itself(allowed: bool) -> bool:
+        settings.append(allowed)
+        return settings[-2]
+
     monkeypatch.setitem(sys.modules, "ray", Fake)
     monkeypatch.setattr(cluster, "connect", connect)
+    monkeypatch.setattr(cluster, "_connect_by_itself", connect_by_itself)
     shared = cluster.Shared()
     for _ in range(2):
         shared.open("x")
         shared.open("x")
         shared.close()
-        assert Fake.is_initialized()
+        assert Fake.is_initialized() and not settings[-1]
         shared.close()
-        assert not Fake.is_initialized()
+        assert not Fake.is_initialized() and settings[-1]
     calls.append("connect")  # by the user
     shared.open("x")
     shared.close()
@@ -344,7 +352,7 @@ def test_folders_of_this_process_have_full_paths_elsewhere(
 
 
 def test_the_loss_of_a_node_and_of_an_actor_end_their_own_requests_only(
-    alone: LLM, two: LLM, two_nodes: Any
+    alone: LLM, two: LLM, two_nodes: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It ends a node for good, then stops the actor on the other one."""
     prompts = random_prompts([30] * 8, seed=6)
@@ -362,10 +370,11 @@ def test_the_loss_of_a_node_and_of_an_actor_end_their_own_requests_only(
         reasons[piece.index] = piece.finish_reason
         if piece.finish_reason == "error":
             assert f"replica {lost} on node 127.0.0.1 is lost" in piece.error
-            assert time.monotonic() - started < 10
+            assert time.monotonic() - started < WAIT_S
     assert reasons.count("error") in range(1, 5) and reasons.count("length") >= 4
     for found, wanted, reason in zip(ids, expected, reasons, strict=True):
         assert found == (wanted if reason == "length" else wanted[: len(found)])
+    monkeypatch.setattr(ray_replica, "SILENT_S", 4)  # of the calls that begin from now on
     assert tokens(two, prompts, greedy(5)) == [one[:5] for one in expected]
     (actor,) = relays()
     (engine,) = children({actor})
@@ -375,8 +384,8 @@ def test_the_loss_of_a_node_and_of_an_actor_end_their_own_requests_only(
         for _ in range(2):
             for output in two.generate(prompts, greedy(5), use_tqdm=False):
                 assert f"replica {1 - lost} on node" in output.outputs[0].error
-                assert "has not answered for 8 s" in output.outputs[0].error
-                assert time.monotonic() - started < 10
+                assert re.search("has not answered for [48] s", output.outputs[0].error)
+                assert time.monotonic() - started < WAIT_S
     wait_until(lambda: not relays() and not Path(f"/proc/{engine}").exists())
     two.close()
     wait_until(lambda: not groups_in_use())

@@ -23,7 +23,7 @@ from tests.replicas.test_data_parallel import children, wait_until_gone
 ROOT = Path(__file__).parents[2]
 ENGINE: dict[str, Any] = {"model": "tiny-qwen3", "skip_tokenizer_init": True}
 SHORT: dict[str, Any] = {"prompt": [5, 6], "max_tokens": 3, "temperature": 0}
-LONG: dict[str, Any] = {**SHORT, "max_tokens": 500}
+LONG: dict[str, Any] = {**SHORT, "max_tokens": 500}  # 5 s
 
 
 class Server:
@@ -108,7 +108,7 @@ def test_an_engine_answers_through_two_api_processes(make: Make) -> None:
 
 def test_sigterm_lets_requests_finish_and_refuses_new_ones(make: Make) -> None:
     server = make().start()
-    lines = server.ask({**LONG, "max_tokens": 100})
+    lines = server.ask({**LONG, "max_tokens": 250})  # time to see that others are refused
     next(lines), next(lines)
     server.process.send_signal(signal.SIGTERM)
     refused = ""
