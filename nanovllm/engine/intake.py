@@ -15,7 +15,7 @@ import numpy as np
 
 from nanovllm.checks import as_python
 from nanovllm.prompts import Prompt, PromptRefused, PromptTooLong, checked_text
-from nanovllm.sampling import SamplingParams
+from nanovllm.sampling import INT64_MAX, SamplingParams
 from nanovllm.schedule.plan import LogitEdits
 from nanovllm.schedule.request import Content
 from nanovllm.structured import library
@@ -176,6 +176,6 @@ def drawn_seed(engine_seed: int, request_id: int) -> int:
 
 def checked_priority(priority: object) -> int:
     value = as_python(priority)
-    if type(value) is not int:
-        raise ValueError(f"priority is {priority!r}: it must be a whole number")
+    if type(value) is not int or not -INT64_MAX <= value <= INT64_MAX:
+        raise ValueError(f"priority is {priority!r}: it must be a whole number of 64 bits")
     return value

@@ -120,10 +120,12 @@ class Shared:
             self._num_users -= 1
             if self._num_users:
                 return
-            if self._is_own:
-                self._is_own = False
-                sys.modules["ray"].shutdown()
-            _connect_by_itself(self._connects_by_itself)
+            try:
+                if self._is_own:
+                    self._is_own = False
+                    sys.modules["ray"].shutdown()
+            finally:
+                _connect_by_itself(self._connects_by_itself)
 
 
 def _connect_by_itself(allowed: bool) -> bool:

@@ -24,8 +24,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     ("architecture", "size"), [("mixtral", 2), ("qwen2_moe", 4), ("qwen3_moe", 2)]
 )
 def test_answers_are_those_of_one_rank(architecture: str, size: int, tmp_path: Path) -> None:
-    """A process takes seconds, so one architecture has four: `test_whole_experts.py` has all, as
-    threads."""
+    """A process takes seconds, so one architecture has four; `test_whole_experts.py` has two and
+    four threads for all of them."""
     folder = save_tiny(
         tmp_path / "model", architecture, vocab_size=101, **ARCHITECTURES[architecture]
     )

@@ -172,8 +172,9 @@ def test_requests_of_lower_priority_numbers_run_first(make_llm: Callable[..., LL
     assert [output["token_ids"] for output in outputs] == expected
     with pytest.raises(ValueError, match="2 priorities for 5 prompts"):
         llm.generate(prompts, greedy(3), use_tqdm=False, priority=[1, 2])
-    with pytest.raises(ValueError, match="priority is 'high': it must be a whole number"):
-        llm.generate([[5]], greedy(3), use_tqdm=False, priority=["high"])
+    for wrong in ("high", 2**63):
+        with pytest.raises(ValueError, match=f"priority is {wrong!r}: it must be a whole number"):
+            llm.generate([[5]], greedy(3), use_tqdm=False, priority=[wrong])
 
 
 def test_preemption_takes_the_lowest_priority_first(make_llm: Callable[..., LLM]) -> None:

@@ -170,8 +170,8 @@ def test_every_architecture(
     architecture: str, size: int, changes: dict[str, Any], tmp_path: Path
 ) -> None:
     """Of every expert, each rank has a part: `test_expert_parallel.py` has whole ones. A process
-    takes seconds, so one dense model and one with experts have four ranks; `test_shards.py` has
-    all, as threads."""
+    takes seconds, so one dense model and one with experts have four ranks; `test_shards.py` has two
+    and four threads for all dense models, and two for models with experts."""
     folder = save_tiny(tmp_path / "model", architecture, vocab_size=101, **changes)
     found = []
     for num_ranks in (1, size):

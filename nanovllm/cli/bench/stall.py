@@ -33,7 +33,7 @@ def measure_stall(args: argparse.Namespace, model: str, max_model_len: int) -> d
         "workload": "stall",
         "rows": args.stall_rows,
         "long_prompt_tokens": args.stall,
-        "max_stall_ms": round(stall.max_ms, 1) if stall else None,
+        "max_stall_ms": round(stall.max_ms, 3) if stall else None,
         "prefill_ms": prefill_ms,
         "attention_ms_per_million": round(1e6 * stall.attention_ms, 4) if stall else None,
         "worst_ms": max(run["during"]["worst"] for run in runs),
