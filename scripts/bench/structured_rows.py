@@ -1,10 +1,11 @@
-"""Tokens per second of free rows, alone and beside a constrained one, and of constrained rows.
+"""Tokens per second of free rows, alone and beside one more row, and of constrained rows.
 
     python scripts/bench/structured_rows.py --model tiny-qwen3 --device cpu
 
 Prints a line of JSON: medians and all values of several runs. The answers are compiled grammars'
 whose masks are those of a text; grammars and captured steps are made before the clock starts. A run
-ends with the first batch's last token, so a slower row beside it does not count.
+ends with the first batch's last token, so a slower row beside it does not count. The row beside it
+is constrained, or free: one more row of any kind makes a step longer.
 """
 
 from __future__ import annotations
@@ -48,11 +49,12 @@ class Rows:
         self._engine, self._num_tokens = engine, num_tokens
         self._random = random.Random(0)
 
-    def rate(self, num: int, num_beside: int, *, is_constrained: bool) -> float:
-        """Tokens per second of `num` rows, beside others that are constrained."""
+    def rate(self, num: int, *, is_constrained: bool, beside: bool | None) -> float:
+        """Tokens per second of `num` rows. beside: whether one more row is constrained; None: there
+        is none."""
         engine = self._engine
         ids = {self._add(is_constrained) for _ in range(num)}
-        beside = [self._add(True) for _ in range(num_beside)]
+        others = [] if beside is None else [self._add(beside)]
         begun = time.perf_counter()
         num_tokens = 0
         while ids:
@@ -61,7 +63,7 @@ class Rows:
                     num_tokens += len(one.completion.token_ids)
                     ids.remove(one.request_id)
         seconds = time.perf_counter() - begun
-        engine.abort_all(beside)
+        engine.abort_all(others)
         if num_tokens != num * self._num_tokens:
             raise RuntimeError(f"{num} answers have {num_tokens} tokens: some have ended early")
         return num_tokens / seconds
@@ -81,9 +83,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     llm = LLM(model, max_num_seqs=args.rows + 1, **options)
     rows = Rows(engine_of(llm), args.tokens)
     kinds: dict[str, dict[str, Any]] = {
-        "free": {"num_beside": 0, "is_constrained": False},
-        "free_beside_one": {"num_beside": 1, "is_constrained": False},
-        "constrained": {"num_beside": 0, "is_constrained": True},
+        "free": {"is_constrained": False, "beside": None},
+        "free_beside_free": {"is_constrained": False, "beside": False},
+        "free_beside_one": {"is_constrained": False, "beside": True},
+        "constrained": {"is_constrained": True, "beside": None},
     }
     found: dict[str, list[float]] = {name: [] for name in kinds}
     for run in range(args.runs + 1):  # the kinds take turns; the first run warms up
@@ -98,6 +101,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "tokens": args.tokens,
         "tokens_per_second": medians,
         "free_beside_one_share": round(medians["free_beside_one"] / medians["free"], 4),
+        "of_free_beside_free": round(medians["free_beside_one"] / medians["free_beside_free"], 4),
         "constrained_share": round(medians["constrained"] / medians["free"], 4),
         "all": found,
     }
