@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -352,7 +351,7 @@ def test_folders_of_this_process_have_full_paths_elsewhere(
 
 
 def test_the_loss_of_a_node_and_of_an_actor_end_their_own_requests_only(
-    alone: LLM, two: LLM, two_nodes: Any, monkeypatch: pytest.MonkeyPatch
+    alone: LLM, two: LLM, two_nodes: Any
 ) -> None:
     """It ends a node for good, then stops the actor on the other one."""
     prompts = random_prompts([30] * 8, seed=6)
@@ -370,11 +369,10 @@ def test_the_loss_of_a_node_and_of_an_actor_end_their_own_requests_only(
         reasons[piece.index] = piece.finish_reason
         if piece.finish_reason == "error":
             assert f"replica {lost} on node 127.0.0.1 is lost" in piece.error
-            assert time.monotonic() - started < WAIT_S
+            assert time.monotonic() - started < 10
     assert reasons.count("error") in range(1, 5) and reasons.count("length") >= 4
     for found, wanted, reason in zip(ids, expected, reasons, strict=True):
         assert found == (wanted if reason == "length" else wanted[: len(found)])
-    monkeypatch.setattr(ray_replica, "SILENT_S", 4)  # of the calls that begin from now on
     assert tokens(two, prompts, greedy(5)) == [one[:5] for one in expected]
     (actor,) = relays()
     (engine,) = children({actor})
@@ -384,8 +382,8 @@ def test_the_loss_of_a_node_and_of_an_actor_end_their_own_requests_only(
         for _ in range(2):
             for output in two.generate(prompts, greedy(5), use_tqdm=False):
                 assert f"replica {1 - lost} on node" in output.outputs[0].error
-                assert re.search("has not answered for [48] s", output.outputs[0].error)
-                assert time.monotonic() - started < WAIT_S
+                assert "has not answered for 8 s" in output.outputs[0].error
+                assert time.monotonic() - started < 10
     wait_until(lambda: not relays() and not Path(f"/proc/{engine}").exists())
     two.close()
     wait_until(lambda: not groups_in_use())

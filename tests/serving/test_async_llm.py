@@ -52,7 +52,7 @@ def test_answers_are_those_of_llm_under_uvloop(expected: list[Any]) -> None:
     assert nanovllm.AsyncLLM is AsyncLLM
     start = time.perf_counter()
     llm = AsyncLLM(MODEL, **SIZES)
-    constructor_s = time.perf_counter() - start
+    assert time.perf_counter() - start < 1.0, "the constructor waits for nothing"
     num_ticks = 0
 
     async def tick() -> None:
@@ -65,8 +65,6 @@ def test_answers_are_those_of_llm_under_uvloop(expected: list[Any]) -> None:
         ticking = asyncio.ensure_future(tick())
         async with llm:
             ticking.cancel()
-            load_s = time.perf_counter() - start
-            assert constructor_s < load_s / 3, "the constructor waits for nothing"
             assert num_ticks > 10, "the loop goes on while the model loads"
             return await answers(llm, PROMPTS, PARAMS)
 
