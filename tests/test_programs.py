@@ -112,6 +112,39 @@ def test_a_child_runs_no_code_of_the_working_directory(
     assert ran(hostile) == []
 
 
+RAY = """
+from nanovllm.replicas import cluster
+from nanovllm.replicas.relay import Relay
+
+def work():
+    import importlib, sys
+    import nanovllm.batch.worker
+    for name in {names!r}:
+        if name not in sys.modules:
+            try:
+                importlib.import_module(name)
+            except ImportError:
+                pass
+    return sys.path
+
+ray = cluster.connect(None, "a test")
+print(ray.get(ray.remote(work).remote())[0])
+"""
+
+
+def test_an_actor_of_ray_runs_no_code_of_the_working_directory(
+    hostile: Path, tmp_path: Path
+) -> None:
+    """And finds this package where the driver does."""
+    script = tmp_path / "driver.py"
+    names = [name for name in NAMES if name not in ("torch", "transformers", "triton")]  # slow
+    script.write_text(RAY.format(names=names))
+    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, str(script)], env=variables, capture_output=True)
+    assert (done.returncode, ran(hostile)) == (0, []), done.stderr.decode()
+    assert done.stdout.decode().split()[-1] == str(ROOT)
+
+
 def test_one_place_knows_how_a_child_is_started() -> None:
     """All others take the command from there."""
     for path in (ROOT / "nanovllm").rglob("*.py"):
