@@ -2,7 +2,7 @@
 
 `python -m` and `python -c` put the working directory first in `sys.path`, before the standard
 library. It may be the folder of somebody else's checkpoint, with a file named safetensors.py in it.
-Python's option -P prevents this, from Python 3.11 on; the launcher here does it on all versions.
+Python's option -P prevents this, from Python 3.11 on; `launch.py` does it on all versions.
 `env.for_children` keeps the same folder out of the variables that list folders.
 """
 
@@ -16,17 +16,13 @@ from pathlib import Path
 
 from nanovllm import env
 
-# It imports nothing before the working directory, which is "" here, is gone.
-_LAUNCHER = (
-    "import sys; sys.path[:] = filter(None, sys.path); "
-    "import runpy; runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)"
-)
+_LAUNCHER = str(Path(__file__).absolute().with_name("launch.py"))
 
 
 def command(module: str, *arguments: str) -> list[str]:
     """The command that runs a module as `python -m` does, but imports nothing from the working
     directory. Use it with the variables of `env.for_children`."""
-    return [sys.executable, "-c", _LAUNCHER, module, *arguments]
+    return [sys.executable, _LAUNCHER, module, *arguments]
 
 
 def begin() -> None:
