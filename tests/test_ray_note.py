@@ -38,10 +38,13 @@ def test_a_note_of_this_user_is_believed(note: Path) -> None:
 
 @pytest.mark.parametrize("mode", [0o666, 0o664])
 def test_a_note_that_others_may_write_is_not_believed(
-    note: Path, caplog: pytest.LogCaptureFixture, mode: int
+    note: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, mode: int
 ) -> None:
     note.chmod(mode)
+    monkeypatch.setattr(private, "is_own_group", lambda _: False)
     assert env.ray_address() is None and f"its mode is {mode:o}" in caplog.text
+    monkeypatch.setattr(private, "is_own_group", lambda _: True)  # the umask is 002 then
+    assert (env.ray_address() is None) is (mode == 0o666)
 
 
 def test_a_note_of_another_user_is_not_believed(
