@@ -5,9 +5,11 @@
     cpp/  triton/  inductor/       libraries and kernels of the C++ compiler, Triton and Inductor
     bytecode/                      that of installed packages, in some containers (startup/bytecode)
 
-An artifact is code. The store refuses a folder that another user owns or can write to, and uses no
-such file. Call lists are JSON. Inductor's artifacts hold pickles; they are loaded only after their
-digest is checked.
+An artifact is code. The store refuses a folder that another user owns, can write to or can replace
+(`kernels/private.py`), and uses no such file. Artifacts are loaded from the bytes that were
+checked. Libraries and kernels can be loaded by their paths only: their folders still hold what was
+checked, since no other user can change them. Call lists are JSON. Inductor's artifacts hold
+pickles; they are loaded only after their digest is checked.
 """
 
 from __future__ import annotations
@@ -24,15 +26,13 @@ from pathlib import Path
 from typing import Any
 
 from nanovllm.compile.key import Key
-from nanovllm.kernels.code_files import (
-    BUILDING,
-    WRITING,
+from nanovllm.kernels.code_files import BUILDING, WRITING, digest, write_whole
+from nanovllm.kernels.private import (
     Shared,
-    digest,
     foreign_owner,
     make_private,
+    read_private,
     refuse_if_shared,
-    write_whole,
 )
 
 logger = logging.getLogger(__name__)
@@ -154,8 +154,7 @@ class Store:
 
     def _object(self, entry: Entry) -> bytes:
         path = self.folder / "objects" / entry.object
-        content = path.read_bytes()
-        refuse_if_shared(path)
+        content = read_private(path)
         if digest(content) != entry.object:
             raise Damaged(f"object {entry.object[:16]} is damaged: its digest differs")
         return content
@@ -163,8 +162,7 @@ class Store:
 
 def read_entry(path: Path) -> Entry:
     """Read one entry. Raises Damaged, Shared or OSError."""
-    refuse_if_shared(path)
-    recorded, _, text = path.read_bytes().partition(b"\n")
+    recorded, _, text = read_private(path).partition(b"\n")
     if digest(text).encode() != recorded:
         raise Damaged(f"entry {path.name[:16]} is damaged or truncated")
     content = json.loads(text)

@@ -1,7 +1,6 @@
 """Files that hold compiled code.
 
-They are in folders that only their owner can write, are written atomically, and are checked before
-use.
+They are in private folders (`private.py`), are written atomically, and are checked before use.
 """
 
 from __future__ import annotations
@@ -9,66 +8,53 @@ from __future__ import annotations
 import atexit
 import functools
 import hashlib
+import logging
 import os
 import shutil
 import tempfile
 from pathlib import Path
 
-PRIVATE = 0o700
+from nanovllm.kernels.private import SharedParent, accept_parent, refuse_shared_parents
+
+logger = logging.getLogger(__name__)
+
 # Prefixes of files and folders that exist while they are written. A killed process leaves them.
 WRITING, BUILDING = ".writing-", ".building-"
 
 
-class Shared(ValueError):
-    """A file or folder for compiled code that another user owns or may write to.
-
-    That user could make us run their code.
-    """
-
-
-def make_private(*folders: Path) -> None:
-    """Make folders that only their owner can enter; refuse existing ones that others may write to.
-
-    Raises OSError if a folder cannot be made, and Shared.
-    """
-    for folder in folders:
-        # one at a time: `parents` gives the folders above the mode of the umask
-        folder.mkdir(parents=True, exist_ok=True, mode=PRIVATE)
-        refuse_if_shared(folder)
-
-
-def refuse_if_shared(path: Path) -> None:
-    """Raise Shared if another user owns a file, a folder or a link to it, or may write to it.
-
-    Systems without user ids are not checked.
-    """
-    if not hasattr(os, "getuid") or not path.exists():
-        return
-    mode, own_mode = path.stat().st_mode & 0o777, 0o700 if path.is_dir() else 0o600
-    me, owner = os.getuid(), foreign_owner(path)
-    if owner is not None or mode & 0o022:
-        raise Shared(
-            f"{path} is for compiled code, but user {me if owner is None else owner} owns it and "
-            f"its mode is {mode:o}: it must belong to user {me} and be writable by nobody else "
-            f"(use chmod {own_mode:o}, or another folder through NANOVLLM_CACHE)"
-        )
-
-
-def foreign_owner(path: Path) -> int | None:
-    """The user id of somebody else who owns a file or a link to it; None if there is nobody."""
-    if hasattr(os, "getuid"):
-        for owner in (path.lstat().st_uid, path.stat().st_uid):
-            if owner != os.getuid():
-                return owner
-    return None
+# Where temporary files are, besides the folder that the environment names.
+_OTHER_TEMPORARY = ("/tmp", "/var/tmp")
 
 
 @functools.cache
 def temporary_folder() -> Path:
-    """A private folder that is deleted when this process ends. Raises OSError."""
-    folder = Path(tempfile.mkdtemp(prefix="nanovllm-"))
+    """A private folder that is deleted when this process ends. Raises OSError.
+
+    It is in the first folder of temporary files in which other users can replace nothing of ours.
+    If there is none, a warning says so: an engine must start on such a machine too.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="nanovllm-", dir=_temporary_place()))
     atexit.register(_delete_own, folder, os.getpid())
     return folder
+
+
+def _temporary_place() -> str:
+    named = tempfile.gettempdir()
+    problem: SharedParent | None = None
+    for place in (named, *_OTHER_TEMPORARY):
+        try:
+            refuse_shared_parents(Path(place, "nanovllm"))
+        except SharedParent as error:
+            problem = problem or error
+        except OSError:
+            continue
+        else:
+            if os.access(place, os.W_OK):
+                return place
+    if problem is not None:
+        logger.warning("no folder for temporary files is safe: %s", problem)
+        accept_parent(Path(named))
+    return named
 
 
 def _delete_own(folder: Path, process_id: int) -> None:

@@ -5,6 +5,12 @@ worker processes, which import torch at the same time.
 """
 
 import sys
+
+from nanovllm import import_path
+
+if import_path.begins_with_working_directory():
+    del sys.path[0]
+
 from typing import TYPE_CHECKING, Any
 
 from nanovllm import checkout

@@ -10,6 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from nanovllm import ray_note
+from nanovllm.kernels import private
+
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 
@@ -31,13 +34,16 @@ class Environment:
     def store_folder(self, given: str | os.PathLike[str] | None) -> Path:
         """The folder for compiled code: `given` by an option, or NANOVLLM_CACHE, or the default.
 
-        The default is ~/.cache/nanovllm, which is created here. Where that is impossible, it is a
-        folder of this user among the temporary files. Raises ValueError for a `~` that has no
-        meaning.
+        The default is ~/.cache/nanovllm, which is created here. Where that is impossible, or other
+        users could replace it, it is a folder of this user among the temporary files. Raises
+        ValueError for a `~` that has no meaning.
         """
         if given:
             return _absolute("compile_cache", os.fspath(given))
-        return self.cache or _usable(home_cache()) or _temporary_cache()
+        if self.cache:
+            return self.cache
+        home = home_cache()
+        return home if home and not problem_with(home) else _temporary_cache()
 
 
 def read() -> Environment:
@@ -79,15 +85,19 @@ def _temporary_cache() -> Path:
     return Path(tempfile.gettempdir(), f"nanovllm-{user}")
 
 
-def _usable(folder: Path | None) -> Path | None:
-    """The folder, made if it is missing, if it can be written or has been filled; else None."""
-    if folder is None:
-        return None
+def problem_with(folder: Path) -> str | None:
+    """Why a folder, which is made if it is missing, cannot hold compiled code; None if it can.
+
+    It can if it is safe from other users and can be written or has been filled. What others may do
+    with the folder itself is not asked: opening it as a store is an error then.
+    """
     try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError:
-        return None
-    return folder if os.access(folder, os.W_OK) or (folder / "entries").is_dir() else None
+        private.make_folders(folder)
+        private.refuse_shared_parents(folder)
+    except (OSError, private.SharedParent) as error:
+        return str(error)
+    is_usable = os.access(folder, os.W_OK) or (folder / "entries").is_dir()
+    return None if is_usable else f"{folder} cannot be written"
 
 
 def _absolute(name: str, text: str) -> Path:
@@ -105,14 +115,16 @@ def api_key() -> str | None:
 
 def ray_address() -> str | None:
     """The Ray cluster to use: RAY_ADDRESS, or the one that `ray start` has noted on this machine.
-    None: there is none, or RAY_ADDRESS is "local"."""
+    None: there is none, RAY_ADDRESS is "local", or another user may have written the note."""
     if given := os.environ.get("RAY_ADDRESS"):
         return None if given == "local" else given
     temporary = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"  # as Ray does
-    try:
-        return Path(temporary, "ray", "ray_current_cluster").read_text().strip() or None
-    except OSError:
-        return None
+    return ray_note.address(Path(temporary, "ray", "ray_current_cluster"))
+
+
+def may_dump_core() -> bool:
+    """NANOVLLM_CORE_DUMPS: 1 leaves the limit of core dumps as it is. Raises ValueError."""
+    return _switch("NANOVLLM_CORE_DUMPS")
 
 
 def settings() -> dict[str, str]:
@@ -143,10 +155,45 @@ def replace(variables: Mapping[str, str]) -> None:
     os.environ.update(variables)
 
 
+# Variables that list folders. An empty element means the working directory.
+_SEARCHED = (
+    "PYTHONPATH", "PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "LIBRARY_PATH", "CPATH",
+    "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH", "COMPILER_PATH",
+)  # fmt: skip
+
+
+def without_relative(variables: Mapping[str, str]) -> dict[str, str]:
+    """The same variables, without relative and empty elements in those that list folders.
+
+    Code, libraries and headers are then not taken from the working directory, which may be another
+    user's. A variable without other elements is left out, since an empty one means that directory.
+    """
+    found = dict(variables)
+    for name in _SEARCHED:
+        if name in found:
+            kept = [one for one in found.pop(name).split(os.pathsep) if os.path.isabs(one)]
+            if kept:
+                found[name] = os.pathsep.join(kept)
+    return found
+
+
+def drop_relative() -> None:
+    """`without_relative` for this process and what it starts."""
+    kept = without_relative(os.environ)
+    for name in _SEARCHED:
+        if name in os.environ and os.environ[name] != kept.get(name):
+            os.environ.pop(name)
+            if name in kept:
+                os.environ[name] = kept[name]
+
+
 def for_children() -> dict[str, str]:
-    """The environment for child processes: they import this package from the same place."""
-    root = str(Path(__file__).parents[1])
+    """The environment for child processes: they import this package from the same place, and
+    nothing from the working directory (`programs.command`)."""
+    found = without_relative(os.environ)
+    root = str(Path(__file__).absolute().parents[1])
     return {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
+        **found,
+        "PYTHONPATH": os.pathsep.join(filter(None, [root, found.get("PYTHONPATH")])),
+        "PYTHONSAFEPATH": "1",  # for what children start, from Python 3.11 on
     }

@@ -61,6 +61,31 @@ def test_a_filled_store_serves_from_a_home_that_cannot_be_written(
     assert env.read().store_folder(None) == folder
 
 
+@pytest.mark.parametrize("umask", [0, 0o022])
+def test_the_folder_above_the_default_one_is_private_too(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, umask: int
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    before = os.umask(umask)
+    try:
+        folder = env.read().store_folder(None)
+    finally:
+        os.umask(before)
+    assert [path.stat().st_mode & 0o777 for path in (folder, folder.parent)] == [0o700] * 2
+
+
+def test_a_default_folder_that_others_could_replace_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    folder = env.read().store_folder(None)
+    folder.parent.chmod(0o777)
+    assert env.read().store_folder(None) == tmp_path / f"nanovllm-{os.getuid()}"
+    assert f"chmod go-w {folder.parent}" in str(env.problem_with(folder))
+    folder.parent.chmod(0o755)
+    assert env.read().store_folder(None) == folder
+
+
 @pytest.mark.parametrize("name", ["NANOVLLM_CACHE", "NANOVLLM_DUMP_GRAPHS", "compile_cache"])
 def test_a_tilde_is_the_home_folder_or_an_error(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str

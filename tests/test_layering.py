@@ -15,7 +15,7 @@ PACKAGE = ROOT / "nanovllm"
 
 # The modules of ours that files of a layer may import, at any depth of the file.
 SETTINGS = tuple(
-    f"nanovllm.{name}" for name in ("checks", "config", "env", "hub", "log", "sampling")
+    f"nanovllm.{name}" for name in ("checks", "config", "env", "hub", "log", "programs", "sampling")
 )
 BELOW_STARTUP = tuple(
     f"nanovllm.{name}"
@@ -32,10 +32,16 @@ ALLOWED = {
         "nanovllm.structured",
         "nanovllm.checks",
         "nanovllm.env",
+        "nanovllm.programs",
         "nanovllm.sampling",
         "nanovllm.tokenizer",
     ),
-    "parallel": ("nanovllm.parallel", "nanovllm.env", "nanovllm.kernels.peers"),
+    "parallel": (
+        "nanovllm.parallel",
+        "nanovllm.env",
+        "nanovllm.programs",
+        "nanovllm.kernels.peers",
+    ),
     "schedule": ("nanovllm.schedule", "nanovllm.sampling", "nanovllm.tokenizer"),
     "runner": (
         "nanovllm.runner",
@@ -143,7 +149,8 @@ OPTIONS = ("npu_graph_mode", "npu_graph_options")
 # modules that import nothing of ours except each other
 LIGHT = (
     "checks", "config", "compat/options", "env", "flags", "sampling", "log", "media/options",
-    "structured/params",
+    "structured/params", "kernels/private", "programs",
+    "ray_note",
 )  # fmt: skip
 
 

@@ -109,7 +109,8 @@ def without_links(tmp_path: Path) -> Path:
     """A copy of the files that git leaves where it makes no symlinks."""
     folder = tmp_path / "copy"
     (folder / "nanovllm").mkdir(parents=True)
-    for name in ("setup.py", "README.md", *(f"nanovllm/{x}.py" for x in ("__init__", "checkout"))):
+    modules = (f"nanovllm/{name}.py" for name in ("__init__", "checkout", "import_path"))
+    for name in ("setup.py", "README.md", *modules):
         shutil.copy(ROOT / name, folder / name)
     for name in ("compile", "kernels"):
         (folder / name).mkdir()

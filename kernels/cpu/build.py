@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+import os
 import platform
 import re
 import shlex
@@ -24,16 +25,8 @@ from typing import ClassVar
 
 import torch
 
-from nanovllm.kernels.code_files import (
-    BUILDING,
-    PRIVATE,
-    Shared,
-    digest,
-    make_private,
-    refuse_if_shared,
-    temporary_folder,
-    write_whole,
-)
+from nanovllm.kernels.code_files import BUILDING, digest, temporary_folder, write_whole
+from nanovllm.kernels.private import PRIVATE, Shared, SharedParent, make_private, read_private
 
 logger = logging.getLogger(__name__)
 
@@ -173,7 +166,9 @@ def load(source: Path, structs: Sequence[Arguments] = ()) -> ctypes.CDLL:
     key = digest(repr((digest(text), flags, asked, instruction_set())).encode())[:32]
     try:
         make_private(folder)
-    except OSError as error:
+    except (OSError, SharedParent) as error:
+        if isinstance(error, SharedParent) and settings.folder is not None:
+            raise
         logger.warning("compiled C++ is kept for this process only: %s", error)
         folder = temporary_folder()
     library, recorded = folder / f"{source.stem}-{key}.so", folder / f"{source.stem}-{key}.sha256"
@@ -187,7 +182,7 @@ def load(source: Path, structs: Sequence[Arguments] = ()) -> ctypes.CDLL:
         write_whole(library, content)
         write_whole(recorded, digest(content).encode())
         _State.compiled.append(source.stem)
-    return ctypes.CDLL(str(library))
+    return ctypes.CDLL(str(library))  # nobody else can change the private folder meanwhile
 
 
 def _with_headers(source: Path) -> str:
@@ -209,9 +204,7 @@ def _with_headers(source: Path) -> str:
 
 def _is_whole(library: Path, recorded: Path) -> bool:
     try:
-        expected, content = recorded.read_text(), library.read_bytes()
-        refuse_if_shared(library)
-        refuse_if_shared(recorded)
+        expected, content = read_private(recorded).decode(), read_private(library)
     except Shared as error:
         logger.warning("compiling it again: %s", error)
         return False
@@ -253,7 +246,7 @@ def _command(asked: str | None, source: str) -> list[str]:
     Raises RuntimeError if there is none.
     """
     for program, *options in [_words(asked)] if asked else [[name] for name in COMPILERS]:
-        if path := shutil.which(program):
+        if path := installed(program):
             return [path, *options]
     names = asked or ", ".join(COMPILERS)
     raise RuntimeError(f"{source} cannot be compiled: no C++ compiler is found ({names})")
@@ -274,9 +267,20 @@ def script_of_compiler() -> Path | None:
     return script
 
 
+def installed(program: str) -> str | None:
+    """The full path of a program that is named, or of the first in PATH; None if there is none.
+
+    Relative and empty elements of PATH count for nothing: they would be folders below the working
+    directory, which may be another user's.
+    """
+    if os.path.dirname(program):
+        return shutil.which(os.path.abspath(program))
+    return shutil.which(program, path=os.pathsep.join(filter(os.path.isabs, os.get_exec_path())))
+
+
 def _words(asked: str) -> list[str]:
     """A compiler's program and options; the path of a program may contain spaces."""
-    return [asked] if shutil.which(asked) else shlex.split(asked)
+    return [asked] if installed(asked) else shlex.split(asked)
 
 
 def _native() -> list[str]:

@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from nanovllm import log
+from nanovllm import log, programs
 from nanovllm.batch.chunks import Chunk, Chunks
 from nanovllm.batch.results import Result
 from nanovllm.batch.rows import Line
@@ -34,6 +34,7 @@ class Replica:
         """Returns when the actor has its place in the cluster."""
 
     def load(self, config: EngineConfig, settings: Settings) -> None:
+        programs.begin()
         log.configure()
         self._shared, self._settings = load_engine(config), settings
 

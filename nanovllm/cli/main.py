@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, NamedTuple
 
-from nanovllm import env
+from nanovllm import env, programs
 from nanovllm.flags import Parser, nearest
 from nanovllm.startup import bytecode
 from nanovllm.tools import command_line
@@ -89,6 +89,8 @@ def run(name: str, words: Sequence[str] | None = None, *, program: str = "") -> 
     module.add_arguments(parser)
     try:
         args = parser.parse_args(words)
+        programs.begin()
+        env.drop_relative()
         if COMMANDS[name].has_engine:
             folder = getattr(args, "compile_cache", None)
             bytecode.keep(lambda: env.read().store_folder(folder))

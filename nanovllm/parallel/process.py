@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nanovllm import env
+from nanovllm import env, programs
 from nanovllm.parallel.channel import ChannelClosed, channel_pair
 from nanovllm.parallel.serve import BEAT_SECONDS, SETUP
 
@@ -51,7 +51,7 @@ class RankProcess:
         arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", module, *arguments],
+                programs.command(module, *arguments),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,

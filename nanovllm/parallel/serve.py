@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from nanovllm import programs
 from nanovllm.parallel.channel import Channel, ChannelClosed
 
 BEAT_SECONDS = 1.0
@@ -58,6 +59,7 @@ def connect(argv: Sequence[str]) -> Connection:
     for name in ("rank", "size", "channel", "beats"):
         parser.add_argument(f"--{name}", type=int, required=True)
     given = parser.parse_args(argv)
+    programs.begin()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _end_with_parent()
     for fd in (given.channel, given.beats):

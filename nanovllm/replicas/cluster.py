@@ -9,8 +9,9 @@ import logging
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from nanovllm import env
@@ -62,8 +63,27 @@ def connect(address: str | None, user: str) -> Any:
     return ray
 
 
+class _Folders(list[str]):
+    """Where processes of Ray look for modules first. Ray adds the working directory of this process
+    and the folder of its script, which then come before the standard library."""
+
+    def extend(self, folders: Iterable[str]) -> None:
+        """Adds nothing."""
+
+
+def _job(ray: Any) -> Any:
+    """A job whose actors import this package from where it is here, and nothing from the working
+    directory, which may be another user's."""
+    root = str(Path(__file__).absolute().parents[2])
+    return ray.job_config.JobConfig(_py_driver_sys_path=_Folders([root]))
+
+
 def _init(ray: Any, address: str | None) -> None:
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
+    quiet: dict[str, Any] = {
+        "log_to_driver": False,
+        "logging_level": logging.WARNING,
+        "job_config": _job(ray),
+    }
     if address is None:
         ray.init(
             address="local",

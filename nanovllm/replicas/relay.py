@@ -13,7 +13,7 @@ import queue
 import threading
 from contextlib import suppress
 
-from nanovllm import log
+from nanovllm import log, programs
 from nanovllm.parallel.channel import Message, pack
 from nanovllm.parallel.serve import ERROR, error_bytes
 from nanovllm.replicas.process_replica import ProcessReplica
@@ -28,6 +28,7 @@ class Relay:
 
     def __init__(self, index: int, setup: bytes) -> None:
         """Start the replica's process. `setup` is `setups.setup` as JSON."""
+        programs.begin()
         log.configure()
         self._inbox: Inbox = queue.SimpleQueue()
         self._replica = ProcessReplica(index, json.loads(setup), self._inbox)

@@ -24,6 +24,7 @@ import threading
 from concurrent.futures import Future
 from typing import Any
 
+from nanovllm import programs
 from nanovllm.config import EngineConfig
 from nanovllm.parallel.channel import Channel, ChannelClosed
 from nanovllm.replicas import server
@@ -80,6 +81,7 @@ def serve(setup: dict[str, Any], channel: Channel) -> None:
         target=_listen, args=(channel, process), name="supervisor", daemon=True
     )
     listening.start()
+    programs.find_again(setup["folder"])
     module, _, name = setup["target"].partition(":")
     getattr(importlib.import_module(module), name)(process)
     channel.send(DONE)

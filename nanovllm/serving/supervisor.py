@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
+from nanovllm import programs
 from nanovllm.config import EngineConfig
 from nanovllm.parallel.ranks import Ranks
 from nanovllm.parallel.watch import RankFailed, without_name
@@ -43,9 +44,10 @@ FAREWELL_SECONDS = 1.0
 class Service:
     """What a server consists of.
 
-    target: "package.module:function", which API processes run (see `api_process`). options: what
-    they are given, JSON. listener: a listening socket for all of them. drain_timeout: seconds that
-    running requests have after SIGTERM. max_queued: that of `Client`.
+    target: "package.module:function", which API processes run (see `api_process`); they find the
+    package in the folder where this process does. options: what they are given, JSON. listener: a
+    listening socket for all of them. drain_timeout: seconds that running requests have after
+    SIGTERM. max_queued: that of `Client`.
     shared_bytes: of memory that all API processes share, zeros at first.
     """
 
@@ -111,6 +113,7 @@ class Supervisor:
         service = self._service
         setup = {
             "target": service.target,
+            "folder": programs.folder_of(service.target.partition(":")[0]),
             "options": dict(service.options),
             "engine": setups.options(service.config),
             "index": index,

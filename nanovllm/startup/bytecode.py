@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nanovllm import env
-from nanovllm.kernels.code_files import Shared, make_private
+from nanovllm.kernels.private import Shared, make_private
 
 logger = logging.getLogger(__name__)
 FOLDER = "bytecode"

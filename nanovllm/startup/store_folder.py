@@ -9,7 +9,8 @@ from pathlib import Path
 from nanovllm import env
 from nanovllm.compile.store import Store, drop_damaged_kernels
 from nanovllm.config import EngineConfig
-from nanovllm.kernels.code_files import Shared, temporary_folder
+from nanovllm.kernels.code_files import temporary_folder
+from nanovllm.kernels.private import Shared
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +20,8 @@ def open_store(config: EngineConfig, *, must_keep: bool = False, has_kernels: bo
 
     If it cannot be made, a temporary store serves, or with `must_keep` OSError is raised. Without
     `has_kernels` its kernels are not checked: this process runs none. Raises ValueError for a
-    folder that others own or may write to, and in "require" mode for one that is no store.
+    folder that others own, may write to or could replace, and in "require" mode for one that is no
+    store.
     """
     environment = env.read()
     folder = environment.store_folder(config.compile_cache)
@@ -31,10 +33,12 @@ def open_store(config: EngineConfig, *, must_keep: bool = False, has_kernels: bo
     is_fallback = is_default and folder != env.home_cache()
     if is_fallback:
         message = (
-            "compiled code is kept in %s, which the system may delete, because %s cannot be "
-            "written (compile_cache or NANOVLLM_CACHE names another folder)"
+            "compiled code is kept in %s, which the system may delete: %s "
+            "(compile_cache or NANOVLLM_CACHE names another folder)"
         )
-        logger.warning(message, folder, env.home_cache() or "the home folder")
+        home = env.home_cache()
+        reason = env.problem_with(home) if home else "the home folder is not known"
+        logger.warning(message, folder, reason)
     return use_private_cache(
         folder, must_keep=must_keep, may_be_taken=is_fallback, has_kernels=has_kernels
     )
@@ -46,7 +50,7 @@ def use_private_cache(
     """A store in a folder that only its owner can write, since its code is executed.
 
     Errors are those of `open_store`. With `may_be_taken`, a temporary store also serves if another
-    user has made a folder of this name.
+    user has made a folder of this name, or could replace it.
     """
     try:
         store = Store(folder)

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
+from nanovllm import programs
 from nanovllm.structured import library
 from nanovllm.structured.library import Source
 
@@ -82,6 +83,7 @@ def answer(tokenizer: llguidance.LLTokenizer, request: dict[str, Any]) -> dict[s
 
 
 def main() -> None:
+    programs.begin()  # a grammar may crash this process
     if sys.platform == "linux":
         import resource
 

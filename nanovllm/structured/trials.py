@@ -7,12 +7,11 @@ import json
 import os
 import select
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from nanovllm import env
+from nanovllm import env, programs
 from nanovllm.structured.library import Source
 
 _START_S = 30.0  # to import the library
@@ -67,7 +66,7 @@ class Trial:
         if self._is_closed:
             raise ValueError("the engine is closed")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "nanovllm.structured.trial"],
+            programs.command("nanovllm.structured.trial"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,  # a panic of the library would quote the grammar

@@ -58,6 +58,8 @@ from scripts.bench.start_up import environment_of_starts
 CASES = ("start", *LOADS, "ends", "throughput", "structured")
 # in a child, so that the measuring process holds nothing on the device
 PROBE = """
+import sys
+sys.path[:] = filter(None, sys.path)  # nothing from the working directory
 import json, torch
 from nanovllm.cli.bench.engines import versions
 found = {"versions": versions(), "device": None, "used_bytes": None}

@@ -152,7 +152,7 @@ class Server:
 
 def _processes() -> dict[int, tuple[int, str]]:
     """The parent and the command of each process that has not ended, by its id."""
-    columns = ["ps", "-A", "-o", "pid=,ppid=,stat=,args="]
+    columns = ["ps", "-A", "-ww", "-o", "pid=,ppid=,stat=,args="]
     listed = subprocess.run(columns, capture_output=True, text=True, check=True).stdout
     found = {}
     for line in listed.splitlines():

@@ -34,10 +34,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-IMPORT_TORCH = (
+# imports nothing from the working directory
+PATH = "import sys; sys.path[:] = filter(None, sys.path); "
+IMPORT_TORCH = PATH + (
     "import time; begun = time.perf_counter(); import torch; print(time.perf_counter() - begun)"
 )
-IMPORT_ALL = """
+IMPORT_ALL = f"""{PATH}
 import tokenizers, torch, torch._inductor.compile_fx, transformers
 from transformers import AutoConfig, AutoTokenizer
 from nanovllm.platforms import preload

@@ -86,3 +86,33 @@ def test_a_name_that_another_user_took_first_is_left_alone(
         store = open_store(EngineConfig("tiny-qwen3"))
     assert store.folder == code_files.temporary_folder() and not list(taken.iterdir())
     assert f"{taken} is for compiled code" in caplog.text
+
+
+def test_a_start_goes_on_if_others_could_replace_the_default_folder(
+    without_home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And says why its programs are kept elsewhere."""
+    cache = without_home / "home" / ".cache"
+    cache.mkdir(parents=True)
+    cache.chmod(0o777)
+    monkeypatch.setenv("HOME", str(cache.parent))
+    with caplog.at_level(logging.WARNING):
+        store = open_store(EngineConfig("tiny-qwen3"))
+    assert store.folder == without_home / f"nanovllm-{os.getuid()}"
+    assert f"kept in {store.folder}" in caplog.text and f"chmod go-w {cache}" in caplog.text
+
+
+@pytest.mark.parametrize("named_by", ["compile_cache", "NANOVLLM_CACHE"])
+def test_a_named_folder_that_others_could_replace_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named_by: str
+) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o777)
+    config = EngineConfig("tiny-qwen3", compile_cache=str(shared / "store"))
+    if named_by == "NANOVLLM_CACHE":
+        monkeypatch.setenv(named_by, str(shared / "store"))
+        config = EngineConfig("tiny-qwen3")
+    expected = f"{shared}/store is .* owns {shared} and its mode is 777 .use chmod go-w {shared}"
+    with pytest.raises(ValueError, match=expected):
+        open_store(config)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from nanovllm import env
+from nanovllm import env, programs
 from nanovllm.cli import http
 from nanovllm.cli.bench import requests, results
 from nanovllm.cli.bench.serve import METRICS
@@ -150,7 +150,7 @@ class _Client:
         """Start the process, and wait until it has made its requests."""
         pipe = asyncio.subprocess.PIPE
         self._process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "nanovllm.cli.bench.client", stdin=pipe, stdout=pipe,
+            *programs.command("nanovllm.cli.bench.client"), stdin=pipe, stdout=pipe,
             env=env.for_children(), limit=LINE_BYTES,
         )  # fmt: skip
         await self._write(json.dumps(self._work))

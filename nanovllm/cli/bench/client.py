@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from time import monotonic
 from typing import Any
 
+from nanovllm import programs
 from nanovllm.cli import http
 
 # marks of events that have more than a piece of text
@@ -102,6 +103,7 @@ async def send_all(
 
 
 async def main() -> None:
+    programs.begin()
     work = json.loads(sys.stdin.readline())
     client = http.Client(work["url"], work["api_key"])
     requests = [(one["at"], client.request(work["path"], one["body"])) for one in work["requests"]]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import platform
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from nanovllm.cli.bench.throughput import OWN
 from nanovllm.compat.engine_args import given_engine_options
 from nanovllm.config import EngineConfig
 from nanovllm.engine.engine import Engine
+from nanovllm.kernels.cpu.build import installed
 from nanovllm.llm import LLM
 
 
@@ -109,8 +109,8 @@ def versions() -> dict[str, str]:
             continue
     if torch.cuda.is_available():
         found["cuda"] = str(torch.version.cuda)
-        if shutil.which("nvidia-smi"):
-            query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        if program := installed("nvidia-smi"):
+            query = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
             output = subprocess.run(query, capture_output=True, text=True).stdout
             found["driver"] = output.split("\n")[0].strip()
     return found

@@ -7,13 +7,12 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from nanovllm import env
+from nanovllm import env, programs
 from nanovllm.config import EngineConfig
 
 # Begins every answer, which is JSON: libraries print to stdout too when imported (torch_npu does).
@@ -74,7 +73,7 @@ def worker_command(config: EngineConfig) -> list[str]:
     store = config.compile_cache and str(config.compile_cache)
     options = json.dumps({**asdict(config), "compile_cache": store})
     module = "nanovllm.startup.compile_farm.worker"
-    return [sys.executable, "-m", module, str(time.time()), options]
+    return programs.command(module, str(time.time()), options)
 
 
 def end_all(workers: Sequence[WorkerProcess], seconds: float = 0) -> None:

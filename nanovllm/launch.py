@@ -1,0 +1,16 @@
+"""The program that runs a module of ours, as `python -m` does: `python launch.py MODULE ARGUMENTS`.
+
+Python puts the folder of this file first in `sys.path` where `python -m` puts the working
+directory. Here it goes before anything but `os`, which Python has imported, is imported.
+"""
+
+import os
+import sys
+
+if __name__ == "__main__":
+    own = os.path.dirname(os.path.abspath(__file__))
+    sys.path[:] = [folder for folder in sys.path if folder and folder != own]
+
+    import runpy
+
+    runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)

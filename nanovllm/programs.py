@@ -1,0 +1,55 @@
+"""How the programs of this package start: where they import from, and what a crash leaves.
+
+`python -m` and `python -c` put the working directory first in `sys.path`, before the standard
+library. It may be the folder of somebody else's checkpoint, with a file named safetensors.py in it.
+Python's option -P prevents this, from Python 3.11 on; `launch.py` does it on all versions.
+`env.for_children` keeps the same folder out of the variables that list folders.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+from nanovllm import env
+
+_LAUNCHER = str(Path(__file__).absolute().with_name("launch.py"))
+
+
+def command(module: str, *arguments: str) -> list[str]:
+    """The command that runs a module as `python -m` does, but imports nothing from the working
+    directory. Use it with the variables of `env.for_children`."""
+    return [sys.executable, _LAUNCHER, module, *arguments]
+
+
+def begin() -> None:
+    """What a program of ours does first: it leaves no core dump, which would hold keys, prompts and
+    weights, unless NANOVLLM_CORE_DUMPS is 1. The hard limit stays as it is."""
+    if env.may_dump_core():
+        return
+    with contextlib.suppress(ImportError, OSError, ValueError):  # Windows; a limit of its own
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+
+
+def folder_of(module: str) -> str | None:
+    """The full path of the folder in which this process finds a module or its package."""
+    try:
+        found = importlib.util.find_spec(module.partition(".")[0])
+    except ValueError:  # `__main__` has none
+        return None
+    if found is None:
+        return None
+    places = found.submodule_search_locations
+    place = next(iter(places), None) if places is not None else found.origin
+    return place and str(Path(os.path.abspath(place)).parent)
+
+
+def find_again(folder: str | None) -> None:
+    """Let this process import what another found in `folder`. All other folders come first."""
+    if folder is not None and folder not in sys.path:
+        sys.path.append(folder)

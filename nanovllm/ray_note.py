@@ -1,0 +1,77 @@
+"""The address of the Ray cluster that `ray start` has noted in a file of this machine.
+
+A driver runs what its cluster sends, so another user's note must not name the cluster. Ray lets
+everybody write to the folder of its note. Others can then not write a note of ours, but can put
+back one of an earlier cluster and answer at its address; so the cluster's process is looked at too.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+from pathlib import Path
+
+from nanovllm.kernels import private
+
+logger = logging.getLogger(__name__)
+
+_MAX_BYTES = 1000
+_LISTENING = "0A"  # the state in /proc/net/tcp
+_TABLES = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
+
+
+def address(note: Path) -> str | None:
+    """The address in a note; None if there is none, or others may have put it there, which is
+    logged."""
+    try:
+        text = _content(note)
+        problem = _problem(note, text)
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError, private.Shared) as error:
+        text, problem = "", str(error)
+    if not problem:
+        return text or None
+    hint = f" (RAY_ADDRESS={text} uses this cluster)" if text else ""
+    logger.warning("%s names no Ray cluster for us: %s%s", note, problem, hint)
+    return None
+
+
+def _content(note: Path) -> str:
+    """The content of a file that this user or root alone has written and may write to."""
+    with open(os.open(note, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+        found = os.fstat(file.fileno())
+        mode = stat.S_IMODE(found.st_mode)
+        if not stat.S_ISREG(found.st_mode):
+            raise private.Shared("it is no file")
+        is_shared = mode & 0o002 or (mode & 0o020 and not private.is_own_group(found.st_gid))
+        if found.st_uid not in (private.ROOT_USER, os.getuid()) or is_shared:
+            raise private.Shared(f"user {found.st_uid} owns it and its mode is {mode:o}")
+        return file.read(_MAX_BYTES).decode().strip()
+
+
+def _problem(note: Path, text: str) -> str | None:
+    """Why this user's or root's note may have been put there by others; None if it has not."""
+    try:
+        private.refuse_shared_parents(note)
+    except private.SharedParent as error:
+        port = text.rpartition(":")[2]
+        users = _listening_users(int(port)) if port.isdecimal() else set()
+        if not users or users - {private.ROOT_USER, os.getuid()}:
+            return f"others may have put it there, as they may write to {error.parent}"
+    return None
+
+
+def _listening_users(port: int) -> set[int]:
+    """The ids of the users whose processes listen on a TCP port of this machine."""
+    found = set()
+    for table in _TABLES:
+        try:
+            lines = table.read_text().splitlines()[1:]
+        except OSError:  # not Linux, or no IPv6
+            continue
+        for fields in map(str.split, lines):
+            if fields[3] == _LISTENING and int(fields[1].rpartition(":")[2], 16) == port:
+                found.add(int(fields[7]))
+    return found
