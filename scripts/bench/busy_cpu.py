@@ -107,7 +107,7 @@ def busy(num: int) -> Iterator[None]:
 
 
 def measure(engines: Sequence[Engine], batch: int, args: argparse.Namespace) -> dict[str, Any]:
-    first, second = engines
+    first = engines[0]
     num_cores = len(os.sched_getaffinity(0))
     idle = [first.speed(batch, args.seconds) for _ in range(2)]
     shares: dict[str, list[float]] = {"busy": [], "load": [], "pair": []}
