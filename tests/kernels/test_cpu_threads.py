@@ -22,9 +22,7 @@ from nanovllm.kernels.cpu import library as cpu_library
 from nanovllm.kernels.cpu import linear as cpu_linear
 
 LOOPS = build.Arguments(
-    "Loops",
-    pointers="",
-    integers="num_loops max_items num_threads num_callers sleep_every seed",
+    "Loops", pointers="", integers="num_loops max_items num_threads num_callers sleep_every seed"
 )
 
 
