@@ -144,6 +144,15 @@ def set_default(name: str, value: str, *, also_over: str | None = None) -> None:
         os.environ[name] = _given[name] = value
 
 
+def limit_spinning() -> None:
+    """Have the threads of OpenMP sleep after half a millisecond without work, unless the user has
+    chosen otherwise. By default they spin for 15 ms (GCC's) or 200 ms (LLVM's), which takes the
+    core from other threads and processes. OpenMP reads this when torch is imported."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        set_default("GOMP_SPINCOUNT", "10000")
+        set_default("KMP_BLOCKTIME", "1")
+
+
 def keep_bytecode(folder: Path) -> None:
     """Have Python processes that this one starts keep bytecode in a folder."""
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)

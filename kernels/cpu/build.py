@@ -158,7 +158,7 @@ def load(source: Path, structs: Sequence[Arguments] = ()) -> ctypes.CDLL:
             *(arguments.checks() for arguments in structs),
         ]
     ).encode()
-    flags = [*FLAGS, *_native(), *_openmp()]
+    flags = [*FLAGS, *_native(), "-pthread"]
     # The compiler that was asked for, not the one that is found: a machine without a compiler can
     # then use a library that another machine has compiled.
     program, *options = _words(settings.compiler) if settings.compiler else [""]
@@ -286,7 +286,3 @@ def _words(asked: str) -> list[str]:
 def _native() -> list[str]:
     # clang on an ARM Mac accepts -mcpu only
     return ["-mcpu=native"] if platform.machine() in ("arm64",) else ["-march=native"]
-
-
-def _openmp() -> list[str]:
-    return [] if platform.system() == "Darwin" else ["-fopenmp"]

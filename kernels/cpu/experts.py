@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nanovllm.kernels import ops, reference
 from nanovllm.kernels.cpu import build
+from nanovllm.kernels.cpu import library as cpu_library
 
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1}
 
@@ -43,6 +44,7 @@ def _load() -> ctypes.CDLL:
         function = getattr(library, f"nanovllm_{name}")
         function.argtypes, function.restype = (ctypes.c_char_p,), ctypes.c_int64
     library.nanovllm_route.restype = None
+    cpu_library.lend_threads(cpu_library.load(), library)
     return library
 
 

@@ -6,6 +6,7 @@
 // Shapes are those of reference/. H head size, M query lanes (a lane: one head of a query token).
 
 #include "vectors.h"
+#include "threads.h"
 #include "tiles.h"
 
 namespace {

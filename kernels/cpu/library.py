@@ -83,7 +83,16 @@ def load() -> ctypes.CDLL:
         function.argtypes, function.restype = (ctypes.c_char_p,), None
     library.nanovllm_small_m_linear_max_tokens.argtypes = (ctypes.c_int64,)
     library.nanovllm_small_m_linear_max_tokens.restype = ctypes.c_int64
+    library.nanovllm_loop.restype = ctypes.c_void_p
+    lend_threads(library, library)
     return library
+
+
+def lend_threads(owner: ctypes.CDLL, library: ctypes.CDLL) -> None:
+    """Have `library` use the threads of `owner`, the library that `load` returns."""
+    library.nanovllm_use_loop.argtypes = (ctypes.c_void_p,)
+    library.nanovllm_use_loop.restype = None
+    library.nanovllm_use_loop(owner.nanovllm_loop())
 
 
 @functools.cache

@@ -14,6 +14,10 @@ from nanovllm.kernels.cpu.library import DTYPE_CODES, LINEAR, WIDEN, load
 # product, _WIDEN_BYTES at a time so that they stay in a cache.
 _WIDEN_TOKENS, _WIDEN_BYTES = 33, 4 << 20
 
+# oneDNN's bf16 product on AMX reads rows in pieces of so many elements, also past their end: a NaN
+# that lies there spoils the row (torch 2.13, Xeon with AMX).
+_AMX_DEPTH = 32
+
 
 @functools.cache
 def _linear_max_tokens(dtype: torch.dtype) -> int:
@@ -48,7 +52,7 @@ def _product(x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> Tensor:
         or (bias_O is not None and (bias_O.dtype is not dtype or not bias_O.is_contiguous()))
         or not x_TD.numel()
     ):
-        return reference.linear.linear(x_TD, weight_OD, bias_O)
+        return _torch_product(x_TD, weight_OD, bias_O)
     if x_TD.stride(1) != 1:
         x_TD = x_TD.contiguous()
     num_tokens, depth = x_TD.shape
@@ -71,6 +75,13 @@ def _product(x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> Tensor:
         )
     )
     return out_TO
+
+
+def _torch_product(x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> Tensor:
+    """F.linear. A bf16 product is padded to a depth that oneDNN does not read beyond."""
+    if x_TD.dtype is torch.bfloat16 and (missing := -x_TD.shape[-1] % _AMX_DEPTH):
+        x_TD, weight_OD = (torch.nn.functional.pad(one, (0, missing)) for one in (x_TD, weight_OD))
+    return reference.linear.linear(x_TD, weight_OD, bias_O)
 
 
 def linear_int8(
@@ -101,7 +112,7 @@ def linear_int8(
         x_TD = x_TD.contiguous()
     num_tokens, depth = x_TD.shape
     out_TO = x_TD.new_empty((num_tokens, weight_OD.shape[0]))
-    if dtype is torch.bfloat16 and num_tokens >= _WIDEN_TOKENS:
+    if dtype is torch.bfloat16 and num_tokens >= _WIDEN_TOKENS and depth % _AMX_DEPTH == 0:
         _linear_widened(out_TO, x_TD, weight_OD, scale_O, bias_O)
     else:
         load().nanovllm_linear_int8(

@@ -12,9 +12,6 @@
 #include <type_traits>
 #include <vector>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 #if defined(__AVX2__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
@@ -276,20 +273,24 @@ float* scratch(size_t num_floats) {
 // One thread does less work than this (in elements accessed) before another thread wakes.
 constexpr int64_t kMinParallel = 1 << 15;
 
+// Runs a loop on threads: see threads.h, whose function kernels.cpp lends to the other libraries.
+typedef void (*Loop)(int64_t num_items, int64_t num_threads, void (*run)(const void*, int64_t),
+                     const void* work);
+Loop loop_on_lent_threads = nullptr;
+
 // Calls work(item) for every item below num_items. A free thread takes the next item.
 template <typename Work>
 void parallel_for(int64_t num_items, int64_t num_threads, const Work& work) {
   num_threads = std::min(num_threads, num_items);
-#ifdef _OPENMP
   if (num_threads > 1) {
-    std::atomic<int64_t> next{0};
-#pragma omp parallel num_threads((int)num_threads)
-    for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < num_items;)
-      work(item);
+    loop_on_lent_threads(
+        num_items, num_threads,
+        [](const void* work, int64_t item) { (*(const Work*)work)(item); }, &work);
     return;
   }
-#endif
   for (int64_t item = 0; item < num_items; ++item) work(item);
 }
 
 }  // namespace
+
+extern "C" void nanovllm_use_loop(Loop loop) { loop_on_lent_threads = loop; }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import closing
 from typing import TYPE_CHECKING
 
+from nanovllm import env
 from nanovllm.config import EngineConfig
 from nanovllm.platforms import preload
 from nanovllm.startup import bytecode
@@ -39,6 +40,7 @@ def _starter(config: EngineConfig) -> Starter:
 def one_engine(config: EngineConfig, *, show_progress: bool = True) -> Engine:
     """A warm engine in this process."""
     bytecode.report_missing()
+    env.limit_spinning()
     with closing(CompileFarm.start(config)) as farm:
         wait = preload.begin(config.device)
         # This import takes long, because it imports torch: the farm and the device start in the
