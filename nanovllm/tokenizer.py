@@ -30,8 +30,8 @@ def import_library() -> Any:
 
 
 def load_full(folder: Path) -> Any:
-    """transformers' tokenizer of a folder."""
-    return import_library().from_pretrained(folder)
+    """transformers' tokenizer of a folder. It runs no code of the folder, and asks for none."""
+    return import_library().from_pretrained(folder, trust_remote_code=False)
 
 
 class Decoding(NamedTuple):
