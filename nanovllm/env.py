@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+API_KEYS = ("NANOVLLM_API_KEY", "OPENAI_API_KEY")  # variables that no child process needs
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 
@@ -103,6 +104,13 @@ def api_key() -> str | None:
     return os.environ.get("OPENAI_API_KEY") or None
 
 
+def server_api_keys() -> list[str]:
+    """The valid keys of a server, from NANOVLLM_API_KEY, with commas between them. The variable is
+    removed, so that no child process gets it."""
+    keys = os.environ.pop("NANOVLLM_API_KEY", "").split(",")
+    return [key.strip() for key in keys if key.strip()]
+
+
 def ray_address() -> str | None:
     """The Ray cluster to use: RAY_ADDRESS, or the one that `ray start` has noted on this machine.
     None: there is none, or RAY_ADDRESS is "local"."""
@@ -116,8 +124,12 @@ def ray_address() -> str | None:
 
 
 def settings() -> dict[str, str]:
-    """The variables of this package that are set, for processes on other machines."""
-    return {name: text for name, text in os.environ.items() if name.startswith("NANOVLLM_")}
+    """The variables of this package that are set, for processes on other machines, without keys."""
+    return {
+        name: text
+        for name, text in os.environ.items()
+        if name.startswith("NANOVLLM_") and name not in API_KEYS
+    }
 
 
 _given: dict[str, str] = {}
@@ -144,9 +156,10 @@ def replace(variables: Mapping[str, str]) -> None:
 
 
 def for_children() -> dict[str, str]:
-    """The environment for child processes: they import this package from the same place."""
+    """The environment for child processes, without API keys: they import this package from the
+    same place."""
     root = str(Path(__file__).parents[1])
     return {
-        **os.environ,
+        **{name: text for name, text in os.environ.items() if name not in API_KEYS},
         "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
     }
