@@ -121,6 +121,8 @@ class ServerConfig:
         or a named tool.
     reasoning_parser: the parser of reasoning, which answers have as reasoning_content. "auto"
         chooses the one for the chat template. With "none" the reasoning stays in the content.
+    special_tokens_as_text: special tokens in the contents of users and tools, and in names, are
+        encoded as text: a request cannot forge turns. Off, they are special tokens.
     drain_timeout: the seconds that running requests have to finish after SIGTERM.
     api_processes: the number of processes that serve HTTP.
     access_log: log every request: its id, status, tokens and times.
@@ -161,6 +163,7 @@ class ServerConfig:
     allowed_origins: Sequence[str] = ()
     tool_call_parser: str = "auto"
     reasoning_parser: str = "auto"
+    special_tokens_as_text: bool = True
     drain_timeout: float = 30.0
     api_processes: int = 1
     access_log: bool = True

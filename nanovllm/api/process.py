@@ -18,6 +18,7 @@ from nanovllm.api.service import Service
 from nanovllm.serving.api_process import ApiProcess
 from nanovllm.serving.client import Client
 from nanovllm.serving.interface import EngineDead
+from nanovllm.templates import renderer
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ async def _serve_clients(process: ApiProcess) -> None:
 async def _ready(engine: Client) -> None:
     """Wait until the engine is warm, and until what conversations need is loaded: a request must
     not wait for that."""
+    await asyncio.to_thread(renderer.start)  # it imports transformers meanwhile
     await asyncio.to_thread(_import_transformers)
     await engine.ready()
     if engine.tokenizer is not None:
