@@ -221,7 +221,7 @@ def _tool(given: Any) -> Any:
     """The description of a tool, which may be a Python function."""
     if not callable(given):
         return given
-    from transformers.utils import get_json_schema
+    from transformers.utils.chat_template_utils import get_json_schema
 
     return get_json_schema(given)
 

@@ -151,7 +151,11 @@ class _Encoder(NamedTuple):
             for token_id, one in added.items()
         }
         quick.add_tokens([_renamed(one, texts[token_id]) for token_id, one in added.items()])
-        ids = {quick.token_to_id(text): token_id for token_id, text in texts.items()}
+        ids: dict[int, int] = {}
+        for token_id, text in texts.items():
+            number = quick.token_to_id(text)
+            assert number is not None, text
+            ids[number] = token_id
         known = {one.content: backend.model.token_to_id(one.content) for one in added.values()}
         names = {
             known[one.content]: one.content
@@ -183,7 +187,8 @@ class _Encoder(NamedTuple):
     def _check(self, tokenizer: Tokenizer, name: str, bordered: str) -> None:
         """Raises ValueError if the tokens are others than the tokenizer's, or if the id of the
         special token is one of the vocabulary of text."""
-        if self.quick.model.id_to_token(self.quick.token_to_id(bordered)) is not None:
+        number = self.quick.token_to_id(bordered)
+        if number is None or self.quick.model.id_to_token(number) is not None:
             raise ValueError(_CANNOT)
         before, after = PROBE
         expected = tokenizer.encode(before + name + after, add_special_tokens=False)

@@ -95,10 +95,10 @@ def answer(templates: dict[int, str], request: dict[str, Any]) -> tuple[bytes, b
 def rendered(template: str, conversations: list[Any], **options: Any) -> str:
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    (text,), _ = render_jinja_template(
+    found: Any = render_jinja_template(
         conversations=conversations, chat_template=template, **options
     )
-    return str(text)
+    return str(found[0][0])
 
 
 def writes_text(template: str, tokens: dict[str, Any]) -> bool:

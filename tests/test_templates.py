@@ -206,7 +206,8 @@ def _state(pid: str) -> str:
 def test_a_forked_process_has_a_process_of_its_own(renderer: Renderer) -> None:
     code = (
         "import os; from nanovllm.templates import renderer as r\n"
-        "def ask(text): return r.render('{{ messages[0].content }}', [{'content': text}], {}, {}, 9)\n"
+        "def ask(text):\n"
+        "    return r.render('{{ messages[0].content }}', [{'content': text}], {}, {}, 9)\n"
         "ask('a'); first = r._process.pid; pid = os.fork()\n"
         "ok = all(ask(str(pid)[:9]) == str(pid)[:9] for _ in range(200))\n"
         "ok &= (r._process.pid == first) == bool(pid)\n"
