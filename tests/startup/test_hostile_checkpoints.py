@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 
+from nanovllm import LLM
 from nanovllm.hub import resolve
 from nanovllm.startup.config_file import transformers_config
 from nanovllm.startup.generation_config import default_params, generation_config
@@ -104,3 +107,35 @@ def test_json_that_is_nested_too_deeply_or_is_no_object_is_named(folder: Path, t
 def test_absurd_defaults_for_sampling_are_refused(key: str, value: Any) -> None:
     with pytest.raises(ValueError):
         default_params({key: value})
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"intermediate_size": 1 << 24}, r"shape \[\d+, 256\], but the config asks for \d+"),
+        ({"num_attention_heads": 1 << 16}, "but the config asks for"),
+        ({"max_position_embeddings": 10**12}, "1000000000000 tokens: it must have at most"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 1e30,
+                                 "original_max_position_embeddings": 10**15}},
+            "the longest sequence has 1.* tokens",
+        ),
+    ],
+    ids=["wide", "heads", "long", "rope"],
+)  # fmt: skip
+def test_a_config_that_asks_for_more_than_is_stored_gets_no_memory(
+    folder: Path, changes: dict[str, Any], match: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(resolve("tiny-qwen3") / "model.safetensors", folder)
+    edit(folder / "config.json", **changes)
+    sizes: list[int] = []
+    empty = torch.empty
+
+    def noted(*args: Any, **options: Any) -> torch.Tensor:
+        sizes.append(math.prod(args[0]) if args and isinstance(args[0], tuple) else 0)
+        return empty(*args, **options)
+
+    monkeypatch.setattr(torch, "empty", noted)
+    with pytest.raises(ValueError, match=match):
+        LLM(str(folder), device="cpu", enforce_eager=True)
+    assert max(sizes, default=0) < 1 << 24
