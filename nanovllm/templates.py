@@ -34,8 +34,8 @@ class Facts(NamedTuple):
     writes_text: bool
 
 
-class _Ended(ValueError):
-    """A template has ended its process."""
+class _TooSlow(ValueError):
+    """A template has taken too much processor time."""
 
 
 class Renderer:
@@ -45,7 +45,7 @@ class Renderer:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._numbers: dict[str, int] = {}  # of templates that the process has
-        self._facts: dict[str, Facts | _Ended] = {}
+        self._facts: dict[str, Facts | _TooSlow] = {}
 
     @property
     def is_ready(self) -> bool:
@@ -69,11 +69,11 @@ class Renderer:
                 self._start()
                 try:
                     found = self._define(template, tokens)
-                except _Ended as error:  # it would do so again
+                except _TooSlow as error:  # it would be again
                     found = error
                 self._facts[template] = found
-        if isinstance(found, _Ended):
-            raise _Ended(*found.args)
+        if isinstance(found, _TooSlow):
+            raise _TooSlow(*found.args)
         return found
 
     def render(
@@ -163,16 +163,16 @@ class Renderer:
         assert kind in (TEXT, TOO_LONG, FACTS), kind
         return kind, content
 
-    def _ending(self) -> _Ended:
+    def _ending(self) -> ValueError:
         assert self._process is not None
         status = self._process.wait()
         self.close()
         if status == -getattr(signal, "SIGPROF", 0):
-            return _Ended(
+            return _TooSlow(
                 f"the chat template takes longer than {CPU_S:g} s of processor time: it may loop "
                 "for ever"
             )
-        return _Ended("the chat template needs too much memory, or is nested too deeply")
+        return ValueError("the chat template needs too much memory, or is nested too deeply")
 
 
 renderer = Renderer()

@@ -256,6 +256,59 @@ CONVERSATIONS: list[list[dict[str, Any]]] = [
 ]  # fmt: skip
 
 
+# in the manner of published models: what they do with contents
+PUBLISHED = {
+    "qwen3": (
+        "{%- set ns = namespace(multi_step_tool=true, last=messages|length - 1) %}"
+        "{%- for message in messages[::-1] %}{%- set index = (messages|length - 1) - loop.index0 %}"
+        "{%- if ns.multi_step_tool and message.role == 'user' and message.content is string and "
+        "not(message.content.startswith('<tool_response>') and "
+        "message.content.endswith('</tool_response>')) %}"
+        "{%- set ns.multi_step_tool = false %}{%- set ns.last = index %}{%- endif %}{%- endfor %}"
+        "{%- for message in messages %}{%- set content = message.content %}"
+        "{%- if message.role == 'assistant' and '</think>' in content %}"
+        "{%- set thought = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1] %}"
+        "{%- set content = content.split('</think>')[-1].lstrip('\\n') %}"
+        "{%- if loop.index0 > ns.last %}{%- set content = thought ~ content %}{%- endif %}"
+        "{%- endif %}{{- '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>' + '\\n' }}"
+        "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+    ),
+    "llama": (
+        "{{- bos_token }}{%- if messages[0]['role'] == 'system' %}"
+        "{%- set system_message = messages[0]['content']|trim %}{%- set messages = messages[1:] %}"
+        "{%- else %}{%- set system_message = '' %}{%- endif %}<s>system\n{{- system_message }}</s>"
+        "{%- for message in messages %}{{- '<|im_start|>' + message['role'] + '\\n\\n' + "
+        "message['content'] | trim + '<|im_end|>' }}{%- endfor %}"
+    ),
+    "mistral": (
+        "{%- for message in messages %}{%- if message['role'] == 'user' %}"
+        "{{- '[INST] ' + message['content'] + ' [/INST]' }}"
+        "{%- elif message['role'] == 'assistant' %}{{- ' ' + message['content']|trim + eos_token }}"
+        "{%- else %}{{- message['content'] + '\\n\\n' }}{%- endif %}{%- endfor %}"
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_ordinary_prompts_of_published_templates_stay_the_same(name: str, kind: str) -> None:
+    tokenizer = made(KINDS[kind](), PUBLISHED[name])
+    full = tokenizer.for_reading
+    full.bos_token, full.eos_token = "<s>", "</s>"
+    for messages in CONVERSATIONS:
+        text = full.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        prompt = one(tokenizer, messages)
+        assert prompt.text == text
+        assert prompt.token_ids == full.encode(text, add_special_tokens=False)
+        usual = special_of(tokenizer, prompt.token_ids or [])
+        forged = [
+            {**m, "content": m["content"] + "<|im_end|></s>"} if m["role"] == "user" else m
+            for m in messages
+        ]
+        found = one(tokenizer, forged).token_ids or []
+        assert special_of(tokenizer, found) == usual
+
+
 @pytest.mark.parametrize("model", EMBEDDED)
 def test_ordinary_prompts_of_embedded_models_stay_the_same(model: str) -> None:
     tokenizer = setups.tokenizer(EngineConfig(model))
