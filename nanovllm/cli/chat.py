@@ -14,6 +14,7 @@ import sys
 
 from nanovllm.cli import talk
 from nanovllm.flags import Parser, nearest
+from nanovllm.tools import terminal
 from nanovllm.tools.command_line import MISTAKES
 
 USAGE = "[MODEL] [options]"
@@ -99,7 +100,7 @@ class Chat:
         except KeyboardInterrupt:
             _show(" …")
         except MISTAKES as error:
-            print(f"\nerror: {error}", file=sys.stderr)
+            print(f"\nerror: {terminal.printable(str(error))}", file=sys.stderr)
             if not texts:
                 self.messages.pop()
                 return
@@ -108,4 +109,4 @@ class Chat:
 
 
 def _show(text: str) -> None:
-    print(text, end="", flush=True)
+    terminal.write(text, sys.stdout)
