@@ -15,7 +15,7 @@ PACKAGE = ROOT / "nanovllm"
 
 # The modules of ours that files of a layer may import, at any depth of the file.
 SETTINGS = tuple(
-    f"nanovllm.{name}" for name in ("checks", "config", "env", "hub", "log", "programs", "sampling")
+    f"nanovllm.{name}" for name in ("checks", "config", "env", "hub", "log", "programs", "progress", "sampling")
 )
 BELOW_STARTUP = tuple(
     f"nanovllm.{name}"
@@ -151,7 +151,7 @@ OPTIONS = ("npu_graph_mode", "npu_graph_options")
 LIGHT = (
     "checks", "config", "compat/options", "env", "flags", "sampling", "log", "media/options",
     "structured/params", "kernels/private", "programs",
-    "ray_note",
+    "progress", "ray_note",
 )  # fmt: skip
 
 

@@ -89,6 +89,8 @@ def run(name: str, words: Sequence[str] | None = None, *, program: str = "") -> 
     module.add_arguments(parser)
     try:
         args = parser.parse_args(words)
+        if getattr(args, "quiet", False):
+            env.be_quiet()
         programs.begin()
         env.drop_relative()
         if COMMANDS[name].has_engine:

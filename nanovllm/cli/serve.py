@@ -7,6 +7,7 @@ from importlib.util import find_spec
 
 from nanovllm.api.config import ServerConfig
 from nanovllm.cli.engine_options import add_engine_options, engine_config
+from nanovllm.cli.watch import add_quiet
 from nanovllm.flags import Parser, add_flags, given
 
 USAGE = "[MODEL] [options]"
@@ -23,6 +24,7 @@ def add_arguments(parser: Parser) -> None:
         "vLLM needs it to read calls of tools; here they are read unless tool_call_parser is none"
     )
     group.add_argument("--enable-auto-tool-choice", action="store_true", help=auto)
+    add_quiet(parser)
     add_engine_options(parser, positional=True, skip=ServerConfig.__dataclass_fields__)
 
 
