@@ -14,6 +14,15 @@ CONFIG_FILES = ["*.json", "*.txt", "*.jinja", "tokenizer.model"]
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
+def names_model(text: str) -> bool:
+    """Whether a text has the form of a model's name: `resolve` finds it, or says what is missing.
+    What begins as a path does counts, too."""
+    starts = ("/", "./", "../", "~")
+    is_name = text in EMBEDDED or HUB_ID.fullmatch(text) is not None
+    is_path = text.startswith(starts) and len(text.split()) == 1
+    return is_name or is_path or (bool(text) and Path(os.path.expanduser(text)).is_dir())
+
+
 def resolve(model: str, *, weights: bool = True, revision: str | None = None) -> Path:
     """The folder of a checkpoint. Downloads a Hub id; without `weights`, its small files only.
 

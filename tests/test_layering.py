@@ -15,7 +15,8 @@ PACKAGE = ROOT / "nanovllm"
 
 # The modules of ours that files of a layer may import, at any depth of the file.
 SETTINGS = tuple(
-    f"nanovllm.{name}" for name in ("checks", "config", "env", "hub", "log", "programs", "progress", "sampling")
+    f"nanovllm.{name}"
+    for name in ("checks", "config", "env", "hub", "log", "programs", "progress", "sampling")
 )
 BELOW_STARTUP = tuple(
     f"nanovllm.{name}"

@@ -16,7 +16,8 @@ INTERRUPTED = 130  # the exit status of a shell command after Ctrl-C
 
 
 class Command(NamedTuple):
-    """A module with `USAGE`, `add_arguments(parser)` and `main(args)`, and what it does.
+    """A module with `USAGE`, `add_arguments(parser)` and `main(args)`, and what it does. It may
+    have `PARSE`, another method of the parser than `parse_args`.
 
     has_engine: an engine runs in this process or a child of it, so torch is imported.
 
@@ -88,7 +89,7 @@ def run(name: str, words: Sequence[str] | None = None, *, program: str = "") -> 
     parser = Parser(prog=program, usage=f"{program} {module.USAGE}", description=module.__doc__)
     module.add_arguments(parser)
     try:
-        args = parser.parse_args(words)
+        args = getattr(module, "PARSE", Parser.parse_args)(parser, words)
         if getattr(args, "quiet", False):
             env.be_quiet()
         programs.begin()

@@ -28,8 +28,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from nanovllm.compat.engine_args import add_engine_flags
 from nanovllm.cli.watch import add_quiet
+from nanovllm.compat.engine_args import add_engine_flags
 from nanovllm.flags import Parser
 from nanovllm.tools.shapes import CONFIGS
 
