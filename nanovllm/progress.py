@@ -19,6 +19,20 @@ def bar(iterable: Any = None, *, disable: bool = False, **options: Any) -> tqdm[
     return tqdm(iterable, disable=disable or not is_drawn(), **options)
 
 
+def silent_class() -> Any:
+    """For libraries that take a class of bars: one that draws nothing, or None for their own class
+    where bars are drawn."""
+    if is_drawn():
+        return None
+    from tqdm.auto import tqdm as base
+
+    class Silent(base):  # type: ignore[misc]
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **{**options, "disable": True})
+
+    return Silent
+
+
 def is_drawn() -> bool:
     """Whether stderr shows bars: a file or a pipe gets none, and neither does a user who has set
     tqdm's variable TQDM_DISABLE, as --quiet does."""

@@ -43,8 +43,14 @@ COMMANDS = {
     "cache": Command(
         "nanovllm.cli.cache", "list, verify or prune compiled programs", has_engine=False
     ),
+    "list": Command("nanovllm.cli.list_models", "list the models that are here", has_engine=False),
+    "pull": Command("nanovllm.cli.pull", "download a model", has_engine=False),
+    "rm": Command("nanovllm.cli.rm", "remove downloaded models", has_engine=False),
     "report": Command("nanovllm.cli.report", "draw a step with the cost of each kernel"),
     "info": Command("nanovllm.cli.info", "devices of this machine, and an engine's choices"),
+    "completion": Command(
+        "nanovllm.cli.completion", "a script that completes commands in a shell", has_engine=False
+    ),
 }
 
 
@@ -84,10 +90,8 @@ def run(name: str, words: Sequence[str] | None = None, *, program: str = "") -> 
 
     `program` is the name of a script that stands for the command.
     """
-    module: Any = import_module(COMMANDS[name].module)
     program = program or f"nanovllm {name}"
-    parser = Parser(prog=program, usage=f"{program} {module.USAGE}", description=module.__doc__)
-    module.add_arguments(parser)
+    module, parser = load(name, program)
     try:
         args = getattr(module, "PARSE", Parser.parse_args)(parser, words)
         if getattr(args, "quiet", False):
@@ -101,6 +105,14 @@ def run(name: str, words: Sequence[str] | None = None, *, program: str = "") -> 
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def load(name: str, program: str) -> tuple[Any, Parser]:
+    """(module, parser) of a command."""
+    module: Any = import_module(COMMANDS[name].module)
+    parser = Parser(prog=program, usage=f"{program} {module.USAGE}", description=module.__doc__)
+    module.add_arguments(parser)
+    return module, parser
 
 
 def _overview(program: str, group: str) -> str:
