@@ -37,8 +37,8 @@ class Watch:
         shown: bool = True,
     ) -> None:
         self.name, self.unit, self.total, self.note = name, unit, total, ""
-        self._count = count or (lambda: self._num)
         self._num = 0
+        self._count = count or (lambda: self._num)
         self._is_shown = shown and not env.hides_bars()
         self._has_bar = self._is_shown and progress.is_drawn()
         self._ended = threading.Event()
@@ -72,10 +72,8 @@ class Watch:
             has_ended = False
             while not has_ended:
                 has_ended = self._ended.wait(BAR_SECONDS)
-                bar.total = self.total
-                bar.set_postfix_str(self.note, refresh=False)
-                bar.update(self._count() - bar.n)
-                bar.refresh()
+                bar.n, bar.total = self._count(), self.total
+                bar.set_postfix_str(self.note)
 
     def _line(self) -> str:
         num, seconds = self._count(), time.monotonic() - self._begun
