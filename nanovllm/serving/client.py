@@ -40,7 +40,8 @@ class Client:
     """An `AsyncEngine` over a socket to the engine's process.
 
     It belongs to the event loop in which it was first awaited: use it in tasks of that loop. Only
-    `close` works everywhere. What the engine says of itself (`max_model_len`, `tokenizer`, …) is known once `ready` has returned.
+    `close` works everywhere. What the engine says of itself (`max_model_len`, `tokenizer`, …) is
+    known once `ready` has returned.
     """
 
     tokenizer: Tokenizer | None
