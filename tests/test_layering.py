@@ -142,8 +142,8 @@ DEVICELESS = (
 OPTIONS = ("npu_graph_mode", "npu_graph_options")
 # modules that import nothing of ours except each other
 LIGHT = (
-    "checks", "config", "compat/options", "env", "flags", "sampling", "log", "media/options",
-    "structured/params",
+    "checks", "config", "compat/options", "env", "flag_file", "flags", "sampling", "log",
+    "media/options", "structured/params", "typos",
 )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from nanovllm import log
 from nanovllm.config import EngineConfig
+from nanovllm.engine.interface import NO_PROFILE
 from nanovllm.parallel.watch import CLOSE_SECONDS, RankFailed
 from nanovllm.serving import quota
 from nanovllm.serving.client import Client
@@ -128,8 +129,17 @@ class AsyncLLM(Client):
             with suppress(RuntimeError):  # the loop is closed
                 self._loop.call_soon_threadsafe(self._fail, self._cause)
 
+    async def start_profile(self, *_: object, **__: object) -> None:
+        """Refused, like stop_profile: see `nanovllm bench throughput --profile`."""
+        raise ValueError(NO_PROFILE)
+
+    stop_profile = start_profile
+
     def _lost(self) -> None:
         if self._cause is not None:
             self._fail(self._cause)
         else:
             super()._lost()
+
+
+AsyncLLMEngine = AsyncLLM  # vLLM's name
