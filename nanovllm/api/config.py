@@ -21,7 +21,7 @@ ALWAYS_OPEN = ("/health", "/ready")
 
 
 LOG_LEVELS = ("trace", "debug", "info", "warning", "error", "critical")
-ROOT_PATH = re.compile(r"(/[!-.0-~]+)+")
+ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)+|")
 HOST_NAME = re.compile(r"\*|[A-Za-z0-9._-]+")
 
 
@@ -77,7 +77,10 @@ ALLOWED: dict[str, Rule] = {
         lambda hosts: all(map(_is_host, hosts)),
     ),
     "allowed_origins": ("a list of origins, such as 'https://example.org'", _are_texts),
-    "root_path": ("a path that begins with '/' and does not end with it", ROOT_PATH.fullmatch),
+    "root_path": (
+        "a path that begins with '/' and does not end with it",
+        lambda path: ROOT_PATH.fullmatch(path) is not None,
+    ),
     "uvicorn_log_level": (
         f"one of {', '.join(LOG_LEVELS)}", lambda value: value in LOG_LEVELS
     ),

@@ -193,7 +193,7 @@ def check_defaults(tokenizer: Tokenizer | None, variables: Mapping[str, Any]) ->
     try:
         _check_variables(variables)
         check_template(tokenizer, ChatOptions(chat_template_kwargs=variables))
-    except ValueError as error:
+    except (ValueError, ApiError) as error:
         raise ValueError(f"{name} is {variables!r}: {error}") from None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections.abc import Awaitable, Generator, Iterable
 from contextlib import suppress
 from dataclasses import fields
 from os import PathLike
@@ -89,6 +90,13 @@ class AsyncLLM(Client):
         options = {one.name: getattr(engine_args, one.name) for one in fields(EngineConfig)}
         return cls(**options)
 
+    def abort(self, request_id: str | Iterable[str]) -> Awaitable[None]:  # type: ignore[override]
+        """End one or more requests: their readers get the end of their answers. Unknown ids are
+        ignored. It has happened when this returns; vLLM's `await llm.abort(…)` works, too."""
+        for name in [request_id] if isinstance(request_id, str) else list(request_id):
+            super().abort(name)
+        return _Done()
+
     def shutdown(self, timeout: float | None = None) -> None:
         """What `close` does, for programs without an event loop; blocks meanwhile. vLLM's name.
 
@@ -140,6 +148,13 @@ class AsyncLLM(Client):
             self._fail(self._cause)
         else:
             super()._lost()
+
+
+class _Done(Awaitable[None]):
+    """What has happened, for callers that await it and for those that do not."""
+
+    def __await__(self) -> Generator[None, None, None]:
+        yield from ()
 
 
 AsyncLLMEngine = AsyncLLM  # vLLM's name

@@ -111,7 +111,7 @@ LLM_REFUSED = (
 LLM_ABSENT = ("collective_rpc", "apply_model", "reset_mm_cache")
 ASYNC_METHODS = {
     "from_engine_args": IMPORTS, "generate": "tests/serving/test_clients.py",
-    "abort": "tests/serving/test_clients.py", "shutdown": ASYNC,
+    "abort": IMPORTS, "shutdown": ASYNC,
 }  # fmt: skip
 ASYNC_REFUSED = ("start_profile", "stop_profile")
 # vLLM's flags of `vllm serve` that are no options of an engine, or that have other forms here

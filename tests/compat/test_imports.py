@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 from importlib import import_module
@@ -87,6 +88,20 @@ def test_an_async_engine_is_made_of_arguments(monkeypatch: pytest.MonkeyPatch) -
             AsyncLLM.from_engine_args(args, **{option: value})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="disable_log_requests is False"):
         AsyncEngineArgs(model="tiny-qwen3", disable_log_requests=False)
+
+
+def test_abort_can_be_awaited() -> None:
+    ended: list[object] = []
+    llm = object.__new__(AsyncLLM)
+    llm.__dict__["_feeds"] = {"a": "A", "b": "B", "c": "C"}
+    llm.__dict__["abort_feed"] = ended.append
+
+    async def work() -> None:
+        llm.abort("a")
+        await llm.abort(["c", "unknown", "b"])
+
+    asyncio.run(work())
+    assert ended == ["A", "C", "B"]
 
 
 def test_an_output_has_no_metrics() -> None:
