@@ -56,6 +56,8 @@ class Alias(ModuleType):
         if name in names:
             module, _, there = names[name].partition(":")
             return getattr(import_module(module), there or name)
+        if name == "__all__":
+            return list(names)
         if name.startswith("__"):
             raise AttributeError(name)
         has = f"it has {', '.join(names)}" if names else "it is a package"

@@ -20,7 +20,7 @@ from nanovllm.sampling_params import BeamSearchParams, RequestOutputKind, Sampli
 from nanovllm.sampling_params import StructuredOutputsParams
 from nanovllm.inputs import PromptType, TextPrompt, TokensPrompt
 from nanovllm.outputs import CompletionOutput, RequestOutput
-from nanovllm.utils import FlexibleArgumentParser, random_uuid
+from nanovllm.utils import FlexibleArgumentParser
 from nanovllm.lora.request import LoRARequest
 from nanovllm.entrypoints.llm import LLM
 from nanovllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
@@ -33,6 +33,7 @@ from nanovllm.engine.llm_engine import LLMEngine as NanoEngine
 
 def test_import_lines_of_vllm_work_as_the_first_ones_of_a_program() -> None:
     script = LINES + (
+        "from nanovllm.utils import *\n"
         "import nanovllm, nanovllm.inputs\n"
         "assert nanovllm.SamplingParams is SamplingParams and nanovllm.LLM is LLM is NanoEngine\n"
         "assert nanovllm.inputs.TextPrompt is nanovllm.TextPrompt is TextPrompt\n"
