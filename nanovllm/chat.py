@@ -92,12 +92,7 @@ def render(
 
     max_chars: of a conversation in its template. Longer ones are refused before they are encoded.
     """
-    full = tokenizer.for_reading
-    if not (options.chat_template or full.chat_template):
-        raise ValueError("the tokenizer has no chat template: use generate() with plain prompts")
-    # a tokenizer can have several templates, by name
-    template = str(full.get_chat_template(options.chat_template or None, options.tools))
-    _check_variables(template, options)
+    full, template = tokenizer.for_reading, check_template(tokenizer, options)
     several = _conversations(messages)
     as_parts = options.chat_template_content_format == "openai" or (
         options.chat_template_content_format == "auto"
@@ -123,6 +118,17 @@ def render(
         token_ids = None if media else tokenizer.encode(text, add_special_tokens=False)
         prompts.append(Prompt(text, token_ids, media=tuple(media), has_special_tokens=True))
     return prompts
+
+
+def check_template(tokenizer: Tokenizer, options: ChatOptions) -> str:
+    """The template for these options. Raises ValueError if there is none, and UnknownVariable."""
+    full = tokenizer.for_reading
+    if not (options.chat_template or full.chat_template):
+        raise ValueError("the tokenizer has no chat template: use generate() with plain prompts")
+    # a tokenizer can have several templates, by name
+    template = str(full.get_chat_template(options.chat_template or None, options.tools))
+    _check_variables(template, options)
+    return template
 
 
 def _conversations(messages: Any) -> list[list[Mapping[str, Any]]]:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from nanovllm.checks import Rule, check_fields, refuse_unknown
@@ -195,6 +196,7 @@ class EngineConfig:
     compile_cache: the folder of artifacts and kernels, which only its owner may access. None:
         NANOVLLM_CACHE.
     tokenizer: the folder or Hub id of another tokenizer. None: the checkpoint's.
+    chat_template: a chat template, or the path of a file with one, in place of the checkpoint's.
     skip_tokenizer_init: load no tokenizer: prompts are token ids, and outputs have no text.
     revision: the branch, tag or commit of a Hub id.
     generation_config: "auto" takes sampling parameters from the checkpoint's generation_config.json
@@ -250,6 +252,7 @@ class EngineConfig:
     compile_cache: str | PathLike[str] | None = None
     compile_cache_mode: str = "auto"
     tokenizer: str | PathLike[str] | None = None
+    chat_template: str | PathLike[str] | None = None
     skip_tokenizer_init: bool = False
     revision: str | None = None
     generation_config: str = "auto"
@@ -275,6 +278,7 @@ class EngineConfig:
         check_fields(self, ALLOWED)
         self._check_combinations()
         assert self.media
+        assert self.template is None or self.template
 
     @property
     def media(self) -> MediaOptions:
@@ -284,6 +288,22 @@ class EngineConfig:
         return MediaOptions(
             tuple(self.allowed_media_domains), self.allowed_local_media_path or None, **limits
         )
+
+    @property
+    def template(self) -> str | None:
+        """The chat template that is given, if any. Raises ValueError if it cannot be read."""
+        given = self.chat_template
+        if given is None or (isinstance(given, str) and ("{" in given or "\n" in given)):
+            return given
+        try:
+            text = Path(given).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"chat_template is {str(given)!r}, no template and no file of text: {error}"
+            ) from error
+        if not text.strip():
+            raise ValueError(f"chat_template is {str(given)!r}: the file is empty")
+        return text
 
     @property
     def replicas_option(self) -> str:
@@ -299,6 +319,8 @@ class EngineConfig:
             raise ValueError(
                 f"skip_tokenizer_init=True does not go with tokenizer={str(self.tokenizer)!r}"
             )
+        if self.skip_tokenizer_init and self.chat_template is not None:
+            raise ValueError("skip_tokenizer_init=True does not go with chat_template")
         if not self.pad_batches and not self.enforce_eager:
             raise ValueError("pad_batches=False needs enforce_eager=True: graphs have fixed sizes")
         if not self.fuse and self.enforce_eager:

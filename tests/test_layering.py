@@ -148,9 +148,8 @@ DEVICELESS = (
 OPTIONS = ("npu_graph_mode", "npu_graph_options")
 # modules that import nothing of ours except each other
 LIGHT = (
-    "checks", "config", "compat/options", "env", "flags", "sampling", "log", "media/options",
-    "structured/params", "kernels/private", "programs",
-    "ray_note",
+    "checks", "config", "compat/options", "env", "flag_file", "flags", "kernels/private", "log",
+    "media/options", "programs", "ray_note", "sampling", "structured/params", "typos",
 )  # fmt: skip
 
 

@@ -58,6 +58,8 @@ def description(service: Service) -> dict[str, Any]:
         "paths": paths,
         "components": {"schemas": {**components, "Error": ERROR}},
     }
+    if service.config.root_path:
+        document["servers"] = [{"url": service.config.root_path}]
     if service.config.api_key:
         key = {"type": "http", "scheme": "bearer"}
         document["components"]["securitySchemes"] = {"key": key}

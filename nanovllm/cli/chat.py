@@ -13,8 +13,9 @@ import argparse
 import sys
 
 from nanovllm.cli import talk
-from nanovllm.flags import Parser, nearest
+from nanovllm.flags import Parser
 from nanovllm.tools.command_line import MISTAKES
+from nanovllm.typos import nearest
 
 USAGE = "[MODEL] [options]"
 COMMANDS = ("/new", "/system", "/again", "/quit", "/help")

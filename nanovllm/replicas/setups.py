@@ -53,7 +53,10 @@ def with_full_paths(config: EngineConfig) -> EngineConfig:
     """The same for a process in another folder: folders that exist here have their full paths."""
     store = config.compile_cache and env.read().store_folder(config.compile_cache)
     tokenizer = config.tokenizer and _full_path(config.tokenizer)
-    return replace(config, model=_full_path(config.model), tokenizer=tokenizer, compile_cache=store)
+    return replace(
+        config, model=_full_path(config.model), tokenizer=tokenizer, compile_cache=store,
+        chat_template=config.template,
+    )  # fmt: skip
 
 
 def tokenizer(config: EngineConfig) -> Tokenizer | None:

@@ -135,12 +135,15 @@ class Seeing:
         self._num_held -= num_bytes
         self._has_room.set()
 
-    async def close(self) -> None:
-        """End all work, and the threads."""
+    def cancel(self) -> None:
+        """End all work. Call it in the event loop."""
         for work in self._running:
             work.cancel()
-        await asyncio.to_thread(self._prompts.close)
-        await asyncio.to_thread(self._pool.shutdown)
+
+    def close(self) -> None:
+        """Wait until the threads have ended. Any thread may call it."""
+        self._prompts.close()
+        self._pool.shutdown()
 
 
 def _num_bytes(value: Any) -> int:

@@ -11,7 +11,9 @@ from functools import partial
 
 from tqdm import tqdm
 
+from nanovllm import env
 from nanovllm.config import EngineConfig
+from nanovllm.kernels.code_files import BUILDING
 from nanovllm.kernels.collectives import Communicator
 from nanovllm.media import settings
 from nanovllm.media.settings import VisionSettings
@@ -116,6 +118,7 @@ def load_chosen(
         params, tokenizer = _load_weights(choice, place, farm, bar, laps)
         bar.unit = " buckets"
         bar.reset(len(choice.spec.layout.buckets) if choice.spec.layout.pad else 0)
+        stack.enter_context(env.folder_of_compilers(choice.store.folder / "cpp", BUILDING))
         built = build(choice, params, bar, laps, connect(), make)
     if choice.spec.offload is not None:
         logger.info("experts: %s", choice.spec.offload)
