@@ -15,6 +15,7 @@ from pathlib import Path
 from nanovllm import ray_note
 from nanovllm.kernels import private
 
+API_KEYS = ("NANOVLLM_API_KEY", "OPENAI_API_KEY")  # variables that no child process needs
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 
@@ -115,6 +116,13 @@ def api_key() -> str | None:
     return os.environ.get("OPENAI_API_KEY") or None
 
 
+def server_api_keys() -> list[str]:
+    """The valid keys of a server, from NANOVLLM_API_KEY, with commas between them. The variable is
+    removed, so that no child process gets it."""
+    keys = os.environ.pop("NANOVLLM_API_KEY", "").split(",")
+    return [key.strip() for key in keys if key.strip()]
+
+
 def ray_address() -> str | None:
     """The Ray cluster to use: RAY_ADDRESS, or the one that `ray start` has noted on this machine.
     None: there is none, RAY_ADDRESS is "local", or another user may have written the note."""
@@ -130,8 +138,12 @@ def may_dump_core() -> bool:
 
 
 def settings() -> dict[str, str]:
-    """The variables of this package that are set, for processes on other machines."""
-    return {name: text for name, text in os.environ.items() if name.startswith("NANOVLLM_")}
+    """The variables of this package that are set, for processes on other machines, without keys."""
+    return {
+        name: text
+        for name, text in os.environ.items()
+        if name.startswith("NANOVLLM_") and name not in API_KEYS
+    }
 
 
 _given: dict[str, str] = {}
@@ -240,12 +252,12 @@ def _change_folders(change: Callable[[str], None], path: str) -> None:
 
 
 def for_children() -> dict[str, str]:
-    """The environment for child processes: they import this package from the same place, and
-    nothing from the working directory (`programs.command`)."""
+    """The environment for child processes, without API keys: they import this package from the
+    same place, and nothing from the working directory (`programs.command`)."""
     found = without_relative(os.environ)
     root = str(Path(__file__).absolute().parents[1])
     return {
-        **found,
+        **{name: text for name, text in found.items() if name not in API_KEYS},
         "PYTHONPATH": os.pathsep.join(filter(None, [root, found.get("PYTHONPATH")])),
         "PYTHONSAFEPATH": "1",  # for what children start, from Python 3.11 on
     }

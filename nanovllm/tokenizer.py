@@ -146,19 +146,19 @@ class Tokenizer:
 
     def as_json(self) -> str:
         """The tokenizer in the form of tokenizer.json. Raises ValueError for one without it."""
-        return str(self._backend().to_str())
+        return str(self.backend().to_str())
 
     def num_tokens(self) -> int:
         """One more than the largest id. Raises ValueError as `as_json` does."""
-        return max(self._backend().get_vocab(with_added_tokens=True).values()) + 1
+        return max(self.backend().get_vocab(with_added_tokens=True).values()) + 1
 
     def special_tokens(self) -> dict[int, str]:
         """The texts of special tokens by their ids. Raises ValueError as `as_json` does."""
-        added = self._backend().get_added_tokens_decoder()
+        added = self.backend().get_added_tokens_decoder()
         return {token_id: token.content for token_id, token in added.items() if token.special}
 
-    def _backend(self) -> Any:
-        """The `tokenizers.Tokenizer` that does the work."""
+    def backend(self) -> Any:
+        """The `tokenizers.Tokenizer` that does the work. Raises ValueError if there is none."""
         quick = self._quick
         found = quick if quick is not None else self.for_reading
         found = getattr(found, "backend_tokenizer", found)

@@ -123,6 +123,7 @@ ALLOWED = {
         "nanovllm.engine.metrics",
         "nanovllm.outputs",
         "nanovllm.prompts",
+        "nanovllm.templates",
         "nanovllm.tokenizer",
         "nanovllm.__version__",
         *SETTINGS,

@@ -125,6 +125,7 @@ class App:
         if kind.lower() != "bearer" or not self.config.allows(key.strip()):
             words = "the request needs a key of this server: Authorization: Bearer KEY"
             raise ApiError(401, words, code="invalid_api_key")
+        exchange.api_key = key.strip()
 
     async def _refuse(self, exchange: Exchange, error: Exception) -> None:
         told = from_exception(error, NAMES, self.service.engine.config.model)

@@ -108,7 +108,13 @@ class ServerConfig:
 
     host, port: where the server listens. Port 0 is any free one.
     api_key: the valid API keys. A request needs one of them in the header `Authorization: Bearer
-        KEY`. With an empty list requests need no key.
+        KEY`. With an empty list requests need no key. Other users of the machine can see the
+        arguments of a process: prefer `api_key_file` or the variable NANOVLLM_API_KEY, which has
+        keys with commas between them and counts if neither option is set.
+    api_key_file: a file with more valid keys, one a line, that only its owner may read.
+    share_cache_between_keys: requests with different keys share cached prefixes and media. Holders
+        of a key can then find out what other keys' prompts begin with. Off, each key has a cache
+        of its own.
     open_paths: paths that need no key, such as "/metrics" or "/" (the page). /health and /ready
         never need one.
     ssl_certfile, ssl_keyfile: PEM files of a certificate and its key. With them the server
@@ -128,6 +134,8 @@ class ServerConfig:
         or a named tool.
     reasoning_parser: the parser of reasoning, which answers have as reasoning_content. "auto"
         chooses the one for the chat template. With "none" the reasoning stays in the content.
+    special_tokens_as_text: special tokens in the contents of users and tools, and in names, are
+        encoded as text: a request cannot forge turns. Off, they are special tokens.
     drain_timeout: the seconds that running requests have to finish after SIGTERM.
     api_processes: the number of processes that serve HTTP.
     access_log: log every request: its id, status, tokens and times.
@@ -160,6 +168,8 @@ class ServerConfig:
     host: str = "127.0.0.1"
     port: int = 8000
     api_key: Sequence[str] = field(default=(), repr=False)
+    api_key_file: str | PathLike[str] | None = None
+    share_cache_between_keys: bool = False
     open_paths: Sequence[str] = ()
     ssl_certfile: str | PathLike[str] | None = None
     ssl_keyfile: str | PathLike[str] | None = None
@@ -170,6 +180,7 @@ class ServerConfig:
     default_chat_template_kwargs: Mapping[str, object] | None = None
     tool_call_parser: str = "auto"
     reasoning_parser: str = "auto"
+    special_tokens_as_text: bool = True
     drain_timeout: float = 30.0
     api_processes: int = 1
     access_log: bool = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import msgspec
@@ -94,7 +94,9 @@ class Generation:
         if service.config.log_prompts:
             exchange.record.prompt = "; ".join(str(one.text or one.token_ids) for one in prompts)
         try:
-            for prompt in prompts:
+            for one in prompts:
+                salt = service.salts.of(exchange.api_key, one.cache_salt)
+                prompt = replace(one, cache_salt=salt)
                 opening = engine.open(prompt, params, priority=priority or 0)
                 # preparing images takes time
                 streams.append(await (exchange.unless_gone(opening) if prompt.media else opening))

@@ -18,6 +18,7 @@ from nanovllm.chat import ChatOptions, UnknownVariable, check_template, render
 from nanovllm.prompts import Prompt, checked_text
 from nanovllm.schedule.logprobs import SHOW_SPECIAL
 from nanovllm.serving.interface import AsyncEngine
+from nanovllm.templates import renderer
 from nanovllm.tokenizer import Tokenizer
 
 Result = TypeVar("Result")
@@ -125,7 +126,7 @@ class PromptMaker:
             body.messages, body.add_generation_prompt, body.continue_final_message, body.tools,
             dict(body.chat_template_kwargs or {}),
         )  # fmt: skip
-        if prompt.token_ids is None:
+        if prompt.token_ids is None or prompt.media:
             raise invalid("messages", "messages have images or sound, which are no tokens of text")
         return prompt.token_ids
 
@@ -158,11 +159,14 @@ class PromptMaker:
         options = ChatOptions(
             add_generation_prompt=begins, continue_final_message=going_on, tools=tools or None,
             chat_template_kwargs=variables,
+            special_tokens_as_text=self._config.special_tokens_as_text,
         )  # fmt: skip
         args = (tokenizer, clean, options, self._engine.check_media, self.max_chars)
         try:
             work = partial(render, *args)
-            prompt = (await beside(work, num_chars if self._is_warm else INLINE_CHARS + 1))[0]
+            # it waits for a new process, and for other conversations
+            size = num_chars if self._is_warm and renderer.is_ready else INLINE_CHARS + 1
+            prompt = (await beside(work, size))[0]
         except UnknownVariable as error:
             field = error.name if error.name in OWN_FIELDS else VARIABLES
             raise invalid(field, str(error)) from None

@@ -7,6 +7,7 @@ start of the engine.
 from __future__ import annotations
 
 import os
+import secrets
 from dataclasses import asdict
 from typing import Any
 
@@ -14,6 +15,7 @@ from nanovllm import log
 from nanovllm.api import tls, traces
 from nanovllm.api.address import bind
 from nanovllm.api.config import ServerConfig
+from nanovllm.api.keys import with_keys
 from nanovllm.api.latencies import Latencies
 from nanovllm.config import EngineConfig
 from nanovllm.serving import supervisor
@@ -24,6 +26,7 @@ TARGET = "nanovllm.api.process:serve_clients"
 def serve(engine: EngineConfig, server: ServerConfig) -> int:
     """See `nanovllm.api.serve`."""
     log.configure()
+    server = with_keys(server)
     tls.check(server)
     if server.otlp_traces_endpoint is not None:
         traces.check_installed()
@@ -32,7 +35,7 @@ def serve(engine: EngineConfig, server: ServerConfig) -> int:
             config=engine,
             target=TARGET,
             listener=listener,
-            options=_as_json(server),
+            options={"server": _as_json(server), "cache_secret": secrets.token_hex()},
             num_api_processes=server.api_processes,
             drain_timeout=server.drain_timeout,
             max_queued=server.max_queue_len,

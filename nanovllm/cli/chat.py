@@ -14,6 +14,7 @@ import sys
 
 from nanovllm.cli import talk
 from nanovllm.flags import Parser
+from nanovllm.tools import terminal
 from nanovllm.tools.command_line import MISTAKES
 from nanovllm.typos import nearest
 
@@ -100,7 +101,7 @@ class Chat:
         except KeyboardInterrupt:
             _show(" …")
         except MISTAKES as error:
-            print(f"\nerror: {error}", file=sys.stderr)
+            print(f"\nerror: {terminal.printable(str(error))}", file=sys.stderr)
             if not texts:
                 self.messages.pop()
                 return
@@ -109,4 +110,4 @@ class Chat:
 
 
 def _show(text: str) -> None:
-    print(text, end="", flush=True)
+    terminal.write(text, sys.stdout)

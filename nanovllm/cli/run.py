@@ -14,6 +14,7 @@ import sys
 
 from nanovllm.cli import talk
 from nanovllm.flags import Parser
+from nanovllm.tools import terminal
 
 USAGE = "[PROMPT] [options]"
 
@@ -39,7 +40,7 @@ def main(args: argparse.Namespace) -> None:
     def write(text: str) -> None:
         nonlocal ends_line
         ends_line = text.endswith("\n") if text else ends_line
-        print(text, end="", flush=True)
+        terminal.write(text, sys.stdout)
 
     if args.raw or not model.has_template:
         if args.system is not None:

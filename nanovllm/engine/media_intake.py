@@ -100,7 +100,7 @@ class MediaPrompts:
     def submit(self, prompt: Prompt) -> Preparation:
         """Begin to prepare the media of a prompt, which `check` has let through."""
         assert self._preparer is not None
-        return self._preparer.submit(prompt.media)
+        return self._preparer.submit(prompt.media, prompt.cache_salt)
 
     def close(self) -> None:
         """End the threads. Waiting work is cancelled, running work is waited for."""
@@ -245,7 +245,7 @@ class MediaIntake:
     def _work(self, prompt: Prompt) -> Preparation:
         """The preparation of a prompt; several answers to one prompt share it."""
         for other, work in self._running.values():
-            if other.media is prompt.media:
+            if other.media is prompt.media and other.cache_salt == prompt.cache_salt:
                 return work
         work = self._prompts.submit(prompt)
         work.when_changed(self._changed.set)

@@ -34,8 +34,8 @@ class Prepared:
         nobody may write to it.
     grid: patches over time, height and width, whose product is P; of a clip (frames,).
     num_tokens: placeholder tokens in the prompt.
-    digest: SHA-256 of the decoded pixels or samples, the times of frames and the processor's
-        settings. Equal digests mean equal values and positions.
+    digest: SHA-256 of the salt, the decoded pixels or samples, the times of frames and the
+        processor's settings. Equal digests mean equal values and positions.
     times: of a video, the seconds of each patch over time. seconds_per_grid: between two of them.
     """
 
@@ -53,10 +53,11 @@ class Prepared:
 
 
 class _Budget:
-    """The encoded bytes that a prompt may still read, and whether it was cancelled."""
+    """The encoded bytes that a prompt may still read, and whether it was cancelled. root: what all
+    digests of its media begin with."""
 
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes, self._num_bytes = max_bytes, 0
+    def __init__(self, max_bytes: int, root: bytes) -> None:
+        self._max_bytes, self._num_bytes, self.root = max_bytes, 0, root
         self._lock = threading.Lock()
         self.cancelled = threading.Event()
 
@@ -119,14 +120,16 @@ class Preparer:
         self._of_kind = {IMAGE: self._image, VIDEO: self._video, AUDIO: self._audio}
         self._pool = ThreadPoolExecutor(options.num_media_workers, thread_name_prefix="media")
 
-    def submit(self, given: Sequence[Given]) -> Preparation:
+    def submit(self, given: Sequence[Given], salt: str | None = None) -> Preparation:
         """Starts the work. Nothing is read or decoded in the calling thread.
 
+        Prompts share prepared media, and their digests, only with prompts of the same `salt`.
         Pictures in memory must not change until the result is there. Raises ValueError for more
         items than a prompt may have.
         """
         check_counts(given, self.options)
-        budget = _Budget(self.options.max_prompt_bytes)
+        root = hashlib.sha256(salt.encode()).digest() if salt else b""
+        budget = _Budget(self.options.max_prompt_bytes, root)
         return Preparation(budget, [self._pool.submit(self._one, one, budget) for one in given])
 
     def close(self) -> None:
@@ -146,7 +149,7 @@ class Preparer:
         settings, encoded = self.settings.image, b""
         if isinstance(given.value, str):
             data = self._read(given.value, IMAGE, budget)
-            encoded = hashlib.sha256(data).digest()
+            encoded = hashlib.sha256(budget.root + data).digest()
             known = self._known(encoded)
             if known is not None:
                 return known
@@ -157,7 +160,9 @@ class Preparer:
         height, width = pixels.shape[:2]
         size = patches.image_size(height, width, settings)
         grid = self._grid(1, size, settings)
-        digest = hashlib.sha256(b"image" + settings.digest + repr(pixels.shape).encode())
+        digest = hashlib.sha256(
+            budget.root + b"image" + settings.digest + repr(pixels.shape).encode()
+        )
         digest.update(pixels.data)
         found = self.cache.get(digest.digest())
         if found is None:
@@ -175,7 +180,7 @@ class Preparer:
         rate, longest = settings.sampling_rate, min(self.options.max_audio_s, settings.chunk_length)
         if isinstance(given.value, str):
             data = self._read(given.value, AUDIO, budget)
-            encoded = hashlib.sha256(b"audio" + data).digest()
+            encoded = hashlib.sha256(budget.root + b"audio" + data).digest()
             known = self._known(encoded)
             if known is not None:
                 return known
@@ -184,7 +189,8 @@ class Preparer:
             values, given_rate = given.value
             samples = sounds.of_array(values, given_rate, rate, longest)
         budget.check()
-        digest = hashlib.sha256(b"audio" + settings.digest + samples.tobytes()).digest()
+        head = budget.root + b"audio" + settings.digest
+        digest = hashlib.sha256(head + samples.tobytes()).digest()
         found = self.cache.get(digest)
         if found is None:
             mel_FM = torch.from_numpy(mels.features(samples, settings))
@@ -214,7 +220,7 @@ class Preparer:
         facts_of = clip, chosen, settings
         seconds, fps = clips.times(*facts_of), clips.sampled_fps(*facts_of)
         facts = (len(chosen), seconds, fps)
-        digest = hashlib.sha256(b"video" + settings.digest + repr(facts).encode())
+        digest = hashlib.sha256(budget.root + b"video" + settings.digest + repr(facts).encode())
         frames: list[Pixels] = []
         shape, size, grid = None, (0, 0), (0, 0, 0)
         for pixels in clip.pick(chosen):

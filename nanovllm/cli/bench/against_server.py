@@ -19,6 +19,7 @@ from nanovllm.cli.bench import requests, results
 from nanovllm.cli.bench.serve import METRICS
 from nanovllm.cli.talk import first_model
 from nanovllm.platforms.cores import usable_cores
+from nanovllm.tools.terminal import printable
 
 MOST_CLIENTS = 6  # more are useless: one reads tens of thousands of tokens per second
 START_SECONDS = 0.1  # from the command to start until all clients have read it
@@ -51,9 +52,9 @@ def measure(args: argparse.Namespace) -> int:
     has_bar = not args.disable_tqdm
     records = asyncio.run(send(server, work, num_clients, args.max_concurrency, has_bar=has_bar))
     found = results.summary(args, model, records)
-    print(results.table(args, found))
+    print(printable(results.table(args, found)))  # it has the name that the server gives
     for line in results.errors(records):
-        print(line, file=sys.stderr)
+        print(printable(line), file=sys.stderr)
     if args.save_result or args.save_detailed:
         print(f"written to {results.save(args, found, records)}")
     return 1 if found["failed"] else 0
