@@ -317,14 +317,13 @@ class Engine:
             self.scheduler.add(request)
             self.metrics.num_prompt_tokens += len(request.prompt_ids)
 
-    def _queue_prepared(self) -> None:
+    def _queue_prepared(self, wait_s: float) -> None:
         """Queue requests whose media and grammars are ready, and end those whose media cannot be
         read or whose grammars are refused.
 
-        If there is nothing else to do, wait for one.
+        If none is, wait for one, but not longer than `wait_s`.
         """
-        is_idle = not self._in_flight and not self.scheduler.has_work
-        for request, error in self._preparation.ready(PREPARING_WAIT_S if is_idle else 0.0):
+        for request, error in self._preparation.ready(wait_s):
             if error is None:
                 self._queue(request)
             else:
@@ -389,7 +388,8 @@ class Engine:
         self._check_open()
         try:
             if self._preparation:
-                self._queue_prepared()
+                is_idle = not self._in_flight and not self.scheduler.has_work
+                self._queue_prepared(PREPARING_WAIT_S if is_idle else 0.0)
             plan = self.scheduler.schedule(may_preempt=not self._in_flight)
             if plan is not None:
                 plan = self._with_masks(plan)
@@ -398,8 +398,8 @@ class Engine:
             if self._in_flight and (plan is None or len(self._in_flight) > self.run_ahead):
                 launched = self._in_flight.popleft()
                 self._answers.collect(launched.plan, launched.wait())
-            elif plan is None and self.scheduler.has_work and not self._waited_for_mask():
-                raise AssertionError("there is work, but no step can run")
+            elif plan is None and self.scheduler.has_work:
+                self._wait_for_threads()
             self.metrics.num_steps += plan is not None
             if self._stats_log is not None:
                 self._stats_log.after_step()
@@ -420,8 +420,12 @@ class Engine:
         requests = (request for request, _ in self._answers.requests.values())
         self.scheduler.restart(one for one in requests if one.status is not Status.PREPARING)
 
-    def _waited_for_mask(self) -> bool:
-        return self._grammars.wait_for_mask(PREPARING_WAIT_S)
+    def _wait_for_threads(self) -> None:
+        """Wait for what a thread makes, since no step can run before."""
+        if self._grammars.wait_for_mask(PREPARING_WAIT_S):
+            return
+        assert self._preparation, "there is work, but no step can run"
+        self._queue_prepared(PREPARING_WAIT_S)
 
     def _with_masks(self, plan: StepPlan) -> StepPlan:
         """The plan with the masks of its constrained rows."""
