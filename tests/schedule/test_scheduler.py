@@ -27,6 +27,7 @@ from tests.schedule.loads import (
     scheduler,
 )
 
+
 def test_prompts_are_packed_in_order_of_arrival() -> None:
     s = scheduler()
     for i, num in enumerate((5, 6, 9, 3)):
