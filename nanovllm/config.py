@@ -98,7 +98,7 @@ ALLOWED: dict[str, Rule] = {
     "data_parallel_size": ("at least 1", lambda value: value >= 1),
     "distributed_executor_backend": _one_of("mp", "ray"),
     "npu_graph_mode": _one_of("ascend_ir", "aclgraph", "npugraph_ex", None),
-    "npu_graph_options": ("a dict of options by path", lambda value: True),
+    "npu_graph_options": ("a dict of options by path, with JSON values", _is_json_object),
     "expert_offload": (
         "a number of experts per layer, at least 1, or bytes with a unit, such as '8GiB'",
         _is_experts_or_bytes,
@@ -273,6 +273,10 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, ALLOWED)
+        for name in ("hf_overrides", "npu_graph_options"):
+            if (given := getattr(self, name)) is not None:
+                # as JSON has it: other processes get the same (`to_options`)
+                object.__setattr__(self, name, json.loads(json.dumps(given)))
         self._check_combinations()
         assert self.media
 

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import Field, FrozenInstanceError, fields
+from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
+import numpy as np
 import pytest
 
 from nanovllm import EngineConfig
+from nanovllm.api.config import ServerConfig
+from nanovllm.checks import to_options
 from nanovllm.config import num_bytes
+from nanovllm.parallel import ranks as ranks_module
+from nanovllm.replicas import setups
+from nanovllm.startup import ranks
+from nanovllm.startup.compile_farm.process import worker_command
 
 
 def make(**options: Any) -> EngineConfig:
@@ -183,3 +194,57 @@ def test_prefetching_experts_needs_offload() -> None:
     with pytest.raises(ValueError, match="expert_prefetch=True needs expert_offload"):
         make(expert_prefetch=True)
     assert make(expert_prefetch=True, expert_offload=2).expert_prefetch
+
+
+EVERYTHING: dict[str, Any] = {
+    "graph_batch_sizes": [4, 2], "max_stall_ms": math.inf, "gpu_memory_utilization": 1,
+    "kvcache_block_size": np.int64(48), "seed": -(2**63), "expert_offload": 3,
+    "hf_overrides": {"rope_scaling": {"factor": 4.0, "short_factor": (1, 2.5)}, "x": None},
+    "npu_graph_options": {"static_kernel_compile": True}, "compile_cache": Path("/tmp/store"),
+    "tokenizer": Path("folder \udcff"), "allowed_local_media_path": Path(__file__).parent,
+    "limit_mm_per_prompt": {"image": 4}, "media_limits": {"max_image_pixels": 10**6},
+}  # fmt: skip
+
+
+def test_options_reach_another_process_exactly_as_they_are() -> None:
+    config = make(**EVERYTHING)
+    read = EngineConfig(**json.loads(json.dumps(to_options(config))))
+    assert read == config and vars(read) == vars(config)
+    assert [type(value) for value in vars(read).values()] == [
+        type(value) for value in vars(config).values()
+    ]
+    server = ServerConfig(ssl_certfile=Path("a.pem"), ssl_keyfile=Path("b.pem"), api_key=["k"])
+    assert ServerConfig(**json.loads(json.dumps(to_options(server)))) == server
+
+
+def test_every_program_that_is_told_options_gets_all_of_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config, told = make(**EVERYTHING), []
+    *_, farm = worker_command(config)
+    told.append(json.loads(farm))
+    setup = setups.setup(
+        config, "x", compile_cache=config.compile_cache, waits_for=None, environment={}
+    )
+    told.append(json.loads(json.dumps(setup))["options"])
+    monkeypatch.setattr(ranks_module.Ranks, "start", lambda setup, *rest: setup)
+    monkeypatch.setattr(ranks, "checkpoint_digest", lambda folder: "")
+    platform = Mock(traits=Mock(max_ranks=None), rank_environment=lambda *rest: {})
+    choice = Mock(config=config, platform=platform, shard=Mock(size=2))
+    told.append(json.loads(json.dumps(ranks.start(choice).ranks))["options"])
+    assert all(EngineConfig(**options) == config for options in told)
+
+
+@pytest.mark.parametrize("name", ["hf_overrides", "npu_graph_options"])
+def test_values_that_no_other_process_can_get_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} is .*: it must be a dict .* with JSON values"):
+        make(**{name: {"x": Path("y")}})
+
+
+def test_a_path_of_bytes_is_refused() -> None:
+    class Bytes:
+        def __fspath__(self) -> bytes:
+            return b"folder"
+
+    with pytest.raises(ValueError, match="tokenizer is .*: it must be"):
+        make(tokenizer=Bytes())

@@ -20,10 +20,10 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
+from nanovllm.checks import to_options
 from nanovllm.config import EngineConfig
 from nanovllm.parallel.ranks import Ranks
 from nanovllm.parallel.watch import RankFailed, without_name
-from nanovllm.replicas import setups
 from nanovllm.serving import quota
 from nanovllm.serving.engine_process import EngineProcess
 
@@ -112,7 +112,7 @@ class Supervisor:
         setup = {
             "target": service.target,
             "options": dict(service.options),
-            "engine": setups.options(service.config),
+            "engine": to_options(service.config),
             "index": index,
             "num": service.num_api_processes,
             "inherited": descriptors,
