@@ -146,7 +146,10 @@ def test_gpu_memory_utilization_is_a_share(value: Any) -> None:
         ({"run_ahead": 2}, "run_ahead is 2: it must be 0 or 1"),
         ({"run_ahead": -1}, "run_ahead is -1: it must be 0 or 1"),
         ({"run_ahead": True}, "run_ahead is True: it must be 0 or 1"),
-        ({"tensor_parallel_size": 0}, "tensor_parallel_size is 0: it must be at least 1"),
+        (
+            {"tensor_parallel_size": 0},
+            "tensor_parallel_size is 0: it must be a whole number, at least 1",
+        ),
         ({"expert_parallel": "yes"}, "expert_parallel is 'yes': it must be True, False or 'auto'"),
         ({"expert_parallel": 1}, "expert_parallel is 1: it must be True, False or 'auto'"),
         ({"expert_parallel": None}, "expert_parallel is None: it must be True, False or 'auto'"),
@@ -248,3 +251,19 @@ def test_a_path_of_bytes_is_refused() -> None:
 
     with pytest.raises(ValueError, match="tokenizer is .*: it must be"):
         make(tokenizer=Bytes())
+
+
+@pytest.mark.parametrize("value", [10**9, 2**40, 10**30])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "max_num_seqs", "max_num_batched_tokens", "max_model_len", "num_kvcache_blocks",
+        "kvcache_block_size", "graph_batch_sizes", "draft_lengths", "vision_patch_budgets",
+        "tensor_parallel_size", "data_parallel_size",
+    ],
+)  # fmt: skip
+def test_sizes_beyond_any_machine_are_refused_with_the_limit(name: str, value: int) -> None:
+    value *= 1 if name != "num_kvcache_blocks" else 16  # blocks are many if they are small
+    many = name in ("graph_batch_sizes", "draft_lengths", "vision_patch_budgets")
+    with pytest.raises(ValueError, match=rf"{name} is .*{value}.*: it must be .*at most \d+"):
+        make(**{name: [value] if many else value})
