@@ -15,7 +15,6 @@ from nanovllm.checks import Rule, check_fields, refuse_unknown
 from nanovllm.compat.options import translated
 from nanovllm.media.options import LIMITS, MediaOptions
 
-
 # Far above what any machine can use: larger numbers are mistakes, and the allocator's error would
 # not name the option.
 MAX_ROWS, MAX_TOKENS, MAX_LENGTH = 1 << 16, 1 << 20, 1 << 24

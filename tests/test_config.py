@@ -249,7 +249,7 @@ def test_a_path_of_bytes_is_refused() -> None:
         def __fspath__(self) -> bytes:
             return b"folder"
 
-    with pytest.raises(ValueError, match="tokenizer is .*: it must be"):
+    with pytest.raises(ValueError, match=r"tokenizer is .*: it must be"):
         make(tokenizer=Bytes())
 
 

@@ -75,7 +75,7 @@ ALLOWED: dict[str, Rule] = {
         lambda hosts: all(map(_is_host, hosts)),
     ),
     "allowed_origins": ("a list of origins, such as 'https://example.org'", _are_texts),
-    "api_processes": ("a whole number, 1 … 1024", lambda value: 1 <= value <= 1024),
+    "api_processes": ("a whole number, at least 1, at most 1024", lambda value: 1 <= value <= 1024),
     "otlp_traces_endpoint": ("a URL of http or https", _is_url),
     "drain_timeout": ("a number of seconds, at least 0", lambda value: 0 <= value < math.inf),
     "header_timeout": _SECONDS,

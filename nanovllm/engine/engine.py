@@ -19,6 +19,7 @@ from nanovllm.engine.held_media import HeldMedia
 from nanovllm.engine.intake import Embeddings, Intake, checked_priority, drawn_seed
 from nanovllm.engine.media_intake import MediaIntake, MediaPrompt, MediaPrompts, Scale
 from nanovllm.engine.metrics import EngineMetrics, StatsLog
+from nanovllm.engine.owner import Owner
 from nanovllm.engine.preparation import Preparation
 from nanovllm.media.given import Given
 from nanovllm.prompts import AnyPrompt, Prompt, as_prompt
@@ -104,6 +105,7 @@ class Engine:
         )
         self._num_added = 0
         self._is_closed = False
+        self._owner = Owner()
 
     def _new_grammars(self) -> Grammars:
         limits = Limits(self.config.grammar_timeout_s, self.config.max_cached_grammars)
@@ -114,8 +116,10 @@ class Engine:
         return Grammars(Compiler(self.tokenizer, vocab_size, eos_ids, limits), limits)
 
     def close(self) -> None:
-        """Free the memory of weights, cache and graphs."""
+        """Free the memory of weights, cache and graphs. A fork of the process leaves it alone."""
         self._is_closed = True
+        if not self._owner.is_here:
+            return
         self._in_flight.clear()
         self._answers.requests.clear()
         self._preparation.close()
@@ -158,7 +162,7 @@ class Engine:
         return bool(self._sleeper.asleep)
 
     def __del__(self) -> None:
-        if hasattr(self, "_runner"):
+        if hasattr(self, "_owner"):
             self.close()
 
     @property
@@ -439,5 +443,6 @@ class Engine:
         return replace(plan, allowed_MW=self._grammars.masks(matchers))
 
     def _check_open(self) -> None:
+        self._owner.check()
         if self._is_closed:
             raise RuntimeError("this engine is closed: load the model again")

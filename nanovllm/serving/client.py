@@ -13,6 +13,7 @@ from typing import Any
 from nanovllm.config import EngineConfig
 from nanovllm.engine.intake import Intake, checked_priority, drawn_seed
 from nanovllm.engine.metrics import Metric
+from nanovllm.engine.owner import Owner
 from nanovllm.growing import GrowingAnswer, GrowingOutput
 from nanovllm.media.given import Given
 from nanovllm.outputs import RequestOutput
@@ -72,6 +73,7 @@ class Client:
         self._asked: list[asyncio.Future[list[Metric]]] = []
         self._failure: EngineDead | None = None
         self._is_draining = self._is_closed = False
+        self._owner = Owner()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._idle = asyncio.Event()
         self._idle.set()
@@ -84,8 +86,9 @@ class Client:
     # start and end ----------------------------------------------------------------------------
 
     async def ready(self) -> None:
-        """Wait until the engine is warm. Raises ValueError for options that it refuses, and
-        EngineDead."""
+        """Wait until the engine is warm. Raises ValueError for options that it refuses, EngineDead,
+        and RuntimeError in a fork of the process or another event loop."""
+        self._owner.check()
         loop = asyncio.get_running_loop()
         if self._loop is None:
             self._loop, self._facts = loop, loop.create_future()
@@ -116,8 +119,10 @@ class Client:
         self._quota = Quota(self._index, self._counts, self.max_num_seqs + self._max_queued)
 
     async def close(self) -> None:
-        """End all requests, and the connection."""
+        """End all requests, and the connection. A fork of the process leaves them alone."""
         self._is_closed = True
+        if not self._owner.is_here:
+            return
         self.abort_all()
         if self._loop is None:
             self._sock.close()
