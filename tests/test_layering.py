@@ -41,6 +41,7 @@ ALLOWED = {
         "nanovllm.runner",
         "nanovllm.schedule.edit_limits",
         "nanovllm.schedule.plan",
+        "nanovllm.schedule.pace",
         "nanovllm.schedule.stall",
         "nanovllm.models",
         "nanovllm.platforms",

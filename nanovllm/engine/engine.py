@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import replace
@@ -21,6 +22,7 @@ from nanovllm.engine.media_intake import MediaIntake, MediaPrompt, MediaPrompts,
 from nanovllm.engine.metrics import EngineMetrics, StatsLog
 from nanovllm.engine.owner import Owner
 from nanovllm.engine.preparation import Preparation
+from nanovllm.engine.step_watch import EVERY_STEPS, StepWatch
 from nanovllm.media.given import Given
 from nanovllm.prompts import AnyPrompt, Prompt, as_prompt
 from nanovllm.runner.launched import Launched
@@ -103,6 +105,7 @@ class Engine:
         self._stats_log = (
             None if config.disable_log_stats else StatsLog(self.metrics, self.scheduler)
         )
+        self._step_watch = StepWatch(loaded.pace)
         self._num_added = 0
         self._is_closed = False
         self._owner = Owner()
@@ -395,26 +398,34 @@ class Engine:
                 is_idle = not self._in_flight and not self.scheduler.has_work
                 self._queue_prepared(PREPARING_WAIT_S if is_idle else 0.0)
             plan = self.scheduler.schedule(may_preempt=not self._in_flight)
+            is_timed = self.metrics.num_steps % EVERY_STEPS == 0
+            started = time.perf_counter() if is_timed else 0.0
             if plan is not None:
                 plan = self._with_masks(plan)
                 self._held.encode(plan)
                 self._in_flight.append(self._runner.launch(plan))
             if self._in_flight and (plan is None or len(self._in_flight) > self.run_ahead):
                 launched = self._in_flight.popleft()
-                self._answers.collect(launched.plan, launched.wait())
+                result = launched.wait()
+                if is_timed:
+                    self._step_watch.note(time.perf_counter() - started, plan, launched.plan)
+                self._answers.collect(launched.plan, result)
             elif plan is None and self.scheduler.has_work:
                 self._wait_for_threads()
-            self.metrics.num_steps += plan is not None
-            if self._stats_log is not None:
-                self._stats_log.after_step()
-            if self.metrics.experts is not None:
-                self.metrics.experts.after_step(
-                    has_run=plan is not None, is_idle=not self._answers.requests
-                )
+            self._after_step(plan)
             return plan
         except BaseException:
             self._restart()
             raise
+
+    def _after_step(self, plan: StepPlan | None) -> None:
+        self.metrics.num_steps += plan is not None
+        if self._stats_log is not None:
+            self._stats_log.after_step()
+        if self.metrics.experts is not None:
+            self.metrics.experts.after_step(
+                has_run=plan is not None, is_idle=not self._answers.requests
+            )
 
     def _restart(self) -> None:
         """After an error or Ctrl-C: unfinished requests start again from their known tokens."""
