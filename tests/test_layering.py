@@ -81,6 +81,7 @@ ALLOWED = {
         "nanovllm.startup",
         "nanovllm.replicas.cluster",
         "nanovllm.replicas.opening",
+        "nanovllm.tokenizer",
         *SETTINGS,
     ),
     "replicas": (
