@@ -47,6 +47,7 @@ ALLOWED = {
         "nanovllm.runner",
         "nanovllm.schedule.edit_limits",
         "nanovllm.schedule.plan",
+        "nanovllm.schedule.pace",
         "nanovllm.schedule.stall",
         "nanovllm.models",
         "nanovllm.platforms",
@@ -86,6 +87,7 @@ ALLOWED = {
         "nanovllm.startup",
         "nanovllm.replicas.cluster",
         "nanovllm.replicas.opening",
+        "nanovllm.tokenizer",
         *SETTINGS,
     ),
     "replicas": (

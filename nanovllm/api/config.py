@@ -84,6 +84,7 @@ ALLOWED: dict[str, Rule] = {
     "uvicorn_log_level": (
         f"one of {', '.join(LOG_LEVELS)}", lambda value: value in LOG_LEVELS
     ),
+    "api_processes": ("a whole number, at least 1, at most 1024", lambda value: 1 <= value <= 1024),
     "otlp_traces_endpoint": ("a URL of http or https", _is_url),
     "drain_timeout": ("a number of seconds, at least 0", lambda value: 0 <= value < math.inf),
     "header_timeout": _SECONDS,
@@ -93,7 +94,7 @@ ALLOWED: dict[str, Rule] = {
 } | {
     name: _whole(1)
     for name in (
-        "api_processes", "max_body_bytes", "max_header_bytes", "max_connections", "max_queue_len",
+        "max_body_bytes", "max_header_bytes", "max_connections", "max_queue_len",
         "max_prompts", "max_prompt_chars", "max_n", "max_messages",
     )
 } | {

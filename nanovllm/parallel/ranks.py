@@ -64,7 +64,7 @@ class Ranks:
         try:
             watch.start()
             watch.has_started.wait()
-            if watch.failure is not None and not watch.processes:
+            if watch.failure is not None:
                 raise watch.failure
         except BaseException:
             ranks.close()

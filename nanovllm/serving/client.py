@@ -15,6 +15,7 @@ from typing import Any
 from nanovllm.config import EngineConfig
 from nanovllm.engine.intake import Intake, checked_priority, drawn_seed
 from nanovllm.engine.metrics import Metric
+from nanovllm.engine.owner import Owner
 from nanovllm.growing import GrowingAnswer, GrowingOutput
 from nanovllm.media.given import Given
 from nanovllm.outputs import RequestOutput
@@ -75,6 +76,7 @@ class Client:
         self._asked: list[asyncio.Future[list[Metric]]] = []
         self._failure: EngineDead | None = None
         self._is_draining = self._is_closed = False
+        self._owner = Owner()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._idle = asyncio.Event()
         self._idle.set()
@@ -87,8 +89,9 @@ class Client:
     # start and end ----------------------------------------------------------------------------
 
     async def ready(self) -> None:
-        """Wait until the engine is warm. Raises ValueError for options that it refuses, and
-        EngineDead."""
+        """Wait until the engine is warm. Raises ValueError for options that it refuses, EngineDead,
+        and RuntimeError in a fork of the process or another event loop."""
+        self._owner.check()
         loop = asyncio.get_running_loop()
         if self._loop is None:
             self._loop, self._facts = loop, loop.create_future()
@@ -139,8 +142,10 @@ class Client:
         """End all requests, the connection and what else this client has.
 
         It may be called in any event loop and thread, also after the end of the client's own loop,
-        and again.
+        and again. A fork of the process leaves everything alone.
         """
+        if not self._owner.is_here:
+            return
         self._begin_close()
         await asyncio.to_thread(self._finish_close)
 

@@ -27,6 +27,7 @@ from nanovllm.runner.runner import Runner
 from nanovllm.runner.sleep import Sleeper
 from nanovllm.runner.spec import EngineSpec
 from nanovllm.sampling import SamplingParams
+from nanovllm.schedule.pace import DecodePace
 from nanovllm.schedule.stall import StallBound
 from nanovllm.startup import ranks
 from nanovllm.startup.build import build
@@ -61,6 +62,7 @@ class Loaded:
     num_blocks: int
     memory: MemoryReport
     stall: StallBound | None
+    pace: DecodePace
     expert_stats: ExpertStats | None
     seconds: dict[str, float]
 
@@ -142,7 +144,7 @@ def load_chosen(
     return Loaded(
         choice.config, runner.model, runner.spec, runner, sleeper, tokenizer, vision, eos_ids,
         default_params(generation if config.generation_config == "auto" else {}),
-        built.num_blocks, built.memory, built.stall, built.expert_stats, laps.seconds,
+        built.num_blocks, built.memory, built.stall, built.pace, built.expert_stats, laps.seconds,
     )  # fmt: skip
 
 
