@@ -189,8 +189,12 @@ class LimitedProtocol(HttpToolsProtocol):
             self.idle[self] = None
         if self._held:
             del self._held[: self._parse(self._held)]
-        if self._has_eof and not self._is_answering:
-            self.transport.close()
+        if self._has_eof:
+            self._stop("probe")
+            if self._is_answering:
+                self._probe_after(FIRST_PROBE_S)
+            else:
+                self.transport.close()
 
     def eof_received(self) -> bool:
         """Whether the connection stays open. A client may close its sending side alone and wait for
