@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 import httptools
-from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from nanovllm.api.config import ServerConfig
@@ -34,6 +34,18 @@ TOO_LONG = _canned(
 BAD = _canned("400 Bad Request", ApiError(400, "this is not an HTTP request", code="invalid_http"))
 
 
+class _Flow(FlowControl):
+    """It reads on only if few bytes are held."""
+
+    def __init__(self, transport: asyncio.Transport, held: bytearray) -> None:
+        super().__init__(transport)
+        self._held = held
+
+    def resume_reading(self) -> None:
+        if len(self._held) <= HIGH_WATER_LIMIT:
+            super().resume_reading()
+
+
 class LimitedProtocol(HttpToolsProtocol):
     """One connection. uvicorn itself has none of these limits.
 
@@ -50,6 +62,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._num_header_bytes = 0  # received since the last complete headers or part of a body
         self._held = bytearray()  # received after the request that is being answered
+        self.flow = _Flow(self.transport, self._held)
         self._num_body_bytes = 0  # of the body that are still to come, if its length is known
         self._is_receiving = False  # part of a request is missing
         self._has_eof = False  # the client sends no more
@@ -189,6 +202,7 @@ class LimitedProtocol(HttpToolsProtocol):
             self.idle[self] = None
         if self._held:
             del self._held[: self._parse(self._held)]
+            self.flow.resume_reading()
         if self._has_eof:
             self._stop("probe")
             if self._is_answering:
