@@ -42,7 +42,7 @@ class _Flow(FlowControl):
         self._held = held
 
     def resume_reading(self) -> None:
-        if len(self._held) <= HIGH_WATER_LIMIT:
+        if self.read_paused and len(self._held) <= HIGH_WATER_LIMIT:
             super().resume_reading()
 
 
@@ -64,7 +64,8 @@ class LimitedProtocol(HttpToolsProtocol):
         self._held = bytearray()  # received after the request that is being answered
         self.flow = _Flow(self.transport, self._held)
         self._num_body_bytes = 0  # of the body that are still to come, if its length is known
-        self._is_receiving = False  # part of a request is missing
+        self._is_receiving = False  # a part of a request is missing
+        self._is_answering = False  # a whole request is there, and its answer is not complete
         self._has_eof = False  # the client sends no more
         if len(self.connections) > self.limits.max_connections and not self._replace_idle():
             self._end(FULL)
@@ -78,7 +79,7 @@ class LimitedProtocol(HttpToolsProtocol):
         if longest is None:
             return False
         del self.idle[longest]
-        longest.transport.close()
+        longest.transport.abort()  # it has nothing to send, and TLS would wait for it
         return True
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -101,26 +102,30 @@ class LimitedProtocol(HttpToolsProtocol):
     def _parse(self, data: bytes | bytearray) -> int:
         """Feed the parser up to the end of a request. Returns how many bytes it has taken."""
         self._unset_keepalive_if_required()
-        if self._is_idle and "headers" not in self._timers:
-            self._time("headers", self.limits.header_timeout)
-        at = 0
-        while at < len(data) and not self._is_answering:
-            at += self._feed(data[at : self._end_of_piece(data, at)])
+        at, size = 0, len(data)
+        while at < size and not self._is_answering:
+            end = self._end_of_piece(data, at, size)
+            at += self._feed(data[at:end])  # a copy: `_end` clears what is held
             if self.transport.is_closing():
-                return len(data)
+                return size
+        is_waiting = self._is_receiving or self.timeout_keep_alive_task is None
+        if is_waiting and self._is_idle and "headers" not in self._timers:
+            self._time("headers", self.limits.header_timeout)
         return at
 
-    def _end_of_piece(self, data: bytes | bytearray, at: int) -> int:
+    def _end_of_piece(self, data: bytes | bytearray, at: int, size: int) -> int:
         """Up to where the bytes from `at` have no byte of a second request."""
         if self._num_body_bytes:
-            return min(at + self._num_body_bytes, len(data))
-        line_ends = LINE_ENDS.match(data, at)
-        if line_ends is not None:  # the rest of what ends a head, if the data before has its begin
+            return min(at + self._num_body_bytes, size)
+        if data[at] in b"\r\n":  # the rest of what ends a head, if its begin came before
+            line_ends = LINE_ENDS.match(data, at)
+            assert line_ends is not None
             return line_ends.end()
         found = data.find(HEAD_END, at)
-        return len(data) if found < 0 else found + len(HEAD_END)
+        return size if found < 0 else found + len(HEAD_END)
 
     def _feed(self, piece: bytes | bytearray) -> int:
+        """Returns how many bytes the parser has taken."""
         # the parser keeps incomplete headers, also those after a body
         self._num_header_bytes += len(piece)
         try:
@@ -149,30 +154,24 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._has_headers, self._is_receiving = False, True
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        if self._has_headers:
-            return  # after a body: it is no header of the request
-        super().on_header(name, value)
-        if len(self.headers) > MAX_HEADERS and not self.transport.is_closing():
-            self._end(TOO_LONG)
+        self._is_receiving = True
 
     def on_headers_complete(self) -> None:
-        self._has_headers = True
         if self.transport.is_closing() or self.parser.should_upgrade():
             return
         self._stop("headers")
         self.idle.pop(self, None)
-        num_bytes = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
-        self._num_header_bytes = 0
-        if num_bytes > self.limits.max_header_bytes:
-            self._end(TOO_LONG)
-            return
+        num_bytes = len(self.url)
         for name, value in self.headers:
+            num_bytes += len(name) + len(value)
             if name == b"content-length":
                 self._num_body_bytes = int(value)
+        self._num_header_bytes = 0
+        if num_bytes > self.limits.max_header_bytes or len(self.headers) > MAX_HEADERS:
+            self._end(TOO_LONG)
+            return
         super().on_headers_complete()
+        self.headers = []  # what comes after the body is no header of the request
 
     def on_body(self, body: bytes) -> None:
         self._num_header_bytes = 0
@@ -186,20 +185,20 @@ class LimitedProtocol(HttpToolsProtocol):
             return
         self._is_receiving = False
         if not self._is_idle:
+            self._is_answering = True
             super().on_message_complete()
             return
         self._stop("headers")  # the answer did not need the body, and is complete
         self.timeout_keep_alive_task = self.loop.call_later(
             self.timeout_keep_alive, self.timeout_keep_alive_handler
         )
-        self.idle[self] = None
 
     def on_response_complete(self) -> None:
+        self._is_answering = False
         super().on_response_complete()
         if self.transport.is_closing():
             return
-        if not self._is_receiving:
-            self.idle[self] = None
+        self.idle[self] = None
         if self._held:
             del self._held[: self._parse(self._held)]
             self.flow.resume_reading()
@@ -239,13 +238,8 @@ class LimitedProtocol(HttpToolsProtocol):
 
     @property
     def _is_idle(self) -> bool:
-        """Whether no answer is being sent."""
+        """Whether no request is being received, beside its head, or answered."""
         return self.cycle is None or self.cycle.response_complete
-
-    @property
-    def _is_answering(self) -> bool:
-        """Whether a whole request is there, and its answer is not complete."""
-        return not self._is_receiving and not self._is_idle
 
     def pause_writing(self) -> None:
         super().pause_writing()

@@ -256,6 +256,11 @@ def test_garbage_after_a_request_does_not_lose_its_answer(
     assert error_of(answers)["code"] == "invalid_http"
 
 
+def test_a_long_head_after_a_request_gets_431(server: MadeUpServer) -> None:
+    long = b"GET / HTTP/1.1\r\nx: " + b"y" * (40 << 10) + b"\r\n\r\n"
+    assert statuses(sent(server, request(ONE_TOKEN) + long)) == [200, 431]
+
+
 # upgrades ---------------------------------------------------------------------------------------
 
 # what java.net.http.HttpClient of Java 17 sends by default, byte for byte
