@@ -209,7 +209,7 @@ class LimitedProtocol(HttpToolsProtocol):
             else:
                 self.transport.close()
 
-    def eof_received(self) -> bool:
+    def eof_received(self) -> bool:  # type: ignore[override]
         """Whether the connection stays open. A client may close its sending side alone and wait for
         the answer. One that has closed the connection looks the same until it gets bytes, which it
         refuses, so it gets some."""
