@@ -158,10 +158,9 @@ def test_a_client_that_vanishes_with_requests_in_the_pipeline_ends_them(num_requ
             sock.sendall(body * num_requests)
             while not slow.engine.streams:
                 time.sleep(0.001)
-        deadline = time.monotonic() + 20
-        while slow.engine.streams and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert not slow.engine.streams and slow.engine.num_aborted == 1
+        while slow.engine.streams:
+            time.sleep(0.001)
+        assert slow.engine.num_aborted == 1
 
 
 # half-closed connections -----------------------------------------------------------------------
@@ -196,6 +195,8 @@ def test_a_half_closed_client_of_http_1_0_gets_no_100_continue() -> None:
     old = request({"prompt": "a", "max_tokens": 999}).replace(b"HTTP/1.1", b"HTTP/1.0")
     with served(MadeUpOptions(tokens_per_s=10)) as slow:
         assert sent(slow, old) == b""
+        while slow.engine.streams:
+            time.sleep(0.001)
         assert slow.engine.num_aborted == 1
 
 
