@@ -123,6 +123,7 @@ ALLOWED = {
         "nanovllm.media.given",
         "nanovllm.chat",
         "nanovllm.engine.metrics",
+        "nanovllm.open_files",
         "nanovllm.outputs",
         "nanovllm.prompts",
         "nanovllm.templates",
