@@ -36,7 +36,7 @@ ALLOWED = {
         "nanovllm.tokenizer",
     ),
     "parallel": ("nanovllm.parallel", "nanovllm.env", "nanovllm.kernels.peers"),
-    "schedule": ("nanovllm.schedule", "nanovllm.sampling", "nanovllm.tokenizer"),
+    "schedule": ("nanovllm.schedule", "nanovllm.checks", "nanovllm.sampling", "nanovllm.tokenizer"),
     "runner": (
         "nanovllm.runner",
         "nanovllm.schedule.edit_limits",

@@ -39,7 +39,6 @@ REFUSED_SAMPLING: dict[str, Refusal] = {
     "guided_decoding_backend": Refusal("there is one backend"),
     "structural_tag": Refusal(NOT_BUILT),
     "thinking_token_budget": Refusal(NOT_BUILT),
-    "metadata": Refusal(STATEFUL, ({},)),
 }
 REFUSED_CHAT: dict[str, Refusal] = {
     "add_special_tokens": Refusal("the chat template writes them", (False,)),
@@ -52,7 +51,6 @@ REFUSED_CHAT: dict[str, Refusal] = {
     "prompt_cache_options": Refusal("the cache has no options of requests"),
     "prompt_cache_retention": Refusal("the cache is in memory", ("in_memory",)),
     "service_tier": Refusal("there is one tier", ("auto", "default")),
-    "store": Refusal(STATEFUL, (False,)),
     "verbosity": Refusal("models have no such setting", ("medium",)),
     "web_search_options": Refusal("the server opens no connections"),
     "chat_template": Refusal(NO_FILES),
@@ -74,7 +72,6 @@ REFUSED_RESPONSES: dict[str, Refusal] = {
     "prompt_cache_options": Refusal("the cache has no options of requests"),
     "prompt_cache_retention": Refusal("the cache is in memory", ("in_memory",)),
     "service_tier": Refusal("there is one tier", ("auto", "default")),
-    "store": Refusal(STATEFUL, (False,)),
     "stream_options": Refusal(
         "usage is always in the last event", ({}, {"include_obfuscation": False})
     ),
@@ -82,9 +79,11 @@ REFUSED_RESPONSES: dict[str, Refusal] = {
     "truncation": Refusal("inputs that are too long are refused", ("disabled",)),
 }
 REFUSED: dict[type[msgspec.Struct], Mapping[str, Refusal]] = {
-    bodies.CompletionBody: REFUSED_SAMPLING | {"suffix": Refusal(NOT_BUILT, ("",))},
+    bodies.CompletionBody: REFUSED_SAMPLING
+    | {"suffix": Refusal(NOT_BUILT, ("",)), "metadata": Refusal(STATEFUL, ({},))},
     bodies.ChatBody: REFUSED_SAMPLING | REFUSED_CHAT,
     bodies.ResponsesBody: REFUSED_RESPONSES,
+    bodies.InputTokensBody: REFUSED_RESPONSES,
     bodies.EmbeddingBody: {},
     bodies.TokenizeBody: {"chat_template": Refusal(NO_FILES)},
     bodies.DetokenizeBody: {},

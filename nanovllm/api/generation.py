@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -13,11 +13,13 @@ from nanovllm.api.errors import ApiError
 from nanovllm.api.http import DONE, EVENTS, NO_STORE, Exchange
 from nanovllm.api.latencies import Timer
 from nanovllm.api.service import Service
-from nanovllm.api.structured import is_of_form, misfit
+from nanovllm.api.structured import misfit
+from nanovllm.checks import InvalidValue
 from nanovllm.outputs import TopLogprobs
-from nanovllm.prompts import Prompt
+from nanovllm.prompts import Prompt, PromptRefused
 from nanovllm.sampling import SamplingParams
 from nanovllm.serving.interface import Delta, Stream
+from nanovllm.structured.params import FIELD as FORM
 
 NO_BUFFER = (b"x-accel-buffering", b"no")  # a proxy must not buffer events
 
@@ -61,6 +63,16 @@ class Writer(Protocol):
         ...
 
 
+async def _with_media(exchange: Exchange, opening: Coroutine[Any, Any, Stream]) -> Stream:
+    """The stream of a prompt whose images or sound must be prepared, which takes time."""
+    try:
+        return await exchange.unless_gone(opening)
+    except InvalidValue:
+        raise
+    except ValueError as error:  # the media know nothing of prompts
+        raise PromptRefused(str(error)) from None
+
+
 class Generation:
     """The streams of a request's prompts, with n answers each."""
 
@@ -96,12 +108,11 @@ class Generation:
         try:
             for prompt in prompts:
                 opening = engine.open(prompt, params, priority=priority or 0)
-                # preparing images takes time
-                streams.append(await (exchange.unless_gone(opening) if prompt.media else opening))
+                streams.append(await (_with_media(exchange, opening) if prompt.media else opening))
         except BaseException as error:
             for stream in streams:
                 stream.abort()
-            if form is not None and isinstance(error, ValueError) and is_of_form(str(error)):
+            if form is not None and isinstance(error, InvalidValue) and error.field == FORM:
                 raise misfit(form, str(error)) from None
             raise
         latencies, start = service.own_latencies, exchange.record.start
@@ -148,9 +159,11 @@ class Generation:
             self._check_end(delta)
 
     def _check_end(self, delta: Delta) -> None:
-        if delta.finish_reason == "error" and self._form and is_of_form(delta.error or ""):
-            # the engine's process compiles the form, so it is refused late
-            raise misfit(self._form, str(delta.error))
+        if delta.finish_reason == "error" and delta.error_field is not None:
+            # what the engine's process alone can know, such as whether a form can be compiled
+            if delta.error_field == FORM and self._form is not None:
+                raise misfit(self._form, str(delta.error))
+            raise InvalidValue(delta.error_field, str(delta.error))
         if delta.finish_reason == "error":
             raise ApiError(500, "the model could not go on with this answer", code="answer_failed")
         if delta.finish_reason == "abort":

@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from nanovllm.checks import InvalidValue
 from nanovllm.sampling import SamplingParams
 from nanovllm.structured import library
 from nanovllm.structured.library import Source
 from nanovllm.structured.matcher import Compiled, Masks, Matcher
+from nanovllm.structured.params import FIELD
 from nanovllm.structured.trials import Trial
 from nanovllm.tokenizer import Tokenizer
 
@@ -34,8 +36,8 @@ class Refusal(NamedTuple):
     reason: str
 
     @property
-    def text(self) -> str:
-        return f"structured_outputs.{self.form} is refused: {self.reason}"
+    def error(self) -> InvalidValue:
+        return InvalidValue(FIELD, f"{FIELD}.{self.form} is refused: {self.reason}")
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +116,13 @@ def test_template_denial_of_service_no_template_comes_from_a_request(
 def test_template_denial_of_service_variables_replace_no_options(
     server: MadeUpServer, variables: dict[str, Any]
 ) -> None:
-    answer = ask(server, messages=USER, chat_template_kwargs=variables)
-    assert answer.status_code == 400, answer.text
+    """Those that the template does not read are left out."""
+    plain = ask(server, "/tokenize", messages=USER).json()
+    answer = ask(server, "/tokenize", messages=USER, chat_template_kwargs=variables)
+    if variables.keys() & {"tokenize", "return_tensors", "self", "conversation"}:
+        assert answer.json()["tokens"] == plain["tokens"]
+    else:
+        assert answer.status_code == 400, answer.text
 
 
 def test_template_denial_of_service_contents_are_not_templates(server: MadeUpServer) -> None:
@@ -501,12 +507,17 @@ def test_leaking_errors_a_mistake_of_ours_tells_neither_paths_nor_prompts(
 def test_leaking_errors_the_path_of_the_model_stays_here(
     server: MadeUpServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The name by which clients know the model takes its place."""
+    path = "/srv/secret/checkpoint"
+
     async def fail(*given: Any, **options: Any) -> Any:
-        raise ValueError(f"{server.engine.config.model!r} has no tokenizer")
+        raise ValueError(f"{path!r} has no tokenizer")
 
     monkeypatch.setattr(server.engine, "open", fail)
+    monkeypatch.setattr(server.engine, "config", replace(server.engine.config, model=path))
     answer = ask(server, "/v1/completions", prompt="a")
-    assert answer.status_code == 400 and MODEL not in answer.text
+    assert answer.status_code == 400 and "secret" not in answer.text
+    assert answer.json()["error"]["message"] == f"{MODEL!r} has no tokenizer"
 
 
 def test_leaking_errors_a_folder_s_path_is_not_the_model_s_name(tmp_path: Path) -> None:
