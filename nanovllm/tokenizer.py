@@ -101,6 +101,13 @@ class Tokenizer:
             for is_special, group in groups
         )
 
+    def text_of(self, token_id: int) -> str:
+        """The text of one token, also of a special one. Each token is decoded once."""
+        known: dict[int, str] = self.once("texts", dict)
+        if token_id not in known:
+            known[token_id] = self._decode([token_id], False)
+        return known[token_id]
+
     def has_text(self, token_id: int, how: Decoding = DEFAULT) -> bool:
         """Whether the token changes the text that it is in. Special tokens that are skipped, and
         ids without a token, do not."""
@@ -115,6 +122,12 @@ class Tokenizer:
     def bytes_of(self, token_id: int) -> bytes:
         """The bytes of a token's text. A token of a vocabulary of bytes can have a part of a
         character; `decode` has U+FFFD for it."""
+        known: dict[int, bytes] = self.once("raw", dict)
+        if token_id not in known:
+            known[token_id] = self._bytes_of(token_id)
+        return known[token_id]
+
+    def _bytes_of(self, token_id: int) -> bytes:
         text = self._decode([token_id], False)
         byte_tokens = self.once("bytes", self._byte_tokens)
         if byte_tokens is not None and token_id in byte_tokens[0]:

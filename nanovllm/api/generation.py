@@ -10,8 +10,9 @@ from typing import Any, Protocol
 import msgspec
 
 from nanovllm.api.errors import ApiError
-from nanovllm.api.http import DONE, EVENTS, NO_STORE, Exchange
+from nanovllm.api.http import DONE, EVENTS, JSON, NO_STORE, Exchange
 from nanovllm.api.latencies import Timer
+from nanovllm.api.prompts import beside
 from nanovllm.api.service import Service
 from nanovllm.api.structured import misfit
 from nanovllm.checks import InvalidValue
@@ -21,6 +22,8 @@ from nanovllm.sampling import SamplingParams
 from nanovllm.serving.interface import Delta, Stream
 from nanovllm.structured.params import FIELD as FORM
 
+# the work of one log-probability, and that of a character of text, in those of `beside`
+LOGPROB_COST, TEXT_COST = 4, 8
 NO_BUFFER = (b"x-accel-buffering", b"no")  # a proxy must not buffer events
 
 
@@ -221,12 +224,23 @@ async def respond(
         else:
             answers = await generation.answers()
             record.has_token()
-            await exchange.json(writer.whole(answers))
+            body = await beside(
+                lambda: msgspec.json.encode(writer.whole(answers)), sum(map(_size, answers))
+            )
+            await exchange.answer(200, body, (JSON, NO_STORE))
     finally:
         gone.cancel()
         generation.abort()
         record.num_prompt_tokens = generation.num_prompt_tokens
         record.num_tokens = generation.num_tokens
+
+
+def _size(answer: Answer) -> int:
+    """How much there is to write of an answer, in characters of text."""
+    assert answer.last is not None
+    found = (answer.logprobs, answer.last.prompt_logprobs)
+    num_logprobs = sum(len(top or ()) for tops in found for top in tops or ())
+    return sum(map(len, answer.texts)) // TEXT_COST + num_logprobs * LOGPROB_COST
 
 
 async def _send_events(exchange: Exchange, generation: Generation, writer: Writer) -> None:

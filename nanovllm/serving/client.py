@@ -294,8 +294,7 @@ class Client:
     def _addition(
         self, given: Prompt, params: SamplingParams, priority: int, encoded: Encoded
     ) -> Add:
-        """The message to the engine about a new prompt. Raises ValueError if the seeds of later
-        answers are too large."""
+        """The message to the engine about a new prompt."""
         incremental = bool(params.stop) or params.output_kind is not RequestOutputKind.FINAL_ONLY
         # the client detokenizes and finds stop strings, not the engine
         fields = params_fields(replace(params, n=1, seed=None, stop=None, detokenize=False))

@@ -325,3 +325,35 @@ def test_token_ids_of_a_chat_stream_are_where_vllm_has_them(
     assert given[0] == prompt_ids and not any(given[1:])
     choices = [one.model_extra or {} for event in events for one in event.choices]
     assert [token_id for one in choices for token_id in one["token_ids"]] == [5, 6, 7]
+
+
+def test_echo_without_tokens_has_none_in_a_stream_either(server: MadeUpServer) -> None:
+    asked: Any = {
+        "prompt": "hello", "echo": True, "max_tokens": 0, "return_token_ids": True, "stop": "x",
+    }  # fmt: skip
+    whole = post(server, "/v1/completions", **asked)[1]
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    events = server.http.post(
+        "/v1/completions", json={**asked, "stream": True, "stream_options": options}
+    ).text.split("\n\n")
+    chunks = [json.loads(one.removeprefix("data: ")) for one in events if "{" in one]
+    choices = [choice for one in chunks for choice in one["choices"]]
+    assert "".join(one["text"] for one in choices) == whole["choices"][0]["text"] == "hello"
+    assert all(one["token_ids"] == [] for one in choices) and not whole["choices"][0]["token_ids"]
+    assert choices[-1]["finish_reason"] == whole["choices"][0]["finish_reason"] == "length"
+    assert choices[-1]["stop_reason"] is whole["choices"][0]["stop_reason"] is None
+    for usage in [whole["usage"], *(one["usage"] for one in chunks)]:
+        assert usage["completion_tokens"] == 0
+
+
+def test_the_tokens_of_an_input_can_be_counted(server: MadeUpServer) -> None:
+    asked: Any = {"input": [{"role": "user", "content": "Hi"}], "instructions": "Be brief."}
+    with server.client() as client:
+        counted = client.responses.input_tokens.count(model=MODEL, **asked)
+        answer = client.responses.create(model=MODEL, max_output_tokens=2, **asked)
+    assert counted.object == "response.input_tokens" and answer.usage is not None
+    assert counted.input_tokens == answer.usage.input_tokens
+    image = {"type": "input_image", "image_url": "data:image/png;base64,AAAA"}
+    for wrong in ([{"role": "user", "content": [image]}], [{"role": "robot", "content": ""}]):
+        error = refused(server, "/v1/responses/input_tokens", input=wrong)
+        assert error["param"].startswith("input")

@@ -17,11 +17,17 @@ from typing import Any
 import httpx
 import pytest
 
+from nanovllm.api import logprobs
 from nanovllm.api.app import ROUTES
+from nanovllm.api.bodies import ChatBody, CompletionBody
 from nanovllm.api.config import ALWAYS_OPEN, ServerConfig
+from nanovllm.api.errors import ApiError
+from nanovllm.api.fields import MAX_CONTAINERS, decoded
 from nanovllm.api.page import files
+from nanovllm.schedule.logprobs import Logprob
 from nanovllm.serving.made_up import MadeUpOptions
 from tests.api.made_up_server import MODEL, TEMPLATE, MadeUpServer, served
+from tests.api.made_up_server import tokenizer as made_tokenizer
 
 ROOT = Path(__file__).parents[2]
 KEYS = ["first-key", "second-key"]
@@ -182,6 +188,25 @@ def test_unbounded_fields_are_bounded(server: MadeUpServer, name: str) -> None:
     assert not server.engine.streams
 
 
+@pytest.mark.parametrize("unit", ["[]", "{}", '{"a":[]}', '"[",[]'])
+def test_unbounded_fields_a_body_of_many_small_values_is_not_decoded(
+    monkeypatch: pytest.MonkeyPatch, unit: str
+) -> None:
+    """Ten million empty lists would take 700 MB and some seconds in the event loop."""
+    data = b'{"messages": [%b]}' % ",".join([unit] * (MAX_CONTAINERS + 1)).encode()
+    monkeypatch.setattr("msgspec.json.decode", None)
+    with pytest.raises(ApiError, match=f"more than {MAX_CONTAINERS} lists"):
+        decoded(data, ChatBody)
+
+
+@pytest.mark.parametrize("unit", ["[", "{", '\\"[', "\\\\{"])
+def test_unbounded_fields_brackets_in_a_text_are_text(unit: str) -> None:
+    text = '"' + unit * (MAX_CONTAINERS + 1) + '"'
+    assert decoded(b'{"prompt": %b}' % text.encode(), CompletionBody).prompt == json.loads(text)
+    with pytest.raises(ApiError, match="not JSON"):
+        decoded(b'{"prompt": %b' % text[:-1].encode(), CompletionBody)
+
+
 def test_unbounded_fields_a_prompt_is_measured_before_it_is_encoded(
     server: MadeUpServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -301,6 +326,42 @@ def test_unbounded_fields_long_texts_do_not_block_the_event_loop(
         monkeypatch.setattr(tokenizer, name, noting(name))
     ask(server, path, **body)
     assert threads and server.thread not in threads
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_unbounded_fields_many_log_probabilities_are_written_beside_the_event_loop(
+    server: MadeUpServer, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    threads, plain = [], logprobs.of_prompt
+
+    def noted(found: Any) -> Any:
+        threads.append(threading.current_thread())
+        return plain(found)
+
+    monkeypatch.setattr(logprobs, "of_prompt", noted)
+    for text in ("a", "many words " * 30):
+        given = {"prompt": text} if path == "/v1/completions" else {"messages": [
+            {"role": "user", "content": text}
+        ]}  # fmt: skip
+        assert ask(server, path, **given, prompt_logprobs=20, max_tokens=1).status_code == 200
+    assert [one is server.thread for one in threads] == [True, False]
+
+
+def test_each_token_is_decoded_once_for_log_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = made_tokenizer()
+    decoded: list[Any] = []
+    plain = tokenizer._decode
+
+    def noted(token_ids: Any, skips: bool) -> str:
+        decoded.append(token_ids)
+        return plain(token_ids, skips)
+
+    for token_id in (65, 300):
+        tokenizer.text_of(token_id)
+    monkeypatch.setattr(tokenizer, "_decode", noted)
+    found = [Logprob(-0.5, 1, token_id, tokenizer) for token_id in (65, 300) * 9]
+    assert {one.decoded_token for one in found} == {plain([65], False), plain([300], False)}
+    assert not decoded
 
 
 def test_unbounded_fields_a_large_max_tokens_is_what_the_model_allows(server: MadeUpServer) -> None:
