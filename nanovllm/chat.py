@@ -108,7 +108,7 @@ def render(
         raise ValueError("the tokenizer has no chat template: use generate() with plain prompts")
     # a tokenizer can have several templates, by name
     template = str(full.get_chat_template(options.chat_template or None, options.tools))
-    if drops_variables:
+    if drops_variables and options.chat_template_kwargs:
         options = _with_read_variables(template, options)
     _check_variables(template, options)
     several = _conversations(messages)
@@ -192,7 +192,8 @@ def _written(full: Any, template: str, messages: list[dict[str, Any]], options: 
         cut[mark] = text
         return mark
 
-    with_marks = _with_arguments(messages, marked)
+    has_calls = any("tool_calls" in one for one in messages)
+    with_marks = _with_arguments(messages, marked) if has_calls else messages
     if not cut:
         return _apply(full, template, messages, options)
     try:

@@ -15,7 +15,12 @@ from nanovllm.media import given as media_given
 ROLES = ("system", "developer", "user", "assistant", "tool")
 TEXTS = ("name", "tool_call_id", "reasoning_content", "reasoning")
 KEYS = ("role", "content", "tool_calls", *TEXTS)
-OF_MEDIA = ("video_metadata",)  # fields of parts beside the one that is called as the type
+# Fields of parts beside the one that is called as the type. All but the first are options of Qwen's
+# processors that would change what the model reads: reading the media refuses them by name.
+OF_MEDIA = (
+    "video_metadata", "use_audio_in_video", "min_pixels", "max_pixels", "total_pixels",
+    "resized_height", "resized_width", "fps", "nframes", "video_start", "video_end",
+)  # fmt: skip
 MAX_LOGGED = 64
 logger = logging.getLogger(__name__)
 _logged: set[str] = set()  # names of ignored fields
