@@ -19,7 +19,7 @@ Rule = tuple[str, Callable[[Any], bool]]  # what a value must be, in words and a
 
 
 class InvalidValue(ValueError):
-    """A refused value. field: the option or the field of a request that it was given for."""
+    """A refused value. field: the option, or the field of a request, that has it."""
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(message)

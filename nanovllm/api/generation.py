@@ -72,7 +72,7 @@ async def _with_media(exchange: Exchange, opening: Coroutine[Any, Any, Stream]) 
         return await exchange.unless_gone(opening)
     except InvalidValue:
         raise
-    except ValueError as error:  # the media know nothing of prompts
+    except ValueError as error:  # media have no field of a request
         raise PromptRefused(str(error)) from None
 
 
