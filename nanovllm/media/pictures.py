@@ -65,10 +65,11 @@ def decode(
         raise ValueError(
             f"the data are no picture, or not in one of the formats {', '.join(FORMATS)}"
         ) from None
-    check_pixels(*image.size, max_pixels)
+    width, height = image.size
+    check_pixels(width, height, max_pixels)
     if data.startswith(_JPEG) and num_scans(data) > MAX_SCANS:
         raise ValueError(f"the picture has more than {MAX_SCANS} scans")
-    reserve(image.size[0] * image.size[1])
+    reserve(width * height)
     return _checked_rgb(image, contextlib.nullcontext())
 
 
@@ -86,7 +87,8 @@ def num_scans(jpeg: bytes) -> int:
 
 def of_image(image: Any, max_pixels: int) -> Pixels:
     """A PIL image as RGB, rotated as its EXIF data say."""
-    check_pixels(*image.size, max_pixels)
+    width, height = image.size
+    check_pixels(width, height, max_pixels)
     return _checked_rgb(image, _loading)
 
 

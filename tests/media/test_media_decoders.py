@@ -127,7 +127,7 @@ def test_a_crash_ends_one_prompt_and_the_process_is_replaced(
 ) -> None:
     programs = Programs(monkeypatch, CRASHES)
     preparer = qwen3.preparer(num_media_workers=1)
-    with pytest.raises(ValueError, match="^image 1: it ended the process that decodes it"):
+    with pytest.raises(ValueError, match=r"^image 1: it ended the process that decodes it"):
         submit(preparer, 1).result(60)
     assert len(submit(preparer, 1).result(60)) == 1
     assert len(programs.processes) == 2 and programs.processes[1].poll() is None
