@@ -60,15 +60,15 @@ class Seeing:
 
         options = config.media
         self._max_held = max(1, options.max_held_bytes // num_clients)
-        shares = {
-            "media_cache_bytes": options.media_cache_bytes // num_clients,
-            "max_decoding_bytes": max(1, options.max_decoding_bytes // num_clients),
-        }
+        shared = replace(
+            options,
+            media_cache_bytes=options.media_cache_bytes // num_clients,
+            max_decoding_bytes=max(1, options.max_decoding_bytes // num_clients),
+        )
         folder = hub.resolve(config.model, weights=False, revision=config.revision)
         self._prompts = MediaPrompts(
-            config.model, tokenizer, Scale(*scale), settings.load(folder),
-            replace(options, **shares),
-        )  # fmt: skip
+            config.model, tokenizer, Scale(*scale), settings.load(folder), shared
+        )
         self._attached = attached
         num_prompts = 2 * options.num_media_workers
         self._slots = asyncio.Semaphore(num_prompts)

@@ -26,6 +26,7 @@ from nanovllm.media.fair_pool import FairPool
 from nanovllm.media.memory import Memory
 from nanovllm.media.options import MediaOptions
 from nanovllm.media.prepare import Preparation, Preparer
+from tests.media.test_media_clips import video_file
 from tests.media.vision_cases import Case, picture
 
 HANGS = "print('{}', flush=True); import time; time.sleep(600)"
@@ -120,6 +121,28 @@ def test_a_late_decoder_ends_and_its_error_names_the_option(
         submit(preparer, 1).result(60)
     assert programs.processes[0].poll() == -signal.SIGKILL
     preparer.close()
+
+
+def test_the_time_of_a_video_is_bounded(qwen3: Case) -> None:
+    preparer = qwen3.preparer(decode_timeout_s=0.001)  # not enough to import PyAV
+    url = f"data:video/mp4;base64,{base64.b64encode(video_file('mp4', 19)).decode()}"
+    part = {"type": "video_url", "video_url": {"url": url}}
+    with pytest.raises(ValueError, match=r"^video 1: it takes longer than 0\.001 s to decode"):
+        preparer.submit(given.from_messages([{"content": [part]}])[1]).result(60)
+    preparer.close()
+
+
+def test_a_process_goes_on_after_files_that_cannot_be_decoded(one: Decoder, part: Any) -> None:
+    film, photo = video_file("mp4", 19), encoded(picture(99, 77), "JPEG")
+    one.picture(photo, part)
+    process = one._process
+    with pytest.raises(ValueError, match="corrupt or truncated"):
+        one.picture(photo[:-999], part)
+    with one.clip(film, part) as clip, pytest.raises(ValueError, match="fewer frames"):
+        list(clip.pick([0, 99]))
+    with one.clip(film, part) as clip:  # whose frames are not read to the end
+        assert next(clip.pick([3, 4])).shape == (48, 64, 3)
+    assert one.picture(photo, part).shape == (77, 99, 3) and one._process is process
 
 
 def test_a_crash_ends_one_prompt_and_the_process_is_replaced(
