@@ -251,6 +251,21 @@ def _change_folders(change: Callable[[str], None], path: str) -> None:
         os.environ.update({"TMPDIR": _folders[-1]} if _folders else _temporary)
 
 
+# Variables that a process needs which handles what strangers have sent; others may be secret.
+_HARMLESS = ("HOME", "LANG", "LC_ALL", "LC_CTYPE", "PATH", "TMPDIR", "TZ", "LD_LIBRARY_PATH")
+_HARMLESS_KINDS = ("PYTHON", "NANOVLLM_", "OMP_", "HF_HUB_OFFLINE", "GOMP_", "KMP_")
+
+
+def for_strangers() -> dict[str, str]:
+    """`for_children` for a process that handles grammars, templates, pictures or videos that
+    strangers have sent: only variables that it needs."""
+    return {
+        name: text
+        for name, text in for_children().items()
+        if name in _HARMLESS or name.startswith(_HARMLESS_KINDS)
+    }
+
+
 def for_children() -> dict[str, str]:
     """The environment for child processes, without API keys: they import this package from the
     same place, and nothing from the working directory (`programs.command`)."""

@@ -127,7 +127,7 @@ class Renderer:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,  # tracebacks would quote prompts
             bufsize=0,
-            env=env.for_children(),
+            env=env.for_strangers(),
             start_new_session=True,  # Ctrl-C in a terminal does not reach it
         )
 

@@ -12,6 +12,7 @@ from tokenizers import models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from nanovllm.chat import ChatOptions, render
+from nanovllm.checks import to_options
 from nanovllm.config import EngineConfig
 from nanovllm.prompts import Prompt
 from nanovllm.replicas import setups
@@ -155,7 +156,7 @@ def test_an_engine_may_have_another_chat_template(is_file: bool, tmp_path: Path)
         assert found is not None
         (prompt,) = render(found, CONVERSATION, ChatOptions(chat_template_kwargs={}))
         assert prompt.text == "[user]hi[assistant]"
-    options = setups.options(setups.with_full_paths(config))
+    options = to_options(setups.with_full_paths(config))
     assert options["chat_template"] == TEXT_TEMPLATE, "it needs no file elsewhere"
 
 

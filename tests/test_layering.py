@@ -26,7 +26,7 @@ ALLOWED = {
     "compile": ("nanovllm.compile", "nanovllm.kernels"),
     "models": ("nanovllm.models", "nanovllm.kernels"),
     "platforms": ("nanovllm.platforms", "nanovllm.compile", "nanovllm.kernels"),
-    "media": ("nanovllm.media",),
+    "media": ("nanovllm.media", "nanovllm.env", "nanovllm.programs"),
     "parsers": ("nanovllm.parsers",),
     "structured": (
         "nanovllm.structured",

@@ -136,7 +136,7 @@ class MediaPrompts:
                 continue
             frames, rows, columns = item.grid
             size = frames // len(spans), rows // merge, columns // merge
-            interval, per_unit = item.seconds_per_grid * per_second, 1.0
+            interval, per_unit = positions.interval(item.seconds_per_grid, per_second), 1.0
             if spans_time:  # the model's own code rounds after each product
                 interval, per_unit = item.seconds_per_grid, per_second
             found += [

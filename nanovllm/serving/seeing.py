@@ -1,5 +1,5 @@
-"""Prepares prompts with images, videos and sound in the client's process: in threads, beside its
-event loop.
+"""Prepares prompts with images, videos and sound in the client's process: in threads and
+processes, beside its event loop.
 
 Importing this module does not import torch. Making a `Seeing` does.
 """
@@ -60,12 +60,15 @@ class Seeing:
 
         options = config.media
         self._max_held = max(1, options.max_held_bytes // num_clients)
-        cached = options.media_cache_bytes // num_clients
+        shared = replace(
+            options,
+            media_cache_bytes=options.media_cache_bytes // num_clients,
+            max_decoding_bytes=max(1, options.max_decoding_bytes // num_clients),
+        )
         folder = hub.resolve(config.model, weights=False, revision=config.revision)
         self._prompts = MediaPrompts(
-            config.model, tokenizer, Scale(*scale), settings.load(folder),
-            replace(options, media_cache_bytes=cached),
-        )  # fmt: skip
+            config.model, tokenizer, Scale(*scale), settings.load(folder), shared
+        )
         self._attached = attached
         num_prompts = 2 * options.num_media_workers
         self._slots = asyncio.Semaphore(num_prompts)
