@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from nanovllm import extras
 from nanovllm.media import pictures
 from nanovllm.media.pictures import Pixels
 from nanovllm.media.settings import VideoSettings
@@ -139,7 +140,7 @@ def _av() -> Any:
     try:
         import av
     except ImportError:
-        raise ValueError("video files need PyAV: pip install 'nanovllm[video]'") from None
+        raise ValueError(f"video files need PyAV: {extras.install('video')}") from None
     return av
 
 

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from nanovllm import extras
+
 Pixels = npt.NDArray[np.uint8]
 
 # No SVG, no format that is a program (EPS), none with many codecs inside (TIFF)
@@ -34,7 +36,7 @@ def pillow() -> Any:
     try:
         from PIL import Image
     except ImportError:
-        raise ValueError("pictures need Pillow: pip install 'nanovllm[vision]'") from None
+        raise ValueError(f"pictures need Pillow: {extras.install('vision')}") from None
     return Image
 
 

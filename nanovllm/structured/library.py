@@ -6,6 +6,7 @@ import importlib.util
 import json
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from nanovllm import extras
 from nanovllm.structured.keywords import checked_schema
 from nanovllm.structured.params import StructuredOutputsParams
 
@@ -42,7 +43,7 @@ def check_installed() -> None:
     if importlib.util.find_spec("llguidance") is None:
         raise ValueError(
             "structured_outputs needs llguidance, which is not installed: "
-            "pip install 'nanovllm[structured]'"
+            + extras.install("structured")
         )
 
 
