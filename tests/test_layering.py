@@ -15,7 +15,8 @@ PACKAGE = ROOT / "nanovllm"
 
 # The modules of ours that files of a layer may import, at any depth of the file.
 SETTINGS = tuple(
-    f"nanovllm.{name}" for name in ("checks", "config", "env", "hub", "log", "programs", "sampling")
+    f"nanovllm.{name}"
+    for name in ("checks", "config", "env", "extras", "hub", "log", "programs", "sampling")
 )
 BELOW_STARTUP = tuple(
     f"nanovllm.{name}"
@@ -26,12 +27,13 @@ ALLOWED = {
     "compile": ("nanovllm.compile", "nanovllm.kernels"),
     "models": ("nanovllm.models", "nanovllm.kernels"),
     "platforms": ("nanovllm.platforms", "nanovllm.compile", "nanovllm.kernels"),
-    "media": ("nanovllm.media", "nanovllm.env", "nanovllm.programs"),
+    "media": ("nanovllm.media", "nanovllm.env", "nanovllm.extras", "nanovllm.programs"),
     "parsers": ("nanovllm.parsers",),
     "structured": (
         "nanovllm.structured",
         "nanovllm.checks",
         "nanovllm.env",
+        "nanovllm.extras",
         "nanovllm.programs",
         "nanovllm.sampling",
         "nanovllm.tokenizer",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from importlib.util import find_spec
 
+from nanovllm import extras
 from nanovllm.api.config import ServerConfig
 from nanovllm.cli.engine_options import add_engine_options, engine_config
 from nanovllm.cli.server_options import add_server_options
@@ -29,9 +30,7 @@ def main(args: argparse.Namespace) -> int:
     """The exit status of the server. Raises ValueError for a wrong option, and if a package of the
     extra `serve` is missing."""
     if missing := [name for name in NEEDED if find_spec(name) is None]:
-        raise ValueError(
-            f"nanovllm serve needs {', '.join(missing)}: pip install 'nanovllm[serve]'"
-        )
+        raise ValueError(f"nanovllm serve needs {', '.join(missing)}: {extras.install('serve')}")
     from nanovllm import api
 
     server = ServerConfig(**given(args, ServerConfig))

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from nanovllm import extras
 from nanovllm.media import pictures
 from nanovllm.media.pictures import Pixels
 from nanovllm.media.settings import VideoSettings
@@ -159,7 +160,7 @@ def pyav() -> Any:
     try:
         import av
     except ImportError:
-        raise ValueError("video files need PyAV: pip install 'nanovllm[video]'") from None
+        raise ValueError(f"video files need PyAV: {extras.install('video')}") from None
     return av
 
 

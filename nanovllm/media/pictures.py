@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from nanovllm import extras
+
 Pixels = npt.NDArray[np.uint8]
 
 # No SVG, no format that is a program (EPS), none with many codecs inside (TIFF)
@@ -42,7 +44,7 @@ def pillow() -> Any:
     try:
         from PIL import Image
     except ImportError:
-        raise ValueError("pictures need Pillow: pip install 'nanovllm[vision]'") from None
+        raise ValueError(f"pictures need Pillow: {extras.install('vision')}") from None
     return Image
 
 
