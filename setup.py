@@ -40,7 +40,7 @@ setup(
     description="A compiler-centric, graph-mode inference engine for large language models",
     long_description=long_description(URL),
     long_description_content_type="text/markdown",
-    license="MIT",
+    license_expression="MIT",
     license_files=["LICENSE"],
     keywords="LLM inference, graph compiler, OpenAI-compatible server, CUDA graphs, Ascend NPU",
     project_urls={

@@ -13,7 +13,7 @@ if import_path.begins_with_working_directory():
 
 from typing import TYPE_CHECKING, Any
 
-from nanovllm import checkout
+from nanovllm import checkout, extras
 
 if checkout.problem():
     raise ImportError(checkout.problem())
@@ -53,7 +53,7 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name != "msgspec":
             raise
-        raise ImportError(f"{name} needs msgspec: pip install 'nanovllm[serve]'") from error
+        raise ImportError(f"{name} needs msgspec: {extras.install('serve')}") from error
     return getattr(module, name)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from typing import NamedTuple
 
 import pytest
 
-from nanovllm import env
+from nanovllm import env, programs
 from tests.api.command_server import command_server
 
 ROOT = Path(__file__).parents[1]
@@ -74,12 +75,12 @@ def test_python_runs_as_it_is_printed(document: Path) -> None:
 def test_commands_print_what_is_printed(name: str, tmp_path: Path) -> None:
     tools = tmp_path / "bin"
     tools.mkdir()
-    (tools / "nanovllm").write_text(f'#!/bin/sh\nexec {sys.executable} -P -m nanovllm "$@"\n')
+    start = shlex.join(programs.command("nanovllm"))
+    (tools / "nanovllm").write_text(f'#!/bin/sh\nexec {start} "$@"\n')
     (tools / "nanovllm").chmod(0o755)
     variables = env.for_children() | {"PATH": f"{tools}:{os.environ['PATH']}"}
-    commands = [
-        one for one in COMMAND.findall((ROOT / name).read_text()) if " serve " not in one[0]
-    ]
+    found = COMMAND.findall((ROOT / name).read_text(encoding="utf-8"))
+    commands = [one for one in found if " serve " not in one[0]]
     assert commands
     for command, expected in commands:
         done = subprocess.run(
@@ -106,4 +107,4 @@ def test_links_lead_somewhere(document: Path) -> None:
 def test_the_index_lists_every_page() -> None:
     text = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
     listed = set(re.findall(r"\(([\w.]+\.md)[)#]", text)) | {"README.md"}
-    assert {path.name for path in (ROOT / "docs").glob("*.md")} <= listed | {"security.md"}
+    assert {path.name for path in (ROOT / "docs").glob("*.md")} <= listed

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import nanovllm
-from nanovllm import AsyncEngineArgs, AsyncLLM, EngineConfig, SamplingParams, log
+from nanovllm import AsyncEngineArgs, AsyncLLM, EngineConfig, SamplingParams, extras, log
 from nanovllm.serving import async_llm
 
 ROOT = Path(__file__).parents[2]
@@ -64,7 +64,7 @@ def test_an_engine_for_event_loops_names_the_extra_that_is_missing() -> None:
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
-    message = "ImportError: AsyncLLMEngine needs msgspec: pip install 'nanovllm[serve]'"
+    message = f"ImportError: AsyncLLMEngine needs msgspec: {extras.install('serve')}"
     assert done.stderr.splitlines()[-1] == message
 
 
