@@ -1,5 +1,7 @@
 """Packaging. `compile/` and `kernels/` are folders beside `nanovllm/`, which links to them."""
 
+import configparser
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -12,13 +14,42 @@ problem = runpy.run_path(str(HERE / "nanovllm" / "checkout.py"))["problem"]()
 if problem:
     sys.exit(f"error: {problem}")
 
+
+def repository() -> str:
+    """The address of the repository that this checkout was cloned from; "" if there is none."""
+    config = configparser.ConfigParser(strict=False)
+    config.read(HERE / ".git" / "config")
+    url = config.get('remote "origin"', "url", fallback="").removesuffix(".git")
+    url = re.sub(r"^(?:ssh://)?git@([^:/]+)[:/]", r"https://\1/", url)
+    return url if url.startswith("https://") and "@" not in url else ""
+
+
+def long_description(url: str) -> str:
+    """README.md with absolute links, as pages of packages need them."""
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    if not url:
+        return re.sub(r"!\[[^]]*\]\([^)]*\)\n*", "", text)
+    text = re.sub(r"(!\[[^]]*\]\()(?!https?:)", rf"\g<1>{url}/raw/HEAD/", text)
+    return re.sub(r"((?<!!)\[[^]]*\]\()(?!https?:|#)", rf"\g<1>{url}/blob/HEAD/", text)
+
+
+URL = repository()
 setup(
     name="nanovllm",
     version="0.1.0",
     description="A compiler-centric, graph-mode inference engine for large language models",
-    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description=long_description(URL),
     long_description_content_type="text/markdown",
-    license="MIT",
+    license_expression="MIT",
+    license_files=["LICENSE"],
+    keywords="LLM inference, graph compiler, OpenAI-compatible server, CUDA graphs, Ascend NPU",
+    project_urls={
+        "Source": URL,
+        "Documentation": f"{URL}/blob/HEAD/docs/README.md",
+        "Issues": f"{URL}/issues",
+    }
+    if URL
+    else {},
     python_requires=">=3.10",
     classifiers=[
         "Operating System :: MacOS",
@@ -75,34 +106,34 @@ setup(
     },
     install_requires=[
         "torch>=2.11",
-        "transformers>=5.0",
+        "transformers>=5.10",
         "safetensors>=0.5",
         "huggingface_hub>=1.0",
-        "jinja2>=3.1",
+        "jinja2>=3.1.6",
         "numpy>=1.26",
-        "tqdm>=4.66",
+        "tqdm>=4.66.3",
     ],
     extras_require={
         "flash-attn": ["flash-attn>=2.5"],  # needs --no-build-isolation
-        "ray": ["ray>=2.50"],
+        "ray": ["ray>=2.56"],
         "serve": [
             "httptools>=0.6",
             "llguidance>=1.9",
             "msgspec>=0.19",
             "prometheus_client>=0.22",
-            "starlette>=0.46",
+            "starlette>=1.3.1",
             "uvicorn>=0.34",
             "uvloop>=0.21",
         ],
         "traces": ["opentelemetry-sdk>=1.30", "opentelemetry-exporter-otlp-proto-http>=1.30"],
         "structured": ["llguidance>=1.9"],
         "triton": ["triton>=3.6; platform_system == 'Linux'"],
-        "video": ["av>=14", "pillow>=11"],
-        "vision": ["pillow>=11"],
+        "video": ["av>=17.1", "pillow>=12.3"],
+        "vision": ["pillow>=12.3"],
         "test": [
             "triton>=3.6; platform_system == 'Linux'",
-            "av>=14",
-            "pillow>=11",
+            "av>=17.1",
+            "pillow>=12.3",
             "httptools>=0.6",
             "httpx>=0.28",
             "hypothesis>=6.100",
@@ -111,22 +142,22 @@ setup(
             "openai>=2.0",
             "prometheus_client>=0.22",
             "schemathesis>=4.0",
-            "starlette>=0.46",
+            "starlette>=1.3.1",
             "uvicorn>=0.34",
             "uvloop>=0.21",
             "opentelemetry-exporter-otlp-proto-http>=1.30",
             "opentelemetry-sdk>=1.30",
             "playwright>=1.50",
             "llguidance>=1.9",
-            "pytest>=8",
+            "pytest>=9.0.3",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
-            "ray>=2.50",
+            "ray>=2.56",
             "ruff>=0.9",
             "mypy>=1.14",
             "types-tqdm",
-            "setuptools>=77",
-            "wheel",
+            "setuptools>=78.1.1",
+            "wheel>=0.46.2",
         ],
     },
 )

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from nanovllm.media import given as media_given
 from nanovllm.media.given import Given
 from nanovllm.prompts import Prompt, checked_text
 from nanovllm.special_text import SpecialText
-from nanovllm.templates import renderer
+from nanovllm.templates import Facts, renderer
 from nanovllm.tokenizer import Tokenizer
 
+logger = logging.getLogger(__name__)
 CONTENT_FORMATS = ("auto", "string", "openai")
 
 
@@ -22,6 +26,11 @@ class UnknownVariable(ValueError):
     def __init__(self, name: str, message: str) -> None:
         super().__init__(message)
         self.name = name
+
+
+class CutArguments(str):
+    """Arguments of a call, in a message of an assistant, that are no JSON object: the answer that
+    they come from was cut. They are written as they are, wherever the template writes arguments."""
 
 
 @dataclass(frozen=True)
@@ -89,19 +98,20 @@ def render(
     options: ChatOptions,
     check: Callable[[Sequence[Given]], object] = tuple,
     max_chars: int | None = None,
+    *,
+    drops_variables: bool = False,
 ) -> list[Prompt]:
     """The prompts of one conversation, or of several. Raises ValueError for what is neither, for
     what the template refuses, and for images and videos that `check` refuses.
 
     max_chars: of a conversation in its template. Longer ones are refused before they are encoded.
+    drops_variables: variables that the template does not read are left out, not refused.
     """
     renderer.start()  # beside the import of transformers
     full = tokenizer.for_reading
-    if not (options.chat_template or full.chat_template):
-        raise ValueError("the tokenizer has no chat template: use generate() with plain prompts")
-    # a tokenizer can have several templates, by name
-    template = str(full.get_chat_template(options.chat_template or None, options.tools))
-    facts = renderer.facts(template, full.special_tokens_map)
+    template, facts = _template(tokenizer, options)
+    if drops_variables:
+        options = _with_read_variables(facts.variables, options)
     _check_variables(facts.variables, options)
     several = _conversations(messages)
     as_parts = options.chat_template_content_format == "openai" or (
@@ -123,16 +133,33 @@ def render(
         others = (template, options.tools, options.chat_template_kwargs)
         marked = None if special is None else special.marked(normal, others)
         if special is not None and marked is not None:
-            written = _apply(full, template, marked.messages, options, max_chars)
+            written = _written(full, template, marked.messages, options, max_chars)
             text = checked_text("the conversation", marked.text(written))
             token_ids: list[int] | None = special.encode(marked, written)
         else:
-            text = _apply(full, template, normal, options, max_chars)
+            text = _written(full, template, normal, options, max_chars)
             checked_text("the conversation", text)
             # the template writes the special tokens itself
             token_ids = None if media else tokenizer.encode(text, add_special_tokens=False)
         prompts.append(Prompt(text, token_ids, media=tuple(media), has_special_tokens=True))
     return prompts
+
+
+def check_template(tokenizer: Tokenizer, options: ChatOptions) -> tuple[str, Facts]:
+    """The template for these options, and what it reads and writes. Raises ValueError if there is
+    none, and UnknownVariable."""
+    template, facts = _template(tokenizer, options)
+    _check_variables(facts.variables, options)
+    return template, facts
+
+
+def _template(tokenizer: Tokenizer, options: ChatOptions) -> tuple[str, Facts]:
+    full = tokenizer.for_reading
+    if not (options.chat_template or full.chat_template):
+        raise ValueError("the tokenizer has no chat template: use generate() with plain prompts")
+    # a tokenizer can have several templates, by name
+    template = str(full.get_chat_template(options.chat_template or None, options.tools))
+    return template, renderer.facts(template, full.special_tokens_map)
 
 
 def _conversations(messages: Any) -> list[list[Mapping[str, Any]]]:
@@ -174,6 +201,60 @@ def _part(part: Any) -> dict[str, str]:
             f"types 'text', {', '.join(map(repr, media_given.TYPES))}"
         )
     return {"type": "text", "text": str(part["text"])}
+
+
+def _written(
+    full: Any,
+    template: str,
+    messages: list[dict[str, Any]],
+    options: ChatOptions,
+    max_chars: int | None,
+) -> str:
+    """The conversation in the template, with cut arguments as the text that they are.
+
+    A template can write them as text, as JSON (then they would be a string in quotes), or read
+    them as an object: then this has one member, with the text.
+    """
+    cut: dict[str, str] = {}
+
+    def marked(text: CutArguments) -> str:
+        mark = f"nanovllm-{secrets.token_hex(16)}"
+        cut[mark] = text
+        return mark
+
+    has_calls = any("tool_calls" in one for one in messages)
+    with_marks = _with_arguments(messages, marked) if has_calls else messages
+    if not cut:
+        return _apply(full, template, messages, options, max_chars)
+    try:
+        found = _apply(full, template, with_marks, options, max_chars)
+    except ValueError:
+        as_objects = _with_arguments(messages, lambda text: {"arguments": text})
+        return _apply(full, template, as_objects, options, max_chars)
+    for mark, text in cut.items():
+        found = found.replace(f'"{mark}"', text).replace(mark, text)
+    return found
+
+
+def _with_arguments(
+    messages: list[dict[str, Any]], replacement: Callable[[CutArguments], Any]
+) -> list[dict[str, Any]]:
+    """The messages with other values in the place of cut arguments."""
+
+    def call(one: Any) -> Any:
+        function = one.get("function") if isinstance(one, Mapping) else None
+        arguments = function.get("arguments") if isinstance(function, Mapping) else None
+        if not isinstance(arguments, CutArguments):
+            return one
+        assert isinstance(function, Mapping)
+        return {**one, "function": {**function, "arguments": replacement(arguments)}}
+
+    return [
+        {**one, "tool_calls": list(map(call, one["tool_calls"]))}
+        if isinstance(one.get("tool_calls"), list)
+        else one
+        for one in messages
+    ]
 
 
 def _apply(
@@ -224,6 +305,20 @@ def _tool(given: Any) -> Any:
     from transformers.utils.chat_template_utils import get_json_schema
 
     return get_json_schema(given)
+
+
+def _with_read_variables(read: frozenset[str], options: ChatOptions) -> ChatOptions:
+    given = options.chat_template_kwargs
+    kept = {name: one for name, one in given.items() if name in read}
+    for name in given.keys() - kept.keys():
+        _note_unread(name[:64])
+    return replace(options, chat_template_kwargs=kept)
+
+
+@functools.lru_cache(maxsize=64)
+def _note_unread(name: str) -> None:
+    """Log a variable once."""
+    logger.info("the chat template does not read the variable %r, which is left out", name)
 
 
 def _check_variables(variables: frozenset[str], options: ChatOptions) -> None:

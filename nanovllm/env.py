@@ -6,7 +6,9 @@ import getpass
 import os
 import shlex
 import tempfile
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -235,6 +237,62 @@ def drop_relative() -> None:
             os.environ.pop(name)
             if name in kept:
                 os.environ[name] = kept[name]
+
+
+def keep_temporary_files(folder: Path) -> None:
+    """Have this process, and programs that it starts, keep their temporary files in a folder."""
+    os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
+
+
+_folders: list[str] = []
+_temporary: dict[str, str] = {}  # TMPDIR before the first of `_folders`
+_changing = threading.Lock()
+
+
+@contextmanager
+def folder_of_compilers(parent: Path, prefix: str) -> Iterator[None]:
+    """Meanwhile programs that this process starts keep their temporary files in a new folder, which
+    is removed: a compiler that is killed leaves them. Where `parent` takes none, nothing changes.
+
+    Several threads may do this at the same time.
+    """
+    tempfile.gettempdir()  # the place of this process's own files stays the same
+    try:
+        folder = tempfile.TemporaryDirectory(dir=parent, prefix=prefix, ignore_cleanup_errors=True)
+    except OSError:
+        yield
+        return
+    with folder as path:
+        _change_folders(_folders.append, path)
+        try:
+            yield
+        finally:
+            _change_folders(_folders.remove, path)
+
+
+def _change_folders(change: Callable[[str], None], path: str) -> None:
+    with _changing:
+        if not _folders:
+            _temporary.clear()
+            _temporary.update({"TMPDIR": os.environ["TMPDIR"]} if "TMPDIR" in os.environ else {})
+        change(path)
+        os.environ.pop("TMPDIR", None)
+        os.environ.update({"TMPDIR": _folders[-1]} if _folders else _temporary)
+
+
+# Variables that a process needs which handles what strangers have sent; others may be secret.
+_HARMLESS = ("HOME", "LANG", "LC_ALL", "LC_CTYPE", "PATH", "TMPDIR", "TZ", "LD_LIBRARY_PATH")
+_HARMLESS_KINDS = ("PYTHON", "NANOVLLM_", "OMP_", "HF_HUB_OFFLINE", "GOMP_", "KMP_")
+
+
+def for_strangers() -> dict[str, str]:
+    """`for_children` for a process that handles grammars, templates, pictures or videos that
+    strangers have sent: only variables that it needs."""
+    return {
+        name: text
+        for name, text in for_children().items()
+        if name in _HARMLESS or name.startswith(_HARMLESS_KINDS)
+    }
 
 
 def for_children() -> dict[str, str]:

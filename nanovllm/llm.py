@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from nanovllm import log, progress
 from nanovllm.compat.nano_vllm import NanoMethods
 from nanovllm.config import EngineConfig
+from nanovllm.engine.interface import NO_PROFILE
 from nanovllm.prompts import AnyPrompts, Prompt, prompt_list
 from nanovllm.replicas.opening import open_engine
 from nanovllm.sampling import BeamSearchParams, SamplingParams
@@ -221,6 +222,12 @@ class LLM(NanoMethods):
         raise ValueError("pooling (encode, embed, classify, reward, score) is not supported")
 
     embed = classify = reward = score = encode
+
+    def start_profile(self, *_: object, **__: object) -> None:
+        """Refused, like stop_profile: see `nanovllm bench throughput --profile`."""
+        raise ValueError(NO_PROFILE)
+
+    stop_profile = start_profile
 
     def _chat_prompts(self, messages: Any, options: Mapping[str, Any]) -> list[Prompt]:
         from nanovllm.chat import ChatOptions, render

@@ -18,6 +18,8 @@ import signal
 import sys
 from typing import Any
 
+from nanovllm import programs
+
 MEMORY_BYTES = 1 << 30  # beside what the process has at its start
 MAX_ERROR_CHARS = 2000
 HEAD_BYTES = 8
@@ -134,6 +136,7 @@ def _limit_time(seconds: float) -> None:
 
 
 def main() -> None:
+    programs.begin()
     source, target = os.dup(0), os.dup(1)
     os.dup2(2, 1)  # what a library prints is no answer
     sys.modules["torch"] = None  # type: ignore[assignment]  # transformers would import it

@@ -13,12 +13,11 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from nanovllm import env, template_process
+from nanovllm import env, programs, template_process
 from nanovllm.prompts import PromptTooLong
 from nanovllm.template_process import ERROR, FACTS, TEXT, TOO_LONG
 
@@ -123,12 +122,12 @@ class Renderer:
             return
         self.close()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "nanovllm.template_process"],
+            programs.command("nanovllm.template_process"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,  # tracebacks would quote prompts
             bufsize=0,
-            env=env.for_children(),
+            env=env.for_strangers(),
             start_new_session=True,  # Ctrl-C in a terminal does not reach it
         )
 

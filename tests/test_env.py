@@ -110,3 +110,27 @@ def test_a_compiler_that_is_no_command_is_an_error(monkeypatch: pytest.MonkeyPat
         env.read()
     monkeypatch.setenv("CXX", "  ")
     assert env.read().cxx is None
+
+
+@pytest.mark.parametrize("before", [None, "/before"])
+def test_compilers_have_a_folder_of_their_own_for_a_while(
+    before: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TMPDIR", raising=False)
+    if before is not None:
+        monkeypatch.setenv("TMPDIR", before)
+    own, store = tempfile.gettempdir(), tmp_path / "store"
+    with env.folder_of_compilers(store, ".x-"):
+        assert os.environ.get("TMPDIR") == before, "there is no such folder"
+    store.mkdir()
+    first, second = (env.folder_of_compilers(store, ".x-") for _ in range(2))
+    first.__enter__()
+    second.__enter__()
+    folder = Path(os.environ["TMPDIR"])
+    assert folder.parent == store and len(list(store.iterdir())) == 2
+    (folder / "cc.s").touch()
+    first.__exit__(None, None, None)  # as another thread may do
+    assert Path(os.environ["TMPDIR"]) == folder
+    second.__exit__(None, None, None)
+    assert os.environ.get("TMPDIR") == before and list(store.iterdir()) == []
+    assert tempfile.gettempdir() == own

@@ -43,9 +43,9 @@ def texts(outputs: list[dict[str, Any]]) -> list[str]:
 
 def test_public_names() -> None:
     assert set(nanovllm.__all__) == {
-        "LLM", "LLMEngine", "EngineArgs", "EngineConfig", "SamplingParams", "BeamSearchParams",
-        "RequestOutputKind", "RequestOutput", "CompletionOutput", "TextPrompt", "TokensPrompt",
-        "print_attention_backend_info",
+        "LLM", "LLMEngine", "AsyncEngineArgs", "EngineArgs", "EngineConfig", "SamplingParams",
+        "BeamSearchParams", "RequestOutputKind", "RequestOutput", "CompletionOutput", "TextPrompt",
+        "TokensPrompt", "print_attention_backend_info",
     }  # fmt: skip
     assert all(hasattr(nanovllm, name) for name in nanovllm.__all__)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import difflib
 import logging
 import secrets
 import time
@@ -11,22 +10,25 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from nanovllm.api import others, page
+from nanovllm.api import others, page, paths
 from nanovllm.api.chat import chat
 from nanovllm.api.completions import completions
 from nanovllm.api.config import ALWAYS_OPEN
-from nanovllm.api.errors import PROMPT, ApiError, from_exception
-from nanovllm.api.fields import REFUSED
+from nanovllm.api.errors import ApiError, from_exception
 from nanovllm.api.hosts import Hosts
 from nanovllm.api.http import ClientGone, Exchange, Receive, Record, Scope, Send
 from nanovllm.api.openapi import description
-from nanovllm.api.responses import responses
+from nanovllm.api.responses import input_tokens, responses
 from nanovllm.api.service import MAX_ID_CHARS, Service
+from nanovllm.prompts import PROMPT
 
 logger = logging.getLogger(__name__)
 access = logging.getLogger("nanovllm.api.access")
 MAX_LOGGED_CHARS = 1000
+MAX_TRACEPARENT_CHARS = 256
 PAGE = "/page/"
+METRICS = "/metrics"
+BAD_REQUEST = 400
 
 
 class Route(NamedTuple):
@@ -44,19 +46,22 @@ ROUTES = {
     "/v1/completions": Route("POST", completions),
     "/v1/chat/completions": Route("POST", chat),
     "/v1/responses": Route("POST", responses),
+    "/v1/responses/input_tokens": Route("POST", input_tokens),
     "/v1/embeddings": Route("POST", others.embeddings),
     "/tokenize": Route("POST", others.tokenize),
     "/detokenize": Route("POST", others.detokenize),
     "/health": Route("GET", others.health),
     "/ready": Route("GET", others.ready),
     "/version": Route("GET", others.version),
-    "/metrics": Route("GET", others.metrics),
+    METRICS: Route("GET", others.metrics),
     "/openapi.json": Route("GET", openapi),
 }
-# what the endpoints call a prompt
-PROMPT_FIELDS = {"/v1/chat/completions": "messages", "/v1/responses": "input"}
-# if a message begins with one of these names, it is the error's `param`
-NAMES = frozenset(name for kind in REFUSED for name in kind.__struct_fields__)
+# what the endpoints call fields that have other names in the engine
+NAMES = {
+    "/v1/chat/completions": {PROMPT: "messages"},
+    "/v1/responses": {PROMPT: "input"},
+    "/v1/responses/input_tokens": {PROMPT: "input"},
+}
 
 
 class App:
@@ -67,6 +72,7 @@ class App:
         self.service, self.config, self._hosts = service, service.config, hosts
         self.routes = dict(ROUTES)
         self._page = page.files()
+        self._polled = {*ALWAYS_OPEN, METRICS, *self._page}  # logged only if they fail
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -80,12 +86,13 @@ class App:
         except Exception as error:
             await self._refuse(exchange, error)
         finally:
-            if self.config.access_log:
+            record = exchange.record
+            if self.config.access_log and not self._is_polled(exchange):
                 _log(exchange)
-            traces = self.service.traces
-            if traces is not None and scope["method"] == "POST":
-                headers = {"traceparent": exchange.header(b"traceparent")}
-                traces.add(exchange.record, scope["path"][:MAX_LOGGED_CHARS], headers)
+            if self.service.traces is not None and record.route is not None:
+                parent = exchange.header(b"traceparent")
+                headers = {"traceparent": parent} if len(parent) <= MAX_TRACEPARENT_CHARS else {}
+                self.service.traces.add(record, record.route, headers)
 
     async def _answer(self, exchange: Exchange) -> None:
         path = exchange.scope["path"]
@@ -100,18 +107,22 @@ class App:
         if route is None and path.startswith(others.MODELS) and path != others.MODELS:
             route = Route("GET", others.model)
         if route is None:
-            near = difflib.get_close_matches(path[:MAX_ID_CHARS], self.routes, n=1)
-            hint = f": did you mean {near[0]}?" if near else ""
-            raise ApiError(404, f"there is no such path{hint}", code="unknown_path")
+            hint = paths.hint(path[:MAX_ID_CHARS], self.routes)
+            raise ApiError(404, f"there is no such path: {hint}", code="unknown_path")
         method = exchange.scope["method"]
         if method != route.method and (method, route.method) != ("HEAD", "GET"):
             raise _wrong_method(route.method)
+        if method == "POST":
+            exchange.record.route = path
         await route.endpoint(self.service, exchange)
 
     def _is_open(self, path: str) -> bool:
         if path.startswith(PAGE):
             path = "/"  # the page is open as a whole
         return path in ALWAYS_OPEN or path in self.config.open_paths
+
+    def _is_polled(self, exchange: Exchange) -> bool:
+        return exchange.scope["path"] in self._polled and 0 < exchange.record.status < BAD_REQUEST
 
     async def _send_page(self, exchange: Exchange, path: str) -> None:
         if exchange.scope["method"] not in ("GET", "HEAD"):
@@ -128,9 +139,8 @@ class App:
         exchange.api_key = key.strip()
 
     async def _refuse(self, exchange: Exchange, error: Exception) -> None:
-        told = from_exception(error, NAMES, self.service.engine.config.model)
-        if told.param == PROMPT and told is not error:
-            told.param = PROMPT_FIELDS.get(exchange.scope["path"], PROMPT)
+        service, names = self.service, NAMES.get(exchange.scope["path"])
+        told = from_exception(error, names, service.engine.config.model, repr(service.model)[1:-1])
         if told.code == "internal_error":
             # neither the message nor the values of variables: they may contain the prompt
             logger.error(
@@ -166,7 +176,7 @@ def _request_id(exchange: Exchange) -> str:
 
 def _log(exchange: Exchange) -> None:
     record, scope = exchange.record, exchange.scope
-    if scope["path"] in ALWAYS_OPEN or not access.isEnabledFor(logging.INFO):
+    if not access.isEnabledFor(logging.INFO):
         return
     fields: dict[str, Any] = {
         "id": record.request_id, "method": scope["method"], "path": scope["path"][:256],
@@ -195,5 +205,6 @@ def with_cors(app: App) -> Any:
         app,  # type: ignore[arg-type]
         allow_origins=list(app.config.allowed_origins),
         allow_methods=["GET", "POST"],
-        allow_headers=["authorization", "content-type"],
+        allow_headers=["*"],  # those that the request asks for: clients add some of their own
+        expose_headers=["x-request-id", "retry-after"],
     )

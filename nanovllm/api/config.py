@@ -20,6 +20,8 @@ from nanovllm.parsers import reasoning, tools
 ALWAYS_OPEN = ("/health", "/ready")
 
 
+LOG_LEVELS = ("trace", "debug", "info", "warning", "error", "critical")
+ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)+|")
 HOST_NAME = re.compile(r"\*|[A-Za-z0-9._-]+")
 
 
@@ -75,6 +77,14 @@ ALLOWED: dict[str, Rule] = {
         lambda hosts: all(map(_is_host, hosts)),
     ),
     "allowed_origins": ("a list of origins, such as 'https://example.org'", _are_texts),
+    "root_path": (
+        "a path that begins with '/' and does not end with it",
+        lambda path: ROOT_PATH.fullmatch(path) is not None,
+    ),
+    "uvicorn_log_level": (
+        f"one of {', '.join(LOG_LEVELS)}", lambda value: value in LOG_LEVELS
+    ),
+    "api_processes": ("a whole number, at least 1, at most 1024", lambda value: 1 <= value <= 1024),
     "otlp_traces_endpoint": ("a URL of http or https", _is_url),
     "drain_timeout": ("a number of seconds, at least 0", lambda value: 0 <= value < math.inf),
     "header_timeout": _SECONDS,
@@ -84,7 +94,7 @@ ALLOWED: dict[str, Rule] = {
 } | {
     name: _whole(1)
     for name in (
-        "api_processes", "max_body_bytes", "max_header_bytes", "max_connections", "max_queue_len",
+        "max_body_bytes", "max_header_bytes", "max_connections", "max_queue_len",
         "max_prompts", "max_prompt_chars", "max_n", "max_messages",
     )
 } | {
@@ -116,6 +126,10 @@ class ServerConfig:
         beside localhost, loopback addresses and `host`. Requests with others get 421, except those
         for /health and /ready. "*" allows any. Empty: on loopback no others, elsewhere any.
     allowed_origins: origins of web pages whose scripts may read answers (CORS). "*" allows all.
+    root_path: the path below which a proxy shows this server, such as "/models/a". Requests may
+        come with or without it.
+    default_chat_template_kwargs: variables of the chat template for requests that do not give them,
+        such as {"enable_thinking": false}.
     tool_call_parser: the parser of tool calls, such as "hermes". "auto" chooses the one for the
         chat template. "none" refuses requests with tools, unless tool_choice is "none", "required"
         or a named tool.
@@ -125,13 +139,17 @@ class ServerConfig:
         encoded as text: a request cannot forge turns. Off, they are special tokens.
     drain_timeout: the seconds that running requests have to finish after SIGTERM.
     api_processes: the number of processes that serve HTTP.
-    access_log: log every request: its id, status, tokens and times.
+    access_log: log every request: its id, status, tokens and times. Those for /health, /ready,
+        /metrics and the page are logged only if they fail.
     log_prompts: log prompts in the access log.
+    uvicorn_log_level: the least level of what the HTTP server logs: "trace", "debug", "info",
+        "warning", "error" or "critical".
     otlp_traces_endpoint: the URL of a collector that receives a span of each request, by OTLP over
         HTTP, such as "http://127.0.0.1:4318/v1/traces".
     max_body_bytes: the longest body of a request.
     max_header_bytes: the longest request line together with the headers.
-    max_connections: concurrent connections of each API process. More are refused with 503.
+    max_connections: concurrent connections of each API process. One more takes the place of the
+        longest idle one; without an idle one it is refused with 503.
     max_queue_len: requests that wait for the engine. More are refused with 429.
     max_prompts: the maximum number of prompts in a request.
     max_prompt_chars: the longest prompt as text, with tools and variables of the chat template.
@@ -161,6 +179,8 @@ class ServerConfig:
     served_model_name: Sequence[str] = ()
     allowed_hosts: Sequence[str] = ()
     allowed_origins: Sequence[str] = ()
+    root_path: str = ""
+    default_chat_template_kwargs: Mapping[str, object] | None = None
     tool_call_parser: str = "auto"
     reasoning_parser: str = "auto"
     special_tokens_as_text: bool = True
@@ -168,6 +188,7 @@ class ServerConfig:
     api_processes: int = 1
     access_log: bool = True
     log_prompts: bool = False
+    uvicorn_log_level: str = "error"
     otlp_traces_endpoint: str | None = None
     max_body_bytes: int = 32 << 20
     max_header_bytes: int = 32 << 10

@@ -13,6 +13,7 @@ POSTS: dict[str, type[msgspec.Struct]] = {
     "/v1/completions": bodies.CompletionBody,
     "/v1/chat/completions": bodies.ChatBody,
     "/v1/responses": bodies.ResponsesBody,
+    "/v1/responses/input_tokens": bodies.InputTokensBody,
     "/v1/embeddings": bodies.EmbeddingBody,
     "/tokenize": bodies.TokenizeBody,
     "/detokenize": bodies.DetokenizeBody,
@@ -58,6 +59,8 @@ def description(service: Service) -> dict[str, Any]:
         "paths": paths,
         "components": {"schemas": {**components, "Error": ERROR}},
     }
+    if service.config.root_path:
+        document["servers"] = [{"url": service.config.root_path}]
     if service.config.api_key:
         key = {"type": "http", "scheme": "bearer"}
         document["components"]["securitySchemes"] = {"key": key}

@@ -60,6 +60,7 @@ async def _ready(engine: Client) -> None:
     await engine.ready()
     if engine.tokenizer is not None:
         await asyncio.to_thread(getattr, engine.tokenizer, "for_reading")
+        await asyncio.to_thread(renderer.facts, "", {})  # its process has imported what it needs
 
 
 def _import_transformers() -> None:

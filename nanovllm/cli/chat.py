@@ -16,9 +16,10 @@ from typing import Any
 
 from nanovllm.cli import attach, talk
 from nanovllm.cli.input_lines import Input
-from nanovllm.flags import Parser, nearest
+from nanovllm.flags import Parser
 from nanovllm.tools import terminal
 from nanovllm.tools.command_line import MISTAKES
+from nanovllm.typos import nearest
 
 USAGE = "[MODEL] [options]"
 COMMANDS = ("/new", "/system", "/file", "/again", "/quit", "/help")

@@ -8,9 +8,10 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 from nanovllm import env, programs
-from nanovllm.flags import Parser, nearest
+from nanovllm.flags import Parser
 from nanovllm.startup import bytecode
 from nanovllm.tools import command_line
+from nanovllm.typos import nearest
 
 INTERRUPTED = 130  # the exit status of a shell command after Ctrl-C
 

@@ -12,7 +12,8 @@ from dataclasses import replace
 
 from nanovllm import hub
 from nanovllm.cli import hub_models
-from nanovllm.flags import Parser, nearest
+from nanovllm.flags import Parser
+from nanovllm.typos import nearest
 
 USAGE = "MODEL... [--yes]"
 

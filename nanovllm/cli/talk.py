@@ -111,8 +111,7 @@ def open_model(args: argparse.Namespace) -> Model:
         raise ValueError(f"{flag} is an option of an engine: it does not go with --url")
     if variables:
         sampling["chat_template_kwargs"] = variables
-    name = args.model or getattr(args, "model_word", None)
-    return ServedModel(args.url, args.api_key or env.api_key(), name, sampling)
+    return ServedModel(args.url, args.api_key or env.api_key(), args.model, sampling)
 
 
 class LocalModel:

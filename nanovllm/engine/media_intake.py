@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from nanovllm.checks import InvalidValue
 from nanovllm.media import given
 from nanovllm.media.options import MediaOptions
 from nanovllm.media.placeholders import Expanded, Placeholders, Span
@@ -89,9 +90,10 @@ class MediaPrompts:
         """`check_media`, and raises ValueError for more or fewer media than placeholders, and for
         parameters that media exclude."""
         if params.truncate_prompt_tokens is not None:
-            raise ValueError(
+            raise InvalidValue(
+                "truncate_prompt_tokens",
                 f"truncate_prompt_tokens is {params.truncate_prompt_tokens}: a prompt with "
-                f"{prompt.media[0].name} cannot be truncated"
+                f"{prompt.media[0].name} cannot be truncated",
             )
         self.check_media(prompt.media)
         assert self._placeholders is not None
@@ -134,7 +136,7 @@ class MediaPrompts:
                 continue
             frames, rows, columns = item.grid
             size = frames // len(spans), rows // merge, columns // merge
-            interval, per_unit = item.seconds_per_grid * per_second, 1.0
+            interval, per_unit = positions.interval(item.seconds_per_grid, per_second), 1.0
             if spans_time:  # the model's own code rounds after each product
                 interval, per_unit = item.seconds_per_grid, per_second
             found += [

@@ -17,7 +17,8 @@ from nanovllm.platforms.base import MemoryBudget
 from nanovllm.runner import steps
 from nanovllm.runner.expert_stats import ExpertStats
 from nanovllm.runner.runner import Runner
-from nanovllm.runner.warmup import measure_bus, measure_stall
+from nanovllm.runner.warmup import measure_bus, measure_pace, measure_stall
+from nanovllm.schedule.pace import DecodePace
 from nanovllm.schedule.stall import StallBound
 from nanovllm.startup.artifacts import common_ingredients, finish
 from nanovllm.startup.choose import Choice
@@ -36,6 +37,7 @@ class Built:
     num_blocks: int
     memory: MemoryReport
     stall: StallBound | None
+    pace: DecodePace
     expert_stats: ExpertStats | None
 
 
@@ -73,6 +75,7 @@ def build(
     runner.warm_up(building)
     laps.end(stage)
     stall = _stall_bound(choice, runner)
+    pace = measure_pace(runner)
     laps.end("stall")
     expert_stats = _expert_stats(runner)
     if not config.enforce_eager and choice.shard.rank == 0:
@@ -88,7 +91,7 @@ def build(
         limited=budget is not None and num_blocks < budget.cache_bytes // runner.block_bytes,
     )
     logger.info("%s", memory)
-    return Built(runner, num_blocks, memory, stall, expert_stats)
+    return Built(runner, num_blocks, memory, stall, pace, expert_stats)
 
 
 def _stall_bound(choice: Choice, runner: Runner) -> StallBound | None:

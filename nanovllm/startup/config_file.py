@@ -68,7 +68,8 @@ def transformers_config(path: Path, overrides: Mapping[str, object]) -> Any:
         if not registry.ROPES_PER_LAYER_TYPE.intersection(names):
             _refuse_nested_ropes(fields)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        own = "; its own code (auto_map) is not run" if "auto_map" in fields else ""
+        raise ValueError(f"{path}: {error}{own}") from error
     from transformers import CONFIG_MAPPING
 
     if isinstance(model_type, str) and model_type in registry.READ_AS:

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from nanovllm import progress
+from nanovllm import env, progress
 from nanovllm.config import EngineConfig
+from nanovllm.kernels.code_files import BUILDING
 from nanovllm.kernels.collectives import Communicator
 from nanovllm.media import settings
 from nanovllm.media.settings import VisionSettings
@@ -25,6 +26,7 @@ from nanovllm.runner.runner import Runner
 from nanovllm.runner.sleep import Sleeper
 from nanovllm.runner.spec import EngineSpec
 from nanovllm.sampling import SamplingParams
+from nanovllm.schedule.pace import DecodePace
 from nanovllm.schedule.stall import StallBound
 from nanovllm.startup import ranks
 from nanovllm.startup.build import build
@@ -62,6 +64,7 @@ class Loaded:
     num_blocks: int
     memory: MemoryReport
     stall: StallBound | None
+    pace: DecodePace
     expert_stats: ExpertStats | None
     seconds: dict[str, float]
 
@@ -119,6 +122,7 @@ def load_chosen(
         params, tokenizer = _load_weights(choice, place, farm, bar, laps)
         bar.unit = " buckets"
         bar.reset(len(choice.spec.layout.buckets) if choice.spec.layout.pad else 0)
+        stack.enter_context(env.folder_of_compilers(choice.store.folder / "cpp", BUILDING))
         built = build(choice, params, bar, laps, connect(), make)
     if choice.spec.offload is not None:
         logger.info("experts: %s", choice.spec.offload)
@@ -142,7 +146,7 @@ def load_chosen(
     return Loaded(
         choice.config, runner.model, runner.spec, runner, sleeper, tokenizer, vision, eos_ids,
         default_params(generation if config.generation_config == "auto" else {}),
-        built.num_blocks, built.memory, built.stall, built.expert_stats, laps.seconds,
+        built.num_blocks, built.memory, built.stall, built.pace, built.expert_stats, laps.seconds,
     )  # fmt: skip
 
 

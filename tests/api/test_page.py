@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from example import draw_picture
 from nanovllm.api.page import FOLDER, HEADERS, POLICY, files
 from nanovllm.hub import SEEING
 from tests.api.command_server import command_server
@@ -345,11 +344,8 @@ def test_images_are_attached_only_if_the_model_sees(
 
 
 @pytest.mark.browser
-def test_a_model_that_sees_answers_about_an_attached_picture(
-    browser: Browser, tmp_path: Path
-) -> None:
-    picture = tmp_path / "shapes.png"
-    draw_picture().save(picture)
+def test_a_model_that_sees_answers_about_an_attached_picture(browser: Browser) -> None:
+    picture = Path(__file__).parents[2] / "docs" / "shapes.png"
     words = (
         SEEING, "--device", "cpu", "--enforce-eager", "--max-model-len", "256",
         "--max-num-seqs", "1", "--vision-patch-budgets", "256",
