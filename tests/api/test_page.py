@@ -666,12 +666,14 @@ def test_a_chat_survives_a_reload_until_a_new_one(
     expect(page.locator("#welcome")).not_to_be_visible()
     ask(page, "Go on forever")
     expect(page.locator(".answer .text").nth(1)).to_contain_text("on on on")
-    page.wait_for_function(  # an unfinished answer is kept once a second
-        """async () => {
-          const { ChatStore } = await import("/page/storage.js");
-          return (await new ChatStore().load())[3]?.text.includes("on on");
-        }"""
-    )
+    kept = """async () => {
+      const { ChatStore } = await import("/page/storage.js");
+      return (await new ChatStore().load())[3]?.text ?? "";
+    }"""
+    for _ in range(WAIT_MS // 100):  # an unfinished answer is kept once a second
+        if "on on" in page.evaluate(kept):
+            break
+        page.wait_for_timeout(100)
     page.reload()
     note = page.locator(".answer .note").nth(1)
     expect(note).to_have_text("The page was left before the answer ended.")
