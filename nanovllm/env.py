@@ -173,6 +173,35 @@ def keep_bytecode(folder: Path) -> None:
     os.environ["PYTHONPYCACHEPREFIX"] = str(folder)
 
 
+def hides_bars() -> bool:
+    """Whether tqdm's own variable, TQDM_DISABLE, turns off progress bars."""
+    return os.environ.get("TQDM_DISABLE", "").lower() not in ("", "0", "false", "no", "off")
+
+
+def is_quiet() -> bool:
+    """Whether the log has warnings and errors only."""
+    return read().log_level in ("WARNING", "ERROR")
+
+
+def be_quiet() -> None:
+    """No progress bars, and only warnings in the log, in this process and in those it starts."""
+    os.environ["TQDM_DISABLE"] = "1"
+    if os.environ.get("NANOVLLM_LOG_LEVEL", "").upper() != "ERROR":
+        os.environ["NANOVLLM_LOG_LEVEL"] = "WARNING"
+
+
+def state_folder() -> Path | None:
+    """XDG_STATE_HOME/nanovllm, by default ~/.local/state/nanovllm; None for a user without a home.
+
+    As the XDG specification says, a relative XDG_STATE_HOME is ignored.
+    """
+    given = os.environ.get("XDG_STATE_HOME", "")
+    home = os.path.expanduser("~")
+    if os.path.isabs(given):
+        return Path(given, "nanovllm")
+    return Path(home, ".local", "state", "nanovllm") if os.path.isabs(home) else None
+
+
 def replace(variables: Mapping[str, str]) -> None:
     """Set libraries' variables in this process, which has not used these libraries yet."""
     os.environ.update(variables)

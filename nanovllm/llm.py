@@ -8,7 +8,7 @@ from functools import cached_property
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-from nanovllm import log
+from nanovllm import log, progress
 from nanovllm.compat.nano_vllm import NanoMethods
 from nanovllm.config import EngineConfig
 from nanovllm.engine.interface import NO_PROFILE
@@ -243,9 +243,7 @@ class LLM(NanoMethods):
 
     def _wait(self, owners: Mapping[int, object], use_tqdm: UseTqdm) -> dict[int, Completion]:
         """The completions of requests, with a progress bar."""
-        from tqdm import tqdm  # this takes as long as all other imports of the package
-
-        make_bar = use_tqdm if callable(use_tqdm) else tqdm
+        make_bar = use_tqdm if callable(use_tqdm) else progress.bar
         done: dict[int, Completion] = {}
         num_tokens = 0
         try:

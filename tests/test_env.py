@@ -134,3 +134,24 @@ def test_compilers_have_a_folder_of_their_own_for_a_while(
     second.__exit__(None, None, None)
     assert os.environ.get("TMPDIR") == before and list(store.iterdir()) == []
     assert tempfile.gettempdir() == own
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (None, ".local/state/nanovllm"),
+        ("relative", ".local/state/nanovllm"),
+        ("{}/x", "x/nanovllm"),
+    ],
+)
+def test_what_a_session_keeps_is_below_the_state_folder(
+    given: str | None, expected: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    if given is not None:
+        monkeypatch.setenv("XDG_STATE_HOME", given.format(tmp_path))
+    assert env.state_folder() == tmp_path / expected
+    without_home(monkeypatch)
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    assert env.state_folder() is None

@@ -16,7 +16,17 @@ PACKAGE = ROOT / "nanovllm"
 # The modules of ours that files of a layer may import, at any depth of the file.
 SETTINGS = tuple(
     f"nanovllm.{name}"
-    for name in ("checks", "config", "env", "extras", "hub", "log", "programs", "sampling")
+    for name in (
+        "checks",
+        "config",
+        "env",
+        "extras",
+        "hub",
+        "log",
+        "programs",
+        "progress",
+        "sampling",
+    )
 )
 BELOW_STARTUP = tuple(
     f"nanovllm.{name}"
@@ -155,7 +165,7 @@ OPTIONS = ("npu_graph_mode", "npu_graph_options")
 # modules that import nothing of ours except each other
 LIGHT = (
     "checks", "config", "compat/options", "env", "flag_file", "flags", "kernels/private", "log",
-    "media/options", "programs", "ray_note", "sampling", "structured/params", "typos",
+    "media/options", "programs", "progress", "ray_note", "sampling", "structured/params", "typos",
 )  # fmt: skip
 
 

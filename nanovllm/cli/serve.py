@@ -9,6 +9,7 @@ from nanovllm import extras
 from nanovllm.api.config import ServerConfig
 from nanovllm.cli.engine_options import add_engine_options, engine_config
 from nanovllm.cli.server_options import add_server_options
+from nanovllm.cli.watch import add_quiet
 from nanovllm.compat.options import OF_LOGS
 from nanovllm.flags import Parser, given
 
@@ -23,6 +24,7 @@ OF_SERVER = {*ServerConfig.__dataclass_fields__, *OF_LOGS}
 
 def add_arguments(parser: Parser) -> None:
     add_server_options(parser.add_argument_group("options of the server"))
+    add_quiet(parser)
     add_engine_options(parser, positional=True, skip=OF_SERVER)
 
 

@@ -6,8 +6,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING, Any
 
 from nanovllm import env
 from nanovllm.compile import buckets
@@ -26,6 +25,9 @@ from nanovllm.startup.choose import Choice
 from nanovllm.startup.laps import Laps
 from nanovllm.startup.memory import MemoryReport
 
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
 logger = logging.getLogger(__name__)
 
 
@@ -42,7 +44,7 @@ class Built:
 def build(
     choice: Choice,
     params: Params,
-    bar: tqdm,
+    bar: tqdm[Any],
     laps: Laps,
     group: Communicator | None = None,
     make: Callable[..., Runner] = Runner,

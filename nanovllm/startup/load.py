@@ -8,10 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
-from nanovllm import env
+from nanovllm import env, progress
 from nanovllm.config import EngineConfig
 from nanovllm.kernels.code_files import BUILDING
 from nanovllm.kernels.collectives import Communicator
@@ -38,6 +37,9 @@ from nanovllm.startup.generation_config import default_params, generation_config
 from nanovllm.startup.laps import Laps
 from nanovllm.startup.memory import MemoryReport
 from nanovllm.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
@@ -111,9 +113,9 @@ def load_chosen(
             farm.build(choice.spec.layout.buckets, choice.num_workers, rehearse=True)
         else:
             farm.close()
-        bar = tqdm(
+        bar = progress.bar(
             total=choice.model.config.num_layers, desc="loading weights", unit=" layers",
-            dynamic_ncols=True, leave=False, disable=not show_progress,
+            leave=False, disable=not show_progress,
         )  # fmt: skip
         stack.enter_context(bar)
         weights, place = _memory(choice)
@@ -159,7 +161,7 @@ def _memory(choice: Choice) -> tuple[Region, Place]:
 
 
 def _load_weights(
-    choice: Choice, place: Place, farm: CompileFarm, bar: tqdm, laps: Laps
+    choice: Choice, place: Place, farm: CompileFarm, bar: tqdm[Any], laps: Laps
 ) -> tuple[Params, Tokenizer | None]:
     """Placed weights and the tokenizer; waits for workers, if any."""
     tokenizer_of = partial(read_tokenizer_of, choice.config, choice.folder, choice.store)

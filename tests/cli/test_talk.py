@@ -74,10 +74,10 @@ def wanted(llm: LLM, messages: list[dict[str, str]]) -> str:
 def test_run_streams_what_chat_answers(llm: LLM, local: list[Any], say: Any) -> None:
     text = QUESTION[0]["content"]
     expected = wanted(llm, QUESTION)
-    for words in (["run", text], ["run", "-"], ["run"]):
+    for words in (["run", text], ["run", "-"], ["run"], ["run", "tiny-qwen3"]):
         out, _ = say([*words, "--temperature", "0", "--max_model_len", "64"], text)
         assert out.rstrip("\n") == expected.rstrip("\n") and out.endswith("\n")
-    assert local == [("tiny-qwen3", {"max_model_len": 64})] * 3
+    assert local == [("tiny-qwen3", {"max_model_len": 64})] * 4
     with_system = [{"role": "system", "content": "Be short."}, *QUESTION]
     out, _ = say(["run", text, "--system", "Be short.", "--temperature", "0"])
     assert out.rstrip("\n") == wanted(llm, with_system).rstrip("\n")
@@ -243,13 +243,13 @@ def test_errors_of_a_server_are_shown_and_the_conversation_goes_on(say: Any) -> 
     [
         (["run", " "], "the prompt is empty"),
         (["run", "a", "--raw", "--system", "b"], "--system does not go with --raw"),
-        (["run", "a", "--api-key", "b"], "--api-key goes with --url"),
+        (["run", "tiny-qwen3", "a", "--api-key", "b"], "--api-key goes with --url"),
         (["run", "a", "--url", "http://a", "--max-model-len", "9"],
          "--max-model-len is an option of an engine: it does not go with --url"),
         (["run", "a", "--url", "ftp://a"], "is no URL"),
         (["run", "a", "--url", "http://127.0.0.1:9", "--top-p", "2"], "top_p is 2.0"),
-        (["run", "a", "--top-p", "2"], "top_p is 2.0"),
-        (["run", "a", "--chat-template-kwargs", "[]"], "must be a JSON object"),
+        (["run", "tiny-qwen3", "a", "--top-p", "2"], "top_p is 2.0"),
+        (["run", "tiny-qwen3", "a", "--chat-template-kwargs", "[]"], "must be a JSON object"),
     ],
 )  # fmt: skip
 def test_what_does_not_go_together_is_refused(words: list[str], message: str) -> None:
