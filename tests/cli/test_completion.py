@@ -73,7 +73,7 @@ def test_a_shell_offers_what_can_follow(
         assert offered(shell, script[shell], words, folder) == expected, words
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh"])
+@pytest.mark.parametrize("shell", [name for name in INSTALLED if name != "fish"])
 def test_an_option_with_a_file_leaves_it_to_the_shell(
     shell: str, script: dict[str, Path], tmp_path: Path
 ) -> None:
