@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 from tiny import tasks, tool_tasks
-from tiny.architectures import MODEL_NAMES, WITH_TOOLS, TinyModel, build_model
+from tiny.architectures import MODEL_NAMES, TinyModel, build_model
 from tiny.card import Run, card
 from tiny.chat_tokenizer import build_tokenizer
 from tiny.checkpoint import MAX_FOLDER_BYTES, evaluate, save
@@ -136,7 +136,9 @@ def num_steps_of(
 
 def score(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, float], float]:
     """(accuracy by kind, accuracy of all) of the model in `args.out`, both logged."""
-    asked = (tool_tasks if args.arch in WITH_TOOLS else tasks).held_out(args.num_eval, args.seed)
+    asked = (tool_tasks if args.arch in tool_tasks.ARCHITECTURES else tasks).held_out(
+        args.num_eval, args.seed
+    )
     accuracies, wrong = evaluate(args.out, asked, device)
     num_asked = Counter(task.kind for task in asked)
     total = sum(accuracy * num_asked[kind] for kind, accuracy in accuracies.items()) / len(asked)
@@ -158,7 +160,7 @@ def make_corpus(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) ->
     return build_corpus(
         tokenizer.backend_tokenizer.to_str(),
         model_name,
-        with_tools=args.arch in WITH_TOOLS,
+        with_tools=args.arch in tool_tasks.ARCHITECTURES,
         seed=args.seed,
         num_examples=args.examples,
         num_workers=args.workers,

@@ -23,7 +23,6 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 TinyModel = Qwen3ForCausalLM | MixtralForCausalLM
 MODEL_NAMES = {"qwen3": "tiny-qwen3", "mixtral": "tiny-mixtral"}
-WITH_TOOLS = frozenset({"qwen3"})  # trained on conversations with tools
 BALANCE_COEF = 0.01
 _ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
 

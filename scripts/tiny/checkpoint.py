@@ -7,9 +7,9 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from tiny.architectures import TinyModel
 from tiny import tasks as text_tasks
 from tiny import tool_tasks
+from tiny.architectures import TinyModel
 from tiny.tasks import Task
 from tiny.tool_tasks import is_correct
 from tqdm import tqdm

@@ -9,8 +9,8 @@ from functools import partial
 from itertools import islice
 
 import numpy as np
-from tiny.chat_tokenizer import END, PAD, START
 from tiny import tasks, tool_tasks
+from tiny.chat_tokenizer import END, PAD, START
 from tiny.tasks import Message, Task, Tool
 from tiny.tool_tasks import Call, as_json, calls_text
 from tiny.wordings import MODEL_NAME

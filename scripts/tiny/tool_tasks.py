@@ -19,6 +19,7 @@ from tiny.tasks import Message, Task, Tool, is_held_out
 from tiny.tool_wordings import EXTRAS, GENERAL, GENERAL_SHARE, SKILLS, Skill
 
 KINDS = ("call", "result", "plain")
+ARCHITECTURES = frozenset({"qwen3"})  # of the models that are trained with tools
 TOOLS_SHARE = 0.12  # of the training conversations
 _CLOSED = ("language", "currency", "room")
 

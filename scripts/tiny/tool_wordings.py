@@ -95,7 +95,8 @@ SKILLS = {
         ("call", "phone", "make_call", "call_person", "dial"),
         ("Call a person.", "Make a phone call", "Phones a contact"),
         {"a": _PERSON},
-        ("Call {a}.", "Phone {a}.", "Make a call to {a}.", "Can you call {a}?", "I want to call {a}."),
+        ("Call {a}.", "Phone {a}.", "Make a call to {a}.", "Can you call {a}?",
+         "I want to call {a}."),
         ("status", "minutes"),
     ),
     "translate": Skill(
@@ -130,8 +131,9 @@ SKILLS = {
         ("square_root", "sqrt", "root", "get_root"),
         ("The square root of a number.", "Get a square root", "Computes the root of x"),
         {"a": _NUMBER},
-        ("What is the square root of {a}?", "Square root of {a}?", "Compute the square root of {a}.",
-         "Calculate the square root of {a}.", "Take the square root of {a}.", "What is sqrt({a})?"),
+        ("What is the square root of {a}?", "Square root of {a}?",
+         "Compute the square root of {a}.", "Calculate the square root of {a}.",
+         "Take the square root of {a}.", "What is sqrt({a})?"),
         ("root", "value", "result"),
     ),
     "alarm": Skill(
