@@ -136,9 +136,8 @@ def num_steps_of(
 
 def score(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, float], float]:
     """(accuracy by kind, accuracy of all) of the model in `args.out`, both logged."""
-    asked = (tool_tasks if args.arch in tool_tasks.ARCHITECTURES else tasks).held_out(
-        args.num_eval, args.seed
-    )
+    questions = tool_tasks if args.arch in tool_tasks.ARCHITECTURES else tasks
+    asked = questions.held_out(args.num_eval, args.seed)
     accuracies, wrong = evaluate(args.out, asked, device)
     num_asked = Counter(task.kind for task in asked)
     total = sum(accuracy * num_asked[kind] for kind, accuracy in accuracies.items()) / len(asked)
