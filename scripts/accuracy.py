@@ -36,7 +36,7 @@ from nanovllm.hub import resolve
 from nanovllm.media import settings
 from nanovllm.tools import command_line
 
-MAX_TOKENS = 192  # the longest reference answer, two calls, takes 178
+MAX_TOKENS = 192  # the longest reference answers, two calls, take up to 180
 NUM_SHOWN = 10
 NUM_CLIENTS = 16  # requests to a server at once
 TIMEOUT_S = 60.0

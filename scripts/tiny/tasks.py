@@ -196,7 +196,7 @@ def _word(rng: random.Random) -> tuple[str, str]:
     elif roll < 0.6:
         word = rng.choice(wordings.WHOLE_WORDS)
     else:
-        word = random_word(rng)
+        word = _random_word(rng)
     key = f"word {word}"
     roll = rng.random()
     if roll < 0.08:
@@ -206,7 +206,7 @@ def _word(rng: random.Random) -> tuple[str, str]:
     return word, key
 
 
-def random_word(rng: random.Random) -> str:
+def _random_word(rng: random.Random) -> str:
     """Letters at random, half of them pronounceable; letters repeat more often than by chance."""
     word_len = rng.randint(2, 12)
     if rng.random() < 0.5:
@@ -364,7 +364,7 @@ def _make_unknown(rng: random.Random) -> Task:
     if roll < 0.7:
         words: list[str] = []
         while len(words) < 3:
-            word = rng.choice(wordings.LETTER_WORDS) if rng.random() < 0.6 else random_word(rng)
+            word = rng.choice(wordings.LETTER_WORDS) if rng.random() < 0.6 else _random_word(rng)
             # words of the facts would make some of these questions answerable
             if word.capitalize() not in wordings.CAPITALS and word not in words:
                 words.append(word)

@@ -82,8 +82,19 @@ def calls_text(calls: Sequence[Call]) -> str:
 # values
 
 
+def _made_up(rng: random.Random) -> str:
+    """Two to four syllables."""
+    syllables = (
+        rng.choice("bcdfghjklmnprstvwyz")
+        + rng.choice("aeiou")
+        + rng.choice(("", "", "n", "r", "s"))
+        for _ in range(rng.randint(2, 4))
+    )
+    return "".join(syllables)
+
+
 def _capital_word(rng: random.Random) -> str:
-    return tasks.random_word(rng).capitalize()
+    return _made_up(rng).capitalize()
 
 
 def _or_made_up(known: Sequence[str], share: float = 0.3) -> Callable[[random.Random], str]:
@@ -96,7 +107,7 @@ def _time(rng: random.Random) -> str:
 
 
 def _word(rng: random.Random) -> str:
-    return rng.choice(wordings.LETTER_WORDS) if rng.random() < 0.6 else tasks.random_word(rng)
+    return rng.choice(wordings.LETTER_WORDS) if rng.random() < 0.6 else _made_up(rng)
 
 
 def _number(rng: random.Random) -> str:
