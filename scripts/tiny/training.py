@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 logger = logging.getLogger("train_tiny")
 
-# row length -> share of the steps. Short rows often begin anew, as chats do; conversations with tools
-# fit the middle ones; long rows train the last positions.
+# row length -> share of the steps. Short rows often begin anew, as chats do; conversations with
+# tools fit the middle ones; long rows train the last positions.
 ROW_LEN_SHARES = {128: 0.45, 512: 0.45, MAX_POSITIONS: 0.1}
 LEARNING_RATE, FINAL_LEARNING_RATE = 2e-3, 2e-5
 WEIGHT_DECAY, BETAS, MAX_GRAD_NORM = 0.1, (0.9, 0.98), 1.0
