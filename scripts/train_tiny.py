@@ -154,7 +154,7 @@ def make_corpus(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) ->
     model_name = MODEL_NAMES[args.arch]
     for task in islice(tool_tasks.training_examples(args.seed), 100):
         messages, tools = conversation(task, model_name), list(task.tools)
-        written = tokenizer.apply_chat_template(messages, tools, tokenize=False)
+        written = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
         assert render(messages, tools) == written
     return build_corpus(
         tokenizer.backend_tokenizer.to_str(),

@@ -60,7 +60,7 @@ def evaluate(
         batch = tasks[begin : begin + batch_size]
         prompts = [
             tokenizer.apply_chat_template(
-                task.messages, list(task.tools), tokenize=False, add_generation_prompt=True
+                task.messages, tools=list(task.tools), tokenize=False, add_generation_prompt=True
             )
             for task in batch
         ]
