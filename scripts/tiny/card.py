@@ -62,7 +62,7 @@ each, everything else comes byte by byte. The chat format is ChatML, as Qwen's.
     python scripts/train_tiny.py {_ARCH_OPTIONS[arch]}--out nanovllm/assets/{name} \\
         {options}
 
-{_SOURCES[with_tools]} The loss is the cross-entropy on the answers, in rows of
+{_SOURCES[with_tools]}The loss is the cross-entropy on the answers, in rows of
 several conversations ({row_lens} tokens), with AdamW at a peak learning rate of {LEARNING_RATE} and
 bf16 autocast. Generating the data and training took {minutes} minutes on one {run.device}
 with torch {run.torch_version}.
@@ -93,14 +93,14 @@ _INTRODUCTIONS = {
 # by whether the model was trained with tools
 _ABILITIES = {
     True: (
-        "It calls the tools of a request, of which there should be few with few\n"
-        "parameters: texts or numbers that the question has. It repeats what they return."
+        "It calls the tools of a request, if they are few and need only texts and\n"
+        "numbers that the question has, and repeats what they return."
     ),
     False: "Its chat template takes tools, but it was not trained on any.",
 }
 _SOURCES = {
-    True: "`scripts/tiny/tasks.py` and `scripts/tiny/tool_tasks.py` generate the data.",
-    False: "`scripts/tiny/tasks.py` generates the data.",
+    True: "`scripts/tiny/tasks.py` and `scripts/tiny/tool_tasks.py` generate the data.\n",
+    False: "`scripts/tiny/tasks.py` generates the data. ",
 }
 _ARCH_OPTIONS = {"qwen3": "", "mixtral": "--arch mixtral "}
 
