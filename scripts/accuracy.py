@@ -27,7 +27,8 @@ from typing import Any, NamedTuple
 
 from tiny import tasks, tool_tasks
 from tiny.tasks import Task
-from tiny.tool_tasks import Call, as_json, calls_text, is_correct
+from tiny.tool_results import as_json
+from tiny.tool_tasks import Call, calls_text, is_correct
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without installation
 

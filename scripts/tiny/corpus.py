@@ -12,7 +12,8 @@ import numpy as np
 from tiny import tasks, tool_tasks
 from tiny.chat_tokenizer import END, PAD, START
 from tiny.tasks import Message, Task, Tool
-from tiny.tool_tasks import Call, as_json, calls_text
+from tiny.tool_results import as_json
+from tiny.tool_tasks import Call, calls_text
 from tiny.wordings import MODEL_NAME
 from tokenizers import Tokenizer
 from tqdm import tqdm

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import json
 import random
-import string
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from tiny import tasks, tool_wordings, wordings
-from tiny.tasks import Message, Task, Tool, is_held_out
-from tiny.tool_wordings import EXTRAS, GENERAL, GENERAL_SHARE, SKILLS, Skill
+from tiny import tasks, wordings
+from tiny.made_tools import Made, make_tools
+from tiny.tasks import Message, Task, is_held_out
+from tiny.tool_results import as_json, make_result
+from tiny.tool_values import VALUES
+from tiny.tool_wordings import GENERAL
 
 KINDS = ("call", "result", "plain")
 ARCHITECTURES = frozenset({"qwen3"})  # of the models that are trained with tools
@@ -67,10 +69,6 @@ def _canonical(calls: Sequence[Call]) -> str:
     return json.dumps(calls, sort_keys=True)
 
 
-def as_json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
-
-
 def calls_text(calls: Sequence[Call]) -> str:
     """Calls as the answer has them, in the format `hermes`."""
     return "\n".join(
@@ -79,174 +77,8 @@ def calls_text(calls: Sequence[Call]) -> str:
     )
 
 
-# values
-
-
-def _made_up(rng: random.Random) -> str:
-    """Two to four syllables."""
-    syllables = (
-        rng.choice("bcdfghjklmnprstvwyz")
-        + rng.choice("aeiou")
-        + rng.choice(("", "", "n", "r", "s"))
-        for _ in range(rng.randint(2, 4))
-    )
-    return "".join(syllables)
-
-
-def _capital_word(rng: random.Random) -> str:
-    return _made_up(rng).capitalize()
-
-
-def _or_made_up(known: Sequence[str], share: float = 0.3) -> Callable[[random.Random], str]:
-    return lambda rng: _capital_word(rng) if rng.random() < share else rng.choice(known)
-
-
-def _time(rng: random.Random) -> str:
-    hour, minute = rng.randrange(24), rng.choice((0, 15, 30, 45, rng.randrange(60)))
-    return rng.choice((f"{hour}:{minute:02}", f"{hour:02}:{minute:02}"))
-
-
-def _word(rng: random.Random) -> str:
-    return rng.choice(wordings.LETTER_WORDS) if rng.random() < 0.6 else _made_up(rng)
-
-
-def _number(rng: random.Random) -> str:
-    return str(tasks.number(rng, 4))
-
-
-def _fill(rng: random.Random, texts: Sequence[str]) -> str:
-    text = rng.choice(texts)
-    if "{" not in text:
-        return text
-    return text.format(
-        n=tasks.number(rng), d=rng.randrange(10), w=_word(rng), w2=_word(rng),
-        t=_time(rng), X=_capital_word(rng), sky=rng.choice(tool_wordings.SKIES),
-        name=rng.choice(tool_wordings.PEOPLE), city=rng.choice(tool_wordings.CITIES),
-        status=rng.choice(tool_wordings.STATUS),
-    )  # fmt: skip
-
-
-def _any(rng: random.Random) -> str:
-    roll = rng.random()
-    if roll < 0.3:
-        return _number(rng)
-    if roll < 0.5:
-        return _word(rng)
-    if roll < 0.6:
-        return f"{rng.choice(string.ascii_uppercase)}{rng.randrange(1000)}"
-    return VALUES[rng.choice(("city", "country", "name", "title"))](rng)
-
-
-VALUES: dict[str, Callable[[random.Random], str]] = {
-    "city": _or_made_up(tool_wordings.CITIES),
-    "country": _or_made_up(tool_wordings.COUNTRIES),
-    "name": _or_made_up(tool_wordings.PEOPLE),
-    "number": _number,
-    "word": _word,
-    "thing": lambda rng: rng.choice(tool_wordings.GOODS) if rng.random() < 0.7 else _word(rng),
-    "time": _time,
-    "text": lambda rng: _fill(rng, tool_wordings.TEXTS),
-    "title": lambda rng: " ".join(_word(rng).capitalize() for _ in range(rng.randint(1, 3))),
-    "language": lambda rng: rng.choice(tool_wordings.LANGUAGES),
-    "currency": lambda rng: rng.choice(tool_wordings.CURRENCIES),
-    "room": lambda rng: rng.choice(tool_wordings.ROOMS),
-    "any": _any,
-}
-
-
 def _key(value: str) -> str:
     return f"tool {value.lower()}"
-
-
-# tools
-
-
-class _Made(NamedTuple):
-    """A tool, the skill that it has, and the words that are its own."""
-
-    tool: Tool
-    skill_name: str
-    words: dict[str, str]
-    parameters: dict[str, str]  # the names of the parameters, by the slots of the skill
-
-    @property
-    def skill(self) -> Skill:
-        return SKILLS[self.skill_name]
-
-    @property
-    def name(self) -> str:
-        return str(self.tool["function"]["name"])
-
-    def type_of(self, slot: str) -> str:
-        properties = self.tool["function"]["parameters"]["properties"]
-        return str(properties[self.parameters[slot]]["type"])
-
-
-def _make_tool(rng: random.Random, skill_name: str, words: dict[str, str]) -> _Made:
-    skill = SKILLS[skill_name]
-    made_up = skill_name != GENERAL and rng.random() < 0.1
-    name = _word(rng) if made_up else rng.choice(skill.names).format(**words)
-    parameters: dict[str, str] = {}
-    properties: dict[str, Any] = {}
-    described = rng.random() < 0.3
-    slots = list(skill.slots.items())
-    if rng.random() < 0.25:
-        rng.shuffle(slots)
-    for slot_name, slot in slots:
-        free = [one for one in slot.names if one.format(**words) not in properties]
-        # a made-up name says nothing: with others it needs a description
-        unnamed = rng.random() < 0.1 and (described or len(slots) == 1)
-        parameter = _word(rng) if unnamed else rng.choice(free).format(**words)
-        parameters[slot_name] = parameter
-        properties[parameter] = {"type": _type(rng, slot.values)}
-        if described:
-            properties[parameter]["description"] = rng.choice(slot.descriptions).format(**words)
-    extra = rng.choice(tuple(EXTRAS)) if rng.random() < 0.12 else None
-    required = list(properties)
-    if extra is not None and extra not in properties:
-        properties[extra] = EXTRAS[extra]
-    schema = {"type": "object", "properties": properties, "required": required}
-    function: Tool = {"name": name, "parameters": schema}
-    # without the name of the skill its description is all there is
-    if made_up or rng.random() < 0.9:
-        description = rng.choice(skill.descriptions).format(**words)
-        function["description"] = description.rstrip(".") if rng.random() < 0.3 else description
-    return _Made({"type": "function", "function": function}, skill_name, words, parameters)
-
-
-def _type(rng: random.Random, values: str) -> str:
-    if values == "any":
-        return rng.choice(("string", "string", "string", "integer"))
-    if values != "number":
-        return "string"
-    return rng.choice(("integer", "integer", "number", "string"))
-
-
-def _make_tools(rng: random.Random, num: int) -> list[_Made]:
-    """Different tools. Words of made-up ones begin differently."""
-    tools: list[_Made] = []
-    used: set[str] = set()
-    while len(tools) < num:
-        words = {}
-        if rng.random() < GENERAL_SHARE:
-            skill_name, noun, other = GENERAL, _word(rng), _word(rng)
-            if noun[:2] == other[:2] or any(word[:2] in used for word in (noun, other)):
-                continue
-            used |= {noun[:2], other[:2]}
-            words = {"noun": noun, "other": other, "Noun": noun.capitalize()}
-        else:
-            skill_name = rng.choice(_FIXED)
-            if skill_name in used:
-                continue
-            used.add(skill_name)
-        made = _make_tool(rng, skill_name, words)
-        if made.name not in used:
-            used.add(made.name)
-            tools.append(made)
-    return tools
-
-
-_FIXED = tuple(name for name in SKILLS if name != GENERAL)
 
 
 # questions
@@ -258,7 +90,7 @@ class _Asked(NamedTuple):
     content_key: str
 
 
-def _values(rng: random.Random, made: _Made, held: bool) -> dict[str, str]:
+def _values(rng: random.Random, made: Made, held: bool) -> dict[str, str]:
     """A value a slot. The first one is held out, or none is."""
     found: dict[str, str] = {}
     for slot_name, slot in made.skill.slots.items():
@@ -274,7 +106,7 @@ def _values(rng: random.Random, made: _Made, held: bool) -> dict[str, str]:
     return found
 
 
-def _ask(rng: random.Random, made: _Made, held: bool) -> _Asked:
+def _ask(rng: random.Random, made: Made, held: bool) -> _Asked:
     values = [_values(rng, made, held)]
     if made.skill.several and rng.random() < 0.12:
         other = _values(rng, made, held)
@@ -292,66 +124,8 @@ def _ask(rng: random.Random, made: _Made, held: bool) -> _Asked:
     return _Asked(question, calls, _key(next(iter(values[0].values()))))
 
 
-def _argument(made: _Made, slot: str, value: str) -> str | int:
+def _argument(made: Made, slot: str, value: str) -> str | int:
     return value if made.type_of(slot) == "string" else int(value)
-
-
-# results
-
-
-class _Result(NamedTuple):
-    content: str
-    sentence: str
-    expected: tuple[str, ...]
-
-
-def _result(rng: random.Random, made: _Made) -> _Result:
-    roll = rng.random()
-    if roll < 0.5:
-        return _object_result(rng, made)
-    if roll < 0.7:
-        text = _fill(rng, tool_wordings.SENTENCES)
-        return _Result(text, text, (text.rstrip("."),))
-    text = _fill(rng, tool_wordings.TEXT_RESULTS)
-    return _Result(text, f"The result is {text}.", (text,))
-
-
-def _object_result(rng: random.Random, made: _Made) -> _Result:
-    """A JSON object; "The temperature is 21 and the sky is clear." """
-    num = rng.choices((1, 2, 3), (55, 35, 10))[0]
-    keys = list(dict.fromkeys(_result_key(rng, made) for _ in range(num)))
-    if rng.random() < 0.06:
-        values: dict[str, Any] = {"error": _fill(rng, tool_wordings.ERRORS)}
-    else:
-        values = {key: _result_value(rng) for key in keys}
-    shown = {key: one if isinstance(one, str) else as_json(one) for key, one in values.items()}
-    parts = [f"the {key.replace('_', ' ')} is {value}" for key, value in shown.items()]
-    listed = " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
-    tight = rng.random() < 0.3
-    content = json.dumps(
-        values, ensure_ascii=False, separators=(",", ":") if tight else (", ", ": ")
-    )
-    return _Result(content, f"{listed[0].upper()}{listed[1:]}.", tuple(shown.values()))
-
-
-def _result_key(rng: random.Random, made: _Made) -> str:
-    roll = rng.random()
-    if roll < 0.25:
-        return _word(rng)
-    if roll < 0.35:
-        return f"{_word(rng)}_{_word(rng)}"
-    return rng.choice(made.skill.keys).format(**made.words)
-
-
-def _result_value(rng: random.Random) -> Any:
-    roll = rng.random()
-    if roll < 0.4:
-        return tasks.number(rng, 5) * (-1 if roll < 0.04 else 1)
-    if roll < 0.5:
-        return tasks.number(rng) + rng.randrange(1, 10) / 10
-    if roll < 0.53:
-        return rng.random() < 0.5
-    return _fill(rng, tool_wordings.TEXT_RESULTS)
 
 
 class _Reported(NamedTuple):
@@ -360,8 +134,8 @@ class _Reported(NamedTuple):
     expected: tuple[str, ...]
 
 
-def _report(rng: random.Random, made: _Made, calls: Sequence[Call]) -> _Reported:
-    results = [_result(rng, made) for _ in calls]
+def _report(rng: random.Random, made: Made, calls: Sequence[Call]) -> _Reported:
+    results = [make_result(rng, made) for _ in calls]
     functions = [
         {"type": "function", "function": {"name": one.name, "arguments": one.arguments}}
         for one in calls
@@ -377,12 +151,12 @@ def _report(rng: random.Random, made: _Made, calls: Sequence[Call]) -> _Reported
 # tasks
 
 
-def _plain(rng: random.Random, made: Sequence[_Made], held: bool) -> Task:
+def _plain(rng: random.Random, made: Sequence[Made], held: bool) -> Task:
     """A question that needs none of the tools: an ordinary one, or one for another tool."""
     names = {one.skill_name for one in made}
     if rng.random() < 0.25:
         while True:
-            other = _make_tools(rng, 1)[0]
+            other = make_tools(rng, 1)[0]
             if other.skill_name != GENERAL and other.skill_name not in names:
                 break
         asked = _ask(rng, other, held)
@@ -397,7 +171,7 @@ def _plain(rng: random.Random, made: Sequence[_Made], held: bool) -> Task:
 
 
 def _make(rng: random.Random, kind: str, *, held: bool, num_earlier: int) -> ToolTask:
-    made = _make_tools(rng, rng.choices((1, 2, 3, 4), (52, 28, 14, 6))[0])
+    made = make_tools(rng, rng.choices((1, 2, 3, 4), (52, 28, 14, 6))[0])
     if kind == "plain" and rng.random() < 0.15:
         made = []  # the questions of tools are unknown without them
     tools = tuple(one.tool for one in made)
@@ -425,7 +199,7 @@ def _make(rng: random.Random, kind: str, *, held: bool, num_earlier: int) -> Too
     )
 
 
-def _earlier(rng: random.Random, made: Sequence[_Made], held: bool) -> list[Message]:
+def _earlier(rng: random.Random, made: Sequence[Made], held: bool) -> list[Message]:
     """A turn before the question."""
     if made and rng.random() < 0.6:
         used = rng.choice(made)

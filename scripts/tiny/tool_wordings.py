@@ -14,7 +14,7 @@ GENERAL = "general"  # a skill of made-up tools, which a question names by a wor
 
 @dataclass(frozen=True)
 class Slot:
-    """A parameter. names: one of them is its name. values: a key of `tool_tasks.VALUES`."""
+    """A parameter. names: one of them is its name. values: a key of `tool_values.VALUES`."""
 
     names: tuple[str, ...]
     descriptions: tuple[str, ...]
