@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import logging
+import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from nanovllm.media import given as media_given
@@ -12,6 +14,7 @@ from nanovllm.media.given import Given
 from nanovllm.prompts import Prompt, PromptTooLong, checked_text
 from nanovllm.tokenizer import Tokenizer
 
+logger = logging.getLogger(__name__)
 PROBE = "nanovllm-probe"  # a content that no template writes by itself
 CONTENT_FORMATS = ("auto", "string", "openai")
 
@@ -22,6 +25,11 @@ class UnknownVariable(ValueError):
     def __init__(self, name: str, message: str) -> None:
         super().__init__(message)
         self.name = name
+
+
+class CutArguments(str):
+    """Arguments of a call, in a message of an assistant, that are no JSON object: the answer that
+    they come from was cut. They are written as they are, wherever the template writes arguments."""
 
 
 @dataclass(frozen=True)
@@ -86,17 +94,22 @@ def render(
     options: ChatOptions,
     check: Callable[[Sequence[Given]], object] = tuple,
     max_chars: int | None = None,
+    *,
+    drops_variables: bool = False,
 ) -> list[Prompt]:
     """The prompts of one conversation, or of several. Raises ValueError for what is neither, for
     what the template refuses, and for images and videos that `check` refuses.
 
     max_chars: of a conversation in its template. Longer ones are refused before they are encoded.
+    drops_variables: variables that the template does not read are left out, not refused.
     """
     full = tokenizer.for_reading
     if not (options.chat_template or full.chat_template):
         raise ValueError("the tokenizer has no chat template: use generate() with plain prompts")
     # a tokenizer can have several templates, by name
     template = str(full.get_chat_template(options.chat_template or None, options.tools))
+    if drops_variables and options.chat_template_kwargs:
+        options = _with_read_variables(template, options)
     _check_variables(template, options)
     several = _conversations(messages)
     as_parts = options.chat_template_content_format == "openai" or (
@@ -113,7 +126,7 @@ def render(
                 "no place for it"
             )
         normal = [_message(message, as_parts or bool(media)) for message in bare]
-        text = checked_text("the conversation", _apply(full, template, normal, options))
+        text = checked_text("the conversation", _written(full, template, normal, options))
         if max_chars is not None and len(text) > max_chars:
             raise PromptTooLong(
                 f"the conversation has {len(text)} characters in its template: at most {max_chars} "
@@ -166,6 +179,54 @@ def _part(part: Any) -> dict[str, str]:
     return {"type": "text", "text": str(part["text"])}
 
 
+def _written(full: Any, template: str, messages: list[dict[str, Any]], options: ChatOptions) -> str:
+    """The conversation in the template, with cut arguments as the text that they are.
+
+    A template can write them as text, as JSON (then they would be a string in quotes), or read
+    them as an object: then this has one member, with the text.
+    """
+    cut: dict[str, str] = {}
+
+    def marked(text: CutArguments) -> str:
+        mark = f"nanovllm-{secrets.token_hex(16)}"
+        cut[mark] = text
+        return mark
+
+    has_calls = any("tool_calls" in one for one in messages)
+    with_marks = _with_arguments(messages, marked) if has_calls else messages
+    if not cut:
+        return _apply(full, template, messages, options)
+    try:
+        found = _apply(full, template, with_marks, options)
+    except ValueError:
+        as_objects = _with_arguments(messages, lambda text: {"arguments": text})
+        return _apply(full, template, as_objects, options)
+    for mark, text in cut.items():
+        found = found.replace(f'"{mark}"', text).replace(mark, text)
+    return found
+
+
+def _with_arguments(
+    messages: list[dict[str, Any]], replacement: Callable[[CutArguments], Any]
+) -> list[dict[str, Any]]:
+    """The messages with other values in the place of cut arguments."""
+
+    def call(one: Any) -> Any:
+        function = one.get("function") if isinstance(one, Mapping) else None
+        arguments = function.get("arguments") if isinstance(function, Mapping) else None
+        if not isinstance(arguments, CutArguments):
+            return one
+        assert isinstance(function, Mapping)
+        return {**one, "function": {**function, "arguments": replacement(arguments)}}
+
+    return [
+        {**one, "tool_calls": list(map(call, one["tool_calls"]))}
+        if isinstance(one.get("tool_calls"), list)
+        else one
+        for one in messages
+    ]
+
+
 def _apply(full: Any, template: str, messages: list[dict[str, Any]], options: ChatOptions) -> str:
     try:
         return str(
@@ -181,6 +242,21 @@ def _apply(full: Any, template: str, messages: list[dict[str, Any]], options: Ch
         )
     except Exception as error:  # a template's code can raise any
         raise ValueError(f"the chat template refuses these messages: {error}") from error
+
+
+def _with_read_variables(template: str, options: ChatOptions) -> ChatOptions:
+    read = _variables(template)
+    given = options.chat_template_kwargs
+    kept = {name: one for name, one in given.items() if name in read}
+    for name in given.keys() - kept.keys():
+        _note_unread(name[:64])
+    return replace(options, chat_template_kwargs=kept)
+
+
+@functools.lru_cache(maxsize=64)
+def _note_unread(name: str) -> None:
+    """Log a variable once."""
+    logger.info("the chat template does not read the variable %r, which is left out", name)
 
 
 def _check_variables(template: str, options: ChatOptions) -> None:

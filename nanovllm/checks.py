@@ -18,11 +18,23 @@ from typing import Any, Union
 Rule = tuple[str, Callable[[Any], bool]]  # what a value must be, in words and as a test
 
 
-class WrongType(ValueError):
+class InvalidValue(ValueError):
+    """A refused value. field: the option or the field of a request that it was given for."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # without what a class below it has beside them: that may be any object of the user's
+        return InvalidValue, (self.field, str(self))
+
+
+class WrongType(InvalidValue):
     """A value is not of the annotated type. `words` say what it must be."""
 
     def __init__(self, name: str, value: object, words: str) -> None:
-        super().__init__(f"{name} is {value!r}: it must be {words}")
+        super().__init__(name, f"{name} is {value!r}: it must be {words}")
         self.words = words
 
 
@@ -64,9 +76,10 @@ def check_fields(config: Any, rules: Mapping[str, Rule], secrets: Collection[str
             value = checked(option.name, given, hints(cls)[option.name])
         except WrongType as error:
             words = rule or error.words
-            raise ValueError(f"{option.name} is {shown}: it must be {words}") from None
+            message = f"{option.name} is {shown}: it must be {words}"
+            raise InvalidValue(option.name, message) from None
         if value is not None and not is_allowed(value):
-            raise ValueError(f"{option.name} is {shown}: it must be {rule}")
+            raise InvalidValue(option.name, f"{option.name} is {shown}: it must be {rule}")
         object.__setattr__(config, option.name, value)
 
 

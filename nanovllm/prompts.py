@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypedDict
 
-from nanovllm.checks import as_python
+from nanovllm.checks import InvalidValue, as_python
 from nanovllm.media import given as media_given
 from nanovllm.media.given import Given
 
@@ -44,8 +44,17 @@ KEYS = ("prompt", "prompt_token_ids", "multi_modal_data", "cache_salt")
 BYTES = (bytes, bytearray, memoryview)  # iterables of numbers that are no token ids
 
 
-class PromptRefused(ValueError):
-    """A prompt that no model could answer: it is empty, or has ids outside the vocabulary."""
+PROMPT = "prompt"  # the field of errors about prompts, in whatever form they were given
+
+
+class PromptRefused(InvalidValue):
+    """A prompt that cannot be answered: it is empty, or has ids outside the vocabulary."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(PROMPT, message)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self),)
 
 
 class PromptTooLong(PromptRefused):
@@ -81,10 +90,12 @@ def prompt_list(prompts: Any, prompt_token_ids: Any = None) -> list[Prompt]:
         return _several(prompts)
     with_ids = _several(prompt_token_ids)
     if any(one.token_ids is None for one in with_ids):
-        raise ValueError(f"prompt_token_ids is {prompt_token_ids!r}: it must be lists of token ids")
+        raise PromptRefused(
+            f"prompt_token_ids is {prompt_token_ids!r}: it must be lists of token ids"
+        )
     texts = [None] * len(with_ids) if prompts is None else [one.text for one in _several(prompts)]
     if len(texts) != len(with_ids):
-        raise ValueError(
+        raise PromptRefused(
             f"{len(texts)} prompts and {len(with_ids)} prompt_token_ids: give one list of token "
             "ids for each prompt"
         )
@@ -101,13 +112,13 @@ def as_prompt(given: Any) -> Prompt:
         return _of_mapping(given)
     if hasattr(given, "tolist") and hasattr(given, "ndim"):
         if given.ndim != 1:
-            raise ValueError(
+            raise PromptRefused(
                 f"the prompt has shape {list(given.shape)}: token ids have one dimension"
             )
         return Prompt(None, given.tolist())
     if isinstance(given, Iterable) and not isinstance(given, BYTES):
         return Prompt(None, list(given))
-    raise ValueError(f"the prompt is {given!r}: it must be text or a list of token ids")
+    raise PromptRefused(f"the prompt is {given!r}: it must be text or a list of token ids")
 
 
 def _several(prompts: Any) -> list[Prompt]:
@@ -125,36 +136,41 @@ def _of_mapping(given: Mapping[Any, Any]) -> Prompt:
     unknown = [key for key in given if key not in KEYS]
     refused = [key for key in unknown if key not in NOT_SUPPORTED or given[key] is not None]
     if refused:
-        raise ValueError(
+        raise PromptRefused(
             f"the prompt has the key {refused[0]!r}, which is not supported: use 'prompt' or "
             "'prompt_token_ids', 'multi_modal_data' and 'cache_salt'"
         )
     text, token_ids, salt = (given.get(k) for k in ("prompt", "prompt_token_ids", "cache_salt"))
     if salt is not None and (not isinstance(salt, str) or not salt):
-        raise ValueError(f"cache_salt is {salt!r}: it must be text")
+        raise InvalidValue("cache_salt", f"cache_salt is {salt!r}: it must be text")
     if salt is not None:
-        checked_text("cache_salt", salt)
+        checked_text("cache_salt", salt, "cache_salt")
     data = given.get("multi_modal_data")
     media = () if data is None else tuple(media_given.from_data(data))
     if text is not None and not isinstance(text, str):
-        raise ValueError(f"the prompt is {text!r}: the value of 'prompt' must be text")
+        raise PromptRefused(f"the prompt is {text!r}: the value of 'prompt' must be text")
     if token_ids is not None:
         if isinstance(token_ids, (str, Mapping)):
-            raise ValueError(f"prompt_token_ids is {token_ids!r}: it must be a list of token ids")
+            raise PromptRefused(
+                f"prompt_token_ids is {token_ids!r}: it must be a list of token ids"
+            )
         return Prompt(text, as_prompt(token_ids).token_ids, salt, media)
     if text is None:
-        raise ValueError(f"the prompt is {dict(given)!r}: it has no 'prompt' or 'prompt_token_ids'")
+        raise PromptRefused(
+            f"the prompt is {dict(given)!r}: it has no 'prompt' or 'prompt_token_ids'"
+        )
     return Prompt(checked_text("the prompt", text), None, salt, media)
 
 
-def checked_text(name: str, text: str) -> str:
-    """The same text. Raises ValueError if it is not Unicode."""
+def checked_text(name: str, text: str, field: str = PROMPT) -> str:
+    """The same text. Raises InvalidValue with the field if it is not Unicode."""
     if not text.isascii():
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(
+            raise InvalidValue(
+                field,
                 f"{name} has {text[error.start]!r} at position {error.start}: half of a "
-                "surrogate pair is not a character"
+                "surrogate pair is not a character",
             ) from None
     return text

@@ -7,9 +7,9 @@ import enum
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, fields, replace
-from typing import Any
+from typing import Any, NoReturn
 
-from nanovllm.checks import checked, hints
+from nanovllm.checks import InvalidValue, checked, hints
 from nanovllm.structured.params import StructuredOutputsParams
 
 MAX_LOGPROBS = 100
@@ -28,8 +28,24 @@ class RequestOutputKind(enum.Enum):
     DELTA = 1
     FINAL_ONLY = 2
 
+    def __repr__(self) -> str:
+        return str(self)  # can be evaluated
 
-@dataclass
+
+class Bias(dict[int, float]):
+    """The value of `logit_bias`, which is checked once and then stays as it is."""
+
+    def _refuse(self, *args: object, **options: object) -> NoReturn:
+        raise TypeError("logit_bias cannot be changed in place: assign another dict")
+
+    __setitem__ = __delitem__ = __ior__ = _refuse  # type: ignore[assignment]
+    clear = pop = popitem = setdefault = update = _refuse  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Bias, (dict(self),)
+
+
+@dataclass(repr=False)
 class SamplingParams:
     """How to choose the next token, and when to stop. Fields can be assigned; each assignment is
     checked, and a refused one changes nothing.
@@ -127,18 +143,23 @@ class SamplingParams:
             self.__dict__.update(before)
             raise
 
+    def __repr__(self) -> str:
+        """A call that makes equal parameters, of the fields that are not the default."""
+        given = [(one.name, getattr(self, one.name), one.default) for one in fields(self)]
+        told = [f"{name}={value!r}" for name, value, default in given if value != default]
+        return f"SamplingParams({', '.join(told)})"
+
     def clone(self) -> SamplingParams:
-        """A copy. Later changes of one of the two do not change the other."""
-        copied = copy.copy(self)
-        if self.logit_bias is not None:  # the one field that can be changed in place
-            copied.__dict__["logit_bias"] = dict(self.logit_bias)
-        return copied
+        """A copy. Later changes of one of the two do not change the other: no value of a field can
+        be changed in place."""
+        return copy.copy(self)
 
     def of_answers(self) -> list[SamplingParams]:
-        """The parameters of each of the n answers: n = 1, with the seed, seed + 1, …"""
+        """The parameters of each of the n answers: n = 1, with the seed, seed + 1, … The smallest
+        number of 64 bits follows the largest."""
         if self.n == 1:
             return [self]
-        seeds = [None if self.seed is None else self.seed + i for i in range(self.n)]
+        seeds = [None if self.seed is None else _wrapped(self.seed + i) for i in range(self.n)]
         return [replace(self, n=1, seed=seed) for seed in seeds]
 
     def _check(self) -> None:
@@ -153,7 +174,7 @@ class SamplingParams:
             elif field.name == "structured_outputs" and isinstance(value, Mapping):
                 self.__dict__[field.name] = StructuredOutputsParams.of(value)
             elif field.name == "logit_bias" and isinstance(value, Mapping):
-                self.__dict__[field.name] = checked(field.name, _numbered(value), hint)
+                self.__dict__[field.name] = Bias(checked(field.name, _numbered(value), hint))
             else:
                 self.__dict__[field.name] = checked(field.name, value, hint)
         self._check_limits()
@@ -179,26 +200,28 @@ class SamplingParams:
         _at_least("prompt_logprobs", self.prompt_logprobs, ALL_LOGPROBS, MAX_LOGPROBS)
         _at_least("truncate_prompt_tokens", self.truncate_prompt_tokens, -1)
         if self.truncate_prompt_tokens == 0:
-            raise ValueError("truncate_prompt_tokens is 0: it must be at least 1, or -1")
+            words = "truncate_prompt_tokens is 0: it must be at least 1, or -1"
+            raise InvalidValue("truncate_prompt_tokens", words)
 
     def _check_lists(self) -> None:
         stop = self.stop
         self.__dict__["stop"] = stops = (stop,) if isinstance(stop, str) and stop else stop or ()
         if "" in stops:
-            raise ValueError(f"stop must hold non-empty strings, not {stop!r}")
+            raise InvalidValue("stop", f"stop must hold non-empty strings, not {stop!r}")
         self.__dict__["stop_token_ids"] = self.stop_token_ids or ()
         for name in ("stop_token_ids", "allowed_token_ids"):
             for token_id in getattr(self, name) or ():
                 _at_least(name, token_id, 0)
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
-            raise ValueError("allowed_token_ids is empty: no token could be generated")
+            words = "allowed_token_ids is empty: no token could be generated"
+            raise InvalidValue("allowed_token_ids", words)
         for token_id, bias in (self.logit_bias or {}).items():
             _at_least("logit_bias", token_id, 0)
             _within("logit_bias", bias, -MAX_BIAS, MAX_BIAS)
         if any(not word.strip() for word in self.bad_words or ()):
-            raise ValueError(f"bad_words must hold words, not {self.bad_words!r}")
+            raise InvalidValue("bad_words", f"bad_words must hold words, not {self.bad_words!r}")
         if self.stop_strings and not self.detokenize:
-            raise ValueError(f"stop={list(self.stop_strings)} needs detokenize=True")
+            raise InvalidValue("stop", f"stop={list(self.stop_strings)} needs detokenize=True")
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -258,15 +281,22 @@ class BeamSearchParams:
         _at_least("max_tokens", self.max_tokens, 1)
         _within("length_penalty", self.length_penalty, -10.0, 10.0)
         if self.temperature not in (0.0, 1.0):
-            raise ValueError(f"temperature is {self.temperature}: a beam search takes 0 or 1 only")
+            words = f"temperature is {self.temperature}: a beam search takes 0 or 1 only"
+            raise InvalidValue("temperature", words)
 
 
 def _only_default(field: Field[Any], value: object) -> None:
     if value != field.default:
-        raise ValueError(
+        raise InvalidValue(
+            field.name,
             f"{field.name} is {value!r}: only {field.default!r} is supported, since "
-            f"{field.name} is not implemented"
+            f"{field.name} is not implemented",
         )
+
+
+def _wrapped(seed: int) -> int:
+    """A number as a signed one of 64 bits."""
+    return (seed + INT64_MAX + 1) % (1 << 64) - INT64_MAX - 1
 
 
 def _numbered(bias: Mapping[Any, Any]) -> dict[Any, Any]:
@@ -277,10 +307,10 @@ def _numbered(bias: Mapping[Any, Any]) -> dict[Any, Any]:
 def _within(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
     if not math.isfinite(value) or not low <= value <= high or (open_low and value == low):
         bounds = f"{'(' if open_low else '['}{low:g}, {high:g}]"
-        raise ValueError(f"{name} is {value}: it must be a finite number in {bounds}")
+        raise InvalidValue(name, f"{name} is {value}: it must be a finite number in {bounds}")
 
 
 def _at_least(name: str, value: int | None, low: int, high: int | None = None) -> None:
     if value is not None and not low <= value <= (math.inf if high is None else high):
         upper = "" if high is None else f", at most {high}"
-        raise ValueError(f"{name} is {value}: it must be at least {low}{upper}")
+        raise InvalidValue(name, f"{name} is {value}: it must be at least {low}{upper}")

@@ -101,9 +101,33 @@ class Tokenizer:
             for is_special, group in groups
         )
 
+    def text_of(self, token_id: int) -> str:
+        """The text of one token, also of a special one. Each token is decoded once."""
+        known: dict[int, str] = self.once("texts", dict)
+        if token_id not in known:
+            known[token_id] = self._decode([token_id], False)
+        return known[token_id]
+
+    def has_text(self, token_id: int, how: Decoding = DEFAULT) -> bool:
+        """Whether the token changes the text that it is in. Special tokens that are skipped, and
+        ids without a token, do not."""
+        known: dict[tuple[int, bool], bool] = self.once("has text", dict)
+        key = token_id, how.skip_special_tokens
+        if key not in known:
+            letter = self.once("letter", lambda: self.encode("a", add_special_tokens=False))
+            between = self._decode([*letter, token_id, *letter], how.skip_special_tokens)
+            known[key] = between != self._decode([*letter, *letter], how.skip_special_tokens)
+        return known[key]
+
     def bytes_of(self, token_id: int) -> bytes:
         """The bytes of a token's text. A token of a vocabulary of bytes can have a part of a
         character; `decode` has U+FFFD for it."""
+        known: dict[int, bytes] = self.once("raw", dict)
+        if token_id not in known:
+            known[token_id] = self._bytes_of(token_id)
+        return known[token_id]
+
+    def _bytes_of(self, token_id: int) -> bytes:
         text = self._decode([token_id], False)
         byte_tokens = self.once("bytes", self._byte_tokens)
         if byte_tokens is not None and token_id in byte_tokens[0]:
@@ -210,36 +234,63 @@ class GrowingText:
 
     A token's text can depend on its neighbours (spaces, characters of several bytes). So each new
     piece is the difference between the texts of a short tail with and without the newest tokens.
-    An incomplete character is held back.
+
+    An incomplete character, which is one U+FFFD at the end, is held back. It has at most three
+    bytes. So everything before it is final, and the tail stays short for any tokens.
     """
+
+    MAX_TAIL = 16  # tokens; with more, all but the newest ones are dropped
+    # A character has at most four bytes, and each token that is kept has at least one. A tail that
+    # begins within a character differs from the whole text in that character's bytes alone.
+    MIN_TAIL = 4
 
     def __init__(self, tokenizer: Tokenizer, how: Decoding = DEFAULT) -> None:
         self._tokenizer, self._how = tokenizer, how
-        self._ids: list[int] = []
-        self._tail = 0  # index of the first token to decode
-        self._shown = 0  # number of tokens whose text is in `text`
-        self.text = ""
+        self._tail: list[int] = []  # the newest tokens
+        self._num_shown = 0  # characters of the tail's text that were returned
+        self._num_before = 0  # tokens of the tail whose text was complete before the last call
 
     def append(self, token_ids: Sequence[int]) -> str:
         """Add tokens. Returns the new text that further tokens cannot change."""
-        self._ids.extend(token_ids)
-        before = self._decode(self._ids[self._tail : self._shown])
-        after = self._decode(self._ids[self._tail :])
-        if len(after) <= len(before) or after.endswith(REPLACEMENT):
-            return ""
-        piece = after[len(before) :]
-        self._tail, self._shown = self._shown, len(self._ids)
-        self.text += piece
+        self._tail.extend(token_ids)
+        text = self._decode(self._tail)
+        is_complete = not text.endswith(REPLACEMENT)
+        end = len(text) if is_complete else len(text) - 1
+        piece = text[self._num_shown : end]
+        if piece and is_complete:
+            self._keep(self._tail[self._num_before :], is_complete)
+            self._num_before = len(self._tail)
+        elif len(self._tail) > self.MAX_TAIL:
+            self._keep(self._newest(), is_complete)
+            self._num_before = 0
+        else:
+            self._num_shown = max(self._num_shown, end)
         return piece
 
     def flush(self) -> str:
         """The rest of the text after the last token, with incomplete characters."""
-        piece = self._decode(self._ids[self._tail :])[
-            len(self._decode(self._ids[self._tail : self._shown])) :
-        ]
-        self.text += piece
-        self._tail, self._shown = self._shown, len(self._ids)
+        text = self._decode(self._tail)
+        piece, self._num_shown = text[self._num_shown :], len(text)
         return piece
+
+    def _newest(self) -> list[int]:
+        """The last tokens with text. Of neighbours without text between them, one is kept: it can
+        separate bytes."""
+        newest: list[int] = []
+        num_left, was_silent = self.MIN_TAIL, False
+        for token_id in reversed(self._tail):
+            is_silent = not self._tokenizer.has_text(token_id, self._how)
+            if not (is_silent and was_silent):
+                newest.append(token_id)
+                num_left -= not is_silent
+            was_silent = is_silent
+            if not num_left:
+                break
+        return newest[::-1]
+
+    def _keep(self, tail: list[int], is_complete: bool) -> None:
+        self._tail, num = tail, len(self._decode(tail))
+        self._num_shown = num if is_complete else max(0, num - 1)
 
     def _decode(self, token_ids: Sequence[int]) -> str:
         return self._tokenizer.decode(token_ids, self._how)

@@ -42,7 +42,7 @@ ALLOWED = {
         "nanovllm.programs",
         "nanovllm.kernels.peers",
     ),
-    "schedule": ("nanovllm.schedule", "nanovllm.sampling", "nanovllm.tokenizer"),
+    "schedule": ("nanovllm.schedule", "nanovllm.checks", "nanovllm.sampling", "nanovllm.tokenizer"),
     "runner": (
         "nanovllm.runner",
         "nanovllm.schedule.edit_limits",

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import math
+import operator
+import pickle
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 
 from nanovllm import SamplingParams
+from nanovllm.sampling import RequestOutputKind
+from nanovllm.structured.params import StructuredOutputsParams
 
 NAN, INF = math.nan, math.inf
 
@@ -245,10 +252,50 @@ def test_plain_is_what_the_sampler_in_the_graph_can_do() -> None:
     assert not any(SamplingParams(**fields).is_plain for fields in beyond)
 
 
-def test_a_clone_has_a_bias_of_its_own() -> None:
-    params = SamplingParams(logit_bias={5: 1.0})
-    clone = params.clone()
-    assert clone.logit_bias == params.logit_bias and clone.logit_bias is not params.logit_bias
+def test_no_change_of_a_bias_goes_unchecked_or_reaches_a_copy() -> None:
+    given = {5: 1.0}
+    params = SamplingParams(logit_bias=given)
+    given[5] = 1e9
+    assert params.logit_bias == {5: 1.0}
+    bias: Any = params.logit_bias
+    for change in (
+        lambda: bias.update({5: 1e9}),
+        lambda: bias.__setitem__(5, 1e9),
+        lambda: bias.pop(5),
+        lambda: bias.setdefault(6, 1e9),
+        lambda: operator.ior(bias, {5: 1e9}),
+        bias.clear,
+        bias.popitem,
+    ):
+        with pytest.raises(TypeError, match="assign another dict"):
+            change()
+    copies = [copy.copy(params), copy.deepcopy(params), pickle.loads(pickle.dumps(params))]
+    for other in [params.clone(), *copies]:
+        assert other == params
+        other.logit_bias = {5: 2.0}
+    assert params.logit_bias == {5: 1.0}
+    assert json.loads(json.dumps(params.logit_bias)) == {"5": 1.0}
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(params.logit_bias)) == {5: 1.0}
+
+
+def test_seeds_of_several_answers_wrap() -> None:
+    seeds = [one.seed for one in SamplingParams(n=3, seed=2**63 - 2).of_answers()]
+    assert seeds == [2**63 - 2, 2**63 - 1, -(2**63)]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"temperature": 0.5, "stop": ["a", "b"], "n": 3, "seed": -1},
+     {"logit_bias": {3: 1.5}, "output_kind": RequestOutputKind.DELTA, "max_tokens": None},
+     {"structured_outputs": {"json": {"type": "object"}}, "allowed_token_ids": [1, 2]}],
+)  # fmt: skip
+def test_the_text_of_parameters_makes_them_again(given: dict[str, Any]) -> None:
+    params = SamplingParams(**given)
+    names = {one.__name__: one for one in (
+        SamplingParams, RequestOutputKind, StructuredOutputsParams
+    )}  # fmt: skip
+    again = eval(repr(params), names)
+    assert again == params and again.output_kind is params.output_kind
 
 
 def test_the_attributes_are_the_fields() -> None:

@@ -15,13 +15,13 @@ from nanovllm.api import others, page
 from nanovllm.api.chat import chat
 from nanovllm.api.completions import completions
 from nanovllm.api.config import ALWAYS_OPEN
-from nanovllm.api.errors import PROMPT, ApiError, from_exception
-from nanovllm.api.fields import REFUSED
+from nanovllm.api.errors import ApiError, from_exception
 from nanovllm.api.hosts import Hosts
 from nanovllm.api.http import ClientGone, Exchange, Receive, Record, Scope, Send
 from nanovllm.api.openapi import description
-from nanovllm.api.responses import responses
+from nanovllm.api.responses import input_tokens, responses
 from nanovllm.api.service import MAX_ID_CHARS, Service
+from nanovllm.prompts import PROMPT
 
 logger = logging.getLogger(__name__)
 access = logging.getLogger("nanovllm.api.access")
@@ -44,6 +44,7 @@ ROUTES = {
     "/v1/completions": Route("POST", completions),
     "/v1/chat/completions": Route("POST", chat),
     "/v1/responses": Route("POST", responses),
+    "/v1/responses/input_tokens": Route("POST", input_tokens),
     "/v1/embeddings": Route("POST", others.embeddings),
     "/tokenize": Route("POST", others.tokenize),
     "/detokenize": Route("POST", others.detokenize),
@@ -53,10 +54,12 @@ ROUTES = {
     "/metrics": Route("GET", others.metrics),
     "/openapi.json": Route("GET", openapi),
 }
-# what the endpoints call a prompt
-PROMPT_FIELDS = {"/v1/chat/completions": "messages", "/v1/responses": "input"}
-# if a message begins with one of these names, it is the error's `param`
-NAMES = frozenset(name for kind in REFUSED for name in kind.__struct_fields__)
+# what the endpoints call fields that have other names in the engine
+NAMES = {
+    "/v1/chat/completions": {PROMPT: "messages"},
+    "/v1/responses": {PROMPT: "input"},
+    "/v1/responses/input_tokens": {PROMPT: "input"},
+}
 
 
 class App:
@@ -127,9 +130,8 @@ class App:
             raise ApiError(401, words, code="invalid_api_key")
 
     async def _refuse(self, exchange: Exchange, error: Exception) -> None:
-        told = from_exception(error, NAMES, self.service.engine.config.model)
-        if told.param == PROMPT and told is not error:
-            told.param = PROMPT_FIELDS.get(exchange.scope["path"], PROMPT)
+        service, names = self.service, NAMES.get(exchange.scope["path"])
+        told = from_exception(error, names, service.engine.config.model, repr(service.model)[1:-1])
         if told.code == "internal_error":
             # neither the message nor the values of variables: they may contain the prompt
             logger.error(

@@ -98,6 +98,8 @@ class ChatBody(Sampling, kw_only=True):
     tool_choice: Literal["none", "auto", "required"] | Json | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = None
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     # vLLM's
@@ -139,6 +141,7 @@ class ResponsesBody(msgspec.Struct, kw_only=True):
     top_p: float | None = None
     stream: bool | None = None
     metadata: dict[str, str] | None = None
+    store: bool | None = None
     text: TextConfig | None = None
     reasoning: Reasoning | None = None
     tools: list[Json] | None = None
@@ -147,6 +150,10 @@ class ResponsesBody(msgspec.Struct, kw_only=True):
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+
+
+class InputTokensBody(ResponsesBody, kw_only=True):
+    """POST /v1/responses/input_tokens."""
 
 
 class EmbeddingBody(msgspec.Struct, kw_only=True):

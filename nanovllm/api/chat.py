@@ -68,6 +68,7 @@ class ChatWriter:
         chunk = {**meta, "object": "chat.completion.chunk"}
         self._chunks = Chunks(chunk, has_usage=self._has_usage)
         self._growing: dict[int, _Growing] = {}
+        self._no_fields = b'"content":null' if reading.is_forced else b'"content":""'
         self._is_plain = not (self._is_continuous or body.return_token_ids or body.logprobs)
 
     def events(self, number: int, delta: Delta) -> bytes:
@@ -112,7 +113,7 @@ class ChatWriter:
         if growing.has_begun:
             return b'"delta":{%b}' % fields
         growing.has_begun = True
-        return b'"delta":{"role":"assistant",%b}' % (fields or b'"content":""')
+        return b'"delta":{"role":"assistant",%b}' % (fields or self._no_fields)
 
     def _fields(self, part: Part, growing: _Growing) -> bytes:
         if isinstance(part, ContentPart):
@@ -161,7 +162,7 @@ class ChatWriter:
     def _parsed(self, stream: AnswerStream, text: str) -> dict[str, Any]:
         """The fields of a message, from its text."""
         found = joined(self._reading.kept([*stream.push(text), *stream.finish()]))
-        fields: dict[str, Any] = {"content": found.content}
+        fields: dict[str, Any] = {"content": None if self._reading.is_forced else found.content}
         if found.reasoning:
             fields["reasoning_content"] = found.reasoning
         if found.calls:

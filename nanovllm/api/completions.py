@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -75,7 +76,11 @@ class CompletionWriter:
         self._as_ids = bool(body.return_tokens_as_token_ids)
 
     def events(self, number: int, delta: Delta) -> bytes:
-        text = "" if self._drops_answer else delta.text
+        if self._drops_answer:
+            # the engine generates at least one token
+            delta = replace(delta, text="", token_ids=[], stop_reason=None)
+            self._generation.num_tokens = 0
+        text = delta.text
         is_first = number not in self._lengths
         if is_first and self._echoed is not None:
             text = self._echoed[number // self._n] + text
@@ -87,7 +92,8 @@ class CompletionWriter:
         choice: dict[str, Any] = {"logprobs": None}
         if delta.logprobs is not None:
             choice["logprobs"] = self._logprobs(delta.token_ids, delta.logprobs, offset)
-        choice |= {"finish_reason": delta.finish_reason, "stop_reason": delta.stop_reason}
+        choice["finish_reason"] = "length" if self._drops_answer else delta.finish_reason
+        choice["stop_reason"] = delta.stop_reason
         if self._body.return_token_ids:
             choice["token_ids"] = delta.token_ids
             choice["prompt_token_ids"] = self._generation.prompt_ids(number) if is_first else None
@@ -121,7 +127,7 @@ class CompletionWriter:
         choice = {
             "index": number, "text": text, "logprobs": shown,
             "finish_reason": "length" if self._drops_answer else last.finish_reason,
-            "stop_reason": last.stop_reason,
+            "stop_reason": None if self._drops_answer else last.stop_reason,
         }  # fmt: skip
         if self._body.prompt_logprobs is not None:
             choice["prompt_logprobs"] = logprobs.of_prompt(last.prompt_logprobs or [])

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Container
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
-from nanovllm.prompts import PromptRefused, PromptTooLong
+from nanovllm.checks import InvalidValue
+from nanovllm.prompts import PromptTooLong
 from nanovllm.serving.interface import Draining, EngineDead, QueueFull
 
 MAX_MESSAGE_CHARS = 500
-PROMPT = "prompt"  # whatever the endpoint calls it
 TOO_LONG = "context_length_exceeded"  # OpenAI's code, by which clients know it
 RETRY_AFTER_S = b"5"
-# the first word of a message of ours is the name of an option: "top_p is 3: it must be …"
-NAMED = re.compile(r"['\"]?([a-z_][a-z0-9_]*)\b")
-# "image 2: …", "the prompt has 40 images: …", "the content has a part of the type …"
-OF_CONTENT = re.compile(r"the content (has|is) |(the prompt has )?(\d+ )?(image|video|audio)")
 TYPES = {
     401: "authentication_error", 403: "permission_error", 404: "not_found_error",
     408: "timeout_error", 429: "rate_limit_error", 500: "server_error",
@@ -68,11 +63,13 @@ def invalid(name: str, message: str, code: str = "invalid_value") -> ApiError:
     return ApiError(400, message, param=name, code=code)
 
 
-def from_exception(error: Exception, fields: Container[str] = (), hidden: str = "") -> ApiError:
+def from_exception(
+    error: Exception, names: Mapping[str, str] | None = None, hidden: str = "", model: str = ""
+) -> ApiError:
     """The error that a client gets for an exception. Messages of internal errors are not sent.
 
-    fields: names that a message may begin with and that then are the error's `param`. hidden: the
-    model's path, which messages may have.
+    names: what the endpoint calls fields that have other names here. hidden: the model's path,
+    which messages may have; they get the name `model` instead.
     """
     if isinstance(error, ApiError):
         return error
@@ -83,11 +80,10 @@ def from_exception(error: Exception, fields: Container[str] = (), hidden: str = 
     if isinstance(error, EngineDead):
         return ApiError(500, "the engine has failed", code="engine_dead")
     if isinstance(error, ValueError):
-        message = str(error).replace(hidden, "the model") if hidden else str(error)
-        named = NAMED.match(message)
-        param = named[1] if named is not None and named[1] in fields else None
-        if isinstance(error, PromptRefused) or OF_CONTENT.match(message):
-            param = PROMPT
+        message = str(error).replace(hidden, model) if hidden else str(error)
+        param = error.field if isinstance(error, InvalidValue) else None
+        if param is not None and names is not None:
+            param = names.get(param, param)
         code = TOO_LONG if isinstance(error, PromptTooLong) else "invalid_value"
         return ApiError(400, message, param=param, code=code)
     return ApiError(500, "the server has made a mistake", code="internal_error")

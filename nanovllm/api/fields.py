@@ -24,6 +24,7 @@ class Refusal(NamedTuple):
 
 
 MAX_DEPTH = 512  # of a body: what is read can also be written again, which needs as much stack
+MAX_CONTAINERS = 1 << 18  # lists and objects of a body: each takes 20 times the memory of its text
 NO_FILES = "requests cannot bring code, templates or adapters"
 NOT_BUILT = "it is not implemented"
 STATEFUL = "the server keeps nothing between requests"
@@ -39,7 +40,6 @@ REFUSED_SAMPLING: dict[str, Refusal] = {
     "guided_decoding_backend": Refusal("there is one backend"),
     "structural_tag": Refusal(NOT_BUILT),
     "thinking_token_budget": Refusal(NOT_BUILT),
-    "metadata": Refusal(STATEFUL, ({},)),
 }
 REFUSED_CHAT: dict[str, Refusal] = {
     "add_special_tokens": Refusal("the chat template writes them", (False,)),
@@ -52,7 +52,6 @@ REFUSED_CHAT: dict[str, Refusal] = {
     "prompt_cache_options": Refusal("the cache has no options of requests"),
     "prompt_cache_retention": Refusal("the cache is in memory", ("in_memory",)),
     "service_tier": Refusal("there is one tier", ("auto", "default")),
-    "store": Refusal(STATEFUL, (False,)),
     "verbosity": Refusal("models have no such setting", ("medium",)),
     "web_search_options": Refusal("the server opens no connections"),
     "chat_template": Refusal(NO_FILES),
@@ -74,7 +73,6 @@ REFUSED_RESPONSES: dict[str, Refusal] = {
     "prompt_cache_options": Refusal("the cache has no options of requests"),
     "prompt_cache_retention": Refusal("the cache is in memory", ("in_memory",)),
     "service_tier": Refusal("there is one tier", ("auto", "default")),
-    "store": Refusal(STATEFUL, (False,)),
     "stream_options": Refusal(
         "usage is always in the last event", ({}, {"include_obfuscation": False})
     ),
@@ -82,20 +80,28 @@ REFUSED_RESPONSES: dict[str, Refusal] = {
     "truncation": Refusal("inputs that are too long are refused", ("disabled",)),
 }
 REFUSED: dict[type[msgspec.Struct], Mapping[str, Refusal]] = {
-    bodies.CompletionBody: REFUSED_SAMPLING | {"suffix": Refusal(NOT_BUILT, ("",))},
+    bodies.CompletionBody: REFUSED_SAMPLING
+    | {"suffix": Refusal(NOT_BUILT, ("",)), "metadata": Refusal(STATEFUL, ({},))},
     bodies.ChatBody: REFUSED_SAMPLING | REFUSED_CHAT,
     bodies.ResponsesBody: REFUSED_RESPONSES,
+    bodies.InputTokensBody: REFUSED_RESPONSES,
     bodies.EmbeddingBody: {},
     bodies.TokenizeBody: {"chat_template": Refusal(NO_FILES)},
     bodies.DetokenizeBody: {},
 }
 # msgspec ends its messages with the place: "Expected `int`, got `str` - at `$.n`"
 PLACE = re.compile(r"(.*?)(?: - at `(?:key in )?\$\.?(.*)`)?", re.DOTALL)
+# a string may lack its end, so that no quote is a beginning twice: the time is linear
+STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
 MISSING = re.compile(r"Object missing required field `(\w+)`")
 
 
 def decoded(data: bytes, kind: type[Body]) -> Body:
     """The body of a request. Raises ApiError, which names the field, for what is not one."""
+    num = data.count(b"[") + data.count(b"{")
+    if num > MAX_CONTAINERS and _num_containers(data) > MAX_CONTAINERS:
+        words = f"the body has more than {MAX_CONTAINERS} lists and objects"
+        raise ApiError(400, words, code="invalid_json")
     try:
         found = msgspec.json.decode(data)
     except RecursionError:
@@ -104,7 +110,7 @@ def decoded(data: bytes, kind: type[Body]) -> Body:
         raise ApiError(400, f"the body is not JSON: {error}", code="invalid_json") from None
     if not isinstance(found, dict):
         raise ApiError(400, "the body must be a JSON object", code="invalid_json")
-    if data.count(b"[") + data.count(b"{") > MAX_DEPTH and _is_deeper(found, MAX_DEPTH):
+    if num > MAX_DEPTH and _is_deeper(found, MAX_DEPTH):
         raise _too_deep()
     check_names(found, kind)
     _make_whole(found, kind)
@@ -112,6 +118,12 @@ def decoded(data: bytes, kind: type[Body]) -> Body:
         return msgspec.convert(found, kind)
     except msgspec.ValidationError as error:
         raise _misfit(str(error)) from None
+
+
+def _num_containers(data: bytes) -> int:
+    """The lists and objects of a JSON text: its brackets outside of strings."""
+    bare = STRING.sub(b"", data)
+    return bare.count(b"[") + bare.count(b"{")
 
 
 def _too_deep() -> ApiError:

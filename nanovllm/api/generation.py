@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import msgspec
 
 from nanovllm.api.errors import ApiError
-from nanovllm.api.http import DONE, EVENTS, NO_STORE, Exchange
+from nanovllm.api.http import DONE, EVENTS, JSON, NO_STORE, Exchange
 from nanovllm.api.latencies import Timer
+from nanovllm.api.prompts import beside
 from nanovllm.api.service import Service
-from nanovllm.api.structured import is_of_form, misfit
+from nanovllm.api.structured import misfit
+from nanovllm.checks import InvalidValue
 from nanovllm.outputs import TopLogprobs
-from nanovllm.prompts import Prompt
+from nanovllm.prompts import Prompt, PromptRefused
 from nanovllm.sampling import SamplingParams
 from nanovllm.serving.interface import Delta, Stream
+from nanovllm.structured.params import FIELD as FORM
 
+# the work of one log-probability, and that of a character of text, in those of `beside`
+LOGPROB_COST, TEXT_COST = 4, 8
 NO_BUFFER = (b"x-accel-buffering", b"no")  # a proxy must not buffer events
 
 
@@ -61,6 +66,16 @@ class Writer(Protocol):
         ...
 
 
+async def _with_media(exchange: Exchange, opening: Coroutine[Any, Any, Stream]) -> Stream:
+    """The stream of a prompt whose images or sound must be prepared, which takes time."""
+    try:
+        return await exchange.unless_gone(opening)
+    except InvalidValue:
+        raise
+    except ValueError as error:  # the media know nothing of prompts
+        raise PromptRefused(str(error)) from None
+
+
 class Generation:
     """The streams of a request's prompts, with n answers each."""
 
@@ -96,12 +111,11 @@ class Generation:
         try:
             for prompt in prompts:
                 opening = engine.open(prompt, params, priority=priority or 0)
-                # preparing images takes time
-                streams.append(await (exchange.unless_gone(opening) if prompt.media else opening))
+                streams.append(await (_with_media(exchange, opening) if prompt.media else opening))
         except BaseException as error:
             for stream in streams:
                 stream.abort()
-            if form is not None and isinstance(error, ValueError) and is_of_form(str(error)):
+            if form is not None and isinstance(error, InvalidValue) and error.field == FORM:
                 raise misfit(form, str(error)) from None
             raise
         latencies, start = service.own_latencies, exchange.record.start
@@ -148,9 +162,11 @@ class Generation:
             self._check_end(delta)
 
     def _check_end(self, delta: Delta) -> None:
-        if delta.finish_reason == "error" and self._form and is_of_form(delta.error or ""):
-            # the engine's process compiles the form, so it is refused late
-            raise misfit(self._form, str(delta.error))
+        if delta.finish_reason == "error" and delta.error_field is not None:
+            # what the engine's process alone can know, such as whether a form can be compiled
+            if delta.error_field == FORM and self._form is not None:
+                raise misfit(self._form, str(delta.error))
+            raise InvalidValue(delta.error_field, str(delta.error))
         if delta.finish_reason == "error":
             raise ApiError(500, "the model could not go on with this answer", code="answer_failed")
         if delta.finish_reason == "abort":
@@ -208,12 +224,23 @@ async def respond(
         else:
             answers = await generation.answers()
             record.has_token()
-            await exchange.json(writer.whole(answers))
+            body = await beside(
+                lambda: msgspec.json.encode(writer.whole(answers)), sum(map(_size, answers))
+            )
+            await exchange.answer(200, body, (JSON, NO_STORE))
     finally:
         gone.cancel()
         generation.abort()
         record.num_prompt_tokens = generation.num_prompt_tokens
         record.num_tokens = generation.num_tokens
+
+
+def _size(answer: Answer) -> int:
+    """How much there is to write of an answer, in characters of text."""
+    assert answer.last is not None
+    found = (answer.logprobs, answer.last.prompt_logprobs)
+    num_logprobs = sum(len(top or ()) for tops in found for top in tops or ())
+    return sum(map(len, answer.texts)) // TEXT_COST + num_logprobs * LOGPROB_COST
 
 
 async def _send_events(exchange: Exchange, generation: Generation, writer: Writer) -> None:

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Container, Mapping
 from typing import Any
 
 import msgspec
 
 from nanovllm.api.errors import invalid
+from nanovllm.chat import CutArguments
 from nanovllm.media import given as media_given
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 TEXTS = ("name", "tool_call_id", "reasoning_content", "reasoning")
 KEYS = ("role", "content", "tool_calls", *TEXTS)
+# Fields of parts beside the one that is called as the type. All but the first are options of Qwen's
+# processors that would change what the model reads: reading the media refuses them by name.
+OF_MEDIA = (
+    "video_metadata", "use_audio_in_video", "min_pixels", "max_pixels", "total_pixels",
+    "resized_height", "resized_width", "fps", "nframes", "video_start", "video_end",
+)  # fmt: skip
+MAX_LOGGED = 64
+logger = logging.getLogger(__name__)
+_logged: set[str] = set()  # names of ignored fields
 
 
 def checked_messages(messages: list[dict[str, Any]], most: int) -> tuple[list[dict[str, Any]], int]:
@@ -31,7 +42,7 @@ def checked_messages(messages: list[dict[str, Any]], most: int) -> tuple[list[di
 
 def num_chars_of(value: Any) -> int:
     """The characters of a value as JSON, which is how templates write it."""
-    return len(msgspec.json.encode(value).decode())
+    return len(msgspec.json.encode(value, enc_hook=str).decode())  # str: of CutArguments
 
 
 def _num_chars(message: Mapping[str, Any]) -> int:
@@ -52,16 +63,16 @@ def _message(place: str, message: Mapping[str, Any], most: int) -> dict[str, Any
     if role not in ROLES:
         words = f"{place}.role is {_short(role)}: it must be one of {', '.join(ROLES)}"
         raise invalid(f"{place}.role", words)
-    check_keys(place, clean, KEYS)
+    clean = known_fields("a message", clean, KEYS)
     for key, value in clean.items():
         _check_field(place, key, value)
-    if "content" not in clean and role == "assistant" and "tool_calls" in clean:
-        clean["content"] = ""
+    if role == "assistant":
+        clean.setdefault("content", "")
     for key in ("content", "tool_calls"):
         if isinstance(clean.get(key), list) and len(clean[key]) > most:
             words = f"{place}.{key} has {len(clean[key])} entries: at most {most} are allowed"
             raise invalid(f"{place}.{key}", words)
-    _check_content(f"{place}.content", clean.get("content"))
+    clean["content"] = _checked_content(f"{place}.content", clean.get("content"))
     if role == "developer":  # templates use the older name
         clean["role"] = "system"
     if "reasoning" in clean:
@@ -71,40 +82,47 @@ def _message(place: str, message: Mapping[str, Any], most: int) -> dict[str, Any
     return clean
 
 
+def known_fields(what: str, given: Mapping[str, Any], known: Container[str]) -> dict[str, Any]:
+    """The fields that have a meaning here. Others are logged, each name once: programs send back
+    answers with what other servers put into them."""
+    for key, value in given.items():
+        if key not in known and value is not None and len(_logged) < MAX_LOGGED:
+            name = f"{what} has the field {_short(key)}, which is ignored"
+            if name not in _logged:
+                _logged.add(name)
+                logger.info("%s", name)
+    return {key: value for key, value in given.items() if key in known}
+
+
 def _says_nothing(key: str, value: Any) -> bool:
     """Whether a field may be left out. Clients send back the messages of answers as they are."""
     return value is None or (key == "annotations" and value == [])
 
 
-def _check_content(place: str, content: Any) -> None:
+def _checked_content(place: str, content: Any) -> Any:
+    """The content with the fields of its parts that are known."""
     if content is None:
         raise invalid(place, f"{place} is missing")
     if not isinstance(content, (str, list)):
         raise invalid(place, f"{place} must be text or a list of parts")
     if isinstance(content, list):
-        for number, part in enumerate(content):
-            _check_part(f"{place}[{number}]", part)
+        return [_checked_part(f"{place}[{number}]", part) for number, part in enumerate(content)]
+    return content
 
 
-def _check_part(place: str, part: Any) -> None:
+def _checked_part(place: str, part: Any) -> Any:
     """Images and sound are checked where they are read."""
     kind = part.get("type") if isinstance(part, Mapping) else None
-    if isinstance(part, str) or kind in media_given.TYPES:
-        return
+    if isinstance(part, str):
+        return part
+    if kind in media_given.TYPES:
+        return known_fields("a part", part, ("type", kind, *OF_MEDIA))
     if kind != "text":
         words = f"{place}.type is {_short(kind)}: it must be text, {', '.join(media_given.TYPES)}"
         raise invalid(f"{place}.type", words)
     if not isinstance(part.get("text"), str):
         raise invalid(f"{place}.text", f"{place}.text must be text")
-    check_keys(place, part, ("type", "text"))
-
-
-def check_keys(place: str, given: Mapping[str, Any], known: Container[str]) -> None:
-    """Refuse fields that are not known, unless they are null."""
-    for key, value in given.items():
-        if key not in known and value is not None:
-            words = f"{place} has the field {_short(key)}, which is not supported"
-            raise invalid(f"{place}.{key[:64]}", words, "unsupported_parameter")
+    return known_fields("a part", part, ("type", "text"))
 
 
 def _check_field(place: str, key: str, value: Any) -> None:
@@ -125,12 +143,22 @@ def _tool_call(place: str, call: Any) -> dict[str, Any]:
         raise invalid(place, f"{place} must be the call of a function")
     arguments = function.get("arguments") or {}
     if isinstance(arguments, str):
-        try:
-            arguments = msgspec.json.decode(arguments)
-        except (msgspec.DecodeError, RecursionError):
-            words = f"{place}.function.arguments is not JSON"
-            raise invalid(f"{place}.function.arguments", words) from None
+        arguments = _object(arguments) if arguments.strip() else {}
     return {**call, "function": {**function, "arguments": arguments}}
+
+
+def _object(text: str) -> dict[str, Any] | CutArguments:
+    """The arguments of a call. Those of an answer that was cut are no JSON."""
+    try:
+        found = msgspec.json.decode(text)
+    except (msgspec.DecodeError, RecursionError):
+        return CutArguments(text)
+    return found if isinstance(found, dict) else CutArguments(text)
+
+
+def is_object(text: str) -> bool:
+    """Whether the arguments of a call are complete."""
+    return isinstance(_object(text), dict)
 
 
 def _short(value: Any) -> str:

@@ -13,6 +13,7 @@ POSTS: dict[str, type[msgspec.Struct]] = {
     "/v1/completions": bodies.CompletionBody,
     "/v1/chat/completions": bodies.ChatBody,
     "/v1/responses": bodies.ResponsesBody,
+    "/v1/responses/input_tokens": bodies.InputTokensBody,
     "/v1/embeddings": bodies.EmbeddingBody,
     "/tokenize": bodies.TokenizeBody,
     "/detokenize": bodies.DetokenizeBody,

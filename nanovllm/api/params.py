@@ -35,7 +35,7 @@ class ParamsMaker:
         wanted = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
         if wanted == 0 and body.echo:
             wanted = 1  # only the prompt is requested; the engine generates at least one token
-        given["max_tokens"] = self._tokens(wanted)
+        given["max_tokens"] = self._tokens("max_tokens", wanted)
         if body.logprobs is not None:
             given["logprobs"] = self._num_logprobs("logprobs", body.logprobs)
             if body.echo:
@@ -52,7 +52,8 @@ class ParamsMaker:
         if wanted is not None and body.max_tokens not in (None, wanted):
             words = "max_tokens and max_completion_tokens differ: give one of them"
             raise invalid("max_tokens", words)
-        given["max_tokens"] = self._tokens(body.max_tokens if wanted is None else wanted)
+        name = "max_tokens" if wanted is None else "max_completion_tokens"
+        given["max_tokens"] = self._tokens(name, body.max_tokens if wanted is None else wanted)
         if body.top_logprobs and not body.logprobs:
             raise invalid("top_logprobs", "top_logprobs needs logprobs=true")
         if body.logprobs:
@@ -62,7 +63,9 @@ class ParamsMaker:
         return self._made(given, is_stream=bool(body.stream))
 
     def of_response(self, body: ResponsesBody) -> SamplingParams:
-        given: dict[str, Any] = {"max_tokens": self._tokens(body.max_output_tokens)}
+        given: dict[str, Any] = {
+            "max_tokens": self._tokens("max_output_tokens", body.max_output_tokens)
+        }
         for name in ("temperature", "top_p"):
             if (value := getattr(body, name)) is not None:
                 given[name] = value
@@ -80,14 +83,16 @@ class ParamsMaker:
             name: value for name in SAME if (value := getattr(body, name)) is not None
         }  # fmt: skip
         if body.min_tokens is not None:
-            given["min_tokens"] = self._tokens(body.min_tokens)
+            given["min_tokens"] = self._tokens("min_tokens", body.min_tokens, 0)
         outputs = structured_outputs(body)
         if outputs is not None:
             given["structured_outputs"] = outputs
         return given
 
-    def _tokens(self, wanted: int | None) -> int | None:
+    def _tokens(self, name: str, wanted: int | None, least: int = 1) -> int | None:
         """A number of tokens, no larger than any answer can be."""
+        if wanted is not None and wanted < least:
+            raise invalid(name, f"{name} is {wanted}: it must be at least {least}")
         return None if wanted is None else min(wanted, self._max_len)
 
     def _num_logprobs(self, name: str, value: int) -> int:

@@ -15,7 +15,8 @@ from nanovllm.api.errors import TOO_LONG, ApiError, invalid
 from nanovllm.api.messages import checked_messages, num_chars_of
 from nanovllm.api.tools import check_tools
 from nanovllm.chat import ChatOptions, UnknownVariable, render
-from nanovllm.prompts import Prompt, checked_text
+from nanovllm.checks import InvalidValue
+from nanovllm.prompts import Prompt, PromptRefused, checked_text
 from nanovllm.schedule.logprobs import SHOW_SPECIAL
 from nanovllm.serving.interface import AsyncEngine
 
@@ -25,8 +26,6 @@ CHARS_PER_TOKEN = 64
 INLINE_CHARS = 4096  # shorter texts are worked on faster than another thread is woken
 MAX_VARIABLES = 16
 VARIABLES = "chat_template_kwargs"
-# variables of templates that are fields of requests, too
-OWN_FIELDS = ("tools", "reasoning_effort")
 # names that templates get from elsewhere
 NO_VARIABLES = frozenset({"messages", *ChatOptions.__dataclass_fields__})
 
@@ -156,11 +155,14 @@ class PromptMaker:
         )  # fmt: skip
         args = (tokenizer, clean, options, self._engine.check_media, self.max_chars)
         try:
-            work = partial(render, *args)
+            work = partial(render, *args, drops_variables=True)
             prompt = (await beside(work, num_chars if self._is_warm else INLINE_CHARS + 1))[0]
         except UnknownVariable as error:
-            field = error.name if error.name in OWN_FIELDS else VARIABLES
-            raise invalid(field, str(error)) from None
+            raise invalid(error.name, str(error)) from None
+        except InvalidValue:
+            raise
+        except ValueError as error:
+            raise PromptRefused(str(error)) from None
         self._is_warm = True
         return prompt
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from nanovllm.api.bodies import ChatBody, ResponsesBody
 from nanovllm.api.errors import invalid
-from nanovllm.api.messages import ROLES, check_keys
+from nanovllm.api.messages import ROLES, known_fields
 
 # parts of messages here, and in chat
 TEXTS = ("input_text", "output_text", "text")
@@ -57,7 +57,7 @@ def _message_of(place: str, item: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(kind, str) or kind not in ITEM_KEYS:
         words = f"{place}.type is not supported: it must be one of {', '.join(ITEM_KEYS)}"
         raise invalid(f"{place}.type", words, "unsupported_parameter")
-    check_keys(place, item, ITEM_KEYS[kind])
+    item = known_fields("an item", item, ITEM_KEYS[kind])
     if kind == REASONING:
         return _reasoning(place, item)
     if kind == CALL:
@@ -113,14 +113,22 @@ def _reasoning(place: str, item: dict[str, Any]) -> dict[str, Any]:
 def _part(place: str, part: Any) -> dict[str, Any]:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind in TEXTS and isinstance(part.get("text"), str):
-        check_keys(place, part, PART_KEYS if kind == "output_text" else PART_KEYS[:2])
+        known_fields("a part", part, PART_KEYS)
         return {"type": "text", "text": part["text"]}
     if kind == "input_image" and isinstance(part.get("image_url"), str):
-        check_keys(place, part, ("type", "image_url", "detail"))
+        known_fields("a part", part, ("type", "image_url", "detail"))
         url = {"url": part["image_url"], "detail": part.get("detail", "auto")}
         return {"type": "image_url", "image_url": url}
     words = f"{place} must be of the type input_text, output_text or input_image"
     raise invalid(place, words, "unsupported_parameter")
+
+
+def _check_tool(place: str, tool: dict[str, Any]) -> None:
+    """Refuse fields of a tool that are not known, unless they are null."""
+    for key, value in tool.items():
+        if key not in TOOL_KEYS and value is not None:
+            words = f"{place} has the field {key[:64]!r}, which is not supported"
+            raise invalid(f"{place}.{key[:64]}", words, "unsupported_parameter")
 
 
 def as_chat(body: ResponsesBody) -> ChatBody:
@@ -131,7 +139,7 @@ def as_chat(body: ResponsesBody) -> ChatBody:
         if tool.get("type") != "function":
             words = f"{place}.type is not supported: the server runs no tools, use function"
             raise invalid(f"{place}.type", words, "unsupported_parameter")
-        check_keys(place, tool, TOOL_KEYS)
+        _check_tool(place, tool)
         function = {key: tool[key] for key in TOOL_KEYS[1:] if tool.get(key) is not None}
         tools.append({"type": "function", "function": function})
     choice = body.tool_choice if tools or body.tool_choice != "auto" else None

@@ -9,11 +9,14 @@ from __future__ import annotations
 import secrets
 from typing import Any
 
+from nanovllm.api.messages import is_object
 from nanovllm.parsers import ArgumentsPart, CallStart, Part, ReasoningPart
 
 
 class TextItem:
     """A message, or the reasoning before it."""
+
+    is_whole = False  # its text does not tell
 
     def __init__(self, index: int, *, is_reasoning: bool) -> None:
         self.index, self.is_reasoning = index, is_reasoning
@@ -73,6 +76,11 @@ class CallItem:
     @property
     def place(self) -> dict[str, Any]:
         return {"item_id": self.id, "output_index": self.index}
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the arguments are complete."""
+        return is_object("".join(self._texts))
 
     def takes(self, part: Part) -> bool:
         return isinstance(part, ArgumentsPart) and part.index == self._start.index

@@ -11,8 +11,8 @@ from typing import Any
 
 import msgspec
 
-from nanovllm.api.bodies import ResponsesBody
-from nanovllm.api.errors import ApiError
+from nanovllm.api.bodies import InputTokensBody, ResponsesBody
+from nanovllm.api.errors import ApiError, invalid
 from nanovllm.api.generation import Answer, Generation, respond
 from nanovllm.api.http import Exchange
 from nanovllm.api.response_input import as_chat, messages_of
@@ -21,24 +21,17 @@ from nanovllm.api.service import Service, response_id
 from nanovllm.api.structured import form_field
 from nanovllm.api.tools import Reading
 from nanovllm.parsers import CallStart, ContentPart, Part
+from nanovllm.prompts import Prompt
 from nanovllm.sampling import SamplingParams
 from nanovllm.serving.interface import Delta
+from nanovllm.structured.params import StructuredOutputsParams
 
 
 async def responses(service: Service, exchange: Exchange) -> None:
     body = await service.body(exchange, ResponsesBody)
     params = service.params.of_response(body)
-    asked, as_in_chat = params.structured_outputs, as_chat(body)
-    try:
-        reading = service.readings.of(as_in_chat, asked)
-        messages = messages_of(body, service.config.max_messages)
-        tools = None if body.tool_choice == "none" else as_in_chat.tools
-        effort = None if body.reasoning is None else body.reasoning.effort
-        variables = {} if effort is None else {"reasoning_effort": effort}
-        prompt = await service.prompts.conversation(messages, None, None, tools, variables)
-    except ApiError as error:
-        error.param = _own_name(error.param or "")
-        raise
+    asked = params.structured_outputs
+    reading, prompt = await _read(service, body, asked)
     if reading.form is not asked:
         params.structured_outputs = reading.form
     if reading.needs_special_tokens:
@@ -48,6 +41,36 @@ async def responses(service: Service, exchange: Exchange) -> None:
     about = _about(body, params, body.model or service.model)
     writer = ResponseWriter(about, reading, prompt.text or "", generation)
     await respond(exchange, generation, writer, is_stream=bool(body.stream))
+
+
+async def input_tokens(service: Service, exchange: Exchange) -> None:
+    """POST /v1/responses/input_tokens: how many tokens the prompt of a response has."""
+    body = await service.body(exchange, InputTokensBody)
+    asked = service.params.of_response(body).structured_outputs
+    _, prompt = await _read(service, body, asked)
+    if prompt.token_ids is None:
+        words = "input has images, whose tokens are counted in the usage of a response"
+        raise invalid("input", words)
+    num = len(prompt.token_ids)
+    await exchange.json({"object": "response.input_tokens", "input_tokens": num})
+
+
+async def _read(
+    service: Service, body: ResponsesBody, asked: StructuredOutputsParams | None
+) -> tuple[Reading, Prompt]:
+    """How to parse the answer, and the prompt."""
+    try:
+        as_in_chat = as_chat(body)
+        reading = service.readings.of(as_in_chat, asked)
+        messages = messages_of(body, service.config.max_messages)
+        tools = None if body.tool_choice == "none" else as_in_chat.tools
+        effort = None if body.reasoning is None else body.reasoning.effort
+        variables = {} if effort is None else {"reasoning_effort": effort}
+        prompt = await service.prompts.conversation(messages, None, None, tools, variables)
+    except ApiError as error:
+        error.param = _own_name(error.param or "")
+        raise
+    return reading, prompt
 
 
 def _own_name(field: str) -> str:
@@ -151,7 +174,7 @@ class ResponseWriter:
         found = [self._event(f"{item.event}.done", **item.place, **item.done())]
         if isinstance(item, TextItem):
             found.append(self._content_event("done", item))
-        return b"".join((*found, self._item_event("done", item, self._status())))
+        return b"".join((*found, self._item_event("done", item, self._status_of(item))))
 
     def _item_event(self, name: str, item: TextItem | CallItem, status: str) -> bytes:
         return self._event(
@@ -166,6 +189,11 @@ class ResponseWriter:
         self._num_events += 1
         return b"event: %b\ndata: %b\n\n" % (kind.encode(), msgspec.json.encode(fields))
 
+    def _status_of(self, item: TextItem | CallItem) -> str:
+        """What is cut is the last item, unless it is a whole call."""
+        is_last = item is self._items[-1]
+        return self._status() if is_last and not item.is_whole else "completed"
+
     def _status(self) -> str:
         is_cut = self._last is not None and self._last.finish_reason == "length"
         return "incomplete" if is_cut else "completed"
@@ -178,7 +206,7 @@ class ResponseWriter:
             response["incomplete_details"] = {"reason": "max_output_tokens"}
         counts = self._generation
         num_prompt, num = counts.num_prompt_tokens, counts.num_tokens
-        response["output"] = [item.fields(status) for item in self._items]
+        response["output"] = [item.fields(self._status_of(item)) for item in self._items]
         response["usage"] = {
             "input_tokens": num_prompt,
             "input_tokens_details": {"cached_tokens": counts.num_cached, "cache_write_tokens": 0},

@@ -6,9 +6,9 @@ from typing import Any
 
 from nanovllm.api.bodies import ResponsesBody, Sampling
 from nanovllm.api.errors import ApiError, invalid
+from nanovllm.structured.params import FIELD as FORM
 from nanovllm.structured.params import StructuredOutputsParams
 
-FORM = "structured_outputs"  # the parameter, and the first word of errors about it
 GUIDED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
 MAX_CHOICES = 1 << 16  # max_grammar_bytes allows fewer by default, but is checked later
 WHITESPACE = "guided_whitespace_pattern"
@@ -37,11 +37,6 @@ def structured_outputs(body: Sampling | ResponsesBody) -> StructuredOutputsParam
 def form_field(body: Sampling | ResponsesBody) -> str | None:
     """The field of a request that says which form its answer has."""
     return next(iter(_given(body)), None)
-
-
-def is_of_form(message: str) -> bool:
-    """Whether the message of an error of the engine is about the form of answers."""
-    return message.startswith(FORM)
 
 
 def misfit(name: str, message: str) -> ApiError:

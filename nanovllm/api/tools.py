@@ -18,6 +18,7 @@ from nanovllm.parsers import (
     AnswerStream,
     ArgumentsPart,
     CallStart,
+    ContentPart,
     Part,
     ReasoningParser,
     ReasoningPart,
@@ -42,13 +43,15 @@ NONE = "none"
 class Reading:
     """How to parse the answers to a request. parser: None if all text is content.
 
-    form: what answers must look like. at_most_one: calls after the first are dropped.
+    form: what answers must look like. at_most_one: calls after the first are dropped. is_forced:
+    answers are calls and nothing else; what is cut off before its name is known is dropped.
     """
 
     parser: AnswerParser | None = None
     form: StructuredOutputsParams | None = None
     at_most_one: bool = False
     has_reasoning: bool = True
+    is_forced: bool = False
 
     @property
     def needs_special_tokens(self) -> bool:
@@ -66,6 +69,8 @@ class Reading:
         for part in parts:
             is_later = isinstance(part, (CallStart, ArgumentsPart)) and part.index > 0
             if self.at_most_one and is_later:
+                continue
+            if self.is_forced and isinstance(part, ContentPart):
                 continue
             if not self.has_reasoning and isinstance(part, ReasoningPart):
                 continue
@@ -91,15 +96,16 @@ class Readings:
         has_reasoning = body.include_reasoning is not False
         one = body.parallel_tool_calls is False
         if _is_forced(choice):
-            if form is not None:
-                words = "tool_choice demands a call: no other form can be asked"
-                raise invalid("tool_choice", words)
+            # a form is that of text, which the answer has none of
             name = _named(choice)
             asked = [tool for tool in body.tools or [] if name in (None, tool["function"]["name"])]
             self._check_size([tool["function"].get("parameters") for tool in asked])
-            schema = required_schema(body.tools or [], name, parallel=not one)
+            try:
+                schema = required_schema(body.tools or [], name, parallel=not one)
+            except ValueError as error:
+                raise invalid("tools" if asked else "tool_choice", str(error)) from None
             demanded = StructuredOutputsParams(json=schema)
-            return Reading(AnswerParser(tool_parser(REQUIRED)), demanded)
+            return Reading(AnswerParser(tool_parser(REQUIRED)), demanded, is_forced=True)
         is_free = not body.tools or choice == NONE
         if not is_free and tools is None:
             words = "the server has no tool_call_parser for this model: use tool_choice 'required'"

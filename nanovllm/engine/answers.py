@@ -59,7 +59,7 @@ class Answers:
             num_fed = 1 if plan.is_prefill else plan.num_tokens[row]
             self._grow(request, stream, num_fed, token_ids)
 
-    def end(self, request_id: int, reason: str, error: str | None = None) -> None:
+    def end(self, request_id: int, reason: str, error: Exception | None = None) -> None:
         """End a request now. Its last output waits in the outbox."""
         self._end(*self.requests[request_id], reason, [], error)
 
@@ -138,7 +138,7 @@ class Answers:
         stream: TextStream,
         reason: str,
         token_ids: list[int],
-        error: str | None = None,
+        error: Exception | None = None,
     ) -> None:
         """End a request. The output comes first: `complete_ends` does the rest after Ctrl-C."""
         if stream.stop_string is None:

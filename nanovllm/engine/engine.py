@@ -111,7 +111,7 @@ class Engine:
             return Grammars(None, limits)
         vocab_size = self.model_config.vocab_size
         eos_ids = [token_id for token_id in self._eos_ids if token_id < vocab_size]
-        return Grammars(Compiler(self.tokenizer, vocab_size, eos_ids, limits), limits)
+        return Grammars(Compiler(self.tokenizer, vocab_size, eos_ids), limits)
 
     def close(self) -> None:
         """Free the memory of weights, cache and graphs."""

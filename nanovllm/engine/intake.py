@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nanovllm.checks import as_python
+from nanovllm.checks import InvalidValue, as_python
 from nanovllm.prompts import Prompt, PromptRefused, PromptTooLong, checked_text
 from nanovllm.sampling import INT64_MAX, SamplingParams
 from nanovllm.schedule.plan import LogitEdits
 from nanovllm.schedule.request import Content
 from nanovllm.structured import library
 from nanovllm.structured.library import Source
+from nanovllm.structured.params import FIELD
 from nanovllm.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class Intake:
         if prompt.token_ids is not None:
             prompt_ids = prompt.token_ids
         elif self.tokenizer is None:
-            raise ValueError(f"{self.model!r} has no tokenizer: give token ids instead of text")
+            raise PromptRefused(f"{self.model!r} has no tokenizer: give token ids instead of text")
         else:
             assert prompt.text is not None
             prompt_ids = self.tokenizer.encode(prompt.text)
@@ -88,8 +89,9 @@ class Intake:
         if self.tokenizer is None:
             for name, given in (("stop", params.stop_strings), ("bad_words", params.bad_words)):
                 if given:
-                    raise ValueError(
-                        f"{name}={list(given)} needs a tokenizer: {self.model!r} does not have one"
+                    raise InvalidValue(
+                        name,
+                        f"{name}={list(given)} needs a tokenizer: {self.model!r} does not have one",
                     )
 
     def source(self, params: SamplingParams) -> Source | None:
@@ -97,8 +99,8 @@ class Intake:
         if params.structured_outputs is None:
             return None
         if self.tokenizer is None:
-            raise ValueError(
-                f"structured_outputs needs a tokenizer: {self.model!r} does not have one"
+            raise InvalidValue(
+                FIELD, f"structured_outputs needs a tokenizer: {self.model!r} does not have one"
             )
         library.check_installed()
         return library.source(params.structured_outputs, self.max_grammar_bytes)
@@ -117,13 +119,14 @@ class Intake:
         tokens after it.
         """
         assert self.tokenizer is not None
-        checked_text("bad_words", word)
+        checked_text("bad_words", word, "bad_words")
         start, inside = (
             self.tokenizer.encode(space + word.lstrip(), add_special_tokens=False)
             for space in ("", " ")
         )
         if not start:
-            raise ValueError(f"bad_words has {word!r}, which this tokenizer gives no tokens for")
+            words = f"bad_words has {word!r}, which this tokenizer gives no tokens for"
+            raise InvalidValue("bad_words", words)
         return [start, inside] if inside[0] != start[0] and len(inside) == len(start) else [start]
 
     def check_positions(self, positions: np.ndarray | None, prompt_len: int) -> None:
@@ -177,5 +180,6 @@ def drawn_seed(engine_seed: int, request_id: int) -> int:
 def checked_priority(priority: object) -> int:
     value = as_python(priority)
     if type(value) is not int or not -INT64_MAX <= value <= INT64_MAX:
-        raise ValueError(f"priority is {priority!r}: it must be a whole number of 64 bits")
+        words = f"priority is {priority!r}: it must be a whole number of 64 bits"
+        raise InvalidValue("priority", words)
     return value

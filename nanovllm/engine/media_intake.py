@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from nanovllm.checks import InvalidValue
 from nanovllm.media import given
 from nanovllm.media.options import MediaOptions
 from nanovllm.media.placeholders import Expanded, Placeholders, Span
@@ -89,9 +90,10 @@ class MediaPrompts:
         """`check_media`, and raises ValueError for more or fewer media than placeholders, and for
         parameters that media exclude."""
         if params.truncate_prompt_tokens is not None:
-            raise ValueError(
+            raise InvalidValue(
+                "truncate_prompt_tokens",
                 f"truncate_prompt_tokens is {params.truncate_prompt_tokens}: a prompt with "
-                f"{prompt.media[0].name} cannot be truncated"
+                f"{prompt.media[0].name} cannot be truncated",
             )
         self.check_media(prompt.media)
         assert self._placeholders is not None

@@ -10,7 +10,7 @@ from nanovllm.engine.held_media import HeldMedia
 from nanovllm.engine.intake import Intake
 from nanovllm.engine.media_intake import MediaIntake, MediaPrompt
 from nanovllm.engine.metrics import EngineMetrics
-from nanovllm.prompts import Prompt
+from nanovllm.prompts import Prompt, PromptRefused
 from nanovllm.schedule.request import Request
 from nanovllm.structured.grammars import Grammars, Refusal
 from nanovllm.structured.library import Source
@@ -51,7 +51,7 @@ class Preparation:
         if source is not None:
             self._grammars.add(request.request_id, source, request.params)
 
-    def ready(self, wait_s: float) -> Iterator[tuple[Request, str | None]]:
+    def ready(self, wait_s: float) -> Iterator[tuple[Request, ValueError | None]]:
         """Requests that are ready, with None, or with what is wrong with their media or grammars.
 
         If nothing is ready, wait for it, but not longer than `wait_s`. The caller queues or ends a
@@ -90,7 +90,7 @@ class Preparation:
 
     def _failed(
         self, request_id: int, found: MediaPrompt | Matcher | Refusal | str
-    ) -> Iterator[tuple[Request, str]]:
+    ) -> Iterator[tuple[Request, ValueError]]:
         """Give a request what was prepared for it; yields the request if that is not possible."""
         request = self._requests[request_id]
         if isinstance(found, Matcher):
@@ -98,12 +98,12 @@ class Preparation:
         elif isinstance(found, Refusal):
             # without the reason: it may quote what the user has sent
             logger.error("request %d: structured_outputs.%s is refused", request_id, found.form)
-            yield request, found.text
+            yield request, found.error
         else:
             try:
                 if isinstance(found, str):
-                    raise ValueError(found)
+                    raise PromptRefused(found)
                 self.expand(request, found)
             except ValueError as error:
                 logger.error("request %d: %s", request_id, error)
-                yield request, str(error)
+                yield request, error

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import NoReturn
 
 from nanovllm import hub
+from nanovllm.checks import InvalidValue
 from nanovllm.engine.engine import Engine
 from nanovllm.engine.media_intake import MediaPrompt
 from nanovllm.parallel.channel import Channel, Message
@@ -106,7 +107,8 @@ class Loop:
             )
         except Exception as error:
             text = f"{type(error).__name__}: {error}"
-            done = Completion("", [], "error", None, given.prompt_ids, 0, None, None, text)
+            field = error.field if isinstance(error, InvalidValue) else None
+            done = Completion("", [], "error", None, given.prompt_ids, 0, None, None, text, field)
             last = Increment(given.request_id, [], "", None, done)
             self._channel.send(messages.OUTPUTS, messages.dump_outputs([last]))
             return

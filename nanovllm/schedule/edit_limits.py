@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from nanovllm.checks import InvalidValue
 from nanovllm.schedule.plan import LogitEdits
 
 MINUS_INF = float("-inf")
@@ -18,30 +19,34 @@ def check(edits: LogitEdits, vocab_size: int) -> None:
     _check_ids("allowed_token_ids", edits.allowed or (), vocab_size)
     for token_id, value in edits.bias.items():
         if not (value == MINUS_INF or abs(value) <= LARGEST_BIAS):
-            raise ValueError(
+            raise InvalidValue(
+                "logit_bias",
                 f"logit_bias of token {token_id} is {value}: it must be −inf, or a number between "
-                f"−{LARGEST_BIAS:g} and {LARGEST_BIAS:g}"
+                f"−{LARGEST_BIAS:g} and {LARGEST_BIAS:g}",
             )
     for word in edits.bad:
         _check_ids("bad_words", word, vocab_size)
         if not 1 <= len(word) <= MAX_BAD_TOKENS:
-            raise ValueError(
-                f"a bad word has {len(word)} tokens: it must have at least 1 and at most "
-                f"{MAX_BAD_TOKENS}"
+            raise InvalidValue(
+                "bad_words",
+                f"bad_words has a word of {len(word)} tokens: it must have at least 1 and at most "
+                f"{MAX_BAD_TOKENS}",
             )
     num_words = len(long_words(edits))
     if num_words > MAX_BAD_WORDS:
-        raise ValueError(
+        raise InvalidValue(
+            "bad_words",
             f"bad_words has {num_words} words of several tokens: at most {MAX_BAD_WORDS} are "
-            "supported"
+            "supported",
         )
 
 
 def _check_ids(name: str, token_ids: Collection[int], vocab_size: int) -> None:
     for token_id in (min(token_ids), max(token_ids)) if token_ids else ():
         if not 0 <= token_id < vocab_size:
-            raise ValueError(
-                f"{name} holds token id {token_id}: ids of this model are 0 … {vocab_size - 1}"
+            raise InvalidValue(
+                name,
+                f"{name} holds token id {token_id}: ids of this model are 0 … {vocab_size - 1}",
             )
 
 

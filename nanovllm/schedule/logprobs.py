@@ -40,7 +40,7 @@ class Logprob(float):
     def decoded_token(self) -> str | None:
         # decoded on demand: most requests with log-probabilities read the numbers alone
         if self._text is None and self._tokenizer is not None:
-            self._text = self._tokenizer.decode([self._token_id], SHOW_SPECIAL)
+            self._text = self._tokenizer.text_of(self._token_id)
         return self._text
 
     @property

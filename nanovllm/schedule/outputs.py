@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 
+from nanovllm.checks import InvalidValue
 from nanovllm.sampling import SamplingParams
 from nanovllm.schedule.logprobs import Logprob
 from nanovllm.schedule.request import Request
@@ -19,7 +20,8 @@ class Completion:
     stop_reason: the stop string, or the one of `stop_token_ids`, that ended the text.
     num_cached_tokens: prompt tokens found in the prefix cache.
     logprobs: per generated token. prompt_logprobs: per prompt token, None for the first.
-    error: what went wrong, for finish_reason "error".
+    error: what went wrong, for finish_reason "error". error_field: the parameter that is the cause,
+        if one is.
     """
 
     text: str
@@ -31,6 +33,7 @@ class Completion:
     logprobs: list[dict[int, Logprob]] | None
     prompt_logprobs: list[dict[int, Logprob] | None] | None
     error: str | None = None
+    error_field: str | None = None
 
     @classmethod
     def of(
@@ -39,7 +42,7 @@ class Completion:
         text: str,
         finish_reason: str,
         stop_reason: str | int | None,
-        error: str | None = None,
+        error: Exception | None = None,
     ) -> Completion:
         params = request.params
         return cls(
@@ -51,7 +54,8 @@ class Completion:
             num_cached_tokens=request.num_cached or 0,
             logprobs=request.logprobs if params.logprobs is not None else None,
             prompt_logprobs=request.prompt_logprobs if params.prompt_logprobs is not None else None,
-            error=error,
+            error=None if error is None else str(error),
+            error_field=error.field if isinstance(error, InvalidValue) else None,
         )
 
 

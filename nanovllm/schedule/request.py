@@ -9,9 +9,13 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from nanovllm.checks import InvalidValue
 from nanovllm.sampling import SamplingParams
 from nanovllm.schedule.logprobs import Logprob
 from nanovllm.schedule.plan import LogitEdits
+
+# parameters that forbid tokens
+STRUCTURED, EDITS = "structured_outputs", ("allowed_token_ids", "bad_words", "logit_bias")
 
 
 class Status(enum.Enum):
@@ -172,19 +176,24 @@ class Request:
         return self.num_scheduled_outputs <= self.params.min_tokens
 
     @property
-    def without_token(self) -> str:
-        """What to say if no token could be chosen after the known ones."""
+    def without_token(self) -> Exception:
+        """The error if no token could be chosen after the known ones."""
         if self.constraint is not None and self.constraint.error is not None:
-            return self.constraint.error
+            return InvalidValue(STRUCTURED, self.constraint.error)
         error = f"no token can follow its {self.num_known} tokens: all logits are NaN or −inf"
         if self.constraint is not None:
-            return (
+            return InvalidValue(
+                STRUCTURED,
                 f"structured_outputs: {error}, perhaps since bias, allowed tokens, bad words and "
-                "min_tokens forbid what the grammar allows"
+                "min_tokens forbid what the grammar allows",
             )
-        if self.edits is None and len(self.output_ids) >= self.params.min_tokens:
-            return error
-        return f"{error}, perhaps since bias, allowed tokens, bad words and min_tokens forbid all"
+        names = [name for name in EDITS if getattr(self.params, name)]
+        if len(self.output_ids) < self.params.min_tokens:
+            names.append("min_tokens")
+        if not names:
+            return RuntimeError(error)
+        words = "perhaps since bias, allowed tokens, bad words and min_tokens forbid all"
+        return InvalidValue(names[0], f"{error}, {words}")
 
     def content(self, start: int, end: int) -> bytes:
         """Digests and offsets of the embeddings given for tokens `start` … `end − 1`, and the

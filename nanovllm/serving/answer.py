@@ -123,4 +123,5 @@ class Answer:
             logprobs=self._logprobs,
             prompt_logprobs=logprobs(end.prompt_logprobs, self._tokenizer),
             error=end.error,
+            error_field=end.error_field,
         )

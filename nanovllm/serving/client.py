@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+from nanovllm.checks import InvalidValue
 from nanovllm.config import EngineConfig
 from nanovllm.engine.intake import Intake, checked_priority, drawn_seed
 from nanovllm.engine.metrics import Metric
@@ -279,20 +280,21 @@ class Client:
         option = self.config.replicas_option
         if option and params.stop and params.prompt_logprobs is not None:
             # a replica says no more of an answer that its front has ended
-            raise ValueError(f"prompt_logprobs does not go with stop and {option}")
+            words = f"prompt_logprobs does not go with stop and {option}"
+            raise InvalidValue("prompt_logprobs", words)
         return params
 
     def _checked_name(self, request_id: str | None) -> str:
         name = uuid.uuid4().hex if request_id is None else request_id
         if not isinstance(name, str) or name in self._feeds:
-            raise ValueError(f"request_id is {name!r}: it must be text that is not in use")
+            words = f"request_id is {name!r}: it must be text that is not in use"
+            raise InvalidValue("request_id", words)
         return name
 
     def _addition(
         self, given: Prompt, params: SamplingParams, priority: int, encoded: Encoded
     ) -> Add:
-        """The message to the engine about a new prompt. Raises ValueError if the seeds of later
-        answers are too large."""
+        """The message to the engine about a new prompt."""
         incremental = bool(params.stop) or params.output_kind is not RequestOutputKind.FINAL_ONLY
         # the client detokenizes and finds stop strings, not the engine
         fields = params_fields(replace(params, n=1, seed=None, stop=None, detokenize=False))

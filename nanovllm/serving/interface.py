@@ -43,6 +43,7 @@ class Delta:
     finish_reason: str | None = None  # "stop" | "length" | "abort" | "error"
     stop_reason: int | str | None = None
     error: str | None = None
+    error_field: str | None = None  # the parameter that is the cause, if one is
     num_cached_tokens: int = 0
     prompt_logprobs: list[TopLogprobs | None] | None = None
 

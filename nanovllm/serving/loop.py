@@ -141,7 +141,7 @@ class Loop:
                 of_engine = self._queue(given, prompt, seed)
             except Exception as error:
                 logger.error("a request is refused: %s", error)
-                port.add_row(messages.failed(request_id, f"{type(error).__name__}: {error}"))
+                port.add_row(messages.failed(request_id, error))
                 continue
             port.answers[request_id] = of_engine
             self._owners[of_engine] = Owner(port, request_id, given.incremental)

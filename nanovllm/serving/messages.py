@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from nanovllm.checks import InvalidValue
 from nanovllm.replicas.messages import numbers
 from nanovllm.schedule.outputs import Completion, Increment
 
@@ -58,6 +59,7 @@ class Done(msgspec.Struct, array_like=True):
     num_cached_tokens: int
     prompt_logprobs: list[Top | None] | None
     error: str | None
+    error_field: str | None = None
 
 
 class Row(msgspec.Struct, array_like=True):
@@ -105,9 +107,11 @@ def row(request_id: int, one: Increment, *, incremental: bool) -> Row:
     return Row(request_id, token_ids, numbers(logprobs), _done(found))
 
 
-def failed(request_id: int, error: str) -> Row:
+def failed(request_id: int, error: Exception) -> Row:
     """The only row of a request that the engine has refused."""
-    return Row(request_id, [], None, Done("error", None, 0, None, error))
+    field = error.field if isinstance(error, InvalidValue) else None
+    text = f"{type(error).__name__}: {error}" if field is None else str(error)
+    return Row(request_id, [], None, Done("error", None, 0, None, text, field))
 
 
 def _done(found: Completion) -> Done:
@@ -118,6 +122,7 @@ def _done(found: Completion) -> Done:
         found.num_cached_tokens,
         numbers(found.prompt_logprobs),
         found.error,
+        found.error_field,
     )
 
 

@@ -129,5 +129,5 @@ def _packed(ids: list[int], tokens: list[int], rows: list[Row]) -> bytes:
         if len(rows) > 1 or ids:
             singles = [_packed([], [], [row]) for row in rows]
             return b"".join([_packed(ids, tokens, []), *singles] if ids else singles)
-        text = f"the log-probabilities of a step are too many: {error}"
-        return _packed([], [], [messages.failed(rows[0].request_id, text)])
+        told = ValueError(f"the log-probabilities of a step are too many: {error}")
+        return _packed([], [], [messages.failed(rows[0].request_id, told)])

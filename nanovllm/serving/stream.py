@@ -102,6 +102,7 @@ def delta(one: Increment) -> Delta:
         finish_reason=done.finish_reason,
         stop_reason=done.stop_reason,
         error=done.error,
+        error_field=done.error_field,
         num_cached_tokens=done.num_cached_tokens,
         prompt_logprobs=done.prompt_logprobs,
     )

@@ -14,17 +14,21 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from nanovllm.checks import InvalidValue
 from nanovllm.sampling import SamplingParams
 from nanovllm.structured import library
 from nanovllm.structured.library import Source
 from nanovllm.structured.matcher import Compiled, Masks, Matcher
-from nanovllm.structured.trials import Trial
+from nanovllm.structured.params import FIELD
+from nanovllm.structured.trials import TooSlow, Trial
 from nanovllm.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import llguidance
 
-NUM_WORKERS = 4
+NUM_WORKERS, NUM_SLOW = 4, 2
+# A grammar that takes longer goes on in threads for slow ones, so that these keep no other waiting.
+QUICK_S = 0.5
 
 
 class Refusal(NamedTuple):
@@ -34,8 +38,8 @@ class Refusal(NamedTuple):
     reason: str
 
     @property
-    def text(self) -> str:
-        return f"structured_outputs.{self.form} is refused: {self.reason}"
+    def error(self) -> InvalidValue:
+        return InvalidValue(FIELD, f"{FIELD}.{self.form} is refused: {self.reason}")
 
 
 @dataclass(frozen=True)
@@ -46,29 +50,42 @@ class Limits:
     max_cached: int
 
 
+class Work(Future[Compiled]):
+    """A grammar that is being compiled. slow: its turn among the slow ones, if it is one."""
+
+    slow: Future[None] | None = None
+
+    def give_up(self) -> bool:
+        """Whether it has no result and will have none: it is not being compiled at the moment."""
+        return self.cancel() or (self.slow is not None and self.slow.cancel())
+
+    @property
+    def is_given_up(self) -> bool:
+        return self.cancelled() or (self.slow is not None and self.slow.cancelled())
+
+
 class Compiler:
     """Grammars to matchers, for one tokenizer. Several threads can use it."""
 
-    def __init__(
-        self, tokenizer: Tokenizer, vocab_size: int, eos_ids: Iterable[int], limits: Limits
-    ) -> None:
-        self._tokenizer, self._vocab_size, self._limits = tokenizer, vocab_size, limits
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_ids: Iterable[int]) -> None:
+        self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self._eos_ids = sorted(eos_ids) or [0]
         self._of_library: llguidance.LLTokenizer | None = None
         self._lock = threading.Lock()
-        self._trials = [Trial(tokenizer.special_tokens) for _ in range(NUM_WORKERS)]
+        num = NUM_WORKERS + NUM_SLOW
+        self._trials = [Trial(tokenizer.special_tokens) for _ in range(num)]
         self._idle: queue.LifoQueue[Trial] = queue.LifoQueue()  # the last one used has a process
         for trial in self._trials:
             self._idle.put(trial)
         self.masks: Masks | None = None
 
-    def compile(self, found: Source) -> Compiled:
-        """A compiled grammar. Raises ValueError with the cause."""
+    def compile(self, found: Source, timeout_s: float) -> Compiled:
+        """A compiled grammar. Raises ValueError with the cause, TooSlow after this time."""
         import llguidance
 
         trial = self._idle.get()
         try:
-            text = trial.run(found, self._limits.timeout_s)
+            text = trial.run(found, timeout_s)
         finally:
             self._idle.put(trial)
         of_library = llguidance.LLMatcher(
@@ -120,7 +137,8 @@ class Grammars:
         """`compiler` None: there is no tokenizer, and `Intake.check` refuses the requests."""
         self._compiler, self._limits = compiler, limits
         self._pool = ThreadPoolExecutor(NUM_WORKERS, thread_name_prefix="grammar")
-        self._cache: OrderedDict[bytes, Future[Compiled]] = OrderedDict()
+        self._slow = ThreadPoolExecutor(NUM_SLOW, thread_name_prefix="slow-grammar")
+        self._cache: OrderedDict[bytes, Work] = OrderedDict()
         self._waiting: dict[int, tuple[bytes, SamplingParams]] = {}
         self._changed = threading.Event()
 
@@ -133,9 +151,12 @@ class Grammars:
         """Begin to compile a request's grammar; requests with equal grammars share the work."""
         assert self._compiler is not None
         key = sha256(json.dumps(found).encode()).digest()
-        if key not in self._cache or self._cache[key].cancelled():
-            self._cache[key] = self._pool.submit(self._compiler.compile, found)
-            self._cache[key].add_done_callback(lambda _: self._changed.set())
+        if key not in self._cache or self._cache[key].is_given_up:
+            work = Work()
+            work.add_done_callback(lambda _: self._changed.set())
+            # Ctrl-C may come between any two lines: what is in the cache must run
+            self._pool.submit(self._compile, work, found, self._compiler)
+            self._cache[key] = work
         self._cache.move_to_end(key)
         self._waiting[request_id] = key, params
 
@@ -158,7 +179,7 @@ class Grammars:
     def drop(self, request_id: int) -> None:
         """Forget a request that has ended."""
         key, _ = self._waiting.pop(request_id, (None, None))
-        if key is not None and not self._is_awaited(key) and self._cache[key].cancel():
+        if key is not None and not self._is_awaited(key) and self._cache[key].give_up():
             del self._cache[key]
 
     def masks(self, matchers: Sequence[Matcher]) -> np.ndarray:
@@ -183,11 +204,34 @@ class Grammars:
         self._waiting.clear()
         if self._compiler is not None:
             self._compiler.kill()
-        self._pool.shutdown(cancel_futures=True)
+        for pool in (self._pool, self._slow):
+            pool.shutdown(cancel_futures=True)
         if self._compiler is not None:
             self._compiler.close()
 
-    def _matcher(self, work: Future[Compiled], params: SamplingParams) -> Matcher | Refusal:
+    def _compile(self, work: Work, found: Source, compiler: Compiler) -> None:
+        """Compile a grammar in the time that is enough for most."""
+        if not work.set_running_or_notify_cancel():
+            return
+        quick_s = min(QUICK_S, self._limits.timeout_s)
+        try:
+            work.set_result(compiler.compile(found, quick_s))
+        except TooSlow as error:
+            if quick_s == self._limits.timeout_s:
+                work.set_exception(error)
+            else:
+                work.slow = self._slow.submit(self._go_on, work, found, compiler)
+        except BaseException as error:
+            work.set_exception(error)
+
+    def _go_on(self, work: Work, found: Source, compiler: Compiler) -> None:
+        """Compile a slow grammar."""
+        try:
+            work.set_result(compiler.compile(found, self._limits.timeout_s))
+        except BaseException as error:
+            work.set_exception(error)
+
+    def _matcher(self, work: Work, params: SamplingParams) -> Matcher | Refusal:
         try:
             compiled = work.result()
         except ValueError as error:
@@ -214,5 +258,5 @@ class Grammars:
         return any(key == other for other, _ in self._waiting.values())
 
 
-def _has_failed(work: Future[Compiled]) -> bool:
+def _has_failed(work: Work) -> bool:
     return work.cancelled() or work.exception() is not None

@@ -6,8 +6,9 @@ import importlib.util
 import json
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from nanovllm.checks import InvalidValue
 from nanovllm.structured.keywords import checked_schema
-from nanovllm.structured.params import StructuredOutputsParams
+from nanovllm.structured.params import FIELD, StructuredOutputsParams
 
 if TYPE_CHECKING:
     import llguidance
@@ -40,9 +41,10 @@ class Source(NamedTuple):
 def check_installed() -> None:
     """Raises ValueError if the library is missing."""
     if importlib.util.find_spec("llguidance") is None:
-        raise ValueError(
+        raise InvalidValue(
+            FIELD,
             "structured_outputs needs llguidance, which is not installed: "
-            "pip install 'nanovllm[structured]'"
+            "pip install 'nanovllm[structured]'",
         )
 
 
@@ -56,7 +58,7 @@ def source(params: StructuredOutputsParams, max_bytes: int) -> Source:
         try:
             checked = checked_schema(schema)
         except ValueError as error:
-            raise ValueError(f"structured_outputs.{form}: {error}") from None
+            raise InvalidValue(FIELD, f"structured_outputs.{form}: {error}") from None
         return Source("json", _dumped(with_options(checked, params)))
     if form == "choice":
         assert params.choice is not None
@@ -95,8 +97,9 @@ def short(error: str) -> str:
 
 def with_options(schema: Any, params: StructuredOutputsParams) -> Any:
     """A schema with the library's options for the white space that the parameters ask for."""
-    options: dict[str, Any] = {"whitespace_pattern": params.whitespace_pattern or WHITESPACE}
-    if params.disable_any_whitespace:
+    pattern = params.whitespace_pattern
+    options: dict[str, Any] = {"whitespace_pattern": WHITESPACE if pattern is None else pattern}
+    if params.disable_any_whitespace or pattern == "":
         options = {"whitespace_flexible": False}
     if isinstance(schema, bool):
         schema = {} if schema else {"enum": []}
@@ -111,13 +114,14 @@ def _dumped(schema: Any) -> str:
     try:
         return json.dumps(schema, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"structured_outputs.json is no JSON: {error}") from None
+        raise InvalidValue(FIELD, f"structured_outputs.json is no JSON: {error}") from None
 
 
 def _check_size(form: str, text: str, max_bytes: int) -> None:
     num_bytes = len(text.encode("utf-8", "surrogatepass"))
     if num_bytes > max_bytes:
-        raise ValueError(
+        raise InvalidValue(
+            FIELD,
             f"structured_outputs.{form} has {num_bytes} bytes: at most {max_bytes} are allowed "
-            "(option max_grammar_bytes)"
+            "(option max_grammar_bytes)",
         )

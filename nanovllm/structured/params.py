@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from nanovllm.checks import checked, hints
+from nanovllm.checks import InvalidValue, WrongType, checked, hints
 
 FORMS = ("json", "regex", "choice", "grammar", "json_object")
 OFF = (None, False, "")
+FIELD = "structured_outputs"  # the one of `SamplingParams`, in errors
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,15 @@ class StructuredOutputsParams:
                 continue
             name, hint = f"structured_outputs.{field.name}", hints(StructuredOutputsParams)
             if hint[field.name] is object and value != field.default:
-                raise ValueError(
+                raise InvalidValue(
+                    FIELD,
                     f"{name} is {value!r}: only {field.default!r} is supported, since "
-                    f"{field.name} is not implemented"
+                    f"{field.name} is not implemented",
                 )
-            object.__setattr__(self, field.name, checked(name, value, hint[field.name]))
+            try:
+                object.__setattr__(self, field.name, checked(name, value, hint[field.name]))
+            except WrongType as error:
+                raise InvalidValue(FIELD, str(error)) from None
         self._check()
 
     @classmethod
@@ -61,8 +66,10 @@ class StructuredOutputsParams:
         """The parameters of a dict. Raises ValueError for an unknown field."""
         known = [field.name for field in fields(cls)]
         if unknown := sorted(set(value) - set(known)):
-            raise ValueError(
-                f"structured_outputs has no field {unknown[0]!r}: the fields are {', '.join(known)}"
+            raise InvalidValue(
+                FIELD,
+                f"structured_outputs has no field {unknown[0]!r}: the fields are "
+                f"{', '.join(known)}",
             )
         return cls(**value)
 
@@ -84,24 +91,28 @@ class StructuredOutputsParams:
         try:
             return json.loads(self.json)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"structured_outputs.json is no JSON: {error}") from None
+            raise InvalidValue(FIELD, f"structured_outputs.json is no JSON: {error}") from None
 
     def _check(self) -> None:
         given = [name for name in FORMS if getattr(self, name) not in OFF]
         if len(given) != 1:
-            raise ValueError(
+            raise InvalidValue(
+                FIELD,
                 f"structured_outputs has {', '.join(given) or 'nothing'}: exactly one of "
-                f"{', '.join(FORMS)} must be given"
+                f"{', '.join(FORMS)} must be given",
             )
         if given == ["choice"] and not self.choice:
-            raise ValueError("structured_outputs.choice is empty: no answer is possible")
+            words = "structured_outputs.choice is empty: no answer is possible"
+            raise InvalidValue(FIELD, words)
         for name in ("disable_any_whitespace", "whitespace_pattern"):
-            if getattr(self, name) and not self.is_json:
-                raise ValueError(
-                    f"structured_outputs.{name} is given with {given[0]}: it is for JSON alone"
+            if getattr(self, name) not in (None, False) and not self.is_json:
+                raise InvalidValue(
+                    FIELD,
+                    f"structured_outputs.{name} is given with {given[0]}: it is for JSON alone",
                 )
         if self.disable_any_whitespace and self.whitespace_pattern is not None:
-            raise ValueError(
+            raise InvalidValue(
+                FIELD,
                 "structured_outputs has disable_any_whitespace and whitespace_pattern: only one of "
-                "them can be given"
+                "them can be given",
             )

@@ -18,6 +18,10 @@ _START_S = 30.0  # to import the library
 _PIECE_BYTES = 1 << 16
 
 
+class TooSlow(ValueError):
+    """A grammar takes longer than it may."""
+
+
 class Trial:
     """A process that tries one grammar at a time. It starts when it is first needed, and again
     after a grammar has ended it."""
@@ -29,7 +33,8 @@ class Trial:
         self._is_closed = False
 
     def run(self, found: Source, timeout_s: float) -> str:
-        """The library's grammar of a source. Raises ValueError with the cause if it is invalid."""
+        """The library's grammar of a source. Raises ValueError with the cause if it is invalid, and
+        TooSlow."""
         is_new = self._process is None or self._process.poll() is not None
         if is_new:
             self._start()
@@ -82,7 +87,7 @@ class Trial:
             return dict(json.loads(line))
         took_s = time.monotonic() - start
         if took_s >= request["timeout_s"]:
-            raise ValueError(
+            raise TooSlow(
                 f"it takes longer than {request['timeout_s']:g} s to compile "
                 "(option grammar_timeout_s)"
             )

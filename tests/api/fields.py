@@ -163,6 +163,10 @@ CHAT: dict[str, Case] = BOTH | {
                               remark="is in the access log"),
     "prompt_cache_key": Case("k", lambda seen: seen.answer["usage"],
                              remark="all requests share one prefix cache"),
+    "metadata": Case({"a": "b"}, lambda seen: seen.answer["usage"],
+                     remark="has no effect: nothing is stored"),
+    "store": Case(True, lambda seen: seen.answer["usage"],
+                  remark="has no effect: nothing is stored"),
     "include_reasoning": Case(False, lambda seen: "reasoning" not in str(_choice(seen))),
     "add_generation_prompt": Case(
         False, lambda seen: not (seen.prompt.text or "").endswith("assistant\n")
@@ -175,7 +179,7 @@ CHAT: dict[str, Case] = BOTH | {
 CHAT |= {
     "chat_template_kwargs": Case(
         {"enable_thinking": False}, lambda seen: (seen.prompt.text or "").endswith("</think>"),
-        remark="variables that the chat template reads",
+        remark="variables that the chat template reads; others are left out",
     ),
     "reasoning_effort": Case(
         "low", lambda seen: "low" in (seen.prompt.text or ""),
@@ -200,6 +204,8 @@ RESPONSES: dict[str, Case] = {
     ),
     "metadata": Case({"a": "b"}, lambda seen: seen.answer["metadata"] == {"a": "b"},
                      remark="is in the answer"),
+    "store": Case(True, lambda seen: seen.answer["store"] is False,
+                  remark="nothing is stored, and the answer says `false`"),
     "tools": Case(
         OWN_TOOLS, lambda seen: "look_up" in str(seen.params.structured_outputs),
         {"tool_choice": "required"}, "functions; see [tools.md](tools.md)",
@@ -248,6 +254,7 @@ def page() -> str:
         "`python -m tests.api.fields` writes this page; `tests/api/test_api_fields.py` sends every",
         "field to a server. A field works, or the request is refused with status 400 and the",
         "field's name in `param`. So is a field that is not in the table. `null` is always taken.",
+        "Unknown fields of messages and their parts are ignored.",
     ]  # fmt: skip
     for endpoint in ENDPOINTS:
         lines += ["", f"## {endpoint}", "", "| field | of | |", "|---|---|---|"]

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.api.fields import CASES, ENDPOINTS, PAGE, Seen, names, page, refusals
+from tests.api.fields import CASES, ENDPOINTS, PAGE, TOOLS, Seen, names, page, refusals
 from tests.api.made_up_server import MODEL, TEMPLATE, MadeUpServer, served
 
 WORKING = [(endpoint, name) for endpoint, cases in CASES.items() for name in cases]
@@ -90,15 +90,24 @@ def test_a_field_that_is_refused_is_named(
         assert response.status_code == 200, response.text
 
 
-@pytest.mark.parametrize("name", ["chat_template_kwargs", "reasoning_effort", "tools"])
-def test_a_template_that_does_not_read_a_variable_refuses_it_by_name(name: str) -> None:
+def test_tools_that_the_template_does_not_read_are_refused() -> None:
+    with served() as plain:
+        body = {**body_of("/v1/chat/completions"), "tools": TOOLS, "tool_choice": "required"}
+        response = plain.http.post("/v1/chat/completions", json=body)
+    assert response.status_code == 400 and response.json()["error"]["param"] == "tools"
+
+
+@pytest.mark.parametrize("name", ["chat_template_kwargs", "reasoning_effort"])
+def test_variables_that_the_template_does_not_read_fail_no_request(name: str) -> None:
     case = CASES["/v1/chat/completions"][name]
     with served() as plain:
-        body = {**body_of("/v1/chat/completions"), **case.others, name: case.value}
-        response = plain.http.post("/v1/chat/completions", json=body)
-    assert response.status_code == 400
-    variable = "enable_thinking" if name == "chat_template_kwargs" else name
-    assert variable in response.json()["error"]["message"]
+        body = body_of("/v1/chat/completions")
+        answers = [
+            plain.http.post("/v1/chat/completions", json={**body, "seed": 1, **more}).json()
+            for more in ({}, {name: case.value})
+        ]
+    assert answers[0]["choices"] == answers[1]["choices"]
+    assert answers[0]["usage"] == answers[1]["usage"]
 
 
 def test_every_field_of_the_client_s_types_and_of_ours_is_in_the_table() -> None:

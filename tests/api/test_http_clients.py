@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from nanovllm.checks import InvalidValue
 from nanovllm.serving.made_up import MadeUpOptions
 from tests.api.fields import ENDPOINTS
 from tests.api.made_up_server import MODEL, TEMPLATE, MadeUpServer, served, tokenizer
@@ -100,38 +102,39 @@ def test_a_form_that_is_refused_has_the_name_of_its_field(
     server: MadeUpServer, monkeypatch: pytest.MonkeyPatch, path: str, name: str, value: Any,
     is_late: bool,
 ) -> None:  # fmt: skip
-    """The engine says so at once, or when it has compiled the form."""
-    reason = "structured_outputs.json is refused: 'not' is not supported"
+    """The engine says so at once, or when it has compiled the form, in whatever words."""
+    reason = "a schema with 'not' cannot be kept"
     plain = server.engine.open
 
     async def opened(*args: Any, **options: Any) -> Any:
         if not is_late:
-            raise ValueError(reason)
+            raise InvalidValue("structured_outputs", reason)
         return Refusing(await plain(*args, **options), reason)
 
     monkeypatch.setattr(server.engine, "open", opened)
     error = refused(server, path, **{name: value})
-    assert error["param"] == name and "json is refused: 'not' is" in error["message"]
-    assert ("structured_outputs" in error["message"]) == (name == "structured_outputs")
+    assert error["param"] == name and reason in error["message"]
+    assert "structured_outputs" not in error["message"]
 
 
 class Refusing:
     """A stream whose answer ends with an error at once."""
 
-    def __init__(self, stream: Any, reason: str) -> None:
-        self._stream, self._reason = stream, reason
+    def __init__(self, stream: Any, reason: str, field: str | None = "structured_outputs") -> None:
+        self._stream, self._reason, self._field = stream, reason, field
         self.prompt_token_ids = stream.prompt_token_ids
 
     async def __aiter__(self) -> Any:
         async for delta in self._stream:
             delta.finish_reason, delta.error = "error", self._reason
+            delta.error_field = self._field
             yield delta
 
     def abort(self) -> None:
         self._stream.abort()
 
 
-@pytest.mark.parametrize("name", ["enable_thinkin", "messages", "tools", "add_generation_prompt"])
+@pytest.mark.parametrize("name", ["messages", "tools", "add_generation_prompt"])
 def test_a_wrong_variable_of_a_template_is_named(server: MadeUpServer, name: str) -> None:
     error = refused(server, "/v1/chat/completions", chat_template_kwargs={name: False})
     assert error["param"] == "chat_template_kwargs" and name in error["message"]
@@ -141,7 +144,6 @@ def test_a_wrong_variable_of_a_template_is_named(server: MadeUpServer, name: str
 PARTS: list[tuple[dict[str, Any], str]] = [
     ({"type": "text"}, "text"),
     ({"type": "input_text", "text": "Hi"}, "type"),
-    ({"type": "text", "text": "Hi", "cache_control": {"type": "ephemeral"}}, "cache_control"),
 ]
 
 
@@ -160,6 +162,66 @@ def test_a_message_of_an_answer_can_be_sent_back(server: MadeUpServer) -> None:
         again = {**done.choices[0].message.model_dump(), "annotations": []}
         messages: Any = [*USER, again, *USER]
         client.chat.completions.create(model=MODEL, messages=messages, max_tokens=3)
+
+
+def tokens_of(server: MadeUpServer, messages: Any, path: str = "/tokenize") -> Any:
+    status, body = post(server, path, messages=messages)
+    assert status == 200, body
+    return body["tokens"]
+
+
+def test_fields_of_messages_that_other_servers_write_are_ignored(
+    server: MadeUpServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = [*USER, {"role": "assistant", "content": "a"}, *USER]
+    more = {"provider_specific_fields": {"a": 1}, "refusal": "no", "odd one": [1]}
+    part = {"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}
+    with caplog.at_level(logging.INFO, logger="nanovllm.api.messages"):
+        for content in ("a", [part], [part]):
+            other = [*USER, {"role": "assistant", "content": content, **more}, *USER]
+            assert tokens_of(server, other) == tokens_of(server, plain)
+    assert sum("'odd one'" in text for text in caplog.messages) == 1, "it is logged once"
+    items = [{"role": "user", "content": "Hi", **more},
+             {"role": "user", "content": [{**part, "type": "input_text", "id": 1}]}]  # fmt: skip
+    assert post(server, "/v1/responses", input=items, max_output_tokens=2)[0] == 200
+    assert refused(server, "/v1/chat/completions", odd=1)["param"] == "odd"
+
+
+@pytest.mark.parametrize("message", [{"content": None}, {}, {"content": None, "tool_calls": []}])
+def test_an_answer_without_text_and_calls_can_be_sent_back(
+    server: MadeUpServer, message: dict[str, Any]
+) -> None:
+    empty = [*USER, {"role": "assistant", "content": ""}, *USER]
+    assert tokens_of(server, [*USER, {"role": "assistant", **message}, *USER]) == tokens_of(
+        server, empty
+    )
+
+
+ITEMS = "{% for key, value in f.arguments|items %}{{ key }}={{ value }}{% endfor %}"
+
+
+READS = (
+    "{% if f.arguments is string %}{{ (f.arguments | from_json).values() | list }}"
+    "{% else %}{{ f.arguments.values() | list | first }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("text", ['{"zone": "C', "{", "[1]", "5", "a \\ {{ 1 }}"])
+@pytest.mark.parametrize(
+    ("writes", "around"),
+    [("{{ f.arguments }}", "{}"), ("{{ f.arguments | tojson }}", "{}"),
+     ("{{ 'args: ' + f.arguments }}", "args: {}"), (ITEMS, "arguments={}"), (READS, "{}")],
+    ids=["text", "tojson", "joined", "items", "from_json"],
+)  # fmt: skip
+def test_cut_arguments_are_written_as_they_are(text: str, writes: str, around: str) -> None:
+    call = "{% for c in m.tool_calls or [] %}{% set f = c.function %}[" + writes + "]{% endfor %}"
+    template = "{% for m in messages %}{{ m.content }}" + call + "{% endfor %}"
+    function = {"name": "f", "arguments": text}
+    answer = {"role": "assistant", "tool_calls": [{"type": "function", "function": function}]}
+    with served(template=template) as one:
+        tokens = tokens_of(one, [*USER, answer])
+        found = post(one, "/detokenize", tokens=tokens)[1]["prompt"]
+    assert found == "Hi[" + around.format(text) + "]"
 
 
 def test_a_response_can_be_sent_back_with_its_reasoning() -> None:
@@ -185,10 +247,9 @@ def test_a_response_can_be_sent_back_with_its_reasoning() -> None:
 @pytest.mark.parametrize(
     ("item", "param"),
     [({"role": "user", "content": None}, "content"), ({"role": "robot", "content": ""}, "role"),
-     ({"type": ["message"]}, "type"), ({"role": "user", "content": "", "name": "x"}, "name"),
+     ({"type": ["message"]}, "type"),
      ({"type": "reasoning", "content": 3}, "content"),
-     ({"type": "reasoning", "summary": [{"type": "summary_text", "text": ""}]}, "summary"),
-     ({"role": "user", "content": [{"type": "input_text", "text": "", "id": 1}]}, "content[0].id")],
+     ({"type": "reasoning", "summary": [{"type": "summary_text", "text": ""}]}, "summary")],
 )  # fmt: skip
 def test_a_wrong_item_of_an_input_is_named(
     server: MadeUpServer, item: dict[str, Any], param: str
@@ -264,3 +325,35 @@ def test_token_ids_of_a_chat_stream_are_where_vllm_has_them(
     assert given[0] == prompt_ids and not any(given[1:])
     choices = [one.model_extra or {} for event in events for one in event.choices]
     assert [token_id for one in choices for token_id in one["token_ids"]] == [5, 6, 7]
+
+
+def test_echo_without_tokens_has_none_in_a_stream_either(server: MadeUpServer) -> None:
+    asked: Any = {
+        "prompt": "hello", "echo": True, "max_tokens": 0, "return_token_ids": True, "stop": "x",
+    }  # fmt: skip
+    whole = post(server, "/v1/completions", **asked)[1]
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    events = server.http.post(
+        "/v1/completions", json={**asked, "stream": True, "stream_options": options}
+    ).text.split("\n\n")
+    chunks = [json.loads(one.removeprefix("data: ")) for one in events if "{" in one]
+    choices = [choice for one in chunks for choice in one["choices"]]
+    assert "".join(one["text"] for one in choices) == whole["choices"][0]["text"] == "hello"
+    assert all(one["token_ids"] == [] for one in choices) and not whole["choices"][0]["token_ids"]
+    assert choices[-1]["finish_reason"] == whole["choices"][0]["finish_reason"] == "length"
+    assert choices[-1]["stop_reason"] is whole["choices"][0]["stop_reason"] is None
+    for usage in [whole["usage"], *(one["usage"] for one in chunks)]:
+        assert usage["completion_tokens"] == 0
+
+
+def test_the_tokens_of_an_input_can_be_counted(server: MadeUpServer) -> None:
+    asked: Any = {"input": [{"role": "user", "content": "Hi"}], "instructions": "Be brief."}
+    with server.client() as client:
+        counted = client.responses.input_tokens.count(model=MODEL, **asked)
+        answer = client.responses.create(model=MODEL, max_output_tokens=2, **asked)
+    assert counted.object == "response.input_tokens" and answer.usage is not None
+    assert counted.input_tokens == answer.usage.input_tokens
+    image = {"type": "input_image", "image_url": "data:image/png;base64,AAAA"}
+    for wrong in ([{"role": "user", "content": [image]}], [{"role": "robot", "content": ""}]):
+        error = refused(server, "/v1/responses/input_tokens", input=wrong)
+        assert error["param"].startswith("input")

@@ -130,7 +130,9 @@ def test_a_wrong_value_of_any_depth_gets_400(server: MadeUpServer, body: bytes) 
     for depth in (1, 19, 99, 505, *range(960, 1000)):
         content = body % (b"[" * depth + b"]" * depth)
         answer = server.http.post("/v1/chat/completions", content=content, headers=kind)
-        assert answer.status_code == 400, (depth, answer.text)
+        # a variable that the template does not read is left out
+        is_left_out = b"chat_template_kwargs" in body and depth <= 512
+        assert answer.status_code == (200 if is_left_out else 400), (depth, answer.text)
         assert ("too deeply" in answer.text) == (depth > 512), depth
 
 

@@ -10,17 +10,24 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from nanovllm.api import logprobs
 from nanovllm.api.app import ROUTES
+from nanovllm.api.bodies import ChatBody, CompletionBody
 from nanovllm.api.config import ALWAYS_OPEN, ServerConfig
+from nanovllm.api.errors import ApiError
+from nanovllm.api.fields import MAX_CONTAINERS, decoded
 from nanovllm.api.page import files
+from nanovllm.schedule.logprobs import Logprob
 from nanovllm.serving.made_up import MadeUpOptions
 from tests.api.made_up_server import MODEL, TEMPLATE, MadeUpServer, served
+from tests.api.made_up_server import tokenizer as made_tokenizer
 
 ROOT = Path(__file__).parents[2]
 KEYS = ["first-key", "second-key"]
@@ -115,8 +122,13 @@ def test_template_denial_of_service_no_template_comes_from_a_request(
 def test_template_denial_of_service_variables_replace_no_options(
     server: MadeUpServer, variables: dict[str, Any]
 ) -> None:
-    answer = ask(server, messages=USER, chat_template_kwargs=variables)
-    assert answer.status_code == 400, answer.text
+    """Those that the template does not read are left out."""
+    plain = ask(server, "/tokenize", messages=USER).json()
+    answer = ask(server, "/tokenize", messages=USER, chat_template_kwargs=variables)
+    if variables.keys() & {"tokenize", "return_tensors", "self", "conversation"}:
+        assert answer.json()["tokens"] == plain["tokens"]
+    else:
+        assert answer.status_code == 400, answer.text
 
 
 def test_template_denial_of_service_contents_are_not_templates(server: MadeUpServer) -> None:
@@ -174,6 +186,25 @@ def test_unbounded_fields_are_bounded(server: MadeUpServer, name: str) -> None:
     assert answer.status_code in (400, 404), answer.text
     assert len(answer.content) < 1000 and time.monotonic() - start < 2
     assert not server.engine.streams
+
+
+@pytest.mark.parametrize("unit", ["[]", "{}", '{"a":[]}', '"[",[]'])
+def test_unbounded_fields_a_body_of_many_small_values_is_not_decoded(
+    monkeypatch: pytest.MonkeyPatch, unit: str
+) -> None:
+    """Ten million empty lists would take 700 MB and some seconds in the event loop."""
+    data = b'{"messages": [%b]}' % ",".join([unit] * (MAX_CONTAINERS + 1)).encode()
+    monkeypatch.setattr("msgspec.json.decode", None)
+    with pytest.raises(ApiError, match=f"more than {MAX_CONTAINERS} lists"):
+        decoded(data, ChatBody)
+
+
+@pytest.mark.parametrize("unit", ["[", "{", '\\"[', "\\\\{"])
+def test_unbounded_fields_brackets_in_a_text_are_text(unit: str) -> None:
+    text = '"' + unit * (MAX_CONTAINERS + 1) + '"'
+    assert decoded(b'{"prompt": %b}' % text.encode(), CompletionBody).prompt == json.loads(text)
+    with pytest.raises(ApiError, match="not JSON"):
+        decoded(b'{"prompt": %b' % text[:-1].encode(), CompletionBody)
 
 
 def test_unbounded_fields_a_prompt_is_measured_before_it_is_encoded(
@@ -295,6 +326,42 @@ def test_unbounded_fields_long_texts_do_not_block_the_event_loop(
         monkeypatch.setattr(tokenizer, name, noting(name))
     ask(server, path, **body)
     assert threads and server.thread not in threads
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_unbounded_fields_many_log_probabilities_are_written_beside_the_event_loop(
+    server: MadeUpServer, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    threads, plain = [], logprobs.of_prompt
+
+    def noted(found: Any) -> Any:
+        threads.append(threading.current_thread())
+        return plain(found)
+
+    monkeypatch.setattr(logprobs, "of_prompt", noted)
+    for text in ("a", "many words " * 30):
+        given = {"prompt": text} if path == "/v1/completions" else {"messages": [
+            {"role": "user", "content": text}
+        ]}  # fmt: skip
+        assert ask(server, path, **given, prompt_logprobs=20, max_tokens=1).status_code == 200
+    assert [one is server.thread for one in threads] == [True, False]
+
+
+def test_each_token_is_decoded_once_for_log_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = made_tokenizer()
+    decoded: list[Any] = []
+    plain = tokenizer._decode
+
+    def noted(token_ids: Any, skips: bool) -> str:
+        decoded.append(token_ids)
+        return plain(token_ids, skips)
+
+    for token_id in (65, 300):
+        tokenizer.text_of(token_id)
+    monkeypatch.setattr(tokenizer, "_decode", noted)
+    found = [Logprob(-0.5, 1, token_id, tokenizer) for token_id in (65, 300) * 9]
+    assert {one.decoded_token for one in found} == {plain([65], False), plain([300], False)}
+    assert not decoded
 
 
 def test_unbounded_fields_a_large_max_tokens_is_what_the_model_allows(server: MadeUpServer) -> None:
@@ -501,12 +568,17 @@ def test_leaking_errors_a_mistake_of_ours_tells_neither_paths_nor_prompts(
 def test_leaking_errors_the_path_of_the_model_stays_here(
     server: MadeUpServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The name by which clients know the model takes its place."""
+    path = "/srv/secret/checkpoint"
+
     async def fail(*given: Any, **options: Any) -> Any:
-        raise ValueError(f"{server.engine.config.model!r} has no tokenizer")
+        raise ValueError(f"{path!r} has no tokenizer")
 
     monkeypatch.setattr(server.engine, "open", fail)
+    monkeypatch.setattr(server.engine, "config", replace(server.engine.config, model=path))
     answer = ask(server, "/v1/completions", prompt="a")
-    assert answer.status_code == 400 and MODEL not in answer.text
+    assert answer.status_code == 400 and "secret" not in answer.text
+    assert answer.json()["error"]["message"] == f"{MODEL!r} has no tokenizer"
 
 
 def test_leaking_errors_a_folder_s_path_is_not_the_model_s_name(tmp_path: Path) -> None:

@@ -129,7 +129,6 @@ def test_a_demanded_call_is_read_from_json() -> None:
      ({"tool_choice": {"type": "web_search"}}, "tool_choice"),
      ({"input": [{"type": "function_call_output", "call_id": "a"}]}, "input[0].output"),
      ({"input": [{"type": "function_call", "call_id": "a", "name": "b"}]}, "input[0].arguments"),
-     ({"reasoning": {"effort": "low"}}, "reasoning.effort"),
      ({"reasoning": {"summary": "auto"}}, "reasoning.summary"),
      ({"input": [{"type": "web_search_call"}]}, "input[0].type")],
 )  # fmt: skip

@@ -99,6 +99,91 @@ def test_a_demanded_call_is_read_from_json(choice: Any) -> None:
     assert done.choices[0].finish_reason == "tool_calls"
 
 
+LISTED = '[{"name": "clock", "arguments": {"zone": "CET"}}, {"name": "weather", "arguments": {}}]'
+FIRST = LISTED.index("}, {") + 1
+
+
+@pytest.mark.parametrize("end", [0, 3, 12, 20, 34, FIRST, FIRST + 6, FIRST + 30, len(LISTED) - 2])
+def test_a_demanded_call_that_is_cut_leaves_no_text(end: int) -> None:
+    """Complete calls stay. The stream and the whole answer agree."""
+    asked: Any = {
+        "model": MODEL, "messages": USER, "tools": TOOLS, "tool_choice": "required",
+        "max_tokens": end or 1,
+    }  # fmt: skip
+    with answering(LISTED) as client:
+        choice = client.chat.completions.create(**asked).choices[0]
+        chunks = list(client.chat.completions.create(**asked, stream=True))
+    assert choice.message.content is None and choice.finish_reason == "length"
+    calls = [(one.function.name, one.function.arguments) for one in choice.message.tool_calls or []]  # type: ignore[union-attr]
+    if end >= FIRST:
+        assert calls[0] == ("clock", '{"zone": "CET"}')
+    deltas = [one.choices[0].delta for one in chunks]
+    assert (
+        not any(one.content for one in deltas) and chunks[-1].choices[0].finish_reason == "length"
+    )
+    streamed: dict[int, list[str]] = {}
+    for delta in deltas:
+        for one in delta.tool_calls or []:
+            assert one.function is not None
+            name = [one.function.name] if one.function.name else []
+            streamed.setdefault(one.index, name).append(one.function.arguments or "")
+    assert [(name, "".join(rest)) for name, *rest in streamed.values()] == calls
+
+
+@pytest.mark.parametrize("end", [3, 34, FIRST, FIRST + 6, FIRST + 30, len(LISTED) - 2])
+def test_the_items_of_a_cut_response_are_those_of_its_events(end: int) -> None:
+    tools: Any = [{"type": "function", **one["function"]} for one in TOOLS]
+    asked: Any = {
+        "model": MODEL, "input": "Hi", "tools": tools, "tool_choice": "required",
+        "max_output_tokens": end,
+    }  # fmt: skip
+    with answering(LISTED) as client:
+        whole = client.responses.create(**asked)
+        events = list(client.responses.create(**asked, stream=True))
+    assert whole.status == "incomplete" and all(one.type == "function_call" for one in whole.output)
+    facts = [(one.name, one.arguments, one.status) for one in whole.output]  # type: ignore[union-attr]
+    done = [one.item for one in events if one.type == "response.output_item.done"]
+    last = events[-1]
+    assert last.type == "response.incomplete"
+    for items in (done, last.response.output):
+        assert [(one.name, one.arguments, one.status) for one in items] == facts  # type: ignore[union-attr]
+    statuses = [status for _, _, status in facts]
+    assert statuses == ["completed" if is_json(text) else "incomplete" for _, text, _ in facts]
+
+
+def is_json(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
+
+
+@pytest.mark.parametrize("text", ["<think>Hm.</think>Yes, I", "<think>Hm"])
+def test_the_texts_of_a_cut_response_have_one_status(text: str) -> None:
+    with answering(text + "…") as client:
+        asked: Any = {"model": MODEL, "input": "Hi", "max_output_tokens": len(text)}
+        whole = client.responses.create(**asked)
+        events = list(client.responses.create(**asked, stream=True))
+    statuses = [one.status for one in whole.output]  # type: ignore[union-attr]
+    assert statuses == [*["completed"] * (len(statuses) - 1), "incomplete"]
+    done = [one.item for one in events if one.type == "response.output_item.done"]
+    assert [one.status for one in done] == statuses  # type: ignore[union-attr]
+    assert [one.status for one in events[-1].response.output] == statuses  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    "choice", ["required", {"type": "function", "function": {"name": "clock"}}]
+)
+def test_a_demanded_call_may_be_asked_beside_a_form_of_text(choice: Any) -> None:
+    form: Any = {"type": "json_object"}
+    with noting('[{"name": "clock", "arguments": {}}]') as (client, forms):
+        done = client.chat.completions.create(
+            model=MODEL, messages=USER, tools=TOOLS, tool_choice=choice, response_format=form
+        )
+    assert calls_of(done.choices[0].message) == [("clock", {})]
+    assert "minItems" in str(forms[0]), "the call is forced"
+
+
 def test_a_response_has_the_reasoning_before_the_message() -> None:
     with answering("<think>Hm.</think>Yes.") as client:
         whole = client.responses.create(model=MODEL, input="Hi")
@@ -149,8 +234,6 @@ def test_an_unknown_parser_is_refused_at_the_start() -> None:
                      "parameters": {"type": "object", "not": {}}}}]}, "tools"),
         ({"tools": TOOLS, "extra_body": {"guided_regex": "a+"}}, "tools"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "x"}}},
-         "tool_choice"),
-        ({"tools": TOOLS, "tool_choice": "required", "response_format": {"type": "json_object"}},
          "tool_choice"),
     ],
 )  # fmt: skip

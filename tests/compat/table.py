@@ -117,7 +117,7 @@ def refusal(make: Callable[[], object], name: str) -> str:
         make()
     except (ValueError, TypeError, AttributeError) as error:
         assert name in str(error), f"{name}: {error}"
-        return type(error).__name__
+        return "ValueError" if isinstance(error, ValueError) else type(error).__name__
     return ""
 
 

@@ -68,10 +68,19 @@ def test_bad_prompt_is_refused_and_leaves_nothing(
 
 
 def test_one_bad_request_among_many_with_n(eager_llm: LLM) -> None:
-    # the seed of the second request's second answer is out of range
-    params = [SamplingParams(n=3), SamplingParams(n=2, seed=2**63 - 1)]
-    with pytest.raises(ValueError, match=f"seed is {2**63}"):
+    params = [SamplingParams(n=3), SamplingParams(n=2, bad_words=["\ud83d"])]
+    with pytest.raises(ValueError, match="bad_words has"):
         eager_llm.generate([[5], [6]], params, use_tqdm=False)
+    assert_all_free(eager_llm)
+
+
+def test_seeds_of_n_answers_go_on_after_the_largest(eager_llm: LLM) -> None:
+    def tokens_of(n: int, seed: int) -> list[list[int]]:
+        params = SamplingParams(n=n, seed=seed, max_tokens=5)
+        (output,) = eager_llm.generate([[5]], params, use_tqdm=False)
+        return [one["token_ids"] for one in output["outputs"]]
+
+    assert tokens_of(2, 2**63 - 1) == tokens_of(1, 2**63 - 1) + tokens_of(1, -(2**63))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 import time
 
 import pytest
@@ -258,6 +259,44 @@ def test_the_time_grows_with_the_length_and_not_with_its_square(name: str) -> No
         return best
 
     assert seconds(50_000) < 30 * max(seconds(5_000), 1e-3)
+
+
+HOSTILE = [
+    "{", "<", '"', "\\", " ", '<tool_call>{"name": "f", "arguments": {',
+    '<tool_call>{"arguments": "', "<function=f><parameter=a>", "<parameter=",
+    "<tool_call>f<arg_key>", "<arg_key>a</arg_key>", "<arg_value>1", "[TOOL_CALLS]f[ARGS]{",
+    "[TOOL_CALLS]f[CALL_ID]a", '<|tool_call|>[{"name":"f"},',
+    "<｜tool▁call▁begin｜>f<｜tool▁sep｜>{", "<|python_tag|>{", '{"name":"f","parameters":{}};',
+    "<think>", "</think> ",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("begin", ["", '<tool_call>{"name": "f", "arguments": ', "<function=f>"])
+@pytest.mark.parametrize("unit", HOSTILE)
+def test_the_work_on_any_text_grows_with_its_length(unit: str, begin: str) -> None:
+    """Counted in calls of functions, and in characters that are kept to be read."""
+
+    def work(name: str, num_chars: int) -> int:
+        parser = AnswerParser(tool_parser(name), reasoning_parser("think"), ("<|end|>",))
+        stream, num = parser.stream(), 0
+        text = begin + (unit * num_chars)[:num_chars]
+
+        def count(*_: object) -> None:
+            nonlocal num
+            num += 1
+
+        sys.setprofile(count)
+        try:
+            for at in range(0, len(text), 5):
+                stream.push(text[at : at + 5])
+                num += sum(len(stage._reader._text) for stage in stream._stages)
+            stream.finish()
+        finally:
+            sys.setprofile(None)
+        return num
+
+    for name in PARSERS:
+        assert work(name, 800) < 5.5 * work(name, 200), name
 
 
 def test_a_deeply_nested_value_needs_no_stack() -> None:

@@ -37,9 +37,7 @@ def grow(tokenizer: Tokenizer, token_ids: list[int], sizes: list[int]) -> list[s
     for size in sizes:
         pieces.append(growing.append(token_ids[start : start + size]))
         start += size
-    pieces += [growing.append(token_ids[start:]), growing.flush()]
-    assert growing.text == "".join(pieces)
-    return pieces
+    return [*pieces, growing.append(token_ids[start:]), growing.flush()]
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -73,6 +71,10 @@ WORDS = {word: 256 + i for i, word in enumerate(["▁a", "▁b", "c", "▁"])}
 
 @pytest.fixture(scope="module", params=["quick", "full"])
 def byte_fallback(request: pytest.FixtureRequest) -> Tokenizer:
+    return sentencepiece(is_quick=request.param == "quick")
+
+
+def sentencepiece(*, is_quick: bool) -> Tokenizer:
     """A tokenizer in the style of SentencePiece: ids 0 … 255 are the bytes."""
     from tokenizers import Tokenizer as Quick
     from tokenizers import decoders, models
@@ -84,7 +86,7 @@ def byte_fallback(request: pytest.FixtureRequest) -> Tokenizer:
         decoders.Strip(" ", 1, 0),
     ])  # fmt: skip
     full = PreTrainedTokenizerFast(tokenizer_object=quick)
-    return Tokenizer(lambda: full, quick=quick if request.param == "quick" else None)
+    return Tokenizer(lambda: full, quick=quick if is_quick else None)
 
 
 def test_spaces_of_a_sentencepiece_style_decoder(byte_fallback: Tokenizer) -> None:
@@ -112,6 +114,72 @@ def test_whole_characters_of_cut_bytes_stay(
         assert byte_fallback.decode(token_ids) == expected
         for sizes in ([1] * len(token_ids), [2] * len(token_ids)):
             assert "".join(grow(byte_fallback, token_ids, sizes)) == expected
+
+
+LONE = [0xE4, 0xB8, 0x80, 0xF0, 0x9F, 0xFF, 0xC3]  # bytes that are no whole characters
+
+
+def byte_ids(tokenizer: Tokenizer, raw: list[int]) -> list[int]:
+    """The tokens of single bytes in a vocabulary of bytes."""
+    known = {tokenizer.bytes_of(token_id): token_id for token_id in range(280)}
+    return [known[bytes([byte])] for byte in raw]
+
+
+def special_id(tokenizer: Tokenizer) -> int:
+    return next(iter(tokenizer.special_tokens()))
+
+
+@pytest.fixture(params=["bytes", "quick", "full"])
+def any_bytes(request: pytest.FixtureRequest, tokenizer: Tokenizer) -> tuple[str, Tokenizer]:
+    """A vocabulary of bytes, and one with tokens for bytes."""
+    if request.param == "bytes":
+        return "bytes", tokenizer
+    return "fallback", sentencepiece(is_quick=request.param == "quick")
+
+
+@pytest.mark.parametrize("kind", ["lone", "whole", "several", "special", "unknown"])
+def test_text_that_stays_incomplete_decodes_each_token_a_few_times(
+    any_bytes: tuple[str, Tokenizer], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    name, tokenizer = any_bytes
+    num = 2000
+    raw = {"lone": [0xE4], "whole": [0xEF, 0xBF, 0xBD], "several": [0xB8, 0xE4]}.get(kind)
+    if raw is not None:
+        ids = raw if name == "fallback" else byte_ids(tokenizer, raw)
+    elif kind == "special":
+        ids = [special_id(tokenizer)] if name == "bytes" else [256]
+    else:
+        ids = [100_000]
+    token_ids = (ids * num)[:num]
+    decoded, decode = [], tokenizer._decode
+
+    def counted(some: Any, skip_special_tokens: bool) -> str:
+        decoded.append(len(some))
+        return decode(some, skip_special_tokens)
+
+    monkeypatch.setattr(tokenizer, "_decode", counted)
+    pieces = grow(tokenizer, token_ids, [1] * num)
+    assert sum(decoded) < 25 * num
+    monkeypatch.undo()
+    assert "".join(pieces) == tokenizer.decode(token_ids)
+    if raw is not None:  # it is also sent, and not held back until the end
+        assert len("".join(pieces[:-1])) >= len("".join(pieces)) - 1
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_text_of_cut_characters_does_not_depend_on_the_pieces(
+    any_bytes: tuple[str, Tokenizer], seed: int
+) -> None:
+    """Mostly parts of characters, with tokens between them that have no text."""
+    name, tokenizer = any_bytes
+    rng = random.Random(seed)
+    parts = LONE if name == "fallback" else byte_ids(tokenizer, LONE)
+    silent = [100_000] if name == "fallback" else [100_000, special_id(tokenizer)]
+    others = [256, 257, 259] if name == "fallback" else tokenizer.encode("a é日🎉")
+    weights = rng.choice([(20, 1, 1), (5, 5, 1), (1, 9, 0), (9, 0, 9)])
+    token_ids = [rng.choice(rng.choices([parts, silent, others], weights)[0]) for _ in range(200)]
+    sizes = [rng.choice([1, 1, 1, 2, 19]) for _ in range(200)]
+    assert "".join(grow(tokenizer, token_ids, sizes)) == tokenizer.decode(token_ids)
 
 
 def test_special_tokens_are_written_on_request() -> None:
