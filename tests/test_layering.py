@@ -121,6 +121,7 @@ ALLOWED = {
         "nanovllm.media.given",
         "nanovllm.chat",
         "nanovllm.engine.metrics",
+        "nanovllm.open_files",
         "nanovllm.outputs",
         "nanovllm.prompts",
         "nanovllm.tokenizer",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import difflib
 import logging
 import secrets
 import time
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from nanovllm.api import others, page
+from nanovllm.api import others, page, paths
 from nanovllm.api.chat import chat
 from nanovllm.api.completions import completions
 from nanovllm.api.config import ALWAYS_OPEN
@@ -26,7 +25,10 @@ from nanovllm.prompts import PROMPT
 logger = logging.getLogger(__name__)
 access = logging.getLogger("nanovllm.api.access")
 MAX_LOGGED_CHARS = 1000
+MAX_TRACEPARENT_CHARS = 256
 PAGE = "/page/"
+METRICS = "/metrics"
+BAD_REQUEST = 400
 
 
 class Route(NamedTuple):
@@ -51,7 +53,7 @@ ROUTES = {
     "/health": Route("GET", others.health),
     "/ready": Route("GET", others.ready),
     "/version": Route("GET", others.version),
-    "/metrics": Route("GET", others.metrics),
+    METRICS: Route("GET", others.metrics),
     "/openapi.json": Route("GET", openapi),
 }
 # what the endpoints call fields that have other names in the engine
@@ -70,6 +72,7 @@ class App:
         self.service, self.config, self._hosts = service, service.config, hosts
         self.routes = dict(ROUTES)
         self._page = page.files()
+        self._polled = {*ALWAYS_OPEN, METRICS, *self._page}  # logged only if they fail
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -83,12 +86,13 @@ class App:
         except Exception as error:
             await self._refuse(exchange, error)
         finally:
-            if self.config.access_log:
+            record = exchange.record
+            if self.config.access_log and not self._is_polled(exchange):
                 _log(exchange)
-            traces = self.service.traces
-            if traces is not None and scope["method"] == "POST":
-                headers = {"traceparent": exchange.header(b"traceparent")}
-                traces.add(exchange.record, scope["path"][:MAX_LOGGED_CHARS], headers)
+            if self.service.traces is not None and record.route is not None:
+                parent = exchange.header(b"traceparent")
+                headers = {"traceparent": parent} if len(parent) <= MAX_TRACEPARENT_CHARS else {}
+                self.service.traces.add(record, record.route, headers)
 
     async def _answer(self, exchange: Exchange) -> None:
         path = exchange.scope["path"]
@@ -103,18 +107,22 @@ class App:
         if route is None and path.startswith(others.MODELS) and path != others.MODELS:
             route = Route("GET", others.model)
         if route is None:
-            near = difflib.get_close_matches(path[:MAX_ID_CHARS], self.routes, n=1)
-            hint = f": did you mean {near[0]}?" if near else ""
-            raise ApiError(404, f"there is no such path{hint}", code="unknown_path")
+            hint = paths.hint(path[:MAX_ID_CHARS], self.routes)
+            raise ApiError(404, f"there is no such path: {hint}", code="unknown_path")
         method = exchange.scope["method"]
         if method != route.method and (method, route.method) != ("HEAD", "GET"):
             raise _wrong_method(route.method)
+        if method == "POST":
+            exchange.record.route = path
         await route.endpoint(self.service, exchange)
 
     def _is_open(self, path: str) -> bool:
         if path.startswith(PAGE):
             path = "/"  # the page is open as a whole
         return path in ALWAYS_OPEN or path in self.config.open_paths
+
+    def _is_polled(self, exchange: Exchange) -> bool:
+        return exchange.scope["path"] in self._polled and 0 < exchange.record.status < BAD_REQUEST
 
     async def _send_page(self, exchange: Exchange, path: str) -> None:
         if exchange.scope["method"] not in ("GET", "HEAD"):
@@ -167,7 +175,7 @@ def _request_id(exchange: Exchange) -> str:
 
 def _log(exchange: Exchange) -> None:
     record, scope = exchange.record, exchange.scope
-    if scope["path"] in ALWAYS_OPEN or not access.isEnabledFor(logging.INFO):
+    if not access.isEnabledFor(logging.INFO):
         return
     fields: dict[str, Any] = {
         "id": record.request_id, "method": scope["method"], "path": scope["path"][:256],
@@ -196,5 +204,6 @@ def with_cors(app: App) -> Any:
         app,  # type: ignore[arg-type]
         allow_origins=list(app.config.allowed_origins),
         allow_methods=["GET", "POST"],
-        allow_headers=["authorization", "content-type"],
+        allow_headers=["*"],  # those that the request asks for: clients add some of their own
+        expose_headers=["x-request-id", "retry-after"],
     )

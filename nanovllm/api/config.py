@@ -117,13 +117,15 @@ class ServerConfig:
         chooses the one for the chat template. With "none" the reasoning stays in the content.
     drain_timeout: the seconds that running requests have to finish after SIGTERM.
     api_processes: the number of processes that serve HTTP.
-    access_log: log every request: its id, status, tokens and times.
+    access_log: log every request: its id, status, tokens and times. Those for /health, /ready,
+        /metrics and the page are logged only if they fail.
     log_prompts: log prompts in the access log.
     otlp_traces_endpoint: the URL of a collector that receives a span of each request, by OTLP over
         HTTP, such as "http://127.0.0.1:4318/v1/traces".
     max_body_bytes: the longest body of a request.
     max_header_bytes: the longest request line together with the headers.
-    max_connections: concurrent connections of each API process. More are refused with 503.
+    max_connections: concurrent connections of each API process. One more takes the place of the
+        longest idle one; without an idle one it is refused with 503.
     max_queue_len: requests that wait for the engine. More are refused with 429.
     max_prompts: the maximum number of prompts in a request.
     max_prompt_chars: the longest prompt as text, with tools and variables of the chat template.

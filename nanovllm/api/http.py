@@ -32,11 +32,13 @@ class ClientGone(Exception):
 
 @dataclass
 class Record:
-    """The facts of a request for the access log. Times are in seconds since its arrival."""
+    """The facts of a request for the access log and its span. Times are in seconds since its
+    arrival. route: the path of the endpoint that takes its body, once it is allowed to use it."""
 
     request_id: str
     start: float = field(default_factory=time.perf_counter)
     status: int = 0
+    route: str | None = None
     user: str | None = None
     prompt: str | None = None
     num_prompt_tokens: int = 0

@@ -1,16 +1,23 @@
-"""uvicorn's HTTP protocol with limits on connections, headers and time."""
+"""uvicorn's HTTP protocol with limits on connections, headers, time, and what is received early."""
 
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import Any
 
+import httptools
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from nanovllm.api.config import ServerConfig
 from nanovllm.api.errors import ApiError
 
 MAX_HEADERS = 100
+HEAD_END = b"\r\n\r\n"  # also of a chunked body
+LINE_ENDS = re.compile(rb"[\r\n]+")
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+FIRST_PROBE_S, MAX_PROBE_S = 0.25, 4.0
 
 
 def _canned(status: str, error: ApiError) -> bytes:
@@ -27,77 +34,211 @@ TOO_LONG = _canned(
 BAD = _canned("400 Bad Request", ApiError(400, "this is not an HTTP request", code="invalid_http"))
 
 
+class _Flow(FlowControl):
+    """It reads on only if few bytes are held."""
+
+    def __init__(self, transport: asyncio.Transport, held: bytearray) -> None:
+        super().__init__(transport)
+        self._held = held
+
+    def resume_reading(self) -> None:
+        if self.read_paused and len(self._held) <= HIGH_WATER_LIMIT:
+            super().resume_reading()
+
+
 class LimitedProtocol(HttpToolsProtocol):
-    """One connection. uvicorn itself has none of these limits."""
+    """One connection. uvicorn itself has none of these limits.
+
+    The parser gets the bytes of one request at a time. Bytes after it are held until its answer is
+    complete, and beyond 64 KiB they are left to the kernel. So pipelined requests take no more
+    memory than one, and malformed bytes do not lose the answers to the requests before them.
+    """
 
     limits: ServerConfig
+    idle: dict[LimitedProtocol, None]  # those that have no request, the longest idle one first
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)  # type: ignore[arg-type]
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._num_header_bytes = 0  # received since the last complete headers or part of a body
-        if len(self.connections) > self.limits.max_connections:
+        self._held = bytearray()  # received after the request that is being answered
+        self.flow = _Flow(self.transport, self._held)
+        self._num_body_bytes = 0  # of the body that are still to come, if its length is known
+        self._is_receiving = False  # a part of a request is missing
+        self._is_answering = False  # a whole request is there, and its answer is not complete
+        self._has_eof = False  # the client sends no more
+        if len(self.connections) > self.limits.max_connections and not self._replace_idle():
             self._end(FULL)
             return
+        self.idle[self] = None
         self._time("headers", self.limits.header_timeout)
+
+    def _replace_idle(self) -> bool:
+        """Close the connection that has been idle for the longest time, if there is one."""
+        longest = next(iter(self.idle), None)
+        if longest is None:
+            return False
+        del self.idle[longest]
+        longest.transport.abort()  # it has nothing to send, and TLS would wait for it
+        return True
 
     def connection_lost(self, exc: Exception | None) -> None:
         for name in tuple(self._timers):
             self._stop(name)
+        self.idle.pop(self, None)
         super().connection_lost(exc)
         self._unset_keepalive_if_required()
-        self.pipeline.clear()
+        self._held.clear()
 
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
             return
-        # the parser keeps incomplete headers: also those of the next request while this one is
-        # answered, and those after a body
-        self._num_header_bytes += len(data)
-        if self._is_idle and "headers" not in self._timers:
+        num_bytes = 0 if self._is_answering else self._parse(data)
+        if num_bytes < len(data):
+            self._held += data[num_bytes:]
+            if len(self._held) > HIGH_WATER_LIMIT:
+                self.flow.pause_reading()
+
+    def _parse(self, data: bytes | bytearray) -> int:
+        """Feed the parser up to the end of a request. Returns how many bytes it has taken."""
+        self._unset_keepalive_if_required()
+        at, size = 0, len(data)
+        while at < size and not self._is_answering:
+            end = self._end_of_piece(data, at, size)
+            at += self._feed(data[at:end])  # a copy: `_end` clears what is held
+            if self.transport.is_closing():
+                return size
+        is_waiting = self._is_receiving or self.timeout_keep_alive_task is None
+        if is_waiting and self._is_idle and "headers" not in self._timers:
             self._time("headers", self.limits.header_timeout)
-        super().data_received(data)
+        return at
+
+    def _end_of_piece(self, data: bytes | bytearray, at: int, size: int) -> int:
+        """Up to where the bytes from `at` have no byte of a second request."""
+        if self._num_body_bytes:
+            return min(at + self._num_body_bytes, size)
+        if data[at] in b"\r\n":  # the rest of what ends a head, if its begin came before
+            line_ends = LINE_ENDS.match(data, at)
+            assert line_ends is not None
+            return line_ends.end()
+        found = data.find(HEAD_END, at)
+        return size if found < 0 else found + len(HEAD_END)
+
+    def _feed(self, piece: bytes | bytearray) -> int:
+        """Returns how many bytes the parser has taken."""
+        # the parser keeps incomplete headers, also those after a body
+        self._num_header_bytes += len(piece)
+        try:
+            self.parser.feed_data(piece)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._ignore_upgrade()
+            return int(upgrade.args[0])
+        except httptools.HttpParserError:
+            self._end(BAD)
         if self._num_header_bytes > self.limits.max_header_bytes:
             self._end(TOO_LONG)
+        return len(piece)
+
+    def _ignore_upgrade(self) -> None:
+        """Parse the head once more, without the header upgrade. A server may ignore it (RFC 9110,
+        7.8), and the parser would take the body for bytes of another protocol."""
+        method = self.parser.get_method()
+        if method == b"CONNECT":
+            self._end(BAD)
+            return
+        version = self.parser.get_http_version().encode()
+        lines = [b"%b %b HTTP/%b" % (method, self.url, version)]
+        lines += [b"%b: %b" % pair for pair in self.headers if pair[0] != b"upgrade"]
+        self._num_header_bytes = 0
+        self._feed(b"\r\n".join(lines) + HEAD_END)
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._has_headers = False
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        if self._has_headers:
-            return  # after a body: it is no header of the request
-        super().on_header(name, value)
-        if len(self.headers) > MAX_HEADERS and not self.transport.is_closing():
-            self._end(TOO_LONG)
+        self._is_receiving = True
 
     def on_headers_complete(self) -> None:
-        self._has_headers = True
-        self._stop("headers")
-        if self.transport.is_closing():
+        if self.transport.is_closing() or self.parser.should_upgrade():
             return
-        num_bytes = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
+        self._stop("headers")
+        self.idle.pop(self, None)
+        num_bytes = len(self.url)
+        for name, value in self.headers:
+            num_bytes += len(name) + len(value)
+            if name == b"content-length":
+                self._num_body_bytes = int(value)
         self._num_header_bytes = 0
-        if num_bytes > self.limits.max_header_bytes:
+        if num_bytes > self.limits.max_header_bytes or len(self.headers) > MAX_HEADERS:
             self._end(TOO_LONG)
             return
         super().on_headers_complete()
+        self.headers = []  # what comes after the body is no header of the request
 
     def on_body(self, body: bytes) -> None:
         self._num_header_bytes = 0
+        if self._num_body_bytes:
+            self._num_body_bytes -= len(body)
         if not self.transport.is_closing():
             super().on_body(body)
 
     def on_message_complete(self) -> None:
-        if not self.transport.is_closing():
+        if self.transport.is_closing() or self.parser.should_upgrade():
+            return
+        self._is_receiving = False
+        if not self._is_idle:
+            self._is_answering = True
             super().on_message_complete()
+            return
+        self._stop("headers")  # the answer did not need the body, and is complete
+        self.timeout_keep_alive_task = self.loop.call_later(
+            self.timeout_keep_alive, self.timeout_keep_alive_handler
+        )
+
+    def on_response_complete(self) -> None:
+        self._is_answering = False
+        super().on_response_complete()
+        if self.transport.is_closing():
+            return
+        self.idle[self] = None
+        if self._held:
+            del self._held[: self._parse(self._held)]
+            self.flow.resume_reading()
+        if self._has_eof:
+            self._stop("probe")
+            if self._is_answering:
+                self._probe_after(FIRST_PROBE_S)
+            else:
+                self.transport.close()
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Whether the connection stays open. A client may close its sending side alone and wait for
+        the answer. One that has closed the connection looks the same until it gets bytes, which it
+        refuses, so it gets some."""
+        if not self._is_answering or self.scheme == "https":  # TLS has no half-closed connections
+            return False
+        if not self._has_eof:
+            self._has_eof = True
+            self._probe_after(FIRST_PROBE_S)
+        return True
+
+    def _probe_after(self, seconds: float) -> None:
+        self._timers["probe"] = self.loop.call_later(seconds, self._probe, seconds)
+
+    def _probe(self, seconds: float) -> None:
+        """Send bytes that no client takes for an answer, unless those of an answer are sent. Once
+        the client has refused some, the next ones end the connection."""
+        if not self.cycle.response_started:
+            if self.scope["http_version"] == "1.0":
+                self.transport.abort()  # it does not know 100 Continue
+                return
+            self.transport.write(CONTINUE)
+        self._probe_after(min(2 * seconds, MAX_PROBE_S))
 
     def send_400_response(self, msg: str) -> None:
         self._end(BAD)
 
     @property
     def _is_idle(self) -> bool:
-        """Whether no answer is being sent."""
+        """Whether no request is being received, beside its head, or answered."""
         return self.cycle is None or self.cycle.response_complete
 
     def pause_writing(self) -> None:
@@ -110,9 +251,16 @@ class LimitedProtocol(HttpToolsProtocol):
 
     def _end(self, answer: bytes) -> None:
         """Answer a malformed request with an error, unless another answer has begun, and close."""
+        if self.transport.is_closing():
+            return
         self._stop("headers")
+        self._held.clear()
         if self._is_idle:
             self.transport.write(answer)
+        elif not self.cycle.response_started:  # the application waits for the body
+            self.transport.write(answer)
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
         self.transport.close()
 
     def _time(self, name: str, seconds: float) -> None:
@@ -129,7 +277,7 @@ class LimitedProtocol(HttpToolsProtocol):
 def protocol_options(limits: ServerConfig) -> dict[str, Any]:
     """uvicorn's options for these limits."""
     return {
-        "http": type("Protocol", (LimitedProtocol,), {"limits": limits}),
+        "http": type("Protocol", (LimitedProtocol,), {"limits": limits, "idle": {}}),
         "timeout_keep_alive": limits.keep_alive_timeout,
         "ws": "none", "lifespan": "off", "access_log": False, "log_config": None,
         "server_header": False, "date_header": True, "proxy_headers": False, "loop": "uvloop",

@@ -8,11 +8,14 @@ import gc
 import logging
 import socket
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from dataclasses import replace
 from typing import Any, Protocol
 
 import uvicorn
 
+from nanovllm import open_files
 from nanovllm.api.app import App, with_cors
+from nanovllm.api.config import ServerConfig
 from nanovllm.api.hosts import Hosts
 from nanovllm.api.protocol import protocol_options
 from nanovllm.api.service import Service
@@ -20,6 +23,7 @@ from nanovllm.serving.interface import AsyncEngine
 
 logger = logging.getLogger(__name__)
 CHECK_S = 0.2
+OTHER_FILES = 128  # beside connections of clients: of the engine, of images, of libraries
 LAST_WORDS_S = 0.5  # for errors to reach clients after the engine has failed
 CLOSE_S = 3  # afterwards connections of clients that do not read are closed
 
@@ -75,7 +79,7 @@ async def run(
         ssl_certfile=config.ssl_certfile,
         ssl_keyfile=config.ssl_keyfile,
         timeout_graceful_shutdown=CLOSE_S,
-        **protocol_options(config),
+        **protocol_options(_fitting(config)),
     )
     server = _Server(options)
     tasks = [
@@ -100,6 +104,21 @@ async def run(
         if service.traces is not None:
             await asyncio.to_thread(service.traces.close)
     return 1 if engine.failure is not None else 0
+
+
+def _fitting(config: ServerConfig) -> ServerConfig:
+    """The options with as many connections as this process may have files. If it had none left, it
+    could neither refuse a connection nor open an image."""
+    wanted = config.max_connections + OTHER_FILES
+    num_files = open_files.allow(wanted)
+    if num_files >= wanted:
+        return config
+    most = max(1, num_files - OTHER_FILES)
+    logger.warning(
+        "max_connections is %d, but a process may have %d files open (ulimit -n): %d connections "
+        "are served", config.max_connections, num_files, most,
+    )  # fmt: skip
+    return replace(config, max_connections=most)
 
 
 async def _warm(service: Service) -> None:

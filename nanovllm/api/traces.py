@@ -1,7 +1,8 @@
 """Traces of requests for OpenTelemetry: a span for each, sent to a collector by OTLP over HTTP.
 
 The names of attributes are those of OpenTelemetry's conventions for generative AI and HTTP, and
-vLLM's for the time to the first token. Spans have counts and times, and no texts.
+vLLM's for the time to the first token. Spans have counts and times, and no texts: what a request
+can put into one is its id, of at most 64 letters, digits, "-" and "_".
 """
 
 from __future__ import annotations
@@ -59,7 +60,9 @@ class Traces:
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
         # not the global provider: each server in a process has its own
-        self._provider = TracerProvider(resource=Resource.create({"service.name": "nanovllm"}))
+        self._provider = TracerProvider(
+            resource=Resource.create({"service.name": "nanovllm"}), shutdown_on_exit=False
+        )
         self._exporter = OTLPSpanExporter(endpoint=endpoint)
         self._provider.add_span_processor(
             BatchSpanProcessor(self._exporter, max_queue_size=MAX_WAITING)
@@ -67,8 +70,9 @@ class Traces:
         self._tracer = self._provider.get_tracer("nanovllm")
         self._model = model
 
-    def add(self, request: Finished, path: str, headers: Mapping[str, str]) -> None:
-        """A request has ended now. The header traceparent names the span that it belongs to."""
+    def add(self, request: Finished, route: str, headers: Mapping[str, str]) -> None:
+        """A request has ended now. route: the path of its endpoint. The header traceparent names
+        the span that it belongs to."""
         from opentelemetry.trace import SpanKind, Status, StatusCode
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
@@ -84,7 +88,7 @@ class Traces:
                 "gen_ai.request.model": self._model,
                 "gen_ai.usage.input_tokens": request.num_prompt_tokens,
                 "gen_ai.usage.output_tokens": request.num_tokens,
-                "http.route": path,
+                "http.route": route,
                 "http.response.status_code": request.status,
             },
         )
@@ -97,9 +101,13 @@ class Traces:
 
     def close(self) -> None:
         """Send the waiting spans, for at most three seconds."""
-        # the library would try again for minutes, so it does this in a thread
-        flushing = threading.Thread(target=self._provider.force_flush, daemon=True)
-        flushing.start()
-        flushing.join(CLOSE_S)
-        self._exporter.shutdown()  # from now on, what is sent is dropped
+        # a collector that does not answer would hold the library for half a minute
+        closing = threading.Thread(target=self._flush, daemon=True)
+        closing.start()
+        closing.join(CLOSE_S)
+        if closing.is_alive():
+            self._exporter.shutdown()  # from now on, what is sent is dropped
+
+    def _flush(self) -> None:
+        self._provider.force_flush()
         self._provider.shutdown()

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from nanovllm.api import paths
+from nanovllm.api.app import ROUTES
 from nanovllm.checks import InvalidValue
 from nanovllm.serving.made_up import MadeUpOptions
 from tests.api.fields import ENDPOINTS
@@ -279,6 +281,30 @@ def test_a_path_that_is_almost_right_is_told(server: MadeUpServer, path: str, me
     response = server.http.post(path, json={})
     assert response.status_code == 404
     assert response.json()["error"]["message"].endswith(f"did you mean {meant}?")
+
+
+@pytest.mark.parametrize(
+    ("path", "endpoint"),
+    [("/api/chat", "POST /v1/chat/completions"), ("/api/generate", "POST /v1/completions"),
+     ("/api/tags", "GET /v1/models"), ("/api/tags/", "GET /v1/models"),
+     ("/completion", "POST /v1/completions"), ("/generate", "POST /v1/completions"),
+     ("/ping", "GET /health"), ("/healthz", "GET /health")],
+)  # fmt: skip
+def test_a_path_of_another_server_is_answered_with_the_one_of_this(
+    server: MadeUpServer, path: str, endpoint: str
+) -> None:
+    for method in ("GET", "POST"):
+        response = server.http.request(method, path)
+        assert response.status_code == 404
+        assert response.json()["error"]["message"].endswith(f"{endpoint} does this here")
+
+
+def test_every_endpoint_that_is_named_for_another_path_exists(server: MadeUpServer) -> None:
+    known = {f"{route.method} {path}" for path, route in ROUTES.items()}
+    assert not set(paths.ELSEWHERE) & set(ROUTES)
+    assert set(paths.ELSEWHERE.values()) <= known | {"GET /v1/models/NAME"}
+    message = server.http.get("/api/pull").json()["error"]["message"]
+    assert message == "there is no such path: GET /openapi.json lists the paths"
 
 
 def test_a_compressed_body_is_refused_as_such(server: MadeUpServer) -> None:

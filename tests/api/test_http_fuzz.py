@@ -8,6 +8,7 @@ import resource
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import httpx
@@ -141,7 +142,7 @@ CHUNKED = HEAD + b"transfer-encoding: chunked\r\n\r\n"
 
 @pytest.mark.parametrize("place", ["next request", "after the body", "chunk"])
 def test_headers_are_bounded_wherever_they_come(server: MadeUpServer, place: str) -> None:
-    """Also before the answer to the request before them has ended, where no 431 can be sent."""
+    """Those of the next request are not even received before the answer is complete."""
     with served(MadeUpOptions(tokens_per_s=5), **LIMITS) as slow, connect(slow) as sock:
         body = {"prompt": "a", "max_tokens": 999, "stream": True}
         head = {
@@ -152,8 +153,9 @@ def test_headers_are_bounded_wherever_they_come(server: MadeUpServer, place: str
         sock.sendall(head)
         if place == "next request":
             assert b" 200 " in sock.recv(1 << 16)
+            sock.settimeout(1)
         num_sent = 0
-        with pytest.raises(ConnectionError):
+        with pytest.raises(TimeoutError if place == "next request" else ConnectionError):
             while num_sent < 16 << 20:
                 num_sent += sock.send(b"x" * 4096)
         assert num_sent < 16 << 20
@@ -239,25 +241,52 @@ def test_a_reader_that_stops_holds_no_request(server: MadeUpServer) -> None:
         assert not fast.engine.streams
 
 
-def test_a_thousand_connections_are_served_and_more_are_refused(server: MadeUpServer) -> None:
+@pytest.fixture
+def many_files() -> Iterator[None]:
+    """Enough file descriptors for both ends of a thousand connections."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
-    socks = []
-    try:
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_thousand_connections_are_served_and_more_replace_idle_ones(
+    server: MadeUpServer, many_files: None
+) -> None:
+    with ExitStack() as stack:
+        socks = [stack.enter_context(connect(server)) for _ in range(1000)]
         body = request({"prompt": [5], "max_tokens": 1})
-        for _ in range(1000):
-            socks.append(connect(server))
         for sock in socks:
             sock.sendall(body)
         assert all(b" 200 " in sock.recv(1 << 16).split(b"\r\n")[0] + b" " for sock in socks)
-        for _ in range(150):
-            socks.append(connect(server))
-        socks[-1].settimeout(10)
-        assert b" 503 " in all_of(socks[-1])
-    finally:
-        for sock in socks:
-            sock.close()
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        more = [stack.enter_context(connect(server)) for _ in range(150)]
+        more[-1].sendall(body)
+        assert b" 200 " in more[-1].recv(1 << 16)
+        assert not all_of(socks[0]), "the one that has been idle for the longest time is closed"
+        socks[-1].sendall(body)
+        assert b" 200 " in socks[-1].recv(1 << 16)
+
+
+def test_a_connection_is_refused_if_all_others_have_requests() -> None:
+    made_up = MadeUpOptions(tokens_per_s=5)
+    with served(made_up, max_connections=3) as slow, ExitStack() as stack:
+        socks = [stack.enter_context(connect(slow)) for _ in range(3)]
+        for num, sock in enumerate(socks, 1):
+            sock.sendall(request({"prompt": [5], "max_tokens": 999, "stream": True}))
+            while len(slow.engine.streams) < num:
+                time.sleep(0.001)
+        assert b" 503 " in all_of(stack.enter_context(connect(slow)))
+        assert len(slow.engine.streams) == 3
+
+
+def test_a_slow_head_keeps_no_other_client_out() -> None:
+    """Connections that have sent a part of a head are as idle as those that have sent nothing."""
+    with served(max_connections=3, header_timeout=60.0) as one, ExitStack() as stack:
+        for _ in range(3):
+            stack.enter_context(connect(one)).sendall(b"GET /health HTTP/1.1\r\nx: ")
+        sock = stack.enter_context(connect(one))
+        sock.sendall(b"GET /health HTTP/1.1\r\n\r\n")
+        assert b" 200 " in sock.recv(1 << 16)
 
 
 def test_headers_that_are_too_long_or_too_many_are_refused(server: MadeUpServer) -> None:

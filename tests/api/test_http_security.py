@@ -464,6 +464,34 @@ def test_missing_auth_an_allowed_origin_alone_may_read() -> None:
             assert ("access-control-allow-origin" in answer.headers) is allowed
 
 
+# what the npm package openai sends from a browser
+STAINLESS = (
+    "authorization,content-type,x-stainless-arch,x-stainless-lang,x-stainless-os,"
+    "x-stainless-package-version,x-stainless-retry-count,x-stainless-runtime,"
+    "x-stainless-runtime-version,x-stainless-timeout"
+)
+
+
+@pytest.mark.parametrize("origins", [["https://good.example"], ["*"]])
+def test_missing_auth_scripts_of_an_allowed_origin_send_headers_of_their_own(
+    origins: list[str],
+) -> None:
+    asked = {"access-control-request-method": "POST", "access-control-request-headers": STAINLESS}
+    with served(allowed_origins=origins, api_key=["a-key"]) as one:
+        for origin in ("https://good.example", "https://evil.example"):
+            is_allowed = origin in origins or "*" in origins
+            headers = {"origin": origin, **asked}
+            answer = one.http.options("/v1/chat/completions", headers=headers)
+            assert (answer.status_code == 200) is is_allowed
+            if is_allowed:
+                given = answer.headers["access-control-allow-headers"]
+                assert set(STAINLESS.split(",")) <= set(given.replace(" ", "").split(","))
+                answer = one.http.get("/v1/models", headers={"origin": origin})
+                assert answer.status_code == 401 and "x-request-id" in answer.headers
+                exposed = answer.headers["access-control-expose-headers"]
+                assert "x-request-id" in exposed and "retry-after" in exposed
+
+
 # DNS rebinding --------------------------------------------------------------------------------
 
 LOCAL = (

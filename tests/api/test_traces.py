@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gzip
+import socket
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
@@ -16,9 +18,10 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 
 from nanovllm.api.config import ServerConfig
 from nanovllm.api.start import serve
-from nanovllm.api.traces import Traces
+from nanovllm.api.traces import MAX_WAITING, Traces
 from nanovllm.config import EngineConfig
 from nanovllm.serving import supervisor
+from tests.api.made_up_server import served
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
@@ -129,10 +132,85 @@ def test_errors_of_the_server_are_marked_and_others_are_not(collector: Collector
     assert len({span.trace_id for span in collector.spans}) == 3
 
 
-def test_a_collector_that_is_gone_delays_the_end_by_seconds_at_most() -> None:
-    traces = Traces("http://127.0.0.1:9/v1/traces", "tiny-qwen3")
-    for _ in range(3000):
-        traces.add(Request(), "/v1/completions", {})
-    start = time.monotonic()
-    traces.close()
-    assert time.monotonic() - start < 10
+@contextmanager
+def silent_collector(answer: bytes) -> Iterator[str]:
+    """The URL of a collector that sends this, byte by byte, and never completes an answer."""
+    with socket.create_server(("127.0.0.1", 0)) as listener, ExitStack() as stack:
+        has_ended = threading.Event()
+
+        def drip(sock: socket.socket) -> None:
+            with suppress(OSError):
+                sock.sendall(answer)
+                while answer and not has_ended.wait(0.2):
+                    sock.sendall(b"x")
+
+        def accept() -> None:
+            with suppress(OSError):
+                while True:
+                    sock = stack.enter_context(listener.accept()[0])
+                    threading.Thread(target=drip, args=(sock,), daemon=True).start()
+
+        threading.Thread(target=accept, daemon=True).start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1/traces"
+        has_ended.set()
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [None, b"", b"HTTP/1.1 200 OK\r\ncontent-length: 100000\r\n\r\n"],
+    ids=["gone", "silent", "dripping"],
+)
+def test_a_collector_that_does_not_answer_delays_the_end_by_seconds_at_most(
+    answer: bytes | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nanovllm.api.traces.CLOSE_S", 0.2)
+    gone = nullcontext("http://127.0.0.1:9/v1/traces")
+    with gone if answer is None else silent_collector(answer) as url:
+        traces = Traces(url, "tiny-qwen3")
+        for _ in range(3000):
+            traces.add(Request(), "/v1/completions", {})
+        queue = traces._provider._active_span_processor._span_processors[0]._batch_processor._queue  # type: ignore[attr-defined]
+        assert len(queue) <= MAX_WAITING
+        start = time.monotonic()
+        traces.close()
+        assert time.monotonic() - start < 5
+
+
+@pytest.fixture
+def added(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What is added to the traces of a server in this process."""
+    found: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(Traces, "add", lambda _, *given: found.append(given))
+    return found
+
+
+def test_only_requests_that_an_endpoint_takes_leave_spans(
+    collector: Collector, added: list[tuple[Any, ...]]
+) -> None:
+    """Others would push them out of the queue, and bring paths that anybody makes up."""
+    with served(otlp_traces_endpoint=collector.url, api_key=["a-key"]) as server:
+        key = {"authorization": "Bearer a-key"}
+        for path, headers in (
+            ("/v1/completions", {}), ("/v1/completions", {**key, "host": "evil.example"}),
+            ("/made/up", key), ("/v1/models", key), ("/health", key),
+        ):  # fmt: skip
+            assert server.http.post(path, json={}, headers=headers).status_code >= 400
+        assert not added
+        assert server.http.post("/v1/completions", json={}, headers=key).status_code == 400
+        assert [route for _, route, _ in added] == ["/v1/completions"]
+
+
+@pytest.mark.parametrize(
+    "parent", ["", "x" * 20_000, f"00-{TRACE}-{PARENT}", f"00-{TRACE}-{PARENT}-01" + "-" * 20_000,
+               "ff" * 99, f"00-{'0' * 32}-{PARENT}-01", "\xff\xfe", "00-" * 9_000],
+    ids=range(8),
+)  # fmt: skip
+def test_a_malformed_traceparent_names_no_span(collector: Collector, parent: str) -> None:
+    with served(otlp_traces_endpoint=collector.url) as server:
+        headers = {"traceparent": parent.encode("latin-1"), "x-request-id": "x" * 64}
+        body = {"prompt": "a", "max_tokens": 1}
+        assert server.http.post("/v1/completions", json=body, headers=headers).status_code == 200
+    (span,) = collector.spans
+    assert not span.parent_span_id and span.trace_id.hex() != TRACE
+    assert attributes(span)["gen_ai.request.id"] == "x" * 64 and len(str(span)) < 2000

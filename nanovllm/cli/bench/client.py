@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from time import monotonic
 from typing import Any
 
-from nanovllm import programs
+from nanovllm import open_files, programs
 from nanovllm.cli import http
 
 # marks of events that have more than a piece of text
@@ -107,7 +107,7 @@ async def main() -> None:
     work = json.loads(sys.stdin.readline())
     client = http.Client(work["url"], work["api_key"])
     requests = [(one["at"], client.request(work["path"], one["body"])) for one in work["requests"]]
-    _allow_connections(len(requests))
+    open_files.allow(len(requests) + 64)
     print("ready", flush=True)
     start = float(sys.stdin.readline())
     gc.freeze()
@@ -115,19 +115,6 @@ async def main() -> None:
     records = await send_all(client, requests, work["limit"], start)
     client.close()
     print(json.dumps([record.as_dict() for record in records]), flush=True)
-
-
-def _allow_connections(num: int) -> None:
-    """Raise this process's limit on open files, as far as it may."""
-    try:
-        import resource
-    except ImportError:  # on Windows
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = num + 64
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
 
 
 if __name__ == "__main__":
