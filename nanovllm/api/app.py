@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import msgspec
 
 from nanovllm.api import others, page, paths
+from nanovllm.api.anthropic_errors import AnthropicError
+from nanovllm.api.anthropic_messages import count_tokens, messages
 from nanovllm.api.chat import chat
 from nanovllm.api.completions import completions
 from nanovllm.api.config import ALWAYS_OPEN
@@ -47,6 +49,8 @@ ROUTES = {
     "/v1/chat/completions": Route("POST", chat),
     "/v1/responses": Route("POST", responses),
     "/v1/responses/input_tokens": Route("POST", input_tokens),
+    "/v1/messages": Route("POST", messages),
+    "/v1/messages/count_tokens": Route("POST", count_tokens),
     "/v1/embeddings": Route("POST", others.embeddings),
     "/tokenize": Route("POST", others.tokenize),
     "/detokenize": Route("POST", others.detokenize),
@@ -61,7 +65,10 @@ NAMES = {
     "/v1/chat/completions": {PROMPT: "messages"},
     "/v1/responses": {PROMPT: "input"},
     "/v1/responses/input_tokens": {PROMPT: "input"},
+    "/v1/messages": {PROMPT: "messages"},
+    "/v1/messages/count_tokens": {PROMPT: "messages"},
 }
+ANTHROPIC = "/v1/messages"  # the paths whose errors have Anthropic's format begin so
 
 
 class App:
@@ -133,7 +140,9 @@ class App:
 
     def _check_key(self, exchange: Exchange) -> None:
         kind, _, key = exchange.header(b"authorization").partition(" ")
-        if kind.lower() != "bearer" or not self.config.allows(key.strip()):
+        bearer = key.strip() if kind.lower() == "bearer" else ""
+        keys = (bearer, exchange.header(b"x-api-key").strip())  # OpenAI's and Anthropic's
+        if not any(map(self.config.allows, keys)):
             words = "the request needs a key of this server: Authorization: Bearer KEY"
             raise ApiError(401, words, code="invalid_api_key")
 
@@ -145,6 +154,8 @@ class App:
             logger.error(
                 "request %s: %s", exchange.record.request_id, _place_of(error), stacklevel=1
             )
+        if exchange.scope["path"].startswith(ANTHROPIC):
+            told = AnthropicError(told, exchange.record.request_id)
         await exchange.refuse(told)
 
 

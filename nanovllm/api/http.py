@@ -23,7 +23,6 @@ JSON = (b"content-type", b"application/json")
 EVENTS = (b"content-type", b"text/event-stream; charset=utf-8")
 NO_STORE = (b"cache-control", b"no-store")
 MAX_DROPPED = 4  # a body up to this many times too long is still read to its end
-DONE = b"data: [DONE]\n\n"
 
 
 class ClientGone(Exception):
@@ -148,7 +147,7 @@ class Exchange:
     async def refuse(self, error: ApiError) -> None:
         """An error as the answer or, in an answer that has begun, as its last event."""
         if self.has_started:
-            await self.send(b"data: " + error.body() + b"\n\n" + DONE)
+            await self.send(error.events())
         else:
             # the rest of a refused body must not be read as the next request
             close = [(b"connection", b"close")] if error.status in (408, 413, 415) else []
