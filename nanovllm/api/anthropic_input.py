@@ -196,7 +196,7 @@ def _tool(place: str, tool: Json) -> Json:
         shown = repr(tool["type"])[:64]
         raise refused(f"{place}.type", f"{place}.type is {shown}: the server runs no tools")
     tool = known_fields("a tool", tool, TOOL_KEYS)
-    function = {key: tool[key] for key in ("name", "description", "strict") if key in tool}
+    function: Json = {key: tool[key] for key in ("name", "description", "strict") if key in tool}
     function["parameters"] = _of_type(place, tool, "input_schema", dict, "an object")
     return {"type": "function", "function": function}
 

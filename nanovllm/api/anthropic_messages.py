@@ -111,7 +111,7 @@ class MessageWriter:
         return self._start() + events
 
     def _start(self) -> bytes:
-        message = {
+        message: dict[str, Any] = {
             **self._meta, "content": [], "stop_reason": None, "stop_sequence": None,
             "usage": {"input_tokens": self._generation.num_prompt_tokens, "output_tokens": 0},
         }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Anthropic's official client against the server: whole, streamed, async; tools, thinking, errors."""
+"""Anthropic's official client against the server: whole, streamed, tools, thinking, errors."""
 
 from __future__ import annotations
 
@@ -392,7 +392,7 @@ def test_a_form_that_the_engine_refuses_has_the_name_of_its_field(
 
     monkeypatch.setattr(server.engine, "open", refuse)
     output: Any = {"format": {"type": "json_schema", "schema": SCHEMA}}
-    with pytest.raises(anthropic.BadRequestError, match="output_config.format: no such schema"):
+    with pytest.raises(anthropic.BadRequestError, match=r"output_config\.format: no such schema"):
         client.messages.create(**ASKED, output_config=output)
 
 
@@ -413,17 +413,21 @@ def test_errors_have_anthropic_s_types(client: anthropic.Anthropic) -> None:
 
 
 def test_a_body_that_is_too_long_has_its_type() -> None:
-    with served(max_body_bytes=1000) as server, client_of(server) as client:
-        with pytest.raises(anthropic.APIStatusError) as caught:
-            client.messages.create(**ASKED, system="a" * 2000)
+    with (
+        served(max_body_bytes=1000) as server, client_of(server) as client,
+        pytest.raises(anthropic.APIStatusError) as caught,
+    ):  # fmt: skip
+        client.messages.create(**ASKED, system="a" * 2000)
     assert caught.value.status_code == 413 and kind_of(caught.value) == "request_too_large"
 
 
-def test_a_full_queue_and_a_dead_engine_have_their_types() -> None:
+def test_a_full_queue_and_a_server_that_ends_have_their_types() -> None:
     made_up = MadeUpOptions(max_num_seqs=0, max_queue_len=0)
-    with served(made_up) as server, client_of(server) as client:
-        with pytest.raises(anthropic.RateLimitError) as full:
-            client.messages.create(**ASKED)
+    with (
+        served(made_up) as server, client_of(server) as client,
+        pytest.raises(anthropic.RateLimitError) as full,
+    ):  # fmt: skip
+        client.messages.create(**ASKED)
     assert kind_of(full.value) == "rate_limit_error"
     with served() as server, client_of(server) as client:
         server.engine.is_draining = True
