@@ -189,6 +189,32 @@ def test_fields_of_messages_that_other_servers_write_are_ignored(
     assert refused(server, "/v1/chat/completions", odd=1)["param"] == "odd"
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [{"refusal": None, "annotations": [], "audio": None, "function_call": None, "tool_calls": None},
+     {"provider_specific_fields": {"refusal": None}, "thinking_blocks": [], "images": []},
+     {"name": "model", "refusal": "no"}, {"annotations": [{"type": "url_citation"}]},
+     {"content": [{"type": "text", "text": "four", "annotations": [], "index": 0}]},
+     {"content": [{"type": "refusal", "refusal": "four"}]}],
+    ids=["openai", "litellm", "agents", "citations", "langchain", "refused"],
+)  # fmt: skip
+def test_what_clients_add_to_an_answer_changes_no_prompt(
+    server: MadeUpServer, fields: dict[str, Any]
+) -> None:
+    answer = {"role": "assistant", "content": "four"}
+    found = [
+        post(server, "/tokenize", messages=[*USER, one, *USER]) for one in (answer, answer | fields)
+    ]
+    assert found[0] == found[1] and found[0][0] == 200
+
+
+def test_embeddings_are_refused_with_the_reason(server: MadeUpServer) -> None:
+    error = refused(server, "/v1/embeddings", input="a", model=MODEL)
+    assert error["code"] == "unsupported_model" and "gives no embeddings" in error["message"]
+    status, body = post(server, "/v1/embeddings", input="a", model="text-embedding-3-small")
+    assert status == 404 and body["error"]["code"] == "model_not_found"
+
+
 @pytest.mark.parametrize("message", [{"content": None}, {}, {"content": None, "tool_calls": []}])
 def test_an_answer_without_text_and_calls_can_be_sent_back(
     server: MadeUpServer, message: dict[str, Any]
