@@ -68,7 +68,7 @@ NAMES = {
     "/v1/messages": {PROMPT: "messages"},
     "/v1/messages/count_tokens": {PROMPT: "messages"},
 }
-ANTHROPIC = "/v1/messages"  # the paths whose errors have Anthropic's format begin so
+ANTHROPIC = "/v1/messages"  # how the paths of Anthropic's API begin
 
 
 class App:
@@ -86,6 +86,8 @@ class App:
             raise ValueError(f"{scope['type']} is not served")
         exchange = Exchange(scope, receive, send, Record(""))
         exchange.record.request_id = _request_id(exchange)
+        if _is_of_anthropic(exchange):
+            exchange.id_headers.append(b"request-id")
         try:
             await self._answer(exchange)
         except (ClientGone, asyncio.CancelledError):
@@ -154,9 +156,13 @@ class App:
             logger.error(
                 "request %s: %s", exchange.record.request_id, _place_of(error), stacklevel=1
             )
-        if exchange.scope["path"].startswith(ANTHROPIC):
+        if _is_of_anthropic(exchange):
             told = AnthropicError(told, exchange.record.request_id)
         await exchange.refuse(told)
+
+
+def _is_of_anthropic(exchange: Exchange) -> bool:
+    return str(exchange.scope["path"]).startswith(ANTHROPIC)
 
 
 def _wrong_method(method: str) -> ApiError:
@@ -216,5 +222,5 @@ def with_cors(app: App) -> Any:
         allow_origins=list(app.config.allowed_origins),
         allow_methods=["GET", "POST"],
         allow_headers=["*"],  # those that the request asks for: clients add some of their own
-        expose_headers=["x-request-id", "retry-after"],
+        expose_headers=["x-request-id", "request-id", "retry-after"],
     )

@@ -60,6 +60,7 @@ class Exchange:
         self.scope, self.record = scope, record
         self._receive, self._send = receive, send
         self.has_started = False
+        self.id_headers = [b"x-request-id"]  # in which the answer has the id of the request
 
     def header(self, name: bytes) -> str:
         """The value of a header; "" if it is missing. name: in lower case."""
@@ -129,7 +130,7 @@ class Exchange:
 
     async def start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         self.has_started, self.record.status = True, status
-        headers.append((b"x-request-id", self.record.request_id.encode()))
+        headers += [(name, self.record.request_id.encode()) for name in self.id_headers]
         message = {"type": "http.response.start", "status": status, "headers": headers}
         await self._send(message)
 

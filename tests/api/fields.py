@@ -303,8 +303,9 @@ def page() -> str:
         "# Fields of requests", "",
         "`python -m tests.api.fields` writes this page; `tests/api/test_api_fields.py` sends every",
         "field to a server. A field works, or the request is refused with status 400 and the",
-        "field's name in `param` (`/v1/messages`: in the message). So is a field that is not in the",
-        "table. `null` is always taken. Unknown fields of messages and their parts are ignored.",
+        "field's name in `param` (`/v1/messages`: in the message). So is a field that the table",
+        "does not have. `null` is always taken. Unknown fields of messages and their parts are",
+        "ignored.",
     ]  # fmt: skip
     for endpoint in ENDPOINTS:
         lines += ["", f"## {endpoint}", "", "| field | of | |", "|---|---|---|"]

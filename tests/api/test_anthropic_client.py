@@ -396,6 +396,15 @@ def test_a_form_that_the_engine_refuses_has_the_name_of_its_field(
         client.messages.create(**ASKED, output_config=output)
 
 
+def test_the_client_reads_the_id_of_its_request(client: anthropic.Anthropic) -> None:
+    given = {"x-request-id": "mine-19"}
+    done = client.messages.create(**{**ASKED, "max_tokens": 1}, extra_headers=given)
+    assert done._request_id == "mine-19"
+    with pytest.raises(anthropic.BadRequestError) as caught:
+        client.messages.create(**{**ASKED, "max_tokens": 0}, extra_headers=given)
+    assert caught.value.request_id == "mine-19"
+
+
 def test_errors_have_anthropic_s_types(client: anthropic.Anthropic) -> None:
     with pytest.raises(anthropic.NotFoundError) as missing:
         client.messages.create(**{**ASKED, "model": "claude"})
