@@ -4,8 +4,8 @@ python example.py
 python example.py --model Qwen/Qwen3-0.6B --prompt "Introduce yourself."
 python example.py --model Qwen/Qwen3-VL-2B-Instruct --image photo.jpg --prompt "What is this?"
 
-Without arguments it asks the embedded text model, and then shows a picture that it draws to the
-embedded model that sees (this needs Pillow: the extra "vision").
+Without arguments it asks the embedded text model, and then asks the embedded vision model about
+docs/shapes.png (this needs Pillow: the extra "vision").
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
+from pathlib import Path
 from typing import Any
 
-from nanovllm import LLM, SamplingParams
+from nanovllm import LLM, SamplingParams, extras
 from nanovllm.hub import EMBEDDED, SEEING
 from nanovllm.tools import command_line
 
 TEXT_MODEL = "tiny-qwen3"
+SHAPES = Path(__file__).parent / "docs" / "shapes.png"
 EMBEDDED_MODEL = [
     "What is 37 + 45?",
     "Sort 9 2 7.",
@@ -39,20 +41,7 @@ ABOUT_PICTURE = [
 ANY_PICTURE = ["Describe the picture."]
 
 
-def draw_picture() -> Any:
-    """96 × 64 pixels: a red circle and a blue square, below them nothing, a circle, a triangle."""
-    from PIL import Image, ImageDraw
-
-    image = Image.new("RGB", (96, 64), (245, 245, 245))
-    pen = ImageDraw.Draw(image)
-    pen.ellipse((4, 4, 28, 28), fill=(220, 30, 30))
-    pen.rectangle((37, 5, 59, 27), fill=(40, 70, 220))
-    pen.ellipse((36, 36, 60, 60), fill=(30, 160, 50))
-    pen.polygon([(80, 36), (92, 60), (68, 60)], fill=(250, 140, 20))
-    return image
-
-
-def read_picture(path: str) -> Any:
+def read_picture(path: str | Path) -> Any:
     from PIL import Image
 
     return Image.open(path)
@@ -103,12 +92,12 @@ def main() -> None:
         show(args, model, asked, picture)
     if model == SEEING or not (args.model or args.prompt):
         if importlib.util.find_spec("PIL") is None:
-            print('\nPictures need Pillow: pip install "nanovllm[vision]"')
+            print(f"\nPictures need Pillow: {extras.install('vision')}")
             return
         if picture is None:
             print("\nA picture: a red circle and a blue square, below them a green circle in the")
             print("middle and an orange triangle on the right.")
-            picture = draw_picture()
+            picture = read_picture(SHAPES)
         show(args, SEEING, args.prompt or ABOUT_PICTURE, picture)
 
 

@@ -1,5 +1,7 @@
 """Packaging. `compile/` and `kernels/` are folders beside `nanovllm/`, which links to them."""
 
+import configparser
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -12,13 +14,42 @@ problem = runpy.run_path(str(HERE / "nanovllm" / "checkout.py"))["problem"]()
 if problem:
     sys.exit(f"error: {problem}")
 
+
+def repository() -> str:
+    """The address of the repository that this checkout was cloned from; "" if there is none."""
+    config = configparser.ConfigParser(strict=False)
+    config.read(HERE / ".git" / "config")
+    url = config.get('remote "origin"', "url", fallback="").removesuffix(".git")
+    url = re.sub(r"^(?:ssh://)?git@([^:/]+)[:/]", r"https://\1/", url)
+    return url if url.startswith("https://") and "@" not in url else ""
+
+
+def long_description(url: str) -> str:
+    """README.md with absolute links, as pages of packages need them."""
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    if not url:
+        return re.sub(r"!\[[^]]*\]\([^)]*\)\n*", "", text)
+    text = re.sub(r"(!\[[^]]*\]\()(?!https?:)", rf"\g<1>{url}/raw/HEAD/", text)
+    return re.sub(r"((?<!!)\[[^]]*\]\()(?!https?:|#)", rf"\g<1>{url}/blob/HEAD/", text)
+
+
+URL = repository()
 setup(
     name="nanovllm",
     version="0.1.0",
     description="A compiler-centric, graph-mode inference engine for large language models",
-    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description=long_description(URL),
     long_description_content_type="text/markdown",
-    license="MIT",
+    license_expression="MIT",
+    license_files=["LICENSE"],
+    keywords="LLM inference, graph compiler, OpenAI-compatible server, CUDA graphs, Ascend NPU",
+    project_urls={
+        "Source": URL,
+        "Documentation": f"{URL}/blob/HEAD/docs/README.md",
+        "Issues": f"{URL}/issues",
+    }
+    if URL
+    else {},
     python_requires=">=3.10",
     classifiers=[
         "Operating System :: MacOS",

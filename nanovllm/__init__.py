@@ -13,13 +13,13 @@ if import_path.begins_with_working_directory():
 
 from typing import TYPE_CHECKING, Any
 
-from nanovllm import checkout
+from nanovllm import checkout, extras
 
 if checkout.problem():
     raise ImportError(checkout.problem())
 
-from nanovllm.compat.engine_args import EngineArgs
-from nanovllm.compat.nano_vllm import install_modules
+from nanovllm.compat import modules
+from nanovllm.compat.engine_args import AsyncEngineArgs, EngineArgs
 from nanovllm.config import EngineConfig
 from nanovllm.llm import LLM
 from nanovllm.prompts import TextPrompt, TokensPrompt
@@ -29,12 +29,14 @@ if TYPE_CHECKING:
     from nanovllm.compat.llm_engine import LLMEngine
     from nanovllm.outputs import CompletionOutput, RequestOutput
     from nanovllm.serving.async_llm import AsyncLLM as AsyncLLM
+    from nanovllm.serving.async_llm import AsyncLLMEngine as AsyncLLMEngine
 
 __version__ = "0.1.0"
 
 # names whose modules import torch, by their module; that of AsyncLLM needs msgspec
 _LATE = {
     "AsyncLLM": "nanovllm.serving.async_llm",
+    "AsyncLLMEngine": "nanovllm.serving.async_llm",
     "LLMEngine": "nanovllm.compat.llm_engine",
     "CompletionOutput": "nanovllm.outputs",
     "RequestOutput": "nanovllm.outputs",
@@ -46,10 +48,16 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'nanovllm' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(_LATE[name]), name)
+    try:
+        module = import_module(_LATE[name])
+    except ModuleNotFoundError as error:
+        if error.name != "msgspec":
+            raise
+        raise ImportError(f"{name} needs msgspec: {extras.install('serve')}") from error
+    return getattr(module, name)
 
 
-install_modules(sys.modules[__name__])
+modules.install()
 
 
 def print_attention_backend_info(device: str = "auto") -> None:
@@ -66,6 +74,7 @@ def print_attention_backend_info(device: str = "auto") -> None:
 # without AsyncLLM: `from nanovllm import *` works without msgspec
 __all__ = [
     "LLM",
+    "AsyncEngineArgs",
     "BeamSearchParams",
     "CompletionOutput",
     "EngineArgs",

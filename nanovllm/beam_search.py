@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from nanovllm import progress
 from nanovllm.prompts import Prompt
 from nanovllm.sampling import BeamSearchParams, SamplingParams
 from nanovllm.schedule.logprobs import Logprob
@@ -66,9 +67,7 @@ def search(
             sequences, key=lambda one: score(one, params.length_penalty, eos_ids), reverse=True
         )
 
-    from tqdm import tqdm  # see LLM._wait
-
-    bar: Any = use_tqdm if callable(use_tqdm) else tqdm
+    bar: Any = use_tqdm if callable(use_tqdm) else progress.bar
     for _ in bar(range(params.max_tokens), desc="beam search", disable=not use_tqdm):
         # all beams of a prompt have the same length
         growing = [several and len(several[0].tokens) < max_len for several in beams]

@@ -11,11 +11,12 @@ from typing import Any
 
 from nanovllm.media import given as media_given
 from nanovllm.media.given import Given
-from nanovllm.prompts import Prompt, PromptTooLong, checked_text
+from nanovllm.prompts import Prompt, checked_text
+from nanovllm.special_text import SpecialText
+from nanovllm.templates import Facts, renderer
 from nanovllm.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
-PROBE = "nanovllm-probe"  # a content that no template writes by itself
 CONTENT_FORMATS = ("auto", "string", "openai")
 
 
@@ -44,6 +45,8 @@ class ChatOptions:
         add_generation_prompt.
     tools: descriptions of functions, for templates that read them.
     chat_template_kwargs: variables of the template, such as {"enable_thinking": False}.
+    special_tokens_as_text: special tokens in contents of users and tools are encoded as text, so
+        that they end no turn and stand for no image. Those of system and assistant messages stay.
     lora_request, mm_processor_kwargs: only None is supported.
     """
 
@@ -53,6 +56,7 @@ class ChatOptions:
     continue_final_message: bool = False
     tools: Sequence[Mapping[str, Any]] | None = None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    special_tokens_as_text: bool = True
     lora_request: None = None
     mm_processor_kwargs: None = None
 
@@ -71,7 +75,7 @@ class ChatOptions:
         return cls(**{**given, "chat_template_kwargs": variables})
 
     def __post_init__(self) -> None:
-        for name in ("add_generation_prompt", "continue_final_message"):
+        for name in ("add_generation_prompt", "continue_final_message", "special_tokens_as_text"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}: it must be True or False")
         if not isinstance(self.chat_template, (str, type(None))):
@@ -103,19 +107,19 @@ def render(
     max_chars: of a conversation in its template. Longer ones are refused before they are encoded.
     drops_variables: variables that the template does not read are left out, not refused.
     """
+    renderer.start()  # beside the import of transformers
     full = tokenizer.for_reading
-    if not (options.chat_template or full.chat_template):
-        raise ValueError("the tokenizer has no chat template: use generate() with plain prompts")
-    # a tokenizer can have several templates, by name
-    template = str(full.get_chat_template(options.chat_template or None, options.tools))
-    if drops_variables and options.chat_template_kwargs:
-        options = _with_read_variables(template, options)
-    _check_variables(template, options)
+    template, facts = _template(tokenizer, options)
+    if drops_variables:
+        options = _with_read_variables(facts.variables, options)
+    _check_variables(facts.variables, options)
     several = _conversations(messages)
     as_parts = options.chat_template_content_format == "openai" or (
-        options.chat_template_content_format == "auto"
-        and not tokenizer.once(f"writes text: {template}", lambda: _writes_text(full, template))
+        options.chat_template_content_format == "auto" and not facts.writes_text
     )
+    special = None
+    if options.special_tokens_as_text:
+        special = tokenizer.once("special text", lambda: SpecialText(tokenizer))
     prompts = []
     for conversation in several:
         bare, media = media_given.from_messages(conversation)
@@ -126,16 +130,36 @@ def render(
                 "no place for it"
             )
         normal = [_message(message, as_parts or bool(media)) for message in bare]
-        text = checked_text("the conversation", _written(full, template, normal, options))
-        if max_chars is not None and len(text) > max_chars:
-            raise PromptTooLong(
-                f"the conversation has {len(text)} characters in its template: at most {max_chars} "
-                "are read"
-            )
-        # the template writes the special tokens itself
-        token_ids = None if media else tokenizer.encode(text, add_special_tokens=False)
+        others = (template, options.tools, options.chat_template_kwargs)
+        marked = None if special is None else special.marked(normal, others)
+        if special is not None and marked is not None:
+            written = _written(full, template, marked.messages, options, max_chars)
+            text = checked_text("the conversation", marked.text(written))
+            token_ids: list[int] | None = special.encode(marked, written)
+        else:
+            text = _written(full, template, normal, options, max_chars)
+            checked_text("the conversation", text)
+            # the template writes the special tokens itself
+            token_ids = None if media else tokenizer.encode(text, add_special_tokens=False)
         prompts.append(Prompt(text, token_ids, media=tuple(media), has_special_tokens=True))
     return prompts
+
+
+def check_template(tokenizer: Tokenizer, options: ChatOptions) -> tuple[str, Facts]:
+    """The template for these options, and what it reads and writes. Raises ValueError if there is
+    none, and UnknownVariable."""
+    template, facts = _template(tokenizer, options)
+    _check_variables(facts.variables, options)
+    return template, facts
+
+
+def _template(tokenizer: Tokenizer, options: ChatOptions) -> tuple[str, Facts]:
+    full = tokenizer.for_reading
+    if not (options.chat_template or full.chat_template):
+        raise ValueError("the tokenizer has no chat template: use generate() with plain prompts")
+    # a tokenizer can have several templates, by name
+    template = str(full.get_chat_template(options.chat_template or None, options.tools))
+    return template, renderer.facts(template, full.special_tokens_map)
 
 
 def _conversations(messages: Any) -> list[list[Mapping[str, Any]]]:
@@ -179,7 +203,13 @@ def _part(part: Any) -> dict[str, str]:
     return {"type": "text", "text": str(part["text"])}
 
 
-def _written(full: Any, template: str, messages: list[dict[str, Any]], options: ChatOptions) -> str:
+def _written(
+    full: Any,
+    template: str,
+    messages: list[dict[str, Any]],
+    options: ChatOptions,
+    max_chars: int | None,
+) -> str:
     """The conversation in the template, with cut arguments as the text that they are.
 
     A template can write them as text, as JSON (then they would be a string in quotes), or read
@@ -195,12 +225,12 @@ def _written(full: Any, template: str, messages: list[dict[str, Any]], options: 
     has_calls = any("tool_calls" in one for one in messages)
     with_marks = _with_arguments(messages, marked) if has_calls else messages
     if not cut:
-        return _apply(full, template, messages, options)
+        return _apply(full, template, messages, options, max_chars)
     try:
-        found = _apply(full, template, with_marks, options)
+        found = _apply(full, template, with_marks, options, max_chars)
     except ValueError:
         as_objects = _with_arguments(messages, lambda text: {"arguments": text})
-        return _apply(full, template, as_objects, options)
+        return _apply(full, template, as_objects, options, max_chars)
     for mark, text in cut.items():
         found = found.replace(f'"{mark}"', text).replace(mark, text)
     return found
@@ -227,25 +257,57 @@ def _with_arguments(
     ]
 
 
-def _apply(full: Any, template: str, messages: list[dict[str, Any]], options: ChatOptions) -> str:
+def _apply(
+    full: Any,
+    template: str,
+    messages: Sequence[Mapping[str, Any]],
+    options: ChatOptions,
+    max_chars: int | None,
+) -> str:
+    variables = {
+        "add_generation_prompt": options.add_generation_prompt,
+        "continue_final_message": options.continue_final_message,
+        "tools": options.tools and list(map(_tool, options.tools)),
+        **options.chat_template_kwargs,
+    }
+    if not messages:
+        raise ValueError("the conversation is empty: it must have at least one message")
+    if _renders_itself(full):
+        return _rendered_by(full, template, messages, variables)
+    # as in transformers' apply_chat_template: many templates would write "None"
+    given = [{key: one for key, one in m.items() if one is not None} for m in messages]
+    return renderer.render(template, given, variables, full.special_tokens_map, max_chars)
+
+
+def _renders_itself(full: Any) -> bool:
+    """Whether the user has assigned a tokenizer with a method of its own for templates."""
+    from transformers import PreTrainedTokenizerBase
+
+    usual = PreTrainedTokenizerBase.apply_chat_template
+    return getattr(type(full), "apply_chat_template", usual) is not usual
+
+
+def _rendered_by(
+    full: Any, template: str, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]
+) -> str:
     try:
         return str(
-            full.apply_chat_template(
-                messages,
-                chat_template=template,
-                tokenize=False,
-                add_generation_prompt=options.add_generation_prompt,
-                continue_final_message=options.continue_final_message,
-                tools=options.tools,
-                **options.chat_template_kwargs,
-            )
+            full.apply_chat_template(messages, chat_template=template, tokenize=False, **variables)
         )
     except Exception as error:  # a template's code can raise any
         raise ValueError(f"the chat template refuses these messages: {error}") from error
 
 
-def _with_read_variables(template: str, options: ChatOptions) -> ChatOptions:
-    read = _variables(template)
+def _tool(given: Any) -> Any:
+    """The description of a tool, which may be a Python function."""
+    if not callable(given):
+        return given
+    from transformers.utils.chat_template_utils import get_json_schema
+
+    return get_json_schema(given)
+
+
+def _with_read_variables(read: frozenset[str], options: ChatOptions) -> ChatOptions:
     given = options.chat_template_kwargs
     kept = {name: one for name, one in given.items() if name in read}
     for name in given.keys() - kept.keys():
@@ -259,8 +321,8 @@ def _note_unread(name: str) -> None:
     logger.info("the chat template does not read the variable %r, which is left out", name)
 
 
-def _check_variables(template: str, options: ChatOptions) -> None:
-    read = _variables(template) - {"messages"}
+def _check_variables(variables: frozenset[str], options: ChatOptions) -> None:
+    read = variables - {"messages"}
     names = [*options.chat_template_kwargs, *(["tools"] if options.tools else [])]
     for name in names:
         if name not in read:
@@ -269,36 +331,3 @@ def _check_variables(template: str, options: ChatOptions) -> None:
                 f"{name!r} is neither an option of chat nor a variable of this chat template, "
                 f"which reads {', '.join(sorted(read))}",
             )
-
-
-@functools.lru_cache(maxsize=16)
-def _variables(template: str) -> frozenset[str]:
-    """The variables that a template reads. Raises ValueError if it is no template."""
-    from jinja2 import Environment, TemplateSyntaxError, meta, nodes
-    from jinja2.ext import Extension
-
-    class Generation(Extension):
-        """The block {% generation %}, which transformers defines."""
-
-        tags = {"generation"}  # noqa: RUF012 (Jinja declares it so)
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.Scope(body, lineno=line)
-
-    environment = Environment(extensions=[Generation, "jinja2.ext.loopcontrols"])
-    try:
-        return frozenset(meta.find_undeclared_variables(environment.parse(template)))
-    except TemplateSyntaxError as error:
-        raise ValueError(f"the chat template cannot be read: {error}") from error
-
-
-def _writes_text(full: Any, template: str) -> bool:
-    """Whether the template writes a content that is a text. Some write lists of parts alone."""
-    messages = [{"role": "user", "content": PROBE}]
-    try:
-        written = full.apply_chat_template(messages, chat_template=template, tokenize=False)
-    except Exception:  # a template may demand a system message: then its content is text, as usual
-        return True
-    return PROBE in written

@@ -11,15 +11,15 @@ import numbers
 import types
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import fields
-from os import PathLike
+from dataclasses import asdict, fields
+from os import PathLike, fspath
 from typing import Any, Union
 
 Rule = tuple[str, Callable[[Any], bool]]  # what a value must be, in words and as a test
 
 
 class InvalidValue(ValueError):
-    """A refused value. field: the option or the field of a request that it was given for."""
+    """A refused value. field: the option, or the field of a request, that has it."""
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(message)
@@ -83,10 +83,17 @@ def check_fields(config: Any, rules: Mapping[str, Rule], secrets: Collection[str
         object.__setattr__(config, option.name, value)
 
 
+def to_options(config: Any) -> dict[str, Any]:
+    """The fields of a checked config, for another process: JSON holds them, and the config's class
+    makes an equal config of them."""
+    return asdict(config)
+
+
 def checked(name: str, value: Any, hint: Any) -> Any:
     """`value` as its annotated type; raises WrongType, a ValueError, if it is of another type.
 
-    A sequence becomes a tuple of checked elements, a mapping a dict of checked keys and values.
+    A sequence becomes a tuple of checked elements, a mapping a dict of checked keys and values, a
+    path its text.
     """
     value = as_python(value)
     origin = typing.get_origin(hint)
@@ -101,10 +108,15 @@ def checked(name: str, value: Any, hint: Any) -> Any:
     if origin is Mapping and arguments:
         key, element = arguments
         return {checked(name, k, key): checked(name, v, element) for k, v in value.items()}
-    return _converted(name, value, hint) if hint in (int, float) else value
+    return _converted(name, value, hint) if hint in (int, float) or origin is PathLike else value
 
 
-def _converted(name: str, value: Any, hint: type) -> Any:
+def _converted(name: str, value: Any, hint: Any) -> Any:
+    if typing.get_origin(hint) is PathLike:
+        text = fspath(value)
+        if not isinstance(text, str):
+            raise WrongType(name, value, "a path of text, not of bytes")
+        return text
     try:
         return hint(value)
     except OverflowError:

@@ -9,15 +9,18 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from nanovllm.checks import Rule, check_fields, refuse_unknown
 from nanovllm.compat.options import translated
 from nanovllm.media.options import LIMITS, MediaOptions
 
-
-def _are_sizes(value: Sequence[int]) -> bool:
-    return all(size >= 1 for size in value)
+# Far above what any machine can use: larger numbers are mistakes, and the allocator's error would
+# not name the option.
+MAX_ROWS, MAX_TOKENS, MAX_LENGTH = 1 << 16, 1 << 20, 1 << 24
+MAX_BLOCKS, MAX_BLOCK_TOKENS = 1 << 31, 1 << 16
+MAX_DEVICES, MAX_DRAFT_TOKENS = 1024, 1024
 
 
 def _are_counts(values: Iterable[object]) -> bool:
@@ -60,8 +63,18 @@ def _one_of(*values: str | None) -> Rule:
     return f"one of {', '.join(map(str, values))}", lambda value: value in values
 
 
-def _whole(low: int, why: str = "") -> Rule:
-    return f"a whole number, at least {low}{why}", lambda value: value >= low
+def _whole(low: int, high: float = math.inf, why: str = "") -> Rule:
+    words = f"a whole number, at least {low}{why}"
+    if high < math.inf:
+        words += f", at most {high}"
+    return words, lambda value: low <= value <= high
+
+
+def _sizes(high: int, *, may_be_empty: bool = False) -> Rule:
+    def is_allowed(value: Sequence[int]) -> bool:
+        return all(1 <= size <= high for size in value) and (may_be_empty or len(value) > 0)
+
+    return f"a list of whole numbers of at least 1, at most {high}", is_allowed
 
 
 # The allowed values of options, beyond their types. None is also allowed where it is the default.
@@ -69,36 +82,30 @@ ALLOWED: dict[str, Rule] = {
     "dtype": _one_of("auto", "float32", "float16", "bfloat16"),
     "attention_backend": _one_of("auto", "triton", "flash_attn", "sdpa"),
     "run_ahead": ("0 or 1", lambda value: value in (0, 1)),
-    "graph_batch_sizes": (
-        "a list of whole numbers of at least 1",
-        lambda value: _are_sizes(value) and len(value) > 0,
-    ),
-    "draft_lengths": ("a list of whole numbers of at least 1", _are_sizes),
-    "vision_patch_budgets": (
-        "a list of whole numbers of at least 1",
-        lambda value: _are_sizes(value) and len(value) > 0,
-    ),
-    "max_num_seqs": _whole(1),
-    "max_num_batched_tokens": _whole(16),
+    "graph_batch_sizes": _sizes(MAX_ROWS),
+    "draft_lengths": _sizes(MAX_DRAFT_TOKENS, may_be_empty=True),
+    "vision_patch_budgets": _sizes(MAX_TOKENS),
+    "max_num_seqs": _whole(1, MAX_ROWS),
+    "max_num_batched_tokens": _whole(16, MAX_TOKENS),
     "max_stall_ms": ("a number above 0, or inf", lambda value: value > 0),
-    "max_model_len": _whole(2, " (one token of the prompt and one of the answer)"),
+    "max_model_len": _whole(2, MAX_LENGTH, " (one token of the prompt and one of the answer)"),
     "gpu_memory_utilization": ("a number in (0, 1]", lambda value: 0 < value <= 1),
-    "num_kvcache_blocks": _whole(2, " (one is for padding)"),
+    "num_kvcache_blocks": _whole(2, MAX_BLOCKS, " (one is for padding)"),
     "kvcache_block_size": (
-        "a multiple of 16, at least 16",
-        lambda value: value >= 16 and value % 16 == 0,
+        f"a multiple of 16, at least 16, at most {MAX_BLOCK_TOKENS}",
+        lambda value: 16 <= value <= MAX_BLOCK_TOKENS and value % 16 == 0,
     ),
     "kv_cache_dtype": _one_of("auto", "fp8"),
     "seed": ("a whole number of 64 bits", lambda value: -(2**63) <= value < 2**63),
-    "tensor_parallel_size": ("at least 1", lambda value: value >= 1),
+    "tensor_parallel_size": _whole(1, MAX_DEVICES),
     "expert_parallel": (
         "True, False or 'auto'",
         lambda value: isinstance(value, bool) or value == "auto",
     ),
-    "data_parallel_size": ("at least 1", lambda value: value >= 1),
+    "data_parallel_size": _whole(1, MAX_DEVICES),
     "distributed_executor_backend": _one_of("mp", "ray"),
     "npu_graph_mode": _one_of("ascend_ir", "aclgraph", "npugraph_ex", None),
-    "npu_graph_options": ("a dict of options by path", lambda value: True),
+    "npu_graph_options": ("a dict of options by path, with JSON values", _is_json_object),
     "expert_offload": (
         "a number of experts per layer, at least 1, or bytes with a unit, such as '8GiB'",
         _is_experts_or_bytes,
@@ -195,6 +202,7 @@ class EngineConfig:
     compile_cache: the folder of artifacts and kernels, which only its owner may access. None:
         NANOVLLM_CACHE.
     tokenizer: the folder or Hub id of another tokenizer. None: the checkpoint's.
+    chat_template: a chat template, or the path of a file with one, in place of the checkpoint's.
     skip_tokenizer_init: load no tokenizer: prompts are token ids, and outputs have no text.
     revision: the branch, tag or commit of a Hub id.
     generation_config: "auto" takes sampling parameters from the checkpoint's generation_config.json
@@ -250,6 +258,7 @@ class EngineConfig:
     compile_cache: str | PathLike[str] | None = None
     compile_cache_mode: str = "auto"
     tokenizer: str | PathLike[str] | None = None
+    chat_template: str | PathLike[str] | None = None
     skip_tokenizer_init: bool = False
     revision: str | None = None
     generation_config: str = "auto"
@@ -273,8 +282,13 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, ALLOWED)
+        for name in ("hf_overrides", "npu_graph_options"):
+            if (given := getattr(self, name)) is not None:
+                # as JSON has it: other processes get the same (`to_options`)
+                object.__setattr__(self, name, json.loads(json.dumps(given)))
         self._check_combinations()
         assert self.media
+        assert self.template is None or self.template
 
     @property
     def media(self) -> MediaOptions:
@@ -284,6 +298,22 @@ class EngineConfig:
         return MediaOptions(
             tuple(self.allowed_media_domains), self.allowed_local_media_path or None, **limits
         )
+
+    @property
+    def template(self) -> str | None:
+        """The chat template that is given, if any. Raises ValueError if it cannot be read."""
+        given = self.chat_template
+        if given is None or (isinstance(given, str) and ("{" in given or "\n" in given)):
+            return given
+        try:
+            text = Path(given).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"chat_template is {str(given)!r}, no template and no file of text: {error}"
+            ) from error
+        if not text.strip():
+            raise ValueError(f"chat_template is {str(given)!r}: the file is empty")
+        return text
 
     @property
     def replicas_option(self) -> str:
@@ -299,6 +329,8 @@ class EngineConfig:
             raise ValueError(
                 f"skip_tokenizer_init=True does not go with tokenizer={str(self.tokenizer)!r}"
             )
+        if self.skip_tokenizer_init and self.chat_template is not None:
+            raise ValueError("skip_tokenizer_init=True does not go with chat_template")
         if not self.pad_batches and not self.enforce_eager:
             raise ValueError("pad_batches=False needs enforce_eager=True: graphs have fixed sizes")
         if not self.fuse and self.enforce_eager:

@@ -6,13 +6,16 @@ import getpass
 import os
 import shlex
 import tempfile
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from nanovllm import ray_note
 from nanovllm.kernels import private
 
+API_KEYS = ("NANOVLLM_API_KEY", "OPENAI_API_KEY")  # variables that no child process needs
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 
@@ -113,6 +116,13 @@ def api_key() -> str | None:
     return os.environ.get("OPENAI_API_KEY") or None
 
 
+def server_api_keys() -> list[str]:
+    """The valid keys of a server, from NANOVLLM_API_KEY, with commas between them. The variable is
+    removed, so that no child process gets it."""
+    keys = os.environ.pop("NANOVLLM_API_KEY", "").split(",")
+    return [key.strip() for key in keys if key.strip()]
+
+
 def ray_address() -> str | None:
     """The Ray cluster to use: RAY_ADDRESS, or the one that `ray start` has noted on this machine.
     None: there is none, RAY_ADDRESS is "local", or another user may have written the note."""
@@ -128,8 +138,12 @@ def may_dump_core() -> bool:
 
 
 def settings() -> dict[str, str]:
-    """The variables of this package that are set, for processes on other machines."""
-    return {name: text for name, text in os.environ.items() if name.startswith("NANOVLLM_")}
+    """The variables of this package that are set, for processes on other machines, without keys."""
+    return {
+        name: text
+        for name, text in os.environ.items()
+        if name.startswith("NANOVLLM_") and name not in API_KEYS
+    }
 
 
 _given: dict[str, str] = {}
@@ -157,6 +171,35 @@ def keep_bytecode(folder: Path) -> None:
     """Have Python processes that this one starts keep bytecode in a folder."""
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     os.environ["PYTHONPYCACHEPREFIX"] = str(folder)
+
+
+def hides_bars() -> bool:
+    """Whether tqdm's own variable, TQDM_DISABLE, turns off progress bars."""
+    return os.environ.get("TQDM_DISABLE", "").lower() not in ("", "0", "false", "no", "off")
+
+
+def is_quiet() -> bool:
+    """Whether the log has warnings and errors only."""
+    return read().log_level in ("WARNING", "ERROR")
+
+
+def be_quiet() -> None:
+    """No progress bars, and only warnings in the log, in this process and in those it starts."""
+    os.environ["TQDM_DISABLE"] = "1"
+    if os.environ.get("NANOVLLM_LOG_LEVEL", "").upper() != "ERROR":
+        os.environ["NANOVLLM_LOG_LEVEL"] = "WARNING"
+
+
+def state_folder() -> Path | None:
+    """XDG_STATE_HOME/nanovllm, by default ~/.local/state/nanovllm; None for a user without a home.
+
+    As the XDG specification says, a relative XDG_STATE_HOME is ignored.
+    """
+    given = os.environ.get("XDG_STATE_HOME", "")
+    home = os.path.expanduser("~")
+    if os.path.isabs(given):
+        return Path(given, "nanovllm")
+    return Path(home, ".local", "state", "nanovllm") if os.path.isabs(home) else None
 
 
 def replace(variables: Mapping[str, str]) -> None:
@@ -196,13 +239,69 @@ def drop_relative() -> None:
                 os.environ[name] = kept[name]
 
 
+def keep_temporary_files(folder: Path) -> None:
+    """Have this process, and programs that it starts, keep their temporary files in a folder."""
+    os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
+
+
+_folders: list[str] = []
+_temporary: dict[str, str] = {}  # TMPDIR before the first of `_folders`
+_changing = threading.Lock()
+
+
+@contextmanager
+def folder_of_compilers(parent: Path, prefix: str) -> Iterator[None]:
+    """Meanwhile programs that this process starts keep their temporary files in a new folder, which
+    is removed: a compiler that is killed leaves them. Where `parent` takes none, nothing changes.
+
+    Several threads may do this at the same time.
+    """
+    tempfile.gettempdir()  # the place of this process's own files stays the same
+    try:
+        folder = tempfile.TemporaryDirectory(dir=parent, prefix=prefix, ignore_cleanup_errors=True)
+    except OSError:
+        yield
+        return
+    with folder as path:
+        _change_folders(_folders.append, path)
+        try:
+            yield
+        finally:
+            _change_folders(_folders.remove, path)
+
+
+def _change_folders(change: Callable[[str], None], path: str) -> None:
+    with _changing:
+        if not _folders:
+            _temporary.clear()
+            _temporary.update({"TMPDIR": os.environ["TMPDIR"]} if "TMPDIR" in os.environ else {})
+        change(path)
+        os.environ.pop("TMPDIR", None)
+        os.environ.update({"TMPDIR": _folders[-1]} if _folders else _temporary)
+
+
+# Variables that a process needs which handles what strangers have sent; others may be secret.
+_HARMLESS = ("HOME", "LANG", "LC_ALL", "LC_CTYPE", "PATH", "TMPDIR", "TZ", "LD_LIBRARY_PATH")
+_HARMLESS_KINDS = ("PYTHON", "NANOVLLM_", "OMP_", "HF_HUB_OFFLINE", "GOMP_", "KMP_")
+
+
+def for_strangers() -> dict[str, str]:
+    """`for_children` for a process that handles grammars, templates, pictures or videos that
+    strangers have sent: only variables that it needs."""
+    return {
+        name: text
+        for name, text in for_children().items()
+        if name in _HARMLESS or name.startswith(_HARMLESS_KINDS)
+    }
+
+
 def for_children() -> dict[str, str]:
-    """The environment for child processes: they import this package from the same place, and
-    nothing from the working directory (`programs.command`)."""
+    """The environment for child processes, without API keys: they import this package from the
+    same place, and nothing from the working directory (`programs.command`)."""
     found = without_relative(os.environ)
     root = str(Path(__file__).absolute().parents[1])
     return {
-        **found,
+        **{name: text for name, text in found.items() if name not in API_KEYS},
         "PYTHONPATH": os.pathsep.join(filter(None, [root, found.get("PYTHONPATH")])),
         "PYTHONSAFEPATH": "1",  # for what children start, from Python 3.11 on
     }

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import re
 import sys
 import textwrap
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
+from fractions import Fraction
 from os import PathLike
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn, Protocol, get_args, get_origin
 
+from nanovllm import flag_file
 from nanovllm.checks import hints
+from nanovllm.typos import nearest
 
 ENTRY = re.compile(r"(\w+(?:, \w+)*): ")  # names at the beginning of a docstring's paragraph
+# numbers as vLLM's command line takes them: 4k is 4000, and 4K is 4096
+NUMBER = re.compile(r"([+-]?\d+)(\.\d+)?([kmgtKMGT]?)", re.ASCII)
+PAIR = re.compile(r"([A-Za-z]\w*)=(.+)")  # image=2
 SWITCHED = {"on": True, "true": True, "off": False, "false": False}
+
+
+CONFIG = "--config"
 
 
 class Arguments(Protocol):
@@ -28,6 +38,7 @@ class Arguments(Protocol):
 class Parser(argparse.ArgumentParser):
     """Names the nearest option for an unknown one, and takes `--a_b` for `--a-b`.
 
+    With an option `--config` it takes the values of a file as its defaults (see `flag_file`).
     Errors are one line: the usage of a command with 50 options would hide them.
     """
 
@@ -38,11 +49,24 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        words = sys.argv[1:] if args is None else list(args)
-        return super().parse_known_args(self._named(words), namespace)
+        words = self._named(sys.argv[1:] if args is None else list(args))
+        if CONFIG in self._option_string_actions:
+            self._take_file(words)
+        return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def _take_file(self, words: list[str]) -> None:
+        """Make the values of the file that `--config` names defaults."""
+        only = argparse.ArgumentParser(prog=self.prog, add_help=False, allow_abbrev=False)
+        only.add_argument(CONFIG)
+        path = only.parse_known_args(words)[0].config
+        if path is not None:
+            try:
+                self.set_defaults(**flag_file.read(self, Path(path)))
+            except (ValueError, OSError) as error:
+                self.error(str(error))
 
     def _named(self, words: list[str]) -> list[str]:
         """The words with hyphens in the names of options. Ends the program for unknown names."""
@@ -61,12 +85,6 @@ class Parser(argparse.ArgumentParser):
                 word = hyphened + mark + value
             found.append(word)
         return found + words[end:]
-
-
-def nearest(name: str, known: Iterable[str], help_command: str) -> str:
-    """The end of a message about an unknown name: what it may have meant, or where names are."""
-    found = difflib.get_close_matches(name, known, n=1)
-    return f": did you mean {found[0]}?" if found else f": see {help_command}"
 
 
 class Switch(argparse.Action):
@@ -91,21 +109,37 @@ class Switch(argparse.Action):
         setattr(namespace, self.dest, value)
 
 
-def add_flags(to: Arguments, options: type, *, skip: Collection[str] = ()) -> None:
+def add_flags(
+    to: Arguments,
+    options: type,
+    *,
+    skip: Collection[str] = (),
+    also: Mapping[str, Sequence[str]] = MappingProxyType({}),
+) -> None:
     """Add a flag for each field of a dataclass but those in `skip`. A flag that is not given leaves
-    nothing in the namespace, so defaults stay with the class."""
+    nothing in the namespace, so defaults stay with the class. `also` has further flags of fields.
+    """
     texts = documented(options)
     for field in fields(options):
         if field.name not in skip:
             text = texts.get(field.name, "") + _default_text(field)
-            add_flag(to, field.name, hints(options)[field.name], text)
+            hint = hints(options)[field.name]
+            add_flag(to, field.name, hint, text, also=also.get(field.name, ()))
 
 
-def add_flag(to: Arguments, name: str, hint: Any, text: str, *, dest: str | None = None) -> None:
-    """Add the flag of one option with an annotated type."""
+def add_flag(
+    to: Arguments,
+    name: str,
+    hint: Any,
+    text: str,
+    *,
+    dest: str | None = None,
+    also: Sequence[str] = (),
+) -> None:
+    """Add the flag of one option with an annotated type, and with `also` under further names."""
     help_text = text.replace("%", "%%")
     reading = {"help": help_text, "default": argparse.SUPPRESS, **_reading(hint)}
-    to.add_argument(f"--{name.replace('_', '-')}", dest=dest or name, **reading)
+    to.add_argument(f"--{name.replace('_', '-')}", *also, dest=dest or name, **reading)
 
 
 def given(args: argparse.Namespace, options: type) -> dict[str, Any]:
@@ -153,12 +187,12 @@ def _reading(hint: Any) -> dict[str, Any]:
     if bool in kinds:
         return {"action": Switch, "metavar": "WHAT"}
     if Mapping in kinds:
-        return {"type": json_value, "metavar": "JSON"}
+        return {"type": mapping, "metavar": "JSON"}
     if kinds == {int, str}:
         return {"type": _number_or_text, "metavar": "N"}
-    for kind, metavar in ((float, "X"), (int, "N")):
+    for kind, reader, metavar in ((float, float, "X"), (int, whole_number, "N")):
         if kind in kinds:
-            return {"type": kind, "metavar": metavar}
+            return {"type": reader, "metavar": metavar}
     return {"type": str, "metavar": "PATH" if PathLike in kinds else "TEXT"}
 
 
@@ -182,3 +216,32 @@ def json_value(text: str) -> Any:
         return json.loads(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {error}") from error
+
+
+def mapping(text: str) -> Any:
+    """JSON, or pairs such as "image=4,video=0"."""
+    pairs = [PAIR.fullmatch(one.strip()) for one in text.split(",")]
+    if not all(pairs):
+        return json_value(text)
+    return {pair[1]: json_or_text(pair[2]) for pair in pairs if pair is not None}
+
+
+def json_or_text(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def whole_number(text: str) -> int:
+    """A whole number: 4096, 4k (4000), 2.5k (2500), 4K (4096); further letters are m, g and t."""
+    match = NUMBER.fullmatch(text)
+    if match is not None:
+        whole, part, letter = match[1], match[2] or "", match[3]
+        base = 1024 if letter.isupper() else 1000
+        value = Fraction(whole + part) * base ** " kmgt".index(letter.lower() or " ")
+        if value.denominator == 1 and (letter.islower() or not part):
+            return int(value)
+    raise argparse.ArgumentTypeError(
+        f"{text!r} is no whole number, such as 4096, 4k (4000) or 4K (4096)"
+    )

@@ -6,12 +6,22 @@ import os
 import re
 from pathlib import Path
 
+from nanovllm import progress
 from nanovllm.tokenizer import has_tokenizer
 
 SEEING = "tiny-qwen3-vl"
 EMBEDDED = ("tiny-qwen3", "tiny-mixtral", SEEING)
 CONFIG_FILES = ["*.json", "*.txt", "*.jinja", "tokenizer.model"]
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
+
+def names_model(text: str) -> bool:
+    """Whether a text has the form of a model's name: `resolve` finds it, or says what is missing.
+    What begins as a path does counts, too."""
+    starts = ("/", "./", "../", "~")
+    is_name = text in EMBEDDED or HUB_ID.fullmatch(text) is not None
+    is_path = text.startswith(starts) and len(text.split()) == 1
+    return is_name or is_path or (bool(text) and Path(os.path.expanduser(text)).is_dir())
 
 
 def resolve(model: str, *, weights: bool = True, revision: str | None = None) -> Path:
@@ -40,6 +50,15 @@ def resolve(model: str, *, weights: bool = True, revision: str | None = None) ->
             f"model {model!r} is neither an embedded model ({', '.join(EMBEDDED)}), nor a folder, "
             "nor a Hub id (owner/name)"
         )
+    return download(model, weights=weights, revision=revision)
+
+
+def download(model: str, *, weights: bool = True, revision: str | None = None) -> Path:
+    """The folder of a Hub id, with the files that `resolve` names. Files that are in the Hub's
+    cache are not downloaded again.
+
+    Raises ValueError for an id or a revision that does not exist, and if the Hub does not answer.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -53,7 +72,11 @@ def resolve(model: str, *, weights: bool = True, revision: str | None = None) ->
         # some repositories hold a second copy of all weights in consolidated*
         return Path(
             snapshot_download(
-                model, revision=revision, allow_patterns=patterns, ignore_patterns=["consolidated*"]
+                model,
+                revision=revision,
+                allow_patterns=patterns,
+                ignore_patterns=["consolidated*"],
+                tqdm_class=progress.silent_class(),
             )
         )
     except RepositoryNotFoundError as error:

@@ -8,9 +8,10 @@ from functools import cached_property
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-from nanovllm import log
+from nanovllm import log, progress
 from nanovllm.compat.nano_vllm import NanoMethods
 from nanovllm.config import EngineConfig
+from nanovllm.engine.interface import NO_PROFILE
 from nanovllm.prompts import AnyPrompts, Prompt, prompt_list
 from nanovllm.replicas.opening import open_engine
 from nanovllm.sampling import BeamSearchParams, SamplingParams
@@ -222,6 +223,12 @@ class LLM(NanoMethods):
 
     embed = classify = reward = score = encode
 
+    def start_profile(self, *_: object, **__: object) -> None:
+        """Refused, like stop_profile: see `nanovllm bench throughput --profile`."""
+        raise ValueError(NO_PROFILE)
+
+    stop_profile = start_profile
+
     def _chat_prompts(self, messages: Any, options: Mapping[str, Any]) -> list[Prompt]:
         from nanovllm.chat import ChatOptions, render
 
@@ -236,9 +243,7 @@ class LLM(NanoMethods):
 
     def _wait(self, owners: Mapping[int, object], use_tqdm: UseTqdm) -> dict[int, Completion]:
         """The completions of requests, with a progress bar."""
-        from tqdm import tqdm  # this takes as long as all other imports of the package
-
-        make_bar = use_tqdm if callable(use_tqdm) else tqdm
+        make_bar = use_tqdm if callable(use_tqdm) else progress.bar
         done: dict[int, Completion] = {}
         num_tokens = 0
         try:

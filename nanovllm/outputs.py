@@ -51,7 +51,9 @@ class CompletionOutput(_Record):
 class RequestOutput(_Record):
     """A prompt with its answers. Keys of an answer read the first one's: `output["text"]`."""
 
-    ABSENT_AS_NONE = ("logprobs", "prompt_logprobs", "lora_request", "encoder_prompt", "error")
+    ABSENT_AS_NONE = (
+        "logprobs", "prompt_logprobs", "lora_request", "encoder_prompt", "metrics", "error",
+    )  # fmt: skip
 
     request_id: str
     prompt: str | None  # None if it was given as token ids

@@ -44,7 +44,7 @@ KEYS = ("prompt", "prompt_token_ids", "multi_modal_data", "cache_salt")
 BYTES = (bytes, bytearray, memoryview)  # iterables of numbers that are no token ids
 
 
-PROMPT = "prompt"  # the field of errors about prompts, in whatever form they were given
+PROMPT = "prompt"  # the field of errors about prompts of any form
 
 
 class PromptRefused(InvalidValue):

@@ -30,8 +30,17 @@ def import_library() -> Any:
 
 
 def load_full(folder: Path) -> Any:
-    """transformers' tokenizer of a folder."""
-    return import_library().from_pretrained(folder)
+    """transformers' tokenizer of a folder. Raises ValueError for one with code of its own."""
+    library = import_library()
+    try:
+        # without a value transformers would ask the user on stdin
+        return library.from_pretrained(folder, trust_remote_code=False)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"the tokenizer in {folder} needs code of its own, which is not run"
+        ) from None
 
 
 class Decoding(NamedTuple):
@@ -59,6 +68,19 @@ class Tokenizer:
         self._full: Any | None = load() if quick is None else None
         self._lock = threading.RLock()
         self._derived: dict[str, Any] = {}
+
+    def use_template(self, template: str) -> None:
+        """Have another chat template than the checkpoint's. Call it before any other method."""
+        load = self._load
+
+        def load_with_template() -> Any:
+            full = load()
+            full.chat_template = template
+            return full
+
+        self._load = load_with_template
+        if self._full is not None:
+            self._full.chat_template = template
 
     @property
     def for_reading(self) -> Any:
@@ -148,19 +170,19 @@ class Tokenizer:
 
     def as_json(self) -> str:
         """The tokenizer in the form of tokenizer.json. Raises ValueError for one without it."""
-        return str(self._backend().to_str())
+        return str(self.backend().to_str())
 
     def num_tokens(self) -> int:
         """One more than the largest id. Raises ValueError as `as_json` does."""
-        return max(self._backend().get_vocab(with_added_tokens=True).values()) + 1
+        return max(self.backend().get_vocab(with_added_tokens=True).values()) + 1
 
     def special_tokens(self) -> dict[int, str]:
         """The texts of special tokens by their ids. Raises ValueError as `as_json` does."""
-        added = self._backend().get_added_tokens_decoder()
+        added = self.backend().get_added_tokens_decoder()
         return {token_id: token.content for token_id, token in added.items() if token.special}
 
-    def _backend(self) -> Any:
-        """The `tokenizers.Tokenizer` that does the work."""
+    def backend(self) -> Any:
+        """The `tokenizers.Tokenizer` that does the work. Raises ValueError if there is none."""
         quick = self._quick
         found = quick if quick is not None else self.for_reading
         found = getattr(found, "backend_tokenizer", found)

@@ -150,7 +150,9 @@ def main() -> int:
         )
         llms = {kind: make_llm(folder, kind, args) for kind in args.ours}
         references = {
-            dtype: AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+            dtype: AutoModelForCausalLM.from_pretrained(
+                folder, dtype=getattr(torch, dtype), trust_remote_code=False
+            ).eval()
             for dtype in args.theirs
         }
     worst = float("inf")

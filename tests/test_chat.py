@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +12,11 @@ from tokenizers import models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from nanovllm.chat import ChatOptions, render
+from nanovllm.checks import to_options
+from nanovllm.config import EngineConfig
 from nanovllm.prompts import Prompt
-from nanovllm.tokenizer import Tokenizer
+from nanovllm.replicas import setups
+from nanovllm.tokenizer import Tokenizer, load_full
 
 TEXT_TEMPLATE = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
@@ -136,3 +141,46 @@ def test_the_variables_of_named_templates_are_checked() -> None:
     assert written(CONVERSATION, named, chat_template="tool_use", tools=[{}, {}]) == "2 tools"
     with pytest.raises(ValueError, match="'enable_thinkin' is neither"):
         written(CONVERSATION, named, enable_thinkin=False)
+
+
+# the option of an engine --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_file", [True, False])
+def test_an_engine_may_have_another_chat_template(is_file: bool, tmp_path: Path) -> None:
+    path = tmp_path / "chat.jinja"
+    path.write_text(TEXT_TEMPLATE)
+    config = EngineConfig("tiny-qwen3", chat_template=path if is_file else TEXT_TEMPLATE)
+    for _ in range(2):  # from the checkpoint, and from the store
+        found = setups.tokenizer(config)
+        assert found is not None
+        (prompt,) = render(found, CONVERSATION, ChatOptions(chat_template_kwargs={}))
+        assert prompt.text == "[user]hi[assistant]"
+    options = to_options(setups.with_full_paths(config))
+    assert options["chat_template"] == TEXT_TEMPLATE, "it needs no file elsewhere"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"chat_template": "missing.jinja"}, "'missing.jinja', no template and no file of text"),
+        ({"chat_template": "EMPTY"}, "the file is empty"),
+        ({"chat_template": "{{x}}", "skip_tokenizer_init": True}, "does not go with chat_template"),
+    ],
+)
+def test_a_template_that_cannot_be_used_is_refused_before_anything_is_loaded(
+    options: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "EMPTY").touch()
+    with pytest.raises(ValueError, match=message):
+        EngineConfig("tiny-qwen3", **options)
+
+
+def test_a_tokenizer_with_code_of_its_own_is_refused_without_a_question(tmp_path: Path) -> None:
+    found = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(found))
+    (tmp_path / "config.json").write_text('{"model_type": "own"}')
+    (tmp_path / "own.py").write_text("raise SystemExit")
+    with pytest.raises(ValueError, match="needs code of its own, which is not run"):
+        load_full(tmp_path)

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import Field, FrozenInstanceError, fields
+from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
+import numpy as np
 import pytest
 
 from nanovllm import EngineConfig
+from nanovllm.api.config import ServerConfig
+from nanovllm.checks import to_options
 from nanovllm.config import num_bytes
+from nanovllm.parallel import ranks as ranks_module
+from nanovllm.replicas import setups
+from nanovllm.startup import ranks
+from nanovllm.startup.compile_farm.process import worker_command
 
 
 def make(**options: Any) -> EngineConfig:
@@ -135,7 +146,10 @@ def test_gpu_memory_utilization_is_a_share(value: Any) -> None:
         ({"run_ahead": 2}, "run_ahead is 2: it must be 0 or 1"),
         ({"run_ahead": -1}, "run_ahead is -1: it must be 0 or 1"),
         ({"run_ahead": True}, "run_ahead is True: it must be 0 or 1"),
-        ({"tensor_parallel_size": 0}, "tensor_parallel_size is 0: it must be at least 1"),
+        (
+            {"tensor_parallel_size": 0},
+            "tensor_parallel_size is 0: it must be a whole number, at least 1",
+        ),
         ({"expert_parallel": "yes"}, "expert_parallel is 'yes': it must be True, False or 'auto'"),
         ({"expert_parallel": 1}, "expert_parallel is 1: it must be True, False or 'auto'"),
         ({"expert_parallel": None}, "expert_parallel is None: it must be True, False or 'auto'"),
@@ -183,3 +197,73 @@ def test_prefetching_experts_needs_offload() -> None:
     with pytest.raises(ValueError, match="expert_prefetch=True needs expert_offload"):
         make(expert_prefetch=True)
     assert make(expert_prefetch=True, expert_offload=2).expert_prefetch
+
+
+EVERYTHING: dict[str, Any] = {
+    "graph_batch_sizes": [4, 2], "max_stall_ms": math.inf, "gpu_memory_utilization": 1,
+    "kvcache_block_size": np.int64(48), "seed": -(2**63), "expert_offload": 3,
+    "hf_overrides": {"rope_scaling": {"factor": 4.0, "short_factor": (1, 2.5)}, "x": None},
+    "npu_graph_options": {"static_kernel_compile": True}, "compile_cache": Path("/tmp/store"),
+    "tokenizer": Path("folder \udcff"), "allowed_local_media_path": Path(__file__).parent,
+    "limit_mm_per_prompt": {"image": 4}, "media_limits": {"max_image_pixels": 10**6},
+}  # fmt: skip
+
+
+def test_options_reach_another_process_exactly_as_they_are() -> None:
+    config = make(**EVERYTHING)
+    read = EngineConfig(**json.loads(json.dumps(to_options(config))))
+    assert read == config and vars(read) == vars(config)
+    assert [type(value) for value in vars(read).values()] == [
+        type(value) for value in vars(config).values()
+    ]
+    server = ServerConfig(ssl_certfile=Path("a.pem"), ssl_keyfile=Path("b.pem"), api_key=["k"])
+    assert ServerConfig(**json.loads(json.dumps(to_options(server)))) == server
+
+
+def test_every_program_that_is_told_options_gets_all_of_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config, told = make(**EVERYTHING), []
+    *_, farm = worker_command(config)
+    told.append(json.loads(farm))
+    setup = setups.setup(
+        config, "x", compile_cache=config.compile_cache, waits_for=None, environment={}
+    )
+    told.append(json.loads(json.dumps(setup))["options"])
+    monkeypatch.setattr(ranks_module.Ranks, "start", lambda setup, *rest: setup)
+    monkeypatch.setattr(ranks, "checkpoint_digest", lambda folder: "")
+    platform = Mock(traits=Mock(max_ranks=None), rank_environment=lambda *rest: {})
+    choice = Mock(config=config, platform=platform, shard=Mock(size=2))
+    told.append(json.loads(json.dumps(ranks.start(choice).ranks))["options"])
+    assert all(EngineConfig(**options) == config for options in told)
+
+
+@pytest.mark.parametrize("name", ["hf_overrides", "npu_graph_options"])
+def test_values_that_no_other_process_can_get_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} is .*: it must be a dict .* with JSON values"):
+        make(**{name: {"x": Path("y")}})
+
+
+def test_a_path_of_bytes_is_refused() -> None:
+    class Bytes:
+        def __fspath__(self) -> bytes:
+            return b"folder"
+
+    with pytest.raises(ValueError, match=r"tokenizer is .*: it must be"):
+        make(tokenizer=Bytes())
+
+
+@pytest.mark.parametrize("value", [10**9, 2**40, 10**30])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "max_num_seqs", "max_num_batched_tokens", "max_model_len", "num_kvcache_blocks",
+        "kvcache_block_size", "graph_batch_sizes", "draft_lengths", "vision_patch_budgets",
+        "tensor_parallel_size", "data_parallel_size",
+    ],
+)  # fmt: skip
+def test_sizes_beyond_any_machine_are_refused_with_the_limit(name: str, value: int) -> None:
+    value *= 1 if name != "num_kvcache_blocks" else 16  # blocks are many if they are small
+    many = name in ("graph_batch_sizes", "draft_lengths", "vision_patch_budgets")
+    with pytest.raises(ValueError, match=rf"{name} is .*{value}.*: it must be .*at most \d+"):
+        make(**{name: [value] if many else value})

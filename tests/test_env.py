@@ -110,3 +110,48 @@ def test_a_compiler_that_is_no_command_is_an_error(monkeypatch: pytest.MonkeyPat
         env.read()
     monkeypatch.setenv("CXX", "  ")
     assert env.read().cxx is None
+
+
+@pytest.mark.parametrize("before", [None, "/before"])
+def test_compilers_have_a_folder_of_their_own_for_a_while(
+    before: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TMPDIR", raising=False)
+    if before is not None:
+        monkeypatch.setenv("TMPDIR", before)
+    own, store = tempfile.gettempdir(), tmp_path / "store"
+    with env.folder_of_compilers(store, ".x-"):
+        assert os.environ.get("TMPDIR") == before, "there is no such folder"
+    store.mkdir()
+    first, second = (env.folder_of_compilers(store, ".x-") for _ in range(2))
+    first.__enter__()
+    second.__enter__()
+    folder = Path(os.environ["TMPDIR"])
+    assert folder.parent == store and len(list(store.iterdir())) == 2
+    (folder / "cc.s").touch()
+    first.__exit__(None, None, None)  # as another thread may do
+    assert Path(os.environ["TMPDIR"]) == folder
+    second.__exit__(None, None, None)
+    assert os.environ.get("TMPDIR") == before and list(store.iterdir()) == []
+    assert tempfile.gettempdir() == own
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (None, ".local/state/nanovllm"),
+        ("relative", ".local/state/nanovllm"),
+        ("{}/x", "x/nanovllm"),
+    ],
+)
+def test_what_a_session_keeps_is_below_the_state_folder(
+    given: str | None, expected: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    if given is not None:
+        monkeypatch.setenv("XDG_STATE_HOME", given.format(tmp_path))
+    assert env.state_folder() == tmp_path / expected
+    without_home(monkeypatch)
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    assert env.state_folder() is None

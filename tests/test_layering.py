@@ -15,7 +15,18 @@ PACKAGE = ROOT / "nanovllm"
 
 # The modules of ours that files of a layer may import, at any depth of the file.
 SETTINGS = tuple(
-    f"nanovllm.{name}" for name in ("checks", "config", "env", "hub", "log", "programs", "sampling")
+    f"nanovllm.{name}"
+    for name in (
+        "checks",
+        "config",
+        "env",
+        "extras",
+        "hub",
+        "log",
+        "programs",
+        "progress",
+        "sampling",
+    )
 )
 BELOW_STARTUP = tuple(
     f"nanovllm.{name}"
@@ -26,12 +37,13 @@ ALLOWED = {
     "compile": ("nanovllm.compile", "nanovllm.kernels"),
     "models": ("nanovllm.models", "nanovllm.kernels"),
     "platforms": ("nanovllm.platforms", "nanovllm.compile", "nanovllm.kernels"),
-    "media": ("nanovllm.media",),
+    "media": ("nanovllm.media", "nanovllm.env", "nanovllm.extras", "nanovllm.programs"),
     "parsers": ("nanovllm.parsers",),
     "structured": (
         "nanovllm.structured",
         "nanovllm.checks",
         "nanovllm.env",
+        "nanovllm.extras",
         "nanovllm.programs",
         "nanovllm.sampling",
         "nanovllm.tokenizer",
@@ -47,6 +59,7 @@ ALLOWED = {
         "nanovllm.runner",
         "nanovllm.schedule.edit_limits",
         "nanovllm.schedule.plan",
+        "nanovllm.schedule.pace",
         "nanovllm.schedule.stall",
         "nanovllm.models",
         "nanovllm.platforms",
@@ -86,6 +99,7 @@ ALLOWED = {
         "nanovllm.startup",
         "nanovllm.replicas.cluster",
         "nanovllm.replicas.opening",
+        "nanovllm.tokenizer",
         *SETTINGS,
     ),
     "replicas": (
@@ -124,6 +138,7 @@ ALLOWED = {
         "nanovllm.open_files",
         "nanovllm.outputs",
         "nanovllm.prompts",
+        "nanovllm.templates",
         "nanovllm.tokenizer",
         "nanovllm.__version__",
         *SETTINGS,
@@ -149,9 +164,8 @@ DEVICELESS = (
 OPTIONS = ("npu_graph_mode", "npu_graph_options")
 # modules that import nothing of ours except each other
 LIGHT = (
-    "checks", "config", "compat/options", "env", "flags", "sampling", "log", "media/options",
-    "structured/params", "kernels/private", "programs",
-    "ray_note",
+    "checks", "config", "compat/options", "env", "flag_file", "flags", "kernels/private", "log",
+    "media/options", "programs", "progress", "ray_note", "sampling", "structured/params", "typos",
 )  # fmt: skip
 
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from tqdm import tqdm
 
 import nanovllm
-from nanovllm import LLM, SamplingParams
+from nanovllm import LLM, SamplingParams, progress
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
 QUESTIONS = ["What is 37 + 45?", "Sort 9 2 7.", "Reverse the word lamp.", "Who are you?"]
@@ -42,9 +43,9 @@ def texts(outputs: list[dict[str, Any]]) -> list[str]:
 
 def test_public_names() -> None:
     assert set(nanovllm.__all__) == {
-        "LLM", "LLMEngine", "EngineArgs", "EngineConfig", "SamplingParams", "BeamSearchParams",
-        "RequestOutputKind", "RequestOutput", "CompletionOutput", "TextPrompt", "TokensPrompt",
-        "print_attention_backend_info",
+        "LLM", "LLMEngine", "AsyncEngineArgs", "EngineArgs", "EngineConfig", "SamplingParams",
+        "BeamSearchParams", "RequestOutputKind", "RequestOutput", "CompletionOutput", "TextPrompt",
+        "TokensPrompt", "print_attention_backend_info",
     }  # fmt: skip
     assert all(hasattr(nanovllm, name) for name in nanovllm.__all__)
 
@@ -140,8 +141,20 @@ def test_logprobs_come_when_asked_for(llm: LLM) -> None:
     )
 
 
-def test_progress_is_shown_on_request(llm: LLM, capfd: pytest.CaptureFixture[str]) -> None:
+def test_progress_is_shown_on_request_where_bars_are_drawn(
+    llm: LLM, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm.generate(["a", "b"], GREEDY)
+    assert capfd.readouterr().err == "", "stderr is no terminal"
+    monkeypatch.setattr(progress, "is_drawn", lambda: True)
     llm.generate(["a", "b"], GREEDY, use_tqdm=False)
     assert capfd.readouterr().err == ""
     llm.generate(["a", "b"], GREEDY)
+    assert "generating" in capfd.readouterr().err
+
+
+def test_bars_of_the_caller_are_drawn_everywhere(
+    llm: LLM, capfd: pytest.CaptureFixture[str]
+) -> None:
+    llm.generate(["a", "b"], GREEDY, use_tqdm=tqdm)
     assert "generating" in capfd.readouterr().err

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def setup_options() -> dict[str, Any]:
     (setup,) = (call for call in calls if ast.unparse(call.func) == "setup")
     found: dict[str, Any] = {}
     for keyword in setup.keywords:
-        if keyword.arg is not None and keyword.arg != "long_description":
+        if keyword.arg not in (None, "long_description", "project_urls"):
             found[keyword.arg] = ast.literal_eval(keyword.value)
     return found
 
@@ -214,3 +215,40 @@ def test_all_folders_with_code_are_packages() -> None:
         ".".join(("nanovllm", *(one for one in parts if one != "nanovllm"))) for parts in found
     }
     assert set(OPTIONS["packages"]) == names
+
+
+def copy_of_tree(folder: Path) -> Path:
+    """The files that git has, in a folder that packaging may fill."""
+    names = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout.split("\0")  # fmt: skip
+    for name in filter(None, names):
+        if (ROOT / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name, follow_symlinks=False)
+    return folder
+
+
+def test_a_source_distribution_has_all_tests_and_links_that_work(tmp_path: Path) -> None:
+    tree = copy_of_tree(tmp_path / "tree")
+    (tree / ".git").mkdir()
+    config = '[remote "origin"]\n\turl = git@example.org:team/nanovllm.git\n'
+    (tree / ".git" / "config").write_text(config)
+    script = "import setuptools.build_meta as b, sys; b.build_sdist(sys.argv[1])"
+    subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], cwd=tree, check=True, capture_output=True
+    )
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as content:
+        names = {name.partition("/")[2] for name in content.getnames()}
+        (info,) = (one for one in content.getmembers() if one.name.count("/") == 1
+                   and one.name.endswith("/PKG-INFO"))  # fmt: skip
+        text = content.extractfile(info).read().decode()  # type: ignore[union-attr]
+    tests = {str(path.relative_to(tree)) for path in (tree / "tests").rglob("*") if path.is_file()}
+    assert tests <= names and {"constraints.txt", "Makefile", "docs/shapes.png"} <= names
+    assert "Project-URL: Source, https://example.org/team/nanovllm" in text
+    assert "License-Expression: MIT" in text and "Keywords: " in text
+    assert "(https://example.org/team/nanovllm/raw/HEAD/docs/numbers.svg)" in text
+    assert "(https://example.org/team/nanovllm/blob/HEAD/docs/tutorial.md)" in text
+    assert not re.search(r"\]\((?!https?:|#)", text)

@@ -23,12 +23,16 @@ from nanovllm import env, programs
 from nanovllm.cli.bench import against_server
 from nanovllm.config import EngineConfig
 from nanovllm.kernels.cpu import build
+from nanovllm.media.decoders import Decoder
+from nanovllm.media.memory import Memory
+from nanovllm.media.options import MediaOptions
 from nanovllm.parallel.ranks import Ranks
 from nanovllm.serving import engine_process
 from nanovllm.serving.supervisor import Service, Supervisor
 from nanovllm.startup.compile_farm import fork_server, process
 from nanovllm.structured.library import Source
 from nanovllm.structured.trials import Trial
+from nanovllm.templates import Renderer
 from tests.parallel.started import MODULE, started
 
 ROOT = Path(__file__).parents[1]
@@ -98,10 +102,27 @@ def run_client(_: Path) -> None:
     asyncio.run(run())
 
 
-@pytest.mark.parametrize(
-    "run", [run_rank, run_trial, run_worker, run_forked_worker, run_client],
-    ids=lambda run: run.__name__,
-)  # fmt: skip
+def run_decoder(_: Path) -> None:
+    with (
+        closing(Decoder(MediaOptions())) as decoder,
+        Memory(1 << 30, 1).part(lambda: None) as part,
+        pytest.raises(ValueError, match="no picture"),
+    ):
+        decoder.picture(b"text", part)
+
+
+def run_template(_: Path) -> None:
+    renderer = Renderer()
+    try:
+        assert renderer.facts("{{ name }}", {}).variables == {"name"}
+    finally:
+        renderer.close()
+
+
+RUNS = [run_rank, run_trial, run_worker, run_forked_worker, run_client, run_decoder, run_template]
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.__name__)
 def test_a_child_runs_no_code_of_the_working_directory(
     hostile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Callable[[Path], None]
 ) -> None:
@@ -198,6 +219,24 @@ def test_an_api_process_finds_the_module_that_the_supervisor_finds(
         Supervisor(Service(config, "users_service:run", listener, options)).run()
     assert (tmp_path / "called").read_text() == "1"
     assert ran(hostile) == []
+
+
+@pytest.mark.parametrize("run", [run_trial, run_decoder, run_template])
+def test_what_strangers_send_is_read_without_the_users_variables(
+    run: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    variables: list[dict[str, str]] = []
+    popen = subprocess.Popen
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        variables.append(kwargs["env"])
+        return popen(*args, **kwargs)
+
+    monkeypatch.setattr(subprocess, "Popen", spy)
+    run(tmp_path)
+    (found,) = variables
+    assert "PATH" in found and not any("secret" in text for text in found.values())
 
 
 def test_children_get_no_relative_folders_to_search(monkeypatch: pytest.MonkeyPatch) -> None:

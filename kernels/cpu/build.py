@@ -219,7 +219,9 @@ def _is_whole(library: Path, recorded: Path) -> bool:
 def _compile(compiler: list[str], flags: list[str], text: bytes, folder: Path) -> bytes:
     with tempfile.TemporaryDirectory(dir=folder, prefix=BUILDING) as scratch:
         out = Path(scratch) / "library.so"
-        command = [*compiler, *flags, "-x", "c++", "-", "-o", str(out)]
+        # a compiler that is killed leaves its temporary files
+        command = ["env", f"TMPDIR={scratch}", *compiler]
+        command += [*flags, "-x", "c++", "-", "-o", str(out)]
         done = subprocess.run(command, input=text, capture_output=True)
         if done.returncode:
             errors = done.stderr.decode(errors="replace").strip()

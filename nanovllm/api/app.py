@@ -143,10 +143,12 @@ class App:
     def _check_key(self, exchange: Exchange) -> None:
         kind, _, key = exchange.header(b"authorization").partition(" ")
         bearer = key.strip() if kind.lower() == "bearer" else ""
-        keys = (bearer, exchange.header(b"x-api-key").strip())  # OpenAI's and Anthropic's
-        if not any(map(self.config.allows, keys)):
+        given = (bearer, exchange.header(b"x-api-key").strip())  # OpenAI's and Anthropic's
+        valid = [one for one in given if self.config.allows(one)]
+        if not valid:
             words = "the request needs a key of this server: Authorization: Bearer KEY"
             raise ApiError(401, words, code="invalid_api_key")
+        exchange.api_key = valid[0]
 
     async def _refuse(self, exchange: Exchange, error: Exception) -> None:
         service, names = self.service, NAMES.get(exchange.scope["path"])

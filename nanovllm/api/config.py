@@ -20,6 +20,8 @@ from nanovllm.parsers import reasoning, tools
 ALWAYS_OPEN = ("/health", "/ready")
 
 
+LOG_LEVELS = ("trace", "debug", "info", "warning", "error", "critical")
+ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)+|")
 HOST_NAME = re.compile(r"\*|[A-Za-z0-9._-]+")
 
 
@@ -75,6 +77,14 @@ ALLOWED: dict[str, Rule] = {
         lambda hosts: all(map(_is_host, hosts)),
     ),
     "allowed_origins": ("a list of origins, such as 'https://example.org'", _are_texts),
+    "root_path": (
+        "a path that begins with '/' and does not end with it",
+        lambda path: ROOT_PATH.fullmatch(path) is not None,
+    ),
+    "uvicorn_log_level": (
+        f"one of {', '.join(LOG_LEVELS)}", lambda value: value in LOG_LEVELS
+    ),
+    "api_processes": ("a whole number, at least 1, at most 1024", lambda value: 1 <= value <= 1024),
     "otlp_traces_endpoint": ("a URL of http or https", _is_url),
     "drain_timeout": ("a number of seconds, at least 0", lambda value: 0 <= value < math.inf),
     "header_timeout": _SECONDS,
@@ -84,7 +94,7 @@ ALLOWED: dict[str, Rule] = {
 } | {
     name: _whole(1)
     for name in (
-        "api_processes", "max_body_bytes", "max_header_bytes", "max_connections", "max_queue_len",
+        "max_body_bytes", "max_header_bytes", "max_connections", "max_queue_len",
         "max_prompts", "max_prompt_chars", "max_n", "max_messages",
     )
 } | {
@@ -99,7 +109,13 @@ class ServerConfig:
 
     host, port: where the server listens. Port 0 is any free one.
     api_key: the valid API keys. A request needs one of them in the header `Authorization: Bearer
-        KEY`. With an empty list requests need no key.
+        KEY`. With an empty list requests need no key. Other users of the machine can see the
+        arguments of a process: prefer `api_key_file` or the variable NANOVLLM_API_KEY, which has
+        keys with commas between them and counts if neither option is set.
+    api_key_file: a file with more valid keys, one a line, that only its owner may read.
+    share_cache_between_keys: requests with different keys share cached prefixes and media. Holders
+        of a key can then find out what other keys' prompts begin with. Off, each key has a cache
+        of its own.
     open_paths: paths that need no key, such as "/metrics" or "/" (the page). /health and /ready
         never need one.
     ssl_certfile, ssl_keyfile: PEM files of a certificate and its key. With them the server
@@ -110,16 +126,24 @@ class ServerConfig:
         beside localhost, loopback addresses and `host`. Requests with others get 421, except those
         for /health and /ready. "*" allows any. Empty: on loopback no others, elsewhere any.
     allowed_origins: origins of web pages whose scripts may read answers (CORS). "*" allows all.
+    root_path: the path below which a proxy shows this server, such as "/models/a". Requests may
+        come with or without it.
+    default_chat_template_kwargs: variables of the chat template for requests that do not give them,
+        such as {"enable_thinking": false}.
     tool_call_parser: the parser of tool calls, such as "hermes". "auto" chooses the one for the
         chat template. "none" refuses requests with tools, unless tool_choice is "none", "required"
         or a named tool.
     reasoning_parser: the parser of reasoning, which answers have as reasoning_content. "auto"
         chooses the one for the chat template. With "none" the reasoning stays in the content.
+    special_tokens_as_text: special tokens in the contents of users and tools, and in names, are
+        encoded as text: a request cannot forge turns. Off, they are special tokens.
     drain_timeout: the seconds that running requests have to finish after SIGTERM.
     api_processes: the number of processes that serve HTTP.
     access_log: log every request: its id, status, tokens and times. Those for /health, /ready,
         /metrics and the page are logged only if they fail.
     log_prompts: log prompts in the access log.
+    uvicorn_log_level: the least level of what the HTTP server logs: "trace", "debug", "info",
+        "warning", "error" or "critical".
     otlp_traces_endpoint: the URL of a collector that receives a span of each request, by OTLP over
         HTTP, such as "http://127.0.0.1:4318/v1/traces".
     max_body_bytes: the longest body of a request.
@@ -147,18 +171,24 @@ class ServerConfig:
     host: str = "127.0.0.1"
     port: int = 8000
     api_key: Sequence[str] = field(default=(), repr=False)
+    api_key_file: str | PathLike[str] | None = None
+    share_cache_between_keys: bool = False
     open_paths: Sequence[str] = ()
     ssl_certfile: str | PathLike[str] | None = None
     ssl_keyfile: str | PathLike[str] | None = None
     served_model_name: Sequence[str] = ()
     allowed_hosts: Sequence[str] = ()
     allowed_origins: Sequence[str] = ()
+    root_path: str = ""
+    default_chat_template_kwargs: Mapping[str, object] | None = None
     tool_call_parser: str = "auto"
     reasoning_parser: str = "auto"
+    special_tokens_as_text: bool = True
     drain_timeout: float = 30.0
     api_processes: int = 1
     access_log: bool = True
     log_prompts: bool = False
+    uvicorn_log_level: str = "error"
     otlp_traces_endpoint: str | None = None
     max_body_bytes: int = 32 << 20
     max_header_bytes: int = 32 << 10

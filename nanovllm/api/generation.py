@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Coroutine, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import msgspec
@@ -72,7 +72,7 @@ async def _with_media(exchange: Exchange, opening: Coroutine[Any, Any, Stream]) 
         return await exchange.unless_gone(opening)
     except InvalidValue:
         raise
-    except ValueError as error:  # the media know nothing of prompts
+    except ValueError as error:  # media have no field of a request
         raise PromptRefused(str(error)) from None
 
 
@@ -109,7 +109,9 @@ class Generation:
         if service.config.log_prompts:
             exchange.record.prompt = "; ".join(str(one.text or one.token_ids) for one in prompts)
         try:
-            for prompt in prompts:
+            for one in prompts:
+                salt = service.salts.of(exchange.api_key, one.cache_salt)
+                prompt = replace(one, cache_salt=salt)
                 opening = engine.open(prompt, params, priority=priority or 0)
                 streams.append(await (_with_media(exchange, opening) if prompt.media else opening))
         except BaseException as error:

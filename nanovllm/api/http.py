@@ -58,6 +58,7 @@ class Exchange:
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, record: Record) -> None:
         self.scope, self.record = scope, record
+        self.api_key = ""  # a valid one
         self._receive, self._send = receive, send
         self.has_started = False
         self.id_headers = [b"x-request-id"]  # in which the answer has the id of the request

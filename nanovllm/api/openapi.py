@@ -78,6 +78,8 @@ def description(service: Service) -> dict[str, Any]:
             "schemas": {**components, "Error": ERROR, "AnthropicError": ANTHROPIC_ERROR}
         },
     }
+    if service.config.root_path:
+        document["servers"] = [{"url": service.config.root_path}]
     if service.config.api_key:
         document["components"]["securitySchemes"] = {
             "key": {"type": "http", "scheme": "bearer"},

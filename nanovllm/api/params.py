@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sized
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from nanovllm.api.bodies import ChatBody, CompletionBody, ResponsesBody, Sampling
@@ -13,13 +13,13 @@ from nanovllm.api.structured import structured_outputs
 from nanovllm.sampling import INT32_MAX, RequestOutputKind, SamplingParams
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
-# fields that go to SamplingParams as they are
-SAME = (
-    "temperature", "top_p", "n", "stop", "seed", "presence_penalty", "frequency_penalty",
-    "logit_bias", "top_k", "min_p", "repetition_penalty", "stop_token_ids", "ignore_eos",
-    "include_stop_str_in_output", "skip_special_tokens", "spaces_between_special_tokens",
-    "truncate_prompt_tokens", "prompt_logprobs", "allowed_token_ids", "bad_words",
-)  # fmt: skip
+# fields of SamplingParams that do not go there as they are
+CHANGED = ("max_tokens", "min_tokens", "structured_outputs")
+SAME = tuple(
+    field.name
+    for field in fields(SamplingParams)
+    if field.name in Sampling.__struct_fields__ and field.name not in CHANGED
+)
 LISTS_OF_TOKENS = ("logit_bias", "allowed_token_ids", "stop_token_ids", "bad_words")
 
 

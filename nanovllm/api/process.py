@@ -12,11 +12,13 @@ from nanovllm import tokenizer
 from nanovllm.api.address import url_of
 from nanovllm.api.config import ServerConfig
 from nanovllm.api.latencies import Latencies
+from nanovllm.api.salts import CacheSalts
 from nanovllm.api.server import Stop, run
 from nanovllm.api.service import Service
 from nanovllm.serving.api_process import ApiProcess
 from nanovllm.serving.client import Client
 from nanovllm.serving.interface import EngineDead
+from nanovllm.templates import renderer
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +29,8 @@ def serve_clients(process: ApiProcess) -> None:
 
 
 async def _serve_clients(process: ApiProcess) -> None:
-    server, engine = ServerConfig(**process.options), process.client()
+    server, engine = ServerConfig(**process.options["server"]), process.client()
+    salts = CacheSalts(server, bytes.fromhex(process.options["cache_secret"]))
     stop = Stop(process.drain_begins())
     try:
         if not await stop.before(_ready(engine)):
@@ -35,7 +38,7 @@ async def _serve_clients(process: ApiProcess) -> None:
         size = Latencies.SIZE_BYTES
         starts = range(0, process.num * size, size)
         latencies = [Latencies(process.memory[start : start + size]) for start in starts]
-        service = Service(engine, server, latencies, process.index)
+        service = Service(engine, server, latencies, process.index, salts)
 
         def ready() -> None:
             if process.index == 0:
@@ -52,10 +55,12 @@ async def _serve_clients(process: ApiProcess) -> None:
 async def _ready(engine: Client) -> None:
     """Wait until the engine is warm, and until what conversations need is loaded: a request must
     not wait for that."""
+    await asyncio.to_thread(renderer.start)  # it imports transformers meanwhile
     await asyncio.to_thread(_import_transformers)
     await engine.ready()
     if engine.tokenizer is not None:
         await asyncio.to_thread(getattr, engine.tokenizer, "for_reading")
+        await asyncio.to_thread(renderer.facts, "", {})  # its process has imported what it needs
 
 
 def _import_transformers() -> None:

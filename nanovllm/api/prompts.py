@@ -14,11 +14,13 @@ from nanovllm.api.config import ServerConfig
 from nanovllm.api.errors import TOO_LONG, ApiError, invalid
 from nanovllm.api.messages import checked_messages, num_chars_of
 from nanovllm.api.tools import check_tools
-from nanovllm.chat import ChatOptions, UnknownVariable, render
+from nanovllm.chat import ChatOptions, UnknownVariable, check_template, render
 from nanovllm.checks import InvalidValue
 from nanovllm.prompts import Prompt, PromptRefused, checked_text
 from nanovllm.schedule.logprobs import SHOW_SPECIAL
 from nanovllm.serving.interface import AsyncEngine
+from nanovllm.templates import renderer
+from nanovllm.tokenizer import Tokenizer
 
 Result = TypeVar("Result")
 
@@ -39,6 +41,9 @@ class PromptMaker:
     def __init__(self, engine: AsyncEngine, config: ServerConfig) -> None:
         self._engine, self._config = engine, config
         self.max_chars = config.max_prompt_chars or CHARS_PER_TOKEN * engine.max_model_len
+        self._variables = dict(config.default_chat_template_kwargs or {})
+        if self._variables:
+            check_defaults(engine.tokenizer, self._variables)
         self._is_warm = False
 
     async def of_completion(self, body: CompletionBody) -> list[Prompt]:
@@ -120,7 +125,7 @@ class PromptMaker:
             body.messages, body.add_generation_prompt, body.continue_final_message, body.tools,
             dict(body.chat_template_kwargs or {}),
         )  # fmt: skip
-        if prompt.token_ids is None:
+        if prompt.token_ids is None or prompt.media:
             raise invalid("messages", "messages have images or sound, which are no tokens of text")
         return prompt.token_ids
 
@@ -140,6 +145,7 @@ class PromptMaker:
         if num_chars > self.max_chars:
             raise self._too_long("messages", num_chars)
         _check_variables(variables)
+        variables = {**self._variables, **variables}
         for name, value in (("tools", tools), (VARIABLES, variables)):
             num = num_chars_of(value) if value else 0
             if num > self.max_chars:
@@ -152,11 +158,14 @@ class PromptMaker:
         options = ChatOptions(
             add_generation_prompt=begins, continue_final_message=going_on, tools=tools or None,
             chat_template_kwargs=variables,
+            special_tokens_as_text=self._config.special_tokens_as_text,
         )  # fmt: skip
         args = (tokenizer, clean, options, self._engine.check_media, self.max_chars)
         try:
             work = partial(render, *args, drops_variables=True)
-            prompt = (await beside(work, num_chars if self._is_warm else INLINE_CHARS + 1))[0]
+            # it waits for a new process, and for other conversations
+            size = num_chars if self._is_warm and renderer.is_ready else INLINE_CHARS + 1
+            prompt = (await beside(work, size))[0]
         except UnknownVariable as error:
             raise invalid(error.name, str(error)) from None
         except InvalidValue:
@@ -180,6 +189,18 @@ async def beside(work: Callable[[], Result], size: int) -> Result:
     """The result of work on a text or list of this size, in a thread if that would block the event
     loop for long."""
     return work() if size <= INLINE_CHARS else await asyncio.to_thread(work)
+
+
+def check_defaults(tokenizer: Tokenizer | None, variables: Mapping[str, Any]) -> None:
+    """Raises ValueError for variables that no conversation of this model could have."""
+    name = "default_chat_template_kwargs"
+    if tokenizer is None or not tokenizer.for_reading.chat_template:
+        raise ValueError(f"{name} is {variables!r}, but the model has no chat template")
+    try:
+        _check_variables(variables)
+        check_template(tokenizer, ChatOptions(chat_template_kwargs=variables))
+    except (ValueError, ApiError) as error:
+        raise ValueError(f"{name} is {variables!r}: {error}") from None
 
 
 def _check_variables(variables: Mapping[str, Any]) -> None:

@@ -18,6 +18,7 @@ from nanovllm.api.app import App, with_cors
 from nanovllm.api.config import ServerConfig
 from nanovllm.api.hosts import Hosts
 from nanovllm.api.protocol import protocol_options
+from nanovllm.api.root_path import below
 from nanovllm.api.service import Service
 from nanovllm.serving.interface import AsyncEngine
 
@@ -73,9 +74,11 @@ async def run(
     refused meanwhile.
     """
     config = service.config
-    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+    uvicorn_logger = logging.getLogger("uvicorn.error")
+    uvicorn_logger.setLevel(uvicorn.config.LOG_LEVELS[config.uvicorn_log_level])
+    uvicorn_logger.handlers = logging.getLogger("nanovllm").handlers
     options = uvicorn.Config(
-        with_cors(App(service, Hosts(config, sock.getsockname()[0]))),
+        below(config.root_path, with_cors(App(service, Hosts(config, sock.getsockname()[0])))),
         ssl_certfile=config.ssl_certfile,
         ssl_keyfile=config.ssl_keyfile,
         timeout_graceful_shutdown=CLOSE_S,

@@ -17,6 +17,7 @@ from nanovllm.api.http import Exchange
 from nanovllm.api.latencies import Latencies
 from nanovllm.api.params import ParamsMaker
 from nanovllm.api.prompts import PromptMaker
+from nanovllm.api.salts import CacheSalts
 from nanovllm.api.tools import Readings
 from nanovllm.api.traces import Traces
 from nanovllm.media.given import KINDS, Given
@@ -35,11 +36,14 @@ class Service:
         config: ServerConfig,
         latencies: Sequence[Latencies] = (),
         index: int = 0,
+        salts: CacheSalts | None = None,
     ) -> None:
-        """latencies: of all API processes. index: of this one."""
+        """latencies: of all API processes. index: of this one. salts: None for those of a server
+        with a single API process."""
         self.latencies = latencies or [Latencies()]
         self.own_latencies = self.latencies[index]
         self.engine, self.config = engine, config
+        self.salts = salts or CacheSalts(config, secrets.token_bytes())
         self.model_names = config.model_names(engine.config.model)
         self.model = self.model_names[0]
         self.created = int(time.time())

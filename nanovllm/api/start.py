@@ -6,15 +6,15 @@ start of the engine.
 
 from __future__ import annotations
 
-import os
-from dataclasses import asdict
-from typing import Any
+import secrets
 
 from nanovllm import log
 from nanovllm.api import tls, traces
 from nanovllm.api.address import bind
 from nanovllm.api.config import ServerConfig
+from nanovllm.api.keys import with_keys
 from nanovllm.api.latencies import Latencies
+from nanovllm.checks import to_options
 from nanovllm.config import EngineConfig
 from nanovllm.serving import supervisor
 
@@ -24,6 +24,7 @@ TARGET = "nanovllm.api.process:serve_clients"
 def serve(engine: EngineConfig, server: ServerConfig) -> int:
     """See `nanovllm.api.serve`."""
     log.configure()
+    server = with_keys(server)
     tls.check(server)
     if server.otlp_traces_endpoint is not None:
         traces.check_installed()
@@ -32,18 +33,10 @@ def serve(engine: EngineConfig, server: ServerConfig) -> int:
             config=engine,
             target=TARGET,
             listener=listener,
-            options=_as_json(server),
+            options={"server": to_options(server), "cache_secret": secrets.token_hex()},
             num_api_processes=server.api_processes,
             drain_timeout=server.drain_timeout,
             max_queued=server.max_queue_len,
             shared_bytes=server.api_processes * Latencies.SIZE_BYTES,
         )
         return supervisor.Supervisor(service).run()
-
-
-def _as_json(server: ServerConfig) -> dict[str, Any]:
-    """The options as JSON has them, for `ServerConfig`."""
-    return {
-        name: os.fspath(one) if isinstance(one, os.PathLike) else one
-        for name, one in asdict(server).items()
-    }

@@ -13,6 +13,8 @@ import time
 from collections.abc import Mapping
 from typing import Protocol
 
+from nanovllm import extras
+
 PACKAGES = ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http")
 MAX_WAITING = 2048  # spans; more are dropped while the collector does not answer
 CLOSE_S = 3.0
@@ -29,7 +31,7 @@ def check_installed() -> None:
         if not is_there:
             raise ValueError(
                 f"otlp_traces_endpoint needs {name}, which is not installed: "
-                "pip install 'nanovllm[traces]'"
+                f"{extras.install('traces')}"
             )
 
 

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
+from nanovllm import progress
 from nanovllm.batch.output import InOrder, Output
 from nanovllm.batch.results import Result
 from nanovllm.batch.rows import Line, Scan, read_lines, scan
@@ -102,7 +101,7 @@ class Job:
         worker = make_worker(summary.num_left)
         started = time.perf_counter()
         counts: dict[str, Any] = {"total": summary.num_rows, "initial": summary.num_before}
-        bar = tqdm(unit="row", desc="rows", disable=not show_progress, dynamic_ncols=True, **counts)
+        bar = progress.bar(unit="row", desc="rows", disable=not show_progress, **counts)
         try:
             with bar, open(self._source, "rb") as file:
                 file.seek(self._scan.next_offset)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,8 +126,11 @@ def parse(line: Line) -> Row:
     """The row of a line. Raises Refused for what is no row."""
     if line.text is None:
         raise Refused(f"the line has {line.num_bytes} bytes: at most {MAX_LINE_BYTES} are read")
+    numbers = _Numbers()
     try:
-        found = json.loads(line.text.decode("utf-8"), parse_constant=_refuse_constant)
+        found = json.loads(
+            line.text.decode("utf-8"), parse_float=numbers.read, parse_constant=numbers.read
+        )
     except RecursionError:
         raise Refused("the line is no valid JSON: it is nested too deeply") from None
     except ValueError as error:
@@ -133,6 +138,9 @@ def parse(line: Line) -> Row:
     if not isinstance(found, dict):
         raise Refused(f"the line is {_shown(found)}: it must be a JSON object")
     row_id = found.get("id")
+    if not numbers.are_finite and (path := _not_finite(found)):
+        is_own = re.match(r"id\b", path)
+        raise Refused(f"{path[:200]} is no finite number", None if is_own else row_id)
     unknown = [key for key in found if key not in KEYS]
     if "custom_id" in unknown:
         words = "the row is one of OpenAI's batch files: give what its body has as messages or "
@@ -166,5 +174,30 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:100]}…"
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON value")
+class _Numbers:
+    """Reads numbers, and notes whether one of them is NaN or infinite: 1e999 is."""
+
+    def __init__(self) -> None:
+        self.are_finite = True
+
+    def read(self, text: str) -> float:
+        value = float(text)
+        self.are_finite = self.are_finite and math.isfinite(value)
+        return value
+
+
+def _not_finite(value: Any) -> str:
+    """The path of a number that is NaN or infinite, such as `params.temperature` or `id[2]`; empty
+    if there is none."""
+    left = [("", value)]  # not by recursion: what is read may be nested deeply
+    while left:
+        path, one = left.pop()
+        if isinstance(one, float) and not math.isfinite(one):
+            return path
+        inner: list[tuple[str, Any]] = []
+        if isinstance(one, dict):
+            inner = [(f"{path}.{key}" if path else key, item) for key, item in one.items()]
+        elif isinstance(one, list):
+            inner = [(f"{path}[{i}]", item) for i, item in enumerate(one)]
+        left += reversed(inner)
+    return ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,6 +19,9 @@ from nanovllm.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from nanovllm.engine.sharing import SharedEngine
+    from nanovllm.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 ROWS_PER_SEQUENCE = 2  # rows in the engine for each sequence that runs
 
@@ -83,6 +87,7 @@ class EngineWorker:
             return
         try:
             prompt, params = self._prompt(row), self._params(row, line.row)
+            self._note_raw_prompt(row, line.row)
             prompt = self._shared.engine.encoded(prompt)
             with self._shared.exclusive() as engine:
                 request_id = engine.add_request(prompt, params, incremental=False)
@@ -123,6 +128,18 @@ class EngineWorker:
         options = ChatOptions.from_options(self._settings.chat)
         return render(engine.tokenizer, row.messages, options, engine.check_media)[0]
 
+    def _note_raw_prompt(self, row: Row, number: int) -> None:
+        """Warn once in a process if a model for chats gets a text that is in no chat template: it
+        often answers with nothing."""
+        tokenizer = self._shared.engine.tokenizer
+        if tokenizer is None or not isinstance(row.prompt, str):
+            return
+        special = tokenizer.once("special texts of chats", lambda: _special_texts(tokenizer))
+        if special is None or any(text in row.prompt for text in special):
+            return
+        model = self._shared.engine.config.model
+        tokenizer.once("warned of raw prompts", lambda: _warn_of_raw_prompt(number, model))
+
     def _params(self, row: Row, number: int) -> SamplingParams:
         """The row's parameters over those of the settings over the checkpoint's.
 
@@ -136,6 +153,23 @@ class EngineWorker:
         if params.seed is None:
             params.seed = drawn_seed(engine.config.seed, number)
         return params
+
+
+def _special_texts(tokenizer: Tokenizer) -> list[str] | None:
+    """The texts of special tokens, which chat templates write; None without a chat template."""
+    if not tokenizer.for_reading.chat_template:
+        return None
+    try:
+        return list(tokenizer.special_tokens().values())
+    except ValueError:  # a tokenizer without tokenizer.json
+        return list(tokenizer.for_reading.all_special_tokens)
+
+
+def _warn_of_raw_prompt(number: int, model: str) -> None:
+    logger.warning(
+        "row %d has a prompt without the chat template of %s, which may answer nothing to it: give "
+        "conversations as messages (said once, for the first such row)", number, model,
+    )  # fmt: skip
 
 
 def _known(params: Mapping[str, Any]) -> Mapping[str, Any]:

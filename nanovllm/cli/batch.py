@@ -17,6 +17,7 @@ from pathlib import Path
 
 from nanovllm import log
 from nanovllm.cli.engine_options import add_engine_options, engine_config
+from nanovllm.cli.watch import add_quiet
 from nanovllm.flags import Parser, json_value
 
 USAGE = "INPUT -o OUTPUT [options]"
@@ -36,6 +37,7 @@ def add_arguments(parser: Parser) -> None:
     add("--chat-options", type=json_value, metavar="JSON", help=chat)
     progress = argparse.BooleanOptionalAction
     add("--progress", action=progress, default=True, help="show a progress bar")
+    add_quiet(parser)
     add_engine_options(parser)
 
 

@@ -4,63 +4,86 @@
     nanovllm chat --url http://127.0.0.1:8000
 
 Ctrl-C ends an answer, Ctrl-D the program. /new begins a new conversation, /system TEXT does so with
-a system message, /again asks for another answer, /quit ends.
+a system message, /file PATH attaches an image or a text to the next message, /again asks for
+another answer, /quit ends. A message of several lines is pasted, or stands between two \"\"\".
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
-from nanovllm.cli import talk
-from nanovllm.flags import Parser, nearest
+from nanovllm.cli import attach, talk
+from nanovllm.cli.input_lines import Input
+from nanovllm.flags import Parser
+from nanovllm.tools import terminal
 from nanovllm.tools.command_line import MISTAKES
+from nanovllm.typos import nearest
 
 USAGE = "[MODEL] [options]"
-COMMANDS = ("/new", "/system", "/again", "/quit", "/help")
+COMMANDS = ("/new", "/system", "/file", "/again", "/quit", "/help")
 HELP = """/new: forget the conversation
 /system TEXT: begin a new one with this system message; without TEXT: with none
+/file PATH: attach an image or a text to the next message
 /again: another answer to the last message
-/quit: end, as Ctrl-D does"""
+/quit: end, as Ctrl-D does
+A message of several lines is pasted, or stands between two \"\"\"."""
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("--system", metavar="TEXT", help="the system message")
+    add_conversation(parser)
     talk.add_arguments(parser, positional=True)
+
+
+def add_conversation(parser: Parser) -> None:
+    """Add the options of a conversation, which `run` has, too."""
+    add = parser.add_argument
+    add("--system", metavar="TEXT", help="the system message")
+    attached = "an image or a text for the first message; may be given several times"
+    add("--file", metavar="PATH", action="append", default=[], help=attached)
+    kept = "keep what is typed in a terminal for later sessions (default: yes)"
+    add("--history", action=argparse.BooleanOptionalAction, default=True, help=kept)
 
 
 def main(args: argparse.Namespace) -> None:
     """Talk until the end of the input. Raises ValueError and OSError for wrong options."""
+    parts = [attach.read(name) for name in args.file]
     model = talk.open_model(args)
     if not model.has_template:
         raise ValueError("the model has no chat template: use nanovllm run --raw")
-    if sys.stdin.isatty():
-        import readline  # noqa: F401 (input() then edits lines)
-    chat = Chat(model, args.system)
-    while chat.turn():
-        pass
+    chat = Chat(model, args.system, Input(has_history=args.history), parts)
+    try:
+        while chat.turn():
+            pass
+    finally:
+        chat.input.close()
 
 
 class Chat:
     """A conversation and its commands."""
 
-    def __init__(self, model: talk.Model, system: str | None) -> None:
-        self.model = model
+    def __init__(
+        self, model: talk.Model, system: str | None, source: Input, parts: list[attach.Part]
+    ) -> None:
+        """`parts` are attached to the first message."""
+        self.model, self.input, self.parts = model, source, parts
         self._begin(system)
 
     def turn(self) -> bool:
-        """Read a line and carry it out. Returns False at the end of the input."""
+        """Read a message or a command and carry it out. Returns False at the end of the input."""
         try:
-            line = input("> " if sys.stdin.isatty() else "").strip()
+            line = self.input.read()
         except EOFError:
             return False
         except KeyboardInterrupt:
             print("\n(Ctrl-D or /quit ends)")
             return True
-        if line.startswith("/"):
+        if line.startswith("/") and "\n" not in line:
             return self._command(*line.partition(" ")[::2])
         if line:
-            self.messages.append({"role": "user", "content": line})
+            content, self.parts = attach.content(line, self.parts), []
+            self.messages.append({"role": "user", "content": content})
             self._answer()
         return True
 
@@ -71,6 +94,8 @@ class Chat:
             self._begin(self.system)
         elif name == "/system":
             self._begin(text.strip() or None)
+        elif name == "/file":
+            self._attach(text.strip())
         elif name == "/again":
             if self.messages and self.messages[-1]["role"] == "assistant":
                 self.messages.pop()
@@ -82,9 +107,17 @@ class Chat:
             print(f"unknown command {name}{nearest(name, COMMANDS, '/help')}")
         return True
 
+    def _attach(self, path: str) -> None:
+        try:
+            self.parts.append(attach.read(path))
+        except (ValueError, OSError) as error:
+            print(f"error: {terminal.printable(str(error))}", file=sys.stderr)
+
     def _begin(self, system: str | None) -> None:
         self.system = system
-        self.messages = [] if system is None else [{"role": "system", "content": system}]
+        self.messages: list[dict[str, Any]] = []
+        if system is not None:
+            self.messages.append({"role": "system", "content": system})
 
     def _answer(self) -> None:
         """Show and keep the answer to the last message; drop the message if there is none."""
@@ -99,7 +132,7 @@ class Chat:
         except KeyboardInterrupt:
             _show(" …")
         except MISTAKES as error:
-            print(f"\nerror: {error}", file=sys.stderr)
+            print(f"\nerror: {terminal.printable(str(error))}", file=sys.stderr)
             if not texts:
                 self.messages.pop()
                 return
@@ -108,4 +141,4 @@ class Chat:
 
 
 def _show(text: str) -> None:
-    print(text, end="", flush=True)
+    terminal.write(text, sys.stdout)

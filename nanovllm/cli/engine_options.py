@@ -8,9 +8,27 @@ from typing import Any
 
 from nanovllm.compat.engine_args import DEFAULT_MODEL, add_engine_flags, given_engine_options
 from nanovllm.config import EngineConfig
-from nanovllm.flags import Parser
+from nanovllm.flags import CONFIG, Parser
 
 MODEL_HELP = "an embedded model, a folder or a Hub id"
+
+
+class _Model(argparse.Action):
+    """The model, which may be given as a word and as an option, but not two models."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        if values is self.default:
+            return  # there is no word; a file of options may have made this the default
+        earlier = getattr(namespace, "given_model", values)
+        if earlier != values:
+            parser.error(f"MODEL is {earlier!r} and {values!r}: give one of them")
+        namespace.model = namespace.given_model = values
 
 
 def add_engine_options(
@@ -20,9 +38,11 @@ def add_engine_options(
     `LLM` but those in `skip`."""
     default = f"{MODEL_HELP} (default: {DEFAULT_MODEL})"
     if positional:
-        parser.add_argument("model_word", metavar="MODEL", nargs="?", help=default)
+        parser.add_argument("model", metavar="MODEL", nargs="?", action=_Model, help=default)
         default = "the same as MODEL"
-    parser.add_argument("--model", metavar="MODEL", help=default)
+    parser.add_argument("--model", metavar="MODEL", action=_Model, help=default)
+    text = "a YAML file with options of this command, such as `port: 8000`; others count before it"
+    parser.add_argument(CONFIG, metavar="FILE", help=text)
     group = parser.add_argument_group(
         "options of the engine", "Those of LLM. Names of vLLM's for them are understood, too."
     )
@@ -32,12 +52,9 @@ def add_engine_options(
 def engine_options(
     args: argparse.Namespace, *, skip: Collection[str] = ()
 ) -> tuple[str, dict[str, Any]]:
-    """(model, options that were given). Raises ValueError for two different models."""
-    word = getattr(args, "model_word", None)
-    if word is not None and args.model not in (None, word):
-        raise ValueError(f"MODEL is {word!r}, but --model is {args.model!r}: give one of them")
+    """(model, options that were given)."""
     options = given_engine_options(args, skip={"model", *skip})
-    return word or args.model or DEFAULT_MODEL, options
+    return args.model or DEFAULT_MODEL, options
 
 
 def engine_config(args: argparse.Namespace, *, skip: Collection[str] = ()) -> EngineConfig:

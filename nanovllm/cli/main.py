@@ -8,15 +8,17 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 from nanovllm import env, programs
-from nanovllm.flags import Parser, nearest
+from nanovllm.flags import Parser
 from nanovllm.startup import bytecode
 from nanovllm.tools import command_line
+from nanovllm.typos import nearest
 
 INTERRUPTED = 130  # the exit status of a shell command after Ctrl-C
 
 
 class Command(NamedTuple):
-    """A module with `USAGE`, `add_arguments(parser)` and `main(args)`, and what it does.
+    """A module with `USAGE`, `add_arguments(parser)` and `main(args)`, and what it does. It may
+    have `PARSE`, another method of the parser than `parse_args`.
 
     has_engine: an engine runs in this process or a child of it, so torch is imported.
 
@@ -42,8 +44,14 @@ COMMANDS = {
     "cache": Command(
         "nanovllm.cli.cache", "list, verify or prune compiled programs", has_engine=False
     ),
+    "list": Command("nanovllm.cli.list_models", "list the models that are here", has_engine=False),
+    "pull": Command("nanovllm.cli.pull", "download a model", has_engine=False),
+    "rm": Command("nanovllm.cli.rm", "remove downloaded models", has_engine=False),
     "report": Command("nanovllm.cli.report", "draw a step with the cost of each kernel"),
     "info": Command("nanovllm.cli.info", "devices of this machine, and an engine's choices"),
+    "completion": Command(
+        "nanovllm.cli.completion", "a script that completes commands in a shell", has_engine=False
+    ),
 }
 
 
@@ -83,12 +91,12 @@ def run(name: str, words: Sequence[str] | None = None, *, program: str = "") -> 
 
     `program` is the name of a script that stands for the command.
     """
-    module: Any = import_module(COMMANDS[name].module)
     program = program or f"nanovllm {name}"
-    parser = Parser(prog=program, usage=f"{program} {module.USAGE}", description=module.__doc__)
-    module.add_arguments(parser)
+    module, parser = load(name, program)
     try:
-        args = parser.parse_args(words)
+        args = getattr(module, "PARSE", Parser.parse_args)(parser, words)
+        if getattr(args, "quiet", False):
+            env.be_quiet()
         programs.begin()
         env.drop_relative()
         if COMMANDS[name].has_engine:
@@ -98,6 +106,14 @@ def run(name: str, words: Sequence[str] | None = None, *, program: str = "") -> 
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def load(name: str, program: str) -> tuple[Any, Parser]:
+    """(module, parser) of a command."""
+    module: Any = import_module(COMMANDS[name].module)
+    parser = Parser(prog=program, usage=f"{program} {module.USAGE}", description=module.__doc__)
+    module.add_arguments(parser)
+    return module, parser
 
 
 def _overview(program: str, group: str) -> str:

@@ -21,10 +21,12 @@ from typing import TYPE_CHECKING
 
 from nanovllm import env, log
 from nanovllm.cli.engine_options import add_engine_options, engine_config
+from nanovllm.cli.watch import Watch, add_quiet
 from nanovllm.flags import Parser
 
 if TYPE_CHECKING:
     from nanovllm.config import EngineConfig
+    from nanovllm.startup.choose import Choice
     from nanovllm.startup.compile_farm.tasks import Outcome
 
 USAGE = "[MODEL] [--out DIR] [options]"
@@ -40,6 +42,7 @@ def add_arguments(parser: Parser) -> None:
         default=argparse.SUPPRESS)  # fmt: skip
     jobs = "processes; default: half the cores, at most 8; 1 on an NPU"
     add("--jobs", type=int, metavar="N", help=jobs)
+    add_quiet(parser)
     add_engine_options(parser, positional=True)
 
 
@@ -64,22 +67,33 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _filled(config: EngineConfig, jobs: int | None) -> list[Outcome] | None:
-    """What was compiled, bucket by bucket, with a progress bar. None if a process has failed."""
-    from tqdm import tqdm
-
+    """What was compiled, bucket by bucket, and how far it is. None if a process has failed."""
     from nanovllm.startup.compile_farm.farm import WorkerFailed
     from nanovllm.startup.precompile import fill  # imports torch
 
-    with tqdm(desc="compiling", unit="bucket", dynamic_ncols=True) as bar:
+    watch = Watch("compiling", "buckets")
 
-        def progress(outcome: Outcome, num_buckets: int) -> None:
-            bar.total = num_buckets
-            bar.set_postfix_str(f"{outcome.bucket[0]} {outcome.bucket[1]}")
-            bar.update()
+    def begin(choice: Choice) -> None:
+        watch.total = len(choice.spec.layout.buckets)
+        cfg, device = choice.model.config, choice.platform.device
+        _say_what(config, f"{cfg.architecture}, {cfg.num_layers} layers", device, watch.total)
 
-        try:
-            return fill(config, jobs, progress)
-        except WorkerFailed as error:
-            bar.close()
-            print(f"nanovllm precompile: {error}", file=sys.stderr)
-            return None
+    def progress(outcome: Outcome, num_buckets: int) -> None:
+        watch.note = f"{outcome.bucket[0]} {outcome.bucket[1]}"
+        watch.update()
+
+    try:
+        with watch:
+            return fill(config, jobs, progress, begin)
+    except WorkerFailed as error:
+        print(f"nanovllm precompile: {error}", file=sys.stderr)
+        return None
+
+
+def _say_what(config: EngineConfig, shape: str, device: object, num_buckets: int) -> None:
+    if not env.is_quiet():
+        store = config.compile_cache or env.read().store_folder(None)
+        print(
+            f"compiling {config.model} ({shape}) for {device} into {store}: {num_buckets} buckets",
+            flush=True,
+        )

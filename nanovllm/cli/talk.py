@@ -8,25 +8,48 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from nanovllm import env
 from nanovllm.checks import hints
 from nanovllm.cli import http
 from nanovllm.cli.engine_options import add_engine_options, engine_options
+from nanovllm.cli.watch import add_quiet
 from nanovllm.flags import Parser, add_flag, documented, json_value
 from nanovllm.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from nanovllm.llm import LLM
+    from nanovllm.prompts import Prompt
 
 # The parameters that matter for one answer in a terminal. The seed is the engine's option.
 SAMPLING = (
     "temperature", "top_p", "top_k", "min_p", "max_tokens", "min_tokens", "repetition_penalty",
     "presence_penalty", "frequency_penalty", "stop", "ignore_eos",
 )  # fmt: skip
-Messages = Sequence[Mapping[str, str]]
+Messages = Sequence[Mapping[str, Any]]
 Write = Callable[[str], None]
+
+
+class Reply(NamedTuple):
+    """A whole answer. num_prompt, num_output: tokens."""
+
+    model: str
+    text: str
+    reasoning: str
+    finish_reason: str | None
+    num_prompt: int
+    num_output: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Without a reasoning_content that is empty; usage as in OpenAI's API."""
+        usage = {
+            "prompt_tokens": self.num_prompt, "completion_tokens": self.num_output,
+            "total_tokens": self.num_prompt + self.num_output,
+        }  # fmt: skip
+        reasoning = {"reasoning_content": self.reasoning} if self.reasoning else {}
+        end = {"finish_reason": self.finish_reason, "usage": usage, "model": self.model}
+        return {"text": self.text, **reasoning, **end}
 
 
 class Model(Protocol):
@@ -43,6 +66,10 @@ class Model(Protocol):
         """Write the text that continues a prompt."""
         ...
 
+    def ask(self, asked: Messages | str) -> Reply:
+        """The whole answer to a conversation, or the text that continues a prompt."""
+        ...
+
     @property
     def has_template(self) -> bool: ...
 
@@ -53,6 +80,7 @@ def add_arguments(parser: Parser, *, positional: bool) -> None:
     add("--url", help="ask the server at this URL, such as http://127.0.0.1:8000")
     add("--api-key", metavar="KEY", help="of the server (default: the variable OPENAI_API_KEY)")
     template = 'variables of the chat template, such as {"enable_thinking": false}'
+    add_quiet(parser)
     add("--chat-template-kwargs", type=json_value, metavar="JSON", default={}, help=template)
     sampling = parser.add_argument_group("sampling parameters", "Those of SamplingParams.")
     texts, types = documented(SamplingParams), hints(SamplingParams)
@@ -83,8 +111,7 @@ def open_model(args: argparse.Namespace) -> Model:
         raise ValueError(f"{flag} is an option of an engine: it does not go with --url")
     if variables:
         sampling["chat_template_kwargs"] = variables
-    name = args.model or getattr(args, "model_word", None)
-    return ServedModel(args.url, args.api_key or env.api_key(), name, sampling)
+    return ServedModel(args.url, args.api_key or env.api_key(), args.model, sampling)
 
 
 class LocalModel:
@@ -102,11 +129,29 @@ class LocalModel:
         return tokenizer is not None and bool(tokenizer.for_reading.chat_template)
 
     def answer(self, messages: Messages, write: Write, think: Write) -> None:
-        (ids,) = self.llm.chat_prompts(messages, chat_template_kwargs=self.variables)
-        self._stream({"prompt_token_ids": ids}, write)
+        self._stream(self._rendered(messages), write)
 
     def complete(self, prompt: str, write: Write) -> None:
         self._stream(prompt, write)
+
+    def ask(self, asked: Messages | str) -> Reply:
+        prompt = asked if isinstance(asked, str) else self._rendered(asked)
+        (found,) = self.llm.generate([prompt], self.params, use_tqdm=False)
+        (answer,) = found.outputs
+        if answer.error is not None:
+            raise ValueError(answer.error)
+        num_prompt, num_output = len(found.prompt_token_ids), len(answer.token_ids)
+        model = self.llm.engine.config.model
+        return Reply(model, answer.text, "", answer.finish_reason, num_prompt, num_output)
+
+    def _rendered(self, messages: Messages) -> Prompt:
+        from nanovllm.chat import ChatOptions, render
+
+        engine = self.llm.engine
+        assert engine.tokenizer is not None, "has_template"
+        options = ChatOptions(chat_template_kwargs=self.variables)
+        (prompt,) = render(engine.tokenizer, messages, options, engine.check_media)
+        return prompt
 
     def _stream(self, prompt: Any, write: Write) -> None:
         with _ctrl_c() as stops, closing(self.llm.stream(prompt, self.params)) as pieces:  # type: ignore[type-var]
@@ -129,6 +174,8 @@ class ServedModel:
         """Asks the server for its model if none is named. Raises ValueError and OSError."""
         self.client, self.params = http.Client(url, api_key), dict(params)
         self.params["model"] = model or http.run(first_model(self.client))
+        self._finish_reason: str | None = None  # of the newest answer, as its usage
+        self._usage: dict[str, int] = {}
 
     def answer(self, messages: Messages, write: Write, think: Write) -> None:
         def on_choice(choice: dict[str, Any]) -> None:
@@ -145,6 +192,22 @@ class ServedModel:
         # without max_tokens, a completion has 16
         self._stream("/v1/completions", {"max_tokens": 4096, "prompt": prompt}, on_choice)
 
+    def ask(self, asked: Messages | str) -> Reply:
+        texts: list[str] = []
+        thoughts: list[str] = []
+        self.params["stream_options"] = {"include_usage": True}
+        if isinstance(asked, str):
+            self.complete(asked, texts.append)
+        else:
+            self.answer(asked, texts.append, thoughts.append)
+        num_prompt, num_output = (
+            self._usage.get(name, 0) for name in ("prompt_tokens", "completion_tokens")
+        )
+        return Reply(
+            self.params["model"], "".join(texts), "".join(thoughts), self._finish_reason,
+            num_prompt, num_output,
+        )  # fmt: skip
+
     def _stream(
         self, path: str, body: dict[str, Any], on_choice: Callable[[dict[str, Any]], None]
     ) -> None:
@@ -154,7 +217,9 @@ class ServedModel:
             event = json.loads(data)
             if "error" in event:
                 errors.append(http.error_text(data))
+            self._usage = event.get("usage") or self._usage
             for choice in event.get("choices", ()):
+                self._finish_reason = choice.get("finish_reason") or self._finish_reason
                 on_choice(choice)
 
         async def ask() -> None:

@@ -10,7 +10,7 @@ from os import PathLike
 from typing import Any
 
 from nanovllm.checks import hints
-from nanovllm.compat.options import LOAD_FORMATS, ONE_VALUE, SAME_MEANING
+from nanovllm.compat.options import LOAD_FORMATS, ONE_VALUE, SAME_MEANING, SHORT
 from nanovllm.config import EngineConfig
 from nanovllm.flags import Arguments, add_flag, add_flags
 
@@ -41,9 +41,13 @@ class EngineArgs(EngineConfig):
         return cls(**given_engine_options(args))
 
 
+class AsyncEngineArgs(EngineArgs):
+    """The same for `AsyncLLM`: vLLM's name."""
+
+
 def add_engine_flags(to: Arguments, *, skip: Collection[str] = ()) -> None:
     """Add a flag for each option of an engine but those in `skip`, and for vLLM's names."""
-    add_flags(to, EngineConfig, skip=skip)
+    add_flags(to, EngineConfig, skip=skip, also=SHORT)
     for theirs, ours in SAME_MEANING.items():
         if theirs not in skip and ours not in skip:
             text = f"the same as --{ours.replace('_', '-')}"
@@ -56,7 +60,10 @@ def add_engine_flags(to: Arguments, *, skip: Collection[str] = ()) -> None:
         reading = {"action": argparse.BooleanOptionalAction} if is_switch else {"type": _value}
         # these are for command lines written for vLLM: the help lists what has a choice
         flag = f"--{name.replace('_', '-')}"
-        to.add_argument(flag, default=argparse.SUPPRESS, help=argparse.SUPPRESS, **reading)
+        names = flag, *SHORT.get(name, ())
+        to.add_argument(
+            *names, dest=name, default=argparse.SUPPRESS, help=argparse.SUPPRESS, **reading
+        )
 
 
 def given_engine_options(args: argparse.Namespace, *, skip: Collection[str] = ()) -> dict[str, Any]:

@@ -20,8 +20,22 @@ class LLMEngine:
     """An engine that is stepped by hand. Several threads may call it."""
 
     @classmethod
-    def from_engine_args(cls, engine_args: EngineConfig, **_: None) -> LLMEngine:
-        """Load a model and warm up."""
+    def from_engine_args(
+        cls,
+        engine_args: EngineConfig,
+        usage_context: object = None,
+        stat_loggers: None = None,
+        enable_multiprocessing: bool = False,
+    ) -> LLMEngine:
+        """Load a model and warm up. `usage_context` is for vLLM's own statistics and has no effect.
+        Raises ValueError for other values of the last two options."""
+        if stat_loggers is not None:
+            raise ValueError("stat_loggers is not supported: only None is; use `get_metrics()`")
+        if enable_multiprocessing is not False:
+            raise ValueError(
+                f"enable_multiprocessing is {enable_multiprocessing!r}: only False is supported; "
+                "AsyncLLM has an engine in another process"
+            )
         return cls(SharedEngine(open_engine(engine_args)))
 
     @classmethod

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from nanovllm import sampling
 from nanovllm.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -52,14 +49,3 @@ class NanoMethods:
     def _stepped(self) -> set[int]:
         """The requests of `add_request` that have not ended."""
         return self.__dict__.setdefault("_stepped_ids", set())
-
-
-def install_modules(package: ModuleType) -> None:
-    """Make `nanovllm.sampling_params` and `nanovllm.engine.llm_engine` importable."""
-    sys.modules["nanovllm.sampling_params"] = sampling
-    llm_engine = ModuleType("nanovllm.engine.llm_engine", "nano-vllm's name for `nanovllm.LLM`.")
-    # nano-vllm's LLMEngine is the base class of its LLM, with the same methods
-    llm_engine.__getattr__ = lambda name: getattr(  # type: ignore[method-assign]
-        package, "LLM" if name == "LLMEngine" else name
-    )
-    sys.modules["nanovllm.engine.llm_engine"] = llm_engine

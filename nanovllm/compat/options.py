@@ -7,8 +7,11 @@ name with any other.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 SAME_MEANING = {
     "block_size": "kvcache_block_size",
@@ -16,6 +19,18 @@ SAME_MEANING = {
     "cudagraph_capture_sizes": "graph_batch_sizes",
     "enable_expert_parallel": "expert_parallel",
 }
+# vLLM's short flags
+SHORT = {
+    "tensor_parallel_size": ("-tp",), "data_parallel_size": ("-dp",),
+    "pipeline_parallel_size": ("-pp",), "quantization": ("-q",),
+}  # fmt: skip
+# vLLM's names for flags of the server's options
+SERVER_FLAGS = {
+    "api_processes": ("--api-server-count", "-asc"),
+    "access_log": ("--enable-log-requests",),
+}
+NO_ACCESS_LOG = ("--disable-log-requests", "--disable-uvicorn-access-log")
+OF_LOGS = ("enable_log_requests", "disable_log_requests")
 # vLLM's None, for options whose default here is a value
 NONE_IS_DEFAULT = (
     "seed", "enforce_eager", "enable_prefix_caching", "distributed_executor_backend"
@@ -29,7 +44,7 @@ ONE_VALUE: dict[str, tuple[Any, ...]] = {
     "runner": ("auto", "generate"),
     "convert": ("auto", "none"),
     "tokenizer_mode": ("auto", "hf"),
-    "trust_remote_code": (False,),
+    "trust_remote_code": (False, True),
     "download_dir": (None,),
     "config_format": ("auto", "hf"),
     "hf_config_path": (None,),
@@ -67,6 +82,14 @@ ONE_VALUE: dict[str, tuple[Any, ...]] = {
     "worker_cls": ("auto",),
     "rope_scaling": (None, {}),
     "rope_theta": (None,),
+    "enable_log_requests": (False,),
+    "disable_log_requests": (True,),
+}
+
+# What is said of values other than False that are accepted.
+WARNINGS = {
+    "trust_remote_code": "has no effect: no code of a checkpoint is run. Checkpoints that need "
+    "theirs are refused"
 }
 
 
@@ -91,6 +114,8 @@ def translated(options: Mapping[str, Any], known: Sequence[str]) -> dict[str, An
         kind = isinstance(value, bool)
         if not any(value == one and kind == isinstance(one, bool) for one in ONE_VALUE[name]):
             raise ValueError(f"{name} is {value!r}: only {ONE_VALUE[name][0]!r} is supported")
+        if name in WARNINGS and value:
+            logger.warning("%s=%r %s", name, value, WARNINGS[name])
     _translate_values(found)
     return found
 

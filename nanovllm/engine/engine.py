@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import replace
@@ -19,7 +20,9 @@ from nanovllm.engine.held_media import HeldMedia
 from nanovllm.engine.intake import Embeddings, Intake, checked_priority, drawn_seed
 from nanovllm.engine.media_intake import MediaIntake, MediaPrompt, MediaPrompts, Scale
 from nanovllm.engine.metrics import EngineMetrics, StatsLog
+from nanovllm.engine.owner import Owner
 from nanovllm.engine.preparation import Preparation
+from nanovllm.engine.step_watch import EVERY_STEPS, StepWatch
 from nanovllm.media.given import Given
 from nanovllm.prompts import AnyPrompt, Prompt, as_prompt
 from nanovllm.runner.launched import Launched
@@ -102,8 +105,10 @@ class Engine:
         self._stats_log = (
             None if config.disable_log_stats else StatsLog(self.metrics, self.scheduler)
         )
+        self._step_watch = StepWatch(loaded.pace)
         self._num_added = 0
         self._is_closed = False
+        self._owner = Owner()
 
     def _new_grammars(self) -> Grammars:
         limits = Limits(self.config.grammar_timeout_s, self.config.max_cached_grammars)
@@ -114,8 +119,10 @@ class Engine:
         return Grammars(Compiler(self.tokenizer, vocab_size, eos_ids), limits)
 
     def close(self) -> None:
-        """Free the memory of weights, cache and graphs."""
+        """Free the memory of weights, cache and graphs. A fork of the process leaves it alone."""
         self._is_closed = True
+        if not self._owner.is_here:
+            return
         self._in_flight.clear()
         self._answers.requests.clear()
         self._preparation.close()
@@ -158,7 +165,7 @@ class Engine:
         return bool(self._sleeper.asleep)
 
     def __del__(self) -> None:
-        if hasattr(self, "_runner"):
+        if hasattr(self, "_owner"):
             self.close()
 
     @property
@@ -317,14 +324,13 @@ class Engine:
             self.scheduler.add(request)
             self.metrics.num_prompt_tokens += len(request.prompt_ids)
 
-    def _queue_prepared(self) -> None:
+    def _queue_prepared(self, wait_s: float) -> None:
         """Queue requests whose media and grammars are ready, and end those whose media cannot be
         read or whose grammars are refused.
 
-        If there is nothing else to do, wait for one.
+        If none is, wait for one, but not longer than `wait_s`.
         """
-        is_idle = not self._in_flight and not self.scheduler.has_work
-        for request, error in self._preparation.ready(PREPARING_WAIT_S if is_idle else 0.0):
+        for request, error in self._preparation.ready(wait_s):
             if error is None:
                 self._queue(request)
             else:
@@ -389,28 +395,37 @@ class Engine:
         self._check_open()
         try:
             if self._preparation:
-                self._queue_prepared()
+                is_idle = not self._in_flight and not self.scheduler.has_work
+                self._queue_prepared(PREPARING_WAIT_S if is_idle else 0.0)
             plan = self.scheduler.schedule(may_preempt=not self._in_flight)
+            is_timed = self.metrics.num_steps % EVERY_STEPS == 0
+            started = time.perf_counter() if is_timed else 0.0
             if plan is not None:
                 plan = self._with_masks(plan)
                 self._held.encode(plan)
                 self._in_flight.append(self._runner.launch(plan))
             if self._in_flight and (plan is None or len(self._in_flight) > self.run_ahead):
                 launched = self._in_flight.popleft()
-                self._answers.collect(launched.plan, launched.wait())
-            elif plan is None and self.scheduler.has_work and not self._waited_for_mask():
-                raise AssertionError("there is work, but no step can run")
-            self.metrics.num_steps += plan is not None
-            if self._stats_log is not None:
-                self._stats_log.after_step()
-            if self.metrics.experts is not None:
-                self.metrics.experts.after_step(
-                    has_run=plan is not None, is_idle=not self._answers.requests
-                )
+                result = launched.wait()
+                if is_timed:
+                    self._step_watch.note(time.perf_counter() - started, plan, launched.plan)
+                self._answers.collect(launched.plan, result)
+            elif plan is None and self.scheduler.has_work:
+                self._wait_for_threads()
+            self._after_step(plan)
             return plan
         except BaseException:
             self._restart()
             raise
+
+    def _after_step(self, plan: StepPlan | None) -> None:
+        self.metrics.num_steps += plan is not None
+        if self._stats_log is not None:
+            self._stats_log.after_step()
+        if self.metrics.experts is not None:
+            self.metrics.experts.after_step(
+                has_run=plan is not None, is_idle=not self._answers.requests
+            )
 
     def _restart(self) -> None:
         """After an error or Ctrl-C: unfinished requests start again from their known tokens."""
@@ -420,8 +435,12 @@ class Engine:
         requests = (request for request, _ in self._answers.requests.values())
         self.scheduler.restart(one for one in requests if one.status is not Status.PREPARING)
 
-    def _waited_for_mask(self) -> bool:
-        return self._grammars.wait_for_mask(PREPARING_WAIT_S)
+    def _wait_for_threads(self) -> None:
+        """Wait for what a thread makes, since no step can run before."""
+        if self._grammars.wait_for_mask(PREPARING_WAIT_S):
+            return
+        assert self._preparation, "there is work, but no step can run"
+        self._queue_prepared(PREPARING_WAIT_S)
 
     def _with_masks(self, plan: StepPlan) -> StepPlan:
         """The plan with the masks of its constrained rows."""
@@ -435,5 +454,6 @@ class Engine:
         return replace(plan, allowed_MW=self._grammars.masks(matchers))
 
     def _check_open(self) -> None:
+        self._owner.check()
         if self._is_closed:
             raise RuntimeError("this engine is closed: load the model again")

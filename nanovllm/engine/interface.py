@@ -20,6 +20,13 @@ if TYPE_CHECKING:
     from nanovllm.tokenizer import Tokenizer
 
 
+# vLLM's methods that profile an engine until they are told to stop
+NO_PROFILE = (
+    "start_profile and stop_profile are not supported: a captured step replays without its ops. "
+    "`nanovllm bench throughput --profile DIR` profiles prompts and decode steps"
+)
+
+
 class Metrics(Protocol):
     def read(self) -> list[Metric]: ...
 

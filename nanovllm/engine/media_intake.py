@@ -102,7 +102,7 @@ class MediaPrompts:
     def submit(self, prompt: Prompt) -> Preparation:
         """Begin to prepare the media of a prompt, which `check` has let through."""
         assert self._preparer is not None
-        return self._preparer.submit(prompt.media)
+        return self._preparer.submit(prompt.media, prompt.cache_salt)
 
     def close(self) -> None:
         """End the threads. Waiting work is cancelled, running work is waited for."""
@@ -136,7 +136,7 @@ class MediaPrompts:
                 continue
             frames, rows, columns = item.grid
             size = frames // len(spans), rows // merge, columns // merge
-            interval, per_unit = item.seconds_per_grid * per_second, 1.0
+            interval, per_unit = positions.interval(item.seconds_per_grid, per_second), 1.0
             if spans_time:  # the model's own code rounds after each product
                 interval, per_unit = item.seconds_per_grid, per_second
             found += [
@@ -247,7 +247,7 @@ class MediaIntake:
     def _work(self, prompt: Prompt) -> Preparation:
         """The preparation of a prompt; several answers to one prompt share it."""
         for other, work in self._running.values():
-            if other.media is prompt.media:
+            if other.media is prompt.media and other.cache_salt == prompt.cache_salt:
                 return work
         work = self._prompts.submit(prompt)
         work.when_changed(self._changed.set)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
 from nanovllm.engine.interface import AnyEngine
+from nanovllm.engine.owner import Owner
 from nanovllm.schedule.outputs import Increment
 
 WAIT_S = 1.0  # a sleeping thread looks again after this time: an interrupt can lose a notification
@@ -27,6 +28,7 @@ class SharedEngine:
 
     def __init__(self, engine: AnyEngine) -> None:
         self.engine = engine
+        self._owner = Owner()
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._user: int | None = None  # the thread that uses the engine
@@ -40,7 +42,7 @@ class SharedEngine:
     def exclusive(self) -> Iterator[AnyEngine]:
         """Use the engine alone, between two steps of other threads."""
         me = threading.get_ident()
-        self._refuse_reentry(me)
+        self._check_user(me)
         try:
             with self._lock:
                 try:
@@ -61,7 +63,7 @@ class SharedEngine:
         Outputs of other requests stay for their own threads.
         """
         engine, me = self.engine, threading.get_ident()
-        self._refuse_reentry(me)
+        self._check_user(me)
 
         def may_go_on() -> bool:
             return not self._callers or engine.has_outputs(request_ids)
@@ -106,10 +108,14 @@ class SharedEngine:
         If the engine is in use, its user drops them. That user may be this thread, where Python
         closes a generator in the middle of a step.
         """
+        if not self._owner.is_here:
+            return  # a generator that a fork closes
         self._dropped.append(request_ids)
         self._after_use()
 
-    def _refuse_reentry(self, me: int) -> None:
+    def _check_user(self, me: int) -> None:
+        """Raise RuntimeError in a fork, and for a call within a call."""
+        self._owner.check()
         if self._user == me:
             raise RuntimeError("this thread uses the engine already, in a call further up")
 

@@ -6,16 +6,22 @@ Which frames count is up to the checkpoint's video processor: `sampled`.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from nanovllm import extras
 from nanovllm.media import pictures
 from nanovllm.media.pictures import Pixels
 from nanovllm.media.settings import VideoSettings
 
+# All containers can name any of FFmpeg's decoders, of which few are in wide use and well tested.
+CODECS = ("h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mjpeg")
+_DECODERS = (*CODECS, "libvpx", "libvpx-vp9", "libdav1d", "libaom-av1")  # FFmpeg's names
+NUM_THREADS = 4  # of one video's decoder
 # The container by its first bytes. FFmpeg's own guess would also read playlists, whose entries
 # name other files and addresses.
 CONTAINERS = ((4, b"ftyp", "mp4"), (0, b"\x1a\x45\xdf\xa3", "matroska"), (8, b"AVI ", "avi"))
@@ -26,13 +32,14 @@ class Clip:
     """A video whose frames have not been read.
 
     num_frames, fps: of the whole video; fps is None if nobody said it.
-    pick: gives the frames with these indices, which rise.
+    pick: gives the frames with these indices, which rise. It asks for an index when it has given
+        the frame before.
     indices: the frames that were chosen elsewhere, of `total_frames`; None if none were.
     """
 
     num_frames: int
     fps: float | None
-    pick: Callable[[Sequence[int]], Iterator[Pixels]]
+    pick: Callable[[Iterable[int]], Iterator[Pixels]]
     indices: Sequence[int] | None = None
     total_frames: int | None = None
     sample: bool | None = None
@@ -56,15 +63,21 @@ def of_frames(
     if sample and indices is not None:
         raise ValueError("do_sample_frames=True does not go with frames that were sampled already")
 
-    def pick(chosen: Sequence[int]) -> Iterator[Pixels]:
+    def pick(chosen: Iterable[int]) -> Iterator[Pixels]:
         for i in chosen:
             yield read(frames[i])
 
     return Clip(len(frames), metadata.get("fps"), pick, indices, total, sample)
 
 
-def of_file(data: bytes, max_pixels: int, max_video_pixels: int) -> Clip:
-    """A clip of an encoded file: MP4, WebM, Matroska or AVI.
+def of_file(
+    data: bytes,
+    max_pixels: int,
+    max_video_pixels: int,
+    reserve: Callable[[int], object] = lambda num_pixels: None,
+) -> Clip:
+    """A clip of an encoded file: MP4, WebM, Matroska or AVI. Calls `reserve` with the pixels of a
+    frame before decoding.
 
     Frames between the chosen ones must be decoded too. So `max_video_pixels` limits the pixels of
     all frames: a small file can have very many.
@@ -72,7 +85,7 @@ def of_file(data: bytes, max_pixels: int, max_video_pixels: int) -> Clip:
     kinds = [kind for at, magic, kind in CONTAINERS if data[at : at + len(magic)] == magic]
     if not kinds:
         raise ValueError("the data are no video, or not in MP4, WebM, Matroska or AVI")
-    av = _av()
+    av = pyav()
     with _broken_as_value_error(av), _opened(av, data, kinds[0]) as container:
         stream = _video_stream(container)
         pictures.check_pixels(stream.width, stream.height, max_pixels)
@@ -81,9 +94,9 @@ def of_file(data: bytes, max_pixels: int, max_video_pixels: int) -> Clip:
         if not num_frames:  # Matroska does not say it
             num_frames = sum(packet.size > 0 for packet in container.demux(stream))
 
-    def pick(chosen: Sequence[int]) -> Iterator[Pixels]:
+    def pick(chosen: Iterable[int]) -> Iterator[Pixels]:
         with _broken_as_value_error(av), _opened(av, data, kinds[0]) as container:
-            yield from _frames(container, set(chosen), stream_pixels)
+            yield from _frames(container, chosen, stream_pixels)
 
     if num_frames < 1:
         raise ValueError("the video has no frames")
@@ -92,32 +105,39 @@ def of_file(data: bytes, max_pixels: int, max_video_pixels: int) -> Clip:
             f"the video has {num_frames} frames of {stream_pixels} pixels: at most "
             f"{max_video_pixels} pixels in all are allowed"
         )
+    reserve(stream_pixels)
     return Clip(num_frames, float(rate) if rate else None, pick)
 
 
-def _frames(container: Any, chosen: set[int], num_pixels: int) -> Iterator[Pixels]:
-    last, found = max(chosen), 0
-    for i, frame in enumerate(container.decode(_video_stream(container))):
-        if frame.width * frame.height > num_pixels:
-            raise ValueError("the video has frames that are larger than it says")
-        if i in chosen:
-            found += 1
-            yield np.ascontiguousarray(frame.to_ndarray(format="rgb24"))
-        if i >= last:
-            break
-    if found < len(chosen):
-        raise ValueError("the video has fewer frames than it says: it is corrupt or truncated")
+def _frames(container: Any, chosen: Iterable[int], num_pixels: int) -> Iterator[Pixels]:
+    stream = _video_stream(container)
+    stream.codec_context.thread_count = min(NUM_THREADS, os.cpu_count() or 1)
+    frames = enumerate(container.decode(stream))
+    for wanted in chosen:
+        for i, frame in frames:
+            if frame.width * frame.height > num_pixels:
+                raise ValueError("the video has frames that are larger than it says")
+            if i == wanted:
+                yield np.ascontiguousarray(frame.to_ndarray(format="rgb24"))
+                break
+        else:
+            raise ValueError("the video has fewer frames than it says: it is corrupt or truncated")
 
 
 def _opened(av: Any, data: bytes, kind: str) -> Any:
-    # no protocol: a file inside the file is not opened
-    return av.open(io.BytesIO(data), format=kind, options={"protocol_whitelist": "none"})
+    # no protocol: a file inside the file is not opened; no other codec, for sound neither
+    options = {"protocol_whitelist": "none", "codec_whitelist": ",".join(_DECODERS)}
+    return av.open(io.BytesIO(data), format=kind, options=options)
 
 
 def _video_stream(container: Any) -> Any:
     if not container.streams.video:
         raise ValueError("the file has no video in it")
-    return container.streams.video[0]
+    stream = container.streams.video[0]
+    name = stream.codec_context.name
+    if name not in _DECODERS:
+        raise ValueError(f"the video is encoded as {name}: the codecs {', '.join(CODECS)} are read")
+    return stream
 
 
 class _broken_as_value_error:
@@ -130,16 +150,17 @@ class _broken_as_value_error:
         pass
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        # PyAV's errors can be ValueErrors as well
-        if isinstance(error, self._errors):
+        # PyAV's errors can be of Python's types as well
+        if isinstance(error, self._errors) and not isinstance(error, MemoryError):
             raise ValueError("the video cannot be decoded: it is corrupt or truncated") from None
 
 
-def _av() -> Any:
+def pyav() -> Any:
+    """The module av. Raises ValueError if PyAV is not installed."""
     try:
         import av
     except ImportError:
-        raise ValueError("video files need PyAV: pip install 'nanovllm[video]'") from None
+        raise ValueError(f"video files need PyAV: {extras.install('video')}") from None
     return av
 
 

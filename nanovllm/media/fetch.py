@@ -14,8 +14,28 @@ from urllib.parse import SplitResult, quote, urlsplit
 HTTPS_PORT = 443
 CHUNK_BYTES = 1 << 16
 NAT64 = ipaddress.ip_network("64:ff9b::/96")  # IPv6 addresses that stand for IPv4 ones (RFC 6052)
-
-Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+# All addresses but these are reached over the internet: IANA's registries of special addresses, of
+# IPv4 and below. Python's `is_global` depends on its version, and takes some of these as global.
+SPECIAL_IPV4 = tuple(
+    map(
+        ipaddress.IPv4Network,
+        (
+            "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16",
+            "172.16.0.0/12", "192.0.0.0/24", "192.0.2.0/24", "192.31.196.0/24", "192.52.193.0/24",
+            "192.88.99.0/24", "192.168.0.0/16", "192.175.48.0/24", "198.18.0.0/15",
+            "198.51.100.0/24", "203.0.113.0/24", "224.0.0.0/4", "240.0.0.0/4",
+        ),
+    )
+)  # fmt: skip
+# In IPv6 only this block has global unicast addresses. Within it, these are tunnels (Teredo in
+# 2001::/23, 6to4), documentation, benchmarks and AS112.
+GLOBAL_IPV6 = ipaddress.IPv6Network("2000::/3")
+SPECIAL_IPV6 = tuple(
+    map(
+        ipaddress.IPv6Network,
+        ("2001::/23", "2001:db8::/32", "2002::/16", "2620:4f:8000::/48", "3fff::/20"),
+    )
+)
 
 
 def fetch(url: str, domains: Sequence[str], max_bytes: int, timeout_s: float) -> bytes:
@@ -79,25 +99,21 @@ def is_public(text: str) -> bool:
     """Whether an address is reached over the public internet. An IPv4 address inside an IPv6
     address counts as itself; tunnels of either kind are not public."""
     try:
-        address: Address = ipaddress.ip_address(text)
-    except ValueError:  # with the name of an interface, for example
+        address = ipaddress.ip_address(text)
+    except ValueError:
         return False
     if isinstance(address, ipaddress.IPv6Address):
-        if address.teredo is not None or address.sixtofour is not None:
-            return False
         if address.ipv4_mapped is not None:
             address = address.ipv4_mapped
         elif address in NAT64:
             address = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
-    return _is_global(address)
-
-
-def _is_global(address: Address) -> bool:
-    special = (
-        address.is_private, address.is_loopback, address.is_link_local, address.is_multicast,
-        address.is_reserved, address.is_unspecified,
-    )  # fmt: skip
-    return address.is_global and not any(special)
+        else:
+            return (
+                address.scope_id is None  # the name of an interface
+                and address in GLOBAL_IPV6
+                and not any(address in one for one in SPECIAL_IPV6)
+            )
+    return not any(address in one for one in SPECIAL_IPV4)
 
 
 class PinnedConnection(http.client.HTTPSConnection):

@@ -21,6 +21,7 @@ UNUSED_METADATA = ("duration", "width", "height", "video_backend")
 REFERENCES = {"image_url": IMAGE, "video_url": VIDEO, "audio_url": AUDIO}
 VALUES = {"image": IMAGE, "image_pil": IMAGE, "video": VIDEO, "audio": AUDIO}
 ENCODED = {"input_audio": AUDIO}  # base64 and its format
+DETAILS = ("auto", "low", "high", None)
 TYPES = (*REFERENCES, *VALUES, *ENCODED)
 
 
@@ -187,13 +188,14 @@ def _of_part(part: Any, counts: dict[str, int]) -> Given | None:
 
 
 def _url(name: str, value: Any) -> str:
-    """The reference in the value of image_url: a text, or {"url": text, "detail": "auto"}."""
+    """The reference in the value of image_url: a text, or {"url": text, "detail": "auto"}. As in
+    vLLM, the detail has no effect: the checkpoint's settings say how many pixels count."""
     if isinstance(value, Mapping):
         unknown = [key for key in value if key not in ("url", "detail")]
         if unknown:
             raise ValueError(f"{name} has the option {unknown[0]!r}, which is not supported")
-        if value.get("detail", "auto") not in ("auto", None):
-            raise ValueError(f"{name} has detail {value['detail']!r}: only 'auto' is supported")
+        if value.get("detail") not in DETAILS:
+            raise ValueError(f"{name} has detail {value['detail']!r}: use 'auto', 'low' or 'high'")
         value = value.get("url")
     if not isinstance(value, str):
         raise ValueError(f"{name} has a URL of type {type(value).__name__}: it must be text")

@@ -30,7 +30,11 @@ class MediaOptions:
     max_prompt_bytes: bytes of all encoded images, videos and clips of one prompt.
     max_patches_bytes: bytes of the patches of one image or video.
     media_timeout_s: seconds for one remote download, in all.
-    num_media_workers: threads that decode, resize and patch.
+    decode_timeout_s: seconds to decode one image or video file. Beyond them its decoder is ended.
+    max_decoding_bytes: memory of all decoders. An image or frame counts with 24 bytes for each
+        pixel. One that exceeds the limit alone is decoded when no other large one is.
+    num_media_workers: threads that decode, resize and patch the media of one prompt. There is one
+        more for other prompts. Each has a process that decodes, which starts when it is needed.
     media_cache_bytes: bytes of prepared images, videos and clips that are kept for later prompts.
     embedding_cache_bytes: bytes of embeddings on the device that are kept for later prompts.
     max_held_bytes: bytes of patches of unfinished requests beyond which no further prompt is
@@ -50,6 +54,8 @@ class MediaOptions:
     max_prompt_bytes: int = 256 * MIB
     max_patches_bytes: int = 1024 * MIB
     media_timeout_s: float = 10.0
+    decode_timeout_s: float = 30.0
+    max_decoding_bytes: int = 2048 * MIB
     num_media_workers: int = 8
     media_cache_bytes: int = 256 * MIB
     embedding_cache_bytes: int = 512 * MIB

@@ -18,6 +18,7 @@ from nanovllm.media.settings import PatchSettings, VideoSettings
 
 Floats = npt.NDArray[np.float32]
 Grid = tuple[int, int, int]  # patches over time, height and width
+STEP_PIXELS = 1 << 16  # that are looked up at a time: NumPy's copies of them stay in caches
 MAX_RATIO = 200  # of a picture's sides, as in transformers
 
 
@@ -132,9 +133,11 @@ def _patches(frames: Sequence[Pixels], settings: PatchSettings, table_CV: Floats
             into[:] = out[i // over, ..., i % over - 1, :, :]
             continue
         split = frame.reshape(rows, merge, side, columns, merge, side, 3)
-        for c in range(3):
-            values = np.take(table_CV[c], split[..., c], mode="clip")
-            into[..., c, :, :] = values.transpose(0, 3, 1, 4, 2, 5)
+        step = max(1, STEP_PIXELS // (merge * side * width))
+        for r in range(0, rows, step):
+            for c in range(3):
+                values = np.take(table_CV[c], split[r : r + step, ..., c], mode="clip")
+                into[r : r + step, ..., c, :, :] = values.transpose(0, 3, 1, 4, 2, 5)
     return out.reshape(math.prod(grid), -1)
 
 

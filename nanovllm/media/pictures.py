@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 import threading
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from nanovllm import extras
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -25,6 +29,12 @@ GREY_16 = ("I;16", "I;16L", "I;16B", "I;16N")
 WITHOUT_RANGE = ("I", "F")
 PREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}  # Pillow converts them to these alone
 CHANNELS = (1, 3, 4)
+ORIENTATION = 0x0112  # the tag of EXIF
+# Of a progressive JPEG each scan goes over all pixels; programs write about ten.
+MAX_SCANS = 100
+_JPEG, _SCAN, _END = b"\xff\xd8", 0xDA, 0xD9
+# The next marker of a JPEG: within a scan 0xff has a zero after it, or the number of a restart.
+_MARKER = re.compile(rb"\xff([^\x00\xff\x01\xd0-\xd7])")
 # Pillow reads a file into an image on first use, and one image can be in several prompts.
 _loading = threading.Lock()
 
@@ -34,13 +44,18 @@ def pillow() -> Any:
     try:
         from PIL import Image
     except ImportError:
-        raise ValueError("pictures need Pillow: pip install 'nanovllm[vision]'") from None
+        raise ValueError(f"pictures need Pillow: {extras.install('vision')}") from None
     return Image
 
 
-def decode(data: bytes, max_pixels: int) -> Pixels:
-    """An encoded picture as RGB. Raises ValueError for other formats, for corrupt or truncated
-    data, and before decoding for more than `max_pixels`."""
+def decode(
+    data: bytes, max_pixels: int, reserve: Callable[[int], object] = lambda num_pixels: None
+) -> Pixels:
+    """An encoded picture as RGB. Calls `reserve` with its pixels before decoding.
+
+    Raises ValueError for other formats, for corrupt or truncated data, and before decoding for more
+    than `max_pixels` pixels or MAX_SCANS scans.
+    """
     image_module = pillow()
     try:
         image = image_module.open(io.BytesIO(data), formats=FORMATS)
@@ -52,12 +67,31 @@ def decode(data: bytes, max_pixels: int) -> Pixels:
         raise ValueError(
             f"the data are no picture, or not in one of the formats {', '.join(FORMATS)}"
         ) from None
-    return _checked_rgb(image, max_pixels, contextlib.nullcontext())
+    width, height = image.size
+    check_pixels(width, height, max_pixels)
+    if data.startswith(_JPEG) and num_scans(data) > MAX_SCANS:
+        raise ValueError(f"the picture has more than {MAX_SCANS} scans")
+    reserve(width * height)
+    return _checked_rgb(image, contextlib.nullcontext())
+
+
+def num_scans(jpeg: bytes) -> int:
+    """The scans of a JPEG, counted up to one more than MAX_SCANS."""
+    num, at = 0, len(_JPEG)
+    while num <= MAX_SCANS and (marker := _MARKER.search(jpeg, at)):
+        kind, at = marker[1][0], marker.end()
+        if kind == _END:
+            break
+        num += kind == _SCAN
+        at += int.from_bytes(jpeg[at : at + 2], "big")
+    return num
 
 
 def of_image(image: Any, max_pixels: int) -> Pixels:
     """A PIL image as RGB, rotated as its EXIF data say."""
-    return _checked_rgb(image, max_pixels, _loading)
+    width, height = image.size
+    check_pixels(width, height, max_pixels)
+    return _checked_rgb(image, _loading)
 
 
 def of_array(given: Any, max_pixels: int) -> Pixels:
@@ -102,9 +136,7 @@ def check_pixels(width: int, height: int, max_pixels: int) -> None:
         )
 
 
-def _checked_rgb(image: Any, max_pixels: int, lock: AbstractContextManager[Any]) -> Pixels:
-    width, height = image.size
-    check_pixels(width, height, max_pixels)
+def _checked_rgb(image: Any, lock: AbstractContextManager[Any]) -> Pixels:
     if image.mode in WITHOUT_RANGE:
         raise ValueError(
             f"the picture has mode {image.mode!r}, which has no fixed range: convert it to 'RGB'"
@@ -122,7 +154,8 @@ def _checked_rgb(image: Any, max_pixels: int, lock: AbstractContextManager[Any])
 def _rgb(image: Any) -> Pixels:
     from PIL import ImageOps
 
-    image = ImageOps.exif_transpose(image)
+    if image.getexif().get(ORIENTATION, 1) != 1:  # it copies an image which it does not turn
+        image = ImageOps.exif_transpose(image)
     image = image.convert(PREMULTIPLIED[image.mode]) if image.mode in PREMULTIPLIED else image
     if image.mode in GREY_16:
         high = (np.asarray(image) >> 8).astype(np.uint8)
@@ -132,4 +165,4 @@ def _rgb(image: Any) -> Pixels:
         white = pillow().new("RGBA", image.size, (255, 255, 255, 255))
         image = pillow().alpha_composite(white, image)
     # PIL's images can share memory with their arrays, which must not change afterwards
-    return np.array(image.convert("RGB"))
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))

@@ -1,17 +1,21 @@
 """Images and videos to patches, clips of sound to mel features: in threads, several at a time, with
 a cache by content.
 
-Threads and not processes: Pillow, NumPy, zlib and hashlib let other threads run during their work,
-and a process would have to send megabytes of patches. docs/media.md has the figures.
+Encoded pictures and video files are decoded in processes (`decoders.py`), since their decoders can
+crash, hang or need all memory. All else is done in threads: Pillow, NumPy, zlib and hashlib let
+other threads run during their work, and a process would have to send megabytes of patches.
+docs/media.md has the figures.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, wait
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +23,10 @@ from torch import Tensor
 
 from nanovllm.media import clips, mels, patches, pictures, sounds, sources
 from nanovllm.media.cache import ByteCache
+from nanovllm.media.decoders import Decoders
+from nanovllm.media.fair_pool import FairPool
 from nanovllm.media.given import AUDIO, IMAGE, VIDEO, Given, check_counts
+from nanovllm.media.memory import Memory, Part
 from nanovllm.media.options import MediaOptions
 from nanovllm.media.patches import Grid
 from nanovllm.media.pictures import Pixels
@@ -34,8 +41,8 @@ class Prepared:
         nobody may write to it.
     grid: patches over time, height and width, whose product is P; of a clip (frames,).
     num_tokens: placeholder tokens in the prompt.
-    digest: SHA-256 of the decoded pixels or samples, the times of frames and the processor's
-        settings. Equal digests mean equal values and positions.
+    digest: SHA-256 of the salt, the decoded pixels or samples, the times of frames and the
+        processor's settings. Equal digests mean equal values and positions.
     times: of a video, the seconds of each patch over time. seconds_per_grid: between two of them.
     """
 
@@ -53,10 +60,14 @@ class Prepared:
 
 
 class _Budget:
-    """The encoded bytes that a prompt may still read, and whether it was cancelled."""
+    """The encoded bytes that a prompt may still read, and whether it was cancelled.
 
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes, self._num_bytes = max_bytes, 0
+    root: what all digests of its media begin with. `closed` is set when all prompts are cancelled.
+    """
+
+    def __init__(self, max_bytes: int, root: bytes, closed: threading.Event) -> None:
+        self._max_bytes, self._num_bytes, self.root = max_bytes, 0, root
+        self._closed = closed
         self._lock = threading.Lock()
         self.cancelled = threading.Event()
 
@@ -67,7 +78,7 @@ class _Budget:
                 raise ValueError(f"the prompt's media have more than {self._max_bytes} bytes")
 
     def check(self) -> None:
-        if self.cancelled.is_set():
+        if self.cancelled.is_set() or self._closed.is_set():
             raise CancelledError
 
 
@@ -117,21 +128,30 @@ class Preparer:
         # digests of encoded pictures and clips: one that was seen before is not even decoded
         self._seen: ByteCache[bytes] = ByteCache(1 << 20)
         self._of_kind = {IMAGE: self._image, VIDEO: self._video, AUDIO: self._audio}
-        self._pool = ThreadPoolExecutor(options.num_media_workers, thread_name_prefix="media")
+        self._pool = FairPool(options.num_media_workers, "media")
+        self._decoders = Decoders(options, self._pool.num_threads)
+        self._memory = Memory(options.max_decoding_bytes, self._pool.num_threads)
+        self._closed = threading.Event()
 
-    def submit(self, given: Sequence[Given]) -> Preparation:
+    def submit(self, given: Sequence[Given], salt: str | None = None) -> Preparation:
         """Starts the work. Nothing is read or decoded in the calling thread.
 
+        Prompts share prepared media, and their digests, only with prompts of the same `salt`.
         Pictures in memory must not change until the result is there. Raises ValueError for more
         items than a prompt may have.
         """
         check_counts(given, self.options)
-        budget = _Budget(self.options.max_prompt_bytes)
-        return Preparation(budget, [self._pool.submit(self._one, one, budget) for one in given])
+        root = hashlib.sha256(salt.encode()).digest() if salt else b""
+        budget = _Budget(self.options.max_prompt_bytes, root, self._closed)
+        return Preparation(
+            budget, [self._pool.submit(budget, partial(self._one, one, budget)) for one in given]
+        )
 
     def close(self) -> None:
-        """Ends the threads. Waiting work is cancelled."""
-        self._pool.shutdown(cancel_futures=True)
+        """Ends the threads and processes. All work is cancelled."""
+        self._closed.set()
+        self._pool.close()
+        self._decoders.close()
 
     def _one(self, given: Given, budget: _Budget) -> Prepared:
         budget.check()
@@ -143,21 +163,28 @@ class Preparer:
             raise ValueError(f"{given.name}: there is not enough memory for it") from None
 
     def _image(self, given: Given, budget: _Budget) -> Prepared:
-        settings, encoded = self.settings.image, b""
+        encoded = b""
         if isinstance(given.value, str):
             data = self._read(given.value, IMAGE, budget)
-            encoded = hashlib.sha256(data).digest()
+            encoded = hashlib.sha256(budget.root + data).digest()
             known = self._known(encoded)
             if known is not None:
                 return known
-            pixels = pictures.decode(data, self.options.max_image_pixels)
+            with self._memory.part(budget.check) as part:
+                found = self._patched(self._decoded(data, part), budget)
         else:
-            pixels = self._picture(given.value)
+            found = self._patched(self._picture(given.value), budget)
+        return self._remembered(encoded, found)
+
+    def _patched(self, pixels: Pixels, budget: _Budget) -> Prepared:
+        settings = self.settings.image
         budget.check()
         height, width = pixels.shape[:2]
         size = patches.image_size(height, width, settings)
         grid = self._grid(1, size, settings)
-        digest = hashlib.sha256(b"image" + settings.digest + repr(pixels.shape).encode())
+        digest = hashlib.sha256(
+            budget.root + b"image" + settings.digest + repr(pixels.shape).encode()
+        )
         digest.update(pixels.data)
         found = self.cache.get(digest.digest())
         if found is None:
@@ -166,7 +193,7 @@ class Preparer:
             num_tokens = patches.num_tokens(grid, settings)
             found = Prepared(IMAGE, values, grid, num_tokens, digest.digest())
             self.cache.put(found.digest, found, found.num_bytes)
-        return self._remembered(encoded, found)
+        return found
 
     def _audio(self, given: Given, budget: _Budget) -> Prepared:
         settings, encoded = self.settings.audio, b""
@@ -175,7 +202,7 @@ class Preparer:
         rate, longest = settings.sampling_rate, min(self.options.max_audio_s, settings.chunk_length)
         if isinstance(given.value, str):
             data = self._read(given.value, AUDIO, budget)
-            encoded = hashlib.sha256(b"audio" + data).digest()
+            encoded = hashlib.sha256(budget.root + b"audio" + data).digest()
             known = self._known(encoded)
             if known is not None:
                 return known
@@ -184,7 +211,8 @@ class Preparer:
             values, given_rate = given.value
             samples = sounds.of_array(values, given_rate, rate, longest)
         budget.check()
-        digest = hashlib.sha256(b"audio" + settings.digest + samples.tobytes()).digest()
+        head = budget.root + b"audio" + settings.digest
+        digest = hashlib.sha256(head + samples.tobytes()).digest()
         found = self.cache.get(digest)
         if found is None:
             mel_FM = torch.from_numpy(mels.features(samples, settings))
@@ -204,8 +232,11 @@ class Preparer:
         return None if digest is None else self.cache.get(digest)
 
     def _video(self, given: Given, budget: _Budget) -> Prepared:
+        with self._memory.part(budget.check) as part, self._clip(given, budget, part) as clip:
+            return self._of_clip(clip, budget)
+
+    def _of_clip(self, clip: clips.Clip, budget: _Budget) -> Prepared:
         settings = self.settings.video
-        clip = self._clip(given, budget)
         chosen = clips.sampled(clip, settings)
         if len(chosen) > self.options.max_video_frames:
             raise ValueError(
@@ -214,7 +245,7 @@ class Preparer:
         facts_of = clip, chosen, settings
         seconds, fps = clips.times(*facts_of), clips.sampled_fps(*facts_of)
         facts = (len(chosen), seconds, fps)
-        digest = hashlib.sha256(b"video" + settings.digest + repr(facts).encode())
+        digest = hashlib.sha256(budget.root + b"video" + settings.digest + repr(facts).encode())
         frames: list[Pixels] = []
         shape, size, grid = None, (0, 0), (0, 0, 0)
         for pixels in clip.pick(chosen):
@@ -232,26 +263,31 @@ class Preparer:
         if found is None:
             over = settings.temporal_patch_size
             found = Prepared(
-                given.kind, torch.from_numpy(patches.video_patches(frames, settings)), grid,
+                VIDEO, torch.from_numpy(patches.video_patches(frames, settings)), grid,
                 patches.num_tokens(grid, settings), digest.digest(),
                 _patch_times(seconds, over), over / fps,
             )  # fmt: skip
             self.cache.put(found.digest, found, found.num_bytes)
         return found
 
-    def _clip(self, given: Given, budget: _Budget) -> clips.Clip:
+    @contextlib.contextmanager
+    def _clip(self, given: Given, budget: _Budget, part: Part) -> Iterator[clips.Clip]:
         if isinstance(given.value, str):
-            data = self._read(given.value, given.kind, budget)
-            options = self.options
-            return clips.of_file(data, options.max_image_pixels, options.max_video_pixels)
+            data = self._read(given.value, VIDEO, budget)
+            with self._decoders.one() as decoder, decoder.clip(data, part) as clip:
+                yield clip
+            return
 
         def read(frame: Any) -> Pixels:
             if isinstance(frame, str):
-                data = self._read(frame, IMAGE, budget)
-                return pictures.decode(data, self.options.max_image_pixels)
+                return self._decoded(self._read(frame, IMAGE, budget), part)
             return self._picture(frame)
 
-        return clips.of_frames(given.value, read, dict(given.metadata))
+        yield clips.of_frames(given.value, read, dict(given.metadata))
+
+    def _decoded(self, data: bytes, part: Part) -> Pixels:
+        with self._decoders.one() as decoder:
+            return decoder.picture(data, part)
 
     def _read(self, reference: str, kind: str, budget: _Budget) -> bytes:
         data = sources.read(reference, kind, self.options)

@@ -130,7 +130,11 @@ def _check(rate: int, num: int, wanted_rate: int, max_seconds: float) -> None:
     if not num:
         raise ValueError("it has no samples")
     if num > max_seconds * rate:
-        raise ValueError(f"it has {num / rate:.1f} s: at most {max_seconds:g} s are allowed")
+        most = int(max_seconds * rate)
+        raise ValueError(
+            f"it has {num} samples ({num / rate:.1f} s): at most {most} ({max_seconds:g} s) are "
+            "allowed"
+        )
 
 
 def _of_24_bits(raw: np.ndarray) -> np.ndarray:

@@ -15,6 +15,9 @@ from nanovllm.media.options import MediaOptions
 # Opening waits for no pipe, follows no link, and is not passed on to other programs.
 FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 FOLDER_FLAGS = FILE_FLAGS | os.O_DIRECTORY
+_SPACE = " \t\r\n"
+_WITHOUT_SPACE = str.maketrans("", "", _SPACE)
+_FROM_URLS = str.maketrans("-_", "+/")
 
 
 def read(reference: str, kind: str, options: MediaOptions) -> bytes:
@@ -43,15 +46,27 @@ def _data_url(url: str, kind: str, max_bytes: int) -> bytes:
         raise ValueError(f"the data URL must have the form data:{kind}/…;base64,…")
     if not kind_given.startswith(f"{kind}/"):
         raise ValueError(f"the data URL is of type {kind_given[:40]!r}: it must be {kind}/…")
-    if len(text) * 3 // 4 > max_bytes + 2:
-        raise ValueError(f"the data URL has more than {max_bytes} bytes")
     try:
-        data = base64.b64decode(text, validate=True)
+        data = base64.b64decode(_plain(text), validate=True)
     except (binascii.Error, ValueError):
         raise ValueError("the data URL is no base64") from None
     if len(data) > max_bytes:
         raise ValueError(f"the data URL has more than {max_bytes} bytes")
     return data
+
+
+def _plain(text: str) -> str:
+    """Base64 as Python reads it. Clients also leave out the padding, break lines, escape signs as
+    in other URLs, or use the alphabet of URLs and files (RFC 4648, section 5)."""
+    if "%" in text:
+        text = urllib.parse.unquote(text)
+    if "-" in text or "_" in text:
+        text = text.translate(_FROM_URLS)
+    if len(text) % 4 or any(sign in text for sign in _SPACE):
+        text = text.translate(_WITHOUT_SPACE)
+        if not text.endswith("="):
+            text += "=" * (-len(text) % 4)
+    return text
 
 
 def _file_path(url: str) -> str:

@@ -342,10 +342,17 @@ def _indexed(index: Path) -> dict[str, Path]:
     """The file of each tensor as an index has it."""
     folder = index.parent
     try:
-        weight_map = json.loads(index.read_text())["weight_map"]
+        weight_map = json.loads(index.read_bytes())["weight_map"]
         located = {tensor: folder / name for tensor, name in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index}: not a readable index: {error}") from error
+    for name in dict.fromkeys(weight_map.values()):
+        # both kinds of separators on every system: a checkpoint is carried from one to another
+        if not name.endswith(".safetensors") or any(one in name for one in "/\\:\0"):
+            raise CheckpointError(
+                f"{index}: it names the file {name!r}: it must be a .safetensors file beside the "
+                "index"
+            )
     missing = sorted({path.name for path in located.values() if not path.is_file()})
     if missing:
         raise CheckpointError(f"{folder}: the index names {missing[0]}, which is not there")

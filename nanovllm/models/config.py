@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
+MAX_POSITION = 1 << 28  # tables have a row for each
 SIZES = (
     "vocab_size", "hidden_size", "ffn_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
 )  # fmt: skip
@@ -141,6 +142,11 @@ class ModelConfig:
         for name in SIZES:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if not 0 < self.max_position <= MAX_POSITION:
+            raise ValueError(
+                f"the longest sequence has {self.max_position} tokens: it must have at most "
+                f"{MAX_POSITION}: set max_model_len"
+            )
         if not 0 <= self.norm_eps < math.inf:
             raise ValueError(f"rms_norm_eps is {self.norm_eps}: it must be a finite number, from 0")
         if self.num_heads % self.num_kv_heads:

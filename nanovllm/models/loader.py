@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from nanovllm.models.shards import ALL, Shard, taken
 IGNORED = re.compile(r".*\.(rotary_emb\.inv_freq|masked_bias)$")
 RANDOM_STD = 0.02
 TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+SLACK = 1 << 20  # numbers, for padding
 ROWS_AT_ONCE = 4096  # when two tables are compared
 
 Progress = Callable[[int], object]  # called with the number of layers that were added
@@ -90,6 +92,8 @@ class Reader:
         if param.kind == "places":
             return shard.places(*param.shape).to(self._target.device)
         small = param.local(shard.size)
+        sources = () if param.compressed else self._sources(param)
+        self._check_size(param, sources)
         out = self._empty(small)
         rows = out if out.dim() < 3 else out.flatten(0, -2)
         if param.compressed:
@@ -98,7 +102,6 @@ class Reader:
             svd_experts.read(self._checkpoint.folder, compression, zip(param.sources, parts))
             self._used.update(param.replaces)
             return out
-        sources = self._sources(param)
         self._used.update(sources)
         if self._is_transposed(param, sources):
             transposed.read(self._checkpoint, shard, param, out)
@@ -124,6 +127,16 @@ class Reader:
         ignored = {HEAD} if self._config.tied_embeddings else set()
         left = set(self._checkpoint) - self._used - ignored
         return sorted(name for name in left if not IGNORED.fullmatch(name))
+
+    def _check_size(self, param: Param, sources: tuple[str, ...]) -> None:
+        """Refuse a config that asks for far more numbers than are stored, before there is memory
+        for them. Smaller differences are found when the tensors are read."""
+        wanted, shapes = math.prod(param.shape), list(map(self._checkpoint.shape, sources))
+        if sources and wanted > 2 * sum(map(math.prod, shapes)) + SLACK:
+            raise CheckpointError(
+                f"{self._checkpoint.folder}: tensor {sources[0]} has shape {list(shapes[0])}, but "
+                f"the config asks for {wanted} numbers in {len(sources)} tensor(s)"
+            )
 
     def _empty(self, param: Param) -> Tensor:
         """Memory for a parameter."""

@@ -162,8 +162,8 @@ def axes_in_sections(sections: Sequence[int] | None, *, interleaved: bool) -> tu
     """Which of a token's positions (0 time, 1 height, 2 width) turns each of H/2 frequencies.
 
     `sections` says how many frequencies each has: one after another (Qwen2.5-VL), or in turns until
-    height and width have theirs, time having what is left (Qwen3-VL). Raises ValueError unless
-    there are three.
+    height and width have theirs, or the frequencies end, time having what is left (Qwen3-VL, as in
+    transformers' `Qwen3VLTextRotaryEmbedding`). Raises ValueError unless there are three.
     """
     if sections is None or len(sections) != 3 or min(sections) < 0:
         raise ValueError(f"mrope_section is {sections}: it must be three numbers, from 0")
@@ -171,10 +171,7 @@ def axes_in_sections(sections: Sequence[int] | None, *, interleaved: bool) -> tu
         return tuple(axis for axis, num in enumerate(sections) for _ in range(num))
     axes = [0] * sum(sections)
     for axis in (1, 2):
-        places = range(axis, 3 * sections[axis], 3)
-        if places and places[-1] >= len(axes):
-            raise ValueError(f"mrope_section {list(sections)} cannot be interleaved")
-        for place in places:
+        for place in range(axis, min(3 * sections[axis], len(axes)), 3):
             axes[place] = axis
     return tuple(axes)
 

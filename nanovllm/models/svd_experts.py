@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 
 FOLDER = "svd_experts"
 BASES, METADATA = "U_matrices.safetensors", "metadata.json"
+OWN = "V_experts"
+# what the scripts that make the files may leave beside them if they are interrupted at the end
+PROGRESS, FINISHED = "progress.json", "U_finished"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 GATE, UP, DOWN = KINDS = ("w1", "w3", "w2")  # the kinds of matrices, in Mixtral's names
 READERS = 8  # threads
@@ -43,7 +46,7 @@ def basis_name(layer_idx: int, kind: str) -> str:
 
 def expert_file(layer_idx: int, expert: int) -> str:
     """The file of one expert, relative to FOLDER."""
-    return f"V_experts/layer_{layer_idx}_expert_{expert}.safetensors"
+    return f"{OWN}/layer_{layer_idx}_expert_{expert}.safetensors"
 
 
 def expert_name(kind: str) -> str:
@@ -155,20 +158,43 @@ def _way_out(folder: Path) -> str:
 
 
 def applied(model: Model, folder: Path) -> Model:
-    """The model with the compressed experts beside its checkpoint, if there are any: see `find`."""
+    """The model with the compressed experts beside its checkpoint, if there are any: see `find`.
+
+    Raises CheckpointError also for files that do not belong to them.
+    """
     cfg = model.config
     compression = find(folder, cfg)
     if cfg.moe is None or compression is None:
         return model
+    layers = [idx for idx, kind in enumerate(model.layer_kinds) if kind.sparse]
+    _refuse_others(folder / FOLDER, layers, cfg.moe.num_experts)
     message = "compressed experts of rank %d are used from %s (NANOVLLM_DISABLE_SVD=1: not used)"
     logger.info(message, compression.rank, folder / FOLDER)
     return replace(model, config=replace(cfg, moe=replace(cfg.moe, compression=compression)))
 
 
+def _refuse_others(folder: Path, layers: Iterable[int], num_experts: int) -> None:
+    """Raise CheckpointError that names a file that is of no expert of these layers. Names that
+    begin with a dot are those of other programs."""
+    known = {expert_file(layer_idx, e) for layer_idx in layers for e in range(num_experts)}
+    known |= {BASES, METADATA, OWN, PROGRESS, FINISHED}
+    found = [path.name for path in folder.iterdir()]
+    if (folder / OWN).is_dir():
+        found += [f"{OWN}/{path.name}" for path in (folder / OWN).iterdir()]
+    others = (name for name in found if not name.rpartition("/")[2].startswith("."))
+    if unknown := sorted(set(others) - known):
+        raise CheckpointError(
+            f"{folder / unknown[0]} is no file of the compressed experts that the metadata "
+            f"describes ({len(unknown)} such file(s)): the folder may hold those of another model. "
+            f"Remove it, or: {_way_out(folder)}"
+        )
+
+
 def read(folder: Path, compression: Compression, wanted: Iterable[tuple[str, Tensor]]) -> None:
     """Copy the transpose of each source, "file:tensor" in the checkpoint's folder, to a tensor.
 
-    Raises CheckpointError that names a file that is missing, damaged, or of another rank or dtype.
+    Raises CheckpointError that names a file that is missing, damaged, of another rank or dtype, or
+    holds NaN or infinity.
     """
     sources, outs = zip(*wanted)
     shapes = (out_OI.shape for out_OI in outs)
@@ -203,6 +229,12 @@ def _transposed(folder: Path, compression: Compression, source: str, shape: torc
         raise CheckpointError(
             f"{path}: tensor {name} has shape {list(stored_IO.shape)}, but rank {compression.rank} "
             f"and the config ask for {list(shape[::-1])}"
+        )
+    # the sum first: it reads the matrix once, and is not finite if one of its numbers is not
+    total = stored_IO.sum(dtype=torch.float32)
+    if not total.isfinite() and not stored_IO.isfinite().all():
+        raise CheckpointError(
+            f"{path}: tensor {name} holds NaN or infinity. {_way_out(folder / FOLDER)}"
         )
     return stored_IO.t().clone(memory_format=torch.contiguous_format)
 

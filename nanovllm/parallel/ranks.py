@@ -64,7 +64,7 @@ class Ranks:
         try:
             watch.start()
             watch.has_started.wait()
-            if watch.failure is not None and not watch.processes:
+            if watch.failure is not None:
                 raise watch.failure
         except BaseException:
             ranks.close()
@@ -155,6 +155,7 @@ class Ranks:
     def close(self) -> None:
         """End all ranks: they have 3 seconds to end by themselves. Nothing of them is left."""
         self._finalizer()
+        self._watch.end()  # another thread may be in the finalizer, which runs once
 
     def _put(self, name: str, payload: bytes) -> Question:
         self._num_asked += 1

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nanovllm import programs
+from nanovllm import env, programs
 from nanovllm.parallel.channel import Channel, ChannelClosed
 
 BEAT_SECONDS = 1.0
@@ -53,7 +53,8 @@ def connect(argv: Sequence[str]) -> Connection:
     """Connect to rank 0; `argv` are the arguments of the process, as `Ranks.start` passes them.
 
     From now on a thread sends a heartbeat, and the process ends when rank 0's process ends. It
-    ignores SIGINT: rank 0 ends it after Ctrl-C.
+    ignores SIGINT: rank 0 ends it after Ctrl-C. It keeps its temporary files in the folder of all
+    ranks, and so does a compiler that it runs: both may be killed.
     """
     parser = argparse.ArgumentParser()
     for name in ("rank", "size", "channel", "beats"):
@@ -72,6 +73,7 @@ def connect(argv: Sequence[str]) -> Connection:
         os._exit(1)  # rank 0 has ended
     assert name == SETUP, name
     start = json.loads(payload)
+    env.keep_temporary_files(Path(start["folder"]))
     threading.Thread(target=_beat, args=(given.beats,), name="heartbeat", daemon=True).start()
     return Connection(given.rank, given.size, start["setup"], channel, Path(start["folder"]))
 

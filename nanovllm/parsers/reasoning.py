@@ -63,6 +63,10 @@ PARSERS = {
 }
 
 
+# vLLM's names
+PARSERS |= dict.fromkeys(("qwen3", "deepseek_r1", "glm45"), PARSERS["think"])
+
+
 def reasoning_parser(name: str) -> ReasoningParser:
     """Raises ValueError for an unknown name."""
     if name not in PARSERS:

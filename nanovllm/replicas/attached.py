@@ -31,13 +31,26 @@ class Attached(NamedTuple):
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        found = {f"embeds {i}": embeds for i, (_, embeds) in enumerate(self.embeddings)}
+        """By name: what is there twice has one name, since safetensors has no tensors that share
+        memory."""
+        found = {f"embeds {_key(embeds)}": embeds for _, embeds in self.embeddings}
         if self.positions is not None:
             found["positions"] = torch.from_numpy(np.ascontiguousarray(self.positions))
-        for i, (_, image) in enumerate(self.images):
-            values = image._asdict().items()
-            found |= {f"{name} {i}": value for name, value in values if isinstance(value, Tensor)}
-        return {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
+        for content, image in self.images:
+            for name, value in image._asdict().items():
+                if isinstance(value, Tensor):
+                    found[f"{name} {content.key}"] = value
+        found = {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
+        storages = [tensor.untyped_storage().data_ptr() for tensor in found.values()]
+        return {
+            name: tensor.clone() if storages.index(storage) < i and "embeds" in name else tensor
+            for i, ((name, tensor), storage) in enumerate(zip(found.items(), storages))
+        }
+
+
+def _key(embeds: Tensor) -> str:
+    """Equal for views of the same memory as the same numbers."""
+    return f"{embeds.data_ptr()} {list(embeds.shape)} {embeds.stride()} {embeds.dtype}"
 
 
 def dump(message: bytes, attached: Attached) -> bytes:
@@ -45,12 +58,12 @@ def dump(message: bytes, attached: Attached) -> bytes:
     tensors = attached.tensors
     if not tensors:
         return message
-    starts = [int(start) for start, _ in attached.embeddings]
+    starts = [(int(start), _key(embeds)) for start, embeds in attached.embeddings]
     images = []
     for content, image in attached.images:
         values = image._asdict().items()
         rest = {name: value for name, value in values if not isinstance(value, Tensor)}
-        images.append([content.start, content.num, content.digest.hex(), rest])
+        images.append([content.start, content.num, content.key, rest])
     return b"\0".join((message, json.dumps([starts, images]).encode(), safe.save(tensors)))
 
 
@@ -64,17 +77,17 @@ def load(payload: bytes) -> tuple[bytes, Attached]:
     tensors = safe.load(payload[start:])
     starts, found = json.loads(described)
     images = []
-    for i, (start, num, digest, values) in enumerate(found):
+    for start, num, key, values in found:
         fields: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value
             for name, value in values.items()
         }
-        names = (name for name in Encodable._fields if f"{name} {i}" in tensors)
-        fields |= {name: tensors[f"{name} {i}"] for name in names}
-        images.append((Content(start, num, bytes.fromhex(digest)), Encodable(**fields)))
+        names = (name for name in Encodable._fields if f"{name} {key}" in tensors)
+        fields |= {name: tensors[f"{name} {key}"] for name in names}
+        images.append((Content(start, num, bytes.fromhex(key)), Encodable(**fields)))
     positions = tensors.get("positions")
     return message, Attached(
-        [(start, tensors[f"embeds {i}"]) for i, start in enumerate(starts)],
+        [(start, tensors[f"embeds {key}"]) for start, key in starts],
         None if positions is None else positions.numpy(),
         images,
     )

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nanovllm import env
+from nanovllm import env, extras
 from nanovllm.config import EngineConfig
 from nanovllm.platforms import DEVICES
 
@@ -45,7 +45,7 @@ def connect(address: str | None, user: str) -> Any:
         from ray._private import ray_constants
     except ImportError:
         raise ValueError(
-            f"{user} needs Ray, which is not installed: pip install 'nanovllm[ray]'"
+            f"{user} needs Ray, which is not installed: {extras.install('ray')}"
         ) from None
     if address is None and ray_constants.ENABLE_RAY_CLUSTER:
         raise ValueError(

@@ -15,6 +15,7 @@ from nanovllm.config import EngineConfig
 from nanovllm.engine.intake import Embeddings, Intake, checked_priority, drawn_seed
 from nanovllm.engine.media_intake import MediaPrompt
 from nanovllm.engine.metrics import Metric
+from nanovllm.engine.owner import Owner
 from nanovllm.media.given import Given
 from nanovllm.parallel.channel import MAX_PAYLOAD_BYTES
 from nanovllm.parallel.ranks import deferred_interrupts
@@ -95,6 +96,7 @@ class Replicas:
         self._pending: dict[int, _Pending] = {}
         self._num_added = 0
         self._is_closed = False
+        self._owner = Owner()
         try:
             for index in range(config.data_parallel_size):
                 self.replicas.append(starter.start(index, self._inbox))
@@ -125,8 +127,10 @@ class Replicas:
         self._has_towers = first.has_towers
 
     def close(self) -> None:
-        """End all replicas. Nothing of them is left."""
+        """End all replicas. Nothing of them is left. A fork of the process leaves them alone."""
         self._is_closed = True
+        if not self._owner.is_here:
+            return
         self._pending.clear()
         for replica in self.replicas:
             replica.begin_close()
@@ -135,7 +139,7 @@ class Replicas:
         self._starter.close()
 
     def __del__(self) -> None:
-        if hasattr(self, "_is_closed"):
+        if hasattr(self, "_owner"):
             self.close()
 
     def sleep(self, level: int = 1) -> None:
@@ -345,6 +349,7 @@ class Replicas:
             self._outbox.outputs.append(ended)
 
     def _check_open(self) -> None:
+        self._owner.check()
         if self._is_closed:
             raise RuntimeError("this engine is closed: load the model again")
 

@@ -6,8 +6,7 @@ import json
 import logging
 from collections.abc import Sequence
 
-from tqdm import tqdm
-
+from nanovllm import progress
 from nanovllm.replicas import messages
 from nanovllm.replicas.messages import Facts
 from nanovllm.replicas.replica import Inbox, Replica, ReplicaFailed
@@ -21,10 +20,9 @@ def facts_of(replicas: Sequence[Replica], inbox: Inbox) -> list[Facts]:
     In a cold start some replicas wait for what another one compiles.
     """
     facts: dict[int, Facts] = {}
-    with tqdm(
-        total=len(replicas), desc="starting replicas", unit=" replicas",
-        dynamic_ncols=True, leave=False,
-    ) as bar:  # fmt: skip
+    with progress.bar(
+        total=len(replicas), desc="starting replicas", unit=" replicas", leave=False
+    ) as bar:
         while len(facts) < len(replicas):
             event = inbox.get()
             if event.failure is not None:

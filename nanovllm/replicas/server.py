@@ -6,7 +6,6 @@ from __future__ import annotations
 import gc
 import os
 import sys
-import tempfile
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,10 +19,7 @@ from nanovllm.replicas.opening import one_engine
 
 
 def main() -> None:
-    """A replica's process.
-
-    What the engine leaves among the temporary files goes with the replica's folder.
-    """
+    """A replica's process."""
     run(serve)
 
 
@@ -35,7 +31,6 @@ def run(work: Callable[[dict[str, Any], Channel], None]) -> None:
     """
     connection = connect(sys.argv[1:])
     env.replace(connection.setup["environment"])
-    tempfile.tempdir = str(connection.folder)
     log.configure()
     channel = connection.channel
     with suppress(ChannelClosed):

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from nanovllm import env, hub
+from nanovllm.checks import to_options
 from nanovllm.config import EngineConfig
 from nanovllm.startup.checkpoint_cache import read_tokenizer_of
 from nanovllm.startup.store_folder import open_store
@@ -34,18 +35,10 @@ def setup(
         config, compile_cache=compile_cache, data_parallel_size=1, distributed_executor_backend="mp"
     )
     return {
-        "options": options(alone),
+        "options": to_options(alone),
         "name": name,
         "waits_for": waits_for,
         "environment": dict(environment),
-    }
-
-
-def options(config: EngineConfig) -> dict[str, Any]:
-    """The fields of a config, as JSON has them."""
-    return {
-        name: str(value) if isinstance(value, os.PathLike) else value
-        for name, value in asdict(config).items()
     }
 
 
@@ -53,7 +46,10 @@ def with_full_paths(config: EngineConfig) -> EngineConfig:
     """The same for a process in another folder: folders that exist here have their full paths."""
     store = config.compile_cache and env.read().store_folder(config.compile_cache)
     tokenizer = config.tokenizer and _full_path(config.tokenizer)
-    return replace(config, model=_full_path(config.model), tokenizer=tokenizer, compile_cache=store)
+    return replace(
+        config, model=_full_path(config.model), tokenizer=tokenizer, compile_cache=store,
+        chat_template=config.template,
+    )  # fmt: skip
 
 
 def tokenizer(config: EngineConfig) -> Tokenizer | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -41,6 +42,7 @@ class MirroredRunner(Runner):
     def __init__(self, *args: Any, followers: Followers, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._followers, self.ranks = followers, followers.ranks
+        self._pid = os.getpid()
         # at the interpreter's exit captured graphs must end before the group that is in them
         self._at_exit = partial(_close, weakref.ref(self))
         atexit.register(self._at_exit)
@@ -117,7 +119,7 @@ def _groups(media: Mapping[str, Encodable]) -> Iterator[dict[str, Encodable]]:
 
 def _close(found: weakref.ref[MirroredRunner]) -> None:
     runner = found()
-    if runner is not None:
+    if runner is not None and runner._pid == os.getpid():  # a fork shares the group's sockets
         runner.close()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from nanovllm.models.experts.offloaded import prepare
 from nanovllm.platforms.base import Rehearsal
 from nanovllm.runner.captured import VerifyStep
 from nanovllm.runner.runner import Runner
+from nanovllm.schedule.pace import DecodePace
 from nanovllm.schedule.stall import StallBound
 
 logger = logging.getLogger(__name__)
@@ -72,6 +74,25 @@ def measure_stall(runner: Runner, max_ms: float) -> StallBound:
     return bound
 
 
+def measure_pace(runner: Runner) -> DecodePace:
+    """Time the smallest and the largest decode step. `Runner.warm_up` must have run.
+
+    No times if steps have no padding, or if experts are in the host's memory: which of them a step
+    fetches depends on its tokens.
+    """
+    if not runner.layout.pad or runner.offloaded:
+        return DecodePace()
+    step_ms = []
+    for num_rows in sorted({runner.layout.decode_rows[0], runner.layout.decode_rows[-1]}):
+        step = runner.buckets.decode(num_rows)
+        step.fill([])
+        step_ms.append((num_rows, _best_ms(runner, step.replay)))
+    moe = runner.cfg.moe
+    token_bytes = runner.block_bytes / runner.layout.block_size
+    spread = 1.0 if moe is None else moe.num_experts / moe.top_k
+    return DecodePace(tuple(step_ms), token_bytes / max(1, runner.weights_bytes), spread)
+
+
 def measure_bus(runner: Runner) -> float | None:
     """Bytes per second at which a decode step of one row fetches experts; None if all have slots.
 
@@ -105,23 +126,36 @@ def _prefill_ms(runner: Runner, num_tokens: int, context: int = 0) -> float:
     With `context` it feeds the last of so many tokens, all in the padding block, in a row that no
     request has yet.
     """
-    state, platform = runner.state, runner.platform
+    state = runner.state
     bucket = runner.layout.prefill_bucket(num_tokens, 1)
     step = runner.buckets.prefill(*bucket)
     rows, nums = ([0], [num_tokens]) if context else ([], [])
     step.fill(runner.buckets.span_arrays(rows, nums, np.zeros(sum(nums), np.int64), *bucket))
+
+    def place_row() -> None:
+        state.pos_S[0] = max(0, context - num_tokens)
+
+    best_ms = _best_ms(runner, step.replay, place_row)
+    state.pos_S[0] = state.token_S[0] = 0
+    return best_ms
+
+
+def _best_ms(
+    runner: Runner, replay: Callable[[], None], prepare: Callable[[], None] = lambda: None
+) -> float:
+    """The least milliseconds of a few runs of a step, each after `prepare`, on the slowest rank."""
+    synchronize = runner.platform.synchronize
     best_ms = math.inf
     for _ in range(STALL_REPEATS):
-        state.pos_S[0] = max(0, context - num_tokens)
-        platform.synchronize()
+        prepare()
+        synchronize()
         started = time.perf_counter()
         with torch.no_grad(), collectives.using(runner.group):
-            step.replay()
-        platform.synchronize()
+            replay()
+        synchronize()
         taken_ns = int(1e9 * (time.perf_counter() - started))
         # all ranks go on with the same number, since they must run the same steps
         best_ms = min(best_ms, -runner.smallest(-taken_ns) / 1e6)
         if best_ms >= STALL_LONG_MS:
             break
-    state.pos_S[0] = state.token_S[0] = 0
     return best_ms

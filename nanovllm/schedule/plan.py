@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -195,7 +195,8 @@ class StepPlan:
 
     def to_bytes(self) -> bytes:
         """The plan as bytes, for `from_bytes`."""
-        return _pack(asdict(self))
+        # not `asdict`, which copies every number
+        return _pack(vars(self) | {"choice": vars(self.choice)})
 
     @classmethod
     def from_bytes(cls, data: bytes) -> StepPlan:

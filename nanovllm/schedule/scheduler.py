@@ -103,21 +103,15 @@ class Scheduler:
         known tokens.
         """
         decodable = [request for request in self.running if request.may_decode]
-        takes_turns = any(request.incremental for request in decodable)
-        if not (self._prefill_was_last and takes_turns):
-            prefill = self._plan_prefill(self._max_prefill_ms(decodable))
-            if prefill is not None:
-                self._prefill_was_last = True
-                return prefill
-        self._prefill_was_last = False
-        while decodable:
-            num_preemptions = self.num_preemptions
-            plan = self._plan_decode(decodable, may_preempt)
-            if plan is not None or self.num_preemptions == num_preemptions:
-                return plan
-            # all chosen requests were preempted: older requests have their blocks now
-            decodable = [request for request in self.running if request.may_decode]
-        return None
+        is_decodes_turn = self._prefill_was_last and any(one.incremental for one in decodable)
+        plan = None if is_decodes_turn else self._plan_prefill(self._max_prefill_ms(decodable))
+        if plan is None:
+            plan = self._decode(decodable, may_preempt)
+        if plan is None and may_preempt:
+            # decode has sent all its rows back: prompts of better priorities have their blocks now
+            plan = self._plan_prefill(math.inf)
+        self._prefill_was_last = plan is not None and plan.is_prefill
+        return plan
 
     def tokens_known(self, request: Request, num_fed: int, token_ids: Sequence[int]) -> None:
         """Append the new tokens from a step that fed `num_fed` tokens of this request, and publish
@@ -227,6 +221,17 @@ class Scheduler:
         request.status = Status.RUNNING
         self.running.append(request)
         return True
+
+    def _decode(self, decodable: list[Request], may_preempt: bool) -> StepPlan | None:
+        """The next decode step; None if no row can decode, or none without preemption."""
+        while decodable:
+            num_preemptions = self.num_preemptions
+            plan = self._plan_decode(decodable, may_preempt)
+            if plan is not None or self.num_preemptions == num_preemptions:
+                return plan
+            # all chosen requests were preempted: older requests have their blocks now
+            decodable = [request for request in self.running if request.may_decode]
+        return None
 
     def _plan_decode(self, decodable: list[Request], may_preempt: bool) -> StepPlan | None:
         if len(decodable) > self.max_decode_rows:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
+import weakref
+from collections.abc import Awaitable, Generator, Iterable
+from contextlib import suppress
+from dataclasses import fields
 from os import PathLike
 from types import TracebackType
 from typing import Any
 
 from nanovllm import log
 from nanovllm.config import EngineConfig
-from nanovllm.parallel.watch import RankFailed
+from nanovllm.engine.interface import NO_PROFILE
+from nanovllm.parallel.watch import CLOSE_SECONDS, RankFailed
 from nanovllm.serving import quota
 from nanovllm.serving.client import Client
 from nanovllm.serving.engine_process import EngineProcess
@@ -26,6 +30,9 @@ class AsyncLLM(Client):
     without a running loop. The model loads meanwhile, and the first request waits for it. To wait
     beforehand: `llm = await AsyncLLM.start(model)`, `async with AsyncLLM(model) as llm`, or
     `await llm.ready()`. Then `async for output in llm.generate(prompt, params)`.
+
+    `await llm.close()` and `llm.shutdown()` end the process, from any event loop and thread. So
+    does the end of the last reference to it, and the end of this process.
 
     Options are those of `LLM`; `max_queued` is that of `Client`. Raises TypeError for an unknown
     option, and ValueError.
@@ -44,7 +51,15 @@ class AsyncLLM(Client):
         super().__init__(
             config, self._process.clients[0], quota.own_counts(), max_queued=max_queued
         )
-        self._process.call_on_failure(self._note_cause)
+        found = weakref.WeakMethod(self._note_cause)
+
+        def note(cause: Exception) -> None:
+            # the process's thread must not keep this engine, whose end ends the process
+            method = found()
+            if method is not None:
+                method(cause)
+
+        self._process.call_on_failure(note)
 
     @classmethod
     async def start(cls, model: str | PathLike[str], **options: Any) -> AsyncLLM:
@@ -57,10 +72,45 @@ class AsyncLLM(Client):
             raise
         return llm
 
-    async def close(self) -> None:
-        """End all requests and the engine's process. Nothing of it is left."""
-        await super().close()
-        await asyncio.to_thread(self._process.close)
+    @classmethod
+    def from_engine_args(
+        cls,
+        engine_args: EngineConfig,
+        start_engine_loop: bool = True,
+        usage_context: object = None,
+        stat_loggers: None = None,
+    ) -> AsyncLLM:
+        """The same for vLLM's `AsyncEngineArgs`. `usage_context` is for vLLM's own
+        statistics and has no effect. Raises ValueError for other values of the last option and of
+        `start_engine_loop`."""
+        if start_engine_loop is not True:
+            raise ValueError(f"start_engine_loop is {start_engine_loop!r}: only True is supported")
+        if stat_loggers is not None:
+            raise ValueError("stat_loggers is not supported: only None is; use `metrics()`")
+        options = {one.name: getattr(engine_args, one.name) for one in fields(EngineConfig)}
+        return cls(**options)
+
+    def abort(self, request_id: str | Iterable[str]) -> Awaitable[None]:  # type: ignore[override]
+        """End one or more requests: their readers get the end of their answers. Unknown ids are
+        ignored. It has happened when this returns; vLLM's `await llm.abort(…)` works, too."""
+        for name in [request_id] if isinstance(request_id, str) else list(request_id):
+            super().abort(name)
+        return _Done()
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        """What `close` does, for programs without an event loop; blocks meanwhile. vLLM's name.
+
+        timeout: the process is killed if it has not ended by itself after 3 seconds; only None and
+        more seconds than that are supported.
+        """
+        if timeout is not None and timeout < CLOSE_SECONDS:
+            raise ValueError(f"timeout is {timeout!r}: it must be None or at least {CLOSE_SECONDS}")
+        self._begin_close()
+        self._finish_close()
+
+    def _finish_close(self) -> None:
+        super()._finish_close()
+        self._process.close()
 
     async def __aenter__(self) -> AsyncLLM:
         try:
@@ -84,10 +134,27 @@ class AsyncLLM(Client):
         # output and texts of errors may hold paths and prompts
         self._cause = EngineDead(cause.what) if isinstance(cause, RankFailed) else cause
         if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._fail, self._cause)
+            with suppress(RuntimeError):  # the loop is closed
+                self._loop.call_soon_threadsafe(self._fail, self._cause)
+
+    async def start_profile(self, *_: object, **__: object) -> None:
+        """Refused, like stop_profile: see `nanovllm bench throughput --profile`."""
+        raise ValueError(NO_PROFILE)
+
+    stop_profile = start_profile
 
     def _lost(self) -> None:
         if self._cause is not None:
             self._fail(self._cause)
         else:
             super()._lost()
+
+
+class _Done(Awaitable[None]):
+    """What has happened, for callers that await it and for those that do not."""
+
+    def __await__(self) -> Generator[None, None, None]:
+        yield from ()
+
+
+AsyncLLMEngine = AsyncLLM  # vLLM's name

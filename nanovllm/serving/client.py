@@ -6,7 +6,9 @@ import asyncio
 import json
 import socket
 import uuid
+import weakref
 from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +16,7 @@ from nanovllm.checks import InvalidValue
 from nanovllm.config import EngineConfig
 from nanovllm.engine.intake import Intake, checked_priority, drawn_seed
 from nanovllm.engine.metrics import Metric
+from nanovllm.engine.owner import Owner
 from nanovllm.growing import GrowingAnswer, GrowingOutput
 from nanovllm.media.given import Given
 from nanovllm.outputs import RequestOutput
@@ -38,8 +41,9 @@ from nanovllm.tokenizer import Tokenizer
 class Client:
     """An `AsyncEngine` over a socket to the engine's process.
 
-    It belongs to the event loop in which it was first awaited: use it in tasks of that loop. What
-    the engine says of itself (`max_model_len`, `tokenizer`, …) is known once `ready` has returned.
+    It belongs to the event loop in which it was first awaited: use it in tasks of that loop. Only
+    `close` works everywhere. What the engine says of itself (`max_model_len`, `tokenizer`, …) is
+    known once `ready` has returned.
     """
 
     tokenizer: Tokenizer | None
@@ -73,6 +77,7 @@ class Client:
         self._asked: list[asyncio.Future[list[Metric]]] = []
         self._failure: EngineDead | None = None
         self._is_draining = self._is_closed = False
+        self._owner = Owner()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._idle = asyncio.Event()
         self._idle.set()
@@ -85,8 +90,9 @@ class Client:
     # start and end ----------------------------------------------------------------------------
 
     async def ready(self) -> None:
-        """Wait until the engine is warm. Raises ValueError for options that it refuses, and
-        EngineDead."""
+        """Wait until the engine is warm. Raises ValueError for options that it refuses, EngineDead,
+        and RuntimeError in a fork of the process or another event loop."""
+        self._owner.check()
         loop = asyncio.get_running_loop()
         if self._loop is None:
             self._loop, self._facts = loop, loop.create_future()
@@ -96,7 +102,7 @@ class Client:
         await asyncio.shield(self._starting)
 
     async def _start(self) -> None:
-        self._connection = await Connection.open(self._sock, self._take, self._lost)
+        self._connection = await self._connected()
         reading = asyncio.to_thread(setups.tokenizer, self.config)
         facts, self.tokenizer = await asyncio.gather(self._facts, reading)
         self.max_model_len, self.max_num_seqs = facts.max_model_len, facts.max_num_seqs
@@ -116,19 +122,59 @@ class Client:
         self._encoder = await Encoder.open(self.config, self._intake, facts, num_clients)
         self._quota = Quota(self._index, self._counts, self.max_num_seqs + self._max_queued)
 
+    async def _connected(self) -> Connection:
+        """The connection. It does not keep this client from being collected: its loop, which may
+        run for ever, refers to it."""
+        found = weakref.ref(self)
+
+        def take(name: str, payload: bytes) -> None:
+            client = found()
+            if client is not None:
+                client._take(name, payload)
+
+        def lose() -> None:
+            client = found()
+            if client is not None:
+                client._lost()
+
+        return await Connection.open(self._sock, take, lose)
+
     async def close(self) -> None:
-        """End all requests, and the connection."""
-        self._is_closed = True
-        self.abort_all()
-        if self._loop is None:
-            self._sock.close()
+        """End all requests, the connection and what else this client has.
+
+        It may be called in any event loop and thread, also after the end of the client's own loop,
+        and again. A fork of the process leaves everything alone.
+        """
+        if not self._owner.is_here:
             return
-        if not self._starting.done():
-            self._starting.cancel()
+        self._begin_close()
+        await asyncio.to_thread(self._finish_close)
+
+    def _begin_close(self) -> None:
+        """Refuse requests from now on, and end those of tasks in the client's loop."""
+        self._is_closed = True
+        loop = self._loop
+        if loop is None or loop.is_closed():
+            self._sock.close()  # no task waits for anything
+        elif loop is _running_loop():
+            self._end_tasks()
+        else:
+            with suppress(RuntimeError):  # it has been closed meanwhile
+                loop.call_soon_threadsafe(self._end_tasks)
+
+    def _end_tasks(self) -> None:
+        """End what tasks wait for. Called in the client's loop."""
+        self.abort_all()
+        self._starting.cancel()
         if connection := self.__dict__.get("_connection"):
             connection.close()
         if encoder := self.__dict__.get("_encoder"):
-            await encoder.close()
+            encoder.cancel()
+
+    def _finish_close(self) -> None:
+        """Wait until the threads have ended."""
+        if encoder := self.__dict__.get("_encoder"):
+            encoder.close()
 
     async def drain(self, timeout: float | None = None) -> bool:
         """Refuse new requests with Draining, and wait for those that run or wait.
@@ -393,3 +439,11 @@ class Client:
         self._feeds.clear()
         self._answers.clear()
         self._idle.set()
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    """The event loop that runs in this thread."""
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None

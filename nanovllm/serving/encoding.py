@@ -68,6 +68,12 @@ class Encoder:
         if num_bytes and self._seeing is not None:
             self._seeing.release(num_bytes)
 
-    async def close(self) -> None:
+    def cancel(self) -> None:
+        """End the preparation of images. Call it in the client's event loop."""
         if self._seeing is not None:
-            await self._seeing.close()
+            self._seeing.cancel()
+
+    def close(self) -> None:
+        """Wait until the threads have ended. Any thread may call it."""
+        if self._seeing is not None:
+            self._seeing.close()

@@ -6,10 +6,10 @@ import socket
 from collections.abc import Callable
 from contextlib import suppress
 
+from nanovllm.checks import to_options
 from nanovllm.config import EngineConfig
 from nanovllm.parallel.ranks import Ranks
 from nanovllm.parallel.watch import RankFailed, without_name
-from nanovllm.replicas import setups
 
 PROGRAM = "nanovllm.serving.process"
 NAME = "the engine's process"
@@ -29,7 +29,7 @@ class EngineProcess:
         pairs = [socket.socketpair() for _ in range(num_clients)]
         self.clients = [ours for ours, _ in pairs]
         ports = [theirs.fileno() for _, theirs in pairs]
-        setup = {"options": setups.options(config), "ports": ports, "environment": {}}
+        setup = {"options": to_options(config), "ports": ports, "environment": {}}
         names = ("the process that has started the engine", NAME)
         try:
             self._ranks = Ranks.start(setup, 2, PROGRAM, names=names, inherited=ports)

@@ -1,5 +1,5 @@
-"""Prepares prompts with images, videos and sound in the client's process: in threads, beside its
-event loop.
+"""Prepares prompts with images, videos and sound in the client's process: in threads and
+processes, beside its event loop.
 
 Importing this module does not import torch. Making a `Seeing` does.
 """
@@ -60,12 +60,15 @@ class Seeing:
 
         options = config.media
         self._max_held = max(1, options.max_held_bytes // num_clients)
-        cached = options.media_cache_bytes // num_clients
+        shared = replace(
+            options,
+            media_cache_bytes=options.media_cache_bytes // num_clients,
+            max_decoding_bytes=max(1, options.max_decoding_bytes // num_clients),
+        )
         folder = hub.resolve(config.model, weights=False, revision=config.revision)
         self._prompts = MediaPrompts(
-            config.model, tokenizer, Scale(*scale), settings.load(folder),
-            replace(options, media_cache_bytes=cached),
-        )  # fmt: skip
+            config.model, tokenizer, Scale(*scale), settings.load(folder), shared
+        )
         self._attached = attached
         num_prompts = 2 * options.num_media_workers
         self._slots = asyncio.Semaphore(num_prompts)
@@ -135,12 +138,15 @@ class Seeing:
         self._num_held -= num_bytes
         self._has_room.set()
 
-    async def close(self) -> None:
-        """End all work, and the threads."""
+    def cancel(self) -> None:
+        """End all work. Call it in the event loop."""
         for work in self._running:
             work.cancel()
-        await asyncio.to_thread(self._prompts.close)
-        await asyncio.to_thread(self._pool.shutdown)
+
+    def close(self) -> None:
+        """Wait until the threads have ended. Any thread may call it."""
+        self._prompts.close()
+        self._pool.shutdown()
 
 
 def _num_bytes(value: Any) -> int:

@@ -21,10 +21,10 @@ from types import FrameType
 from typing import Any
 
 from nanovllm import programs
+from nanovllm.checks import to_options
 from nanovllm.config import EngineConfig
 from nanovllm.parallel.ranks import Ranks
 from nanovllm.parallel.watch import RankFailed, without_name
-from nanovllm.replicas import setups
 from nanovllm.serving import quota
 from nanovllm.serving.engine_process import EngineProcess
 
@@ -115,7 +115,7 @@ class Supervisor:
             "target": service.target,
             "folder": programs.folder_of(service.target.partition(":")[0]),
             "options": dict(service.options),
-            "engine": setups.options(service.config),
+            "engine": to_options(service.config),
             "index": index,
             "num": service.num_api_processes,
             "inherited": descriptors,

@@ -6,8 +6,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING, Any
 
 from nanovllm import env
 from nanovllm.compile import buckets
@@ -18,12 +17,16 @@ from nanovllm.platforms.base import MemoryBudget
 from nanovllm.runner import steps
 from nanovllm.runner.expert_stats import ExpertStats
 from nanovllm.runner.runner import Runner
-from nanovllm.runner.warmup import measure_bus, measure_stall
+from nanovllm.runner.warmup import measure_bus, measure_pace, measure_stall
+from nanovllm.schedule.pace import DecodePace
 from nanovllm.schedule.stall import StallBound
 from nanovllm.startup.artifacts import common_ingredients, finish
 from nanovllm.startup.choose import Choice
 from nanovllm.startup.laps import Laps
 from nanovllm.startup.memory import MemoryReport
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
@@ -34,13 +37,14 @@ class Built:
     num_blocks: int
     memory: MemoryReport
     stall: StallBound | None
+    pace: DecodePace
     expert_stats: ExpertStats | None
 
 
 def build(
     choice: Choice,
     params: Params,
-    bar: tqdm,
+    bar: tqdm[Any],
     laps: Laps,
     group: Communicator | None = None,
     make: Callable[..., Runner] = Runner,
@@ -71,6 +75,7 @@ def build(
     runner.warm_up(building)
     laps.end(stage)
     stall = _stall_bound(choice, runner)
+    pace = measure_pace(runner)
     laps.end("stall")
     expert_stats = _expert_stats(runner)
     if not config.enforce_eager and choice.shard.rank == 0:
@@ -86,7 +91,7 @@ def build(
         limited=budget is not None and num_blocks < budget.cache_bytes // runner.block_bytes,
     )
     logger.info("%s", memory)
-    return Built(runner, num_blocks, memory, stall, expert_stats)
+    return Built(runner, num_blocks, memory, stall, pace, expert_stats)
 
 
 def _stall_bound(choice: Choice, runner: Runner) -> StallBound | None:

@@ -98,9 +98,14 @@ def read_tokenizer_of(config: EngineConfig, folder: Path, store: Store) -> Token
     none."""
     if config.skip_tokenizer_init:
         return None
-    if config.tokenizer is None:
-        return read_tokenizer(folder, store)
-    return read_tokenizer(hub.resolve_tokenizer(str(config.tokenizer)), store)
+    if config.tokenizer is not None:
+        folder = hub.resolve_tokenizer(str(config.tokenizer))
+    found = read_tokenizer(folder, store)
+    if config.template is not None:
+        if found is None:
+            raise ValueError(f"{folder} has no tokenizer, which chat_template needs")
+        found.use_template(config.template)
+    return found
 
 
 def read_tokenizer(folder: Path, store: Store) -> Tokenizer | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import reprlib
 import sys
 from collections.abc import Iterator, Mapping
@@ -25,13 +26,24 @@ OF_ALL = (
     "video_token_id", "vision_start_token_id", "vision_end_token_id", "audio_token_id",
     "position_id_per_seconds",
 )  # fmt: skip
+# The largest numbers that fields of configs may have, so that no list or table of this size is made
+# of a damaged or hostile file. Real models stay far below.
+LARGEST = {
+    **dict.fromkeys(("num_hidden_layers", "depth", "encoder_layers"), 1 << 12),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "num_heads"), 1 << 16),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 1 << 16),
+    **dict.fromkeys(("hidden_size", "head_dim", "d_model", "out_hidden_size"), 1 << 20),
+    **dict.fromkeys(("intermediate_size", "moe_intermediate_size", "vocab_size"), 1 << 24),
+    "shared_expert_intermediate_size": 1 << 24,
+}
+LARGEST_OTHER = (1 << 63) - 1
 
 
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises ValueError that names the file."""
     try:
         found = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds {reprlib.repr(found)}: it must be an object")
@@ -51,11 +63,13 @@ def transformers_config(path: Path, overrides: Mapping[str, object]) -> Any:
     if not isinstance(names, list):
         raise ValueError(f"{path}: architectures is {names!r}: it must be a list of names")
     try:
+        _check_sizes(fields)
         registry.architecture(names)
         if not registry.ROPES_PER_LAYER_TYPE.intersection(names):
             _refuse_nested_ropes(fields)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        own = "; its own code (auto_map) is not run" if "auto_map" in fields else ""
+        raise ValueError(f"{path}: {error}{own}") from error
     from transformers import CONFIG_MAPPING
 
     if isinstance(model_type, str) and model_type in registry.READ_AS:
@@ -78,6 +92,16 @@ def transformers_config(path: Path, overrides: Mapping[str, object]) -> Any:
     # a checkpoint that also speaks has the part that reads and writes text as `thinker_config`
     part = getattr(hf, "thinker_config", hf)
     return _of_text(hf, part) if hasattr(part, "text_config") else hf
+
+
+def _check_sizes(fields: Mapping[str, Any]) -> None:
+    """Raise ValueError for a number, also in nested objects, that no model can have."""
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            _check_sizes(value)
+        largest = LARGEST.get(name, LARGEST_OTHER if isinstance(value, int) else math.inf)
+        if isinstance(value, (int, float)) and value > largest:
+            raise ValueError(f"{name} is {value}: it must be at most {largest}")
 
 
 def _of_text(whole: Any, part: Any) -> Any:

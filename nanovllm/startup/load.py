@@ -8,10 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
+from nanovllm import env, progress
 from nanovllm.config import EngineConfig
+from nanovllm.kernels.code_files import BUILDING
 from nanovllm.kernels.collectives import Communicator
 from nanovllm.media import settings
 from nanovllm.media.settings import VisionSettings
@@ -25,6 +26,7 @@ from nanovllm.runner.runner import Runner
 from nanovllm.runner.sleep import Sleeper
 from nanovllm.runner.spec import EngineSpec
 from nanovllm.sampling import SamplingParams
+from nanovllm.schedule.pace import DecodePace
 from nanovllm.schedule.stall import StallBound
 from nanovllm.startup import ranks
 from nanovllm.startup.build import build
@@ -35,6 +37,9 @@ from nanovllm.startup.generation_config import default_params, generation_config
 from nanovllm.startup.laps import Laps
 from nanovllm.startup.memory import MemoryReport
 from nanovllm.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +64,7 @@ class Loaded:
     num_blocks: int
     memory: MemoryReport
     stall: StallBound | None
+    pace: DecodePace
     expert_stats: ExpertStats | None
     seconds: dict[str, float]
 
@@ -107,15 +113,16 @@ def load_chosen(
             farm.build(choice.spec.layout.buckets, choice.num_workers, rehearse=True)
         else:
             farm.close()
-        bar = tqdm(
+        bar = progress.bar(
             total=choice.model.config.num_layers, desc="loading weights", unit=" layers",
-            dynamic_ncols=True, leave=False, disable=not show_progress,
+            leave=False, disable=not show_progress,
         )  # fmt: skip
         stack.enter_context(bar)
         weights, place = _memory(choice)
         params, tokenizer = _load_weights(choice, place, farm, bar, laps)
         bar.unit = " buckets"
         bar.reset(len(choice.spec.layout.buckets) if choice.spec.layout.pad else 0)
+        stack.enter_context(env.folder_of_compilers(choice.store.folder / "cpp", BUILDING))
         built = build(choice, params, bar, laps, connect(), make)
     if choice.spec.offload is not None:
         logger.info("experts: %s", choice.spec.offload)
@@ -139,7 +146,7 @@ def load_chosen(
     return Loaded(
         choice.config, runner.model, runner.spec, runner, sleeper, tokenizer, vision, eos_ids,
         default_params(generation if config.generation_config == "auto" else {}),
-        built.num_blocks, built.memory, built.stall, built.expert_stats, laps.seconds,
+        built.num_blocks, built.memory, built.stall, built.pace, built.expert_stats, laps.seconds,
     )  # fmt: skip
 
 
@@ -154,7 +161,7 @@ def _memory(choice: Choice) -> tuple[Region, Place]:
 
 
 def _load_weights(
-    choice: Choice, place: Place, farm: CompileFarm, bar: tqdm, laps: Laps
+    choice: Choice, place: Place, farm: CompileFarm, bar: tqdm[Any], laps: Laps
 ) -> tuple[Params, Tokenizer | None]:
     """Placed weights and the tokenizer; waits for workers, if any."""
     tokenizer_of = partial(read_tokenizer_of, choice.config, choice.folder, choice.store)

@@ -8,16 +8,20 @@ from contextlib import closing
 
 from nanovllm.config import EngineConfig
 from nanovllm.startup.artifacts import mark_ready
-from nanovllm.startup.choose import choose_without_weights
+from nanovllm.startup.choose import Choice, choose_without_weights
 from nanovllm.startup.compile_farm.farm import CompileFarm
 from nanovllm.startup.compile_farm.tasks import Outcome
 
 
 def fill(
-    config: EngineConfig, count: int | None, progress: Callable[[Outcome, int], object]
+    config: EngineConfig,
+    count: int | None,
+    progress: Callable[[Outcome, int], object],
+    begin: Callable[[Choice], object] = lambda choice: None,
 ) -> list[Outcome]:
     """Build every bucket of `config` into its store; `progress(outcome, number of buckets)` each.
 
+    `begin` is called before, with what was chosen for the options.
     count: worker processes; None for a number that suits the device. Where a step is one program,
     that is one: the worker has the whole model, and sizes the cache by the memory it finds free.
 
@@ -27,6 +31,7 @@ def fill(
     # compiles C++ libraries, which workers then find
     choice = choose_without_weights(config, must_keep=True)
     buckets = choice.spec.layout.buckets
+    begin(choice)
     if count is None:
         halved = min(8, max(1, (os.cpu_count() or 2) // 2))
         count = 1 if choice.platform.traits.whole_steps else halved

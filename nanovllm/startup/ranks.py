@@ -6,13 +6,14 @@ import gc
 import logging
 import os
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanovllm import env, hub, log
+from nanovllm.checks import to_options
 from nanovllm.parallel.serve import Connection, connect, serve
 
 if TYPE_CHECKING:
@@ -75,9 +76,8 @@ def start(choice: Choice) -> Team:
             f"tensor_parallel_size is {size}, but this machine has {traits.max_ranks} "
             f"{traits.name} device(s) for it"
         )
-    store = config.compile_cache and str(config.compile_cache)
     setup = {
-        "options": {**asdict(config), "compile_cache": store},
+        "options": to_options(config),
         "checkpoint": checkpoint_digest(choice.folder),
         "environments": [
             choice.platform.rank_environment(rank, env.for_children()) for rank in range(size)

@@ -187,7 +187,7 @@ class Grammars:
         return self._masks.of(matchers)
 
     def wait_for_mask(self, wait_s: float) -> bool:
-        """Wait until a request whose mask is being computed is ready; False if there is none."""
+        """See `Masks.wait`."""
         has_masks = self._compiler is not None and self._compiler.masks is not None
         return has_masks and self._masks.wait(wait_s)
 

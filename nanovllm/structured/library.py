@@ -6,6 +6,7 @@ import importlib.util
 import json
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from nanovllm import extras
 from nanovllm.checks import InvalidValue
 from nanovllm.structured.keywords import checked_schema
 from nanovllm.structured.params import FIELD, StructuredOutputsParams
@@ -44,7 +45,7 @@ def check_installed() -> None:
         raise InvalidValue(
             FIELD,
             "structured_outputs needs llguidance, which is not installed: "
-            "pip install 'nanovllm[structured]'",
+            + extras.install("structured"),
         )
 
 

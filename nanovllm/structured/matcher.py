@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import importlib
 import os
+import threading
 import time
 from collections.abc import Iterable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -96,7 +97,8 @@ class Masks:
         num_parallel = min(MAX_PARALLEL, (os.cpu_count() or 1) // 2)
         self._executor = self._library.LLExecutor(num_parallel) if num_parallel > 1 else None
         self._pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="masks")
-        self._begun: set[Future[np.ndarray]] = set()
+        self._begun: set[Future[np.ndarray]] = set()  # not finished
+        self._has_finished = threading.Event()  # since the last wait
 
     def compiled(self, of_library: llguidance.LLMatcher) -> Compiled:
         """Compile the first mask of a grammar, and note whether it is slow."""
@@ -109,14 +111,18 @@ class Masks:
         """Begin to compute the next mask of an answer in a thread."""
         work = self._pool.submit(self._timed, one)
         self._begun.add(work)
+        work.add_done_callback(self._note_finished)
         return work
 
     def wait(self, wait_s: float) -> bool:
-        """Wait for a mask that a thread computes; False if none does."""
-        self._begun = {work for work in self._begun if not work.done()}
-        if not self._begun:
+        """Wait for a mask that a thread computes.
+
+        False if none does, and none has finished since the last call.
+        """
+        if not self._begun and not self._has_finished.is_set():
             return False
-        wait(self._begun, wait_s, FIRST_COMPLETED)
+        self._has_finished.wait(wait_s)
+        self._has_finished.clear()
         return True
 
     def of(self, matchers: Sequence[Matcher]) -> np.ndarray:
@@ -139,6 +145,10 @@ class Masks:
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
+
+    def _note_finished(self, work: Future[np.ndarray]) -> None:
+        self._has_finished.set()  # first: `wait` must find one or the other
+        self._begun.discard(work)
 
     def _timed(self, one: Matcher) -> np.ndarray:
         allowed_1W = np.zeros((1, self._own_words), np.int32)

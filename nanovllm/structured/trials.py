@@ -75,7 +75,7 @@ class Trial:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,  # a panic of the library would quote the grammar
-            env=env.for_children(),
+            env=env.for_strangers(),
             start_new_session=True,  # Ctrl-C in a terminal ends the engine alone
         )
 

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from nanovllm.tools.terminal import printable
+
 logger = logging.getLogger(__name__)
 
 # What the engine raises for options, models and files that a user names wrongly.
@@ -24,7 +26,8 @@ def run(main: Callable[[], int | None]) -> int:
         return main() or 0
     except MISTAKES as error:
         logger.debug("the error below was raised here", exc_info=True)
-        reason = " ".join(str(error).split()) or type(error).__name__
+        # it may quote a server, a file or an argument
+        reason = printable(" ".join(str(error).split())) or type(error).__name__
         print(f"{_program()}: error: {reason}", file=sys.stderr)
         return STATUS
 

@@ -39,7 +39,7 @@ def write_checkpoint(
     (folder / "config.json").write_text(json.dumps(config))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(EMBEDDED / name, folder)
-    hf = AutoConfig.from_pretrained(folder)
+    hf = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     dtype = getattr(torch, str(config.get("dtype") or config["torch_dtype"]).removeprefix("torch."))
     model = registry.architecture(hf.architectures)(hf, dtype=dtype)
     generator = torch.Generator().manual_seed(seed)

@@ -21,9 +21,16 @@ from torch import Tensor
 
 from nanovllm.models import svd_experts
 from nanovllm.models.checkpoint import CheckpointError
-from nanovllm.models.svd_experts import BASES, METADATA, Metadata, basis_name, expert_name
-
-PROGRESS, FINISHED = "progress.json", "U_finished"
+from nanovllm.models.svd_experts import (
+    BASES,
+    FINISHED,
+    METADATA,
+    OWN,
+    PROGRESS,
+    Metadata,
+    basis_name,
+    expert_name,
+)
 
 
 def save_file(tensors: dict[str, Tensor], path: Path, header: dict[str, str] | None = None) -> None:
@@ -47,7 +54,7 @@ class Output:
             return
         self._check_owned()
         self._clear()
-        (folder / "V_experts").mkdir(parents=True, exist_ok=True)
+        (folder / OWN).mkdir(parents=True, exist_ok=True)
         (folder / FINISHED).mkdir()
         (folder / PROGRESS).write_text(json.dumps(asdict(metadata)))
 
@@ -108,7 +115,7 @@ class Output:
 
     def _check_owned(self) -> None:
         """Raise ValueError if the folder has files of others, which `_clear` could delete."""
-        ours = {METADATA, f"{METADATA}.part", PROGRESS, BASES, FINISHED, "V_experts"}
+        ours = {METADATA, f"{METADATA}.part", PROGRESS, BASES, FINISHED, OWN}
         found = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
         if others := sorted(name for name in found - ours if not name.startswith(".")):
             raise ValueError(

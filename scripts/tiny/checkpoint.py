@@ -39,10 +39,11 @@ def evaluate(
     folder: Path, tasks: list[Task], device: torch.device, batch_size: int = 512
 ) -> tuple[dict[str, float], list[str]]:
     """(accuracy by kind, wrong answers) of the saved weights with greedy decoding."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left", trust_remote_code=False)
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=torch.bfloat16,
+        trust_remote_code=False,
         experts_implementation="eager",  # transformers' own loop over experts
     ).eval()
     # transformers' decorator loses the signature of `to`

@@ -66,4 +66,6 @@ def evaluate(folder: Path, tasks: Sequence[PictureTask], device: torch.device) -
     model = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16).eval()
     # transformers' decorator loses the signature of `to`
     model.to(device)  # type: ignore[arg-type]
-    return score(model, Encoder(AutoTokenizer.from_pretrained(folder)), tasks)
+    return score(
+        model, Encoder(AutoTokenizer.from_pretrained(folder, trust_remote_code=False)), tasks
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import threading
 from collections.abc import AsyncIterator
 from typing import Any
@@ -45,12 +46,14 @@ THOUGHT = "The user wants a short answer.\nI give one."
 class PageServer:
     """state: "ready", "draining" or "broken". key: what requests need, if set.
 
-    delay: seconds between two words of an answer. bodies: of all chat requests. num_left: answers
-    that their client did not wait for.
+    model: its root in /v1/models. refusal: the status of all answers, if set. text: of all answers,
+    if set. delay: seconds between two words of an answer. bodies: of all chat requests. num_left:
+    answers that their client did not wait for.
     """
 
     def __init__(self) -> None:
         self.state, self.key, self.sees, self.delay = "ready", "", False, 0.005
+        self.model, self.refusal, self.text = "tiny-qwen3", 0, ""
         self.bodies: list[dict[str, Any]] = []
         self.num_left = self.num_tokens = self.num_running = 0
         self.latencies = Latencies()
@@ -98,7 +101,8 @@ class PageServer:
 
     async def _models(self, request: Request) -> Response:
         kinds = ["text", "image"] if self.sees else ["text"]
-        one = {"id": "tiny-qwen3", "object": "model", "input_modalities": kinds}
+        one: dict[str, Any] = {"id": "tiny-qwen3", "object": "model", "root": self.model}
+        one["input_modalities"] = kinds
         return self._refusal(request) or JSONResponse({"object": "list", "data": [one]})
 
     async def _metrics(self, request: Request) -> Response:
@@ -120,6 +124,8 @@ class PageServer:
         self.bodies.append(body)
         if self.state != "ready":
             return JSONResponse({"error": {"message": "shuts down"}}, 503)
+        if self.refusal:
+            return JSONResponse({"error": {"message": "too long by 19 tokens"}}, self.refusal)
         return StreamingResponse(self._events(body), media_type="text/event-stream")
 
     async def _events(self, body: dict[str, Any]) -> AsyncIterator[str]:
@@ -127,7 +133,7 @@ class PageServer:
         self.num_running += 1
         try:
             num = 0
-            for delta in deltas(body["messages"][-1]["content"]):
+            for delta in deltas(body["messages"][-1]["content"], self.text):
                 await asyncio.sleep(self.delay)
                 num += 1
                 self._count(timer)
@@ -152,8 +158,10 @@ def event(choices: list[dict[str, Any]], num: int) -> str:
     return f"data: {json.dumps({'choices': choices, 'usage': usage})}\n\n"
 
 
-def deltas(content: Any) -> list[dict[str, str]]:
-    """The answer to a prompt that says "think", "list", "forever" or anything else."""
+def deltas(content: Any, whole: str = "") -> list[dict[str, str]]:
+    """The answer to a prompt that says "think", "list", "forever" or anything else; or `whole`."""
+    if whole:
+        return [{"content": part} for part in re.findall(r"\S*\s*", whole) if part]
     text = content if isinstance(content, str) else content[-1]["text"]
     words = ["Hello", "from", "the", "server."]
     if "list" in text:

@@ -341,6 +341,25 @@ def test_the_key_of_anthropic_s_header_is_one_for_all_paths(server: MadeUpServer
         assert http.get("/v1/models").status_code == 401
 
 
+def test_keys_of_anthropic_s_header_have_caches_of_their_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with served(api_key=["one", "two"]) as server:
+        salts: list[str | None] = []
+        plain = server.engine.open
+
+        async def noting(prompt: Any, params: Any, **options: Any) -> Any:
+            salts.append(prompt.cache_salt)
+            return await plain(prompt, params, **options)
+
+        monkeypatch.setattr(server.engine, "open", noting)
+        for options in ({"api_key": "one"}, {"api_key": "two"}, {"api_key": None,
+                        "auth_token": "one"}, {"api_key": "one", "auth_token": "no"}):  # fmt: skip
+            with client_of(server, **options) as client:
+                client.messages.create(**ASKED)
+    assert len({*salts}) == 2 and salts[0] == salts[2] == salts[3] != salts[1]
+
+
 def kind_of(error: anthropic.APIStatusError) -> str:
     body: Any = error.body
     assert body["type"] == "error" and body["request_id"]

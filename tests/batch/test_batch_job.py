@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from nanovllm import LLM
+from nanovllm import LLM, extras
 from nanovllm.batch import command, worker
 from nanovllm.batch import job as job_module
 from nanovllm.batch import output as output_module
@@ -88,6 +88,22 @@ def test_messages_go_through_the_template(run: Any, eager_llm: LLM) -> None:
     assert found["token_ids"] == wanted.token_ids
 
 
+def test_a_raw_prompt_for_a_model_with_a_chat_template_is_said_once(
+    run: Any, eager_llm: LLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = eager_llm.engine.tokenizer
+    assert tokenizer is not None
+    monkeypatch.setattr(tokenizer, "_derived", {})
+    rows = [{"prompt": [5, 6]}, {"prompt": "<s>the"}, {"prompt": "the"}, {"prompt": "a"}]
+    run(rows)
+    assert "chat template" not in caplog.text, "the model has none"
+    monkeypatch.setattr(tokenizer, "_derived", {})
+    monkeypatch.setattr(tokenizer.for_reading, "chat_template", TEMPLATE)
+    run([{"messages": [{"role": "user", "content": "a"}]}, *rows], "--overwrite")
+    (said,) = [one.message for one in caplog.records if "chat template" in one.message]
+    assert said.startswith("row 3 has a prompt") and "as messages" in said
+
+
 def test_a_row_with_an_image_is_an_error_for_a_text_model(run: Any) -> None:
     image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
     rows = [
@@ -110,6 +126,8 @@ def test_a_bad_row_is_an_error_in_its_place(run: Any) -> None:
         '{"prompt": [5, 512]}': "token id 512 is outside the vocabulary",
         '{"prompt": [5, true]}': "token id True is outside the vocabulary",
         json.dumps({"prompt": [5] * 256}): "the prompt has 256 tokens",
+        '{"prompt": "a", "id": 1e999}': "id is no finite number",
+        '{"prompt": "a", "id": {"x": [NaN]}}': "id.x[0] is no finite number",
         '{"prompt": "\\ud800"}': "half of a surrogate pair",
         '{"prompt": "a", "params": {"foo": 1}}': "'foo', which is no sampling parameter",
         '{"prompt": "a", "params": {"top_p": 2}}': "top_p is 2.0",
@@ -255,7 +273,7 @@ def test_without_ray_several_replicas_are_refused_with_the_command(
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     status = command_line.run(lambda: run([{"prompt": "a"}], "--replicas", "2") and None)
-    assert status == 2 and "pip install 'nanovllm[ray]'" in capsys.readouterr().err
+    assert status == 2 and extras.install("ray") in capsys.readouterr().err
     assert len(run([{"prompt": "a"}], "--replicas", "2", "--no-ray")) == 1
 
 

@@ -66,7 +66,10 @@ def test_a_scan_finds_the_place_after_a_row(last_row: int, tmp_path: Path) -> No
     [
         ("{bad", "no valid JSON: Expecting property name"),
         (b'{"prompt": "\xff"}', "no valid JSON: 'utf-8' codec can't decode byte 0xff"),
-        ('{"prompt": "a", "params": {"temperature": NaN}}', "NaN is no JSON value"),
+        ('{"prompt": "a", "params": {"temperature": NaN}}', r"params\.temperature is no finite"),
+        ('{"prompt": "a", "id": 1e999}', "^id is no finite number"),
+        ('{"prompt": "a", "id": {"x": [1.5, [-1e999]]}}', r"^id\.x\[1\]\[0\] is no finite number"),
+        ('{"prompt": [1, Infinity]}', r"^prompt\[1\] is no finite number"),
         ("[" * 100_000, "nested too deeply"),
         ("[1, 2]", r"the line is \[1, 2\]: it must be a JSON object"),
         ('{"prompt": "a", "prompts": 1}', "the row has the key 'prompts': use prompt, messages"),
@@ -89,3 +92,18 @@ def test_a_refused_row_keeps_its_id() -> None:
         with pytest.raises(Refused) as caught:
             parse(line(json.dumps(row)))
         assert caught.value.id == "x"
+
+
+def test_a_row_with_an_infinite_number_keeps_its_id_unless_it_is_in_it() -> None:
+    for text, row_id in (
+        ('{"id": [1e308], "prompt": "a", "params": {"top_p": 1e999}}', [1e308]),
+        ('{"id": [1e999], "prompt": "a"}', None),
+    ):
+        with pytest.raises(Refused, match="is no finite number") as caught:
+            parse(line(text))
+        assert caught.value.id == row_id
+
+
+def test_finite_numbers_are_read_as_they_are() -> None:
+    found = parse(line('{"id": [1e308, 5e-324, -0.0, 3], "prompt": "a", "params": {"top_p": 0.5}}'))
+    assert found.id == [1e308, 5e-324, -0.0, 3] and found.params == {"top_p": 0.5}

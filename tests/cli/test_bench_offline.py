@@ -250,3 +250,37 @@ def test_gaps_between_tokens_while_a_long_prompt_arrives(run: Any) -> None:
 def test_what_cannot_be_done_is_refused(run: Any, arguments: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         run(*arguments)
+
+
+def test_the_first_line_names_the_workload(
+    run: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TQDM_DISABLE", "")
+    monkeypatch.setenv("NANOVLLM_LOG_LEVEL", "INFO")
+    monkeypatch.setattr("nanovllm.cli.watch.LINE_SECONDS", 0.0005)
+    out, (found,) = run("--bs", "2", "--runs", "2")
+    what = f"{found['prompt_tokens']} tokens in and {found['output_tokens']} out"
+    assert out.startswith(f"tiny-qwen3: 3 prompts, {what}, at most 2 at a time, 2 times\n")
+    quiet, _ = run("--bs", "2", "--quiet")
+    assert quiet.startswith("tiny-qwen3 bs 2: ")
+
+
+def test_the_tokens_so_far_are_shown_while_it_generates(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched: list[Any] = []
+
+    class Watch:
+        def __init__(self, name: str, unit: str, total: int, count: Any) -> None:
+            watched.append((total, count))
+
+        def __enter__(self) -> None:
+            watched.append(watched[0][1]())
+
+        def __exit__(self, *_: object) -> None:
+            watched.append(watched[0][1]())
+
+    monkeypatch.setattr(offline, "Watch", Watch)
+    _, (found,) = run("--bs", "2", "--runs", "2")
+    total = 2 * found["output_tokens"]
+    assert watched[0][0] == total and watched[1:] == [0, total]

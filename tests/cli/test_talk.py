@@ -17,6 +17,7 @@ import pytest
 from nanovllm import LLM
 from nanovllm.cli import talk
 from nanovllm.cli.main import run
+from nanovllm.tools import command_line, terminal
 from tests.cli.mock_server import serving
 
 ROOT = Path(__file__).parents[2]
@@ -73,10 +74,10 @@ def wanted(llm: LLM, messages: list[dict[str, str]]) -> str:
 def test_run_streams_what_chat_answers(llm: LLM, local: list[Any], say: Any) -> None:
     text = QUESTION[0]["content"]
     expected = wanted(llm, QUESTION)
-    for words in (["run", text], ["run", "-"], ["run"]):
+    for words in (["run", text], ["run", "-"], ["run"], ["run", "tiny-qwen3"]):
         out, _ = say([*words, "--temperature", "0", "--max_model_len", "64"], text)
         assert out.rstrip("\n") == expected.rstrip("\n") and out.endswith("\n")
-    assert local == [("tiny-qwen3", {"max_model_len": 64})] * 3
+    assert local == [("tiny-qwen3", {"max_model_len": 64})] * 4
     with_system = [{"role": "system", "content": "Be short."}, *QUESTION]
     out, _ = say(["run", text, "--system", "Be short.", "--temperature", "0"])
     assert out.rstrip("\n") == wanted(llm, with_system).rstrip("\n")
@@ -176,6 +177,56 @@ def test_run_raw_asks_a_server_for_a_completion(say: Any) -> None:
     assert out == "word \n" and mock.bodies[0]["prompt"] == "x" and mock.bodies[0]["model"] == "b"
 
 
+HOSTILE = "\x1b]52;c;aGk=\x07\x1b[2J\x9b31m\rno\x08\x7f\tyes\n"
+
+
+class Terminal(StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("splits", [0, 1])
+@pytest.mark.parametrize("command", ["chat", "run", "run --raw"])
+def test_no_answer_controls_a_terminal(
+    say: Any, monkeypatch: pytest.MonkeyPatch, command: str, splits: int
+) -> None:
+    words = [*command.split(), *([] if command == "chat" else ["a"])]
+    shown = Terminal()
+    with serving(answer=HOSTILE, splits=splits) as mock:
+        monkeypatch.setattr("sys.stdout", shown)
+        say([*words, "--url", mock.url, "--max-tokens", "2"], "a")
+    text = shown.getvalue()
+    assert all(one.isprintable() or one in "\n\t" for one in text), text
+    assert text.count("\u241b]52;c;aGk=\u2407\u241b[2J\ufffd31m\u240d") == 2
+
+
+def test_a_pipe_gets_what_the_model_writes(say: Any) -> None:
+    with serving(answer=HOSTILE) as mock:
+        out, _ = say(["run", "a", "--url", mock.url, "--max-tokens", "1"])
+    assert out == HOSTILE
+
+
+def test_pieces_of_a_sequence_are_replaced_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = Terminal()
+    for one in HOSTILE:
+        terminal.write(one, shown)
+    assert shown.getvalue() == terminal.printable(HOSTILE)
+
+
+def test_no_error_of_a_server_controls_a_terminal(
+    say: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = f"\x1b]0;hello\x07{HOSTILE}"
+    monkeypatch.setattr("nanovllm.cli.http.error_text", lambda body: words)
+    with serving(error_every=1) as mock:
+        _, err = say(["chat", "--url", mock.url], "a")
+        assert "error: the server answers 400: \u241b]0;hello\u2407" in err
+        status = command_line.run(lambda: run("run", ["a", "--url", mock.url]))
+    err += capsys.readouterr().err
+    assert status == command_line.STATUS and "\u241b]0;hello\u2407" in err
+    assert not any(one in err for one in "\x1b\x07\x9b\x7f\r\x08")
+
+
 def test_errors_of_a_server_are_shown_and_the_conversation_goes_on(say: Any) -> None:
     with serving(error_every=2, broken_every=3) as mock:
         words = ["chat", "--url", mock.url, "--max-tokens", "4"]
@@ -192,13 +243,13 @@ def test_errors_of_a_server_are_shown_and_the_conversation_goes_on(say: Any) -> 
     [
         (["run", " "], "the prompt is empty"),
         (["run", "a", "--raw", "--system", "b"], "--system does not go with --raw"),
-        (["run", "a", "--api-key", "b"], "--api-key goes with --url"),
+        (["run", "tiny-qwen3", "a", "--api-key", "b"], "--api-key goes with --url"),
         (["run", "a", "--url", "http://a", "--max-model-len", "9"],
          "--max-model-len is an option of an engine: it does not go with --url"),
         (["run", "a", "--url", "ftp://a"], "is no URL"),
         (["run", "a", "--url", "http://127.0.0.1:9", "--top-p", "2"], "top_p is 2.0"),
-        (["run", "a", "--top-p", "2"], "top_p is 2.0"),
-        (["run", "a", "--chat-template-kwargs", "[]"], "must be a JSON object"),
+        (["run", "tiny-qwen3", "a", "--top-p", "2"], "top_p is 2.0"),
+        (["run", "tiny-qwen3", "a", "--chat-template-kwargs", "[]"], "must be a JSON object"),
     ],
 )  # fmt: skip
 def test_what_does_not_go_together_is_refused(words: list[str], message: str) -> None:

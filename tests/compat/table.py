@@ -8,19 +8,35 @@ test uses, `refused` for names that raise an error with the name in it.
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from nanovllm import LLM, CompletionOutput, EngineConfig, LLMEngine, RequestOutput, SamplingParams
-from nanovllm.compat.options import LOAD_FORMATS, ONE_VALUE, SAME_MEANING
+from nanovllm import (
+    LLM,
+    AsyncLLM,
+    CompletionOutput,
+    EngineConfig,
+    LLMEngine,
+    RequestOutput,
+    SamplingParams,
+)
+from nanovllm.cli.main import COMMANDS
+from nanovllm.compat.modules import MODULES
+from nanovllm.compat.modules import ROOT as PACKAGE
+from nanovllm.compat.options import LOAD_FORMATS, ONE_VALUE, SAME_MEANING, WARNINGS
+from nanovllm.flags import Parser
 from nanovllm.sampling import RequestOutputKind
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "compatibility.md"
 CALLS, METHODS = "tests/compat/test_vllm_calls.py", "tests/engine/test_methods.py"
 OUTPUTS = "tests/test_llm_outputs.py"
+IMPORTS, FLAGS = "tests/compat/test_imports.py", "tests/cli/test_flags.py"
+ASYNC = "tests/serving/test_async_llm.py"
 SLEEP, NANO = "tests/engine/test_sleep.py", "tests/compat/test_nano_vllm.py"
 
 # vLLM's SamplingParams: each field with a value that is not its default, and the test of its effect
@@ -74,7 +90,7 @@ SAME_NAME = {
     "kv_cache_dtype": "tests/engine/test_fp8_cache.py",
     "enable_prefix_caching": "tests/engine/test_invariance.py", "enforce_eager": CALLS,
     "hf_overrides": "tests/startup/test_config_file.py", "generation_config": METHODS,
-    "disable_log_stats": METHODS, "enable_sleep_mode": SLEEP,
+    "chat_template": "tests/test_chat.py", "disable_log_stats": METHODS, "enable_sleep_mode": SLEEP,
     "quantization": "tests/models/test_int8.py",
     "allowed_local_media_path": "tests/engine/test_images.py",
     "allowed_media_domains": "tests/media/test_media_fetch.py",
@@ -89,17 +105,37 @@ LLM_METHODS = {
     "set_tokenizer": METHODS, "get_default_sampling_params": CALLS, "llm_engine": CALLS,
     "reset_prefix_cache": CALLS, "get_metrics": METHODS, "sleep": SLEEP, "wake_up": SLEEP,
 }  # fmt: skip
-LLM_REFUSED = ("encode", "embed", "classify", "reward", "score")
-LLM_ABSENT = (
-    "collective_rpc", "apply_model", "start_profile", "stop_profile", "reset_mm_cache",
+LLM_REFUSED = (
+    "encode", "embed", "classify", "reward", "score", "start_profile", "stop_profile",
 )  # fmt: skip
+LLM_ABSENT = ("collective_rpc", "apply_model", "reset_mm_cache")
+ASYNC_METHODS = {
+    "from_engine_args": IMPORTS, "generate": "tests/serving/test_clients.py",
+    "abort": IMPORTS, "shutdown": ASYNC,
+}  # fmt: skip
+ASYNC_REFUSED = ("start_profile", "stop_profile")
+# vLLM's flags of `vllm serve` that are no options of an engine, or that have other forms here
+SERVE_FLAGS = {
+    "-tp": "the same as `--tensor-parallel-size`", "-dp": "the same as `--data-parallel-size`",
+    "-q": "the same as `--quantization`", "--config": "a YAML file with flags",
+    "--chat-template": "a file or a text", "--host": "", "--port": "", "--api-key": "",
+    "--served-model-name": "", "--ssl-certfile": "", "--ssl-keyfile": "", "--root-path": "",
+    "--allowed-origins": "a list, not JSON", "--uvicorn-log-level": "",
+    "--api-server-count": "the same as `--api-processes`", "-asc": "the same",
+    "--disable-log-requests": "the same as `--no-access-log`",
+    "--disable-uvicorn-access-log": "the same",
+    "--enable-log-requests": "the same as `--access-log`",
+    "--default-chat-template-kwargs": "", "--tool-call-parser": "`auto` is the default",
+    "--reasoning-parser": "`auto` is the default; `qwen3`, `deepseek_r1` and `glm45` are `think`",
+    "--enable-auto-tool-choice": "not needed",
+}  # fmt: skip
 ENGINE_METHODS = (
     "from_engine_args", "add_request", "abort_request", "step", "has_unfinished_requests",
     "get_num_unfinished_requests", "get_metrics",
 )  # fmt: skip
 REQUEST_OUTPUT = (
     "request_id", "prompt", "prompt_token_ids", "prompt_logprobs", "outputs", "finished",
-    "lora_request", "encoder_prompt",
+    "lora_request", "encoder_prompt", "metrics",
 )  # fmt: skip
 COMPLETION_OUTPUT = (
     "index", "text", "token_ids", "cumulative_logprob", "logprobs", "finish_reason", "stop_reason",
@@ -161,7 +197,13 @@ def option_rows() -> list[str]:
         rows.append(row(f"`{theirs}`", f"works, as `{name}`", shown(theirs, CALLS)))
     formats = ", ".join(f"`{one}`" for one in LOAD_FORMATS)
     rows.append(row("`load_format`", f"{formats} work", shown("load_format", CALLS)))
+    for name in WARNINGS:
+        assert not refusal(make(**{name: True}), name)
+        words = "`False`; `True` has no effect, and a warning says so"
+        rows.append(row(f"`{name}`", words, shown(name, CALLS)))
     for name, values in ONE_VALUE.items():
+        if name in WARNINGS:
+            continue
         for value in values:
             assert not refusal(make(**{name: value}), name)
         error = refusal(make(**{name: object()}), name)
@@ -188,6 +230,40 @@ def method_rows() -> list[str]:
     for name in ENGINE_METHODS:
         assert hasattr(LLMEngine, name)
         rows.append(row(f"`LLMEngine.{name}`", "works", shown(name, CALLS)))
+    for name, path in ASYNC_METHODS.items():
+        assert hasattr(AsyncLLM, name)
+        rows.append(row(f"`AsyncLLM.{name}`", "works", shown(name, path)))
+    for name in ASYNC_REFUSED:
+        error = refusal(lambda name=name: asyncio.run(getattr(AsyncLLM, name)(None)), name)
+        assert error, name
+        rows.append(row(f"`AsyncLLM.{name}`", "refused by name", error))
+    return rows
+
+
+def import_rows() -> list[str]:
+    rows = []
+    for path, names in MODULES.items():
+        module = import_module(f"{PACKAGE}.{path}")
+        for name in names:
+            error = refusal(getattr(module, name), name) if name == "LoRARequest" else ""
+            here = "can be imported; refused when it is made" if error else "works"
+            cells = here, error or shown(path, IMPORTS)
+            rows.append(row(f"`from nanovllm.{path} import {name}`", *cells))
+    for name in ("RequestOutput", "CompletionOutput"):
+        assert hasattr(import_module(f"{PACKAGE}.outputs"), name)
+        cells = "works", shown("outputs", IMPORTS)
+        rows.append(row(f"`from nanovllm.outputs import {name}`", *cells))
+    return rows
+
+
+def flag_rows() -> list[str]:
+    parser = Parser(prog="serve")
+    import_module(COMMANDS["serve"].module).add_arguments(parser)
+    known, rows = parser._option_string_actions, []
+    for flag, words in SERVE_FLAGS.items():
+        assert flag in known, flag
+        text = f"works: {words}" if words else "works"
+        rows.append(row(f"`{flag}`", text, shown(flag, FLAGS)))
     return rows
 
 
@@ -212,6 +288,8 @@ def page() -> str:
         "Fields of `SamplingParams`": sampling_rows(),
         "Methods": method_rows(),
         "Outputs": output_rows(),
+        "Import paths": import_rows(),
+        "Flags of `nanovllm serve`": flag_rows(),
         "nano-vllm": nano,
     }
     text = """# Coming from vLLM or nano-vllm
@@ -225,7 +303,8 @@ with its default and with another value.
 Differences to know: `max_tokens` is 64 by default (vLLM: 16). `max_model_len` above the
 checkpoint's limit is lowered to it with a warning, as nano-vllm does. Requests always run by
 priority, first come, first served within one. Metrics are named `nanovllm:…`. Outputs can also be
-read as dicts: `output["text"]`.
+read as dicts: `output["text"]`. On the command line numbers may end with a letter, as in vLLM: `2k`
+is 2,000 and `2K` is 2,048.
 """
     for title, rows in sections.items():
         text += f"\n## {title}\n\n{head}\n" + "\n".join(rows) + "\n"

@@ -272,6 +272,7 @@ def test_an_engine_from_arguments(tmp_path: Path) -> None:
         ({"seed": None, "enforce_eager": None}, {}),
         ({"trust_remote_code": False, "enable_chunked_prefill": True, "swap_space": 4}, {}),
         ({"pipeline_parallel_size": 1, "task": "generate", "tokenizer_mode": "auto"}, {}),
+        ({"trust_remote_code": True}, {}),
         ({"swap_space": 4.0, "cpu_offload_gb": 0.0}, {}),
         ({"max_num_seqs": np.int64(4)}, {"max_num_seqs": 4}),
     ],
@@ -285,7 +286,7 @@ def test_options_under_vllms_names(theirs: dict[str, Any], ours: dict[str, Any])
     ("options", "match"),
     [
         ({"kv_cache_dtype": ["fp8"]}, "kv_cache_dtype is .*: it must be one of"),
-        ({"trust_remote_code": True}, "trust_remote_code is True: only False is supported"),
+        ({"trust_remote_code": 1}, "trust_remote_code is 1: only False is supported"),
         ({"pipeline_parallel_size": 2}, "pipeline_parallel_size is 2: only 1 is supported"),
         ({"enable_chunked_prefill": False}, "enable_chunked_prefill is False: only True"),
         ({"load_format": "pt"}, "load_format is 'pt': use one of auto, safetensors, dummy"),

@@ -153,7 +153,7 @@ def test_unknown_option_is_a_type_error(make_llm: Callable[..., LLM]) -> None:
             {"max_num_batched_tokens": 15},
             "max_num_batched_tokens is 15: it must be a whole number, at least 16",
         ),
-        ({"tensor_parallel_size": 0}, "tensor_parallel_size is 0: it must be at least 1"),
+        ({"tensor_parallel_size": 0}, "tensor_parallel_size is 0: it must be a whole number"),
     ],
     ids=str,
 )

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +15,8 @@ import pytest
 from nanovllm import LLM
 from nanovllm.schedule.plan import StepPlan
 from tests.engines import NUM_TOKENS, Generate, assert_all_free, greedy, random_prompts, tokens
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -73,8 +78,6 @@ def test_ctrl_c_at_any_moment(llm: LLM, hf_generate: Generate) -> None:
     prompts = random_prompts([5, 99, 200, 33, 64, 1] * 5, seed=93)
     expected = [hf_generate(prompt, NUM_TOKENS) for prompt in prompts[:6]]
     previous = signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
-    # a shell starts background jobs with SIGINT ignored, and Python keeps it ignored
-    previous_int = signal.signal(signal.SIGINT, signal.default_int_handler)
     num_interrupted = 0
     try:
         for attempt in range(12):
@@ -91,7 +94,6 @@ def test_ctrl_c_at_any_moment(llm: LLM, hf_generate: Generate) -> None:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
-        signal.signal(signal.SIGINT, previous_int)
     assert num_interrupted > 0
 
 
@@ -107,3 +109,13 @@ def test_an_error_on_the_device_leaves_a_usable_engine(
         with pytest.raises(RuntimeError, match="out of memory"):
             eager_llm.generate([prompt], greedy(), use_tqdm=False)
     assert tokens(eager_llm, [prompt], greedy()) == [hf_generate(prompt, NUM_TOKENS)]
+
+
+def test_interrupts_arrive_also_where_tests_run_in_the_background() -> None:
+    script = "import tests.conftest, os, signal; os.kill(os.getpid(), signal.SIGINT)"
+    ignored = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+    ignored += "os.execv(sys.executable, [sys.executable, '-c', sys.argv[1]])"
+    done = subprocess.run(
+        [sys.executable, "-c", ignored, script], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == -signal.SIGINT and "KeyboardInterrupt" in done.stderr

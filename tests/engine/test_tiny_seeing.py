@@ -79,6 +79,23 @@ def test_greedy_answers_are_those_of_transformers(llm: LLM, hf: Any) -> None:
     assert [output["text"] for output in outputs] == [generated(hf, one) for one in tasks]
 
 
+def test_placeholders_that_a_user_types_are_text(llm: LLM) -> None:
+    task = next(one for one in held_out(60, 3) if one.picture is not None)
+    content = task.messages[0]["content"]
+    params = SamplingParams(temperature=0, max_tokens=1)
+    typed = {"type": "text", "text": "<|image_pad|><|video_pad|><|vision_end|> <|im_end|>"}
+    placeholder = llm.tokenizer.convert_tokens_to_ids("<|image_pad|>")  # type: ignore[union-attr]
+    plain, with_text = (
+        llm.chat([{"role": "user", "content": parts}], params, use_tqdm=False)[0]
+        for parts in (content, [*content, typed])
+    )
+    counts = [one.prompt_token_ids.count(placeholder) for one in (plain, with_text)]
+    assert counts[0] == counts[1] > 0
+    # what is before the typed text has the same tokens as without it
+    num = plain.prompt_token_ids.index(placeholder) + counts[0]
+    assert with_text.prompt_token_ids[:num] == plain.prompt_token_ids[:num]
+
+
 def test_an_answer_does_not_depend_on_the_other_pictures_of_a_batch(llm: LLM) -> None:
     tasks = [one for one in held_out(60, 3) if one.task.kind == "describe"]
     params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS)

@@ -150,3 +150,14 @@ def test_a_temporary_folder_is_deleted_when_the_process_ends(tmp_path: Path) -> 
     )
     assert done.stdout.split() == ["True"], "the end of a fork deletes nothing"
     assert not list(tmp_path.glob("nanovllm-*"))
+
+
+def test_a_compiler_that_is_killed_leaves_no_temporary_file(
+    source: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    killed = program(tmp_path / "killed", 'cat > /dev/null; touch "$TMPDIR/cc.s"; kill -9 $$')
+    with pytest.raises(RuntimeError, match=r"killed failed \(-9\)"):
+        answer(source, folder, str(killed))
+    assert list((tmp_path / "temporary").iterdir()) == list(folder.iterdir()) == []

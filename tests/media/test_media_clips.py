@@ -19,12 +19,20 @@ MOST = 1 << 20
 
 
 def video_file(
-    kind: str, num_frames: int, rate: int = 10, size: tuple[int, int] = (64, 48)
+    kind: str,
+    num_frames: int,
+    rate: int = 10,
+    size: tuple[int, int] = (64, 48),
+    codec: str | None = None,
 ) -> bytes:
     file = io.BytesIO()
     with av.open(file, "w", format=kind) as container:
-        stream: Any = container.add_stream("mpeg4" if kind != "webm" else "libvpx", rate=rate)
-        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        codec = codec or ("mpeg4" if kind != "webm" else "libvpx")
+        stream: Any = container.add_stream(codec, rate=rate)
+        stream.width, stream.height, stream.pix_fmt = (
+            *size,
+            "yuvj420p" if codec == "mjpeg" else "yuv420p",
+        )
         for i in range(num_frames):
             frame = av.VideoFrame.from_image(picture(*size, seed=i))
             container.mux(stream.encode(frame))
@@ -113,3 +121,47 @@ def test_a_file_without_video_is_refused() -> None:
         container.mux(stream.encode())
     with pytest.raises(ValueError, match="no video in it"):
         clips.of_file(file.getvalue(), MOST, MOST)
+
+
+@pytest.mark.parametrize(("kind", "codec"), [("matroska", "ffv1"), ("avi", "mpeg2video")])
+def test_other_codecs_are_refused(kind: str, codec: str) -> None:
+    data = video_file(kind, 2, codec=codec)
+    with pytest.raises(ValueError, match=f"encoded as {codec}: the codecs h264, hevc, .* are read"):
+        clips.of_file(data, MOST, MOST)
+
+
+@pytest.mark.parametrize("codec", ["mpeg4", "mjpeg", "libx264", "libx265", "libvpx-vp9"])
+def test_usual_codecs_are_read(codec: str) -> None:
+    data = video_file("matroska", 3, codec=codec)
+    expected = decoded(data)
+    found = list(clips.of_file(data, MOST, MOST).pick(range(3)))
+    assert all(np.array_equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_sound_of_a_video_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FFmpeg decodes the beginning of AAC to tell the format of its samples."""
+    file = io.BytesIO()
+    with av.open(file, "w", format="matroska") as container:
+        video: Any = container.add_stream("mpeg4", rate=10)
+        video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
+        sound: Any = container.add_stream("aac", rate=16000)
+        for i in range(3):
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+            frame.sample_rate = 16000
+            container.mux(sound.encode(frame))
+            container.mux(video.encode(av.VideoFrame.from_image(picture(64, 48, seed=i))))
+        container.mux([*video.encode(), *sound.encode()])
+    data = file.getvalue()
+    formats: list[Any] = []
+    original = av.open
+
+    def spy(*args: Any, **options: Any) -> Any:
+        container = original(*args, **options)
+        formats.append(container.streams.audio[0].codec_context.format)
+        return container
+
+    monkeypatch.setattr(av, "open", spy)
+    assert len(list(clips.of_file(data, MOST, MOST).pick(range(3)))) == 3
+    assert formats == [None, None]
+    spy(io.BytesIO(data)).close()
+    assert formats[-1] is not None

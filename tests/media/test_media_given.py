@@ -108,7 +108,7 @@ def test_parts_become_bare_parts_and_media_in_order() -> None:
         ({"type": "image_url"}, "image 1 is empty"),
         ({"type": "image_url", "image_url": {"url": 3}}, "image 1 has a URL of type int"),
         ({"type": "image_url", "image_url": {"url": "a", "x": 1}}, "image 1 has the option 'x'"),
-        ({"type": "image_url", "image_url": {"url": "a", "detail": "low"}}, "detail 'low'"),
+        ({"type": "image_url", "image_url": {"url": "a", "detail": "fine"}}, "detail 'fine': use"),
         ({"type": "image", "image": PICTURE, "min_pixels": 4}, "the option 'min_pixels'"),
         ({"type": "image", "image": 3}, "image 1 is of type int"),
         ({"type": "video", "video": [PICTURE], "fps": 2}, "video 1 has the option 'fps'"),
@@ -133,3 +133,10 @@ def test_a_model_without_vision_refuses_images() -> None:
     given.refuse("tiny", [])
     with pytest.raises(ValueError, match="has image 1, but 'tiny' reads text only"):
         given.refuse("tiny", given.from_data({"image": PICTURE}))
+
+
+@pytest.mark.parametrize("detail", ["auto", "low", "high", None])
+def test_details_of_openai_are_accepted(detail: str | None) -> None:
+    part = {"type": "image_url", "image_url": {"url": "data:,a", "detail": detail}}
+    (found,) = given.from_messages([{"role": "user", "content": [part]}])[1]
+    assert found.value == "data:,a"

@@ -47,6 +47,23 @@ def test_all_forms_of_one_image_have_one_digest(preparer: Preparer) -> None:
     assert all(torch.equal(one.values, found[0].values) for one in found)
 
 
+def test_prompts_of_different_salts_share_no_media(preparer: Preparer) -> None:
+    sound_free = {"image": [data_url(picture(60, 40))], "video": [[picture(60, 40)] * 2]}
+    items = given.from_data(sound_free)
+
+    def digests(salt: str | None) -> list[bytes]:
+        return [one.digest for one in preparer.submit(items, salt).result(60)]
+
+    plain, first = digests(None), digests("a")
+    hits = preparer.cache.num_hits
+    assert digests("a") == first
+    assert preparer.cache.num_hits > hits, "the same salt finds its own media"
+    hits = preparer.cache.num_hits
+    other = digests("b")
+    assert preparer.cache.num_hits == hits
+    assert len({*plain, *first, *other}) == 6
+
+
 def test_other_content_has_another_digest(qwen3: Case, preparer: Preparer) -> None:
     image = picture(60, 40)
     one_pixel = image.copy()

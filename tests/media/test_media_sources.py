@@ -44,11 +44,28 @@ def test_data_urls_are_read_without_permissions() -> None:
     assert sources.read(f"DATA:image/x;charset=a;base64,{text}", "image", MediaOptions()) == DATA
 
 
+@pytest.mark.parametrize("num", [97, 98, 99, 1024])
+def test_base64_is_read_as_clients_write_it(num: int) -> None:
+    data = (bytes([251, 255]) + DATA)[:num]  # has the signs that differ between the alphabets
+    text = base64.b64encode(data).decode()
+    assert "+" in text and "/" in text
+    lines = base64.encodebytes(data).decode()
+    url_safe = base64.urlsafe_b64encode(data).decode()
+    escaped = text.replace("+", "%2B").replace("/", "%2F").replace("=", "%3D")
+    forms = [text, text.rstrip("="), lines, lines.replace("\n", "\r\n"), lines.rstrip("=\n"),
+             url_safe, url_safe.rstrip("="), escaped, f" {text}\n"]  # fmt: skip
+    for one in forms:
+        assert sources.read(f"data:image/png;base64,{one}", "image", MediaOptions()) == data
+
+
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("data:image/png;base64,a b=", "no base64"),
-        ("data:image/png;base64,abc", "no base64"),
+        ("data:image/png;base64,a,bc", "no base64"),
+        ("data:image/png;base64,abcde", "no base64"),
+        ("data:image/png;base64,ab=c", "no base64"),
+        ("data:image/png;base64,ab===", "no base64"),
+        ("data:image/png;base64,äöüß", "no base64"),
         ("data:image/png;base64", "must have the form"),
         ("data:image/png,abc", "must have the form"),
         ("data:,abc", "must have the form"),

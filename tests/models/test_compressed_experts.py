@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 import sys
 from collections.abc import Callable
@@ -254,6 +255,22 @@ def remove(folder: Path, name: str) -> None:
     (folder / "svd_experts" / name).unlink()
 
 
+def add(folder: Path, name: str) -> None:
+    (folder / "svd_experts" / name).write_bytes(b"")
+
+
+def with_infinity(*shape: int) -> Tensor:
+    matrix = torch.zeros(shape)
+    matrix[0, 1], matrix[1, 0] = math.inf, -math.inf
+    return matrix
+
+
+def test_files_of_other_programs_and_of_an_interrupted_end_are_left_alone(folder: Path) -> None:
+    for name in (".gitattributes", "V_experts/.DS_Store", "progress.json"):
+        add(folder, name)
+    load(folder, "cpu", enforce_eager=True)
+
+
 def update(folder: Path, name: str, **values: object) -> None:
     change(folder / "svd_experts" / name, lambda found: found.update(values))
 
@@ -277,6 +294,23 @@ def update(folder: Path, name: str, **values: object) -> None:
             lambda f: update(f, "metadata.json", rank=RANK - 1),
             rf"w1_U has shape \[48, {RANK}\], but rank {RANK - 1}",
         ),
+        (
+            lambda f: update(f, EXPERT, w1_V=torch.full((RANK, 40), math.nan)),
+            "layer_2_expert_3.safetensors: tensor w1_V holds NaN or infinity",
+        ),
+        (
+            lambda f: update(f, "U_matrices.safetensors", layer_1_w3_U=with_infinity(48, RANK)),
+            "U_matrices.safetensors: tensor layer_1_w3_U holds NaN or infinity",
+        ),
+        (
+            lambda f: add(f, "V_experts/layer_3_expert_0.safetensors"),
+            "V_experts/layer_3_expert_0.safetensors is no file of the compressed experts",
+        ),
+        (
+            lambda f: add(f, "V_experts/layer_0_expert_5.safetensors"),
+            "V_experts/layer_0_expert_5.safetensors is no file of the compressed experts",
+        ),
+        (lambda f: add(f, "U_matrices.bin"), "U_matrices.bin is no file of the compressed"),
         (lambda f: update(f, "metadata.json", rank=0), "rank is 0: it must be a positive"),
         (lambda f: update(f, "metadata.json", rank="8"), "rank is '8': it must be a positive"),
         (

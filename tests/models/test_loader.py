@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -313,6 +315,21 @@ def test_a_shard_that_is_not_there_is_named(indexed: tuple[Path, dict[str, str]]
     load(folder)
     write_index(folder, {**weight_map, "model.norm.weight": "model-00002.safetensors"})
     with pytest.raises(CheckpointError, match=r"model-00002\.safetensors, which is not there"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../outside.safetensors", "/outside.safetensors", "sub/outside.safetensors",
+     "..\\outside.safetensors", "C:outside.safetensors", "shard.bin", ".."],
+)  # fmt: skip
+def test_an_index_names_only_files_beside_it(
+    name: str, indexed: tuple[Path, dict[str, str]], tmp_path: Path
+) -> None:
+    folder, weight_map = indexed
+    shutil.copy(folder / "shard.safetensors", folder.parent / "outside.safetensors")
+    write_index(folder, {**weight_map, "model.norm.weight": name})
+    with pytest.raises(CheckpointError, match=re.escape(repr(name))):
         load(folder)
 
 

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from nanovllm.models.vision.positions import IMAGE, VIDEO, Item, Media, locate, mrope_positions
+from nanovllm.models.vision.positions import (
+    IMAGE,
+    VIDEO,
+    Item,
+    Media,
+    interval,
+    locate,
+    mrope_positions,
+)
 from tests.models import tower_cases
 
 IMAGE_ID, VIDEO_ID, BEGIN, END = tower_cases.TOKENS.values()
@@ -53,13 +61,19 @@ def prompt(pieces: list[Piece], splits_frames: bool) -> tuple[list[int], dict[st
 
 
 def transformers_positions(
-    name: str, ids: list[int], grids: dict[str, list[Grid]], seconds: list[float] | None
+    name: str,
+    ids: list[int],
+    grids: dict[str, list[Grid]],
+    seconds: list[float] | None,
+    per_second: float | None = None,
 ) -> tuple[np.ndarray, int]:
     from transformers import Qwen2_5_VLModel, Qwen3VLModel
 
     made = {"qwen2_5_vl": Qwen2_5_VLModel, "qwen3_vl": Qwen3VLModel}[name]
     with torch.device("meta"):
         model: Any = made(tower_cases.config(name))
+    if per_second is not None:
+        model.config.vision_config.tokens_per_second = per_second
     types = [{IMAGE_ID: 1, VIDEO_ID: 2}.get(token, 0) for token in ids]
     given = {kind: torch.tensor(of) if of else None for kind, of in grids.items()}
     extra = {} if seconds is None else {"second_per_grid_ts": torch.tensor(seconds)}
@@ -94,6 +108,17 @@ def test_positions_of_qwen2_5_vl_are_those_of_transformers(
     expected_3T, expected_delta = transformers_positions("qwen2_5_vl", ids, grids, each)
     np.testing.assert_array_equal(pos_3T, expected_3T)
     assert delta == expected_delta
+
+
+@pytest.mark.parametrize("per_second", [2, 4, 10, 25])
+@pytest.mark.parametrize("fps", [1.5, 3.0, 12.5, 24.0, 29.97])
+def test_times_of_long_videos_are_rounded_as_in_transformers(per_second: int, fps: float) -> None:
+    ids, grids = prompt([3, (VIDEO, (384, 2, 2)), 9], splits_frames=False)
+    found = interval(2 / fps, per_second)
+    pos_3T, delta = mrope_positions(len(ids), locate(ids, media(grids, [found], False), MERGE))
+    expected = transformers_positions("qwen2_5_vl", ids, grids, [2 / fps], per_second)
+    np.testing.assert_array_equal(pos_3T, expected[0])
+    assert delta == expected[1]
 
 
 @pytest.mark.parametrize("name", PROMPTS)

@@ -76,6 +76,12 @@ def test_the_folder_is_private_and_goes_with_the_ranks(tmp_path: Path) -> None:
         assert ranks.folder.parent == tmp_path
 
 
+def test_a_setup_that_is_no_json_is_the_error_of_the_start(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        Ranks.start({"folder": tmp_path}, 2, MODULE, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_told_messages_arrive_in_order_and_before_questions(tmp_path: Path) -> None:
     with started(2, tmp_path) as ranks:
         told = [str(i) * (1 + 997 * (i % 7)) for i in range(500)]

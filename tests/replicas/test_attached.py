@@ -47,6 +47,30 @@ def test_what_is_attached_comes_back() -> None:
             assert torch.equal(value, other_value) if is_tensor else value == other_value
 
 
+@pytest.mark.parametrize("shares", [True, False])
+def test_one_image_twice_is_sent_once(shares: bool) -> None:
+    """From a cache both are one tensor; prepared at once they are two."""
+    values = torch.randn(64, 99)
+    others = values if shares else values.clone()
+    digest = bytes(range(32))
+    images = [(Content(3, 16, digest), Encodable(values, (1, 8, 8))),
+              (Content(40, 16, digest), Encodable(others, (1, 8, 8)))]  # fmt: skip
+    once = attached.dump(b"{}", Attached((), None, images[:1]))
+    twice = attached.dump(b"{}", Attached((), None, images))
+    assert len(twice) < len(once) + 200
+    _, found = attached.load(twice)
+    assert [content for content, _ in found.images] == [content for content, _ in images]
+    assert all(torch.equal(image.values, values) for _, image in found.images)
+
+
+def test_embeddings_may_share_memory() -> None:
+    whole = torch.randn(99, 5)
+    given = [(0, whole[:7]), (20, whole[:7]), (40, whole[3:19]), (70, whole.t()[:, :9])]
+    _, found = attached.load(attached.dump(b"{}", Attached(given)))
+    for (start, embeds), (other, expected) in zip(found.embeddings, given, strict=True):
+        assert start == other and torch.equal(embeds, expected)
+
+
 def test_a_message_with_nothing_attached_is_plain_json() -> None:
     assert attached.dump(b"{}", Attached()) == b"{}"
     assert attached.load(b"{}") == (b"{}", Attached())

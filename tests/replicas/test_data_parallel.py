@@ -419,7 +419,7 @@ def test_a_replica_that_cannot_start_is_an_error(folder: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"data_parallel_size": 0}, "data_parallel_size is 0: it must be at least 1"),
+        ({"data_parallel_size": 0}, "data_parallel_size is 0: it must be a whole number"),
         ({"enable_sleep_mode": True}, "data_parallel_size=2 does not go with enable_sleep_mode"),
         ({"draft_lengths": (2,)}, r"data_parallel_size=2 does not go with draft_lengths=\[2\]"),
         ({"device": "cuda:1"}, "data_parallel_size=2 does not go with device='cuda:1'"),

@@ -347,7 +347,7 @@ def test_folders_of_this_process_have_full_paths_elsewhere(
     config = EngineConfig(folder.name, tokenizer="owner/name", compile_cache="store")
     found = setups.with_full_paths(config)
     assert found.model == str(folder) and found.tokenizer == "owner/name"
-    assert found.compile_cache == folder.parent / "store"
+    assert found.compile_cache == str(folder.parent / "store")
 
 
 def test_the_loss_of_a_node_and_of_an_actor_end_their_own_requests_only(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import numpy as np
 
 from nanovllm import SamplingParams
-from nanovllm.schedule.plan import ALL_TOKENS, NEWEST, PLAIN, Choice, LogitEdits, StepPlan
+from nanovllm.schedule.plan import ALL_TOKENS, NEWEST, PLAIN, Choice, LogitEdits, StepPlan, _pack
 from nanovllm.schedule.planning import Chunk, choice_of, decode_plan, prefill_plan
 from nanovllm.schedule.request import Content, Request
 
@@ -157,6 +159,30 @@ def test_plans_survive_being_written_down() -> None:
     plans.append(replace(masked, allowed_MW=allowed))
     for plan in plans:
         assert_same(StepPlan.from_bytes(plan.to_bytes()), plan)
+        assert plan.to_bytes() == _pack(asdict(plan))
     read_MW = StepPlan.from_bytes(plans[3].to_bytes()).allowed_MW
     assert read_MW is not None and read_MW.flags.writeable and read_MW.flags.aligned
     assert plans[2].token_T.tolist() == [NEWEST, 5, 6, NEWEST] and plans[2].tokens_per_row == 3
+
+
+def num_calls(work: Callable[[], object]) -> int:
+    """How many functions of Python and of C `work` calls."""
+    counted = 0
+
+    def count(frame: object, event: str, argument: object) -> None:
+        nonlocal counted
+        counted += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return counted
+
+
+def test_the_work_in_python_to_write_a_plan_does_not_grow_with_its_rows() -> None:
+    small, large = (
+        decode_plan([request(row, 3) for row in range(num)], [], [], PLAIN) for num in (1, 99)
+    )
+    assert num_calls(small.to_bytes) == num_calls(large.to_bytes)

@@ -3,142 +3,29 @@
 from __future__ import annotations
 
 import itertools
-import random
-from collections import deque
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from nanovllm import SamplingParams
-from nanovllm.schedule.blocks import BlockPool
 from nanovllm.schedule.plan import NEWEST, StepPlan
-from nanovllm.schedule.request import Content, Request, Status
-from nanovllm.schedule.scheduler import Scheduler
+from nanovllm.schedule.request import Content, Status
 from nanovllm.schedule.stall import StallBound
-
-BLOCK = 4
-
-
-PREFILL, DECODE = True, False
-
-
-class Known(Scheduler):
-    """A scheduler that remembers its requests by id."""
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.known: dict[int, Request] = {}
-
-    def add(self, request: Request) -> None:
-        self.known[request.request_id] = request
-        super().add(request)
-
-
-def scheduler(**changes: Any) -> Known:
-    sizes = {
-        "max_num_seqs": 8, "max_num_batched_tokens": 16, "max_decode_rows": 8,
-        "max_prefill_rows": 8, **changes,
-    }  # fmt: skip
-    caching = sizes.pop("enable_prefix_caching", True)
-    pool = BlockPool(sizes.pop("num_blocks", 100), BLOCK, enable_prefix_caching=caching)
-    return Known(pool, **sizes)
-
-
-def request(
-    request_id: int, num_prompt: int, num_output: int = 8, *, token: int | None = None
-) -> Request:
-    prompt_ids = [1000 * request_id + i if token is None else token for i in range(num_prompt)]
-    return Request(
-        request_id, prompt_ids, SamplingParams(max_tokens=num_output), 0, num_output, frozenset()
-    )
-
-
-def planned(s: Known) -> StepPlan:
-    plan = s.schedule(may_preempt=True)
-    assert plan is not None
-    return plan
-
-
-def chunks(plan: StepPlan) -> list[tuple[int, int]]:
-    """(position of the first token, number of tokens) of each row."""
-    return [(end - num, num) for end, num in zip(plan.seq_lens, plan.num_tokens)]
-
-
-def answer(
-    s: Known, plan: StepPlan | None, num_right: Callable[[int], int] = lambda most: most
-) -> None:
-    """Give the scheduler a step's tokens as the engine does. Of n fed tokens `num_right(n)` are
-    right."""
-    assert plan is not None
-    for request_id, num, wanted in zip(plan.request_ids, plan.num_tokens, plan.is_sampled):
-        one, num_fed = s.known[request_id], 1 if plan.is_prefill else num
-        if not wanted or one.status is Status.FINISHED:
-            continue
-        start = len(one.output_ids)
-        s.tokens_known(one, num_fed, list(range(start, start + num_right(num_fed))))
-        if len(one.output_ids) == one.max_output:
-            s.finish(one, "length")
-
-
-def check(s: Known, plan: StepPlan | None) -> None:
-    """Check the invariants that hold after every plan."""
-    refs: dict[int, int] = {}
-    for one in s.running:
-        assert one.status is Status.RUNNING and one.row >= 0
-        assert len(one.blocks) * BLOCK >= one.num_computed
-        for block in one.blocks:
-            refs[block] = refs.get(block, 0) + 1
-    assert 0 not in refs
-    assert s.pool.num_free == s.pool.num_blocks - 1 - len(refs)
-    assert all(s.pool._num_refs[block] == num for block, num in refs.items())
-    rows = [one.row for one in s.running]
-    assert len(set(rows)) == len(rows) and not set(rows) & set(s._free_rows)
-    assert len(rows) + len(s._free_rows) == s.max_num_seqs
-    assert all(
-        one.status is Status.WAITING and not one.blocks and one.row == -1 for one in s.waiting
-    )
-    arrival = [one.request_id for one in [*s.running, *s.waiting]]
-    assert arrival == sorted(arrival), "first come, first served"
-    if plan is None:
-        return
-    requests = [s.known[request_id] for request_id in plan.request_ids]
-    assert plan.rows == [one.row for one in requests] and len(set(plan.rows)) == len(requests)
-    if plan.is_prefill:
-        assert 0 < sum(plan.num_tokens) == len(plan.token_T) <= s.max_num_batched_tokens
-        assert all(num > 0 for num in plan.num_tokens)
-        assert len(requests) <= s.max_prefill_rows
-        known = [
-            one.known_ids[start : start + num] for one, (start, num) in zip(requests, chunks(plan))
-        ]
-        assert plan.token_T.tolist() == [token for part in known for token in part]
-        return
-    assert 0 < len(requests) <= s.max_decode_rows
-    assert plan.seq_lens == [one.num_computed for one in requests]
-    assert all(one.num_computed <= len(one.blocks) * BLOCK for one in requests)
-    assert all(one.num_scheduled_outputs <= one.max_output for one in requests)
-    for row, block_idx, block in plan.new_blocks:
-        (owner,) = [one for one in requests if one.row == row]
-        assert owner.blocks[block_idx] == block
-
-
-def run(s: Known, *, run_ahead: int = 0, limit: int = 5000) -> list[StepPlan]:
-    """Plan until no work is left; answer each step `run_ahead` steps later."""
-    plans: list[StepPlan] = []
-    in_flight: deque[StepPlan] = deque()
-    for _ in range(limit):
-        if not s.has_work and not in_flight:
-            return plans
-        plan = s.schedule(may_preempt=not in_flight)
-        check(s, plan)
-        if plan is not None:
-            plans.append(plan)
-            in_flight.append(plan)
-        assert plan is not None or in_flight, "stuck"
-        if plan is None or len(in_flight) > run_ahead:
-            answer(s, in_flight.popleft())
-    raise AssertionError("no end")
+from tests.schedule.loads import (
+    BLOCK,
+    DECODE,
+    PREFILL,
+    Known,
+    answer,
+    check,
+    chunks,
+    planned,
+    request,
+    run,
+    run_random_load,
+    scheduler,
+)
 
 
 def test_prompts_are_packed_in_order_of_arrival() -> None:
@@ -494,44 +381,20 @@ def test_no_proposals_where_the_host_must_see_each_token() -> None:
 def test_random_loads_end_with_everything_free(
     seed: int, run_ahead: int, max_proposals: int
 ) -> None:
-    rng = random.Random(seed)
-    s = scheduler(
-        num_blocks=1 + rng.choice([10, 14, 40]),
-        max_num_seqs=rng.choice([1, 4, 9]),
-        max_decode_rows=rng.choice([1, 2, 8]),
-        max_num_batched_tokens=rng.choice([1, 7, 32]),
-        max_prefill_rows=rng.choice([1, 3, 8]),
-        enable_prefix_caching=rng.random() < 0.7,
-        max_proposals=max_proposals,
-        stall=rng.choice([None, StallBound(rng.choice([0.1, 3.0]), ((4, 1.0), (32, 2.0)), 0.001)]),
-    )
-    if max_proposals:
-        s.propose = lambda one: [9] * rng.randrange(8)
-    lengths = [(rng.randrange(1, 24), rng.randrange(1, 16)) for _ in range(30)]
-    requests = [
-        request(i, p, o, token=rng.choice([None, 1, 2])) for i, (p, o) in enumerate(lengths)
-    ]
-    for one in requests:
-        one.incremental = rng.random() < 0.3
-    todo = deque(requests)
-    in_flight: deque[StepPlan] = deque()
-    steps = 0
-    while todo or s.has_work or in_flight:
-        steps += 1
-        assert steps < 20_000
-        if todo and rng.random() < 0.3:
-            s.add(todo.popleft())
-        if rng.random() < 0.02 and s.has_work:
-            s.finish(rng.choice([*s.running, *s.waiting]), "abort")
-        plan = s.schedule(may_preempt=not in_flight)
-        check(s, plan)
-        assert plan is not None or in_flight or not s.has_work, "stuck"
-        if plan is not None:
-            in_flight.append(plan)
-        if in_flight and (plan is None or len(in_flight) > run_ahead):
-            answer(s, in_flight.popleft(), lambda most: rng.randint(1, most))
-    check(s, None)
-    assert s.pool.num_free == s.pool.num_blocks - 1 and not any(s.pool._num_refs)
-    for one, (_, num_output) in zip(requests, lengths):
-        assert one.status is Status.FINISHED
-        assert one.finish_reason == "abort" or len(one.output_ids) == num_output
+    run_random_load(seed, 300, run_ahead=run_ahead, max_proposals=max_proposals)
+
+
+def test_prefill_goes_on_if_decode_sends_back_its_only_row() -> None:
+    """A better prompt is in chunked prefill when a watched request of a worse priority needs a
+    block, and none is free."""
+    s = scheduler(num_blocks=1 + 13, max_num_batched_tokens=4, enable_prefix_caching=False)
+    watched, better = request(0, 4, 30), request(1, 40, 2)
+    watched.incremental, better.priority = True, -1
+    s.add(watched)
+    answer(s, planned(s))
+    s.add(better)
+    plans = run(s)
+    assert s.num_preemptions > 0 and not s.has_work
+    assert [len(one.output_ids) for one in (watched, better)] == [30, 2]
+    ends = [plan.seq_lens[plan.request_ids.index(1)] for plan in plans if 1 in plan.request_ids]
+    assert ends == sorted(ends), "the better request was never sent back"

@@ -102,6 +102,19 @@ def test_a_prompt_may_have_multi_modal_data(llm: LLM, engine: Engine) -> None:
     assert serve(engine, work).token_ids == expected.token_ids
 
 
+def test_one_picture_can_be_twice_in_a_prompt(llm: LLM, engine: Engine) -> None:
+    """The second prompt has both from the cache."""
+    conversation = about(data_url(51), data_url(51))
+    (expected,) = llm.chat([conversation], PARAMS, use_tqdm=False)
+
+    async def work(client: Client) -> list[RequestOutput]:
+        await client.ready()
+        return [await asked(client, prompt_of(client, conversation)) for _ in range(2)]
+
+    for found in serve(engine, work):
+        assert found.token_ids == expected.token_ids
+
+
 BAD: dict[str, tuple[Any, str]] = {
     "corrupt": (about(data_url(1), corrupt()), r"^image 2: .*"),
     "forbidden": (

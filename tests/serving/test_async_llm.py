@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +20,7 @@ from nanovllm import LLM, AsyncLLM
 from nanovllm.serving.interface import EngineDead
 from tests.engines import greedy
 from tests.replicas.test_data_parallel import children
-from tests.serving.served import run
+from tests.serving.served import LOOPS, run
 from tests.serving.test_clients import answers, collected, comparable, until_idle
 
 MODEL = "tiny-qwen3"
@@ -124,3 +126,69 @@ def test_replicas_give_the_same_answers(expected: list[Any]) -> None:
 
     for ours, theirs in zip(run(work()), expected, strict=True):
         assert comparable(ours[-1]) == comparable(theirs)
+
+
+# the end, and where it is asked for ---------------------------------------------------------------
+
+
+async def _one_answer(llm: AsyncLLM) -> list[Any]:
+    return await answers(llm, PROMPTS[:1], greedy(2))
+
+
+def _loop_in_a_thread(llm: AsyncLLM, name: str) -> asyncio.AbstractEventLoop:
+    """A running loop in which the engine has answered."""
+    loop = LOOPS[name]()
+
+    def work() -> None:
+        loop.run_forever()
+        loop.close()
+
+    threading.Thread(target=work).start()
+    asyncio.run_coroutine_threadsafe(_one_answer(llm), loop).result(120)
+    return loop
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_an_engine_is_closed_after_its_loop_in_another_one(name: str) -> None:
+    llm = AsyncLLM(MODEL, **SIZES)
+    run(_one_answer(llm), name)
+    run(llm.close(), name)
+    run(llm.close(), name)
+    llm.shutdown()
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_an_engine_is_closed_in_another_thread_than_its_loop_runs_in(name: str) -> None:
+    llm = AsyncLLM(MODEL, **SIZES)
+    loop = _loop_in_a_thread(llm, name)
+    stream = asyncio.run_coroutine_threadsafe(llm.open([5], greedy(120)), loop).result(60)
+    rest = asyncio.run_coroutine_threadsafe(collected(stream), loop)
+    run(llm.close(), name)
+    assert rest.result(60), "its reader gets the end of its answer"
+    loop.call_soon_threadsafe(loop.stop)
+    while not loop.is_closed():
+        time.sleep(0.01)
+
+
+def test_a_stopped_loop_does_not_keep_an_engine_from_its_end() -> None:
+    llm = AsyncLLM(MODEL, **SIZES)
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(_one_answer(llm))
+    llm.shutdown()
+    loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
+
+
+@pytest.mark.parametrize("is_loop_closed", [True, False])
+def test_the_end_of_the_last_reference_ends_the_process(is_loop_closed: bool) -> None:
+    before = children()
+    loop = asyncio.new_event_loop()
+    llm = AsyncLLM(MODEL, **SIZES)
+    loop.run_until_complete(_one_answer(llm))
+    assert children() > before
+    if is_loop_closed:
+        loop.close()
+    del llm
+    gc.collect()
+    assert children() == before
+    loop.close()

@@ -140,6 +140,29 @@ def test_the_second_interrupt_ends_everything_at_once(make: Make) -> None:
     assert list(server.temporary.iterdir()) == []
 
 
+def test_a_compiler_that_is_killed_leaves_no_temporary_file(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inductor's compiler, too: only ours gets a folder of its own."""
+    begun, compiler = tmp_path / "begun", tmp_path / "compiler"
+    compiler.write_text(f'#!/bin/sh\ntouch "$TMPDIR/cc.s" {begun}\nexec sleep 60\n')
+    compiler.chmod(0o700)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("NANOVLLM_CACHE", str(tmp_path / "store"))
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    server = Server(temporary, engine={**ENGINE, "device": "cpu"}, is_fake=False)
+    try:
+        while not begun.exists():
+            time.sleep(0.05)
+        server.known = server.pids
+        server.process.send_signal(signal.SIGTERM)
+        assert server.end(60)[0] == 0
+        assert list(temporary.iterdir()) == []
+    finally:
+        server.process.kill()
+
+
 @pytest.mark.parametrize("program", ["engine", "serving.api_process"])
 def test_a_killed_process_ends_the_server(program: str, make: Make) -> None:
     server = make().start()

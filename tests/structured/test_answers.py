@@ -10,7 +10,9 @@ import threading
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
+from unittest.mock import Mock
 
+import numpy as np
 import pytest
 
 from nanovllm import LLM, SamplingParams
@@ -282,6 +284,49 @@ def test_masks_that_take_long_keep_no_other_row_waiting(
     assert constrained not in done
     may_go_on.set()
     assert re.fullmatch(f"x{CODE}", drain(llm)[constrained].text)
+
+
+def test_a_mask_that_is_ready_between_planning_and_waiting_ends_no_engine(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(matcher, "SLOW_S", 0.0)  # every mask is computed in a thread
+    asked = params(regex=f"y{CODE}")
+    expected = answers(llm, [asked])
+    timed, schedule = matcher.Masks._timed, llm.engine.scheduler.schedule
+    may_go_on, num_late = threading.Event(), 0
+
+    def after_planning(self: Any, one: Any) -> Any:
+        assert may_go_on.wait(60)
+        return timed(self, one)
+
+    def planned(*, may_preempt: bool) -> StepPlan | None:
+        nonlocal num_late
+        plan = schedule(may_preempt=may_preempt)
+        for request in llm.engine.scheduler.running if plan is None else ():
+            assert isinstance(request.constraint, matcher.Matcher)
+            if request.constraint._work is not None:
+                may_go_on.set()
+                request.constraint._work.result()
+                may_go_on.clear()
+                num_late += 1
+        return plan
+
+    monkeypatch.setattr(matcher.Masks, "_timed", after_planning)
+    monkeypatch.setattr(llm.engine.scheduler, "schedule", planned)
+    assert answers(llm, [asked]) == expected and num_late
+
+
+def test_the_wait_for_masks_finds_what_has_finished_and_keeps_no_masks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    masks, one = matcher.Masks(64, 64, [0]), Mock(spec=matcher.Matcher)
+    monkeypatch.setattr(masks, "_timed", lambda one: np.zeros(2, np.int32))
+    for _ in range(3):
+        masks.begin(one)
+    masks.close()
+    assert masks.wait(0.0), "masks have finished since the last wait"
+    assert not masks.wait(0.0), "and none since"
+    assert not masks._begun
 
 
 def test_steps_with_constrained_rows_verify_no_proposals(

@@ -3,10 +3,13 @@
 import { Chat } from "./chat.js";
 import { startCharts } from "./charts.js";
 import { byId, element } from "./dom.js";
+import { ideas } from "./ideas.js";
 import { model, state } from "./server.js";
 import { Settings } from "./settings.js";
+import { ChatStore } from "./storage.js";
 
 const EVERY_MS = 2000;
+const MAX_RESTORE_MS = 2000;
 const MAX_IMAGE_BYTES = 10 << 20;
 const STATES = {
   ready: ["ready", ""],
@@ -23,7 +26,8 @@ const settings = new Settings(() => { now.name = null; });
 const chat = new Chat({
   settings: () => settings.read(),
   changed: showControls,
-  failed: (error) => { if (error.status === 401) settings.open(error.message); },
+  refused: takeBack,
+  store: new ChatStore(),
 });
 
 function showControls() {
@@ -47,6 +51,35 @@ function send(text) {
   showNote("");
   showImages();
   chat.send(text.trim(), attached);
+}
+
+// What the server did not take goes back into the box, before what was written since.
+function takeBack(error, { text, images: sent }) {
+  images = [...sent, ...images];
+  prompt.value = [text, prompt.value].filter(Boolean).join("\n\n");
+  showNote(error.message);
+  showImages();
+  grow();
+  prompt.focus();
+  if (error.status === 401) settings.open(error.message);
+}
+
+function showIdeas() {
+  byId("ideas").replaceChildren(...ideas(now).map(({ text, image }) => element("button", {
+    type: "button", class: "idea", onclick: () => takeIdea(text, image),
+  }, text)));
+}
+
+// A question about a picture needs one first.
+function takeIdea(text, needsImage) {
+  if (!needsImage || images.length) {
+    send(text);
+    return;
+  }
+  prompt.value = text;
+  grow();
+  prompt.focus();
+  byId("files").click();
 }
 
 // --- images
@@ -111,6 +144,7 @@ async function look() {
       byId("model").textContent = now.name;
       byId("welcome-model").textContent = now.name;
       byId("attach").hidden = !now.sees;
+      showIdeas();
     } catch (error) {
       if (error.status === 401 && !byId("settings").open) settings.open(error.message);
     }
@@ -134,13 +168,10 @@ document.addEventListener("keydown", (event) => {
 document.addEventListener("dragover", (event) => { event.preventDefault(); });
 document.addEventListener("drop", (event) => { event.preventDefault(); attach(event.dataTransfer.files); });
 byId("stop").addEventListener("click", () => { chat.stop(); prompt.focus(); });
-byId("new-chat").addEventListener("click", () => { chat.clear(); prompt.focus(); });
+byId("new-chat").addEventListener("click", () => { chat.clear(); showNote(""); prompt.focus(); });
 byId("show-settings").addEventListener("click", () => settings.open());
 byId("attach").addEventListener("click", () => byId("files").click());
 byId("files").addEventListener("change", (event) => { attach([...event.target.files]); event.target.value = ""; });
-for (const idea of document.querySelectorAll(".idea")) {
-  idea.addEventListener("click", () => send(idea.textContent));
-}
 
 function showCharts(isShown) {
   document.body.classList.toggle("with-charts", isShown);
@@ -153,6 +184,7 @@ byId("hide-charts").addEventListener("click", () => { showCharts(false); byId("s
 showCharts(matchMedia("(min-width: 60rem)").matches);
 
 startCharts();
-look();
 grow();
+const late = new Promise((resolve) => { setTimeout(resolve, MAX_RESTORE_MS); });
+Promise.race([chat.restore(), late]).then(look); // no message is sent before
 prompt.focus();

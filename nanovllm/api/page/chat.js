@@ -16,12 +16,18 @@ function content({ text, images }) {
   return [...images.map((url) => ({ type: "image_url", image_url: { url } })), { type: "text", text }];
 }
 
+const KEEP_MS = 1000; // between two times that an unfinished answer is kept
+const MAX_ANNOUNCED = 4000; // characters
+
 export class Chat {
   // settings(): {system, options} of requests. changed(): the chat is busy or no more.
-  constructor({ settings, changed, failed }) {
+  // refused(error, {text, images}): a turn that the server did not take; it is no longer here.
+  // store: where the turns are kept.
+  constructor({ settings, changed, refused, store }) {
     this.settings = settings;
     this.changed = changed;
-    this.failed = failed;
+    this.refused = refused;
+    this.store = store;
     this.turns = [];
     this.stopper = null;
     this.list = byId("turns");
@@ -42,10 +48,35 @@ export class Chat {
   }
 
   async send(text, images) {
-    this.#add(new UserTurn({ role: "user", text, images }, { edit: () => {} }));
-    const turn = this.turns.at(-1);
-    turn.edit = (changed) => this.#sendAgain(turn, changed);
+    this.#add(this.#turn({ role: "user", text, images }));
+    this.#keep();
     await this.#answer();
+  }
+
+  // Shows what the store has.
+  async restore() {
+    const messages = await this.store.load();
+    if (this.turns.length) return; // the user was quicker
+    for (const message of messages) {
+      this.#add(this.#turn(message));
+      if (message.role === "user") continue;
+      if (!message.done) message.note = "The page was left before the answer ended.";
+      message.done = true;
+      this.turns.at(-1).finish();
+    }
+  }
+
+  #turn(message) {
+    const turn = message.role === "user"
+      ? new UserTurn(message, { edit: (text) => this.#sendAgain(turn, text) })
+      : new AnswerTurn(message, { again: () => this.#answerAgain(turn) });
+    return turn;
+  }
+
+  #keep() {
+    const last = this.turns.length - 1;
+    this.keptMs = performance.now();
+    this.store.put(last, this.turns[last].message);
   }
 
   async #sendAgain(turn, text) {
@@ -75,6 +106,7 @@ export class Chat {
 
   #cut(from) {
     for (const turn of this.turns.splice(from)) turn.node.remove();
+    this.store.cut(from);
     byId("welcome").hidden = this.turns.length > 0;
   }
 
@@ -90,7 +122,7 @@ export class Chat {
   async #answer() {
     const body = this.#body();
     const message = { role: "assistant", text: "", reasoning: "", calls: [], tokens: 0, done: false };
-    const turn = new AnswerTurn(message, { again: () => this.#answerAgain(turn) });
+    const turn = this.#turn(message);
     this.#add(turn);
     this.stopper = new AbortController();
     this.running = this.#stream(body, turn, this.stopper.signal);
@@ -107,17 +139,41 @@ export class Chat {
         this.#take(message, part, performance.now() - start);
         turn.update();
         this.follow();
+        if (performance.now() - this.keptMs > KEEP_MS && turn === this.turns.at(-1)) this.#keep();
       }
     } catch (error) {
       message.failed = error.name !== "AbortError";
       message.note = message.failed ? error.message : "Stopped.";
-      if (message.failed) this.failed(error);
+      if (message.failed && message.firstMs === undefined) {
+        this.#refuse(turn, error);
+        return;
+      }
     }
     message.done = true;
     turn.finish();
     this.follow();
+    if (turn === this.turns.at(-1)) this.#keep();
     this.stopper = null;
-    byId("announcer").textContent = message.note ?? `The answer is complete, with ${message.tokens} tokens.`;
+    this.#announce(turn);
+    this.changed();
+  }
+
+  #announce(turn) {
+    const { message: { note, tokens }, text } = turn;
+    const said = text.innerText.slice(0, MAX_ANNOUNCED);
+    byId("announcer").textContent = `${said}\n${note ?? `The answer is complete, with ${tokens} tokens.`}`;
+  }
+
+  // Nothing of the answer came. The question is not part of later requests.
+  #refuse(turn, error) {
+    const at = this.turns.indexOf(turn);
+    this.stopper = null;
+    byId("announcer").textContent = "";
+    if (at > 0) {
+      const { message } = this.turns[at - 1];
+      this.#cut(at - 1);
+      this.refused(error, message);
+    }
     this.changed();
   }
 

@@ -1,32 +1,21 @@
-// Markdown as DOM nodes: code, headings, lists, tables, quotes, emphasis, links.
+// Markdown as DOM nodes: code, headings, lists, tables, quotes; inline.js has what is within them.
 // Only what models write often. Text that is no markup is shown as it is.
 
+import { colour } from "./colours.js";
 import { element } from "./dom.js";
+import { inline } from "./inline.js";
 
-const INLINE = /(`+)([^`]|[^`][\s\S]*?[^`])\1(?!`)|\*\*([^\s*](?:[^*]|\*(?!\*))*?)\*\*|(?<![\w*])\*([^\s*][^*\n]*?)\*(?![\w*])|\[([^\]\n]{1,300})\]\((https?:\/\/[^\s()<>]{1,2000})\)/g;
-const FENCE = /^ {0,3}(```+|~~~+)\s*([\w+#.-]*)[^`]*$/;
+const FENCE = /^\s*(`{3,}|~{3,})(?![^`]*`)\s*([\w+#.-]*)/;
+const PART_OF_FENCE = /^\s*(?:`+|~+)$/;
 const HEADING = /^(#{1,6})\s+(.*)$/;
-const ITEM = /^(\s*)([-*+]|\d{1,9}[.)])\s+(.*)$/;
+const ITEM = /^(\s*)([-*+]|\d{1,9}[.)])\s+(.*)$/s;
+const TASK = /^\[([ xX])\]\s+/;
 const RULE = /^ {0,3}([-*_])(\s*\1){2,}\s*$/;
-const DIVIDER = /^\s*\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)*\|?\s*$/;
-const MAX_INLINE = 6000; // longer paragraphs are shown as they are
-
-function inline(text, depth = 0) {
-  if (text.length > MAX_INLINE || depth > 3) return [text];
-  const nodes = [];
-  let at = 0;
-  for (const match of text.matchAll(INLINE)) {
-    nodes.push(text.slice(at, match.index));
-    at = match.index + match[0].length;
-    const [, , code, strong, soft, label, link] = match;
-    if (code !== undefined) nodes.push(element("code", {}, code));
-    else if (strong !== undefined) nodes.push(element("strong", {}, inline(strong, depth + 1)));
-    else if (soft !== undefined) nodes.push(element("em", {}, inline(soft, depth + 1)));
-    else nodes.push(element("a", { href: link, target: "_blank", rel: "noopener noreferrer" }, label));
-  }
-  nodes.push(text.slice(at));
-  return nodes;
-}
+const DIVIDER = /^\|?\s*:?-+:?\s*(?:\|\s*:?-+:?\s*)*\|?$/;
+const PART_OF_DIVIDER = /^\|[\s|:-]*$/;
+const BEFORE_FORMULA = /^\s*(?:[-*+]\s+|\d{1,9}[.)]\s+)?$/;
+const MAX_LISTS = 12; // within each other
+const MAX_QUOTES = 4;
 
 async function copy(event) {
   const button = event.currentTarget;
@@ -35,21 +24,35 @@ async function copy(event) {
   setTimeout(() => { button.textContent = "Copy"; }, 1500);
 }
 
-function codeBlock(language, lines) {
+function codeBlock(language, lines, isClosed) {
+  const code = element("code", {}, lines.join("\n"));
+  if (isClosed) colour(code, language.toLowerCase());
   return element("div", { class: "code" },
     element("div", { class: "code-head" },
       element("span", {}, language || "text"),
       element("button", { type: "button", class: "quiet", onclick: copy }, "Copy")),
-    element("pre", { tabindex: "0" }, element("code", {}, lines.join("\n"))));
+    element("pre", { tabindex: "0" }, code));
 }
 
-const cells = (line) => line.trim().replace(/^\||\|$/g, "").split("|").map((cell) => cell.trim());
+function cells(line) {
+  return line.trim().replace(/^\||(?<!\\)\|$/g, "").split(/(?<!\\)\|/)
+    .map((cell) => cell.trim().replaceAll("\\|", "|"));
+}
 
-function table(lines) {
-  const row = (tag) => (line) => element("tr", {}, cells(line).map((cell) => element(tag, {}, inline(cell))));
-  return element("div", { class: "wide", tabindex: "0" }, element("table", {},
-    element("thead", {}, row("th")(lines[0])),
-    element("tbody", {}, lines.slice(2).map(row("td")))));
+function table([head, divider = "", ...rows]) {
+  const sides = cells(divider).map((mark) => (mark.endsWith(":") ? (mark.startsWith(":") ? "middle" : "right") : null));
+  const names = cells(head);
+  const row = (tag, texts) => element("tr", {}, names.map((_, i) => element(tag, { class: sides[i] }, inline(texts[i] ?? ""))));
+  return element("div", { class: "wide", tabindex: "0", role: "region", "aria-label": "Table" }, element("table", {},
+    element("thead", {}, row("th", names)),
+    element("tbody", {}, rows.map((line) => row("td", cells(line))))));
+}
+
+function item(text) {
+  const task = TASK.exec(text);
+  if (!task) return element("li", {}, inline(text));
+  const box = element("input", { type: "checkbox", disabled: true, checked: task[1] !== " " });
+  return element("li", { class: "task" }, element("label", {}, box, inline(text.slice(task[0].length))));
 }
 
 // A list, from lines that begin at its first item. Deeper items become lists within items.
@@ -66,64 +69,88 @@ function list(lines) {
     while (open.length && open.at(-1).indent > indent) open.pop();
     const ordered = /\d/.test(mark);
     let here = open.at(-1);
-    if (!here || here.indent < indent - 1) {
+    if (!here || (here.indent < indent - 1 && open.length < MAX_LISTS)) {
       const node = ordered ? element("ol", { start: parseInt(mark, 10) }) : element("ul");
       if (here) here.node.lastElementChild.append(node);
       else roots.push(node);
       here = { indent, node };
       open.push(here);
     }
-    here.node.append(element("li", {}, inline(text)));
+    here.node.append(item(text));
   }
   return roots;
 }
 
-// Groups of lines: [kind, lines, language].
-function* blocks(text) {
-  let kind = "";
-  let lines = [];
+const closes = (line, fence) => line.trim().startsWith(fence) && PART_OF_FENCE.test(line);
+
+// Where a formula opens that goes on in the next lines: its end, or "".
+function openFormula(line) {
+  const square = line.lastIndexOf("\\[");
+  if (square >= 0 && line[square - 1] !== "\\" && !line.includes("\\]", square)) return "\\]";
+  const parts = line.split("$$");
+  const isOpen = parts.length % 2 === 0 && (!parts.at(-1).trim() || BEFORE_FORMULA.test(parts.at(-2)));
+  return isOpen ? "$$" : "";
+}
+
+// Groups of lines: {kind, lines, language, isClosed}. isOpen: the text grows, so that its last line
+// can be a part of one.
+function* blocks(text, isOpen) {
+  let now = { kind: "", lines: [] };
   let fence = "";
-  let language = "";
-  const flush = function* () {
-    if (lines.length || kind === "code") yield [kind, lines, language];
-    [kind, lines] = ["", []];
+  let indent = 0;
+  let formula = ""; // the end of the one that is open
+  const flush = function* (isClosed = true) {
+    if (now.lines.length || now.kind === "code") yield { ...now, isClosed };
+    now = { kind: "", lines: [] };
   };
   const all = text.split("\n");
+  if (isOpen && PART_OF_FENCE.test(all.at(-1)) && !FENCE.test(all.at(-1))) all.pop();
+  const isDivider = (i) => DIVIDER.test((all[i] ?? "").trim())
+    || (isOpen && i >= all.length - 1 && all[i - 1].startsWith("|") && PART_OF_DIVIDER.test(all[i] || "|"));
   for (const [i, line] of all.entries()) {
-    if (kind === "code") {
-      if (line.trim().startsWith(fence) && !line.trim().slice(fence.length).trim()) yield* flush();
-      else lines.push(line);
+    if (now.kind === "code") {
+      if (closes(line, fence)) yield* flush();
+      else now.lines.push(line.slice(Math.min(indent, line.length - line.trimStart().length)));
       continue;
     }
+    if (formula && line.trim()) {
+      now.lines.push(`${now.lines.pop()}\n${line}`);
+      if (line.includes(formula)) formula = openFormula(line.slice(line.lastIndexOf(formula) + 2));
+      continue;
+    }
+    formula = "";
     const opening = FENCE.exec(line);
     if (opening) {
       yield* flush();
-      [kind, fence, language] = ["code", opening[1], opening[2]];
+      now = { kind: "code", lines: [], language: opening[2] };
+      [fence, indent] = [opening[1], line.length - line.trimStart().length];
     } else if (!line.trim()) {
-      if (kind !== "list" || !ITEM.test(all[i + 1] ?? "")) yield* flush();
+      if (now.kind !== "list" || !ITEM.test(all[i + 1] ?? "")) yield* flush();
     } else if (RULE.test(line) || HEADING.test(line)) {
       yield* flush();
-      yield [RULE.test(line) ? "rule" : "heading", [line]];
+      yield { kind: RULE.test(line) ? "rule" : "heading", lines: [line] };
     } else {
       const starts = ITEM.test(line) ? "list" : line.startsWith(">") ? "quote"
-        : kind === "table" || (line.includes("|") && DIVIDER.test(all[i + 1] ?? "")) ? "table" : "";
-      if (starts !== kind && !(kind === "list" && starts === "" && /^\s/.test(line))) {
+        : now.kind === "table" || (line.includes("|") && isDivider(i + 1)) ? "table" : "";
+      if (starts !== now.kind && !(now.kind === "list" && starts === "" && /^\s/.test(line))) {
         yield* flush();
-        kind = starts;
+        now.kind = starts;
       }
-      lines.push(line);
+      now.lines.push(line);
+      formula = starts === "table" || starts === "quote" ? "" : openFormula(line);
     }
   }
-  yield* flush();
+  yield* flush(false);
 }
 
-function nodes([kind, lines, language]) {
-  if (kind === "code") return [codeBlock(language, lines)];
+function nodes({ kind, lines, language, isClosed }, depth) {
+  if (kind === "code") return [codeBlock(language, lines, isClosed)];
   if (kind === "rule") return [element("hr")];
   if (kind === "list") return list(lines);
-  if (kind === "table" && lines.length > 1) return [table(lines)];
+  if (kind === "table") return [table(lines)];
   if (kind === "quote") {
-    return [element("blockquote", {}, inline(lines.map((line) => line.replace(/^>\s?/, "")).join("\n")))];
+    const text = lines.map((line) => line.replace(/^>\s?/, "")).join("\n");
+    return [element("blockquote", {}, depth < MAX_QUOTES ? render(text, false, depth + 1) : text)];
   }
   if (kind === "heading") {
     const [, marks, text] = HEADING.exec(lines[0]);
@@ -132,11 +159,13 @@ function nodes([kind, lines, language]) {
   return [element("p", {}, inline(lines.join("\n")))];
 }
 
-export function render(text) {
-  return [...blocks(text)].flatMap(nodes);
+// isOpen: the text grows.
+export function render(text, isOpen = false, depth = 0) {
+  return [...blocks(text, isOpen)].flatMap((block) => nodes(block, depth));
 }
 
-// Shows a text that grows. Paragraphs that are complete are made once.
+// Shows a text that grows. Paragraphs that are complete are made once, and nodes that stay the same
+// are kept: what the reader has selected or scrolled stays so.
 export class Growing {
   constructor(node) {
     this.node = node;
@@ -151,15 +180,24 @@ export class Growing {
       this.tail = [];
       this.fixed = end;
     }
-    this.#replace(render(text.slice(this.fixed)));
+    this.#replace(render(text.slice(this.fixed), true));
   }
 
   #replace(tail) {
-    for (const node of this.tail) node.remove();
-    this.node.append(...tail);
+    let same = 0;
+    for (; same < tail.length && this.tail[same]?.isEqualNode(tail[same]); same++) {
+      tail[same] = this.tail[same];
+    }
+    const [old, made] = [this.tail.slice(same), tail.slice(same)];
+    const left = scroller(old[0])?.scrollLeft;
+    for (const node of old) node.remove();
+    this.node.append(...made);
+    if (left && scroller(made[0])) scroller(made[0]).scrollLeft = left;
     this.tail = tail;
   }
 }
+
+const scroller = (node) => (node?.matches(".wide") ? node : node?.querySelector("pre"));
 
 // Where the last complete paragraph ends: after a blank line outside of code, before plain text.
 function boundary(text, from) {
@@ -167,9 +205,9 @@ function boundary(text, from) {
   let found = from;
   let fence = "";
   for (const line of text.slice(from).split("\n")) {
-    const mark = FENCE.exec(line)?.[1];
-    if (mark && !fence) fence = mark;
-    else if (fence && line.trim().startsWith(fence)) fence = "";
+    if (fence) {
+      if (closes(line, fence)) fence = "";
+    } else fence = FENCE.exec(line)?.[1] ?? "";
     const next = at + line.length + 1;
     const follows = text[next];
     if (!line.trim() && !fence && follows && /[^\s\d*+-]/.test(follows)) found = next;

@@ -1,5 +1,7 @@
 // Requests to the server, its errors in words, and answers that are streamed.
 
+import { tab } from "./storage.js";
+
 export class ServerError extends Error {
   constructor(message, status) {
     super(message);
@@ -7,16 +9,15 @@ export class ServerError extends Error {
   }
 }
 
-let key = sessionStorage.getItem("api-key") ?? "";
+let key = tab.get("api-key") ?? "";
 
 export function setKey(value, remember) {
   key = value;
-  if (remember && value) sessionStorage.setItem("api-key", value);
-  else sessionStorage.removeItem("api-key");
+  tab.set("api-key", remember && value ? value : null);
 }
 
 export const getKey = () => key;
-export const isKeyRemembered = () => sessionStorage.getItem("api-key") !== null;
+export const isKeyRemembered = () => tab.get("api-key") !== null;
 
 export async function request(path, options = {}) {
   const headers = { ...options.headers };
@@ -91,13 +92,13 @@ export async function* complete(body, signal) {
   throw new ServerError("The answer broke off: the server closed the connection.", 0);
 }
 
-// {name, sees, maxLength} of the model that the server has.
+// {name, root, sees, maxLength} of the model that the server has.
 export async function model() {
   const response = await request("v1/models", { signal: AbortSignal.timeout(10000) });
   if (!response.ok) throw await errorOf(response);
   const first = (await response.json()).data?.[0] ?? {};
   const kinds = first.input_modalities ?? first.modalities ?? first.architecture?.input_modalities ?? [];
-  return { name: first.id ?? "", sees: kinds.includes("image"), maxLength: first.max_model_len };
+  return { name: first.id ?? "", root: first.root ?? first.id ?? "", sees: kinds.includes("image"), maxLength: first.max_model_len };
 }
 
 // "ready", "draining", "broken" or "gone".

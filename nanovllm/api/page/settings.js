@@ -2,6 +2,7 @@
 
 import { byId } from "./dom.js";
 import { getKey, isKeyRemembered, setKey } from "./server.js";
+import { tab } from "./storage.js";
 
 const FIELDS = ["system", "temperature", "top-p", "max-tokens", "thinking"];
 
@@ -15,7 +16,7 @@ export class Settings {
   constructor(changed) {
     this.dialog = byId("settings");
     this.changed = changed;
-    const kept = JSON.parse(sessionStorage.getItem("settings") ?? "{}");
+    const kept = JSON.parse(tab.get("settings") ?? "{}");
     for (const id of FIELDS) byId(id).value = kept[id] ?? "";
     byId("api-key").value = getKey();
     byId("remember").checked = isKeyRemembered();
@@ -37,7 +38,7 @@ export class Settings {
 
   #keep() {
     const values = Object.fromEntries(FIELDS.map((id) => [id, byId(id).value]));
-    sessionStorage.setItem("settings", JSON.stringify(values));
+    tab.set("settings", JSON.stringify(values));
     setKey(byId("api-key").value.trim(), byId("remember").checked);
     this.changed();
   }

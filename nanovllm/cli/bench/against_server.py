@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from tqdm import tqdm
-
 from nanovllm import env, programs
 from nanovllm.cli import http
 from nanovllm.cli.bench import requests, results
 from nanovllm.cli.bench.serve import METRICS
 from nanovllm.cli.talk import first_model
+from nanovllm.cli.watch import Watch
 from nanovllm.platforms.cores import usable_cores
+from nanovllm.tools.terminal import printable
 
 MOST_CLIENTS = 6  # more are useless: one reads tens of thousands of tokens per second
 START_SECONDS = 0.1  # from the command to start until all clients have read it
@@ -46,17 +46,30 @@ def measure(args: argparse.Namespace) -> int:
     times = requests.send_times(len(bodies), rate, args.burstiness, seed)
     work = [{"at": at, "body": body} for at, body in zip(times, bodies)]
     http.run(_warm_up(server, requests.warm_ups(args, model)))
+    _say_what(args, model, url)
     num_clients = args.num_clients or min(MOST_CLIENTS, max(1, usable_cores() // 2))
     num_clients = min(num_clients, len(work), args.max_concurrency or len(work))
     has_bar = not args.disable_tqdm
     records = asyncio.run(send(server, work, num_clients, args.max_concurrency, has_bar=has_bar))
     found = results.summary(args, model, records)
-    print(results.table(args, found))
+    print(printable(results.table(args, found)))  # it has the name that the server gives
     for line in results.errors(records):
-        print(line, file=sys.stderr)
+        print(printable(line), file=sys.stderr)
     if args.save_result or args.save_detailed:
         print(f"written to {results.save(args, found, records)}")
     return 1 if found["failed"] else 0
+
+
+def _say_what(args: argparse.Namespace, model: str, url: str) -> None:
+    """Print what is measured, unless --quiet is given."""
+    if env.is_quiet():
+        return
+    if args.dataset_name == "nanovllm":
+        tokens = f"{args.min_len:,} to {args.max_len:,} tokens in and out"
+    else:
+        near = "about " if args.random_range_ratio else ""
+        tokens = f"{near}{args.random_input_len:,} tokens in and {args.random_output_len:,} out"
+    print(printable(f"{model} at {url}: {args.num_prompts} prompts, {tokens} each"), flush=True)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -118,7 +131,7 @@ async def send(
     shares = [work[i::num_clients] for i in range(num_clients)]
     limits = _shares(limit, num_clients)
     clients = [_Client(server, share, limit) for share, limit in zip(shares, limits)]
-    with tqdm(total=len(work), disable=not has_bar, unit="req", dynamic_ncols=True) as bar:
+    with Watch("sending", "requests", len(work), shown=has_bar) as bar:
         try:
             await asyncio.gather(*(client.prepare() for client in clients))
             start = time.monotonic() + START_SECONDS
@@ -156,7 +169,7 @@ class _Client:
         await self._write(json.dumps(self._work))
         await self._line("ready")
 
-    async def run(self, start: float, bar: Any) -> list[dict[str, Any]]:
+    async def run(self, start: float, bar: Watch) -> list[dict[str, Any]]:
         """Let it send at `start`, and return its records."""
         await self._write(repr(start))
         for _ in self._work["requests"]:

@@ -18,6 +18,7 @@ from nanovllm.cli.bench.throughput import OWN
 from nanovllm.compat.engine_args import given_engine_options
 from nanovllm.config import EngineConfig
 from nanovllm.engine.engine import Engine
+from nanovllm.engine.metrics import PREFIX
 from nanovllm.kernels.cpu.build import installed
 from nanovllm.llm import LLM
 
@@ -80,6 +81,12 @@ def engine_of(llm: LLM) -> Engine:
     """The engine of an `LLM` without replicas."""
     assert isinstance(llm.engine, Engine)
     return llm.engine
+
+
+def num_generated(llm: LLM) -> int:
+    """The number of tokens that the engine has generated so far."""
+    name = PREFIX + "generation_tokens"
+    return int(next(one.value for one in llm.get_metrics() if one.name == name))
 
 
 def expert_traffic(llm: LLM, num_tokens: int) -> dict[str, float | None] | None:

@@ -15,11 +15,12 @@ import torch
 from torch.profiler import ProfilerActivity
 
 from nanovllm import env, platforms
-from nanovllm.cli.bench.engines import check_options, engine_of, expert_traffic, load
+from nanovllm.cli.bench.engines import check_options, engine_of, expert_traffic, load, num_generated
 from nanovllm.cli.bench.ideal import ideal_seconds
 from nanovllm.cli.bench.routing import experts_per_step
 from nanovllm.cli.bench.stall import measure_stall
 from nanovllm.cli.bench.workload import Workload, make_workload, varied
+from nanovllm.cli.watch import Watch
 from nanovllm.engine.engine import Engine
 from nanovllm.llm import LLM
 from nanovllm.platforms.base import Platform
@@ -127,12 +128,14 @@ def _timed(
     """(seconds of each run, tokens of one)."""
     vocab_size = engine_of(llm).model_config.vocab_size
     llm.generate([prompts[0][:16]], SamplingParams(max_tokens=8, ignore_eos=True), use_tqdm=False)
-    seconds = []
-    for run_idx in range(num_runs):
-        run_prompts = varied(prompts, run_idx, vocab_size)
-        begun = time.perf_counter()
-        outputs = llm.generate(run_prompts, params, use_tqdm=False)
-        seconds.append(time.perf_counter() - begun)
+    seconds, total = [], num_runs * sum(one.max_tokens or 0 for one in params)
+    before = num_generated(llm)
+    with Watch("generating", "tokens", total, count=lambda: num_generated(llm) - before):
+        for run_idx in range(num_runs):
+            run_prompts = varied(prompts, run_idx, vocab_size)
+            begun = time.perf_counter()
+            outputs = llm.generate(run_prompts, params, use_tqdm=False)
+            seconds.append(time.perf_counter() - begun)
     return seconds, sum(len(output["token_ids"]) for output in outputs)
 
 
@@ -157,6 +160,22 @@ def _profile(
     )
     print("\n\n".join(map(as_text, reports)))
     return [{k: v for k, v in report.items() if k != "kernels"} for report in reports]
+
+
+def say_what(args: argparse.Namespace, work: Workload) -> None:
+    """Print what is measured, unless --quiet is given."""
+    if env.is_quiet():
+        return
+    model = args.model or f"{args.random_weights} with random weights"
+    if args.stall:
+        what = f"{args.stall_rows} streams while a prompt of {args.stall:,} tokens arrives"
+    else:
+        rows = 1 if args.latency else ", then ".join(map(str, args.bs))
+        num, many = len(work.prompts), "s" if len(work.prompts) > 1 else ""
+        tokens = f"{sum(map(len, work.prompts)):,} tokens in and {sum(work.output_lens):,} out"
+        what = f"{num} prompt{many}, {tokens}, at most {rows} at a time"
+    times = f", {args.runs} times" if args.runs > 1 else ""
+    print(f"{model}: {what}{times}", flush=True)
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -210,6 +229,8 @@ def measure_all(args: argparse.Namespace) -> None:
         check_options(args, work.model)
         limits = None if args.stall else limits_of(platform, args, work.config)
         for batch_size in args.bs[:1] if args.latency or args.stall else args.bs:
+            if not results:
+                say_what(args, work)
             if limits is None:
                 results.append(measure_stall(args, work.model, work.max_model_len))
             else:

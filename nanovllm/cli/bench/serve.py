@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import math
 
+from nanovllm.cli.watch import add_quiet
 from nanovllm.flags import Parser, json_value
 
 USAGE = "[--base-url URL | --host HOST --port PORT] [options]"
@@ -31,6 +32,7 @@ def add_arguments(parser: Parser) -> None:
     clients = "processes that send requests; default: half the cores, at most 6"
     add("--num-clients", type=int, metavar="N", help=clients)
     add("--disable-tqdm", action="store_true", help="show no progress bar")
+    add_quiet(parser)
 
 
 def main(args: argparse.Namespace) -> int:

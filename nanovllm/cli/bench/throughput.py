@@ -28,6 +28,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from nanovllm.cli.watch import add_quiet
 from nanovllm.compat.engine_args import add_engine_flags
 from nanovllm.flags import Parser
 from nanovllm.tools.shapes import CONFIGS
@@ -46,6 +47,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--layers", type=int, metavar="N", help=layers)
     _add_workload(parser)
     _add_measuring(parser)
+    add_quiet(parser)
     group = parser.add_argument_group(
         "options of the engine", "Those of LLM. Names of vLLM's for them are understood, too."
     )

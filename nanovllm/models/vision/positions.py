@@ -46,8 +46,8 @@ class Media(NamedTuple):
     """What the processor knows of a prompt's images or videos.
 
     `token_id` is that of a placeholder. `grids` are in the order of the prompt. `intervals` are the
-    positions in time between frames of each video, empty for 1: in Qwen2.5-VL `tokens_per_second`
-    times the processor's `second_per_grid_ts`. With `splits_frames` each frame has placeholders of
+    positions in time between frames of each video, empty for 1: in Qwen2.5-VL those of `interval`
+    for the processor's `second_per_grid_ts`. With `splits_frames` each frame has placeholders of
     its own, with its time as text between them, as in videos of Qwen3-VL. `per_unit` and
     `spans_time` are those of its items: in Qwen2.5-Omni intervals are seconds, of 25 positions.
     """
@@ -74,6 +74,15 @@ class Media(NamedTuple):
                 time = float(interval), self.per_unit
                 found.append(Item(0, int(frames), *sides, *time, spans_time=self.spans_time))
         return found
+
+
+def interval(seconds: float, per_second: float) -> float:
+    """The positions in time between two frames of Qwen2.5-VL that are so many seconds apart.
+
+    As in transformers the product is that of fp32 numbers, and is not rounded to whole positions.
+    (transformers 5.17 cut the seconds to whole ones; releases before and after do not.)
+    """
+    return float(np.float32(seconds) * np.float32(per_second))
 
 
 def locate(token_ids: Sequence[int], media: Sequence[Media], merge_size: int) -> list[Item]:

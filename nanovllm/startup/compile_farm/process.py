@@ -9,10 +9,10 @@ import signal
 import subprocess
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 from nanovllm import env, programs
+from nanovllm.checks import to_options
 from nanovllm.config import EngineConfig
 
 # Begins every answer, which is JSON: libraries print to stdout too when imported (torch_npu does).
@@ -70,8 +70,7 @@ def spawn(config: EngineConfig) -> WorkerProcess:
 
 def worker_command(config: EngineConfig) -> list[str]:
     """The command that runs worker.py: the time now and the options as JSON."""
-    store = config.compile_cache and str(config.compile_cache)
-    options = json.dumps({**asdict(config), "compile_cache": store})
+    options = json.dumps(to_options(config))
     module = "nanovllm.startup.compile_farm.worker"
     return programs.command(module, str(time.time()), options)
 

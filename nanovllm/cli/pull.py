@@ -1,0 +1,38 @@
+"""Downloads a model from the Hugging Face Hub into its cache, with the files that nanovllm reads.
+
+nanovllm pull Qwen/Qwen3-0.6B
+
+The other commands do so, too, when they need a model. A token for private models is that of
+huggingface_hub (`hf auth login`, or HF_TOKEN).
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from nanovllm import hub
+from nanovllm.cli.watch import add_quiet
+from nanovllm.flags import Parser
+
+USAGE = "MODEL [--revision REVISION]"
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a Hub id (owner/name)")
+    parser.add_argument("--revision", help="a branch, tag or commit (default: the main branch)")
+    add_quiet(parser)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Print the folder. Raises ValueError for what is no Hub id, or cannot be downloaded or used"""
+    if args.model in hub.EMBEDDED:
+        raise ValueError(f"{args.model} is embedded in nanovllm: there is nothing to download")
+    if not hub.HUB_ID.fullmatch(args.model):
+        raise ValueError(f"{args.model!r} is no Hub id (owner/name)")
+    folder = hub.download(args.model, revision=args.revision)
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"{args.model} has no weights in the safetensors format, which is the only one that "
+            "nanovllm reads"
+        )
+    print(folder)

@@ -1,0 +1,14 @@
+"""vLLM's LoRARequest, so that programs can import it; adapters are not supported yet."""
+
+from __future__ import annotations
+
+
+class LoRARequest:
+    """Refused: LoRA adapters are not supported."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        """Raises ValueError."""
+        raise ValueError(
+            "LoRARequest: LoRA adapters are not supported. Merge the adapter into the checkpoint, "
+            "as PEFT's merge_and_unload does, and load that"
+        )

@@ -1,0 +1,157 @@
+"""The program of a process that decodes pictures and video files which others have sent.
+
+A decoder may crash, run for minutes or take all memory. Here it ends this process alone, and the
+process that serves requests can kill this one at any time (`decoders.py`).
+
+Requests and answers are lines of JSON. A file, and then the pixels of each picture or frame, are at
+the start of a shared file in memory, whose descriptor is the argument.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from nanovllm.media import clips, pictures
+from nanovllm.media.memory import BYTES_PER_PIXEL
+from nanovllm.media.pictures import Pixels
+
+PAGE_BYTES = 4096
+# What libraries take whatever the picture: arenas of malloc, stacks of the decoders' threads
+LIBRARY_BYTES = 768 << 20
+KEPT_BYTES = 32 << 20  # of memory for the next picture: new pages take time
+_PR_SET_PDEATHSIG = 1  # from Linux's prctl.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from malloc.h
+
+
+def write_all(fd: int, data: Any) -> None:
+    """Write bytes at the start of a file. Linux writes at most 2 GiB at a time."""
+    view, at = memoryview(data).cast("B"), 0
+    while at < len(view):
+        at += os.pwrite(fd, view[at:], at)
+
+
+def read_all(fd: int, num_bytes: int) -> bytes:
+    """The bytes at the start of a file; fewer if it is shorter."""
+    found = os.pread(fd, num_bytes, 0)
+    while len(found) < num_bytes and (more := os.pread(fd, num_bytes - len(found), len(found))):
+        found += more
+    return found
+
+
+class _Decoding:
+    """Answers requests, one at a time."""
+
+    def __init__(self, shared: int) -> None:
+        self._shared = shared
+        self._own_bytes = _size_bytes()
+        self._allowed_bytes, self._has_av = 0, False
+
+    def run(self) -> None:
+        _write({})  # the libraries are imported
+        while (request := _read()) is not None:
+            try:
+                self._answer(request)
+            except ValueError as error:
+                _write({"error": str(error)})
+            except MemoryError:
+                _write({"has_no_memory": True})
+
+    def _answer(self, request: dict[str, Any]) -> None:
+        if request["kind"] == "video" and not self._has_av:
+            clips.pyav()
+            self._own_bytes, self._has_av = _size_bytes(), True
+        self._allow(request["memory_bytes"])
+        data = read_all(self._shared, request["num_bytes"])
+        if request["kind"] == "image":
+            self._share(pictures.decode(data, request["max_pixels"], self._reserve))
+            return
+        limits = request["max_pixels"], request["max_video_pixels"]
+        clip = clips.of_file(data, *limits, self._reserve)
+        _write({"num_frames": clip.num_frames, "fps": clip.fps})
+        for pixels in clip.pick(_wanted()):
+            self._share(pixels)
+
+    def _reserve(self, num_pixels: int) -> None:
+        """Asks for the memory to decode so many pixels."""
+        num_bytes = num_pixels * BYTES_PER_PIXEL
+        if num_bytes > self._allowed_bytes:
+            _write({"needs_bytes": num_bytes})
+            reply = _read()
+            if reply is None:
+                raise ValueError("the request was cancelled")
+            self._allow(reply["memory_bytes"])
+
+    def _allow(self, num_bytes: int) -> None:
+        """Sets how much memory this process may take beside what it has taken from the start."""
+        if num_bytes == self._allowed_bytes or sys.platform != "linux":
+            return
+        import resource
+
+        most = self._own_bytes + LIBRARY_BYTES + num_bytes
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        with contextlib.suppress(ValueError, OSError):  # a lower limit is already set
+            resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+        self._allowed_bytes = num_bytes
+
+    def _share(self, pixels: Pixels) -> None:
+        write_all(self._shared, pixels)
+        _write({"height": pixels.shape[0], "width": pixels.shape[1]})
+
+
+def _wanted() -> Iterator[int]:
+    """The indices of the frames that the other side asks for, until it ends."""
+    while (request := _read()) is not None and request["frame"] is not None:
+        yield request["frame"]
+
+
+def _read() -> dict[str, Any] | None:
+    line = sys.stdin.buffer.readline()
+    return json.loads(line) if line else None
+
+
+def _write(answer: dict[str, Any]) -> None:
+    sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")
+    sys.stdout.buffer.flush()
+
+
+def _size_bytes() -> int:
+    """The size of this process's address space; 0 if it cannot be read."""
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[0]) * PAGE_BYTES
+    except OSError:
+        return 0
+
+
+def _protect() -> None:
+    """End this process with its parent, and rather than its parent if memory is short. A crash
+    leaves no file with what users have sent."""
+    if sys.platform != "linux":
+        return
+    import resource
+
+    libc = ctypes.CDLL(None)
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    for option in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
+        with contextlib.suppress(AttributeError):  # another C library than glibc
+            libc.mallopt(option, KEPT_BYTES)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")
+
+
+def main() -> None:
+    _protect()
+    with contextlib.suppress(BrokenPipeError):
+        _Decoding(int(sys.argv[1])).run()
+
+
+if __name__ == "__main__":
+    main()

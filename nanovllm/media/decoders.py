@@ -1,0 +1,212 @@
+"""The engine's side of the processes that decode pictures and video files (`decoder.py`)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import select
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from nanovllm import env, programs
+from nanovllm.media import pictures
+from nanovllm.media.clips import Clip
+from nanovllm.media.decoder import read_all, write_all
+from nanovllm.media.memory import LOOK_S, Part
+from nanovllm.media.options import MediaOptions
+from nanovllm.media.pictures import Pixels
+
+_START_S = 30.0  # to import the libraries
+_KEPT_BYTES = 16 << 20  # of a shared file; memory that is in use already is faster than new one
+_LINE_BYTES = 1 << 16
+
+
+def start(shared: int) -> subprocess.Popen[bytes]:
+    """A process that runs `decoder.py` with a shared file. Linux kills it when the thread that
+    calls this ends."""
+    return subprocess.Popen(
+        programs.command("nanovllm.media.decoder", str(shared)),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,  # libraries would quote what users have sent
+        bufsize=0,
+        pass_fds=(shared,),
+        env=env.for_strangers(),
+        start_new_session=True,  # Ctrl-C in a terminal ends the engine alone
+    )
+
+
+class Decoder:
+    """A process that decodes one file at a time. It starts when it is first needed, and again after
+    a file has ended it. One thread at a time may use it."""
+
+    def __init__(self, options: MediaOptions) -> None:
+        self._options = options
+        self._process: subprocess.Popen[bytes] | None = None
+        self._shared = -1
+        self._left_s = 0.0  # of the time to decode the present file
+        self._has_clip = False  # the process waits for the numbers of frames
+
+    def picture(self, data: bytes, part: Part) -> Pixels:
+        """An encoded picture as RGB, read-only.
+
+        Raises ValueError if it cannot be read or exceeds a limit, and MemoryError if it needs more
+        memory than a picture of its size may take. The process ends if it is late, or if the part's
+        `check` raises.
+        """
+        return self._pixels(self._begin("image", data, part))
+
+    @contextlib.contextmanager
+    def clip(self, data: bytes, part: Part) -> Iterator[Clip]:
+        """A video file, whose frames can be read inside of the context. Raises as `picture`."""
+        facts = self._begin("video", data, part)
+        self._has_clip = True
+
+        def pick(chosen: Iterable[int]) -> Iterator[Pixels]:
+            for index in chosen:
+                yield self._pixels(self._asked({"frame": index}, part))
+
+        try:
+            yield Clip(facts["num_frames"], facts["fps"], pick)
+        finally:
+            if self._has_clip:
+                self._write({"frame": None})
+                self._has_clip = False
+
+    def close(self) -> None:
+        """End the process."""
+        self._has_clip = False
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+        if self._shared >= 0:
+            os.close(self._shared)
+            self._shared = -1
+
+    def _begin(self, kind: str, data: bytes, part: Part) -> dict[str, Any]:
+        """Send a file; the first answer."""
+        if self._process is None or self._process.poll() is not None:
+            self._start(part)
+        self._left_s = self._options.decode_timeout_s
+        write_all(self._shared, data)
+        request = {
+            "kind": kind, "num_bytes": len(data), "memory_bytes": part.num_bytes,
+            "max_pixels": self._options.max_image_pixels,
+            "max_video_pixels": self._options.max_video_pixels,
+        }  # fmt: skip
+        return self._asked(request, part)
+
+    def _start(self, part: Part) -> None:
+        self.close()
+        self._shared = _new_shared()
+        try:
+            self._process = start(self._shared)
+            if not self._line(time.monotonic() + _START_S, part):
+                raise ValueError("the process that decodes it does not start")
+        except BaseException:
+            self.close()
+            raise
+
+    def _asked(self, request: dict[str, Any], part: Part) -> dict[str, Any]:
+        """The answer to a request. Kills the process unless it can take the next one."""
+        try:
+            answer = self._answer(request, part)
+            while "needs_bytes" in answer:
+                part.grow(answer["needs_bytes"])
+                answer = self._answer({"memory_bytes": part.num_bytes}, part)
+            if "has_no_memory" in answer:
+                raise MemoryError
+        except BaseException:
+            self.close()
+            raise
+        if "error" in answer:
+            self._has_clip = False
+            raise ValueError(answer["error"])
+        return answer
+
+    def _answer(self, request: dict[str, Any], part: Part) -> dict[str, Any]:
+        self._write(request)
+        begin = time.monotonic()
+        line = self._line(begin + self._left_s, part)
+        self._left_s -= time.monotonic() - begin
+        if line:
+            return dict(json.loads(line))
+        if self._left_s <= 0:
+            raise ValueError(
+                f"it takes longer than {self._options.decode_timeout_s:g} s to decode (option "
+                "decode_timeout_s)"
+            )
+        raise ValueError("it ended the process that decodes it: it is corrupt or too large")
+
+    def _line(self, deadline: float, part: Part) -> bytes:
+        """The next line; b"" if the process ends or is late."""
+        assert self._process is not None and self._process.stdout is not None
+        fd = self._process.stdout.fileno()
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        found = b""
+        while not found.endswith(b"\n") and len(found) < _LINE_BYTES:
+            part.check()
+            left_s = min(LOOK_S, deadline - time.monotonic())
+            if left_s <= 0:
+                return b""
+            if poll.poll(left_s * 1000):
+                piece = os.read(fd, _LINE_BYTES)
+                if not piece:
+                    return b""
+                found += piece
+        return found
+
+    def _write(self, message: dict[str, Any]) -> None:
+        assert self._process is not None and self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # then there is no answer
+            self._process.stdin.write(json.dumps(message).encode() + b"\n")
+
+    def _pixels(self, answer: dict[str, Any]) -> Pixels:
+        height, width = answer["height"], answer["width"]
+        pictures.check_pixels(width, height, self._options.max_image_pixels)
+        data = read_all(self._shared, height * width * 3)
+        if len(data) > _KEPT_BYTES:
+            os.ftruncate(self._shared, _KEPT_BYTES)
+        return np.frombuffer(data, np.uint8).reshape(height, width, 3)
+
+
+class Decoders:
+    """A decoder for each of `num_workers` threads."""
+
+    def __init__(self, options: MediaOptions, num_workers: int) -> None:
+        self._all = [Decoder(options) for _ in range(num_workers)]
+        self._idle: queue.LifoQueue[Decoder] = queue.LifoQueue()  # the last one has a process
+        for one in self._all:
+            self._idle.put(one)
+
+    @contextlib.contextmanager
+    def one(self) -> Iterator[Decoder]:
+        """A decoder that no other thread has."""
+        found = self._idle.get()
+        try:
+            yield found
+        finally:
+            self._idle.put(found)
+
+    def close(self) -> None:
+        """End the processes once no thread has a decoder."""
+        for one in self._all:
+            one.close()
+
+
+def _new_shared() -> int:
+    """A file that has no name, in memory where possible."""
+    if sys.platform == "linux":
+        return os.memfd_create("nanovllm-media")
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())

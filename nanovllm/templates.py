@@ -1,0 +1,203 @@
+"""Renders chat templates in a process of their own, which `template_process.py` describes.
+
+One process serves all threads of this one. It starts when it is first needed, and again after a
+template has ended it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from nanovllm import env, programs, template_process
+from nanovllm.prompts import PromptTooLong
+from nanovllm.template_process import ERROR, FACTS, TEXT, TOO_LONG
+
+CPU_S = 5.0  # processor time of a rendering; usual ones take less than a millisecond
+MAX_TEMPLATES = 64  # that the process keeps
+
+
+class Facts(NamedTuple):
+    """variables: those that a template reads. writes_text: it can write a content that is a text;
+    some write lists of parts alone."""
+
+    variables: frozenset[str]
+    writes_text: bool
+
+
+class _TooSlow(ValueError):
+    """A template has taken too much processor time."""
+
+
+class Renderer:
+    """Renders templates. Several threads can use it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._numbers: dict[str, int] = {}  # of templates that the process has
+        self._facts: dict[str, Facts | _TooSlow] = {}
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether `render` begins at once, with a process that works."""
+        process = self._process
+        return process is not None and process.poll() is None and not self._lock.locked()
+
+    def start(self) -> None:
+        """Start the process, which takes some tenths of a second, beside other work."""
+        with self._lock:
+            self._start()
+
+    def facts(self, template: str, tokens: Mapping[str, Any]) -> Facts:
+        """What is to be known of a template. tokens: variables that it gets from the tokenizer.
+        Raises ValueError if it is none, or takes too long."""
+        found = self._facts.get(template)
+        if found is None:
+            with self._lock:
+                if len(self._facts) >= MAX_TEMPLATES:
+                    self._facts.clear()
+                self._start()
+                try:
+                    found = self._define(template, tokens)
+                except _TooSlow as error:  # it would be again
+                    found = error
+                self._facts[template] = found
+        if isinstance(found, _TooSlow):
+            raise _TooSlow(*found.args)
+        return found
+
+    def render(
+        self,
+        template: str,
+        messages: list[dict[str, Any]],
+        options: Mapping[str, Any],
+        tokens: Mapping[str, Any],
+        max_chars: int | None,
+    ) -> str:
+        """A conversation in a template. options: those of transformers' `apply_chat_template`, and
+        variables. Raises ValueError, and PromptTooLong for more than `max_chars`."""
+        with self._lock:
+            self._start()
+            if template not in self._numbers:
+                self._define(template, tokens)
+            request = {
+                "template": self._numbers[template],
+                "messages": messages,
+                "options": {**tokens, **options},
+                "max_chars": max_chars,
+            }
+            kind, content = self._ask(request)
+        if kind == TEXT:
+            return content.decode("utf-8", "surrogatepass")
+        assert kind == TOO_LONG, kind
+        raise PromptTooLong(
+            f"the conversation has {int(content)} characters in its template: at most {max_chars} "
+            "are read"
+        )
+
+    def close(self) -> None:
+        """End the process. It starts again if it is needed."""
+        process, self._process = self._process, None
+        self._numbers.clear()
+        if process is not None:
+            process.kill()
+            with contextlib.suppress(OSError):
+                process.communicate()
+
+    def forget(self) -> None:
+        """Leave the process to the one that this one was forked from."""
+        self.__init__()  # type: ignore[misc]
+
+    def _start(self) -> None:
+        if self._process is not None and self._process.poll() is None:
+            return
+        self.close()
+        self._process = subprocess.Popen(
+            programs.command("nanovllm.template_process"),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,  # tracebacks would quote prompts
+            bufsize=0,
+            env=env.for_strangers(),
+            start_new_session=True,  # Ctrl-C in a terminal does not reach it
+        )
+
+    def _define(self, template: str, tokens: Mapping[str, Any]) -> Facts:
+        """Give a template to the process."""
+        if len(self._numbers) >= MAX_TEMPLATES:
+            self.close()
+            self._start()
+        number = len(self._numbers)
+        _, content = self._ask({"template": number, "source": template, "tokens": dict(tokens)})
+        self._numbers[template] = number
+        variables, writes_text = json.loads(content)
+        return Facts(frozenset(variables), bool(writes_text))
+
+    def _ask(self, request: Mapping[str, Any]) -> tuple[bytes, bytes]:
+        """The kind and the content of an answer. Raises ValueError."""
+        data = _as_json({**request, "cpu_s": CPU_S})
+        assert self._process is not None
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            with contextlib.suppress(BrokenPipeError):  # then there is no answer
+                template_process.write(self._process.stdin.fileno(), data)
+            found = template_process.read(self._process.stdout.fileno())
+        except BaseException:  # such as Ctrl-C: an answer may be left in the pipe
+            self.close()
+            raise
+        if not found:
+            raise self._ending()
+        kind, content = found[:1], found[1:]
+        if kind == ERROR:
+            raise ValueError(content.decode("utf-8", "replace"))
+        assert kind in (TEXT, TOO_LONG, FACTS), kind
+        return kind, content
+
+    def _ending(self) -> ValueError:
+        assert self._process is not None
+        status = self._process.wait()
+        self.close()
+        if status == -getattr(signal, "SIGPROF", 0):
+            return _TooSlow(
+                f"the chat template takes longer than {CPU_S:g} s of processor time: it may loop "
+                "for ever"
+            )
+        return ValueError("the chat template needs too much memory, or is nested too deeply")
+
+
+renderer = Renderer()
+atexit.register(renderer.close)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=renderer.forget)
+
+
+def _as_json(request: Mapping[str, Any]) -> bytes:
+    try:
+        text = json.dumps(request, ensure_ascii=False, default=_plain)
+    except (TypeError, RecursionError) as error:
+        raise ValueError(f"the conversation cannot be given to a chat template: {error}") from error
+    return text.encode("utf-8", "surrogatepass")
+
+
+def _plain(value: Any) -> Any:
+    """A value of which JSON has a form. Raises TypeError for others."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if callable(dump := getattr(value, "model_dump", None)):
+        return dump()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {one.name: getattr(value, one.name) for one in dataclasses.fields(value)}
+    if callable(as_list := getattr(value, "tolist", None)):
+        return as_list()
+    if isinstance(value, Iterable):
+        return list(value)
+    raise TypeError(f"it has a value of the type {type(value).__name__}, which JSON does not have")
