@@ -146,7 +146,7 @@ class App:
         given = (bearer, exchange.header(b"x-api-key").strip())  # OpenAI's and Anthropic's
         valid = [one for one in given if self.config.allows(one)]
         if not valid:
-            words = "the request needs a key of this server: Authorization: Bearer KEY, or x-api-key: KEY"
+            words = "the request needs a key: Authorization: Bearer KEY, or x-api-key: KEY"
             raise ApiError(401, words, code="invalid_api_key")
         exchange.api_key = valid[0]
 
