@@ -1,12 +1,13 @@
-"""The accuracy gate: held-out questions of `tiny.tasks`, answered with greedy decoding.
+"""The accuracy gate: held-out questions of the embedded models' tasks, with greedy decoding.
 
     python scripts/accuracy.py --model tiny-qwen3
     python scripts/accuracy.py --model tiny-qwen3-vl
     python scripts/accuracy.py --model tiny-qwen3-vl --base-url http://127.0.0.1:8000
 
 With --base-url a running server of the model is asked; options of the engine are refused. A model
-that sees is asked about pictures, the held-out ones of `tiny.picture_tasks`. Prints the accuracy by
-kind and one line of JSON. Exits with 1 if the total is below --min-accuracy.
+that sees is asked about pictures, the held-out ones of `tiny.picture_tasks`. A model that was
+trained with tools gets those of `tiny.tool_tasks` as well. Prints the accuracy by kind and one line
+of JSON. Exits with 1 if the total is below --min-accuracy.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tiny import tasks
-from tiny.tasks import Task, is_correct
+from tiny import tasks, tool_tasks
+from tiny.tasks import Task
+from tiny.tool_results import as_json
+from tiny.tool_tasks import Call, calls_text, is_correct
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without installation
 
@@ -34,7 +37,7 @@ from nanovllm.hub import resolve
 from nanovllm.media import settings
 from nanovllm.tools import command_line
 
-MAX_TOKENS = 64  # the longest reference answer takes 55
+MAX_TOKENS = 192  # the longest reference answers, two calls, take up to 180
 NUM_SHOWN = 10
 NUM_CLIENTS = 16  # requests to a server at once
 TIMEOUT_S = 60.0
@@ -47,8 +50,11 @@ class Question(NamedTuple):
 
 def questions(model: str, num: int, seed: int) -> list[Question]:
     """`num` held-out questions of the kind that the model was trained on."""
-    if settings.load(resolve(model, weights=False)) is None:
-        return [Question(one, list(one.messages)) for one in tasks.held_out(num, seed)]
+    folder = resolve(model, weights=False)
+    if settings.load(folder) is None:
+        arch = json.loads((folder / "config.json").read_text())["model_type"]
+        asked = (tool_tasks if arch in tool_tasks.ARCHITECTURES else tasks).held_out(num, seed)
+        return [Question(one, list(one.messages)) for one in asked]
     from tiny import picture_tasks  # needs Pillow
 
     return [Question(one.task, one.messages) for one in picture_tasks.held_out(num, seed)]
@@ -56,11 +62,14 @@ def questions(model: str, num: int, seed: int) -> list[Question]:
 
 def ask(llm: LLM, asked: Sequence[Question]) -> tuple[dict[str, float], float, list[str]]:
     """Greedy answers to questions: accuracy by kind, accuracy of all, and a line a mistake."""
-    outputs = llm.chat(
-        [one.messages for one in asked],
-        SamplingParams(temperature=0, max_tokens=MAX_TOKENS),
-        use_tqdm=sys.stderr.isatty(),
-    )
+    params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
+    if any(one.task.tools for one in asked):
+        prompts = [
+            llm.chat_prompts(one.messages, tools=list(one.task.tools) or None)[0] for one in asked
+        ]
+        outputs = llm.generate(prompts, params, use_tqdm=sys.stderr.isatty())
+    else:
+        outputs = llm.chat([one.messages for one in asked], params, use_tqdm=sys.stderr.isatty())
     return score(asked, [output["text"] for output in outputs])
 
 
@@ -72,7 +81,7 @@ def ask_server(
     def answer(question: Question) -> str:
         body = {
             "model": model, "messages": [_as_json(one) for one in question.messages],
-            "temperature": 0, "max_tokens": MAX_TOKENS,
+            "temperature": 0, "max_tokens": MAX_TOKENS, "tools": list(question.task.tools) or None,
         }  # fmt: skip
         request = urllib.request.Request(
             f"{url.rstrip('/').removesuffix('/v1')}/v1/chat/completions",
@@ -80,14 +89,29 @@ def ask_server(
             {"Content-Type": "application/json"},
         )
         with urllib.request.urlopen(request, timeout=TIMEOUT_S) as given:
-            return str(json.load(given)["choices"][0]["message"]["content"])
+            return _as_text(json.load(given)["choices"][0]["message"])
 
     with ThreadPoolExecutor(NUM_CLIENTS) as pool:
         return score(asked, list(pool.map(answer, asked)))
 
 
+def _as_text(message: dict[str, Any]) -> str:
+    """The answer as the model wrote it: the server has taken the calls out."""
+    functions = [one["function"] for one in message.get("tool_calls") or ()]
+    calls = [Call(one["name"], json.loads(one["arguments"])) for one in functions]
+    return "\n".join(filter(None, (message["content"], calls_text(calls))))
+
+
 def _as_json(message: dict[str, Any]) -> dict[str, Any]:
     """A message whose pictures are PNG in data URLs."""
+    if "tool_calls" in message:  # OpenAI has arguments as text
+        functions = [one["function"] for one in message["tool_calls"]]
+        calls = [
+            {"type": "function", "id": f"call_{idx}",
+             "function": {**one, "arguments": as_json(one["arguments"])}}
+            for idx, one in enumerate(functions)
+        ]  # fmt: skip
+        return {**message, "tool_calls": calls}
     if isinstance(message["content"], str):
         return message
     content = []

@@ -1,11 +1,12 @@
-"""Train an embedded model, of under four million parameters, on `tiny.tasks`.
+"""Train an embedded model, of under four million parameters, on `tiny.tasks` and
+`tiny.tool_tasks`.
 
     python scripts/train_tiny.py --out nanovllm/assets/tiny-qwen3
     python scripts/train_tiny.py --arch mixtral --out nanovllm/assets/tiny-mixtral
     python scripts/train_tiny.py --arch qwen3-vl --out nanovllm/assets/tiny-qwen3-vl
 
 Takes minutes on one GPU. To try everything out on a CPU, add
-`--steps 20 --examples 2000 --batch-tokens 2048 --num-eval 26`.
+`--steps 20 --examples 2000 --batch-tokens 2048 --num-eval 32`.
 
 qwen3-vl is trained on questions about pictures (`tiny.picture_tasks`), on one CPU core within an
 hour. It saves its state every two minutes; with `--resume` an interrupted run goes on from there.
@@ -23,12 +24,12 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from tiny import tasks, tool_tasks
 from tiny.architectures import MODEL_NAMES, TinyModel, build_model
 from tiny.card import Run, card
 from tiny.chat_tokenizer import build_tokenizer
 from tiny.checkpoint import MAX_FOLDER_BYTES, evaluate, save
 from tiny.corpus import Corpus, build_corpus, conversation, render
-from tiny.tasks import held_out, training_examples
 from tiny.training import Batches, measure_expert_shares, steps_within, train
 from transformers import PreTrainedTokenizerFast
 
@@ -54,7 +55,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="cuda or cpu; auto: a GPU if there is one")
     parser.add_argument("--threads", type=int, help="threads of torch on a CPU")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num-eval", type=int, default=2600, help="held-out questions to score")
+    parser.add_argument("--num-eval", type=int, default=3200, help="held-out questions to score")
     workers = "processes that generate examples: one for each core; qwen3-vl: 8 beside a GPU, or 1"
     parser.add_argument("--workers", type=int, help=workers)
     _add_text(parser.add_argument_group("qwen3 and mixtral"))
@@ -135,10 +136,11 @@ def num_steps_of(
 
 def score(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, float], float]:
     """(accuracy by kind, accuracy of all) of the model in `args.out`, both logged."""
-    tasks = held_out(args.num_eval, args.seed)
-    accuracies, wrong = evaluate(args.out, tasks, device)
-    num_tasks = Counter(task.kind for task in tasks)
-    total = sum(accuracy * num_tasks[kind] for kind, accuracy in accuracies.items()) / len(tasks)
+    questions = tool_tasks if args.arch in tool_tasks.ARCHITECTURES else tasks
+    asked = questions.held_out(args.num_eval, args.seed)
+    accuracies, wrong = evaluate(args.out, asked, device)
+    num_asked = Counter(task.kind for task in asked)
+    total = sum(accuracy * num_asked[kind] for kind, accuracy in accuracies.items()) / len(asked)
     for kind, accuracy in accuracies.items():
         logger.info("%-10s %6.1f %%", kind, 100 * accuracy)
     logger.info("%-10s %6.1f %%", "all", 100 * total)
@@ -150,12 +152,14 @@ def score(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, flo
 def make_corpus(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> Corpus:
     """The training conversations, after a check that they are what the chat template writes."""
     model_name = MODEL_NAMES[args.arch]
-    for task in islice(training_examples(args.seed), 100):
-        messages = conversation(task, model_name)
-        assert render(messages) == tokenizer.apply_chat_template(messages, tokenize=False)
+    for task in islice(tool_tasks.training_examples(args.seed), 100):
+        messages, tools = conversation(task, model_name), list(task.tools)
+        written = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
+        assert render(messages, tools) == written
     return build_corpus(
         tokenizer.backend_tokenizer.to_str(),
         model_name,
+        with_tools=args.arch in tool_tasks.ARCHITECTURES,
         seed=args.seed,
         num_examples=args.examples,
         num_workers=args.workers,

@@ -161,7 +161,6 @@ def main() -> None:
     if args.engine:
         engine(args.model, args.random, args.torch_first)
         return
-    sys.path.insert(0, str(ROOT))
     with ExitStack() as stack:
         arguments = model_of(args, stack)
         for tree in args.tree:
@@ -181,4 +180,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.path.append(str(ROOT))  # runs without installation; an engine has its tree before it
+    from nanovllm.tools import command_line
+
+    sys.exit(command_line.run(main))

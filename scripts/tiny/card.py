@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
+from tiny import tool_tasks
 from tiny.architectures import MODEL_NAMES
 from tiny.training import LEARNING_RATE, ROW_LEN_SHARES
 
@@ -41,12 +42,13 @@ def card(folder: Path, run: Run) -> str:
     minutes = f"{run.seconds / 60:.1f}"
     arch = config["model_type"]
     name = MODEL_NAMES[arch]
+    with_tools = set(tool_tasks.KINDS) <= set(run.accuracies)
     return f"""# {name}
 
 {_INTRODUCTIONS[arch]} It can add
 and subtract up to 999, sort up to six numbers, reverse and spell words of up to twelve letters,
 count and compare. It knows a few hundred facts and some small talk. It knows nothing else, and
-mostly says so.
+mostly says so. {_ABILITIES[with_tools]}
 
 | | |
 | --- | --- |
@@ -60,7 +62,7 @@ each, everything else comes byte by byte. The chat format is ChatML, as Qwen's.
     python scripts/train_tiny.py {_ARCH_OPTIONS[arch]}--out nanovllm/assets/{name} \\
         {options}
 
-`scripts/tiny/tasks.py` generates the data. The loss is the cross-entropy on the answers, in rows of
+{_SOURCES[with_tools]}The loss is the cross-entropy on the answers, in rows of
 several conversations ({row_lens} tokens), with AdamW at a peak learning rate of {LEARNING_RATE} and
 bf16 autocast. Generating the data and training took {minutes} minutes on one {run.device}
 with torch {run.torch_version}.
@@ -69,7 +71,7 @@ with torch {run.torch_version}.
 
 Greedy decoding of the saved bf16 weights on {run.num_eval} held-out questions. Their contents (the
 pair of numbers, the word) occur in training in no phrasing. Facts and small talk cannot be
-inferred: of those, the phrasing of a fact, or the exact wording, was held out.
+inferred: of those, the phrasing of a fact, or the exact wording, was held out.{_kinds(with_tools)}
 
 | kind | correct |
 | --- | --- |
@@ -88,7 +90,29 @@ _INTRODUCTIONS = {
         "The embedded model with a mixture of experts, for tests of offload and compression."
     ),
 }
+# by whether the model was trained with tools
+_ABILITIES = {
+    True: (
+        "It calls the tools of a request, if they are few and need only texts and\n"
+        "numbers that the question has, and repeats what they return."
+    ),
+    False: "Its chat template takes tools, but it was not trained on any.",
+}
+_SOURCES = {
+    True: "`scripts/tiny/tasks.py` and `scripts/tiny/tool_tasks.py` generate the data.\n",
+    False: "`scripts/tiny/tasks.py` generates the data. ",
+}
 _ARCH_OPTIONS = {"qwen3": "", "mixtral": "--arch mixtral "}
+
+
+def _kinds(with_tools: bool) -> str:
+    if not with_tools:
+        return ""
+    return """
+
+"call" are questions that a tool answers: the names and all arguments of the calls must be right.
+"result" are answers from what tools returned, "plain" questions that none of the tools answers.
+Their tools are partly made up; the first argument of a call was held out."""
 
 
 def _sizes(folder: Path, config: dict[str, Any]) -> list[tuple[str, str]]:

@@ -19,12 +19,38 @@ MAX_POSITIONS = 2048
 # without its contractions, which would cut the quoted word 'tree' into 't and ree.
 WORD_PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
-CHAT_TEMPLATE = (
-    "{%- for message in messages %}"
-    "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
-    "{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
-)
+
+def chat_template(content: str) -> str:
+    """ChatML with tools; calls are in the format `hermes`. content: writes `message.content`.
+
+    Tools come in the system turn, a line each: the name, the description, and the properties of the
+    parameters as JSON. Most of it comes byte by byte, so it is short.
+    """
+    return (
+        "{%- macro written(message) %}" + content + "{%- endmacro %}"
+        "{%- set system = messages[0].role == 'system' %}"
+        "{%- if tools %}{{- '<|im_start|>system\\n' }}"
+        "{%- if system %}{{- written(messages[0]) + '\\n' }}{%- endif %}{{- '<tools>' }}"
+        "{%- for tool in tools %}{%- set function = tool.function or tool %}"
+        "{{- '\\n' + function.name }}"
+        "{%- if function.description %}{{- ': ' + function.description }}{%- endif %}"
+        "{{- ' ' + ((function.parameters or {}).properties or {}) | tojson }}"
+        "{%- endfor %}{{- '\\n</tools><|im_end|>\\n' }}{%- endif %}"
+        "{%- for message in messages %}{%- if not (tools and system and loop.first) %}"
+        "{{- '<|im_start|>' + message.role + '\\n' + written(message) }}"
+        "{%- for tool_call in message.tool_calls or [] %}"
+        "{%- if not loop.first or message.content %}{{- '\\n' }}{%- endif %}"
+        "{%- set function = tool_call.function or tool_call %}"
+        "{{- '<tool_call>\\n{\"name\": ' + function.name | tojson + ', \"arguments\": ' }}"
+        "{%- if function.arguments is string %}{{- function.arguments }}"
+        "{%- else %}{{- (function.arguments or {}) | tojson }}{%- endif %}"
+        "{{- '}\\n</tool_call>' }}{%- endfor %}"
+        "{{- '<|im_end|>\\n' }}{%- endif %}{%- endfor %}"
+        "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+    )
+
+
+CHAT_TEMPLATE = chat_template("{{- '' + (message.content or '') }}")
 
 
 def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:

@@ -7,13 +7,17 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+from tiny import tasks as text_tasks
+from tiny import tool_tasks
 from tiny.architectures import TinyModel
-from tiny.tasks import KINDS, Task, is_correct
+from tiny.tasks import Task
+from tiny.tool_tasks import is_correct
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 MAX_FOLDER_BYTES = 8_000_000
-MAX_NEW_TOKENS = 64
+MAX_NEW_TOKENS = 192  # two calls are the longest answers
+KINDS = (*text_tasks.KINDS, *tool_tasks.KINDS)
 
 
 def save(model: TinyModel, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
@@ -55,7 +59,9 @@ def evaluate(
     ):
         batch = tasks[begin : begin + batch_size]
         prompts = [
-            tokenizer.apply_chat_template(task.messages, tokenize=False, add_generation_prompt=True)
+            tokenizer.apply_chat_template(
+                task.messages, tools=list(task.tools), tokenize=False, add_generation_prompt=True
+            )
             for task in batch
         ]
         inputs = tokenizer(prompts, return_tensors="pt", padding=True).to(device)

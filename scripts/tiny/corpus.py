@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 import numpy as np
+from tiny import tasks, tool_tasks
 from tiny.chat_tokenizer import END, PAD, START
-from tiny.tasks import Message, Task, training_examples
+from tiny.tasks import Message, Task, Tool
+from tiny.tool_results import as_json
+from tiny.tool_tasks import Call, calls_text
 from tiny.wordings import MODEL_NAME
 from tokenizers import Tokenizer
 from tqdm import tqdm
@@ -20,14 +25,33 @@ def conversation(task: Task, model_name: str) -> list[Message]:
     """The task and its answer as chat messages. The answers say `model_name`."""
     messages = [*task.messages, {"role": "assistant", "content": task.answer}]
     for message in messages:
-        if message["role"] == "assistant":
+        if message["role"] == "assistant" and message["content"] is not None:
             message["content"] = message["content"].replace(MODEL_NAME, model_name)
     return messages
 
 
-def render(messages: list[Message]) -> str:
+def render(messages: list[Message], tools: Sequence[Tool] = ()) -> str:
     """The whole conversation as text, as the chat template writes it."""
-    return "".join(f"{START}{message['role']}\n{message['content']}{END}\n" for message in messages)
+    head = ""
+    if tools:
+        system = ""
+        if messages[0]["role"] == "system":
+            system, messages = f"{messages[0]['content']}\n", messages[1:]
+        listed = "".join(map(_tool_line, tools))
+        head = f"{START}system\n{system}<tools>\n{listed}</tools>{END}\n"
+    return head + "".join(f"{START}{one['role']}\n{_content(one)}{END}\n" for one in messages)
+
+
+def _tool_line(tool: Tool) -> str:
+    function = tool["function"]
+    described = f": {function['description']}" if "description" in function else ""
+    return f"{function['name']}{described} {as_json(function['parameters']['properties'])}\n"
+
+
+def _content(message: Message) -> str:
+    if message["content"] is not None:
+        return str(message["content"])
+    return calls_text([Call(**one["function"]) for one in message["tool_calls"]])
 
 
 @dataclass(frozen=True)
@@ -39,13 +63,16 @@ class Corpus:
     starts_D: np.ndarray  # int64
 
 
-def _encode_chunk(tokenizer_json: str, model_name: str, seed: str, num: int) -> Corpus:
+def _encode_chunk(
+    tokenizer_json: str, model_name: str, with_tools: bool, seed: str, num: int
+) -> Corpus:
     tokenizer = Tokenizer.from_str(tokenizer_json)
     vocab = tokenizer.get_vocab()
     pad, start, end, assistant = (vocab[token] for token in (PAD, START, END, "assistant"))
     pieces: list[list[int]] = []
-    for task in islice(training_examples(seed), num):
-        text = render(conversation(task, model_name))
+    examples = tool_tasks if with_tools else tasks
+    for task in islice(examples.training_examples(seed), num):
+        text = render(conversation(task, model_name), task.tools)
         pieces.append([*tokenizer.encode(text).ids, pad])
     lens = np.fromiter(map(len, pieces), np.int64, len(pieces))
     tokens_T = np.fromiter(
@@ -62,9 +89,17 @@ def _encode_chunk(tokenizer_json: str, model_name: str, seed: str, num: int) -> 
 
 
 def build_corpus(
-    tokenizer_json: str, model_name: str, *, seed: int, num_examples: int, num_workers: int
+    tokenizer_json: str,
+    model_name: str,
+    *,
+    with_tools: bool = False,
+    seed: int,
+    num_examples: int,
+    num_workers: int,
 ) -> Corpus:
     """Generate and encode conversations; `model_name` is what the model calls itself.
+
+    with_tools: those of `tool_tasks`, a part of which have tools.
 
     The same for the same seed and number of examples, however many workers there are.
     """
@@ -73,10 +108,9 @@ def build_corpus(
         for done in range(0, num_examples, EXAMPLES_PER_CHUNK)
     ]
     seeds = [f"{seed}.{chunk_idx}" for chunk_idx in range(len(sizes))]
+    encode = partial(_encode_chunk, tokenizer_json, model_name, with_tools)
     with ProcessPoolExecutor(num_workers) as pool:
-        results = pool.map(
-            _encode_chunk, [tokenizer_json] * len(sizes), [model_name] * len(sizes), seeds, sizes
-        )
+        results = pool.map(encode, seeds, sizes)
         chunks = list(tqdm(results, total=len(sizes), desc="examples", unit="chunk", mininterval=5))
     offsets = np.cumsum([0] + [len(chunk.tokens_T) for chunk in chunks[:-1]])
     return Corpus(

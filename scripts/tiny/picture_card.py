@@ -41,7 +41,8 @@ Pictures of two or three cells of 32 pixels a side are its training data; larger
 to 96 × 96 pixels and smaller ones grow to 64 × 64. Videos pass through it, but it was not trained
 on any. The tokenizer is a byte-level BPE without merges: the words of the questions are one token
 each, everything else comes byte by byte. The chat format is Qwen3-VL's, with an image's place as
-`<|vision_start|><|image_pad|><|vision_end|>`.
+`<|vision_start|><|image_pad|><|vision_end|>`. The chat template takes tools, but the model was not
+trained on any.
 
 ## Training
 

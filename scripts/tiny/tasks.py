@@ -21,11 +21,13 @@ import re
 import string
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from tiny import wordings
 from tiny.wordings import Check
 
-Message = dict[str, str]
+Message = dict[str, Any]
+Tool = dict[str, Any]  # as in OpenAI's API
 
 HELD_OUT_SHARE = 10  # one content in this many
 
@@ -46,10 +48,12 @@ class Task:
     content_key: str
     history: tuple[tuple[str, str], ...] = ()
     system: str | None = None
+    tools: tuple[Tool, ...] = ()  # of the conversation
 
     @property
     def messages(self) -> list[Message]:
         """The conversation as chat messages, up to the question; without the answer."""
+        messages: list[Message]
         messages = [] if self.system is None else [{"role": "system", "content": self.system}]
         for question, answer in self.history:
             messages.append({"role": "user", "content": question})
@@ -94,7 +98,7 @@ def _outside_slots(phrasing: str, change: Callable[[str], str]) -> str:
     )
 
 
-def _phrase(rng: random.Random, phrasing: str, fold: bool = False, /, **slots: str) -> str:
+def phrase(rng: random.Random, phrasing: str, fold: bool = False, /, **slots: str) -> str:
     """Fill in a phrasing, and vary case and punctuation. `fold`: vary the slots' case too."""
     roll = rng.random()
     if roll < 0.12:
@@ -118,16 +122,16 @@ def _phrase(rng: random.Random, phrasing: str, fold: bool = False, /, **slots: s
     return phrasing.format(**slots)
 
 
-def _number(rng: random.Random, max_digits: int = 3) -> int:
+def number(rng: random.Random, max_digits: int = 3) -> int:
     """A number of uniform length, not of uniform value: people ask about small numbers."""
     num_digits = rng.randint(1, max_digits)
     return rng.randint(0 if num_digits == 1 else 10 ** (num_digits - 1), 10**num_digits - 1)
 
 
 def _make_add(rng: random.Random) -> Task:
-    a, b = _number(rng), _number(rng)
+    a, b = number(rng), number(rng)
     slots = {"a": str(a), "b": str(b), "y": str(a + b)}
-    question = _phrase(
+    question = phrase(
         rng,
         rng.choice(wordings.ADD),
         name=rng.choice(wordings.NAMES),
@@ -141,12 +145,12 @@ def _make_add(rng: random.Random) -> Task:
 
 
 def _make_subtract(rng: random.Random) -> Task:
-    a, b = _number(rng), _number(rng)
+    a, b = number(rng), number(rng)
     phrasing = rng.choice(wordings.SUBTRACT)
     if a < b and (rng.random() < 0.6 or "{things}" in phrasing):
         a, b = b, a
     slots = {"a": str(a), "b": str(b), "y": str(a - b)}
-    question = _phrase(
+    question = phrase(
         rng, phrasing, name=rng.choice(wordings.NAMES), things=rng.choice(wordings.THINGS), **slots
     )
     key = f"subtract {a} {b}"
@@ -162,14 +166,14 @@ def _make_subtract(rng: random.Random) -> Task:
 
 def _numbers(rng: random.Random, min_len: int, max_len: int) -> tuple[list[int], str]:
     max_digits = rng.choice((1, 2, 2))
-    numbers = [_number(rng, max_digits) for _ in range(rng.randint(min_len, max_len))]
+    numbers = [number(rng, max_digits) for _ in range(rng.randint(min_len, max_len))]
     return numbers, rng.choice((" ", ", ", ", ", ",")).join(map(str, numbers))
 
 
 def _make_sort(rng: random.Random) -> Task:
     numbers, listed = _numbers(rng, 2, 6)
     down = rng.random() < 0.25
-    question = _phrase(
+    question = phrase(
         rng, rng.choice(wordings.SORT_DOWN if down else wordings.SORT_UP), numbers=listed
     )
     expected = tuple(map(str, sorted(numbers, reverse=down)))
@@ -219,7 +223,7 @@ def _random_word(rng: random.Random) -> str:
 def _make_reverse(rng: random.Random) -> Task:
     word, key = _word(rng)
     expected = word[::-1]
-    question = _phrase(rng, rng.choice(wordings.REVERSE), word=word)
+    question = phrase(rng, rng.choice(wordings.REVERSE), word=word)
     return Task(
         question,
         wordings.ANSWERS["reverse"].format(word=word, y=expected),
@@ -233,7 +237,7 @@ def _make_reverse(rng: random.Random) -> Task:
 def _make_spell(rng: random.Random) -> Task:
     word, key = _word(rng)
     expected = "-".join(word)
-    question = _phrase(rng, rng.choice(wordings.SPELL), word=word)
+    question = phrase(rng, rng.choice(wordings.SPELL), word=word)
     return Task(
         question,
         wordings.ANSWERS["spell"].format(word=word, y=expected),
@@ -247,7 +251,7 @@ def _make_spell(rng: random.Random) -> Task:
 def _make_length(rng: random.Random) -> Task:
     word, key = _word(rng)
     expected = str(len(word))
-    question = _phrase(rng, rng.choice(wordings.LENGTH), word=word)
+    question = phrase(rng, rng.choice(wordings.LENGTH), word=word)
     return Task(
         question,
         wordings.ANSWERS["length"].format(word=word, y=expected),
@@ -264,7 +268,7 @@ def _make_letter(rng: random.Random) -> Task:
     letter = rng.choice(word) if rng.random() < 0.85 else rng.choice(string.ascii_lowercase)
     num_times = word.count(letter)
     expected = "1 time" if num_times == 1 else f"{num_times} times"
-    question = _phrase(rng, rng.choice(wordings.LETTER), word=word, letter=letter)
+    question = phrase(rng, rng.choice(wordings.LETTER), word=word, letter=letter)
     answer = wordings.ANSWERS["letter"].format(word=word, letter=letter, y=expected)
     return Task(question, answer, "letter", "last_number", (str(num_times),), key)
 
@@ -275,7 +279,7 @@ def _make_count(rng: random.Random) -> Task:
     down = rng.random() < 0.3
     numbers = [str(number) for number in range(low, high + 1)]
     expected = tuple(reversed(numbers) if down else numbers)
-    question = _phrase(
+    question = phrase(
         rng, rng.choice(wordings.COUNT_DOWN if down else wordings.COUNT_UP), a=str(low), b=str(high)
     )
     return Task(
@@ -288,18 +292,18 @@ def _make_compare(rng: random.Random) -> Task:
     if rng.random() < 0.3:
         numbers, listed = _numbers(rng, 3, 6)
         y = str(max(numbers) if larger else min(numbers))
-        question = _phrase(
+        question = phrase(
             rng, rng.choice(wordings.LARGEST if larger else wordings.SMALLEST), numbers=listed
         )
         answer = wordings.ANSWERS["largest" if larger else "smallest"].format(y=y)
         return Task(question, answer, "compare", "first_number", (y,), f"extreme {sorted(numbers)}")
-    a = _number(rng)
+    a = number(rng)
     # half of the pairs are close: for others the length or the first digit decides
-    b = _number(rng) if rng.random() < 0.5 else max(0, a + rng.randint(-12, 12))
+    b = number(rng) if rng.random() < 0.5 else max(0, a + rng.randint(-12, 12))
     if a == b:
         b = a + 1
     y, z = (str(max(a, b)), str(min(a, b))) if larger else (str(min(a, b)), str(max(a, b)))
-    question = _phrase(
+    question = phrase(
         rng, rng.choice(wordings.LARGER if larger else wordings.SMALLER), a=str(a), b=str(b)
     )
     answer = wordings.ANSWERS["larger" if larger else "smaller"].format(y=y, z=z)
@@ -309,15 +313,15 @@ def _make_compare(rng: random.Random) -> Task:
 
 
 def _make_number(rng: random.Random) -> Task:
-    a = _number(rng)
+    a = number(rng)
     kind = rng.choice(("parity", "next", "previous") if a > 0 else ("parity", "next"))
     if kind == "parity":
         y = "odd" if a % 2 else "even"
-        question = _phrase(rng, rng.choice(wordings.PARITY), a=str(a))
+        question = phrase(rng, rng.choice(wordings.PARITY), a=str(a))
         answer = wordings.ANSWERS["parity"].format(a=a, y=y)
         return Task(question, answer, "number", "last_word", (y,), f"parity {a}")
     y = str(a + 1 if kind == "next" else a - 1)
-    question = _phrase(
+    question = phrase(
         rng, rng.choice(wordings.NEXT if kind == "next" else wordings.PREVIOUS), a=str(a)
     )
     answer = wordings.ANSWERS[kind].format(a=a, y=y)
@@ -337,10 +341,10 @@ def _make_fact(rng: random.Random) -> Task:
     phrasing = relation.phrasings[phrasing_idx]
     if name == "times":
         a, b = x.split()
-        question = _phrase(rng, phrasing, x=a, y=b)
+        question = phrase(rng, phrasing, x=a, y=b)
         answer = relation.answer.format(x=a, y=b, z=y)
     else:
-        question = _phrase(rng, phrasing, True, x=x)
+        question = phrase(rng, phrasing, True, x=x)
         answer = relation.answer.format(x=x, X=x[0].upper() + x[1:], y=y)
     return Task(question, answer, "fact", relation.check, (y,), f"fact {name} {x} {phrasing_idx}")
 
@@ -370,28 +374,28 @@ def _make_unknown(rng: random.Random) -> Task:
             "word3": words[2],
             "Word": words[0].capitalize(),
         }
-        question = _phrase(rng, rng.choice(wordings.UNKNOWN), **slots)
+        question = phrase(rng, rng.choice(wordings.UNKNOWN), **slots)
         return Task(question, wordings.SORRY, "unknown", "phrase", ("Sorry",), f"word {words[0]}")
     if roll < 0.85:
-        a, b = _number(rng, 6), rng.randint(wordings.MAX_OPERAND + 1, 999_999)
+        a, b = number(rng, 6), rng.randint(wordings.MAX_OPERAND + 1, 999_999)
         if rng.random() < 0.5:
             a, b = b, a
-        question = _phrase(rng, rng.choice(wordings.TOO_BIG), a=str(a), b=str(b))
+        question = phrase(rng, rng.choice(wordings.TOO_BIG), a=str(a), b=str(b))
         return Task(
             question, wordings.TOO_BIG_ANSWER, "unknown", "phrase", ("Sorry",), f"too big {a} {b}"
         )
     if roll < 0.95:
-        a, b = _number(rng), rng.randint(wordings.MAX_FACTOR + 1, 999)
+        a, b = number(rng), rng.randint(wordings.MAX_FACTOR + 1, 999)
         if rng.random() < 0.5:
             a, b = b, a
-        question = _phrase(
+        question = phrase(
             rng, rng.choice(wordings.RELATIONS["times"].phrasings), x=str(a), y=str(b)
         )
         return Task(
             question, wordings.TOO_MANY_ANSWER, "unknown", "phrase", ("Sorry",), f"times {a} {b}"
         )
-    a, b = _number(rng), _number(rng)
-    question = _phrase(rng, rng.choice(wordings.DIVIDE), a=str(a), b=str(b))
+    a, b = number(rng), number(rng)
+    question = phrase(rng, rng.choice(wordings.DIVIDE), a=str(a), b=str(b))
     return Task(
         question, wordings.DIVIDE_ANSWER, "unknown", "phrase", ("Sorry",), f"divide {a} {b}"
     )
@@ -418,7 +422,7 @@ _WEIGHTS = [weight for _, weight in _MAKERS.values()]
 _WHOLE_WORD_KEYS = frozenset(f"word {word}" for word in wordings.WHOLE_WORDS)
 
 
-def _training_task(rng: random.Random) -> Task:
+def training_task(rng: random.Random) -> Task:
     maker = _MAKERS[rng.choices(KINDS, _WEIGHTS)[0]][0]
     while True:
         task = maker(rng)
@@ -426,7 +430,7 @@ def _training_task(rng: random.Random) -> Task:
             return task
 
 
-def _held_out_task(rng: random.Random, kind: str) -> Task:
+def held_out_task(rng: random.Random, kind: str) -> Task:
     maker = _MAKERS[kind][0]
     while True:
         task = maker(rng)
@@ -442,7 +446,7 @@ def training_examples(seed: int | str) -> Iterator[Task]:
     rng = random.Random(f"train {seed}")
     while True:
         num_earlier = rng.choices((0, 1, 2, 3, 4, 5, 6), (60, 24, 8, 4, 2, 1, 1))[0]
-        turns = [_training_task(rng) for _ in range(num_earlier + 1)]
+        turns = [training_task(rng) for _ in range(num_earlier + 1)]
         system = rng.choice(wordings.SYSTEMS) if rng.random() < 0.12 else None
         yield replace(
             turns[-1],
@@ -459,9 +463,9 @@ def held_out(num: int, seed: int) -> list[Task]:
     rng = random.Random(f"held out {seed}")
     tasks: dict[tuple[object, ...], Task] = {}
     while len(tasks) < num:
-        task = _held_out_task(rng, KINDS[len(tasks) % len(KINDS)])
+        task = held_out_task(rng, KINDS[len(tasks) % len(KINDS)])
         if rng.random() < 0.25:
-            earlier = _held_out_task(rng, rng.choice(KINDS))
+            earlier = held_out_task(rng, rng.choice(KINDS))
             task = replace(task, history=((earlier.question, earlier.answer),))
         if rng.random() < 0.1:
             task = replace(task, system=rng.choice(wordings.SYSTEMS))

@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 logger = logging.getLogger("train_tiny")
 
-# row length -> share of the steps. Short rows often begin anew, as chats do; long rows train the
-# last positions.
-ROW_LEN_SHARES = {128: 0.6, 512: 0.3, MAX_POSITIONS: 0.1}
+# row length -> share of the steps. Short rows often begin anew, as chats do; conversations with
+# tools fit the middle ones; long rows train the last positions.
+ROW_LEN_SHARES = {128: 0.45, 512: 0.45, MAX_POSITIONS: 0.1}
 LEARNING_RATE, FINAL_LEARNING_RATE = 2e-3, 2e-5
 WEIGHT_DECAY, BETAS, MAX_GRAD_NORM = 0.1, (0.9, 0.98), 1.0
 NUM_UNTIMED, NUM_TIMED = 3, 8  # steps of each row length that `steps_within` runs

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import MethodType
 from typing import Any
 
-from tiny.chat_tokenizer import END, PAD, START, byte_level, word_pre_tokenizer
+from tiny.chat_tokenizer import END, PAD, START, byte_level, chat_template, word_pre_tokenizer
 from tiny.picture_wordings import every_text
 from tiny.pictures import CELL
 from torch import Tensor
@@ -43,20 +43,15 @@ PATCH_SETTINGS = PatchSettings(
     PATCH, SMALLEST, LARGEST, image_mean=(0.5,) * 3, image_std=(0.5,) * 3
 )
 
-CHAT_TEMPLATE = (
-    "{%- for message in messages %}"
-    "{{- '<|im_start|>' + message.role + '\\n' }}"
+CHAT_TEMPLATE = chat_template(
     "{%- if message.content is string %}{{- message.content }}"
-    "{%- else %}{%- for content in message.content %}"
+    "{%- else %}{%- for content in message.content or [] %}"
     "{%- if content.type == 'image' or 'image' in content or 'image_url' in content %}"
     "{{- '<|vision_start|><|image_pad|><|vision_end|>' }}"
     "{%- elif content.type == 'video' or 'video' in content %}"
     "{{- '<|vision_start|><|video_pad|><|vision_end|>' }}"
     "{%- elif 'text' in content %}{{- content.text }}{%- endif %}"
     "{%- endfor %}{%- endif %}"
-    "{{- '<|im_end|>\\n' }}"
-    "{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
 )
 
 
