@@ -131,6 +131,7 @@ setup(
         "video": ["av>=17.1", "pillow>=12.3"],
         "vision": ["pillow>=12.3"],
         "test": [
+            "anthropic>=2.0",
             "triton>=3.6; platform_system == 'Linux'",
             "av>=17.1",
             "pillow>=12.3",

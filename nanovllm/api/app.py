@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import msgspec
 
 from nanovllm.api import others, page, paths
+from nanovllm.api.anthropic_errors import AnthropicError
+from nanovllm.api.anthropic_messages import count_tokens, messages
 from nanovllm.api.chat import chat
 from nanovllm.api.completions import completions
 from nanovllm.api.config import ALWAYS_OPEN
@@ -47,6 +49,8 @@ ROUTES = {
     "/v1/chat/completions": Route("POST", chat),
     "/v1/responses": Route("POST", responses),
     "/v1/responses/input_tokens": Route("POST", input_tokens),
+    "/v1/messages": Route("POST", messages),
+    "/v1/messages/count_tokens": Route("POST", count_tokens),
     "/v1/embeddings": Route("POST", others.embeddings),
     "/tokenize": Route("POST", others.tokenize),
     "/detokenize": Route("POST", others.detokenize),
@@ -61,7 +65,10 @@ NAMES = {
     "/v1/chat/completions": {PROMPT: "messages"},
     "/v1/responses": {PROMPT: "input"},
     "/v1/responses/input_tokens": {PROMPT: "input"},
+    "/v1/messages": {PROMPT: "messages"},
+    "/v1/messages/count_tokens": {PROMPT: "messages"},
 }
+ANTHROPIC = "/v1/messages"  # how the paths of Anthropic's API begin
 
 
 class App:
@@ -79,6 +86,8 @@ class App:
             raise ValueError(f"{scope['type']} is not served")
         exchange = Exchange(scope, receive, send, Record(""))
         exchange.record.request_id = _request_id(exchange)
+        if _is_of_anthropic(exchange):
+            exchange.id_headers.append(b"request-id")
         try:
             await self._answer(exchange)
         except (ClientGone, asyncio.CancelledError):
@@ -133,10 +142,13 @@ class App:
 
     def _check_key(self, exchange: Exchange) -> None:
         kind, _, key = exchange.header(b"authorization").partition(" ")
-        if kind.lower() != "bearer" or not self.config.allows(key.strip()):
-            words = "the request needs a key of this server: Authorization: Bearer KEY"
+        bearer = key.strip() if kind.lower() == "bearer" else ""
+        given = (bearer, exchange.header(b"x-api-key").strip())  # OpenAI's and Anthropic's
+        valid = [one for one in given if self.config.allows(one)]
+        if not valid:
+            words = "the request needs a key: Authorization: Bearer KEY, or x-api-key: KEY"
             raise ApiError(401, words, code="invalid_api_key")
-        exchange.api_key = key.strip()
+        exchange.api_key = valid[0]
 
     async def _refuse(self, exchange: Exchange, error: Exception) -> None:
         service, names = self.service, NAMES.get(exchange.scope["path"])
@@ -146,7 +158,13 @@ class App:
             logger.error(
                 "request %s: %s", exchange.record.request_id, _place_of(error), stacklevel=1
             )
+        if _is_of_anthropic(exchange):
+            told = AnthropicError(told, exchange.record.request_id)
         await exchange.refuse(told)
+
+
+def _is_of_anthropic(exchange: Exchange) -> bool:
+    return str(exchange.scope["path"]).startswith(ANTHROPIC)
 
 
 def _wrong_method(method: str) -> ApiError:
@@ -206,5 +224,5 @@ def with_cors(app: App) -> Any:
         allow_origins=list(app.config.allowed_origins),
         allow_methods=["GET", "POST"],
         allow_headers=["*"],  # those that the request asks for: clients add some of their own
-        expose_headers=["x-request-id", "retry-after"],
+        expose_headers=["x-request-id", "request-id", "retry-after"],
     )

@@ -6,7 +6,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -23,8 +23,27 @@ from nanovllm.serving.interface import Delta
 
 async def chat(service: Service, exchange: Exchange) -> None:
     body = await service.body(exchange, ChatBody)
-    params = service.params.of_chat(body)
     answer_id = response_id("chatcmpl-", body.request_id)
+    opened = await open_chat(service, exchange, body)
+    meta = {
+        "id": answer_id, "object": "chat.completion", "created": int(time.time()),
+        "model": body.model or service.model,
+    }  # fmt: skip
+    writer = ChatWriter(body, opened, meta)
+    await respond(exchange, opened.generation, writer, is_stream=bool(body.stream))
+
+
+class Opened(NamedTuple):
+    """A conversation whose answers are on their way. prompt: its text."""
+
+    generation: Generation
+    reading: Reading
+    prompt: str
+
+
+async def open_chat(service: Service, exchange: Exchange, body: ChatBody) -> Opened:
+    """Queue the answers to a conversation. Raises ValueError, also as ApiError."""
+    params = service.params.of_chat(body)
     asked = params.structured_outputs
     reading = service.readings.of(body, asked)
     if reading.form is not asked:
@@ -34,12 +53,7 @@ async def chat(service: Service, exchange: Exchange) -> None:
     prompt = await service.prompts.of_chat(body)
     form = "tools" if reading.form is not asked else form_field(body)
     generation = await Generation.open(service, exchange, [prompt], params, body.priority, form)
-    meta = {
-        "id": answer_id, "object": "chat.completion", "created": int(time.time()),
-        "model": body.model or service.model,
-    }  # fmt: skip
-    writer = ChatWriter(body, reading, prompt.text or "", generation, meta)
-    await respond(exchange, generation, writer, is_stream=bool(body.stream))
+    return Opened(generation, reading, prompt.text or "")
 
 
 @dataclass
@@ -54,21 +68,14 @@ class _Growing:
 class ChatWriter:
     """Writes answers with OpenAI's fields and vLLM's."""
 
-    def __init__(
-        self,
-        body: ChatBody,
-        reading: Reading,
-        prompt: str,
-        generation: Generation,
-        meta: dict[str, Any],
-    ) -> None:
-        self._body, self._reading, self._prompt = body, reading, prompt
-        self._generation, self._meta = generation, meta
+    def __init__(self, body: ChatBody, opened: Opened, meta: dict[str, Any]) -> None:
+        self._body, self._meta = body, meta
+        self._generation, self._reading, self._prompt = opened
         self._has_usage, self._is_continuous = usage_options(body.stream_options)
         chunk = {**meta, "object": "chat.completion.chunk"}
         self._chunks = Chunks(chunk, has_usage=self._has_usage)
         self._growing: dict[int, _Growing] = {}
-        self._no_fields = b'"content":null' if reading.is_forced else b'"content":""'
+        self._no_fields = b'"content":null' if self._reading.is_forced else b'"content":""'
         self._is_plain = not (self._is_continuous or body.return_token_ids or body.logprobs)
 
     def events(self, number: int, delta: Delta) -> bytes:

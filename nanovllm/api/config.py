@@ -109,9 +109,10 @@ class ServerConfig:
 
     host, port: where the server listens. Port 0 is any free one.
     api_key: the valid API keys. A request needs one of them in the header `Authorization: Bearer
-        KEY`. With an empty list requests need no key. Other users of the machine can see the
-        arguments of a process: prefer `api_key_file` or the variable NANOVLLM_API_KEY, which has
-        keys with commas between them and counts if neither option is set.
+        KEY` or `x-api-key: KEY`. With an empty list requests need no key. Other users of the
+        machine can see the arguments of a process: prefer `api_key_file` or the variable
+        NANOVLLM_API_KEY, which has keys with commas between them and counts if neither option is
+        set.
     api_key_file: a file with more valid keys, one a line, that only its owner may read.
     share_cache_between_keys: requests with different keys share cached prefixes and media. Holders
         of a key can then find out what other keys' prompts begin with. Off, each key has a cache

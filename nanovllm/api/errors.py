@@ -14,6 +14,7 @@ from nanovllm.serving.interface import Draining, EngineDead, QueueFull
 MAX_MESSAGE_CHARS = 500
 TOO_LONG = "context_length_exceeded"  # OpenAI's code, by which clients know it
 RETRY_AFTER_S = b"5"
+DONE = b"data: [DONE]\n\n"  # the end of OpenAI's streams
 TYPES = {
     401: "authentication_error", 403: "permission_error", 404: "not_found_error",
     408: "timeout_error", 429: "rate_limit_error", 500: "server_error",
@@ -37,11 +38,11 @@ class ApiError(Exception):
 
     def content(self) -> dict[str, Any]:
         """The JSON object that clients get."""
-        message = self.message
-        if len(message) > MAX_MESSAGE_CHARS:
-            message = f"{message[:MAX_MESSAGE_CHARS]}…"
         kind = TYPES.get(self.status, "invalid_request_error")
-        fields = {"message": message, "type": kind, "param": self.param, "code": self.code}
+        fields = {
+            "message": shortened(self.message), "type": kind, "param": self.param,
+            "code": self.code,
+        }  # fmt: skip
         return {"error": fields}
 
     def body(self) -> bytes:
@@ -51,6 +52,14 @@ class ApiError(Exception):
             self.message = self.message.encode("ascii", "replace").decode()
             self.param = None
             return msgspec.json.encode(self.content())
+
+    def events(self) -> bytes:
+        """The last events of an answer that has begun."""
+        return b"data: %b\n\n%b" % (self.body(), DONE)
+
+
+def shortened(message: str) -> str:
+    return message if len(message) <= MAX_MESSAGE_CHARS else f"{message[:MAX_MESSAGE_CHARS]}…"
 
 
 def refused(name: str, reason: str) -> ApiError:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar, get_args, get_type_hints
 
 import msgspec
 
-from nanovllm.api import bodies
+from nanovllm.api import anthropic_bodies, bodies
 from nanovllm.api.errors import ApiError, refused
 
 Body = TypeVar("Body", bound=msgspec.Struct)
@@ -79,12 +79,25 @@ REFUSED_RESPONSES: dict[str, Refusal] = {
     "top_logprobs": Refusal("use /v1/chat/completions", (0,)),
     "truncation": Refusal("inputs that are too long are refused", ("disabled",)),
 }
+REFUSED_COUNT_TOKENS: dict[str, Refusal] = {
+    "mcp_servers": Refusal("the server opens no connections", ([],)),
+    "output_format": Refusal("use output_config"),
+    "speed": Refusal("there is one speed", ("standard",)),
+}
+REFUSED_MESSAGES: dict[str, Refusal] = REFUSED_COUNT_TOKENS | {
+    "container": Refusal("the server runs no tools"),
+    "diagnostics": Refusal(STATEFUL),
+    "inference_geo": Refusal(NOT_BUILT),
+    "service_tier": Refusal("there is one tier", ("auto", "standard_only")),
+}
 REFUSED: dict[type[msgspec.Struct], Mapping[str, Refusal]] = {
     bodies.CompletionBody: REFUSED_SAMPLING
     | {"suffix": Refusal(NOT_BUILT, ("",)), "metadata": Refusal(STATEFUL, ({},))},
     bodies.ChatBody: REFUSED_SAMPLING | REFUSED_CHAT,
     bodies.ResponsesBody: REFUSED_RESPONSES,
     bodies.InputTokensBody: REFUSED_RESPONSES,
+    anthropic_bodies.MessagesBody: REFUSED_MESSAGES,
+    anthropic_bodies.CountTokensBody: REFUSED_COUNT_TOKENS,
     bodies.EmbeddingBody: {},
     bodies.TokenizeBody: {"chat_template": Refusal(NO_FILES)},
     bodies.DetokenizeBody: {},

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 import msgspec
 
-from nanovllm.api.errors import ApiError
-from nanovllm.api.http import DONE, EVENTS, JSON, NO_STORE, Exchange
+from nanovllm.api.errors import DONE, ApiError
+from nanovllm.api.http import EVENTS, JSON, NO_STORE, Exchange
 from nanovllm.api.latencies import Timer
 from nanovllm.api.prompts import beside
 from nanovllm.api.service import Service

@@ -23,7 +23,6 @@ JSON = (b"content-type", b"application/json")
 EVENTS = (b"content-type", b"text/event-stream; charset=utf-8")
 NO_STORE = (b"cache-control", b"no-store")
 MAX_DROPPED = 4  # a body up to this many times too long is still read to its end
-DONE = b"data: [DONE]\n\n"
 
 
 class ClientGone(Exception):
@@ -62,6 +61,7 @@ class Exchange:
         self.api_key = ""  # a valid one
         self._receive, self._send = receive, send
         self.has_started = False
+        self.id_headers = [b"x-request-id"]  # in which the answer has the id of the request
 
     def header(self, name: bytes) -> str:
         """The value of a header; "" if it is missing. name: in lower case."""
@@ -131,7 +131,7 @@ class Exchange:
 
     async def start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         self.has_started, self.record.status = True, status
-        headers.append((b"x-request-id", self.record.request_id.encode()))
+        headers += [(name, self.record.request_id.encode()) for name in self.id_headers]
         message = {"type": "http.response.start", "status": status, "headers": headers}
         await self._send(message)
 
@@ -149,7 +149,7 @@ class Exchange:
     async def refuse(self, error: ApiError) -> None:
         """An error as the answer or, in an answer that has begun, as its last event."""
         if self.has_started:
-            await self.send(b"data: " + error.body() + b"\n\n" + DONE)
+            await self.send(error.events())
         else:
             # the rest of a refused body must not be read as the next request
             close = [(b"connection", b"close")] if error.status in (408, 413, 415) else []

@@ -115,6 +115,8 @@ def _checked_part(place: str, part: Any) -> Any:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if isinstance(part, str):
         return part
+    if kind == "refusal" and isinstance(part.get("refusal"), str):  # of another model's answer
+        return {"type": "text", "text": part["refusal"]}
     if kind in media_given.TYPES:
         return known_fields("a part", part, ("type", kind, *OF_MEDIA))
     if kind != "text":

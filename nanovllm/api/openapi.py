@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from nanovllm.api import bodies
+from nanovllm.api import anthropic_bodies, bodies
 from nanovllm.api.service import Service
 
 POSTS: dict[str, type[msgspec.Struct]] = {
@@ -14,12 +14,29 @@ POSTS: dict[str, type[msgspec.Struct]] = {
     "/v1/chat/completions": bodies.ChatBody,
     "/v1/responses": bodies.ResponsesBody,
     "/v1/responses/input_tokens": bodies.InputTokensBody,
+    "/v1/messages": anthropic_bodies.MessagesBody,
+    "/v1/messages/count_tokens": anthropic_bodies.CountTokensBody,
     "/v1/embeddings": bodies.EmbeddingBody,
     "/tokenize": bodies.TokenizeBody,
     "/detokenize": bodies.DetokenizeBody,
 }
 GETS = ("/v1/models", "/health", "/ready", "/version", "/metrics", "/openapi.json")
 STATUSES = ("400", "401", "404", "408", "413", "415", "429", "500", "503")
+# Anthropic's endpoints, whose errors have its format
+OF_ANTHROPIC = (anthropic_bodies.MessagesBody, anthropic_bodies.CountTokensBody)
+ANTHROPIC_ERROR = {
+    "type": "object",
+    "properties": {
+        "type": {"const": "error"},
+        "error": {
+            "type": "object",
+            "properties": {"type": {"type": "string"}, "message": {"type": "string"}},
+            "required": ["type", "message"],
+        },
+        "request_id": {"type": "string"},
+    },
+    "required": ["type", "error", "request_id"],
+}
 ERROR = {
     "type": "object",
     "properties": {
@@ -49,7 +66,7 @@ def description(service: Service) -> dict[str, Any]:
     for kind in kinds:
         components[kind.__name__]["additionalProperties"] = False
     paths: dict[str, Any] = {
-        path: {"post": _operation(kind.__doc__ or "", schema)}
+        path: {"post": _operation(kind.__doc__ or "", schema, _error_of(kind))}
         for (path, kind), schema in zip(POSTS.items(), schemas)
     }
     paths |= {path: {"get": _operation(f"GET {path}.")} for path in GETS}
@@ -57,22 +74,30 @@ def description(service: Service) -> dict[str, Any]:
         "openapi": "3.1.0",
         "info": {"title": f"nanovllm: {service.model}", "version": __version__},
         "paths": paths,
-        "components": {"schemas": {**components, "Error": ERROR}},
+        "components": {
+            "schemas": {**components, "Error": ERROR, "AnthropicError": ANTHROPIC_ERROR}
+        },
     }
     if service.config.root_path:
         document["servers"] = [{"url": service.config.root_path}]
     if service.config.api_key:
-        key = {"type": "http", "scheme": "bearer"}
-        document["components"]["securitySchemes"] = {"key": key}
-        document["security"] = [{"key": []}]
+        document["components"]["securitySchemes"] = {
+            "key": {"type": "http", "scheme": "bearer"},
+            "header": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+        }
+        document["security"] = [{"key": []}, {"header": []}]
     return document
 
 
-def _operation(summary: str, schema: dict[str, Any] | None = None) -> dict[str, Any]:
-    error = {
-        "description": "an error",
-        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
-    }
+def _error_of(kind: type[msgspec.Struct]) -> str:
+    return "AnthropicError" if kind in OF_ANTHROPIC else "Error"
+
+
+def _operation(
+    summary: str, schema: dict[str, Any] | None = None, error_name: str = "Error"
+) -> dict[str, Any]:
+    ref = {"$ref": f"#/components/schemas/{error_name}"}
+    error = {"description": "an error", "content": {"application/json": {"schema": ref}}}
     operation: dict[str, Any] = {
         "summary": summary,
         "responses": {"200": {"description": "the answer"}, **dict.fromkeys(STATUSES, error)},

@@ -1,8 +1,8 @@
-"""Every field of OpenAI's API and of vLLM's: the content of docs/api_fields.md.
+"""Every field of OpenAI's API, of vLLM's and of Anthropic's: the content of docs/api_fields.md.
 
     python -m tests.api.fields        # writes the file
 
-Each field of the official client's types is sent to a server (test_api_fields.py). One that works
+Each field of the official clients' types is sent to a server (test_api_fields.py). One that works
 changes what the engine gets or what the client reads, which `Case.shows` looks for. The others are
 refused with their name.
 """
@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
+from anthropic.types import message_create_params
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_params
 from openai.types.responses import response_create_params
 
+from nanovllm.api.anthropic_bodies import MessagesBody
 from nanovllm.api.bodies import ChatBody, CompletionBody, ResponsesBody
 from nanovllm.api.fields import REFUSED, Refusal
 from nanovllm.prompts import Prompt
@@ -30,6 +32,7 @@ ENDPOINTS: dict[str, type[msgspec.Struct]] = {
     "/v1/completions": CompletionBody,
     "/v1/chat/completions": ChatBody,
     "/v1/responses": ResponsesBody,
+    "/v1/messages": MessagesBody,
 }
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 TOOLS = [{"type": "function", "function": {"name": "look_up", "parameters": SCHEMA}}]
@@ -226,20 +229,67 @@ RESPONSES: dict[str, Case] = {
     "safety_identifier": CHAT["safety_identifier"],
     "prompt_cache_key": CHAT["prompt_cache_key"],
 }  # fmt: skip
-CASES = {
-    "/v1/completions": COMPLETIONS, "/v1/chat/completions": CHAT, "/v1/responses": RESPONSES
+THEIR_TOOLS = [{"name": "look_up", "input_schema": SCHEMA}]  # of Anthropic
+MESSAGES: dict[str, Case] = {
+    "messages": Case(
+        [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}],
+        lambda seen: "Hi" in (seen.prompt.text or ""),
+        remark="blocks: `text`, `image` where the model has them, `thinking`, `tool_use`, "
+               "`tool_result`; the last message may be the beginning of the answer",
+    ),
+    "system": Case("Be brief.", lambda seen: "Be brief." in (seen.prompt.text or "")),
+    "max_tokens": _passed("max_tokens", 7),
+    "stop_sequences": Case(["one", "two"], lambda seen: seen.params.stop == ("one", "two")),
+    "stream": Case(True, lambda seen: seen.answer[-1]["type"] == "message_stop"),
+    "tools": Case(
+        THEIR_TOOLS, lambda seen: "look_up" in str(seen.params.structured_outputs),
+        {"tool_choice": {"type": "any"}}, "with `input_schema`; the server runs none itself",
+    ),
+    "tool_choice": Case(
+        {"type": "tool", "name": "look_up", "disable_parallel_tool_use": True},
+        lambda seen: "'maxItems': 1" in str(seen.params.structured_outputs),
+        {"tools": THEIR_TOOLS}, "`auto`, `any`, `tool`, `none`",
+    ),
+    "thinking": Case(
+        {"type": "disabled"}, lambda seen: (seen.prompt.text or "").endswith("</think>"),
+        remark="`enabled` and `disabled`, where the chat template reads `enable_thinking`; "
+               "`budget_tokens` has no effect",
+    ),
+    "output_config": Case(
+        {"format": {"type": "json_schema", "schema": SCHEMA}}, _form("json", SCHEMA),
+        remark="`format`, and `effort` where the chat template reads `reasoning_effort`",
+    ),
+    "metadata": Case({"user_id": "somebody"}, lambda seen: seen.log["user"] == "somebody",
+                     remark="`user_id` is in the access log"),
+    "cache_control": Case({"type": "ephemeral"}, lambda seen: seen.answer["usage"],
+                          remark="has no effect: all requests share one prefix cache"),
+    "context_management": Case(
+        {"edits": []}, lambda seen: seen.answer["usage"],
+        remark="has no effect: a conversation that is too long is refused",
+    ),
+    **{name: BOTH[name] for name in ("model", "temperature", "top_p", "top_k")},
 }  # fmt: skip
-OPENAI = {
+CASES = {
+    "/v1/completions": COMPLETIONS, "/v1/chat/completions": CHAT, "/v1/responses": RESPONSES,
+    "/v1/messages": MESSAGES,
+}  # fmt: skip
+# fields of a call of the client that are headers of the request
+HEADERS = ("user_profile_id", "workspace_id")
+OFFICIAL = {
     "/v1/completions": completion_create_params.CompletionCreateParamsBase.__annotations__,
     "/v1/chat/completions": chat_params.CompletionCreateParamsBase.__annotations__,
     "/v1/responses": response_create_params.ResponseCreateParamsBase.__annotations__,
-}
+    "/v1/messages": [
+        name for name in message_create_params.MessageCreateParamsBase.__annotations__
+        if name not in HEADERS
+    ],
+}  # fmt: skip
 
 
 def names(endpoint: str) -> list[str]:
-    """All known fields: OpenAI's, then the others."""
+    """All known fields: those of the official client, then the others."""
     ours = [*ENDPOINTS[endpoint].__struct_fields__, *REFUSED[ENDPOINTS[endpoint]]]
-    own = ["stream", *OPENAI[endpoint]]
+    own = ["stream", *OFFICIAL[endpoint]]
     return sorted(own) + sorted(set(ours) - set(own))
 
 
@@ -253,8 +303,9 @@ def page() -> str:
         "# Fields of requests", "",
         "`python -m tests.api.fields` writes this page; `tests/api/test_api_fields.py` sends every",
         "field to a server. A field works, or the request is refused with status 400 and the",
-        "field's name in `param`. So is a field that is not in the table. `null` is always taken.",
-        "Unknown fields of messages and their parts are ignored.",
+        "field's name in `param` (`/v1/messages`: in the message). So is a field that the table",
+        "does not have. `null` is always taken. Unknown fields of messages and their parts are",
+        "ignored.",
     ]  # fmt: skip
     for endpoint in ENDPOINTS:
         lines += ["", f"## {endpoint}", "", "| field | of | |", "|---|---|---|"]
@@ -263,7 +314,9 @@ def page() -> str:
 
 
 def _row(endpoint: str, name: str) -> str:
-    owner = "OpenAI" if name == "stream" or name in OPENAI[endpoint] else "vLLM"
+    owner = "OpenAI" if name == "stream" or name in OFFICIAL[endpoint] else "vLLM"
+    if endpoint == "/v1/messages":
+        owner = "Anthropic"
     refusal = refusals(endpoint).get(name)
     if refusal is None:
         remark = CASES[endpoint][name].remark

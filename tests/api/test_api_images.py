@@ -71,6 +71,37 @@ BAD: dict[str, tuple[Any, str]] = {
 }
 
 
+def test_pictures_of_anthropic_s_messages_are_those_of_chat(llm: LLM) -> None:
+    """Also those that a tool gives."""
+    url = data_url(1)
+    kind, _, data = url.removeprefix("data:").partition(";base64,")
+    picture = {"type": "image", "source": {"type": "base64", "media_type": kind, "data": data}}
+    result = {"type": "tool_result", "tool_use_id": "a", "content": [picture]}
+
+    async def work(served: Served) -> None:
+        async def answer(content: list[Any]) -> Any:
+            asked = {"messages": [{"role": "user", "content": content}], "max_tokens": 64}
+            return (await served.http.post("/v1/messages", json={**ASKED, **asked})).json()
+
+        def num_read(done: Any) -> int:
+            return int(done["usage"]["input_tokens"] + done["usage"]["cache_read_input_tokens"])
+
+        done = await answer([picture, {"type": "text", "text": "what is this ?"}])
+        content = [
+            {"type": "image_url", "image_url": {"url": url}},
+            {"type": "text", "text": "what is this ?"},
+        ]
+        chat = await served.openai.chat.completions.create(
+            messages=[{"role": "user", "content": content}],  # type: ignore[list-item,misc]
+            max_tokens=64, **ASKED,
+        )  # fmt: skip
+        assert "".join(one["text"] for one in done["content"]) == chat.choices[0].message.content
+        assert chat.usage is not None and num_read(done) == chat.usage.prompt_tokens > 16
+        assert num_read(await answer([result])) > 16
+
+    through_http(llm, work)
+
+
 @pytest.mark.parametrize("path", [CHAT, RESPONSES])
 def test_bad_images_are_400_and_leave_others_unharmed(path: str, llm: LLM) -> None:
     good = about(data_url(1))

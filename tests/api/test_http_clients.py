@@ -46,7 +46,7 @@ def refused(server: MadeUpServer, path: str, **fields: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("path", ENDPOINTS)
 def test_every_field_may_be_null(server: MadeUpServer, path: str) -> None:
-    needed = NEEDED[path]
+    needed = {"messages": USER, "max_tokens": 2} if path == "/v1/messages" else NEEDED[path]
     nulls = dict.fromkeys(set(ENDPOINTS[path].__struct_fields__) - needed.keys() - {*LIMITS})
     limit = LIMITS[0] if path == "/v1/responses" else LIMITS[1]
     status, body = post(server, path, **{**nulls, **needed, limit: 2})
@@ -187,6 +187,32 @@ def test_fields_of_messages_that_other_servers_write_are_ignored(
              {"role": "user", "content": [{**part, "type": "input_text", "id": 1}]}]  # fmt: skip
     assert post(server, "/v1/responses", input=items, max_output_tokens=2)[0] == 200
     assert refused(server, "/v1/chat/completions", odd=1)["param"] == "odd"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"refusal": None, "annotations": [], "audio": None, "function_call": None, "tool_calls": None},
+     {"provider_specific_fields": {"refusal": None}, "thinking_blocks": [], "images": []},
+     {"name": "model", "refusal": "no"}, {"annotations": [{"type": "url_citation"}]},
+     {"content": [{"type": "text", "text": "four", "annotations": [], "index": 0}]},
+     {"content": [{"type": "refusal", "refusal": "four"}]}],
+    ids=["openai", "litellm", "agents", "citations", "langchain", "refused"],
+)  # fmt: skip
+def test_what_clients_add_to_an_answer_changes_no_prompt(
+    server: MadeUpServer, fields: dict[str, Any]
+) -> None:
+    answer = {"role": "assistant", "content": "four"}
+    found = [
+        post(server, "/tokenize", messages=[*USER, one, *USER]) for one in (answer, answer | fields)
+    ]
+    assert found[0] == found[1] and found[0][0] == 200
+
+
+def test_embeddings_are_refused_with_the_reason(server: MadeUpServer) -> None:
+    error = refused(server, "/v1/embeddings", input="a", model=MODEL)
+    assert error["code"] == "unsupported_model" and "gives no embeddings" in error["message"]
+    status, body = post(server, "/v1/embeddings", input="a", model="text-embedding-3-small")
+    assert status == 404 and body["error"]["code"] == "model_not_found"
 
 
 @pytest.mark.parametrize("message", [{"content": None}, {}, {"content": None, "tool_calls": []}])
