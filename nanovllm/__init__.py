@@ -13,7 +13,7 @@ if import_path.begins_with_working_directory():
 
 from typing import TYPE_CHECKING, Any
 
-from nanovllm import checkout, extras
+from nanovllm import checkout
 
 if checkout.problem():
     raise ImportError(checkout.problem())
@@ -53,6 +53,8 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name != "msgspec":
             raise
+        from nanovllm import extras
+
         raise ImportError(f"{name} needs msgspec: {extras.install('serve')}") from error
     return getattr(module, name)
 
