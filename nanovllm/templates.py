@@ -33,6 +33,10 @@ class Facts(NamedTuple):
     writes_text: bool
 
 
+class _Killed(ValueError):
+    """Something else ended the process of the templates, such as a lack of memory."""
+
+
 class _TooSlow(ValueError):
     """A template has taken too much processor time."""
 
@@ -85,17 +89,14 @@ class Renderer:
     ) -> str:
         """A conversation in a template. options: those of transformers' `apply_chat_template`, and
         variables. Raises ValueError, and PromptTooLong for more than `max_chars`."""
+        request = {
+            "messages": messages, "options": {**tokens, **options}, "max_chars": max_chars,
+        }  # fmt: skip
         with self._lock:
-            self._start()
-            if template not in self._numbers:
-                self._define(template, tokens)
-            request = {
-                "template": self._numbers[template],
-                "messages": messages,
-                "options": {**tokens, **options},
-                "max_chars": max_chars,
-            }
-            kind, content = self._ask(request)
+            try:
+                kind, content = self._use(template, tokens, request)
+            except _Killed:  # perhaps it was no fault of these messages
+                kind, content = self._use(template, tokens, request)
         if kind == TEXT:
             return content.decode("utf-8", "surrogatepass")
         assert kind == TOO_LONG, kind
@@ -130,6 +131,15 @@ class Renderer:
             env=env.for_strangers(),
             start_new_session=True,  # Ctrl-C in a terminal does not reach it
         )
+
+    def _use(
+        self, template: str, tokens: Mapping[str, Any], request: Mapping[str, Any]
+    ) -> tuple[bytes, bytes]:
+        """The kind and the content of the answer to a request to render a template."""
+        self._start()
+        if template not in self._numbers:
+            self._define(template, tokens)
+        return self._ask({**request, "template": self._numbers[template]})
 
     def _define(self, template: str, tokens: Mapping[str, Any]) -> Facts:
         """Give a template to the process."""
@@ -170,6 +180,10 @@ class Renderer:
             return _TooSlow(
                 f"the chat template takes longer than {CPU_S:g} s of processor time: it may loop "
                 "for ever"
+            )
+        if status == -getattr(signal, "SIGKILL", 0):
+            return _Killed(
+                "the process of the chat template was killed: the machine may lack memory"
             )
         return ValueError("the chat template needs too much memory, or is nested too deeply")
 

@@ -178,6 +178,39 @@ def test_a_process_that_was_killed_starts_again(renderer: Renderer) -> None:
     assert renderer.is_ready
 
 
+def _killed_before_writes(renderer: Renderer, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process is killed before each of the next writes to it."""
+    write, left = template_process.write, [None] * count
+
+    def killed(fd: int, *parts: bytes) -> None:
+        if left:
+            left.pop()
+            assert renderer._process is not None
+            renderer._process.kill()
+            renderer._process.wait()
+        write(fd, *parts)
+
+    monkeypatch.setattr(template_process, "write", killed)
+
+
+def test_a_conversation_is_rendered_though_its_process_is_killed(
+    renderer: Renderer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    render(renderer, PLAIN)
+    _killed_before_writes(renderer, 1, monkeypatch)
+    assert render(renderer, PLAIN) == "[user]hi"
+
+
+def test_a_process_that_is_killed_twice_is_an_error(
+    renderer: Renderer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    render(renderer, PLAIN)
+    _killed_before_writes(renderer, 2, monkeypatch)
+    with pytest.raises(ValueError, match="the process of the chat template was killed"):
+        render(renderer, PLAIN)
+    assert render(renderer, PLAIN) == "[user]hi"
+
+
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_the_process_ends_with_the_one_that_uses_it(how: signal.Signals) -> None:
     code = (
