@@ -28,6 +28,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without installation
+
+from nanovllm.tools import command_line
+
 MODEL = "tiny-qwen3"
 CASES = ("plain", "stream", "turns", "tools", "form", "error")
 QUESTION = "What is 3 + 4?"
@@ -450,4 +454,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command_line.run(main))

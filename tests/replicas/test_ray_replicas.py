@@ -257,7 +257,7 @@ def test_a_cluster_that_others_use_is_an_error_after_a_while(
 
 def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ValueError, match=r"backend='ray' needs Ray, .*'nanovllm\[ray\]'"):
+    with pytest.raises(ValueError, match=r"backend='ray' needs Ray, .*\[ray\]"):
         LLM("tiny-qwen3", distributed_executor_backend="ray")
 
 

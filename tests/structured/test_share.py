@@ -32,7 +32,7 @@ def step_seconds(llm: LLM, given: dict[str, Any]) -> dict[bool, float]:
     wanted = SamplingParams(max_tokens=45, ignore_eos=True, seed=1, structured_outputs=given)
     constrained = engine.add_request(PROMPT, wanted, incremental=False)
     while engine._grammars:
-        engine._queue_prepared()
+        engine._queue_prepared(wait_s=0.1)
     pair = [engine._answers.requests[ids[-1]][0], engine._answers.requests[constrained][0]]
     seconds: dict[bool, list[float]] = {False: [], True: []}
     while constrained in engine._answers.requests and ids[0] in engine._answers.requests:

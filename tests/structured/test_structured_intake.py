@@ -53,7 +53,7 @@ def test_a_missing_library_is_said_with_its_extra(monkeypatch: pytest.MonkeyPatc
     params = SamplingParams(structured_outputs=StructuredOutputsParams(regex="a"))
     assert intake.source(params) is not None and intake.source(SamplingParams()) is None
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"llguidance, .* pip install 'nanovllm\[structured\]'"):
+    with pytest.raises(ValueError, match=r"llguidance, .* pip install .*\[structured\]"):
         intake.source(params)
 
 
