@@ -18,7 +18,7 @@ from nanovllm.media.options import LIMITS, MediaOptions
 
 # Far above what any machine can use: larger numbers are mistakes, and the allocator's error would
 # not name the option.
-MAX_ROWS, MAX_TOKENS, MAX_LENGTH = 1 << 16, 1 << 20, 1 << 24
+MAX_ROWS, MAX_TOKENS, MAX_LENGTH = 1 << 17, 1 << 20, 1 << 24
 MAX_BLOCKS, MAX_BLOCK_TOKENS = 1 << 31, 1 << 16
 MAX_DEVICES, MAX_DRAFT_TOKENS = 1024, 1024
 
