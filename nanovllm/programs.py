@@ -9,10 +9,14 @@ Python's option -P prevents this, from Python 3.11 on; `launch.py` does it on al
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
+import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from nanovllm import env
 
@@ -23,6 +27,42 @@ def command(module: str, *arguments: str) -> list[str]:
     """The command that runs a module as `python -m` does, but imports nothing from the working
     directory. Use it with the variables of `env.for_children`."""
     return [sys.executable, _LAUNCHER, module, *arguments]
+
+
+def start_confined(
+    module: str, *arguments: str, bufsize: int = -1, pass_fds: Sequence[int] = ()
+) -> subprocess.Popen[bytes]:
+    """Start a process that handles what strangers have sent: it gets only variables that it needs.
+
+    Requests go to its `stdin`. Answers come from `stdout`, a pipe whose number is the last argument
+    of the process: what libraries print when Python starts is no answer. What it writes to its
+    standard output and error is dropped, since it would quote what was sent.
+    """
+    reading, writing = os.pipe()
+    try:
+        process = subprocess.Popen(
+            command(module, *arguments, str(writing)),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            bufsize=bufsize,
+            pass_fds=(writing, *pass_fds),
+            env=env.for_strangers(),
+            start_new_session=True,  # Ctrl-C in a terminal ends its parent alone
+        )
+    except BaseException:
+        os.close(reading)
+        raise
+    finally:
+        os.close(writing)
+    process.stdout = os.fdopen(reading, "rb", 0)
+    return process
+
+
+@functools.cache
+def answers() -> BinaryIO:
+    """In a process that `start_confined` has started: where its answers go."""
+    return os.fdopen(int(sys.argv[-1]), "wb")
 
 
 def begin() -> None:

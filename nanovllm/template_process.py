@@ -137,8 +137,7 @@ def _limit_time(seconds: float) -> None:
 
 def main() -> None:
     programs.begin()
-    source, target = os.dup(0), os.dup(1)
-    os.dup2(2, 1)  # what a library prints is no answer
+    source, target = os.dup(0), int(sys.argv[-1])
     sys.modules["torch"] = None  # type: ignore[assignment]  # transformers would import it
     import transformers.utils.chat_template_utils  # noqa: F401
 

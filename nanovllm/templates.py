@@ -17,7 +17,7 @@ import threading
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from nanovllm import env, programs, template_process
+from nanovllm import programs, template_process
 from nanovllm.prompts import PromptTooLong
 from nanovllm.template_process import ERROR, FACTS, TEXT, TOO_LONG
 
@@ -122,15 +122,7 @@ class Renderer:
         if self._process is not None and self._process.poll() is None:
             return
         self.close()
-        self._process = subprocess.Popen(
-            programs.command("nanovllm.template_process"),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,  # tracebacks would quote prompts
-            bufsize=0,
-            env=env.for_strangers(),
-            start_new_session=True,  # Ctrl-C in a terminal does not reach it
-        )
+        self._process = programs.start_confined("nanovllm.template_process", bufsize=0)
 
     def _use(
         self, template: str, tokens: Mapping[str, Any], request: Mapping[str, Any]

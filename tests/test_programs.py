@@ -222,6 +222,15 @@ def test_an_api_process_finds_the_module_that_the_supervisor_finds(
 
 
 @pytest.mark.parametrize("run", [run_trial, run_decoder, run_template])
+def test_what_is_printed_when_python_starts_is_no_answer(
+    run: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text("print('a library is loaded', flush=True)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    run(tmp_path)
+
+
+@pytest.mark.parametrize("run", [run_trial, run_decoder, run_template])
 def test_what_strangers_send_is_read_without_the_users_variables(
     run: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from nanovllm import programs
 from nanovllm.media import clips, pictures
 from nanovllm.media.memory import BYTES_PER_PIXEL
 from nanovllm.media.pictures import Pixels
@@ -117,8 +118,8 @@ def _read() -> dict[str, Any] | None:
 
 
 def _write(answer: dict[str, Any]) -> None:
-    sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")
-    sys.stdout.buffer.flush()
+    programs.answers().write(json.dumps(answer).encode() + b"\n")
+    programs.answers().flush()
 
 
 def _size_bytes() -> int:

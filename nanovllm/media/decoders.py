@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from nanovllm import env, programs
+from nanovllm import programs
 from nanovllm.media import pictures
 from nanovllm.media.clips import Clip
 from nanovllm.media.decoder import read_all, write_all
@@ -32,15 +32,8 @@ _LINE_BYTES = 1 << 16
 def start(shared: int) -> subprocess.Popen[bytes]:
     """A process that runs `decoder.py` with a shared file. Linux kills it when the thread that
     calls this ends."""
-    return subprocess.Popen(
-        programs.command("nanovllm.media.decoder", str(shared)),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,  # libraries would quote what users have sent
-        bufsize=0,
-        pass_fds=(shared,),
-        env=env.for_strangers(),
-        start_new_session=True,  # Ctrl-C in a terminal ends the engine alone
+    return programs.start_confined(
+        "nanovllm.media.decoder", str(shared), bufsize=0, pass_fds=(shared,)
     )
 
 

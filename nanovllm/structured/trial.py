@@ -93,8 +93,8 @@ def main() -> None:
     special = json.loads(sys.stdin.readline())
     tokenizer = new_tokenizer({int(token_id): text for token_id, text in special.items()})
     for line in sys.stdin:
-        sys.stdout.write(json.dumps(answer(tokenizer, json.loads(line))) + "\n")
-        sys.stdout.flush()
+        programs.answers().write(json.dumps(answer(tokenizer, json.loads(line))).encode() + b"\n")
+        programs.answers().flush()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from nanovllm import env, programs
+from nanovllm import programs
 from nanovllm.structured.library import Source
 
 _START_S = 30.0  # to import the library
@@ -70,14 +70,7 @@ class Trial:
         self._end()
         if self._is_closed:
             raise ValueError("the engine is closed")
-        self._process = subprocess.Popen(
-            programs.command("nanovllm.structured.trial"),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,  # a panic of the library would quote the grammar
-            env=env.for_strangers(),
-            start_new_session=True,  # Ctrl-C in a terminal ends the engine alone
-        )
+        self._process = programs.start_confined("nanovllm.structured.trial")
 
     def _ask(self, request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         start = time.monotonic()
