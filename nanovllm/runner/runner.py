@@ -332,7 +332,7 @@ class Runner:
     def _decode(self, plan: StepPlan) -> Launched:
         step = self.buckets.decode(self.layout.decode_bucket(len(plan.rows)))
         step.fill(plan.rows)
-        self._announce(plan, step.row_idx_R.shape[0])
+        self.announce(plan.seq_lens, step.row_idx_R.shape[0])
         if plan.choice.is_plain:
             step.replay()
         elif not plan.choice.needs_host and not self.steps.whole:
@@ -343,9 +343,11 @@ class Runner:
             return self._launched(plan, token_R, logits_RV)
         return self._launched(plan, step.token_R)
 
-    def _announce(self, plan: StepPlan, num_rows: int) -> None:
+    def announce(self, seq_lens: list[int], num_rows: int) -> None:
+        """Give the lengths of a decode step's rows to a platform that needs them on the host. The
+        other rows of the bucket are padding."""
         if self.platform.traits.wants_lengths:
-            self.platform.announce(plan.seq_lens + [1] * (num_rows - len(plan.rows)))
+            self.platform.announce(seq_lens + [1] * (num_rows - len(seq_lens)))
 
     def _verify(self, plan: StepPlan) -> Launched:
         num_rows, num = self.layout.verify_bucket(len(plan.rows), plan.tokens_per_row)

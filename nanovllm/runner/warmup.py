@@ -86,7 +86,11 @@ def measure_pace(runner: Runner) -> DecodePace:
     for num_rows in sorted({runner.layout.decode_rows[0], runner.layout.decode_rows[-1]}):
         step = runner.buckets.decode(num_rows)
         step.fill([])
-        step_ms.append((num_rows, _best_ms(runner, step.replay)))
+
+        def announce(num_rows: int = num_rows) -> None:
+            runner.announce([], num_rows)
+
+        step_ms.append((num_rows, _best_ms(runner, step.replay, announce)))
     moe = runner.cfg.moe
     token_bytes = runner.block_bytes / runner.layout.block_size
     spread = 1.0 if moe is None else moe.num_experts / moe.top_k
