@@ -50,8 +50,10 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    """Every test draws the same numbers, in any order of the tests."""
+    """Every test draws the same numbers and has gradients, in any order of the tests: an interrupt
+    that a test raises can come between the two ends of `torch.no_grad`."""
     torch.manual_seed(0)
+    torch.set_grad_enabled(True)
 
 
 def save_tiny(

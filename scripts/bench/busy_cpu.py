@@ -180,7 +180,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.append(str(ROOT))  # runs without installation; an engine has its tree before it
+    if "--engine" not in sys.argv:  # an engine has its tree before all others
+        sys.path.insert(0, str(ROOT))  # runs without installation
     from nanovllm.tools import command_line
 
     sys.exit(command_line.run(main))

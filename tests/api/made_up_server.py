@@ -35,6 +35,13 @@ TEMPLATE = (
 )
 
 
+# one that reads neither tools nor variables
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
 @cache
 def tokenizer(template: str | None = None) -> Tokenizer:
     """That of the model, perhaps with another chat template."""

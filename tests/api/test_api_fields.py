@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from tests.api.fields import CASES, ENDPOINTS, PAGE, TOOLS, Seen, names, page, refusals
-from tests.api.made_up_server import MODEL, TEMPLATE, MadeUpServer, served
+from tests.api.made_up_server import MODEL, PLAIN_TEMPLATE, TEMPLATE, MadeUpServer, served
 
 WORKING = [(endpoint, name) for endpoint, cases in CASES.items() for name in cases]
 REFUSED = [(endpoint, name) for endpoint in ENDPOINTS for name in refusals(endpoint)]
@@ -95,7 +95,7 @@ def test_a_field_that_is_refused_is_named(
 
 
 def test_tools_that_the_template_does_not_read_are_refused() -> None:
-    with served() as plain:
+    with served(template=PLAIN_TEMPLATE) as plain:
         body = {**body_of("/v1/chat/completions"), "tools": TOOLS, "tool_choice": "required"}
         response = plain.http.post("/v1/chat/completions", json=body)
     assert response.status_code == 400 and response.json()["error"]["param"] == "tools"

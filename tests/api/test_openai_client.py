@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from nanovllm.serving.made_up import MadeUpOptions
-from tests.api.made_up_server import MODEL, MadeUpServer, served, tokenizer
+from tests.api.made_up_server import MODEL, PLAIN_TEMPLATE, MadeUpServer, served, tokenizer
 
 MESSAGES: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
 KEY = "a-key"
@@ -347,10 +347,11 @@ def test_an_engine_that_fails_is_told_to_clients_and_ends_the_server() -> None:
     assert server.join() == 1
 
 
-def test_tools_with_a_parser_that_is_not_there_are_refused(client: openai.OpenAI) -> None:
+def test_tools_with_a_parser_that_is_not_there_are_refused() -> None:
     tools: Any = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
-    with pytest.raises(openai.BadRequestError) as caught:
-        client.chat.completions.create(model=MODEL, messages=MESSAGES, tools=tools)
+    with served(template=PLAIN_TEMPLATE) as plain, plain.client() as client:
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.chat.completions.create(model=MODEL, messages=MESSAGES, tools=tools)
     assert caught.value.param == "tools"
 
 

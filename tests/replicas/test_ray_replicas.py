@@ -355,9 +355,9 @@ def test_the_loss_of_a_node_and_of_an_actor_end_their_own_requests_only(
 ) -> None:
     """It ends a node for good, then stops the actor on the other one."""
     prompts = random_prompts([30] * 8, seed=6)
-    expected = tokens(alone, prompts, greedy(150))
+    expected = tokens(alone, prompts, greedy(450))
     lost = node_ids().index(two_nodes.second.node_id)
-    pieces = two.stream(prompts, greedy(150))
+    pieces = two.stream(prompts, greedy(450))
     first = next(pieces)
     two_nodes.remove_node(two_nodes.second, allow_graceful=False)
     started = time.monotonic()
