@@ -349,9 +349,12 @@ def test_an_engine_that_fails_is_told_to_clients_and_ends_the_server() -> None:
 
 def test_tools_with_a_parser_that_is_not_there_are_refused() -> None:
     tools: Any = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
-    with served(template=PLAIN_TEMPLATE) as plain, plain.client() as client:
-        with pytest.raises(openai.BadRequestError) as caught:
-            client.chat.completions.create(model=MODEL, messages=MESSAGES, tools=tools)
+    with (
+        served(template=PLAIN_TEMPLATE) as plain,
+        plain.client() as client,
+        pytest.raises(openai.BadRequestError) as caught,
+    ):
+        client.chat.completions.create(model=MODEL, messages=MESSAGES, tools=tools)
     assert caught.value.param == "tools"
 
 

@@ -36,7 +36,7 @@ def llm(request: pytest.FixtureRequest) -> Iterator[LLM]:
 
 
 def params(schema: Any, seed: int, **changes: Any) -> SamplingParams:
-    fields: dict[str, Any] = {"max_tokens": MAX_TOKENS, "temperature": 1.0, "seed": seed}
+    fields: dict[str, Any] = {"max_tokens": MAX_TOKENS, "temperature": 2.0, "seed": seed}
     return SamplingParams(structured_outputs={"json": schema}, **{**fields, **changes})
 
 
