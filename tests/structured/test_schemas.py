@@ -1,4 +1,4 @@
-"""Answers at temperature 1 are what their JSON schemas ask for, for 300 schemas of all features."""
+"""Answers at temperature 2 are what their JSON schemas ask for, for 300 schemas of all features."""
 
 from __future__ import annotations
 
