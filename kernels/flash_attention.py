@@ -1,21 +1,19 @@
-"""Paged attention by the optional flash-attn package, which is imported late.
+"""Paged attention by the optional flash-attn packages, which are imported late.
 
-Three interfaces, chosen by what is installed and what the GPU runs
-(https://github.com/Dao-AILab/flash-attention):
+Three interfaces (https://github.com/Dao-AILab/flash-attention). An engine takes the first of
+`PREFERRED` that is installed, that the GPU runs, and that supports the model:
 
-- 3: module `flash_attn_interface`, for Hopper. Pages may have any size.
+- 3: module `flash_attn_interface` (built from the folder hopper/) or `fa3_fwd_interface` (package
+  fa3-fwd, a wheel), for Hopper. Pages may have any size, unless the build leaves that out.
 - 2: package `flash_attn` 2.5 and later with `block_table`, for Ampere and newer and for ROCm. Page
   sizes are multiples of 256 tokens.
-- 1: package `flash_attn` 1.x, for Turing. It has no pages, so keys are gathered, and no windows. It
-  needs the lengths on the host, so its steps cannot be captured. Its causal mask is aligned to the
-  first query and the first key.
+- 1: package `flash_attn` 1.x, for Turing: see `flash_unpaged`.
 
 Interfaces 2 and 3 align the causal mask to the last query and the last key, as
 `reference.attention.paged_attention` does. They give a window as (keys to the left, keys to the
-right) of the query's own key. The adapter is written against the documented signatures and tested
-against plain torch that implements them. It has not run on a GPU.
+right) of the query's own key. docs/gpus.md says which versions have run.
 
-Shapes as in `reference`; U rows with keys and queries | G = N / K.
+Shapes as in `reference`; G = N / K query heads per key-value head.
 """
 
 from __future__ import annotations
@@ -24,125 +22,224 @@ import functools
 import importlib
 import importlib.metadata
 import inspect
-import itertools
+import re
 from collections.abc import Iterable
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from nanovllm.kernels import flash_unpaged
+
 INSTALL = {
     1: "pip install 'flash-attn<2' --no-build-isolation",
     2: "pip install flash-attn --no-build-isolation",
-    3: "pip install 'git+https://github.com/Dao-AILab/flash-attention.git#subdirectory=hopper' "
-    "--no-build-isolation",
+    3: "pip install fa3-fwd",
 }
 MAX_HEAD_DIM = {1: 128, 2: 256, 3: 256}
 DTYPES = (torch.float16, torch.bfloat16)
 PAGE_TOKENS = {1: 1, 2: 256, 3: 1}  # a cache block must be a multiple
+PREFERRED = (3, 2, 1)
+# Interface 3 built without pages still reads pages that hold whole key tiles. Tokens of such a tile
+# by head size, and the most rows (queries · G) of a query tile (hopper/tile_size.h).
+KEY_TILE = {64: 128, 96: 144, 128: 128, 192: 112, 256: 80}
+QUERY_TILE = 192
 
 
 class Flash(NamedTuple):
-    """An installed interface that the device runs: generation (see above), version and module."""
+    """An installed interface that the device runs.
+
+    generation: see above. lacks: the parts that its build leaves out, in its build's words: FP16,
+    LOCAL (windows), PAGEDKV (pages of any size).
+    """
 
     generation: int
+    package: str
     version: str
     module: Any
+    lacks: frozenset[str] = frozenset()
+
+    @property
+    def name(self) -> str:
+        return f"{self.package} {self.version}"
 
 
 class Missing(NamedTuple):
-    """Why no interface is found, and the command that installs one ("" if none would run)."""
+    """Why an interface is not found, and the command that installs one ("" if none would run)."""
 
     why: str
     install: str
 
 
-def find(capability: tuple[int, int], *, is_nvidia: bool = True) -> Flash | Missing:
-    """The newest interface for a GPU of this compute capability."""
-    if is_nvidia and capability < (7, 5):
-        major, minor = capability
-        return Missing(
-            f"flash-attn needs compute capability 7.5 and this GPU has {major}.{minor}", ""
-        )
-    reasons = []
-    if is_nvidia and capability[0] == 9:
-        found = _import(
-            "flash_attn_interface", "flash-attn-3", ("flash_attn_with_kvcache", "page_table")
-        )
-        if not isinstance(found, str):
-            return Flash(3, *found)
-        reasons.append(found)
-    wanted = 1 if is_nvidia and capability < (8, 0) else 2
-    if wanted == 2:
-        found = _import("flash_attn", "flash-attn", ("flash_attn_with_kvcache", "block_table"))
-    else:
-        found = _import(
+class _Source(NamedTuple):
+    """Where an interface comes from, and a function and an argument of it that we use."""
+
+    module: str
+    package: str
+    function: str
+    argument: str
+    config: str = ""  # a module that says how it was built
+
+
+SOURCES = {
+    1: (
+        _Source(
             "flash_attn.flash_attn_interface",
             "flash-attn",
-            ("flash_attn_unpadded_func", "cu_seqlens_q"),
-        )
-    if not isinstance(found, str):
-        return Flash(wanted, *found)
-    return Missing("; ".join([*reasons, found]), INSTALL[wanted])
+            "flash_attn_unpadded_func",
+            "cu_seqlens_q",
+        ),
+    ),
+    2: (_Source("flash_attn", "flash-attn", "flash_attn_with_kvcache", "block_table"),),
+    3: (
+        _Source(
+            "flash_attn_interface",
+            "flash-attn-3",
+            "flash_attn_with_kvcache",
+            "page_table",
+            "flash_attn_config",
+        ),
+        _Source(
+            "fa3_fwd_interface",
+            "fa3-fwd",
+            "flash_attn_with_kvcache",
+            "page_table",
+            "fa3_fwd_config",
+        ),
+    ),
+}
 
 
-def _import(module_name: str, package: str, needs: tuple[str, str]) -> tuple[str, Any] | str:
-    """(version, module), or the reason why not, as a string.
+def find(
+    capability: tuple[int, int], *, is_nvidia: bool = True
+) -> tuple[tuple[Flash, ...], tuple[Missing, ...]]:
+    """The interfaces for a GPU of this compute capability: installed ones, and missing ones."""
+    wanted = _generations(capability, is_nvidia)
+    if not wanted:
+        major, minor = capability
+        why = f"flash-attn needs compute capability 7.5 and this GPU has {major}.{minor}"
+        return (), (Missing(why, ""),)
+    found = [installed(generation) for generation in wanted]
+    return (
+        tuple(one for one in found if isinstance(one, Flash)),
+        tuple(one for one in found if isinstance(one, Missing)),
+    )
+
+
+def _generations(capability: tuple[int, int], is_nvidia: bool) -> tuple[int, ...]:
+    """The generations that a GPU can run, the preferred one first."""
+    if not is_nvidia:
+        return (2,)
+    if capability < (8, 0):
+        return (1,) if capability >= (7, 5) else ()
+    return (3, 2) if capability[0] == 9 else (2,)
+
+
+def installed(generation: int) -> Flash | Missing:
+    """An interface, whatever the GPU is."""
+    reasons = []
+    for source in SOURCES[generation]:
+        found = _import(generation, source)
+        if isinstance(found, Flash):
+            return found
+        reasons.append(found)
+    return Missing("; ".join(reasons), INSTALL[generation])
+
+
+def _import(generation: int, source: _Source) -> Flash | str:
+    """The interface, or the reason why not, as a string.
 
     The module may be absent, broken, or lack the function or the argument that we use.
     """
+    package = source.package
     try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        missing = (
-            isinstance(error, ModuleNotFoundError) and error.name == module_name.partition(".")[0]
-        )
+        module = importlib.import_module(source.module)
+    except (ImportError, OSError) as error:  # OSError: torch cannot load its library
+        parents = [source.module[: at.start()] for at in re.finditer(r"\.|$", source.module)]
+        missing = isinstance(error, ModuleNotFoundError) and error.name in parents
         return (
             f"{package} is not installed" if missing else f"{package} cannot be imported ({error})"
         )
     try:
         version = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
+        if getattr(module, "__path__", None) and getattr(module, "__file__", None) is None:
+            return f"{package} is not installed"  # the folder of another package's submodule
         version = str(getattr(module, "__version__", "of unknown version"))
-    function, argument = getattr(module, needs[0], None), needs[1]
-    if function is None or argument not in inspect.signature(function).parameters:
-        return f"{package} {version} has no {needs[0]}(…, {argument})"
-    return version, module
+    function = getattr(module, source.function, None)
+    if function is None or source.argument not in inspect.signature(function).parameters:
+        return f"{package} {version} has no {source.function}(…, {source.argument})"
+    lacks = _left_out(source.config) if source.config else frozenset()
+    if "VARLEN" in lacks:
+        return f"{package} {version} was built without VARLEN"
+    return Flash(generation, package, version, module, lacks)
+
+
+def _left_out(config: str) -> frozenset[str]:
+    """The parts that a build of interface 3 leaves out, by the module that its setup.py writes."""
+    try:
+        flags = importlib.import_module(config).CONFIG["build_flags"]
+    except (ImportError, AttributeError, KeyError):
+        return frozenset()
+    left_out = (
+        re.fullmatch(r"FLASH_?ATTENTION_DISABLE_(\w+)", name)
+        for name, is_set in flags.items()
+        if is_set
+    )
+    return frozenset(match[1] for match in left_out if match)
+
+
+def page_tokens(flash: Flash, head_dim: int) -> int:
+    """The number of tokens that a cache block must be a multiple of."""
+    if flash.generation == 3 and "PAGEDKV" in flash.lacks:
+        return KEY_TILE[min(size for size in KEY_TILE if size >= head_dim)]
+    return PAGE_TOKENS[flash.generation]
 
 
 def unsupported(
     flash: Flash, *, dtype: torch.dtype, head_dim: int, block_size: int, windows: Iterable[int]
 ) -> str:
-    """Why the interface cannot run a model, with value and limit; "" if it can."""
+    """Why the interface cannot run a model, with value and limit; "" if it can.
+
+    block_size: tokens of a cache block, 0 if it is chosen by `page_tokens`.
+    """
     name, dtype_name = f"flash-attn {flash.generation}", str(dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         return f"dtype is {dtype_name}, and {name} computes in float16 and bfloat16 only"
+    if dtype is torch.float16 and "FP16" in flash.lacks:
+        return f"dtype is float16, and {flash.name} was built without it"
     limit = MAX_HEAD_DIM[flash.generation]
     if head_dim > limit or head_dim % 8:
         return f"head size is {head_dim}, and {name} takes multiples of 8 up to {limit}"
-    page = PAGE_TOKENS[flash.generation]
+    page = page_tokens(flash, head_dim)
     if block_size % page:
-        return f"kvcache_block_size is {block_size}, and {name} takes multiples of {page}"
+        return f"kvcache_block_size is {block_size}, and {name} takes multiples of {page}" + (
+            f" (heads of {head_dim}, {flash.name})" if flash.lacks else ""
+        )
     window = max(windows, default=0)
-    if flash.generation == 1 and window > 0:
+    if window > 0 and flash.generation == 1:
         return f"a layer has a window of {window} tokens, and {name} knows no windows"
+    if window > 0 and "LOCAL" in flash.lacks:
+        return f"a layer has a window of {window} tokens, and {flash.name} was built without them"
     return ""
 
 
-def is_static(flash: Flash) -> bool:
+def is_static(generation: int) -> bool:
     """True if its steps can be captured: shapes are fixed and nothing is read on the host."""
-    return flash.generation > 1
+    return generation > 1
 
 
 @functools.cache
-def _for_device(device: torch.device) -> Flash:
-    found = find(torch.cuda.get_device_capability(device), is_nvidia=torch.version.hip is None)
+def _loaded(generation: int) -> Flash:
+    found = installed(generation)
     if isinstance(found, Missing):
         raise RuntimeError(f"flash-attn cannot run: {found.why}; {found.install}")
     return found
 
 
-def paged_attention_flash(
+def paged_attention(
+    generation: int,
     q_TNH: Tensor,
     k_cache_CBKH: Tensor,
     v_cache_CBKH: Tensor,
@@ -155,13 +252,16 @@ def paged_attention_flash(
     k_scale_K: None = None,
     v_scale_K: None = None,
 ) -> Tensor:
-    """`reference.attention.paged_attention` for fp16 and bf16. Check `unsupported` first."""
-    flash = _for_device(q_TNH.device)
+    """`reference.attention.paged_attention` for fp16 and bf16. Check `unsupported` first.
+
+    Unlike the reference, slots of a row's own blocks past its end must be finite.
+    """
+    flash = _loaded(generation)
     q_TNH = q_TNH if q_TNH.stride(2) == 1 else q_TNH.contiguous()
-    if flash.generation == 1:
-        attend = _decode_unpaged if max_q_len == 1 else _prefill_unpaged
-        return attend(
-            flash, q_TNH, k_cache_CBKH, v_cache_CBKH, block_table_RP, seq_len_R, q_start_S, scale
+    caches = (k_cache_CBKH, v_cache_CBKH)
+    if generation == 1:
+        return flash_unpaged.paged_attention(
+            flash.module, q_TNH, *caches, block_table_RP, seq_len_R, q_start_S, max_q_len, scale
         )
     # our windows count the query's own key, flash-attn's do not
     options: dict[str, Any] = {
@@ -169,133 +269,58 @@ def paged_attention_flash(
         "causal": True,
         "window_size": (window - 1, 0) if window > 0 else (-1, -1),
     }
-    table = {"page_table" if flash.generation == 3 else "block_table": block_table_RP}
-    caches = (k_cache_CBKH, v_cache_CBKH)
-    if max_q_len == 1:
-        out_R1NH: Tensor = flash.module.flash_attn_with_kvcache(
-            q_TNH.unsqueeze(1), *caches, cache_seqlens=seq_len_R, **table, **options
-        )
-        return out_R1NH.squeeze(1)
-    if flash.generation == 3:
-        out_TNH: Tensor = flash.module.flash_attn_with_kvcache(
-            q_TNH,
-            *caches,
-            cache_seqlens=seq_len_R,
-            cu_seqlens_q=q_start_S,
-            max_seqlen_q=max_q_len,
-            **table,
-            **options,
-        )
-    else:
-        k_start_S = torch.nn.functional.pad(seq_len_R.cumsum(0, dtype=torch.int32), (1, 0))
-        max_len = block_table_RP.shape[1] * k_cache_CBKH.shape[1]
-        out_TNH = flash.module.flash_attn_varlen_func(
-            q_TNH, *caches, q_start_S, k_start_S, max_q_len, max_len, **table, **options
-        )
-    # flash-attn does not write tokens that belong to no row
-    token_T = torch.arange(q_TNH.shape[0], device=q_TNH.device)
-    is_owned_T = (token_T >= q_start_S[0]) & (token_T < q_start_S[-1])
-    return torch.where(is_owned_T[:, None, None], out_TNH, 0)
-
-
-def _gathered(cache_CBKH: Tensor, block_table_RP: Tensor, lengths: dict[int, int]) -> Tensor:
-    """The cached tokens of some rows ({row: length}), concatenated."""
-    block_size = cache_CBKH.shape[1]
-    return torch.cat(
-        [
-            cache_CBKH[block_table_RP[row, : -(-length // block_size)].long()].flatten(0, 1)[
-                :length
-            ]
-            for row, length in lengths.items()
-        ]
-    )
-
-
-def _starts(lengths: Iterable[int], device: torch.device) -> Tensor:
-    return torch.tensor([0, *lengths], device=device).cumsum(0, dtype=torch.int32)
-
-
-def _decode_unpaged(
-    flash: Flash,
-    q_RNH: Tensor,
-    k_cache_CBKH: Tensor,
-    v_cache_CBKH: Tensor,
-    block_table_RP: Tensor,
-    seq_len_R: Tensor,
-    q_start_S: Tensor,
-    scale: float,
-) -> Tensor:
-    """The G query heads of a key-value head become G queries of it, all of which see all keys."""
-    out_RNH = torch.zeros(q_RNH.shape, dtype=q_RNH.dtype, device=q_RNH.device)
-    lengths = {row: length for row, length in enumerate(seq_len_R.tolist()) if length}
-    if not lengths:
-        return out_RNH
-    rows, num_kv_heads = list(lengths), k_cache_CBKH.shape[2]
-    q_UGKH = q_RNH[rows].unflatten(1, (num_kv_heads, -1)).transpose(1, 2)
-    group = q_UGKH.shape[1]
-    out = flash.module.flash_attn_unpadded_func(
-        q_UGKH.flatten(0, 1),
-        _gathered(k_cache_CBKH, block_table_RP, lengths),
-        _gathered(v_cache_CBKH, block_table_RP, lengths),
-        _starts([group] * len(rows), q_RNH.device),
-        _starts(lengths.values(), q_RNH.device),
-        group,
-        max(lengths.values()),
-        0.0,
-        softmax_scale=scale,
-        causal=False,
-    )
-    out_RNH[rows] = out.unflatten(0, (-1, group)).transpose(1, 2).flatten(1, 2)
-    return out_RNH
-
-
-def _prefill_unpaged(
-    flash: Flash,
-    q_TNH: Tensor,
-    k_cache_CBKH: Tensor,
-    v_cache_CBKH: Tensor,
-    block_table_RP: Tensor,
-    seq_len_R: Tensor,
-    q_start_S: Tensor,
-    scale: float,
-) -> Tensor:
-    """Pads each row's queries in front to the number of its keys.
-
-    With as many queries as keys, both alignments of the causal mask are the same.
-    """
-    starts = q_start_S.tolist()
-    num_queries = [end - start for start, end in itertools.pairwise(starts)]
-    lengths = {
-        row: length for row, length in enumerate(seq_len_R.tolist()) if length and num_queries[row]
-    }
-    out_TNH = torch.zeros(q_TNH.shape, dtype=q_TNH.dtype, device=q_TNH.device)
-    if not lengths:
-        return out_TNH
-    group = q_TNH.shape[1] // k_cache_CBKH.shape[2]
-    # indices of a row's last queries among the padded ones, and among all
-    padded_at: list[int] = []
-    token_at: list[int] = []
-    end = 0
-    for row, length in lengths.items():
-        end += length
-        num = min(num_queries[row], length)
-        padded_at += range(end - num, end)
-        token_at += range(starts[row + 1] - num, starts[row + 1])
-    q = torch.zeros((end, *q_TNH.shape[1:]), dtype=q_TNH.dtype, device=q_TNH.device)
-    q[padded_at] = q_TNH[token_at]
-    start = _starts(lengths.values(), q_TNH.device)
-    longest = max(lengths.values())
-    out = flash.module.flash_attn_unpadded_func(
-        q,
-        _gathered(k_cache_CBKH, block_table_RP, lengths).repeat_interleave(group, dim=1),
-        _gathered(v_cache_CBKH, block_table_RP, lengths).repeat_interleave(group, dim=1),
-        start,
-        start,
-        longest,
-        longest,
-        0.0,
-        softmax_scale=scale,
-        causal=True,
-    )
-    out_TNH[token_at] = out[padded_at]
+    rows = (block_table_RP, seq_len_R, q_start_S, max_q_len)
+    attend = _attend_3 if generation == 3 else _attend_2
+    out_TNH = attend(flash, q_TNH, caches, rows, options)
+    if max_q_len > 1:
+        # flash-attn does not write tokens that belong to no row
+        torch.ops.nanovllm.zero_unowned_(out_TNH, q_start_S)
     return out_TNH
+
+
+Rows = tuple[Tensor, Tensor, Tensor, int]  # block table, lengths, starts, most queries of a row
+
+
+def _attend_2(
+    flash: Flash, q_TNH: Tensor, caches: tuple[Tensor, Tensor], rows: Rows, options: dict[str, Any]
+) -> Tensor:
+    block_table_RP, seq_len_R, q_start_S, max_q_len = rows
+    options["block_table"] = block_table_RP
+    module: ModuleType = flash.module
+    if max_q_len == 1:
+        out: Tensor = module.flash_attn_with_kvcache(
+            q_TNH.unsqueeze(1), *caches, cache_seqlens=seq_len_R, **options
+        )
+        return out.squeeze(1)
+    k_start_S = torch.nn.functional.pad(seq_len_R.cumsum(0, dtype=torch.int32), (1, 0))
+    max_len = block_table_RP.shape[1] * caches[0].shape[1]
+    out = module.flash_attn_varlen_func(
+        q_TNH, *caches, q_start_S, k_start_S, max_q_len, max_len, **options
+    )
+    return out
+
+
+def _attend_3(
+    flash: Flash, q_TNH: Tensor, caches: tuple[Tensor, Tensor], rows: Rows, options: dict[str, Any]
+) -> Tensor:
+    block_table_RP, seq_len_R, q_start_S, max_q_len = rows
+    options |= {"page_table": block_table_RP, "cache_seqlens": seq_len_R}
+    attend = flash.module.flash_attn_with_kvcache
+    if "PAGEDKV" in flash.lacks:
+        # A build without other pages reads pages that hold whole key tiles, if rows may have more
+        # queries than a query tile. `max_seqlen_q` is a bound: it may be larger than any row's.
+        group = q_TNH.shape[1] // caches[0].shape[2]
+        if max_q_len == 1:
+            q_start_S = _counted(q_TNH.shape[0] + 1, q_TNH.device)
+        max_q_len = max(max_q_len, QUERY_TILE // group + 1)
+    elif max_q_len == 1:
+        out: Tensor = attend(q_TNH.unsqueeze(1), *caches, **options)
+        return out.squeeze(1)
+    out = attend(q_TNH, *caches, cu_seqlens_q=q_start_S, max_seqlen_q=max_q_len, **options)
+    return out
+
+
+@functools.cache
+def _counted(num: int, device: torch.device) -> Tensor:
+    """0, 1, … num − 1 in int32. Captured steps keep its address, so it is made once."""
+    return torch.arange(num, dtype=torch.int32, device=device)

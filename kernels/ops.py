@@ -7,8 +7,9 @@ models call the functions below.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -76,16 +77,24 @@ def _define_attention(name: str, meaning: Callable[..., Any]) -> Any:
 
 
 paged_attention = _define_attention("paged_attention", reference.attention.paged_attention)
-# The next two ops compute `reference.attention.paged_attention` as well. The user asks for their
-# code, so each one runs that code on every device, and no pass replaces it.
-paged_attention_sdpa = _define_attention(
-    "paged_attention_sdpa", sdpa_attention.paged_attention_sdpa
+zero_unowned_ = _define(
+    "zero_unowned_(Tensor(a!) out, Tensor q_start) -> ()",
+    reference.attention.zero_unowned_,
+    lambda out, q_start: None,
 )
-paged_attention_flash = _define_attention(
-    "paged_attention_flash", flash_attention.paged_attention_flash
-)
-ATTENTION = {"": paged_attention, "sdpa": paged_attention_sdpa, "flash_attn": paged_attention_flash}
-ASKED_FOR = frozenset({"paged_attention_sdpa", "paged_attention_flash"})
+# The next ops compute `reference.attention.paged_attention` as well. They stand for the code of
+# other packages: each one runs that code on every device, and no pass replaces it.
+OTHERS: dict[str, Callable[..., Any]] = {
+    "sdpa": sdpa_attention.paged_attention_sdpa,
+    **{
+        f"flash_attn_{generation}": partial(flash_attention.paged_attention, generation)
+        for generation in flash_attention.SOURCES
+    },
+}
+ATTENTION = {"": paged_attention} | {
+    key: _define_attention(f"paged_attention_{key}", code) for key, code in OTHERS.items()
+}
+ASKED_FOR = frozenset(f"paged_attention_{key}" for key in OTHERS)
 
 segment_attention = _define(
     "segment_attention(Tensor q, Tensor k, Tensor v, Tensor start, int max_len, float scale) "
@@ -167,6 +176,30 @@ fused_linear = _define(
         (*x.shape[:-1], weight.shape[0] // 2 if silu_mul else weight.shape[0])
     ),
 )
+
+
+class Product(NamedTuple):
+    """What passes know of a product `op(x, *weight, bias, residual=None)` with a weight in one
+    format, whose parts are `num_weight_args` arguments.
+
+    `fused(x, norm_weight, *weight, bias, residual, eps, silu_mul)` is the product with the ops
+    around it, as in `reference.linear.fused_linear`. `in_place(residual, x, *weight, bias)` adds it
+    onto the residual. They are None if there is no such op.
+    """
+
+    num_weight_args: int
+    fused: Any = None
+    in_place: Any = None
+
+    def parts(self, args: Sequence[Any]) -> tuple[Any, tuple[Any, ...], Any, Any]:
+        """x, weight, bias and residual of a call."""
+        x, *rest = (*args, None)[: self.num_weight_args + 3]
+        *weight, bias, residual = rest
+        return x, tuple(weight), bias, residual
+
+
+# The products of linear layers: one for each format that has an op.
+PRODUCTS: dict[Any, Product] = {linear: Product(1, fused_linear, linear_), linear_int8: Product(2)}
 
 
 def _route_fake(logits: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
@@ -348,6 +381,8 @@ def op_name(target: object) -> str | None:
 __all__ = [
     "ASKED_FOR",
     "ATTENTION",
+    "PRODUCTS",
+    "Product",
     "accept",
     "add_rms_norm",
     "advance",
@@ -372,8 +407,6 @@ __all__ = [
     "op_name",
     "own_rank",
     "paged_attention",
-    "paged_attention_flash",
-    "paged_attention_sdpa",
     "qk_norm_rope_store",
     "register_kernels",
     "rms_norm",
@@ -388,4 +421,5 @@ __all__ = [
     "span_inputs",
     "store_kv",
     "stream_experts",
+    "zero_unowned_",
 ]

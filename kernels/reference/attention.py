@@ -73,6 +73,16 @@ def segment_attention(
     return _attend(q_TNH[None], k_TNH[None], v_TNH[None], seen_TT[None], scale)[0].contiguous()
 
 
+def zero_unowned_(out_TNH: Tensor, q_start_S: Tensor) -> None:
+    """Write zeros to tokens of no row: before q_start_S[0], and from q_start_S[−1] on.
+
+    Kernels of other packages leave these tokens of their result unwritten.
+    """
+    token_T = torch.arange(out_TNH.shape[0], device=out_TNH.device)
+    is_owned_T = (token_T >= q_start_S[0]) & (token_T < q_start_S[-1])
+    out_TNH.masked_fill_(~is_owned_T[:, None, None], 0)
+
+
 def _scaled(x: Tensor, scale_K: Tensor | None) -> Tensor:
     """x [..., K, H] times its head's scale in fp32; x itself without a scale."""
     return x if scale_K is None else x.float() * scale_K[:, None]

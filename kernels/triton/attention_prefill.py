@@ -1,6 +1,6 @@
 """Paged attention for prefill (many new tokens a row) in Triton.
 
-Measured on sm_90; docs/gpus.md lists other GPUs.
+Measured on sm_90; docs/gpus.md lists other GPUs. `attention_prefill_hopper` takes most calls there.
 
 Flash attention (Dao 2023, https://arxiv.org/abs/2307.08691) over packed queries and a paged cache.
 A program takes a tile of a row's queries for one key-value head and all G query heads of its group,
@@ -29,6 +29,7 @@ from nanovllm.kernels.triton.common import (
     from_fp8_in_place,
     launch_options,
     load_index,
+    padded_rows,
     shared_memory_bytes,
     to_fp16,
     wait_for_earlier_kernels,
@@ -288,10 +289,7 @@ def prefill_constants(
         "BLOCK": block_size,
         "QUERIES": queries,
         "TILE": tile,
-        "ROWS_P": next(
-            (rows for rows in (16, 64, 512) if num_rows + 2 <= rows),
-            triton.next_power_of_2(num_rows + 2),
-        ),
+        "ROWS_P": padded_rows(num_rows),
         "WINDOW": max(0, window),
     }
 

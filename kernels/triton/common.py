@@ -214,6 +214,14 @@ def prefetch_rows(row_at, FIRST: tl.constexpr, END: tl.constexpr, LINES_P: tl.co
     )
 
 
+def padded_rows(num_rows: int) -> int:
+    """A power of two of at least num_rows + 2; few values, so that few kernels are compiled."""
+    return next(
+        (rows for rows in (16, 64, 512) if num_rows + 2 <= rows),
+        triton.next_power_of_2(num_rows + 2),
+    )
+
+
 @functools.cache
 def num_multiprocessors(device: torch.device) -> int:
     """Multiprocessors of the device; 8 in the interpreter, so that work is divided there, too."""

@@ -15,6 +15,7 @@ from nanovllm.kernels.triton.all_reduce import (
 )
 from nanovllm.kernels.triton.attention_decode import paged_attention_decode
 from nanovllm.kernels.triton.attention_prefill import paged_attention_prefill
+from nanovllm.kernels.triton.attention_prefill_hopper import paged_attention_prefill_hopper, suits
 from nanovllm.kernels.triton.experts import expert_linear, experts, offloaded_experts
 from nanovllm.kernels.triton.filter import keep_likely
 from nanovllm.kernels.triton.linear import fused_linear, linear_
@@ -26,6 +27,7 @@ from nanovllm.kernels.triton.route import norm_route, route
 from nanovllm.kernels.triton.sample import sample
 from nanovllm.kernels.triton.sample_columns import sample_columns
 from nanovllm.kernels.triton.segment_attention import segment_attention
+from nanovllm.kernels.triton.unowned import zero_unowned_
 
 
 def paged_attention(
@@ -42,7 +44,7 @@ def paged_attention(
     v_scale_K: Tensor | None = None,
 ) -> Tensor:
     """`reference.attention.paged_attention`; decode (max_q_len 1) and prefill are different
-    kernels."""
+    kernels, and long prefills on Hopper have one of their own."""
     if max_q_len == 1:
         return paged_attention_decode(
             q_TNH,
@@ -55,6 +57,10 @@ def paged_attention(
             None,
             k_scale_K,
             v_scale_K,
+        )
+    if suits(q_TNH, k_cache_CBKH, v_cache_CBKH, max_q_len, window):
+        return paged_attention_prefill_hopper(
+            q_TNH, k_cache_CBKH, v_cache_CBKH, block_table_RP, seq_len_R, q_start_S, scale
         )
     return paged_attention_prefill(
         q_TNH,
@@ -91,6 +97,7 @@ def register() -> None:
                 "qk_norm_rope_store": qk_norm_rope_store,
                 "paged_attention": paged_attention,
                 "segment_attention": segment_attention,
+                "zero_unowned_": zero_unowned_,
                 "fused_linear": fused_linear,
                 "linear_": linear_,
                 "sample": sample,

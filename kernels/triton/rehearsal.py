@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import dataclasses
 import functools
 import importlib
 import json
@@ -19,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode, fake_tensor
+from triton.experimental.gluon.language import NVMMASharedLayout
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
@@ -61,7 +64,7 @@ class Rehearsal:
         asked = json.loads(request)
         kernel = getattr(importlib.import_module(asked["module"]), asked["name"])
         arguments = {
-            name: _Pointer(**value) if isinstance(value, dict) else value
+            name: _like(value) if isinstance(value, dict) else value
             for name, value in asked["arguments"].items()
         }
         compiled = kernel.warmup(grid=(1,), **arguments)
@@ -95,6 +98,20 @@ class _Pointer:
     def ptr_range(self) -> int:
         """For AMD: offsets below 2 GiB have 32 bits. Triton's own stand-in returns 0, too."""
         return 0
+
+
+def _like(written: dict[str, Any]) -> _Pointer | TensorDescriptor:
+    """What compiles as the tensor or the descriptor that `_stand_in` wrote."""
+    if "layout" not in written:
+        return _Pointer(**written)
+    block_shape = written["block_shape"]
+    return TensorDescriptor(
+        _Pointer(written["dtype"], True),
+        block_shape,
+        [8] * (len(block_shape) - 1) + [1],
+        block_shape,
+        NVMMASharedLayout(**written["layout"]),
+    )
 
 
 @functools.cache
@@ -131,6 +148,12 @@ def _stand_in(param: Any, value: Any) -> Any:
     if isinstance(value, Tensor):
         aligned = value.storage_offset() * value.element_size() % 16 == 0  # allocations are aligned
         return {"dtype": str(value.dtype).removeprefix("torch."), "aligned": aligned}
+    if isinstance(value, TensorDescriptor):
+        return {
+            "dtype": str(value.base.dtype).removeprefix("torch."),
+            "block_shape": value.block_shape,
+            "layout": dataclasses.asdict(value.layout),
+        }
     if isinstance(value, float):
         return 0.5
     if isinstance(value, int) and not isinstance(value, bool):

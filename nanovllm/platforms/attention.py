@@ -1,7 +1,7 @@
-"""Chooses the attention backend of an engine: the device's own kernels, torch's or flash-attn.
+"""Chooses the attention backends of an engine: the device's own kernels, torch's or flash-attn.
 
-The choice is `EngineSpec.attention`, a key of `ops.ATTENTION`. It is an argument of the layer
-region: each engine has its own backend, eager mode and graphs use the same one, and keys of stored
+The choice is `EngineSpec.attention`. Its keys of `ops.ATTENTION` are arguments of the layer region:
+each engine has its own backends, eager mode and graphs use the same ones, and keys of stored
 programs differ between backends.
 """
 
@@ -19,27 +19,78 @@ from nanovllm.kernels.flash_attention import Flash, Missing
 from nanovllm.platforms.base import Platform
 
 OWN = ""  # the device's own kernels for `paged_attention`
+FLASH = "flash_attn_"  # and a generation
+
+# What "auto" takes instead of the own kernels, where it was measured to be faster: by the name of
+# the GPU, the generation of flash-attn and the head size, the least tokens of a prefill step.
+# For decode nothing installed was faster. scripts/bench/attention_packages.py measures it, and
+# docs/benchmarks.md has the times.
+FASTER_PREFILL: dict[str, dict[int, dict[int, int]]] = {"NVIDIA H200": {3: {128: 4096}}}
 
 
 class Facts(NamedTuple):
     """Properties of a model and its cache that a backend may not support.
 
     block_size: tokens per cache block; None means the backend's default.
+    cache_dtype: that of keys and values; None means the model's.
     """
 
     dtype: torch.dtype
     head_dim: int
     block_size: int | None
     windows: Sequence[int]
+    cache_dtype: torch.dtype | None = None
 
 
-def choose(name: str, platform: Platform, facts: Facts) -> str:
-    """The key of `ops.ATTENTION` for a value of the option `attention_backend`.
+class Attention(NamedTuple):
+    """Keys of `ops.ATTENTION`: `prefill` for steps of several tokens a row that have at least
+    `prefill_from` tokens, `shorter` for other such steps, and `decode`."""
+
+    decode: str = OWN
+    prefill: str = OWN
+    shorter: str = OWN
+    prefill_from: int = 0
+
+    @classmethod
+    def all_by(cls, key: str) -> Attention:
+        return cls(key, key, key)
+
+    def key(self, max_q_len: int, num_tokens: int) -> str:
+        """The key for a program: the most tokens of a row, and its bucket's tokens."""
+        if max_q_len == 1:
+            return self.decode
+        return self.prefill if num_tokens >= self.prefill_from else self.shorter
+
+    def generation(self) -> int:
+        """The generation of flash-attn that is used; 0 if none is."""
+        keys = (self.prefill, self.decode)
+        return next((int(key[-1]) for key in keys if key.startswith(FLASH)), 0)
+
+    def describe(self) -> str:
+        """In words, for the log and `nanovllm info`."""
+        if self.decode == self.prefill:
+            return _name(self.prefill)
+        return (
+            f"decode: {_name(self.decode)}; prefill steps of {self.prefill_from} tokens and more: "
+            f"{_name(self.prefill)}"
+        )
+
+
+def _name(key: str) -> str:
+    if not key.startswith(FLASH):
+        return key or "the device's own kernels"
+    found = flash_attention.installed(int(key[-1]))
+    name = f" ({found.name})" if isinstance(found, Flash) else ""
+    return f"flash-attn {key[-1]}{name}"
+
+
+def choose(name: str, platform: Platform, facts: Facts) -> Attention:
+    """The choice for a value of the option `attention_backend`.
 
     Raises ValueError if the backend is not for this device, not installed, or cannot run the model.
     """
     if name == "auto":
-        return OWN
+        return _fastest(platform, facts)
     offered = platform.traits.attention_backends
     if name not in offered:
         raise ValueError(
@@ -47,44 +98,61 @@ def choose(name: str, platform: Platform, facts: Facts) -> str:
             + " or ".join(map(repr, ("auto", *offered)))
         )
     if name != "flash_attn":
-        return OWN if name == "triton" else name
-    flash = platform.flash_attn()
-    if isinstance(flash, Missing):
-        how = f": {flash.install}" if flash.install else ""
-        raise ValueError(f"attention_backend is 'flash_attn', but {flash.why}{how}")
-    problem = flash_attention.unsupported(
+        return Attention.all_by(OWN if name == "triton" else name)
+    found, missing = platform.flash_attn()
+    problems = [_problem(flash, facts) for flash in found]
+    for flash, problem in zip(found, problems, strict=True):
+        if not problem:
+            return Attention.all_by(f"{FLASH}{flash.generation}")
+    if not found:
+        how = f": {missing[0].install}" if missing[0].install else ""
+        problems = ["; ".join(one.why for one in missing) + how]
+    raise ValueError(f"attention_backend is 'flash_attn', but {'; '.join(problems)}")
+
+
+def _fastest(platform: Platform, facts: Facts) -> Attention:
+    """The own kernels, but for prefill what is installed, supports the model and is faster."""
+    for generation, tokens in FASTER_PREFILL.get(platform.hardware_name(), {}).items():
+        if facts.head_dim not in tokens or facts.cache_dtype not in (None, facts.dtype):
+            continue
+        flash = flash_attention.installed(generation)
+        if isinstance(flash, Flash) and not _problem(flash, facts):
+            key = f"{FLASH}{generation}"
+            return Attention(prefill=key, prefill_from=tokens[facts.head_dim])
+    return Attention()
+
+
+def _problem(flash: Flash, facts: Facts) -> str:
+    return flash_attention.unsupported(
         flash,
         dtype=facts.dtype,
         head_dim=facts.head_dim,
-        block_size=facts.block_size or default_block_size(name, platform),
+        block_size=facts.block_size or 0,
         windows=facts.windows,
     )
-    if problem:
-        raise ValueError(f"attention_backend is 'flash_attn', but {problem}")
-    return name
 
 
 def default_block_size(
-    backend: str, platform: Platform, cache_dtype: torch.dtype | None = None
+    attention: Attention, platform: Platform, head_dim: int, cache_dtype: torch.dtype | None = None
 ) -> int:
     """Tokens per cache block if the user does not set them.
 
     Blocks of an fp8 cache have twice as many: decode attention then reads tiles of as many bytes.
     """
-    if backend == "flash_attn" and isinstance(flash := platform.flash_attn(), Flash):
-        return max(platform.traits.block_size, flash_attention.PAGE_TOKENS[flash.generation])
-    return platform.traits.block_size * (2 if cache_dtype is torch.float8_e4m3fn else 1)
+    own = platform.traits.block_size
+    flash = flash_attention.installed(attention.generation()) if attention.generation() else None
+    if isinstance(flash, Flash):
+        page = flash_attention.page_tokens(flash, head_dim)
+        return page * -(-own // page)
+    return own * (2 if cache_dtype is torch.float8_e4m3fn else 1)
 
 
-def recordable(backend: str, platform: Platform) -> tuple[bool, bool]:
+def recordable(attention: Attention) -> tuple[bool, bool]:
     """Whether (decode, prefill) steps can be captured: steps that wait for the host cannot."""
-    if backend == "sdpa":
-        return True, False
-    if backend == "flash_attn":
-        flash = platform.flash_attn()
-        static = isinstance(flash, Flash) and flash_attention.is_static(flash)
+    if attention.generation():
+        static = flash_attention.is_static(attention.generation())
         return static, static
-    return True, True
+    return True, attention.prefill != "sdpa"
 
 
 def attention_backend_info(device: str = "auto") -> str:
@@ -96,14 +164,17 @@ def attention_backend_info(device: str = "auto") -> str:
 def attention_facts(platform: Platform) -> dict[str, str]:
     """The device, what is installed, and why each attention_backend can or cannot run."""
     name, offered = platform.traits.name, platform.traits.attention_backends
-    versions = [f"torch {torch.__version__}", *_versions("triton", "flash-attn", "flash-attn-3")]
+    versions = [
+        f"torch {torch.__version__}",
+        *_versions("triton", "flash-attn", "flash-attn-3", "fa3-fwd"),
+    ]
     rows = {
         "device": f"{platform.device} ({platform.describe()})",
         "installed": ", ".join(versions),
         "triton" if "triton" in offered else "own kernels": platform.own_attention(),
     }
     rows.setdefault("triton", f"not available: needs a GPU, and the device is {name}")
-    rows["flash_attn"] = _flash_info(platform.flash_attn())
+    rows["flash_attn"] = _flash_info(*platform.flash_attn())
     rows["sdpa"] = (
         "can run: torch's own; decode costs as much as at max_model_len, prefill is not captured"
         if "sdpa" in offered
@@ -112,12 +183,19 @@ def attention_facts(platform: Platform) -> dict[str, str]:
     return rows
 
 
-def _flash_info(flash: Flash | Missing) -> str:
-    if isinstance(flash, Missing):
-        return f"not available: {flash.why}" + (f"; {flash.install}" if flash.install else "")
-    page = flash_attention.PAGE_TOKENS[flash.generation]
-    note = f", cache blocks of a multiple of {page} tokens" if page > 1 else ""
-    return f"can run: flash-attn {flash.version}, interface {flash.generation}, fp16 and bf16{note}"
+def _flash_info(found: Sequence[Flash], missing: Sequence[Missing]) -> str:
+    texts = [f"can run: {_flash_text(flash)}" for flash in found]
+    for one in missing:
+        texts.append(f"not available: {one.why}" + (f"; {one.install}" if one.install else ""))
+    return ". ".join(texts)
+
+
+def _flash_text(flash: Flash) -> str:
+    dtypes = "bf16" if "FP16" in flash.lacks else "fp16 and bf16"
+    page = flash_attention.page_tokens(flash, 128)
+    note = f", cache blocks of a multiple of {page} tokens (heads of 128)" if page > 1 else ""
+    windows = ", no windows" if "LOCAL" in flash.lacks or flash.generation == 1 else ""
+    return f"{flash.name}, interface {flash.generation}, {dtypes}{windows}{note}"
 
 
 def _versions(*packages: str) -> list[str]:

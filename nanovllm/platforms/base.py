@@ -295,6 +295,10 @@ class Platform(ABC):
         """Whether this device's own attention kernels run here, and why."""
         return f"runs with 'auto': the kernels for {self.traits.name}"
 
-    def flash_attn(self) -> Flash | Missing:
-        """The flash-attn interface for this device."""
-        return Missing(f"needs a GPU, and the device is {self.traits.name}", "")
+    def hardware_name(self) -> str:
+        """The model of the hardware, as its driver names it; "" if nothing depends on it."""
+        return ""
+
+    def flash_attn(self) -> tuple[tuple[Flash, ...], tuple[Missing, ...]]:
+        """The flash-attn interfaces for this device: installed ones, and missing ones."""
+        return (), (Missing(f"needs a GPU, and the device is {self.traits.name}", ""),)

@@ -23,7 +23,7 @@ from nanovllm.compile.passes.fuse_route import fuse_route
 from nanovllm.compile.passes.reduce_in_place import reduce_in_place
 from nanovllm.compile.passes.replace_ops import replace_ops
 from nanovllm.compile.program import Lowering, Pass
-from nanovllm.kernels import flash_attention
+from nanovllm.kernels import flash_attention, ops
 from nanovllm.kernels.flash_attention import Flash, Missing
 from nanovllm.kernels.peers import Agree, Gather, OwnedPeers
 from nanovllm.platforms import cuda_memory, cuda_peers, preload
@@ -135,7 +135,7 @@ class CudaPlatform(Accelerator):
         return (
             ("fuse_rope_store", fuse_rope_store),
             ("fuse_route", partial(fuse_route, takes=triton_route.takes)),
-            ("fuse_linear", partial(fuse_linear, takes=takes)),
+            ("fuse_linear", partial(fuse_linear, takes={ops.linear: takes})),
             ("fuse_add_norm", fuse_add_norm),
             ("fuse_reduce_norm", partial(fuse_reduce_norm, takes=triton_all_reduce.has_few_rows)),
             ("add_in_place", add_in_place),
@@ -240,7 +240,10 @@ class CudaPlatform(Accelerator):
             return f"{why}; on this GPU it has been compiled but never run"
         return why
 
-    def flash_attn(self) -> Flash | Missing:
+    def hardware_name(self) -> str:
+        return str(torch.cuda.get_device_name(self.device))
+
+    def flash_attn(self) -> tuple[tuple[Flash, ...], tuple[Missing, ...]]:
         capability = torch.cuda.get_device_capability(self.device)
         return flash_attention.find(capability, is_nvidia=torch.version.hip is None)
 

@@ -221,6 +221,28 @@ def attention(
         )
 
 
+def hopper_prefills(whole: bool) -> Iterator[Build]:
+    """Long prefills on Hopper, of groups of 2 and 4 heads and blocks of several sizes."""
+    if not whole:
+        return
+    from nanovllm.kernels.triton import attention_prefill_hopper as hopper
+
+    for num_heads, block_size, dtype in ((16, 64, "bf16"), (32, 128, "bf16"), (8, 16, "fp16")):
+        constants = hopper.hopper_constants(num_heads, 8, block_size, 16)
+        constants |= {"Q_STRIDE_TOKEN": num_heads * 128, "Q_STRIDE_HEAD": 128}
+        yield Build(
+            f"hopper heads {num_heads} blocks of {block_size} {dtype}: prefill",
+            hopper.prefill_hopper_kernel,
+            constants,
+            hopper.NUM_WARPS,
+            dtype=dtype,
+        )
+
+
+def is_of_hopper(name: str) -> bool:
+    return name.startswith("hopper ")
+
+
 def stores(name: str, model: Model, has_fp8_cache: bool = False) -> Iterator[Build]:
     """The kernels that write into the cache."""
     import triton
@@ -284,6 +306,7 @@ def steps(name: str) -> Iterator[Build]:
     from nanovllm.kernels.triton import mask as triton_mask
     from nanovllm.kernels.triton import sample as triton_sample
     from nanovllm.kernels.triton import step as triton_step
+    from nanovllm.kernels.triton import unowned as triton_unowned
 
     whole = name == WHOLE
     forms = (("best_of_span", False), ("best_of_span of a rank", True))
@@ -308,6 +331,10 @@ def steps(name: str) -> Iterator[Build]:
             triton_mask.NUM_WARPS,
             dtype=dtype,
         )
+    unowned = {"WIDTH": 2048, "TOKENS": triton_unowned.TOKENS, "TILE": triton_unowned.TILE}
+    yield Build(
+        "zero_unowned", triton_unowned.zero_unowned_kernel, unowned, triton_unowned.NUM_WARPS
+    )
     inputs = {"BLOCKS": 640, "BLOCK_SIZE": 64, "PIECE": 1024}
     yield Build("decode_inputs", triton_step.decode_inputs_kernel, inputs, 4)
     # each token is compared with each row: 256 rows take the assembler some seconds
@@ -396,6 +423,7 @@ def all_builds(name: str) -> Iterator[Build]:
         return
     yield from products(target, whole)
     yield from segments(target, whole)
+    yield from hopper_prefills(whole)
     yield from mixtures(name)
     if name in WITH_RANKS:
         yield from sums(whole)
@@ -406,6 +434,7 @@ def compile_build(build: Build, target: Target) -> Any:
     """The compiled kernel; pointers and strides are multiples of 16, as for the shapes above."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     kernel, arguments = build.kernel, build.kernel.arg_names
     constants = {name: value for name, value in build.constants.items() if name in arguments}
@@ -422,6 +451,7 @@ def compile_build(build: Build, target: Target) -> Any:
             "constexpr" if name in constants
             else build.out if build.out and name == "out_ptr"
             else "*fp8e4nv" if build.has_fp8_cache and name in ("k_ptr", "v_ptr")
+            else descriptor_type(dtype, constants["ROWS"]) if name.endswith("_desc")
             else special if name.endswith("_ptr")
             else "fp32" if name in FLOATS
             else "i32"
@@ -432,13 +462,22 @@ def compile_build(build: Build, target: Target) -> Any:
         if not (param.do_not_specialize or param.do_not_specialize_on_alignment)
         and (name.endswith("_ptr") or "_stride" in name or name in ("vocab_size", "num_elements"))
     }
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    source_class = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = source_class(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     options: dict[str, Any] = {"num_warps": build.num_warps, "num_stages": build.num_stages}
     if target.backend == "cuda":
         options["launch_pdl"] = target.launches_dependent
     return compile(
         source, target=GPUTarget(target.backend, target.arch, target.warp_size), options=options
     )
+
+
+def descriptor_type(dtype: str, rows: int) -> str:
+    """The type of a descriptor of pieces of `rows` rows and 64 columns."""
+    from triton.experimental.gluon.language import NVMMASharedLayout
+
+    layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    return f"tensordesc<{dtype}[{rows}, 64],{layout!r}>"
 
 
 class AbsentDevice:
@@ -453,15 +492,24 @@ class AbsentDevice:
         return self._target
 
 
-def stack_bytes(cubin: bytes) -> int:
-    """The local memory of a thread, where values are that do not fit the registers."""
+def cuobjdump(cubin: bytes, option: str) -> str:
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        command = [knobs.nvidia.cuobjdump.path, option, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def matrix_waits(cubin: bytes) -> int:
+    """Waits for asynchronous products of matrices: many, if the assembler serialised them."""
+    return cuobjdump(cubin, "-sass").count("WARPGROUP.DEPBAR")
+
+
+def stack_bytes(cubin: bytes) -> int:
+    """The local memory of a thread, where values are that do not fit the registers."""
+    text = cuobjdump(cubin, "-res-usage")
     (usage,) = re.findall(r"STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
     return sum(map(int, usage))
 
@@ -480,7 +528,7 @@ def compile_all(name: str) -> dict[str, dict[str, Any]]:
     found = {}
     for build in all_builds(name):
         is_examined = target.backend == "cuda" and (
-            converts_fast(build) or is_of_segments(build.name)
+            converts_fast(build) or is_of_segments(build.name) or is_of_hopper(build.name)
         )
         # Line numbers take an eighth of the time of a compile. They may change the code a little,
         # so kernels that are examined have them, as on a GPU.
@@ -497,6 +545,7 @@ def compile_all(name: str) -> dict[str, dict[str, Any]]:
                 "stack bytes": stack_bytes(compiled.asm["cubin"]),
                 "byte loads": len(re.findall(r"\bld\.shared\S*\.[bsu]8\b", text)),
                 "conversions": text.count("cvt.rn.f16x2.e4m3x2"),
+                "waits": matrix_waits(compiled.asm["cubin"]) if is_of_hopper(build.name) else 0,
             }
         found[build.name] = one
     return found

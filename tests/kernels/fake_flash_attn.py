@@ -9,6 +9,7 @@ https://github.com/Dao-AILab/flash-attention.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import sys
 from types import ModuleType
@@ -193,6 +194,31 @@ class One:
         return out
 
 
+class Wheel(Three):
+    """fa3-fwd 0.0.3: its build leaves out fp16, windows, and pages that hold no whole key tiles."""
+
+    CONFIG = {  # noqa: RUF012
+        "build_flags": {
+            "FLASHATTENTION_DISABLE_FP16": True,
+            "FLASHATTENTION_DISABLE_LOCAL": True,
+            "FLASHATTENTION_DISABLE_PAGEDKV": True,
+            "FLASHATTENTION_DISABLE_VARLEN": False,
+            "FLASH_ATTENTION_DISABLE_HDIMDIFF64": False,
+        }
+    }
+
+    @staticmethod
+    @functools.wraps(Three.flash_attn_with_kvcache)
+    def flash_attn_with_kvcache(q, k_cache, *args, **kwargs):
+        assert q.dtype == torch.bfloat16, "This flash attention build does not support FP16."
+        assert kwargs["window_size"] == (-1, -1), "This build does not support local attention."
+        tile_q, tile_k = {64: (192, 128), 128: (128, 128), 256: (128, 80)}[q.shape[-1]]
+        group = q.shape[-2] // k_cache.shape[2]
+        rows = group * kwargs.get("max_seqlen_q", q.shape[1])
+        assert k_cache.shape[1] % tile_k == 0 and rows > tile_q, "This build has no paged KV."
+        return Three.flash_attn_with_kvcache(q, k_cache, *args, **kwargs)
+
+
 # generation: (module, its functions, version, compute capability of a GPU that uses it)
 FAKES: dict[int, tuple[str, type, str, tuple[int, int]]] = {
     1: ("flash_attn.flash_attn_interface", One, "1.0.9", (7, 5)),
@@ -202,11 +228,31 @@ FAKES: dict[int, tuple[str, type, str, tuple[int, int]]] = {
 
 
 def install(monkeypatch: pytest.MonkeyPatch, generation: int) -> None:
-    """Make `nanovllm.kernels.flash_attention` find this generation on a GPU that runs it."""
+    """Make `nanovllm.kernels.flash_attention` find only this generation, on a GPU that runs it."""
+    remove(monkeypatch)
+    add(monkeypatch, generation)
+    pretend_capability(monkeypatch, FAKES[generation][3])
+
+
+def install_wheel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make it find fa3-fwd alone, on a Hopper GPU."""
+    remove(monkeypatch)
+    _add(monkeypatch, "fa3_fwd_interface", Wheel, "0.0.3")
+    pretend_capability(monkeypatch, (9, 0))
+    config = ModuleType("fa3_fwd_config")
+    config.CONFIG = Wheel.CONFIG  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "fa3_fwd_config", config)
+
+
+def add(monkeypatch: pytest.MonkeyPatch, generation: int) -> None:
+    """Make it find this generation as well."""
+    name, functions, version, _ = FAKES[generation]
+    _add(monkeypatch, name, functions, version)
+
+
+def _add(monkeypatch: pytest.MonkeyPatch, name: str, functions: type, version: str) -> None:
     from nanovllm.kernels import flash_attention
 
-    remove(monkeypatch)
-    name, functions, version, capability = FAKES[generation]
     package = ModuleType(name.partition(".")[0])
     module = package if package.__name__ == name else ModuleType(name)
     for key, function in vars(functions).items():
@@ -215,14 +261,16 @@ def install(monkeypatch: pytest.MonkeyPatch, generation: int) -> None:
     package.__version__ = module.__version__ = version  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, package.__name__, package)
     monkeypatch.setitem(sys.modules, name, module)
-    pretend_capability(monkeypatch, capability)
-    flash_attention._for_device.cache_clear()
+    flash_attention._loaded.cache_clear()
 
 
 def remove(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make it find no flash-attn, whatever is installed."""
-    for name in ("flash_attn", "flash_attn.flash_attn_interface", "flash_attn_interface"):
-        monkeypatch.setitem(sys.modules, name, None)
+    from nanovllm.kernels import flash_attention
+
+    for sources in flash_attention.SOURCES.values():
+        for source in sources:
+            monkeypatch.setitem(sys.modules, source.module, None)
 
 
 def pretend_capability(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:

@@ -20,6 +20,8 @@ from tests.kernels.paged import assert_close, device, exact_attention, paged_cac
 BACKENDS = ["reference", "triton", "sdpa", "flash1", "flash2", "flash3"]
 if not importlib.util.find_spec("triton"):
     BACKENDS.remove("triton")
+SDPA = ops.ATTENTION["sdpa"]
+FLASH = [op for key, op in ops.ATTENTION.items() if key.startswith("flash_attn")]
 # (query heads, key-value heads, head size, window): groups of 1 to 16
 HEADS = [
     (1, 1, 64, 0),
@@ -43,16 +45,14 @@ def run(
     name: str = request.param
     if name.startswith("flash"):
         fake_flash_attn.install(monkeypatch, int(name[-1]))
-        yield ops.paged_attention_flash
-        flash_attention._for_device.cache_clear()
+        yield ops.ATTENTION[f"flash_attn_{name[-1]}"]
+        flash_attention._loaded.cache_clear()
     elif name == "triton":
         from nanovllm.kernels.triton import register as triton_kernels
 
         yield triton_kernels.paged_attention
     else:
-        yield {"reference": reference.attention.paged_attention, "sdpa": ops.paged_attention_sdpa}[
-            name
-        ]
+        yield {"reference": reference.attention.paged_attention, "sdpa": SDPA}[name]
 
 
 def check(
@@ -71,7 +71,7 @@ def check(
     q_lens = [new for new, _ in rows]
     # keys before a decode step's window are NaN, except for flash-attn, which does not promise to
     # skip keys that a row owns
-    unseen = window if max(q_lens) == 1 and run is not ops.paged_attention_flash else 0
+    unseen = window if max(q_lens) == 1 and run not in FLASH else 0
     k_cache, v_cache, table, seq_len = paged_cache(
         [sum(row) for row in rows], num_kv_heads, head_dim, block_size, dtype, unseen
     )
@@ -140,14 +140,30 @@ def test_pages_may_be_small(run: Callable[..., Tensor]) -> None:
     check(run, PREFILL, (4, 2, 64, 0), block_size=16)
 
 
+@pytest.mark.parametrize("heads", [(16, 2, 128, 0), (7, 7, 64, 0), (16, 1, 64, 0)])
+def test_a_build_without_small_pages_reads_whole_tiles(
+    heads: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_flash_attn.install_wheel(monkeypatch)
+    run = ops.ATTENTION["flash_attn_3"]
+    for rows in (DECODE, PREFILL, [(3, 5), (2, 700)]):
+        check(
+            run,
+            rows,
+            heads,
+            block_size=128,
+            dtype=torch.bfloat16,
+            padding=(0, 0 if rows == DECODE else 19),
+        )
+    flash_attention._loaded.cache_clear()
+
+
 @pytest.mark.parametrize("window", [0, 100])
 def test_sdpa_in_pieces_gives_the_same_result(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sdpa_attention, "SCRATCH_BYTES", 1)
     monkeypatch.setattr(sdpa_attention, "QUERY_TOKENS", 7)
     for rows in (DECODE, PREFILL):
-        check(
-            ops.paged_attention_sdpa, rows, (4, 2, 64, window), block_size=16, dtype=torch.float32
-        )
+        check(SDPA, rows, (4, 2, 64, window), block_size=16, dtype=torch.float32)
 
 
 def test_the_ops_trace_with_their_shapes_and_are_not_inlined() -> None:
@@ -162,21 +178,20 @@ def test_the_ops_trace_with_their_shapes_and_are_not_inlined() -> None:
             )
 
 
+def found(capability: tuple[int, int], *, is_nvidia: bool = True) -> list[int]:
+    return [flash.generation for flash in flash_attention.find(capability, is_nvidia=is_nvidia)[0]]
+
+
 def test_the_gpu_decides_which_flash_attn_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     for generation, (_, _, version, capability) in fake_flash_attn.FAKES.items():
         fake_flash_attn.install(monkeypatch, generation)
-        found = flash_attention.find(capability)
-        assert isinstance(found, flash_attention.Flash)
-        assert found[:2] == (generation, version)
+        (flash,), _ = flash_attention.find(capability)
+        assert (flash.generation, flash.version) == (generation, version)
     fake_flash_attn.install(monkeypatch, 2)
-    for capability, generation in (((9, 0), 2), ((12, 0), 2), ((7, 5), None), ((7, 0), None)):
-        found = flash_attention.find(capability)
-        assert (
-            found.generation if isinstance(found, flash_attention.Flash) else None
-        ) == generation
+    for capability, generations in (((9, 0), [2]), ((12, 0), [2]), ((7, 5), []), ((7, 0), [])):
+        assert found(capability) == generations
     # the capability of an AMD GPU is not an NVIDIA generation
-    found = flash_attention.find((9, 4), is_nvidia=False)
-    assert isinstance(found, flash_attention.Flash) and found.generation == 2
+    assert found((9, 4), is_nvidia=False) == [2]
 
 
 def test_an_old_flash_attn_without_pages_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,6 +203,5 @@ def test_an_old_flash_attn_without_pages_is_refused(monkeypatch: pytest.MonkeyPa
         return q
 
     monkeypatch.setattr(sys.modules["flash_attn"], "flash_attn_with_kvcache", old)
-    found = flash_attention.find((8, 0))
-    assert isinstance(found, flash_attention.Missing)
-    assert "2.8.3 has no flash_attn_with_kvcache(…, block_table)" in found.why
+    _, (missing,) = flash_attention.find((8, 0))
+    assert "2.8.3 has no flash_attn_with_kvcache(…, block_table)" in missing.why

@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from nanovllm.kernels import reference
 from nanovllm.kernels.triton import common as triton_common
 from nanovllm.kernels.triton.attention_decode import paged_attention_decode
 from nanovllm.kernels.triton.attention_prefill import paged_attention_prefill
+from nanovllm.kernels.triton.attention_prefill_hopper import suits
 from nanovllm.kernels.triton.register import paged_attention
+from nanovllm.kernels.triton.unowned import zero_unowned_
 from tests.kernels.paged import assert_close, device, paged_cache
 
 
@@ -262,3 +265,76 @@ def test_queries_may_be_a_strided_view(max_q_len: int) -> None:
         paged_attention(qkv[:, :4], *arguments),
         reference.attention.paged_attention(qkv[:, :4], *arguments),
     )
+
+
+@pytest.mark.gpu  # Gluon has no interpreter; tests/kernels/builds.py compiles this kernel
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "block_size"),
+    [(16, 8, 64), (32, 8, 64), (32, 8, 16), (16, 8, 128), (8, 8, 256), (16, 2, 32), (4, 2, 48)],
+)
+def test_long_prefills_match_the_reference_also_with_the_kernel_for_hopper(
+    num_heads: int, num_kv_heads: int, block_size: int, dtype: torch.dtype
+) -> None:
+    is_hopper = torch.cuda.get_device_capability() == (9, 0)
+    # (new tokens, tokens in the cache before them), and tokens of no row after them
+    for rows in (
+        [(1, 99), (19, 500), (300, 0), (0, 77), (989, 11), (64, 64)],
+        [(329, 3000), (3, 0)],
+        [(0, 0), (0, 0), (5, 0), (128, 128), (128, 0), (256, 1)],
+        [(1 + row * 7 % 300, row * 13 % 500) for row in range(33)],
+    ):
+        q_lens = [new for new, _ in rows]
+        k_cache, v_cache, block_table, seq_len = paged_cache(
+            [new + old for new, old in rows], num_kv_heads, 128, block_size, dtype
+        )
+        q_start = torch.tensor([0, *q_lens], device=device).cumsum(0).int()
+        q_TNH = torch.randn(sum(q_lens) + 33, num_heads, 128, device=device).to(dtype)
+        q_TNH[-33:] = float("nan")
+        assert suits(q_TNH, k_cache, v_cache, len(q_TNH), 0) == is_hopper
+        arguments = (block_table, seq_len, q_start, len(q_TNH), 0.1, 0)
+        actual = paged_attention(q_TNH, k_cache, v_cache, *arguments)
+        expected = reference.attention.paged_attention(
+            q_TNH.float(), k_cache.float(), v_cache.float(), *arguments
+        )
+        assert_close(actual, expected)
+
+
+def test_the_prefill_kernel_for_hopper_is_left_alone_by_what_it_does_not_support(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def is_of(*capability: int) -> None:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+
+    monkeypatch.setattr(torch.version, "hip", None)
+
+    def takes(
+        num_heads: int = 16, head_dim: int = 128, block_size: int = 64, max_q_len: int = 8192,
+        window: int = 0, dtype: torch.dtype = torch.bfloat16, cache: torch.dtype | None = None,
+    ) -> bool:  # fmt: skip
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            q_TNH = torch.empty(300, num_heads, head_dim, dtype=dtype, device="cuda")
+            shape = (9, block_size, 8, head_dim)
+            k_cache, v_cache = torch.empty(2, *shape, dtype=cache or dtype, device="cuda")
+        return suits(q_TNH, k_cache, v_cache, max_q_len, window)
+
+    is_of(9, 0)
+    assert takes() and takes(32) and takes(block_size=16) and takes(dtype=torch.float16)
+    assert not takes(24) and not takes(head_dim=64) and not takes(block_size=24)
+    assert not takes(max_q_len=128) and not takes(window=4096)
+    assert not takes(dtype=torch.float32) and not takes(cache=torch.float8_e4m3fn)
+    for major in (8, 10, 12):
+        is_of(major, 0)
+        assert not takes()
+
+
+@pytest.mark.parametrize("starts", [(0, 5, 9), (3, 3, 100), (0, 0), (70, 99), (0, 130)])
+@pytest.mark.parametrize("shape", [(2, 32), (3, 40), (1, 2048)])
+def test_tokens_of_no_row_are_zeroed(starts: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    out = torch.randn(130, *shape, device=device).half()
+    out[: starts[0]], out[starts[-1] :] = float("nan"), float("nan")
+    expected = out.clone()
+    q_start = torch.tensor(starts, dtype=torch.int32, device=device)
+    reference.attention.zero_unowned_(expected, q_start)
+    zero_unowned_(out, q_start)
+    assert torch.equal(out, expected) and not out.isnan().any()

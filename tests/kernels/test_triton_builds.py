@@ -16,7 +16,15 @@ from typing import Any
 
 import pytest
 
-from tests.kernels.builds import BETWEEN, FP8_TARGETS, TARGETS, fp8_cases, is_of_segments
+from tests.kernels.builds import (
+    BETWEEN,
+    FP8_TARGETS,
+    TARGETS,
+    WHOLE,
+    fp8_cases,
+    is_of_hopper,
+    is_of_segments,
+)
 
 REPOSITORY = Path(__file__).parents[2]
 Found = dict[str, dict[str, Any]]
@@ -80,6 +88,16 @@ def test_kernels_compile_and_fit_shared_memory(name: str, builds: Builds) -> Non
         )
         if target.arch == 75:
             assert not marks & {"bf16", "cp.async"}, kernel
+
+
+def test_the_prefill_kernel_for_hopper_overlaps_products_without_spills(builds: Builds) -> None:
+    found = {kernel: it for kernel, it in builds.of(WHOLE).items() if is_of_hopper(kernel)}
+    assert len(found) == 3
+    for kernel, it in found.items():
+        assert {"wgmma.", "cp.async"} <= set(it["marks"]), kernel
+        assert not it["stack bytes"], kernel
+        # each of the two groups of warps has six: at its first and last tile, and two a loop
+        assert it["waits"] == 12, kernel
 
 
 @pytest.mark.parametrize("name", FP8_TARGETS)

@@ -37,7 +37,15 @@ def fake(name: str = "cuda") -> Platform:
     return platform
 
 
-def choose(option: str, device: str = "cuda", **facts: Any) -> str:
+OWN = attention.Attention()
+H200 = "NVIDIA H200"
+
+
+def flash(generation: int) -> attention.Attention:
+    return attention.Attention.all_by(f"flash_attn_{generation}")
+
+
+def choose(option: str, device: str = "cuda", **facts: Any) -> attention.Attention:
     needs: dict[str, Any] = {
         "dtype": torch.float16,
         "head_dim": 128,
@@ -48,14 +56,53 @@ def choose(option: str, device: str = "cuda", **facts: Any) -> str:
     return attention.choose(option, fake(device), attention.Facts(**needs))
 
 
-def test_auto_is_the_device_s_own_kernels_whatever_is_installed(
+@pytest.fixture(autouse=True)
+def some_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    name_gpu(monkeypatch, "Some GPU")
+
+
+def name_gpu(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: name)
+
+
+def test_auto_is_the_device_s_own_kernels_where_nothing_was_measured(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    for generation in (2, 3):
+        fake_flash_attn.install(monkeypatch, generation)
+        for device in ("cuda", "cpu", "mps", "npu"):
+            assert choose("auto", device) == OWN
     fake_flash_attn.install(monkeypatch, 2)
-    for device in ("cuda", "cpu", "mps", "npu"):
-        assert choose("auto", device) == attention.OWN
-    assert choose("triton") == attention.OWN
-    assert choose("sdpa") == choose("sdpa", "cpu") == "sdpa"
+    name_gpu(monkeypatch, H200)
+    assert choose("auto") == choose("triton") == OWN
+    assert choose("sdpa") == choose("sdpa", "cpu") == attention.Attention.all_by("sdpa")
+
+
+def test_auto_takes_what_was_measured_to_be_faster_for_prefill(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name_gpu(monkeypatch, H200)
+    assert choose("auto") == OWN
+    fake_flash_attn.install_wheel(monkeypatch)
+    facts: dict[str, Any] = {"dtype": torch.bfloat16}
+    chosen = choose("auto", **facts)
+    keys = [chosen.key(*sizes) for sizes in ((1, 1), (1, 8192), (2048, 2048), (4096, 4096))]
+    assert keys == ["", "", "", "flash_attn_3"]
+    assert chosen.describe() == (
+        "decode: the device's own kernels; prefill steps of 4096 tokens and more: "
+        "flash-attn 3 (fa3-fwd 0.0.3)"
+    )
+    assert attention.default_block_size(chosen, fake(), 128) == 128
+    assert choose("auto", block_size=256, **facts) == chosen
+    for unsupported in (
+        {"dtype": torch.float16},
+        {"block_size": 64},
+        {"head_dim": 64},  # not measured
+        {"windows": (0, 4096)},
+        {"cache_dtype": torch.float8_e4m3fn},
+    ):
+        assert choose("auto", **{**facts, **unsupported}) == OWN
+    assert choose("triton", **facts) == OWN
 
 
 def test_an_npu_refuses_other_backends() -> None:
@@ -81,8 +128,8 @@ def test_a_cpu_refuses_a_gpu_s_backend(make_llm: Callable[..., LLM], name: str) 
         ((8, 6), "flash-attn is not installed", "pip install flash-attn --no-build-isolation"),
         (
             (9, 0),
-            "flash-attn-3 is not installed; flash-attn is not installed",
-            "pip install flash-attn --no-build-isolation",
+            "flash-attn-3 is not installed; fa3-fwd is not installed; flash-attn is not installed",
+            "pip install fa3-fwd",
         ),
     ],
 )
@@ -149,9 +196,41 @@ def test_what_flash_attn_cannot_do_is_named_with_its_limit(
     generation: int, facts: dict[str, Any], match: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake_flash_attn.install(monkeypatch, generation)
-    assert choose("flash_attn") == "flash_attn"
+    assert choose("flash_attn") == flash(generation)
     with pytest.raises(ValueError, match=f"attention_backend is 'flash_attn', but {match}"):
         choose("flash_attn", **facts)
+
+
+@pytest.mark.parametrize(
+    ("facts", "match"),
+    [
+        ({"dtype": torch.float16}, "dtype is float16, and fa3-fwd 0.0.3 was built without it"),
+        (
+            {"windows": (0, 4096)},
+            "a layer has a window of 4096 tokens, and fa3-fwd 0.0.3 was built without them",
+        ),
+        (
+            {"block_size": 64},
+            r"kvcache_block_size is 64, and flash-attn 3 takes multiples of 128 \(heads of 128, ",
+        ),
+    ],
+)
+def test_what_a_build_leaves_out_is_named(
+    facts: dict[str, Any], match: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_flash_attn.install_wheel(monkeypatch)
+    assert choose("flash_attn", dtype=torch.bfloat16) == flash(3)
+    with pytest.raises(ValueError, match=f"attention_backend is 'flash_attn', but {match}"):
+        choose("flash_attn", **{"dtype": torch.bfloat16, **facts})
+
+
+def test_an_older_interface_runs_what_the_newest_one_cannot(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fake_flash_attn.install_wheel(monkeypatch)
+    fake_flash_attn.add(monkeypatch, 2)
+    assert choose("flash_attn", dtype=torch.bfloat16) == flash(3)
+    assert choose("flash_attn", dtype=torch.float16) == flash(2)
 
 
 @pytest.mark.parametrize(
@@ -161,18 +240,18 @@ def test_blocks_and_capture_follow_the_backend(
     generation: int, tokens: int, static: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake_flash_attn.install(monkeypatch, generation)
-    platform = fake()
-    assert attention.default_block_size("flash_attn", platform) == tokens
+    platform, sdpa = fake(), attention.Attention.all_by("sdpa")
+    assert attention.default_block_size(flash(generation), platform, 128) == tokens
     assert (
-        attention.default_block_size("sdpa", platform)
-        == attention.default_block_size("", platform)
-        == attention.default_block_size("", platform, torch.bfloat16)
+        attention.default_block_size(sdpa, platform, 128)
+        == attention.default_block_size(OWN, platform, 128)
+        == attention.default_block_size(OWN, platform, 128, torch.bfloat16)
         == 64
     )
-    assert attention.default_block_size("", platform, torch.float8_e4m3fn) == 128
-    assert attention.recordable("flash_attn", platform) == (static, static)
-    assert attention.recordable("sdpa", platform) == (True, False)
-    assert attention.recordable("", platform) == (True, True)
+    assert attention.default_block_size(OWN, platform, 128, torch.float8_e4m3fn) == 128
+    assert attention.recordable(flash(generation)) == (static, static)
+    assert attention.recordable(sdpa) == (True, False)
+    assert attention.recordable(OWN) == (True, True)
 
 
 def info(capsys: pytest.CaptureFixture[str], device: str) -> dict[str, str]:
@@ -207,7 +286,8 @@ def test_the_info_on_a_gpu_says_what_runs_and_how_to_get_the_rest(
     if generation:
         version = fake_flash_attn.FAKES[generation][2]
         assert lines["flash_attn"].startswith(
-            f"can run: flash-attn {version}, interface {generation}"
+            f"can run: {'flash-attn-3' if generation == 3 else 'flash-attn'} {version}, "
+            f"interface {generation}"
         )
         assert ("multiple of 256 tokens" in lines["flash_attn"]) == (generation == 2)
     else:
@@ -233,7 +313,7 @@ def test_two_engines_each_with_its_own_attention(
     torch_s, own = make_llm(attention_backend="sdpa"), make_llm()
     assert tokens(torch_s, PROMPTS, GREEDY) == tokens(own, PROMPTS, GREEDY) == expected
     chosen = [llm.engine.runner.spec.attention for llm in (torch_s, own)]
-    assert chosen == ["sdpa", ""]
+    assert chosen == [attention.Attention.all_by("sdpa"), OWN]
 
 
 def test_graphs_hold_the_attention_that_was_asked_for_and_stores_keep_them_apart(

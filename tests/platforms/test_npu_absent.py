@@ -54,4 +54,4 @@ def test_options_of_an_npu_are_refused_elsewhere(options: dict[str, Any]) -> Non
 )
 def test_bad_options(options: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
-        EngineConfig("tiny-qwen3", **options)
+        EngineConfig.from_options("tiny-qwen3", options)

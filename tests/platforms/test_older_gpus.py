@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from nanovllm.kernels import ops
 from nanovllm.platforms.cuda import CudaPlatform
 from nanovllm.startup.choose import choose_dtype
 from tests.kernels import fake_flash_attn
@@ -50,7 +51,10 @@ def test_turing_has_fused_products_of_one_row_only(
     def taken() -> list[bool]:
         triton_common.has_matrix_units.cache_clear()
         fuse_linear: Any = dict(turing.passes(fuse=True))["fuse_linear"]
-        takes, weight = fuse_linear.keywords["takes"], torch.empty(1024, 2048, device="meta")
+        takes, weight = (
+            fuse_linear.keywords["takes"][ops.linear],
+            torch.empty(1024, 2048, device="meta"),
+        )
         return [
             takes(torch.empty(num_rows, 2048, device="meta"), weight, False, False)
             for num_rows in (1, 2, 64)
