@@ -7,7 +7,8 @@ taskset -c 0,1 python scripts/bench/busy_cpu.py     # two cores of a larger mach
 Prints one line per batch size, then JSON: tokens per second on an idle machine, and the share of it
 beside processes that compute without end: one (`busy`), and four for each core (`load`); and the
 share of each of two engines (`pair`). The idle speed is measured before and after each of these,
-since other programs may run as well; `idle` has all its values.
+since other programs may run as well; `idle` has all its values. An engine settles for a second
+before: its threads remember for so long that the machine was busy.
 
 The environment of the engines is that of this process: with OMP_WAIT_POLICY or another TREE
 (`--tree`, a checkout of another revision) the same run measures another way of waiting.
@@ -30,6 +31,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 BUSY = "while True: pass"
+SETTLE_SECONDS = 1.2  # kernels/cpu/threads.h: the longest pause of the helpers, and a little more
 ANSWER = "tokens per second:"
 
 
@@ -113,6 +115,7 @@ def measure(engines: Sequence[Engine], batch: int, args: argparse.Namespace) -> 
     shares: dict[str, list[float]] = {"busy": [], "load": [], "pair": []}
 
     def share(name: str, speeds: Sequence[float]) -> None:
+        first.speed(batch, SETTLE_SECONDS)
         idle.append(first.speed(batch, args.seconds))
         shares[name] += [speed / statistics.mean(idle[-2:]) for speed in speeds]
 

@@ -27,7 +27,7 @@ LOOPS = build.Arguments(
 
 
 @pytest.fixture(scope="module")
-def wrong_items(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., int]:
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     folder = tmp_path_factory.mktemp("threads")
     source = Path(__file__).with_name("threads_under_test.cpp")
     for header in Path(build.__file__).parent.glob("*.h"):
@@ -35,6 +35,15 @@ def wrong_items(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., int]:
     library = build.load(Path(shutil.copy(source, folder)), [LOOPS])
     library.nanovllm_loop.restype = ctypes.c_void_p
     cpu_library.lend_threads(library, library)
+    library.nanovllm_pauses_loop.argtypes = (ctypes.c_int64,) * 5
+    library.nanovllm_pauses_time_alone.argtypes = (ctypes.c_int64,)
+    library.nanovllm_pauses_time_alone.restype = ctypes.c_int64
+    return library
+
+
+@pytest.fixture(scope="module")
+def wrong_items(compiled: ctypes.CDLL) -> Callable[..., int]:
+    library = compiled
     library.nanovllm_wrong_items.argtypes = (ctypes.c_char_p,)
     library.nanovllm_wrong_items.restype = ctypes.c_int64
     return lambda *values: int(library.nanovllm_wrong_items(LOOPS.pack(*values)))
@@ -54,6 +63,71 @@ def test_every_item_runs_exactly_once(
 ) -> None:
     arguments = num_loops, max_items, num_threads, num_callers, sleep_every
     assert all(wrong_items(*arguments, seed) == 0 for seed in range(3))
+
+
+class Caller:
+    """A caller of loops at times in microseconds, whose helpers pause by the rules of threads.h."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.library, self.now = library, 1_000_000
+        library.nanovllm_pauses_begin()
+
+    def loop(self, own: int, others: int, wait: int = 0) -> None:
+        """Items of a microsecond: `own` run by the caller, `others` by a helper, then a wait."""
+        self.now += own + wait
+        self.library.nanovllm_pauses_loop(own * 1000, own, others, wait * 1000, self.now * 1000)
+
+    @property
+    def time_alone(self) -> float:
+        """For how long the next loop runs without helpers."""
+        return self.library.nanovllm_pauses_time_alone(self.now * 1000) / 1000
+
+    def pause(self) -> int:
+        """Microseconds until helpers are tried again."""
+        begin = self.now
+        while self.time_alone:
+            self.now += 100
+        return self.now - begin
+
+
+def test_helpers_pause_after_they_held_up_the_caller(compiled: ctypes.CDLL) -> None:
+    caller = Caller(compiled)
+    caller.loop(50, 50, wait=900)  # less than a time slice
+    assert caller.time_alone == 0
+    caller.loop(50, 50, wait=4000)
+    assert caller.time_alone == 4000, "a longer loop is worth the wait"
+    assert caller.pause() == pytest.approx(16_000, abs=200), "four waits"
+
+
+def test_pauses_grow_while_helpers_stay_late_and_end_within_a_second(compiled: ctypes.CDLL) -> None:
+    caller, pauses = Caller(compiled), []
+    for _ in range(9):
+        caller.loop(50, 50, wait=4000)
+        pauses.append(caller.pause())
+    assert pauses[:3] == [pytest.approx(16_000 * 2**n, abs=200) for n in range(3)]
+    assert max(pauses) == pytest.approx(1_000_000, abs=200)
+    for _ in range(40):  # 50 µs of gain each
+        caller.now += 100_000
+        caller.loop(50, 50)
+    caller.loop(50, 50, wait=4000)
+    assert caller.pause() == pytest.approx(16_000, abs=200), "they helped for long"
+
+
+def test_gains_of_helpers_pay_for_their_waits(compiled: ctypes.CDLL) -> None:
+    caller = Caller(compiled)
+    for _ in range(100):
+        caller.loop(100, 100)
+    caller.loop(100, 100, wait=9000)
+    assert caller.time_alone == 0
+    caller.loop(100, 100, wait=9000)
+    assert caller.time_alone == 9000
+
+
+def test_loops_longer_than_the_wait_keep_their_helpers(compiled: ctypes.CDLL) -> None:
+    caller = Caller(compiled)
+    for _ in range(20):
+        caller.loop(6000, 0, wait=5000)
+    assert caller.time_alone == 0
 
 
 def test_a_forked_process_has_threads_of_its_own() -> None:

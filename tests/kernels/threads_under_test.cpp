@@ -29,3 +29,16 @@ extern "C" int64_t nanovllm_wrong_items(const Loops* loops) {
   for (auto& caller : callers) caller.join();
   return num_wrong.load();
 }
+
+// The pauses of one caller's helpers, with the test's own times.
+static Pauses pauses;
+
+extern "C" void nanovllm_pauses_begin() { pauses = Pauses(); }
+
+extern "C" void nanovllm_pauses_loop(int64_t own, int64_t num_own, int64_t num_others, int64_t wait,
+                                     int64_t now) {
+  pauses.helped(own, num_own, num_others, 1);
+  if (wait > 0) pauses.waited(own, wait, now);
+}
+
+extern "C" int64_t nanovllm_pauses_time_alone(int64_t now) { return pauses.time_alone(now); }
