@@ -110,16 +110,20 @@ setup(
         "safetensors>=0.5",
         "huggingface_hub>=1.0",
         "jinja2>=3.1.6",
+        "msgspec>=0.19",
         "numpy>=1.26",
         "tqdm>=4.66.3",
     ],
     extras_require={
-        "flash-attn": ["flash-attn>=2.5"],  # needs --no-build-isolation
+        "audio": ["av>=17.1"],
+        # For Hopper. Other GPUs build flash-attn from source: docs/gpus.md has the commands.
+        "flash-attn": [
+            "fa3-fwd>=0.0.3; platform_system == 'Linux' and platform_machine == 'x86_64'"
+        ],
         "ray": ["ray>=2.56"],
         "serve": [
             "httptools>=0.6",
             "llguidance>=1.9",
-            "msgspec>=0.19",
             "prometheus_client>=0.22",
             "starlette>=1.3.1",
             "uvicorn>=0.34",
@@ -139,7 +143,6 @@ setup(
             "httpx>=0.28",
             "hypothesis>=6.100",
             "jsonschema>=4.20",
-            "msgspec>=0.19",
             "openai>=2.0",
             "prometheus_client>=0.22",
             "schemathesis>=4.0",

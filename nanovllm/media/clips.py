@@ -5,16 +5,15 @@ Which frames count is up to the checkpoint's video processor: `sampled`.
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from nanovllm import extras
-from nanovllm.media import pictures
+from nanovllm.media import libav, pictures
 from nanovllm.media.pictures import Pixels
 from nanovllm.media.settings import VideoSettings
 
@@ -22,8 +21,7 @@ from nanovllm.media.settings import VideoSettings
 CODECS = ("h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mjpeg")
 _DECODERS = (*CODECS, "libvpx", "libvpx-vp9", "libdav1d", "libaom-av1")  # FFmpeg's names
 NUM_THREADS = 4  # of one video's decoder
-# The container by its first bytes. FFmpeg's own guess would also read playlists, whose entries
-# name other files and addresses.
+# The container by its first bytes
 CONTAINERS = ((4, b"ftyp", "mp4"), (0, b"\x1a\x45\xdf\xa3", "matroska"), (8, b"AVI ", "avi"))
 
 
@@ -85,8 +83,8 @@ def of_file(
     kinds = [kind for at, magic, kind in CONTAINERS if data[at : at + len(magic)] == magic]
     if not kinds:
         raise ValueError("the data are no video, or not in MP4, WebM, Matroska or AVI")
-    av = pyav()
-    with _broken_as_value_error(av), _opened(av, data, kinds[0]) as container:
+    opened = partial(libav.opened, pyav(), data, kinds[0], _DECODERS, "video")
+    with opened() as container:
         stream = _video_stream(container)
         pictures.check_pixels(stream.width, stream.height, max_pixels)
         rate, num_frames = stream.average_rate, stream.frames
@@ -95,7 +93,7 @@ def of_file(
             num_frames = sum(packet.size > 0 for packet in container.demux(stream))
 
     def pick(chosen: Iterable[int]) -> Iterator[Pixels]:
-        with _broken_as_value_error(av), _opened(av, data, kinds[0]) as container:
+        with opened() as container:
             yield from _frames(container, chosen, stream_pixels)
 
     if num_frames < 1:
@@ -124,44 +122,17 @@ def _frames(container: Any, chosen: Iterable[int], num_pixels: int) -> Iterator[
             raise ValueError("the video has fewer frames than it says: it is corrupt or truncated")
 
 
-def _opened(av: Any, data: bytes, kind: str) -> Any:
-    # no protocol: a file inside the file is not opened; no other codec, for sound neither
-    options = {"protocol_whitelist": "none", "codec_whitelist": ",".join(_DECODERS)}
-    return av.open(io.BytesIO(data), format=kind, options=options)
-
-
 def _video_stream(container: Any) -> Any:
     if not container.streams.video:
         raise ValueError("the file has no video in it")
     stream = container.streams.video[0]
-    name = stream.codec_context.name
-    if name not in _DECODERS:
-        raise ValueError(f"the video is encoded as {name}: the codecs {', '.join(CODECS)} are read")
+    libav.checked(stream, _DECODERS, CODECS, "video")
     return stream
-
-
-class _broken_as_value_error:
-    """PyAV's errors, which have names of files in them, as a ValueError."""
-
-    def __init__(self, av: Any) -> None:
-        self._errors = av.FFmpegError
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        # PyAV's errors can be of Python's types as well
-        if isinstance(error, self._errors) and not isinstance(error, MemoryError):
-            raise ValueError("the video cannot be decoded: it is corrupt or truncated") from None
 
 
 def pyav() -> Any:
     """The module av. Raises ValueError if PyAV is not installed."""
-    try:
-        import av
-    except ImportError:
-        raise ValueError(f"video files need PyAV: {extras.install('video')}") from None
-    return av
+    return libav.pyav("video files", "video")
 
 
 def sampled(clip: Clip, settings: VideoSettings) -> Sequence[int]:

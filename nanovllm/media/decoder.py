@@ -1,10 +1,10 @@
-"""The program of a process that decodes pictures and video files which others have sent.
+"""The program of a process that decodes pictures, videos and sound which others have sent.
 
 A decoder may crash, run for minutes or take all memory. Here it ends this process alone, and the
 process that serves requests can kill this one at any time (`decoders.py`).
 
-Requests and answers are lines of JSON. A file, and then the pixels of each picture or frame, are at
-the start of a shared file in memory, whose descriptor is the argument.
+Requests and answers are lines of JSON. A file, and then the pixels of each picture or frame or the
+samples, are at the start of a shared file in memory, whose descriptor is the argument.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from nanovllm import programs
-from nanovllm.media import clips, pictures
+from nanovllm.media import clips, pictures, sounds
 from nanovllm.media.memory import BYTES_PER_PIXEL
 from nanovllm.media.pictures import Pixels
 
@@ -28,6 +28,7 @@ PAGE_BYTES = 4096
 LIBRARY_BYTES = 768 << 20
 KEPT_BYTES = 32 << 20  # of memory for the next picture: new pages take time
 _PR_SET_PDEATHSIG = 1  # from Linux's prctl.h
+PYAV = {"video": clips.pyav, "audio": sounds.pyav}  # what needs it
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from malloc.h
 
 
@@ -65,23 +66,31 @@ class _Decoding:
                 _write({"has_no_memory": True})
 
     def _answer(self, request: dict[str, Any]) -> None:
-        if request["kind"] == "video" and not self._has_av:
-            clips.pyav()
+        kind = request["kind"]
+        if kind in PYAV and not self._has_av:
+            PYAV[kind]()
             self._own_bytes, self._has_av = _size_bytes(), True
         self._allow(request["memory_bytes"])
         data = read_all(self._shared, request["num_bytes"])
-        if request["kind"] == "image":
-            self._share(pictures.decode(data, request["max_pixels"], self._reserve))
-            return
-        limits = request["max_pixels"], request["max_video_pixels"]
-        clip = clips.of_file(data, *limits, self._reserve)
-        _write({"num_frames": clip.num_frames, "fps": clip.fps})
-        for pixels in clip.pick(_wanted()):
-            self._share(pixels)
+        if kind == "image":
+            self._share(pictures.decode(data, request["max_pixels"], self._reserve_pixels))
+        elif kind == "audio":
+            limits = request["rate"], request["max_seconds"]
+            samples = sounds.of_file(data, *limits, self._reserve)
+            write_all(self._shared, samples)
+            _write({"num_samples": len(samples)})
+        else:
+            limits = request["max_pixels"], request["max_video_pixels"]
+            clip = clips.of_file(data, *limits, self._reserve_pixels)
+            _write({"num_frames": clip.num_frames, "fps": clip.fps})
+            for pixels in clip.pick(_wanted()):
+                self._share(pixels)
 
-    def _reserve(self, num_pixels: int) -> None:
-        """Asks for the memory to decode so many pixels."""
-        num_bytes = num_pixels * BYTES_PER_PIXEL
+    def _reserve_pixels(self, num_pixels: int) -> None:
+        self._reserve(num_pixels * BYTES_PER_PIXEL)
+
+    def _reserve(self, num_bytes: int) -> None:
+        """Asks for the memory to decode."""
         if num_bytes > self._allowed_bytes:
             _write({"needs_bytes": num_bytes})
             reply = _read()

@@ -1,4 +1,4 @@
-"""The engine's side of the processes that decode pictures and video files (`decoder.py`)."""
+"""The engine's side of the processes that decode pictures, videos and sound (`decoder.py`)."""
 
 from __future__ import annotations
 
@@ -17,14 +17,17 @@ from typing import Any
 import numpy as np
 
 from nanovllm import programs
-from nanovllm.media import pictures
+from nanovllm.media import pictures, sounds
 from nanovllm.media.clips import Clip
 from nanovllm.media.decoder import read_all, write_all
 from nanovllm.media.memory import LOOK_S, Part
 from nanovllm.media.options import MediaOptions
 from nanovllm.media.pictures import Pixels
+from nanovllm.media.sounds import Samples
+from nanovllm.programs import DoesNotStart
 
 _START_S = 30.0  # to import the libraries
+_START_TRIES = 2  # something else may end a process, such as a lack of memory
 _KEPT_BYTES = 16 << 20  # of a shared file; memory that is in use already is faster than new one
 _LINE_BYTES = 1 << 16
 
@@ -51,11 +54,19 @@ class Decoder:
     def picture(self, data: bytes, part: Part) -> Pixels:
         """An encoded picture as RGB, read-only.
 
-        Raises ValueError if it cannot be read or exceeds a limit, and MemoryError if it needs more
-        memory than a picture of its size may take. The process ends if it is late, or if the part's
-        `check` raises.
+        Raises ValueError if it cannot be read or exceeds a limit, MemoryError if it needs more
+        memory than a picture of its size may take, and DoesNotStart. The process ends if it is
+        late, or if the part's `check` raises.
         """
         return self._pixels(self._begin("image", data, part))
+
+    def sound(self, data: bytes, part: Part, rate: int, max_seconds: float) -> Samples:
+        """The samples of a file at this rate, read-only. Raises as `picture`."""
+        answer = self._begin("audio", data, part, rate=rate, max_seconds=max_seconds)
+        sounds.check_length(answer["num_samples"], rate, max_seconds)
+        return np.frombuffer(
+            self._read(answer["num_samples"] * sounds.BYTES_PER_SAMPLE), np.float32
+        )
 
     @contextlib.contextmanager
     def clip(self, data: bytes, part: Part) -> Iterator[Clip]:
@@ -85,7 +96,7 @@ class Decoder:
             os.close(self._shared)
             self._shared = -1
 
-    def _begin(self, kind: str, data: bytes, part: Part) -> dict[str, Any]:
+    def _begin(self, kind: str, data: bytes, part: Part, **wanted: float) -> dict[str, Any]:
         """Send a file; the first answer."""
         if self._process is None or self._process.poll() is not None:
             self._start(part)
@@ -94,20 +105,30 @@ class Decoder:
         request = {
             "kind": kind, "num_bytes": len(data), "memory_bytes": part.num_bytes,
             "max_pixels": self._options.max_image_pixels,
-            "max_video_pixels": self._options.max_video_pixels,
+            "max_video_pixels": self._options.max_video_pixels, **wanted,
         }  # fmt: skip
         return self._asked(request, part)
 
     def _start(self, part: Part) -> None:
-        self.close()
-        self._shared = _new_shared()
-        try:
-            self._process = start(self._shared)
-            if not self._line(time.monotonic() + _START_S, part):
-                raise ValueError("the process that decodes it does not start")
-        except BaseException:
+        """Start the process, and again if it ends before it is ready."""
+        deadline = time.monotonic() + _START_S
+        for _ in range(_START_TRIES):
             self.close()
-            raise
+            try:
+                self._shared = _new_shared()
+                self._process = start(self._shared)
+                if self._line(deadline, part):
+                    return
+            except OSError as error:
+                self.close()
+                raise DoesNotStart(
+                    f"the process that decodes it does not start: {error.strerror}"
+                ) from None
+            except BaseException:
+                self.close()
+                raise
+        self.close()
+        raise DoesNotStart("the process that decodes it does not start")
 
     def _asked(self, request: dict[str, Any], part: Part) -> dict[str, Any]:
         """The answer to a request. Kills the process unless it can take the next one."""
@@ -167,10 +188,14 @@ class Decoder:
     def _pixels(self, answer: dict[str, Any]) -> Pixels:
         height, width = answer["height"], answer["width"]
         pictures.check_pixels(width, height, self._options.max_image_pixels)
-        data = read_all(self._shared, height * width * 3)
+        data = self._read(height * width * 3)
+        return np.frombuffer(data, np.uint8).reshape(height, width, 3)
+
+    def _read(self, num_bytes: int) -> bytes:
+        data = read_all(self._shared, num_bytes)
         if len(data) > _KEPT_BYTES:
             os.ftruncate(self._shared, _KEPT_BYTES)
-        return np.frombuffer(data, np.uint8).reshape(height, width, 3)
+        return data
 
 
 class Decoders:

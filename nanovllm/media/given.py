@@ -20,7 +20,8 @@ UNUSED_METADATA = ("duration", "width", "height", "video_backend")
 # keys of parts: OpenAI's and vLLM's of references, and those of pictures in memory
 REFERENCES = {"image_url": IMAGE, "video_url": VIDEO, "audio_url": AUDIO}
 VALUES = {"image": IMAGE, "image_pil": IMAGE, "video": VIDEO, "audio": AUDIO}
-ENCODED = {"input_audio": AUDIO}  # base64 and its format
+ENCODED = {"input_audio": AUDIO}  # base64 and its format, which is one of:
+FORMATS = ("wav", "mp3", "flac", "ogg", "opus", "m4a", "mp4", "aac", "webm")
 DETAILS = ("auto", "low", "high", None)
 TYPES = (*REFERENCES, *VALUES, *ENCODED)
 
@@ -203,14 +204,17 @@ def _url(name: str, value: Any) -> str:
 
 
 def _data_url(name: str, value: Any) -> str:
-    """The data URL of the value of input_audio: {"data": base64, "format": "wav"}."""
+    """The data URL of the value of input_audio: {"data": base64, "format": "mp3"}. The first bytes
+    of the data say what they are, whatever the format."""
     if not isinstance(value, Mapping) or value.keys() != {"data", "format"}:
         raise ValueError(f"{name} must have the keys 'data' and 'format'")
-    if value["format"] != "wav":
-        raise ValueError(f"{name} has the format {value['format']!r}: only 'wav' is supported")
+    if value["format"] not in FORMATS:
+        raise ValueError(
+            f"{name} has the format {value['format']!r}: use one of {', '.join(FORMATS)}"
+        )
     if not isinstance(value["data"], str):
         raise ValueError(f"{name} has data of type {type(value['data']).__name__}: give base64")
-    return f"data:audio/wav;base64,{value['data']}"
+    return f"data:audio/{value['format']};base64,{value['data']}"
 
 
 def check_counts(given: Sequence[Given], options: MediaOptions) -> None:

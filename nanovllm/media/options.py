@@ -30,9 +30,10 @@ class MediaOptions:
     max_prompt_bytes: bytes of all encoded images, videos and clips of one prompt.
     max_patches_bytes: bytes of the patches of one image or video.
     media_timeout_s: seconds for one remote download, in all.
-    decode_timeout_s: seconds to decode one image or video file. Beyond them its decoder is ended.
+    decode_timeout_s: seconds to decode one file. Beyond them its decoder is ended.
     max_decoding_bytes: memory of all decoders. An image or frame counts with 24 bytes for each
-        pixel. One that exceeds the limit alone is decoded when no other large one is.
+        pixel, sound with 8 for each sample of the longest clip. One that exceeds the limit alone
+        is decoded when no other large one is.
     num_media_workers: threads that decode, resize and patch the media of one prompt. There is one
         more for other prompts. Each has a process that decodes, which starts when it is needed.
     media_cache_bytes: bytes of prepared images, videos and clips that are kept for later prompts.

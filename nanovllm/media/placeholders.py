@@ -39,7 +39,7 @@ class Placeholders:
     """The special tokens of a checkpoint. The names are those of Qwen's vision models.
 
     with_times: the prompt has the time before each patch of a video, and the two border tokens
-    around it (Qwen3-VL). audio_token: empty for a model that does not hear.
+    around it (Qwen3-VL). audio_token: empty for a model without an audio encoder.
     """
 
     tokenizer: TextEncoder

@@ -1,7 +1,7 @@
 """Images and videos to patches, clips of sound to mel features: in threads, several at a time, with
 a cache by content.
 
-Encoded pictures and video files are decoded in processes (`decoders.py`), since their decoders can
+Encoded pictures, videos and sound are decoded in processes (`decoders.py`), since decoders can
 crash, hang or need all memory. All else is done in threads: Pillow, NumPy, zlib and hashlib let
 other threads run during their work, and a process would have to send megabytes of patches.
 docs/media.md has the figures.
@@ -31,14 +31,15 @@ from nanovllm.media.options import MediaOptions
 from nanovllm.media.patches import Grid
 from nanovllm.media.pictures import Pixels
 from nanovllm.media.settings import PatchSettings, VisionSettings
+from nanovllm.programs import DoesNotStart
 
 
 @dataclass(frozen=True)
 class Prepared:
     """An image, video or clip as the model's tower and the prompt need it.
 
-    values: the patches [P, C] or the mel features [frames, mel bins], float32. Prompts share it:
-        nobody may write to it.
+    values: the patches [P, C] or the mel features [frames, mel bins], float32. Prompts share it,
+        so it must not be written to.
     grid: patches over time, height and width, whose product is P; of a clip (frames,).
     num_tokens: placeholder tokens in the prompt.
     digest: SHA-256 of the salt, the decoded pixels or samples, the times of frames and the
@@ -93,8 +94,8 @@ class Preparation:
         return all(one.done() for one in self._futures)
 
     def result(self, timeout_s: float | None = None) -> list[Prepared]:
-        """All items in the order in which they were given. Raises the first item's ValueError,
-        CancelledError after `cancel`, or TimeoutError."""
+        """All items in the order in which they were given. Raises the first item's ValueError or
+        DoesNotStart, CancelledError after `cancel`, or TimeoutError."""
         wait(self._futures, timeout_s, FIRST_EXCEPTION)
         try:
             for one in self._futures:
@@ -161,6 +162,8 @@ class Preparer:
             raise ValueError(f"{given.name}: {error}") from None
         except MemoryError:
             raise ValueError(f"{given.name}: there is not enough memory for it") from None
+        except DoesNotStart as error:
+            raise DoesNotStart(f"{given.name}: {error}") from None
 
     def _image(self, given: Given, budget: _Budget) -> Prepared:
         encoded = b""
@@ -198,7 +201,7 @@ class Preparer:
     def _audio(self, given: Given, budget: _Budget) -> Prepared:
         settings, encoded = self.settings.audio, b""
         if settings is None:
-            raise ValueError("this model does not hear")
+            raise ValueError("this model has no audio encoder")
         rate, longest = settings.sampling_rate, min(self.options.max_audio_s, settings.chunk_length)
         if isinstance(given.value, str):
             data = self._read(given.value, AUDIO, budget)
@@ -206,7 +209,8 @@ class Preparer:
             known = self._known(encoded)
             if known is not None:
                 return known
-            samples = sounds.of_wav(data, rate, longest)
+            with self._memory.part(budget.check) as part, self._decoders.one() as decoder:
+                samples = decoder.sound(data, part, rate, longest)
         else:
             values, given_rate = given.value
             samples = sounds.of_array(values, given_rate, rate, longest)

@@ -130,7 +130,7 @@ class AudioSettings:
 
 @dataclass(frozen=True)
 class VisionSettings:
-    """What a checkpoint says about pictures, and about sound if it hears.
+    """What a checkpoint says about pictures, and about sound if its model takes sound.
 
     with_times: its prompts have the times of frames. tokens: its special tokens, by the fields of
     `Placeholders`, where they are not the defaults.

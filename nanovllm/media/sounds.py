@@ -1,40 +1,45 @@
-"""Arrays of samples and WAV files to one channel of float32 samples.
-
-WAV files are read here: the standard library's `wave` reads neither floats nor, before Python 3.12,
-the extensible form of the header.
-"""
+"""Arrays of samples and files of sound to one channel of float32 samples at a model's rate, through
+PyAV."""
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from nanovllm.media import clips, libav
 from nanovllm.media.pictures import as_array
 
 Samples = np.ndarray[Any, np.dtype[np.float32]]
 
+BYTES_PER_SAMPLE = 4
 MAX_CHANNELS = 8
+RATES = range(1000, 768_001)  # Hz; the resampler's filter grows with the ratio of two rates
 # Floats of this level are no samples between -1 and 1, not even loud ones that exceed them.
 MAX_LEVEL = 8.0
-PCM, FLOAT, EXTENSIBLE = 1, 3, 0xFFFE  # format tags
-MAX_PARTS = 1000  # of a file
-UNKNOWN_SIZE = 0xFFFFFFFF  # of files that were written to a pipe: the samples go to the end
-# numpy's dtype of a sample, by format tag and bits; those of 24 bits are made of three bytes
-DTYPES = {
-    (PCM, 8): "u1", (PCM, 16): "<i2", (PCM, 24): "u1", (PCM, 32): "<i4", (FLOAT, 32): "<f4",
-    (FLOAT, 64): "<f8",
-}  # fmt: skip
 LEVELS = {"u1": 1 << 7, "i2": 1 << 15, "i4": 1 << 31}  # full scale of integers
+# All containers can name any of FFmpeg's decoders, of which few are in wide use and well tested.
+CODECS = ("mp3", "aac", "flac", "vorbis", "opus", "alac", "pcm_alaw", "pcm_mulaw", "pcm_u8",
+          "pcm_s16le", "pcm_s24le", "pcm_s32le", "pcm_f32le", "pcm_f64le")  # fmt: skip
+_DECODERS = (*CODECS, "mp3float")  # FFmpeg's names
+# The container by its first bytes; MP3 and AAC without one begin with a frame or an ID3 tag.
+CONTAINERS = (
+    *clips.CONTAINERS, (8, b"WAVE", "wav"), (0, b"fLaC", "flac"), (0, b"OggS", "ogg")
+)  # fmt: skip
+# Containers that say how long they are. The end of AAC may lack a few frames of silence.
+_MOST_MISSING = {"wav": 0, "flac": 0, "mp4": 4096}
+_PIPE_BYTES = 0x7FFF_0000  # sizes from here on stand in WAV files that were written to a pipe
 
 
 def of_array(value: Any, rate: Any, wanted_rate: int, max_seconds: float) -> Samples:
-    """The samples of an array [N], [channels, N] or [N, channels]; the mean of its channels.
+    """The samples of an array [N], [channels, N] or [N, channels]: the mean of its channels, at the
+    wanted rate.
 
     Floats have a full scale of 1, integers that of their type: uint8, int16 or int32. Raises
     ValueError for other types, shapes and rates, for too many samples and for what is no sound.
+    Another rate than the wanted one needs PyAV.
     """
     try:
         array = as_array(value)
@@ -51,97 +56,148 @@ def of_array(value: Any, rate: Any, wanted_rate: int, max_seconds: float) -> Sam
             f"the samples have shape {list(np.shape(value))}: it must be [samples] or [channels, "
             f"samples] with at most {MAX_CHANNELS} channels"
         )
-    _check(int(rate), array.shape[1], wanted_rate, max_seconds)
-    return _mono(_floats(array))
+    _check_rate(int(rate))
+    check_length(array.shape[1], int(rate), max_seconds)
+    samples = _mono(_floats(array))
+    return samples if rate == wanted_rate else _resampled(samples, int(rate), wanted_rate)
 
 
-def of_wav(data: bytes, wanted_rate: int, max_seconds: float) -> Samples:
-    """The samples of a WAV file. Raises ValueError as `of_array` does, and for damaged files."""
-    if data[:4] != b"RIFF" or data[8:12] != b"WAVE":
-        raise ValueError("the data are no WAV file: other formats of sound are not read")
-    parts = dict(_parts(data))
-    if b"fmt " not in parts or b"data" not in parts:
-        raise ValueError("the WAV file has no header or no samples: it is corrupt or truncated")
-    header = _header(data[slice(*parts[b"fmt "])])
-    begin, end = parts[b"data"]
-    num = (end - begin) // header.step
-    _check(header.rate, num, wanted_rate, max_seconds)
-    dtype = DTYPES[header.tag, header.bits]
-    raw = np.frombuffer(data[begin : begin + num * header.step], dtype)
-    if header.bits == 24:
-        raw = _of_24_bits(raw)
-    return _mono(_floats(raw.reshape(num, header.channels).T))
+def of_file(
+    data: bytes,
+    wanted_rate: int,
+    max_seconds: float,
+    reserve: Callable[[int], object] = lambda num_bytes: None,
+) -> Samples:
+    """The same of a file's first stream of sound: WAV, MP3, FLAC, Ogg, AAC, and what MP4, WebM,
+    Matroska and AVI have. Calls `reserve` with the bytes that it needs before decoding.
+
+    Raises ValueError for other files and codecs, for damaged files and for too many seconds.
+    """
+    kind = _container(data)
+    if kind is None:
+        raise ValueError("the data are no sound, or not in WAV, MP3, FLAC, Ogg, AAC, MP4 or WebM")
+    if kind == "wav":
+        _check_whole(data)
+    with libav.opened(pyav(), data, kind, _DECODERS, "sound") as container:
+        source = _source(container, kind)
+        if source.num_samples is not None:
+            check_length(source.num_samples, source.rate, max_seconds)
+        most = math.ceil(max_seconds * wanted_rate)
+        reserve(2 * BYTES_PER_SAMPLE * most)  # pieces, and the whole
+        pieces = list(_pieces(container, source, kind, wanted_rate, max_seconds))
+    samples = np.concatenate(pieces) if pieces else np.zeros(0, np.float32)
+    check_length(len(samples), wanted_rate, max_seconds)
+    return samples
 
 
-class _Header(NamedTuple):
-    """`step` is the bytes of one sample of all channels."""
-
-    tag: int
-    channels: int
-    rate: int
-    step: int
-    bits: int
-
-
-def _header(part: bytes) -> _Header:
-    if len(part) < 16:
-        raise ValueError("the WAV file has no whole header: it is corrupt or truncated")
-    tag, channels, rate, _, step, bits = struct.unpack("<HHIIHH", part[:16])
-    if tag == EXTENSIBLE and len(part) >= 26:
-        (tag,) = struct.unpack("<H", part[24:26])
-    if (tag, bits) not in DTYPES:
-        raise ValueError(
-            f"the WAV file has format {tag} with {bits} bits: integers of 8, 16, 24 or 32 bits and "
-            "floats of 32 or 64 bits are read"
-        )
-    if not 1 <= channels <= MAX_CHANNELS or step != channels * bits // 8:
-        raise ValueError(
-            f"the WAV file has {channels} channels in {step} bytes: at most {MAX_CHANNELS} "
-            "channels are read"
-        )
-    return _Header(tag, channels, rate, step, bits)
-
-
-def _parts(data: bytes) -> Iterator[tuple[bytes, tuple[int, int]]]:
-    """The names of a file's parts, and where their content begins and ends."""
-    at, num = 12, 0
-    while at + 8 <= len(data):
-        num += 1
-        if num > MAX_PARTS:
-            raise ValueError(f"the WAV file has more than {MAX_PARTS} parts")
-        name, (size,) = data[at : at + 4], struct.unpack("<I", data[at + 4 : at + 8])
-        begin, left = at + 8, len(data) - at - 8
-        if name == b"data" and size == UNKNOWN_SIZE:
-            size = left
-        if size > left:
-            raise ValueError(
-                f"the WAV file says that a part has {size} bytes, but {left} are left: it is "
-                "corrupt or truncated"
-            )
-        yield name, (begin, begin + size)
-        at = begin + size + size % 2
-
-
-def _check(rate: int, num: int, wanted_rate: int, max_seconds: float) -> None:
-    if rate != wanted_rate:
-        raise ValueError(
-            f"its sampling rate is {rate} Hz, but the model hears {wanted_rate} Hz: resample it"
-        )
+def check_length(num: int, rate: int, max_seconds: float) -> None:
+    """Raises ValueError unless there are samples, and not too many."""
     if not num:
         raise ValueError("it has no samples")
-    if num > max_seconds * rate:
-        most = int(max_seconds * rate)
+    most = math.ceil(max_seconds * rate)
+    if num > most:
         raise ValueError(
             f"it has {num} samples ({num / rate:.1f} s): at most {most} ({max_seconds:g} s) are "
             "allowed"
         )
 
 
-def _of_24_bits(raw: np.ndarray) -> np.ndarray:
-    """Integers of 32 bits whose upper three bytes are given."""
-    whole = np.zeros((len(raw) // 3, 4), np.uint8)
-    whole[:, 1:] = raw.reshape(-1, 3)
-    return whole.reshape(-1).view("<i4")
+def pyav() -> Any:
+    """The module av. Raises ValueError if PyAV is not installed."""
+    return libav.pyav("files of sound and other sampling rates than the model's", "audio")
+
+
+class _Source(NamedTuple):
+    """A stream of sound. `num_samples` is None if the file does not say it."""
+
+    stream: Any
+    rate: int
+    channels: int
+    num_samples: int | None
+
+
+def _container(data: bytes) -> str | None:
+    at = 0
+    if (
+        data[:3] == b"ID3" and len(data) >= 10
+    ):  # a tag before the sound, with its size in 7 bits each
+        at = 10 + sum(byte << shift for byte, shift in zip(data[6:10], (21, 14, 7, 0)))
+    kinds = [kind for i, magic, kind in CONTAINERS if data[at + i : at + i + len(magic)] == magic]
+    if kinds:
+        return kinds[0]
+    head = int.from_bytes(data[at : at + 2].ljust(2), "big")
+    if head & 0xFFF6 == 0xFFF0:
+        return "aac"
+    return "mp3" if at or head & 0xFFE6 == 0xFFE2 else None
+
+
+def _check_whole(data: bytes) -> None:
+    """FFmpeg takes a WAV file that has less than it says as a shorter one."""
+    # the size lacks 8 bytes of the file; some programs count them
+    num_bytes = int.from_bytes(data[4:8], "little")
+    if len(data) < num_bytes < _PIPE_BYTES:
+        raise ValueError(
+            f"the WAV file says that it has {num_bytes + 8} bytes, but has {len(data)}: it is "
+            "corrupt or truncated"
+        )
+
+
+def _source(container: Any, kind: str) -> _Source:
+    if not container.streams.audio:
+        raise ValueError("the file has no sound in it")
+    stream = container.streams.audio[0]
+    context = libav.checked(stream, _DECODERS, CODECS, "sound")
+    rate, channels = context.sample_rate, context.channels
+    _check_rate(rate)
+    if not 1 <= channels <= MAX_CHANNELS:
+        raise ValueError(f"it has {channels} channels: 1 to {MAX_CHANNELS} are read")
+    num = None
+    if kind in _MOST_MISSING and stream.duration is not None:
+        num = round(stream.duration * stream.time_base * rate)
+    return _Source(stream, rate, channels, num)
+
+
+def _pieces(
+    container: Any, source: _Source, kind: str, wanted_rate: int, max_seconds: float
+) -> Iterator[Samples]:
+    """One channel at the wanted rate, piece by piece."""
+    # packed samples: PyAV crashes on the planes of eight channels
+    resampler = pyav().AudioResampler(format="flt", rate=wanted_rate)
+    num = 0
+    for frame in container.decode(source.stream):
+        if (frame.sample_rate, frame.layout.nb_channels) != (source.rate, source.channels):
+            raise ValueError("its sampling rate or channels change")
+        num += frame.samples
+        check_length(num, source.rate, max_seconds)
+        yield from map(_of_frame, resampler.resample(frame))
+    if num and num + _MOST_MISSING.get(kind, 0) < (source.num_samples or 0):
+        raise ValueError(
+            f"it says that it has {source.num_samples} samples, but has {num}: it is corrupt or "
+            "truncated"
+        )
+    if num:
+        yield from map(_of_frame, resampler.resample(None))
+
+
+def _of_frame(frame: Any) -> Samples:
+    packed = frame.to_ndarray().reshape(-1, frame.layout.nb_channels)
+    return _mono(_floats(packed.T))
+
+
+def _resampled(samples: Samples, rate: int, wanted_rate: int) -> Samples:
+    av = pyav()
+    frame = av.AudioFrame.from_ndarray(samples[None], format="flt", layout="mono")
+    frame.sample_rate = rate
+    resampler = av.AudioResampler(format="flt", rate=wanted_rate)
+    found = [*resampler.resample(frame), *resampler.resample(None)]
+    return np.concatenate([_of_frame(one) for one in found])
+
+
+def _check_rate(rate: int) -> None:
+    if rate not in RATES:
+        raise ValueError(
+            f"its sampling rate is {rate} Hz: it must be between {RATES[0]} and {RATES[-1]} Hz"
+        )
 
 
 def _floats(array: np.ndarray) -> Samples:

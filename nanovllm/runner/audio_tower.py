@@ -7,7 +7,6 @@ size. The other letters are in `models/audio/interface`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,65 +17,53 @@ from torch import Tensor
 from nanovllm.compile.program import Compiler
 from nanovllm.models.audio import layout as layouts
 from nanovllm.models.audio.interface import AudioTower, AudioWeights
-from nanovllm.platforms.base import Platform
+from nanovllm.runner.encoder_steps import EncoderCall, EncoderSteps
 
 BUDGETS = (4, 32)  # chunks, of two seconds each in Qwen2.5-Omni; see `AudioSteps`
 
 
 class Inputs(NamedTuple):
-    """A call's inputs on the device. `token_g` says which tokens of the call are of clips."""
+    """A call's inputs on the device."""
 
     frames_K: Tensor
     start_S: Tensor
     mel_KFM: Tensor
-    token_g: Tensor
 
 
-@dataclass(frozen=True, eq=False)
-class AudioSteps:
-    """The calls of one tower. Programs are built on first use; warm-up uses every budget.
+class AudioSteps(EncoderSteps):
+    """The calls of an audio tower.
 
-    `budgets` are the numbers K of chunks that programs are compiled for, ascending. A clip may be
-    cut at the end of any chunk, so every clip fits. Raises ValueError for budgets below 1.
+    Budgets are numbers K of chunks. A clip may be cut at the end of any chunk, so every clip fits.
     """
 
+    name = "audio"
     tower: AudioTower
     weights: AudioWeights
-    platform: Platform
-    compiler: Compiler
-    budgets: tuple[int, ...]
 
-    def __post_init__(self) -> None:
-        budgets = list(self.budgets)
-        if not budgets or budgets[0] < 1 or budgets != sorted(set(budgets)):
-            raise ValueError(
-                f"budgets of the audio tower are {budgets}: they must ascend and be at least 1"
-            )
-
-    @staticmethod
-    def num_tokens(grid: Sequence[int]) -> int:
+    def num_tokens(self, grid: Sequence[int]) -> int:
         """The tokens of a clip of (frames,)."""
         return layouts.num_tokens(grid[0])
 
-    def features(self, mels: Tensor, grids: Sequence[Sequence[int]]) -> Tensor:
-        """The tokens of clips, in order: [1, G, O] on the device, in the tower's dtype.
-
-        mels: the mel features [frames, M] of all clips, as the checkpoint's feature extractor gives
-        them, on the host and of any float dtype. grids: the (frames,) of each clip. Raises
-        ValueError for other shapes, and for a clip that is too short for a token.
-        """
+    def calls(self, values: Tensor, grids: Sequence[Sequence[int]]) -> Iterator[EncoderCall]:
+        """Chunks in order, each call with the smallest budget that takes what is left."""
         cfg = self.tower.config
         clips = [grid[0] for grid in grids]
-        if tuple(mels.shape) != (sum(clips), cfg.num_mels):
+        if tuple(values.shape) != (sum(clips), cfg.num_mels):
             raise ValueError(
-                f"the features of {len(clips)} clips have shape {list(mels.shape)}, but their "
+                f"the features of {len(clips)} clips have shape {list(values.shape)}, but their "
                 f"lengths ask for {[sum(clips), cfg.num_mels]}"
             )
-        found = [
-            self.run(inputs, self.compiler).index_select(0, inputs.token_g)
-            for inputs in self._calls(mels, layouts.chunks(clips, cfg.chunk_frames))
-        ]
-        return torch.cat(found).unsqueeze(0)
+        chunks = layouts.chunks(clips, cfg.chunk_frames)
+        first, num = 0, len(chunks.frames)
+        while first < num:
+            left = num - first
+            budget = next((one for one in self.budgets if one >= left), self.budgets[-1])
+            part = layouts.Chunks(*(array[first : first + budget] for array in chunks))
+            places = layouts.tokens(part.frames, cfg.chunk_frames // 2)
+            token_g = self.platform.upload(places, torch.int64)
+            inputs = self.inputs(values, part, budget)
+            yield EncoderCall(budget, (inputs,), len(places), token_g)
+            first += budget
 
     def inputs(self, mels: Tensor, chunks: layouts.Chunks, budget: int) -> Inputs:
         """A call's inputs, padded to its budget."""
@@ -91,12 +78,12 @@ class AudioSteps:
             frames_K=upload(frames_K, torch.int64),
             start_S=upload(layouts.starts(frames_K, positions), torch.int32),
             mel_KFM=upload(mel_KFM, cfg.dtype),
-            token_g=upload(layouts.tokens(chunks.frames, positions), torch.int64),
         )
 
-    def run(self, inputs: Inputs, compiler: Compiler, *, few: bool = False) -> Tensor:
-        """One call: the tokens [G, O] of all K chunks. Reads nothing on the host. With `few` it
-        runs one block, and the result means nothing."""
+    def run(  # type: ignore[override]
+        self, inputs: Inputs, compiler: Compiler, *, few: bool = False
+    ) -> Tensor:
+        """See `EncoderSteps`: the tokens of all K chunks."""
         tower, weights, budget = self.tower, self.weights, len(inputs.frames_K)
         cfg = tower.config
 
@@ -112,22 +99,11 @@ class AudioSteps:
             h_TD = program(
                 "block", partial(tower.block, cfg), w=w, start_S=inputs.start_S, h_TD=h_TD
             )
-        return program("merge", partial(tower.merge, cfg), w=weights.merger, h_TD=h_TD)
+        tokens_GO: Tensor = program("merge", partial(tower.merge, cfg), w=weights.merger, h_TD=h_TD)
+        return tokens_GO.unsqueeze(0)
 
-    def run_budget(self, budget: int, *, few: bool = False) -> None:
-        """Run a call with one chunk of silence. With `few` it has one block, which is enough to
-        build its programs."""
+    def padding(self, budget: int) -> tuple[Inputs]:
+        """The clip is one chunk of silence."""
         cfg = self.tower.config
         chunks = layouts.chunks([cfg.chunk_frames], cfg.chunk_frames)
-        mels = torch.zeros((cfg.chunk_frames, cfg.num_mels))
-        self.run(self.inputs(mels, chunks, budget), self.compiler, few=few)
-
-    def _calls(self, mels: Tensor, chunks: layouts.Chunks) -> Iterator[Inputs]:
-        """Chunks in order, each call with the smallest budget that takes what is left."""
-        first, num = 0, len(chunks.frames)
-        while first < num:
-            left = num - first
-            budget = next((one for one in self.budgets if one >= left), self.budgets[-1])
-            part = layouts.Chunks(*(array[first : first + budget] for array in chunks))
-            yield self.inputs(mels, part, budget)
-            first += budget
+        return (self.inputs(torch.zeros((cfg.chunk_frames, cfg.num_mels)), chunks, budget),)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from nanovllm import LLM
@@ -23,6 +24,7 @@ from tests.api.engine_server import (
 )
 from tests.engine import seeing
 from tests.engines import greedy
+from tests.media.sound_cases import sound_file
 from tests.media.test_media_clips import video_file
 from tests.models import omni_cases
 from tests.models.omni_cases import clip, wav
@@ -54,6 +56,11 @@ def sound(num_samples: int = 3210, rate: int = omni_cases.RATE, **changes: str) 
     """OpenAI's form of sound."""
     data = {"data": base64_of(wav(clip(num_samples), rate)), "format": "wav"}
     return {"type": "input_audio", "input_audio": {**data, **changes}}
+
+
+def mp3(num_samples: int = 9876, rate: int = 44_100) -> dict[str, Any]:
+    data = sound_file("mp3", "libmp3lame", np.stack([clip(num_samples)] * 2), rate)
+    return sound(data=base64_of(data), format="mp3")
 
 
 def clip_url(num_samples: int = 3210) -> dict[str, Any]:
@@ -119,6 +126,7 @@ def test_sound_in_all_forms_gives_the_tokens_of_llm(hearing: LLM) -> None:
         user(sound()),
         user(clip_url()),
         user(sound(5003), clip_url(400)),
+        user(sound(rate=8000), mp3()),
         [{"role": "user", "content": "hello"}],
     ]
     through_http(hearing, same_tokens(hearing, conversations))
@@ -149,12 +157,12 @@ def test_videos_give_the_tokens_of_llm(watching: LLM) -> None:
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "another format": (sound(format="mp3"), "audio 1 has the format 'mp3': only 'wav'"),
+    "another format": (sound(format="midi"), "audio 1 has the format 'midi': use one of wav, mp3"),
     "no format": ({"type": "input_audio", "input_audio": {"data": ""}}, "audio 1 must have the"),
     "no base64": (sound(data="%%"), "audio 1: "),
-    "no WAV file": (sound(data=base64_of(b"ID3" + bytes(99))), "audio 1: "),
+    "no sound": (sound(data=base64_of(b"ID3" + bytes(99))), "audio 1: "),
     "cut": (sound(data=base64_of(wav(clip(999))[:500])), "audio 1: "),
-    "another rate": (sound(rate=8000), "audio 1: its sampling rate is 8000 Hz, but the model"),
+    "a strange rate": (sound(rate=500), "audio 1: its sampling rate is 500 Hz: it must be"),
     "too short": (sound(99), "audio 1: "),
     "remote sound": (sound_url("https://sound.example.com/x.wav"), "audio 1: remote URLs are"),
     "local sound": (sound_url("file:///etc/passwd"), "audio 1: "),

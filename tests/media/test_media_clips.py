@@ -130,6 +130,12 @@ def test_other_codecs_are_refused(kind: str, codec: str) -> None:
         clips.of_file(data, MOST, MOST)
 
 
+def test_a_codec_that_nothing_decodes_is_refused() -> None:
+    data = video_file("matroska", 2).replace(b"V_MPEG4", b"V_XXXX4")
+    with pytest.raises(ValueError, match="encoded as something unknown: the codecs h264"):
+        clips.of_file(data, MOST, MOST)
+
+
 @pytest.mark.parametrize("codec", ["mpeg4", "mjpeg", "libx264", "libx265", "libvpx-vp9"])
 def test_usual_codecs_are_read(codec: str) -> None:
     data = video_file("matroska", 3, codec=codec)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import io
 import os
 import signal
@@ -26,10 +27,12 @@ from nanovllm.media.fair_pool import FairPool
 from nanovllm.media.memory import Memory
 from nanovllm.media.options import MediaOptions
 from nanovllm.media.prepare import Preparation, Preparer
+from nanovllm.programs import DoesNotStart
 from tests.media.test_media_clips import video_file
 from tests.media.vision_cases import Case, picture
 
 HANGS = "print('{}', flush=True); import time; time.sleep(600)"
+DIES = "import os; os.kill(os.getpid(), 9)"  # before it says that it is ready
 CRASHES = "import os; print('{}', flush=True); input(); os.abort()"
 
 
@@ -156,6 +159,42 @@ def test_a_crash_ends_one_prompt_and_the_process_is_replaced(
     assert len(programs.processes) == 2 and programs.processes[1].poll() is None
     preparer.close()
     assert programs.processes[1].poll() is not None
+
+
+def test_a_process_that_is_killed_while_it_starts_is_replaced(
+    qwen3: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    programs = Programs(monkeypatch, DIES)
+    preparer = qwen3.preparer(num_media_workers=1)
+    assert len(submit(preparer, 1).result(60)) == 1
+    assert len(programs.processes) == 2
+    preparer.close()
+
+
+def test_a_process_that_never_starts_is_no_fault_of_the_picture(
+    qwen3: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then the next prompt starts it."""
+    programs = Programs(monkeypatch, DIES, DIES)
+    preparer = qwen3.preparer(num_media_workers=1)
+    with pytest.raises(DoesNotStart, match=r"^image 1: the process that decodes it does not start"):
+        submit(preparer, 1).result(60)
+    assert len(programs.processes) == 2
+    assert len(submit(preparer, 1).result(60)) == 1
+    preparer.close()
+
+
+def test_a_machine_without_memory_for_a_process_is_no_fault_of_the_picture(
+    qwen3: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(shared: int) -> subprocess.Popen[bytes]:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory", "/path/of/python")
+
+    monkeypatch.setattr(decoders, "start", start)
+    preparer = qwen3.preparer(num_media_workers=1)
+    with pytest.raises(DoesNotStart, match=r"^image 1: .* does not start: Cannot allocate memory$"):
+        submit(preparer, 1).result(60)
+    preparer.close()
 
 
 def test_cancelling_kills_the_decoder(qwen3: Case, monkeypatch: pytest.MonkeyPatch) -> None:
