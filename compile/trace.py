@@ -22,15 +22,18 @@ if TYPE_CHECKING:
 
 
 def named_leaves(name: str, tree: object) -> list[tuple[str, Tensor]]:
-    """The tensors of a nested (Named)tuple and their paths: `batch.slot_T` gives "batch_slot_T"."""
+    """The tensors of a nested (Named)tuple and their paths: `batch.slot_T` gives "batch_slot_T".
+
+    A tuple may hold ints too, such as sizes: they are static, and `static_leaves` gives them.
+    """
     if isinstance(tree, Tensor):
         return [(name, tree)]
-    if tree is None:
+    if tree is None or isinstance(tree, int):
         return []
     if not isinstance(tree, tuple):
         found = type(tree).__name__
         raise TypeError(
-            f"input {name!r} is a {found}: regions take tensors, None and tuples of them"
+            f"input {name!r} is a {found}: regions take tensors, ints, None and tuples of them"
         )
     fields = getattr(tree, "_fields", range(len(tree)))
     return [leaf for key, part in zip(fields, tree) for leaf in named_leaves(f"{name}_{key}", part)]
@@ -41,13 +44,23 @@ def input_leaves(inputs: Mapping[str, object]) -> list[tuple[str, Tensor]]:
     return [leaf for name, tree in inputs.items() for leaf in named_leaves(name, tree)]
 
 
+def static_leaves(name: str, tree: object) -> list[tuple[str, int]]:
+    """The ints of a nested (Named)tuple and their paths."""
+    if isinstance(tree, int):
+        return [(name, tree)]
+    if not isinstance(tree, tuple):
+        return []
+    fields = getattr(tree, "_fields", range(len(tree)))
+    return [x for key, part in zip(fields, tree) for x in static_leaves(f"{name}_{key}", part)]
+
+
 def tensors(tree: object) -> list[Tensor]:
     """The tensors alone, in the order that a program takes."""
     if isinstance(tree, Tensor):
         return [tree]
     if isinstance(tree, tuple):
         return [leaf for value in tree for leaf in tensors(value)]
-    assert tree is None, type(tree)
+    assert tree is None or isinstance(tree, int), type(tree)
     return []
 
 
@@ -58,7 +71,7 @@ def rebuild(tree: object, leaves: list[Tensor]) -> object:
     if isinstance(tree, tuple):
         values: list[Any] = [rebuild(value, leaves) for value in tree]
         return type(tree)(*values) if hasattr(tree, "_fields") else tuple(values)
-    return None
+    return tree
 
 
 def nesting(tree: object) -> Any:

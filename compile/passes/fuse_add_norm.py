@@ -13,7 +13,8 @@ from nanovllm.kernels import ops
 
 # Products, and their sums over ranks, that can add a residual, and its index among their arguments:
 # the last one.
-RESIDUAL_IDX = {ops.linear: 3, ops.linear_int8: 4, ops.all_reduce: 1}
+RESIDUAL_IDX = {op: product.num_weight_args + 2 for op, product in ops.PRODUCTS.items()}
+RESIDUAL_IDX[ops.all_reduce] = 1
 
 
 def fuse_add_norm(graph: GraphModule, fakes: Sequence[Tensor]) -> GraphModule:

@@ -5,7 +5,8 @@ This pays for few rows, where reading the weights takes most of the product's ti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -13,22 +14,29 @@ from torch.fx import GraphModule, Node
 
 from nanovllm.kernels import ops
 
-Takes = Callable[[Tensor, Tensor, bool, bool], bool]
+# (x, *weight, fuses norm, fuses SiLU·up) -> whether the device's kernel is worth it
+Takes = Callable[..., bool]
 
 
-def fuse_linear(graph: GraphModule, fakes: Sequence[Tensor], *, takes: Takes) -> GraphModule:
-    """Fuse every `linear` with its neighbours if `takes(x, weight, fuses norm, fuses SiLU·up)`.
+def fuse_linear(
+    graph: GraphModule, fakes: Sequence[Tensor], *, takes: Mapping[Any, Takes]
+) -> GraphModule:
+    """Fuse products with their neighbours if `takes[op](x, *weight, fuses norm, fuses SiLU·up)`.
 
-    A norm can be fused if only this product reads it, SiLU·up if only it reads the product.
+    `takes` has the products of the formats for which the device has a fused kernel
+    (`ops.PRODUCTS`). A norm can be fused if only this product reads it, SiLU·up if only it reads
+    the product.
     """
-    for linear in [node for node in graph.graph.nodes if node.target is ops.linear]:
-        x, weight = (argument.meta["val"] for argument in linear.all_input_nodes[:2])
-        if x.dim() != 2 or not isinstance(x.shape[0], int):
+    for linear in [node for node in graph.graph.nodes if node.target in takes]:
+        x, weight, _, residual = ops.PRODUCTS[linear.target].parts(linear.args)
+        values = [_value(argument) for argument in (x, *weight)]
+        if values[0].dim() != 2 or not isinstance(values[0].shape[0], int):
             continue
-        norm, silu_mul = _norm_for(linear), _silu_of(linear)
-        if norm is not None and takes(x, weight, True, silu_mul is not None):
+        is_taken = partial(takes[linear.target], *values)
+        norm, silu_mul = _norm_for(linear), None if residual is not None else _silu_of(linear)
+        if norm is not None and is_taken(True, silu_mul is not None):
             _fuse(graph, linear, norm, silu_mul)
-        elif takes(x, weight, False, silu_mul is not None):
+        elif is_taken(False, silu_mul is not None):
             _fuse(graph, linear, None, silu_mul)
     graph.graph.eliminate_dead_code()
     graph.recompile()
@@ -36,7 +44,8 @@ def fuse_linear(graph: GraphModule, fakes: Sequence[Tensor], *, takes: Takes) ->
 
 
 def _fuse(graph: GraphModule, linear: Node, norm: Node | None, silu_mul: Node | None) -> None:
-    x, weight, bias, residual = (*linear.args, None)[:4]
+    product = ops.PRODUCTS[linear.target]
+    x, weight, bias, residual = product.parts(linear.args)
     norm_weight: Any = None
     eps: Any = 0.0
     if norm is not None:
@@ -44,10 +53,14 @@ def _fuse(graph: GraphModule, linear: Node, norm: Node | None, silu_mul: Node | 
     last = linear if silu_mul is None else silu_mul
     with graph.graph.inserting_before(linear):
         fused = graph.graph.call_function(
-            ops.fused_linear, (x, norm_weight, weight, bias, residual, eps, silu_mul is not None)
+            product.fused, (x, norm_weight, *weight, bias, residual, eps, silu_mul is not None)
         )
     fused.meta = dict(last.meta)
     last.replace_all_uses_with(fused)
+
+
+def _value(argument: Any) -> Any:
+    return argument.meta["val"] if isinstance(argument, Node) else argument
 
 
 def _norm_for(linear: Node) -> Node | None:
@@ -58,8 +71,6 @@ def _norm_for(linear: Node) -> Node | None:
 
 
 def _silu_of(linear: Node) -> Node | None:
-    """The silu_mul that is the only reader of this product, or None. A residual prevents fusion."""
+    """The silu_mul that is the only reader of this product, or None."""
     users = list(linear.users)
-    if len(linear.args) > 3 and linear.args[3] is not None:
-        return None
     return users[0] if len(users) == 1 and users[0].target is ops.silu_mul else None

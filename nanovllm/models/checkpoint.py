@@ -22,8 +22,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-# Other dtypes, integers and fp8, are parts of a number whose scale is a tensor of its own.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Parts of numbers whose scales are tensors of their own: only formats read them (`packed`).
+PACKED_DTYPES = {
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+}  # fmt: skip
 READERS = 8  # threads: one reads 3 to 8 GB/s from the page cache
 PIECE_BYTES = 1 << 24  # that a thread reads at a time
 
@@ -128,7 +132,7 @@ class Checkpoint:
         except BaseException:
             self.close()
             raise
-        self._stored = {_plain_name(name): name for name in located}
+        self._stored = {plain_name(name): name for name in located}
         self._paths = {name: located[stored] for name, stored in self._stored.items()}
 
     def __enter__(self) -> Checkpoint:
@@ -158,10 +162,11 @@ class Checkpoint:
         self.read_parts((name, out, Cut.whole(tuple(out.shape))) for name, out in wanted)
 
     def read_parts(self, wanted: Iterable[tuple[str, Tensor, Cut]]) -> None:
-        """Copy parts of tensors, by name, to contiguous tensors of any dtype on any device.
+        """Copy parts of tensors, by name, to contiguous tensors on any device.
 
-        Reads these parts alone, in the order of the files. Raises CheckpointError for a tensor that
-        is missing, quantized or of another shape.
+        Floating point numbers are converted to the dtype of the target. Others, such as packed
+        ones, must be stored in it. Reads these parts alone, in the order of the files. Raises
+        CheckpointError for a tensor that is missing, of another shape, or of such a dtype.
         """
         pieces = [piece for name, out, cut in wanted for piece in self._pieces(name, out, cut)]
         pieces.sort(key=lambda piece: (piece.file.path, piece.begin))
@@ -177,7 +182,7 @@ class Checkpoint:
     def rows(self, name: str, rows: slice) -> Tensor:
         """Some rows of a tensor, as stored."""
         file, stored = self._find(name)
-        dtype, size = self._dtype(name), torch.Size(stored.shape[1:]).numel()
+        dtype, size = self._dtype(name, torch.float32), torch.Size(stored.shape[1:]).numel()
         out = torch.empty((rows.stop - rows.start, *stored.shape[1:]), dtype=dtype)
         begin = stored.begin + rows.start * size * dtype.itemsize
         self._fill([_Piece(file, begin, dtype, out.view(-1), out.nbytes, 0)])
@@ -185,7 +190,7 @@ class Checkpoint:
 
     def _pieces(self, name: str, out: Tensor, cut: Cut) -> list[_Piece]:
         file, stored = self._find(name)
-        dtype = self._dtype(name)
+        dtype = self._dtype(name, out.dtype)
         if stored.shape != cut.shape:
             raise CheckpointError(
                 f"{self.folder}: tensor {name} has shape {list(stored.shape)}, but the config asks "
@@ -239,16 +244,19 @@ class Checkpoint:
             self._files[path] = _File(path)
         return self._files[path]
 
-    def _dtype(self, name: str) -> torch.dtype:
+    def _dtype(self, name: str, wanted: torch.dtype) -> torch.dtype:
+        """The dtype of a tensor that is read to one of dtype `wanted`. Raises CheckpointError."""
         file, stored = self._find(name)
-        if stored.dtype not in DTYPES:
-            with safe_open(file.path, framework="pt") as opened:
-                dtype = str(opened.get_tensor(self._stored[name]).dtype).removeprefix("torch.")
-            raise CheckpointError(
-                f"{self.folder}: tensor {name} is stored as {dtype}: quantized checkpoints are not "
-                "supported"
-            )
-        return DTYPES[stored.dtype]
+        is_packed = wanted in PACKED_DTYPES.values()
+        found = (PACKED_DTYPES if is_packed else DTYPES).get(stored.dtype)
+        if found is not None and found is (wanted if is_packed else found):
+            return found
+        with safe_open(file.path, framework="pt") as opened:
+            dtype = str(opened.get_tensor(self._stored[name]).dtype).removeprefix("torch.")
+        why = "it is quantized, which quantization_config in config.json does not say"
+        if is_packed:
+            why = f"its format asks for {str(wanted).removeprefix('torch.')}"
+        raise CheckpointError(f"{self.folder}: tensor {name} is stored as {dtype}: {why}")
 
     def _locate(self) -> dict[str, Path]:
         """The file of each tensor: model.safetensors, else by the index, else all files."""
@@ -313,7 +321,7 @@ class _File:
             raise CheckpointError(f"{self.path}: cannot be read: {error}") from error
 
 
-def _plain_name(name: str) -> str:
+def plain_name(name: str) -> str:
     """The name that a tensor has in a checkpoint without other parts or towers."""
     name = name.removeprefix(PART_PREFIX)
     prefix = next((one for one in TEXT_PREFIXES if name.startswith(one)), None)

@@ -246,11 +246,6 @@ def _refuse(hf: Any, architecture: str) -> None:
         raise ValueError(
             f"hidden_act {hf.hidden_act!r} is not supported by {architecture}: only 'silu' is"
         )
-    if getattr(hf, "quantization_config", None):
-        raise ValueError(
-            "quantized checkpoints are not supported: quantization_config is "
-            f"{hf.quantization_config}"
-        )
     if not getattr(hf, "is_causal", True):
         raise ValueError(f"is_causal {hf.is_causal} is not supported: only causal attention is")
 

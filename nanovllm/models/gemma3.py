@@ -26,7 +26,8 @@ from nanovllm.models.config import (
 )
 from nanovllm.models.formats import Weight, linear
 from nanovllm.models.interface import Batch, LayerCache, LayerCall, LayerKind, Model, Param
-from nanovllm.models.scaled import check_factor, times
+from nanovllm.models.param import Times
+from nanovllm.models.scaled import check_factor
 
 NAME = "Gemma3ForCausalLM"
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -187,7 +188,7 @@ def outer_params(cfg: ModelConfig) -> dict[str, Param]:
     back."""
     declared, factor = dense.outer_params(cfg), _embed_factor(cfg)
     of_norm = PlusOne(1 / factor if cfg.tied_embeddings else 1.0)
-    declared["embed_VD"] = declared["embed_VD"]._replace(adapt=times(factor))
+    declared["embed_VD"] = declared["embed_VD"]._replace(adapt=Times(factor))
     declared["final_norm_D"] = declared["final_norm_D"]._replace(adapt=of_norm)
     return declared
 

@@ -9,119 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from nanovllm.models.config import ModelConfig
-from nanovllm.models.formats import FORMATS, PLAIN, Weight
-
-ParamKind = Literal[
-    "linear", "norm", "bias", "table", "router", "experts", "basis", "places", "conv"
-]  # fmt: skip
-# (tensor, rows of each source in it), see `Param`
-Adapt = Callable[[Tensor, tuple[int, ...]], object]
-
-
-class Param(NamedTuple):
-    """One parameter: the checkpoint tensors `sources`, stacked along axis 0, have `shape`.
-
-    `kind` says how it is stored and initialised: "linear" is the weight of a linear layer [O, D]
-    and is stored in the engine's weight format, "table" is an embedding table, "conv" the kernel of
-    a convolution, "router" the matrix that scores experts, "experts" the matrices of a layer's
-    experts [E, O, D], whose rows are stacked expert by expert, "basis" a matrix that compressed
-    experts share, "places" where a rank's experts are in its stack (`Shard.places`), which no
-    checkpoint has. `parts` are the row counts of the sources. A checkpoint may have one tensor of
-    `shape` with the name `other_name` instead. If it `may_be_transposed`, its last two axes may be
-    exchanged there.
-
-    `shard_axis` is the axis of the sources that tensor parallelism splits, each source by itself;
-    None for a parameter that every rank has (`shards`). `units` are the numbers of heads in the
-    sources, which are not split; empty if every row or column may go to another rank. An `is_vocab`
-    parameter has a row for each token id: its last part is padded. An `is_first_only` parameter is
-    zero on all ranks but the first, since the sum over the ranks must have it once. The experts of
-    an `is_spread` parameter are not split: each rank has an equal share of them.
-
-    `adapt` changes a tensor in place after it was read: it folds what a family does to a weight's
-    result, or to its rows' order, into the weight. It gets this rank's part, with the row count of
-    each source in it.
-
-    If `source_shape` is given, each source has this shape and fills the first rows and columns of
-    its part; the rest is zero. Only towers have such parameters (`vision.weights`).
-
-    A `compressed` parameter is read from `svd_experts`, which knows its sources. The checkpoint's
-    tensors that `replaces` names are not read.
-    """
-
-    kind: ParamKind
-    shape: tuple[int, ...]
-    sources: tuple[str, ...]
-    parts: tuple[int, ...]
-    shard_axis: int | None
-    other_name: str | None = None
-    compressed: bool = False
-    replaces: tuple[str, ...] = ()
-    units: tuple[int, ...] = ()
-    is_vocab: bool = False
-    is_first_only: bool = False
-    is_spread: bool = False
-    may_be_transposed: bool = False
-    adapt: Adapt | None = None
-    source_shape: tuple[int, ...] | None = None
-
-    @classmethod
-    def one(cls, kind: ParamKind, source: str, *shape: int, shard_axis: int | None = None) -> Param:
-        """A parameter that is one tensor of the checkpoint."""
-        return cls(kind, shape, (source,), (shape[0],), shard_axis)
-
-    @classmethod
-    def vocab(cls, kind: ParamKind, source: str, *shape: int) -> Param:
-        """A tensor of the checkpoint with a row for each token id."""
-        return cls(kind, shape, (source,), (shape[0],), 0, is_vocab=True)
-
-    @classmethod
-    def stack(
-        cls, kind: ParamKind, sources: tuple[str, ...], parts: tuple[int, ...], *rest: int
-    ) -> Param:
-        """Several tensors with the same shape `rest` beyond axis 0, split along axis 0."""
-        return cls(kind, (sum(parts), *rest), sources, parts, 0)
-
-    def share(self, source_idx: int, length: int, num_ranks: int) -> int:
-        """How many of `length` rows or columns of a source each of `num_ranks` ranks has.
-
-        Raises ValueError if they cannot be shared evenly.
-        """
-        units = self.units[source_idx] if self.units else length
-        if units % num_ranks == 0:
-            return length // num_ranks
-        if self.is_vocab:
-            return -(-length // num_ranks)
-        if self.units and num_ranks % units == 0:
-            return length // units
-        what = "heads" if self.units else "rows" if self.shard_axis == 0 else "columns"
-        raise ValueError(
-            f"{num_ranks} ranks cannot share the {units} {what} of {self.sources[source_idx]} "
-            "evenly: choose another tensor_parallel_size"
-        )
-
-    def local(self, num_ranks: int) -> Param:
-        """The parameter with the sizes that it has on each of `num_ranks` ranks."""
-        axis = self.shard_axis
-        if self.is_spread:
-            num = self.shape[0] // num_ranks
-            parts = self.parts[: len(self.parts) // num_ranks]
-            return self._replace(shape=(num, *self.shape[1:]), parts=parts)
-        if axis is None or num_ranks == 1:
-            return self
-        shape, parts = list(self.shape), self.parts
-        if axis:
-            shape[-1] = self.share(0, shape[-1], num_ranks)
-        else:
-            parts = tuple(self.share(i, rows, num_ranks) for i, rows in enumerate(parts))
-            rows_axis = 1 if self.kind == "experts" else 0
-            shape[rows_axis] = sum(parts) // math.prod(shape[:rows_axis])
-        return self._replace(shape=tuple(shape), parts=parts)
+from nanovllm.models.formats import Weight
+from nanovllm.models.formats.format import Extent, Format, num_bytes
+from nanovllm.models.formats.plain import Plain
+from nanovllm.models.param import Param as Param
+from nanovllm.models.schemes import UNQUANTIZED, Scheme
 
 
 class Params(NamedTuple):
@@ -211,6 +109,7 @@ class Model:
     Tensors whose names begin with one of `read_elsewhere` are not of the text model. `tower` is the
     `vision.interface.Tower` of a model that sees, `audio_tower` the `audio.interface.AudioTower` of
     one that hears.
+    `scheme` chooses the formats of weights (`schemes.with_scheme`).
     `layer_ropes` are the numbers of the layers' rotary tables in `ModelConfig.ropes`; without them
     all layers have the first. Embeddings that a request gives are multiplied by `embed_factor`, as
     the checkpoint's table is when it is read.
@@ -240,6 +139,7 @@ class Model:
     whole: ModelConfig | None = None
     layer_ropes: tuple[int, ...] = ()
     embed_factor: float = 1.0
+    scheme: Scheme = UNQUANTIZED
 
     def __post_init__(self) -> None:
         num_kinds, num_layers = len(self.layer_kinds), self.config.num_layers
@@ -299,6 +199,33 @@ class Model:
         config = replace(self.config, num_layers=len(kinds), num_added=num_added)
         return replace(self, config=config, layer_kinds=kinds, layer_ropes=ropes)
 
+    def with_scheme(self, scheme: Scheme) -> Model:
+        """The model whose formats a scheme chooses. Layers of one kind in different formats become
+        layers of several kinds. Raises ValueError for experts in a format that has no product for
+        them."""
+        model = replace(self, scheme=scheme)
+        known: dict[LayerKind, list[tuple[Format, ...]]] = {}
+        kinds = []
+        for kind, params in zip(self.layer_kinds, model.declared[1:]):
+            formats = tuple(model.checked_format(param) for param in params.values())
+            of_kind = known.setdefault(kind, [])
+            if formats not in of_kind:
+                of_kind.append(formats)
+            num = of_kind.index(formats)
+            kinds.append(replace(kind, name=f"{kind.name}_format{num}") if num else kind)
+        return replace(model, layer_kinds=tuple(kinds))
+
+    def checked_format(self, param: Param) -> Format:
+        """The format of a parameter. Raises ValueError for experts in one without a product for
+        them."""
+        chosen = self.scheme.format(param)
+        if param.kind == "experts" and not chosen.takes_experts:
+            raise ValueError(
+                f"{self.scheme} is not supported for a model with experts "
+                f"({self.config.architecture})"
+            )
+        return chosen
+
     def on_ranks(self, num_ranks: int) -> Model:
         """The model as each of `num_ranks` ranks has it. Raises ValueError if its heads, or the
         rows or columns of its parameters, cannot be shared evenly."""
@@ -330,27 +257,47 @@ class Model:
         layers = (self.layer_params(cfg, kind, layer_idx) for layer_idx, kind in numbered)
         return (self.outer_params(cfg), *layers)
 
-    def weight_bytes(self, weight_format: str) -> int:
+    @property
+    def tied_head(self) -> Param | None:
+        """The head that is the embedding table: a linear layer with the table's numbers."""
+        if not self.config.tied_embeddings:
+            return None
+        return self.declared[0]["embed_VD"]._replace(kind="linear")
+
+    @property
+    def weight_bytes(self) -> int:
         """Bytes of all weights that a step can read: the table only if it is the head."""
-        return sum(self._num_bytes(param, weight_format) for param in self._read_params)
+        return sum(map(self._num_bytes, self._read_params))
 
     @property
     def expert_bytes(self) -> int:
         """The part of `weight_bytes` that experts take."""
-        params = (param for param in self._read_params if param.kind == "experts")
-        return sum(self._num_bytes(param, PLAIN) for param in params)
+        return sum(self._num_bytes(param) for param in self._read_params if param.kind == "experts")
 
-    def param_bytes(self, weight_format: str) -> int:
+    @property
+    def has_plain_experts(self) -> bool:
+        """True if no experts are in another format than plain tensors."""
+        experts = (param for param in self._read_params if param.kind == "experts")
+        return all(isinstance(self.scheme.format(param), Plain) for param in experts)
+
+    @property
+    def param_bytes(self) -> int:
         """Bytes that all weights take on the device, those of a tower included."""
-        table = self.declared[0]["embed_VD"]
-        is_head = self.config.tied_embeddings and weight_format == PLAIN
-        table_bytes = 0 if is_head else self._num_bytes(table, weight_format)
+        head = self.tied_head
+        is_head = head is not None and isinstance(self.scheme.format(head), Plain)
+        table_bytes = 0 if is_head else self._num_bytes(self.declared[0]["embed_VD"])
         tower_bytes = sum(
             math.prod(shape) * tower.config.dtype.itemsize
             for tower in self.towers.values()
             for shape in tower_shapes(tower)
         )
-        return self.weight_bytes(weight_format) + table_bytes + tower_bytes
+        return self.weight_bytes + table_bytes + tower_bytes
+
+    def num_weights(self, *, of_experts: bool = False) -> int:
+        """The numbers that a step can read, whatever their format; with `of_experts` those of
+        experts."""
+        params = (p for p in self._read_params if p.kind == "experts" or not of_experts)
+        return sum(math.prod(param.local(self.config.num_ranks).shape) for param in params)
 
     def kv_bytes_per_token(self, cache_dtype: torch.dtype) -> int:
         """Bytes that one token takes in the caches of all layers."""
@@ -366,9 +313,12 @@ class Model:
             outer["head_VD"] = table._replace(kind="linear")
         return [param for group in (outer, *layers) for param in group.values()]
 
-    def _num_bytes(self, param: Param, weight_format: str) -> int:
-        stored = FORMATS[weight_format if param.kind == "linear" else PLAIN]
-        return stored.num_bytes(param.local(self.config.num_ranks).shape, self.config.dtype)
+    def extent(self, param: Param) -> Extent:
+        """What a format is told of a parameter's part on this rank."""
+        return param.extent(self.config.num_ranks, self.config.dtype)
+
+    def _num_bytes(self, param: Param) -> int:
+        return num_bytes(self.scheme.format(param), self.extent(param))
 
 
 def tower_shapes(tower: Any) -> list[tuple[int, ...]]:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from nanovllm.models import experts, svd_experts, transposed
+from nanovllm.models import experts, packed, svd_experts, transposed
 from nanovllm.models.checkpoint import Buffer, Checkpoint, CheckpointError, Cut, plain_buffer
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.experts.offloaded import Offloader
-from nanovllm.models.experts.stacked import Stacked
-from nanovllm.models.formats import FORMATS, PLAIN, Weight
+from nanovllm.models.formats import Weight
+from nanovllm.models.formats.format import Extent, Format, quantized
+from nanovllm.models.formats.plain import Plain
 from nanovllm.models.interface import LayerKind, Model, Param, Params
 from nanovllm.models.shards import ALL, Shard, taken
 
@@ -49,14 +51,11 @@ class Target(NamedTuple):
     shard: Shard = ALL
 
 
-def load(
-    model: Model, folder: Path, target: Target, progress: Progress, weight_format: str = PLAIN
-) -> Params:
-    """Read a checkpoint in transformers' layout, in the model's dtype.
+def load(model: Model, folder: Path, target: Target, progress: Progress) -> Params:
+    """Read a checkpoint in transformers' layout, in the formats that `model.scheme` chooses and
+    otherwise in the model's dtype.
 
-    The weights of linear layers are converted to `weight_format` as they are read. A tied embedding
-    table stays plain, since its rows are looked up; the head is a converted copy of it. Calls
-    `progress(n)` after every n layers.
+    Calls `progress(n)` after every n layers.
 
     Experts that the config calls compressed are read from their own folder, and the checkpoint's
     experts are not read.
@@ -66,7 +65,7 @@ def load(
     """
     with Checkpoint(folder, target.buffer) as checkpoint:
         reader = Reader(model.config, checkpoint, target)
-        params = build(model, reader.read, progress, weight_format, target.place)
+        params = build(model, partial(_read, model, reader), progress, target.place)
         extra = [name for name in reader.left_over() if not name.startswith(model.read_elsewhere)]
     if extra:
         raise CheckpointError(
@@ -122,6 +121,16 @@ class Reader:
             param.adapt(out, small.parts)
         return out
 
+    def read_packed(self, param: Param, stored_as: Format, extent: Extent) -> Weight:
+        """A parameter in the checkpoint's own format. Raises CheckpointError: see `load`."""
+        sources = self._sources(param, partial(packed.first_name, stored_as, param.shape))
+        is_joined = sources != param.sources
+        self._used.update(packed.names(stored_as, param, is_joined=is_joined))
+        shard, device = self._target.shard, self._target.device
+        return packed.read(
+            self._checkpoint, shard, param, stored_as, extent, device, is_joined=is_joined
+        )
+
     def left_over(self) -> list[str]:
         """The tensors of the checkpoint that were not read and that a forward pass would read."""
         ignored = {HEAD} if self._config.tied_embeddings else set()
@@ -151,18 +160,20 @@ class Reader:
             return False
         return self._orientations.is_transposed(self._checkpoint, sources[0], param)
 
-    def _sources(self, param: Param) -> tuple[str, ...]:
-        """The names of the tensors of a parameter, in one of two spellings.
+    def _sources(self, param: Param, tensor_of: Callable[[str], str] = str) -> tuple[str, ...]:
+        """The names of the tensors of a parameter, in one of two spellings. `tensor_of` gives the
+        tensor that shows that there is one with a name.
 
         Raises CheckpointError if a checkpoint mixes those of experts, or has neither for a layer.
         """
         checkpoint, spellings = self._checkpoint, self._spellings
         other: tuple[str, ...] = (param.other_name,) if param.other_name is not None else ()
-        is_other = param.other_name in checkpoint
+        is_other = any(tensor_of(name) in checkpoint for name in other)
         if param.kind == "experts":
-            present = [name for name in (*other, *param.sources) if name in checkpoint]
+            known = [tensor_of(name) for name in (*other, *param.sources)]
+            present = [name for name in known if name in checkpoint]
             if not present:
-                names = " nor ".join((param.sources[0], *other))
+                names = " nor ".join(map(tensor_of, (param.sources[0], *other)))
                 raise CheckpointError(f"{checkpoint.folder}: it has neither {names}")
             spellings[is_other] = present[0]
             both = present[1] if is_other and present[1:] else spellings.get(not is_other)
@@ -205,9 +216,18 @@ def has_own_head(folder: Path, dtype: torch.dtype) -> bool:
     return False
 
 
-def random(
-    model: Model, target: Target, seed: int, progress: Progress, weight_format: str = PLAIN
-) -> Params:
+def _read(model: Model, reader: Reader, param: Param) -> Weight:
+    """A parameter as it is stored: from the checkpoint's own numbers where its format reads them,
+    and else converted from the model's dtype."""
+    stored_as = model.scheme.format(param)
+    if isinstance(stored_as, Plain):
+        return reader.read(param)
+    if stored_as.is_packed:
+        return reader.read_packed(param, stored_as, model.extent(param))
+    return converted(model, param, reader.read(param))
+
+
+def random(model: Model, target: Target, seed: int, progress: Progress) -> Params:
     """Seeded weights: normal with standard deviation 0.02, norms at one, biases at zero.
 
     Routers need no more: tokens of such weights go to experts as if each chose at random.
@@ -216,7 +236,7 @@ def random(
     device, place, _, shard = target
     generator = torch.Generator(device).manual_seed(seed)
 
-    def draw(param: Param) -> Tensor:
+    def draw(param: Param) -> Weight:
         if param.kind == "places":
             return shard.places(*param.shape).to(device)
         weight = torch.empty(param.shape, dtype=model.config.dtype, device=device)
@@ -225,32 +245,29 @@ def random(
         weight.normal_(0.0, RANDOM_STD, generator=generator)
         if isinstance(place, Offloader) and param.kind == "experts":
             return place.empty(param.shape, weight.dtype).copy_(weight)
-        return taken(shard, param, weight)
+        return converted(model, param, taken(shard, param, weight))
 
-    return build(model, draw, progress, weight_format, place)
+    return build(model, draw, progress, place)
+
+
+def converted(model: Model, param: Param, weight: Tensor) -> Weight:
+    """This rank's part of a parameter, from the model's dtype to its format."""
+    stored_as, name = model.scheme.format(param), ", ".join(param.sources)
+    return quantized(stored_as, name, weight, model.extent(param))
 
 
 def build(
-    model: Model,
-    make: Callable[[Param], Tensor],
-    progress: Progress,
-    weight_format: str,
-    place: Place = _in_place,
+    model: Model, make: Callable[[Param], Weight], progress: Progress, place: Place = _in_place
 ) -> Params:
-    """The parameters that `make` gives, with the weights of linear layers in `weight_format`."""
-
-    def stored(param: Param, weight: Tensor) -> Weight:
-        return FORMATS[weight_format].store(", ".join(param.sources), weight)
+    """The parameters that `make` gives as they are stored."""
 
     def placed(weight: Weight) -> Weight:
-        return place(weight) if isinstance(weight, Tensor) else type(weight)(*map(place, weight))
+        if isinstance(weight, Tensor):
+            return place(weight)
+        return type(weight)(*(place(x) if isinstance(x, Tensor) else x for x in weight))
 
     def made(declared: dict[str, Param]) -> dict[str, Any]:
-        values: dict[str, Any] = {}
-        for name, param in declared.items():
-            weight = make(param)
-            values[name] = placed(stored(param, weight) if param.kind == "linear" else weight)
-        return values
+        return {name: placed(make(param)) for name, param in declared.items()}
 
     def made_layer(declared: dict[str, Param], kind: LayerKind) -> Any:
         layer_type = model.layer_type(kind)
@@ -258,16 +275,18 @@ def build(
         if kind.sparse:
             gathered = experts.gather(values)
             if isinstance(place, Offloader):
-                assert isinstance(gathered, Stacked)
-                gathered = place.stored(*gathered)
+                gate_up_EGD, down_EDF = gathered
+                assert isinstance(gate_up_EGD, Tensor) and isinstance(down_EDF, Tensor)
+                gathered = place.stored(gate_up_EGD, down_EDF)
             values["experts"] = gathered
         return layer_type(**values)
 
     outer_params, *layer_params = model.declared
     outer = made(outer_params)
-    if model.config.tied_embeddings:
-        head = stored(outer_params["embed_VD"], outer["embed_VD"])
-        outer["head_VD"] = head if head is outer["embed_VD"] else placed(head)
+    if model.tied_head is not None:
+        table = outer["embed_VD"]
+        head = converted(model, model.tied_head, table)
+        outer["head_VD"] = head if head is table else placed(head)
     layers = []
     for declared, kind in zip(layer_params, model.layer_kinds):
         layers.append(made_layer(declared, kind))

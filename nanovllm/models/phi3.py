@@ -5,7 +5,6 @@ Phi-4-mini rotates a part of each head.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor
 from nanovllm.models import dense
 from nanovllm.models.config import ModelConfig, dense_config, require_type
 from nanovllm.models.interface import LayerKind, Model, Param
+from nanovllm.models.param import RowOrder
 from nanovllm.models.rope import grouped_rows
 
 NAME = "Phi3ForCausalLM"
@@ -43,12 +43,14 @@ def layer_params(cfg: ModelConfig, kind: LayerKind, layer_idx: int) -> dict[str,
 
 
 @dataclass(frozen=True)
-class Grouped:
+class Grouped(RowOrder):
     """Puts the rows of queries and keys in the order of `rope.grouped_rows`."""
 
     head_dim: int
     rotated: int
 
-    def __call__(self, qkv_ED: Tensor, parts: Sequence[int]) -> None:
-        rotated_ED = qkv_ED[: parts[0] + parts[1]].view(-1, self.head_dim, qkv_ED.shape[1])
-        rotated_ED.copy_(rotated_ED[:, grouped_rows(self.head_dim, self.rotated)])
+    def order(self, parts: tuple[int, ...]) -> Tensor:
+        order_E = torch.arange(sum(parts))
+        heads_NH = order_E[: parts[0] + parts[1]].view(-1, self.head_dim)
+        heads_NH.copy_(heads_NH[:, grouped_rows(self.head_dim, self.rotated)])
+        return order_E

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 from nanovllm.models import (
     gemma3,
@@ -24,6 +26,7 @@ from nanovllm.models import (
     smollm3,
 )
 from nanovllm.models.interface import Model
+from nanovllm.models.schemes import UNQUANTIZED, of_checkpoint
 
 # (transformers' config, dtype=…, max_model_len=…) -> Model
 Architecture = Callable[..., Model]
@@ -60,9 +63,19 @@ READ_AS: dict[str, tuple[str, dict[str, object]]] = {
 
 
 def architecture(names: list[str] | None) -> Architecture:
-    """The first known name of a config's `architectures`. Raises ValueError if none is known."""
+    """The first known name of a config's `architectures`, for checkpoints in any known format.
+
+    Raises ValueError if no name is known.
+    """
     for name in names or []:
         if name in ARCHITECTURES:
-            return ARCHITECTURES[name]
+            return partial(_with_formats, ARCHITECTURES[name])
     known = ", ".join(ARCHITECTURES)
     raise ValueError(f"architecture {names} is not supported: use one of {known}")
+
+
+def _with_formats(make: Architecture, hf: Any, **settings: Any) -> Model:
+    """The model of a checkpoint, in the formats that its config says."""
+    scheme = of_checkpoint(hf)
+    model = make(hf, **settings)
+    return model if scheme is UNQUANTIZED else model.with_scheme(scheme)

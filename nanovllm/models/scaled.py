@@ -9,14 +9,12 @@ weight by 1 / s, and the programs are those of a Llama.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-
-from torch import Tensor
 
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.dense import dense_model, outer_params
-from nanovllm.models.interface import Adapt, Model, Param
+from nanovllm.models.interface import Model, Param
+from nanovllm.models.param import Times
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ class Factors:
         declared = outer_params(cfg)
         of_norm = self.head[1] / (self.of_table if cfg.tied_embeddings else 1.0)
         for name, factor in (("embed_VD", self.of_table), ("final_norm_D", of_norm)):
-            declared[name] = declared[name]._replace(adapt=times(factor))
+            declared[name] = declared[name]._replace(adapt=Times(factor))
         return declared
 
 
@@ -59,12 +57,3 @@ def check_factor(name: str, value: object) -> None:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not 0 < float(str(value)) < math.inf:
         raise ValueError(f"{name} is {value!r}: it must be a number above 0")
-
-
-def times(factor: float) -> Adapt:
-    """Multiplies a parameter. It is rounded once, to the model's dtype."""
-
-    def adapt(weight: Tensor, parts: Sequence[int]) -> None:
-        weight.mul_(factor)
-
-    return adapt

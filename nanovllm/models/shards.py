@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from nanovllm.models.checkpoint import Cut
-from nanovllm.models.interface import Param
+from nanovllm.models.formats.format import Piece
+from nanovllm.models.param import Param
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,36 @@ class Shard:
             cuts.append(Cut(shape, shape, 0, first + start, first + stop))
             first += rows
         return cuts
+
+    def pieces(self, param: Param, *, is_joined: bool) -> list[Piece]:
+        """The matrices, or parts of them, that this rank has, in the order of the parameter's rows.
+
+        With `is_joined` they are in the one tensor named `other_name`: experts beside each other,
+        the sources of a matrix below each other.
+        """
+        num = param.shape[0] if param.kind == "experts" else 1
+        per_matrix, (all_rows, all_columns) = len(param.parts) // num, param.shape[-2:]
+        columns = range(all_columns)
+        if param.shard_axis == 1 and self.size > 1:
+            columns = range(*self._range(param, 0, all_columns))
+        pieces = []
+        for expert in self.experts(num) if param.is_spread else range(num):
+            first = 0
+            for i in range(expert * per_matrix, (expert + 1) * per_matrix):
+                num_rows = param.parts[i]
+                is_cut = param.shard_axis == 0 and self.size > 1
+                start, stop = self._range(param, i, num_rows) if is_cut else (0, num_rows)
+                if is_joined:
+                    assert param.other_name is not None
+                    rows = range(first + start, first + stop)
+                    which = (expert, num) if param.kind == "experts" else (0, 0)
+                    shape = (all_rows, all_columns)
+                    pieces.append(Piece(param.other_name, shape, rows, columns, *which))
+                else:
+                    shape = (num_rows, all_columns)
+                    pieces.append(Piece(param.sources[i], shape, range(start, stop), columns))
+                first += num_rows
+        return pieces
 
     def _cut_stacked(self, param: Param) -> Cut:
         shape, axis = param.shape, param.shard_axis

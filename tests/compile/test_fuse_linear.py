@@ -34,7 +34,7 @@ def fused(
     def takes(x: Tensor, weight: Tensor, has_norm: bool, silu_mul: bool) -> bool:
         return x.shape[0] <= (max_rows_norm if has_norm else max_rows)
 
-    graph = fuse_linear(graph, fakes, takes=takes)
+    graph = fuse_linear(graph, fakes, takes={ops.linear: takes})
     graph.graph.lint()
     expected = function(*inputs.values())
     for actual, wanted in zip(graph(*inputs.values()), expected, strict=True):
@@ -101,7 +101,7 @@ def test_each_product_is_asked_for_with_and_without_its_norm() -> None:
         return False
 
     graph, fakes, _ = trace(mlp, inputs)
-    fuse_linear(graph, fakes, takes=takes)
+    fuse_linear(graph, fakes, takes={ops.linear: takes})
     assert asked == [
         (3, 16, 20, 16, True, True),
         (3, 16, 20, 16, False, True),

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.fx import GraphModule
 
+from nanovllm.compile.keys import program_key
 from nanovllm.compile.trace import dump, named_leaves, rebuild, tensors, trace
 from nanovllm.kernels import ops
 
@@ -76,7 +77,24 @@ def test_leaves_and_rebuild_are_inverse() -> None:
     assert [tensor for _, tensor in named_leaves("t", tree)] == tensors(tree)
 
 
-@pytest.mark.parametrize("value", [3, [torch.ones(1)], {"a": torch.ones(1)}, "x"])
+def test_ints_among_inputs_are_static() -> None:
+    """A program has them as constants, so its key has them too."""
+
+    class Sized(NamedTuple):
+        x: Tensor
+        size: int
+
+    inputs = {"one": (Sized(torch.ones(6), 2), torch.ones(3))}
+    graph, fakes, _ = trace(lambda one: one[0].x.view(one[0].size, -1) * one[1], inputs)
+    assert len(fakes) == 2 and graph(*tensors((inputs["one"],)))[0].shape == (2, 3)
+    keys = [
+        program_key(named_leaves, {"one": (Sized(torch.ones(6), size),)}, varying=(), common={})
+        for size in (2, 3)
+    ]
+    assert keys[0] != keys[1] and keys[0].ingredients["size one_0_size"] == "2"
+
+
+@pytest.mark.parametrize("value", [3.0, [torch.ones(1)], {"a": torch.ones(1)}, "x"])
 def test_inputs_that_are_no_tensors_are_refused_by_name(value: object) -> None:
     with pytest.raises(TypeError, match=r"input 'tree_1' is a \w+: regions take tensors"):
         trace(lambda tree: tree, {"tree": (torch.ones(1), value)})

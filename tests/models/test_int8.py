@@ -14,8 +14,10 @@ from torch import Tensor
 from nanovllm import LLM, EngineConfig, SamplingParams
 from nanovllm.compile.trace import tensors
 from nanovllm.models import loader as weights
-from nanovllm.models.formats import FORMATS, PLAIN, int8, rows
-from nanovllm.models.formats.int8 import Int8Weight
+from nanovllm.models.formats import int8, rows
+from nanovllm.models.formats.format import Extent
+from nanovllm.models.formats.int8 import Int8, Int8Weight
+from nanovllm.models.schemes import OPTIONS as SCHEMES
 from nanovllm.platforms import cpu
 from tests.conftest import save_tiny
 from tests.models import harness
@@ -43,7 +45,7 @@ def test_no_value_is_off_by_more_than_half_a_step_of_its_row(
 ) -> None:
     monkeypatch.setattr(int8, "ROWS_AT_ONCE", 7)
     weight_OD = (torch.randn(shape) * torch.logspace(-9, 9, shape[0]).unsqueeze(1)).to(dtype)
-    values_OD, scale_O = int8.store("w", weight_OD)
+    values_OD, scale_O = store("w", weight_OD)
     assert torch.equal(
         rows(Int8Weight(values_OD, scale_O), 1), (values_OD.float() * scale_O.unsqueeze(1))[1:]
     )
@@ -56,23 +58,21 @@ def test_no_value_is_off_by_more_than_half_a_step_of_its_row(
 def test_rows_of_zeros_stay_zero_and_what_is_not_finite_is_refused() -> None:
     weight_OD = torch.randn(5, 9)
     weight_OD[2] = 0
-    values_OD, scale_O = int8.store("w", weight_OD)
+    values_OD, scale_O = store("w", weight_OD)
     assert not values_OD[2].any() and scale_O[2] == 0 and values_OD[3].any()
     for value in (float("nan"), float("inf"), float("-inf")):
         weight_OD[4, 7] = value
         with pytest.raises(ValueError, match=r"model\.w holds NaN or infinity"):
-            int8.store("model.w", weight_OD)
+            store("model.w", weight_OD)
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_linear_weights_take_a_quarter_and_all_else_stays(tmp_path: Path, tied: bool) -> None:
     folder = save_tiny(tmp_path, tie_word_embeddings=tied)
     model = described(folder)
-    plain, stored = (
-        weights.load(model, folder, weights.Target(torch.device("cpu")), int, how)
-        for how in ("plain", "int8")
-    )
-    as_random = weights.random(model, weights.Target(torch.device("cpu")), 0, int, "int8")
+    converted, target = model.with_scheme(SCHEMES["int8"]), weights.Target(torch.device("cpu"))
+    plain, stored = (weights.load(one, folder, target, int) for one in (model, converted))
+    as_random = weights.random(converted, target, 0, int)
     declared = model.declared[1]
     linear = [name for name, param in declared.items() if param.kind == "linear"]
     assert sorted(linear) == ["down_DF", "gate_up_GD", "out_DQ", "qkv_ED"]
@@ -92,7 +92,7 @@ def test_linear_weights_take_a_quarter_and_all_else_stays(tmp_path: Path, tied: 
     assert len(pairs) == 1 + 4 * model.config.num_layers
     for one, other in pairs:
         assert isinstance(other, Int8Weight)
-        expected = int8.store("w", one)
+        expected = store("w", one)
         assert torch.equal(other.values_OD, expected.values_OD) and torch.equal(
             other.scale_O, expected.scale_O
         )
@@ -100,6 +100,10 @@ def test_linear_weights_take_a_quarter_and_all_else_stays(tmp_path: Path, tied: 
     assert (
         0.25 < int8_bytes / plain_bytes < 0.27
     )  # the factors are 1 / (4 · depth) of it, and depth is 64 here
+
+
+def store(name: str, weight_OD: Tensor) -> Int8Weight:
+    return Int8().quantized(name, weight_OD, Extent(tuple(weight_OD.shape), weight_OD.dtype))
 
 
 def num_bytes(weights: list[Any]) -> int:
@@ -156,7 +160,7 @@ def test_other_devices_and_other_words_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match="quantization is 'int4': it must be one of int8, None"):
         EngineConfig("tiny-qwen3", quantization="int4")
-    for name in FORMATS.keys() - {PLAIN}:
+    for name in SCHEMES:
         assert EngineConfig("tiny-qwen3", quantization=name).quantization == name
     monkeypatch.setattr(cpu, "TRAITS", replace(cpu.TRAITS, quantizations=()))
     with pytest.raises(

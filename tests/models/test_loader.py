@@ -265,7 +265,7 @@ def test_a_quantized_tensor_is_named_with_its_dtype(
 ) -> None:
     change(tiny, lambda tensors: tensors.update({name: tensors[name].to(stored)}))
     spelled = str(stored).removeprefix("torch.")
-    with pytest.raises(CheckpointError, match=f"tensor {name} is stored as {spelled}: quantized"):
+    with pytest.raises(CheckpointError, match=f"tensor {name} is stored as {spelled}: it is quant"):
         load(tiny)
 
 

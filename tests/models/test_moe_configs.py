@@ -70,7 +70,7 @@ def test_configs_of_the_hub_have_the_sizes_of_transformers(name: str, tmp_path: 
     hf, model = read(HUB[name], tmp_path)
     with torch.device("meta"):
         theirs = AutoModelForCausalLM.from_config(hf)
-    assert model.param_bytes("plain") == 2 * sum(weight.numel() for weight in theirs.parameters())
+    assert model.param_bytes == 2 * sum(weight.numel() for weight in theirs.parameters())
     assert model.config.moe == EXPERTS[name]
     assert all(kind.sparse and not kind.window for kind in model.layer_kinds)
     assert len(set(model.layer_kinds)) == 1

@@ -96,7 +96,11 @@ FIRST = LAYER + "mlp.experts.0.gate_proj.weight"
         (False, replaced(ROUTER, lambda x: x[:2]), f"{ROUTER} {shapes([2, 40], [3, 40])}"),
         (True, replaced(GATE_UP, lambda x: x[:2]), f"{GATE_UP} {shapes([2, 48, 40], [3, 48, 40])}"),
         (True, replaced(DOWN, lambda x: x.mT), f"{DOWN} {shapes([3, 24, 40], [3, 40, 24])}"),
-        (False, replaced(ONE, lambda x: x.to(torch.int8)), f"{ONE} is stored as int8: quantized"),
+        (
+            False,
+            replaced(ONE, lambda x: x.to(torch.int8)),
+            f"{ONE} is stored as int8: it is quantized",
+        ),
         (
             False,
             lambda found: {**found, ONE.replace(".2.", ".3."): found[ONE].clone()},

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.engine.media_intake import MediaPrompt
+from nanovllm.engine.request import MediaPrompt
 from nanovllm.runner.towers import Encodable
 from nanovllm.schedule.request import Content
 from tests.models.tower_cases import BUDGETS

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from nanovllm.kernels import ops
+from nanovllm.models import formats
+from nanovllm.models.formats import Weight
 
 
 class Spread(NamedTuple):
@@ -21,8 +22,8 @@ class Spread(NamedTuple):
     """
 
     local_X: Tensor
-    gate_up_EGD: Tensor
-    down_EDF: Tensor
+    gate_up_EGD: Weight
+    down_EDF: Weight
 
 
 Stored = Spread
@@ -31,5 +32,5 @@ Stored = Spread
 def apply(
     x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, stored: Spread, residual_TD: Tensor | None
 ) -> Tensor:
-    local_X, *stacks = stored
-    return ops.experts(x_TD, weight_TK, expert_TK, *stacks, residual_TD, local_X)
+    local_X, gate_up_EGD, down_EDF = stored
+    return formats.experts(x_TD, weight_TK, expert_TK, gate_up_EGD, down_EDF, residual_TD, local_X)

@@ -6,14 +6,15 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from nanovllm.kernels import ops
+from nanovllm.models import formats
+from nanovllm.models.formats import Weight
 
 
 class Stacked(NamedTuple):
     """gate_up_EGD holds the rows of each expert's gate, then those of its up."""
 
-    gate_up_EGD: Tensor
-    down_EDF: Tensor
+    gate_up_EGD: Weight
+    down_EDF: Weight
 
 
 Stored = Stacked
@@ -22,4 +23,4 @@ Stored = Stacked
 def apply(
     x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, stored: Stacked, residual_TD: Tensor | None
 ) -> Tensor:
-    return ops.experts(x_TD, weight_TK, expert_TK, stored.gate_up_EGD, stored.down_EDF, residual_TD)
+    return formats.experts(x_TD, weight_TK, expert_TK, *stored, residual_TD)

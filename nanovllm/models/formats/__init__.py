@@ -1,60 +1,71 @@
-"""How the weights of linear layers are stored: one file per format, and the registry of formats.
+"""How weights are stored and multiplied: one file per format.
 
-To add a format, write a file that provides `Format` and enter it in `FORMATS`.
-O outputs | D depth | T tokens.
+`format.py` says what a format provides, `schemes.py` which parameters have which. The functions
+here are for regions, and take weights in any format.
+T tokens | K experts per token | E experts | O outputs | D depth | F expert width | G = 2F.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol, TypeAlias
+from typing import Any, cast
 
-import torch
 from torch import Tensor
 
-from nanovllm.models.formats import int8, plain
-
-# A stored weight: a tensor, or a named tuple of tensors that only its format understands.
-Weight: TypeAlias = Tensor | tuple[Tensor, ...]
-
-
-class Format(Protocol):
-    """What the file of a format provides."""
-
-    @property
-    def Stored(self) -> type:
-        """The type of a stored weight, which no other format uses."""
-
-    def store(self, name: str, weight_OD: Tensor) -> Any:
-        """Convert a weight in the model's dtype; `name` is for error messages."""
-
-    def num_bytes(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
-        """Bytes of a stored weight of `shape` in a model of `dtype`."""
-
-    def linear(
-        self, x_TD: Tensor, weight: Any, bias_O: Tensor | None, residual_TO: Tensor | None
-    ) -> Tensor:
-        """x · weightᵀ + bias + residual: [T, O] in the dtype of x."""
-
-    def rows(self, weight: Any, first: int) -> Tensor:
-        """The real values of the weight's rows from `first` on, in fp32."""
-
-
-PLAIN = "plain"  # the format of weights that the options leave as they are
-FORMATS: dict[str, Format] = {PLAIN: plain, "int8": int8}
-
-
-def format_of(weight: Weight) -> Format:
-    """The format that stored this weight."""
-    return next(one for one in FORMATS.values() if isinstance(weight, one.Stored))
+from nanovllm.kernels import ops
+from nanovllm.models.formats.format import Stored
+from nanovllm.models.formats.format import Weight as Weight
 
 
 def linear(
     x_TD: Tensor, weight: Weight, bias_O: Tensor | None, residual_TO: Tensor | None = None
 ) -> Tensor:
-    """x · weightᵀ + bias + residual, for a weight in any format: [T, O] in the dtype of x."""
-    return format_of(weight).linear(x_TD, weight, bias_O, residual_TO)
+    """x · weightᵀ + bias + residual: [T, O] in the dtype of x."""
+    if isinstance(weight, Tensor):
+        return ops.linear(x_TD, weight, bias_O, residual_TO)
+    return cast(Stored, weight).linear(x_TD, bias_O, residual_TO)
 
 
 def rows(weight: Weight, first: int) -> Tensor:
     """The real values of the weight's rows from `first` on, in fp32."""
-    return format_of(weight).rows(weight, first)
+    if isinstance(weight, Tensor):
+        return weight[first:].float()
+    return cast(Stored, weight).rows(first)
+
+
+def expert_linear(x: Tensor, expert_TK: Tensor, weight: Weight) -> Tensor:
+    """See `reference.experts.expert_linear`: x is [T, D] or [T, K, D], the result [T, K, O]."""
+    if isinstance(weight, Tensor):
+        return ops.expert_linear(x, expert_TK, weight)
+    return cast(Stored, weight).expert_linear(x, expert_TK)
+
+
+def experts(
+    x_TD: Tensor,
+    weight_TK: Tensor,
+    expert_TK: Tensor,
+    gate_up: Weight,
+    down: Weight,
+    residual_TD: Tensor | None,
+    local_X: Tensor | None = None,
+) -> Tensor:
+    """The experts' weighted sum for each token, plus the residual: see
+    `reference.experts.experts`.
+
+    A format whose weights have `experts` computes it as one op, if both matrices are its own.
+    """
+    if isinstance(gate_up, Tensor) and isinstance(down, Tensor):
+        rest = () if local_X is None else (local_X,)
+        return ops.experts(x_TD, weight_TK, expert_TK, gate_up, down, residual_TD, *rest)
+    whole: Any = getattr(gate_up, "experts", None)
+    if whole is not None and type(gate_up) is type(down):
+        result: Tensor = whole(x_TD, weight_TK, expert_TK, down, residual_TD, local_X)
+        return result
+    if local_X is not None:
+        expert_TK = local_X[expert_TK.long()]
+    own_TK = expert_TK.clamp(min=0)
+    inner_TKF = ops.silu_mul(expert_linear(x_TD, own_TK, gate_up))
+    y_TKD = expert_linear(inner_TKF, own_TK, down).float() * weight_TK.unsqueeze(-1)
+    if local_X is not None:
+        y_TKD = y_TKD.masked_fill((expert_TK < 0).unsqueeze(-1), 0.0)
+    y_TD = y_TKD.sum(1).to(x_TD.dtype)
+    return y_TD if residual_TD is None else residual_TD + y_TD

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from nanovllm.kernels import ops
+from nanovllm.models.formats.format import Extent, Format
 
 # Quantizing takes a few times the memory of the rows at hand, and a head has 150,000 rows.
 ROWS_AT_ONCE = 4096
@@ -20,37 +21,34 @@ class Int8Weight(NamedTuple):
     values_OD: Tensor
     scale_O: Tensor
 
+    def linear(self, x_TD: Tensor, bias_O: Tensor | None, residual_TO: Tensor | None) -> Tensor:
+        return ops.linear_int8(x_TD, self.values_OD, self.scale_O, bias_O, residual_TO)
 
-Stored = Int8Weight
-
-
-def store(name: str, weight_OD: Tensor) -> Int8Weight:
-    """Round to the nearest multiple of each row's scale: the row's largest magnitude / 127.
-
-    No value is off by more than half of its row's scale. Raises ValueError, with the name, for a
-    weight that holds NaN or infinity.
-    """
-    values_OD = torch.empty(weight_OD.shape, dtype=torch.int8, device=weight_OD.device)
-    scale_O = torch.empty(weight_OD.shape[0], dtype=torch.float32, device=weight_OD.device)
-    parts = zip(*(tensor.split(ROWS_AT_ONCE) for tensor in (weight_OD, values_OD, scale_O)))
-    for part_OD, part_values_OD, part_scale_O in parts:
-        part_scale_O.copy_(part_OD.abs().amax(1).float() / 127)
-        if not part_scale_O.isfinite().all():
-            raise ValueError(f"{name} holds NaN or infinity, so that it cannot be quantized")
-        divisor_O = torch.where(part_scale_O == 0, 1.0, part_scale_O)  # a row of zeros
-        part_values_OD.copy_((part_OD.float() / divisor_O.unsqueeze(1)).round_().clamp_(-127, 127))
-    return Int8Weight(values_OD, scale_O)
+    def rows(self, first: int) -> Tensor:
+        return self.values_OD[first:].float() * self.scale_O[first:, None]
 
 
-def num_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    return math.prod(shape) + shape[0] * torch.float32.itemsize
+@dataclass(frozen=True)
+class Int8(Format):
+    name: ClassVar[str] = "int8"
 
+    def empty(self, extent: Extent, device: torch.device | str) -> Int8Weight:
+        values_OD = torch.empty(extent.shape, dtype=torch.int8, device=device)
+        return Int8Weight(values_OD, values_OD.new_empty(extent.shape[:-1], dtype=torch.float32))
 
-def linear(
-    x_TD: Tensor, weight: Int8Weight, bias_O: Tensor | None, residual_TO: Tensor | None
-) -> Tensor:
-    return ops.linear_int8(x_TD, weight.values_OD, weight.scale_O, bias_O, residual_TO)
+    def quantized(self, name: str, weight_OD: Tensor, extent: Extent) -> Int8Weight:
+        """Round to the nearest multiple of each row's scale: the row's largest magnitude / 127.
 
-
-def rows(weight: Int8Weight, first: int) -> Tensor:
-    return weight.values_OD[first:].float() * weight.scale_O[first:, None]
+        No value is off by more than half of its row's scale. Raises ValueError, with the name, for
+        a weight that holds NaN or infinity.
+        """
+        values_OD, scale_O = self.empty(extent, weight_OD.device)
+        parts = zip(*(tensor.split(ROWS_AT_ONCE) for tensor in (weight_OD, values_OD, scale_O)))
+        for part_OD, part_values_OD, part_scale_O in parts:
+            part_scale_O.copy_(part_OD.abs().amax(1).float() / 127)
+            if not part_scale_O.isfinite().all():
+                raise ValueError(f"{name} holds NaN or infinity, so that it cannot be quantized")
+            divisor_O = torch.where(part_scale_O == 0, 1.0, part_scale_O)  # a row of zeros
+            rounded_OD = (part_OD.float() / divisor_O.unsqueeze(1)).round_()
+            part_values_OD.copy_(rounded_OD.clamp_(-127, 127))
+        return Int8Weight(values_OD, scale_O)

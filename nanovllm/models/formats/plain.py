@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import math
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from nanovllm.kernels import ops
-
-Stored = Tensor
+from nanovllm.models.formats.format import Extent, Format
 
 
-def store(name: str, weight_OD: Tensor) -> Tensor:
-    """The weight itself, not a copy."""
-    return weight_OD
+@dataclass(frozen=True)
+class Plain(Format):
+    name: ClassVar[str] = "plain"
+    takes_experts: ClassVar[bool] = True
+
+    def empty(self, extent: Extent, device: torch.device | str) -> Tensor:
+        return torch.empty(extent.shape, dtype=extent.dtype, device=device)
+
+    def quantized(self, name: str, weight_OD: Tensor, extent: Extent) -> Tensor:
+        """The weight itself, not a copy."""
+        return weight_OD
 
 
-def num_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    return math.prod(shape) * dtype.itemsize
-
-
-def linear(
-    x_TD: Tensor, weight_OD: Tensor, bias_O: Tensor | None, residual_TO: Tensor | None
-) -> Tensor:
-    return ops.linear(x_TD, weight_OD, bias_O, residual_TO)
-
-
-def rows(weight_OD: Tensor, first: int) -> Tensor:
-    return weight_OD[first:].float()
+PLAIN = Plain()

@@ -1,0 +1,156 @@
+"""One parameter of a model: its tensors in a checkpoint, its shape, and how ranks share it."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nanovllm.models.formats.format import Extent
+
+ParamKind = Literal[
+    "linear", "norm", "bias", "table", "router", "experts", "basis", "places", "conv"
+]  # fmt: skip
+# (tensor, rows of each source in it), see `Param`
+Adapt = Callable[[Tensor, tuple[int, ...]], object]
+
+
+@dataclass(frozen=True)
+class Times:
+    """Multiplies a parameter. It is rounded once, to the model's dtype."""
+
+    factor: float
+
+    def __call__(self, weight: Tensor, parts: tuple[int, ...]) -> None:
+        weight.mul_(self.factor)
+
+
+class RowOrder(ABC):
+    """Puts the rows of a parameter in another order."""
+
+    @abstractmethod
+    def order(self, parts: tuple[int, ...]) -> Tensor:
+        """For each row, the row that takes its place; `parts` are the rows of each source."""
+
+    def __call__(self, weight_OD: Tensor, parts: tuple[int, ...]) -> None:
+        weight_OD.copy_(weight_OD[self.order(parts).to(weight_OD.device)])
+
+
+class Param(NamedTuple):
+    """One parameter: the checkpoint tensors `sources`, stacked along axis 0, have `shape`.
+
+    `kind` says what it is: "linear" is the weight of a linear layer [O, D], "experts" the matrices
+    of a layer's experts [E, O, D], whose rows are stacked expert by expert; a scheme (`schemes`)
+    chooses the formats of these two. All others are plain tensors: "table" is an embedding table,
+    "conv" the kernel of a convolution, "router" the matrix that scores experts, "basis" a matrix
+    that compressed experts share, "places" where a rank's experts are in its stack
+    (`Shard.places`), which no checkpoint has. `parts` are the row counts of the sources. A
+    checkpoint may have one tensor of `shape` with the name `other_name` instead. If it
+    `may_be_transposed`, its last two axes may be exchanged there.
+
+    `shard_axis` is the axis of the sources that tensor parallelism splits, each source by itself;
+    None for a parameter that every rank has (`shards`). `units` are the numbers of heads in the
+    sources, which are not split; empty if every row or column may go to another rank. An `is_vocab`
+    parameter has a row for each token id: its last part is padded. An `is_first_only` parameter is
+    zero on all ranks but the first, since the sum over the ranks must have it once. The experts of
+    an `is_spread` parameter are not split: each rank has an equal share of them.
+
+    `adapt` changes a tensor in place after it was read: it folds what a family does to a weight's
+    result, or to its rows' order, into the weight. It gets this rank's part, with the row count of
+    each source in it. Weights that are not plain take a `RowOrder` and `Times` alone.
+
+    If `source_shape` is given, each source has this shape and fills the first rows and columns of
+    its part; the rest is zero. Only towers have such parameters (`vision.weights`).
+
+    A `compressed` parameter is read from `svd_experts`, which knows its sources. The checkpoint's
+    tensors that `replaces` names are not read.
+    """
+
+    kind: ParamKind
+    shape: tuple[int, ...]
+    sources: tuple[str, ...]
+    parts: tuple[int, ...]
+    shard_axis: int | None
+    other_name: str | None = None
+    compressed: bool = False
+    replaces: tuple[str, ...] = ()
+    units: tuple[int, ...] = ()
+    is_vocab: bool = False
+    is_first_only: bool = False
+    is_spread: bool = False
+    may_be_transposed: bool = False
+    adapt: Adapt | None = None
+    source_shape: tuple[int, ...] | None = None
+
+    @classmethod
+    def one(cls, kind: ParamKind, source: str, *shape: int, shard_axis: int | None = None) -> Param:
+        """A parameter that is one tensor of the checkpoint."""
+        return cls(kind, shape, (source,), (shape[0],), shard_axis)
+
+    @classmethod
+    def vocab(cls, kind: ParamKind, source: str, *shape: int) -> Param:
+        """A tensor of the checkpoint with a row for each token id."""
+        return cls(kind, shape, (source,), (shape[0],), 0, is_vocab=True)
+
+    @classmethod
+    def stack(
+        cls, kind: ParamKind, sources: tuple[str, ...], parts: tuple[int, ...], *rest: int
+    ) -> Param:
+        """Several tensors with the same shape `rest` beyond axis 0, split along axis 0."""
+        return cls(kind, (sum(parts), *rest), sources, parts, 0)
+
+    def share(self, source_idx: int, length: int, num_ranks: int) -> int:
+        """How many of `length` rows or columns of a source each of `num_ranks` ranks has.
+
+        Raises ValueError if they cannot be shared evenly.
+        """
+        units = self.units[source_idx] if self.units else length
+        if units % num_ranks == 0:
+            return length // num_ranks
+        if self.is_vocab:
+            return -(-length // num_ranks)
+        if self.units and num_ranks % units == 0:
+            return length // units
+        what = "heads" if self.units else "rows" if self.shard_axis == 0 else "columns"
+        raise ValueError(
+            f"{num_ranks} ranks cannot share the {units} {what} of {self.sources[source_idx]} "
+            "evenly: choose another tensor_parallel_size"
+        )
+
+    def local(self, num_ranks: int) -> Param:
+        """The parameter with the sizes that it has on each of `num_ranks` ranks."""
+        axis = self.shard_axis
+        if self.is_spread:
+            num = self.shape[0] // num_ranks
+            parts = self.parts[: len(self.parts) // num_ranks]
+            return self._replace(shape=(num, *self.shape[1:]), parts=parts)
+        if axis is None or num_ranks == 1:
+            return self
+        shape, parts = list(self.shape), self.parts
+        if axis:
+            shape[-1] = self.share(0, shape[-1], num_ranks)
+        else:
+            parts = tuple(self.share(i, rows, num_ranks) for i, rows in enumerate(parts))
+            rows_axis = 1 if self.kind == "experts" else 0
+            shape[rows_axis] = sum(parts) // math.prod(shape[:rows_axis])
+        return self._replace(shape=tuple(shape), parts=parts)
+
+    def extent(self, num_ranks: int, dtype: torch.dtype) -> Extent:
+        """What a format is told of the part that each of `num_ranks` ranks has."""
+        small, axis = self.local(num_ranks), None if num_ranks == 1 else self.shard_axis
+        num = len(self.parts) // (self.shape[0] if self.kind == "experts" else 1)  # of a matrix
+        bounds = [*accumulate(small.parts[: num - 1])]
+        if axis == 0:
+            bounds += small.parts[:num]
+        if self.other_name is not None:  # sources may be parts of one tensor
+            bounds += accumulate(self.parts[: num - 1])
+        if isinstance(self.adapt, RowOrder):
+            bounds.append(1)
+        columns = small.shape[-1] if axis == 1 else 0
+        return Extent(small.shape, dtype, math.gcd(*bounds), columns)
