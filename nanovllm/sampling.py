@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import enum
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import Field, dataclass, fields, replace
 from typing import Any, NoReturn
 
@@ -153,6 +153,15 @@ class SamplingParams:
         """A copy. Later changes of one of the two do not change the other: no value of a field can
         be changed in place."""
         return copy.copy(self)
+
+    def non_default(self, without: Collection[str] = ()) -> dict[str, Any]:
+        """The fields that are not the default, but for some. They make equal parameters."""
+        return {
+            field.name: value
+            for field in fields(self)
+            if (value := getattr(self, field.name)) is not field.default
+            and field.name not in without
+        }
 
     def of_answers(self) -> list[SamplingParams]:
         """The parameters of each of the n answers: n = 1, with the seed, seed + 1, … The smallest

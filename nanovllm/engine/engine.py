@@ -9,7 +9,6 @@ import time
 from collections import deque
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import replace
-from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -17,11 +16,12 @@ import numpy as np
 from nanovllm.config import EngineConfig
 from nanovllm.engine.answers import Answers
 from nanovllm.engine.held_media import HeldMedia
-from nanovllm.engine.intake import Embeddings, Intake, checked_priority, drawn_seed
-from nanovllm.engine.media_intake import MediaIntake, MediaPrompt, MediaPrompts, Scale
+from nanovllm.engine.intake import Embeddings, Intake, drawn_seed
+from nanovllm.engine.media_intake import MediaIntake, MediaPrompts, Scale
 from nanovllm.engine.metrics import EngineMetrics, StatsLog
 from nanovllm.engine.owner import Owner
 from nanovllm.engine.preparation import Preparation
+from nanovllm.engine.request import EngineInfo, EngineRequest, MediaPrompt
 from nanovllm.engine.step_watch import EVERY_STEPS, StepWatch
 from nanovllm.media.given import Given
 from nanovllm.prompts import AnyPrompt, Prompt, as_prompt
@@ -60,16 +60,6 @@ class Engine:
         layout = self._runner.layout
         self.max_model_len = layout.max_model_len
         self.default_params = loaded.default_params
-        self._intake = Intake(
-            config.model,
-            self.tokenizer,
-            self.model_config.vocab_size,
-            self.model_config.hidden_size,
-            self.max_model_len,
-            num_added=self.model_config.num_added,
-            has_axes=bool(self.model_config.rope_axes),
-            max_grammar_bytes=config.max_grammar_bytes,
-        )
         self.scheduler = Scheduler(
             BlockPool(
                 loaded.num_blocks,
@@ -83,13 +73,13 @@ class Engine:
             stall=loaded.stall,
             max_proposals=max(layout.verify_tokens, default=1) - 1,
         )
-        self.run_ahead = (
-            self._runner.platform.traits.run_ahead if config.run_ahead is None else config.run_ahead
-        )
+        run_ahead = config.tuned.run_ahead
+        self.run_ahead = self._runner.platform.traits.run_ahead if run_ahead is None else run_ahead
         self._in_flight: deque[Launched] = deque()
         self.metrics = EngineMetrics(self.scheduler, loaded.expert_stats)
         tower = self._runner.model.tower
         self.media_scale = None if tower is None else Scale.of(tower.config)
+        self._intake = Intake.of(config, self.tokenizer, self.info)
         prompts = MediaPrompts(
             config.model, self.tokenizer, self.media_scale, loaded.vision, config.media
         )
@@ -169,6 +159,26 @@ class Engine:
             self.close()
 
     @property
+    def info(self) -> EngineInfo:
+        """What others must know of this engine, but for the digest of its checkpoint."""
+        model, pool = self.model_config, self.scheduler.pool
+        return EngineInfo(
+            "",
+            self.max_model_len,
+            self.max_num_seqs,
+            model.vocab_size,
+            model.hidden_size,
+            pool.block_size,
+            pool.num_blocks,
+            sorted(self._eos_ids),
+            self.default_params.non_default(without=("output_kind",)),
+            num_added=model.num_added,
+            has_axes=bool(model.rope_axes),
+            has_towers=bool(self._runner.towers.by_name),
+            media_scale=self.media_scale,
+        )
+
+    @property
     def runner(self) -> Runner:
         return self._runner
 
@@ -245,31 +255,43 @@ class Engine:
         the vocabulary, or if embeddings do not fit the prompt or the model. Media are prepared
         in threads: if one cannot be read, the request ends with an error.
         """
+        params = (params or SamplingParams()).clone()
+        if isinstance(prompt, MediaPrompt):
+            return self.add(self._intake.request(prompt, params, incremental=incremental,
+                                                 priority=priority))  # fmt: skip
+        given = as_prompt(prompt)
+        if given.media:
+            self._intake.check(params)
+            self._check_media(given, params, embeddings, positions)
+        asked = self._intake.request(
+            given,
+            params,
+            incremental=incremental,
+            embeddings=embeddings,
+            positions=positions,
+            priority=priority,
+        )
+        return self.add(asked, given if given.media else None)
+
+    def add(self, asked: EngineRequest, with_media: Prompt | None = None) -> int:
+        """Queue a request that an `Intake` has checked; returns its id.
+
+        with_media: the prompt, if its media are not prepared yet. Raises ValueError for grammars
+        and edits of logits that cannot be.
+        """
         self._check_open()
         self._sleeper.check_awake()
-        params = (params or SamplingParams()).clone()
-        self._intake.check(params)
-        prepared = prompt if isinstance(prompt, MediaPrompt) else None
-        if prepared is None:
-            given = as_prompt(prompt)
-        else:
-            given = Prompt(None, prepared.token_ids, prepared.cache_salt)
-        if given.media:
-            self._check_media(given, params, embeddings, positions)
-        prompt_ids = self._intake.prompt_ids(given, params)
-        contents = self._intake.contents(embeddings, len(prompt_ids))
-        self._intake.check_positions(positions, len(prompt_ids))
-        priority, edits = checked_priority(priority), self._intake.edits(params)
-        source = self._intake.source(params)
+        params, prompt_ids = asked.params, asked.prompt_ids
+        edits, source = self._intake.edits(params), self._intake.source(params)
         has_masks = source is not None
         self._runner.prepare(edits, has_penalties=params.has_penalties, has_masks=has_masks)
-        for content, (_, embeds) in zip(contents, embeddings):
-            self._runner.add_embeddings(content.key, embeds)
+        for key, embeds in asked.embeddings.items():
+            self._runner.add_embeddings(key, embeds)
         request_id = self._num_added
         self._num_added += 1
         eos_ids = () if params.ignore_eos else self._eos_ids
         stop_ids = {*(params.stop_token_ids or ()), *eos_ids}
-        seed = drawn_seed(self.config.seed, request_id) if params.seed is None else params.seed
+        seed = drawn_seed(self.config.seed, request_id) if asked.seed is None else asked.seed
         request = Request(
             request_id=request_id,
             prompt_ids=prompt_ids,
@@ -277,23 +299,23 @@ class Engine:
             seed=seed,
             max_output=self._intake.max_output(params, len(prompt_ids)),
             stop_ids=frozenset(i for i in stop_ids if i < self.model_config.vocab_size),
-            incremental=incremental,
-            contents=contents,
-            prompt_position_3P=positions,
-            priority=priority,
+            incremental=asked.incremental,
+            contents=asked.contents,
+            prompt_position_3P=asked.positions,
+            priority=asked.priority,
             edits=edits,
-            cache_root=sha256(given.cache_salt.encode()).digest() if given.cache_salt else b"",
+            cache_root=asked.cache_root,
             status=Status.PREPARING,
         )
         if params.prompt_logprobs is not None:
             request.prompt_logprobs = [None] * len(prompt_ids)
-        stream = TextStream(self.tokenizer, params, incremental=incremental)
-        if prepared is not None:
-            self._preparation.expand(request, prepared)
+        tokenizer = self.tokenizer if asked.detokenizes else None
+        stream = TextStream(tokenizer, params, incremental=asked.incremental)
+        self._held.hold(asked.media)
         try:
             self._answers.requests[request_id] = request, stream
-            if given.media or has_masks:
-                self._preparation.add(request, given, source)
+            if with_media is not None or has_masks:
+                self._preparation.add(request, with_media, source)
             else:
                 self._queue(request)
             return request_id

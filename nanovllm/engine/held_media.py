@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
-from nanovllm.engine.media_intake import MediaPrompt
 from nanovllm.runner.runner import Runner
 from nanovllm.runner.towers import Encodable
 from nanovllm.schedule.plan import StepPlan
@@ -18,9 +17,9 @@ class HeldMedia:
         self._runner = runner
         self.items: dict[str, Encodable] = {}
 
-    def hold(self, prompt: MediaPrompt) -> None:
-        """Keep the media of a prompt."""
-        self.items.update((content.key, item) for content, item in prompt.images)
+    def hold(self, media: Mapping[str, Encodable]) -> None:
+        """Keep the media of a prompt, by the keys of their contents."""
+        self.items.update(media)
 
     def encode(self, plan: StepPlan) -> None:
         """Encode what a plan needs and what has no embeddings yet."""

@@ -14,8 +14,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nanovllm.checks import InvalidValue, as_python
-from nanovllm.prompts import Prompt, PromptRefused, PromptTooLong, checked_text
+from nanovllm.config import EngineConfig
+from nanovllm.engine.request import EngineInfo, EngineRequest, MediaPrompt
+from nanovllm.prompts import (
+    AnyPrompt,
+    Prompt,
+    PromptRefused,
+    PromptTooLong,
+    as_prompt,
+    checked_text,
+)
 from nanovllm.sampling import INT64_MAX, SamplingParams
+from nanovllm.schedule import edit_limits
 from nanovllm.schedule.plan import LogitEdits
 from nanovllm.schedule.request import Content
 from nanovllm.structured import library
@@ -25,6 +35,8 @@ from nanovllm.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from nanovllm.runner.towers import Encodable
 
 Embeddings = Sequence[tuple[int, "Tensor"]]  # (position, [n, D]) pairs
 
@@ -41,6 +53,69 @@ class Intake:
     num_added: int = 0
     has_axes: bool = False
     max_grammar_bytes: int = 0
+    has_towers: bool = True
+
+    @classmethod
+    def of(cls, config: EngineConfig, tokenizer: Tokenizer | None, info: EngineInfo) -> Intake:
+        return cls(
+            config.model,
+            tokenizer,
+            info.vocab_size,
+            info.hidden_size,
+            info.max_model_len,
+            num_added=info.num_added,
+            has_axes=info.has_axes,
+            max_grammar_bytes=config.max_grammar_bytes,
+            has_towers=info.has_towers,
+        )
+
+    def request(
+        self,
+        prompt: AnyPrompt | Prompt | MediaPrompt,
+        params: SamplingParams,
+        *,
+        incremental: bool = True,
+        embeddings: Embeddings = (),
+        positions: np.ndarray | None = None,
+        priority: int = 0,
+    ) -> EngineRequest:
+        """A request for an engine. The arguments are those of `Engine.add_request`.
+
+        Media of a `Prompt` are not looked at. `check_forms` checks the rest of `params`.
+        """
+        self.check(params)
+        media: dict[str, Encodable] = {}
+        media_contents: tuple[Content, ...] = ()
+        if isinstance(prompt, MediaPrompt):
+            positions = prompt.position_3T
+            media = {content.key: item for content, item in prompt.images}
+            media_contents = tuple(content for content, _ in prompt.images)
+            prompt = Prompt(None, prompt.token_ids, prompt.cache_salt)
+        given = as_prompt(prompt)
+        prompt_ids = self.prompt_ids(given, params)
+        contents = self.contents(embeddings, len(prompt_ids))
+        self.check_positions(positions, len(prompt_ids))
+        if media and not self.has_towers:
+            raise ValueError(f"the prompt has images, but {self.model!r} reads text only")
+        return EngineRequest(
+            prompt_ids,
+            params,
+            incremental,
+            checked_priority(priority),
+            given.cache_salt,
+            params.seed,
+            contents=contents + media_contents,
+            embeddings={one.key: embeds for one, (_, embeds) in zip(contents, embeddings)},
+            media=media,
+            positions=positions,
+        )
+
+    def check_forms(self, params: SamplingParams) -> None:
+        """Refuse grammars and edits of logits that an engine would refuse."""
+        self.source(params)
+        edits = self.edits(params)
+        if edits is not None:
+            edit_limits.check(edits, self.vocab_size)
 
     def prompt_ids(self, prompt: Prompt, params: SamplingParams) -> list[int]:
         """The prompt's token ids, truncated as `params` ask for, all within the limits."""

@@ -1,4 +1,4 @@
-"""What `LLM`, `LLMEngine` and `SharedEngine` use of an engine: one, or several behind a front."""
+"""What `LLM`, `LLMEngine` and `SharedEngine` use of an engine: one, or several behind a router."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ if TYPE_CHECKING:
 
     from nanovllm.config import EngineConfig
     from nanovllm.engine.intake import Embeddings
-    from nanovllm.engine.media_intake import MediaPrompt
     from nanovllm.engine.metrics import Metric
+    from nanovllm.engine.request import EngineInfo, EngineRequest, MediaPrompt
     from nanovllm.media.given import Given
     from nanovllm.prompts import AnyPrompt, Prompt
     from nanovllm.sampling import SamplingParams
@@ -32,12 +32,15 @@ class Metrics(Protocol):
 
 
 class AnyEngine(Protocol):
-    """`Engine` describes the methods. `Replicas` is the other class that has them."""
+    """`Engine` describes the methods. `Router` is the other class that has them."""
 
     config: EngineConfig
     max_model_len: int
     default_params: SamplingParams
     tokenizer: Tokenizer | None
+
+    @property
+    def info(self) -> EngineInfo: ...
 
     @property
     def metrics(self) -> Metrics: ...
@@ -81,6 +84,8 @@ class AnyEngine(Protocol):
         positions: np.ndarray | None = None,
         priority: int = 0,
     ) -> int: ...
+
+    def add(self, asked: EngineRequest) -> int: ...
 
     def abort(self, request_id: int, reason: str = "abort") -> None: ...
 

@@ -6,11 +6,12 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
-import numpy as np
-
 from nanovllm.checks import InvalidValue
+from nanovllm.engine.mm_admission import MediaGate
+from nanovllm.engine.request import MediaPrompt
 from nanovllm.media import given
 from nanovllm.media.options import MediaOptions
 from nanovllm.media.placeholders import Expanded, Placeholders, Span
@@ -18,25 +19,12 @@ from nanovllm.media.prepare import Preparation, Prepared, Preparer
 from nanovllm.media.settings import VisionSettings
 from nanovllm.models.vision import positions
 from nanovllm.models.vision.interface import TowerConfig
+from nanovllm.programs import DoesNotStart
 from nanovllm.prompts import Prompt
 from nanovllm.runner.towers import Encodable
 from nanovllm.sampling import SamplingParams
 from nanovllm.schedule.request import Content
 from nanovllm.tokenizer import Tokenizer
-
-
-class MediaPrompt(NamedTuple):
-    """A prompt with all placeholder tokens, its positions [3, T], and the images and clips that the
-    tokens stand for. Without positions each token has its index three times."""
-
-    token_ids: list[int]
-    position_3T: np.ndarray | None
-    images: list[tuple[Content, Encodable]]
-    cache_salt: str | None = None
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(image.values.nbytes for _, image in self.images)
 
 
 class Scale(NamedTuple):
@@ -84,7 +72,7 @@ class MediaPrompts:
         given.check_counts(media, self._options)
         if self._preparer is not None and not self._preparer.settings.audio:
             sounds = [one for one in media if one.kind == given.AUDIO]
-            given.refuse(self._model, sounds, "does not hear")
+            given.refuse(self._model, sounds, "has no audio encoder")
 
     def check(self, prompt: Prompt, params: SamplingParams) -> None:
         """`check_media`, and raises ValueError for more or fewer media than placeholders, and for
@@ -164,18 +152,14 @@ class MediaPrompts:
 
 
 class MediaIntake:
-    """Prepares the prompts of requests in worker threads. One thread at a time may use it.
-
-    A few prompts are in preparation at the same time, and none is begun while the patches of
-    unfinished requests take `max_held_bytes`.
-    """
+    """Prepares the prompts of requests in worker threads, as the gate lets them in. One thread at a
+    time may use it."""
 
     def __init__(self, prompts: MediaPrompts, options: MediaOptions) -> None:
         """Takes over `prompts`."""
-        self._prompts, self._options = prompts, options
+        self._prompts, self._gate = prompts, MediaGate(options)
         self._waiting: dict[int, Prompt] = {}
         self._running: dict[int, tuple[Prompt, Preparation]] = {}
-        self._held: dict[int, int] = {}  # bytes of patches of unfinished requests
         self._changed = threading.Event()
 
     def check_media(self, media: Sequence[given.Given]) -> None:
@@ -189,7 +173,7 @@ class MediaIntake:
     def add(self, request_id: int, prompt: Prompt) -> None:
         """Prepare the prompt of a request, which `check` has let through."""
         self._waiting[request_id] = prompt
-        self._begin()
+        self._gate.enter(request_id, partial(self._begin, request_id))
 
     def take(self, wait_s: float = 0.0) -> Iterator[tuple[int, MediaPrompt | str]]:
         """Requests that are ready, with their prompts or with what is wrong with their media.
@@ -203,24 +187,24 @@ class MediaIntake:
         for request_id, (prompt, work) in list(self._running.items()):
             if not work.done():
                 continue
+            num_bytes = 0
             try:
                 found = self._prompts.made(prompt, work.result())
-            except ValueError as error:
+            except (ValueError, DoesNotStart) as error:
                 yield request_id, str(error)
             else:
-                self._held[request_id] = found.num_bytes
+                num_bytes = found.num_bytes
                 yield request_id, found
-            self._running.pop(request_id, None)
-        self._begin()
+            if self._running.pop(request_id, None) is not None:  # else it has been dropped
+                self._gate.hold(request_id, num_bytes)
 
     def drop(self, request_id: int) -> None:
         """Forget a request that has ended, and end the work on it."""
         self._waiting.pop(request_id, None)
-        self._held.pop(request_id, None)
         _, work = self._running.pop(request_id, (None, None))
         if work is not None and all(work is not other for _, other in self._running.values()):
             work.cancel()
-        self._begin()
+        self._gate.leave(request_id)
 
     def __contains__(self, request_id: int) -> bool:
         """Whether a request is in preparation."""
@@ -235,14 +219,11 @@ class MediaIntake:
             self.drop(request_id)
         self._prompts.close()
 
-    def _begin(self) -> None:
-        """Begin with waiting prompts as far as the bounds allow."""
-        while self._waiting and len(self._running) < 2 * self._options.num_media_workers:
-            if sum(self._held.values()) >= self._options.max_held_bytes:
-                return
-            request_id = next(iter(self._waiting))
-            prompt = self._waiting.pop(request_id)
+    def _begin(self, request_id: int) -> None:
+        prompt = self._waiting.get(request_id)
+        if prompt is not None:  # else it has begun
             self._running[request_id] = prompt, self._work(prompt)
+            del self._waiting[request_id]
 
     def _work(self, prompt: Prompt) -> Preparation:
         """The preparation of a prompt; several answers to one prompt share it."""

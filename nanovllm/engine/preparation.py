@@ -8,8 +8,9 @@ from collections.abc import Iterator
 
 from nanovllm.engine.held_media import HeldMedia
 from nanovllm.engine.intake import Intake
-from nanovllm.engine.media_intake import MediaIntake, MediaPrompt
+from nanovllm.engine.media_intake import MediaIntake
 from nanovllm.engine.metrics import EngineMetrics
+from nanovllm.engine.request import MediaPrompt
 from nanovllm.prompts import Prompt, PromptRefused
 from nanovllm.schedule.request import Request
 from nanovllm.structured.grammars import Grammars, Refusal
@@ -43,10 +44,10 @@ class Preparation:
         """The number of requests that are not queued yet."""
         return len(self._requests)
 
-    def add(self, request: Request, prompt: Prompt, source: Source | None) -> None:
-        """Begin to prepare the media of a request's prompt, and its grammar."""
+    def add(self, request: Request, prompt: Prompt | None, source: Source | None) -> None:
+        """Begin to prepare the media of a request's prompt, if it has some, and its grammar."""
         self._requests[request.request_id] = request
-        if prompt.media:
+        if prompt is not None:
             self._media.add(request.request_id, prompt)
         if source is not None:
             self._grammars.add(request.request_id, source, request.params)
@@ -67,14 +68,12 @@ class Preparation:
                 yield request, None
                 self._requests.pop(request_id, None)
 
-    def expand(self, request: Request, found: MediaPrompt) -> None:
+    def _expand(self, request: Request, found: MediaPrompt) -> None:
         """Give a request its whole prompt. Raises ValueError if this is too long."""
-        prompt_ids = self._intake.prompt_ids(Prompt(None, found.token_ids), request.params)
-        self._intake.check_positions(found.position_3T, len(prompt_ids))
-        request.max_output = self._intake.max_output(request.params, len(prompt_ids))
-        self._held.hold(found)
-        contents = tuple(content for content, _ in found.images)
-        request.expand(prompt_ids, contents, found.position_3T)
+        asked = self._intake.request(found, request.params)
+        request.max_output = self._intake.max_output(request.params, len(asked.prompt_ids))
+        self._held.hold(asked.media)
+        request.expand(asked.prompt_ids, asked.contents, asked.positions)
 
     def drop(self, request_id: int) -> None:
         """Forget a request that has ended, and end the work on it."""
@@ -103,7 +102,7 @@ class Preparation:
             try:
                 if isinstance(found, str):
                     raise PromptRefused(found)
-                self.expand(request, found)
+                self._expand(request, found)
             except ValueError as error:
                 logger.error("request %d: %s", request_id, error)
                 yield request, error

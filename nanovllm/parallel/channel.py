@@ -52,13 +52,13 @@ class Channel:
     def __init__(self, sock: socket.socket) -> None:
         """Takes over the socket."""
         sock.setblocking(True)
-        self._sock = sock
+        self.sock = sock
         self._received = bytearray()
         self._sending = threading.Lock()
 
     def fileno(self) -> int:
         """The socket's file descriptor, for selectors."""
-        return self._sock.fileno()
+        return self.sock.fileno()
 
     def send(self, name: str, payload: bytes = b"") -> None:
         """Send a message. It waits only if the other end has not read the messages before it.
@@ -69,12 +69,20 @@ class Channel:
         try:
             with self._sending:
                 if len(payload) <= _PIECE_BYTES:
-                    self._sock.sendall(head + payload)
+                    self.sock.sendall(head + payload)
                 else:
-                    self._sock.sendall(head)
-                    self._sock.sendall(payload)
+                    self.sock.sendall(head)
+                    self.sock.sendall(payload)
         except OSError as error:
             raise ChannelClosed(f"cannot send {name!r}: {error}") from error
+
+    def send_packed(self, messages: bytes | bytearray) -> None:
+        """The same for messages that were packed by `pack`."""
+        try:
+            with self._sending:
+                self.sock.sendall(messages)
+        except OSError as error:
+            raise ChannelClosed(f"cannot send: {error}") from error
 
     def receive(self) -> Message:
         """Wait for the next message. Raises ChannelClosed, or ValueError for one that is no message
@@ -96,7 +104,7 @@ class Channel:
         """
         found = list(self._complete())
         poll = select.poll()
-        poll.register(self._sock, select.POLLIN)
+        poll.register(self.sock, select.POLLIN)
         while (wait and not found) or poll.poll(0):
             self._read()
             found += self._complete()
@@ -105,15 +113,15 @@ class Channel:
     def shut_down(self) -> None:
         """End the connection: whoever waits to send or receive here gets ChannelClosed."""
         with contextlib.suppress(OSError):  # it has ended already
-            self._sock.shutdown(socket.SHUT_RDWR)
+            self.sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         self.shut_down()
-        self._sock.close()
+        self.sock.close()
 
     def _read(self) -> None:
         try:
-            piece = self._sock.recv(_PIECE_BYTES)
+            piece = self.sock.recv(_PIECE_BYTES)
         except OSError as error:
             raise ChannelClosed(f"cannot receive: {error}") from error
         if not piece:

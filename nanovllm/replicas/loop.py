@@ -1,126 +1,184 @@
-"""The work of a replica: its engine takes requests from a channel and sends outputs to it."""
+"""The work of an engine's process: it takes requests from clients and sends them tokens.
+
+Per step it sends one message to each client with new tokens, and waits for no client. Importing
+this module does not import torch.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+import logging
+import selectors
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import NoReturn
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
-from nanovllm import hub
-from nanovllm.checks import InvalidValue
-from nanovllm.engine.engine import Engine
-from nanovllm.engine.media_intake import MediaPrompt
-from nanovllm.parallel.channel import Channel, Message
+from nanovllm.engine.request import EngineInfo, EngineRequest
+from nanovllm.parallel.channel import Channel, ChannelClosed
 from nanovllm.parallel.serve import ANSWER, ASKS
-from nanovllm.prompts import Prompt
-from nanovllm.replicas import attached, messages
-from nanovllm.replicas.messages import Addition, Facts
-from nanovllm.sampling import SamplingParams
-from nanovllm.schedule.outputs import Completion, Increment
-from nanovllm.startup.ranks import checkpoint_digest
+from nanovllm.replicas import messages
+from nanovllm.replicas.client_conn import ClientConn, ParentConn
+from nanovllm.schedule.outputs import Increment
+
+if TYPE_CHECKING:
+    from nanovllm.engine.interface import AnyEngine
+
+logger = logging.getLogger(__name__)
+# Idle time before what all grammars share is made, if clients of other processes may come.
+IDLE_SECONDS = 2.0
 
 
-def facts_of(engine: Engine) -> Facts:
-    """What others must know of an engine."""
-    pool, config = engine.scheduler.pool, engine.config
-    weights = not config.random_weights
-    folder = hub.resolve(config.model, weights=weights, revision=config.revision)
-    return Facts(
-        checkpoint=checkpoint_digest(folder),
-        max_model_len=engine.max_model_len,
-        max_num_seqs=engine.max_num_seqs,
-        vocab_size=engine.model_config.vocab_size,
-        hidden_size=engine.model_config.hidden_size,
-        num_added=engine.model_config.num_added,
-        has_axes=bool(engine.model_config.rope_axes),
-        has_towers=bool(engine.runner.towers.by_name),
-        media_scale=engine.media_scale,
-        block_size=pool.block_size,
-        num_blocks=pool.num_blocks,
-        eos_ids=sorted(engine.eos_ids),
-        default_params=messages.params_fields(engine.default_params),
-    )
+class Owner(NamedTuple):
+    """The client that requested an answer, and the client's id for it."""
+
+    client: ClientConn
+    request_id: int
+    incremental: bool
 
 
 class Loop:
-    """Steps an engine while it has requests, and reads messages between two steps."""
+    """Steps an engine while it has requests, and reads messages between two steps.
 
-    def __init__(self, engine: Engine, channel: Channel) -> None:
-        self._engine, self._channel = engine, channel
-        # ids of unfinished requests, from the front's to the engine's and back
-        self._ids: dict[int, int] = {}
-        self._front_ids: dict[int, int] = {}
-        self._handlers: dict[str, Callable[[bytes], bytes | None]] = {
-            messages.GO: lambda payload: None,
+    The process that has started this one is a client, too; it ends the loop by closing its channel.
+    """
+
+    def __init__(self, engine: AnyEngine, clients: Sequence[ClientConn], control: Channel) -> None:
+        """control: the channel to the process that has started this one."""
+        self._engine, self._parent = engine, ParentConn(control)
+        self._clients = [*clients, self._parent]
+        self._owners: dict[int, Owner] = {}  # by the engine's ids
+        self._idle_since: float | None = None
+        self._is_prepared = not clients  # for grammars
+        self._handlers: dict[str, Callable[[ClientConn, bytes], bytes | None]] = {
+            messages.GO: lambda client, payload: None,
+            messages.MEDIA: self._take_media,
             messages.ADD: self._add,
-            messages.ABORT: self._abort,
-            messages.FORGET: lambda payload: engine.forget_prefixes(),
-            messages.PREPARE_GRAMMARS: lambda payload: engine.prepare_grammars(),
-            messages.METRICS: lambda payload: messages.dump_metrics(engine.metrics.read()),
+            messages.END: self._end,
+            messages.FORGET: lambda client, payload: engine.forget_prefixes(),
+            messages.PREPARE_GRAMMARS: lambda client, payload: engine.prepare_grammars(),
+            messages.METRICS: lambda client, payload: messages.dump_metrics(engine.metrics.read()),
         }
+        self._selector = selectors.DefaultSelector()
+        for client in self._clients:
+            self._selector.register(client, selectors.EVENT_READ, client)
 
-    def run(self) -> NoReturn:
-        """Raises ChannelClosed once the front closes, and the errors of a step."""
-        engine = self._engine
-        self._channel.send(messages.READY, messages.dump(facts_of(engine)))
+    def run(self, info: EngineInfo) -> NoReturn:
+        """Raises ChannelClosed once the control channel closes, and the errors of a step."""
+        payload = messages.dump(info)
+        for client in list(self._clients):
+            self._guarded(client, partial(ClientConn.send, name=messages.READY, payload=payload))
+        self._guarded(self._parent, self._serve)  # its channel may have read some messages
         while True:
-            for message in self._channel.pending(wait=not engine.has_unfinished):
-                self._handle(message)
-            if engine.has_unfinished:
-                self._step()
+            for key, _ in self._ready():
+                self._guarded(key.data, self._serve)
+            if self._owners:
+                self._engine.advance()
+                self._pass_on(self._engine.take())
 
-    def _step(self) -> None:
-        found = [
-            replace(one, request_id=self._front_ids[one.request_id]) for one in self._engine.step()
-        ]
-        for one in found:
-            if one.finished:
-                del self._front_ids[self._ids.pop(one.request_id)]
-        if found:
-            self._channel.send(messages.OUTPUTS, messages.dump_outputs(found))
+    def _ready(self) -> list[tuple[selectors.SelectorKey, int]]:
+        """The sockets that have something to do. Without requests, wait for one; if none comes for
+        a while, prepare for grammars."""
+        if self._owners:
+            self._idle_since = None
+            return self._selector.select(0)
+        if not self._is_prepared:
+            now = time.monotonic()
+            if self._idle_since is None:
+                self._idle_since = now
+            if (left := self._idle_since + IDLE_SECONDS - now) > 0:
+                return self._selector.select(left)
+            self._is_prepared = True
+            self._engine.prepare_grammars()
+        return self._selector.select()
 
-    def _handle(self, message: Message) -> None:
-        name, _, number = message[0].partition(ASKS)
-        answer = self._handlers[name](message[1])
-        if number:
-            self._channel.send(ANSWER + number, answer or b"")
+    def _serve(self, client: ClientConn) -> None:
+        """Send a client its waiting messages, and handle those that it has sent."""
+        client.send_more()
+        for name, payload in client.read():
+            name, _, number = name.partition(ASKS)
+            answer = self._handlers[name](client, payload)
+            if number:
+                client.send(ANSWER + number, answer or b"")
+            elif answer is not None:
+                client.send(name, answer)
 
-    def _add(self, payload: bytes) -> None:
-        """Queue a request. What the front cannot know, such as full memory, ends it alone."""
-        message, beside = attached.load(payload)
-        given = Addition(**json.loads(message))
-        prompt: Prompt | MediaPrompt = Prompt(None, given.prompt_ids, given.cache_salt)
-        positions = beside.positions
-        if beside.images:
-            images = list(beside.images)
-            prompt = MediaPrompt(given.prompt_ids, positions, images, given.cache_salt)
-            positions = None
+    def _guarded(self, client: ClientConn, use: Callable[[ClientConn], None]) -> None:
+        """Use a connection. If its client is gone, abort its requests."""
         try:
-            of_engine = self._engine.add_request(
-                prompt,
-                SamplingParams(**given.params),
-                incremental=given.incremental,
-                embeddings=beside.embeddings,
-                positions=positions,
-                priority=given.priority,
-            )
-        except Exception as error:
-            text = f"{type(error).__name__}: {error}"
-            field = error.field if isinstance(error, InvalidValue) else None
-            done = Completion("", [], "error", None, given.prompt_ids, 0, None, None, text, field)
-            last = Increment(given.request_id, [], "", None, done)
-            self._channel.send(messages.OUTPUTS, messages.dump_outputs([last]))
+            use(client)
+        except ChannelClosed as error:
+            if client is self._parent:
+                raise
+            if client.answers:
+                logger.warning("a client has left %d answers: %s", len(client.answers), error)
+            self._drop(client)
             return
-        self._ids[given.request_id] = of_engine
-        self._front_ids[of_engine] = given.request_id
+        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if client.is_waiting else 0)
+        if self._selector.get_key(client).events != events:
+            self._selector.modify(client, events, client)
 
-    def _abort(self, payload: bytes) -> None:
-        """Drop requests. Some may have ended while the message was on its way."""
-        ids, reason = json.loads(payload)
-        of_engine = [self._ids.pop(one) for one in ids if one in self._ids]
+    def _drop(self, client: ClientConn) -> None:
+        self._selector.unregister(client)
+        self._clients.remove(client)
+        client.close()
+        self._abort(client, list(client.answers))
+
+    def _pass_on(self, increments: Iterable[Increment]) -> None:
+        """Send the new tokens of a step to the clients."""
+        owners = self._owners
+        for one in increments:
+            client, request_id, incremental = owners[one.request_id]
+            token_ids = one.token_ids
+            if (
+                one.completion is None
+                and one.logprobs is None
+                and len(token_ids) == 1
+                and not one.text
+            ):
+                client.add_token(request_id, token_ids[0])
+                continue
+            client.add_row(messages.row(request_id, one, incremental=incremental))
+            if one.completion is not None:
+                del owners[one.request_id], client.answers[request_id]
+        for client in list(self._clients):
+            self._guarded(client, ClientConn.flush)
+
+    def _take_media(self, client: ClientConn, payload: bytes) -> None:
+        """Keep what the next prompt has beside its tokens."""
+        client.media = payload
+
+    def _add(self, client: ClientConn, payload: bytes) -> None:
+        """Queue the answers to a prompt. What the client cannot know, such as full memory, ends
+        them alone."""
+        asked = messages.load_add(payload)
+        media, client.media = client.media, b""
+        request: EngineRequest | None = None
+        for request_id, seed in zip(asked.ids, asked.seeds, strict=True):
+            try:
+                request = request or messages.load_request(asked, media)
+                of_engine = self._engine.add(replace(request, seed=seed))
+            except Exception as error:
+                logger.error("a request is refused: %s", error)
+                client.add_row(messages.failed(request_id, error))
+                continue
+            client.answers[request_id] = of_engine
+            self._owners[of_engine] = Owner(client, request_id, asked.incremental)
+        client.flush()
+
+    def _end(self, client: ClientConn, payload: bytes) -> None:
+        """End answers. Some may have ended while the message was on its way."""
+        asked = messages.load_end(payload)
+        unfinished = [one for one in asked.ids if one in client.answers]
+        if asked.reason == messages.STOP:
+            for one in unfinished:
+                self._engine.abort(client.answers[one], asked.reason)  # its last output is sent
+        else:
+            self._abort(client, unfinished)
+
+    def _abort(self, client: ClientConn, request_ids: Iterable[int]) -> None:
+        """Abort answers that nobody reads any more."""
+        of_engine = [client.answers.pop(one) for one in request_ids]
+        self._engine.abort_all(of_engine)
         for one in of_engine:
-            self._engine.abort(one, reason)
-        self._engine.take(of_engine)  # the front does not listen
-        for one in of_engine:
-            del self._front_ids[one]
+            del self._owners[one]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from nanovllm import env
 from nanovllm.config import EngineConfig
 from nanovllm.replicas import setups
@@ -38,8 +40,8 @@ class ProcessStarter:
             for index in range(num)
         ]
 
-    def start(self, index: int, inbox: Inbox) -> ProcessReplica:
-        return ProcessReplica(index, self._setups[index], inbox)
+    def start(self, index: int, inbox: Inbox, clients: Sequence[int] = ()) -> ProcessReplica:
+        return ProcessReplica(index, self._setups[index], inbox, clients)
 
     def tokenizer(self) -> Tokenizer | None:
         return setups.tokenizer(self._config)

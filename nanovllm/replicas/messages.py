@@ -1,140 +1,308 @@
-"""What the front and its replicas send to each other, as JSON.
+"""What clients and the process of an engine send to each other: msgpack, in the frames of
+`parallel/channel.py`. A client is a task of an event loop, or the router of `LLM`.
 
-A replica sends READY once with its `Facts`, then OUTPUTS. The front sends GO, ADD, ABORT, FORGET,
-and asks METRICS.
+The process sends READY once with its `EngineInfo`, OUTPUTS after each step, and answers METRICS.
+Clients send ADD, END and METRICS, and MEDIA before the ADD of a prompt with images, embeddings or
+positions. GO, FORGET and PREPARE_GRAMMARS come from the process that has started the engine's.
+
+Importing this module does not import torch.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any, cast
 
+import msgspec
+import numpy as np
+
+from nanovllm.checks import InvalidValue
 from nanovllm.engine.metrics import Counter, Gauge, Metric
+from nanovllm.engine.request import EngineInfo, EngineRequest
 from nanovllm.sampling import SamplingParams
 from nanovllm.schedule.logprobs import Logprob
 from nanovllm.schedule.outputs import Completion, Increment
+from nanovllm.schedule.request import Content
 from nanovllm.tokenizer import Tokenizer
 
-READY, OUTPUTS = "ready", "outputs"
-GO, ADD, ABORT, FORGET, METRICS = "go", "add", "abort", "forget", "metrics"
-PREPARE_GRAMMARS = "prepare_grammars"
+READY, OUTPUTS, METRICS = "ready", "outputs", "metrics"
+MEDIA, ADD, END = "media", "add", "end"
+GO, FORGET, PREPARE_GRAMMARS = "go", "forget", "prepare_grammars"
+ABORT, STOP = "abort", "stop"
 
-# `LLMEngine` reads output_kind; the front has truncated the prompt already.
-_OF_FRONT = ("output_kind", "truncate_prompt_tokens")
+# The client reads output_kind, and has truncated the prompt. Seeds are a field of their own.
+OF_CLIENT = frozenset(("n", "seed", "output_kind", "truncate_prompt_tokens"))
+# the same for a client that makes the texts
+OF_TEXT = OF_CLIENT | {"stop", "detokenize", "include_stop_str_in_output"}
 
-_Top = list[tuple[int, float, int]]  # the token's id, its log-probability, its rank
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What the front must know of an engine. `num_blocks` counts blocks of its cache, `checkpoint`
-    is a digest. `num_added` and `has_axes` are of `Intake`, `media_scale` has the fields of `Scale`
-    in `engine/media_intake.py`."""
-
-    checkpoint: str
-    max_model_len: int
-    max_num_seqs: int
-    vocab_size: int
-    hidden_size: int
-    block_size: int
-    num_blocks: int
-    eos_ids: list[int]
-    default_params: dict[str, Any]
-    num_added: int = 0
-    has_axes: bool = False
-    has_towers: bool = False
-    media_scale: Sequence[Any] | None = None
+Top = list[tuple[int, float, int]]  # the token's id, its log-probability, its rank
 
 
-@dataclass(frozen=True)
-class Addition:
-    """A request, as the front gives it to a replica. `params` has a seed."""
+class Array(msgspec.Struct, array_like=True):
+    """A tensor or array: its bytes, in the order of its dimensions."""
 
-    request_id: int
+    dtype: str
+    shape: list[int]
+    data: bytearray  # a view of the bytes where it is written
+
+
+class MediaItem(msgspec.Struct, array_like=True):
+    """An image, a frame or a clip, by its digest: the fields of `Encodable`."""
+
+    digest: bytes
+    values: Array
+    grid: list[int]
+    tower: str
+
+
+class Media(msgspec.Struct, array_like=True):
+    """What the next prompt of this client has beside its tokens. The fields are those of
+    `EngineRequest`; contents are (start, number of tokens, digest)."""
+
+    contents: list[tuple[int, int, bytes]]
+    embeddings: list[tuple[bytes, Array]]
+    media: list[MediaItem]
+    positions: Array | None
+
+
+class Add(msgspec.Struct, array_like=True):
+    """A prompt with an answer for each of `ids`, the client's own, and of `seeds`.
+
+    params: the fields of `SamplingParams` that are not the default. has_media: those of the MEDIA
+    before it. The other fields are those of `EngineRequest`.
+    """
+
+    ids: list[int]
+    seeds: list[int]
     prompt_ids: list[int]
     params: dict[str, Any]
     incremental: bool
     priority: int
     cache_salt: str | None
+    detokenizes: bool = False
+    has_media: bool = False
 
 
-def params_fields(params: SamplingParams) -> dict[str, Any]:
-    """The fields that are not the default, as JSON has them."""
-    return {
-        field.name: value
-        for field in fields(params)
-        if field.name not in _OF_FRONT
-        and (value := getattr(params, field.name)) is not field.default
-    }
+class End(msgspec.Struct, array_like=True):
+    """Answers that their client ends.
+
+    reason: ABORT, and nothing more is sent of them, or STOP, for stop strings: the last row is.
+    """
+
+    ids: list[int]
+    reason: str
 
 
-def dump(message: Facts | Addition) -> bytes:
-    return json.dumps(asdict(message)).encode()
+class Done(msgspec.Struct, array_like=True):
+    """How an answer has ended. The fields are those of `Completion`."""
+
+    finish_reason: str
+    stop_reason: int | str | None
+    num_cached_tokens: int
+    prompt_logprobs: list[Top | None] | None
+    error: str | None
+    error_field: str | None = None
 
 
-def dump_outputs(increments: Iterable[Increment]) -> bytes:
-    """The prompt of a completion is left out: the front has it."""
-    return json.dumps([_fields(one) for one in increments]).encode()
+class Row(msgspec.Struct, array_like=True):
+    """New tokens of one answer, with log-probabilities if they were asked for.
+
+    text: the new text in UTF-8, if the engine makes it. Halves of surrogate pairs are let through.
+    """
+
+    request_id: int
+    token_ids: list[int]
+    logprobs: list[Top | None] | None = None  # of an answer's tokens none is None
+    done: Done | None = None
+    text: bytearray = bytearray()
+
+    def extend(self, later: Row) -> None:
+        """Add the next row of the same answer. What is there is not copied."""
+        self.token_ids += later.token_ids
+        self.text += later.text
+        if self.logprobs is None:
+            self.logprobs = later.logprobs
+        elif later.logprobs is not None:
+            self.logprobs += later.logprobs
+        self.done = later.done
 
 
-def outputs(payload: bytes) -> list[dict[str, Any]]:
-    """The fields of increments, for `increment`."""
-    return list(json.loads(payload))
+class Outputs(msgspec.Struct, array_like=True):
+    """The new tokens of a step for one client.
+
+    ids, tokens: answers with one new token and nothing else, the usual case. rows: all others.
+    """
+
+    ids: list[int]
+    tokens: list[int]
+    rows: list[Row]
 
 
-def increment(
-    found: dict[str, Any], prompt_ids: list[int], tokenizer: Tokenizer | None
-) -> Increment:
-    """The increment of a request with this prompt. `tokenizer` gives log-probabilities texts."""
-    done = found["completion"]
-    return Increment(
-        found["request_id"],
-        found["token_ids"],
-        found["text"],
-        logprobs(found["logprobs"], tokenizer),
-        None
-        if done is None
-        else Completion(
-            **{
-                **done,
-                "prompt_ids": prompt_ids,
-                "logprobs": logprobs(done["logprobs"], tokenizer),
-                "prompt_logprobs": logprobs(done["prompt_logprobs"], tokenizer),
-            }
-        ),
+_encoder = msgspec.msgpack.Encoder()
+dump = _encoder.encode
+load_info = msgspec.msgpack.Decoder(EngineInfo).decode
+load_add = msgspec.msgpack.Decoder(Add).decode
+load_end = msgspec.msgpack.Decoder(End).decode
+load_outputs = msgspec.msgpack.Decoder(Outputs).decode
+_load_media = msgspec.msgpack.Decoder(Media).decode
+_load_metrics = msgspec.msgpack.Decoder(list[tuple[bool, str, float, dict[str, str]]]).decode
+
+
+# requests -----------------------------------------------------------------------------------------
+
+
+def params_fields(params: SamplingParams, *, detokenizes: bool) -> dict[str, Any]:
+    """The fields of parameters that an engine needs. detokenizes: whether it makes the text."""
+    found = params.non_default(without=OF_CLIENT if detokenizes else OF_TEXT)
+    if found.get("stop"):
+        found["stop"] = [text.encode("utf-8", "surrogatepass") for text in found["stop"]]
+    return found
+
+
+def load_params(found: Mapping[str, Any]) -> SamplingParams:
+    """The parameters of these fields. Raises ValueError."""
+    if stop := found.get("stop"):
+        found = {**found, "stop": [text.decode("utf-8", "surrogatepass") for text in stop]}
+    return SamplingParams(**found)
+
+
+def dump_media(request: EngineRequest) -> bytes:
+    """The payload of MEDIA; nothing for a prompt that needs none."""
+    if not request.contents and request.positions is None:
+        return b""
+    positions = request.positions
+    return dump(
+        Media(
+            [(one.start, one.num, one.digest) for one in request.contents],
+            [(bytes.fromhex(key), _array(one)) for key, one in request.embeddings.items()],
+            [
+                MediaItem(bytes.fromhex(key), _array(one.values), list(one.grid), one.tower)
+                for key, one in request.media.items()
+            ],
+            None if positions is None else _array(positions),
+        )
     )
 
 
-def dump_metrics(metrics: Iterable[Metric]) -> bytes:
-    found = [[isinstance(one, Counter), one.name, one.value, one.labels] for one in metrics]
-    return json.dumps(found).encode()
+def load_request(found: Add, media: bytes) -> EngineRequest:
+    """The request of an ADD and the MEDIA before it. Raises ValueError."""
+    request = EngineRequest(
+        found.prompt_ids,
+        load_params(found.params),
+        found.incremental,
+        found.priority,
+        found.cache_salt,
+        detokenizes=found.detokenizes,
+    )
+    return with_media(request, media) if found.has_media else request
 
 
-def metrics(payload: bytes) -> list[Metric]:
-    return [(Counter if counts else Gauge)(*rest) for counts, *rest in json.loads(payload)]
+def with_media(request: EngineRequest, payload: bytes) -> EngineRequest:
+    """The request with what `dump_media` has written."""
+    from nanovllm.runner.towers import Encodable  # imports torch
 
-
-def _fields(one: Increment) -> dict[str, Any]:
-    done = one.completion
-    return {
-        "request_id": one.request_id,
-        "token_ids": one.token_ids,
-        "text": one.text,
-        "logprobs": numbers(one.logprobs),
-        "completion": None
-        if done is None
-        else {
-            **{field.name: getattr(done, field.name) for field in fields(done)},
-            "prompt_ids": None,
-            "logprobs": numbers(done.logprobs),
-            "prompt_logprobs": numbers(done.prompt_logprobs),
+    found = _load_media(payload)
+    return replace(
+        request,
+        contents=tuple(Content(*one) for one in found.contents),
+        embeddings={digest.hex(): _tensor(one) for digest, one in found.embeddings},
+        media={
+            one.digest.hex(): Encodable(_tensor(one.values), tuple(one.grid), one.tower)
+            for one in found.media
         },
-    }
+        positions=None if found.positions is None else _tensor(found.positions).numpy(),
+    )
 
 
-def numbers(positions: Any) -> list[_Top | None] | None:
+def _array(values: Any) -> Array:
+    """A tensor of any device and strides, or an array."""
+    import torch
+
+    if isinstance(values, np.ndarray):
+        values = torch.from_numpy(np.ascontiguousarray(values))
+    on_host = values.detach().cpu().contiguous()
+    raw = on_host.reshape(-1).view(torch.uint8).numpy().data
+    return Array(
+        str(on_host.dtype).removeprefix("torch."), list(on_host.shape), cast(bytearray, raw)
+    )
+
+
+def _tensor(array: Array) -> Any:
+    import torch
+
+    dtype = getattr(torch, array.dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{array.dtype!r} is no dtype")
+    if not array.data:
+        return torch.empty(array.shape, dtype=dtype)
+    return torch.frombuffer(array.data, dtype=dtype).reshape(array.shape)
+
+
+# answers ------------------------------------------------------------------------------------------
+
+
+def row(request_id: int, one: Increment, *, incremental: bool) -> Row:
+    """The row of an engine's increment. Without `incremental` it is the only one of its answer."""
+    found = one.completion
+    token_ids, logprobs, text = one.token_ids, one.logprobs, one.text
+    if found is not None and not incremental:
+        token_ids, logprobs, text = found.token_ids, found.logprobs, found.text
+    done = None if found is None else _done(found)
+    return Row(request_id, token_ids, numbers(logprobs), done, _utf8(text))
+
+
+def failed(request_id: int, error: Exception) -> Row:
+    """The only row of a request that the engine has refused."""
+    field = error.field if isinstance(error, InvalidValue) else None
+    text = f"{type(error).__name__}: {error}" if field is None else str(error)
+    return Row(request_id, [], None, Done("error", None, 0, None, _clean(text), field))
+
+
+def text_of(found: Row) -> str:
+    return found.text.decode("utf-8", "surrogatepass") if found.text else ""
+
+
+def completion(
+    end: Done, row_of_all: Row, prompt_ids: list[int], tokenizer: Tokenizer | None
+) -> Completion:
+    """A whole answer. row_of_all: everything that was sent of it. `tokenizer` gives
+    log-probabilities texts."""
+    return Completion(
+        text_of(row_of_all),
+        row_of_all.token_ids,
+        end.finish_reason,
+        end.stop_reason,
+        prompt_ids,
+        end.num_cached_tokens,
+        logprobs(row_of_all.logprobs, tokenizer),
+        logprobs(end.prompt_logprobs, tokenizer),
+        end.error,
+        end.error_field,
+    )
+
+
+def _utf8(text: str) -> bytearray:
+    return bytearray(text.encode("utf-8", "surrogatepass"))
+
+
+def _clean(text: str) -> str:
+    """A message without halves of surrogate pairs, which it may quote."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def _done(found: Completion) -> Done:
+    return Done(
+        found.finish_reason,
+        found.stop_reason,
+        found.num_cached_tokens,
+        numbers(found.prompt_logprobs),
+        None if found.error is None else _clean(found.error),
+        found.error_field,
+    )
+
+
+def numbers(positions: Any) -> list[Top | None] | None:
     """Log-probabilities of positions without their texts, in their order."""
     if positions is None:
         return None
@@ -144,7 +312,7 @@ def numbers(positions: Any) -> list[_Top | None] | None:
     ]
 
 
-def logprobs(positions: list[_Top | None] | None, tokenizer: Tokenizer | None) -> Any:
+def logprobs(positions: list[Top | None] | None, tokenizer: Tokenizer | None) -> Any:
     """What `numbers` has been given."""
     if positions is None:
         return None
@@ -153,4 +321,18 @@ def logprobs(positions: list[_Top | None] | None, tokenizer: Tokenizer | None) -
         if top is None
         else {token: Logprob(one, rank, token, tokenizer) for token, one, rank in top}
         for top in positions
+    ]
+
+
+# metrics ------------------------------------------------------------------------------------------
+
+
+def dump_metrics(metrics: Iterable[Metric]) -> bytes:
+    return dump([(isinstance(one, Counter), one.name, one.value, one.labels) for one in metrics])
+
+
+def load_metrics(payload: bytes) -> list[Metric]:
+    return [
+        (Counter if counts else Gauge)(name, value, labels)
+        for counts, name, value, labels in _load_metrics(payload)
     ]

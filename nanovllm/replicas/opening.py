@@ -21,9 +21,9 @@ def open_engine(config: EngineConfig) -> AnyEngine:
     """A warm engine, or several replicas of one behind a front. Errors are those of `load`."""
     if not config.replicas_option:
         return one_engine(config)
-    from nanovllm.replicas.front import Replicas
+    from nanovllm.replicas.router import Router
 
-    return Replicas(config, _starter(config))
+    return Router(config, _starter(config))
 
 
 def _starter(config: EngineConfig) -> Starter:

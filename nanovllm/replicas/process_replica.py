@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -10,21 +11,27 @@ from nanovllm.parallel.watch import RankFailed
 from nanovllm.replicas import messages
 from nanovllm.replicas.replica import Event, Inbox, Replica, ReplicaFailed
 
-PROGRAM = "nanovllm.replicas.server"
+PROGRAM = "nanovllm.replicas.process"
 
 
 class ProcessReplica(Replica):
     """An engine in a child process."""
 
-    def __init__(self, index: int, setup: dict[str, Any], inbox: Inbox) -> None:
-        """Start the process, without waiting for it. Raises OSError."""
+    def __init__(
+        self, index: int, setup: dict[str, Any], inbox: Inbox, clients: Sequence[int] = ()
+    ) -> None:
+        """Start the process, without waiting for it. Raises OSError.
+
+        clients: file descriptors of sockets to its clients, which it inherits.
+        """
         super().__init__(index, setup)
         self._ranks = Ranks.start(
-            setup,
+            {**setup, "clients": [list(clients)]},
             2,  # this process and the replica's
             PROGRAM,
             names=("the process of LLM", self.name),
             received=lambda name, payload: inbox.put(Event(self, name, payload)),
+            inherited=clients,
         )
         self._ranks.call_on_failure(lambda error: inbox.put(Event(self, "", b"", error)))
 

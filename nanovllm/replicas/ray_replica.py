@@ -6,6 +6,7 @@ import atexit
 import json
 import logging
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 from nanovllm import env
@@ -123,7 +124,7 @@ class RayReplica(Replica):
         self._fail(ValueError(text) if is_mistake else ReplicaFailed(text))
 
     def _fail(self, failure: Exception) -> None:
-        """Report the first failure, unless it is the end that the front wants."""
+        """Report the first failure, unless it is the end that the router wants."""
         if not self._has_failed and not self._is_closing:
             self._has_failed = True
             self._inbox.put(Event(self, "", b"", failure))
@@ -158,7 +159,8 @@ class RayStarter:
             self.close()
             raise
 
-    def start(self, index: int, inbox: Inbox) -> RayReplica:
+    def start(self, index: int, inbox: Inbox, clients: Sequence[int] = ()) -> RayReplica:
+        assert not clients, "sockets end with this machine"
         node = self._node_ids[index]
         first = self._node_ids.index(node)
         setup = setups.setup(

@@ -2,7 +2,7 @@
 
 Its arguments and results are numbers, names and bytes: no object of ours is pickled. The engine has
 a process of its own, as on one machine: the actor then sees one that dies or hangs, has its last
-lines of output, and answers the front meanwhile. Importing this module does not import torch or
+lines of output, and answers the router meanwhile. Importing this module does not import torch or
 Ray.
 """
 

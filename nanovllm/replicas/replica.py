@@ -1,10 +1,11 @@
-"""One replica as the front sees it, wherever it runs, and what it reports."""
+"""One replica as the router sees it, wherever it runs, and what it reports."""
 
 from __future__ import annotations
 
 import queue
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from nanovllm.engine.metrics import Gauge, Metric
@@ -33,7 +34,7 @@ Inbox = queue.SimpleQueue[Event]
 class Replica(ABC):
     """An engine in another process. Its events appear in an `Inbox`, in their order.
 
-    The front's thread uses it; `read_metrics` may be called by any thread.
+    The router's thread uses it; `read_metrics` may be called by any thread.
 
     setup: what its program is told (`setups.setup`).
     """
@@ -42,7 +43,7 @@ class Replica(ABC):
         self.index, self.name = index, str(setup["name"])
         # the number of the replica that compiles for this one; None: it compiles itself
         self.waits_for: int | None = setup["waits_for"]
-        self.failure: Exception | None = None  # once the front has taken the event
+        self.failure: Exception | None = None  # once the router has taken the event
         self._asking = threading.Lock()
         self._metrics: list[Metric] = []  # when they were last read
 
@@ -67,7 +68,7 @@ class Replica(ABC):
         it does now."""
         with self._asking:
             try:
-                self._metrics = messages.metrics(self.ask_metrics())
+                self._metrics = messages.load_metrics(self.ask_metrics())
             except ReplicaFailed:
                 self._metrics = [
                     Gauge(one.name, 0, one.labels) if isinstance(one, Gauge) else one
@@ -77,10 +78,13 @@ class Replica(ABC):
 
 
 class Starter(Protocol):
-    """Starts the replicas of one front."""
+    """Starts the replicas of one router."""
 
-    def start(self, index: int, inbox: Inbox) -> Replica:
-        """Start a replica without waiting for it. Raises OSError."""
+    def start(self, index: int, inbox: Inbox, clients: Sequence[int] = ()) -> Replica:
+        """Start a replica without waiting for it. Raises OSError.
+
+        clients: file descriptors of sockets to its clients.
+        """
 
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer that the replicas have."""

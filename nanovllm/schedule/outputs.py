@@ -88,7 +88,7 @@ class Increment:
 
 @dataclass
 class Outbox:
-    """Outputs of requests until somebody takes them."""
+    """Outputs of requests until they are taken."""
 
     outputs: list[Increment] = field(default_factory=list)
 
@@ -119,7 +119,7 @@ class TextStream:
     def __init__(
         self, tokenizer: Tokenizer | None, params: SamplingParams, *, incremental: bool
     ) -> None:
-        self.incremental, self.text = incremental, ""
+        self.incremental = incremental
         self.stop_string: str | None = None  # the one that ended the text
         self._tokenizer = tokenizer if params.detokenize else None
         self._how = Decoding(params.skip_special_tokens, params.spaces_between_special_tokens)
@@ -129,7 +129,15 @@ class TextStream:
         if self._tokenizer is not None and (incremental or self._stops):
             self._growing = GrowingText(self._tokenizer, self._how)
         self._state = 0  # of the automaton, after `text`
-        self._num_given = 0  # characters taken so far
+        # The text that was taken, and what is new, in pieces: joining them for each token would
+        # copy a long text each time.
+        self._taken: list[str] = []
+        self._new: list[str] = []
+
+    @property
+    def text(self) -> str:
+        """The whole text so far. Joins its pieces, so do not ask for each token."""
+        return "".join(self._taken + self._new)
 
     @property
     def grows(self) -> bool:
@@ -147,20 +155,20 @@ class TextStream:
         if self._growing is not None:
             self._add(self._growing.flush(), may_stop)
         elif self._tokenizer is not None:
-            self.text = self._tokenizer.decode(token_ids, self._how)
+            self._new = [self._tokenizer.decode(token_ids, self._how)]
 
     def take(self, *, last: bool) -> str:
         """The new text, without the end that is held back; all new text if `last`."""
-        end = len(self.text)
+        new, num_held = "".join(self._new), 0
         if not last and self._stops is not None and not self._includes_stop:
-            end = max(self._num_given, end - self._stops.num_held[self._state])
-        piece = self.text[self._num_given : end]
-        self._num_given = end
+            num_held = min(len(new), self._stops.num_held[self._state])
+        piece, held = new[: len(new) - num_held], new[len(new) - num_held :]
+        self._taken.append(piece)
+        self._new = [held] if held else []
         return piece
 
     def _add(self, piece: str, may_stop: bool) -> bool:
-        start = len(self.text)
-        self.text += piece
+        self._new.append(piece)
         if self._stops is None:
             return False
         # A match ends in new text: the old text was searched before, or must not end the request
@@ -169,6 +177,14 @@ class TextStream:
         if match is None or not may_stop:
             return False
         place, self.stop_string = match
-        end = start + place + (len(self.stop_string) if self._includes_stop else 0)
-        self.text = self.text[:end]
+        # its place is counted from the beginning of the piece
+        end = place - len(piece) + (len(self.stop_string) if self._includes_stop else 0)
+        self._cut(-end)
         return True
+
+    def _cut(self, num: int) -> None:
+        """Remove the last characters."""
+        for pieces in (self._new, self._taken):
+            whole = "".join(pieces)
+            pieces[:] = [whole[: max(0, len(whole) - num)]]
+            num = max(0, num - len(whole))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple, Protocol
@@ -36,6 +37,21 @@ class Content(NamedTuple):
     @property
     def key(self) -> str:
         return self.digest.hex()
+
+
+def block_content(
+    contents: Sequence[Content], position_3T: np.ndarray | None, start: int, end: int
+) -> bytes:
+    """What keys and values of tokens `start` … `end − 1` depend on beside their ids: digests and
+    offsets of given embeddings, and positions if they are others than their own in the sequence."""
+    found = [
+        one.digest + (one.start - start).to_bytes(8, "little", signed=True)
+        for one in contents
+        if one.start < end and one.start + one.num > start
+    ]
+    if position_3T is not None and (position_3T != np.arange(start, end)).any():
+        found.append(position_3T.tobytes())
+    return b"".join(found)
 
 
 class Constraint(Protocol):
@@ -196,15 +212,7 @@ class Request:
         return InvalidValue(names[0], f"{error}, {words}")
 
     def content(self, start: int, end: int) -> bytes:
-        """Digests and offsets of the embeddings given for tokens `start` … `end − 1`, and the
-        positions of these tokens if they are others than their own in the sequence."""
-        found = [
-            one.digest + (one.start - start).to_bytes(8, "little", signed=True)
-            for one in self.contents
-            if one.start < end and one.start + one.num > start
-        ]
-        if self.prompt_position_3P is not None:
-            position_3T = self.position_3T(start, end)
-            if (position_3T != np.arange(start, end)).any():
-                found.append(position_3T.tobytes())
-        return b"".join(found)
+        """See `block_content`."""
+        has_positions = self.prompt_position_3P is not None
+        position_3T = self.position_3T(start, end) if has_positions else None
+        return block_content(self.contents, position_3T, start, end)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from nanovllm.outputs import TopLogprobs
-from nanovllm.replicas.messages import logprobs
+from nanovllm.replicas.messages import Done, Row, logprobs
 from nanovllm.sampling import SamplingParams
 from nanovllm.schedule.outputs import Completion, Increment, TextStream
-from nanovllm.serving.messages import Done, Row
 from nanovllm.tokenizer import Tokenizer
 
 
@@ -28,7 +27,7 @@ class Answer:
         *,
         incremental: bool,
     ) -> None:
-        self.index, self._params, self._prompt_ids = index, params, prompt_ids
+        self.index, self._min_tokens, self._prompt_ids = index, params.min_tokens, prompt_ids
         self._tokenizer, self.incremental = tokenizer, incremental
         self._has_stops = bool(params.stop)
         self._text = TextStream(tokenizer, params, incremental=incremental)
@@ -84,10 +83,10 @@ class Answer:
             self.done,
         )
 
-    def abort(self) -> None:
+    def end(self, reason: str, error: str | None = None) -> None:
         """End the answer with the tokens received so far."""
         if self._end is None:
-            self._end = Done("abort", None, 0, None, None)
+            self._end = Done(reason, None, 0, None, error)
 
     def _decode(self) -> None:
         """Decode the tokens received so far, up to a stop string."""
@@ -102,7 +101,7 @@ class Answer:
         num = len(self._token_ids) - len(fresh)
         for token_id in fresh:
             num += 1
-            if self._text.push([token_id], may_stop=num >= self._params.min_tokens):
+            if self._text.push([token_id], may_stop=num >= self._min_tokens):
                 del self._token_ids[num:]
                 if self._logprobs is not None:
                     del self._logprobs[num:]
@@ -111,7 +110,7 @@ class Answer:
     def _completion(self, end: Done) -> Completion:
         text, reason = self._text, "stop" if self._has_stopped else end.finish_reason
         if not self._has_stopped:
-            may_stop = len(self._token_ids) >= self._params.min_tokens
+            may_stop = len(self._token_ids) >= self._min_tokens
             text.finish(self._token_ids, may_stop=may_stop)
         return Completion(
             text=text.text,

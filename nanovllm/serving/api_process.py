@@ -27,7 +27,7 @@ from typing import Any
 from nanovllm import programs
 from nanovllm.config import EngineConfig
 from nanovllm.parallel.channel import Channel, ChannelClosed
-from nanovllm.replicas import server
+from nanovllm.replicas import process
 from nanovllm.serving import quota
 from nanovllm.serving.client import Client
 from nanovllm.serving.supervisor import DONE, DRAIN
@@ -48,10 +48,10 @@ class ApiProcess:
         self.num: int = setup["num"]
         self.drain_timeout: float = setup["drain_timeout"]
         self.config = EngineConfig(**setup["engine"])
-        for descriptor in setup["inherited"].values():
+        for descriptor in [*setup["inherited"].values(), *setup["engines"]]:
             os.set_inheritable(descriptor, False)
         self.listener = socket.socket(fileno=setup["inherited"]["listener"])
-        self._socket = socket.socket(fileno=setup["inherited"]["client"])
+        self._engines = [socket.socket(fileno=descriptor) for descriptor in setup["engines"]]
         self._counts = quota.inherited_counts(setup["inherited"]["counts"])
         memory = setup["inherited"]["memory"]
         shared = mmap.mmap(memory, 0) if os.fstat(memory).st_size else b""
@@ -62,7 +62,7 @@ class ApiProcess:
     def client(self) -> Client:
         """The engine's client; call it once. `await client.ready()` waits for a warm engine."""
         return Client(
-            self.config, self._socket, self._counts, index=self.index, max_queued=self._max_queued
+            self.config, self._engines, self._counts, index=self.index, max_queued=self._max_queued
         )
 
     async def drain_begins(self) -> None:
@@ -98,4 +98,4 @@ def _listen(channel: Channel, process: ApiProcess) -> None:
 
 
 if __name__ == "__main__":
-    server.run(serve)
+    process.run(serve)

@@ -49,7 +49,10 @@ class AsyncLLM(Client):
         self._cause: Exception | None = None
         self._process = EngineProcess(config, 1)
         super().__init__(
-            config, self._process.clients[0], quota.own_counts(), max_queued=max_queued
+            config,
+            self._process.clients[0],
+            quota.own_counts(len(self._process.clients[0])),
+            max_queued=max_queued,
         )
         found = weakref.WeakMethod(self._note_cause)
 
@@ -143,11 +146,11 @@ class AsyncLLM(Client):
 
     stop_profile = start_profile
 
-    def _lost(self) -> None:
+    def _lost(self, index: int) -> None:
         if self._cause is not None:
             self._fail(self._cause)
         else:
-            super()._lost()
+            super()._lost(index)
 
 
 class _Done(Awaitable[None]):

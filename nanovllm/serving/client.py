@@ -3,43 +3,53 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import socket
 import uuid
 import weakref
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
-from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from nanovllm.checks import InvalidValue
 from nanovllm.config import EngineConfig
-from nanovllm.engine.intake import Intake, checked_priority, drawn_seed
+from nanovllm.engine.intake import Intake, drawn_seed
 from nanovllm.engine.metrics import Metric
 from nanovllm.engine.owner import Owner
+from nanovllm.engine.request import EngineInfo, EngineRequest
 from nanovllm.growing import GrowingAnswer, GrowingOutput
 from nanovllm.media.given import Given
 from nanovllm.outputs import RequestOutput
 from nanovllm.prompts import AnyPrompt, Prompt, as_prompt
-from nanovllm.replicas import setups
-from nanovllm.replicas.messages import Facts, params_fields
-from nanovllm.replicas.messages import metrics as load_metrics
-from nanovllm.sampling import RequestOutputKind, SamplingParams
-from nanovllm.schedule import edit_limits
-from nanovllm.serving import messages, quota
+from nanovllm.replicas import messages, setups
+from nanovllm.replicas.handshake import check_agreement
+from nanovllm.replicas.load_balancer import choose
+from nanovllm.replicas.messages import Add, End
+from nanovllm.replicas.totals import totals
+from nanovllm.sampling import SamplingParams
+from nanovllm.serving import quota
 from nanovllm.serving.answer import Answer
 from nanovllm.serving.connection import Connection
 from nanovllm.serving.encoding import Encoder
 from nanovllm.serving.interface import Draining, EngineDead
-from nanovllm.serving.messages import Add, End
 from nanovllm.serving.quota import MAX_QUEUED, Counts, Quota
-from nanovllm.serving.seeing import Encoded
 from nanovllm.serving.stream import Feed, OpenStream
 from nanovllm.tokenizer import Tokenizer
 
 
+class Open(NamedTuple):
+    """An unfinished answer. engine: its number. cost: see `load_balancer`."""
+
+    feed: Feed
+    answer: Answer
+    engine: int
+    cost: int
+
+
 class Client:
-    """An `AsyncEngine` over a socket to the engine's process.
+    """An `AsyncEngine` over a socket to the process of each engine: of one, or of its replicas.
+
+    An answer comes from one engine. One that is lost ends its answers with an error; without any
+    left the client fails.
 
     It belongs to the event loop in which it was first awaited: use it in tasks of that loop. Only
     `close` works everywhere. What the engine says of itself (`max_model_len`, `tokenizer`, …) is
@@ -57,24 +67,24 @@ class Client:
     def __init__(
         self,
         config: EngineConfig,
-        sock: socket.socket,
+        socks: Sequence[socket.socket],
         counts: Counts,
         *,
         index: int = 0,
         max_queued: int = MAX_QUEUED,
     ) -> None:
-        """Takes over the socket. index: of this client. counts: the answers of all clients.
+        """Takes over the sockets. index: of this client. counts: the answers of all clients.
 
         max_queued: how many answers of all clients may wait while as many run as can. More are
         refused with QueueFull.
         """
         self.config = config
-        self._sock, self._counts, self._index = sock, counts, index
+        self._socks, self._counts, self._index = list(socks), counts, index
         self._max_queued = quota.checked_limit(max_queued)
         self._next_id = 0
         self._feeds: dict[str, Feed] = {}  # unfinished
-        self._answers: dict[int, tuple[Feed, Answer]] = {}  # unfinished, by their ids
-        self._asked: list[asyncio.Future[list[Metric]]] = []
+        self._answers: dict[int, Open] = {}  # by their ids
+        self._engines: list[Connection] = []
         self._failure: EngineDead | None = None
         self._is_draining = self._is_closed = False
         self._owner = Owner()
@@ -95,49 +105,53 @@ class Client:
         self._owner.check()
         loop = asyncio.get_running_loop()
         if self._loop is None:
-            self._loop, self._facts = loop, loop.create_future()
+            self._loop = loop
             self._starting = loop.create_task(self._start())
         elif self._loop is not loop:
             raise RuntimeError("this engine belongs to another event loop")
         await asyncio.shield(self._starting)
 
     async def _start(self) -> None:
-        self._connection = await self._connected()
+        for index, sock in enumerate(self._socks):
+            self._engines.append(await self._connected(index, sock))
         reading = asyncio.to_thread(setups.tokenizer, self.config)
-        facts, self.tokenizer = await asyncio.gather(self._facts, reading)
-        self.max_model_len, self.max_num_seqs = facts.max_model_len, facts.max_num_seqs
-        self.default_params = SamplingParams(**facts.default_params)
-        self.eos_ids = frozenset(facts.eos_ids)
-        self._intake = Intake(
-            self.config.model,
-            self.tokenizer,
-            facts.vocab_size,
-            facts.hidden_size,
-            facts.max_model_len,
-            num_added=facts.num_added,
-            has_axes=facts.has_axes,
-            max_grammar_bytes=self.config.max_grammar_bytes,
-        )
+        infos, self.tokenizer = await asyncio.gather(self._infos(), reading)
+        first = infos[0]
+        self.max_model_len, self._block_size = first.max_model_len, first.block_size
+        self.max_num_seqs = sum(one.max_num_seqs for one in infos)
+        self.default_params = SamplingParams(**first.default_params)
+        self.eos_ids = frozenset(first.eos_ids)
+        self._intake = Intake.of(self.config, self.tokenizer, first)
+        capacities = [one.num_blocks for one in infos]
+        # with one engine there is nothing to balance
+        self._places = []
+        if len(infos) > 1:
+            self._places = quota.places(self._counts, self._index, capacities)
         num_clients = quota.num_clients_of(self._counts)
-        self._encoder = await Encoder.open(self.config, self._intake, facts, num_clients)
+        self._encoder = await Encoder.open(self.config, self._intake, first, num_clients)
         self._quota = Quota(self._index, self._counts, self.max_num_seqs + self._max_queued)
 
-    async def _connected(self) -> Connection:
-        """The connection. It does not keep this client from being collected: its loop, which may
-        run for ever, refers to it."""
+    async def _infos(self) -> list[EngineInfo]:
+        infos = await asyncio.gather(*(one.info for one in self._engines))
+        check_agreement(infos, [f"replica {index}" for index in range(len(infos))])
+        return infos
+
+    async def _connected(self, index: int, sock: socket.socket) -> Connection:
+        """The connection to an engine. It does not keep this client from being collected: its loop,
+        which may run for ever, refers to it."""
         found = weakref.ref(self)
 
-        def take(name: str, payload: bytes) -> None:
+        def take(payload: bytes) -> None:
             client = found()
             if client is not None:
-                client._take(name, payload)
+                client._take_outputs(index, payload)
 
         def lose() -> None:
             client = found()
             if client is not None:
-                client._lost()
+                client._lost(index)
 
-        return await Connection.open(self._sock, take, lose)
+        return await Connection.open(sock, take, lose)
 
     async def close(self) -> None:
         """End all requests, the connection and what else this client has.
@@ -155,7 +169,8 @@ class Client:
         self._is_closed = True
         loop = self._loop
         if loop is None or loop.is_closed():
-            self._sock.close()  # no task waits for anything
+            for sock in self._socks:
+                sock.close()  # no task waits for anything
         elif loop is _running_loop():
             self._end_tasks()
         else:
@@ -166,8 +181,8 @@ class Client:
         """End what tasks wait for. Called in the client's loop."""
         self.abort_all()
         self._starting.cancel()
-        if connection := self.__dict__.get("_connection"):
-            connection.close()
+        for engine in self._engines:
+            engine.close()
         if encoder := self.__dict__.get("_encoder"):
             encoder.cancel()
 
@@ -217,30 +232,25 @@ class Client:
         With params.output_kind FINAL_ONLY an answer is one part. Without params those of the
         checkpoint are used. Images are prepared first; cancelling the task ends that. Raises
         ValueError for an invalid prompt, for images that cannot be read and for a request_id that
-        is in use, QueueFull, Draining, EngineDead.
+        is in use, QueueFull, Draining, Unavailable, EngineDead.
         """
         await self.ready()
         params = self._checked(self.default_params if params is None else params)
-        given, priority = as_prompt(prompt), checked_priority(priority)
+        given = as_prompt(prompt)
         self._check_open()
         self._quota.take(params.n)  # a prompt whose images are being prepared waits, too
-        encoded = Encoded([])
+        key: object | None = None
         try:
-            encoded = await self._encoder.encode(given, params)
+            asked, media, key = await self._encoder.encode(given, params, priority)
             self._check_open()
-            name = self._checked_name(request_id)
-            add = self._addition(given, params, priority, encoded)
-            message = messages.dump(add)
+            feed = self._new_feed(self._checked_name(request_id), asked)
+            feed.media_key = key
+            self._send(feed, asked, media)
         except BaseException:
             self._quota.give_back(params.n)
-            self._encoder.release(encoded.num_bytes)
+            self._encoder.release(key)
             raise
-        feed = self._new_feed(name, params, add.prompt_ids, incremental=add.incremental)
-        feed.num_held_bytes = encoded.num_bytes
-        if encoded.beside:
-            self._connection.send_packed(encoded.beside)
-        self._connection.send(messages.ADD, message)
-        return OpenStream(self, add.prompt_ids, feed)
+        return OpenStream(self, asked.prompt_ids, feed)
 
     async def generate(
         self,
@@ -283,22 +293,16 @@ class Client:
         """End the answers of a feed that have not ended."""
         ids = [feed.first_id + answer.index for answer in feed.answers]
         unfinished = [one for one in ids if one in self._answers]
+        self._send_ends(unfinished, messages.ABORT)
         for one in unfinished:
-            _, answer = self._answers[one]
-            answer.abort()
-            self._finish(one, feed, answer)
-        if unfinished:
-            end = End(unfinished, messages.ABORT)
-            self._connection.send(messages.END, messages.dump(end))
+            self._answers[one].answer.end("abort")
+            self._finish(one)
 
     async def metrics(self) -> list[Metric]:
-        """The engine's metrics. Raises EngineDead."""
+        """The metrics of all engines together. Raises EngineDead."""
         await self.ready()
         self._check_alive()
-        self._asked.append(asyncio.get_running_loop().create_future())
-        if len(self._asked) == 1:
-            self._connection.send(messages.METRICS)
-        return await asyncio.shield(self._asked[-1])
+        return totals(await asyncio.gather(*(one.metrics() for one in self._engines)))
 
     # inside -----------------------------------------------------------------------------------
 
@@ -314,18 +318,15 @@ class Client:
             raise Draining("the engine finishes what runs and takes no new requests")
 
     def _checked(self, params: SamplingParams) -> SamplingParams:
-        """A copy of valid parameters."""
+        """The same, if an engine takes them."""
         if not isinstance(params, SamplingParams):
             raise ValueError(f"the parameters are {params!r}: they must be SamplingParams")
-        params = params.clone()
         self._intake.check(params)
-        self._intake.source(params)
-        edits = self._intake.edits(params)
-        if edits is not None:
-            edit_limits.check(edits, self._intake.vocab_size)
+        self._intake.check_forms(params)
         option = self.config.replicas_option
-        if option and params.stop and params.prompt_logprobs is not None:
-            # a replica says no more of an answer that its front has ended
+        is_relayed = option and len(self._engines) == 1
+        if is_relayed and params.stop and params.prompt_logprobs is not None:
+            # the router sends no more of an answer that a client has ended
             words = f"prompt_logprobs does not go with stop and {option}"
             raise InvalidValue("prompt_logprobs", words)
         return params
@@ -337,18 +338,6 @@ class Client:
             raise InvalidValue("request_id", words)
         return name
 
-    def _addition(
-        self, given: Prompt, params: SamplingParams, priority: int, encoded: Encoded
-    ) -> Add:
-        """The message to the engine about a new prompt."""
-        incremental = bool(params.stop) or params.output_kind is not RequestOutputKind.FINAL_ONLY
-        # the client detokenizes and finds stop strings, not the engine
-        fields = params_fields(replace(params, n=1, seed=None, stop=None, detokenize=False))
-        return Add(
-            self._next_id, encoded.token_ids, fields, self._seeds(params), incremental, priority,
-            given.cache_salt, bool(encoded.beside),
-        )  # fmt: skip
-
     def _seeds(self, params: SamplingParams) -> list[int]:
         """The seeds of the n answers. Clients draw different ones; a single one those of `LLM`."""
         if params.seed is not None:
@@ -357,83 +346,122 @@ class Client:
         numbers = range(self._next_id, self._next_id + params.n)
         return [drawn_seed(self.config.seed, i * num_clients + self._index) for i in numbers]
 
-    def _new_feed(
-        self, name: str, params: SamplingParams, prompt_ids: list[int], *, incremental: bool
-    ) -> Feed:
+    def _new_feed(self, name: str, asked: EngineRequest) -> Feed:
+        params = asked.params
         answers = [
-            Answer(index, params, prompt_ids, self.tokenizer, incremental=incremental)
+            Answer(index, params, asked.prompt_ids, self.tokenizer, incremental=asked.incremental)
             for index in range(params.n)
         ]
-        self._feeds[name] = feed = Feed(name, self._next_id, answers)
+        return Feed(name, self._next_id, answers)
+
+    def _send(self, feed: Feed, asked: EngineRequest, media: bytes) -> None:
+        """Send a request to the engines of its answers, one message to each."""
+        params, num_prompt = asked.params, len(asked.prompt_ids)
+        seeds = self._seeds(params)
+        cost = num_prompt + self._intake.max_output(params, num_prompt)
+        fields = messages.params_fields(params, detokenizes=False)
+        add = Add(
+            list(range(feed.first_id, feed.first_id + params.n)), seeds, asked.prompt_ids, fields,
+            asked.incremental, asked.priority, asked.cache_salt, has_media=bool(media),
+        )  # fmt: skip
+        message = messages.dump(add)  # raises before anything is noted
+        by_engine = self._chosen(asked, cost, params.n)
         self._next_id += params.n
-        self._answers |= {feed.first_id + one.index: (feed, one) for one in answers}
+        self._feeds[feed.name] = feed
         self._idle.clear()
-        return feed
+        for engine, indices in by_engine.items():
+            for index in indices:
+                answer = feed.answers[index]
+                self._answers[feed.first_id + index] = Open(feed, answer, engine, cost)
+            if len(by_engine) > 1:
+                add.ids = [feed.first_id + index for index in indices]
+                add.seeds = [seeds[index] for index in indices]
+                message = messages.dump(add)
+            if media:
+                self._engines[engine].send_packed(media)
+            self._engines[engine].send(messages.ADD, message)
 
-    def _take(self, name: str, payload: bytes) -> None:
-        """Take a message of the engine."""
-        if name == messages.OUTPUTS:
-            self._take_outputs(payload)
-        elif name == messages.METRICS:
-            asked, self._asked = self._asked, []
-            found = load_metrics(payload)
-            for one in asked:
-                if not one.done():
-                    one.set_result(found)
-        else:
-            assert name == messages.READY, name
-            self._facts.set_result(Facts(**json.loads(payload)))
+    def _chosen(self, asked: EngineRequest, cost: int, num: int) -> dict[int, list[int]]:
+        """The answers that each engine gives."""
+        if not self._places:
+            return {0: list(range(num))}
+        digests = []
+        if self.config.enable_prefix_caching:
+            digests = asked.block_digests(self._block_size)
+        every = range(len(self._engines))
+        living = [index for index in every if not self._engines[index].is_lost] or every
+        found: dict[int, list[int]] = {}
+        for index in range(num):
+            engine = choose(self._places, living, digests, cost)
+            self._places[engine].add(digests, cost)
+            found.setdefault(engine, []).append(index)
+        return found
 
-    def _take_outputs(self, payload: bytes) -> None:
+    def _send_ends(self, ids: Sequence[int], reason: str) -> None:
+        """Let the engines end these answers."""
+        by_engine: dict[int, list[int]] = {}
+        for one in ids:
+            by_engine.setdefault(self._answers[one].engine, []).append(one)
+        for engine, own in by_engine.items():
+            self._engines[engine].send(messages.END, messages.dump(End(own, reason)))
+
+    def _take_outputs(self, engine: int, payload: bytes) -> None:
         outputs, answers = messages.load_outputs(payload), self._answers
         stopped: list[int] = []
         for request_id, token_id in zip(outputs.ids, outputs.tokens):
             if request_id in answers:  # else the answer was aborted meanwhile
-                feed, answer = answers[request_id]
+                feed, answer, _, _ = answers[request_id]
                 if answer.add_token(token_id):
                     stopped.append(request_id)
                 feed.note(answer)
         for row in outputs.rows:
             if row.request_id in answers:
-                feed, answer = answers[row.request_id]
+                feed, answer, _, _ = answers[row.request_id]
                 has_stopped = answer.add(row)
                 if row.done is not None:
-                    self._finish(row.request_id, feed, answer)
+                    self._finish(row.request_id)
                 elif has_stopped:
                     stopped.append(row.request_id)
                 feed.note(answer)
         if stopped:
-            self._connection.send(messages.END, messages.dump(End(stopped, messages.STOP)))
+            self._send_ends(stopped, messages.STOP)
 
-    def _finish(self, one: int, feed: Feed, answer: Answer) -> None:
+    def _finish(self, one: int) -> None:
         """Forget an answer that has ended, and its feed with its last answer."""
-        del self._answers[one]
+        feed, answer, engine, cost = self._answers.pop(one)
         self._quota.give_back(1)
+        if self._places:
+            self._places[engine].release(cost)
         feed.num_unfinished -= 1
         feed.note(answer)
         if not feed.num_unfinished:
             del self._feeds[feed.name]
-            self._encoder.release(feed.num_held_bytes)
+            self._encoder.release(feed.media_key)
         if not self._answers:
             self._idle.set()
 
-    def _lost(self) -> None:
-        """The connection has ended."""
-        if not self._is_closed:
+    def _lost(self, index: int) -> None:
+        """The connection to an engine has ended."""
+        if self._is_closed:
+            return
+        self._engines[index].is_lost = True
+        if all(one.is_lost for one in self._engines) or not self.__dict__.get("_places"):
             assert self._loop is not None
             error = EngineDead("the engine's process has ended")
             self._loop.call_later(self._patience_s, self._fail, error)
+            return
+        self._engines[index].rest()
+        for one in [one for one, found in self._answers.items() if found.engine == index]:
+            self._answers[one].answer.end("error", f"replica {index} has ended: the log has why")
+            self._finish(one)
 
     def _fail(self, error: Exception) -> None:
         """Raise the error in all waiting tasks. A ValueError is about the options."""
         if self._failure is not None:
             return
         self._failure = error if isinstance(error, EngineDead) else EngineDead(str(error))
-        if not self._facts.done():
-            self._facts.set_exception(error)
-        for future in self._asked:
-            if not future.done():
-                future.set_exception(EngineDead(*self._failure.args))
+        for engine in self._engines:
+            engine.fail(self._failure if engine.info.done() else error)
         for feed in self._feeds.values():
             feed.fail(self._failure)
         self._feeds.clear()

@@ -1,4 +1,4 @@
-"""The client's end of its socket to the engine's process, in an event loop."""
+"""A client's end of its socket to an engine's process, in an event loop."""
 
 from __future__ import annotations
 
@@ -7,25 +7,77 @@ import socket
 from collections.abc import Callable
 from typing import cast
 
+from nanovllm.engine.metrics import Gauge, Metric
+from nanovllm.engine.request import EngineInfo
 from nanovllm.parallel.channel import pack, unpack
+from nanovllm.replicas import messages
 
 
 class Connection(asyncio.Protocol):
-    """Calls `received(name, payload)` for every message, and `lost()` once the socket closes."""
+    """Calls `received(payload)` for new tokens, and `lost()` once the socket closes.
 
-    def __init__(self, received: Callable[[str, bytes], None], lost: Callable[[], None]) -> None:
-        self._on_message, self._on_loss = received, lost
+    info: what the engine says of itself, once it is warm.
+    """
+
+    def __init__(self, received: Callable[[bytes], None], lost: Callable[[], None]) -> None:
+        self._on_outputs, self._on_loss = received, lost
         self._received = bytearray()
         self._transport: asyncio.Transport | None = None
+        self.info: asyncio.Future[EngineInfo] = asyncio.get_running_loop().create_future()
+        self.is_lost = False
+        self._asked: list[asyncio.Future[list[Metric]]] = []
+        self._metrics: list[Metric] = []  # when they were last read
 
     @classmethod
     async def open(
-        cls, sock: socket.socket, received: Callable[[str, bytes], None], lost: Callable[[], None]
+        cls, sock: socket.socket, received: Callable[[bytes], None], lost: Callable[[], None]
     ) -> Connection:
         """Takes over the socket."""
         loop = asyncio.get_running_loop()
         _, found = await loop.create_unix_connection(lambda: cls(received, lost), sock=sock)
         return found
+
+    async def metrics(self) -> list[Metric]:
+        """The engine's metrics; of one that is lost the last that are known, at 0 for what it does
+        now. Raises what `fail` was called with."""
+        if not self.is_lost:
+            self._asked.append(asyncio.get_running_loop().create_future())
+            if len(self._asked) == 1:
+                self.send(messages.METRICS)
+            self._metrics = await asyncio.shield(self._asked[-1])
+        return self._metrics
+
+    def rest(self) -> None:
+        """Note that the engine does nothing any more, but other engines go on."""
+        self._metrics = [
+            Gauge(one.name, 0, one.labels) if isinstance(one, Gauge) else one
+            for one in self._metrics
+        ]
+        self._answer(self._metrics)
+
+    def fail(self, error: Exception) -> None:
+        """Raise the error where an answer of the engine is waited for."""
+        if not self.info.done():
+            self.info.set_exception(error)
+        asked, self._asked = self._asked, []
+        for future in asked:
+            if not future.done():
+                future.set_exception(type(error)(*error.args))
+
+    def _answer(self, metrics: list[Metric]) -> None:
+        asked, self._asked = self._asked, []
+        for future in asked:
+            if not future.done():
+                future.set_result(metrics)
+
+    def _take(self, name: str, payload: bytes) -> None:
+        if name == messages.OUTPUTS:
+            self._on_outputs(payload)
+        elif name == messages.METRICS:
+            self._answer(messages.load_metrics(payload))
+        else:
+            assert name == messages.READY, name
+            self.info.set_result(messages.load_info(payload))
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # uvloop's transports are no subclasses of asyncio's
@@ -34,7 +86,7 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self._received += data
         while (message := unpack(self._received)) is not None:
-            self._on_message(*message)
+            self._take(*message)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._on_loss()

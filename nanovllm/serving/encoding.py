@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from nanovllm.config import EngineConfig
 from nanovllm.engine.intake import Intake
+from nanovllm.engine.request import EngineInfo, EngineRequest
 from nanovllm.media import given as media_given
 from nanovllm.media.given import Given
 from nanovllm.prompts import Prompt
-from nanovllm.replicas.messages import Facts
-from nanovllm.sampling import SamplingParams
-from nanovllm.serving.seeing import Encoded, Seeing
+from nanovllm.sampling import RequestOutputKind, SamplingParams
+from nanovllm.serving.seeing import Seeing
 
 # Longer texts are encoded in a thread, so that other tasks can run.
 LONG_TEXT_CHARACTERS = 4096
@@ -28,12 +29,12 @@ class Encoder:
 
     @classmethod
     async def open(
-        cls, config: EngineConfig, intake: Intake, facts: Facts, num_clients: int
+        cls, config: EngineConfig, intake: Intake, info: EngineInfo, num_clients: int
     ) -> Encoder:
         """num_clients: how many of them share the bounds of images. Raises ValueError."""
-        if facts.media_scale is None:
+        if info.media_scale is None:
             return cls(intake, None)
-        args = config, intake.tokenizer, facts.media_scale, num_clients
+        args = config, intake.tokenizer, info.media_scale, num_clients
         return cls(intake, await asyncio.to_thread(Seeing, *args))
 
     def check_media(self, media: Sequence[Given]) -> None:
@@ -43,30 +44,31 @@ class Encoder:
         else:
             self._seeing.check_media(media)
 
-    async def encode(self, prompt: Prompt, params: SamplingParams) -> Encoded:
-        """The prompt, whose ids are valid. Give `num_bytes` to `release` once its answers have
-        ended. Raises as `Seeing.prepare` does, and ValueError for an invalid prompt."""
+    async def encode(
+        self, prompt: Prompt, params: SamplingParams, priority: int
+    ) -> tuple[EngineRequest, bytes, object | None]:
+        """The request, the message with its media, and the key of these for `release`, once its
+        answers have ended. Raises as `Seeing.prepare` does, and ValueError for an invalid prompt.
+        """
+        incremental = bool(params.stop) or params.output_kind is not RequestOutputKind.FINAL_ONLY
+        asked = partial(
+            self._intake.request, params=params, incremental=incremental, priority=priority
+        )
         if prompt.media:
             self.check_media(prompt.media)
             assert self._seeing is not None
-            found = await self._seeing.prepare(prompt, params)
-            try:
-                self._intake.prompt_ids(Prompt(None, found.token_ids), params)
-            except ValueError:
-                self.release(found.num_bytes)
-                raise
-            return found
+            return await self._seeing.prepare(prompt, params, asked)
         text, tokenizer = prompt.text or "", self._intake.tokenizer
         is_long = prompt.token_ids is None and len(text) > LONG_TEXT_CHARACTERS
         if is_long and tokenizer is not None:
             token_ids = await asyncio.to_thread(tokenizer.encode, text)
             prompt = replace(prompt, token_ids=token_ids)
-        return Encoded(self._intake.prompt_ids(prompt, params))
+        return asked(prompt), b"", None
 
-    def release(self, num_bytes: int) -> None:
-        """Subtract these bytes from those of held patches."""
-        if num_bytes and self._seeing is not None:
-            self._seeing.release(num_bytes)
+    def release(self, key: object | None) -> None:
+        """Release the media of a request that has ended."""
+        if key is not None and self._seeing is not None:
+            self._seeing.gate.leave(key)
 
     def cancel(self) -> None:
         """End the preparation of images. Call it in the client's event loop."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import chain
 
 from nanovllm.checks import to_options
 from nanovllm.config import EngineConfig
 from nanovllm.parallel.ranks import Ranks
 from nanovllm.parallel.watch import RankFailed, without_name
 
-PROGRAM = "nanovllm.serving.process"
+PROGRAM = "nanovllm.replicas.process"
 NAME = "the engine's process"
 
 
@@ -24,22 +25,31 @@ class EngineProcess:
     def __init__(self, config: EngineConfig, num_clients: int) -> None:
         """Start the process, without waiting for it. Raises OSError.
 
-        `clients` are the sockets of `num_clients` clients: whoever gets one takes it over.
+        `clients` has the sockets of each of `num_clients` clients, which takes them over: one to
+        each engine. There are several engines for replicas on this machine, which are children of
+        the process.
         """
-        pairs = [socket.socketpair() for _ in range(num_clients)]
-        self.clients = [ours for ours, _ in pairs]
-        ports = [theirs.fileno() for _, theirs in pairs]
-        setup = {"options": to_options(config), "ports": ports, "environment": {}}
+        is_direct = config.distributed_executor_backend != "ray"
+        num_engines = config.data_parallel_size if is_direct else 1
+        pairs = [[socket.socketpair() for _ in range(num_engines)] for _ in range(num_clients)]
+        self.clients = [[ours for ours, _ in of_client] for of_client in pairs]
+        descriptors = [[of[i][1].fileno() for of in pairs] for i in range(num_engines)]
+        setup = {
+            "options": to_options(config), "clients": descriptors, "environment": {},
+            "waits_for": None,
+        }  # fmt: skip
         names = ("the process that has started the engine", NAME)
         try:
-            self._ranks = Ranks.start(setup, 2, PROGRAM, names=names, inherited=ports)
+            self._ranks = Ranks.start(
+                setup, 2, PROGRAM, names=names, inherited=list(chain(*descriptors))
+            )
         except BaseException:
-            for client in self.clients:
-                client.close()
+            for sock in chain(*self.clients):
+                sock.close()
             raise
         finally:
-            for _, theirs in pairs:
-                theirs.close()
+            for _, sock in chain(*pairs):
+                sock.close()
 
     @property
     def pid(self) -> int:

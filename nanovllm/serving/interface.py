@@ -24,6 +24,10 @@ class Draining(Exception):
     """The engine finishes running requests and takes no new ones."""
 
 
+class Unavailable(Exception):
+    """A request cannot be served now, and that is not its fault: a later one may be."""
+
+
 class EngineDead(Exception):
     """The engine's process has ended. The message says why, without paths or prompts."""
 
@@ -89,7 +93,8 @@ class AsyncEngine(Protocol):
         request_id: str | None = None,
         priority: int = 0,
     ) -> Stream:
-        """Queue a prompt. Raises ValueError for an invalid one, QueueFull, Draining, EngineDead."""
+        """Queue a prompt. Raises ValueError for an invalid one, QueueFull, Draining, Unavailable,
+        EngineDead."""
         ...
 
     def abort(self, request_id: str) -> None: ...

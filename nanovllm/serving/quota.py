@@ -1,16 +1,20 @@
-"""The limit on waiting answers that all clients of one engine share."""
+"""The limit on waiting answers that all clients of one engine share, and the memory for it."""
 
 from __future__ import annotations
 
 import mmap
 import struct
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from nanovllm.replicas import load_balancer
+from nanovllm.replicas.load_balancer import Place
 from nanovllm.serving.interface import QueueFull
 
-Counts = mmap.mmap  # the number of unfinished answers of each client
+# The number of clients, each client's number of unfinished answers, and with several engines what
+# clients know of the load and the cache of each.
+Counts = mmap.mmap
 MAX_QUEUED = 4096  # the default of `Client`
 _NUMBER = struct.Struct("<q")
 
@@ -24,12 +28,13 @@ class Quota:
 
     def __init__(self, index: int, memory: Counts, limit: int) -> None:
         """index: of this client. limit: the most answers of all clients."""
-        self._index, self._memory, self.limit = index, memory, limit
-        self._num_own = 0
+        self.limit, self._num_own = limit, 0
+        places = slice(_NUMBER.size, _NUMBER.size + num_clients_of(memory) * _NUMBER.size)
+        self._places, self._offset = memoryview(memory)[places], index * _NUMBER.size
 
     @property
     def num_all(self) -> int:
-        return sum(number for (number,) in _NUMBER.iter_unpack(self._memory[:]))
+        return sum(number for (number,) in _NUMBER.iter_unpack(self._places))
 
     def take(self, num: int) -> None:
         """Count new answers. Raises QueueFull."""
@@ -46,7 +51,7 @@ class Quota:
 
     def _set(self, number: int) -> None:
         self._num_own = number
-        _NUMBER.pack_into(self._memory, self._index * _NUMBER.size, number)
+        _NUMBER.pack_into(self._places, self._offset, number)
 
 
 def checked_limit(max_queued: int) -> int:
@@ -56,16 +61,17 @@ def checked_limit(max_queued: int) -> int:
     return max_queued
 
 
-def own_counts() -> Counts:
-    """The memory of an engine's only client."""
-    return mmap.mmap(-1, _NUMBER.size)
+def own_counts(num_engines: int = 1) -> Counts:
+    """The memory of the only client of so many engines."""
+    return _begun(mmap.mmap(-1, _num_bytes(1, num_engines)), 1)
 
 
 @contextmanager
-def new_file(num_clients: int) -> Iterator[int]:
+def new_file(num_clients: int, num_engines: int = 1) -> Iterator[int]:
     """The descriptor of such memory, for processes that are started within. It has no name."""
     with tempfile.TemporaryFile() as file:
-        file.truncate(num_clients * _NUMBER.size)
+        file.truncate(_num_bytes(num_clients, num_engines))
+        _begun(inherited_counts(file.fileno()), num_clients)
         yield file.fileno()
 
 
@@ -75,4 +81,25 @@ def inherited_counts(descriptor: int) -> Counts:
 
 
 def num_clients_of(counts: Counts) -> int:
-    return len(counts) // _NUMBER.size
+    return int(_NUMBER.unpack_from(counts)[0])
+
+
+def places(counts: Counts, index: int, capacities: Sequence[int]) -> list[Place]:
+    """What the client of this index knows of engines with so many cache blocks."""
+    num_clients = num_clients_of(counts)
+    size, start = load_balancer.num_bytes(num_clients), _num_bytes(num_clients, 1)
+    views = (memoryview(counts)[start + size * i :][:size] for i in range(len(capacities)))
+    return [
+        Place(capacity, view, client=index, num_clients=num_clients)
+        for capacity, view in zip(capacities, views)
+    ]
+
+
+def _num_bytes(num_clients: int, num_engines: int) -> int:
+    shared = load_balancer.num_bytes(num_clients) * num_engines if num_engines > 1 else 0
+    return _NUMBER.size + num_clients * _NUMBER.size + shared
+
+
+def _begun(counts: Counts, num_clients: int) -> Counts:
+    _NUMBER.pack_into(counts, 0, num_clients)
+    return counts

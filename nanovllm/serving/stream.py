@@ -22,7 +22,7 @@ class Feed:
         """first_id: the id of the first answer; those of the others follow."""
         self.name, self.first_id, self.answers = name, first_id, answers
         self.num_unfinished = len(answers)
-        self.num_held_bytes = 0  # of the prompt's images, which the engine holds
+        self.media_key: object | None = None  # of the prompt's images, which the engine holds
         self._fresh: dict[int, None] = {}  # indices of answers, in the order of their news
         self._waiter: asyncio.Future[None] | None = None
         self._failure: EngineDead | None = None

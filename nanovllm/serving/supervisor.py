@@ -32,7 +32,6 @@ logger = logging.getLogger(__name__)
 
 PROGRAM = "nanovllm.serving.api_process"
 DRAIN, DONE = "drain", "done"  # messages between the supervisor and API processes
-INTERRUPTED = 128 + signal.SIGINT
 # After the time for requests, API processes have so long to close their connections; after the
 # engine's end, to tell their clients.
 TICK_SECONDS = 0.25
@@ -97,19 +96,24 @@ class Supervisor:
         service, num = self._service, self._service.num_api_processes
         self._engine = EngineProcess(service.config, num)
         self._engine.call_on_failure(self._note_failure)
-        with quota.new_file(num) as counts, tempfile.TemporaryFile() as memory:
+        num_engines = len(self._engine.clients[0])
+        with quota.new_file(num, num_engines) as counts, tempfile.TemporaryFile() as memory:
             memory.truncate(service.shared_bytes)
-            for index, client in enumerate(self._engine.clients):
+            for index, socks in enumerate(self._engine.clients):
                 descriptors = {
                     "listener": service.listener.fileno(),
-                    "client": client.fileno(),
                     "counts": counts,
                     "memory": memory.fileno(),
                 }
-                self._processes.append(self._start_api_process(index, descriptors))
-                client.close()
+                engines = [sock.fileno() for sock in socks]
+                self._processes.append(self._start_api_process(index, descriptors, engines))
+                for sock in socks:
+                    sock.close()
 
-    def _start_api_process(self, index: int, descriptors: dict[str, int]) -> Ranks:
+    def _start_api_process(
+        self, index: int, descriptors: dict[str, int], engines: list[int]
+    ) -> Ranks:
+        """engines: the descriptors of its sockets to the engines."""
         service = self._service
         setup = {
             "target": service.target,
@@ -119,6 +123,7 @@ class Supervisor:
             "index": index,
             "num": service.num_api_processes,
             "inherited": descriptors,
+            "engines": engines,
             "drain_timeout": service.drain_timeout,
             "max_queued": service.max_queued,
             "environment": {"TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"},  # torch is not needed
@@ -129,7 +134,7 @@ class Supervisor:
             PROGRAM,
             names=("the supervisor", f"API process {index}"),
             received=lambda name, payload: self._events.put(_Event(done=index)),
-            inherited=list(descriptors.values()),
+            inherited=[*descriptors.values(), *engines],
         )
         process.call_on_failure(lambda failure: self._note_failure(without_name(failure)))
         return process
@@ -172,7 +177,7 @@ class Supervisor:
                 return 1
             if event.signal == signal.SIGINT:
                 self._kill()
-                return INTERRUPTED
+                return programs.INTERRUPTED
             waiting.discard(-1 if event.done is None else event.done)
         return 0
 

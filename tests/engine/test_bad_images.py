@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import io
 import re
 import threading
@@ -16,6 +17,7 @@ import pytest
 from PIL import Image
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.media import decoders
 from nanovllm.media.prepare import Preparer
 from nanovllm.schedule.scheduler import Scheduler
 from tests.engine.interrupts import is_interrupted
@@ -82,6 +84,23 @@ def test_a_bad_image_ends_its_own_prompt(llm: LLM, name: str) -> None:
     assert not llm.engine._held.items  # type: ignore[attr-defined]
 
 
+def test_a_decoder_that_does_not_start_ends_its_own_prompt(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(shared: int) -> None:
+        raise OSError(errno.EAGAIN, "Resource temporarily unavailable", "/path/of/python")
+
+    monkeypatch.setattr(decoders, "start", start)
+    llm.engine._media._prompts._preparer._decoders.close()  # type: ignore[attr-defined]
+    image = as_url(encoded(picture(61, 83), "PNG"))
+    found, after = llm.generate([asked(TEXT, image=image), "only text"], GREEDY, use_tqdm=False)
+    assert found.outputs[0].finish_reason == "error"
+    assert found.error == (
+        "image 1: the process that decodes it does not start: Resource temporarily unavailable"
+    )
+    assert after.outputs[0].finish_reason == "length"
+
+
 @pytest.mark.parametrize(
     ("prompt", "error"),
     [
@@ -92,7 +111,7 @@ def test_a_bad_image_ends_its_own_prompt(llm: LLM, name: str) -> None:
         (asked(PICTURE * 4, image=[picture(9, 9)] * 4), "4 images: at most 3 are allowed"),
         (asked(FILM * 2, video=[[picture(9, 9)] * 2] * 2), "2 videos: at most 1 are allowed"),
         (asked(TEXT, sound="x"), "multi_modal_data has the key 'sound'"),
-        (asked(TEXT, audio="x"), "the prompt has audio 1, but .* does not hear"),
+        (asked(TEXT, audio="x"), "the prompt has audio 1, but .* has no audio encoder"),
         (asked(TEXT, image=7), "image 1 is of type int"),
     ],
 )
@@ -209,9 +228,8 @@ def test_few_prompts_are_prepared_at_the_same_time(llm: LLM, slow: threading.Eve
     prompts = [asked(TEXT, image=picture(60, 80, seed=100 + i)) for i in range(20)]
     requests = [engine.add_request(one, GREEDY) for one in prompts]
     assert len(engine._media._running) == 4  # two for each worker
-    engine._media._options = options = engine.config.media
-    held = engine._media._held
-    object.__setattr__(options, "max_held_bytes", 1)
+    gate = engine._media._gate
+    held, max_held, gate.max_held = gate._held, gate.max_held, 1
     try:
         slow.set()
         most = 0
@@ -223,7 +241,7 @@ def test_few_prompts_are_prepared_at_the_same_time(llm: LLM, slow: threading.Eve
 
         run(llm, done)
     finally:
-        object.__setattr__(options, "max_held_bytes", 4 << 30)
+        gate.max_held = max_held
     assert most <= 4
     assert not held and not engine._media and not engine._held.items
 
@@ -245,7 +263,7 @@ def test_an_interrupt_before_a_request_is_queued_changes_no_answer(llm: LLM, ima
         ends = [(one.token_ids, one.finish_reason) for _, one in sorted(done)]
         expected = expected or ends
         assert ends == expected, f"line {nth}"
-        assert not engine._media._held and not engine._held.items
+        assert not engine._media._gate._held and not engine._held.items
         if nth and not was_interrupted:
             break
         num_interrupts += was_interrupted

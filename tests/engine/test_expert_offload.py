@@ -15,7 +15,6 @@ import torch
 from nanovllm import LLM, SamplingParams
 from nanovllm.models.experts import offloaded
 from nanovllm.models.experts.offloaded import Offloaded
-from nanovllm.models.formats import PLAIN
 from nanovllm.startup import offload
 from tests.conftest import save_tiny
 from tests.engines import VOCAB_SIZE, assert_all_free, greedy, random_prompts, tokens
@@ -383,4 +382,4 @@ def test_other_devices_are_refused(quarter: LLM, other: str) -> None:
     engine = quarter.engine
     message = f"expert_offload is 2, which is not supported on this {other} device: it needs a CPU"
     with pytest.raises(ValueError, match=message):
-        offload.choose_offload(engine.config, engine.runner.model, platform, PLAIN)
+        offload.choose_offload(engine.config, engine.runner.model, platform)

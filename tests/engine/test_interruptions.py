@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from nanovllm import LLM
 from nanovllm.schedule.plan import StepPlan
+from tests.engine.interrupts import has_call
 from tests.engines import NUM_TOKENS, Generate, assert_all_free, greedy, random_prompts, tokens
 
 ROOT = Path(__file__).parents[2]
@@ -95,6 +97,38 @@ def test_ctrl_c_at_any_moment(llm: LLM, hf_generate: Generate) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
     assert num_interrupted > 0
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("nth_step", [1, 2], ids=["prefill", "decode"])
+def test_ctrl_c_at_any_call_in_a_step_leaves_gradients_on(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, nth_step: int
+) -> None:
+    """Python handles signals where functions begin: here at each one in turn, torch's too."""
+    (prompt,) = random_prompts([19], seed=95)
+    expected = tokens(llm, [prompt], greedy(3))
+    launch, num_steps, nth, is_last = llm.engine.runner.launch, 0, 0, False
+
+    def traced(plan: StepPlan) -> Any:
+        nonlocal num_steps, is_last
+        num_steps += 1
+        if num_steps != nth_step:
+            return launch(plan)
+        launched: list[Any] = []
+        is_last = not has_call(lambda: launched.append(launch(plan)), nth)
+        if not launched:
+            raise KeyboardInterrupt
+        return launched[0]
+
+    monkeypatch.setattr(llm.engine.runner, "launch", traced)
+    while not is_last:
+        num_steps, nth = 0, nth + 1
+        try:
+            assert tokens(llm, [prompt], greedy(3)) == expected
+        except KeyboardInterrupt:
+            assert_all_free(llm)
+        assert torch.is_grad_enabled(), f"an interrupt at call {nth} leaves gradients off"
+    assert nth > 20
 
 
 def test_an_error_on_the_device_leaves_a_usable_engine(

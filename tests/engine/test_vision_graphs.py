@@ -218,7 +218,7 @@ def test_the_tower_counts_before_the_cache_is_sized(
     runner, order = llm.engine.runner, []
     tower = sum(param.numel() for name, param in hf.named_parameters() if "visual" in name)
     text = sum(param.numel() for name, param in hf.named_parameters() if "visual" not in name)
-    assert runner.model.param_bytes("plain") == runner.weights_bytes == 4 * (tower + text)
+    assert runner.model.param_bytes == runner.weights_bytes == 4 * (tower + text)
     tower_steps = type(runner.towers.by_name["vision"])
     run = tower_steps.run
 
@@ -251,7 +251,7 @@ def test_workers_build_the_programs_of_a_tower(tmp_path: Path, bare_store: Path)
     options: dict[str, Any] = {
         "device": "cpu", "dtype": "float32", "graph_batch_sizes": [2], "max_num_seqs": 2,
         "kvcache_block_size": 16, "max_num_batched_tokens": 16, "max_model_len": 64,
-        "vision_patch_budgets": [32], "compile_cache": str(bare_store),
+        "tuning": {"vision_patch_budgets": [32]}, "compile_cache": str(bare_store),
     }  # fmt: skip
     model = str(tmp_path / "model")
     outcomes = precompile.fill(EngineConfig(model, **options), 1, lambda outcome, num: None)

@@ -19,11 +19,11 @@ import pytest
 import torch
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.engine.media_intake import MediaPrompt
+from nanovllm.engine.request import MediaPrompt
 from nanovllm.parallel.channel import Channel, ChannelClosed, channel_pair
 from nanovllm.replicas import messages
 from nanovllm.replicas.loop import Loop
-from nanovllm.replicas.messages import Addition
+from nanovllm.replicas.messages import Add
 from nanovllm.replicas.replica import ReplicaFailed
 from nanovllm.runner.towers import Encodable
 from nanovllm.schedule.request import Content
@@ -436,27 +436,28 @@ def test_a_request_that_an_engine_refuses_ends_alone(alone: LLM) -> None:
     loop = threading.Thread(target=run, args=(engine, Channel(theirs)))
     loop.start()
     assert ours.receive()[0] == messages.READY
-    for request_id, prompt in enumerate(([5, 6], [5] * 600, [7])):
-        addition = Addition(request_id, prompt, {"max_tokens": 2}, False, 0, None)
-        ours.send(messages.ADD, messages.dump(addition))
+    for request_id, prompt in enumerate(([5, 6], [5], [7])):
+        bias = {"logit_bias": {600: 1.0}} if request_id == 1 else {}
+        add = Add([request_id], [0], prompt, {"max_tokens": 2, **bias}, False, 0, None)
+        ours.send(messages.ADD, messages.dump(add))
     done: dict[int, Any] = {}
     while len(done) < 3:
-        found = messages.outputs(ours.receive()[1])
-        done.update({one["request_id"]: one["completion"] for one in found})
+        rows = messages.load_outputs(ours.receive()[1]).rows
+        done.update({row.request_id: row.done for row in rows})
     ours.close()
     loop.join()
-    assert done[1]["finish_reason"] == "error"
-    assert done[1]["error"].startswith("PromptTooLong: the prompt has 600 tokens")
-    assert done[0]["finish_reason"] == done[2]["finish_reason"] == "length"
+    assert (done[1].finish_reason, done[1].error_field) == ("error", "logit_bias")
+    assert done[1].error.startswith("logit_bias holds token id 600")
+    assert done[0].finish_reason == done[2].finish_reason == "length"
 
 
 def run(engine: Any, channel: Channel) -> None:
     with suppress(ChannelClosed):
-        Loop(engine, channel).run()
+        Loop(engine, [], channel).run(engine.info)
 
 
 def test_the_program_of_a_replica_sets_its_environment_before_torch_reads_it() -> None:
-    code = "import sys, nanovllm.replicas.server; sys.exit('torch' in sys.modules)"
+    code = "import sys, nanovllm.replicas.process; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

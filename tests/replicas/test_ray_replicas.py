@@ -19,8 +19,9 @@ import pytest
 import torch
 
 from nanovllm import LLM, EngineConfig, SamplingParams, env
-from nanovllm.replicas import cluster, ray_replica, ready, setups
-from nanovllm.replicas.messages import Facts
+from nanovllm.engine.request import EngineInfo
+from nanovllm.replicas import cluster, ray_replica, setups
+from nanovllm.replicas.handshake import check_agreement
 from nanovllm.replicas.relay import Relay
 from nanovllm.replicas.replica import ReplicaFailed
 from tests.conftest import save_tiny
@@ -332,12 +333,12 @@ def test_engines_share_a_connection_until_the_last_one_closes(
 
 
 def test_replicas_must_see_one_checkpoint() -> None:
-    fact = Facts("a", 64, 4, 512, 64, 16, 9, [], {})
-    ready.check_agreement([fact, fact], ["replica 0", "replica 1"])
+    fact = EngineInfo("a", 64, 4, 512, 64, 16, 9, [], {})
+    check_agreement([fact, fact], ["replica 0", "replica 1"])
     with pytest.raises(ValueError, match="replica 1 sees another checkpoint than replica 0"):
-        ready.check_agreement([fact, replace(fact, checkpoint="b")], ["replica 0", "replica 1"])
+        check_agreement([fact, replace(fact, checkpoint="b")], ["replica 0", "replica 1"])
     with pytest.raises(ValueError, match=r"requests of \[64, 48\] tokens"):
-        ready.check_agreement([fact, replace(fact, max_model_len=48)], ["replica 0", "replica 1"])
+        check_agreement([fact, replace(fact, max_model_len=48)], ["replica 0", "replica 1"])
 
 
 def test_folders_of_this_process_have_full_paths_elsewhere(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -314,6 +315,32 @@ def test_the_stop_string_that_ended_the_text_is_known(tokenizer: Tokenizer) -> N
     stream = TextStream(tokenizer, SamplingParams(stop=["wo", "two t"]), incremental=True)
     assert stream.push(tokenizer.encode("one two three"), may_stop=True)
     assert stream.stop_string == "two t" and stream.text == "one "
+
+
+@pytest.mark.parametrize(
+    ("stops", "incremental"), [((), True), (("xyz",), True), (("xyz",), False)]
+)
+def test_a_long_text_is_not_copied_for_each_token(
+    tokenizer: Tokenizer, stops: tuple[str, ...], incremental: bool
+) -> None:
+    """A copy would be there beside the text, for a moment."""
+    params = SamplingParams(stop=list(stops))
+    stream = TextStream(tokenizer, params, incremental=incremental)
+    token_ids = tokenizer.encode("the thin man on another inn " * 20)
+    num_characters = 0
+    tracemalloc.start()
+    try:
+        for _ in range(500):
+            stream.push(token_ids, may_stop=True)
+            if incremental:
+                num_characters += len(stream.take(last=False))
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    stream.finish(token_ids, may_stop=True)
+    num_characters += len(stream.take(last=True))
+    assert num_characters == len(stream.text) > 200_000
+    assert most < 1.5 * num_characters
 
 
 def test_many_long_stop_strings_cost_little(tokenizer: Tokenizer) -> None:

@@ -9,16 +9,16 @@ from collections.abc import Container, Iterable
 from typing import Any
 
 from nanovllm.engine.metrics import Gauge, Metric
+from nanovllm.engine.request import EngineInfo, EngineRequest
 from nanovllm.parallel.channel import Channel
-from nanovllm.replicas import server
-from nanovllm.replicas.messages import Facts
+from nanovllm.replicas import process
+from nanovllm.replicas.client_conn import ClientConn
+from nanovllm.replicas.loop import Loop
 from nanovllm.sampling import SamplingParams
 from nanovllm.schedule.outputs import Completion, Increment
-from nanovllm.serving.loop import Loop
-from nanovllm.serving.port import Port
 
 STEP_SECONDS = 0.01
-FACTS = Facts("", 512, 16, 512, 64, 16, 100, [3], {})
+INFO = EngineInfo("", 512, 16, 512, 64, 16, 100, [3], {})
 
 
 class FakeEngine:
@@ -31,9 +31,9 @@ class FakeEngine:
         self._num_added = 0
         self._outputs: list[Increment] = []
 
-    def add_request(self, prompt: Any, params: SamplingParams, **_: Any) -> int:
+    def add(self, asked: EngineRequest) -> int:
         self._num_added += 1
-        self._requests[self._num_added] = prompt.token_ids, params, []
+        self._requests[self._num_added] = asked.prompt_ids, asked.params, []
         return self._num_added
 
     def advance(self) -> None:
@@ -76,11 +76,12 @@ def serve(setup: dict[str, Any], channel: Channel) -> None:
     if setup["options"]["seed"] == 13:
         raise ValueError("seed is 13")
     engine: Any = FakeEngine()
-    for descriptor in setup["ports"]:
+    (descriptors,) = setup["clients"]
+    for descriptor in descriptors:
         os.set_inheritable(descriptor, False)
-    ports = [Port(socket.socket(fileno=descriptor)) for descriptor in setup["ports"]]
-    Loop(engine, ports, channel).run(FACTS)
+    clients = [ClientConn(socket.socket(fileno=descriptor)) for descriptor in descriptors]
+    Loop(engine, clients, channel).run(INFO)
 
 
 if __name__ == "__main__":
-    server.run(serve)
+    process.run(serve)

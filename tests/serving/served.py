@@ -7,17 +7,18 @@ import socket
 import threading
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import uvloop
 
 from nanovllm.engine.engine import Engine
 from nanovllm.parallel.channel import ChannelClosed, channel_pair
-from nanovllm.replicas.loop import facts_of
+from nanovllm.replicas.client_conn import ClientConn
+from nanovllm.replicas.handshake import digest_of
+from nanovllm.replicas.loop import Loop
 from nanovllm.serving import quota
 from nanovllm.serving.client import Client
-from nanovllm.serving.loop import Loop
-from nanovllm.serving.port import Port
 
 Result = TypeVar("Result")
 LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
@@ -57,7 +58,7 @@ def serve(
 
     async def work_and_close() -> Result:
         clients = [
-            Client(engine.config, ours, counts, index=index, **options)
+            Client(engine.config, [ours], counts, index=index, **options)
             for index, (ours, _) in enumerate(pairs)
         ]
         try:
@@ -79,4 +80,5 @@ def serve(
 def _run_loop(engine: Engine, socks: list[socket.socket], control: Any) -> None:
     engine.enter_thread()
     with suppress(ChannelClosed):
-        Loop(engine, [Port(sock) for sock in socks], control).run(facts_of(engine))
+        info = replace(engine.info, checkpoint=digest_of(engine.config))
+        Loop(engine, [ClientConn(sock) for sock in socks], control).run(info)

@@ -155,7 +155,7 @@ def test_too_many_images_and_missing_placeholders_are_refused(engine: Engine) ->
             await asked(client, prompt)
         with pytest.raises(ValueError, match="cannot be truncated"):
             await client.open(prompt, greedy(1, truncate_prompt_tokens=4))
-        with pytest.raises(ValueError, match="does not hear"):
+        with pytest.raises(ValueError, match="has no audio encoder"):
             await asked(client, {"prompt": "a", "multi_modal_data": {"audio": "data:,a"}})
         assert client._quota.num_all == 0
 
@@ -228,7 +228,7 @@ def test_images_that_wait_are_bounded_in_bytes(
         await client.ready()
         seeing = client._encoder._seeing
         assert seeing is not None
-        seeing._max_held = len(data_url(21))  # fewer than the bytes of its patches
+        seeing.gate.max_held = len(data_url(21))  # fewer than the bytes of its patches
         prompts = [prompt_of(client, about(data_url(i))) for i in (21, 22)]
         first = asyncio.ensure_future(asked(client, prompts[0]))
         await asyncio.to_thread(held.has_begun.wait, 30)
@@ -242,7 +242,7 @@ def test_images_that_wait_are_bounded_in_bytes(
         await asyncio.sleep(0.05)
         assert not held.has_begun.is_set(), "the patches of the first one are still held"
         stream.abort()
-        assert (await second).finished and seeing._num_held == seeing._num_given == 0
+        assert (await second).finished and seeing.gate.num_held == seeing.num_given == 0
 
     serve(engine, work)
 

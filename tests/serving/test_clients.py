@@ -12,6 +12,7 @@ import pytest
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.engine import Engine
+from nanovllm.engine.request import EngineRequest
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling import RequestOutputKind
 from nanovllm.serving.client import Client
@@ -345,17 +346,17 @@ def test_errors_of_one_request_leave_others_unharmed(llm: LLM, engine: Engine) -
 def test_what_only_the_engine_refuses_ends_one_request(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    add = engine.add_request
+    add = engine.add
 
-    def refuse(prompt: Any, *args: Any, **options: Any) -> int:
-        if len(prompt.token_ids) == 19:
+    def refuse(asked: EngineRequest) -> int:
+        if len(asked.prompt_ids) == 19:
             raise MemoryError("no memory")
-        return add(prompt, *args, **options)
+        return add(asked)
 
     async def work(client: Client) -> list[list[RequestOutput]]:
         return await answers(client, PROMPTS[:3], greedy(3, n=2))
 
-    monkeypatch.setattr(engine, "add_request", refuse)
+    monkeypatch.setattr(engine, "add", refuse)
     found = serve(engine, work)
     assert [[one.finish_reason for one in ours[-1].outputs] for ours in found] == [
         ["length"] * 2, ["error"] * 2, ["length"] * 2,

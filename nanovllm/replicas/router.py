@@ -2,69 +2,46 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import queue
 from collections.abc import Collection, Container, Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from hashlib import sha256
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from nanovllm.config import EngineConfig
-from nanovllm.engine.intake import Embeddings, Intake, checked_priority, drawn_seed
-from nanovllm.engine.media_intake import MediaPrompt
+from nanovllm.engine.intake import Embeddings, Intake, drawn_seed
 from nanovllm.engine.metrics import Metric
 from nanovllm.engine.owner import Owner
+from nanovllm.engine.request import EngineInfo, EngineRequest, MediaPrompt
 from nanovllm.media.given import Given
 from nanovllm.parallel.channel import MAX_PAYLOAD_BYTES
 from nanovllm.parallel.ranks import deferred_interrupts
 from nanovllm.prompts import AnyPrompt, Prompt, as_prompt
-from nanovllm.replicas import attached, messages
-from nanovllm.replicas.attached import Attached
-from nanovllm.replicas.messages import Addition
-from nanovllm.replicas.placing import Place, choose
-from nanovllm.replicas.ready import facts_of, raisable
-from nanovllm.replicas.replica import Event, Inbox, Replica, ReplicaFailed, Starter
+from nanovllm.replicas import messages
+from nanovllm.replicas.handshake import Fleet, raisable
+from nanovllm.replicas.load_balancer import Place, choose
+from nanovllm.replicas.messages import Add, Done, End, Row
+from nanovllm.replicas.replica import Event, Replica, ReplicaFailed, Starter
 from nanovllm.replicas.totals import totals
 from nanovllm.sampling import SamplingParams
-from nanovllm.schedule import edit_limits
-from nanovllm.schedule.blocks import chained_digests
-from nanovllm.schedule.logprobs import Logprob
-from nanovllm.schedule.outputs import Completion, Increment, Outbox
-from nanovllm.schedule.request import Content, Request
-from nanovllm.tokenizer import Tokenizer
+from nanovllm.schedule.outputs import Increment, Outbox
 
 logger = logging.getLogger(__name__)
 
 # A thread that waits for outputs lets others in after this time.
 WAIT_S = 0.005
-MAX_ATTACHED_BYTES = MAX_PAYLOAD_BYTES // 2
+MAX_MEDIA_BYTES = MAX_PAYLOAD_BYTES // 2
 
 
 @dataclass
 class _Pending:
-    """An unfinished request, and what is known of its answer."""
+    """An unfinished request. row: all that its replica has sent of the answer."""
 
     replica: Replica
     prompt_ids: list[int]
     cost: int
-    logprobs: list[dict[int, Logprob]] | None
-    token_ids: list[int] = field(default_factory=list)
-    text: str = ""
-
-    def add(self, one: Increment) -> None:
-        self.token_ids += one.token_ids
-        self.text += one.text
-        if self.logprobs is not None:
-            self.logprobs += one.logprobs or []
-
-    def ended(self, request_id: int, reason: str, error: str | None = None) -> Increment:
-        """The last output of a request that its replica does not finish."""
-        done = Completion(
-            self.text, self.token_ids, reason, None, self.prompt_ids, 0, self.logprobs, None, error
-        )
-        return Increment(request_id, [], "", None if self.logprobs is None else [], done)
+    row: Row
 
 
 class _Metrics:
@@ -77,7 +54,7 @@ class _Metrics:
         return totals([replica.read_metrics() for replica in self._replicas])
 
 
-class Replicas:
+class Router:
     """`data_parallel_size` engines in other processes, with the interface of one (`AnyEngine`).
 
     Use it from one thread at a time (`SharedEngine`). A request runs on one replica from its
@@ -89,54 +66,29 @@ class Replicas:
         """Start all replicas and wait until they are warm. Errors are those of `load`, and
         ReplicaFailed."""
         self.config = config
-        self.replicas: list[Replica] = []
-        self._starter = starter
-        self._inbox: Inbox = queue.SimpleQueue()
         self._outbox = Outbox()
         self._pending: dict[int, _Pending] = {}
         self._num_added = 0
         self._is_closed = False
         self._owner = Owner()
-        try:
-            for index in range(config.data_parallel_size):
-                self.replicas.append(starter.start(index, self._inbox))
-            self.tokenizer: Tokenizer | None = starter.tokenizer()
-            facts = facts_of(self.replicas, self._inbox)
-        except BaseException:
-            self.close()
-            raise
-        first = facts[0]
-        self.facts = replace(first, max_num_seqs=sum(one.max_num_seqs for one in facts))
-        self.max_model_len = first.max_model_len
-        self.max_num_seqs = self.facts.max_num_seqs
-        self.default_params = SamplingParams(**first.default_params)
-        self.eos_ids = frozenset(first.eos_ids)
+        self._fleet = Fleet(starter, config.data_parallel_size)
+        self.replicas, self._inbox = self._fleet.replicas, self._fleet.inbox
+        self.tokenizer, infos = self._fleet.tokenizer, self._fleet.infos
+        max_num_seqs = sum(one.max_num_seqs for one in infos)
+        self.info: EngineInfo = replace(infos[0], max_num_seqs=max_num_seqs)
+        self.max_model_len, self.max_num_seqs = self.info.max_model_len, max_num_seqs
+        self.default_params = SamplingParams(**self.info.default_params)
+        self.eos_ids = frozenset(self.info.eos_ids)
         self.metrics = _Metrics(self.replicas)
-        self._block_size = first.block_size
-        self._places = [Place(one.num_blocks) for one in facts]
-        self._intake = Intake(
-            config.model,
-            self.tokenizer,
-            first.vocab_size,
-            first.hidden_size,
-            first.max_model_len,
-            num_added=first.num_added,
-            has_axes=first.has_axes,
-            max_grammar_bytes=config.max_grammar_bytes,
-        )
-        self._has_towers = first.has_towers
+        self._places = [Place(one.num_blocks) for one in infos]
+        self._intake = Intake.of(config, self.tokenizer, self.info)
 
     def close(self) -> None:
         """End all replicas. Nothing of them is left. A fork of the process leaves them alone."""
         self._is_closed = True
-        if not self._owner.is_here:
-            return
-        self._pending.clear()
-        for replica in self.replicas:
-            replica.begin_close()
-        for replica in self.replicas:
-            replica.close()
-        self._starter.close()
+        if self._owner.is_here and hasattr(self, "_fleet"):
+            self._pending.clear()
+            self._fleet.close()
 
     def __del__(self) -> None:
         if hasattr(self, "_owner"):
@@ -207,39 +159,53 @@ class Replicas:
         more embeddings or patches than a message takes. Raises ReplicaFailed if no replica is left.
         """
         self._check_open()
+        if not isinstance(prompt, MediaPrompt):
+            prompt = as_prompt(prompt)
+            self.check_media(prompt.media)
         params = params or SamplingParams()
-        self._intake.check(params)
-        self._intake.source(params)
-        beside = Attached(embeddings, positions)
-        if isinstance(prompt, MediaPrompt):
-            beside = Attached(embeddings, prompt.position_3T, prompt.images)
-            prompt = Prompt(None, prompt.token_ids, prompt.cache_salt)
-        given = as_prompt(prompt)
-        self.check_media(given.media)
-        prompt_ids = self._intake.prompt_ids(given, params)
-        contents = self._checked_contents(beside, len(prompt_ids))
-        priority, edits = checked_priority(priority), self._intake.edits(params)
-        if edits is not None:
-            edit_limits.check(edits, self._intake.vocab_size)
-        request_id = self._num_added
-        fields = messages.params_fields(params)
-        if params.seed is None:
-            fields["seed"] = drawn_seed(self.config.seed, request_id)
-        addition = Addition(request_id, prompt_ids, fields, incremental, priority, given.cache_salt)
-        cost = len(prompt_ids) + self._intake.max_output(params, len(prompt_ids))
+        asked = self._intake.request(
+            prompt,
+            params,
+            incremental=incremental,
+            embeddings=embeddings,
+            positions=positions,
+            priority=priority,
+        )
+        self._intake.check_forms(params)
+        return self.add(asked)
+
+    def add(self, asked: EngineRequest) -> int:
+        """Queue a request that an `Intake` has checked at a replica. Raises as `add_request`."""
+        self._check_open()
+        num_bytes = asked.num_bytes
+        if num_bytes > MAX_MEDIA_BYTES:
+            raise ValueError(
+                f"the prompt's images and embeddings have {num_bytes} bytes: with "
+                f"{self.config.replicas_option} at most {MAX_MEDIA_BYTES} are supported"
+            )
+        request_id, prompt_ids = self._num_added, asked.prompt_ids
+        seed = drawn_seed(self.config.seed, request_id) if asked.seed is None else asked.seed
+        media = messages.dump_media(asked)
+        fields = messages.params_fields(asked.params, detokenizes=asked.detokenizes)
+        message = Add(
+            [request_id], [seed], prompt_ids, fields, asked.incremental, asked.priority,
+            asked.cache_salt, asked.detokenizes, has_media=bool(media),
+        )  # fmt: skip
+        cost = len(prompt_ids) + self._intake.max_output(asked.params, len(prompt_ids))
         with deferred_interrupts():
-            digests = self._digests(addition, contents, beside.positions)
-            payload = attached.dump(messages.dump(addition), beside)
-            chosen = self._send(payload, digests, cost)
+            digests = []
+            if self.config.enable_prefix_caching:
+                digests = asked.block_digests(self.info.block_size)
+            replica = self._send(messages.dump(message), media, digests, cost)
             self._num_added += 1
-            logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
-            self._pending[request_id] = _Pending(chosen, prompt_ids, cost, logprobs)
+            row = Row(request_id, [], None if asked.params.logprobs is None else [])
+            self._pending[request_id] = _Pending(replica, prompt_ids, cost, row)
         return request_id
 
     def abort(self, request_id: int, reason: str = "abort") -> None:
         """End a request now, with a last output. Unknown ids are ignored."""
-        if pending := self._drop([request_id], reason).get(request_id):
-            self._outbox.outputs.append(pending.ended(request_id, reason))
+        if pending := self._drop([request_id]).get(request_id):
+            self._outbox.outputs.append(self._ended(request_id, pending, reason))
 
     def abort_all(self, request_ids: Iterable[int]) -> None:
         """End requests and drop their last outputs, for a caller that no longer listens."""
@@ -267,61 +233,35 @@ class Replicas:
         """Whether outputs of these requests, or of any, wait for `take`."""
         return self._outbox.has(request_ids)
 
-    def _digests(
-        self, addition: Addition, contents: tuple[Content, ...], positions: np.ndarray | None
-    ) -> list[bytes]:
-        """The digests of the prompt's blocks, as the replicas' caches have them."""
-        if not self.config.enable_prefix_caching:
-            return []
-        ids, salt = addition.prompt_ids, addition.cache_salt
-        known = Request(
-            addition.request_id, ids, SamplingParams(), 0, 1, frozenset(),
-            contents=contents, prompt_position_3P=positions,
-        )  # fmt: skip
-        root = sha256(salt.encode()).digest() if salt else b""
-        return chained_digests(ids, self._block_size, root=root, content=known.content)
-
-    def _send(self, payload: bytes, digests: list[bytes], cost: int) -> Replica:
+    def _send(self, payload: bytes, media: bytes, digests: list[bytes], cost: int) -> Replica:
         """Give a request to the replica that suits it best, or to another if that has failed."""
         living = {replica.index for replica in self.replicas if replica.failure is None}
         while living:
             index = choose(self._places, living, digests, cost)
-            if self.replicas[index].tell(messages.ADD, payload):
+            replica = self.replicas[index]
+            if (not media or replica.tell(messages.MEDIA, media)) and replica.tell(
+                messages.ADD, payload
+            ):
                 self._places[index].add(digests, cost)
-                return self.replicas[index]
+                return replica
             living.remove(index)
         while any(replica.failure is None for replica in self.replicas):
             self._take(self._inbox.get())  # the failures, which the refused messages announce
-        causes = "; ".join(str(replica.failure) for replica in self.replicas)
-        raise ReplicaFailed(f"no replica is left: {causes}")
+        raise ReplicaFailed(f"no replica is left: {self._fleet.causes}")
 
-    def _checked_contents(self, beside: Attached, prompt_len: int) -> tuple[Content, ...]:
-        """The contents of a request. Raises ValueError."""
-        contents = self._intake.contents(beside.embeddings, prompt_len)
-        self._intake.check_positions(beside.positions, prompt_len)
-        if beside.images and not self._has_towers:
-            raise ValueError(f"the prompt has images, but {self.config.model!r} reads text only")
-        num_bytes = sum(tensor.nbytes for tensor in beside.tensors.values())
-        if num_bytes > MAX_ATTACHED_BYTES:
-            raise ValueError(
-                f"the prompt's images and embeddings have {num_bytes} bytes: with "
-                f"{self.config.replicas_option} at most {MAX_ATTACHED_BYTES} are supported"
-            )
-        return contents + tuple(content for content, _ in beside.images)
-
-    def _drop(self, request_ids: Collection[int], reason: str = "abort") -> dict[int, _Pending]:
+    def _drop(self, request_ids: Collection[int]) -> dict[int, _Pending]:
         """Forget unfinished requests here and at their replicas; returns them."""
         with deferred_interrupts():
             dropped = {one: self._finish(one) for one in request_ids if one in self._pending}
             for replica in self.replicas:
                 ids = [one for one, pending in dropped.items() if pending.replica is replica]
                 if ids:
-                    replica.tell(messages.ABORT, json.dumps([ids, reason]).encode())
+                    replica.tell(messages.END, messages.dump(End(ids, messages.ABORT)))
         return dropped
 
     def _finish(self, request_id: int) -> _Pending:
         pending = self._pending.pop(request_id)
-        self._places[pending.replica.index].load -= pending.cost
+        self._places[pending.replica.index].release(pending.cost)
         return pending
 
     def _take(self, event: Event) -> None:
@@ -329,24 +269,47 @@ class Replicas:
         if event.failure is not None:
             self._end_requests(event.replica, raisable(event.failure))
             return
-        for found in messages.outputs(event.payload):
-            request_id = found["request_id"]
-            pending = self._pending.get(request_id)
-            if pending is None:
-                continue  # it has been aborted in the meantime
-            one = messages.increment(found, pending.prompt_ids, self.tokenizer)
-            pending.add(one)
-            if one.finished:
-                self._finish(request_id)
-            self._outbox.outputs.append(one)
+        found = messages.load_outputs(event.payload)
+        for request_id, token_id in zip(found.ids, found.tokens):
+            self._grow(Row(request_id, [token_id]))
+        for row in found.rows:
+            self._grow(row)
+
+    def _grow(self, row: Row) -> None:
+        """Put out what is new of an answer."""
+        pending = self._pending.get(row.request_id)
+        if pending is None:
+            return  # it has been aborted in the meantime
+        pending.row.extend(row)
+        if row.done is not None:
+            self._finish(row.request_id)
+        self._outbox.outputs.append(self._increment(row, pending, row.done))
+
+    def _increment(self, row: Row, pending: _Pending, done: Done | None) -> Increment:
+        """New tokens, and the whole answer if it is `done`."""
+        tokenizer = self.tokenizer
+        completion = None
+        if done is not None:
+            completion = messages.completion(done, pending.row, pending.prompt_ids, tokenizer)
+        logprobs = messages.logprobs(row.logprobs, tokenizer)
+        text = messages.text_of(row)
+        return Increment(row.request_id, row.token_ids, text, logprobs, completion)
+
+    def _ended(
+        self, request_id: int, pending: _Pending, reason: str, error: str | None = None
+    ) -> Increment:
+        """The last output of a request that its replica does not finish."""
+        done = Done(reason, None, 0, None, error)
+        row = Row(request_id, [], None if pending.row.logprobs is None else [])
+        return self._increment(row, pending, done)
 
     def _end_requests(self, replica: Replica, failure: Exception) -> None:
         replica.failure = failure
         own = [one for one, pending in self._pending.items() if pending.replica is replica]
         logger.error("%d request(s) end with an error: %s", len(own), failure)
         for request_id in own:
-            ended = self._finish(request_id).ended(request_id, "error", str(failure))
-            self._outbox.outputs.append(ended)
+            pending = self._finish(request_id)
+            self._outbox.outputs.append(self._ended(request_id, pending, "error", str(failure)))
 
     def _check_open(self) -> None:
         self._owner.check()

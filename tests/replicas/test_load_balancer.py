@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from nanovllm.engine.metrics import Counter, Gauge
-from nanovllm.replicas.placing import Place, choose
+from nanovllm.replicas import load_balancer
+from nanovllm.replicas.load_balancer import Place, choose
 from nanovllm.replicas.totals import totals
 
 
@@ -54,6 +55,17 @@ def test_the_oldest_blocks_are_forgotten_first_and_ends_before_beginnings() -> N
     assert place.num_cached(digests(3, 4)) == 2
     place.forget()
     assert place.num_cached(digests(3, 4)) == 0
+
+
+def test_clients_share_loads_and_blocks() -> None:
+    memory = memoryview(bytearray(load_balancer.num_bytes(2)))
+    one, other = (Place(3, memory, client=client, num_clients=2) for client in range(2))
+    one.add(digests(1, 2), 7)
+    assert other.num_cached(digests(1, 2)) == 2 and other.load == 7
+    other.add(digests(3, 4), 5)
+    assert one.num_cached(digests(1, 2)) == 1 and one.num_cached(digests(3, 4)) == 2
+    one.release(7)
+    assert one.load == other.load == 5
 
 
 def test_counts_are_added_and_shares_averaged() -> None:

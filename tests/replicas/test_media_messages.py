@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
-from nanovllm import LLM
-from nanovllm.engine.media_intake import MediaPrompt
-from nanovllm.replicas import attached, front
-from nanovllm.replicas.attached import Attached
+from nanovllm import LLM, SamplingParams
+from nanovllm.engine.intake import Intake
+from nanovllm.engine.request import EngineRequest, MediaPrompt
+from nanovllm.replicas import messages, router
 from nanovllm.runner.towers import Encodable
 from nanovllm.schedule.request import Content
 from tests.engines import greedy
@@ -24,27 +26,40 @@ from tests.replicas.test_data_parallel import counts
 PARTS: list[list[Any]] = [[0, (8, 12), 0], [(4, 4), (6, 2), 0], [0, (2, 14)], [0]]
 
 
-def test_what_is_attached_comes_back() -> None:
-    given = Attached(
-        [(3, torch.randn(2, 5).bfloat16()), (9, torch.randn(4, 5).t()[:1])],
-        np.arange(12).reshape(4, 3).T,
-        [(Content(i, 7, bytes([i, 0, 255])), Encodable(torch.randn(8, i), (2, 2, 2)))
-         for i in (1, 3)],
-    )  # fmt: skip
-    message, found = attached.load(attached.dump(b'{"a": "b"}', given))
-    assert message == b'{"a": "b"}'
-    for (start, embeds), (other, expected) in zip(found.embeddings, given.embeddings, strict=True):
-        assert start == other and torch.equal(embeds, expected) and embeds.dtype is expected.dtype
-    assert found.positions is not None and given.positions is not None
-    assert np.array_equal(found.positions, given.positions)
-    for (content, image), (other_content, other_image) in zip(
-        found.images, given.images, strict=True
-    ):
-        assert content == other_content
-        for value, other_value in zip(image, other_image, strict=True):
-            assert type(value) is type(other_value)
-            is_tensor = isinstance(value, torch.Tensor)
-            assert torch.equal(value, other_value) if is_tensor else value == other_value
+def crossed(asked: EngineRequest) -> EngineRequest:
+    return messages.with_media(EngineRequest([], SamplingParams()), messages.dump_media(asked))
+
+
+def request(given: list[tuple[int, Tensor]], **others: Any) -> EngineRequest:
+    """A request with these embeddings, as `Intake` makes it."""
+    intake = Intake("model", None, 512, 5, 999)
+    prompt = [1] * 200
+    made = intake.request(prompt, SamplingParams(), embeddings=given)
+    return replace(made, **others)
+
+
+def test_what_a_prompt_has_beside_its_tokens_comes_back() -> None:
+    images = [(Content(i, 7, bytes([i, 0, 255])), Encodable(torch.randn(8, i), (2, 2, 2)))
+              for i in (1, 3)]  # fmt: skip
+    asked = request([(3, torch.randn(2, 5).bfloat16()), (9, torch.randn(5, 9).t()[:1])])
+    asked = replace(
+        asked,
+        contents=asked.contents + tuple(content for content, _ in images),
+        media={content.key: image for content, image in images},
+        positions=np.arange(12).reshape(4, 3).T,
+    )
+    found = crossed(asked)
+    assert found.contents == asked.contents and len(found.contents) == 4
+    for key, expected in asked.embeddings.items():
+        assert torch.equal(found.embeddings[key], expected)
+        assert found.embeddings[key].dtype is expected.dtype
+    assert found.positions is not None and asked.positions is not None
+    assert np.array_equal(found.positions, asked.positions)
+    for key, image in asked.media.items():
+        for value, other in zip(found.media[key], image, strict=True):
+            assert type(value) is type(other)
+            is_tensor = isinstance(value, Tensor)
+            assert torch.equal(value, other) if is_tensor else value == other
 
 
 @pytest.mark.parametrize("shares", [True, False])
@@ -55,25 +70,29 @@ def test_one_image_twice_is_sent_once(shares: bool) -> None:
     digest = bytes(range(32))
     images = [(Content(3, 16, digest), Encodable(values, (1, 8, 8))),
               (Content(40, 16, digest), Encodable(others, (1, 8, 8)))]  # fmt: skip
-    once = attached.dump(b"{}", Attached((), None, images[:1]))
-    twice = attached.dump(b"{}", Attached((), None, images))
-    assert len(twice) < len(once) + 200
-    _, found = attached.load(twice)
-    assert [content for content, _ in found.images] == [content for content, _ in images]
-    assert all(torch.equal(image.values, values) for _, image in found.images)
+    intake = Intake("model", None, 512, 5, 999)
+    once, twice = (
+        intake.request(MediaPrompt([1] * 99, None, some), SamplingParams())
+        for some in (images[:1], images)
+    )
+    assert len(messages.dump_media(twice)) < len(messages.dump_media(once)) + 200
+    found = crossed(twice)
+    assert list(found.contents) == [content for content, _ in images]
+    assert all(torch.equal(found.media[one.key].values, values) for one in found.contents)
 
 
 def test_embeddings_may_share_memory() -> None:
     whole = torch.randn(99, 5)
-    given = [(0, whole[:7]), (20, whole[:7]), (40, whole[3:19]), (70, whole.t()[:, :9])]
-    _, found = attached.load(attached.dump(b"{}", Attached(given)))
-    for (start, embeds), (other, expected) in zip(found.embeddings, given, strict=True):
-        assert start == other and torch.equal(embeds, expected)
+    given = [(0, whole[:7]), (20, whole[:7]), (40, whole[3:19]), (70, torch.randn(5, 9).t())]
+    asked = request(given)
+    found = crossed(asked)
+    assert found.contents == asked.contents
+    for one, (start, expected) in zip(found.contents, given, strict=True):
+        assert one.start == start and torch.equal(found.embeddings[one.key], expected)
 
 
-def test_a_message_with_nothing_attached_is_plain_json() -> None:
-    assert attached.dump(b"{}", Attached()) == b"{}"
-    assert attached.load(b"{}") == (b"{}", Attached())
+def test_a_prompt_of_tokens_alone_has_no_second_message() -> None:
+    assert messages.dump_media(request([])) == b""
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +143,7 @@ def test_too_many_bytes_and_wrong_shapes_are_refused(
         add(prompt.ids, greedy(2), embeddings=[(0, torch.ones(1, 63))])
     with pytest.raises(ValueError, match=r"positions have shape \[3, 1\]"):
         add(prompt.ids, greedy(2), positions=np.zeros((3, 1), np.int64))
-    monkeypatch.setattr(front, "MAX_ATTACHED_BYTES", 100)
+    monkeypatch.setattr(router, "MAX_MEDIA_BYTES", 100)
     with pytest.raises(ValueError, match=r"with data_parallel_size=2 at most 100 are supported"):
         add(MediaPrompt(prompt.ids, prompt.positions, prompt.images), greedy(2))
     with pytest.raises(ValueError, match="image 1 is not supported with data_parallel_size=2"):

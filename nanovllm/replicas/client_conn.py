@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import socket
 
-from nanovllm.parallel.channel import ChannelClosed, Message, pack, unpack
-from nanovllm.serving import messages
-from nanovllm.serving.messages import Row
+from nanovllm.parallel.channel import Channel, ChannelClosed, Message, pack, unpack
+from nanovllm.replicas import messages
+from nanovllm.replicas.messages import Outputs, Row
 
 PIECE_BYTES = 1 << 20  # after reading this much, other clients are served first
 # If more numbers (tokens, log-probabilities) wait for a client, its requests are aborted. 256
@@ -15,7 +15,7 @@ PIECE_BYTES = 1 << 20  # after reading this much, other clients are served first
 MAX_HELD_NUMBERS = 1 << 24
 
 
-class Port:
+class ClientConn:
     """Collects the new tokens of a step, and sends them as one message.
 
     If the client has not read the messages before, the tokens wait here, those of an answer as one
@@ -27,7 +27,7 @@ class Port:
         sock.setblocking(False)
         self._sock = sock
         self.answers: dict[int, int] = {}  # unfinished: the client's ids and the engine's
-        self.beside = b""  # the images of the next prompt
+        self.media = b""  # of the next prompt
         self._received = bytearray()
         self._unsent = bytearray()
         self._ids: list[int] = []
@@ -120,11 +120,28 @@ class Port:
             raise ChannelClosed(f"the client has not read {self._num_held} numbers")
 
 
+class ParentConn(ClientConn):
+    """The same for the process that has started the engine's, over its channel. A thread there
+    reads it at any time, so the engine may wait."""
+
+    def __init__(self, channel: Channel) -> None:
+        super().__init__(channel.sock)
+        channel.sock.setblocking(True)
+        self._channel = channel
+
+    def send_more(self) -> None:
+        self._channel.send_packed(self._unsent)
+        self._unsent.clear()
+
+    def read(self) -> list[Message]:
+        return self._channel.pending(wait=False)
+
+
 def _packed(ids: list[int], tokens: list[int], rows: list[Row]) -> bytes:
     """New tokens as a message. If it would be too large, rows are messages of their own, and one
     that is too large itself ends its answer with an error."""
     try:
-        return pack(messages.OUTPUTS, messages.outputs(ids, tokens, rows))
+        return pack(messages.OUTPUTS, messages.dump(Outputs(ids, tokens, rows)))
     except ValueError as error:
         if len(rows) > 1 or ids:
             singles = [_packed([], [], [row]) for row in rows]

@@ -10,13 +10,13 @@ import pytest
 
 from nanovllm.parallel import channel
 from nanovllm.parallel.channel import Channel, ChannelClosed
+from nanovllm.replicas import client_conn, messages
+from nanovllm.replicas.client_conn import ClientConn
+from nanovllm.replicas.messages import Outputs, Row
 from nanovllm.schedule.logprobs import Logprob
 from nanovllm.schedule.outputs import Completion, Increment
-from nanovllm.serving import messages, port
-from nanovllm.serving.messages import Row
-from nanovllm.serving.port import Port
 
-Pair = tuple[Port, Channel]
+Pair = tuple[ClientConn, Channel]
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def pair() -> Iterator[Pair]:
     ours, theirs = socket.socketpair()
     for one in (ours, theirs):
         one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-    made = Port(ours), Channel(theirs)
+    made = ClientConn(ours), Channel(theirs)
     yield made
     made[0].close()
     made[1].close()
@@ -68,7 +68,7 @@ def test_a_client_that_does_not_read_gets_everything_in_few_messages(pair: Pair)
 
 
 def test_what_waits_for_a_client_is_bounded(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(port, "MAX_HELD_NUMBERS", 5000)
+    monkeypatch.setattr(client_conn, "MAX_HELD_NUMBERS", 5000)
     with pytest.raises(ChannelClosed, match="has not read 500"):
         for step in range(1 << 20):
             pair[0].add_token(step % 5, step)
@@ -100,7 +100,7 @@ def test_a_client_that_leaves_is_noticed(pair: Pair) -> None:
 
 def test_a_message_in_pieces_is_read_when_it_is_whole(pair: Pair) -> None:
     packed = channel.pack("add", b"x" * 3000)
-    sock: Any = pair[1]._sock
+    sock: Any = pair[1].sock
     sock.sendall(packed[:1000])
     assert pair[0].read() == []
     assert pair[0].read() == [], "nothing is there, and nobody waits"
@@ -121,7 +121,7 @@ def test_increments_come_back_as_rows() -> None:
     last = Increment(5, [3], "", [top(-0.3)], done)
     for incremental, token_ids in ((True, [3]), (False, [1, 2, 3])):
         row = messages.row(8, last, incremental=incremental)
-        (found,) = messages.load_outputs(messages.outputs([], [], [row])).rows
+        (found,) = messages.load_outputs(messages.dump(Outputs([], [], [row]))).rows
         assert found == row and found.token_ids == token_ids
         assert found.logprobs is not None and len(found.logprobs) == len(token_ids)
         assert found.done is not None and found.done.prompt_logprobs is not None

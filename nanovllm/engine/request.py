@@ -1,0 +1,104 @@
+"""What crosses the border of an engine: what others must know of it, and a checked request.
+
+Importing this module does not import torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from nanovllm.sampling import SamplingParams
+from nanovllm.schedule.blocks import chained_digests
+from nanovllm.schedule.request import Content, block_content
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from nanovllm.runner.towers import Encodable
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """The limits of an engine that prompts are checked against, and what clients tell users.
+
+    checkpoint: a digest; processes set it. num_blocks: of the cache. num_added: levels of features
+    that embeddings may have beside the first. has_axes: tokens have positions in time, height and
+    width. media_scale: the fields of `Scale`, None for a model of text.
+    """
+
+    checkpoint: str
+    max_model_len: int
+    max_num_seqs: int
+    vocab_size: int
+    hidden_size: int
+    block_size: int
+    num_blocks: int
+    eos_ids: list[int]
+    default_params: dict[str, Any]
+    num_added: int = 0
+    has_axes: bool = False
+    has_towers: bool = False
+    media_scale: Sequence[Any] | None = None
+
+
+class MediaPrompt(NamedTuple):
+    """A prompt with all placeholder tokens, its positions [3, T], and the images and clips that the
+    tokens stand for. Without positions each token has its index three times."""
+
+    token_ids: list[int]
+    position_3T: np.ndarray | None
+    images: list[tuple[Content, Encodable]]
+    cache_salt: str | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(image.values.nbytes for _, image in self.images)
+
+
+@dataclass(frozen=True)
+class EngineRequest:
+    """A request that `Intake.request` has checked. Who adds it to an engine gives it away.
+
+    seed: None draws one from the engine's. detokenizes: whether the engine makes the text and looks
+    for stop strings. contents: the places of given embeddings and of media in the prompt, with
+    digests. embeddings: [n, K · D] by the keys of contents. media: the same for images, frames and
+    clips that a tower encodes. positions: int64 [3, T], or one for each token.
+    """
+
+    prompt_ids: list[int]
+    params: SamplingParams
+    incremental: bool = True
+    priority: int = 0
+    cache_salt: str | None = None
+    seed: int | None = None
+    detokenizes: bool = True
+    contents: tuple[Content, ...] = ()
+    embeddings: Mapping[str, Tensor] = field(default_factory=dict)
+    media: Mapping[str, Encodable] = field(default_factory=dict)
+    positions: np.ndarray | None = None
+
+    @property
+    def cache_root(self) -> bytes:
+        """The start of the chain of its blocks' digests."""
+        return sha256(self.cache_salt.encode()).digest() if self.cache_salt else b""
+
+    def block_digests(self, block_size: int) -> list[bytes]:
+        """The digests of its prompt's full blocks, as an engine's cache has them."""
+
+        def content(start: int, end: int) -> bytes:
+            of_block = None if self.positions is None else self.positions[:, start:end]
+            return block_content(self.contents, of_block, start, end)
+
+        return chained_digests(self.prompt_ids, block_size, root=self.cache_root, content=content)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its embeddings, media and positions."""
+        tensors = [*self.embeddings.values(), *(one.values for one in self.media.values())]
+        num_bytes = sum(one.nbytes for one in tensors)
+        return num_bytes + (0 if self.positions is None else self.positions.nbytes)

@@ -1,0 +1,137 @@
+"""The program of a process with an engine (`python -m`), or with the replicas of one as children.
+Importing this module does not import torch, which reads the environment."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from itertools import chain
+from typing import Any
+
+from nanovllm import env, log
+from nanovllm.config import EngineConfig
+from nanovllm.parallel.channel import Channel, ChannelClosed
+from nanovllm.parallel.serve import ERROR, connect, error_bytes
+from nanovllm.replicas.opening import one_engine, open_engine
+
+logger = logging.getLogger(__name__)
+
+
+def main() -> None:
+    run(serve)
+
+
+def run(work: Callable[[dict[str, Any], Channel], None]) -> None:
+    """Connect, do the work of this process, and end it once the other side closes the channel.
+
+    `work` gets the setup and the channel, and raises ChannelClosed. Any other error goes to the
+    other side, which ends this process.
+    """
+    connection = connect(sys.argv[1:])
+    env.replace(connection.setup["environment"])
+    log.configure()
+    channel = connection.channel
+    with suppress(ChannelClosed):
+        try:
+            work(connection.setup, channel)
+        except ChannelClosed:
+            raise
+        except Exception as error:
+            if not isinstance(error, ValueError):
+                traceback.print_exc()
+            channel.send(ERROR, error_bytes(error))
+            while True:
+                channel.receive()
+    sys.stderr.flush()
+    os._exit(0)  # an orderly end of torch and the device's libraries would take a second
+
+
+def serve(setup: dict[str, Any], channel: Channel) -> None:
+    """Load an engine and let clients use it. Raises ChannelClosed once the other side closes."""
+    inherited = [descriptor for of_engine in setup["clients"] for descriptor in of_engine]
+    for descriptor in inherited:
+        os.set_inheritable(descriptor, False)
+    config = EngineConfig(**setup["options"])
+    if len(setup["clients"]) > 1:
+        serve_replicas(config, setup["clients"], channel)
+        return
+    if setup["waits_for"] is not None:
+        wait_for_programs(config, channel)
+    is_alone = not config.replicas_option
+    engine = one_engine(config, show_progress=False) if is_alone else open_engine(config)
+    from nanovllm.replicas.client_conn import ClientConn
+    from nanovllm.replicas.handshake import digest_of
+    from nanovllm.replicas.loop import Loop
+
+    info = engine.info
+    info = info if info.checkpoint else replace(info, checkpoint=digest_of(config))
+    clients = [ClientConn(socket.socket(fileno=one)) for one in inherited]
+    gc.freeze()  # a collection among so many objects would delay steps by 0.1 s
+    try:
+        Loop(engine, clients, channel).run(info)
+    finally:
+        engine.close()
+
+
+def serve_replicas(
+    config: EngineConfig, clients: Sequence[Sequence[int]], channel: Channel
+) -> None:
+    """Start replicas, whose clients use these sockets, and watch them.
+
+    Raises ChannelClosed once the other side closes, and ReplicaFailed when no replica is left.
+    """
+    from nanovllm.replicas.handshake import Fleet
+    from nanovllm.replicas.machine import ProcessStarter
+    from nanovllm.replicas.messages import READY
+    from nanovllm.replicas.replica import Event, ReplicaFailed
+
+    fleet = Fleet(ProcessStarter(config), config.data_parallel_size, clients)
+    for descriptor in chain.from_iterable(clients):
+        os.close(descriptor)  # a replica's end is that of its sockets
+    try:
+        channel.send(READY)
+
+        def listen() -> None:
+            with suppress(ChannelClosed):
+                while True:
+                    channel.receive()
+            fleet.inbox.put(Event(fleet.replicas[0], "", b"", ChannelClosed("the parent's end")))
+
+        threading.Thread(target=listen, name="parent", daemon=True).start()
+        while True:
+            replica, _, _, failure = fleet.inbox.get()
+            if isinstance(failure, ChannelClosed):
+                raise failure
+            if failure is not None:
+                replica.failure = failure
+                logger.error("the requests of a replica end with an error: %s", failure)
+            if all(one.failure is not None for one in fleet.replicas):
+                raise ReplicaFailed(f"no replica is left: {fleet.causes}")
+    finally:
+        fleet.close()
+
+
+def wait_for_programs(config: EngineConfig, channel: Channel) -> None:
+    """If the store lacks programs, wait until another replica has compiled them."""
+    if config.enforce_eager or config.compile_cache_mode == "require":
+        return
+    from nanovllm.replicas.messages import GO
+    from nanovllm.startup.artifacts import is_ready
+    from nanovllm.startup.choose import choose_without_weights
+
+    if is_ready(choose_without_weights(config)):
+        return
+    while channel.receive()[0] != GO:
+        pass
+
+
+if __name__ == "__main__":
+    main()
