@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# names whose modules import torch, by their module; that of AsyncLLM needs msgspec
+# names whose modules import torch or start processes, by their module
 _LATE = {
     "AsyncLLM": "nanovllm.serving.async_llm",
     "AsyncLLMEngine": "nanovllm.serving.async_llm",
@@ -48,15 +48,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'nanovllm' has no attribute {name!r}")
     from importlib import import_module
 
-    try:
-        module = import_module(_LATE[name])
-    except ModuleNotFoundError as error:
-        if error.name != "msgspec":
-            raise
-        from nanovllm import extras
-
-        raise ImportError(f"{name} needs msgspec: {extras.install('serve')}") from error
-    return getattr(module, name)
+    return getattr(import_module(_LATE[name]), name)
 
 
 modules.install()
@@ -73,10 +65,11 @@ def print_attention_backend_info(device: str = "auto") -> None:
     print(attention_backend_info(device))
 
 
-# without AsyncLLM: `from nanovllm import *` works without msgspec
 __all__ = [
     "LLM",
     "AsyncEngineArgs",
+    "AsyncLLM",
+    "AsyncLLMEngine",
     "BeamSearchParams",
     "CompletionOutput",
     "EngineArgs",

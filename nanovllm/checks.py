@@ -1,4 +1,5 @@
-"""Checks options against the annotations of their dataclass, and converts numpy and torch scalars.
+"""Checks options against the annotations of their dataclass and against rules, and converts numpy
+and torch scalars.
 
 `checked(name, value, hint)` is the one place that knows what a value of an annotated type is.
 `check_fields` applies it to all fields of a dataclass.
@@ -7,6 +8,8 @@
 from __future__ import annotations
 
 import functools
+import json
+import math
 import numbers
 import types
 import typing
@@ -162,3 +165,31 @@ def _kind(hint: Any) -> tuple[Callable[[Any], bool], str]:
     if hint in _KINDS:
         return _KINDS[hint]
     return lambda value: isinstance(value, hint), f"a {hint.__name__}"
+
+
+# rules
+
+
+def is_json_object(value: Any) -> bool:
+    try:
+        return isinstance(value, Mapping) and isinstance(json.loads(json.dumps(value)), dict)
+    except (TypeError, ValueError):
+        return False
+
+
+def one_of(*values: str | None) -> Rule:
+    return f"one of {', '.join(map(str, values))}", lambda value: value in values
+
+
+def whole(low: int, high: float = math.inf, why: str = "") -> Rule:
+    words = f"a whole number, at least {low}{why}"
+    if high < math.inf:
+        words += f", at most {high}"
+    return words, lambda value: low <= value <= high
+
+
+def sizes(high: int, *, may_be_empty: bool = False) -> Rule:
+    def is_allowed(value: Sequence[int]) -> bool:
+        return all(1 <= size <= high for size in value) and (may_be_empty or len(value) > 0)
+
+    return f"a list of whole numbers of at least 1, at most {high}", is_allowed

@@ -12,26 +12,20 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from nanovllm.checks import Rule, check_fields, refuse_unknown
+from nanovllm.checks import Rule, check_fields, is_json_object, one_of, refuse_unknown, sizes, whole
 from nanovllm.compat.options import translated
 from nanovllm.media.options import LIMITS, MediaOptions
+from nanovllm.tuning import MAX_TOKENS, Tuning, moved
 
 # Far above what any machine can use: larger numbers are mistakes, and the allocator's error would
 # not name the option.
-MAX_ROWS, MAX_TOKENS, MAX_LENGTH = 1 << 17, 1 << 20, 1 << 24
+MAX_ROWS, MAX_LENGTH = 1 << 17, 1 << 24
 MAX_BLOCKS, MAX_BLOCK_TOKENS = 1 << 31, 1 << 16
 MAX_DEVICES, MAX_DRAFT_TOKENS = 1024, 1024
 
 
 def _are_counts(values: Iterable[object]) -> bool:
     return all(type(one) is int and one >= 0 for one in values)
-
-
-def _is_json_object(value: Any) -> bool:
-    try:
-        return isinstance(value, Mapping) and isinstance(json.loads(json.dumps(value)), dict)
-    except (TypeError, ValueError):
-        return False
 
 
 _UNITS = {"B": 1} | {
@@ -59,65 +53,44 @@ def _is_experts_or_bytes(value: int | str) -> bool:
         return False
 
 
-def _one_of(*values: str | None) -> Rule:
-    return f"one of {', '.join(map(str, values))}", lambda value: value in values
-
-
-def _whole(low: int, high: float = math.inf, why: str = "") -> Rule:
-    words = f"a whole number, at least {low}{why}"
-    if high < math.inf:
-        words += f", at most {high}"
-    return words, lambda value: low <= value <= high
-
-
-def _sizes(high: int, *, may_be_empty: bool = False) -> Rule:
-    def is_allowed(value: Sequence[int]) -> bool:
-        return all(1 <= size <= high for size in value) and (may_be_empty or len(value) > 0)
-
-    return f"a list of whole numbers of at least 1, at most {high}", is_allowed
-
-
 # The allowed values of options, beyond their types. None is also allowed where it is the default.
 ALLOWED: dict[str, Rule] = {
-    "dtype": _one_of("auto", "float32", "float16", "bfloat16"),
-    "attention_backend": _one_of("auto", "triton", "flash_attn", "sdpa"),
-    "run_ahead": ("0 or 1", lambda value: value in (0, 1)),
-    "graph_batch_sizes": _sizes(MAX_ROWS),
-    "draft_lengths": _sizes(MAX_DRAFT_TOKENS, may_be_empty=True),
-    "vision_patch_budgets": _sizes(MAX_TOKENS),
-    "max_num_seqs": _whole(1, MAX_ROWS),
-    "max_num_batched_tokens": _whole(16, MAX_TOKENS),
+    "dtype": one_of("auto", "float32", "float16", "bfloat16"),
+    "attention_backend": one_of("auto", "triton", "flash_attn", "sdpa"),
+    "graph_batch_sizes": sizes(MAX_ROWS),
+    "draft_lengths": sizes(MAX_DRAFT_TOKENS, may_be_empty=True),
+    "max_num_seqs": whole(1, MAX_ROWS),
+    "max_num_batched_tokens": whole(16, MAX_TOKENS),
     "max_stall_ms": ("a number above 0, or inf", lambda value: value > 0),
-    "max_model_len": _whole(2, MAX_LENGTH, " (one token of the prompt and one of the answer)"),
+    "max_model_len": whole(2, MAX_LENGTH, " (one token of the prompt and one of the answer)"),
     "gpu_memory_utilization": ("a number in (0, 1]", lambda value: 0 < value <= 1),
-    "num_kvcache_blocks": _whole(2, MAX_BLOCKS, " (one is for padding)"),
+    "num_kvcache_blocks": whole(2, MAX_BLOCKS, " (one is for padding)"),
     "kvcache_block_size": (
         f"a multiple of 16, at least 16, at most {MAX_BLOCK_TOKENS}",
         lambda value: 16 <= value <= MAX_BLOCK_TOKENS and value % 16 == 0,
     ),
-    "kv_cache_dtype": _one_of("auto", "fp8"),
+    "kv_cache_dtype": one_of("auto", "fp8"),
     "seed": ("a whole number of 64 bits", lambda value: -(2**63) <= value < 2**63),
-    "tensor_parallel_size": _whole(1, MAX_DEVICES),
+    "tensor_parallel_size": whole(1, MAX_DEVICES),
     "expert_parallel": (
         "True, False or 'auto'",
         lambda value: isinstance(value, bool) or value == "auto",
     ),
-    "data_parallel_size": _whole(1, MAX_DEVICES),
-    "distributed_executor_backend": _one_of("mp", "ray"),
-    "npu_graph_mode": _one_of("ascend_ir", "aclgraph", "npugraph_ex", None),
-    "npu_graph_options": ("a dict of options by path, with JSON values", _is_json_object),
+    "data_parallel_size": whole(1, MAX_DEVICES),
+    "distributed_executor_backend": one_of("mp", "ray"),
+    "npu_graph_mode": one_of("ascend_ir", "aclgraph", "npugraph_ex", None),
     "expert_offload": (
         "a number of experts per layer, at least 1, or bytes with a unit, such as '8GiB'",
         _is_experts_or_bytes,
     ),
-    "quantization": _one_of("int8", None),
-    "hf_overrides": ("a dict of fields of config.json, with JSON values", _is_json_object),
+    "quantization": one_of("int8", None),
+    "hf_overrides": ("a dict of fields of config.json, with JSON values", is_json_object),
     "compile_cache": ("a folder's path", lambda value: str(value) != ""),
-    "compile_cache_mode": _one_of("auto", "require"),
-    "generation_config": _one_of("auto", "vllm"),
-    "max_grammar_bytes": _whole(1),
+    "compile_cache_mode": one_of("auto", "require"),
+    "generation_config": one_of("auto", "vllm"),
+    "max_grammar_bytes": whole(1),
     "grammar_timeout_s": ("a number above 0", lambda value: 0 < value < math.inf),
-    "max_cached_grammars": _whole(0),
+    "max_cached_grammars": whole(0),
     "limit_mm_per_prompt": (
         "a dict with whole numbers of at least 0 for 'image', 'video' and 'audio'",
         lambda value: value.keys() <= {"image", "video", "audio"} and _are_counts(value.values()),
@@ -140,22 +113,14 @@ class EngineConfig:
     dtype: "auto" is the checkpoint's dtype, except float32 on a CPU, and float16 for a bfloat16
         checkpoint on a device without bfloat16.
     device: "auto", "cpu", "cuda", "cuda:N", "npu", "npu:N" or "mps".
-    attention_backend: "auto" is the device's own kernels ("triton" on a GPU), "flash_attn" the
-        package of that name, which must be installed, and "sdpa" torch's attention over gathered
-        pages. `print_attention_backend_info` lists the available ones.
+    attention_backend: "auto" is the device's own kernels ("triton" on a GPU), and for prefill an
+        installed flash-attn where it was measured to be faster on this GPU. "flash_attn" is an
+        installed package of flash-attn for all steps, "sdpa" torch's attention over gathered pages.
+        `print_attention_backend_info` lists the available ones.
     enforce_eager: run the regions as plain Python, without graphs.
-    capture: capture decode steps as device graphs, on devices that have them. False launches every
-        kernel separately.
-    fuse: fuse ops into our own kernels. False leaves all ops but attention, the cache write and the
-        sampler to the lowering, as plain torch.
-    run_ahead: steps launched before the tokens of the first are read, 0 or 1; 2 gain nothing more.
     graph_batch_sizes: rows of the decode graphs. Larger batches run in several decode steps.
-    pad_batches: False, in eager mode only, runs batches without padding.
     draft_lengths: the numbers of proposed tokens that a decode step can verify per row, as
         `Engine.propose` takes them. A graph is built for each length and batch size.
-    vision_patch_budgets: the numbers of patches that programs of a model's vision tower are
-        compiled for, multiples of the patches of one token. Images are packed into calls of these
-        sizes; one that is larger than all of them runs op by op. See docs/structure.md.
     max_num_seqs: the most requests that run at the same time.
     max_num_batched_tokens: prompt tokens per prefill step. Longer prompts are split.
     max_stall_ms: the longest prefill step in milliseconds, by an estimate, while another request
@@ -185,17 +150,12 @@ class EngineConfig:
     npu_graph_mode: on an NPU, "ascend_ir" (the default: GE compiles whole steps), "aclgraph" (the
         engine captures decode steps) or "npugraph_ex" (torch_npu's compiler of that name rewrites
         and captures them).
-    npu_graph_options: on an NPU, values for fields of the compiler's CompilerConfig: torchair's by
-        path, such as {"experimental_config.tiling_schedule_optimize": True}, or npugraph_ex's by
-        name, such as {"static_kernel_compile": True}.
     random_weights: draw weights from a seeded normal distribution. Only config.json is needed.
     quantization: "int8", on a CPU, stores the weights of linear layers as int8 with a factor per
         output. None: weights keep their dtype.
     expert_offload: keep all experts in the host's memory, and so many of them on the device as
         well. A number counts experts per layer. Text is bytes for the experts of all layers, such
         as "8GiB" or "500MB". See docs/experts.md.
-    expert_prefetch: with expert_offload, fetch the experts that a layer's input would choose while
-        its attention runs. It gains little where the bus is the limit, and wrong guesses cost.
     hf_overrides: fields of config.json and the values that replace them; dicts are merged. For
         example, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0,
         "original_max_position_embeddings": 32768}} extends Qwen3 to 131,072 positions.
@@ -218,6 +178,8 @@ class EngineConfig:
     grammar_timeout_s: seconds after which a grammar that is not compiled is refused.
     max_cached_grammars: compiled grammars that are kept for later requests.
     disable_log_stats: False logs throughput, requests and cache use every ten seconds of work.
+    tuning: options for developers and measurements, by their names in `Tuning`, such as
+        {"run_ahead": 0}. See nanovllm/tuning.py.
     compile_cache_mode: "auto" loads artifacts and adds the missing ones. "require" compiles nothing
         and raises an error that lists what is missing, and why.
     """
@@ -227,13 +189,8 @@ class EngineConfig:
     device: str = "auto"
     attention_backend: str = "auto"
     enforce_eager: bool = False
-    capture: bool = True
-    fuse: bool = True
-    run_ahead: int | None = None
     graph_batch_sizes: Sequence[int] | None = None
-    pad_batches: bool = True
     draft_lengths: Sequence[int] = ()
-    vision_patch_budgets: Sequence[int] | None = None
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     max_stall_ms: float | None = None
@@ -249,11 +206,9 @@ class EngineConfig:
     data_parallel_size: int = 1
     distributed_executor_backend: str = "mp"
     npu_graph_mode: str | None = None
-    npu_graph_options: Mapping[str, object] | None = None
     random_weights: bool = False
     quantization: str | None = None
     expert_offload: int | str | None = None
-    expert_prefetch: bool = False
     hf_overrides: Mapping[str, object] | None = None
     compile_cache: str | PathLike[str] | None = None
     compile_cache_mode: str = "auto"
@@ -271,24 +226,36 @@ class EngineConfig:
     grammar_timeout_s: float = 10.0
     max_cached_grammars: int = 128
     disable_log_stats: bool = True
+    tuning: Mapping[str, object] | None = None
 
     @classmethod
     def from_options(cls, model: str | PathLike[str], options: Mapping[str, Any]) -> EngineConfig:
         """The config for these options, which may have vLLM's names (see `options.translated`)."""
         known = [field.name for field in fields(cls)]
-        options = translated(options, known)
+        options = moved(translated(options, known))
         refuse_unknown(cls, options)
         return cls(os.fspath(model) if isinstance(model, PathLike) else model, **options)
 
     def __post_init__(self) -> None:
         check_fields(self, ALLOWED)
-        for name in ("hf_overrides", "npu_graph_options"):
-            if (given := getattr(self, name)) is not None:
-                # as JSON has it: other processes get the same (`to_options`)
-                object.__setattr__(self, name, json.loads(json.dumps(given)))
+        # as JSON has it: other processes get the same (`to_options`)
+        if self.hf_overrides is not None:
+            given = json.loads(json.dumps(self.hf_overrides))
+            object.__setattr__(self, "hf_overrides", given)
+        if self.tuning is not None:
+            checked = {name: getattr(self.tuned, name) for name in self.tuning}
+            object.__setattr__(self, "tuning", checked)
+        self._check_tuning(self.tuned)
         self._check_combinations()
         assert self.media
         assert self.template is None or self.template
+
+    @property
+    def tuned(self) -> Tuning:
+        """The options of `tuning`. Raises ValueError or TypeError for what is not allowed."""
+        given: dict[str, Any] = dict(self.tuning or {})
+        refuse_unknown(Tuning, given)
+        return Tuning(**given)
 
     @property
     def media(self) -> MediaOptions:
@@ -331,12 +298,6 @@ class EngineConfig:
             )
         if self.skip_tokenizer_init and self.chat_template is not None:
             raise ValueError("skip_tokenizer_init=True does not go with chat_template")
-        if not self.pad_batches and not self.enforce_eager:
-            raise ValueError("pad_batches=False needs enforce_eager=True: graphs have fixed sizes")
-        if not self.fuse and self.enforce_eager:
-            raise ValueError(
-                "fuse=False needs enforce_eager=False: eager mode runs no passes that could fuse"
-            )
         if self.compile_cache_mode == "require" and self.enforce_eager:
             raise ValueError(
                 "compile_cache_mode='require' needs enforce_eager=False: eager mode has no programs"
@@ -346,18 +307,26 @@ class EngineConfig:
             raise ValueError(
                 "expert_parallel=True needs tensor_parallel_size above 1: there is one device"
             )
-        if self.expert_prefetch and self.expert_offload is None:
-            raise ValueError("expert_prefetch=True needs expert_offload: all experts are there")
         if self.expert_offload is not None and self.enable_sleep_mode:
             raise ValueError(
                 f"expert_offload={self.expert_offload!r} does not go with enable_sleep_mode=True"
             )
+
+    def _check_tuning(self, tuned: Tuning) -> None:
+        if not tuned.pad_batches and not self.enforce_eager:
+            raise ValueError("pad_batches=False needs enforce_eager=True: graphs have fixed sizes")
+        if not tuned.fuse and self.enforce_eager:
+            raise ValueError(
+                "fuse=False needs enforce_eager=False: eager mode runs no passes that could fuse"
+            )
+        if tuned.expert_prefetch and self.expert_offload is None:
+            raise ValueError("expert_prefetch=True needs expert_offload: all experts are there")
         captures = self.npu_graph_mode in ("aclgraph", "npugraph_ex")
-        if captures and (self.run_ahead or not self.capture):
+        if captures and (tuned.run_ahead or not tuned.capture):
             raise ValueError(
                 f"npu_graph_mode={self.npu_graph_mode!r} does not go with run_ahead="
-                f"{self.run_ahead}, capture={self.capture}: it captures steps, and each waits for "
-                "the tokens of the step before"
+                f"{tuned.run_ahead}, capture={tuned.capture}: it captures steps, and each waits "
+                "for the tokens of the step before"
             )
 
     def _check_replicas(self) -> None:

@@ -24,41 +24,49 @@ class GrowingAnswer:
 
     index: int
     prompt_len: int
-    text: str = ""
+    texts: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TopLogprobs] = field(default_factory=list)
+    cumulative_logprob: float = 0.0
     done: Completion | None = None
 
     def add(self, increment: Increment) -> None:
-        self.text += increment.text
+        self.texts.append(increment.text)
         self.token_ids += increment.token_ids
         self.logprobs += increment.logprobs or []
+        self.cumulative_logprob += cumulative(increment.token_ids, increment.logprobs) or 0.0
         self.done = increment.completion
 
     def output(self) -> CompletionOutput:
+        """The whole answer so far, copied."""
         if self.done is not None:
             return completion_output(self.index, self.done)
-        logprobs = self.logprobs or None
-        output = CompletionOutput(
-            index=self.index,
-            text=self.text,
-            token_ids=self.token_ids[:],
-            finish_reason=None,
-            stop_reason=None,
-            cumulative_logprob=cumulative(self.token_ids, logprobs),
-            num_prompt_tokens=self.prompt_len,
-            num_cached_tokens=0,
-        )
-        if logprobs:
-            output["logprobs"] = logprobs[:]
-        return output
+        self.texts = ["".join(self.texts)]
+        return self._output(self.texts[0], self.token_ids[:], self.logprobs[:] or None)
 
     def delta(self, increment: Increment) -> CompletionOutput:
         """The same with the new text, tokens and log-probabilities alone."""
-        output = self.output()
-        output.update(text=increment.text, token_ids=increment.token_ids)
-        if increment.logprobs is not None:
-            output["logprobs"] = increment.logprobs
+        return self._output(increment.text, increment.token_ids, increment.logprobs)
+
+    def _output(
+        self, text: str, token_ids: list[int], logprobs: list[TopLogprobs] | None
+    ) -> CompletionOutput:
+        if self.done is not None:
+            output = completion_output(self.index, self.done)
+            output.update(text=text, token_ids=token_ids)
+        else:
+            output = CompletionOutput(
+                index=self.index,
+                text=text,
+                token_ids=token_ids,
+                finish_reason=None,
+                stop_reason=None,
+                cumulative_logprob=self.cumulative_logprob if self.logprobs else None,
+                num_prompt_tokens=self.prompt_len,
+                num_cached_tokens=0,
+            )
+        if logprobs is not None:
+            output["logprobs"] = logprobs
         return output
 
 

@@ -12,15 +12,25 @@ import contextlib
 import functools
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 from nanovllm import env
 
+# exit statuses of a shell's command that a signal has ended
+INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
+
 _LAUNCHER = str(Path(__file__).absolute().with_name("launch.py"))
+
+
+class DoesNotStart(RuntimeError):
+    """A process that handles what a request has sent does not start. The request is not the cause.
+    The message has no paths."""
 
 
 def command(module: str, *arguments: str) -> list[str]:
@@ -74,6 +84,26 @@ def begin() -> None:
         import resource
 
         resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+
+
+@contextlib.contextmanager
+def sigterm_as_exit() -> Iterator[None]:
+    """Meanwhile SIGTERM raises SystemExit with the status TERMINATED in the main thread, so that
+    the same is cleaned up as after Ctrl-C. A signal that is ignored stays so."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, exit_at_sigterm)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def exit_at_sigterm(number: int, frame: object) -> None:
+    """The handler of SIGTERM within `sigterm_as_exit`."""
+    raise SystemExit(TERMINATED)
 
 
 def folder_of(module: str) -> str | None:

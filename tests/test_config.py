@@ -196,14 +196,15 @@ def test_bytes_have_decimal_and_binary_units(text: str, expected: int) -> None:
 def test_prefetching_experts_needs_offload() -> None:
     with pytest.raises(ValueError, match="expert_prefetch=True needs expert_offload"):
         make(expert_prefetch=True)
-    assert make(expert_prefetch=True, expert_offload=2).expert_prefetch
+    assert make(tuning={"expert_prefetch": True}, expert_offload=2).tuned.expert_prefetch
 
 
 EVERYTHING: dict[str, Any] = {
     "graph_batch_sizes": [4, 2], "max_stall_ms": math.inf, "gpu_memory_utilization": 1,
     "kvcache_block_size": np.int64(48), "seed": -(2**63), "expert_offload": 3,
     "hf_overrides": {"rope_scaling": {"factor": 4.0, "short_factor": (1, 2.5)}, "x": None},
-    "npu_graph_options": {"static_kernel_compile": True}, "compile_cache": Path("/tmp/store"),
+    "tuning": {"npu_graph_options": {"a": (1, 2)}, "vision_patch_budgets": [np.int64(64)]},
+    "compile_cache": Path("/tmp/store"),
     "tokenizer": Path("folder \udcff"), "allowed_local_media_path": Path(__file__).parent,
     "limit_mm_per_prompt": {"image": 4}, "media_limits": {"max_image_pixels": 10**6},
 }  # fmt: skip
@@ -251,6 +252,20 @@ def test_a_path_of_bytes_is_refused() -> None:
 
     with pytest.raises(ValueError, match=r"tokenizer is .*: it must be"):
         make(tokenizer=Bytes())
+
+
+def test_options_for_developers_are_in_tuning(caplog: pytest.LogCaptureFixture) -> None:
+    config = make(tuning={"run_ahead": 0, "vision_patch_budgets": [64]})
+    assert (config.tuned.run_ahead, config.tuned.capture) == (0, True)
+    assert not caplog.records
+    assert make(run_ahead=0, vision_patch_budgets=(64,)) == config
+    assert "run_ahead, vision_patch_budgets: give it in tuning" in caplog.text
+    with pytest.raises(ValueError, match="run_ahead is given as an option and in tuning"):
+        make(run_ahead=0, tuning={"run_ahead": 1})
+    with pytest.raises(TypeError, match="unknown option run; the options are capture, fuse"):
+        make(tuning={"run": 1})
+    with pytest.raises(ValueError, match="run_ahead is 2: it must be 0 or 1"):
+        make(tuning={"run_ahead": 2})
 
 
 @pytest.mark.parametrize("value", [10**9, 2**40, 10**30])

@@ -165,7 +165,8 @@ OPTIONS = ("npu_graph_mode", "npu_graph_options")
 # modules that import nothing of ours except each other
 LIGHT = (
     "checks", "config", "compat/options", "env", "flag_file", "flags", "kernels/private", "log",
-    "media/options", "programs", "progress", "ray_note", "sampling", "structured/params", "typos",
+    "media/options", "programs", "progress", "ray_note", "sampling", "structured/params", "tuning",
+    "typos",
 )  # fmt: skip
 
 
@@ -212,7 +213,8 @@ def test_imports_point_one_way(layer: str) -> None:
 
 
 def test_the_interface_of_models_knows_no_architecture() -> None:
-    below = [f"nanovllm.models.{name}" for name in ("config", "formats")]
+    names = ("config", "formats", "param", "schemes")
+    below = [f"nanovllm.models.{name}" for name in names]
     for name in imports(PACKAGE / "models" / "interface.py"):
         assert not is_within(name, "nanovllm") or any(is_within(name, one) for one in below), name
 

@@ -43,7 +43,8 @@ def texts(outputs: list[dict[str, Any]]) -> list[str]:
 
 def test_public_names() -> None:
     assert set(nanovllm.__all__) == {
-        "LLM", "LLMEngine", "AsyncEngineArgs", "EngineArgs", "EngineConfig", "SamplingParams",
+        "LLM", "AsyncLLM", "AsyncLLMEngine", "LLMEngine", "AsyncEngineArgs", "EngineArgs",
+        "EngineConfig", "SamplingParams",
         "BeamSearchParams", "RequestOutputKind", "RequestOutput", "CompletionOutput", "TextPrompt",
         "TokensPrompt", "print_attention_backend_info",
     }  # fmt: skip

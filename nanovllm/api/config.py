@@ -5,7 +5,7 @@ from __future__ import annotations
 import hmac
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from ipaddress import IPv6Address
 from os import PathLike, fspath
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from nanovllm.checks import Rule, check_fields, refuse_unknown
+from nanovllm.checks import Rule, check_fields, one_of, refuse_unknown, whole
 from nanovllm.parsers import reasoning, tools
 
 # paths that need no key: load balancers have none
@@ -23,10 +23,6 @@ ALWAYS_OPEN = ("/health", "/ready")
 LOG_LEVELS = ("trace", "debug", "info", "warning", "error", "critical")
 ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)+|")
 HOST_NAME = re.compile(r"\*|[A-Za-z0-9._-]+")
-
-
-def _whole(low: int) -> Rule:
-    return f"a whole number, at least {low}", lambda value: value >= low
 
 
 def _are_texts(values: Sequence[str]) -> bool:
@@ -51,10 +47,6 @@ def _is_url(text: str) -> bool:
     return parts.scheme in ("http", "https") and bool(parts.hostname)
 
 
-def _one_of(names: Iterable[str]) -> Rule:
-    return f"one of auto, none, {', '.join(names)}", {"auto", "none", *names}.__contains__
-
-
 _SECONDS: Rule = ("a number of seconds above 0", lambda value: 0 < value < math.inf)
 
 # The allowed values of options, beyond their types. None is allowed too if it is the default.
@@ -70,8 +62,8 @@ ALLOWED: dict[str, Rule] = {
         lambda paths: all(path.startswith("/") for path in paths),
     ),
     "served_model_name": ("a list of names", _are_texts),
-    "tool_call_parser": _one_of(tools.PARSERS),
-    "reasoning_parser": _one_of(reasoning.PARSERS),
+    "tool_call_parser": one_of("auto", "none", *tools.PARSERS),
+    "reasoning_parser": one_of("auto", "none", *reasoning.PARSERS),
     "allowed_hosts": (
         "a list of names or addresses without ports, or '*'",
         lambda hosts: all(map(_is_host, hosts)),
@@ -81,10 +73,8 @@ ALLOWED: dict[str, Rule] = {
         "a path that begins with '/' and does not end with it",
         lambda path: ROOT_PATH.fullmatch(path) is not None,
     ),
-    "uvicorn_log_level": (
-        f"one of {', '.join(LOG_LEVELS)}", lambda value: value in LOG_LEVELS
-    ),
-    "api_processes": ("a whole number, at least 1, at most 1024", lambda value: 1 <= value <= 1024),
+    "uvicorn_log_level": one_of(*LOG_LEVELS),
+    "api_processes": whole(1, 1024),
     "otlp_traces_endpoint": ("a URL of http or https", _is_url),
     "drain_timeout": ("a number of seconds, at least 0", lambda value: 0 <= value < math.inf),
     "header_timeout": _SECONDS,
@@ -92,13 +82,13 @@ ALLOWED: dict[str, Rule] = {
     "send_timeout": _SECONDS,
     "keep_alive_timeout": _SECONDS,
 } | {
-    name: _whole(1)
+    name: whole(1)
     for name in (
         "max_body_bytes", "max_header_bytes", "max_connections", "max_queue_len",
         "max_prompts", "max_prompt_chars", "max_n", "max_messages",
     )
 } | {
-    name: _whole(0)
+    name: whole(0)
     for name in ("max_logprobs", "max_stop_strings", "max_stop_chars", "max_tools", "max_bias")
 }  # fmt: skip
 

@@ -9,7 +9,7 @@ import msgspec
 
 from nanovllm.checks import InvalidValue
 from nanovllm.prompts import PromptTooLong
-from nanovllm.serving.interface import Draining, EngineDead, QueueFull
+from nanovllm.serving.interface import Draining, EngineDead, QueueFull, Unavailable
 
 MAX_MESSAGE_CHARS = 500
 TOO_LONG = "context_length_exceeded"  # OpenAI's code, by which clients know it
@@ -86,6 +86,8 @@ def from_exception(
         return ApiError(429, "the queue is full: try again later", code="rate_limit_exceeded")
     if isinstance(error, Draining):
         return ApiError(503, "the server shuts down and takes no new requests", code="draining")
+    if isinstance(error, Unavailable):
+        return ApiError(503, str(error), code="unavailable")
     if isinstance(error, EngineDead):
         return ApiError(500, "the engine has failed", code="engine_dead")
     if isinstance(error, ValueError):

@@ -11,10 +11,10 @@ from typing import Any
 from nanovllm.batch.job import Job
 from nanovllm.batch.worker import EngineWorker, Settings, Worker, load_engine
 from nanovllm.config import EngineConfig
+from nanovllm.programs import INTERRUPTED, TERMINATED
 
 # options that do not change answers: a job may go on with other values
 FREE_OPTIONS = ("compile_cache", "compile_cache_mode", "disable_log_stats")
-INTERRUPTED = 130  # the exit status of a shell's command after Ctrl-C
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class Request:
 
 def answer_file(request: Request) -> int:
     """Exit status 0: every row has its line in the output. INTERRUPTED: Ctrl-C has ended the job.
+    TERMINATED: SIGTERM has (`programs.sigterm_as_exit`).
 
     Raises ValueError, TypeError and OSError for mistakes of the user.
     """
@@ -68,9 +69,9 @@ def answer_file(request: Request) -> int:
     job = Job(request.source, request.target, facts, overwrite=request.overwrite)
     try:
         job.run(make_worker, show_progress=request.show_progress)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stop:
         print(f"stopped: {job.summary}; the same command goes on", file=sys.stderr)
-        return INTERRUPTED
+        return INTERRUPTED if isinstance(stop, KeyboardInterrupt) else TERMINATED
     finally:
         job.close()
     print(f"{request.target}: {job.summary}")

@@ -10,9 +10,6 @@ input: an answer, or an "error". A job that was stopped goes on when it is start
 from __future__ import annotations
 
 import argparse
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from nanovllm import log
@@ -42,7 +39,8 @@ def add_arguments(parser: Parser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Exit status 0: every row has its line in the output. 130: Ctrl-C has ended the job."""
+    """Exit status 0: every row has its line in the output. 130: Ctrl-C has ended the job.
+    143: SIGTERM has."""
     from nanovllm.batch.command import Request, answer_file  # imports torch
 
     log.configure()
@@ -51,15 +49,4 @@ def main(args: argparse.Namespace) -> int:
         replicas=args.replicas, uses_ray=False if args.no_ray else None,
         ray_address=args.ray_address, overwrite=args.overwrite, show_progress=args.progress,
     )  # fmt: skip
-    with _sigterm_as_ctrl_c():
-        return answer_file(request)
-
-
-@contextmanager
-def _sigterm_as_ctrl_c() -> Iterator[None]:
-    """SIGTERM ends a job as cleanly as Ctrl-C."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    return answer_file(request)

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import ssl
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, NamedTuple, TypeVar, cast
 from urllib.parse import urlsplit
+
+from nanovllm import programs
 
 T = TypeVar("T")
 OnEvent = Callable[[bytes], None]  # gets the data of an event
@@ -287,5 +290,39 @@ def run(main: Coroutine[Any, Any, T]) -> T:
     try:
         import uvloop
     except ImportError:
-        return asyncio.run(main)
-    return uvloop.run(main)
+        return run_stoppable(main, asyncio.run)
+    return run_stoppable(main, uvloop.run)
+
+
+def run_stoppable(main: Coroutine[Any, Any, T], run_on_loop: Callable[..., T] = asyncio.run) -> T:
+    """Run a coroutine on a loop. Within `programs.sigterm_as_exit`, SIGTERM cancels it.
+
+    Then SystemExit is raised. asyncio does the same with Ctrl-C: uvloop drops an exception that a
+    signal's handler raises within a method of a protocol.
+    """
+    if signal.getsignal(signal.SIGTERM) is not programs.exit_at_sigterm:
+        return run_on_loop(main)
+    is_stopped = False
+
+    async def cancellable() -> T:
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
+
+        def stop(number: int, frame: object) -> None:
+            nonlocal is_stopped
+            is_stopped = True
+            loop.call_soon_threadsafe(task.cancel)
+
+        signal.signal(signal.SIGTERM, stop)
+        return await main
+
+    try:
+        result = run_on_loop(cancellable())
+    except asyncio.CancelledError:
+        if not is_stopped:
+            raise
+    finally:
+        signal.signal(signal.SIGTERM, programs.exit_at_sigterm)
+    if is_stopped:
+        raise SystemExit(programs.TERMINATED)
+    return result

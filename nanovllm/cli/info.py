@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     from nanovllm.config import EngineConfig
     from nanovllm.startup.choose import Choice
 
+FLASH_ATTN = ("flash-attn", "flash-attn-3", "fa3-fwd")
 USAGE = "[MODEL] [--json] [options]"
 OPTIONAL = (
-    "triton", "flash-attn", "ray", "pillow", "av", *SERVER, "opentelemetry-sdk",
+    "triton", *FLASH_ATTN, "ray", "pillow", "av", *SERVER, "opentelemetry-sdk",
 )  # fmt: skip
 GIVEN = "as given"
 
@@ -94,7 +95,7 @@ def _model(choice: Choice) -> dict[str, Any]:
         "architecture": cfg.architecture,
         "layers": cfg.num_layers,
         "vocabulary": cfg.vocab_size,
-        "weights_gib": round(choice.model.param_bytes(spec.weight_format) / 2**30, 3),
+        "weights_gib": round(choice.model.param_bytes / 2**30, 3),
         "cache_bytes_per_token": choice.model.kv_bytes_per_token(spec.cache_dtype),
         "longest_sequence": cfg.max_position,
     }
@@ -103,27 +104,28 @@ def _model(choice: Choice) -> dict[str, Any]:
 def _picked(choice: Choice, config: EngineConfig) -> dict[str, dict[str, Any]]:
     """The options that are chosen when a model is loaded: {name: {"value": …, "why": …}}."""
     platform, spec, layout = choice.platform, choice.spec, choice.spec.layout
-    traits = platform.traits
+    traits, run_ahead = platform.traits, config.tuned.run_ahead
     store = choice.store.folder
     rows = {
         "device": (f"{platform.device} ({platform.describe()})", _why_device()),
         "dtype": (_name(choice.model.config.dtype), _why_dtype(choice)),
         "mode": _mode(choice, config),
-        "attention_backend": (spec.attention or "the device's own kernels", "auto"),
+        "attention_backend": (spec.attention.describe(), "auto"),
         "kv_cache_dtype": (_name(spec.cache_dtype), "the model's dtype"),
         "max_model_len": (layout.max_model_len, "the model's longest sequence"),
         "max_num_seqs": (layout.max_num_seqs, "the device's default"),
         "max_num_batched_tokens": (layout.prefill_tokens[-1], "the device's default"),
         "kvcache_block_size": (layout.block_size, "the default of the attention backend"),
         "graph_batch_sizes": (list(layout.decode_rows), "the device's default"),
-        "run_ahead": (traits.run_ahead, "the device's default"),
+        "run_ahead": (
+            traits.run_ahead if run_ahead is None else run_ahead,
+            "the device's default" if run_ahead is None else GIVEN,
+        ),
         "compile_cache": (str(store), "NANOVLLM_CACHE, or the folder of this user"),
     }
     picked = {}
     for name, (value, why) in rows.items():
         is_given = getattr(config, name, None) not in (None, "auto")
-        if name == "run_ahead" and config.run_ahead is not None:
-            value = config.run_ahead
         picked[name] = {"value": value, "why": GIVEN if is_given else why}
     return picked
 

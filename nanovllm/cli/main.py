@@ -13,8 +13,6 @@ from nanovllm.startup import bytecode
 from nanovllm.tools import command_line
 from nanovllm.typos import nearest
 
-INTERRUPTED = 130  # the exit status of a shell command after Ctrl-C
-
 
 class Command(NamedTuple):
     """A module with `USAGE`, `add_arguments(parser)` and `main(args)`, and what it does. It may
@@ -89,9 +87,14 @@ def main(words: Sequence[str] | None = None) -> int | None:
 def run(name: str, words: Sequence[str] | None = None, *, program: str = "") -> int | None:
     """Run a command of `COMMANDS` with the words after its name; None: those of `sys.argv`.
 
-    `program` is the name of a script that stands for the command.
+    `program` is the name of a script that stands for the command. Raises SystemExit after SIGTERM.
     """
     program = program or f"nanovllm {name}"
+    with programs.sigterm_as_exit():
+        return _run(name, words, program)
+
+
+def _run(name: str, words: Sequence[str] | None, program: str) -> int | None:
     module, parser = load(name, program)
     try:
         args = getattr(module, "PARSE", Parser.parse_args)(parser, words)
@@ -105,7 +108,7 @@ def run(name: str, words: Sequence[str] | None = None, *, program: str = "") -> 
         return module.main(args)
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return programs.INTERRUPTED
 
 
 def load(name: str, program: str) -> tuple[Any, Parser]:

@@ -16,7 +16,7 @@ from nanovllm.flags import Parser, given
 USAGE = "[MODEL] [options]"
 # the extra `serve`
 NEEDED = (
-    "httptools", "llguidance", "msgspec", "prometheus_client", "starlette", "uvicorn", "uvloop",
+    "httptools", "llguidance", "prometheus_client", "starlette", "uvicorn", "uvloop",
 )  # fmt: skip
 # an engine logs no requests, so its options of these names mean nothing here
 OF_SERVER = {*ServerConfig.__dataclass_fields__, *OF_LOGS}

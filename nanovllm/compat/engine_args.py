@@ -9,10 +9,12 @@ from dataclasses import dataclass, fields
 from os import PathLike
 from typing import Any
 
+from nanovllm import tuning
 from nanovllm.checks import hints
 from nanovllm.compat.options import LOAD_FORMATS, ONE_VALUE, SAME_MEANING, SHORT
 from nanovllm.config import EngineConfig
 from nanovllm.flags import Arguments, add_flag, add_flags
+from nanovllm.tuning import Tuning
 
 DEFAULT_MODEL = "tiny-qwen3"
 OURS = tuple(option.name for option in fields(EngineConfig))
@@ -48,6 +50,7 @@ class AsyncEngineArgs(EngineArgs):
 def add_engine_flags(to: Arguments, *, skip: Collection[str] = ()) -> None:
     """Add a flag for each option of an engine but those in `skip`, and for vLLM's names."""
     add_flags(to, EngineConfig, skip=skip, also=SHORT)
+    add_flags(to, Tuning, skip=skip)
     for theirs, ours in SAME_MEANING.items():
         if theirs not in skip and ours not in skip:
             text = f"the same as --{ours.replace('_', '-')}"
@@ -67,9 +70,11 @@ def add_engine_flags(to: Arguments, *, skip: Collection[str] = ()) -> None:
 
 
 def given_engine_options(args: argparse.Namespace, *, skip: Collection[str] = ()) -> dict[str, Any]:
-    """The options of an engine that were given, under our names or vLLM's."""
-    names = {*OURS, *THEIRS} - set(skip)
-    return {name: value for name, value in vars(args).items() if name in names}
+    """The options of an engine that were given, under our names or vLLM's. Those of `Tuning` are in
+    `tuning`."""
+    names = {*OURS, *tuning.NAMES, *THEIRS} - set(skip)
+    given = {name: value for name, value in vars(args).items() if name in names}
+    return tuning.moved(given, warn=False)
 
 
 def _value(text: str) -> Any:

@@ -34,7 +34,7 @@ class Captures(NamedTuple):
         """What the platform and its attention allow. Eager mode shows each op where it runs, so
         nothing is captured there."""
         record = platform.capture if is_graph else _as_it_is
-        decode, spans = attention.recordable(spec.attention, platform)
+        decode, spans = attention.recordable(spec.attention)
         # the host announces lengths for decode steps only
         others = _as_it_is if platform.traits.wants_lengths else record
         return cls(

@@ -30,6 +30,7 @@ from nanovllm.runner.captured import VerifyStep
 from nanovllm.runner.embeddings import Embeddings
 from nanovllm.runner.given import GivenInputs, fill
 from nanovllm.runner.launched import Launched
+from nanovllm.runner.no_grad import without_grad
 from nanovllm.runner.sampling import LogprobCopies, Sampler, copy_logprobs
 from nanovllm.runner.spec import EngineSpec
 from nanovllm.runner.state import accept_and_advance, new_state
@@ -45,9 +46,10 @@ Result = TypeVar("Result")
 def _in_group(
     method: Callable[Concatenate[Runner, Args], Result],
 ) -> Callable[Concatenate[Runner, Args], Result]:
-    """A method whose steps communicate with the other ranks, if there are any."""
+    """A method without gradients whose steps communicate with the other ranks, if there are any."""
 
     @wraps(method)
+    @without_grad
     def run(self: Runner, /, *args: Args.args, **kwargs: Args.kwargs) -> Result:
         if self.group is None:
             return method(self, *args, **kwargs)
@@ -169,10 +171,9 @@ class Runner:
             self.buckets.decode(num_rows)
             for num in self.layout.verify_tokens:
                 self.buckets.verify(num_rows, num)
-        with torch.no_grad():
-            self.towers.warm_up(self._captures.tower, progress)
-            columns.warm_up(self.cfg, self.layout.logits_rows, self.platform.device)
-            self.sampler.warm_up()
+        self.towers.warm_up(self._captures.tower, progress)
+        columns.warm_up(self.cfg, self.layout.logits_rows, self.platform.device)
+        self.sampler.warm_up()
         self.platform.synchronize()
         self.graphs_bytes = self.platform.used_bytes() - used_bytes
         self.compiler.seal()
@@ -184,22 +185,19 @@ class Runner:
         `kind` is "prefill" with a size in tokens, "vision" with one in patches, "audio" with one in
         chunks, or "decode" with one in rows.
         """
-        with torch.no_grad():
-            if kind == "prefill":
-                for step in self.buckets.padding(size):
-                    step.launch()
-                    step.build_hidden()
-                    columns.warm_up(self.cfg, [len(step.token_R)], self.platform.device)
-            elif kind in self.towers:
-                self.towers.run_bucket(kind, size)
-            else:
-                self.steps.decode(
-                    torch.full((size,), self.state.pad_row, device=self.platform.device)
-                )
-                for num in self.layout.verify_tokens:
-                    VerifyStep(self.steps, self.platform, size, num).launch()
-                if size == self.layout.decode_rows[0]:  # once: its kernels are the same for all
-                    self.sampler.warm_up()
+        if kind == "prefill":
+            for step in self.buckets.padding(size):
+                step.launch()
+                step.build_hidden()
+                columns.warm_up(self.cfg, [len(step.token_R)], self.platform.device)
+        elif kind in self.towers:
+            self.towers.run_bucket(kind, size)
+        else:
+            self.steps.decode(torch.full((size,), self.state.pad_row, device=self.platform.device))
+            for num in self.layout.verify_tokens:
+                VerifyStep(self.steps, self.platform, size, num).launch()
+            if size == self.layout.decode_rows[0]:  # once: its kernels are the same for all
+                self.sampler.warm_up()
         self.platform.synchronize()
 
     @_in_group
@@ -213,7 +211,7 @@ class Runner:
         """
         step = self.buckets.decode(num_rows)
         step.fill(list(rows))
-        with torch.no_grad(), self.steps.restoring_state(), watch:
+        with self.steps.restoring_state(), watch:
             step.launch()
 
     def close(self) -> None:
@@ -263,15 +261,14 @@ class Runner:
 
         Raises ValueError for an adapter, since none can be loaded.
         """
-        with torch.no_grad():
-            if not self.residents_are_known:
-                self._reset_residents()
-            write(plan, self.state, self.sampler, self.platform)
-            if plan.is_prefill:
-                launched = self._prefill(plan)
-                self.embeddings.trim()
-                return launched
-            return self._verify(plan) if len(plan.token_T) else self._decode(plan)
+        if not self.residents_are_known:
+            self._reset_residents()
+        write(plan, self.state, self.sampler, self.platform)
+        if plan.is_prefill:
+            launched = self._prefill(plan)
+            self.embeddings.trim()
+            return launched
+        return self._verify(plan) if len(plan.token_T) else self._decode(plan)
 
     def _reset_residents(self) -> None:
         self.platform.synchronize()
@@ -279,6 +276,7 @@ class Runner:
             offloaded.reset(one)
         self.residents_are_known = True
 
+    @without_grad
     def prepare(
         self,
         edits: LogitEdits | None = None,
@@ -291,8 +289,7 @@ class Runner:
         Call it before the request is queued, so that no step must allocate. Raises ValueError for
         edits that do not fit, and torch.OutOfMemoryError. Nothing has changed then.
         """
-        with torch.no_grad():
-            self.sampler.prepare(edits, has_penalties, has_masks)
+        self.sampler.prepare(edits, has_penalties, has_masks)
 
     def add_embeddings(self, key: str, embeds: Tensor) -> None:
         """Keep embeddings [n, D] on the device for plans that name them, until they are dropped."""

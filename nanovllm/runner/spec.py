@@ -1,4 +1,4 @@
-"""The choices of an engine beside its model: sizes, attention, formats of cache and weights."""
+"""The choices of an engine beside its model: sizes, attention, format of the cache."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 
 from nanovllm.compile import buckets
 from nanovllm.models.experts.offloaded import OffloadPlan
+from nanovllm.platforms.attention import Attention
 
 
 @dataclass(frozen=True)
@@ -69,15 +70,13 @@ class Layout:
 class EngineSpec:
     """The choices of one engine.
 
-    `attention` is a key of `ops.ATTENTION`, "" for the device's own kernels. `cache_dtype` is the
-    dtype of keys and values, `weight_format` a key of `formats.FORMATS`. `offload` says which
-    experts are on the device, None for all. Embeddings of images take `embedding_cache_bytes` of
-    the device at most between steps.
+    `attention` says what computes attention in each bucket. `cache_dtype` is the dtype of keys and
+    values. `offload` says which experts are on the device, None for all. Embeddings of images take
+    `embedding_cache_bytes` of the device at most between steps.
     """
 
     layout: Layout
-    attention: str
+    attention: Attention
     cache_dtype: torch.dtype
-    weight_format: str
     offload: OffloadPlan | None = None
     embedding_cache_bytes: int = 0

@@ -22,6 +22,7 @@ from nanovllm.models.config import ModelConfig
 from nanovllm.models.experts import offloaded
 from nanovllm.models.experts.offloaded import Offloaded
 from nanovllm.models.interface import Batch, LayerCache, LayerCall, Model, Params
+from nanovllm.platforms.attention import Attention
 from nanovllm.runner.columns import drawing, gathered
 from nanovllm.runner.given import Given, add_features, with_given
 from nanovllm.runner.state import (
@@ -75,7 +76,7 @@ def _begin_span(
 
 def _inlined(
     model: Model,
-    attention: str,
+    attention: Attention,
     method: Callable[..., Any],
     state: DeviceState,
     params: Params,
@@ -101,7 +102,7 @@ class Steps:
     """
 
     model: Model
-    attention: str  # a key of `ops.ATTENTION`
+    attention: Attention
     params: Params
     caches: tuple[LayerCache, ...]
     cos_sin_MH: Tensor
@@ -285,7 +286,8 @@ class Steps:
         for layer_idx, ((name, kind), weights, cache, upcoming, table_MH) in enumerate(per_layer):
             for stored in upcoming:
                 self._run("stream", (), offloaded.stream, stored=stored)
-            call = LayerCall(self.attention, kind, max_q_len, self.predicts)
+            key = self.attention.key(max_q_len, sizes[0])
+            call = LayerCall(key, kind, max_q_len, self.predicts)
             h_TD = self._run(
                 name,
                 (phase, *sizes, kind.name),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -21,64 +20,39 @@ from nanovllm.models.vision import layout as layouts
 from nanovllm.models.vision.interface import BlockCall, Layout, Taps, Tower, TowerWeights, Windows
 from nanovllm.models.vision.layout import Call, Grid
 from nanovllm.platforms.base import Platform
-from nanovllm.runner.captured import Capture
-from nanovllm.runner.tower_capture import CapturedCall
+from nanovllm.runner.encoder_steps import EncoderCall, EncoderSteps
 
 
-@dataclass(frozen=True, eq=False)
-class TowerSteps:
-    """The calls of one tower. Programs are built on first use; warm-up uses every budget.
+class TowerSteps(EncoderSteps):
+    """The calls of a vision tower.
 
-    `budgets` are the sizes T that programs are compiled for, ascending and multiples of the tower's
-    patches per token (`vision.budgets`). A frame with more patches than the largest runs op by op,
-    in a call of its own size. With `whole` a call is one program: some compilers need this.
+    Budgets are patches T, multiples of the tower's patches per token (`vision.budgets`). A frame
+    with more patches than the largest runs op by op, in a call of its own size.
     """
 
+    name = "vision"
     tower: Tower
     weights: TowerWeights
-    platform: Platform
-    compiler: Compiler
-    budgets: tuple[int, ...]
-    whole: bool = False
-    _captured: dict[int, CapturedCall] = field(default_factory=dict)
 
-    def num_tokens(self, grid: Grid) -> int:
+    def num_tokens(self, grid: Sequence[int]) -> int:
         """The tokens of an image or video of (frames, rows, columns) patches."""
         return math.prod(grid) // self.tower.config.patches_per_group
 
-    def features(self, pixels: Tensor, grids: Sequence[Grid]) -> Tensor:
-        """The tokens of images or videos, in order: [L, G, O] on the device, in the tower's dtype.
-
-        Level 0 takes the place of the placeholders' embeddings. Level l, if there are more, is
-        added to the hidden states of these tokens after layer l − 1 of the text model.
-
-        pixels: the patches [patches, C] of all grids, as the checkpoint's processor gives them, on
-        the host and of any float dtype. Raises ValueError for other shapes.
-        """
+    def calls(self, values: Tensor, grids: Sequence[Grid]) -> Iterator[EncoderCall]:
         cfg = self.tower.config
         frames_F2 = layouts.frames_of(grids, cfg.merge_size)
         num_patches = int(frames_F2.prod(axis=1).sum())
-        if tuple(pixels.shape) != (num_patches, cfg.patch_size):
+        if tuple(values.shape) != (num_patches, cfg.patch_size):
             raise ValueError(
-                f"the patches of {len(grids)} images or videos have shape {list(pixels.shape)}, "
+                f"the patches of {len(grids)} images or videos have shape {list(values.shape)}, "
                 f"but their grids ask for {[num_patches, cfg.patch_size]}"
             )
-        num_groups = num_patches // cfg.patches_per_group
-        shape = (cfg.num_levels, num_groups, cfg.out_size)
-        out_LGO = torch.empty(shape, dtype=cfg.dtype, device=self.platform.device)
         done = 0
-        for call, patches in self._calls(pixels, frames_F2):
-            pixel_TC, layout = self.inputs(call, patches)
-            captured = self._captured.get(call.budget) if call.budget is not None else None
-            if captured is not None:
-                tokens_LGO = captured(pixel_TC, layout)
-            else:
-                compiler = self.compiler if call.budget is not None else Compiler(lowering=None)
-                tokens_LGO = self.run(pixel_TC, layout, compiler)
-            end = done + call.num_patches // cfg.patches_per_group
-            out_LGO[:, done:end] = tokens_LGO[:, : end - done]
-            done = end
-        return out_LGO
+        for call in layouts.calls(frames_F2, self.budgets):
+            patches = values[done : done + call.num_patches]
+            num_tokens = call.num_patches // cfg.patches_per_group
+            yield EncoderCall(call.budget, self.inputs(call, patches), num_tokens)
+            done += call.num_patches
 
     def inputs(self, call: Call, patches: Tensor) -> tuple[Tensor, Layout]:
         """A call's inputs on the device, padded to its budget: pixel_TC and the layout."""
@@ -89,13 +63,9 @@ class TowerSteps:
         arrays = layouts.layout(cfg, call.frames_F2, budget)
         return self.platform.upload(padded_TC, cfg.dtype), _uploaded(self.platform, arrays)
 
-    def run(
+    def run(  # type: ignore[override]
         self, pixel_TC: Tensor, layout: Layout, compiler: Compiler, *, few: bool = False
     ) -> Tensor:
-        """One call: tokens [L, T / m², O], those of padding included. Reads nothing on the host.
-
-        With `few` it runs as few blocks as use every program; the result means nothing.
-        """
         calls, weights = self.tower.config.calls, self.weights
         if self.whole and compiler.lowering is not None:
             function = partial(_inlined, self.tower, calls)
@@ -112,29 +82,12 @@ class TowerSteps:
             weights = weights._replace(blocks=tuple(weights.blocks[i] for i in chosen))
         return run_call(self.tower, calls, weights, layout, pixel_TC, compiler)
 
-    def run_budget(self, budget: int, *, few: bool = False) -> None:
-        """Run a call whose patches are one frame of zeros. `few` is that of `run`."""
-        self.run(*self._one_frame(budget), self.compiler, few=few)
-
-    def capture(self, capture: Capture) -> None:
-        """Capture a call of every budget, whose programs have all run: `features` replays them."""
-        run = partial(self.run, compiler=self.compiler)
-        # the largest first: captured calls share one memory pool, and the first one sizes it
-        for budget in reversed(self.budgets):
-            self._captured[budget] = CapturedCall(run, *self._one_frame(budget), capture)
-
-    def _one_frame(self, budget: int) -> tuple[Tensor, Layout]:
-        """The inputs of a call whose patches are one frame of zeros."""
+    def padding(self, budget: int) -> tuple[Tensor, Layout]:
+        """The patches are one frame."""
         cfg = self.tower.config
         frames_F2 = np.array([[cfg.merge_size, budget // cfg.merge_size]])
         patches = torch.zeros(budget, cfg.patch_size)
         return self.inputs(Call(frames_F2, budget, budget), patches)
-
-    def _calls(self, pixels: Tensor, frames_F2: np.ndarray) -> Iterator[tuple[Call, Tensor]]:
-        done = 0
-        for call in layouts.calls(frames_F2, self.budgets):
-            yield call, pixels[done : done + call.num_patches]
-            done += call.num_patches
 
 
 def _inlined(
@@ -156,7 +109,7 @@ def run_call(
     pixel_TC: Tensor,
     compiler: Compiler,
 ) -> Tensor:
-    """See `TowerSteps.run`: a call by the programs of its regions, for these blocks."""
+    """See `EncoderSteps.run`: a call by the programs of its regions, for these blocks."""
     cfg, windows, num_patches = tower.config, layout.windows, len(pixel_TC)
     place_G = None if windows is None else windows.place_G
 

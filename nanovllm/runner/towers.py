@@ -17,6 +17,8 @@ from nanovllm.platforms.base import Platform
 from nanovllm.runner.audio_tower import AudioSteps
 from nanovllm.runner.captured import Capture
 from nanovllm.runner.embeddings import Embeddings
+from nanovllm.runner.encoder_steps import EncoderSteps
+from nanovllm.runner.no_grad import without_grad
 from nanovllm.runner.spec import Layout
 from nanovllm.runner.tower import TowerSteps
 
@@ -43,7 +45,7 @@ class Towers:
         layout: Layout,
         embeddings: Embeddings,
     ) -> None:
-        self.by_name: dict[str, TowerSteps | AudioSteps] = {}
+        self.by_name: dict[str, EncoderSteps] = {}
         self._embeddings, self._dtype = embeddings, model.config.dtype
         whole = platform.traits.whole_steps
         if model.tower is not None:
@@ -60,11 +62,11 @@ class Towers:
     def __contains__(self, name: object) -> bool:
         return name in self.by_name
 
+    @without_grad
     def run_largest(self) -> None:
         """Run the largest call of each tower."""
-        with torch.no_grad():
-            for tower in self.by_name.values():
-                tower.run_budget(tower.budgets[-1])
+        for tower in self.by_name.values():
+            tower.run_budget(tower.budgets[-1])
 
     def run_bucket(self, name: str, size: int) -> None:
         """Build and run the programs of a call of this size."""
@@ -76,9 +78,10 @@ class Towers:
             for budget in reversed(tower.budgets):
                 progress(f"{name} {budget}")
                 tower.run_budget(budget, few=True)
-            if isinstance(tower, TowerSteps) and capture is not None:
+            if capture is not None:
                 tower.capture(capture)
 
+    @without_grad
     def encode(self, media: Mapping[str, Encodable]) -> None:
         """Compute the embeddings of images, videos or clips, and keep them under these keys for the
         next step at least. Does not wait for the device."""
@@ -88,8 +91,7 @@ class Towers:
                 continue
             values = torch.cat([one.values for one in own.values()])
             grids = [one.grid for one in own.values()]
-            with torch.no_grad():
-                features_LGO = tower.features(values, grids)
+            features_LGO = tower.features(values, grids)
             sizes = [tower.num_tokens(grid) for grid in grids]
             for key, part_LGO in zip(own, features_LGO.split(sizes, dim=1)):
                 embeds = part_LGO.transpose(0, 1).flatten(1).to(self._dtype)

@@ -61,7 +61,7 @@ def common_ingredients(platform: Platform, passes: Sequence[str], model: Model) 
 def _ready_key(choice: Choice) -> Key:
     """Everything on which the programs and kernels of all buckets depend."""
     platform, model = choice.platform, choice.model
-    passes = [name for name, _ in platform.passes(choice.config.fuse)]
+    passes = [name for name, _ in platform.passes(choice.config.tuned.fuse)]
     reduced = model.reduced()
     shapes = [{name: param.shape for name, param in group.items()} for group in reduced.declared]
     described = json.dumps([keys.describe(reduced), shapes, str(model.config.dtype)])
@@ -70,7 +70,15 @@ def _ready_key(choice: Choice) -> Key:
         name: json.dumps([keys.describe(tower), str(tower.config), interface.tower_shapes(tower)])
         for name, tower in model.towers.items()
     }
-    return Key({**common, "model": described, **towers, "spec": str(choice.spec)})
+    return Key(
+        {
+            **common,
+            "model": described,
+            **towers,
+            "spec": str(choice.spec),
+            "scheme": repr(model.scheme),
+        }
+    )
 
 
 def mark_ready(choice: Choice) -> None:

@@ -16,6 +16,7 @@ from nanovllm.models.interface import VARYING, Params
 from nanovllm.platforms.base import MemoryBudget
 from nanovllm.runner import steps
 from nanovllm.runner.expert_stats import ExpertStats
+from nanovllm.runner.no_grad import without_grad
 from nanovllm.runner.runner import Runner
 from nanovllm.runner.warmup import measure_bus, measure_pace, measure_stall
 from nanovllm.schedule.pace import DecodePace
@@ -41,6 +42,7 @@ class Built:
     expert_stats: ExpertStats | None
 
 
+@without_grad
 def build(
     choice: Choice,
     params: Params,
@@ -60,7 +62,7 @@ def build(
     bar.set_description("sizing the cache")
 
     def new_runner(chosen: Choice) -> Runner:
-        compiler, capture = make_compiler(chosen, group), config.capture
+        compiler, capture = make_compiler(chosen, group), config.tuned.capture
         parts = (chosen.model, params, chosen.spec, platform, compiler)
         return make(*parts, capture=capture, group=group)
 
@@ -119,7 +121,7 @@ def make_compiler(choice: Choice, group: Communicator | None = None) -> Compiler
     """
     config, platform, environment = choice.config, choice.platform, env.read()
     lowering = None if config.enforce_eager else platform.lowering()[0]
-    passes = platform.passes(config.fuse) if lowering is not None else ()
+    passes = platform.passes(config.tuned.fuse) if lowering is not None else ()
     names = [name for name, _ in passes]
     return Compiler(
         lowering,

@@ -16,9 +16,9 @@ from nanovllm.compile.store import Store
 from nanovllm.config import EngineConfig
 from nanovllm.models import registry, svd_experts
 from nanovllm.models.config import ModelConfig
-from nanovllm.models.formats import PLAIN
 from nanovllm.models.interface import Model
 from nanovllm.models.loader import has_own_head
+from nanovllm.models.schemes import OPTIONS, UNQUANTIZED
 from nanovllm.models.shards import ALL, Shard
 from nanovllm.models.vision.budgets import budgets
 from nanovllm.platforms import attention
@@ -60,8 +60,7 @@ class Choice:
     def shortened(self, max_model_len: int) -> Choice:
         """The same for shorter requests: other sizes, and perhaps another rotary table."""
         config, cfg = replace(self.config, max_model_len=max_model_len), self.model.config
-        architecture = registry.architecture(self.hf.architectures)
-        model = architecture(self.hf, dtype=cfg.dtype, max_model_len=max_model_len)
+        model = make_model(config, self.hf, cfg.dtype)
         model = replace(model, config=replace(model.config, moe=cfg.moe))
         model = model.on_ranks(config.tensor_parallel_size)
         spec = make_spec(config, model, self.platform)
@@ -82,7 +81,7 @@ class Choice:
             return
         if self.config.compile_cache_mode == "require":
             raise CompileRequired(f"compile_cache_mode is 'require', but {problem}")
-        if not self.config.fuse:
+        if not self.config.tuned.fuse:
             raise ValueError(f"fuse=False leaves out passes over graphs, but {problem}")
         logger.warning(problem)
 
@@ -118,9 +117,9 @@ def _num_workers(choice: Choice) -> int:
     cfg, spec, model = choice.model.config, choice.spec, choice.model
     token_size = _mlp_size(cfg) + 8 * cfg.hidden_size + 3 * cfg.qkv_size
     scratch_bytes = spec.layout.prefill_tokens[-1] * token_size * cfg.dtype.itemsize
-    params_bytes = model.reduced().param_bytes(spec.weight_format)
+    params_bytes = model.reduced().param_bytes
     worker_bytes = params_bytes + scratch_bytes + (1 << 30)  # for the device's context
-    own_bytes = device_bytes(model, spec.weight_format, spec.offload)
+    own_bytes = device_bytes(model, spec.offload)
     count = choice.platform.compile_workers(worker_bytes, own_bytes)
     return 0 if count < 2 or is_ready(choice) else count
 
@@ -155,13 +154,7 @@ def choose_model(
             "model.embed_tokens.weight have different values", folder,
         )  # fmt: skip
         hf.tie_word_embeddings = False
-    architecture = registry.architecture(hf.architectures)
-    model = architecture(hf, dtype=dtype, max_model_len=config.max_model_len)
-    if model.config.moe is not None and config.quantization is not None:
-        raise ValueError(
-            f"quantization {config.quantization!r} is not supported for a model with experts "
-            f"({model.config.architecture})"
-        )
+    model = make_model(config, hf, dtype)
     if not config.random_weights and not env.read().disable_svd:
         model = svd_experts.applied(model, folder)
     config = within_limit(config, model, hf)
@@ -171,6 +164,26 @@ def choose_model(
     shard = Shard(0, config.tensor_parallel_size)
     eos_ids = eos_token_ids(folder, hf)
     return Choice(config, platform, store, folder, hf, model, spec, eos_ids, shard=shard)
+
+
+def make_model(config: EngineConfig, hf: Any, dtype: torch.dtype) -> Model:
+    """The model of a checkpoint's config, with the formats that the checkpoint or the option
+    `quantization` says. Raises ValueError if they do not go with the model, or both say some."""
+    architecture = registry.architecture(hf.architectures)
+    model = architecture(hf, dtype=dtype, max_model_len=config.max_model_len)
+    if config.quantization is None:
+        return model
+    if model.scheme != UNQUANTIZED:
+        raise ValueError(
+            f"quantization is {config.quantization!r}, but the checkpoint is quantized already "
+            f"({model.scheme}): leave it out"
+        )
+    if model.config.moe is not None:
+        raise ValueError(
+            f"quantization {config.quantization!r} is not supported for a model with experts "
+            f"({model.config.architecture})"
+        )
+    return model.with_scheme(OPTIONS[config.quantization])
 
 
 def on_ranks(config: EngineConfig, model: Model) -> Model:
@@ -227,7 +240,7 @@ def select_platform(config: EngineConfig) -> Platform:
     return platforms.select(
         config.device,
         npu_graph_mode=config.npu_graph_mode,
-        npu_graph_options=config.npu_graph_options,
+        npu_graph_options=config.tuned.npu_graph_options,
         graph_batch_sizes=config.graph_batch_sizes,
     )
 
@@ -236,16 +249,18 @@ def make_spec(config: EngineConfig, model: Model, platform: Platform) -> EngineS
     """The engine's choices for a model. Raises ValueError for options that do not go together."""
     cfg = model.config
     windows = [kind.window for kind in model.layer_kinds]
-    facts = attention.Facts(cfg.dtype, cfg.head_dim, config.kvcache_block_size, windows)
-    backend = attention.choose(config.attention_backend, platform, facts)
     cache_dtype = choose_cache_dtype(config.kv_cache_dtype, model, platform)
-    if backend and cache_dtype is not cfg.dtype:
+    facts = attention.Facts(
+        cfg.dtype, cfg.head_dim, config.kvcache_block_size, windows, cache_dtype
+    )
+    backend = attention.choose(config.attention_backend, platform, facts)
+    if backend != attention.Attention() and cache_dtype is not cfg.dtype:
         raise ValueError(
             f"kv_cache_dtype is {config.kv_cache_dtype!r}, which attention_backend "
             f"{config.attention_backend!r} cannot read: use attention_backend='auto'"
         )
     block_size = config.kvcache_block_size or attention.default_block_size(
-        backend, platform, cache_dtype
+        backend, platform, cfg.head_dim, cache_dtype
     )
     layout = make_layout(config, cfg.max_position, platform, block_size)
     layout = replace(
@@ -253,16 +268,15 @@ def make_spec(config: EngineConfig, model: Model, platform: Platform) -> EngineS
         vision_patches=vision_patches(config, model),
         audio_chunks=() if model.audio_tower is None else AUDIO_BUDGETS,
     )
-    weight_format = config.quantization or PLAIN
-    offload = choose_offload(config, model, platform, weight_format)
+    offload = choose_offload(config, model, platform)
     embedding_bytes = config.media.embedding_cache_bytes if model.takes_embeddings else 0
-    return EngineSpec(layout, backend, cache_dtype, weight_format, offload, embedding_bytes)
+    return EngineSpec(layout, backend, cache_dtype, offload, embedding_bytes)
 
 
 def vision_patches(config: EngineConfig, model: Model) -> tuple[int, ...]:
     """The budgets of the model's tower, none without one. Raises ValueError for an option that does
     not go with the model."""
-    asked = config.vision_patch_budgets
+    asked = config.tuned.vision_patch_budgets
     if model.tower is not None:
         return budgets(model.tower.config, asked)
     if asked is not None:
@@ -338,7 +352,7 @@ def make_layout(
         prefill_tokens=buckets.prefill_ladder(max_tokens, traits.prefill_growth),
         max_prefill_rows=min(max_num_seqs, buckets.PREFILL_ROWS),
         verify_tokens=tuple(sorted({1 + length for length in config.draft_lengths})),
-        pad=config.pad_batches,
+        pad=config.tuned.pad_batches,
     )
 
 

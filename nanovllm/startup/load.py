@@ -126,8 +126,9 @@ def load_chosen(
         built = build(choice, params, bar, laps, connect(), make)
     if choice.spec.offload is not None:
         logger.info("experts: %s", choice.spec.offload)
-    num_bytes = choice.model.param_bytes(choice.spec.weight_format)
+    num_bytes = choice.model.param_bytes
     cfg, runner, seconds = choice.model.config, built.runner, sum(laps.seconds.values())
+    logger.info("attention: %s", choice.spec.attention.describe())
     logger.info(
         "%s on %s in %s: %d layers, %d cache blocks of %d tokens, %s, ready in %.1f s (weights "
         "%.1f s, %.1f GB/s)",
@@ -185,13 +186,13 @@ def _load_weights(
 
 def _read_weights(choice: Choice, progress: loader.Progress, place: Place) -> Params:
     """The checkpoint's weights or random ones: the same at every call."""
-    platform, model, weight_format = choice.platform, choice.model, choice.spec.weight_format
+    platform, model = choice.platform, choice.model
     target = loader.Target(platform.device, place, platform.host_buffer, choice.shard)
     seed = choice.config.seed
     if choice.config.random_weights:
-        params = loader.random(model, target, seed, progress, weight_format)
+        params = loader.random(model, target, seed, progress)
     else:
-        params = loader.load(model, choice.folder, target, progress, weight_format)
+        params = loader.load(model, choice.folder, target, progress)
     if choice.config.random_weights:
         make = partial(weights.random, target=target, seed=seed)
     else:

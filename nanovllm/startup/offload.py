@@ -17,9 +17,7 @@ BUFFERS_SHARE, MAX_BUFFERS = 0.5, 2
 MIB = 1 << 20
 
 
-def choose_offload(
-    config: EngineConfig, model: Model, platform: Platform, weight_format: str
-) -> OffloadPlan | None:
+def choose_offload(config: EngineConfig, model: Model, platform: Platform) -> OffloadPlan | None:
     """The plan for the option `expert_offload`; None without it.
 
     Raises ValueError if the device, the model or the sizes do not go with it.
@@ -42,18 +40,23 @@ def choose_offload(
             f"expert_offload is {asked!r}, but the experts beside the checkpoint are compressed, "
             "and those are not offloaded: leave it out, or set NANOVLLM_DISABLE_SVD=1"
         )
+    if not model.has_plain_experts:
+        raise ValueError(
+            f"expert_offload is {asked!r}, but the checkpoint's experts are quantized "
+            f"({model.scheme}), and those are not offloaded: leave it out"
+        )
     plan = _in_experts(asked, model) if isinstance(asked, int) else _in_bytes(asked, model)
     allowed_bytes = config.gpu_memory_utilization * platform.total_bytes()
-    rest_bytes = allowed_bytes - device_bytes(model, weight_format, plan)
+    rest_bytes = allowed_bytes - device_bytes(model, plan)
     buffer_bytes = plan.num_entries(model.config.moe.num_experts) * _expert_bytes(model)
     fitting = int(BUFFERS_SHARE * rest_bytes // max(1, buffer_bytes))
     num_buffers = max(0, min(MAX_BUFFERS, fitting))
-    return replace(plan, num_buffers=num_buffers, predicts=config.expert_prefetch)
+    return replace(plan, num_buffers=num_buffers, predicts=config.tuned.expert_prefetch)
 
 
-def device_bytes(model: Model, weight_format: str, plan: OffloadPlan | None) -> int:
+def device_bytes(model: Model, plan: OffloadPlan | None) -> int:
     """Bytes that weights take on the device, with all experts or those of a plan."""
-    total = model.param_bytes(weight_format)
+    total = model.param_bytes
     if plan is None or model.config.moe is None:
         return total
     num_experts = model.config.moe.num_experts

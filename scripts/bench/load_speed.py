@@ -94,8 +94,7 @@ def read(choice: Choice) -> tuple[float, int]:
         platform.synchronize()
         started = time.perf_counter()
         target = loader.Target(platform.device, region.place, platform.host_buffer, choice.shard)
-        weight_format = choice.spec.weight_format
-        params = loader.load(choice.model, choice.folder, target, bar.update, weight_format)
+        params = loader.load(choice.model, choice.folder, target, bar.update)
         platform.synchronize()
         seconds = time.perf_counter() - started
     tensors = {id(one): one for one in pytree.tree_leaves(params) if one is not None}

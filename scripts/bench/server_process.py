@@ -20,7 +20,7 @@ END_SECONDS = 30.0  # of processes that have been told to end
 MAX_ERROR_CHARS = 600
 NANOVLLM = (sys.executable, "-m", "nanovllm")
 NAME = "served"  # of the model in requests
-ENGINE = "nanovllm.serving.process"
+ENGINE = "nanovllm.replicas.process"
 IS_SERVED = re.compile(r"is served at (http://\S+)")
 
 

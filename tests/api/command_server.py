@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,10 +24,12 @@ def command_server(*words: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
         for line in process.stderr:
             lines.append(line)
             if match := re.search(r"is served at (http://\S+)", line):
+                # a full pipe would block the server at its next line of log
+                threading.Thread(target=process.stderr.read, daemon=True).start()
                 yield match[1], process
                 return
         raise AssertionError("".join(lines))
     finally:
         if process.poll() is None:
             process.kill()
-        process.communicate()
+        process.wait()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 
 from nanovllm import LLM
 from nanovllm.hub import SEEING
+from nanovllm.media import decoders
 from tests.api.engine_server import ASKED, CHAT, MAX_BODY_BYTES, RESPONSES, Served, through_http
 from tests.engines import greedy
 from tests.serving.pictures import SECRET, Held, about, corrupt, data_url
@@ -125,6 +128,35 @@ def test_bad_images_are_400_and_leave_others_unharmed(path: str, llm: LLM) -> No
     through_http(llm, work)
 
 
+@pytest.mark.parametrize("path", [CHAT, RESPONSES])
+def test_a_decoder_that_is_killed_while_it_starts_is_503(
+    path: str, llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No fault of the request, which succeeds later."""
+    dies = [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]
+    pipe, started = subprocess.PIPE, []
+
+    def start(shared: int) -> subprocess.Popen[bytes]:
+        started.append(subprocess.Popen(dies, stdin=pipe, stdout=pipe, bufsize=0))
+        return started[-1]
+
+    content = [{"type": "input_image", "image_url": data_url(1)}]
+    body: dict[str, Any] = {"messages": about(data_url(1)), "stream": True}
+    if path == RESPONSES:
+        body = {"input": [{"role": "user", "content": content}]}
+
+    async def work(served: Served) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(decoders, "start", start)
+            status, error = await served.refusal(path, body)
+        assert (status, error["code"], error["param"]) == (503, "unavailable", None)
+        assert error["message"] == "image 1: the process that decodes it does not start"
+        assert len(started) == 2
+        assert (await served.http.post(path, json={**ASKED, **body})).status_code == 200
+
+    through_http(llm, work)
+
+
 def test_too_many_pictures_and_other_media_are_400(llm: LLM) -> None:
     async def work(served: Served) -> None:
         four = {"messages": about(*[data_url(1, 16)] * 4)}
@@ -135,7 +167,7 @@ def test_too_many_pictures_and_other_media_are_400(llm: LLM) -> None:
         messages = [{"role": "user", "content": [sound]}]
         status, error = await served.refusal(CHAT, {"messages": messages})
         assert (status, error["param"]) == (400, "messages")
-        assert "does not hear" in error["message"] and "/" not in error["message"]
+        assert "has no audio encoder" in error["message"] and "/" not in error["message"]
 
     through_http(llm, work)
 

@@ -13,12 +13,13 @@ from nanovllm.api.errors import from_exception
 from nanovllm.checks import InvalidValue, WrongType, checked
 from nanovllm.engine.intake import Intake
 from nanovllm.prompts import Prompt, PromptRefused, PromptTooLong
+from nanovllm.replicas import messages
+from nanovllm.replicas.messages import Outputs
 from nanovllm.sampling import SamplingParams
 from nanovllm.schedule import edit_limits
 from nanovllm.schedule.outputs import Completion, Increment
 from nanovllm.schedule.plan import LogitEdits
 from nanovllm.schedule.request import Request
-from nanovllm.serving import messages
 from nanovllm.structured import library
 from nanovllm.structured.params import StructuredOutputsParams
 from tests.api.made_up_server import MODEL, TEMPLATE, MadeUpServer, served, tokenizer
@@ -153,7 +154,7 @@ def test_a_request_that_forbids_all_tokens_is_at_fault_and_another_one_is_not() 
         found = Completion.of(request, "", "error", None, request.without_token)
         assert found.error_field == field and "no token can follow" in str(found.error)
         row = messages.row(1, Increment(1, [], "", None, found), incremental=True)
-        sent = messages.load_outputs(messages.outputs([], [], [row])).rows[0].done
+        sent = messages.load_outputs(messages.dump(Outputs([], [], [row]))).rows[0].done
         assert sent is not None and (sent.error, sent.error_field) == (found.error, field)
 
 

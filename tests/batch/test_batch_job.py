@@ -216,8 +216,16 @@ def test_an_input_that_changes_is_an_error(
         run([{"prompt": "a"}])
 
 
-def test_ctrl_c_ends_the_job_which_goes_on_later(
-    run: Any, eager_llm: LLM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("stop", "status"), [(KeyboardInterrupt(), 130), (SystemExit(143), 143)], ids=["Ctrl-C", "TERM"]
+)
+def test_a_job_that_is_stopped_goes_on_later(
+    run: Any,
+    eager_llm: LLM,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    stop: BaseException,
+    status: int,
 ) -> None:
     rows = [{"prompt": [5 + i, 7]} for i in range(99)]
     wanted = run(rows)
@@ -226,11 +234,11 @@ def test_ctrl_c_ends_the_job_which_goes_on_later(
     def interrupted() -> Any:
         calls.append(None)
         if len(calls) == 9:
-            raise KeyboardInterrupt
+            raise stop
         return advance()
 
     monkeypatch.setattr(eager_llm.engine, "advance", interrupted)
-    with pytest.raises(AssertionError, match=f"{command.INTERRUPTED} == 0"):
+    with pytest.raises(AssertionError, match=f"{status} == 0"):
         run(rows, "--overwrite")
     assert not eager_llm.engine.has_unfinished
     assert "the same command goes on" in capsys.readouterr().err

@@ -17,7 +17,7 @@ from nanovllm.models.interface import Model
 from nanovllm.tools.device_limits import Limits
 from nanovllm.tools.shapes import CONFIGS
 
-SPEC: Any = SimpleNamespace(weight_format="plain", cache_dtype=torch.bfloat16)
+SPEC: Any = SimpleNamespace(cache_dtype=torch.bfloat16)
 READING = Limits(bandwidth=1.0, flops=float("inf"))
 MULTIPLYING = Limits(bandwidth=float("inf"), flops=1.0)
 
@@ -72,14 +72,14 @@ def test_a_model_whose_tokens_choose_all_experts_reads_all_weights(tmp_path: Pat
     model = shape(tmp_path, "Mixtral-8x7B", num_experts_per_tok=8, num_hidden_layers=2)
     kv_bytes = model.kv_bytes_per_token(torch.bfloat16)
     for num_rows in (1, 19):
-        read = model.weight_bytes("plain") + 2 * num_rows * kv_bytes
+        read = model.weight_bytes + 2 * num_rows * kv_bytes
         assert seconds(model, num_rows, READING) == read
 
 
 def test_a_dense_model_reads_each_weight_once_a_step(tmp_path: Path) -> None:
     model = shape(tmp_path, "Qwen3-0.6B")
     assert model.expert_bytes == 0
-    num_weights, kv_bytes = model.weight_bytes("plain") / 2, 2 * 2 * 28 * 8 * 128
+    num_weights, kv_bytes = model.weight_bytes / 2, 2 * 2 * 28 * 8 * 128
     for num_rows, num_steps in ((1, 1), (1, 19), (19, 3)):
         cached = num_rows * (num_steps + num_steps * (num_steps + 1) / 2)
         read = num_steps * 2 * num_weights + cached * kv_bytes

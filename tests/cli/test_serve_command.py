@@ -40,8 +40,7 @@ def test_commands_ask_the_server_until_sigterm_ends_it(
     assert re.search(r"^Total input tokens: +133 *$", out, re.MULTILINE)
     assert re.search(r"^Total generated tokens: +35 *$", out, re.MULTILINE)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
-    assert process.returncode == 0
+    assert process.wait(timeout=60) == 0
 
 
 def test_a_command_line_for_vllm_that_reads_calls_of_tools_is_understood(

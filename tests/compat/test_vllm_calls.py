@@ -230,7 +230,7 @@ def test_engine_args_from_the_command_line() -> None:
         EngineConfig(
             "some/model", max_model_len=64, enforce_eager=True, kvcache_block_size=32,
             graph_batch_sizes=(1, 2), random_weights=True, gpu_memory_utilization=0.5,
-            npu_graph_options={"a": 1}, enable_prefix_caching=False,
+            tuning={"npu_graph_options": {"a": 1}}, enable_prefix_caching=False,
         )
     )  # fmt: skip
     assert EngineArgs.from_cli_args(parser.parse_args([])).model == "tiny-qwen3"

@@ -78,7 +78,7 @@ def test_a_second_process_lowers_nothing(tmp_path: Path) -> None:
 
 def test_what_precompile_leaves_is_all_that_a_start_needs(tmp_path: Path, ge: Ge) -> None:
     options: dict[str, Any] = {"device": "npu", "compile_cache": tmp_path, **SMALL}
-    choice = choose_without_weights(EngineConfig("tiny-qwen3", **options))
+    choice = choose_without_weights(EngineConfig.from_options("tiny-qwen3", options))
     runner = small_runner(choice)
     for kind, size in choice.spec.layout.buckets:
         runner.run_bucket(kind, size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from nanovllm.models.checkpoint import CheckpointError
 from nanovllm.models.loader import Target
 from nanovllm.models.vision import weights
 from nanovllm.platforms import cpu
-from nanovllm.platforms.base import Platform
+from nanovllm.platforms.base import Platform, Replay
 from nanovllm.runner.audio_tower import AudioSteps, Inputs
 from nanovllm.runner.steps import FROZEN
 from tests.models import omni_cases
@@ -113,6 +114,27 @@ def test_the_programs_of_a_budget_serve_all_lengths(saved: Any, compiled: AudioS
         assert difference(features(compiled, mels, clips), expected) <= TOLERANCE
 
 
+def test_captured_calls_give_the_tokens_of_calls_that_are_launched(
+    saved: Any, platform: Platform
+) -> None:
+    made = steps(*saved, platform, Compiler(lowering=None))
+    mels = {case: omni_cases.mels(clips) for case, clips in CASES.items()}
+    expected = {case: features(made, mels[case], clips) for case, clips in CASES.items()}
+    replays: list[Callable[[], None]] = []
+
+    def capture(step: Callable[[], None]) -> Replay:
+        def replay() -> None:
+            replays.append(step)
+            step()
+
+        return replay
+
+    made.capture(capture)
+    for case, clips in CASES.items():
+        assert torch.equal(features(made, mels[case], clips), expected[case])
+    assert len(replays) >= len(CASES) and set(made._captured) == set(BUDGETS)
+
+
 def test_bfloat16_is_close_to_transformers(saved: Any, platform: Platform) -> None:
     folder, model = saved
     made = steps(folder, model, platform, Compiler(lowering=None), torch.bfloat16)
@@ -128,8 +150,9 @@ def test_frames_that_no_clip_has_are_never_read(eager: AudioSteps) -> None:
     mel_KFM[1, 7:] = torch.nan
     mel_KFM[2:] = torch.nan
     spoilt: Inputs = inputs._replace(mel_KFM=mel_KFM)
+    token_g = torch.from_numpy(layouts.tokens(chunks.frames, 6))
     kept, found = (
-        eager.run(one, eager.compiler).index_select(0, one.token_g) for one in (inputs, spoilt)
+        eager.run(one, eager.compiler)[0].index_select(0, token_g) for one in (inputs, spoilt)
     )
     assert torch.equal(kept, found)
 

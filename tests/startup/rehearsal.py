@@ -16,6 +16,7 @@ first form.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import multiprocessing
 import sys
@@ -30,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from triton.backends.nvidia.compiler import CUDABackend
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime import driver
 
 from nanovllm import EngineConfig
@@ -99,6 +101,7 @@ class Platform(CudaPlatform):
 def make_up_device() -> None:
     target = TARGETS[WHOLE]
     properties = SimpleNamespace(
+        name="a made-up device",
         multi_processor_count=132,
         shared_memory_per_block_optin=target.shared_bytes,
         total_memory=1 << 30,
@@ -108,12 +111,12 @@ def make_up_device() -> None:
     torch.cuda.get_device_capability = lambda device=None: (9, 0)  # type: ignore[assignment]
     choose.select_platform = lambda config: Platform()
 
-    def empty(model: Any, target: weights.Target, seed: int, progress: Any, how: str) -> Any:
+    def empty(model: Any, target: weights.Target, seed: int, progress: Any) -> Any:
         # without a generator, which would need the device
         def make(param: Any) -> Tensor:
             return torch.empty(param.shape, dtype=model.config.dtype, device=target.device)
 
-        return weights.build(model, make, progress, how, target.place)
+        return weights.build(model, make, progress, target.place)
 
     def empty_tower(tower: Any, target: weights.Target, seed: int) -> Any:
         dtype, device = tower.config.dtype, target.device
@@ -130,7 +133,7 @@ def shorten_compiles() -> None:
 
     def add_stages(self: Any, stages: dict[str, Stage], options: Any, language: Any) -> None:
         whole(self, stages, options, language)
-        first = stages["ttir"]
+        first = next(iter(stages.values()))  # Gluon begins later than Triton
 
         def begin(source: Any, metadata: dict[str, Any]) -> Any:
             module = first(source, metadata)
@@ -150,7 +153,12 @@ def shorten_compiles() -> None:
 
 
 def real(value: Any) -> Any:
-    """A tensor with memory and the layout of the fake tensor `value`; other values unchanged."""
+    """A tensor with memory and the layout of the fake tensor `value`; other values unchanged.
+
+    A descriptor gets one of a tensor with memory.
+    """
+    if isinstance(value, TensorDescriptor):
+        return dataclasses.replace(value, base=real(value.base))
     if not isinstance(value, Tensor):
         return value
     size = value.untyped_storage().nbytes() // value.element_size()
@@ -163,9 +171,10 @@ def save_config(folder: Path, name: str) -> Path:
     if name in tower_cases.TOWERS:
         config = tower_cases.config(name)
         text = config.text_config
-        text.head_dim, text.hidden_size, text.num_hidden_layers = 64, 256, 5
+        # long prefills with heads of 128 have a kernel with descriptors
+        text.head_dim, text.hidden_size, text.num_hidden_layers = 128, 256, 5
         text.dtype = torch.bfloat16
-        text.rope_parameters["mrope_section"] = [16, 8, 8]
+        text.rope_parameters["mrope_section"] = [32, 16, 16]
         config.vision_config.out_hidden_size = text.hidden_size
     else:
         config = tiny_config(name, head_dim=64, dtype="bfloat16")

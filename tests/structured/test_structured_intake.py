@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.intake import Intake
 from nanovllm.replicas import messages
-from nanovllm.replicas.messages import Addition
+from nanovllm.replicas.messages import Add
 from nanovllm.sampling import BeamSearchParams
 from nanovllm.structured import library, trial
 from nanovllm.structured.keywords import KNOWN, checked_schema
@@ -29,11 +28,11 @@ FORMS = (
 
 
 @pytest.mark.parametrize("given", FORMS)
-def test_replicas_get_the_same_parameters_as_json(given: dict[str, object]) -> None:
+def test_replicas_get_the_same_parameters(given: dict[str, object]) -> None:
     params = SamplingParams(structured_outputs=given)  # type: ignore[arg-type]
-    addition = Addition(1, [2], messages.params_fields(params), False, 0, None)
-    received = Addition(**json.loads(messages.dump(addition)))
-    found = SamplingParams(**received.params)
+    fields = messages.params_fields(params, detokenizes=True)
+    add = Add([1], [0], [2], fields, incremental=False, priority=0, cache_salt=None)
+    found = messages.load_request(messages.load_add(messages.dump(add)), b"").params
     assert asdict(found)["structured_outputs"] == asdict(params)["structured_outputs"]
     sources = [library.source(one.structured_outputs, 999) for one in (found, params)]  # type: ignore[arg-type]
     assert sources[0] == sources[1]

@@ -17,8 +17,7 @@ import pytest
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.engine import Engine
 from nanovllm.parallel.channel import Channel, channel_pair
-from nanovllm.replicas import messages
-from nanovllm.serving import loop
+from nanovllm.replicas import loop, messages
 from nanovllm.serving.async_llm import AsyncLLM
 from nanovllm.serving.client import Client
 from nanovllm.serving.interface import EngineDead

@@ -18,6 +18,7 @@ function content({ text, images }) {
 
 const KEEP_MS = 1000; // between two times that an unfinished answer is kept
 const MAX_ANNOUNCED = 4000; // characters
+const MIN_RATE_MS = 5; // tokens that arrive together have no rate
 
 export class Chat {
   // settings(): {system, options} of requests. changed(): the chat is busy or no more.
@@ -191,7 +192,7 @@ export class Chat {
     if (isNew) message.firstMs ??= now;
     if (message.reasoning && delta.content) message.thoughtMs ??= now;
     message.tokens = usage?.completion_tokens ?? message.tokens + (isNew ? 1 : 0);
-    if (isNew && message.tokens > 1 && now > message.firstMs) {
+    if (isNew && message.tokens > 1 && now >= message.firstMs + MIN_RATE_MS) {
       message.rate = ((message.tokens - 1) * 1000) / (now - message.firstMs);
     }
     if (LIMITS[reason]) message.note = LIMITS[reason];

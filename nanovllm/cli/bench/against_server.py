@@ -50,7 +50,8 @@ def measure(args: argparse.Namespace) -> int:
     num_clients = args.num_clients or min(MOST_CLIENTS, max(1, usable_cores() // 2))
     num_clients = min(num_clients, len(work), args.max_concurrency or len(work))
     has_bar = not args.disable_tqdm
-    records = asyncio.run(send(server, work, num_clients, args.max_concurrency, has_bar=has_bar))
+    sending = send(server, work, num_clients, args.max_concurrency, has_bar=has_bar)
+    records = http.run_stoppable(sending)
     found = results.summary(args, model, records)
     print(printable(results.table(args, found)))  # it has the name that the server gives
     for line in results.errors(records):

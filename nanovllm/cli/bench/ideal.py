@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from nanovllm.models.formats import PLAIN
 from nanovllm.models.interface import Model
 from nanovllm.runner.spec import EngineSpec
 from nanovllm.tools.device_limits import Limits
@@ -13,13 +12,13 @@ from nanovllm.tools.device_limits import Limits
 class _Weights:
     """The weights of a model, as a step reads them and multiplies by them."""
 
-    def __init__(self, model: Model, weight_format: str) -> None:
+    def __init__(self, model: Model) -> None:
         cfg, self._moe = model.config, model.config.moe
-        self._bytes, self._expert_bytes = model.weight_bytes(weight_format), model.expert_bytes
-        self.per_token = model.weight_bytes(PLAIN) / cfg.dtype.itemsize
+        self._bytes, self._expert_bytes = model.weight_bytes, model.expert_bytes
+        self.per_token: float = model.num_weights()
         if self._moe is not None:
             unused = 1 - self._moe.top_k / self._moe.num_experts
-            self.per_token -= unused * self._expert_bytes / cfg.dtype.itemsize
+            self.per_token -= unused * model.num_weights(of_experts=True)
         self.of_layers_per_token = self.per_token - cfg.vocab_size * cfg.hidden_size / cfg.num_ranks
 
     def num_bytes(self, num_rows: int) -> float:
@@ -45,7 +44,7 @@ def ideal_seconds(
     experts it reads those that its rows choose if routing is spread evenly, and a token is
     multiplied by its own experts alone.
     """
-    weights = _Weights(model, spec.weight_format)
+    weights = _Weights(model)
     kv_bytes = model.kv_bytes_per_token(spec.cache_dtype)
     seconds = 2 * weights.of_layers_per_token * sum(map(len, prompts)) / limits.flops
     waiting = list(zip((len(prompt) for prompt in prompts), (n - 1 for n in output_lens)))[::-1]

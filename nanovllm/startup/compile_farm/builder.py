@@ -57,7 +57,7 @@ def small_runner(
         if spec.offload is not None:  # the host's part is on the device as well: it is small
             host = SplitRegion(platform.device)
             target = target._replace(place=Offloader(spec.offload, host, platform.device))
-        params = loader.random(model, target, 0, lambda _: None, spec.weight_format)
+        params = loader.random(model, target, 0, lambda _: None)
         params = weights.with_towers(params, model, partial(weights.random, target=target, seed=0))
         runner = Runner(model, params, spec, platform, compiler)
     return with_cache(choice, lambda _: runner)[0] if platform.traits.whole_steps else runner
