@@ -96,7 +96,7 @@ def _model(choice: Choice) -> dict[str, Any]:
         "layers": cfg.num_layers,
         "vocabulary": cfg.vocab_size,
         "weights_gib": round(choice.model.param_bytes / 2**30, 3),
-        "cache_bytes_per_token": choice.model.kv_bytes_per_token(spec.cache_dtype),
+        "cache_bytes_per_token": choice.model.page_groups.token_bytes(spec.cache_dtype),
         "longest_sequence": cfg.max_position,
     }
 

@@ -17,6 +17,7 @@ from nanovllm.models import kv_scales as bounds
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.formats import Weight, linear
 from nanovllm.models.interface import Batch, LayerCache, LayerCall, LayerKind, Model, Param
+from nanovllm.models.layer_state import PagedKV
 
 
 class AttentionWeights(Protocol):
@@ -58,11 +59,13 @@ class Layer(NamedTuple):
 def dense_model(
     cfg: ModelConfig, windows: tuple[int, ...] | None = None, layer_ropes: tuple[int, ...] = ()
 ) -> Model:
-    """The model of a dense config. `windows` are the layers' `LayerKind.window`, None for all 0.
+    """The model of a dense config. `windows` are the layers' `PagedKV.window`, None for all 0.
 
     `layer_ropes` are those of `Model`.
     """
-    kinds = {window: LayerKind(f"window{window}", window) for window in (windows or (0,))}
+    kinds = {
+        window: LayerKind(f"window{window}", paged_kv(cfg, window)) for window in (windows or (0,))
+    }
     return Model(
         config=cfg,
         layer_kinds=tuple(kinds[window] for window in windows or (0,) * cfg.num_layers),
@@ -75,6 +78,11 @@ def dense_model(
         kv_scales=kv_scales,
         layer_ropes=layer_ropes,
     )
+
+
+def paged_kv(cfg: ModelConfig, window: int = 0) -> PagedKV:
+    """What an attention layer of a config keeps."""
+    return PagedKV(cfg.num_kv_heads, cfg.head_dim, cfg.head_dim, window)
 
 
 # regions -----------------------------------------------------------------------------------------

@@ -11,13 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
-import torch
 from torch import Tensor
 
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.formats import Weight
 from nanovllm.models.formats.format import Extent, Format, num_bytes
 from nanovllm.models.formats.plain import Plain
+from nanovllm.models.layer_state import LayerState, PageGroups, Recurrent, page_groups
 from nanovllm.models.param import Param as Param
 from nanovllm.models.schemes import UNQUANTIZED, Scheme
 
@@ -65,14 +65,18 @@ class Batch(NamedTuple):
 class LayerKind:
     """What distinguishes the layers of one model: layers of one kind share their programs.
 
-    Layers of one kind declare parameters of the same shapes. `window` is the number of newest
-    positions that a query sees, itself included; 0 means all positions. A `sparse` layer has
-    experts.
+    Layers of one kind declare parameters of the same shapes, and keep the same between steps. A
+    `sparse` layer has experts.
     """
 
     name: str  # in the names of programs
-    window: int = 0
+    keeps: LayerState
     sparse: bool = False
+
+    @property
+    def window(self) -> int:
+        """`PagedKV.window`."""
+        return 0 if isinstance(self.keeps, Recurrent) else self.keeps.window
 
 
 class LayerCall(NamedTuple):
@@ -112,7 +116,8 @@ class Model:
     `scheme` chooses the formats of weights (`schemes.with_scheme`).
     `layer_ropes` are the numbers of the layers' rotary tables in `ModelConfig.ropes`; without them
     all layers have the first. Embeddings that a request gives are multiplied by `embed_factor`, as
-    the checkpoint's table is when it is read.
+    the checkpoint's table is when it is read. `whole_groups` are the `page_groups` of the whole
+    model, if this one is reduced.
 
     On one of several ranks (tensor parallelism) `config` is this rank's, and `whole` that of all;
     parameters are declared by `whole`.
@@ -140,6 +145,7 @@ class Model:
     layer_ropes: tuple[int, ...] = ()
     embed_factor: float = 1.0
     scheme: Scheme = UNQUANTIZED
+    whole_groups: PageGroups | None = None
 
     def __post_init__(self) -> None:
         num_kinds, num_layers = len(self.layer_kinds), self.config.num_layers
@@ -197,7 +203,10 @@ class Model:
         num_added = self.config.num_added if self.adds_to_last else len(kinds) - 1
         num_added = min(self.config.num_added, num_added)
         config = replace(self.config, num_layers=len(kinds), num_added=num_added)
-        return replace(self, config=config, layer_kinds=kinds, layer_ropes=ropes)
+        groups = self.page_groups.of_layers(chosen)
+        return replace(
+            self, config=config, layer_kinds=kinds, layer_ropes=ropes, whole_groups=groups
+        )
 
     def with_scheme(self, scheme: Scheme) -> Model:
         """The model whose formats a scheme chooses. Layers of one kind in different formats become
@@ -243,7 +252,10 @@ class Model:
             num_kv_heads=-(-num_kv // num_ranks),
             num_ranks=num_ranks,
         )
-        model = replace(self, config=config, whole=cfg)
+        kinds = tuple(
+            replace(kind, keeps=kind.keeps.on_ranks(num_ranks)) for kind in self.layer_kinds
+        )
+        model = replace(self, config=config, layer_kinds=kinds, whole=cfg)
         for param in (param for group in model.declared for param in group.values()):
             param.local(num_ranks)
         return model
@@ -299,10 +311,15 @@ class Model:
         params = (p for p in self._read_params if p.kind == "experts" or not of_experts)
         return sum(math.prod(param.local(self.config.num_ranks).shape) for param in params)
 
-    def kv_bytes_per_token(self, cache_dtype: torch.dtype) -> int:
-        """Bytes that one token takes in the caches of all layers."""
-        cfg = self.config
-        return 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim * cache_dtype.itemsize
+    @property
+    def kept(self) -> tuple[LayerState, ...]:
+        """What each layer keeps between steps."""
+        return tuple(kind.keeps for kind in self.layer_kinds)
+
+    @property
+    def page_groups(self) -> PageGroups:
+        """The layers with pages, in groups with one block table each."""
+        return self.whole_groups or page_groups(self.kept, self.config.max_position)
 
     @property
     def _read_params(self) -> list[Param]:

@@ -84,7 +84,9 @@ def moe_model(
 ) -> Model:
     """The model of a config with `moe`; `is_sparse` and `windows` have an entry for each layer."""
     kinds = [
-        LayerKind(f"{'sparse' if sparse else 'dense'}_window{window}", window, sparse)
+        LayerKind(
+            f"{'sparse' if sparse else 'dense'}_window{window}", dense.paged_kv(cfg, window), sparse
+        )
         for sparse, window in zip(is_sparse, windows or (0,) * cfg.num_layers, strict=True)
     ]
     return Model(

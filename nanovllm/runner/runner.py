@@ -20,11 +20,12 @@ from nanovllm.kernels import collectives
 from nanovllm.kernels.collectives import Communicator
 from nanovllm.models.experts import offloaded
 from nanovllm.models.experts.offloaded import Offloaded
-from nanovllm.models.interface import LayerCache, Model, Params
+from nanovllm.models.interface import Model, Params
 from nanovllm.models.rope import rotary_table
 from nanovllm.platforms.base import MemoryBudget, Platform
 from nanovllm.platforms.regions import Region
 from nanovllm.runner import columns
+from nanovllm.runner.allocation import allocate
 from nanovllm.runner.bucket_steps import BucketSteps, Captures
 from nanovllm.runner.captured import VerifyStep
 from nanovllm.runner.embeddings import Embeddings
@@ -107,7 +108,8 @@ class Runner:
 
     @property
     def block_bytes(self) -> int:
-        return self.model.kv_bytes_per_token(self.spec.cache_dtype) * self.layout.block_size
+        groups = self.model.page_groups
+        return groups.block_bytes(self.layout.block_size, self.spec.cache_dtype)
 
     @property
     def weights_bytes(self) -> int:
@@ -228,14 +230,7 @@ class Runner:
         self.platform.release()
 
     def _make_steps(self, num_blocks: int, compiler: Compiler) -> Steps:
-        cfg = self.cfg
-        shape = (num_blocks, self.layout.block_size, cfg.num_kv_heads, cfg.head_dim)
-
-        def blocks() -> Tensor:
-            # memory of its own for each: programs take them as inputs, and inputs must not alias
-            return self.cache_region.zeros(shape, self.spec.cache_dtype)
-
-        caches = tuple(LayerCache(blocks(), blocks(), *scales) for scales in self._scales)
+        caches = allocate(self.model, num_blocks, self.spec, self.cache_region, self._scales)
         whole = self.platform.traits.whole_steps and compiler.lowering is not None
         return Steps(
             model=self.model,

@@ -92,7 +92,7 @@ def measure_pace(runner: Runner) -> DecodePace:
 
         step_ms.append((num_rows, _best_ms(runner, step.replay, announce)))
     moe = runner.cfg.moe
-    token_bytes = runner.block_bytes / runner.layout.block_size
+    token_bytes = runner.model.page_groups.token_bytes(runner.spec.cache_dtype)
     spread = 1.0 if moe is None else moe.num_experts / moe.top_k
     return DecodePace(tuple(step_ms), token_bytes / max(1, runner.weights_bytes), spread)
 

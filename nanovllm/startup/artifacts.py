@@ -39,7 +39,10 @@ def common_ingredients(platform: Platform, passes: Sequence[str], model: Model) 
     models, engine = Path(interface.__file__).parent, Path(steps.__file__).parent
     chosen_by = Path(sys.modules[type(platform).__module__].__file__ or "")
     stored = [path for folder in SHARED_FOLDERS for path in (models / folder).glob("*.py")]
-    shared = [*(models / f"{name}.py" for name in ("config", "interface", "dense")), *stored]
+    shared = [
+        *(models / f"{name}.py" for name in ("config", "dense", "interface", "layer_state")),
+        *stored,
+    ]
     regions = sorted({region.__module__ for region in (model.embed, model.layer, model.head)})
     files = {name: Path(sys.modules[name].__file__ or "") for name in regions}
     return {
@@ -64,7 +67,9 @@ def _ready_key(choice: Choice) -> Key:
     passes = [name for name, _ in platform.passes(choice.config.tuned.fuse)]
     reduced = model.reduced()
     shapes = [{name: param.shape for name, param in group.items()} for group in reduced.declared]
-    described = json.dumps([keys.describe(reduced), shapes, str(model.config.dtype)])
+    num_groups = len(model.page_groups.groups)
+    facts = [keys.describe(reduced), shapes, str(model.config.dtype), num_groups]
+    described = json.dumps(facts)
     common = common_ingredients(platform, passes, model)
     towers = {
         name: json.dumps([keys.describe(tower), str(tower.config), interface.tower_shapes(tower)])

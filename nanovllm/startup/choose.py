@@ -248,6 +248,7 @@ def select_platform(config: EngineConfig) -> Platform:
 def make_spec(config: EngineConfig, model: Model, platform: Platform) -> EngineSpec:
     """The engine's choices for a model. Raises ValueError for options that do not go together."""
     cfg = model.config
+    model.page_groups.check()
     windows = [kind.window for kind in model.layer_kinds]
     cache_dtype = choose_cache_dtype(config.kv_cache_dtype, model, platform)
     facts = attention.Facts(

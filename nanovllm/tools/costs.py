@@ -43,12 +43,11 @@ def cost(
         return _attention(named, out_bytes, seq_lens)
     if name == "qk_norm_rope_store":
         num_tokens = named["qkv"].shape[0]
-        kv_width = named["k_cache"].shape[2] * named["k_cache"].shape[3]
-        stored = 2 * num_tokens * kv_width * named["k_cache"].element_size()
+        stored = num_tokens * _slot_bytes(named)
         table = num_tokens * named["cos_sin"].shape[1] * named["cos_sin"].element_size()
         return named["qkv"].nbytes + out_bytes + stored + table, 0
     if name == "store_kv":
-        stored = (named["k"].numel() + named["v"].numel()) * named["k_cache"].element_size()
+        stored = named["k"].shape[0] * _slot_bytes(named)
         return named["k"].nbytes + named["v"].nbytes + stored, 0
     if name == "rope":
         table = named["pos"].shape[0] * named["cos_sin"].shape[1] * 4
@@ -123,7 +122,7 @@ def _attention(
 ) -> tuple[int, int]:
     """Bytes of q, the output and each visible key and value once; 4 flops per (query, key) pair
     and element of the query heads."""
-    q_TNH, k_CBKH = named["q"], named["k_cache"]
+    q_TNH = named["q"]
     seq_lens, window = named["seq_len"].tolist() if lengths is None else lengths, named["window"]
     num_queries = [1] * len(seq_lens)
     if named["max_q_len"] != 1:
@@ -134,8 +133,13 @@ def _attention(
             seen = seq_len if window <= 0 else min(seq_len, window + num - 1)
             keys += seen
             pairs += num * seen - num * (num - 1) // 2
-    cached = 2 * keys * k_CBKH.shape[2] * k_CBKH.shape[3] * k_CBKH.element_size()
-    return q_TNH.nbytes + out_bytes + cached, 4 * pairs * q_TNH.shape[1] * q_TNH.shape[2]
+    num_bytes = q_TNH.nbytes + out_bytes + keys * _slot_bytes(named)
+    return num_bytes, 4 * pairs * q_TNH.shape[1] * q_TNH.shape[2]
+
+
+def _slot_bytes(named: dict[str, Any]) -> int:
+    """Bytes of one token's key and value in the cache that the call names."""
+    return sum(int(named[name][0, 0].nbytes) for name in ("k_cache", "v_cache"))
 
 
 def _tensors(tree: Any) -> list[Tensor]:

@@ -70,7 +70,7 @@ def test_a_step_reads_and_multiplies_by_the_experts_that_rows_choose(
 
 def test_a_model_whose_tokens_choose_all_experts_reads_all_weights(tmp_path: Path) -> None:
     model = shape(tmp_path, "Mixtral-8x7B", num_experts_per_tok=8, num_hidden_layers=2)
-    kv_bytes = model.kv_bytes_per_token(torch.bfloat16)
+    kv_bytes = model.page_groups.token_bytes(torch.bfloat16)
     for num_rows in (1, 19):
         read = model.weight_bytes + 2 * num_rows * kv_bytes
         assert seconds(model, num_rows, READING) == read

@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from nanovllm.compile.keys import Key, describe, narrowed, program_key, source_d
 from nanovllm.models import dense, interface
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.interface import LayerCall, LayerKind, Model
+from nanovllm.models.layer_state import PagedKV
 from nanovllm.startup import artifacts
 
 CFG = ModelConfig(
@@ -120,9 +121,10 @@ def test_a_region_that_reads_a_field_outside_its_key_fails_when_traced() -> None
 def test_what_has_no_stable_description_is_refused() -> None:
     with pytest.raises(TypeError, match="cannot be part of a key"):
         describe(partial(region, CFG, object()))
-    bound = describe(partial(dense.layer, CFG, LayerCall("sdpa", LayerKind("window9", 9), 1)))
+    kept = PagedKV(2, 16, 16, window=9)
+    bound = describe(partial(dense.layer, CFG, LayerCall("sdpa", LayerKind("window9", kept), 1)))
     assert bound[0] == "nanovllm.models.dense:layer"
-    kind = {"name": "window9", "window": 9, "sparse": False}
+    kind = {"name": "window9", "keeps": asdict(kept), "sparse": False}
     assert bound[2:] == [["sdpa", kind, 1, False]]
 
 

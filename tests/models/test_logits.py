@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from nanovllm.models.dense import Layer
+from nanovllm.models.dense import Layer, paged_kv
 from nanovllm.models.interface import LayerKind
 from tests.architectures import of_types
 from tests.conftest import save_tiny
@@ -291,7 +291,7 @@ def test_a_window_off_by_one_shows(device: str, tmp_path: Path) -> None:
     expected = transformers_logits(folder, known, device)
     assert max_difference(engine_logits(runner, known), expected) <= TOLERANCE
     for window in (15, 17):
-        kinds = (LayerKind("window", window),) * 3
+        kinds = (LayerKind("window", paged_kv(runner.cfg, window)),) * 3
         model = replace(runner.model, layer_kinds=kinds)
         runner.steps = replace(runner.steps, model=model)
         found = engine_logits(runner, known)

@@ -20,13 +20,15 @@ from nanovllm.models import dense, registry
 from nanovllm.models.config import ModelConfig, dense_config
 from nanovllm.models.formats import Weight, linear
 from nanovllm.models.interface import Batch, LayerCache, LayerCall, LayerKind, Model, Param
+from nanovllm.models.layer_state import PagedKV
 from nanovllm.models.rope import rotary_table
 from nanovllm.startup.choose import choose_without_weights
 from nanovllm.startup.compile_farm import builder
 from tests.models.harness import engine_logits, load, max_difference, sequences
 
 NAME, VOCAB_SIZE, TOLERANCE = "MixedForCausalLM", 128, 1e-4
-NARROW, WIDE = LayerKind("narrow"), LayerKind("wide_window9", window=9)
+KEPT = PagedKV(2, 32, 32)
+NARROW, WIDE = LayerKind("narrow", KEPT), LayerKind("wide_window9", replace(KEPT, window=9))
 # the last layer's kind occurs before it, and the layers of one kind are not neighbours
 KINDS = (WIDE, NARROW, NARROW, WIDE, NARROW)
 SIZES: dict[str, Any] = {"max_num_seqs": 2, "graph_batch_sizes": [2], "max_num_batched_tokens": 64}
@@ -215,4 +217,4 @@ def test_kinds_are_one_for_each_layer_and_have_names_of_their_own(checkpoint: Pa
     with pytest.raises(ValueError, match="4 layer kinds for 5 layers"):
         replace(model, layer_kinds=KINDS[:4])
     with pytest.raises(ValueError, match="two layer kinds have the same name"):
-        replace(model, layer_kinds=(*KINDS[:4], LayerKind("narrow", window=9)))
+        replace(model, layer_kinds=(*KINDS[:4], LayerKind("narrow", WIDE.keeps)))

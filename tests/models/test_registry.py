@@ -180,8 +180,8 @@ def test_sizes_come_from_the_config() -> None:
     assert (cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, cfg.max_position) == (14, 2, 24, 128)
     assert (cfg.norm_eps, cfg.dtype, len(cfg.inv_freq)) == (1e-5, torch.bfloat16, 12)
     assert cfg.qkv_size == (14 + 2 * 2) * 24
-    assert model.kv_bytes_per_token(torch.bfloat16) == 2 * 3 * 2 * 24 * 2
-    assert model.kv_bytes_per_token(torch.float8_e4m3fn) == 2 * 3 * 2 * 24
+    assert model.page_groups.token_bytes(torch.bfloat16) == 2 * 3 * 2 * 24 * 2
+    assert model.page_groups.token_bytes(torch.float8_e4m3fn) == 2 * 3 * 2 * 24
 
 
 @pytest.mark.parametrize("quantization", [None, *OPTIONS])

@@ -29,6 +29,15 @@ class _Weights:
         return self._bytes - unread * self._expert_bytes
 
 
+def _tokens_read(context: np.ndarray, steps: int, window: int) -> float:
+    """The tokens that attention reads in the next steps of rows with so many tokens; a window of 0
+    has no end."""
+    growing = np.clip(window - context, 0, steps) if window else np.full(context.shape, steps)
+    return float(
+        (growing * context + growing * (growing + 1) / 2 + (steps - growing) * window).sum()
+    )
+
+
 def ideal_seconds(
     model: Model,
     spec: EngineSpec,
@@ -45,7 +54,7 @@ def ideal_seconds(
     multiplied by its own experts alone.
     """
     weights = _Weights(model)
-    kv_bytes = model.kv_bytes_per_token(spec.cache_dtype)
+    window_bytes = model.page_groups.window_bytes(spec.cache_dtype)
     seconds = 2 * weights.of_layers_per_token * sum(map(len, prompts)) / limits.flops
     waiting = list(zip((len(prompt) for prompt in prompts), (n - 1 for n in output_lens)))[::-1]
     context: np.ndarray = np.zeros(0)
@@ -56,8 +65,11 @@ def ideal_seconds(
         left = np.append(left, [num for _, num in fresh])
         steps = max(1, int(left.min())) if not waiting else 1
         each = limits.seconds(weights.num_bytes(left.size), 2 * weights.per_token * left.size)
-        cached = steps * context.sum() + left.size * steps * (steps + 1) / 2
-        seconds += steps * each + cached * kv_bytes / limits.bandwidth
+        cached = sum(
+            _tokens_read(context, steps, window) * num_bytes
+            for window, num_bytes in window_bytes.items()
+        )
+        seconds += steps * each + cached / limits.bandwidth
         context, left = context + steps, left - steps
         context, left = context[left > 0], left[left > 0]
     return seconds

@@ -1,0 +1,232 @@
+"""What layers keep between steps: keys and values in pages, or tensors of each row.
+
+A `LayerKind` declares what its layers keep. The size of the cache, its tensors, the groups of
+layers that share block tables, and the parts of ranks all follow from these declarations.
+
+C cache blocks | B block size | K kv heads
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+
+# Of the tensors that groups share, the part that may lie idle so that there are fewer groups
+MAX_PADDING = 0.15
+
+
+@dataclass(frozen=True)
+class PagedKV:
+    """Keys and values of each token, in blocks: [C, B, K, size] each, in the cache's dtype.
+
+    `window` is the number of newest positions that a query sees, itself included; 0 means all
+    positions. Blocks whose positions no query will see are freed.
+    """
+
+    num_kv_heads: int
+    key_size: int
+    value_size: int
+    window: int = 0
+
+    def shapes(self, num_blocks: int, block_size: int) -> tuple[tuple[int, ...], ...]:
+        """The shapes of the cache's tensors."""
+        heads = (num_blocks, block_size, self.num_kv_heads)
+        return (*heads, self.key_size), (*heads, self.value_size)
+
+    def on_ranks(self, num_ranks: int) -> PagedKV:
+        """What each of `num_ranks` ranks keeps; with more ranks than heads, some keep the same."""
+        return replace(self, num_kv_heads=-(-self.num_kv_heads // num_ranks))
+
+    def check(self) -> None:
+        """Raise ValueError for sizes that no attention op takes."""
+        if self.key_size != self.value_size:
+            raise ValueError(
+                f"keys of size {self.key_size} with values of size {self.value_size} are not "
+                "supported: attention takes equal sizes"
+            )
+
+
+@dataclass(frozen=True)
+class PagedLatent:
+    """One latent vector and one rotated key of each token, in blocks: [C, B, size + rope_size].
+
+    Every rank keeps all of it. Source: DeepSeek-AI 2024, https://arxiv.org/abs/2405.04434.
+    """
+
+    size: int
+    rope_size: int
+    window: int = 0
+
+    def shapes(self, num_blocks: int, block_size: int) -> tuple[tuple[int, ...], ...]:
+        """The shapes of the cache's tensors."""
+        return ((num_blocks, block_size, self.size + self.rope_size),)
+
+    def on_ranks(self, num_ranks: int) -> PagedLatent:
+        """What each of `num_ranks` ranks keeps."""
+        return self
+
+    def check(self) -> None:
+        """Raise ValueError: no attention op reads latents."""
+        raise ValueError(
+            f"a latent cache ({self.size} + {self.rope_size} numbers a token) is not supported: "
+            "there is no attention op that reads it"
+        )
+
+
+class StateTensor(NamedTuple):
+    """A tensor that a layer keeps for each row. Without `dtype` it has the model's.
+
+    Several ranks share it evenly along `shard_axis`; with None each keeps all of it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None = None
+    shard_axis: int | None = None
+
+    def on_ranks(self, num_ranks: int) -> StateTensor:
+        if self.shard_axis is None:
+            return self
+        shape = list(self.shape)
+        if shape[self.shard_axis] % num_ranks:
+            raise ValueError(
+                f"tensor_parallel_size is {num_ranks}: it must divide the "
+                f"{shape[self.shard_axis]} parts of the state {self.name!r}"
+            )
+        shape[self.shard_axis] //= num_ranks
+        return self._replace(shape=tuple(shape))
+
+    def num_bytes(self, model_dtype: torch.dtype) -> int:
+        return math.prod(self.shape) * (self.dtype or model_dtype).itemsize
+
+
+@dataclass(frozen=True)
+class Recurrent:
+    """A state of each row, which every token of the row changes."""
+
+    tensors: tuple[StateTensor, ...]
+
+    def on_ranks(self, num_ranks: int) -> Recurrent:
+        """What each of `num_ranks` ranks keeps. Raises ValueError for parts that are not even."""
+        return Recurrent(tuple(one.on_ranks(num_ranks) for one in self.tensors))
+
+    def num_bytes(self, model_dtype: torch.dtype) -> int:
+        """Bytes of one row's state."""
+        return sum(one.num_bytes(model_dtype) for one in self.tensors)
+
+
+Paged = PagedKV | PagedLatent
+LayerState = Paged | Recurrent
+
+
+def page_bytes(kept: Paged, block_size: int, cache_dtype: torch.dtype) -> int:
+    """Bytes of one block of one layer."""
+    return sum(map(math.prod, kept.shapes(1, block_size))) * cache_dtype.itemsize
+
+
+class PageGroup(NamedTuple):
+    """Layers with one block table, since they keep the same of every token."""
+
+    kept: Paged
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PageGroups:
+    """The layers of a model that keep pages, in groups that share the cache's tensors.
+
+    There are `num_tensors` tensors. Layer number i of every group uses tensor i, so a block's
+    number is valid for every group: the block belongs to the group that was given it. Groups of
+    fewer layers leave a part of their blocks unused.
+
+    Source: the hybrid cache of vLLM, https://docs.vllm.ai/en/latest/design/hybrid_kv_cache_manager.
+    """
+
+    groups: tuple[PageGroup, ...]
+    num_tensors: int
+
+    def check(self) -> None:
+        """Raise ValueError for a cache that no attention op reads."""
+        for group in self.groups:
+            group.kept.check()
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """The window of each group; 0 for all positions."""
+        return tuple(group.kept.window for group in self.groups)
+
+    def places(self, num_layers: int) -> list[tuple[int, int] | None]:
+        """Each layer's group and tensor; None for layers without pages."""
+        found: list[tuple[int, int] | None] = [None] * num_layers
+        for group_idx, group in enumerate(self.groups):
+            for tensor_idx, layer_idx in enumerate(group.layers):
+                found[layer_idx] = group_idx, tensor_idx
+        return found
+
+    def of_layers(self, chosen: Sequence[int]) -> PageGroups:
+        """The same groups in a model with the `chosen` layers alone. Some may be empty."""
+        groups = (
+            group._replace(layers=tuple(map(chosen.index, set(chosen) & set(group.layers))))
+            for group in self.groups
+        )
+        return replace(self, groups=tuple(groups))
+
+    def block_bytes(self, block_size: int, cache_dtype: torch.dtype) -> int:
+        """Bytes of one block in all tensors."""
+        return self.num_tensors * page_bytes(self.groups[0].kept, block_size, cache_dtype)
+
+    def window_bytes(self, cache_dtype: torch.dtype) -> dict[int, int]:
+        """Bytes that one token takes in all layers with a window, by the window."""
+        found: dict[int, int] = {}
+        for kept, layers in self.groups:
+            num_bytes = len(layers) * page_bytes(kept, 1, cache_dtype)
+            found[kept.window] = found.get(kept.window, 0) + num_bytes
+        return found
+
+    def token_bytes(self, cache_dtype: torch.dtype) -> int:
+        """Bytes that one token takes in the caches of all layers while every layer sees it."""
+        return sum(self.window_bytes(cache_dtype).values())
+
+
+def page_groups(kept: Sequence[LayerState], max_len: int) -> PageGroups:
+    """The groups of a model whose layers keep this, for sequences of up to `max_len` tokens.
+
+    Raises ValueError for pages of different sizes, and if no layer has pages.
+    """
+    alike: dict[Paged, list[int]] = {}
+    for layer_idx, one in enumerate(kept):
+        if not isinstance(one, Recurrent):
+            alike.setdefault(replace(one, window=0), []).append(layer_idx)
+    if not alike:
+        raise ValueError("no layer has a paged cache: at least one must")
+    geometries = {replace(one, window=0) for one in alike}
+    if len(geometries) > 1:
+        raise ValueError(
+            f"layers keep pages of different sizes, which is not supported: "
+            f"{', '.join(sorted(map(str, geometries)))}"
+        )
+    size = _group_size([len(layers) for layers in alike.values()])
+    groups = [
+        PageGroup(one, tuple(layers[first : first + size]))
+        for one, layers in sorted(alike.items(), key=lambda item: item[0].window)
+        for first in range(0, len(layers), size)
+    ]
+    return PageGroups(tuple(groups), size)
+
+
+def _group_size(counts: Sequence[int]) -> int:
+    """Layers in a group: as many as leave at most MAX_PADDING of the tensors' parts unused."""
+    for size in range(max(counts), 1, -1):
+        num_parts = sum(-(-count // size) for count in counts) * size
+        if 1 - sum(counts) / num_parts <= MAX_PADDING:
+            return size
+    return 1
+
+
+def recurrent_bytes(kept: Iterable[LayerState], model_dtype: torch.dtype) -> int:
+    """Bytes of one row's recurrent states in all layers."""
+    return sum(one.num_bytes(model_dtype) for one in kept if isinstance(one, Recurrent))
