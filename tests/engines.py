@@ -209,9 +209,9 @@ def assert_all_free(llm: LLM) -> None:
     """Check that the engine holds nothing of any request."""
     scheduler = llm.engine.scheduler
     assert not llm.engine.has_unfinished and not scheduler.has_work
-    assert scheduler.pool.num_free == scheduler.pool.num_blocks - 1
+    assert scheduler.cache.pool.num_free == scheduler.cache.pool.num_blocks - 1
     assert sorted(scheduler._free_rows) == list(range(scheduler.max_num_seqs))
-    assert not any(scheduler.pool._num_refs)
+    assert not any(scheduler.cache.pool._num_refs)
 
 
 @pytest.fixture

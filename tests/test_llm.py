@@ -33,7 +33,7 @@ def loaded() -> Iterator[LLM]:
 @pytest.fixture
 def llm(loaded: LLM) -> Iterator[LLM]:
     yield loaded
-    pool = loaded.engine.scheduler.pool
+    pool = loaded.engine.scheduler.cache.pool
     assert not loaded.engine.has_unfinished and pool.num_free == pool.num_blocks - 1
 
 

@@ -108,7 +108,7 @@ class Answers:
         """
         error = request.without_token
         logger.error("request %d: %s", request.request_id, error)
-        self._scheduler.pool.forget(request.blocks)
+        self._scheduler.cache.forget([request])
         self._end(request, stream, "error", [], error)
 
     def _extend(self, request: Request, stream: TextStream, token_ids: list[int]) -> None:

@@ -29,6 +29,7 @@ from nanovllm.runner.launched import Launched
 from nanovllm.runner.runner import Runner
 from nanovllm.sampling import SamplingParams
 from nanovllm.schedule.blocks import BlockPool
+from nanovllm.schedule.kv_cache_manager import KVCacheManager
 from nanovllm.schedule.outputs import Increment, TextStream
 from nanovllm.schedule.plan import StepPlan
 from nanovllm.schedule.request import Request, Status
@@ -61,10 +62,13 @@ class Engine:
         self.max_model_len = layout.max_model_len
         self.default_params = loaded.default_params
         self.scheduler = Scheduler(
-            BlockPool(
-                loaded.num_blocks,
-                layout.block_size,
-                enable_prefix_caching=config.enable_prefix_caching,
+            KVCacheManager(
+                BlockPool(
+                    loaded.num_blocks,
+                    layout.block_size,
+                    enable_prefix_caching=config.enable_prefix_caching,
+                ),
+                loaded.cache_groups,
             ),
             max_num_seqs=layout.max_num_seqs,
             max_num_batched_tokens=layout.prefill_tokens[-1],
@@ -139,7 +143,7 @@ class Engine:
             )
         self._runner.platform.synchronize()
         self._sleeper.sleep(level)
-        self.scheduler.pool.forget()
+        self.scheduler.cache.forget()
 
     def wake_up(self, tags: Iterable[str] | None = None) -> None:
         """Undo `sleep` for the parts in `tags` ("weights", "kv_cache"), or for both.
@@ -161,7 +165,7 @@ class Engine:
     @property
     def info(self) -> EngineInfo:
         """What others must know of this engine, but for the digest of its checkpoint."""
-        model, pool = self.model_config, self.scheduler.pool
+        model, pool = self.model_config, self.scheduler.cache.pool
         return EngineInfo(
             "",
             self.max_model_len,
@@ -368,7 +372,7 @@ class Engine:
 
     def forget_prefixes(self) -> None:
         """Let no later request find cached tokens of earlier ones."""
-        self.scheduler.pool.forget()
+        self.scheduler.cache.forget()
 
     def abort(self, request_id: int, reason: str = "abort") -> None:
         """End a request now. Unknown ids are ignored.

@@ -75,7 +75,7 @@ class EngineMetrics:
     @property
     def cache_usage(self) -> float:
         """The share of cache blocks that requests hold."""
-        pool = self._scheduler.pool
+        pool = self._scheduler.cache.pool
         return 1 - pool.num_free / (pool.num_blocks - 1)
 
     def read(self) -> list[Metric]:

@@ -50,8 +50,18 @@ class LayerCache(NamedTuple):
 VARYING = ("k_CBKH", "v_CBKH", "cos_sin_MH")
 
 
+class Pages(NamedTuple):
+    """Where tokens are in the caches of one group of layers."""
+
+    slot_T: Tensor
+    block_table_RP: Tensor
+
+
 class Batch(NamedTuple):
-    """The inputs that change between two steps of one bucket."""
+    """The inputs that change between two steps of one bucket.
+
+    A step has one for all layers; each layer gets that of its group (`of_group`).
+    """
 
     rope_pos_T: Tensor  # rotation position of each token
     slot_T: Tensor  # cache slot that each token writes: block · B + offset
@@ -59,6 +69,12 @@ class Batch(NamedTuple):
     seq_len_R: Tensor  # tokens of each row, this step's included
     q_start_S: Tensor  # row r owns tokens q_start[r] .. q_start[r + 1] − 1
     keep_R: Tensor | None = None  # the only tokens that a layer goes on with after attention
+    others: tuple[Pages, ...] = ()  # those of groups 1, 2, … of layers
+
+    def of_group(self, group: int) -> Batch:
+        """The inputs of the layers of one group."""
+        pages = self.others[group - 1]._asdict() if group else {}
+        return self._replace(**pages, others=())
 
 
 @dataclass(frozen=True)

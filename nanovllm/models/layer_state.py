@@ -9,14 +9,14 @@ C cache blocks | B block size | K kv heads
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 
-# Of the tensors that groups share, the part that may lie idle so that there are fewer groups
-MAX_PADDING = 0.15
+# The memory of a long sequence in fewer groups, relative to the least
+MAX_WASTE = 1.05
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ class PageGroups:
     def of_layers(self, chosen: Sequence[int]) -> PageGroups:
         """The same groups in a model with the `chosen` layers alone. Some may be empty."""
         groups = (
-            group._replace(layers=tuple(map(chosen.index, set(chosen) & set(group.layers))))
+            group._replace(layers=tuple(map(chosen.index, sorted(set(chosen) & set(group.layers)))))
             for group in self.groups
         )
         return replace(self, groups=tuple(groups))
@@ -200,7 +200,8 @@ def page_groups(kept: Sequence[LayerState], max_len: int) -> PageGroups:
     alike: dict[Paged, list[int]] = {}
     for layer_idx, one in enumerate(kept):
         if not isinstance(one, Recurrent):
-            alike.setdefault(replace(one, window=0), []).append(layer_idx)
+            sees_all = one.window >= max_len
+            alike.setdefault(replace(one, window=0) if sees_all else one, []).append(layer_idx)
     if not alike:
         raise ValueError("no layer has a paged cache: at least one must")
     geometries = {replace(one, window=0) for one in alike}
@@ -209,7 +210,7 @@ def page_groups(kept: Sequence[LayerState], max_len: int) -> PageGroups:
             f"layers keep pages of different sizes, which is not supported: "
             f"{', '.join(sorted(map(str, geometries)))}"
         )
-    size = _group_size([len(layers) for layers in alike.values()])
+    size = _group_size(alike, max_len)
     groups = [
         PageGroup(one, tuple(layers[first : first + size]))
         for one, layers in sorted(alike.items(), key=lambda item: item[0].window)
@@ -218,13 +219,18 @@ def page_groups(kept: Sequence[LayerState], max_len: int) -> PageGroups:
     return PageGroups(tuple(groups), size)
 
 
-def _group_size(counts: Sequence[int]) -> int:
-    """Layers in a group: as many as leave at most MAX_PADDING of the tensors' parts unused."""
-    for size in range(max(counts), 1, -1):
-        num_parts = sum(-(-count // size) for count in counts) * size
-        if 1 - sum(counts) / num_parts <= MAX_PADDING:
-            return size
-    return 1
+def _group_size(alike: Mapping[Paged, Sequence[int]], max_len: int) -> int:
+    """Layers in a group: as many as take little more memory for one long sequence than the best
+    number does. Larger groups are fewer tables; groups that are not full waste memory."""
+
+    def cost(size: int) -> int:
+        return size * sum(
+            -(-len(layers) // size) * (one.window or max_len) for one, layers in alike.items()
+        )
+
+    most = max(map(len, alike.values()))
+    best = min(map(cost, range(1, most + 1)))
+    return max(size for size in range(1, most + 1) if cost(size) <= best * MAX_WASTE)
 
 
 def recurrent_bytes(kept: Iterable[LayerState], model_dtype: torch.dtype) -> int:

@@ -79,7 +79,9 @@ class Runner:
         self.platform, self.compiler = platform, compiler
         is_graph = capture and compiler.lowering is not None
         self._captures = Captures.of(platform, spec, is_graph=is_graph)
-        self.state = new_state(layout.max_num_seqs, layout.blocks_per_row, platform.device)
+        num_groups = len(model.page_groups.groups)
+        sizes = layout.max_num_seqs, layout.blocks_per_row, num_groups
+        self.state = new_state(*sizes, platform.device)
         self.cos_sin_MH, *others = (
             rotary_table(*rope, layout.max_model_len, platform.device, cfg.head_dim)
             for rope in cfg.ropes

@@ -1,7 +1,8 @@
 """The state on the device between steps, and the pure functions with which a step advances it.
 
 S rows: one per running request, and a last row for padding, which stays at position 0 of block 0;
-no request owns block 0. R rows of a step | T tokens | K tokens a row | P blocks per row
+no request owns block 0. Each group of layers has a block table (`models.layer_state.PageGroups`).
+R rows of a step | T tokens | K tokens a row | P blocks per row of a table
 V vocabulary | F sampling fields.
 """
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels import ops
-from nanovllm.models.interface import Batch
+from nanovllm.models.interface import Batch, Pages
 from nanovllm.schedule.plan import PAD_BLOCK, SAMPLING_FIELDS
 
 # Logits, temperatures, seeds and positions to tokens: `ops.sample`, or that of several ranks
@@ -25,7 +26,7 @@ class DeviceState(NamedTuple):
     token_S: Tensor  # newest token, not yet in the cache
     pos_S: Tensor  # position of the newest token; before the prompt's end, of the next chunk
     rope_offset_S: Tensor  # added to a position before the rotation
-    block_table_SP: Tensor
+    block_tables: tuple[Tensor, ...]  # [S, P] of each group of layers
     sampling_SF: Tensor  # SAMPLING_FIELDS
     seed_S: Tensor
 
@@ -52,7 +53,9 @@ class SpanTokens(NamedTuple):
     last_R: Tensor
 
 
-def new_state(num_rows: int, blocks_per_row: int, device: torch.device) -> DeviceState:
+def new_state(
+    num_rows: int, blocks_per_row: int, num_groups: int, device: torch.device
+) -> DeviceState:
     rows = num_rows + 1
 
     def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -64,7 +67,9 @@ def new_state(num_rows: int, blocks_per_row: int, device: torch.device) -> Devic
         token_S=zeros(),
         pos_S=zeros(),
         rope_offset_S=zeros(),
-        block_table_SP=zeros(blocks_per_row, dtype=torch.int32).fill_(PAD_BLOCK),
+        block_tables=tuple(
+            zeros(blocks_per_row, dtype=torch.int32).fill_(PAD_BLOCK) for _ in range(num_groups)
+        ),
         sampling_SF=sampling_SF,
         seed_S=zeros(),
     )
@@ -72,14 +77,23 @@ def new_state(num_rows: int, blocks_per_row: int, device: torch.device) -> Devic
 
 def decode_batch(block_size: int, state: DeviceState, row_idx_R: Tensor) -> tuple[Tensor, Batch]:
     """The inputs of a decode step, from the state alone: each row's newest token and its place."""
-    token_R, *batch = ops.decode_inputs(*state[:4], row_idx_R, block_size)
-    return token_R, Batch(*batch)
+    made = [
+        ops.decode_inputs(*state[:3], table_SP, row_idx_R, block_size)
+        for table_SP in state.block_tables
+    ]
+    token_R, *batch = made[0]
+    others = tuple(Pages(*one[2:4]) for one in made[1:])
+    return token_R, Batch(*batch)._replace(others=others)
 
 
 def span_batch(block_size: int, state: DeviceState, span: Span) -> tuple[SpanTokens, Batch]:
     """The tokens of a span and their places. Rows continue at their positions in the state."""
-    token_T, *batch, row_T, num_T, last_R = ops.span_inputs(*state[:4], *span, block_size)
-    return SpanTokens(token_T, row_T, num_T, last_R), Batch(*batch)
+    made = [
+        ops.span_inputs(*state[:3], table_SP, *span, block_size) for table_SP in state.block_tables
+    ]
+    token_T, *batch, row_T, num_T, last_R = made[0]
+    others = tuple(Pages(*one[2:4]) for one in made[1:])
+    return SpanTokens(token_T, row_T, num_T, last_R), Batch(*batch)._replace(others=others)
 
 
 def choose(

@@ -282,8 +282,10 @@ class Steps:
         sizes = (batch.slot_T.shape[0], batch.seq_len_R.shape[0])
         programs = self.model.layer_programs(keeps_last=last_R is not None)
         streamed = self._streamed(len(h_TD), last_R)
+        groups = self._layer_groups()
         per_layer = zip(programs, self.params.layers, self.caches, streamed, self._layer_tables())
         for layer_idx, ((name, kind), weights, cache, upcoming, table_MH) in enumerate(per_layer):
+            own = batch.of_group(groups[layer_idx])
             for stored in upcoming:
                 self._run("stream", (), offloaded.stream, stored=stored)
             key = self.attention.key(max_q_len, sizes[0])
@@ -295,7 +297,7 @@ class Steps:
                 w=weights,
                 kv=cache,
                 cos_sin_MH=table_MH,
-                batch=batch._replace(keep_R=last_R) if name == "last_layer" else batch,
+                batch=own._replace(keep_R=last_R) if name == "last_layer" else own,
                 h_TD=h_TD,
             )
             # the last layer of a reduced model may be one after which the whole one adds features
@@ -310,6 +312,14 @@ class Steps:
                     features_TD=given.embeds_LTD.select(0, layer_idx + 1),
                 )
         return h_TD
+
+    def _layer_groups(self) -> list[int]:
+        """The group of each layer, whose block table it uses."""
+        num_layers = len(self.caches)
+        if len(self.state.block_tables) == 1:
+            return [0] * num_layers
+        places = self.model.page_groups.places(num_layers)
+        return [0 if place is None else place[0] for place in places]
 
     def _layer_tables(self) -> list[Tensor]:
         """The rotary table of each layer."""

@@ -20,9 +20,10 @@ def write(plan: StepPlan, state: DeviceState, sampler: Sampler, platform: Platfo
     if plan.settings:
         _write_rows(plan, state, platform)
         sampler.edits.clear(row.row for row in plan.settings)
-    if plan.new_blocks:
-        row_N, index_N, block_N = platform.upload(plan.new_blocks, torch.int64).unbind(1)
-        state.block_table_SP.index_put_((row_N, index_N), block_N.int())
+    for group, table_SP in enumerate(state.block_tables if plan.new_blocks else ()):
+        if new := [one for one in plan.new_blocks if one[1] == group]:
+            row_N, _, index_N, block_N = platform.upload(new, torch.int64).unbind(1)
+            table_SP.index_put_((row_N, index_N), block_N.int())
     sampler.remember(plan.histories)
     sampler.edits.write(plan.edits)
     if plan.allowed_MW is not None:
@@ -34,13 +35,14 @@ def _write_rows(plan: StepPlan, state: DeviceState, platform: Platform) -> None:
     rows, upload = plan.settings, platform.upload
     if adapter := next((row.adapter for row in rows if row.adapter), 0):
         raise ValueError(f"adapter {adapter} is not loaded: only 0, none, is")
-    tables = np.full((len(rows), state.block_table_SP.shape[1]), PAD_BLOCK, np.int32)
-    for table_P, row in zip(tables, rows):
-        table_P[: len(row.blocks)] = row.blocks
     numbers = [(row.row, row.pos, row.rope_offset, row.seed) for row in rows]
     row_R, *columns = upload(numbers, torch.int64).unbind(1)
     for target, values in zip((state.pos_S, state.rope_offset_S, state.seed_S), columns):
         target.index_copy_(0, row_R, values)
     sampling_RF = upload([row.sampling for row in rows], torch.float32)
     state.sampling_SF.index_copy_(0, row_R, sampling_RF)
-    state.block_table_SP.index_copy_(0, row_R, upload(tables, torch.int32))
+    for group, table_SP in enumerate(state.block_tables):
+        tables = np.full((len(rows), table_SP.shape[1]), PAD_BLOCK, np.int32)
+        for table_P, row in zip(tables, rows):
+            table_P[: len(row.blocks[group])] = row.blocks[group]
+        table_SP.index_copy_(0, row_R, upload(tables, torch.int32))

@@ -24,18 +24,22 @@ SAMPLING_FIELDS = (
 )  # fmt: skip
 
 
+NewBlock = tuple[int, int, int, int]  # (row, group of layers, index in the block table, block)
+
+
 class RowSettings(NamedTuple):
     """The device state of a row at the start of a request.
 
-    `pos` is the position of the first token that the row feeds. `rope_offset` is added to positions
-    before the rotation. `adapter` 0 is the model without an adapter.
+    `pos` is the position of the first token that the row feeds. `blocks` has a block table for each
+    group of layers. `rope_offset` is added to positions before the rotation. `adapter` 0 is the
+    model without an adapter.
     """
 
     row: int
     pos: int
     seed: int
     sampling: list[float]  # SAMPLING_FIELDS
-    blocks: list[int]
+    blocks: list[list[int]]
     rope_offset: int = 0
     adapter: int = 0
 
@@ -174,7 +178,7 @@ class StepPlan:
     token_T: np.ndarray
     is_sampled: list[bool]
     settings: list[RowSettings] = field(default_factory=list)
-    new_blocks: list[tuple[int, int, int]] = field(default_factory=list)  # (row, index, block)
+    new_blocks: list[NewBlock] = field(default_factory=list)
     histories: list[TokenHistory] = field(default_factory=list)
     edits: list[RowEdits] = field(default_factory=list)
     choice: Choice = PLAIN

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from nanovllm.schedule.plan import (
     SAMPLING_FIELDS,
     Choice,
     EmbeddingSpan,
+    NewBlock,
     PromptLogprobs,
     RowEdits,
     RowSettings,
@@ -30,6 +31,7 @@ class Chunk:
     """`num_tokens` known tokens of a request from position `start` on.
 
     The first chunk of a request writes its row's state. The last one samples its next token.
+    `new_blocks` are those that later chunks have been given.
     """
 
     request: Request
@@ -37,6 +39,7 @@ class Chunk:
     num_tokens: int
     is_first: bool
     is_last: bool
+    new_blocks: list[NewBlock] = field(default_factory=list)
 
 
 def choice_of(requests: Sequence[Request]) -> Choice:
@@ -70,7 +73,7 @@ def choice_of(requests: Sequence[Request]) -> Choice:
 def decode_plan(
     requests: Sequence[Request],
     proposals: Sequence[Sequence[int]],
-    new_blocks: list[tuple[int, int, int]],
+    new_blocks: list[NewBlock],
     choice: Choice,
 ) -> StepPlan:
     """Each request feeds its newest token and its proposals.
@@ -125,6 +128,7 @@ def prefill_plan(chunks: Sequence[Chunk]) -> StepPlan:
         token_T=np.array(token_ids, np.int64),
         is_sampled=[chunk.is_last for chunk in chunks],
         settings=[_settings(chunk) for chunk in chunks if chunk.is_first],
+        new_blocks=[new for chunk in chunks for new in chunk.new_blocks],
         histories=[
             TokenHistory(request.row, request.prompt_ids, request.output_ids[:])
             for request in ending
@@ -178,6 +182,6 @@ def _settings(chunk: Chunk) -> RowSettings:
         pos=chunk.start,
         seed=request.seed,
         sampling=[float(getattr(request.params, name)) for name in SAMPLING_FIELDS],
-        blocks=request.blocks[:],
+        blocks=[table[:] for table in request.blocks],
         rope_offset=request.rope_offset,
     )

@@ -100,7 +100,7 @@ class Request:
     status: Status = Status.WAITING
     finish_reason: str | None = None
     row: int = -1  # of the device state, while running
-    blocks: list[int] = field(default_factory=list)
+    blocks: list[list[int]] = field(default_factory=list)  # a table for each group of layers
     block_digests: list[bytes] = field(default_factory=list)  # of the full blocks, chained
     is_decoding: bool = False  # its last prefill chunk has been launched
     is_verifying: bool = False  # a step with proposals is in flight

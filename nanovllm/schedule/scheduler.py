@@ -15,8 +15,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 
-from nanovllm.schedule.blocks import BlockPool
-from nanovllm.schedule.plan import StepPlan
+from nanovllm.schedule.kv_cache_manager import KVCacheManager
+from nanovllm.schedule.plan import NewBlock, StepPlan
 from nanovllm.schedule.planning import Chunk, choice_of, decode_plan, prefill_plan
 from nanovllm.schedule.request import Request, Status
 from nanovllm.schedule.stall import StallBound
@@ -27,7 +27,7 @@ Proposer = Callable[[Request], Sequence[int]]
 class Scheduler:
     def __init__(
         self,
-        pool: BlockPool,
+        cache: KVCacheManager,
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
@@ -38,7 +38,7 @@ class Scheduler:
     ) -> None:
         """`propose`, if set, is called for requests whose tokens are all known, and at most
         `max_proposals` of its tokens are used. Steps whose choice needs the host have none."""
-        self.pool = pool
+        self.cache = cache
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_decode_rows = max_decode_rows
@@ -79,7 +79,7 @@ class Scheduler:
 
         For an error in a step: the cache's content and the records of it may no longer agree.
         """
-        self.pool.reset()
+        self.cache.reset()
         self.running = []
         self.waiting = deque(sorted(requests, key=lambda request: request.priority))
         self._free_rows = list(range(self.max_num_seqs - 1, -1, -1))
@@ -92,7 +92,7 @@ class Scheduler:
         Its blocks are no longer shared. It waits until none of its tokens is in flight.
         """
         request.is_failing = request.is_alone = True
-        self.pool.forget(request.blocks)
+        self.cache.forget([request])
         if not request.num_in_flight:
             self._send_back(request)
 
@@ -110,6 +110,9 @@ class Scheduler:
         if plan is None and may_preempt:
             # decode has sent all its rows back: prompts of better priorities have their blocks now
             plan = self._plan_prefill(math.inf)
+            while plan is None and not all(request.is_decoding for request in self.running):
+                self._preempt()  # every prompt waits for blocks that the others have
+                plan = self._plan_prefill(math.inf)
         self._prefill_was_last = plan is not None and plan.is_prefill
         return plan
 
@@ -121,9 +124,9 @@ class Scheduler:
         request.num_in_flight -= num_fed
         request.is_verifying = False
         request.output_ids += token_ids
-        num_full = min(request.num_known, request.num_computed) // self.pool.block_size
-        if num_full > len(request.block_digests) and self.pool.enable_prefix_caching:
-            self._publish(request, num_full)
+        num_full = min(request.num_known, request.num_computed) // self.cache.block_size
+        if num_full > len(request.block_digests) and self.cache.pool.enable_prefix_caching:
+            self.cache.publish(request, num_full)
 
     def _max_prefill_ms(self, decodable: list[Request]) -> float:
         """The time bound of the next prefill step, in milliseconds.
@@ -160,9 +163,9 @@ class Scheduler:
         It counts tokens of waiting prompts even if they are in the cache: only admission finds out.
         """
         num_tokens = sum(request.num_known - request.num_computed for request in begun)
-        num_free = self.pool.num_free - len(self.running)
+        num_free = self.cache.pool.num_free - len(self.running) * self.cache.num_groups
         for request in islice(self.waiting, min(len(self._free_rows), self.max_prefill_rows)):
-            num_free -= self.pool.num_blocks_for(request.num_known)
+            num_free -= self.cache.groups.needed(request.num_known)
             if num_free < 0:
                 break
             num_tokens += request.num_known
@@ -172,24 +175,28 @@ class Scheduler:
         self, chunks: list[Chunk], request: Request, budget: int, max_ms: float, num_left: int
     ) -> int:
         """Add a chunk of a request as large as fits; returns the number of tokens to take off the
-        budget: all of it if the step has no time left. About `num_left` tokens of other prompts may
-        follow in the step."""
+        budget: all of it if the step has no time left, 0 if the request must wait for blocks. About
+        `num_left` tokens of other prompts may follow in the step."""
         num_tokens = min(request.num_known - request.num_computed, budget)
         if self.stall is not None and max_ms < math.inf:
             before = [(chunk.num_tokens, chunk.start) for chunk in chunks]
-            chunk = num_tokens, request.num_computed
-            num_tokens = self.stall.next_chunk(before, chunk, max_ms, max(0, num_left))
+            wanted = num_tokens, request.num_computed
+            num_tokens = self.stall.next_chunk(before, wanted, max_ms, max(0, num_left))
             if not num_tokens:
                 return budget
+        num_tokens, new_blocks = self.cache.extend(request, num_tokens, len(self.running))
+        if not num_tokens:
+            return 0
         is_first = request.num_computed == request.num_shared
         is_last = request.num_computed + num_tokens == request.num_known
-        chunks.append(Chunk(request, request.num_computed, num_tokens, is_first, is_last))
+        chunk = Chunk(request, request.num_computed, num_tokens, is_first, is_last, new_blocks)
+        chunks.append(chunk)
         request.num_computed += num_tokens
         request.is_decoding = is_last
         request.num_in_flight += is_last
         # Steps run in order, and a layer stores all keys of a step before its attention: later
         # requests of this step may already share these blocks.
-        self._publish(request, request.num_computed // self.pool.block_size)
+        self.cache.publish(request, request.num_computed // self.cache.block_size)
         return num_tokens
 
     def _admit(self, request: Request) -> bool:
@@ -197,24 +204,8 @@ class Scheduler:
 
         Returns False if there are too few free blocks.
         """
-        known_ids = request.known_ids
-        digests = self._digests(request, known_ids)
-        # the last token always runs, even if its block is cached: the step needs its logits
-        usable = (
-            []
-            if request.needs_prompt_logits or request.is_alone
-            else digests[: (len(known_ids) - 1) // self.pool.block_size]
-        )
-        shared = self.pool.cached_prefix(usable)
-        num_new = self.pool.num_blocks_for(len(known_ids)) - len(shared)
-        # Keep one free block for each running request: otherwise the new request would soon be
-        # preempted.
-        if num_new + len(self.running) > self.pool.num_free_without(shared) and self.running:
+        if not self.cache.admit(request, len(self.running)):
             return False
-        self.pool.share(shared)
-        request.blocks = shared + self.pool.allocate(num_new)
-        request.block_digests = digests[: len(shared)]
-        request.num_computed = request.num_shared = len(shared) * self.pool.block_size
         if request.num_cached is None:
             request.num_cached = request.num_computed
         request.row = self._free_rows.pop()
@@ -238,22 +229,20 @@ class Scheduler:
             start = self._next_decode % len(decodable)
             decodable = (decodable[start:] + decodable[:start])[: self.max_decode_rows]
             self._next_decode = start + self.max_decode_rows
-        num_missing = sum(self._needs_block(request) for request in decodable)
-        if num_missing > self.pool.num_free and not may_preempt:
+        short = [request for request in decodable if self.cache.needs_blocks(request)]
+        for request in short:
+            self.cache.trim(request, request.num_computed)
+        if not may_preempt and not self.cache.has_room(len(short)):
             return None
-        chosen: list[Request] = []
-        new_blocks: list[tuple[int, int, int]] = []
-        for request in decodable:
+        new_blocks: list[NewBlock] = []
+        for request in short:
             if request.status is not Status.RUNNING:
                 continue  # preempted for an older request
-            if self._needs_block(request):
-                self._make_room(request)
-                if request.status is not Status.RUNNING:
-                    continue  # this request was the newest
-                new_blocks.append(self._add_block(request))
-            chosen.append(request)
-        # a later request may have preempted a request that was chosen before
-        chosen = [request for request in chosen if request.status is Status.RUNNING]
+            self._make_room(request)
+            if request.status is Status.RUNNING:  # it was not the newest itself
+                new_blocks += self.cache.add_blocks(request)
+        # an older request may have preempted some, also after they were given blocks
+        chosen = [request for request in decodable if request.status is Status.RUNNING]
         if not chosen:
             return None
         rows = {request.row for request in chosen}
@@ -267,7 +256,7 @@ class Scheduler:
             proposals = [self._proposals(request, new_blocks) for request in chosen]
         return decode_plan(chosen, proposals, new_blocks, choice)
 
-    def _proposals(self, request: Request, new_blocks: list[tuple[int, int, int]]) -> Sequence[int]:
+    def _proposals(self, request: Request, new_blocks: list[NewBlock]) -> Sequence[int]:
         """The proposed tokens after a request's newest, as many as blocks and its length allow.
 
         They count as computed and in flight until `tokens_known` is told the accepted ones.
@@ -278,30 +267,26 @@ class Scheduler:
         num_left = request.max_output - request.num_scheduled_outputs
         proposed = self.propose(request)[: min(self.max_proposals, num_left)]
         for num, _ in enumerate(proposed):
-            if self._needs_block(request):
-                if not self.pool.num_free:
+            if self.cache.needs_blocks(request):
+                # the queries of this step begin at the newest token
+                self.cache.trim(request, request.num_computed - 1 - num)
+                if not self.cache.has_room():
                     return proposed[:num]
-                new_blocks.append(self._add_block(request))
+                new_blocks += self.cache.add_blocks(request)
             request.num_computed += 1
             request.num_in_flight += 1
             request.is_verifying = True
         return proposed
 
-    def _add_block(self, request: Request) -> tuple[int, int, int]:
-        """Give a request one more block; returns (row, index in the block table, block)."""
-        (block,) = self.pool.allocate(1)
-        request.blocks.append(block)
-        return request.row, len(request.blocks) - 1, block
-
-    def _needs_block(self, request: Request) -> bool:
-        return request.num_computed == len(request.blocks) * self.pool.block_size
-
     def _make_room(self, request: Request) -> None:
-        """Preempt requests until a block is free or `request` itself is preempted: those of the
-        highest priority number, and of these the newest."""
-        while not self.pool.num_free and request.status is Status.RUNNING:
-            self._send_back(max(reversed(self.running), key=lambda other: other.priority))
-            self.num_preemptions += 1
+        """Preempt requests until there are blocks for `request`, or it is preempted itself."""
+        while not self.cache.has_room() and request.status is Status.RUNNING:
+            self._preempt()
+
+    def _preempt(self) -> None:
+        """Preempt the request of the highest priority number, and of these the newest."""
+        self._send_back(max(reversed(self.running), key=lambda other: other.priority))
+        self.num_preemptions += 1
 
     def _send_back(self, request: Request) -> None:
         """Let a running request wait again, before the others of its priority."""
@@ -312,20 +297,6 @@ class Scheduler:
 
     def _vacate(self, request: Request) -> None:
         self.running.remove(request)
-        self.pool.release(request.blocks)
+        self.cache.release(request)
         self._free_rows.append(request.row)
-        request.blocks, request.block_digests, request.row = [], [], -1
-
-    def _digests(self, request: Request, token_ids: Sequence[int]) -> list[bytes]:
-        return self.pool.digests(
-            token_ids, request.block_digests, root=request.cache_root, content=request.content
-        )
-
-    def _publish(self, request: Request, num_full: int) -> None:
-        num_published = len(request.block_digests)
-        if num_full <= num_published:
-            return
-        known_ids = request.known_ids[: num_full * self.pool.block_size]
-        request.block_digests = self._digests(request, known_ids)
-        for block_idx in range(num_published, num_full):
-            self.pool.publish(request.blocks[block_idx], request.block_digests[block_idx])
+        request.row = -1

@@ -19,6 +19,7 @@ from nanovllm.runner.expert_stats import ExpertStats
 from nanovllm.runner.no_grad import without_grad
 from nanovllm.runner.runner import Runner
 from nanovllm.runner.warmup import measure_bus, measure_pace, measure_stall
+from nanovllm.schedule.cache_groups import CacheGroups
 from nanovllm.schedule.pace import DecodePace
 from nanovllm.schedule.stall import StallBound
 from nanovllm.startup.artifacts import common_ingredients, finish
@@ -36,6 +37,7 @@ logger = logging.getLogger(__name__)
 class Built:
     runner: Runner
     num_blocks: int
+    cache_groups: CacheGroups
     memory: MemoryReport
     stall: StallBound | None
     pace: DecodePace
@@ -83,17 +85,18 @@ def build(
     if not config.enforce_eager and choice.shard.rank == 0:
         finish(choice, platform.kernels_compiled()[num_kernels:])
         laps.end("seal")
+    groups = cache_groups(runner)
     memory = MemoryReport(
         weights_bytes=runner.weights_bytes,
         cache_bytes=num_blocks * runner.block_bytes,
-        cache_tokens=(num_blocks - 1) * choice.spec.layout.block_size,
+        cache_tokens=(num_blocks - 1) * groups.block_size // len(groups.windows),
         graphs_bytes=runner.graphs_bytes,
         host_bytes=runner.host_bytes,
         budget=budget,
         limited=budget is not None and num_blocks < budget.cache_bytes // runner.block_bytes,
     )
     logger.info("%s", memory)
-    return Built(runner, num_blocks, memory, stall, pace, expert_stats)
+    return Built(runner, num_blocks, groups, memory, stall, pace, expert_stats)
 
 
 def _stall_bound(choice: Choice, runner: Runner) -> StallBound | None:
@@ -150,15 +153,16 @@ def with_cache(
     runner = new_runner(choice)
     num_blocks, budget = _num_blocks(choice, runner)
     num_blocks = runner.smallest(num_blocks)
-    if num_blocks < 2:
+    least = 1 + len(runner.model.page_groups.groups)
+    if num_blocks < least:
         raise ValueError(
             f"there is memory for {num_blocks} cache block(s) of {layout.block_size} tokens "
-            f"({runner.block_bytes / 2**20:.1f} MiB each), but at least 2 are needed: raise "
+            f"({runner.block_bytes / 2**20:.1f} MiB each), but at least {least} are needed: raise "
             f"gpu_memory_utilization ({config.gpu_memory_utilization}), or lower "
             f"kvcache_block_size ({layout.block_size}) or "
             f"max_num_batched_tokens ({layout.prefill_tokens[-1]})"
         )
-    capacity = (num_blocks - 1) * layout.block_size
+    capacity = cache_groups(runner).longest(num_blocks - 1, layout.max_model_len)
     if capacity < layout.max_model_len:
         if config.max_model_len is not None:
             raise ValueError(
@@ -168,9 +172,18 @@ def with_cache(
             )
         message = "max_model_len is lowered from %d to %d, the tokens that the cache holds"
         logger.warning(message, layout.max_model_len, capacity)
+        block_bytes = runner.block_bytes
         runner = new_runner(choice.shortened(capacity))  # other sizes mean other programs
+        # shorter than its window a sequence fills the same blocks as without: fewer, larger groups
+        num_blocks = num_blocks * block_bytes // runner.block_bytes
     runner.allocate_cache(num_blocks)
     return runner, num_blocks, budget
+
+
+def cache_groups(runner: Runner) -> CacheGroups:
+    """The block tables of a row."""
+    layout, windows = runner.layout, runner.model.page_groups.windows
+    return CacheGroups(windows, layout.block_size, layout.prefill_tokens[-1])
 
 
 def _num_blocks(choice: Choice, runner: Runner) -> tuple[int, MemoryBudget | None]:
@@ -193,6 +206,6 @@ def _num_blocks(choice: Choice, runner: Runner) -> tuple[int, MemoryBudget | Non
         allowed_bytes = platform.memory_budget(config.gpu_memory_utilization).cache_bytes
         return min(platform.traits.cache_blocks, allowed_bytes // runner.block_bytes), None
     budget = runner.measure_budget(config.gpu_memory_utilization)
-    most_useful = 1 + layout.max_num_seqs * layout.blocks_per_row
+    most_useful = 1 + cache_groups(runner).most_useful(layout.max_num_seqs, layout.max_model_len)
     num_blocks = min(most_useful, budget.cache_bytes // runner.block_bytes)
     return buckets.coarse(num_blocks) if platform.traits.whole_steps else num_blocks, budget

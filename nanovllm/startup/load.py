@@ -26,6 +26,7 @@ from nanovllm.runner.runner import Runner
 from nanovllm.runner.sleep import Sleeper
 from nanovllm.runner.spec import EngineSpec
 from nanovllm.sampling import SamplingParams
+from nanovllm.schedule.cache_groups import CacheGroups
 from nanovllm.schedule.pace import DecodePace
 from nanovllm.schedule.stall import StallBound
 from nanovllm.startup import ranks
@@ -62,6 +63,7 @@ class Loaded:
     eos_ids: frozenset[int]
     default_params: SamplingParams
     num_blocks: int
+    cache_groups: CacheGroups
     memory: MemoryReport
     stall: StallBound | None
     pace: DecodePace
@@ -147,7 +149,8 @@ def load_chosen(
     return Loaded(
         choice.config, runner.model, runner.spec, runner, sleeper, tokenizer, vision, eos_ids,
         default_params(generation if config.generation_config == "auto" else {}),
-        built.num_blocks, built.memory, built.stall, built.pace, built.expert_stats, laps.seconds,
+        built.num_blocks, built.cache_groups, built.memory, built.stall, built.pace,
+        built.expert_stats, laps.seconds,
     )  # fmt: skip
 
 

@@ -129,7 +129,8 @@ def _decode(runner: Runner, num_rows: int, context: int, blocks_each: int) -> No
     token_R = row_R % runner.cfg.vocab_size
     state.token_S[:num_rows] = token_R
     blocks = 1 + torch.randperm(num_rows * blocks_each).view(num_rows, blocks_each)
-    state.block_table_SP[:num_rows, :blocks_each] = blocks.to(device, torch.int32)
+    for table_SP in state.block_tables:
+        table_SP[:num_rows, :blocks_each] = blocks.to(device, torch.int32)
     runner.steps.decode(row_R)
     state.pos_S[:num_rows], state.token_S[:num_rows] = context - 1, token_R
 
@@ -140,7 +141,8 @@ def _prefill(runner: Runner, num_tokens: int) -> None:
     _, num_rows = layout.prefill_bucket(num_tokens, 1)
     num_blocks = -(-num_tokens // layout.block_size)
     state.pos_S[0] = 0
-    state.block_table_SP[0, :num_blocks] = torch.arange(1, num_blocks + 1)
+    for table_SP in state.block_tables:
+        table_SP[0, :num_blocks] = torch.arange(1, num_blocks + 1)
     row_idx_R = torch.full((num_rows,), state.pad_row, device=device)
     num_tokens_R = torch.zeros_like(row_idx_R)
     row_idx_R[0], num_tokens_R[0] = 0, num_tokens

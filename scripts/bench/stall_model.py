@@ -29,6 +29,7 @@ from nanovllm.compile.buckets import smallest_fit
 from nanovllm.platforms.cuda import TRAITS
 from nanovllm.sampling import SamplingParams
 from nanovllm.schedule.blocks import BlockPool
+from nanovllm.schedule.kv_cache_manager import KVCacheManager
 from nanovllm.schedule.plan import StepPlan
 from nanovllm.schedule.request import Request
 from nanovllm.schedule.scheduler import Scheduler
@@ -179,7 +180,7 @@ def new_scheduler(costs: Costs, max_stall_ms: float | None, max_num_seqs: int) -
         max_stall_ms or TRAITS.max_stall_ms, tuple(costs.prefill_ms.items()), costs.pair_ms
     )
     return Scheduler(
-        BlockPool(NUM_BLOCKS, TRAITS.block_size, enable_prefix_caching=False),
+        KVCacheManager(BlockPool(NUM_BLOCKS, TRAITS.block_size, enable_prefix_caching=False)),
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=TRAITS.batched_tokens,
         max_decode_rows=TRAITS.decode_rows[-1],

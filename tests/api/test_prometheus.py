@@ -16,6 +16,7 @@ from nanovllm.api.latencies import BETWEEN_TOKENS, FIRST_TOKEN, Latencies
 from nanovllm.api.prometheus import render
 from nanovllm.engine.metrics import Counter, EngineMetrics, Gauge, Metric
 from nanovllm.schedule.blocks import BlockPool
+from nanovllm.schedule.kv_cache_manager import KVCacheManager
 from nanovllm.schedule.scheduler import Scheduler
 
 DASHBOARD = Path(__file__).parents[2] / "docs" / "grafana.json"
@@ -23,9 +24,9 @@ DASHBOARD = Path(__file__).parents[2] / "docs" / "grafana.json"
 
 def engine_metrics() -> list[Metric]:
     """Those of an engine that has done nothing."""
-    pool = BlockPool(19, 16)
+    cache = KVCacheManager(BlockPool(19, 16))
     scheduler = Scheduler(
-        pool, max_num_seqs=1, max_num_batched_tokens=16, max_decode_rows=1, max_prefill_rows=1
+        cache, max_num_seqs=1, max_num_batched_tokens=16, max_decode_rows=1, max_prefill_rows=1
     )
     return EngineMetrics(scheduler).read()
 

@@ -97,7 +97,8 @@ def test_the_same_memory_holds_more_tokens(
     ratio = getattr(torch, dtype).itemsize
     assert fp8.engine.runner.block_bytes * ratio == plain.engine.runner.block_bytes
     assert (
-        fp8.engine.scheduler.pool.num_blocks == 200_000 * ratio // plain.engine.runner.block_bytes
+        fp8.engine.scheduler.cache.pool.num_blocks
+        == 200_000 * ratio // plain.engine.runner.block_bytes
     )
     held = sum(
         x.nbytes for cache in fp8.engine.runner.steps.caches for x in (cache.k_CBKH, cache.v_CBKH)

@@ -286,7 +286,7 @@ def poison(llm: LLM) -> None:
     """Write NaN to every slot of the cache, which no request owns, and forget cached prefixes."""
     scheduler = llm.engine.scheduler
     assert not scheduler.has_work
-    scheduler.pool.reset()
+    scheduler.cache.pool.reset()
     with torch.no_grad():
         for cache in llm.engine.runner.steps.caches:
             cache.k_CBKH.fill_(float("nan"))

@@ -176,7 +176,7 @@ def test_requests_with_the_same_prefix_as_a_failed_one_keep_their_answers(
     llm: LLM, bad_id: int, changes: dict[str, Any]
 ) -> None:
     """In the failed request's blocks, NaN reaches tokens before the bad one as well."""
-    pool, params = llm.engine.scheduler.pool, greedy(5, **changes)
+    pool, params = llm.engine.scheduler.cache.pool, greedy(5, **changes)
     (start,) = random_prompts([2 * BLOCK_SIZE], seed=21)
     bad, good = [*start, bad_id, *start], [[*start, 5], [*start, 8, 7], [*start, *CLEAN[3]]]
     llm.reset_prefix_cache()

@@ -25,6 +25,9 @@ from nanovllm.startup import load as startup
 BF16 = {"dtype": "bfloat16", "initializer_range": 0.1}
 
 
+MAX_GROUPS = 5
+
+
 class Known(NamedTuple):
     """Known tokens: the first `num_prompt` are a prompt, the others are inputs of decode steps."""
 
@@ -49,7 +52,9 @@ def load(folder: Path, device: str, **options: Any) -> Runner:
         "max_model_len": 128,
         "kvcache_block_size": 16,
     }
-    sizes["num_kvcache_blocks"] = 1 + 4 * -(-(options.get("max_model_len") or 128) // 16)
+    # for every group of layers
+    blocks_per_row = -(-(options.get("max_model_len") or 128) // 16)
+    sizes["num_kvcache_blocks"] = 1 + 4 * MAX_GROUPS * blocks_per_row
     config = EngineConfig.from_options(
         str(folder), {"device": device, "dtype": "float32", **sizes, **options}
     )
@@ -128,9 +133,9 @@ def _admit(runner: Runner, known: Sequence[Known]) -> None:
     num_blocks = runner.steps.caches[0].k_CBKH.shape[0]
     free = (torch.randperm(num_blocks - 1, generator=torch.Generator().manual_seed(2)) + 1).tolist()
     for row, (ids, _) in enumerate(known):
-        blocks = [free.pop() for _ in range(-(-len(ids) // block_size))]
-        table_P = runner.platform.upload(blocks, torch.int32)
-        state.block_table_SP[row, : len(blocks)] = table_P
+        for table_SP in state.block_tables:
+            blocks = [free.pop() for _ in range(-(-len(ids) // block_size))]
+            table_SP[row, : len(blocks)] = runner.platform.upload(blocks, torch.int32)
 
 
 class Chunk(NamedTuple):

@@ -53,3 +53,20 @@ def test_what_no_op_reads_is_refused() -> None:
         page_groups([FULL, PagedKV(4, 32, 32)], 99)
     with pytest.raises(ValueError, match="no layer has a paged cache"):
         page_groups([STATE], 99)
+
+
+def test_groups_share_tensors_and_waste_little() -> None:
+    """One group for layers that keep the same; else a full group of each window, where possible."""
+    alone = page_groups([LOCAL] * 5, 999)
+    assert [group.layers for group in alone.groups] == [tuple(range(5))]
+    assert alone.num_tensors == 5 and alone.windows == (32,)
+    assert page_groups([FULL, LOCAL] * 2, 32).windows == (0,), "the window is never left"
+    kept = [FULL if idx % 6 == 5 else LOCAL for idx in range(26)]  # Gemma-3-1B
+    groups = page_groups(kept, 32_768)
+    assert groups.num_tensors == 4 and groups.windows == (0, 32, 32, 32, 32, 32, 32)
+    places = groups.places(26)
+    assert len(set(places)) == 26 and None not in places
+    assert [places[idx] for idx in (5, 11, 0, 1, 4)] == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0)]
+    assert page_groups([STATE, FULL, STATE], 99).places(3) == [None, (0, 0), None]
+    reduced = groups.of_layers([0, 5])
+    assert reduced.windows == groups.windows and reduced.places(2) == [(1, 0), (0, 0)]

@@ -203,7 +203,7 @@ def test_the_cache_is_sized_from_the_devices_memory() -> None:
     options = {**SIZES, "num_kvcache_blocks": None, "enforce_eager": True}
     llm = LLM("tiny-qwen3", device="npu", **options, gpu_memory_utilization=0.9)
     # 4 rows of 256 tokens in blocks of 128, and one block for padding; more would never be used
-    assert llm.engine.scheduler.pool.num_blocks == 4 * 2 + 1
+    assert llm.engine.scheduler.cache.pool.num_blocks == 4 * 2 + 1
     budgets = [llm.engine.runner.measure_budget(share).cache_bytes for share in (0.9, 0.5)]
     assert budgets[0] > budgets[1] > 2**30
     llm.close()

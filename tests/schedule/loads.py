@@ -14,13 +14,16 @@ from typing import Any
 
 from nanovllm import SamplingParams
 from nanovllm.schedule.blocks import BlockPool
-from nanovllm.schedule.plan import StepPlan
+from nanovllm.schedule.cache_groups import CacheGroups
+from nanovllm.schedule.kv_cache_manager import KVCacheManager
+from nanovllm.schedule.plan import PAD_BLOCK, StepPlan
 from nanovllm.schedule.request import Request, Status
 from nanovllm.schedule.scheduler import Scheduler
 from nanovllm.schedule.stall import StallBound
 
 BLOCK = 4
-
+MAX_TOKENS = 39  # of a request of a random load, its answer included
+WINDOWS = [(0,), (0,), (5,), (0, 9), (0, 0, 3, 3), (12, 12), (0, 4, 11)]
 
 PREFILL, DECODE = True, False
 
@@ -44,7 +47,8 @@ def scheduler(**changes: Any) -> Known:
     }  # fmt: skip
     caching = sizes.pop("enable_prefix_caching", True)
     pool = BlockPool(sizes.pop("num_blocks", 100), BLOCK, enable_prefix_caching=caching)
-    return Known(pool, **sizes)
+    groups = CacheGroups(sizes.pop("windows", (0,)), BLOCK, sizes["max_num_batched_tokens"])
+    return Known(KVCacheManager(pool, groups), **sizes)
 
 
 def request(
@@ -88,12 +92,22 @@ def check(s: Known, plan: StepPlan | None) -> None:
     refs: dict[int, int] = {}
     for one in s.running:
         assert one.status is Status.RUNNING and one.row >= 0
-        assert len(one.blocks) * BLOCK >= one.num_computed
-        for block in one.blocks:
-            refs[block] = refs.get(block, 0) + 1
+        assert len(one.blocks) == s.cache.num_groups
+        # of this step, or of the next one if the request is not in this one
+        first_query = one.num_computed - (one.num_in_flight - 1 if one.is_verifying else 0)
+        first_query -= plan is not None and one.request_id in plan.request_ids
+        for table, window in zip(one.blocks, s.cache.groups.windows):
+            assert len(table) * BLOCK >= one.num_computed
+            for idx, block in enumerate(table):
+                if block != PAD_BLOCK:
+                    refs[block] = refs.get(block, 0) + 1
+                else:  # a failing request is computed again
+                    is_seen = (idx + 1) * BLOCK > first_query - window + 1
+                    assert window and (one.is_failing or not is_seen)
     assert 0 not in refs
-    assert s.pool.num_free == s.pool.num_blocks - 1 - len(refs)
-    assert all(s.pool._num_refs[block] == num for block, num in refs.items())
+    pool = s.cache.pool
+    assert pool.num_free == pool.num_blocks - 1 - len(refs)
+    assert all(pool._num_refs[block] == num for block, num in refs.items())
     rows = [one.row for one in s.running]
     assert len(set(rows)) == len(rows) and not set(rows) & set(s._free_rows)
     assert len(rows) + len(s._free_rows) == s.max_num_seqs
@@ -110,6 +124,9 @@ def check(s: Known, plan: StepPlan | None) -> None:
         return
     requests = [s.known[request_id] for request_id in plan.request_ids]
     assert plan.rows == [one.row for one in requests] and len(set(plan.rows)) == len(requests)
+    for row, group, block_idx, block in plan.new_blocks:
+        (owner,) = [one for one in requests if one.row == row]
+        assert owner.blocks[group][block_idx] == block
     if plan.is_prefill:
         assert 0 < sum(plan.num_tokens) == len(plan.token_T) <= s.max_num_batched_tokens
         assert all(num > 0 for num in plan.num_tokens)
@@ -121,11 +138,7 @@ def check(s: Known, plan: StepPlan | None) -> None:
         return
     assert 0 < len(requests) <= s.max_decode_rows
     assert plan.seq_lens == [one.num_computed for one in requests]
-    assert all(one.num_computed <= len(one.blocks) * BLOCK for one in requests)
     assert all(one.num_scheduled_outputs <= one.max_output for one in requests)
-    for row, block_idx, block in plan.new_blocks:
-        (owner,) = [one for one in requests if one.row == row]
-        assert owner.blocks[block_idx] == block
 
 
 def run(s: Known, *, run_ahead: int = 0, limit: int = 5000) -> list[StepPlan]:
@@ -164,11 +177,15 @@ class RandomLoad:
     def __init__(self, seed: int, *, run_ahead: int, max_proposals: int) -> None:
         self.rng = rng = random.Random(seed)
         self.run_ahead = run_ahead
+        windows = rng.choice(WINDOWS)
+        step_tokens = rng.choice([1, 7, 32])
+        groups = CacheGroups(windows, BLOCK, step_tokens)
         self.s = scheduler(
-            num_blocks=1 + rng.choice([10, 14, 40]),
+            windows=windows,
+            num_blocks=1 + max(rng.choice([10, 14, 40]), groups.needed(MAX_TOKENS)),
             max_num_seqs=rng.choice([1, 4, 9]),
             max_decode_rows=rng.choice([1, 2, 8]),
-            max_num_batched_tokens=rng.choice([1, 7, 32]),
+            max_num_batched_tokens=step_tokens,
             max_prefill_rows=rng.choice([1, 3, 8]),
             enable_prefix_caching=rng.random() < 0.7,
             max_proposals=max_proposals,
@@ -206,7 +223,7 @@ class RandomLoad:
     def add(self) -> None:
         rng = self.rng
         one = request(
-            self.num_requests, rng.randrange(1, 24), rng.randrange(1, 16),
+            self.num_requests, rng.randrange(1, 24), rng.randrange(1, MAX_TOKENS - 23),
             token=rng.choice([None, 1, 2]),
         )  # fmt: skip
         one.incremental = rng.random() < 0.3
@@ -223,8 +240,9 @@ class RandomLoad:
             assert self.num_steps < last, "no end"
             self.step()
         check(self.s, None)
-        assert self.s.pool.num_free == self.s.pool.num_blocks - 1
-        assert not any(self.s.pool._num_refs)
+        pool = self.s.cache.pool
+        assert pool.num_free == pool.num_blocks - 1
+        assert not any(pool._num_refs)
         for one in self.s.known.values():
             assert one.status is Status.FINISHED
             assert one.output_ids == list(range(len(one.output_ids)))

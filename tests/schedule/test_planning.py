@@ -19,7 +19,7 @@ def request(row: int, num_prompt: int, outputs: tuple[int, ...] = (), **params: 
     prompt_ids = [100 * (row + 1) + i for i in range(num_prompt)]
     stop_ids = frozenset({7, 5})
     made = Request(row + 40, prompt_ids, SamplingParams(**params), 11, 8, stop_ids)
-    made.row, made.blocks, made.output_ids = row, [row + 1, row + 2], list(outputs)
+    made.row, made.blocks, made.output_ids = row, [[row + 1, row + 2]], list(outputs)
     return made
 
 
@@ -43,7 +43,7 @@ def test_only_last_chunks_sample_and_only_first_ones_set_the_row() -> None:
     assert plan.token_T.tolist() == [*range(400, 405), *range(204, 210)]
     assert plan.num_tokens == [5, 6] and plan.seq_lens == [5, 10]
     (settings,) = plan.settings
-    assert settings.row == 3 and settings.pos == 0 and settings.blocks == [4, 5]
+    assert settings.row == 3 and settings.pos == 0 and settings.blocks == [[4, 5]]
     assert settings.sampling == [0.5, 1.0, 0.0, 9.0, 1.0, 0.0, 0.0] and settings.seed == 11
     assert not plan.histories and not plan.choice.has_penalties, "the other does not sample yet"
 
@@ -151,7 +151,7 @@ def test_plans_survive_being_written_down() -> None:
     asked.edits = EDITS
     plans = [
         prefill_plan([Chunk(asked, 0, 9, True, True), Chunk(request(1, 7), 2, 5, False, True)]),
-        decode_plan([asked, request(1, 7)], [], [(0, 2, 9)], choice_of([asked])),
+        decode_plan([asked, request(1, 7)], [], [(0, 0, 2, 9)], choice_of([asked])),
         decode_plan([request(0, 7), request(1, 7)], [[5, 6], []], [], PLAIN),
     ]
     allowed = np.random.default_rng(0).integers(-(2**31), 2**31, (1, 16), np.int32)

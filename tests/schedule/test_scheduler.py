@@ -302,7 +302,7 @@ def test_finish_frees_waiting_running_and_half_prefilled_requests() -> None:
     for one in requests:
         s.finish(one, "abort")
     check(s, None)
-    assert not s.has_work and s.pool.num_free == 99 and len(s._free_rows) == 2
+    assert not s.has_work and s.cache.pool.num_free == 99 and len(s._free_rows) == 2
 
 
 def test_restart_forgets_the_cache_and_keeps_the_order() -> None:
@@ -328,8 +328,8 @@ def test_equal_prompts_share_blocks_within_a_step() -> None:
         s.add(request(i, 11, token=5))
     plan = planned(s)
     assert plan.is_prefill and chunks(plan) == [(0, 11), (8, 3), (8, 3)]
-    assert len({tuple(one.blocks[:2]) for one in s.running}) == 1
-    assert len({one.blocks[2] for one in s.running}) == 3
+    assert len({tuple(one.blocks[0][:2]) for one in s.running}) == 1
+    assert len({one.blocks[0][2] for one in s.running}) == 3
 
 
 def test_what_else_decides_keys_and_values_parts_the_prefix_cache() -> None:

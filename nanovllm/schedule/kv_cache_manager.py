@@ -1,0 +1,200 @@
+"""Which blocks requests have: allocation, freed windows and shared prefixes.
+
+A request has one block table for each group of layers (`CacheGroups`). Entries of blocks that the
+group's window has left are PAD_BLOCK here. On the device they stay as they were: no query sees
+their positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from nanovllm.schedule.blocks import BlockPool
+from nanovllm.schedule.cache_groups import CacheGroups
+from nanovllm.schedule.plan import PAD_BLOCK, NewBlock
+from nanovllm.schedule.request import Request
+
+
+class KVCacheManager:
+    """The blocks of all requests, from one pool."""
+
+    def __init__(self, pool: BlockPool, groups: CacheGroups | None = None) -> None:
+        """Without `groups` all layers see all positions."""
+        self.pool, self.block_size = pool, pool.block_size
+        self.groups = groups or CacheGroups((0,), pool.block_size, 1)
+        self.num_groups = len(self.groups.windows)
+        self._windows = [(idx, size) for idx, size in enumerate(self.groups.windows) if size]
+        self._unbounded = [idx for idx, size in enumerate(self.groups.windows) if not size]
+
+    # requests ------------------------------------------------------------------------------------
+
+    def admit(self, request: Request, num_others: int) -> bool:
+        """Give a request cached blocks of its known tokens, and new ones for the others: with
+        windows, for those of its first step.
+
+        False, and nothing changes, if this would leave less than one block of each group for each
+        of the `num_others` running requests: the new request would soon be preempted.
+        """
+        known_ids = request.known_ids
+        digests = self._digests(request, known_ids)
+        # the last token always runs, even if its block is cached: the step needs its logits
+        usable = (
+            []
+            if request.needs_prompt_logits or request.is_alone
+            else digests[: (len(known_ids) - 1) // self.block_size]
+        )
+        tables = self.cached_prefix(usable)
+        num_cached, whole = len(tables[0]), self.groups.num_blocks(len(known_ids))
+        held = whole
+        if self._windows:
+            first_seen = num_cached - self.groups.num_blocks(max(self.groups.windows) - 1)
+            held = min(whole, max(0, first_seen) + self.groups.held_blocks)
+        ends = [held if window else whole for window in self.groups.windows]
+        shared = [block for table in tables for block in table if block != PAD_BLOCK]
+        num_new = sum(ends) - num_cached * self.num_groups
+        num_reserved = num_others * self.num_groups
+        if num_others and num_new + num_reserved > self.pool.num_free_without(shared):
+            return False
+        self.pool.share(shared)
+        for table, end in zip(tables, ends):
+            table += self.pool.allocate(end - num_cached)
+        request.blocks = tables
+        request.block_digests = digests[:num_cached]
+        request.num_computed = request.num_shared = num_cached * self.block_size
+        return True
+
+    def extend(
+        self, request: Request, num_tokens: int, num_others: int
+    ) -> tuple[int, list[NewBlock]]:
+        """Give a request blocks for the next tokens of its prompt, and free those behind its
+        windows. Returns for how many tokens there are blocks, 0 if it must wait, and the new ones.
+
+        It leaves a block of each group for each of `num_others` requests, unless no token could run
+        then.
+        """
+        new: list[NewBlock] = []
+        if not self._windows:
+            return num_tokens, new
+        self.trim(request, request.num_computed)
+        end = request.num_computed + num_tokens
+        num_before = len(request.blocks[self._windows[0][0]])
+        num_more = self.groups.num_blocks(end) - num_before
+        if num_more > 0:
+            num_free, num_tables = self.pool.num_free, len(self._windows)
+            least = int(num_before * self.block_size == request.num_computed)
+            spare = (num_free - num_others * self.num_groups) // num_tables
+            num_more = min(num_more, max(spare, min(least, num_free // num_tables)))
+            for group, _ in self._windows:
+                for block in self.pool.allocate(num_more):
+                    new.append((request.row, group, len(request.blocks[group]), block))
+                    request.blocks[group].append(block)
+        last = len(request.blocks[self._windows[0][0]]) * self.block_size
+        return min(end, last) - request.num_computed, new
+
+    def needs_blocks(self, request: Request) -> bool:
+        """Whether a decoding request needs blocks for its next token: one of each group."""
+        return request.num_computed == len(request.blocks[0]) * self.block_size
+
+    def has_room(self, num_requests: int = 1) -> bool:
+        """Whether there is a block of each group for so many requests."""
+        return num_requests * self.num_groups <= self.pool.num_free
+
+    def add_blocks(self, request: Request) -> list[NewBlock]:
+        """Give a decoding request one more block of each group."""
+        blocks = self.pool.allocate(self.num_groups)
+        for table, block in zip(request.blocks, blocks):
+            table.append(block)
+        index = len(request.blocks[0]) - 1
+        return [(request.row, group, index, block) for group, block in enumerate(blocks)]
+
+    def trim(self, request: Request, pos: int) -> None:
+        """Free the blocks that no query from position `pos` on sees. Steps in flight may still
+        read them, but they run before any step that reuses the blocks."""
+        for group, window in self._windows:
+            table = request.blocks[group]
+            end = max(0, pos - window + 1) // self.block_size
+            begin = end
+            while begin and table[begin - 1] != PAD_BLOCK:
+                begin -= 1
+            self.pool.release(table[begin:end])
+            table[begin:end] = [PAD_BLOCK] * (end - begin)
+
+    def release(self, request: Request) -> None:
+        """Take all blocks of a request."""
+        for table in request.blocks:
+            self.pool.release([block for block in table if block != PAD_BLOCK])
+        request.blocks, request.block_digests = [], []
+
+    def reset(self) -> None:
+        """Free all blocks and forget their content. Owners must drop their blocks."""
+        self.pool.reset()
+
+    # shared prefixes -----------------------------------------------------------------------------
+
+    def cached_prefix(self, digests: Sequence[bytes]) -> list[list[int]]:
+        """The longest cached prefix of a chain, as block tables of equal lengths.
+
+        Groups without a window need all its blocks, the others those of the last window − 1 tokens.
+        Share the blocks before use.
+        """
+        num = len(digests)
+        found: list[list[int]] = [[] for _ in self.groups.windows]
+        for group in self._unbounded:
+            found[group] = self.pool.cached_prefix(self._of_group(digests[:num], group))
+            num = len(found[group])
+        num = self._end_in_windows(digests, num)
+        for group in self._unbounded:
+            del found[group][num:]
+        for group, window in self._windows:
+            begin = max(0, num - self.groups.num_blocks(window - 1))
+            seen = self.pool.cached_prefix(self._of_group(digests[begin:num], group))
+            found[group] = [PAD_BLOCK] * begin + seen
+        return found
+
+    def _end_in_windows(self, digests: Sequence[bytes], num: int) -> int:
+        """The length of the longest prefix of up to `num` blocks whose end is in all windows'
+        caches."""
+        is_whole = False
+        while num and not is_whole:
+            is_whole = True
+            for group, window in self._windows:
+                begin = max(0, num - self.groups.num_blocks(window - 1))
+                for idx in range(num - 1, begin - 1, -1):
+                    if not self.pool.cached_prefix(self._of_group(digests[idx : idx + 1], group)):
+                        num, is_whole = idx, False
+                        break
+        return num
+
+    def publish(self, request: Request, num_full: int) -> None:
+        """Let later requests find the first `num_full` blocks of a request, which are full of known
+        tokens."""
+        num_published = len(request.block_digests)
+        if num_full <= num_published:
+            return
+        known_ids = request.known_ids[: num_full * self.block_size]
+        request.block_digests = self._digests(request, known_ids)
+        for group, table in enumerate(request.blocks):
+            digests = self._of_group(request.block_digests[num_published:], group)
+            for block, digest in zip(table[num_published:num_full], digests):
+                if block != PAD_BLOCK:
+                    self.pool.publish(block, digest)
+
+    def forget(self, requests: Iterable[Request] | None = None) -> None:
+        """Let no request find the content of these requests' blocks, or of any, any more."""
+        if requests is None:
+            self.pool.forget()
+            return
+        for request in requests:
+            for table in request.blocks:
+                self.pool.forget(table)
+
+    @staticmethod
+    def _of_group(digests: Sequence[bytes], group: int) -> Sequence[bytes]:
+        """The names of a group's blocks: block 7 of one group holds other layers' keys than block 7
+        of another."""
+        return [digest + bytes((group,)) for digest in digests] if group else digests
+
+    def _digests(self, request: Request, token_ids: Sequence[int]) -> list[bytes]:
+        return self.pool.digests(
+            token_ids, request.block_digests, root=request.cache_root, content=request.content
+        )
