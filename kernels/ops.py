@@ -327,6 +327,11 @@ span_inputs = _define(
     reference.step.span_inputs,
     _span_inputs_fake,
 )
+store_state = _define(
+    "store_state(Tensor x, Tensor(a!) state, Tensor index) -> ()",
+    reference.step.store_state,
+    lambda x, state, index: None,
+)
 sampling_inputs = _define(
     "sampling_inputs(Tensor pos, Tensor sampling, Tensor seed, Tensor row_idx, Tensor? num=None) "
     "-> (Tensor, Tensor, Tensor)",

@@ -10,10 +10,12 @@ from typing import Any
 
 from nanovllm.checks import Rule, check_fields, is_json_object, sizes
 
+MAX_BYTES = 1 << 50
 MAX_TOKENS = 1 << 20  # far above what any machine can use, as the limits of `nanovllm.config`
 logger = logging.getLogger(__name__)
 
 ALLOWED: dict[str, Rule] = {
+    "snapshot_bytes": ("a number of bytes, from 0", lambda value: 0 <= value <= MAX_BYTES),
     "run_ahead": ("0 or 1", lambda value: value in (0, 1)),
     "vision_patch_budgets": sizes(MAX_TOKENS),
     "npu_graph_options": ("a dict of options by path, with JSON values", is_json_object),
@@ -36,6 +38,8 @@ class Tuning:
     npu_graph_options: on an NPU, values for fields of the compiler's CompilerConfig: torchair's by
         path, such as {"experimental_config.tiling_schedule_optimize": True}, or npugraph_ex's by
         name, such as {"static_kernel_compile": True}.
+    snapshot_bytes: memory for snapshots of the states of recurrent layers. Equal prefixes are
+        shared up to a snapshot; 0: they are not. There are at most four for each of max_num_seqs.
     expert_prefetch: with expert_offload, fetch the experts that a layer's input would choose while
         its attention runs. It gains little where the bus is the limit, and wrong guesses cost.
     """
@@ -46,6 +50,7 @@ class Tuning:
     pad_batches: bool = True
     vision_patch_budgets: Sequence[int] | None = None
     npu_graph_options: Mapping[str, object] | None = None
+    snapshot_bytes: int = 1 << 30
     expert_prefetch: bool = False
 
     def __post_init__(self) -> None:

@@ -66,6 +66,11 @@ def store_kv(
     torch.ops.npu.npu_scatter_nd_update_(v_cache_CBKH, index_T2, v_TKH)
 
 
+def store_state(x: Tensor, state: Tensor, index_N: Tensor) -> None:
+    """Writes into the whole tensor, as `store_kv` does."""
+    torch.ops.npu.npu_scatter_nd_update_(state, index_N.unsqueeze(-1), x.to(state.dtype))
+
+
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None
 ) -> Tensor:
@@ -321,6 +326,7 @@ EAGER: dict[str, Callable[..., Any]] = {
     "silu_mul": silu_mul,
     "rope": rope,
     "store_kv": store_kv,
+    "store_state": store_state,
     "linear": linear,
     "route": route,
     "experts": experts,
@@ -348,6 +354,6 @@ IN_CAPTURE: dict[str, Callable[..., Any]] = {
 }
 # ops that use Ascend's kernels even if nothing is fused
 NEVER_PLAIN = frozenset({
-    "paged_attention", "segment_attention", "store_kv", "linear", "route", "experts",
+    "paged_attention", "segment_attention", "store_kv", "store_state", "linear", "route", "experts",
     "expert_linear", *COMMUNICATE,
 })  # fmt: skip

@@ -79,6 +79,14 @@ def span_inputs(
     )
 
 
+def store_state(x: Tensor, state: Tensor, index_N: Tensor) -> None:
+    """state[index_N[n]] = x[n] for x [N, …] and state [X, …], in place, in the state's dtype.
+
+    An index may occur several times only if the row is padding: which of them stays is undefined.
+    """
+    state.index_copy_(0, index_N, x.to(state.dtype))
+
+
 def sampling_inputs(
     pos_S: Tensor,
     sampling_SF: Tensor,

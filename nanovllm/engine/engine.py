@@ -34,6 +34,7 @@ from nanovllm.schedule.outputs import Increment, TextStream
 from nanovllm.schedule.plan import StepPlan
 from nanovllm.schedule.request import Request, Status
 from nanovllm.schedule.scheduler import Proposer, Scheduler
+from nanovllm.schedule.snapshots import SnapshotPool
 from nanovllm.startup.load import Loaded, load
 from nanovllm.structured.grammars import Compiler, Grammars, Limits
 from nanovllm.structured.matcher import Matcher
@@ -69,6 +70,7 @@ class Engine:
                     enable_prefix_caching=config.enable_prefix_caching,
                 ),
                 loaded.cache_groups,
+                SnapshotPool(loaded.spec.snapshot_slots) if loaded.model.is_recurrent else None,
             ),
             max_num_seqs=layout.max_num_seqs,
             max_num_batched_tokens=layout.prefill_tokens[-1],

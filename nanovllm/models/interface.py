@@ -45,6 +45,10 @@ class LayerCache(NamedTuple):
     v_scale_K: Tensor | None = None
 
 
+# What a layer keeps: its cache, or its `Recurrent.tensors` in order, [X, *shape] each (`States`).
+Kept = LayerCache | tuple[Tensor, ...]
+
+
 # Region inputs whose first dimension may vary between runs of one program: the number of cache
 # blocks, and the number of positions in the rotary table.
 VARYING = ("k_CBKH", "v_CBKH", "cos_sin_MH")
@@ -55,6 +59,19 @@ class Pages(NamedTuple):
 
     slot_T: Tensor
     block_table_RP: Tensor
+
+
+class States(NamedTuple):
+    """Where the states of recurrent layers are, by the first dimension of their tensors.
+
+    A row's state after the token at position p is at place p % K of its K places, so a step that
+    runs again, or whose last tokens are rejected, finds the state that it began with.
+    """
+
+    from_R: Tensor  # the state before each row's tokens of this step
+    is_new_R: Tensor  # rows without earlier tokens: their state is zeros, whatever is stored
+    to_R: Tensor | None  # where the state after each row's last token goes
+    to_T: Tensor | None = None  # in place of that, where those after all tokens go
 
 
 class Batch(NamedTuple):
@@ -70,6 +87,7 @@ class Batch(NamedTuple):
     q_start_S: Tensor  # row r owns tokens q_start[r] .. q_start[r + 1] − 1
     keep_R: Tensor | None = None  # the only tokens that a layer goes on with after attention
     others: tuple[Pages, ...] = ()  # those of groups 1, 2, … of layers
+    states: States | None = None  # in models with recurrent layers
 
     def of_group(self, group: int) -> Batch:
         """The inputs of the layers of one group."""
@@ -115,9 +133,10 @@ class Model:
 
     `embed(config, embed_VD, token_T)` gives the hidden state [T, D];
     `layer(config, call, w, kv, cos_sin_MH, batch, h_TD)` gives the next one, [R, D] if the batch
-    has `keep_R`; `head(config, final_norm_D, head_VD, h_RD)` gives the logits [R, V], on several
-    ranks the columns of this rank's `head_VD`. `call` is a `LayerCall`. All are pure functions at
-    the top of a module: keys of programs name them by module and name.
+    has `keep_R`, where `kv` is what the layer keeps (`Kept`);
+    `head(config, final_norm_D, head_VD, h_RD)` gives the logits [R, V], on several ranks the
+    columns of this rank's `head_VD`. `call` is a `LayerCall`. All are pure functions at the top of
+    a module: keys of programs name them by module and name.
 
     `outer_params(config)` and `layer_params(config, kind, layer_idx)` declare the parameters by the
     fields of `Params` and of `layer_type(kind)`, a named tuple. A tied head is not declared. Fields
@@ -331,6 +350,11 @@ class Model:
     def kept(self) -> tuple[LayerState, ...]:
         """What each layer keeps between steps."""
         return tuple(kind.keeps for kind in self.layer_kinds)
+
+    @property
+    def is_recurrent(self) -> bool:
+        """True if a layer keeps a state of each row."""
+        return any(isinstance(one, Recurrent) for one in self.kept)
 
     @property
     def page_groups(self) -> PageGroups:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from nanovllm.models.interface import LayerCache, Model
+from nanovllm.models.interface import Kept, LayerCache, Model
+from nanovllm.models.layer_state import Recurrent
 from nanovllm.platforms.regions import Region
+from nanovllm.runner.snapshots import RowStates, Snapshots
 from nanovllm.runner.spec import EngineSpec
 
 
@@ -17,20 +20,38 @@ def allocate(
     spec: EngineSpec,
     region: Region,
     scales: Sequence[tuple[Tensor, ...]],
-) -> tuple[LayerCache, ...]:
-    """Zeroed caches of all layers; `scales` are those of each layer's fp8 cache.
+) -> tuple[tuple[Kept, ...], Snapshots]:
+    """What all layers keep, zeroed, and the snapshots of rows' states; `scales` are those of each
+    layer's fp8 cache.
 
     Layers of different groups share tensors (`PageGroups`). Within a program, each tensor has
     memory of its own: programs take them as inputs, and inputs must not alias.
     """
-    groups = model.page_groups
-    shapes = groups.groups[0].kept.shapes(num_blocks, spec.layout.block_size)
-    made: dict[int, list[Tensor]] = {}
-    caches = []
-    for place, layer_scales in zip(groups.places(len(model.layer_kinds)), scales, strict=True):
+    groups, layout = model.page_groups, spec.layout
+    shapes = groups.groups[0].kept.shapes(num_blocks, layout.block_size)
+    num_states = (layout.max_num_seqs + 1) * layout.num_places
+    pages: dict[int, list[Tensor]] = {}
+    states: list[RowStates] = []
+    made: list[Kept] = []
+    places = groups.places(len(model.layer_kinds))
+    for kept, place, layer_scales in zip(model.kept, places, scales, strict=True):
+        if isinstance(kept, Recurrent):
+            of_rows, of_slots = (
+                _states(kept, num, model.config.dtype, region)
+                for num in (num_states, spec.snapshot_slots)
+            )
+            states += map(RowStates, of_rows, of_slots)
+            made.append(of_rows)
+            continue
         assert place is not None
         _, tensor_idx = place
-        if tensor_idx not in made:
-            made[tensor_idx] = [region.zeros(shape, spec.cache_dtype) for shape in shapes]
-        caches.append(LayerCache(*made[tensor_idx], *layer_scales))
-    return tuple(caches)
+        if tensor_idx not in pages:
+            pages[tensor_idx] = [region.zeros(shape, spec.cache_dtype) for shape in shapes]
+        made.append(LayerCache(*pages[tensor_idx], *layer_scales))
+    return tuple(made), Snapshots(tuple(states), layout.num_places)
+
+
+def _states(
+    kept: Recurrent, num: int, model_dtype: torch.dtype, region: Region
+) -> tuple[Tensor, ...]:
+    return tuple(region.zeros((num, *one.shape), one.dtype or model_dtype) for one in kept.tensors)

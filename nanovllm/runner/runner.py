@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import wraps
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from nanovllm.kernels.collectives import Communicator
 from nanovllm.models.experts import offloaded
 from nanovllm.models.experts.offloaded import Offloaded
 from nanovllm.models.interface import Model, Params
+from nanovllm.models.layer_state import LayerState, Recurrent, recurrent_bytes
 from nanovllm.models.rope import rotary_table
 from nanovllm.platforms.base import MemoryBudget, Platform
 from nanovllm.platforms.regions import Region
@@ -94,10 +95,7 @@ class Runner:
         if model.takes_embeddings:
             self._given = GivenInputs(cfg, platform, layout.prefill_tokens[-1])
         self.towers = Towers(model, params, platform, compiler, layout, self.embeddings)
-        self._scales: list[tuple[Tensor, ...]] = [() for _ in params.layers]
-        if spec.cache_dtype is torch.float8_e4m3fn:
-            assert model.kv_scales is not None
-            self._scales = [model.kv_scales(cfg, layer) for layer in params.layers]
+        self._scales = [self._kv_scales(*one) for one in zip(model.kept, params.layers)]
         # False: a step that was interrupted has perhaps changed the tables of resident experts and
         # not their weights
         self.residents_are_known = True
@@ -112,6 +110,11 @@ class Runner:
     def block_bytes(self) -> int:
         groups = self.model.page_groups
         return groups.block_bytes(self.layout.block_size, self.spec.cache_dtype)
+
+    @property
+    def snapshot_bytes(self) -> int:
+        """Bytes of all slots for snapshots of rows' states."""
+        return self.spec.snapshot_slots * recurrent_bytes(self.model.kept, self.cfg.dtype)
 
     @property
     def weights_bytes(self) -> int:
@@ -145,11 +148,13 @@ class Runner:
         self.towers.run_largest()
         self.platform.synchronize()
         budget = self.platform.memory_budget(utilization)
-        kept_bytes = self.spec.embedding_cache_bytes
+        kept_bytes = self.spec.embedding_cache_bytes + self.snapshot_bytes
         return replace(budget, allowance_bytes=budget.allowance_bytes - kept_bytes)
 
     def allocate_cache(self, num_blocks: int) -> None:
         """Zeroed cache blocks; the state's block tables refer to them by number."""
+        self.buckets.close()
+        del self.steps, self.buckets  # with the states of rows, which take more than two blocks
         self.cache_region = self.platform.region()
         self.steps = self._make_steps(num_blocks, self.compiler)
         self.buckets = self._make_buckets()
@@ -215,7 +220,7 @@ class Runner:
         """
         step = self.buckets.decode(num_rows)
         step.fill(list(rows))
-        with self.steps.restoring_state(), watch:
+        with self.steps.restoring_state(), self.snapshots.restoring(step.row_idx_R), watch:
             step.launch()
 
     def close(self) -> None:
@@ -226,13 +231,21 @@ class Runner:
         tables = ("cos_sin_MH", "other_tables")
         self._given = None
         self.towers.by_name.clear()
-        for name in ("steps", "params", "state", "sampler", "compiler", *tables):
+        for name in ("steps", "snapshots", "params", "state", "sampler", "compiler", *tables):
             self.__dict__.pop(name, None)
         self.cache_region.close()
         self.platform.release()
 
+    def _kv_scales(self, kept: LayerState, weights: Any) -> tuple[Tensor, ...]:
+        """The scales of one layer's fp8 cache."""
+        if self.spec.cache_dtype is not torch.float8_e4m3fn or isinstance(kept, Recurrent):
+            return ()
+        assert self.model.kv_scales is not None
+        return self.model.kv_scales(self.cfg, weights)
+
     def _make_steps(self, num_blocks: int, compiler: Compiler) -> Steps:
-        caches = allocate(self.model, num_blocks, self.spec, self.cache_region, self._scales)
+        made = allocate(self.model, num_blocks, self.spec, self.cache_region, self._scales)
+        caches, self.snapshots = made
         whole = self.platform.traits.whole_steps and compiler.lowering is not None
         return Steps(
             model=self.model,
@@ -261,9 +274,13 @@ class Runner:
         if not self.residents_are_known:
             self._reset_residents()
         write(plan, self.state, self.sampler, self.platform)
+        if plan.restores:
+            self.snapshots.restore(plan.restores, self.platform)
         if plan.is_prefill:
             launched = self._prefill(plan)
             self.embeddings.trim()
+            if plan.snapshots:
+                self.snapshots.save(plan.snapshots, self.platform)
             return launched
         return self._verify(plan) if len(plan.token_T) else self._decode(plan)
 

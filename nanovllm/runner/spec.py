@@ -31,6 +31,12 @@ class Layout:
         return -(-self.max_model_len // self.block_size)
 
     @property
+    def num_places(self) -> int:
+        """The states that a recurrent layer keeps of each row: one for each token of a step that
+        may be rejected."""
+        return max(self.verify_tokens, default=1)
+
+    @property
     def buckets(self) -> list[tuple[str, int]]:
         """("prefill", tokens), ("vision", patches), ("audio", chunks) and ("decode", rows), the
         ones that take longest to build first."""
@@ -68,7 +74,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """The choices of one engine.
+    """The choices of one engine. `snapshot_slots` are those of states of recurrent layers.
 
     `attention` says what computes attention in each bucket. `cache_dtype` is the dtype of keys and
     values. `offload` says which experts are on the device, None for all. Embeddings of images take
@@ -80,3 +86,4 @@ class EngineSpec:
     cache_dtype: torch.dtype
     offload: OffloadPlan | None = None
     embedding_cache_bytes: int = 0
+    snapshot_slots: int = 0

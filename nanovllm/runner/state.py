@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels import ops
-from nanovllm.models.interface import Batch, Pages
+from nanovllm.models.interface import Batch, Pages, States
 from nanovllm.schedule.plan import PAD_BLOCK, SAMPLING_FIELDS
 
 # Logits, temperatures, seeds and positions to tokens: `ops.sample`, or that of several ranks
@@ -33,6 +33,16 @@ class DeviceState(NamedTuple):
     @property
     def pad_row(self) -> int:
         return self.token_S.shape[0] - 1
+
+
+class Places(NamedTuple):
+    """The places that recurrent layers have for a row's states (`States`); 0: no such layers.
+
+    With `each` a step keeps the states after each of its tokens, since the last may be rejected.
+    """
+
+    num: int = 0
+    each: bool = False
 
 
 class Span(NamedTuple):
@@ -94,6 +104,29 @@ def span_batch(block_size: int, state: DeviceState, span: Span) -> tuple[SpanTok
     token_T, *batch, row_T, num_T, last_R = made[0]
     others = tuple(Pages(*one[2:4]) for one in made[1:])
     return SpanTokens(token_T, row_T, num_T, last_R), Batch(*batch)._replace(others=others)
+
+
+def decode_states(num_places: int, state: DeviceState, row_idx_R: Tensor) -> States:
+    """Where the states are in a decode step."""
+    pos_R, first_R = state.pos_S[row_idx_R], row_idx_R * num_places
+    return States(_before(num_places, first_R, pos_R), pos_R == 0, first_R + pos_R % num_places)
+
+
+def span_states(places: Places, state: DeviceState, span: Span, tokens: SpanTokens) -> States:
+    """Where the states are in a span."""
+    pos_R, first_R = state.pos_S[span.row_idx_R], span.row_idx_R * places.num
+    from_R = _before(places.num, first_R, pos_R)
+    if not places.each:
+        end_R = pos_R + span.num_tokens_R
+        return States(from_R, pos_R == 0, _before(places.num, first_R, end_R))
+    end_T = state.pos_S[tokens.row_T] + tokens.num_T
+    to_T = _before(places.num, tokens.row_T * places.num, end_T)
+    return States(from_R, pos_R == 0, None, to_T)
+
+
+def _before(num_places: int, first: Tensor, pos: Tensor) -> Tensor:
+    """The place of the state before position `pos`, of rows whose places begin at `first`."""
+    return first + (pos + (num_places - 1)) % num_places
 
 
 def choose(

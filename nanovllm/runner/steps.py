@@ -21,18 +21,21 @@ from nanovllm.compile.trace import tensors
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.experts import offloaded
 from nanovllm.models.experts.offloaded import Offloaded
-from nanovllm.models.interface import Batch, LayerCache, LayerCall, Model, Params
+from nanovllm.models.interface import Batch, Kept, LayerCache, LayerCall, Model, Params
 from nanovllm.platforms.attention import Attention
 from nanovllm.runner.columns import drawing, gathered
 from nanovllm.runner.given import Given, add_features, with_given
 from nanovllm.runner.state import (
     DeviceState,
+    Places,
     Span,
     SpanTokens,
     choose_and_accept,
     choose_and_advance,
     decode_batch,
+    decode_states,
     span_batch,
+    span_states,
 )
 
 # Inputs of the regions below that are weights or tables (see `Compiler.frozen`).
@@ -54,11 +57,14 @@ def _begin(
     embed: Callable[..., Tensor],
     cfg: ModelConfig,
     block_size: int,
+    places: Places,
     state: DeviceState,
     embed_VD: Tensor,
     row_idx_R: Tensor,
 ) -> tuple[Tensor, Batch]:
     token_R, batch = decode_batch(block_size, state, row_idx_R)
+    if places.num:
+        batch = batch._replace(states=decode_states(places.num, state, row_idx_R))
     return embed(cfg, embed_VD, token_R), batch
 
 
@@ -66,11 +72,14 @@ def _begin_span(
     embed: Callable[..., Tensor],
     cfg: ModelConfig,
     block_size: int,
+    places: Places,
     state: DeviceState,
     embed_VD: Tensor,
     span: Span,
 ) -> tuple[Tensor, SpanTokens, Batch]:
     tokens, batch = span_batch(block_size, state, span)
+    if places.num:
+        batch = batch._replace(states=span_states(places, state, span, tokens))
     return embed(cfg, embed_VD, tokens.token_T), tokens, batch
 
 
@@ -80,7 +89,7 @@ def _inlined(
     method: Callable[..., Any],
     state: DeviceState,
     params: Params,
-    caches: tuple[LayerCache, ...],
+    caches: tuple[Kept, ...],
     tables: tuple[Table, ...],
     *inputs: object,
 ) -> Any:
@@ -104,7 +113,7 @@ class Steps:
     model: Model
     attention: Attention
     params: Params
-    caches: tuple[LayerCache, ...]
+    caches: tuple[Kept, ...]
     cos_sin_MH: Tensor
     state: DeviceState
     compiler: Compiler
@@ -113,8 +122,20 @@ class Steps:
     other_tables: tuple[Table, ...] = ()
 
     @property
+    def pages(self) -> LayerCache:
+        """The cache of one layer: those of all layers with pages have its shape."""
+        return next(one for one in self.caches if isinstance(one, LayerCache))
+
+    @property
     def block_size(self) -> int:
-        return self.caches[0].k_CBKH.shape[1]
+        return self.pages.k_CBKH.shape[1]
+
+    def places(self, *, verifies: bool = False) -> Places:
+        """The places of rows' states, in a step that perhaps `verifies` proposals."""
+        kept = next((one for one in self.caches if not isinstance(one, LayerCache)), None)
+        if kept is None:
+            return Places()
+        return Places(kept[0].shape[0] // self.state.pos_S.shape[0], verifies)
 
     def of_each_program(self) -> Steps:
         """The steps of the reduced model: they use every program and launch few kernels."""
@@ -144,7 +165,7 @@ class Steps:
         h_RD, batch = self._run(
             "begin",
             (row_idx_R.shape[0],),
-            partial(_begin, self.model.embed, self.model.config, self.block_size),
+            partial(_begin, self.model.embed, self.model.config, self.block_size, self.places()),
             state=self.state,
             embed_VD=self.params.embed_VD,
             row_idx_R=row_idx_R,
@@ -182,7 +203,7 @@ class Steps:
     ) -> tuple[Tensor, Tensor]:
         """The hidden states after the last layer, [R, D] with `keeps_last`, and the index of each
         row's last token."""
-        h_TD, tokens, batch = self._begin_span(span)
+        h_TD, tokens, batch = self._begin_span(span, verifies=False)
         last_R = tokens.last_R if keeps_last else None
         if given is None:
             return self._layers("prefill", h_TD, batch, len(h_TD), last_R), tokens.last_R
@@ -218,7 +239,7 @@ class Steps:
     def verify_logits(self, span: Span, num: int) -> tuple[Tensor, SpanTokens]:
         """Feed up to K = `num` tokens a row, T = R · K; returns the logits [T, W] after each token,
         and the tokens."""
-        h_TD, tokens, batch = self._begin_span(span)
+        h_TD, tokens, batch = self._begin_span(span, verifies=True)
         return self._head(self._layers("verify", h_TD, batch, num)), tokens
 
     def verify(self, span: Span, num: int) -> tuple[Tensor, Tensor, Tensor, SpanTokens]:
@@ -260,11 +281,13 @@ class Steps:
 
     # regions ----------------------------------------------------------------------------------
 
-    def _begin_span(self, span: Span) -> tuple[Tensor, SpanTokens, Batch]:
+    def _begin_span(self, span: Span, *, verifies: bool) -> tuple[Tensor, SpanTokens, Batch]:
+        places = self.places(verifies=verifies)
+        key = (span.token_T.shape[0], span.row_idx_R.shape[0])
         return self._run(
             "begin",
-            (span.token_T.shape[0], span.row_idx_R.shape[0]),
-            partial(_begin_span, self.model.embed, self.model.config, self.block_size),
+            (*key, "each") if places.each else key,
+            partial(_begin_span, self.model.embed, self.model.config, self.block_size, places),
             state=self.state,
             embed_VD=self.params.embed_VD,
             span=span,
@@ -357,7 +380,7 @@ class Steps:
             params = params._replace(head_VD=None)
         return self._run(
             name,
-            (*shapes, self.caches[0].k_CBKH.shape[0]),
+            (*shapes, self.pages.k_CBKH.shape[0]),
             partial(_inlined, self.model, self.attention, method),
             state=self.state,
             params=params,

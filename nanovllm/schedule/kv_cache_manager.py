@@ -13,15 +13,26 @@ from nanovllm.schedule.blocks import BlockPool
 from nanovllm.schedule.cache_groups import CacheGroups
 from nanovllm.schedule.plan import PAD_BLOCK, NewBlock
 from nanovllm.schedule.request import Request
+from nanovllm.schedule.snapshots import SnapshotPool
+
+# A prompt's step ends early for a snapshot only if it feeds so many blocks.
+MIN_SNAPSHOT_BLOCKS = 4
 
 
 class KVCacheManager:
     """The blocks of all requests, from one pool."""
 
-    def __init__(self, pool: BlockPool, groups: CacheGroups | None = None) -> None:
-        """Without `groups` all layers see all positions."""
+    def __init__(
+        self,
+        pool: BlockPool,
+        groups: CacheGroups | None = None,
+        snapshots: SnapshotPool | None = None,
+    ) -> None:
+        """Without `groups` all layers see all positions. Models with recurrent layers have
+        `snapshots`: only a prefix with one can be shared."""
         self.pool, self.block_size = pool, pool.block_size
         self.groups = groups or CacheGroups((0,), pool.block_size, 1)
+        self.snapshots = snapshots
         self.num_groups = len(self.groups.windows)
         self._windows = [(idx, size) for idx, size in enumerate(self.groups.windows) if size]
         self._unbounded = [idx for idx, size in enumerate(self.groups.windows) if not size]
@@ -58,6 +69,8 @@ class KVCacheManager:
         self.pool.share(shared)
         for table, end in zip(tables, ends):
             table += self.pool.allocate(end - num_cached)
+        if self.snapshots is not None and num_cached:
+            request.snapshot = self.snapshots.pin(digests[num_cached - 1])
         request.blocks = tables
         request.block_digests = digests[:num_cached]
         request.num_computed = request.num_shared = num_cached * self.block_size
@@ -91,6 +104,39 @@ class KVCacheManager:
         last = len(request.blocks[self._windows[0][0]]) * self.block_size
         return min(end, last) - request.num_computed, new
 
+    def begin_step(self) -> None:
+        """Let the requests of the next step find the snapshots that earlier steps make."""
+        if self.snapshots is not None:
+            self.snapshots.commit()
+
+    def cut(self, request: Request, num_tokens: int) -> int:
+        """How many of the next `num_tokens` tokens of a prompt to feed at once, so that the step
+        ends where a snapshot is of use: at a block's end, the last one that others can share."""
+        if self.snapshots is None or not self.snapshots.num_slots or request.is_alone:
+            return num_tokens
+        start, end = request.num_computed, request.num_computed + num_tokens
+        last = (request.num_known - 1) // self.block_size * self.block_size
+        best = min(end // self.block_size * self.block_size, last)
+        return num_tokens if best - start < MIN_SNAPSHOT_BLOCKS * self.block_size else best - start
+
+    def take_snapshot(self, request: Request) -> int | None:
+        """A slot for the state after the tokens computed so far; None for no snapshot. The blocks
+        of these tokens are published."""
+        num_blocks, offset = divmod(request.num_computed, self.block_size)
+        if self.snapshots is None or offset or request.is_alone:
+            return None
+        if not self.pool.enable_prefix_caching or len(request.block_digests) < num_blocks:
+            return None
+        return self.snapshots.take(request.block_digests[num_blocks - 1])
+
+    def restored(self, request: Request) -> int | None:
+        """The slot whose state the first step of a request begins with, which the next steps may
+        overwrite; None for none."""
+        slot, request.snapshot = request.snapshot, None
+        if slot is not None and self.snapshots is not None:
+            self.snapshots.unpin(slot)
+        return slot
+
     def needs_blocks(self, request: Request) -> bool:
         """Whether a decoding request needs blocks for its next token: one of each group."""
         return request.num_computed == len(request.blocks[0]) * self.block_size
@@ -123,11 +169,14 @@ class KVCacheManager:
         """Take all blocks of a request."""
         for table in request.blocks:
             self.pool.release([block for block in table if block != PAD_BLOCK])
+        self.restored(request)
         request.blocks, request.block_digests = [], []
 
     def reset(self) -> None:
         """Free all blocks and forget their content. Owners must drop their blocks."""
         self.pool.reset()
+        if self.snapshots is not None:
+            self.snapshots.reset()
 
     # shared prefixes -----------------------------------------------------------------------------
 
@@ -135,14 +184,14 @@ class KVCacheManager:
         """The longest cached prefix of a chain, as block tables of equal lengths.
 
         Groups without a window need all its blocks, the others those of the last window − 1 tokens.
-        Share the blocks before use.
+        With recurrent layers there must be a snapshot of its end. Share the blocks before use.
         """
         num = len(digests)
         found: list[list[int]] = [[] for _ in self.groups.windows]
         for group in self._unbounded:
             found[group] = self.pool.cached_prefix(self._of_group(digests[:num], group))
             num = len(found[group])
-        num = self._end_in_windows(digests, num)
+        num = self._shared_end(digests, num)
         for group in self._unbounded:
             del found[group][num:]
         for group, window in self._windows:
@@ -150,6 +199,16 @@ class KVCacheManager:
             seen = self.pool.cached_prefix(self._of_group(digests[begin:num], group))
             found[group] = [PAD_BLOCK] * begin + seen
         return found
+
+    def _shared_end(self, digests: Sequence[bytes], num: int) -> int:
+        """How many of the first `num` blocks a request can begin after, at most."""
+        while True:
+            found = self._end_in_windows(digests, num)
+            if self.snapshots is not None:
+                found = self.snapshots.longest(digests, found)
+            if found == num or not self._windows:
+                return found
+            num = found
 
     def _end_in_windows(self, digests: Sequence[bytes], num: int) -> int:
         """The length of the longest prefix of up to `num` blocks whose end is in all windows'
@@ -183,10 +242,14 @@ class KVCacheManager:
         """Let no request find the content of these requests' blocks, or of any, any more."""
         if requests is None:
             self.pool.forget()
+            if self.snapshots is not None:
+                self.snapshots.forget()
             return
         for request in requests:
             for table in request.blocks:
                 self.pool.forget(table)
+            if self.snapshots is not None:
+                self.snapshots.forget(request.block_digests)
 
     @staticmethod
     def _of_group(digests: Sequence[bytes], group: int) -> Sequence[bytes]:

@@ -27,6 +27,14 @@ SAMPLING_FIELDS = (
 NewBlock = tuple[int, int, int, int]  # (row, group of layers, index in the block table, block)
 
 
+class RowCopy(NamedTuple):
+    """The state that recurrent layers keep of a row after its first `pos` tokens, and a slot."""
+
+    row: int
+    pos: int
+    slot: int
+
+
 class RowSettings(NamedTuple):
     """The device state of a row at the start of a request.
 
@@ -164,6 +172,7 @@ class StepPlan:
     token_T: int64 [T] the tokens, row after row; NEWEST for a row's newest token. Empty in a decode
         step in which every row feeds only its newest token.
     is_sampled: [R] whether the step samples the row's next token.
+    restores: copies from slots to rows before the step. snapshots: from rows to slots after it.
     position_3T: int64 [3, T] the positions of the tokens in time, height and width. None: each has
         one position, which the device derives from the state.
     allowed_MW: int32 [M, ceil(V / 32)], for each of `Choice.masked` a mask of the tokens that it
@@ -179,6 +188,8 @@ class StepPlan:
     is_sampled: list[bool]
     settings: list[RowSettings] = field(default_factory=list)
     new_blocks: list[NewBlock] = field(default_factory=list)
+    restores: list[RowCopy] = field(default_factory=list)
+    snapshots: list[RowCopy] = field(default_factory=list)
     histories: list[TokenHistory] = field(default_factory=list)
     edits: list[RowEdits] = field(default_factory=list)
     choice: Choice = PLAIN
@@ -209,6 +220,8 @@ class StepPlan:
         choice["forbidden"] = [(row, token_id) for row, token_id in choice["forbidden"]]
         kinds: dict[str, Any] = {
             "settings": RowSettings,
+            "restores": RowCopy,
+            "snapshots": RowCopy,
             "histories": TokenHistory,
             "edits": RowEdits,
             "prompt_logprobs": PromptLogprobs,

@@ -16,6 +16,7 @@ from nanovllm.schedule.plan import (
     EmbeddingSpan,
     NewBlock,
     PromptLogprobs,
+    RowCopy,
     RowEdits,
     RowSettings,
     StepPlan,
@@ -31,7 +32,8 @@ class Chunk:
     """`num_tokens` known tokens of a request from position `start` on.
 
     The first chunk of a request writes its row's state. The last one samples its next token.
-    `new_blocks` are those that later chunks have been given.
+    `new_blocks` are those that later chunks have been given. The first chunk may begin with the
+    state in slot `restored`, and a chunk may end with a snapshot in slot `saved`.
     """
 
     request: Request
@@ -40,6 +42,8 @@ class Chunk:
     is_first: bool
     is_last: bool
     new_blocks: list[NewBlock] = field(default_factory=list)
+    restored: int | None = None
+    saved: int | None = None
 
 
 def choice_of(requests: Sequence[Request]) -> Choice:
@@ -129,6 +133,16 @@ def prefill_plan(chunks: Sequence[Chunk]) -> StepPlan:
         is_sampled=[chunk.is_last for chunk in chunks],
         settings=[_settings(chunk) for chunk in chunks if chunk.is_first],
         new_blocks=[new for chunk in chunks for new in chunk.new_blocks],
+        restores=[
+            RowCopy(chunk.request.row, chunk.start, chunk.restored)
+            for chunk in chunks
+            if chunk.restored is not None
+        ],
+        snapshots=[
+            RowCopy(chunk.request.row, chunk.start + chunk.num_tokens, chunk.saved)
+            for chunk in chunks
+            if chunk.saved is not None
+        ],
         histories=[
             TokenHistory(request.row, request.prompt_ids, request.output_ids[:])
             for request in ending

@@ -106,6 +106,7 @@ class Request:
     is_verifying: bool = False  # a step with proposals is in flight
     is_failing: bool = False  # its tokens in flight are dropped, then it restarts
     is_alone: bool = False  # it shares no cached blocks and has no proposals
+    snapshot: int | None = None  # the pinned slot whose state its first step begins with
     num_shared: int = 0  # tokens whose blocks were found in the cache at this admission
     num_computed: int = 0
     num_in_flight: int = 0
@@ -127,6 +128,7 @@ class Request:
         self.row, self.blocks, self.block_digests = -1, [], []
         self.is_decoding = self.is_verifying = self.is_failing = False
         self.num_computed = self.num_in_flight = 0
+        self.snapshot = None
         del self.logprobs[len(self.output_ids) :]  # of dropped tokens
 
     @cached_property

@@ -141,6 +141,7 @@ class Scheduler:
         begun = [request for request in self.running if not request.is_decoding]
         if not begun and not self.waiting:
             return None
+        self.cache.begin_step()
         budget = self.max_num_batched_tokens
         num_left = self._num_prompt_tokens(begun) if max_ms < math.inf else 0
         chunks: list[Chunk] = []
@@ -185,18 +186,19 @@ class Scheduler:
             if not num_tokens:
                 return budget
         num_tokens, new_blocks = self.cache.extend(request, num_tokens, len(self.running))
+        num_tokens = self.cache.cut(request, num_tokens)
         if not num_tokens:
             return 0
-        is_first = request.num_computed == request.num_shared
-        is_last = request.num_computed + num_tokens == request.num_known
-        chunk = Chunk(request, request.num_computed, num_tokens, is_first, is_last, new_blocks)
-        chunks.append(chunk)
+        start, is_first = request.num_computed, request.num_computed == request.num_shared
+        is_last = start + num_tokens == request.num_known
         request.num_computed += num_tokens
         request.is_decoding = is_last
         request.num_in_flight += is_last
         # Steps run in order, and a layer stores all keys of a step before its attention: later
         # requests of this step may already share these blocks.
         self.cache.publish(request, request.num_computed // self.cache.block_size)
+        slots = self.cache.restored(request), self.cache.take_snapshot(request)
+        chunks.append(Chunk(request, start, num_tokens, is_first, is_last, new_blocks, *slots))
         return num_tokens
 
     def _admit(self, request: Request) -> bool:

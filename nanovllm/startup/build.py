@@ -204,6 +204,7 @@ def _num_blocks(choice: Choice, runner: Runner) -> tuple[int, MemoryBudget | Non
         return num_blocks, None
     if platform.traits.cache_blocks is not None:
         allowed_bytes = platform.memory_budget(config.gpu_memory_utilization).cache_bytes
+        allowed_bytes -= runner.snapshot_bytes
         return min(platform.traits.cache_blocks, allowed_bytes // runner.block_bytes), None
     budget = runner.measure_budget(config.gpu_memory_utilization)
     most_useful = 1 + cache_groups(runner).most_useful(layout.max_num_seqs, layout.max_model_len)

@@ -17,6 +17,7 @@ from nanovllm.config import EngineConfig
 from nanovllm.models import registry, svd_experts
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.interface import Model
+from nanovllm.models.layer_state import recurrent_bytes
 from nanovllm.models.loader import has_own_head
 from nanovllm.models.schemes import OPTIONS, UNQUANTIZED
 from nanovllm.models.shards import ALL, Shard
@@ -271,7 +272,16 @@ def make_spec(config: EngineConfig, model: Model, platform: Platform) -> EngineS
     )
     offload = choose_offload(config, model, platform)
     embedding_bytes = config.media.embedding_cache_bytes if model.takes_embeddings else 0
-    return EngineSpec(layout, backend, cache_dtype, offload, embedding_bytes)
+    slots = _snapshot_slots(config, model, layout)
+    return EngineSpec(layout, backend, cache_dtype, offload, embedding_bytes, slots)
+
+
+def _snapshot_slots(config: EngineConfig, model: Model, layout: Layout) -> int:
+    """How many snapshots of rows' states fit in the bytes for them."""
+    state_bytes = recurrent_bytes(model.kept, model.config.dtype)
+    if not state_bytes or not config.enable_prefix_caching:
+        return 0
+    return min(config.tuned.snapshot_bytes // state_bytes, 4 * layout.max_num_seqs)
 
 
 def vision_patches(config: EngineConfig, model: Model) -> tuple[int, ...]:

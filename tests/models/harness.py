@@ -123,14 +123,15 @@ def _poison(runner: Runner) -> None:
     # flash-attn multiplies slots past a row's end by zero, so they must be finite
     value = 1000.0 if runner.spec.attention.generation() else torch.nan
     for cache in runner.steps.caches:
-        cache.k_CBKH.fill_(value)
-        cache.v_CBKH.fill_(value)
+        for stored in cache[:2]:  # keys and values, or states of rows
+            assert stored is not None
+            stored.fill_(value)
 
 
 def _admit(runner: Runner, known: Sequence[Known]) -> None:
     """Give each sequence a row of the state, with blocks for all its tokens."""
     block_size, state = runner.layout.block_size, runner.state
-    num_blocks = runner.steps.caches[0].k_CBKH.shape[0]
+    num_blocks = runner.steps.pages.k_CBKH.shape[0]
     free = (torch.randperm(num_blocks - 1, generator=torch.Generator().manual_seed(2)) + 1).tolist()
     for row, (ids, _) in enumerate(known):
         for table_SP in state.block_tables:
@@ -176,7 +177,8 @@ def _prefill(
     sizes = {"num_tokens": num_tokens, "num_rows": num_rows, "pad_row": state.pad_row}
     arrays = span_arrays(rows, nums, token_ids, **sizes)
     span = Span(*(upload(array, torch.int64) for array in arrays))
-    hidden, _ = runner.steps.hidden(span)
+    with runner.snapshots.restoring(span.row_idx_R):  # a second step with these tokens follows
+        hidden, _ = runner.steps.hidden(span)
     where = [(chunk.row, chunk.start + i) for chunk in chunks for i in range(chunk.num_tokens)]
     for start in range(0, len(where), num_rows):
         group = where[start : start + num_rows]
