@@ -65,7 +65,7 @@ def layer(
         return dense.attention(cfg, call, w, kv, cos_sin_MH, batch, h_TD)
     x_TD = ops.rms_norm(h_TD, w.attn_norm_D, cfg.norm_eps)
     u_TCH = linear(x_TD, w.qkv_ED, None).view(len(x_TD), -1, cfg.head_dim)
-    log_a_TN = torch.nn.functional.logsigmoid(linear(x_TD, w.gate_ND, None).float() + 1)
+    log_a_TN = torch.sigmoid(linear(x_TD, w.gate_ND, None).float() + 1).log()
     o_TNH = _recurrence(kv, batch, u_TCH, log_a_TN, w.conv_W)
     o_TQ, h_TD = dense.kept(batch, o_TNH.flatten(1).to(h_TD.dtype), h_TD)
     return dense.summed_linear(cfg, o_TQ, w.out_DQ, None, h_TD)
@@ -104,8 +104,7 @@ def _recurrence(
     ).exp()
     outer_TNHH = k_TNH.unsqueeze(3) * v_TNH.unsqueeze(2)
     after_TNHH = since_TN.exp()[:, :, None, None] * sum_RNHH.index_select(0, row_T)
-    added = decay_TTN.permute(2, 0, 1) @ outer_TNHH.permute(1, 0, 2, 3).flatten(2)
-    after_TNHH = after_TNHH + added.view(-1, num_tokens, *outer_TNHH.shape[2:]).transpose(0, 1)
+    after_TNHH = after_TNHH + (decay_TTN[:, :, :, None, None] * outer_TNHH).sum(1)
     to = states.to_T
     conv_after, sum_after = conv_TWCH.narrow(1, 1, TAPS - 1), after_TNHH
     if to is None:

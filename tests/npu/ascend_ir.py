@@ -105,6 +105,11 @@ def _split(a: Attributes, x: Tensor, sizes: Tensor, dim: Tensor) -> tuple[Tensor
     return x.split(lengths, int(dim))
 
 
+def _exp(a: Attributes, x: Tensor) -> Tensor:
+    assert (a["base"], a["scale"], a["shift"]) == (-1.0, 1.0, 0.0), "only the natural exponential"
+    return torch.exp(x)
+
+
 def _log(a: Attributes, x: Tensor) -> Tensor:
     assert a["base"] == -1.0, "only the natural logarithm"
     return torch.log(x * a["scale"] + a["shift"])
@@ -217,6 +222,7 @@ OPS: dict[str, Callable[..., Any]] = {
     "Cumsum": _cumsum,
     "Equal": _binary(torch.eq),
     "Erf": lambda a, x: torch.erf(x.float()).to(x.dtype),
+    "Exp": _exp,
     "Fill": lambda a, dims, value: value.expand(dims.tolist()).clone(),
     "FloorDiv": _binary(torch.floor_divide),
     "FloorMod": _binary(lambda x1, x2: x1 - torch.floor_divide(x1, x2) * x2),
@@ -286,6 +292,7 @@ OPS: dict[str, Callable[..., Any]] = {
     "StridedSliceV2": _strided_slice,
     "Sub": _binary(torch.sub),
     "SwiGlu": lambda a, x: semantics.swiglu(x, a["dim"]),
+    "TensorMove": lambda a, x: x.clone(),
     "Transpose": lambda a, x, perm: x.permute(perm.tolist()),
     "Unpack": lambda a, x: (
         x.unbind(a["axis"]) if a["num"] == x.shape[a["axis"]] else _unsupported("another number")
