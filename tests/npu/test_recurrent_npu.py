@@ -36,7 +36,7 @@ def test_answers_are_those_of_a_plain_loop(
     ge: Ge,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """In chunks and batches, with padding, proposals that are wrong in part, and shared prefixes."""
+    """In chunks and batches, with padding, and with proposals that are wrong in part."""
     dtypes = (torch.float32, *npu.TRAITS.supported_dtypes)
     monkeypatch.setattr(npu, "TRAITS", replace(npu.TRAITS, supported_dtypes=dtypes))
     folder, expected = checkpoint
