@@ -48,7 +48,7 @@ _NCCL_ENVIRONMENT = {
 
 
 class Group:
-    """The ranks of one engine. Every rank creates one, and calls the same methods in the same order.
+    """The ranks of one engine. Every rank creates one and calls the same methods in the same order.
 
     On a GPU or NPU `all_reduce` and `all_gather` run on the current stream and do not wait for the
     device. On a GPU they can be captured in a CUDA graph. Destroy such graphs before `close`: NCCL
@@ -96,7 +96,7 @@ class Group:
             self.peers = connect_peers(rank, size, self.all_gather, self._agree)
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """Replace contiguous x by its sum over the ranks, bit-identical on all of them. Returns x."""
+        """Replace contiguous x by its sum over the ranks, bit-identical on each. Returns x."""
         return self._reduced(x, self._all_reduce)
 
     def all_gather(self, x: Tensor) -> Tensor:

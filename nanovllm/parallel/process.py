@@ -17,12 +17,12 @@ from nanovllm import env, programs
 from nanovllm.parallel.channel import ChannelClosed, channel_pair
 from nanovllm.parallel.serve import BEAT_SECONDS, SETUP
 
-# A rank hangs if for this many seconds it sends no heartbeat, uses no CPU time and has no major page
-# fault; until it has connected, it may be waiting for files that it imports.
+# A rank hangs if it sends no heartbeat, uses no CPU time and has no major page fault for this many
+# seconds; until it has connected, it may be waiting for files that it imports.
 SILENT_SECONDS, SILENT_SECONDS_AT_START = 5.0, 60.0
 _LATE_SECONDS = 1.5 * BEAT_SECONDS  # after this time a heartbeat is missing
-# This much CPU time is a computation. Threads that wait for the GIL wake up 200 times a second, which
-# adds up to 0.02 s in some seconds.
+# This much CPU time is a computation. Threads that wait for the GIL wake up 200 times a second,
+# which adds up to 0.02 s in some seconds.
 _BUSY_SECONDS = 0.1
 _LAST_LINES = 12
 _PIECE_BYTES = 1 << 16

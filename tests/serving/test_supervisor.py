@@ -180,7 +180,7 @@ def test_a_killed_process_ends_the_server(program: str, make: Make) -> None:
     code, errors = server.end()
     assert code == 1
     name = "the engine process" if program == "engine" else r"API process"
-    assert f"shutting down: {name}" in errors and "was ended by SIGKILL" in errors
+    assert f"shutting down: {name}" in errors and "was killed by SIGKILL" in errors
     assert list(server.temporary.iterdir()) == []
 
 
