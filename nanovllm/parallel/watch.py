@@ -54,7 +54,7 @@ class RankRefused(ValueError):
 
 
 def without_name(error: Exception) -> Exception:
-    """The error of a single process, not one of several ranks: a user's mistake without its name."""
+    """The error of a process that is the only rank: a user's mistake without its name."""
     return ValueError(error.text) if isinstance(error, RankRefused) else error
 
 

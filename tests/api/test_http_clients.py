@@ -210,7 +210,8 @@ def test_what_clients_add_to_an_answer_changes_no_prompt(
 
 def test_embeddings_are_refused_with_the_reason(server: MadeUpServer) -> None:
     error = refused(server, "/v1/embeddings", input="a", model=MODEL)
-    assert error["code"] == "unsupported_model" and "generates text, not embeddings" in error["message"]
+    assert error["code"] == "unsupported_model"
+    assert "generates text, not embeddings" in error["message"]
     status, body = post(server, "/v1/embeddings", input="a", model="text-embedding-3-small")
     assert status == 404 and body["error"]["code"] == "model_not_found"
 

@@ -141,7 +141,7 @@ def test_2000_rows_survive_the_loss_of_a_node(two_nodes: Any, tmp_path: Path) ->
     two_nodes.remove_node(two_nodes.second, allow_graceful=False)
     stdout, stderr = job.communicate(timeout=120)
     assert job.returncode == 0, stderr
-    assert num_before < NUM_ROWS * 3 // 4 and "is lost, its rows are answered again" in stderr
+    assert num_before < NUM_ROWS * 3 // 4 and "is lost, its rows are retried" in stderr
     found = [json.loads(one) for one in target.read_text().splitlines()]
     assert [row["row"] for row in found] == list(range(NUM_ROWS))
     assert [row["id"] for row in found] == [row["id"] for row in rows]
