@@ -74,9 +74,8 @@ class Compiler:
         self._lock = threading.Lock()
         num = NUM_WORKERS + NUM_SLOW
         self._trials = [Trial(tokenizer.special_tokens) for _ in range(num)]
-        self._idle: queue.LifoQueue[Trial] = (
-            queue.LifoQueue()
-        )  # the last one used already has a process
+        # the last one used already has a process
+        self._idle: queue.LifoQueue[Trial] = queue.LifoQueue()
         for trial in self._trials:
             self._idle.put(trial)
         self.masks: Masks | None = None
