@@ -53,11 +53,11 @@ def add_engine_flags(to: Arguments, *, skip: Collection[str] = ()) -> None:
     add_flags(to, Tuning, skip=skip)
     for theirs, ours in SAME_MEANING.items():
         if theirs not in skip and ours not in skip:
-            text = f"alias of --{ours.replace('_', '-')}"
+            text = f"the same as --{ours.replace('_', '-')}"
             add_flag(to, theirs, hints(EngineConfig)[ours], text)
     if "load_format" not in skip:
         to.add_argument("--load-format", choices=LOAD_FORMATS, default=argparse.SUPPRESS,
-                        help="dummy: alias of --random-weights")  # fmt: skip
+                        help="dummy: the same as --random-weights")  # fmt: skip
     for name in set(THEIRS) & ONE_VALUE.keys() - set(skip):
         is_switch = any(isinstance(value, bool) for value in ONE_VALUE[name])
         reading = {"action": argparse.BooleanOptionalAction} if is_switch else {"type": _value}

@@ -59,7 +59,7 @@ class AnswerStream:
         self._stages = stages
 
     def push(self, text: str) -> list[Part]:
-        """Parse more text. Returns the parts that are now complete enough to send."""
+        """Parse more text. Returns the new parts."""
         parts: list[Part] = [ContentPart(text)] if text else []
         for stage in self._stages:
             parts = _through(stage, parts)

@@ -11,7 +11,7 @@ from typing import Any
 
 ANY: frozenset[str] = frozenset()
 STRING = frozenset(["string"])
-MAX_SCHEMAS = 100  # visited for the type of one parameter; beyond that the type is unknown
+MAX_SCHEMAS = 100  # visited for the type of one parameter; above it the type is unknown
 PYTHON_WORDS = {"True": "true", "False": "false", "None": "null"}
 KINDS = {str: "string", bool: "boolean", type(None): "null", list: "array", dict: "object"}
 
@@ -23,9 +23,7 @@ class ArgumentTypes:
         """tools: as in OpenAI's API."""
         functions = [tool["function"] for tool in tools]
         self._parameters = {str(one["name"]): _mapping(one.get("parameters")) for one in functions}
-        self._found: dict[
-            tuple[str, str], frozenset[str]
-        ] = {}  # cached: a schema can have long lists
+        self._found: dict[tuple[str, str], frozenset[str]] = {}  # a schema can have long lists
 
     def of(self, tool: str, parameter: str) -> frozenset[str]:
         """The JSON types that the schema allows; ANY if it does not restrict them."""

@@ -19,7 +19,7 @@ class ReasoningPart:
 
 @dataclass(frozen=True, slots=True)
 class CallStart:
-    """The start of a tool call. index: 0, 1, … within an answer. id: only if the model wrote one."""
+    """The start of a tool call. index: 0, 1, … in an answer. id: only if the model wrote one."""
 
     index: int
     name: str

@@ -137,7 +137,7 @@ class TextParser:
         next(self._work, None)
 
     def push(self, text: str) -> list[Part]:
-        """Parse more text. Returns the parts that are now complete enough to send."""
+        """Parse more text. Returns the new parts."""
         if self._reader.ended:
             raise RuntimeError("the text has ended")
         self._reader.feed(text)

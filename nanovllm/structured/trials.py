@@ -33,7 +33,7 @@ class Trial:
         self._is_closed = False
 
     def run(self, found: Source, timeout_s: float) -> str:
-        """The library's grammar for a source. Raises TooSlow, and ValueError for an invalid source."""
+        """The library's grammar for a source. Raises TooSlow; ValueError for an invalid source."""
         is_new = self._process is None or self._process.poll() is not None
         if is_new:
             self._start()
