@@ -239,10 +239,10 @@ def test_gaps_between_tokens_while_a_long_prompt_arrives(run: Any) -> None:
     [
         (["--profile", "somewhere"], "--profile needs a CUDA device"),
         (["--run-ahead", "2"], "run_ahead is 2: it must be 0 or 1"),
-        (["--stall", "--latency"], "a measurement of its own"),
+        (["--stall", "--latency"], "--stall is a separate measurement"),
         (["--runs", "0"], "must be at least 1"),
         (["--max-len", "3"], "--max-len at least --min-len"),
-        (["--data-parallel-size", "2"], "data_parallel_size=2 is not measured"),
+        (["--data-parallel-size", "2"], "=2 is not supported: this measures one engine"),
         (["--layers", "2"], "--layers needs --random-weights"),
         (["--first", "4"], "--first is 4: it must be 1 to --num-seqs (3)"),
     ],

@@ -340,7 +340,8 @@ def test_prune_drops_what_killed_processes_left_behind(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "arguments, message",
-    [(["prune"], "use --max-bytes with prune"), (["list", "--max-bytes", "1"], "use --max-bytes with prune"),
+    [(["prune"], "use --max-bytes with prune"),
+     (["list", "--max-bytes", "1"], "use --max-bytes with prune"),
      (["prune", "--max-bytes", "much"], "'much' is not a size"), (["drop"], "invalid choice")],
 )  # fmt: skip
 def test_bad_arguments_are_named(
