@@ -161,7 +161,7 @@ def test_urls_are_read(url: str, address: Address) -> None:
 
 @pytest.mark.parametrize("url", ["", "ftp://a", "http://", "http://a:x", "http://a:99999", "a?b=c"])
 def test_what_is_no_url_is_refused(url: str) -> None:
-    with pytest.raises(ValueError, match="is not a (server's )?URL"):
+    with pytest.raises(ValueError, match=r"is not a (server's )?URL"):
         Address.of(url)
 
 
