@@ -7,16 +7,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from nanovllm import progress
+from nanovllm.progress import UseTqdm
 from nanovllm.prompts import Prompt
 from nanovllm.sampling import BeamSearchParams, SamplingParams
 from nanovllm.schedule.logprobs import Logprob
 
 if TYPE_CHECKING:
-    from nanovllm.llm import LLM, UseTqdm
+    from nanovllm.engine.interface import AnyEngine
     from nanovllm.outputs import RequestOutput
+
+
+class Generates(Protocol):
+    """What beam search uses of `LLM`."""
+
+    @property
+    def engine(self) -> AnyEngine: ...
+
+    def generate(
+        self, prompts: Any, sampling_params: Any, *, use_tqdm: bool
+    ) -> list[RequestOutput]: ...
 
 
 @dataclass(frozen=True)
@@ -48,7 +60,7 @@ def score(sequence: BeamSearchSequence, length_penalty: float, eos_ids: frozense
 
 
 def search(
-    llm: LLM, prompts: Sequence[Prompt], params: BeamSearchParams, use_tqdm: UseTqdm
+    llm: Generates, prompts: Sequence[Prompt], params: BeamSearchParams, use_tqdm: UseTqdm
 ) -> list[BeamSearchOutput]:
     """The `beam_width` best sequences of each prompt. Raises ValueError as `generate` does."""
     if not isinstance(params, BeamSearchParams):
@@ -115,7 +127,7 @@ def _extended(
 
 
 def _finished(
-    llm: LLM, sequence: BeamSearchSequence, params: BeamSearchParams, eos_ids: frozenset[int]
+    llm: Generates, sequence: BeamSearchSequence, params: BeamSearchParams, eos_ids: frozenset[int]
 ) -> BeamSearchSequence:
     tokens = sequence.tokens
     if tokens[-1] in eos_ids and not params.include_stop_str_in_output:

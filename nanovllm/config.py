@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from nanovllm.checks import Rule, check_fields, is_json_object, one_of, refuse_unknown, sizes, whole
-from nanovllm.compat.options import translated
 from nanovllm.media.options import LIMITS, MediaOptions
+from nanovllm.option_names import translated
 from nanovllm.tuning import MAX_TOKENS, Tuning, moved
 
 # Far above what any machine can use: larger numbers are mistakes, and the allocator's error would

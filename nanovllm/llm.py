@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from nanovllm import log, progress
 from nanovllm.compat.nano_vllm import NanoMethods
 from nanovllm.config import EngineConfig
 from nanovllm.engine.interface import NO_PROFILE
+from nanovllm.progress import UseTqdm
 from nanovllm.prompts import AnyPrompts, Prompt, prompt_list
 from nanovllm.replicas.opening import open_engine
 from nanovllm.sampling import BeamSearchParams, SamplingParams
@@ -28,7 +29,6 @@ logger = logging.getLogger(__name__)
 
 Message = Mapping[str, Any]
 Params = SamplingParams | Sequence[SamplingParams] | None
-UseTqdm = bool | Callable[..., Any]  # True, False, or a function with tqdm's arguments
 
 
 class LLM(NanoMethods):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from nanovllm import env
 
 if TYPE_CHECKING:
     from tqdm import tqdm
+
+UseTqdm = bool | Callable[..., Any]  # True, False, or a function with tqdm's arguments
 
 
 def bar(iterable: Any = None, *, disable: bool = False, **options: Any) -> tqdm[Any]:

@@ -10,7 +10,7 @@ from dataclasses import Field, dataclass, fields, replace
 from typing import Any, NoReturn
 
 from nanovllm.checks import InvalidValue, checked, hints
-from nanovllm.structured.params import StructuredOutputsParams
+from nanovllm.structured_params import StructuredOutputsParams
 
 MAX_LOGPROBS = 100
 ALL_LOGPROBS = -1

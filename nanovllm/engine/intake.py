@@ -30,7 +30,7 @@ from nanovllm.schedule.plan import LogitEdits
 from nanovllm.schedule.request import Content
 from nanovllm.structured import library
 from nanovllm.structured.library import Source
-from nanovllm.structured.params import FIELD
+from nanovllm.structured_params import FIELD
 from nanovllm.tokenizer import Tokenizer
 
 if TYPE_CHECKING:

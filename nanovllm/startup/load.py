@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,7 @@ from nanovllm.startup.build import build
 from nanovllm.startup.checkpoint_cache import read_tokenizer_of
 from nanovllm.startup.choose import Choice, choose
 from nanovllm.startup.compile_farm.farm import CompileFarm, WorkerFailed
+from nanovllm.startup.compile_workers import num_workers
 from nanovllm.startup.generation_config import default_params, generation_config
 from nanovllm.startup.laps import Laps
 from nanovllm.startup.memory import MemoryReport
@@ -83,6 +84,7 @@ def load(
     with ExitStack() as stack:
         farm = farm or stack.enter_context(closing(CompileFarm(config)))
         choice = choose(config, farm, laps)
+        choice = replace(choice, num_workers=num_workers(choice))
         if choice.shard.size == 1:
             return load_chosen(choice, farm, laps, show_progress=show_progress)
         team = ranks.start(choice)

@@ -14,9 +14,9 @@ import pytest
 from nanovllm.api.config import ServerConfig
 from nanovllm.cli import serve
 from nanovllm.cli.engine_options import add_engine_options, engine_config, engine_options
-from nanovllm.compat.options import ONE_VALUE, SAME_MEANING
 from nanovllm.config import EngineConfig
 from nanovllm.flags import Parser, add_flags, documented, given
+from nanovllm.option_names import ONE_VALUE, SAME_MEANING
 from nanovllm.sampling import SamplingParams
 
 
