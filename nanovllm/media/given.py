@@ -228,7 +228,7 @@ def check_counts(given: Sequence[Given], options: MediaOptions) -> None:
             raise ValueError(f"the prompt has {num} {kind}s: at most {most} are allowed")
 
 
-def refuse(model: str, given: Sequence[Given], why: str = "reads text only") -> None:
+def refuse(model: str, given: Sequence[Given], why: str = "accepts text only") -> None:
     """Raises ValueError if a prompt has media that a model cannot take."""
     if given:
         raise ValueError(f"the prompt has {given[0].name}, but {model!r} {why}")

@@ -1,13 +1,13 @@
-"""How long decode steps take at warm-up, and so how long they should take later."""
+"""The times of decode steps at warm-up, and the times expected of later steps."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# What the host does beside a step takes no longer. It is the larger part for the smallest models.
+# An upper bound on the host's work per step, which dominates for the smallest models.
 HOST_MS = 2.0
-# Attention reads the cache, and the rest of a decode step the weights. It reads a byte in at most
-# so many times the time.
+# Attention reads the cache, the rest of a decode step the weights. Attention takes at most this
+# many times longer per byte.
 ATTENTION_FACTOR = 10.0
 
 
