@@ -1,4 +1,4 @@
-"""The choices of an engine beside its model: sizes, attention, format of the cache."""
+"""The settings of an engine beside its model: sizes, attention, cache dtype."""
 
 from __future__ import annotations
 
@@ -68,9 +68,9 @@ class Layout:
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """The choices of one engine.
+    """The settings of one engine.
 
-    `attention` says what computes attention in each bucket. `cache_dtype` is the dtype of keys and
+    `attention` names the attention op of each bucket. `cache_dtype` is the dtype of keys and
     values. `offload` says which experts are on the device, None for all. Embeddings of images take
     `embedding_cache_bytes` of the device at most between steps.
     """

@@ -45,7 +45,7 @@ class TowerSteps(EncoderSteps):
         if tuple(values.shape) != (num_patches, cfg.patch_size):
             raise ValueError(
                 f"the patches of {len(grids)} images or videos have shape {list(values.shape)}, "
-                f"but their grids ask for {[num_patches, cfg.patch_size]}"
+                f"but their grids require {[num_patches, cfg.patch_size]}"
             )
         done = 0
         for call in layouts.calls(frames_F2, self.budgets):
