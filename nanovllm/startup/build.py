@@ -51,7 +51,7 @@ def build(
     group: Communicator | None = None,
     make: Callable[..., Runner] = Runner,
 ) -> Built:
-    """Size the cache, run every bucket, time prefill, and note that the store has everything.
+    """Size the cache, run every bucket, time prefill, and mark the store as complete.
 
     All ranks of `group` build at the same time. `make` makes the runner.
 
@@ -107,7 +107,7 @@ def _stall_bound(choice: Choice, runner: Runner) -> StallBound | None:
 
 
 def _expert_stats(runner: Runner) -> ExpertStats | None:
-    """Counts from now on, if experts are in the host's memory."""
+    """Counts from now on, if experts are in host memory."""
     if not runner.offloaded:
         return None
     rate, expert_bytes = measure_bus(runner), runner.offloaded[0].expert_bytes

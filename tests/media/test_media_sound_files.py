@@ -176,7 +176,7 @@ def header_of(rate: int) -> bytes:
         (sound_file("wav", "adpcm_ms", TONE, RATE), "encoded as adpcm_ms: the codecs mp3, aac, fl"),
         (sound_file("wav", "mp2", TONE, RATE), r"encoded as mp2.*: the codecs mp3"),
         (unknown_codec(), "encoded as something unknown: the codecs mp3"),
-        (video_file("mp4", 2), "the file has no sound in it"),
+        (video_file("mp4", 2), "the file has no audio stream"),
         (wav(np.zeros((0,), np.float32)), "it has no samples|corrupt"),
         (sound_file("wav", "pcm_f32le", TONE * np.nan, RATE), "not all finite"),
         (sound_file("wav", "pcm_f32le", TONE * 99, RATE), "its samples reach .*between -1 and 1"),
