@@ -66,7 +66,7 @@ def load(content: bytes) -> InductorProgram:
         path.write_bytes(content)
         try:
             return InductorProgram(CompiledArtifact.load(path=str(path), format="binary"))
-        except Exception as error:  # torch may raise anything here; the caller compiles again
+        except Exception as error:  # torch may raise any error here; the caller compiles again
             raise ValueError(f"Inductor cannot read it: {type(error).__name__}: {error}") from error
 
 

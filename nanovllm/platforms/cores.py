@@ -9,7 +9,8 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 
 def usable_cores(cgroups: Path = CGROUPS, own_groups: Path = Path("/proc/self/cgroup")) -> int:
-    """Whole cores, at least one. With more threads, every parallel loop waits for a time slice."""
+    """Whole cores, at least one. More threads would make every parallel loop wait for a time
+    slice."""
     affinity = getattr(os, "sched_getaffinity", None)  # not on macOS and Windows
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     return max(1, int(min([cores, *_quotas(cgroups, own_groups)])))

@@ -204,7 +204,7 @@ def test_require_names_the_ingredient_that_differs(
     store: Path, tiny_qwen3: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "__version__", "9.9.9")
-    with pytest.raises(CompileRequired, match=r"begin_1: torch: 9\.9\.9 is wanted, .* is there"):
+    with pytest.raises(CompileRequired, match=r"begin_1: torch: 9\.9\.9 is wanted, .* is stored"):
         LLM(str(tiny_qwen3), **OPTIONS, compile_cache=store, compile_cache_mode="require")
 
 
