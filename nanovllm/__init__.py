@@ -57,8 +57,8 @@ modules.install()
 def print_attention_backend_info(device: str = "auto") -> None:
     """Print the device, the installed packages, and why each attention_backend can or cannot run.
 
-    The text says how to install missing backends. `device` as for `LLM`; raises ValueError if this
-    machine does not have it.
+    The text includes how to install missing backends. `device` as for `LLM`; raises ValueError if
+    this machine does not have it.
     """
     from nanovllm.platforms.attention import attention_backend_info
 

@@ -160,7 +160,7 @@ def main() -> int:
         "--model", default="tiny-qwen3", help="a folder, or the name of an embedded model"
     )
     parser.add_argument("--base-url", help="use this server instead of an engine")
-    parser.add_argument("--num", type=int, default=500, help="questions to ask")
+    parser.add_argument("--num", type=int, default=500, help="number of questions")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")

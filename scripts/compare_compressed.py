@@ -124,7 +124,7 @@ def main() -> None:
         help="of the bytes of uncompressed experts",
     )  # fmt: skip
     parser.add_argument("--ranks", type=int, nargs="+", help="instead of --shares")
-    parser.add_argument("--num", type=int, default=2600, help="questions to ask")
+    parser.add_argument("--num", type=int, default=2600, help="number of questions")
     parser.add_argument("--seed", type=int, default=0, help="of the questions")
     parser.add_argument("--num-prompts", type=int, default=5000, help="for calibration")
     parser.add_argument("--cap-per-group", type=int, default=16384)

@@ -188,7 +188,7 @@ class Engine:
 
     @property
     def eos_ids(self) -> frozenset[int]:
-        """The ids that end an answer, unless its parameters say otherwise."""
+        """The ids that end an answer by default."""
         return self._eos_ids
 
     @property

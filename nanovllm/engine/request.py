@@ -65,8 +65,8 @@ class MediaPrompt(NamedTuple):
 class EngineRequest:
     """A request that `Intake.request` has checked. Adding it to an engine transfers ownership.
 
-    seed: None draws one from the engine's. detokenizes: whether the engine makes the text and looks
-    for stop strings. contents: the positions of embeddings and media in the prompt, with digests.
+    seed: None draws one from the engine's. detokenizes: whether the engine makes the text and finds
+        stop strings. contents: the positions of embeddings and media in the prompt, with digests.
     embeddings: [n, K · D] by the keys of contents. media: the same for images, frames and clips to
         encode. positions: int64 [3, T], or one for each token.
     """

@@ -34,7 +34,7 @@ def _quotas(cgroups: Path, own_groups: Path) -> list[float]:
 
 
 def _numbers(file: Path) -> list[float]:
-    """The numbers in a file; none if the file does not exist or says "max"."""
+    """The numbers in a file; none if the file does not exist or contains "max"."""
     try:
         return [float(word) for word in file.read_text().split() if word != "max"]
     except (OSError, ValueError):

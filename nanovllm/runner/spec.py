@@ -71,8 +71,8 @@ class EngineSpec:
     """The settings of one engine.
 
     `attention` names the attention op of each bucket. `cache_dtype` is the dtype of keys and
-    values. `offload` says which experts are on the device, None for all. Embeddings of images take
-    `embedding_cache_bytes` of the device at most between steps.
+    values. `offload` is the placement of experts, None for all on the device. Embeddings of images
+    take `embedding_cache_bytes` of the device at most between steps.
     """
 
     layout: Layout

@@ -120,7 +120,7 @@ class BlockPool:
             self._digest_of[block] = digest
 
     def reset(self) -> None:
-        """Free all blocks and forget their content. Owners must drop their blocks."""
+        """Free all blocks and drop their content. Owners must drop their blocks."""
         self._num_refs = [0] * self.num_blocks
         self._free = OrderedDict((block, None) for block in range(1, self.num_blocks))
         self._by_digest.clear()

@@ -100,7 +100,7 @@ def finish(choice: Choice, made: Sequence[str]) -> None:
     """Record the digests of the kernels that warm-up has `made`, and mark the store as ready.
 
     `choice` has max_model_len as the options have it, not as the cache's size lowered it: the next
-    start looks for that. Raises CompileRequired if a kernel was made in "require" mode.
+    start's key has that value. Raises CompileRequired if a kernel was made in "require" mode.
     """
     folder = choice.store.folder
     if choice.config.compile_cache_mode == "require":

@@ -97,7 +97,7 @@ def build(
 
 
 def _stall_bound(choice: Choice, runner: Runner) -> StallBound | None:
-    """The bound that the options ask for, or the device's default; None if that is infinite."""
+    """The bound of the options, or the device's default; None if that is infinite."""
     asked_ms = choice.config.max_stall_ms
     max_ms = choice.platform.traits.max_stall_ms if asked_ms is None else asked_ms
     if not math.isfinite(max_ms):
@@ -174,9 +174,9 @@ def with_cache(
 
 
 def _num_blocks(choice: Choice, runner: Runner) -> tuple[int, MemoryBudget | None]:
-    """As many blocks as asked for, or as fit and can be used; and the budget if it was measured.
+    """The requested blocks, or as many as fit and can be used; and the budget if it was measured.
 
-    Raises ValueError if more are asked for than fit.
+    Raises ValueError if the requested blocks do not fit.
     """
     config, platform, layout = choice.config, choice.platform, choice.spec.layout
     if config.num_kvcache_blocks is not None:

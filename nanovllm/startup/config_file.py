@@ -154,7 +154,7 @@ def _merged(fields: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str
 
 
 def _renamed(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields with one name for each meaning, so that an override meets what it replaces."""
+    """The fields with one name for each meaning, so that an override replaces the right field."""
     result = dict(fields)
     old_dtype = result.pop("torch_dtype", None)
     if old_dtype is not None and result.get("dtype") is None:

@@ -33,7 +33,7 @@ class MemoryReport:
         return self.cache_bytes / self.budget.allowance_bytes if self.budget else None
 
     def __str__(self) -> str:
-        share = "as asked for"
+        share = "as requested"
         if self.budget is not None:
             share = f"{self.cache_share:.1%} of the allowance"
             if self.limited:

@@ -53,7 +53,7 @@ trained on any.
 The model is transformers' `Qwen3VLForConditionalGeneration`. The loss is the cross-entropy on the
 answers, with Muon for the products and AdamW for the rest at a peak learning rate of
 {plan.learning_rate}, in {run.steps:,} steps of {plan.batch} pictures with {plan.turns} questions
-each; the first steps ask for descriptions alone. It ended at {loss:.4f}. Training took
+each; the first steps have only descriptions. It ended at {loss:.4f}. Training took
 {run.seconds / 60:.0f} minutes on one {run.device} with torch {run.torch_version}.{remarks}
 
 ## Accuracy
