@@ -18,7 +18,7 @@ from dataclasses import asdict, fields
 from os import PathLike, fspath
 from typing import Any, Union
 
-Rule = tuple[str, Callable[[Any], bool]]  # what a value must be, in words and as a test
+Rule = tuple[str, Callable[[Any], bool]]  # the condition on a value, as text and as a function
 
 
 class InvalidValue(ValueError):

@@ -63,7 +63,7 @@ def read() -> Environment:
     try:
         shlex.split(cxx or "")
     except ValueError as error:
-        raise ValueError(f"CXX is {cxx!r}, which is no command: {error}") from error
+        raise ValueError(f"CXX is {cxx!r}, which is not a command: {error}") from error
     return Environment(
         level, folders["NANOVLLM_DUMP_GRAPHS"], strict, folders["NANOVLLM_CACHE"], cxx, disable_svd,
         _switch("NANOVLLM_DISABLE_PEER_MEMORY"),
@@ -134,7 +134,7 @@ def ray_address() -> str | None:
 
 
 def may_dump_core() -> bool:
-    """NANOVLLM_CORE_DUMPS: 1 leaves the limit of core dumps as it is. Raises ValueError."""
+    """NANOVLLM_CORE_DUMPS: 1 does not change the limit of core dumps. Raises ValueError."""
     return _switch("NANOVLLM_CORE_DUMPS")
 
 

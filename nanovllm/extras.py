@@ -1,5 +1,6 @@
 """How to install an optional part of this package. The package is not on an index, so a command
-names the folder or repository that it was installed from (PEP 610). Imports nothing of ours."""
+names the folder or repository that it was installed from (PEP 610). Does not import other modules
+of the package."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ class SamplingParams:
     max_tokens, min_tokens: limits on generated tokens. max_tokens None: up to max_model_len. Stop
         tokens and stop strings do not end a request before min_tokens.
     stop: strings that end the text. The text does not include them, unless
-        `include_stop_str_in_output`. None, "" and [] are no strings.
+        `include_stop_str_in_output`. None, "" and [] mean none.
     stop_token_ids: ids that end the text; token_ids includes them.
     ignore_eos: the model's end-of-sequence ids do not end the request.
     logprobs, prompt_logprobs: the number of likeliest tokens to report per position, beside the

@@ -170,8 +170,9 @@ class Model:
     def layer_programs(self, *, keeps_last: bool) -> tuple[tuple[str, LayerKind], ...]:
         """The program of each layer in one step, as (region, kind).
 
-        With `keeps_last` the step goes on with the last tokens of each row only, from the attention
-        of the last layer on: ordinary prefill does, decode and prompt log-probabilities do not.
+        With `keeps_last` the step continues with the last token of each row only, from the
+        attention of the last layer on: ordinary prefill does, decode and prompt log-probabilities
+        do not.
         """
         names = ["layer"] * (len(self.layer_kinds) - 1)
         names.append("last_layer" if keeps_last else "layer")

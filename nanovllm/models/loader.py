@@ -197,8 +197,8 @@ def _padded(source: str, part: Tensor, cut: Cut) -> tuple[str, Tensor, Cut]:
 def has_own_head(folder: Path, dtype: torch.dtype) -> bool:
     """True if the checkpoint has a head whose values, in `dtype`, differ from the embedding table.
 
-    Where that is so, transformers does not tie them, whatever the config says. Reads headers alone
-    if no head is stored, and otherwise up to the first difference. False without weights.
+    In this case transformers does not tie them, even if the config ties them. Reads only headers if
+    no head is stored, and otherwise up to the first difference. False without weights.
     """
     if not any(folder.glob("*.safetensors")):
         return False

@@ -68,8 +68,8 @@ class Param(NamedTuple):
     If `source_shape` is given, each source has this shape and fills the first rows and columns of
     its part; the rest is zero. Only towers have such parameters (`vision.weights`).
 
-    A `compressed` parameter is read from `svd_experts`, which knows its sources. The checkpoint's
-    tensors that `replaces` names are not read.
+    A `compressed` parameter is read from `svd_experts`, which resolves its sources. The
+    checkpoint's tensors that `replaces` names are not read.
     """
 
     kind: ParamKind

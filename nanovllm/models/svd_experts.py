@@ -1,8 +1,8 @@
 """Compressed experts beside a checkpoint: their files and metadata.
 
     svd_experts/U_matrices.safetensors                       the bases that a layer's experts share
-    svd_experts/V_experts/layer_0_expert_0.safetensors       what each expert has of its own
-    svd_experts/metadata.json                                written last: without it nothing counts
+    svd_experts/V_experts/layer_0_expert_0.safetensors       the matrices of each expert
+    svd_experts/metadata.json                                written last: without it nothing is used
 
 A matrix [O, I] of expert e, which maps x [I] to x · Wᵀ, is stored as Wᵀ ≈ U · V_e. U [I, L] is the
 basis of the layer and the kind of matrix, V_e is [L, O].

@@ -27,13 +27,13 @@ from nanovllm.platforms.regions import Region, SplitRegion
 
 # Ops whose reference reads the routing on the host, so that it cannot be traced.
 OFFLOAD_OPS = ("fetch_experts", "stream_experts", "offloaded_experts")
-# Ops of a step with kernels of ours on CPU and CUDA.
+# Ops of a step with our kernels on CPU and CUDA.
 STEP_OPS = frozenset({
     "accept", "add_rms_norm", "advance", "decode_inputs", "expert_linear", "experts",
     "paged_attention", "qk_norm_rope_store", "rms_norm", "route", "sample", "sampling_inputs",
     "segment_attention", "silu_mul", "span_inputs", *OFFLOAD_OPS, *COLLECTIVES,
 })  # fmt: skip
-# The passes of fuse=False: only ops that no lowering can generate stay kernels of ours.
+# The passes of fuse=False: our kernels are used only for ops that no lowering can generate.
 UNFUSED_OPS = frozenset({
     "paged_attention", "segment_attention", "store_kv", "sample", "route", "experts",
     "expert_linear", *OFFLOAD_OPS, *COLLECTIVES,

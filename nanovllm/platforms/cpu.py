@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 # The cache's share of free memory, and its limit: other programs need the machine's memory too.
 CACHE_SHARE, CACHE_CEILING_BYTES = 0.25, 8 << 30
 
-# Ops with C++ kernels of ours: as fast as Inductor's code, which is compiled for every bucket.
+# Ops with our C++ kernels: as fast as Inductor's code, which is compiled for every bucket.
 KERNEL_OPS = STEP_OPS | {"linear_int8"}
 
 

@@ -1,8 +1,8 @@
 """Logits on several ranks: each rank computes the columns of its part of the vocabulary.
 
-The plain sampler takes the columns as they are (`ops.sample_columns`): ranks exchange one number
-for each row. Filters, penalties and log-probabilities need whole logits, so they gather them. On
-one rank the columns are the whole logits, and programs do not change.
+The plain sampler takes the columns (`ops.sample_columns`): ranks exchange one number for each row.
+Filters, penalties and log-probabilities need whole logits, so they gather them. On one rank the
+columns are the whole logits, and programs do not change.
 
 R rows | V vocabulary | W columns of one rank, V on one
 """

@@ -27,7 +27,7 @@ class TowerSteps(EncoderSteps):
     """The calls of a vision tower.
 
     Budgets are patches T, multiples of the tower's patches per token (`vision.budgets`). A frame
-    with more patches than the largest runs op by op, in a call of its own size.
+    with more patches than the largest runs op by op, in a call of the frame's size.
     """
 
     name = "vision"

@@ -126,8 +126,8 @@ def measure_bus(runner: Runner) -> float | None:
 def _prefill_ms(runner: Runner, num_tokens: int, context: int = 0) -> float:
     """The milliseconds of a step of padding, on the slowest rank.
 
-    With `context` it feeds the last of so many tokens, all in the padding block, in a row that no
-    request has yet.
+    With `context` it feeds the last of that many tokens, all in the padding block, in a row without
+    a request.
     """
     state = runner.state
     bucket = runner.layout.prefill_bucket(num_tokens, 1)

@@ -25,8 +25,8 @@ class DecodePace:
     spread: float = 1.0
 
     def most_ms(self, num_rows: int, num_cached: int) -> float:
-        """The most milliseconds that a decode step of so many rows should take, whose rows have
-        `num_cached` tokens in the cache together."""
+        """The most milliseconds that a decode step of `num_rows` rows should take, which have
+        `num_cached` tokens in the cache in total."""
         (low, low_ms), (high, high_ms) = self.step_ms[0], self.step_ms[-1]
         share = min(1.0, (num_rows - low) / max(1, high - low))
         step_ms = low_ms + share * max(0.0, high_ms - low_ms)

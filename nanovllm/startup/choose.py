@@ -359,7 +359,7 @@ def make_layout(
 def eos_token_ids(folder: Path, hf: Any) -> frozenset[int]:
     """All ids that end an answer: those in generation_config.json, or else in config.json.
 
-    Raises ValueError that names the file for values that are no ids.
+    Raises ValueError, with the file's name, for values that are not ids.
     """
     path = folder / "generation_config.json"
     found = generation_config(folder).get("eos_token_id")

@@ -1,7 +1,7 @@
 """Writes a folder of compressed experts so that an interrupted run continues where it stopped.
 
 A layer is finished when its bases are written, after the files of its experts. The bases of
-finished layers are kept in a folder of their own until all layers are finished. metadata.json comes
+finished layers are kept in a separate folder until all layers are finished. metadata.json comes
 last: without it, no engine uses the folder. Files of a run with other settings are deleted.
 """
 

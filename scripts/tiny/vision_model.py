@@ -149,7 +149,7 @@ def _equal_attention(
 def save(
     model: Qwen3VLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, out: Path
 ) -> None:
-    """Writes bf16 weights and all other files but the card. The model itself stays as it is."""
+    """Writes bf16 weights and all other files but the card. The model itself does not change."""
     out.mkdir(parents=True, exist_ok=True)
     state = model.state_dict()
     del state["lm_head.weight"]  # the same as the embeddings

@@ -3,8 +3,8 @@
 In steps with few tokens, each layer gives the experts that its tokens chose a slot (see
 `reference.offload.fetch_experts`) and reads those that got none in the host's memory. In steps with
 many tokens nearly every expert is chosen. Then all experts of a layer without a slot are streamed
-to a buffer, and slots stay as they are. With two buffers, a layer's experts are on their way while
-the layer before it computes.
+to a buffer, and slots stay as they are. With two buffers, a layer's experts are copied while the
+previous layer computes.
 
 T tokens | K experts per token | E experts | I ids | S slots | B entries of a buffer | D hidden
 F expert width | G = 2F | C counters
@@ -304,6 +304,6 @@ def _fill(residents: Residents, first: int, both: tuple[Tensor, Tensor]) -> None
 
 
 def _entries(num: int, both: tuple[Tensor, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Memory for so many experts."""
+    """Memory for `num` experts."""
     gate_up, down = (one.new_empty((num, *one.shape[1:]), device=device) for one in both)
     return gate_up, down

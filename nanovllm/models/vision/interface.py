@@ -51,9 +51,9 @@ class TowerConfig:
     frames, rows, columns), `merge_size`² of which make one token of `out_size` numbers. Blocks of
     `full_blocks` attend within a frame, the others within windows of `window_groups`² tokens.
     After each block of `deepstack_blocks` the tower makes one more level of features. Positions are
-    rotary with base `rope_theta` and, if `table_side` is not 0, a learned table of so many rows and
-    columns is added. Frames of a video are `tokens_per_second` positions in time apart for each
-    second between them; with `videos_span_time` the text continues after the last of them.
+    rotary with base `rope_theta` and, if `table_side` is not 0, a learned table of `table_side`
+    rows and columns is added. Frames of a video are `tokens_per_second` positions in time apart for
+    each second between them; with `videos_span_time` the text continues after the last of them.
     """
 
     GRAPH_FIELDS: ClassVar[tuple[str, ...]] = (
