@@ -2,7 +2,7 @@
 
     svd_experts/U_matrices.safetensors                       the bases that a layer's experts share
     svd_experts/V_experts/layer_0_expert_0.safetensors       the matrices of each expert
-    svd_experts/metadata.json                                written last: without it nothing is used
+    svd_experts/metadata.json                                written last; marks completeness
 
 A matrix [O, I] of expert e, which maps x [I] to x · Wᵀ, is stored as Wᵀ ≈ U · V_e. U [I, L] is the
 basis of the layer and the kind of matrix, V_e is [L, O].
