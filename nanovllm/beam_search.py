@@ -1,6 +1,6 @@
 """Beam search over whole answers, one `generate` call with log-probabilities for each token.
 
-The beams of all prompts run in one batch, and the prefix cache keeps what they share.
+The beams of all prompts run in one batch and share blocks through the prefix cache.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class BeamSearchOutput:
 
 
 def score(sequence: BeamSearchSequence, length_penalty: float, eos_ids: frozenset[int]) -> float:
-    """Log-probability divided by the number of tokens, prompt included and end-of-sequence not, to
-    the power of `length_penalty`. vLLM and transformers define it so."""
+    """Log-probability / length ** `length_penalty`, as in vLLM and transformers. The length counts
+    the prompt, but not end-of-sequence."""
     num_tokens = len(sequence.tokens) - (sequence.tokens[-1] in eos_ids)
     return float(sequence.cum_logprob / num_tokens**length_penalty)
 
@@ -111,7 +111,7 @@ def search(
 def _extended(
     beam: BeamSearchSequence, output: RequestOutput, eos_ids: frozenset[int]
 ) -> list[BeamSearchSequence]:
-    """The beam with each likely next token; with an error it ends as it is."""
+    """The beam extended by each likely next token. A beam with an error ends unchanged."""
     if output["finish_reason"] == "error":
         return [replace(beam, finish_reason="error")]
     found = output["logprobs"][0]

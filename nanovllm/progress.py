@@ -16,14 +16,14 @@ UseTqdm = bool | Callable[..., Any]  # True, False, or a function with tqdm's ar
 
 def bar(iterable: Any = None, *, disable: bool = False, **options: Any) -> tqdm[Any]:
     """A bar of tqdm, with the arguments of tqdm. It draws nothing unless `is_drawn`."""
-    from tqdm import tqdm  # this takes as long as all other imports of the package
+    from tqdm import tqdm  # as slow as all other imports of the package
 
     options = {"dynamic_ncols": True, **options}
     return tqdm(iterable, disable=disable or not is_drawn(), **options)
 
 
 def silent_class() -> Any:
-    """For libraries that take a class of bars: one that draws nothing, or None for their own class
+    """A class of bars for libraries: one that draws nothing, or None (the library's own class)
     where bars are drawn."""
     if is_drawn():
         return None

@@ -1,4 +1,4 @@
-"""Chooses all that is decided before weights are loaded: model, dtypes, attention, sizes."""
+"""Makes the choices before weights are loaded: model, dtypes, attention, sizes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Choice:
-    """What the later steps of a start need to know.
+    """The choices for the later steps of a start.
 
     `folder` is the checkpoint's, `hf` transformers' config of it or the store's copy of that.
     `eos_ids` end an answer. `num_workers` processes compile while this one reads weights. `shard`
@@ -70,7 +70,7 @@ class Choice:
         self.platform.prepare(self.store.folder / "cpp", env.read().cxx, may_compile=may_compile)
 
     def check_graphs(self) -> None:
-        """Warn if graphs are asked for and impossible on this device; call `prepare_kernels` first.
+        """Warn if graphs are requested but impossible on this device; call `prepare_kernels` first.
 
         Raises CompileRequired or ValueError for options that need graphs.
         """
@@ -146,8 +146,8 @@ def choose_model(
 
 
 def make_model(config: EngineConfig, hf: Any, dtype: torch.dtype) -> Model:
-    """The model of a checkpoint's config, with the formats that the checkpoint or the option
-    `quantization` says. Raises ValueError if they do not go with the model, or both say some."""
+    """The model of a checkpoint's config, with the formats of the checkpoint or of the option
+    `quantization`. Raises ValueError if they do not fit the model, or if both choose formats."""
     architecture = registry.architecture(hf.architectures)
     model = architecture(hf, dtype=dtype, max_model_len=config.max_model_len)
     if config.quantization is None:
@@ -338,7 +338,7 @@ def make_layout(
 def eos_token_ids(folder: Path, hf: Any) -> frozenset[int]:
     """All ids that end an answer: those in generation_config.json, or else in config.json.
 
-    Raises ValueError that names the file for values that are no ids.
+    Raises ValueError, with the file's name, for values that are not ids.
     """
     path = folder / "generation_config.json"
     found = generation_config(folder).get("eos_token_id")

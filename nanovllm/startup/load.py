@@ -44,7 +44,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# If no worker answers for so long, this process goes on alone. A bucket or kernel takes seconds.
+# After this time without an answer of a worker, this process compiles alone. A bucket or kernel
+# takes seconds.
 PATIENCE_S = 600.0
 
 
@@ -170,8 +171,8 @@ def _load_weights(
     tokenizer_of = partial(read_tokenizer_of, choice.config, choice.folder, choice.store)
     with ThreadPoolExecutor(1) as reader:
         read = partial(reader.submit, tokenizer_of)
-        # Imports hold Python's lock, and reading weights does not. So the tokenizer is read beside
-        # the weights, unless threads hand out tasks at the same time.
+        # Imports hold the GIL, and reading weights does not. So the tokenizer is read in parallel
+        # with the weights, unless threads hand out tasks at the same time.
         tokenizer = None if choice.num_workers else read()
         params = _read_weights(choice, bar.update, place)
         choice.platform.synchronize()
@@ -203,7 +204,7 @@ def _read_weights(choice: Choice, progress: loader.Progress, place: Place) -> Pa
 
 
 def _wait(farm: CompileFarm) -> None:
-    """Wait until the store has what workers compile, and the device has the memory they took."""
+    """Wait until workers have filled the store and released their device memory."""
     try:
         farm.wait(lambda outcome: None, PATIENCE_S)
     except WorkerFailed as error:

@@ -19,7 +19,7 @@ PROGRAM = "nanovllm.startup.rank_process"
 
 
 class Team:
-    """The other ranks, as the first one sees them. Make it with `start`."""
+    """The first rank's handle of the other ranks. Make it with `start`."""
 
     def __init__(self, choice: Choice, ranks: Ranks) -> None:
         self._size, self._platform = choice.shard.size, choice.platform
@@ -49,17 +49,17 @@ class Team:
         return MirroredRunner(*args, followers=self, **kwargs)
 
     def close(self) -> None:
-        """End the other ranks. Nothing of them is left."""
+        """End the other ranks and their processes."""
         self.ranks.close()
         if self._group is not None:
             self._group.close()
 
 
 def start(choice: Choice) -> Team:
-    """Start the other ranks, which read their parts of the weights meanwhile.
+    """Start the other ranks, which then read their parts of the weights.
 
     Raises ValueError for more ranks than devices. `Team.connect` raises RankFailed, also for a rank
-    that sees another checkpoint.
+    that finds another checkpoint.
     """
     from nanovllm.parallel.ranks import Ranks
 
