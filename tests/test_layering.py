@@ -164,9 +164,9 @@ DEVICELESS = (
 OPTIONS = ("npu_graph_mode", "npu_graph_options")
 # modules that import nothing of ours except each other
 LIGHT = (
-    "checks", "config", "compat/options", "env", "flag_file", "flags", "kernels/private", "log",
-    "media/options", "programs", "progress", "ray_note", "sampling", "structured/params", "tuning",
-    "typos",
+    "checks", "config", "compat/options", "env", "flag_file", "flags", "kernels/private_files",
+    "log", "media/options", "programs", "progress", "ray_note", "sampling", "structured/params",
+    "tuning", "typos",
 )  # fmt: skip
 
 

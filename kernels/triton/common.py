@@ -177,12 +177,12 @@ class Places(NamedTuple):
 
 
 @triton.jit
-def local_expert(local_ptr, expert, SPREAD: tl.constexpr):
+def local_expert(local_ptr, expert, EXPERT_PARALLEL: tl.constexpr):
     """The places of experts among the matrices that are here; negative for those elsewhere.
 
-    Unless SPREAD all are here, in their order. A negative number stays negative.
+    Unless EXPERT_PARALLEL all are here, in their order. A negative number stays negative.
     """
-    if SPREAD:
+    if EXPERT_PARALLEL:
         expert = tl.load(local_ptr + expert, mask=expert >= 0, other=-1)
     return expert
 
@@ -267,7 +267,7 @@ _MAX_STREAMS = 128
 _COUNTERS_PER_STREAM = 4096
 _counters: dict[torch.device, Tensor] = {}
 _stream_slots: dict[tuple[torch.device, int], int] = {}
-counters_are_fake = False  # True while launches are rehearsed without a device
+counters_are_fake = False  # True while a dry run records launches without a device
 
 
 def arrival_counters(device: torch.device, num_counters: int) -> Tensor:

@@ -17,17 +17,17 @@ from nanovllm.kernels.triton.attention_decode import paged_attention_decode
 from nanovllm.kernels.triton.attention_prefill import paged_attention_prefill
 from nanovllm.kernels.triton.attention_prefill_hopper import paged_attention_prefill_hopper, suits
 from nanovllm.kernels.triton.experts import expert_linear, experts, offloaded_experts
-from nanovllm.kernels.triton.filter import keep_likely
 from nanovllm.kernels.triton.linear import fused_linear, linear_
-from nanovllm.kernels.triton.mask import keep_allowed
 from nanovllm.kernels.triton.norm_act import add_rms_norm, rms_norm, silu_mul
 from nanovllm.kernels.triton.offload import fetch_experts, stream_experts
 from nanovllm.kernels.triton.rope_store import qk_norm_rope_store, rope, store_kv
-from nanovllm.kernels.triton.route import norm_route, route
 from nanovllm.kernels.triton.sample import sample
 from nanovllm.kernels.triton.sample_columns import sample_columns
-from nanovllm.kernels.triton.segment_attention import segment_attention
-from nanovllm.kernels.triton.unowned import zero_unowned_
+from nanovllm.kernels.triton.token_bitmask import apply_token_bitmask
+from nanovllm.kernels.triton.topk_softmax import norm_router_topk, topk_softmax
+from nanovllm.kernels.triton.topk_topp import apply_top_k_top_p
+from nanovllm.kernels.triton.varlen_attention import varlen_attention
+from nanovllm.kernels.triton.zero_padding import zero_padding_
 
 
 def paged_attention(
@@ -96,16 +96,16 @@ def register() -> None:
                 "store_kv": store_kv,
                 "qk_norm_rope_store": qk_norm_rope_store,
                 "paged_attention": paged_attention,
-                "segment_attention": segment_attention,
-                "zero_unowned_": zero_unowned_,
+                "varlen_attention": varlen_attention,
+                "zero_padding_": zero_padding_,
                 "fused_linear": fused_linear,
                 "linear_": linear_,
                 "sample": sample,
                 "sample_columns": sample_columns,
-                "keep_likely": keep_likely,
-                "keep_allowed": keep_allowed,
-                "route": route,
-                "norm_route": norm_route,
+                "apply_top_k_top_p": apply_top_k_top_p,
+                "apply_token_bitmask": apply_token_bitmask,
+                "topk_softmax": topk_softmax,
+                "norm_router_topk": norm_router_topk,
                 "experts": experts,
                 "expert_linear": expert_linear,
                 "fetch_experts": fetch_experts,

@@ -44,7 +44,8 @@ class MoeConfig:
     A token goes to `top_k` of `num_experts` experts of width `expert_size`. With `normalize` the
     weights of its experts sum to 1. `shared_size` is the width of an expert that every token goes
     to, 0 without one. `compression` is None for experts that are stored as they are. With
-    `is_spread` each of several ranks has whole experts, and otherwise a part of every expert.
+    `is_expert_parallel` each of several ranks has whole experts, and otherwise a part of
+    every expert.
     Raises ValueError for sizes that do not fit together.
     """
 
@@ -56,7 +57,7 @@ class MoeConfig:
     normalize: bool
     shared_size: int = 0
     compression: Compression | None = None
-    is_spread: bool = False
+    is_expert_parallel: bool = False
 
     def __post_init__(self) -> None:
         sizes = {

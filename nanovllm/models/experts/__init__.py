@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from nanovllm.models.experts import compressed, offloaded, spread, stacked
+from nanovllm.models.experts import compressed, expert_parallel, offloaded, stacked
 from nanovllm.models.experts.offloaded import Offloaded
 
 # A layer's experts as stored: a named tuple of tensors that only its form understands.
@@ -40,7 +40,7 @@ class Form(Protocol):
 
 
 # A form comes before those whose fields are some of its own.
-FORMS: tuple[Form, ...] = (spread, stacked, compressed, offloaded)
+FORMS: tuple[Form, ...] = (expert_parallel, stacked, compressed, offloaded)
 
 
 def prepare(

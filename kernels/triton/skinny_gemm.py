@@ -30,7 +30,7 @@ from nanovllm.kernels.triton.common import finish, launch_options, prefetch_rows
 MAX_ROWS = 16
 
 
-class LinearTile(NamedTuple):
+class SkinnyTile(NamedTuple):
     """The sizes of a launch.
 
     Outputs of one program, slices and columns of a chunk of weights, chunks in flight, warps.
@@ -62,7 +62,7 @@ def _load_columns(
 
 
 @triton.jit
-def one_row_linear_kernel(
+def gemv_kernel(
     x_ptr,  # [D]
     norm_ptr,  # [D], read if HAS_NORM
     weight_ptr,  # [outputs, D]
@@ -194,7 +194,7 @@ def _slice_dot(x_STC, w_SOC, acc_STO, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def few_rows_linear_kernel(
+def skinny_gemm_kernel(
     x_ptr,  # [T, D]
     norm_ptr,  # [D], read if HAS_NORM
     weight_ptr,  # [outputs, D]
@@ -314,83 +314,83 @@ def few_rows_linear_kernel(
 
 
 # (outputs, depth, silu·up): tiles for 1, for up to 8 and for up to 16 rows; None where
-# linear_many.py is faster. Measured on an H200 by scripts/bench/bench_linear.py.
-TILES: dict[tuple[int, int, bool], tuple[LinearTile, LinearTile, LinearTile | None]] = {
+# split_k_gemm.py is faster. Measured on an H200 by scripts/bench/bench_linear.py.
+TILES: dict[tuple[int, int, bool], tuple[SkinnyTile, SkinnyTile, SkinnyTile | None]] = {
     # Qwen3-0.6B: qkv, out, gate_up, down, head
     (4096, 1024, False): (
-        LinearTile(8, 1, 256, 2, 4),
-        LinearTile(16, 4, 256, 1, 4),
-        LinearTile(16, 4, 256, 1, 4),
+        SkinnyTile(8, 1, 256, 2, 4),
+        SkinnyTile(16, 4, 256, 1, 4),
+        SkinnyTile(16, 4, 256, 1, 4),
     ),
     (1024, 2048, False): (
-        LinearTile(8, 1, 256, 8, 8),
-        LinearTile(16, 4, 256, 2, 4),
-        LinearTile(16, 4, 128, 4, 4),
+        SkinnyTile(8, 1, 256, 8, 8),
+        SkinnyTile(16, 4, 256, 2, 4),
+        SkinnyTile(16, 4, 128, 4, 4),
     ),
     (3072, 1024, True): (
-        LinearTile(8, 1, 256, 2, 4),
-        LinearTile(16, 4, 256, 1, 4),
-        LinearTile(16, 4, 256, 1, 4),
+        SkinnyTile(8, 1, 256, 2, 4),
+        SkinnyTile(16, 4, 256, 1, 4),
+        SkinnyTile(16, 4, 256, 1, 4),
     ),
     (1024, 3072, False): (
-        LinearTile(4, 1, 256, 12, 4),
-        LinearTile(16, 8, 128, 2, 8, True),
-        LinearTile(16, 4, 128, 4, 4, True),
+        SkinnyTile(4, 1, 256, 12, 4),
+        SkinnyTile(16, 8, 128, 2, 8, True),
+        SkinnyTile(16, 4, 128, 4, 4, True),
     ),
     (151936, 1024, False): (
-        LinearTile(4, 1, 256, 4, 2),
-        LinearTile(16, 4, 256, 1, 4),
-        LinearTile(16, 4, 256, 1, 4),
+        SkinnyTile(4, 1, 256, 4, 2),
+        SkinnyTile(16, 4, 256, 1, 4),
+        SkinnyTile(16, 4, 256, 1, 4),
     ),
     # Qwen3-8B over two GPUs: out, gate_up; one row measured in a chain with sums over ranks
     (4096, 2048, False): (
-        LinearTile(4, 1, 256, 8, 2),
-        LinearTile(16, 4, 256, 1, 4),
-        LinearTile(16, 4, 256, 1, 4),
+        SkinnyTile(4, 1, 256, 8, 2),
+        SkinnyTile(16, 4, 256, 1, 4),
+        SkinnyTile(16, 4, 256, 1, 4),
     ),
     (6144, 4096, True): (
-        LinearTile(4, 1, 256, 8, 4),
-        LinearTile(16, 4, 256, 1, 4),
-        LinearTile(16, 4, 256, 1, 4),
+        SkinnyTile(4, 1, 256, 8, 4),
+        SkinnyTile(16, 4, 256, 1, 4),
+        SkinnyTile(16, 4, 256, 1, 4),
     ),
     # Qwen3-30B-A3B: qkv, out, head
-    (5120, 2048, False): (LinearTile(8, 1, 256, 4, 4), LinearTile(16, 4, 256, 2, 4), None),
-    (2048, 4096, False): (LinearTile(8, 1, 256, 16, 8), LinearTile(16, 8, 256, 2, 8), None),
+    (5120, 2048, False): (SkinnyTile(8, 1, 256, 4, 4), SkinnyTile(16, 4, 256, 2, 4), None),
+    (2048, 4096, False): (SkinnyTile(8, 1, 256, 16, 8), SkinnyTile(16, 8, 256, 2, 8), None),
     (151936, 2048, False): (
-        LinearTile(8, 1, 256, 8, 4),
-        LinearTile(16, 4, 256, 1, 4),
-        LinearTile(16, 4, 256, 1, 4),
+        SkinnyTile(8, 1, 256, 8, 4),
+        SkinnyTile(16, 4, 256, 1, 4),
+        SkinnyTile(16, 4, 256, 1, 4),
     ),
     # Qwen3-8B: qkv, out, gate_up, down, head
     (6144, 4096, False): (
-        LinearTile(8, 1, 256, 4, 4),
-        LinearTile(16, 4, 256, 1, 4),
-        LinearTile(16, 4, 128, 4, 4),
+        SkinnyTile(8, 1, 256, 4, 4),
+        SkinnyTile(16, 4, 256, 1, 4),
+        SkinnyTile(16, 4, 128, 4, 4),
     ),
     (4096, 4096, False): (
-        LinearTile(8, 1, 256, 4, 4),
-        LinearTile(16, 4, 256, 1, 4),
-        LinearTile(16, 4, 128, 4, 4),
+        SkinnyTile(8, 1, 256, 4, 4),
+        SkinnyTile(16, 4, 256, 1, 4),
+        SkinnyTile(16, 4, 128, 4, 4),
     ),
     (12288, 4096, True): (
-        LinearTile(4, 1, 256, 2, 4),
-        LinearTile(16, 4, 128, 1, 4),
-        LinearTile(16, 4, 128, 1, 4),
+        SkinnyTile(4, 1, 256, 2, 4),
+        SkinnyTile(16, 4, 128, 1, 4),
+        SkinnyTile(16, 4, 128, 1, 4),
     ),
     (4096, 12288, False): (
-        LinearTile(16, 1, 256, 4, 8),
-        LinearTile(16, 4, 256, 1, 4),
-        LinearTile(16, 4, 128, 4, 4),
+        SkinnyTile(16, 1, 256, 4, 8),
+        SkinnyTile(16, 4, 256, 1, 4),
+        SkinnyTile(16, 4, 128, 4, 4),
     ),
     (151936, 4096, False): (
-        LinearTile(8, 1, 256, 2, 4),
-        LinearTile(16, 4, 256, 1, 4),
-        LinearTile(16, 4, 256, 1, 4),
+        SkinnyTile(8, 1, 256, 2, 4),
+        SkinnyTile(16, 4, 256, 1, 4),
+        SkinnyTile(16, 4, 256, 1, 4),
     ),
 }
 
 
-def linear_tile(num_rows: int, num_outs: int, depth: int, silu_mul: bool) -> LinearTile:
+def skinny_tile(num_rows: int, num_outs: int, depth: int, silu_mul: bool) -> SkinnyTile:
     """The measured tile; for other shapes the tile that was fast for most of these."""
     known = TILES.get((num_outs, depth, silu_mul))
     tile = known and known[0 if num_rows == 1 else 1 if num_rows <= 8 else 2]
@@ -398,11 +398,11 @@ def linear_tile(num_rows: int, num_outs: int, depth: int, silu_mul: bool) -> Lin
         return tile
     if num_rows == 1:
         if num_outs <= 2048:
-            return LinearTile(8, 1, 256, 8, 8)
+            return SkinnyTile(8, 1, 256, 8, 8)
         return (
-            LinearTile(4, 1, 256, 2, 4) if depth < 4096 or silu_mul else LinearTile(8, 1, 256, 4, 4)
+            SkinnyTile(4, 1, 256, 2, 4) if depth < 4096 or silu_mul else SkinnyTile(8, 1, 256, 4, 4)
         )
-    return LinearTile(16, 4, 256 if depth >= 1024 else 64, 1, 4)
+    return SkinnyTile(16, 4, 256 if depth >= 1024 else 64, 1, 4)
 
 
 def max_rows(num_outs: int, depth: int, has_norm: bool) -> int:
@@ -435,10 +435,10 @@ def build(
     has_residual: bool,
     silu_mul: bool,
     interpreted: bool,
-    launch: LinearTile | None = None,
+    launch: SkinnyTile | None = None,
 ) -> tuple[Any, dict[str, Any], int]:
     """(kernel, its constants, warps) for one case."""
-    tile = launch or linear_tile(num_rows, num_outs, depth, silu_mul)
+    tile = launch or skinny_tile(num_rows, num_outs, depth, silu_mul)
     rest = max(0, depth - tile.ahead * tile.slices * tile.columns)
     constants = {
         "NUM_OUTS": num_outs,
@@ -453,16 +453,16 @@ def build(
         "SILU_MUL": silu_mul,
     }
     if num_rows == 1 and tile.slices == 1:
-        return one_row_linear_kernel, constants | {"WARPS": tile.num_warps}, tile.num_warps
+        return gemv_kernel, constants | {"WARPS": tile.num_warps}, tile.num_warps
     rows = {"NUM_ROWS": num_rows, "ROWS_P": triton.next_power_of_2(num_rows)}
     return (
-        few_rows_linear_kernel,
+        skinny_gemm_kernel,
         constants | rows | {"SLICES": tile.slices, "UPCAST": interpreted},
         tile.num_warps,
     )
 
 
-def few_rows_linear(
+def skinny_gemm(
     x_TD: Tensor,
     norm_weight_D: Tensor | None,
     weight_OD: Tensor,
@@ -470,7 +470,7 @@ def few_rows_linear(
     residual_TO: Tensor | None,
     eps: float,
     silu_mul: bool,
-    launch: LinearTile | None = None,
+    launch: SkinnyTile | None = None,
     pdl: bool | None = None,
 ) -> Tensor:
     """`reference.linear.fused_linear` for up to MAX_ROWS rows of bf16 or fp16, last strides 1.
@@ -500,7 +500,7 @@ def few_rows_linear(
         x_TD if bias_O is None else bias_O,
         x_TD if residual_TO is None else residual_TO,
         out_TO,
-        *(() if kernel is one_row_linear_kernel else (x_TD.stride(0),)),
+        *(() if kernel is gemv_kernel else (x_TD.stride(0),)),
         weight_OD.stride(0),
         eps,
         **constants,
