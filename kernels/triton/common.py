@@ -214,6 +214,24 @@ def prefetch_rows(row_at, FIRST: tl.constexpr, END: tl.constexpr, LINES_P: tl.co
     )
 
 
+@triton.jit
+def prefetch_and_wait(
+    weight_at, up_rows, FIRST: tl.constexpr, END: tl.constexpr, LINES_P: tl.constexpr,
+    SILU_MUL: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """With PDL prefetches rows of weights as `prefetch_rows` does, unless LINES_P is 0, and waits
+    for earlier kernels.
+
+    With SILU_MUL it prefetches the rows `up_rows` elements further on, too: those of up.
+    """
+    if PDL:
+        if LINES_P > 0:
+            prefetch_rows(weight_at, FIRST, END, LINES_P)
+            if SILU_MUL:
+                prefetch_rows(weight_at + up_rows, FIRST, END, LINES_P)
+        tl.extra.cuda.gdc_wait()
+
+
 def padded_rows(num_rows: int) -> int:
     """A power of two of at least num_rows + 2; few values, so that few kernels are compiled."""
     return next(

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanovllm.kernels.triton.common import finish, launch_options, prefetch_rows
+from nanovllm.kernels.triton.common import finish, launch_options, prefetch_and_wait
 
 MAX_ROWS = 16
 
@@ -59,6 +59,52 @@ def _load_columns(
         return tl.load(
             at_AWC + chunk * COLUMNS, mask=mask_C[None, None, :], other=0.0, eviction_policy=POLICY
         )
+
+
+@triton.jit
+def _first_columns(
+    w_at, up_at, norm_ptr, d_1WC, DEPTH: tl.constexpr, COLUMNS: tl.constexpr,
+    AHEAD: tl.constexpr, HAS_NORM: tl.constexpr, SILU_MUL: tl.constexpr,
+):  # fmt: skip
+    """The first AHEAD chunks of the weights, of up's weights and of the norm's weight."""
+    w, up, norm = (), (), ()
+    for chunk in tl.static_range((DEPTH + COLUMNS - 1) // COLUMNS):
+        if chunk < AHEAD:
+            w += (_load_columns(w_at, chunk, DEPTH, COLUMNS, "evict_first"),)
+            if SILU_MUL:
+                up += (_load_columns(up_at, chunk, DEPTH, COLUMNS, "evict_first"),)
+            if HAS_NORM:
+                norm += (_load_columns(norm_ptr + d_1WC, chunk, DEPTH, COLUMNS, "evict_last"),)
+    return w, up, norm
+
+
+@triton.jit
+def _gemv_sums(w, up, norm, x, w_at, up_at, norm_ptr, x_ptr, d_1WC, EACH: tl.constexpr,
+               WARPS: tl.constexpr, DEPTH: tl.constexpr, COLUMNS: tl.constexpr,
+               AHEAD: tl.constexpr, HAS_NORM: tl.constexpr, SILU_MUL: tl.constexpr):  # fmt: skip
+    """(x · weight, x · up, x²) of all chunks, per column of a chunk. The first are loaded."""
+    NUM_CHUNKS: tl.constexpr = (DEPTH + COLUMNS - 1) // COLUMNS
+    square_1WC = tl.zeros((1, WARPS, COLUMNS), tl.float32)
+    acc_AWC = tl.zeros((EACH, WARPS, COLUMNS), tl.float32)
+    acc_up_AWC = tl.zeros((EACH, WARPS, COLUMNS), tl.float32)
+    for chunk in tl.static_range(NUM_CHUNKS):
+        if chunk + AHEAD < NUM_CHUNKS:
+            w += (_load_columns(w_at, chunk + AHEAD, DEPTH, COLUMNS, "evict_first"),)
+            x += (_load_columns(x_ptr + d_1WC, chunk + AHEAD, DEPTH, COLUMNS, "evict_last"),)
+            if SILU_MUL:
+                up += (_load_columns(up_at, chunk + AHEAD, DEPTH, COLUMNS, "evict_first"),)
+            if HAS_NORM:
+                norm += (
+                    _load_columns(norm_ptr + d_1WC, chunk + AHEAD, DEPTH, COLUMNS, "evict_last"),
+                )
+        x_1WC = x[chunk].to(tl.float32)
+        if HAS_NORM:
+            square_1WC += x_1WC * x_1WC
+            x_1WC *= norm[chunk].to(tl.float32)
+        acc_AWC += w[chunk].to(tl.float32) * x_1WC
+        if SILU_MUL:
+            acc_up_AWC += up[chunk].to(tl.float32) * x_1WC
+    return acc_AWC, acc_up_AWC, square_1WC
 
 
 @triton.jit
@@ -104,54 +150,24 @@ def gemv_kernel(
     w_at = weight_ptr + row_AW.to(tl.int64)[:, :, None] * weight_stride + d_C[None, None, :]
     up_at = w_at + NUM_OUTS * weight_stride.to(tl.int64)
 
-    w, up, norm, x = (), (), (), ()
-    for chunk in tl.static_range(NUM_CHUNKS):
-        if chunk < AHEAD:
-            w += (_load_columns(w_at, chunk, DEPTH, COLUMNS, "evict_first"),)
-            if SILU_MUL:
-                up += (_load_columns(up_at, chunk, DEPTH, COLUMNS, "evict_first"),)
-            if HAS_NORM:
-                norm += (_load_columns(norm_ptr + d_1WC, chunk, DEPTH, COLUMNS, "evict_last"),)
-    if PDL:
-        if PREFETCH_P > 0:
-            first_O = tl.minimum(tl.program_id(0) * OUTS + tl.arange(0, OUTS), NUM_OUTS - 1)
-            first_at = weight_ptr + first_O.to(tl.int64) * weight_stride
-            prefetch_rows(first_at, AHEAD * COLUMNS, DEPTH, PREFETCH_P)
-            if SILU_MUL:
-                prefetch_rows(
-                    first_at + NUM_OUTS * weight_stride.to(tl.int64),
-                    AHEAD * COLUMNS,
-                    DEPTH,
-                    PREFETCH_P,
-                )
-        tl.extra.cuda.gdc_wait()
+    w, up, norm = _first_columns(
+        w_at, up_at, norm_ptr, d_1WC, DEPTH, COLUMNS, AHEAD, HAS_NORM, SILU_MUL
+    )
+    row_O = tl.minimum(tl.program_id(0) * OUTS + tl.arange(0, OUTS), NUM_OUTS - 1)
+    prefetch_and_wait(
+        weight_ptr + row_O.to(tl.int64) * weight_stride, NUM_OUTS * weight_stride.to(tl.int64),
+        AHEAD * COLUMNS, DEPTH, PREFETCH_P, SILU_MUL, PDL,
+    )  # fmt: skip
     if HAS_RESIDUAL:  # loaded early, so that the end of the program does not wait for it
         residual_AW = tl.load(residual_ptr + row_AW)
+    x = ()
     for chunk in tl.static_range(NUM_CHUNKS):
         if chunk < AHEAD:
             x += (_load_columns(x_ptr + d_1WC, chunk, DEPTH, COLUMNS, "evict_last"),)
-
-    square_1WC = tl.zeros((1, WARPS, COLUMNS), tl.float32)
-    acc_AWC = tl.zeros((EACH, WARPS, COLUMNS), tl.float32)
-    acc_up_AWC = tl.zeros((EACH, WARPS, COLUMNS), tl.float32)
-    for chunk in tl.static_range(NUM_CHUNKS):
-        if chunk + AHEAD < NUM_CHUNKS:
-            w += (_load_columns(w_at, chunk + AHEAD, DEPTH, COLUMNS, "evict_first"),)
-            x += (_load_columns(x_ptr + d_1WC, chunk + AHEAD, DEPTH, COLUMNS, "evict_last"),)
-            if SILU_MUL:
-                up += (_load_columns(up_at, chunk + AHEAD, DEPTH, COLUMNS, "evict_first"),)
-            if HAS_NORM:
-                norm += (
-                    _load_columns(norm_ptr + d_1WC, chunk + AHEAD, DEPTH, COLUMNS, "evict_last"),
-                )
-        x_1WC = x[chunk].to(tl.float32)
-        if HAS_NORM:
-            square_1WC += x_1WC * x_1WC
-            x_1WC *= norm[chunk].to(tl.float32)
-        acc_AWC += w[chunk].to(tl.float32) * x_1WC
-        if SILU_MUL:
-            acc_up_AWC += up[chunk].to(tl.float32) * x_1WC
-
+    acc_AWC, acc_up_AWC, square_1WC = _gemv_sums(
+        w, up, norm, x, w_at, up_at, norm_ptr, x_ptr, d_1WC, EACH, WARPS, DEPTH, COLUMNS, AHEAD,
+        HAS_NORM, SILU_MUL,
+    )  # fmt: skip
     y_AW = tl.sum(acc_AWC, 2)
     up_AW = y_AW
     if SILU_MUL:
@@ -194,6 +210,78 @@ def _slice_dot(x_STC, w_SOC, acc_STO, UPCAST: tl.constexpr):
 
 
 @triton.jit
+def _first_slices(w_at, up_at, all_O, DEPTH: tl.constexpr, SLICES: tl.constexpr,
+                  COLUMNS: tl.constexpr, AHEAD: tl.constexpr, SILU_MUL: tl.constexpr):  # fmt: skip
+    """The first AHEAD chunks of the weights and of up's weights."""
+    w, up = (), ()
+    for chunk in tl.static_range((DEPTH + SLICES * COLUMNS - 1) // (SLICES * COLUMNS)):
+        if chunk < AHEAD:
+            w += (_load_slices(w_at, chunk, all_O, DEPTH, SLICES, COLUMNS, False, "evict_first"),)
+            if SILU_MUL:
+                up += (
+                    _load_slices(up_at, chunk, all_O, DEPTH, SLICES, COLUMNS, False, "evict_first"),
+                )
+    return w, up
+
+
+@triton.jit
+def _norm_factor(x_at, real_T, eps, ROWS_P: tl.constexpr, DEPTH: tl.constexpr,
+                 SLICES: tl.constexpr, COLUMNS: tl.constexpr, MASK_T: tl.constexpr,
+                 HAS_NORM: tl.constexpr):  # fmt: skip
+    """The factor of each row's RMS norm, [1, T, 1], and the last chunk of x; 1 twice unless
+    HAS_NORM."""
+    factor_1T1 = tl.full((1, ROWS_P, 1), 1.0, tl.float32)
+    x_STC = factor_1T1
+    if HAS_NORM:
+        square_T = tl.zeros((ROWS_P,), tl.float32)
+        for chunk in tl.static_range((DEPTH + SLICES * COLUMNS - 1) // (SLICES * COLUMNS)):
+            x_STC = _load_slices(x_at, chunk, real_T, DEPTH, SLICES, COLUMNS, MASK_T, "evict_last")
+            square_T += tl.sum(tl.sum(x_STC.to(tl.float32) * x_STC.to(tl.float32), 2), 0)
+        factor_1T1 = tl.rsqrt(square_T / DEPTH + eps)[None, :, None]
+    return factor_1T1, x_STC
+
+
+@triton.jit
+def _slice_sums(w, up, w_at, up_at, x_at, norm_ptr, factor_1T1, x_STC, d_SC, all_O, real_T,
+                dtype: tl.constexpr, ROWS_P: tl.constexpr, OUTS: tl.constexpr, DEPTH: tl.constexpr,
+                SLICES: tl.constexpr, COLUMNS: tl.constexpr, AHEAD: tl.constexpr,
+                MASK_T: tl.constexpr, HAS_NORM: tl.constexpr, SILU_MUL: tl.constexpr,
+                UPCAST: tl.constexpr):  # fmt: skip
+    """(x · weightᵀ, x · upᵀ) of each slice over all chunks. The first are loaded."""
+    CHUNK: tl.constexpr = SLICES * COLUMNS
+    NUM_CHUNKS: tl.constexpr = (DEPTH + CHUNK - 1) // CHUNK
+    acc_STO = tl.zeros((SLICES, ROWS_P, OUTS), tl.float32)
+    acc_up_STO = tl.zeros((SLICES, ROWS_P, OUTS), tl.float32)
+    for chunk in tl.static_range(NUM_CHUNKS):
+        if chunk + AHEAD < NUM_CHUNKS:
+            w += (
+                _load_slices(
+                    w_at, chunk + AHEAD, all_O, DEPTH, SLICES, COLUMNS, False, "evict_first"
+                ),
+            )
+            if SILU_MUL:
+                up += (
+                    _load_slices(
+                        up_at, chunk + AHEAD, all_O, DEPTH, SLICES, COLUMNS, False, "evict_first"
+                    ),
+                )
+        if NUM_CHUNKS > 1 or not HAS_NORM:  # the norm has already loaded a single chunk, x_STC
+            x_STC = _load_slices(x_at, chunk, real_T, DEPTH, SLICES, COLUMNS, MASK_T, "evict_last")
+        if HAS_NORM:
+            d_mask_SC = chunk * CHUNK + d_SC < DEPTH
+            norm_SC = tl.load(norm_ptr + chunk * CHUNK + d_SC, mask=d_mask_SC, other=0.0).to(
+                tl.float32
+            )
+            x_STC = (
+                (x_STC.to(tl.float32) * factor_1T1).to(dtype).to(tl.float32) * norm_SC[:, None, :]
+            ).to(dtype)
+        acc_STO = _slice_dot(x_STC, w[chunk], acc_STO, UPCAST)
+        if SILU_MUL:
+            acc_up_STO = _slice_dot(x_STC, up[chunk], acc_up_STO, UPCAST)
+    return acc_STO, acc_up_STO
+
+
+@triton.jit
 def skinny_gemm_kernel(
     x_ptr,  # [T, D]
     norm_ptr,  # [D], read if HAS_NORM
@@ -222,8 +310,6 @@ def skinny_gemm_kernel(
 ):
     """A chunk is S products [T, C] × [C, O], one per warp; their sums are added at the end."""
     dtype: tl.constexpr = out_ptr.dtype.element_ty
-    CHUNK: tl.constexpr = SLICES * COLUMNS
-    NUM_CHUNKS: tl.constexpr = (DEPTH + CHUNK - 1) // CHUNK
     MASK_T: tl.constexpr = NUM_ROWS < ROWS_P
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -237,67 +323,23 @@ def skinny_gemm_kernel(
     up_at = w_at + NUM_OUTS * weight_stride.to(tl.int64)
     x_at = x_ptr + row_T[None, :, None] * x_stride + d_S1C
 
-    w, up = (), ()
-    for chunk in tl.static_range(NUM_CHUNKS):
-        if chunk < AHEAD:
-            w += (_load_slices(w_at, chunk, all_O, DEPTH, SLICES, COLUMNS, False, "evict_first"),)
-            if SILU_MUL:
-                up += (
-                    _load_slices(up_at, chunk, all_O, DEPTH, SLICES, COLUMNS, False, "evict_first"),
-                )
-    if PDL:
-        if PREFETCH_P > 0:
-            first_at = weight_ptr + row_O.to(tl.int64) * weight_stride
-            prefetch_rows(first_at, AHEAD * CHUNK, DEPTH, PREFETCH_P)
-            if SILU_MUL:
-                prefetch_rows(
-                    first_at + NUM_OUTS * weight_stride.to(tl.int64),
-                    AHEAD * CHUNK,
-                    DEPTH,
-                    PREFETCH_P,
-                )
-        tl.extra.cuda.gdc_wait()
+    w, up = _first_slices(w_at, up_at, all_O, DEPTH, SLICES, COLUMNS, AHEAD, SILU_MUL)
+    prefetch_and_wait(
+        weight_ptr + row_O.to(tl.int64) * weight_stride, NUM_OUTS * weight_stride.to(tl.int64),
+        AHEAD * SLICES * COLUMNS, DEPTH, PREFETCH_P, SILU_MUL, PDL,
+    )  # fmt: skip
     mask_TO = real_T[:, None] & (o_O < NUM_OUTS)[None, :]
     at_TO = row_T[:, None] * NUM_OUTS + o_O[None, :]
     if HAS_RESIDUAL:
         residual_TO = tl.load(residual_ptr + at_TO, mask=mask_TO, other=0.0)
 
-    factor_1T1 = tl.full((1, ROWS_P, 1), 1.0, tl.float32)
-    if HAS_NORM:
-        square_T = tl.zeros((ROWS_P,), tl.float32)
-        for chunk in tl.static_range(NUM_CHUNKS):
-            x_STC = _load_slices(x_at, chunk, real_T, DEPTH, SLICES, COLUMNS, MASK_T, "evict_last")
-            square_T += tl.sum(tl.sum(x_STC.to(tl.float32) * x_STC.to(tl.float32), 2), 0)
-        factor_1T1 = tl.rsqrt(square_T / DEPTH + eps)[None, :, None]
-
-    acc_STO = tl.zeros((SLICES, ROWS_P, OUTS), tl.float32)
-    acc_up_STO = tl.zeros((SLICES, ROWS_P, OUTS), tl.float32)
-    for chunk in tl.static_range(NUM_CHUNKS):
-        if chunk + AHEAD < NUM_CHUNKS:
-            w += (
-                _load_slices(
-                    w_at, chunk + AHEAD, all_O, DEPTH, SLICES, COLUMNS, False, "evict_first"
-                ),
-            )
-            if SILU_MUL:
-                up += (
-                    _load_slices(
-                        up_at, chunk + AHEAD, all_O, DEPTH, SLICES, COLUMNS, False, "evict_first"
-                    ),
-                )
-        if NUM_CHUNKS > 1 or not HAS_NORM:  # the norm has already loaded a single chunk
-            x_STC = _load_slices(x_at, chunk, real_T, DEPTH, SLICES, COLUMNS, MASK_T, "evict_last")
-        if HAS_NORM:
-            d_mask_SC = chunk * CHUNK + d_SC < DEPTH
-            norm_SC = tl.load(norm_ptr + chunk * CHUNK + d_SC, mask=d_mask_SC, other=0.0).to(
-                tl.float32
-            )
-            x_STC = (
-                (x_STC.to(tl.float32) * factor_1T1).to(dtype).to(tl.float32) * norm_SC[:, None, :]
-            ).to(dtype)
-        acc_STO = _slice_dot(x_STC, w[chunk], acc_STO, UPCAST)
-        if SILU_MUL:
-            acc_up_STO = _slice_dot(x_STC, up[chunk], acc_up_STO, UPCAST)
+    factor_1T1, x_STC = _norm_factor(
+        x_at, real_T, eps, ROWS_P, DEPTH, SLICES, COLUMNS, MASK_T, HAS_NORM
+    )
+    acc_STO, acc_up_STO = _slice_sums(
+        w, up, w_at, up_at, x_at, norm_ptr, factor_1T1, x_STC, d_SC, all_O, real_T, dtype, ROWS_P,
+        OUTS, DEPTH, SLICES, COLUMNS, AHEAD, MASK_T, HAS_NORM, SILU_MUL, UPCAST,
+    )  # fmt: skip
 
     y_TO = tl.sum(acc_STO, 0)
     up_TO = y_TO

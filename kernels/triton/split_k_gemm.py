@@ -27,7 +27,7 @@ from nanovllm.kernels.triton.common import (
     dot,
     finish,
     launch_options,
-    prefetch_rows,
+    prefetch_and_wait,
     shared_memory_bytes,
 )
 
@@ -67,6 +67,33 @@ def _load_chunk(at, chunk, d_C, real_L, DEPTH: tl.constexpr, COLUMNS: tl.constex
     else:
         mask_LC = real_L[:, None] & (chunk * COLUMNS + d_C < DEPTH)[None, :]
         return tl.load(at + chunk * COLUMNS, mask=mask_LC, other=0.0)
+
+
+@triton.jit
+def _store_part(part_ptr, split, part, at_TO, mask_TO, acc_TO, up_TO, SILU_MUL: tl.constexpr):
+    """Stores a split's partial results; one tensor of them has `part` numbers."""
+    each = 2 * part if SILU_MUL else part
+    tl.store(part_ptr + split * each + at_TO, acc_TO, mask=mask_TO)
+    if SILU_MUL:
+        tl.store(part_ptr + split * each + part + at_TO, up_TO, mask=mask_TO)
+
+
+@triton.jit
+def _sum_of_parts(part_ptr, part, at_TO, mask_TO, ROWS: tl.constexpr, OUTS: tl.constexpr,
+                  SPLITS: tl.constexpr, SILU_MUL: tl.constexpr):  # fmt: skip
+    """The sums of the partial results of all splits, in the order of splits."""
+    each = 2 * part if SILU_MUL else part
+    acc_TO, up_TO = tl.zeros((ROWS, OUTS), tl.float32), tl.zeros((ROWS, OUTS), tl.float32)
+    for i in tl.static_range(SPLITS):
+        # other multiprocessors wrote these, so .cg bypasses L1
+        acc_TO += tl.load(
+            part_ptr + i * each + at_TO, mask=mask_TO, other=0.0, cache_modifier=".cg"
+        )
+        if SILU_MUL:
+            up_TO += tl.load(
+                part_ptr + i * each + part + at_TO, mask=mask_TO, other=0.0, cache_modifier=".cg"
+            )
+    return acc_TO, up_TO
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -114,12 +141,9 @@ def split_k_gemm_kernel(
     real_O = o_O < NUM_OUTS
     w_O = weight_ptr + tl.minimum(o_O, NUM_OUTS - 1).to(tl.int64) * weight_stride
     up_O = w_O + NUM_OUTS * weight_stride.to(tl.int64)
-    if PDL:
-        if LINES_P > 0:
-            prefetch_rows(w_O + split * SHARE, 0, SHARE, LINES_P)
-            if SILU_MUL:
-                prefetch_rows(up_O + split * SHARE, 0, SHARE, LINES_P)
-        tl.extra.cuda.gdc_wait()
+    prefetch_and_wait(
+        w_O + split * SHARE, NUM_OUTS * weight_stride.to(tl.int64), 0, SHARE, LINES_P, SILU_MUL, PDL
+    )
 
     mask_TO = real_T[:, None] & real_O[None, :]
     at_TO = row_T[:, None] * NUM_OUTS + o_O[None, :]
@@ -141,29 +165,14 @@ def split_k_gemm_kernel(
 
     if SPLITS > 1:
         part = num_rows * NUM_OUTS
-        each = 2 * part if SILU_MUL else part
-        tl.store(part_ptr + split * each + at_TO, acc_TO, mask=mask_TO)
-        if SILU_MUL:
-            tl.store(part_ptr + split * each + part + at_TO, up_TO, mask=mask_TO)
+        _store_part(part_ptr, split, part, at_TO, mask_TO, acc_TO, up_TO, SILU_MUL)
         # all threads store before the one thread's release; its acquire comes before all loads
         tl.debug_barrier()
         arrived_at = arrived_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
         if tl.atomic_add(arrived_at, 1, sem="acq_rel", scope="gpu") != SPLITS - 1:
             return
         tl.store(arrived_at, 0)
-        acc_TO, up_TO = tl.zeros((ROWS, OUTS), tl.float32), tl.zeros((ROWS, OUTS), tl.float32)
-        for i in tl.static_range(SPLITS):
-            # other multiprocessors wrote these, so .cg bypasses L1
-            acc_TO += tl.load(
-                part_ptr + i * each + at_TO, mask=mask_TO, other=0.0, cache_modifier=".cg"
-            )
-            if SILU_MUL:
-                up_TO += tl.load(
-                    part_ptr + i * each + part + at_TO,
-                    mask=mask_TO,
-                    other=0.0,
-                    cache_modifier=".cg",
-                )
+        acc_TO, up_TO = _sum_of_parts(part_ptr, part, at_TO, mask_TO, ROWS, OUTS, SPLITS, SILU_MUL)
     if HAS_BIAS:
         acc_TO += tl.load(bias_ptr + o_O, mask=o_O < NUM_OUTS, other=0.0).to(tl.float32)[None, :]
         if SILU_MUL:
