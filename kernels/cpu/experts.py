@@ -164,7 +164,9 @@ def _refuse(expert_TK: Tensor, num_experts: int) -> Tensor:
     raise IndexError(f"experts {low} to {high} are chosen, and there are {num_experts}")
 
 
+KERNELS = {kernel.__name__: kernel for kernel in (topk_softmax, experts, expert_linear)}
+
+
 def register() -> None:
     """Make these the ops' CPU kernels. Later calls do nothing."""
-    kernels = (topk_softmax, experts, expert_linear)
-    ops.register_kernels("CPU", {kernel.__name__: kernel for kernel in kernels})
+    ops.register_kernels("CPU", KERNELS)

@@ -12,7 +12,7 @@ from nanovllm.kernels.cpu.norm_act import add_rms_norm, rms_norm, silu_mul
 from nanovllm.kernels.cpu.sample import apply_token_bitmask, sample, sample_columns
 from nanovllm.kernels.varlen_attention import varlen_attention_cpu
 
-_KERNELS: dict[str, Callable[..., object]] = {
+KERNELS: dict[str, Callable[..., object]] = {
     "add_rms_norm": add_rms_norm,
     "apply_token_bitmask": apply_token_bitmask,
     "paged_attention": paged_attention,
@@ -30,4 +30,4 @@ _KERNELS: dict[str, Callable[..., object]] = {
 def register() -> None:
     """Compile or load the library and register its kernels. A second call changes nothing."""
     load()
-    ops.register_kernels("CPU", _KERNELS)
+    ops.register_kernels("CPU", KERNELS)

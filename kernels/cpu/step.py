@@ -122,8 +122,12 @@ def advance(
     _load().nanovllm_advance(_ADVANCE.pack(*pointers, row_idx_R.shape[0], token_S.shape[0] - 1))
 
 
+KERNELS = {
+    kernel.__name__: kernel for kernel in (decode_inputs, span_inputs, sampling_inputs, advance)
+}
+
+
 def register() -> None:
     """Make these the ops' CPU kernels; compiles or loads the library. Later calls do nothing."""
     _load()
-    kernels = (decode_inputs, span_inputs, sampling_inputs, advance)
-    ops.register_kernels("CPU", {kernel.__name__: kernel for kernel in kernels})
+    ops.register_kernels("CPU", KERNELS)

@@ -6,15 +6,13 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels import reference
-from nanovllm.kernels.triton import gated_gemm as gated_gemm
-from nanovllm.kernels.triton import skinny_gemm as skinny_gemm
-from nanovllm.kernels.triton import split_k_gemm as split_k_gemm
+from nanovllm.kernels.triton import gated_gemm, skinny_gemm, skinny_tiles, split_k_gemm
 
 
 def takes(x_TD: Tensor, weight_OD: Tensor, has_norm: bool, silu_mul: bool) -> bool:
     """True if `fused_linear` beats cuBLAS with separate kernels for norm and activation."""
     num_rows, (weight_rows, depth) = x_TD.shape[0], weight_OD.shape
-    if num_rows <= skinny_gemm.max_rows(weight_rows, depth, has_norm):
+    if num_rows <= skinny_tiles.max_rows(weight_rows, depth, has_norm):
         return True
     if has_norm:
         return False
@@ -52,7 +50,7 @@ def fused_linear(
     x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
     residual_TO = None if residual_TO is None else residual_TO.contiguous()
     weight_rows, depth = weight_OD.shape
-    if num_rows <= skinny_gemm.max_rows(weight_rows, depth, has_norm):
+    if num_rows <= skinny_tiles.max_rows(weight_rows, depth, has_norm):
         return skinny_gemm.skinny_gemm(
             x_TD, norm_weight_D, weight_OD, bias_O, residual_TO, eps, silu_mul
         )

@@ -3,6 +3,11 @@
 torch calls both CUDA. Importing this module needs triton: import it once the platform is known.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -78,45 +83,39 @@ def paged_attention(
     )
 
 
+KERNELS: dict[str, Callable[..., Any]] = {
+    "all_reduce": all_reduce,
+    "all_reduce_": all_reduce_,
+    "all_reduce_norm": all_reduce_norm,
+    "gather_columns": gather_columns,
+    "rms_norm": rms_norm,
+    "add_rms_norm": add_rms_norm,
+    "silu_mul": silu_mul,
+    "rope": rope,
+    "store_kv": store_kv,
+    "qk_norm_rope_store": qk_norm_rope_store,
+    "paged_attention": paged_attention,
+    "varlen_attention": varlen_attention,
+    "zero_padding_": zero_padding_,
+    "fused_linear": fused_linear,
+    "linear_": linear_,
+    "sample": sample,
+    "sample_columns": sample_columns,
+    "apply_top_k_top_p": apply_top_k_top_p,
+    "apply_token_bitmask": apply_token_bitmask,
+    "topk_softmax": topk_softmax,
+    "norm_router_topk": norm_router_topk,
+    "experts": experts,
+    "expert_linear": expert_linear,
+    "fetch_experts": fetch_experts,
+    "stream_experts": stream_experts,
+    "offloaded_experts": offloaded_experts,
+}
+
+
 def register() -> None:
     """Register the kernels for the dispatch key CUDA; a second call changes nothing."""
-    global _registered
-    if not _registered:
-        ops.register_kernels(
-            "CUDA",
-            {
-                "all_reduce": all_reduce,
-                "all_reduce_": all_reduce_,
-                "all_reduce_norm": all_reduce_norm,
-                "gather_columns": gather_columns,
-                "rms_norm": rms_norm,
-                "add_rms_norm": add_rms_norm,
-                "silu_mul": silu_mul,
-                "rope": rope,
-                "store_kv": store_kv,
-                "qk_norm_rope_store": qk_norm_rope_store,
-                "paged_attention": paged_attention,
-                "varlen_attention": varlen_attention,
-                "zero_padding_": zero_padding_,
-                "fused_linear": fused_linear,
-                "linear_": linear_,
-                "sample": sample,
-                "sample_columns": sample_columns,
-                "apply_top_k_top_p": apply_top_k_top_p,
-                "apply_token_bitmask": apply_token_bitmask,
-                "topk_softmax": topk_softmax,
-                "norm_router_topk": norm_router_topk,
-                "experts": experts,
-                "expert_linear": expert_linear,
-                "fetch_experts": fetch_experts,
-                "stream_experts": stream_experts,
-                "offloaded_experts": offloaded_experts,
-            },
-        )
-        _registered = True
-
-
-_registered = False
+    ops.register_kernels("CUDA", KERNELS)
 
 
 def supported(device: torch.device) -> bool:

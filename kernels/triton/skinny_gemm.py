@@ -18,7 +18,7 @@ of one program | C columns of a chunk | S slices of a chunk
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -26,164 +26,8 @@ import triton.language as tl
 from torch import Tensor
 
 from nanovllm.kernels.triton.common import finish, launch_options, prefetch_and_wait
-
-MAX_ROWS = 16
-
-
-class SkinnyTile(NamedTuple):
-    """The sizes of a launch.
-
-    Outputs of one program, slices and columns of a chunk of weights, chunks in flight, warps.
-
-    `prefetch`: the chunks after those in flight are prefetched into the L2 before the wait. A
-    single row has one slice.
-    """
-
-    outs: int
-    slices: int
-    columns: int
-    ahead: int
-    num_warps: int
-    prefetch: bool = False
-
-
-@triton.jit
-def _load_columns(
-    at_AWC, chunk: tl.constexpr, DEPTH: tl.constexpr, COLUMNS: tl.constexpr, POLICY: tl.constexpr
-):
-    """Chunk of rows that begin at `at_AWC`, which includes the columns' offsets."""
-    if (chunk + 1) * COLUMNS <= DEPTH:
-        return tl.load(at_AWC + chunk * COLUMNS, eviction_policy=POLICY)
-    else:
-        mask_C = chunk * COLUMNS + tl.arange(0, COLUMNS) < DEPTH
-        return tl.load(
-            at_AWC + chunk * COLUMNS, mask=mask_C[None, None, :], other=0.0, eviction_policy=POLICY
-        )
-
-
-@triton.jit
-def _first_columns(
-    w_at, up_at, norm_ptr, d_1WC, DEPTH: tl.constexpr, COLUMNS: tl.constexpr,
-    AHEAD: tl.constexpr, HAS_NORM: tl.constexpr, SILU_MUL: tl.constexpr,
-):  # fmt: skip
-    """The first AHEAD chunks of the weights, of up's weights and of the norm's weight."""
-    w, up, norm = (), (), ()
-    for chunk in tl.static_range((DEPTH + COLUMNS - 1) // COLUMNS):
-        if chunk < AHEAD:
-            w += (_load_columns(w_at, chunk, DEPTH, COLUMNS, "evict_first"),)
-            if SILU_MUL:
-                up += (_load_columns(up_at, chunk, DEPTH, COLUMNS, "evict_first"),)
-            if HAS_NORM:
-                norm += (_load_columns(norm_ptr + d_1WC, chunk, DEPTH, COLUMNS, "evict_last"),)
-    return w, up, norm
-
-
-@triton.jit
-def _gemv_sums(w, up, norm, x, w_at, up_at, norm_ptr, x_ptr, d_1WC, EACH: tl.constexpr,
-               WARPS: tl.constexpr, DEPTH: tl.constexpr, COLUMNS: tl.constexpr,
-               AHEAD: tl.constexpr, HAS_NORM: tl.constexpr, SILU_MUL: tl.constexpr):  # fmt: skip
-    """(x · weight, x · up, x²) of all chunks, per column of a chunk. The first are loaded."""
-    NUM_CHUNKS: tl.constexpr = (DEPTH + COLUMNS - 1) // COLUMNS
-    square_1WC = tl.zeros((1, WARPS, COLUMNS), tl.float32)
-    acc_AWC = tl.zeros((EACH, WARPS, COLUMNS), tl.float32)
-    acc_up_AWC = tl.zeros((EACH, WARPS, COLUMNS), tl.float32)
-    for chunk in tl.static_range(NUM_CHUNKS):
-        if chunk + AHEAD < NUM_CHUNKS:
-            w += (_load_columns(w_at, chunk + AHEAD, DEPTH, COLUMNS, "evict_first"),)
-            x += (_load_columns(x_ptr + d_1WC, chunk + AHEAD, DEPTH, COLUMNS, "evict_last"),)
-            if SILU_MUL:
-                up += (_load_columns(up_at, chunk + AHEAD, DEPTH, COLUMNS, "evict_first"),)
-            if HAS_NORM:
-                norm += (
-                    _load_columns(norm_ptr + d_1WC, chunk + AHEAD, DEPTH, COLUMNS, "evict_last"),
-                )
-        x_1WC = x[chunk].to(tl.float32)
-        if HAS_NORM:
-            square_1WC += x_1WC * x_1WC
-            x_1WC *= norm[chunk].to(tl.float32)
-        acc_AWC += w[chunk].to(tl.float32) * x_1WC
-        if SILU_MUL:
-            acc_up_AWC += up[chunk].to(tl.float32) * x_1WC
-    return acc_AWC, acc_up_AWC, square_1WC
-
-
-@triton.jit
-def gemv_kernel(
-    x_ptr,  # [D]
-    norm_ptr,  # [D], read if HAS_NORM
-    weight_ptr,  # [outputs, D]
-    bias_ptr,  # [outputs], read if HAS_BIAS
-    residual_ptr,  # [NUM_OUTS], read if HAS_RESIDUAL
-    out_ptr,  # [NUM_OUTS], written
-    weight_stride,
-    eps,
-    NUM_OUTS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    OUTS: tl.constexpr,
-    WARPS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    AHEAD: tl.constexpr,
-    PREFETCH_P: tl.constexpr,
-    HAS_NORM: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    SILU_MUL: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """Tiles are [A, W, C]: A outputs for each of W warps, COLUMNS as wide as one load of a warp.
-
-    Every warp has a copy of x, [1, W, C], so nothing crosses warps. The norm's factor is applied
-    last: it is the same for all products.
-    """
-    dtype: tl.constexpr = out_ptr.dtype.element_ty
-    NUM_CHUNKS: tl.constexpr = (DEPTH + COLUMNS - 1) // COLUMNS
-    EACH: tl.constexpr = OUTS // WARPS
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-    o_AW = (
-        tl.program_id(0) * OUTS + tl.arange(0, EACH)[:, None] * WARPS + tl.arange(0, WARPS)[None, :]
-    )
-    # outputs beyond the last recompute the last and are not stored
-    row_AW = tl.minimum(o_AW, NUM_OUTS - 1)
-    d_C = tl.arange(0, COLUMNS)
-    d_1WC = d_C[None, None, :] + tl.zeros((1, WARPS, 1), tl.int32)
-    w_at = weight_ptr + row_AW.to(tl.int64)[:, :, None] * weight_stride + d_C[None, None, :]
-    up_at = w_at + NUM_OUTS * weight_stride.to(tl.int64)
-
-    w, up, norm = _first_columns(
-        w_at, up_at, norm_ptr, d_1WC, DEPTH, COLUMNS, AHEAD, HAS_NORM, SILU_MUL
-    )
-    row_O = tl.minimum(tl.program_id(0) * OUTS + tl.arange(0, OUTS), NUM_OUTS - 1)
-    prefetch_and_wait(
-        weight_ptr + row_O.to(tl.int64) * weight_stride, NUM_OUTS * weight_stride.to(tl.int64),
-        AHEAD * COLUMNS, DEPTH, PREFETCH_P, SILU_MUL, PDL,
-    )  # fmt: skip
-    if HAS_RESIDUAL:  # loaded early, so that the end of the program does not wait for it
-        residual_AW = tl.load(residual_ptr + row_AW)
-    x = ()
-    for chunk in tl.static_range(NUM_CHUNKS):
-        if chunk < AHEAD:
-            x += (_load_columns(x_ptr + d_1WC, chunk, DEPTH, COLUMNS, "evict_last"),)
-    acc_AWC, acc_up_AWC, square_1WC = _gemv_sums(
-        w, up, norm, x, w_at, up_at, norm_ptr, x_ptr, d_1WC, EACH, WARPS, DEPTH, COLUMNS, AHEAD,
-        HAS_NORM, SILU_MUL,
-    )  # fmt: skip
-    y_AW = tl.sum(acc_AWC, 2)
-    up_AW = y_AW
-    if SILU_MUL:
-        up_AW = tl.sum(acc_up_AWC, 2)
-    if HAS_NORM:
-        factor_1W = tl.rsqrt(tl.sum(square_1WC, 2) / DEPTH + eps)
-        y_AW *= factor_1W
-        up_AW *= factor_1W
-    if HAS_BIAS:
-        y_AW += tl.load(bias_ptr + row_AW).to(tl.float32)
-        if SILU_MUL:
-            up_AW += tl.load(bias_ptr + NUM_OUTS + row_AW).to(tl.float32)
-    y_AW = finish(y_AW, up_AW, dtype, SILU_MUL)
-    if HAS_RESIDUAL:
-        y_AW = (y_AW.to(tl.float32) + residual_AW.to(tl.float32)).to(dtype)
-    tl.store(out_ptr + o_AW, y_AW, mask=o_AW < NUM_OUTS)
+from nanovllm.kernels.triton.gemv import gemv_kernel
+from nanovllm.kernels.triton.skinny_tiles import SkinnyTile, skinny_tile
 
 
 @triton.jit
@@ -355,120 +199,7 @@ def skinny_gemm_kernel(
     tl.store(out_ptr + at_TO, y_TO, mask=mask_TO)
 
 
-# (outputs, depth, silu·up): tiles for 1, for up to 8 and for up to 16 rows; None where
-# split_k_gemm.py is faster. Measured on an H200 by scripts/bench/bench_linear.py.
-TILES: dict[tuple[int, int, bool], tuple[SkinnyTile, SkinnyTile, SkinnyTile | None]] = {
-    # Qwen3-0.6B: qkv, out, gate_up, down, head
-    (4096, 1024, False): (
-        SkinnyTile(8, 1, 256, 2, 4),
-        SkinnyTile(16, 4, 256, 1, 4),
-        SkinnyTile(16, 4, 256, 1, 4),
-    ),
-    (1024, 2048, False): (
-        SkinnyTile(8, 1, 256, 8, 8),
-        SkinnyTile(16, 4, 256, 2, 4),
-        SkinnyTile(16, 4, 128, 4, 4),
-    ),
-    (3072, 1024, True): (
-        SkinnyTile(8, 1, 256, 2, 4),
-        SkinnyTile(16, 4, 256, 1, 4),
-        SkinnyTile(16, 4, 256, 1, 4),
-    ),
-    (1024, 3072, False): (
-        SkinnyTile(4, 1, 256, 12, 4),
-        SkinnyTile(16, 8, 128, 2, 8, True),
-        SkinnyTile(16, 4, 128, 4, 4, True),
-    ),
-    (151936, 1024, False): (
-        SkinnyTile(4, 1, 256, 4, 2),
-        SkinnyTile(16, 4, 256, 1, 4),
-        SkinnyTile(16, 4, 256, 1, 4),
-    ),
-    # Qwen3-8B over two GPUs: out, gate_up; one row measured in a chain with sums over ranks
-    (4096, 2048, False): (
-        SkinnyTile(4, 1, 256, 8, 2),
-        SkinnyTile(16, 4, 256, 1, 4),
-        SkinnyTile(16, 4, 256, 1, 4),
-    ),
-    (6144, 4096, True): (
-        SkinnyTile(4, 1, 256, 8, 4),
-        SkinnyTile(16, 4, 256, 1, 4),
-        SkinnyTile(16, 4, 256, 1, 4),
-    ),
-    # Qwen3-30B-A3B: qkv, out, head
-    (5120, 2048, False): (SkinnyTile(8, 1, 256, 4, 4), SkinnyTile(16, 4, 256, 2, 4), None),
-    (2048, 4096, False): (SkinnyTile(8, 1, 256, 16, 8), SkinnyTile(16, 8, 256, 2, 8), None),
-    (151936, 2048, False): (
-        SkinnyTile(8, 1, 256, 8, 4),
-        SkinnyTile(16, 4, 256, 1, 4),
-        SkinnyTile(16, 4, 256, 1, 4),
-    ),
-    # Qwen3-8B: qkv, out, gate_up, down, head
-    (6144, 4096, False): (
-        SkinnyTile(8, 1, 256, 4, 4),
-        SkinnyTile(16, 4, 256, 1, 4),
-        SkinnyTile(16, 4, 128, 4, 4),
-    ),
-    (4096, 4096, False): (
-        SkinnyTile(8, 1, 256, 4, 4),
-        SkinnyTile(16, 4, 256, 1, 4),
-        SkinnyTile(16, 4, 128, 4, 4),
-    ),
-    (12288, 4096, True): (
-        SkinnyTile(4, 1, 256, 2, 4),
-        SkinnyTile(16, 4, 128, 1, 4),
-        SkinnyTile(16, 4, 128, 1, 4),
-    ),
-    (4096, 12288, False): (
-        SkinnyTile(16, 1, 256, 4, 8),
-        SkinnyTile(16, 4, 256, 1, 4),
-        SkinnyTile(16, 4, 128, 4, 4),
-    ),
-    (151936, 4096, False): (
-        SkinnyTile(8, 1, 256, 2, 4),
-        SkinnyTile(16, 4, 256, 1, 4),
-        SkinnyTile(16, 4, 256, 1, 4),
-    ),
-}
-
-
-def skinny_tile(num_rows: int, num_outs: int, depth: int, silu_mul: bool) -> SkinnyTile:
-    """The measured tile; for other shapes the tile that was fast for most of these."""
-    known = TILES.get((num_outs, depth, silu_mul))
-    tile = known and known[0 if num_rows == 1 else 1 if num_rows <= 8 else 2]
-    if tile:
-        return tile
-    if num_rows == 1:
-        if num_outs <= 2048:
-            return SkinnyTile(8, 1, 256, 8, 8)
-        return (
-            SkinnyTile(4, 1, 256, 2, 4) if depth < 4096 or silu_mul else SkinnyTile(8, 1, 256, 4, 4)
-        )
-    return SkinnyTile(16, 4, 256 if depth >= 1024 else 64, 1, 4)
-
-
-def max_rows(num_outs: int, depth: int, has_norm: bool) -> int:
-    """The most rows for which this beats cuBLAS with separate neighbours.
-
-    Weights are [num_outs, depth].
-
-    Every program norms all rows, which is slower than a norm kernel for long rows. cuBLAS also
-    streams large weights for several rows, except with few outputs. Saving a norm launch allows one
-    row more.
-    """
-    if has_norm and depth > 2048:
-        return 1
-    known = TILES.get((num_outs, depth, False))
-    if known and known[2] is None and not has_norm:
-        return 8
-    if num_outs * depth <= 6144 * 1024:
-        return MAX_ROWS
-    if num_outs <= 4096:
-        return MAX_ROWS if depth <= 4096 else 8
-    return 2 if has_norm else 1
-
-
-def build(
+def kernel_for(
     num_rows: int,
     num_outs: int,
     depth: int,
@@ -524,7 +255,7 @@ def skinny_gemm(
     num_rows, depth = x_TD.shape
     num_outs = weight_OD.shape[0] // 2 if silu_mul else weight_OD.shape[0]
     out_TO = torch.empty((num_rows, num_outs), dtype=x_TD.dtype, device=x_TD.device)
-    kernel, constants, num_warps = build(
+    kernel, constants, num_warps = kernel_for(
         num_rows,
         num_outs,
         depth,

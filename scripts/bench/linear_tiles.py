@@ -5,9 +5,9 @@ from __future__ import annotations
 from itertools import product
 from typing import NamedTuple
 
-from nanovllm.kernels.triton import gated_gemm, skinny_gemm, split_k_gemm
+from nanovllm.kernels.triton import gated_gemm, skinny_tiles, split_k_gemm
 from nanovllm.kernels.triton.gated_gemm import GatedTile
-from nanovllm.kernels.triton.skinny_gemm import SkinnyTile
+from nanovllm.kernels.triton.skinny_tiles import SkinnyTile
 from nanovllm.kernels.triton.split_k_gemm import SplitKTile
 from nanovllm.tools.shapes import CONFIGS
 
@@ -52,9 +52,9 @@ SHAPES = {
 def tiles(shape: Shape, num_rows: int, tune: bool) -> list[Tile]:
     """The tiles to time: the op's own choice first, and with `tune` all that may be fast."""
     num_outs, depth, _, silu = shape
-    if num_rows > skinny_gemm.MAX_ROWS:
+    if num_rows > skinny_tiles.MAX_ROWS:
         return _gemm_tiles(shape, num_rows, tune)
-    found: list[Tile] = [skinny_gemm.skinny_tile(num_rows, num_outs, depth, silu)]
+    found: list[Tile] = [skinny_tiles.skinny_tile(num_rows, num_outs, depth, silu)]
     if tune:
         found += _one_row_tiles(shape) if num_rows == 1 else _few_rows_tiles(shape)
     return list(dict.fromkeys(found))

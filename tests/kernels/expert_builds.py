@@ -57,8 +57,7 @@ def group_launches(
 
 
 def _choices(mixture: Mixture, forms: tuple[str, ...]) -> Iterator[Launch]:
-    from nanovllm.kernels.triton import grouped_gemm as many
-    from nanovllm.kernels.triton import topk_softmax
+    from nanovllm.kernels.triton import moe_sort, topk_softmax
 
     hidden, _, num_experts, top_k = mixture
     shape = {
@@ -81,25 +80,25 @@ def _choices(mixture: Mixture, forms: tuple[str, ...]) -> Iterator[Launch]:
     for where in forms:
         parallel = {"EXPERT_PARALLEL": bool(where)}
         sort = {"NUM_EXPERTS": num_experts, "BLOCK": 2048} | parallel
-        yield f"sort{where}", many.sort_pairs_kernel, sort, 4, 3, TYPES
+        yield f"sort{where}", moe_sort.sort_pairs_kernel, sort, 4, 3, TYPES
         combine = {"TOP_K": top_k, "DIM": hidden, "BLOCK": 1024, "HAS_RESIDUAL": True} | parallel
-        yield f"combine{where}", many.combine_kernel, combine, 4, 3, TYPES
+        yield f"combine{where}", moe_sort.combine_kernel, combine, 4, 3, TYPES
 
 
 def _few(mixture: Mixture, where: str) -> Iterator[Launch]:
-    from nanovllm.kernels.triton import moe_gemv as few
+    from nanovllm.kernels.triton import moe_gemv
 
     hidden, size, _, top_k = mixture
     common = {
         "TOP_K": top_k,
-        "COLUMNS": few.COLUMNS,
+        "COLUMNS": moe_gemv.COLUMNS,
         "OFFLOADED": where == " offloaded",
         "EXPERT_PARALLEL": where == " expert_parallel",
     }
-    first, second = few.gemv_tiles(hidden, size)
+    first, second = moe_gemv.gemv_tiles(hidden, size)
     for label, kernel, tile, outs, depth in (
-        ("gate_up", few.moe_gemv_gate_up_kernel, first, size, hidden),
-        ("down", few.moe_gemv_down_kernel, second, hidden, size),
+        ("gate_up", moe_gemv.moe_gemv_gate_up_kernel, first, size, hidden),
+        ("down", moe_gemv.moe_gemv_down_kernel, second, hidden, size),
     ):
         constants = common | {
             "NUM_OUTS": outs,
@@ -115,10 +114,10 @@ def _few(mixture: Mixture, where: str) -> Iterator[Launch]:
 def _group(
     mixture: Mixture, pairs_each: float, gated: bool, offloaded: bool, shared_bytes: int, dtype: str
 ) -> Launch:
-    from nanovllm.kernels.triton import grouped_gemm as many
+    from nanovllm.kernels.triton import grouped_gemm
 
     hidden, size, num_experts, top_k = mixture
-    tile = many.grouped_tile(pairs_each, gated, 4 if dtype == "fp32" else 2, shared_bytes)
+    tile = grouped_gemm.grouped_tile(pairs_each, gated, 4 if dtype == "fp32" else 2, shared_bytes)
     constants = {
         "NUM_EXPERTS": num_experts,
         "EXPERTS_P": triton.next_power_of_2(num_experts),
@@ -129,8 +128,8 @@ def _group(
         "LINES": tile.lines,
         "COLUMNS": tile.columns,
         "STAGES": tile.num_stages,
-        "X_BY": (many.BY_TOKEN if gated else many.BY_PLACE).value,
-        "OUT_BY": (many.BY_PLACE if gated else many.BY_PAIR).value,
+        "X_BY": (grouped_gemm.BY_TOKEN if gated else grouped_gemm.BY_PLACE).value,
+        "OUT_BY": (grouped_gemm.BY_PLACE if gated else grouped_gemm.BY_PAIR).value,
         "GATED": gated,
         "HAS_SCALE": not gated,
         "OFFLOADED": offloaded,
@@ -138,7 +137,7 @@ def _group(
     }
     where = " offloaded" if offloaded else ""
     label = f"group {'gate_up' if gated else 'down'} {pairs_each:g}{where}"
-    return label, many.grouped_gemm_kernel, constants, tile.num_warps, 3, TYPES
+    return label, grouped_gemm.grouped_gemm_kernel, constants, tile.num_warps, 3, TYPES
 
 
 def _copies(mixture: Mixture) -> Iterator[Launch]:

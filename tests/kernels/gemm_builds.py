@@ -37,18 +37,17 @@ def _products(
     case: int, product: Product, shared_bytes: int, has_matrix_units: bool
 ) -> Iterator[Launch]:
     """For one row, a few and many rows: the kernel that `triton.linear` selects."""
-    from nanovllm.kernels.triton import skinny_gemm as skinny_gemm
-    from nanovllm.kernels.triton import split_k_gemm as split_k_gemm
+    from nanovllm.kernels.triton import skinny_gemm, skinny_tiles, split_k_gemm
 
     num_outs, depth, norm, silu, _ = product
     for num_rows in (1, (2, 7, 16)[case % 3], (24, 64, 160)[case % 3]):
         weight = (2 * num_outs if silu else num_outs, depth)
-        norm = norm and num_rows <= skinny_gemm.max_rows(*weight, True)
+        norm = norm and num_rows <= skinny_tiles.max_rows(*weight, True)
         label = f"linear {num_rows}x{num_outs}x{depth}"
         if num_rows > 1 and not has_matrix_units:
             continue
-        if num_rows <= skinny_gemm.max_rows(*weight, norm):
-            kernel, constants, num_warps = skinny_gemm.build(
+        if num_rows <= skinny_tiles.max_rows(*weight, norm):
+            kernel, constants, num_warps = skinny_gemm.kernel_for(
                 num_rows, num_outs, depth, norm, False, not silu, silu, False
             )
         elif num_rows <= split_k_gemm.max_rows(*weight):

@@ -12,7 +12,7 @@ from torch import Tensor
 from nanovllm.kernels import reference
 from nanovllm.kernels.cpu import experts as cpu_experts
 from nanovllm.kernels.triton import experts as triton_experts
-from nanovllm.kernels.triton import grouped_gemm, moe_gemv
+from nanovllm.kernels.triton import grouped_gemm, moe_gemv, moe_sort
 
 GPU = "cuda" if torch.cuda.is_available() else "cpu"
 Run = Callable[..., Tensor]
@@ -181,7 +181,7 @@ def test_nan_in_a_token_or_in_a_weight_that_counts_stays_in_its_row(kernel: str)
 def test_only_pairs_with_experts_that_are_here_are_sorted(num_tokens: int) -> None:
     expert_TK = torch.randint(6, (num_tokens, 2), dtype=torch.int32, device=GPU)
     local_X = torch.tensor([-1, 2, 0, -1, -1, 1], dtype=torch.int32, device=GPU)
-    groups = grouped_gemm.sort_pairs(expert_TK, 3, local_X)
+    groups = moe_sort.sort_pairs(expert_TK, 3, local_X)
     place_P = local_X[expert_TK.flatten().long()]
     expected = [(place_P == place).nonzero().flatten().tolist() for place in range(3)]
     ends = torch.tensor([0, *map(len, expected)]).cumsum(0).tolist()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nanovllm.kernels import reference
 from nanovllm.kernels.triton import experts as triton_experts
-from nanovllm.kernels.triton import grouped_gemm, moe_gemv, topk_softmax
+from nanovllm.kernels.triton import grouped_gemm, moe_gemv, moe_sort, topk_softmax
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 # (tokens, experts per token, experts, hidden, width)
@@ -116,7 +116,7 @@ def test_expert_linear(num_tokens: int, by_pair: bool) -> None:
 @pytest.mark.parametrize(("num_tokens", "num_experts"), [(1, 1), (1, 128), (70, 5), (2500, 3)])
 def test_sorted_pairs(num_tokens: int, num_experts: int) -> None:
     expert_TK = torch.randint(num_experts, (num_tokens, 2), dtype=torch.int32, device=device)
-    groups = grouped_gemm.sort_pairs(expert_TK, num_experts)
+    groups = moe_sort.sort_pairs(expert_TK, num_experts)
     order = expert_TK.flatten().sort(stable=True)
     assert groups.pair_P.tolist() == order.indices.tolist()
     counts = torch.bincount(order.values, minlength=num_experts)

@@ -207,7 +207,7 @@ def test_large_weights_use_our_kernels_up_to_a_number_of_rows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Products of Qwen3-8B on a device of the size of an H200."""
-    from nanovllm.kernels.triton import gated_gemm as gated_gemm
+    from nanovllm.kernels.triton import gated_gemm
     from nanovllm.kernels.triton import linear as triton_linear
 
     monkeypatch.setattr(gated_gemm, "shared_memory_bytes", lambda device: 227 << 10)
