@@ -166,7 +166,8 @@ DEVICELESS = (
 OPTIONS = ("npu_graph_mode", "npu_graph_options")
 # modules that import nothing of ours except each other
 LIGHT = (
-    "checks", "config", "option_names", "env", "flag_file", "flags", "kernels/private", "log",
+    "checks", "config", "option_names", "env", "flag_file", "flags", "kernels/private_files",
+    "log",
     "media/options", "programs", "progress", "ray_note", "sampling", "structured_params", "tuning",
     "typos",
 )  # fmt: skip

@@ -43,8 +43,9 @@ class MoeConfig:
 
     A token goes to `top_k` of `num_experts` experts of width `expert_size`. With `normalize` the
     weights of its experts sum to 1. `shared_size` is the width of the shared expert, 0 without one.
-    `compression` is None for uncompressed experts. With `is_spread` each of several ranks has whole
-    experts, otherwise a part of every expert. Raises ValueError for sizes that do not fit together.
+    `compression` is None for uncompressed experts. With `is_expert_parallel` each of several ranks
+    has whole experts, otherwise a part of every expert. Raises ValueError for sizes that do not fit
+    together.
     """
 
     GRAPH_FIELDS: ClassVar[tuple[str, ...]] = ("top_k", "normalize")
@@ -55,7 +56,7 @@ class MoeConfig:
     normalize: bool
     shared_size: int = 0
     compression: Compression | None = None
-    is_spread: bool = False
+    is_expert_parallel: bool = False
 
     def __post_init__(self) -> None:
         sizes = {

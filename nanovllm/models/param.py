@@ -59,7 +59,7 @@ class Param(NamedTuple):
     sources, which are not split; empty if every row or column may go to another rank. An `is_vocab`
     parameter has a row for each token id: its last part is padded. An `is_first_only` parameter is
     zero on all ranks but the first, since the sum over the ranks must have it once. The experts of
-    an `is_spread` parameter are not split: each rank has an equal share of them.
+    an `is_expert_parallel` parameter are not split: each rank has an equal share of them.
 
     `adapt` changes a tensor in place after it was read: it folds what a family does to a weight's
     result, or to its rows' order, into the weight. It gets this rank's part, with the row count of
@@ -83,7 +83,7 @@ class Param(NamedTuple):
     units: tuple[int, ...] = ()
     is_vocab: bool = False
     is_first_only: bool = False
-    is_spread: bool = False
+    is_expert_parallel: bool = False
     may_be_transposed: bool = False
     adapt: Adapt | None = None
     source_shape: tuple[int, ...] | None = None
@@ -126,7 +126,7 @@ class Param(NamedTuple):
     def local(self, num_ranks: int) -> Param:
         """The parameter with the sizes that it has on each of `num_ranks` ranks."""
         axis = self.shard_axis
-        if self.is_spread:
+        if self.is_expert_parallel:
             num = self.shape[0] // num_ranks
             parts = self.parts[: len(self.parts) // num_ranks]
             return self._replace(shape=(num, *self.shape[1:]), parts=parts)

@@ -57,7 +57,9 @@ def load(
         "kv_cache_dtype": str(runner.spec.cache_dtype).removeprefix("torch."),
         "expert_offload": config.expert_offload,
         "tensor_parallel_size": config.tensor_parallel_size,
-        "expert_parallel": runner.cfg.moe.is_spread if runner.cfg.moe is not None else None,
+        "expert_parallel": runner.cfg.moe.is_expert_parallel
+        if runner.cfg.moe is not None
+        else None,
         "mode": "graph" if is_graph else "eager",
         "capture": is_graph and config.tuned.capture,
         "fuse": is_graph and config.tuned.fuse,

@@ -31,7 +31,7 @@ from nanovllm.kernels.triton.common import (
     num_multiprocessors,
     shared_memory_bytes,
 )
-from nanovllm.kernels.triton.linear_many import SMALL_WEIGHT
+from nanovllm.kernels.triton.split_k_gemm import SMALL_WEIGHT
 
 
 class GatedTile(NamedTuple):
@@ -60,7 +60,7 @@ def _weight_rows(out, NUM_OUTS: tl.constexpr, LINES: tl.constexpr):
 def _load_rows(at_TC, real_T1, ALL: tl.constexpr):
     """Loads zeros for rows past the last.
 
-    Reading the last row in their place would be slow: see linear_many.py.
+    Reading the last row in their place would be slow: see split_k_gemm.py.
     """
     if ALL:
         return tl.load(at_TC)
@@ -89,7 +89,7 @@ def _store(
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def gated_linear_kernel(
+def gated_gemm_kernel(
     x_ptr,  # [T, D]
     weight_ptr,  # [2 · NUM_OUTS, D], gate's rows first
     bias_ptr,  # [2 · NUM_OUTS], read if HAS_BIAS
@@ -178,9 +178,9 @@ def shared_bytes_of(tile: GatedTile) -> int:
 
 
 def takes(x_TD: Tensor, weight_OD: Tensor) -> bool:
-    """True if `gated_linear` has a tile for these.
+    """True if `gated_gemm` has a tile for these.
 
-    The smaller weights of a 0.6B model have tiles in linear_many.py.
+    The smaller weights of a 0.6B model have tiles in split_k_gemm.py.
     """
     return weight_OD.numel() > SMALL_WEIGHT and _tile_for(x_TD, weight_OD) is not None
 
@@ -196,7 +196,7 @@ def _tile_for(x_TD: Tensor, weight_OD: Tensor) -> GatedTile | None:
     )
 
 
-def gated_linear(
+def gated_gemm(
     x_TD: Tensor,
     weight_OD: Tensor,
     bias_O: Tensor | None,
@@ -215,7 +215,7 @@ def gated_linear(
         raise ValueError(f"no tile for weights of {2 * num_outs} x {depth}")
     out_TO = torch.empty((num_rows, num_outs), dtype=x_TD.dtype, device=x_TD.device)
     grid = (num_outs // ((tile.first + tile.second) // 2), triton.cdiv(num_rows, tile.rows))
-    gated_linear_kernel[grid](
+    gated_gemm_kernel[grid](
         x_TD,
         weight_OD,
         x_TD if bias_O is None else bias_O,

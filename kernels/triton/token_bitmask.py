@@ -19,7 +19,7 @@ NUM_WARPS = 8
 
 
 @triton.jit
-def keep_allowed_kernel(
+def apply_token_bitmask_kernel(
     logits_ptr,  # [R, V]
     allowed_ptr,  # [S, W] int32
     row_idx_ptr,  # [R] int64
@@ -43,14 +43,14 @@ def keep_allowed_kernel(
     tl.store(out_ptr + row * vocab_size + token_N, kept_N, mask=is_token_N)
 
 
-def keep_allowed(logits_RV: Tensor, allowed_SW: Tensor, row_R: Tensor) -> Tensor:
-    """`reference.sample.keep_allowed`."""
+def apply_token_bitmask(logits_RV: Tensor, allowed_SW: Tensor, row_R: Tensor) -> Tensor:
+    """`reference.sample.apply_token_bitmask`."""
     num_rows, vocab_size = logits_RV.shape
     out_RV = torch.empty((num_rows, vocab_size), dtype=logits_RV.dtype, device=logits_RV.device)
     if num_rows == 0:
         return out_RV
     logits_RV = logits_RV if logits_RV.stride(1) == 1 else logits_RV.contiguous()
-    keep_allowed_kernel[(num_rows, triton.cdiv(vocab_size, TILE))](
+    apply_token_bitmask_kernel[(num_rows, triton.cdiv(vocab_size, TILE))](
         logits_RV,
         allowed_SW.contiguous(),
         row_R.contiguous(),

@@ -1,8 +1,8 @@
-"""Rehearse buckets of small models for an H200 without a GPU, and compile the kernels found.
+"""Dry-runs buckets of small models for an H200 without a GPU, and compiles the kernels found.
 
-`python rehearsal.py FOLDER CASE …` prints a line of JSON for each case: its name and what was
+`python dry_runs.py FOLDER CASE …` prints a line of JSON for each case: its name and what was
 found, or why it failed. A case is an architecture. "mixtral:2" has two resident experts in each
-layer. Of a model with experts, half of the buckets are rehearsed.
+layer. Of a model with experts, half of the buckets are dry-run.
 
 It runs in its own process: the other tests use Triton's interpreter, which replaces the compiler,
 and this file replaces the device queries of torch and Triton. Each case has a fork, so everything
@@ -36,9 +36,9 @@ from triton.runtime import driver
 
 from nanovllm import EngineConfig
 from nanovllm.compile.trace import trace
-from nanovllm.kernels.triton import build as triton_build
+from nanovllm.kernels.triton import compile_log
+from nanovllm.kernels.triton import dry_run as triton_dry_run
 from nanovllm.kernels.triton import register as triton_kernels
-from nanovllm.kernels.triton import rehearsal as triton_rehearsal
 from nanovllm.kernels.triton import step as triton_step
 from nanovllm.models import loader as weights
 from nanovllm.models.vision import weights as tower_weights
@@ -183,21 +183,21 @@ def save_config(folder: Path, name: str) -> Path:
     return folder
 
 
-def rehearse(folder: Path, architecture: str, num_resident: int | None = None) -> dict[str, Any]:
+def dry_run(folder: Path, architecture: str, num_resident: int | None = None) -> dict[str, Any]:
     make_up_device()
     shorten_compiles()
-    triton_build.watch()
+    compile_log.watch()
     triton_kernels.register()
     triton_step.register()
     launches: list[tuple[str, Any, dict[str, Any]]] = []
-    request = triton_rehearsal._request
+    request = triton_dry_run._request
 
     def seen(kernel: Any, arguments: dict[str, Any]) -> str:
         found = request(kernel, arguments)
         launches.append((found, kernel, arguments))
         return found
 
-    triton_rehearsal._request = seen
+    triton_dry_run._request = seen
     config = EngineConfig(
         str(folder / "model"), dtype="bfloat16", max_model_len=512, max_num_batched_tokens=256,
         max_num_seqs=48, graph_batch_sizes=[1, 3, 4, 48], compile_cache=folder / "store",
@@ -206,14 +206,14 @@ def rehearse(folder: Path, architecture: str, num_resident: int | None = None) -
     builder = Builder(config, Platform())
     # of offloaded experts, prefill streams and the smaller decode buckets fetch
     buckets = BUCKETS if architecture in tower_cases.TOWERS else (BUCKETS[1], *BUCKETS[-2:])
-    answers = [builder.do("rehearse", bucket) for bucket in buckets]
+    answers = [builder.do("dry_run", bucket) for bucket in buckets]
     lengths = {name: length for answer in answers for name, length in answer["kernels"].items()}
     requests = sorted(lengths)
-    compiled_before = len(triton_build.compiled())
+    compiled_before = len(compile_log.compiled())
     other = Builder(config, Platform())  # like another process: it has seen no launch
     for one in requests:
         other.do("compile", one)
-    compiled = len(triton_build.compiled())
+    compiled = len(compile_log.compiled())
     # launches on tensors with memory find their kernels
     for kernel in {id(kernel): kernel for _, kernel, _ in launches}.values():
         kernel.device_caches.clear()
@@ -235,7 +235,7 @@ def rehearse(folder: Path, architecture: str, num_resident: int | None = None) -
         "launchers": len(driver.active.launchers),
         "compiled_before": compiled_before,
         "compiled": compiled,
-        "compiled_after_launches": len(triton_build.compiled()),
+        "compiled_after_launches": len(compile_log.compiled()),
     }
 
 
@@ -245,7 +245,7 @@ def is_assembled(path: Path) -> bool:
 
 def found_or_why_not(folder: Path, architecture: str, *options: int) -> dict[str, Any] | str:
     try:
-        return rehearse(folder, architecture, *options)
+        return dry_run(folder, architecture, *options)
     except Exception:
         return traceback.format_exc()
 

@@ -30,7 +30,7 @@ from nanovllm.kernels.collectives import COLLECTIVES
 from nanovllm.kernels.triton import common as triton_common
 
 
-class Rehearsal:
+class TritonDryRun:
     """Runs the calls of steps on fake tensors and records their launches.
 
     `kernels` maps requests for `compile` to the length of the kernel's source, because long kernels
@@ -49,7 +49,7 @@ class Rehearsal:
         """The result of a call of a step, on fake tensors.
 
         An op of ours runs as on the device, except for its launches and for sums over ranks, which
-        a rehearsal has not.
+        a dry run does not have.
         """
         kernel = (None if ops.op_name(op) in COLLECTIVES else ops.kernel_of(op, "CUDA")) or op
         with self.mode, self._keeping_launches():

@@ -1,4 +1,4 @@
-"""fuse_route keeps a graph's results, and fuses only what one token's kernel computes."""
+"""fuse_router keeps a graph's results, and fuses only what one token's kernel computes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanovllm.compile.passes.fuse_route import fuse_route
+from nanovllm.compile.passes.fuse_router import fuse_router
 from nanovllm.compile.trace import trace
 from nanovllm.kernels import ops
 
@@ -25,7 +25,7 @@ inputs: dict[str, Any] = {
 def fused(function: Callable[..., Any], max_rows: int = 3) -> list[str]:
     """Names of our ops after the pass. The graph is checked against the function."""
     graph, fakes, _ = trace(function, inputs)
-    graph = fuse_route(graph, fakes, takes=lambda x, router: x.shape[0] <= max_rows)
+    graph = fuse_router(graph, fakes, takes=lambda x, router: x.shape[0] <= max_rows)
     graph.graph.lint()
     for actual, wanted in zip(graph(*inputs.values()), function(*inputs.values()), strict=True):
         torch.testing.assert_close(actual, wanted)
@@ -34,31 +34,31 @@ def fused(function: Callable[..., Any], max_rows: int = 3) -> list[str]:
 
 def sparse(x: Tensor, norm: Tensor, router: Tensor) -> tuple[Tensor, ...]:
     y = ops.rms_norm(x, norm, EPS)
-    weight, expert = ops.route(ops.linear(y, router, None), 3, True)
+    weight, expert = ops.topk_softmax(ops.linear(y, router, None), 3, True)
     return y * 2, weight + 1, expert
 
 
 def test_norm_product_and_choice_become_one_op() -> None:
-    assert fused(sparse) == ["norm_route"]
+    assert fused(sparse) == ["norm_router_topk"]
 
 
 def test_steps_with_more_rows_than_the_kernel_takes_stay() -> None:
-    assert fused(sparse, max_rows=2) == ["rms_norm", "linear", "route"]
+    assert fused(sparse, max_rows=2) == ["rms_norm", "linear", "topk_softmax"]
 
 
 def with_bias(x: Tensor, norm: Tensor, router: Tensor) -> tuple[Tensor, ...]:
-    return ops.route(ops.linear(ops.rms_norm(x, norm, EPS), router, norm[:10]), 3, False)
+    return ops.topk_softmax(ops.linear(ops.rms_norm(x, norm, EPS), router, norm[:10]), 3, False)
 
 
 def read_twice(x: Tensor, norm: Tensor, router: Tensor) -> tuple[Tensor, ...]:
     logits = ops.linear(ops.rms_norm(x, norm, EPS), router, None)
-    return (*ops.route(logits, 3, False), logits)
+    return (*ops.topk_softmax(logits, 3, False), logits)
 
 
 def without_norm(x: Tensor, norm: Tensor, router: Tensor) -> tuple[Tensor, ...]:
-    return ops.route(ops.linear(x, router, None), 3, False)
+    return ops.topk_softmax(ops.linear(x, router, None), 3, False)
 
 
 @pytest.mark.parametrize("function", [with_bias, read_twice, without_norm])
 def test_other_patterns_stay(function: Callable[..., Any]) -> None:
-    assert "norm_route" not in fused(function)
+    assert "norm_router_topk" not in fused(function)

@@ -22,14 +22,14 @@ _MAX_LINKS = 40  # Linux's own limit
 _ACL = "system.posix_acl_access"
 
 
-class Shared(ValueError):
+class UnsafePath(ValueError):
     """A file or folder for compiled code that another user owns or may write to, or replace.
 
     That user could make us run their code.
     """
 
 
-class SharedParent(Shared):
+class UnsafeParent(UnsafePath):
     """A folder above (`parent`) that another user owns or may write to."""
 
     def __init__(self, message: str, parent: Path) -> None:
@@ -41,7 +41,7 @@ def make_private(*folders: Path) -> None:
     """Make folders that only their owner can enter; refuse existing ones that others may write to
     or replace. Folders above that are missing are made in the same way.
 
-    Raises OSError if a folder cannot be made, and Shared.
+    Raises OSError if a folder cannot be made, and UnsafePath.
     """
     for folder in folders:
         make_folders(folder)
@@ -69,7 +69,7 @@ def make_folders(folder: Path) -> None:
 
 
 def refuse_if_shared(path: Path) -> None:
-    """Raise Shared if another user owns a file, a folder or a link to it, or may write to it."""
+    """Raise UnsafePath if another user owns, or may write to, a file, a folder or a link to it."""
     if not hasattr(os, "getuid") or not path.exists():
         return
     owner = foreign_owner(path)
@@ -80,7 +80,7 @@ def read_private(path: Path) -> bytes:
     """The content of a file that is not a link, checked as in `refuse_if_shared`.
 
     What is checked is what is read, even if the name is given to another file meanwhile. Raises
-    OSError and Shared.
+    OSError and UnsafePath.
     """
     with open(os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0)), "rb") as file:
         if hasattr(os, "getuid"):
@@ -93,7 +93,7 @@ def _refuse(path: Path, found: os.stat_result, owner: int) -> None:
     mode, me = stat.S_IMODE(found.st_mode) & 0o777, os.getuid()
     if owner != me or mode & 0o022:
         own_mode = 0o700 if stat.S_ISDIR(found.st_mode) else 0o600
-        raise Shared(
+        raise UnsafePath(
             f"{path} is for compiled code, but user {owner} owns it and its mode is {mode:o}: it "
             f"must belong to user {me} and be writable by nobody else (use chmod {own_mode:o}, or "
             "another folder through NANOVLLM_CACHE)"
@@ -110,7 +110,7 @@ def foreign_owner(path: Path) -> int | None:
 
 
 def refuse_shared_parents(path: Path) -> None:
-    """Raise SharedParent if another user could put something else in the place of `path`, which
+    """Raise UnsafeParent if another user could put something else in the place of `path`, which
     need not exist. Raises OSError if a folder above is missing.
     """
     if not hasattr(os, "getuid"):
@@ -121,7 +121,7 @@ def refuse_shared_parents(path: Path) -> None:
         if (is_safe and found.st_uid in _trusted()) or parent in _accepted:
             continue
         advice = f"chmod go-w {parent}" if found.st_uid in _trusted() else "another folder"
-        raise SharedParent(
+        raise UnsafeParent(
             f"{path} is for compiled code, but other users may replace it: user {found.st_uid} "
             f"owns {parent} and its mode is {mode:o} (use {advice}, or NANOVLLM_CACHE for a folder "
             "below one that only you and root may write to)",

@@ -11,17 +11,17 @@ from types import SimpleNamespace
 
 import pytest
 
-from nanovllm.kernels import code_files, private
+from nanovllm.kernels import code_files, private_files
 
 ME = os.getuid()
 
 
-CACHES = (private.is_own_group, private._outside, code_files.temporary_folder)
+CACHES = (private_files.is_own_group, private_files._outside, code_files.temporary_folder)
 
 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(private, "_accepted", set())
+    monkeypatch.setattr(private_files, "_accepted", set())
     for cache in CACHES:
         cache.cache_clear()
     yield
@@ -39,7 +39,7 @@ def with_mode(folder: Path, mode: int) -> Path:
 def test_missing_folders_are_private_whatever_the_umask_is(tmp_path: Path, umask: int) -> None:
     before = os.umask(umask)
     try:
-        private.make_private(tmp_path / "a" / "b" / "c")
+        private_files.make_private(tmp_path / "a" / "b" / "c")
     finally:
         os.umask(before)
     modes = [(tmp_path / name).stat().st_mode & 0o777 for name in ("a", "a/b", "a/b/c")]
@@ -52,14 +52,14 @@ def test_a_folder_that_others_can_replace_is_refused(tmp_path: Path, mode: int, 
     parent = with_mode(tmp_path / "shared", mode)
     folder = parent.joinpath(*"abc"[:depth])
     expected = rf"{folder} is .* may replace it: user {ME} owns {parent} .* mode is {mode:o} \("
-    with pytest.raises(private.SharedParent, match=expected + rf"use chmod go-w {parent}"):
-        private.make_private(folder)
+    with pytest.raises(private_files.UnsafeParent, match=expected + rf"use chmod go-w {parent}"):
+        private_files.make_private(folder)
     parent.chmod(0o755)
-    private.make_private(folder)
+    private_files.make_private(folder)
 
 
 def test_a_sticky_folder_may_be_above(tmp_path: Path) -> None:
-    private.make_private(with_mode(tmp_path / "shared", 0o1777) / "a")
+    private_files.make_private(with_mode(tmp_path / "shared", 0o1777) / "a")
 
 
 def test_the_folder_above_must_not_be_another_users(
@@ -69,11 +69,11 @@ def test_the_folder_above_must_not_be_another_users(
     for mode in (0o755, 0o1777):
         parent = with_mode(tmp_path / f"{mode:o}", mode)
         (parent / "a").mkdir(mode=0o700)
-        monkeypatch.setattr(private, "_trusted", lambda: (ME + 1,))
-        with pytest.raises(private.SharedParent, match=f"user {ME} owns /.*another folder"):
-            private.refuse_shared_parents(parent / "a")
+        monkeypatch.setattr(private_files, "_trusted", lambda: (ME + 1,))
+        with pytest.raises(private_files.UnsafeParent, match=f"user {ME} owns /.*another folder"):
+            private_files.refuse_shared_parents(parent / "a")
         monkeypatch.undo()
-        private.make_private(parent / "a")
+        private_files.make_private(parent / "a")
 
 
 def test_links_on_the_way_are_followed_as_the_system_does(tmp_path: Path) -> None:
@@ -81,17 +81,17 @@ def test_links_on_the_way_are_followed_as_the_system_does(tmp_path: Path) -> Non
     (own / "link").symlink_to("../shared/inner")
     (shared / "inner").mkdir(mode=0o700)
     (shared / "back").symlink_to(own)
-    with pytest.raises(private.SharedParent, match=str(shared)):
-        private.make_private(own / "link" / "a")
-    with pytest.raises(private.SharedParent, match=str(shared)):
-        private.make_private(shared / "back" / "a")
-    with pytest.raises(private.SharedParent, match=str(shared)):
-        private.make_private(own / "link" / ".." / "inner")
+    with pytest.raises(private_files.UnsafeParent, match=str(shared)):
+        private_files.make_private(own / "link" / "a")
+    with pytest.raises(private_files.UnsafeParent, match=str(shared)):
+        private_files.make_private(shared / "back" / "a")
+    with pytest.raises(private_files.UnsafeParent, match=str(shared)):
+        private_files.make_private(own / "link" / ".." / "inner")
     (own / "loop").symlink_to("loop")
     with pytest.raises(OSError):
-        private.refuse_shared_parents(own / "loop" / "a")
+        private_files.refuse_shared_parents(own / "loop" / "a")
     (own / "fine").symlink_to(own)
-    private.make_private(own / "fine" / "a")
+    private_files.make_private(own / "fine" / "a")
 
 
 @pytest.mark.parametrize(
@@ -115,14 +115,14 @@ def test_a_group_of_the_users_own_may_write(
     monkeypatch.setattr(pwd, "getpwuid", lambda _: ann)
     monkeypatch.setattr(pwd, "getpwall", lambda: everybody)
     monkeypatch.setattr(grp, "getgrgid", lambda _: SimpleNamespace(gr_name=group, gr_mem=members))
-    assert private.is_own_group(7) is is_own
-    monkeypatch.setattr(private, "is_own_group", lambda _: is_own)
+    assert private_files.is_own_group(7) is is_own
+    monkeypatch.setattr(private_files, "is_own_group", lambda _: is_own)
     folder = with_mode(tmp_path / "home", 0o775) / ".cache" / "nanovllm"
     if is_own:
-        private.make_private(folder)
+        private_files.make_private(folder)
         monkeypatch.setattr(os, "listxattr", lambda _: ["system.posix_acl_access"])
-    with pytest.raises(private.SharedParent, match="mode is 775"):
-        private.make_private(folder)
+    with pytest.raises(private_files.UnsafeParent, match="mode is 775"):
+        private_files.make_private(folder)
 
 
 def test_what_is_read_is_what_was_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +139,7 @@ def test_what_is_read_is_what_was_checked(tmp_path: Path, monkeypatch: pytest.Mo
         return real(descriptor)
 
     monkeypatch.setattr(os, "fstat", fstat)
-    assert private.read_private(ours) == b"ours"
+    assert private_files.read_private(ours) == b"ours"
     assert ours.read_bytes() == b"theirs" and not theirs.exists()
 
 
@@ -149,10 +149,10 @@ def test_a_file_of_others_is_not_read(tmp_path: Path) -> None:
     link.symlink_to(file)
     file.chmod(0o600)
     with pytest.raises(OSError):
-        private.read_private(link)
+        private_files.read_private(link)
     file.chmod(0o620)
-    with pytest.raises(private.Shared, match="its mode is 620"):
-        private.read_private(file)
+    with pytest.raises(private_files.UnsafePath, match="its mode is 620"):
+        private_files.read_private(file)
 
 
 def test_temporary_files_go_where_others_cannot_replace_them(
@@ -167,10 +167,10 @@ def test_temporary_files_go_where_others_cannot_replace_them(
         assert not caplog.records
         found = code_files.temporary_folder()
         assert found.parent == expected and found.stat().st_mode & 0o777 == 0o700
-        private.make_private(found / "cpp")
+        private_files.make_private(found / "cpp")
     assert f"user {ME} owns {shared}" in caplog.text
-    with pytest.raises(private.SharedParent):
-        private.make_private(with_mode(tmp_path / "third", 0o777) / "a")
+    with pytest.raises(private_files.UnsafeParent):
+        private_files.make_private(with_mode(tmp_path / "third", 0o777) / "a")
 
 
 def test_in_a_namespace_the_users_outside_are_trusted_if_nobody_inside_can_be_them(
@@ -184,8 +184,8 @@ def test_in_a_namespace_the_users_outside_are_trusted_if_nobody_inside_can_be_th
         ("0 1000 1\n1 100000 65536\n", ()),  # a process inside can be 65534
     ):
         texts["/proc/self/uid_map"] = ids
-        private._outside.cache_clear()
-        assert private._outside() == expected
+        private_files._outside.cache_clear()
+        assert private_files._outside() == expected
 
 
 def test_a_link_of_another_user_in_a_sticky_folder_is_refused(
@@ -194,7 +194,7 @@ def test_a_link_of_another_user_in_a_sticky_folder_is_refused(
     shared = with_mode(tmp_path / "shared", 0o1777)
     link = shared / "link"
     link.symlink_to(with_mode(tmp_path / "target", 0o700))
-    private.make_private(link / "a")
+    private_files.make_private(link / "a")
     real = Path.lstat
 
     def lstat(path: Path) -> os.stat_result:
@@ -203,5 +203,5 @@ def test_a_link_of_another_user_in_a_sticky_folder_is_refused(
         return os.stat_result(fields)
 
     monkeypatch.setattr(Path, "lstat", lstat)
-    with pytest.raises(private.SharedParent, match=f"user {ME + 1} owns {link}"):
-        private.make_private(link / "a")
+    with pytest.raises(private_files.UnsafeParent, match=f"user {ME + 1} owns {link}"):
+        private_files.make_private(link / "a")

@@ -14,7 +14,7 @@ from nanovllm.models import formats
 from nanovllm.models.formats import Weight
 
 
-class Spread(NamedTuple):
+class ExpertParallel(NamedTuple):
     """The stacked matrices of this rank's experts, as in `Stacked`, and where those are.
 
     local_X[e] is the place of expert e in the stacks, negative for experts of other ranks (X
@@ -26,11 +26,15 @@ class Spread(NamedTuple):
     down_EDF: Weight
 
 
-Stored = Spread
+Stored = ExpertParallel
 
 
 def apply(
-    x_TD: Tensor, weight_TK: Tensor, expert_TK: Tensor, stored: Spread, residual_TD: Tensor | None
+    x_TD: Tensor,
+    weight_TK: Tensor,
+    expert_TK: Tensor,
+    stored: ExpertParallel,
+    residual_TD: Tensor | None,
 ) -> Tensor:
     local_X, gate_up_EGD, down_EDF = stored
     return formats.experts(x_TD, weight_TK, expert_TK, gate_up_EGD, down_EDF, residual_TD, local_X)

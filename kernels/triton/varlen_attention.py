@@ -135,7 +135,7 @@ def _store_part(
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_starts"])
-def segment_attention_kernel(
+def varlen_attention_kernel(
     q_ptr,  # [T, N, H]
     k_ptr,  # [T, N, H]
     v_ptr,  # [T, N, H]
@@ -205,7 +205,7 @@ def segment_attention_kernel(
         _store_part(out_at_M, inside_M, (acc_MB * inverse_M1).to(dtype), A, B, HEAD)
 
 
-class SegmentTile(NamedTuple):
+class VarlenTile(NamedTuple):
     """Tile sizes and launch options."""
 
     queries: int
@@ -214,7 +214,7 @@ class SegmentTile(NamedTuple):
     num_stages: int
 
 
-def segment_tile(head_dim: int, element_size: int, max_len: int, shared_bytes: int) -> SegmentTile:
+def varlen_tile(head_dim: int, element_size: int, max_len: int, shared_bytes: int) -> VarlenTile:
     """The launch for segments of up to `max_len` tokens.
 
     Shared memory holds the queries and some tiles of keys and of values. The tiles of heads of 64
@@ -224,14 +224,14 @@ def segment_tile(head_dim: int, element_size: int, max_len: int, shared_bytes: i
     # fp32 has no matrix units, and Triton uses those of Turing neither: small tiles stay within the
     # registers. AMD has 64 KB, too.
     if element_size == 4 or shared_bytes <= 64 * 1024:
-        return SegmentTile(32, 32, 4, 2) if head_dim <= 80 else SegmentTile(16, 16, 4, 2)
+        return VarlenTile(32, 32, 4, 2) if head_dim <= 80 else VarlenTile(16, 16, 4, 2)
     if shared_bytes < 160 * 1024:
-        return SegmentTile(64, 64, 4, 2)
+        return VarlenTile(64, 64, 4, 2)
     if max_len <= 64:
-        return SegmentTile(64, 32, 4, 3)
+        return VarlenTile(64, 32, 4, 3)
     if head_dim <= 64:
-        return SegmentTile(64, 64, 4, 2)
-    return SegmentTile(128, 64, 4, 3) if head_dim <= 80 else SegmentTile(128, 64, 8, 2)
+        return VarlenTile(64, 64, 4, 2)
+    return VarlenTile(128, 64, 4, 3) if head_dim <= 80 else VarlenTile(128, 64, 8, 2)
 
 
 def head_parts(head_dim: int) -> tuple[int, int]:
@@ -242,8 +242,8 @@ def head_parts(head_dim: int) -> tuple[int, int]:
     return (whole // 2, rest) if has_two else (whole, 0)
 
 
-def segment_constants(
-    num_heads: int, head_dim: int, num_starts: int, tile: SegmentTile
+def varlen_constants(
+    num_heads: int, head_dim: int, num_starts: int, tile: VarlenTile
 ) -> dict[str, int]:
     """The kernel's compile-time constants, without strides."""
     first, second = head_parts(head_dim)
@@ -258,16 +258,16 @@ def segment_constants(
     }
 
 
-def segment_attention(
+def varlen_attention(
     q_TNH: Tensor,
     k_TNH: Tensor,
     v_TNH: Tensor,
     start_S: Tensor,
     max_len: int,
     scale: float,
-    tile: SegmentTile | None = None,
+    tile: VarlenTile | None = None,
 ) -> Tensor:
-    """`reference.attention.segment_attention`; zeros for tokens after the last segment.
+    """`reference.attention.varlen_attention`; zeros for tokens after the last segment.
 
     What is before the first segment stays unwritten. `tile` is for measurements. Raises ValueError
     for heads of more than 128 numbers, and for a scale that is not positive.
@@ -282,10 +282,10 @@ def segment_attention(
     if num_tokens == 0:
         return out_TNH
     shared_bytes = shared_memory_bytes(q_TNH.device)
-    tile = tile or segment_tile(head_dim, q_TNH.element_size(), max_len, shared_bytes)
+    tile = tile or varlen_tile(head_dim, q_TNH.element_size(), max_len, shared_bytes)
     num_starts = start_S.shape[0]
     num_tiles = num_tokens // tile.queries + num_starts
-    segment_attention_kernel[(num_tiles * num_heads,)](
+    varlen_attention_kernel[(num_tiles * num_heads,)](
         q_TNH,
         k_TNH,
         v_TNH,
@@ -297,7 +297,7 @@ def segment_attention(
         *q_TNH.stride()[:2],
         *k_TNH.stride()[:2],
         *v_TNH.stride()[:2],
-        **segment_constants(num_heads, head_dim, num_starts, tile),
+        **varlen_constants(num_heads, head_dim, num_starts, tile),
         UPCAST=q_TNH.device.type != "cuda",
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,

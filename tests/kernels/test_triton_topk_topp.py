@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels import reference
-from nanovllm.kernels.triton import filter as triton_filter
+from nanovllm.kernels.triton import topk_topp
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 FILTERS = [
@@ -33,7 +33,7 @@ def check(
 
     With top_p the number may differ if its sums are within rounding.
     """
-    kept_RV = triton_filter.keep_likely(logits_RV, *columns(filters, temperature))
+    kept_RV = topk_topp.apply_top_k_top_p(logits_RV, *columns(filters, temperature))
     assert kept_RV.dtype is logits_RV.dtype
     for row, (top_k, top_p, min_p) in enumerate(filters):
         stays_V = kept_RV[row].isfinite()
@@ -91,9 +91,9 @@ def test_forbidden_tokens_stay_out(num_left: int) -> None:
     logits_RV = torch.randn(len(FILTERS), 3000, device=device)
     logits_RV[:, num_left:] = float("-inf")
     logits_RV[:, -1] = float("nan")
-    kept_RV = triton_filter.keep_likely(logits_RV, *columns(FILTERS))
+    kept_RV = topk_topp.apply_top_k_top_p(logits_RV, *columns(FILTERS))
     logits_RV[:, -1] = float("-inf")
-    expected_RV = reference.sample.keep_likely(logits_RV, *columns(FILTERS))
+    expected_RV = reference.sample.apply_top_k_top_p(logits_RV, *columns(FILTERS))
     for row, filters in enumerate(FILTERS):
         finite = kept_RV[row, :-1].isfinite().sum(), expected_RV[row].isfinite().sum()
         assert finite[0] == finite[1], filters
@@ -102,7 +102,7 @@ def test_forbidden_tokens_stay_out(num_left: int) -> None:
 @pytest.mark.parametrize("value", [float("-inf"), float("nan")])
 def test_the_search_ends_without_any_token(value: float) -> None:
     logits_RV = torch.full((len(FILTERS), 5000), value, device=device)
-    kept_RV = triton_filter.keep_likely(logits_RV, *columns(FILTERS))
+    kept_RV = topk_topp.apply_top_k_top_p(logits_RV, *columns(FILTERS))
     assert (kept_RV.isneginf() | kept_RV.isnan()).all()
 
 
@@ -110,7 +110,7 @@ def test_the_search_ends_without_any_token(value: float) -> None:
 def test_the_search_ends_with_extreme_logits(value: float) -> None:
     logits_RV = torch.randn(len(FILTERS), 99, device=device)
     logits_RV[:, 7] = value
-    kept_RV = triton_filter.keep_likely(logits_RV, *columns(FILTERS))
+    kept_RV = topk_topp.apply_top_k_top_p(logits_RV, *columns(FILTERS))
     best = 7 if value > 0 else int(logits_RV[1].argmax())
     assert not kept_RV.isnan().any() and kept_RV[1, best] == logits_RV[1, best], (
         "with top_k 1 the best token stays"
@@ -123,6 +123,6 @@ def test_rows_may_have_the_vocabulary_of_a_real_model() -> None:
 
 
 def test_there_may_be_no_rows() -> None:
-    assert triton_filter.keep_likely(
+    assert topk_topp.apply_top_k_top_p(
         torch.zeros(0, 5, device=device), *(torch.zeros(0, device=device),) * 4
     ).shape == (0, 5)

@@ -14,12 +14,13 @@ from nanovllm.kernels import ops
 Takes = Callable[[Tensor, Tensor], bool]
 
 
-def fuse_route(graph: GraphModule, fakes: Sequence[Tensor], *, takes: Takes) -> GraphModule:
-    """Fuse every `route` with the product and the norm before it if `takes(x, router)`.
+def fuse_router(graph: GraphModule, fakes: Sequence[Tensor], *, takes: Takes) -> GraphModule:
+    """Fuse every `topk_softmax` with the product and the norm before it if `takes(x, router)`.
 
-    Only `route` may read the product. Other readers of the norm read the fused op's first result.
+    Only `topk_softmax` may read the product. Other readers of the norm read the fused op's first
+    result.
     """
-    for route in [node for node in graph.graph.nodes if node.target is ops.route]:
+    for route in [node for node in graph.graph.nodes if node.target is ops.topk_softmax]:
         linear: Any = route.args[0]
         if linear.target is not ops.linear or len(linear.users) > 1:
             continue
@@ -38,7 +39,7 @@ def _fuse(graph: GraphModule, norm: Any, linear: Any, route: Any) -> None:
     x, norm_weight, eps = norm.args
     with graph.graph.inserting_before(norm):
         arguments = (x, norm_weight, linear.args[1], eps, *route.args[1:])
-        fused = graph.graph.call_function(ops.norm_route, arguments)
+        fused = graph.graph.call_function(ops.norm_router_topk, arguments)
         normed, *chosen = (
             graph.graph.call_function(operator.getitem, (fused, i)) for i in range(3)
         )

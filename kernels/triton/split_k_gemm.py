@@ -27,7 +27,7 @@ from nanovllm.kernels.triton.common import (
     dot,
     finish,
     launch_options,
-    prefetch_rows,
+    prefetch_and_wait,
     shared_memory_bytes,
 )
 
@@ -35,7 +35,7 @@ MAX_ROWS = 256
 SMALL_WEIGHT = 6144 * 1024  # elements: up to this size cuBLAS is slower for any number of rows
 
 
-class GemmTile(NamedTuple):
+class SplitKTile(NamedTuple):
     """The sizes of a launch.
 
     Rows and outputs of one program, columns of a chunk, parts of the depth, chunks in flight,
@@ -69,8 +69,35 @@ def _load_chunk(at, chunk, d_C, real_L, DEPTH: tl.constexpr, COLUMNS: tl.constex
         return tl.load(at + chunk * COLUMNS, mask=mask_LC, other=0.0)
 
 
+@triton.jit
+def _store_part(part_ptr, split, part, at_TO, mask_TO, acc_TO, up_TO, SILU_MUL: tl.constexpr):
+    """Stores a split's partial results; one tensor of them has `part` numbers."""
+    each = 2 * part if SILU_MUL else part
+    tl.store(part_ptr + split * each + at_TO, acc_TO, mask=mask_TO)
+    if SILU_MUL:
+        tl.store(part_ptr + split * each + part + at_TO, up_TO, mask=mask_TO)
+
+
+@triton.jit
+def _sum_of_parts(part_ptr, part, at_TO, mask_TO, ROWS: tl.constexpr, OUTS: tl.constexpr,
+                  SPLITS: tl.constexpr, SILU_MUL: tl.constexpr):  # fmt: skip
+    """The sums of the partial results of all splits, in the order of splits."""
+    each = 2 * part if SILU_MUL else part
+    acc_TO, up_TO = tl.zeros((ROWS, OUTS), tl.float32), tl.zeros((ROWS, OUTS), tl.float32)
+    for i in tl.static_range(SPLITS):
+        # other multiprocessors wrote these, so .cg bypasses L1
+        acc_TO += tl.load(
+            part_ptr + i * each + at_TO, mask=mask_TO, other=0.0, cache_modifier=".cg"
+        )
+        if SILU_MUL:
+            up_TO += tl.load(
+                part_ptr + i * each + part + at_TO, mask=mask_TO, other=0.0, cache_modifier=".cg"
+            )
+    return acc_TO, up_TO
+
+
 @triton.jit(do_not_specialize=["num_rows"])
-def many_rows_linear_kernel(
+def split_k_gemm_kernel(
     x_ptr,  # [T, D]
     weight_ptr,  # [outputs, D]
     bias_ptr,  # [outputs], read if HAS_BIAS
@@ -114,12 +141,9 @@ def many_rows_linear_kernel(
     real_O = o_O < NUM_OUTS
     w_O = weight_ptr + tl.minimum(o_O, NUM_OUTS - 1).to(tl.int64) * weight_stride
     up_O = w_O + NUM_OUTS * weight_stride.to(tl.int64)
-    if PDL:
-        if LINES_P > 0:
-            prefetch_rows(w_O + split * SHARE, 0, SHARE, LINES_P)
-            if SILU_MUL:
-                prefetch_rows(up_O + split * SHARE, 0, SHARE, LINES_P)
-        tl.extra.cuda.gdc_wait()
+    prefetch_and_wait(
+        w_O + split * SHARE, NUM_OUTS * weight_stride.to(tl.int64), 0, SHARE, LINES_P, SILU_MUL, PDL
+    )
 
     mask_TO = real_T[:, None] & real_O[None, :]
     at_TO = row_T[:, None] * NUM_OUTS + o_O[None, :]
@@ -141,29 +165,14 @@ def many_rows_linear_kernel(
 
     if SPLITS > 1:
         part = num_rows * NUM_OUTS
-        each = 2 * part if SILU_MUL else part
-        tl.store(part_ptr + split * each + at_TO, acc_TO, mask=mask_TO)
-        if SILU_MUL:
-            tl.store(part_ptr + split * each + part + at_TO, up_TO, mask=mask_TO)
+        _store_part(part_ptr, split, part, at_TO, mask_TO, acc_TO, up_TO, SILU_MUL)
         # all threads store before the one thread's release; its acquire comes before all loads
         tl.debug_barrier()
         arrived_at = arrived_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
         if tl.atomic_add(arrived_at, 1, sem="acq_rel", scope="gpu") != SPLITS - 1:
             return
         tl.store(arrived_at, 0)
-        acc_TO, up_TO = tl.zeros((ROWS, OUTS), tl.float32), tl.zeros((ROWS, OUTS), tl.float32)
-        for i in tl.static_range(SPLITS):
-            # other multiprocessors wrote these, so .cg bypasses L1
-            acc_TO += tl.load(
-                part_ptr + i * each + at_TO, mask=mask_TO, other=0.0, cache_modifier=".cg"
-            )
-            if SILU_MUL:
-                up_TO += tl.load(
-                    part_ptr + i * each + part + at_TO,
-                    mask=mask_TO,
-                    other=0.0,
-                    cache_modifier=".cg",
-                )
+        acc_TO, up_TO = _sum_of_parts(part_ptr, part, at_TO, mask_TO, ROWS, OUTS, SPLITS, SILU_MUL)
     if HAS_BIAS:
         acc_TO += tl.load(bias_ptr + o_O, mask=o_O < NUM_OUTS, other=0.0).to(tl.float32)[None, :]
         if SILU_MUL:
@@ -178,37 +187,37 @@ def many_rows_linear_kernel(
 
 # (outputs, depth, silu·up): tiles for up to 32, 64, 128 and 256 rows. Measured on an H200 by
 # scripts/bench/bench_linear.py.
-TILES: dict[tuple[int, int, bool], tuple[GemmTile, ...]] = {
+TILES: dict[tuple[int, int, bool], tuple[SplitKTile, ...]] = {
     # Qwen3-0.6B: qkv, out, gate_up, down
     (4096, 1024, False): (
-        GemmTile(32, 64, 128, 1, 6, 4, True), GemmTile(64, 32, 128, 1, 6, 4),
-        GemmTile(64, 64, 128, 1, 6, 4),
-        GemmTile(128, 64, 64, 1, 6, 4),
+        SplitKTile(32, 64, 128, 1, 6, 4, True), SplitKTile(64, 32, 128, 1, 6, 4),
+        SplitKTile(64, 64, 128, 1, 6, 4),
+        SplitKTile(128, 64, 64, 1, 6, 4),
     ),
     (1024, 2048, False): (
-        GemmTile(32, 32, 128, 2, 6, 4, True), GemmTile(64, 32, 128, 2, 6, 4, True),
-        GemmTile(64, 32, 128, 1, 6, 4, True),
-        GemmTile(64, 32, 128, 1, 6, 4),
+        SplitKTile(32, 32, 128, 2, 6, 4, True), SplitKTile(64, 32, 128, 2, 6, 4, True),
+        SplitKTile(64, 32, 128, 1, 6, 4, True),
+        SplitKTile(64, 32, 128, 1, 6, 4),
     ),
     (3072, 1024, True): (
-        GemmTile(32, 64, 128, 1, 4, 4), GemmTile(64, 32, 128, 1, 6, 4),
-        GemmTile(128, 32, 64, 1, 6, 4),
-        GemmTile(128, 64, 64, 1, 4, 8),
+        SplitKTile(32, 64, 128, 1, 4, 4), SplitKTile(64, 32, 128, 1, 6, 4),
+        SplitKTile(128, 32, 64, 1, 6, 4),
+        SplitKTile(128, 64, 64, 1, 4, 8),
     ),
     (1024, 3072, False): (
-        GemmTile(32, 64, 128, 4, 6, 4, True), GemmTile(64, 32, 128, 4, 6, 4),
-        GemmTile(64, 32, 128, 2, 6, 4, True),
-        GemmTile(64, 32, 128, 1, 6, 4),
+        SplitKTile(32, 64, 128, 4, 6, 4, True), SplitKTile(64, 32, 128, 4, 6, 4),
+        SplitKTile(64, 32, 128, 2, 6, 4, True),
+        SplitKTile(64, 32, 128, 1, 6, 4),
     ),
     # Qwen3-30B-A3B: qkv, out
-    (5120, 2048, False): (GemmTile(32, 64, 128, 1, 6, 4), GemmTile(64, 64, 128, 1, 6, 4)),
-    (2048, 4096, False): (GemmTile(32, 64, 128, 4, 6, 4), GemmTile(64, 32, 128, 2, 6, 4)),
+    (5120, 2048, False): (SplitKTile(32, 64, 128, 1, 6, 4), SplitKTile(64, 64, 128, 1, 6, 4)),
+    (2048, 4096, False): (SplitKTile(32, 64, 128, 4, 6, 4), SplitKTile(64, 32, 128, 2, 6, 4)),
     # Qwen3-8B: qkv, out, down
-    (6144, 4096, False): (GemmTile(32, 64, 128, 1, 6, 4), GemmTile(64, 64, 128, 1, 6, 4)),
-    (4096, 4096, False): (GemmTile(32, 64, 128, 2, 6, 4), GemmTile(64, 32, 128, 1, 6, 4)),
+    (6144, 4096, False): (SplitKTile(32, 64, 128, 1, 6, 4), SplitKTile(64, 64, 128, 1, 6, 4)),
+    (4096, 4096, False): (SplitKTile(32, 64, 128, 2, 6, 4), SplitKTile(64, 32, 128, 1, 6, 4)),
     (4096, 12288, False): (
-        GemmTile(32, 64, 128, 2, 6, 4), GemmTile(64, 32, 128, 1, 6, 4),
-        GemmTile(128, 64, 128, 2, 4, 4),
+        SplitKTile(32, 64, 128, 2, 6, 4), SplitKTile(64, 32, 128, 1, 6, 4),
+        SplitKTile(128, 64, 128, 2, 4, 4),
     ),
 }  # fmt: skip
 
@@ -228,9 +237,9 @@ def max_rows(num_outs: int, depth: int) -> int:
     return 128 if num_outs <= 4096 else 0
 
 
-def gemm_tile(
+def split_k_tile(
     num_rows: int, num_outs: int, depth: int, silu_mul: bool, shared_bytes: int
-) -> GemmTile:
+) -> SplitKTile:
     """The measured tile; for other shapes the tile that was fast for most of these.
 
     With less shared memory it has fewer stages.
@@ -244,7 +253,7 @@ def gemm_tile(
         columns = 128 if rows < 128 and depth >= 128 else 64
         programs = triton.cdiv(num_rows, rows) * triton.cdiv(num_outs, outs)
         splits = next((n for n in (4, 2) if programs * n <= 132 and depth >= n * columns * 4), 1)
-        tile = GemmTile(rows, outs, columns, splits, 6, 4)
+        tile = SplitKTile(rows, outs, columns, splits, 6, 4)
     stage_bytes = (tile.rows + tile.outs * (1 + silu_mul)) * tile.columns * 2
     # 64 KB do not hold two stages of the largest tiles
     while 2 * stage_bytes > shared_bytes - 2048 and tile.columns > 32:
@@ -254,14 +263,14 @@ def gemm_tile(
     )
 
 
-def gemm_constants(
+def split_k_constants(
     num_rows: int,
     num_outs: int,
     depth: int,
     has_bias: bool,
     has_residual: bool,
     silu_mul: bool,
-    tile: GemmTile,
+    tile: SplitKTile,
 ) -> dict[str, int]:
     """The kernel's compile-time constants."""
     share = triton.cdiv(depth, tile.columns * tile.splits) * tile.columns
@@ -283,13 +292,13 @@ def gemm_constants(
     }
 
 
-def many_rows_linear(
+def split_k_gemm(
     x_TD: Tensor,
     weight_OD: Tensor,
     bias_O: Tensor | None,
     residual_TO: Tensor | None,
     silu_mul: bool,
-    launch: GemmTile | None = None,
+    launch: SplitKTile | None = None,
     pdl: bool | None = None,
 ) -> Tensor:
     """x · weightᵀ + bias, then silu(gate) · up, then + residual; see
@@ -301,7 +310,7 @@ def many_rows_linear(
     num_rows, depth = x_TD.shape
     num_outs = weight_OD.shape[0] // 2 if silu_mul else weight_OD.shape[0]
     device = x_TD.device
-    tile = launch or gemm_tile(num_rows, num_outs, depth, silu_mul, shared_memory_bytes(device))
+    tile = launch or split_k_tile(num_rows, num_outs, depth, silu_mul, shared_memory_bytes(device))
     out_TO = torch.empty((num_rows, num_outs), dtype=x_TD.dtype, device=device)
     grid = (triton.cdiv(num_outs, tile.outs), triton.cdiv(num_rows, tile.rows), tile.splits)
     part, arrived = out_TO, out_TO
@@ -310,7 +319,7 @@ def many_rows_linear(
             tile.splits * (1 + silu_mul) * num_rows * num_outs, dtype=torch.float32, device=device
         )
         arrived = arrival_counters(device, grid[0] * grid[1])
-    many_rows_linear_kernel[grid](
+    split_k_gemm_kernel[grid](
         x_TD,
         weight_OD,
         x_TD if bias_O is None else bias_O,
@@ -321,7 +330,7 @@ def many_rows_linear(
         x_TD.stride(0),
         weight_OD.stride(0),
         num_rows,
-        **gemm_constants(
+        **split_k_constants(
             num_rows, num_outs, depth, bias_O is not None, residual_TO is not None, silu_mul, tile
         ),
         UPCAST=device.type != "cuda",

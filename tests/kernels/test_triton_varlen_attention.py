@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nanovllm.kernels.triton.segment_attention import (
-    SegmentTile,
+from nanovllm.kernels.triton.varlen_attention import (
+    VarlenTile,
     head_parts,
-    segment_attention,
-    segment_tile,
+    varlen_attention,
+    varlen_tile,
 )
 from tests.kernels.paged import assert_close, device
-from tests.kernels.segment_cases import SCALE, STARTS, exact, inputs
+from tests.kernels.varlen_cases import SCALE, STARTS, exact, inputs
 
 KB = 1024
 # segments that begin and end anywhere in tiles of 64; many empty ones behind, as in a padded call
@@ -27,10 +27,10 @@ def check(
     num_heads: int = 2,
     head_dim: int = 24,
     max_len: int = 200,
-    tile: SegmentTile | None = None,
+    tile: VarlenTile | None = None,
 ) -> None:
     q, k, v, start_S = inputs(starts, padding, dtype, device, num_heads, head_dim)
-    out = segment_attention(q, k, v, start_S, max_len, SCALE, tile)
+    out = varlen_attention(q, k, v, start_S, max_len, SCALE, tile)
     assert out.shape == q.shape and out.dtype == dtype
     assert_close(out[starts[0] : starts[-1]].cpu(), exact(q, k, v, starts))
     assert not out[starts[-1] :].any()  # zeros, not NaN
@@ -50,9 +50,9 @@ def test_heads_of_any_size_are_attended_whole(head_dim: int, dtype: torch.dtype)
 
 
 @pytest.mark.parametrize(
-    "tile", [SegmentTile(16, 32, 4, 2), SegmentTile(128, 64, 8, 3), SegmentTile(64, 128, 4, 2)]
+    "tile", [VarlenTile(16, 32, 4, 2), VarlenTile(128, 64, 8, 3), VarlenTile(64, 128, 4, 2)]
 )
-def test_every_tile_gives_the_same(tile: SegmentTile) -> None:
+def test_every_tile_gives_the_same(tile: VarlenTile) -> None:
     for starts in (STARTS[3], *MORE[:2]):
         check(starts, tile=tile, num_heads=1, head_dim=80)
 
@@ -64,7 +64,7 @@ def test_heads_do_not_mix(num_heads: int) -> None:
 
 def test_queries_keys_and_values_may_have_strides_of_their_own() -> None:
     q, k, v, start_S = inputs([0, 19, 99], 5, torch.float32, device)
-    out = segment_attention(q.contiguous(), k.mT.contiguous().mT, v, start_S, 99, SCALE)
+    out = varlen_attention(q.contiguous(), k.mT.contiguous().mT, v, start_S, 99, SCALE)
     assert_close(out[:99].cpu(), exact(q, k, v, [0, 19, 99]))
 
 
@@ -75,7 +75,7 @@ def test_a_nan_stays_in_its_segment() -> None:
     expected = exact(q, k, v, starts)
     for x in (q, k, v):
         x[50:70] = torch.nan
-    out = segment_attention(q, k, v, start_S, 200, SCALE).cpu()
+    out = varlen_attention(q, k, v, start_S, 200, SCALE).cpu()
     assert out[50:70].isnan().all()
     for begin, end in ((0, 50), (70, 131)):
         assert_close(out[begin:end], expected[begin:end])
@@ -84,7 +84,7 @@ def test_a_nan_stays_in_its_segment() -> None:
 def test_large_scores_do_not_overflow() -> None:
     q, k, v, start_S = inputs([0, 19, 99], 0, torch.float32, device)
     q = q * 100
-    out = segment_attention(q, k, v, start_S, 99, SCALE)
+    out = varlen_attention(q, k, v, start_S, 99, SCALE)
     assert_close(out.cpu(), exact(q, k, v, [0, 19, 99]))
 
 
@@ -100,22 +100,22 @@ def test_heads_are_padded_by_as_little_as_powers_of_two_allow(
 
 
 def test_windows_and_small_gpus_have_small_tiles() -> None:
-    assert segment_tile(80, 2, 64, 227 * KB).queries == 64
-    assert segment_tile(80, 2, 4096, 227 * KB).queries == 128
-    assert segment_tile(80, 2, 4096, 99 * KB).queries == 64
+    assert varlen_tile(80, 2, 64, 227 * KB).queries == 64
+    assert varlen_tile(80, 2, 4096, 227 * KB).queries == 128
+    assert varlen_tile(80, 2, 4096, 99 * KB).queries == 64
 
 
 def test_unsupported_heads_and_scales_are_refused() -> None:
     q, k, v, start_S = inputs([0, 19], 0, torch.float32, device, head_dim=136)
     with pytest.raises(ValueError, match="heads have 136 numbers: at most 128"):
-        segment_attention(q, k, v, start_S, 19, SCALE)
+        varlen_attention(q, k, v, start_S, 19, SCALE)
     with pytest.raises(ValueError, match=r"scale must be positive, got 0\.0"):
-        segment_attention(q[..., :8], k[..., :8], v[..., :8], start_S, 19, 0.0)
+        varlen_attention(q[..., :8], k[..., :8], v[..., :8], start_S, 19, 0.0)
 
 
 def test_no_tokens_give_nothing() -> None:
     q, k, v, start_S = inputs([0, 0], 0, torch.float32, device)
-    assert segment_attention(q, k, v, start_S, 19, SCALE).shape == q.shape
+    assert varlen_attention(q, k, v, start_S, 19, SCALE).shape == q.shape
 
 
 @pytest.mark.gpu
@@ -132,10 +132,10 @@ def test_a_captured_launch_follows_the_starts() -> None:
     layouts = ([0, 989, *[989] * 15], [0, 1, 64, *[999] * 14], list(range(0, 17 * 60, 60)))
     q, k, v, _ = inputs([0, 1024], 0, torch.bfloat16, device, 4, 64)
     start_S = torch.zeros(17, dtype=torch.int32, device=device)
-    segment_attention(q, k, v, start_S, 1024, SCALE)  # compiles
+    varlen_attention(q, k, v, start_S, 1024, SCALE)  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = segment_attention(q, k, v, start_S, 1024, SCALE)
+        out = varlen_attention(q, k, v, start_S, 1024, SCALE)
     for starts in layouts:
         start_S.copy_(torch.tensor(starts))
         graph.replay()

@@ -272,7 +272,7 @@ def _least(
 @triton.jit(
     do_not_specialize_on_alignment=["temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr"]
 )
-def keep_likely_kernel(
+def apply_top_k_top_p_kernel(
     logits_ptr,  # [R, V]
     temperature_ptr,  # [R] fp32
     top_k_ptr,  # [R] fp32
@@ -315,10 +315,10 @@ def keep_likely_kernel(
         tl.store(out_ptr + row_idx * vocab_size + token_N, out_N, mask=token_N < vocab_size)
 
 
-def keep_likely(
+def apply_top_k_top_p(
     logits_RV: Tensor, temperature_R: Tensor, top_k_R: Tensor, top_p_R: Tensor, min_p_R: Tensor
 ) -> Tensor:
-    """`reference.sample.keep_likely`.
+    """`reference.sample.apply_top_k_top_p`.
 
     If a sum of probabilities is within rounding of top_p, one token more or less may stay.
     """
@@ -330,7 +330,7 @@ def keep_likely(
         return logits_RV.clone()
     logits_RV = logits_RV if logits_RV.stride(1) == 1 else logits_RV.contiguous()
     few_RN = torch.empty((num_rows, TILE), dtype=logits_RV.dtype, device=logits_RV.device)
-    keep_likely_kernel[(num_rows,)](
+    apply_top_k_top_p_kernel[(num_rows,)](
         logits_RV,
         temperature_R.float().contiguous(),
         top_k_R.float().contiguous(),

@@ -12,7 +12,7 @@ from torch import Tensor
 from nanovllm.kernels import ops, reference
 from nanovllm.kernels.cpu import library as cpu_library
 from nanovllm.kernels.cpu import sample as cpu_sample
-from nanovllm.kernels.triton import mask as triton_mask
+from nanovllm.kernels.triton import token_bitmask
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -21,13 +21,13 @@ Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def on_cpu(logits_RV: Tensor, allowed_SW: Tensor, row_R: Tensor) -> Tensor:
     if not cpu_library.available()[0]:
-        return reference.sample.keep_allowed(logits_RV, allowed_SW, row_R)
-    return cpu_sample.keep_allowed(logits_RV, allowed_SW, row_R)
+        return reference.sample.apply_token_bitmask(logits_RV, allowed_SW, row_R)
+    return cpu_sample.apply_token_bitmask(logits_RV, allowed_SW, row_R)
 
 
 def on_gpu(logits_RV: Tensor, allowed_SW: Tensor, row_R: Tensor) -> Tensor:
     inputs = (one.to(device) for one in (logits_RV, allowed_SW, row_R))
-    return triton_mask.keep_allowed(*inputs).cpu()
+    return token_bitmask.apply_token_bitmask(*inputs).cpu()
 
 
 def masks(num_rows: int, vocab_size: int, rng: np.random.Generator) -> tuple[np.ndarray, Tensor]:
@@ -41,7 +41,7 @@ def masks(num_rows: int, vocab_size: int, rng: np.random.Generator) -> tuple[np.
     return allowed_SV, torch.from_numpy(words_SW)
 
 
-@pytest.mark.parametrize("kernel", [reference.sample.keep_allowed, on_cpu, on_gpu])
+@pytest.mark.parametrize("kernel", [reference.sample.apply_token_bitmask, on_cpu, on_gpu])
 @pytest.mark.parametrize("vocab_size", [1, 19, 32, 99, 640, 5001])
 def test_only_tokens_with_a_bit_stay(kernel: Kernel, vocab_size: int) -> None:
     rng = np.random.default_rng(vocab_size)
@@ -56,7 +56,7 @@ def test_only_tokens_with_a_bit_stay(kernel: Kernel, vocab_size: int) -> None:
         assert torch.equal(logits_RV, before_RV), "log-probabilities need the model's logits"
 
 
-@pytest.mark.parametrize("kernel", [reference.sample.keep_allowed, on_cpu, on_gpu])
+@pytest.mark.parametrize("kernel", [reference.sample.apply_token_bitmask, on_cpu, on_gpu])
 def test_what_a_mask_forbids_is_not_read(kernel: Kernel) -> None:
     """A NaN of a forbidden token does not stay; one of an allowed token does."""
     allowed_SV, words_SW = masks(3, 99, np.random.default_rng(0))
@@ -66,7 +66,7 @@ def test_what_a_mask_forbids_is_not_read(kernel: Kernel) -> None:
     assert (kept_V[torch.from_numpy(~allowed_SV[1])] == float("-inf")).all()
 
 
-@pytest.mark.parametrize("kernel", [reference.sample.keep_allowed, on_cpu, on_gpu])
+@pytest.mark.parametrize("kernel", [reference.sample.apply_token_bitmask, on_cpu, on_gpu])
 def test_there_may_be_no_rows(kernel: Kernel) -> None:
     none_R = torch.zeros(0, dtype=torch.int64)
     assert kernel(torch.zeros(0, 40), torch.zeros(2, 2, dtype=torch.int32), none_R).shape == (0, 40)
@@ -77,6 +77,6 @@ def test_the_op_has_the_shape_of_the_logits() -> None:
     row_R, words_SW = torch.tensor([0, 1]), torch.zeros(2, 3, dtype=torch.int32)
     with torch._subclasses.FakeTensorMode() as mode:
         inputs = [mode.from_tensor(one) for one in (logits_RV, words_SW, row_R)]
-        fake_RV = ops.keep_allowed(*inputs)
-    found_RV = ops.keep_allowed(logits_RV, words_SW, row_R)
+        fake_RV = ops.apply_token_bitmask(*inputs)
+    found_RV = ops.apply_token_bitmask(logits_RV, words_SW, row_R)
     assert fake_RV.shape == found_RV.shape and fake_RV.dtype is found_RV.dtype

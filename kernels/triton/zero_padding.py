@@ -17,7 +17,7 @@ TOKENS, TILE, NUM_WARPS = 64, 1024, 4
 
 
 @triton.jit(do_not_specialize=["num_tokens", "last_start"])
-def zero_unowned_kernel(
+def zero_padding_kernel(
     out_ptr,  # [T, W], written
     start_ptr,  # [S] int32
     num_tokens,
@@ -41,10 +41,10 @@ def zero_unowned_kernel(
                 tl.store(row_ptr + done + at_N, zero_N, mask=done + at_N < WIDTH)
 
 
-def zero_unowned_(out_TNH: Tensor, start_S: Tensor) -> None:
-    """`reference.attention.zero_unowned_`."""
+def zero_padding_(out_TNH: Tensor, start_S: Tensor) -> None:
+    """`reference.attention.zero_padding_`."""
     num_tokens, width = out_TNH.shape[0], out_TNH[:1].numel()
-    zero_unowned_kernel[(triton.cdiv(num_tokens, TOKENS),)](
+    zero_padding_kernel[(triton.cdiv(num_tokens, TOKENS),)](
         out_TNH,
         start_S,
         num_tokens,

@@ -8,7 +8,7 @@ Nothing of the routing is read by the host, and no token is dropped.
 The weights are the left operand of the matrix units, which take it in pieces of 64; a group's rows
 are the right operand, which may have as few as 8. In the product with gate and up a tile of weights
 alternates between 8 outputs of gate and the same 8 of up, so that a thread holds both factors of
-SiLU·up (as in linear_gated.py). The product with down writes the weighted output of each pair; the
+SiLU·up (as in gated_gemm.py). The product with down writes the weighted output of each pair; the
 last launch adds them for each token, always in the same order.
 
 Shapes: T tokens | K experts per token | P = T·K pairs | E experts | X experts, with those elsewhere
@@ -31,16 +31,16 @@ from nanovllm.kernels.triton.common import (
     expert_at,
     finish,
     launch_options,
-    local_expert,
     shared_memory_bytes,
     wait_for_earlier_kernels,
 )
+from nanovllm.kernels.triton.moe_sort import Groups, combine, sort_pairs
 
 # How a product's rows are found, and where its results go.
 BY_TOKEN, BY_PAIR, BY_PLACE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
-class GroupTile(NamedTuple):
+class GroupedTile(NamedTuple):
     """The sizes of a launch: rows and weight rows of one program, columns of a chunk, chunks in
     flight, warps."""
 
@@ -49,52 +49,6 @@ class GroupTile(NamedTuple):
     columns: int
     num_stages: int
     num_warps: int
-
-
-class Groups(NamedTuple):
-    """Pairs sorted by expert: expert e has pair_P[start_E1[e]] … pair_P[start_E1[e + 1] − 1].
-
-    Pairs whose expert is elsewhere are not among them, and the rest of pair_P is undefined.
-    `pairs_each` is the mean number of pairs of an expert.
-    """
-
-    pair_P: Tensor
-    start_E1: Tensor
-    pairs_each: float
-
-
-@triton.jit(do_not_specialize=["num_pairs"])
-def sort_kernel(
-    expert_ptr,  # [P]
-    local_ptr,  # [X], read if SPREAD
-    pair_ptr,  # [P] int32, written
-    start_ptr,  # [E + 1] int32, written
-    num_pairs,
-    NUM_EXPERTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SPREAD: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    wait_for_earlier_kernels(PDL)
-    expert = tl.program_id(0)
-    i_B = tl.arange(0, BLOCK)
-    start = tl.sum(tl.zeros((BLOCK,), tl.int32))
-    for first in tl.range(0, num_pairs, BLOCK):
-        pair_B = first + i_B
-        other_B = tl.load(expert_ptr + pair_B, mask=pair_B < num_pairs, other=-1)
-        other_B = local_expert(local_ptr, other_B, SPREAD)
-        start += tl.sum(((other_B >= 0) & (other_B < expert)).to(tl.int32))
-    tl.store(start_ptr + expert, start)
-    for first in tl.range(0, num_pairs, BLOCK):
-        pair_B = first + i_B
-        other_B = tl.load(expert_ptr + pair_B, mask=pair_B < num_pairs, other=-1)
-        other_B = local_expert(local_ptr, other_B, SPREAD)
-        is_mine_B = other_B == expert
-        upto_B = tl.cumsum(is_mine_B.to(tl.int32), 0)
-        tl.store(pair_ptr + start + upto_B - 1, pair_B, mask=is_mine_B)
-        start += tl.sum(is_mine_B.to(tl.int32))
-    if expert == NUM_EXPERTS - 1:
-        tl.store(start_ptr + NUM_EXPERTS, start)
 
 
 @triton.jit
@@ -126,7 +80,7 @@ def _load(at, chunk, d_C, real_L, DEPTH: tl.constexpr, COLUMNS: tl.constexpr, AL
 
 
 @triton.jit
-def group_linear_kernel(
+def grouped_gemm_kernel(
     x_ptr,  # [T, D], [P, D] or, by place, [P, D] in the order of the sorted pairs
     weight_ptr,  # [E, NUM_OUTS, D], or [E, 2 · NUM_OUTS, D] if GATED
     others_ptr,  # the next three are read if OFFLOADED: see `common.Places`
@@ -200,77 +154,20 @@ def group_linear_kernel(
     )
 
 
-@triton.jit
-def combine_kernel(
-    y_ptr,  # [P, D]
-    expert_ptr,  # [P], read if SPREAD
-    local_ptr,  # [X], read if SPREAD
-    residual_ptr,  # [T, D], read if HAS_RESIDUAL
-    out_ptr,  # [T, D], written
-    TOP_K: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    SPREAD: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    wait_for_earlier_kernels(PDL)
-    dtype: tl.constexpr = out_ptr.dtype.element_ty
-    token = tl.program_id(1).to(tl.int64)
-    d_B = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask_B = d_B < DIM
-    sum_B = tl.zeros((BLOCK,), tl.float32)
-    for k in tl.static_range(TOP_K):
-        pair = token * TOP_K + k
-        real_B = mask_B
-        if SPREAD:  # rows of other pairs were not written
-            real_B = mask_B & (local_expert(local_ptr, tl.load(expert_ptr + pair), SPREAD) >= 0)
-        y_B = tl.load(y_ptr + pair * DIM + d_B, mask=real_B, other=0.0)
-        sum_B += y_B.to(tl.float32)
-    sum_B = sum_B.to(dtype)
-    if HAS_RESIDUAL:
-        residual_B = tl.load(residual_ptr + token * DIM + d_B, mask=mask_B, other=0.0)
-        sum_B = (sum_B.to(tl.float32) + residual_B.to(tl.float32)).to(dtype)
-    tl.store(out_ptr + token * DIM + d_B, sum_B, mask=mask_B)
-
-
-def sort_pairs(expert_TK: Tensor, num_experts: int, local_X: Tensor | None = None) -> Groups:
-    """The pairs of [T, K] int32 experts, sorted by expert and then by number.
-
-    With `local_X` they are sorted by the places of experts, of which `num_experts` are here.
-    """
-    num_pairs, device = expert_TK.numel(), expert_TK.device
-    pair_P = torch.empty(num_pairs, dtype=torch.int32, device=device)
-    start_E1 = torch.empty(num_experts + 1, dtype=torch.int32, device=device)
-    block = min(4096, max(128, triton.next_power_of_2(num_pairs)))
-    sort_kernel[(num_experts,)](
-        expert_TK,
-        expert_TK if local_X is None else local_X,
-        pair_P,
-        start_E1,
-        num_pairs,
-        NUM_EXPERTS=num_experts,
-        BLOCK=block,
-        SPREAD=local_X is not None,
-        num_warps=4 if block <= 2048 else 8,
-        **launch_options(device),
-    )
-    num_all = num_experts if local_X is None else len(local_X)
-    return Groups(pair_P, start_E1, num_pairs / num_all)
-
-
 # Pairs per expert → tiles for the product with gate and up, and for the others. Measured on an H200
 # with the experts of Qwen3-30B-A3B (docs/log.md).
 TILES = {
-    1: (GroupTile(16, 64, 128, 5, 4), GroupTile(8, 64, 128, 4, 4)),
-    8: (GroupTile(16, 64, 128, 4, 4), GroupTile(16, 128, 64, 6, 4)),
-    24: (GroupTile(32, 64, 128, 4, 4), GroupTile(32, 128, 64, 5, 4)),
-    96: (GroupTile(64, 128, 64, 4, 4), GroupTile(64, 128, 64, 4, 4)),
+    1: (GroupedTile(16, 64, 128, 5, 4), GroupedTile(8, 64, 128, 4, 4)),
+    8: (GroupedTile(16, 64, 128, 4, 4), GroupedTile(16, 128, 64, 6, 4)),
+    24: (GroupedTile(32, 64, 128, 4, 4), GroupedTile(32, 128, 64, 5, 4)),
+    96: (GroupedTile(64, 128, 64, 4, 4), GroupedTile(64, 128, 64, 4, 4)),
 }
-LARGEST_TILE = GroupTile(128, 128, 64, 3, 4)
+LARGEST_TILE = GroupedTile(128, 128, 64, 3, 4)
 
 
-def group_tile(pairs_each: float, gated: bool, element_bytes: int, shared_bytes: int) -> GroupTile:
+def grouped_tile(
+    pairs_each: float, gated: bool, element_bytes: int, shared_bytes: int
+) -> GroupedTile:
     """The tile for so many pairs per expert.
 
     For elements of 4 bytes it is smaller. With less shared memory it has fewer stages.
@@ -284,7 +181,7 @@ def group_tile(pairs_each: float, gated: bool, element_bytes: int, shared_bytes:
     return tile._replace(num_stages=max(2, min(tile.num_stages, most_stages)))
 
 
-def group_linear(
+def grouped_gemm(
     x: Tensor,
     weight_EOD: Tensor,
     groups: Groups,
@@ -294,7 +191,7 @@ def group_linear(
     x_by: int,
     out_by: int,
     gated: bool = False,
-    tile: GroupTile | None = None,
+    tile: GroupedTile | None = None,
     places: Places | None = None,
 ) -> Tensor:
     """x · weightᵀ for the rows of every expert: [P, outputs]; silu(gate) · up if `gated`.
@@ -311,7 +208,7 @@ def group_linear(
     num_pairs, device = groups.pair_P.shape[0], x.device
     num_outs = num_lines // 2 if gated else num_lines
     shared_bytes = shared_memory_bytes(device)
-    tile = tile or group_tile(groups.pairs_each, gated, x.element_size(), shared_bytes)
+    tile = tile or grouped_tile(groups.pairs_each, gated, x.element_size(), shared_bytes)
     out_PO = torch.empty((num_pairs, num_outs), dtype=x.dtype, device=device)
     # a group of n pairs has at most (n + rows − 1) / rows tiles
     num_tiles = min(num_pairs, num_pairs // tile.rows + num_experts)
@@ -333,7 +230,7 @@ def group_linear(
         "UPCAST": device.type != "cuda",
     }
     grid = (triton.cdiv(num_outs, tile.lines // 2 if gated else tile.lines), num_tiles)
-    group_linear_kernel[grid](
+    grouped_gemm_kernel[grid](
         x,
         weight_EOD,
         others,
@@ -350,34 +247,7 @@ def group_linear(
     return out_PO
 
 
-def combine(
-    y_PD: Tensor, expert_TK: Tensor, residual_TD: Tensor | None, local_X: Tensor | None = None
-) -> Tensor:
-    """The sum of each token's rows of y, in their order, plus the residual: [T, D].
-
-    With `local_X` rows of experts that are elsewhere are not read.
-    """
-    (num_tokens, top_k), dim = expert_TK.shape, y_PD.shape[1]
-    out_TD = torch.empty((num_tokens, dim), dtype=y_PD.dtype, device=y_PD.device)
-    block = min(1024, triton.next_power_of_2(dim))
-    combine_kernel[(triton.cdiv(dim, block), num_tokens)](
-        y_PD,
-        expert_TK,
-        expert_TK if local_X is None else local_X,
-        y_PD if residual_TD is None else residual_TD,
-        out_TD,
-        TOP_K=top_k,
-        DIM=dim,
-        BLOCK=block,
-        HAS_RESIDUAL=residual_TD is not None,
-        SPREAD=local_X is not None,
-        num_warps=4,
-        **launch_options(y_PD.device),
-    )
-    return out_TD
-
-
-def many_experts(
+def grouped_experts(
     x_TD: Tensor,
     weight_TK: Tensor,
     expert_TK: Tensor,
@@ -385,7 +255,7 @@ def many_experts(
     down_EDF: Tensor,
     residual_TD: Tensor | None,
     local_X: Tensor | None = None,
-    tiles: tuple[GroupTile | None, GroupTile | None] = (None, None),
+    tiles: tuple[GroupedTile | None, GroupedTile | None] = (None, None),
     places: Places | None = None,
 ) -> Tensor:
     """`reference.experts.experts`; all tensors are contiguous but x, whose last stride is 1.
@@ -396,11 +266,11 @@ def many_experts(
     top_k = expert_TK.shape[1]
     num_experts = gate_up_EGD.shape[0] if places is None else places.num_experts
     groups = sort_pairs(expert_TK, num_experts, local_X)
-    inner_PF = group_linear(
+    inner_PF = grouped_gemm(
         x_TD, gate_up_EGD, groups, top_k, x_by=BY_TOKEN.value, out_by=BY_PLACE.value, gated=True,
         tile=tiles[0], places=places,
     )  # fmt: skip
-    y_PD = group_linear(
+    y_PD = grouped_gemm(
         inner_PF, down_EDF, groups, top_k, weight_TK, x_by=BY_PLACE.value, out_by=BY_PAIR.value,
         tile=tiles[1], places=places,
     )  # fmt: skip

@@ -37,24 +37,23 @@ def _products(
     case: int, product: Product, shared_bytes: int, has_matrix_units: bool
 ) -> Iterator[Launch]:
     """For one row, a few and many rows: the kernel that `triton.linear` selects."""
-    from nanovllm.kernels.triton import linear_few as triton_linear_few
-    from nanovllm.kernels.triton import linear_many as triton_linear_many
+    from nanovllm.kernels.triton import skinny_gemm, skinny_tiles, split_k_gemm
 
     num_outs, depth, norm, silu, _ = product
     for num_rows in (1, (2, 7, 16)[case % 3], (24, 64, 160)[case % 3]):
         weight = (2 * num_outs if silu else num_outs, depth)
-        norm = norm and num_rows <= triton_linear_few.max_rows(*weight, True)
+        norm = norm and num_rows <= skinny_tiles.max_rows(*weight, True)
         label = f"linear {num_rows}x{num_outs}x{depth}"
         if num_rows > 1 and not has_matrix_units:
             continue
-        if num_rows <= triton_linear_few.max_rows(*weight, norm):
-            kernel, constants, num_warps = triton_linear_few.build(
+        if num_rows <= skinny_tiles.max_rows(*weight, norm):
+            kernel, constants, num_warps = skinny_gemm.kernel_for(
                 num_rows, num_outs, depth, norm, False, not silu, silu, False
             )
-        elif num_rows <= triton_linear_many.max_rows(*weight):
-            tile = triton_linear_many.gemm_tile(num_rows, num_outs, depth, silu, shared_bytes)
-            kernel, num_warps = triton_linear_many.many_rows_linear_kernel, tile.num_warps
-            constants = triton_linear_many.gemm_constants(
+        elif num_rows <= split_k_gemm.max_rows(*weight):
+            tile = split_k_gemm.split_k_tile(num_rows, num_outs, depth, silu, shared_bytes)
+            kernel, num_warps = split_k_gemm.split_k_gemm_kernel, tile.num_warps
+            constants = split_k_gemm.split_k_constants(
                 num_rows, num_outs, depth, False, not silu, silu, tile
             )
             constants |= {"UPCAST": False}
@@ -65,7 +64,7 @@ def _products(
 
 def _gated(shared_bytes: int, whole: bool) -> Iterator[Launch]:
     """gate_up of Qwen3-8B in every tile that fits the GPU, or in the first of them."""
-    from nanovllm.kernels.triton import linear_gated as gated
+    from nanovllm.kernels.triton import gated_gemm as gated
 
     num_outs, depth = 12288, 4096
     tiles = [(rows, tile) for rows, tiles in gated.TILES.items() for tile in tiles]
@@ -75,4 +74,4 @@ def _gated(shared_bytes: int, whole: bool) -> Iterator[Launch]:
             "UPCAST": False
         }
         label = f"gated {num_rows}x{num_outs}x{depth} {tuple(tile)}"
-        yield label, gated.gated_linear_kernel, constants, tile.num_warps
+        yield label, gated.gated_gemm_kernel, constants, tile.num_warps

@@ -28,7 +28,8 @@ INFINITY = tl.constexpr(float("inf"))
 @triton.jit
 def choose_experts(logits_AEp, real_Ep, row_A, is_row_A, weight_ptr, expert_ptr,
                    TOP_K: tl.constexpr, NORMALIZE: tl.constexpr):  # fmt: skip
-    """Choose the experts of some rows and store them to [T, K]: see `reference.experts.route`.
+    """Chooses the experts of some rows and stores them to [T, K] as
+    `reference.experts.topk_softmax`.
 
     `real_Ep` is false for experts that do not exist.
     """
@@ -61,7 +62,7 @@ def choose_experts(logits_AEp, real_Ep, row_A, is_row_A, weight_ptr, expert_ptr,
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def route_kernel(
+def topk_softmax_kernel(
     logits_ptr,  # [T, E]
     weight_ptr,  # [T, K] fp32, written
     expert_ptr,  # [T, K] int32, written
@@ -87,15 +88,15 @@ def route_kernel(
     choose_experts(logits_AEp, real_Ep, row_A, is_row_A, weight_ptr, expert_ptr, TOP_K, NORMALIZE)
 
 
-def route(logits_TE: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
-    """See `reference.experts.route`; last stride 1."""
+def topk_softmax(logits_TE: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
+    """See `reference.experts.topk_softmax`; last stride 1."""
     logits_TE = logits_TE if logits_TE.stride(1) == 1 else logits_TE.contiguous()
     (num_rows, num_experts), device = logits_TE.shape, logits_TE.device
     weight_TK = torch.empty((num_rows, top_k), dtype=torch.float32, device=device)
     expert_TK = torch.empty((num_rows, top_k), dtype=torch.int32, device=device)
     experts_p = triton.next_power_of_2(num_experts)
     rows = max(1, min(8, 128 // experts_p))
-    route_kernel[(triton.cdiv(num_rows, rows),)](
+    topk_softmax_kernel[(triton.cdiv(num_rows, rows),)](
         logits_TE,
         weight_TK,
         expert_TK,
@@ -113,7 +114,7 @@ def route(logits_TE: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tenso
 
 
 @triton.jit
-def norm_route_kernel(
+def norm_router_topk_kernel(
     x_ptr,  # [D]
     norm_ptr,  # [D]
     router_ptr,  # [E, D]
@@ -187,15 +188,15 @@ MAX_DEPTH = 4096  # a warp holds a row of the router, the norm's weight and x in
 
 
 def takes(x_TD: Tensor, router_ED: Tensor) -> bool:
-    """True if `norm_route` is one launch for these."""
+    """True if `norm_router_topk` is one launch for these."""
     return x_TD.shape[0] == 1 and router_ED.shape[1] <= MAX_DEPTH
 
 
-def norm_route(
+def norm_router_topk(
     x_TD: Tensor, norm_D: Tensor, router_ED: Tensor, eps: float, top_k: int, normalize: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`reference.experts.norm_route` for inputs that `takes` accepts. The logits are rounded as
-    there.
+    """`reference.experts.norm_router_topk` for inputs that `takes` accepts. The logits are
+    rounded as there.
 
     The weights may be read before earlier kernels end, so no running kernel may write them.
     """
@@ -206,13 +207,13 @@ def norm_route(
         or x_TD.stride(1) != 1
         or not router_ED.is_contiguous()
     ):
-        return reference.experts.norm_route(x_TD, norm_D, router_ED, eps, top_k, normalize)
+        return reference.experts.norm_router_topk(x_TD, norm_D, router_ED, eps, top_k, normalize)
     normed_TD = torch.empty_like(x_TD)
     logits_E = torch.empty(num_experts, dtype=torch.float32, device=device)
     weight_TK = torch.empty((1, top_k), dtype=torch.float32, device=device)
     expert_TK = torch.empty((1, top_k), dtype=torch.int32, device=device)
     num_warps = 4
-    norm_route_kernel[(triton.cdiv(num_experts, num_warps),)](
+    norm_router_topk_kernel[(triton.cdiv(num_experts, num_warps),)](
         x_TD,
         norm_D,
         router_ED,

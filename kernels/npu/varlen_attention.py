@@ -19,10 +19,10 @@ from torch import Tensor
 MAX_ROWS, HEAD_STEP = 4096, 64
 
 
-def segment_attention_in_graph(
+def varlen_attention_in_graph(
     q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, start_S: Tensor, max_len: int, scale: float
 ) -> Tensor:
-    """`reference.attention.segment_attention` with the counts as a tensor: one graph serves all
+    """`reference.attention.varlen_attention` with the counts as a tensor: one graph serves all
     sizes of images. It runs in graph mode of GE only."""
     from torchair.ops import npu_fused_infer_attention_score as attend
 
@@ -38,7 +38,7 @@ def segment_attention_in_graph(
     return out_TNP[:, :, :head_dim].contiguous()  # as the meaning gives it, for views of it
 
 
-def segment_attention_eager(
+def varlen_attention_eager(
     q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, start_S: Tensor, max_len: int, scale: float
 ) -> Tensor:
     """The same outside a graph, where the op takes numbers: it waits for the device. It never sees

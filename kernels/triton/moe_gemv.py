@@ -25,7 +25,7 @@ UNROLLED = tl.constexpr(8)
 COLUMNS = 256  # as wide as one load of a warp: 32 threads, 8 elements of 16 bits
 
 
-class PairTile(NamedTuple):
+class GemvTile(NamedTuple):
     """The sizes of a launch: outputs of one program, warps, chunks that are loaded together."""
 
     outs: int
@@ -76,10 +76,10 @@ def _dots(acc_AWC, up_AWC, w_at, up_at, x_at, scale, first, end, DEPTH: tl.const
 
 
 @triton.jit
-def pair_gate_up_kernel(
+def moe_gemv_gate_up_kernel(
     x_ptr,  # [T, D]
     expert_ptr,  # [P]
-    local_ptr,  # [X], read if SPREAD
+    local_ptr,  # [X], read if EXPERT_PARALLEL
     weight_ptr,  # [E, 2 · NUM_OUTS, D], gate's rows first
     others_ptr,  # the next three are read if OFFLOADED: see `common.Places`
     first_ptr,
@@ -94,7 +94,7 @@ def pair_gate_up_kernel(
     COLUMNS: tl.constexpr,
     AHEAD: tl.constexpr,
     OFFLOADED: tl.constexpr,
-    SPREAD: tl.constexpr,
+    EXPERT_PARALLEL: tl.constexpr,
     PDL: tl.constexpr,
 ):
     dtype: tl.constexpr = out_ptr.dtype.element_ty
@@ -114,8 +114,8 @@ def pair_gate_up_kernel(
     at_AWC = (row_AW * DEPTH)[:, :, None] + d_11C
     if PDL:
         tl.extra.cuda.gdc_wait()
-    expert = local_expert(local_ptr, tl.load(expert_ptr + pair), SPREAD)
-    if SPREAD:  # noqa: SIM102  (Triton has no `and` of a constant and a value)
+    expert = local_expert(local_ptr, tl.load(expert_ptr + pair), EXPERT_PARALLEL)
+    if EXPERT_PARALLEL:  # noqa: SIM102  (Triton has no `and` of a constant and a value)
         if expert < 0:
             return
     w_at = at_AWC + expert_at(
@@ -141,11 +141,11 @@ def pair_gate_up_kernel(
 
 
 @triton.jit
-def pair_down_kernel(
+def moe_gemv_down_kernel(
     x_ptr,  # [P, DEPTH]
     scale_ptr,  # [P] fp32
     expert_ptr,  # [P]
-    local_ptr,  # [X], read if SPREAD
+    local_ptr,  # [X], read if EXPERT_PARALLEL
     weight_ptr,  # [E, NUM_OUTS, DEPTH]
     others_ptr,  # the next three are read if OFFLOADED: see `common.Places`
     first_ptr,
@@ -161,7 +161,7 @@ def pair_down_kernel(
     AHEAD: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     OFFLOADED: tl.constexpr,
-    SPREAD: tl.constexpr,
+    EXPERT_PARALLEL: tl.constexpr,
     PDL: tl.constexpr,
 ):
     dtype: tl.constexpr = out_ptr.dtype.element_ty
@@ -169,7 +169,7 @@ def pair_down_kernel(
     BLOCK: tl.constexpr = AHEAD * COLUMNS
     EXACT: tl.constexpr = DEPTH % BLOCK == 0
     # Short loops are unrolled, and the loads of all pairs come first. A branch would stop that.
-    MASKED: tl.constexpr = SPREAD and DEPTH <= UNROLLED * BLOCK
+    MASKED: tl.constexpr = EXPERT_PARALLEL and DEPTH <= UNROLLED * BLOCK
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     token = tl.program_id(1)
@@ -187,9 +187,9 @@ def pair_down_kernel(
     acc_AWC = tl.zeros((EACH, WARPS, COLUMNS), tl.float32)
     for k in tl.static_range(TOP_K):
         pair = token * TOP_K + k
-        expert = local_expert(local_ptr, tl.load(expert_ptr + pair), SPREAD)
+        expert = local_expert(local_ptr, tl.load(expert_ptr + pair), EXPERT_PARALLEL)
         scale, end = tl.load(scale_ptr + pair), DEPTH
-        if SPREAD:
+        if EXPERT_PARALLEL:
             scale, end = tl.where(expert < 0, 0.0, scale), tl.where(expert < 0, 0, DEPTH)
             expert = tl.maximum(expert, 0)
         w_at = at_AWC + expert_at(
@@ -219,12 +219,12 @@ def chunks_ahead(depth: int, most: int) -> int:
     return next(ahead for ahead in range(min(chunks, most), 0, -1) if chunks % ahead == 0)
 
 
-def pair_tiles(hidden: int, size: int) -> tuple[PairTile, PairTile]:
+def gemv_tiles(hidden: int, size: int) -> tuple[GemvTile, GemvTile]:
     """Tiles of the products with gate and up, and with down; measured on an H200 (docs/log.md)."""
-    return PairTile(8, 8, chunks_ahead(hidden, 4)), PairTile(16, 16, chunks_ahead(size, 1))
+    return GemvTile(8, 8, chunks_ahead(hidden, 4)), GemvTile(16, 16, chunks_ahead(size, 1))
 
 
-def few_experts(
+def moe_gemv(
     x_TD: Tensor,
     weight_TK: Tensor,
     expert_TK: Tensor,
@@ -232,7 +232,7 @@ def few_experts(
     down_EDF: Tensor,
     residual_TD: Tensor | None,
     local_X: Tensor | None = None,
-    tiles: tuple[PairTile, PairTile] | None = None,
+    tiles: tuple[GemvTile, GemvTile] | None = None,
     places: Places | None = None,
 ) -> Tensor:
     """`reference.experts.experts`; all tensors are contiguous but x, whose last stride is 1.
@@ -242,12 +242,12 @@ def few_experts(
     """
     (num_tokens, top_k), device, dtype = expert_TK.shape, x_TD.device, x_TD.dtype
     (_, depth, size), options = down_EDF.shape, launch_options(x_TD.device)
-    first, second = tiles or pair_tiles(depth, size)
+    first, second = tiles or gemv_tiles(depth, size)
     local = expert_TK if local_X is None else local_X
     tables = (expert_TK, expert_TK) if places is None else (places.first_1, places.slot_I)
     inner_PF = torch.empty((num_tokens * top_k, size), dtype=dtype, device=device)
     out_TD = torch.empty((num_tokens, depth), dtype=dtype, device=device)
-    pair_gate_up_kernel[(triton.cdiv(size, first.outs), num_tokens * top_k)](
+    moe_gemv_gate_up_kernel[(triton.cdiv(size, first.outs), num_tokens * top_k)](
         x_TD,
         expert_TK,
         local,
@@ -264,11 +264,11 @@ def few_experts(
         COLUMNS=COLUMNS,
         AHEAD=first.ahead,
         OFFLOADED=places is not None,
-        SPREAD=local_X is not None,
+        EXPERT_PARALLEL=local_X is not None,
         num_warps=first.num_warps,
         **options,
     )
-    pair_down_kernel[(triton.cdiv(depth, second.outs), num_tokens)](
+    moe_gemv_down_kernel[(triton.cdiv(depth, second.outs), num_tokens)](
         inner_PF,
         weight_TK,
         expert_TK,
@@ -287,7 +287,7 @@ def few_experts(
         AHEAD=second.ahead,
         HAS_RESIDUAL=residual_TD is not None,
         OFFLOADED=places is not None,
-        SPREAD=local_X is not None,
+        EXPERT_PARALLEL=local_X is not None,
         num_warps=second.num_warps,
         **options,
     )

@@ -39,8 +39,8 @@ def test_segments_do_not_see_each_other(
 
     compare(
         run,
-        partial(only_used, ops.segment_attention),
-        partial(only_used, reference.attention.segment_attention),
+        partial(only_used, ops.varlen_attention),
+        partial(only_used, reference.attention.varlen_attention),
         tensors,
         max(lengths),
         SCALE,
@@ -53,7 +53,7 @@ def test_more_segments_than_the_op_takes_are_refused(run: Callable[..., Any]) ->
     start_S = torch.arange(4201).int().npu()
     inputs = {"q": x_TNH, "k": x_TNH.clone(), "v": x_TNH.clone(), "start_S": start_S}
     with pytest.raises(ValueError, match=r"420\d segments: .*at most 4096.*vision_patch_budgets"):
-        run(lambda *args: ops.segment_attention(*args, 1, 0.125), inputs)
+        run(lambda *args: ops.varlen_attention(*args, 1, 0.125), inputs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -79,7 +79,7 @@ def test_the_meanings_are_those_of_torch() -> None:
     q, k, v = (torch.randn(9, N, 64) for _ in "qkv")
     start_S = torch.tensor([0, 2, 2, 9]).int()
     found = semantics.packed_attention(q, k, v, [2, 2, 9], [2, 2, 9], 0.3)
-    expected = reference.attention.segment_attention(q, k, v, start_S, 7, 0.3)
+    expected = reference.attention.varlen_attention(q, k, v, start_S, 7, 0.3)
     torch.testing.assert_close(found, expected)
     x = torch.linspace(-4, 4, 99)
     tanh = torch.nn.functional.gelu(x, approximate="tanh")

@@ -12,7 +12,7 @@ from torch import Tensor
 from nanovllm.kernels import reference
 from nanovllm.kernels.cpu import experts as cpu_experts
 from nanovllm.kernels.triton import experts as triton_experts
-from nanovllm.kernels.triton import experts_few, experts_many
+from nanovllm.kernels.triton import grouped_gemm, moe_gemv, moe_sort
 
 GPU = "cuda" if torch.cuda.is_available() else "cpu"
 Run = Callable[..., Tensor]
@@ -20,8 +20,8 @@ Run = Callable[..., Tensor]
 KERNELS: dict[str, tuple[Run, str]] = {
     "reference": (reference.experts.experts, "cpu"),
     "cpu": (cpu_experts.experts, "cpu"),
-    "few": (experts_few.few_experts, GPU),
-    "many": (experts_many.many_experts, GPU),
+    "few": (moe_gemv.moe_gemv, GPU),
+    "many": (grouped_gemm.grouped_experts, GPU),
 }
 # tokens, experts per token, experts on all ranks, hidden, width
 SIZES = [
@@ -58,7 +58,7 @@ def _memory_that_nobody_wrote_is_nan() -> Iterator[None]:
 def whole(sizes: tuple[int, ...], device: str) -> tuple[Tensor, ...]:
     num_tokens, top_k, num_experts, hidden, size = sizes
     logits_TE = torch.randn(num_tokens, num_experts, device=device)
-    weight_TK, expert_TK = reference.experts.route(logits_TE, top_k, True)
+    weight_TK, expert_TK = reference.experts.topk_softmax(logits_TE, top_k, True)
     gate_up = torch.randn(num_experts, 2 * size, hidden, device=device) / hidden**0.5
     down = torch.randn(num_experts, hidden, size, device=device) / size**0.5
     return torch.randn(num_tokens, hidden, device=device), weight_TK, expert_TK, gate_up, down
@@ -117,9 +117,9 @@ def test_every_rank_adds_its_own_experts(
 
 def test_rows_with_too_many_chunks_for_a_loop_without_branches() -> None:
     """A row of down has ten chunks. One expert is here, one elsewhere."""
-    size = experts_few.COLUMNS * experts_few.UNROLLED.value + 257
+    size = moe_gemv.COLUMNS * moe_gemv.UNROLLED.value + 257
     layer = part(whole((1, 2, 2, 8, size), GPU), [1])
-    assert_close(layer.run(experts_few.few_experts), exact(layer))
+    assert_close(layer.run(moe_gemv.moe_gemv), exact(layer))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -156,9 +156,9 @@ def test_programs_of_pairs_whose_expert_is_elsewhere_end_at_once(
         def __getitem__(self, grid: Any) -> Callable[..., None]:
             return lambda *args, **constants: inner.append(args[0])
 
-    monkeypatch.setattr(experts_few, "pair_down_kernel", Down())
+    monkeypatch.setattr(moe_gemv, "moe_gemv_down_kernel", Down())
     layer = part(whole((3, 4, 9, 40, 24), GPU), [2, 3, 7])
-    layer.run(experts_few.few_experts)
+    layer.run(moe_gemv.moe_gemv)
     is_here_P = layer.local_X[layer.expert_TK.flatten().long()] >= 0
     assert 0 < is_here_P.sum() < len(is_here_P)
     assert torch.equal(inner[0].isfinite().all(1), is_here_P)
@@ -181,7 +181,7 @@ def test_nan_in_a_token_or_in_a_weight_that_counts_stays_in_its_row(kernel: str)
 def test_only_pairs_with_experts_that_are_here_are_sorted(num_tokens: int) -> None:
     expert_TK = torch.randint(6, (num_tokens, 2), dtype=torch.int32, device=GPU)
     local_X = torch.tensor([-1, 2, 0, -1, -1, 1], dtype=torch.int32, device=GPU)
-    groups = experts_many.sort_pairs(expert_TK, 3, local_X)
+    groups = moe_sort.sort_pairs(expert_TK, 3, local_X)
     place_P = local_X[expert_TK.flatten().long()]
     expected = [(place_P == place).nonzero().flatten().tolist() for place in range(3)]
     ends = torch.tensor([0, *map(len, expected)]).cumsum(0).tolist()
@@ -195,7 +195,7 @@ def test_the_kernels_are_chosen_as_if_all_experts_were_here(
     num_tokens: int, is_few: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layer = part(whole((num_tokens, 2, 32, 16, 8), GPU), list(range(8)))
-    other = (experts_many, "many_experts") if is_few else (experts_few, "few_experts")
+    other = (grouped_gemm, "grouped_experts") if is_few else (moe_gemv, "moe_gemv")
     monkeypatch.setattr(*other, None)
     assert_close(layer.run(triton_experts.experts), exact(layer))
 
