@@ -44,17 +44,16 @@ class Scheme(ABC):
 
 @dataclass(frozen=True)
 class Converted(Scheme):
-    """All linear layers and experts are converted to one format as they are read. A tied head is
-    converted, and the embedding table stays plain, since its rows are looked up."""
+    """All linear layers are converted to one format as they are read. A tied head is converted,
+    and the embedding table stays plain, since its rows are looked up."""
 
-    stored: Format = PLAIN
+    linear: Format = PLAIN
 
     def __str__(self) -> str:
-        return f"quantization {self.stored.name!r}"
+        return f"quantization {self.linear.name!r}"
 
     def parts(self, param: Param) -> tuple[Part, ...]:
-        is_converted = param.kind in ("linear", "experts") and not param.compressed
-        return (Part(param, self.stored if is_converted else PLAIN),)
+        return (Part(param, self.linear if param.kind == "linear" else PLAIN),)
 
 
 UNQUANTIZED = Converted()

@@ -178,6 +178,11 @@ def make_model(config: EngineConfig, hf: Any, dtype: torch.dtype) -> Model:
             f"quantization is {config.quantization!r}, but the checkpoint is quantized already "
             f"({model.scheme}): leave it out"
         )
+    if model.config.moe is not None:
+        raise ValueError(
+            f"quantization {config.quantization!r} is not supported for a model with experts "
+            f"({model.config.architecture})"
+        )
     return model.with_scheme(OPTIONS[config.quantization])
 
 
