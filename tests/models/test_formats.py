@@ -112,11 +112,8 @@ def test_joined_tensors_and_rows_in_another_order(name: str, tmp_path: Path) -> 
 @pytest.mark.parametrize("architecture", ["mixtral", "qwen2_moe"])
 def test_experts(architecture: str, is_stacked: bool, tmp_path: Path) -> None:
     folder = Case(architecture, 5, 2, {"num_hidden_layers": 2}, stacked=is_stacked).save(tmp_path)
-    graphs: Any = (
-        {"enforce_eager": False, "graph_batch_sizes": [4]}
-        if is_stacked and architecture == "mixtral"
-        else {}
-    )
+    has_graphs = is_stacked and architecture == "mixtral"
+    graphs: Any = {"enforce_eager": False, "graph_batch_sizes": [4]} if has_graphs else {}
     runner = check(pack(folder), 96, **graphs)
     experts = runner.params.layers[0].experts
     assert isinstance(experts.gate_up_EGD, Int4Weight) and isinstance(experts.down_EDF, Int4Weight)
