@@ -8,8 +8,8 @@
 An artifact is code. The store refuses a folder that another user owns, can write to or can replace
 (`kernels/private_files.py`), and does not use such files. Artifacts are loaded from the bytes that
 were checked. Libraries and kernels can be loaded only by path: no other user can change their
-folders after the check. Call lists are JSON. Inductor's artifacts hold pickles; they are loaded only after
-their digest is checked.
+folders after the check. Call lists are JSON. Inductor's artifacts hold pickles; they are
+loaded only after their digest is checked.
 """
 
 from __future__ import annotations

@@ -112,6 +112,7 @@ class ModelConfig:
 
     GRAPH_FIELDS: ClassVar[tuple[str, ...]] = (
         "vocab_size", "num_heads", "num_kv_heads", "head_dim", "norm_eps", "moe", "num_ranks",
+        "dtype",
     )  # fmt: skip
 
     architecture: str
