@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from nanovllm.config import EngineConfig
+from nanovllm.engine.adapters import Adapters
 from nanovllm.engine.answers import Answers
 from nanovllm.engine.held_media import HeldMedia
 from nanovllm.engine.intake import Embeddings, Intake, drawn_seed
@@ -21,7 +22,7 @@ from nanovllm.engine.media_intake import MediaIntake, MediaPrompts, Scale
 from nanovllm.engine.metrics import EngineMetrics, StatsLog
 from nanovllm.engine.owner import Owner
 from nanovllm.engine.preparation import Preparation
-from nanovllm.engine.request import EngineInfo, EngineRequest, MediaPrompt
+from nanovllm.engine.request import EngineInfo, EngineRequest, MediaPrompt, root_of
 from nanovllm.engine.step_watch import EVERY_STEPS, StepWatch
 from nanovllm.media.given import Given
 from nanovllm.prompts import AnyPrompt, Prompt, as_prompt
@@ -79,6 +80,7 @@ class Engine:
         self.metrics = EngineMetrics(self.scheduler, loaded.expert_stats)
         tower = self._runner.model.tower
         self.media_scale = None if tower is None else Scale.of(tower.config)
+        self.adapters = Adapters(self._runner.model.num_adapters)
         self._intake = Intake.of(config, self.tokenizer, self.info)
         prompts = MediaPrompts(
             config.model, self.tokenizer, self.media_scale, loaded.vision, config.media
@@ -277,10 +279,11 @@ class Engine:
         """Queue a request that an `Intake` has checked; returns its id.
 
         with_media: the prompt, if its media are not prepared yet. Raises ValueError for grammars
-        and edits of logits that cannot be.
+        and edits of logits that cannot be, and for an adapter that is not loaded.
         """
         self._check_open()
         self._sleeper.check_awake()
+        adapter = self.adapters.find(asked.adapter)
         params, prompt_ids = asked.params, asked.prompt_ids
         edits, source = self._intake.edits(params), self._intake.source(params)
         has_masks = source is not None
@@ -304,7 +307,8 @@ class Engine:
             prompt_position_3P=asked.positions,
             priority=asked.priority,
             edits=edits,
-            cache_root=asked.cache_root,
+            cache_root=root_of(asked.cache_root, adapter.digest) if adapter else asked.cache_root,
+            adapter=adapter.number if adapter else 0,
             status=Status.PREPARING,
         )
         if params.prompt_logprobs is not None:

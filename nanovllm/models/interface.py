@@ -59,6 +59,7 @@ class Batch(NamedTuple):
     seq_len_R: Tensor  # tokens of each row, this step's included
     q_start_S: Tensor  # row r owns tokens q_start[r] .. q_start[r + 1] − 1
     keep_R: Tensor | None = None  # the only tokens that a layer goes on with after attention
+    adapter_T: Tensor | None = None  # each token's adapter, 0 for none; of models with adapters
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,8 @@ class Model:
     `vision.interface.Tower` of a model that sees, `audio_tower` the `audio.interface.AudioTower` of
     one that hears.
     `scheme` chooses the formats of weights (`schemes.with_scheme`).
+    `num_adapters` is the number of adapters that the layers have weights for. Only with some do
+    batches have `adapter_T`.
     `layer_ropes` are the numbers of the layers' rotary tables in `ModelConfig.ropes`; without them
     all layers have the first. Embeddings that a request gives are multiplied by `embed_factor`, as
     the checkpoint's table is when it is read.
@@ -140,6 +143,7 @@ class Model:
     layer_ropes: tuple[int, ...] = ()
     embed_factor: float = 1.0
     scheme: Scheme = UNQUANTIZED
+    num_adapters: int = 0
 
     def __post_init__(self) -> None:
         num_kinds, num_layers = len(self.layer_kinds), self.config.num_layers

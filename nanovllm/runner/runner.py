@@ -78,7 +78,12 @@ class Runner:
         self.platform, self.compiler = platform, compiler
         is_graph = capture and compiler.lowering is not None
         self._captures = Captures.of(platform, spec, is_graph=is_graph)
-        self.state = new_state(layout.max_num_seqs, layout.blocks_per_row, platform.device)
+        self.state = new_state(
+            layout.max_num_seqs,
+            layout.blocks_per_row,
+            platform.device,
+            has_adapters=model.num_adapters > 0,
+        )
         self.cos_sin_MH, *others = (
             rotary_table(*rope, layout.max_model_len, platform.device, cfg.head_dim)
             for rope in cfg.ropes
@@ -259,7 +264,7 @@ class Runner:
     def launch(self, plan: StepPlan) -> Launched:
         """Start a step; returns at once on devices that work asynchronously.
 
-        Raises ValueError for an adapter, since none can be loaded.
+        Raises ValueError for an adapter if the model has none.
         """
         if not self.residents_are_known:
             self._reset_residents()

@@ -28,6 +28,7 @@ class DeviceState(NamedTuple):
     block_table_SP: Tensor
     sampling_SF: Tensor  # SAMPLING_FIELDS
     seed_S: Tensor
+    adapter_S: Tensor | None = None  # 0: none. Only of models with adapters
 
     @property
     def pad_row(self) -> int:
@@ -52,7 +53,9 @@ class SpanTokens(NamedTuple):
     last_R: Tensor
 
 
-def new_state(num_rows: int, blocks_per_row: int, device: torch.device) -> DeviceState:
+def new_state(
+    num_rows: int, blocks_per_row: int, device: torch.device, *, has_adapters: bool = False
+) -> DeviceState:
     rows = num_rows + 1
 
     def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -67,19 +70,27 @@ def new_state(num_rows: int, blocks_per_row: int, device: torch.device) -> Devic
         block_table_SP=zeros(blocks_per_row, dtype=torch.int32).fill_(PAD_BLOCK),
         sampling_SF=sampling_SF,
         seed_S=zeros(),
+        adapter_S=zeros() if has_adapters else None,
     )
 
 
 def decode_batch(block_size: int, state: DeviceState, row_idx_R: Tensor) -> tuple[Tensor, Batch]:
     """The inputs of a decode step, from the state alone: each row's newest token and its place."""
     token_R, *batch = ops.decode_inputs(*state[:4], row_idx_R, block_size)
-    return token_R, Batch(*batch)
+    return token_R, _with_adapters(Batch(*batch), state, row_idx_R)
 
 
 def span_batch(block_size: int, state: DeviceState, span: Span) -> tuple[SpanTokens, Batch]:
     """The tokens of a span and their places. Rows continue at their positions in the state."""
     token_T, *batch, row_T, num_T, last_R = ops.span_inputs(*state[:4], *span, block_size)
-    return SpanTokens(token_T, row_T, num_T, last_R), Batch(*batch)
+    tokens = SpanTokens(token_T, row_T, num_T, last_R)
+    return tokens, _with_adapters(Batch(*batch), state, row_T)
+
+
+def _with_adapters(batch: Batch, state: DeviceState, row_T: Tensor) -> Batch:
+    if state.adapter_S is None:
+        return batch
+    return batch._replace(adapter_T=state.adapter_S.index_select(0, row_T))
 
 
 def choose(

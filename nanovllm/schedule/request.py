@@ -96,6 +96,7 @@ class Request:
     edits: LogitEdits | None = None
     constraint: Constraint | None = None  # has seen exactly output_ids
     cache_root: bytes = b""  # start of the digest chain: data that all keys and values depend on
+    adapter: int = 0  # its number on the device; 0: none
     output_ids: list[int] = field(default_factory=list)
     status: Status = Status.WAITING
     finish_reason: str | None = None
