@@ -74,6 +74,8 @@ class Engine:
             stall=loaded.stall,
             max_proposals=max(layout.verify_tokens, default=1) - 1,
         )
+        draft = self._runner.spec.draft
+        self.scheduler.num_drafts = 0 if draft is None else draft.proposer.num
         run_ahead = config.tuned.run_ahead
         self.run_ahead = self._runner.platform.traits.run_ahead if run_ahead is None else run_ahead
         self._in_flight: deque[Launched] = deque()
@@ -224,7 +226,8 @@ class Engine:
         """A function from a `Request` to token ids that are likely to follow its known tokens.
 
         A decode step verifies the proposals and keeps those that the model chooses as well, so
-        proposals do not change answers. None: each decode step yields one token a row.
+        proposals do not change answers. None: each decode step yields one token a row, unless the
+        device proposes tokens itself.
         """
         return self.scheduler.propose
 

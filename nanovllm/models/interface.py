@@ -34,6 +34,7 @@ class Params(NamedTuple):
     head_VD: Weight
     tower: Any = None  # `vision.interface.TowerWeights` of a model that sees
     audio_tower: Any = None  # `audio.interface.AudioWeights` of a model that hears
+    draft: Any = None  # `Params` of a second model, which proposes tokens
 
 
 class LayerCache(NamedTuple):

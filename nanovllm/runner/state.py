@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nanovllm.kernels import ops
 from nanovllm.models.interface import Batch
-from nanovllm.schedule.plan import PAD_BLOCK, SAMPLING_FIELDS
+from nanovllm.schedule.plan import DRAFT, PAD_BLOCK, SAMPLING_FIELDS
 
 # Logits, temperatures, seeds and positions to tokens: `ops.sample`, or that of several ranks
 Draw = Callable[..., Tensor]
@@ -29,6 +29,7 @@ class DeviceState(NamedTuple):
     sampling_SF: Tensor  # SAMPLING_FIELDS
     seed_S: Tensor
     adapter_S: Tensor | None = None  # 0: none. Only of models with adapters
+    draft_SK: Tensor | None = None  # guesses after token_S. Only with a proposer on the device
 
     @property
     def pad_row(self) -> int:
@@ -40,7 +41,7 @@ class Span(NamedTuple):
 
     row_idx_R: Tensor
     num_tokens_R: Tensor
-    token_T: Tensor  # row after row; plan.NEWEST stands for the row's newest token
+    token_T: Tensor  # row after row; plan.NEWEST and plan.DRAFT stand for tokens of the state
 
 
 class SpanTokens(NamedTuple):
@@ -54,7 +55,12 @@ class SpanTokens(NamedTuple):
 
 
 def new_state(
-    num_rows: int, blocks_per_row: int, device: torch.device, *, has_adapters: bool = False
+    num_rows: int,
+    blocks_per_row: int,
+    device: torch.device,
+    *,
+    has_adapters: bool = False,
+    num_drafts: int = 0,
 ) -> DeviceState:
     rows = num_rows + 1
 
@@ -71,6 +77,7 @@ def new_state(
         sampling_SF=sampling_SF,
         seed_S=zeros(),
         adapter_S=zeros() if has_adapters else None,
+        draft_SK=zeros(num_drafts) if num_drafts else None,
     )
 
 
@@ -83,8 +90,20 @@ def decode_batch(block_size: int, state: DeviceState, row_idx_R: Tensor) -> tupl
 def span_batch(block_size: int, state: DeviceState, span: Span) -> tuple[SpanTokens, Batch]:
     """The tokens of a span and their places. Rows continue at their positions in the state."""
     token_T, *batch, row_T, num_T, last_R = ops.span_inputs(*state[:4], *span, block_size)
+    if state.draft_SK is not None:
+        token_T = _with_drafts(state.draft_SK, span.token_T, token_T, row_T, num_T)
     tokens = SpanTokens(token_T, row_T, num_T, last_R)
     return tokens, _with_adapters(Batch(*batch), state, row_T)
+
+
+def _with_drafts(
+    draft_SK: Tensor, given_T: Tensor, token_T: Tensor, row_T: Tensor, num_T: Tensor
+) -> Tensor:
+    """The tokens with those of the state in the places of DRAFT: a row's second token is its first
+    guess."""
+    num = draft_SK.shape[1]
+    draft_T = draft_SK.flatten()[row_T * num + (num_T - 2).clamp(0, num - 1)]
+    return torch.where(given_T == DRAFT, draft_T, token_T)
 
 
 def _with_adapters(batch: Batch, state: DeviceState, row_T: Tensor) -> Batch:
