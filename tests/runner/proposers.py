@@ -14,7 +14,7 @@ from nanovllm import SamplingParams
 from nanovllm.config import EngineConfig
 from nanovllm.engine.engine import Engine
 from nanovllm.runner.draft import DraftModel
-from nanovllm.runner.proposer import Fed, DeviceProposer
+from nanovllm.runner.proposer import DeviceProposer, Fed
 from nanovllm.runner.steps import Steps
 from nanovllm.schedule.outputs import Completion
 from nanovllm.schedule.plan import DRAFT, StepPlan
