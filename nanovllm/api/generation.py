@@ -20,7 +20,7 @@ from nanovllm.outputs import TopLogprobs
 from nanovllm.prompts import Prompt, PromptRefused
 from nanovllm.sampling import SamplingParams
 from nanovllm.serving.interface import Delta, Stream
-from nanovllm.structured.params import FIELD as FORM
+from nanovllm.structured_params import FIELD as FORM
 
 # the work of one log-probability, and that of a character of text, in those of `beside`
 LOGPROB_COST, TEXT_COST = 4, 8

@@ -1,4 +1,4 @@
-"""What crosses the border of an engine: what others must know of it, and a checked request.
+"""Data passed to and from an engine: its facts for clients, and a checked request.
 
 Importing this module does not import torch.
 """
@@ -29,11 +29,12 @@ def root_of(root: bytes, adapter: bytes) -> bytes:
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """The limits of an engine that prompts are checked against, and what clients tell users.
+    """Facts of an engine: the limits for checks of prompts, and what clients report to users.
 
-    checkpoint: a digest; processes set it. num_blocks: of the cache. num_added: levels of features
-    that embeddings may have beside the first. has_axes: tokens have positions in time, height and
-    width. media_scale: the fields of `Scale`, None for a model of text.
+    checkpoint: a digest, set by processes. num_blocks: of the KV cache. num_added: levels of
+        features that embeddings may have after the first. has_axes: tokens have positions in time,
+        height and
+    width. media_scale: the fields of `Scale`, None for a text model.
     """
 
     checkpoint: str
@@ -67,13 +68,13 @@ class MediaPrompt(NamedTuple):
 
 @dataclass(frozen=True)
 class EngineRequest:
-    """A request that `Intake.request` has checked. Who adds it to an engine gives it away.
+    """A request that `Intake.request` has checked. Adding it to an engine transfers ownership.
 
-    seed: None draws one from the engine's. detokenizes: whether the engine makes the text and looks
-    for stop strings. contents: the places of given embeddings and of media in the prompt, with
-    digests. embeddings: [n, K · D] by the keys of contents. media: the same for images, frames and
-    clips that a tower encodes. positions: int64 [3, T], or one for each token. adapter: the name of
-    one that the engine has loaded; None: the model as it is.
+    seed: None draws one from the engine's. detokenizes: whether the engine makes the text and finds
+        stop strings. contents: the positions of embeddings and media in the prompt, with digests.
+    embeddings: [n, K · D] by the keys of contents. media: the same for images, frames and clips to
+        encode. positions: int64 [3, T], or one for each token. adapter: the name of a loaded one;
+        None: the model as it is.
     """
 
     prompt_ids: list[int]

@@ -45,7 +45,7 @@ class RowOrder(ABC):
 class Param(NamedTuple):
     """One parameter: the checkpoint tensors `sources`, stacked along axis 0, have `shape`.
 
-    `kind` says what it is: "linear" is the weight of a linear layer [O, D], "experts" the matrices
+    `kind` is one of these. "linear" is the weight of a linear layer [O, D], "experts" the matrices
     of a layer's experts [E, O, D], whose rows are stacked expert by expert; a scheme (`schemes`)
     chooses the formats of these two. All others are plain tensors: "table" is an embedding table,
     "conv" the kernel of a convolution, "router" the matrix that scores experts, "basis" a matrix
@@ -63,13 +63,13 @@ class Param(NamedTuple):
 
     `adapt` changes a tensor in place after it was read: it folds what a family does to a weight's
     result, or to its rows' order, into the weight. It gets this rank's part, with the row count of
-    each source in it. Weights that are not plain take a `RowOrder` and `Times` alone.
+    each source in it. Weights that are not plain take only a `RowOrder` and `Times`.
 
     If `source_shape` is given, each source has this shape and fills the first rows and columns of
     its part; the rest is zero. Only towers have such parameters (`vision.weights`).
 
-    A `compressed` parameter is read from `svd_experts`, which knows its sources. The checkpoint's
-    tensors that `replaces` names are not read.
+    A `compressed` parameter is read from `svd_experts`, which resolves its sources. The
+    checkpoint's tensors that `replaces` names are not read.
     """
 
     kind: ParamKind
@@ -142,7 +142,7 @@ class Param(NamedTuple):
         return self._replace(shape=tuple(shape), parts=parts)
 
     def extent(self, num_ranks: int, dtype: torch.dtype) -> Extent:
-        """What a format is told of the part that each of `num_ranks` ranks has."""
+        """The extent of each rank's part, for its format."""
         small, axis = self.local(num_ranks), None if num_ranks == 1 else self.shard_axis
         num = len(self.parts) // (self.shape[0] if self.kind == "experts" else 1)  # of a matrix
         bounds = [*accumulate(small.parts[: num - 1])]

@@ -1,4 +1,4 @@
-"""Which format each parameter of a model has: from the option `quantization`, or from a checkpoint.
+"""Chooses the format of each parameter, by the option `quantization` or the checkpoint.
 
 A scheme chooses formats for linear layers and experts. All other parameters are plain tensors.
 To read checkpoints of another `quant_method`, add a function to `CHECKPOINTS` that makes a scheme
@@ -53,7 +53,7 @@ UNQUANTIZED = Converted()
 class Modules:
     """The modules of a checkpoint that its config names: by their names, by the beginning, middle
     or end of these in whole parts ("lm_head", "model.layers.0", "mlp.gate"), or after "re:" by a
-    regular expression. Raises ValueError for one that is none."""
+    regular expression. Raises ValueError for an invalid regular expression."""
 
     def __init__(self, patterns: Iterable[str] = ()) -> None:
         self.patterns = tuple(patterns)
@@ -127,8 +127,7 @@ CHECKPOINTS: dict[str, Callable[[Mapping[str, Any]], Scheme]] = {}
 def of_checkpoint(hf: Any) -> Scheme:
     """The scheme of a checkpoint, from transformers' config of it.
 
-    Raises ValueError for a `quant_method` that no scheme knows, and for values that its scheme
-    refuses.
+    Raises ValueError for an unknown `quant_method`, and for values that its scheme refuses.
     """
     found = getattr(hf, "quantization_config", None)
     if not found:

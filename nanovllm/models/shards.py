@@ -120,7 +120,7 @@ ALL = Shard()
 
 
 def taken(shard: Shard, param: Param, whole: Tensor) -> Tensor:
-    """A rank's part of a parameter that is there as a whole: [..], padded with zeros."""
+    """A rank's part of a whole parameter, padded with zeros."""
     if shard.size == 1:
         return whole
     if param.is_first_only and shard.rank:

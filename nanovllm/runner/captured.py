@@ -134,7 +134,7 @@ class SpanStep(ABC):
 class PrefillStep(SpanStep):
     """Writes keys and values of prompts and chooses the next token of each row.
 
-    `given` are static inputs as well; None for steps that are given nothing but tokens.
+    `given` are static inputs as well; None for steps with token ids only.
     """
 
     def __init__(
@@ -173,7 +173,7 @@ class PrefillStep(SpanStep):
 
 
 class VerifyStep(SpanStep):
-    """Feeds up to K tokens of each row, its newest and proposals, and keeps the right proposals."""
+    """Feeds up to K tokens of each row, its newest and proposals, and keeps the accepted ones."""
 
     def __init__(self, steps: Steps, platform: Platform, num_rows: int, num: int) -> None:
         super().__init__(steps, platform, num_rows * num, num_rows)

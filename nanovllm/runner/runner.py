@@ -103,8 +103,8 @@ class Runner:
         if spec.cache_dtype is torch.float8_e4m3fn:
             assert model.kv_scales is not None
             self._scales = [model.kv_scales(cfg, layer) for layer in params.layers]
-        # False: a step that was interrupted has perhaps changed the tables of resident experts and
-        # not their weights
+        # False: an interrupted step may have changed the tables of resident experts but not their
+        # weights
         self.residents_are_known = True
         self.graphs_bytes = 0  # device memory that capturing steps took
         self.cache_region = Region(platform.device)
@@ -129,7 +129,7 @@ class Runner:
 
     @property
     def host_bytes(self) -> int:
-        """Bytes of experts in the host's memory."""
+        """Bytes of experts in host memory."""
         return sum(one.num_experts * one.expert_bytes for one in self.offloaded)
 
     @property
@@ -145,8 +145,8 @@ class Runner:
 
     @_in_group
     def measure_budget(self, utilization: float) -> MemoryBudget:
-        """Run the largest prefill step and call of the tower once; returns the memory that they,
-        weights and the cache of embeddings leave."""
+        """Run the largest prefill step and the largest call of each encoder once. Returns the
+        memory left after them, the weights and the cache of embeddings."""
         self.platform.reset_peak()
         self.run_bucket("prefill", self.layout.prefill_tokens[-1])
         self.towers.run_largest()
@@ -156,7 +156,7 @@ class Runner:
         return replace(budget, allowance_bytes=budget.allowance_bytes - kept_bytes)
 
     def allocate_cache(self, num_blocks: int) -> None:
-        """Zeroed cache blocks; the state's block tables refer to them by number."""
+        """Allocate zeroed cache blocks; the state's block tables refer to them by number."""
         self.cache_region = self.platform.region()
         self.steps = self._make_steps(num_blocks, self.compiler)
         self.buckets = self._make_buckets()
@@ -217,8 +217,8 @@ class Runner:
     ) -> None:
         """Launch a bucket's decode step of rows op by op under `watch`. For profiling.
 
-        Requests go on as if it had not run: it writes the keys and values that their next step
-        writes too, and the state is restored.
+        Requests are not affected: it writes the keys and values that their next step writes too,
+            and the state is restored.
         """
         step = self.buckets.decode(num_rows)
         step.fill(list(rows))
@@ -243,7 +243,7 @@ class Runner:
         shape = (num_blocks, self.layout.block_size, cfg.num_kv_heads, cfg.head_dim)
 
         def blocks() -> Tensor:
-            # memory of its own for each: programs take them as inputs, and inputs must not alias
+            # separate memory for each: programs take them as inputs, and inputs must not alias
             return self.cache_region.zeros(shape, self.spec.cache_dtype)
 
         caches = tuple(LayerCache(blocks(), blocks(), *scales) for scales in self._scales)
@@ -311,8 +311,8 @@ class Runner:
         """Keep embeddings [n, D] on the device for plans that name them, until they are dropped."""
         if self.steps.whole and not self.model.takes_embeddings:
             raise ValueError(
-                "embeddings are given, but where a step is one program only models with "
-                "towers have programs that take them: use enforce_eager=True"
+                "embeddings are not supported: where a step is one program, only models with "
+                "encoders have programs that take them: use enforce_eager=True"
             )
         self.embeddings.give(key, embeds.to(self.platform.device, self.model_dtype))
 
@@ -322,7 +322,7 @@ class Runner:
         self.towers.encode(media)
 
     def drop_embeddings(self, keys: Iterable[str]) -> None:
-        """Forget those that `add_embeddings` has added."""
+        """Drop embeddings that `add_embeddings` has added."""
         self.embeddings.drop(keys)
 
     def _launched(
@@ -358,7 +358,7 @@ class Runner:
         return self._launched(plan, step.token_R)
 
     def announce(self, seq_lens: list[int], num_rows: int) -> None:
-        """Give the lengths of a decode step's rows to a platform that needs them on the host. The
+        """Pass the lengths of a decode step's rows to a platform that needs them on the host. The
         other rows of the bucket are padding."""
         if self.platform.traits.wants_lengths:
             self.platform.announce(seq_lens + [1] * (num_rows - len(seq_lens)))

@@ -1,4 +1,4 @@
-"""The choices of an engine beside its model: sizes, attention, format of the cache."""
+"""The settings of an engine beside its model: sizes, attention, cache dtype."""
 
 from __future__ import annotations
 
@@ -83,11 +83,11 @@ class DraftSpec:
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """The choices of one engine.
+    """The settings of one engine.
 
-    `attention` says what computes attention in each bucket. `cache_dtype` is the dtype of keys and
-    values. `offload` says which experts are on the device, None for all. Embeddings of images take
-    `embedding_cache_bytes` of the device at most between steps. `draft` proposes tokens on the
+    `attention` names the attention op of each bucket. `cache_dtype` is the dtype of keys and
+    values. `offload` is the placement of experts, None for all on the device. Embeddings of images
+    take `embedding_cache_bytes` of the device at most between steps. `draft` proposes tokens on the
     device.
     """
 

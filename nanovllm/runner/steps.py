@@ -272,8 +272,8 @@ class Steps:
     def _of_given(
         self, name: str, function: Callable[..., Any], h_TD: Tensor, **inputs: object
     ) -> Any:
-        """Run a region of steps with given embeddings: as a program for models that see, and else
-        op by op, since a program that few need is not built."""
+        """Run a region of steps with given embeddings: as a program for models that take images or
+        audio, and otherwise op by op, since such steps are rare."""
         inputs["h_TD"] = h_TD
         if self.compiler.lowering is None or not self.model.takes_embeddings:
             return function(*inputs.values())
@@ -388,7 +388,7 @@ class Steps:
         return [tables[rope] for rope in layer_ropes]
 
     def _streamed(self, num_tokens: int, last_R: Tensor | None) -> list[list[Offloaded]]:
-        """For each layer, the experts whose way to the device begins before it."""
+        """For each layer, the experts whose copy to the device starts before it."""
         layers, moe = self.params.layers, self.model.config.moe
         if moe is None:
             return [[] for _ in layers]
@@ -413,7 +413,7 @@ class Steps:
         shapes = [tensor.shape[0] for tensor in tensors(tuple(inputs.values()))]
         params: Any = self.params._replace(tower=None)
         if params.head_VD is params.embed_VD:
-            # a tensor that is passed twice would be two weights to the compiler
+            # the compiler would treat a tensor that is passed twice as two weights
             params = params._replace(head_VD=None)
         return self._run(
             name,

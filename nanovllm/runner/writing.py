@@ -1,5 +1,5 @@
-"""Writes what a step does not derive from the state: rows of new requests, new blocks, and the
-sampler's tables.
+"""Writes the host's updates of the state: rows of new requests, new blocks, and the sampler's
+tables.
 
 R rows | N new blocks | P blocks per row | F sampling fields | S rows of the state
 """

@@ -2,10 +2,10 @@
 
 First come, first served, by priority. A step is either a prefill step (chunks of prompts, at most
 `max_num_batched_tokens` tokens) or a decode step (the newest token of each of at most
-`max_decode_rows` rows, and proposals for the tokens after it). While somebody reads the tokens of a
-running request as they come (`Request.incremental`), prefill and decode steps take turns and a time
-bound (`StallBound`) limits each prefill step: a long prompt delays the next token by at most one
-short prefill step. Otherwise prefill goes first without a bound: the whole batch finishes sooner.
+`max_decode_rows` rows, and proposals for the tokens after it). While a running request is streamed
+(`Request.incremental`), prefill and decode steps take turns and a time bound (`StallBound`) limits
+each prefill step: a long prompt delays the next token by at most one short prefill step. Otherwise
+prefill goes first without a bound: the whole batch finishes sooner.
 """
 
 from __future__ import annotations
@@ -80,9 +80,9 @@ class Scheduler:
         request.finish_reason = reason
 
     def restart(self, requests: Iterable[Request]) -> None:
-        """Start again with `requests`: all unfinished ones, oldest first.
+        """Restart with `requests`: all unfinished ones, oldest first.
 
-        For an error in a step: the cache's content and the records of it may no longer agree.
+        Used after an error in a step, when the cache's content and its records may differ.
         """
         self.pool.reset()
         self.running = []
@@ -113,7 +113,7 @@ class Scheduler:
         if plan is None:
             plan = self._decode(decodable, may_preempt)
         if plan is None and may_preempt:
-            # decode has sent all its rows back: prompts of better priorities have their blocks now
+            # decode has preempted all its rows: prompts of better priorities have their blocks now
             plan = self._plan_prefill(math.inf)
         self._prefill_was_last = plan is not None and plan.is_prefill
         return plan
@@ -275,7 +275,7 @@ class Scheduler:
     def _proposals(self, request: Request, new_blocks: list[tuple[int, int, int]]) -> Sequence[int]:
         """The proposed tokens after a request's newest, as many as blocks and its length allow.
 
-        They count as computed and in flight until `tokens_known` is told the accepted ones.
+        They count as computed and in flight until `tokens_known` gets the accepted ones.
         """
         proposed: Sequence[int] = (DRAFT,) * self.num_drafts
         if request.is_alone or (self.propose is not None and request.num_in_flight > 1):
@@ -322,7 +322,7 @@ class Scheduler:
             self.num_preemptions += 1
 
     def _send_back(self, request: Request) -> None:
-        """Let a running request wait again, before the others of its priority."""
+        """Preempt a running request: it waits again, before the others of its priority."""
         self._vacate(request)
         request.restart()
         num_before = sum(other.priority < request.priority for other in self.waiting)

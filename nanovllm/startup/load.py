@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,7 @@ from nanovllm.startup.build import build
 from nanovllm.startup.checkpoint_cache import read_tokenizer_of
 from nanovllm.startup.choose import Choice, choose
 from nanovllm.startup.compile_farm.farm import CompileFarm, WorkerFailed
+from nanovllm.startup.compile_workers import num_workers
 from nanovllm.startup.draft import Draft, with_draft
 from nanovllm.startup.generation_config import default_params, generation_config
 from nanovllm.startup.laps import Laps
@@ -45,7 +46,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# If no worker answers for so long, this process goes on alone. A bucket or kernel takes seconds.
+# After this time without an answer of a worker, this process compiles alone. A bucket or kernel
+# takes seconds.
 PATIENCE_S = 600.0
 
 
@@ -92,6 +94,7 @@ def load(
         choice = choose(config, farm, laps)
         if draft is not None:
             choice = with_draft(choice, draft)
+        choice = replace(choice, num_workers=num_workers(choice))
         if choice.shard.size == 1:
             return load_chosen(choice, farm, laps, show_progress=show_progress)
         team = ranks.start(choice)
@@ -177,8 +180,8 @@ def _load_weights(
     tokenizer_of = partial(read_tokenizer_of, choice.config, choice.folder, choice.store)
     with ThreadPoolExecutor(1) as reader:
         read = partial(reader.submit, tokenizer_of)
-        # Imports hold Python's lock, and reading weights does not. So the tokenizer is read beside
-        # the weights, unless threads hand out tasks at the same time.
+        # Imports hold the GIL, and reading weights does not. So the tokenizer is read in parallel
+        # with the weights, unless threads hand out tasks at the same time.
         tokenizer = None if choice.num_workers else read()
         params = _read_weights(choice, bar.update, place)
         choice.platform.synchronize()
@@ -216,7 +219,7 @@ def _read_weights(choice: Choice, progress: loader.Progress, place: Place) -> Pa
 
 
 def _wait(farm: CompileFarm) -> None:
-    """Wait until the store has what workers compile, and the device has the memory they took."""
+    """Wait until workers have filled the store and released their device memory."""
     try:
         farm.wait(lambda outcome: None, PATIENCE_S)
     except WorkerFailed as error:
