@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from nanovllm.config import EngineConfig
+from nanovllm.engine.adapters import Adapters
 from nanovllm.engine.answers import Answers
 from nanovllm.engine.held_media import HeldMedia
 from nanovllm.engine.intake import Embeddings, Intake, drawn_seed
@@ -21,7 +22,7 @@ from nanovllm.engine.media_intake import MediaIntake, MediaPrompts, Scale
 from nanovllm.engine.metrics import EngineMetrics, StatsLog
 from nanovllm.engine.owner import Owner
 from nanovllm.engine.preparation import Preparation
-from nanovllm.engine.request import EngineInfo, EngineRequest, MediaPrompt
+from nanovllm.engine.request import EngineInfo, EngineRequest, MediaPrompt, root_of
 from nanovllm.engine.step_watch import EVERY_STEPS, StepWatch
 from nanovllm.media.given import Given
 from nanovllm.prompts import AnyPrompt, Prompt, as_prompt
@@ -73,12 +74,15 @@ class Engine:
             stall=loaded.stall,
             max_proposals=max(layout.verify_tokens, default=1) - 1,
         )
+        draft = self._runner.spec.draft
+        self.scheduler.num_drafts = 0 if draft is None else draft.proposer.num
         run_ahead = config.tuned.run_ahead
         self.run_ahead = self._runner.platform.traits.run_ahead if run_ahead is None else run_ahead
         self._in_flight: deque[Launched] = deque()
         self.metrics = EngineMetrics(self.scheduler, loaded.expert_stats)
         tower = self._runner.model.tower
         self.media_scale = None if tower is None else Scale.of(tower.config)
+        self.adapters = Adapters(self._runner.model.num_adapters)
         self._intake = Intake.of(config, self.tokenizer, self.info)
         prompts = MediaPrompts(
             config.model, self.tokenizer, self.media_scale, loaded.vision, config.media
@@ -222,7 +226,8 @@ class Engine:
         """A function that proposes the next token ids of a `Request` (speculative decoding).
 
         A decode step verifies the proposals and keeps those that the model chooses as well, so
-        proposals do not change answers. None: each decode step yields one token a row.
+        proposals do not change answers. None: each decode step yields one token a row, unless the
+        device proposes tokens itself.
         """
         return self.scheduler.propose
 
@@ -277,10 +282,11 @@ class Engine:
         """Queue a request that `Intake` has checked; returns its id.
 
         with_media: the prompt, if its media are not prepared yet. Raises ValueError for invalid
-            grammars and edits of logits.
+            grammars and edits of logits, and for an adapter that is not loaded.
         """
         self._check_open()
         self._sleeper.check_awake()
+        adapter = self.adapters.find(asked.adapter)
         params, prompt_ids = asked.params, asked.prompt_ids
         edits, source = self._intake.edits(params), self._intake.source(params)
         has_masks = source is not None
@@ -304,7 +310,8 @@ class Engine:
             prompt_position_3P=asked.positions,
             priority=asked.priority,
             edits=edits,
-            cache_root=asked.cache_root,
+            cache_root=root_of(asked.cache_root, adapter.digest) if adapter else asked.cache_root,
+            adapter=adapter.number if adapter else 0,
             status=Status.PREPARING,
         )
         if params.prompt_logprobs is not None:

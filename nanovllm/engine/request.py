@@ -22,6 +22,11 @@ if TYPE_CHECKING:
     from nanovllm.runner.towers import Encodable
 
 
+def root_of(root: bytes, adapter: bytes) -> bytes:
+    """The start of a chain of digests for an adapter. No other root equals it."""
+    return sha256(sha256(root).digest() + sha256(adapter).digest()).digest()
+
+
 @dataclass(frozen=True)
 class EngineInfo:
     """Facts of an engine: the limits for checks of prompts, and what clients report to users.
@@ -68,7 +73,8 @@ class EngineRequest:
     seed: None draws one from the engine's. detokenizes: whether the engine makes the text and finds
         stop strings. contents: the positions of embeddings and media in the prompt, with digests.
     embeddings: [n, K · D] by the keys of contents. media: the same for images, frames and clips to
-        encode. positions: int64 [3, T], or one for each token.
+        encode. positions: int64 [3, T], or one for each token. adapter: the name of a loaded one;
+        None: the model as it is.
     """
 
     prompt_ids: list[int]
@@ -82,11 +88,13 @@ class EngineRequest:
     embeddings: Mapping[str, Tensor] = field(default_factory=dict)
     media: Mapping[str, Encodable] = field(default_factory=dict)
     positions: np.ndarray | None = None
+    adapter: str | None = None
 
     @property
     def cache_root(self) -> bytes:
-        """The start of the chain of its blocks' digests."""
-        return sha256(self.cache_salt.encode()).digest() if self.cache_salt else b""
+        """The start of the chain of its blocks' digests. An engine adds that of the adapter."""
+        root = sha256(self.cache_salt.encode()).digest() if self.cache_salt else b""
+        return root if self.adapter is None else root_of(root, self.adapter.encode())
 
     def block_digests(self, block_size: int) -> list[bytes]:
         """The digests of its prompt's full blocks, as an engine's cache has them."""

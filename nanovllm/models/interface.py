@@ -33,6 +33,7 @@ class Params(NamedTuple):
     head_VD: Weight
     tower: Any = None  # `vision.interface.TowerWeights` of a model with a vision encoder
     audio_tower: Any = None  # `audio.interface.AudioWeights` of a model with an audio encoder
+    draft: Any = None  # `Params` of a second model, which proposes tokens
 
 
 class LayerCache(NamedTuple):
@@ -58,6 +59,7 @@ class Batch(NamedTuple):
     seq_len_R: Tensor  # tokens of each row, this step's included
     q_start_S: Tensor  # row r owns tokens q_start[r] .. q_start[r + 1] − 1
     keep_R: Tensor | None = None  # the only tokens for which a layer continues after attention
+    adapter_T: Tensor | None = None  # each token's adapter, 0 for none; of models with adapters
 
 
 @dataclass(frozen=True)
@@ -108,9 +110,10 @@ class Model:
     Tensors whose names begin with one of `read_elsewhere` are not of the text model. `tower` is its
     vision encoder, a `vision.interface.Tower`, `audio_tower` its audio encoder, an
     `audio.interface.AudioTower`; None without one. `scheme` chooses the formats of weights
-    (`schemes.with_scheme`). `layer_ropes` are the numbers of the layers' rotary tables in
-    `ModelConfig.ropes`; without them all layers have the first. Embeddings that a request gives are
-    multiplied by `embed_factor`, as the checkpoint's table is when it is read.
+    (`schemes.with_scheme`). `num_adapters` is the number of adapters that the layers have weights
+    for. Only with some do batches have `adapter_T`. `layer_ropes` are the numbers of the layers'
+    rotary tables in `ModelConfig.ropes`; without them all layers have the first. Embeddings that a
+    request gives are multiplied by `embed_factor`, as the checkpoint's table is when it is read.
 
     On one of several ranks (tensor parallelism) `config` is this rank's, and `whole` that of all;
     parameters are declared by `whole`.
@@ -138,6 +141,7 @@ class Model:
     layer_ropes: tuple[int, ...] = ()
     embed_factor: float = 1.0
     scheme: Scheme = UNQUANTIZED
+    num_adapters: int = 0
 
     def __post_init__(self) -> None:
         num_kinds, num_layers = len(self.layer_kinds), self.config.num_layers

@@ -26,7 +26,8 @@ from nanovllm.platforms.base import MemoryBudget, Platform
 from nanovllm.platforms.regions import Region
 from nanovllm.runner import columns
 from nanovllm.runner.bucket_steps import BucketSteps, Captures
-from nanovllm.runner.captured import VerifyStep
+from nanovllm.runner.captured import PrefillStep, VerifyStep
+from nanovllm.runner.draft import DraftParts
 from nanovllm.runner.embeddings import Embeddings
 from nanovllm.runner.given import GivenInputs, fill
 from nanovllm.runner.launched import Launched
@@ -78,7 +79,14 @@ class Runner:
         self.platform, self.compiler = platform, compiler
         is_graph = capture and compiler.lowering is not None
         self._captures = Captures.of(platform, spec, is_graph=is_graph)
-        self.state = new_state(layout.max_num_seqs, layout.blocks_per_row, platform.device)
+        self.state = new_state(
+            layout.max_num_seqs,
+            layout.blocks_per_row,
+            platform.device,
+            has_adapters=model.num_adapters > 0,
+            num_drafts=0 if spec.draft is None else spec.draft.proposer.num,
+        )
+        self._draft = None if spec.draft is None else DraftParts(spec, params, self.state, cfg)
         self.cos_sin_MH, *others = (
             rotary_table(*rope, layout.max_model_len, platform.device, cfg.head_dim)
             for rope in cfg.ropes
@@ -107,7 +115,10 @@ class Runner:
 
     @property
     def block_bytes(self) -> int:
-        return self.model.kv_bytes_per_token(self.spec.cache_dtype) * self.layout.block_size
+        token_bytes = self.model.kv_bytes_per_token(self.spec.cache_dtype)
+        if self.spec.draft is not None:
+            token_bytes += self.spec.draft.kv_bytes_per_token
+        return token_bytes * self.layout.block_size
 
     @property
     def weights_bytes(self) -> int:
@@ -222,7 +233,7 @@ class Runner:
         tables = ("cos_sin_MH", "other_tables")
         self._given = None
         self.towers.by_name.clear()
-        for name in ("steps", "params", "state", "sampler", "compiler", *tables):
+        for name in ("steps", "params", "state", "sampler", "compiler", "_draft", *tables):
             self.__dict__.pop(name, None)
         self.cache_region.close()
         self.platform.release()
@@ -248,6 +259,11 @@ class Runner:
             compiler=compiler,
             whole=whole,
             predicts=self.spec.offload is not None and self.spec.offload.predicts,
+            drafting=(
+                None
+                if self._draft is None
+                else self._draft.drafting(num_blocks, self.cache_region.zeros, compiler)
+            ),
         )
 
     def _make_buckets(self) -> BucketSteps:
@@ -259,7 +275,7 @@ class Runner:
     def launch(self, plan: StepPlan) -> Launched:
         """Start a step; returns at once on devices that work asynchronously.
 
-        Raises ValueError for an adapter, since none can be loaded.
+        Raises ValueError for an adapter if the model has none.
         """
         if not self.residents_are_known:
             self._reset_residents()
@@ -335,8 +351,9 @@ class Runner:
         elif not plan.choice.needs_host and not self.steps.whole:
             step.replay_with(self.sampler.variant(plan.choice))
         else:
-            logits_RV = step.logits()
-            token_R = self.sampler.sample(plan.choice, step.row_idx_R, logits_RV)
+            with self.steps.proposing(step.row_idx_R):
+                logits_RV = step.logits()
+                token_R = self.sampler.sample(plan.choice, step.row_idx_R, logits_RV)
             return self._launched(plan, token_R, logits_RV)
         return self._launched(plan, step.token_R)
 
@@ -357,9 +374,10 @@ class Runner:
             step.replay()
         else:
             assert plan.choice.state_suffices
-            logits_TV, tokens = step.logits()
-            chosen_T = self.sampler.choose(tokens.row_T, logits_TV, tokens.num_T)
-            step.set(*accept_and_advance(num, self.state, step.span, tokens, chosen_T))
+            with self.steps.proposing(step.span, num):
+                logits_TV, tokens = step.logits()
+                chosen_T = self.sampler.choose(tokens.row_T, logits_TV, tokens.num_T)
+                step.set(*accept_and_advance(num, self.state, step.span, tokens, chosen_T))
         return self._launched(plan, step.token_RK, counts=step.count_R)
 
     def _prefill(self, plan: StepPlan) -> Launched:
@@ -371,11 +389,16 @@ class Runner:
         if plan.choice.is_plain and not plan.prompt_logprobs:
             step.replay()
             return self._launched(plan, step.token_R)
+        with self.steps.proposing(step.span):
+            return self._prefill_edited(plan, step, bucket[1])
+
+    def _prefill_edited(self, plan: StepPlan, step: PrefillStep, group: int) -> Launched:
+        """A prefill step with another sampler, or with log-probabilities of prompts."""
         prompt_logprobs: list[list[LogprobCopies]] = []
         if plan.prompt_logprobs:
             h_TD, last_R = step.hidden()
             prompt_logprobs = [
-                self._prompt_logprobs(one, h_TD, bucket[1]) for one in plan.prompt_logprobs
+                self._prompt_logprobs(one, h_TD, group) for one in plan.prompt_logprobs
             ]
             logits_RW = self.steps.logits_at(h_TD, last_R)
             if plan.choice.is_plain:

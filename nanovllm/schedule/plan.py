@@ -17,6 +17,7 @@ PAD_BLOCK = 0  # belongs to padding, never to a request
 NO_TOKEN = -1  # in `StepResult.tokens`: no token could be chosen (`reference.sample.sample`)
 ALL_TOKENS = -1  # for `num_top` and `num_logprobs`: the whole vocabulary
 NEWEST = -1  # in `StepPlan.token_T`: the row's newest token, which may be only on the device
+DRAFT = -2  # the row's next proposed token, which a proposer on the device has left in the state
 # Columns of the device's table of sampling settings. The plain sampler reads only the first one.
 SAMPLING_FIELDS = (
     "temperature", "top_p", "min_p", "top_k",
@@ -156,9 +157,11 @@ class StepPlan:
     request_ids, rows: [R] the requests, and their rows of the device state.
     num_tokens: [R] tokens that each row feeds; in a decode step its newest token and the proposed
         tokens after it.
-    seq_lens: [R] tokens of each row in the cache after the step.
-    token_T: int64 [T] the tokens, row after row; NEWEST for a row's newest token. Empty in a decode
-        step in which every row feeds only its newest token.
+    seq_lens: [R] tokens of each row in the cache after the step; at most so many while it is not
+        known how many proposals of an earlier step were accepted.
+    token_T: int64 [T] the tokens, row after row; NEWEST for a row's newest token, DRAFT for those
+        that follow it in the state. Empty in a decode step in which every row feeds only its newest
+        token.
     is_sampled: [R] whether the step samples the row's next token.
     position_3T: int64 [3, T] the positions of the tokens in time, height and width. None: each has
         one position, which the device derives from the state.

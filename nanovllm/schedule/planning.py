@@ -180,4 +180,5 @@ def _settings(chunk: Chunk) -> RowSettings:
         sampling=[float(getattr(request.params, name)) for name in SAMPLING_FIELDS],
         blocks=request.blocks[:],
         rope_offset=request.rope_offset,
+        adapter=request.adapter,
     )

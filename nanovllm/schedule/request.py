@@ -96,6 +96,7 @@ class Request:
     edits: LogitEdits | None = None
     constraint: Constraint | None = None  # has consumed exactly output_ids
     cache_root: bytes = b""  # start of the digest chain: data that all keys and values depend on
+    adapter: int = 0  # its number on the device; 0: none
     output_ids: list[int] = field(default_factory=list)
     status: Status = Status.WAITING
     finish_reason: str | None = None
@@ -103,7 +104,7 @@ class Request:
     blocks: list[int] = field(default_factory=list)
     block_digests: list[bytes] = field(default_factory=list)  # of the full blocks, chained
     is_decoding: bool = False  # its last prefill chunk has been launched
-    is_verifying: bool = False  # a step with proposals is in flight
+    is_verifying: bool = False  # a step with proposals of the host is in flight
     is_failing: bool = False  # its tokens in flight are dropped, then it restarts
     is_alone: bool = False  # it shares no cached blocks and has no proposals
     num_shared: int = 0  # tokens whose blocks were found in the cache at this admission

@@ -30,9 +30,11 @@ READY = "ready"  # the kind of the marker that a store has every bucket of a mod
 SHARED_FOLDERS = ("audio", "formats", "experts", "vision")
 
 
-def common_ingredients(platform: Platform, passes: Sequence[str], model: Model) -> dict[str, str]:
+def common_ingredients(
+    platform: Platform, passes: Sequence[str], model: Model, draft: Model | None = None
+) -> dict[str, str]:
     """Everything that can change a model's programs on this platform: sources, versions, device,
-    passes.
+    passes. `draft` is a second model whose programs have the same ingredients.
 
     The sources of a model are the modules of its regions, shared modules, formats, forms of
     experts, and towers.
@@ -41,7 +43,8 @@ def common_ingredients(platform: Platform, passes: Sequence[str], model: Model) 
     chosen_by = Path(sys.modules[type(platform).__module__].__file__ or "")
     stored = [path for folder in SHARED_FOLDERS for path in (models / folder).glob("*.py")]
     shared = [*(models / f"{name}.py" for name in ("config", "interface", "dense")), *stored]
-    regions = sorted({region.__module__ for region in (model.embed, model.layer, model.head)})
+    both = (model,) if draft is None else (model, draft)
+    regions = sorted({r.__module__ for one in both for r in (one.embed, one.layer, one.head)})
     files = {name: Path(sys.modules[name].__file__ or "") for name in regions}
     return {
         **keys.own_sources(),

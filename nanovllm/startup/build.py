@@ -122,7 +122,8 @@ def make_compiler(choice: Choice, group: Communicator | None = None) -> Compiler
     config, platform, environment = choice.config, choice.platform, env.read()
     lowering = None if config.enforce_eager else platform.lowering()[0]
     passes = platform.passes(config.tuned.fuse) if lowering is not None else ()
-    names = [name for name, _ in passes]
+    names, draft = [name for name, _ in passes], choice.spec.draft
+    draft_model = None if draft is None else draft.model
     return Compiler(
         lowering,
         passes=passes,
@@ -131,7 +132,7 @@ def make_compiler(choice: Choice, group: Communicator | None = None) -> Compiler
         frozen=steps.FROZEN,
         strict=environment.strict,
         store=choice.store,
-        ingredients=common_ingredients(platform, names, choice.model),
+        ingredients=common_ingredients(platform, names, choice.model, draft_model),
         require=config.compile_cache_mode == "require",
         agree=None if group is None else group.min_int,
         is_first=choice.shard.rank == 0,

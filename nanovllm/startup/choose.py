@@ -41,7 +41,7 @@ class Choice:
 
     `folder` is the checkpoint's, `hf` transformers' config of it or the store's copy of that.
     `eos_ids` end an answer. `num_workers` processes compile while this one reads weights. `shard`
-    is this process's part of the weights.
+    is this process's part of the weights. `draft_folder` is the checkpoint of a second model.
     """
 
     config: EngineConfig
@@ -54,6 +54,7 @@ class Choice:
     eos_ids: frozenset[int]
     num_workers: int = 0
     shard: Shard = ALL
+    draft_folder: Path | None = None
 
     def shortened(self, max_model_len: int) -> Choice:
         """The same for shorter requests: other sizes, and perhaps another rotary table."""
@@ -61,7 +62,7 @@ class Choice:
         model = make_model(config, self.hf, cfg.dtype)
         model = replace(model, config=replace(model.config, moe=cfg.moe))
         model = model.on_ranks(config.tensor_parallel_size)
-        spec = make_spec(config, model, self.platform)
+        spec = replace(make_spec(config, model, self.platform), draft=self.spec.draft)
         return replace(self, config=config, model=model, spec=spec)
 
     def prepare_kernels(self) -> None:

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanovllm import env, progress
@@ -34,6 +35,7 @@ from nanovllm.startup.checkpoint_cache import read_tokenizer_of
 from nanovllm.startup.choose import Choice, choose
 from nanovllm.startup.compile_farm.farm import CompileFarm, WorkerFailed
 from nanovllm.startup.compile_workers import num_workers
+from nanovllm.startup.draft import Draft, with_draft
 from nanovllm.startup.generation_config import default_params, generation_config
 from nanovllm.startup.laps import Laps
 from nanovllm.startup.memory import MemoryReport
@@ -72,12 +74,17 @@ class Loaded:
 
 
 def load(
-    config: EngineConfig, farm: CompileFarm | None = None, *, show_progress: bool = True
+    config: EngineConfig,
+    farm: CompileFarm | None = None,
+    *,
+    show_progress: bool = True,
+    draft: Draft | None = None,
 ) -> Loaded:
     """Turn options into the parts of a warm engine; shows a progress bar over layers, then buckets.
 
-    `farm` was started for the same options, and the caller closes it. Raises ValueError for options
-    that the device or checkpoint does not support, CheckpointError, and CompileRequired.
+    `farm` was started for the same options, and the caller closes it. `draft` proposes tokens on
+    the device. Raises ValueError for options that the device or checkpoint does not support,
+    CheckpointError, and CompileRequired.
     """
     if option := config.replicas_option:
         raise ValueError(f"{option} is for LLM and LLMEngine, which run engines elsewhere")
@@ -85,6 +92,8 @@ def load(
     with ExitStack() as stack:
         farm = farm or stack.enter_context(closing(CompileFarm(config)))
         choice = choose(config, farm, laps)
+        if draft is not None:
+            choice = with_draft(choice, draft)
         choice = replace(choice, num_workers=num_workers(choice))
         if choice.shard.size == 1:
             return load_chosen(choice, farm, laps, show_progress=show_progress)
@@ -192,10 +201,16 @@ def _read_weights(choice: Choice, progress: loader.Progress, place: Place) -> Pa
     platform, model = choice.platform, choice.model
     target = loader.Target(platform.device, place, platform.host_buffer, choice.shard)
     seed = choice.config.seed
-    if choice.config.random_weights:
-        params = loader.random(model, target, seed, progress)
-    else:
-        params = loader.load(model, choice.folder, target, progress)
+
+    def read(one: Model, folder: Path, progress: loader.Progress) -> Params:
+        if choice.config.random_weights:
+            return loader.random(one, target, seed, progress)
+        return loader.load(one, folder, target, progress)
+
+    params, draft = read(model, choice.folder, progress), choice.spec.draft
+    if draft is not None and draft.model is not None and choice.draft_folder is not None:
+        second = read(draft.model, choice.draft_folder, lambda num_layers: None)
+        params = params._replace(draft=second)
     if choice.config.random_weights:
         make = partial(weights.random, target=target, seed=seed)
     else:
