@@ -16,7 +16,7 @@ import torch
 
 from nanovllm import SamplingParams
 from nanovllm.sampling import RequestOutputKind
-from nanovllm.structured.params import StructuredOutputsParams
+from nanovllm.structured_params import StructuredOutputsParams
 
 NAN, INF = math.nan, math.inf
 

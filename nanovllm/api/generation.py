@@ -20,7 +20,7 @@ from nanovllm.outputs import TopLogprobs
 from nanovllm.prompts import Prompt, PromptRefused
 from nanovllm.sampling import SamplingParams
 from nanovllm.serving.interface import Delta, Stream
-from nanovllm.structured.params import FIELD as FORM
+from nanovllm.structured_params import FIELD as FORM
 
 # units of `beside`: the cost of one log-probability, and the characters of text per unit
 LOGPROB_COST, TEXT_COST = 4, 8

@@ -24,7 +24,7 @@ from nanovllm.parsers import CallStart, ContentPart, Part
 from nanovllm.prompts import Prompt
 from nanovllm.sampling import SamplingParams
 from nanovllm.serving.interface import Delta
-from nanovllm.structured.params import StructuredOutputsParams
+from nanovllm.structured_params import StructuredOutputsParams
 
 
 async def responses(service: Service, exchange: Exchange) -> None:

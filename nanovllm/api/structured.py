@@ -6,8 +6,8 @@ from typing import Any
 
 from nanovllm.api.bodies import ResponsesBody, Sampling
 from nanovllm.api.errors import ApiError, invalid
-from nanovllm.structured.params import FIELD as FORM
-from nanovllm.structured.params import StructuredOutputsParams
+from nanovllm.structured_params import FIELD as FORM
+from nanovllm.structured_params import StructuredOutputsParams
 
 GUIDED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
 MAX_CHOICES = 1 << 16  # the default max_grammar_bytes allows fewer, but is checked later

@@ -32,8 +32,8 @@ from nanovllm.parsers import (
 )
 from nanovllm.schedule.logprobs import SHOW_SPECIAL
 from nanovllm.serving.interface import AsyncEngine
-from nanovllm.structured.params import StructuredOutputsParams
 from nanovllm.structured.tagged import tagged
+from nanovllm.structured_params import StructuredOutputsParams
 
 NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
 NONE = "none"

@@ -10,6 +10,8 @@ from nanovllm.compat.engine_args import DEFAULT_MODEL, add_engine_flags, given_e
 from nanovllm.config import EngineConfig
 from nanovllm.flags import CONFIG, Parser
 
+# options of `LLM` that benchmarks set themselves, or give another form
+SET_BY_BENCH = ("model", "random_weights", "load_format", "max_num_seqs")
 MODEL_HELP = "an embedded model, a folder or a Hub id"
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nanovllm import env
-from nanovllm.kernels.private import Shared, make_private
+from nanovllm.kernels.private_files import UnsafePath, make_private
 
 logger = logging.getLogger(__name__)
 QUOTES = '"""'
@@ -63,7 +63,7 @@ class History:
             make_private(folder)
             self._protect()
             readline.read_history_file(self._path)
-        except (OSError, Shared) as error:
+        except (OSError, UnsafePath) as error:
             self._give_up(error)
         self._num_before = readline.get_current_history_length()
 

@@ -10,8 +10,8 @@ from nanovllm.api.config import ServerConfig
 from nanovllm.cli.engine_options import add_engine_options, engine_config
 from nanovllm.cli.server_options import add_server_options
 from nanovllm.cli.watch import add_quiet
-from nanovllm.compat.options import OF_LOGS
 from nanovllm.flags import Parser, given
+from nanovllm.option_names import OF_LOGS
 
 USAGE = "[MODEL] [options]"
 # the extra `serve`

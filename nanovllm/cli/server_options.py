@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 
 from nanovllm.api.config import ServerConfig
-from nanovllm.compat.options import NO_ACCESS_LOG, SERVER_FLAGS
 from nanovllm.flags import Arguments, add_flags
+from nanovllm.option_names import NO_ACCESS_LOG, SERVER_FLAGS
 
 
 def add_server_options(to: Arguments) -> None:

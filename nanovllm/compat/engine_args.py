@@ -11,9 +11,9 @@ from typing import Any
 
 from nanovllm import tuning
 from nanovllm.checks import hints
-from nanovllm.compat.options import LOAD_FORMATS, ONE_VALUE, SAME_MEANING, SHORT
 from nanovllm.config import EngineConfig
 from nanovllm.flags import Arguments, add_flag, add_flags
+from nanovllm.option_names import LOAD_FORMATS, ONE_VALUE, SAME_MEANING, SHORT
 from nanovllm.tuning import Tuning
 
 DEFAULT_MODEL = "tiny-qwen3"

@@ -24,7 +24,7 @@ SAMPLING = "nanovllm.sampling"
 MODULES: dict[str, dict[str, str]] = {
     "sampling_params": {
         "SamplingParams": SAMPLING, "BeamSearchParams": SAMPLING, "RequestOutputKind": SAMPLING,
-        "StructuredOutputsParams": "nanovllm.structured.params",
+        "StructuredOutputsParams": "nanovllm.structured_params",
     },
     "inputs": {
         "TextPrompt": "nanovllm.prompts", "TokensPrompt": "nanovllm.prompts",

@@ -82,6 +82,7 @@ class Add(msgspec.Struct, array_like=True):
     cache_salt: str | None
     detokenizes: bool = False
     has_media: bool = False
+    adapter: str | None = None
 
 
 class End(msgspec.Struct, array_like=True):
@@ -194,6 +195,7 @@ def load_request(found: Add, media: bytes) -> EngineRequest:
         found.priority,
         found.cache_salt,
         detokenizes=found.detokenizes,
+        adapter=found.adapter,
     )
     return with_media(request, media) if found.has_media else request
 

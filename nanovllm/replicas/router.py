@@ -189,7 +189,7 @@ class Router:
         fields = messages.params_fields(asked.params, detokenizes=asked.detokenizes)
         message = Add(
             [request_id], [seed], prompt_ids, fields, asked.incremental, asked.priority,
-            asked.cache_salt, asked.detokenizes, has_media=bool(media),
+            asked.cache_salt, asked.detokenizes, has_media=bool(media), adapter=asked.adapter,
         )  # fmt: skip
         cost = len(prompt_ids) + self._intake.max_output(asked.params, len(prompt_ids))
         with deferred_interrupts():

@@ -363,6 +363,7 @@ class Client:
         add = Add(
             list(range(feed.first_id, feed.first_id + params.n)), seeds, asked.prompt_ids, fields,
             asked.incremental, asked.priority, asked.cache_salt, has_media=bool(media),
+            adapter=asked.adapter,
         )  # fmt: skip
         message = messages.dump(add)  # may raise: before any state changes
         by_engine = self._chosen(asked, cost, params.n)

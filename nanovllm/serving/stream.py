@@ -5,14 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from nanovllm.schedule.outputs import Increment
 from nanovllm.serving.answer import Answer
 from nanovllm.serving.interface import Delta, EngineDead
-
-if TYPE_CHECKING:
-    from nanovllm.serving.client import Client
 
 
 class Feed:
@@ -58,10 +55,15 @@ class Feed:
             self._waiter.set_result(None)
 
 
+class Aborts(Protocol):
+    def abort_feed(self, feed: Feed) -> None:
+        """Abort the unfinished answers of one prompt."""
+
+
 class OpenStream:
     """Implements `Stream`. Leaving the loop over it aborts unfinished answers."""
 
-    def __init__(self, client: Client, prompt_token_ids: list[int], feed: Feed) -> None:
+    def __init__(self, client: Aborts, prompt_token_ids: list[int], feed: Feed) -> None:
         self.request_id, self.prompt_token_ids = feed.name, prompt_token_ids
         self._client, self._feed = client, feed
         self._loop = asyncio.get_running_loop()

@@ -19,8 +19,8 @@ from nanovllm.sampling import SamplingParams
 from nanovllm.structured import library
 from nanovllm.structured.library import Source
 from nanovllm.structured.matcher import Compiled, Masks, Matcher
-from nanovllm.structured.params import FIELD
 from nanovllm.structured.trials import TooSlow, Trial
+from nanovllm.structured_params import FIELD
 from nanovllm.tokenizer import Tokenizer
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Any
 
 from nanovllm.structured.keywords import checked_schema
 from nanovllm.structured.library import with_options
-from nanovllm.structured.params import StructuredOutputsParams
+from nanovllm.structured_params import StructuredOutputsParams
 
 ANY_JSON = StructuredOutputsParams(json_object=True)
 

@@ -102,8 +102,12 @@ def png(width: int, height: int) -> bytes:
 def test_a_turn_streams_an_answer_and_shows_its_speed(open_page: Open, server: PageServer) -> None:
     page = open_page()
     expect(page.locator("#model")).to_have_text("tiny-qwen3")
+    server.waits = True
     ask(page, "Say hello")
     answer = page.locator(".answer")
+    expect(answer.locator(".text")).to_have_text("Hello")
+    page.wait_for_timeout(10)  # words that arrive at once have no rate
+    server.goes_on.set()
     expect(answer.locator(".text")).to_have_text("Hello from the server.")
     expect(answer.locator(".stats")).to_have_text(
         re.compile(r"^4 tokens · [\d.,]+ tokens/s · first token after \d+ ms$")

@@ -113,7 +113,7 @@ def test_a_row_with_an_image_is_an_error_for_a_text_model(run: Any) -> None:
     ]
     options = {"chat_template": TEMPLATE}
     first, second, answered = run(rows, "--chat-options", json.dumps(options))
-    assert "has image 1, but" in first["error"] and "reads text only" in first["error"]
+    assert "has image 1, but" in first["error"] and "accepts text only" in first["error"]
     assert "it must be text or a list of token ids" in second["error"]
     assert len(answered["token_ids"]) == 4
 

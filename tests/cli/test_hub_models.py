@@ -201,5 +201,6 @@ def test_an_unreachable_hub_is_one_line(
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1
     assert (
-        "'a/b' is no folder here and could not be downloaded from the Hub: Cannot find the" in err
+        "'a/b' is not a local folder and could not be downloaded from the Hub: Cannot find the"
+        in err
     )

@@ -27,8 +27,8 @@ from nanovllm import (
 from nanovllm.cli.main import COMMANDS
 from nanovllm.compat.modules import MODULES
 from nanovllm.compat.modules import ROOT as PACKAGE
-from nanovllm.compat.options import LOAD_FORMATS, ONE_VALUE, SAME_MEANING, WARNINGS
 from nanovllm.flags import Parser
+from nanovllm.option_names import LOAD_FORMATS, ONE_VALUE, SAME_MEANING, WARNINGS
 from nanovllm.sampling import RequestOutputKind
 
 ROOT = Path(__file__).parents[2]

@@ -256,10 +256,10 @@ def test_required_programs_that_are_missing_are_all_listed_with_what_differs(fol
         strict.seal()
     message = str(caught.value)
     assert message.startswith(f"2 program(s) are not in {folder}")
-    assert "double_4: torch: 2.11 is wanted, 2.13 is there" in message
+    assert "double_4: torch: 2.11 is wanted, 2.13 is stored" in message
     assert (
         "double_5: this bucket is missing; nearest is double_4: torch: 2.11 is wanted, "
-        "2.13 is there; input x: " in message
+        "2.13 is stored; input x: " in message
     )
     assert strict.num_compiled == 0
 

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 from nanovllm import env, programs
 from nanovllm.cli import http
 from nanovllm.cli.bench import requests, results
-from nanovllm.cli.bench.serve import METRICS
 from nanovllm.cli.talk import first_model
 from nanovllm.cli.watch import Watch
 from nanovllm.platforms.cores import usable_cores
@@ -92,7 +91,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--random-range-ratio must be in [0, 1), --num-warmups at least 0")
     if not isinstance(args.extra_body, dict):
         raise ValueError(f"--extra-body is {args.extra_body!r}: it must be a JSON object")
-    results.check(args, METRICS)
+    results.check(args)
 
 
 async def _model(args: argparse.Namespace, server: Server) -> str:

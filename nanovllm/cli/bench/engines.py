@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from nanovllm.cli.bench.throughput import OWN
+from nanovllm.cli.engine_options import SET_BY_BENCH
 from nanovllm.compat.engine_args import given_engine_options
 from nanovllm.config import EngineConfig
 from nanovllm.engine.engine import Engine
@@ -25,7 +25,7 @@ from nanovllm.llm import LLM
 
 def check_options(args: argparse.Namespace, model: str) -> EngineConfig:
     """The engine's options from the arguments. Raises ValueError for unsupported ones."""
-    config = EngineConfig.from_options(model, given_engine_options(args, skip=OWN))
+    config = EngineConfig.from_options(model, given_engine_options(args, skip=SET_BY_BENCH))
     if config.replicas_option:
         raise ValueError(f"{config.replicas_option} is not supported: this measures one engine")
     return config
@@ -37,7 +37,7 @@ def load(
     """The engine, and the fields of the result that describe it and this machine."""
     started = time.perf_counter()
     options = {
-        **given_engine_options(args, skip=OWN),
+        **given_engine_options(args, skip=SET_BY_BENCH),
         "max_num_seqs": max_num_seqs,
         "max_model_len": max_model_len,
         "random_weights": args.random_weights is not None,
@@ -57,7 +57,9 @@ def load(
         "kv_cache_dtype": str(runner.spec.cache_dtype).removeprefix("torch."),
         "expert_offload": config.expert_offload,
         "tensor_parallel_size": config.tensor_parallel_size,
-        "expert_parallel": runner.cfg.moe.is_spread if runner.cfg.moe is not None else None,
+        "expert_parallel": runner.cfg.moe.is_expert_parallel
+        if runner.cfg.moe is not None
+        else None,
         "mode": "graph" if is_graph else "eager",
         "capture": is_graph and config.tuned.capture,
         "fuse": is_graph and config.tuned.fuse,

@@ -23,12 +23,12 @@ HEADS = {
 Records = Sequence[Mapping[str, Any]]
 
 
-def check(args: argparse.Namespace, metrics: Sequence[str]) -> None:
+def check(args: argparse.Namespace) -> None:
     """Raises ValueError for unknown metrics, percentiles out of range and invalid metadata."""
     _metadata(args)
     for name in _metrics(args):
-        if name not in metrics:
-            raise ValueError(f"--percentile-metrics has {name!r}: use {', '.join(metrics)}")
+        if name not in HEADS:
+            raise ValueError(f"--percentile-metrics has {name!r}: use {', '.join(HEADS)}")
     for number in _percentiles(args):
         if not 0 <= number <= 100:
             raise ValueError(f"--metric-percentiles has {number}: it must be in [0, 100]")
@@ -183,7 +183,8 @@ def _rows(rows: Any) -> Iterator[str]:
 
 
 def _metrics(args: argparse.Namespace) -> list[str]:
-    return [name for name in args.percentile_metrics.split(",") if name]
+    named = args.percentile_metrics
+    return list(HEADS) if named is None else [name for name in named.split(",") if name]
 
 
 def _percentiles(args: argparse.Namespace) -> list[float]:

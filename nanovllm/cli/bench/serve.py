@@ -20,7 +20,6 @@ from nanovllm.flags import Parser, json_value
 
 USAGE = "[--base-url URL | --host HOST --port PORT] [options]"
 DATASETS = ("random", "nanovllm")
-METRICS = ("ttft", "tpot", "itl", "e2el")
 
 
 def add_arguments(parser: Parser) -> None:
@@ -101,7 +100,7 @@ def _add_sampling(group: argparse._ArgumentGroup) -> None:
 def _add_results(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     metrics = "some of ttft, tpot, itl, e2el (default: all)"
-    add("--percentile-metrics", default=",".join(METRICS), metavar="LIST", help=metrics)
+    add("--percentile-metrics", metavar="LIST", help=metrics)
     percentiles = "such as 50,90,99 (default: %(default)s)"
     add("--metric-percentiles", default="99", metavar="LIST", help=percentiles)
     add("--save-result", action="store_true", help="write the results as JSON")

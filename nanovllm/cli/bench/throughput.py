@@ -28,14 +28,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from nanovllm.cli.engine_options import SET_BY_BENCH
 from nanovllm.cli.watch import add_quiet
 from nanovllm.compat.engine_args import add_engine_flags
 from nanovllm.flags import Parser
 from nanovllm.tools.shapes import CONFIGS
 
 USAGE = "[--model MODEL | --random-weights CONFIG] [options]"
-# options of `LLM` that the benchmark sets, or defines differently
-OWN = ("model", "random_weights", "load_format", "max_num_seqs")
 
 
 def add_arguments(parser: Parser) -> None:
@@ -51,7 +50,7 @@ def add_arguments(parser: Parser) -> None:
     group = parser.add_argument_group(
         "options of the engine", "The options of LLM. vLLM's names for them also work."
     )
-    add_engine_flags(group, skip=OWN)
+    add_engine_flags(group, skip=SET_BY_BENCH)
     for name, option in (("--no-graph", "capture"), ("--no-fusion", "fuse")):
         group.add_argument(
             name, dest=option, action="store_false", default=argparse.SUPPRESS,
