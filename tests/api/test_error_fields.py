@@ -170,5 +170,5 @@ def test_no_white_space_is_a_pattern_of_white_space() -> None:
                   StructuredOutputsParams(json={}, disable_any_whitespace=True)):  # fmt: skip
         found = library.with_options({}, given)
         assert found == {"x-guidance": {"whitespace_flexible": False}}
-    with pytest.raises(InvalidValue, match="whitespace_pattern is given with regex"):
+    with pytest.raises(InvalidValue, match="whitespace_pattern is set with regex"):
         StructuredOutputsParams(regex="a", whitespace_pattern="")
