@@ -276,8 +276,8 @@ class Engine:
     def add(self, asked: EngineRequest, with_media: Prompt | None = None) -> int:
         """Queue a request that `Intake` has checked; returns its id.
 
-        with_media: the prompt, if its media are not prepared yet. Raises ValueError for invalid
-            grammars and edits of logits.
+        with_media: the prompt, if its media are not prepared yet. Raises ValueError for grammars
+        and edits of logits that cannot be.
         """
         self._check_open()
         self._sleeper.check_awake()

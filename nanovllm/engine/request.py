@@ -27,9 +27,8 @@ class EngineInfo:
     """Facts of an engine: the limits for checks of prompts, and what clients report to users.
 
     checkpoint: a digest, set by processes. num_blocks: of the KV cache. num_added: levels of
-        features that embeddings may have after the first. has_axes: tokens have positions in time,
-        height and
-    width. media_scale: the fields of `Scale`, None for a text model.
+    features that embeddings may have after the first. has_axes: tokens have positions in time,
+    height and width. media_scale: the fields of `Scale`, None for a text model.
     """
 
     checkpoint: str
@@ -65,10 +64,10 @@ class MediaPrompt(NamedTuple):
 class EngineRequest:
     """A request that `Intake.request` has checked. Adding it to an engine transfers ownership.
 
-    seed: None draws one from the engine's. detokenizes: whether the engine makes the text and finds
-        stop strings. contents: the positions of embeddings and media in the prompt, with digests.
-    embeddings: [n, K · D] by the keys of contents. media: the same for images, frames and clips to
-        encode. positions: int64 [3, T], or one for each token.
+    seed: None draws one from the engine's. detokenizes: whether the engine makes the text and looks
+    for stop strings. contents: the places of given embeddings and of media in the prompt, with
+    digests. embeddings: [n, K · D] by the keys of contents. media: the same for images, frames and
+    clips that a tower encodes. positions: int64 [3, T], or one for each token.
     """
 
     prompt_ids: list[int]

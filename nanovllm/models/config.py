@@ -42,9 +42,10 @@ class MoeConfig:
     """The experts of a sparse layer.
 
     A token goes to `top_k` of `num_experts` experts of width `expert_size`. With `normalize` the
-    weights of its experts sum to 1. `shared_size` is the width of the shared expert, 0 without one.
-    `compression` is None for uncompressed experts. With `is_spread` each of several ranks has whole
-    experts, otherwise a part of every expert. Raises ValueError for sizes that do not fit together.
+    weights of its experts sum to 1. `shared_size` is the width of an expert that every token goes
+    to, 0 without one. `compression` is None for experts that are stored as they are. With
+    `is_spread` each of several ranks has whole experts, and otherwise a part of every expert.
+    Raises ValueError for sizes that do not fit together.
     """
 
     GRAPH_FIELDS: ClassVar[tuple[str, ...]] = ("top_k", "normalize")
@@ -77,7 +78,7 @@ class MoeConfig:
         """The mean number of distinct experts of a layer that `num_tokens` tokens choose.
 
         Assumes even routing: a token chooses each expert with probability K / E, and tokens choose
-            independently.
+        independently.
         """
         return self.num_experts * (1 - (1 - self.top_k / self.num_experts) ** num_tokens)
 

@@ -58,7 +58,7 @@ class Batch(NamedTuple):
     block_table_RP: Tensor
     seq_len_R: Tensor  # tokens of each row, this step's included
     q_start_S: Tensor  # row r owns tokens q_start[r] .. q_start[r + 1] − 1
-    keep_R: Tensor | None = None  # the only tokens for which a layer continues after attention
+    keep_R: Tensor | None = None  # the only tokens that a layer goes on with after attention
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class LayerKind:
     """What distinguishes the layers of one model: layers of one kind share their programs.
 
     Layers of one kind declare parameters of the same shapes. `window` is the number of newest
-    positions that a query attends to, itself included; 0 means all positions. A `sparse` layer has
+    positions that a query sees, itself included; 0 means all positions. A `sparse` layer has
     experts.
     """
 
@@ -106,12 +106,13 @@ class Model:
     `kv_scales(config, weights)` gives the scales of one layer's fp8 cache, fp32 [K] for keys and
     for values; it is None if their bounds are not known.
 
-    Tensors whose names begin with one of `read_elsewhere` are not of the text model. `tower` is its
-    vision encoder, a `vision.interface.Tower`, `audio_tower` its audio encoder, an
-    `audio.interface.AudioTower`; None without one. `scheme` chooses the formats of weights
-    (`schemes.with_scheme`). `layer_ropes` are the numbers of the layers' rotary tables in
-    `ModelConfig.ropes`; without them all layers have the first. Embeddings that a request gives are
-    multiplied by `embed_factor`, as the checkpoint's table is when it is read.
+    Tensors whose names begin with one of `read_elsewhere` are not of the text model. `tower` is the
+    `vision.interface.Tower` of a vision model, `audio_tower` the `audio.interface.AudioTower` of an
+    audio model.
+    `scheme` chooses the formats of weights (`schemes.with_scheme`).
+    `layer_ropes` are the numbers of the layers' rotary tables in `ModelConfig.ropes`; without them
+    all layers have the first. Embeddings that a request gives are multiplied by `embed_factor`, as
+    the checkpoint's table is when it is read.
 
     On one of several ranks (tensor parallelism) `config` is this rank's, and `whole` that of all;
     parameters are declared by `whole`.

@@ -45,7 +45,7 @@ class RowOrder(ABC):
 class Param(NamedTuple):
     """One parameter: the checkpoint tensors `sources`, stacked along axis 0, have `shape`.
 
-    `kind` is one of these. "linear" is the weight of a linear layer [O, D], "experts" the matrices
+    `kind` says what it is: "linear" is the weight of a linear layer [O, D], "experts" the matrices
     of a layer's experts [E, O, D], whose rows are stacked expert by expert; a scheme (`schemes`)
     chooses the formats of these two. All others are plain tensors: "table" is an embedding table,
     "conv" the kernel of a convolution, "router" the matrix that scores experts, "basis" a matrix

@@ -105,7 +105,7 @@ def main() -> None:
     runner = load_rank(connection, setup)
     from nanovllm.runner.mirrored import handlers
 
-    gc.freeze()  # a garbage collection of all objects takes 0.1 s, during which all ranks wait
+    gc.freeze()  # a collection among so many objects takes 0.1 s, for which all ranks wait
     serve(connection.channel, handlers(runner))
     sys.stderr.flush()
     os._exit(0)  # a regular shutdown of torch and the device's libraries would take a second
