@@ -6,10 +6,10 @@
     bytecode/                      that of installed packages, in some containers (startup/bytecode)
 
 An artifact is code. The store refuses a folder that another user owns, can write to or can replace
-(`kernels/private.py`), and does not use such files. Artifacts are loaded from the bytes that were
-checked. Libraries and kernels can be loaded only by path: no other user can change their folders
-after the check. Call lists are JSON. Inductor's artifacts hold pickles; they are loaded only after
-their digest is checked.
+(`kernels/private.py`), and uses no such file. Artifacts are loaded from the bytes that were
+checked. Libraries and kernels can be loaded by their paths only: their folders still hold what was
+checked, since no other user can change them. Call lists are JSON. Inductor's artifacts hold
+pickles; they are loaded only after their digest is checked.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def _content(note: Path) -> str:
         found = os.fstat(file.fileno())
         mode = stat.S_IMODE(found.st_mode)
         if not stat.S_ISREG(found.st_mode):
-            raise private.Shared("it is not a file")
+            raise private.Shared("it is no file")
         is_shared = mode & 0o002 or (mode & 0o020 and not private.is_own_group(found.st_gid))
         if found.st_uid not in (private.ROOT_USER, os.getuid()) or is_shared:
             raise private.Shared(f"user {found.st_uid} owns it and its mode is {mode:o}")

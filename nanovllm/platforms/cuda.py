@@ -32,8 +32,8 @@ from nanovllm.platforms.base import STEP_OPS, UNFUSED_PASSES, Rehearsal, Replay,
 from nanovllm.platforms.cuda_memory import Driver, MappedRegion, PinnedRegion
 from nanovllm.platforms.regions import Region, SplitRegion
 
-# Ops with our Triton kernels. Inductor could fuse norms and activations too, but it has no
-# programmatic dependent launch and takes seconds per bucket.
+# Ops with Triton kernels of ours. Inductor could fuse norms and activations too, but it has no
+# programmatic dependent launch and compiles for seconds per bucket.
 KERNEL_OPS = STEP_OPS | {"fused_linear", "linear_", "norm_route"}
 
 

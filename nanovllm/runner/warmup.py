@@ -1,4 +1,4 @@
-"""Parts of warm-up that do not change a runner: rehearsing a bucket, timing steps."""
+"""Parts of warm-up that only look at a runner: rehearsing a bucket, timing prefill steps."""
 
 from __future__ import annotations
 

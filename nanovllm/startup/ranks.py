@@ -1,4 +1,4 @@
-"""Starts the other ranks of an engine; also the program of each of them (`python -m`)."""
+"""Starts the other ranks of an engine, and is the program of each of them (`python -m`)."""
 
 from __future__ import annotations
 
@@ -101,14 +101,14 @@ def main() -> None:
     setup = connection.setup
     env.replace(setup["environments"][connection.rank])
     log.configure()
-    logging.getLogger("nanovllm").setLevel(logging.WARNING)  # the first rank logs the same
+    logging.getLogger("nanovllm").setLevel(logging.WARNING)  # the first rank says the same
     runner = load_rank(connection, setup)
     from nanovllm.runner.mirrored import handlers
 
     gc.freeze()  # a collection among so many objects takes 0.1 s, for which all ranks wait
     serve(connection.channel, handlers(runner))
     sys.stderr.flush()
-    os._exit(0)  # a regular shutdown of torch and the device's libraries would take a second
+    os._exit(0)  # an orderly end of torch and the device's libraries would take a second
 
 
 def load_rank(connection: Connection, setup: dict[str, Any]) -> Runner:
@@ -129,7 +129,7 @@ def load_rank(connection: Connection, setup: dict[str, Any]) -> Runner:
     has_weights = not config.random_weights
     folder = hub.resolve(config.model, weights=has_weights, revision=config.revision)
     if checkpoint_digest(folder) != setup["checkpoint"]:
-        raise ValueError(f"rank {rank} has another checkpoint than rank 0 in {folder}")
+        raise ValueError(f"rank {rank} sees another checkpoint than rank 0 in {folder}")
     platform, store = select_platform(config), open_store(config)
     choice = choose_model(config, platform, store, folder, weights=has_weights)
     choice = replace(choice, shard=Shard(rank, size))

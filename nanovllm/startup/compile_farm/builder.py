@@ -1,9 +1,9 @@
 """The work of a worker: building buckets and compiling kernels into the store.
 
-Running a bucket stores everything that a start needs for it: its programs, and the kernels that
-Triton specialises by shapes. Programs depend neither on weights nor on the number of layers, so the
-model is reduced and its weights are random. Rehearsing a bucket, on fake tensors, stores its
-programs and lists the kernels that it launches; any worker can then compile them.
+A bucket that has run leaves all that a start needs for it: its programs, and the kernels that
+Triton specialises by shapes. Programs depend neither on weights nor on the number of layers, so
+the model is reduced and its weights are random. A bucket that is rehearsed, on fake tensors, leaves
+its programs and names the kernels it launches; any worker can then compile them.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class Builder:
             numbers = self._counted(
                 fakes.compiler, lambda: rehearse_bucket(fakes, kind, size, rehearsal)
             )
-        except Exception as error:  # code that fails on fake tensors may work on real ones
+        except Exception as error:  # anything that fails on fake tensors may work on real ones
             logger.debug("%s %d is run, since it cannot be rehearsed", kind, size, exc_info=True)
             problem = " ".join(f"{type(error).__name__}: {error}".split())
             return self._run(kind, size, problem)

@@ -80,10 +80,10 @@ class CompileFarm:
             self._workers += [spawn(self._config) for _ in range(count)]
 
     def build(self, buckets: Sequence[Bucket], count: int, *, rehearse: bool = False) -> None:
-        """Build `buckets` in this order with `count` workers; returns at once.
+        """Have `count` workers build `buckets`, in this order; returns at once.
 
-        With `rehearse` workers determine the kernels of a bucket without running it, where
-        possible, and then compile each kernel once.
+        With `rehearse` workers find out which kernels a bucket launches without running it, if they
+        can, and then compile each kernel once.
         """
         self._built_at = time.perf_counter()
         verb = "rehearse" if rehearse else "run"
