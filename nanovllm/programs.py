@@ -42,7 +42,7 @@ def command(module: str, *arguments: str) -> list[str]:
 def start_confined(
     module: str, *arguments: str, bufsize: int = -1, pass_fds: Sequence[int] = ()
 ) -> subprocess.Popen[bytes]:
-    """Start a process that handles untrusted input, with only the variables that it needs.
+    """Start a process that handles what strangers have sent: it gets only variables that it needs.
 
     Requests go to its `stdin`. Answers come from `stdout`, a pipe whose number is the last argument
     of the process: it is separate from the output of libraries when Python starts. Standard output
@@ -71,7 +71,7 @@ def start_confined(
 
 @functools.cache
 def answers() -> BinaryIO:
-    """The pipe for answers, in a process that `start_confined` has started."""
+    """In a process that `start_confined` has started: where its answers go."""
     return os.fdopen(int(sys.argv[-1]), "wb")
 
 

@@ -5,7 +5,7 @@ once a rendering has used too much processor time. The sandbox is that of transf
 ImmutableSandboxedEnvironment of Jinja.
 
 Requests and answers are frames: the length in 8 bytes, little endian, then the content. A request
-is JSON; the first byte of an answer is its kind.
+is JSON; the first byte of an answer says what follows.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MAX_ERROR_CHARS = 2000
 HEAD_BYTES = 8
 # the first byte of an answer: a text; its length, which is too long; facts, as JSON; an error
 TEXT, TOO_LONG, FACTS, ERROR = b"t", b"l", b"f", b"e"
-PROBE = "nanovllm-probe"  # a content that does not occur in templates
+PROBE = "nanovllm-probe"  # a content that no template writes by itself
 
 
 def read(fd: int) -> bytes | None:

@@ -49,7 +49,7 @@ class Renderer:
 
     @property
     def is_ready(self) -> bool:
-        """Whether the process runs, so that `render` begins at once."""
+        """Whether `render` begins at once, with a process that works."""
         process = self._process
         return process is not None and process.poll() is None and not self._lock.locked()
 
@@ -92,14 +92,14 @@ class Renderer:
         with self._lock:
             try:
                 kind, content = self._use(template, tokens, request)
-            except _Killed:  # these messages may not be the cause
+            except _Killed:  # perhaps it was no fault of these messages
                 kind, content = self._use(template, tokens, request)
         if kind == TEXT:
             return content.decode("utf-8", "surrogatepass")
         assert kind == TOO_LONG, kind
         raise PromptTooLong(
-            f"the conversation has {int(content)} characters in its template: the limit is "
-            f"{max_chars}"
+            f"the conversation has {int(content)} characters in its template: at most {max_chars} "
+            "are read"
         )
 
     def close(self) -> None:

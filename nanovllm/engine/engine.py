@@ -338,11 +338,11 @@ class Engine:
         embeddings: Embeddings,
         positions: np.ndarray | None,
     ) -> None:
-        """Refuse a prompt with unsupported media, or with options that media exclude."""
+        """Refuse a prompt with media that nothing can come of, or with options they exclude."""
         if embeddings or positions is not None:
             raise ValueError(
                 f"the prompt has {prompt.media[0].name}: embeddings and positions follow from it, "
-                "so do not pass any"
+                "so none can be given"
             )
         self._media.check(prompt, params)
 

@@ -3,8 +3,8 @@
 A decoder may crash, run for minutes or take all memory. This ends only this process, and the
 process that serves requests can kill it at any time (`decoders.py`).
 
-Requests and answers are lines of JSON. The encoded file, and then the pixels of each image or frame
-or the samples, are at the start of a shared memory file, whose descriptor is the argument.
+Requests and answers are lines of JSON. A file, and then the pixels of each picture or frame or the
+samples, are at the start of a shared file in memory, whose descriptor is the argument.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class _Decoding:
 
 
 def _wanted() -> Iterator[int]:
-    """The indices of the frames that the other process requests, until it ends."""
+    """The indices of the frames that the other side asks for, until it ends."""
     while (request := _read()) is not None and request["frame"] is not None:
         yield request["frame"]
 

@@ -27,8 +27,8 @@ from nanovllm.media.sounds import Samples
 from nanovllm.programs import DoesNotStart
 
 _START_S = 30.0  # to import the libraries
-_START_TRIES = 2  # a process may end for another reason, such as a lack of memory
-_KEPT_BYTES = 16 << 20  # of a shared file; memory in use is faster than new memory
+_START_TRIES = 2  # something else may end a process, such as a lack of memory
+_KEPT_BYTES = 16 << 20  # of a shared file; memory that is in use already is faster than new one
 _LINE_BYTES = 1 << 16
 
 
@@ -97,7 +97,7 @@ class Decoder:
             self._shared = -1
 
     def _begin(self, kind: str, data: bytes, part: Part, **wanted: float) -> dict[str, Any]:
-        """Send a file; returns the first answer."""
+        """Send a file; the first answer."""
         if self._process is None or self._process.poll() is not None:
             self._start(part)
         self._left_s = self._options.decode_timeout_s
@@ -162,7 +162,7 @@ class Decoder:
         raise ValueError("it ended the process that decodes it: it is corrupt or too large")
 
     def _line(self, deadline: float, part: Part) -> bytes:
-        """The next line; b"" if the process ends or times out."""
+        """The next line; b"" if the process ends or is late."""
         assert self._process is not None and self._process.stdout is not None
         fd = self._process.stdout.fileno()
         poll = select.poll()
