@@ -53,7 +53,7 @@ class Worker(Protocol):
     def submit(self, line: Line) -> None: ...
 
     def wait(self) -> list[Result]:
-        """Wait until lines are finished; returns their results. Some must have been submitted."""
+        """Wait until submitted lines are finished. Returns their results."""
 
     def close(self) -> None:
         """Drop all unfinished lines."""
