@@ -6,10 +6,10 @@
     bytecode/                      that of installed packages, in some containers (startup/bytecode)
 
 An artifact is code. The store refuses a folder that another user owns, can write to or can replace
-(`kernels/private_files.py`), and uses no such file. Artifacts are loaded from the bytes that were
-checked. Libraries and kernels can be loaded by their paths only: their folders still hold what was
-checked, since no other user can change them. Call lists are JSON. Inductor's artifacts hold
-pickles; they are loaded only after their digest is checked.
+(`kernels/private_files.py`), and does not use such files. Artifacts are loaded from the bytes that
+were checked. Libraries and kernels can be loaded only by path: no other user can change their
+folders after the check. Call lists are JSON. Inductor's artifacts hold pickles; they are
+loaded only after their digest is checked.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 SUBFOLDERS = ("entries", "objects", "cpp", "triton", "inductor")
 KERNEL_SEAL = "nanovllm.sha256.json"  # beside the files of one Triton kernel
-LEFT_AFTER_S = 3600.0  # nobody is still writing a file of this age
+LEFT_AFTER_S = 3600.0  # a file of this age is no longer being written
 
 
 class Damaged(ValueError):
@@ -52,9 +52,9 @@ UNUSABLE = (Damaged, UnsafePath, OSError)
 
 @dataclass(frozen=True)
 class Artifact:
-    """A program as the store keeps it.
+    """A stored program.
 
-    name: for people. kind: the module of lower/ that loads it. result: its `nesting`.
+    name: for readers. kind: the module of lower/ that loads it. result: its `nesting`.
     ingredients: those of its key.
     """
 
@@ -277,8 +277,8 @@ def problems(folder: Path) -> list[str]:
 
 
 def prune(folder: Path, max_bytes: int) -> int:
-    """Delete what killed processes have left behind, then the least recently used files until
-    `max_bytes` are left. Returns the bytes freed."""
+    """Delete leftovers of killed processes, then the least recently used files until `max_bytes`
+    are left. Returns the bytes freed."""
     store = Store(folder)
     entries = list(store.entries())
     wanted = {entry.object for entry in entries}

@@ -1,4 +1,4 @@
-"""The engine's side of the processes that decode pictures, videos and sound (`decoder.py`)."""
+"""The engine's side of the processes that decode images, videos and audio (`decoder.py`)."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from nanovllm.media.sounds import Samples
 from nanovllm.programs import DoesNotStart
 
 _START_S = 30.0  # to import the libraries
-_START_TRIES = 2  # something else may end a process, such as a lack of memory
-_KEPT_BYTES = 16 << 20  # of a shared file; memory that is in use already is faster than new one
+_START_TRIES = 2  # a process may end for another reason, such as a lack of memory
+_KEPT_BYTES = 16 << 20  # of a shared file; memory in use is faster than new memory
 _LINE_BYTES = 1 << 16
 
 
@@ -41,22 +41,22 @@ def start(shared: int) -> subprocess.Popen[bytes]:
 
 
 class Decoder:
-    """A process that decodes one file at a time. It starts when it is first needed, and again after
-    a file has ended it. One thread at a time may use it."""
+    """A process that decodes one file at a time. It starts on first use, and again after a file has
+    ended it. One thread at a time may use it."""
 
     def __init__(self, options: MediaOptions) -> None:
         self._options = options
         self._process: subprocess.Popen[bytes] | None = None
         self._shared = -1
-        self._left_s = 0.0  # of the time to decode the present file
+        self._left_s = 0.0  # of the time to decode the current file
         self._has_clip = False  # the process waits for the numbers of frames
 
     def picture(self, data: bytes, part: Part) -> Pixels:
-        """An encoded picture as RGB, read-only.
+        """An encoded image as RGB, read-only.
 
         Raises ValueError if it cannot be read or exceeds a limit, MemoryError if it needs more
-        memory than a picture of its size may take, and DoesNotStart. The process ends if it is
-        late, or if the part's `check` raises.
+        memory than an image of its size may take, and DoesNotStart. The process is ended on a
+        timeout, or if the part's `check` raises.
         """
         return self._pixels(self._begin("image", data, part))
 
@@ -70,7 +70,7 @@ class Decoder:
 
     @contextlib.contextmanager
     def clip(self, data: bytes, part: Part) -> Iterator[Clip]:
-        """A video file, whose frames can be read inside of the context. Raises as `picture`."""
+        """A video file, whose frames can be read inside the context. Raises as `picture`."""
         facts = self._begin("video", data, part)
         self._has_clip = True
 
@@ -97,7 +97,7 @@ class Decoder:
             self._shared = -1
 
     def _begin(self, kind: str, data: bytes, part: Part, **wanted: float) -> dict[str, Any]:
-        """Send a file; the first answer."""
+        """Send a file; returns the first answer."""
         if self._process is None or self._process.poll() is not None:
             self._start(part)
         self._left_s = self._options.decode_timeout_s
@@ -110,7 +110,7 @@ class Decoder:
         return self._asked(request, part)
 
     def _start(self, part: Part) -> None:
-        """Start the process, and again if it ends before it is ready."""
+        """Start the process; try again if it ends before it is ready."""
         deadline = time.monotonic() + _START_S
         for _ in range(_START_TRIES):
             self.close()
@@ -162,7 +162,7 @@ class Decoder:
         raise ValueError("it ended the process that decodes it: it is corrupt or too large")
 
     def _line(self, deadline: float, part: Part) -> bytes:
-        """The next line; b"" if the process ends or is late."""
+        """The next line; b"" if the process ends or times out."""
         assert self._process is not None and self._process.stdout is not None
         fd = self._process.stdout.fileno()
         poll = select.poll()
@@ -209,7 +209,7 @@ class Decoders:
 
     @contextlib.contextmanager
     def one(self) -> Iterator[Decoder]:
-        """A decoder that no other thread has."""
+        """A decoder for the exclusive use of this thread."""
         found = self._idle.get()
         try:
             yield found
@@ -223,7 +223,7 @@ class Decoders:
 
 
 def _new_shared() -> int:
-    """A file that has no name, in memory where possible."""
+    """An unnamed file, in memory where possible."""
     if sys.platform == "linux":
         return os.memfd_create("nanovllm-media")
     with tempfile.TemporaryFile() as file:

@@ -1,7 +1,7 @@
 """The decoder with experts: Mixtral, Qwen2-MoE and Qwen3-MoE are this mathematics.
 
-Attention is that of `dense`. A sparse layer has experts in the place of the MLP: each token goes to
-K of E experts, and perhaps to one more that all tokens share. Dense and sparse layers may mix.
+Attention is that of `dense`. A sparse layer has experts in place of the MLP: each token goes to K
+of E experts, and in some models to a shared expert too. Dense and sparse layers may mix.
 
 T tokens | K experts per token | E experts | D hidden | F expert width | G = 2F. Other letters are
 those of `dense`.
@@ -45,9 +45,9 @@ class SparseLayer(NamedTuple):
 class ExpertNames(NamedTuple):
     """The names of a checkpoint's tensors, after the layer's prefix.
 
-    `one` names a matrix of one expert: `gate`, `up` or `down` in the place of {matrix}, the
-    expert's number in that of {expert}. `stacked` are the two tensors of all experts as
-    transformers 5 has them: gate and up together, and down. See `Param` for `may_be_transposed`.
+    `one` names a matrix of one expert: {matrix} stands for `gate`, `up` or `down`, {expert} for the
+    expert's number. `stacked` are the two tensors of all experts in transformers 5: gate and up
+    together, and down. See `Param` for `may_be_transposed`.
     """
 
     router: str

@@ -69,7 +69,7 @@ class Shard:
         With `is_joined` they are in the one tensor named `other_name`: experts beside each other,
         the sources of a matrix below each other.
         """
-        num = param.shape[0] if param.kind == "experts" else 1
+        num = param.num_matrices
         per_matrix, (all_rows, all_columns) = len(param.parts) // num, param.shape[-2:]
         columns = range(all_columns)
         if param.shard_axis == 1 and self.size > 1:
@@ -120,7 +120,7 @@ ALL = Shard()
 
 
 def taken(shard: Shard, param: Param, whole: Tensor) -> Tensor:
-    """A rank's part of a parameter that is there as a whole: [..], padded with zeros."""
+    """A rank's part of a whole parameter, padded with zeros."""
     if shard.size == 1:
         return whole
     if param.is_first_only and shard.rank:

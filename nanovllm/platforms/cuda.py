@@ -32,8 +32,8 @@ from nanovllm.platforms.base import STEP_OPS, UNFUSED_PASSES, DryRun, Replay, Tr
 from nanovllm.platforms.cuda_memory import Driver, MappedRegion, PinnedRegion
 from nanovllm.platforms.regions import Region, SplitRegion
 
-# Ops with Triton kernels of ours. Inductor could fuse norms and activations too, but it has no
-# programmatic dependent launch and compiles for seconds per bucket.
+# Ops with our Triton kernels. Inductor could fuse norms and activations too, but it has no
+# programmatic dependent launch and takes seconds per bucket.
 KERNEL_OPS = STEP_OPS | {"fused_linear", "linear_", "norm_router_topk"}
 
 
@@ -49,17 +49,17 @@ TRAITS = Traits(
     num_seqs=256,
     max_stall_ms=60.0,
     run_ahead=1,
-    # Close together up to 32 rows, where a row of padding takes a share of a short step. Above 160
-    # rows the buckets are sizes at which cuBLAS is fast on an H200 (docs/log.md).
+    # Close together up to 32 rows, where padding costs a large share of a short step. Above 160
+    # rows, sizes at which cuBLAS is fast on an H200 (docs/log.md).
     decode_rows=(1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 176, 208, 224, 256),
 )
 
 
 def problem(index: int) -> str | None:
     if not torch.cuda.is_available():
-        return "torch sees no CUDA device"
+        return "torch finds no CUDA device"
     num_devices = torch.cuda.device_count()
-    return None if index < num_devices else f"torch sees {num_devices} CUDA device(s)"
+    return None if index < num_devices else f"torch finds {num_devices} CUDA device(s)"
 
 
 def create(index: int, options: Mapping[str, Any]) -> CudaPlatform:
@@ -177,7 +177,7 @@ class CudaPlatform(Accelerator):
             self._pool = torch.cuda.graph_pool_handle()
             self._capture_stream = torch.cuda.Stream(self.device)
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-        # not torch.cuda.graph(): it collects garbage at every capture, which takes 0.2 s
+        # not torch.cuda.graph(), which collects garbage at every capture for 0.2 s
         self._capture_stream.wait_stream(current)
         with torch.cuda.stream(self._capture_stream):
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
@@ -186,7 +186,7 @@ class CudaPlatform(Accelerator):
             finally:
                 graph.capture_end()
         current.wait_stream(self._capture_stream)
-        # keep one graph alive: a pool without graphs is freed and takes no new ones
+        # keep one graph alive: a pool without graphs is freed and cannot be used again
         self._first_graph = self._first_graph or graph
         return graph.replay
 

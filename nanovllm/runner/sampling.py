@@ -110,7 +110,7 @@ def copy_logprobs(
 
 
 class Kind(NamedTuple):
-    """What a sampler does beside the temperature, with tables on the device alone."""
+    """The parts of a sampler beside the temperature that need only tables on the device."""
 
     has_filters: bool
     has_penalties: bool
@@ -152,7 +152,8 @@ class Sampler:
         self._in_prompt_SV: Tensor | None = None
 
     def warm_up(self) -> None:
-        """Load the kernels of filters and masks: the first request with some must not wait."""
+        """Load the kernels of filters and masks, so that the first request with them does not
+        wait."""
         pad_row_1 = torch.full((1,), self.state.pad_row, device=self.platform.device)
         for dtype in self._dtypes:
             logits_1V = torch.zeros(1, self.vocab_size, dtype=dtype, device=self.platform.device)
@@ -234,7 +235,7 @@ class Sampler:
     def _sample(
         self, kind: Kind, row_idx_R: Tensor, logits_RV: Tensor, num_R: Tensor | None = None
     ) -> Tensor:
-        """`sample` without what needs the host."""
+        """The part of `sample` that does not need the host."""
         if kind.has_edits:
             logits_RV = self.edits.edit(row_idx_R, logits_RV)
         if kind.has_masks:

@@ -1,4 +1,4 @@
-"""Chooses whether several ranks have whole experts each, or a part of every expert."""
+"""Chooses between whole experts per rank and a part of every expert on each rank."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from nanovllm.models.interface import Model
 
 logger = logging.getLogger(__name__)
 
-# What the kernels of experts need of an expert's width on a rank. A warp reads a row of a down
-# matrix, which is that long, 256 numbers at a time: half of its threads have work at 128. Loads
-# have 16 bytes: 8 numbers of 16 bits.
+# The requirements of the expert kernels on an expert's width per rank, the length of a row of the
+# down matrix. A warp reads 256 numbers of a row at a time: at 128 half of its threads have work.
+# Loads have 16 bytes: 8 numbers of 16 bits.
 MIN_WIDTH, WIDTH_STEP = 128, 8
 
 

@@ -3,10 +3,10 @@
     python scripts/bench/bench_linear.py --out linear.json [--only tiles] [--rows 1 8] [--tune]
 
 Products are compared with fp64. Times are microseconds of one launch, from replays of a CUDA graph
-of many launches; each launch has its own weights, so the L2 does not help. "layer" is a chain of
+of many launches; each launch has its own weights, so the L2 has no effect. "layer" is a chain of
 all the model's layers in a decode step: norm + qkv, rope and cache write, attention, out, norm +
-gate + up + SiLU, down. Shares are of the copy bandwidth measured in the same run.
-Compiles run in several processes first.
+gate + up + SiLU, down. Shares are of the copy bandwidth measured in the same run. Compiles run in
+several processes first.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def bench_tiles(name: str, rows: list[int], tune: bool, bandwidth: float) -> lis
 
 
 def _time_tile(name: str, case: Case, tile: Tile, is_chosen: bool) -> dict[str, Any] | None:
-    """None, and a message, for a tile that fails or is wrong."""
+    """For a tile that fails or is wrong, prints a message and returns None."""
     try:
         error = case.error(case.fused(0, tile))
         if not error < 1e-2:
@@ -117,7 +117,8 @@ def _compare(name: str, case: Case, rows: list[dict[str, Any]], bandwidth: float
 
 
 def bench_sample(rows: list[int], inductor_rows: list[int]) -> list[dict[str, float]]:
-    """Time the sampler and the filter beside the reference, compiled by Inductor or sorting."""
+    """Time the sampler and the filter, and their references: compiled by Inductor, or by
+    sorting."""
     results = []
     compiled = torch.compile(reference.sample.sample, dynamic=False)
     for num_rows in rows:

@@ -20,7 +20,7 @@ ROTATED_BYTES = 400 << 20  # launches rotate over at least this many bytes of we
 
 
 class Case:
-    """A product's inputs, with enough weights that the L2 does not help."""
+    """A product's inputs, with enough weights to exceed the L2."""
 
     def __init__(self, shape: Shape, num_rows: int, weights: list[Tensor] | None = None) -> None:
         num_outs, depth, norm, self.silu = shape
@@ -70,7 +70,7 @@ class Case:
         )
 
     def apart(self, idx: int) -> Tensor:
-        """cuBLAS, with kernels of their own for the norm and the activation."""
+        """cuBLAS, with separate kernels for the norm and the activation."""
         x = rms_norm(self.x, self.norms[idx], 1e-6) if self.norms else self.x
         if self.residual is not None:
             return torch.addmm(self.residual, x, self.weights[idx].t())

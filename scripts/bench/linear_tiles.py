@@ -34,7 +34,7 @@ def _products(name: str, model: str) -> dict[str, Shape]:
         f"{name} out": Shape(hidden, query, False, False),
         f"{name} gate_up": Shape(ffn, hidden, True, True),
         f"{name} down": Shape(hidden, ffn, False, False),
-        # with the norm in a kernel of its own
+        # with the norm in a separate kernel
         f"{name} qkv bare": Shape(qkv, hidden, False, False),
         f"{name} gate_up bare": Shape(ffn, hidden, False, True),
         f"{name} head": Shape(config["vocab_size"], hidden, True, False),
@@ -50,7 +50,7 @@ SHAPES = {
 
 
 def tiles(shape: Shape, num_rows: int, tune: bool) -> list[Tile]:
-    """The tiles to time: the op's own choice first, and with `tune` all that may be fast."""
+    """The tiles to time: the op's choice first, and with `tune` all candidates."""
     num_outs, depth, _, silu = shape
     if num_rows > skinny_tiles.MAX_ROWS:
         return _gemm_tiles(shape, num_rows, tune)
@@ -92,7 +92,7 @@ def _few_rows_tiles(shape: Shape) -> list[Tile]:
 
 
 def _gated_tiles(num_rows: int, num_outs: int, depth: int) -> list[Tile]:
-    """The gated tiles that are there for at least `num_rows` rows and divide the weight."""
+    """The gated tiles for at least `num_rows` rows that divide the weight."""
     return [
         tile
         for rows, found in gated_gemm.TILES.items()

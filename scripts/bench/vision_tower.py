@@ -152,7 +152,7 @@ def attentions(
 
 
 def time_attention(cfg: TowerConfig, case: Case, platform: Platform, tiles: bool) -> list[Row]:
-    """A row for each way. An error in the place of a time is why there is none."""
+    """A row for each way. A failed one has an error in place of a time."""
     pairs = sum((end - start) ** 2 for start, end in pairwise(case.starts))
     flops = 4.0 * cfg.hidden_size * pairs
     ways = attentions(cfg, case, platform, tiles)

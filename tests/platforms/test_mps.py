@@ -249,7 +249,7 @@ def test_mps_on_a_machine_without_it_is_refused(monkeypatch: pytest.MonkeyPatch)
         platforms.select("mps")
     monkeypatch.setattr(torch.backends.mps, "is_built", lambda: True)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="torch sees no MPS device"):
+    with pytest.raises(ValueError, match="torch finds no MPS device"):
         platforms.select("mps")
     with pytest.raises(ValueError, match="device 'mps:1' is not supported"):
         platforms.select("mps:1")

@@ -1,4 +1,4 @@
-"""The audio tower of Qwen2.5-Omni: the encoder of Whisper (Radford et al. 2022,
+"""The audio encoder of Qwen2.5-Omni: the encoder of Whisper (Radford et al. 2022,
 https://arxiv.org/abs/2212.04356) on chunks of two seconds, and a mean of every two positions
 (Xu et al. 2025, https://arxiv.org/abs/2503.20215). Letters are in `interface`.
 """
@@ -79,7 +79,7 @@ def tower(audio: Any, dtype: torch.dtype) -> AudioTower:
 
 
 def embed(cfg: AudioConfig, w: Outer, frames_K: Tensor, mel_KFM: Tensor) -> Tensor:
-    """Mel features to the hidden state [T, D]. Frames behind a chunk's own count as silence."""
+    """Mel features to the hidden state [T, D]. Frames after a chunk's end count as silence."""
     frame_F = torch.arange(cfg.chunk_frames, device=mel_KFM.device)
     own_KF1 = (frame_F < frames_K.unsqueeze(1)).unsqueeze(2)
     x_KFD = gelu(_conv(mel_KFM.where(own_KF1, 0), w.conv1_DM3, w.conv1_bias_D, 1))

@@ -1,9 +1,9 @@
 """The work of a worker: building buckets and compiling kernels into the store.
 
-A bucket that has run leaves all that a start needs for it: its programs, and the kernels that
-Triton specialises by shapes. Programs depend neither on weights nor on the number of layers, so
-the model is reduced and its weights are random. A bucket that is dry-run, on fake tensors, leaves
-its programs and names the kernels it launches; any worker can then compile them.
+Running a bucket stores everything that a start needs for it: its programs, and the kernels that
+Triton specialises by shapes. Programs depend neither on weights nor on the number of layers, so the
+model is reduced and its weights are random. A dry run of a bucket, on fake tensors, stores its
+programs and lists the kernels that it launches; any worker can then compile them.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def small_runner(
         setattr(compiler, name, value)
     with mode or nullcontext():
         target = Target(platform.device, shard=Shard(0, model.config.num_ranks))
-        if spec.offload is not None:  # the host's part is on the device as well: it is small
+        if (
+            spec.offload is not None
+        ):  # the host's experts are on the device as well, since they are small
             host = SplitRegion(platform.device)
             target = target._replace(place=Offloader(spec.offload, host, platform.device))
         params = loader.random(model, target, 0, lambda _: None)
@@ -66,8 +68,8 @@ def small_runner(
 class Builder:
     """Does the tasks of one worker.
 
-    It reads the config with the first bucket: the store has a copy by then, and transformers need
-    not be imported.
+    It reads the config with the first bucket. By then the store has a copy, so it need not import
+    transformers.
     """
 
     def __init__(self, config: EngineConfig, platform: Platform) -> None:
@@ -101,7 +103,7 @@ class Builder:
             numbers = self._counted(
                 fakes.compiler, lambda: dry_run_bucket(fakes, kind, size, dry_run)
             )
-        except Exception as error:  # anything that fails on fake tensors may work on real ones
+        except Exception as error:  # code that fails on fake tensors may work on real ones
             logger.debug("%s %d is run, since it cannot be dry-run", kind, size, exc_info=True)
             problem = " ".join(f"{type(error).__name__}: {error}".split())
             return self._run(kind, size, problem)
