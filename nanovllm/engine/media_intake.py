@@ -9,7 +9,10 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
+
 from nanovllm.checks import InvalidValue
+from nanovllm.engine.intake import Embeddings
 from nanovllm.engine.mm_admission import MediaGate
 from nanovllm.engine.request import MediaPrompt
 from nanovllm.media import given
@@ -166,8 +169,19 @@ class MediaIntake:
         """See `MediaPrompts`."""
         self._prompts.check_media(media)
 
-    def check(self, prompt: Prompt, params: SamplingParams) -> None:
-        """See `MediaPrompts`."""
+    def check(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        embeddings: Embeddings,
+        positions: np.ndarray | None,
+    ) -> None:
+        """`MediaPrompts.check`, and refuse what follows from media."""
+        if embeddings or positions is not None:
+            raise ValueError(
+                f"the prompt has {prompt.media[0].name}: embeddings and positions follow from it, "
+                "so none can be given"
+            )
         self._prompts.check(prompt, params)
 
     def add(self, request_id: int, prompt: Prompt) -> None:

@@ -120,14 +120,14 @@ class Shared:
         self._num_users, self._is_own = 0, False
         self._connects_by_itself = True  # Ray's setting before the first engine
 
-    def open(self, user: str) -> Any:
+    def open(self, user: str, address: str | None) -> Any:
         """Ray's module, connected: to what this process is connected to already, else to the
-        cluster that `env.ray_address` names, else to one of this machine's own. Raises ValueError
-        as `connect` does."""
+        cluster at this address, else to one of this machine's own. Raises ValueError as `connect`
+        does."""
         with self._lock:
             ray = sys.modules.get("ray")
             if ray is None or not ray.is_initialized():
-                ray = connect(env.ray_address(), user)
+                ray = connect(address, user)
                 self._is_own = True
             if self._num_users == 0:
                 self._connects_by_itself = _connect_by_itself(False)

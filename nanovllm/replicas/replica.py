@@ -8,8 +8,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from nanovllm.engine.metrics import Gauge, Metric
+from nanovllm.engine.metrics import Counter, Gauge, Metric
 from nanovllm.replicas import messages
+from nanovllm.replicas.totals import totals
 
 if TYPE_CHECKING:
     from nanovllm.tokenizer import Tokenizer
@@ -43,9 +44,11 @@ class Replica(ABC):
         self.index, self.name = index, str(setup["name"])
         # the number of the replica that compiles for this one; None: it compiles itself
         self.waits_for: int | None = setup["waits_for"]
+        self.is_ready = False  # it is warm and has not failed
         self.failure: Exception | None = None  # once the router has taken the event
         self._asking = threading.Lock()
         self._metrics: list[Metric] = []  # when they were last read
+        self._before: list[Metric] = []  # counts of those in whose place it was started
 
     @abstractmethod
     def tell(self, name: str, payload: bytes = b"") -> bool:
@@ -63,27 +66,37 @@ class Replica(ABC):
     def close(self) -> None:
         """End the engine. Nothing of it is left."""
 
+    def follow(self, lost: Replica) -> None:
+        """Count on from a lost replica, in whose place this one has been started."""
+        for one in lost.read_metrics():
+            (self._before if isinstance(one, Counter) else self._metrics).append(one)
+
     def read_metrics(self) -> list[Metric]:
-        """The engine's metrics; of a replica that has ended, the last that are known, at 0 for what
-        it does now."""
+        """The engine's metrics; of one that has ended, or is not ready, the last that are known, at
+        0 for what it does now."""
         with self._asking:
             try:
+                if not self.is_ready:
+                    raise ReplicaFailed(f"{self.name} is not ready")
                 self._metrics = messages.load_metrics(self.ask_metrics())
             except ReplicaFailed:
                 self._metrics = [
                     Gauge(one.name, 0, one.labels) if isinstance(one, Gauge) else one
                     for one in self._metrics
                 ]
-            return self._metrics
+            return totals([self._metrics, self._before])
 
 
 class Starter(Protocol):
     """Starts the replicas of one router."""
 
-    def start(self, index: int, inbox: Inbox, clients: Sequence[int] = ()) -> Replica:
+    def start(
+        self, index: int, inbox: Inbox, clients: Sequence[int] = (), *, again: bool = False
+    ) -> Replica:
         """Start a replica without waiting for it. Raises OSError.
 
-        clients: file descriptors of sockets to its clients.
+        clients: file descriptors of sockets to its clients. again: after it was lost, so it waits
+        for what no other replica compiles.
         """
 
     def tokenizer(self) -> Tokenizer | None:

@@ -4,13 +4,12 @@ The library recurses into grammars. One that is nested too deeply overflows the 
 the process: then it ends this one. Compiling cannot be interrupted either: then this process is
 killed. Here threads have a smaller stack than the engine's, so what passes here passes there.
 
-It reads the special tokens, then requests, and writes answers, all as lines of JSON.
+It reads the special tokens, then requests, and writes answers (`confined.py`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 import threading
@@ -18,7 +17,7 @@ from collections.abc import Mapping
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from nanovllm import programs
+from nanovllm import confined, programs
 from nanovllm.structured import library
 from nanovllm.structured.library import Source
 
@@ -90,11 +89,10 @@ def main() -> None:
         with contextlib.suppress(ValueError, OSError):  # a lower limit is already set
             resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     threading.stack_size(STACK_BYTES)
-    special = json.loads(sys.stdin.readline())
+    special = confined.request() or {}
     tokenizer = new_tokenizer({int(token_id): text for token_id, text in special.items()})
-    for line in sys.stdin:
-        programs.answers().write(json.dumps(answer(tokenizer, json.loads(line))).encode() + b"\n")
-        programs.answers().flush()
+    while (asked := confined.request()) is not None:
+        confined.answer(answer(tokenizer, asked))
 
 
 if __name__ == "__main__":
