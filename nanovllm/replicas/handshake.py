@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import time
 from collections.abc import Sequence
 
 from nanovllm import hub, progress
@@ -16,8 +17,9 @@ from nanovllm.startup.ranks import checkpoint_digest
 
 logger = logging.getLogger(__name__)
 
-# A replica is not started again once it has been lost so many times without an answer in between.
-MAX_LOSSES = 8
+# A replica is not started again once it has been lost so many times one after another: without an
+# answer in between, or so many seconds.
+MAX_LOSSES, STEADY_S = 8, 600.0
 
 
 class Fleet:
@@ -38,7 +40,7 @@ class Fleet:
         self.replicas: list[Replica] = []
         self.inbox: Inbox = queue.SimpleQueue()
         self._starter = starter
-        self._num_losses = [0] * num
+        self._num_losses, self._lost_at = [0] * num, [0.0] * num
         try:
             for index in range(num):
                 of_clients = () if clients is None else clients[index]
@@ -75,7 +77,10 @@ class Fleet:
         index = lost.index
         lost.failure, lost.is_ready = failure, False
         lost.close()
-        self._num_losses[index] += 1
+        now = time.monotonic()
+        is_steady = now - self._lost_at[index] > STEADY_S
+        self._num_losses[index] = 1 if is_steady else self._num_losses[index] + 1
+        self._lost_at[index] = now
         if isinstance(failure, ValueError):
             return False
         if self._num_losses[index] >= MAX_LOSSES:

@@ -8,9 +8,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from nanovllm.engine.metrics import Counter, Gauge, Metric
+from nanovllm.engine.metrics import Metric
 from nanovllm.replicas import messages
-from nanovllm.replicas.totals import totals
+from nanovllm.replicas.totals import LastMetrics
 
 if TYPE_CHECKING:
     from nanovllm.tokenizer import Tokenizer
@@ -47,8 +47,7 @@ class Replica(ABC):
         self.is_ready = False  # it is warm and has not failed
         self.failure: Exception | None = None  # once the router has taken the event
         self._asking = threading.Lock()
-        self._metrics: list[Metric] = []  # when they were last read
-        self._before: list[Metric] = []  # counts of those in whose place it was started
+        self._metrics = LastMetrics()
 
     @abstractmethod
     def tell(self, name: str, payload: bytes = b"") -> bool:
@@ -68,23 +67,18 @@ class Replica(ABC):
 
     def follow(self, lost: Replica) -> None:
         """Count on from a lost replica, in whose place this one has been started."""
-        for one in lost.read_metrics():
-            (self._before if isinstance(one, Counter) else self._metrics).append(one)
+        self._metrics.follow(lost._metrics)
 
     def read_metrics(self) -> list[Metric]:
         """The engine's metrics; of one that has ended, or is not ready, the last that are known, at
         0 for what it does now."""
         with self._asking:
             try:
-                if not self.is_ready:
-                    raise ReplicaFailed(f"{self.name} is not ready")
-                self._metrics = messages.load_metrics(self.ask_metrics())
+                if self.is_ready:
+                    self._metrics.note(messages.load_metrics(self.ask_metrics()))
             except ReplicaFailed:
-                self._metrics = [
-                    Gauge(one.name, 0, one.labels) if isinstance(one, Gauge) else one
-                    for one in self._metrics
-                ]
-            return totals([self._metrics, self._before])
+                self._metrics.rest()
+            return self._metrics.all
 
 
 class Starter(Protocol):
