@@ -20,7 +20,7 @@ from collections.abc import Callable
 from typing import Any, BinaryIO
 
 LOOK_S = 0.1  # how often a thread that waits looks whether its work is cancelled
-_PIECE_BYTES = 1 << 20
+_PIECE_BYTES = 1 << 16  # what a pipe holds
 
 
 class Confined:
@@ -81,24 +81,33 @@ class Confined:
         called now and then, and may raise."""
         assert self.process is not None and self.process.stdout is not None
         fd = self.process.stdout.fileno()
-        poll = select.poll()
-        poll.register(fd, select.POLLIN)
-        found, most_s = bytearray(), math.inf if check is None else LOOK_S
+        found = bytearray()
         while not found.endswith(b"\n"):
-            if check is not None:
-                check()
-            left_s = min(most_s, deadline - time.monotonic())
-            if left_s <= 0:
+            if (check is not None or deadline < math.inf) and not _wait(fd, deadline, check):
                 return None
-            if poll.poll(None if left_s == math.inf else left_s * 1000):
-                piece = os.read(fd, _PIECE_BYTES)
-                if not piece:
-                    return None
-                found += piece
+            piece = os.read(fd, _PIECE_BYTES)
+            if not piece:
+                return None
+            found += piece
             if len(found) > self._max_bytes:
                 self.kill()
                 return None
         return json.loads(found.decode("utf-8", "surrogatepass"))
+
+
+def _wait(fd: int, deadline: float, check: Callable[[], None] | None) -> bool:
+    """Wait until a pipe can be read; False at the deadline."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    most_s = math.inf if check is None else LOOK_S
+    while True:
+        if check is not None:
+            check()
+        left_s = min(most_s, deadline - time.monotonic())
+        if left_s <= 0:
+            return False
+        if poll.poll(left_s * 1000):
+            return True
 
 
 @functools.cache

@@ -11,14 +11,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nanovllm import hub
 from nanovllm.config import EngineConfig
 from nanovllm.engine.intake import Embeddings, Intake, drawn_seed
 from nanovllm.engine.metrics import Metric
 from nanovllm.engine.owner import Owner
 from nanovllm.engine.request import EngineInfo, EngineRequest, MediaPrompt
 from nanovllm.media import given as media_given
-from nanovllm.media import settings
 from nanovllm.media.given import Given
 from nanovllm.parallel.channel import MAX_PAYLOAD_BYTES
 from nanovllm.parallel.ranks import deferred_interrupts
@@ -93,13 +91,11 @@ class Router:
         """None for a model that reads text only."""
         if self.info.media_scale is None:
             return None
-        from nanovllm.engine.media_intake import MediaIntake, MediaPrompts, Scale  # imports torch
+        from nanovllm.engine.media_intake import MediaIntake, MediaPrompts  # imports torch
 
-        config, scale = self.config, Scale(*self.info.media_scale)
-        folder = hub.resolve(config.model, weights=False, revision=config.revision)
-        of_checkpoint = settings.load(folder)
-        prompts = MediaPrompts(config.model, self.tokenizer, scale, of_checkpoint, config.media)
-        return MediaIntake(prompts, config.media)
+        options = self.config.media
+        made = MediaPrompts.of(self.config, self.tokenizer, self.info.media_scale, options)
+        return MediaIntake(made, options)
 
     def close(self) -> None:
         """End all replicas. Nothing of them is left. A fork of the process leaves them alone."""
