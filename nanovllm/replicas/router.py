@@ -173,6 +173,8 @@ class Router:
         params = params or SamplingParams()
         given = prompt if isinstance(prompt, MediaPrompt) else as_prompt(prompt)
         media = self._media_for(given, params, embeddings, positions)
+        if media is not None:
+            params = params.clone()  # it is used once they are prepared
         ask = partial(
             self._intake.request, params=params, incremental=incremental, priority=priority
         )
