@@ -1,6 +1,7 @@
 """Files that hold compiled code.
 
-They are in private folders (`private.py`), are written atomically, and are checked before use.
+They are in private folders (`private_files.py`), are written atomically, and are checked before
+use.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from nanovllm.kernels.private import SharedParent, accept_parent, refuse_shared_parents
+from nanovllm.kernels.private_files import UnsafeParent, accept_parent, refuse_shared_parents
 
 logger = logging.getLogger(__name__)
 
@@ -40,11 +41,11 @@ def temporary_folder() -> Path:
 
 def _temporary_place() -> str:
     named = tempfile.gettempdir()
-    problem: SharedParent | None = None
+    problem: UnsafeParent | None = None
     for place in (named, *_OTHER_TEMPORARY):
         try:
             refuse_shared_parents(Path(place, "nanovllm"))
-        except SharedParent as error:
+        except UnsafeParent as error:
             problem = problem or error
         except OSError:
             continue

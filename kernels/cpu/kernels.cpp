@@ -861,7 +861,7 @@ extern "C" void nanovllm_qk_norm_rope_store(const QkNormRopeStore* args) {
 
 namespace {
 
-struct KeepAllowed {
+struct TokenBitmask {
   void* out;
   const void* logits;
   const int32_t* allowed;
@@ -889,8 +889,8 @@ void keep_row(T* out, const T* logits, const int32_t* allowed, int64_t vocab_siz
 
 }  // namespace
 
-extern "C" void nanovllm_keep_allowed(const KeepAllowed* args) {
-  const KeepAllowed& at = *args;
+extern "C" void nanovllm_apply_token_bitmask(const TokenBitmask* args) {
+  const TokenBitmask& at = *args;
   const int64_t V = at.vocab_size;
   parallel_for(at.num_rows, at.num_rows * V < kMinParallel ? 1 : at.num_threads, [&](int64_t r) {
     const int32_t* allowed = at.allowed + at.row[r] * at.num_words;

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from nanovllm.kernels import collectives, ops, reference
-from nanovllm.kernels.npu.experts import expert_linear, experts, route
-from nanovllm.kernels.npu.segments import segment_attention_eager, segment_attention_in_graph
+from nanovllm.kernels.npu.experts import expert_linear, experts, topk_softmax
+from nanovllm.kernels.npu.varlen_attention import varlen_attention_eager, varlen_attention_in_graph
 
 # fused_infer_attention_score reads a causal mask of this size for any lengths (its sparse mode 3).
 # It takes block sizes of the paged cache that are multiples of 128 if a row has several query
@@ -322,17 +322,17 @@ EAGER: dict[str, Callable[..., Any]] = {
     "rope": rope,
     "store_kv": store_kv,
     "linear": linear,
-    "route": route,
+    "topk_softmax": topk_softmax,
     "experts": experts,
     "expert_linear": expert_linear,
     "paged_attention": paged_attention_eager,
-    "segment_attention": segment_attention_eager,
+    "varlen_attention": varlen_attention_eager,
 }
 # our op → the function in a graph for GE
 IN_GRAPH: dict[str, Callable[..., Any]] = {
     **EAGER,
     "paged_attention": paged_attention_in_graph,
-    "segment_attention": segment_attention_in_graph,
+    "varlen_attention": varlen_attention_in_graph,
     "all_reduce": all_reduce_in_graph,
     "gather_columns": gather_columns_in_graph,
     "sample_columns": sample_columns_in_graph,
@@ -344,10 +344,10 @@ IN_CAPTURE: dict[str, Callable[..., Any]] = {
     **COMMUNICATE,
     "paged_attention": paged_attention_captured,
     # towers run op by op there, and the op reads segments on the host
-    "segment_attention": ops.segment_attention,
+    "varlen_attention": ops.varlen_attention,
 }
 # ops that use Ascend's kernels even if nothing is fused
 NEVER_PLAIN = frozenset({
-    "paged_attention", "segment_attention", "store_kv", "linear", "route", "experts",
+    "paged_attention", "varlen_attention", "store_kv", "linear", "topk_softmax", "experts",
     "expert_linear", *COMMUNICATE,
 })  # fmt: skip

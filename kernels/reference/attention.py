@@ -56,7 +56,7 @@ def paged_attention(
     return out_TNH
 
 
-def segment_attention(
+def varlen_attention(
     q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, start_S: Tensor, max_len: int, scale: float
 ) -> Tensor:
     """Attention in both directions within segments: softmax(q · kᵀ · scale) · v, without a cache.
@@ -73,7 +73,7 @@ def segment_attention(
     return _attend(q_TNH[None], k_TNH[None], v_TNH[None], seen_TT[None], scale)[0].contiguous()
 
 
-def zero_unowned_(out_TNH: Tensor, q_start_S: Tensor) -> None:
+def zero_padding_(out_TNH: Tensor, q_start_S: Tensor) -> None:
     """Write zeros to tokens of no row: before q_start_S[0], and from q_start_S[−1] on.
 
     Kernels of other packages leave these tokens of their result unwritten.

@@ -226,7 +226,7 @@ def gather_columns_kernel(
     tl.store(counter_ptr, counter + 2)
 
 
-KERNELS = {"one-shot": one_shot_kernel, "two-shot": two_shot_kernel}
+BY_FORM = {"one-shot": one_shot_kernel, "two-shot": two_shot_kernel}
 
 
 class Tile(NamedTuple):
@@ -284,7 +284,7 @@ def reduce_by(
     is_two_shot = tile.form == "two-shot"
     whole = tile.size * regions.num_ranks if is_two_shot else tile.size
     size = {"PART" if is_two_shot else "TILE": tile.size}
-    KERNELS[tile.form][(triton.cdiv(x.numel(), whole),)](
+    BY_FORM[tile.form][(triton.cdiv(x.numel(), whole),)](
         x,
         x if residual is None else residual,
         out,

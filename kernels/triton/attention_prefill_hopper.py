@@ -344,7 +344,7 @@ def prefill_hopper_kernel(
 
 
 class _Pieces(TensorDescriptor):  # type: ignore[misc]  # Triton has no types
-    """A descriptor without checks: `suits` made them, and a rehearsal's tensors have no address."""
+    """A descriptor without checks: `suits` made them, and a dry run's tensors have no address."""
 
     def __post_init__(self) -> None:
         pass

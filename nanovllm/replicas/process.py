@@ -1,4 +1,4 @@
-"""The program of a process with an engine (`python -m`), or with the replicas of one as children.
+"""The program of a process with an engine (`python -m`), or with its replicas as children.
 Importing this module does not import torch, which reads the environment."""
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ def main() -> None:
 
 
 def run(work: Callable[[dict[str, Any], Channel], None]) -> None:
-    """Connect, do the work of this process, and end it once the other side closes the channel.
+    """Connect, run `work`, and end this process once the other side closes the channel.
 
-    `work` gets the setup and the channel, and raises ChannelClosed. Any other error goes to the
+    `work` gets the setup and the channel, and raises ChannelClosed. Any other error is sent to the
     other side, which ends this process.
     """
     connection = connect(sys.argv[1:])
@@ -55,7 +55,7 @@ def run(work: Callable[[dict[str, Any], Channel], None]) -> None:
             while True:
                 channel.receive()
     sys.stderr.flush()
-    os._exit(0)  # an orderly end of torch and the device's libraries would take a second
+    os._exit(0)  # shutting down torch and the device's libraries takes a second
 
 
 def serve(setup: dict[str, Any], channel: Channel) -> None:
@@ -78,7 +78,7 @@ def serve(setup: dict[str, Any], channel: Channel) -> None:
     info = engine.info
     info = info if info.checkpoint else replace(info, checkpoint=digest_of(config))
     clients = [ClientConn(socket.socket(fileno=one)) for one in inherited]
-    gc.freeze()  # a collection among so many objects would delay steps by 0.1 s
+    gc.freeze()  # collecting garbage among so many objects delays steps by 0.1 s
     try:
         Loop(engine, clients, channel).run(info)
     finally:
@@ -110,7 +110,9 @@ def serve_replicas(
             with suppress(ChannelClosed):
                 while True:
                     channel.receive()
-            fleet.inbox.put(Event(fleet.replicas[0], "", b"", ChannelClosed("the parent's end")))
+            fleet.inbox.put(
+                Event(fleet.replicas[0], "", b"", ChannelClosed("the parent has ended"))
+            )
 
         threading.Thread(target=listen, name="parent", daemon=True).start()
         while not fleet.is_lost:
@@ -136,7 +138,7 @@ def _start_again(fleet: Fleet, event: Event, to_clients: Sequence[socket.socket]
         except ValueError as error:
             failure = error
     if failure is not None:
-        logger.error("the requests of a replica end with an error: %s", failure)
+        logger.error("a replica failed, its requests end with an error: %s", failure)
         with handover.new_sockets(to_clients, replica.index) as descriptors:
             fleet.restart(replica, failure, descriptors)
 

@@ -1,4 +1,4 @@
-"""One replica as the router sees it, wherever it runs, and what it reports."""
+"""The router's interface to a replica, wherever it runs, and to its events."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 class ReplicaFailed(RuntimeError):
-    """A replica has ended, hangs, or a step of it has failed. The message names it."""
+    """A replica has ended or hangs, or one of its steps has failed. The message names it."""
 
 
 class Event(NamedTuple):
-    """A message of a replica, or its failure."""
+    """A message from a replica, or its failure."""
 
     replica: Replica
     name: str
@@ -33,16 +33,16 @@ Inbox = queue.SimpleQueue[Event]
 
 
 class Replica(ABC):
-    """An engine in another process. Its events appear in an `Inbox`, in their order.
+    """An engine in another process. Its events go to an `Inbox`, in order.
 
-    The router's thread uses it; `read_metrics` may be called by any thread.
+    Only the router's thread uses it, except `read_metrics`, which any thread may call.
 
-    setup: what its program is told (`setups.setup`).
+    setup: the arguments of its program (`setups.setup`).
     """
 
     def __init__(self, index: int, setup: dict[str, Any]) -> None:
         self.index, self.name = index, str(setup["name"])
-        # the number of the replica that compiles for this one; None: it compiles itself
+        # the index of the replica that compiles for this one; None: this one compiles
         self.waits_for: int | None = setup["waits_for"]
         self.is_ready = False  # it is warm and has not failed
         self.failure: Exception | None = None  # once the router has taken the event
@@ -51,19 +51,19 @@ class Replica(ABC):
 
     @abstractmethod
     def tell(self, name: str, payload: bytes = b"") -> bool:
-        """Send a message. False if the replica has failed: its event then follows."""
+        """Send a message. False if the replica has failed; its event follows."""
 
     @abstractmethod
     def ask_metrics(self) -> bytes:
-        """The engine's metrics, as `messages` has them. Raises ReplicaFailed."""
+        """The engine's metrics as a `messages` payload. Raises ReplicaFailed."""
 
     @abstractmethod
     def begin_close(self) -> None:
-        """Begin what `close` does, for a caller that closes several."""
+        """Start `close` without waiting, for a caller that closes several replicas."""
 
     @abstractmethod
     def close(self) -> None:
-        """End the engine. Nothing of it is left."""
+        """End the engine and everything it started."""
 
     def follow(self, lost: Replica) -> None:
         """Count on from a lost replica, in whose place this one has been started."""
@@ -94,7 +94,7 @@ class Starter(Protocol):
         """
 
     def tokenizer(self) -> Tokenizer | None:
-        """The tokenizer that the replicas have."""
+        """The replicas' tokenizer."""
 
     def close(self) -> None:
-        """Give back what the replicas had together, after they have been closed."""
+        """Release what the replicas share, after they are closed."""

@@ -1,4 +1,4 @@
-"""Replicas of an engine, which run in other processes, with the interface of one engine."""
+"""A router for replicas of an engine in other processes, with the interface of one engine."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# A thread that waits for outputs lets others in after this time.
+# A thread that waits for outputs releases the engine after this time.
 WAIT_S = 0.005
 MAX_MEDIA_BYTES = MAX_PAYLOAD_BYTES // 2
 
@@ -43,7 +43,7 @@ Ask = Callable[[MediaPrompt], EngineRequest]  # raises ValueError
 
 
 class _Metrics:
-    """The metrics of all replicas together."""
+    """The combined metrics of all replicas."""
 
     def __init__(self, replicas: Sequence[Replica]) -> None:
         self._replicas = replicas
@@ -98,7 +98,7 @@ class Router:
         return MediaIntake(made, options)
 
     def close(self) -> None:
-        """End all replicas. Nothing of them is left. A fork of the process leaves them alone."""
+        """End all replicas and everything they started. Does nothing in a fork of the process."""
         self._is_closed = True
         if self._owner.is_here and hasattr(self, "_fleet"):
             if self._media is not None:
@@ -110,11 +110,11 @@ class Router:
             self.close()
 
     def sleep(self, level: int = 1) -> None:
-        """Raises ValueError."""
+        """Not supported: raises ValueError."""
         self._refuse("sleep")
 
     def wake_up(self, tags: Iterable[str] | None = None) -> None:
-        """Raises ValueError."""
+        """Not supported: raises ValueError."""
         self._refuse("wake_up")
 
     @property
@@ -122,7 +122,7 @@ class Router:
         return False
 
     def enter_thread(self) -> None:
-        """Threads need no preparation: steps run in other processes."""
+        """Nothing to do: steps run in other processes."""
 
     def prompt_ids(self, request_id: int) -> list[int]:
         """The prompt of an unfinished request."""
@@ -144,12 +144,12 @@ class Router:
             self._media.check_media(media)
 
     def forget_prefixes(self) -> None:
-        """Let no later request find cached tokens of earlier ones."""
+        """Invalidate the prefix caches for later requests."""
         with deferred_interrupts():
             self._dispatcher.forget_prefixes()
 
     def prepare_grammars(self) -> None:
-        """See `Engine.prepare_grammars`."""
+        """Implements `Engine.prepare_grammars`."""
         with deferred_interrupts():
             for replica in self.replicas:
                 replica.tell(messages.PREPARE_GRAMMARS)
@@ -164,7 +164,7 @@ class Router:
         positions: np.ndarray | None = None,
         priority: int = 0,
     ) -> int:
-        """Queue a prompt at a replica; returns the request's id. Arguments are those of `Engine`.
+        """Queue a prompt on a replica. Returns the request's id. Arguments are those of `Engine`.
 
         Raises ValueError as `Engine` does, and for more embeddings or patches than a message takes.
         Raises ReplicaFailed if no replica is left.
@@ -205,7 +205,7 @@ class Router:
         return self._media
 
     def add(self, asked: EngineRequest) -> int:
-        """Queue a request that an `Intake` has checked at a replica. Raises as `add_request`."""
+        """Queue a request that an `Intake` has checked. Raises the errors of `add_request`."""
         self._check_open()
         self._check_size(asked)
         with deferred_interrupts():
@@ -235,7 +235,7 @@ class Router:
         fields = messages.params_fields(asked.params, detokenizes=asked.detokenizes)
         message = Add(
             [request_id], [seed], prompt_ids, fields, asked.incremental, asked.priority,
-            asked.cache_salt, asked.detokenizes, has_media=bool(media),
+            asked.cache_salt, asked.detokenizes, has_media=bool(media), adapter=asked.adapter,
         )  # fmt: skip
         cost = len(prompt_ids) + self._intake.max_output(asked.params, len(prompt_ids))
         digests = []
@@ -251,12 +251,12 @@ class Router:
             )
 
     def abort(self, request_id: int, reason: str = "abort") -> None:
-        """End a request now, with a last output. Unknown ids are ignored."""
+        """End a request now; its last output follows. Unknown ids are ignored."""
         if pending := self._drop([request_id]).get(request_id):
             self._outbox.outputs.append(self._ended(request_id, pending, reason))
 
     def abort_all(self, request_ids: Iterable[int]) -> None:
-        """End requests and drop their last outputs, for a caller that no longer listens."""
+        """End requests and drop their last outputs."""
         dropped = set(request_ids)
         self._drop(dropped)
         self._outbox.take(dropped)
@@ -282,11 +282,11 @@ class Router:
             self._dispatcher.give_out()
 
     def take(self, request_ids: Container[int] | None = None) -> list[Increment]:
-        """Remove and return the waiting outputs of these requests, or of all requests."""
+        """Remove and return the waiting outputs of these requests, or of all."""
         return self._outbox.take(request_ids)
 
     def has_outputs(self, request_ids: Container[int] | None = None) -> bool:
-        """Whether outputs of these requests, or of any, wait for `take`."""
+        """Whether outputs of these requests, or of any, are waiting."""
         return self._outbox.has(request_ids)
 
     def _drop(self, request_ids: Iterable[int]) -> dict[int, Pending]:
@@ -343,10 +343,10 @@ class Router:
                 self._grow(row)
 
     def _grow(self, row: Row) -> None:
-        """Put out what is new of an answer."""
+        """Output the new part of an answer."""
         pending = self._pending.get(row.request_id)
         if pending is None:
-            return  # it has been aborted in the meantime
+            return  # it was aborted in the meantime
         pending.row.extend(row)
         if row.done is not None:
             self._finish(row.request_id)
@@ -367,7 +367,7 @@ class Router:
     def _ended(
         self, request_id: int, pending: Pending, reason: str, error: str | None = None
     ) -> Increment:
-        """The last output of a request that its replica does not finish."""
+        """The last output of a request that its replica did not finish."""
         done = Done(reason, None, 0, None, error)
         row = Row(request_id, [], None if pending.row.logprobs is None else [])
         return self._increment(row, pending, done)

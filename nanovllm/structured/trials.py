@@ -1,4 +1,4 @@
-"""The engine's side of the processes that try to compile grammars (`trial.py`)."""
+"""The engine's side of the grammar sandbox processes (`trial.py`)."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _START_S = 30.0  # to import the library
 
 
 class TooSlow(ValueError):
-    """A grammar takes longer than it may."""
+    """Compiling a grammar exceeds the time limit."""
 
 
 class Trial:
     """A process that tries one grammar at a time."""
 
     def __init__(self, special: Callable[[], Mapping[int, str]]) -> None:
-        """`special` gives the model's special tokens."""
+        """special: returns the model's special tokens."""
         self._special = special
         self._program = Confined(lambda: programs.start_confined("nanovllm.structured.trial"))
         self._is_closed = False
@@ -50,7 +50,7 @@ class Trial:
         self._program.kill()
 
     def close(self) -> None:
-        """End the process for ever, when no thread is in `run`."""
+        """End the process permanently, when no thread is in `run`."""
         self._is_closed = True
         self._program.end()
 
@@ -66,4 +66,4 @@ class Trial:
                 f"it takes longer than {request['timeout_s']:g} s to compile "
                 "(option grammar_timeout_s)"
             )
-        raise ValueError("it ended the compiler's process: it is nested too deeply or too large")
+        raise ValueError("it crashed the compiler: it is nested too deeply or too large")

@@ -143,7 +143,7 @@ def test_an_output_belongs_to_one_job(output: Output) -> None:
 
 
 def test_one_job_at_a_time_writes(output: Output) -> None:
-    with pytest.raises(ValueError, match=f"another job writes to {output.path}"):
+    with pytest.raises(ValueError, match=f"another job is writing to {output.path}"):
         Output(output.path)
 
 

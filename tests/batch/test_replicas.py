@@ -81,5 +81,5 @@ def test_replicas_get_whole_gpus_where_there_are_some() -> None:
         cluster.share(EngineConfig("m"), 4, nodes)
     with pytest.raises(ValueError, match="have 0"):
         cluster.share(EngineConfig("m", device="cuda"), 1, [{"CPU": 8.0}])
-    with pytest.raises(ValueError, match="device is 'cuda:1': Ray gives each replica its device"):
+    with pytest.raises(ValueError, match="device is 'cuda:1': Ray assigns the devices of replicas"):
         cluster.share(EngineConfig("m", device="cuda:1"), 1, nodes)

@@ -234,7 +234,7 @@ def test_a_replica_with_another_checkpoint_does_not_come_back() -> None:
     router.advance()
     starter.last[0].get_ready(EngineInfo("b", 64, 4, 512, 64, 16, 9, [], {}))
     router.advance()
-    assert "another checkpoint" in str(router.replicas[0].failure)
+    assert "different checkpoint" in str(router.replicas[0].failure)
     assert starter.last[0].has_ended and starter.num_starts == 3
     found = answers(router, starter, add(router, [[5]] * 3, incremental=False))
     assert all(one.error is None for one in found.values())

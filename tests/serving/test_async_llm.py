@@ -84,7 +84,7 @@ def test_a_killed_engine_fails_all_requests(expected: list[Any]) -> None:
             streams = [await llm.open([5, 6], greedy(120)) for _ in range(6)]
             await streams[0].take()
             os.kill(llm._process.pid, signal.SIGKILL)
-            message = "^the engine's process was ended by SIGKILL$"
+            message = "^the engine process was killed by SIGKILL$"
             for stream in streams:
                 with pytest.raises(EngineDead, match=message):
                     await asyncio.wait_for(collected(stream), 10)
@@ -154,7 +154,7 @@ def test_killed_replicas_are_started_again(expected: list[Any]) -> None:
             ends = [(await collected(stream))[-1] for stream in streams]
             assert sorted(one.finish_reason for one in ends) == ["error"] * 2 + ["length"] * 2
             assert {one.error for one in ends if one.error} <= {
-                f"replica {index} has ended: the log has why" for index in range(2)
+                f"replica {index} has ended: see the log" for index in range(2)
             }
             await _until(lambda: not any(one.is_lost for one in llm._engines))
             assert len(_replicas(llm)) == 2 and killed not in _replicas(llm)
