@@ -173,7 +173,7 @@ def test_a_finished_job_loads_nothing(
     run([{"prompt": "a"}])
     monkeypatch.setattr(command, "load_engine", None)
     run([{"prompt": "a"}], "--data-parallel-size", "2")  # another number of replicas may go on
-    assert "0 of 1 rows written after 1 of earlier runs, 0 left" in capsys.readouterr().out
+    assert "0 of 1 rows written after 1 from earlier runs, 0 left" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
