@@ -13,9 +13,9 @@ from nanovllm import progress
 from nanovllm.batch.output import InOrder, Output
 from nanovllm.batch.results import Result
 from nanovllm.batch.rows import Line, Scan, read_lines, scan
-from nanovllm.batch.worker import Worker
+from nanovllm.batch.worker import EngineWorker
 
-MakeWorker = Callable[[int], Worker]  # takes the number of rows left
+MakeWorker = Callable[[], EngineWorker]
 
 
 @dataclass
@@ -98,7 +98,7 @@ class Job:
         summary = self.summary
         if not summary.num_left:
             return
-        worker = make_worker(summary.num_left)
+        worker = make_worker()
         started = time.perf_counter()
         counts: dict[str, Any] = {"total": summary.num_rows, "initial": summary.num_before}
         bar = progress.bar(unit="row", desc="rows", disable=not show_progress, **counts)
@@ -128,8 +128,8 @@ class Job:
         return state.st_size, state.st_mtime_ns
 
 
-def _answers(lines: Iterator[Line], worker: Worker) -> Iterator[list[Result]]:
-    """The results of all lines, in order, in batches."""
+def _answers(lines: Iterator[Line], worker: EngineWorker) -> Iterator[list[Result]]:
+    """The results of all lines in the order of the lines, some at a time."""
     order, more = InOrder(), True
     while True:
         while more and worker.has_room() and order.has_room():

@@ -1,4 +1,4 @@
-"""Answers rows with one engine."""
+"""Answers rows with an engine, or with replicas of one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from nanovllm.batch import results
 from nanovllm.batch.results import Result
@@ -14,7 +14,7 @@ from nanovllm.batch.rows import Line, Refused, Row, parse
 from nanovllm.chat import ChatOptions, render
 from nanovllm.config import EngineConfig
 from nanovllm.prompts import Prompt, as_prompt
-from nanovllm.replicas.opening import one_engine
+from nanovllm.replicas.opening import open_engine
 from nanovllm.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -44,31 +44,17 @@ class Settings:
         ChatOptions.from_options(self.chat)
 
 
-class Worker(Protocol):
-    """Takes lines and returns results, in any order."""
-
-    def has_room(self) -> bool:
-        """Whether it accepts another line now."""
-
-    def submit(self, line: Line) -> None: ...
-
-    def wait(self) -> list[Result]:
-        """Wait until submitted lines are finished. Returns their results."""
-
-    def close(self) -> None:
-        """Drop all unfinished lines."""
-
-
 def load_engine(config: EngineConfig) -> SharedEngine:
-    """Load a model and warm it up. Raises the errors of `load`."""
-    engine = one_engine(config)
+    """Load a model and warm up, or replicas of it. A lost replica's rows are answered again. Raises
+    what `load` raises."""
+    engine = open_engine(config, retries=True)
     from nanovllm.engine.sharing import SharedEngine  # imports torch
 
     return SharedEngine(engine)
 
 
 class EngineWorker:
-    """One engine. Several threads may each have an EngineWorker on the same engine."""
+    """Takes lines and gives results, in any order."""
 
     def __init__(self, shared: SharedEngine, settings: Settings) -> None:
         self._shared, self._settings = shared, settings
@@ -77,6 +63,7 @@ class EngineWorker:
         self._room = ROWS_PER_SEQUENCE * shared.engine.max_num_seqs
 
     def has_room(self) -> bool:
+        """Whether it wants another line now."""
         return len(self._owners) < self._room
 
     def submit(self, line: Line) -> None:
@@ -97,6 +84,8 @@ class EngineWorker:
         self._owners[request_id] = line.row, row.id
 
     def wait(self) -> list[Result]:
+        """Wait until lines are finished; returns their results. All must be submitted before.
+        Raises ReplicaFailed if no replica is left."""
         finished, self._refused = self._refused, []
         if finished or not self._owners:
             return finished
@@ -107,17 +96,9 @@ class EngineWorker:
         return finished
 
     def close(self) -> None:
+        """Drop everything that is unfinished."""
         self._shared.drop(self._owners)
         self._owners = {}
-
-    def answer(self, lines: list[Line]) -> list[Result]:
-        """The results of all these lines."""
-        finished: list[Result] = []
-        for line in lines:
-            self.submit(line)
-        while len(finished) < len(lines):
-            finished += self.wait()
-        return finished
 
     def _prompt(self, row: Row) -> Prompt:
         if row.messages is None:

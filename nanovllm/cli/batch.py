@@ -24,9 +24,9 @@ def add_arguments(parser: Parser) -> None:
     add = parser.add_argument
     add("input", metavar="INPUT", type=Path, help="a file with one JSON object per line")
     add("-o", "--output", type=Path, required=True, metavar="FILE", help="the file to write")
-    add("--overwrite", action="store_true", help="start over")
-    add("--replicas", type=int, default=1, metavar="N", help="engines; more than 1 needs Ray")
-    add("--no-ray", action="store_true", help="one engine here, whatever --replicas is")
+    add("--overwrite", action="store_true", help="start anew")
+    add("--replicas", type=int, default=1, metavar="N", help="engines in Ray, if above 1")
+    add("--no-ray", action="store_true", help="without Ray, whatever --replicas says")
     add("--ray-address", metavar="ADDRESS", help="a running cluster: HOST:PORT or auto")
     params = "sampling parameters for all rows"
     add("--params", type=json_value, metavar="JSON", help=params)

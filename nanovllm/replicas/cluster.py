@@ -120,14 +120,14 @@ class Shared:
         self._num_users, self._is_own = 0, False
         self._connects_by_itself = True  # Ray's setting before the first engine
 
-    def open(self, user: str) -> Any:
-        """Ray's module, connected: to the cluster that this process already uses, else to the one
-        of `env.ray_address`, else to a new one on this machine. Raises ValueError as `connect`.
-        """
+    def open(self, user: str, address: str | None) -> Any:
+        """Ray's module, connected: to what this process is connected to already, else to the
+        cluster at this address, else to one of this machine's own. Raises ValueError as `connect`
+        does."""
         with self._lock:
             ray = sys.modules.get("ray")
             if ray is None or not ray.is_initialized():
-                ray = connect(env.ray_address(), user)
+                ray = connect(address, user)
                 self._is_own = True
             if self._num_users == 0:
                 self._connects_by_itself = _connect_by_itself(False)

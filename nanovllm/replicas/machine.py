@@ -40,8 +40,11 @@ class ProcessStarter:
             for index in range(num)
         ]
 
-    def start(self, index: int, inbox: Inbox, clients: Sequence[int] = ()) -> ProcessReplica:
-        return ProcessReplica(index, self._setups[index], inbox, clients)
+    def start(
+        self, index: int, inbox: Inbox, clients: Sequence[int] = (), *, again: bool = False
+    ) -> ProcessReplica:
+        setup = {**self._setups[index], "waits_for": None} if again else self._setups[index]
+        return ProcessReplica(index, setup, inbox, clients)
 
     def tokenizer(self) -> Tokenizer | None:
         return setups.tokenizer(self._config)

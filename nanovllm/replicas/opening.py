@@ -17,13 +17,14 @@ if TYPE_CHECKING:
     from nanovllm.replicas.replica import Starter
 
 
-def open_engine(config: EngineConfig) -> AnyEngine:
-    """A warm engine, or a router with several replicas. Raises the errors of `load`."""
+def open_engine(config: EngineConfig, *, retries: bool = False) -> AnyEngine:
+    """A warm engine, or several replicas of one behind a router, which gets `retries`. Errors are
+    those of `load`."""
     if not config.replicas_option:
         return one_engine(config)
     from nanovllm.replicas.router import Router
 
-    return Router(config, _starter(config))
+    return Router(config, _starter(config), retries=retries)
 
 
 def _starter(config: EngineConfig) -> Starter:

@@ -26,7 +26,7 @@ class ProcessReplica(Replica):
         """
         super().__init__(index, setup)
         self._ranks = Ranks.start(
-            {**setup, "clients": [list(clients)]},
+            {**setup, "clients": [list(clients)], "parents": []},
             2,  # this process and the replica's
             PROGRAM,
             names=("the process of LLM", self.name),

@@ -38,7 +38,7 @@ class RayReplica(Replica):
         super().__init__(index, setup)
         self._ray, self._inbox = ray, inbox
         self._num_told = 0
-        self._has_failed = self._is_closing = self._is_closed = False
+        self._has_begun = self._has_failed = self._is_closing = self._is_closed = False
         self._closing: Any = None  # the call of the actor's `close`
         self._actor = actor.remote(index, json.dumps(setup).encode())
         self._thread = threading.Thread(target=self._receive, name=self.name, daemon=True)
@@ -69,7 +69,8 @@ class RayReplica(Replica):
         if not self._is_closing:
             self._is_closing = True
             with cluster.closing():
-                if self._ray.is_initialized() and not self._has_failed:
+                # an actor that has no place yet would not answer
+                if self._ray.is_initialized() and self._has_begun and not self._has_failed:
                     self._closing = self._actor.close.remote()
 
     def close(self) -> None:
@@ -92,7 +93,7 @@ class RayReplica(Replica):
                 self._check()
                 call = self._actor.receive.remote()
                 self._wait(call, limit)
-                limit = SILENT_S
+                limit, self._has_begun = SILENT_S, True
                 received = bytearray(self._ray.get(call))
                 while (message := unpack(received)) is not None:
                     self._take(*message)
@@ -148,26 +149,31 @@ class RayStarter:
         resources are in use.
         """
         self._config = setups.with_full_paths(config)
-        self._replicas: list[RayReplica] = []
+        self._replicas: dict[int, RayReplica] = {}
         self._group: Any = None
         self._is_closed = False
-        self._ray = cluster.SHARED.open(USER)
-        atexit.register(self.close)  # runs before Ray's own exit handler
+        self._ray = cluster.SHARED.open(USER, env.ray_address())
+        atexit.register(self.close)  # before Ray's own end, which comes later in the list
         try:
             self._place()
         except BaseException:
             self.close()
             raise
 
-    def start(self, index: int, inbox: Inbox, clients: Sequence[int] = ()) -> RayReplica:
-        assert not clients, "sockets do not reach other machines"
-        node = self._node_ids[index]
-        first = self._node_ids.index(node)
+    def start(
+        self, index: int, inbox: Inbox, clients: Sequence[int] = (), *, again: bool = False
+    ) -> RayReplica:
+        """Raises ReplicaFailed, besides, if Ray has been shut down."""
+        assert not clients, "sockets end with this machine"
+        if not self._ray.is_initialized():
+            raise ReplicaFailed("Ray was shut down in this process")
+        first = self._node_ids.index(self._node_ids[index])
         setup = setups.setup(
             self._config,
-            f"replica {index} on node {self._addresses[node]}",
+            f"replica {index}{self._place_of(index)}",
             compile_cache=self._config.compile_cache,
-            waits_for=first if first != index else None,  # each node has its own store
+            # a node has its own store
+            waits_for=first if first != index and not again else None,
             environment=env.settings(),
         )
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -181,8 +187,21 @@ class RayStarter:
             **self._resources,
         )
         replica = RayReplica(index, setup, inbox, self._ray, actor)
-        self._replicas.append(replica)
+        self._replicas[index] = replica
         return replica
+
+    def _place_of(self, index: int) -> str:
+        """The node of a replica, in words; nothing while Ray looks for another one."""
+        place = self._nodes()[index]
+        for node in self._ray.nodes():
+            if node["Alive"] and node["NodeID"] == place:
+                return f" on node {node['NodeManagerAddress']}"
+        return ""
+
+    def _nodes(self) -> list[str]:
+        """The ids of the replicas' nodes."""
+        places = self._ray.util.placement_group_table(self._group)["bundles_to_node_id"]
+        return [places[index] for index in range(self._config.data_parallel_size)]
 
     def tokenizer(self) -> Tokenizer | None:
         return setups.tokenizer(self._config)
@@ -193,9 +212,9 @@ class RayStarter:
             return
         self._is_closed = True
         atexit.unregister(self.close)
-        for replica in self._replicas:
+        for replica in self._replicas.values():
             replica.begin_close()
-        for replica in self._replicas:
+        for replica in self._replicas.values():
             replica.close()
         if self._group is not None:
             with cluster.closing():
@@ -222,9 +241,7 @@ class RayStarter:
                 f"the Ray cluster had no room for {num} × {_counts(bundle)} within "
                 f"{PLACE_S:.0f} s: others use it, and {_counts(free)} of all nodes are free"
             )
-        table = ray.util.placement_group_table(self._group)
-        self._node_ids = [table["bundles_to_node_id"][index] for index in range(num)]
-        self._addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in nodes}
+        self._node_ids = self._nodes()
 
 
 def _counts(resources: dict[str, float]) -> str:

@@ -8,8 +8,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from nanovllm.engine.metrics import Gauge, Metric
+from nanovllm.engine.metrics import Metric
 from nanovllm.replicas import messages
+from nanovllm.replicas.totals import LastMetrics
 
 if TYPE_CHECKING:
     from nanovllm.tokenizer import Tokenizer
@@ -43,9 +44,10 @@ class Replica(ABC):
         self.index, self.name = index, str(setup["name"])
         # the index of the replica that compiles for this one; None: this one compiles
         self.waits_for: int | None = setup["waits_for"]
-        self.failure: Exception | None = None  # set when the router handles the event
+        self.is_ready = False  # it is warm and has not failed
+        self.failure: Exception | None = None  # once the router has taken the event
         self._asking = threading.Lock()
-        self._metrics: list[Metric] = []  # as last read
+        self._metrics = LastMetrics()
 
     @abstractmethod
     def tell(self, name: str, payload: bytes = b"") -> bool:
@@ -63,26 +65,32 @@ class Replica(ABC):
     def close(self) -> None:
         """End the engine and everything it started."""
 
+    def follow(self, lost: Replica) -> None:
+        """Count on from a lost replica, in whose place this one has been started."""
+        self._metrics.follow(lost._metrics)
+
     def read_metrics(self) -> list[Metric]:
-        """The engine's metrics; for a replica that has ended the last ones, with gauges at 0."""
+        """The engine's metrics; of one that has ended, or is not ready, the last that are known, at
+        0 for what it does now."""
         with self._asking:
             try:
-                self._metrics = messages.load_metrics(self.ask_metrics())
+                if self.is_ready:
+                    self._metrics.note(messages.load_metrics(self.ask_metrics()))
             except ReplicaFailed:
-                self._metrics = [
-                    Gauge(one.name, 0, one.labels) if isinstance(one, Gauge) else one
-                    for one in self._metrics
-                ]
-            return self._metrics
+                self._metrics.rest()
+            return self._metrics.all
 
 
 class Starter(Protocol):
     """Starts the replicas of one router."""
 
-    def start(self, index: int, inbox: Inbox, clients: Sequence[int] = ()) -> Replica:
+    def start(
+        self, index: int, inbox: Inbox, clients: Sequence[int] = (), *, again: bool = False
+    ) -> Replica:
         """Start a replica without waiting for it. Raises OSError.
 
-        clients: descriptors of its clients' sockets.
+        clients: file descriptors of sockets to its clients. again: after it was lost, so it waits
+        for what no other replica compiles.
         """
 
     def tokenizer(self) -> Tokenizer | None:

@@ -51,7 +51,7 @@ class AsyncLLM(Client):
         super().__init__(
             config,
             self._process.clients[0],
-            quota.own_counts(len(self._process.clients[0])),
+            quota.own_counts(self._process.num_engines),
             max_queued=max_queued,
         )
         found = weakref.WeakMethod(self._note_cause)
@@ -146,11 +146,11 @@ class AsyncLLM(Client):
 
     stop_profile = start_profile
 
-    def _lost(self, index: int) -> None:
+    def _lost_all(self) -> None:
         if self._cause is not None:
             self._fail(self._cause)
         else:
-            super()._lost(index)
+            super()._lost_all()
 
 
 class _Done(Awaitable[None]):

@@ -20,7 +20,7 @@ from nanovllm.growing import GrowingAnswer, GrowingOutput
 from nanovllm.media.given import Given
 from nanovllm.outputs import RequestOutput
 from nanovllm.prompts import AnyPrompt, Prompt, as_prompt
-from nanovllm.replicas import messages, setups
+from nanovllm.replicas import handover, messages, setups
 from nanovllm.replicas.handshake import check_agreement
 from nanovllm.replicas.load_balancer import choose
 from nanovllm.replicas.messages import Add, End
@@ -30,7 +30,7 @@ from nanovllm.serving import quota
 from nanovllm.serving.answer import Answer
 from nanovllm.serving.connection import Connection
 from nanovllm.serving.encoding import Encoder
-from nanovllm.serving.interface import Draining, EngineDead
+from nanovllm.serving.interface import Draining, EngineDead, Unavailable
 from nanovllm.serving.quota import MAX_QUEUED, Counts, Quota
 from nanovllm.serving.stream import Feed, OpenStream
 from nanovllm.tokenizer import Tokenizer
@@ -48,8 +48,9 @@ class Open(NamedTuple):
 class Client:
     """An `AsyncEngine` over sockets to engine processes: one engine, or its replicas.
 
-    Each answer comes from one engine. If an engine is lost, its answers end with an error; if all
-    are lost, the client fails.
+    An answer comes from one engine. One that is lost ends its answers with an error, and takes
+    requests again once it has been started again. If it does not start, or is alone, the client
+    fails.
 
     A client belongs to the event loop in which it is first awaited: use it in tasks of that loop.
     Only `close` works everywhere. The engine's properties (`max_model_len`, `tokenizer`, …) are
@@ -73,13 +74,15 @@ class Client:
         index: int = 0,
         max_queued: int = MAX_QUEUED,
     ) -> None:
-        """Takes ownership of the sockets. index: of this client. counts: answers of all clients.
+        """Takes over the sockets, those of `EngineProcess.clients`. index: of this client. counts:
+        the answers of all clients.
 
         max_queued: the maximum number of answers of all clients that may wait while the engines are
         full. More are refused with QueueFull.
         """
         self.config = config
         self._socks, self._counts, self._index = list(socks), counts, index
+        self._restarts: dict[int, asyncio.Task[None]] = {}  # of engines that are not ready
         self._max_queued = quota.checked_limit(max_queued)
         self._next_id = 0
         self._feeds: dict[str, Feed] = {}  # unfinished
@@ -112,8 +115,11 @@ class Client:
         await asyncio.shield(self._starting)
 
     async def _start(self) -> None:
-        for index, sock in enumerate(self._socks):
+        num_engines = max(1, len(self._socks) - 1)
+        for index, sock in enumerate(self._socks[:num_engines]):
             self._engines.append(await self._connected(index, sock))
+        for parent in self._socks[num_engines:]:
+            self._watch_restarts(parent)
         reading = asyncio.to_thread(setups.tokenizer, self.config)
         infos, self.tokenizer = await asyncio.gather(self._infos(), reading)
         first = infos[0]
@@ -153,6 +159,37 @@ class Client:
 
         return await Connection.open(sock, take, lose)
 
+    def _watch_restarts(self, parent: socket.socket) -> None:
+        """Take the sockets of engines that are started again, until their parent's end."""
+        loop, found = asyncio.get_running_loop(), weakref.ref(self)
+
+        def take() -> None:
+            client, given = found(), handover.take(parent)
+            if given is None or client is None:
+                loop.remove_reader(parent)
+            if client is not None and given is not None:
+                client._restart(*given)
+            elif client is not None and not client._is_closed:
+                client._lost_all()
+
+        loop.add_reader(parent, take)
+
+    def _restart(self, index: int, sock: socket.socket) -> None:
+        """An engine has been started again: it takes requests once it is warm."""
+        if (earlier := self._restarts.get(index)) is not None:
+            earlier.cancel()
+        assert self._loop is not None
+        self._restarts[index] = self._loop.create_task(self._begin_again(index, sock))
+
+    async def _begin_again(self, index: int, sock: socket.socket) -> None:
+        engine = await self._connected(index, sock)
+        engine.follow(self._engines[index])
+        self._engines[index] = engine
+        await asyncio.wait([engine.info])
+        if engine.info.exception() is None:  # else the client has failed
+            self._places[index].forget()
+            engine.is_lost = False
+
     async def close(self) -> None:
         """Abort all requests, close the connections and free everything else.
 
@@ -181,6 +218,11 @@ class Client:
         """End everything that tasks wait for. Called in the client's loop."""
         self.abort_all()
         self._starting.cancel()
+        for restart in self._restarts.values():
+            restart.cancel()
+        for parent in self._socks[len(self._engines) :]:
+            asyncio.get_running_loop().remove_reader(parent)
+            parent.close()
         for engine in self._engines:
             engine.close()
         if encoder := self.__dict__.get("_encoder"):
@@ -389,8 +431,9 @@ class Client:
         digests = []
         if self.config.enable_prefix_caching:
             digests = asked.block_digests(self._block_size)
-        every = range(len(self._engines))
-        living = [index for index in every if not self._engines[index].is_lost] or every
+        living = [index for index, engine in enumerate(self._engines) if not engine.is_lost]
+        if not living:
+            raise Unavailable("all replicas are being started again")
         found: dict[int, list[int]] = {}
         for index in range(num):
             engine = choose(self._places, living, digests, cost)
@@ -445,16 +488,21 @@ class Client:
         """Handle the end of the connection to an engine."""
         if self._is_closed:
             return
-        self._engines[index].is_lost = True
-        if all(one.is_lost for one in self._engines) or not self.__dict__.get("_places"):
-            assert self._loop is not None
-            error = EngineDead("the engine process has ended")
-            self._loop.call_later(self._patience_s, self._fail, error)
+        if not self.__dict__.get("_places"):  # it is the only one, or has not started
+            self._lost_all()
             return
         self._engines[index].rest()
         for one in [one for one, found in self._answers.items() if found.engine == index]:
             self._answers[one].answer.end("error", f"replica {index} has ended: see the log")
             self._finish(one)
+
+    def _lost_all(self) -> None:
+        """No engine is left."""
+        for engine in self._engines:
+            engine.is_lost = True
+        assert self._loop is not None
+        error = EngineDead("the engine process has ended")
+        self._loop.call_later(self._patience_s, self._fail, error)
 
     def _fail(self, error: Exception) -> None:
         """Raise the error in all waiting tasks. A ValueError is about options."""

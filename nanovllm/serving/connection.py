@@ -7,10 +7,11 @@ import socket
 from collections.abc import Callable
 from typing import cast
 
-from nanovllm.engine.metrics import Gauge, Metric
+from nanovllm.engine.metrics import Metric
 from nanovllm.engine.request import EngineInfo
 from nanovllm.parallel.channel import pack, unpack
 from nanovllm.replicas import messages
+from nanovllm.replicas.totals import LastMetrics
 
 
 class Connection(asyncio.Protocol):
@@ -25,8 +26,8 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self.info: asyncio.Future[EngineInfo] = asyncio.get_running_loop().create_future()
         self.is_lost = False
-        self._asked: list[asyncio.Future[list[Metric]]] = []
-        self._metrics: list[Metric] = []  # as last read
+        self._asked: list[asyncio.Future[None]] = []
+        self._metrics = LastMetrics()
 
     @classmethod
     async def open(
@@ -44,16 +45,20 @@ class Connection(asyncio.Protocol):
             self._asked.append(asyncio.get_running_loop().create_future())
             if len(self._asked) == 1:
                 self.send(messages.METRICS)
-            self._metrics = await asyncio.shield(self._asked[-1])
-        return self._metrics
+            await asyncio.shield(self._asked[-1])
+        return self._metrics.all
+
+    def follow(self, lost: Connection) -> None:
+        """Be the connection to an engine that was started in the place of a lost one. It is lost,
+        too, until that is ready."""
+        self.is_lost = True
+        self._metrics.follow(lost._metrics)
 
     def rest(self) -> None:
-        """Mark the engine as lost while other engines continue."""
-        self._metrics = [
-            Gauge(one.name, 0, one.labels) if isinstance(one, Gauge) else one
-            for one in self._metrics
-        ]
-        self._answer(self._metrics)
+        """Note that the engine does nothing any more, but other engines go on."""
+        self.is_lost = True
+        self._metrics.rest()
+        self._answer()
 
     def fail(self, error: Exception) -> None:
         """Raise the error in everything that waits for the engine."""
@@ -64,17 +69,18 @@ class Connection(asyncio.Protocol):
             if not future.done():
                 future.set_exception(type(error)(*error.args))
 
-    def _answer(self, metrics: list[Metric]) -> None:
+    def _answer(self) -> None:
         asked, self._asked = self._asked, []
         for future in asked:
             if not future.done():
-                future.set_result(metrics)
+                future.set_result(None)
 
     def _take(self, name: str, payload: bytes) -> None:
         if name == messages.OUTPUTS:
             self._on_outputs(payload)
         elif name == messages.METRICS:
-            self._answer(messages.load_metrics(payload))
+            self._metrics.note(messages.load_metrics(payload))
+            self._answer()
         else:
             assert name == messages.READY, name
             self.info.set_result(messages.load_info(payload))

@@ -25,16 +25,19 @@ class EngineProcess:
     def __init__(self, config: EngineConfig, num_clients: int) -> None:
         """Start the process without waiting for it. Raises OSError.
 
-        `clients` has each client's sockets, one per engine, which the client takes over. There are
-        several engines for replicas on this machine; they are children of the process.
+        `clients` has the sockets of each of `num_clients` clients, which takes them over: one to
+        each engine. There are several engines for replicas on this machine, which are children of
+        the process. Then a last socket leads to the process itself (`replicas/handover.py`).
         """
         is_direct = config.distributed_executor_backend != "ray"
-        num_engines = config.data_parallel_size if is_direct else 1
-        pairs = [[socket.socketpair() for _ in range(num_engines)] for _ in range(num_clients)]
+        self.num_engines = config.data_parallel_size if is_direct else 1
+        num = self.num_engines + (self.num_engines > 1)
+        pairs = [[socket.socketpair() for _ in range(num)] for _ in range(num_clients)]
         self.clients = [[ours for ours, _ in of_client] for of_client in pairs]
-        descriptors = [[of[i][1].fileno() for of in pairs] for i in range(num_engines)]
+        descriptors = [[of[i][1].fileno() for of in pairs] for i in range(num)]
         setup = {
-            "options": to_options(config), "clients": descriptors, "environment": {},
+            "options": to_options(config), "clients": descriptors[: self.num_engines],
+            "parents": list(chain(*descriptors[self.num_engines :])), "environment": {},
             "waits_for": None,
         }  # fmt: skip
         names = ("the engine's parent process", NAME)

@@ -14,11 +14,9 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from nanovllm import hub
 from nanovllm.config import EngineConfig
 from nanovllm.engine.mm_admission import MediaGate
 from nanovllm.engine.request import EngineRequest, MediaPrompt
-from nanovllm.media import settings
 from nanovllm.media.given import Given
 from nanovllm.parallel.channel import MAX_PAYLOAD_BYTES, pack
 from nanovllm.programs import DoesNotStart
@@ -54,9 +52,9 @@ class Seeing:
         scale: Sequence[Any],
         num_clients: int,
     ) -> None:
-        """scale: the fields of `Scale`. num_clients: the clients that share the limits in bytes.
-        Raises ValueError for a checkpoint with an unsupported processor."""
-        from nanovllm.engine.media_intake import MediaPrompts, Scale  # imports torch
+        """scale: the fields of `Scale`. num_clients: who share the bounds in bytes. Raises
+        ValueError for a checkpoint whose processor is not supported."""
+        from nanovllm.engine.media_intake import MediaPrompts  # imports torch
 
         options = config.media
         self.gate = MediaGate(options, num_clients)
@@ -65,10 +63,7 @@ class Seeing:
             media_cache_bytes=options.media_cache_bytes // num_clients,
             max_decoding_bytes=max(1, options.max_decoding_bytes // num_clients),
         )
-        folder = hub.resolve(config.model, weights=False, revision=config.revision)
-        self._prompts = MediaPrompts(
-            config.model, tokenizer, Scale(*scale), settings.load(folder), shared
-        )
+        self._prompts = MediaPrompts.of(config, tokenizer, scale, shared)
         self._pool = ThreadPoolExecutor(self.gate.num_slots, thread_name_prefix="prompts")
         self._running: set[Preparation] = set()
         self.num_given = 0  # bytes of encoded media that wait

@@ -96,8 +96,10 @@ class Supervisor:
         service, num = self._service, self._service.num_api_processes
         self._engine = EngineProcess(service.config, num)
         self._engine.call_on_failure(self._note_failure)
-        num_engines = len(self._engine.clients[0])
-        with quota.new_file(num, num_engines) as counts, tempfile.TemporaryFile() as memory:
+        with (
+            quota.new_file(num, self._engine.num_engines) as counts,
+            tempfile.TemporaryFile() as memory,
+        ):
             memory.truncate(service.shared_bytes)
             for index, socks in enumerate(self._engine.clients):
                 descriptors = {
@@ -113,7 +115,7 @@ class Supervisor:
     def _start_api_process(
         self, index: int, descriptors: dict[str, int], engines: list[int]
     ) -> Ranks:
-        """engines: the descriptors of the process's sockets to the engines."""
+        """engines: the descriptors of its sockets, as `EngineProcess.clients` has them."""
         service = self._service
         setup = {
             "target": service.target,

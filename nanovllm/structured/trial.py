@@ -5,13 +5,12 @@ this process instead of the engine's. Compiling also cannot be interrupted; on a
 process is killed. Threads have a smaller stack here than in the engine, so what compiles here
 compiles there.
 
-Reads the special tokens, then requests, and writes replies, all as lines of JSON.
+It reads the special tokens, then requests, and writes answers (`confined.py`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 import threading
@@ -19,7 +18,7 @@ from collections.abc import Mapping
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from nanovllm import programs
+from nanovllm import confined, programs
 from nanovllm.structured import library
 from nanovllm.structured.library import Source
 
@@ -91,11 +90,10 @@ def main() -> None:
         with contextlib.suppress(ValueError, OSError):  # a lower limit is already set
             resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     threading.stack_size(STACK_BYTES)
-    special = json.loads(sys.stdin.readline())
+    special = confined.request() or {}
     tokenizer = new_tokenizer({int(token_id): text for token_id, text in special.items()})
-    for line in sys.stdin:
-        programs.answers().write(json.dumps(answer(tokenizer, json.loads(line))).encode() + b"\n")
-        programs.answers().flush()
+    while (asked := confined.request()) is not None:
+        confined.answer(answer(tokenizer, asked))
 
 
 if __name__ == "__main__":
