@@ -6,10 +6,10 @@
     bytecode/                      that of installed packages, in some containers (startup/bytecode)
 
 An artifact is code. The store refuses a folder that another user owns, can write to or can replace
-(`kernels/private.py`), and does not use such files. Artifacts are loaded from the bytes that were
-checked. Libraries and kernels can be loaded only by path: no other user can change their folders
-after the check. Call lists are JSON. Inductor's artifacts hold pickles; they are loaded only after
-their digest is checked.
+(`kernels/private_files.py`), and does not use such files. Artifacts are loaded from the bytes that
+were checked. Libraries and kernels can be loaded only by path: no other user can change their
+folders after the check. Call lists are JSON. Inductor's artifacts hold pickles; they are
+loaded only after their digest is checked.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from typing import Any
 
 from nanovllm.compile.key import Key
 from nanovllm.kernels.code_files import BUILDING, WRITING, digest, write_whole
-from nanovllm.kernels.private import (
-    Shared,
+from nanovllm.kernels.private_files import (
+    UnsafePath,
     foreign_owner,
     make_private,
     read_private,
@@ -47,7 +47,7 @@ class Damaged(ValueError):
     """A file of the store differs from what was written."""
 
 
-UNUSABLE = (Damaged, Shared, OSError)
+UNUSABLE = (Damaged, UnsafePath, OSError)
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,10 @@ class Entry:
 
 
 class Store:
-    """Artifacts in a folder. Raises OSError if it cannot be made, Shared if it is not private."""
+    """Artifacts in a folder.
+
+    Raises OSError if it cannot be made, and UnsafePath if it is not private.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -161,7 +164,7 @@ class Store:
 
 
 def read_entry(path: Path) -> Entry:
-    """Read one entry. Raises Damaged, Shared or OSError."""
+    """Read one entry. Raises Damaged, UnsafePath or OSError."""
     recorded, _, text = read_private(path).partition(b"\n")
     if digest(text).encode() != recorded:
         raise Damaged(f"entry {path.name[:16]} is damaged or truncated")
@@ -267,7 +270,7 @@ def problems(folder: Path) -> list[str]:
             continue
         try:
             refuse_if_shared(library)
-        except Shared as error:
+        except UnsafePath as error:
             found.append(f"library {library.name}: {error}")
     owners = "is damaged or another user's"
     return found + [f"kernel {kernel.name} {owners}" for kernel in _damaged_kernels(folder)]

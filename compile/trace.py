@@ -54,6 +54,16 @@ def static_leaves(name: str, tree: object) -> list[tuple[str, int]]:
     return [x for key, part in zip(fields, tree) for x in static_leaves(f"{name}_{key}", part)]
 
 
+def classes(name: str, tree: object) -> list[tuple[str, str]]:
+    """The named tuples in a tree: their paths and the names of their classes."""
+    if not isinstance(tree, tuple):
+        return []
+    fields = getattr(tree, "_fields", None)
+    own = [] if fields is None else [(name, f"{type(tree).__module__}:{type(tree).__qualname__}")]
+    numbered = zip(range(len(tree)) if fields is None else fields, tree)
+    return own + [one for key, part in numbered for one in classes(f"{name}_{key}", part)]
+
+
 def tensors(tree: object) -> list[Tensor]:
     """The tensors alone, in the order that a program takes."""
     if isinstance(tree, Tensor):

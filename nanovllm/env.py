@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanovllm import ray_note
-from nanovllm.kernels import private
+from nanovllm.kernels import private_files
 
 API_KEYS = ("NANOVLLM_API_KEY", "OPENAI_API_KEY")  # not passed on to child processes
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
@@ -95,9 +95,9 @@ def problem_with(folder: Path) -> str | None:
     itself is not checked here: opening it as a store raises an error then.
     """
     try:
-        private.make_folders(folder)
-        private.refuse_shared_parents(folder)
-    except (OSError, private.SharedParent) as error:
+        private_files.make_folders(folder)
+        private_files.refuse_shared_parents(folder)
+    except (OSError, private_files.UnsafeParent) as error:
         return str(error)
     is_usable = os.access(folder, os.W_OK) or (folder / "entries").is_dir()
     return None if is_usable else f"{folder} cannot be written"

@@ -1,8 +1,7 @@
 """vLLM's option names: those with the same meaning here, and those with one supported value.
 
-`nanovllm/config.py` defines the options. Nothing is accepted and then ignored: an option of vLLM
-that is not implemented is accepted with the value that means "off", its default, and refused by
-name with any other.
+`nanovllm/config.py` defines the options. No option is silently ignored: an unimplemented option of
+vLLM is accepted with its default, which means "off", and refused by name with any other value.
 """
 
 from __future__ import annotations
@@ -24,21 +23,21 @@ SHORT = {
     "tensor_parallel_size": ("-tp",), "data_parallel_size": ("-dp",),
     "pipeline_parallel_size": ("-pp",), "quantization": ("-q",),
 }  # fmt: skip
-# vLLM's names for flags of the server's options
+# vLLM's names for the server's flags
 SERVER_FLAGS = {
     "api_processes": ("--api-server-count", "-asc"),
     "access_log": ("--enable-log-requests",),
 }
 NO_ACCESS_LOG = ("--disable-log-requests", "--disable-uvicorn-access-log")
 OF_LOGS = ("enable_log_requests", "disable_log_requests")
-# vLLM's None, for options whose default here is a value
+# vLLM's None, for options whose default here is not None
 NONE_IS_DEFAULT = (
     "seed", "enforce_eager", "enable_prefix_caching", "distributed_executor_backend"
 )  # fmt: skip
 DTYPES = {"half": "float16", "float": "float32"}
 CACHE_DTYPES = {"fp8_e4m3": "fp8"}
 LOAD_FORMATS = {"auto": False, "safetensors": False, "dummy": True}
-# The accepted values of options of vLLM that are not implemented. The first is vLLM's default.
+# The accepted values of unimplemented vLLM options. The first one is vLLM's default.
 ONE_VALUE: dict[str, tuple[Any, ...]] = {
     "task": ("auto", "generate", None),
     "runner": ("auto", "generate"),
@@ -86,18 +85,18 @@ ONE_VALUE: dict[str, tuple[Any, ...]] = {
     "disable_log_requests": (True,),
 }
 
-# What is said of values other than False that are accepted.
+# Warnings for accepted values other than False.
 WARNINGS = {
-    "trust_remote_code": "has no effect: no code of a checkpoint is run. Checkpoints that need "
+    "trust_remote_code": "has no effect: code in checkpoints is never run. Checkpoints that need "
     "theirs are refused"
 }
 
 
 def translated(options: Mapping[str, Any], known: Sequence[str]) -> dict[str, Any]:
-    """Options under the names in `known`. Unknown names stay for the caller to refuse.
+    """Options under the names in `known`. Unknown names are kept, for the caller to refuse.
 
-    Raises ValueError for a value of vLLM's that is not supported, and for an option that is given
-    under both names.
+    Raises ValueError for an unsupported value of a vLLM option, and for an option set under both
+    names.
     """
     found = dict(options)
     for name in NONE_IS_DEFAULT:
@@ -121,7 +120,7 @@ def translated(options: Mapping[str, Any], known: Sequence[str]) -> dict[str, An
 
 
 def _translate_values(options: dict[str, Any]) -> None:
-    """Replace vLLM's words for values that have another word here."""
+    """Replace vLLM's names of values that have another name here."""
     if "dtype" in options:
         options["dtype"] = _dtype(options["dtype"])
     cache_dtype = options.get("kv_cache_dtype")
@@ -129,7 +128,7 @@ def _translate_values(options: dict[str, Any]) -> None:
         options["kv_cache_dtype"] = CACHE_DTYPES.get(cache_dtype, cache_dtype)
     has_one_rank = all(options.get(f"{kind}_parallel_size", 1) == 1 for kind in ("tensor", "data"))
     if options.get("distributed_executor_backend") == "uni" and has_one_rank:
-        options["distributed_executor_backend"] = "mp"  # one process, too
+        options["distributed_executor_backend"] = "mp"  # also one process
 
 
 def _allowed_format(given: object) -> str:
@@ -141,12 +140,12 @@ def _allowed_format(given: object) -> str:
 def _rename(options: dict[str, Any], theirs: str, ours: str) -> None:
     value = options.pop(theirs)
     if ours in options and options[ours] != value:
-        raise ValueError(f"{theirs} and {ours} are one option: give one of them")
+        raise ValueError(f"{theirs} and {ours} are the same option: use one of them")
     options[ours] = value
 
 
 def _dtype(value: Any) -> Any:
-    """The name of a torch.dtype, or of vLLM's shorthand."""
+    """The name of a dtype from a torch.dtype or vLLM's shorthand."""
     if type(value).__module__ == "torch":
         return str(value).removeprefix("torch.")
     return DTYPES.get(value, value) if isinstance(value, str) else value

@@ -9,7 +9,6 @@ Python's option -P prevents this, from Python 3.11 on; `launch.py` does it on al
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.util
 import os
 import signal
@@ -18,7 +17,6 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 from nanovllm import env
 
@@ -40,9 +38,10 @@ def command(module: str, *arguments: str) -> list[str]:
 
 
 def start_confined(
-    module: str, *arguments: str, bufsize: int = -1, pass_fds: Sequence[int] = ()
+    module: str, *arguments: str, pass_fds: Sequence[int] = ()
 ) -> subprocess.Popen[bytes]:
-    """Start a process that handles untrusted input, with only the variables that it needs.
+    """Start a process that handles untrusted input (`confined.py`), with only the variables that it
+    needs.
 
     Requests go to its `stdin`. Answers come from `stdout`, a pipe whose number is the last argument
     of the process: it is separate from the output of libraries when Python starts. Standard output
@@ -55,7 +54,7 @@ def start_confined(
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            bufsize=bufsize,
+            bufsize=0,
             pass_fds=(writing, *pass_fds),
             env=env.for_strangers(),
             start_new_session=True,  # Ctrl-C in a terminal ends only its parent
@@ -67,12 +66,6 @@ def start_confined(
         os.close(writing)
     process.stdout = os.fdopen(reading, "rb", 0)
     return process
-
-
-@functools.cache
-def answers() -> BinaryIO:
-    """The pipe for answers, in a process that `start_confined` has started."""
-    return os.fdopen(int(sys.argv[-1]), "wb")
 
 
 def begin() -> None:

@@ -11,7 +11,7 @@ import os
 import stat
 from pathlib import Path
 
-from nanovllm.kernels import private
+from nanovllm.kernels import private_files
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ def address(note: Path) -> str | None:
         problem = _problem(note, text)
     except FileNotFoundError:
         return None
-    except (OSError, UnicodeDecodeError, private.Shared) as error:
+    except (OSError, UnicodeDecodeError, private_files.UnsafePath) as error:
         text, problem = "", str(error)
     if not problem:
         return text or None
@@ -43,21 +43,21 @@ def _content(note: Path) -> str:
         found = os.fstat(file.fileno())
         mode = stat.S_IMODE(found.st_mode)
         if not stat.S_ISREG(found.st_mode):
-            raise private.Shared("it is not a file")
-        is_shared = mode & 0o002 or (mode & 0o020 and not private.is_own_group(found.st_gid))
-        if found.st_uid not in (private.ROOT_USER, os.getuid()) or is_shared:
-            raise private.Shared(f"user {found.st_uid} owns it and its mode is {mode:o}")
+            raise private_files.UnsafePath("it is not a file")
+        is_shared = mode & 0o002 or (mode & 0o020 and not private_files.is_own_group(found.st_gid))
+        if found.st_uid not in (private_files.ROOT_USER, os.getuid()) or is_shared:
+            raise private_files.UnsafePath(f"user {found.st_uid} owns it and its mode is {mode:o}")
         return file.read(_MAX_BYTES).decode().strip()
 
 
 def _problem(note: Path, text: str) -> str | None:
     """Why this user's or root's note may have been put there by others; None if it has not."""
     try:
-        private.refuse_shared_parents(note)
-    except private.SharedParent as error:
+        private_files.refuse_shared_parents(note)
+    except private_files.UnsafeParent as error:
         port = text.rpartition(":")[2]
         users = _listening_users(int(port)) if port.isdecimal() else set()
-        if not users or users - {private.ROOT_USER, os.getuid()}:
+        if not users or users - {private_files.ROOT_USER, os.getuid()}:
             return f"others may have put it there, as they may write to {error.parent}"
     return None
 

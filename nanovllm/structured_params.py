@@ -11,24 +11,24 @@ from nanovllm.checks import InvalidValue, WrongType, checked, hints
 
 FORMS = ("json", "regex", "choice", "grammar", "json_object")
 OFF = (None, False, "")
-FIELD = "structured_outputs"  # the one of `SamplingParams`, in errors
+FIELD = "structured_outputs"  # the field of `SamplingParams`, in errors
 
 
 @dataclass(frozen=True)
 class StructuredOutputsParams:
-    """The form of the answer: exactly one of the first five fields is set.
+    """The constraint on the output: exactly one of the first five fields is set.
 
-    json: a JSON schema, as a dict or as text.
-    regex: a regular expression that the whole answer matches, in the syntax of Rust's regex crate:
+    json: a JSON schema, as a dict or text.
+    regex: a regular expression that the whole output matches, in the syntax of Rust's regex crate:
         no look-around, no back-references, no word boundaries.
-    choice: the possible answers.
-    grammar: a context-free grammar, in Lark's syntax or in the EBNF of GBNF.
+    choice: the possible outputs.
+    grammar: a context-free grammar, in Lark's syntax or GBNF.
     json_object: True for any JSON object.
-    disable_any_whitespace: JSON without spaces and newlines between its parts.
-    whitespace_pattern: a regular expression of the whitespace between the parts of JSON.
+    disable_any_whitespace: no spaces and newlines between the parts of JSON.
+    whitespace_pattern: a regular expression for the whitespace between the parts of JSON.
     disable_fallback: accepted as in vLLM, without effect: there is no fallback.
 
-    The other fields are those of vLLM's class of which only the default is supported.
+    The other fields of vLLM's class are supported only with their defaults.
     """
 
     json: Mapping[str, object] | str | None = None
@@ -63,7 +63,7 @@ class StructuredOutputsParams:
 
     @classmethod
     def of(cls, value: Mapping[str, Any]) -> StructuredOutputsParams:
-        """The parameters of a dict. Raises ValueError for an unknown field."""
+        """The parameters from a dict. Raises ValueError for an unknown field."""
         known = [field.name for field in fields(cls)]
         if unknown := sorted(set(value) - set(known)):
             raise InvalidValue(
@@ -75,7 +75,7 @@ class StructuredOutputsParams:
 
     @property
     def form(self) -> str:
-        """The one of FORMS that is set."""
+        """The field of FORMS that is set."""
         return next(name for name in FORMS if getattr(self, name) not in OFF)
 
     @property
@@ -83,7 +83,7 @@ class StructuredOutputsParams:
         return self.form in ("json", "json_object")
 
     def schema(self) -> Any:
-        """The JSON schema as Python values. Raises ValueError for text that is no JSON."""
+        """The JSON schema as Python values. Raises ValueError for text that is not JSON."""
         if self.form == "json_object":
             return {"type": "object"}
         if not isinstance(self.json, str):
@@ -91,7 +91,7 @@ class StructuredOutputsParams:
         try:
             return json.loads(self.json)
         except (ValueError, RecursionError) as error:
-            raise InvalidValue(FIELD, f"structured_outputs.json is no JSON: {error}") from None
+            raise InvalidValue(FIELD, f"structured_outputs.json is not JSON: {error}") from None
 
     def _check(self) -> None:
         given = [name for name in FORMS if getattr(self, name) not in OFF]
@@ -99,20 +99,19 @@ class StructuredOutputsParams:
             raise InvalidValue(
                 FIELD,
                 f"structured_outputs has {', '.join(given) or 'nothing'}: exactly one of "
-                f"{', '.join(FORMS)} must be given",
+                f"{', '.join(FORMS)} must be set",
             )
         if given == ["choice"] and not self.choice:
-            words = "structured_outputs.choice is empty: no answer is possible"
+            words = "structured_outputs.choice is empty: no output is possible"
             raise InvalidValue(FIELD, words)
         for name in ("disable_any_whitespace", "whitespace_pattern"):
             if getattr(self, name) not in (None, False) and not self.is_json:
                 raise InvalidValue(
-                    FIELD,
-                    f"structured_outputs.{name} is given with {given[0]}: it is for JSON alone",
+                    FIELD, f"structured_outputs.{name} is set with {given[0]}: it is only for JSON"
                 )
         if self.disable_any_whitespace and self.whitespace_pattern is not None:
             raise InvalidValue(
                 FIELD,
                 "structured_outputs has disable_any_whitespace and whitespace_pattern: only one of "
-                "them can be given",
+                "them can be set",
             )

@@ -4,19 +4,17 @@ threads of this one. It starts on first use, and again after a template has ende
 from __future__ import annotations
 
 import atexit
-import contextlib
 import dataclasses
 import json
 import os
 import signal
-import subprocess
 import threading
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from nanovllm import programs, template_process
+from nanovllm import programs
+from nanovllm.confined import Confined
 from nanovllm.prompts import PromptTooLong
-from nanovllm.template_process import ERROR, FACTS, TEXT, TOO_LONG
 
 CPU_S = 5.0  # processor time of a rendering; usual ones take less than a millisecond
 MAX_TEMPLATES = 64  # kept by the process
@@ -43,15 +41,14 @@ class Renderer:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
+        self._program = Confined(lambda: programs.start_confined("nanovllm.template_process"))
         self._numbers: dict[str, int] = {}  # of templates that the process has
         self._facts: dict[str, Facts | _TooSlow] = {}
 
     @property
     def is_ready(self) -> bool:
-        """Whether the process runs, so that `render` begins at once."""
-        process = self._process
-        return process is not None and process.poll() is None and not self._lock.locked()
+        """Whether `render` begins at once, with a process that works."""
+        return self._program.is_running and not self._lock.locked()
 
     def start(self) -> None:
         """Start the process, which takes some tenths of a second, beside other work."""
@@ -91,40 +88,38 @@ class Renderer:
         }  # fmt: skip
         with self._lock:
             try:
-                kind, content = self._use(template, tokens, request)
-            except _Killed:  # these messages may not be the cause
-                kind, content = self._use(template, tokens, request)
-        if kind == TEXT:
-            return content.decode("utf-8", "surrogatepass")
-        assert kind == TOO_LONG, kind
+                found = self._use(template, tokens, request)
+            except _Killed:  # perhaps it was no fault of these messages
+                found = self._use(template, tokens, request)
+        if "text" in found:
+            return str(found["text"])
         raise PromptTooLong(
-            f"the conversation has {int(content)} characters in its template: the limit is "
+            f"the conversation has {found['num_chars']} characters in its template: the limit is "
             f"{max_chars}"
         )
 
     def close(self) -> None:
         """End the process. It starts again if it is needed."""
-        process, self._process = self._process, None
-        self._numbers.clear()
-        if process is not None:
-            process.kill()
-            with contextlib.suppress(OSError):
-                process.communicate()
+        self._end()
 
     def forget(self) -> None:
         """After a fork: leave the process to the parent."""
         self.__init__()  # type: ignore[misc]
 
     def _start(self) -> None:
-        if self._process is not None and self._process.poll() is None:
-            return
-        self.close()
-        self._process = programs.start_confined("nanovllm.template_process", bufsize=0)
+        if not self._program.is_running:
+            self._end()
+            self._program.start()
+
+    def _end(self) -> int:
+        """End the process, and return its exit status."""
+        self._numbers.clear()
+        return self._program.end()
 
     def _use(
         self, template: str, tokens: Mapping[str, Any], request: Mapping[str, Any]
-    ) -> tuple[bytes, bytes]:
-        """The kind and the content of the answer to a request to render a template."""
+    ) -> dict[str, Any]:
+        """The answer to a request to render a template."""
         self._start()
         if template not in self._numbers:
             self._define(template, tokens)
@@ -133,38 +128,33 @@ class Renderer:
     def _define(self, template: str, tokens: Mapping[str, Any]) -> Facts:
         """Send a template to the process."""
         if len(self._numbers) >= MAX_TEMPLATES:
-            self.close()
+            self._end()
             self._start()
         number = len(self._numbers)
-        _, content = self._ask({"template": number, "source": template, "tokens": dict(tokens)})
+        found = self._ask({"template": number, "source": template, "tokens": dict(tokens)})
         self._numbers[template] = number
-        variables, writes_text = json.loads(content)
+        variables, writes_text = found["facts"]
         return Facts(frozenset(variables), bool(writes_text))
 
-    def _ask(self, request: Mapping[str, Any]) -> tuple[bytes, bytes]:
-        """The kind and the content of an answer. Raises ValueError."""
+    def _ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """The answer to a request. Raises ValueError."""
         data = _as_json({**request, "cpu_s": CPU_S})
-        assert self._process is not None
-        assert self._process.stdin is not None and self._process.stdout is not None
         try:
-            with contextlib.suppress(BrokenPipeError):  # then there is no answer
-                template_process.write(self._process.stdin.fileno(), data)
-            found = template_process.read(self._process.stdout.fileno())
+            self._program.send(data)
+            found = self._program.receive()
         except BaseException:  # such as Ctrl-C: an answer may be left in the pipe
-            self.close()
+            self._end()
             raise
-        if not found:
+        if found is None:
             raise self._ending()
-        kind, content = found[:1], found[1:]
-        if kind == ERROR:
-            raise ValueError(content.decode("utf-8", "replace"))
-        assert kind in (TEXT, TOO_LONG, FACTS), kind
-        return kind, content
+        if "error" in found:
+            raise ValueError(found["error"])
+        return dict(found)
 
     def _ending(self) -> ValueError:
-        assert self._process is not None
-        status = self._process.wait()
-        self.close()
+        assert self._program.process is not None
+        self._program.process.wait()
+        status = self._end()
         if status == -getattr(signal, "SIGPROF", 0):
             return _TooSlow(
                 f"the chat template takes longer than {CPU_S:g} s of processor time: it may loop "

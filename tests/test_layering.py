@@ -37,12 +37,19 @@ ALLOWED = {
     "compile": ("nanovllm.compile", "nanovllm.kernels"),
     "models": ("nanovllm.models", "nanovllm.kernels"),
     "platforms": ("nanovllm.platforms", "nanovllm.compile", "nanovllm.kernels"),
-    "media": ("nanovllm.media", "nanovllm.env", "nanovllm.extras", "nanovllm.programs"),
+    "media": (
+        "nanovllm.media",
+        "nanovllm.confined",
+        "nanovllm.env",
+        "nanovllm.extras",
+        "nanovllm.programs",
+    ),
     "parsers": ("nanovllm.parsers",),
     "structured": (
         "nanovllm.structured",
         "nanovllm.structured_params",
         "nanovllm.checks",
+        "nanovllm.confined",
         "nanovllm.env",
         "nanovllm.extras",
         "nanovllm.programs",
@@ -166,7 +173,8 @@ DEVICELESS = (
 OPTIONS = ("npu_graph_mode", "npu_graph_options")
 # modules that import nothing of ours except each other
 LIGHT = (
-    "checks", "config", "option_names", "env", "flag_file", "flags", "kernels/private", "log",
+    "checks", "config", "option_names", "env", "flag_file", "flags", "kernels/private_files",
+    "log",
     "media/options", "programs", "progress", "ray_note", "sampling", "structured_params", "tuning",
     "typos",
 )  # fmt: skip

@@ -205,17 +205,12 @@ class Engine:
         return self._answers.requests[request_id][0].prompt_ids
 
     def token_ids(self, prompt: Prompt) -> list[int]:
-        """The ids of a prompt, checked as `add_request` does. Raises ValueError, also for media."""
-        if prompt.media:
-            raise ValueError(f"the prompt has {prompt.media[0].name}: only text is supported here")
-        return self._intake.prompt_ids(prompt, SamplingParams())
+        """See `Intake.text_ids`."""
+        return self._intake.text_ids(prompt)
 
     def encoded(self, prompt: Prompt) -> Prompt:
-        """The prompt with token ids, unless it has media. Needs no lock, unlike `add_request`."""
-        if prompt.token_ids is not None or prompt.media or self.tokenizer is None:
-            return prompt
-        assert prompt.text is not None
-        return replace(prompt, token_ids=self.tokenizer.encode(prompt.text))
+        """See `Intake.encoded`. Needs no lock, unlike `add_request`."""
+        return self._intake.encoded(prompt)
 
     def check_media(self, media: Sequence[Given]) -> None:
         """Raises ValueError for images or videos that this model does not support."""
@@ -267,7 +262,7 @@ class Engine:
         given = as_prompt(prompt)
         if given.media:
             self._intake.check(params)
-            self._check_media(given, params, embeddings, positions)
+            self._media.check(given, params, embeddings, positions)
         asked = self._intake.request(
             given,
             params,
@@ -330,21 +325,6 @@ class Engine:
             self._answers.forget(request)
             self._restart()
             raise
-
-    def _check_media(
-        self,
-        prompt: Prompt,
-        params: SamplingParams,
-        embeddings: Embeddings,
-        positions: np.ndarray | None,
-    ) -> None:
-        """Refuse a prompt with unsupported media, or with options that media exclude."""
-        if embeddings or positions is not None:
-            raise ValueError(
-                f"the prompt has {prompt.media[0].name}: embeddings and positions follow from it, "
-                "so do not pass any"
-            )
-        self._media.check(prompt, params)
 
     def _queue(self, request: Request) -> None:
         """Queue a request that is ready, unless an interrupted step has queued it."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -153,6 +153,19 @@ class Intake:
                     f"0 … {self.vocab_size - 1}"
                 )
         return token_ids
+
+    def text_ids(self, prompt: Prompt) -> list[int]:
+        """The ids of a prompt, checked as those of a request, but without media."""
+        if prompt.media:
+            raise ValueError(f"the prompt has {prompt.media[0].name}: only text is supported here")
+        return self.prompt_ids(prompt, SamplingParams())
+
+    def encoded(self, prompt: Prompt) -> Prompt:
+        """The prompt with token ids, unless it has media."""
+        if prompt.token_ids is not None or prompt.media or self.tokenizer is None:
+            return prompt
+        assert prompt.text is not None
+        return replace(prompt, token_ids=self.tokenizer.encode(prompt.text))
 
     def max_output(self, params: SamplingParams, prompt_len: int) -> int:
         """The most tokens of the answer: max_tokens, at most what max_model_len leaves."""

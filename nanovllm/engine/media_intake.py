@@ -6,12 +6,17 @@ import hashlib
 import threading
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
+
+from nanovllm import hub
 from nanovllm.checks import InvalidValue
+from nanovllm.config import EngineConfig
+from nanovllm.engine.intake import Embeddings
 from nanovllm.engine.mm_admission import MediaGate
 from nanovllm.engine.request import MediaPrompt
-from nanovllm.media import given
+from nanovllm.media import given, settings
 from nanovllm.media.options import MediaOptions
 from nanovllm.media.placeholders import Expanded, Placeholders, Span
 from nanovllm.media.prepare import Preparation, Prepared, Preparer
@@ -58,6 +63,19 @@ class MediaPrompts:
         if tokenizer is not None and settings is not None:
             self._preparer = Preparer(settings, options)
             self._placeholders = Placeholders(tokenizer, settings.with_times, **settings.tokens)
+
+    @classmethod
+    def of(
+        cls,
+        config: EngineConfig,
+        tokenizer: Tokenizer | None,
+        scale: Sequence[Any],
+        options: MediaOptions,
+    ) -> MediaPrompts:
+        """Those of an engine elsewhere. scale: the fields of `Scale`. Raises ValueError for a
+        checkpoint whose processor is not supported."""
+        folder = hub.resolve(config.model, weights=False, revision=config.revision)
+        return cls(config.model, tokenizer, Scale(*scale), settings.load(folder), options)
 
     def check_media(self, media: Sequence[given.Given]) -> None:
         """Raises ValueError for media of a text model, and for too many."""
@@ -164,8 +182,19 @@ class MediaIntake:
         """See `MediaPrompts`."""
         self._prompts.check_media(media)
 
-    def check(self, prompt: Prompt, params: SamplingParams) -> None:
-        """See `MediaPrompts`."""
+    def check(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        embeddings: Embeddings,
+        positions: np.ndarray | None,
+    ) -> None:
+        """`MediaPrompts.check`, and refuse what follows from media."""
+        if embeddings or positions is not None:
+            raise ValueError(
+                f"the prompt has {prompt.media[0].name}: embeddings and positions follow from it, "
+                "so do not pass any"
+            )
         self._prompts.check(prompt, params)
 
     def add(self, request_id: int, prompt: Prompt) -> None:

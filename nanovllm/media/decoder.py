@@ -3,22 +3,21 @@
 A decoder may crash, run for minutes or take all memory. This ends only this process, and the
 process that serves requests can kill it at any time (`decoders.py`).
 
-Requests and answers are lines of JSON. The encoded file, and then the pixels of each image or frame
-or the samples, are at the start of a shared memory file, whose descriptor is the argument.
+Requests and answers go through `confined.py`. A file, and then the pixels of each picture or frame
+or the samples, are at the start of a shared file in memory, whose descriptor is the argument.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 import os
 import signal
 import sys
 from collections.abc import Iterator
 from typing import Any
 
-from nanovllm import programs
+from nanovllm import confined
 from nanovllm.media import clips, pictures, sounds
 from nanovllm.media.memory import BYTES_PER_PIXEL
 from nanovllm.media.pictures import Pixels
@@ -56,14 +55,14 @@ class _Decoding:
         self._allowed_bytes, self._has_av = 0, False
 
     def run(self) -> None:
-        _write({})  # the libraries are imported
-        while (request := _read()) is not None:
+        confined.answer({})  # the libraries are imported
+        while (request := confined.request()) is not None:
             try:
                 self._answer(request)
             except ValueError as error:
-                _write({"error": str(error)})
+                confined.answer({"error": str(error)})
             except MemoryError:
-                _write({"has_no_memory": True})
+                confined.answer({"has_no_memory": True})
 
     def _answer(self, request: dict[str, Any]) -> None:
         kind = request["kind"]
@@ -78,11 +77,11 @@ class _Decoding:
             limits = request["rate"], request["max_seconds"]
             samples = sounds.of_file(data, *limits, self._reserve)
             write_all(self._shared, samples)
-            _write({"num_samples": len(samples)})
+            confined.answer({"num_samples": len(samples)})
         else:
             limits = request["max_pixels"], request["max_video_pixels"]
             clip = clips.of_file(data, *limits, self._reserve_pixels)
-            _write({"num_frames": clip.num_frames, "fps": clip.fps})
+            confined.answer({"num_frames": clip.num_frames, "fps": clip.fps})
             for pixels in clip.pick(_wanted()):
                 self._share(pixels)
 
@@ -92,8 +91,8 @@ class _Decoding:
     def _reserve(self, num_bytes: int) -> None:
         """Request memory for decoding from the other process."""
         if num_bytes > self._allowed_bytes:
-            _write({"needs_bytes": num_bytes})
-            reply = _read()
+            confined.answer({"needs_bytes": num_bytes})
+            reply = confined.request()
             if reply is None:
                 raise ValueError("the request was cancelled")
             self._allow(reply["memory_bytes"])
@@ -112,23 +111,13 @@ class _Decoding:
 
     def _share(self, pixels: Pixels) -> None:
         write_all(self._shared, pixels)
-        _write({"height": pixels.shape[0], "width": pixels.shape[1]})
+        confined.answer({"height": pixels.shape[0], "width": pixels.shape[1]})
 
 
 def _wanted() -> Iterator[int]:
-    """The indices of the frames that the other process requests, until it ends."""
-    while (request := _read()) is not None and request["frame"] is not None:
+    """The indices of the frames that the other side asks for, until it ends."""
+    while (request := confined.request()) is not None and request["frame"] is not None:
         yield request["frame"]
-
-
-def _read() -> dict[str, Any] | None:
-    line = sys.stdin.buffer.readline()
-    return json.loads(line) if line else None
-
-
-def _write(answer: dict[str, Any]) -> None:
-    programs.answers().write(json.dumps(answer).encode() + b"\n")
-    programs.answers().flush()
 
 
 def _size_bytes() -> int:

@@ -7,11 +7,12 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 
-# Memory of decoders in addition to the encoded file: coefficients of progressive JPEGs, reference
-# frames of videos, copies without transparency.
+from nanovllm.confined import LOOK_S
+
+# Decoders need as much beside the encoded file: coefficients of progressive JPEGs, reference frames
+# of videos, copies without transparency.
 BYTES_PER_PIXEL = 24
 WORKER_BYTES = 48 << 20  # 2 megapixels
-LOOK_S = 0.1  # how often a waiting thread checks whether its work is cancelled
 
 
 class Memory:

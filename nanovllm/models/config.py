@@ -43,8 +43,9 @@ class MoeConfig:
 
     A token goes to `top_k` of `num_experts` experts of width `expert_size`. With `normalize` the
     weights of its experts sum to 1. `shared_size` is the width of the shared expert, 0 without one.
-    `compression` is None for uncompressed experts. With `is_spread` each of several ranks has whole
-    experts, otherwise a part of every expert. Raises ValueError for sizes that do not fit together.
+    `compression` is None for uncompressed experts. With `is_expert_parallel` each of several ranks
+    has whole experts, otherwise a part of every expert. Raises ValueError for sizes that do not fit
+    together.
     """
 
     GRAPH_FIELDS: ClassVar[tuple[str, ...]] = ("top_k", "normalize")
@@ -55,7 +56,7 @@ class MoeConfig:
     normalize: bool
     shared_size: int = 0
     compression: Compression | None = None
-    is_spread: bool = False
+    is_expert_parallel: bool = False
 
     def __post_init__(self) -> None:
         sizes = {
@@ -77,7 +78,7 @@ class MoeConfig:
         """The mean number of distinct experts of a layer that `num_tokens` tokens choose.
 
         Assumes even routing: a token chooses each expert with probability K / E, and tokens choose
-            independently.
+        independently.
         """
         return self.num_experts * (1 - (1 - self.top_k / self.num_experts) ** num_tokens)
 
@@ -111,6 +112,7 @@ class ModelConfig:
 
     GRAPH_FIELDS: ClassVar[tuple[str, ...]] = (
         "vocab_size", "num_heads", "num_kv_heads", "head_dim", "norm_eps", "moe", "num_ranks",
+        "dtype",
     )  # fmt: skip
 
     architecture: str

@@ -17,18 +17,17 @@ from torch import Tensor
 from nanovllm.models.config import ModelConfig
 from nanovllm.models.formats import Weight
 from nanovllm.models.formats.format import Extent, Format, num_bytes
-from nanovllm.models.formats.plain import Plain
 from nanovllm.models.param import Param as Param
-from nanovllm.models.schemes import UNQUANTIZED, Scheme
+from nanovllm.models.schemes import UNQUANTIZED, Part, Scheme
 
 
 class Params(NamedTuple):
     """All weights. `layers` are the architecture's own named tuples.
 
-    `head_VD` is `embed_VD` itself where the checkpoint ties them and the format keeps it.
+    `head_VD` is `embed_VD` itself where the checkpoint ties them and both have one format.
     """
 
-    embed_VD: Tensor
+    embed_VD: Weight
     layers: tuple[Any, ...]
     final_norm_D: Tensor
     head_VD: Weight
@@ -68,7 +67,7 @@ class LayerKind:
     """What distinguishes the layers of one model: layers of one kind share their programs.
 
     Layers of one kind declare parameters of the same shapes. `window` is the number of newest
-    positions that a query attends to, itself included; 0 means all positions. A `sparse` layer has
+    positions that a query sees, itself included; 0 means all positions. A `sparse` layer has
     experts.
     """
 
@@ -205,30 +204,39 @@ class Model:
 
     def with_scheme(self, scheme: Scheme) -> Model:
         """The model whose formats a scheme chooses. Layers of one kind in different formats become
-        layers of several kinds. Raises ValueError for experts in a format that has no product for
-        them."""
+        layers of several kinds. Raises ValueError for parameters that their formats do not take."""
         model = replace(self, scheme=scheme)
-        known: dict[LayerKind, list[tuple[Format, ...]]] = {}
+        outer, *layers = model.declared
+        model.check_formats(*outer.values(), *filter(None, [model.tied_head]))
+        known: dict[LayerKind, list[list[Any]]] = {}
         kinds = []
-        for kind, params in zip(self.layer_kinds, model.declared[1:]):
-            formats = tuple(model.checked_format(param) for param in params.values())
+        for kind, params in zip(self.layer_kinds, layers):
+            parts = model.check_formats(*params.values())
+            stored = [(part.format, part.param.shape) for part in parts]
             of_kind = known.setdefault(kind, [])
-            if formats not in of_kind:
-                of_kind.append(formats)
-            num = of_kind.index(formats)
+            if stored not in of_kind:
+                of_kind.append(stored)
+            num = of_kind.index(stored)
             kinds.append(replace(kind, name=f"{kind.name}_format{num}") if num else kind)
         return replace(model, layer_kinds=tuple(kinds))
 
-    def checked_format(self, param: Param) -> Format:
-        """The format of a parameter. Raises ValueError for experts in one without a product for
-        them."""
-        chosen = self.scheme.format(param)
-        if param.kind == "experts" and not chosen.takes_experts:
-            raise ValueError(
-                f"{self.scheme} is not supported for a model with experts "
-                f"({self.config.architecture})"
-            )
-        return chosen
+    def check_formats(self, *params: Param) -> list[Part]:
+        """The parts of parameters. Raises ValueError for one that its format does not take, as a
+        whole or as this rank's share."""
+        parts = [part for param in params for part in self.scheme.parts(param)]
+        for param, stored_as in parts:
+            if not stored_as.is_plain and param.kind not in stored_as.kinds:
+                what = "with experts" if param.kind == "experts" else "whose table is stored so"
+                raise ValueError(
+                    f"{self.scheme} is not supported for a model {what} "
+                    f"({self.config.architecture})"
+                )
+            if refusal := stored_as.refusal(self.extent(param)):
+                raise ValueError(
+                    f"{self.scheme}: {param.sources[0]} {list(param.shape)} cannot be shared by "
+                    f"{self.config.num_ranks} rank(s): {refusal}"
+                )
+        return parts
 
     def on_ranks(self, num_ranks: int) -> Model:
         """The model as each of `num_ranks` ranks has it. Raises ValueError if its heads, or the
@@ -248,8 +256,8 @@ class Model:
             num_ranks=num_ranks,
         )
         model = replace(self, config=config, whole=cfg)
-        for param in (param for group in model.declared for param in group.values()):
-            param.local(num_ranks)
+        for group in model.declared:
+            model.check_formats(*group.values())
         return model
 
     # sizes ---------------------------------------------------------------------------------------
@@ -266,7 +274,13 @@ class Model:
         """The head that is the embedding table: a linear layer with the table's numbers."""
         if not self.config.tied_embeddings:
             return None
-        return self.declared[0]["embed_VD"]._replace(kind="linear")
+        return self._table._replace(kind="linear")
+
+    @property
+    def head_is_table(self) -> bool:
+        """True if head and table are tied and in one format: then they are one weight."""
+        head = self.tied_head
+        return head is not None and self._formats(head) == self._formats(self._table)
 
     @property
     def weight_bytes(self) -> int:
@@ -279,17 +293,15 @@ class Model:
         return sum(self._num_bytes(param) for param in self._read_params if param.kind == "experts")
 
     @property
-    def has_plain_experts(self) -> bool:
-        """True if no experts are in another format than plain tensors."""
+    def expert_formats(self) -> set[Format]:
+        """The formats of all experts."""
         experts = (param for param in self._read_params if param.kind == "experts")
-        return all(isinstance(self.scheme.format(param), Plain) for param in experts)
+        return {stored_as for param in experts for stored_as in self._formats(param)}
 
     @property
     def param_bytes(self) -> int:
         """Bytes that all weights take on the device, those of a tower included."""
-        head = self.tied_head
-        is_head = head is not None and isinstance(self.scheme.format(head), Plain)
-        table_bytes = 0 if is_head else self._num_bytes(self.declared[0]["embed_VD"])
+        table_bytes = 0 if self.head_is_table else self._num_bytes(self._table)
         tower_bytes = sum(
             math.prod(shape) * tower.config.dtype.itemsize
             for tower in self.towers.values()
@@ -309,6 +321,10 @@ class Model:
         return 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim * cache_dtype.itemsize
 
     @property
+    def _table(self) -> Param:
+        return self.declared[0]["embed_VD"]
+
+    @property
     def _read_params(self) -> list[Param]:
         """All parameters without the table, or with the table as the head that it is."""
         outer, *layers = self.declared
@@ -321,8 +337,12 @@ class Model:
         """The extent of a parameter's part on this rank, for its format."""
         return param.extent(self.config.num_ranks, self.config.dtype)
 
+    def _formats(self, param: Param) -> list[Format]:
+        return [part.format for part in self.scheme.parts(param)]
+
     def _num_bytes(self, param: Param) -> int:
-        return num_bytes(self.scheme.format(param), self.extent(param))
+        parts = self.scheme.parts(param)
+        return sum(num_bytes(part.format, self.extent(part.param)) for part in parts)
 
 
 def tower_shapes(tower: Any) -> list[tuple[int, ...]]:

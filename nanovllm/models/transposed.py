@@ -51,7 +51,7 @@ def read(checkpoint: Checkpoint, shard: Shard, param: Param, out_EOD: Tensor) ->
     num, rows, columns = param.shape
     stored, per_expert = (num, columns, rows), len(param.parts) // num
     own, part = range(num), shard
-    if param.is_spread:
+    if param.is_expert_parallel:
         own, part = shard.experts(num), ALL
     step = max(1, STAGED_BYTES // (rows * columns * out_EOD.element_size()))
     for first in range(0, len(own), step):

@@ -30,12 +30,12 @@ OFFLOAD_OPS = ("fetch_experts", "stream_experts", "offloaded_experts")
 # Ops of a step with our kernels on CPU and CUDA.
 STEP_OPS = frozenset({
     "accept", "add_rms_norm", "advance", "decode_inputs", "expert_linear", "experts",
-    "paged_attention", "qk_norm_rope_store", "rms_norm", "route", "sample", "sampling_inputs",
-    "segment_attention", "silu_mul", "span_inputs", *OFFLOAD_OPS, *COLLECTIVES,
+    "paged_attention", "qk_norm_rope_store", "rms_norm", "sample", "sampling_inputs", "silu_mul",
+    "span_inputs", "topk_softmax", "varlen_attention", *OFFLOAD_OPS, *COLLECTIVES,
 })  # fmt: skip
 # The passes of fuse=False: our kernels are used only for ops that no lowering can generate.
 UNFUSED_OPS = frozenset({
-    "paged_attention", "segment_attention", "store_kv", "sample", "route", "experts",
+    "paged_attention", "varlen_attention", "store_kv", "sample", "topk_softmax", "experts",
     "expert_linear", *OFFLOAD_OPS, *COLLECTIVES,
 })  # fmt: skip
 UNFUSED_PASSES: tuple[tuple[str, Pass], ...] = (
@@ -122,7 +122,7 @@ class Replay(Protocol):
     def __call__(self) -> None: ...
 
 
-class Rehearsal(Protocol):
+class DryRun(Protocol):
     """Runs steps on fake tensors, made under `mode`, and records the kernels they would launch.
 
     kernels: compile requests, each with a number that grows with its compile time.
@@ -138,7 +138,7 @@ class Rehearsal(Protocol):
         ...
 
     def compile(self, request: str) -> None:
-        """Compile a kernel that a rehearsal recorded, in this or another process."""
+        """Compile a kernel that a dry run recorded, in this or another process."""
         ...
 
 
@@ -179,8 +179,8 @@ class Platform(ABC):
         """
         return 0
 
-    def rehearsal(self) -> Rehearsal | None:
-        """A new rehearsal; None where kernels compile fast or only running steps finds them."""
+    def dry_run(self) -> DryRun | None:
+        """A new dry run; None where kernels compile fast or only running steps finds them."""
         return None
 
     def kernels_compiled(self) -> list[str]:

@@ -19,7 +19,7 @@ from nanovllm.compile.passes.fuse_add_norm import fuse_add_norm
 from nanovllm.compile.passes.fuse_linear import fuse_linear
 from nanovllm.compile.passes.fuse_reduce_norm import fuse_reduce_norm
 from nanovllm.compile.passes.fuse_rope_store import fuse_rope_store
-from nanovllm.compile.passes.fuse_route import fuse_route
+from nanovllm.compile.passes.fuse_router import fuse_router
 from nanovllm.compile.passes.reduce_in_place import reduce_in_place
 from nanovllm.compile.passes.replace_ops import replace_ops
 from nanovllm.compile.program import Lowering, Pass
@@ -28,13 +28,13 @@ from nanovllm.kernels.flash_attention import Flash, Missing
 from nanovllm.kernels.peers import Agree, Gather, OwnedPeers
 from nanovllm.platforms import cuda_memory, cuda_peers, preload
 from nanovllm.platforms.accelerator import Accelerator, visible_devices
-from nanovllm.platforms.base import STEP_OPS, UNFUSED_PASSES, Rehearsal, Replay, Traits
+from nanovllm.platforms.base import STEP_OPS, UNFUSED_PASSES, DryRun, Replay, Traits
 from nanovllm.platforms.cuda_memory import Driver, MappedRegion, PinnedRegion
 from nanovllm.platforms.regions import Region, SplitRegion
 
 # Ops with our Triton kernels. Inductor could fuse norms and activations too, but it has no
 # programmatic dependent launch and takes seconds per bucket.
-KERNEL_OPS = STEP_OPS | {"fused_linear", "linear_", "norm_route"}
+KERNEL_OPS = STEP_OPS | {"fused_linear", "linear_", "norm_router_topk"}
 
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -92,7 +92,7 @@ class CudaPlatform(Accelerator):
     ) -> None:
         torch.cuda.set_device(self.device)
         try:
-            from nanovllm.kernels.triton import build as triton_build
+            from nanovllm.kernels.triton import compile_log
             from nanovllm.kernels.triton import register as triton_kernels
             from nanovllm.kernels.triton import step as triton_step
         except ImportError as error:
@@ -102,7 +102,7 @@ class CudaPlatform(Accelerator):
             raise ValueError(
                 f"this GPU is of compute capability {major}.{minor}: at least 7.5 is needed"
             )
-        triton_build.watch()
+        compile_log.watch()
         triton_kernels.register()
         triton_step.register()
 
@@ -128,13 +128,13 @@ class CudaPlatform(Accelerator):
         from nanovllm.kernels.triton import all_reduce as triton_all_reduce
         from nanovllm.kernels.triton import common as triton_common
         from nanovllm.kernels.triton import linear as triton_linear
-        from nanovllm.kernels.triton import route as triton_route
+        from nanovllm.kernels.triton import topk_softmax as triton_topk
 
         has_matrix_units = triton_common.has_matrix_units(self.device)
         takes = triton_linear.takes if has_matrix_units else _takes_one_row
         return (
             ("fuse_rope_store", fuse_rope_store),
-            ("fuse_route", partial(fuse_route, takes=triton_route.takes)),
+            ("fuse_router", partial(fuse_router, takes=triton_topk.takes)),
             ("fuse_linear", partial(fuse_linear, takes={ops.linear: takes})),
             ("fuse_add_norm", fuse_add_norm),
             ("fuse_reduce_norm", partial(fuse_reduce_norm, takes=triton_all_reduce.has_few_rows)),
@@ -161,15 +161,15 @@ class CudaPlatform(Accelerator):
         fitting = (free_bytes - bytes_own) // max(bytes_each, 1 << 30)
         return max(0, min(preload.max_processes(), fitting))
 
-    def rehearsal(self) -> Rehearsal | None:
-        from nanovllm.kernels.triton import rehearsal as triton_rehearsal
+    def dry_run(self) -> DryRun | None:
+        from nanovllm.kernels.triton import dry_run as triton_dry_run
 
-        return triton_rehearsal.Rehearsal()
+        return triton_dry_run.TritonDryRun()
 
     def kernels_compiled(self) -> list[str]:
-        from nanovllm.kernels.triton import build as triton_build
+        from nanovllm.kernels.triton import compile_log
 
-        return triton_build.compiled()
+        return compile_log.compiled()
 
     def capture(self, step: Callable[[], None]) -> Replay:
         torch.cuda.synchronize()

@@ -34,7 +34,7 @@ def begin(device: str) -> Callable[[], None]:
 
     Returns a function that waits for these threads. Call it after importing torch and before
     changing os.environ: the CUDA driver reads it while it initialises. Errors are ignored here: the
-        engine raises them again.
+    engine raises them again.
     """
     if not may_have_gpu(device):
         return lambda: None
@@ -97,8 +97,8 @@ def import_compilers() -> None:
     if importlib.util.find_spec("triton") is not None:
         from triton.runtime.cache import triton_key
 
+        from nanovllm.kernels.triton import dry_run as triton_dry_run  # noqa: F401
         from nanovllm.kernels.triton import register as triton_kernels  # noqa: F401
-        from nanovllm.kernels.triton import rehearsal as triton_rehearsal  # noqa: F401
         from nanovllm.kernels.triton import step as triton_step  # noqa: F401
 
         digest = threading.Thread(target=triton_key)  # see _import_triton

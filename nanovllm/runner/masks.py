@@ -52,14 +52,14 @@ class MaskTable:
             self._newest = list(masked), upload(list(masked), torch.int64)
         self._allowed_SW.index_copy_(0, self._newest[1], upload(allowed_MW, torch.int32))
 
-    def keep_allowed(self, row_idx_R: Tensor, logits_RV: Tensor) -> Tensor:
+    def apply_token_bitmask(self, row_idx_R: Tensor, logits_RV: Tensor) -> Tensor:
         """Logits with −inf for the tokens that the rows' masks forbid."""
         assert self._allowed_SW is not None, "masks have been written"
-        return ops.keep_allowed(logits_RV, self._allowed_SW, row_idx_R)
+        return ops.apply_token_bitmask(logits_RV, self._allowed_SW, row_idx_R)
 
     def warm_up(self, logits_1V: Tensor) -> None:
         """Load the kernel, so that the first constrained request does not wait for it."""
         row_1 = torch.zeros(1, dtype=torch.int64, device=logits_1V.device)
         shape = 1, self._shape[1]
         allowed_1W = torch.full(shape, ALL, dtype=torch.int32, device=logits_1V.device)
-        ops.keep_allowed(logits_1V, allowed_1W, row_1)
+        ops.apply_token_bitmask(logits_1V, allowed_1W, row_1)

@@ -1,4 +1,4 @@
-"""Parts of warm-up that do not change a runner: rehearsing a bucket, timing steps."""
+"""Parts of warm-up that do not change a runner: a dry run of a bucket, timing steps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from nanovllm.kernels import collectives
 from nanovllm.models.experts.offloaded import prepare
-from nanovllm.platforms.base import Rehearsal
+from nanovllm.platforms.base import DryRun
 from nanovllm.runner.captured import VerifyStep
 from nanovllm.runner.runner import Runner
 from nanovllm.schedule.pace import DecodePace
@@ -27,13 +27,13 @@ STALL_REPEATS, STALL_LONG_MS = 2, 20.0
 BUS_REPEATS = 3
 
 
-def rehearse_bucket(runner: Runner, kind: str, size: int, rehearsal: Rehearsal) -> None:
-    """Build the programs of one bucket, and call them with fake tensors of the rehearsal's mode.
+def dry_run_bucket(runner: Runner, kind: str, size: int, dry_run: DryRun) -> None:
+    """Build the programs of one bucket, and call them with fake tensors of the dry run's mode.
 
     A runner that was made under that mode computes nothing and takes no memory. Its
     `compiler.instead` must stand in for the programs.
     """
-    mode, steps, platform, layout = rehearsal.mode, runner.steps, runner.platform, runner.layout
+    mode, steps, platform, layout = dry_run.mode, runner.steps, runner.platform, runner.layout
     with torch.no_grad():
         if kind == "prefill":
             with mode:
@@ -49,7 +49,7 @@ def rehearse_bucket(runner: Runner, kind: str, size: int, rehearsal: Rehearsal) 
         for one in verify:
             steps.verify(one.span, one.num)
         if size == layout.decode_rows[0]:
-            runner.sampler.rehearse(rehearsal)
+            runner.sampler.dry_run(dry_run)
 
 
 def measure_stall(runner: Runner, max_ms: float) -> StallBound:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nanovllm import env
-from nanovllm.kernels.private import Shared, make_private
+from nanovllm.kernels.private_files import UnsafePath, make_private
 
 logger = logging.getLogger(__name__)
 FOLDER = "bytecode"
@@ -32,7 +32,7 @@ def keep(store_folder: Callable[[], Path]) -> None:
     folder = store_folder() / FOLDER
     try:
         make_private(folder.parent, folder)
-    except (OSError, Shared) as error:
+    except (OSError, UnsafePath) as error:
         logger.debug("bytecode is not kept: %s", error)
         return
     sys.pycache_prefix, sys.dont_write_bytecode = str(folder), False

@@ -28,7 +28,7 @@ def places_whole_experts(moe: MoeConfig, num_ranks: int) -> bool:
 
 
 def with_experts_on_ranks(asked: bool | str, model: Model, num_ranks: int) -> Model:
-    """The model with `is_spread` of its experts chosen, for several ranks.
+    """The model with `is_expert_parallel` of its experts chosen, for several ranks.
 
     `asked` is the option expert_parallel. Raises ValueError if it does not go with the model.
     """
@@ -42,12 +42,14 @@ def with_experts_on_ranks(asked: bool | str, model: Model, num_ranks: int) -> Mo
             f"expert_parallel is True and tensor_parallel_size {num_ranks}, which must divide the "
             f"{moe.num_experts} experts of a layer"
         )
-    is_spread = places_whole_experts(moe, num_ranks) if isinstance(asked, str) else asked
+    is_expert_parallel = places_whole_experts(moe, num_ranks) if isinstance(asked, str) else asked
     logger.info(
         "each of %d ranks has %s",
         num_ranks,
         f"{moe.num_experts // num_ranks} whole experts of a layer"
-        if is_spread
+        if is_expert_parallel
         else f"1/{num_ranks} of every expert",
     )
-    return replace(model, config=replace(cfg, moe=replace(moe, is_spread=is_spread)))
+    return replace(
+        model, config=replace(cfg, moe=replace(moe, is_expert_parallel=is_expert_parallel))
+    )

@@ -122,7 +122,7 @@ def load_chosen(
     with ExitStack() as stack:
         if choice.num_workers:
             # this process runs every bucket itself, so workers need not run them
-            farm.build(choice.spec.layout.buckets, choice.num_workers, rehearse=True)
+            farm.build(choice.spec.layout.buckets, choice.num_workers, dry_run=True)
         else:
             farm.close()
         bar = progress.bar(

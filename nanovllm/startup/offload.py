@@ -40,7 +40,7 @@ def choose_offload(config: EngineConfig, model: Model, platform: Platform) -> Of
             f"expert_offload is {asked!r}, but the experts beside the checkpoint are compressed, "
             "and those are not offloaded: leave it out, or set NANOVLLM_DISABLE_SVD=1"
         )
-    if not model.has_plain_experts:
+    if not all(stored_as.is_plain for stored_as in model.expert_formats):
         raise ValueError(
             f"expert_offload is {asked!r}, but the checkpoint's experts are quantized "
             f"({model.scheme}), and those are not offloaded: leave it out"

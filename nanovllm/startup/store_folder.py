@@ -10,7 +10,7 @@ from nanovllm import env
 from nanovllm.compile.store import Store, drop_damaged_kernels
 from nanovllm.config import EngineConfig
 from nanovllm.kernels.code_files import temporary_folder
-from nanovllm.kernels.private import Shared
+from nanovllm.kernels.private_files import UnsafePath
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +54,8 @@ def use_private_cache(
     """
     try:
         store = Store(folder)
-    except (OSError, Shared) as error:
-        if must_keep or (isinstance(error, Shared) and not may_be_taken):
+    except (OSError, UnsafePath) as error:
+        if must_keep or (isinstance(error, UnsafePath) and not may_be_taken):
             raise
         message = (
             "compiled code is not kept, and the next start compiles again: %s "

@@ -8,7 +8,7 @@ import html
 KINDS = (
     ("attention", "attention", "#7c5cd6"),
     ("expert", "experts", "#b5452c"),
-    ("route", "routing", "#8c8a14"),
+    ("topk", "routing", "#8c8a14"),
     ("linear", "products", "#2f6fde"),
     ("mm", "products", "#2f6fde"),
     ("rope", "rotation, cache write", "#c7791c"),

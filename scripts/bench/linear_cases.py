@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from nanovllm.kernels import reference
-from nanovllm.kernels.triton.linear_few import few_rows_linear
-from nanovllm.kernels.triton.linear_gated import GatedTile, gated_linear
-from nanovllm.kernels.triton.linear_many import GemmTile, many_rows_linear
+from nanovllm.kernels.triton.gated_gemm import GatedTile, gated_gemm
 from nanovllm.kernels.triton.norm_act import rms_norm, silu_mul
+from nanovllm.kernels.triton.skinny_gemm import skinny_gemm
+from nanovllm.kernels.triton.split_k_gemm import SplitKTile, split_k_gemm
 from scripts.bench.linear_tiles import Shape, Tile
 
 DTYPE = torch.bfloat16
@@ -52,12 +52,12 @@ class Case:
         """The fused kernel of this tile. `pdl`: programmatic dependent launch or the default."""
         norm = self.norms[idx] if self.norms else None
         if isinstance(tile, GatedTile):
-            return gated_linear(self.x, self.weights[idx], None, launch=tile, pdl=pdl)
-        if isinstance(tile, GemmTile):
-            return many_rows_linear(
+            return gated_gemm(self.x, self.weights[idx], None, launch=tile, pdl=pdl)
+        if isinstance(tile, SplitKTile):
+            return split_k_gemm(
                 self.x, self.weights[idx], None, self.residual, self.silu, launch=tile, pdl=pdl
             )
-        return few_rows_linear(
+        return skinny_gemm(
             self.x,
             norm,
             self.weights[idx],

@@ -167,7 +167,7 @@ def test_the_model_is_the_first_word_or_an_option(capsys: pytest.CaptureFixture[
         assert engine_options(engine_args(*words)) == ("a/b", {})
     with pytest.raises(SystemExit):
         engine_args("a/b", "--model", "c")
-    assert "MODEL is 'a/b' and 'c': give one of them" in capsys.readouterr().err
+    assert "MODEL is 'a/b' and 'c': use one of them" in capsys.readouterr().err
 
 
 def test_flags_give_the_config_that_options_give() -> None:
@@ -203,7 +203,7 @@ def test_vllm_s_names_are_understood() -> None:
     [
         ("--pipeline-parallel-size 2", "pipeline_parallel_size is 2: only 1 is supported"),
         ("--swap-space 3", "swap_space is 3: only 4 is supported"),
-        ("--block-size 32 --kvcache-block-size 64", "are one option: give one of them"),
+        ("--block-size 32 --kvcache-block-size 64", "are the same option: use one of them"),
     ],
 )
 def test_what_vllm_has_and_we_do_not_is_refused_by_name(words: str, message: str) -> None:
@@ -218,8 +218,8 @@ def test_code_of_a_checkpoint_is_not_run_and_a_warning_says_so(
     assert not caplog.messages
     assert engine_config(engine_args("m/n", "--trust-remote-code")) == EngineConfig("m/n")
     assert caplog.messages == [
-        "trust_remote_code=True has no effect: no code of a checkpoint is run. Checkpoints that "
-        "need theirs are refused"
+        "trust_remote_code=True has no effect: code in checkpoints is never run. Checkpoints "
+        "that need theirs are refused"
     ]
 
 

@@ -232,13 +232,13 @@ def test_a_process_decodes_as_a_thread_does() -> None:
                 data = sound_file(kind, codec, tone(22_050, 22_050)[None], 22_050)
                 found = decoder.sound(data, part, *FACTS)
                 assert np.array_equal(found, sounds.of_file(data, *FACTS))
-            process = decoder._process
+            process = decoder._program.process
             with pytest.raises(ValueError, match="corrupt or truncated"):
                 decoder.sound(data[:-999], part, *FACTS)
             with pytest.raises(ValueError, match="not audio"):
                 decoder.sound(png(), part, *FACTS)
             assert decoder.sound(data, part, *FACTS).shape == (RATE,)
-            assert decoder._process is process
+            assert decoder._program.process is process
     finally:
         decoder.close()
 

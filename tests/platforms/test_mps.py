@@ -151,7 +151,7 @@ def test_masks_give_the_cpus_tokens_with_supported_operators(
     llm = LLM("tiny-qwen3", device="mps", **OPTIONS)
     found = llm.generate(prompts, asked, use_tqdm=False)
     assert [one["token_ids"] for one in found] == expected
-    assert "keep_allowed" in mode.ours and mode.called - SUPPORTED == set()
+    assert "apply_token_bitmask" in mode.ours and mode.called - SUPPORTED == set()
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

@@ -96,7 +96,7 @@ def block(cfg: AudioConfig, w: Block, start_S: Tensor, h_TD: Tensor) -> Tensor:
         for x in (q_TD + w.q_bias_D, k_TD.contiguous(), v_TD + w.v_bias_D)
     )
     max_len, scale = cfg.chunk_frames // 2, cfg.head_dim**-0.5
-    o_TNH = ops.segment_attention(q_TNH, k_TNH, v_TNH, start_S, max_len, scale)
+    o_TNH = ops.varlen_attention(q_TNH, k_TNH, v_TNH, start_S, max_len, scale)
     h_TD = ops.linear(o_TNH.flatten(1), w.out_DD, w.out_bias_D, h_TD)
     x_TD = _normed(cfg, h_TD, w.mlp_norm_D, w.mlp_norm_bias_D)
     x_TU = gelu(ops.linear(x_TD, w.up_UD, w.up_bias_U))

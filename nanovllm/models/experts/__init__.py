@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from nanovllm.models.experts import compressed, offloaded, spread, stacked
+from nanovllm.models.experts import compressed, expert_parallel, offloaded, stacked
 from nanovllm.models.experts.offloaded import Offloaded
 
 # A layer's stored experts: a named tuple of tensors that is specific to its form.
@@ -40,7 +40,7 @@ class Form(Protocol):
 
 
 # Supersets first: `gather` takes the first form whose fields are all present.
-FORMS: tuple[Form, ...] = (spread, stacked, compressed, offloaded)
+FORMS: tuple[Form, ...] = (expert_parallel, stacked, compressed, offloaded)
 
 
 def prepare(

@@ -14,7 +14,10 @@ from nanovllm.models.formats.format import Extent, Format
 @dataclass(frozen=True)
 class Plain(Format):
     name: ClassVar[str] = "plain"
-    takes_experts: ClassVar[bool] = True
+
+    @property
+    def is_plain(self) -> bool:
+        return True
 
     def empty(self, extent: Extent, device: torch.device | str) -> Tensor:
         return torch.empty(extent.shape, dtype=extent.dtype, device=device)

@@ -12,7 +12,7 @@ All that depends on the sizes of frames is an input that the host computes from 
 
 Cost. Attention takes 4·T·D floating-point operations a token and layer where a frame fills T, the
 products take 24·D² (Qwen3-VL) and 8·D² + 6·D·F (Qwen2.5-VL). At 4,096 patches and D = 1,024
-attention is 40 % of the work of Qwen3-VL-2B. `ops.segment_attention` computes each segment by
+attention is 40 % of the work of Qwen3-VL-2B. `ops.varlen_attention` computes each segment by
 itself: windows of 64 patches cost next to nothing. A boolean mask over all T patches would cost
 4·T·D for every layer, and the kernels that take masks are slower. On CUDA it launches T / 128 + S
 tiles of queries for each head: one frame that fills T leaves MAX_FRAMES of them empty.

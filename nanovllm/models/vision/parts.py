@@ -62,7 +62,7 @@ def attention(
     row_T = torch.arange(num_patches, device=x_TD.device)
     q_TNH, k_TNH = (ops.rope(x_TNH, rope_TH, row_T) for x_TNH in (q_TNH, k_TNH))
     scale = cfg.head_dim**-0.5
-    o_TNH = ops.segment_attention(q_TNH, k_TNH, v_TNH, start_S, max_len, scale)
+    o_TNH = ops.varlen_attention(q_TNH, k_TNH, v_TNH, start_S, max_len, scale)
     return ops.linear(o_TNH.flatten(1), w.out_DD, w.out_bias_D, h_TD)
 
 

@@ -79,14 +79,14 @@ class CompileFarm:
         else:
             self._workers += [spawn(self._config) for _ in range(count)]
 
-    def build(self, buckets: Sequence[Bucket], count: int, *, rehearse: bool = False) -> None:
+    def build(self, buckets: Sequence[Bucket], count: int, *, dry_run: bool = False) -> None:
         """Build `buckets` in this order with `count` workers; returns at once.
 
-        With `rehearse` workers determine the kernels of a bucket without running it, where
+        With `dry_run` workers determine the kernels of a bucket without running it, where
         possible, and then compile each kernel once.
         """
         self._built_at = time.perf_counter()
-        verb = "rehearse" if rehearse else "run"
+        verb = "dry_run" if dry_run else "run"
         tasks = [Task((0, number), verb, bucket) for number, bucket in enumerate(buckets)]
         self._tasks = TaskQueue(tasks)
         count = min(count, len(buckets))
@@ -195,7 +195,7 @@ class CompileFarm:
         with self._lock:
             has_warned, self._has_warned = self._has_warned, True
         if not has_warned:  # other buckets have the same problem
-            message = "a start takes longer, as %s %d cannot be rehearsed and is run: %s"
+            message = "a start takes longer, as %s %d cannot be dry-run and is run: %s"
             logger.warning(message, *task.what, problem)
 
     def _log(self, number: int, message: str, *args: object) -> None:

@@ -24,7 +24,7 @@ class Outcome:
 
 @dataclass(order=True)
 class Task:
-    """ "run" or "rehearse" a bucket, or "compile" a kernel. The smallest `rank` is done first."""
+    """ "run" or "dry_run" a bucket, or "compile" a kernel. The smallest `rank` is done first."""
 
     rank: tuple[int, int]
     verb: str = field(compare=False)

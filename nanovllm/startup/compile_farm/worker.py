@@ -82,8 +82,8 @@ def answer_tasks(started: float, config: EngineConfig) -> None:
     lap = time.perf_counter()
     platform = select_platform(config)
     store = open_store(config)
-    # This does not create a device context. Workers that rehearse and compile do not need one, and
-    # destroying fourteen contexts takes two seconds.
+    # This does not create a device context. Workers that only dry-run and compile do not need
+    # one, and destroying fourteen contexts takes two seconds.
     platform.prepare(store.folder / "cpp", env.read().cxx)
     seconds["device"] = time.perf_counter() - lap
     print(ANSWER + json.dumps(seconds), file=out, flush=True)
