@@ -33,21 +33,17 @@ class DraftModel:
     num: int
     layers: tuple[int, ...] = field(default=(), init=False)
 
-    def propose(self, steps: Steps, fed: Fed) -> Tensor:
+    def propose(self, state: DeviceState, fed: Fed, steps: Steps) -> Tensor:
         """See `DeviceProposer`. K + 1 passes: over the step's own tokens, then token by token.
 
         A draft token at a position without a block is a poor one: its pass uses the padding block.
         """
-        assert steps.drafting is not None and steps.drafting.steps is not None
-        draft = steps.drafting.steps
-        draft.feed(fed)
-        state = draft.state._replace(
-            token_S=draft.state.token_S.clone(), pos_S=draft.state.pos_S.clone()
-        )
-        ahead, last_pos = replace(draft, state=state), draft.cos_sin_MH.shape[0] - 1
+        steps.feed(fed)
+        own = steps.state._replace(token_S=state.token_S.clone(), pos_S=state.pos_S.clone())
+        ahead, last_pos = replace(steps, state=own), steps.cos_sin_MH.shape[0] - 1
         found = []
         for _ in range(self.num):
-            state.pos_S.clamp_(max=last_pos)
+            own.pos_S.clamp_(max=last_pos)
             found.append(ahead.decode(fed.row_idx_R)[0])
         return torch.stack(found, 1)
 

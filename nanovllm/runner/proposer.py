@@ -8,15 +8,12 @@ R rows | T tokens | K draft tokens a row | D hidden | S rows of the state
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
 from nanovllm.models.interface import Batch
 from nanovllm.runner.state import DeviceState
-
-if TYPE_CHECKING:
-    from nanovllm.runner.steps import Steps
 
 
 class Fed(NamedTuple):
@@ -46,25 +43,25 @@ class DeviceProposer(Protocol):
     @property
     def layers(self) -> tuple[int, ...]: ...
 
-    def propose(self, steps: Steps, fed: Fed) -> Tensor:
+    def propose(self, state: DeviceState, fed: Fed, steps: Any) -> Tensor:
         """token_RK, after a step that has written the newest tokens and positions to the state.
         NO_TOKEN stands for none.
 
-        It launches programs of `steps.drafting.steps`, the layers of a second model, or ops. It may
+        It launches ops, or programs of `steps`: the `Steps` of its model, None without one. It may
         be captured, so it reads device tensors alone.
         """
         ...
 
 
 class Drafting(NamedTuple):
-    """A proposer, with the steps of its model if it has one, and memory for hidden states of up to
-    T tokens: [num layers, T, D].
+    """A proposer, the `Steps` of its model if it has one, and memory for hidden states of up to T
+    tokens: [num layers, T, D].
 
     reads_last: whether it reads those after the last layer, of all tokens.
     """
 
     proposer: DeviceProposer
-    steps: Steps | None
+    steps: Any
     hidden_LTD: Tensor | None
     reads_last: bool
 

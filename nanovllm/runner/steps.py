@@ -171,7 +171,7 @@ class Steps:
             fed = self._fed_by_rows(given)
         yield
         fed = fed._replace(hidden=drafting.hidden(fed.token_T.shape[0]))
-        write(self.state, fed.row_idx_R, drafting.proposer.propose(self, fed))
+        write(self.state, fed.row_idx_R, drafting.proposer.propose(self.state, fed, drafting.steps))
 
     def _fed_by_rows(self, row_idx_R: Tensor) -> Fed:
         place = partial(decode_batch, self.block_size)

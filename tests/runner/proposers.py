@@ -15,7 +15,7 @@ from nanovllm.config import EngineConfig
 from nanovllm.engine.engine import Engine
 from nanovllm.runner.draft import DraftModel
 from nanovllm.runner.proposer import DeviceProposer, Fed
-from nanovllm.runner.steps import Steps
+from nanovllm.runner.state import DeviceState
 from nanovllm.schedule.outputs import Completion
 from nanovllm.schedule.plan import DRAFT, StepPlan
 from nanovllm.startup.draft import Draft
@@ -39,8 +39,8 @@ class Repeat:
     num: int
     layers: tuple[int, ...] = ()
 
-    def propose(self, steps: Steps, fed: Fed) -> Tensor:
-        token_R = steps.state.token_S.index_select(0, fed.row_idx_R)
+    def propose(self, state: DeviceState, fed: Fed, steps: Any) -> Tensor:
+        token_R = state.token_S.index_select(0, fed.row_idx_R)
         return token_R.unsqueeze(1).expand(-1, self.num)
 
 
@@ -51,9 +51,9 @@ class Spoiled:
     num: int
     layers: tuple[int, ...] = ()
 
-    def propose(self, steps: Steps, fed: Fed) -> Tensor:
-        token_RK = DraftModel(self.num).propose(steps, fed)
-        pos_R = steps.state.pos_S.index_select(0, fed.row_idx_R)
+    def propose(self, state: DeviceState, fed: Fed, steps: Any) -> Tensor:
+        token_RK = DraftModel(self.num).propose(state, fed, steps)
+        pos_R = state.pos_S.index_select(0, fed.row_idx_R)
         pos_RK = pos_R.unsqueeze(1) + torch.arange(self.num, device=pos_R.device)
         return torch.where(pos_RK % 3 == 0, (token_RK + 1) % 512, token_RK)
 
@@ -66,10 +66,10 @@ class Reading:
     layers: tuple[int, ...] = (1, 0)
     seen: list[Fed] = field(default_factory=list, repr=False, compare=False)
 
-    def propose(self, steps: Steps, fed: Fed) -> Tensor:
+    def propose(self, state: DeviceState, fed: Fed, steps: Any) -> Tensor:
         hidden = tuple(one.clone() for one in fed.hidden)
         self.seen.append(fed._replace(hidden=hidden))
-        return Repeat(self.num).propose(steps, fed)
+        return Repeat(self.num).propose(state, fed, steps)
 
 
 def make(
