@@ -112,7 +112,7 @@ def nested_like(written: Any) -> object:
         values = [nested_like(part) for part in parts]
         return found(*values) if hasattr(found, "_fields") else tuple(values)
     except (KeyError, AttributeError, TypeError, ValueError, AssertionError) as error:
-        raise ValueError(f"{written!r} names no tuple class of an imported module") from error
+        raise ValueError(f"{written!r} is not a tuple class of an imported module") from error
 
 
 _LEAF = torch.empty(0)
@@ -154,7 +154,7 @@ def trace(
 
 def _fake(fake_mode: FakeTensorMode, tensor: Tensor, name: str, varies: bool) -> Tensor:
     if not varies:
-        # each in a storage of its own: Inductor treats inputs that share a storage as aliases
+        # each in a separate storage: Inductor treats inputs that share a storage as aliases
         with fake_mode:
             sizes, strides = tensor.shape, tensor.stride()
             return torch.empty_strided(sizes, strides, dtype=tensor.dtype, device=tensor.device)

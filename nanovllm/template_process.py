@@ -1,9 +1,8 @@
-"""The program of a process that renders chat templates (`python -m`): a template is code of
-strangers, and can loop for ever or make a text of any size.
-
-Nothing interrupts an operation such as 'a' * 10**10 within a process. So the system ends this one
-once a rendering has used too much processor time, and gives it no more than some memory. The
-sandbox is that of transformers, an ImmutableSandboxedEnvironment of Jinja.
+"""The program of a process that renders chat templates (`python -m`): a template is untrusted code,
+which can loop forever or produce a text of any size. An operation such as 'a' * 10**10 cannot be
+interrupted within a process. So the operating system limits the memory of this process and ends it
+once a rendering has used too much processor time. The sandbox is that of transformers, an
+ImmutableSandboxedEnvironment of Jinja.
 
 Requests and answers are frames: the length in 8 bytes, little endian, then the content. A request
 is JSON; the first byte of an answer says what follows.
@@ -20,7 +19,7 @@ from typing import Any
 
 from nanovllm import programs
 
-MEMORY_BYTES = 1 << 30  # beside what the process has at its start
+MEMORY_BYTES = 1 << 30  # in addition to the memory at start-up
 MAX_ERROR_CHARS = 2000
 HEAD_BYTES = 8
 # the first byte of an answer: a text; its length, which is too long; facts, as JSON; an error
@@ -104,12 +103,12 @@ def rendered(template: str, conversations: list[Any], **options: Any) -> str:
 
 
 def writes_text(template: str, tokens: dict[str, Any]) -> bool:
-    """Whether the template writes a content that is a text. Some write lists of parts alone."""
+    """Whether the template writes a content that is a string. Some write only lists of parts."""
     try:
         return PROBE in rendered(template, [[{"role": "user", "content": PROBE}]], **tokens)
     except MemoryError:
         raise
-    except Exception:  # a template may demand a system message: then its content is text, as usual
+    except Exception:  # a template may require a system message: assume text, as usual
         return True
 
 
@@ -118,7 +117,7 @@ def _cut(text: str) -> bytes:
 
 
 def _limit_memory() -> None:
-    """Allow so much more address space than there is now, where the system can."""
+    """Limit the growth of the address space, where the system can."""
     if sys.platform == "linux":
         import resource
 
@@ -130,7 +129,7 @@ def _limit_memory() -> None:
 
 
 def _limit_time(seconds: float) -> None:
-    """End this process once it has used so much processor time; 0: no more."""
+    """End this process once it has used this much more processor time; 0: no limit."""
     if hasattr(signal, "setitimer"):
         signal.setitimer(signal.ITIMER_PROF, seconds)
 

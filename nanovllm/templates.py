@@ -1,8 +1,5 @@
-"""Renders chat templates in a process of their own, which `template_process.py` describes.
-
-One process serves all threads of this one. It starts when it is first needed, and again after a
-template has ended it.
-"""
+"""Renders chat templates in a separate process (`template_process.py`). One process serves all
+threads of this one. It starts on first use, and again after a template has ended it."""
 
 from __future__ import annotations
 
@@ -22,19 +19,19 @@ from nanovllm.prompts import PromptTooLong
 from nanovllm.template_process import ERROR, FACTS, TEXT, TOO_LONG
 
 CPU_S = 5.0  # processor time of a rendering; usual ones take less than a millisecond
-MAX_TEMPLATES = 64  # that the process keeps
+MAX_TEMPLATES = 64  # kept by the process
 
 
 class Facts(NamedTuple):
     """variables: those that a template reads. writes_text: it can write a content that is a text;
-    some write lists of parts alone."""
+    some write only lists of parts."""
 
     variables: frozenset[str]
     writes_text: bool
 
 
 class _Killed(ValueError):
-    """Something else ended the process of the templates, such as a lack of memory."""
+    """The process of the templates ended for another reason, such as a lack of memory."""
 
 
 class _TooSlow(ValueError):
@@ -62,8 +59,8 @@ class Renderer:
             self._start()
 
     def facts(self, template: str, tokens: Mapping[str, Any]) -> Facts:
-        """What is to be known of a template. tokens: variables that it gets from the tokenizer.
-        Raises ValueError if it is none, or takes too long."""
+        """The facts of a template. tokens: variables that it gets from the tokenizer. Raises
+        ValueError if it is not a template, or takes too long."""
         found = self._facts.get(template)
         if found is None:
             with self._lock:
@@ -72,7 +69,7 @@ class Renderer:
                 self._start()
                 try:
                     found = self._define(template, tokens)
-                except _TooSlow as error:  # it would be again
+                except _TooSlow as error:  # a second try would be slow too
                     found = error
                 self._facts[template] = found
         if isinstance(found, _TooSlow):
@@ -115,7 +112,7 @@ class Renderer:
                 process.communicate()
 
     def forget(self) -> None:
-        """Leave the process to the one that this one was forked from."""
+        """After a fork: leave the process to the parent."""
         self.__init__()  # type: ignore[misc]
 
     def _start(self) -> None:
@@ -134,7 +131,7 @@ class Renderer:
         return self._ask({**request, "template": self._numbers[template]})
 
     def _define(self, template: str, tokens: Mapping[str, Any]) -> Facts:
-        """Give a template to the process."""
+        """Send a template to the process."""
         if len(self._numbers) >= MAX_TEMPLATES:
             self.close()
             self._start()
@@ -190,12 +187,12 @@ def _as_json(request: Mapping[str, Any]) -> bytes:
     try:
         text = json.dumps(request, ensure_ascii=False, default=_plain)
     except (TypeError, RecursionError) as error:
-        raise ValueError(f"the conversation cannot be given to a chat template: {error}") from error
+        raise ValueError(f"the chat template cannot take the conversation: {error}") from error
     return text.encode("utf-8", "surrogatepass")
 
 
 def _plain(value: Any) -> Any:
-    """A value of which JSON has a form. Raises TypeError for others."""
+    """A value in a form that JSON has. Raises TypeError for others."""
     if isinstance(value, Mapping):
         return dict(value)
     if callable(dump := getattr(value, "model_dump", None)):
@@ -206,4 +203,4 @@ def _plain(value: Any) -> Any:
         return as_list()
     if isinstance(value, Iterable):
         return list(value)
-    raise TypeError(f"it has a value of the type {type(value).__name__}, which JSON does not have")
+    raise TypeError(f"it has a value of the type {type(value).__name__}, which JSON cannot hold")

@@ -1,5 +1,5 @@
 """Offline inference over a file of prompts: `nanovllm batch prompts.jsonl -o out.jsonl`.
 
-`job` reads rows, gives them to an engine (`worker`) or to several replicas (`replicas`), and writes
-the answers in the order of the input (`output`).
+`job` reads rows, passes them to an engine (`worker`) or to several replicas (`replicas`), and
+writes the answers in input order (`output`).
 """

@@ -1,8 +1,8 @@
-"""Groups of lines that go to a replica together, and what becomes of those of a lost replica.
+"""Chunks of lines for replicas, and retries after a lost replica.
 
-Nobody knows which row has killed a replica, or whether one has. So the chunks of a lost replica
-become suspects. A suspect is given to a replica that has nothing else. If that is lost, too, the
-suspect is halved; a single row that has cost ALONE_LOSSES replicas in this way is given up.
+It is unknown which row, if any, killed a replica. So the chunks of a lost replica become suspects.
+A suspect runs alone on an idle replica. If that is lost, too, the suspect is halved; a single row
+that has cost ALONE_LOSSES replicas in this way becomes an error.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ALONE_LOSSES = 2
 
 @dataclass
 class Chunk:
-    """num_alone: the replicas that were lost while they had this chunk alone."""
+    """num_alone: the number of replicas lost while they ran only this chunk."""
 
     lines: list[Line]
     is_suspect: bool = False
@@ -31,7 +31,7 @@ class Chunks:
     """The chunks that wait for a replica."""
 
     def __init__(self, num_rows: int, num_replicas: int) -> None:
-        """`num_rows` are left: each replica gets several chunks of them, even if they are few."""
+        """`num_rows` are left; small jobs get small chunks, so that each replica gets several."""
         self._rows = max(1, min(CHUNK_ROWS, num_rows // (4 * num_replicas)))
         self._max_waiting = num_replicas
         self._open: list[Line] = []
@@ -49,22 +49,22 @@ class Chunks:
             self.flush()
 
     def flush(self) -> None:
-        """End the chunk that is being filled."""
+        """Close the chunk being filled."""
         if self._open:
             self._waiting.append(Chunk(self._open))
             self._open, self._open_bytes = [], 0
 
     def next_for(self, is_idle: bool) -> Chunk | None:
-        """The next chunk of a replica that has other chunks (unless `is_idle`), but no suspect.
+        """The next chunk for a replica that has no suspect; `is_idle`: it has no chunk at all.
 
-        While suspects wait, others do not go out: so replicas become idle, and take the suspects.
+        While suspects wait, no other chunk is handed out, so that replicas become idle.
         """
         if self._suspects:
             return self._suspects.popleft() if is_idle else None
         return self._waiting.popleft() if self._waiting else None
 
     def lost(self, chunk: Chunk) -> list[Result]:
-        """Take back a chunk of a lost replica. Returns the result of a row that is given up."""
+        """Take back a chunk of a lost replica. Returns an error result for an abandoned row."""
         if not chunk.is_suspect:
             chunk.is_suspect = True
             self._suspects.append(chunk)
@@ -79,7 +79,7 @@ class Chunks:
             self._suspects.append(chunk)
             return []
         (line,) = chunk.lines
-        reason = f"{chunk.num_alone} replicas were lost while they worked on this row alone"
+        reason = f"{chunk.num_alone} replicas were lost while running this row alone"
         return [results.failure(line.row, _id(line), reason)]
 
 

@@ -1,4 +1,4 @@
-"""A whole batch job: checks what was asked for, and answers a file with one engine or replicas."""
+"""A whole batch job: checks the options, and answers a file with one engine or several replicas."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from nanovllm.batch.worker import EngineWorker, Settings, Worker, load_engine
 from nanovllm.config import EngineConfig
 from nanovllm.programs import INTERRUPTED, TERMINATED
 
-# options that do not change answers: a job may go on with other values
+# options that do not change answers: a job may be resumed with other values
 FREE_OPTIONS = ("compile_cache", "compile_cache_mode", "disable_log_stats")
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a job is to do.
+    """The options of a job.
 
-    params: sampling parameters of all rows. chat_options: options of `LLM.chat` for messages.
-    replicas: engines. uses_ray: False for one engine in this process; None: if there are several
-    replicas or an address of a cluster.
+    params: sampling parameters for all rows. chat_options: options of `LLM.chat` for messages.
+    replicas: the number of engines. uses_ray: False for one engine in this process; None: use Ray
+    for several replicas or if there is a cluster address.
     """
 
     source: Path
@@ -43,13 +43,13 @@ class Request:
         if self.replicas < 1:
             raise ValueError(f"--replicas is {self.replicas}: it must be at least 1")
         if self.uses_ray is False and self.ray_address is not None:
-            raise ValueError("--no-ray does not go with --ray-address")
+            raise ValueError("--no-ray cannot be combined with --ray-address")
         return self.uses_ray is None and (self.replicas > 1 or self.ray_address is not None)
 
 
 def answer_file(request: Request) -> int:
-    """Exit status 0: every row has its line in the output. INTERRUPTED: Ctrl-C has ended the job.
-    TERMINATED: SIGTERM has (`programs.sigterm_as_exit`).
+    """Exit status 0: every row has its line in the output. INTERRUPTED: ended by Ctrl-C.
+    TERMINATED: ended by SIGTERM (`programs.sigterm_as_exit`).
 
     Raises ValueError, TypeError and OSError for mistakes of the user.
     """
@@ -70,7 +70,7 @@ def answer_file(request: Request) -> int:
     try:
         job.run(make_worker, show_progress=request.show_progress)
     except (KeyboardInterrupt, SystemExit) as stop:
-        print(f"stopped: {job.summary}; the same command goes on", file=sys.stderr)
+        print(f"stopped: {job.summary}; run the same command to resume", file=sys.stderr)
         return INTERRUPTED if isinstance(stop, KeyboardInterrupt) else TERMINATED
     finally:
         job.close()
@@ -85,7 +85,7 @@ def _object(name: str, value: Any) -> dict[str, Any]:
 
 
 def _facts(config: EngineConfig) -> dict[str, Any]:
-    """The model, and the options that are not at their defaults."""
+    """The model, and the options that differ from their defaults."""
     folder = os.path.expanduser(config.model)
     model = os.path.realpath(folder) if os.path.isdir(folder) else config.model
     options = {

@@ -1,7 +1,7 @@
-"""Answers rows with several engines, each in an actor of Ray.
+"""Answers rows with several engines, each in a Ray actor.
 
-Plain actors and not Ray Data, which retries a task without end if it kills its actor: one bad row
-would hold up the whole job.
+Plain actors, not Ray Data: that endlessly retries a task that kills its actor, so one bad row would
+block the whole job.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from nanovllm.replicas import cluster
 
 logger = logging.getLogger(__name__)
 
-CHUNKS_IN_FLIGHT = 8  # of a replica: together they fill its batches
+CHUNKS_IN_FLIGHT = 8  # per replica, to fill its batches
 POLL_S = 5.0
-PLACE_S = 120.0  # the longest time without any replica that has a place in the cluster
-MAX_LOSSES = 8  # replicas that are lost one after another, without an answered chunk in between
+PLACE_S = 120.0  # the longest time without any replica placed in the cluster
+MAX_LOSSES = 8  # consecutive losses of replicas without an answered chunk in between
 
 
 class Replica:
     """The actor: an engine, and a thread for each chunk in flight."""
 
     def place(self) -> None:
-        """Returns when the actor has its place in the cluster."""
+        """Returns once the actor is placed in the cluster."""
 
     def load(self, config: EngineConfig, settings: Settings) -> None:
         programs.begin()
@@ -48,8 +48,8 @@ class Replica:
 
 @dataclass
 class _Handle:
-    """The driver's side of a replica. `calls`: what it works on, by Ray's references; None stands
-    for `place` and `load`."""
+    """The driver's side of a replica. `calls`: its chunks, by Ray reference; None for `place` and
+    `load`."""
 
     number: int
     actor: Any
@@ -65,7 +65,7 @@ class _Handle:
 
 
 class Replicas:
-    """The replicas of a job. A lost one is replaced, and its rows are answered again."""
+    """The replicas of a job. A lost one is replaced, and its rows are retried."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class Replicas:
         *,
         address: str | None = None,
     ) -> None:
-        """Connect to a cluster (see `cluster.connect`), and start to load.
+        """Connect to a cluster (see `cluster.connect`), and start loading.
 
         Raises ValueError if Ray is missing or the cluster is too small.
         """
@@ -104,7 +104,7 @@ class Replicas:
         return handle
 
     def close(self) -> None:
-        """End all replicas, and the cluster if it is this job's own."""
+        """End all replicas, and the cluster if this job started it."""
         for handle in self._handles:
             self._kill(handle)
         self._ray.shutdown()
@@ -117,21 +117,21 @@ class Replicas:
 
     def wait(self) -> list[Result]:
         """Raises ValueError if the first replicas cannot load the model, and RuntimeError if no
-        replica finds a place in the cluster, or one after another is lost."""
-        if self._chunks.has_room():  # so no more lines come before some are finished
+        replica can be placed in the cluster, or if too many are lost in a row."""
+        if self._chunks.has_room():  # no more lines will come until some are finished
             self._chunks.flush()
         self._give_out()
         owners = {call: handle for handle in self._handles for call in handle.calls}
         done, _ = self._ray.wait(list(owners), num_returns=1, timeout=POLL_S)
         for call in done:
-            if call in owners[call].calls:  # else the replica was lost with another call
+            if call in owners[call].calls:  # else another call reported the replica as lost
                 self._collect(owners[call], call)
         self._check_places()
         finished, self._finished = self._finished, []
         return finished
 
     def _give_out(self) -> None:
-        """Give waiting chunks to the replicas, to the one with the fewest first."""
+        """Assign waiting chunks to replicas, to the least busy one first."""
         while ready := [handle for handle in self._handles if handle.may_take]:
             handle = min(ready, key=lambda one: len(one.calls))
             chunk = self._chunks.next_for(is_idle=not handle.calls)
@@ -140,7 +140,7 @@ class Replicas:
             handle.calls[handle.actor.answer.remote(chunk.lines)] = chunk
 
     def _collect(self, handle: _Handle, call: Any) -> None:
-        """Take the result of a call that has ended."""
+        """Process the result of a finished call."""
         try:
             result = self._ray.get(call)
         except self._ray.exceptions.RayTaskError as error:
@@ -162,13 +162,13 @@ class Replicas:
             handle.is_loaded = True
 
     def _lost(self, handle: _Handle, error: Exception) -> None:
-        """Take back the chunks of a replica that has died or failed, and start another."""
+        """Take back the chunks of a replica that died or failed, and start another one."""
         reason = " ".join(str(error).split())[:300]
-        logger.warning("replica %d is lost, its rows are answered again: %s", handle.number, reason)
+        logger.warning("replica %d is lost, its rows are retried: %s", handle.number, reason)
         self._num_losses += 1
         if self._num_losses >= MAX_LOSSES:
             raise RuntimeError(
-                f"{self._num_losses} replicas were lost one after another: {reason}"
+                f"{self._num_losses} replicas were lost in a row: {reason}"
             ) from error
         for chunk in handle.calls.values():
             if chunk is not None:
@@ -181,12 +181,12 @@ class Replicas:
             self._ray.kill(handle.actor)
 
     def _check_places(self) -> None:
-        """Raise RuntimeError if no replica has had a place in the cluster for PLACE_S."""
+        """Raise RuntimeError if no replica has been placed in the cluster for PLACE_S."""
         now = time.monotonic()
         if any(handle.is_placed for handle in self._handles):
             self._placed_at = now
         elif now - self._placed_at > PLACE_S:
             raise RuntimeError(
-                f"the Ray cluster has had no place for a replica for {PLACE_S:.0f} s: others use "
-                "its CPUs or GPUs, or its nodes are gone"
+                f"the Ray cluster had no room for a replica within {PLACE_S:.0f} s: others use its "
+                "CPUs or GPUs, or its nodes are gone"
             )

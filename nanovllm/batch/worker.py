@@ -28,39 +28,39 @@ ROWS_PER_SEQUENCE = 2  # rows in the engine for each sequence that runs
 
 @dataclass(frozen=True)
 class Settings:
-    """What holds for all rows.
+    """Settings for all rows.
 
-    params: fields of SamplingParams, in place of the checkpoint's defaults; a row's own fields come
-    before them. chat: options of `LLM.chat`, for rows with messages.
+    params: fields of SamplingParams that override the checkpoint's defaults; a row's fields
+    override them. chat: options of `LLM.chat`, for rows with messages.
     """
 
     params: Mapping[str, Any] = field(default_factory=dict)
     chat: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Raises ValueError for unknown names and for values that are not allowed."""
+        """Raises ValueError for unknown names and invalid values."""
         _known(self.params)
         _one_answer(SamplingParams(**self.params))
         ChatOptions.from_options(self.chat)
 
 
 class Worker(Protocol):
-    """Takes lines and gives results, in any order."""
+    """Takes lines and returns results, in any order."""
 
     def has_room(self) -> bool:
-        """Whether it wants another line now."""
+        """Whether it accepts another line now."""
 
     def submit(self, line: Line) -> None: ...
 
     def wait(self) -> list[Result]:
-        """Wait until lines are finished; returns their results. All must be submitted before."""
+        """Wait until submitted lines are finished. Returns their results."""
 
     def close(self) -> None:
-        """Drop everything that is unfinished."""
+        """Drop all unfinished lines."""
 
 
 def load_engine(config: EngineConfig) -> SharedEngine:
-    """Load a model and warm up. Raises what `load` raises."""
+    """Load a model and warm it up. Raises the errors of `load`."""
     engine = one_engine(config)
     from nanovllm.engine.sharing import SharedEngine  # imports torch
 
@@ -111,7 +111,7 @@ class EngineWorker:
         self._owners = {}
 
     def answer(self, lines: list[Line]) -> list[Result]:
-        """The results of these lines, all of them."""
+        """The results of all these lines."""
         finished: list[Result] = []
         for line in lines:
             self.submit(line)
@@ -124,13 +124,13 @@ class EngineWorker:
             return as_prompt(row.prompt)
         engine = self._shared.engine
         if engine.tokenizer is None:
-            raise ValueError(f"{engine.config.model!r} has no chat template: give prompts")
+            raise ValueError(f"{engine.config.model!r} has no chat template: use prompts")
         options = ChatOptions.from_options(self._settings.chat)
         return render(engine.tokenizer, row.messages, options, engine.check_media)[0]
 
     def _note_raw_prompt(self, row: Row, number: int) -> None:
-        """Warn once in a process if a model for chats gets a text that is in no chat template: it
-        often answers with nothing."""
+        """Warn once per process if a chat model gets a text without the chat template: it often
+        generates nothing."""
         tokenizer = self._shared.engine.tokenizer
         if tokenizer is None or not isinstance(row.prompt, str):
             return
@@ -141,9 +141,9 @@ class EngineWorker:
         tokenizer.once("warned of raw prompts", lambda: _warn_of_raw_prompt(number, model))
 
     def _params(self, row: Row, number: int) -> SamplingParams:
-        """The row's parameters over those of the settings over the checkpoint's.
+        """The row's parameters, over those of the settings, over the checkpoint's.
 
-        A seed that is drawn depends on the row alone, not on the other rows or the replica.
+        A drawn seed depends only on the row, not on other rows or the replica.
         """
         from nanovllm.engine.intake import drawn_seed
 
@@ -156,7 +156,7 @@ class EngineWorker:
 
 
 def _special_texts(tokenizer: Tokenizer) -> list[str] | None:
-    """The texts of special tokens, which chat templates write; None without a chat template."""
+    """The special tokens' texts, which chat templates write; None without a chat template."""
     if not tokenizer.for_reading.chat_template:
         return None
     try:
@@ -167,8 +167,8 @@ def _special_texts(tokenizer: Tokenizer) -> list[str] | None:
 
 def _warn_of_raw_prompt(number: int, model: str) -> None:
     logger.warning(
-        "row %d has a prompt without the chat template of %s, which may answer nothing to it: give "
-        "conversations as messages (said once, for the first such row)", number, model,
+        "row %d has a prompt without the chat template of %s, which may generate nothing for it: "
+        "use messages for conversations (logged only for the first such row)", number, model,
     )  # fmt: skip
 
 
@@ -176,7 +176,7 @@ def _known(params: Mapping[str, Any]) -> Mapping[str, Any]:
     known = {one.name for one in dataclasses.fields(SamplingParams)}
     for name in params:
         if name not in known:
-            raise ValueError(f"params has {name!r}, which is no sampling parameter")
+            raise ValueError(f"params has {name!r}, which is not a sampling parameter")
     return params
 
 

@@ -1,7 +1,7 @@
-"""The program of a process that decodes pictures, videos and sound which others have sent.
+"""The program of a process that decodes untrusted images, videos and audio.
 
-A decoder may crash, run for minutes or take all memory. Here it ends this process alone, and the
-process that serves requests can kill this one at any time (`decoders.py`).
+A decoder may crash, run for minutes or take all memory. This ends only this process, and the
+process that serves requests can kill it at any time (`decoders.py`).
 
 Requests and answers are lines of JSON. A file, and then the pixels of each picture or frame or the
 samples, are at the start of a shared file in memory, whose descriptor is the argument.
@@ -24,11 +24,11 @@ from nanovllm.media.memory import BYTES_PER_PIXEL
 from nanovllm.media.pictures import Pixels
 
 PAGE_BYTES = 4096
-# What libraries take whatever the picture: arenas of malloc, stacks of the decoders' threads
+# Memory of libraries for any image: arenas of malloc, stacks of the decoders' threads
 LIBRARY_BYTES = 768 << 20
-KEPT_BYTES = 32 << 20  # of memory for the next picture: new pages take time
+KEPT_BYTES = 32 << 20  # of memory for the next image: new pages take time
 _PR_SET_PDEATHSIG = 1  # from Linux's prctl.h
-PYAV = {"video": clips.pyav, "audio": sounds.pyav}  # what needs it
+PYAV = {"video": clips.pyav, "audio": sounds.pyav}  # kinds that may need it
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from malloc.h
 
 
@@ -90,7 +90,7 @@ class _Decoding:
         self._reserve(num_pixels * BYTES_PER_PIXEL)
 
     def _reserve(self, num_bytes: int) -> None:
-        """Asks for the memory to decode."""
+        """Request memory for decoding from the other process."""
         if num_bytes > self._allowed_bytes:
             _write({"needs_bytes": num_bytes})
             reply = _read()
@@ -99,7 +99,7 @@ class _Decoding:
             self._allow(reply["memory_bytes"])
 
     def _allow(self, num_bytes: int) -> None:
-        """Sets how much memory this process may take beside what it has taken from the start."""
+        """Set how much memory this process may take in addition to its memory at the start."""
         if num_bytes == self._allowed_bytes or sys.platform != "linux":
             return
         import resource
@@ -141,8 +141,8 @@ def _size_bytes() -> int:
 
 
 def _protect() -> None:
-    """End this process with its parent, and rather than its parent if memory is short. A crash
-    leaves no file with what users have sent."""
+    """End this process with its parent, and before its parent if memory runs out. A crash leaves no
+    core dump with users' data."""
     if sys.platform != "linux":
         return
     import resource

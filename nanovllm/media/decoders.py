@@ -1,4 +1,4 @@
-"""The engine's side of the processes that decode pictures, videos and sound (`decoder.py`)."""
+"""The engine's side of the processes that decode images, videos and audio (`decoder.py`)."""
 
 from __future__ import annotations
 
@@ -41,22 +41,22 @@ def start(shared: int) -> subprocess.Popen[bytes]:
 
 
 class Decoder:
-    """A process that decodes one file at a time. It starts when it is first needed, and again after
-    a file has ended it. One thread at a time may use it."""
+    """A process that decodes one file at a time. It starts on first use, and again after a file has
+    ended it. One thread at a time may use it."""
 
     def __init__(self, options: MediaOptions) -> None:
         self._options = options
         self._process: subprocess.Popen[bytes] | None = None
         self._shared = -1
-        self._left_s = 0.0  # of the time to decode the present file
+        self._left_s = 0.0  # of the time to decode the current file
         self._has_clip = False  # the process waits for the numbers of frames
 
     def picture(self, data: bytes, part: Part) -> Pixels:
-        """An encoded picture as RGB, read-only.
+        """An encoded image as RGB, read-only.
 
         Raises ValueError if it cannot be read or exceeds a limit, MemoryError if it needs more
-        memory than a picture of its size may take, and DoesNotStart. The process ends if it is
-        late, or if the part's `check` raises.
+        memory than an image of its size may take, and DoesNotStart. The process is ended on a
+        timeout, or if the part's `check` raises.
         """
         return self._pixels(self._begin("image", data, part))
 
@@ -70,7 +70,7 @@ class Decoder:
 
     @contextlib.contextmanager
     def clip(self, data: bytes, part: Part) -> Iterator[Clip]:
-        """A video file, whose frames can be read inside of the context. Raises as `picture`."""
+        """A video file, whose frames can be read inside the context. Raises as `picture`."""
         facts = self._begin("video", data, part)
         self._has_clip = True
 
@@ -110,7 +110,7 @@ class Decoder:
         return self._asked(request, part)
 
     def _start(self, part: Part) -> None:
-        """Start the process, and again if it ends before it is ready."""
+        """Start the process; try again if it ends before it is ready."""
         deadline = time.monotonic() + _START_S
         for _ in range(_START_TRIES):
             self.close()
@@ -209,7 +209,7 @@ class Decoders:
 
     @contextlib.contextmanager
     def one(self) -> Iterator[Decoder]:
-        """A decoder that no other thread has."""
+        """A decoder for the exclusive use of this thread."""
         found = self._idle.get()
         try:
             yield found
@@ -223,7 +223,7 @@ class Decoders:
 
 
 def _new_shared() -> int:
-    """A file that has no name, in memory where possible."""
+    """An unnamed file, in memory where possible."""
     if sys.platform == "linux":
         return os.memfd_create("nanovllm-media")
     with tempfile.TemporaryFile() as file:

@@ -152,9 +152,9 @@ def attend(
 
 
 def kept(batch: Batch, o_TQ: Tensor, h_TD: Tensor) -> tuple[Tensor, Tensor]:
-    """The tokens that a layer goes on with after attention.
+    """The tokens for which a layer continues after attention.
 
-    Tokens do not interact any more, so rows that nobody reads are left out: T is R from here on.
+    Tokens no longer interact, so unused ones are dropped: T is R from here on.
     """
     if batch.keep_R is None:
         return o_TQ, h_TD

@@ -1,4 +1,4 @@
-"""What a model is to the rest of the engine: its layers' kinds, parameters, regions and inputs.
+"""The interface of a model: its layers' kinds, parameters, regions and inputs.
 
 T tokens | R rows (requests) | S = R + 1 | P blocks per row | C cache blocks | B block size
 D hidden | K kv heads | H head size | V vocabulary.
@@ -31,8 +31,9 @@ class Params(NamedTuple):
     layers: tuple[Any, ...]
     final_norm_D: Tensor
     head_VD: Weight
-    tower: Any = None  # `vision.interface.TowerWeights` of a model that sees
-    audio_tower: Any = None  # `audio.interface.AudioWeights` of a model that hears
+    tower: Any = None  # `vision.interface.TowerWeights` of a model with a vision encoder
+    audio_tower: Any = None  # `audio.interface.AudioWeights` of a model with an audio encoder
+    draft: Any = None  # `Params` of a second model, which proposes tokens
 
 
 class LayerCache(NamedTuple):
@@ -57,7 +58,8 @@ class Batch(NamedTuple):
     block_table_RP: Tensor
     seq_len_R: Tensor  # tokens of each row, this step's included
     q_start_S: Tensor  # row r owns tokens q_start[r] .. q_start[r + 1] − 1
-    keep_R: Tensor | None = None  # the only tokens that a layer goes on with after attention
+    keep_R: Tensor | None = None  # the only tokens for which a layer continues after attention
+    adapter_T: Tensor | None = None  # each token's adapter, 0 for none; of models with adapters
 
 
 @dataclass(frozen=True)
@@ -105,13 +107,13 @@ class Model:
     `kv_scales(config, weights)` gives the scales of one layer's fp8 cache, fp32 [K] for keys and
     for values; it is None if their bounds are not known.
 
-    Tensors whose names begin with one of `read_elsewhere` are not of the text model. `tower` is the
-    `vision.interface.Tower` of a model that sees, `audio_tower` the `audio.interface.AudioTower` of
-    one that hears.
-    `scheme` chooses the formats of weights (`schemes.with_scheme`).
-    `layer_ropes` are the numbers of the layers' rotary tables in `ModelConfig.ropes`; without them
-    all layers have the first. Embeddings that a request gives are multiplied by `embed_factor`, as
-    the checkpoint's table is when it is read.
+    Tensors whose names begin with one of `read_elsewhere` are not of the text model. `tower` is its
+    vision encoder, a `vision.interface.Tower`, `audio_tower` its audio encoder, an
+    `audio.interface.AudioTower`; None without one. `scheme` chooses the formats of weights
+    (`schemes.with_scheme`). `num_adapters` is the number of adapters that the layers have weights
+    for. Only with some do batches have `adapter_T`. `layer_ropes` are the numbers of the layers'
+    rotary tables in `ModelConfig.ropes`; without them all layers have the first. Embeddings that a
+    request gives are multiplied by `embed_factor`, as the checkpoint's table is when it is read.
 
     On one of several ranks (tensor parallelism) `config` is this rank's, and `whole` that of all;
     parameters are declared by `whole`.
@@ -139,6 +141,7 @@ class Model:
     layer_ropes: tuple[int, ...] = ()
     embed_factor: float = 1.0
     scheme: Scheme = UNQUANTIZED
+    num_adapters: int = 0
 
     def __post_init__(self) -> None:
         num_kinds, num_layers = len(self.layer_kinds), self.config.num_layers
@@ -170,8 +173,9 @@ class Model:
     def layer_programs(self, *, keeps_last: bool) -> tuple[tuple[str, LayerKind], ...]:
         """The program of each layer in one step, as (region, kind).
 
-        With `keeps_last` the step goes on with the last tokens of each row only, from the attention
-        of the last layer on: ordinary prefill does, decode and prompt log-probabilities do not.
+        With `keeps_last` the step continues with the last token of each row only, from the
+        attention of the last layer on: ordinary prefill does, decode and prompt log-probabilities
+        do not.
         """
         names = ["layer"] * (len(self.layer_kinds) - 1)
         names.append("last_layer" if keeps_last else "layer")
@@ -330,7 +334,7 @@ class Model:
         return [param for group in (outer, *layers) for param in group.values()]
 
     def extent(self, param: Param) -> Extent:
-        """What a format is told of a parameter's part on this rank."""
+        """The extent of a parameter's part on this rank, for its format."""
         return param.extent(self.config.num_ranks, self.config.dtype)
 
     def _formats(self, param: Param) -> list[Format]:

@@ -31,7 +31,7 @@ SLACK = 1 << 20  # numbers, for padding
 ROWS_AT_ONCE = 4096  # when two tables are compared
 
 Progress = Callable[[int], object]  # called with the number of layers that were added
-Place = Callable[[Tensor], Tensor]  # moves a weight as stored to memory of its own
+Place = Callable[[Tensor], Tensor]  # moves a stored weight to separate memory
 
 
 def _in_place(tensor: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ class Target(NamedTuple):
 
     `place` takes each tensor once, in an order that depends on the model and the format alone, and
     returns the one to use. If it is an `Offloader`, experts are read to the host's memory. `buffer`
-    is that of `Checkpoint`. `shard` says which part of each parameter is wanted.
+    is that of `Checkpoint`. `shard` selects the part of each parameter.
     """
 
     device: torch.device
@@ -77,7 +77,7 @@ def load(model: Model, folder: Path, target: Target, progress: Progress) -> Para
 
 
 class Reader:
-    """Reads the parameters of a model from a checkpoint, and knows what it has not read."""
+    """Reads the parameters of a model from a checkpoint, and records which tensors are left."""
 
     def __init__(self, config: ModelConfig, checkpoint: Checkpoint, target: Target) -> None:
         self._config, self._checkpoint, self._target = config, checkpoint, target
@@ -198,8 +198,8 @@ def _padded(source: str, part: Tensor, cut: Cut) -> tuple[str, Tensor, Cut]:
 def has_own_head(folder: Path, dtype: torch.dtype) -> bool:
     """True if the checkpoint has a head whose values, in `dtype`, differ from the embedding table.
 
-    Where that is so, transformers does not tie them, whatever the config says. Reads headers alone
-    if no head is stored, and otherwise up to the first difference. False without weights.
+    In this case transformers does not tie them, even if the config ties them. Reads only headers if
+    no head is stored, and otherwise up to the first difference. False without weights.
     """
     if not any(folder.glob("*.safetensors")):
         return False
@@ -245,8 +245,8 @@ def _joined(model: Model, parts: Sequence[Part], weights: Sequence[Weight]) -> W
 def random(model: Model, target: Target, seed: int, progress: Progress) -> Params:
     """Seeded weights: normal with standard deviation 0.02, norms at one, biases at zero.
 
-    Routers need no more: tokens of such weights go to experts as if each chose at random.
-    The parts of all ranks are those of one model.
+    Routers of such weights route tokens as if at random. The parts of all ranks are those of one
+    model.
     """
     device, place, _, shard = target
     generator = torch.Generator(device).manual_seed(seed)

@@ -63,7 +63,7 @@ class OrderOfSome(RowOrder):
 class Param(NamedTuple):
     """One parameter: the checkpoint tensors `sources`, stacked along axis 0, have `shape`.
 
-    `kind` says what it is: "linear" is the weight of a linear layer [O, D], "experts" the matrices
+    `kind` is one of these. "linear" is the weight of a linear layer [O, D], "experts" the matrices
     of a layer's experts [E, O, D], whose rows are stacked expert by expert, "table" an embedding
     table: a scheme (`schemes`) chooses the formats of these. All others are plain tensors: "conv"
     is the kernel of a convolution, "router" the matrix that scores experts, "basis" a matrix that
@@ -77,17 +77,17 @@ class Param(NamedTuple):
     sources, which are not split; empty if every row or column may go to another rank. An `is_vocab`
     parameter has a row for each token id: its last part is padded. An `is_first_only` parameter is
     zero on all ranks but the first, since the sum over the ranks must have it once. The experts of
-    an `is_spread` parameter are not split: each rank has an equal share of them.
+    an `is_expert_parallel` parameter are not split: each rank has an equal share of them.
 
     `adapt` changes a tensor in place after it was read: it folds what a family does to a weight's
     result, or to its rows' order, into the weight. It gets this rank's part, with the row count of
-    each source in it. Weights that are not plain take a `RowOrder` and `Times` alone.
+    each source in it. Weights that are not plain take only a `RowOrder` and `Times`.
 
     If `source_shape` is given, each source has this shape and fills the first rows and columns of
     its part; the rest is zero. Only towers have such parameters (`vision.weights`).
 
-    A `compressed` parameter is read from `svd_experts`, which knows its sources. The checkpoint's
-    tensors that `replaces` names are not read.
+    A `compressed` parameter is read from `svd_experts`, which resolves its sources. The
+    checkpoint's tensors that `replaces` names are not read.
     """
 
     kind: ParamKind
@@ -101,7 +101,7 @@ class Param(NamedTuple):
     units: tuple[int, ...] = ()
     is_vocab: bool = False
     is_first_only: bool = False
-    is_spread: bool = False
+    is_expert_parallel: bool = False
     may_be_transposed: bool = False
     adapt: Adapt | None = None
     source_shape: tuple[int, ...] | None = None
@@ -169,7 +169,7 @@ class Param(NamedTuple):
     def local(self, num_ranks: int) -> Param:
         """The parameter with the sizes that it has on each of `num_ranks` ranks."""
         axis = self.shard_axis
-        if self.is_spread:
+        if self.is_expert_parallel:
             num = self.shape[0] // num_ranks
             parts = self.parts[: len(self.parts) // num_ranks]
             return self._replace(shape=(num, *self.shape[1:]), parts=parts)
@@ -185,7 +185,7 @@ class Param(NamedTuple):
         return self._replace(shape=tuple(shape), parts=parts)
 
     def extent(self, num_ranks: int, dtype: torch.dtype) -> Extent:
-        """What a format is told of the part that each of `num_ranks` ranks has."""
+        """The extent of each rank's part, for its format."""
         small, axis = self.local(num_ranks), None if num_ranks == 1 else self.shard_axis
         num = len(self.parts) // self.num_matrices
         bounds = [*accumulate(small.parts[: num - 1])]

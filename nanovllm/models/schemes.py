@@ -1,4 +1,4 @@
-"""Which format each parameter of a model has: from the option `quantization`, or from a checkpoint.
+"""Chooses the format of each parameter, by the option `quantization` or the checkpoint.
 
 A scheme chooses formats for linear layers, experts and embedding tables. All other parameters are
 plain tensors. The sources of one matrix may differ in format: then the matrix has several parts.
@@ -89,7 +89,7 @@ class BySource(Scheme):
 class Modules:
     """The modules of a checkpoint that its config names: by their names, by the beginning, middle
     or end of these in whole parts ("lm_head", "model.layers.0", "mlp.gate"), or after "re:" by a
-    regular expression. Raises ValueError for one that is none."""
+    regular expression. Raises ValueError for an invalid regular expression."""
 
     def __init__(self, patterns: Iterable[str] = ()) -> None:
         self.patterns = tuple(patterns)

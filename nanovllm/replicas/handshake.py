@@ -1,4 +1,4 @@
-"""The replicas of an engine: their start, until all of them are warm, and their end."""
+"""The replicas of an engine: starting them, waiting until all are warm, and ending them."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ logger = logging.getLogger(__name__)
 
 
 class Fleet:
-    """All replicas of an engine, warm. inbox: their messages and failures. infos: what they say of
-    themselves."""
+    """All replicas of an engine, warm. inbox: their messages and failures. infos: their
+    descriptions."""
 
     def __init__(
         self, starter: Starter, num: int, clients: Sequence[Sequence[int]] | None = None
     ) -> None:
-        """Start all, and wait. clients: file descriptors of sockets that a replica's clients use.
+        """Start all replicas and wait. clients: per replica, descriptors of its clients' sockets.
 
-        Raises the first failure, and ValueError if answers depended on the replica.
+        Raises the first failure, and ValueError if replicas would give different answers.
         """
         self.replicas: list[Replica] = []
         self.inbox: Inbox = queue.SimpleQueue()
@@ -41,7 +41,7 @@ class Fleet:
             raise
 
     def close(self) -> None:
-        """End all replicas. Nothing of them is left."""
+        """End all replicas and everything they started."""
         for replica in self.replicas:
             replica.begin_close()
         for replica in self.replicas:
@@ -50,14 +50,14 @@ class Fleet:
 
     @property
     def causes(self) -> str:
-        """Why no replica is left."""
+        """Why all replicas have failed."""
         return "; ".join(str(replica.failure) for replica in self.replicas)
 
 
 def infos_of(replicas: Sequence[Replica], inbox: Inbox) -> list[EngineInfo]:
     """The infos of all replicas, once they are warm. Raises the first failure.
 
-    In a cold start some replicas wait for what another one compiles.
+    In a cold start some replicas wait for programs that another one compiles.
     """
     infos: dict[int, EngineInfo] = {}
     with progress.bar(
@@ -79,20 +79,20 @@ def infos_of(replicas: Sequence[Replica], inbox: Inbox) -> list[EngineInfo]:
 
 
 def check_agreement(infos: Sequence[EngineInfo], names: Sequence[str]) -> None:
-    """Raise ValueError if answers depend on the replica that gives them."""
+    """Raise ValueError if replicas would give different answers."""
     for one, name in zip(infos, names, strict=True):
         if one.checkpoint != infos[0].checkpoint:
-            raise ValueError(f"{name} sees another checkpoint than {names[0]}")
+            raise ValueError(f"{name} has a different checkpoint from {names[0]}")
     lengths = [one.max_model_len for one in infos]
     if len(set(lengths)) > 1:
         raise ValueError(
-            f"the caches of the replicas hold requests of {lengths} tokens, by the memory that is "
-            f"free on their devices: set max_model_len to {min(lengths)} or less"
+            f"the KV caches of the replicas hold requests of {lengths} tokens, depending on their "
+            f"devices' free memory: set max_model_len to {min(lengths)} or less"
         )
 
 
 def raisable(failure: Exception) -> Exception:
-    """The error for a caller: a user's mistake stays a ValueError."""
+    """The error to raise: a ValueError is a user's mistake and stays one."""
     return failure if isinstance(failure, ValueError) else ReplicaFailed(str(failure))
 
 

@@ -1,4 +1,4 @@
-"""The program of a process with an engine (`python -m`), or with the replicas of one as children.
+"""The program of a process with an engine (`python -m`), or with its replicas as children.
 Importing this module does not import torch, which reads the environment."""
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ def main() -> None:
 
 
 def run(work: Callable[[dict[str, Any], Channel], None]) -> None:
-    """Connect, do the work of this process, and end it once the other side closes the channel.
+    """Connect, run `work`, and end this process once the other side closes the channel.
 
-    `work` gets the setup and the channel, and raises ChannelClosed. Any other error goes to the
+    `work` gets the setup and the channel, and raises ChannelClosed. Any other error is sent to the
     other side, which ends this process.
     """
     connection = connect(sys.argv[1:])
@@ -51,11 +51,11 @@ def run(work: Callable[[dict[str, Any], Channel], None]) -> None:
             while True:
                 channel.receive()
     sys.stderr.flush()
-    os._exit(0)  # an orderly end of torch and the device's libraries would take a second
+    os._exit(0)  # shutting down torch and the device's libraries takes a second
 
 
 def serve(setup: dict[str, Any], channel: Channel) -> None:
-    """Load an engine and let clients use it. Raises ChannelClosed once the other side closes."""
+    """Load an engine and serve its clients. Raises ChannelClosed once the other side closes."""
     inherited = [descriptor for of_engine in setup["clients"] for descriptor in of_engine]
     for descriptor in inherited:
         os.set_inheritable(descriptor, False)
@@ -74,7 +74,7 @@ def serve(setup: dict[str, Any], channel: Channel) -> None:
     info = engine.info
     info = info if info.checkpoint else replace(info, checkpoint=digest_of(config))
     clients = [ClientConn(socket.socket(fileno=one)) for one in inherited]
-    gc.freeze()  # a collection among so many objects would delay steps by 0.1 s
+    gc.freeze()  # collecting garbage among so many objects delays steps by 0.1 s
     try:
         Loop(engine, clients, channel).run(info)
     finally:
@@ -84,9 +84,9 @@ def serve(setup: dict[str, Any], channel: Channel) -> None:
 def serve_replicas(
     config: EngineConfig, clients: Sequence[Sequence[int]], channel: Channel
 ) -> None:
-    """Start replicas, whose clients use these sockets, and watch them.
+    """Start replicas, whose clients use these sockets, and monitor them.
 
-    Raises ChannelClosed once the other side closes, and ReplicaFailed when no replica is left.
+    Raises ChannelClosed once the other side closes, and ReplicaFailed if no replica is left.
     """
     from nanovllm.replicas.handshake import Fleet
     from nanovllm.replicas.machine import ProcessStarter
@@ -95,7 +95,7 @@ def serve_replicas(
 
     fleet = Fleet(ProcessStarter(config), config.data_parallel_size, clients)
     for descriptor in chain.from_iterable(clients):
-        os.close(descriptor)  # a replica's end is that of its sockets
+        os.close(descriptor)  # so that the sockets close when the replica ends
     try:
         channel.send(READY)
 
@@ -103,7 +103,9 @@ def serve_replicas(
             with suppress(ChannelClosed):
                 while True:
                     channel.receive()
-            fleet.inbox.put(Event(fleet.replicas[0], "", b"", ChannelClosed("the parent's end")))
+            fleet.inbox.put(
+                Event(fleet.replicas[0], "", b"", ChannelClosed("the parent has ended"))
+            )
 
         threading.Thread(target=listen, name="parent", daemon=True).start()
         while True:
@@ -112,7 +114,7 @@ def serve_replicas(
                 raise failure
             if failure is not None:
                 replica.failure = failure
-                logger.error("the requests of a replica end with an error: %s", failure)
+                logger.error("a replica failed, its requests end with an error: %s", failure)
             if all(one.failure is not None for one in fleet.replicas):
                 raise ReplicaFailed(f"no replica is left: {fleet.causes}")
     finally:

@@ -1,4 +1,4 @@
-"""Replicas as Ray actors: a placement group with a bundle for each of them."""
+"""Replicas as Ray actors: a placement group with one bundle per replica."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from nanovllm.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 USER = "distributed_executor_backend='ray'"
-PLACE_S = 60.0  # for the placement group, if others use what it needs
-# An actor that answers no call for so long is lost; Ray starts its process before the first call.
+PLACE_S = 60.0  # to wait for the placement group while others use its resources
+# An actor that does not respond for this long is lost; Ray starts its process before any call.
 SILENT_S, SILENT_AT_START_S = 8, 120
-CLOSE_S = 10.0  # for a replica to end by itself
-# Replicas do not talk to each other, so nothing is gained by putting them on one node. On several
-# nodes a lost node costs the fewest of them, and each has more of the host's memory bandwidth.
+CLOSE_S = 10.0  # for a replica to exit
+# Replicas do not communicate, so one node has no advantage. On several nodes, a lost node costs
+# fewer of them, and each has more of a host's memory bandwidth.
 STRATEGY = "SPREAD"
 
 
@@ -34,7 +34,7 @@ class RayReplica(Replica):
     """An engine on a node of a Ray cluster, behind an actor (`Relay`)."""
 
     def __init__(self, index: int, setup: dict[str, Any], inbox: Inbox, ray: Any, actor: Any):
-        """actor: the actor's class with its options, which are its place in the cluster."""
+        """actor: the actor's class with its options, including its place in the cluster."""
         super().__init__(index, setup)
         self._ray, self._inbox = ray, inbox
         self._num_told = 0
@@ -50,7 +50,7 @@ class RayReplica(Replica):
         try:
             self._check()
             self._actor.tell.remote(self._num_told, name, payload)
-        except (ReplicaFailed, self._ray.exceptions.RayError):  # the latter if Ray ends meanwhile
+        except (ReplicaFailed, self._ray.exceptions.RayError):  # the latter if Ray shuts down
             return False
         self._num_told += 1
         return True
@@ -85,7 +85,7 @@ class RayReplica(Replica):
             self._thread.join()
 
     def _receive(self) -> None:
-        """Turn what the actor passes on into events, until its end."""
+        """Turn messages from the actor into events, until its end."""
         limit = SILENT_AT_START_S
         try:
             while not self._is_closing:
@@ -96,25 +96,25 @@ class RayReplica(Replica):
                 received = bytearray(self._ray.get(call))
                 while (message := unpack(received)) is not None:
                     self._take(*message)
-        except BaseException as error:  # SystemExit if Ray has been shut down
+        except BaseException as error:  # SystemExit if Ray was shut down
             if not self._is_closing:
-                self._kill()  # an engine that nobody hears must not go on
+                self._kill()  # do not leave an unreachable engine running
             self._fail(error if isinstance(error, ReplicaFailed) else self._lost(error))
 
     def _wait(self, call: Any, seconds: int) -> None:
-        """Raises ReplicaFailed if the call has no result in time."""
-        for _ in range(seconds):  # one by one: this process may be stopped in the meantime
+        """Wait for a call. Raises ReplicaFailed after this time."""
+        for _ in range(seconds):  # one by one: this process may be suspended meanwhile
             if self._ray.wait([call], timeout=1.0)[0]:
                 return
             self._check()
-        raise ReplicaFailed(f"{self.name} has not answered for {seconds} s")
+        raise ReplicaFailed(f"{self.name} has not responded for {seconds} s")
 
     def _check(self) -> None:
-        """Raises ReplicaFailed after the end."""
+        """Raises ReplicaFailed if the replica or Ray is closed."""
         if self._is_closing:
             raise ReplicaFailed(f"{self.name} is closed")
         if not self._ray.is_initialized():
-            raise ReplicaFailed(f"{self.name} is lost: Ray has been shut down in this process")
+            raise ReplicaFailed(f"{self.name} is lost: Ray was shut down in this process")
 
     def _take(self, name: str, payload: bytes) -> None:
         if name != ERROR:
@@ -124,7 +124,7 @@ class RayReplica(Replica):
         self._fail(ValueError(text) if is_mistake else ReplicaFailed(text))
 
     def _fail(self, failure: Exception) -> None:
-        """Report the first failure, unless it is the end that the router wants."""
+        """Report the first failure, unless the router is closing the replica."""
         if not self._has_failed and not self._is_closing:
             self._has_failed = True
             self._inbox.put(Event(self, "", b"", failure))
@@ -139,20 +139,20 @@ class RayReplica(Replica):
 
 
 class RayStarter:
-    """Gives each replica its place in a cluster, on one node each."""
+    """Places each replica on one node of a cluster."""
 
     def __init__(self, config: EngineConfig) -> None:
-        """Connect to a cluster (`cluster.Shared.open`) and wait for the places.
+        """Connect to a cluster (`cluster.Shared.open`) and wait for the resources.
 
-        Raises ValueError if Ray is missing or the cluster is too small, and RuntimeError if others
-        use it.
+        Raises ValueError if Ray is missing or the cluster is too small, RuntimeError if its
+        resources are in use.
         """
         self._config = setups.with_full_paths(config)
         self._replicas: list[RayReplica] = []
         self._group: Any = None
         self._is_closed = False
         self._ray = cluster.SHARED.open(USER)
-        atexit.register(self.close)  # before Ray's own end, which comes later in the list
+        atexit.register(self.close)  # runs before Ray's own exit handler
         try:
             self._place()
         except BaseException:
@@ -160,14 +160,14 @@ class RayStarter:
             raise
 
     def start(self, index: int, inbox: Inbox, clients: Sequence[int] = ()) -> RayReplica:
-        assert not clients, "sockets end with this machine"
+        assert not clients, "sockets do not reach other machines"
         node = self._node_ids[index]
         first = self._node_ids.index(node)
         setup = setups.setup(
             self._config,
             f"replica {index} on node {self._addresses[node]}",
             compile_cache=self._config.compile_cache,
-            waits_for=first if first != index else None,  # a node has its own store
+            waits_for=first if first != index else None,  # each node has its own store
             environment=env.settings(),
         )
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -188,7 +188,7 @@ class RayStarter:
         return setups.tokenizer(self._config)
 
     def close(self) -> None:
-        """End the replicas, and give their places back."""
+        """End the replicas and release their resources."""
         if self._is_closed:
             return
         self._is_closed = True
@@ -213,13 +213,13 @@ class RayStarter:
         bundle = {
             kind: self._resources[name] for kind, name in kinds.items() if self._resources.get(name)
         }
-        # a bundle is on one node, and so are the ranks of its replica
+        # a bundle, and thus all ranks of a replica, is on one node
         self._group = ray.util.placement_group([bundle] * num, strategy=STRATEGY)
         ready, _ = ray.wait([self._group.ready()], timeout=PLACE_S)
         if not ready:
             free = {kind: ray.available_resources().get(kind, 0) for kind in bundle}
             raise RuntimeError(
-                f"the Ray cluster has had no place for {num} × {_counts(bundle)} for "
+                f"the Ray cluster had no room for {num} × {_counts(bundle)} within "
                 f"{PLACE_S:.0f} s: others use it, and {_counts(free)} of all nodes are free"
             )
         table = ray.util.placement_group_table(self._group)
@@ -232,5 +232,5 @@ def _counts(resources: dict[str, float]) -> str:
 
 
 def _line(error: BaseException) -> str:
-    """The text of one of Ray's errors, which has many lines."""
+    """The text of a Ray error, which has many lines, in one line."""
     return " ".join(str(error).split())[:300]

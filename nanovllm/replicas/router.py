@@ -1,4 +1,4 @@
-"""Replicas of an engine, which run in other processes, with the interface of one engine."""
+"""A router for replicas of an engine in other processes, with the interface of one engine."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from nanovllm.schedule.outputs import Increment, Outbox
 
 logger = logging.getLogger(__name__)
 
-# A thread that waits for outputs lets others in after this time.
+# A thread that waits for outputs releases the engine after this time.
 WAIT_S = 0.005
 MAX_MEDIA_BYTES = MAX_PAYLOAD_BYTES // 2
 
 
 @dataclass
 class _Pending:
-    """An unfinished request. row: all that its replica has sent of the answer."""
+    """An unfinished request. row: everything received of the answer."""
 
     replica: Replica
     prompt_ids: list[int]
@@ -45,7 +45,7 @@ class _Pending:
 
 
 class _Metrics:
-    """The metrics of all replicas together."""
+    """The combined metrics of all replicas."""
 
     def __init__(self, replicas: Sequence[Replica]) -> None:
         self._replicas = replicas
@@ -57,13 +57,13 @@ class _Metrics:
 class Router:
     """`data_parallel_size` engines in other processes, with the interface of one (`AnyEngine`).
 
-    Use it from one thread at a time (`SharedEngine`). A request runs on one replica from its
-    beginning to its end. A replica that fails ends its requests with an error; the others go on.
-    Requests get the ids, and so the seeds, that one engine would give them.
+    Use it from one thread at a time (`SharedEngine`). A request stays on one replica. If a replica
+    fails, its requests end with an error; the others continue. Requests get the same ids, and thus
+    the same seeds, as with one engine.
     """
 
     def __init__(self, config: EngineConfig, starter: Starter) -> None:
-        """Start all replicas and wait until they are warm. Errors are those of `load`, and
+        """Start all replicas and wait until they are warm. Raises the errors of `load`, and
         ReplicaFailed."""
         self.config = config
         self._outbox = Outbox()
@@ -84,7 +84,7 @@ class Router:
         self._intake = Intake.of(config, self.tokenizer, self.info)
 
     def close(self) -> None:
-        """End all replicas. Nothing of them is left. A fork of the process leaves them alone."""
+        """End all replicas and everything they started. Does nothing in a fork of the process."""
         self._is_closed = True
         if self._owner.is_here and hasattr(self, "_fleet"):
             self._pending.clear()
@@ -95,11 +95,11 @@ class Router:
             self.close()
 
     def sleep(self, level: int = 1) -> None:
-        """Raises ValueError."""
+        """Not supported: raises ValueError."""
         self._refuse("sleep")
 
     def wake_up(self, tags: Iterable[str] | None = None) -> None:
-        """Raises ValueError."""
+        """Not supported: raises ValueError."""
         self._refuse("wake_up")
 
     @property
@@ -107,14 +107,14 @@ class Router:
         return False
 
     def enter_thread(self) -> None:
-        """Threads need no preparation: steps run in other processes."""
+        """Nothing to do: steps run in other processes."""
 
     def prompt_ids(self, request_id: int) -> list[int]:
         """The prompt of an unfinished request."""
         return self._pending[request_id].prompt_ids
 
     def token_ids(self, prompt: Prompt) -> list[int]:
-        """The ids of a prompt, checked as `add_request` does. Raises ValueError, also for media."""
+        """The token ids of a prompt. Raises ValueError as `add_request` does, also for media."""
         self.check_media(prompt.media)
         return self._intake.prompt_ids(prompt, SamplingParams())
 
@@ -126,19 +126,19 @@ class Router:
         return replace(prompt, token_ids=self.tokenizer.encode(prompt.text))
 
     def check_media(self, media: Sequence[Given]) -> None:
-        """Raises ValueError for images and videos: only prepared ones cross processes."""
+        """Raises ValueError for media that are not prepared: only prepared ones cross processes."""
         if media:
             self._refuse(media[0].name)
 
     def forget_prefixes(self) -> None:
-        """Let no later request find cached tokens of earlier ones."""
+        """Invalidate the prefix caches for later requests."""
         with deferred_interrupts():
             for replica, place in zip(self.replicas, self._places):
                 replica.tell(messages.FORGET)
                 place.forget()
 
     def prepare_grammars(self) -> None:
-        """See `Engine.prepare_grammars`."""
+        """Implements `Engine.prepare_grammars`."""
         with deferred_interrupts():
             for replica in self.replicas:
                 replica.tell(messages.PREPARE_GRAMMARS)
@@ -153,10 +153,10 @@ class Router:
         positions: np.ndarray | None = None,
         priority: int = 0,
     ) -> int:
-        """Queue a prompt at a replica; returns the request's id. Arguments are those of `Engine`.
+        """Queue a prompt on a replica. Returns the request's id. Arguments are those of `Engine`.
 
-        Raises ValueError as `Engine` does, for images and videos that are not prepared, and for
-        more embeddings or patches than a message takes. Raises ReplicaFailed if no replica is left.
+        Raises ValueError as `Engine` does, for media that are not prepared, and for embeddings or
+        patches that exceed a message. Raises ReplicaFailed if no replica is left.
         """
         self._check_open()
         if not isinstance(prompt, MediaPrompt):
@@ -175,7 +175,7 @@ class Router:
         return self.add(asked)
 
     def add(self, asked: EngineRequest) -> int:
-        """Queue a request that an `Intake` has checked at a replica. Raises as `add_request`."""
+        """Queue a request that an `Intake` has checked. Raises the errors of `add_request`."""
         self._check_open()
         num_bytes = asked.num_bytes
         if num_bytes > MAX_MEDIA_BYTES:
@@ -189,7 +189,7 @@ class Router:
         fields = messages.params_fields(asked.params, detokenizes=asked.detokenizes)
         message = Add(
             [request_id], [seed], prompt_ids, fields, asked.incremental, asked.priority,
-            asked.cache_salt, asked.detokenizes, has_media=bool(media),
+            asked.cache_salt, asked.detokenizes, has_media=bool(media), adapter=asked.adapter,
         )  # fmt: skip
         cost = len(prompt_ids) + self._intake.max_output(asked.params, len(prompt_ids))
         with deferred_interrupts():
@@ -203,18 +203,18 @@ class Router:
         return request_id
 
     def abort(self, request_id: int, reason: str = "abort") -> None:
-        """End a request now, with a last output. Unknown ids are ignored."""
+        """End a request now; its last output follows. Unknown ids are ignored."""
         if pending := self._drop([request_id]).get(request_id):
             self._outbox.outputs.append(self._ended(request_id, pending, reason))
 
     def abort_all(self, request_ids: Iterable[int]) -> None:
-        """End requests and drop their last outputs, for a caller that no longer listens."""
+        """End requests and drop their last outputs."""
         dropped = set(request_ids)
         self._drop(dropped)
         self._outbox.take(dropped)
 
     def advance(self) -> None:
-        """Take what the replicas have sent; if there is nothing, wait for some milliseconds."""
+        """Handle messages from the replicas; if there are none, wait a few milliseconds."""
         self._check_open()
         with deferred_interrupts():
             timeout = WAIT_S if self._pending else 0.0
@@ -226,15 +226,15 @@ class Router:
                 pass
 
     def take(self, request_ids: Container[int] | None = None) -> list[Increment]:
-        """Remove and return the waiting outputs of these requests, or of all requests."""
+        """Remove and return the waiting outputs of these requests, or of all."""
         return self._outbox.take(request_ids)
 
     def has_outputs(self, request_ids: Container[int] | None = None) -> bool:
-        """Whether outputs of these requests, or of any, wait for `take`."""
+        """Whether outputs of these requests, or of any, are waiting."""
         return self._outbox.has(request_ids)
 
     def _send(self, payload: bytes, media: bytes, digests: list[bytes], cost: int) -> Replica:
-        """Give a request to the replica that suits it best, or to another if that has failed."""
+        """Send a request to the best replica, or to another one if that has failed."""
         living = {replica.index for replica in self.replicas if replica.failure is None}
         while living:
             index = choose(self._places, living, digests, cost)
@@ -246,11 +246,11 @@ class Router:
                 return replica
             living.remove(index)
         while any(replica.failure is None for replica in self.replicas):
-            self._take(self._inbox.get())  # the failures, which the refused messages announce
+            self._take(self._inbox.get())  # refused messages announce failure events
         raise ReplicaFailed(f"no replica is left: {self._fleet.causes}")
 
     def _drop(self, request_ids: Collection[int]) -> dict[int, _Pending]:
-        """Forget unfinished requests here and at their replicas; returns them."""
+        """Remove unfinished requests here and on their replicas. Returns them."""
         with deferred_interrupts():
             dropped = {one: self._finish(one) for one in request_ids if one in self._pending}
             for replica in self.replicas:
@@ -265,7 +265,7 @@ class Router:
         return pending
 
     def _take(self, event: Event) -> None:
-        """Turn a message or a failure of a replica into outputs."""
+        """Turn a replica's message or failure into outputs."""
         if event.failure is not None:
             self._end_requests(event.replica, raisable(event.failure))
             return
@@ -276,17 +276,17 @@ class Router:
             self._grow(row)
 
     def _grow(self, row: Row) -> None:
-        """Put out what is new of an answer."""
+        """Output the new part of an answer."""
         pending = self._pending.get(row.request_id)
         if pending is None:
-            return  # it has been aborted in the meantime
+            return  # it was aborted in the meantime
         pending.row.extend(row)
         if row.done is not None:
             self._finish(row.request_id)
         self._outbox.outputs.append(self._increment(row, pending, row.done))
 
     def _increment(self, row: Row, pending: _Pending, done: Done | None) -> Increment:
-        """New tokens, and the whole answer if it is `done`."""
+        """New tokens, with the whole answer if it is `done`."""
         tokenizer = self.tokenizer
         completion = None
         if done is not None:
@@ -298,7 +298,7 @@ class Router:
     def _ended(
         self, request_id: int, pending: _Pending, reason: str, error: str | None = None
     ) -> Increment:
-        """The last output of a request that its replica does not finish."""
+        """The last output of a request that its replica did not finish."""
         done = Done(reason, None, 0, None, error)
         row = Row(request_id, [], None if pending.row.logprobs is None else [])
         return self._increment(row, pending, done)

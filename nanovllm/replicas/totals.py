@@ -1,4 +1,4 @@
-"""The metrics of several engines as those of one."""
+"""Combines the metrics of several engines."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from nanovllm.engine.metrics import Metric
 
-SHARES = ("kv_cache_usage_perc", "expert_hit_rate")  # their mean is meant, not their sum
+SHARES = ("kv_cache_usage_perc", "expert_hit_rate")  # combined as means, not sums
 
 
 def totals(of_engines: Sequence[Sequence[Metric]]) -> list[Metric]:
-    """Sums over engines, and means of shares, in the order of the first engine that has them."""
+    """Sums over engines (means for shares), ordered as in the first engine that has the metric."""
     found: dict[tuple[str, str], list[Metric]] = {}
     for metrics in of_engines:
         for one in metrics:

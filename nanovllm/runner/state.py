@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nanovllm.kernels import ops
 from nanovllm.models.interface import Batch
-from nanovllm.schedule.plan import PAD_BLOCK, SAMPLING_FIELDS
+from nanovllm.schedule.plan import DRAFT, PAD_BLOCK, SAMPLING_FIELDS
 
 # Logits, temperatures, seeds and positions to tokens: `ops.sample`, or that of several ranks
 Draw = Callable[..., Tensor]
@@ -28,6 +28,8 @@ class DeviceState(NamedTuple):
     block_table_SP: Tensor
     sampling_SF: Tensor  # SAMPLING_FIELDS
     seed_S: Tensor
+    adapter_S: Tensor | None = None  # 0: none. Only of models with adapters
+    draft_SK: Tensor | None = None  # guesses after token_S. Only with a proposer on the device
 
     @property
     def pad_row(self) -> int:
@@ -39,7 +41,7 @@ class Span(NamedTuple):
 
     row_idx_R: Tensor
     num_tokens_R: Tensor
-    token_T: Tensor  # row after row; plan.NEWEST stands for the row's newest token
+    token_T: Tensor  # row after row; plan.NEWEST and plan.DRAFT stand for tokens of the state
 
 
 class SpanTokens(NamedTuple):
@@ -52,7 +54,14 @@ class SpanTokens(NamedTuple):
     last_R: Tensor
 
 
-def new_state(num_rows: int, blocks_per_row: int, device: torch.device) -> DeviceState:
+def new_state(
+    num_rows: int,
+    blocks_per_row: int,
+    device: torch.device,
+    *,
+    has_adapters: bool = False,
+    num_drafts: int = 0,
+) -> DeviceState:
     rows = num_rows + 1
 
     def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -67,19 +76,40 @@ def new_state(num_rows: int, blocks_per_row: int, device: torch.device) -> Devic
         block_table_SP=zeros(blocks_per_row, dtype=torch.int32).fill_(PAD_BLOCK),
         sampling_SF=sampling_SF,
         seed_S=zeros(),
+        adapter_S=zeros() if has_adapters else None,
+        draft_SK=zeros(num_drafts) if num_drafts else None,
     )
 
 
 def decode_batch(block_size: int, state: DeviceState, row_idx_R: Tensor) -> tuple[Tensor, Batch]:
     """The inputs of a decode step, from the state alone: each row's newest token and its place."""
     token_R, *batch = ops.decode_inputs(*state[:4], row_idx_R, block_size)
-    return token_R, Batch(*batch)
+    return token_R, _with_adapters(Batch(*batch), state, row_idx_R)
 
 
 def span_batch(block_size: int, state: DeviceState, span: Span) -> tuple[SpanTokens, Batch]:
     """The tokens of a span and their places. Rows continue at their positions in the state."""
     token_T, *batch, row_T, num_T, last_R = ops.span_inputs(*state[:4], *span, block_size)
-    return SpanTokens(token_T, row_T, num_T, last_R), Batch(*batch)
+    if state.draft_SK is not None:
+        token_T = _with_drafts(state.draft_SK, span.token_T, token_T, row_T, num_T)
+    tokens = SpanTokens(token_T, row_T, num_T, last_R)
+    return tokens, _with_adapters(Batch(*batch), state, row_T)
+
+
+def _with_drafts(
+    draft_SK: Tensor, given_T: Tensor, token_T: Tensor, row_T: Tensor, num_T: Tensor
+) -> Tensor:
+    """The tokens with those of the state in the places of DRAFT: a row's second token is its first
+    guess."""
+    num = draft_SK.shape[1]
+    draft_T = draft_SK.flatten()[row_T * num + (num_T - 2).clamp(0, num - 1)]
+    return torch.where(given_T == DRAFT, draft_T, token_T)
+
+
+def _with_adapters(batch: Batch, state: DeviceState, row_T: Tensor) -> Batch:
+    if state.adapter_S is None:
+        return batch
+    return batch._replace(adapter_T=state.adapter_S.index_select(0, row_T))
 
 
 def choose(

@@ -1,4 +1,4 @@
-"""A client's end of its socket to an engine's process, in an event loop."""
+"""A client's connection to an engine process, in an event loop."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from nanovllm.replicas import messages
 
 
 class Connection(asyncio.Protocol):
-    """Calls `received(payload)` for new tokens, and `lost()` once the socket closes.
+    """Calls `received(payload)` for new tokens, and `lost()` when the socket closes.
 
-    info: what the engine says of itself, once it is warm.
+    info: the engine's description, once it is warm.
     """
 
     def __init__(self, received: Callable[[bytes], None], lost: Callable[[], None]) -> None:
@@ -26,20 +26,20 @@ class Connection(asyncio.Protocol):
         self.info: asyncio.Future[EngineInfo] = asyncio.get_running_loop().create_future()
         self.is_lost = False
         self._asked: list[asyncio.Future[list[Metric]]] = []
-        self._metrics: list[Metric] = []  # when they were last read
+        self._metrics: list[Metric] = []  # as last read
 
     @classmethod
     async def open(
         cls, sock: socket.socket, received: Callable[[bytes], None], lost: Callable[[], None]
     ) -> Connection:
-        """Takes over the socket."""
+        """Takes ownership of the socket."""
         loop = asyncio.get_running_loop()
         _, found = await loop.create_unix_connection(lambda: cls(received, lost), sock=sock)
         return found
 
     async def metrics(self) -> list[Metric]:
-        """The engine's metrics; of one that is lost the last that are known, at 0 for what it does
-        now. Raises what `fail` was called with."""
+        """The engine's metrics; for a lost engine the last ones, with gauges at 0. Raises the error
+        that `fail` was called with."""
         if not self.is_lost:
             self._asked.append(asyncio.get_running_loop().create_future())
             if len(self._asked) == 1:
@@ -48,7 +48,7 @@ class Connection(asyncio.Protocol):
         return self._metrics
 
     def rest(self) -> None:
-        """Note that the engine does nothing any more, but other engines go on."""
+        """Mark the engine as lost while other engines continue."""
         self._metrics = [
             Gauge(one.name, 0, one.labels) if isinstance(one, Gauge) else one
             for one in self._metrics
@@ -56,7 +56,7 @@ class Connection(asyncio.Protocol):
         self._answer(self._metrics)
 
     def fail(self, error: Exception) -> None:
-        """Raise the error where an answer of the engine is waited for."""
+        """Raise the error in everything that waits for the engine."""
         if not self.info.done():
             self.info.set_exception(error)
         asked, self._asked = self._asked, []
@@ -80,7 +80,7 @@ class Connection(asyncio.Protocol):
             self.info.set_result(messages.load_info(payload))
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        # uvloop's transports are no subclasses of asyncio's
+        # uvloop's transports are not subclasses of asyncio's
         self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
@@ -92,12 +92,12 @@ class Connection(asyncio.Protocol):
         self._on_loss()
 
     def send(self, name: str, payload: bytes = b"") -> None:
-        """Send a message without waiting. After the end of the connection it does nothing."""
+        """Send a message without waiting. Does nothing after the connection has ended."""
         if self._transport is not None and not self._transport.is_closing():
             self._transport.write(pack(name, payload))
 
     def send_packed(self, message: bytes) -> None:
-        """Send a message that was packed by `pack`; a thread can pack a long one."""
+        """Send a message packed by `pack`; long ones can be packed in a thread."""
         if self._transport is not None and not self._transport.is_closing():
             self._transport.write(message)
 

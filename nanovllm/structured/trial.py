@@ -1,10 +1,11 @@
-"""The program of a process that compiles grammars before the engine's process does.
+"""The program of a sandbox process that compiles grammars before the engine process does.
 
-The library recurses into grammars. One that is nested too deeply overflows the stack, which ends
-the process: then it ends this one. Compiling cannot be interrupted either: then this process is
-killed. Here threads have a smaller stack than the engine's, so what passes here passes there.
+The library recurses into grammars: one that is nested too deeply overflows the stack and crashes
+this process instead of the engine's. Compiling also cannot be interrupted; on a timeout this
+process is killed. Threads have a smaller stack here than in the engine, so what compiles here
+compiles there.
 
-It reads the special tokens, then requests, and writes answers, all as lines of JSON.
+Reads the special tokens, then requests, and writes replies, all as lines of JSON.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ MEMORY_BYTES = 4 << 30
 
 
 class Vocabulary:
-    """What the library's tokenizer is made of: the 256 bytes, and the special tokens with the ids
-    of the model, since grammars may name them. The text tokens of the model change no grammar."""
+    """The vocabulary for the library's tokenizer: the 256 bytes, and the special tokens with the
+    model's ids, since grammars may name them. Text tokens of the model do not affect grammars."""
 
     bos_token_id = None
 
@@ -55,7 +56,7 @@ def new_tokenizer(special: Mapping[int, str]) -> llguidance.LLTokenizer:
 
 
 def tried(tokenizer: llguidance.LLTokenizer, found: Source) -> dict[str, str]:
-    """The grammar of a source, or the error in it."""
+    """The grammar of a source, or its error."""
     import llguidance
 
     try:
@@ -71,7 +72,7 @@ def tried(tokenizer: llguidance.LLTokenizer, found: Source) -> dict[str, str]:
 
 
 def answer(tokenizer: llguidance.LLTokenizer, request: dict[str, Any]) -> dict[str, str]:
-    """`tried` in a thread of its own. Ends the process if it takes longer than it may."""
+    """Run `tried` in a thread. Ends the process on a timeout."""
     answers: list[dict[str, str]] = []
     found = Source(request["kind"], request["text"])
     thread = threading.Thread(target=lambda: answers.append(tried(tokenizer, found)), daemon=True)

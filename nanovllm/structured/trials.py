@@ -1,4 +1,4 @@
-"""The engine's side of the processes that try to compile grammars (`trial.py`)."""
+"""The engine's side of the grammar sandbox processes (`trial.py`)."""
 
 from __future__ import annotations
 
@@ -19,22 +19,21 @@ _PIECE_BYTES = 1 << 16
 
 
 class TooSlow(ValueError):
-    """A grammar takes longer than it may."""
+    """Compiling a grammar exceeds the time limit."""
 
 
 class Trial:
-    """A process that tries one grammar at a time. It starts when it is first needed, and again
-    after a grammar has ended it."""
+    """A process that compiles one grammar at a time. It starts when first needed, and again after a
+    grammar has crashed it."""
 
     def __init__(self, special: Callable[[], Mapping[int, str]]) -> None:
-        """`special` gives the model's special tokens."""
+        """special: returns the model's special tokens."""
         self._special = special
         self._process: subprocess.Popen[bytes] | None = None
         self._is_closed = False
 
     def run(self, found: Source, timeout_s: float) -> str:
-        """The library's grammar of a source. Raises ValueError with the cause if it is invalid, and
-        TooSlow."""
+        """The library's grammar for a source. Raises TooSlow; ValueError for an invalid source."""
         is_new = self._process is None or self._process.poll() is not None
         if is_new:
             self._start()
@@ -50,13 +49,13 @@ class Trial:
         return str(answer["grammar"])
 
     def kill(self) -> None:
-        """End the process for ever. Another thread may be in `run`, which raises then."""
+        """End the process permanently. A thread in `run` then raises."""
         self._is_closed, process = True, self._process
         if process is not None:
             process.kill()
 
     def close(self) -> None:
-        """End the process for ever, when no thread is in `run`."""
+        """End the process permanently, when no thread is in `run`."""
         self._is_closed = True
         self._end()
 
@@ -84,16 +83,16 @@ class Trial:
                 f"it takes longer than {request['timeout_s']:g} s to compile "
                 "(option grammar_timeout_s)"
             )
-        raise ValueError("it ended the compiler's process: it is nested too deeply or too large")
+        raise ValueError("it crashed the compiler: it is nested too deeply or too large")
 
     def _write(self, message: Mapping[Any, Any]) -> None:
         assert self._process is not None and self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # then there is no answer
+        with contextlib.suppress(BrokenPipeError):  # then no reply will come
             self._process.stdin.write(json.dumps(message).encode() + b"\n")
             self._process.stdin.flush()
 
     def _line(self, deadline: float) -> bytes:
-        """The next line; b"" if the process ends or is late."""
+        """The next line; b"" if the process ends or the deadline passes."""
         assert self._process is not None and self._process.stdout is not None
         fd = self._process.stdout.fileno()
         poll = select.poll()

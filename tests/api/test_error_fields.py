@@ -21,7 +21,7 @@ from nanovllm.schedule.outputs import Completion, Increment
 from nanovllm.schedule.plan import LogitEdits
 from nanovllm.schedule.request import Request
 from nanovllm.structured import library
-from nanovllm.structured.params import StructuredOutputsParams
+from nanovllm.structured_params import StructuredOutputsParams
 from tests.api.made_up_server import MODEL, TEMPLATE, MadeUpServer, served, tokenizer
 from tests.api.test_http_clients import NEEDED, Refusing, refused
 

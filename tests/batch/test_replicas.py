@@ -104,7 +104,7 @@ def test_a_cluster_without_a_place_ends_the_job(
     monkeypatch.setattr(replicas, "POLL_S", 0.2)
     # others take the CPUs between the check and the start
     monkeypatch.setattr(cluster, "share", lambda *_: {"num_cpus": 3})
-    with pytest.raises(RuntimeError, match="has had no place for a replica for 1 s"):
+    with pytest.raises(RuntimeError, match="had no room for a replica within 1 s"):
         answers(make(two_nodes.address, 1, 1), [b"good"])
 
 
@@ -141,7 +141,7 @@ def test_2000_rows_survive_the_loss_of_a_node(two_nodes: Any, tmp_path: Path) ->
     two_nodes.remove_node(two_nodes.second, allow_graceful=False)
     stdout, stderr = job.communicate(timeout=120)
     assert job.returncode == 0, stderr
-    assert num_before < NUM_ROWS * 3 // 4 and "is lost, its rows are answered again" in stderr
+    assert num_before < NUM_ROWS * 3 // 4 and "is lost, its rows are retried" in stderr
     found = [json.loads(one) for one in target.read_text().splitlines()]
     assert [row["row"] for row in found] == list(range(NUM_ROWS))
     assert [row["id"] for row in found] == [row["id"] for row in rows]
@@ -168,5 +168,5 @@ def test_replicas_get_whole_gpus_where_there_are_some() -> None:
         cluster.share(EngineConfig("m"), 4, nodes)
     with pytest.raises(ValueError, match="have 0"):
         cluster.share(EngineConfig("m", device="cuda"), 1, [{"CPU": 8.0}])
-    with pytest.raises(ValueError, match="device is 'cuda:1': Ray gives each replica its device"):
+    with pytest.raises(ValueError, match="device is 'cuda:1': Ray assigns the devices of replicas"):
         cluster.share(EngineConfig("m", device="cuda:1"), 1, nodes)

@@ -188,7 +188,7 @@ def test_differences_name_versions_before_shapes() -> None:
     assert lines[0].startswith("extra: nothing is wanted") and lines[-1].startswith(
         "input x: float32[3] is wanted"
     )
-    assert "torch: 2.13 is wanted, 2.11 is there" in lines
+    assert "torch: 2.13 is wanted, 2.11 is stored" in lines
 
 
 # Sources ------------------------------------------------------------------------------------------

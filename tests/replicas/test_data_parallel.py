@@ -274,7 +274,7 @@ def test_bad_requests_are_refused_and_queue_nothing(two: LLM) -> None:
     with pytest.raises(ValueError, match=r"embeddings have shape \[1, 63\]"):
         two.engine.add_request([5, 6], greedy(2), embeddings=[(0, torch.ones(1, 63))])
     image = Content(0, 1, b"digest"), Encodable(torch.ones(4, 8), (1, 2, 2))
-    with pytest.raises(ValueError, match=r"the prompt has images, but .* reads text only"):
+    with pytest.raises(ValueError, match=r"the prompt has images, but .* accepts text only"):
         two.engine.add_request(MediaPrompt([5, 6], None, [image]), greedy(2))
     with pytest.raises(ValueError, match="sleep is not supported with data_parallel_size=2"):
         two.sleep()

@@ -220,7 +220,7 @@ def test_given_embeddings_reach_another_node(alone: LLM, two: LLM) -> None:
         ({"enable_sleep_mode": True}, "backend='ray' does not go with enable_sleep_mode=True"),
         ({"draft_lengths": (2,)}, r"backend='ray' does not go with draft_lengths=\[2\]"),
         ({"device": "cuda:1"}, "backend='ray' does not go with device='cuda:1'"),
-        ({"device": "mps"}, "device is 'mps': Ray gives each replica its device"),
+        ({"device": "mps"}, "device is 'mps': Ray assigns the devices of replicas"),
     ],
 )
 def test_options_that_do_not_go_with_ray(
@@ -335,7 +335,7 @@ def test_engines_share_a_connection_until_the_last_one_closes(
 def test_replicas_must_see_one_checkpoint() -> None:
     fact = EngineInfo("a", 64, 4, 512, 64, 16, 9, [], {})
     check_agreement([fact, fact], ["replica 0", "replica 1"])
-    with pytest.raises(ValueError, match="replica 1 sees another checkpoint than replica 0"):
+    with pytest.raises(ValueError, match="replica 1 has a different checkpoint from replica 0"):
         check_agreement([fact, replace(fact, checkpoint="b")], ["replica 0", "replica 1"])
     with pytest.raises(ValueError, match=r"requests of \[64, 48\] tokens"):
         check_agreement([fact, replace(fact, max_model_len=48)], ["replica 0", "replica 1"])
@@ -383,7 +383,7 @@ def test_the_loss_of_a_node_and_of_an_actor_end_their_own_requests_only(
         for _ in range(2):
             for output in two.generate(prompts, greedy(5), use_tqdm=False):
                 assert f"replica {1 - lost} on node" in output.outputs[0].error
-                assert "has not answered for 8 s" in output.outputs[0].error
+                assert "has not responded for 8 s" in output.outputs[0].error
                 assert time.monotonic() - started < 10
     wait_until(lambda: not relays() and not Path(f"/proc/{engine}").exists())
     two.close()

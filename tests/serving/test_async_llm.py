@@ -84,7 +84,7 @@ def test_a_killed_engine_fails_all_requests(expected: list[Any]) -> None:
             streams = [await llm.open([5, 6], greedy(120)) for _ in range(6)]
             await streams[0].take()
             os.kill(llm._process.pid, signal.SIGKILL)
-            message = "^the engine's process was ended by SIGKILL$"
+            message = "^the engine process was killed by SIGKILL$"
             for stream in streams:
                 with pytest.raises(EngineDead, match=message):
                     await asyncio.wait_for(collected(stream), 10)

@@ -142,12 +142,12 @@ def test_what_is_too_long_or_too_deep_is_refused_before_it_is_compiled(llm: LLM)
         "choice has [0-9]+ bytes": {"choice": [f"word {i}" for i in range(20_000)]},
         "json has [0-9]+ bytes": {"json": {"enum": ["x" * 300_000]}},
         "at most 64 levels": {"json": deep},
-        "is no JSON": {"json": cyclic},
+        "is not JSON": {"json": cyclic},
         "recursion": {"json": many},
-        "is no JSON: maximum": {"json": "[" * 100_000},
-        r"only places in the schema itself": {"json": {"$ref": "https://a.b/schema.json"}},
+        "is not JSON: maximum": {"json": "[" * 100_000},
+        r"only references within the schema": {"json": {"$ref": "https://a.b/schema.json"}},
         "'x-guidance'": {"json": {"type": "string", "x-guidance": {"lenient": True}}},
-        "numbers are at most": {"json": {"type": "integer", "minimum": 10**30}},
+        "absolute values are at most": {"json": {"type": "integer", "minimum": 10**30}},
         "must be an object": {"json": {"properties": {"a": 5}}},
     }
     for reason, given in cases.items():

@@ -1,4 +1,4 @@
-"""What the file of a weight format provides, and what it is told of a parameter.
+"""The interface of a weight format, and its description of a parameter.
 
 O outputs (rows) | D depth (columns) | E experts. A matrix is [O, D], the experts of a layer are
 [E, O, D]. A *block* is a group of rows or columns that share a number, such as a scale, or a word.
@@ -19,8 +19,8 @@ from torch import Tensor
 class Stored(Protocol):
     """A stored weight that is not one plain tensor: a named tuple of tensors and of sizes.
 
-    The sizes are ints, which are part of a program's key. All that a product needs follows from
-    the tensors and the sizes. E is there for the experts of a layer alone.
+    The sizes are ints, which are part of a program's key. A product needs nothing but the tensors
+    and the sizes. Only the experts of a layer have E.
     """
 
     def linear(self, x_TD: Tensor, bias_O: Tensor | None, residual_TO: Tensor | None) -> Tensor:
@@ -118,7 +118,7 @@ class Companion(NamedTuple):
 
     Floating point numbers are converted to `dtype` as they are read; other tensors must be stored
     in it. `shape` is the stored one if it differs from the axes' sizes, which then are a view of
-    it. An `is_unread` tensor may be there, and nothing needs it.
+    it. An `is_unread` tensor may be present and is not needed.
     """
 
     axes: tuple[Axis, ...]

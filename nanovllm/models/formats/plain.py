@@ -1,4 +1,4 @@
-"""Weights as they are: one tensor in the model's dtype. O outputs | D depth | T tokens."""
+"""Plain weights: one tensor in the model's dtype. O outputs | D depth | T tokens."""
 
 from __future__ import annotations
 
