@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from nanovllm.models.formats.fp8 import Fp8Weight
 from nanovllm.models.formats.grouped import GroupedWeight
 from nanovllm.models.formats.mixed import Mixed
 from nanovllm.models.loader import Shard, Target
+from nanovllm.platforms import cpu
 from tests.conftest import save_tiny
 from tests.models import harness, int4_format
 from tests.models.harness import engine_logits, max_difference, sequences
@@ -264,6 +265,17 @@ def test_damage_is_named(name: str, end: str, change: Any, message: str, tmp_pat
     save_file(weights, path, {"format": "pt"})
     with pytest.raises(CheckpointError, match=message):
         loader.load(model_of(folder), folder, Target(torch.device("cpu")), int)
+
+
+def test_a_device_that_does_not_run_them_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = pack(BY_NAME["awq"], save_tiny(tmp_path))
+    assert model_of(folder).param_bytes
+    assert "weights stay quantized (quant_method 'awq')" in caplog.text
+    monkeypatch.setattr(cpu, "TRAITS", replace(cpu.TRAITS, takes_quantized=False))
+    with pytest.raises(ValueError, match=r"quant_method 'awq'.* not supported on a cpu device"):
+        model_of(folder)
 
 
 @pytest.mark.parametrize(
