@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from nanovllm import LLM, SamplingParams
 from nanovllm.compile.trace import tensors
 from nanovllm.config import EngineConfig
 from nanovllm.models import loader
@@ -191,6 +192,26 @@ def test_experts_alone_and_on_two_ranks(kind: Kind, tmp_path: Path) -> None:
 def test_graphs(name: str, tmp_path: Path) -> None:
     folder = pack(BY_NAME[name], save_tiny(tmp_path, vocab_size=99, num_hidden_layers=1))
     check(folder, 99, enforce_eager=False, graph_batch_sizes=[4])
+
+
+def test_two_processes_that_sleep(tmp_path: Path) -> None:
+    """Ranks in processes read their own parts; one process reads its weights again after sleep."""
+    changes = {"num_hidden_layers": 1, "hidden_size": 64}
+    folder = pack(BY_NAME["gptq ordered"], Case("mixtral", 4, 2, changes).save(tmp_path))
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+
+    def answer(llm: LLM) -> list[int]:
+        return llm.generate([[5, 6, 7]], params, use_tqdm=False)[0]["token_ids"]
+
+    alone = LLM(str(folder), **options(1), enable_sleep_mode=True)
+    expected = answer(alone)
+    for level in (1, 2):
+        alone.sleep(level=level)
+        alone.wake_up()
+        assert answer(alone) == expected
+    both = LLM(str(folder), **options(2))
+    assert answer(both) == expected
+    both.close()
 
 
 def test_stacked_experts_in_fp8(tmp_path: Path) -> None:
