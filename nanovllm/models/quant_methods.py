@@ -78,8 +78,7 @@ CHECKPOINTS: dict[str, Callable[[Config], Scheme]] = {
 def of_checkpoint(hf: Any) -> Scheme:
     """The scheme of a checkpoint, from transformers' config of it.
 
-    Raises ValueError for a `quant_method` that no scheme knows, and for values that its scheme
-    refuses.
+    Raises ValueError for an unknown `quant_method`, and for values that its scheme refuses.
     """
     found = getattr(hf, "quantization_config", None)
     if not found:

@@ -50,7 +50,8 @@ class Traits:
     name: the device's name in the option `device`.
     supported_dtypes: dtypes that a model can run in.
     auto_dtype: the dtype of dtype="auto"; None means the checkpoint's.
-    quantizations: supported weight formats besides the plain one.
+    quantizations: supported values of the option `quantization`.
+    takes_quantized: True if quantized checkpoints run.
     supports_fp8_cache: True if kernels read and write a float8_e4m3fn cache.
     supports_offload: True if kernels can read experts in host memory.
     attention_backends: supported values of the option `attention_backend` besides "auto".
@@ -72,6 +73,7 @@ class Traits:
     supported_dtypes: tuple[torch.dtype, ...]
     auto_dtype: torch.dtype | None = None
     quantizations: tuple[str, ...] = ()
+    takes_quantized: bool = False
     supports_fp8_cache: bool = False
     supports_offload: bool = False
     attention_backends: tuple[str, ...] = ()

@@ -44,6 +44,7 @@ TRAITS = Traits(
     supported_dtypes=(torch.float32, torch.bfloat16),
     auto_dtype=torch.float32,
     quantizations=("int8",),
+    takes_quantized=True,
     supports_fp8_cache=True,
     supports_offload=True,
     attention_backends=("sdpa",),

@@ -135,6 +135,8 @@ def choose_model(
         )  # fmt: skip
         hf.tie_word_embeddings = False
     model = make_model(config, hf, dtype)
+    if config.quantization is None and model.scheme != UNQUANTIZED:
+        check_quantized(model, folder, platform)
     if not config.random_weights and not env.read().disable_svd:
         model = svd_experts.applied(model, folder)
     config = within_limit(config, model, hf)
@@ -144,6 +146,19 @@ def choose_model(
     shard = Shard(0, config.tensor_parallel_size)
     eos_ids = eos_token_ids(folder, hf)
     return Choice(config, platform, store, folder, hf, model, spec, eos_ids, shard=shard)
+
+
+def check_quantized(model: Model, folder: Path, platform: Platform) -> None:
+    """Refuse a quantized checkpoint on a device that does not run it, and warn elsewhere."""
+    if not platform.traits.takes_quantized:
+        raise ValueError(
+            f"{folder} is quantized ({model.scheme}), which is not supported on a "
+            f"{platform.traits.name} device: use a checkpoint that is not, or another device"
+        )
+    logger.warning(
+        "%s: weights stay quantized (%s), and products dequantize them, which is slower than "
+        "products of a checkpoint that is not quantized", folder, model.scheme,
+    )  # fmt: skip
 
 
 def make_model(config: EngineConfig, hf: Any, dtype: torch.dtype) -> Model:

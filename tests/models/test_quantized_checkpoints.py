@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from nanovllm import LLM, SamplingParams
 from nanovllm.compile.trace import tensors
 from nanovllm.config import EngineConfig
 from nanovllm.models import loader
@@ -26,6 +27,7 @@ from nanovllm.models.formats.fp8 import Fp8Weight
 from nanovllm.models.formats.grouped import GroupedWeight
 from nanovllm.models.formats.mixed import Mixed
 from nanovllm.models.loader import Shard, Target
+from nanovllm.platforms import cpu
 from tests.conftest import save_tiny
 from tests.models import harness, int4_format
 from tests.models.harness import engine_logits, max_difference, sequences
@@ -192,6 +194,26 @@ def test_graphs(name: str, tmp_path: Path) -> None:
     check(folder, 99, enforce_eager=False, graph_batch_sizes=[4])
 
 
+def test_two_processes_that_sleep(tmp_path: Path) -> None:
+    """Ranks in processes read their own parts; one process reads its weights again after sleep."""
+    changes = {"num_hidden_layers": 1, "hidden_size": 64}
+    folder = pack(BY_NAME["gptq ordered"], Case("mixtral", 4, 2, changes).save(tmp_path))
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+
+    def answer(llm: LLM) -> list[int]:
+        return llm.generate([[5, 6, 7]], params, use_tqdm=False)[0]["token_ids"]
+
+    alone = LLM(str(folder), **options(1), enable_sleep_mode=True)
+    expected = answer(alone)
+    for level in (1, 2):
+        alone.sleep(level=level)
+        alone.wake_up()
+        assert answer(alone) == expected
+    both = LLM(str(folder), **options(2))
+    assert answer(both) == expected
+    both.close()
+
+
 def test_stacked_experts_in_fp8(tmp_path: Path) -> None:
     """transformers 5 names the scales of `gate_up_proj` `gate_up_proj_scale_inv`."""
     kind, changes = BY_NAME["fp8 blocks"], {"num_hidden_layers": 1}
@@ -264,6 +286,17 @@ def test_damage_is_named(name: str, end: str, change: Any, message: str, tmp_pat
     save_file(weights, path, {"format": "pt"})
     with pytest.raises(CheckpointError, match=message):
         loader.load(model_of(folder), folder, Target(torch.device("cpu")), int)
+
+
+def test_a_device_that_does_not_run_them_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = pack(BY_NAME["awq"], save_tiny(tmp_path))
+    assert model_of(folder).param_bytes
+    assert "weights stay quantized (quant_method 'awq')" in caplog.text
+    monkeypatch.setattr(cpu, "TRAITS", replace(cpu.TRAITS, takes_quantized=False))
+    with pytest.raises(ValueError, match=r"quant_method 'awq'.* not supported on a cpu device"):
+        model_of(folder)
 
 
 @pytest.mark.parametrize(
