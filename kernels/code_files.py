@@ -32,7 +32,7 @@ def temporary_folder() -> Path:
     """A private folder that is deleted when this process ends. Raises OSError.
 
     It is in the first folder of temporary files in which other users can replace nothing of ours.
-    If there is none, a warning says so: an engine must start on such a machine too.
+    If there is none, it logs a warning: an engine must start on such a machine too.
     """
     folder = Path(tempfile.mkdtemp(prefix="nanovllm-", dir=_temporary_place()))
     atexit.register(_delete_own, folder, os.getpid())
@@ -59,7 +59,7 @@ def _temporary_place() -> str:
 
 
 def _delete_own(folder: Path, process_id: int) -> None:
-    if os.getpid() == process_id:  # a fork of the process that made it leaves it alone
+    if os.getpid() == process_id:  # a fork of the process that made it does not delete it
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -68,7 +68,7 @@ def digest(content: bytes) -> str:
 
 
 def write_whole(path: Path, content: bytes, mode: int = 0o600) -> None:
-    """Write a file atomically: others see all of it or nothing, even if the disk is full.
+    """Write a file atomically: readers find all of it or nothing, even if the disk is full.
 
     Raises OSError.
     """

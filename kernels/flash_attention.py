@@ -11,7 +11,7 @@ Three interfaces (https://github.com/Dao-AILab/flash-attention). An engine takes
 
 Interfaces 2 and 3 align the causal mask to the last query and the last key, as
 `reference.attention.paged_attention` does. They give a window as (keys to the left, keys to the
-right) of the query's own key. docs/gpus.md says which versions have run.
+right) of the query's own key. docs/gpus.md lists the versions that have run.
 
 Shapes as in `reference`; G = N / K query heads per key-value head.
 """
@@ -50,8 +50,8 @@ QUERY_TILE = 192
 class Flash(NamedTuple):
     """An installed interface that the device runs.
 
-    generation: see above. lacks: the parts that its build leaves out, in its build's words: FP16,
-    LOCAL (windows), PAGEDKV (pages of any size).
+    generation: the interface, 1 to 3. lacks: the parts that its build leaves out, by the names of
+    the build's flags: FP16, LOCAL (windows), PAGEDKV (pages of any size).
     """
 
     generation: int
@@ -79,7 +79,7 @@ class _PackageSource(NamedTuple):
     package: str
     function: str
     argument: str
-    config: str = ""  # a module that says how it was built
+    config: str = ""  # a module that has its build flags
 
 
 SOURCES = {
@@ -219,7 +219,7 @@ def unsupported(
         )
     window = max(windows, default=0)
     if window > 0 and flash.generation == 1:
-        return f"a layer has a window of {window} tokens, and {name} knows no windows"
+        return f"a layer has a window of {window} tokens, and {name} has no windows"
     if window > 0 and "LOCAL" in flash.lacks:
         return f"a layer has a window of {window} tokens, and {flash.name} was built without them"
     return ""

@@ -62,7 +62,7 @@ def _decode(
     q_start_S: Tensor,
     scale: float,
 ) -> Tensor:
-    """The G query heads of a key-value head become G queries of it, all of which see all keys."""
+    """The G query heads of a key-value head become G queries of it, without a mask."""
     out_RNH = torch.zeros(q_RNH.shape, dtype=q_RNH.dtype, device=q_RNH.device)
     lengths = {row: length for row, length in enumerate(seq_len_R.tolist()) if length}
     if not lengths:

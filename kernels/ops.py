@@ -83,7 +83,7 @@ zero_padding_ = _define(
     lambda out, q_start: None,
 )
 # The next ops compute `reference.attention.paged_attention` as well. They stand for the code of
-# other packages: each one runs that code on every device, and no pass replaces it.
+# other packages. Each one runs that code on every device, and no pass replaces it.
 OTHERS: dict[str, Callable[..., Any]] = {
     "sdpa": sdpa_attention.paged_attention_sdpa,
     **{
@@ -157,7 +157,7 @@ shard_embedding = _define(
     collectives.shard_embedding,
     lambda token, table: table.new_empty((*token.shape, table.shape[1])),
 )
-# Of these two the ops above are made where a compiler must see their parts.
+# Primitives of the ops above, for compilers that lower collectives themselves.
 all_gather = _define(
     "all_gather(Tensor x, int num_ranks) -> Tensor",
     collectives.all_gather,
@@ -179,8 +179,9 @@ fused_linear = _define(
 
 
 class Product(NamedTuple):
-    """What passes know of a product `op(x, *weight, bias, residual=None)` with a weight in one
-    format, whose parts are `num_weight_args` arguments.
+    """How passes read and replace a product `op(x, *weight, bias, residual=None)`.
+
+    The weight is in one format, whose parts are `num_weight_args` arguments.
 
     `fused(x, norm_weight, *weight, bias, residual, eps, silu_mul)` is the product with the ops
     around it, as in `reference.linear.fused_linear`. `in_place(residual, x, *weight, bias)` adds it
@@ -232,7 +233,7 @@ expert_linear = _define(
     reference.experts.expert_linear,
     lambda x, expert, weight: x.new_empty((*expert.shape, weight.shape[1])),
 )
-# These three are never replaced by their meaning: it reads the routing on the host.
+# No pass replaces these three by their meaning, which reads the routing on the host.
 fetch_experts = _define(
     "fetch_experts(Tensor expert, Tensor kv_slot, int num_pad_slots, Tensor first, "
     "Tensor(a!) counters, Tensor host_gate_up, Tensor host_down, Tensor(b!) slots_gate_up, "

@@ -1,7 +1,7 @@
 """Which files and folders other users cannot change.
 
-Code is kept in files and run later. So a file must belong to this user, and nobody else may write
-to it, to its folder, or to a folder above: who can rename a folder can put another in its place.
+Code is kept in files and run later. So a file must belong to this user, and no other user may write
+to it, to its folder, or to a folder above: a user who can rename a folder can replace it.
 
 A folder above is safe if root or this user owns it, and others cannot write to it or it is sticky
 (as /tmp is). The group may write to it if the group is this user's own, as on systems where each
@@ -101,7 +101,7 @@ def _refuse(path: Path, found: os.stat_result, owner: int) -> None:
 
 
 def foreign_owner(path: Path) -> int | None:
-    """The user id of somebody else who owns a file or a link to it; None if there is nobody."""
+    """The id of another user who owns a file or a link to it; None if there is none."""
     if hasattr(os, "getuid"):
         for owner in (path.lstat().st_uid, path.stat().st_uid):
             if owner != os.getuid():
@@ -166,7 +166,7 @@ def _passed(path: Path) -> Iterator[tuple[Path, os.stat_result]]:
 
 
 def _is_ours(folder: Path, found: os.stat_result) -> bool:
-    """Whether nobody else may replace a folder's entries that belong to this user or root."""
+    """Whether no other user may replace a folder's entries that belong to this user or root."""
     mode = found.st_mode
     if mode & stat.S_ISVTX:
         return True

@@ -3,10 +3,10 @@
 On a CPU each segment is one call of scaled_dot_product_attention, so windows cost what they need.
 The lengths are read on the host, where they are anyway.
 
-On CUDA the engine uses `triton.varlen_attention`. torch's kernels are here to be compared with it
-(`scripts/bench/vision_tower.py`): which are faster has not been measured. One of them takes all
-segments and reads their starts on the device, so the call can be captured. It launches max_len /
-128 blocks of queries for each segment and head, and those beyond a segment's end stop at once.
+On CUDA the engine uses `triton.varlen_attention`. `scripts/bench/vision_tower.py` compares torch's
+kernels with it. One of them takes all segments and reads their starts on the device, so the call
+can be captured. It launches max_len / 128 blocks of queries for each segment and head, and those
+beyond a segment's end stop at once.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ class TextPrompt(_Optional):
 
     `multi_modal_data` has its images, videos and audio: {"image": one or a list, "video": one or a
     list, "audio": one or a list}. The prompt has the model's placeholder for each. See
-        docs/media.md.
+    docs/media.md.
     """
 
     prompt: str

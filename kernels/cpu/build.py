@@ -239,7 +239,7 @@ def _compile(compiler: list[str], flags: list[str], text: bytes, folder: Path) -
 
 
 def _cause(errors: str) -> str:
-    """The line of a compiler's messages that says best why it failed."""
+    """The line of a compiler's messages that names the cause of its failure."""
     lines = errors.splitlines() or ["it printed no message"]
     for sign in (NO_SPACE, "error:"):
         for line in lines:

@@ -1,5 +1,5 @@
-// Kernels for layers with experts, compiled at first use by experts.py; see kernels.cpp for how
-// arguments are passed. The meaning of each op stands in reference/.
+// Kernels for layers with experts, compiled at first use by experts.py. kernels.cpp describes how
+// arguments are passed, and reference/ has the meaning of each op.
 //
 // T tokens | K experts per token | P = T * K pairs of a token and one of its experts | E experts
 // D hidden | F expert width | O outputs

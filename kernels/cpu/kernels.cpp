@@ -1,6 +1,6 @@
-// CPU kernels, compiled at first use by kernels.py.
+// CPU kernels, compiled at first use by library.py.
 //
-// Each exported function takes a pointer to a struct of arguments. kernels.py declares the fields
+// Each exported function takes a pointer to a struct of arguments. library.py declares the fields
 // of these structs, too, and has the compiler check that both agree (see build.py).
 //
 // Shapes are those of reference/. H head size, M query lanes (a lane: one head of a query token).

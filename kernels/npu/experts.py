@@ -46,8 +46,8 @@ def topk_softmax(logits_TE: Tensor, top_k: int, normalize: bool) -> tuple[Tensor
     """`reference.experts.topk_softmax`. Ascend's op returns weights in the dtype of its input, and
     does not divide them by their sum.
 
-    Its documentation does not say what it does with NaN. A wrong expert would harm other tokens, so
-    a row that holds NaN or infinity is routed as zeros, and its weights are NaN.
+    What it does with NaN is not documented. A wrong expert would change other tokens' results, so a
+    row that holds NaN or infinity is routed as zeros, and its weights are NaN.
     """
     check_experts(logits_TE.shape[1], top_k)
     logits_TE = logits_TE.float()

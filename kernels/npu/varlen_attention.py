@@ -41,8 +41,8 @@ def varlen_attention_in_graph(
 def varlen_attention_eager(
     q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, start_S: Tensor, max_len: int, scale: float
 ) -> Tensor:
-    """The same outside a graph, where the op takes numbers: it waits for the device. It never sees
-    padding, whose results are zeros."""
+    """The same outside a graph, where the op takes numbers: it waits for the device. It gets
+    no padding, whose results are zeros."""
     num_patches, num_heads, head_dim = q_TNH.shape
     ends = sorted({end for end in start_S[1:].tolist() if end})
     _check(q_TNH, k_TNH, v_TNH, len(ends))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 # What `sample` gives for a row in which no token can be chosen. The newest token of the row's state
-# is 0 then, so that no op looks up an id that is none.
+# is 0 then, so that no op looks up an invalid id.
 NO_TOKEN = -1
 MASK_32 = 0xFFFFFFFF
 

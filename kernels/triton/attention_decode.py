@@ -8,12 +8,11 @@ al. 2023, https://arxiv.org/abs/2301.03598; flash-decoding, Dao et al. 2023). Ea
 has W workers (programs). The keys of all rows are cut into tiles of S tokens and laid end to end.
 They are divided into W equal spans, and each worker runs the online softmax over its span. A row
 that lies within one span is written directly. A row that crosses span borders leaves one partial
-result per span, and the last of its workers to arrive merges them in the order of the spans. The
-result therefore depends on the lengths only, not on timing.
+result per span, and the last of its workers to arrive merges them in the order of the spans. So the
+result depends on the lengths only, not on timing.
 
 A span is one flat loop over the tiles of all its rows: the first tiles of the next row load while
-the last tiles of this row are computed. At 256 rows this reads 4.3 TB/s on an H200, the rate of a
-copy.
+the last tiles of this row are computed.
 
 Shapes: R rows | P blocks per row | C blocks in the cache | B block size in tokens | N query heads |
 K key-value heads | G = N / K query heads per key-value head | M = G padded for the matrix units | H
@@ -104,7 +103,7 @@ def _tile_addresses(k_ptr, v_ptr, table_at, table_blocks, first_key, seen_S, hea
 
 @triton.jit
 def _seen_keys(s_S, first_key, seq_len, WINDOW: tl.constexpr):
-    """Which keys of a tile the query sees."""
+    """Which keys of a tile the query attends to."""
     seen_S = s_S < seq_len - first_key
     if WINDOW > 0:
         seen_S = seen_S & (s_S >= seq_len - WINDOW - first_key)

@@ -1,9 +1,8 @@
 """Experts of many tokens in Triton: pairs sorted by expert, then products of groups of rows.
 
-Sorting is one launch with a program for each expert: it counts the pairs of smaller experts and
-writes its own behind them. A product's launch has a fixed number of programs, enough for any
+`moe_sort.py` sorts the pairs. A product's launch has a fixed number of programs, enough for any
 routing. Each finds its expert and rows from the sorted lists; programs without rows end at once.
-Nothing of the routing is read by the host, and no token is dropped.
+The host reads nothing of the routing, and no token is dropped.
 
 The weights are the left operand of the matrix units, which take it in pieces of 64; a group's rows
 are the right operand, which may have as few as 8. In the product with gate and up a tile of weights
@@ -196,8 +195,8 @@ def grouped_gemm(
 ) -> Tensor:
     """x · weightᵀ for the rows of every expert: [P, outputs]; silu(gate) · up if `gated`.
 
-    `x_by` and `out_by` say which row of x and of the result belongs to a sorted pair: that of its
-    token, of its pair, or of its place. `scale_TK` multiplies the rows of pairs. `tile` overrides
+    `x_by` and `out_by` select the row of x and of the result for a sorted pair: by its token, its
+    pair, or its place. `scale_TK` multiplies the rows of pairs. `tile` overrides
     the measured one. With `places` the weights are those of slots.
     """
     num_experts, num_lines, depth = weight_EOD.shape

@@ -2,15 +2,14 @@
 
 (RMS norm →) x · weightᵀ + bias (→ SiLU·up) (+ residual). With few rows a product streams weights,
 and a decode step is a chain of such streams in which every kernel waits for the one before. Weights
-do not depend on earlier kernels, so a program first loads its first chunks of weights, then waits
-for its predecessor (programmatic dependent launch, sm_90), and then reads the rows, which are small
-and in the L2, norms them (each program for itself) and multiplies. It lets its successor start
-before all this, so that the successor's weights load as well. A program computes OUTS outputs over
-the whole depth: there are no partial results, and every run gives the same bits.
+do not depend on earlier kernels. So a program loads its first chunks of weights, then waits for its
+predecessor (programmatic dependent launch, sm_90), then reads the rows, which are small and in the
+L2, norms them (each program by itself) and multiplies. It lets its successor start before all this,
+so that the successor's weights load as well. A program computes OUTS outputs over the whole depth:
+there are no partial results, and every run gives the same bits.
 
-One row is multiplied in fp32 on the ordinary cores, one output per warp, so warps do not
-synchronise before the store. Two and more rows use the tensor cores, with a slice of the depth per
-warp. docs/log.md has the measurements.
+`gemv.py` multiplies one row on the ordinary cores. Two and more rows use the tensor cores, with a
+slice of the depth per warp. docs/log.md has the measurements.
 
 Shapes: T rows (tokens), "p" after it: padded to a power of two | D depth (inner size) | O outputs
 of one program | C columns of a chunk | S slices of a chunk

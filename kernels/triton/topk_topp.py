@@ -1,12 +1,11 @@
-"""Keeps the tokens that top_k, top_p and min_p leave, in Triton and without sorting.
+"""Masks the logits of tokens outside top_k, top_p and min_p, in Triton and without sorting.
 
 The filters leave the first tokens in the order (logit descending, id ascending), so the last of
 these tokens defines the result. Sorting 256 rows of 151,936 logits to find it would move gigabytes.
 Here each program takes one row:
 
-- It looks for a value that all tokens that can stay lie above, but few others, and copies the
-  tokens above it. The first try mostly succeeds. If there is no such value, it works on the whole
-  row.
+- It searches for a value below all tokens that can stay and above most others, and copies the
+  tokens above it. The first try mostly succeeds. Without such a value it works on the whole row.
 - It finds the smallest logit that stays by bisection. A step counts the tokens above a value, sums
   their probability, and finds the next logit on both sides, so bounds are always logits that occur.
 

@@ -1,4 +1,6 @@
-"""Zeros for tokens of no row, after kernels that do not write them: the padding of a bucket.
+"""Writes zeros to a bucket's padding tokens, which belong to no row.
+
+Kernels of other packages leave them unwritten.
 
 A program whose tokens all belong to rows reads two numbers and stops.
 

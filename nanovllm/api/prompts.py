@@ -116,7 +116,7 @@ class PromptMaker:
         if body.messages is None:
             for name in OF_MESSAGES:
                 if getattr(body, name) is not None:
-                    raise invalid(name, f"{name} goes with messages, not with prompt")
+                    raise invalid(name, f"{name} needs messages, not prompt")
             has_special = body.add_special_tokens is not False
             return await self.encode(body.prompt or "", add_special_tokens=has_special)
         if body.add_special_tokens:

@@ -32,9 +32,8 @@ class EngineInfo:
     """Facts of an engine: the limits for checks of prompts, and what clients report to users.
 
     checkpoint: a digest, set by processes. num_blocks: of the KV cache. num_added: levels of
-        features that embeddings may have after the first. has_axes: tokens have positions in time,
-        height and
-    width. media_scale: the fields of `Scale`, None for a text model.
+    features that embeddings may have after the first. has_axes: tokens have positions in time,
+    height and width. media_scale: the fields of `Scale`, None for a text model.
     """
 
     checkpoint: str

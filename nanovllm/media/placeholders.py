@@ -25,8 +25,8 @@ class Expanded:
     """A prompt with all placeholder tokens.
 
     spans: for each item, in the order of the items, its runs of placeholder tokens. An image or
-        clip has one run; a video has one, or one for each patch over time if there is text between
-        them.
+    clip has one run; a video has one, or one for each patch over time if there is text between
+    them.
     """
 
     token_ids: list[int]

@@ -78,7 +78,7 @@ class MoeConfig:
         """The mean number of distinct experts of a layer that `num_tokens` tokens choose.
 
         Assumes even routing: a token chooses each expert with probability K / E, and tokens choose
-            independently.
+        independently.
         """
         return self.num_experts * (1 - (1 - self.top_k / self.num_experts) ** num_tokens)
 

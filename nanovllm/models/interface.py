@@ -67,7 +67,7 @@ class LayerKind:
     """What distinguishes the layers of one model: layers of one kind share their programs.
 
     Layers of one kind declare parameters of the same shapes. `window` is the number of newest
-    positions that a query attends to, itself included; 0 means all positions. A `sparse` layer has
+    positions that a query sees, itself included; 0 means all positions. A `sparse` layer has
     experts.
     """
 

@@ -34,7 +34,7 @@ def begin(device: str) -> Callable[[], None]:
 
     Returns a function that waits for these threads. Call it after importing torch and before
     changing os.environ: the CUDA driver reads it while it initialises. Errors are ignored here: the
-        engine raises them again.
+    engine raises them again.
     """
     if not may_have_gpu(device):
         return lambda: None

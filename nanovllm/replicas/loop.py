@@ -145,7 +145,7 @@ class Loop:
             self._guarded(client, ClientConn.flush)
 
     def _take_media(self, client: ClientConn, payload: bytes) -> None:
-        """Store the media of the client's next prompt."""
+        """Store the MEDIA for the client's next prompt."""
         client.media = payload
 
     def _add(self, client: ClientConn, payload: bytes) -> None:

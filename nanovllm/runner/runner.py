@@ -218,7 +218,7 @@ class Runner:
         """Launch a bucket's decode step of rows op by op under `watch`. For profiling.
 
         Requests are not affected: it writes the keys and values that their next step writes too,
-            and the state is restored.
+        and the state is restored.
         """
         step = self.buckets.decode(num_rows)
         step.fill(list(rows))
@@ -243,7 +243,7 @@ class Runner:
         shape = (num_blocks, self.layout.block_size, cfg.num_kv_heads, cfg.head_dim)
 
         def blocks() -> Tensor:
-            # separate memory for each: programs take them as inputs, and inputs must not alias
+            # memory of its own for each: programs take them as inputs, and inputs must not alias
             return self.cache_region.zeros(shape, self.spec.cache_dtype)
 
         caches = tuple(LayerCache(blocks(), blocks(), *scales) for scales in self._scales)

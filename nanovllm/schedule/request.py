@@ -58,7 +58,7 @@ class Constraint(Protocol):
     """The grammar of an answer, and its state after the tokens so far.
 
     is_ended: only end-of-sequence may follow. error: the reason if nothing can follow; None
-        otherwise.
+    otherwise.
     """
 
     is_ended: bool

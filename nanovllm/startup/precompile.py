@@ -23,7 +23,7 @@ def fill(
 
     `begin` is called before, with the choice for the options.
     count: worker processes; None for the device's default. It is 1 where a step is one program:
-        that worker has the whole model, and sizes the cache by the free memory.
+    that worker has the whole model, and sizes the cache by the free memory.
 
     Raises ValueError for options that model or device do not support, WorkerFailed, and OSError for
     a store that cannot be made or written.

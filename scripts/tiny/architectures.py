@@ -128,7 +128,7 @@ def balance_loss(router_logits: tuple[Tensor, ...], top_k: int) -> Tensor:
     share_e is the number of times that a token chose expert e, by the number of tokens. The least
     value is K. The source is transformers' load_balancing_loss_func, which takes the means over all
     layers together: there a layer that never uses one expert could be balanced by another layer. It
-        also counts with `bincount`, which synchronizes a GPU with the host.
+    also counts with `bincount`, which synchronizes a GPU with the host.
     """
     losses = []
     for logits_TE in router_logits:

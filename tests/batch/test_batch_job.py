@@ -101,7 +101,7 @@ def test_a_raw_prompt_for_a_model_with_a_chat_template_is_said_once(
     monkeypatch.setattr(tokenizer.for_reading, "chat_template", TEMPLATE)
     run([{"messages": [{"role": "user", "content": "a"}]}, *rows], "--overwrite")
     (said,) = [one.message for one in caplog.records if "chat template" in one.message]
-    assert said.startswith("row 3 has a prompt") and "as messages" in said
+    assert said.startswith("row 3 has a prompt") and "use messages for conversations" in said
 
 
 def test_a_row_with_an_image_is_an_error_for_a_text_model(run: Any) -> None:
@@ -120,7 +120,7 @@ def test_a_row_with_an_image_is_an_error_for_a_text_model(run: Any) -> None:
 
 def test_a_bad_row_is_an_error_in_its_place(run: Any) -> None:
     bad = {
-        "{bad": "no valid JSON",
+        "{bad": "not valid JSON",
         '{"prompt": ""}': "the prompt is empty",
         '{"prompt": []}': "the prompt is empty",
         '{"prompt": [5, 512]}': "token id 512 is outside the vocabulary",
@@ -203,7 +203,7 @@ def test_an_output_with_a_missing_line_is_refused(run: Any, tmp_path: Path) -> N
     run(rows)
     lines = target.read_bytes().splitlines(keepends=True)
     target.write_bytes(b"".join(lines[:1] + lines[2:4]))
-    with pytest.raises(ValueError, match=r"has 3 rows up to row 3, and the input 4"):
+    with pytest.raises(ValueError, match=r"has 3 rows up to row 3, but the input has 4"):
         run(rows)
 
 

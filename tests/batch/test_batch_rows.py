@@ -64,9 +64,9 @@ def test_a_scan_finds_the_place_after_a_row(last_row: int, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("{bad", "no valid JSON: Expecting property name"),
-        (b'{"prompt": "\xff"}', "no valid JSON: 'utf-8' codec can't decode byte 0xff"),
-        ('{"prompt": "a", "params": {"temperature": NaN}}', r"params\.temperature is no finite"),
+        ("{bad", "not valid JSON: Expecting property name"),
+        (b'{"prompt": "\xff"}', "not valid JSON: 'utf-8' codec can't decode byte 0xff"),
+        ('{"prompt": "a", "params": {"temperature": NaN}}', r"params\.temperature is not a finite"),
         ('{"prompt": "a", "id": 1e999}', "^id is not a finite number"),
         (
             '{"prompt": "a", "id": {"x": [1.5, [-1e999]]}}',
@@ -82,7 +82,7 @@ def test_a_scan_finds_the_place_after_a_row(last_row: int, tmp_path: Path) -> No
         ('{"messages": []}', r"messages is \[\]: it must be a list of messages"),
         ('{"messages": [[{"role": "user"}]]}', "it must be a list of messages"),
         ('{"prompt": "a", "params": 3}', "params is 3: it must be an object"),
-        ('{"custom_id": "x", "method": "POST", "body": {}}', "the row is one of OpenAI's batch"),
+        ('{"custom_id": "x", "method": "POST", "body": {}}', "the row is in OpenAI's batch format"),
     ],
 )
 def test_what_is_no_row_is_refused(text: str | bytes, reason: str) -> None:

@@ -122,10 +122,10 @@ def test_an_idle_connection_that_the_server_has_closed_is_replaced(seconds: floa
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        (b'{"error": {"message": "too long", "param": "prompt"}}', "answers 400: too long"),
-        (b'{"detail": "Not Found"}', "answers 400: Not Found"),
-        (b'{"error": "plain"}', "answers 400: plain"),
-        (b"<html>", "answers 400: <html>"),
+        (b'{"error": {"message": "too long", "param": "prompt"}}', "returned 400: too long"),
+        (b'{"detail": "Not Found"}', "returned 400: Not Found"),
+        (b'{"error": "plain"}', "returned 400: plain"),
+        (b"<html>", "returned 400: <html>"),
         (b"", "returned 400: an empty response"),
     ],
 )

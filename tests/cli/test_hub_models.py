@@ -130,7 +130,7 @@ def test_rm_without_a_terminal_needs_yes(cache: Path, monkeypatch: pytest.Monkey
         ("a/oen", "'a/oen' is not a model in the Hub's cache: did you mean a/one?"),
         ("/etc", "'/etc' is not a model in the Hub's cache: see nanovllm list"),
         ("tiny-qwen3", "tiny-qwen3 is embedded in nanovllm and cannot be removed"),
-        ("c/data", "'c/data' is no model"),
+        ("c/data", "'c/data' is not a model"),
     ],
 )
 def test_rm_removes_nothing_if_one_is_not_there(name: str, message: str, cache: Path) -> None:
