@@ -196,4 +196,4 @@ class Param(NamedTuple):
         if isinstance(self.adapt, RowOrder):
             bounds.append(1)
         columns = small.shape[-1] if axis == 1 else 0
-        return Extent(small.shape, dtype, math.gcd(*bounds), columns)
+        return Extent(small.shape, dtype, math.gcd(*bounds), columns, self.shape[-1])

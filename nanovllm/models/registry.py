@@ -26,7 +26,8 @@ from nanovllm.models import (
     smollm3,
 )
 from nanovllm.models.interface import Model
-from nanovllm.models.schemes import UNQUANTIZED, of_checkpoint
+from nanovllm.models.quant_methods import of_checkpoint
+from nanovllm.models.schemes import UNQUANTIZED
 
 # (transformers' config, dtype=…, max_model_len=…) -> Model
 Architecture = Callable[..., Model]

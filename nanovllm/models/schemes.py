@@ -2,18 +2,17 @@
 
 A scheme chooses formats for linear layers, experts and embedding tables. All other parameters are
 plain tensors. The sources of one matrix may differ in format: then the matrix has several parts.
-To read checkpoints of another `quant_method`, add a function to `CHECKPOINTS` that makes a scheme
-from the checkpoint's `quantization_config`.
+`quant_methods` makes the scheme of a checkpoint.
 """
 
 from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from nanovllm.models.checkpoint import plain_name
 from nanovllm.models.formats.format import Format
@@ -151,24 +150,5 @@ class Packed(BySource):
         return PLAIN if is_plain else self.stored
 
 
-# The values of the option `quantization`, and the values of `quant_method` in checkpoints.
+# The values of the option `quantization`; `quant_methods` has those of checkpoints.
 OPTIONS: dict[str, Scheme] = {"int8": Converted(Int8())}
-CHECKPOINTS: dict[str, Callable[[Mapping[str, Any]], Scheme]] = {}
-
-
-def of_checkpoint(hf: Any) -> Scheme:
-    """The scheme of a checkpoint, from transformers' config of it.
-
-    Raises ValueError for an unknown `quant_method`, and for values that its scheme refuses.
-    """
-    found = getattr(hf, "quantization_config", None)
-    if not found:
-        return UNQUANTIZED
-    method = found.get("quant_method") if isinstance(found, Mapping) else found
-    if method not in CHECKPOINTS:
-        known = ", ".join(map(repr, CHECKPOINTS)) or "none is yet"
-        raise ValueError(
-            f"quantization_config has quant_method {method!r}, which is not supported ({known}): "
-            "use a checkpoint that is not quantized"
-        )
-    return CHECKPOINTS[method](found)

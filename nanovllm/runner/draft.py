@@ -1,6 +1,6 @@
-"""A second, smaller model that guesses tokens: its layers have caches over the same block tables.
+"""A second, smaller model that drafts tokens: its layers have caches over the same block tables.
 
-R rows | T tokens | K guesses a row | M positions
+R rows | T tokens | K draft tokens a row | M positions
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nanovllm.compile.program import Compiler, Region
+from nanovllm.models.config import ModelConfig
 from nanovllm.models.interface import LayerCache, Model, Params
 from nanovllm.models.rope import rotary_table
 from nanovllm.platforms.attention import Attention
@@ -35,7 +36,7 @@ class DraftModel:
     def propose(self, steps: Steps, fed: Fed) -> Tensor:
         """See `DeviceProposer`. K + 1 passes: over the step's own tokens, then token by token.
 
-        A guess at positions without blocks is a poor one: it reads and writes the padding block.
+        A draft token at a position without a block is a poor one: its pass uses the padding block.
         """
         assert steps.drafting is not None and steps.drafting.steps is not None
         draft = steps.drafting.steps
@@ -67,12 +68,16 @@ class NamedPrograms(Compiler):
 class DraftParts:
     """What a runner has for its proposer. Its memory is that of the state and of the cache."""
 
-    def __init__(self, spec: EngineSpec, params: Params, state: DeviceState, cfg: Any) -> None:
+    def __init__(
+        self, spec: EngineSpec, params: Params, state: DeviceState, cfg: ModelConfig
+    ) -> None:
+        """`cfg` is the config of the model whose tokens are drafted."""
         assert spec.draft is not None
         self._draft, self._params, self._layout = spec.draft, params.draft, spec.layout
         self._state, self._attention = state, spec.attention
         device, layers = state.token_S.device, spec.draft.proposer.layers
         self._hidden_LTD: Tensor | None = None
+        self._reads_last = cfg.num_layers - 1 in layers
         if layers:
             num_tokens = max(spec.layout.prefill_tokens[-1], spec.layout.logits_rows[-1])
             shape = (len(layers), num_tokens, cfg.hidden_size)
@@ -89,7 +94,7 @@ class DraftParts:
         """The proposer over caches of so many blocks; `zeros(shape, dtype)` allocates them."""
         model = self._draft.model
         steps = None if model is None else self._steps(model, num_blocks, zeros, compiler)
-        return Drafting(self._draft.proposer, steps, self._hidden_LTD)
+        return Drafting(self._draft.proposer, steps, self._hidden_LTD, self._reads_last)
 
     def _steps(
         self, model: Model, num_blocks: int, zeros: Callable[..., Tensor], compiler: Compiler

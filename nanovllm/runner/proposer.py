@@ -1,9 +1,9 @@
-"""Proposers on the device: they guess the tokens that follow a step's, within the same step.
+"""Proposers on the device: they draft the tokens that follow a step's, within the same step.
 
-The guesses are in the state when the next step begins, so the host plans the step that verifies
-them without knowing them. A guess is never wrong to feed: the model's own choice decides.
+The draft tokens are in the state when the next step begins, so the host plans the step that
+verifies them without knowing them. Any token may be fed as a draft: the model's own choice decides.
 
-R rows | T tokens | K guesses a row | D hidden | S rows of the state
+R rows | T tokens | K draft tokens a row | D hidden | S rows of the state
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Fed(NamedTuple):
 
 
 class DeviceProposer(Protocol):
-    """Guesses K = `num` tokens after each row's newest one.
+    """Drafts K = `num` tokens after each row's newest one.
 
     `layers` are those of the model whose hidden states it reads. It is a frozen dataclass of
     numbers: its text is in the note that a store is full.
@@ -48,7 +48,7 @@ class DeviceProposer(Protocol):
 
     def propose(self, steps: Steps, fed: Fed) -> Tensor:
         """token_RK, after a step that has written the newest tokens and positions to the state.
-        NO_TOKEN stands for no guess.
+        NO_TOKEN stands for none.
 
         It launches programs of `steps.drafting.steps`, the layers of a second model, or ops. It may
         be captured, so it reads device tensors alone.
@@ -58,11 +58,15 @@ class DeviceProposer(Protocol):
 
 class Drafting(NamedTuple):
     """A proposer, with the steps of its model if it has one, and memory for hidden states of up to
-    T tokens: [num layers, T, D]."""
+    T tokens: [num layers, T, D].
+
+    reads_last: whether it reads those after the last layer, of all tokens.
+    """
 
     proposer: DeviceProposer
     steps: Steps | None
     hidden_LTD: Tensor | None
+    reads_last: bool
 
     def hidden(self, num_tokens: int) -> tuple[Tensor, ...]:
         if self.hidden_LTD is None:
@@ -77,7 +81,7 @@ class Drafting(NamedTuple):
 
 
 def write(state: DeviceState, row_idx_R: Tensor, token_RK: Tensor) -> None:
-    """Write guesses to the state."""
+    """Write draft tokens to the state."""
     assert state.draft_SK is not None
     # any token is right to feed, but it must be one
     state.draft_SK.index_copy_(0, row_idx_R, token_RK.clamp(min=0))

@@ -29,7 +29,7 @@ class DeviceState(NamedTuple):
     sampling_SF: Tensor  # SAMPLING_FIELDS
     seed_S: Tensor
     adapter_S: Tensor | None = None  # 0: none. Only of models with adapters
-    draft_SK: Tensor | None = None  # guesses after token_S. Only with a proposer on the device
+    draft_SK: Tensor | None = None  # draft tokens after token_S; with a proposer on the device
 
     @property
     def pad_row(self) -> int:
@@ -100,7 +100,7 @@ def _with_drafts(
     draft_SK: Tensor, given_T: Tensor, token_T: Tensor, row_T: Tensor, num_T: Tensor
 ) -> Tensor:
     """The tokens with those of the state in the places of DRAFT: a row's second token is its first
-    guess."""
+    draft token."""
     num = draft_SK.shape[1]
     draft_T = draft_SK.flatten()[row_T * num + (num_T - 2).clamp(0, num - 1)]
     return torch.where(given_T == DRAFT, draft_T, token_T)

@@ -154,7 +154,7 @@ class Steps:
     def proposing(
         self, fed: Tensor | Span, max_q_len: int | None = None
     ) -> AbstractContextManager[None]:
-        """Around a step of rows or of a span: guess the tokens after it, if there is a proposer.
+        """Around a step of rows or of a span: draft the tokens after it, if there is a proposer.
 
         `max_q_len` is that of the span's layers, None for a prompt's.
         """
@@ -227,16 +227,11 @@ class Steps:
     def prefill_logits(self, span: Span, given: Given | None = None) -> Tensor:
         """Write keys and values of a span; returns logits [R, W] after each row's last token."""
         needs_all = given is not None and self.model.adds_to_last
-        if self.whole or needs_all or self._proposer_reads_last:
+        needs_all = needs_all or (self.drafting is not None and self.drafting.reads_last)
+        if self.whole or needs_all:
             return self.logits_at(*self.hidden(span, given))
         h_RD, _ = self._prefill(span, given, keeps_last=True)
         return self._head(h_RD)
-
-    @property
-    def _proposer_reads_last(self) -> bool:
-        if self.drafting is None:
-            return False
-        return self.model.config.num_layers - 1 in self.drafting.proposer.layers
 
     def hidden(self, span: Span, given: Given | None = None) -> tuple[Tensor, Tensor]:
         """Write keys and values of a span; returns all hidden states [T, D] after the last layer,

@@ -299,7 +299,7 @@ class Scheduler:
         return proposed
 
     def _num_reached(self, request: Request) -> int:
-        """The tokens for which a request needs blocks: those fed, and those that the device guesses
+        """The tokens for which a request needs blocks: those fed, and those that the device drafts
         after them."""
         longest = len(request.prompt_ids) + request.max_output
         fed = request.num_computed if request.row >= 0 else request.num_known

@@ -27,8 +27,14 @@ def with_draft(choice: Choice, draft: Draft) -> Choice:
     num = draft.proposer.num
     if 1 + num not in layout.verify_tokens:
         raise ValueError(
-            f"the proposer guesses {num} tokens, but draft_lengths is "
+            f"the proposer drafts {num} tokens, but draft_lengths is "
             f"{list(config.draft_lengths)}: it must hold {num}"
+        )
+    layers, num_layers = draft.proposer.layers, choice.model.config.num_layers
+    if not all(0 <= layer_idx < num_layers for layer_idx in layers):
+        raise ValueError(
+            f"the proposer reads hidden states after layers {list(layers)}: they must be "
+            f"0 … {num_layers - 1}"
         )
     is_whole = traits.whole_steps and not config.enforce_eager
     if choice.shard.size > 1 or is_whole or traits.wants_lengths:

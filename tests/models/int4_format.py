@@ -160,10 +160,18 @@ def rounded(weight_OD: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def write(
-    folder: Path, target: Path, group: int, is_packed: Callable[[str], bool], **config: Any
+    folder: Path,
+    target: Path,
+    is_packed: Callable[[str], bool],
+    of_matrix: Callable[[Tensor], tuple[dict[str, Tensor], Tensor]],
+    quantization: dict[str, Any],
+    stacked_name: str = "{name}_{end}",
 ) -> Path:
     """Write a checkpoint with its matrices packed, and beside it, in `target` / "real", one with
-    the numbers that these stand for. Returns the packed one."""
+    the numbers that these stand for. Returns the packed one.
+
+    `of_matrix` gives the companions of a matrix and these numbers. `stacked_name` is the name of a
+    companion of several experts."""
     weights, real = load_file(folder / "model.safetensors"), {}
     found: dict[str, Tensor] = {}
     for name, weight in weights.items():
@@ -171,15 +179,14 @@ def write(
             found[name] = real[name] = weight
             continue
         matrices = weight if weight.dim() == 3 else weight.unsqueeze(0)
-        parts = [of_matrix(matrix, group) for matrix in matrices]
+        parts = [of_matrix(matrix) for matrix in matrices]
         is_stack = weight.dim() == 3
         real[name] = torch.stack([r for _, r in parts]) if is_stack else parts[0][1]
         module = name.removesuffix("weight")
         for end in parts[0][0]:
-            full = f"{name}_{end}" if is_stack else module + end
+            full = stacked_name.format(name=name, end=end) if is_stack else module + end
             found[full] = torch.stack([p[end] for p, _ in parts]) if is_stack else parts[0][0][end]
     described = json.loads((folder / "config.json").read_text())
-    quantization = {"quant_method": METHOD, "group_size": group, **config}
     for at, tensors, more in (
         (target, found, {"quantization_config": quantization}),
         (target / "real", real, {}),

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nanovllm import LLM, SamplingParams
 from nanovllm.compile.trace import tensors
 from nanovllm.config import EngineConfig
-from nanovllm.models import loader, schemes
+from nanovllm.models import loader, quant_methods
 from nanovllm.models.checkpoint import CheckpointError
 from nanovllm.models.formats.mixed import Mixed
 from nanovllm.models.interface import Model
@@ -49,7 +50,7 @@ EXPERT = re.compile(r".*\.experts\.(\d+\.(\w+_proj|w\d)\.weight|gate_up_proj|dow
 
 @pytest.fixture(autouse=True)
 def _known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(schemes.CHECKPOINTS, int4_format.METHOD, int4_format.scheme)
+    monkeypatch.setitem(quant_methods.CHECKPOINTS, int4_format.METHOD, int4_format.scheme)
 
 
 def is_matrix(name: str) -> bool:
@@ -59,7 +60,9 @@ def is_matrix(name: str) -> bool:
 def pack(
     folder: Path, is_packed: Callable[[str], bool] = is_matrix, group: int = GROUP, **config: Any
 ) -> Path:
-    return int4_format.write(folder, folder / "packed", group, is_packed, **config)
+    quantization = {"quant_method": int4_format.METHOD, "group_size": group, **config}
+    of_matrix = partial(int4_format.of_matrix, group=group)
+    return int4_format.write(folder, folder / "packed", is_packed, of_matrix, quantization)
 
 
 def logits(folder: Path, known: Any, **how: Any) -> tuple[Runner, list[Tensor]]:

@@ -34,7 +34,7 @@ MODES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Repeat:
-    """Guesses that the newest token repeats."""
+    """Drafts that the newest token repeats."""
 
     num: int
     layers: tuple[int, ...] = ()
@@ -46,7 +46,7 @@ class Repeat:
 
 @dataclass(frozen=True)
 class Spoiled:
-    """A draft model with a wrong guess at every third position."""
+    """A draft model with a wrong token at every third position."""
 
     num: int
     layers: tuple[int, ...] = ()
@@ -60,7 +60,7 @@ class Spoiled:
 
 @dataclass(frozen=True)
 class Reading:
-    """Reads the hidden states after two layers, and guesses as `Repeat` does."""
+    """Reads the hidden states after two layers, and drafts as `Repeat` does."""
 
     num: int
     layers: tuple[int, ...] = (1, 0)
@@ -102,7 +102,7 @@ class Watched:
 
     @property
     def verifying(self) -> list[tuple[StepPlan, int]]:
-        """Those with guesses of the device."""
+        """Those with draft tokens of the device."""
         return [one for one in self.plans if DRAFT in one[0].token_T]
 
 

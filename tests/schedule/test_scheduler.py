@@ -371,15 +371,15 @@ def test_tokens_that_the_device_proposes_are_planned_before_earlier_ones_are_kno
     s.add(request(0, 3, 12))
     s.add(request(1, 6, 2))
     first = planned(s)
-    # blocks are there for the guesses after the prompt, as far as the answer may go
+    # blocks are there for the draft after the prompt, as far as the answer may go
     assert [len(one.blocks) * BLOCK for one in s.known.values()] == [8, 8]
     plans = [s.schedule(may_preempt=False) for _ in range(4)]
     assert plans[0] is not None and plans[1] is not None and plans[2] is not None
-    # request 1 may have one more token: no guess follows it
+    # request 1 may have one more token: no draft follows it
     assert plans[0].token_T.tolist() == [NEWEST, DRAFT, DRAFT, DRAFT, NEWEST]
     assert plans[0].seq_lens == [7, 7]
     assert [plan.num_tokens for plan in plans[1:3] if plan] == [[4], [3]]
-    assert plans[3] is None, "if all guesses are right, no token is left"
+    assert plans[3] is None, "if every draft token is right, no token is left"
     one = s.known[0]
     assert (one.num_computed, one.num_in_flight) == (3 + 11, 12)
     assert len(one.blocks) == 4 and not one.is_verifying

@@ -47,13 +47,14 @@ class Extent(NamedTuple):
     A multiple of `row_unit` rows lies before each boundary within the part, and before each place
     where a rank's part of a source may begin: a block of rows that divides it is never cut. It is 0
     without such boundaries, and 1 if rows change places. `column_unit` is the same for columns. All
-    ranks have the same extent.
+    ranks have the same extent. The matrix has `all_columns` on all ranks together.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     row_unit: int = 0
     column_unit: int = 0
+    all_columns: int = 0
 
     @property
     def matrix(self) -> Extent:
@@ -202,6 +203,12 @@ class Format(ABC):
     def scaled(self, weight: Any, factor: float) -> Any:
         """The weight times a factor, which goes to its scales. Raises ValueError if it cannot."""
         raise ValueError(f"the format {self.name} cannot take the factor {factor}")
+
+
+def spread(of_blocks: Tensor, block: int, size: int | None, axis: int) -> Tensor:
+    """A number for each of the first `size` rows or columns, from one for each block of them."""
+    found = of_blocks if block == 1 else of_blocks.repeat_interleave(block, axis)
+    return found if size is None else found.narrow(axis, 0, size)
 
 
 @cache
