@@ -120,7 +120,7 @@ def test_the_sandbox_is_that_of_transformers(renderer: Renderer, template: str) 
 
 def test_a_text_that_is_too_long_stays_in_the_process(renderer: Renderer) -> None:
     template = "{{ 'a' * 10 ** 8 }}"
-    with pytest.raises(PromptTooLong, match="100000000 characters in its template: at most 9 are"):
+    with pytest.raises(PromptTooLong, match="100000000 characters in its template: the limit is 9"):
         renderer.render(template, USER, {}, {}, 9)
     assert renderer.render(PLAIN, USER, {}, {}, 8) == "[user]hi"
 

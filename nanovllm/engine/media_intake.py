@@ -193,7 +193,7 @@ class MediaIntake:
         if embeddings or positions is not None:
             raise ValueError(
                 f"the prompt has {prompt.media[0].name}: embeddings and positions follow from it, "
-                "so do not pass any"
+                "so none can be given"
             )
         self._prompts.check(prompt, params)
 

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from nanovllm import LLM, EngineConfig, SamplingParams, env
+from nanovllm import LLM, AsyncLLM, EngineConfig, SamplingParams, env
 from nanovllm.engine.request import EngineInfo
 from nanovllm.replicas import cluster, ray_replica, setups
 from nanovllm.replicas.handshake import check_agreement
@@ -27,6 +27,8 @@ from nanovllm.replicas.replica import ReplicaFailed
 from tests.conftest import save_tiny
 from tests.engines import greedy, random_prompts, save_tokenizer, tokens
 from tests.ray_nodes import LOOPBACK, family, listening, loopback, two_nodes_of
+from tests.serving.served import run
+from tests.serving.test_clients import answers
 
 ROOT = Path(__file__).parents[2]
 SIZES = {
@@ -151,6 +153,24 @@ def test_a_replica_that_cannot_start_is_an_error(
     with pytest.raises(Exception, match=r"replica 0 on node 127\.0\.0\.1: .*model\.safetensors"):
         make(tmp_path, skip_tokenizer_init=True)
     wait_until(lambda: not relays() and not groups_in_use())
+
+
+def test_async_llm_reaches_the_replicas_of_a_cluster(
+    folder: Path, alone: LLM, two_nodes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the router in the engine process, which `nanovllm serve` has too."""
+    monkeypatch.setenv("RAY_ADDRESS", two_nodes.address)
+    options: dict[str, Any] = {**SIZES, "distributed_executor_backend": "ray"}
+
+    async def work() -> list[list[int]]:
+        async with AsyncLLM(str(folder), data_parallel_size=2, **options) as llm:
+            found = await answers(llm, PROMPTS, greedy(6))
+            with pytest.raises(ValueError, match="prompt_logprobs cannot be combined with stop"):
+                await llm.open("a", greedy(2, stop=["x"], prompt_logprobs=1))
+            return [one[-1].outputs[0].token_ids for one in found]
+
+    assert run(work()) == tokens(alone, PROMPTS, greedy(6))
+    wait_until(lambda: not groups_in_use())
 
 
 def test_an_interrupt_while_replicas_start_leaves_nothing(folder: Path, two_nodes: Any) -> None:
