@@ -157,10 +157,10 @@ HEAD = """
 `python -m tests.kernels.kernel_index` writes this page from the registrations, and a test compares
 the two.
 
-`ops.py` declares an op: its schema, and its meaning in plain torch (`reference/`). A platform
+`ops.py` declares an op: its schema, and its reference in plain torch (`reference/`). A platform
 registers kernels for torch's dispatch key of its device. torch calls the registered kernel, or the
-meaning if there is none. In compiled graphs the pass `replace_ops` keeps the ops that the platform
-names. Any other becomes plain torch, which the lowering fuses with its neighbours.
+reference if there is none. In compiled graphs the pass `replace_ops` keeps the ops that the
+platform names. Any other becomes plain torch, which the lowering fuses with its neighbours.
 """
 TABLE_HEAD = """
 A kernel with (eager) runs outside compiled graphs only. An empty cell is plain torch; `linear` on a
@@ -171,7 +171,7 @@ graphs. The last four ops stand for the code of other packages, on every device.
 """
 TRITON_HEAD = """
 For sm_75 and newer, and for ROCm. The functions of the table above choose between these kernels.
-What they do not take (another dtype or layout) goes to the meaning. Tiles depend on shared memory
+What they do not take (another dtype or layout) goes to the reference. Tiles depend on shared memory
 and, in `gated_gemm.py`, on the number of multiprocessors. Launches are programmatically dependent
 from sm_90 on.
 """
@@ -323,7 +323,7 @@ def page() -> str:
             HEAD,
             "## Ops",
             TABLE_HEAD,
-            _row("op", "meaning", "CUDA, ROCm", "CPU", "NPU", "pass"),
+            _row("op", "reference", "CUDA, ROCm", "CPU", "NPU", "pass"),
             "|---|---|---|---|---|---|",
             *_op_rows(),
             "",
