@@ -271,7 +271,7 @@ def test_a_cluster_that_others_use_is_an_error_after_a_while(
 ) -> None:
     monkeypatch.setattr(ray_replica, "PLACE_S", 0.5)
     groups = len(groups_in_use())
-    with pytest.raises(RuntimeError, match=r"no place for 1 × 4 CPU\(s\) .* 0 CPU\(s\) of all"):
+    with pytest.raises(RuntimeError, match=r"no room for 1 × 4 CPU\(s\) .* 0 CPU\(s\) of all"):
         make(folder)
     wait_until(lambda: len(groups_in_use()) == groups)
 
